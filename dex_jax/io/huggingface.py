@@ -1,0 +1,117 @@
+"""A Hugging Face directory as a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dex_jax.errors import DexError
+from dex_jax.io.checkpoint import Checkpoint
+from dex_jax.io.huggingface_config import huggingface_config
+from dex_jax.io.safetensors_files import SafetensorsFiles
+from dex_jax.io.tokenizer import Tokenizer
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_QUANTISED = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
+
+
+def open_directory(directory: Path, source: str) -> Checkpoint:
+    """Opens a directory with config.json, safetensors and a tokenizer, as `save_pretrained` writes it.
+
+    Args:
+      directory: the directory.
+      source: what to call it in reports and errors.
+
+    Returns:
+      The checkpoint.
+
+    Raises:
+      DexError: files are missing or not covered.
+    """
+    _refuse_other_kinds(directory, source)
+    config = huggingface_config(
+        read_json(directory / "config.json"), read_json(directory / "generation_config.json"), source
+    )
+    build = partial(_tokenizer, directory, config.eos_ids, source)
+    return Checkpoint(config, source, SafetensorsFiles(directory), gguf=False, build_tokenizer=build)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; an absent file is an empty one.
+
+    Raises:
+      DexError: the file is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise DexError(f"{path} is not valid JSON ({error}): get it again.") from error
+    if not isinstance(content, dict):
+        raise DexError(f"{path} holds no JSON object: get it again.")
+    return content
+
+
+def _refuse_other_kinds(directory: Path, source: str) -> None:
+    weights = any(directory.glob("*.safetensors")) or (directory / "model.safetensors.index.json").is_file()
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        base = read_json(directory / "adapter_config.json").get("base_model_name_or_path", "its base model")
+        raise DexError(
+            f"{source} holds a LoRA adapter and no model of its own: merge it into {base} (merge_and_unload in peft), "
+            "save that and open the result."
+        )
+    if not (directory / "config.json").is_file():
+        raise DexError(f"{source} has no config.json: it is not a Hugging Face model directory.")
+    for name, method in _QUANTISED.items():
+        if (directory / name).is_file():
+            raise DexError(
+                f"{source} is quantised by {method}, which is not covered: use the unquantised model or a GGUF."
+            )
+    if not weights:
+        other = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        found = f" (only {other[0]})" if other else ""
+        raise DexError(f"{source} holds no safetensors weights{found}: convert or get them as model.safetensors.")
+
+
+def _tokenizer(directory: Path, eos_ids: tuple[int, ...], source: str) -> Tokenizer | None:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        for other in ("tokenizer.model", "vocab.json"):
+            if (directory / other).is_file():
+                raise DexError(
+                    f"{source} has its tokenizer only as {other}: save it once with transformers' AutoTokenizer, "
+                    "which writes tokenizer.json."
+                )
+        return None
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DexError(f"{path} cannot be read ({error}): get it again, or update tokenizers.") from error
+    settings = read_json(directory / "tokenizer_config.json")
+    return Tokenizer(
+        backend,
+        template=_template(directory, settings),
+        variables={name: _content(settings[name]) for name in _SPECIAL_NAMES if settings.get(name)},
+        eos_ids=eos_ids,
+        source=source,
+    )
+
+
+def _template(directory: Path, settings: dict[str, Any]) -> str | None:
+    own_file = directory / "chat_template.jinja"
+    if own_file.is_file():
+        return own_file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named.get("default")
+    return template
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]

@@ -1,0 +1,100 @@
+"""Canonical tensors: their names, their shapes, and what the two file formats call their parts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dex_jax.config import ModelConfig
+
+Shape = tuple[int, ...]
+
+# canonical name: (Hugging Face names, GGUF names). A canonical tensor is its parts, stacked along the rows in this order.
+_TOP = {
+    "embed": (("model.embed_tokens.weight",), ("token_embd.weight",)),
+    "final_norm": (("model.norm.weight",), ("output_norm.weight",)),
+    "unembed": (("lm_head.weight",), ("output.weight",)),
+}
+_LAYER = {
+    "attention_norm": (("input_layernorm.weight",), ("attn_norm.weight",)),
+    "qkv": (
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        ("attn_q.weight", "attn_k.weight", "attn_v.weight"),
+    ),
+    "qkv_bias": (
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
+    ),
+    "q_norm": (("self_attn.q_norm.weight",), ("attn_q_norm.weight",)),
+    "k_norm": (("self_attn.k_norm.weight",), ("attn_k_norm.weight",)),
+    "out": (("self_attn.o_proj.weight",), ("attn_output.weight",)),
+    "out_bias": (("self_attn.o_proj.bias",), ("attn_output.bias",)),
+    "mlp_norm": (("post_attention_layernorm.weight",), ("ffn_norm.weight",)),
+    "gate_up": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), ("ffn_gate.weight", "ffn_up.weight")),
+    "down": (("mlp.down_proj.weight",), ("ffn_down.weight",)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One tensor of a file: its name there and its expected shape."""
+
+    name: str
+    shape: Shape
+
+
+def layer_prefix(layer: int, *, gguf: bool) -> str:
+    """What the names of layer `layer`'s tensors begin with in a file."""
+    return f"blk.{layer}." if gguf else f"model.layers.{layer}."
+
+
+def canonical_parts(config: ModelConfig, *, gguf: bool) -> dict[str, tuple[Part, ...]]:
+    """Maps every canonical tensor of the model to the file's tensors that it is stacked from."""
+    parts = {}
+    for name, names in _TOP.items():
+        if name != "unembed" or not config.tied:
+            parts[name] = _parts(names[gguf], "", _part_shapes(name, config))
+    for layer in range(config.num_layers):
+        for name, names in _LAYER.items():
+            if _has(name, config):
+                prefix = layer_prefix(layer, gguf=gguf)
+                parts[f"layers.{layer}.{name}"] = _parts(names[gguf], prefix, _part_shapes(name, config))
+    return parts
+
+
+def stacked_shape(parts: tuple[Part, ...]) -> Shape:
+    """The shape of a canonical tensor: its parts, one above the other."""
+    return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+
+
+def _parts(names: tuple[str, ...], prefix: str, shapes: list[Shape]) -> tuple[Part, ...]:
+    return tuple(Part(prefix + name, shape) for name, shape in zip(names, shapes, strict=True))
+
+
+def _has(name: str, config: ModelConfig) -> bool:
+    optional = {
+        "qkv_bias": config.qkv_bias,
+        "out_bias": config.out_bias,
+        "q_norm": config.qk_norm,
+        "k_norm": config.qk_norm,
+    }
+    return optional.get(name, True)
+
+
+def _part_shapes(name: str, config: ModelConfig) -> list[Shape]:
+    D, F, V, d = config.width, config.mlp_width, config.vocab_size, config.head_dim
+    q, kv = config.num_heads * d, config.num_kv_heads * d
+    return {
+        "embed": [(V, D)],
+        "unembed": [(V, D)],
+        "final_norm": [(D,)],
+        "attention_norm": [(D,)],
+        "qkv": [(q, D), (kv, D), (kv, D)],
+        "qkv_bias": [(q,), (kv,), (kv,)],
+        "q_norm": [(d,)],
+        "k_norm": [(d,)],
+        "out": [(D, q)],
+        "out_bias": [(D,)],
+        "mlp_norm": [(D,)],
+        "gate_up": [(F, D), (F, D)],
+        "down": [(D, F)],
+    }[name]

@@ -1,0 +1,51 @@
+"""From a model's name to an opened checkpoint."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from dex_jax.errors import DexError
+from dex_jax.io.checkpoint import Checkpoint
+from dex_jax.io.gguf_file import GGUFFile
+from dex_jax.io.gguf_model import GGUFWeights, gguf_config
+from dex_jax.io.gguf_tokenizer import gguf_tokenizer
+from dex_jax.io.hub import ALIASES, download, is_hub_id, packaged_file
+from dex_jax.io.huggingface import open_directory
+
+
+def open_checkpoint(source: str) -> Checkpoint:
+    """Opens a model's checkpoint: reads configuration and headers, no weights.
+
+    Args:
+      source: an alias (a key of `ALIASES`), a `.gguf` file, a Hugging Face directory, or a hub id "owner/name", tried in
+        this order. A hub id that is not in the hub's cache is downloaded, after a line on stderr that says how much.
+
+    Returns:
+      The checkpoint.
+
+    Raises:
+      DexError: nothing of that name, an architecture or a quantisation that is not covered, or incomplete files.
+    """
+    source = str(source)
+    target = ALIASES.get(source.lower(), source)
+    if target.startswith("package:"):
+        return _open_gguf(packaged_file(target))
+    path = Path(target).expanduser()
+    if target.lower().endswith(".gguf"):
+        if not path.is_file():
+            raise DexError(f"There is no file {path}: check the path.")
+        return _open_gguf(path)
+    if path.is_dir():
+        return open_directory(path, str(path))
+    if is_hub_id(target):
+        return open_directory(download(target), target)
+    kind = "a file, but no .gguf file," if path.exists() else "no alias, .gguf file, directory or hub id (owner/name)"
+    raise DexError(f"{source!r} is {kind} and so names no model: use one of those, or an alias: {', '.join(ALIASES)}.")
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    file = GGUFFile(path)
+    config = gguf_config(file)
+    build = partial(gguf_tokenizer, file.metadata, config.eos_ids, str(path))
+    return Checkpoint(config, str(path), GGUFWeights(file, config), gguf=True, build_tokenizer=build)

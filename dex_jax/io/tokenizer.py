@@ -1,0 +1,128 @@
+"""One tokenizer for every checkpoint: text to ids and back, and chat messages to ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from dex_jax.errors import DexError
+from dex_jax.io import chat
+
+# tokenizers, jinja2, gguf, safetensors and huggingface_hub are imported where they are used, here and in the rest of this
+# folder: together they would double the time that `import dex_jax` takes.
+if TYPE_CHECKING:
+    import tokenizers
+
+_MARK = "dexmarker"
+
+
+class Tokenizer:
+    """Wraps `tokenizers.Tokenizer` with a chat template and the ids that end a turn."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        template: str | None = None,
+        variables: dict[str, Any] | None = None,
+        eos_ids: Sequence[int] = (),
+        source: str = "this tokenizer",
+    ):
+        """Wraps a ready tokenizer.
+
+        Args:
+          backend: does the work.
+          template: the chat template, jinja2 text.
+          variables: further names that the template may use, such as bos_token.
+          eos_ids: ids that end a sequence by the model's own configuration.
+          source: where it came from, for error messages.
+        """
+        self.backend = backend
+        self._template = template
+        self._variables = dict(variables or {})
+        self._config_eos_ids = tuple(eos_ids)
+        self._source = source
+        backend.no_truncation()
+        backend.no_padding()
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the tokenizer knows, added tokens included. The model's own vocabulary may be larger."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` works."""
+        return self._template is not None
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens, which `decode` skips by default."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a chat turn, ascending: the configuration's and the one that the template writes there."""
+        return tuple(sorted({*self._config_eos_ids, *self._template_eos_ids()}))
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Text to ids.
+
+        Args:
+          text: any string; names of special tokens in it become those tokens.
+          add_special: add what the tokenizer puts around a sequence, such as BOS.
+
+        Returns:
+          Token ids.
+        """
+        return self.backend.encode(text, add_special_tokens=add_special).ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Ids to text; ids that the tokenizer does not know give nothing.
+
+        Args:
+          ids: token ids.
+          skip_special: leave special tokens out.
+
+        Returns:
+          The text, with U+FFFD where bytes are no UTF-8.
+        """
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token_text(self, token_id: int) -> str:
+        """What one token reads as by itself, special tokens by their names."""
+        return self.decode([token_id], skip_special=False)
+
+    def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Chat messages to ids.
+
+        Args:
+          messages: dictionaries with strings "role" and "content".
+          add_generation_prompt: end with what opens the assistant's answer.
+
+        Returns:
+          Token ids. BOS is there once if the template writes it, and not otherwise.
+
+        Raises:
+          DexError: no chat template, or messages that it does not accept.
+        """
+        return self.encode(self.render(messages, add_generation_prompt), add_special=False)
+
+    def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The text that `chat` encodes. Arguments and errors as there."""
+        if self._template is None:
+            raise DexError(f"{self._source} has no chat template: give plain text and turn chat off.")
+        chat.check_messages(messages)
+        return chat.render(self._template, messages, add_generation_prompt, self._variables, self._source)
+
+    def _template_eos_ids(self) -> list[int]:
+        if self._template is None:
+            return []
+        try:
+            text = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}], False)
+        except DexError:
+            return []
+        after = text.rpartition(_MARK)[2] if _MARK in text else ""
+        following = self.encode(after.lstrip(), add_special=False)[:1]
+        return [i for i in following if i in self.special_ids]
