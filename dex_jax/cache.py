@@ -1,0 +1,81 @@
+"""Keys and values: of the committed prefix, and of the lattice.
+
+The committed cache holds absolute positions; the lattice cache holds the K W slots of the ring of cohorts, which are
+written once and never move. Both come per layer in the unrolled layout (tuples of L arrays) and with leading axes
+[l, K] in the stacked one; every function here maps over whichever it is given.
+
+Letters: B sequences, S cache length, K stages, W rows a stage, l layers per stage, G key-value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dex_jax.config import ModelConfig
+from dex_jax.nn.transformer import Layout, Stacked
+
+Leaves = Any  # a tuple of L arrays, or one array with leading axes [l, K]
+
+
+class Memory(NamedTuple):
+    """What a network remembers of a batch.
+
+    Attributes:
+      keys, values: committed prefix, [B, S, G, d] a layer.
+      lattice_keys, lattice_values: lattice slots, [B, K W, G, d] a layer; K W is 0 outside DEX.
+    """
+
+    keys: Leaves
+    values: Leaves
+    lattice_keys: Leaves
+    lattice_values: Leaves
+
+
+def allocate(config: ModelConfig, layout: Layout, batch: int, length: int, slots: int, dtype: jnp.dtype) -> Memory:
+    """Empty memory for `batch` sequences of at most `length` committed positions and `slots` = K W lattice slots."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes(config, layout, batch, length, slots, dtype))
+
+
+def shapes(config: ModelConfig, layout: Layout, batch: int, length: int, slots: int, dtype: jnp.dtype) -> Memory:
+    """As `allocate`, as jax.ShapeDtypeStruct and without any array."""
+
+    def leaves(positions: int) -> Leaves:
+        leaf = (batch, positions, config.num_kv_heads, config.head_dim)
+        if isinstance(layout, Stacked):
+            return jax.ShapeDtypeStruct((layout.stage_layers, len(layout.depths), *leaf), dtype)
+        return tuple(jax.ShapeDtypeStruct(leaf, dtype) for _ in range(config.num_layers))
+
+    return Memory(leaves(length), leaves(length), leaves(slots), leaves(slots))
+
+
+def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """Writes R consecutive positions of each sequence: cache [B, S, G, d], new [B, R, G, d], start [B]."""
+    if cache.shape[0] == 1:
+        return jax.lax.dynamic_update_slice(cache, new, (0, start[0], 0, 0))
+    return jax.vmap(lambda c, n, s: jax.lax.dynamic_update_slice(c, n, (s, 0, 0)))(cache, new, start)
+
+
+def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax.Array) -> Memory:
+    """Copies one lattice slot of each sequence to its committed position.
+
+    Args:
+      memory: any layout.
+      slot: [B] int32 lattice slot.
+      position: [B] int32 position in the committed cache.
+      where: [B] bool; other sequences are left as they are.
+    """
+
+    def leaf(cache: jax.Array, lattice: jax.Array) -> jax.Array:
+        if cache.ndim > 4:
+            return jax.vmap(leaf)(cache, lattice)
+        new = jnp.take_along_axis(lattice, slot[:, None, None, None], axis=1)
+        old = jnp.take_along_axis(cache, position[:, None, None, None], axis=1, mode="clip")
+        return write_rows(cache, jnp.where(where[:, None, None, None], new, old), position)
+
+    return memory._replace(
+        keys=jax.tree.map(leaf, memory.keys, memory.lattice_keys),
+        values=jax.tree.map(leaf, memory.values, memory.lattice_values),
+    )

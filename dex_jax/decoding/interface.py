@@ -1,0 +1,72 @@
+"""What the decode loop asks of a network: a handful of callables over arrays, as in mctx.
+
+The loop never sees a model. Whoever has one (this package's transformer, or any other) hands over these functions,
+usually closures over weights that are arguments of the caller's own jit.
+
+Letters: B sequences, W rows a stage, K stages, D model width, V vocabulary, N gathered rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class StageView(NamedTuple):
+    """The lattice as the stages see it in one tick; index k - 1 along K is stage k.
+
+    Attributes:
+      ring: [K] int32, the ring row whose cohort each stage runs. Row w of stage k stands in slot ring[k - 1] * W + w.
+      token: [K, B, W] int32.
+      position: [K, B, W] int32, absolute positions.
+      live: [K, B, W] bool; what is computed for other rows is never read.
+      ancestors: [K, B, W, K W] bool, the slots each row attends to, itself included.
+      prefix: [B] int32, how many committed positions every row of a sequence attends to.
+    """
+
+    ring: jax.Array
+    token: jax.Array
+    position: jax.Array
+    live: jax.Array
+    ancestors: jax.Array
+    prefix: jax.Array
+
+
+class Exits(NamedTuple):
+    """The heads of exits 1..K-1.
+
+    Attributes:
+      features: (hidden [K - 1, B, W, D], StageView) -> [K - 1, B, W, D'], what differs from exit to exit.
+      logits: [N, D'] -> [N, V'] float32, what all exits share; the loop calls it for the rows that propose only.
+      vocabulary: [V'] int32, the full token id of each column, or None when V' = V.
+      columns: [V] int32, the column of each full token id and V' for those without one; None when V' = V.
+    """
+
+    features: Callable[[jax.Array, StageView], jax.Array]
+    logits: Callable[[jax.Array], jax.Array]
+    vocabulary: jax.Array | None = None
+    columns: jax.Array | None = None
+
+
+class Network(NamedTuple):
+    """A decoder cut into K stages.
+
+    Attributes:
+      vocab_size: V.
+      embed: (tokens [B, W], positions [B, W]) -> hidden [B, W, D] at depth 0.
+      advance: (memory, hidden [K, B, W, D], StageView) -> (hidden, memory): every stage runs its cohort once; stage k
+        reads index k - 1. Committed positions in memory must not change.
+      commit: (memory, slot [B], position [B], where [B] bool) -> memory: appends a finished lattice slot to the
+        committed prefix.
+      final: hidden [B, D] at depth L -> logits [B, V] float32.
+      exits: heads of exits 1..K-1, None for K = 1.
+    """
+
+    vocab_size: int
+    embed: Callable[[jax.Array, jax.Array], jax.Array]
+    advance: Callable[[Any, jax.Array, StageView], tuple[jax.Array, Any]]
+    commit: Callable[[Any, jax.Array, jax.Array, jax.Array], Any]
+    final: Callable[[jax.Array], jax.Array]
+    exits: Exits | None

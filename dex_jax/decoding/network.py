@@ -1,0 +1,191 @@
+"""The transformer as the decode loop's callables, in both weight layouts.
+
+Letters: B sequences, W rows a stage, K stages, l layers in a stage, D width, S cache length, G key-value heads,
+d head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dex_jax.cache import Memory, commit_slot, write_rows
+from dex_jax.decoding.interface import Exits, Network, StageView
+from dex_jax.decoding.ladder import climb, rungs
+from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
+from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
+
+
+def transformer_network(model: Transformer, depths: tuple[int, ...], exits: Exits | None) -> Network:
+    """The callables of `model` cut at exit depths x_1 < ... < x_K = L; a stacked model must be stacked for them."""
+    advance = _advance_stacked if isinstance(model.layout, Stacked) else _advance_unrolled
+
+    return Network(
+        vocab_size=model.config.vocab_size,
+        embed=lambda tokens, positions: model.embed_tokens(jnp.maximum(tokens, 0)),
+        advance=lambda memory, hidden, view: advance(model, depths, memory, hidden, view),
+        commit=commit_slot,
+        final=model.logits,
+        exits=exits,
+    )
+
+
+def shared_exits(model: Transformer) -> Exits:
+    """Exits of kind "shared": the model's own final norm and unembedding at every depth."""
+    return Exits(features=lambda hidden, view: model.normed(hidden), logits=model.unembedding)
+
+
+def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, Memory]:
+    """Runs R consecutive tokens of each sequence through all layers and commits their keys and values.
+
+    Args:
+      model: any layout.
+      memory: committed positions 0 .. start - 1 are attended to.
+      tokens: [B, R] int32; what lies beyond a sequence's end may be anything, later calls overwrite it.
+      start: [B] int32 absolute position of the first; start + R must not pass the cache's end.
+
+    Returns:
+      (hidden states [B, R, D] at depth L, memory).
+    """
+    positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
+    table = rope_table(positions, model.config)
+    x = model.embed_tokens(tokens)
+
+    def layer_step(layer: DecoderLayer, x, keys, values):
+        queries, new_keys, new_values = layer.project(x, table)
+        keys, values = write_rows(keys, new_keys, start), write_rows(values, new_values, start)
+        visible = jnp.arange(keys.shape[1])[None, None, :] <= positions[:, :, None]
+        return layer.finish(x, attend(queries, [KeyValues(keys, values, visible)])), keys, values
+
+    if not isinstance(model.layout, Stacked):
+        all_keys, all_values = list(memory.keys), list(memory.values)
+        for i, layer in enumerate(model.layers):
+            x, all_keys[i], all_values[i] = layer_step(layer, x, all_keys[i], all_values[i])
+        return x, memory._replace(keys=tuple(all_keys), values=tuple(all_values))
+
+    layout = model.layout
+    graph, weights = nnx.split(model.layers)
+    places = jnp.asarray([layout.place(i) for i in range(model.config.num_layers)])
+
+    def scan_body(carry, place):
+        x, keys, values = carry
+        j, k = place[0], place[1]
+        layer = nnx.merge(graph, jax.tree.map(lambda w: w[j, k], weights))
+        x, new_keys, new_values = layer_step(layer, x, keys[j, k], values[j, k])
+        return (x, keys.at[j, k].set(new_keys), values.at[j, k].set(new_values)), None
+
+    (x, keys, values), _ = jax.lax.scan(scan_body, (x, memory.keys, memory.values), places)
+    return x, memory._replace(keys=keys, values=values)
+
+
+def _stage_layer(
+    layer: DecoderLayer, x: jax.Array, table, committed: tuple, lattice: tuple, masks: tuple
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One layer over one cohort, [B, w, D]: returns (x, keys, values) of the rows, memory untouched.
+
+    A node sees the committed prefix, its ancestors in the lattice, and itself; its ancestors ran this stage in
+    earlier ticks, so nothing of this tick but its own key is missing from memory.
+    """
+    prefix_mask, ancestor_mask = masks
+    rows = x.shape[1]
+    queries, keys, values = layer.project(x, table)
+    itself = jnp.broadcast_to(jnp.eye(rows, dtype=bool)[None], (x.shape[0], rows, rows))
+    in_lattice = KeyValues(
+        jnp.concatenate([lattice[0], keys], axis=1),
+        jnp.concatenate([lattice[1], values], axis=1),
+        jnp.concatenate([ancestor_mask, itself], axis=2),
+    )
+    attended = attend(queries, [KeyValues(*committed, prefix_mask), in_lattice])
+    return layer.finish(x, attended), keys, values
+
+
+def _masks(view: StageView, length: int) -> tuple[jax.Array, jax.Array]:
+    """(committed [B, 1, S], ancestors without the node itself [K, B, W, K W])."""
+    stages, _, rows, slots = view.ancestors.shape
+    prefix = (jnp.arange(length)[None, :] < view.prefix[:, None])[:, None, :]
+    own = view.ring[:, None] * rows + jnp.arange(rows)[None, :]
+    not_own = jnp.arange(slots)[None, None, :] != own[:, :, None]
+    return prefix, view.ancestors & not_own[:, None]
+
+
+def _advance_unrolled(
+    model: Transformer, depths: tuple[int, ...], memory: Memory, hidden: jax.Array, view: StageView
+) -> tuple[jax.Array, Memory]:
+    stages, batch, rows, _ = hidden.shape
+    prefix_mask, ancestor_mask = _masks(view, memory.keys[0].shape[1])
+    # Survivors of a collapse stand anywhere in a cohort: the row count that matters is the last live one.
+    used = jnp.max(jnp.where(view.live, jnp.arange(1, rows + 1)[None, None, :], 0), axis=(1, 2))
+    out, lattice_keys, lattice_values = [], list(memory.lattice_keys), list(memory.lattice_values)
+
+    for k, stage in enumerate(stage_ranges(depths)):
+
+        def run_stage(width: int, k: int = k, stage: range = stage) -> Any:
+            if width == 0:
+                nothing = jnp.zeros((batch, rows, *memory.keys[0].shape[2:]), memory.keys[0].dtype)
+                return hidden[k], tuple((nothing, nothing) for _ in stage)
+            x = hidden[k, :, :width]
+            table = rope_table(view.position[k, :, :width], model.config)
+            masks = prefix_mask, ancestor_mask[k, :, :width]
+            fresh = []
+            for i in stage:
+                committed = memory.keys[i], memory.values[i]
+                lattice = memory.lattice_keys[i], memory.lattice_values[i]
+                x, keys, values = _stage_layer(model.layers[i], x, table, committed, lattice, masks)
+                fresh.append((_pad_rows(keys, rows), _pad_rows(values, rows)))
+            return _pad_rows(x, rows), tuple(fresh)
+
+        x, fresh = climb(used[k], (0, *rungs(rows)), run_stage)
+        out.append(x)
+        start = jnp.full(batch, view.ring[k] * rows)
+        for i, (keys, values) in zip(stage, fresh, strict=True):
+            lattice_keys[i] = _write_cohort(lattice_keys[i], keys, start)
+            lattice_values[i] = _write_cohort(lattice_values[i], values, start)
+    memory = memory._replace(lattice_keys=tuple(lattice_keys), lattice_values=tuple(lattice_values))
+    return jnp.stack(out), memory
+
+
+def _advance_stacked(
+    model: Transformer, depths: tuple[int, ...], memory: Memory, hidden: jax.Array, view: StageView
+) -> tuple[jax.Array, Memory]:
+    assert isinstance(model.layout, Stacked)
+    assert model.layout.depths == depths
+    rows = hidden.shape[2]
+    prefix_mask, ancestor_mask = _masks(view, memory.keys.shape[3])
+    graph, weights = nnx.split(model.layers)
+    table = rope_table(view.position, model.config)
+
+    def one_stage(weights, x, table, keys, values, lattice_keys, lattice_values, ancestors):
+        layer = nnx.merge(graph, weights)
+        masks = prefix_mask, ancestors
+        return _stage_layer(layer, x, table, (keys, values), (lattice_keys, lattice_values), masks)
+
+    def scan_body(x, layer):
+        x, keys, values = jax.vmap(one_stage)(layer[0], x, table, *layer[1:], ancestor_mask)
+        return x, (keys, values)
+
+    hidden, (keys, values) = jax.lax.scan(scan_body, hidden, (weights, *memory))
+    slot = view.ring * rows
+
+    def write(lattice: jax.Array, fresh: jax.Array) -> jax.Array:
+        over_stages = jax.vmap(lambda c, n, s: _write_cohort(c, n, jnp.full(c.shape[0], s)), (0, 0, 0))
+        return jax.vmap(over_stages, (0, 0, None))(lattice, fresh, slot)
+
+    memory = memory._replace(
+        lattice_keys=write(memory.lattice_keys, keys), lattice_values=write(memory.lattice_values, values)
+    )
+    return hidden, memory
+
+
+def _write_cohort(lattice: jax.Array, fresh: jax.Array, start: jax.Array) -> jax.Array:
+    """Writes a cohort's rows at its slots, the same for every sequence: lattice [B, K W, G, d], fresh [B, W, G, d]."""
+    return jax.lax.dynamic_update_slice(lattice, fresh, (0, start[0], 0, 0))
+
+
+def _pad_rows(x: jax.Array, rows: int) -> jax.Array:
+    """Fills axis 1 of x [B, w, ...] with zeros up to W."""
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (0, rows - x.shape[1])
+    return jnp.pad(x, padding)

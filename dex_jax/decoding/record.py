@@ -1,0 +1,83 @@
+"""What a method has emitted so far, in fixed shapes, and the rule that ends a sequence."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dex_jax.lattice import NO_TOKEN
+
+PREFILL_EXIT = -1
+"""`exits` of token 0, which the prefill gives."""
+
+
+class Limits(NamedTuple):
+    """When a sequence ends.
+
+    Attributes:
+      max_new_tokens: [B] int32, at least 1, at most the width of Record.tokens.
+      eos_ids: [E] int32, tokens that end a sequence (and are emitted).
+    """
+
+    max_new_tokens: jax.Array
+    eos_ids: jax.Array
+
+
+class Record(NamedTuple):
+    """Emitted tokens.
+
+    Attributes:
+      tokens: [B, T] int32, NO_TOKEN beyond each length.
+      exits: [B, T] int32, born_at of each token; PREFILL_EXIT for token 0 and beyond the length.
+      lengths: [B] int32.
+      ticks: [B] int32, frozen when a sequence ends.
+      done: [B] bool.
+    """
+
+    tokens: jax.Array
+    exits: jax.Array
+    lengths: jax.Array
+    ticks: jax.Array
+    done: jax.Array
+
+
+def begin(first_token: jax.Array, capacity: int, limits: Limits) -> Record:
+    """A record that holds token 0: first_token [B] int32, capacity T."""
+    batch = first_token.shape[0]
+    blank = jnp.full((batch, capacity), NO_TOKEN, jnp.int32)
+    return Record(
+        tokens=blank.at[:, 0].set(first_token),
+        exits=jnp.full((batch, capacity), PREFILL_EXIT, jnp.int32),
+        lengths=jnp.ones(batch, jnp.int32),
+        ticks=jnp.zeros(batch, jnp.int32),
+        done=_ends(first_token, jnp.ones(batch, jnp.int32), limits),
+    )
+
+
+def emit(record: Record, token: jax.Array, born_at: jax.Array, where: jax.Array, limits: Limits) -> Record:
+    """Appends one token to the sequences of `where`, after one tick for all that are not done.
+
+    Args:
+      record: so far.
+      token: [B] int32.
+      born_at: [B] int32.
+      where: [B] bool; must be False for sequences that are done.
+      limits: when a sequence ends.
+    """
+    place = jnp.where(where, record.lengths, record.tokens.shape[1])
+    sequences = jnp.arange(record.tokens.shape[0])
+    lengths = record.lengths + where
+    return Record(
+        tokens=record.tokens.at[sequences, place].set(token, mode="drop"),
+        exits=record.exits.at[sequences, place].set(born_at, mode="drop"),
+        lengths=lengths,
+        ticks=record.ticks + ~record.done,
+        done=record.done | (where & _ends(token, lengths, limits)),
+    )
+
+
+def _ends(token: jax.Array, lengths: jax.Array, limits: Limits) -> jax.Array:
+    is_eos = jnp.any(token[:, None] == limits.eos_ids[None, :], axis=1)
+    return is_eos | (lengths >= limits.max_new_tokens)

@@ -1,0 +1,214 @@
+"""One decoder layer of the Llama family: projections, rotary positions, grouped-query attention, gated mlp.
+
+Letters: B sequences, R rows a sequence (tokens of a prompt chunk, or lattice nodes), D width, H query heads,
+G key-value heads, d head width, F mlp width, S keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dex_jax.config import ModelConfig
+
+MASKED_SCORE = -1e30
+
+
+class KeyValues(NamedTuple):
+    """Keys (after RoPE) and values that rows may attend to.
+
+    Attributes:
+      keys: [B, S, G, d].
+      values: [B, S, G, d].
+      mask: [B, R, S] bool, which of them each row sees; broadcasting over R is allowed.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    mask: jax.Array
+
+
+def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """The dot precision under which `dtype` means what it says.
+
+    GPUs and TPUs compute float32 products in TF32 or bfloat16 passes unless told otherwise.
+    """
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, out_dtype=None) -> jax.Array:
+    """x @ kernel.T (+ bias).
+
+    Args:
+      x: [..., in].
+      kernel: [out, in], the orientation of the checkpoints.
+      bias: [out] or None.
+      out_dtype: accumulation and result dtype; None keeps x's.
+
+    Returns:
+      [..., out].
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = jax.lax.platform_dependent(rows, kernel, cpu=_kernel_times_columns, default=_rows_times_kernel)
+    out = out.astype(out_dtype or x.dtype)
+    if bias is not None:
+        out = out + bias
+    return out.reshape(*x.shape[:-1], kernel.shape[0])
+
+
+def _rows_times_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(
+        rows,
+        kernel,
+        (((1,), (1,)), ((), ())),
+        precision=matmul_precision(kernel.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _kernel_times_columns(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    # On CPUs, few rows: [out, in] @ [in, R] runs 1.2 to 1.6 times as fast as the transposed product, which XLA would
+    # turn it back into without the barriers (benchmarks/matmul_orientation.py).
+    columns = jax.lax.optimization_barrier(rows.T)
+    out = jax.lax.dot_general(
+        kernel,
+        columns,
+        (((1,), (0,)), ((), ())),
+        precision=matmul_precision(kernel.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return jax.lax.optimization_barrier(out).T
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Rotary angle per position, [d / 2] float32; the "llama3" ramp as in Llama 3.1's release."""
+    half = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1.0 / np.float32(config.rope_theta) ** half).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / np.float32(scaling.factor)
+    wavelength = 2 * np.pi / frequencies
+    turns = scaling.original_context / wavelength
+    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    ramp = np.clip(ramp, 0.0, 1.0)
+    return ((1 - ramp) * frequencies / scaling.factor + ramp * frequencies).astype(np.float32)
+
+
+def rope_table(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) at absolute positions: [...] int32 -> two of [..., d / 2] float32."""
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates heads by their positions: x [..., heads, d], table of [..., d / 2]; pairs are (i, i + d / 2)."""
+    cos, sin = (t[..., None, :] for t in table)
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+def attend(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
+    """Grouped-query attention over the union of several key-value sets, softmax in float32.
+
+    Args:
+      queries: [B, R, H, d].
+      sources: sets whose scores share one softmax; every row must see at least one key.
+
+    Returns:
+      [B, R, H, d] in queries' dtype.
+    """
+    batch, rows, heads, width = queries.shape
+    groups = sources[0].keys.shape[2]
+    precision = matmul_precision(queries.dtype)
+    grouped = (queries * np.float32(width**-0.5).astype(queries.dtype)).reshape(batch, rows, groups, -1, width)
+    scores = [
+        jnp.where(
+            source.mask[:, None, :, None, :],
+            jnp.einsum(
+                "brgjd,bsgd->bgrjs",
+                grouped,
+                source.keys,
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            ),
+            MASKED_SCORE,
+        )
+        for source in sources
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
+    weights = weights.astype(queries.dtype)
+    bounds = np.cumsum([source.keys.shape[1] for source in sources])[:-1]
+    out = sum(
+        jnp.einsum(
+            "bgrjs,bsgd->brgjd",
+            part,
+            source.values,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        for part, source in zip(jnp.split(weights, bounds, axis=-1), sources, strict=True)
+    )
+    return out.reshape(batch, rows, heads, width).astype(queries.dtype)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and gated mlp, with the query-key-value and gate-up projections fused.
+
+    Every parameter may carry leading axes (a stacked layout); the methods work on one layer's slice.
+
+    Args:
+      config: shapes.
+      init: (name, shape, kind) -> array, kind "kernel", "scale" or "bias".
+    """
+
+    def __init__(self, config: ModelConfig, init):
+        c = config
+        self.attention_norm = nnx.Param(init("attention_norm", (c.width,), "scale"))
+        self.qkv = nnx.Param(init("qkv", (c.qkv_width, c.width), "kernel"))
+        self.qkv_bias = nnx.Param(init("qkv_bias", (c.qkv_width,), "bias")) if c.qkv_bias else None
+        self.q_norm = nnx.Param(init("q_norm", (c.head_dim,), "scale")) if c.qk_norm else None
+        self.k_norm = nnx.Param(init("k_norm", (c.head_dim,), "scale")) if c.qk_norm else None
+        self.out = nnx.Param(init("out", (c.width, c.num_heads * c.head_dim), "kernel"))
+        self.out_bias = nnx.Param(init("out_bias", (c.width,), "bias")) if c.out_bias else None
+        self.mlp_norm = nnx.Param(init("mlp_norm", (c.width,), "scale"))
+        self.gate_up = nnx.Param(init("gate_up", (2 * c.mlp_width, c.width), "kernel"))
+        self.down = nnx.Param(init("down", (c.width, c.mlp_width), "kernel"))
+        self.config = config
+
+    def project(self, x: jax.Array, table) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Hidden states [B, R, D] -> queries [B, R, H, d], keys and values [B, R, G, d], rotated by `table`."""
+        c = self.config
+        normed = rms_norm(x, self.attention_norm[...], c.norm_eps)
+        qkv = linear(normed, self.qkv[...], _value(self.qkv_bias))
+        heads = qkv.reshape(*x.shape[:-1], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        queries, keys, values = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=-2)
+        if c.qk_norm:
+            queries = rms_norm(queries, self.q_norm[...], c.norm_eps)
+            keys = rms_norm(keys, self.k_norm[...], c.norm_eps)
+        return rotate(queries, table), rotate(keys, table), values
+
+    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """Adds the attention output [B, R, H, d] and then the mlp to x [B, R, D]."""
+        flat = attended.reshape(*x.shape[:-1], -1)
+        x = x + linear(flat, self.out[...], _value(self.out_bias))
+        normed = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
+        gate, up = jnp.split(linear(normed, self.gate_up[...]), 2, axis=-1)
+        return x + linear(jax.nn.silu(gate) * up, self.down[...])
+
+
+def _value(param):
+    return None if param is None else param[...]

@@ -1,0 +1,217 @@
+"""The Llama-family decoder as a flax.nnx module, in one of two weight layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dex_jax.config import ModelConfig
+from dex_jax.nn.layers import DecoderLayer, linear, rms_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Unrolled:
+    """L separate layers, whatever the stages; no padding. The default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """Layers as arrays [l, K, ...], l the longest stage, shorter stages padded with zero layers.
+
+    A zero layer adds zero to its input, so padding needs no mask.
+
+    Attributes:
+      depths: exit depths x_1 < ... < x_K = L.
+    """
+
+    depths: tuple[int, ...]
+
+    @property
+    def stage_layers(self) -> int:
+        """l, the number of layers in the longest stage."""
+        return max(len(stage) for stage in stage_ranges(self.depths))
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """Where a layer (0-based) lives: (index within its stage, 0-based stage)."""
+        for k, stage in enumerate(stage_ranges(self.depths)):
+            if layer in stage:
+                return layer - stage.start, k
+        raise IndexError(layer)
+
+
+Layout = Unrolled | Stacked
+
+
+def stage_ranges(depths: tuple[int, ...]) -> list[range]:
+    """0-based layers of each stage for exit depths x_1 < ... < x_K."""
+    return [range(lo, hi) for lo, hi in zip((0, *depths[:-1]), depths, strict=True)]
+
+
+class Transformer(nnx.Module):
+    """Embedding, decoder layers, final norm and unembedding.
+
+    Args:
+      config: shapes and constants.
+      layout: Unrolled() keeps `layers` as a list of L modules, Stacked(depths) as one module with leading axes [l, K].
+      init: (name, shape, kind) -> array, with canonical names ("embed", "layers.3.qkv"; "layers.*.qkv" when stacked).
+    """
+
+    def __init__(self, config: ModelConfig, layout: Layout, init: Callable[..., jax.Array]):
+        self.config = config
+        self.layout = layout
+        self.embed = nnx.Param(init("embed", (config.vocab_size, config.width), "kernel"))
+        self.final_norm = nnx.Param(init("final_norm", (config.width,), "scale"))
+        self.unembed = None if config.tied else nnx.Param(init("unembed", (config.vocab_size, config.width), "kernel"))
+        if isinstance(layout, Unrolled):
+            self.layers = _module_list(
+                DecoderLayer(config, _named(init, f"layers.{i}")) for i in range(config.num_layers)
+            )
+        else:
+            lead = (layout.stage_layers, len(layout.depths))
+            self.layers = DecoderLayer(config, lambda name, shape, kind: init(f"layers.*.{name}", lead + shape, kind))
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """[...] int32 -> [..., D]."""
+        return jnp.take(self.embed[...], tokens, axis=0)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Final norm and unembedding: [..., D] -> [..., V] float32 (exit K, and every exit of kind "shared")."""
+        return self.unembedding(self.normed(hidden))
+
+    def normed(self, hidden: jax.Array) -> jax.Array:
+        """The final norm: [..., D] -> [..., D]."""
+        return rms_norm(hidden, self.final_norm[...], self.config.norm_eps)
+
+    def unembedding(self, features: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V] float32."""
+        kernel = self.embed if self.unembed is None else self.unembed
+        return linear(features, kernel[...], out_dtype=jnp.float32)
+
+
+def layer_parameters(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Parameter name within a layer -> (shape, kind), read off the module itself."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def record(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+        found[name] = (shape, kind)
+        return jnp.zeros(shape)
+
+    jax.eval_shape(lambda: nnx.state(DecoderLayer(config, record)))
+    return found
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every parameter in the unrolled layout."""
+    shapes = {"embed": (config.vocab_size, config.width), "final_norm": (config.width,)}
+    if not config.tied:
+        shapes["unembed"] = (config.vocab_size, config.width)
+    layer = layer_parameters(config)
+    for i in range(config.num_layers):
+        shapes |= {f"layers.{i}.{name}": shape for name, (shape, _) in layer.items()}
+    return shapes
+
+
+def build(config: ModelConfig, layout: Layout, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Transformer:
+    """A transformer whose weights come from `read`, one canonical tensor at a time.
+
+    Args:
+      config: shapes.
+      layout: which layout to build; a stacked array is filled on the host, layer by layer, before it is moved.
+      read: canonical name -> array of any float dtype.
+      dtype: dtype of every parameter.
+    """
+
+    def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+        del kind
+        if ".*." not in name:
+            return _to_device(read(name), dtype)
+        assert isinstance(layout, Stacked)
+        host = np.zeros(shape, dtype)
+        for i in range(config.num_layers):
+            host[layout.place(i)] = read(name.replace("*", str(i)))
+        return jnp.asarray(host)
+
+    return Transformer(config, layout, init)
+
+
+def random_transformer(config: ModelConfig, layout: Layout, seed: int, dtype=jnp.float32) -> Transformer:
+    """Random weights (normal kernels of standard deviation 1 / sqrt(in), unit norms), equal in both layouts."""
+    kinds = {"embed": "kernel", "unembed": "kernel", "final_norm": "scale"}
+    kinds |= {name: kind for name, (_, kind) in layer_parameters(config).items()}
+    shapes = parameter_shapes(config)
+    order = {name: i for i, name in enumerate(shapes)}
+
+    def read(name: str) -> np.ndarray:
+        rng = np.random.default_rng([seed, order[name]])
+        shape, kind = shapes[name], kinds[name.split(".")[-1]]
+        if kind == "scale":
+            return np.ones(shape, np.float32)
+        deviation = 0.02 if kind == "bias" else shape[-1] ** -0.5
+        return (rng.standard_normal(shape) * deviation).astype(np.float32)
+
+    return build(config, layout, read, dtype)
+
+
+def relayout(model: Transformer, layout: Layout) -> Transformer:
+    """The same weights in another layout.
+
+    The old arrays are deleted as they are copied, layer by layer, so that one layout is resident at a time: `model`
+    must not be used afterwards. Returns `model` itself when nothing changes.
+    """
+    if model.layout == layout:
+        return model
+    config, old = model.config, model.layout
+    if isinstance(old, Stacked) and isinstance(layout, Stacked):
+        return relayout(relayout(model, Unrolled()), layout)
+    taken = {"embed": model.embed, "final_norm": model.final_norm, "unembed": model.unembed}
+
+    def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+        del kind
+        if name in taken:
+            return taken[name][...]
+        _, index, field = name.split(".")
+        if index != "*":
+            assert isinstance(old, Stacked)
+            return getattr(model.layers, field)[...][old.place(int(index))]
+        assert isinstance(layout, Stacked)
+        out = jnp.zeros(shape, model.embed[...].dtype)
+        for i in range(config.num_layers):
+            layer = getattr(model.layers[i], field)[...]
+            out = _place(out, layer, layout.place(i))
+            layer.delete()
+        return out
+
+    new = Transformer(config, layout, init)
+    if isinstance(old, Stacked):
+        for leaf in jax.tree.leaves(nnx.state(model.layers)):
+            leaf.delete()
+    return new
+
+
+def parameter_bytes(model: Transformer) -> int:
+    """Bytes of all parameters, a tied embedding counted once."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(out: jax.Array, layer: jax.Array, place: tuple[int, int]) -> jax.Array:
+    return out.at[place].set(layer)
+
+
+def _to_device(host: np.ndarray, dtype: jnp.dtype) -> jax.Array:
+    return jnp.asarray(np.asarray(host, dtype=dtype))
+
+
+def _named(init, prefix: str):
+    return lambda name, shape, kind: init(f"{prefix}.{name}", shape, kind)
+
+
+def _module_list(modules: Iterator[nnx.Module]):
+    # flax 0.11 has no nnx.List and takes a plain list; later ones refuse one.
+    return nnx.List(modules) if hasattr(nnx, "List") else list(modules)
