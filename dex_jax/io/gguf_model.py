@@ -12,8 +12,6 @@ from dex_jax.errors import DexError
 from dex_jax.io.gguf_file import GGUFFile
 
 _FAMILIES = ("llama", "qwen2", "qwen3")
-# What every published Llama 3.x uses; a GGUF file keeps only the factors that follow from it.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 8192}
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -38,7 +36,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         )
     if meta.get("split.count", 1) > 1:
         raise DexError(
-            f"{path} is one of {meta['split.count']} parts: join them with llama-gguf-split --merge and open the result."
+            f"{path} is one of {meta['split.count']} parts: join them with llama-gguf-split --merge and open that file."
         )
     if meta.get(f"{family}.expert_count", 0) > 0:
         raise DexError(f"{path} is a mixture of experts, which is not covered: choose a dense model.")
@@ -100,8 +98,8 @@ class GGUFWeights:
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
     """Undoes llama.cpp's reordering of q and k rows.
 
-    llama.cpp rotates neighbours (2i, 2i + 1), Hugging Face and this package rotate halves (i, i + d / 2), so the converter
-    interleaves the two halves of every head for architecture "llama".
+    llama.cpp rotates neighbours (2i, 2i + 1), Hugging Face and this package rotate halves (i, i + d / 2), so the
+    converter interleaves the two halves of every head for architecture "llama".
 
     Args:
       array: [heads * d, ...].
@@ -126,7 +124,10 @@ def _rope_scaling(file: GGUFFile, family: str, head_dim: int, theta: float) -> R
     if _ROPE_FACTORS not in file.tensors:
         return None
     factors = file.read(_ROPE_FACTORS).astype(np.float64)
-    scaling = RopeScaling("llama3", _decimal(factors.max()), **_LLAMA3)
+    # The other constants are lost in the file; those of every published Llama 3.x must lead to the same factors.
+    scaling = RopeScaling(
+        "llama3", _decimal(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192
+    )
     expected = llama3_factors(scaling, head_dim, theta)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise DexError(

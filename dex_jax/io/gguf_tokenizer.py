@@ -48,8 +48,8 @@ def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: s
         return None
     if meta.get("model") != "gpt2":
         raise DexError(
-            f"{source} carries a tokenizer of kind {meta.get('model')!r}, and only byte-level BPE ('gpt2') can be built "
-            "from a GGUF file: use the Hugging Face directory of this model."
+            f"{source} carries a tokenizer of kind {meta.get('model')!r}, and only byte-level BPE ('gpt2') can be "
+            "built from a GGUF file: use the Hugging Face directory of this model."
         )
     if meta.get("pre") not in _KNOWN:
         raise DexError(
@@ -80,15 +80,15 @@ def _byte_level_bpe(meta: dict[str, Any]) -> tokenizers.Tokenizer:
             ignore_merges=pre == "llama-bpe",
         )
     )
+    split: pre_tokenizers.PreTokenizer
     if pre == "smollm":
-        split, by_regex = pre_tokenizers.Digits(individual_digits=True), True
+        split = pre_tokenizers.Digits(individual_digits=True)
     else:
-        split, by_regex = pre_tokenizers.Split(Regex(_PATTERNS[pre]), behavior="isolated"), False
+        split = pre_tokenizers.Split(Regex(_PATTERNS[pre]), behavior="isolated")
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_regex)]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre == "smollm")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
     kinds = list(zip(tokens, meta.get("token_type", ()), strict=False))
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in kinds if kind == _CONTROL])

@@ -9,7 +9,7 @@ from dex_jax.errors import DexError
 
 # What each family's own configuration class means by a key that is left out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
@@ -75,8 +75,8 @@ def huggingface_config(config: dict[str, Any], generation: dict[str, Any], sourc
         qkv_bias=family == "qwen2" or bias,
         out_bias=family != "qwen2" and bias,
         qk_norm=family == "qwen3",
-        eos_ids=tuple(sorted({*_ids(config.get("eos_token_id")), *_ids(generation.get("eos_token_id"))})),
-        bos_id=next(iter(_ids(config.get("bos_token_id"))), None),
+        eos_ids=tuple(sorted({*_ids(values.get("eos_token_id")), *_ids(generation.get("eos_token_id"))})),
+        bos_id=next(iter(_ids(values.get("bos_token_id"))), None),
     )
 
 

@@ -8,13 +8,15 @@ from dex_jax.config import ModelConfig
 
 Shape = tuple[int, ...]
 
-# canonical name: (Hugging Face names, GGUF names). A canonical tensor is its parts, stacked along the rows in this order.
-_TOP = {
+_Names = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
+
+# canonical name: (Hugging Face names, GGUF names). A canonical tensor is its parts, one above the other in this order.
+_TOP: _Names = {
     "embed": (("model.embed_tokens.weight",), ("token_embd.weight",)),
     "final_norm": (("model.norm.weight",), ("output_norm.weight",)),
     "unembed": (("lm_head.weight",), ("output.weight",)),
 }
-_LAYER = {
+_LAYER: _Names = {
     "attention_norm": (("input_layernorm.weight",), ("attn_norm.weight",)),
     "qkv": (
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
@@ -83,7 +85,7 @@ def _has(name: str, config: ModelConfig) -> bool:
 def _part_shapes(name: str, config: ModelConfig) -> list[Shape]:
     D, F, V, d = config.width, config.mlp_width, config.vocab_size, config.head_dim
     q, kv = config.num_heads * d, config.num_kv_heads * d
-    return {
+    shapes: dict[str, list[Shape]] = {
         "embed": [(V, D)],
         "unembed": [(V, D)],
         "final_norm": [(D,)],
@@ -97,4 +99,5 @@ def _part_shapes(name: str, config: ModelConfig) -> list[Shape]:
         "mlp_norm": [(D,)],
         "gate_up": [(F, D), (F, D)],
         "down": [(D, F)],
-    }[name]
+    }
+    return shapes[name]

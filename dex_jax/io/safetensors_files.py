@@ -72,9 +72,7 @@ def _files(directory: Path) -> list[tuple[Path, set[str]]]:
     """Each file, with the names that the index says it holds."""
     index = directory / _INDEX
     if not index.is_file():
-        return [
-            (path, set()) for path in sorted(directory.glob("model*.safetensors") or directory.glob("*.safetensors"))
-        ]
+        return [(path, set()) for path in sorted(directory.glob("*.safetensors"))]
     try:
         placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files: dict[str, set[str]] = {}

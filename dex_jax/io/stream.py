@@ -28,7 +28,7 @@ class TextStream:
         """
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        # Decoded together, at most one settled token and what came after it. The settled token keeps decoders that drop a
+        # Decoded together: at most one settled token, and what came after it. The settled one keeps decoders that drop a
         # leading space from dropping it in mid-text.
         self._window: list[int] = []
         self._emitted = 0
@@ -74,7 +74,7 @@ class TextStream:
             return 0
         count = 0
         for token_id in reversed(self._window):
-            if not _BYTE.fullmatch(self._tokenizer.backend.id_to_token(token_id)):
+            if not _BYTE.fullmatch(self._tokenizer.backend.id_to_token(token_id) or ""):
                 break
             count += 1
         return count

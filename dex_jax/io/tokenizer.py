@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from dex_jax.errors import DexError
 from dex_jax.io import chat
 
-# tokenizers, jinja2, gguf, safetensors and huggingface_hub are imported where they are used, here and in the rest of this
-# folder: together they would double the time that `import dex_jax` takes.
+# tokenizers, jinja2, gguf, safetensors and huggingface_hub are imported where they are used, here and in the rest of
+# this folder, so that `import dex_jax` costs little more than jax and flax.
 if TYPE_CHECKING:
     import tokenizers
 
