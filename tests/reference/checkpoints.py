@@ -1,0 +1,199 @@
+"""Small random checkpoints in Hugging Face's format, one of every covered family, written with NumPy alone.
+
+Each holds config.json and one or many safetensors files, bit for bit the same on every machine, so that this project's
+loader and transformers read the same file. Neither torch nor jax is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "float32"}
+_QWEN2 = _LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
+_QWEN3 = _LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False}
+_SIZES = {"max_position_embeddings": 256, "initializer_range": 0.02, "rms_norm_eps": 1e-5, "bos_token_id": 1}
+# The published models stretch 8192 positions; 32 makes the same rule act on prompts of a few dozen tokens.
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def _config(
+    base: dict, vocab: int, width: int, mlp: int, layers: int, heads: int, kv_heads: int | None, **more: object
+) -> dict:
+    """The content of a config.json; without `kv_heads` the key is left out, as in the oldest Llama files."""
+    shape = {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    if kv_heads is not None:
+        shape["num_key_value_heads"] = kv_heads
+    return base | _SIZES | shape | more
+
+
+FAMILIES: dict[str, dict] = {
+    "llama2": _config(_LLAMA, 101, 64, 160, 4, 4, None, eos_token_id=2, tie_word_embeddings=False),
+    # A list of EOS ids, as Llama 3.1 has.
+    "llama3": _config(
+        _LLAMA, 211, 96, 192, 6, 6, 2,
+        eos_token_id=[7, 150, 203], tie_word_embeddings=False, rope_theta=500000.0, rope_scaling=_LLAMA3_ROPE,
+    ),
+    # transformers 5 writes one `rope_parameters` where older files have `rope_theta` and `rope_scaling`.
+    "llama32_rope_parameters": _config(
+        _LLAMA, 160, 64, 128, 5, 4, 2,
+        eos_token_id=3, tie_word_embeddings=True, head_dim=16, rope_parameters=_LLAMA3_ROPE | {"rope_theta": 500000.0},
+    ),
+    # `type` is the older name of `rope_type`.
+    "codellama": _config(
+        _LLAMA, 112, 64, 176, 5, 4, 4,
+        eos_token_id=2, tie_word_embeddings=False, rope_theta=1000000.0, rope_scaling={"type": "linear", "factor": 2.0},
+    ),
+    "smollm2": _config(_LLAMA, 500, 72, 192, 7, 9, 3, eos_token_id=2, tie_word_embeddings=True, rope_theta=100000.0),
+    "qwen2": _config(_QWEN2, 151, 56, 128, 6, 7, 1, eos_token_id=2, tie_word_embeddings=True, rope_theta=1000000.0),
+    "qwen25_untied": _config(
+        _QWEN2, 136, 64, 144, 4, 4, 2, eos_token_id=2, tie_word_embeddings=False, rope_theta=1000000.0
+    ),
+    # Queries are 4 x 24 = 96 wide, the model 48.
+    "qwen3": _config(
+        _QWEN3, 139, 48, 96, 5, 4, 2,
+        eos_token_id=2, tie_word_embeddings=True, head_dim=24, attention_bias=False, rope_theta=1000000.0,
+    ),
+    # Its epsilon is large enough for a wrong one to show.
+    "llama_attention_bias": _config(
+        _LLAMA, 120, 48, 128, 4, 4, 2, rms_norm_eps=0.02,
+        eos_token_id=2, tie_word_embeddings=False, attention_bias=True, mlp_bias=False, rope_theta=10000.0,
+    ),
+}  # fmt: skip
+
+# What generation_config.json says where a family has one: transformers' generate stops at these ids as well.
+GENERATION_CONFIGS: dict[str, dict] = {"qwen25_untied": {"eos_token_id": [2, 34], "bos_token_id": 1}}
+
+
+def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a checkpoint, in the order of the published files."""
+    width, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim", width // heads)
+    queries, keys = heads * head_dim, config.get("num_key_value_heads", heads) * head_dim
+    qwen2, bias = config["model_type"] == "qwen2", config.get("attention_bias", False)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        shapes[layer + "input_layernorm.weight"] = (width,)
+        for name, rows, columns in (
+            ("q", queries, width),
+            ("k", keys, width),
+            ("v", keys, width),
+            ("o", width, queries),
+        ):
+            shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, columns)
+            if bias or (qwen2 and name != "o"):
+                shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
+        if config["model_type"] == "qwen3":
+            shapes[layer + "self_attn.q_norm.weight"] = shapes[layer + "self_attn.k_norm.weight"] = (head_dim,)
+        shapes[layer + "post_attention_layernorm.weight"] = (width,)
+        for name, rows, columns in (("gate", mlp, width), ("up", mlp, width), ("down", width, mlp)):
+            shapes[f"{layer}mlp.{name}_proj.weight"] = (rows, columns)
+    shapes["model.norm.weight"] = (width,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], width)
+    return shapes
+
+
+def checkpoint_tensors(family: str) -> dict[str, np.ndarray]:
+    """Every float32 tensor of a family's checkpoint by its published name."""
+    config = FAMILIES[family]
+    tensors = {name: random_tensor(family, name, shape) for name, shape in tensor_shapes(config).items()}
+    if family == "llama2":
+        # The published Llama 2 files hold these constants beside the weights; a loader has to pass them over.
+        exponents = np.arange(0, 16, 2, dtype=np.float32) / np.float32(16)
+        for i in range(config["num_hidden_layers"]):
+            tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = np.float32(10000.0) ** -exponents
+    return tensors
+
+
+def random_tensor(family: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 values of one tensor, which depend on nothing but the family, the name and the shape."""
+    seed = zlib.crc32(f"{family}/{name}".encode())
+    # Raw bits: NumPy promises the same ones in every release, which it does not for normal().
+    bits = np.random.PCG64(seed).random_raw(int(np.prod(shape)))
+    uniform = ((bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)).reshape(shape)
+    unit = uniform * np.float32(3.0**0.5)
+    if "norm" in name:
+        return np.float32(1.0) + np.float32(0.2) * unit
+    if name.endswith(".bias"):
+        return np.float32(0.3) * unit
+    if "embed_tokens" in name or "lm_head" in name:
+        # Layers must outweigh the embedding they add to, or a tied model repeats its last token for ever.
+        return np.float32(0.35 if FAMILIES[family]["tie_word_embeddings"] else 0.5) * unit
+    # Queries and keys are larger: attention then picks single positions, and an error in RoPE shows.
+    gain = 1.6 if ("q_proj" in name or "k_proj" in name) else 1.3
+    return np.float32(gain / shape[-1] ** 0.5) * unit
+
+
+def write_checkpoint(directory: str | Path, family: str, shards: int = 1, dtype: str = "float32") -> Path:
+    """Write one family's checkpoint and return its directory.
+
+    Args:
+      directory: Made if it is absent.
+      family: A key of `FAMILIES`.
+      shards: Number of safetensors files; more than one comes with model.safetensors.index.json.
+      dtype: "float32", "float16" or "bfloat16".
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = FAMILIES[family]
+    _write_json(directory / "config.json", config | {"torch_dtype": dtype})
+    if family in GENERATION_CONFIGS:
+        _write_json(directory / "generation_config.json", GENERATION_CONFIGS[family])
+    tensors = checkpoint_tensors(family)
+    if shards == 1:
+        _write_safetensors(directory / "model.safetensors", tensors, dtype)
+        return directory
+    names = list(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        _write_safetensors(directory / file, {name: tensors[name] for name in part}, dtype)
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(array.size for array in tensors.values()) * (4 if dtype == "float32" else 2)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(directory / "model.safetensors.index.json", index)
+    return directory
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
+    """Write a safetensors file: the header's length, the header in JSON, then the values one after another.
+
+    Written by hand because the safetensors package has no bfloat16 for NumPy; rounding is to nearest even.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    blobs, offset = [], 0
+    for name, array in tensors.items():
+        if dtype == "bfloat16":
+            bits = array.view(np.uint32)
+            data = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+        else:
+            data = array.astype({"float32": "<f4", "float16": "<f2"}[dtype]).tobytes()
+        code = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [offset, offset + len(data)]}
+        offset += len(data)
+        blobs.append(data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))

