@@ -1,7 +1,7 @@
 """Eighteen prompts written for this project, for SmolLM2's goldens; nothing is trained or tuned on them.
 
-Short and long ones alternate, so that any six in a row make a ragged batch. One was reworded because its two best tokens
-once lay within 5e-6 of max |logit|, close to where float32 itself errs (2e-6): transformers may answer either there.
+Short and long ones alternate, so that any six in a row make a ragged batch. One was reworded because its two best
+tokens once lay within 5e-6 of max |logit|, close to where float32 itself errs (2e-6): either is a right answer there.
 """
 
 from __future__ import annotations

@@ -1,0 +1,120 @@
+"""Logits and greedy tokens against transformers' own, read from tests/goldens (made by reference/make_goldens.py).
+
+Every margin of the goldens is above 1e-4 of max |logit|, so no difference in rounding excuses another token: tokens
+must be equal.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference.checkpoints import FAMILIES, write_checkpoint
+
+import dex_jax
+
+GOLDENS = Path(__file__).parent / "goldens"
+FAMILIES_GOLDEN = json.loads((GOLDENS / "families.json").read_text(encoding="utf-8"))
+SMOLLM2_GOLDEN = json.loads((GOLDENS / "smollm2.json").read_text(encoding="utf-8"))
+BATCH = 6
+
+
+def greedy_tokens(lm, prompts: list[list[int]], method, max_new_tokens: int) -> list[list[int]]:
+    """The new tokens of each prompt, padding cut off."""
+    out = dex_jax.generate(lm, prompts, method=method, exits="shared", max_new_tokens=max_new_tokens, temperature=0.0)
+    tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
+    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+
+
+def assert_greedy_equals(lm, prompts: list[dict], method, max_new_tokens: int) -> None:
+    """One ragged batch decodes to the goldens' tokens, EOS included."""
+    got = greedy_tokens(lm, [prompt["prompt_ids"] for prompt in prompts], method, max_new_tokens)
+    assert got == [prompt["new_tokens"] for prompt in prompts]
+
+
+def last_logits(lm, prompts: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [B, T, V] of a ragged batch, and those after each prompt's last token [B, V].
+
+    Padding on the right cannot reach an earlier position through a causal mask.
+    """
+    lengths = [len(prompt["prompt_ids"]) for prompt in prompts]
+    ids = np.zeros((len(prompts), max(lengths)), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt["prompt_ids"])] = prompt["prompt_ids"]
+    logits = np.asarray(lm.logits(ids))
+    return logits, logits[np.arange(len(prompts)), np.array(lengths) - 1]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request, tmp_path_factory):
+    """(golden, model) of one family, loaded from one safetensors file."""
+    directory = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+    return FAMILIES_GOLDEN["families"][request.param], dex_jax.load(str(directory))
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return dex_jax.load("smollm2-135m")
+
+
+def test_the_goldens_leave_no_close_calls() -> None:
+    goldens = [*FAMILIES_GOLDEN["families"].values(), SMOLLM2_GOLDEN]
+    assert min(golden["min_margin"] for golden in goldens) > 1e-4
+    assert set(FAMILIES_GOLDEN["families"]) == set(FAMILIES)
+
+
+def test_family_logits(family) -> None:
+    golden, lm = family
+    logits, last = last_logits(lm, golden["prompts"])
+    assert logits.dtype == np.float32
+    expected = np.array([prompt["last_logits"] for prompt in golden["prompts"]])
+    np.testing.assert_allclose(last, expected, rtol=0, atol=1e-4)
+    first = np.array(golden["all_logits_of_prompt_0"])
+    np.testing.assert_allclose(logits[0, : len(first)], first, rtol=0, atol=1e-4)
+
+
+def test_family_greedy_ar(family) -> None:
+    golden, lm = family
+    assert_greedy_equals(lm, golden["prompts"], dex_jax.AR(), FAMILIES_GOLDEN["max_new_tokens"])
+
+
+@pytest.mark.parametrize("explorers", [1, 2, "layers"])
+def test_family_greedy_dex(family, explorers, request) -> None:
+    golden, lm = family
+    if explorers == "layers":
+        explorers = FAMILIES[request.node.callspec.params["family"]]["num_hidden_layers"]
+    method = dex_jax.Dex(explorers=explorers)
+    assert_greedy_equals(lm, golden["prompts"], method, FAMILIES_GOLDEN["max_new_tokens"])
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3"])
+def test_sharded_checkpoint(family, tmp_path) -> None:
+    directory = write_checkpoint(tmp_path, family, shards=3)
+    assert len(list(directory.glob("*.safetensors"))) == 3
+    lm = dex_jax.load(str(directory))
+    prompts = FAMILIES_GOLDEN["families"][family]["prompts"]
+    assert_greedy_equals(lm, prompts, dex_jax.Dex(explorers=2), FAMILIES_GOLDEN["max_new_tokens"])
+
+
+def test_smollm2_logits(smollm2) -> None:
+    """To 1e-5 of max |logit|: transformers in float32 is itself 2e-6 away from its float64."""
+    for golden in SMOLLM2_GOLDEN["last_logits"]:
+        _, last = last_logits(smollm2, [SMOLLM2_GOLDEN["prompts"][golden["prompt"]]])
+        tolerance = 1e-5 * golden["max_abs"]
+        np.testing.assert_allclose(last[0, golden["ids"]], golden["logits"], rtol=0, atol=tolerance)
+        figures = [last.mean(dtype=np.float64), last.std(dtype=np.float64), np.abs(last).max()]
+        expected = [golden["mean"], golden["std"], golden["max_abs"]]
+        np.testing.assert_allclose(figures, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("start", range(0, len(SMOLLM2_GOLDEN["prompts"]), BATCH))
+def test_smollm2_greedy_ar(smollm2, start) -> None:
+    prompts = SMOLLM2_GOLDEN["prompts"][start : start + BATCH]
+    assert_greedy_equals(smollm2, prompts, dex_jax.AR(), SMOLLM2_GOLDEN["max_new_tokens"])
+
+
+def test_smollm2_greedy_dex(smollm2) -> None:
+    prompts = SMOLLM2_GOLDEN["prompts"][:BATCH]
+    assert_greedy_equals(smollm2, prompts, dex_jax.Dex(explorers=5), SMOLLM2_GOLDEN["max_new_tokens"])
