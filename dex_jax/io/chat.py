@@ -56,9 +56,7 @@ def render(
             **variables,
         )
     except jinja2.TemplateSyntaxError as error:
-        raise DexError(
-            f"The chat template of {source} does not compile: {error.message} (line {error.lineno})."
-        ) from error
+        raise DexError(f"The chat template of {source} is broken at line {error.lineno}: {error.message}.") from error
     # Templates index and concatenate what they are given, so messages of an unforeseen form surface as these.
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise DexError(f"The chat template of {source} refuses these messages: {error}") from error

@@ -99,7 +99,7 @@ def download(repo: str) -> Path:
       DexError: no such model, no access to it, no connection, or offline mode.
     """
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         cached = Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(_PATTERNS), local_files_only=True))
@@ -107,7 +107,7 @@ def download(repo: str) -> Path:
             return cached
     except (errors.LocalEntryNotFoundError, OSError):
         pass
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise DexError(f"{repo} is not complete in the hub's cache and HF_HUB_OFFLINE is set: unset it to download.")
     try:
         info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
@@ -123,8 +123,9 @@ def download(repo: str) -> Path:
             f"There is no model {repo} on the hub, nor a directory of that name here, or it is private: check the "
             "name, or log in with `hf auth login`."
         ) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    # The HTTP library below, and with it the type of a lost connection, changes between versions of huggingface_hub.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DexError(f"{repo} could not be downloaded ({reason}): check the connection and run again.") from error
 
 

@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_other_kinds(directory: Path, source: str) -> None:
     weights = any(directory.glob("*.safetensors")) or (directory / "model.safetensors.index.json").is_file()
-    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+    if (directory / "adapter_config.json").is_file() and not any(directory.glob("model*.safetensors")):
         base = read_json(directory / "adapter_config.json").get("base_model_name_or_path", "its base model")
         raise DexError(
             f"{source} holds a LoRA adapter and no model of its own: merge it into {base} (merge_and_unload in peft), "

@@ -36,11 +36,11 @@ def open_checkpoint(source: str) -> Checkpoint:
         if not path.is_file():
             raise DexError(f"There is no file {path}: check the path.")
         return _open_gguf(path)
-    if path.is_dir():
+    if target and path.is_dir():
         return open_directory(path, str(path))
     if is_hub_id(target):
         return open_directory(download(target), target)
-    kind = "a file, but no .gguf file," if path.exists() else "no alias, .gguf file, directory or hub id (owner/name)"
+    kind = "a file, but no .gguf file," if path.is_file() else "no alias, .gguf file, directory or hub id (owner/name)"
     raise DexError(f"{source!r} is {kind} and so names no model: use one of those, or an alias: {', '.join(ALIASES)}.")
 
 

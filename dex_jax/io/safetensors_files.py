@@ -72,13 +72,15 @@ def _files(directory: Path) -> list[tuple[Path, set[str]]]:
     """Each file, with the names that the index says it holds."""
     index = directory / _INDEX
     if not index.is_file():
-        return [(path, set()) for path in sorted(directory.glob("*.safetensors"))]
+        # By their usual name first: some directories hold the same weights once more under another.
+        usual = sorted(directory.glob("model*.safetensors"))
+        return [(path, set()) for path in usual or sorted(directory.glob("*.safetensors"))]
     try:
         placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files: dict[str, set[str]] = {}
         for name, file in placed.items():
             files.setdefault(file, set()).add(name)
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DexError(f"{index} is not a valid index of safetensors files: get it again.") from error
     for file, names in files.items():
         if not (directory / file).is_file():

@@ -28,7 +28,7 @@ class TextStream:
         """
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        # Decoded together: at most one settled token, and what came after it. The settled one keeps decoders that drop a
+        # Decoded together: at most one settled token and what came after it. The settled one keeps decoders that drop a
         # leading space from dropping it in mid-text.
         self._window: list[int] = []
         self._emitted = 0

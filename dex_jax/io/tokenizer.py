@@ -75,7 +75,17 @@ class Tokenizer:
 
         Returns:
           Token ids.
+
+        Raises:
+          DexError: the text holds half of a surrogate pair, as text that was read with the wrong encoding does.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DexError(
+                f"Character {error.start + 1} of the text, {text[error.start]!r}, is no Unicode character: save the "
+                "text as UTF-8."
+            ) from error
         return self.backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:

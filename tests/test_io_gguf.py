@@ -1,0 +1,237 @@
+"""GGUF files: written here with the gguf package, equal to the same model as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from reference.checkpoints import FAMILIES, checkpoint_tensors, write_checkpoint
+
+from dex_jax.config import RopeScaling
+from dex_jax.errors import DexError
+from dex_jax.io import open_checkpoint
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def interleave(rows, heads):
+    """What llama.cpp's converter does to q and k of architecture llama, one row at a time."""
+    width = len(rows) // heads
+    order = [
+        head * width + half * width // 2 + i for head in range(heads) for i in range(width // 2) for half in range(2)
+    ]
+    return rows[order]
+
+
+def write_gguf(path, family, kind="F32", change=None, extra=(), drop=(), **fields):
+    """One of the reference families as a GGUF file; matrices stored as `kind`."""
+    config, tensors = FAMILIES[family], checkpoint_tensors(family)
+    architecture = fields.pop("architecture", config["model_type"])
+    writer = gguf.GGUFWriter(path, architecture)
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    if kv_heads != heads:
+        writer.add_head_count_kv(kv_heads)
+    writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if head_dim != config["hidden_size"] // heads:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 2)
+    writer.add_uint32("tokenizer.ggml.bos_token_id", 1)
+    for key, value in fields.items():
+        key = key.replace("__", ".").replace("ARCH", architecture)
+        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}[
+            type(value)
+        ](key, value)
+    for name, array in tensors.items():
+        if "rotary" in name or name in drop:
+            continue
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            array = interleave(array, heads if "q_proj" in name else kv_heads)
+        stem, _, suffix = name.rpartition(".")
+        for theirs, ours in NAMES.items():
+            stem = stem.replace(theirs, ours)
+        quantised = gguf.GGMLQuantizationType[kind] if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(array, quantised)
+        writer.add_tensor(f"{stem.replace('model.layers', 'blk')}.{suffix}", data, raw_dtype=quantised)
+    for name, array in dict(extra).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def refusal(path) -> str:
+    """The sentence with which opening `path` is refused."""
+    with pytest.raises(DexError) as caught:
+        open_checkpoint(str(path))
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert str(path) in sentence
+    return sentence
+
+
+@pytest.mark.parametrize("family", ["llama2", "smollm2", "qwen2", "qwen25_untied", "qwen3", "llama_attention_bias"])
+def test_a_gguf_file_equals_the_directory_it_was_made_from(tmp_path, family):
+    ours = open_checkpoint(str(write_gguf(tmp_path / "model.gguf", family)))
+    theirs = open_checkpoint(str(write_checkpoint(tmp_path / "directory", family)))
+    assert ours.shapes() == theirs.shapes()
+    for name in ours.shapes():
+        np.testing.assert_array_equal(ours.read(name), theirs.read(name), err_msg=name)
+    assert ours.fingerprint() == theirs.fingerprint()
+    known = {"family", "rope_theta", "norm_eps", "num_kv_heads", "head_dim", "context", "tied", "qkv_bias", "qk_norm"}
+    for field in known:
+        assert getattr(ours.config, field) == getattr(theirs.config, field), field
+    assert (ours.config.eos_ids, ours.config.bos_id) == ((2,), 1)
+    assert ours.tokenizer is None
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
+def test_stored_types(tmp_path, kind):
+    checkpoint = open_checkpoint(str(write_gguf(tmp_path / "model.gguf", "llama3", kind)))
+    raw = checkpoint_tensors("llama3")
+    quantised = gguf.GGMLQuantizationType[kind]
+    expected_type = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(kind, np.float32)
+
+    def stored(name):
+        data = gguf.quants.quantize(raw[f"model.layers.1.{name}.weight"], quantised)
+        return gguf.quants.dequantize(data, quantised)
+
+    for name, parts in {
+        "layers.1.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "layers.1.down": ["mlp.down_proj"],
+    }.items():
+        got = checkpoint.read(name)
+        assert got.dtype == expected_type
+        np.testing.assert_array_equal(got.astype(np.float32), np.concatenate([stored(part) for part in parts]))
+    assert checkpoint.read("layers.1.mlp_norm").dtype == np.float32
+
+
+def test_large_tensors_are_read_in_pieces_and_within_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("dex_jax.io.gguf_file._CHUNK_ELEMENTS", 7 * 96)
+    path = write_gguf(tmp_path / "model.gguf", "llama3", "Q8_0")
+    checkpoint = open_checkpoint(str(path))
+    checkpoint.read("final_norm")
+    total = sum(int(np.prod(shape)) * 4 for shape in checkpoint.shapes().values())
+    tracemalloc.start()
+    kept = {name: checkpoint.read(name) for name in checkpoint.shapes()}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= 1.3 * total
+    monkeypatch.undo()
+    whole = open_checkpoint(str(path))
+    for name, array in kept.items():
+        np.testing.assert_array_equal(array, whole.read(name))
+
+
+def llama3_factors(factor, head_dim, theta):
+    """rope_freqs as llama.cpp's converter computes them, frequency by frequency."""
+    factors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * theta ** (i / head_dim)
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192:
+            factors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_found_from_its_factors(tmp_path, factor):
+    factors = llama3_factors(factor, 16, 500000.0)
+    assert len(set(factors.tolist())) > 2
+    path = write_gguf(tmp_path / "model.gguf", "llama3", extra={"rope_freqs.weight": factors})
+    assert open_checkpoint(str(path)).config.rope_scaling == RopeScaling("llama3", factor, 1.0, 4.0, 8192)
+
+
+def test_other_rope_factors_are_refused(tmp_path):
+    factors = llama3_factors(8.0, 16, 500000.0)
+    factors[3] = 2.0
+    path = write_gguf(tmp_path / "model.gguf", "llama3", extra={"rope_freqs.weight": factors})
+    assert "RoPE factors" in refusal(path)
+
+
+def test_linear_scaling(tmp_path):
+    fields = {"ARCH__rope__scaling__type": "linear", "ARCH__rope__scaling__factor": 2.0}
+    path = write_gguf(tmp_path / "model.gguf", "codellama", **fields)
+    assert open_checkpoint(str(path)).config.rope_scaling == RopeScaling("linear", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"architecture": "gemma2"}, ["'gemma2'", "llama, qwen2, qwen3"]),
+        ({"ARCH__rope__scaling__type": "yarn"}, ["'yarn'"]),
+        ({"ARCH__expert_count": 8}, ["mixture of experts"]),
+        ({"ARCH__rope__dimension_count": 4}, ["partial RoPE"]),
+        ({"ARCH__attention__key_length": 16}, []),
+        ({"ARCH__attention__value_length": 16}, ["values"]),
+        ({"split__count": 2}, ["one of 2 parts"]),
+        ({"ARCH__attention__head_count_kv": [3, 3, 3, 3, 3, 3, 9], "family": "llama2"}, ["layer to layer"]),
+        ({"drop": ["model.layers.3.mlp.up_proj.weight"]}, ["blk.3.ffn_up.weight"]),
+        ({"drop": ["model.embed_tokens.weight"]}, ["token_embd.weight"]),
+        ({"extra": {"blk.0.ffn_up.bias": np.zeros(192, np.float32)}}, ["blk.0.ffn_up.bias"]),
+    ],
+)
+def test_uncovered_files_are_refused(tmp_path, options, words):
+    options = dict(options)
+    path = write_gguf(tmp_path / "model.gguf", options.pop("family", "smollm2"), **options)
+    sentence = refusal(path)
+    assert all(word in sentence for word in words), sentence
+
+
+def test_damaged_files_are_refused(tmp_path):
+    whole = write_gguf(tmp_path / "model.gguf", "smollm2").read_bytes()
+    path = tmp_path / "cut.gguf"
+    for size in (5, 12, 30, 400, 3000):
+        path.write_bytes(whole[:size])
+        assert "truncated" in refusal(path)
+    path.write_bytes(whole[:-40])
+    assert "truncated: tensor output_norm.weight" in refusal(path)
+    path.write_bytes(b"PK\3\4" + whole[4:])
+    assert "not a GGUF file" in refusal(path)
+    path.write_bytes(b"")
+    assert "not a GGUF file" in refusal(path)
+    path.write_bytes(whole[:4] + (1).to_bytes(4, "little") + whole[8:])
+    assert "version 1" in refusal(path)
+    path.write_bytes(whole[:4] + (3).to_bytes(4, "big") + whole[8:])
+    assert "byte order" in refusal(path)
+    assert "no file" in refusal(tmp_path / "absent.gguf")
+
+
+def test_unknown_tensor_types_are_refused(tmp_path):
+    whole = write_gguf(tmp_path / "model.gguf", "smollm2").read_bytes()
+    at = whole.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(whole[:at] + (250).to_bytes(4, "little") + whole[at + 4 :])
+    assert "token_embd.weight as type 250" in refusal(path)

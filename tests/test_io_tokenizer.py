@@ -1,0 +1,324 @@
+"""The tokenizer, its chat template, and text as it streams."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import pathlib
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from reference.checkpoints import write_checkpoint
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from dex_jax.errors import DexError
+from dex_jax.io import TextStream, Tokenizer, open_checkpoint
+from dex_jax.io.gguf_tokenizer import gguf_tokenizer
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "goldens" / "tokenizer_smollm2.json").read_text(encoding="utf-8"))
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Tokenizer:
+    """The default model's tokenizer."""
+    tokenizer = open_checkpoint("smollm2-135m").tokenizer
+    assert tokenizer is not None
+    return tokenizer
+
+
+def byte_alphabet() -> list[str]:
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def gguf_metadata(pre="llama-bpe", **changes):
+    """A vocabulary of bytes, two words and three special tokens, as GGUF metadata."""
+    tokens = [*byte_alphabet(), "Ġa", "12", "123", "<s>", "<|im_start|>", "<|im_end|>", "<tool>"]
+    meta = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "merges": ["Ġ a", "1 2"],
+        "token_type": [1] * 259 + [3, 3, 3, 4],
+        "bos_token_id": 259,
+        "eos_token_id": 259,
+    } | changes
+    return {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
+
+
+def sentencepiece() -> tokenizers.Tokenizer:
+    """A Llama 2 kind of tokenizer: U+2581 for spaces, bytes for what it does not know."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "é", "▁▁", "中"]
+    backend = tokenizers.Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "a"), ("▁", "▁")], byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return backend
+
+
+@pytest.mark.parametrize("entry", GOLDEN["texts"], ids=lambda entry: repr(entry["text"])[:30])
+def test_texts_as_transformers_encodes_them(smollm2, entry):
+    assert smollm2.encode(entry["text"]) == entry["ids"]
+    assert smollm2.decode(entry["ids"], skip_special=False) == entry["text"]
+
+
+@pytest.mark.parametrize("entry", GOLDEN["chats"])
+def test_chats_as_transformers_encodes_them(smollm2, entry):
+    assert smollm2.chat(entry["messages"], entry["add_generation_prompt"]) == entry["ids"]
+
+
+# SmolLM2's vocabulary has no token for the bytes of these characters, and passes them over.
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\x04\x06\x13\x14\x16\x1d", max_codepoint=0x3FFFF)
+)
+
+
+@given(text=TEXT)
+def test_any_text_survives_a_round_trip(smollm2, text):
+    assert smollm2.decode(smollm2.encode(text), skip_special=False) == text
+
+
+def test_half_a_surrogate_pair_is_refused(smollm2):
+    with pytest.raises(DexError, match=r"Character 3 of the text"):
+        smollm2.encode("ab\udcff")
+
+
+def test_what_the_default_tokenizer_knows(smollm2):
+    assert smollm2.vocab_size == 49152
+    assert smollm2.has_chat_template
+    assert smollm2.eos_ids == (2,)
+    assert smollm2.token_text(2) == "<|im_end|>"
+    assert smollm2.token_text(smollm2.encode(" sky")[0]) == " sky"
+    assert smollm2.decode([1, *smollm2.encode("hi"), 2]) == "hi"
+    assert smollm2.decode([49152, 10**6]) == ""
+    assert 2 in smollm2.special_ids
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"), [("llama-bpe", ["x", "123", "12"]), ("qwen2", ["x", "1", "2", "3", "1", "2"])]
+)
+def test_gguf_pre_tokenizers(pre, pieces):
+    tokenizer = gguf_tokenizer(gguf_metadata(pre, add_bos_token=False), (), "here")
+    assert [tokenizer.token_text(i) for i in tokenizer.encode("x12312")] == pieces
+    text = "I'LL say: été\n\n  12 <tool> ok\t!?\r\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_gguf_special_tokens():
+    tokenizer = gguf_tokenizer(gguf_metadata(), (7,), "here")
+    ids = tokenizer.encode("<|im_start|> a<tool>")
+    assert ids == [259, 260, 256, 262]
+    assert tokenizer.encode(" a", add_special=False) == [256]
+    assert tokenizer.decode(ids) == " a<tool>"
+    assert tokenizer.eos_ids == (7,)
+    assert not tokenizer.has_chat_template
+    with pytest.raises(DexError, match=r"here has no chat template"):
+        tokenizer.chat([{"role": "user", "content": "hi"}])
+    without = gguf_tokenizer(gguf_metadata("smollm"), (), "here")
+    assert without.encode(" a") == [256]
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"model": "llama"}, "'llama'"), ({"pre": "tekken"}, "'tekken'")])
+def test_other_gguf_tokenizers_are_refused(changes, words):
+    with pytest.raises(DexError, match=words):
+        gguf_tokenizer(gguf_metadata(**changes), (), "here")
+
+
+def test_a_gguf_file_without_a_vocabulary_has_no_tokenizer():
+    assert gguf_tokenizer({}, (), "here") is None
+
+
+def write_tokenizer(directory, template=None, **settings):
+    """A checkpoint with tokenizer.json."""
+    write_checkpoint(directory, "smollm2")
+    backend = gguf_tokenizer(gguf_metadata(add_bos_token=True), (), "here").backend
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template} | settings))
+    return directory
+
+
+def test_a_directorys_tokenizer(tmp_path):
+    directory = write_tokenizer(tmp_path, CHATML)
+    tokenizer = open_checkpoint(str(directory)).tokenizer
+    assert len(tokenizer.encode("no truncation, no padding")) == 1 + len("no truncation, no padding")
+    assert tokenizer.eos_ids == (2, 261)
+    assert tokenizer.chat([{"role": "user", "content": "x"}], False)[0] == 260
+
+
+def test_where_a_chat_template_may_stand(tmp_path):
+    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes {{ bos_token }}"}]
+    write_tokenizer(tmp_path, named, bos_token={"content": "<s>", "lstrip": False})
+    assert open_checkpoint(str(tmp_path)).tokenizer.render([{"role": "user", "content": "x"}]) == "yes <s>"
+    (tmp_path / "chat_template.jinja").write_text("own file")
+    assert open_checkpoint(str(tmp_path)).tokenizer.render([{"role": "user", "content": "x"}]) == "own file"
+    write_tokenizer(tmp_path / "none")
+    assert not open_checkpoint(str(tmp_path / "none")).tokenizer.has_chat_template
+
+
+def test_directories_without_a_readable_tokenizer(tmp_path):
+    write_checkpoint(tmp_path, "smollm2")
+    assert open_checkpoint(str(tmp_path)).tokenizer is None
+    (tmp_path / "tokenizer.model").write_text("")
+    with pytest.raises(DexError, match=r"only as tokenizer\.model"):
+        _ = open_checkpoint(str(tmp_path)).tokenizer
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DexError, match=r"tokenizer\.json cannot be read"):
+        _ = open_checkpoint(str(tmp_path)).tokenizer
+
+
+def with_template(template) -> Tokenizer:
+    backend = gguf_tokenizer(gguf_metadata(add_bos_token=True), (), "here").backend
+    return Tokenizer(backend, template=template, variables={"bos_token": "<s>"}, source="here")
+
+
+def test_bos_comes_once_and_specials_are_special():
+    tokenizer = with_template("{{ bos_token }}" + CHATML)
+    ids = tokenizer.chat([{"role": "user", "content": "x"}])
+    assert ids[:2] == [259, 260]
+    assert ids.count(259) == 1
+    assert ids.count(261) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (CHATML, (261,)),
+        ("{% for m in messages %}{{ m['content'] }} <s>{% endfor %}", (259,)),
+        ("{% for m in messages %}{{ m['content'] | trim }}\n<|im_end|>{% endfor %}", (261,)),
+        ("{% for m in messages %}{{ m['content'] }}<tool>{% endfor %}", ()),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", ()),
+        ("{{ messages[0]['content'] }}<|im_end|>", ()),
+        ("{{ raise_exception('never') }}", ()),
+    ],
+)
+def test_the_token_after_an_assistant_message_ends_a_turn(template, ends):
+    assert with_template(template).eos_ids == ends
+
+
+def test_what_templates_may_use():
+    message = [{"role": "user", "content": "<ü>"}]
+    assert with_template("{{ messages | tojson }}").render(message) == '[{"role": "user", "content": "<ü>"}]'
+    assert with_template("{{ strftime_now('%Y') }}").render(message) == str(datetime.datetime.now().year)
+    assert with_template("{% if tools is none %}\n  {% generation %}a{% endgeneration %}\n{% endif %}").render(message)
+    assert with_template("{% for m in [1, 2] %}{% break %}{% endfor %}x").render(message) == "x"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('Only user and assistant roles are supported!') }}", "here refuses .* Only user"),
+        ("{% for %}", "here is broken at line 1"),
+        ("{{ messages[0]['content'] + 1 }}", "here refuses"),
+        ("{{ messages.append(1) }}", "here refuses"),
+        ("{{ ''.__class__.__mro__ }}", "here refuses"),
+    ],
+)
+def test_templates_that_refuse(template, words):
+    with pytest.raises(DexError, match=words):
+        with_template(template).chat([{"role": "robot", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "at least one message"),
+        ("hello", "at least one message"),
+        ({"role": "user", "content": "x"}, "at least one message"),
+        (["hello"], "Message 1 is not a dictionary"),
+        ([{"role": "user", "content": "x"}, {"role": "user"}], 'Message 2 needs a string under "content"'),
+        ([{"content": "x"}], 'Message 1 needs a string under "role"'),
+        ([{"role": 3, "content": "x"}], '"role", and it has 3'),
+        ([{"role": "user", "content": None}], '"content", and it has None'),
+    ],
+)
+def test_malformed_messages(messages, words):
+    with pytest.raises(DexError, match=words):
+        with_template(CHATML).chat(messages)
+
+
+def chunked(data, ids):
+    """Cuts ids into chunks of any length, empty ones too."""
+    while ids:
+        count = data.draw(st.integers(0, len(ids)))
+        yield ids[:count]
+        ids = ids[count:] if count else ids[data.draw(st.integers(0, 1)) and 0 :]
+        if not count:
+            count = data.draw(st.integers(1, len(ids)))
+            yield ids[:count]
+            ids = ids[count:]
+
+
+def check_stream(tokenizer, ids, data, skip_special):
+    stream = TextStream(tokenizer, skip_special)
+    whole = tokenizer.decode(ids, skip_special)
+    text = ""
+    for chunk in chunked(data, ids):
+        text += stream.push(chunk)
+        assert whole.startswith(text)
+    assert text + stream.flush() == whole
+
+
+@given(data=st.data(), text=st.text(max_size=40), skip_special=st.booleans())
+def test_streamed_text_is_the_decoded_text(smollm2, data, text, skip_special):
+    check_stream(smollm2, smollm2.encode(text), data, skip_special)
+
+
+@given(data=st.data(), ids=st.lists(st.integers(0, 49_200), max_size=30), skip_special=st.booleans())
+def test_streams_of_any_ids(smollm2, data, ids, skip_special):
+    check_stream(smollm2, ids, data, skip_special)
+
+
+@given(data=st.data(), ids=st.lists(st.integers(0, 265), max_size=30), skip_special=st.booleans())
+def test_streams_of_bytes_and_special_tokens(data, ids, skip_special):
+    check_stream(gguf_tokenizer(gguf_metadata(), (), "here"), ids, data, skip_special)
+
+
+SPACES_AND_BYTES = st.one_of(st.integers(0, 2), st.integers(3 + 0x20, 3 + 0xFF), st.integers(259, 266))
+
+
+@given(data=st.data(), ids=st.lists(SPACES_AND_BYTES, max_size=30), skip_special=st.booleans())
+def test_streams_of_a_sentencepiece_vocabulary(data, ids, skip_special):
+    check_stream(Tokenizer(sentencepiece()), ids, data, skip_special)
+
+
+@given(data=st.data(), text=st.text(alphabet="ab é中文🎉\n", max_size=20))
+def test_streams_of_sentencepiece_text(data, text):
+    tokenizer = Tokenizer(sentencepiece())
+    check_stream(tokenizer, tokenizer.encode(text), data, True)
+
+
+def test_text_comes_as_soon_as_it_is_settled(smollm2):
+    ids = smollm2.encode("é 🎉 ok")
+    stream = TextStream(smollm2)
+    pieces = [stream.push([i]) for i in ids]
+    assert "".join(pieces) == "é 🎉 ok"
+    assert pieces[-1] == " ok"
+    assert "" in pieces
+    assert stream.flush() == ""
+
+
+def test_a_flushed_stream_starts_afresh(smollm2):
+    party = smollm2.encode("🎉")
+    stream = TextStream(smollm2)
+    assert stream.push(party[:-1]) == ""
+    assert stream.flush() == "�"
+    assert stream.push(party) == "🎉"
+
+
+def test_a_long_stream_decodes_a_short_window(smollm2):
+    stream = TextStream(smollm2)
+    for token_id in smollm2.encode("The sky is blue because of 🎉 scattering. " * 20):
+        stream.push([token_id])
+        assert len(stream._window) < 8
