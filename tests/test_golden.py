@@ -51,12 +51,12 @@ def last_logits(lm, prompts: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 def family(request, tmp_path_factory):
     """(golden, model) of one family, loaded from one safetensors file."""
     directory = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
-    return FAMILIES_GOLDEN["families"][request.param], dex_jax.load(str(directory))
+    return FAMILIES_GOLDEN["families"][request.param], dex_jax.load(str(directory), dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return dex_jax.load("smollm2-135m")
+    return dex_jax.load("smollm2-135m", dtype="float32")
 
 
 def test_the_goldens_leave_no_close_calls() -> None:
@@ -93,7 +93,7 @@ def test_family_greedy_dex(family, explorers, request) -> None:
 def test_sharded_checkpoint(family, tmp_path) -> None:
     directory = write_checkpoint(tmp_path, family, shards=3)
     assert len(list(directory.glob("*.safetensors"))) == 3
-    lm = dex_jax.load(str(directory))
+    lm = dex_jax.load(str(directory), dtype="float32")
     prompts = FAMILIES_GOLDEN["families"][family]["prompts"]
     assert_greedy_equals(lm, prompts, dex_jax.Dex(explorers=2), FAMILIES_GOLDEN["max_new_tokens"])
 
