@@ -36,6 +36,7 @@ def hub(cache, monkeypatch):
         error=None,
         asked=[],
         shards=1,
+        config=None,
     )
     from_cache = huggingface_hub.snapshot_download
 
@@ -50,7 +51,10 @@ def hub(cache, monkeypatch):
         if local_files_only:
             return from_cache(repo, allow_patterns=allow_patterns, local_files_only=True)
         state.asked.append((repo, revision, tuple(allow_patterns)))
-        return str(write_checkpoint(cache, "smollm2", state.shards))
+        write_checkpoint(cache, "smollm2", state.shards)
+        if state.config is not None:
+            (cache / "config.json").write_text(state.config)
+        return str(cache)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
@@ -92,10 +96,17 @@ def test_a_download_is_announced_with_its_size(hub, capsys):
     assert out == ""
     assert REPO in err
     assert "2 files, 3 MB" in err
-    [(repo, revision, patterns)] = hub.asked
-    assert (repo, revision) == (REPO, REVISION)
-    assert "tokenizer.json" in patterns
-    assert not any("bin" in pattern or "pth" in pattern for pattern in patterns)
+    assert {(repo, revision) for repo, revision, _ in hub.asked} == {(REPO, REVISION)}
+    first, second = (patterns for _, _, patterns in hub.asked)
+    assert "config.json" in first
+    assert "tokenizer.json" in first
+    assert set(second) - set(first) == {"model*.safetensors"}
+
+
+def test_a_model_that_could_not_be_used_is_refused_before_its_weights_come(hub, cache):
+    hub.config = '{"model_type": "gpt2"}'
+    assert f"{REPO} is of model type 'gpt2'" in refusal(REPO)
+    assert len(hub.asked) == 1
 
 
 def test_an_interrupted_download_goes_on(hub, cache):
@@ -103,7 +114,7 @@ def test_an_interrupted_download_goes_on(hub, cache):
     write_checkpoint(cache, "smollm2", 3)
     (cache / "model-00002-of-00003.safetensors").unlink()
     open_checkpoint(REPO)
-    assert len(hub.asked) == 1
+    assert len(hub.asked) == 2
 
 
 @pytest.mark.parametrize(

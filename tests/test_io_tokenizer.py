@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import pathlib
 
@@ -128,7 +129,9 @@ def test_gguf_special_tokens():
     assert without.encode(" a") == [256]
 
 
-@pytest.mark.parametrize(("changes", "words"), [({"model": "llama"}, "'llama'"), ({"pre": "tekken"}, "'tekken'")])
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"model": "llama"}, "'llama'"), ({"pre": "tekken"}, "'tekken'"), ({"merges": []}, "merges")]
+)
 def test_other_gguf_tokenizers_are_refused(changes, words):
     with pytest.raises(DexError, match=words):
         gguf_tokenizer(gguf_metadata(**changes), (), "here")
@@ -250,14 +253,8 @@ def test_malformed_messages(messages, words):
 
 def chunked(data, ids):
     """Cuts ids into chunks of any length, empty ones too."""
-    while ids:
-        count = data.draw(st.integers(0, len(ids)))
-        yield ids[:count]
-        ids = ids[count:] if count else ids[data.draw(st.integers(0, 1)) and 0 :]
-        if not count:
-            count = data.draw(st.integers(1, len(ids)))
-            yield ids[:count]
-            ids = ids[count:]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids))))
+    return [ids[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(ids)])]
 
 
 def check_stream(tokenizer, ids, data, skip_special):

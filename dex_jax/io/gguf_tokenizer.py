@@ -56,12 +56,13 @@ def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: s
             f"{source} splits text by the rules {meta.get('pre')!r}, and only {', '.join(_KNOWN)} are known: use the "
             "Hugging Face directory of this model."
         )
-    backend = _byte_level_bpe(meta)
+    if not meta.get("merges"):
+        raise DexError(f"{source} carries a vocabulary without merges: use the Hugging Face directory of this model.")
     tokens = meta["tokens"]
     return Tokenizer(
-        backend,
+        _byte_level_bpe(meta),
         template=metadata.get("tokenizer.chat_template"),
-        variables={name: tokens[meta[key]] for name, key in _NAMED.items() if key in meta},
+        variables={name: tokens[meta[key]] for name, key in _NAMED.items() if key in meta and meta[key] < len(tokens)},
         eos_ids=eos_ids,
         source=source,
     )

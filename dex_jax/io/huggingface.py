@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.io.checkpoint import Checkpoint
 from dex_jax.io.huggingface_config import huggingface_config
@@ -30,12 +31,34 @@ def open_directory(directory: Path, source: str) -> Checkpoint:
     Raises:
       DexError: files are missing or not covered.
     """
-    _refuse_other_kinds(directory, source)
-    config = huggingface_config(
-        read_json(directory / "config.json"), read_json(directory / "generation_config.json"), source
-    )
+    config = read_config(directory, source)
+    if not _has_weights(directory):
+        other = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        found = f" (only {other[0]})" if other else ""
+        raise DexError(f"{source} holds no safetensors weights{found}: convert or get them as model.safetensors.")
     build = partial(_tokenizer, directory, config.eos_ids, source)
     return Checkpoint(config, source, SafetensorsFiles(directory), gguf=False, build_tokenizer=build)
+
+
+def read_config(directory: Path, source: str) -> ModelConfig:
+    """Reads a directory's configuration; weights need not be there. Arguments and errors as in `open_directory`."""
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file() and not _has_weights(directory):
+        base = read_json(adapter).get("base_model_name_or_path", "its base model")
+        raise DexError(
+            f"{source} holds a LoRA adapter and no model of its own: merge it into {base} (merge_and_unload in peft), "
+            "save that and open the result."
+        )
+    if not (directory / "config.json").is_file():
+        raise DexError(f"{source} has no config.json: it is not a Hugging Face model directory.")
+    for name, method in _QUANTISED.items():
+        if (directory / name).is_file():
+            raise DexError(
+                f"{source} is quantised by {method}, which is not covered: use the unquantised model or a GGUF."
+            )
+    return huggingface_config(
+        read_json(directory / "config.json"), read_json(directory / "generation_config.json"), source
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -55,25 +78,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_other_kinds(directory: Path, source: str) -> None:
-    weights = any(directory.glob("*.safetensors")) or (directory / "model.safetensors.index.json").is_file()
-    if (directory / "adapter_config.json").is_file() and not any(directory.glob("model*.safetensors")):
-        base = read_json(directory / "adapter_config.json").get("base_model_name_or_path", "its base model")
-        raise DexError(
-            f"{source} holds a LoRA adapter and no model of its own: merge it into {base} (merge_and_unload in peft), "
-            "save that and open the result."
-        )
-    if not (directory / "config.json").is_file():
-        raise DexError(f"{source} has no config.json: it is not a Hugging Face model directory.")
-    for name, method in _QUANTISED.items():
-        if (directory / name).is_file():
-            raise DexError(
-                f"{source} is quantised by {method}, which is not covered: use the unquantised model or a GGUF."
-            )
-    if not weights:
-        other = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        found = f" (only {other[0]})" if other else ""
-        raise DexError(f"{source} holds no safetensors weights{found}: convert or get them as model.safetensors.")
+def _has_weights(directory: Path) -> bool:
+    names = (path.name for path in directory.glob("*.safetensors*"))
+    return any(not name.startswith("adapter_") for name in names)
 
 
 def _tokenizer(directory: Path, eos_ids: tuple[int, ...], source: str) -> Tokenizer | None:

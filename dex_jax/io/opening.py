@@ -11,7 +11,7 @@ from dex_jax.io.gguf_file import GGUFFile
 from dex_jax.io.gguf_model import GGUFWeights, gguf_config
 from dex_jax.io.gguf_tokenizer import gguf_tokenizer
 from dex_jax.io.hub import ALIASES, download, is_hub_id, packaged_file
-from dex_jax.io.huggingface import open_directory
+from dex_jax.io.huggingface import open_directory, read_config
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -39,7 +39,7 @@ def open_checkpoint(source: str) -> Checkpoint:
     if target and path.is_dir():
         return open_directory(path, str(path))
     if is_hub_id(target):
-        return open_directory(download(target), target)
+        return open_directory(download(target, partial(read_config, source=target)), target)
     kind = "a file, but no .gguf file," if path.is_file() else "no alias, .gguf file, directory or hub id (owner/name)"
     raise DexError(f"{source!r} is {kind} and so names no model: use one of those, or an alias: {', '.join(ALIASES)}.")
 
