@@ -24,8 +24,8 @@ class Memory(NamedTuple):
     """What a network remembers of a batch.
 
     Attributes:
-      keys, values: committed prefix, [B, S, G, d] a layer.
-      lattice_keys, lattice_values: lattice slots, [B, K W, G, d] a layer; K W is 0 outside DEX.
+      keys, values: committed prefix, [B, G, S, d] a layer.
+      lattice_keys, lattice_values: lattice slots, [B, G, K W, d] a layer; K W is 0 outside DEX.
     """
 
     keys: Leaves
@@ -43,7 +43,7 @@ def shapes(config: ModelConfig, layout: Layout, batch: int, length: int, slots: 
     """As `allocate`, as jax.ShapeDtypeStruct and without any array."""
 
     def leaves(positions: int) -> Leaves:
-        leaf = (batch, positions, config.num_kv_heads, config.head_dim)
+        leaf = (batch, config.num_kv_heads, positions, config.head_dim)
         if isinstance(layout, Stacked):
             return jax.ShapeDtypeStruct((layout.stage_layers, len(layout.depths), *leaf), dtype)
         return tuple(jax.ShapeDtypeStruct(leaf, dtype) for _ in range(config.num_layers))
@@ -52,10 +52,10 @@ def shapes(config: ModelConfig, layout: Layout, batch: int, length: int, slots: 
 
 
 def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes R consecutive positions of each sequence: cache [B, S, G, d], new [B, R, G, d], start [B]."""
+    """Writes R consecutive positions of each sequence: cache [B, G, S, d], new [B, G, R, d], start [B]."""
     if cache.shape[0] == 1:
-        return jax.lax.dynamic_update_slice(cache, new, (0, start[0], 0, 0))
-    return jax.vmap(lambda c, n, s: jax.lax.dynamic_update_slice(c, n, (s, 0, 0)))(cache, new, start)
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, start[0], 0))
+    return jax.vmap(lambda c, n, s: jax.lax.dynamic_update_slice(c, n, (0, s, 0)))(cache, new, start)
 
 
 def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax.Array) -> Memory:
@@ -71,8 +71,8 @@ def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax
     def leaf(cache: jax.Array, lattice: jax.Array) -> jax.Array:
         if cache.ndim > 4:
             return jax.vmap(leaf)(cache, lattice)
-        new = jnp.take_along_axis(lattice, slot[:, None, None, None], axis=1)
-        old = jnp.take_along_axis(cache, position[:, None, None, None], axis=1, mode="clip")
+        new = jnp.take_along_axis(lattice, slot[:, None, None, None], axis=2)
+        old = jnp.take_along_axis(cache, position[:, None, None, None], axis=2, mode="clip")
         return write_rows(cache, jnp.where(where[:, None, None, None], new, old), position)
 
     return memory._replace(

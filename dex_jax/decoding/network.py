@@ -57,7 +57,7 @@ def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Arr
     def layer_step(layer: DecoderLayer, x, keys, values):
         queries, new_keys, new_values = layer.project(x, table)
         keys, values = write_rows(keys, new_keys, start), write_rows(values, new_values, start)
-        visible = jnp.arange(keys.shape[1])[None, None, :] <= positions[:, :, None]
+        visible = jnp.arange(keys.shape[2])[None, None, :] <= positions[:, :, None]
         return layer.finish(x, attend(queries, [KeyValues(keys, values, visible)])), keys, values
 
     if not isinstance(model.layout, Stacked):
@@ -94,8 +94,8 @@ def _stage_layer(
     queries, keys, values = layer.project(x, table)
     itself = jnp.broadcast_to(jnp.eye(rows, dtype=bool)[None], (x.shape[0], rows, rows))
     in_lattice = KeyValues(
-        jnp.concatenate([lattice[0], keys], axis=1),
-        jnp.concatenate([lattice[1], values], axis=1),
+        jnp.concatenate([lattice[0], keys], axis=2),
+        jnp.concatenate([lattice[1], values], axis=2),
         jnp.concatenate([ancestor_mask, itself], axis=2),
     )
     attended = attend(queries, [KeyValues(*committed, prefix_mask), in_lattice])
@@ -114,8 +114,9 @@ def _masks(view: StageView, length: int) -> tuple[jax.Array, jax.Array]:
 def _advance_unrolled(
     model: Transformer, depths: tuple[int, ...], memory: Memory, hidden: jax.Array, view: StageView
 ) -> tuple[jax.Array, Memory]:
-    stages, batch, rows, _ = hidden.shape
-    prefix_mask, ancestor_mask = _masks(view, memory.keys[0].shape[1])
+    _, batch, rows, _ = hidden.shape
+    _, groups, length, head_dim = memory.keys[0].shape
+    prefix_mask, ancestor_mask = _masks(view, length)
     # Survivors of a collapse stand anywhere in a cohort: the row count that matters is the last live one.
     used = jnp.max(jnp.where(view.live, jnp.arange(1, rows + 1)[None, None, :], 0), axis=(1, 2))
     out, lattice_keys, lattice_values = [], list(memory.lattice_keys), list(memory.lattice_values)
@@ -124,7 +125,7 @@ def _advance_unrolled(
 
         def run_stage(width: int, k: int = k, stage: range = stage) -> Any:
             if width == 0:
-                nothing = jnp.zeros((batch, rows, *memory.keys[0].shape[2:]), memory.keys[0].dtype)
+                nothing = jnp.zeros((batch, groups, rows, head_dim), memory.keys[0].dtype)
                 return hidden[k], tuple((nothing, nothing) for _ in stage)
             x = hidden[k, :, :width]
             table = rope_table(view.position[k, :, :width], model.config)
@@ -134,12 +135,12 @@ def _advance_unrolled(
                 committed = memory.keys[i], memory.values[i]
                 lattice = memory.lattice_keys[i], memory.lattice_values[i]
                 x, keys, values = _stage_layer(model.layers[i], x, table, committed, lattice, masks)
-                fresh.append((_pad_rows(keys, rows), _pad_rows(values, rows)))
-            return _pad_rows(x, rows), tuple(fresh)
+                fresh.append((_pad(keys, 2, rows), _pad(values, 2, rows)))
+            return _pad(x, 1, rows), tuple(fresh)
 
-        x, fresh = climb(used[k], (0, *rungs(rows)), run_stage)
+        x, fresh = climb(used[k], (0, *(1,rows)), run_stage)
         out.append(x)
-        start = jnp.full(batch, view.ring[k] * rows)
+        start = view.ring[k] * rows
         for i, (keys, values) in zip(stage, fresh, strict=True):
             lattice_keys[i] = _write_cohort(lattice_keys[i], keys, start)
             lattice_values[i] = _write_cohort(lattice_values[i], values, start)
@@ -153,7 +154,7 @@ def _advance_stacked(
     assert isinstance(model.layout, Stacked)
     assert model.layout.depths == depths
     rows = hidden.shape[2]
-    prefix_mask, ancestor_mask = _masks(view, memory.keys.shape[3])
+    prefix_mask, ancestor_mask = _masks(view, memory.keys.shape[4])
     graph, weights = nnx.split(model.layers)
     table = rope_table(view.position, model.config)
 
@@ -170,8 +171,7 @@ def _advance_stacked(
     slot = view.ring * rows
 
     def write(lattice: jax.Array, fresh: jax.Array) -> jax.Array:
-        over_stages = jax.vmap(lambda c, n, s: _write_cohort(c, n, jnp.full(c.shape[0], s)), (0, 0, 0))
-        return jax.vmap(over_stages, (0, 0, None))(lattice, fresh, slot)
+        return jax.vmap(jax.vmap(_write_cohort), (0, 0, None))(lattice, fresh, slot)
 
     memory = memory._replace(
         lattice_keys=write(memory.lattice_keys, keys), lattice_values=write(memory.lattice_values, values)
@@ -180,12 +180,12 @@ def _advance_stacked(
 
 
 def _write_cohort(lattice: jax.Array, fresh: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes a cohort's rows at its slots, the same for every sequence: lattice [B, K W, G, d], fresh [B, W, G, d]."""
-    return jax.lax.dynamic_update_slice(lattice, fresh, (0, start[0], 0, 0))
+    """Writes a cohort's rows at its slots, the same for every sequence: lattice [B, G, K W, d], fresh [B, G, W, d]."""
+    return jax.lax.dynamic_update_slice(lattice, fresh, (0, 0, start, 0))
 
 
-def _pad_rows(x: jax.Array, rows: int) -> jax.Array:
-    """Fills axis 1 of x [B, w, ...] with zeros up to W."""
+def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """Fills one axis of x with zeros up to `length`."""
     padding = [(0, 0)] * x.ndim
-    padding[1] = (0, rows - x.shape[1])
+    padding[axis] = (0, length - x.shape[axis])
     return jnp.pad(x, padding)

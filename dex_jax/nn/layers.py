@@ -23,8 +23,8 @@ class KeyValues(NamedTuple):
     """Keys (after RoPE) and values that rows may attend to.
 
     Attributes:
-      keys: [B, S, G, d].
-      values: [B, S, G, d].
+      keys: [B, G, S, d].
+      values: [B, G, S, d].
       mask: [B, R, S] bool, which of them each row sees; broadcasting over R is allowed.
     """
 
@@ -57,7 +57,7 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, out_d
     out = jax.lax.platform_dependent(rows, kernel, cpu=_kernel_times_columns, default=_rows_times_kernel)
     out = out.astype(out_dtype or x.dtype)
     if bias is not None:
-        out = out + bias
+        out = out + bias[None]
     return out.reshape(*x.shape[:-1], kernel.shape[0])
 
 
@@ -89,7 +89,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype."""
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+    weight = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (wide * inverse * weight).astype(x.dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -110,8 +111,10 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 def rope_table(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) at absolute positions: [...] int32 -> two of [..., d / 2] float32."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
-    return jnp.cos(angles), jnp.sin(angles)
+    frequencies = rope_frequencies(config).reshape((1,) * positions.ndim + (-1,))
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    # Otherwise XLA computes sines and cosines anew in every layer.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -132,37 +135,30 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
       [B, R, H, d] in queries' dtype.
     """
     batch, rows, heads, width = queries.shape
-    groups = sources[0].keys.shape[2]
-    precision = matmul_precision(queries.dtype)
-    grouped = (queries * np.float32(width**-0.5).astype(queries.dtype)).reshape(batch, rows, groups, -1, width)
+    groups = sources[0].keys.shape[1]
+    dtype = queries.dtype
+    precision = matmul_precision(dtype)
+    scaled = queries * np.float32(width**-0.5).astype(dtype)
+    columns = scaled.reshape(batch, rows, groups, heads // groups, width).transpose(0, 2, 4, 1, 3)
+    columns = columns.reshape(batch, groups, width, -1)
+    # Keys times query columns, so that the cache is read as it lies: the other way round XLA transposes it first.
     scores = [
-        jnp.where(
-            source.mask[:, None, :, None, :],
-            jnp.einsum(
-                "brgjd,bsgd->bgrjs",
-                grouped,
-                source.keys,
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            ),
-            MASKED_SCORE,
-        )
+        jnp.einsum(
+            "bgsd,bgdn->bgsn", source.keys, columns, precision=precision, preferred_element_type=jnp.float32
+        ).transpose(0, 1, 3, 2)
         for source in sources
     ]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
-    weights = weights.astype(queries.dtype)
-    bounds = np.cumsum([source.keys.shape[1] for source in sources])[:-1]
+    masks = jnp.concatenate([jnp.broadcast_to(s.mask, (batch, rows, s.mask.shape[2])) for s in sources], axis=2)
+    joined = jnp.concatenate(scores, axis=3).reshape(batch, groups, rows, heads // groups, -1)
+    joined = jnp.where(masks[:, None, :, None, :], joined, MASKED_SCORE)
+    weights = jax.nn.softmax(joined, axis=-1).astype(dtype).reshape(batch, groups, -1, masks.shape[2])
+    bounds = np.cumsum([source.keys.shape[2] for source in sources])[:-1]
     out = sum(
-        jnp.einsum(
-            "bgrjs,bsgd->brgjd",
-            part,
-            source.values,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        jnp.einsum("bgns,bgsd->bgnd", part, source.values, precision=precision, preferred_element_type=jnp.float32)
         for part, source in zip(jnp.split(weights, bounds, axis=-1), sources, strict=True)
     )
-    return out.reshape(batch, rows, heads, width).astype(queries.dtype)
+    out = out.reshape(batch, groups, rows, heads // groups, width).transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, rows, heads, width).astype(dtype)
 
 
 class DecoderLayer(nnx.Module):
@@ -190,7 +186,7 @@ class DecoderLayer(nnx.Module):
         self.config = config
 
     def project(self, x: jax.Array, table) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Hidden states [B, R, D] -> queries [B, R, H, d], keys and values [B, R, G, d], rotated by `table`."""
+        """Hidden states [B, R, D] -> queries [B, R, H, d], keys and values [B, G, R, d], rotated by `table`."""
         c = self.config
         normed = rms_norm(x, self.attention_norm[...], c.norm_eps)
         qkv = linear(normed, self.qkv[...], _value(self.qkv_bias))
@@ -199,7 +195,9 @@ class DecoderLayer(nnx.Module):
         if c.qk_norm:
             queries = rms_norm(queries, self.q_norm[...], c.norm_eps)
             keys = rms_norm(keys, self.k_norm[...], c.norm_eps)
-        return rotate(queries, table), rotate(keys, table), values
+        rotated = rotate(jnp.concatenate([queries, keys], axis=-2), table)
+        queries, keys = jnp.split(rotated, [c.num_heads], axis=-2)
+        return queries, keys.swapaxes(-2, -3), values.swapaxes(-2, -3)
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Adds the attention output [B, R, H, d] and then the mlp to x [B, R, D]."""

@@ -1,0 +1,82 @@
+"""Autoregressive decoding: one token a step through all layers, under one lax.while_loop.
+
+Letters: B sequences, T capacity for new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dex_jax.cache import Memory
+from dex_jax.decoding.network import extend
+from dex_jax.decoding.record import Limits, Record, begin, emit
+from dex_jax.nn.transformer import Transformer
+from dex_jax.sampling import Sampling, choose, position_noise
+
+
+class ARState(NamedTuple):
+    """All that AR carries from step to step.
+
+    Attributes:
+      tick: int32, steps since the start.
+      token: [B] int32, the last emitted token, not yet in memory.
+      prefix: [B] int32, its position, and the number of committed positions.
+      memory: committed keys and values.
+      record: what has been emitted; every token has exit 1, as K = 1.
+    """
+
+    tick: jax.Array
+    token: jax.Array
+    prefix: jax.Array
+    memory: Memory
+    record: Record
+
+
+def init(
+    memory: Memory, first_token: jax.Array, position: jax.Array, *, capacity: int, limits: Limits
+) -> ARState:
+    """The state after prefill: first_token [B] at absolute `position` [B]."""
+    return ARState(jnp.int32(0), first_token, position, memory, begin(first_token, capacity, limits))
+
+
+def step(model: Transformer, state: ARState, limits: Limits, sampling: Sampling | None = None) -> ARState:
+    """One token for every sequence that is not done."""
+    hidden, memory = extend(model, state.memory, state.token[:, None], state.prefix)
+    active = ~state.record.done
+    token = next_token(model, hidden[:, 0], state.prefix + 1, sampling)
+    record = emit(state.record, token, jnp.ones_like(token), active, limits)
+    return ARState(
+        tick=state.tick + 1,
+        token=jnp.where(active, token, state.token),
+        prefix=state.prefix + active,
+        memory=memory,
+        record=record,
+    )
+
+
+def run(
+    model: Transformer,
+    state: ARState,
+    limits: Limits,
+    sampling: Sampling | None = None,
+    *,
+    until_tick: jax.Array | None = None,
+) -> ARState:
+    """Steps until every sequence is done, or until `until_tick` (int32 scalar)."""
+
+    def going(state: ARState) -> jax.Array:
+        more = jnp.any(~state.record.done)
+        return more if until_tick is None else more & (state.tick < until_tick)
+
+    return jax.lax.while_loop(going, lambda s: step(model, s, limits, sampling), state)
+
+
+def next_token(model: Transformer, hidden: jax.Array, position: jax.Array, sampling: Sampling | None) -> jax.Array:
+    """The token at absolute `position` [B] given final hidden states [B, D] of the one before: [B] int32."""
+    noise = None
+    if sampling is not None:
+        noise = jax.vmap(position_noise, (0, 0, None))(sampling.keys, position, model.config.vocab_size)
+    return choose(model.logits(hidden), sampling, noise)[0]

@@ -1,0 +1,221 @@
+"""generate() and stream(): prompts in, text and counts out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax.decoding.exits import resolve_exits
+from dex_jax.decoding.methods import Dex, Method, Schedule
+from dex_jax.decoding.output import Output, Stats, cut, depth_side_speedup, ticks_of
+from dex_jax.decoding.record import Record
+from dex_jax.decoding.session import PROGRAMS, Session
+from dex_jax.decoding.stopping import StopStrings
+from dex_jax.errors import DexError
+from dex_jax.language_model import LanguageModel, Prompt
+from dex_jax.sampling import Sampling, sampling_keys
+
+TICKS_PER_CALL = 64
+
+
+def generate(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options) -> Output:
+    """Generates continuations of a batch of prompts.
+
+    Args:
+      lm: from `dex_jax.load`.
+      prompts: strings (the chat template is applied unless chat=False), lists of messages, or lists of token ids;
+        one string alone is a batch of one.
+      **options: those of `stream`, except ticks_per_update.
+
+    Returns:
+      Output; with any method and any exits its tokens are those of AR under the same seed.
+
+    Raises:
+      DexError: bad options or prompts, or no memory for them; the sentence says which and what to do.
+
+    Example:
+      >>> out = generate(lm, ["Why is the sky blue?"], max_new_tokens=32)   # doctest: +SKIP
+      >>> out.texts[0], int(out.stats.ticks[0])   # doctest: +SKIP
+    """
+    output = None
+    for output in stream(lm, prompts, ticks_per_update=TICKS_PER_CALL, **options):
+        pass
+    assert output is not None
+    return output
+
+
+def stream(
+    lm: LanguageModel,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    method: Method | None = None,
+    max_new_tokens: int = 128,
+    exits: str = "default",
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Sequence[int] = 0,
+    num_samples: int = 1,
+    stop: str | Sequence[str] | None = None,
+    chat: bool = True,
+    ticks_per_update: int = 4,
+    notify: Callable[[str], None] = lambda phase: None,
+) -> Iterator[Output]:
+    """As `generate`, yielding the Output so far after every few ticks; the last one is complete.
+
+    Args:
+      lm: from `dex_jax.load`.
+      prompts: see `generate`.
+      method: AR() or Dex(...); None is Dex() with 5 explorers.
+      max_new_tokens: at most so many tokens per sequence, the first one of the prefill included.
+      exits: "shared" (the model's own final norm and unembedding at every depth) or "default" (what ships for the
+        model). Exits never change tokens.
+      temperature: 0 is greedy; above, tokens are sampled with noise that belongs to their positions.
+      top_k: keep the k most likely tokens; None keeps all.
+      top_p: keep the smallest set that holds this probability, in (0, 1]; None keeps all.
+      seed: row b of the batch gets seed + b; a list of B seeds is taken as it is.
+      num_samples: repeats each prompt n times, one row after the other.
+      stop: strings that end a sequence; they are cut from the text.
+      chat: whether string prompts go through the chat template.
+      ticks_per_update: how many ticks run on the device between two yields.
+      notify: told the phase ("prefill", "decoding"), for a progress display.
+
+    Yields:
+      Output, with `finished` telling which rows have ended.
+
+    Raises:
+      DexError: as `generate`.
+    """
+    method = Dex() if method is None else method
+    schedule = method.schedule(lm.config.num_layers)
+    exits_source = resolve_exits(exits, schedule)
+    ids = _encode(lm, prompts, chat, num_samples, max_new_tokens)
+    sampling, seeds = _sampling(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
+    stops = StopStrings(stop, lm.tokenizer)
+    if ticks_per_update < 1:
+        raise DexError(f"ticks_per_update must be at least 1, not {ticks_per_update}")
+
+    times = dict.fromkeys(("compile", "prefill", "decode"), 0.0)
+    session = Session(lm, ids, schedule, max_new_tokens, sampling, notify)
+    with _Clock(times, "prefill"):
+        session.prefill()
+    notify("decoding")
+    record = session.record()
+    while True:
+        output = _output(lm, schedule, exits_source, record, ids, seeds, stops, times)
+        yield output
+        if output.finished.all():
+            return
+        with _Clock(times, "decode"):
+            record = session.advance(ticks_per_update)
+
+
+class _Clock:
+    """Adds the seconds of a block to times[phase], and what was compilation to times["compile"] instead."""
+
+    def __init__(self, times: dict[str, float], phase: str):
+        self.times, self.phase = times, phase
+
+    def __enter__(self) -> None:
+        self.begin, self.compiled = time.perf_counter(), _compile_seconds()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        compiling = _compile_seconds() - self.compiled
+        self.times["compile"] += compiling
+        self.times[self.phase] += time.perf_counter() - self.begin - compiling
+        if error is not None and "RESOURCE_EXHAUSTED" in str(error):
+            raise DexError(
+                "the device ran out of memory: lower the number of prompts or samples, max_new_tokens, rows or "
+                "explorers, or use a smaller dtype (decode.py --dry-run shows what each needs)"
+            ) from error
+
+
+def _compile_seconds() -> float:
+    return sum(program.compile_seconds for program in PROGRAMS)
+
+
+def _encode(
+    lm: LanguageModel, prompts: Prompt | Sequence[Prompt], chat: bool, num_samples: int, max_new_tokens: int
+) -> list[list[int]]:
+    if max_new_tokens < 1:
+        raise DexError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if num_samples < 1:
+        raise DexError(f"num_samples must be at least 1, not {num_samples}")
+    batch = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not batch:
+        raise DexError("there is no prompt: give at least one")
+    ids = [lm.encode(prompt, chat) for prompt in batch]
+    for number, prompt in enumerate(ids, 1):
+        if len(prompt) + max_new_tokens > lm.config.context:
+            raise DexError(
+                f"prompt {number} has {len(prompt)} tokens, which with {max_new_tokens} new ones passes the model's "
+                f"context of {lm.config.context}: shorten the prompt or lower max_new_tokens"
+            )
+    return [prompt for prompt in ids for _ in range(num_samples)]
+
+
+def _sampling(
+    temperature: float, top_k: int | None, top_p: float | None, seed: int | Sequence[int], batch: int, vocab_size: int
+) -> tuple[Sampling | None, list[int] | None]:
+    if not (np.isfinite(temperature) and temperature >= 0):
+        raise DexError(f"temperature must be 0 (greedy) or above, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise DexError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise DexError(f"top_p must lie in (0, 1], not {top_p}")
+    seeds = [int(seed) + row for row in range(batch)] if isinstance(seed, (int, np.integer)) else list(map(int, seed))
+    if len(seeds) != batch:
+        raise DexError(f"there are {len(seeds)} seeds for {batch} sequences: give one number, or one for each")
+    if temperature == 0:
+        return None, None
+    return (
+        Sampling(
+            keys=sampling_keys(seeds),
+            temperature=jnp.float32(temperature),
+            top_k=None if top_k is None or top_k >= vocab_size else jnp.int32(top_k),
+            top_p=None if top_p is None or top_p == 1 else jnp.float32(top_p),
+        ),
+        seeds,
+    )
+
+
+def _output(
+    lm: LanguageModel,
+    schedule: Schedule,
+    exits_source: str | None,
+    record: Record,
+    ids: list[list[int]],
+    seeds: list[int] | None,
+    stops: StopStrings,
+    times: dict[str, float],
+) -> Output:
+    tokens, exits = np.array(record.tokens), np.array(record.exits)
+    lengths, finished, ticks = np.array(record.lengths), np.array(record.done), np.array(record.ticks)
+    texts = []
+    for row in range(len(ids)):
+        emitted = tokens[row, : lengths[row]].tolist()
+        text, kept = stops.apply(emitted)
+        if kept is not None:
+            lengths[row], finished[row] = kept, True
+            tokens[row], exits[row] = cut(tokens[row], exits[row], kept)
+            ticks[row] = ticks_of(exits[row], kept, schedule.stages)
+        texts.append(text)
+    width = int(lengths.max())
+    device = jax.devices()[0]
+    stats = Stats(
+        schedule=schedule,
+        exits_source=exits_source,
+        ticks=ticks,
+        exits=exits[:, :width],
+        depth_side_speedup=depth_side_speedup(ticks, lengths, schedule.stages),
+        compile_seconds=times["compile"],
+        prefill_seconds=times["prefill"],
+        decode_seconds=times["decode"],
+        device=f"{device.platform}:{device.device_kind}",
+        dtype=str(lm.dtype),
+    )
+    return Output(texts, tokens[:, :width], lengths, ids, finished, seeds, stats)

@@ -1,0 +1,208 @@
+"""The device side of one generation: prefill in buckets, then the loop in chunks of ticks.
+
+Letters: B sequences, S cache length, T capacity for new tokens, D model width, K stages, W rows a stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax import cache
+from dex_jax.config import ModelConfig
+from dex_jax.decoding import ar, loop
+from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.network import extend, shared_exits, transformer_network
+from dex_jax.decoding.program import Program
+from dex_jax.decoding.record import Limits, Record
+from dex_jax.language_model import LanguageModel, merge_model
+from dex_jax.nn.transformer import Layout
+from dex_jax.sampling import Sampling
+
+SMALLEST_BUCKET = 16
+PREFILL_CHUNK = 512
+LENGTH_STEP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a compiled program depends on beside shapes."""
+
+    config: ModelConfig
+    layout: Layout
+    schedule: Schedule
+
+
+def prompt_bucket(length: int) -> int:
+    """The padded length of a prompt: a power of two up to PREFILL_CHUNK, then whole chunks."""
+    bucket = SMALLEST_BUCKET
+    while bucket < min(length, PREFILL_CHUNK):
+        bucket *= 2
+    return bucket if length <= PREFILL_CHUNK else -(-length // PREFILL_CHUNK) * PREFILL_CHUNK
+
+
+def capacity_for(max_new_tokens: int) -> int:
+    """T: room for new tokens, in steps, so that a few tokens more or less compile nothing."""
+    return -(-max_new_tokens // LENGTH_STEP) * LENGTH_STEP
+
+
+def prefill_chunk(
+    weights: Any, memory: Any, last: jax.Array, tokens: jax.Array, start: jax.Array, lengths: jax.Array, *, spec: Spec
+) -> tuple[Any, jax.Array]:
+    """Runs one chunk of the prompts and keeps the hidden state of each prompt's last token.
+
+    Args:
+      weights: of the model.
+      memory: committed positions before the chunk.
+      last: [B, D], states of last tokens found so far.
+      tokens: [B, R] int32, padded on the right.
+      start: int32 scalar, position of the chunk's first token.
+      lengths: [B] int32, prompt lengths.
+      spec: statics.
+
+    Returns:
+      (memory, last).
+    """
+    model = merge_model(spec.config, spec.layout, weights)
+    hidden, memory = extend(model, memory, tokens, jnp.full(tokens.shape[0], start))
+    index = lengths - 1 - start
+    here = (index >= 0) & (index < tokens.shape[1])
+    chosen = jnp.take_along_axis(hidden, jnp.clip(index, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+    return memory, jnp.where(here[:, None], chosen, last)
+
+
+def start_decoding(
+    weights: Any,
+    memory: Any,
+    last: jax.Array,
+    lengths: jax.Array,
+    limits: Limits,
+    sampling: Sampling | None,
+    *,
+    spec: Spec,
+    capacity: int,
+) -> Any:
+    """Chooses token 0 and returns the state of the method's loop before its first tick."""
+    model = merge_model(spec.config, spec.layout, weights)
+    token = ar.next_token(model, last, lengths, sampling)
+    if spec.schedule.method == "ar":
+        return ar.init(memory, token, lengths, capacity=capacity, limits=limits)
+    return loop.init(
+        _network(model, spec),
+        memory,
+        token,
+        lengths,
+        stages=spec.schedule.stages,
+        rows=spec.schedule.rows,
+        capacity=capacity,
+        limits=limits,
+        sampling=sampling,
+    )
+
+
+def run_ticks(
+    weights: Any, state: Any, limits: Limits, sampling: Sampling | None, until_tick: jax.Array, *, spec: Spec
+) -> Any:
+    """The method's loop up to `until_tick`."""
+    model = merge_model(spec.config, spec.layout, weights)
+    if spec.schedule.method == "ar":
+        return ar.run(model, state, limits, sampling, until_tick=until_tick)
+    network, decs = _network(model, spec), spec.schedule.decs
+    return loop.run(network, state, limits, sampling, decs=decs, until_tick=until_tick)
+
+
+def _network(model, spec: Spec):
+    exits = shared_exits(model) if spec.schedule.stages > 1 else None
+    return transformer_network(model, spec.schedule.depths, exits)
+
+
+PREFILL = Program(prefill_chunk, static=("spec",), donate=(1, 2))
+START = Program(start_decoding, static=("spec", "capacity"), donate=(1,))
+RUN = Program(run_ticks, static=("spec",), donate=(1,))
+PROGRAMS = (PREFILL, START, RUN)
+
+
+class Session:
+    """One batch on its way: built from token ids, prefilled once, then advanced chunk by chunk.
+
+    Args:
+      lm: the model; its layout is the one that runs.
+      prompts: B lists of token ids.
+      schedule: the method.
+      max_new_tokens: at most this many per sequence.
+      sampling: None for greedy; keys [B].
+      notify: told what is going on ("compiling", "prefill", "decoding").
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompts: list[list[int]],
+        schedule: Schedule,
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        notify: Callable[[str], None] = lambda phase: None,
+    ):
+        self.lm = lm
+        self.spec = Spec(lm.config, lm.layout, schedule)
+        self.sampling = sampling
+        self.notify = notify
+        self.lengths = np.array([len(p) for p in prompts], np.int32)
+        bucket = prompt_bucket(int(self.lengths.max()))
+        self.padded = np.zeros((len(prompts), bucket), np.int32)
+        for row, prompt in zip(self.padded, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        self.capacity = capacity_for(max_new_tokens)
+        self.cache_length = bucket + self.capacity
+        eos = jnp.asarray(lm.eos_ids or (-1,), jnp.int32)
+        self.limits = Limits(jnp.full(len(prompts), max_new_tokens, jnp.int32), eos)
+        self.tick = 0
+        self.state: Any = None
+
+    def prefill(self) -> None:
+        """Runs the prompts and chooses token 0 of each."""
+        batch, bucket = self.padded.shape
+        slots = 0 if self.spec.schedule.method == "ar" else self.spec.schedule.stages * self.spec.schedule.rows
+        config, dtype = self.lm.config, self.lm.dtype
+        memory = cache.allocate(config, self.lm.layout, batch, self.cache_length, slots, dtype)
+        last = jnp.zeros((batch, config.width), dtype)
+        lengths = jnp.asarray(self.lengths)
+        chunk = min(bucket, PREFILL_CHUNK)
+        self.notify("prefill")
+        for start in range(0, bucket, chunk):
+            tokens = jnp.asarray(self.padded[:, start : start + chunk])
+            memory, last = PREFILL(
+                self.lm.weights, memory, last, tokens, jnp.int32(start), lengths, spec=self.spec_of_prefill()
+            )
+        self.state = START(
+            self.lm.weights,
+            memory,
+            last,
+            lengths,
+            self.limits,
+            self.sampling,
+            spec=self.spec,
+            capacity=self.capacity,
+        )
+        jax.block_until_ready(self.state)
+
+    def spec_of_prefill(self) -> Spec:
+        """Prefill is the same for every method, so its programs are shared."""
+        return dataclasses.replace(self.spec, schedule=Schedule("ar", (self.spec.config.num_layers,), 1, decs=False))
+
+    def advance(self, ticks: int) -> Record:
+        """Runs at most `ticks` more ticks and returns the record on the host."""
+        self.tick += ticks
+        self.state = RUN(
+            self.lm.weights, self.state, self.limits, self.sampling, jnp.int32(self.tick), spec=self.spec
+        )
+        return self.record()
+
+    def record(self) -> Record:
+        """What has been emitted so far, as NumPy arrays."""
+        return jax.tree.map(np.asarray, self.state.record)

@@ -1,0 +1,53 @@
+"""Stop strings: found on the host, in text, and cut from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dex_jax.errors import DexError
+from dex_jax.io import Tokenizer
+
+
+class StopStrings:
+    """Decodes tokens to text and cuts it at the first stop string.
+
+    Args:
+      stop: a string, several, or None.
+      tokenizer: None gives empty texts and refuses stop strings.
+
+    Raises:
+      DexError: an empty stop string, or stop strings without a tokenizer.
+    """
+
+    def __init__(self, stop: str | Sequence[str] | None, tokenizer: Tokenizer | None):
+        self.strings = [stop] if isinstance(stop, str) else list(stop or [])
+        if any(not string for string in self.strings):
+            raise DexError("a stop string must not be empty")
+        if self.strings and tokenizer is None:
+            raise DexError("stop strings need a tokenizer, and this checkpoint has none")
+        self.tokenizer = tokenizer
+
+    def apply(self, tokens: list[int]) -> tuple[str, int | None]:
+        """Text of `tokens`, and how many of them to keep: None when no stop string occurs.
+
+        The tokens kept end with the one that completes the stop string, however many came after it in the same
+        chunk, so that the result does not depend on the chunk.
+        """
+        if self.tokenizer is None:
+            return "", None
+        text = self.tokenizer.decode(tokens)
+        if self._first(text) is None:
+            return text, None
+        low, high = 1, len(tokens)
+        while low < high:
+            middle = (low + high) // 2
+            if self._first(self.tokenizer.decode(tokens[:middle])) is None:
+                low = middle + 1
+            else:
+                high = middle
+        text = self.tokenizer.decode(tokens[:low])
+        return text[: self._first(text)], low
+
+    def _first(self, text: str) -> int | None:
+        found = [at for at in (text.find(string) for string in self.strings) if at >= 0]
+        return min(found) if found else None

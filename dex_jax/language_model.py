@@ -1,0 +1,227 @@
+"""A loaded model: weights on the device, configuration and tokenizer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dex_jax import cache
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.network import extend
+from dex_jax.errors import DexError
+from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
+from dex_jax.nn.transformer import (
+    Layout,
+    Stacked,
+    Transformer,
+    Unrolled,
+    build,
+    parameter_bytes,
+    parameter_shapes,
+    relayout,
+)
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+Message = dict[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+class LanguageModel:
+    """A transformer ready to decode.
+
+    Attributes:
+      config: shapes and constants.
+      tokenizer: text to ids and back; None when the checkpoint has none (prompts are then token ids).
+      source: where the weights came from.
+      fingerprint: short hexadecimal digest of the backbone.
+      dtype: dtype of weights and caches.
+      layout: Unrolled() or Stacked(depths); see `arrange`.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None, source: str, fingerprint: str):
+        self.config = model.config
+        self.tokenizer = tokenizer
+        self.source = source
+        self.fingerprint = fingerprint
+        self.dtype = model.embed[...].dtype
+        self._adopt(model)
+
+    def _adopt(self, model: Transformer) -> None:
+        self.layout = model.layout
+        self.weights = nnx.state(model)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of all weights."""
+        return parameter_bytes(merge_model(self.config, self.layout, self.weights))
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Token ids that end a sequence: of the configuration and of the chat template, ascending."""
+        from_template = () if self.tokenizer is None else self.tokenizer.eos_ids
+        return tuple(sorted({*self.config.eos_ids, *from_template}))
+
+    def arrange(self, layout: Layout) -> None:
+        """Moves the weights to another layout, in place; the old arrays are freed on the way."""
+        if layout != self.layout:
+            self._adopt(relayout(merge_model(self.config, self.layout, self.weights), layout))
+
+    def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
+        """Token ids of a prompt.
+
+        Args:
+          prompt: a string (made a user message of the chat template if there is one and `chat`), a list of
+            {"role", "content"} messages, or a list of token ids, which is used as it is.
+          chat: whether the chat template is applied to strings.
+
+        Raises:
+          DexError: the prompt is empty, is of another type, or needs a tokenizer or chat template that is missing.
+        """
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise DexError("the prompt is empty: give it at least one word")
+            tokenizer = self._require_tokenizer()
+            if chat and tokenizer.has_chat_template:
+                return tokenizer.chat([{"role": "user", "content": prompt}])
+            return tokenizer.encode(prompt)
+        items = list(prompt)
+        if not items:
+            raise DexError("the prompt is empty: give it at least one token or message")
+        if all(isinstance(item, dict) for item in items):
+            tokenizer = self._require_tokenizer()
+            if not tokenizer.has_chat_template:
+                raise DexError(f"{self.source} has no chat template, so messages cannot be rendered: pass a string")
+            return tokenizer.chat(items)
+        if all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in items):
+            ids = [int(item) for item in items]
+            wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]
+            if wrong:
+                raise DexError(
+                    f"token id {wrong[0]} is outside the vocabulary: ids go from 0 to {self.config.vocab_size - 1}"
+                )
+            return ids
+        raise DexError("a prompt is a string, a list of messages or a list of token ids, not a mixture")
+
+    def logits(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
+        """Final logits at every position: tokens [B, T] int32 -> [B, T, V] float32."""
+        tokens = jnp.asarray(tokens, jnp.int32)
+        return _full_logits(self.config, self.layout, self.weights, tokens)
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise DexError(f"{self.source} has no tokenizer: pass prompts as lists of token ids")
+        return self.tokenizer
+
+
+def load(
+    source: str,
+    dtype: str | None = None,
+    layout: Layout | None = None,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> LanguageModel:
+    """Loads a model, one tensor at a time.
+
+    Args:
+      source: an alias ("smollm2-135m"), a .gguf file, a Hugging Face directory, or a hub id "owner/name".
+      dtype: "float32", "bfloat16" or "float16"; None chooses `default_dtype()`.
+      layout: None is Unrolled().
+      on_tensor: called with (bytes so far, bytes in all) after each tensor, for a progress bar.
+
+    Raises:
+      DexError: nothing of that name, missing or truncated weights, an architecture or dtype that is not covered.
+    """
+    chosen = resolve_dtype(dtype)
+    checkpoint = open_checkpoint(source)
+    model = build(checkpoint.config, layout or Unrolled(), _reader(checkpoint, chosen, on_tensor), chosen)
+    return LanguageModel(model, checkpoint.tokenizer, checkpoint.source, checkpoint.fingerprint())
+
+
+def resolve_dtype(name: str | None) -> jnp.dtype:
+    """The dtype of a name; None is `default_dtype()`."""
+    if name is None:
+        return default_dtype()
+    if name not in DTYPES:
+        raise DexError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    return jnp.dtype(DTYPES[name])
+
+
+def default_dtype() -> jnp.dtype:
+    """float32 on CPUs (their bfloat16 products are many times slower), bfloat16 elsewhere; float16 on old GPUs.
+
+    GPUs below compute capability 8 (a T4, for one) have no bfloat16 units.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return jnp.dtype(jnp.float32)
+    capability = getattr(device, "compute_capability", None)
+    if device.platform == "gpu" and capability is not None and float(capability) < 8:
+        return jnp.dtype(jnp.float16)
+    return jnp.dtype(jnp.bfloat16)
+
+
+@functools.lru_cache(maxsize=64)
+def graph_of(config: ModelConfig, layout: Layout) -> Any:
+    """The nnx graph definition of a transformer, without any array."""
+    abstract = nnx.eval_shape(lambda: Transformer(config, layout, lambda name, shape, kind: jnp.zeros(shape)))
+    return nnx.split(abstract)[0]
+
+
+def merge_model(config: ModelConfig, layout: Layout, weights: Any) -> Transformer:
+    """The module of (config, layout) over `weights`, under a trace or not."""
+    return nnx.merge(graph_of(config, layout), weights)
+
+
+def abstract_weights(config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> Any:
+    """Weights as jax.ShapeDtypeStruct, to compile or to plan without loading any."""
+    return nnx.state(
+        nnx.eval_shape(lambda: Transformer(config, layout, lambda name, shape, kind: jnp.zeros(shape, dtype)))
+    )
+
+
+def _reader(checkpoint: Checkpoint, dtype: jnp.dtype, on_tensor: Callable[[int, int], None] | None):
+    sizes = {
+        name: int(np.prod(shape)) * dtype.itemsize for name, shape in parameter_shapes(checkpoint.config).items()
+    }
+    total, done = sum(sizes.values()), 0
+
+    def read(name: str) -> np.ndarray:
+        nonlocal done
+        tensor = checkpoint.read(name)
+        done += sizes[name]
+        if on_tensor is not None:
+            on_tensor(done, total)
+        return tensor
+
+    return read
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _full_logits(config: ModelConfig, layout: Layout, weights: Any, tokens: jax.Array) -> jax.Array:
+    model = merge_model(config, layout, weights)
+    batch, length = tokens.shape
+    memory = cache.allocate(config, layout, batch, length, 0, model.embed[...].dtype)
+    hidden, _ = extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
+    return model.logits(hidden)
+
+
+__all__ = [
+    "DTYPES",
+    "LanguageModel",
+    "Message",
+    "Prompt",
+    "Stacked",
+    "Unrolled",
+    "abstract_weights",
+    "default_dtype",
+    "graph_of",
+    "load",
+    "merge_model",
+    "resolve_dtype",
+]
