@@ -1,0 +1,1 @@
+"""The command-line programs; the scripts at the top of the repository only call them."""

@@ -1,0 +1,141 @@
+"""Flags of decode.py, and the prompts they name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from dex_jax.decoding.methods import AR, Dex, Method
+from dex_jax.errors import DexError
+from dex_jax.language_model import DTYPES, Prompt
+
+EPILOG = """\
+examples:
+  decode.py --prompt "Why is the sky blue?"
+  decode.py --prompt "Write a limerick" --explorers 10 --color-depth
+  decode.py --prompt-file questions.jsonl --json > answers.jsonl
+  decode.py --model path/to/llama --depths 8,16,32 --prompt "Hi" --check
+
+The text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 --check found a difference,
+2 bad input, 130 interrupted.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser of decode.py."""
+    p = argparse.ArgumentParser(
+        prog="decode.py",
+        description="Decode a language model with Depth Exploration Decoding: several exit depths are explored at "
+        "once and the final layer's token is always the one that is kept, so the text is exactly that of plain "
+        "autoregressive decoding.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = p.add_argument_group("model").add_argument
+    add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
+    add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
+    add("--layout", choices=["unrolled", "stacked"], default="unrolled", help="weight layout (%(default)s)")
+    add("--exits", default="default", help='exit heads: "default" or "shared" (%(default)s)')
+
+    add = p.add_argument_group("prompts").add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
+    add("--prompt-file", metavar="FILE", help='.txt: one a line; .jsonl: "prompt" or "messages"; -: lines of stdin')
+    add("--no-chat", action="store_true", help="use prompts as they are, without the chat template")
+
+    add = p.add_argument_group("method").add_argument
+    add("--method", choices=["dex", "ar"], default="dex", help="dex, or ar: one layer stack a token (%(default)s)")
+    add("--explorers", type=int, metavar="K", help="number of exit depths, evenly spaced (5)")
+    add("--depths", type=_depths, metavar="X,...,L", help="the exit depths themselves, ending at the last layer")
+    add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most, or "full" (2^(K-2), at most 8)')
+    add("--no-decs", action="store_true", help="let exits repeat tokens that a node's children already hold")
+
+    add = p.add_argument_group("sampling").add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="%(default)s")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
+    add("--top-k", type=int, metavar="K", help="keep the K most likely tokens")
+    add("--top-p", type=float, metavar="P", help="keep the smallest set of probability P")
+    add("--seed", type=int, default=0, help="row b of the batch uses seed + b (%(default)s)")
+    add("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt (%(default)s)")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+
+    add = p.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="one JSON object a sequence on stdout, and no text")
+    add("--color-depth", action="store_true", help="colour each token by the exit that first gave it")
+    add("--check", action="store_true", help="decode with plain AR too and compare token by token")
+    add("--dry-run", action="store_true", help="print what would be needed of memory, load nothing")
+    return p
+
+
+def method_of(args: argparse.Namespace) -> Method:
+    """The method that the flags name.
+
+    Raises:
+      DexError: --method ar together with flags of DEX.
+    """
+    if args.method == "dex":
+        return Dex(explorers=args.explorers, depths=args.depths, rows=args.rows, decs=not args.no_decs)
+    given = [name for name in ("explorers", "depths", "rows") if getattr(args, name) is not None]
+    if given:
+        raise DexError(f"--{given[0]} belongs to --method dex and means nothing with --method ar: leave one of them out")
+    return AR()
+
+
+def prompts_of(args: argparse.Namespace, stdin: TextIO = sys.stdin) -> list[Prompt]:
+    """All prompts: those of --prompt first, then those of --prompt-file.
+
+    Raises:
+      DexError: no prompt, an unreadable file, or a line that does not parse (with file and line).
+    """
+    prompts: list[Prompt] = list(args.prompt)
+    if args.prompt_file is not None:
+        prompts += _read_prompts(args.prompt_file, stdin)
+    if not prompts:
+        raise DexError('there is no prompt: give --prompt "..." or --prompt-file FILE')
+    return prompts
+
+
+def _read_prompts(name: str, stdin: TextIO) -> list[Prompt]:
+    if name == "-":
+        lines = stdin.read().splitlines()
+    else:
+        try:
+            lines = Path(name).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DexError(f"cannot read the prompt file {name}: {error}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise DexError(f"the prompt file {name} holds no prompt: write one a line")
+    if name.endswith(".jsonl"):
+        return [_json_prompt(name, number, line) for number, line in numbered]
+    return [line for _, line in numbered]
+
+
+def _json_prompt(name: str, number: int, line: str) -> Prompt:
+    try:
+        item = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DexError(f"{name}, line {number}: not valid JSON ({error.msg} at column {error.colno})") from error
+    if isinstance(item, dict) and isinstance(item.get("messages"), list) and item["messages"]:
+        return item["messages"]
+    if isinstance(item, dict) and isinstance(item.get("prompt"), str):
+        return item["prompt"]
+    raise DexError(f'{name}, line {number}: needs an object with "prompt" (a string) or "messages" (a list)')
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 6,12,30") from None
+
+
+def _rows(text: str) -> int | str:
+    if text == "full":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is neither a whole number nor "full"') from None

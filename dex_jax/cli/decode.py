@@ -1,0 +1,178 @@
+"""The decode.py program."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dex_jax.cli.arguments import method_of, parser, prompts_of
+from dex_jax.decoding.methods import AR, Method
+from dex_jax.decoding.output import Output
+from dex_jax.errors import DexError
+from dex_jax.language_model import LanguageModel, Prompt
+
+OK, DIFFERENT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs decode.py with command-line arguments; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return _run(args)
+    except DexError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader is gone; nothing more may be written, not even by the interpreter's own flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def _run(args: argparse.Namespace) -> int:
+    method = method_of(args)
+    prompts = prompts_of(args)
+    if args.dry_run:
+        return _dry_run(args, method, prompts)
+    _remember_compilations()
+    with _progress() as (on_tensor, status):
+        lm = _load(args, method, on_tensor)
+        status("compiling")
+        updates = _stream(lm, prompts, method, args)
+        output = next(updates)
+    output, interrupted = _follow(lm, output, updates, prompts, args)
+    checks = None
+    if args.check and not interrupted:
+        checks = _check(lm, output, prompts, args)
+    _finish(output, prompts, checks, args)
+    if interrupted:
+        return INTERRUPTED
+    return DIFFERENT if checks and not all(check.tie for check in checks) else OK
+
+
+def _load(args: argparse.Namespace, method: Method, on_tensor: Callable[[int, int], None]) -> LanguageModel:
+    from dex_jax.language_model import load
+    from dex_jax.nn.transformer import Stacked
+
+    lm = load(args.model, dtype=args.dtype, on_tensor=on_tensor)
+    if args.layout == "stacked":
+        lm.arrange(Stacked(method.schedule(lm.config.num_layers).depths))
+    return lm
+
+
+def _stream(lm: LanguageModel, prompts: list[Prompt], method: Method, args: argparse.Namespace) -> Iterator[Output]:
+    from dex_jax.decoding.generate import TICKS_PER_CALL, stream
+
+    return stream(
+        lm,
+        prompts,
+        method=method,
+        max_new_tokens=args.max_new_tokens,
+        exits=args.exits,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        num_samples=args.num_samples,
+        stop=args.stop,
+        chat=not args.no_chat,
+        ticks_per_update=TICKS_PER_CALL if args.json else 4,
+    )
+
+
+def _follow(
+    lm: LanguageModel, output: Output, updates: Iterator[Output], prompts: list[Prompt], args: argparse.Namespace
+) -> tuple[Output, bool]:
+    """Prints text until the stream ends or the user interrupts it: (last output, whether interrupted)."""
+    from dex_jax.cli.display import TextPrinter
+
+    headings = [_heading(prompt) for prompt in _repeated(prompts, args)]
+    printer = None if args.json else TextPrinter(lm.tokenizer, headings, args.color_depth)
+    try:
+        while True:
+            if printer is not None:
+                printer.update(output, stops=bool(args.stop))
+            following = next(updates, None)
+            if following is None:
+                return output, False
+            output = following
+    except KeyboardInterrupt:
+        if printer is not None:
+            printer.close()
+        return output, True
+
+
+def _check(lm: LanguageModel, output: Output, prompts: list[Prompt], args: argparse.Namespace) -> list[Any]:
+    from dex_jax.evaluation.check import compare
+
+    reference = output
+    for reference in _stream(lm, prompts, AR(), args):
+        pass
+    return compare(lm, output, reference, args.temperature, args.top_k, args.top_p)
+
+
+def _finish(output: Output, prompts: list[Prompt], checks: list[Any] | None, args: argparse.Namespace) -> None:
+    from dex_jax.cli.display import summary
+    from dex_jax.cli.records import json_record
+
+    if not args.json:
+        print("\n" + summary(output, checks), file=sys.stderr)
+        return
+    for row, prompt in enumerate(_repeated(prompts, args)):
+        seed = None if output.seeds is None else output.seeds[row]
+        check = None if checks is None else checks[row]
+        print(json.dumps(json_record(row, output, prompt, seed, check), ensure_ascii=False), flush=True)
+
+
+def _dry_run(args: argparse.Namespace, method: Method, prompts: list[Prompt]) -> int:
+    raise DexError("--dry-run is not wired yet")
+
+
+def _repeated(prompts: list[Prompt], args: argparse.Namespace) -> list[Prompt]:
+    return [prompt for prompt in prompts for _ in range(args.num_samples)]
+
+
+def _heading(prompt: Prompt) -> str:
+    text = prompt if isinstance(prompt, str) else str(dict(prompt[-1]).get("content", ""))
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else line[:97] + "..."
+
+
+def _remember_compilations() -> None:
+    """Keeps compiled programs on disk between runs, unless the user has chosen a place or switched it off."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:
+        return
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(base / "dex_jax" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    """A bar on stderr for loading and compiling, on a terminal only: (on_tensor, status)."""
+    if not sys.stderr.isatty():
+        yield (lambda done, total: None), (lambda phase: None)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def on_tensor(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        def status(phase: str) -> None:
+            bar.update(task, description=phase, completed=0, total=None)
+
+        yield on_tensor, status

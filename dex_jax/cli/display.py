@@ -1,0 +1,139 @@
+"""What a person sees: streamed text, coloured by depth if asked, and the summary."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from dex_jax.decoding.output import Output
+from dex_jax.evaluation.check import Check
+from dex_jax.io import TextStream, Tokenizer
+
+PALETTE = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
+"""256-colour codes from early (green) to late (red)."""
+
+BAR_WIDTH = 30
+
+
+def depth_style(exit_number: int, stages: int) -> str:
+    """Style of a token that exit 1..K first gave; the final layer's and the prefill's own tokens are plain."""
+    if exit_number < 1 or exit_number >= stages:
+        return "default"
+    place = (exit_number - 1) / max(stages - 2, 1)
+    return f"color({PALETTE[round(place * (len(PALETTE) - 1))]})"
+
+
+class TextPrinter:
+    """Streams the sequences of a batch to stdout, one after the other, each as far as it has come.
+
+    Args:
+      tokenizer: of the model; None prints token ids.
+      prompts: a heading for each sequence; headings are printed only when there are several.
+      color_depth: colour each token by its exit.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, prompts: list[str], color_depth: bool):
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.console = Console(force_terminal=True, highlight=False, soft_wrap=True) if color_depth else None
+        self.row = 0
+        self.printed = 0
+        self.held = ""
+        self.stream = self._begin()
+
+    def update(self, output: Output, stops: bool) -> None:
+        """Prints what is new. With stop strings (`stops`) text is final only when its sequence has ended."""
+        while self.row < len(self.prompts):
+            length = int(output.lengths[self.row])
+            finished = bool(output.finished[self.row])
+            if stops and not finished:
+                return
+            if stops:
+                self._write(output.texts[self.row])
+            else:
+                for at in range(self.printed, length):
+                    exit_number = int(output.stats.exits[self.row, at])
+                    self._token(int(output.tokens[self.row, at]), exit_number, output.stats.schedule.stages)
+                self.printed = length
+            if not finished:
+                return
+            self.close()
+            self.row, self.printed = self.row + 1, 0
+            if self.row < len(self.prompts):
+                self.stream = self._begin()
+
+    def close(self) -> None:
+        """Ends the current sequence's text with a newline."""
+        self._write((self.stream.flush() if self.stream else "") + "\n")
+
+    def _begin(self) -> TextStream | None:
+        if len(self.prompts) > 1:
+            self._write(f"{'' if self.row == 0 else chr(10)}[{self.row + 1}] {self.prompts[self.row]}\n")
+        return None if self.tokenizer is None else TextStream(self.tokenizer)
+
+    def _token(self, token: int, exit_number: int, stages: int) -> None:
+        text = f"{token} " if self.stream is None else self.stream.push([token])
+        self._write(text, depth_style(exit_number, stages))
+
+    def _write(self, text: str, style: str = "default") -> None:
+        if not text:
+            return
+        if self.console is None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        else:
+            self.console.print(Text(text, style=style), end="")
+
+
+def summary(output: Output, checks: list[Check] | None) -> str:
+    """The lines after the text: counts, times, and a bar for each exit."""
+    stats, schedule = output.stats, output.stats.schedule
+    new_tokens = int(output.lengths.sum())
+    after_first = int((output.lengths - 1).sum())
+    rate = f"{after_first / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds > 0 and after_first else "n/a"
+    name = "AR" if schedule.method == "ar" else f"DEX, K = {schedule.stages}"
+    lines = [f"{name} on {stats.device}, {stats.dtype}: {new_tokens} tokens"]
+    if schedule.method == "dex":
+        ratio = schedule.stages * after_first / stats.ticks.sum() if stats.ticks.sum() else float("nan")
+        lines[0] += f", {int(stats.ticks.sum())} ticks, depth-side speedup {ratio:.2f}"
+        lines.append(f"depths {', '.join(map(str, schedule.depths))}; {schedule.rows} rows; exits: {stats.exits_source}")
+    lines.append(
+        f"wall-clock: {rate} in {stats.decode_seconds:.2f} s of decoding, prefill {stats.prefill_seconds:.2f} s, "
+        f"compilation {stats.compile_seconds:.1f} s"
+    )
+    if schedule.stages > 1:
+        lines += _bars(output)
+    lines += _check_lines(checks)
+    return "\n".join(lines)
+
+
+def _bars(output: Output) -> list[str]:
+    stages = output.stats.schedule.stages
+    given = output.stats.exits[output.stats.exits > 0]
+    counts = np.bincount(given, minlength=stages + 1)[1 : stages + 1]
+    lines = ["tokens by the exit that first gave them:"]
+    for number, (depth, count) in enumerate(zip(output.stats.schedule.depths, counts, strict=True), 1):
+        share = count / max(counts.sum(), 1)
+        what = "final layer" if number == stages else f"exit {number}"
+        lines.append(f"  {what:>11} (depth {depth:>3}) {'█' * round(share * BAR_WIDTH):<{BAR_WIDTH}} {count:>5} {share:4.0%}")
+    return lines
+
+
+def _check_lines(checks: list[Check] | None) -> list[str]:
+    if checks is None:
+        return []
+    lines = []
+    for number, check in enumerate(checks, 1):
+        which = f"sequence {number}: " if len(checks) > 1 else ""
+        if check.identical:
+            lines.append(f"check: {which}identical to plain AR decoding")
+        else:
+            kind = "a tie in floating point" if check.tie else "NOT a tie: please report this"
+            lines.append(
+                f"check: {which}differs from plain AR decoding at token {check.first_divergence}, "
+                f"top-2 margin {check.top2_margin:.2e} ({kind})"
+            )
+    return lines

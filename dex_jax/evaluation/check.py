@@ -1,0 +1,82 @@
+"""Are two outputs the same, and if not, how close was the choice where they part?
+
+DESIGN rule: on a real model in floating point a first divergence is a tie, not a bug, only if the top-2 margin there
+is tiny; batches of different shapes add in different orders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax.decoding.output import Output
+from dex_jax.language_model import LanguageModel
+from dex_jax.sampling import Sampling, position_noise, scores, sampling_keys
+
+TIE_MARGIN = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Comparison of one sequence with the reference.
+
+    Attributes:
+      identical: all tokens are equal.
+      first_divergence: index of the first new token that differs, None if none does.
+      top2_margin: there, best minus second-best of what the argmax is taken of (noise included), over the largest
+        |logit|; None if none differs.
+    """
+
+    identical: bool
+    first_divergence: int | None
+    top2_margin: float | None
+
+    @property
+    def tie(self) -> bool:
+        """Whether the outputs are equal, or part only where floating point cannot tell two tokens apart."""
+        return self.identical or (self.top2_margin is not None and self.top2_margin < TIE_MARGIN)
+
+
+def compare(
+    lm: LanguageModel,
+    output: Output,
+    reference: Output,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> list[Check]:
+    """Compares two outputs of the same prompts and seeds, sequence by sequence."""
+    checks = []
+    for row, prompt in enumerate(output.prompt_tokens):
+        ours = output.tokens[row, : output.lengths[row]]
+        theirs = reference.tokens[row, : reference.lengths[row]]
+        shared = min(len(ours), len(theirs))
+        differs = np.flatnonzero(ours[:shared] != theirs[:shared])
+        if len(differs) == 0 and len(ours) == len(theirs):
+            checks.append(Check(True, None, None))
+            continue
+        at = int(differs[0]) if len(differs) else shared
+        sampling = None
+        if temperature > 0:
+            assert output.seeds is not None
+            sampling = Sampling(
+                sampling_keys([output.seeds[row]]),
+                jnp.float32(temperature),
+                None if top_k is None else jnp.int32(top_k),
+                None if top_p is None else jnp.float32(top_p),
+            )
+        checks.append(Check(False, at, top2_margin(lm, [*prompt, *theirs[:at].tolist()], sampling)))
+    return checks
+
+
+def top2_margin(lm: LanguageModel, ids: list[int], sampling: Sampling | None = None) -> float:
+    """Best minus second-best score of the token after `ids`, over max |logit|; sampling: keys of one sequence."""
+    logits = lm.logits([ids])[0, -1]
+    adjusted = logits
+    if sampling is not None:
+        noise = position_noise(sampling.keys[0], jnp.int32(len(ids)), logits.shape[0])
+        adjusted = scores(logits[None], sampling, noise[None])[0]
+    second, best = np.sort(np.asarray(adjusted))[-2:]
+    return float((best - second) / np.abs(np.asarray(logits)).max())
