@@ -1,0 +1,49 @@
+"""Strict settings for every test, and which tests run when nobody says."""
+
+from __future__ import annotations
+
+import os
+
+# A test run means the same everywhere unless somebody asks for an accelerator.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import pytest
+
+# [B, 1] + [B] is nearly always a mistake in code whose arrays all carry a batch axis.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("strict", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("strict")
+
+OPTIONAL_MARKERS = {
+    "reference": "needs torch and transformers: pytest -m reference, in an environment with the group of that name",
+    "tpu": "compiles for a TPU that need not be there: pytest -m tpu, in an environment with the group of that name",
+}
+OWN_MODULES = r"(dex_jax|test_|conftest|reference)"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, description in OPTIONAL_MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {description}")
+    # Warnings that point at our own lines are errors; those inside other packages are theirs to mend.
+    config.addinivalue_line("filterwarnings", f"error:::{OWN_MODULES}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests that need an environment of their own, unless -m says what to run."""
+    if config.getoption("markexpr"):
+        return
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in OPTIONAL_MARKERS)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The default model, in float32 whatever the device."""
+    import dex_jax
+
+    return dex_jax.load("smollm2-135m", dtype="float32")

@@ -1,0 +1,234 @@
+"""Networks in exact arithmetic: small integers in float32, so that every comparison can ask for equality.
+
+A position's hidden state is one number below the prime P. Stage k turns it into a key, adds up the keys of all that
+the position may see, and lets the sum move the state or not:
+
+    key_k(m) = scale_k h_{k-1}(m) + m                    (mod P, kept in memory, so a commit copies it)
+    s        = sum of key_k(m) over the visible m, the position n itself included
+    h_k(n)   = h_{k-1}(n) + gate_k[s mod G] (n' s + shift_k)    (mod P), n' = n mod (P - 1) + 1
+
+A mask, slot, position or commit that is wrong changes s, and with it tokens. Where the gate is 0 the state stays, so
+the share of zeros says how often exits agree with the last layer. Logits are tables: head_k[h].
+
+`Tables` is a pytree of arrays, to be passed through jit as an argument; `ToyModel` is the same in plain Python.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax import Exits, Network, StageView
+
+P = 31
+GATES = 8
+# Whatever must never be read is NaN: one leak turns a whole sequence to nonsense.
+POISON = np.float32(np.nan)
+
+
+class Tables(NamedTuple):
+    """One random model of K stages over V tokens.
+
+    Attributes:
+      embedding: [V] float32 below P.
+      scale, shift: [K] float32 below P.
+      gate: [K, GATES] float32, 0 or 1.
+      exit_heads: [K - 1, P, V'] float32 integers.
+      final_head: [P, V] float32 integers.
+      draft: [V'] int32 token ids of the exits' columns, or None when they have all V.
+    """
+
+    embedding: jax.Array
+    scale: jax.Array
+    shift: jax.Array
+    gate: jax.Array
+    exit_heads: jax.Array
+    final_head: jax.Array
+    draft: jax.Array | None = None
+
+
+class ToyMemory(NamedTuple):
+    """Keys: committed [K, B, S], lattice [K, B, K W]."""
+
+    committed: jax.Array
+    lattice: jax.Array
+
+
+def random_tables(
+    seed: int,
+    stages: int,
+    vocab_size: int,
+    *,
+    openness: float = 0.3,
+    spread: int = 6,
+    disagreement: int = 2,
+    draft_size: int | None = None,
+) -> Tables:
+    """Random tables.
+
+    Args:
+      seed: of everything.
+      stages: K.
+      vocab_size: V.
+      openness: share of gates that move the state: 0 makes exits agree as often as their heads do.
+      spread: logits are integers from 0 to `spread`; small values make ties.
+      disagreement: how far an exit's logits stray from the last layer's.
+      draft_size: V', when the exits know a part of the vocabulary only.
+    """
+    rng = np.random.default_rng(seed)
+    final_head = rng.integers(0, spread + 1, (P, vocab_size))
+    draft = None if draft_size is None else rng.permutation(vocab_size)[:draft_size]
+    columns = np.arange(vocab_size) if draft is None else draft
+    exit_heads = np.zeros((stages - 1, P, len(columns)))
+    for k in range(stages - 1):
+        for h in range(P):
+            exit_heads[k, h] = _unambiguous_row(rng, final_head[h, columns], disagreement)
+    gate = (rng.random((stages, GATES)) < openness).astype(np.float32)
+    gate[0] = 1.0
+    return Tables(
+        embedding=rng.integers(0, P, vocab_size).astype(np.float32),
+        scale=rng.integers(1, P, stages).astype(np.float32),
+        shift=rng.integers(0, P, stages).astype(np.float32),
+        gate=gate,
+        exit_heads=exit_heads.astype(np.float32),
+        final_head=final_head.astype(np.float32),
+        draft=None if draft is None else draft.astype(np.int32),
+    )
+
+
+def _unambiguous_row(rng: np.random.Generator, base: np.ndarray, disagreement: int) -> np.ndarray:
+    """Logits near `base` whose log-probabilities stay clear of the edges at which scores are rounded.
+
+    The logarithm is the one thing here that is not exact; this keeps its last bit from mattering.
+    """
+    while True:
+        row = base + rng.integers(-disagreement, disagreement + 1, base.shape)
+        steps = [_log_softmax(row / temperature) * 1024 for temperature in (0.5, 1.0, 2.0)]
+        if all(np.abs(s - np.floor(s) - 0.5).min() > 0.004 for s in steps):
+            return row
+
+
+def _log_softmax(row: np.ndarray) -> np.ndarray:
+    shifted = row - row.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+class ToyModel:
+    """The tables in plain Python, for the twin: no batch, no cache but a dictionary of prefixes."""
+
+    def __init__(self, tables: Tables):
+        self.heads = [*np.asarray(tables.exit_heads), np.asarray(tables.final_head)]
+        self.embedding = [int(x) for x in tables.embedding]
+        self.scale = [int(x) for x in tables.scale]
+        self.shift = [int(x) for x in tables.shift]
+        self.gate = [[int(x) for x in row] for row in tables.gate]
+        everything = range(len(self.embedding))
+        some = everything if tables.draft is None else [int(i) for i in tables.draft]
+        self.vocabularies = [*[some] * len(tables.exit_heads), everything]
+        self._known: dict[tuple[int, ...], tuple[list[int], list[int]]] = {(): ([0] * len(self.scale), [])}
+
+    def vocabulary(self, stage: int):
+        return self.vocabularies[stage - 1]
+
+    def logits(self, tokens: tuple[int, ...], stage: int) -> np.ndarray:
+        return self.heads[stage - 1][self._run(tuple(tokens))[1][stage - 1]]
+
+    def _run(self, tokens: tuple[int, ...]) -> tuple[list[int], list[int]]:
+        """(sum of keys of each stage, state after each stage) at the last of `tokens`."""
+        if tokens not in self._known:
+            sums = list(self._run(tokens[:-1])[0])
+            n, h, states = len(tokens) - 1, self.embedding[tokens[-1]], []
+            for k in range(len(self.scale)):
+                sums[k] += (self.scale[k] * h + n) % P
+                move = (n % (P - 1) + 1) * (sums[k] % P) + self.shift[k]
+                h = (h + self.gate[k][sums[k] % GATES] * move) % P
+                states.append(h)
+            self._known[tokens] = sums, states
+        return self._known[tokens]
+
+
+def toy_network(tables: Tables) -> Network:
+    """The tables as the loop's callables."""
+    stages = tables.scale.shape[0]
+    vocab_size = tables.embedding.shape[0]
+
+    def advance(memory: ToyMemory, hidden: jax.Array, view: StageView) -> tuple[jax.Array, ToyMemory]:
+        _, batch, rows = view.token.shape
+        h = hidden[..., 0]
+        key = _keys(tables, h, view.position)
+        key = jnp.where(view.live, key, POISON)
+        slots = view.ring[:, None] * rows + jnp.arange(rows)[None, :]
+        place = jnp.arange(stages)[:, None, None], jnp.arange(batch)[None, :, None], slots[:, None, :]
+        lattice = memory.lattice.at[place].set(key)
+        in_prefix = jnp.arange(memory.committed.shape[2])[None, None, :] < view.prefix[None, :, None]
+        total = jnp.sum(jnp.where(in_prefix, memory.committed, 0.0), axis=2)[:, :, None]
+        total = total + jnp.sum(jnp.where(view.ancestors, lattice[:, :, None, :], 0.0), axis=3)
+        h = jnp.where(view.live, _moved(tables, h, total, view.position), POISON)
+        return h[..., None], memory._replace(lattice=lattice)
+
+    def commit(memory: ToyMemory, slot: jax.Array, position: jax.Array, where: jax.Array) -> ToyMemory:
+        sequences = jnp.arange(slot.shape[0])
+        place = jnp.where(where, position, memory.committed.shape[2])
+        key = memory.lattice[:, sequences, slot]
+        return memory._replace(committed=memory.committed.at[:, sequences, place].set(key, mode="drop"))
+
+    def features(hidden: jax.Array, view: StageView) -> jax.Array:
+        number = jnp.broadcast_to(jnp.arange(stages - 1.0)[:, None, None, None], hidden.shape)
+        return jnp.concatenate([number, hidden], axis=-1)
+
+    def exit_logits(features: jax.Array) -> jax.Array:
+        number, h = features[:, 0].astype(jnp.int32), features[:, 1].astype(jnp.int32)
+        return tables.exit_heads[number, h]
+
+    columns = None
+    if tables.draft is not None:
+        width = tables.draft.shape[0]
+        columns = jnp.full(vocab_size, width, jnp.int32).at[tables.draft].set(jnp.arange(width))
+    return Network(
+        vocab_size=vocab_size,
+        embed=lambda tokens, positions: tables.embedding[tokens][..., None],
+        advance=advance,
+        commit=commit,
+        final=lambda hidden: tables.final_head[hidden[:, 0].astype(jnp.int32)],
+        exits=None if stages == 1 else Exits(features, exit_logits, tables.draft, columns),
+    )
+
+
+def toy_prefill(tables: Tables, prompts: jax.Array, lengths: jax.Array, *, capacity: int, slots: int) -> ToyMemory:
+    """Memory after the prompts: [B, R] int32 padded to the right, lengths [B]; room for `capacity` more tokens."""
+    batch, width = prompts.shape
+    positions = jnp.broadcast_to(jnp.arange(width)[None, :], (batch, width))
+    h = tables.embedding[prompts][None]
+    committed = []
+    for k in range(tables.scale.shape[0]):
+        stage = Tables(*[None] * 7)._replace(
+            scale=tables.scale[k : k + 1], shift=tables.shift[k : k + 1], gate=tables.gate[k : k + 1]
+        )
+        key = _keys(stage, h, positions[None])
+        h = _moved(stage, h, jnp.cumsum(key, axis=2), positions[None])
+        committed.append(key[0])
+    keys = jnp.where((positions < lengths[:, None])[None], jnp.stack(committed), POISON)
+    room = jnp.full((keys.shape[0], batch, capacity), POISON)
+    return ToyMemory(jnp.concatenate([keys, room], axis=2), jnp.full((keys.shape[0], batch, slots), POISON))
+
+
+def _keys(tables: Tables, h: jax.Array, position: jax.Array) -> jax.Array:
+    return jnp.mod(tables.scale[:, None, None] * h + position, float(P))
+
+
+def _moved(tables: Tables, h: jax.Array, total: jax.Array, position: jax.Array) -> jax.Array:
+    weight = (position % (P - 1) + 1).astype(jnp.float32)
+    move = weight * jnp.mod(total, float(P)) + tables.shift[:, None, None]
+    opened = jnp.mod(total, float(GATES)).astype(jnp.int32)
+    gate = jax.vmap(lambda row, index: row[index])(tables.gate, opened)
+    return jnp.mod(h + gate * move, float(P))
+
+
+@functools.lru_cache(maxsize=256)
+def cached_tables(seed: int, stages: int, vocab_size: int, **options) -> Tables:
+    """`random_tables`, made once."""
+    return random_tables(seed, stages, vocab_size, **options)

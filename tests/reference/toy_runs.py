@@ -1,0 +1,205 @@
+"""Runs of the library's loop on toy models, tick by tick, and their comparison with the twin."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from reference import twin
+from reference.toy_models import Tables, ToyModel, toy_network, toy_prefill
+
+from dex_jax import DexState, Limits, Record, Sampling, init, run, step
+from dex_jax.lattice import Lattice
+from dex_jax.sampling import position_noise, sampling_keys
+
+PROMPT_WIDTH = 6
+CAPACITY = 12
+# Exact arithmetic gains nothing from LLVM's optimiser, and compiling is most of what these tests cost.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+class Ticks(NamedTuple):
+    """What was seen after each tick, with a leading axis of ticks."""
+
+    lattice: Lattice
+    prefix: np.ndarray
+    record: Record
+
+
+class Case(NamedTuple):
+    """A batch: ragged prompts, one limit and one seed a sequence, EOS ids, and the filters shared by all."""
+
+    prompts: list[list[int]]
+    max_new_tokens: list[int]
+    seeds: list[int]
+    eos_ids: tuple[int, ...] = ()
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+def random_case(seed: int, batch: int, vocab_size: int, *, sampled: bool) -> Case:
+    """Prompts of 1 to PROMPT_WIDTH tokens, limits up to CAPACITY; EOS ids and filters in some cases."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, PROMPT_WIDTH + 1, batch)
+    limits = np.where(rng.random(batch) < 0.7, CAPACITY, rng.integers(1, CAPACITY + 1, batch))
+    case = Case(
+        prompts=[rng.integers(0, vocab_size, n).tolist() for n in lengths],
+        max_new_tokens=limits.tolist(),
+        seeds=rng.integers(0, 1000, batch).tolist(),
+        eos_ids=tuple(rng.integers(0, vocab_size, seed % 3).tolist()),
+    )
+    if not sampled:
+        return case
+    return case._replace(
+        temperature=(0.5, 1.0, 2.0)[seed % 3],
+        top_k=int(rng.integers(2, vocab_size + 1)) if seed % 4 != 1 else vocab_size,
+        top_p=(0.55, 0.83, 0.97)[seed % 3] if seed % 2 else 1.0,
+    )
+
+
+def twin_draws(case: Case, row: int, vocab_size: int) -> twin.Draws | None:
+    """The same draws for the twin: noise as a table by position."""
+    if case.temperature is None:
+        return None
+    table = _noise_table(case.seeds[row], vocab_size)
+    return twin.Draws(lambda position: table[position], case.temperature, case.top_k, case.top_p)
+
+
+def twin_runs(
+    model: ToyModel, case: Case, *, stages: int, rows: int | None, decs: bool, vocab_size: int
+) -> list[twin.Run]:
+    """The batch as independent runs of the twin."""
+    return [
+        twin.decode(
+            model,
+            prompt,
+            stages=stages,
+            rows=rows,
+            decs=decs,
+            max_new_tokens=case.max_new_tokens[row],
+            eos_ids=case.eos_ids,
+            draws=twin_draws(case, row, vocab_size),
+        )
+        for row, prompt in enumerate(case.prompts)
+    ]
+
+
+def watched(tables: Tables, case: Case, first: list[int], *, stages: int, rows: int, decs: bool) -> Ticks:
+    """Every tick of the library's loop, until even the slowest sequence must have ended."""
+    ticks = _watched(tables, *arrays(case, first), stages=stages, rows=rows, decs=decs)
+    return jax.tree.map(np.asarray, ticks)
+
+
+def finished(tables: Tables, case: Case, first: list[int], *, stages: int, rows: int, decs: bool) -> Record:
+    """The record after the library's own while_loop."""
+    record = _finished(tables, *arrays(case, first), stages=stages, rows=rows, decs=decs)
+    return jax.tree.map(np.asarray, record)
+
+
+def emitted(record: Record, row: int) -> tuple[list[int], list[int]]:
+    """(tokens, exits) of one sequence."""
+    length = int(record.lengths[row])
+    return record.tokens[row, :length].tolist(), record.exits[row, :length].tolist()
+
+
+def lattice_contents(ticks: Ticks, tick: int, row: int, stages: int) -> set[twin.Seen]:
+    """The live nodes after `tick` (1-based) as the twin describes them.
+
+    On the way it checks what the twin does not have: that the ancestor set of a node is its path and nothing else.
+    """
+    lattice = jax.tree.map(lambda field: field[tick - 1, row], ticks.lattice)
+    rows = lattice.token.shape[1]
+    token, parent = lattice.token.reshape(-1), lattice.parent.reshape(-1)
+    contents = set()
+    for slot in np.flatnonzero(lattice.live.reshape(-1)).tolist():
+        path = [slot]
+        while parent[path[-1]] >= 0:
+            path.append(int(parent[path[-1]]))
+        assert path[-1] == lattice.root, "a live node does not hang under the root"
+        seen = np.flatnonzero(lattice.ancestors[slot // rows, slot % rows]).tolist()
+        assert seen == sorted(path), "a node attends to something else than its path"
+        contents.add(
+            twin.Seen(
+                path=tuple(int(token[s]) for s in reversed(path)),
+                progress=(tick - slot // rows) % stages,
+                born_at=int(lattice.born_at.reshape(-1)[slot]),
+                position=int(lattice.position.reshape(-1)[slot]),
+                score=float(lattice.score.reshape(-1)[slot]),
+            )
+        )
+    assert len(contents) == lattice.live.sum(), "two nodes are the same candidate"
+    return contents
+
+
+def ticks_identity(exits: list[int], stages: int) -> int:
+    """K + sum(exits[1 : n - 1]), 0 for one token."""
+    return 0 if len(exits) < 2 else stages + sum(exits[1:-1])
+
+
+def arrays(case: Case, first: list[int]):
+    """Padded prompts [B, R], lengths [B], first tokens [B], Limits and Sampling of a case."""
+    prompts = np.zeros((len(case.prompts), PROMPT_WIDTH), np.int32)
+    for padded, prompt in zip(prompts, case.prompts, strict=True):
+        padded[: len(prompt)] = prompt
+    lengths = np.array([len(prompt) for prompt in case.prompts], np.int32)
+    eos = np.array([*case.eos_ids, -1, -1][:2], np.int32)
+    limits = Limits(np.array(case.max_new_tokens, np.int32), eos)
+    sampling = None
+    if case.temperature is not None:
+        sampling = Sampling(
+            sampling_keys(case.seeds),
+            np.float32(case.temperature),
+            None if case.top_k is None else np.int32(case.top_k),
+            None if case.top_p is None else np.float32(case.top_p),
+        )
+    return prompts, lengths, np.array(first, np.int32), limits, sampling
+
+
+def watch(tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool) -> Ticks:
+    """All ticks of the library's loop, to be traced."""
+
+    def tick(state: DexState, _):
+        state = step(toy_network(tables), state, limits, sampling, decs=decs)
+        return state, Ticks(state.lattice, state.prefix, state.record)
+
+    state = _begin(tables, prompts, lengths, first, limits, sampling, stages, rows)
+    return jax.lax.scan(tick, state, length=stages * (CAPACITY - 1))[1]
+
+
+def _begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows: int) -> DexState:
+    memory = toy_prefill(tables, prompts, lengths, capacity=CAPACITY, slots=stages * rows)
+    return init(
+        toy_network(tables),
+        memory,
+        first,
+        lengths,
+        stages=stages,
+        rows=rows,
+        capacity=CAPACITY,
+        limits=limits,
+        sampling=sampling,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("stages", "rows", "decs"), compiler_options=QUICK_COMPILE)
+def _finished(tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool) -> Record:
+    state = _begin(tables, prompts, lengths, first, limits, sampling, stages, rows)
+    return run(toy_network(tables), state, limits, sampling, decs=decs).record
+
+
+_watched = jax.jit(watch, static_argnames=("stages", "rows", "decs"), compiler_options=QUICK_COMPILE)
+
+
+@functools.cache
+def _noise_table(seed: int, vocab_size: int) -> np.ndarray:
+    return np.asarray(_noise(sampling_keys([seed])[0], vocab_size))
+
+
+@functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK_COMPILE)
+def _noise(key: jax.Array, vocab_size: int) -> jax.Array:
+    positions = jnp.arange(PROMPT_WIDTH + CAPACITY + 8)  # nodes look beyond the last token
+    return jax.vmap(position_noise, (None, 0, None))(key, positions, vocab_size)
