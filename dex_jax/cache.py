@@ -51,6 +51,19 @@ def shapes(config: ModelConfig, layout: Layout, batch: int, length: int, slots: 
     return Memory(leaves(length), leaves(length), leaves(slots), leaves(slots))
 
 
+def after(index: jax.Array, *results: jax.Array) -> jax.Array:
+    """`index` unchanged, but not known before every one of `results` (any float arrays) has been computed.
+
+    Writing at such an index tells XLA that a cache is read before it is written. Without that it cannot prove the order
+    inside a loop and copies the whole cache in every step.
+    """
+    bit = jnp.int32(0)
+    for result in results:
+        first = result.reshape(-1)[0].astype(jnp.float32)
+        bit = bit | (jax.lax.bitcast_convert_type(first, jnp.int32) & 1)
+    return jnp.minimum(index, index + bit)
+
+
 def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """Writes R consecutive positions of each sequence: cache [B, G, S, d], new [B, G, R, d], start [B]."""
     if cache.shape[0] == 1:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dex_jax.cache import Memory, commit_slot, write_rows
+from dex_jax.cache import Memory, after, commit_slot, write_rows
 from dex_jax.decoding.interface import Exits, Network, StageView
 from dex_jax.decoding.ladder import climb, rungs
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
@@ -50,15 +50,17 @@ def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Arr
     Returns:
       (hidden states [B, R, D] at depth L, memory).
     """
-    positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
+    batch, rows = tokens.shape
+    positions = start[:, None] + jnp.arange(rows)[None, :]
     table = rope_table(positions, model.config)
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
     x = model.embed_tokens(tokens)
 
     def layer_step(layer: DecoderLayer, x, keys, values):
-        queries, new_keys, new_values = layer.project(x, table)
-        keys, values = write_rows(keys, new_keys, start), write_rows(values, new_values, start)
-        visible = jnp.arange(keys.shape[2])[None, None, :] <= positions[:, :, None]
-        return layer.finish(x, attend(queries, [KeyValues(keys, values, visible)])), keys, values
+        committed = jnp.arange(keys.shape[2])[None, None, :] < start[:, None, None]
+        x, new_keys, new_values = _run_layer(layer, x, table, [KeyValues(keys, values, committed)], causal)
+        place = after(start, x)
+        return x, write_rows(keys, new_keys, place), write_rows(values, new_values, place)
 
     if not isinstance(model.layout, Stacked):
         all_keys, all_values = list(memory.keys), list(memory.values)
@@ -81,25 +83,22 @@ def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Arr
     return x, memory._replace(keys=keys, values=values)
 
 
-def _stage_layer(
-    layer: DecoderLayer, x: jax.Array, table, committed: tuple, lattice: tuple, masks: tuple
+def _run_layer(
+    layer: DecoderLayer, x: jax.Array, table, memory: list[KeyValues], among_rows: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One layer over one cohort, [B, w, D]: returns (x, keys, values) of the rows, memory untouched.
+    """One layer over the rows of each sequence, [B, R, D]: returns (x, keys, values) of the rows.
 
-    A node sees the committed prefix, its ancestors in the lattice, and itself; its ancestors ran this stage in
-    earlier ticks, so nothing of this tick but its own key is missing from memory.
+    Rows attend to `memory` and to one another as `among_rows` [B, R, R] says. Memory is only read: writing first and
+    attending to the result makes XLA copy the whole cache in every step.
     """
-    prefix_mask, ancestor_mask = masks
-    rows = x.shape[1]
     queries, keys, values = layer.project(x, table)
-    itself = jnp.broadcast_to(jnp.eye(rows, dtype=bool)[None], (x.shape[0], rows, rows))
-    in_lattice = KeyValues(
-        jnp.concatenate([lattice[0], keys], axis=2),
-        jnp.concatenate([lattice[1], values], axis=2),
-        jnp.concatenate([ancestor_mask, itself], axis=2),
-    )
-    attended = attend(queries, [KeyValues(*committed, prefix_mask), in_lattice])
+    attended = attend(queries, [*memory, KeyValues(keys, values, among_rows)])
     return layer.finish(x, attended), keys, values
+
+
+def _only_itself(batch: int, rows: int) -> jax.Array:
+    """Nodes of one cohort do not see one another; ancestors ran this stage in earlier ticks and are in memory."""
+    return jnp.broadcast_to(jnp.eye(rows, dtype=bool)[None], (batch, rows, rows))
 
 
 def _masks(view: StageView, length: int) -> tuple[jax.Array, jax.Array]:
@@ -129,18 +128,18 @@ def _advance_unrolled(
                 return hidden[k], tuple((nothing, nothing) for _ in stage)
             x = hidden[k, :, :width]
             table = rope_table(view.position[k, :, :width], model.config)
-            masks = prefix_mask, ancestor_mask[k, :, :width]
+            ancestors, itself = ancestor_mask[k, :, :width], _only_itself(batch, width)
             fresh = []
             for i in stage:
-                committed = memory.keys[i], memory.values[i]
-                lattice = memory.lattice_keys[i], memory.lattice_values[i]
-                x, keys, values = _stage_layer(model.layers[i], x, table, committed, lattice, masks)
+                committed = KeyValues(memory.keys[i], memory.values[i], prefix_mask)
+                lattice = KeyValues(memory.lattice_keys[i], memory.lattice_values[i], ancestors)
+                x, keys, values = _run_layer(model.layers[i], x, table, [committed, lattice], itself)
                 fresh.append((_pad(keys, 2, rows), _pad(values, 2, rows)))
             return _pad(x, 1, rows), tuple(fresh)
 
         x, fresh = climb(used[k], (0, *(1,rows)), run_stage)
         out.append(x)
-        start = view.ring[k] * rows
+        start = after(view.ring[k] * rows, x)
         for i, (keys, values) in zip(stage, fresh, strict=True):
             lattice_keys[i] = _write_cohort(lattice_keys[i], keys, start)
             lattice_values[i] = _write_cohort(lattice_values[i], values, start)
@@ -153,22 +152,23 @@ def _advance_stacked(
 ) -> tuple[jax.Array, Memory]:
     assert isinstance(model.layout, Stacked)
     assert model.layout.depths == depths
-    rows = hidden.shape[2]
+    _, batch, rows, _ = hidden.shape
     prefix_mask, ancestor_mask = _masks(view, memory.keys.shape[4])
+    itself = _only_itself(batch, rows)
     graph, weights = nnx.split(model.layers)
     table = rope_table(view.position, model.config)
 
     def one_stage(weights, x, table, keys, values, lattice_keys, lattice_values, ancestors):
-        layer = nnx.merge(graph, weights)
-        masks = prefix_mask, ancestors
-        return _stage_layer(layer, x, table, (keys, values), (lattice_keys, lattice_values), masks)
+        committed = KeyValues(keys, values, prefix_mask)
+        lattice = KeyValues(lattice_keys, lattice_values, ancestors)
+        return _run_layer(nnx.merge(graph, weights), x, table, [committed, lattice], itself)
 
     def scan_body(x, layer):
         x, keys, values = jax.vmap(one_stage)(layer[0], x, table, *layer[1:], ancestor_mask)
         return x, (keys, values)
 
     hidden, (keys, values) = jax.lax.scan(scan_body, hidden, (weights, *memory))
-    slot = view.ring * rows
+    slot = after(view.ring * rows, hidden)
 
     def write(lattice: jax.Array, fresh: jax.Array) -> jax.Array:
         return jax.vmap(jax.vmap(_write_cohort), (0, 0, None))(lattice, fresh, slot)
