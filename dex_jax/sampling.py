@@ -103,6 +103,7 @@ def _cut(logits: jax.Array, measure, enough: jax.Array) -> jax.Array:
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
     """float32 -> uint32 whose unsigned order is the order of the floats; -0.0 counts as 0.0."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32) + 0.0, jnp.uint32)
+    # Not x + 0.0, which XLA simplifies to x.
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x.astype(jnp.float32)), jnp.uint32)
     sign = bits >> 31
     return jnp.where(sign == 1, ~bits, bits | jnp.uint32(0x80000000))
