@@ -91,7 +91,7 @@ class LanguageModel:
             if chat and tokenizer.has_chat_template:
                 return tokenizer.chat([{"role": "user", "content": prompt}])
             return tokenizer.encode(prompt)
-        items = list(prompt)
+        items: list[Any] = list(prompt)
         if not items:
             raise DexError("the prompt is empty: give it at least one token or message")
         if all(isinstance(item, dict) for item in items):
@@ -186,9 +186,7 @@ def abstract_weights(config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> A
 
 
 def _reader(checkpoint: Checkpoint, dtype: jnp.dtype, on_tensor: Callable[[int, int], None] | None):
-    sizes = {
-        name: int(np.prod(shape)) * dtype.itemsize for name, shape in parameter_shapes(checkpoint.config).items()
-    }
+    sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in parameter_shapes(checkpoint.config).items()}
     total, done = sum(sizes.values()), 0
 
     def read(name: str) -> np.ndarray:

@@ -66,6 +66,7 @@ def scores(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None
     """What `choose` takes the argmax of: [N, V] float32."""
     if sampling is None:
         return logits
+    assert noise is not None
     return filtered(logits / sampling.temperature, sampling.top_k, sampling.top_p) + noise
 
 
@@ -89,7 +90,7 @@ def _ones_above(keep: jax.Array) -> jax.Array:
 
 
 def _cut(logits: jax.Array, measure, enough: jax.Array) -> jax.Array:
-    """Drops every logit below the largest threshold t with measure(logits >= t) >= enough (nothing if there is none)."""
+    """Drops every logit below the largest t with measure(logits >= t) >= enough; nothing if there is none."""
     ordered = _ordered_bits(logits)
 
     def body(i: jax.Array, threshold: jax.Array) -> jax.Array:

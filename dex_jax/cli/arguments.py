@@ -79,7 +79,9 @@ def method_of(args: argparse.Namespace) -> Method:
         return Dex(explorers=args.explorers, depths=args.depths, rows=args.rows, decs=not args.no_decs)
     given = [name for name in ("explorers", "depths", "rows") if getattr(args, name) is not None]
     if given:
-        raise DexError(f"--{given[0]} belongs to --method dex and means nothing with --method ar: leave one of them out")
+        raise DexError(
+            f"--{given[0]} belongs to --method dex and means nothing with --method ar: leave one of them out"
+        )
     return AR()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import json
 import os
@@ -112,9 +113,7 @@ def _follow(
 def _check(lm: LanguageModel, output: Output, prompts: list[Prompt], args: argparse.Namespace) -> list[Any]:
     from dex_jax.evaluation.check import compare
 
-    reference = output
-    for reference in _stream(lm, prompts, AR(), args):
-        pass
+    (reference,) = collections.deque(_stream(lm, prompts, AR(), args), maxlen=1)
     return compare(lm, output, reference, args.temperature, args.top_k, args.top_p)
 
 
@@ -140,7 +139,8 @@ def _repeated(prompts: list[Prompt], args: argparse.Namespace) -> list[Prompt]:
 
 
 def _heading(prompt: Prompt) -> str:
-    text = prompt if isinstance(prompt, str) else str(dict(prompt[-1]).get("content", ""))
+    last = prompt if isinstance(prompt, str) else prompt[-1]
+    text = str(last.get("content", "")) if isinstance(last, dict) else str(last)
     line = " ".join(text.split())
     return line if len(line) <= 100 else line[:97] + "..."
 
@@ -149,7 +149,7 @@ def _remember_compilations() -> None:
     """Keeps compiled programs on disk between runs, unless the user has chosen a place or switched it off."""
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir is not None:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(base / "dex_jax" / "compiled"))

@@ -99,7 +99,9 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     if schedule.method == "dex":
         ratio = schedule.stages * after_first / stats.ticks.sum() if stats.ticks.sum() else float("nan")
         lines[0] += f", {int(stats.ticks.sum())} ticks, depth-side speedup {ratio:.2f}"
-        lines.append(f"depths {', '.join(map(str, schedule.depths))}; {schedule.rows} rows; exits: {stats.exits_source}")
+        lines.append(
+            f"depths {', '.join(map(str, schedule.depths))}; {schedule.rows} rows; exits: {stats.exits_source}"
+        )
     lines.append(
         f"wall-clock: {rate} in {stats.decode_seconds:.2f} s of decoding, prefill {stats.prefill_seconds:.2f} s, "
         f"compilation {stats.compile_seconds:.1f} s"
@@ -118,7 +120,9 @@ def _bars(output: Output) -> list[str]:
     for number, (depth, count) in enumerate(zip(output.stats.schedule.depths, counts, strict=True), 1):
         share = count / max(counts.sum(), 1)
         what = "final layer" if number == stages else f"exit {number}"
-        lines.append(f"  {what:>11} (depth {depth:>3}) {'█' * round(share * BAR_WIDTH):<{BAR_WIDTH}} {count:>5} {share:4.0%}")
+        lines.append(
+            f"  {what:>11} (depth {depth:>3}) {'█' * round(share * BAR_WIDTH):<{BAR_WIDTH}} {count:>5} {share:4.0%}"
+        )
     return lines
 
 

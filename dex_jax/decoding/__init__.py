@@ -1,0 +1,1 @@
+"""Decoding methods: the loop, AR, and generate()."""

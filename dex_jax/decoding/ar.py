@@ -35,9 +35,7 @@ class ARState(NamedTuple):
     record: Record
 
 
-def init(
-    memory: Memory, first_token: jax.Array, position: jax.Array, *, capacity: int, limits: Limits
-) -> ARState:
+def init(memory: Memory, first_token: jax.Array, position: jax.Array, *, capacity: int, limits: Limits) -> ARState:
     """The state after prefill: first_token [B] at absolute `position` [B]."""
     return ARState(jnp.int32(0), first_token, position, memory, begin(first_token, capacity, limits))
 

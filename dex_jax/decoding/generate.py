@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +43,7 @@ def generate(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options) -
       >>> out = generate(lm, ["Why is the sky blue?"], max_new_tokens=32)   # doctest: +SKIP
       >>> out.texts[0], int(out.stats.ticks[0])   # doctest: +SKIP
     """
-    output = None
-    for output in stream(lm, prompts, ticks_per_update=TICKS_PER_CALL, **options):
-        pass
-    assert output is not None
+    (output,) = collections.deque(stream(lm, prompts, ticks_per_update=TICKS_PER_CALL, **options), maxlen=1)
     return output
 
 
@@ -145,7 +144,7 @@ def _encode(
         raise DexError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if num_samples < 1:
         raise DexError(f"num_samples must be at least 1, not {num_samples}")
-    batch = [prompts] if isinstance(prompts, str) else list(prompts)
+    batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     if not batch:
         raise DexError("there is no prompt: give at least one")
     ids = [lm.encode(prompt, chat) for prompt in batch]

@@ -238,9 +238,7 @@ def propose(
 
 
 def _no_proposals(total: int) -> Proposals:
-    return Proposals(
-        jnp.full(total, lat.NO_TOKEN, jnp.int32), jnp.zeros(total, jnp.float32), jnp.zeros(total, bool)
-    )
+    return Proposals(jnp.full(total, lat.NO_TOKEN, jnp.int32), jnp.zeros(total, jnp.float32), jnp.zeros(total, bool))
 
 
 def _mask_columns(logits: jax.Array, tokens: jax.Array, columns: jax.Array | None) -> jax.Array:
@@ -272,9 +270,7 @@ def _final_token(
     return jax.lax.cond(jnp.any(finished), choose_all, lambda: jnp.zeros(hidden.shape[0], jnp.int32))
 
 
-def _make_noise(
-    noise: Noise | None, sampling: Sampling | None, frontier: jax.Array, vocab_size: int
-) -> Noise | None:
+def _make_noise(noise: Noise | None, sampling: Sampling | None, frontier: jax.Array, vocab_size: int) -> Noise | None:
     """Makes the noise of the next position where `frontier` [B] has passed what is made; by one at most a call."""
     if noise is None:
         return None

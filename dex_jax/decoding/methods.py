@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from dex_jax.errors import DexError
 from dex_jax.lattice import default_rows, full_rows
@@ -76,7 +77,7 @@ class Dex:
 
     def _depths(self, num_layers: int) -> tuple[int, ...]:
         if self.explorers is not None and self.depths is not None:
-            raise DexError("give either explorers or depths, not both: depths already say how many explorers there are")
+            raise DexError("give explorers or depths, not both: depths already say how many explorers there are")
         if self.depths is None:
             stages = DEFAULT_EXPLORERS if self.explorers is None else self.explorers
             if self.explorers is None:
@@ -88,7 +89,7 @@ class Dex:
         text = ",".join(map(str, depths))
         if not depths or depths[0] < 1 or depths[-1] > num_layers:
             raise DexError(f"depths must lie between 1 and the model's {num_layers} layers, not {text or 'nothing'}")
-        if any(a >= b for a, b in zip(depths, depths[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(depths)):
             raise DexError(f"depths must ascend without repeats, not {text}")
         if depths[-1] != num_layers:
             raise DexError(f"depths must end at the model's last layer, {num_layers}, not at {depths[-1]}")

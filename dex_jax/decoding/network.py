@@ -14,7 +14,7 @@ from flax import nnx
 
 from dex_jax.cache import Memory, after, commit_slot, write_rows
 from dex_jax.decoding.interface import Exits, Network, StageView
-from dex_jax.decoding.ladder import climb, rungs
+from dex_jax.decoding.ladder import climb
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
 
@@ -103,7 +103,7 @@ def _only_itself(batch: int, rows: int) -> jax.Array:
 
 def _masks(view: StageView, length: int) -> tuple[jax.Array, jax.Array]:
     """(committed [B, 1, S], ancestors without the node itself [K, B, W, K W])."""
-    stages, _, rows, slots = view.ancestors.shape
+    rows, slots = view.ancestors.shape[2:]
     prefix = (jnp.arange(length)[None, :] < view.prefix[:, None])[:, None, :]
     own = view.ring[:, None] * rows + jnp.arange(rows)[None, :]
     not_own = jnp.arange(slots)[None, None, :] != own[:, :, None]
@@ -137,7 +137,7 @@ def _advance_unrolled(
                 fresh.append((_pad(keys, 2, rows), _pad(values, 2, rows)))
             return _pad(x, 1, rows), tuple(fresh)
 
-        x, fresh = climb(used[k], (0, *(1,rows)), run_stage)
+        x, fresh = climb(used[k], (0, *(1, rows)), run_stage)
         out.append(x)
         start = after(view.ring[k] * rows, x)
         for i, (keys, values) in zip(stage, fresh, strict=True):

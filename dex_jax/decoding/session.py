@@ -198,9 +198,7 @@ class Session:
     def advance(self, ticks: int) -> Record:
         """Runs at most `ticks` more ticks and returns the record on the host."""
         self.tick += ticks
-        self.state = RUN(
-            self.lm.weights, self.state, self.limits, self.sampling, jnp.int32(self.tick), spec=self.spec
-        )
+        self.state = RUN(self.lm.weights, self.state, self.limits, self.sampling, jnp.int32(self.tick), spec=self.spec)
         return self.record()
 
     def record(self) -> Record:

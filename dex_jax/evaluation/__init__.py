@@ -1,0 +1,1 @@
+"""Comparing outputs, and what a run needs."""

@@ -6,6 +6,7 @@ G key-value heads, d head width, F mlp width, S keys.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -153,11 +154,11 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
     joined = jnp.where(masks[:, None, :, None, :], joined, MASKED_SCORE)
     weights = jax.nn.softmax(joined, axis=-1).astype(dtype).reshape(batch, groups, -1, masks.shape[2])
     bounds = np.cumsum([source.keys.shape[2] for source in sources])[:-1]
-    out = sum(
+    parts = [
         jnp.einsum("bgns,bgsd->bgnd", part, source.values, precision=precision, preferred_element_type=jnp.float32)
         for part, source in zip(jnp.split(weights, bounds, axis=-1), sources, strict=True)
-    )
-    out = out.reshape(batch, groups, rows, heads // groups, width).transpose(0, 2, 1, 3, 4)
+    ]
+    out = functools.reduce(jnp.add, parts).reshape(batch, groups, rows, heads // groups, width).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, rows, heads, width).astype(dtype)
 
 
@@ -192,7 +193,7 @@ class DecoderLayer(nnx.Module):
         qkv = linear(normed, self.qkv[...], _value(self.qkv_bias))
         heads = qkv.reshape(*x.shape[:-1], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         queries, keys, values = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=-2)
-        if c.qk_norm:
+        if self.q_norm is not None and self.k_norm is not None:
             queries = rms_norm(queries, self.q_norm[...], c.norm_eps)
             keys = rms_norm(keys, self.k_norm[...], c.norm_eps)
         rotated = rotate(jnp.concatenate([queries, keys], axis=-2), table)

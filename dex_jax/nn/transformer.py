@@ -173,8 +173,9 @@ def relayout(model: Transformer, layout: Layout) -> Transformer:
 
     def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
         del kind
-        if name in taken:
-            return taken[name][...]
+        kept = taken.get(name)
+        if kept is not None:
+            return kept[...]
         _, index, field = name.split(".")
         if index != "*":
             assert isinstance(old, Stacked)
