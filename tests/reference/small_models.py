@@ -1,0 +1,97 @@
+"""Small random models of the library's own architecture, and the same models as the twin sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+import dex_jax
+from dex_jax.config import ModelConfig
+from dex_jax.evaluation.check import compare
+from dex_jax.language_model import LanguageModel
+from dex_jax.nn.transformer import Layout, Unrolled, random_transformer
+
+LLAMA = ModelConfig(
+    family="llama",
+    vocab_size=48,
+    num_layers=4,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=48,
+    context=2048,
+    tied=True,
+)
+QWEN3 = dataclasses.replace(LLAMA, family="qwen3", tied=False, qkv_bias=True, qk_norm=True, head_dim=12)
+TWIN_LENGTH = 64
+
+
+class LetterTokenizer:
+    """One letter a token; the last ids of the vocabulary are letters of two."""
+
+    has_chat_template = False
+
+    def __init__(self, eos_ids: tuple[int, ...] = ()):
+        self.eos_ids = eos_ids
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - ord("A") for letter in text]
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(self.letters(token) for token in tokens if token not in self.eos_ids)
+
+    @staticmethod
+    def letters(token: int) -> str:
+        return chr(ord("A") + token) if token < 26 else chr(ord("a") + token - 26) * 2
+
+
+def small_model(
+    config: ModelConfig = LLAMA, layout: Layout | None = None, seed: int = 0, tokenizer: LetterTokenizer | None = None
+) -> LanguageModel:
+    """A random language model; equal seeds give equal weights in every layout."""
+    model = random_transformer(config, layout or Unrolled(), seed)
+    return LanguageModel(model, tokenizer=tokenizer, source="random", fingerprint="0")
+
+
+class SmallModel:
+    """A small model for the twin: exit k is a model of its own, cut off after x_k layers.
+
+    Nothing of the decode loop takes part, and no cache: every prefix is run from its first token.
+    """
+
+    def __init__(self, config: ModelConfig, depths: tuple[int, ...], seed: int = 0):
+        self.models = [small_model(dataclasses.replace(config, num_layers=depth), seed=seed) for depth in depths]
+        self._known: dict = {}
+
+    def vocabulary(self, stage: int) -> range:
+        return range(self.models[stage - 1].config.vocab_size)
+
+    def logits(self, tokens: tuple[int, ...], stage: int) -> np.ndarray:
+        if (tokens, stage) not in self._known:
+            padded = np.zeros((1, TWIN_LENGTH), np.int32)  # what follows cannot reach back
+            padded[0, : len(tokens)] = tokens
+            rows = np.asarray(self.models[stage - 1].logits(padded))[0]
+            for length in range(1, len(tokens) + 1):
+                self._known[tokens[:length], stage] = rows[length - 1]
+        return self._known[tokens, stage]
+
+
+@functools.cache
+def ragged_prompts(count: int = 8) -> list[list[int]]:
+    """Prompts of 1 to 16 tokens, all in one length bucket."""
+    rng = np.random.default_rng(1)
+    lengths = [1, 16, *rng.integers(2, 16, count - 2).tolist()]
+    return [rng.integers(0, LLAMA.vocab_size, length).tolist() for length in lengths]
+
+
+def assert_same_tokens(lm: LanguageModel, output: dex_jax.Output, reference: dex_jax.Output, **sampling) -> None:
+    """Tokens are equal; in one sequence at most they may part, where floating point cannot tell two tokens apart.
+
+    Batches of other shapes add in other orders, so an exact tie of a random model may fall either way.
+    """
+    checks = compare(lm, output, reference, **sampling)
+    assert all(check.tie for check in checks), [check for check in checks if not check.tie]
+    assert sum(not check.identical for check in checks) <= 1

@@ -1,0 +1,382 @@
+"""generate() and stream() on small random models: the same tokens by every road, and one sentence for bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import numpy as np
+import pytest
+from reference import twin
+from reference.small_models import (
+    LLAMA,
+    QWEN3,
+    LetterTokenizer,
+    SmallModel,
+    assert_same_tokens,
+    ragged_prompts,
+    small_model,
+)
+
+import dex_jax
+from dex_jax import AR, Dex, DexError, Stacked
+from dex_jax.sampling import position_noise, sampling_keys
+
+TOKENS = 14
+SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
+SEED = 11
+UNEVEN = Dex(depths=(1, 3, 4))
+METHODS = {
+    "K1": Dex(explorers=1),
+    "K2": Dex(explorers=2),
+    "K3 uneven": UNEVEN,
+    "K3 one row": Dex(explorers=3, rows=1),
+    "K4 full": Dex(explorers=4, rows="full"),
+}
+
+
+@functools.cache
+def model(config=LLAMA):
+    return small_model(config)
+
+
+@functools.cache
+def stacked(depths: tuple[int, ...]):
+    return small_model(LLAMA, Stacked(depths))
+
+
+def generate(lm, method, prompts=None, **options) -> dex_jax.Output:
+    options = {"max_new_tokens": TOKENS, "exits": "shared", **options}
+    return dex_jax.generate(lm, ragged_prompts() if prompts is None else prompts, method=method, **options)
+
+
+@functools.cache
+def autoregressive(sampled: bool, config=LLAMA) -> dex_jax.Output:
+    return generate(model(config), AR(), seed=SEED, **(SAMPLED if sampled else {}))
+
+
+@functools.cache
+def explored(name: str, sampled: bool = False) -> dex_jax.Output:
+    return generate(model(), METHODS[name], seed=SEED, **(SAMPLED if sampled else {}))
+
+
+def emitted(output: dex_jax.Output, row: int) -> tuple[list[int], list[int]]:
+    length = output.lengths[row]
+    return output.tokens[row, :length].tolist(), output.stats.exits[row, :length].tolist()
+
+
+def noise_of(seed: int):
+    return lambda position: _noise(seed)[position]
+
+
+@functools.cache
+def _noise(seed: int) -> np.ndarray:
+    rows = jax.vmap(lambda n: position_noise(sampling_keys([seed])[0], n, LLAMA.vocab_size))
+    return np.asarray(rows(np.arange(64)))
+
+
+def test_autoregressive_decoding_is_the_argmax_after_every_prefix() -> None:
+    whole = SmallModel(LLAMA, (4,))
+    for row, prompt in enumerate(ragged_prompts()):
+        expected = twin.autoregressive(whole, prompt, stages=1, max_new_tokens=TOKENS)
+        assert emitted(autoregressive(False), row)[0] == expected
+
+
+def test_sampling_is_the_argmax_with_noise_after_every_prefix() -> None:
+    whole = SmallModel(LLAMA, (4,))
+    for row, prompt in enumerate(ragged_prompts()):
+        draws = twin.Draws(noise_of(SEED + row), SAMPLED["temperature"], SAMPLED["top_k"], SAMPLED["top_p"])
+        expected = twin.autoregressive(whole, prompt, stages=1, max_new_tokens=TOKENS, draws=draws)
+        assert emitted(autoregressive(True), row)[0] == expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_dex_equals_ar(name: str) -> None:
+    assert_same_tokens(model(), explored(name), autoregressive(False))
+
+
+def test_sampled_dex_equals_ar() -> None:
+    assert_same_tokens(model(), explored("K3 uneven", True), autoregressive(True), **SAMPLED)
+    assert not np.array_equal(explored("K3 uneven", True).tokens, explored("K3 uneven").tokens)
+
+
+def test_dex_equals_ar_with_biases_norms_of_heads_and_an_unembedding_of_its_own() -> None:
+    assert_same_tokens(model(QWEN3), generate(model(QWEN3), UNEVEN), autoregressive(False, QWEN3))
+
+
+@pytest.mark.parametrize("name", ["K3 uneven", "K4 full"])
+def test_exits_and_ticks_are_those_of_the_twin(name: str) -> None:
+    output = explored(name)
+    schedule = output.stats.schedule
+    whole = SmallModel(LLAMA, schedule.depths)
+    used = set()
+    for row, prompt in enumerate(ragged_prompts()):
+        run = twin.decode(whole, prompt, stages=schedule.stages, rows=schedule.rows, max_new_tokens=TOKENS, eos_ids=())
+        assert (*emitted(output, row), output.stats.ticks[row]) == (run.tokens, run.exits, run.ticks)
+        used |= set(run.exits[1:])
+    assert used == set(range(1, schedule.stages + 1))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_counts_follow_from_exits(name: str) -> None:
+    output = explored(name)
+    stages = output.stats.schedule.stages
+    for row in range(len(ragged_prompts())):
+        _, exits = emitted(output, row)
+        assert output.stats.ticks[row] == stages + sum(exits[1:-1])
+        assert output.stats.depth_side_speedup[row] == pytest.approx(
+            stages * (len(exits) - 1) / output.stats.ticks[row]
+        )
+        assert output.stats.depth_side_speedup[row] >= 1
+
+
+def test_ar_reports_one_stage() -> None:
+    stats = autoregressive(False).stats
+    assert (stats.schedule.stages, stats.exits_source) == (1, None)
+    np.testing.assert_array_equal(stats.ticks, TOKENS - 1)
+    np.testing.assert_array_equal(stats.depth_side_speedup, 1.0)
+
+
+def test_one_token_takes_no_tick() -> None:
+    output = generate(model(), UNEVEN, max_new_tokens=1)
+    np.testing.assert_array_equal(output.tokens, autoregressive(False).tokens[:, :1])
+    np.testing.assert_array_equal(output.stats.ticks, 0)
+    np.testing.assert_array_equal(output.stats.exits, -1)
+    assert np.isnan(output.stats.depth_side_speedup).all()
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_a_ragged_batch_equals_single_runs(sampled: bool) -> None:
+    options = SAMPLED if sampled else {}
+    batch = explored("K3 uneven", sampled)
+    for row, prompt in enumerate(ragged_prompts()):
+        alone = generate(model(), UNEVEN, [prompt], seed=SEED + row, **options)
+        one_row = dataclasses.replace(
+            batch,
+            tokens=batch.tokens[row : row + 1],
+            lengths=batch.lengths[row : row + 1],
+            prompt_tokens=[prompt],
+            seeds=None if batch.seeds is None else batch.seeds[row : row + 1],
+        )
+        assert_same_tokens(model(), alone, one_row, **options)
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_layouts_agree(sampled: bool) -> None:
+    """An uneven grid, so that the stacked layout has padding."""
+    options = SAMPLED if sampled else {}
+    output = generate(stacked((1, 3, 4)), UNEVEN, seed=SEED, **options)
+    assert_same_tokens(model(), output, explored("K3 uneven", sampled), **options)
+    # Without pruning, exits depend on nothing but which token is best: no rounding of scores.
+    np.testing.assert_array_equal(output.stats.exits, explored("K3 uneven", sampled).stats.exits)
+
+
+def test_ar_in_the_stacked_layout() -> None:
+    assert_same_tokens(model(), generate(stacked((1, 3, 4)), AR()), autoregressive(False))
+
+
+def test_samples_take_consecutive_seeds() -> None:
+    first, second = ragged_prompts()[:2]
+    output = generate(model(), UNEVEN, [first, second], num_samples=4, seed=5, **SAMPLED)
+    assert output.seeds == list(range(5, 13))
+    assert output.prompt_tokens == [first] * 4 + [second] * 4
+    listed = generate(model(), UNEVEN, [first] * 4 + [second] * 4, seed=list(range(5, 13)), **SAMPLED)
+    np.testing.assert_array_equal(listed.tokens, output.tokens)
+    assert len({row.tobytes() for row in output.tokens[:4]}) > 1
+    same = generate(model(), UNEVEN, [first] * 8, seed=[7] * 8, **SAMPLED)
+    assert len({row.tobytes() for row in same.tokens}) == 1
+    np.testing.assert_array_equal(same.tokens[0], output.tokens[2])
+
+
+def test_neutral_filters_change_nothing() -> None:
+    plain = generate(model(), AR(), seed=SEED, temperature=1.0)
+    neutral = generate(model(), AR(), seed=SEED, temperature=1.0, top_k=LLAMA.vocab_size, top_p=1.0)
+    np.testing.assert_array_equal(neutral.tokens, plain.tokens)
+
+
+def test_eos_ends_its_row_and_is_kept() -> None:
+    whole = autoregressive(False).tokens
+    eos = int(whole[1, 5])
+    lm = small_model(tokenizer=LetterTokenizer(eos_ids=(eos,)))
+    for method in (AR(), UNEVEN):
+        output = generate(lm, method)
+        for row in range(len(whole)):
+            where = np.flatnonzero(whole[row] == eos)
+            length = int(where[0]) + 1 if len(where) else TOKENS
+            tokens, exits = emitted(output, row)
+            assert tokens == whole[row, :length].tolist()
+            stages = output.stats.schedule.stages
+            assert output.stats.ticks[row] == (0 if length == 1 else stages + sum(exits[1:-1]))
+            assert LetterTokenizer.letters(eos) not in output.texts[row]
+        assert output.lengths.min() < TOKENS
+
+
+def test_streaming_yields_prefixes_of_the_same_output() -> None:
+    lm = small_model(tokenizer=LetterTokenizer())
+    whole = generate(lm, UNEVEN)
+    for ticks_per_update in (1, 3, 64):
+        updates = list(
+            dex_jax.stream(
+                lm,
+                ragged_prompts(),
+                method=UNEVEN,
+                max_new_tokens=TOKENS,
+                exits="shared",
+                ticks_per_update=ticks_per_update,
+            )
+        )
+        before = [0] * len(ragged_prompts())
+        for update in updates:
+            for row, tokens in enumerate(update.tokens):
+                length = update.lengths[row]
+                assert length >= before[row]
+                before[row] = length
+                np.testing.assert_array_equal(tokens[:length], whole.tokens[row, :length])
+                np.testing.assert_array_equal(tokens[length:], -1)
+                assert whole.texts[row].startswith(update.texts[row])
+        np.testing.assert_array_equal(updates[-1].tokens, whole.tokens)
+        np.testing.assert_array_equal(updates[-1].stats.exits, whole.stats.exits)
+        np.testing.assert_array_equal(updates[-1].stats.ticks, whole.stats.ticks)
+        assert updates[-1].finished.all()
+        assert all(not update.finished.all() for update in updates[:-1])
+        if ticks_per_update == 1:
+            assert len(updates) == whole.stats.ticks.max() + 1
+
+
+def test_stop_strings_do_not_depend_on_the_chunk() -> None:
+    lm = small_model(tokenizer=LetterTokenizer())
+    whole = generate(lm, UNEVEN)
+    # One that spans two tokens, one that ends in the middle of a token of two letters where there is one.
+    stop = [whole.texts[0][4:6], whole.texts[2][5:7]]
+    results = []
+    for ticks_per_update in (1, 3, 64):
+        *_, last = dex_jax.stream(
+            lm,
+            ragged_prompts(),
+            method=UNEVEN,
+            max_new_tokens=TOKENS,
+            exits="shared",
+            stop=stop,
+            ticks_per_update=ticks_per_update,
+        )
+        results.append(last)
+    for last in results:
+        assert last.texts == results[0].texts
+        np.testing.assert_array_equal(last.lengths, results[0].lengths)
+        np.testing.assert_array_equal(last.tokens, results[0].tokens)
+        np.testing.assert_array_equal(last.stats.exits, results[0].stats.exits)
+        np.testing.assert_array_equal(last.stats.ticks, results[0].stats.ticks)
+    last = results[0]
+    for row, text in enumerate(whole.texts):
+        found = [text.find(string) for string in stop if string in text]
+        assert last.texts[row] == (text[: min(found)] if found else text)
+        tokens, exits = emitted(last, row)
+        # Kept up to the token that completes the stop string, and no further.
+        assert (last.lengths[row] < TOKENS) <= bool(found)
+        if found:
+            assert any(string in lm.tokenizer.decode(tokens) for string in stop)
+            assert not any(string in lm.tokenizer.decode(tokens[:-1]) for string in stop)
+        assert last.stats.ticks[row] == (0 if len(tokens) < 2 else 3 + sum(exits[1:-1]))
+    assert last.finished.all()
+    assert last.lengths.min() < TOKENS
+
+
+def test_a_prompt_longer_than_a_chunk_of_the_prefill() -> None:
+    prompt = np.random.default_rng(3).integers(0, LLAMA.vocab_size, 700).tolist()
+    output = generate(model(), AR(), [prompt], max_new_tokens=2)
+    logits = np.asarray(model().logits([prompt]))[0, -1]
+    assert output.tokens[0, 0] == logits.argmax()
+    logits = np.asarray(model().logits([[*prompt, int(logits.argmax())]]))[0, -1]
+    assert output.tokens[0, 1] == logits.argmax()
+
+
+class CompileCounter:
+    """Counts everything that XLA compiles, jitted programs and single operations alike."""
+
+    count = 0
+
+    def __call__(self, event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
+
+
+def test_another_prompt_in_the_same_bucket_compiles_nothing() -> None:
+    counter = CompileCounter()
+    jax.monitoring.register_event_duration_secs_listener(counter)
+    try:
+        jax.jit(lambda x: x + 1)(np.float32(np.random.default_rng().random()))
+        assert counter.count > 0, "compilations are not seen under this name"
+        for method, options in ((AR(), {}), (UNEVEN, {}), (UNEVEN, SAMPLED)):
+            generate(model(), method, [[1, 2, 3]], seed=0, **options)
+            counter.count = 0
+            output = generate(
+                model(), method, [[4, 5, 6, 7, 8, 9]], seed=1, **{**options, "max_new_tokens": TOKENS + 3}
+            )
+            assert output.lengths.tolist() == [TOKENS + 3]
+            assert counter.count == 0, method
+            generate(model(), method, [list(range(17))], seed=1, **options)
+            assert counter.count > 0, "a longer prompt has a bucket of its own"
+    finally:
+        jax.monitoring.unregister_event_duration_listener(counter)
+
+
+def test_repeating_a_call_repeats_its_output() -> None:
+    again = generate(model(), UNEVEN, seed=SEED, **SAMPLED)
+    chex.assert_trees_all_equal(again.tokens, explored("K3 uneven", True).tokens)
+
+
+def test_strings_go_through_the_tokenizer() -> None:
+    lm = small_model(tokenizer=LetterTokenizer())
+    text = generate(lm, AR(), "BCD")
+    ids = generate(lm, AR(), [[1, 2, 3]])
+    assert text.prompt_tokens == ids.prompt_tokens == [[1, 2, 3]]
+    assert text.texts == ids.texts
+
+
+def test_default_exits_say_that_they_are_shared(capsys) -> None:
+    output = generate(model(), UNEVEN, exits="default")
+    assert output.stats.exits_source == "shared"
+    assert "shared" in capsys.readouterr().err
+    np.testing.assert_array_equal(output.tokens, explored("K3 uneven").tokens)
+
+
+BAD = {
+    "no prompt": ({"prompts": []}, "no prompt"),
+    "empty prompt": ({"prompts": [[]]}, "empty"),
+    "blank text": ({"prompts": ["  "]}, "empty"),
+    "text without a tokenizer": ({"prompts": ["hello"]}, "tokenizer"),
+    "messages without a tokenizer": ({"prompts": [[{"role": "user", "content": "hi"}]]}, "tokenizer"),
+    "token above the vocabulary": ({"prompts": [[1, 48]]}, "token id 48"),
+    "token below zero": ({"prompts": [[-1]]}, "token id -1"),
+    "a mixture": ({"prompts": [[1, "two"]]}, "mixture"),
+    "beyond the context": ({"prompts": [[1] * 2040]}, "context of 2048"),
+    "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens"),
+    "no samples": ({"num_samples": 0}, "num_samples"),
+    "negative temperature": ({"temperature": -0.5}, "temperature"),
+    "temperature not a number": ({"temperature": float("nan")}, "temperature"),
+    "endless temperature": ({"temperature": float("inf")}, "temperature"),
+    "top_k of nothing": ({"temperature": 1.0, "top_k": 0}, "top_k"),
+    "top_p of nothing": ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
+    "top_p above one": ({"temperature": 1.0, "top_p": 1.5}, "top_p"),
+    "seeds of another batch": ({"seed": [1, 2, 3]}, "3 seeds for 1"),
+    "empty stop string": ({"stop": [""]}, "stop string"),
+    "stop string without a tokenizer": ({"stop": "x"}, "tokenizer"),
+    "unknown exits": ({"exits": "trained"}, "exits"),
+    "no ticks": ({"ticks_per_update": 0}, "ticks_per_update"),
+    "both explorers and depths": ({"method": Dex(explorers=2, depths=(2, 4))}, "not both"),
+    "too many explorers": ({"method": Dex(explorers=5)}, "explorers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence(name: str) -> None:
+    options, words = BAD[name]
+    options = {"prompts": [[1, 2]], "method": UNEVEN, "exits": "shared", **options}
+    with pytest.raises(DexError) as error:
+        list(dex_jax.stream(model(), **options))
+    sentence = str(error.value)
+    assert words in sentence
+    assert "\n" not in sentence
+    assert len(sentence) < 250

@@ -1,0 +1,90 @@
+"""Methods as users name them: grids, rows, and what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from dex_jax import AR, Dex, DexError
+from dex_jax.decoding.methods import even_depths
+from dex_jax.decoding.output import cut, depth_side_speedup, ticks_of
+from dex_jax.decoding.session import capacity_for, prompt_bucket
+
+
+@pytest.mark.parametrize("num_layers", [1, 4, 30, 80])
+def test_even_grids(num_layers: int) -> None:
+    for stages in range(1, num_layers + 1):
+        depths = even_depths(stages, num_layers)
+        assert depths == tuple(int(np.ceil(k * num_layers / stages)) for k in range(1, stages + 1))
+        assert Dex(explorers=stages, rows=1).schedule(num_layers).depths == depths
+        assert len(set(depths)) == stages
+        assert depths[-1] == num_layers
+
+
+def test_defaults() -> None:
+    assert Dex().schedule(30).depths == (6, 12, 18, 24, 30)
+    assert Dex().schedule(30).rows == 8
+    # A model with fewer layers than the default has explorers.
+    assert Dex().schedule(2).depths == (1, 2)
+    assert [Dex(explorers=k).schedule(30).rows for k in (1, 2, 3, 4, 5, 6, 30)] == [1, 1, 2, 4, 8, 8, 8]
+    assert Dex().schedule(30).decs
+    schedule = AR().schedule(30)
+    assert (schedule.method, schedule.stages, schedule.depths) == ("ar", 1, (30,))
+
+
+def test_rows_as_given() -> None:
+    assert [Dex(explorers=k, rows="full").schedule(30).rows for k in (1, 2, 6, 8)] == [1, 1, 16, 64]
+    assert Dex(explorers=3, rows=7).schedule(30).rows == 7
+    assert Dex(depths=(1, 2, 30), rows=1, decs=False).schedule(30).decs is False
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (Dex(explorers=5, depths=(6, 30)), "not both"),
+        (Dex(explorers=0), "explorers must be from 1 to the model's 30 layers, not 0"),
+        (Dex(explorers=-1), "not -1"),
+        (Dex(explorers=31), "not 31"),
+        (Dex(depths=()), "depths"),
+        (Dex(depths=(0, 30)), "between 1 and"),
+        (Dex(depths=(6, 31)), "between 1 and"),
+        (Dex(depths=(12, 6, 30)), "ascend"),
+        (Dex(depths=(6, 6, 30)), "ascend"),
+        (Dex(depths=(6, 12)), "end at the model's last layer, 30"),
+        (Dex(rows=0), "rows"),
+        (Dex(rows=-3), "rows"),
+        (Dex(rows="many"), "rows"),
+        (Dex(explorers=9, rows="full"), "K = 8"),
+    ],
+)
+def test_what_is_refused(method: Dex, words: str) -> None:
+    with pytest.raises(DexError, match=re.escape(words)) as error:
+        method.schedule(30)
+    assert "\n" not in str(error.value)
+
+
+def test_ticks_and_speedup_of_a_record() -> None:
+    exits = np.array([-1, 2, 1, 3, -1])
+    assert ticks_of(exits, 4, 3) == 3 + 2 + 1
+    assert ticks_of(exits, 2, 3) == 3
+    assert ticks_of(exits, 1, 3) == 0
+    speedup = depth_side_speedup(np.array([6, 0]), np.array([4, 1]), 3)
+    assert speedup[0] == 1.5
+    assert np.isnan(speedup[1])
+
+
+def test_cutting_a_record() -> None:
+    tokens, exits = cut(np.array([5, 6, 7, -1]), np.array([-1, 2, 1, -1]), 2)
+    assert tokens.tolist() == [5, 6, -1, -1]
+    assert exits.tolist() == [-1, 2, -1, -1]
+
+
+def test_buckets_hold_what_they_are_for() -> None:
+    buckets = [prompt_bucket(length) for length in range(1, 3000)]
+    assert all(bucket >= length for length, bucket in enumerate(buckets, 1))
+    assert buckets == sorted(buckets)
+    assert len(set(buckets)) < 13
+    assert all(capacity_for(n) >= n for n in range(1, 500))
+    assert len({capacity_for(n) for n in range(1, 513)}) == 8
