@@ -101,8 +101,8 @@ class Dex:
         if self.rows == "full":
             if stages > FULL_ROWS_LIMIT:
                 raise DexError(
-                    f'rows="full" needs 2^(K-2) rows a stage, {full_rows(stages)} for K = {stages}: it is offered up to '
-                    f"K = {FULL_ROWS_LIMIT}; give a number of rows instead"
+                    f'rows="full" needs 2^(K-2) rows a stage, {full_rows(stages)} for K = {stages}: it is offered up '
+                    f"to K = {FULL_ROWS_LIMIT}, give a number of rows instead"
                 )
             return full_rows(stages)
         if isinstance(self.rows, str) or self.rows < 1:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dex_jax.cache import Memory, after, commit_slot, write_rows
+from dex_jax.cache import Memory, after, allocate, commit_slot, write_rows
 from dex_jax.decoding.interface import Exits, Network, StageView
 from dex_jax.decoding.ladder import climb
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
@@ -50,6 +50,20 @@ def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Arr
     Returns:
       (hidden states [B, R, D] at depth L, memory).
     """
+    states, memory = _extend(model, memory, tokens, start)
+    return states[-1], memory
+
+
+def depth_states(model: Transformer, tokens: jax.Array, depths: tuple[int, ...]) -> jax.Array:
+    """Hidden states at every exit depth, without a prefix: tokens [B, R] int32 -> [K, B, R, D]."""
+    batch, rows = tokens.shape
+    memory = allocate(model.config, model.layout, batch, rows, 0, model.embed[...].dtype)
+    states, _ = _extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
+    return jnp.stack([states[depth - 1] for depth in depths])
+
+
+def _extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array) -> tuple[Any, Memory]:
+    """`extend`, with the hidden states after every layer: L of [B, R, D]."""
     batch, rows = tokens.shape
     positions = start[:, None] + jnp.arange(rows)[None, :]
     table = rope_table(positions, model.config)
@@ -64,9 +78,11 @@ def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Arr
 
     if not isinstance(model.layout, Stacked):
         all_keys, all_values = list(memory.keys), list(memory.values)
+        states = []
         for i, layer in enumerate(model.layers):
             x, all_keys[i], all_values[i] = layer_step(layer, x, all_keys[i], all_values[i])
-        return x, memory._replace(keys=tuple(all_keys), values=tuple(all_values))
+            states.append(x)
+        return states, memory._replace(keys=tuple(all_keys), values=tuple(all_values))
 
     layout = model.layout
     graph, weights = nnx.split(model.layers)
@@ -77,10 +93,10 @@ def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Arr
         j, k = place[0], place[1]
         layer = nnx.merge(graph, jax.tree.map(lambda w: w[j, k], weights))
         x, new_keys, new_values = layer_step(layer, x, keys[j, k], values[j, k])
-        return (x, keys.at[j, k].set(new_keys), values.at[j, k].set(new_values)), None
+        return (x, keys.at[j, k].set(new_keys), values.at[j, k].set(new_values)), x
 
-    (x, keys, values), _ = jax.lax.scan(scan_body, (x, memory.keys, memory.values), places)
-    return x, memory._replace(keys=keys, values=values)
+    (_, keys, values), states = jax.lax.scan(scan_body, (x, memory.keys, memory.values), places)
+    return states, memory._replace(keys=keys, values=values)
 
 
 def _run_layer(
@@ -94,6 +110,16 @@ def _run_layer(
     queries, keys, values = layer.project(x, table)
     attended = attend(queries, [*memory, KeyValues(keys, values, among_rows)])
     return layer.finish(x, attended), keys, values
+
+
+def _stage_rungs(batch: int, rows: int) -> tuple[int, ...]:
+    """Row counts that a stage is compiled for; each costs a compilation of all layers.
+
+    An empty stage is skipped. On a CPU one row is cheaper than eight, and eight than many times eight, but what lies
+    between one and eight rows costs the same.
+    """
+    counts = {0, 1, rows} if batch == 1 else {0, 1, max(1, rows // 2), rows}
+    return tuple(sorted(counts))
 
 
 def _only_itself(batch: int, rows: int) -> jax.Array:
@@ -137,7 +163,7 @@ def _advance_unrolled(
                 fresh.append((_pad(keys, 2, rows), _pad(values, 2, rows)))
             return _pad(x, 1, rows), tuple(fresh)
 
-        x, fresh = climb(used[k], (0, *(1, rows)), run_stage)
+        x, fresh = climb(used[k], _stage_rungs(batch, rows), run_stage)
         out.append(x)
         start = after(view.ring[k] * rows, x)
         for i, (keys, values) in zip(stage, fresh, strict=True):

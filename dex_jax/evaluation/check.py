@@ -13,7 +13,7 @@ import numpy as np
 
 from dex_jax.decoding.output import Output
 from dex_jax.language_model import LanguageModel
-from dex_jax.sampling import Sampling, position_noise, scores, sampling_keys
+from dex_jax.sampling import Sampling, position_noise, sampling_keys, scores
 
 TIE_MARGIN = 1e-4
 

@@ -1,0 +1,163 @@
+"""Asking the exits: which nodes, in which order, and what they propose.
+
+Letters: B sequences, W rows a stage, K stages, D' exit features, N gathered nodes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dex_jax import lattice as lat
+from dex_jax.decoding.interface import Exits, StageView
+from dex_jax.decoding.ladder import climb, rungs
+from dex_jax.decoding.noise import Noise
+from dex_jax.lattice import Proposals
+from dex_jax.sampling import DROPPED, Sampling, choose
+
+HEAD_BLOCK = 8
+"""How many nodes of a sequence the heads are asked at a time."""
+
+
+class Proposers(NamedTuple):
+    """The nodes that have just finished stages 1..K-1.
+
+    Attributes:
+      live: [K - 1, B, W] bool, which rows propose.
+      score: [K - 1, B, W] float32, path scores.
+      offered: [K - 1, B, W, K - 1] int32, tokens that each node's children hold, NO_TOKEN elsewhere.
+    """
+
+    live: jax.Array
+    score: jax.Array
+    offered: jax.Array
+
+
+class Asked(NamedTuple):
+    """N nodes gathered for the heads.
+
+    Attributes:
+      features: [N, D'].
+      offered: [N, K - 1] int32.
+      position: [N] int32, absolute position of the proposed token.
+      sequence: [N] int32, index into the batch.
+    """
+
+    features: jax.Array
+    offered: jax.Array
+    position: jax.Array
+    sequence: jax.Array
+
+
+def propose(
+    exits: Exits,
+    hidden: jax.Array,
+    view: StageView,
+    nodes: Proposers,
+    sampling: Sampling | None,
+    noise: Noise | None,
+    *,
+    decs: bool,
+) -> Proposals:
+    """Asks the exits for children, best-scoring nodes first, until no other could win a row.
+
+    A child never scores above its node, so once W proposals score above every node not yet asked, the rest of the heads
+    need not run. What is spawned is the same as if all had.
+
+    Args:
+      exits: heads of exits 1..K-1.
+      hidden: [K - 1, B, W, D], states at x_1 .. x_{K-1}.
+      view: all K stages.
+      nodes: which rows propose, with what they have.
+      sampling, noise: None when greedy.
+      decs: mask what the children hold; otherwise a repeated token is no proposal.
+
+    Returns:
+      Proposals with fields [K - 1, B, W].
+    """
+    stages, batch, rows = nodes.live.shape
+    count = stages * rows
+    block = min(rows, HEAD_BLOCK)
+
+    def by_sequence(field: jax.Array) -> jax.Array:
+        return jnp.swapaxes(field, 0, 1).reshape(batch, count, *field.shape[3:])
+
+    features = by_sequence(exits.features(hidden, view))
+    position = by_sequence(view.position[:-1]) + 1
+    offered = by_sequence(nodes.offered)
+    score = jnp.where(by_sequence(nodes.live), by_sequence(nodes.score), -jnp.inf)
+    order = jnp.argsort(-score, axis=1, stable=True)
+    blocks = -(-count // block)
+    order = jnp.pad(order, [(0, 0), (0, blocks * block - count)], constant_values=count)
+
+    def asked_next(i: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+        node = jax.lax.dynamic_slice_in_dim(order, i * block, block, axis=1)
+        least = jax.lax.top_k(total, rows)[0][:, -1:]
+        own = jnp.take_along_axis(score, jnp.minimum(node, count - 1), axis=1)
+        return node, (node < count) & (own > -jnp.inf) & (own >= least)
+
+    def ask(carry: tuple[jax.Array, Proposals, jax.Array]) -> tuple[jax.Array, Proposals, jax.Array]:
+        i, proposals, total = carry
+        node, worth = asked_next(i, total)
+        flat = (jnp.arange(batch)[:, None] * count + node).reshape(-1)
+        chosen = jnp.nonzero(worth.reshape(-1), size=batch * block, fill_value=batch * block)[0]
+
+        def heads(size: int) -> tuple[jax.Array, Proposals]:
+            index = jnp.where(chosen[:size] < batch * block, flat[jnp.minimum(chosen[:size], batch * block - 1)], -1)
+            row = jnp.maximum(index, 0)
+            sequence, node = row // count, row % count
+            asked = Asked(features[sequence, node], offered[sequence, node], position[sequence, node], sequence)
+            found = _ask_rows(exits, asked, sampling, noise, decs=decs)
+            padding = (0, batch * block - size)
+            return jnp.pad(index, padding, constant_values=-1), jax.tree.map(lambda x: jnp.pad(x, padding), found)
+
+        index, found = climb(jnp.sum(worth), rungs(batch * block), heads)
+        place = jnp.where(index < 0, batch * count, index)
+        proposals = jax.tree.map(
+            lambda whole, part: whole.reshape(-1).at[place].set(part, mode="drop").reshape(whole.shape),
+            proposals,
+            found,
+        )
+        total = jnp.where(proposals.valid, score + lat.quantized(proposals.log_probability), -jnp.inf)
+        return i + 1, proposals, total
+
+    def more(carry: tuple[jax.Array, Proposals, jax.Array]) -> jax.Array:
+        return (carry[0] < blocks) & jnp.any(asked_next(carry[0], carry[2])[1])
+
+    nothing = Proposals(
+        jnp.full((batch, count), lat.NO_TOKEN, jnp.int32),
+        jnp.zeros((batch, count), jnp.float32),
+        jnp.zeros((batch, count), bool),
+    )
+    unasked = jnp.full((batch, count), -jnp.inf)
+    _, proposals, _ = jax.lax.while_loop(more, ask, (jnp.int32(0), nothing, unasked))
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(batch, stages, rows), 0, 1), proposals)
+
+
+def _ask_rows(exits: Exits, asked: Asked, sampling: Sampling | None, noise: Noise | None, *, decs: bool) -> Proposals:
+    """The heads of N gathered rows: Proposals with fields [N]."""
+    logits = exits.logits(asked.features)
+    row_noise, scaled = None, logits
+    if sampling is not None:
+        assert noise is not None
+        row_noise = noise.ring[asked.sequence, asked.position % noise.ring.shape[1]]
+        if exits.vocabulary is not None:
+            row_noise = row_noise[:, exits.vocabulary]
+        scaled = logits / sampling.temperature
+    allowed = mask_columns(logits, asked.offered, exits.columns) if decs else logits
+    column, left = choose(allowed, sampling, row_noise)
+    token = column if exits.vocabulary is None else exits.vocabulary[column]
+    log_probability = jnp.take_along_axis(scaled, column[:, None], axis=-1)[:, 0]
+    log_probability = log_probability - jax.nn.logsumexp(scaled, axis=-1)
+    repeated = jnp.any(asked.offered == token[:, None], axis=-1)
+    return Proposals(token, log_probability, left & ~repeated)
+
+
+def mask_columns(logits: jax.Array, tokens: jax.Array, columns: jax.Array | None) -> jax.Array:
+    """Drops each row's `tokens` ([N, C] full ids, NO_TOKEN for none) from logits [N, V']."""
+    width = logits.shape[-1]
+    column = tokens if columns is None else columns[jnp.maximum(tokens, 0)]
+    column = jnp.where(tokens == lat.NO_TOKEN, width, column)
+    return logits.at[jnp.arange(logits.shape[0])[:, None], column].set(DROPPED, mode="drop")
