@@ -39,7 +39,7 @@ def run_batch(lm, explorers: int, prompts: list[dict], new_tokens: int) -> dict:
     tokens = [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)]
     schedule = out.stats.schedule
     pairs = zip(prompts, tokens, strict=True)
-    forced = [forced_ticks(lm, prompt["prompt_ids"], row, schedule) for prompt, row in pairs]
+    forced = [forced_ticks(lm, p["prompt_ids"], row, schedule) for p, row in pairs]
     return {
         "explorers": explorers,
         "rows": schedule.rows,
