@@ -66,9 +66,10 @@ def after(index: jax.Array, *results: jax.Array) -> jax.Array:
 
 def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """Writes R consecutive positions of each sequence: cache [B, G, S, d], new [B, G, R, d], start [B]."""
-    if cache.shape[0] == 1:
-        return jax.lax.dynamic_update_slice(cache, new, (0, 0, start[0], 0))
-    return jax.vmap(lambda c, n, s: jax.lax.dynamic_update_slice(c, n, (0, s, 0)))(cache, new, start)
+    # A vmapped write is a scatter, for which TPUs want the whole cache in another layout: a second copy of it.
+    for b in range(cache.shape[0]):
+        cache = jax.lax.dynamic_update_slice(cache, new[b : b + 1], (b, 0, start[b], 0))
+    return cache
 
 
 def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax.Array) -> Memory:
@@ -82,11 +83,20 @@ def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax
     """
 
     def leaf(cache: jax.Array, lattice: jax.Array) -> jax.Array:
-        if cache.ndim > 4:
-            return jax.vmap(leaf)(cache, lattice)
-        new = jnp.take_along_axis(lattice, slot[:, None, None, None], axis=2)
-        old = jnp.take_along_axis(cache, position[:, None, None, None], axis=2, mode="clip")
-        return write_rows(cache, jnp.where(where[:, None, None, None], new, old), position)
+        def copy(cache: jax.Array, *layer: jax.Array) -> jax.Array:
+            size = (1,) * len(layer) + (1, cache.shape[-3], 1, cache.shape[-1])
+            for b in range(cache.shape[-4]):
+                place = (*layer, b, 0, position[b], 0)
+                new = jax.lax.dynamic_slice(lattice, (*layer, b, 0, slot[b], 0), size)
+                old = jax.lax.dynamic_slice(cache, place, size)
+                cache = jax.lax.dynamic_update_slice(cache, jnp.where(where[b], new, old), place)
+            return cache
+
+        if cache.ndim == 4:
+            return copy(cache)
+        # One layer at a time: a write across all of them makes TPUs lay the whole cache out anew, twice a call.
+        layers, stages = cache.shape[:2]
+        return jax.lax.fori_loop(0, layers * stages, lambda i, c: copy(c, i // stages, i % stages), cache)
 
     return memory._replace(
         keys=jax.tree.map(leaf, memory.keys, memory.lattice_keys),
