@@ -150,7 +150,7 @@ def p_value(statistic: float, degrees: int) -> float:
     return float(jax.scipy.special.gammaincc(jnp.float32(degrees / 2), jnp.float32(statistic / 2)))
 
 
-SEQUENCES, LENGTH, CHI_VOCAB, CHI_STAGES, CHI_ROWS = 20_000, 4, 50, 3, 2
+SEQUENCES, BATCH, LENGTH, CHI_VOCAB, CHI_STAGES, CHI_ROWS = 20_000, 500, 4, 50, 3, 2
 PROMPT = [3, 14, 15]
 
 
@@ -172,10 +172,14 @@ def test_dex_samples_from_the_model_s_own_distribution(top_k: int, top_p: float)
     temperature = 0.8
     tables = random_tables(5, CHI_STAGES, CHI_VOCAB, openness=0.2, spread=6, disagreement=1)
     model = ToyModel(tables)
-    keys = jax.vmap(functools.partial(jax.random.key, impl="threefry2x32"))(jnp.arange(SEQUENCES) + 1000)
-    sampling = Sampling(keys, jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+    make_keys = jax.jit(jax.vmap(functools.partial(jax.random.key, impl="threefry2x32")))
+    settings = jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)
     first = 21
-    record = jax.tree.map(np.asarray, _sampled_by_dex(tables, jnp.full(SEQUENCES, first), sampling))
+    records = []
+    for start in range(0, SEQUENCES, BATCH):
+        sampling = Sampling(make_keys(1000 + start + jnp.arange(BATCH)), *settings)
+        records.append(_sampled_by_dex(tables, jnp.full(BATCH, first), sampling))
+    record = jax.tree.map(lambda *parts: np.concatenate(parts), *records)
     np.testing.assert_array_equal(record.lengths, LENGTH)
     # Most of what is tested was proposed by an exit and followed a collapse.
     assert (record.exits[:, 2:] < CHI_STAGES).mean() > 0.3
