@@ -138,28 +138,38 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
     batch, rows, heads, width = queries.shape
     groups = sources[0].keys.shape[1]
     dtype = queries.dtype
-    precision = matmul_precision(dtype)
     scaled = queries * np.float32(width**-0.5).astype(dtype)
     columns = scaled.reshape(batch, rows, groups, heads // groups, width).transpose(0, 2, 4, 1, 3)
     columns = columns.reshape(batch, groups, width, -1)
     # Keys times query columns, so that the cache is read as it lies: the other way round XLA transposes it first.
-    scores = [
-        jnp.einsum(
-            "bgsd,bgdn->bgsn", source.keys, columns, precision=precision, preferred_element_type=jnp.float32
-        ).transpose(0, 1, 3, 2)
-        for source in sources
-    ]
+    scores = [_sum_in_float32("bgsd,bgdn->bgsn", source.keys, columns).transpose(0, 1, 3, 2) for source in sources]
     masks = jnp.concatenate([jnp.broadcast_to(s.mask, (batch, rows, s.mask.shape[2])) for s in sources], axis=2)
     joined = jnp.concatenate(scores, axis=3).reshape(batch, groups, rows, heads // groups, -1)
     joined = jnp.where(masks[:, None, :, None, :], joined, MASKED_SCORE)
     weights = jax.nn.softmax(joined, axis=-1).astype(dtype).reshape(batch, groups, -1, masks.shape[2])
     bounds = np.cumsum([source.keys.shape[2] for source in sources])[:-1]
     parts = [
-        jnp.einsum("bgns,bgsd->bgnd", part, source.values, precision=precision, preferred_element_type=jnp.float32)
+        _sum_in_float32("bgns,bgsd->bgnd", part, source.values)
         for part, source in zip(jnp.split(weights, bounds, axis=-1), sources, strict=True)
     ]
     out = functools.reduce(jnp.add, parts).reshape(batch, groups, rows, heads // groups, width).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, rows, heads, width).astype(dtype)
+
+
+def _sum_in_float32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """einsum of two arrays of one dtype with a float32 result."""
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(subscripts, a, b, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
+
+    def widened(a: jax.Array, b: jax.Array) -> jax.Array:
+        return product(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    if a.dtype != jnp.bfloat16:
+        return product(a, b)
+    # jaxlib's CPU backend (0.10.2) has no kernel for some batched bfloat16 products with a float32 result, and says so
+    # only when it runs them.
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=product)
 
 
 class DecoderLayer(nnx.Module):
