@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax.decoding.exits import resolve_exits
+from dex_jax.decoding.exits import resolve_exits, say_exits
 from dex_jax.decoding.methods import Dex, Method, Schedule
 from dex_jax.decoding.output import Output, Stats, cut, depth_side_speedup, ticks_of
 from dex_jax.decoding.record import Record
@@ -98,6 +98,7 @@ def stream(
     if ticks_per_update < 1:
         raise DexError(f"ticks_per_update must be at least 1, not {ticks_per_update}")
 
+    say_exits(exits, exits_source)
     times = dict.fromkeys(("compile", "prefill", "decode"), 0.0)
     session = Session(lm, ids, schedule, max_new_tokens, sampling, notify)
     with _Clock(times, "prefill"):
