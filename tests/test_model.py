@@ -1,0 +1,190 @@
+"""The layers against plain NumPy, and the two weight layouts against one another."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference.small_models import LLAMA, QWEN3, ragged_prompts, small_model
+
+from dex_jax import RopeScaling, Stacked, Unrolled
+from dex_jax.decoding.network import depth_states
+from dex_jax.language_model import merge_model
+from dex_jax.nn.layers import KeyValues, attend, linear, rms_norm, rope_frequencies, rope_table, rotate
+from dex_jax.nn.transformer import (
+    parameter_bytes,
+    parameter_shapes,
+    random_transformer,
+    relayout,
+    stage_ranges,
+)
+
+UNEVEN = Stacked((1, 3, 4))
+EVEN = Stacked((2, 4))
+
+
+def test_rms_norm() -> None:
+    rng = np.random.default_rng(0)
+    x, scale = rng.standard_normal((2, 3, 8)).astype(np.float32), rng.standard_normal(8).astype(np.float32)
+    expected = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5) * scale
+    chex.assert_trees_all_close(rms_norm(x, scale, 1e-5), expected.astype(np.float32), rtol=1e-5)
+    # In half precision the squares of large activations overflow unless float32 adds them up.
+    large = jnp.full((1, 8), 300.0, jnp.float16)
+    assert np.isfinite(rms_norm(large, jnp.ones(8, jnp.float16), 1e-5)).all()
+
+
+def test_rotation_is_multiplication_of_complex_numbers() -> None:
+    rng = np.random.default_rng(0)
+    positions = np.array([[0, 1, 7], [100, 5, 2]])
+    x = rng.standard_normal((2, 3, 4, 8)).astype(np.float32)
+    angles = positions[:, :, None] * LLAMA.rope_theta ** (-np.arange(0, 8, 2) / 8)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)[:, :, None, :]
+    expected = np.concatenate([turned.real, turned.imag], axis=-1).astype(np.float32)
+    chex.assert_trees_all_close(rotate(x, rope_table(jnp.asarray(positions), LLAMA)), expected, atol=1e-4)
+
+
+def test_linear_scaling_divides_every_frequency() -> None:
+    stretched = dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 4.0))
+    np.testing.assert_allclose(rope_frequencies(stretched) * 4, rope_frequencies(LLAMA), rtol=1e-6)
+
+
+def test_llama3_scaling_leaves_high_frequencies_and_divides_low_ones() -> None:
+    config = dataclasses.replace(LLAMA, head_dim=64, rope_theta=500000.0)
+    scaling = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+    before = rope_frequencies(config)
+    after = rope_frequencies(dataclasses.replace(config, rope_scaling=scaling))
+    wavelength = 2 * np.pi / before
+    high, low = wavelength < 8192 / 4, wavelength > 8192 / 1
+    assert high.any()
+    assert low.any()
+    assert (~high & ~low).any()
+    np.testing.assert_array_equal(after[high], before[high])
+    np.testing.assert_allclose(after[low], before[low] / 8, rtol=1e-6)
+    between = ~high & ~low
+    assert ((after < before) & (after > before / 8))[between].all()
+
+
+def test_attention_over_two_sets_is_attention_over_their_union() -> None:
+    """Against a loop over heads and rows, with grouped keys and masks of both shapes."""
+    rng = np.random.default_rng(0)
+    batch, rows, heads, groups, width = 2, 3, 4, 2, 8
+    queries = rng.standard_normal((batch, rows, heads, width)).astype(np.float32)
+    sizes, sources = (5, 4), []
+    for size, mask_rows in zip(sizes, (1, rows), strict=True):
+        keys, values = rng.standard_normal((2, batch, groups, size, width)).astype(np.float32)
+        mask = rng.random((batch, mask_rows, size)) < 0.6
+        mask[..., 0] = True
+        sources.append(KeyValues(keys, values, mask))
+    got = np.asarray(jax.jit(attend)(queries, sources))
+    for b, r, h in np.ndindex(batch, rows, heads):
+        group = h // (heads // groups)
+        keys = np.concatenate([s.keys[b, group] for s in sources])
+        values = np.concatenate([s.values[b, group] for s in sources])
+        seen = np.concatenate([np.broadcast_to(s.mask, (batch, rows, s.mask.shape[2]))[b, r] for s in sources])
+        scores = np.exp(keys[seen] @ queries[b, r, h] / np.sqrt(width))
+        np.testing.assert_allclose(got[b, r, h], scores @ values[seen] / scores.sum(), atol=1e-5)
+
+
+def test_linear() -> None:
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 8), (5, 8), (5,)))
+    np.testing.assert_allclose(jax.jit(linear)(x, kernel, bias), x @ kernel.T + bias, atol=1e-5)
+    assert linear(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_stages() -> None:
+    assert stage_ranges((1, 3, 4)) == [range(0, 1), range(1, 3), range(3, 4)]
+    assert UNEVEN.stage_layers == 2
+    assert [UNEVEN.place(i) for i in range(4)] == [(0, 0), (0, 1), (1, 1), (0, 2)]
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+def test_layouts_give_the_same_logits(config) -> None:
+    tokens = np.array([prompt[:6] for prompt in ragged_prompts() if len(prompt) >= 6][:3])
+    unrolled = np.asarray(small_model(config).logits(tokens))
+    assert np.abs(unrolled).max() > 1
+    for layout in (UNEVEN, EVEN):
+        chex.assert_trees_all_close(small_model(config, layout).logits(tokens), unrolled, atol=1e-4)
+
+
+def test_states_at_depths_are_those_of_models_cut_off_there() -> None:
+    tokens = jnp.asarray([ragged_prompts()[1]])
+    depths = (1, 3, 4)
+    states = jax.jit(lambda: depth_states(random_transformer(LLAMA, Unrolled(), 0), tokens, depths))()
+    whole = random_transformer(LLAMA, Unrolled(), 0)
+    for depth, state in zip(depths, states, strict=True):
+        cut_off = small_model(dataclasses.replace(LLAMA, num_layers=depth))
+        chex.assert_trees_all_close(whole.logits(state), cut_off.logits(tokens), atol=1e-4)
+
+
+def test_logits_depend_on_nothing_that_comes_later() -> None:
+    lm = small_model()
+    tokens = np.array([ragged_prompts()[1]])
+    changed = tokens.copy()
+    changed[0, 9:] = (changed[0, 9:] + 1) % LLAMA.vocab_size
+    before, after = np.asarray(lm.logits(tokens))[0], np.asarray(lm.logits(changed))[0]
+    np.testing.assert_array_equal(before[:9], after[:9])
+    assert np.abs(before[9:] - after[9:]).max(axis=1).min() > 1e-3
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+def test_there_and_back_is_bit_exact(config) -> None:
+    original = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(random_transformer(config, Unrolled(), 3))))
+    model = random_transformer(config, Unrolled(), 3)
+    for layout in (UNEVEN, EVEN, Unrolled()):
+        model = relayout(model, layout)
+        assert model.layout == layout
+    back = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+    chex.assert_trees_all_equal(back, original)
+
+
+def test_one_layout_is_resident_at_a_time() -> None:
+    model = random_transformer(LLAMA, Unrolled(), 0)
+    for layout in (UNEVEN, EVEN, Unrolled()):
+        old = jax.tree.leaves(nnx.state(model.layers))
+        model = relayout(model, layout)
+        assert all(leaf.is_deleted() for leaf in old)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
+    assert relayout(model, Unrolled()) is model
+
+
+def test_arranging_a_language_model_keeps_its_logits() -> None:
+    lm = small_model()
+    tokens = np.array([ragged_prompts()[1]])
+    before = np.asarray(lm.logits(tokens))
+    size = lm.parameter_bytes
+    lm.arrange(EVEN)  # an even grid has no padding
+    assert lm.layout == EVEN
+    assert lm.parameter_bytes == size
+    chex.assert_trees_all_close(lm.logits(tokens), before, atol=1e-4)
+    lm.arrange(Unrolled())
+    np.testing.assert_array_equal(lm.logits(tokens), before)
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["tied", "untied"])
+def test_parameters_are_counted_once(config) -> None:
+    shapes = parameter_shapes(config)
+    assert ("unembed" in shapes) == (not config.tied)
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    assert parameter_bytes(random_transformer(config, Unrolled(), 0)) == 4 * count
+
+
+def test_float32_asks_for_full_precision_in_every_product() -> None:
+    """Accelerators compute float32 products in fewer bits unless each one says HIGHEST."""
+    lm = small_model()
+    program = jax.jit(lambda weights, tokens: _logits(lm, weights, tokens))
+    lowered = program.trace(lm.weights, jnp.zeros((1, 4), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
+    products = re.findall(r"stablehlo\.dot_general.*", lowered)
+    assert len(products) >= 5
+    assert all("precision = [HIGHEST, HIGHEST]" in product for product in products)
+
+
+def _logits(lm, weights, tokens):
+    model = merge_model(lm.config, lm.layout, weights)
+    return model.logits(depth_states(model, tokens, (lm.config.num_layers,))[-1])
