@@ -1,0 +1,211 @@
+"""How much memory a generation needs, from shapes alone: nothing is loaded and nothing is compiled.
+
+Letters: B sequences, S cache length, R prompt tokens in a prefill chunk, K stages, W rows a stage, D width, H query
+heads, F mlp width, V vocabulary. Sizes are bytes on one device; a GB is 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dex_jax import cache
+from dex_jax.config import ModelConfig
+from dex_jax.decoding import session
+from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.record import Limits
+from dex_jax.language_model import abstract_weights
+from dex_jax.nn.transformer import Layout
+from dex_jax.sampling import Sampling, sampling_keys
+
+
+class SessionShapes(NamedTuple):
+    """Arguments of the decoding programs as jax.ShapeDtypeStruct, to compile ahead of time or to measure.
+
+    Attributes:
+      weights: of the model, in one layout.
+      memory: committed cache and lattice cache.
+      last: [B, D], hidden states of last prompt tokens.
+      lengths: [B] int32, prompt lengths.
+      limits, sampling: as in a session; sampling is None when greedy, and has both filters otherwise.
+      state: what the loop carries, `memory` included.
+      scalar: int32 scalar, a start position or a tick.
+    """
+
+    weights: Any
+    memory: cache.Memory
+    last: jax.ShapeDtypeStruct
+    lengths: jax.ShapeDtypeStruct
+    limits: Limits
+    sampling: Sampling | None
+    state: Any
+    scalar: jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Bytes that one generation holds on its device.
+
+    Attributes:
+      weights_bytes: all parameters, a tied embedding once, padding of a stacked layout included.
+      cache_bytes: committed keys and values.
+      lattice_bytes: what the loop carries beside: lattice keys and values, hidden states, nodes, noise, the record.
+      exits_bytes: trained exit heads; 0 for "shared" ones, which are the model's own.
+      workspace_bytes: an estimate of temporaries: the larger of a prefill chunk's and of a tick's.
+    """
+
+    weights_bytes: int
+    cache_bytes: int
+    lattice_bytes: int
+    exits_bytes: int
+    workspace_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything at once."""
+        return sum(dataclasses.astuple(self))
+
+
+def footprint(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    schedule: Schedule,
+    batch: int,
+    cache_length: int,
+    layout: Layout,
+    *,
+    sampled: bool = False,
+    exits_bytes: int = 0,
+) -> Footprint:
+    """What decoding `batch` sequences of at most `cache_length` positions needs.
+
+    Args:
+      config: the model's shapes.
+      dtype: of weights and caches.
+      schedule: method, exit depths and rows.
+      batch: B.
+      cache_length: S, as `cache_length_for` gives it.
+      layout: of the weights and caches.
+      sampled: whether tokens are sampled, which keeps K positions' noise of V float32 numbers for each sequence.
+      exits_bytes: size of trained exit heads.
+    """
+    shapes = session_shapes(config, dtype, schedule, layout, batch, cache_length, sampled=sampled)
+    committed = nbytes((shapes.memory.keys, shapes.memory.values))
+    return Footprint(
+        weights_bytes=nbytes(shapes.weights),
+        cache_bytes=committed,
+        lattice_bytes=nbytes(shapes.state) - committed,
+        exits_bytes=exits_bytes,
+        workspace_bytes=_workspace(config, jnp.dtype(dtype), schedule, batch, cache_length, sampled),
+    )
+
+
+def cache_length_for(prompt_length: int, max_new_tokens: int) -> int:
+    """S, the cache positions of a generation whose longest prompt has `prompt_length` tokens."""
+    return session.prompt_bucket(prompt_length) + session.capacity_for(max_new_tokens)
+
+
+def session_shapes(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    schedule: Schedule,
+    layout: Layout,
+    batch: int,
+    cache_length: int,
+    *,
+    capacity: int | None = None,
+    sampled: bool = False,
+) -> SessionShapes:
+    """The shapes of a session's arrays; `capacity` is T, room for new tokens (None: as much as the cache)."""
+    capacity = cache_length if capacity is None else capacity
+    slots = 0 if schedule.method == "ar" else schedule.stages * schedule.rows
+    weights = abstract_weights(config, layout, dtype)
+    memory = cache.shapes(config, layout, batch, cache_length, slots, dtype)
+    array: Any = jax.ShapeDtypeStruct  # stands where arrays will
+    last, lengths, scalar = array((batch, config.width), dtype), array((batch,), jnp.int32), array((), jnp.int32)
+    limits = Limits(lengths, array((max(len(config.eos_ids), 1),), jnp.int32))
+    sampling = None
+    if sampled:
+        real = array((), jnp.float32)
+        sampling = Sampling(jax.eval_shape(lambda: sampling_keys([0] * batch)), real, scalar, real)
+    start = functools.partial(session.start_decoding, spec=session.Spec(config, layout, schedule), capacity=capacity)
+    state = jax.eval_shape(start, weights, memory, last, lengths, limits, sampling)
+    return SessionShapes(weights, memory, last, lengths, limits, sampling, state, scalar)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays or ShapeDtypeStructs of a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def device_memory(device: jax.Device | None = None) -> int | None:
+    """Bytes free on a device (None: the first one); on a CPU, memory that this process can get. None when unknown."""
+    device = jax.devices()[0] if device is None else device
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return _host_memory() if device.platform == "cpu" else None
+
+
+def verdict(needed: Footprint, available: int | None) -> str:
+    """One sentence: whether it fits, and what to lower if not."""
+    need = f"{needed.total_bytes / 1e9:.2f} GB"
+    if available is None:
+        return f"needs {need}; the device does not say how much memory it has."
+    have = f"{available / 1e9:.2f} GB"
+    if needed.total_bytes <= available:
+        return f"fits: {need} of the {have} that are free."
+    remedies = {
+        "weights_bytes": "use a smaller dtype or a smaller model",
+        "cache_bytes": "lower the number of prompts or samples, or max_new_tokens",
+        "lattice_bytes": "lower rows, explorers, or the number of prompts or samples",
+        "exits_bytes": "use fewer explorers or exits with a smaller vocabulary",
+        "workspace_bytes": "lower the number of prompts or samples, or rows",
+    }
+    largest = max(remedies, key=lambda name: getattr(needed, name))
+    return f"does not fit: {need} are needed and {have} are free; {remedies[largest]}."
+
+
+def _workspace(
+    config: ModelConfig, dtype: jnp.dtype, schedule: Schedule, batch: int, cache_length: int, sampled: bool
+) -> int:
+    """Temporaries of the larger of a prefill chunk and a tick, one layer alive at a time."""
+    size, real = dtype.itemsize, 4
+
+    def layer(rows: int, keys: int) -> int:
+        scores = rows * config.num_heads * keys * (real + size)
+        mlp = rows * config.mlp_width * (2 * real + 3 * size)
+        return max(scores, mlp) + rows * (config.qkv_width + 4 * config.width) * (real + size)
+
+    def heads(rows: int) -> int:
+        # Logits, their masked copy and its probabilities; sampling adds noise and filtered scores.
+        return rows * config.vocab_size * real * (5 if sampled else 3)
+
+    chunk = min(max(cache_length - session.LENGTH_STEP, 1), session.PREFILL_CHUNK)
+    prefill = layer(batch * chunk, cache_length)
+    slots = schedule.stages * schedule.rows
+    tick = layer(batch * slots, cache_length + slots) + heads(batch * max(1, slots - schedule.rows))
+    return max(prefill, tick, heads(batch))
+
+
+def _host_memory() -> int | None:
+    """What Linux calls available, within a container's limit; elsewhere all physical memory; None when unknown."""
+    found = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            found += [int(text) for text in [file.read().strip()] if text.isdigit()]
+    except OSError:
+        pass
+    if found:
+        return min(found)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

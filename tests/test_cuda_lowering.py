@@ -1,0 +1,103 @@
+"""The decoding programs lower for CUDA on a machine without a GPU: jax.export from abstract shapes.
+
+Nothing is compiled. What is asserted is read off the StableHLO: float32 products ask for the highest precision,
+nothing is float64, and no custom call is one that only a CPU has.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.methods import AR, Dex
+from dex_jax.decoding.session import Spec, prefill_chunk, run_ticks, start_decoding
+from dex_jax.evaluation.footprint import session_shapes
+from dex_jax.nn.transformer import Stacked, Unrolled
+
+CONFIG = ModelConfig(
+    family="qwen3",
+    vocab_size=64,
+    num_layers=4,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=48,
+    context=256,
+    qk_norm=True,
+    eos_ids=(2,),
+)
+DEX = Dex(explorers=3).schedule(CONFIG.num_layers)
+METHODS = {"ar": AR().schedule(CONFIG.num_layers), "dex": DEX}
+LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
+DTYPES = ["bfloat16", "float16", "float32"]
+ON_EVERY_PLATFORM = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"}
+
+
+def exported(name: str, method: str, layout: str, dtype: str, *, sampled: bool) -> str:
+    """StableHLO of "run", "start" or "prefill" for CUDA."""
+    schedule, arrangement, batch = METHODS[method], LAYOUTS[layout], 2
+    shapes = session_shapes(CONFIG, jnp.dtype(dtype), schedule, arrangement, batch, 96, capacity=64, sampled=sampled)
+    tokens = jax.ShapeDtypeStruct((batch, 16), jnp.int32)
+    spec = Spec(CONFIG, arrangement, schedule)
+    function, args = {
+        "run": (run_ticks, (shapes.weights, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)),
+        "start": (
+            functools.partial(start_decoding, capacity=64),
+            (shapes.weights, shapes.memory, shapes.last, shapes.lengths, shapes.limits, shapes.sampling),
+        ),
+        "prefill": (
+            prefill_chunk,
+            (shapes.weights, shapes.memory, shapes.last, tokens, shapes.scalar, shapes.lengths),
+        ),
+    }[name]
+    program = jax.jit(functools.partial(function, spec=spec))
+    module = jax.export.export(program, platforms=["cuda"])(*args)
+    assert module.platforms == ("cuda",)
+    return module.mlir_module()
+
+
+def assert_fit_for_cuda(text: str, dtype: str) -> None:
+    """Precision, dtypes and custom calls of one module."""
+    products = re.findall(r"stablehlo\.dot_general.*", text)
+    assert products
+    if dtype == "float32":
+        assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []
+    # Whatever the operands, sums are float32.
+    assert [line for line in products if not re.search(r"-> tensor<[\dx]*xf32>", line)] == []
+    assert not re.search(r"\bf64\b|xf64>", text)
+    calls = set(re.findall(r"stablehlo\.custom_call @([\w.]+)", text))
+    assert [call for call in sorted(calls) if call not in ON_EVERY_PLATFORM and not call.startswith("cu")] == []
+    # [out, in] @ [in, rows] is the CPU's orientation.
+    plain = [line for line in products if "batching_dims" not in line]
+    assert plain
+    assert all("contracting_dims = [1] x [1]" in line for line in plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(("method", "sampled"), [("ar", False), ("ar", True), ("dex", False), ("dex", True)])
+def test_loop(method, sampled, layout, dtype) -> None:
+    assert_fit_for_cuda(exported("run", method, layout, dtype, sampled=sampled), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("name", ["prefill", "start"])
+def test_prefill_and_start(name, layout, dtype) -> None:
+    assert_fit_for_cuda(exported(name, "dex", layout, dtype, sampled=True), dtype)
+
+
+def test_the_check_sees_what_it_looks_for() -> None:
+    def double(x):
+        return jax.lax.dot_general(x, x, (((1,), (1,)), ((), ())))
+
+    shape = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    text = jax.export.export(jax.jit(double), platforms=["cuda"])(shape).mlir_module()
+    with pytest.raises(AssertionError):
+        assert_fit_for_cuda(text, "float32")

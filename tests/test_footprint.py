@@ -1,0 +1,147 @@
+"""The planned memory is what is really allocated."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import dex_jax
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.methods import AR, Dex
+from dex_jax.decoding.session import Session
+from dex_jax.evaluation.footprint import Footprint, cache_length_for, device_memory, footprint, nbytes, verdict
+from dex_jax.nn.transformer import Stacked, Unrolled, random_transformer
+from dex_jax.sampling import Sampling, sampling_keys
+
+UNTIED = ModelConfig(
+    family="qwen2",
+    vocab_size=96,
+    num_layers=5,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_width=48,
+    context=512,
+    qkv_bias=True,
+    eos_ids=(1,),
+)
+
+
+def session_of(layout, method, dtype, sampled: bool) -> Session:
+    """A prefilled session of two ragged prompts."""
+    lm = dex_jax.LanguageModel(random_transformer(UNTIED, layout, seed=0, dtype=dtype), None, "random", "0")
+    sampling = Sampling(sampling_keys([0, 1]), jnp.float32(1.0)) if sampled else None
+    session = Session(lm, [[3, 4, 5], list(range(2, 22))], method.schedule(UNTIED.num_layers), 70, sampling)
+    session.prefill()
+    return session
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("method", "sampled"), [(AR(), False), (Dex(explorers=3), False), (Dex(explorers=3, rows=4), True)]
+)
+@pytest.mark.parametrize("layout", [Unrolled(), Stacked((2, 4, 5))], ids=["unrolled", "stacked"])
+def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:
+    session = session_of(layout, method, dtype, sampled)
+    length = cache_length_for(20, 70)
+    assert length == session.cache_length == 32 + 128
+    plan = footprint(UNTIED, jnp.dtype(dtype), session.spec.schedule, 2, length, layout, sampled=sampled)
+    state, memory = session.state, session.state.memory
+    assert plan.weights_bytes == session.lm.parameter_bytes == nbytes(session.lm.weights)
+    assert plan.cache_bytes == nbytes((memory.keys, memory.values))
+    # The plan does not know how much of the cache is for new tokens and takes all of it: two int32 a token more.
+    unused = 2 * 2 * 4 * (length - session.capacity)
+    assert plan.lattice_bytes == nbytes(state) - plan.cache_bytes + unused
+    assert plan.exits_bytes == 0
+    assert plan.total_bytes == sum(
+        (plan.weights_bytes, plan.cache_bytes, plan.lattice_bytes, plan.exits_bytes, plan.workspace_bytes)
+    )
+
+
+@pytest.mark.parametrize("method", [AR(), Dex(explorers=3)])
+def test_workspace_is_of_the_size_that_the_compiler_reports(method) -> None:
+    from dex_jax.decoding.session import PREFILL, RUN, Spec
+    from dex_jax.evaluation.footprint import session_shapes
+
+    config, batch, length, layout = UNTIED, 8, 384, Unrolled()
+    schedule = method.schedule(config.num_layers)
+    shapes = session_shapes(config, jnp.dtype(jnp.float32), schedule, layout, batch, length)
+    spec = Spec(config, layout, schedule)
+    tokens = jax.ShapeDtypeStruct((batch, length - 64), jnp.int32)
+    prefill = PREFILL.jitted.lower(
+        shapes.weights, shapes.memory, shapes.last, tokens, shapes.scalar, shapes.lengths, spec=spec
+    )
+    run = RUN.jitted.lower(shapes.weights, shapes.state, shapes.limits, shapes.sampling, shapes.scalar, spec=spec)
+    reported = max(low.compile().memory_analysis().temp_size_in_bytes for low in (prefill, run))
+    planned = footprint(config, jnp.dtype(jnp.float32), schedule, batch, length, layout).workspace_bytes
+    assert reported / 2 < planned < 3 * reported
+
+
+def test_a_large_model_is_planned_without_any_array() -> None:
+    config = ModelConfig(
+        family="llama",
+        vocab_size=32000,
+        num_layers=80,
+        width=8192,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_width=28672,
+        context=4096,
+    )
+    before = len(jax.live_arrays())
+    schedule = Dex(explorers=8).schedule(80)
+    plan = footprint(config, jnp.dtype(jnp.bfloat16), schedule, 1, 4096, Stacked(schedule.depths))
+    assert len(jax.live_arrays()) == before
+    assert plan.weights_bytes == pytest.approx(138e9, rel=0.01)
+    assert plan.cache_bytes == 80 * 2 * 8 * 128 * 4096 * 2
+
+
+def test_device_memory_is_plausible_and_may_be_unknown() -> None:
+    free = device_memory()
+    assert free is None or 10**7 < free < 10**15
+
+    class Accelerator:
+        platform = "tpu"
+
+        def __init__(self, stats):
+            self.stats = stats
+
+        def memory_stats(self):
+            return self.stats
+
+    assert device_memory(Accelerator({"bytes_limit": 1000, "bytes_in_use": 10})) == 990
+    assert device_memory(Accelerator(None)) is None
+
+
+def test_without_linux_files_all_physical_memory_counts(monkeypatch) -> None:
+    def missing(*args, **kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", missing)
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}[name])
+    assert device_memory(jax.devices("cpu")[0]) == 4096000
+    monkeypatch.delattr("os.sysconf")
+    assert device_memory(jax.devices("cpu")[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "advice"),
+    [
+        ((9, 1, 1, 0, 1), "smaller dtype"),
+        ((1, 9, 1, 0, 1), "max_new_tokens"),
+        ((1, 1, 9, 0, 1), "explorers"),
+        ((1, 1, 1, 9, 1), "exits"),
+        ((1, 1, 1, 0, 9), "rows"),
+    ],
+)
+def test_verdict(sizes, advice) -> None:
+    plan = Footprint(*(int(size * 1e9) for size in sizes))
+    total = f"{sum(sizes):.2f} GB"
+    assert verdict(plan, int(100e9)) == f"fits: {total} of the 100.00 GB that are free."
+    short = verdict(plan, int(2e9))
+    assert short.startswith(f"does not fit: {total} are needed and 2.00 GB are free; ")
+    assert advice in short
+    assert "does not say" in verdict(plan, None)
