@@ -9,6 +9,7 @@ Letters: B sequences, S cache length, K stages, W rows a stage, l layers per sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,9 @@ import jax.numpy as jnp
 
 from dex_jax.config import ModelConfig
 from dex_jax.nn.transformer import Layout, Stacked
+
+UNROLLED_WRITES = 2
+"""Larger batches write in a loop: unrolled, the writes of all layers would be most of the program to compile."""
 
 Leaves = Any  # a tuple of L arrays, or one array with leading axes [l, K]
 
@@ -66,10 +70,12 @@ def after(index: jax.Array, *results: jax.Array) -> jax.Array:
 
 def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """Writes R consecutive positions of each sequence: cache [B, G, S, d], new [B, G, R, d], start [B]."""
-    # A vmapped write is a scatter, for which TPUs want the whole cache in another layout: a second copy of it.
-    for b in range(cache.shape[0]):
-        cache = jax.lax.dynamic_update_slice(cache, new[b : b + 1], (b, 0, start[b], 0))
-    return cache
+
+    def write(b: int | jax.Array, cache: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_slice_in_dim(new, b, 1, axis=0)
+        return jax.lax.dynamic_update_slice(cache, row, (b, 0, start[b], 0))
+
+    return _for_each(cache.shape[0], write, cache)
 
 
 def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax.Array) -> Memory:
@@ -78,19 +84,21 @@ def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax
     Args:
       memory: any layout.
       slot: [B] int32 lattice slot.
-      position: [B] int32 position in the committed cache.
-      where: [B] bool; other sequences are left as they are.
+      position: [B] int32 position in the committed cache, the first one that is not committed yet.
+      where: [B] bool, the sequences that commit. The others are written too: nobody attends to that position before its
+        own commit overwrites it, and a plain write needs neither a read nor a choice.
     """
+    del where
 
     def leaf(cache: jax.Array, lattice: jax.Array) -> jax.Array:
         def copy(cache: jax.Array, *layer: jax.Array) -> jax.Array:
             size = (1,) * len(layer) + (1, cache.shape[-3], 1, cache.shape[-1])
-            for b in range(cache.shape[-4]):
-                place = (*layer, b, 0, position[b], 0)
+
+            def write(b: int | jax.Array, cache: jax.Array) -> jax.Array:
                 new = jax.lax.dynamic_slice(lattice, (*layer, b, 0, slot[b], 0), size)
-                old = jax.lax.dynamic_slice(cache, place, size)
-                cache = jax.lax.dynamic_update_slice(cache, jnp.where(where[b], new, old), place)
-            return cache
+                return jax.lax.dynamic_update_slice(cache, new, (*layer, b, 0, after(position[b], new), 0))
+
+            return _for_each(cache.shape[-4], write, cache)
 
         if cache.ndim == 4:
             return copy(cache)
@@ -102,3 +110,15 @@ def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax
         keys=jax.tree.map(leaf, memory.keys, memory.lattice_keys),
         values=jax.tree.map(leaf, memory.values, memory.lattice_values),
     )
+
+
+def _for_each(batch: int, write: Callable[[int | jax.Array, jax.Array], jax.Array], cache: jax.Array) -> jax.Array:
+    """Applies write(b, cache) for b = 0 .. B - 1, in place.
+
+    Not a vmapped write, which is a scatter: TPUs want the whole cache in another layout for it, a second copy.
+    """
+    if batch > UNROLLED_WRITES:
+        return jax.lax.fori_loop(0, batch, write, cache)
+    for b in range(batch):
+        cache = write(b, cache)
+    return cache

@@ -1,0 +1,62 @@
+"""The compiled loop never copies a cache: read off the program that XLA has made of it."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dex_jax import cache
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.methods import AR, Dex
+from dex_jax.decoding.record import Limits
+from dex_jax.decoding.session import RUN, Spec, start_decoding
+from dex_jax.language_model import abstract_weights
+from dex_jax.nn.transformer import Stacked, Unrolled
+
+# Every size differs from every other, so that a shape names one array.
+CONFIG = ModelConfig("llama", 101, 4, 48, 6, 3, 8, 40, 512)
+CACHE_LENGTH = 197
+
+
+def compiled(method, layout, batch: int):
+    """(optimised program, bytes of one committed cache) of the loop, from abstract shapes."""
+    spec = Spec(CONFIG, layout, method.schedule(CONFIG.num_layers))
+    weights = abstract_weights(CONFIG, layout, jnp.float32)
+    slots = 0 if spec.schedule.method == "ar" else spec.schedule.stages * spec.schedule.rows
+    memory = cache.shapes(CONFIG, layout, batch, CACHE_LENGTH, slots, jnp.float32)
+
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    limits = Limits(ints(batch), ints(1))
+    last = jax.ShapeDtypeStruct((batch, CONFIG.width), jnp.float32)
+    state = jax.eval_shape(
+        lambda *args: start_decoding(*args, spec=spec, capacity=64), weights, memory, last, ints(batch), limits, None
+    )
+    return RUN.jitted.lower(weights, state, limits, None, ints(), spec=spec).compile(), state
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [(AR(), Unrolled()), (Dex(explorers=2), Unrolled()), (Dex(explorers=2), Stacked((2, 4)))],
+    ids=["ar", "dex", "dex-stacked"],
+)
+def test_no_step_copies_a_committed_cache(method, layout, batch) -> None:
+    program, state = compiled(method, layout, batch)
+    leaves = jax.tree.leaves(state.memory.keys)
+    dimensions = {",".join(map(str, leaf.shape)) for leaf in leaves}
+    copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", program.as_text())
+    assert not dimensions & set(copies)
+    assert f"f32[{dimensions.pop()}]" in program.as_text()
+
+
+def test_donated_caches_are_updated_in_place() -> None:
+    program, state = compiled(Dex(explorers=2), Unrolled(), 2)
+    caches = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.memory))
+    analysis = program.memory_analysis()
+    assert analysis.alias_size_in_bytes >= caches
+    assert analysis.temp_size_in_bytes < caches
