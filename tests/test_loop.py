@@ -81,13 +81,16 @@ class Explored:
 
 
 def tables_of(config: Config, number: int) -> Tables:
-    """Models from those whose exits nearly always agree with the last layer to those that hardly ever do."""
+    """Models from those whose exits nearly always agree with the last layer to those that hardly ever do.
+
+    Logits of few values make ties; logits far apart make probabilities of one, so that a child scores as its parent.
+    """
     return random_tables(
         number,
         config.stages,
         config.vocab,
         openness=(0.1, 0.3, 0.6)[number % 3],
-        spread=(2, 6)[number % 2],
+        spread=(2, 40, 6)[(number + number // 3) % 3],
         disagreement=(1, 2)[number // 2 % 2],
         draft_size=config.draft,
     )

@@ -119,6 +119,7 @@ def lattice_contents(ticks: Ticks, tick: int, row: int, stages: int) -> set[twin
         path = [slot]
         while parent[path[-1]] >= 0:
             path.append(int(parent[path[-1]]))
+            assert len(path) <= stages, "a path runs in a circle"
         assert path[-1] == lattice.root, "a live node does not hang under the root"
         seen = np.flatnonzero(lattice.ancestors[slot // rows, slot % rows]).tolist()
         assert seen == sorted(path), "a node attends to something else than its path"
