@@ -18,7 +18,6 @@ from dex_jax.errors import DexError
 from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
 from dex_jax.nn.transformer import (
     Layout,
-    Stacked,
     Transformer,
     Unrolled,
     build,
@@ -26,11 +25,9 @@ from dex_jax.nn.transformer import (
     parameter_shapes,
     relayout,
 )
+from dex_jax.prompts import Prompt, encode_prompt
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-
-Message = dict[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
 
 
 class LanguageModel:
@@ -74,50 +71,13 @@ class LanguageModel:
             self._adopt(relayout(merge_model(self.config, self.layout, self.weights), layout))
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
-        """Token ids of a prompt.
-
-        Args:
-          prompt: a string (made a user message of the chat template if there is one and `chat`), a list of
-            {"role", "content"} messages, or a list of token ids, which is used as it is.
-          chat: whether the chat template is applied to strings.
-
-        Raises:
-          DexError: the prompt is empty, is of another type, or needs a tokenizer or chat template that is missing.
-        """
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise DexError("the prompt is empty: give it at least one word")
-            tokenizer = self._require_tokenizer()
-            if chat and tokenizer.has_chat_template:
-                return tokenizer.chat([{"role": "user", "content": prompt}])
-            return tokenizer.encode(prompt)
-        items: list[Any] = list(prompt)
-        if not items:
-            raise DexError("the prompt is empty: give it at least one token or message")
-        if all(isinstance(item, dict) for item in items):
-            tokenizer = self._require_tokenizer()
-            if not tokenizer.has_chat_template:
-                raise DexError(f"{self.source} has no chat template, so messages cannot be rendered: pass a string")
-            return tokenizer.chat(items)
-        if all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in items):
-            ids = [int(item) for item in items]
-            wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]
-            if wrong:
-                raise DexError(
-                    f"token id {wrong[0]} is outside the vocabulary: ids go from 0 to {self.config.vocab_size - 1}"
-                )
-            return ids
-        raise DexError("a prompt is a string, a list of messages or a list of token ids, not a mixture")
+        """Token ids of a prompt; see `dex_jax.prompts.encode_prompt`."""
+        return encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.source, chat)
 
     def logits(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
         """Final logits at every position: tokens [B, T] int32 -> [B, T, V] float32."""
         tokens = jnp.asarray(tokens, jnp.int32)
         return _full_logits(self.config, self.layout, self.weights, tokens)
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise DexError(f"{self.source} has no tokenizer: pass prompts as lists of token ids")
-        return self.tokenizer
 
 
 def load(
@@ -207,19 +167,3 @@ def _full_logits(config: ModelConfig, layout: Layout, weights: Any, tokens: jax.
     memory = cache.allocate(config, layout, batch, length, 0, model.embed[...].dtype)
     hidden, _ = extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
     return model.logits(hidden)
-
-
-__all__ = [
-    "DTYPES",
-    "LanguageModel",
-    "Message",
-    "Prompt",
-    "Stacked",
-    "Unrolled",
-    "abstract_weights",
-    "default_dtype",
-    "graph_of",
-    "load",
-    "merge_model",
-    "resolve_dtype",
-]

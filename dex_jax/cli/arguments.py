@@ -10,7 +10,8 @@ from typing import TextIO
 
 from dex_jax.decoding.methods import AR, Dex, Method
 from dex_jax.errors import DexError
-from dex_jax.language_model import DTYPES, Prompt
+from dex_jax.language_model import DTYPES
+from dex_jax.prompts import Prompt
 
 EPILOG = """\
 examples:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from dex_jax.cli.arguments import method_of, parser, prompts_of
+from dex_jax.cli.dry_run import dry_run
 from dex_jax.decoding.methods import AR, Method
 from dex_jax.decoding.output import Output
 from dex_jax.errors import DexError
-from dex_jax.language_model import LanguageModel, Prompt
+from dex_jax.language_model import LanguageModel
+from dex_jax.prompts import Prompt
 
 OK, DIFFERENT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -39,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     method = method_of(args)
-    prompts = prompts_of(args)
     if args.dry_run:
-        return _dry_run(args, method, prompts)
+        return dry_run(args, method)
+    prompts = prompts_of(args)
     _remember_compilations()
     with _progress() as (on_tensor, status):
         lm = _load(args, method, on_tensor)
@@ -128,10 +130,6 @@ def _finish(output: Output, prompts: list[Prompt], checks: list[Any] | None, arg
         seed = None if output.seeds is None else output.seeds[row]
         check = None if checks is None else checks[row]
         print(json.dumps(json_record(row, output, prompt, seed, check), ensure_ascii=False), flush=True)
-
-
-def _dry_run(args: argparse.Namespace, method: Method, prompts: list[Prompt]) -> int:
-    raise DexError("--dry-run is not wired yet")
 
 
 def _repeated(prompts: list[Prompt], args: argparse.Namespace) -> list[Prompt]:

@@ -38,7 +38,9 @@ class TextPrinter:
     def __init__(self, tokenizer: Tokenizer | None, prompts: list[str], color_depth: bool):
         self.tokenizer = tokenizer
         self.prompts = prompts
-        self.console = Console(force_terminal=True, color_system="256", highlight=False, soft_wrap=True) if color_depth else None
+        self.console = (
+            Console(force_terminal=True, color_system="256", highlight=False, soft_wrap=True) if color_depth else None
+        )
         self.row = 0
         self.printed = 0
         self.held = ""

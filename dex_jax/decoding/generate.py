@@ -18,7 +18,8 @@ from dex_jax.decoding.record import Record
 from dex_jax.decoding.session import PROGRAMS, Session
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.errors import DexError
-from dex_jax.language_model import LanguageModel, Prompt
+from dex_jax.language_model import LanguageModel
+from dex_jax.prompts import Prompt
 from dex_jax.sampling import Sampling, sampling_keys
 
 TICKS_PER_CALL = 64

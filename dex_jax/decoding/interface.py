@@ -38,13 +38,14 @@ class Exits(NamedTuple):
     """The heads of exits 1..K-1.
 
     Attributes:
-      features: (hidden [K - 1, B, W, D], StageView) -> [K - 1, B, W, D'], what differs from exit to exit.
+      features: (hidden [K - 1, B, W, D], StageView) -> [K - 1, B, W, D'], what differs from exit to exit. The view is
+        None where there is no lattice (teacher forcing); then B = 1 and W runs over positions.
       logits: [N, D'] -> [N, V'] float32, what all exits share; the loop calls it for the rows that propose only.
       vocabulary: [V'] int32, the full token id of each column, or None when V' = V.
       columns: [V] int32, the column of each full token id and V' for those without one; None when V' = V.
     """
 
-    features: Callable[[jax.Array, StageView], jax.Array]
+    features: Callable[[jax.Array, StageView | None], jax.Array]
     logits: Callable[[jax.Array], jax.Array]
     vocabulary: jax.Array | None = None
     columns: jax.Array | None = None

@@ -190,7 +190,8 @@ def _advance_stacked(
         return _run_layer(nnx.merge(graph, weights), x, table, [committed, lattice], itself)
 
     def scan_body(x, layer):
-        x, keys, values = jax.vmap(one_stage)(layer[0], x, table, *layer[1:], ancestor_mask)
+        arguments = (layer[0], x, table, *layer[1:], ancestor_mask)
+        x, keys, values = jax.vmap(one_stage)(*arguments)
         return x, (keys, values)
 
     hidden, (keys, values) = jax.lax.scan(scan_body, hidden, (weights, *memory))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import session
+from dex_jax.decoding.heads import HEAD_BLOCK
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import Limits
 from dex_jax.language_model import abstract_weights
@@ -189,7 +190,7 @@ def _workspace(
     chunk = min(max(cache_length - session.LENGTH_STEP, 1), session.PREFILL_CHUNK)
     prefill = layer(batch * chunk, cache_length)
     slots = schedule.stages * schedule.rows
-    tick = layer(batch * slots, cache_length + slots) + heads(batch * max(1, slots - schedule.rows))
+    tick = layer(batch * slots, cache_length + slots) + heads(batch * min(schedule.rows, HEAD_BLOCK))
     return max(prefill, tick, heads(batch))
 
 

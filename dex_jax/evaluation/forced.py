@@ -80,10 +80,11 @@ def _proposals(
     noise = None
     if sampling is not None:
         noise = jax.vmap(position_noise, (None, 0, None))(sampling.keys[0], at + 1, config.vocab_size)
-    states = depth_states(model, ids[None], depths)[:, 0, at]
+    states = depth_states(model, ids[None], depths)[:-1, :, at]
+    features = exits.features(states, None)[:, 0]
     given = jnp.full((len(depths) - 1, at.shape[0]), NO_TOKEN, jnp.int32)
     for k in range(len(depths) - 1):
-        logits = exits.logits(exits.features(states[k], None))
+        logits = exits.logits(features[k])
         allowed = mask_columns(logits, given[:k].T, exits.columns) if decs and k else logits
         token, left = choose(allowed, sampling, noise)
         given = given.at[k].set(jnp.where(left, token, NO_TOKEN))

@@ -1,0 +1,51 @@
+"""decode.py --dry-run: what a run would hold in memory, from the checkpoint's headers alone."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from dex_jax.cli.arguments import prompts_of
+from dex_jax.decoding.methods import Method
+from dex_jax.errors import DexError
+
+
+def dry_run(args: argparse.Namespace, method: Method) -> int:
+    """Prints GB per device of weights, caches and exits, and whether they fit; returns exit code 0.
+
+    Without a prompt, one short prompt is assumed.
+
+    Raises:
+      DexError: as a real run would, for what can be known without weights.
+    """
+    from dex_jax.evaluation.footprint import cache_length_for, device_memory, footprint, verdict
+    from dex_jax.io import open_checkpoint
+    from dex_jax.language_model import resolve_dtype
+    from dex_jax.nn.transformer import Stacked, Unrolled
+    from dex_jax.prompts import encode_prompt
+
+    if args.max_new_tokens < 1 or args.num_samples < 1:
+        raise DexError("--max-new-tokens and --num-samples must be at least 1")
+    checkpoint = open_checkpoint(args.model)
+    config, dtype = checkpoint.config, resolve_dtype(args.dtype)
+    schedule = method.schedule(config.num_layers)
+    lengths = [1]
+    if args.prompt or args.prompt_file is not None:
+        tokenizer, chat = checkpoint.tokenizer, not args.no_chat
+        prompts = prompts_of(args)
+        lengths = [len(encode_prompt(p, tokenizer, config.vocab_size, checkpoint.source, chat)) for p in prompts]
+    layout = Stacked(schedule.depths) if args.layout == "stacked" else Unrolled()
+    length = cache_length_for(max(lengths), args.max_new_tokens)
+    batch = len(lengths) * args.num_samples
+    needed = footprint(config, dtype, schedule, batch, length, layout, sampled=args.temperature > 0)
+    sentence = verdict(needed, device_memory())
+    if args.json:
+        sizes = dataclasses.asdict(needed) | {"total_bytes": needed.total_bytes}
+        print(json.dumps(sizes | {"devices": 1, "batch": batch, "dtype": str(dtype), "verdict": sentence}))
+        return 0
+    print(f"{checkpoint.source}: {batch} sequence(s) of at most {length} positions in {dtype}, on one device")
+    for field in dataclasses.fields(needed):
+        print(f"  {field.name.removesuffix('_bytes'):<10} {getattr(needed, field.name) / 1e9:8.3f} GB")
+    print(sentence)
+    return 0

@@ -1,0 +1,61 @@
+"""Prompts as users give them, turned into token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dex_jax.errors import DexError
+from dex_jax.io import Tokenizer
+
+Message = dict[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+def encode_prompt(
+    prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, source: str, chat: bool = True
+) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+      prompt: a string (made a user message of the chat template if there is one and `chat`), a list of
+        {"role", "content"} messages, or a list of token ids, which is used as it is.
+      tokenizer: None when the checkpoint has none.
+      vocab_size: V; ids must lie below it.
+      source: the checkpoint, for error messages.
+      chat: whether the chat template is applied to strings.
+
+    Raises:
+      DexError: the prompt is empty, is of another type, has ids outside the vocabulary, or needs a tokenizer or chat
+        template that is missing.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise DexError("the prompt is empty: give it at least one word")
+        tokenizer = _require(tokenizer, source)
+        if chat and tokenizer.has_chat_template:
+            return tokenizer.chat([{"role": "user", "content": prompt}])
+        return tokenizer.encode(prompt)
+    items: list[Any] = list(prompt)
+    if not items:
+        raise DexError("the prompt is empty: give it at least one token or message")
+    if all(isinstance(item, dict) for item in items):
+        tokenizer = _require(tokenizer, source)
+        if not tokenizer.has_chat_template:
+            raise DexError(f"{source} has no chat template, so messages cannot be rendered: pass a string")
+        return tokenizer.chat(items)
+    if all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in items):
+        ids = [int(item) for item in items]
+        wrong = [i for i in ids if not 0 <= i < vocab_size]
+        if wrong:
+            raise DexError(f"token id {wrong[0]} is outside the vocabulary: ids go from 0 to {vocab_size - 1}")
+        return ids
+    raise DexError("a prompt is a string, a list of messages or a list of token ids, not a mixture")
+
+
+def _require(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
+    if tokenizer is None:
+        raise DexError(f"{source} has no tokenizer: pass prompts as lists of token ids")
+    return tokenizer
