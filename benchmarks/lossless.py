@@ -52,7 +52,7 @@ def run_batch(lm, explorers: int, prompts: list[dict], new_tokens: int) -> dict:
 
 def summarise(runs: list[dict]) -> str:
     lines = [
-        "| K | rows a stage | never prunes | prompts identical to transformers | ticks | teacher-forced ticks | above |",
+        "| K | rows a stage | never prunes | identical to transformers | ticks | teacher-forced ticks | above |",
         "|---|---|---|---|---|---|---|",
     ]
     for explorers in sorted({run["explorers"] for run in runs}):

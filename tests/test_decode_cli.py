@@ -187,7 +187,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, arguments, sentence) 
     assert sentence in err
 
 
-@pytest.mark.parametrize("flag", [["--dtype", "float8"], ["--depths", "6,x"], ["--rows", "many"], ["--method", "magic"]])
+@pytest.mark.parametrize(
+    "flag", [["--dtype", "float8"], ["--depths", "6,x"], ["--rows", "many"], ["--method", "magic"]]
+)
 def test_bad_flags_name_the_flag(capsys, flag) -> None:
     with pytest.raises(SystemExit) as stopped:
         decode.main(["--prompt", SKY, *flag])
@@ -221,6 +223,19 @@ def test_a_bad_jsonl_line_is_named(capsys, tmp_path, line, sentence) -> None:
     code, _, err = run(capsys, "--prompt-file", str(file))
     assert code == 2
     assert f"{file}, {sentence}" in err
+
+
+def test_dry_run_loads_nothing_and_adds_up(capsys, monkeypatch, smollm2) -> None:
+    monkeypatch.setattr(dex_jax.io.Checkpoint, "read", None)
+    code, out, err = run(capsys, "--dry-run", "--prompt", SKY)
+    assert (code, err) == (0, "")
+    assert "weights" in out
+    assert "fits" in out
+    sizes = json.loads(run(capsys, "--dry-run", "--json", "--prompt", SKY)[1])
+    assert sizes["weights_bytes"] == smollm2.parameter_bytes
+    parts = [sizes[f"{name}_bytes"] for name in ("weights", "cache", "lattice", "exits", "workspace")]
+    assert sum(parts) == sizes["total_bytes"]
+    assert run(capsys, "--dry-run", "--depths", "40")[0] == 2
 
 
 def test_help_names_every_flag(capsys) -> None:
