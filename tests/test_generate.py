@@ -22,6 +22,7 @@ from reference.small_models import (
 
 import dex_jax
 from dex_jax import AR, Dex, DexError, Stacked
+from dex_jax.decoding.stopping import StopStrings
 from dex_jax.sampling import position_noise, sampling_keys
 
 TOKENS = 14
@@ -280,6 +281,20 @@ def test_stop_strings_do_not_depend_on_the_chunk() -> None:
         assert last.stats.ticks[row] == (0 if len(tokens) < 2 else 3 + sum(exits[1:-1]))
     assert last.finished.all()
     assert last.lengths.min() < TOKENS
+
+
+def test_the_stop_string_that_is_complete_first_decides() -> None:
+    """Not the one that begins first: its end may lie in a chunk that another run has not seen yet."""
+    tokenizer = LetterTokenizer()
+    stops = StopStrings(["BCDEF", "DE", "zz"], tokenizer)
+    tokens = tokenizer.encode("ABCDEFG")
+    assert stops.apply(tokens[:4]) == ("ABCD", None)
+    for seen in (5, 6, 7):
+        assert stops.apply(tokens[:seen]) == ("ABC", 5)
+    # A token of two letters may complete a stop string with its first: nothing of it stays.
+    assert LetterTokenizer.letters(26) == "aa"
+    assert StopStrings("Ba", tokenizer).apply([0, 1, 26, 2]) == ("A", 3)
+    assert StopStrings(None, None).apply([0, 1]) == ("", None)
 
 
 def test_a_prompt_longer_than_a_chunk_of_the_prefill() -> None:

@@ -90,7 +90,7 @@ def tables_of(config: Config, number: int) -> Tables:
         config.stages,
         config.vocab,
         openness=(0.1, 0.3, 0.6)[number % 3],
-        spread=(2, 40, 6)[(number + number // 3) % 3],
+        spread=(2, 200, 6)[(number + number // 3) % 3],
         disagreement=(1, 2)[number // 2 % 2],
         draft_size=config.draft,
     )
