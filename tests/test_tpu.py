@@ -1,0 +1,229 @@
+"""The decoding programs compile for a TPU, on a machine that has none: libtpu compiles from abstract shapes.
+
+Run with `pytest -m tpu` where libtpu is installed. What is asserted is read off the compiled program: weights are
+arguments, donated caches are reused, no cache is copied in the loop, float32 means float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.methods import AR, Dex, Schedule
+from dex_jax.decoding.session import PREFILL, RUN, START, Spec
+from dex_jax.evaluation.footprint import nbytes, session_shapes
+from dex_jax.io import open_checkpoint
+from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+
+pytestmark = pytest.mark.tpu
+
+# An uneven grid, so that the stacked layout has a padded layer. The caches are much larger than a v5e's 128 MiB of
+# on-chip memory, into which the compiler would otherwise move them whole.
+SMALL = ModelConfig(
+    family="llama",
+    vocab_size=1024,
+    num_layers=4,
+    width=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=128,
+    mlp_width=512,
+    context=32768,
+    tied=True,
+    eos_ids=(2, 7),
+)
+DEX = Dex(explorers=3).schedule(SMALL.num_layers)
+LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
+METHODS = {"ar": AR().schedule(SMALL.num_layers), "dex": DEX}
+BATCH, CACHE_LENGTH, PROMPT, CAPACITY = 4, 16384, 64, 64
+ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One program, compiled: what went in, StableHLO, optimised HLO and the compiler's memory figures."""
+
+    shapes: tuple
+    stablehlo: str
+    hlo: str
+    memory: object
+
+
+@pytest.fixture(scope="module")
+def tpu():
+    """A sharding on one device of a v5e slice that need not be there."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Without these libtpu looks for a metadata server and complains that there is none.
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+        yield SingleDeviceSharding(topology.devices[0])
+
+
+def compile_program(
+    tpu,
+    name: str,
+    schedule: Schedule,
+    layout: Layout,
+    dtype: str,
+    *,
+    sampled: bool = False,
+    config: ModelConfig = SMALL,
+    batch: int = BATCH,
+    cache_length: int = CACHE_LENGTH,
+) -> Compiled:
+    """Compiles "run", "start" or "prefill" for the TPU from shapes alone."""
+    shapes = session_shapes(
+        config, jnp.dtype(dtype), schedule, layout, batch, cache_length, capacity=CAPACITY, sampled=sampled
+    )
+    program, args = {
+        "run": (RUN, (shapes.weights, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)),
+        "start": (START, (shapes.weights, shapes.memory, shapes.last, shapes.lengths, shapes.limits, shapes.sampling)),
+        "prefill": (
+            PREFILL,
+            (
+                shapes.weights,
+                shapes.memory,
+                shapes.last,
+                jax.ShapeDtypeStruct((batch, PROMPT), jnp.int32),
+                shapes.scalar,
+                shapes.lengths,
+            ),
+        ),
+    }[name]
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=tpu), args)
+    static = {"spec": Spec(config, layout, schedule)} | ({"capacity": CAPACITY} if name == "start" else {})
+    lowered = program.jitted.lower(*placed, **static)
+    compiled = lowered.compile()
+    return Compiled((shapes, args), lowered.as_text(), compiled.as_text(), compiled.memory_analysis())
+
+
+def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """(name -> instruction lines of every computation, name of the entry)."""
+    found: dict[str, list[str]] = {}
+    entry = current = ""
+    for line in hlo.splitlines():
+        header = re.match(r"(ENTRY )?%?(\S+) \(.*\) -> .* \{\s*$", line)
+        if header:
+            current = header.group(2)
+            found[current] = []
+            entry = current if header.group(1) else entry
+        elif line.startswith(" ") and current:
+            found[current].append(line)
+    return found, entry
+
+
+def callees(line: str) -> list[str]:
+    """Computations that an instruction runs; those of a fusion are part of it and left out."""
+    if " fusion(" in line:
+        return []
+    names = re.findall(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)", line)
+    for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
+        names += [name.strip().lstrip("%") for name in group.split(",")]
+    return names
+
+
+def copies_in_loop(hlo: str, at_least: int) -> list[str]:
+    """Instructions under the program's loops that copy or transpose `at_least` bytes within the main memory."""
+    found, entry = computations(hlo)
+    todo = [body for line in found[entry] if " while(" in line for body in re.findall(r"body=%?([\w.\-]+)", line)]
+    assert todo, "the program has no loop"
+    seen: set[str] = set()
+    offenders = []
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for line in found[name]:
+            todo += callees(line)
+            head = re.match(r"\s+(?:ROOT )?%?\S+ = (\w+)\[([\d,]*)\](\S*) ([\w\-]+)\(", line)
+            if not head:
+                continue
+            kind, dims, layout, operation = head.groups()
+            if operation == "fusion":
+                (fused,) = re.findall(r"calls=%?([\w.\-]+)", line)
+                root = next(inner for inner in found[fused] if "ROOT" in inner)
+                operation = re.match(r"\s+ROOT %?\S+ = .*? ([\w\-]+)\(", root).group(1)
+            size = math.prod(map(int, filter(None, dims.split(",")))) * ITEM_BYTES.get(kind, 8)
+            # S(1) is on-chip memory: what is brought there is about to be read.
+            if operation in ("copy", "transpose") and size >= at_least and "S(1)" not in layout:
+                offenders.append(line.strip()[:200])
+    return offenders
+
+
+def assert_sound(compiled: Compiled, spare: int = 0) -> None:
+    """What every program must show; `spare` bytes of temporaries are allowed beside a tenth of weights and caches."""
+    shapes, args = compiled.shapes
+    weights, caches = nbytes(shapes.weights), nbytes(shapes.memory)
+    # An array that had become a constant would be missing here.
+    assert compiled.memory.argument_size_in_bytes >= nbytes(args[0]) + nbytes(args[1])
+    assert compiled.memory.alias_size_in_bytes >= caches
+    assert compiled.memory.temp_size_in_bytes < 0.1 * (weights + caches) + spare
+    constants = [
+        math.prod(map(int, filter(None, dims.split(","))))
+        for dims in re.findall(r"= \w+\[([\d,]*)\]\S* constant\(", compiled.hlo)
+    ]
+    assert max(constants, default=0) <= 1024
+    assert "f64" not in compiled.hlo
+    # The CPU's orientation of a product, [out, in] @ [in, rows], must not have been chosen.
+    plain = [line for line in compiled.stablehlo.splitlines() if "dot_general" in line and "batching" not in line]
+    assert plain
+    assert all("contracting_dims = [1] x [1]" in line for line in plain)
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("method", list(METHODS))
+def test_loop_in_bfloat16(tpu, method, layout, sampled) -> None:
+    compiled = compile_program(tpu, "run", METHODS[method], LAYOUTS[layout], "bfloat16", sampled=sampled)
+    assert_sound(compiled)
+    shapes, _ = compiled.shapes
+    one_layer = nbytes(shapes.memory.keys) // SMALL.num_layers
+    assert copies_in_loop(compiled.hlo, one_layer // 2) == []
+    # Those of the loop itself: a stage's rows, the final head, the exits' rows, noise. None chooses a platform.
+    allowed = 0 if method == "ar" else METHODS[method].stages + 2 + 2 * sampled
+    assert compiled.hlo.count(" conditional(") <= allowed
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("method", list(METHODS))
+def test_prefill_and_start_in_bfloat16(tpu, method, layout) -> None:
+    compiled = compile_program(tpu, "prefill", METHODS["ar"], LAYOUTS[layout], "bfloat16")
+    # In the stacked layout one layer's keys and values are taken out, extended and put back.
+    assert_sound(compiled, spare=nbytes(compiled.shapes[0].memory) // SMALL.num_layers)
+    assert compiled.hlo.count(" conditional(") == 0
+    started = compile_program(tpu, "start", METHODS[method], LAYOUTS[layout], "bfloat16", sampled=True)
+    assert started.memory.alias_size_in_bytes >= nbytes(started.shapes[0].memory)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(("name", "method"), [("run", "ar"), ("run", "dex"), ("prefill", "ar")])
+def test_float32_runs_at_the_highest_precision(tpu, name, method, layout) -> None:
+    compiled = compile_program(tpu, name, METHODS[method], LAYOUTS[layout], "float32", cache_length=2048)
+    products = re.findall(r" (?:convolution|dot)\(.*", compiled.hlo)
+    assert products
+    assert [line[:200] for line in products if "operand_precision={highest,highest}" not in line] == []
+    lowered = re.findall(r"dot_general.*", compiled.stablehlo)
+    assert lowered
+    assert [line[:200] for line in lowered if "precision = [HIGHEST, HIGHEST]" not in line] == []
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_smollm2_depth_exploration_compiles(tpu, layout) -> None:
+    config = open_checkpoint("smollm2-135m").config
+    schedule = Dex(explorers=5).schedule(config.num_layers)
+    chosen = Unrolled() if layout == "unrolled" else Stacked(schedule.depths)
+    compiled = compile_program(tpu, "run", schedule, chosen, "bfloat16", config=config, batch=1, cache_length=2048)
+    assert_sound(compiled)
