@@ -49,7 +49,6 @@ CONFIGS = [
     Config(4, 4, decs=False),
     Config(5, 2),
     Config(5, 8, draft=3),
-    Config(6, 3),
     Config(6, 16, vocab=30),
     Config(1, 1, batch=3, sampled=True),
     Config(3, 2, decs=False, sampled=True),
