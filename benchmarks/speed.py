@@ -96,7 +96,7 @@ def lattice_alone(lm, schedule, count: int):
 
     def network(table) -> Network:
         def logits(hidden):
-            return jnp.broadcast_to(hidden[:, :1], (hidden.shape[0], width)) * table[None, :]
+            return jnp.sin(hidden[:, :1] * table[None, :])
 
         return Network(
             vocab_size=width,
@@ -108,7 +108,7 @@ def lattice_alone(lm, schedule, count: int):
         )
 
     limits = dex_jax.Limits(jnp.asarray([10**6]), jnp.asarray([-1]))
-    table = jnp.sin(jnp.arange(width, dtype=jnp.float32))
+    table = jnp.arange(width, dtype=jnp.float32)
 
     @jax.jit
     def start(table):
@@ -172,22 +172,27 @@ def compile_seconds() -> dict[str, float]:
 
 
 PEAK_PROGRAM = """
-import resource, sys
+import re, sys
 import jax, numpy, flax.nnx
 import dex_jax
-from dex_jax.decoding.generate import generate
+from dex_jax.decoding.generate import precompile
+from dex_jax.language_model import outline
 import tokenizers, gguf, jinja2
 jax.block_until_ready(jax.numpy.zeros(1) + 1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # not ru_maxrss, which a new process inherits from the one that started it
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()
-lm = dex_jax.load("smollm2-135m", dtype="float32")
-dex_jax.generate(lm, [sys.argv[1]], method=dex_jax.Dex(explorers=5), exits="shared", max_new_tokens=64)
+options = dict(method=dex_jax.Dex(explorers=5), exits="shared", max_new_tokens=64)
+model = outline("smollm2-135m", dtype="float32")
+precompile(model, [sys.argv[1]], **options)
+lm = model.load()
+dex_jax.generate(lm, [sys.argv[1]], **options)
 print(peak() - before, lm.parameter_bytes)
 """
 
 
 def peak_memory(cache_bytes: int) -> dict[str, float]:
-    """Peak resident memory above that after imports, over parameters plus caches (Unix only)."""
+    """Peak resident memory of what decode.py does, above that after imports, over parameters plus caches (Linux only)."""
     done = subprocess.run([sys.executable, "-c", PEAK_PROGRAM, PROMPT], capture_output=True, text=True, check=True)
     peak, parameters = map(int, done.stdout.split()[-2:])
     return {"peak_bytes": peak, "needed_bytes": parameters + cache_bytes, "ratio": peak / (parameters + cache_bytes)}

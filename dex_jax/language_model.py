@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,8 +63,7 @@ class LanguageModel:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Token ids that end a sequence: of the configuration and of the chat template, ascending."""
-        from_template = () if self.tokenizer is None else self.tokenizer.eos_ids
-        return tuple(sorted({*self.config.eos_ids, *from_template}))
+        return _eos_ids(self.config, self.tokenizer)
 
     def arrange(self, layout: Layout) -> None:
         """Moves the weights to another layout, in place; the old arrays are freed on the way."""
@@ -78,6 +78,68 @@ class LanguageModel:
         """Final logits at every position: tokens [B, T] int32 -> [B, T, V] float32."""
         tokens = jnp.asarray(tokens, jnp.int32)
         return _full_logits(self.config, self.layout, self.weights, tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """All of a model but its weights: enough to check prompts and options, and to compile.
+
+    Attributes:
+      checkpoint: opened, nothing read.
+      dtype, layout: that the weights will have.
+    """
+
+    checkpoint: Checkpoint
+    dtype: jnp.dtype
+    layout: Layout
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shapes and constants."""
+        return self.checkpoint.config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer."""
+        return self.checkpoint.tokenizer
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Token ids that end a sequence."""
+        return _eos_ids(self.config, self.tokenizer)
+
+    @property
+    def weights(self) -> Any:
+        """Weights as jax.ShapeDtypeStruct."""
+        return abstract_weights(self.config, self.layout, self.dtype)
+
+    def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
+        """Token ids of a prompt; see `dex_jax.prompts.encode_prompt`."""
+        return encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.checkpoint.source, chat)
+
+    def load(self, on_tensor: Callable[[int, int], None] | None = None) -> LanguageModel:
+        """The model, one tensor at a time; on_tensor as in `load`.
+
+        Raises:
+          DexError: a damaged file, or no memory for the weights.
+        """
+        read = _reader(self.checkpoint, self.dtype, on_tensor)
+        try:
+            model = build(self.config, self.layout, read, self.dtype)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise DexError(
+                    f"the weights of {self.checkpoint.source} do not fit into memory in {self.dtype}: use a smaller "
+                    "dtype or a smaller model (decode.py --dry-run shows what each needs)"
+                ) from error
+            raise
+        return LanguageModel(model, self.tokenizer, self.checkpoint.source, self.checkpoint.fingerprint())
+
+
+def outline(source: str, dtype: str | None = None, layout: Layout | None = None) -> Outline:
+    """Opens a model without reading its weights; arguments and errors as for `load`."""
+    chosen = resolve_dtype(dtype)
+    return Outline(open_checkpoint(source), chosen, layout or Unrolled())
 
 
 def load(
@@ -95,12 +157,15 @@ def load(
       on_tensor: called with (bytes so far, bytes in all) after each tensor, for a progress bar.
 
     Raises:
-      DexError: nothing of that name, missing or truncated weights, an architecture or dtype that is not covered.
+      DexError: nothing of that name, missing or truncated weights, an architecture or dtype that is not covered, or no
+        memory for the weights.
     """
-    chosen = resolve_dtype(dtype)
-    checkpoint = open_checkpoint(source)
-    model = build(checkpoint.config, layout or Unrolled(), _reader(checkpoint, chosen, on_tensor), chosen)
-    return LanguageModel(model, checkpoint.tokenizer, checkpoint.source, checkpoint.fingerprint())
+    return outline(source, dtype, layout).load(on_tensor)
+
+
+def _eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    from_template = () if tokenizer is None else tokenizer.eos_ids
+    return tuple(sorted({*config.eos_ids, *from_template}))
 
 
 def resolve_dtype(name: str | None) -> jnp.dtype:

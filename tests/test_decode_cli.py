@@ -47,7 +47,7 @@ JSON_TYPES = {
 @pytest.fixture(autouse=True)
 def one_model(monkeypatch, smollm2):
     """The session's model instead of loading it for every call, and no compilation cache on disk."""
-    monkeypatch.setattr(dex_jax.language_model, "load", lambda *args, **options: smollm2)
+    monkeypatch.setattr(dex_jax.language_model.Outline, "load", lambda *args, **options: smollm2)
     monkeypatch.setattr(decode, "_remember_compilations", lambda: None)
 
 

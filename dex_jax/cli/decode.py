@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from dex_jax.cli.dry_run import dry_run
 from dex_jax.decoding.methods import AR, Method
 from dex_jax.decoding.output import Output
 from dex_jax.errors import DexError
-from dex_jax.language_model import LanguageModel
+from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.prompts import Prompt
 
 OK, DIFFERENT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -46,48 +47,51 @@ def _run(args: argparse.Namespace) -> int:
     prompts = prompts_of(args)
     _remember_compilations()
     with _progress() as (on_tensor, status):
-        lm = _load(args, method, on_tensor)
+        model = _outline(args, method)
         status("compiling")
+        compile_seconds = _precompile(model, prompts, method, args)
+        status("loading")
+        lm = model.load(on_tensor)
+        status("reading the prompt")
         updates = _stream(lm, prompts, method, args)
         output = next(updates)
     output, interrupted = _follow(lm, output, updates, prompts, args)
     checks = None
     if args.check and not interrupted:
         checks = _check(lm, output, prompts, args)
-    _finish(output, prompts, checks, args)
+    stats = dataclasses.replace(output.stats, compile_seconds=output.stats.compile_seconds + compile_seconds)
+    _finish(dataclasses.replace(output, stats=stats), prompts, checks, args)
     if interrupted:
         return INTERRUPTED
     return DIFFERENT if checks and not all(check.tie for check in checks) else OK
 
 
-def _load(args: argparse.Namespace, method: Method, on_tensor: Callable[[int, int], None]) -> LanguageModel:
-    from dex_jax.language_model import load
+def _outline(args: argparse.Namespace, method: Method) -> Outline:
+    from dex_jax.language_model import outline
     from dex_jax.nn.transformer import Stacked
 
-    lm = load(args.model, dtype=args.dtype, on_tensor=on_tensor)
+    model = outline(args.model, dtype=args.dtype)
     if args.layout == "stacked":
-        lm.arrange(Stacked(method.schedule(lm.config.num_layers).depths))
-    return lm
+        model = dataclasses.replace(model, layout=Stacked(method.schedule(model.config.num_layers).depths))
+    return model
+
+
+def _precompile(model: Outline, prompts: list[Prompt], method: Method, args: argparse.Namespace) -> float:
+    from dex_jax.decoding.generate import precompile
+
+    return precompile(model, prompts, method=method, **_options(args))
 
 
 def _stream(lm: LanguageModel, prompts: list[Prompt], method: Method, args: argparse.Namespace) -> Iterator[Output]:
     from dex_jax.decoding.generate import TICKS_PER_CALL, stream
 
-    return stream(
-        lm,
-        prompts,
-        method=method,
-        max_new_tokens=args.max_new_tokens,
-        exits=args.exits,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        num_samples=args.num_samples,
-        stop=args.stop,
-        chat=not args.no_chat,
-        ticks_per_update=TICKS_PER_CALL if args.json else 4,
-    )
+    ticks = TICKS_PER_CALL if args.json else 4
+    return stream(lm, prompts, method=method, ticks_per_update=ticks, **_options(args))
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "exits", "temperature", "top_k", "top_p", "seed", "num_samples", "stop")
+    return {name: getattr(args, name) for name in names} | {"chat": not args.no_chat}
 
 
 def _follow(

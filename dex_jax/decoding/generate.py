@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from dex_jax.decoding.record import Record
 from dex_jax.decoding.session import PROGRAMS, Session
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.errors import DexError
-from dex_jax.language_model import LanguageModel
+from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.prompts import Prompt
 from dex_jax.sampling import Sampling, sampling_keys
 
@@ -90,29 +91,88 @@ def stream(
     Raises:
       DexError: as `generate`.
     """
-    method = Dex() if method is None else method
-    schedule = method.schedule(lm.config.num_layers)
-    exits_source = resolve_exits(exits, schedule)
-    ids = _encode(lm, prompts, chat, num_samples, max_new_tokens)
-    sampling, seeds = _sampling(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
-    stops = StopStrings(stop, lm.tokenizer)
     if ticks_per_update < 1:
         raise DexError(f"ticks_per_update must be at least 1, not {ticks_per_update}")
-
-    say_exits(exits, exits_source)
+    run = _prepare(
+        lm, prompts, method, max_new_tokens, exits, temperature, top_k, top_p, seed, num_samples, stop, chat, notify
+    )
+    say_exits(exits, run.exits_source)
     times = dict.fromkeys(("compile", "prefill", "decode"), 0.0)
-    session = Session(lm, ids, schedule, max_new_tokens, sampling, notify)
     with _Clock(times, "prefill"):
-        session.prefill()
+        run.session.prefill()
     notify("decoding")
-    record = session.record()
+    record = run.session.record()
     while True:
-        output = _output(lm, schedule, exits_source, record, ids, seeds, stops, times)
+        output = _output(run, record, times)
         yield output
         if output.finished.all():
             return
         with _Clock(times, "decode"):
-            record = session.advance(ticks_per_update)
+            record = run.session.advance(ticks_per_update)
+
+
+def precompile(
+    lm: Outline | LanguageModel,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    method: Method | None = None,
+    max_new_tokens: int = 128,
+    exits: str = "default",
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Sequence[int] = 0,
+    num_samples: int = 1,
+    stop: str | Sequence[str] | None = None,
+    chat: bool = True,
+    notify: Callable[[str], None] = lambda phase: None,
+) -> float:
+    """Checks prompts and options and compiles what `stream` would run with them; returns the seconds it took.
+
+    With an Outline this happens before any weight is loaded, so that bad input costs nothing and what compilation needs
+    of memory does not come on top of the weights. Arguments and errors are those of `stream`.
+    """
+    run = _prepare(
+        lm, prompts, method, max_new_tokens, exits, temperature, top_k, top_p, seed, num_samples, stop, chat, notify
+    )
+    before = _compile_seconds()
+    run.session.compile()
+    return _compile_seconds() - before
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A checked request: what to run, and what its Output repeats."""
+
+    session: Session
+    schedule: Schedule
+    exits_source: str | None
+    ids: list[list[int]]
+    seeds: list[int] | None
+    stops: StopStrings
+
+
+def _prepare(
+    lm: Outline | LanguageModel,
+    prompts: Prompt | Sequence[Prompt],
+    method: Method | None,
+    max_new_tokens: int,
+    exits: str,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | Sequence[int],
+    num_samples: int,
+    stop: str | Sequence[str] | None,
+    chat: bool,
+    notify: Callable[[str], None],
+) -> _Prepared:
+    schedule = (Dex() if method is None else method).schedule(lm.config.num_layers)
+    exits_source = resolve_exits(exits, schedule)
+    ids = _encode(lm, prompts, chat, num_samples, max_new_tokens)
+    sampling, seeds = _sampling(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
+    session = Session(lm, ids, schedule, max_new_tokens, sampling, notify)
+    return _Prepared(session, schedule, exits_source, ids, seeds, StopStrings(stop, lm.tokenizer))
 
 
 class _Clock:
@@ -140,7 +200,7 @@ def _compile_seconds() -> float:
 
 
 def _encode(
-    lm: LanguageModel, prompts: Prompt | Sequence[Prompt], chat: bool, num_samples: int, max_new_tokens: int
+    lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], chat: bool, num_samples: int, max_new_tokens: int
 ) -> list[list[int]]:
     if max_new_tokens < 1:
         raise DexError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
@@ -184,39 +244,30 @@ def _sampling(
     )
 
 
-def _output(
-    lm: LanguageModel,
-    schedule: Schedule,
-    exits_source: str | None,
-    record: Record,
-    ids: list[list[int]],
-    seeds: list[int] | None,
-    stops: StopStrings,
-    times: dict[str, float],
-) -> Output:
+def _output(run: _Prepared, record: Record, times: dict[str, float]) -> Output:
     tokens, exits = np.array(record.tokens), np.array(record.exits)
     lengths, finished, ticks = np.array(record.lengths), np.array(record.done), np.array(record.ticks)
+    stages = run.schedule.stages
     texts = []
-    for row in range(len(ids)):
-        emitted = tokens[row, : lengths[row]].tolist()
-        text, kept = stops.apply(emitted)
+    for row in range(len(run.ids)):
+        text, kept = run.stops.apply(tokens[row, : lengths[row]].tolist())
         if kept is not None:
             lengths[row], finished[row] = kept, True
             tokens[row], exits[row] = cut(tokens[row], exits[row], kept)
-            ticks[row] = ticks_of(exits[row], kept, schedule.stages)
+            ticks[row] = ticks_of(exits[row], kept, stages)
         texts.append(text)
     width = int(lengths.max())
     device = jax.devices()[0]
     stats = Stats(
-        schedule=schedule,
-        exits_source=exits_source,
+        schedule=run.schedule,
+        exits_source=run.exits_source,
         ticks=ticks,
         exits=exits[:, :width],
-        depth_side_speedup=depth_side_speedup(ticks, lengths, schedule.stages),
+        depth_side_speedup=depth_side_speedup(ticks, lengths, stages),
         compile_seconds=times["compile"],
         prefill_seconds=times["prefill"],
         decode_seconds=times["decode"],
         device=f"{device.platform}:{device.device_kind}",
-        dtype=str(lm.dtype),
+        dtype=str(run.session.lm.dtype),
     )
-    return Output(texts, tokens[:, :width], lengths, ids, finished, seeds, stats)
+    return Output(texts, tokens[:, :width], lengths, run.ids, finished, run.seeds, stats)

@@ -6,6 +6,7 @@ d head width.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -107,6 +108,16 @@ def _run_layer(
     Rows attend to `memory` and to one another as `among_rows` [B, R, R] says. Memory is only read: writing first and
     attending to the result makes XLA copy the whole cache in every step.
     """
+    graph, weights = nnx.split(layer)
+    return _run_layer_of(graph, weights, x, table, memory, among_rows)
+
+
+# Jitted so that a model is traced once per shape of its layers and not once per layer; XLA inlines the calls.
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer_of(
+    graph: Any, weights: Any, x: jax.Array, table: Any, memory: list[KeyValues], among_rows: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    layer = nnx.merge(graph, weights)
     queries, keys, values = layer.project(x, table)
     attended = attend(queries, [*memory, KeyValues(keys, values, among_rows)])
     return layer.finish(x, attended), keys, values

@@ -20,7 +20,7 @@ from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.network import extend, shared_exits, transformer_network
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.record import Limits, Record
-from dex_jax.language_model import LanguageModel, merge_model
+from dex_jax.language_model import LanguageModel, Outline, merge_model
 from dex_jax.nn.transformer import Layout
 from dex_jax.sampling import Sampling
 
@@ -131,7 +131,7 @@ class Session:
     """One batch on its way: built from token ids, prefilled once, then advanced chunk by chunk.
 
     Args:
-      lm: the model; its layout is the one that runs.
+      lm: the model; its layout is the one that runs. With an Outline the session can only compile.
       prompts: B lists of token ids.
       schedule: the method.
       max_new_tokens: at most this many per sequence.
@@ -141,7 +141,7 @@ class Session:
 
     def __init__(
         self,
-        lm: LanguageModel,
+        lm: LanguageModel | Outline,
         prompts: list[list[int]],
         schedule: Schedule,
         max_new_tokens: int,
@@ -157,6 +157,7 @@ class Session:
         self.padded = np.zeros((len(prompts), bucket), np.int32)
         for row, prompt in zip(self.padded, prompts, strict=True):
             row[: len(prompt)] = prompt
+        self.chunk = min(bucket, PREFILL_CHUNK)
         self.capacity = capacity_for(max_new_tokens)
         self.cache_length = bucket + self.capacity
         eos = jnp.asarray(lm.eos_ids or (-1,), jnp.int32)
@@ -164,18 +165,27 @@ class Session:
         self.tick = 0
         self.state: Any = None
 
+    def compile(self) -> None:
+        """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
+        self.notify("compiling")
+        weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.lm.weights)
+        memory, last, lengths = jax.eval_shape(self._blank)
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((len(self.lengths), self.chunk), jnp.int32)
+        PREFILL.compile(weights, memory, last, tokens, scalar, lengths, spec=self.spec_of_prefill())
+        start = (weights, memory, last, lengths, self.limits, self.sampling)
+        statics: dict[str, Any] = {"spec": self.spec, "capacity": self.capacity}
+        START.compile(*start, **statics)
+        state = jax.eval_shape(lambda *args: start_decoding(*args, **statics), *start)
+        RUN.compile(weights, state, self.limits, self.sampling, scalar, spec=self.spec)
+
     def prefill(self) -> None:
         """Runs the prompts and chooses token 0 of each."""
-        batch, bucket = self.padded.shape
-        slots = 0 if self.spec.schedule.method == "ar" else self.spec.schedule.stages * self.spec.schedule.rows
-        config, dtype = self.lm.config, self.lm.dtype
-        memory = cache.allocate(config, self.lm.layout, batch, self.cache_length, slots, dtype)
-        last = jnp.zeros((batch, config.width), dtype)
-        lengths = jnp.asarray(self.lengths)
-        chunk = min(bucket, PREFILL_CHUNK)
+        self.compile()
         self.notify("prefill")
-        for start in range(0, bucket, chunk):
-            tokens = jnp.asarray(self.padded[:, start : start + chunk])
+        memory, last, lengths = self._blank()
+        for start in range(0, self.padded.shape[1], self.chunk):
+            tokens = jnp.asarray(self.padded[:, start : start + self.chunk])
             memory, last = PREFILL(
                 self.lm.weights, memory, last, tokens, jnp.int32(start), lengths, spec=self.spec_of_prefill()
             )
@@ -190,6 +200,14 @@ class Session:
             capacity=self.capacity,
         )
         jax.block_until_ready(self.state)
+
+    def _blank(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
+        """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
+        schedule, batch = self.spec.schedule, len(self.lengths)
+        slots = 0 if schedule.method == "ar" else schedule.stages * schedule.rows
+        config, dtype = self.lm.config, self.lm.dtype
+        memory = cache.allocate(config, self.lm.layout, batch, self.cache_length, slots, dtype)
+        return memory, jnp.zeros((batch, config.width), dtype), jnp.asarray(self.lengths)
 
     def spec_of_prefill(self) -> Spec:
         """Prefill is the same for every method, so its programs are shared."""
