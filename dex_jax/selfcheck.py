@@ -1,0 +1,290 @@
+"""`python -m dex_jax.selfcheck`: does depth exploration hold on this device, and what does a tick cost here?
+
+Prints one block to paste into a report. Exit code 0 when every check holds, 1 when one fails, 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax.decoding.generate import generate
+from dex_jax.decoding.methods import AR, DEFAULT_EXPLORERS, Dex, Method, Schedule
+from dex_jax.decoding.output import Output, ticks_of
+from dex_jax.decoding.session import PROGRAMS, Session
+from dex_jax.errors import DexError
+from dex_jax.evaluation.check import TIE_MARGIN, compare
+from dex_jax.evaluation.forced import forced_exits
+from dex_jax.language_model import LanguageModel, load, merge_model
+from dex_jax.lattice import full_rows
+from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.sampling import Sampling, sampling_keys
+
+PROMPTS = ("Why do cats purr?", "Name three rivers and the sea that each of them flows into.")
+NEW_TOKENS = 24
+WARM_TICKS, TIMED_TICKS, REPETITIONS = 4, 8, 7
+CLOSE = {"float32": TIE_MARGIN, "float16": 2.0**-8, "bfloat16": 2.0**-5}
+"""By dtype: two scores closer than this share of the largest |logit| may change places by rounding alone."""
+EXITS_MOVED = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.1}
+"""By dtype: the share of exits that rounding may move."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One check: what was asked, whether it holds, and the particulars."""
+
+    name: str
+    holds: bool
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a self-check found.
+
+    Attributes:
+      facts: label -> value, in the order in which they are printed.
+      findings: the checks.
+    """
+
+    facts: dict[str, Any]
+    findings: list[Finding]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every check holds."""
+        return all(finding.holds for finding in self.findings)
+
+    def text(self) -> str:
+        """The block to paste."""
+        lines = [f"{label}: {'unknown' if value is None else value}" for label, value in self.facts.items()]
+        lines += [f"{'ok  ' if f.holds else 'FAIL'} {f.name}: {f.detail}" for f in self.findings]
+        rule = "-" * 8
+        return "\n".join([f"{rule} dex_jax selfcheck {rule}", *lines, "all checks hold" if self.holds else "FAILED"])
+
+    def json(self) -> str:
+        """The same as one JSON object: facts, findings, holds."""
+        return json.dumps(dataclasses.asdict(self) | {"holds": self.holds})
+
+
+def selfcheck(
+    lm: LanguageModel, new_tokens: int = NEW_TOKENS, notify: Callable[[str], None] = lambda phase: None
+) -> Report:
+    """Runs every check and measurement on a loaded model; leaves it in the unrolled layout.
+
+    Args:
+      lm: any model; without a tokenizer the prompts are token ids.
+      new_tokens: tokens per prompt, less where the context is short.
+      notify: told what is going on.
+    """
+    explorers = min(DEFAULT_EXPLORERS, lm.config.num_layers)
+    method = Dex(explorers=explorers, rows=full_rows(explorers))
+    schedule = method.schedule(lm.config.num_layers)
+    prompts = _prompts(lm)
+    new_tokens = min(new_tokens, lm.config.context - max(map(len, prompts)))
+    layouts: dict[str, Layout] = {"unrolled": Unrolled(), "stacked": Stacked(schedule.depths)}
+    before = _compile_seconds()
+    findings: list[Finding] = []
+    times: dict[str, tuple[float, float]] = {}
+    greedy: list[Output] = []
+
+    def decode(chosen: Method, prompt: list[int], temperature: float) -> Output:
+        # One prompt at a time: the programs that are timed below are then the ones that are checked.
+        options: dict[str, Any] = {"exits": "shared", "max_new_tokens": new_tokens, "temperature": temperature}
+        return generate(lm, [prompt], method=chosen, **options)
+
+    # Greedy in one layout and sampled in the other, so that both are checked in half the time.
+    for (label, layout), temperature in zip(layouts.items(), (0.0, 1.0), strict=True):
+        name = f"{'sampled' if temperature else 'greedy'}, {label}"
+        notify(f"decoding ({name})")
+        lm.arrange(layout)
+        explored = [decode(method, prompt, temperature) for prompt in prompts]
+        plain = [decode(AR(), prompt, temperature) for prompt in prompts]
+        findings.append(_same_tokens(lm, f"DEX and AR give the same tokens, {name}", explored, plain, temperature))
+        findings.append(_counted_ticks(name, explored, schedule))
+        findings.append(_forced_exits(lm, name, explored, schedule, temperature))
+        notify(f"timing ({label})")
+        times[label] = _step_and_tick(lm, prompts[0], (AR().schedule(lm.config.num_layers), schedule), new_tokens)
+        greedy = greedy or explored
+    again = decode(method, prompts[0], 0.0)
+    findings.append(_same_tokens(lm, "both layouts give the same tokens, greedy", [again], greedy[:1], 0.0))
+    lm.arrange(Unrolled())
+    facts = _machine(lm) | {
+        "schedule": f"DEX-1/{explorers}, exits at {', '.join(map(str, schedule.depths))}, {schedule.rows} rows",
+        **{f"AR step, {label} (ms)": round(step, 2) for label, (step, _) in times.items()},
+        **{f"DEX tick, {label} (ms)": round(tick, 2) for label, (_, tick) in times.items()},
+        "final head, 1 row (ms)": round(_head_time(lm, 1), 2),
+        f"exit heads, {explorers - 1} rows (ms)": round(_head_time(lm, explorers - 1), 2) if explorers > 1 else None,
+        "peak memory (GB)": _peak_memory(),
+        "compile (s)": round(_compile_seconds() - before, 1),
+    }
+    return Report(facts, findings)
+
+
+def _prompts(lm: LanguageModel) -> list[list[int]]:
+    if lm.tokenizer is not None:
+        return [lm.encode(prompt) for prompt in PROMPTS]
+    return [[(7 * i + start) % lm.config.vocab_size for i in range(9)] for start in range(len(PROMPTS))]
+
+
+def _same_tokens(
+    lm: LanguageModel, name: str, outputs: list[Output], references: list[Output], temperature: float
+) -> Finding:
+    tolerance = CLOSE[str(lm.dtype)]
+    holds, tokens, partings = True, 0, []
+    for number, (output, reference) in enumerate(zip(outputs, references, strict=True), 1):
+        (check,) = compare(lm, output, reference, temperature=temperature)
+        tokens += int(reference.lengths[0])
+        if check.identical:
+            continue
+        assert check.top2_margin is not None
+        rounding = check.top2_margin < tolerance
+        holds &= rounding
+        partings.append(
+            f"prompt {number} differs from token {check.first_divergence} on, where the top-2 margin is "
+            f"{check.top2_margin:.1e} ({'rounding' if rounding else 'too wide to be rounding'})"
+        )
+    return Finding(name, holds, "; ".join(partings) or f"{tokens} tokens, {len(outputs)} prompt(s)")
+
+
+def _counted_ticks(name: str, outputs: list[Output], schedule: Schedule) -> Finding:
+    ticks = [int(out.stats.ticks[0]) for out in outputs]
+    predicted = [ticks_of(out.stats.exits[0], int(out.lengths[0]), schedule.stages) for out in outputs]
+    return Finding(f"ticks are K + sum(exits[1:n-1]), {name}", ticks == predicted, f"{ticks} and {predicted}")
+
+
+def _forced_exits(
+    lm: LanguageModel, name: str, outputs: list[Output], schedule: Schedule, temperature: float
+) -> Finding:
+    """Runs the model once over what was emitted and predicts every exit from that."""
+    agreeing = compared = 0
+    for out in outputs:
+        tokens = out.tokens[0, : out.lengths[0]].tolist()
+        sampling = Sampling(sampling_keys(out.seeds), jnp.float32(temperature)) if out.seeds else None
+        expected = forced_exits(lm, out.prompt_tokens[0], tokens, schedule, sampling)
+        agreeing += int(np.sum(expected[1:] == out.stats.exits[0, 1 : len(tokens)]))
+        compared += len(tokens) - 1
+    share = EXITS_MOVED[str(lm.dtype)]
+    holds = compared - agreeing <= share * compared
+    return Finding(
+        f"exits as teacher forcing predicts, {name}", holds, f"{agreeing} of {compared} ({share:.0%} may be rounding)"
+    )
+
+
+def _step_and_tick(
+    lm: LanguageModel, prompt: list[int], schedules: tuple[Schedule, Schedule], new_tokens: int
+) -> tuple[float, float]:
+    """Median milliseconds of (an AR step, a DEX tick), in turns so that both see the same machine."""
+    sessions = []
+    for schedule in schedules:
+        session = Session(lm, [prompt], schedule, new_tokens, None)
+        # Nothing may end early: a loop that is done takes no time.
+        endless = session.limits._replace(
+            max_new_tokens=jnp.full_like(session.limits.max_new_tokens, session.capacity + 1),
+            eos_ids=jnp.full_like(session.limits.eos_ids, -1),
+        )
+        session.limits = endless
+        session.prefill()
+        session.advance(WARM_TICKS)
+        sessions.append(session)
+    seconds: list[list[float]] = [[], []]
+    for _ in range(REPETITIONS):
+        for session, found in zip(sessions, seconds, strict=True):
+            begin = time.perf_counter()
+            session.advance(TIMED_TICKS)
+            found.append((time.perf_counter() - begin) / TIMED_TICKS)
+    step, tick = (1e3 * float(np.median(found)) for found in seconds)
+    return step, tick
+
+
+def _head_time(lm: LanguageModel, rows: int) -> float:
+    """Median milliseconds of the final norm and unembedding over `rows` rows."""
+    head = jax.jit(lambda weights, x: jnp.argmax(merge_model(lm.config, Unrolled(), weights).logits(x), axis=-1))
+    x = jnp.ones((rows, lm.config.width), lm.dtype)
+    jax.block_until_ready(head(lm.weights, x))
+    found = []
+    for _ in range(3 * REPETITIONS):
+        begin = time.perf_counter()
+        jax.block_until_ready(head(lm.weights, x))
+        found.append(time.perf_counter() - begin)
+    return 1e3 * float(np.median(found))
+
+
+def _compile_seconds() -> float:
+    return sum(program.compile_seconds for program in PROGRAMS)
+
+
+def _machine(lm: LanguageModel) -> dict[str, Any]:
+    devices = jax.devices()
+    versions = {name: _version(name) for name in ("dex-jax", "jax", "jaxlib", "flax", "numpy")}
+    return {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "model": f"{Path(lm.source).name}, {lm.config.num_layers} layers, {lm.parameter_bytes / 1e9:.3f} GB",
+        "dtype": str(lm.dtype),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _peak_memory() -> float | None:
+    """Peak GB of the device, or of this process where the device does not say; None when neither is known."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return round(stats["peak_bytes_in_use"] / 1e9, 3)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dex_jax.selfcheck",
+        description="Checks depth exploration decoding on this device and times it; takes about two minutes.",
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="alias, .gguf file, directory or hub id (%(default)s)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: what suits the device")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the block")
+    args = parser.parse_args(arguments)
+    terminal = sys.stderr.isatty()
+
+    def notify(phase: str) -> None:
+        if terminal:
+            print(f"\r\033[K{phase} ...", end="" if phase else "\r\033[K", file=sys.stderr, flush=True)
+
+    try:
+        notify("loading")
+        report = selfcheck(load(args.model, args.dtype), notify=notify)
+    except DexError as error:
+        print(f"\nerror: {error}" if terminal else f"error: {error}", file=sys.stderr)
+        return 2
+    if terminal:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    print(report.json() if args.json else report.text())
+    return 0 if report.holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The self-check on a tiny random model: what it prints, and that it notices what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from reference.small_models import LLAMA, small_model
+
+import dex_jax
+from dex_jax import selfcheck
+from dex_jax.nn.transformer import Unrolled
+
+CONFIG = dataclasses.replace(LLAMA, num_layers=3)
+LABELS = [
+    "versions",
+    "python",
+    "device",
+    "model",
+    "dtype",
+    "schedule",
+    "AR step, unrolled (ms)",
+    "AR step, stacked (ms)",
+    "DEX tick, unrolled (ms)",
+    "DEX tick, stacked (ms)",
+    "final head, 1 row (ms)",
+    "exit heads, 2 rows (ms)",
+    "peak memory (GB)",
+    "compile (s)",
+]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return small_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def report(lm):
+    return selfcheck.selfcheck(lm)
+
+
+def test_every_check_holds(report, lm) -> None:
+    assert report.holds, report.text()
+    assert len(report.findings) == 7
+    assert lm.layout == Unrolled()
+
+
+def test_block_tells_versions_device_times_and_checks(report) -> None:
+    assert list(report.facts) == LABELS
+    lines = report.text().splitlines()
+    assert lines[0].strip("- ") == "dex_jax selfcheck"
+    assert lines[-1] == "all checks hold"
+    for package in ("jax", "jaxlib", "flax", "numpy"):
+        assert f"{package} " in report.facts["versions"]
+    assert "cpu" in report.facts["device"]
+    assert report.facts["dtype"] == "float32"
+    assert report.facts["schedule"] == "DEX-1/3, exits at 1, 2, 3, 2 rows"
+    assert all(report.facts[label] > 0 for label in LABELS if label.endswith(("(ms)", "(s)")))
+    assert sum(line.startswith("ok   ") for line in lines) == 7
+
+
+def test_json_holds_the_same(report) -> None:
+    read = json.loads(report.json())
+    assert read["holds"] is True
+    assert list(read["facts"]) == LABELS
+    assert [finding["name"] for finding in read["findings"]] == [finding.name for finding in report.findings]
+
+
+def outputs(lm, method, **options):
+    return [dex_jax.generate(lm, [[1, 2, 3]], method=method, exits="shared", max_new_tokens=24, **options)]
+
+
+def test_a_wrong_token_is_found(lm) -> None:
+    method = dex_jax.Dex(explorers=3)
+    explored, plain = outputs(lm, method), outputs(lm, dex_jax.AR())
+    explored[0].tokens[0, 5] = (explored[0].tokens[0, 5] + 1) % CONFIG.vocab_size
+    finding = selfcheck._same_tokens(lm, "tokens", explored, plain, 0.0)
+    assert not finding.holds
+    assert "prompt 1 differs from token 5 on" in finding.detail
+    assert "too wide to be rounding" in finding.detail
+
+
+def test_wrong_ticks_and_exits_are_found(lm) -> None:
+    method = dex_jax.Dex(explorers=3)
+    schedule = method.schedule(CONFIG.num_layers)
+    explored = outputs(lm, method)
+    assert selfcheck._counted_ticks("greedy", explored, schedule).holds
+    assert selfcheck._forced_exits(lm, "greedy", explored, schedule, 0.0).holds
+    explored[0].stats.exits[0, 3] = explored[0].stats.exits[0, 3] % 3 + 1
+    assert not selfcheck._counted_ticks("greedy", explored, schedule).holds
+    assert not selfcheck._forced_exits(lm, "greedy", explored, schedule, 0.0).holds
+    failed = selfcheck.Report({}, [selfcheck._counted_ticks("greedy", explored, schedule)])
+    assert not failed.holds
+    assert failed.text().splitlines()[-1] == "FAILED"
+
+
+def test_exit_codes(monkeypatch, capsys, report) -> None:
+    monkeypatch.setattr(selfcheck, "load", lambda model, dtype: None)
+    monkeypatch.setattr(selfcheck, "selfcheck", lambda lm, notify: report)
+    assert selfcheck.main([]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.rstrip("\n") == report.text()
+    assert printed.err == ""
+    assert selfcheck.main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["holds"] is True
+    broken = selfcheck.Report({}, [selfcheck.Finding("tokens", False, "differ")])
+    monkeypatch.setattr(selfcheck, "selfcheck", lambda lm, notify: broken)
+    assert selfcheck.main([]) == 1
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2() -> None:
+    command = [sys.executable, "-m", "dex_jax.selfcheck", "--model", "no-such-model"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_without_resource_the_peak_is_unknown(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert selfcheck._peak_memory() is None
