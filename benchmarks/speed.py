@@ -192,7 +192,7 @@ print(peak() - before, lm.parameter_bytes)
 
 
 def peak_memory(cache_bytes: int) -> dict[str, float]:
-    """Peak resident memory of what decode.py does, above that after imports, over parameters plus caches (Linux only)."""
+    """Peak resident memory of what decode.py does above that after imports, over parameters plus caches (Linux)."""
     done = subprocess.run([sys.executable, "-c", PEAK_PROGRAM, PROMPT], capture_output=True, text=True, check=True)
     peak, parameters = map(int, done.stdout.split()[-2:])
     return {"peak_bytes": peak, "needed_bytes": parameters + cache_bytes, "ratio": peak / (parameters + cache_bytes)}

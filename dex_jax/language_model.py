@@ -16,6 +16,7 @@ from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.network import extend
 from dex_jax.errors import DexError
+from dex_jax.host_memory import return_free_memory
 from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
 from dex_jax.nn.transformer import (
     Layout,
@@ -27,6 +28,9 @@ from dex_jax.nn.transformer import (
     relayout,
 )
 from dex_jax.prompts import Prompt, encode_prompt
+
+LARGE_TENSOR = 2**22
+"""Bytes of a tensor after whose reading freed memory is worth giving back."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -133,6 +137,7 @@ class Outline:
                     "dtype or a smaller model (decode.py --dry-run shows what each needs)"
                 ) from error
             raise
+        return_free_memory()
         return LanguageModel(model, self.tokenizer, self.checkpoint.source, self.checkpoint.fingerprint())
 
 
@@ -218,6 +223,8 @@ def _reader(checkpoint: Checkpoint, dtype: jnp.dtype, on_tensor: Callable[[int, 
         nonlocal done
         tensor = checkpoint.read(name)
         done += sizes[name]
+        if sizes[name] >= LARGE_TENSOR:
+            return_free_memory()
         if on_tensor is not None:
             on_tensor(done, total)
         return tensor

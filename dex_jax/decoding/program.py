@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from dex_jax.host_memory import return_free_memory
 
 
 class Program:
@@ -42,14 +43,10 @@ class Program:
         if key not in self._compiled:
             begin = time.perf_counter()
             self._compiled[key] = self.jitted.lower(*args, **static).compile()
-            _return_free_memory()
+            # What the trace leaves behind is never used again, and weighs as much as the program itself.
+            self.jitted.clear_cache()
+            gc.collect()
+            return_free_memory()
             self.compile_seconds += time.perf_counter() - begin
             self.compilations += 1
         return self._compiled[key]
-
-
-def _return_free_memory() -> None:
-    """Gives back to the system what compilation has freed: glibc keeps it, some 250 MB for a model of 30 layers."""
-    # Other C libraries have no such function, and Windows no such handle.
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
