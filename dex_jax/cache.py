@@ -55,6 +55,13 @@ def shapes(config: ModelConfig, layout: Layout, batch: int, length: int, slots: 
     return Memory(leaves(length), leaves(length), leaves(slots), leaves(slots))
 
 
+def with_lattice(memory: Memory, config: ModelConfig, layout: Layout, slots: int) -> Memory:
+    """The same committed prefix with `slots` = K W empty lattice slots, whatever slots it had."""
+    leaf = jax.tree.leaves(memory.keys)[0]
+    fresh = allocate(config, layout, leaf.shape[-4], 0, slots, leaf.dtype)
+    return memory._replace(lattice_keys=fresh.lattice_keys, lattice_values=fresh.lattice_values)
+
+
 def after(index: jax.Array, *results: jax.Array) -> jax.Array:
     """`index` unchanged, but not known before every one of `results` (any float arrays) has been computed.
 

@@ -25,6 +25,9 @@ from dex_jax.sampling import Sampling, sampling_keys
 
 TICKS_PER_CALL = 64
 
+SMALLEST_TEMPERATURE = 1e-6
+"""Below it float32 logits overflow when divided, and sampling is greedy long before."""
+
 
 def generate(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options) -> Output:
     """Generates continuations of a batch of prompts.
@@ -202,13 +205,12 @@ def _compile_seconds() -> float:
 def _encode(
     lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], chat: bool, num_samples: int, max_new_tokens: int
 ) -> list[list[int]]:
-    if max_new_tokens < 1:
-        raise DexError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if num_samples < 1:
-        raise DexError(f"num_samples must be at least 1, not {num_samples}")
-    batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+    _whole(max_new_tokens=max_new_tokens, num_samples=num_samples)
+    batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts or ())
     if not batch:
         raise DexError("there is no prompt: give at least one")
+    if isinstance(batch[0], (int, np.integer, dict)):
+        raise DexError("prompts is a list of prompts: put a list of token ids or of messages into a list of its own")
     ids = [lm.encode(prompt, chat) for prompt in batch]
     for number, prompt in enumerate(ids, 1):
         if len(prompt) + max_new_tokens > lm.config.context:
@@ -224,8 +226,10 @@ def _sampling(
 ) -> tuple[Sampling | None, list[int] | None]:
     if not (np.isfinite(temperature) and temperature >= 0):
         raise DexError(f"temperature must be 0 (greedy) or above, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise DexError(f"top_k must be at least 1, not {top_k}")
+    if 0 < temperature < SMALLEST_TEMPERATURE:
+        raise DexError(f"temperature {temperature} is too small to divide by: use 0, which is greedy")
+    if top_k is not None:
+        _whole(top_k=top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise DexError(f"top_p must lie in (0, 1], not {top_p}")
     seeds = [int(seed) + row for row in range(batch)] if isinstance(seed, (int, np.integer)) else list(map(int, seed))
@@ -242,6 +246,14 @@ def _sampling(
         ),
         seeds,
     )
+
+
+def _whole(**values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise DexError(f"{name} must be a whole number, not {value!r}")
+        if value < 1:
+            raise DexError(f"{name} must be at least 1, not {value}")
 
 
 def _output(run: _Prepared, record: Record, times: dict[str, float]) -> Output:

@@ -82,7 +82,7 @@ class Dex:
             stages = DEFAULT_EXPLORERS if self.explorers is None else self.explorers
             if self.explorers is None:
                 stages = min(stages, num_layers)
-            if not 1 <= stages <= num_layers:
+            if isinstance(stages, bool) or not isinstance(stages, int) or not 1 <= stages <= num_layers:
                 raise DexError(f"explorers must be from 1 to the model's {num_layers} layers, not {stages}")
             return even_depths(stages, num_layers)
         depths = tuple(int(x) for x in self.depths)
@@ -105,7 +105,7 @@ class Dex:
                     f"to K = {FULL_ROWS_LIMIT}, give a number of rows instead"
                 )
             return full_rows(stages)
-        if isinstance(self.rows, str) or self.rows < 1:
+        if isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1:
             raise DexError(f'rows must be a whole number of at least 1, or "full", not {self.rows}')
         return int(self.rows)
 

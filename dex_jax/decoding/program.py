@@ -26,7 +26,7 @@ class Program:
 
     def __init__(self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[int, ...] = ()):
         self.name = function.__name__
-        self.jitted = jax.jit(function, static_argnames=static, donate_argnums=donate)
+        self.jitted: Any = jax.jit(function, static_argnames=static, donate_argnums=donate)
         self.compilations = 0
         self.compile_seconds = 0.0
         self._compiled: dict[Any, Any] = {}

@@ -87,11 +87,13 @@ def start_decoding(
     spec: Spec,
     capacity: int,
 ) -> Any:
-    """Chooses token 0 and returns the state of the method's loop before its first tick."""
+    """Chooses token 0 and returns the state of the method's loop before its first tick; `memory` has no lattice yet."""
     model = merge_model(spec.config, spec.layout, weights)
     token = ar.next_token(model, last, lengths, sampling)
     if spec.schedule.method == "ar":
         return ar.init(memory, token, lengths, capacity=capacity, limits=limits)
+    slots = spec.schedule.stages * spec.schedule.rows
+    memory = cache.with_lattice(memory, spec.config, spec.layout, slots)
     return loop.init(
         _network(model, spec),
         memory,
@@ -203,10 +205,8 @@ class Session:
 
     def _blank(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
         """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
-        schedule, batch = self.spec.schedule, len(self.lengths)
-        slots = 0 if schedule.method == "ar" else schedule.stages * schedule.rows
-        config, dtype = self.lm.config, self.lm.dtype
-        memory = cache.allocate(config, self.lm.layout, batch, self.cache_length, slots, dtype)
+        batch, config, dtype = len(self.lengths), self.lm.config, self.lm.dtype
+        memory = cache.allocate(config, self.lm.layout, batch, self.cache_length, 0, dtype)
         return memory, jnp.zeros((batch, config.width), dtype), jnp.asarray(self.lengths)
 
     def spec_of_prefill(self) -> Spec:

@@ -30,7 +30,7 @@ class SessionShapes(NamedTuple):
 
     Attributes:
       weights: of the model, in one layout.
-      memory: committed cache and lattice cache.
+      memory: committed cache, as before the lattice is there.
       last: [B, D], hidden states of last prompt tokens.
       lengths: [B] int32, prompt lengths.
       limits, sampling: as in a session; sampling is None when greedy, and has both filters otherwise.
@@ -124,9 +124,8 @@ def session_shapes(
 ) -> SessionShapes:
     """The shapes of a session's arrays; `capacity` is T, room for new tokens (None: as much as the cache)."""
     capacity = cache_length if capacity is None else capacity
-    slots = 0 if schedule.method == "ar" else schedule.stages * schedule.rows
     weights = abstract_weights(config, layout, dtype)
-    memory = cache.shapes(config, layout, batch, cache_length, slots, dtype)
+    memory = cache.shapes(config, layout, batch, cache_length, 0, dtype)
     array: Any = jax.ShapeDtypeStruct  # stands where arrays will
     last, lengths, scalar = array((batch, config.width), dtype), array((batch,), jnp.int32), array((), jnp.int32)
     limits = Limits(lengths, array((max(len(config.eos_ids), 1),), jnp.int32))
