@@ -80,14 +80,24 @@ def after(index: jax.Array, *results: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(index, *results, tpu=lambda index, *results: index, default=wait)
 
 
-def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes R consecutive positions of each sequence: cache [B, G, S, d], new [B, G, R, d], start [B]."""
+def write_rows(
+    cache: jax.Array, new: jax.Array, start: jax.Array, layer: tuple[int | jax.Array, ...] = ()
+) -> jax.Array:
+    """Writes R consecutive positions of each sequence into one layer.
+
+    Args:
+      cache: [B, G, S, d], or [l, K, B, G, S, d] with `layer` saying which.
+      new: [B, G, R, d].
+      start: [B] int32, the first position of each sequence.
+      layer: () or (index within the stage, stage).
+    """
 
     def write(b: int | jax.Array, cache: jax.Array) -> jax.Array:
         row = jax.lax.dynamic_slice_in_dim(new, b, 1, axis=0)
-        return jax.lax.dynamic_update_slice(cache, row, (b, 0, start[b], 0))
+        row = row.reshape((1,) * len(layer) + row.shape)
+        return jax.lax.dynamic_update_slice(cache, row, (*layer, b, 0, start[b], 0))
 
-    return _for_each(cache.shape[0], write, cache)
+    return _for_each(cache.shape[-4], write, cache)
 
 
 def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax.Array) -> Memory:

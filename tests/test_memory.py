@@ -42,8 +42,8 @@ def compiled(method, layout, batch: int):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize(
     ("method", "layout"),
-    [(AR(), Unrolled()), (Dex(explorers=2), Unrolled()), (Dex(explorers=2), Stacked((2, 4)))],
-    ids=["ar", "dex", "dex-stacked"],
+    [(AR(), Unrolled()), (Dex(explorers=2), Unrolled()), (AR(), Stacked((2, 4))), (Dex(explorers=2), Stacked((2, 4)))],
+    ids=["ar", "dex", "ar-stacked", "dex-stacked"],
 )
 def test_no_step_copies_a_committed_cache(method, layout, batch) -> None:
     program, state = compiled(method, layout, batch)

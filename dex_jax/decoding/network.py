@@ -71,11 +71,14 @@ def _extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Ar
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
     x = model.embed_tokens(tokens)
 
-    def layer_step(layer: DecoderLayer, x, keys, values):
-        committed = jnp.arange(keys.shape[2])[None, None, :] < start[:, None, None]
-        x, new_keys, new_values = _run_layer(layer, x, table, [KeyValues(keys, values, committed)], causal)
-        place = after(start, x)
-        return x, write_rows(keys, new_keys, place), write_rows(values, new_values, place)
+    def layer_step(
+        layer: DecoderLayer, x: jax.Array, keys: jax.Array, values: jax.Array, place: tuple = ()
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        committed = jnp.arange(keys.shape[-2])[None, None, :] < start[:, None, None]
+        memory = [KeyValues(keys[place], values[place], committed)]
+        x, new_keys, new_values = _run_layer(layer, x, table, memory, causal)
+        at = after(start, x)
+        return x, write_rows(keys, new_keys, at, place), write_rows(values, new_values, at, place)
 
     if not isinstance(model.layout, Stacked):
         all_keys, all_values = list(memory.keys), list(memory.values)
@@ -93,8 +96,8 @@ def _extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Ar
         x, keys, values = carry
         j, k = place[0], place[1]
         layer = nnx.merge(graph, jax.tree.map(lambda w: w[j, k], weights))
-        x, new_keys, new_values = layer_step(layer, x, keys[j, k], values[j, k])
-        return (x, keys.at[j, k].set(new_keys), values.at[j, k].set(new_values)), x
+        x, keys, values = layer_step(layer, x, keys, values, (j, k))
+        return (x, keys, values), x
 
     (_, keys, values), states = jax.lax.scan(scan_body, (x, memory.keys, memory.values), places)
     return states, memory._replace(keys=keys, values=values)
