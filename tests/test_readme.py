@@ -1,0 +1,31 @@
+"""The README's library example runs as it stands, on fewer tokens and stages than it names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import dex_jax
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def test_the_library_example_runs(monkeypatch, capsys, smollm2) -> None:
+    real = dex_jax.generate
+
+    def shortened(lm, prompts, method=None, **options):
+        method = method if isinstance(method, dex_jax.AR) else dex_jax.Dex(explorers=2)
+        return real(lm, prompts, method=method, **(options | {"max_new_tokens": 4}))
+
+    monkeypatch.setattr(dex_jax, "load", lambda source: smollm2)
+    monkeypatch.setattr(dex_jax, "generate", shortened)
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(example, str(README), "exec"), {})
+    assert capsys.readouterr().out.count("\n") >= 2
+
+
+def test_public_names_are_documented() -> None:
+    for name in dex_jax.__all__:
+        documentation = getattr(dex_jax, name).__doc__
+        assert documentation, name
+        assert not documentation.startswith(f"{name}("), f"{name} has a generated docstring"
