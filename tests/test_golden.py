@@ -81,11 +81,11 @@ def test_family_greedy_ar(family) -> None:
     assert_greedy_equals(lm, golden["prompts"], dex_jax.AR(), FAMILIES_GOLDEN["max_new_tokens"])
 
 
-# Compiling is what takes time here: every family runs K = 2, and one of each attention (plain, biased, normalised) the
-# two ends, K = 1 and a stage for every layer.
+# Compiling is what takes time here: one family of each attention (plain, biased, normalised) runs K = 2 and a stage for
+# every layer, one of them K = 1; what the other families add, AR and the logits have shown.
 @pytest.mark.parametrize(
     ("family", "explorers"),
-    [(name, 2) for name in FAMILIES] + [(name, k) for name in EACH_ATTENTION for k in (1, "layers")],
+    [("llama3", 1)] + [(name, k) for name in EACH_ATTENTION for k in (2, "layers")],
     indirect=["family"],
 )
 def test_family_greedy_dex(family, explorers) -> None:
@@ -122,4 +122,4 @@ def test_smollm2_greedy_ar(smollm2, start) -> None:
 
 def test_smollm2_greedy_dex(smollm2) -> None:
     prompts = SMOLLM2_GOLDEN["prompts"][:BATCH]
-    assert_greedy_equals(smollm2, prompts, dex_jax.Dex(explorers=5), SMOLLM2_GOLDEN["max_new_tokens"])
+    assert_greedy_equals(smollm2, prompts, dex_jax.Dex(explorers=3), SMOLLM2_GOLDEN["max_new_tokens"])
