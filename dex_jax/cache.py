@@ -97,7 +97,7 @@ def write_rows(
         row = row.reshape((1,) * len(layer) + row.shape)
         return jax.lax.dynamic_update_slice(cache, row, (*layer, b, 0, start[b], 0))
 
-    return _for_each(cache.shape[-4], write, cache)
+    return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))
 
 
 def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax.Array) -> Memory:
@@ -120,7 +120,7 @@ def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax
                 new = jax.lax.dynamic_slice(lattice, (*layer, b, 0, slot[b], 0), size)
                 return jax.lax.dynamic_update_slice(cache, new, (*layer, b, 0, after(position[b], new), 0))
 
-            return _for_each(cache.shape[-4], write, cache)
+            return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))
 
         if cache.ndim == 4:
             return copy(cache)
@@ -134,12 +134,15 @@ def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax
     )
 
 
-def _for_each(batch: int, write: Callable[[int | jax.Array, jax.Array], jax.Array], cache: jax.Array) -> jax.Array:
+def _for_each(
+    batch: int, write: Callable[[int | jax.Array, jax.Array], jax.Array], cache: jax.Array, unrolled: bool
+) -> jax.Array:
     """Applies write(b, cache) for b = 0 .. B - 1, in place.
 
-    Not a vmapped write, which is a scatter: TPUs want the whole cache in another layout for it, a second copy.
+    Not a vmapped write, which is a scatter: TPUs want the whole cache in another layout for it, a second copy. Within a
+    loop over layers the writes are `unrolled`: there is one layer to compile, and a loop of their own would be copied.
     """
-    if batch > UNROLLED_WRITES:
+    if batch > UNROLLED_WRITES and not unrolled:
         return jax.lax.fori_loop(0, batch, write, cache)
     for b in range(batch):
         cache = write(b, cache)
