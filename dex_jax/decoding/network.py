@@ -51,7 +51,7 @@ def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Arr
     Returns:
       (hidden states [B, R, D] at depth L, memory).
     """
-    states, memory = _extend(model, memory, tokens, start)
+    states, memory = extend_with_states(model, memory, tokens, start)
     return states[-1], memory
 
 
@@ -59,12 +59,12 @@ def depth_states(model: Transformer, tokens: jax.Array, depths: tuple[int, ...])
     """Hidden states at every exit depth, without a prefix: tokens [B, R] int32 -> [K, B, R, D]."""
     batch, rows = tokens.shape
     memory = allocate(model.config, model.layout, batch, rows, 0, model.embed[...].dtype)
-    states, _ = _extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
+    states, _ = extend_with_states(model, memory, tokens, jnp.zeros(batch, jnp.int32))
     return jnp.stack([states[depth - 1] for depth in depths])
 
 
-def _extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array) -> tuple[Any, Memory]:
-    """`extend`, with the hidden states after every layer: L of [B, R, D]."""
+def extend_with_states(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array) -> tuple[Any, Memory]:
+    """`extend`, with the states after every layer: L of [B, R, D] (stacked layout: one array [L, B, R, D])."""
     batch, rows = tokens.shape
     positions = start[:, None] + jnp.arange(rows)[None, :]
     table = rope_table(positions, model.config)
