@@ -1,0 +1,1 @@
+"""Training of exit heads: data, losses, trainer."""

@@ -1,0 +1,129 @@
+"""Items: what a row of the training stream runs from position 0 to its end, and how the device sees many of them.
+
+An item is a script of turns. In each turn some tokens are forced, then the model goes on freely. So a prompt and its
+answer, a prompt that the model writes itself, and a given text are one thing, and reading and decoding one program.
+
+Letters: N scripts, S longest item, G turns a script.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dex_jax.errors import DexError
+
+MAX_TURNS = 4
+"""G: each turn costs a few numbers a script."""
+
+NO_ITEM = -1
+"""Stands for the item number, token and position of a step in which a row is idle."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Forced tokens, then free ones.
+
+    A free part ends at its limit or where the model chooses an end token. That token is never run: what follows is the
+    next turn's first forced token, or the next item.
+
+    Attributes:
+      forced: token ids, at least one.
+      limit: most free tokens after them; 0 for none.
+      temperature: of the free part; 0 is greedy.
+      top_p: of the free part, in (0, 1]; 1 keeps every token. Unused when greedy.
+      forced_weight: how much a step counts whose next token this turn forces. Steps whose next token is free count 1.
+    """
+
+    forced: tuple[int, ...]
+    limit: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    forced_weight: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One to MAX_TURNS turns, run one after another in one row."""
+
+    turns: tuple[Turn, ...]
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that can be run."""
+        return sum(len(turn.forced) + turn.limit for turn in self.turns)
+
+
+class Scripts(NamedTuple):
+    """N items as arrays.
+
+    Attributes:
+      forced: [N, S] int32, forced tokens of all turns one after another.
+      end: [N, G] int32, where in `forced` each turn's tokens end.
+      limit: [N, G] int32.
+      temperature, top_p, forced_weight: [N, G] float32.
+      turns: [N] int32, how many turns there are.
+      number: [N] int32, the item's number in its sequence; NO_ITEM where there is no item.
+    """
+
+    forced: np.ndarray
+    end: np.ndarray
+    limit: np.ndarray
+    temperature: np.ndarray
+    top_p: np.ndarray
+    forced_weight: np.ndarray
+    turns: np.ndarray
+    number: np.ndarray
+
+
+def script(item: Item, number: int, length: int) -> Scripts:
+    """One item as arrays without the axis N.
+
+    Args:
+      item: what to run.
+      number: its number.
+      length: S.
+
+    Raises:
+      DexError: no turns or too many, a turn that forces nothing, or an item that may grow longer than S.
+    """
+    if not 1 <= len(item.turns) <= MAX_TURNS:
+        raise DexError(f"item {number} has {len(item.turns)} turns: give it 1 to {MAX_TURNS}")
+    if any(not turn.forced for turn in item.turns):
+        raise DexError(f"item {number} has a turn without forced tokens: start every turn with at least one")
+    if any(turn.limit < 0 or turn.temperature < 0 or not 0 < turn.top_p <= 1 for turn in item.turns):
+        raise DexError(f"item {number} needs limits and temperatures of at least 0 and top_p above 0, at most 1")
+    if item.longest > length:
+        raise DexError(f"item {number} may grow to {item.longest} tokens and rows hold {length}: lower its limits")
+    forced = np.zeros(length, np.int32)
+    tokens = [token for turn in item.turns for token in turn.forced]
+    forced[: len(tokens)] = tokens
+
+    def per_turn(values: Sequence[float], dtype: type) -> np.ndarray:
+        out: np.ndarray = np.zeros(MAX_TURNS, dtype)
+        out[: len(values)] = values
+        return out
+
+    return Scripts(
+        forced=forced,
+        end=per_turn(np.cumsum([len(turn.forced) for turn in item.turns]).tolist(), np.int32),
+        limit=per_turn([turn.limit for turn in item.turns], np.int32),
+        temperature=per_turn([turn.temperature for turn in item.turns], np.float32),
+        top_p=per_turn([turn.top_p for turn in item.turns], np.float32),
+        forced_weight=per_turn([turn.forced_weight for turn in item.turns], np.float32),
+        turns=np.asarray(len(item.turns), np.int32),
+        number=np.asarray(number, np.int32),
+    )
+
+
+def no_script(length: int) -> Scripts:
+    """What fills a place without an item."""
+    return script(Item((Turn((0,)),)), NO_ITEM, length)
+
+
+def stack_scripts(scripts: Sequence[Scripts]) -> Scripts:
+    """N scripts of one S, along a new first axis."""
+    return Scripts(*(np.stack(field) for field in zip(*scripts, strict=True)))

@@ -1,0 +1,316 @@
+"""The training stream: activations of a frozen model, made as they are used, in rows that never wait.
+
+Every step runs one token of each of B rows through all layers. Where an item's script says so the token is forced,
+elsewhere it is the model's own choice, so reading a prompt and answering it are one program. A row whose item ends
+starts the next waiting item in the very next step: what the old one left in the cache lies beyond the new one's
+positions, masked until it is overwritten.
+
+Letters: B rows, n steps of a chunk, H steps of history, X trained depths, L depths, D width, S longest item, N scripts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax import cache
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.network import extend_with_states
+from dex_jax.decoding.program import Program
+from dex_jax.errors import DexError
+from dex_jax.language_model import LanguageModel, merge_model
+from dex_jax.nn.transformer import Layout
+from dex_jax.sampling import sampling_keys
+from dex_jax.training.items import NO_ITEM, Item, Scripts, no_script, script, stack_scripts
+from dex_jax.training.rows import Rows, advance, choices, take_items
+
+
+class Activations(NamedTuple):
+    """One chunk of the stream.
+
+    Step i and an earlier step j belong to the same item iff position[j] >= 0 and position[j] == position[i] - (i - j).
+
+    Attributes:
+      states: [X, B, n, D], hidden states at the trained depths, in the model's dtype.
+      final: [B, H + n, D], hidden state at depth L before the final norm; the first H steps are history.
+      token: [B, H + n] int32, input token of each step; NO_ITEM where there is none.
+      position: [B, H + n] int32, its position within its item, from 0; NO_ITEM where there is none.
+      weight: [B, n] float32, how much a step counts: 1 where the model chose the next token, its turn's forced_weight
+        where the script did, 0 where the row was idle. An item's last step counts as the part that it stands in.
+    """
+
+    states: jax.Array
+    final: jax.Array
+    token: jax.Array
+    position: jax.Array
+    weight: jax.Array
+
+
+class StreamState(NamedTuple):
+    """All that the device carries from chunk to chunk.
+
+    Attributes:
+      memory: keys and values of S positions a row.
+      rows: where the rows stand.
+      final, token, position: the last H steps as in Activations, [B, H, D] and [B, H].
+    """
+
+    memory: cache.Memory
+    rows: Rows
+    final: jax.Array
+    token: jax.Array
+    position: jax.Array
+
+
+class Report(NamedTuple):
+    """What the host learns of a chunk.
+
+    Attributes:
+      slot: [B] int32, each row's item when the chunk ended, as in Rows.
+      taken: int32, how many waiting scripts have been started.
+      learnt: int32, steps of weight above 0.
+      idle: int32, steps in which a row had no item.
+      number: [B, n] int32, the item number of each step.
+    """
+
+    slot: jax.Array
+    taken: jax.Array
+    learnt: jax.Array
+    idle: jax.Array
+    number: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSpec:
+    """What the compiled program depends on beside shapes.
+
+    Attributes:
+      config, layout: of the model.
+      depths: the X trained depths, ascending, 1..L.
+      steps: n.
+      history: H.
+      length: S.
+      end_ids: tokens that end a free part.
+
+    Raises:
+      DexError: depths that the model does not have, or sizes that make no stream.
+    """
+
+    config: ModelConfig
+    layout: Layout
+    depths: tuple[int, ...]
+    steps: int
+    history: int
+    length: int
+    end_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        layers = self.config.num_layers
+        if not self.depths or any(not 1 <= depth <= layers for depth in self.depths):
+            raise DexError(f"trained depths {self.depths} do not fit: give at least one from 1 to {layers}")
+        if not 2 <= self.length <= self.config.context:
+            raise DexError(f"items of {self.length} tokens do not fit: choose from 2 to {self.config.context}")
+        if self.steps < 1 or self.history < 0:
+            raise DexError(f"a chunk needs at least 1 step and 0 of history, not {self.steps} and {self.history}")
+
+
+def state_shapes(spec: StreamSpec, batch: int, dtype: jnp.dtype) -> StreamState:
+    """The state of B rows as jax.ShapeDtypeStruct; the sum of their bytes is what the stream holds on the device."""
+
+    memory = cache.shapes(spec.config, spec.layout, batch, spec.length, 0, dtype)
+    return jax.eval_shape(lambda memory: start_rows(memory, spec), memory)
+
+
+def start_rows(memory: cache.Memory, spec: StreamSpec) -> StreamState:
+    """Idle rows without history over any memory, whose contents do not matter."""
+    leaf = jax.tree.leaves(memory.keys)[0]
+    batch = leaf.shape[-4]
+    return StreamState(
+        memory=memory,
+        rows=Rows(jnp.full(batch, NO_ITEM, jnp.int32), *(jnp.zeros(batch, jnp.int32) for _ in range(5))),
+        final=jnp.zeros((batch, spec.history, spec.config.width), leaf.dtype),
+        token=jnp.full((batch, spec.history), NO_ITEM, jnp.int32),
+        position=jnp.full((batch, spec.history), NO_ITEM, jnp.int32),
+    )
+
+
+def produce(
+    weights: Any, state: StreamState, scripts: Scripts, waiting: jax.Array, key: jax.Array, *, spec: StreamSpec
+) -> tuple[StreamState, Activations, Report]:
+    """Runs n steps of all rows.
+
+    Args:
+      weights: of the model.
+      state: donate it.
+      scripts: N of them. Number b < B is what row b is running, where it runs anything; the rest wait, in order.
+      waiting: int32 scalar, how many wait.
+      key: PRNG key. The token at a position of an item is drawn with fold_in(fold_in(key, item number), position), so
+        an item's tokens do not depend on the row or the chunk that it runs in.
+      spec: statics.
+    """
+    model = merge_model(spec.config, spec.layout, weights)
+    batch = state.rows.slot.shape[0]
+    slot = jnp.where(state.rows.slot == NO_ITEM, NO_ITEM, jnp.arange(batch))
+
+    def step(carry: Any, _: None) -> tuple[Any, Any]:
+        memory, rows, taken = carry
+        rows, taken = take_items(rows, scripts, taken, waiting)
+        idle = rows.slot == NO_ITEM
+        tokens, start = jnp.where(idle, 0, rows.token), jnp.where(idle, 0, rows.position)
+        states, memory = extend_with_states(model, memory, tokens[:, None], start)
+        final = states[-1][:, 0]
+        number = jnp.where(idle, NO_ITEM, scripts.number[jnp.maximum(rows.slot, 0)])
+        token, position = (jnp.where(idle, NO_ITEM, x) for x in (rows.token, rows.position))
+        chosen = choices(model, final, rows, scripts, key)
+        rows, weight = advance(rows, scripts, chosen, spec.end_ids)
+        kept = jnp.stack([states[depth - 1][:, 0] for depth in spec.depths])
+        return (memory, rows, taken), (kept, final, token, position, weight, number)
+
+    carry = (state.memory, state.rows._replace(slot=slot), jnp.int32(0))
+    (memory, rows, taken), out = jax.lax.scan(step, carry, None, length=spec.steps)
+    states, *by_row = (jnp.moveaxis(x, 0, -2 if x.ndim > 2 else -1) for x in out)
+    final, token, position, weight, number = by_row
+    final = jnp.concatenate([state.final, final], axis=1)
+    token = jnp.concatenate([state.token, token], axis=1)
+    position = jnp.concatenate([state.position, position], axis=1)
+    state = StreamState(memory, rows, *(x[:, spec.steps :] for x in (final, token, position)))
+    report = Report(rows.slot, taken, jnp.sum(weight > 0), jnp.sum(number == NO_ITEM), number)
+    return state, Activations(states, final, token, position, weight), report
+
+
+PRODUCE = Program(produce, static=("spec",), donate=(1,))
+
+
+Cursor = dict[str, int]
+
+
+class Stream:
+    """The host's side: hands items to rows between chunks.
+
+    Attributes:
+      spec: what is compiled.
+      batch: B.
+      steps_run, steps_idle: row-steps since the start, and how many of them had no item.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        items: Callable[[int], Item | None],
+        *,
+        batch: int,
+        steps: int,
+        history: int,
+        length: int,
+        depths: tuple[int, ...],
+        seed: int = 0,
+        waiting: int | None = None,
+        on_item: Callable[[int, list[int]], None] | None = None,
+    ):
+        """A stream that starts with item 0; `restart` with a cursor starts it elsewhere.
+
+        Args:
+          lm: the frozen model.
+          items: the item of each number from 0, the same at every call; None from some number on ends the stream.
+          batch: B.
+          steps: n.
+          history: H.
+          length: S, the longest item.
+          depths: trained depths, ascending, 1..L.
+          seed: of the sampled tokens.
+          waiting: how many items are at hand in each chunk beside those that run; None is B. Rows idle when more of
+            them end in one chunk.
+          on_item: called with (item number, tokens run) of each item that has ended, by number within a chunk.
+
+        Raises:
+          DexError: as StreamSpec, or a batch without rows.
+        """
+        if batch < 1 or (waiting is not None and waiting < 1):
+            raise DexError(f"a stream needs at least one row and one waiting item, not {batch} and {waiting}")
+        self.spec = StreamSpec(lm.config, lm.layout, tuple(depths), steps, history, length, lm.eos_ids)
+        self.batch = batch
+        self.steps_run = self.steps_idle = 0
+        self._lm, self._items, self._on_item = lm, items, on_item
+        self._places = batch if waiting is None else waiting
+        self._no_script = no_script(length)
+        self._running: list[Scripts | None]
+        self._waiting: deque[Scripts]
+        self._texts: dict[int, list[int]]
+        memory = cache.allocate(lm.config, lm.layout, batch, length, 0, lm.dtype)
+        self._state = start_rows(memory, self.spec)
+        self._begin({"item": 0, "seed": seed})
+
+    @property
+    def cursor(self) -> Cursor:
+        """{"item": the first item that no row has started, "seed"}: JSON-able, where `restart` goes on."""
+        return {"item": self._next_item - len(self._waiting), "seed": self._seed}
+
+    @property
+    def done(self) -> bool:
+        """Whether the items have come to their end and no row runs any."""
+        self._fill()
+        return not self._waiting and all(script is None for script in self._running)
+
+    @property
+    def idle_share(self) -> float:
+        """The share of row-steps so far that had no item."""
+        return self.steps_idle / max(1, self.steps_run)
+
+    def restart(self, cursor: Cursor | None = None) -> None:
+        """Drops half-done items and history: the next chunk starts new items from `cursor`, None being where it is.
+
+        A stream restarted at a cursor and a new one restarted there give the same chunks, bit for bit.
+        """
+        self._state = start_rows(self._state.memory, self.spec)
+        self._begin(self.cursor if cursor is None else cursor)
+
+    def next(self) -> tuple[Activations, int]:
+        """(one chunk, how many of its steps are learnt from); idle throughout once the stream is done."""
+        self._fill()
+        missing = self._places - len(self._waiting)
+        places = [*self._running, *self._waiting, *[None] * missing]
+        scripts = stack_scripts([self._no_script if place is None else place for place in places])
+        arguments = (self._lm.weights, self._state, jax.tree.map(jnp.asarray, scripts), jnp.int32(len(self._waiting)))
+        self._state, activations, report = PRODUCE(*arguments, self._key, spec=self.spec)
+        report = jax.device_get(report)
+        self.steps_run += self.batch * self.spec.steps
+        self.steps_idle += int(report.idle)
+        self._running = [None if slot == NO_ITEM else places[slot] for slot in report.slot]
+        for _ in range(int(report.taken)):
+            self._waiting.popleft()
+        if self._on_item is not None:
+            self._collect(np.asarray(activations.token)[:, self.spec.history :], report.number)
+        return activations, int(report.learnt)
+
+    def _begin(self, cursor: Cursor) -> None:
+        self._next_item, self._seed = int(cursor["item"]), int(cursor["seed"])
+        self._key = sampling_keys([self._seed])[0]
+        self._running = [None] * self.batch
+        self._waiting = deque()
+        self._ended = False
+        self._texts = {}
+
+    def _fill(self) -> None:
+        while len(self._waiting) < self._places and not self._ended:
+            item = self._items(self._next_item)
+            if item is None:
+                self._ended = True
+                return
+            self._waiting.append(script(item, self._next_item, self.spec.length))
+            self._next_item += 1
+
+    def _collect(self, token: np.ndarray, number: np.ndarray) -> None:
+        for row, numbers in zip(token, number, strict=True):
+            for at in range(len(numbers)):
+                if numbers[at] != NO_ITEM:
+                    self._texts.setdefault(int(numbers[at]), []).append(int(row[at]))
+        running = {int(script.number) for script in self._running if script is not None}
+        assert self._on_item is not None
+        for ended in sorted(self._texts.keys() - running):
+            self._on_item(ended, self._texts.pop(ended))
