@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+
+from dex_jax.errors import DexError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,3 +76,53 @@ class ModelConfig:
     def qkv_width(self) -> int:
         """Rows of the fused query-key-value projection, (H + 2 G) d."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+EXIT_KINDS = ("shared", "linear", "lowrank", "mlp", "attn")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitsConfig:
+    """Shapes of trained exit heads, X of them, one at each of `depths`.
+
+    An exit turns the hidden state at its depth into features in the space after the model's final norm, which the
+    model's own unembedding (all of it, or the rows of a draft vocabulary) turns into logits.
+
+    Attributes:
+      kind: what stands between state and features, after a norm of its own: "shared" nothing, "linear" a residual
+        D x D map (a tuned lens), "lowrank" a residual map of `rank`, "mlp" a linear map plus a gated mlp of `hidden`,
+        "attn" a linear map plus one light decoder layer over (token, previous position), shared by all exits, with
+        its own keys and values of the last `window` committed positions.
+      depths: trained depths, ascending, all below L.
+      width: D.
+      fused: whether a further map of the previous position's features is added; always so for "attn".
+      rank: of "lowrank", for both maps.
+      hidden: mlp width of "mlp" and "attn".
+      heads, head_dim, window: of "attn".
+      draft_size: V', how many tokens the draft vocabulary holds; None is the full vocabulary.
+      norm_eps: epsilon of the norms.
+    """
+
+    kind: str
+    depths: tuple[int, ...]
+    width: int
+    fused: bool = False
+    rank: int = 64
+    hidden: int = 256
+    heads: int = 4
+    head_dim: int = 64
+    window: int = 64
+    draft_size: int | None = None
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.kind not in EXIT_KINDS:
+            raise DexError(f"unknown kind of exits {self.kind!r}: choose one of {', '.join(EXIT_KINDS)}")
+        ascending = all(a < b for a, b in itertools.pairwise((0, *self.depths)))
+        if not self.depths or not ascending:
+            raise DexError(f"exit depths must be positive and ascend without repeats, not {self.depths}")
+
+    @property
+    def needs_previous(self) -> bool:
+        """Whether the features of the position before are an input."""
+        return self.fused or self.kind == "attn"

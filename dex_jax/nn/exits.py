@@ -1,0 +1,266 @@
+"""Exit heads: hidden states at intermediate depths -> features that the model's own unembedding reads.
+
+All exits of a model are of one kind and stacked, so that they run as one vmapped call. Letters: X exits, N rows,
+D width, V' columns of the (draft) vocabulary, C = 2 D inputs of the context layer, S window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, linear, rms_norm, rope_table
+
+Init = Callable[[str, tuple[int, ...], str], jax.Array]
+
+
+class ExitHeads(nnx.Module):
+    """Heads of X exits, stacked along the first axis of every parameter but the context layer's.
+
+    At the start (maps zero, scales the model's final norm) every kind gives what "shared" gives.
+
+    Args:
+      config: shapes.
+      init: (name, shape, kind) -> array; kinds are "norm" (the model's final norm, repeated), "scale", "zero" and
+        "kernel" (as in nn.transformer).
+    """
+
+    def __init__(self, config: ExitsConfig, init: Init):
+        c, count = config, len(config.depths)
+
+        def stacked(name: str, *shape: int, kind: str = "zero") -> nnx.Param:
+            return nnx.Param(init(name, (count, *shape), kind))
+
+        self.config = config
+        self.norm = stacked("norm", c.width, kind="norm")
+        self.map = stacked("map", c.width, c.width) if c.kind in ("linear", "mlp", "attn") else None
+        low = c.kind == "lowrank"
+        self.map_down = stacked("map_down", c.rank, c.width, kind="kernel") if low else None
+        self.map_up = stacked("map_up", c.width, c.rank) if low else None
+        self.previous_norm = stacked("previous_norm", c.width, kind="scale") if c.needs_previous else None
+        fused = c.needs_previous and not low
+        self.previous_map = stacked("previous_map", c.width, c.width) if fused else None
+        low = c.needs_previous and low
+        self.previous_down = stacked("previous_down", c.rank, c.width, kind="kernel") if low else None
+        self.previous_up = stacked("previous_up", c.width, c.rank) if low else None
+        inputs = c.width * (2 if c.needs_previous else 1)
+        mlp = c.kind == "mlp"
+        self.gate_up = stacked("gate_up", 2 * c.hidden, inputs, kind="kernel") if mlp else None
+        self.down = stacked("down", c.width, c.hidden) if mlp else None
+        self.rest = stacked("rest", c.width) if c.draft_size is not None else None
+        self.rest_bias = stacked("rest_bias", kind="zero") if c.draft_size is not None else None
+        self.context = Context(c, init) if c.kind == "attn" else None
+        self.context_map = stacked("context_map", c.width, c.width) if c.kind == "attn" else None
+
+    def base(self, states: jax.Array) -> jax.Array:
+        """Features from a node's own state alone: [X, N, D] -> [X, N, D] in states' dtype.
+
+        They estimate what the final norm gives at depth L, and stand in for it where a parent has not got there yet.
+        """
+        normed = self._normed(states)
+        scaled = normed * self.norm[...][:, None].astype(normed.dtype)
+        return scaled + self._own_map(normed)
+
+    def features(self, states: jax.Array, previous: jax.Array | None, context: jax.Array | None) -> jax.Array:
+        """All that the unembedding needs to know.
+
+        Args:
+          states: [X, N, D] at the exits' depths.
+          previous: [X, N, D], features after the final norm at the position before (or their estimate); None without
+            `needs_previous`.
+          context: [X, N, D] from `Context.output`; None unless the kind is "attn".
+
+        Returns:
+          [X, N, D + 1]: features, and the logit of all tokens outside the draft vocabulary together (-inf without one).
+        """
+        normed = self._normed(states)
+        out = normed * self.norm[...][:, None].astype(normed.dtype) + self._own_map(normed)
+        if previous is not None:
+            before = self._previous_normed(previous)
+            if self.previous_map is not None:
+                out = out + _stacked_linear(before, self.previous_map)
+            if self.previous_down is not None:
+                out = out + _stacked_linear(_stacked_linear(before, self.previous_down), self.previous_up)
+            inputs = jnp.concatenate([normed, before], axis=-1)
+        else:
+            inputs = normed
+        if self.gate_up is not None:
+            gate, up = jnp.split(_stacked_linear(inputs, self.gate_up), 2, axis=-1)
+            out = out + _stacked_linear(jax.nn.silu(gate) * up, self.down)
+        if context is not None:
+            out = out + _stacked_linear(context, self.context_map)
+        return jnp.concatenate([out, self._rest(out)[..., None]], axis=-1)
+
+    def _normed(self, states: jax.Array) -> jax.Array:
+        return rms_norm(states, jnp.ones(states.shape[-1:], states.dtype), self.config.norm_eps)
+
+    def _own_map(self, normed: jax.Array) -> jax.Array:
+        if self.map is not None:
+            return _stacked_linear(normed, self.map)
+        if self.map_down is not None:
+            return _stacked_linear(_stacked_linear(normed, self.map_down), self.map_up)
+        return jnp.zeros_like(normed)
+
+    def _previous_normed(self, previous: jax.Array) -> jax.Array:
+        assert self.previous_norm is not None
+        return self._normed(previous) * self.previous_norm[...][:, None].astype(previous.dtype)
+
+    def _rest(self, features: jax.Array) -> jax.Array:
+        if self.rest is None or self.rest_bias is None:
+            return jnp.full(features.shape[:-1], -jnp.inf, features.dtype)
+        weight = self.rest[...].astype(features.dtype)
+        return jnp.einsum("xnd,xd->xn", features, weight) + self.rest_bias[...][:, None].astype(features.dtype)
+
+
+class Context(nnx.Module):
+    """One light decoder layer that reads (token embedding, previous position's features) and feeds every exit.
+
+    Args:
+      config: shapes; the kind is "attn".
+      init: as of ExitHeads, names beginning with "context.".
+    """
+
+    def __init__(self, config: ExitsConfig, init: Init):
+        self.enter = nnx.Param(init("context.enter", (config.width, 2 * config.width), "kernel"))
+        self.leave = nnx.Param(init("context.leave", (config.width,), "scale"))
+        layer = _layer_config(config)
+        self.layer = DecoderLayer(layer, lambda name, shape, kind: init(f"context.layer.{name}", shape, kind))
+        self.config = config
+
+    def enter_rows(self, embedded: jax.Array, previous: jax.Array) -> jax.Array:
+        """(token embeddings, previous features), both [B, R, D] -> the layer's input [B, R, D]."""
+        ones = jnp.ones(embedded.shape[-1:], embedded.dtype)
+        both = [rms_norm(x, ones, self.config.norm_eps) for x in (embedded, previous)]
+        return linear(jnp.concatenate(both, axis=-1), self.enter[...])
+
+    def keys_values(self, entered: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of rows [B, R, D] at absolute positions [B, R]: two of [B, G, R, d]."""
+        _, keys, values = self.layer.project(entered, rope_table(position, self.layer.config))
+        return keys, values
+
+    def output(self, entered: jax.Array, position: jax.Array, before: KeyValues | None, among: jax.Array) -> jax.Array:
+        """The layer over rows [B, R, D]: what it gives the exits, [B, R, D].
+
+        Args:
+          entered: from `enter_rows`.
+          position: [B, R] int32.
+          before: keys and values of committed positions with the rows' mask, or None.
+          among: [B, R, R] bool, which rows see which; every row sees itself.
+        """
+        queries, keys, values = self.layer.project(entered, rope_table(position, self.layer.config))
+        sources = [KeyValues(keys, values, among)]
+        if before is not None:
+            sources.insert(0, before)
+        hidden = self.layer.finish(entered, attend(queries, sources))
+        return rms_norm(hidden, self.leave[...], self.config.norm_eps)
+
+
+class ContextMemory(NamedTuple):
+    """Keys and values of the last S committed positions, a ring: position n lives at n mod S.
+
+    Attributes:
+      keys, values: [B, G, S, d].
+      position: [B, S] int32, which position each entry holds, -1 for none.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    position: jax.Array
+
+
+def _layer_config(config: ExitsConfig) -> ModelConfig:
+    return ModelConfig(
+        family="llama",
+        vocab_size=1,
+        num_layers=1,
+        width=config.width,
+        num_heads=config.heads,
+        num_kv_heads=config.heads,
+        head_dim=config.head_dim,
+        mlp_width=config.hidden,
+        context=config.window,
+        norm_eps=config.norm_eps,
+    )
+
+
+def _stacked_linear(x: jax.Array, kernel: nnx.Param | None) -> jax.Array:
+    """[X, N, in] by kernels [X, out, in] -> [X, N, out]."""
+    assert kernel is not None
+    return jax.vmap(linear)(x, kernel[...].astype(x.dtype))
+
+
+def exit_parameters(config: ExitsConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, kind) of every parameter."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def record(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+        found[name] = (shape, kind)
+        return jnp.zeros(shape)
+
+    jax.eval_shape(lambda: nnx.state(ExitHeads(config, record)))
+    return found
+
+
+def initial_heads(config: ExitsConfig, final_norm: np.ndarray | jax.Array, seed: int = 0) -> ExitHeads:
+    """Heads before any training, float32: every exit gives what the model's own final norm would.
+
+    Args:
+      config: shapes.
+      final_norm: [D], scale of the model's final norm.
+      seed: of the kernels that do not start at zero.
+    """
+    order = {name: i for i, name in enumerate(exit_parameters(config))}
+
+    def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+        if kind == "norm":
+            return jnp.broadcast_to(jnp.asarray(final_norm, jnp.float32), shape)
+        if kind == "scale":
+            return jnp.ones(shape, jnp.float32)
+        if kind == "zero":
+            return jnp.zeros(shape, jnp.float32)
+        rng = np.random.default_rng([seed, order[name]])
+        return jnp.asarray(rng.standard_normal(shape) * shape[-1] ** -0.5, jnp.float32)
+
+    return ExitHeads(config, init)
+
+
+def select_exits(
+    config: ExitsConfig, parameters: dict[str, np.ndarray], depths: tuple[int, ...]
+) -> tuple[ExitsConfig, dict[str, np.ndarray]]:
+    """The heads at some of the trained depths.
+
+    Args:
+      config, parameters: of all X exits.
+      depths: some of config.depths, ascending.
+
+    Returns:
+      (config, parameters) of these exits alone; the context layer is theirs too.
+    """
+    rows = [config.depths.index(depth) for depth in depths]
+    kept = {name: value if name.startswith("context.") else value[rows] for name, value in parameters.items()}
+    return dataclasses.replace(config, depths=depths), kept
+
+
+def heads_of(config: ExitsConfig, parameters: dict[str, np.ndarray], dtype: jnp.dtype) -> ExitHeads:
+    """The module over given parameters (name -> array), in `dtype`."""
+    return ExitHeads(config, lambda name, shape, kind: jnp.asarray(parameters[name], dtype))
+
+
+def parameters_of(heads: ExitHeads) -> dict[str, np.ndarray]:
+    """Name -> float32 array of every parameter, on the host."""
+    order: list[str] = []
+
+    def record(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+        order.append(name)
+        return jnp.full(shape, len(order) - 1, jnp.float32)
+
+    numbered = nnx.state(ExitHeads(heads.config, record))
+    pairs = zip(jax.tree.leaves(numbered), jax.tree.leaves(nnx.state(heads)), strict=True)
+    return {order[int(np.asarray(number).reshape(-1)[0])]: np.asarray(leaf, np.float32) for number, leaf in pairs}
