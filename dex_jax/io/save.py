@@ -1,0 +1,180 @@
+"""A model as a Hugging Face directory that `dex_jax.load` and transformers read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dex_jax.config import ModelConfig
+from dex_jax.errors import DexError
+from dex_jax.io.huggingface_config import huggingface_config
+from dex_jax.io.layout import canonical_parts, stacked_shape
+from dex_jax.io.tokenizer import Tokenizer
+
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_FILES = {"config.json", "model.safetensors", "tokenizer.json"}
+_STORED = ("float32", "float16")
+
+
+def save_model(
+    folder: str | Path, config: ModelConfig, weights: Mapping[str, Any], tokenizer: Tokenizer | None = None
+) -> Path:
+    """Writes config.json, model.safetensors and tokenizer.json, all of them or nothing.
+
+    Args:
+      folder: made; a model that is already there is replaced once the new one is complete.
+      config: of one of the families that `load` reads.
+      weights: canonical name ("embed", "layers.0.qkv", ...) -> array of the shape that `config` means. float32 and
+        float16 are stored as they are, other floats as float32.
+      tokenizer: None writes none; a chat template is not written.
+
+    Returns:
+      The folder.
+
+    Raises:
+      DexError: a weight is missing, misshapen or unknown, a configuration that config.json cannot say, a folder that
+        holds something other than a model, or no room on the disk.
+    """
+    import safetensors
+
+    folder = Path(folder).expanduser()
+    content = config_json(config)
+    tensors = _file_tensors(config, weights)
+    content["torch_dtype"] = str(tensors["model.embed_tokens.weight"].dtype)
+    _refuse_other_content(folder)
+    # In the same folder as the target: a rename is atomic within one file system only.
+    fresh = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    try:
+        fresh.mkdir(parents=True)
+        _write(fresh, content, tensors, tokenizer)
+        _put_in_place(fresh, folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DexError(
+            f"the model cannot be saved in {folder} ({error}): make room or choose another folder; what was there before "
+            "is untouched"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def _refuse_other_content(folder: Path) -> None:
+    """Replacing deletes what is there: only what this module itself wrote may go."""
+    if folder.is_dir():
+        others = sorted(path.name for path in folder.iterdir() if path.name not in _FILES)
+        if others:
+            raise DexError(f"{folder} also holds {others[0]}, which saving a model would delete: give a new folder")
+    elif folder.exists():
+        raise DexError(f"{folder} is a file, and a model is saved as a folder: give another name")
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """The content of config.json; reading it with `huggingface_config` gives `config` back.
+
+    Raises:
+      DexError: the configuration has a combination that its family's config.json has no words for.
+    """
+    content = {
+        "architectures": [_CLASSES.get(config.family, config.family)],
+        "model_type": config.family,
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _rope_scaling(config),
+        "tie_word_embeddings": config.tied,
+        "attention_bias": config.qkv_bias if config.family == "qwen2" else config.out_bias,
+        "mlp_bias": False,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": list(config.eos_ids) or None,
+    }
+    read_back = huggingface_config(content, {}, "this configuration")
+    if read_back != config:
+        wrong = [name for name, value in vars(config).items() if getattr(read_back, name) != value]
+        raise DexError(
+            f"config.json of a {config.family} model cannot say {wrong[0]}={getattr(config, wrong[0])!r}: choose another "
+            "family or value"
+        )
+    return content
+
+
+def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_context,
+    }
+
+
+def _file_tensors(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Every tensor of the file by its published name: the fused canonical tensors cut into their parts."""
+    parts = canonical_parts(config, gguf=False)
+    unknown = sorted(weights.keys() - parts.keys())
+    if unknown:
+        raise DexError(f"the weights hold {unknown[0]}, for which this configuration has no use: save without it")
+    tensors = {}
+    for name, pieces in parts.items():
+        if name not in weights:
+            raise DexError(f"the weights lack {name}: give every parameter of the model")
+        tensor = np.asarray(weights[name])
+        if tensor.shape != stacked_shape(pieces):
+            raise DexError(
+                f"the weight {name} has the shape {list(tensor.shape)}, but its configuration means "
+                f"{list(stacked_shape(pieces))}: weights and configuration do not belong together"
+            )
+        if tensor.dtype.name not in _STORED:
+            tensor = tensor.astype(np.float32)
+        bounds = np.cumsum([piece.shape[0] for piece in pieces])[:-1]
+        for piece, rows in zip(pieces, np.split(tensor, bounds), strict=True):
+            tensors[piece.name] = np.ascontiguousarray(rows)
+    return tensors
+
+
+def _write(
+    folder: Path, content: dict[str, Any], tensors: dict[str, np.ndarray], tokenizer: Tokenizer | None
+) -> None:
+    from safetensors.numpy import save_file
+
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # The metadata entry is what transformers asks for.
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True), encoding="utf-8")
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _put_in_place(fresh: Path, folder: Path) -> None:
+    """Renames `fresh` to `folder`, moving aside and then deleting what is there."""
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    folder.rename(old)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

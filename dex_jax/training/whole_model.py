@@ -1,0 +1,371 @@
+"""Training all parameters of a model on text, plainly or by the LayerSkip recipe: the trainer's Task.
+
+What comes out is an ordinary model. One trained by the recipe is decoded with exits="shared".
+
+Letters: B sequences, S tokens of a window, L layers, D width, V vocabulary, N positions, C candidates a depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.methods import even_depths
+from dex_jax.errors import DexError
+from dex_jax.io.save import save_model
+from dex_jax.language_model import LanguageModel, merge_model
+from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
+from dex_jax.nn.transformer import Transformer, Unrolled, layer_parameters, parameter_shapes
+from dex_jax.training.corpus import Corpus, read_corpus
+from dex_jax.training.layerskip import LayerSkip, exit_weights, kept_layers
+
+if TYPE_CHECKING:
+    from dex_jax.training.config import TrainConfig
+
+RECIPES = (None, "layerskip")
+
+Params = dict[str, jax.Array]
+"""Canonical name ("embed", "layers.3.qkv", ...) -> float32 array: what optax updates and what `save_model` takes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeModelConfig:
+    """One training of a whole model.
+
+    Attributes:
+      model: shapes; its vocab_size also bounds the vocabulary learnt from the text.
+      train: optimiser, batch, steps, checkpoints.
+      data: path of a UTF-8 text file.
+      window: S, tokens of one training sequence, at most the model's context.
+      held_out: the share of the text, at its end, that is only evaluated on.
+      recipe: None (next-token loss of the last layer) or "layerskip".
+      layerskip: what that recipe leaves to choose.
+      explorers: each K for which the depth-side speedup is predicted.
+      evaluation_windows: at most so many windows are evaluated on.
+    """
+
+    model: ModelConfig
+    train: TrainConfig
+    data: str
+    window: int = 128
+    held_out: float = 0.1
+    recipe: str | None = None
+    layerskip: LayerSkip = LayerSkip()
+    explorers: tuple[int, ...] = (2, 3, 4)
+    evaluation_windows: int = 64
+
+    def __post_init__(self):
+        if self.recipe not in RECIPES:
+            raise DexError(f"unknown recipe {self.recipe!r}: the only one is layerskip, and none trains plainly")
+        if not 1 <= self.window <= self.model.context:
+            raise DexError(f"a window has from 1 to the context's {self.model.context} tokens, not {self.window}")
+        if not self.explorers or not all(1 <= k <= self.model.num_layers for k in self.explorers):
+            raise DexError(f"explorers must be from 1 to the model's {self.model.num_layers} layers: {self.explorers}")
+        if self.evaluation_windows < 1:
+            raise DexError(f"evaluation_windows must be at least 1, not {self.evaluation_windows}")
+
+
+class WholeModel:
+    """The Task of training a whole model; see `dex_jax.training.task.Task`.
+
+    Its cursor is {"seed", "batch"}: batch n is drawn from (seed, n) alone.
+    """
+
+    name = "whole_model"
+
+    def __init__(self, config: WholeModelConfig, corpus: Corpus, start_from: LanguageModel | None = None):
+        """Takes what is to be trained.
+
+        Args:
+          config: see there.
+          corpus: tokens below the model's vocabulary size.
+          start_from: a model of the configuration `config.model` to go on from; None starts from random weights.
+
+        Raises:
+          DexError: `start_from` is another model, or a part of the text is shorter than a window.
+        """
+        if start_from is not None and start_from.config != config.model:
+            raise DexError(f"{start_from.source} is no model of the given configuration: open() takes over its own")
+        for part, tokens in (("training", corpus.train), ("held-out", corpus.held_out)):
+            if len(tokens) <= config.window:
+                raise DexError(
+                    f"the {part} part of {config.data} has {len(tokens)} tokens, and a window takes {config.window + 1}: "
+                    "give a longer text or a shorter window"
+                )
+        self.config = config
+        self.corpus = corpus
+        self._start_from = start_from
+
+    @classmethod
+    def open(cls, config: WholeModelConfig, start_from: LanguageModel | None = None) -> WholeModel:
+        """Reads the text and learns a vocabulary from it.
+
+        With `start_from`, both the vocabulary and the model's configuration are those of that model.
+        """
+        tokenizer = None
+        if start_from is not None:
+            config, tokenizer = dataclasses.replace(config, model=start_from.config), start_from.tokenizer
+        corpus = read_corpus(config.data, config.model.vocab_size, config.held_out, tokenizer)
+        return cls(config, corpus, start_from)
+
+    def init(self, key: jax.Array) -> Params:
+        """Float32 parameters to start from."""
+        if self._start_from is not None:
+            return canonical_weights(self._start_from)
+        return random_parameters(self.config.model, key)
+
+    def constants(self) -> tuple[()]:
+        """Nothing is frozen."""
+        return ()
+
+    def start(self, seed: int) -> dict[str, int]:
+        """The cursor of the first batch."""
+        return {"seed": seed, "batch": 0}
+
+    def next_batch(self, cursor: dict[str, int]) -> tuple[jax.Array, dict[str, int], int]:
+        """([B, S + 1] int32 windows at random places of the training text, next cursor, B S)."""
+        size, window = self.config.train.batch, self.config.window
+        rng = np.random.default_rng([cursor["seed"], cursor["batch"]])
+        starts = rng.integers(0, len(self.corpus.train) - window, size)
+        tokens = self.corpus.train[starts[:, None] + np.arange(window + 1)]
+        return jnp.asarray(tokens), {**cursor, "batch": cursor["batch"] + 1}, size * window
+
+    def loss(
+        self, params: Params, constants: tuple[()], batch: jax.Array, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean loss of a batch [B, S + 1] and {"final_loss": the last layer's cross-entropy}, scalars in nats."""
+        del constants
+        config, steps = self.config.model, self.config.train.steps
+        if self.config.recipe is None:
+            (loss,) = exit_losses(config, params, hidden_states(config, params, batch[:, :-1])[-1:], batch[:, 1:])
+            return loss, {"final_loss": loss}
+        recipe = self.config.layerskip
+        kept = kept_layers(recipe, key, config.num_layers, batch.shape[0], step, steps)
+        weights = exit_weights(recipe, config.num_layers, step, steps)
+        states = hidden_states(config, params, batch[:, :-1], kept)
+        losses = exit_losses(config, params, states, batch[:, 1:], weights)
+        return jnp.dot(weights, losses), {"final_loss": losses[-1]}
+
+    def evaluate(self, params: Params) -> dict[str, Any]:
+        """Figures over held-out text, teacher-forced and without dropout; "final token" is the last layer's best.
+
+        Returns:
+          {"tokens", "held_out_loss" (last layer, nats), "exit_loss" [L], "agreement" [L]: top-1 agreement with the final
+          token at depth 1 .. L, "ead": share of positions whose EAD is 1 .. L, "mean_ead", "speedup": {K: predicted
+          depth-side speedup with DECS, rows that never prune}, "speedup_without_decs": the same without}.
+        """
+        explorers = self.config.explorers
+        candidates = min(max(1, max(explorers) - 1), self.config.model.vocab_size)
+        losses, ranked = [], []
+        for windows in self._held_out_batches():
+            loss, best = _exit_figures(self.config.model, candidates, params, windows)
+            losses.append(np.asarray(loss))
+            ranked.append(np.asarray(best))
+        ranked = np.concatenate(ranked, axis=1)
+        first = earliest_depths(ranked)
+        exit_loss = np.mean(losses, axis=0)
+        num_layers = self.config.model.num_layers
+        return {
+            "tokens": int(ranked.shape[1]),
+            "held_out_loss": float(exit_loss[-1]),
+            "exit_loss": [float(x) for x in exit_loss],
+            "agreement": [float(x) for x in (ranked[:, :, 0] == ranked[-1, :, 0]).mean(axis=1)],
+            "ead": [float((first == depth).mean()) for depth in range(1, num_layers + 1)],
+            "mean_ead": float(first.mean()),
+            "speedup": {str(k): predicted_speedup(ranked, even_depths(k, num_layers)) for k in explorers},
+            "speedup_without_decs": {
+                str(k): predicted_speedup(ranked, even_depths(k, num_layers), decs=False) for k in explorers
+            },
+        }
+
+    def boundary(self) -> None:
+        """Nothing is kept between batches."""
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the shapes, the text and its vocabulary, and the model that training starts from."""
+        start = None if self._start_from is None else self._start_from.fingerprint
+        return hashlib.sha256(f"{self.config.model};{self.corpus.fingerprint};{start}".encode()).hexdigest()[:16]
+
+    def save(self, folder: str | Path, params: Params) -> Path:
+        """Writes a directory that `dex_jax.load` reads; see `dex_jax.io.save.save_model`."""
+        return save_model(folder, self.config.model, params, self.corpus.tokenizer)
+
+    def language_model(self, params: Params) -> LanguageModel:
+        """The model in its present state, to decode with; its arrays are those of `params`."""
+        model = transformer(self.config.model, params)
+        return LanguageModel(model, self.corpus.tokenizer, "the model in training", self.fingerprint())
+
+    def _held_out_batches(self) -> list[jax.Array]:
+        """Windows [B, S + 1] that do not overlap, from the start of the held-out text, in batches of one size."""
+        window = self.config.window
+        count = min(self.config.evaluation_windows, (len(self.corpus.held_out) - 1) // window)
+        size = min(self.config.train.batch, count)
+        starts = np.arange(count // size * size).reshape(-1, size, 1) * window
+        return [jnp.asarray(self.corpus.held_out[batch + np.arange(window + 1)]) for batch in starts]
+
+
+def random_parameters(config: ModelConfig, key: jax.Array) -> Params:
+    """Float32 parameters to train from: normal kernels, zero biases, unit norms.
+
+    Deviations are 0.02 for embeddings and 1 / sqrt(in) for kernels, the ones that write to the residual stream divided by
+    sqrt(2 L), so that its size at depth L does not grow with L.
+    """
+    fields = {name: kind for name, (_, kind) in layer_parameters(config).items()}
+    params = {}
+    for number, (name, shape) in enumerate(parameter_shapes(config).items()):
+        field = name.split(".")[-1]
+        kind = fields.get(field, "scale" if field == "final_norm" else "kernel")
+        if kind == "kernel":
+            deviation = 0.02 if field in ("embed", "unembed") else shape[-1] ** -0.5
+            if field in ("out", "down"):
+                deviation /= (2 * config.num_layers) ** 0.5
+            params[name] = deviation * jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
+        else:
+            params[name] = jnp.full(shape, 1.0 if kind == "scale" else 0.0, jnp.float32)
+    return params
+
+
+def canonical_weights(lm: LanguageModel) -> Params:
+    """Float32 copies of a model's weights by canonical name. The model must be in the unrolled layout."""
+    if not isinstance(lm.layout, Unrolled):
+        raise DexError(f"{lm.source} is in the stacked layout: load it without a layout, or arrange(Unrolled()) first")
+    model = merge_model(lm.config, lm.layout, lm.weights)
+
+    def read(name: str) -> jax.Array:
+        owner, _, field = name.rpartition(".")
+        module = model.layers[int(owner.split(".")[1])] if owner else model
+        return jnp.array(getattr(module, field)[...], jnp.float32)
+
+    return {name: read(name) for name in parameter_shapes(lm.config)}
+
+
+def transformer(config: ModelConfig, params: Params) -> Transformer:
+    """The module over `params`, under a trace or not."""
+    return Transformer(config, Unrolled(), lambda name, shape, kind: params[name])
+
+
+def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, kept: jax.Array | None = None) -> jax.Array:
+    """A causal forward without caches.
+
+    Args:
+      config: shapes.
+      params: by canonical name.
+      tokens: [B, S] int32.
+      kept: [L, B] bool, which layers each sequence runs, the others being the identity; None runs all.
+
+    Returns:
+      Hidden states at depth 1 .. L, [L, B, S, D].
+    """
+    batch, length = tokens.shape
+    table = rope_table(jnp.broadcast_to(jnp.arange(length), (batch, length)), config)
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+    # One body for all layers: compiling is then as fast for eight layers as for one.
+    fields = layer_parameters(config)
+    stacked = {name: jnp.stack([params[f"layers.{i}.{name}"] for i in range(config.num_layers)]) for name in fields}
+    if kept is None:
+        kept = jnp.ones((config.num_layers, batch), bool)
+
+    def run_layer(x: jax.Array, inputs: tuple[Params, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        weights, kept = inputs
+        layer = DecoderLayer(config, lambda name, shape, kind: weights[name])
+        queries, keys, values = layer.project(x, table)
+        done = layer.finish(x, attend(queries, [KeyValues(keys, values, causal)]))
+        x = jnp.where(kept[:, None, None], done, x)
+        return x, x
+
+    embedded = jnp.take(params["embed"], tokens, axis=0)
+    return jax.lax.scan(run_layer, embedded, (stacked, kept))[1]
+
+
+def exit_losses(
+    config: ModelConfig, params: Params, states: jax.Array, targets: jax.Array, weights: jax.Array | None = None
+) -> jax.Array:
+    """Mean cross-entropy at each exit through the shared final norm and unembedding.
+
+    Args:
+      config: shapes.
+      params: by canonical name.
+      states: [X, B, S, D].
+      targets: [B, S] int32.
+      weights: [X]; an exit of weight 0 is not computed and gives 0. None computes all.
+
+    Returns:
+      [X] float32, nats. No array of the size [X, B, S, V] ever exists, forwards or backwards.
+    """
+    head = transformer(config, params)
+    wanted = jnp.ones(states.shape[0], bool) if weights is None else weights > 0
+
+    @jax.checkpoint
+    def loss_at(hidden: jax.Array) -> jax.Array:
+        return cross_entropy(head.logits(hidden), targets).mean()
+
+    def run_exit(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        hidden, wanted = inputs
+        return None, jax.lax.cond(wanted, loss_at, lambda hidden: jnp.float32(0.0), hidden)
+
+    return jax.lax.scan(run_exit, None, (states, wanted))[1]
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target]: [..., V] float32 and [...] int32 -> [...] float32, nats."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _exit_figures(
+    config: ModelConfig, candidates: int, params: Params, windows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(losses [L], best tokens at each depth [L, B S, C] int32, best first) of windows [B, S + 1]."""
+    head, targets = transformer(config, params), windows[:, 1:]
+
+    def run_exit(_: None, hidden: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        logits = head.logits(hidden)
+        best = jax.lax.top_k(logits, candidates)[1].reshape(-1, candidates)
+        return None, (cross_entropy(logits, targets).mean(), best.astype(jnp.int32))
+
+    return jax.lax.scan(run_exit, None, hidden_states(config, params, windows[:, :-1]))[1]
+
+
+def earliest_depths(ranked: np.ndarray) -> np.ndarray:
+    """EAD of each position: best tokens [L, N, C] -> [N], from 1 to L."""
+    return (ranked[:, :, 0] == ranked[-1, :, 0]).argmax(axis=0) + 1
+
+
+def first_exits(ranked: np.ndarray, depths: Sequence[int], decs: bool = True) -> np.ndarray:
+    """The first exit, 1 .. K, that proposes each position's final token.
+
+    Args:
+      ranked: best tokens at each depth, [L, N, C], best first, with C >= K - 1 (or all tokens there are).
+      depths: exit depths x_1 < ... < x_K = L.
+      decs: whether an exit passes over what the exits before it proposed.
+
+    Returns:
+      [N] int64; K where no earlier exit proposes it.
+    """
+    final = ranked[-1, :, 0]
+    exits = np.full(final.shape, len(depths))
+    proposed: list[np.ndarray] = []
+    for number, depth in enumerate(depths[:-1], start=1):
+        candidates = ranked[depth - 1]
+        taken = np.zeros(candidates.shape, bool)
+        for tokens in proposed if decs else ():
+            taken |= candidates == tokens[:, None]
+        best = np.take_along_axis(candidates, (~taken).argmax(axis=1)[:, None], axis=1)[:, 0]
+        proposed.append(best)
+        exits = np.where((best == final) & (exits == len(depths)), number, exits)
+    return exits
+
+
+def predicted_speedup(ranked: np.ndarray, depths: Sequence[int], decs: bool = True) -> float:
+    """Depth-side speedup that long texts like this one tend to: K over the mean ticks of a token; see `first_exits`."""
+    return float(len(depths) / first_exits(ranked, depths, decs).mean())
