@@ -56,8 +56,8 @@ def save_model(
         _put_in_place(fresh, folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise DexError(
-            f"the model cannot be saved in {folder} ({error}): make room or choose another folder; what was there before "
-            "is untouched"
+            f"the model cannot be saved in {folder} ({error}): make room or choose another folder; what was there "
+            "before is untouched"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -105,8 +105,8 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
     if read_back != config:
         wrong = [name for name, value in vars(config).items() if getattr(read_back, name) != value]
         raise DexError(
-            f"config.json of a {config.family} model cannot say {wrong[0]}={getattr(config, wrong[0])!r}: choose another "
-            "family or value"
+            f"config.json of a {config.family} model cannot say {wrong[0]}={getattr(config, wrong[0])!r}: choose "
+            "another family or value"
         )
     return content
 
@@ -150,9 +150,7 @@ def _file_tensors(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, 
     return tensors
 
 
-def _write(
-    folder: Path, content: dict[str, Any], tensors: dict[str, np.ndarray], tokenizer: Tokenizer | None
-) -> None:
+def _write(folder: Path, content: dict[str, Any], tensors: dict[str, np.ndarray], tokenizer: Tokenizer | None) -> None:
     from safetensors.numpy import save_file
 
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

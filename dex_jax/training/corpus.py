@@ -34,9 +34,7 @@ class Corpus:
     fingerprint: str
 
 
-def read_corpus(
-    path: str | Path, vocab_size: int, held_out: float = 0.1, tokenizer: Tokenizer | None = None
-) -> Corpus:
+def read_corpus(path: str | Path, vocab_size: int, held_out: float = 0.1, tokenizer: Tokenizer | None = None) -> Corpus:
     """Reads a UTF-8 text file; the same file and arguments give the same tokens.
 
     Args:
@@ -63,7 +61,7 @@ def read_corpus(
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
-    """A byte-level byte-pair tokenizer of at most `vocab_size` ids (less when the text has too few pairs), learnt here."""
+    """A byte-level byte-pair tokenizer learnt from a text, of `vocab_size` ids, or fewer where it has too few pairs."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

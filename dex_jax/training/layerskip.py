@@ -1,7 +1,7 @@
 """The LayerSkip recipe (Elhoushi et al., arXiv 2404.16710) as pure functions: layer dropout and early-exit loss.
 
-Both grow with depth, so that shallow layers are trained as usual and deep ones become dispensable. The loss at every exit
-goes through the model's own final norm and unembedding, hence decoding takes exits="shared".
+Both grow with depth, so that shallow layers are trained as usual and deep ones become dispensable. The loss at every
+exit goes through the model's own final norm and unembedding, hence decoding takes exits="shared".
 
 Letters: L layers, B sequences, t the step, T steps in all.
 """
@@ -25,7 +25,8 @@ class LayerSkip:
     """What the recipe leaves to choose; the defaults are those of the paper's small model trained from scratch.
 
     Attributes:
-      dropout: probability, in [0, 1), that a sequence skips the last layer at the end of training; less at other layers.
+      dropout: probability, in [0, 1), that a sequence skips the last layer at the end of training; other layers are
+        skipped less often.
       warm_dropout: whether that probability grows over training from 0, which suits training from scratch; otherwise it
         is there from the first step, which suits going on from a trained model.
       exit_scale: how much the losses of early exits count, at least 0, beside the last layer's.
@@ -62,7 +63,7 @@ def dropout_by_layer(num_layers: int, last: float) -> np.ndarray:
 
 
 def dropout_over_time(step: jax.Array | int, steps: int) -> jax.Array:
-    """Factor of the dropout at step t, scalar float32 from 0 at the first step to 1 at the last, exponential between."""
+    """Factor of the dropout at step t: scalar float32, 0 at the first step, 1 at the last, exponential between."""
     done = jnp.asarray(step, jnp.float32) / max(steps - 1, 1)
     return jnp.exp2(jnp.clip(done, 0.0, 1.0)) - 1
 

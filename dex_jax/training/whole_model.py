@@ -59,7 +59,7 @@ class WholeModelConfig:
     window: int = 128
     held_out: float = 0.1
     recipe: str | None = None
-    layerskip: LayerSkip = LayerSkip()
+    layerskip: LayerSkip = dataclasses.field(default_factory=LayerSkip)
     explorers: tuple[int, ...] = (2, 3, 4)
     evaluation_windows: int = 64
 
@@ -98,8 +98,8 @@ class WholeModel:
         for part, tokens in (("training", corpus.train), ("held-out", corpus.held_out)):
             if len(tokens) <= config.window:
                 raise DexError(
-                    f"the {part} part of {config.data} has {len(tokens)} tokens, and a window takes {config.window + 1}: "
-                    "give a longer text or a shorter window"
+                    f"the {part} part of {config.data} has {len(tokens)} tokens, and a window takes "
+                    f"{config.window + 1}: give a longer text or a shorter window"
                 )
         self.config = config
         self.corpus = corpus
@@ -159,18 +159,19 @@ class WholeModel:
         """Figures over held-out text, teacher-forced and without dropout; "final token" is the last layer's best.
 
         Returns:
-          {"tokens", "held_out_loss" (last layer, nats), "exit_loss" [L], "agreement" [L]: top-1 agreement with the final
-          token at depth 1 .. L, "ead": share of positions whose EAD is 1 .. L, "mean_ead", "speedup": {K: predicted
-          depth-side speedup with DECS, rows that never prune}, "speedup_without_decs": the same without}.
+          {"tokens": positions, "held_out_loss": of the last layer in nats, "exit_loss": [L] at depth 1 .. L,
+          "agreement": [L] top-1 agreement with the final token at depth 1 .. L, "ead": [L] share of positions whose EAD
+          is 1 .. L, "mean_ead": its mean, "speedup": {K: predicted depth-side speedup with DECS and rows that never
+          prune}, "speedup_without_decs": the same without}.
         """
         explorers = self.config.explorers
         candidates = min(max(1, max(explorers) - 1), self.config.model.vocab_size)
-        losses, ranked = [], []
+        losses, best_tokens = [], []
         for windows in self._held_out_batches():
-            loss, best = _exit_figures(self.config.model, candidates, params, windows)
+            loss, best = exit_figures(self.config.model, candidates, params, windows)
             losses.append(np.asarray(loss))
-            ranked.append(np.asarray(best))
-        ranked = np.concatenate(ranked, axis=1)
+            best_tokens.append(np.asarray(best))
+        ranked = np.concatenate(best_tokens, axis=1)
         first = earliest_depths(ranked)
         exit_loss = np.mean(losses, axis=0)
         num_layers = self.config.model.num_layers
@@ -216,8 +217,8 @@ class WholeModel:
 def random_parameters(config: ModelConfig, key: jax.Array) -> Params:
     """Float32 parameters to train from: normal kernels, zero biases, unit norms.
 
-    Deviations are 0.02 for embeddings and 1 / sqrt(in) for kernels, the ones that write to the residual stream divided by
-    sqrt(2 L), so that its size at depth L does not grow with L.
+    Deviations are 0.02 for embeddings and 1 / sqrt(in) for kernels, the ones that write to the residual stream divided
+    by sqrt(2 L), so that its size at depth L does not grow with L.
     """
     fields = {name: kind for name, (_, kind) in layer_parameters(config).items()}
     params = {}
@@ -322,7 +323,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _exit_figures(
+def exit_figures(
     config: ModelConfig, candidates: int, params: Params, windows: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(losses [L], best tokens at each depth [L, B S, C] int32, best first) of windows [B, S + 1]."""

@@ -1,0 +1,139 @@
+"""Saved models come back the same, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from reference.checkpoints import FAMILIES, tensor_shapes, write_checkpoint
+from reference.small_models import LLAMA, small_model
+
+import dex_jax
+from dex_jax import DexError, RopeScaling
+from dex_jax.io import open_checkpoint, save
+from dex_jax.io.save import config_json, save_model
+from dex_jax.training.corpus import train_tokenizer
+from dex_jax.training.whole_model import canonical_weights
+
+TEXT = "Whereof one cannot speak, thereof one must be silent.\n" * 4
+
+
+def weights_of(config, seed: int = 0) -> dict:
+    return canonical_weights(small_model(config, seed=seed))
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_comes_back(family: str, tmp_path) -> None:
+    original = open_checkpoint(str(write_checkpoint(tmp_path / "original", family)))
+    weights = {name: original.read(name) for name in original.shapes()}
+    saved = open_checkpoint(str(save_model(tmp_path / "saved", original.config, weights)))
+    assert saved.config == original.config
+    assert saved.fingerprint() == original.fingerprint()
+    for name, value in weights.items():
+        np.testing.assert_array_equal(saved.read(name), value)
+    tensors = safetensors.numpy.load_file(tmp_path / "saved" / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in tensors.items()} == tensor_shapes(FAMILIES[family])
+
+
+def test_load_gives_the_same_model_and_tokenizer(tmp_path) -> None:
+    config = dataclasses.replace(LLAMA, vocab_size=270, eos_ids=(3, 5), bos_id=4)
+    lm, tokenizer = small_model(config), train_tokenizer(TEXT, 270)
+    loaded = dex_jax.load(str(save_model(tmp_path / "runs" / "model", config, canonical_weights(lm), tokenizer)))
+    tokens = loaded.encode(TEXT, chat=False)
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.decode(tokens) == TEXT
+    assert tokens == tokenizer.encode(TEXT)
+    assert loaded.eos_ids == (3, 5)
+    assert (loaded.logits([tokens]) == lm.logits([tokens])).all()
+
+
+@pytest.mark.parametrize(
+    "scaling", [RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, 1.0, 4.0, original_context=64)]
+)
+def test_stretched_contexts_come_back(scaling: RopeScaling, tmp_path) -> None:
+    config = dataclasses.replace(LLAMA, rope_scaling=scaling, rope_theta=5e5, norm_eps=1e-6, tied=False)
+    assert open_checkpoint(str(save_model(tmp_path / "m", config, weights_of(config)))).config == config
+
+
+def test_dtypes_are_kept_or_widened(tmp_path) -> None:
+    stored = {"float32": "float32", "float16": "float16", "bfloat16": "float32"}
+    for name, expected in stored.items():
+        weights = {key: value.astype(name) for key, value in weights_of(LLAMA).items()}
+        folder = save_model(tmp_path / name, LLAMA, weights)
+        checkpoint = open_checkpoint(str(folder))
+        assert checkpoint.read("embed").dtype == expected
+        np.testing.assert_array_equal(checkpoint.read("layers.2.down"), weights["layers.2.down"].astype(expected))
+        assert json.loads((folder / "config.json").read_text())["torch_dtype"] == expected
+
+
+def test_a_model_is_replaced_by_the_next_one(tmp_path) -> None:
+    folder = save_model(tmp_path / "m", LLAMA, weights_of(LLAMA, 0), train_tokenizer(TEXT, 256))
+    save_model(folder, LLAMA, weights_of(LLAMA, 1))
+    assert sorted(contents(folder)) == ["config.json", "model.safetensors"]
+    np.testing.assert_array_equal(open_checkpoint(str(folder)).read("embed"), weights_of(LLAMA, 1)["embed"])
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("failing", ["tensors", "rename"])
+def test_a_failure_leaves_what_was_there(failing: str, tmp_path, monkeypatch) -> None:
+    folder = save_model(tmp_path / "m", LLAMA, weights_of(LLAMA, 0))
+    before = contents(folder)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    if failing == "tensors":
+        monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    else:
+        rename = save.Path.rename
+        monkeypatch.setattr(
+            save.Path, "rename", lambda path, target: full() if ".new-" in path.name else rename(path, target)
+        )
+    for target in (folder, tmp_path / "other"):
+        with pytest.raises(DexError, match=r"No space left on device.*make room"):
+            save_model(target, LLAMA, weights_of(LLAMA, 1))
+    assert contents(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_nothing_but_a_model_is_replaced(tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DexError, match="is a file"):
+        save_model(tmp_path / "file", LLAMA, weights_of(LLAMA))
+    folder = save_model(tmp_path / "m", LLAMA, weights_of(LLAMA))
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(DexError, match=r"also holds notes\.txt"):
+        save_model(folder, LLAMA, weights_of(LLAMA))
+    assert (folder / "notes.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert sorted(contents(save_model(tmp_path / "empty", LLAMA, weights_of(LLAMA)))) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path) -> None:
+    weights = weights_of(LLAMA)
+    cases = [
+        ({name: value for name, value in weights.items() if name != "layers.3.out"}, "lack layers.3.out"),
+        ({**weights, "layers.3.out": jnp.zeros((32, 31))}, r"layers.3.out has the shape \[32, 31\].*\[32, 32\]"),
+        ({**weights, "unembed": weights["embed"]}, "hold unembed"),
+    ]
+    for wrong, sentence in cases:
+        with pytest.raises(DexError, match=sentence):
+            save_model(tmp_path / "m", LLAMA, wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_configurations_that_a_file_cannot_say_are_refused() -> None:
+    for family, change in (("llama", {"qk_norm": True}), ("qwen3", {"qk_norm": True, "qkv_bias": True}), ("mamba", {})):
+        with pytest.raises(DexError, match=family):
+            config_json(dataclasses.replace(LLAMA, family=family, **change))
