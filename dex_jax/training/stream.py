@@ -224,8 +224,8 @@ class Stream:
           length: S, the longest item.
           depths: trained depths, ascending, 1..L.
           seed: of the sampled tokens.
-          waiting: how many items are at hand in each chunk beside those that run; None is B. Rows idle when more of
-            them end in one chunk.
+          waiting: how many items are at hand in each chunk beside those that run; None is 2 B. Rows idle when they are
+            used up before the chunk ends.
           on_item: called with (item number, tokens run) of each item that has ended, by number within a chunk.
 
         Raises:
@@ -237,7 +237,7 @@ class Stream:
         self.batch = batch
         self.steps_run = self.steps_idle = 0
         self._lm, self._items, self._on_item = lm, items, on_item
-        self._places = batch if waiting is None else waiting
+        self._places = 2 * batch if waiting is None else waiting
         self._no_script = no_script(length)
         self._running: list[Scripts | None]
         self._waiting: deque[Scripts]
