@@ -1,0 +1,331 @@
+"""Figures of trained exits against a slow twin, and untrained exits against plain teacher forcing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.exit_metrics_twin import TRUE, TextTwin, calibration_error
+from reference.small_models import small_model
+
+import dex_jax
+from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.decoding.network import depth_states
+from dex_jax.decoding.output import ticks_of
+from dex_jax.errors import DexError
+from dex_jax.evaluation import exit_forcing, exit_metrics, exit_report
+from dex_jax.evaluation.forced import forced_exits
+from dex_jax.language_model import merge_model
+from dex_jax.nn.exits import exit_parameters, heads_of, initial_heads
+
+EOS = 63
+MODEL = ModelConfig(
+    family="llama",
+    vocab_size=64,
+    num_layers=4,
+    width=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_width=24,
+    context=256,
+    eos_ids=(EOS,),
+)
+DEPTHS = (1, 2, 3)
+EXPLORERS = (2, 3, 4, 6)
+GRIDS = ((2, 4), (2, 3, 4), (1, 2, 3, 4))
+DRAFT = np.asarray([2, 3, 5, 8, 13, 21, 34, 55], np.int32)
+KINDS = {
+    "shared": {"kind": "shared"},
+    "linear, fused, draft": {"kind": "linear", "fused": True, "draft_size": len(DRAFT)},
+    "lowrank, fused": {"kind": "lowrank", "fused": True, "rank": 4},
+    "mlp, draft": {"kind": "mlp", "hidden": 8, "draft_size": len(DRAFT)},
+    "attn, draft": {"kind": "attn", "hidden": 8, "heads": 2, "head_dim": 4, "window": 5, "draft_size": len(DRAFT)},
+}
+
+
+@functools.cache
+def _model() -> dex_jax.LanguageModel:
+    return small_model(MODEL)
+
+
+@functools.cache
+def _texts() -> list[tuple[list[int], list[int]]]:
+    """Answers are no greedy ones: tokens mostly of the draft vocabulary, so that exits are often right by chance."""
+    rng = np.random.default_rng(5)
+    lengths = [(1, 9), (12, 24), (3, 1), (7, 2), (20, 24)]
+    likely = np.concatenate([np.repeat(DRAFT, 8), np.arange(EOS)])
+    return [(rng.integers(0, EOS, p).tolist(), rng.choice(likely, n).tolist()) for p, n in lengths]
+
+
+@functools.cache
+def _heads(name: str):
+    config = ExitsConfig(depths=DEPTHS, width=MODEL.width, **KINDS[name])
+    rng = np.random.default_rng(len(name))
+    parameters = {
+        name: (kind in ("norm", "scale")) + 0.5 * rng.standard_normal(shape) * max(shape[-1:], default=1) ** -0.5
+        for name, (shape, kind) in exit_parameters(config).items()
+    }
+    return heads_of(config, parameters, jnp.float32), {k: np.float32(v).astype(float) for k, v in parameters.items()}
+
+
+def _vocabulary(name: str) -> np.ndarray | None:
+    return DRAFT if "draft" in name else None
+
+
+@functools.cache
+def _measured(name: str) -> exit_forcing.Measurement:
+    heads, vocabulary = _heads(name)[0], _vocabulary(name)
+    return exit_forcing.measure(_model(), heads, vocabulary, _texts(), explorers=EXPLORERS, batch=2)
+
+
+@functools.cache
+def _states() -> list[np.ndarray]:
+    """[L, T, D] of each text, one at a time and all of one padded length."""
+    lm = _model()
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    found = []
+    for prompt, answer in _texts():
+        ids = np.zeros((1, 64), np.int32)
+        ids[0, : len(prompt) + len(answer) - 1] = [*prompt, *answer[:-1]]
+        found.append(np.asarray(depth_states(model, jnp.asarray(ids), (1, 2, 3, 4)), float)[:, 0])
+    return found
+
+
+@functools.cache
+def _twins(name: str) -> list[TextTwin]:
+    lm, (heads, parameters) = _model(), _heads(name)
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    embed, unembed, norm = (np.asarray(x[...], float) for x in (model.embed, model.unembed, model.final_norm))
+    vocabulary = range(MODEL.vocab_size) if _vocabulary(name) is None else DRAFT
+    twins = []
+    for (prompt, answer), states in zip(_texts(), _states(), strict=True):
+        last = states[3]
+        final = last / np.sqrt((last * last).mean(axis=1, keepdims=True) + MODEL.norm_eps) * norm
+        by_depth = dict(zip((1, 2, 3), states, strict=False))
+        shape = (by_depth, final, heads.config, parameters, embed, unembed, [int(t) for t in vocabulary])
+        twins.append(TextTwin(prompt, answer, *shape))
+    return twins
+
+
+def _positions(name: str) -> list[tuple[TextTwin, int]]:
+    return [(twin, i) for twin in _twins(name) for i in range(len(twin.answer))]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_position_says_what_the_twin_says(name: str) -> None:
+    measured, where = _measured(name), _positions(name)
+    own = {(1, 2), (1, 3), (2, 3)} if _heads(name)[0].config.needs_previous else set()
+    assert set(measured.pairs) == {(d, 4) for d in DEPTHS} | own
+    assert measured.grids == GRIDS
+    assert measured.target.tolist() == [twin.answer[i] for twin, i in where]
+    for p, (depth, previous) in enumerate(measured.pairs):
+        source = TRUE if previous == 4 else previous
+        for (twin, i), best in zip(where, measured.said.best[:, p].tolist(), strict=True):
+            logits = twin.logits(depth, i, source)[0]
+            assert len(set(best)) == len(best)
+            # By value: rounding may swap tokens that tie.
+            assert [logits[token] for token in best] == pytest.approx(sorted(logits.values())[:-4:-1], abs=1e-5)
+        confidence = [max(twin.probabilities(depth, i, source)[0].values()) for twin, i in where]
+        np.testing.assert_allclose(measured.said.confidence[:, p], confidence, rtol=1e-4)
+    for e, depth in enumerate(DEPTHS):
+        expected = [twin.divergence(depth, i) for twin, i in where]
+        np.testing.assert_allclose(measured.said.divergence[:, e], expected, rtol=1e-4, atol=1e-5)
+    assert measured.said.greedy.tolist() == [int(twin.final_probabilities(i).argmax()) for twin, i in where]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_predicted_exits_are_the_twins(name: str) -> None:
+    measured, twins = _measured(name), _twins(name)
+    for grid in GRIDS:
+        predicted = exit_metrics.predicted_exits(measured, grid)
+        assert [row.tolist() for row in predicted] == [twin.predicted_exits(grid) for twin in twins]
+    # The chain of exits is only put to the test where a token's birth changes what the next exit says.
+    fresh = exit_metrics.first_exits(measured, GRIDS[2], born_at=4)
+    changed = any((exit_metrics.first_exits(measured, GRIDS[2], b) != fresh).any() for b in (1, 2, 3))
+    assert changed == _heads(name)[0].config.needs_previous
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_figures_are_the_twins(name: str) -> None:
+    figures, where, twins = exit_metrics.figures_of(_measured(name)), _positions(name), _twins(name)
+    tokens = len(where)
+    assert (figures.texts, figures.tokens, figures.depths) == (5, 60, DEPTHS)
+    right = {d: [twin.best(d, i) == twin.answer[i] for twin, i in where] for d in DEPTHS}
+    assert figures.agreement == pytest.approx([np.mean(right[d]) for d in DEPTHS])
+    for depth, previous, share in figures.agreement_own:
+        assert share == pytest.approx(np.mean([twin.best(depth, i, previous) == twin.answer[i] for twin, i in where]))
+    assert figures.divergence == pytest.approx(
+        [np.mean([twin.divergence(d, i) for twin, i in where]) for d in DEPTHS], rel=1e-4
+    )
+    for d, error in zip(DEPTHS, figures.calibration_error, strict=True):
+        confidence = [max(twin.probabilities(d, i)[0].values()) for twin, i in where]
+        assert error == pytest.approx(calibration_error(list(zip(confidence, right[d], strict=True))), rel=1e-4)
+    earliest = [twin.earliest_depth(i) for twin, i in where]
+    assert figures.ead == pytest.approx([earliest.count(d) / tokens for d in (*DEPTHS, None)])
+    assert figures.draft_share == pytest.approx(np.mean([twin.answer[i] in twin.vocabulary for twin, i in where]))
+    greedy = [twin.final_probabilities(i).argmax() == twin.answer[i] for twin, i in where]
+    assert figures.off_greedy == pytest.approx(1 - np.mean(greedy))
+    for grid, found in zip(GRIDS, figures.grids, strict=True):
+        k = len(grid)
+        assert found.explorers == k
+        fresh = [twin.first_exit(grid, i, k) for twin, i in where]
+        assert found.coverage == pytest.approx([np.mean([first <= m for first in fresh]) for m in range(1, k)])
+        ticks = sum(ticks_of(np.asarray(twin.predicted_exits(grid)), len(twin.answer), k) for twin in twins)
+        assert found.ticks_per_token == pytest.approx(ticks / (tokens - 5))
+        assert found.depth_side_speedup == pytest.approx(k * (tokens - 5) / ticks)
+
+
+def test_untrained_shared_exits_are_plain_teacher_forcing() -> None:
+    lm = _model()
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    heads = initial_heads(ExitsConfig("shared", DEPTHS, MODEL.width), model.final_norm[...])
+    answered = exit_metrics.answers(lm, [prompt for prompt, _ in _texts()], 40, batch=3)
+    texts = [*answered, *_texts()]
+    measured = exit_forcing.measure(lm, heads, None, texts, explorers=EXPLORERS, batch=2)
+    for grid in GRIDS:
+        schedule = dex_jax.Dex(explorers=len(grid)).schedule(MODEL.num_layers)
+        expected = [forced_exits(lm, prompt, answer, schedule).tolist() for prompt, answer in texts]
+        assert [row.tolist() for row in exit_metrics.predicted_exits(measured, grid)] == expected
+    assert exit_metrics.figures_of(measured.of(range(5))).off_greedy == 0
+
+
+def test_answers_come_in_the_order_of_their_prompts() -> None:
+    lm = _model()
+    prompts = [prompt for prompt, _ in _texts()]
+    for prompt, (given, answer) in zip(prompts, exit_metrics.answers(lm, prompts, 40, batch=3), strict=True):
+        assert given == prompt
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(prompt) + len(answer)] = [*prompt, *answer]
+        best = np.asarray(lm.logits(padded))[0].argmax(axis=-1)
+        assert answer == best[len(prompt) - 1 : len(prompt) + len(answer) - 1].tolist()
+        assert len(answer) == 40 or answer[-1] == EOS
+
+
+def test_nothing_counts_after_the_first_eos() -> None:
+    texts = [(prompt, [*answer, EOS, 2, EOS, 3]) for prompt, answer in _texts()]
+    measured = exit_forcing.measure(_model(), _heads("shared")[0], None, texts, explorers=EXPLORERS, batch=2)
+    assert measured.lengths == tuple(len(answer) + 1 for _, answer in _texts())
+    last = np.cumsum(measured.lengths) - 1
+    assert set(measured.target[last]) == {EOS}
+    assert np.delete(measured.target, last).tolist() == _measured("shared").target.tolist()
+
+
+def test_groups_and_their_mean() -> None:
+    heads, texts = _heads("mlp, draft")[0], _texts()
+    groups = {"humaneval": texts[:2], "spec_bench": texts[2:]}
+    figures = exit_metrics.grouped_figures(_model(), heads, DRAFT, groups, explorers=EXPLORERS, batch=2)
+    assert list(figures) == ["humaneval", "spec_bench", "mean"]
+    parts = [figures[name] for name in groups]
+    assert parts == [exit_metrics.figures_of(_measured("mlp, draft").of(texts)) for texts in ([0, 1], [2, 3, 4])]
+    mean = figures["mean"]
+    assert (mean.texts, mean.tokens, mean.depths) == (5, 60, DEPTHS)
+    assert mean.agreement == pytest.approx(np.mean([part.agreement for part in parts], axis=0))
+    speedups = [part.grids[2].depth_side_speedup for part in parts]
+    assert mean.grids[2].depth_side_speedup == pytest.approx(np.mean(speedups))
+    assert mean.grids[2].explorers == 4
+    assert json.loads(json.dumps(mean.to_json()))["grids"][2]["coverage"] == list(mean.grids[2].coverage)
+
+
+def test_one_token_has_no_speedup() -> None:
+    figures = exit_metrics.figures_of(_measured("shared").of([2]))
+    assert figures.tokens == 1
+    assert figures.to_json()["grids"][0] == {
+        "explorers": 2,
+        "coverage": list(figures.grids[0].coverage),
+        "ticks_per_token": None,
+        "depth_side_speedup": None,
+    }
+
+
+def test_calibration_error_by_hand() -> None:
+    confidence = np.asarray([0.9] * 10 + [0.5] * 10)
+    right = np.asarray([True] * 9 + [False] + [True] * 4 + [False] * 6)
+    # Bins of two: 0.5 has two of both right and three of both wrong, 0.9 four of both right and one of one.
+    assert exit_metrics.calibration_error(confidence, right) == pytest.approx((5 * 0.5 + 4 * 0.1 + 0.4) / 10)
+    assert exit_metrics.calibration_error(np.ones(3), np.ones(3, bool)) == 0
+
+
+def test_measuring_again_compiles_nothing() -> None:
+    _measured("shared")
+    sizes = [f._cache_size() for f in (exit_forcing._answer_rows, exit_forcing._ask)]
+    exit_forcing.measure(_model(), _heads("shared")[0], None, _texts()[1:], explorers=EXPLORERS, batch=2)
+    assert sizes == [f._cache_size() for f in (exit_forcing._answer_rows, exit_forcing._ask)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"texts": []}, "0 texts"),
+        ({"texts": [([], [1])]}, "text 1 has no prompt"),
+        ({"texts": [([1], [2]), ([1], [])]}, "text 2 has no answer"),
+        ({"texts": [([1] * 200, [2] * 57)]}, "text 1 has 257 tokens"),
+        ({"texts": [([1], [64])]}, "text 1 holds token ids outside"),
+        ({"vocabulary": None}, "draft vocabulary of 8 tokens and were given None"),
+        ({"vocabulary": DRAFT[::-1]}, "ascending"),
+        ({"lm": dataclasses.replace(MODEL, num_layers=3)}, "do not fit"),
+    ],
+)
+def test_bad_input_is_refused(change: dict, message: str) -> None:
+    lm = small_model(change["lm"]) if "lm" in change else _model()
+    vocabulary = change.get("vocabulary", DRAFT)
+    with pytest.raises(DexError, match=message):
+        exit_forcing.measure(lm, _heads("mlp, draft")[0], vocabulary, change.get("texts", [([1], [2])]))
+
+
+def test_groups_without_texts_are_refused() -> None:
+    with pytest.raises(DexError, match="at least one text in each"):
+        exit_metrics.grouped_figures(_model(), _heads("shared")[0], None, {"empty": []})
+
+
+def _records(count: int = 3) -> list[dict]:
+    figures = {"mean": exit_metrics.figures_of(_measured("shared"))}
+    return [json.loads(exit_report.jsonl_line(10 * step, figures, tokens=7)) for step in range(count)]
+
+
+def test_tables_show_the_figures() -> None:
+    figures = exit_metrics.figures_of(_measured("linear, fused, draft"))
+    text = exit_report.tables({"humaneval": figures, "one token": exit_metrics.figures_of(_measured("shared").of([2]))})
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    assert text.startswith("**humaneval**\n\n|")
+    assert ["2", *(f"{getattr(figures, name)[1]:.3f}" for name in ("agreement", "divergence"))] in [r[:3] for r in rows]
+    assert [f"{x}" for x in (1, 3)] + [f"{figures.agreement_own[1][2]:.3f}"] in rows
+    assert [str(figures.grids[2].explorers), f"{figures.grids[2].depth_side_speedup:.2f}"] in [r[:2] for r in rows]
+    assert ["4", "-", "-"] in [row[:3] for row in rows]
+    assert "60 tokens of 5 texts" in text
+
+
+def test_a_line_of_json_reads_back() -> None:
+    figures = exit_metrics.figures_of(_measured("shared").of([2]))
+    line = exit_report.jsonl_line(3, {"one": figures}, tokens=7)
+    assert "\n" not in line
+    assert json.loads(line) == {"step": 3, "tokens": 7, "groups": {"one": figures.to_json()}}
+
+
+def test_picture(tmp_path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    exit_report.plot_agreement(_records(), tmp_path / "agreement.png")
+    assert (tmp_path / "agreement.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(DexError, match="cannot be written"):
+        exit_report.plot_agreement(_records(), tmp_path / "none" / "agreement.png")
+
+
+def test_picture_without_matplotlib(tmp_path, monkeypatch) -> None:
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DexError, match=r"pip install dex_jax\[plots\]"):
+        exit_report.plot_agreement(_records(), tmp_path / "agreement.png")
+
+
+def test_picture_of_nothing_is_refused(tmp_path) -> None:
+    with pytest.raises(DexError, match="at least one record"):
+        exit_report.plot_agreement([], tmp_path / "agreement.png")
+    with pytest.raises(DexError, match="record 1 has no figures of 'humaneval'"):
+        exit_report.plot_agreement(_records(), tmp_path / "agreement.png", group="humaneval")
+    with pytest.raises(DexError, match="'seconds'"):
+        exit_report.plot_agreement(_records(), tmp_path / "agreement.png", along="seconds")
