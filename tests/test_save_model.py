@@ -137,3 +137,19 @@ def test_configurations_that_a_file_cannot_say_are_refused() -> None:
     for family, change in (("llama", {"qk_norm": True}), ("qwen3", {"qk_norm": True, "qkv_bias": True}), ("mamba", {})):
         with pytest.raises(DexError, match=family):
             config_json(dataclasses.replace(LLAMA, family=family, **change))
+
+
+@pytest.mark.reference
+def test_transformers_reads_a_saved_model(tmp_path) -> None:
+    import torch
+    import transformers
+
+    config = dataclasses.replace(LLAMA, vocab_size=270, rope_theta=5e4)
+    lm, tokenizer = small_model(config), train_tokenizer(TEXT, 270)
+    folder = save_model(tmp_path / "m", config, canonical_weights(lm), tokenizer)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+    assert tokens == tokenizer.encode(TEXT)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits.numpy()
+    np.testing.assert_allclose(logits, lm.logits([tokens]), atol=1e-4)
