@@ -1,0 +1,212 @@
+"""Reading prompts and texts: from files, Hugging Face data sets and the source of Python's standard library."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import importlib
+import json
+import re
+import sysconfig
+import textwrap
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dex_jax.errors import DexError
+
+Prompt = str | list[dict[str, Any]]
+
+RECOGNISED = '"messages", "prompt", "turns", "instruction", "question" or "text"'
+SUFFIXES = (".jsonl", ".json", ".txt")
+
+SPLIT_NAME = re.compile(r"(train|test|validation|dev|all)\b")
+SHORTEST_DOCSTRING = 60
+LONGEST_CODE = 1500
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Prompts of a file: .jsonl, .json (a list) or .txt (one a line), gzipped or not.
+
+    Raises:
+      DexError: no such file, another kind, damaged, or a row without a prompt.
+    """
+    return _not_empty([prompt_of(row, where) for row, where in _rows(path)], path)
+
+
+def read_texts(path: str) -> list[str]:
+    """Texts of a file: a .txt as a whole, or "text" of each row of .jsonl or .json; errors as for `read_prompts`."""
+    if _kind(path) == ".txt":
+        return _not_empty([text for text in [_read(path)] if text.strip()], path)
+    texts = []
+    for row, where in _rows(path):
+        text = row.get("text") if isinstance(row, dict) else row
+        if not isinstance(text, str) or not text.strip():
+            raise DexError(f'{where} has no "text", {_found(row)}: give texts, or leave "text:" away for prompts')
+        texts.append(text)
+    return _not_empty(texts, path)
+
+
+def read_dataset(name: str, config: str | None, split: str) -> list[Prompt]:
+    """Prompts of a Hugging Face data set.
+
+    Raises:
+      DexError: the package `datasets` is missing, it cannot load that, or a row has no prompt.
+    """
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise DexError(
+            f"datasets:{name} needs the package datasets: pip install dex_jax[datasets], or give a file"
+        ) from error
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    # Its errors come from many packages below it, down to those of the network.
+    except Exception as error:
+        raise DexError(f"datasets cannot load {name} (config {config}, split {split}): {error}") from error
+    return _not_empty([prompt_of(dict(row), f"row {i} of {name}") for i, row in enumerate(rows)], name)
+
+
+def parse_dataset(text: str) -> tuple[str, str | None, str]:
+    """NAME[:CONFIG][:SPLIT] -> (name, config, split); the split may be a slice, train[:100], and is "train" by default."""
+    name, *rest = re.split(r":(?![^\[]*\])", text)
+    if not name or len(rest) > 2 or not all(rest):
+        raise DexError(f"datasets:{text} is not understood: write datasets:NAME, then :CONFIG or :SPLIT or both")
+    if len(rest) == 1 and SPLIT_NAME.match(rest[0]):
+        return name, None, rest[0]
+    return name, (rest[0] if rest else None), (rest[1] if len(rest) == 2 else "train")
+
+
+def prompt_of(row: Any, where: str) -> Prompt:
+    """The prompt in one row of a data set: text, or messages that end with somebody else's than the assistant's.
+
+    Args:
+      row: text, or a dictionary with "messages", "prompt", "turns" (the first), "instruction" (with "input", or the
+        input of the first of "instances"), "question" (with "choices") or "text"; the first of these that is there.
+      where: of the row, for the error.
+
+    Raises:
+      DexError: none of them, or nothing in it.
+    """
+    prompt = row if isinstance(row, str) else _from_keys(row) if isinstance(row, dict) else None
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt
+    if isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt):
+        asked = list(prompt)
+        while asked and asked[-1].get("role") == "assistant":
+            asked.pop()
+        if asked:
+            return asked
+    raise DexError(f"{where} has no prompt, {_found(row)}: give each row {RECOGNISED}")
+
+
+def standard_library_prompts() -> list[str]:
+    """Signature and docstring of functions in the running interpreter's standard library, read and never run.
+
+    What there is depends on the version of Python. The order does not depend on the machine.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: dict[str, None] = {}
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        if not NOT_LIBRARY.intersection(path.relative_to(root).parts):
+            found.update(dict.fromkeys(_functions(path)))
+    if not found:
+        raise DexError(f"python-stdlib found no documented functions in {root}: give other data")
+    return list(found)
+
+
+def _functions(path: Path) -> Iterator[str]:
+    try:
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+    except (OSError, UnicodeDecodeError, SyntaxError):
+        return  # a template, or a file kept to be wrong
+    lines = source.splitlines()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        docstring, first = ast.get_docstring(node), node.body[0]
+        if docstring is None or len(docstring) <= SHORTEST_DOCSTRING or first.lineno == node.lineno:
+            continue
+        code = textwrap.dedent("\n".join(lines[node.lineno - 1 : first.end_lineno])) + "\n"
+        if len(code) < LONGEST_CODE:
+            yield code
+
+
+def _from_keys(row: dict[str, Any]) -> Any:
+    for key in ("messages", "prompt"):
+        if row.get(key):
+            return row[key]
+    if row.get("turns") and isinstance(row["turns"], list):
+        return row["turns"][0]
+    if isinstance(row.get("instruction"), str):
+        instances = row.get("instances")
+        given = row.get("input")
+        if isinstance(instances, list) and instances and isinstance(instances[0], dict):
+            given = instances[0].get("input")
+        return row["instruction"] + (f"\n\n{given}" if isinstance(given, str) and given.strip() else "")
+    if isinstance(row.get("question"), str):
+        choices = row.get("choices")
+        named = choices if isinstance(choices, list) else []
+        return "\n".join([row["question"], *(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(named))])
+    return row.get("text")
+
+
+def _found(row: Any) -> str:
+    if isinstance(row, dict):
+        return "only " + (", ".join(f'"{key}"' for key in row) or "no keys at all")
+    return f"it is {type(row).__name__} {str(row)[:40]!r}"
+
+
+def _kind(path: str) -> str:
+    name = path.removesuffix(".gz")
+    for suffix in SUFFIXES:
+        if name.endswith(suffix):
+            return suffix
+    raise DexError(
+        f'data "{path}" is not understood: give a {", ".join(SUFFIXES)} file (or .gz of one), text:FILE, '
+        "datasets:NAME, python-stdlib or self"
+    )
+
+
+def _read(path: str) -> str:
+    try:
+        data = Path(path).read_bytes()
+        return (gzip.decompress(data) if path.endswith(".gz") else data).decode("utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DexError(f"there is no data file {path}: check the path") from error
+    except UnicodeDecodeError as error:
+        raise DexError(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DexError(f"{path} cannot be read: {error}") from error
+
+
+def _rows(path: str) -> Iterator[tuple[Any, str]]:
+    """(row, where it stands) of each row."""
+    kind, text = _kind(path), _read(path)
+    if kind == ".json":
+        rows = _json(text, path)
+        if not isinstance(rows, list):
+            raise DexError(f"{path} holds {type(rows).__name__}, not a list of rows: make it a list")
+        yield from ((row, f"row {number} of {path}") for number, row in enumerate(rows, 1))
+        return
+    # Not splitlines: JSON strings may hold line separators that are no line feeds.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"line {number} of {path}"
+            yield (line.strip() if kind == ".txt" else _json(line, where)), where
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DexError(f"{where} is no JSON ({error}): mend or remove it") from error
+
+
+def _not_empty(rows: list[Any], path: str) -> list[Any]:
+    if not rows:
+        raise DexError(f"{path} is empty: give it at least one row")
+    return rows

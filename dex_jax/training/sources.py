@@ -1,0 +1,403 @@
+"""Where the training stream's items come from: what the model writes itself, prompts, given texts, and mixtures.
+
+Every source is a sequence without end that is the same in every run: item i follows from i and a seed alone, so a
+position in the data is one number. Letters: S longest item.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from dex_jax.errors import DexError
+from dex_jax.language_model import LanguageModel, Outline
+from dex_jax.training.items import Item, Turn
+from dex_jax.training.prompt_files import (
+    Prompt,
+    parse_dataset,
+    read_dataset,
+    read_prompts,
+    read_texts,
+    standard_library_prompts,
+)
+
+Model = LanguageModel | Outline
+
+BLOCK = 256
+"""A mixture keeps its shares in every BLOCK items."""
+
+SHORTEST_ANSWER = 16
+"""A prompt that leaves no room for this many tokens of answer is skipped."""
+
+_MARK = "dexmarker"
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceOptions:
+    """How items are made.
+
+    Attributes:
+      length: S; longer prompts are skipped, answers end there.
+      seed: of shuffles and choices between kinds of items.
+      chat: whether the chat template is applied, if there is one.
+      answer_limit: most tokens of an answer.
+      answer_temperature, answer_top_p: of the answers that are sampled; the others are greedy.
+      sampled_share: share of the answers that are sampled.
+      prompt_limit: most tokens of a prompt that the model writes itself.
+      prompt_temperature, prompt_top_p: of such prompts, and of a base model's texts.
+      starts: such prompts begin with one of these texts each, "" among them for nothing.
+      prompt_weight: how much a step counts whose next token belongs to a prompt. Steps of given texts count 1.
+      held_out_share, held_out_least: how many prompts of a source are never trained on: that share, at least so many,
+        at most half of them.
+    """
+
+    length: int
+    seed: int = 0
+    chat: bool = True
+    answer_limit: int = 160
+    answer_temperature: float = 0.7
+    answer_top_p: float = 0.95
+    sampled_share: float = 0.0
+    prompt_limit: int = 64
+    prompt_temperature: float = 1.0
+    prompt_top_p: float = 0.95
+    starts: tuple[str, ...] = ("",)
+    prompt_weight: float = 0.0
+    held_out_share: float = 0.02
+    held_out_least: int = 32
+
+
+class Source(Protocol):
+    """A sequence of items without end; `name` is what users write."""
+
+    name: str
+
+    @property
+    def skipped(self) -> int:
+        """How many entries were too long so far."""
+
+    def item(self, number: int) -> Item:
+        """The item of any number from 0; the same at every call."""
+
+    @property
+    def held_out(self) -> list[Item]:
+        """Items that are never trained on."""
+
+    @property
+    def digest(self) -> str:
+        """Changes with the data."""
+
+
+class SelfSource:
+    """The model writes prompts and answers them; a model without chat template writes texts after its BOS.
+
+    Held-out items have the same scripts: what sets them apart is the sampling, so run them with another seed.
+
+    Raises:
+      DexError: the chat template leaves no room in S, hides the user's text, or there is no token to begin with.
+    """
+
+    name = "self"
+    skipped = 0
+
+    def __init__(self, model: Model, options: SourceOptions):
+        self._options, tokenizer = options, model.tokenizer
+        if tokenizer is None or not (options.chat and tokenizer.has_chat_template):
+            self._scripts = [_text_script(model, options)]
+            return
+        parts = tokenizer.render([{"role": "user", "content": _MARK}]).split(_MARK)
+        if len(parts) != 2:
+            raise DexError(f"the chat template of {_name(model)} does not show the user's text once: turn chat off")
+        rest = tuple(tokenizer.encode(parts[1], add_special=False))
+        headers = [tuple(tokenizer.encode(parts[0] + start, add_special=False)) for start in options.starts or ("",)]
+        self._scripts = [self._chat_script(header, rest) for header in headers]
+
+    def _chat_script(self, header: tuple[int, ...], rest: tuple[int, ...]) -> tuple[Turn, ...]:
+        o = self._options
+        room = o.length - len(header) - len(rest)
+        if room < 2:
+            raise DexError(f"a length of {o.length} tokens leaves no room beside the chat template: raise it")
+        limit = min(o.prompt_limit, room // 2)
+        prompt = Turn(header, limit, o.prompt_temperature, o.prompt_top_p, o.prompt_weight)
+        return prompt, Turn(rest, min(o.answer_limit, room - limit), forced_weight=o.prompt_weight)
+
+    def item(self, number: int) -> Item:
+        """One of the starts, drawn with the seed and the number."""
+        script = self._scripts[int(_random(self._options, number, "start") * len(self._scripts))]
+        if len(script) == 1:
+            return Item(script)
+        return Item((*script[:-1], _sampled_or_not(script[-1], self._options, number)))
+
+    @property
+    def held_out(self) -> list[Item]:
+        """As many as for other sources at least."""
+        return [self.item(number) for number in range(self._options.held_out_least)]
+
+    @property
+    def digest(self) -> str:
+        """Of the scripts."""
+        return _digest(repr(self._scripts))
+
+
+class ListSource:
+    """Entries of a list, each once an epoch, shuffled anew for every epoch.
+
+    Args:
+      name: see Source.
+      entries: prompts or windows of tokens.
+      make: (entry, item number) -> item, or None when it is too long.
+      held_out: digests (`entry_digest`) of entries never to be trained on.
+      seed: of the shuffles.
+      tell: called once, with a sentence, when an entry is skipped.
+
+    Raises:
+      DexError: nothing is left to train on, here or, when all that is left is too long, from `item`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        entries: Sequence[Any],
+        make: Callable[[Any, int], Item | None],
+        held_out: frozenset[str],
+        seed: int,
+        tell: Callable[[str], None],
+    ):
+        self.name, self._make, self._seed, self._tell = name, make, seed, tell
+        digests = [entry_digest(entry) for entry in entries]
+        self.digest = _digest("".join(digests))
+        self._held_out = [entry for entry, digest in zip(entries, digests, strict=True) if digest in held_out]
+        self._entries = [entry for entry, digest in zip(entries, digests, strict=True) if digest not in held_out]
+        self._too_long: set[int] = set()
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+        if not self._entries:
+            raise DexError(f"{name} has nothing left to train on beside what is held out: give it more prompts")
+
+    @property
+    def skipped(self) -> int:
+        """How many entries were too long so far."""
+        return len(self._too_long)
+
+    def item(self, number: int) -> Item:
+        """The entry of that place in the shuffled epochs; where it is too long, the next one that is not."""
+        count = len(self._entries)
+        epoch, place = divmod(number, count)
+        order = self._order(epoch)
+        for step in range(count):
+            index = int(order[(place + step) % count])
+            item = None if index in self._too_long else self._make(self._entries[index], number)
+            if item is not None:
+                return item
+            if not self._too_long:
+                self._tell(f"{self.name}: prompts too long for a row are skipped")
+            self._too_long.add(index)
+        raise DexError(f"every entry of {self.name} is too long for a row: raise the length or give shorter ones")
+
+    @property
+    def held_out(self) -> list[Item]:
+        """Held-out entries that are not too long."""
+        made = [self._make(entry, number) for number, entry in enumerate(self._held_out)]
+        return [item for item in made if item is not None]
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._entries))
+
+
+class Mixture:
+    """Several sources in given shares of the items; itself a sequence of items without end.
+
+    Args:
+      sources: with names that differ.
+      weights: relative shares, above 0.
+      seed: of the order in which sources take turns.
+
+    Raises:
+      DexError: no sources, equal names, or weights that are missing or not above 0.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int = 0):
+        if not 1 <= len(sources) <= BLOCK or len(weights) != len(sources):
+            raise DexError(f"a mixture takes 1 to {BLOCK} sources with a weight each, not {len(sources)}")
+        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise DexError(f"the weights of data must be above 0, not {', '.join(map(str, weights))}")
+        names = [source.name for source in sources]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise DexError(f"{twice[0]} is given twice: give it once, with a larger weight")
+        self.sources, self._seed = tuple(sources), seed
+        self._counts = _shares(weights)
+        self._block = functools.lru_cache(maxsize=4)(self._make_block)
+
+    def item(self, number: int) -> Item:
+        """The item of any number from 0; the same at every call."""
+        source, at = self.place(number)
+        return self.sources[source].item(at)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(index of the source, number within it) of an item."""
+        block, within = divmod(number, BLOCK)
+        turns, ranks = self._block(block)
+        source = int(turns[within])
+        return source, block * self._counts[source] + int(ranks[within])
+
+    @property
+    def held_out(self) -> dict[str, list[Item]]:
+        """Items never trained on, by the name of their source."""
+        return {source.name: source.held_out for source in self.sources}
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many entries of each source were too long so far."""
+        return {source.name: source.skipped for source in self.sources}
+
+    def fingerprint(self) -> str:
+        """Short hexadecimal digest of the data, their shares and their order."""
+        parts = [(source.name, source.digest, count) for source, count in zip(self.sources, self._counts, strict=True)]
+        return _digest(json.dumps([parts, self._seed]))[:16]
+
+    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        turns = np.repeat(np.arange(len(self._counts)), self._counts)
+        turns = np.random.default_rng([self._seed, block]).permutation(turns)
+        ranks = np.zeros(BLOCK, np.int64)
+        for source in range(len(self._counts)):
+            ranks[turns == source] = np.arange(self._counts[source])
+        return turns, ranks
+
+
+def open_mixture(
+    data: Sequence[str], model: Model, options: SourceOptions, tell: Callable[[str], None] | None = None
+) -> Mixture:
+    """The mixture that users ask for with --data.
+
+    Args:
+      data: of each source "self", FILE (.jsonl, .json, .txt, also with .gz: prompts), "text:FILE" (given texts),
+        "datasets:NAME[:CONFIG][:SPLIT]" or "python-stdlib", with "=WEIGHT" after it or the weight 1.
+      model: its tokenizer and chat template make tokens.
+      options: how.
+      tell: called with sentences that users should see; None prints them to stderr.
+
+    Prompts held out of one source are held out of all.
+
+    Raises:
+      DexError: data that are not understood, cannot be read, or do not fit.
+    """
+    say = tell or functools.partial(print, file=sys.stderr)
+    specs = [parse_data(text) for text in data]
+    read = {name: _read_entries(name, model, options) for name, _ in specs if name != "self"}
+    held_out = frozenset(
+        digest
+        for entries in read.values()
+        for digest in held_out_digests(entries, options.held_out_share, options.held_out_least)
+    )
+    sources: list[Source] = []
+    for name, _ in specs:
+        if name == "self":
+            sources.append(SelfSource(model, options))
+            continue
+        make = functools.partial(_given_item if name.startswith("text:") else _prompt_item, model, options)
+        sources.append(ListSource(name, read[name], make, held_out, options.seed, say))
+    mixture = Mixture(sources, [weight for _, weight in specs], options.seed)
+    for source in sources:
+        source.item(0)  # what cannot be encoded at all is better said now
+    return mixture
+
+
+def parse_data(text: str) -> tuple[str, float]:
+    """ "NAME[=WEIGHT]" -> (name, weight)."""
+    found = re.fullmatch(r"(.+)=([0-9]*\.?[0-9]+)", text)
+    return (found[1], float(found[2])) if found else (text, 1.0)
+
+
+def entry_digest(entry: Any) -> str:
+    """Digest of a prompt (text or messages) or of a window of tokens: what the held-out split goes by."""
+    return _digest(entry if isinstance(entry, str) else json.dumps(entry, sort_keys=True))
+
+
+def held_out_digests(entries: Sequence[Any], share: float, least: int) -> list[str]:
+    """Digests of the entries to hold out: the smallest ones, so that the choice hangs on the prompts alone."""
+    digests = sorted({entry_digest(entry) for entry in entries})
+    return digests[: min(max(least, math.ceil(share * len(digests))), len(digests) // 2)]
+
+
+def _read_entries(name: str, model: Model, options: SourceOptions) -> Sequence[Any]:
+    if name == "python-stdlib":
+        return standard_library_prompts()
+    if name.startswith("datasets:"):
+        return read_dataset(*parse_dataset(name.removeprefix("datasets:")))
+    if name.startswith("text:"):
+        return _windows(read_texts(name.removeprefix("text:")), model, options.length)
+    return read_prompts(name)
+
+
+def _windows(texts: Sequence[str], model: Model, length: int) -> list[tuple[int, ...]]:
+    """Token windows of at most `length` that cover all texts, each after what the tokenizer puts before a sequence."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise DexError(f"{_name(model)} has no tokenizer, so texts cannot be used: use self")
+    before = tuple(tokenizer.encode(""))
+    room = length - len(before)
+    windows = []
+    for text in texts:
+        tokens = tokenizer.encode(text, add_special=False)
+        windows += [(*before, *tokens[at : at + room]) for at in range(0, len(tokens), room)]
+    return windows
+
+
+def _given_item(model: Model, options: SourceOptions, window: tuple[int, ...], number: int) -> Item:
+    del model, options, number
+    return Item((Turn(window, forced_weight=1.0),))
+
+
+def _prompt_item(model: Model, options: SourceOptions, prompt: Prompt, number: int) -> Item | None:
+    tokens = tuple(model.encode(prompt, options.chat))
+    room = options.length - len(tokens)
+    if room < min(SHORTEST_ANSWER, options.answer_limit):
+        return None
+    answer = Turn(tokens, min(options.answer_limit, room), forced_weight=options.prompt_weight)
+    return Item((_sampled_or_not(answer, options, number),))
+
+
+def _sampled_or_not(answer: Turn, options: SourceOptions, number: int) -> Turn:
+    if _random(options, number, "sampled") >= options.sampled_share:
+        return answer
+    return dataclasses.replace(answer, temperature=options.answer_temperature, top_p=options.answer_top_p)
+
+
+def _text_script(model: Model, options: SourceOptions) -> tuple[Turn, ...]:
+    begins = model.config.bos_id if model.config.bos_id is not None else next(iter(model.eos_ids), None)
+    if begins is None:
+        raise DexError(f"{_name(model)} has no BOS and no EOS to begin a text with: give prompts with --data")
+    return (Turn((begins,), options.length - 1, options.prompt_temperature, options.prompt_top_p),)
+
+
+def _random(options: SourceOptions, number: int, purpose: str) -> float:
+    """A number in [0, 1) of the seed, the item and the purpose."""
+    return int(_digest(f"{options.seed} {number} {purpose}")[:13], 16) / 16**13
+
+
+def _shares(weights: Sequence[float]) -> list[int]:
+    """How many of BLOCK items each source gives, at least one: the largest remainders are rounded up."""
+    spare = BLOCK - len(weights)
+    exact = [spare * weight / sum(weights) for weight in weights]
+    counts = [1 + math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda i: math.floor(exact[i]) - exact[i])
+    for i in by_remainder[: BLOCK - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _name(model: Model) -> str:
+    return model.source if isinstance(model, LanguageModel) else model.checkpoint.source
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
