@@ -78,13 +78,13 @@ class Ticks:
 def narrow_heads_run(schedule):
     """run_ticks with intermediate heads over a few columns of the unembedding."""
 
-    @functools.partial(jax.jit, static_argnames="spec", donate_argnums=1)
-    def run(weights, state, limits, sampling, until_tick, *, spec):
+    @functools.partial(jax.jit, static_argnames="spec", donate_argnums=2)
+    def run(weights, heads, state, limits, sampling, until_tick, *, spec):
         model = merge_model(spec.config, spec.layout, weights)
         columns = model.embed[...][:NARROW_COLUMNS]
         ids = jnp.arange(NARROW_COLUMNS, dtype=jnp.int32)
         inverse = jnp.minimum(jnp.arange(spec.config.vocab_size, dtype=jnp.int32), NARROW_COLUMNS)
-        exits = Exits(lambda hidden, view: model.normed(hidden), lambda f: f @ columns.T, ids, inverse)
+        exits = Exits(lambda memory, hidden, view: model.normed(hidden[:-1]), lambda f: f @ columns.T, ids, inverse)
         network = transformer_network(model, schedule.depths, exits)
         return loop.run(network, state, limits, sampling, until_tick=until_tick)
 
@@ -103,9 +103,9 @@ def lattice_alone(lm, schedule, count: int):
             vocab_size=width,
             embed=lambda tokens, positions: (tokens[..., None] % 7 + positions[..., None] % 5).astype(jnp.float32),
             advance=lambda memory, hidden, view: (hidden + 1, memory),
-            commit=lambda memory, slot, position, where: memory,
+            commit=lambda memory, done: memory,
             final=logits,
-            exits=Exits(lambda hidden, view: hidden, logits),
+            exits=Exits(lambda memory, hidden, view: hidden[:-1], logits),
         )
 
     limits = dex_jax.Limits(jnp.asarray([10**6]), jnp.asarray([-1]))

@@ -1,13 +1,14 @@
 """Depth Exploration Decoding (DEX, arXiv 2606.29223) in JAX: faster decoding, not one token changed."""
 
-from dex_jax.config import ModelConfig, RopeScaling
+from dex_jax.config import ExitsConfig, ModelConfig, RopeScaling
 from dex_jax.decoding.generate import generate, stream
-from dex_jax.decoding.interface import Exits, Network, StageView
+from dex_jax.decoding.interface import Committed, Exits, Network, StageView
 from dex_jax.decoding.loop import DexState, init, run, step
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.output import Output, Stats
 from dex_jax.decoding.record import Limits, Record
 from dex_jax.errors import DexError
+from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
 from dex_jax.language_model import LanguageModel, load
 from dex_jax.lattice import Lattice
 from dex_jax.nn.transformer import Stacked, Transformer, Unrolled
@@ -17,10 +18,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AR",
+    "Committed",
     "Dex",
     "DexError",
     "DexState",
     "Exits",
+    "ExitsConfig",
     "LanguageModel",
     "Lattice",
     "Limits",
@@ -33,12 +36,15 @@ __all__ = [
     "Stacked",
     "StageView",
     "Stats",
+    "TrainedExits",
     "Transformer",
     "Unrolled",
     "generate",
     "init",
     "load",
+    "load_exits",
     "run",
+    "save_exits",
     "step",
     "stream",
 ]

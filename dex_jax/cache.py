@@ -30,12 +30,14 @@ class Memory(NamedTuple):
     Attributes:
       keys, values: committed prefix, [B, G, S, d] a layer.
       lattice_keys, lattice_values: lattice slots, [B, G, K W, d] a layer; K W is 0 outside DEX.
+      exits: what trained exits remember of the committed prefix (decoding/trained_exits.py), () when nothing.
     """
 
     keys: Leaves
     values: Leaves
     lattice_keys: Leaves
     lattice_values: Leaves
+    exits: Any = ()
 
 
 def allocate(config: ModelConfig, layout: Layout, batch: int, length: int, slots: int, dtype: jnp.dtype) -> Memory:

@@ -113,6 +113,11 @@ class Outline:
         return _eos_ids(self.config, self.tokenizer)
 
     @property
+    def fingerprint(self) -> str:
+        """Short hexadecimal digest of the backbone."""
+        return self.checkpoint.fingerprint()
+
+    @property
     def weights(self) -> Any:
         """Weights as jax.ShapeDtypeStruct."""
         return abstract_weights(self.config, self.layout, self.dtype)

@@ -46,14 +46,14 @@ def exported(name: str, method: str, layout: str, dtype: str, *, sampled: bool) 
     tokens = jax.ShapeDtypeStruct((batch, 16), jnp.int32)
     spec = Spec(CONFIG, arrangement, schedule)
     function, args = {
-        "run": (run_ticks, (shapes.weights, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)),
+        "run": (run_ticks, (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)),
         "start": (
             functools.partial(start_decoding, capacity=64),
-            (shapes.weights, shapes.memory, shapes.last, shapes.lengths, shapes.limits, shapes.sampling),
+            (shapes.weights, None, shapes.memory, shapes.last, shapes.lengths, shapes.limits, shapes.sampling),
         ),
         "prefill": (
             prefill_chunk,
-            (shapes.weights, shapes.memory, shapes.last, tokens, shapes.scalar, shapes.lengths),
+            (shapes.weights, None, shapes.memory, shapes.last, tokens, shapes.scalar, shapes.lengths),
         ),
     }[name]
     program = jax.jit(functools.partial(function, spec=spec))

@@ -88,12 +88,16 @@ def compile_program(
         config, jnp.dtype(dtype), schedule, layout, batch, cache_length, capacity=CAPACITY, sampled=sampled
     )
     program, args = {
-        "run": (RUN, (shapes.weights, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)),
-        "start": (START, (shapes.weights, shapes.memory, shapes.last, shapes.lengths, shapes.limits, shapes.sampling)),
+        "run": (RUN, (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)),
+        "start": (
+            START,
+            (shapes.weights, None, shapes.memory, shapes.last, shapes.lengths, shapes.limits, shapes.sampling),
+        ),
         "prefill": (
             PREFILL,
             (
                 shapes.weights,
+                None,
                 shapes.memory,
                 shapes.last,
                 jax.ShapeDtypeStruct((batch, PROMPT), jnp.int32),

@@ -1,28 +1,136 @@
-"""Which exit heads a generation uses."""
+"""Which exit heads a generation uses, and at which depths."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
+from pathlib import Path
 
+from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import Schedule
 from dex_jax.errors import DexError
+from dex_jax.io.exits_file import TrainedExits, load_exits
+from dex_jax.nn.exits import select_exits
+
+DEFAULTS = Path(__file__).resolve().parents[1] / "default_exits"
+"""One file for each model that trained exits ship for."""
 
 
-def resolve_exits(exits: str, schedule: Schedule) -> str | None:
-    """The source of the exits 1..K-1 of a schedule, None when there are none (K = 1).
+@dataclasses.dataclass(frozen=True)
+class ResolvedExits:
+    """What a generation's `exits` comes to.
 
-    "shared" is the model's own final norm and unembedding at every depth and needs no training. "default" is what ships
-    for the model; as nothing ships yet it means "shared".
+    Attributes:
+      schedule: with exit depths that the exits are trained at.
+      source: where they came from, "shared" for the model's own head at every depth, None when K = 1.
+      trained: heads at x_1 .. x_{K-1}; None for "shared" and for K = 1.
+      remarks: sentences that a user should see.
+    """
+
+    schedule: Schedule
+    source: str | None
+    trained: TrainedExits | None
+    remarks: tuple[str, ...] = ()
+
+    def say(self) -> None:
+        """Prints the remarks on stderr."""
+        for remark in self.remarks:
+            print(remark, file=sys.stderr)
+
+
+def resolve_exits(
+    exits: str | os.PathLike | TrainedExits,
+    schedule: Schedule,
+    config: ModelConfig,
+    fingerprint: str,
+    *,
+    given_depths: bool = False,
+) -> ResolvedExits:
+    """The exits of a schedule.
+
+    Args:
+      exits: "shared" (the model's own final norm and unembedding at every depth), "default" (what ships for the model,
+        "shared" when nothing does), a path, or what `load_exits` gave.
+      schedule: as the method says. Where an even grid asks for depths that are not trained, the nearest ones are taken.
+      config: of the model.
+      fingerprint: of the model.
+      given_depths: whether the user chose the depths; they are not moved then.
 
     Raises:
-      DexError: anything else.
+      DexError: no exits there, exits of another width, vocabulary or number of layers, or depths that they do not have.
     """
-    if exits not in ("default", "shared"):
-        raise DexError(f'exits must be "default" or "shared", not {exits!r}: this version has no trained exits')
-    return None if schedule.stages == 1 else "shared"
+    if schedule.stages == 1:
+        return ResolvedExits(schedule, None, None)
+    if isinstance(exits, str) and exits == "shared":
+        return ResolvedExits(schedule, "shared", None)
+    if isinstance(exits, str) and exits == "default":
+        shipped = default_exits(fingerprint)
+        if shipped is None or schedule.stages - 1 > shipped.count:
+            why = "no trained exits ship with this model" if shipped is None else "the shipped exits are fewer"
+            return ResolvedExits(schedule, "shared", None, (f'{why}: exits="shared" is used',))
+        trained, source = shipped, "default"
+        if given_depths and not set(schedule.depths[:-1]) <= set(shipped.config.depths):
+            remark = 'the shipped exits are not trained at all these depths: exits="shared" is used'
+            return ResolvedExits(schedule, "shared", None, (remark,))
+    else:
+        trained = exits if isinstance(exits, TrainedExits) else load_exits(exits)
+        source = trained.source
+    _check_fit(trained, config)
+    remarks = []
+    if trained.fingerprint != fingerprint:
+        remarks.append(f"the exits in {source} were trained on another model: tokens stay the same, ticks may be more")
+    depths = schedule.depths
+    if not set(depths[:-1]) <= set(trained.config.depths):
+        trained_at = ", ".join(map(str, trained.config.depths))
+        if given_depths:
+            raise DexError(f"the exits in {source} are trained at depths {trained_at}: choose depths among them")
+        depths = (*nearest_depths(depths[:-1], trained.config.depths, source), depths[-1])
+        moved = ", ".join(map(str, depths))
+        remarks.append(f"exits are trained at depths {trained_at}: the exit depths are {moved}")
+    chosen = tuple(depths[:-1])
+    subset, parameters = select_exits(trained.config, trained.parameters, chosen)
+    trained = dataclasses.replace(trained, config=subset, parameters=parameters)
+    return ResolvedExits(dataclasses.replace(schedule, depths=depths), source, trained, tuple(remarks))
 
 
-def say_exits(exits: str, source: str | None) -> None:
-    """One line on stderr where what runs is not what the word promises."""
-    if exits == "default" and source == "shared":
-        print('no trained exits ship with this model: exits="shared" is used', file=sys.stderr)
+def default_exits(fingerprint: str) -> TrainedExits | None:
+    """The exits that ship for a model, by its fingerprint."""
+    file = DEFAULTS / f"{fingerprint}.safetensors"
+    return load_exits(file) if file.is_file() else None
+
+
+def nearest_depths(wanted: tuple[int, ...], trained: tuple[int, ...], source: str) -> tuple[int, ...]:
+    """As many different trained depths, ascending, with the least sum of distances to the wanted ones.
+
+    Raises:
+      DexError: fewer trained than wanted.
+    """
+    if len(wanted) > len(trained):
+        raise DexError(
+            f"the exits in {source} are trained at {len(trained)} depths, which serve at most {len(trained) + 1} "
+            f"explorers, not {len(wanted) + 1}: ask for fewer"
+        )
+    # best[j]: (distance, depths) for the wanted depths so far with the last one among trained[: j + 1].
+    best: list[tuple[float, tuple[int, ...]]] = [(0, ())] * (len(trained) + 1)
+    for want in wanted:
+        row: list[tuple[float, tuple[int, ...]]] = [(float("inf"), ())]
+        for j, depth in enumerate(trained):
+            distance, before = best[j]
+            row.append(min(row[-1], (distance + abs(depth - want), (*before, depth))))
+        best = row
+    return best[-1][1]
+
+
+def _check_fit(trained: TrainedExits, config: ModelConfig) -> None:
+    where = f"the exits in {trained.source}"
+    if trained.config.width != config.width:
+        raise DexError(f"{where} are for a model of width {trained.config.width}, and this one has {config.width}")
+    if trained.config.depths[-1] >= config.num_layers:
+        raise DexError(
+            f"{where} reach depth {trained.config.depths[-1]}, and this model has {config.num_layers} layers"
+        )
+    if trained.vocabulary is not None and trained.vocabulary[-1] >= config.vocab_size:
+        raise DexError(
+            f"{where} know token {trained.vocabulary[-1]}, and this model's vocabulary ends at {config.vocab_size - 1}"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax.decoding.exits import resolve_exits, say_exits
+from dex_jax.decoding.exits import ResolvedExits, resolve_exits
 from dex_jax.decoding.methods import Dex, Method, Schedule
 from dex_jax.decoding.output import Output, Stats, cut, depth_side_speedup, ticks_of
 from dex_jax.decoding.record import Record
 from dex_jax.decoding.session import PROGRAMS, Session
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.errors import DexError
+from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.prompts import Prompt
 from dex_jax.sampling import Sampling, sampling_keys
@@ -58,7 +60,7 @@ def stream(
     *,
     method: Method | None = None,
     max_new_tokens: int = 128,
-    exits: str = "default",
+    exits: str | os.PathLike | TrainedExits = "default",
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -76,8 +78,8 @@ def stream(
       prompts: see `generate`.
       method: AR() or Dex(...); None is Dex() with 5 explorers.
       max_new_tokens: at most so many tokens per sequence, the first one of the prefill included.
-      exits: "shared" (the model's own final norm and unembedding at every depth) or "default" (what ships for the
-        model). Exits never change tokens.
+      exits: "shared" (the model's own final norm and unembedding at every depth), "default" (what ships for the
+        model), a path, or what `load_exits` gave. Exits never change tokens.
       temperature: 0 is greedy; above, tokens are sampled with noise that belongs to their positions.
       top_k: keep the k most likely tokens; None keeps all.
       top_p: keep the smallest set that holds this probability, in (0, 1]; None keeps all.
@@ -99,7 +101,7 @@ def stream(
     run = _prepare(
         lm, prompts, method, max_new_tokens, exits, temperature, top_k, top_p, seed, num_samples, stop, chat, notify
     )
-    say_exits(exits, run.exits_source)
+    run.exits.say()
     times = dict.fromkeys(("compile", "prefill", "decode"), 0.0)
     with _Clock(times, "prefill"):
         run.session.prefill()
@@ -120,7 +122,7 @@ def precompile(
     *,
     method: Method | None = None,
     max_new_tokens: int = 128,
-    exits: str = "default",
+    exits: str | os.PathLike | TrainedExits = "default",
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -149,7 +151,7 @@ class _Prepared:
 
     session: Session
     schedule: Schedule
-    exits_source: str | None
+    exits: ResolvedExits
     ids: list[list[int]]
     seeds: list[int] | None
     stops: StopStrings
@@ -160,7 +162,7 @@ def _prepare(
     prompts: Prompt | Sequence[Prompt],
     method: Method | None,
     max_new_tokens: int,
-    exits: str,
+    exits: str | os.PathLike | TrainedExits,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
@@ -170,12 +172,15 @@ def _prepare(
     chat: bool,
     notify: Callable[[str], None],
 ) -> _Prepared:
-    schedule = (Dex() if method is None else method).schedule(lm.config.num_layers)
-    exits_source = resolve_exits(exits, schedule)
+    method = Dex() if method is None else method
+    given = isinstance(method, Dex) and method.depths is not None
+    schedule = method.schedule(lm.config.num_layers)
+    resolved = resolve_exits(exits, schedule, lm.config, lm.fingerprint, given_depths=given)
+    schedule = resolved.schedule
     ids = _encode(lm, prompts, chat, num_samples, max_new_tokens)
     sampling, seeds = _sampling(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
-    session = Session(lm, ids, schedule, max_new_tokens, sampling, notify)
-    return _Prepared(session, schedule, exits_source, ids, seeds, StopStrings(stop, lm.tokenizer))
+    session = Session(lm, ids, schedule, max_new_tokens, sampling, resolved.trained, notify)
+    return _Prepared(session, schedule, resolved, ids, seeds, StopStrings(stop, lm.tokenizer))
 
 
 class _Clock:
@@ -272,7 +277,7 @@ def _output(run: _Prepared, record: Record, times: dict[str, float]) -> Output:
     device = jax.devices()[0]
     stats = Stats(
         schedule=run.schedule,
-        exits_source=run.exits_source,
+        exits_source=run.exits.source,
         ticks=ticks,
         exits=exits[:, :width],
         depth_side_speedup=depth_side_speedup(ticks, lengths, stages),

@@ -5,7 +5,7 @@ Letters: B sequences, W rows a stage, K stages, D' exit features, N gathered nod
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ class Asked(NamedTuple):
 
 def propose(
     exits: Exits,
+    memory: Any,
     hidden: jax.Array,
     view: StageView,
     nodes: Proposers,
@@ -68,7 +69,8 @@ def propose(
 
     Args:
       exits: heads of exits 1..K-1.
-      hidden: [K - 1, B, W, D], states at x_1 .. x_{K-1}.
+      memory: the network's own, after this tick's commit.
+      hidden: [K, B, W, D], states at x_1 .. x_K.
       view: all K stages.
       nodes: which rows propose, with what they have.
       sampling, noise: None when greedy.
@@ -84,7 +86,7 @@ def propose(
     def by_sequence(field: jax.Array) -> jax.Array:
         return jnp.swapaxes(field, 0, 1).reshape(batch, count, *field.shape[3:])
 
-    features = by_sequence(exits.features(hidden, view))
+    features = by_sequence(exits.features(memory, hidden, view))
     position = by_sequence(view.position[:-1]) + 1
     offered = by_sequence(nodes.offered)
     score = jnp.where(by_sequence(nodes.live), by_sequence(nodes.score), -jnp.inf)
@@ -150,7 +152,11 @@ def _ask_rows(exits: Exits, asked: Asked, sampling: Sampling | None, noise: Nois
     column, left = choose(allowed, sampling, row_noise)
     token = column if exits.vocabulary is None else exits.vocabulary[column]
     log_probability = jnp.take_along_axis(scaled, column[:, None], axis=-1)[:, 0]
-    log_probability = log_probability - jax.nn.logsumexp(scaled, axis=-1)
+    log_all = jax.nn.logsumexp(scaled, axis=-1)
+    if exits.rest is not None:
+        rest = exits.rest(asked.features)
+        log_all = jnp.logaddexp(log_all, rest if sampling is None else rest / sampling.temperature)
+    log_probability = log_probability - log_all
     repeated = jnp.any(asked.offered == token[:, None], axis=-1)
     return Proposals(token, log_probability, left & ~repeated)
 

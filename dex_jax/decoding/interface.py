@@ -23,6 +23,7 @@ class StageView(NamedTuple):
       position: [K, B, W] int32, absolute positions.
       live: [K, B, W] bool; what is computed for other rows is never read.
       ancestors: [K, B, W, K W] bool, the slots each row attends to, itself included.
+      parent: [K, B, W] int32, slot of each row's parent, NO_NODE for the root.
       prefix: [B] int32, how many committed positions every row of a sequence attends to.
     """
 
@@ -31,24 +32,46 @@ class StageView(NamedTuple):
     position: jax.Array
     live: jax.Array
     ancestors: jax.Array
+    parent: jax.Array
     prefix: jax.Array
+
+
+class Committed(NamedTuple):
+    """The roots that have finished in one tick, one a sequence.
+
+    Attributes:
+      slot: [B] int32 lattice slot.
+      token: [B] int32.
+      position: [B] int32, the first position that is not committed yet.
+      hidden: [B, D], at depth L.
+      where: [B] bool, the sequences that commit; elsewhere the other fields may be anything.
+    """
+
+    slot: jax.Array
+    token: jax.Array
+    position: jax.Array
+    hidden: jax.Array
+    where: jax.Array
 
 
 class Exits(NamedTuple):
     """The heads of exits 1..K-1.
 
     Attributes:
-      features: (hidden [K - 1, B, W, D], StageView) -> [K - 1, B, W, D'], what differs from exit to exit. The view is
-        None where there is no lattice (teacher forcing); then B = 1 and W runs over positions.
+      features: (memory, hidden [K, B, W, D], StageView) -> [K - 1, B, W, D'], what differs from exit to exit. Memory
+        holds this tick's commit; a root that has just finished still stands in stage K, as the parent of its children.
       logits: [N, D'] -> [N, V'] float32, what all exits share; the loop calls it for the rows that propose only.
       vocabulary: [V'] int32, the full token id of each column, or None when V' = V.
       columns: [V] int32, the column of each full token id and V' for those without one; None when V' = V.
+      rest: [N, D'] -> [N] float32, the logit of all tokens that have no column together, which counts in probabilities;
+        None when V' = V or exits do not say.
     """
 
-    features: Callable[[jax.Array, StageView | None], jax.Array]
+    features: Callable[[Any, jax.Array, StageView], jax.Array]
     logits: Callable[[jax.Array], jax.Array]
     vocabulary: jax.Array | None = None
     columns: jax.Array | None = None
+    rest: Callable[[jax.Array], jax.Array] | None = None
 
 
 class Network(NamedTuple):
@@ -59,8 +82,7 @@ class Network(NamedTuple):
       embed: (tokens [B, W], positions [B, W]) -> hidden [B, W, D] at depth 0.
       advance: (memory, hidden [K, B, W, D], StageView) -> (hidden, memory): every stage runs its cohort once; stage k
         reads index k - 1. Committed positions in memory must not change.
-      commit: (memory, slot [B], position [B], where [B] bool) -> memory: appends a finished lattice slot to the
-        committed prefix.
+      commit: (memory, Committed) -> memory: appends finished lattice slots to the committed prefix.
       final: hidden [B, D] at depth L -> logits [B, V] float32.
       exits: heads of exits 1..K-1, None for K = 1.
     """
@@ -68,6 +90,6 @@ class Network(NamedTuple):
     vocab_size: int
     embed: Callable[[jax.Array, jax.Array], jax.Array]
     advance: Callable[[Any, jax.Array, StageView], tuple[jax.Array, Any]]
-    commit: Callable[[Any, jax.Array, jax.Array, jax.Array], Any]
+    commit: Callable[[Any, Committed], Any]
     final: Callable[[jax.Array], jax.Array]
     exits: Exits | None

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from dex_jax import lattice as lat
 from dex_jax.decoding.heads import Proposers, propose
-from dex_jax.decoding.interface import Network, StageView
+from dex_jax.decoding.interface import Committed, Network, StageView
 from dex_jax.decoding.noise import Noise, make_noise
 from dex_jax.decoding.record import Limits, Record, begin, emit
 from dex_jax.lattice import Lattice
@@ -123,9 +123,10 @@ def step(
 
     finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, tick)
     noise = make_noise(state.noise, sampling, state.prefix + 1, network.vocab_size)
-    memory = network.commit(memory, jnp.maximum(state.lattice.root, 0), state.prefix, finished)
-    root_row = jnp.maximum(state.lattice.root, 0) % rows
-    root_hidden = jnp.take_along_axis(hidden[-1], root_row[:, None, None], axis=1)[:, 0]
+    root = jnp.maximum(state.lattice.root, 0)
+    root_hidden = jnp.take_along_axis(hidden[-1], (root % rows)[:, None, None], axis=1)[:, 0]
+    root_token = jnp.take_along_axis(view.token[-1], (root % rows)[:, None], axis=1)[:, 0]
+    memory = network.commit(memory, Committed(root, root_token, state.prefix, root_hidden, finished))
     token = _final_token(network, root_hidden, finished, sampling, noise, state.prefix + 1)
     outcome = jax.vmap(lat.collapse)(state.lattice, token)
     record = emit(state.record, token, outcome.born_at, finished, limits)
@@ -141,7 +142,7 @@ def step(
         frontier = jnp.max(jnp.where(live, view.position[:-1], -1), axis=(0, 2)) + 1
         noise = make_noise(noise, sampling, frontier, network.vocab_size)
         nodes = Proposers(live, _by_stage(lattice.score, ring[:-1]), _by_stage(lattice.offered, ring[:-1]))
-        proposals = propose(network.exits, hidden[:-1], view, nodes, sampling, noise, decs=decs)
+        proposals = propose(network.exits, memory, hidden, view, nodes, sampling, noise, decs=decs)
         lattice = jax.vmap(lat.spawn, (0, None, 1))(lattice, tick, proposals)
     return DexState(tick, lattice, hidden, prefix, memory, noise, record)
 
@@ -197,6 +198,7 @@ def _stage_view(lattice: Lattice, ring: jax.Array, prefix: jax.Array) -> StageVi
         position=_by_stage(lattice.position, ring),
         live=_by_stage(lattice.live, ring),
         ancestors=_by_stage(lattice.ancestors, ring),
+        parent=_by_stage(lattice.parent, ring),
         prefix=prefix,
     )
 

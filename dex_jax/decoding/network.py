@@ -7,6 +7,7 @@ d head width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,21 +15,31 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax.cache import Memory, after, allocate, commit_slot, write_rows
-from dex_jax.decoding.interface import Exits, Network, StageView
+from dex_jax.decoding.interface import Committed, Exits, Network, StageView
 from dex_jax.decoding.ladder import climb
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
 
 
-def transformer_network(model: Transformer, depths: tuple[int, ...], exits: Exits | None) -> Network:
-    """The callables of `model` cut at exit depths x_1 < ... < x_K = L; a stacked model must be stacked for them."""
+def transformer_network(
+    model: Transformer,
+    depths: tuple[int, ...],
+    exits: Exits | None,
+    commit_exits: Callable[[Any, Committed], Any] = lambda memory, done: memory,
+) -> Network:
+    """The callables of `model` cut at exit depths x_1 < ... < x_K = L; a stacked model must be stacked for them.
+
+    `commit_exits` moves on what exits remember, Memory.exits, in step with the caches.
+    """
     advance = _advance_stacked if isinstance(model.layout, Stacked) else _advance_unrolled
 
     return Network(
         vocab_size=model.config.vocab_size,
         embed=lambda tokens, positions: model.embed_tokens(jnp.maximum(tokens, 0)),
         advance=lambda memory, hidden, view: advance(model, depths, memory, hidden, view),
-        commit=commit_slot,
+        commit=lambda memory, done: commit_slot(memory, done.slot, done.position, done.where)._replace(
+            exits=commit_exits(memory.exits, done)
+        ),
         final=model.logits,
         exits=exits,
     )
@@ -36,7 +47,7 @@ def transformer_network(model: Transformer, depths: tuple[int, ...], exits: Exit
 
 def shared_exits(model: Transformer) -> Exits:
     """Exits of kind "shared": the model's own final norm and unembedding at every depth."""
-    return Exits(features=lambda hidden, view: model.normed(hidden), logits=model.unembedding)
+    return Exits(features=lambda memory, hidden, view: model.normed(hidden[:-1]), logits=model.unembedding)
 
 
 def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, Memory]:
@@ -208,7 +219,7 @@ def _advance_stacked(
         x, keys, values = jax.vmap(one_stage)(*arguments)
         return x, (keys, values)
 
-    hidden, (keys, values) = jax.lax.scan(scan_body, hidden, (weights, *memory))
+    hidden, (keys, values) = jax.lax.scan(scan_body, hidden, (weights, *memory[:4]))
     slot = after(view.ring * rows, hidden)
 
     def write(lattice: jax.Array, fresh: jax.Array) -> jax.Array:

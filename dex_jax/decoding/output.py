@@ -16,7 +16,7 @@ class Stats:
 
     Attributes:
       schedule: method, depths, rows and DECS as they ran.
-      exits_source: which exit heads proposed: "shared", or None when K = 1.
+      exits_source: which exit heads proposed: "shared", "default", a path, or None when K = 1.
       ticks: [B] int32, loop steps that each sequence took.
       exits: [B, T] int32, the exit that first gave each token; -1 for token 0 and beyond the length.
       depth_side_speedup: [B] float64, K (n - 1) / ticks, NaN for n = 1: the speedup over AR if K explorers ran truly

@@ -14,14 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax import cache
-from dex_jax.config import ModelConfig
+from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.decoding import ar, loop
+from dex_jax.decoding.interface import Network
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.network import extend, shared_exits, transformer_network
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.record import Limits, Record
+from dex_jax.decoding.trained_exits import (
+    ExitArrays,
+    commit_exits,
+    empty_memory,
+    exit_arrays,
+    read_chunk,
+    trained_exits,
+)
+from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, Outline, merge_model
-from dex_jax.nn.transformer import Layout
+from dex_jax.nn.transformer import Layout, Transformer
 from dex_jax.sampling import Sampling
 
 SMALLEST_BUCKET = 16
@@ -31,11 +41,12 @@ LENGTH_STEP = 64
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a compiled program depends on beside shapes."""
+    """What a compiled program depends on beside shapes; `exits` is None for the model's own, "shared"."""
 
     config: ModelConfig
     layout: Layout
     schedule: Schedule
+    exits: ExitsConfig | None = None
 
 
 def prompt_bucket(length: int) -> int:
@@ -52,12 +63,20 @@ def capacity_for(max_new_tokens: int) -> int:
 
 
 def prefill_chunk(
-    weights: Any, memory: Any, last: jax.Array, tokens: jax.Array, start: jax.Array, lengths: jax.Array, *, spec: Spec
+    weights: Any,
+    heads: ExitArrays | None,
+    memory: Any,
+    last: jax.Array,
+    tokens: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+    *,
+    spec: Spec,
 ) -> tuple[Any, jax.Array]:
     """Runs one chunk of the prompts and keeps the hidden state of each prompt's last token.
 
     Args:
-      weights: of the model.
+      weights, heads: of the model and of its trained exits.
       memory: committed positions before the chunk.
       last: [B, D], states of last tokens found so far.
       tokens: [B, R] int32, padded on the right.
@@ -70,6 +89,9 @@ def prefill_chunk(
     """
     model = merge_model(spec.config, spec.layout, weights)
     hidden, memory = extend(model, memory, tokens, jnp.full(tokens.shape[0], start))
+    if spec.exits is not None and heads is not None and spec.exits.needs_previous:
+        taken = read_chunk(model, spec.exits, heads, memory.exits, tokens, hidden, start, lengths)
+        memory = memory._replace(exits=taken)
     index = lengths - 1 - start
     here = (index >= 0) & (index < tokens.shape[1])
     chosen = jnp.take_along_axis(hidden, jnp.clip(index, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
@@ -78,6 +100,7 @@ def prefill_chunk(
 
 def start_decoding(
     weights: Any,
+    heads: ExitArrays | None,
     memory: Any,
     last: jax.Array,
     lengths: jax.Array,
@@ -95,7 +118,7 @@ def start_decoding(
     slots = spec.schedule.stages * spec.schedule.rows
     memory = cache.with_lattice(memory, spec.config, spec.layout, slots)
     return loop.init(
-        _network(model, spec),
+        _network(model, heads, spec),
         memory,
         token,
         lengths,
@@ -108,24 +131,38 @@ def start_decoding(
 
 
 def run_ticks(
-    weights: Any, state: Any, limits: Limits, sampling: Sampling | None, until_tick: jax.Array, *, spec: Spec
+    weights: Any,
+    heads: ExitArrays | None,
+    state: Any,
+    limits: Limits,
+    sampling: Sampling | None,
+    until_tick: jax.Array,
+    *,
+    spec: Spec,
 ) -> Any:
     """The method's loop up to `until_tick`."""
     model = merge_model(spec.config, spec.layout, weights)
     if spec.schedule.method == "ar":
         return ar.run(model, state, limits, sampling, until_tick=until_tick)
-    network, decs = _network(model, spec), spec.schedule.decs
+    network, decs = _network(model, heads, spec), spec.schedule.decs
     return loop.run(network, state, limits, sampling, decs=decs, until_tick=until_tick)
 
 
-def _network(model, spec: Spec):
-    exits = shared_exits(model) if spec.schedule.stages > 1 else None
-    return transformer_network(model, spec.schedule.depths, exits)
+def _network(model: Transformer, heads: ExitArrays | None, spec: Spec) -> Network:
+    depths, config = spec.schedule.depths, spec.exits
+    if config is None or heads is None:
+        return transformer_network(model, depths, shared_exits(model) if len(depths) > 1 else None)
+    exits = trained_exits(model, config, heads)
+    if not config.needs_previous:
+        return transformer_network(model, depths, exits)
+    return transformer_network(
+        model, depths, exits, lambda memory, done: commit_exits(model, config, heads, memory, done)
+    )
 
 
-PREFILL = Program(prefill_chunk, static=("spec",), donate=(1, 2))
-START = Program(start_decoding, static=("spec", "capacity"), donate=(1,))
-RUN = Program(run_ticks, static=("spec",), donate=(1,))
+PREFILL = Program(prefill_chunk, static=("spec",), donate=(2, 3))
+START = Program(start_decoding, static=("spec", "capacity"), donate=(2,))
+RUN = Program(run_ticks, static=("spec",), donate=(2,))
 PROGRAMS = (PREFILL, START, RUN)
 
 
@@ -138,6 +175,7 @@ class Session:
       schedule: the method.
       max_new_tokens: at most this many per sequence.
       sampling: None for greedy; keys [B].
+      exits: trained exits at x_1 .. x_{K-1}; None for the model's own.
       notify: told what is going on ("compiling", "prefill", "decoding").
     """
 
@@ -148,10 +186,12 @@ class Session:
         schedule: Schedule,
         max_new_tokens: int,
         sampling: Sampling | None,
+        exits: TrainedExits | None = None,
         notify: Callable[[str], None] = lambda phase: None,
     ):
         self.lm = lm
-        self.spec = Spec(lm.config, lm.layout, schedule)
+        self.exits = exits
+        self.spec = Spec(lm.config, lm.layout, schedule, None if exits is None else exits.config)
         self.sampling = sampling
         self.notify = notify
         self.lengths = np.array([len(p) for p in prompts], np.int32)
@@ -171,28 +211,35 @@ class Session:
         """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
         self.notify("compiling")
         weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.lm.weights)
+        heads = jax.eval_shape(lambda weights: self._heads(weights), weights)
         memory, last, lengths = jax.eval_shape(self._blank)
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
         tokens = jax.ShapeDtypeStruct((len(self.lengths), self.chunk), jnp.int32)
-        PREFILL.compile(weights, memory, last, tokens, scalar, lengths, spec=self.spec_of_prefill())
-        start = (weights, memory, last, lengths, self.limits, self.sampling)
+        of_prefill = self.spec_of_prefill()
+        seen = heads if of_prefill.exits is not None else None
+        PREFILL.compile(weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
+        start = (weights, heads, memory, last, lengths, self.limits, self.sampling)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.capacity}
         START.compile(*start, **statics)
         state = jax.eval_shape(lambda *args: start_decoding(*args, **statics), *start)
-        RUN.compile(weights, state, self.limits, self.sampling, scalar, spec=self.spec)
+        RUN.compile(weights, heads, state, self.limits, self.sampling, scalar, spec=self.spec)
 
     def prefill(self) -> None:
         """Runs the prompts and chooses token 0 of each."""
         self.compile()
         self.notify("prefill")
         memory, last, lengths = self._blank()
+        self.heads = self._heads(self.lm.weights)
+        of_prefill = self.spec_of_prefill()
+        seen = self.heads if of_prefill.exits is not None else None
         for start in range(0, self.padded.shape[1], self.chunk):
             tokens = jnp.asarray(self.padded[:, start : start + self.chunk])
             memory, last = PREFILL(
-                self.lm.weights, memory, last, tokens, jnp.int32(start), lengths, spec=self.spec_of_prefill()
+                self.lm.weights, seen, memory, last, tokens, jnp.int32(start), lengths, spec=of_prefill
             )
         self.state = START(
             self.lm.weights,
+            self.heads,
             memory,
             last,
             lengths,
@@ -207,16 +254,27 @@ class Session:
         """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
         batch, config, dtype = len(self.lengths), self.lm.config, self.lm.dtype
         memory = cache.allocate(config, self.lm.layout, batch, self.cache_length, 0, dtype)
+        memory = memory._replace(exits=empty_memory(self.spec.exits, batch, dtype))
         return memory, jnp.zeros((batch, config.width), dtype), jnp.asarray(self.lengths)
 
     def spec_of_prefill(self) -> Spec:
-        """Prefill is the same for every method, so its programs are shared."""
-        return dataclasses.replace(self.spec, schedule=Schedule("ar", (self.spec.config.num_layers,), 1, decs=False))
+        """Prefill is the same for every method, so its programs are shared, unless exits read the prompt too."""
+        plain = Schedule("ar", (self.spec.config.num_layers,), 1, decs=False)
+        exits = self.spec.exits if self.spec.exits is not None and self.spec.exits.needs_previous else None
+        return dataclasses.replace(self.spec, schedule=plain, exits=exits)
+
+    def _heads(self, weights: Any) -> ExitArrays | None:
+        """The trained exits as the programs take them; under jax.eval_shape, their shapes."""
+        if self.exits is None:
+            return None
+        model = merge_model(self.lm.config, self.lm.layout, weights)
+        return exit_arrays(model, self.exits.config, self.exits.parameters, self.exits.vocabulary)
 
     def advance(self, ticks: int) -> Record:
         """Runs at most `ticks` more ticks and returns the record on the host."""
         self.tick += ticks
-        self.state = RUN(self.lm.weights, self.state, self.limits, self.sampling, jnp.int32(self.tick), spec=self.spec)
+        until = jnp.int32(self.tick)
+        self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, spec=self.spec)
         return self.record()
 
     def record(self) -> Record:

@@ -134,7 +134,7 @@ def session_shapes(
         real = array((), jnp.float32)
         sampling = Sampling(jax.eval_shape(lambda: sampling_keys([0] * batch)), real, scalar, real)
     start = functools.partial(session.start_decoding, spec=session.Spec(config, layout, schedule), capacity=capacity)
-    state = jax.eval_shape(start, weights, memory, last, lengths, limits, sampling)
+    state = jax.eval_shape(start, weights, None, memory, last, lengths, limits, sampling)
     return SessionShapes(weights, memory, last, lengths, limits, sampling, state, scalar)
 
 

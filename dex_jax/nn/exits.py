@@ -7,8 +7,9 @@ D width, V' columns of the (draft) vocabulary, C = 2 D inputs of the context lay
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -264,3 +265,14 @@ def parameters_of(heads: ExitHeads) -> dict[str, np.ndarray]:
     numbered = nnx.state(ExitHeads(heads.config, record))
     pairs = zip(jax.tree.leaves(numbered), jax.tree.leaves(nnx.state(heads)), strict=True)
     return {order[int(np.asarray(number).reshape(-1)[0])]: np.asarray(leaf, np.float32) for number, leaf in pairs}
+
+
+@functools.lru_cache(maxsize=64)
+def exit_graph(config: ExitsConfig) -> Any:
+    """The nnx graph definition of the heads, without any array."""
+    return nnx.split(nnx.eval_shape(lambda: ExitHeads(config, lambda name, shape, kind: jnp.zeros(shape))))[0]
+
+
+def abstract_parameters(config: ExitsConfig, dtype: jnp.dtype) -> Any:
+    """The heads' parameters as jax.ShapeDtypeStruct."""
+    return nnx.state(nnx.eval_shape(lambda: ExitHeads(config, lambda name, shape, kind: jnp.zeros(shape, dtype))))

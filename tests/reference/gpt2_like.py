@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax import Exits, Network, StageView
+from dex_jax import Committed, Exits, Network, StageView
 
 VOCAB, LAYERS, WIDTH, HEADS, PLACES = 40, 6, 24, 3, 64
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -125,10 +125,11 @@ def network(weights: Weights, depths: tuple[int, ...], length: int) -> Network:
             out.append(x)
         return jnp.stack(out), cache
 
-    def commit(cache: jax.Array, slot: jax.Array, position: jax.Array, where: jax.Array) -> jax.Array:
-        sequences = jnp.arange(slot.shape[0])
-        moved = cache[:, :, sequences, length + slot]
-        return cache.at[:, :, sequences, jnp.where(where, position, cache.shape[3])].set(moved, mode="drop")
+    def commit(cache: jax.Array, done: Committed) -> jax.Array:
+        sequences = jnp.arange(done.slot.shape[0])
+        moved = cache[:, :, sequences, length + done.slot]
+        place = jnp.where(done.where, done.position, cache.shape[3])
+        return cache.at[:, :, sequences, place].set(moved, mode="drop")
 
     return Network(
         vocab_size=VOCAB,
@@ -136,7 +137,9 @@ def network(weights: Weights, depths: tuple[int, ...], length: int) -> Network:
         advance=advance,
         commit=commit,
         final=lambda hidden: logits(weights, hidden),
-        exits=Exits(features=lambda hidden, view: hidden, logits=lambda features: logits(weights, features)),
+        exits=Exits(
+            features=lambda memory, hidden, view: hidden[:-1], logits=lambda features: logits(weights, features)
+        ),
     )
 
 

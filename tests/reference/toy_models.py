@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax import Exits, Network, StageView
+from dex_jax import Committed, Exits, Network, StageView
 
 P = 31
 GATES = 8
@@ -170,13 +170,14 @@ def toy_network(tables: Tables) -> Network:
         h = jnp.where(view.live, _moved(tables, h, total, view.position), POISON)
         return h[..., None], memory._replace(lattice=lattice)
 
-    def commit(memory: ToyMemory, slot: jax.Array, position: jax.Array, where: jax.Array) -> ToyMemory:
-        sequences = jnp.arange(slot.shape[0])
-        place = jnp.where(where, position, memory.committed.shape[2])
-        key = memory.lattice[:, sequences, slot]
+    def commit(memory: ToyMemory, done: Committed) -> ToyMemory:
+        sequences = jnp.arange(done.slot.shape[0])
+        place = jnp.where(done.where, done.position, memory.committed.shape[2])
+        key = memory.lattice[:, sequences, done.slot]
         return memory._replace(committed=memory.committed.at[:, sequences, place].set(key, mode="drop"))
 
-    def features(hidden: jax.Array, view: StageView) -> jax.Array:
+    def features(memory: ToyMemory, hidden: jax.Array, view: StageView) -> jax.Array:
+        hidden = hidden[:-1]
         number = jnp.broadcast_to(jnp.arange(stages - 1.0)[:, None, None, None], hidden.shape)
         return jnp.concatenate([number, hidden], axis=-1)
 

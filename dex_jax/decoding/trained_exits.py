@@ -1,0 +1,219 @@
+"""Trained exit heads as the loop's callables, and what they remember of the committed prefix.
+
+Letters: B sequences, W rows a stage, K stages, R rows of a prefill chunk, D width, V vocabulary, V' draft vocabulary,
+S window of the context layer, G heads and d head width there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dex_jax.config import ExitsConfig
+from dex_jax.decoding.interface import Committed, Exits, StageView
+from dex_jax.lattice import NO_NODE
+from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph
+from dex_jax.nn.layers import KeyValues, linear
+from dex_jax.nn.transformer import Transformer
+
+EMPTY_ENTRY = -1
+
+
+class ExitArrays(NamedTuple):
+    """What the compiled programs take of trained exits beside the model.
+
+    Attributes:
+      parameters: of ExitHeads at depths x_1 .. x_{K-1}, in the model's dtype.
+      vocabulary, columns: as in Exits; None for the full vocabulary.
+      unembed: [V', D], the model's rows of the draft vocabulary; None for the full vocabulary.
+    """
+
+    parameters: Any
+    vocabulary: jax.Array | None
+    columns: jax.Array | None
+    unembed: jax.Array | None
+
+
+class ExitMemory(NamedTuple):
+    """The committed prefix as exits see it.
+
+    Attributes:
+      previous: [B, D], what the final norm gave at the last committed position; zeros when there is none.
+      context: of the context layer; None unless the kind is "attn".
+    """
+
+    previous: jax.Array
+    context: ContextMemory | None
+
+
+def exit_arrays(
+    model: Transformer, config: ExitsConfig, parameters: dict[str, np.ndarray], vocabulary: np.ndarray | None
+) -> ExitArrays:
+    """Puts trained exits beside the model that they will read.
+
+    Args:
+      model: of the same width.
+      config, parameters: of the exits that the schedule asks for, see `nn.exits.select_exits`.
+      vocabulary: [V'] int32 ascending, or None.
+    """
+    kernel = model.embed if model.unembed is None else model.unembed
+    dtype = kernel[...].dtype
+    heads = ExitHeads(config, lambda name, shape, kind: jnp.asarray(parameters[name], dtype))
+    if vocabulary is None:
+        return ExitArrays(nnx.state(heads), None, None, None)
+    draft = jnp.asarray(vocabulary, jnp.int32)
+    size = draft.shape[0]
+    columns = jnp.full(model.config.vocab_size, size, jnp.int32).at[draft].set(jnp.arange(size, dtype=jnp.int32))
+    return ExitArrays(nnx.state(heads), draft, columns, kernel[...][draft])
+
+
+def empty_memory(config: ExitsConfig | None, batch: int, dtype: jnp.dtype) -> ExitMemory | tuple[()]:
+    """Before any position is committed; () for exits that remember nothing."""
+    if config is None or not config.needs_previous:
+        return ()
+    context = None
+    if config.kind == "attn":
+        leaf = (batch, config.heads, config.window, config.head_dim)
+        position = jnp.full((batch, config.window), EMPTY_ENTRY, jnp.int32)
+        context = ContextMemory(jnp.zeros(leaf, dtype), jnp.zeros(leaf, dtype), position)
+    return ExitMemory(jnp.zeros((batch, config.width), dtype), context)
+
+
+def read_chunk(
+    model: Transformer,
+    config: ExitsConfig,
+    arrays: ExitArrays,
+    memory: ExitMemory,
+    tokens: jax.Array,
+    hidden: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+) -> ExitMemory:
+    """Takes in one chunk of the prompts.
+
+    Args:
+      model, config, arrays: what runs.
+      memory: of the positions before.
+      tokens: [B, R] int32, padded on the right.
+      hidden: [B, R, D] at depth L.
+      start: int32 scalar, position of the chunk's first token.
+      lengths: [B] int32, prompt lengths.
+
+    Returns:
+      The memory, whose `previous` belongs to the last prompt token of this chunk or an earlier one.
+    """
+    size = tokens.shape[1]
+    normed = model.normed(hidden)
+    ends = jnp.minimum(lengths, start + size)  # positions before it are committed
+    here = ends > start
+    last = jnp.take_along_axis(normed, jnp.maximum(ends - start - 1, 0)[:, None, None], axis=1)[:, 0]
+    context = memory.context
+    if context is not None:
+        before = jnp.concatenate([memory.previous[:, None], normed[:, :-1]], axis=1)
+        layer = _heads(config, arrays).context
+        assert layer is not None
+        entered = layer.enter_rows(model.embed_tokens(tokens), before)
+        positions = jnp.broadcast_to(start + jnp.arange(size), tokens.shape)
+        keys, values = layer.keys_values(entered, positions)
+        # Entry s holds the last position that is s modulo the window.
+        entries = jnp.arange(config.window)[None, :]
+        newest = (ends - 1)[:, None] - (ends[:, None] - 1 - entries) % config.window
+        fresh = (newest >= start) & here[:, None]
+        at = jnp.clip(newest - start, 0, size - 1)[:, None, :, None]
+        kept = fresh[:, None, :, None]
+        context = ContextMemory(
+            jnp.where(kept, jnp.take_along_axis(keys, at, axis=2), context.keys),
+            jnp.where(kept, jnp.take_along_axis(values, at, axis=2), context.values),
+            jnp.where(fresh, newest, context.position),
+        )
+    return ExitMemory(jnp.where(here[:, None], last, memory.previous), context)
+
+
+def commit_exits(
+    model: Transformer, config: ExitsConfig, arrays: ExitArrays, memory: ExitMemory, done: Committed
+) -> ExitMemory:
+    """Takes in the roots that have finished."""
+    context = memory.context
+    if context is not None:
+        layer = _heads(config, arrays).context
+        assert layer is not None
+        entered = layer.enter_rows(model.embed_tokens(jnp.maximum(done.token, 0)[:, None]), memory.previous[:, None])
+        keys, values = layer.keys_values(entered, done.position[:, None])
+        at = (jnp.arange(config.window)[None, :] == (done.position % config.window)[:, None]) & done.where[:, None]
+        context = ContextMemory(
+            jnp.where(at[:, None, :, None], keys, context.keys),
+            jnp.where(at[:, None, :, None], values, context.values),
+            jnp.where(at, done.position[:, None], context.position),
+        )
+    normed = model.normed(done.hidden)
+    return ExitMemory(jnp.where(done.where[:, None], normed, memory.previous), context)
+
+
+def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -> Exits:
+    """The loop's callables. Memory has an ExitMemory as `exits` where the kind reads the position before."""
+    heads = _heads(config, arrays)
+
+    def features(memory: Any, hidden: jax.Array, view: StageView) -> jax.Array:
+        stages, batch, rows, width = hidden.shape
+        states = hidden[:-1].reshape(stages - 1, batch * rows, width)
+        previous = context = None
+        if config.needs_previous:
+            done = [heads.base(states).reshape(stages - 1, batch, rows, width), model.normed(hidden[-1:])]
+            before = previous_features(jnp.concatenate(done), memory.exits.previous, view)
+            previous = before.reshape(states.shape)
+            if heads.context is not None:
+                context = _context_rows(model, heads.context, memory.exits.context, before, view).reshape(states.shape)
+        return heads.features(states, previous, context).reshape(stages - 1, batch, rows, width + 1)
+
+    def logits(features: jax.Array) -> jax.Array:
+        own = features[:, :-1]
+        return model.unembedding(own) if arrays.unembed is None else linear(own, arrays.unembed, out_dtype=jnp.float32)
+
+    rest = None if arrays.vocabulary is None else lambda features: features[:, -1].astype(jnp.float32)
+    return Exits(features, logits, arrays.vocabulary, arrays.columns, rest)
+
+
+def previous_features(reached: jax.Array, committed: jax.Array, view: StageView) -> jax.Array:
+    """What each node of stages 1 .. K-1 knows of the position before: its parent's features, as deep as it has got.
+
+    Args:
+      reached: [K, B, W, D], features of the nodes of every stage: estimates below depth L, true ones at it.
+      committed: [B, D], true features at the last committed position, the root's parent.
+      view: all K stages.
+
+    Returns:
+      [K - 1, B, W, D].
+    """
+    _, batch, rows, _ = reached.shape
+    parent = view.parent[:-1]
+    stage_of_row = jnp.argsort(view.ring)
+    place = jnp.maximum(parent, 0)
+    sequence = jnp.arange(batch)[None, :, None]
+    of_parent = reached[stage_of_row[place // rows], sequence, place % rows]
+    return jnp.where((parent == NO_NODE)[..., None], committed[None, :, None], of_parent)
+
+
+def _context_rows(
+    model: Transformer, layer: Context, memory: ContextMemory, previous: jax.Array, view: StageView
+) -> jax.Array:
+    """The context layer over all nodes of stages 1 .. K-1, each beside the committed window: [K - 1, B, W, D]."""
+    stages, batch, rows, width = previous.shape
+
+    def by_sequence(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x, 0, 1).reshape(batch, stages * rows, *x.shape[3:])
+
+    tokens, position = by_sequence(jnp.maximum(view.token[:-1], 0)), by_sequence(view.position[:-1])
+    entered = layer.enter_rows(model.embed_tokens(tokens), by_sequence(previous))
+    entries = memory.position[:, None, :]
+    visible = (entries != EMPTY_ENTRY) & (position[:, :, None] - entries <= layer.config.window)
+    among = jnp.broadcast_to(jnp.eye(stages * rows, dtype=bool)[None], (batch, stages * rows, stages * rows))
+    out = layer.output(entered, position, KeyValues(memory.keys, memory.values, visible), among)
+    return jnp.swapaxes(out.reshape(batch, stages, rows, width), 0, 1)
+
+
+def _heads(config: ExitsConfig, arrays: ExitArrays) -> ExitHeads:
+    return nnx.merge(exit_graph(config), arrays.parameters)

@@ -1,0 +1,298 @@
+"""Training exit heads on what a frozen model says: the task that the trainer runs.
+
+Letters: X exits, B rows, n steps of a chunk, H steps of history, D width, S window of the context layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dex_jax.config import ExitsConfig
+from dex_jax.io.exits_file import TrainedExits
+from dex_jax.language_model import LanguageModel, merge_model
+from dex_jax.nn.exits import ExitHeads, exit_graph, heads_of, initial_heads, parameters_of
+from dex_jax.nn.layers import KeyValues, rms_norm
+from dex_jax.training.losses import Vocabulary, exit_losses
+from dex_jax.training.stream import Activations, Stream
+
+Evaluate = Callable[[TrainedExits], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationOptions:
+    """How exits learn.
+
+    Attributes:
+      hard: share of the target that is the final layer's best token alone; the rest is its distribution.
+      own_outputs: share of the steps in which exits that read the position before see an estimate by a deeper exit, as
+        in the lattice, instead of the true final state, as at the root.
+    """
+
+    hard: float = 0.0
+    own_outputs: float = 0.5
+
+
+class Distillation:
+    """The task: exits of one frozen model, learnt from a stream of its activations.
+
+    Args:
+      lm: the model; never changed.
+      exits: shapes of the heads.
+      vocabulary: [V'] int32 ascending token ids of the draft vocabulary; None for the full one.
+      stream: of lm's activations at exits.depths, with at least `history_for(exits)` steps of history.
+      data: names the data, for checkpoints.
+      options: how exits learn.
+      evaluate: figures of exits on held-out data; None evaluates nothing.
+      initial: exits to start from; None starts from the model's own head.
+    """
+
+    name = "exits"
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        exits: ExitsConfig,
+        vocabulary: np.ndarray | None,
+        stream: Stream,
+        *,
+        data: str,
+        options: DistillationOptions | None = None,
+        evaluate: Evaluate | None = None,
+        initial: TrainedExits | None = None,
+    ):
+        self.lm, self.exits, self.vocabulary, self.stream = lm, exits, vocabulary, stream
+        self.options = DistillationOptions() if options is None else options
+        self._data, self._evaluate, self._initial = data, evaluate, initial
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the training beside TrainConfig."""
+        words = () if self.vocabulary is None else self.vocabulary.tolist()
+        return {
+            "exits": _plain(dataclasses.asdict(self.exits)),
+            "options": dataclasses.asdict(self.options),
+            "stream": {"batch": self.stream.batch, "steps": self.stream.spec.steps, "length": self.stream.spec.length},
+            "data": self._data,
+            "vocabulary": hashlib.sha256(repr(words).encode()).hexdigest()[:16],
+        }
+
+    def init(self, key: jax.Array) -> Any:
+        """The heads' parameters, float32."""
+        if self._initial is not None:
+            return nnx.state(heads_of(self.exits, self._initial.parameters, jnp.float32))
+        seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
+        model = merge_model(self.lm.config, self.lm.layout, self.lm.weights)
+        return nnx.state(initial_heads(self.exits, model.final_norm[...], seed))
+
+    def constants(self) -> dict[str, Any]:
+        """The frozen arrays that the loss reads: {"embed", "final_norm", "vocabulary"}."""
+        model = merge_model(self.lm.config, self.lm.layout, self.lm.weights)
+        kernel = (model.embed if model.unembed is None else model.unembed)[...]
+        draft = None if self.vocabulary is None else jnp.asarray(self.vocabulary, jnp.int32)
+        vocabulary = Vocabulary(kernel, None if draft is None else kernel[draft], draft)
+        return {"embed": model.embed[...], "final_norm": model.final_norm[...], "vocabulary": vocabulary}
+
+    def start(self, seed: int) -> dict[str, int]:
+        """The first item."""
+        return {"item": 0, "seed": seed}
+
+    def next_batch(self, cursor: dict[str, int]) -> tuple[Activations, dict[str, int], int]:
+        """The next chunk of the stream."""
+        if cursor != self.stream.cursor:
+            self.stream.restart(cursor)
+        activations, learnt = self.stream.next()
+        return activations, self.stream.cursor, learnt
+
+    def loss(
+        self, params: Any, constants: dict[str, Any], batch: Activations, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean divergence over exits, with each exit's agreement."""
+        del step
+        heads = nnx.merge(exit_graph(self.exits), params)
+        final_norm, eps = constants["final_norm"], self.lm.config.norm_eps
+        normed = rms_norm(batch.final, final_norm, eps)
+        features = read_chunk_for_training(heads, batch, normed, constants["embed"], self.options.own_outputs, key)
+        count = features.shape[0]
+        now = normed[:, -batch.weight.shape[1] :]
+        losses, agreement, coverage = exit_losses(
+            features.reshape(count, -1, features.shape[-1]),
+            now.reshape(-1, now.shape[-1]),
+            batch.weight.reshape(-1),
+            constants["vocabulary"],
+            self.options.hard,
+        )
+        metrics = {f"agreement_{depth}": agreement[x] for x, depth in enumerate(self.exits.depths)}
+        return jnp.mean(losses), metrics | {"coverage": coverage}
+
+    def evaluate(self, params: Any) -> dict[str, Any]:
+        """Figures on held-out data, {} without any."""
+        return {} if self._evaluate is None else self._evaluate(self.trained(params))
+
+    def boundary(self) -> None:
+        """Half-done items are dropped: their caches are in no checkpoint."""
+        self.stream.restart()
+
+    def fingerprint(self) -> str:
+        """Of the model."""
+        return self.lm.fingerprint
+
+    def decayed(self, params: Any) -> Any:
+        """Weight decay pulls maps towards zero, which is the model's own head; nothing else decays."""
+        names = ("map", "up", "down", "kernel")
+
+        def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+            text = jax.tree_util.keystr(path)
+            return leaf.ndim >= 2 and "norm" not in text and any(name in text for name in names)
+
+        return jax.tree_util.tree_map_with_path(decays, params)
+
+    def trained(self, params: Any, metadata: dict[str, Any] | None = None) -> TrainedExits:
+        """Parameters in training as exits to decode with."""
+        parameters = parameters_of(nnx.merge(exit_graph(self.exits), params))
+        return TrainedExits(
+            self.exits, parameters, self.vocabulary, self.lm.fingerprint, metadata or {}, "exits in training"
+        )
+
+
+def history_for(exits: ExitsConfig) -> int:
+    """H: how many steps before a chunk its exits read."""
+    return exits.window + 1 if exits.kind == "attn" else 1
+
+
+def read_chunk_for_training(
+    heads: ExitHeads, batch: Activations, normed: jax.Array, embed: jax.Array, own_outputs: float, key: jax.Array
+) -> jax.Array:
+    """Features of every exit at every step of a chunk.
+
+    For a share of the steps one deeper exit's estimate stands for the position before, drawn anew for each step; exits
+    that are not below it see the true final state there. An estimate gets no gradient.
+
+    Args:
+      heads: in training.
+      batch: the chunk.
+      normed: [B, H + n, D], batch.final after the final norm.
+      embed: [V, D], token embeddings.
+      own_outputs: that share.
+      key: of the draws.
+
+    Returns:
+      [X, B, n, D + 1].
+    """
+    config = heads.config
+    count, rows, steps, width = batch.states.shape
+    flat = batch.states.reshape(count, rows * steps, width)
+    if not config.needs_previous:
+        return heads.features(flat, None, None).reshape(count, rows, steps, width + 1)
+    position = batch.position[:, -steps:]
+    first = position <= 0
+    truth = jnp.where(first[..., None], 0, normed[:, -steps - 1 : -1])
+    below, estimate = _estimates(heads, flat, batch, own_outputs, key)
+    previous = jnp.where(below[..., None], estimate[None], truth[None]).reshape(flat.shape)
+    context = None
+    if heads.context is not None:
+        of_truth, of_estimate = _contexts(heads, batch, normed, embed, truth, estimate, key)
+        context = jnp.where(below[..., None], of_estimate[None], of_truth[None]).reshape(flat.shape)
+    return heads.features(flat, previous, context).reshape(count, rows, steps, width + 1)
+
+
+def _estimates(
+    heads: ExitHeads, flat: jax.Array, batch: Activations, own_outputs: float, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(which exits see an estimate [X, B, n], the estimate [B, n, D])."""
+    count, rows, steps, width = batch.states.shape
+    base = jax.lax.stop_gradient(heads.base(flat)).reshape(count, rows, steps, width)
+    base = jnp.concatenate([jnp.zeros_like(base[:, :, :1]), base[:, :, :-1]], axis=2)
+    draw, which = jax.random.split(key)
+    # The state before a chunk's first step is not at hand, nor is there one before an item's first.
+    possible = (jnp.arange(steps)[None, :] > 0) & (batch.position[:, -steps:] > 0)
+    owned = possible & (jax.random.uniform(draw, (rows, steps)) < own_outputs)
+    source = jax.random.randint(which, (rows, steps), 0, count)
+    estimate = jnp.take_along_axis(base, source[None, :, :, None], axis=0)[0]
+    return owned[None] & (jnp.arange(count)[:, None, None] < source[None]), estimate
+
+
+def _contexts(
+    heads: ExitHeads,
+    batch: Activations,
+    normed: jax.Array,
+    embed: jax.Array,
+    truth: jax.Array,
+    estimate: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The context layer at every step, with the true position before and with its estimate: two of [B, n, D].
+
+    With an estimate the last few positions are not visible, as they are not committed yet.
+    """
+    layer, config = heads.context, heads.config
+    assert layer is not None
+    rows, steps, _ = truth.shape
+    tokens = jnp.maximum(batch.token[:, 1:], 0)
+    where = batch.position[:, 1:]
+    seen = jnp.maximum(where, 0)
+    before = jnp.where((where <= 0)[..., None], 0, normed[:, :-1])
+    keys, values = layer.keys_values(layer.enter_rows(jnp.take(embed, tokens, axis=0), before), seen)
+    here = jnp.take(embed, tokens[:, -steps:], axis=0)
+    entered = jnp.concatenate([layer.enter_rows(here, truth), layer.enter_rows(here, estimate)], axis=1)
+    own = jnp.concatenate([seen[:, -steps:]] * 2, axis=1)
+    length = where.shape[1]
+    step_of = jnp.arange(length - steps, length)
+    distance = step_of[None, :, None] - jnp.arange(length)[None, None, :]
+    same_item = (where[:, None, :] >= 0) & (where[:, -steps:, None] - where[:, None, :] == distance)
+    visible = same_item & (distance > 0) & (distance <= config.window)
+    hidden = jax.random.randint(jax.random.fold_in(key, 1), (rows, steps, 1), 1, 4)
+    mask = jnp.concatenate([visible, visible & (distance > hidden)], axis=1)
+    among = jnp.broadcast_to(jnp.eye(2 * steps, dtype=bool)[None], (rows, 2 * steps, 2 * steps))
+    out = layer.output(entered, own, KeyValues(keys, values, mask), among)
+    return out[:, :steps], out[:, steps:]
+
+
+def draft_vocabulary(lm: LanguageModel, stream: Stream, size: int, tokens: int) -> np.ndarray:
+    """The tokens that the model gives most probability to, on what the stream makes.
+
+    Args:
+      lm: the model.
+      stream: is restarted where it stood.
+      size: V'.
+      tokens: how many tokens to count on.
+
+    Returns:
+      [V'] int32, ascending. EOS tokens are always among them; of tokens never expected the lower ids come first.
+    """
+    begin = stream.cursor
+    expected, counted = np.zeros(lm.config.vocab_size), 0
+    while counted < tokens and not stream.done:
+        activations, learnt = stream.next()
+        expected += np.asarray(_expected(lm.config, lm.layout, lm.weights, activations.final, activations.weight))
+        counted += learnt
+    stream.restart(begin)
+    expected[list(lm.eos_ids)] = np.inf
+    # Rounded, so that which of two rare tokens is in does not hang on the last bit.
+    order = np.lexsort((np.arange(len(expected)), -np.round(expected, 3)))
+    return np.sort(order[:size]).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _expected(config: Any, layout: Any, weights: Any, final: jax.Array, weight: jax.Array) -> jax.Array:
+    """Sum over the steps of a chunk of the final distribution: [V]."""
+    model = merge_model(config, layout, weights)
+    now = final[:, -weight.shape[1] :]
+
+    def one_step(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        hidden, weight = part
+        return total + jnp.sum(jax.nn.softmax(model.logits(hidden)) * weight[:, None], axis=0), None
+
+    zero = jnp.zeros(config.vocab_size)
+    return jax.lax.scan(one_step, zero, (jnp.swapaxes(now, 0, 1), jnp.swapaxes(weight, 0, 1)))[0]
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
