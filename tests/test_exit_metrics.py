@@ -185,14 +185,18 @@ def test_untrained_shared_exits_are_plain_teacher_forcing() -> None:
     lm = _model()
     model = merge_model(lm.config, lm.layout, lm.weights)
     heads = initial_heads(ExitsConfig("shared", DEPTHS, MODEL.width), model.final_norm[...])
-    answered = exit_metrics.answers(lm, [prompt for prompt, _ in _texts()], 40, batch=3)
-    texts = [*answered, *_texts()]
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, EOS, length).tolist() for length in (1, 9, 20, 50)]
+    answered = exit_metrics.answers(lm, prompts, 40, batch=4)
+    # Tokens by chance, too: the exits of a random model are hardly ever right about its greedy ones.
+    texts = [*answered, *((prompt, rng.choice(DRAFT, 40).tolist()) for prompt in prompts)]
     measured = exit_forcing.measure(lm, heads, None, texts, explorers=EXPLORERS, batch=2)
-    for grid in GRIDS:
+    for grid in GRIDS[1:]:
         schedule = dex_jax.Dex(explorers=len(grid)).schedule(MODEL.num_layers)
         expected = [forced_exits(lm, prompt, answer, schedule).tolist() for prompt, answer in texts]
         assert [row.tolist() for row in exit_metrics.predicted_exits(measured, grid)] == expected
-    assert exit_metrics.figures_of(measured.of(range(5))).off_greedy == 0
+        assert {exit_ for row in expected for exit_ in row} == {-1, *range(1, len(grid) + 1)}
+    assert exit_metrics.figures_of(measured.of(range(4))).off_greedy == 0
 
 
 def test_answers_come_in_the_order_of_their_prompts() -> None:
@@ -208,12 +212,11 @@ def test_answers_come_in_the_order_of_their_prompts() -> None:
 
 
 def test_nothing_counts_after_the_first_eos() -> None:
-    texts = [(prompt, [*answer, EOS, 2, EOS, 3]) for prompt, answer in _texts()]
+    kept = [(prompt, [*answer[:23], EOS]) for prompt, answer in _texts()]
+    texts = [(prompt, [*answer, 2, EOS, 3]) for prompt, answer in kept]
     measured = exit_forcing.measure(_model(), _heads("shared")[0], None, texts, explorers=EXPLORERS, batch=2)
-    assert measured.lengths == tuple(len(answer) + 1 for _, answer in _texts())
-    last = np.cumsum(measured.lengths) - 1
-    assert set(measured.target[last]) == {EOS}
-    assert np.delete(measured.target, last).tolist() == _measured("shared").target.tolist()
+    assert measured.lengths == tuple(len(answer) for _, answer in kept)
+    assert measured.target.tolist() == [token for _, answer in kept for token in answer]
 
 
 def test_groups_and_their_mean() -> None:
