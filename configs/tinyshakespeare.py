@@ -28,5 +28,14 @@ config = WholeModelConfig(
     layerskip=LayerSkip(dropout=0.1, exit_scale=0.2, curriculum="rotational", period=4),
     explorers=(2, 3, 4, 8),
     # 700 steps of 4,096 tokens, at 1.4 seconds of one core each: 2.9 million tokens, the text six times.
-    train=TrainConfig(steps=700, batch=32, learning_rate=2e-3, warmup_steps=50, weight_decay=0.1, clip_norm=1.0),
+    train=TrainConfig(
+        steps=700,
+        batch=32,
+        learning_rate=2e-3,
+        warmup_steps=50,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        checkpoint_every=100,
+        eval_every=100,
+    ),
 )

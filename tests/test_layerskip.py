@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
-import types
+import runpy
+from pathlib import Path
 
 import chex
 import jax
@@ -21,6 +23,7 @@ from dex_jax import AR, Dex, DexError
 from dex_jax.evaluation.forced import forced_exits
 from dex_jax.training import corpus as corpora
 from dex_jax.training import layerskip, whole_model
+from dex_jax.training.config import TrainConfig
 from dex_jax.training.layerskip import LayerSkip
 from dex_jax.training.whole_model import WholeModel, WholeModelConfig
 
@@ -47,7 +50,7 @@ def text_file(tmp_path_factory):
 
 
 def settings(data, **changes) -> WholeModelConfig:
-    train = types.SimpleNamespace(batch=8, steps=STEPS)
+    train = TrainConfig(batch=8, steps=STEPS)
     values = {"model": MODEL, "train": train, "data": str(data), "window": 24, "explorers": (2, 3, 4)}
     return WholeModelConfig(**{**values, "evaluation_windows": 24, **changes})
 
@@ -134,6 +137,24 @@ def test_without_a_recipe_the_loss_is_plain_cross_entropy() -> None:
     loss, figures = task.loss(params, task.constants(), jnp.asarray(batch), jax.random.key(0), jnp.int32(0))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert loss == figures["final_loss"]
+
+
+def test_bfloat16_rounds_the_layers_and_not_the_parameters() -> None:
+    params, batch = random_model_and_batch(LLAMA)
+    task = task_for(LLAMA, train=TrainConfig(dtype="bfloat16"))
+    arguments = (params, (), jnp.asarray(batch), jax.random.key(0), jnp.int32(0))
+    rounded, _ = jax.jit(task.loss)(*arguments)
+    gradient, _ = jax.eval_shape(jax.grad(task.loss, has_aux=True), *arguments)
+    states = twin.depth_states(LLAMA, params, batch[:, :-1], np.ones((4, 3), bool))
+    exact = twin.exit_loss(LLAMA, params, states[-1], batch[:, 1:])
+    assert 1e-5 * exact < abs(rounded - exact) < 0.02 * exact
+    assert {leaf.dtype for leaf in jax.tree.leaves((rounded, gradient))} == {np.dtype(np.float32)}
+
+
+def test_schedules_end_where_training_ends() -> None:
+    assert settings("x").total_steps == STEPS
+    assert settings("x", train=TrainConfig(batch=8, steps=STEPS, tokens=8 * 24 * 10 - 1)).total_steps == 10
+    assert settings("x", train=TrainConfig(batch=8, steps=STEPS, tokens=10**9)).total_steps == STEPS
 
 
 def test_the_recipes_loss_and_gradient_are_the_twins() -> None:
@@ -284,7 +305,14 @@ def test_the_fingerprint_tells_texts_and_shapes_apart(text_file, tmp_path) -> No
     configs = [settings(text_file), settings(longer), settings(text_file, model=wide)]
     found = [WholeModel.open(config).fingerprint() for config in configs]
     assert len(set(found)) == 3
-    assert WholeModel.open(settings(text_file, recipe="layerskip")).fingerprint() == found[0]
+    recipe = WholeModel.open(settings(text_file, recipe="layerskip"))
+    assert recipe.fingerprint() == found[0]
+    decides = recipe.settings()
+    assert json.loads(json.dumps(decides)) == decides
+    assert decides != WholeModel.open(configs[0]).settings()
+    renamed = tmp_path / "renamed.txt"
+    renamed.write_text(toy_text(), encoding="utf-8")
+    assert WholeModel.open(settings(renamed, recipe="layerskip")).settings() == decides
 
 
 def test_a_vocabulary_is_learnt_alike_every_time_and_loses_nothing() -> None:
@@ -325,6 +353,7 @@ def test_bad_input_is_refused_in_one_sentence(text_file, tmp_path) -> None:
         (lambda: settings(text_file, window=97), "from 1 to the context's 96"),
         (lambda: settings(text_file, explorers=(2, 5)), "4 layers"),
         (lambda: settings(text_file, evaluation_windows=0), "at least 1"),
+        (lambda: settings(text_file, train=TrainConfig(dtype="float16")), "float16"),
         (lambda: LayerSkip(dropout=1.0), "less than 1"),
         (lambda: LayerSkip(exit_scale=-0.1), "at least 0"),
         (lambda: LayerSkip(curriculum="linear"), "rotational, gradual, all"),
@@ -336,3 +365,19 @@ def test_bad_input_is_refused_in_one_sentence(text_file, tmp_path) -> None:
     task = WholeModel.open(settings(text_file))
     with pytest.raises(DexError, match="no model of the given configuration"):
         WholeModel(task.config, task.corpus, small_model(LLAMA))
+
+
+def test_the_configuration_for_tiny_shakespeare_opens_the_text() -> None:
+    root = Path(__file__).parents[1]
+    config = runpy.run_path(str(root / "configs" / "tinyshakespeare.py"))["config"]
+    assert config.recipe == "layerskip"
+    assert dataclasses.replace(config, recipe=None).recipe is None
+    path = root / config.data
+    if not path.is_file():
+        pytest.skip(f"needs the text of tiny Shakespeare at {config.data}, beside the project")
+    task = WholeModel.open(dataclasses.replace(config, data=str(path)))
+    assert task.corpus.tokenizer.vocab_size == config.model.vocab_size
+    batch, _, learnt = task.next_batch(task.start(0))
+    assert batch.shape == (32, 129)
+    assert learnt == 32 * 128
+    assert "First Citizen:" in task.corpus.tokenizer.decode(task.corpus.train[:20])

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +27,9 @@ from dex_jax.io.save import save_model
 from dex_jax.language_model import LanguageModel, merge_model
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
 from dex_jax.nn.transformer import Transformer, Unrolled, layer_parameters, parameter_shapes
+from dex_jax.training.config import TrainConfig
 from dex_jax.training.corpus import Corpus, read_corpus
 from dex_jax.training.layerskip import LayerSkip, exit_weights, kept_layers
-
-if TYPE_CHECKING:
-    from dex_jax.training.config import TrainConfig
 
 RECIPES = (None, "layerskip")
 
@@ -43,7 +43,8 @@ class WholeModelConfig:
 
     Attributes:
       model: shapes; its vocab_size also bounds the vocabulary learnt from the text.
-      train: optimiser, batch, steps, checkpoints.
+      train: optimiser, batch, steps, checkpoints. The recipe's schedules stretch to its end. With dtype bfloat16 layers
+        run on rounded copies of the float32 parameters; float16 is refused, as small gradients vanish in it.
       data: path of a UTF-8 text file.
       window: S, tokens of one training sequence, at most the model's context.
       held_out: the share of the text, at its end, that is only evaluated on.
@@ -72,6 +73,17 @@ class WholeModelConfig:
             raise DexError(f"explorers must be from 1 to the model's {self.model.num_layers} layers: {self.explorers}")
         if self.evaluation_windows < 1:
             raise DexError(f"evaluation_windows must be at least 1, not {self.evaluation_windows}")
+        if self.train.dtype == "float16":
+            raise DexError(
+                "a whole model is not trained in float16, where small gradients vanish: use bfloat16 or float32"
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """Steps until training ends, by steps or by tokens, whichever comes first."""
+        train = self.train
+        by_tokens = math.inf if train.tokens is None else math.ceil(train.tokens / (train.batch * self.window))
+        return int(min(train.steps, by_tokens))
 
 
 class WholeModel:
@@ -144,7 +156,8 @@ class WholeModel:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean loss of a batch [B, S + 1] and {"final_loss": the last layer's cross-entropy}, scalars in nats."""
         del constants
-        config, steps = self.config.model, self.config.train.steps
+        config, steps = self.config.model, self.config.total_steps
+        params = {name: value.astype(self.config.train.dtype) for name, value in params.items()}
         if self.config.recipe is None:
             (loss,) = exit_losses(config, params, hidden_states(config, params, batch[:, :-1])[-1:], batch[:, 1:])
             return loss, {"final_loss": loss}
@@ -190,6 +203,17 @@ class WholeModel:
 
     def boundary(self) -> None:
         """Nothing is kept between batches."""
+
+    def settings(self) -> dict[str, Any]:
+        """Plain JSON: what decides the training beside TrainConfig. The text counts, not its path."""
+        names = ("model", "window", "held_out", "recipe", "layerskip")
+        fields = dataclasses.asdict(self.config)
+        return json.loads(json.dumps({name: fields[name] for name in names} | {"text": self.corpus.fingerprint}))
+
+    def batch_sharding(self, mesh: jax.sharding.Mesh) -> jax.sharding.PartitionSpec:
+        """Sequences are spread over the axis "data"."""
+        del mesh
+        return jax.sharding.PartitionSpec("data")
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the shapes, the text and its vocabulary, and the model that training starts from."""
