@@ -1,0 +1,325 @@
+"""Checkpoints of a training run: orbax files that a kill, a bad disk or a full one cannot take away.
+
+A checkpoint is a folder step_00000500 that orbax first writes under another name and then renames, so it is there whole
+or not at all. Orbax does not notice bytes that changed since; the checksums kept here do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dex_jax.errors import DexError
+from dex_jax.training.task import Cursor, Params
+
+_NAME = re.compile(r"step_(\d{8,})")
+_UNFINISHED = "step_*.orbax-checkpoint-tmp*"
+_DAMAGED = ".damaged"
+# Directories made in the background would turn a full disk into a wait of many minutes.
+_CONTEXT = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a checkpoint says beside its arrays.
+
+    Attributes:
+      step: steps done.
+      tokens: learnt from so far.
+      cursor: the place in the data.
+      config: of the run, as JSON.
+      task: name of the task.
+      settings: of the task, as JSON.
+      fingerprint: of the backbone.
+    """
+
+    step: int
+    tokens: int
+    cursor: Cursor
+    config: dict[str, Any]
+    task: str
+    settings: dict[str, Any]
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read and found whole.
+
+    Attributes:
+      path: its folder.
+      record: see there.
+      arrays: path in the training state, as "params.map" or "opt_state.1.mu.map", -> array on the host.
+    """
+
+    path: Path
+    record: Record
+    arrays: dict[str, np.ndarray]
+
+
+class Checkpoints:
+    """The checkpoints of one run's folder, which one process writes at a time.
+
+    A context: entering it takes the folder, leaving it waits for the last save.
+
+    Args:
+      folder: of the run; made if need be.
+      keep: how many to keep.
+      notify: told, in one line each, what a person should know.
+
+    Raises:
+      DexError: the folder cannot be written, or another process trains in it (on entering).
+    """
+
+    def __init__(self, folder: str | Path, keep: int, notify: Callable[[str], None]):
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        self.notify = notify
+        self.saved_step: int | None = None
+        self._pending: tuple[int, Any] | None = None
+        self._lock: Any = None
+        self._log_level = logging.NOTSET
+
+    def __enter__(self) -> Checkpoints:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
+            _lock(self._lock)
+            for path in self.folder.glob(_UNFINISHED):
+                shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            raise DexError(f"another process trains in {self.folder}: let it end, or train in another folder") from None
+        except OSError as error:
+            raise DexError(f"{self.folder} cannot be written: {error.strerror or error}") from error
+        # Orbax logs a traceback for what becomes one sentence here.
+        self._log_level = logging.getLogger("absl").level
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except DexError:
+            # What already went wrong is what a person needs to hear.
+            if kind is None:
+                raise
+        finally:
+            logging.getLogger("absl").setLevel(self._log_level)
+            self._lock.close()
+
+    def save(self, state: Any, record: Record) -> Record:
+        """Starts a save and returns as soon as the state has been copied; the one before is waited for.
+
+        Args:
+          state: pytree of arrays, on this process's devices; they may be donated right after.
+          record: what to keep beside it.
+
+        Returns:
+          The record as it will be read back: a run that goes on with its cursor is in the state of one that resumes.
+
+        Raises:
+          DexError: the disk is full, or cannot be written to for another reason.
+        """
+        self.wait()
+        arrays = {name: np.array(value) for name, value in named_leaves(state).items()}
+        text = json.dumps(dataclasses.asdict(record))
+        metadata = {
+            "record": text,
+            "record_sum": zlib.crc32(text.encode()),
+            "sums": {name: checksum(value) for name, value in arrays.items() if value.size},
+            "empty": {name: [value.shape, value.dtype.name] for name, value in arrays.items() if not value.size},
+        }
+        path = self._path(record.step)
+        try:
+            # Orbax takes no arrays without elements: the metadata hold all that there is to them.
+            tree = {name: value for name, value in arrays.items() if value.size}
+            with ocp.Context(async_options=_CONTEXT):
+                response = ocp.save_checkpointables_async(path, {"state": tree}, custom_metadata=metadata)
+        except Exception as error:
+            raise self._failure(record.step, error) from error
+        self._pending = (record.step, response)
+        return Record(**json.loads(text))
+
+    def wait(self) -> None:
+        """Waits until what `save` started is on disk, then deletes checkpoints that are too old.
+
+        Raises:
+          DexError: as `save`.
+        """
+        if self._pending is None:
+            return
+        (step, response), self._pending = self._pending, None
+        try:
+            response.result()
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self.saved_step = step
+        # Only now: until the new one is whole, an old one may be all there is.
+        for _, path in list_checkpoints(self.folder)[self.keep :]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that is whole, or None; damaged ones on the way are renamed and told of."""
+        found, damaged = _newest(self.folder, self.notify)
+        for path in damaged:
+            aside = path.with_name(path.name + _DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        self.saved_step = None if found is None else found.record.step
+        return found
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def _failure(self, step: int, error: Exception) -> DexError:
+        for path in self.folder.glob(_UNFINISHED):
+            shutil.rmtree(path, ignore_errors=True)
+        number = getattr(error, "errno", None)
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
+            "No space left|quota exceeded|File too large", str(error), re.IGNORECASE
+        )
+        why = "the disk is full" if full else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        whole = list_checkpoints(self.folder)
+        kept = f"step {whole[0][0]} is still there" if whole else "there is none before it"
+        what = "make room and run the same command again" if full else "run the same command again once that is mended"
+        return DexError(f"the checkpoint of step {step} could not be written to {self.folder} ({why}); {kept}: {what}")
+
+
+def read_newest(folder: str | Path, notify: Callable[[str], None] = lambda line: None) -> Saved:
+    """The newest whole checkpoint of a run, read without touching anything: for use beside a training that goes on.
+
+    Args:
+      folder: of the run.
+      notify: told of damaged checkpoints that are passed over.
+
+    Raises:
+      DexError: there is none.
+    """
+    found, _ = _newest(Path(folder).absolute(), notify)
+    if found is None:
+        raise DexError(f"{folder} holds no whole checkpoint: train there first, or name another folder")
+    return found
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of all checkpoints of a folder, newest first, whole or damaged."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def restore(saved: Saved, state: Any) -> Any:
+    """The saved training state, placed as `state` is.
+
+    Args:
+      saved: from `Checkpoints.newest`.
+      state: pytree of arrays of this run; none of its values is used.
+
+    Returns:
+      The like of `state`.
+
+    Raises:
+      DexError: names, shapes or dtypes are not those of this run.
+    """
+    own = named_leaves(state)
+    for name in sorted(own.keys() | saved.arrays.keys()):
+        here, there = own.get(name), saved.arrays.get(name)
+        if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
+            raise DexError(
+                f"{saved.path} holds {name} as {_shape(there)}, but this run means {_shape(here)}: train with the "
+                "settings of that run, or in another folder"
+            )
+
+    def place(path: Any, leaf: jax.Array) -> jax.Array:
+        # A copy of its own: the update donates what it is given.
+        return jax.device_put(jnp.array(saved.arrays[_name(path)]), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def saved_params(saved: Saved, like: Params) -> Params:
+    """The parameters of a checkpoint as host arrays, in the tree of `like` (arrays or shapes).
+
+    Raises:
+      DexError: names or shapes differ.
+    """
+
+    def pick(path: Any, leaf: Any) -> np.ndarray:
+        name = f"params.{_name(path)}"
+        found = saved.arrays.get(name)
+        if found is None or found.shape != leaf.shape:
+            raise DexError(f"{saved.path} holds {name} as {_shape(found)}, not {_shape(leaf)}: it is of another task")
+        return found
+
+    return jax.tree_util.tree_map_with_path(pick, like)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Path with dots -> leaf."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def checksum(value: np.ndarray) -> int:
+    """CRC-32 of an array's bytes, in row-major order."""
+    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _shape(array: Any) -> str:
+    return "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
+
+
+def _newest(folder: Path, notify: Callable[[str], None]) -> tuple[Saved | None, list[Path]]:
+    damaged: list[Path] = []
+    for _, path in list_checkpoints(folder):
+        try:
+            return _read(path), damaged
+        except MemoryError:
+            raise
+        except Exception as error:
+            why = " ".join(str(error).split())[:200]
+            notify(f"warning: {path} is damaged and is passed over ({type(error).__name__}: {why})")
+            damaged.append(path)
+    return None, damaged
+
+
+def _read(path: Path) -> Saved:
+    metadata = ocp.checkpointables_metadata(path).custom_metadata
+    if not isinstance(metadata, dict):
+        raise ValueError("its record is missing")
+    text, sums = metadata["record"], metadata["sums"]
+    if zlib.crc32(text.encode()) != metadata["record_sum"]:
+        raise ValueError("its record has changed since it was written")
+    arrays = {name: np.asarray(value) for name, value in ocp.load_checkpointables(path)["state"].items()}
+    arrays |= {name: np.zeros(shape, dtype) for name, (shape, dtype) in metadata["empty"].items()}
+    for name, expected in sums.items():
+        if name not in arrays or checksum(arrays[name]) != expected:
+            raise ValueError(f"{name} has changed since it was written")
+    return Saved(path, Record(**json.loads(text)), arrays)
+
+
+def _lock(file: Any) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two processes in one folder are then the user's to avoid.
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,360 @@
+"""The training loop: one compiled update, a journal, evaluations, and checkpoints to go on from after any kill."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dex_jax.errors import DexError
+from dex_jax.training import optimizer as optimizing
+from dex_jax.training.checkpoints import Checkpoints, Record, Saved, restore
+from dex_jax.training.config import TrainConfig
+from dex_jax.training.journal import Journal, plain
+from dex_jax.training.progress import Display, Progress
+from dex_jax.training.task import Params, Task
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+
+Notify = Callable[[str | Progress], None]
+
+
+class TrainState(NamedTuple):
+    """What an update changes.
+
+    Attributes:
+      params: of the task, float32.
+      opt_state: of the optimizer.
+      step: int32 scalar, steps done.
+      key: of the run; step i uses fold_in(key, i).
+    """
+
+    params: Params
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+
+
+class Trained(NamedTuple):
+    """What training gives.
+
+    Attributes:
+      params: the last ones.
+      step: steps done.
+      tokens: learnt from.
+      evaluation: figures at the last step; None if this process found the training done already.
+    """
+
+    params: Params
+    step: int
+    tokens: int
+    evaluation: dict[str, Any] | None
+
+
+def train(
+    task: Task, config: TrainConfig, folder: str | Path, *, mesh: Mesh | None = None, notify: Notify | None = None
+) -> Trained:
+    """Trains a task to the end, from where its folder has got to.
+
+    Killed at any moment and called again, it ends with the same parameters, bit for bit, as if never killed.
+
+    Args:
+      task: what is trained.
+      config: how.
+      folder: holds checkpoints and metrics.jsonl; made if need be. A training in it goes on.
+      mesh: devices with axes "data" and "tensor", all of this process; None trains where JAX puts arrays. The task says
+        what lies how; the figures are those of one device up to the order of sums.
+      notify: called with lines of text and with a Progress after each step; None shows them on stderr.
+
+    Returns:
+      See Trained. The task's evaluation has been run at the last step.
+
+    Raises:
+      DexError: the folder is another training's, the loss is no longer finite, the disk is full.
+      SystemExit: with status 130, after Ctrl-C.
+    """
+    display = Display() if notify is None else None
+    tell = notify or display
+    assert tell is not None
+    if mesh is not None and config.batch % mesh.shape.get("data", 1):
+        raise DexError(
+            f"a batch of {config.batch} rows does not divide among {mesh.shape['data']} devices: change batch"
+        )
+    checkpoints = Checkpoints(folder, config.keep, tell)
+    step = 0
+    try:
+        with checkpoints:
+            run = _Run(task, config, checkpoints, mesh, tell)
+            step = run.step
+            try:
+                while not run.done:
+                    run.advance()
+                    step = run.step
+                run.finish()
+            finally:
+                run.journal.close()
+        return Trained(run.state.params, run.step, run.tokens, run.evaluation)
+    except KeyboardInterrupt:
+        # No checkpoint here: one at a step of its own would change what comes after it.
+        saved = checkpoints.saved_step
+        where = "nothing was saved yet, so it begins anew" if saved is None else f"it goes on from step {saved}"
+        tell(f"Stopped at step {step}. To resume, run the same command again: {where} ({folder}).")
+        raise SystemExit(INTERRUPTED) from None
+    finally:
+        if display is not None:
+            display.close()
+
+
+def make_update(
+    task: Task, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """The update of one step, to be jitted.
+
+    Args:
+      task: its loss.
+      optimizer: from `make_optimizer`.
+
+    Returns:
+      (state, constants, batch, learning rate) -> (state, {"loss", "gradient_norm" before clipping, the task's own})
+    """
+
+    def update(
+        state: TrainState, constants: Any, batch: Any, rate: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        losses = jax.value_and_grad(task.loss, has_aux=True)
+        (loss, figures), gradients = losses(state.params, constants, batch, key, state.step)
+        directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = jax.tree.map(lambda param, direction: param - rate * direction, state.params, directions)
+        figures = {**figures, "loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        return TrainState(params, opt_state, state.step + 1, state.key), figures
+
+    return update
+
+
+class _Run:
+    """One process's part of a training: made ready, then advanced step by step."""
+
+    def __init__(self, task: Task, config: TrainConfig, checkpoints: Checkpoints, mesh: Mesh | None, notify: Notify):
+        self.task, self.config, self.checkpoints, self.mesh, self.notify = task, config, checkpoints, mesh, notify
+        self.step = self.tokens = 0
+        self.evaluation: dict[str, Any] | None = None
+        saved = checkpoints.newest()
+        if saved is not None:
+            self._check(saved)
+        self.cursor = task.start(config.seed)
+        init_key, key = jax.random.split(jax.random.key(config.seed))
+        # Copies: the update gives its buffers away, and these may be somebody's weights.
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), task.init(init_key))
+        params = _place(params, task, "param_sharding", mesh)
+        decayed = getattr(task, "decayed", optimizing.decayed_by_default)(params)
+        optimizer = optimizing.make_optimizer(config, decayed)
+        self.state = TrainState(params, _place_like(optimizer, params, mesh), jnp.int32(0), key)
+        if mesh is not None:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            self.state = self.state._replace(
+                step=jax.device_put(self.state.step, everywhere), key=jax.device_put(key, everywhere)
+            )
+        if saved is not None:
+            self._restore(saved)
+        self.constants = _place(task.constants(), task, "constant_sharding", mesh)
+        shardings = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, self.state), None)
+        self.update = jax.jit(make_update(task, optimizer), donate_argnums=0, out_shardings=shardings)
+        self.journal = Journal(checkpoints.folder, self.step, config.tensorboard)
+        self.figures = _Figures()
+        self._logged = (time.perf_counter(), self.tokens)
+        self._begun: tuple[float, int, float] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the training is at its end."""
+        return optimizing.progress(self.config, self.step, self.tokens) >= 1
+
+    def advance(self) -> None:
+        """One step and all that is due after it."""
+        batch, self.cursor, learnt = self.task.next_batch(self.cursor)
+        batch = _place(batch, self.task, "batch_sharding", self.mesh)
+        rate = optimizing.learning_rate(self.config, self.step, self.tokens)
+        self.state, figures = self.update(self.state, self.constants, batch, jnp.float32(rate))
+        self.step += 1
+        self.tokens += learnt
+        self.figures.add(self.step, figures)
+        saves = self.done or self.step % self.config.checkpoint_every == 0
+        # A line at each checkpoint, so that a resumed journal is the one of a run that was never killed.
+        logs = saves or self.step % self.config.log_every == 0
+        if logs:
+            self._log(rate)
+        every = self.config.eval_every
+        if self.done or (every is not None and self.step % every == 0):
+            self._evaluate()
+        if saves:
+            self._save()
+        self.notify(self._progress(logs))
+
+    def finish(self) -> None:
+        """Waits until everything is on disk."""
+        self.checkpoints.wait()
+
+    def _log(self, rate: float) -> None:
+        now = time.perf_counter()
+        seconds, tokens = now - self._logged[0], self.tokens - self._logged[1]
+        self._logged = (now, self.tokens)
+        speed = tokens / seconds if seconds > 0 else None
+        means = self.figures.take()
+        own = {"tokens": self.tokens, "learning_rate": rate, "tokens_per_second": speed, "seconds": seconds}
+        self.journal.write("train", self.step, {**own, **means})
+
+    def _evaluate(self) -> None:
+        # What follows could spoil hours of work, and a step that went wrong spoils the figures.
+        self.figures.check()
+        self.evaluation = plain(self.task.evaluate(self.state.params))
+        self.journal.write("evaluation", self.step, {"tokens": self.tokens, **self.evaluation})
+
+    def _save(self) -> None:
+        self.figures.check()
+        record = Record(
+            self.step,
+            self.tokens,
+            self.cursor,
+            self.config.to_json(),
+            self.task.name,
+            _settings(self.task),
+            self.task.fingerprint(),
+        )
+        self.cursor = self.checkpoints.save(self._storable(), record).cursor
+        self.task.boundary()
+
+    def _restore(self, saved: Saved) -> None:
+        stored = restore(saved, self._storable())
+        key = jax.random.wrap_key_data(stored.key)
+        self.state = stored._replace(key=key)
+        self.step, self.tokens, self.cursor = saved.record.step, saved.record.tokens, saved.record.cursor
+        self.task.boundary()
+        end = " That is all of it: nothing is left to do." if self.done else ""
+        self.notify(f"Resuming from step {self.step} of {self.config.steps} in {self.checkpoints.folder}.{end}")
+
+    def _storable(self) -> TrainState:
+        return self.state._replace(key=jax.random.key_data(self.state.key))
+
+    def _check(self, saved: Saved) -> None:
+        record = saved.record
+        if record.task != self.task.name:
+            raise DexError(
+                f"{self.checkpoints.folder} holds a training of {record.task}, not {self.task.name}: use another folder"
+            )
+        settings = _settings(self.task)
+        changed = self.config.conflicts(record.config) + [
+            f"{name} was {record.settings.get(name)}, is {settings.get(name)}"
+            for name in sorted(settings.keys() | record.settings.keys())
+            if settings.get(name) != record.settings.get(name)
+        ]
+        if changed:
+            raise DexError(
+                f"{self.checkpoints.folder} holds a training with other settings ({'; '.join(changed)}): go on with "
+                "those, or train in another folder"
+            )
+        fingerprint = self.task.fingerprint()
+        if record.fingerprint != fingerprint:
+            self.notify(
+                f"warning: {self.checkpoints.folder} was trained on the backbone {record.fingerprint}, this one is "
+                f"{fingerprint}; going on"
+            )
+
+    def _progress(self, logged: bool) -> Progress:
+        now, share = time.perf_counter(), optimizing.progress(self.config, self.step, self.tokens)
+        speed = left = None
+        if self._begun is None:
+            # Not before: the first step compiles.
+            self._begun = (now, self.tokens, share)
+        else:
+            begun, tokens, done = self._begun
+            speed = (self.tokens - tokens) / (now - begun)
+            left = (now - begun) * (1 - share) / (share - done)
+        return Progress(self.step, self.config.steps, self.tokens, speed, self.figures.loss, share, left, logged)
+
+
+class _Figures:
+    """Means of what updates report since the last line, read one step late so that the device never waits for the host.
+
+    Attributes:
+      loss: the mean of the last line, or the first loss read.
+    """
+
+    def __init__(self):
+        self.loss: float | None = None
+        self._waiting: tuple[int, dict[str, jax.Array]] | None = None
+        self._read: list[dict[str, float]] = []
+
+    def add(self, step: int, figures: dict[str, jax.Array]) -> None:
+        """Takes over what the update that made `step` reports."""
+        self.check()
+        self._waiting = (step, figures)
+
+    def check(self) -> None:
+        """Reads what waits.
+
+        Raises:
+          DexError: its loss or gradient is not finite.
+        """
+        if self._waiting is None:
+            return
+        (step, figures), self._waiting = self._waiting, None
+        values = {name: float(value) for name, value in jax.device_get(figures).items()}
+        for name, value in (("loss", values["loss"]), ("gradient", values["gradient_norm"])):
+            if not math.isfinite(value):
+                raise DexError(
+                    f"the {name} of step {step} is {value}: checkpoints from before it are kept; lower the learning "
+                    "rate or clip_norm, and train in another folder"
+                )
+        self._read.append(values)
+        self.loss = values["loss"] if self.loss is None else self.loss
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call."""
+        self.check()
+        read, self._read = self._read, []
+        means = {name: float(np.mean([values[name] for values in read])) for name in read[0]}
+        self.loss = means["loss"]
+        return means
+
+
+def _settings(task: Task) -> dict[str, Any]:
+    """Settings of the task as they come back from JSON."""
+    method = getattr(task, "settings", None)
+    return {} if method is None else plain(method())
+
+
+def _place(tree: Any, task: Task, method: str, mesh: Mesh | None) -> Any:
+    """Puts a tree on the mesh as the task says, or as a copy everywhere; without a mesh, leaves it where it is."""
+    if mesh is None:
+        return tree
+    specs = getattr(task, method)(mesh) if hasattr(task, method) else PartitionSpec()
+    # Some versions of JAX take a PartitionSpec for a tuple.
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
+    return jax.device_put(tree, shardings)
+
+
+def _place_like(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh | None) -> Any:
+    """The optimizer's first state, with moments placed as their parameters are."""
+    opt_state = optimizer.init(params)
+    if mesh is None:
+        return opt_state
+    shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, param: param.sharding,
+        opt_state,
+        params,
+        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+    )
+    return jax.device_put(opt_state, shardings)

@@ -1,0 +1,114 @@
+"""A training of a few seconds, as a process of its own that tests may kill.
+
+The task learns a linear map from noise. Like the training of exits it holds something between batches that no checkpoint
+keeps, so a run that misses a boundary goes another way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+
+from dex_jax.training.config import TrainConfig
+from dex_jax.training.trainer import train
+
+
+class LinearMap:
+    """Learns y = x M of width D from B rows of noise a step, with some of the inputs dropped.
+
+    Args:
+      config: its batch is B.
+      width: D.
+      drop: the share of inputs that is dropped.
+      seconds: how long a batch takes to make.
+      broken_from: from this batch on, rows hold NaN.
+    """
+
+    name = "linear_map"
+
+    def __init__(self, config, width=8, drop=0.1, seconds=0.0, broken_from=None):
+        self.batch, self.width, self.drop, self.seconds, self.broken_from = (
+            config.batch, width, drop, seconds, broken_from
+        )  # fmt: skip
+        self.target = jnp.asarray(np.random.default_rng(7).standard_normal((width, width)), jnp.float32)
+        self.held = np.zeros(width, np.float32)
+        self.boundaries = self.traces = 0
+        self.backbone = "backbone-a"
+
+    def init(self, key):
+        shape = (self.width, self.width)
+        return {"map": 0.1 * jax.random.normal(key, shape), "scale": jnp.ones(self.width), "bias": jnp.ones(self.width)}
+
+    def constants(self):
+        return self.target
+
+    def start(self, seed):
+        return {"seed": seed, "batch": 0, "history": [["none"]]}
+
+    def next_batch(self, cursor):
+        time.sleep(self.seconds)
+        rng = np.random.default_rng([cursor["seed"], cursor["batch"]])
+        x = rng.standard_normal((self.batch, self.width)).astype(np.float32) + self.held
+        self.held = np.float32(0.9) * self.held + x.mean(axis=0)
+        if self.broken_from is not None and cursor["batch"] >= self.broken_from:
+            x[:] = np.nan
+        return jnp.asarray(x), {**cursor, "batch": cursor["batch"] + 1}, self.batch - cursor["batch"] % 2
+
+    def loss(self, params, constants, batch, key, step):
+        self.traces += 1
+        kept = batch * jax.random.bernoulli(key, 1 - self.drop, batch.shape)
+        out = kept @ params["map"] * params["scale"][None] + params["bias"][None]
+        error = out - batch @ constants
+        return (error**2).mean(), {"worst": jnp.abs(error).max()}
+
+    def evaluate(self, params):
+        return {"distance": float(jnp.abs(params["map"] - self.target).mean()), "undefined": float("nan")}
+
+    def boundary(self):
+        self.held = np.zeros(self.width, np.float32)
+        self.boundaries += 1
+
+    def fingerprint(self):
+        return self.backbone
+
+    def batch_sharding(self, mesh):
+        return PartitionSpec("data")
+
+    def param_sharding(self, mesh):
+        return {"map": PartitionSpec(None, "tensor"), "scale": PartitionSpec("tensor"), "bias": PartitionSpec("tensor")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--checkpoint-every", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--meshes", nargs="*", default=[""], help='as 2x2 for data x tensor; "" for none')
+    args = parser.parse_args()
+    config = TrainConfig(
+        steps=args.steps, checkpoint_every=args.checkpoint_every, batch=8, log_every=3, eval_every=10, accumulate=3,
+        warmup_steps=5, learning_rate=0.02,
+    )  # fmt: skip
+    for name in args.meshes:
+        mesh = None
+        if name:
+            shape = tuple(int(size) for size in name.split("x"))
+            devices = jax.devices()[: shape[0] * shape[1]]
+            mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+        folder = args.folder / name
+        task = LinearMap(config, args.width, seconds=args.seconds)
+        trained = train(task, config, folder, mesh=mesh)
+        shards = len({str(shard.index) for shard in trained.params["map"].addressable_shards})
+        np.savez(folder / "result.npz", shards=shards, **trained.params)
+
+
+if __name__ == "__main__":
+    main()
