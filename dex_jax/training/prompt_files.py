@@ -8,7 +8,6 @@ import importlib
 import json
 import re
 import sysconfig
-import textwrap
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +69,7 @@ def read_dataset(name: str, config: str | None, split: str) -> list[Prompt]:
 
 
 def parse_dataset(text: str) -> tuple[str, str | None, str]:
-    """NAME[:CONFIG][:SPLIT] -> (name, config, split); the split may be a slice, train[:100], and is "train" by default."""
+    """NAME[:CONFIG][:SPLIT] -> (name, config, split); "train" if left out; slices, train[:100], are splits too."""
     name, *rest = re.split(r":(?![^\[]*\])", text)
     if not name or len(rest) > 2 or not all(rest):
         raise DexError(f"datasets:{text} is not understood: write datasets:NAME, then :CONFIG or :SPLIT or both")
@@ -123,14 +122,17 @@ def _functions(path: Path) -> Iterator[str]:
         tree = ast.parse(source)
     except (OSError, UnicodeDecodeError, SyntaxError):
         return  # a template, or a file kept to be wrong
-    lines = source.splitlines()
+    lines = source.split("\n")
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         docstring, first = ast.get_docstring(node), node.body[0]
         if docstring is None or len(docstring) <= SHORTEST_DOCSTRING or first.lineno == node.lineno:
             continue
-        code = textwrap.dedent("\n".join(lines[node.lineno - 1 : first.end_lineno])) + "\n"
+        # Not textwrap.dedent: lines of a docstring may stand further left than the function.
+        code = "".join(
+            re.sub(rf"^ {{,{node.col_offset}}}", "", line) + "\n" for line in lines[node.lineno - 1 : first.end_lineno]
+        )
         if len(code) < LONGEST_CODE:
             yield code
 

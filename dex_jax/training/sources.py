@@ -1,4 +1,4 @@
-"""Where the training stream's items come from: what the model writes itself, prompts, given texts, and mixtures.
+"""Where the training stream's items come from: what the model writes itself, prompts, given texts.
 
 Every source is a sequence without end that is the same in every run: item i follows from i and a seed alone, so a
 position in the data is one number. Letters: S longest item.
@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.training.items import Item, Turn
+from dex_jax.training.mixture import Mixture, Source, digest_of
 from dex_jax.training.prompt_files import (
     Prompt,
     parse_dataset,
@@ -31,9 +31,6 @@ from dex_jax.training.prompt_files import (
 )
 
 Model = LanguageModel | Outline
-
-BLOCK = 256
-"""A mixture keeps its shares in every BLOCK items."""
 
 SHORTEST_ANSWER = 16
 """A prompt that leaves no room for this many tokens of answer is skipped."""
@@ -74,27 +71,6 @@ class SourceOptions:
     prompt_weight: float = 0.0
     held_out_share: float = 0.02
     held_out_least: int = 32
-
-
-class Source(Protocol):
-    """A sequence of items without end; `name` is what users write."""
-
-    name: str
-
-    @property
-    def skipped(self) -> int:
-        """How many entries were too long so far."""
-
-    def item(self, number: int) -> Item:
-        """The item of any number from 0; the same at every call."""
-
-    @property
-    def held_out(self) -> list[Item]:
-        """Items that are never trained on."""
-
-    @property
-    def digest(self) -> str:
-        """Changes with the data."""
 
 
 class SelfSource:
@@ -145,7 +121,7 @@ class SelfSource:
     @property
     def digest(self) -> str:
         """Of the scripts."""
-        return _digest(repr(self._scripts))
+        return digest_of(repr(self._scripts))
 
 
 class ListSource:
@@ -174,13 +150,18 @@ class ListSource:
     ):
         self.name, self._make, self._seed, self._tell = name, make, seed, tell
         digests = [entry_digest(entry) for entry in entries]
-        self.digest = _digest("".join(digests))
+        self.digest = digest_of("".join(digests))
         self._held_out = [entry for entry, digest in zip(entries, digests, strict=True) if digest in held_out]
         self._entries = [entry for entry, digest in zip(entries, digests, strict=True) if digest not in held_out]
         self._too_long: set[int] = set()
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
         if not self._entries:
             raise DexError(f"{name} has nothing left to train on beside what is held out: give it more prompts")
+
+    @property
+    def epoch_items(self) -> int:
+        """How many entries there are to train on."""
+        return len(self._entries)
 
     @property
     def skipped(self) -> int:
@@ -210,67 +191,6 @@ class ListSource:
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._entries))
-
-
-class Mixture:
-    """Several sources in given shares of the items; itself a sequence of items without end.
-
-    Args:
-      sources: with names that differ.
-      weights: relative shares, above 0.
-      seed: of the order in which sources take turns.
-
-    Raises:
-      DexError: no sources, equal names, or weights that are missing or not above 0.
-    """
-
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int = 0):
-        if not 1 <= len(sources) <= BLOCK or len(weights) != len(sources):
-            raise DexError(f"a mixture takes 1 to {BLOCK} sources with a weight each, not {len(sources)}")
-        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-            raise DexError(f"the weights of data must be above 0, not {', '.join(map(str, weights))}")
-        names = [source.name for source in sources]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise DexError(f"{twice[0]} is given twice: give it once, with a larger weight")
-        self.sources, self._seed = tuple(sources), seed
-        self._counts = _shares(weights)
-        self._block = functools.lru_cache(maxsize=4)(self._make_block)
-
-    def item(self, number: int) -> Item:
-        """The item of any number from 0; the same at every call."""
-        source, at = self.place(number)
-        return self.sources[source].item(at)
-
-    def place(self, number: int) -> tuple[int, int]:
-        """(index of the source, number within it) of an item."""
-        block, within = divmod(number, BLOCK)
-        turns, ranks = self._block(block)
-        source = int(turns[within])
-        return source, block * self._counts[source] + int(ranks[within])
-
-    @property
-    def held_out(self) -> dict[str, list[Item]]:
-        """Items never trained on, by the name of their source."""
-        return {source.name: source.held_out for source in self.sources}
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many entries of each source were too long so far."""
-        return {source.name: source.skipped for source in self.sources}
-
-    def fingerprint(self) -> str:
-        """Short hexadecimal digest of the data, their shares and their order."""
-        parts = [(source.name, source.digest, count) for source, count in zip(self.sources, self._counts, strict=True)]
-        return _digest(json.dumps([parts, self._seed]))[:16]
-
-    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        turns = np.repeat(np.arange(len(self._counts)), self._counts)
-        turns = np.random.default_rng([self._seed, block]).permutation(turns)
-        ranks = np.zeros(BLOCK, np.int64)
-        for source in range(len(self._counts)):
-            ranks[turns == source] = np.arange(self._counts[source])
-        return turns, ranks
 
 
 def open_mixture(
@@ -319,11 +239,11 @@ def parse_data(text: str) -> tuple[str, float]:
 
 def entry_digest(entry: Any) -> str:
     """Digest of a prompt (text or messages) or of a window of tokens: what the held-out split goes by."""
-    return _digest(entry if isinstance(entry, str) else json.dumps(entry, sort_keys=True))
+    return digest_of(entry if isinstance(entry, str) else json.dumps(entry, sort_keys=True))
 
 
 def held_out_digests(entries: Sequence[Any], share: float, least: int) -> list[str]:
-    """Digests of the entries to hold out: the smallest ones, so that the choice hangs on the prompts alone."""
+    """The smallest digests of the entries, so that what is held out hangs on the prompts alone."""
     digests = sorted({entry_digest(entry) for entry in entries})
     return digests[: min(max(least, math.ceil(share * len(digests))), len(digests) // 2)]
 
@@ -381,23 +301,8 @@ def _text_script(model: Model, options: SourceOptions) -> tuple[Turn, ...]:
 
 def _random(options: SourceOptions, number: int, purpose: str) -> float:
     """A number in [0, 1) of the seed, the item and the purpose."""
-    return int(_digest(f"{options.seed} {number} {purpose}")[:13], 16) / 16**13
-
-
-def _shares(weights: Sequence[float]) -> list[int]:
-    """How many of BLOCK items each source gives, at least one: the largest remainders are rounded up."""
-    spare = BLOCK - len(weights)
-    exact = [spare * weight / sum(weights) for weight in weights]
-    counts = [1 + math.floor(share) for share in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda i: math.floor(exact[i]) - exact[i])
-    for i in by_remainder[: BLOCK - sum(counts)]:
-        counts[i] += 1
-    return counts
+    return int(digest_of(f"{options.seed} {number} {purpose}")[:13], 16) / 16**13
 
 
 def _name(model: Model) -> str:
     return model.source if isinstance(model, LanguageModel) else model.checkpoint.source
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

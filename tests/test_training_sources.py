@@ -1,0 +1,266 @@
+"""Where items come from: what users write, what files hold, and that item i is always the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dex_jax.errors import DexError
+from dex_jax.language_model import outline
+from dex_jax.training.items import script
+from dex_jax.training.mixture import BLOCK, Mixture
+from dex_jax.training.sources import (
+    SelfSource,
+    SourceOptions,
+    entry_digest,
+    held_out_digests,
+    open_mixture,
+    parse_data,
+)
+
+OPTIONS = SourceOptions(length=128, seed=3)
+
+
+@pytest.fixture(scope="module")
+def smol():
+    """The default model without its weights: the tokenizer and chat template are what counts here."""
+    return outline("smollm2-135m")
+
+
+class PlainTokenizer:
+    """One letter a token, no chat template."""
+
+    has_chat_template = False
+    eos_ids = ()
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        return [9] * add_special + [ord(letter) for letter in text]
+
+
+def base_model(**changes):
+    config = types.SimpleNamespace(bos_id=1, vocab_size=256)
+    fields = {"tokenizer": PlainTokenizer(), "config": config, "eos_ids": (2,)} | changes
+    model = types.SimpleNamespace(**fields, checkpoint=types.SimpleNamespace(source="base"))
+    model.encode = lambda prompt, chat: model.tokenizer.encode(prompt)
+    return model
+
+
+def write(path: Path, rows) -> str:
+    path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def questions(path: Path, count: int) -> str:
+    return write(path, [{"question": f"What is {i} + {i}?"} for i in range(count)])
+
+
+def quiet(*arguments):
+    return open_mixture(*arguments, tell=lambda sentence: None)
+
+
+def test_self_splits_the_chat_template_around_the_users_turn(smol) -> None:
+    options = SourceOptions(length=256, starts=("", "Explain"), answer_limit=100, sampled_share=0.5, seed=1)
+    source = SelfSource(smol, options)
+    seen = Counter()
+    for number in range(40):
+        header, rest = source.item(number).turns
+        start = "Explain" if smol.tokenizer.decode(header.forced).endswith("Explain") else ""
+        text = smol.tokenizer.decode([*header.forced, 504, *rest.forced], skip_special=False)
+        whole = smol.tokenizer.render([{"role": "user", "content": start + smol.tokenizer.decode([504])}])
+        assert text == whole
+        assert (header.limit, header.temperature, header.top_p, header.forced_weight) == (64, 1.0, 0.95, 0.0)
+        assert (rest.limit, rest.temperature) in {(100, 0.0), (100, 0.7)}
+        seen[start, rest.temperature] += 1
+        script(source.item(number), number, options.length)
+    assert len(seen) == 4
+    assert len(source.held_out) == 32
+
+
+def test_self_fits_into_the_length(smol) -> None:
+    script(SelfSource(smol, SourceOptions(length=40)).item(0), 0, 40)
+    with pytest.raises(DexError, match="leaves no room"):
+        SelfSource(smol, SourceOptions(length=31))
+
+
+def test_self_of_a_base_model_begins_with_bos(smol) -> None:
+    (turn,) = SelfSource(base_model(), OPTIONS).item(5).turns
+    assert (turn.forced, turn.limit, turn.temperature, turn.top_p) == ((1,), 127, 1.0, 0.95)
+    assert SelfSource(smol, SourceOptions(length=128, chat=False)).item(0).turns[0].forced == (smol.config.bos_id,)
+    without_bos = types.SimpleNamespace(bos_id=None)
+    assert SelfSource(base_model(config=without_bos), OPTIONS).item(0).turns[0].forced == (2,)
+    with pytest.raises(DexError, match="no BOS and no EOS"):
+        SelfSource(base_model(config=without_bos, eos_ids=()), OPTIONS)
+
+
+def test_prompts_are_answered_greedily_and_a_share_at_a_temperature(tmp_path: Path, smol) -> None:
+    options = SourceOptions(length=64, answer_limit=500, sampled_share=0.25, prompt_weight=0.5)
+    mixture = quiet([questions(tmp_path / "q.jsonl", 200)], smol, options)
+    turns = [turn for number in range(400) for turn in mixture.item(number).turns]
+    assert all(len(turn.forced) + turn.limit == 64 and turn.forced_weight == 0.5 for turn in turns)
+    temperatures = Counter(turn.temperature for turn in turns)
+    assert temperatures.keys() == {0.0, 0.7}
+    assert 60 < temperatures[0.7] < 140
+    assert smol.tokenizer.decode(turns[0].forced, skip_special=False).endswith("<|im_start|>assistant\n")
+
+
+def test_texts_are_cut_into_windows_that_cover_them(tmp_path: Path) -> None:
+    text = "".join(chr(32 + i % 90) for i in range(1000))
+    options = SourceOptions(length=17, held_out_share=0.1, held_out_least=1)
+    mixture = quiet(["text:" + write(tmp_path / "t.txt", text)], base_model(), options)
+    items = [mixture.item(number) for number in range(mixture.sources[0].epoch_items)]
+    windows = [turn.forced for item in [*items, *next(iter(mixture.held_out.values()))] for turn in item.turns]
+    assert all(turn.limit == 0 and turn.forced_weight == 1.0 for item in items for turn in item.turns)
+    assert all(window[0] == 9 and len(window) <= 17 for window in windows)
+    assert Counter(token for window in windows for token in window[1:]) == Counter(map(ord, text))
+
+
+def test_every_epoch_holds_every_prompt_once_in_an_order_of_its_own(tmp_path: Path, smol) -> None:
+    path = questions(tmp_path / "q.jsonl", 100)
+    source = quiet([path], smol, OPTIONS).sources[0]
+    count = source.epoch_items
+    epochs = [[source.item(epoch * count + i).turns[0].forced for i in range(count)] for epoch in (0, 1)]
+    assert count == 68
+    assert epochs[0] != epochs[1]
+    assert len(set(epochs[0])) == count
+    assert set(epochs[0]) == set(epochs[1])
+    again = quiet([path], smol, OPTIONS).sources[0]
+    assert [again.item(i).turns[0].forced for i in reversed(range(count))] == epochs[0][::-1]
+    other = quiet([path], smol, SourceOptions(length=128, seed=4)).sources[0]
+    assert [other.item(i).turns[0].forced for i in range(count)] != epochs[0]
+
+
+def test_held_out_prompts_are_never_trained_on_in_any_source(tmp_path: Path, smol) -> None:
+    small = questions(tmp_path / "small.jsonl", 10)
+    large = questions(tmp_path / "large.jsonl", 2000)
+    mixture = quiet([small, large], smol, OPTIONS)
+    held_out = {item.turns[0].forced for items in mixture.held_out.values() for item in items}
+    assert {name: len(items) for name, items in mixture.held_out.items()} == {small: 5, large: 45}
+    trained = {
+        source.item(number).turns[0].forced for source in mixture.sources for number in range(source.epoch_items)
+    }
+    assert not held_out & trained
+    assert len(held_out | trained) == 2000
+
+
+def test_the_split_hangs_on_the_prompts_alone() -> None:
+    prompts = [f"prompt {i}" for i in range(1000)]
+    held_out = held_out_digests(prompts, 0.1, 1)
+    assert len(held_out) == 100
+    assert held_out_digests([*prompts[::-1], *prompts], 0.1, 1) == held_out
+    assert len(held_out_digests(prompts, 0.02, 32)) == 32
+    assert len(held_out_digests(prompts[:10], 0.02, 32)) == 5
+    assert held_out_digests(prompts[:1], 0.02, 32) == []
+    assert set(held_out) < {entry_digest(prompt) for prompt in prompts}
+
+
+def test_long_prompts_are_skipped_and_that_is_said_once(tmp_path: Path, smol) -> None:
+    rows = [{"question": "word " * (200 if i % 2 else 1) + str(i)} for i in range(100)]
+    said: list[str] = []
+    mixture = open_mixture([write(tmp_path / "q.jsonl", rows)], smol, OPTIONS, said.append)
+    source = mixture.sources[0]
+    assert all(mixture.item(number).longest <= 128 for number in range(2 * source.epoch_items))
+    long = source.epoch_items - len({source.item(number).turns[0].forced for number in range(source.epoch_items)})
+    assert source.skipped == long > 20
+    assert len(said) == 1
+    assert "skipped" in said[0]
+    with pytest.raises(DexError, match="too long for a row"):
+        quiet([write(tmp_path / "l.jsonl", rows[1::2])], smol, OPTIONS)
+
+
+class Counting:
+    """A source whose items are (its name, number)."""
+
+    skipped = 0
+    held_out = ()
+
+    def __init__(self, name: str):
+        self.name = self.digest = name
+
+    def item(self, number: int):
+        return self.name, number
+
+
+def test_a_mixture_keeps_its_shares_and_uses_every_item_of_a_source_in_order() -> None:
+    mixture = Mixture([Counting("a"), Counting("b"), Counting("c")], [1.0, 0.3, 0.0001], seed=2)
+    items = [mixture.item(number) for number in range(4 * BLOCK)]
+    for name in "abc":
+        assert [number for source, number in items if source == name] == list(range(sum(s == name for s, _ in items)))
+    counts = Counter(name for name, _ in items)
+    assert counts["c"] == 4
+    assert counts["b"] / counts["a"] == pytest.approx(0.3, abs=0.02)
+    assert [mixture.item(number) for number in reversed(range(4 * BLOCK))] == items[::-1]
+    assert items[:BLOCK] != items[BLOCK : 2 * BLOCK]
+    assert [Mixture([Counting("a")], [5.0]).item(number)[1] for number in range(600)] == list(range(600))
+
+
+def test_a_mixtures_fingerprint_is_of_data_shares_and_seed(tmp_path: Path, smol) -> None:
+    path = questions(tmp_path / "q.jsonl", 100)
+    one = quiet([path, "self=0.5"], smol, OPTIONS).fingerprint()
+    assert one == quiet([path, "self=0.5"], smol, OPTIONS).fingerprint()
+    others = [quiet([path, "self"], smol, OPTIONS), quiet([path, "self=0.5"], smol, SourceOptions(length=128, seed=4))]
+    questions(tmp_path / "q.jsonl", 101)
+    others.append(quiet([path, "self=0.5"], smol, OPTIONS))
+    assert len({one, *(other.fingerprint() for other in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("self", ("self", 1.0)),
+        ("self=0.3", ("self", 0.3)),
+        ("a=b.jsonl", ("a=b.jsonl", 1.0)),
+        ("text:a=b.txt=.5", ("text:a=b.txt", 0.5)),
+        ("datasets:x:train[:10]=2", ("datasets:x:train[:10]", 2.0)),
+    ],
+)
+def test_parse_data(text, parsed) -> None:
+    assert parse_data(text) == parsed
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ([], "takes 1 to"),
+        (["self=0"], "above 0"),
+        (["self", "self=2"], "self is given twice"),
+        (["slef"], '"slef" is not understood'),
+        (["nowhere.jsonl"], "no data file nowhere.jsonl"),
+    ],
+)
+def test_data_that_make_no_mixture(data, says, smol) -> None:
+    with pytest.raises(DexError, match=says):
+        quiet(data, smol, OPTIONS)
+
+
+def test_one_prompt_leaves_something_to_train_on(tmp_path: Path, smol) -> None:
+    mixture = quiet([write(tmp_path / "one.txt", "Hello")], smol, OPTIONS)
+    assert mixture.item(0) == mixture.item(7)
+    assert list(mixture.held_out.values()) == [[]]
+
+
+def test_datasets_are_loaded_by_name(monkeypatch, smol) -> None:
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        if name == "gone":
+            raise FileNotFoundError("nothing of that name")
+        return [{"question": f"Why {i}?"} for i in range(80)]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    mixture = quiet(["datasets:owner/name:main:test=2"], smol, OPTIONS)
+    assert asked == [("owner/name", "main", "test")]
+    assert "Why" in smol.tokenizer.decode(mixture.item(0).turns[0].forced)
+    with pytest.raises(DexError, match=r"datasets cannot load gone \(config None, split train\): nothing"):
+        quiet(["datasets:gone"], smol, OPTIONS)
+
+
+def test_datasets_missing_names_the_extra(monkeypatch, smol) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DexError, match=r"pip install dex_jax\[datasets\]"):
+        quiet(["datasets:squad"], smol, OPTIONS)
