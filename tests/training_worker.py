@@ -1,7 +1,7 @@
 """A training of a few seconds, as a process of its own that tests may kill.
 
-The task learns a linear map from noise. Like the training of exits it holds something between batches that no checkpoint
-keeps, so a run that misses a boundary goes another way.
+The task learns a linear map from noise. Like the training of exits it holds something between batches that no
+checkpoint keeps, so a run that misses a boundary goes another way.
 """
 
 from __future__ import annotations

@@ -101,6 +101,7 @@ class Checkpoints:
             for path in self.folder.glob(_UNFINISHED):
                 shutil.rmtree(path, ignore_errors=True)
         except BlockingIOError:
+            self._lock.close()
             raise DexError(f"another process trains in {self.folder}: let it end, or train in another folder") from None
         except OSError as error:
             raise DexError(f"{self.folder} cannot be written: {error.strerror or error}") from error

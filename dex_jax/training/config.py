@@ -25,7 +25,7 @@ class TrainConfig:
       steps: training ends after so many steps.
       tokens: training ends sooner, once this many tokens have been learnt from; None leaves it to `steps`.
       batch: rows of a batch, B; the task makes them.
-      learning_rate: its peak. It rises linearly over the warm-up and then follows a cosine to the end of training, which is
+      learning_rate: its peak. It rises linearly over the warm-up, then follows a cosine to the end of training,
         measured by steps or tokens, whichever is further.
       warmup_steps: steps of the warm-up.
       final_rate: what is left of the learning rate at the end, as a share of its peak.

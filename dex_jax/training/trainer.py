@@ -135,7 +135,8 @@ def make_update(
         (loss, figures), gradients = losses(state.params, constants, batch, key, state.step)
         directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = jax.tree.map(lambda param, direction: param - rate * direction, state.params, directions)
-        figures = {**figures, "loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        norm = jnp.sqrt(sum(jnp.vdot(gradient, gradient) for gradient in jax.tree.leaves(gradients)))
+        figures = {**figures, "loss": loss, "gradient_norm": norm}
         return TrainState(params, opt_state, state.step + 1, state.key), figures
 
     return update

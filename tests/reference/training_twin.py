@@ -1,0 +1,69 @@
+"""The training of tests' LinearMap by hand: NumPy, float64, one plain loop."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+
+
+def train_linear_map(task, config, params, key):
+    """All steps of a run that is never interrupted.
+
+    Args:
+      task: a LinearMap, for its batches; a second one, not that of the run in question.
+      config: TrainConfig without `tokens`.
+      params: {"map" [D, D], "scale" [D], "bias" [D]} before the first step.
+      key: of the run; what an input loses at a step is drawn from it.
+
+    Returns:
+      (params, losses of all steps).
+    """
+    params = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    first = {name: np.zeros_like(value) for name, value in params.items()}
+    second = {name: np.zeros_like(value) for name, value in params.items()}
+    target = np.asarray(task.constants(), np.float64)
+    cursor, losses, gathered, updates = task.start(config.seed), [], [], 0
+    for step in range(config.steps):
+        batch, cursor, _ = task.next_batch(cursor)
+        kept = jax.random.bernoulli(jax.random.fold_in(key, step), 1 - task.drop, batch.shape)
+        loss, gradients = loss_and_gradients(params, np.asarray(batch, np.float64), np.asarray(kept), target)
+        losses.append(loss)
+        gathered.append(gradients)
+        if len(gathered) == config.accumulate:
+            updates += 1
+            mean = {name: sum(each[name] for each in gathered) / len(gathered) for name in params}
+            gathered = []
+            norm = math.sqrt(sum((value**2).sum() for value in mean.values()))
+            share = min(1.0, config.clip_norm / norm)
+            warmup = min(1.0, (step + 1) / config.warmup_steps)
+            cosine = (1 + math.cos(math.pi * step / config.steps)) / 2
+            rate = config.learning_rate * warmup * (config.final_rate + (1 - config.final_rate) * cosine)
+            for name in params:
+                gradient = mean[name] * share
+                first[name] = config.beta1 * first[name] + (1 - config.beta1) * gradient
+                second[name] = config.beta2 * second[name] + (1 - config.beta2) * gradient**2
+                one = first[name] / (1 - config.beta1**updates)
+                two = second[name] / (1 - config.beta2**updates)
+                direction = one / (np.sqrt(two) + config.epsilon)
+                if name == "map":
+                    direction = direction + config.weight_decay * params[name]
+                params[name] = params[name] - rate * direction
+        if (step + 1) % config.checkpoint_every == 0:
+            task.boundary()
+    return params, losses
+
+
+def loss_and_gradients(params, batch, kept, target):
+    """Mean squared error of (batch * kept) map * scale + bias against batch target, and its gradients."""
+    inputs = batch * kept
+    mapped = inputs @ params["map"]
+    error = mapped * params["scale"] + params["bias"] - batch @ target
+    outer = 2 * error / error.size
+    gradients = {
+        "map": inputs.T @ (outer * params["scale"]),
+        "scale": (outer * mapped).sum(axis=0),
+        "bias": outer.sum(axis=0),
+    }
+    return (error**2).mean(), gradients

@@ -1,0 +1,392 @@
+import dataclasses
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.training_twin import train_linear_map
+from rich.console import Console
+from training_worker import LinearMap
+
+from dex_jax.errors import DexError
+from dex_jax.training.config import MAY_CHANGE, TrainConfig
+from dex_jax.training.journal import FILE_NAME, Journal, plain, read_journal
+from dex_jax.training.optimizer import decayed_by_default, learning_rate
+from dex_jax.training.progress import Display, Progress
+from dex_jax.training.trainer import train
+
+CONFIG = TrainConfig(
+    steps=12,
+    batch=4,
+    learning_rate=0.02,
+    warmup_steps=3,
+    weight_decay=0.1,
+    checkpoint_every=4,
+    eval_every=6,
+    log_every=3,
+)
+TIMES = ("seconds", "tokens_per_second")
+
+
+def silent(event):
+    pass
+
+
+def without_times(records):
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("steps", 2.0),
+        ("batch", True),
+        ("tokens", 0),
+        ("eval_every", 0),
+        ("seed", -1),
+        ("keep", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("final_rate", 1.5),
+        ("weight_decay", -0.1),
+        ("beta2", 1.0),
+        ("clip_norm", 0),
+        ("dtype", "float64"),
+        ("tensorboard", "yes"),
+    ],
+)
+def test_a_field_that_will_not_do_is_named(field, value):
+    with pytest.raises(DexError, match=field):
+        TrainConfig(**{field: value})
+
+
+def test_flags_replace_fields_and_those_not_given_do_not():
+    changed = TrainConfig().replace({"steps": 7, "batch": None, "learning_rate": 0.5})
+    assert changed == TrainConfig(steps=7, learning_rate=0.5)
+    with pytest.raises(DexError, match="step_count"):
+        TrainConfig().replace({"step_count": 3})
+
+
+def test_every_field_is_documented():
+    for field in dataclasses.fields(TrainConfig):
+        assert field.name in TrainConfig.__doc__.split("Attributes:")[1], field.name
+
+
+# Optimizer
+
+
+@pytest.mark.parametrize(("accumulate", "clip_norm"), [(1, 0.5), (3, 1e9)])
+def test_training_is_the_plain_loop_in_numpy(tmp_path, accumulate, clip_norm):
+    config = dataclasses.replace(CONFIG, accumulate=accumulate, clip_norm=clip_norm, log_every=1)
+    trained = train(LinearMap(config), config, tmp_path, notify=silent)
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+    twin = LinearMap(config)
+    params, losses = train_linear_map(twin, config, twin.init(init_key), key)
+    logged = [record["loss"] for record in read_journal(tmp_path) if record["kind"] == "train"]
+    np.testing.assert_allclose(logged, losses, rtol=1e-4)
+    for name, value in params.items():
+        np.testing.assert_allclose(trained.params[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_only_matrices_decay_stacked_or_not():
+    params = {
+        "map": np.ones((3, 4, 4)),
+        "norm": np.ones((3, 4)),
+        "previous_norm": np.ones((3, 4)),
+        "rest_bias": np.ones((3, 4)),
+        "context": {"enter": np.ones((4, 8)), "leave": np.ones(4)},
+    }
+    expected = {"map": True, "norm": False, "previous_norm": False, "rest_bias": False}
+    assert decayed_by_default(params) == {**expected, "context": {"enter": True, "leave": False}}
+
+
+def test_the_learning_rate_rises_then_follows_steps_or_tokens():
+    config = TrainConfig(steps=100, tokens=1000, learning_rate=2.0, warmup_steps=4, final_rate=0.1)
+    assert learning_rate(config, 0, 0) == pytest.approx(2.0 / 4)
+    assert learning_rate(config, 50, 0) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert learning_rate(config, 10, 500) == learning_rate(config, 50, 100)
+    assert learning_rate(config, 100, 0) == learning_rate(config, 10, 5000) == pytest.approx(0.2)
+
+
+# The loop
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupts: (what it gives, its folder, its task, what it told)."""
+    folder, told = tmp_path_factory.mktemp("whole"), []
+    task = LinearMap(CONFIG)
+    return train(task, CONFIG, folder, notify=told.append), folder, task, told
+
+
+def test_a_run_learns_logs_evaluates_and_traces_once(whole):
+    trained, folder, task, told = whole
+    assert (trained.step, trained.tokens) == (12, 4 * 12 - 6)
+    assert task.traces == 1
+    assert all(value.dtype == jnp.float32 for value in trained.params.values())
+    records = read_journal(folder)
+    assert [record["step"] for record in records if record["kind"] == "train"] == [3, 4, 6, 8, 9, 12]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    assert [record["step"] for record in evaluations] == [6, 12]
+    assert evaluations[1]["distance"] == trained.evaluation["distance"] < evaluations[0]["distance"]
+    assert evaluations[1]["undefined"] is None
+    assert {"loss", "gradient_norm", "worst", "learning_rate", *TIMES} <= records[0].keys()
+    assert [event.step for event in told] == list(range(1, 13))
+    assert [event.step for event in told if event.logged] == [3, 4, 6, 8, 9, 12]
+    assert told[0].seconds_left is None
+    assert told[-1].seconds_left == 0.0
+
+
+def test_boundaries_are_at_checkpoints(whole):
+    assert whole[2].boundaries == 3
+
+
+@pytest.mark.parametrize("stop", [2, 6, 8])
+def test_a_run_that_stopped_goes_on_to_the_same_end(tmp_path, whole, stop):
+    class Stop(Exception):
+        pass
+
+    def stopping(event):
+        if isinstance(event, Progress) and event.step == stop:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(LinearMap(CONFIG), CONFIG, tmp_path, notify=stopping)
+    told = []
+    resumed = train(LinearMap(CONFIG), CONFIG, tmp_path, notify=told.append)
+    assert_same(resumed.params, whole[0].params)
+    assert resumed.tokens == whole[0].tokens
+    assert without_times(read_journal(tmp_path)) == without_times(read_journal(whole[1]))
+    assert isinstance(told[0], str) == (stop >= 4)
+
+
+def test_a_run_that_is_done_does_nothing_and_more_steps_go_on(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=4)
+    first = train(LinearMap(config), config, tmp_path, notify=silent)
+    told = []
+    again = train(LinearMap(config), config, tmp_path, notify=told.append)
+    assert_same(again.params, first.params)
+    assert again.evaluation is None
+    assert len(told) == 1
+    assert "nothing is left to do" in told[0]
+    longer = dataclasses.replace(config, steps=6, keep=1, log_every=1)
+    assert train(LinearMap(longer), longer, tmp_path, notify=silent).step == 6
+
+
+def test_a_budget_of_tokens_ends_training(tmp_path):
+    config = dataclasses.replace(CONFIG, tokens=11)
+    trained = train(LinearMap(config), config, tmp_path, notify=silent)
+    assert (trained.step, trained.tokens) == (3, 11)
+    assert trained.evaluation is not None
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_was_saved(tmp_path):
+    with pytest.raises(DexError, match="loss of step 7 is nan"):
+        train(LinearMap(CONFIG, broken_from=6), CONFIG, tmp_path, notify=silent)
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000004"]
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
+    class Steep(LinearMap):
+        def loss(self, params, constants, batch, key, step):
+            loss, figures = super().loss(params, constants, batch, key, step)
+            steep = lambda value: jnp.sqrt(0 * value)  # noqa: E731
+            return loss + jax.lax.cond(step == 3, steep, jnp.zeros_like, params["bias"][0]), figures
+
+    with pytest.raises(DexError, match="gradient of step 4"):
+        train(Steep(CONFIG), CONFIG, tmp_path, notify=silent)
+    assert not list(tmp_path.glob("step_*"))
+
+
+@pytest.mark.parametrize(("stop", "expected"), [(3, "begins anew"), (6, "goes on from step 4")])
+def test_ctrl_c_says_how_to_resume(tmp_path, stop, expected):
+    told = []
+
+    def interrupting(event):
+        told.append(event)
+        if isinstance(event, Progress) and event.step == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        train(LinearMap(CONFIG), CONFIG, tmp_path, notify=interrupting)
+    assert ended.value.code == 130
+    assert f"Stopped at step {stop}." in told[-1] or f"Stopped at step {stop - 1}." in told[-1]
+    assert "run the same command again" in told[-1]
+    assert expected in told[-1]
+    assert "\n" not in told[-1]
+
+
+def test_constants_and_weights_that_training_starts_from_are_left_alone(tmp_path):
+    class Given(LinearMap):
+        given = None
+
+        def init(self, key):
+            self.given = super().init(key)
+            return self.given
+
+    task = Given(CONFIG)
+    before = np.array(task.target)
+    train(task, CONFIG, tmp_path, notify=silent)
+    np.testing.assert_array_equal(task.target, before)
+    assert all(not value.is_deleted() for value in task.given.values())
+
+
+# What a folder refuses
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    config = dataclasses.replace(CONFIG, steps=2, checkpoint_every=2)
+    folder = tmp_path_factory.mktemp("small")
+    train(LinearMap(config), config, folder, notify=silent)
+    return config, folder
+
+
+def test_other_settings_are_refused_by_name_and_some_may_change(small):
+    config, folder = small
+    other = dataclasses.replace(config, seed=3, learning_rate=0.5, log_every=1)
+    with pytest.raises(DexError, match=r"learning_rate was 0.02, is 0.5; seed was 0, is 3\)"):
+        train(LinearMap(other), other, folder, notify=silent)
+    free = {"tokens": 5, "keep": 9, "eval_every": None, "log_every": 1, "steps": 1}
+    assert {*free, "tensorboard"} == set(MAY_CHANGE)
+    assert dataclasses.replace(config, **free).conflicts(config.to_json()) == []
+
+
+def test_other_tasks_and_settings_of_tasks_are_refused(small):
+    config, folder = small
+    task = LinearMap(config)
+    task.settings = lambda: {"kind": "linear"}
+    with pytest.raises(DexError, match="kind was None, is linear"):
+        train(task, config, folder, notify=silent)
+    task = LinearMap(config)
+    task.name = "another"
+    with pytest.raises(DexError, match="training of linear_map, not another"):
+        train(task, config, folder, notify=silent)
+
+
+def test_shapes_that_do_not_fit_are_refused(small):
+    config, folder = small
+    with pytest.raises(DexError, match=r"params.map as float32\[8, 8\], but this run means float32\[5, 5\]"):
+        train(LinearMap(config, width=5), config, folder, notify=silent)
+
+
+def test_another_backbone_warns_and_goes_on(small):
+    config, folder = small
+    task, told = LinearMap(config), []
+    task.backbone = "backbone-b"
+    train(task, config, folder, notify=told.append)
+    assert "warning" in told[0]
+    assert "backbone-a" in told[0]
+    assert "backbone-b" in told[0]
+
+
+# Devices
+
+
+def test_meshes_give_one_devices_result(tmp_path):
+    worker = Path(__file__).with_name("training_worker.py")
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(worker), str(tmp_path), "--steps", "20", "--width", "8", "--checkpoint-every", "10"]
+    subprocess.run([*command, "--meshes", "", "2x1", "2x2"], env={**os.environ, **flags}, check=True)
+    one = np.load(tmp_path / "result.npz")
+    for mesh, shards in {"2x1": 1, "2x2": 2}.items():
+        many = np.load(tmp_path / mesh / "result.npz")
+        assert many["shards"] == shards
+        for name in ("map", "scale", "bias"):
+            np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=1e-6, err_msg=f"{mesh} {name}")
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    mesh = types.SimpleNamespace(shape={"data": 3, "tensor": 1})
+    with pytest.raises(DexError, match="4 rows does not divide among 3"):
+        train(LinearMap(CONFIG), CONFIG, tmp_path, mesh=mesh, notify=silent)
+
+
+# Journal
+
+
+def test_a_resumed_journal_drops_half_lines_and_lines_beyond(tmp_path):
+    journal = Journal(tmp_path, 0)
+    for step in (1, 2, 3):
+        journal.write("train", step, {"loss": np.float32(0.5), "list": (1, math.inf)})
+    journal.close()
+    path = tmp_path / FILE_NAME
+    whole_lines = path.read_bytes()
+    path.write_bytes(whole_lines + b'{"kind": "train", "st')
+    assert len(read_journal(tmp_path)) == 3
+    Journal(tmp_path, 3).close()
+    assert path.read_bytes() == whole_lines
+    journal = Journal(tmp_path, 2)
+    journal.write("train", 3, {"loss": 0.25})
+    journal.close()
+    assert [record["loss"] for record in read_journal(tmp_path)] == [0.5, 0.5, 0.25]
+    assert read_journal(tmp_path)[0]["list"] == [1, None]
+
+
+def test_numbers_become_strict_json():
+    value = {1: jnp.float32(2.0), "a": np.array([1, 2]), "b": [math.nan, (True, None)]}
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == {"1": 2.0, "a": [1, 2], "b": [None, [True, None]]}
+
+
+def test_tensorboard_is_optional_and_purges_what_is_done_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(DexError, match=r"dex-jax\[tensorboard\]"):
+        Journal(tmp_path, 0, tensorboard=True)
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((Path(folder).name, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer))
+    journal = Journal(tmp_path, 5, tensorboard=True)
+    journal.write("train", 6, {"loss": 0.5, "list": [1]})
+    journal.close()
+    assert written == [("tensorboard", 6), ("train/loss", 0.5, 6), "closed"]
+
+
+# Display
+
+
+def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is():
+    event = Progress(50, 100, 12_345, 1234.5, 0.4321, 0.5, 3725.0, logged=False)
+    lines = io.StringIO()
+    display = Display(Console(file=lines, width=200))
+    display("a [word] from the trainer")
+    display(event)
+    display(event._replace(logged=True, seconds_left=65.0))
+    display.close()
+    assert lines.getvalue() == (
+        "a [word] from the trainer\nstep 50/100, 12.3k tokens, 1.23k tokens/s, loss 0.4321, 1 min 05 s left\n"
+    )
+    bar = io.StringIO()
+    display = Display(Console(file=bar, width=200, force_terminal=True))
+    display(event)
+    display.close()
+    assert "50%" in bar.getvalue()
+    assert "1 h 02 min left" in bar.getvalue()
+    assert "None" not in event._replace(loss=None, seconds_left=None, tokens_per_second=None).describe()

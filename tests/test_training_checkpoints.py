@@ -1,0 +1,301 @@
+import dataclasses
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+from training_worker import LinearMap
+
+from dex_jax.errors import DexError
+from dex_jax.training import checkpoints as module
+from dex_jax.training.checkpoints import Checkpoints, Record, list_checkpoints, read_newest, restore, saved_params
+from dex_jax.training.config import TrainConfig
+from dex_jax.training.journal import read_journal
+from dex_jax.training.trainer import train
+
+CONFIG = TrainConfig(steps=6, batch=4, warmup_steps=0, checkpoint_every=2, keep=2)
+WORKER = Path(__file__).with_name("training_worker.py")
+
+
+def silent(event):
+    pass
+
+
+def state(value=1.0):
+    return {
+        "params": {"map": jnp.full((64, 64), value) * jnp.arange(64.0)[None], "half": jnp.ones(3, jnp.bfloat16)},
+        "empty": jnp.zeros((0, 3)),
+        "pair": (jnp.uint32(7), [jnp.int32(3)]),
+    }
+
+
+def record(step, cursor=None):
+    return Record(step, 10 * step, cursor or {"batch": step}, {"steps": 9}, "toy", {}, "abc")
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A folder with checkpoints of steps 1, 2 and 3 of a hand-made state."""
+    folder = tmp_path_factory.mktemp("three")
+    with Checkpoints(folder, 3, silent) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(state(step), record(step))
+    return folder
+
+
+@pytest.fixture
+def copy(three, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(three, folder)
+    return folder
+
+
+def steps_in(folder):
+    return [step for step, _ in list_checkpoints(folder)]
+
+
+def test_what_was_saved_comes_back(three):
+    saved = read_newest(three)
+    assert saved.record == record(3)
+    back = restore(saved, state(0.0))
+    np.testing.assert_array_equal(back["params"]["map"], state(3.0)["params"]["map"])
+    assert back["params"]["half"].dtype == jnp.bfloat16
+    assert back["empty"].shape == (0, 3)
+    assert int(back["pair"][1][0]) == 3
+    params = saved_params(saved, state()["params"])
+    np.testing.assert_array_equal(params["map"], state(3.0)["params"]["map"])
+
+
+def test_a_save_copies_before_it_returns(tmp_path):
+    source = np.ones(1000, np.float32)
+    with Checkpoints(tmp_path, 1, silent) as checkpoints:
+        checkpoints.save({"params": source}, record(1))
+        source[:] = 2.0
+    np.testing.assert_array_equal(read_newest(tmp_path).arrays["params"], np.ones(1000, np.float32))
+
+
+def test_a_cursor_comes_back_as_it_will_after_a_restore(tmp_path):
+    with Checkpoints(tmp_path, 1, silent) as checkpoints:
+        returned = checkpoints.save(state(), record(1, {"pair": (1, 2), "none": None}))
+    assert returned == read_newest(tmp_path).record
+    assert returned.cursor == {"pair": [1, 2], "none": None}
+
+
+def test_so_many_are_kept(tmp_path):
+    with Checkpoints(tmp_path, 2, silent) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(state(), record(step))
+            # The new one is not there yet, so the old ones still are.
+            assert len(steps_in(tmp_path)) <= 3
+    assert steps_in(tmp_path) == [4, 3]
+
+
+def flip(path):
+    data = bytearray(largest(path).read_bytes())
+    data[len(data) // 2] ^= 1
+    largest(path).write_bytes(data)
+
+
+def truncate(path):
+    data = largest(path).read_bytes()
+    largest(path).write_bytes(data[: len(data) // 2])
+
+
+def change_record(path):
+    file = path / "_CHECKPOINT_METADATA"
+    text = file.read_text()
+    assert text.count('\\"tokens\\": 30') == 1
+    file.write_text(text.replace('\\"tokens\\": 30', '\\"tokens\\": 31'))
+
+
+def lose_arrays(path):
+    shutil.rmtree(path / "state")
+
+
+def lose_everything(path):
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def largest(path):
+    return max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, change_record, lose_arrays, lose_everything])
+def test_a_damaged_checkpoint_is_passed_over(copy, damage):
+    damage(copy / "step_00000003")
+    told = []
+    assert read_newest(copy, told.append).record.step == 2
+    with Checkpoints(copy, 3, told.append) as checkpoints:
+        assert checkpoints.newest().record == record(2)
+        assert checkpoints.saved_step == 2
+    assert len(told) == 2
+    assert told[0] == told[1]
+    assert "step_00000003 is damaged" in told[0]
+    assert "\n" not in told[0]
+    assert steps_in(copy) == [2, 1]
+    assert (copy / "step_00000003.damaged").is_dir()
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(copy):
+    truncate(copy / "step_00000003")
+    truncate(copy / "step_00000002")
+    with Checkpoints(copy, 1, silent) as checkpoints:
+        assert checkpoints.newest().record.step == 1
+        checkpoints.save(state(5.0), record(2))
+    assert steps_in(copy) == [2]
+    assert read_newest(copy).record.step == 2
+
+
+def test_when_all_are_damaged_training_begins_anew(copy):
+    for path in copy.glob("step_*"):
+        truncate(path)
+    told = []
+    with Checkpoints(copy, 3, told.append) as checkpoints:
+        assert checkpoints.newest() is None
+    assert len(told) == 3
+    with pytest.raises(DexError, match="no whole checkpoint"):
+        read_newest(copy)
+
+
+def test_what_a_kill_left_half_written_is_cleared_away(copy):
+    half = copy / "step_00000004.orbax-checkpoint-tmp"
+    (half / "state").mkdir(parents=True)
+    with Checkpoints(copy, 3, silent) as checkpoints:
+        assert checkpoints.newest().record.step == 3
+    assert not half.exists()
+
+
+def test_one_process_at_a_time(tmp_path):
+    with (
+        Checkpoints(tmp_path, 1, silent),
+        pytest.raises(DexError, match="another process trains"),
+        Checkpoints(tmp_path, 1, silent),
+    ):
+        pass
+    with Checkpoints(tmp_path, 1, silent):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DexError, match="cannot be written"), Checkpoints(tmp_path / "file" / "run", 1, silent):
+        pass
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"params": {"map": jnp.zeros((64, 63))}},
+        {"params": {"map": jnp.zeros((64, 64), jnp.int32)}},
+        {"params": {"another": jnp.zeros((64, 64))}},
+    ],
+)
+def test_what_does_not_fit_is_refused(three, other):
+    with pytest.raises(DexError, match="but this run means"):
+        restore(read_newest(three), {**state(), **other})
+
+
+# Full disks
+
+
+def assert_recovers(folder, told):
+    """After the trouble the run goes on from step 2 to what a run without trouble gives."""
+    resumed = train(LinearMap(CONFIG), CONFIG, folder, notify=told.append)
+    assert "from step 2 " in told[0]
+    clean = train(LinearMap(CONFIG), CONFIG, folder.with_name("clean"), notify=silent)
+    np.testing.assert_array_equal(resumed.params["map"], clean.params["map"])
+
+
+@pytest.mark.parametrize("when", ["at once", "in the background"])
+def test_a_full_disk_is_told_and_nothing_saved_is_lost(tmp_path, monkeypatch, when):
+    config = dataclasses.replace(CONFIG, keep=1)
+    real = ocp.save_checkpointables_async
+
+    class Response:
+        def result(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def failing(path, *args, **options):
+        if path.name != "step_00000004":
+            return real(path, *args, **options)
+        (path.parent / f"{path.name}.orbax-checkpoint-tmp").mkdir()
+        return Response().result() if when == "at once" else Response()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.ocp, "save_checkpointables_async", failing)
+        with pytest.raises(DexError, match=r"step 4 could not be written .*the disk is full\); step 2 is still there"):
+            train(LinearMap(config), config, tmp_path / "run", notify=silent)
+    assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_00000002"]
+    if when == "at once":
+        assert_recovers(tmp_path / "run", [])
+
+
+def test_a_write_that_the_system_cuts_off(tmp_path):
+    width = 128
+    config = dataclasses.replace(CONFIG, steps=2)
+    train(LinearMap(config, width), config, tmp_path, notify=silent)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(DexError, match=r"the disk is full\); step 2 is still there"):
+            train(LinearMap(CONFIG, width), CONFIG, tmp_path, notify=silent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000002"]
+    assert read_newest(tmp_path).record.step == 2
+
+
+# Kills
+
+
+def test_killed_at_any_moment_it_ends_as_if_never_killed(tmp_path):
+    """Kills at random moments, one of them for certain during a save, then the end: bit for bit the same."""
+    command = [sys.executable, str(WORKER), str(tmp_path / "killed"), "--seconds", "0.02"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    rng = np.random.default_rng(0)
+    in_a_save, resumed = 0, 0
+
+    def lines():
+        return len(read_journal(tmp_path / "killed"))
+
+    for kill in range(3):
+        before, more = lines(), int(rng.integers(3, 6))
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            deadline = time.monotonic() + 60
+            # The journal shrinks when a run resumes; what counts is that it grew from there.
+            while process.poll() is None and time.monotonic() < deadline:
+                half_written = any((tmp_path / "killed").glob("*.orbax-checkpoint-tmp*"))
+                before = min(before, lines())
+                if lines() >= before + more and (half_written or kill > 0):
+                    break
+                time.sleep(0.001)
+            time.sleep(0.0 if kill == 0 else float(rng.uniform(0, 0.1)))
+            process.kill()
+            resumed += "Resuming from step" in process.stderr.read()
+        assert process.returncode == -signal.SIGKILL
+        in_a_save += any((tmp_path / "killed").glob("*.orbax-checkpoint-tmp*"))
+    last = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=True)
+    assert "Resuming from step" in last.stderr
+    assert resumed == 2
+    assert in_a_save > 0
+
+    subprocess.run([*command[:2], str(tmp_path / "whole")], env=environment, stderr=subprocess.DEVNULL, check=True)
+    killed, whole = (np.load(tmp_path / name / "result.npz") for name in ("killed", "whole"))
+    for name in whole:
+        np.testing.assert_array_equal(killed[name], whole[name], err_msg=name)
+    journals = [
+        [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in read_journal(folder)]
+        for folder in (tmp_path / "killed", tmp_path / "whole")
+    ]
+    assert journals[0] == journals[1]
+    assert read_newest(tmp_path / "killed").record == read_newest(tmp_path / "whole").record
