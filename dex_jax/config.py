@@ -95,7 +95,7 @@ class ExitsConfig:
         its own keys and values of the last `window` committed positions.
       depths: trained depths, ascending, all below L.
       width: D.
-      fused: whether a further map of the previous position's features is added; always so for "attn".
+      fused: whether a further map of the previous position's features is added ("attn" reads them in any case).
       rank: of "lowrank", for both maps.
       hidden: mlp width of "mlp" and "attn".
       heads, head_dim, window: of "attn".

@@ -45,13 +45,13 @@ class ExitHeads(nnx.Module):
         low = c.kind == "lowrank"
         self.map_down = stacked("map_down", c.rank, c.width, kind="kernel") if low else None
         self.map_up = stacked("map_up", c.width, c.rank) if low else None
-        self.previous_norm = stacked("previous_norm", c.width, kind="scale") if c.needs_previous else None
-        fused = c.needs_previous and not low
+        self.previous_norm = stacked("previous_norm", c.width, kind="scale") if c.fused else None
+        fused = c.fused and not low
         self.previous_map = stacked("previous_map", c.width, c.width) if fused else None
-        low = c.needs_previous and low
+        low = c.fused and low
         self.previous_down = stacked("previous_down", c.rank, c.width, kind="kernel") if low else None
         self.previous_up = stacked("previous_up", c.width, c.rank) if low else None
-        inputs = c.width * (2 if c.needs_previous else 1)
+        inputs = c.width * (2 if c.fused else 1)
         mlp = c.kind == "mlp"
         self.gate_up = stacked("gate_up", 2 * c.hidden, inputs, kind="kernel") if mlp else None
         self.down = stacked("down", c.width, c.hidden) if mlp else None
@@ -83,15 +83,15 @@ class ExitHeads(nnx.Module):
         """
         normed = self._normed(states)
         out = normed * self.norm[...][:, None].astype(normed.dtype) + self._own_map(normed)
-        if previous is not None:
+        inputs = normed
+        if self.previous_norm is not None:
+            assert previous is not None
             before = self._previous_normed(previous)
             if self.previous_map is not None:
                 out = out + _stacked_linear(before, self.previous_map)
             if self.previous_down is not None:
                 out = out + _stacked_linear(_stacked_linear(before, self.previous_down), self.previous_up)
             inputs = jnp.concatenate([normed, before], axis=-1)
-        else:
-            inputs = normed
         if self.gate_up is not None:
             gate, up = jnp.split(_stacked_linear(inputs, self.gate_up), 2, axis=-1)
             out = out + _stacked_linear(jax.nn.silu(gate) * up, self.down)

@@ -1,0 +1,249 @@
+"""Trained exits in the lattice: tokens never change, and what they see of the position before is what it should be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, small_model
+
+import dex_jax
+from dex_jax.config import EXIT_KINDS, ExitsConfig
+from dex_jax.decoding.exits import nearest_depths, resolve_exits
+from dex_jax.decoding.interface import Committed
+from dex_jax.decoding.trained_exits import commit_exits, empty_memory, exit_arrays, read_chunk
+from dex_jax.errors import DexError
+from dex_jax.evaluation.forced import forced_exits
+from dex_jax.io.exits_file import TrainedExits, load_exits, quantize, save_exits
+from dex_jax.language_model import merge_model
+from dex_jax.nn.exits import exit_graph, exit_parameters, initial_heads, parameters_of
+
+WIDTH = LLAMA.width
+WINDOW = 5
+
+
+def random_exits(kind: str, *, fused: bool = False, draft: int | None = None, depths=(1, 2, 3), seed=0) -> TrainedExits:
+    """Exits with random parameters: near the model's own head, so that proposals are sometimes right."""
+    config = ExitsConfig(
+        kind, depths, WIDTH, fused, rank=4, hidden=12, heads=2, head_dim=8, window=WINDOW, draft_size=draft
+    )
+    rng = np.random.default_rng([seed, len(kind)])
+    parameters = {}
+    for name, (shape, start) in exit_parameters(config).items():
+        scale = 0.3 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.1
+        parameters[name] = (rng.standard_normal(shape) * scale + (start in ("norm", "scale"))).astype(np.float32)
+    vocabulary = None if draft is None else np.sort(rng.permutation(LLAMA.vocab_size)[:draft]).astype(np.int32)
+    return TrainedExits(config, parameters, vocabulary, "0", {}, "random")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def plain(lm):
+    return dex_jax.generate(lm, ragged_prompts(3), method=dex_jax.AR(), max_new_tokens=20)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused", "draft"),
+    [("shared", False, 30), ("linear", True, 30), ("lowrank", True, None), ("mlp", True, 20), ("attn", False, 30)],
+)
+def test_tokens_are_those_of_ar_and_exits_those_of_teacher_forcing(lm, plain, kind, fused, draft) -> None:
+    exits = random_exits(kind, fused=fused, draft=draft)
+    method = dex_jax.Dex(explorers=4, rows="full")
+    out = dex_jax.generate(lm, ragged_prompts(3), method=method, exits=exits, max_new_tokens=20)
+    assert_same_tokens(lm, out, plain)
+    assert out.stats.exits_source == "random"
+    assert (out.stats.exits[:, 1:] < 4).any(), "no proposal was ever right: this would test nothing"
+    if kind == "attn":
+        with pytest.raises(DexError, match="attn"):
+            forced_exits(lm, [1], [2, 3], out.stats.schedule, exits=exits)
+        return
+    for row, prompt in enumerate(out.prompt_tokens):
+        tokens = out.tokens[row, : out.lengths[row]].tolist()
+        expected = forced_exits(lm, prompt, tokens, out.stats.schedule, exits=exits)
+        assert expected.tolist() == out.stats.exits[row, : len(tokens)].tolist()
+
+
+def test_sampled_tokens_are_those_of_ar(lm) -> None:
+    options = {"temperature": 0.9, "top_k": 12, "max_new_tokens": 16, "seed": 3}
+    exits = random_exits("linear", fused=True, draft=30)
+    out = dex_jax.generate(lm, ragged_prompts(3), method=dex_jax.Dex(explorers=4), exits=exits, **options)
+    reference = dex_jax.generate(lm, ragged_prompts(3), method=dex_jax.AR(), **options)
+    assert_same_tokens(lm, out, reference, temperature=0.9, top_k=12)
+
+
+def test_a_fused_exit_sees_its_parent_as_deep_as_it_has_got(lm) -> None:
+    """Exits that read nothing but the position before: wrong wiring would change which exits are right."""
+    exits = random_exits("linear", fused=True)
+    parameters = exits.parameters | {"norm": np.zeros((3, WIDTH), np.float32)}
+    exits = dataclasses.replace(exits, parameters=parameters)
+    method = dex_jax.Dex(explorers=4, rows="full")
+    out = dex_jax.generate(lm, ragged_prompts(2), method=method, exits=exits, max_new_tokens=16)
+    for row, prompt in enumerate(out.prompt_tokens):
+        tokens = out.tokens[row, : out.lengths[row]].tolist()
+        expected = forced_exits(lm, prompt, tokens, out.stats.schedule, exits=exits)
+        assert expected.tolist() == out.stats.exits[row, : len(tokens)].tolist()
+
+
+def test_context_memory_after_a_prompt_is_what_commits_one_by_one_make(lm) -> None:
+    exits = random_exits("attn")
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    arrays = exit_arrays(model, exits.config, exits.parameters, None)
+    rng = np.random.default_rng(0)
+    lengths = np.array([3, 7, 12])
+    tokens = jnp.asarray(rng.integers(0, LLAMA.vocab_size, (3, 12)), jnp.int32)
+    hidden = jnp.asarray(rng.standard_normal((3, 12, WIDTH)), jnp.float32)
+    whole = empty_memory(exits.config, 3, jnp.float32)
+    for start in (0, 4, 8):
+        part = slice(start, start + 4)
+        whole = read_chunk(
+            model, exits.config, arrays, whole, tokens[:, part], hidden[:, part], jnp.int32(start), jnp.asarray(lengths)
+        )
+    single = empty_memory(exits.config, 3, jnp.float32)
+    zeros = jnp.zeros(3, jnp.int32)
+    for n in range(12):
+        done = Committed(zeros, tokens[:, n], zeros + n, hidden[:, n], jnp.asarray(n < lengths))
+        single = commit_exits(model, exits.config, arrays, single, done)
+    used = np.asarray(single.context.position) >= 0
+    assert np.array_equal(whole.context.position, single.context.position)
+    assert used.sum(axis=1).tolist() == [3, 5, 5]
+    chex.assert_trees_all_close(whole.previous, single.previous, atol=1e-5)
+    for name in ("keys", "values"):
+        both = [np.swapaxes(np.asarray(getattr(m.context, name)), 1, 2)[used] for m in (whole, single)]
+        chex.assert_trees_all_close(*both, atol=1e-5)
+
+
+def test_the_context_layer_against_a_prompt_read_at_once(lm) -> None:
+    """What an attn exit gives a node in the lattice: the layer over the committed window and the node itself."""
+    exits = random_exits("attn", depths=(2,))
+    config = exits.config
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    arrays = exit_arrays(model, config, exits.parameters, None)
+    layer = nnx.merge(exit_graph(config), arrays.parameters).context
+    tokens = jnp.asarray([[5, 9, 3, 17, 4, 30, 8]], jnp.int32)
+    previous = jnp.asarray(np.random.default_rng(1).standard_normal((1, 7, WIDTH)), jnp.float32)
+    positions = jnp.arange(7)[None]
+    entered = layer.enter_rows(model.embed_tokens(tokens), previous)
+    distance = positions[0][:, None] - positions[0][None, :]
+    at_once = layer.output(entered, positions, None, ((distance >= 0) & (distance <= WINDOW))[None])
+    keys, values = layer.keys_values(entered, positions)
+    before = dex_jax.nn.layers.KeyValues(keys[:, :, 1:6], values[:, :, 1:6], jnp.ones((1, 1, 5), bool))
+    alone = layer.output(entered[:, 6:], positions[:, 6:], before, jnp.ones((1, 1, 1), bool))
+    chex.assert_trees_all_close(alone[:, 0], at_once[:, 6], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", EXIT_KINDS)
+def test_untrained_heads_are_the_models_own(lm, kind) -> None:
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    config = ExitsConfig(kind, (1, 3), WIDTH, fused=kind != "shared", rank=4, hidden=8, heads=2, head_dim=8)
+    heads = initial_heads(config, model.final_norm[...])
+    states = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, WIDTH)), jnp.float32)
+    other = states[::-1] if config.needs_previous else None
+    found = heads.features(states, other, other if kind == "attn" else None)[..., :-1]
+    chex.assert_trees_all_close(found, model.normed(states), atol=1e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_file_gives_back_what_was_saved(tmp_path, int8) -> None:
+    exits = random_exits("mlp", fused=True, draft=20)
+    large = {"map": np.random.default_rng(0).standard_normal((3, 128, 128)).astype(np.float32)}
+    config = ExitsConfig("linear", (1, 2, 3), 128)
+    stored = {name: np.ones(shape, np.float32) for name, (shape, _) in exit_parameters(config).items()} | large
+    for number, each in enumerate((exits, TrainedExits(config, stored, None, "f", {"tokens": 5}, "x"))):
+        path = tmp_path / f"{number}.safetensors"
+        save_exits(path, each, int8=int8)
+        back = load_exits(path)
+        assert back.config == each.config
+        assert back.metadata == each.metadata
+        assert back.fingerprint == each.fingerprint
+        for name, value in each.parameters.items():
+            bound = np.abs(value).max(axis=-1, keepdims=True) / 254 * 1.001 if int8 and value.size >= 2**14 else 0
+            assert (np.abs(back.parameters[name] - value) <= bound).all(), name
+    whole, steps = quantize(large["map"])
+    assert whole.dtype == np.int8
+    assert (np.abs(whole * steps - large["map"]) <= steps * 0.5001).all()
+
+
+def test_a_folder_is_loaded_and_nothing_is_refused_clearly(tmp_path) -> None:
+    save_exits(tmp_path / "exits.safetensors", random_exits("linear"))
+    assert load_exits(tmp_path).config.kind == "linear"
+    with pytest.raises(DexError, match="there are no exits at"):
+        load_exits(tmp_path / "nowhere")
+    (tmp_path / "broken.safetensors").write_bytes(b"no exits at all")
+    with pytest.raises(DexError, match="cannot be read as exits"):
+        load_exits(tmp_path / "broken.safetensors")
+
+
+def test_depths_move_to_trained_ones_and_a_sentence_says_so(lm) -> None:
+    exits = random_exits("linear", depths=(1, 3))
+    schedule = dex_jax.Dex(explorers=2).schedule(4)
+    assert schedule.depths == (2, 4)
+    resolved = resolve_exits(exits, schedule, lm.config, "0")
+    assert resolved.schedule.depths == (1, 4)
+    assert "the exit depths are 1, 4" in resolved.remarks[0]
+    with pytest.raises(DexError, match="at most 3 explorers"):
+        resolve_exits(exits, dex_jax.Dex(explorers=4).schedule(4), lm.config, "0")
+    with pytest.raises(DexError, match="choose depths among them"):
+        resolve_exits(exits, dex_jax.Dex(depths=(2, 4)).schedule(4), lm.config, "0", given_depths=True)
+    other = resolve_exits(exits, dex_jax.Dex(depths=(1, 3, 4)).schedule(4), lm.config, "another model")
+    assert "trained on another model" in other.remarks[0]
+
+
+def test_nearest_depths_are_the_best_of_all_choices() -> None:
+    import itertools
+
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        trained = tuple(sorted(rng.permutation(30)[: rng.integers(3, 9)].tolist()))
+        wanted = tuple(sorted(rng.permutation(30)[: rng.integers(1, len(trained) + 1)].tolist()))
+        found = nearest_depths(wanted, trained, "x")
+        cost = min(
+            sum(abs(a - b) for a, b in zip(choice, wanted, strict=True))
+            for choice in itertools.combinations(trained, len(wanted))
+        )
+        assert sum(abs(a - b) for a, b in zip(found, wanted, strict=True)) == cost
+        assert set(found) <= set(trained)
+        assert sorted(set(found)) == list(found)
+
+
+def test_exits_that_do_not_fit_are_refused(lm) -> None:
+    schedule = dex_jax.Dex(explorers=3).schedule(4)
+    wide = dataclasses.replace(LLAMA, width=64)
+    with pytest.raises(DexError, match="width 32, and this one has 64"):
+        resolve_exits(random_exits("linear"), schedule, wide, "0")
+    with pytest.raises(DexError, match="has 3 layers"):
+        resolve_exits(random_exits("linear"), schedule, dataclasses.replace(LLAMA, num_layers=3), "0")
+    with pytest.raises(DexError, match="vocabulary ends at 9"):
+        resolve_exits(random_exits("linear", draft=30), schedule, dataclasses.replace(LLAMA, vocab_size=10), "0")
+    with pytest.raises(DexError, match="unknown kind"):
+        ExitsConfig("cubic", (1,), 8)
+    with pytest.raises(DexError, match="ascend"):
+        ExitsConfig("linear", (2, 1), 8)
+
+
+def test_parameters_of_gives_every_array_its_name() -> None:
+    for kind in EXIT_KINDS:
+        exits = random_exits(kind, fused=kind == "mlp", draft=20)
+        heads = dex_jax.nn.exits.heads_of(exits.config, exits.parameters, jnp.float32)
+        found = parameters_of(heads)
+        assert found.keys() == exits.parameters.keys()
+        assert all(np.array_equal(found[name], exits.parameters[name]) for name in found)
+
+
+def test_rest_counts_in_probabilities_only(lm) -> None:
+    """With a bucket that outweighs all, paths score worse, and without a cap nothing else changes."""
+    exits = random_exits("linear", draft=30)
+    heavy = exits.parameters | {"rest_bias": np.full(3, 50.0, np.float32)}
+    method = dex_jax.Dex(explorers=4, rows="full")
+    runs = [
+        dex_jax.generate(lm, ragged_prompts(2), method=method, exits=each, max_new_tokens=12)
+        for each in (exits, dataclasses.replace(exits, parameters=heavy))
+    ]
+    assert np.array_equal(runs[0].stats.exits, runs[1].stats.exits)
