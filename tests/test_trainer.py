@@ -284,7 +284,7 @@ def test_other_tasks_and_settings_of_tasks_are_refused(small):
 
 def test_shapes_that_do_not_fit_are_refused(small):
     config, folder = small
-    with pytest.raises(DexError, match=r"params.map as float32\[8, 8\], but this run means float32\[5, 5\]"):
+    with pytest.raises(DexError, match=r"params.bias as float32\[8\], but this run means float32\[5\]"):
         train(LinearMap(config, width=5), config, folder, notify=silent)
 
 

@@ -239,7 +239,8 @@ def restore(saved: Saved, state: Any) -> Any:
       DexError: names, shapes or dtypes are not those of this run.
     """
     own = named_leaves(state)
-    for name in sorted(own.keys() | saved.arrays.keys()):
+    # Parameters first: the optimizer's names tell a person less.
+    for name in sorted(own.keys() | saved.arrays.keys(), key=lambda name: (not name.startswith("params."), name)):
         here, there = own.get(name), saved.arrays.get(name)
         if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
             raise DexError(
