@@ -1,0 +1,65 @@
+"""Exits for SmolLM2-135M on a grid that serves K = 2, 3, 5, 6 and 10: every multiple of 3 and of 5 below 30 layers.
+
+These are the exits that ship with the package. The prompts come from public sets (see README, "Training exits"): read
+by path, and none of the kinds that the README reports figures for are among them.
+"""
+
+from dex_jax.config import ExitsConfig
+from dex_jax.training.config import TrainConfig
+from dex_jax.training.distillation import DistillationOptions
+from dex_jax.training.exit_training import ExitTraining
+from dex_jax.training.sources import SourceOptions
+
+DATA = "../shared/data"
+
+config = ExitTraining(
+    model="smollm2-135m",
+    exits=ExitsConfig(
+        kind="attn",
+        depths=(3, 5, 6, 9, 10, 12, 15, 18, 20, 21, 24, 25, 27),
+        width=576,
+        hidden=768,
+        heads=6,
+        head_dim=64,
+        window=32,
+        draft_size=8192,
+    ),
+    data=(
+        "self=0.25",
+        "python-stdlib=0.3",
+        f"{DATA}/instruct_rasbt/instruction-data.json=0.1",
+        f"{DATA}/instruct_selfinstruct/seed_tasks.jsonl=0.05",
+        f"{DATA}/instruct_selfinstruct/user_oriented_instructions.jsonl=0.05",
+        f"{DATA}/gsm8k/train.jsonl=0.15",
+        f"{DATA}/mmlu/mmlu_dev.jsonl=0.1",
+    ),
+    sources=SourceOptions(
+        length=224,
+        answer_limit=128,
+        prompt_limit=48,
+        prompt_weight=0.3,
+        held_out_least=8,
+        starts=(
+            "",
+            "Write a Python function",
+            "Complete this code:\n\ndef",
+            "Explain",
+            "What is",
+            "How do I",
+            "Solve this problem:",
+            "Write a story",
+        ),
+    ),
+    chunk=8,
+    options=DistillationOptions(own_outputs=0.4),
+    train=TrainConfig(
+        steps=4000,
+        batch=64,
+        learning_rate=2e-3,
+        warmup_steps=100,
+        final_rate=0.02,
+        checkpoint_every=200,
+        eval_every=1000,
+        log_every=20,
+    ),
+)

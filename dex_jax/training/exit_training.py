@@ -1,0 +1,242 @@
+"""One training of exits from its configuration to the exported file.
+
+A run's folder holds checkpoints, metrics.jsonl, the draft vocabulary, the held-out answers and, at the end,
+exits.safetensors: everything that the same command needs to go on after a kill.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dex_jax.config import ExitsConfig
+from dex_jax.errors import DexError
+from dex_jax.evaluation.exit_forcing import Text
+from dex_jax.evaluation.exit_metrics import grouped_figures
+from dex_jax.evaluation.exit_report import tables
+from dex_jax.io.exits_file import FILE_NAME, TrainedExits, save_exits
+from dex_jax.language_model import LanguageModel
+from dex_jax.nn.exits import heads_of
+from dex_jax.training.config import TrainConfig
+from dex_jax.training.distillation import Distillation, DistillationOptions, draft_vocabulary, history_for
+from dex_jax.training.items import Item
+from dex_jax.training.journal import read_journal
+from dex_jax.training.mixture import Mixture
+from dex_jax.training.sources import SourceOptions, open_mixture
+from dex_jax.training.stream import Stream
+from dex_jax.training.trainer import Trained, train
+
+Tell = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitTraining:
+    """What `train_exits.py` reads from a configuration file, as its `config`.
+
+    Attributes:
+      model: as `dex_jax.load` takes it.
+      exits: shapes of the heads; the width and the epsilon are the model's, whatever stands there.
+      data: sources as `training.sources.open_mixture` reads them.
+      sources: how items are made of them; `length` is the longest item.
+      chunk: n, tokens of each row between two updates.
+      options: how exits learn.
+      draft_tokens: how many tokens the draft vocabulary is counted on.
+      evaluation_texts: held-out answers per source that figures are taken from.
+      evaluation_tokens: of each of them.
+      train: optimizer, batch (rows), length, checkpoints.
+    """
+
+    exits: ExitsConfig
+    train: TrainConfig
+    model: str = "smollm2-135m"
+    data: tuple[str, ...] = ("self",)
+    sources: SourceOptions = dataclasses.field(default_factory=lambda: SourceOptions(length=256))
+    chunk: int = 8
+    options: DistillationOptions = dataclasses.field(default_factory=DistillationOptions)
+    draft_tokens: int = 20_000
+    evaluation_texts: int = 8
+    evaluation_tokens: int = 64
+
+
+def train_exits(
+    config: ExitTraining,
+    lm: LanguageModel,
+    folder: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    initial: TrainedExits | None = None,
+    tell: Tell = print,
+) -> TrainedExits:
+    """Trains exits, or goes on where the folder has got to, and writes exits.safetensors there.
+
+    Args:
+      config: what and how.
+      lm: the model, loaded.
+      folder: of the run.
+      mesh: see `training.trainer.train`.
+      initial: exits to start from.
+      tell: called with lines that users should see.
+
+    Raises:
+      DexError: data, exits or folder that do not fit.
+    """
+    folder = Path(folder)
+    shapes = dataclasses.replace(config.exits, width=lm.config.width, norm_eps=lm.config.norm_eps)
+    if shapes.depths[-1] >= lm.config.num_layers:
+        raise DexError(f"exit depths must lie below the model's {lm.config.num_layers} layers, not {shapes.depths}")
+    _check_initial(initial, shapes)
+    mixture = open_mixture(config.data, lm, config.sources, tell)
+    stream = make_stream(config, lm, mixture, shapes)
+    vocabulary = _vocabulary(config, lm, stream, shapes, folder, initial, tell)
+    groups = held_out_texts(config, lm, mixture, folder, tell)
+
+    def evaluate(exits: TrainedExits) -> dict[str, Any]:
+        heads = heads_of(exits.config, exits.parameters, jnp.float32)
+        figures = grouped_figures(lm, heads, exits.vocabulary, groups)
+        shown = {name: figures[name] for name in ([*figures][-1],)}
+        tell(tables(shown))
+        return {"groups": {name: each.to_json() for name, each in figures.items()}}
+
+    task = Distillation(
+        lm,
+        shapes,
+        vocabulary,
+        stream,
+        data=mixture.fingerprint(),
+        options=config.options,
+        evaluate=evaluate,
+        initial=initial,
+    )
+    begin = time.perf_counter()
+    trained = train(task, config.train, folder, mesh=mesh)
+    exits = task.trained(trained.params, _about(config, lm, trained, folder, time.perf_counter() - begin))
+    save_exits(folder / FILE_NAME, exits)
+    return dataclasses.replace(exits, source=str(folder))
+
+
+def make_stream(config: ExitTraining, lm: LanguageModel, mixture: Mixture, exits: ExitsConfig) -> Stream:
+    """The stream of activations that a configuration trains on."""
+    return Stream(
+        lm,
+        mixture.item,
+        batch=config.train.batch,
+        steps=config.chunk,
+        history=history_for(exits),
+        length=config.sources.length,
+        depths=exits.depths,
+        seed=config.train.seed,
+    )
+
+
+def held_out_texts(
+    config: ExitTraining, lm: LanguageModel, mixture: Mixture, folder: Path, tell: Tell
+) -> dict[str, list[Text]]:
+    """Prompts never trained on with the model's greedy answers, by source; made once and kept in the folder."""
+    file = folder / "held_out.json"
+    if file.is_file():
+        return {name: [(p, a) for p, a in texts] for name, texts in json.loads(file.read_text()).items()}
+    tell("answering held-out prompts")
+    groups: dict[str, list[Text]] = {}
+    for name, items in mixture.held_out.items():
+        greedy = [_greedy(item, config.evaluation_tokens) for item in items[: config.evaluation_texts]]
+        groups[name] = _run_items(lm, greedy, config)
+    _write(file, groups)
+    return groups
+
+
+def _greedy(item: Item, limit: int) -> Item:
+    """The item with its last answer greedy and not longer than `limit`."""
+    last = item.turns[-1]
+    return Item((*item.turns[:-1], dataclasses.replace(last, limit=min(limit, last.limit), temperature=0.0)))
+
+
+def _run_items(lm: LanguageModel, items: Sequence[Item], config: ExitTraining) -> list[Text]:
+    """(prompt, answer) of each item; a text that is given is all answer but its first token."""
+    tokens: dict[int, list[int]] = {}
+    stream = Stream(
+        lm,
+        lambda number: items[number] if number < len(items) else None,
+        batch=min(len(items), config.train.batch),
+        steps=16,
+        history=1,
+        length=config.sources.length,
+        depths=(lm.config.num_layers,),
+        # Not the seed of the training: what a model writes itself is held out by being sampled otherwise.
+        seed=config.train.seed + 1_000_003,
+        on_item=lambda number, found: tokens.__setitem__(number, found),
+    )
+    while not stream.done:
+        stream.next()
+    return [_split(items[number].turns[-1].forced, items[number], found) for number, found in sorted(tokens.items())]
+
+
+def _split(forced: tuple[int, ...], item: Item, tokens: list[int]) -> Text:
+    if item.turns[-1].limit == 0:
+        return tokens[:1], tokens[1:]
+    starts = range(len(tokens) - len(forced), -1, -1)
+    end = next(start for start in starts if tuple(tokens[start : start + len(forced)]) == forced) + len(forced)
+    return tokens[:end], tokens[end:]
+
+
+def _vocabulary(
+    config: ExitTraining,
+    lm: LanguageModel,
+    stream: Stream,
+    exits: ExitsConfig,
+    folder: Path,
+    initial: TrainedExits | None,
+    tell: Tell,
+) -> np.ndarray | None:
+    if exits.draft_size is None:
+        return None
+    if initial is not None:
+        return initial.vocabulary
+    file = folder / "draft_vocabulary.json"
+    if not file.is_file():
+        tell(f"counting the draft vocabulary on {config.draft_tokens} tokens")
+        _write(file, draft_vocabulary(lm, stream, exits.draft_size, config.draft_tokens).tolist())
+    return np.asarray(json.loads(file.read_text()), np.int32)
+
+
+def _check_initial(initial: TrainedExits | None, exits: ExitsConfig) -> None:
+    if initial is not None and initial.config != exits:
+        changed = [
+            f"{field.name} is {getattr(initial.config, field.name)} there and {getattr(exits, field.name)} here"
+            for field in dataclasses.fields(exits)
+            if getattr(initial.config, field.name) != getattr(exits, field.name)
+        ]
+        raise DexError(f"training cannot start from {initial.source}: {'; '.join(changed)}")
+
+
+def _about(config: ExitTraining, lm: LanguageModel, trained: Trained, folder: Path, seconds: float) -> dict[str, Any]:
+    records = read_journal(folder)
+    spent = sum(record.get("seconds", 0.0) for record in records)
+    last = [record for record in records if "groups" in record][-1:]
+    return {
+        "model": lm.source,
+        "data": list(config.data),
+        "tokens": trained.tokens,
+        "steps": trained.step,
+        "minutes": round(max(spent, seconds) / 60, 1),
+        "device": f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}",
+        "held_out": last[0]["groups"] if last else {},
+    }
+
+
+def _write(file: Path, value: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    try:
+        partial.write_text(json.dumps(value))
+        partial.replace(file)
+    except OSError as error:
+        raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
