@@ -300,7 +300,7 @@ def _ask(
             log_all = jnp.logaddexp(log_all, rest)
             expected = expected + jnp.where(goal.outside > 0, goal.outside * rest, 0.0)
         # Asked for values too, XLA sorts the whole vocabulary on CPUs and the program takes six times as long.
-        _, column = jax.lax.top_k(logits, statics.count)
+        column = jax.lax.top_k(logits, statics.count)[1]
         best = column if draft is None else draft[column]
         return None, (best, log_all - expected - goal.entropy, jnp.exp(jnp.max(logits, axis=-1) - log_all))
 
