@@ -25,6 +25,10 @@ The text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 --chec
 """
 
 
+EXITS_HELP = """exit heads: "default" (what ships for the model), "shared" (the model's own head at every depth), a
+.safetensors file or a folder of train_exits.py; they change how fast text comes, never the text (%(default)s)"""
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser of decode.py."""
     p = argparse.ArgumentParser(
@@ -39,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
     add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
     add("--layout", choices=["unrolled", "stacked"], default="unrolled", help="weight layout (%(default)s)")
-    add("--exits", default="default", help='exit heads: "default" or "shared" (%(default)s)')
+    add("--exits", default="default", metavar="EXITS", help=EXITS_HELP)
 
     add = p.add_argument_group("prompts").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")

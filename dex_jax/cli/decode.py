@@ -67,12 +67,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _outline(args: argparse.Namespace, method: Method) -> Outline:
+    from dex_jax.decoding.exits import resolve_method
     from dex_jax.language_model import outline
     from dex_jax.nn.transformer import Stacked
 
     model = outline(args.model, dtype=args.dtype)
     if args.layout == "stacked":
-        model = dataclasses.replace(model, layout=Stacked(method.schedule(model.config.num_layers).depths))
+        schedule = resolve_method(method, args.exits, model.config, model.fingerprint).schedule
+        model = dataclasses.replace(model, layout=Stacked(schedule.depths))
     return model
 
 

@@ -19,7 +19,8 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     Raises:
       DexError: as a real run would, for what can be known without weights.
     """
-    from dex_jax.evaluation.footprint import cache_length_for, device_memory, footprint, verdict
+    from dex_jax.decoding.exits import resolve_method
+    from dex_jax.evaluation.footprint import cache_length_for, device_memory, footprint, trained_bytes, verdict
     from dex_jax.io import open_checkpoint
     from dex_jax.language_model import resolve_dtype
     from dex_jax.nn.transformer import Stacked, Unrolled
@@ -29,7 +30,9 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         raise DexError("--max-new-tokens and --num-samples must be at least 1")
     checkpoint = open_checkpoint(args.model)
     config, dtype = checkpoint.config, resolve_dtype(args.dtype)
-    schedule = method.schedule(config.num_layers)
+    resolved = resolve_method(method, args.exits, config, checkpoint.fingerprint())
+    resolved.say()
+    schedule = resolved.schedule
     lengths = [1]
     if args.prompt or args.prompt_file is not None:
         tokenizer, chat = checkpoint.tokenizer, not args.no_chat
@@ -38,7 +41,8 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     layout = Stacked(schedule.depths) if args.layout == "stacked" else Unrolled()
     length = cache_length_for(max(lengths), args.max_new_tokens)
     batch = len(lengths) * args.num_samples
-    needed = footprint(config, dtype, schedule, batch, length, layout, sampled=args.temperature > 0)
+    sampled, exits_bytes = args.temperature > 0, trained_bytes(config, dtype, resolved.trained)
+    needed = footprint(config, dtype, schedule, batch, length, layout, sampled=sampled, exits_bytes=exits_bytes)
     sentence = verdict(needed, device_memory())
     if args.json:
         sizes = dataclasses.asdict(needed) | {"total_bytes": needed.total_bytes}

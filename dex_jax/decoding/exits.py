@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.methods import Dex, Method, Schedule
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits
 from dex_jax.nn.exits import select_exits
@@ -37,6 +37,14 @@ class ResolvedExits:
         """Prints the remarks on stderr."""
         for remark in self.remarks:
             print(remark, file=sys.stderr)
+
+
+def resolve_method(
+    method: Method, exits: str | os.PathLike | TrainedExits, config: ModelConfig, fingerprint: str
+) -> ResolvedExits:
+    """The schedule of a method and its exits; arguments and errors as of `resolve_exits` and `method.schedule`."""
+    given = isinstance(method, Dex) and method.depths is not None
+    return resolve_exits(exits, method.schedule(config.num_layers), config, fingerprint, given_depths=given)
 
 
 def resolve_exits(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax.decoding.exits import ResolvedExits, resolve_exits
+from dex_jax.decoding.exits import ResolvedExits, resolve_method
 from dex_jax.decoding.methods import Dex, Method, Schedule
 from dex_jax.decoding.output import Output, Stats, cut, depth_side_speedup, ticks_of
 from dex_jax.decoding.record import Record
@@ -172,10 +172,7 @@ def _prepare(
     chat: bool,
     notify: Callable[[str], None],
 ) -> _Prepared:
-    method = Dex() if method is None else method
-    given = isinstance(method, Dex) and method.depths is not None
-    schedule = method.schedule(lm.config.num_layers)
-    resolved = resolve_exits(exits, schedule, lm.config, lm.fingerprint, given_depths=given)
+    resolved = resolve_method(Dex() if method is None else method, exits, lm.config, lm.fingerprint)
     schedule = resolved.schedule
     ids = _encode(lm, prompts, chat, num_samples, max_new_tokens)
     sampling, seeds = _sampling(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)

@@ -20,7 +20,9 @@ from dex_jax.decoding import session
 from dex_jax.decoding.heads import HEAD_BLOCK
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import Limits
+from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import abstract_weights
+from dex_jax.nn.exits import abstract_parameters
 from dex_jax.nn.transformer import Layout
 from dex_jax.sampling import Sampling, sampling_keys
 
@@ -104,6 +106,16 @@ def footprint(
         exits_bytes=exits_bytes,
         workspace_bytes=_workspace(config, jnp.dtype(dtype), schedule, batch, cache_length, sampled),
     )
+
+
+def trained_bytes(config: ModelConfig, dtype: jnp.dtype, exits: TrainedExits | None) -> int:
+    """Size on the device of trained exits, with the rows of the unembedding that a draft vocabulary copies."""
+    if exits is None:
+        return 0
+    size = nbytes(abstract_parameters(exits.config, dtype))
+    if exits.vocabulary is None:
+        return size
+    return size + len(exits.vocabulary) * (config.width * jnp.dtype(dtype).itemsize + 4) + 4 * config.vocab_size
 
 
 def cache_length_for(prompt_length: int, max_new_tokens: int) -> int:
