@@ -118,7 +118,7 @@ def start_decoding(
     slots = spec.schedule.stages * spec.schedule.rows
     memory = cache.with_lattice(memory, spec.config, spec.layout, slots)
     return loop.init(
-        _network(model, heads, spec),
+        network_of(model, heads, spec),
         memory,
         token,
         lengths,
@@ -144,11 +144,12 @@ def run_ticks(
     model = merge_model(spec.config, spec.layout, weights)
     if spec.schedule.method == "ar":
         return ar.run(model, state, limits, sampling, until_tick=until_tick)
-    network, decs = _network(model, heads, spec), spec.schedule.decs
+    network, decs = network_of(model, heads, spec), spec.schedule.decs
     return loop.run(network, state, limits, sampling, decs=decs, until_tick=until_tick)
 
 
-def _network(model: Transformer, heads: ExitArrays | None, spec: Spec) -> Network:
+def network_of(model: Transformer, heads: ExitArrays | None, spec: Spec) -> Network:
+    """The loop's network for a model, its trained exits if there are any, and a schedule."""
     depths, config = spec.schedule.depths, spec.exits
     if config is None or heads is None:
         return transformer_network(model, depths, shared_exits(model) if len(depths) > 1 else None)
