@@ -1,0 +1,171 @@
+"""The train_exits.py program: training; `train_results` holds its other commands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dex_jax.cli.decode import BAD_INPUT, INTERRUPTED, OK, _remember_compilations
+from dex_jax.cli.train_arguments import (
+    configured,
+    evaluate_parser,
+    export_parser,
+    folder_of,
+    train_parser,
+)
+from dex_jax.cli.train_results import evaluate, export
+from dex_jax.errors import DexError
+from dex_jax.training.exit_training import ExitTraining
+from dex_jax.training.whole_model import WholeModelConfig
+
+COMMANDS = {"export": (export_parser, export), "evaluate": (evaluate_parser, evaluate)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs train_exits.py with command-line arguments; returns the exit code.
+
+    Raises:
+      SystemExit: with status 130, after Ctrl-C in a training, which says how to go on; with 2 for unknown flags.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser, command = COMMANDS.get(argv[0] if argv else "", (train_parser, _train))
+    args = parser().parse_args(argv if command is _train else argv[1:])
+    try:
+        command(args)
+        return OK
+    except DexError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("Stopped. To go on, run the same command again.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = configured(args)
+    if args.dry_run:
+        print(_estimate(config, args.machine))
+        return
+    _remember_compilations()
+    if isinstance(config, ExitTraining):
+        _train_exits(config, args)
+    else:
+        _train_whole_model(config, args)
+
+
+def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
+    from dex_jax.io.exits_file import FILE_NAME, load_exits
+    from dex_jax.language_model import load
+    from dex_jax.training.exit_training import train_exits
+
+    folder, mesh = folder_of(args), _mesh(args)
+    initial = None if args.init_from is None else load_exits(args.init_from)
+    print(_estimate(config), flush=True)
+    lm = load(config.model, config.train.dtype)
+    train_exits(config, lm, folder, mesh=mesh, initial=initial)
+    _draw(folder)
+    model = "" if config.model == "smollm2-135m" else f" --model {config.model}"
+    print(f'The exits are in {folder / FILE_NAME}. Use them: decode.py{model} --exits {folder} --prompt "..."')
+
+
+def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> None:
+    from dex_jax.language_model import load
+    from dex_jax.training.journal import read_journal
+    from dex_jax.training.trainer import train
+    from dex_jax.training.whole_model import WholeModel
+
+    folder, mesh = folder_of(args), _mesh(args)
+    start = None if args.init_from is None else load(args.init_from, "float32")
+    print(_estimate(config), flush=True)
+    task = WholeModel.open(config, start)
+    trained = train(task, task.config.train, folder, mesh=mesh)
+    saved = task.save(folder / "model", trained.params)
+    # A run that was done already has its last evaluation in the journal.
+    kept = [record for record in read_journal(folder) if record["kind"] == "evaluation"]
+    print(whole_model_table(trained.evaluation or kept[-1]))
+    print(f'The model is in {saved}. Use it: decode.py --model {saved} --exits shared --prompt "..."')
+
+
+def whole_model_table(figures: Mapping[str, Any]) -> str:
+    """Markdown of what `WholeModel.evaluate` returns: one table by depth, one by K."""
+    depths = range(1, len(figures["agreement"]) + 1)
+    columns = zip(depths, figures["agreement"], figures["exit_loss"], figures["ead"], strict=True)
+    by_depth = [[str(depth), *(f"{value:.3f}" for value in values)] for depth, *values in columns]
+    by_explorers = [
+        [k, f"{speedup:.2f}", f"{figures['speedup_without_decs'][k]:.2f}"] for k, speedup in figures["speedup"].items()
+    ]
+    loss = figures["held_out_loss"]
+    return "\n\n".join(
+        [
+            _markdown(["depth", "agreement", "loss (nats)", "EAD here"], by_depth),
+            _markdown(["K", "depth-side speedup", "without DECS"], by_explorers),
+            f"held-out loss {loss:.4f} nats (perplexity {math.exp(loss):.2f}), mean EAD {figures['mean_ead']:.2f} of "
+            f"{len(figures['agreement'])} layers, {figures['tokens']} tokens",
+        ]
+    )
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["-" * len(name) for name in header], *rows]
+    widths = [len(name) for name in header]
+    return "\n".join("| " + " | ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def _estimate(config: ExitTraining | WholeModelConfig, machine: str | None = None) -> str:
+    """One line: time and memory of the whole run, from shapes alone."""
+    from dex_jax.language_model import outline, resolve_dtype
+    from dex_jax.nn.transformer import parameter_shapes
+    from dex_jax.training.estimate import MACHINES, gigabytes, this_machine, training_cost
+
+    train = config.train
+    if isinstance(config, WholeModelConfig):
+        if machine is not None:
+            raise DexError("--machine estimates the training of exits, and this configuration trains a whole model")
+        parameters = sum(math.prod(shape) for shape in parameter_shapes(config.model).values())
+        tokens = config.total_steps * train.batch * config.window
+        return (
+            f"estimate: {tokens:,} tokens; {parameters:,} parameters, with gradient and two moments "
+            f"{gigabytes(16 * parameters)} GB beside activations"
+        )
+    dtype = resolve_dtype(train.dtype)
+    runs_on = this_machine(dtype) if machine is None else MACHINES[machine]
+    a_step = train.batch * config.chunk
+    steps = train.steps if train.tokens is None else min(train.steps, -(-train.tokens // a_step))
+    cost = training_cost(
+        outline(config.model, train.dtype).config,
+        config.exits,
+        runs_on,
+        batch=train.batch,
+        chunk=config.chunk,
+        length=config.sources.length,
+        steps=steps,
+        dtype=dtype,
+    )
+    return cost.sentence(runs_on)
+
+
+def _mesh(args: argparse.Namespace) -> Any:
+    """The mesh that the flags name, None without one."""
+    if args.mesh is None:
+        return None
+    import jax
+
+    wanted = args.mesh[0] * args.mesh[1]
+    if wanted > jax.device_count():
+        raise DexError(f"--mesh needs {wanted} devices, and there are {jax.device_count()}: choose a smaller one")
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh(args.mesh, ("data", "tensor"), axis_types=kinds, devices=jax.devices()[:wanted])
+
+
+def _draw(folder: Path) -> None:
+    from dex_jax.evaluation.exit_report import plot_agreement
+    from dex_jax.training.journal import read_journal
+
+    records = [record for record in read_journal(folder) if record.get("groups")]
+    if records and importlib.util.find_spec("matplotlib") is not None:
+        plot_agreement(records, folder / "agreement.png")

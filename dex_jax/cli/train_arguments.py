@@ -1,0 +1,169 @@
+"""Flags of train_exits.py, and the configuration that they change."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import runpy
+from pathlib import Path
+from typing import Any
+
+from dex_jax.cli.arguments import _depths as depths
+from dex_jax.errors import DexError
+from dex_jax.language_model import DTYPES
+from dex_jax.training.estimate import MACHINES
+from dex_jax.training.exit_training import ExitTraining
+from dex_jax.training.whole_model import WholeModelConfig
+
+Config = ExitTraining | WholeModelConfig
+
+TRAIN_EPILOG = """\
+further commands, each with --help:
+  train_exits.py export FOLDER OUT.safetensors     one small file of a run's exits
+  train_exits.py evaluate --exits ... --data ...   agreement and predicted speedups on prompts of your choice
+
+examples:
+  train_exits.py --config configs/smollm2_135m.py
+  train_exits.py --config configs/smollm2_135m.py --folder runs/mine --data self prompts.jsonl=2 --steps 2000
+  train_exits.py --config configs/tinyshakespeare.py --recipe none --folder runs/plain
+  train_exits.py --config configs/llama3_8b.py --dry-run --machine a100
+
+A run that was stopped or killed goes on when the same command is given again. Exit codes: 0 done, 2 bad input,
+130 interrupted.
+"""
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The parser of train_exits.py without a command."""
+    p = argparse.ArgumentParser(
+        prog="train_exits.py",
+        description="Train the exit heads of a frozen model, or a whole model by the LayerSkip recipe, as a "
+        "configuration file says. Flags change what stands there.",
+        epilog=TRAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = p.add_argument_group("what").add_argument
+    add("--config", required=True, metavar="FILE", help="Python file that defines `config`; see configs/")
+    add("--folder", metavar="FOLDER", help="of the run: checkpoints, metrics, results (runs/NAME OF THE CONFIG)")
+    add("--model", help="alias, Hugging Face directory, hub id or .gguf file")
+    add("--dtype", choices=list(DTYPES), help="of the model's arithmetic; trained parameters are always float32")
+    add(
+        "--data",
+        nargs="+",
+        metavar="SRC[=W]",
+        help="exits: self, python-stdlib, FILE (.jsonl, .json, .txt), text:FILE, datasets:NAME, each with a weight; "
+        "a whole model: one text file",
+    )
+    add("--init-from", metavar="FROM", help="start from these exits (file or folder); a whole model: from this model")
+    add("--recipe", choices=["layerskip", "none"], help="of a whole model's training")
+
+    add = p.add_argument_group("how long and how").add_argument
+    add("--steps", type=int, metavar="N", help="updates in all")
+    add("--tokens", type=int, metavar="N", help="end sooner, after learning from this many tokens")
+    add("--batch", type=int, metavar="B", help="rows of a batch")
+    add("--learning-rate", type=float, metavar="R", help="its peak")
+    add("--seed", type=int, help="of parameters, order of data and dropout")
+    add("--mesh", type=_mesh, metavar="DATAxTENSOR", help="devices to train on, such as 2x1")
+    add("--tensorboard", action="store_true", default=None, help="also write TensorBoard files into the folder")
+    add("--dry-run", action="store_true", help="say what time and memory it would take, and train nothing")
+    add("--machine", choices=list(MACHINES), help="with --dry-run: on this machine instead of the one at hand")
+    return p
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """The parser of `train_exits.py export`."""
+    p = argparse.ArgumentParser(
+        prog="train_exits.py export",
+        description="Write a run's exits to one file, for decode.py --exits. Of a run that has not ended, the newest "
+        "checkpoint is taken.",
+    )
+    p.add_argument("folder", metavar="FOLDER", help="of the run")
+    p.add_argument("output", metavar="OUT.safetensors")
+    p.add_argument(
+        "--float32", action="store_true", help="full precision; otherwise 8-bit matrices, a quarter as large"
+    )
+    return p
+
+
+def evaluate_parser() -> argparse.ArgumentParser:
+    """The parser of `train_exits.py evaluate`."""
+    p = argparse.ArgumentParser(
+        prog="train_exits.py evaluate",
+        description="Let the model answer prompts greedily, then measure what each exit would have said: agreement, "
+        "divergence, and the ticks that follow from them.",
+    )
+    add = p.add_argument
+    add("--exits", required=True, help='folder, file, "default" (what ships with the model) or "shared" (no training)')
+    add("--depths", type=depths, metavar="X,...", help="of shared exits (those that K = 2, 3, 5, 6 and 10 need)")
+    add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
+    add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
+    add("--data", nargs="+", required=True, metavar="FILE", help="prompts: .jsonl, .json or .txt, each a group")
+    add("--max-new-tokens", type=int, default=96, metavar="N", help="of each answer (%(default)s)")
+    add("--prompts", type=int, metavar="N", help="the first N prompts of each file (all)")
+    add("--batch", type=int, default=8, metavar="B", help="prompts at a time (%(default)s)")
+    add("--output", metavar="FILE.json", help="write the figures there too")
+    add("--cache", metavar="FILE.json", help="keep answers there, so that other exits are measured on the same ones")
+    return p
+
+
+def read_config(path: str) -> Config:
+    """The `config` of a Python file.
+
+    Raises:
+      DexError: no such file, an error in it, or no configuration in it.
+    """
+    if not Path(path).is_file():
+        raise DexError(f"there is no configuration file {path}: give one such as configs/smollm2_135m.py")
+    try:
+        found = runpy.run_path(path).get("config")
+    except DexError as error:
+        raise DexError(f"{path}: {error}") from error
+    # Whatever a user's file can raise.
+    except (Exception, SystemExit) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DexError(f"{path} cannot be run as a configuration ({why}): mend it") from error
+    if not isinstance(found, Config):
+        has = "defines no `config`" if found is None else f"defines `config` as {type(found).__name__}"
+        raise DexError(f"{path} {has}: make it an ExitTraining or a WholeModelConfig")
+    return found
+
+
+def configured(args: argparse.Namespace) -> Config:
+    """The configuration of --config with what the flags change.
+
+    Raises:
+      DexError: as `read_config`, or flags that do not fit the configuration.
+    """
+    config = read_config(args.config)
+    names = ("steps", "tokens", "batch", "learning_rate", "seed", "dtype", "tensorboard")
+    train = config.train.replace({name: getattr(args, name) for name in names})
+    if args.machine is not None and not args.dry_run:
+        raise DexError("--machine is for estimates: add --dry-run")
+    if isinstance(config, ExitTraining):
+        if args.recipe is not None:
+            raise DexError(f"--recipe is for training a whole model, and {args.config} trains exits: leave it out")
+        changes: dict[str, Any] = {"model": args.model, "data": None if args.data is None else tuple(args.data)}
+        given = {name: value for name, value in changes.items() if value is not None}
+        return dataclasses.replace(config, train=train, **given)
+    if args.model is not None:
+        raise DexError(f"{args.config} describes the model that it trains: use --init-from to start from another")
+    if args.data is not None and len(args.data) != 1:
+        raise DexError(f"a whole model is trained on one text file, not {len(args.data)}: give one with --data")
+    recipe = {} if args.recipe is None else {"recipe": None if args.recipe == "none" else args.recipe}
+    data = {} if args.data is None else {"data": args.data[0]}
+    return dataclasses.replace(config, train=train, **recipe, **data)
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """The folder of the run that the flags name."""
+    return Path(args.folder) if args.folder is not None else Path("runs") / Path(args.config).stem
+
+
+def _mesh(text: str) -> tuple[int, int]:
+    try:
+        data, tensor = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not DATAxTENSOR, such as 2x1") from None
+    if data < 1 or tensor < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has no devices: both numbers are at least 1")
+    return data, tensor

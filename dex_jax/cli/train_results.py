@@ -1,0 +1,197 @@
+"""What train_exits.py does with exits that are trained: `export` and `evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dex_jax.errors import DexError
+
+if TYPE_CHECKING:
+    from dex_jax.evaluation.exit_forcing import Text
+    from dex_jax.io.exits_file import TrainedExits
+    from dex_jax.language_model import LanguageModel
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes a run's exits to one file and says how large it is.
+
+    Raises:
+      DexError: no exits there, or a file that cannot be written.
+    """
+    from dex_jax.io.exits_file import FILE_NAME, load_exits, save_exits
+
+    folder, output = Path(args.folder), Path(args.output)
+    if output.suffix != ".safetensors":
+        raise DexError(f"exits are written to a .safetensors file, not to {output}: name it so")
+    if not folder.is_dir():
+        raise DexError(f"there is no folder {folder}: give the one of a training, such as runs/smollm2_135m")
+    exits = load_exits(folder) if (folder / FILE_NAME).is_file() else exits_of_unfinished(folder)
+    save_exits(output, exits, int8=not args.float32)
+    form = "float32" if args.float32 else "int8"
+    depths = ", ".join(map(str, exits.config.depths))
+    print(f"{output}: {output.stat().st_size / 1e6:.2f} MB, {form}, {exits.config.kind} exits at depths {depths}")
+
+
+def exits_of_unfinished(folder: Path) -> TrainedExits:
+    """The exits in the newest checkpoint of a run.
+
+    Raises:
+      DexError: no checkpoint, or one of another training than of exits.
+    """
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from dex_jax.config import ExitsConfig
+    from dex_jax.io.exits_file import TrainedExits
+    from dex_jax.nn.exits import abstract_parameters, exit_graph, parameters_of
+    from dex_jax.training.checkpoints import read_newest, saved_params
+
+    saved = read_newest(folder, _warn)
+    record = saved.record
+    if record.task != "exits":
+        raise DexError(f"{folder} holds a training of {record.task}, which has no exits: name another folder")
+    fields = record.settings["exits"]
+    config = ExitsConfig(**(fields | {"depths": tuple(fields["depths"])}))
+    vocabulary = None
+    if config.draft_size is not None:
+        file = folder / "draft_vocabulary.json"
+        if not file.is_file():
+            raise DexError(f"{file} is missing, without which the exits mean nothing: let the training end")
+        vocabulary = np.asarray(json.loads(file.read_text()), np.int32)
+    params = saved_params(saved, abstract_parameters(config, jnp.float32))
+    parameters = parameters_of(nnx.merge(exit_graph(config), params))
+    about = {"tokens": record.tokens, "steps": record.step, "unfinished": True}
+    return TrainedExits(config, parameters, vocabulary, record.fingerprint, about, str(folder))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measures exits on the model's greedy answers to files of prompts, and prints tables.
+
+    Raises:
+      DexError: a model, exits or prompts that are not there or do not fit.
+    """
+    import jax.numpy as jnp
+
+    from dex_jax.cli.decode import _remember_compilations
+    from dex_jax.evaluation.exit_metrics import grouped_figures
+    from dex_jax.evaluation.exit_report import tables
+    from dex_jax.language_model import load
+    from dex_jax.nn.exits import heads_of
+
+    if args.prompts is not None and args.prompts < 1:
+        raise DexError(f"--prompts must be at least 1, not {args.prompts}")
+    _remember_compilations()
+    lm = load(args.model, args.dtype)
+    exits = _chosen_exits(args, lm)
+    groups = _answered(args, lm)
+    heads = heads_of(exits.config, exits.parameters, jnp.float32)
+    figures = grouped_figures(lm, heads, exits.vocabulary, groups, batch=args.batch)
+    print(tables(figures))
+    if args.output is not None:
+        about = {"exits": exits.source, "model": lm.source, "max_new_tokens": args.max_new_tokens}
+        _write(args.output, about | {"groups": {name: each.to_json() for name, each in figures.items()}})
+
+
+def _chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
+    from dex_jax.decoding.exits import default_exits
+    from dex_jax.io.exits_file import load_exits
+
+    if args.exits == "shared":
+        return shared_exits(lm, args.depths)
+    if args.depths is not None:
+        raise DexError("--depths is for shared exits: trained ones are measured at all of their depths")
+    exits = default_exits(lm.fingerprint) if args.exits == "default" else load_exits(args.exits)
+    if exits is None:
+        raise DexError(f"no trained exits ship with {lm.source}: give a folder, a file, or shared")
+    if exits.fingerprint != lm.fingerprint:
+        _warn(f"warning: the exits in {exits.source} were trained on another model")
+    return exits
+
+
+def shared_exits(lm: LanguageModel, depths: tuple[int, ...] | None) -> TrainedExits:
+    """The model's own final norm and unembedding at some depths, without any training.
+
+    Args:
+      lm: the model.
+      depths: below L; None takes those of the even grids that figures are given for.
+    """
+    from dex_jax.config import ExitsConfig
+    from dex_jax.decoding.methods import even_depths
+    from dex_jax.evaluation.exit_forcing import EXPLORERS
+    from dex_jax.io.exits_file import TrainedExits
+    from dex_jax.language_model import merge_model
+    from dex_jax.nn.exits import initial_heads, parameters_of
+
+    layers = lm.config.num_layers
+    if depths is None:
+        depths = tuple(sorted({x for k in EXPLORERS if k <= layers for x in even_depths(k, layers)} - {layers}))
+    config = ExitsConfig("shared", depths, lm.config.width, norm_eps=lm.config.norm_eps)
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    parameters = parameters_of(initial_heads(config, model.final_norm[...]))
+    return TrainedExits(config, parameters, None, lm.fingerprint, {}, "shared")
+
+
+def _answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text]]:
+    """Prompts with their answers, by the stems of the files; what the cache holds is not answered again."""
+    from dex_jax.evaluation.exit_metrics import answers
+    from dex_jax.training.prompt_files import read_prompts
+
+    prompts = {name: read_prompts(path)[: args.prompts] for name, path in _group_names(args.data).items()}
+    made_by = {"model": lm.fingerprint, "dtype": str(lm.dtype), "max_new_tokens": args.max_new_tokens}
+    known = {} if args.cache is None else _read_cache(Path(args.cache), made_by)
+    groups = {}
+    for name, wanted in prompts.items():
+        ids = [tuple(lm.encode(prompt)) for prompt in wanted]
+        missing = [list(prompt) for prompt in dict.fromkeys(ids) if prompt not in known]
+        if missing:
+            _warn(f"answering {len(missing)} prompts of {name}")
+            known |= {tuple(p): list(a) for p, a in answers(lm, missing, args.max_new_tokens, args.batch)}
+            if args.cache is not None:
+                _write(args.cache, made_by | {"answers": [[list(p), a] for p, a in known.items()]})
+        groups[name] = [(list(prompt), known[prompt]) for prompt in ids]
+    return groups
+
+
+def _group_names(paths: Sequence[str]) -> dict[str, str]:
+    """Name of each file's group -> path: the stem, or all of the path where stems are equal."""
+    stems = [Path(path).name.split(".")[0] for path in paths]
+    return {path if stems.count(stem) > 1 else stem: path for path, stem in zip(paths, stems, strict=True)}
+
+
+def _read_cache(file: Path, made_by: dict[str, Any]) -> dict[tuple[int, ...], list[int]]:
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        other = [name for name, value in made_by.items() if content[name] != value]
+        found = {tuple(prompt): answer for prompt, answer in content["answers"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DexError(f"{file} cannot be read as kept answers ({error}): give another --cache") from error
+    if other:
+        raise DexError(
+            f"{file} keeps answers of another {other[0]} ({content[other[0]]}, now {made_by[other[0]]}): give another "
+            "--cache"
+        )
+    return found
+
+
+def _write(path: str, value: Any) -> None:
+    file = Path(path)
+    partial = file.with_name(file.name + ".partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,243 @@
+"""What training exits will take, from shapes alone: memory, arithmetic and time.
+
+Letters: B rows, n steps of a chunk, H steps of history, S longest item, X exits, D width, V' columns of the (draft)
+vocabulary. Sizes are bytes, a GB is 1e9 bytes; a product of p parameters with a row is 2 p operations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax import cache
+from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.evaluation.footprint import device_memory, nbytes
+from dex_jax.language_model import abstract_weights
+from dex_jax.nn.exits import exit_parameters
+from dex_jax.nn.transformer import Unrolled
+from dex_jax.training.distillation import history_for
+from dex_jax.training.losses import BLOCK
+
+REACHED = 0.4
+"""Share of a device's published peaks, of arithmetic and of bandwidth, that is counted on."""
+
+REACHED_OF_MEASURED = 0.6
+"""The same share of what was measured with the large products that go fastest."""
+
+USABLE = 0.92
+"""Share of a device's memory that a run can have; the rest goes to programs and to what lies between arrays."""
+
+FROZEN_INPUTS = ("map", "map_down", "previous_map", "previous_down", "gate_up", "context.enter")
+"""Kernels that read what the frozen model gives: their inputs get no gradient, a third of the usual arithmetic."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a run computes with, all of its devices together.
+
+    Attributes:
+      name: of the machine.
+      flops: operations a second at its peak, in the dtype of the model.
+      bandwidth: bytes a second from its memory, at its peak.
+      memory: bytes, None when unknown.
+      devices: how many.
+      reached: share of these peaks that is counted on.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float | None
+    devices: int = 1
+    reached: float = REACHED
+
+
+MACHINES = {
+    # Peaks as their makers publish them: dense bfloat16 (float16 on T4), memory bandwidth, memory.
+    "a100": Machine("one A100 (80 GB)", 312e12, 2.0e12, 80e9),
+    "v5e-8": Machine("TPU v5e, 8 chips", 8 * 197e12, 8 * 819e9, 8 * 16e9, 8),
+    "t4": Machine("one T4", 65e12, 320e9, 16e9),
+    "h100": Machine("one H100 (80 GB)", 989e12, 3.35e12, 80e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingCost:
+    """An estimate.
+
+    Attributes:
+      model_bytes: weights of the frozen model and its rows of the draft vocabulary.
+      cache_bytes: keys and values of the rows.
+      exits_bytes: parameters in float32, their gradient and two moments.
+      activation_bytes: one chunk's states and features with their gradients, and one block of logits.
+      model_flops, exits_flops: operations a token to run the model, and to train the exits.
+      token_bytes: read from memory for each token that the model runs: weights and caches over B.
+      tokens: row-steps of the whole run.
+      model_seconds, exits_seconds: of the whole run, without compilation and evaluation.
+    """
+
+    model_bytes: int
+    cache_bytes: int
+    exits_bytes: int
+    activation_bytes: int
+    model_flops: float
+    exits_flops: float
+    token_bytes: float
+    tokens: int
+    model_seconds: float
+    exits_seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """All memory together, on all devices."""
+        return self.model_bytes + self.cache_bytes + self.exits_bytes + self.activation_bytes
+
+    @property
+    def seconds(self) -> float:
+        """All time together."""
+        return self.model_seconds + self.exits_seconds
+
+    def fits(self, machine: Machine) -> bool | None:
+        """Whether a machine's memory holds it, spread evenly over its devices; None when its size is unknown."""
+        return None if machine.memory is None else self.total_bytes <= USABLE * machine.memory
+
+    def sentence(self, machine: Machine) -> str:
+        """One line for people."""
+        memory = f"{gigabytes(self.total_bytes)} GB"
+        if machine.memory is not None:
+            fits = "fits" if self.fits(machine) else "does not fit"
+            memory += f" of {gigabytes(machine.memory)} GB ({fits})"
+        parts = {
+            "model": self.model_bytes,
+            "caches": self.cache_bytes,
+            "exits": self.exits_bytes,
+            "activations": self.activation_bytes,
+        }
+        listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+        time = duration(self.seconds)
+        return f"estimate: {time} for {self.tokens:,} tokens on {machine.name}, {memory}: {listed}"
+
+
+def training_cost(
+    model: ModelConfig,
+    exits: ExitsConfig,
+    machine: Machine,
+    *,
+    batch: int,
+    chunk: int,
+    length: int,
+    steps: int,
+    dtype: jnp.dtype,
+) -> TrainingCost:
+    """Estimates a run of `steps` updates of batch x chunk tokens.
+
+    Args:
+      model, exits: shapes.
+      machine: what runs it.
+      batch: B.
+      chunk: n.
+      length: S.
+      steps: updates.
+      dtype: of the model.
+    """
+    dtype = jnp.dtype(dtype)
+    exits = dataclasses.replace(exits, width=model.width)
+    weights = nbytes(abstract_weights(model, Unrolled(), dtype))
+    columns = model.vocab_size if exits.draft_size is None else exits.draft_size
+    draft = 0 if exits.draft_size is None else columns * model.width * dtype.itemsize
+    caches = nbytes(cache.shapes(model, Unrolled(), batch, length, 0, dtype))
+    parameters = parameter_count(exits)
+    tokens = batch * chunk
+    states = len(exits.depths) * tokens * model.width
+    block = min(BLOCK, tokens)
+    # States and features in the model's dtype; what lies between, and all gradients, counted as six arrays of float32.
+    activations = states * (2 * dtype.itemsize + 6 * 4) + block * (model.vocab_size + 4 * columns) * 4
+    model_flops, exits_flops = model_flops_per_token(model, length), exits_flops_per_token(model, exits, chunk)
+    flops, bandwidth = machine.flops * machine.reached, machine.bandwidth * machine.reached
+    step = max(batch * model_flops / flops, (weights + caches) / bandwidth)
+    # The optimizer reads and writes parameters and two moments, and reads the gradient.
+    learn = max(tokens * exits_flops / flops, 7 * 4 * parameters / bandwidth)
+    return TrainingCost(
+        model_bytes=weights + draft,
+        cache_bytes=caches,
+        exits_bytes=16 * parameters,
+        activation_bytes=activations,
+        model_flops=model_flops,
+        exits_flops=exits_flops,
+        token_bytes=(weights + caches) / batch,
+        tokens=steps * tokens,
+        model_seconds=steps * chunk * step,
+        exits_seconds=steps * learn,
+    )
+
+
+def model_flops_per_token(model: ModelConfig, length: int) -> float:
+    """Operations that run one token through all layers and the unembedding, over a cache of `length` positions."""
+    weights = abstract_weights(model, Unrolled(), jnp.dtype(jnp.float32))
+    embedding = model.vocab_size * model.width
+    looked_up = 0 if model.tied else embedding
+    products = sum(leaf.size for leaf in jax.tree.leaves(weights)) - looked_up
+    return 2 * products + 2 * 2 * model.num_layers * model.num_heads * model.head_dim * length
+
+
+def exits_flops_per_token(model: ModelConfig, exits: ExitsConfig, chunk: int) -> float:
+    """Operations that learn from one token: targets, logits and their gradient, maps forwards and backwards."""
+    columns = model.vocab_size if exits.draft_size is None else exits.draft_size
+    # Logits are made once for the targets and once for each exit, whose gradient is made along with them.
+    total = 2.0 * model.vocab_size * model.width + len(exits.depths) * 4 * columns * model.width
+    for name, (shape, _) in exit_parameters(exits).items():
+        total += _rows(name, exits, chunk) * (4 if name in FROZEN_INPUTS else 6) * np.prod(shape)
+    return float(total)
+
+
+def parameter_count(exits: ExitsConfig) -> int:
+    """Numbers that are trained."""
+    return sum(int(np.prod(shape)) for shape, _ in exit_parameters(exits).values())
+
+
+def this_machine(dtype: jnp.dtype) -> Machine:
+    """One device of the machine that runs this; its speed is measured, which takes about a second."""
+    device = jax.devices()[0]
+    size = 1024 if device.platform == "cpu" else 8192
+    left, right = jnp.ones((size // 2, size), dtype), jnp.ones((size, size), dtype)
+    flops = size**3 * _runs_per_second(jax.jit(lambda a, b: a @ b), left, right)
+    # Larger than any cache of a processor.
+    large = jnp.ones(2**24 if device.platform == "cpu" else 2**28, jnp.float32)
+    bandwidth = 2 * large.nbytes * _runs_per_second(jax.jit(lambda x: x + 1), large)
+    return Machine(device.device_kind, flops, bandwidth, device_memory(device), 1, REACHED_OF_MEASURED)
+
+
+def gigabytes(size: float) -> str:
+    """A size in GB with the digits that matter, as "16.1" or "0.03"."""
+    number = size / 1e9
+    return f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _rows(name: str, exits: ExitsConfig, chunk: int) -> float:
+    """How many rows a kernel reads for each token that is learnt from."""
+    if not name.startswith("context."):
+        return 1
+    # The context layer runs on true and on estimated features, and makes keys of its history anew in each chunk.
+    own, before = 2, (history_for(exits) - 1 + chunk) / chunk
+    return own + before if name.endswith((".enter", ".qkv")) else own
+
+
+def _runs_per_second(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
+    function(*arguments).block_until_ready()
+    begin, runs = time.perf_counter(), 0
+    while time.perf_counter() - begin < 0.3:
+        function(*arguments).block_until_ready()
+        runs += 1
+    return runs / (time.perf_counter() - begin)

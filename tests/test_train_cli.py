@@ -1,0 +1,330 @@
+"""train_exits.py as a person runs it: train, go on, export, evaluate, decode with what came out, and bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference.small_models import LLAMA, small_model
+
+from dex_jax.cli import decode, train, train_results
+from dex_jax.cli.train_arguments import configured, folder_of, train_parser
+from dex_jax.io.exits_file import load_exits
+from dex_jax.io.save import save_model
+from dex_jax.training.corpus import train_tokenizer
+from dex_jax.training.journal import read_journal
+from dex_jax.training.whole_model import canonical_weights
+
+PROGRAM = Path(__file__).resolve().parents[1] / "train_exits.py"
+TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
+MODEL = dataclasses.replace(LLAMA, vocab_size=270, width=128, head_dim=32, context=128, eos_ids=(3,), bos_id=4)
+
+EXITS = """
+from dex_jax.config import ExitsConfig
+from dex_jax.training.config import TrainConfig
+from dex_jax.training.exit_training import ExitTraining
+from dex_jax.training.sources import SourceOptions
+
+config = ExitTraining(
+    model={model!r},
+    exits=ExitsConfig(kind="linear", depths=(1, 2), width=1, fused=True, draft_size=64),
+    data=({prompts!r}, "self"),
+    sources=SourceOptions(length=48, answer_limit=16, held_out_least=2),
+    chunk=4,
+    draft_tokens=40,
+    evaluation_texts=2,
+    evaluation_tokens=8,
+    train=TrainConfig(steps=4, batch=2, warmup_steps=1, checkpoint_every=2, eval_every=2, log_every=1),
+)
+"""
+
+WHOLE = """
+from dex_jax.config import ModelConfig
+from dex_jax.training.config import TrainConfig
+from dex_jax.training.whole_model import WholeModelConfig
+
+config = WholeModelConfig(
+    model=ModelConfig(
+        family="llama", vocab_size=260, num_layers=2, width=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=16,
+        context=64, tied=True,
+    ),
+    data={text!r},
+    window=16,
+    explorers=(2,),
+    recipe="layerskip",
+    train=TrainConfig(steps=2, batch=2, warmup_steps=1),
+)
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept_on_disk(monkeypatch) -> None:
+    for module in (decode, train):
+        monkeypatch.setattr(module, "_remember_compilations", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a tiny model, prompts, a text, and a configuration of each type."""
+    place = tmp_path_factory.mktemp("place")
+    model, prompts, text = place / "model", place / "prompts.txt", place / "text.txt"
+    save_model(model, MODEL, canonical_weights(small_model(MODEL)), train_tokenizer(TEXT, 270))
+    prompts.write_text("\n".join(f"fox number {i} jumps" for i in range(8)), encoding="utf-8")
+    text.write_text(TEXT, encoding="utf-8")
+    (place / "exits.py").write_text(EXITS.format(model=str(model), prompts=str(prompts)), encoding="utf-8")
+    (place / "whole.py").write_text(WHOLE.format(text=str(text)), encoding="utf-8")
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(place) -> Path:
+    """The folder of a finished training of exits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_remember_compilations", lambda: None)
+        assert train.main(["--config", str(place / "exits.py"), "--folder", str(place / "run")]) == 0
+    return place / "run"
+
+
+def run(capsys, *arguments: str | Path) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of train_exits.py."""
+    capsys.readouterr()
+    code = train.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_training_leaves_exits_metrics_and_a_picture(trained) -> None:
+    exits = load_exits(trained)
+    assert (exits.config.depths, exits.config.width, exits.config.draft_size) == ((1, 2), MODEL.width, 64)
+    assert exits.metadata["steps"] == 4
+    assert np.any(exits.parameters["map"])
+    evaluations = [record["step"] for record in read_journal(trained) if record["kind"] == "evaluation"]
+    assert evaluations == [2, 4]
+    pytest.importorskip("matplotlib")
+    assert (trained / "agreement.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_again_finds_nothing_left_to_do(capsys, trained, place) -> None:
+    before = load_exits(trained)
+    code, out, err = run(capsys, "--config", place / "exits.py", "--folder", trained)
+    assert code == 0
+    assert "nothing is left to do" in err
+    assert out.startswith("estimate: ")
+    assert f"decode.py --model {place / 'model'} --exits {trained}" in out
+    after = load_exits(trained)
+    for name, value in before.parameters.items():
+        np.testing.assert_array_equal(after.parameters[name], value)
+
+
+def test_longer_and_from_exits(capsys, trained, place) -> None:
+    folder = place / "longer"
+    flags = ["--init-from", trained, "--steps", "1", "--batch", "2", "--seed", "5", "--data", place / "prompts.txt"]
+    code, out, _ = run(capsys, "--config", place / "exits.py", "--folder", folder, *flags)
+    assert code == 0
+    assert "for 8 tokens" in out
+    begun, ended = load_exits(trained), load_exits(folder)
+    np.testing.assert_array_equal(ended.vocabulary, begun.vocabulary)
+    # One step of Adam moves a number by the learning rate at most.
+    assert 0 < np.abs(ended.parameters["map"] - begun.parameters["map"]).max() < 2e-3
+    assert ended.metadata["data"] == [str(place / "prompts.txt")]
+
+
+def test_export_is_small_and_decodes_to_the_same_text(capsys, trained, place) -> None:
+    small, large = place / "small.safetensors", place / "large.safetensors"
+    code, out, _ = run(capsys, "export", trained, small)
+    assert code == 0
+    assert out.startswith(f"{small}: {small.stat().st_size / 1e6:.2f} MB, int8, linear exits at depths 1, 2")
+    assert run(capsys, "export", trained, large, "--float32")[0] == 0
+    assert small.stat().st_size < 0.4 * large.stat().st_size
+    exact, rounded, whole = load_exits(trained), load_exits(small), load_exits(large)
+    for name, value in exact.parameters.items():
+        np.testing.assert_array_equal(whole.parameters[name], value)
+        np.testing.assert_allclose(rounded.parameters[name], value, atol=np.abs(value).max() / 250 + 1e-9)
+    for source in (trained, small):
+        common = ["--model", str(place / "model"), "--exits", str(source), "--prompt", "the fox", "--no-chat"]
+        assert decode.main([*common, "--explorers", "2", "--max-new-tokens", "8", "--check", "--json"]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["check"]["identical"]
+        assert record["exits_source"] == str(source)
+
+
+def test_an_unfinished_run_is_exported_from_its_newest_checkpoint(capsys, trained, place, tmp_path) -> None:
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    for name in ("step_00000004", "draft_vocabulary.json"):
+        (unfinished / name).symlink_to(trained / name)
+    code, _, _ = run(capsys, "export", unfinished, tmp_path / "out.safetensors", "--float32")
+    assert code == 0
+    found, ended = load_exits(tmp_path / "out.safetensors"), load_exits(trained)
+    assert (found.config, found.fingerprint) == (ended.config, ended.fingerprint)
+    np.testing.assert_array_equal(found.vocabulary, ended.vocabulary)
+    for name, value in ended.parameters.items():
+        np.testing.assert_array_equal(found.parameters[name], value)
+
+
+def test_evaluate_compares_exits_on_the_same_answers(capsys, monkeypatch, trained, place, tmp_path) -> None:
+    output, cache = tmp_path / "figures.json", tmp_path / "answers.json"
+    common = ["--model", place / "model", "--data", place / "prompts.txt", "--prompts", "3", "--max-new-tokens", "6"]
+    kept = ["--batch", "2", "--cache", cache, "--output", output]
+    code, out, err = run(capsys, "evaluate", "--exits", trained, *common, *kept)
+    assert code == 0
+    assert "**prompts**" in out
+    assert "answering 3 prompts of prompts" in err
+    figures = json.loads(output.read_text())
+    assert figures["exits"] == str(trained)
+    assert figures["groups"]["prompts"]["texts"] == 3
+    assert figures["groups"]["prompts"]["depths"] == [1, 2]
+
+    import dex_jax.evaluation.exit_metrics as metrics
+
+    monkeypatch.setattr(metrics, "answers", None)
+    code, out, err = run(capsys, "evaluate", "--exits", "shared", *common, *kept)
+    assert (code, err) == (0, "")
+    shared = json.loads(output.read_text())
+    assert shared["exits"] == "shared"
+    assert shared["groups"]["prompts"]["depths"] == [2, 3]  # of a model of 4 layers, K = 2 and 3
+    assert shared["groups"]["prompts"]["tokens"] == figures["groups"]["prompts"]["tokens"]
+    code, _, err = run(capsys, "evaluate", "--exits", "shared", *common, "--cache", cache, "--max-new-tokens", "7")
+    assert code == 2
+    assert "keeps answers of another max_new_tokens (6, now 7)" in err
+
+
+def test_groups_are_named_by_files() -> None:
+    names = train_results._group_names(["a/train.jsonl.gz", "b/train.jsonl", "c/other.txt"])
+    assert names == {"a/train.jsonl.gz": "a/train.jsonl.gz", "b/train.jsonl": "b/train.jsonl", "other": "c/other.txt"}
+
+
+def test_a_whole_model_is_trained_and_decodes(capsys, place) -> None:
+    folder = place / "whole"
+    command = ["--config", place / "whole.py", "--folder", folder]
+    code, out, _ = run(capsys, *command)
+    assert code == 0
+    assert "mean EAD" in out
+    assert "| K | depth-side speedup | without DECS |" in out
+    assert f"decode.py --model {folder / 'model'} --exits shared" in out
+    code, again, err = run(capsys, *command)
+    assert code == 0
+    assert "nothing is left to do" in err
+    assert again == out
+    code, _, err = run(capsys, *command, "--recipe", "none")
+    assert code == 2
+    assert "recipe was layerskip, is None" in err
+    arguments = ["--model", str(folder / "model"), "--exits", "shared", "--explorers", "2", "--max-new-tokens", "4"]
+    assert decode.main([*arguments, "--prompt", "the fox", "--check"]) == 0
+
+
+def test_dry_runs_train_nothing(capsys, place, tmp_path) -> None:
+    folder = tmp_path / "none"
+    code, out, _ = run(capsys, "--config", place / "exits.py", "--folder", folder, "--dry-run", "--machine", "t4")
+    assert code == 0
+    assert "on one T4" in out
+    assert "of 16.0 GB (fits)" in out
+    code, out, _ = run(capsys, "--config", place / "whole.py", "--folder", folder, "--dry-run", "--tokens", "40")
+    assert code == 0
+    assert "64 tokens; " in out  # two batches of two windows of 16
+    assert not folder.exists()
+
+
+def test_flags_change_the_configuration(place) -> None:
+    command = ["--config", str(place / "exits.py"), "--model", "m", "--data", "self=2", "x.txt", "--tokens", "9"]
+    args = train_parser().parse_args([*command, "--learning-rate", "0.5", "--dtype", "bfloat16", "--tensorboard"])
+    config = configured(args)
+    assert (config.model, config.data) == ("m", ("self=2", "x.txt"))
+    changed = (config.train.tokens, config.train.learning_rate, config.train.dtype, config.train.tensorboard)
+    assert changed == (9, 0.5, "bfloat16", True)
+    assert config.train.steps == 4
+    assert folder_of(args) == Path("runs/exits")
+    whole = train_parser().parse_args(["--config", str(place / "whole.py"), "--recipe", "none", "--data", "other.txt"])
+    assert (configured(whole).recipe, configured(whole).data) == (None, "other.txt")
+
+
+def test_a_mesh_reaches_the_trainer(place, tmp_path) -> None:
+    """In a process of its own: the number of devices is set before JAX starts."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(PROGRAM), "--config", str(place / "whole.py"), "--folder", str(tmp_path / "mesh")]
+    done = subprocess.run([*command, "--mesh", "2x1", "--batch", "3"], env=environment, text=True, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: a batch of 3 rows does not divide among 2 devices: change batch\n"
+
+
+CASES = [
+    (["--config", "{place}/none.py"], "there is no configuration file"),
+    (["--config", "{place}/empty.py"], "defines no `config`"),
+    (["--config", "{place}/number.py"], "defines `config` as int"),
+    (["--config", "{place}/raises.py"], "cannot be run as a configuration (ZeroDivisionError: division by zero)"),
+    (["--config", "{place}/syntax.py"], "cannot be run as a configuration (SyntaxError"),
+    (["--config", "{place}/refused.py"], "refused.py: steps must be a whole number of at least 1, not 0"),
+    (["--config", "{place}/exits.py", "--steps", "0"], "steps must be a whole number"),
+    (["--config", "{place}/exits.py", "--recipe", "layerskip"], "--recipe is for training a whole model"),
+    (["--config", "{place}/exits.py", "--machine", "t4"], "add --dry-run"),
+    (["--config", "{place}/exits.py", "--mesh", "64x2"], "--mesh needs 128 devices"),
+    (["--config", "{place}/exits.py", "--init-from", "{place}/none"], "there are no exits at"),
+    (["--config", "{place}/whole.py", "--model", "x"], "use --init-from"),
+    (["--config", "{place}/whole.py", "--data", "a", "b"], "one text file, not 2"),
+    (["--config", "{place}/whole.py", "--dry-run", "--machine", "t4"], "estimates the training of exits"),
+    (["export", "{place}/none", "{place}/x.safetensors"], "there is no folder"),
+    (["export", "{place}", "{place}/x.safetensors"], "holds no whole checkpoint"),
+    (["export", "{place}", "{place}/x.bin"], "written to a .safetensors file"),
+    (["evaluate", "--exits", "default", "--model", "{place}/model", "--data", "x.txt"], "no trained exits ship with"),
+    (["evaluate", "--exits", "shared", "--model", "{place}/model", "--data", "x.txt"], "there is no data file x.txt"),
+    (["evaluate", "--exits", "shared", "--prompts", "0", "--data", "x.txt"], "--prompts must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), CASES)
+def test_bad_input_is_one_sentence_and_exit_code_2(capsys, place, arguments, sentence) -> None:
+    contents = {
+        "empty": "",
+        "number": "config = 3",
+        "raises": "1 / 0",
+        "syntax": "config = (",
+        "refused": "from dex_jax.training.config import TrainConfig\nTrainConfig(steps=0)",
+    }
+    for name, content in contents.items():
+        (place / f"{name}.py").write_text(content, encoding="utf-8")
+    code, out, err = run(capsys, *(argument.format(place=place) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+
+
+@pytest.mark.parametrize("mesh", ["2", "2x", "0x1", "axb"])
+def test_a_bad_mesh_names_the_flag(capsys, mesh) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--config", "x.py", "--mesh", mesh])
+    assert stopped.value.code == 2
+    assert "argument --mesh" in capsys.readouterr().err
+
+
+def test_an_interruption_before_training(capsys, monkeypatch) -> None:
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dex_jax.cli.train_arguments.read_config", interrupted)
+    code, _, err = run(capsys, "--config", "x.py")
+    assert code == 130
+    assert "run the same command again" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ([], ["--config", "--init-from", "--recipe", "--mesh", "--dry-run", "export", "evaluate"]),
+        (["export"], ["FOLDER", "--float32"]),
+        (["evaluate"], ["--exits", "--cache", "--max-new-tokens", "--output"]),
+    ],
+)
+def test_help_names_every_flag(capsys, command, flags) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*command, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for flag in flags:
+        assert flag in text
