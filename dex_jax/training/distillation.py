@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from dex_jax.config import ExitsConfig
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, merge_model
-from dex_jax.nn.exits import ExitHeads, exit_graph, heads_of, initial_heads, parameters_of
+from dex_jax.nn.exits import ExitHeads, abstract_parameters, exit_graph, heads_of, initial_heads, parameters_of
 from dex_jax.nn.layers import KeyValues, rms_norm
 from dex_jax.training.losses import Vocabulary, exit_losses
-from dex_jax.training.stream import Activations, Stream
+from dex_jax.training.placement import EVERYWHERE, matrix_spec
+from dex_jax.training.stream import Activations, Stream, activation_specs
 
 Evaluate = Callable[[TrainedExits], dict[str, Any]]
 
@@ -94,7 +96,7 @@ class Distillation:
 
     def constants(self) -> dict[str, Any]:
         """The frozen arrays that the loss reads: {"embed", "final_norm", "vocabulary"}."""
-        model = merge_model(self.lm.config, self.lm.layout, self.lm.weights)
+        model = merge_model(self.lm.config, self.lm.layout, self.stream.weights)
         kernel = (model.embed if model.unembed is None else model.unembed)[...]
         draft = None if self.vocabulary is None else jnp.asarray(self.vocabulary, jnp.int32)
         vocabulary = Vocabulary(kernel, None if draft is None else kernel[draft], draft)
@@ -153,6 +155,29 @@ class Distillation:
             return leaf.ndim >= 2 and "norm" not in text and any(name in text for name in names)
 
         return jax.tree_util.tree_map_with_path(decays, params)
+
+    def batch_sharding(self, mesh: Mesh) -> Activations:
+        """Rows over "data"."""
+        return activation_specs(mesh)
+
+    def param_sharding(self, mesh: Mesh) -> Any:
+        """Matrices, stacked or the context layer's, are split by their output axis."""
+
+        def spec(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+            stacked = getattr(path[0], "key", None) != "context"
+            return matrix_spec(mesh, leaf.shape) if leaf.ndim == (3 if stacked else 2) else EVERYWHERE
+
+        return jax.tree_util.tree_map_with_path(spec, abstract_parameters(self.exits, jnp.float32))
+
+    def constant_sharding(self, mesh: Mesh) -> dict[str, Any]:
+        """Embedding and unembedding are split by the vocabulary."""
+        c, draft = self.lm.config, self.vocabulary
+        whole = matrix_spec(mesh, (c.vocab_size, c.width))
+        if draft is None:
+            vocabulary = Vocabulary(whole)
+        else:
+            vocabulary = Vocabulary(whole, matrix_spec(mesh, (len(draft), c.width)), EVERYWHERE)
+        return {"embed": whole, "final_norm": EVERYWHERE, "vocabulary": vocabulary}
 
     def trained(self, params: Any, metadata: dict[str, Any] | None = None) -> TrainedExits:
         """Parameters in training as exits to decode with."""
@@ -271,7 +296,7 @@ def draft_vocabulary(lm: LanguageModel, stream: Stream, size: int, tokens: int) 
     expected, counted = np.zeros(lm.config.vocab_size), 0
     while counted < tokens and not stream.done:
         activations, learnt = stream.next()
-        expected += np.asarray(_expected(lm.config, lm.layout, lm.weights, activations.final, activations.weight))
+        expected += np.asarray(_expected(lm.config, lm.layout, stream.weights, activations.final, activations.weight))
         counted += learnt
     stream.restart(begin)
     expected[list(lm.eos_ids)] = np.inf

@@ -93,9 +93,9 @@ def train_exits(
     shapes = dataclasses.replace(config.exits, width=lm.config.width, norm_eps=lm.config.norm_eps)
     if shapes.depths[-1] >= lm.config.num_layers:
         raise DexError(f"exit depths must lie below the model's {lm.config.num_layers} layers, not {shapes.depths}")
-    _check_initial(initial, shapes)
+    _check_initial(initial, shapes, lm, tell)
     mixture = open_mixture(config.data, lm, config.sources, tell)
-    stream = make_stream(config, lm, mixture, shapes)
+    stream = make_stream(config, lm, mixture, shapes, mesh)
     vocabulary = _vocabulary(config, lm, stream, shapes, folder, initial, tell)
     groups = held_out_texts(config, lm, mixture, folder, tell)
 
@@ -113,7 +113,7 @@ def train_exits(
         stream,
         data=mixture.fingerprint(),
         options=config.options,
-        evaluate=evaluate,
+        evaluate=evaluate if groups else None,
         initial=initial,
     )
     begin = time.perf_counter()
@@ -123,7 +123,9 @@ def train_exits(
     return dataclasses.replace(exits, source=str(folder))
 
 
-def make_stream(config: ExitTraining, lm: LanguageModel, mixture: Mixture, exits: ExitsConfig) -> Stream:
+def make_stream(
+    config: ExitTraining, lm: LanguageModel, mixture: Mixture, exits: ExitsConfig, mesh: Mesh | None = None
+) -> Stream:
     """The stream of activations that a configuration trains on."""
     return Stream(
         lm,
@@ -134,6 +136,7 @@ def make_stream(config: ExitTraining, lm: LanguageModel, mixture: Mixture, exits
         length=config.sources.length,
         depths=exits.depths,
         seed=config.train.seed,
+        mesh=mesh,
     )
 
 
@@ -148,7 +151,11 @@ def held_out_texts(
     groups: dict[str, list[Text]] = {}
     for name, items in mixture.held_out.items():
         greedy = [_greedy(item, config.evaluation_tokens) for item in items[: config.evaluation_texts]]
-        groups[name] = _run_items(lm, greedy, config)
+        texts = _run_items(lm, greedy, config) if greedy else []
+        # An answer that is nothing but an EOS says nothing about exits.
+        answered = [(prompt, answer) for prompt, answer in texts if answer]
+        if answered:
+            groups[name] = answered
     _write(file, groups)
     return groups
 
@@ -182,6 +189,8 @@ def _run_items(lm: LanguageModel, items: Sequence[Item], config: ExitTraining) -
 def _split(forced: tuple[int, ...], item: Item, tokens: list[int]) -> Text:
     if item.turns[-1].limit == 0:
         return tokens[:1], tokens[1:]
+    if len(item.turns) == 1:
+        return tokens[: len(forced)], tokens[len(forced) :]
     starts = range(len(tokens) - len(forced), -1, -1)
     end = next(start for start in starts if tuple(tokens[start : start + len(forced)]) == forced) + len(forced)
     return tokens[:end], tokens[end:]
@@ -207,14 +216,21 @@ def _vocabulary(
     return np.asarray(json.loads(file.read_text()), np.int32)
 
 
-def _check_initial(initial: TrainedExits | None, exits: ExitsConfig) -> None:
-    if initial is not None and initial.config != exits:
+def _check_initial(initial: TrainedExits | None, exits: ExitsConfig, lm: LanguageModel, tell: Tell) -> None:
+    if initial is None:
+        return
+    if initial.config != exits:
         changed = [
             f"{field.name} is {getattr(initial.config, field.name)} there and {getattr(exits, field.name)} here"
             for field in dataclasses.fields(exits)
             if getattr(initial.config, field.name) != getattr(exits, field.name)
         ]
         raise DexError(f"training cannot start from {initial.source}: {'; '.join(changed)}")
+    if initial.fingerprint != lm.fingerprint:
+        tell(
+            f"warning: {initial.source} was trained on the backbone {initial.fingerprint}, {lm.source} is "
+            f"{lm.fingerprint}; starting from it all the same"
+        )
 
 
 def _about(config: ExitTraining, lm: LanguageModel, trained: Trained, folder: Path, seconds: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
@@ -25,9 +26,10 @@ from dex_jax.decoding.network import extend_with_states
 from dex_jax.decoding.program import Program
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel, merge_model
-from dex_jax.nn.transformer import Layout
+from dex_jax.nn.transformer import Layout, Stacked
 from dex_jax.sampling import sampling_keys
 from dex_jax.training.items import NO_ITEM, Item, Scripts, no_script, script, stack_scripts
+from dex_jax.training.placement import EVERYWHERE, place_weights, rows_spec
 from dex_jax.training.rows import Rows, advance, choices, take_items
 
 
@@ -97,6 +99,7 @@ class StreamSpec:
       history: H.
       length: S.
       end_ids: tokens that end a free part.
+      mesh: over whose axis "data" rows are spread; None leaves all where JAX puts it.
 
     Raises:
       DexError: depths that the model does not have, or sizes that make no stream.
@@ -109,6 +112,7 @@ class StreamSpec:
     history: int
     length: int
     end_ids: tuple[int, ...]
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         layers = self.config.num_layers
@@ -180,8 +184,30 @@ def produce(
     token = jnp.concatenate([state.token, token], axis=1)
     position = jnp.concatenate([state.position, position], axis=1)
     state = StreamState(memory, rows, *(x[:, spec.steps :] for x in (final, token, position)))
+    activations = Activations(states, final, token, position, weight)
     report = Report(rows.slot, taken, jnp.sum(weight > 0), jnp.sum(number == NO_ITEM), number)
-    return state, Activations(states, final, token, position, weight), report
+    if spec.mesh is not None:
+        # The next call takes the state as it took this one.
+        places = (_state_places(spec, spec.mesh), _chunk_places(spec.mesh))
+        state, activations = jax.lax.with_sharding_constraint((state, activations), places)
+    return state, activations, report
+
+
+def activation_specs(mesh: Mesh) -> Activations:
+    """How a chunk lies on a mesh: a PartitionSpec for each field."""
+    rows = rows_spec(mesh)
+    return Activations(rows_spec(mesh, 1), rows, rows, rows, rows)
+
+
+def _chunk_places(mesh: Mesh) -> Activations:
+    return Activations(*(NamedSharding(mesh, spec) for spec in activation_specs(mesh)))
+
+
+def _state_places(spec: StreamSpec, mesh: Mesh) -> StreamState:
+    rows = NamedSharding(mesh, rows_spec(mesh))
+    caches = NamedSharding(mesh, rows_spec(mesh, 2)) if isinstance(spec.layout, Stacked) else rows
+    nothing = NamedSharding(mesh, EVERYWHERE)  # there is no lattice, and XLA does not split an empty array
+    return StreamState(cache.Memory(caches, caches, nothing, nothing), rows, rows, rows, rows)
 
 
 PRODUCE = Program(produce, static=("spec",), donate=(1,))
@@ -212,6 +238,7 @@ class Stream:
         seed: int = 0,
         waiting: int | None = None,
         on_item: Callable[[int, list[int]], None] | None = None,
+        mesh: Mesh | None = None,
     ):
         """A stream that starts with item 0; `restart` with a cursor starts it elsewhere.
 
@@ -227,24 +254,34 @@ class Stream:
           waiting: how many items are at hand in each chunk beside those that run; None is 2 B. Rows idle when they are
             used up before the chunk ends.
           on_item: called with (item number, tokens run) of each item that has ended, by number within a chunk.
+          mesh: devices with axes "data", which rows are spread over, and "tensor", which weights are split over; None
+            runs where the model is.
 
         Raises:
-          DexError: as StreamSpec, or a batch without rows.
+          DexError: as StreamSpec, a batch without rows, or one that does not divide among the mesh.
         """
         if batch < 1 or (waiting is not None and waiting < 1):
             raise DexError(f"a stream needs at least one row and one waiting item, not {batch} and {waiting}")
-        self.spec = StreamSpec(lm.config, lm.layout, tuple(depths), steps, history, length, lm.eos_ids)
+        if mesh is not None and batch % mesh.shape.get("data", 1):
+            raise DexError(f"{batch} rows do not divide among {mesh.shape['data']} devices: change the batch")
+        self.spec = StreamSpec(lm.config, lm.layout, tuple(depths), steps, history, length, lm.eos_ids, mesh)
         self.batch = batch
         self.steps_run = self.steps_idle = 0
         self._lm, self._items, self._on_item = lm, items, on_item
+        self._placed = None if mesh is None else place_weights(lm.weights, lm.layout, mesh)
         self._places = 2 * batch if waiting is None else waiting
         self._no_script = no_script(length)
         self._running: list[Scripts | None]
         self._waiting: deque[Scripts]
         self._texts: dict[int, list[int]]
         memory = cache.allocate(lm.config, lm.layout, batch, length, 0, lm.dtype)
-        self._state = start_rows(memory, self.spec)
+        self._state = self._idle(memory)
         self._begin({"item": 0, "seed": seed})
+
+    @property
+    def weights(self) -> Any:
+        """The model's, where the stream runs."""
+        return self._lm.weights if self._placed is None else self._placed
 
     @property
     def cursor(self) -> Cursor:
@@ -267,7 +304,7 @@ class Stream:
 
         A stream restarted at a cursor and a new one restarted there give the same chunks, bit for bit.
         """
-        self._state = start_rows(self._state.memory, self.spec)
+        self._state = self._idle(self._state.memory)
         self._begin(self.cursor if cursor is None else cursor)
 
     def next(self) -> tuple[Activations, int]:
@@ -276,8 +313,8 @@ class Stream:
         missing = self._places - len(self._waiting)
         places = [*self._running, *self._waiting, *[None] * missing]
         scripts = stack_scripts([self._no_script if place is None else place for place in places])
-        arguments = (self._lm.weights, self._state, jax.tree.map(jnp.asarray, scripts), jnp.int32(len(self._waiting)))
-        self._state, activations, report = PRODUCE(*arguments, self._key, spec=self.spec)
+        asked = self._everywhere((jax.tree.map(jnp.asarray, scripts), jnp.int32(len(self._waiting)), self._key))
+        self._state, activations, report = PRODUCE(self.weights, self._state, *asked, spec=self.spec)
         report = jax.device_get(report)
         self.steps_run += self.batch * self.spec.steps
         self.steps_idle += int(report.idle)
@@ -287,6 +324,15 @@ class Stream:
         if self._on_item is not None:
             self._collect(np.asarray(activations.token)[:, self.spec.history :], report.number)
         return activations, int(report.learnt)
+
+    def _idle(self, memory: cache.Memory) -> StreamState:
+        state = start_rows(memory, self.spec)
+        mesh = self.spec.mesh
+        return state if mesh is None else jax.device_put(state, _state_places(self.spec, mesh))
+
+    def _everywhere(self, tree: Any) -> Any:
+        mesh = self.spec.mesh
+        return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, EVERYWHERE))
 
     def _begin(self, cursor: Cursor) -> None:
         self._next_item, self._seed = int(cursor["item"]), int(cursor["seed"])
