@@ -1,6 +1,7 @@
-"""Exits for Llama 3.1 8B, on a grid that serves K = 2, 4 and 8. Never run; docs/training_cost.md estimates what it takes.
+"""Exits for Llama 3.1 8B, on a grid that serves K = 2, 4 and 8.
 
-The model must be in the hub's cache or in a directory (`--model`): its licence has to be agreed to before it is given.
+Never run: docs/training_cost.md estimates what it takes. The model must be in the hub's cache or in a directory
+(`--model`), as its licence has to be agreed to first.
 """
 
 from dex_jax.config import ExitsConfig

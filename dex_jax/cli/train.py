@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> None:
     config = configured(args)
     if args.dry_run:
-        print(_estimate(config, args.machine))
+        print(_estimate(config, args))
         return
     _remember_compilations()
     if isinstance(config, ExitTraining):
@@ -65,7 +65,7 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
 
     folder, mesh = folder_of(args), _mesh(args)
     initial = None if args.init_from is None else load_exits(args.init_from)
-    print(_estimate(config), flush=True)
+    print(_estimate(config, args), flush=True)
     lm = load(config.model, config.train.dtype)
     train_exits(config, lm, folder, mesh=mesh, initial=initial)
     _draw(folder)
@@ -81,8 +81,8 @@ def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> No
 
     folder, mesh = folder_of(args), _mesh(args)
     start = None if args.init_from is None else load(args.init_from, "float32")
-    print(_estimate(config), flush=True)
     task = WholeModel.open(config, start)
+    print(_estimate(task.config, args), flush=True)
     trained = train(task, task.config.train, folder, mesh=mesh)
     saved = task.save(folder / "model", trained.params)
     # A run that was done already has its last evaluation in the journal.
@@ -116,7 +116,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
-def _estimate(config: ExitTraining | WholeModelConfig, machine: str | None = None) -> str:
+def _estimate(config: ExitTraining | WholeModelConfig, args: argparse.Namespace) -> str:
     """One line: time and memory of the whole run, from shapes alone."""
     from dex_jax.language_model import outline, resolve_dtype
     from dex_jax.nn.transformer import parameter_shapes
@@ -124,7 +124,7 @@ def _estimate(config: ExitTraining | WholeModelConfig, machine: str | None = Non
 
     train = config.train
     if isinstance(config, WholeModelConfig):
-        if machine is not None:
+        if args.machine is not None:
             raise DexError("--machine estimates the training of exits, and this configuration trains a whole model")
         parameters = sum(math.prod(shape) for shape in parameter_shapes(config.model).values())
         tokens = config.total_steps * train.batch * config.window
@@ -133,20 +133,22 @@ def _estimate(config: ExitTraining | WholeModelConfig, machine: str | None = Non
             f"{gigabytes(16 * parameters)} GB beside activations"
         )
     dtype = resolve_dtype(train.dtype)
-    runs_on = this_machine(dtype) if machine is None else MACHINES[machine]
+    data, tensor = args.mesh or (1, 1)
+    machine = this_machine(dtype, data * tensor) if args.machine is None else MACHINES[args.machine]
     a_step = train.batch * config.chunk
     steps = train.steps if train.tokens is None else min(train.steps, -(-train.tokens // a_step))
     cost = training_cost(
         outline(config.model, train.dtype).config,
         config.exits,
-        runs_on,
+        machine,
         batch=train.batch,
         chunk=config.chunk,
         length=config.sources.length,
         steps=steps,
         dtype=dtype,
+        copies=data,
     )
-    return cost.sentence(runs_on)
+    return cost.sentence(machine)
 
 
 def _mesh(args: argparse.Namespace) -> Any:

@@ -149,9 +149,10 @@ def configured(args: argparse.Namespace) -> Config:
         raise DexError(f"{args.config} describes the model that it trains: use --init-from to start from another")
     if args.data is not None and len(args.data) != 1:
         raise DexError(f"a whole model is trained on one text file, not {len(args.data)}: give one with --data")
-    recipe = {} if args.recipe is None else {"recipe": None if args.recipe == "none" else args.recipe}
-    data = {} if args.data is None else {"data": args.data[0]}
-    return dataclasses.replace(config, train=train, **recipe, **data)
+    whole: dict[str, Any] = {} if args.data is None else {"data": args.data[0]}
+    if args.recipe is not None:
+        whole["recipe"] = None if args.recipe == "none" else args.recipe
+    return dataclasses.replace(config, train=train, **whole)
 
 
 def folder_of(args: argparse.Namespace) -> Path:

@@ -146,7 +146,7 @@ def _answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Tex
     prompts = {name: read_prompts(path)[: args.prompts] for name, path in _group_names(args.data).items()}
     made_by = {"model": lm.fingerprint, "dtype": str(lm.dtype), "max_new_tokens": args.max_new_tokens}
     known = {} if args.cache is None else _read_cache(Path(args.cache), made_by)
-    groups = {}
+    groups: dict[str, list[Text]] = {}
     for name, wanted in prompts.items():
         ids = [tuple(lm.encode(prompt)) for prompt in wanted]
         missing = [list(prompt) for prompt in dict.fromkeys(ids) if prompt not in known]

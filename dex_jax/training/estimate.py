@@ -32,7 +32,7 @@ REACHED_OF_MEASURED = 0.6
 USABLE = 0.92
 """Share of a device's memory that a run can have; the rest goes to programs and to what lies between arrays."""
 
-FROZEN_INPUTS = ("map", "map_down", "previous_map", "previous_down", "gate_up", "context.enter")
+FROZEN_INPUTS = ("map", "map_down", "context.enter")
 """Kernels that read what the frozen model gives: their inputs get no gradient, a third of the usual arithmetic."""
 
 
@@ -133,6 +133,7 @@ def training_cost(
     length: int,
     steps: int,
     dtype: jnp.dtype,
+    copies: int = 1,
 ) -> TrainingCost:
     """Estimates a run of `steps` updates of batch x chunk tokens.
 
@@ -144,6 +145,7 @@ def training_cost(
       length: S.
       steps: updates.
       dtype: of the model.
+      copies: of the weights and of the exits; the size of a mesh's axis "data".
     """
     dtype = jnp.dtype(dtype)
     exits = dataclasses.replace(exits, width=model.width)
@@ -159,17 +161,18 @@ def training_cost(
     activations = states * (2 * dtype.itemsize + 6 * 4) + block * (model.vocab_size + 4 * columns) * 4
     model_flops, exits_flops = model_flops_per_token(model, length), exits_flops_per_token(model, exits, chunk)
     flops, bandwidth = machine.flops * machine.reached, machine.bandwidth * machine.reached
-    step = max(batch * model_flops / flops, (weights + caches) / bandwidth)
+    read = copies * weights + caches
+    step = max(batch * model_flops / flops, read / bandwidth)
     # The optimizer reads and writes parameters and two moments, and reads the gradient.
-    learn = max(tokens * exits_flops / flops, 7 * 4 * parameters / bandwidth)
+    learn = max(tokens * exits_flops / flops, copies * 7 * 4 * parameters / bandwidth)
     return TrainingCost(
-        model_bytes=weights + draft,
+        model_bytes=copies * (weights + draft),
         cache_bytes=caches,
-        exits_bytes=16 * parameters,
+        exits_bytes=copies * 16 * parameters,
         activation_bytes=activations,
         model_flops=model_flops,
         exits_flops=exits_flops,
-        token_bytes=(weights + caches) / batch,
+        token_bytes=read / batch,
         tokens=steps * tokens,
         model_seconds=steps * chunk * step,
         exits_seconds=steps * learn,
@@ -200,16 +203,22 @@ def parameter_count(exits: ExitsConfig) -> int:
     return sum(int(np.prod(shape)) for shape, _ in exit_parameters(exits).values())
 
 
-def this_machine(dtype: jnp.dtype) -> Machine:
-    """One device of the machine that runs this; its speed is measured, which takes about a second."""
+def this_machine(dtype: jnp.dtype, devices: int = 1) -> Machine:
+    """Some devices of the machine that runs this; the speed of one is measured, which takes about a second."""
     device = jax.devices()[0]
-    size = 1024 if device.platform == "cpu" else 8192
-    left, right = jnp.ones((size // 2, size), dtype), jnp.ones((size, size), dtype)
-    flops = size**3 * _runs_per_second(jax.jit(lambda a, b: a @ b), left, right)
-    # Larger than any cache of a processor.
-    large = jnp.ones(2**24 if device.platform == "cpu" else 2**28, jnp.float32)
-    bandwidth = 2 * large.nbytes * _runs_per_second(jax.jit(lambda x: x + 1), large)
-    return Machine(device.device_kind, flops, bandwidth, device_memory(device), 1, REACHED_OF_MEASURED)
+    cpu = device.platform == "cpu"
+    product = jax.jit(jnp.matmul)
+    size = 1024 if cpu else 8192
+    flops = size**3 * _runs_per_second(product, jnp.ones((size // 2, size), dtype), jnp.ones((size, size), dtype))
+    # Larger than any cache of a processor; a product with one row reads it once, as decoding reads weights.
+    large = jnp.ones((4 * size if cpu else 2 * size,) * 2, dtype)
+    bandwidth = large.nbytes * _runs_per_second(product, jnp.ones((1, large.shape[0]), dtype), large)
+    memory = device_memory(device)
+    # Devices of a CPU share its cores and its memory.
+    times = 1 if cpu else devices
+    name = device.device_kind if devices == 1 else f"{devices} x {device.device_kind}"
+    total = None if memory is None else times * memory
+    return Machine(name, times * flops, times * bandwidth, total, devices, REACHED_OF_MEASURED)
 
 
 def gigabytes(size: float) -> str:
