@@ -92,10 +92,11 @@ def arithmetic(config: ExitTraining, exits: ExitsConfig, machine: Machine) -> li
     learn, move = cost.exits_flops / flops, 28 * parameters / bandwidth / (batch * chunk)
     counted = f"{flops / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.2f} TB/s"
     return [
-        f"- {parameters / 1e6:.0f} million parameters in training, 16 bytes each: the number, its gradient, two moments.",
+        f"- {parameters / 1e6:.0f} million parameters in training, 16 bytes each: the number, its gradient, two "
+        "moments.",
         f"- {machine.name}: {counted} are counted on, {machine.reached:.0%} of the published peaks.",
-        f"- The model: {cost.model_flops / 1e9:.1f} GFLOP a token take {micro(compute)}. Weights and caches are read once "
-        f"for {batch} rows: {cost.token_bytes / 1e6:.0f} MB a token take {micro(read)}. The longer one counts.",
+        f"- The model: {cost.model_flops / 1e9:.1f} GFLOP a token take {micro(compute)}. Weights and caches are read "
+        f"once for {batch} rows: {cost.token_bytes / 1e6:.0f} MB a token take {micro(read)}. The longer one counts.",
         f"- The exits: {cost.exits_flops / 1e9:.1f} GFLOP a token take {micro(learn)}. The optimizer moves "
         f"{28 * parameters / 1e9:.1f} GB for {batch * chunk:,} tokens, {micro(move)} a token. The longer one counts.",
         f"- Together {micro(cost.seconds / cost.tokens)} a token, {duration(cost.seconds)} for a million tokens.",
@@ -149,24 +150,25 @@ def report(measured: str | None, measured_config: str) -> str:
         "# What exits of an 8B model take to train",
         "Every number above the last table is an **estimate**: nothing of this size has been run. It is the estimate "
         "that `train_exits.py` prints before it starts (`dex_jax/training/estimate.py`). It counts on "
-        f"{REACHED:.0%} of each machine's published arithmetic and bandwidth, and leaves out compilation, evaluation and "
-        "checkpoints. `python benchmarks/training_cost.py > docs/training_cost.md` makes this page from "
+        f"{REACHED:.0%} of each machine's published arithmetic and bandwidth, and leaves out compilation, evaluation "
+        "and checkpoints. `python benchmarks/training_cost.py > docs/training_cost.md` makes this page from "
         "`configs/llama3_8b.py`.",
         "Shapes of Llama 3.1 8B in bfloat16 (float16 on the T4, which has no bfloat16), exits at depths "
         f"{depths}, a draft vocabulary of {exits.draft_size:,} tokens, {config.train.batch} rows of at most "
-        f'{config.sources.length} tokens, {config.chunk} steps between two updates. "linear" is fused with the previous '
-        'position; "attn" has an mlp of 4096, 32 heads of 128 and a window of 32. A run fits if it takes no more than '
-        f"{USABLE:.0%} of the memory.",
+        f'{config.sources.length} tokens, {config.chunk} steps between two updates. "linear" is fused with the '
+        'previous position; "attn" has an mlp of 4096, 32 heads of 128 and a window of 32. A run fits if it takes no '
+        f"more than {USABLE:.0%} of the memory.",
         "\n".join([f"| {' | '.join(header)} |", "|---" * len(header) + "|", *rows]),
         "- **A100**: the 80 GB model. The memory of the 40 GB one is enough for both as well.",
-        "- **v5e-8**: no chip holds the model alone, so it is spread over all eight (`--mesh 1x8`). Weights and exits are "
-        f"then split and rows are not: at most {gigabytes(a_chip)} GB a chip of 16. The time assumes that arithmetic and "
-        "reading split evenly, and does not count the all-reduces between chips, so take it as the least that could be.",
-        f"- **T4**: an 8B model does not fit, as its weights alone take {gigabytes(largest.model_bytes)} GB in two bytes a "
-        "number. 8-bit weights would fit and are not offered here. What does fit is a smaller model: with the shapes of "
-        f"Llama 3.2 3B, linear exits at {len(smaller.depths)} depths and the same rows it takes "
-        f"{gigabytes(small.total_bytes)} GB and {duration(small.seconds)} for a million tokens. Exits of an 8B model are "
-        "trained on a larger machine, and used wherever the model itself fits.",
+        "- **v5e-8**: no chip holds the model alone, so it is spread over all eight (`--mesh 1x8`). Weights and exits "
+        f"are then split and rows are not: at most {gigabytes(a_chip)} GB a chip of 16. The time assumes that "
+        "arithmetic and reading split evenly, and does not count what the chips tell each other, so take it as the "
+        "least that could be.",
+        f"- **T4**: an 8B model does not fit, as its weights alone take {gigabytes(largest.model_bytes)} GB in two bytes "
+        "a number, and 8-bit weights are not offered here. What does fit is a smaller model: with the shapes of Llama "
+        f"3.2 3B, linear exits at {len(smaller.depths)} depths and the same rows it takes "
+        f"{gigabytes(small.total_bytes)} GB and {duration(small.seconds)} for a million tokens. Exits of an 8B model "
+        "are trained on a larger machine, and used wherever the model itself fits.",
         "## The arithmetic, one A100, linear",
         "\n".join(arithmetic(config, exits, a100)),
         "## The arithmetic, one A100, attn",
