@@ -69,7 +69,10 @@ def targets(final: jax.Array, vocabulary: Vocabulary, hard: float) -> Targets:
         best = jnp.where(vocabulary.draft[at] == top, at, width)
     inside = jnp.exp(columns - log_all[:, None]) * (1 - hard)
     inside = inside + hard * (jnp.arange(width)[None] == best[:, None])
-    outside = jnp.maximum(1 - jnp.sum(inside, axis=-1), 0.0)
+    # Of the full vocabulary nothing is outside, and what rounding leaves there would count as entropy.
+    outside = jnp.zeros_like(log_all)
+    if vocabulary.draft is not None:
+        outside = jnp.maximum(1 - jnp.sum(inside, axis=-1), 0.0)
     entropy = -jnp.sum(jax.scipy.special.xlogy(inside, inside), axis=-1) - jax.scipy.special.xlogy(outside, outside)
     return Targets(inside, outside, entropy, best)
 

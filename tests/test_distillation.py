@@ -1,0 +1,298 @@
+"""What exits read in training: against a slow twin, and against what decoding gives them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference.distillation_twin import ItemTwin
+from reference.exit_metrics_twin import TRUE
+from reference.small_models import LLAMA, small_model
+
+from dex_jax.config import ExitsConfig
+from dex_jax.decoding.interface import StageView
+from dex_jax.decoding.network import depth_states
+from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk, trained_exits
+from dex_jax.language_model import LanguageModel, merge_model
+from dex_jax.lattice import NO_NODE
+from dex_jax.nn.exits import exit_graph, exit_parameters, heads_of
+from dex_jax.training.distillation import draft_vocabulary, history_for, read_chunk_for_training
+from dex_jax.training.items import NO_ITEM, Item, Turn
+from dex_jax.training.stream import Activations, Stream
+
+DEPTHS = (1, 2, 3)
+WIDTH, WINDOW, STEPS = LLAMA.width, 5, 8
+KINDS = [("linear", True), ("mlp", True), ("attn", False)]
+ROWS = ((3, 9, 1, 12), (14, 2, 9))
+"""Tokens of the items in each row, one after the other."""
+BEGINS = 9
+"""The step of the rows that the chunk begins with: within an item in row 0 and in row 1, whose items end within it."""
+
+
+def exits_config(kind: str, fused: bool) -> ExitsConfig:
+    return ExitsConfig(kind, DEPTHS, WIDTH, fused, hidden=12, heads=2, head_dim=8, window=WINDOW, draft_size=20)
+
+
+@functools.cache
+def parameters(kind: str, fused: bool) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(len(kind))
+    made = {}
+    for name, (shape, start) in exit_parameters(exits_config(kind, fused)).items():
+        scale = 0.5 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.1
+        made[name] = (rng.standard_normal(shape) * scale + (start in ("norm", "scale"))).astype(np.float32)
+    return made
+
+
+def heads_parameters(config: ExitsConfig, values: dict[str, np.ndarray]):
+    return nnx.state(heads_of(config, values, jnp.float32))
+
+
+@dataclasses.dataclass
+class RowOfItems:
+    """A row's steps: (item, position within it) or None for an idle step, and what the model gave there."""
+
+    steps: list[tuple[int, int] | None]
+    items: list[dict[str, np.ndarray]]
+
+    def at(self, step: int) -> dict[str, np.ndarray]:
+        if self.steps[step] is None:
+            return {"token": NO_ITEM, "final": np.ones(WIDTH, np.float32), "states": np.ones((3, WIDTH), np.float32)}
+        item, position = self.steps[step]
+        return {name: field[position] for name, field in self.items[item].items()}
+
+
+@functools.cache
+def rows_of_items() -> tuple[RowOfItems, ...]:
+    rng = np.random.default_rng(3)
+    rows = []
+    for lengths in ROWS:
+        items = [
+            {
+                "token": rng.integers(0, LLAMA.vocab_size, length),
+                "final": rng.standard_normal((length, WIDTH)).astype(np.float32),
+                "states": rng.standard_normal((length, 3, WIDTH)).astype(np.float32),
+            }
+            for length in lengths
+        ]
+        steps = [(item, position) for item, length in enumerate(lengths) for position in range(length)]
+        rows.append(RowOfItems(steps, items))
+    # Row 1 idles for a while, as if items had been used up, and then goes on.
+    rows[1].steps[14:14] = [None, None]
+    return tuple(rows)
+
+
+def chunk(config: ExitsConfig) -> Activations:
+    """The chunk of STEPS steps that begins with BEGINS, with its history."""
+    history = history_for(config)
+    before = range(BEGINS - history, BEGINS + STEPS)
+    rows = rows_of_items()
+
+    def field(name: str) -> np.ndarray:
+        return np.stack([np.stack([row.at(step)[name] for step in before]) for row in rows])
+
+    position = [[NO_ITEM if row.steps[step] is None else row.steps[step][1] for step in before] for row in rows]
+    states = np.moveaxis(field("states")[:, history:], 2, 0)
+    weight = np.ones((len(rows), STEPS), np.float32)
+    return Activations(states, field("final"), field("token").astype(np.int32), np.asarray(position, np.int32), weight)
+
+
+def normed(x: np.ndarray) -> np.ndarray:
+    """The final norm, with a scale of its own."""
+    scale = 1 + 0.1 * np.arange(WIDTH, dtype=np.float32)[None, None] / WIDTH
+    return (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-5) * scale).astype(np.float32)
+
+
+@functools.cache
+def embeddings() -> np.ndarray:
+    return np.random.default_rng(4).standard_normal((LLAMA.vocab_size, WIDTH)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def features(config: ExitsConfig, params, batch: Activations, now, embed, own_outputs, key: jax.Array) -> jax.Array:
+    heads = nnx.merge(exit_graph(config), params)
+    return read_chunk_for_training(heads, batch, now, embed, own_outputs, key)
+
+
+def read(kind: str, fused: bool, own_outputs: float, key: jax.Array, batch: Activations | None = None) -> np.ndarray:
+    config = exits_config(kind, fused)
+    batch = chunk(config) if batch is None else batch
+    params = heads_parameters(config, parameters(kind, fused))
+    return np.asarray(features(config, params, batch, normed(batch.final), embeddings(), own_outputs, key))
+
+
+def drawn(key: jax.Array, own_outputs: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(whether a step may read an estimate, the exit that gives it, how many positions are hidden), each [B, n]."""
+    draw, which = jax.random.split(key)
+    shape = (len(ROWS), STEPS)
+    may = jax.random.uniform(draw, shape) < own_outputs
+    hidden = jax.random.randint(jax.random.fold_in(key, 1), (*shape, 1), 1, 4)[..., 0]
+    return np.asarray(may), np.asarray(jax.random.randint(which, shape, 0, len(DEPTHS))), np.asarray(hidden)
+
+
+@pytest.mark.parametrize("own_outputs", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(("kind", "fused"), KINDS)
+def test_every_exit_reads_at_every_step_what_the_twin_reads(kind, fused, own_outputs) -> None:
+    key = jax.random.key(5)
+    found = read(kind, fused, own_outputs, key)
+    may, source_of, hidden = drawn(key, own_outputs)
+    true = estimated = firsts = 0
+    for b, row in enumerate(rows_of_items()):
+        wide = [{name: field.astype(np.float64) for name, field in item.items()} for item in row.items]
+        twins = [
+            ItemTwin(
+                prompt=item["token"].astype(int).tolist(),
+                answer=[],
+                states={depth: item["states"][:, x] for x, depth in enumerate(DEPTHS)},
+                final=normed(item["final"][None])[0].astype(np.float64),
+                exits=exits_config(kind, fused),
+                parameters={name: p.astype(np.float64) for name, p in parameters(kind, fused).items()},
+                embed=embeddings().astype(np.float64),
+                unembed=np.zeros((0, WIDTH)),
+                vocabulary=[],
+            )
+            for item in wide
+        ]
+        for i in range(STEPS):
+            if row.steps[BEGINS + i] is None:
+                continue
+            item, position = row.steps[BEGINS + i]
+            for x, depth in enumerate(DEPTHS):
+                # The state before the chunk's first step is not at hand, and an item's first has none before it.
+                owned = may[b, i] and i > 0 and position > 0 and x < source_of[b, i]
+                source = DEPTHS[source_of[b, i]] if owned else TRUE
+                expected = twins[item].with_rest(depth, position, source, int(hidden[b, i]))
+                np.testing.assert_allclose(found[x, b, i], expected, rtol=2e-4, atol=2e-5, err_msg=f"{b} {i} {depth}")
+                true, estimated, firsts = true + (not owned), estimated + owned, firsts + (position == 0)
+    assert true >= 3
+    assert firsts == 3 * 3, "three items should begin within the chunk"
+    assert (estimated >= 3) == (own_outputs > 0)
+
+
+def test_idle_steps_and_other_items_reach_no_step() -> None:
+    """Whatever stands at them."""
+    key = jax.random.key(5)
+    kept = read("attn", False, 0.6, key)
+    batch = chunk(exits_config("attn", False))
+    steps = len(batch.position[0])
+    of_item = [[None if s is None else s[0] for s in row.steps[BEGINS + STEPS - steps :]] for row in rows_of_items()]
+    mine = np.array([[item == of_item[b][-1] for item in of_item[b][:steps]] for b in range(len(ROWS))])
+    final = np.where(mine[..., None], batch.final, 7.0).astype(np.float32)
+    token = np.where(mine, batch.token, 1).astype(np.int32)
+    states = np.where(mine[None, :, -STEPS:, None], batch.states, -3.0).astype(np.float32)
+    found = read("attn", False, 0.6, key, batch._replace(final=final, token=token, states=states))
+    same = mine[:, -STEPS:]
+    assert 2 <= same.sum() < same.size
+    chex.assert_trees_all_close(found[:, same], kept[:, same], atol=1e-6)
+    assert np.abs(found[:, ~same] - kept[:, ~same]).max() > 0.1
+
+
+@pytest.mark.parametrize(("kind", "fused"), KINDS)
+def test_estimates_get_no_gradient(kind, fused) -> None:
+    """What exit 1 reads of deeper exits does not teach these."""
+    config, key = exits_config(kind, fused), jax.random.key(5)
+    batch = chunk(config)
+    now = normed(batch.final)
+
+    @jax.jit
+    @jax.value_and_grad
+    def of_first_exit(params) -> jax.Array:
+        return jnp.sum(jnp.square(features(config, params, batch, now, embeddings(), 1.0, key)[0]))
+
+    value, gradient = of_first_exit(heads_parameters(config, parameters(kind, fused)))
+    for name in ("map", "norm"):
+        assert np.abs(gradient[name][...][0]).max() > 0
+        assert not np.asarray(gradient[name][...][1:]).any()
+    others = parameters(kind, fused) | {"map": parameters(kind, fused)["map"] + np.array([[[0]], [[0.1]], [[0.1]]])}
+    moved, _ = of_first_exit(heads_parameters(config, others))
+    assert abs(moved - value) > 1e-3, "exit 1 reads no estimate: this would test nothing"
+
+
+@functools.cache
+def told() -> tuple[LanguageModel, jax.Array, jax.Array]:
+    """(a model, tokens [1, T], states [L, 1, T, D] after every layer)."""
+    lm = small_model()
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, LLAMA.vocab_size, (1, 11)), jnp.int32)
+    return lm, tokens, jax.jit(functools.partial(depth_states, depths=(1, 2, 3, 4)))(model, tokens)
+
+
+@pytest.mark.parametrize(("kind", "fused"), KINDS)
+def test_training_on_the_truth_is_what_a_root_gets_in_decoding(kind, fused) -> None:
+    lm, tokens, states = told()
+    config, length, history = exits_config(kind, fused), tokens.shape[1], history_for(exits_config(kind, fused))
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    nothing = np.full((1, history), NO_ITEM, np.int32)
+    batch = Activations(
+        states[:-1],
+        np.concatenate([np.ones((1, history, WIDTH), np.float32), states[-1]], axis=1),
+        np.concatenate([nothing, tokens], axis=1),
+        np.concatenate([nothing, np.arange(length, dtype=np.int32)[None]], axis=1),
+        np.ones((1, length), np.float32),
+    )
+    params = heads_parameters(config, parameters(kind, fused))
+    now, embed = model.normed(batch.final), model.embed[...]
+    found = features(config, params, batch, now, embed, 0.0, jax.random.key(0))
+
+    # One sequence for each position of a root. Every stage sees the root as if it had just got there.
+    roots = np.array([1, WINDOW, length - 1])
+    shape = (len(DEPTHS) + 1, len(roots), 1)
+
+    @jax.jit
+    def decode(tokens, final, hidden) -> jax.Array:
+        arrays = exit_arrays(model, config, parameters(kind, fused), np.arange(config.draft_size, dtype=np.int32))
+        memory = empty_memory(config, len(roots), jnp.float32)
+        memory = read_chunk(model, config, arrays, memory, tokens, final, jnp.int32(0), jnp.asarray(roots))
+        view = StageView(
+            ring=jnp.arange(shape[0]),
+            token=jnp.broadcast_to(tokens[0, roots][None, :, None], shape),
+            position=jnp.broadcast_to(roots[None, :, None], shape),
+            live=jnp.ones(shape, bool),
+            ancestors=jnp.zeros((*shape, shape[0]), bool),
+            parent=jnp.full(shape, NO_NODE),
+            prefix=jnp.asarray(roots),
+        )
+        exits = trained_exits(model, config, arrays)
+        return exits.features(types.SimpleNamespace(exits=memory), hidden, view)
+
+    rows = [jnp.broadcast_to(x, (len(roots), *x.shape[1:])) for x in (tokens, states[-1])]
+    root = decode(*rows, states[:, 0, roots, None])
+    chex.assert_trees_all_close(root[:, :, 0], found[:, 0, roots], atol=2e-5, rtol=1e-4)
+
+
+def test_the_draft_vocabulary_holds_what_the_model_expects() -> None:
+    lm = small_model(dataclasses.replace(LLAMA, eos_ids=(31, 5)))
+    size, count = 12, 200
+
+    def items(number: int) -> Item:
+        return Item((Turn((number % 48,), 14, temperature=1.0, forced_weight=0.25),))
+
+    def fresh() -> Stream:
+        return Stream(lm, items, batch=4, steps=8, history=1, length=16, depths=(2,), seed=1)
+
+    stream = fresh()
+    chosen = draft_vocabulary(lm, stream, size, count)
+    assert chosen.dtype == np.int32
+    assert chosen.shape == (size,)
+    assert (np.diff(chosen) > 0).all()
+    assert {31, 5} <= set(chosen.tolist())
+    assert stream.cursor == fresh().cursor, "the stream should stand where it stood"
+
+    model, again = merge_model(lm.config, lm.layout, lm.weights), fresh()
+    expected, counted = np.zeros(LLAMA.vocab_size), 0
+    while counted < count:
+        batch, learnt = again.next()
+        logits = np.asarray(model.logits(batch.final), np.float64)[:, 1:]
+        shares = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+        expected += (shares * np.asarray(batch.weight, np.float64)[..., None]).sum(axis=(0, 1))
+        counted += learnt
+    out = np.setdiff1d(np.arange(LLAMA.vocab_size), chosen)
+    ranked = [token for token in chosen if token not in (31, 5)]
+    assert expected[ranked].min() >= expected[out].max() - 2e-3
+    assert expected[[31, 5]].min() < expected[out].max(), "EOS would be in anyway: choose other ids"

@@ -1,0 +1,150 @@
+"""The distillation loss against a float64 twin, its gradient, and the memory that it must not take."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import distillation_twin
+
+from dex_jax.training import losses
+from dex_jax.training.losses import Vocabulary, exit_losses
+
+EXITS, TOKENS, WIDTH, WORDS = 3, 11, 8, 24
+DRAFT = (0, 2, 3, 7, 8, 9, 13, 17, 20, 23)
+SCALE = np.array([1.0, 0.5, -2.0], np.float32)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((EXITS, TOKENS, WIDTH + 1)).astype(np.float32)
+    final, unembed = (rng.standard_normal((n, WIDTH)).astype(np.float32) for n in (TOKENS, WORDS))
+    weight = np.array([1, 0, 0.3, 1, 1, 0, 0.3, 1, 1, 1, 0.5], np.float32)
+    return features, final, weight, unembed
+
+
+def vocabulary_of(unembed, draft) -> Vocabulary:
+    unembed = jnp.asarray(unembed)
+    if draft is None:
+        return Vocabulary(unembed)
+    return Vocabulary(unembed, unembed[np.array(draft)], jnp.asarray(draft, jnp.int32))
+
+
+def naive(features, final, weight, vocabulary, hard):
+    """All logits of all exits at once, left to JAX to differentiate."""
+    wanted = jax.nn.softmax(final @ vocabulary.unembed.T)
+    best = jnp.argmax(wanted, axis=-1)
+    wanted = (1 - hard) * wanted + hard * jax.nn.one_hot(best, wanted.shape[-1])
+    if vocabulary.draft is None:
+        said = jax.nn.log_softmax(features[..., :-1] @ vocabulary.unembed.T)
+    else:
+        wanted = wanted[:, vocabulary.draft]
+        wanted = jnp.concatenate([wanted, jnp.maximum(1 - wanted.sum(axis=-1, keepdims=True), 0)], axis=-1)
+        said = jnp.concatenate([features[..., :-1] @ vocabulary.draft_unembed.T, features[..., -1:]], axis=-1)
+        said = jax.nn.log_softmax(said)
+    divergence = jnp.sum(jax.scipy.special.xlogy(wanted, wanted)[None] - wanted[None] * said, axis=-1)
+    return (divergence * weight[None]).sum(axis=-1) / weight.sum()
+
+
+def scaled(loss_of):
+    def total(features, *rest):
+        found = loss_of(features, *rest)
+        return jnp.dot(SCALE, found[0] if isinstance(found, tuple) else found), found
+
+    return jax.value_and_grad(total, has_aux=True)
+
+
+@pytest.mark.parametrize("hard", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("draft", [None, DRAFT])
+def test_values_and_gradients_are_those_of_the_twin(arrays, monkeypatch, draft, hard) -> None:
+    monkeypatch.setattr(losses, "BLOCK", 4)  # 11 tokens: two blocks and a part of one
+    features, final, weight, unembed = arrays
+    vocabulary = vocabulary_of(unembed, draft)
+    (_, found), gradient = scaled(exit_losses)(features, final, weight, vocabulary, hard)
+    twin = distillation_twin.losses(features, final, weight, unembed, draft, hard, SCALE)
+    np.testing.assert_allclose(found[0], twin.loss, rtol=1e-5)
+    np.testing.assert_allclose(found[1], twin.agreement, rtol=1e-5)
+    np.testing.assert_allclose(found[2], twin.coverage, rtol=1e-5)
+    assert 0 < twin.coverage < 1 or draft is None
+    np.testing.assert_allclose(gradient, twin.gradient, atol=1e-6)
+    assert not gradient[:, weight == 0].any()
+    (_, plain), by_jax = scaled(naive)(jnp.asarray(features), final, weight, vocabulary, hard)
+    np.testing.assert_allclose(found[0], plain, rtol=1e-5)
+    np.testing.assert_allclose(gradient, by_jax, atol=1e-6)
+
+
+def test_blocks_of_any_size_give_the_same(arrays, monkeypatch) -> None:
+    features, final, weight, unembed = arrays
+    arguments = features, final, weight, vocabulary_of(unembed, DRAFT)
+    whole = exit_losses(*arguments)
+    for block in (1, 11, 64):
+        monkeypatch.setattr(losses, "BLOCK", block)
+        for one, other in zip(exit_losses(*arguments), whole, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def saying_the_same(final, unembed, draft) -> np.ndarray:
+    """Features [N, D + 1] of an exit whose distribution is the final one."""
+    others = [token for token in range(WORDS) if token not in (draft or range(WORDS))]
+    rest = np.logaddexp.reduce(final @ unembed[others].T, axis=-1) if draft else np.zeros(len(final))
+    return np.concatenate([final, rest[:, None]], axis=-1).astype(np.float32)
+
+
+@pytest.mark.parametrize("draft", [None, DRAFT])
+def test_only_equal_distributions_diverge_by_nothing_and_none_by_less(draft) -> None:
+    """Token by token, from distributions that are nearly flat to ones that are a single token."""
+    rng = np.random.default_rng(1)
+    unembed = rng.standard_normal((WORDS, WIDTH)).astype(np.float32)
+    vocabulary, one = vocabulary_of(unembed, draft), jnp.ones(1)
+    of_tokens = jax.jit(jax.vmap(lambda row, final: exit_losses(row[None, None], final[None], one, vocabulary)[0][0]))
+    for size in (0.1, 1, 10):
+        final = (size * rng.standard_normal((64, WIDTH))).astype(np.float32)
+        rounding = 2e-5 + 2e-8 * np.abs(final @ unembed.T).max() ** 2  # of probabilities, and of their logits
+        same = saying_the_same(final, unembed, draft)
+        assert np.abs(of_tokens(same, final)).max() < rounding
+        other = of_tokens(same * rng.uniform(0, 2, same.shape).astype(np.float32), final)
+        assert other.min() > -rounding
+        assert other.max() > 3 * rounding
+
+
+def test_weights_of_zero_alone_are_no_division_by_zero(arrays) -> None:
+    features, final, _, unembed = arrays
+    nothing = np.zeros(TOKENS, np.float32)
+    (_, found), gradient = scaled(exit_losses)(features, final, nothing, vocabulary_of(unembed, DRAFT), 0.0)
+    assert [float(np.abs(x).max()) for x in found] == [0, 0, 0]
+    assert not gradient.any()
+
+
+def largest_array(function, *arguments) -> int:
+    """Elements of the largest array that a traced function makes, loops and calls included."""
+
+    def of(jaxpr) -> int:
+        sizes = [0]
+        for equation in jaxpr.eqns:
+            sizes += [int(np.prod(variable.aval.shape)) for variable in equation.outvars]
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    sizes.append(of(inner))
+        return max(sizes)
+
+    return of(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+@pytest.mark.parametrize("draft", [None, tuple(range(0, 96, 2))])
+def test_logits_of_all_tokens_never_exist(monkeypatch, draft) -> None:
+    monkeypatch.setattr(losses, "BLOCK", 8)
+    tokens, words = 64, 96
+    columns = words if draft is None else len(draft)
+    features, final, weight = jnp.ones((EXITS, tokens, WIDTH + 1)), jnp.ones((tokens, WIDTH)), jnp.ones(tokens)
+    vocabulary = vocabulary_of(np.ones((words, WIDTH), np.float32), draft)
+
+    def gradient(loss_of):
+        return lambda features: scaled(loss_of)(features, final, weight, vocabulary, 0.1)
+
+    assert largest_array(gradient(exit_losses), features) < tokens * columns
+    assert largest_array(gradient(naive), features) >= EXITS * tokens * columns
+    monkeypatch.setattr(losses, "BLOCK", tokens)  # still one exit at a time
+    assert tokens * columns <= largest_array(gradient(exit_losses), features) < EXITS * tokens * columns
