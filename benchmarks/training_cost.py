@@ -164,9 +164,9 @@ def report(measured: str | None, measured_config: str) -> str:
         f"are then split and rows are not: at most {gigabytes(a_chip)} GB a chip of 16. The time assumes that "
         "arithmetic and reading split evenly, and does not count what the chips tell each other, so take it as the "
         "least that could be.",
-        f"- **T4**: an 8B model does not fit, as its weights alone take {gigabytes(largest.model_bytes)} GB in two bytes "
-        "a number, and 8-bit weights are not offered here. What does fit is a smaller model: with the shapes of Llama "
-        f"3.2 3B, linear exits at {len(smaller.depths)} depths and the same rows it takes "
+        f"- **T4**: an 8B model does not fit, as its weights alone take {gigabytes(largest.model_bytes)} GB in two "
+        "bytes a number, and 8-bit weights are not offered here. What does fit is a smaller model: with the shapes of "
+        f"Llama 3.2 3B, linear exits at {len(smaller.depths)} depths and the same rows it takes "
         f"{gigabytes(small.total_bytes)} GB and {duration(small.seconds)} for a million tokens. Exits of an 8B model "
         "are trained on a larger machine, and used wherever the model itself fits.",
         "## The arithmetic, one A100, linear",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -99,15 +100,26 @@ def run(capsys, *arguments: str | Path) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def test_training_leaves_exits_metrics_and_a_picture(trained) -> None:
+def test_training_leaves_exits_and_metrics(trained) -> None:
     exits = load_exits(trained)
     assert (exits.config.depths, exits.config.width, exits.config.draft_size) == ((1, 2), MODEL.width, 64)
     assert exits.metadata["steps"] == 4
     assert np.any(exits.parameters["map"])
     evaluations = [record["step"] for record in read_journal(trained) if record["kind"] == "evaluation"]
     assert evaluations == [2, 4]
-    pytest.importorskip("matplotlib")
-    assert (trained / "agreement.png").read_bytes().startswith(b"\x89PNG")
+    drawn = trained / "agreement.png"
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    assert drawn.is_file() == has_matplotlib
+
+
+def test_the_picture_is_drawn_of_all_evaluations(monkeypatch, trained) -> None:
+    drawn = []
+    monkeypatch.setattr("dex_jax.evaluation.exit_report.plot_agreement", lambda *given: drawn.append(given))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    train._draw(trained)
+    ((records, path),) = drawn
+    assert [(record["step"], record["groups"]["mean"]["depths"]) for record in records] == [(2, [1, 2]), (4, [1, 2])]
+    assert path == trained / "agreement.png"
 
 
 def test_the_same_command_again_finds_nothing_left_to_do(capsys, trained, place) -> None:
@@ -311,6 +323,18 @@ def test_an_interruption_before_training(capsys, monkeypatch) -> None:
     code, _, err = run(capsys, "--config", "x.py")
     assert code == 130
     assert "run the same command again" in err
+
+
+def test_too_little_memory_is_one_sentence(capsys, monkeypatch) -> None:
+    def full(path):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
+
+    monkeypatch.setattr("dex_jax.cli.train_arguments.read_config", full)
+    assert run(capsys, "--config", "x.py") == (
+        2,
+        "",
+        "error: the device has too little memory for this: lower --batch\n",
+    )
 
 
 @pytest.mark.parametrize(

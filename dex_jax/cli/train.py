@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +46,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped. To go on, run the same command again.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # The reader is gone; nothing more may be written, not even by the interpreter's own flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except RuntimeError as error:
+        # What JAX raises where memory is allocated, and it has no class of its own for that.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("error: the device has too little memory for this: lower --batch", file=sys.stderr)
+        return BAD_INPUT
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -67,7 +79,7 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
     initial = None if args.init_from is None else load_exits(args.init_from)
     print(_estimate(config, args), flush=True)
     lm = load(config.model, config.train.dtype)
-    train_exits(config, lm, folder, mesh=mesh, initial=initial)
+    train_exits(config, lm, folder, mesh=mesh, initial=initial, tell=functools.partial(print, flush=True))
     _draw(folder)
     model = "" if config.model == "smollm2-135m" else f" --model {config.model}"
     print(f'The exits are in {folder / FILE_NAME}. Use them: decode.py{model} --exits {folder} --prompt "..."')
