@@ -1,0 +1,160 @@
+"""A training of exits from its configuration to the file: killed, continued, begun from others, on several devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from exit_training_worker import CONFIG, EXITS, base_model, with_steps
+from reference.small_models import LLAMA, small_model
+
+from dex_jax.errors import DexError
+from dex_jax.io.exits_file import TrainedExits, load_exits
+from dex_jax.nn.exits import initial_heads, parameters_of
+from dex_jax.training.exit_training import held_out_texts, train_exits
+from dex_jax.training.items import Item, Turn
+from dex_jax.training.journal import read_journal
+
+WORKER = Path(__file__).with_name("exit_training_worker.py")
+
+
+def quiet(line: str) -> None:
+    """Tells nobody."""
+
+
+def work(folder: Path, *arguments: str, flags: str = "") -> int:
+    """The exit status of a training in a process of its own."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return subprocess.run([sys.executable, str(WORKER), str(folder), *arguments], env=environment).returncode
+
+
+def largest_change(one: TrainedExits, other: dict[str, np.ndarray]) -> float:
+    return max(float(np.abs(one.parameters[name] - other[name]).max()) for name in other)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: its folder, the exits it returns, and the backbone's weights before and after."""
+    folder = tmp_path_factory.mktemp("whole")
+    lm = base_model()
+    before = jax.tree.map(np.array, lm.weights)
+    exits = train_exits(CONFIG, lm, folder, tell=quiet)
+    return types.SimpleNamespace(folder=folder, exits=exits, before=before, after=lm.weights)
+
+
+def test_a_run_writes_its_exits_and_figures(whole) -> None:
+    exits = load_exits(whole.folder)
+    assert exits.config == dataclasses.replace(EXITS, norm_eps=LLAMA.norm_eps)
+    assert exits.fingerprint == base_model().fingerprint
+    assert exits.metadata["tokens"] == 6 * 16
+    assert exits.metadata["steps"] == 6
+    assert len(exits.metadata["held_out"]["self"]["agreement"]) == 2
+    fresh = parameters_of(initial_heads(EXITS, np.ones(LLAMA.width)))
+    assert largest_change(exits, {"map": fresh["map"]}) > 1e-3
+    records = read_journal(whole.folder)
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_backbone_is_never_touched(whole) -> None:
+    leaves = zip(jax.tree.leaves(whole.before), jax.tree.leaves(whole.after), strict=True)
+    assert all(np.array_equal(before, after) for before, after in leaves)
+
+
+def test_a_killed_run_goes_on_to_the_same_exits(whole, tmp_path, capfd) -> None:
+    assert work(tmp_path, "--die-before", "5") == -signal.SIGKILL
+    assert not (tmp_path / "one" / "exits.safetensors").exists()
+    exits = train_exits(CONFIG, base_model(), tmp_path / "one", tell=quiet)
+    assert "Resuming from step" in capfd.readouterr().err
+    for found in (exits, load_exits(tmp_path / "one")):
+        assert np.array_equal(found.vocabulary, whole.exits.vocabulary)
+        for name, value in whole.exits.parameters.items():
+            assert np.array_equal(found.parameters[name], value), name
+    about = [{**each.metadata, "minutes": None} for each in (exits, whole.exits)]
+    assert about[0] == about[1]
+
+
+def test_a_run_starts_from_given_exits_and_warns_of_another_backbone(whole, tmp_path) -> None:
+    config = dataclasses.replace(with_steps(1), evaluation_texts=0)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e-9))
+    told: list[str] = []
+    given = dataclasses.replace(whole.exits, fingerprint="another")
+    exits = train_exits(config, base_model(), tmp_path, initial=given, tell=told.append)
+    assert np.array_equal(exits.vocabulary, given.vocabulary)
+    assert largest_change(exits, given.parameters) < 1e-6
+    assert exits.fingerprint == base_model().fingerprint
+    assert exits.metadata["held_out"] == {}
+    warnings = [line for line in told if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "another" in warnings[0]
+    assert not any("draft vocabulary" in line for line in told), "they bring their own"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kind": "linear", "window": 9}, "kind is attn there and linear here; window is 5 there and 9 here"),
+        ({"depths": (1,)}, r"depths is \(1, 2\) there and \(1,\) here"),
+        ({"draft_size": 20}, "draft_size is 24 there and 20 here"),
+        ({"depths": (1, 3)}, "below the model's 3 layers"),
+    ],
+)
+def test_exits_that_do_not_fit_are_refused(whole, tmp_path, changes, says) -> None:
+    config = dataclasses.replace(CONFIG, exits=dataclasses.replace(EXITS, **changes))
+    with pytest.raises(DexError, match=says):
+        train_exits(config, base_model(), tmp_path / "new", initial=whole.exits, tell=quiet)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_is_done_gives_its_exits_again_and_the_width_is_the_models(whole) -> None:
+    config = dataclasses.replace(CONFIG, exits=dataclasses.replace(EXITS, width=1))
+    again = train_exits(config, base_model(), whole.folder, tell=quiet)
+    assert largest_change(again, whole.exits.parameters) == 0
+    assert again.config.width == LLAMA.width
+
+
+def test_held_out_texts_are_prompts_with_answers(tmp_path) -> None:
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=1))
+    best = np.asarray(lm.logits(np.arange(48)[:, None])[:, 0].argmax(axis=-1))
+    again = next(token for token in range(48) if best[token] == token)  # a prompt that its answer repeats
+    ends = next(token for token in range(48) if best[token] not in (0, again, token))
+    lm = small_model(dataclasses.replace(lm.config, eos_ids=(int(best[ends]),)))
+    sources = {
+        "prompts": [Item((Turn((again,), 12),))],
+        "only EOS": [Item((Turn((ends,), 12),))],
+        "two turns": [Item((Turn((again,), 3, temperature=1.0), Turn((ends, 9), 12)))],
+        "texts": [Item((Turn((3, 4, 5)),))],
+        "none": [],
+    }
+    groups = held_out_texts(CONFIG, lm, types.SimpleNamespace(held_out=sources), tmp_path, quiet)
+    assert list(groups) == ["prompts", "two turns", "texts"]
+    ((prompt, answer),) = groups["prompts"]
+    assert prompt == [again]
+    assert answer[0] == again
+    assert len(answer) == CONFIG.evaluation_tokens
+    (prompt, answer) = groups["two turns"][0]
+    assert prompt[0] == again
+    assert prompt[-2:] == [ends, 9]
+    assert 1 <= len(answer) <= CONFIG.evaluation_tokens
+    assert groups["texts"] == [([3], [4, 5])]
+    kept = held_out_texts(CONFIG, lm, types.SimpleNamespace(held_out={}), tmp_path, quiet)
+    assert kept == groups, "made once, kept in the folder"
+
+
+def test_meshes_give_one_devices_exits(whole, tmp_path) -> None:
+    meshes = ["2x1", "1x2", "2x2"]
+    # Not optimised: four programs to compile, and hardly anything to run.
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    assert work(tmp_path, "--evaluation-texts", "0", "--meshes", *meshes, flags=flags) == 0
+    for mesh in meshes:
+        exits = load_exits(tmp_path / mesh)
+        assert np.array_equal(exits.vocabulary, whole.exits.vocabulary)
+        for name, value in whole.exits.parameters.items():
+            np.testing.assert_allclose(exits.parameters[name], value, rtol=1e-4, atol=2e-6, err_msg=f"{mesh} {name}")
