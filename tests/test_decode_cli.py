@@ -48,7 +48,7 @@ JSON_TYPES = {
 def one_model(monkeypatch, smollm2):
     """The session's model instead of loading it for every call, and no compilation cache on disk."""
     monkeypatch.setattr(dex_jax.language_model.Outline, "load", lambda *args, **options: smollm2)
-    monkeypatch.setattr(decode, "_remember_compilations", lambda: None)
+    monkeypatch.setattr(decode, "remember_compilations", lambda: None)
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:

@@ -67,7 +67,7 @@ config = WholeModelConfig(
 @pytest.fixture(autouse=True)
 def nothing_kept_on_disk(monkeypatch) -> None:
     for module in (decode, train):
-        monkeypatch.setattr(module, "_remember_compilations", lambda: None)
+        monkeypatch.setattr(module, "remember_compilations", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def place(tmp_path_factory) -> Path:
 def trained(place) -> Path:
     """The folder of a finished training of exits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_remember_compilations", lambda: None)
+        patch.setattr(train, "remember_compilations", lambda: None)
         assert train.main(["--config", str(place / "exits.py"), "--folder", str(place / "run")]) == 0
     return place / "run"
 

@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("method").add_argument
     add("--method", choices=["dex", "ar"], default="dex", help="dex, or ar: one layer stack a token (%(default)s)")
     add("--explorers", type=int, metavar="K", help="number of exit depths, evenly spaced (5)")
-    add("--depths", type=_depths, metavar="X,...,L", help="the exit depths themselves, ending at the last layer")
+    add("--depths", type=depths, metavar="X,...,L", help="the exit depths themselves, ending at the last layer")
     add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most, or "full" (2^(K-2), at most 8)')
     add("--no-decs", action="store_true", help="let exits repeat tokens that a node's children already hold")
 
@@ -132,7 +132,7 @@ def _json_prompt(name: str, number: int, line: str) -> Prompt:
     raise DexError(f'{name}, line {number}: needs an object with "prompt" (a string) or "messages" (a list)')
 
 
-def _depths(text: str) -> tuple[int, ...]:
+def depths(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

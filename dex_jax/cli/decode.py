@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return dry_run(args, method)
     prompts = prompts_of(args)
-    _remember_compilations()
+    remember_compilations()
     with _progress() as (on_tensor, status):
         model = _outline(args, method)
         status("compiling")
@@ -149,7 +149,7 @@ def _heading(prompt: Prompt) -> str:
     return line if len(line) <= 100 else line[:97] + "..."
 
 
-def _remember_compilations() -> None:
+def remember_compilations() -> None:
     """Keeps compiled programs on disk between runs, unless the user has chosen a place or switched it off."""
     import jax
 

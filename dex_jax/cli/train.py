@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dex_jax.cli.decode import BAD_INPUT, INTERRUPTED, OK, _remember_compilations
+from dex_jax.cli.decode import BAD_INPUT, INTERRUPTED, OK, remember_compilations
 from dex_jax.cli.train_arguments import (
     configured,
     evaluate_parser,
@@ -63,7 +63,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(_estimate(config, args))
         return
-    _remember_compilations()
+    remember_compilations()
     if isinstance(config, ExitTraining):
         _train_exits(config, args)
     else:

@@ -8,7 +8,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-from dex_jax.cli.arguments import _depths as depths
+from dex_jax.cli.arguments import depths
 from dex_jax.errors import DexError
 from dex_jax.language_model import DTYPES
 from dex_jax.training.estimate import MACHINES

@@ -79,7 +79,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """
     import jax.numpy as jnp
 
-    from dex_jax.cli.decode import _remember_compilations
+    from dex_jax.cli.decode import remember_compilations
     from dex_jax.evaluation.exit_metrics import grouped_figures
     from dex_jax.evaluation.exit_report import tables
     from dex_jax.language_model import load
@@ -87,7 +87,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     if args.prompts is not None and args.prompts < 1:
         raise DexError(f"--prompts must be at least 1, not {args.prompts}")
-    _remember_compilations()
+    remember_compilations()
     lm = load(args.model, args.dtype)
     exits = _chosen_exits(args, lm)
     groups = _answered(args, lm)

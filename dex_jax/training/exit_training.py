@@ -207,9 +207,10 @@ def _vocabulary(
 ) -> np.ndarray | None:
     if exits.draft_size is None:
         return None
-    if initial is not None:
-        return initial.vocabulary
     file = folder / "draft_vocabulary.json"
+    if initial is not None and initial.vocabulary is not None:
+        _write(file, initial.vocabulary.tolist())
+        return initial.vocabulary
     if not file.is_file():
         tell(f"counting the draft vocabulary on {config.draft_tokens} tokens")
         _write(file, draft_vocabulary(lm, stream, exits.draft_size, config.draft_tokens).tolist())
