@@ -133,6 +133,7 @@ def _json_prompt(name: str, number: int, line: str) -> Prompt:
 
 
 def depths(text: str) -> tuple[int, ...]:
+    """A list of whole numbers with commas between."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
