@@ -267,14 +267,14 @@ def test_training_on_the_truth_is_what_a_root_gets_in_decoding(kind, fused) -> N
 
 
 def test_the_draft_vocabulary_holds_what_the_model_expects() -> None:
-    lm = small_model(dataclasses.replace(LLAMA, eos_ids=(31, 5)))
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=1, eos_ids=(31, 5)))
     size, count = 12, 200
 
     def items(number: int) -> Item:
         return Item((Turn((number % 48,), 14, temperature=1.0, forced_weight=0.25),))
 
     def fresh() -> Stream:
-        return Stream(lm, items, batch=4, steps=8, history=1, length=16, depths=(2,), seed=1)
+        return Stream(lm, items, batch=4, steps=8, history=1, length=16, depths=(1,), seed=1)
 
     stream = fresh()
     chosen = draft_vocabulary(lm, stream, size, count)
