@@ -172,12 +172,9 @@ class Distillation:
     def constant_sharding(self, mesh: Mesh) -> dict[str, Any]:
         """Embedding and unembedding are split by the vocabulary."""
         c, draft = self.lm.config, self.vocabulary
-        whole = matrix_spec(mesh, (c.vocab_size, c.width))
-        if draft is None:
-            vocabulary = Vocabulary(whole)
-        else:
-            vocabulary = Vocabulary(whole, matrix_spec(mesh, (len(draft), c.width)), EVERYWHERE)
-        return {"embed": whole, "final_norm": EVERYWHERE, "vocabulary": vocabulary}
+        whole: Any = matrix_spec(mesh, (c.vocab_size, c.width))
+        parts: list[Any] = [] if draft is None else [matrix_spec(mesh, (len(draft), c.width)), EVERYWHERE]
+        return {"embed": whole, "final_norm": EVERYWHERE, "vocabulary": Vocabulary(whole, *parts)}
 
     def trained(self, params: Any, metadata: dict[str, Any] | None = None) -> TrainedExits:
         """Parameters in training as exits to decode with."""

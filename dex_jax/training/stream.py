@@ -195,16 +195,19 @@ def produce(
 
 def activation_specs(mesh: Mesh) -> Activations:
     """How a chunk lies on a mesh: a PartitionSpec for each field."""
-    rows = rows_spec(mesh)
-    return Activations(rows_spec(mesh, 1), rows, rows, rows, rows)
+    states: Any = rows_spec(mesh, 1)
+    rows: Any = rows_spec(mesh)
+    return Activations(states, rows, rows, rows, rows)
 
 
 def _chunk_places(mesh: Mesh) -> Activations:
-    return Activations(*(NamedSharding(mesh, spec) for spec in activation_specs(mesh)))
+    specs: Any = activation_specs(mesh)
+    places: list[Any] = [NamedSharding(mesh, spec) for spec in specs]
+    return Activations(*places)
 
 
 def _state_places(spec: StreamSpec, mesh: Mesh) -> StreamState:
-    rows = NamedSharding(mesh, rows_spec(mesh))
+    rows: Any = NamedSharding(mesh, rows_spec(mesh))
     caches = NamedSharding(mesh, rows_spec(mesh, 2)) if isinstance(spec.layout, Stacked) else rows
     nothing = NamedSharding(mesh, EVERYWHERE)  # there is no lattice, and XLA does not split an empty array
     return StreamState(cache.Memory(caches, caches, nothing, nothing), rows, rows, rows, rows)
