@@ -16,6 +16,7 @@ from dex_jax.config import ExitsConfig
 from dex_jax.decoding.network import extend_with_states
 from dex_jax.language_model import merge_model
 from dex_jax.nn.exits import ExitHeads, exit_graph, initial_heads
+from dex_jax.nn.targets import Vocabulary
 from dex_jax.training.distillation import history_for, read_chunk_for_training
 from dex_jax.training.estimate import (
     MACHINES,
@@ -28,7 +29,7 @@ from dex_jax.training.estimate import (
     this_machine,
     training_cost,
 )
-from dex_jax.training.losses import Vocabulary, exit_losses
+from dex_jax.training.losses import exit_losses
 from dex_jax.training.stream import Activations
 
 # Wide enough for products to outweigh all else, as in models that people use.

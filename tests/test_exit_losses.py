@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from reference import distillation_twin
 
+from dex_jax.nn.targets import Vocabulary
 from dex_jax.training import losses
-from dex_jax.training.losses import Vocabulary, exit_losses
+from dex_jax.training.losses import exit_losses
 
 EXITS, TOKENS, WIDTH, WORDS = 3, 11, 8, 24
 DRAFT = (0, 2, 3, 7, 8, 9, 13, 17, 20, 23)

@@ -34,7 +34,14 @@ def compiled(method, layout, batch: int):
     limits = Limits(ints(batch), ints(1))
     last = jax.ShapeDtypeStruct((batch, CONFIG.width), jnp.float32)
     state = jax.eval_shape(
-        lambda *args: start_decoding(*args, spec=spec, capacity=64), weights, None, memory, last, ints(batch), limits, None
+        lambda *args: start_decoding(*args, spec=spec, capacity=64),
+        weights,
+        None,
+        memory,
+        last,
+        ints(batch),
+        limits,
+        None,
     )
     return RUN.jitted.lower(weights, None, state, limits, None, ints(), spec=spec).compile(), state
 

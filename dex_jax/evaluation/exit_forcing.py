@@ -25,8 +25,8 @@ from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel, merge_model
 from dex_jax.nn.exits import Context, ExitHeads, parameters_of
 from dex_jax.nn.layers import KeyValues, linear
+from dex_jax.nn.targets import Vocabulary, targets
 from dex_jax.nn.transformer import Layout
-from dex_jax.training.losses import Vocabulary, targets
 
 Text = tuple[Sequence[int], Sequence[int]]
 """(token ids of the prompt, token ids of the answer)."""

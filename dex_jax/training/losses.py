@@ -8,73 +8,15 @@ cross-entropy of the final layer's best token. Letters: X exits, N tokens, D wid
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dex_jax.nn.layers import linear
+from dex_jax.nn.targets import Vocabulary, targets
 
 BLOCK = 512
 """Tokens whose logits exist at one time."""
-
-
-class Vocabulary(NamedTuple):
-    """What turns features into logits.
-
-    Attributes:
-      unembed: [V, D], the model's own.
-      draft_unembed: [V', D], its rows of the draft vocabulary; None for the full vocabulary.
-      draft: [V'] int32, their token ids, ascending; None for the full vocabulary.
-    """
-
-    unembed: jax.Array
-    draft_unembed: jax.Array | None = None
-    draft: jax.Array | None = None
-
-
-class Targets(NamedTuple):
-    """The final distribution of N tokens, as exits see it.
-
-    Attributes:
-      inside: [N, V'] float32, probabilities of the (draft) vocabulary.
-      outside: [N] float32, of all other tokens together.
-      entropy: [N] float32, of the coarsened distribution, in nats.
-      best: [N] int32, column of the final layer's best token, V' if it has none.
-    """
-
-    inside: jax.Array
-    outside: jax.Array
-    entropy: jax.Array
-    best: jax.Array
-
-
-def targets(final: jax.Array, vocabulary: Vocabulary, hard: float) -> Targets:
-    """The targets of N tokens.
-
-    Args:
-      final: [N, D], features after the final norm at depth L.
-      vocabulary: of the exits.
-      hard: share, from 0 to 1, of the target that is the best token alone.
-    """
-    logits = linear(final, vocabulary.unembed, out_dtype=jnp.float32)
-    top = jnp.argmax(logits, axis=-1)
-    log_all = jax.nn.logsumexp(logits, axis=-1)
-    if vocabulary.draft is None:
-        columns, best, width = logits, top, logits.shape[-1]
-    else:
-        width = vocabulary.draft.shape[0]
-        columns = logits[:, vocabulary.draft]
-        at = jnp.minimum(jnp.searchsorted(vocabulary.draft, top), width - 1)
-        best = jnp.where(vocabulary.draft[at] == top, at, width)
-    inside = jnp.exp(columns - log_all[:, None]) * (1 - hard)
-    inside = inside + hard * (jnp.arange(width)[None] == best[:, None])
-    # Of the full vocabulary nothing is outside, and what rounding leaves there would count as entropy.
-    outside = jnp.zeros_like(log_all)
-    if vocabulary.draft is not None:
-        outside = jnp.maximum(1 - jnp.sum(inside, axis=-1), 0.0)
-    entropy = -jnp.sum(jax.scipy.special.xlogy(inside, inside), axis=-1) - jax.scipy.special.xlogy(outside, outside)
-    return Targets(inside, outside, entropy, best)
 
 
 def exit_losses(
