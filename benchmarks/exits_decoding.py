@@ -3,8 +3,8 @@
     python benchmarks/exits_decoding.py --data HumanEval.jsonl.gz --data question_240.jsonl --prompts 8 \
         --output docs/exits_decoding
 
-Tokens must be AR's on every prompt. Ticks are those of the lattice as it ran, cap included, and stand beside the ones
-that the exits' measurement predicts for rows that never prune. Finished prompts are kept, so an interrupted run goes on.
+Tokens must be AR's on every prompt. Ticks are those of the lattice as it ran, cap included. Finished prompts are kept,
+so an interrupted run goes on.
 """
 
 from __future__ import annotations
