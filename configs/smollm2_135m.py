@@ -53,7 +53,7 @@ config = ExitTraining(
     chunk=8,
     options=DistillationOptions(own_outputs=0.5),
     train=TrainConfig(
-        steps=1000,
+        steps=700,
         batch=64,
         learning_rate=2e-3,
         warmup_steps=60,
