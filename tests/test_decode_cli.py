@@ -174,7 +174,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
         (["--prompt", SKY, "--max-new-tokens", "9000"], "passes the model's context of 8192"),
         (["--prompt", SKY, "--num-samples", "0"], "num_samples must be at least 1, not 0"),
         (["--prompt", SKY, "--method", "ar", "--rows", "2"], "--rows belongs to --method dex"),
-        (["--prompt", SKY, "--exits", "no/such/exits"], "exits must be"),
+        (["--prompt", SKY, "--exits", "no/such/exits"], "there are no exits at no/such/exits"),
         (["--prompt", SKY, "--stop", ""], "a stop string must not be empty"),
         (["--prompt-file", "no/such/file.txt"], "cannot read the prompt file no/such/file.txt"),
     ],
