@@ -97,9 +97,16 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--depths", type=depths, metavar="X,...", help="of shared exits (those that K = 2, 3, 5, 6 and 10 need)")
     add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
     add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
-    add("--data", nargs="+", required=True, metavar="FILE", help="prompts: .jsonl, .json or .txt, each a group")
+    add(
+        "--data",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help="prompts: .jsonl, .json or .txt, each a group",
+    )
     add("--max-new-tokens", type=int, default=96, metavar="N", help="of each answer (%(default)s)")
-    add("--prompts", type=int, metavar="N", help="the first N prompts of each file (all)")
+    add("--prompts", type=int, metavar="N", help="N prompts of each file, evenly spread (all)")
     add("--batch", type=int, default=8, metavar="B", help="prompts at a time (%(default)s)")
     add("--output", metavar="FILE.json", help="write the figures there too")
     add("--cache", metavar="FILE.json", help="keep answers there, so that other exits are measured on the same ones")

@@ -143,7 +143,7 @@ def _answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Tex
     from dex_jax.evaluation.exit_metrics import answers
     from dex_jax.training.prompt_files import read_prompts
 
-    prompts = {name: read_prompts(path)[: args.prompts] for name, path in _group_names(args.data).items()}
+    prompts = {name: _spread(read_prompts(path), args.prompts) for name, path in _group_names(args.data).items()}
     made_by = {"model": lm.fingerprint, "dtype": str(lm.dtype), "max_new_tokens": args.max_new_tokens}
     known = {} if args.cache is None else _read_cache(Path(args.cache), made_by)
     groups: dict[str, list[Text]] = {}
@@ -157,6 +157,13 @@ def _answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Tex
                 _write(args.cache, made_by | {"answers": [[list(p), a] for p, a in known.items()]})
         groups[name] = [(list(prompt), known[prompt]) for prompt in ids]
     return groups
+
+
+def _spread(prompts: list[Any], count: int | None) -> list[Any]:
+    """`count` prompts evenly spread over the list; all of them for None or when there are no more."""
+    if count is None or count >= len(prompts):
+        return prompts
+    return [prompts[at * len(prompts) // count] for at in range(count)]
 
 
 def _group_names(paths: Sequence[str]) -> dict[str, str]:
