@@ -1,8 +1,12 @@
 """Exits for SmolLM2-135M on a grid that serves K = 2, 3, 5, 6 and 10: every multiple of 3 and of 5 below 30 layers.
 
-These are the exits that ship with the package. The prompts come from public sets (see README, "Training exits"): read
-by path, and none of the kinds that the README reports figures for are among them.
+These are the exits that ship with the package. Beside what the model writes itself and Python's standard library they
+learn from prompts of public sets (README, "What ships for SmolLM2-135M"), read by path. Sets that are not there are
+left out, and a line says so: training then goes on without them, and what comes out is another training's.
 """
+
+import sys
+from pathlib import Path
 
 from dex_jax.config import ExitsConfig
 from dex_jax.training.config import TrainConfig
@@ -10,7 +14,19 @@ from dex_jax.training.distillation import DistillationOptions
 from dex_jax.training.exit_training import ExitTraining
 from dex_jax.training.sources import SourceOptions
 
-DATA = "../shared/data"
+DATA = Path("../shared/data")
+PROMPTS = {
+    "instruct_rasbt/instruction-data.json": 0.1,
+    "instruct_selfinstruct/seed_tasks.jsonl": 0.05,
+    "instruct_selfinstruct/user_oriented_instructions.jsonl": 0.05,
+    "gsm8k/train.jsonl": 0.15,
+    "mmlu/mmlu_dev.jsonl": 0.1,
+}
+
+present = {name: share for name, share in PROMPTS.items() if (DATA / name).is_file()}
+if len(present) < len(PROMPTS):
+    missing = ", ".join(sorted(PROMPTS.keys() - present.keys()))
+    print(f"training without {missing}: not in {DATA}", file=sys.stderr)
 
 config = ExitTraining(
     model="smollm2-135m",
@@ -27,11 +43,7 @@ config = ExitTraining(
     data=(
         "self=0.25",
         "python-stdlib=0.3",
-        f"{DATA}/instruct_rasbt/instruction-data.json=0.1",
-        f"{DATA}/instruct_selfinstruct/seed_tasks.jsonl=0.05",
-        f"{DATA}/instruct_selfinstruct/user_oriented_instructions.jsonl=0.05",
-        f"{DATA}/gsm8k/train.jsonl=0.15",
-        f"{DATA}/mmlu/mmlu_dev.jsonl=0.1",
+        *(f"{DATA / name}={share}" for name, share in present.items()),
     ),
     sources=SourceOptions(
         length=224,

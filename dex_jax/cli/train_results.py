@@ -95,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> None:
     figures = grouped_figures(lm, heads, exits.vocabulary, groups, batch=args.batch)
     print(tables(figures))
     if args.output is not None:
-        about = {"exits": exits.source, "model": lm.source, "max_new_tokens": args.max_new_tokens}
+        about = {"exits": str(args.exits), "model": str(args.model), "max_new_tokens": args.max_new_tokens}
         _write(args.output, about | {"groups": {name: each.to_json() for name, each in figures.items()}})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
@@ -102,6 +103,7 @@ def resolve_exits(
     return ResolvedExits(dataclasses.replace(schedule, depths=depths), source, trained, tuple(remarks))
 
 
+@functools.lru_cache(maxsize=2)
 def default_exits(fingerprint: str) -> TrainedExits | None:
     """The exits that ship for a model, by its fingerprint."""
     file = DEFAULTS / f"{fingerprint}.safetensors"

@@ -99,7 +99,19 @@ def stream(
     if ticks_per_update < 1:
         raise DexError(f"ticks_per_update must be at least 1, not {ticks_per_update}")
     run = _prepare(
-        lm, prompts, method, max_new_tokens, exits, temperature, top_k, top_p, seed, num_samples, stop, chat, notify
+        lm,
+        prompts,
+        method=method,
+        max_new_tokens=max_new_tokens,
+        exits=exits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        num_samples=num_samples,
+        stop=stop,
+        chat=chat,
+        notify=notify,
     )
     run.exits.say()
     times = dict.fromkeys(("compile", "prefill", "decode"), 0.0)
@@ -116,30 +128,13 @@ def stream(
             record = run.session.advance(ticks_per_update)
 
 
-def precompile(
-    lm: Outline | LanguageModel,
-    prompts: Prompt | Sequence[Prompt],
-    *,
-    method: Method | None = None,
-    max_new_tokens: int = 128,
-    exits: str | os.PathLike | TrainedExits = "default",
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | Sequence[int] = 0,
-    num_samples: int = 1,
-    stop: str | Sequence[str] | None = None,
-    chat: bool = True,
-    notify: Callable[[str], None] = lambda phase: None,
-) -> float:
+def precompile(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], **options) -> float:
     """Checks prompts and options and compiles what `stream` would run with them; returns the seconds it took.
 
     With an Outline this happens before any weight is loaded, so that bad input costs nothing and what compilation needs
-    of memory does not come on top of the weights. Arguments and errors are those of `stream`.
+    of memory does not come on top of the weights. Options, except ticks_per_update, and errors are those of `stream`.
     """
-    run = _prepare(
-        lm, prompts, method, max_new_tokens, exits, temperature, top_k, top_p, seed, num_samples, stop, chat, notify
-    )
+    run = _prepare(lm, prompts, **options)
     before = _compile_seconds()
     run.session.compile()
     return _compile_seconds() - before
@@ -160,17 +155,18 @@ class _Prepared:
 def _prepare(
     lm: Outline | LanguageModel,
     prompts: Prompt | Sequence[Prompt],
-    method: Method | None,
-    max_new_tokens: int,
-    exits: str | os.PathLike | TrainedExits,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | Sequence[int],
-    num_samples: int,
-    stop: str | Sequence[str] | None,
-    chat: bool,
-    notify: Callable[[str], None],
+    *,
+    method: Method | None = None,
+    max_new_tokens: int = 128,
+    exits: str | os.PathLike | TrainedExits = "default",
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Sequence[int] = 0,
+    num_samples: int = 1,
+    stop: str | Sequence[str] | None = None,
+    chat: bool = True,
+    notify: Callable[[str], None] = lambda phase: None,
 ) -> _Prepared:
     resolved = resolve_method(Dex() if method is None else method, exits, lm.config, lm.fingerprint)
     schedule = resolved.schedule

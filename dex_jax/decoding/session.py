@@ -206,6 +206,7 @@ class Session:
         eos = jnp.asarray(lm.eos_ids or (-1,), jnp.int32)
         self.limits = Limits(jnp.full(len(prompts), max_new_tokens, jnp.int32), eos)
         self.tick = 0
+        self.heads: ExitArrays | None = None
         self.state: Any = None
 
     def compile(self) -> None:

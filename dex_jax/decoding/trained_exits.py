@@ -16,7 +16,7 @@ from flax import nnx
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.interface import Committed, Exits, StageView
 from dex_jax.lattice import NO_NODE
-from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph
+from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph, heads_of
 from dex_jax.nn.layers import KeyValues, linear
 from dex_jax.nn.transformer import Transformer
 
@@ -62,7 +62,7 @@ def exit_arrays(
     """
     kernel = model.embed if model.unembed is None else model.unembed
     dtype = kernel[...].dtype
-    heads = ExitHeads(config, lambda name, shape, kind: jnp.asarray(parameters[name], dtype))
+    heads = heads_of(config, parameters, dtype)
     if vocabulary is None:
         return ExitArrays(nnx.state(heads), None, None, None)
     draft = jnp.asarray(vocabulary, jnp.int32)
@@ -160,14 +160,15 @@ def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -
     def features(memory: Any, hidden: jax.Array, view: StageView) -> jax.Array:
         stages, batch, rows, width = hidden.shape
         states = hidden[:-1].reshape(stages - 1, batch * rows, width)
-        previous = context = None
+        previous = context = base = None
         if config.needs_previous:
-            done = [heads.base(states).reshape(stages - 1, batch, rows, width), model.normed(hidden[-1:])]
-            before = previous_features(jnp.concatenate(done), memory.exits.previous, view)
+            base = heads.base(states)
+            reached = [base.reshape(stages - 1, batch, rows, width), model.normed(hidden[-1:])]
+            before = previous_features(jnp.concatenate(reached), memory.exits.previous, view)
             previous = before.reshape(states.shape)
             if heads.context is not None:
                 context = _context_rows(model, heads.context, memory.exits.context, before, view).reshape(states.shape)
-        return heads.features(states, previous, context).reshape(stages - 1, batch, rows, width + 1)
+        return heads.features(states, previous, context, base).reshape(stages - 1, batch, rows, width + 1)
 
     def logits(features: jax.Array) -> jax.Array:
         own = features[:, :-1]

@@ -69,7 +69,13 @@ class ExitHeads(nnx.Module):
         scaled = normed * self.norm[...][:, None].astype(normed.dtype)
         return scaled + self._own_map(normed)
 
-    def features(self, states: jax.Array, previous: jax.Array | None, context: jax.Array | None) -> jax.Array:
+    def features(
+        self,
+        states: jax.Array,
+        previous: jax.Array | None,
+        context: jax.Array | None,
+        base: jax.Array | None = None,
+    ) -> jax.Array:
         """All that the unembedding needs to know.
 
         Args:
@@ -77,12 +83,13 @@ class ExitHeads(nnx.Module):
           previous: [X, N, D], features after the final norm at the position before (or their estimate); None without
             `needs_previous`.
           context: [X, N, D] from `Context.output`; None unless the kind is "attn".
+          base: [X, N, D], `base(states)` where the caller has it already.
 
         Returns:
           [X, N, D + 1]: features, and the logit of all tokens outside the draft vocabulary together (-inf without one).
         """
         normed = self._normed(states)
-        out = normed * self.norm[...][:, None].astype(normed.dtype) + self._own_map(normed)
+        out = self.base(states) if base is None else base
         inputs = normed
         if self.previous_norm is not None:
             assert previous is not None

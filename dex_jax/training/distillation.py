@@ -217,21 +217,20 @@ def read_chunk_for_training(
     position = batch.position[:, -steps:]
     first = position <= 0
     truth = jnp.where(first[..., None], 0, normed[:, -steps - 1 : -1])
-    below, estimate = _estimates(heads, flat, batch, own_outputs, key)
+    base = heads.base(flat)
+    below, estimate = _estimates(base, batch, own_outputs, key)
     previous = jnp.where(below[..., None], estimate[None], truth[None]).reshape(flat.shape)
     context = None
     if heads.context is not None:
         of_truth, of_estimate = _contexts(heads, batch, normed, embed, truth, estimate, key)
         context = jnp.where(below[..., None], of_estimate[None], of_truth[None]).reshape(flat.shape)
-    return heads.features(flat, previous, context).reshape(count, rows, steps, width + 1)
+    return heads.features(flat, previous, context, base).reshape(count, rows, steps, width + 1)
 
 
-def _estimates(
-    heads: ExitHeads, flat: jax.Array, batch: Activations, own_outputs: float, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(which exits see an estimate [X, B, n], the estimate [B, n, D])."""
+def _estimates(base: jax.Array, batch: Activations, own_outputs: float, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(which exits see an estimate [X, B, n], the estimate [B, n, D]), from what the heads' base gives."""
     count, rows, steps, width = batch.states.shape
-    base = jax.lax.stop_gradient(heads.base(flat)).reshape(count, rows, steps, width)
+    base = jax.lax.stop_gradient(base).reshape(count, rows, steps, width)
     base = jnp.concatenate([jnp.zeros_like(base[:, :, :1]), base[:, :, :-1]], axis=2)
     draw, which = jax.random.split(key)
     # The state before a chunk's first step is not at hand, nor is there one before an item's first.

@@ -118,7 +118,7 @@ def train_exits(
     )
     begin = time.perf_counter()
     trained = train(task, config.train, folder, mesh=mesh)
-    exits = task.trained(trained.params, _about(config, lm, trained, folder, time.perf_counter() - begin))
+    exits = task.trained(trained.params, _about(config, trained, folder, time.perf_counter() - begin))
     save_exits(folder / FILE_NAME, exits)
     return dataclasses.replace(exits, source=str(folder))
 
@@ -234,12 +234,12 @@ def _check_initial(initial: TrainedExits | None, exits: ExitsConfig, lm: Languag
         )
 
 
-def _about(config: ExitTraining, lm: LanguageModel, trained: Trained, folder: Path, seconds: float) -> dict[str, Any]:
+def _about(config: ExitTraining, trained: Trained, folder: Path, seconds: float) -> dict[str, Any]:
     records = read_journal(folder)
     spent = sum(record.get("seconds", 0.0) for record in records)
     last = [record for record in records if "groups" in record][-1:]
     return {
-        "model": lm.source,
+        "model": config.model,
         "data": list(config.data),
         "tokens": trained.tokens,
         "steps": trained.step,
