@@ -114,12 +114,31 @@ def test_a_run_starts_from_given_exits_and_warns_of_another_backbone(whole, tmp_
     assert not any("draft vocabulary" in line for line in told), "they bring their own"
 
 
+def test_a_first_training_comes_before_and_its_heads_go_on_with_more_tokens(whole, tmp_path) -> None:
+    """Killed anywhere it goes on: each of the two has a folder that can resume."""
+    config = dataclasses.replace(with_steps(1), evaluation_texts=0)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e-9))
+    config = dataclasses.replace(config, exits=dataclasses.replace(config.exits, draft_size=30), first=CONFIG)
+    exits = train_exits(config, base_model(), tmp_path, tell=quiet)
+    first = load_exits(tmp_path / "first")
+    for name, value in whole.exits.parameters.items():
+        assert np.array_equal(first.parameters[name], value), name
+    assert largest_change(exits, first.parameters) < 1e-6
+    assert (len(first.vocabulary), len(exits.vocabulary)) == (24, 30)
+    assert load_exits(tmp_path).metadata["before"]["tokens"] == first.metadata["tokens"]
+
+
+def test_a_first_training_of_other_heads_is_refused() -> None:
+    with pytest.raises(DexError, match="kind is linear there and attn here"):
+        dataclasses.replace(CONFIG, first=dataclasses.replace(CONFIG, exits=dataclasses.replace(EXITS, kind="linear")))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"kind": "linear", "window": 9}, "kind is attn there and linear here; window is 5 there and 9 here"),
         ({"depths": (1,)}, r"depths is \(1, 2\) there and \(1,\) here"),
-        ({"draft_size": 20}, "draft_size is 24 there and 20 here"),
+        ({"draft_size": None}, "draft_size is 24 there and None here"),
         ({"depths": (1, 3)}, "below the model's 3 layers"),
     ],
 )

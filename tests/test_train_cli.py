@@ -256,6 +256,26 @@ def test_flags_change_the_configuration(place) -> None:
     assert (configured(whole).recipe, configured(whole).data) == (None, "other.txt")
 
 
+def test_flags_and_a_first_training(capsys, place, tmp_path) -> None:
+    """Model, data and batch are of both trainings, the length of the last one; --init-from replaces the first."""
+    file = tmp_path / "two.py"
+    file.write_text(
+        (place / "exits.py").read_text() + "\nimport dataclasses\nconfig = dataclasses.replace(config, first=config)\n"
+    )
+    flags = ["--config", str(file), "--data", "self", "--batch", "6", "--steps", "9"]
+    config = configured(train_parser().parse_args(flags))
+    assert config.first.data == config.data == ("self",)
+    assert (config.first.train.batch, config.train.batch) == (6, 6)
+    assert (config.first.train.steps, config.train.steps) == (4, 9)
+    assert configured(train_parser().parse_args([*flags, "--init-from", "x"])).first is None
+    code, out, _ = run(capsys, *flags, "--dry-run", "--machine", "t4")
+    assert code == 0
+    assert [f"for {tokens} tokens" in line for tokens, line in zip((96, 216), out.splitlines(), strict=True)] == [
+        True,
+        True,
+    ]
+
+
 def test_a_mesh_reaches_the_trainer(place, tmp_path) -> None:
     """In a process of its own: the number of devices is set before JAX starts."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}

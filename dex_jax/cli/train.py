@@ -129,21 +129,27 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _estimate(config: ExitTraining | WholeModelConfig, args: argparse.Namespace) -> str:
-    """One line: time and memory of the whole run, from shapes alone."""
-    from dex_jax.language_model import outline, resolve_dtype
+    """Time and memory from shapes alone, a line for each training."""
     from dex_jax.nn.transformer import parameter_shapes
-    from dex_jax.training.estimate import MACHINES, gigabytes, this_machine, training_cost
+    from dex_jax.training.estimate import gigabytes
 
-    train = config.train
     if isinstance(config, WholeModelConfig):
         if args.machine is not None:
             raise DexError("--machine estimates the training of exits, and this configuration trains a whole model")
         parameters = sum(math.prod(shape) for shape in parameter_shapes(config.model).values())
-        tokens = config.total_steps * train.batch * config.window
+        tokens = config.total_steps * config.train.batch * config.window
         return (
             f"estimate: {tokens:,} tokens; {parameters:,} parameters, with gradient and two moments "
             f"{gigabytes(16 * parameters)} GB beside activations"
         )
+    return "\n".join(_estimate_exits(each, args) for each in config.trainings)
+
+
+def _estimate_exits(config: ExitTraining, args: argparse.Namespace) -> str:
+    from dex_jax.language_model import outline, resolve_dtype
+    from dex_jax.training.estimate import MACHINES, this_machine, training_cost
+
+    train = config.train
     dtype = resolve_dtype(train.dtype)
     data, tensor = args.mesh or (1, 1)
     machine = this_machine(dtype, data * tensor) if args.machine is None else MACHINES[args.machine]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from dex_jax.training.exit_training import ExitTraining
 from dex_jax.training.whole_model import WholeModelConfig
 
 Config = ExitTraining | WholeModelConfig
+
+OF_EVERY_TRAINING = ("batch", "dtype", "tensorboard")
+OF_THE_LAST_TRAINING = ("steps", "tokens", "learning_rate", "seed")
+"""Settings of `TrainConfig` that flags change; where one training comes before another, the latter for that one alone."""
 
 TRAIN_EPILOG = """\
 further commands, each with --help:
@@ -142,16 +147,13 @@ def configured(args: argparse.Namespace) -> Config:
       DexError: as `read_config`, or flags that do not fit the configuration.
     """
     config = read_config(args.config)
-    names = ("steps", "tokens", "batch", "learning_rate", "seed", "dtype", "tensorboard")
-    train = config.train.replace({name: getattr(args, name) for name in names})
     if args.machine is not None and not args.dry_run:
         raise DexError("--machine is for estimates: add --dry-run")
     if isinstance(config, ExitTraining):
         if args.recipe is not None:
             raise DexError(f"--recipe is for training a whole model, and {args.config} trains exits: leave it out")
-        changes: dict[str, Any] = {"model": args.model, "data": None if args.data is None else tuple(args.data)}
-        given = {name: value for name, value in changes.items() if value is not None}
-        return dataclasses.replace(config, train=train, **given)
+        return _configured_exits(config, args, (*OF_EVERY_TRAINING, *OF_THE_LAST_TRAINING))
+    train = config.train.replace({name: getattr(args, name) for name in (*OF_EVERY_TRAINING, *OF_THE_LAST_TRAINING)})
     if args.model is not None:
         raise DexError(f"{args.config} describes the model that it trains: use --init-from to start from another")
     if args.data is not None and len(args.data) != 1:
@@ -160,6 +162,17 @@ def configured(args: argparse.Namespace) -> Config:
     if args.recipe is not None:
         whole["recipe"] = None if args.recipe == "none" else args.recipe
     return dataclasses.replace(config, train=train, **whole)
+
+
+def _configured_exits(config: ExitTraining, args: argparse.Namespace, names: Sequence[str]) -> ExitTraining:
+    changes: dict[str, Any] = {"model": args.model, "data": None if args.data is None else tuple(args.data)}
+    given = {name: value for name, value in changes.items() if value is not None}
+    first = config.first
+    if first is not None:
+        # What one starts from takes the place of a first training.
+        first = None if args.init_from is not None else _configured_exits(first, args, OF_EVERY_TRAINING)
+    train = config.train.replace({name: getattr(args, name) for name in names})
+    return dataclasses.replace(config, train=train, first=first, **given)
 
 
 def folder_of(args: argparse.Namespace) -> Path:

@@ -53,6 +53,8 @@ class ExitTraining:
       evaluation_texts: held-out answers per source that figures are taken from.
       evaluation_tokens: of each of them.
       train: optimizer, batch (rows), length, checkpoints.
+      first: a training of the same heads that comes before this one, in the folder "first" within this one's; this one
+        starts from its exits. A smaller draft vocabulary there makes most of the training cheaper.
     """
 
     exits: ExitsConfig
@@ -65,6 +67,17 @@ class ExitTraining:
     draft_tokens: int = 20_000
     evaluation_texts: int = 8
     evaluation_tokens: int = 64
+    first: ExitTraining | None = None
+
+    def __post_init__(self) -> None:
+        changed = [] if self.first is None else _differences(self.first.exits, self.exits)
+        if changed:
+            raise DexError(f"a training cannot go on from the first one: {'; '.join(changed)}")
+
+    @property
+    def trainings(self) -> tuple[ExitTraining, ...]:
+        """Those that come first, and this one."""
+        return (self,) if self.first is None else (*self.first.trainings, self)
 
 
 def train_exits(
@@ -83,13 +96,17 @@ def train_exits(
       lm: the model, loaded.
       folder: of the run.
       mesh: see `training.trainer.train`.
-      initial: exits to start from.
+      initial: exits to start from, of the same shapes; only the size of the draft vocabulary may be another.
       tell: called with lines that users should see.
 
     Raises:
       DexError: data, exits or folder that do not fit.
     """
     folder = Path(folder)
+    if config.first is not None:
+        tell("first training")
+        initial = train_exits(config.first, lm, folder / "first", mesh=mesh, initial=initial, tell=tell)
+        tell("next training")
     shapes = dataclasses.replace(config.exits, width=lm.config.width, norm_eps=lm.config.norm_eps)
     if shapes.depths[-1] >= lm.config.num_layers:
         raise DexError(f"exit depths must lie below the model's {lm.config.num_layers} layers, not {shapes.depths}")
@@ -118,7 +135,7 @@ def train_exits(
     )
     begin = time.perf_counter()
     trained = train(task, config.train, folder, mesh=mesh)
-    exits = task.trained(trained.params, _about(config, trained, folder, time.perf_counter() - begin))
+    exits = task.trained(trained.params, _about(config, initial, trained, folder, time.perf_counter() - begin))
     save_exits(folder / FILE_NAME, exits)
     return dataclasses.replace(exits, source=str(folder))
 
@@ -208,7 +225,7 @@ def _vocabulary(
     if exits.draft_size is None:
         return None
     file = folder / "draft_vocabulary.json"
-    if initial is not None and initial.vocabulary is not None:
+    if initial is not None and initial.vocabulary is not None and len(initial.vocabulary) == exits.draft_size:
         _write(file, initial.vocabulary.tolist())
         return initial.vocabulary
     if not file.is_file():
@@ -220,12 +237,8 @@ def _vocabulary(
 def _check_initial(initial: TrainedExits | None, exits: ExitsConfig, lm: LanguageModel, tell: Tell) -> None:
     if initial is None:
         return
-    if initial.config != exits:
-        changed = [
-            f"{field.name} is {getattr(initial.config, field.name)} there and {getattr(exits, field.name)} here"
-            for field in dataclasses.fields(exits)
-            if getattr(initial.config, field.name) != getattr(exits, field.name)
-        ]
+    changed = _differences(initial.config, exits)
+    if changed:
         raise DexError(f"training cannot start from {initial.source}: {'; '.join(changed)}")
     if initial.fingerprint != lm.fingerprint:
         tell(
@@ -234,7 +247,18 @@ def _check_initial(initial: TrainedExits | None, exits: ExitsConfig, lm: Languag
         )
 
 
-def _about(config: ExitTraining, trained: Trained, folder: Path, seconds: float) -> dict[str, Any]:
+def _differences(there: ExitsConfig, here: ExitsConfig) -> list[str]:
+    """What keeps heads of one configuration from going on as those of another."""
+    before, now = dataclasses.asdict(there), dataclasses.asdict(here)
+    if None not in (there.draft_size, here.draft_size):
+        # No parameter's shape depends on how many tokens the vocabulary holds.
+        before["draft_size"] = here.draft_size
+    return [f"{name} is {before[name]} there and {now[name]} here" for name in now if before[name] != now[name]]
+
+
+def _about(
+    config: ExitTraining, initial: TrainedExits | None, trained: Trained, folder: Path, seconds: float
+) -> dict[str, Any]:
     records = read_journal(folder)
     spent = sum(record.get("seconds", 0.0) for record in records)
     last = [record for record in records if "groups" in record][-1:]
@@ -246,7 +270,7 @@ def _about(config: ExitTraining, trained: Trained, folder: Path, seconds: float)
         "minutes": round(max(spent, seconds) / 60, 1),
         "device": f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}",
         "held_out": last[0]["groups"] if last else {},
-    }
+    } | ({} if initial is None else {"before": {k: v for k, v in initial.metadata.items() if k != "held_out"}})
 
 
 def _write(file: Path, value: Any) -> None:
