@@ -93,7 +93,7 @@ class ExitsConfig:
         D x D map (a tuned lens), "lowrank" a residual map of `rank`, "mlp" a linear map plus a gated mlp of `hidden`,
         "attn" a linear map plus one light decoder layer over (token, previous position), shared by all exits, with
         its own keys and values of the last `window` committed positions.
-      depths: trained depths, ascending, all below L.
+      depths: trained depths, ascending, all below L; 0 is the token's embedding, before any layer.
       width: D.
       fused: whether a further map of the previous position's features is added ("attn" reads them in any case).
       rank: of "lowrank", for both maps.
@@ -118,9 +118,9 @@ class ExitsConfig:
     def __post_init__(self) -> None:
         if self.kind not in EXIT_KINDS:
             raise DexError(f"unknown kind of exits {self.kind!r}: choose one of {', '.join(EXIT_KINDS)}")
-        ascending = all(a < b for a, b in itertools.pairwise((0, *self.depths)))
+        ascending = all(a < b for a, b in itertools.pairwise((-1, *self.depths)))
         if not self.depths or not ascending:
-            raise DexError(f"exit depths must be positive and ascend without repeats, not {self.depths}")
+            raise DexError(f"exit depths must ascend from 0 or above without repeats, not {self.depths}")
 
     @property
     def needs_previous(self) -> bool:

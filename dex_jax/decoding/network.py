@@ -67,11 +67,16 @@ def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Arr
 
 
 def depth_states(model: Transformer, tokens: jax.Array, depths: tuple[int, ...]) -> jax.Array:
-    """Hidden states at every exit depth, without a prefix: tokens [B, R] int32 -> [K, B, R, D]."""
+    """Hidden states at some depths, without a prefix: tokens [B, R] int32 -> [X, B, R, D]."""
     batch, rows = tokens.shape
     memory = allocate(model.config, model.layout, batch, rows, 0, model.embed[...].dtype)
     states, _ = extend_with_states(model, memory, tokens, jnp.zeros(batch, jnp.int32))
-    return jnp.stack([states[depth - 1] for depth in depths])
+    return jnp.stack(states_at(model, tokens, states, depths))
+
+
+def states_at(model: Transformer, tokens: jax.Array, states: Any, depths: tuple[int, ...]) -> list[jax.Array]:
+    """The states [B, R, D] at `depths` 0..L of what `extend_with_states` gave for tokens [B, R]."""
+    return [model.embed_tokens(tokens) if depth == 0 else states[depth - 1] for depth in depths]
 
 
 def extend_with_states(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array) -> tuple[Any, Memory]:

@@ -18,11 +18,13 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from dex_jax.config import ExitsConfig
+from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, merge_model
 from dex_jax.nn.exits import ExitHeads, abstract_parameters, exit_graph, heads_of, initial_heads, parameters_of
 from dex_jax.nn.layers import KeyValues, rms_norm
 from dex_jax.nn.targets import Vocabulary
+from dex_jax.training.drafting import read_drafts
 from dex_jax.training.losses import exit_losses
 from dex_jax.training.placement import EVERYWHERE, matrix_spec
 from dex_jax.training.stream import Activations, Stream, activation_specs
@@ -38,10 +40,13 @@ class DistillationOptions:
       hard: share of the target that is the final layer's best token alone; the rest is its distribution.
       own_outputs: share of the steps in which exits that read the position before see an estimate by a deeper exit, as
         in the lattice, instead of the true final state, as at the root.
+      draft_steps: above 1, the one exit is a drafter at depth 0, and learns to go on from its own outputs for so many
+        tokens (training/drafting.py); `own_outputs` then says nothing.
     """
 
     hard: float = 0.0
     own_outputs: float = 0.5
+    draft_steps: int = 1
 
 
 class Distillation:
@@ -74,6 +79,8 @@ class Distillation:
     ):
         self.lm, self.exits, self.vocabulary, self.stream = lm, exits, vocabulary, stream
         self.options = DistillationOptions() if options is None else options
+        if self.options.draft_steps > 1 and (exits.kind != "attn" or exits.depths != (0,)):
+            raise DexError(f"draft steps need one exit of kind attn at depth 0, not {exits.kind} at {exits.depths}")
         self._data, self._evaluate, self._initial = data, evaluate, initial
 
     def settings(self) -> dict[str, Any]:
@@ -122,17 +129,23 @@ class Distillation:
         heads = nnx.merge(exit_graph(self.exits), params)
         final_norm, eps = constants["final_norm"], self.lm.config.norm_eps
         normed = rms_norm(batch.final, final_norm, eps)
-        features = read_chunk_for_training(heads, batch, normed, constants["embed"], self.options.own_outputs, key)
+        weight, names = batch.weight, [f"agreement_{depth}" for depth in self.exits.depths]
+        if self.options.draft_steps > 1:
+            features, valid = read_drafts(heads, batch, normed, constants["embed"], self.options.draft_steps)
+            weight = weight * valid
+            names = [f"agreement_draft_{step}" for step in range(1, len(features) + 1)]
+        else:
+            features = read_chunk_for_training(heads, batch, normed, constants["embed"], self.options.own_outputs, key)
         count = features.shape[0]
         now = normed[:, -batch.weight.shape[1] :]
         losses, agreement, coverage = exit_losses(
             features.reshape(count, -1, features.shape[-1]),
             now.reshape(-1, now.shape[-1]),
-            batch.weight.reshape(-1),
+            weight.reshape(*weight.shape[:-2], -1),
             constants["vocabulary"],
             self.options.hard,
         )
-        metrics = {f"agreement_{depth}": agreement[x] for x, depth in enumerate(self.exits.depths)}
+        metrics = dict(zip(names, agreement, strict=True))
         return jnp.mean(losses), metrics | {"coverage": coverage}
 
     def evaluate(self, params: Any) -> dict[str, Any]:

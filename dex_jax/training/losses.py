@@ -29,24 +29,25 @@ def exit_losses(
     Args:
       features: [X, N, D + 1], as ExitHeads.features.
       final: [N, D], features after the final norm at depth L.
-      weight: [N] float32, how much each token counts.
+      weight: [N] or [X, N] float32, how much each token counts, for all exits or for each.
       vocabulary: of the exits.
       hard: share of the target that is the final layer's best token alone.
 
     Returns:
       (loss [X]: weighted mean KL in nats, agreement [X]: weighted share of best tokens that agree, coverage: scalar,
-      weighted share of final tokens that the vocabulary holds).
+      share of final tokens that the vocabulary holds, weighted as for the first exit).
     """
     count = final.shape[0]
     block = min(BLOCK, count)
     blocks = -(-count // block)
     short = blocks * block - count
     features = jnp.pad(features, [(0, 0), (0, short), (0, 0)])
-    final, weight = jnp.pad(final, [(0, short), (0, 0)]), jnp.pad(weight, (0, short))
+    final = jnp.pad(final, [(0, short), (0, 0)])
+    weight = jnp.pad(jnp.broadcast_to(weight, features.shape[:1] + (count,)), [(0, 0), (0, short)])
     parts = (
         features.reshape(features.shape[0], blocks, block, -1).swapaxes(0, 1),
         final.reshape(blocks, block, -1),
-        weight.reshape(blocks, block),
+        weight.reshape(-1, blocks, block).swapaxes(0, 1),
     )
 
     def one_block(sums: tuple, part: tuple) -> tuple[tuple, None]:
@@ -56,8 +57,8 @@ def exit_losses(
 
     zeros = jnp.zeros(features.shape[0])
     (loss, agree, covered), _ = jax.lax.scan(one_block, (zeros, zeros, jnp.zeros(())), parts)
-    total = jnp.maximum(jnp.sum(weight), 1e-6)
-    return loss / total, agree / total, covered / total
+    total = jnp.maximum(jnp.sum(weight, axis=1), 1e-6)
+    return loss / total, agree / total, covered / total[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -71,7 +72,8 @@ def _forward(features: jax.Array, final: jax.Array, weight: jax.Array, vocabular
     unembed = vocabulary.unembed if vocabulary.draft_unembed is None else vocabulary.draft_unembed
     width = unembed.shape[0]
 
-    def one_exit(_: None, row: jax.Array):
+    def one_exit(_: None, exit: tuple[jax.Array, jax.Array]):
+        row, weight = exit
         own, rest = row[:, :-1], row[:, -1].astype(jnp.float32)
         logits = linear(own, unembed, out_dtype=jnp.float32)
         log_all = jax.nn.logsumexp(logits, axis=-1)
@@ -90,8 +92,8 @@ def _forward(features: jax.Array, final: jax.Array, weight: jax.Array, vocabular
         gradient = jnp.concatenate([gradient, rest_gradient[:, None]], axis=-1)
         return None, (loss, agree, gradient.astype(row.dtype))
 
-    _, (loss, agree, gradient) = jax.lax.scan(one_exit, None, features)
-    covered = jnp.sum((target.best < width) * weight)
+    _, (loss, agree, gradient) = jax.lax.scan(one_exit, None, (features, weight))
+    covered = jnp.sum((target.best < width) * weight[0])
     return (loss, agree, covered), gradient
 
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.network import extend_with_states
+from dex_jax.decoding.network import extend_with_states, states_at
 from dex_jax.decoding.program import Program
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel, merge_model
@@ -94,7 +94,7 @@ class StreamSpec:
 
     Attributes:
       config, layout: of the model.
-      depths: the X trained depths, ascending, 1..L.
+      depths: the X trained depths, ascending, 0..L.
       steps: n.
       history: H.
       length: S.
@@ -116,8 +116,8 @@ class StreamSpec:
 
     def __post_init__(self) -> None:
         layers = self.config.num_layers
-        if not self.depths or any(not 1 <= depth <= layers for depth in self.depths):
-            raise DexError(f"trained depths {self.depths} do not fit: give at least one from 1 to {layers}")
+        if not self.depths or any(not 0 <= depth <= layers for depth in self.depths):
+            raise DexError(f"trained depths {self.depths} do not fit: give at least one from 0 to {layers}")
         if not 2 <= self.length <= self.config.context:
             raise DexError(f"items of {self.length} tokens do not fit: choose from 2 to {self.config.context}")
         if self.steps < 1 or self.history < 0:
@@ -173,7 +173,7 @@ def produce(
         token, position = (jnp.where(idle, NO_ITEM, x) for x in (rows.token, rows.position))
         chosen = choices(model, final, rows, scripts, key)
         rows, weight = advance(rows, scripts, chosen, spec.end_ids)
-        kept = jnp.stack([states[depth - 1][:, 0] for depth in spec.depths])
+        kept = jnp.stack([state[:, 0] for state in states_at(model, tokens[:, None], states, spec.depths)])
         return (memory, rows, taken), (kept, final, token, position, weight, number)
 
     carry = (state.memory, state.rows._replace(slot=slot), jnp.int32(0))
@@ -252,7 +252,7 @@ class Stream:
           steps: n.
           history: H.
           length: S, the longest item.
-          depths: trained depths, ascending, 1..L.
+          depths: trained depths, ascending, 0..L.
           seed: of the sampled tokens.
           waiting: how many items are at hand in each chunk beside those that run; None is 2 B. Rows idle when they are
             used up before the chunk ends.

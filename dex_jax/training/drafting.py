@@ -1,0 +1,79 @@
+"""Training an exit at depth 0 as a drafter: several tokens ahead, on its own outputs.
+
+A drafter proposes a token, then the next one from what it made of the first, and so on, before any layer of the model
+has run. At draft step s the position before is known by the features of draft step s - 1 there, the true final state
+only at step 1; the tokens in between are right, as those that matter are. (The idea of training on several steps of
+one's own outputs: EAGLE-3, arXiv 2503.01840, section 3.1.)
+
+Letters: B rows, n steps of a chunk, H steps of history, S draft steps, D width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dex_jax.nn.exits import ExitHeads
+from dex_jax.nn.layers import KeyValues
+from dex_jax.training.stream import Activations
+
+
+def read_drafts(
+    heads: ExitHeads, batch: Activations, normed: jax.Array, embed: jax.Array, draft_steps: int
+) -> tuple[jax.Array, jax.Array]:
+    """Features of every draft step at every step of a chunk.
+
+    Args:
+      heads: one exit of kind "attn" at depth 0, in training.
+      batch: the chunk, with at least window + 1 steps of history.
+      normed: [B, H + n, D], batch.final after the final norm.
+      embed: [V, D], token embeddings.
+      draft_steps: S.
+
+    Returns:
+      (features [S, B, n, D + 1], valid [S, B, n] bool: whether the item and the chunk reach back far enough).
+    """
+    layer, config = heads.context, heads.config
+    assert layer is not None
+    _, rows, steps, width = batch.states.shape
+    where = batch.position[:, 1:]
+    seen = jnp.maximum(where, 0)
+    here = batch.states[0]
+    position = where[:, -steps:]
+    own_position = seen[:, -steps:]
+
+    before = jnp.where((where <= 0)[..., None], 0, normed[:, :-1])
+    entered = layer.enter_rows(jnp.take(embed, jnp.maximum(batch.token[:, 1:], 0), axis=0), before)
+    keys, values = layer.keys_values(entered, seen)
+    length = where.shape[1]
+    distance = jnp.arange(length - steps, length)[None, :, None] - jnp.arange(length)[None, None, :]
+    same_item = (where[:, None, :] >= 0) & (position[:, :, None] - where[:, None, :] == distance)
+    itself = jnp.broadcast_to(jnp.eye(steps, dtype=bool)[None], (rows, steps, steps))
+    state = here.reshape(1, rows * steps, width)
+
+    previous = before[:, -steps:]
+    found, valid = [], []
+    drafted: list[KeyValues] = []
+    for step in range(1, draft_steps + 1):
+        entered = layer.enter_rows(here, previous)
+        # The position of draft step 1 has the true state before it, as committed ones have.
+        committed = same_item & (distance >= max(1, step - 1)) & (distance <= config.window)
+        among = [
+            source._replace(mask=same_item[:, :, -steps:] & (distance[:, :, -steps:] == step - number))
+            for number, source in enumerate(drafted, 2)
+        ]
+        sources = [KeyValues(keys, values, committed), *among]
+        context = layer.output(entered, own_position, _joined(sources), itself)
+        features = heads.features(state, previous.reshape(state.shape), context.reshape(state.shape))
+        found.append(features.reshape(rows, steps, width + 1))
+        valid.append((position >= step - 1) & (jnp.arange(steps)[None] >= step - 1))
+        if step > 1:
+            drafted.append(KeyValues(*layer.keys_values(entered, own_position), itself))
+        own = found[-1][..., :-1]
+        previous = jnp.concatenate([jnp.zeros_like(own[:, :1]), own[:, :-1]], axis=1)
+    return jnp.stack(found), jnp.stack(valid)
+
+
+def _joined(sources: list[KeyValues]) -> KeyValues:
+    keys, values = (jnp.concatenate([source[i] for source in sources], axis=2) for i in range(2))
+    return KeyValues(keys, values, jnp.concatenate([source.mask for source in sources], axis=2))
