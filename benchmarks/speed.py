@@ -213,7 +213,7 @@ def main() -> None:
     args = arguments.parse_args()
 
     lm = dex_jax.load("smollm2-135m", dtype="float32")
-    ar, dex = AR().schedule(lm.config.num_layers), Dex(explorers=5).schedule(lm.config.num_layers)
+    ar, dex = AR().schedule_for(lm.config.num_layers), Dex(explorers=5).schedule_for(lm.config.num_layers)
     read = streaming_read(lm.weights)
     measures = {
         "streaming read of the weights": lambda: timed(read),

@@ -91,7 +91,7 @@ def selfcheck(
     """
     explorers = min(DEFAULT_EXPLORERS, lm.config.num_layers)
     method = Dex(explorers=explorers, rows=full_rows(explorers))
-    schedule = method.schedule(lm.config.num_layers)
+    schedule = method.schedule_for(lm.config.num_layers)
     prompts = _prompts(lm)
     new_tokens = min(new_tokens, lm.config.context - max(map(len, prompts)))
     layouts: dict[str, Layout] = {"unrolled": Unrolled(), "stacked": Stacked(schedule.depths)}
@@ -116,7 +116,7 @@ def selfcheck(
         findings.append(_counted_ticks(name, explored, schedule))
         findings.append(_forced_exits(lm, name, explored, schedule, temperature))
         notify(f"timing ({label})")
-        times[label] = _step_and_tick(lm, prompts[0], (AR().schedule(lm.config.num_layers), schedule), new_tokens)
+        times[label] = _step_and_tick(lm, prompts[0], (AR().schedule_for(lm.config.num_layers), schedule), new_tokens)
         greedy = greedy or explored
     again = decode(method, prompts[0], 0.0)
     findings.append(_same_tokens(lm, "both layouts give the same tokens, greedy", [again], greedy[:1], 0.0))

@@ -32,8 +32,8 @@ CONFIG = ModelConfig(
     qk_norm=True,
     eos_ids=(2,),
 )
-DEX = Dex(explorers=3).schedule(CONFIG.num_layers)
-METHODS = {"ar": AR().schedule(CONFIG.num_layers), "dex": DEX}
+DEX = Dex(explorers=3).schedule_for(CONFIG.num_layers)
+METHODS = {"ar": AR().schedule_for(CONFIG.num_layers), "dex": DEX}
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
 DTYPES = ["bfloat16", "float16", "float32"]
 ON_EVERY_PLATFORM = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"}

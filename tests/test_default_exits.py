@@ -32,7 +32,7 @@ def test_they_are_small_and_say_what_made_them(exits) -> None:
 def test_even_grids_need_no_other_depths(smollm2, exits, explorers) -> None:
     method = dex_jax.Dex(explorers=explorers)
     resolved = resolve_method(method, "default", smollm2.config, smollm2.fingerprint)
-    assert resolved.schedule == method.schedule(smollm2.config.num_layers)
+    assert resolved.schedule == method.schedule_for(smollm2.config.num_layers)
     assert resolved.source == "default"
     assert resolved.remarks == ()
 

@@ -1,4 +1,4 @@
-"""Drafts in training: every draft step at every position against one chain of nodes at a time, as decoding makes them."""
+"""Drafts in training: every draft step at every position against one chain of nodes at a time, as in decoding."""
 
 from __future__ import annotations
 

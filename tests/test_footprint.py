@@ -33,7 +33,7 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
     """A prefilled session of two ragged prompts."""
     lm = dex_jax.LanguageModel(random_transformer(UNTIED, layout, seed=0, dtype=dtype), None, "random", "0")
     sampling = Sampling(sampling_keys([0, 1]), jnp.float32(1.0)) if sampled else None
-    session = Session(lm, [[3, 4, 5], list(range(2, 22))], method.schedule(UNTIED.num_layers), 70, sampling)
+    session = Session(lm, [[3, 4, 5], list(range(2, 22))], method.schedule_for(UNTIED.num_layers), 70, sampling)
     session.prefill()
     return session
 
@@ -66,7 +66,7 @@ def test_workspace_is_of_the_size_that_the_compiler_reports(method) -> None:
     from dex_jax.evaluation.footprint import session_shapes
 
     config, batch, length, layout = UNTIED, 8, 384, Unrolled()
-    schedule = method.schedule(config.num_layers)
+    schedule = method.schedule_for(config.num_layers)
     shapes = session_shapes(config, jnp.dtype(jnp.float32), schedule, layout, batch, length)
     spec = Spec(config, layout, schedule)
     tokens = jax.ShapeDtypeStruct((batch, length - 64), jnp.int32)
@@ -92,7 +92,7 @@ def test_a_large_model_is_planned_without_any_array() -> None:
         context=4096,
     )
     before = len(jax.live_arrays())
-    schedule = Dex(explorers=8).schedule(80)
+    schedule = Dex(explorers=8).schedule_for(80)
     plan = footprint(config, jnp.dtype(jnp.bfloat16), schedule, 1, 4096, Stacked(schedule.depths))
     assert len(jax.live_arrays()) == before
     assert plan.weights_bytes == pytest.approx(138e9, rel=0.01)

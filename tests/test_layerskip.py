@@ -257,7 +257,7 @@ def test_a_trained_model_is_decoded_with_shared_exits(text_file) -> None:
     dex = dex_jax.generate(lm, [prompt], method=method, **options)
     ar = dex_jax.generate(lm, [prompt], method=AR(), **options)
     assert dex.tokens.tolist() == ar.tokens.tolist()
-    tokens, schedule = dex.tokens[0].tolist(), method.schedule(4)
+    tokens, schedule = dex.tokens[0].tolist(), method.schedule_for(4)
     window = jnp.asarray([[*prompt, *tokens]], jnp.int32)
     _, ranked = whole_model.exit_figures(task.config.model, 2, params, window)
     ranked = np.asarray(ranked)[:, len(prompt) :]

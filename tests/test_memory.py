@@ -23,7 +23,7 @@ CACHE_LENGTH = 197
 
 def compiled(method, layout, batch: int):
     """(optimised program, bytes of one committed cache) of the loop, from abstract shapes."""
-    spec = Spec(CONFIG, layout, method.schedule(CONFIG.num_layers))
+    spec = Spec(CONFIG, layout, method.schedule_for(CONFIG.num_layers))
     weights = abstract_weights(CONFIG, layout, jnp.float32)
     slots = 0 if spec.schedule.method == "ar" else spec.schedule.stages * spec.schedule.rows
     memory = cache.shapes(CONFIG, layout, batch, CACHE_LENGTH, slots, jnp.float32)

@@ -18,26 +18,26 @@ def test_even_grids(num_layers: int) -> None:
     for stages in range(1, num_layers + 1):
         depths = even_depths(stages, num_layers)
         assert depths == tuple(int(np.ceil(k * num_layers / stages)) for k in range(1, stages + 1))
-        assert Dex(explorers=stages, rows=1).schedule(num_layers).depths == depths
+        assert Dex(explorers=stages, rows=1).schedule_for(num_layers).depths == depths
         assert len(set(depths)) == stages
         assert depths[-1] == num_layers
 
 
 def test_defaults() -> None:
-    assert Dex().schedule(30).depths == (6, 12, 18, 24, 30)
-    assert Dex().schedule(30).rows == 8
+    assert Dex().schedule_for(30).depths == (6, 12, 18, 24, 30)
+    assert Dex().schedule_for(30).rows == 8
     # A model with fewer layers than the default has explorers.
-    assert Dex().schedule(2).depths == (1, 2)
-    assert [Dex(explorers=k).schedule(30).rows for k in (1, 2, 3, 4, 5, 6, 30)] == [1, 1, 2, 4, 8, 8, 8]
-    assert Dex().schedule(30).decs
-    schedule = AR().schedule(30)
+    assert Dex().schedule_for(2).depths == (1, 2)
+    assert [Dex(explorers=k).schedule_for(30).rows for k in (1, 2, 3, 4, 5, 6, 30)] == [1, 1, 2, 4, 8, 8, 8]
+    assert Dex().schedule_for(30).decs
+    schedule = AR().schedule_for(30)
     assert (schedule.method, schedule.stages, schedule.depths) == ("ar", 1, (30,))
 
 
 def test_rows_as_given() -> None:
-    assert [Dex(explorers=k, rows="full").schedule(30).rows for k in (1, 2, 6, 8)] == [1, 1, 16, 64]
-    assert Dex(explorers=3, rows=7).schedule(30).rows == 7
-    assert Dex(depths=(1, 2, 30), rows=1, decs=False).schedule(30).decs is False
+    assert [Dex(explorers=k, rows="full").schedule_for(30).rows for k in (1, 2, 6, 8)] == [1, 1, 16, 64]
+    assert Dex(explorers=3, rows=7).schedule_for(30).rows == 7
+    assert Dex(depths=(1, 2, 30), rows=1, decs=False).schedule_for(30).decs is False
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_rows_as_given() -> None:
 )
 def test_what_is_refused(method: Dex, words: str) -> None:
     with pytest.raises(DexError, match=re.escape(words)) as error:
-        method.schedule(30)
+        method.schedule_for(30)
     assert "\n" not in str(error.value)
 
 

@@ -86,7 +86,7 @@ def test_a_wrong_token_is_found(lm) -> None:
 
 def test_wrong_ticks_and_exits_are_found(lm) -> None:
     method = dex_jax.Dex(explorers=3)
-    schedule = method.schedule(CONFIG.num_layers)
+    schedule = method.schedule_for(CONFIG.num_layers)
     explored = outputs(lm, method)
     assert selfcheck._counted_ticks("greedy", explored, schedule).holds
     assert selfcheck._forced_exits(lm, "greedy", explored, schedule, 0.0).holds

@@ -39,9 +39,9 @@ SMALL = ModelConfig(
     tied=True,
     eos_ids=(2, 7),
 )
-DEX = Dex(explorers=3).schedule(SMALL.num_layers)
+DEX = Dex(explorers=3).schedule_for(SMALL.num_layers)
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
-METHODS = {"ar": AR().schedule(SMALL.num_layers), "dex": DEX}
+METHODS = {"ar": AR().schedule_for(SMALL.num_layers), "dex": DEX}
 BATCH, CACHE_LENGTH, PROMPT, CAPACITY = 4, 16384, 64, 64
 ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
@@ -226,7 +226,7 @@ def test_float32_runs_at_the_highest_precision(tpu, name, method, layout) -> Non
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_smollm2_depth_exploration_compiles(tpu, layout) -> None:
     config = open_checkpoint("smollm2-135m").config
-    schedule = Dex(explorers=5).schedule(config.num_layers)
+    schedule = Dex(explorers=5).schedule_for(config.num_layers)
     chosen = Unrolled() if layout == "unrolled" else Stacked(schedule.depths)
     compiled = compile_program(tpu, "run", schedule, chosen, "bfloat16", config=config, batch=1, cache_length=2048)
     assert_sound(compiled)

@@ -183,16 +183,16 @@ def test_a_folder_is_loaded_and_nothing_is_refused_clearly(tmp_path) -> None:
 
 def test_depths_move_to_trained_ones_and_a_sentence_says_so(lm) -> None:
     exits = random_exits("linear", depths=(1, 3))
-    schedule = dex_jax.Dex(explorers=2).schedule(4)
+    schedule = dex_jax.Dex(explorers=2).schedule_for(4)
     assert schedule.depths == (2, 4)
     resolved = resolve_exits(exits, schedule, lm.config, "0")
     assert resolved.schedule.depths == (1, 4)
     assert "the exit depths are 1, 4" in resolved.remarks[0]
     with pytest.raises(DexError, match="at most 3 explorers"):
-        resolve_exits(exits, dex_jax.Dex(explorers=4).schedule(4), lm.config, "0")
+        resolve_exits(exits, dex_jax.Dex(explorers=4).schedule_for(4), lm.config, "0")
     with pytest.raises(DexError, match="choose depths among them"):
-        resolve_exits(exits, dex_jax.Dex(depths=(2, 4)).schedule(4), lm.config, "0", given_depths=True)
-    other = resolve_exits(exits, dex_jax.Dex(depths=(1, 3, 4)).schedule(4), lm.config, "another model")
+        resolve_exits(exits, dex_jax.Dex(depths=(2, 4)).schedule_for(4), lm.config, "0", given_depths=True)
+    other = resolve_exits(exits, dex_jax.Dex(depths=(1, 3, 4)).schedule_for(4), lm.config, "another model")
     assert "trained on another model" in other.remarks[0]
 
 
@@ -214,7 +214,7 @@ def test_nearest_depths_are_the_best_of_all_choices() -> None:
 
 
 def test_exits_that_do_not_fit_are_refused(lm) -> None:
-    schedule = dex_jax.Dex(explorers=3).schedule(4)
+    schedule = dex_jax.Dex(explorers=3).schedule_for(4)
     wide = dataclasses.replace(LLAMA, width=64)
     with pytest.raises(DexError, match="width 32, and this one has 64"):
         resolve_exits(random_exits("linear"), schedule, wide, "0")

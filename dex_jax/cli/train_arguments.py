@@ -20,7 +20,7 @@ Config = ExitTraining | WholeModelConfig
 
 OF_EVERY_TRAINING = ("batch", "dtype", "tensorboard")
 OF_THE_LAST_TRAINING = ("steps", "tokens", "learning_rate", "seed")
-"""Settings of `TrainConfig` that flags change; where one training comes before another, the latter of that one alone."""
+"""Settings of `TrainConfig` that flags change, of all trainings and of the one that comes last."""
 
 TRAIN_EPILOG = """\
 further commands, each with --help:

@@ -43,9 +43,9 @@ class ResolvedExits:
 def resolve_method(
     method: Method, exits: str | os.PathLike | TrainedExits, config: ModelConfig, fingerprint: str
 ) -> ResolvedExits:
-    """The schedule of a method and its exits; arguments and errors as of `resolve_exits` and `method.schedule`."""
+    """The schedule of a method and its exits; arguments and errors as of `resolve_exits` and `method.schedule_for`."""
     given = isinstance(method, Dex) and method.depths is not None
-    return resolve_exits(exits, method.schedule(config.num_layers), config, fingerprint, given_depths=given)
+    return resolve_exits(exits, method.schedule_for(config.num_layers), config, fingerprint, given_depths=given)
 
 
 def resolve_exits(

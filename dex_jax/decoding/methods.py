@@ -38,7 +38,7 @@ class Schedule:
 class AR:
     """Plain autoregressive decoding: every token through all layers, one after the other. Reports K = 1."""
 
-    def schedule(self, num_layers: int) -> Schedule:
+    def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers."""
         return Schedule("ar", (num_layers,), 1, decs=False)
 
@@ -54,9 +54,9 @@ class Dex:
       decs: whether an exit may not repeat a token that its node's children hold.
 
     Example:
-      >>> Dex(explorers=3).schedule(30).depths
+      >>> Dex(explorers=3).schedule_for(30).depths
       (10, 20, 30)
-      >>> Dex(depths=(6, 12, 30)).schedule(30).rows
+      >>> Dex(depths=(6, 12, 30)).schedule_for(30).rows
       2
     """
 
@@ -65,7 +65,7 @@ class Dex:
     rows: int | str | None = None
     decs: bool = True
 
-    def schedule(self, num_layers: int) -> Schedule:
+    def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers.
 
         Raises:

@@ -119,6 +119,82 @@ def extend_with_states(model: Transformer, memory: Memory, tokens: jax.Array, st
     return states, memory._replace(keys=keys, values=values)
 
 
+def run_tree(
+    model: Transformer, memory: Memory, token: jax.Array, position: jax.Array, among: jax.Array, prefix: jax.Array
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """Runs N rows of each sequence through all layers and commits nothing.
+
+    Args:
+      model: any layout.
+      memory: committed positions 0 .. prefix - 1 are attended to.
+      token, position: [B, N] int32.
+      among: [B, N, N] bool, which rows each attends to, itself included.
+      prefix: [B] int32.
+
+    Returns:
+      (hidden states [B, N, D] at depth L, the rows' (keys, values): L of [B, G, N, d], stacked [L, B, G, N, d]).
+    """
+    table = rope_table(position, model.config)
+    x = model.embed_tokens(jnp.maximum(token, 0))
+
+    def layer_step(layer: DecoderLayer, x: jax.Array, keys: jax.Array, values: jax.Array) -> Any:
+        committed = jnp.arange(keys.shape[-2])[None, None, :] < prefix[:, None, None]
+        return _run_layer(layer, x, table, [KeyValues(keys, values, committed)], among)
+
+    if not isinstance(model.layout, Stacked):
+        fresh = []
+        for layer, keys, values in zip(model.layers, memory.keys, memory.values, strict=True):
+            x, *rows = layer_step(layer, x, keys, values)
+            fresh.append(rows)
+        return x, tuple(zip(*fresh, strict=True))
+
+    layout = model.layout
+    graph, weights = nnx.split(model.layers)
+
+    def scan_body(x: jax.Array, place: jax.Array) -> Any:
+        j, k = place[0], place[1]
+        layer = nnx.merge(graph, jax.tree.map(lambda w: w[j, k], weights))
+        x, *rows = layer_step(layer, x, memory.keys[j, k], memory.values[j, k])
+        return x, tuple(rows)
+
+    return jax.lax.scan(scan_body, x, jnp.asarray([layout.place(i) for i in range(model.config.num_layers)]))
+
+
+def commit_rows(
+    model: Transformer, memory: Memory, fresh: tuple[Any, Any], row: jax.Array, prefix: jax.Array, done: jax.Array
+) -> Memory:
+    """Writes P rows of each sequence at consecutive positions.
+
+    Args:
+      model: any layout.
+      memory: is read before this.
+      fresh: from `run_tree`.
+      row: [B, P] int32; those past the path's end may be anything, later commits overwrite them.
+      prefix: [B] int32, the first position; prefix + P must not pass the cache's end.
+      done: any array that is known only after memory has been read.
+    """
+    at = after(prefix, done)
+
+    def chosen(rows: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(rows, row[:, None, :, None], axis=2)
+
+    if not isinstance(model.layout, Stacked):
+        keys, values = (
+            tuple(write_rows(cache, chosen(rows), at) for cache, rows in zip(caches, each, strict=True))
+            for caches, each in zip((memory.keys, memory.values), fresh, strict=True)
+        )
+        return memory._replace(keys=keys, values=values)
+
+    def one_layer(caches: Any, part: Any) -> Any:
+        place, *rows = part
+        where = (place[0], place[1])
+        return tuple(write_rows(c, chosen(r), at, where) for c, r in zip(caches, rows, strict=True)), None
+
+    places = jnp.asarray([model.layout.place(i) for i in range(model.config.num_layers)])
+    (keys, values), _ = jax.lax.scan(one_layer, (memory.keys, memory.values), (places, *fresh))
+    return memory._replace(keys=keys, values=values)
+
+
 def _run_layer(
     layer: DecoderLayer, x: jax.Array, table, memory: list[KeyValues], among_rows: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -100,13 +100,14 @@ def read_chunk(
       memory: of the positions before.
       tokens: [B, R] int32, padded on the right.
       hidden: [B, R, D] at depth L.
-      start: int32 scalar, position of the chunk's first token.
+      start: int32 scalar or [B], position of the chunk's first token.
       lengths: [B] int32, prompt lengths.
 
     Returns:
       The memory, whose `previous` belongs to the last prompt token of this chunk or an earlier one.
     """
     size = tokens.shape[1]
+    start = jnp.broadcast_to(start, tokens.shape[:1])
     normed = model.normed(hidden)
     ends = jnp.minimum(lengths, start + size)  # positions before it are committed
     here = ends > start
@@ -117,13 +118,13 @@ def read_chunk(
         layer = _heads(config, arrays).context
         assert layer is not None
         entered = layer.enter_rows(model.embed_tokens(tokens), before)
-        positions = jnp.broadcast_to(start + jnp.arange(size), tokens.shape)
+        positions = start[:, None] + jnp.arange(size)[None, :]
         keys, values = layer.keys_values(entered, positions)
         # Entry s holds the last position that is s modulo the window.
         entries = jnp.arange(config.window)[None, :]
         newest = (ends - 1)[:, None] - (ends[:, None] - 1 - entries) % config.window
-        fresh = (newest >= start) & here[:, None]
-        at = jnp.clip(newest - start, 0, size - 1)[:, None, :, None]
+        fresh = (newest >= start[:, None]) & here[:, None]
+        at = jnp.clip(newest - start[:, None], 0, size - 1)[:, None, :, None]
         kept = fresh[:, None, :, None]
         context = ContextMemory(
             jnp.where(kept, jnp.take_along_axis(keys, at, axis=2), context.keys),

@@ -43,7 +43,7 @@ def exit_losses(
     short = blocks * block - count
     features = jnp.pad(features, [(0, 0), (0, short), (0, 0)])
     final = jnp.pad(final, [(0, short), (0, 0)])
-    weight = jnp.pad(jnp.broadcast_to(weight, features.shape[:1] + (count,)), [(0, 0), (0, short)])
+    weight = jnp.pad(jnp.broadcast_to(weight, (*features.shape[:1], count)), [(0, 0), (0, short)])
     parts = (
         features.reshape(features.shape[0], blocks, block, -1).swapaxes(0, 1),
         final.reshape(blocks, block, -1),

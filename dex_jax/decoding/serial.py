@@ -1,0 +1,330 @@
+"""Serial rounds: draft a small token tree, run it through all layers at once, keep every token that the last one gives.
+
+For one device, which reads all weights in a step anyway: a round takes about as long as an AR step and emits several
+tokens. Drafts come from a drafter at depth 0 and from the text itself; what is emitted is always the final layer's.
+
+Letters: B sequences, N rows of a tree, P levels with the root's, w rows of a level, D model width, V vocabulary,
+S cache length, T capacity for new tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dex_jax.decoding.noise import Noise, make_noise
+from dex_jax.decoding.record import Limits, Record, begin, emit
+from dex_jax.decoding.suffix import LONGEST, continuation
+from dex_jax.decoding.tree import Candidates, child_of, follow, grow, plant
+from dex_jax.lattice import NO_NODE, NO_TOKEN, quantized
+from dex_jax.sampling import Sampling, choose, scores
+
+DRAFTED = 0
+"""`exits` of a token that the tree held: the drafter and the lookup stand at depth 0."""
+
+FINAL = 1
+"""`exits` of a token that only the final layer gave."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeShape:
+    """How large a round's tree may get.
+
+    Attributes:
+      widths: rows of the levels below the root.
+      drafted: on how many levels the drafter proposes; deeper ones only go on with what the text said before.
+      lookup: probability that the continuation of a suffix match is right, by the length of the match from 1 to
+        suffix.LONGEST; all 0 switches it off.
+    """
+
+    widths: tuple[int, ...]
+    drafted: int
+    lookup: tuple[float, ...]
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return 1 + sum(self.widths)
+
+    @property
+    def levels(self) -> int:
+        """P."""
+        return 1 + len(self.widths)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First row of each level, the root's among them, and N."""
+        return (0, *itertools.accumulate((1, *self.widths)))
+
+
+class Drafter(NamedTuple):
+    """What proposes tokens before any layer has run.
+
+    Attributes:
+      begin: batch -> drafts, before any row.
+      run: (memory, drafts, first row, token [B, w], position [B, w], parent [B, w], ancestors [B, w, N]) ->
+        (features [B, w, D'], drafts): the rows of one level; a root's parent is NO_NODE.
+      logits: features [M, D'] -> [M, V'] float32.
+      rest: features [M, D'] -> [M] float32, the logit of all tokens outside the vocabulary together, or None.
+      vocabulary: [V'] int32, the full id of each column, None when V' = V.
+    """
+
+    begin: Callable[[int], Any]
+    run: Callable[..., tuple[jax.Array, Any]]
+    logits: Callable[[jax.Array], jax.Array]
+    rest: Callable[[jax.Array], jax.Array] | None
+    vocabulary: jax.Array | None
+
+
+class TreeNetwork(NamedTuple):
+    """A decoder that runs token trees.
+
+    Attributes:
+      vocab_size: V.
+      run: (memory, token [B, N], position [B, N], ancestors [B, N, N], prefix [B]) -> (hidden [B, N, D] at depth L,
+        fresh): every row attends to the committed prefix and to its ancestors; memory does not change.
+      commit: (memory, fresh, Path) -> memory: appends the rows of a path to the prefix.
+      final: hidden [M, D] -> logits [M, V] float32.
+      drafter: None to go by the text alone.
+    """
+
+    vocab_size: int
+    run: Callable[..., tuple[jax.Array, Any]]
+    commit: Callable[[Any, Any, Path], Any]
+    final: Callable[[jax.Array], jax.Array]
+    drafter: Drafter | None
+
+
+class Path(NamedTuple):
+    """The rows that a round commits.
+
+    Attributes:
+      row: [B, P] int32, the root first; from `count` on anything.
+      token: [B, P] int32.
+      hidden: [B, P, D] at depth L.
+      prefix: [B] int32, position of the root: the first one that is not committed yet.
+      count: [B] int32, how many rows; 0 for sequences that are done.
+    """
+
+    row: jax.Array
+    token: jax.Array
+    hidden: jax.Array
+    prefix: jax.Array
+    count: jax.Array
+
+
+class SerialState(NamedTuple):
+    """All that serial rounds carry.
+
+    Attributes:
+      tick: int32, rounds since the start, the same for all sequences.
+      root: [B] int32, the last token emitted, not yet in memory.
+      prefix: [B] int32, its position, and the number of committed positions.
+      text: [B, S] int32, all tokens at their positions.
+      memory: the network's own.
+      noise: None when greedy.
+      record: what has been emitted; its `ticks` are rounds.
+    """
+
+    tick: jax.Array
+    root: jax.Array
+    prefix: jax.Array
+    text: jax.Array
+    memory: Any
+    noise: Noise | None
+    record: Record
+
+
+def init(
+    network: TreeNetwork,
+    memory: Any,
+    prompt: jax.Array,
+    first_token: jax.Array,
+    position: jax.Array,
+    *,
+    shape: TreeShape,
+    length: int,
+    capacity: int,
+    limits: Limits,
+    sampling: Sampling | None = None,
+) -> SerialState:
+    """The state before the first round.
+
+    Args:
+      network: the callables of one model.
+      memory: what its prefill left, with room for `shape.levels` positions past the last token.
+      prompt: [B, R] int32, padded on the right.
+      first_token: [B] int32, token 0 as the prefill chose it.
+      position: [B] int32, its absolute position (the prompt's length).
+      shape: of the trees.
+      length: S.
+      capacity: T.
+      limits: when a sequence ends.
+      sampling: None for greedy.
+    """
+    batch, size = prompt.shape
+    text = jnp.full((batch, length), NO_TOKEN, jnp.int32).at[:, :size].set(prompt)
+    text = text.at[jnp.arange(batch), position].set(first_token)
+    noise = None
+    if sampling is not None:
+        noise = Noise(jnp.zeros((batch, shape.levels, network.vocab_size), jnp.float32), position)
+    return SerialState(
+        jnp.int32(0), first_token, position, text, memory, noise, begin(first_token, capacity, limits)
+    )
+
+
+def step(
+    network: TreeNetwork, state: SerialState, limits: Limits, sampling: Sampling | None = None, *, shape: TreeShape
+) -> SerialState:
+    """One round: draft, run, commit. Sequences that are done emit nothing."""
+    batch, levels = state.root.shape[0], shape.levels
+    noise = _noise_ahead(network, state, sampling, levels)
+    tree = _draft(network, state, sampling, noise, shape)
+
+    level = jnp.asarray([i for i, width in enumerate((1, *shape.widths)) for _ in range(width)])
+    position = state.prefix[:, None] + level[None]
+    hidden, fresh = network.run(state.memory, tree.token, position, tree.ancestors, state.prefix)
+    row_noise = None if noise is None else _noise_at(noise, position + 1).reshape(batch * shape.rows, -1)
+    final = choose(network.final(hidden.reshape(batch * shape.rows, -1)), sampling, row_noise)[0]
+    final = final.reshape(batch, shape.rows)
+
+    row, count = jax.vmap(follow, (0, 0, None))(tree, final, levels)
+    emitted = jnp.take_along_axis(final, row, axis=1)
+    begun = state.record
+    record = begun
+    for i in range(levels):
+        here = (i < count) & ~record.done
+        born_at = jnp.where(i < count - 1, DRAFTED, FINAL)
+        record = emit(record, emitted[:, i], born_at, here, limits)
+    record = record._replace(ticks=begun.ticks + ~begun.done)
+    count = jnp.where(begun.done, 0, count)
+    path = Path(
+        row,
+        jnp.take_along_axis(tree.token, row, axis=1),
+        jnp.take_along_axis(hidden, row[:, :, None], axis=1),
+        state.prefix,
+        count,
+    )
+    memory = network.commit(state.memory, fresh, path)
+    last = jnp.take_along_axis(emitted, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    at = jnp.where(jnp.arange(levels)[None] < count[:, None], state.prefix[:, None] + 1 + jnp.arange(levels)[None], -1)
+    at = jnp.where(at < 0, state.text.shape[1], at)
+    text = state.text.at[jnp.arange(batch)[:, None], at].set(emitted, mode="drop")
+    root = jnp.where(count > 0, last, state.root)
+    return SerialState(state.tick + 1, root, state.prefix + count, text, memory, noise, record)
+
+
+def run(
+    network: TreeNetwork,
+    state: SerialState,
+    limits: Limits,
+    sampling: Sampling | None = None,
+    *,
+    shape: TreeShape,
+    until_tick: jax.Array | None = None,
+) -> SerialState:
+    """Rounds under one lax.while_loop until every sequence is done, or until `until_tick` (int32 scalar)."""
+
+    def going(state: SerialState) -> jax.Array:
+        more = jnp.any(~state.record.done)
+        return more if until_tick is None else more & (state.tick < until_tick)
+
+    return jax.lax.while_loop(going, lambda s: step(network, s, limits, sampling, shape=shape), state)
+
+
+def _draft(
+    network: TreeNetwork, state: SerialState, sampling: Sampling | None, noise: Noise | None, shape: TreeShape
+) -> Any:
+    """The round's tree, every field with a leading axis B."""
+    batch, drafter = state.root.shape[0], network.drafter
+    tree = jax.vmap(plant, (0, None))(state.root, shape.rows)
+    said, matched = jax.vmap(continuation, (0, 0, None))(state.text, state.prefix + 1, len(shape.widths))
+    trust = jnp.asarray((0.0, *shape.lookup), jnp.float32)
+    trusted = jnp.where(trust > 0, quantized(jnp.log(trust)), -jnp.inf)[jnp.minimum(matched, LONGEST)]
+    at = jnp.where(trusted > -jnp.inf, 0, NO_NODE)  # the row that the continuation has got to
+    drafts = None if drafter is None else drafter.begin(batch)
+    for level, width in enumerate(shape.widths, 1):
+        first, above = shape.starts[level], shape.starts[level - 1]
+        token = said[:, level - 1]
+        score = jnp.where(at == NO_NODE, -jnp.inf, _at(tree.score, at) + trusted)
+        candidates = Candidates(token[:, None], at[:, None], score[:, None])
+        if drafter is not None and level <= shape.drafted:
+            drafted, drafts = _drafted(network, state, sampling, noise, tree, drafts, above, first, width)
+            candidates = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), candidates, drafted)
+        tree = jax.vmap(grow, (0, 0, None, None))(tree, candidates, first, width)
+        at = jax.vmap(child_of)(tree, at, token)
+    return tree
+
+
+def _drafted(
+    network: TreeNetwork,
+    state: SerialState,
+    sampling: Sampling | None,
+    noise: Noise | None,
+    tree: Any,
+    drafts: Any,
+    above: int,
+    first: int,
+    count: int,
+) -> tuple[Candidates, Any]:
+    """The drafter's `count` best children of each row from `above` up to `first`."""
+    drafter = network.drafter
+    assert drafter is not None
+    rows = slice(above, first)
+    batch, width = tree.token[:, rows].shape
+    depth = jnp.sum(tree.ancestors[:, rows], axis=2, dtype=jnp.int32) - 1
+    position = state.prefix[:, None] + depth
+    features, drafts = drafter.run(
+        state.memory, drafts, above, tree.token[:, rows], position, tree.parent[:, rows], tree.ancestors[:, rows]
+    )
+    flat = features.reshape(batch * width, -1)
+    logits = drafter.logits(flat)
+    columns = drafter.vocabulary
+    row_noise = None
+    if noise is not None:
+        row_noise = _noise_at(noise, position + 1).reshape(batch * width, -1)
+        row_noise = row_noise if columns is None else row_noise[:, columns]
+    adjusted = scores(logits, sampling, row_noise)
+    log_all = jax.nn.logsumexp(adjusted, axis=-1)
+    if drafter.rest is not None:
+        rest = drafter.rest(flat)
+        log_all = jnp.logaddexp(log_all, rest if sampling is None else rest / sampling.temperature)
+    # Asked for values too, XLA sorts the whole vocabulary on CPUs.
+    best = jax.lax.top_k(adjusted, count)[1]
+    adjusted = jnp.take_along_axis(adjusted, best, axis=1)
+    score = jnp.where(adjusted > -jnp.inf, quantized(adjusted - log_all[:, None]), -jnp.inf)
+    token = best if columns is None else columns[best]
+    parent = jnp.broadcast_to(jnp.arange(above, first)[None, :, None], (batch, width, count))
+    path = tree.score[:, rows, None] + score.reshape(batch, width, count)
+    found = (token.reshape(batch, -1), parent.reshape(batch, -1), path.reshape(batch, -1))
+    return Candidates(*found), drafts
+
+
+def _noise_ahead(
+    network: TreeNetwork, state: SerialState, sampling: Sampling | None, levels: int
+) -> Noise | None:
+    """Noise of the positions that the round's rows predict: prefix + 1 to prefix + P."""
+    if state.noise is None:
+        return None
+    frontier = state.prefix + levels
+
+    def one_more(_: int, noise: Noise) -> Noise:
+        made = make_noise(noise, sampling, frontier, network.vocab_size)
+        assert made is not None
+        return made
+
+    return jax.lax.fori_loop(0, levels, one_more, state.noise)
+
+
+def _noise_at(noise: Noise, position: jax.Array) -> jax.Array:
+    """Rows of noise at positions [B, n]: [B, n, V]."""
+    return noise.ring[jnp.arange(position.shape[0])[:, None], position % noise.ring.shape[1]]
+
+
+def _at(field: jax.Array, row: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(field, jnp.maximum(row, 0)[:, None], axis=1)[:, 0]

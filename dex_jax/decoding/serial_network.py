@@ -1,0 +1,58 @@
+"""The transformer and its drafter as the callables of serial rounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dex_jax.config import ExitsConfig
+from dex_jax.decoding.drafter import draft_rows, no_drafts
+from dex_jax.decoding.network import commit_rows, run_tree
+from dex_jax.decoding.serial import Drafter, Path, TreeNetwork
+from dex_jax.decoding.trained_exits import ExitArrays, read_chunk
+from dex_jax.nn.layers import linear
+from dex_jax.nn.transformer import Transformer
+
+
+def tree_network(
+    model: Transformer, config: ExitsConfig | None, arrays: ExitArrays | None, rows: int
+) -> TreeNetwork:
+    """The callables of `model`.
+
+    Args:
+      model: any layout.
+      config, arrays: of a drafter, one exit of kind "attn" at depth 0; None for none.
+      rows: N, of the trees.
+    """
+
+    def run(memory: Any, token: Any, position: Any, ancestors: Any, prefix: Any) -> Any:
+        return run_tree(model, memory, token, position, ancestors, prefix)
+
+    def commit(memory: Any, fresh: Any, path: Path) -> Any:
+        memory = commit_rows(model, memory, fresh, path.row, path.prefix, path.hidden)
+        if config is None or arrays is None:
+            return memory
+        ends = path.prefix + path.count
+        taken = read_chunk(model, config, arrays, memory.exits, path.token, path.hidden, path.prefix, ends)
+        return memory._replace(exits=taken)
+
+    drafter = None if config is None or arrays is None else _drafter(model, config, arrays, rows)
+    return TreeNetwork(model.config.vocab_size, run, commit, model.logits, drafter)
+
+
+def _drafter(model: Transformer, config: ExitsConfig, arrays: ExitArrays, rows: int) -> Drafter:
+    dtype = model.embed[...].dtype
+
+    def logits(features: jax.Array) -> jax.Array:
+        own = features[:, :-1]
+        return model.unembedding(own) if arrays.unembed is None else linear(own, arrays.unembed, out_dtype=jnp.float32)
+
+    return Drafter(
+        begin=lambda batch: no_drafts(config, batch, rows, dtype),
+        run=lambda memory, drafts, *level: draft_rows(model, config, arrays, memory.exits, drafts, *level),
+        logits=logits,
+        rest=None if arrays.vocabulary is None else lambda features: features[:, -1].astype(jnp.float32),
+        vocabulary=arrays.vocabulary,
+    )

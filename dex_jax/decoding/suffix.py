@@ -1,0 +1,43 @@
+"""Proposals that cost nothing: what followed the longest suffix of the text where it stood before.
+
+Letters: S length of the buffer, M proposed tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+LONGEST = 8
+"""Suffixes are compared up to this many tokens."""
+
+
+def continuation(text: jax.Array, length: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The continuation of the longest earlier occurrence of the text's suffix, the latest one of several.
+
+    An occurrence whose continuation runs into the suffix itself is a loop, and goes on as one.
+
+    Args:
+      text: [S] int32, tokens at their absolute positions; what lies beyond `length` may be anything.
+      length: int32, how many there are.
+      count: M.
+
+    Returns:
+      (tokens [M] int32, int32 length of the match, 0 to LONGEST; the tokens mean nothing when it is 0).
+    """
+    size = text.shape[0]
+    at = jnp.arange(size)
+    last = length - 1
+
+    def longer(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        matched, going = carry
+        same = jnp.roll(text, i) == text[jnp.maximum(last - i, 0)]
+        going = going & same & (at >= i) & (last >= i)
+        return matched + going, going
+
+    begin = (jnp.zeros(size, jnp.int32), at < last)
+    matched, _ = jax.lax.fori_loop(0, LONGEST, longer, begin)
+    best = jnp.max(matched)
+    end = jnp.max(jnp.where(matched == best, at, -1))
+    period = jnp.maximum(last - end, 1)
+    return text[jnp.clip(end + 1 + jnp.arange(count) % period, 0, size - 1)], best
