@@ -85,5 +85,5 @@ config = dataclasses.replace(
     sources=dataclasses.replace(first.sources, seed=1),
     exits=dataclasses.replace(first.exits, draft_size=16384),
     draft_tokens=60_000,
-    train=dataclasses.replace(first.train, steps=900, learning_rate=1e-3, warmup_steps=30, seed=1),
+    train=dataclasses.replace(first.train, steps=600, learning_rate=1e-3, warmup_steps=30, seed=1),
 )

@@ -160,7 +160,7 @@ def _same_tokens(
 
 
 def _counted_ticks(name: str, outputs: list[Output], schedule: Schedule) -> Finding:
-    ticks = [int(out.stats.ticks[0]) for out in outputs]
+    ticks = [int(np.asarray(out.stats.ticks)[0]) for out in outputs]
     predicted = [ticks_of(out.stats.exits[0], int(out.lengths[0]), schedule.stages) for out in outputs]
     return Finding(f"ticks are K + sum(exits[1:n-1]), {name}", ticks == predicted, f"{ticks} and {predicted}")
 

@@ -40,14 +40,22 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    ("method", "sampled"), [(AR(), False), (Dex(explorers=3), False), (Dex(explorers=3, rows=4), True)]
+    ("method", "sampled"),
+    [
+        (AR(), False),
+        (Dex(explorers=3), False),
+        (Dex(explorers=3, rows=4), True),
+        (Dex(schedule="serial"), False),
+        (Dex(schedule="serial"), True),
+    ],
 )
 @pytest.mark.parametrize("layout", [Unrolled(), Stacked((2, 4, 5))], ids=["unrolled", "stacked"])
 def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:
     session = session_of(layout, method, dtype, sampled)
-    length = cache_length_for(20, 70)
-    assert length == session.cache_length == 32 + 128
-    plan = footprint(UNTIED, jnp.dtype(dtype), session.spec.schedule, 2, length, layout, sampled=sampled)
+    schedule = session.spec.schedule
+    length = cache_length_for(20, 70, schedule)
+    assert length == session.cache_length == 32 + 128 + schedule.ahead
+    plan = footprint(UNTIED, jnp.dtype(dtype), schedule, 2, length, layout, sampled=sampled)
     state, memory = session.state, session.state.memory
     assert plan.weights_bytes == session.lm.parameter_bytes == nbytes(session.lm.weights)
     assert plan.cache_bytes == nbytes((memory.keys, memory.values))

@@ -63,8 +63,8 @@ class Toy:
             keys, state = memory
             at = path.prefix[:, None] + jnp.arange(path.row.shape[1])[None]
             keys = keys.at[jnp.arange(at.shape[0])[:, None], at].set(jnp.take_along_axis(fresh, path.row, axis=1))
-            last = jnp.take_along_axis(path.hidden[:, :, 0], jnp.maximum(path.count - 1, 0)[:, None], axis=1)[:, 0]
-            return keys, jnp.where(path.count > 0, last, state)
+            last = jnp.take_along_axis(path.hidden[:, :, 0], jnp.maximum(path.length - 1, 0)[:, None], axis=1)[:, 0]
+            return keys, jnp.where(path.length > 0, last, state)
 
         def draft(memory, drafts, first, token, position, parent, ancestors):
             of_parent = jnp.take_along_axis(drafts, jnp.maximum(parent, 0), axis=1)
@@ -151,9 +151,7 @@ def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, temperature) 
                 draws = serial_twin.Draws(noise, temperature)
             limit = int(limits.max_new_tokens[row])
             options = {"limit": limit, "eos": (12,), "draws": draws}
-            twin = serial_twin.serial_run(
-                toy, prompt, first, widths=widths, drafted=drafted, lookup=lookup, **options
-            )
+            twin = serial_twin.serial_run(toy, prompt, first, widths=widths, drafted=drafted, lookup=lookup, **options)
             plain = serial_twin.serial_run(toy, prompt, first, widths=(), drafted=0, lookup=lookup, **options)
             size = len(twin.tokens)
             assert int(state.record.lengths[row]) == size

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from dex_jax.decoding.methods import AR, Dex, Method
+from dex_jax.decoding.methods import AR, SCHEDULES, Dex, Method
 from dex_jax.errors import DexError
 from dex_jax.language_model import DTYPES
 from dex_jax.prompts import Prompt
@@ -52,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
 
     add = p.add_argument_group("method").add_argument
     add("--method", choices=["dex", "ar"], default="dex", help="dex, or ar: one layer stack a token (%(default)s)")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default="parallel",
+        help="parallel: explorers side by side; serial: rounds that draft tokens ahead, for one device (%(default)s)",
+    )
     add("--explorers", type=int, metavar="K", help="number of exit depths, evenly spaced (5)")
     add("--depths", type=depths, metavar="X,...,L", help="the exit depths themselves, ending at the last layer")
     add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most, or "full" (2^(K-2), at most 8)')
@@ -81,8 +87,9 @@ def method_of(args: argparse.Namespace) -> Method:
       DexError: --method ar together with flags of DEX.
     """
     if args.method == "dex":
-        return Dex(explorers=args.explorers, depths=args.depths, rows=args.rows, decs=not args.no_decs)
+        return Dex(args.explorers, args.depths, args.rows, not args.no_decs, args.schedule)
     given = [name for name in ("explorers", "depths", "rows") if getattr(args, name) is not None]
+    given += ["schedule"] if args.schedule != "parallel" else []
     if given:
         raise DexError(
             f"--{given[0]} belongs to --method dex and means nothing with --method ar: leave one of them out"

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dex_jax.decoding.output import Output
+from dex_jax.decoding.serial import DRAFTED
 from dex_jax.evaluation.check import Check
 from dex_jax.io import TextStream, Tokenizer
 
@@ -19,7 +20,9 @@ BAR_WIDTH = 30
 
 
 def depth_style(exit_number: int, stages: int) -> str:
-    """Style of a token that exit 1..K first gave; the final layer's and the prefill's own tokens are plain."""
+    """Style of a token that exit 1..K first gave, 0 a drafter; the final layer's and the prefill's own are plain."""
+    if exit_number == DRAFTED:
+        return f"color({PALETTE[0]})"
     if exit_number < 1 or exit_number >= stages:
         return "default"
     place = (exit_number - 1) / max(stages - 2, 1)
@@ -96,9 +99,14 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     new_tokens = int(output.lengths.sum())
     after_first = int((output.lengths - 1).sum())
     rate = f"{after_first / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds > 0 and after_first else "n/a"
-    name = "AR" if schedule.method == "ar" else f"DEX, K = {schedule.stages}"
+    name = {None: "AR", "parallel": f"DEX, K = {schedule.stages}", "serial": "DEX, serial"}[schedule.kind]
     lines = [f"{name} on {stats.device}, {stats.dtype}: {new_tokens} tokens"]
-    if schedule.method == "dex":
+    if stats.rounds is not None:
+        ratio = after_first / stats.rounds.sum() if stats.rounds.sum() else float("nan")
+        lines[0] += f", {int(stats.rounds.sum())} rounds, {ratio:.2f} tokens a round"
+        drafter = "" if stats.exits_source is None else f" and by the drafter ({stats.exits_source})"
+        lines.append(f"{schedule.rows} rows a round, drafted from the text itself{drafter}")
+    if stats.ticks is not None and schedule.method == "dex":
         ratio = schedule.stages * after_first / stats.ticks.sum() if stats.ticks.sum() else float("nan")
         lines[0] += f", {int(stats.ticks.sum())} ticks, depth-side speedup {ratio:.2f}"
         lines.append(

@@ -39,7 +39,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         prompts = prompts_of(args)
         lengths = [len(encode_prompt(p, tokenizer, config.vocab_size, checkpoint.source, chat)) for p in prompts]
     layout = Stacked(schedule.depths) if args.layout == "stacked" else Unrolled()
-    length = cache_length_for(max(lengths), args.max_new_tokens)
+    length = cache_length_for(max(lengths), args.max_new_tokens, schedule)
     batch = len(lengths) * args.num_samples
     sampled, exits_bytes = args.temperature > 0, trained_bytes(config, dtype, resolved.trained)
     needed = footprint(config, dtype, schedule, batch, length, layout, sampled=sampled, exits_bytes=exits_bytes)

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
+
 from dex_jax.decoding.output import Output
 from dex_jax.evaluation.check import Check
 
@@ -14,14 +16,15 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     """One sequence as a JSON-ready dict.
 
     Keys: prompt (as given), text, tokens (ids, an ending EOS included), prompt_tokens and new_tokens (counts),
-    finished (False only when interrupted), method, schedule ("parallel" for DEX, null for AR), depths, rows,
-    exits_source (null for K = 1), ticks, exits (born_at of each token), depth_side_speedup (null for one token),
+    finished (False only when interrupted), method, schedule ("parallel" or "serial" for DEX, null for AR), depths,
+    rows, exits_source (null for K = 1 and where nothing drafts), ticks (null in serial rounds), exits (born_at of each
+    token), depth_side_speedup (null for one token and in serial rounds), rounds, stage_steps and tokens_per_round (null
+    but in serial rounds; the last also for one token),
     compile_seconds, prefill_seconds and decode_seconds (of the whole batch), tokens_per_second ((n - 1) /
     decode_seconds of this sequence, null for one token), device, dtype, seed (null when greedy), and check when asked
     for (identical, first_divergence, top2_margin; see evaluation.check).
     """
     stats, length = output.stats, int(output.lengths[row])
-    speedup = float(stats.depth_side_speedup[row])
     record = {
         "prompt": prompt,
         "text": output.texts[row],
@@ -30,13 +33,16 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
         "new_tokens": length,
         "finished": bool(output.finished[row]),
         "method": stats.schedule.method,
-        "schedule": "parallel" if stats.schedule.method == "dex" else None,
+        "schedule": stats.schedule.kind,
         "depths": list(stats.schedule.depths),
         "rows": stats.schedule.rows,
         "exits_source": stats.exits_source,
-        "ticks": int(stats.ticks[row]),
+        "ticks": _at(stats.ticks, row),
         "exits": stats.exits[row, :length].tolist(),
-        "depth_side_speedup": None if math.isnan(speedup) else speedup,
+        "depth_side_speedup": _at(stats.depth_side_speedup, row),
+        "rounds": _at(stats.rounds, row),
+        "stage_steps": _at(stats.stage_steps, row),
+        "tokens_per_round": _at(stats.tokens_per_round, row),
         "compile_seconds": stats.compile_seconds,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
@@ -48,3 +54,11 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     if check is not None:
         record["check"] = dataclasses.asdict(check)
     return record
+
+
+def _at(figures: np.ndarray | None, row: int) -> int | float | None:
+    """One sequence's figure; None where it is undefined."""
+    if figures is None:
+        return None
+    figure = figures[row].item()
+    return None if math.isnan(figure) else figure

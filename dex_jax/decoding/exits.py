@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.methods import Dex, Method, Schedule
+from dex_jax.decoding.methods import DRAFTED_TREE, Dex, Method, Schedule
+from dex_jax.decoding.serial import TreeShape
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits
 from dex_jax.nn.exits import select_exits
@@ -44,8 +45,11 @@ def resolve_method(
     method: Method, exits: str | os.PathLike | TrainedExits, config: ModelConfig, fingerprint: str
 ) -> ResolvedExits:
     """The schedule of a method and its exits; arguments and errors as of `resolve_exits` and `method.schedule_for`."""
+    schedule = method.schedule_for(config.num_layers)
+    if schedule.tree is not None:
+        return _resolve_drafter(exits, schedule, config, fingerprint)
     given = isinstance(method, Dex) and method.depths is not None
-    return resolve_exits(exits, method.schedule_for(config.num_layers), config, fingerprint, given_depths=given)
+    return resolve_exits(exits, schedule, config, fingerprint, given_depths=given)
 
 
 def resolve_exits(
@@ -90,17 +94,54 @@ def resolve_exits(
     if trained.fingerprint != fingerprint:
         remarks.append(f"the exits in {source} were trained on another model: tokens stay the same, ticks may be more")
     depths = schedule.depths
-    if not set(depths[:-1]) <= set(trained.config.depths):
+    reached = tuple(depth for depth in trained.config.depths if depth > 0)
+    if not set(depths[:-1]) <= set(reached):
         trained_at = ", ".join(map(str, trained.config.depths))
         if given_depths:
             raise DexError(f"the exits in {source} are trained at depths {trained_at}: choose depths among them")
-        depths = (*nearest_depths(depths[:-1], trained.config.depths, source), depths[-1])
+        depths = (*nearest_depths(depths[:-1], reached, source), depths[-1])
         moved = ", ".join(map(str, depths))
         remarks.append(f"exits are trained at depths {trained_at}: the exit depths are {moved}")
     chosen = tuple(depths[:-1])
     subset, parameters = select_exits(trained.config, trained.parameters, chosen)
     trained = dataclasses.replace(trained, config=subset, parameters=parameters)
     return ResolvedExits(dataclasses.replace(schedule, depths=depths), source, trained, tuple(remarks))
+
+
+def _resolve_drafter(
+    exits: str | os.PathLike | TrainedExits, schedule: Schedule, config: ModelConfig, fingerprint: str
+) -> ResolvedExits:
+    """The drafter of serial rounds, with the tree that was found for it; without one the text is looked up in itself.
+
+    `exits` is "shared" for none, "default" for what ships for the model, or a drafter as for `resolve_exits`.
+    """
+    if isinstance(exits, str) and exits == "shared":
+        return ResolvedExits(schedule, None, None)
+    if isinstance(exits, str) and exits == "default":
+        file = DEFAULTS / f"{fingerprint}.drafter.safetensors"
+        if not file.is_file():
+            return ResolvedExits(schedule, None, None)
+        trained, source = load_exits(file), "default"
+    else:
+        trained = exits if isinstance(exits, TrainedExits) else load_exits(exits)
+        source = trained.source
+    if trained.config.kind != "attn" or trained.config.depths != (0,):
+        depths = ", ".join(map(str, trained.config.depths))
+        raise DexError(
+            f"serial rounds draft with one exit of kind attn at depth 0, and {source} has exits of kind "
+            f"{trained.config.kind} at depths {depths}: train one (configs/smollm2_135m_drafter.py), or leave exits out"
+        )
+    _check_fit(trained, config)
+    remarks = []
+    if trained.fingerprint != fingerprint:
+        remarks.append(
+            f"the drafter in {source} was trained on another model: tokens stay the same, rounds may be more"
+        )
+    found = trained.metadata.get("tree")
+    tree = (
+        DRAFTED_TREE if found is None else TreeShape(tuple(found["widths"]), found["drafted"], tuple(found["lookup"]))
+    )
+    return ResolvedExits(dataclasses.replace(schedule, rows=tree.rows, tree=tree), source, trained, tuple(remarks))
 
 
 @functools.lru_cache(maxsize=2)

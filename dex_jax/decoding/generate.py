@@ -15,7 +15,7 @@ import numpy as np
 
 from dex_jax.decoding.exits import ResolvedExits, resolve_method
 from dex_jax.decoding.methods import Dex, Method, Schedule
-from dex_jax.decoding.output import Output, Stats, cut, depth_side_speedup, ticks_of
+from dex_jax.decoding.output import Output, Stats, cut, depth_side_speedup, rounds_of, ticks_of
 from dex_jax.decoding.record import Record
 from dex_jax.decoding.session import PROGRAMS, Session
 from dex_jax.decoding.stopping import StopStrings
@@ -76,10 +76,10 @@ def stream(
     Args:
       lm: from `dex_jax.load`.
       prompts: see `generate`.
-      method: AR() or Dex(...); None is Dex() with 5 explorers.
+      method: AR() or Dex(...); None is Dex() with 5 explorers side by side.
       max_new_tokens: at most so many tokens per sequence, the first one of the prefill included.
-      exits: "shared" (the model's own final norm and unembedding at every depth), "default" (what ships for the
-        model), a path, or what `load_exits` gave. Exits never change tokens.
+      exits: "shared" (the model's own final norm and unembedding at every depth; for serial rounds no drafter),
+        "default" (what ships for the model), a path, or what `load_exits` gave. Exits never change tokens.
       temperature: 0 is greedy; above, tokens are sampled with noise that belongs to their positions.
       top_k: keep the k most likely tokens; None keeps all.
       top_p: keep the smallest set that holds this probability, in (0, 1]; None keeps all.
@@ -87,7 +87,7 @@ def stream(
       num_samples: repeats each prompt n times, one row after the other.
       stop: strings that end a sequence; they are cut from the text.
       chat: whether string prompts go through the chat template.
-      ticks_per_update: how many ticks run on the device between two yields.
+      ticks_per_update: how many ticks or rounds run on the device between two yields.
       notify: told the phase ("prefill", "decoding"), for a progress display.
 
     Yields:
@@ -256,24 +256,28 @@ def _whole(**values: int) -> None:
 
 def _output(run: _Prepared, record: Record, times: dict[str, float]) -> Output:
     tokens, exits = np.array(record.tokens), np.array(record.exits)
-    lengths, finished, ticks = np.array(record.lengths), np.array(record.done), np.array(record.ticks)
-    stages = run.schedule.stages
+    lengths, finished, steps = np.array(record.lengths), np.array(record.done), np.array(record.ticks)
+    stages, serial = run.schedule.stages, run.schedule.kind == "serial"
     texts = []
     for row in range(len(run.ids)):
         text, kept = run.stops.apply(tokens[row, : lengths[row]].tolist())
         if kept is not None:
             lengths[row], finished[row] = kept, True
             tokens[row], exits[row] = cut(tokens[row], exits[row], kept)
-            ticks[row] = ticks_of(exits[row], kept, stages)
+            steps[row] = rounds_of(exits[row], kept) if serial else ticks_of(exits[row], kept, stages)
         texts.append(text)
     width = int(lengths.max())
+    per_round = np.where(lengths > 1, (lengths - 1) / np.maximum(steps, 1), np.nan)
     device = jax.devices()[0]
     stats = Stats(
         schedule=run.schedule,
         exits_source=run.exits.source,
-        ticks=ticks,
+        ticks=None if serial else steps,
         exits=exits[:, :width],
-        depth_side_speedup=depth_side_speedup(ticks, lengths, stages),
+        depth_side_speedup=None if serial else depth_side_speedup(steps, lengths, stages),
+        rounds=steps if serial else None,
+        stage_steps=steps * stages if serial else None,
+        tokens_per_round=per_round if serial else None,
         compile_seconds=times["compile"],
         prefill_seconds=times["prefill"],
         decode_seconds=times["decode"],

@@ -5,11 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+from dex_jax.decoding.serial import TreeShape
 from dex_jax.errors import DexError
 from dex_jax.lattice import default_rows, full_rows
 
 DEFAULT_EXPLORERS = 5
 FULL_ROWS_LIMIT = 8
+SCHEDULES = ("parallel", "serial")
+
+LOOKUP_TRUST = (0.25, 0.6, 0.65, 0.73, 0.79, 0.79, 0.82, 0.9)
+"""How often what followed a suffix before follows it again, by the length of the match; 8 means 8 or more. Counted on
+greedy answers of SmolLM2-135M to the held-out prompts of configs/smollm2_135m.py (2,492 positions)."""
+
+LOOKUP_TREE = TreeShape((1,) * 7, drafted=0, lookup=LOOKUP_TRUST)
+"""Without a drafter: 8 rows, which many devices run about as fast as one."""
+
+DRAFTED_TREE = TreeShape((2, 2, 1, 1, 1), drafted=3, lookup=LOOKUP_TRUST)
+"""With a drafter that brings no tree of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +33,26 @@ class Schedule:
       depths: exit depths x_1 < ... < x_K = L.
       rows: W, rows a stage.
       decs: whether depth-coupled sampling is on.
+      tree: of serial rounds; None for AR and for stages side by side.
     """
 
     method: str
     depths: tuple[int, ...]
     rows: int
     decs: bool
+    tree: TreeShape | None = None
+
+    @property
+    def kind(self) -> str | None:
+        """One of SCHEDULES; None for AR."""
+        if self.method == "ar":
+            return None
+        return "parallel" if self.tree is None else "serial"
+
+    @property
+    def ahead(self) -> int:
+        """How many positions past the last token the committed cache may be written at."""
+        return 0 if self.tree is None else self.tree.levels
 
     @property
     def stages(self) -> int:
@@ -52,6 +78,8 @@ class Dex:
       depths: exit depths themselves, ascending and ending at L.
       rows: W, how many nodes a stage runs at most; None is min(max(1, 2^(K-2)), 8), "full" never prunes.
       decs: whether an exit may not repeat a token that its node's children hold.
+      schedule: "parallel", all stages side by side in every tick, which K devices are for; "serial", rounds that draft
+        a few tokens ahead and run them through all layers at once, for one device. The fields above are of "parallel".
 
     Example:
       >>> Dex(explorers=3).schedule_for(30).depths
@@ -64,14 +92,24 @@ class Dex:
     depths: tuple[int, ...] | None = None
     rows: int | str | None = None
     decs: bool = True
+    schedule: str = "parallel"
 
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers.
 
         Raises:
           DexError: both explorers and depths, K or depths out of range, depths not ascending or not ending at L,
-            rows below 1, rows="full" above K = 8.
+            rows below 1, rows="full" above K = 8, an unknown schedule, or fields of "parallel" with "serial".
         """
+        if self.schedule not in SCHEDULES:
+            raise DexError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
+        if self.schedule == "serial":
+            given = [name for name in ("explorers", "depths", "rows") if getattr(self, name) is not None]
+            if given:
+                raise DexError(
+                    f'{given[0]} belongs to schedule="parallel" and means nothing with "serial": leave it out'
+                )
+            return Schedule("dex", (num_layers,), LOOKUP_TREE.rows, decs=False, tree=LOOKUP_TREE)
         depths = self._depths(num_layers)
         return Schedule("dex", depths, self._rows(len(depths)), self.decs)
 

@@ -146,7 +146,7 @@ def run_tree(
         for layer, keys, values in zip(model.layers, memory.keys, memory.values, strict=True):
             x, *rows = layer_step(layer, x, keys, values)
             fresh.append(rows)
-        return x, tuple(zip(*fresh, strict=True))
+        return x, (tuple(keys for keys, _ in fresh), tuple(values for _, values in fresh))
 
     layout = model.layout
     graph, weights = nnx.split(model.layers)

@@ -8,28 +8,36 @@ import numpy as np
 
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import PREFILL_EXIT
+from dex_jax.decoding.serial import DRAFTED, FINAL
 
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Counts and times. Ticks, depth-side speedup and wall-clock seconds are three different things.
+    """Counts and times. Ticks, rounds, depth-side speedup and wall-clock seconds are different things.
 
     Attributes:
       schedule: method, depths, rows and DECS as they ran.
-      exits_source: which exit heads proposed: "shared", "default", a path, or None when K = 1.
-      ticks: [B] int32, loop steps that each sequence took.
-      exits: [B, T] int32, the exit that first gave each token; -1 for token 0 and beyond the length.
+      exits_source: which exit heads proposed: "shared", "default", a path, or None when K = 1 or nothing drafts.
+      ticks: [B] int32, loop steps that each sequence took; None for serial rounds.
+      exits: [B, T] int32, the exit that first gave each token; -1 for token 0 and beyond the length. In serial rounds 0
+        for a token that was drafted, 1 for one that only the final layer gave.
       depth_side_speedup: [B] float64, K (n - 1) / ticks, NaN for n = 1: the speedup over AR if K explorers ran truly
-        side by side and heads and communication were free.
+        side by side and heads and communication were free; None for serial rounds.
+      rounds: [B] int32, serial rounds that each sequence took; None otherwise.
+      stage_steps: [B] int32, stages run in them, one after the other; None otherwise.
+      tokens_per_round: [B] float64, (n - 1) / rounds, NaN for n = 1; None otherwise.
       compile_seconds, prefill_seconds, decode_seconds: wall-clock of the whole batch, apart from one another.
       device, dtype: where and in what it ran.
     """
 
     schedule: Schedule
     exits_source: str | None
-    ticks: np.ndarray
+    ticks: np.ndarray | None
     exits: np.ndarray
-    depth_side_speedup: np.ndarray
+    depth_side_speedup: np.ndarray | None
+    rounds: np.ndarray | None
+    stage_steps: np.ndarray | None
+    tokens_per_round: np.ndarray | None
     compile_seconds: float
     prefill_seconds: float
     decode_seconds: float
@@ -63,6 +71,13 @@ class Output:
 def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:
     """Ticks that a sequence of `length` tokens took: K + sum(exits[1 : n - 1]), 0 for one token."""
     return 0 if length < 2 else stages + int(exits[1 : length - 1].sum())
+
+
+def rounds_of(exits: np.ndarray, length: int) -> int:
+    """Serial rounds that a sequence of `length` tokens took: each ends with a token that only the final layer gave."""
+    if length < 2:
+        return 0
+    return int(np.sum(exits[1:length] == FINAL)) + int(exits[length - 1] == DRAFTED)
 
 
 def depth_side_speedup(ticks: np.ndarray, lengths: np.ndarray, stages: int) -> np.ndarray:

@@ -104,18 +104,18 @@ class Path(NamedTuple):
     """The rows that a round commits.
 
     Attributes:
-      row: [B, P] int32, the root first; from `count` on anything.
+      row: [B, P] int32, the root first; from `length` on anything.
       token: [B, P] int32.
       hidden: [B, P, D] at depth L.
       prefix: [B] int32, position of the root: the first one that is not committed yet.
-      count: [B] int32, how many rows; 0 for sequences that are done.
+      length: [B] int32, how many rows; 0 for sequences that are done.
     """
 
     row: jax.Array
     token: jax.Array
     hidden: jax.Array
     prefix: jax.Array
-    count: jax.Array
+    length: jax.Array
 
 
 class SerialState(NamedTuple):
@@ -173,9 +173,7 @@ def init(
     noise = None
     if sampling is not None:
         noise = Noise(jnp.zeros((batch, shape.levels, network.vocab_size), jnp.float32), position)
-    return SerialState(
-        jnp.int32(0), first_token, position, text, memory, noise, begin(first_token, capacity, limits)
-    )
+    return SerialState(jnp.int32(0), first_token, position, text, memory, noise, begin(first_token, capacity, limits))
 
 
 def step(
@@ -305,9 +303,7 @@ def _drafted(
     return Candidates(*found), drafts
 
 
-def _noise_ahead(
-    network: TreeNetwork, state: SerialState, sampling: Sampling | None, levels: int
-) -> Noise | None:
+def _noise_ahead(network: TreeNetwork, state: SerialState, sampling: Sampling | None, levels: int) -> Noise | None:
     """Noise of the positions that the round's rows predict: prefix + 1 to prefix + P."""
     if state.noise is None:
         return None

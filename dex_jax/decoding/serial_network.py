@@ -16,9 +16,7 @@ from dex_jax.nn.layers import linear
 from dex_jax.nn.transformer import Transformer
 
 
-def tree_network(
-    model: Transformer, config: ExitsConfig | None, arrays: ExitArrays | None, rows: int
-) -> TreeNetwork:
+def tree_network(model: Transformer, config: ExitsConfig | None, arrays: ExitArrays | None, rows: int) -> TreeNetwork:
     """The callables of `model`.
 
     Args:
@@ -34,7 +32,7 @@ def tree_network(
         memory = commit_rows(model, memory, fresh, path.row, path.prefix, path.hidden)
         if config is None or arrays is None:
             return memory
-        ends = path.prefix + path.count
+        ends = path.prefix + path.length
         taken = read_chunk(model, config, arrays, memory.exits, path.token, path.hidden, path.prefix, ends)
         return memory._replace(exits=taken)
 

@@ -15,12 +15,13 @@ import numpy as np
 
 from dex_jax import cache
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding import ar, loop
+from dex_jax.decoding import ar, loop, serial
 from dex_jax.decoding.interface import Network
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.network import extend, shared_exits, transformer_network
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.record import Limits, Record
+from dex_jax.decoding.serial_network import tree_network
 from dex_jax.decoding.trained_exits import (
     ExitArrays,
     commit_exits,
@@ -106,15 +107,33 @@ def start_decoding(
     lengths: jax.Array,
     limits: Limits,
     sampling: Sampling | None,
+    prompt: jax.Array | None = None,
     *,
     spec: Spec,
     capacity: int,
 ) -> Any:
-    """Chooses token 0 and returns the state of the method's loop before its first tick; `memory` has no lattice yet."""
+    """Chooses token 0 and returns the state of the method's loop before its first tick.
+
+    `memory` has no lattice yet; serial rounds need the `prompt` [B, R] int32, padded on the right.
+    """
     model = merge_model(spec.config, spec.layout, weights)
     token = ar.next_token(model, last, lengths, sampling)
     if spec.schedule.method == "ar":
         return ar.init(memory, token, lengths, capacity=capacity, limits=limits)
+    if spec.schedule.tree is not None:
+        assert prompt is not None
+        return serial.init(
+            tree_network(model, spec.exits, heads, spec.schedule.tree.rows),
+            memory,
+            prompt,
+            token,
+            lengths,
+            shape=spec.schedule.tree,
+            length=jax.tree.leaves(memory.keys)[0].shape[-2],
+            capacity=capacity,
+            limits=limits,
+            sampling=sampling,
+        )
     slots = spec.schedule.stages * spec.schedule.rows
     memory = cache.with_lattice(memory, spec.config, spec.layout, slots)
     return loop.init(
@@ -144,6 +163,10 @@ def run_ticks(
     model = merge_model(spec.config, spec.layout, weights)
     if spec.schedule.method == "ar":
         return ar.run(model, state, limits, sampling, until_tick=until_tick)
+    tree = spec.schedule.tree
+    if tree is not None:
+        rounds = tree_network(model, spec.exits, heads, tree.rows)
+        return serial.run(rounds, state, limits, sampling, shape=tree, until_tick=until_tick)
     network, decs = network_of(model, heads, spec), spec.schedule.decs
     return loop.run(network, state, limits, sampling, decs=decs, until_tick=until_tick)
 
@@ -202,7 +225,7 @@ class Session:
             row[: len(prompt)] = prompt
         self.chunk = min(bucket, PREFILL_CHUNK)
         self.capacity = capacity_for(max_new_tokens)
-        self.cache_length = bucket + self.capacity
+        self.cache_length = bucket + self.capacity + schedule.ahead
         eos = jnp.asarray(lm.eos_ids or (-1,), jnp.int32)
         self.limits = Limits(jnp.full(len(prompts), max_new_tokens, jnp.int32), eos)
         self.tick = 0
@@ -220,7 +243,8 @@ class Session:
         of_prefill = self.spec_of_prefill()
         seen = heads if of_prefill.exits is not None else None
         PREFILL.compile(weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
-        start = (weights, heads, memory, last, lengths, self.limits, self.sampling)
+        prompt = None if self.spec.schedule.tree is None else jax.ShapeDtypeStruct(self.padded.shape, jnp.int32)
+        start = (weights, heads, memory, last, lengths, self.limits, self.sampling, prompt)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.capacity}
         START.compile(*start, **statics)
         state = jax.eval_shape(lambda *args: start_decoding(*args, **statics), *start)
@@ -247,6 +271,7 @@ class Session:
             lengths,
             self.limits,
             self.sampling,
+            None if self.spec.schedule.tree is None else jnp.asarray(self.padded),
             spec=self.spec,
             capacity=self.capacity,
         )

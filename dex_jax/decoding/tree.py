@@ -1,7 +1,8 @@
 """The token tree of one serial round: rows in arrays, and the pure functions that grow and follow it.
 
 Row 0 is the root, the last token emitted; the rows of a level come after those of the level before. Everything is
-written for one sequence and is meant to be vmapped over a batch. Letters: N rows, P levels with the root's, C candidates.
+written for one sequence and is meant to be vmapped over a batch. Letters: N rows, P levels with the root's, C
+candidates.
 """
 
 from __future__ import annotations

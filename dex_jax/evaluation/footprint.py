@@ -118,9 +118,9 @@ def trained_bytes(config: ModelConfig, dtype: jnp.dtype, exits: TrainedExits | N
     return size + len(exits.vocabulary) * (config.width * jnp.dtype(dtype).itemsize + 4) + 4 * config.vocab_size
 
 
-def cache_length_for(prompt_length: int, max_new_tokens: int) -> int:
+def cache_length_for(prompt_length: int, max_new_tokens: int, schedule: Schedule) -> int:
     """S, the cache positions of a generation whose longest prompt has `prompt_length` tokens."""
-    return session.prompt_bucket(prompt_length) + session.capacity_for(max_new_tokens)
+    return session.prompt_bucket(prompt_length) + session.capacity_for(max_new_tokens) + schedule.ahead
 
 
 def session_shapes(
@@ -146,7 +146,8 @@ def session_shapes(
         real = array((), jnp.float32)
         sampling = Sampling(jax.eval_shape(lambda: sampling_keys([0] * batch)), real, scalar, real)
     start = functools.partial(session.start_decoding, spec=session.Spec(config, layout, schedule), capacity=capacity)
-    state = jax.eval_shape(start, weights, None, memory, last, lengths, limits, sampling)
+    prompt = None if schedule.tree is None else array((batch, cache_length - schedule.ahead), jnp.int32)
+    state = jax.eval_shape(start, weights, None, memory, last, lengths, limits, sampling, prompt)
     return SessionShapes(weights, memory, last, lengths, limits, sampling, state, scalar)
 
 

@@ -3,8 +3,8 @@
 Written from the description of the method, to be compared with the library's rounds. The model is any object with
 
     final(tokens) -> float32 [V], the last layer's logits after `tokens`;
-    draft(tokens, committed) -> float32 [V'], the drafter's logits after `tokens`, of which `committed` have been through
-        all layers, and columns -> the token id of each of its columns.
+    draft(tokens, committed) -> float32 [V'], the drafter's logits after `tokens`, of which `committed` have been
+        through all layers, and columns -> the token id of each of its columns.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ def serial_run(model, prompt, first, *, widths, drafted, lookup, limit, eos=(), 
                 found.append((follows, said[level - 1], follows.score + log))
             if model.columns is not None and level <= drafted:
                 for node in above:
-                    scores = perturbed(
-                        model.draft(node.tokens, len(text) - 1), model.columns, len(node.tokens), draws
-                    )
+                    scores = perturbed(model.draft(node.tokens, len(text) - 1), model.columns, len(node.tokens), draws)
                     log = log_probabilities(scores)
                     for column in np.argsort(-scores, kind="stable")[:width]:
                         found.append((node, int(model.columns[column]), node.score + float(log[column])))

@@ -1,0 +1,163 @@
+"""Serial rounds on small transformers: tokens of AR, and a drafter that sees in decoding what it saw in training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, small_model
+
+import dex_jax
+from dex_jax.config import ExitsConfig
+from dex_jax.decoding.exits import resolve_method
+from dex_jax.decoding.network import depth_states
+from dex_jax.decoding.output import rounds_of
+from dex_jax.decoding.serial import TreeShape
+from dex_jax.decoding.serial_network import tree_network
+from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk
+from dex_jax.io.exits_file import TrainedExits
+from dex_jax.language_model import merge_model
+from dex_jax.lattice import NO_NODE
+from dex_jax.nn.exits import exit_parameters, heads_of
+from dex_jax.training.drafting import read_drafts
+from dex_jax.training.items import NO_ITEM
+from dex_jax.training.stream import Activations
+
+CONFIG = ExitsConfig("attn", (0,), LLAMA.width, hidden=12, heads=2, head_dim=8, window=5, draft_size=40)
+SERIAL = dex_jax.Dex(schedule="serial")
+
+
+@functools.cache
+def drafter(widths: tuple[int, ...] = (3, 2, 1, 1), drafted: int = 3) -> TrainedExits:
+    """A random drafter, near the model's own head."""
+    rng = np.random.default_rng(1)
+    parameters = {}
+    for name, (shape, start) in exit_parameters(CONFIG).items():
+        scale = 0.3 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.1
+        parameters[name] = (rng.standard_normal(shape) * scale + (start in ("norm", "scale"))).astype(np.float32)
+    vocabulary = np.sort(rng.permutation(LLAMA.vocab_size)[:40]).astype(np.int32)
+    tree = {"widths": list(widths), "drafted": drafted, "lookup": [0.3, *[0.7] * 7]}
+    return TrainedExits(CONFIG, parameters, vocabulary, "0", {"tree": tree}, "random")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return small_model()
+
+
+SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("exits", ["drafter", "lookup"])
+def test_tokens_are_those_of_ar(lm, exits, options) -> None:
+    prompts, given = ragged_prompts(3), drafter() if exits == "drafter" else "shared"
+    plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), max_new_tokens=40, **options)
+    out = dex_jax.generate(lm, prompts, method=SERIAL, exits=given, max_new_tokens=40, **options)
+    filters = {name: options[name] for name in ("temperature", "top_p") if name in options}
+    assert_same_tokens(lm, out, plain, **filters)
+    stats = out.stats
+    assert stats.ticks is None
+    assert stats.depth_side_speedup is None
+    for row, length in enumerate(out.lengths):
+        assert stats.rounds[row] == stats.stage_steps[row] == rounds_of(stats.exits[row], length)
+        assert stats.tokens_per_round[row] == pytest.approx((length - 1) / stats.rounds[row])
+    assert stats.rounds.sum() < (out.lengths - 1).sum(), "nothing drafted was ever right: this would test nothing"
+    assert stats.exits_source == ("random" if exits == "drafter" else None)
+
+
+def test_the_stacked_layout_gives_the_same(lm) -> None:
+    prompts = ragged_prompts(2)
+    before = dex_jax.generate(lm, prompts, method=SERIAL, exits=drafter(), max_new_tokens=24)
+    other = small_model()
+    other.arrange(dex_jax.Stacked((1, 3, LLAMA.num_layers)))
+    out = dex_jax.generate(other, prompts, method=SERIAL, exits=drafter(), max_new_tokens=24)
+    assert out.tokens.tolist() == before.tokens.tolist()
+    assert out.stats.rounds.tolist() == before.stats.rounds.tolist()
+
+
+def test_a_batch_is_its_single_runs(lm) -> None:
+    prompts = ragged_prompts(4)
+    together = dex_jax.generate(lm, prompts, method=SERIAL, exits=drafter(), max_new_tokens=24, **SAMPLED)
+    for row, prompt in enumerate(prompts):
+        options = SAMPLED | {"seed": SAMPLED["seed"] + row}
+        alone = dex_jax.generate(lm, [prompt], method=SERIAL, exits=drafter(), max_new_tokens=24, **options)
+        length = int(alone.lengths[0])
+        assert together.tokens[row, :length].tolist() == alone.tokens[0].tolist()
+        assert together.stats.rounds[row] == alone.stats.rounds[0]
+
+
+def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm) -> None:
+    """A chain of drafts after a prompt, read in two pieces, against `read_drafts` at the same positions."""
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    given, drafted, prefix = drafter(), 4, 6
+    arrays = exit_arrays(model, CONFIG, given.parameters, given.vocabulary)
+    tokens = np.random.default_rng(3).integers(0, LLAMA.vocab_size, (1, prefix + drafted)).astype(np.int32)
+    hidden = depth_states(model, jnp.asarray(tokens), (LLAMA.num_layers,))[0]
+
+    memory = empty_memory(CONFIG, 1, jnp.float32)
+    network = tree_network(model, CONFIG, arrays, drafted)
+    for start, end in ((0, 4), (4, prefix)):
+        piece, lengths = slice(start, end), jnp.asarray([end])
+        memory = read_chunk(
+            model,
+            CONFIG,
+            arrays,
+            memory,
+            jnp.asarray(tokens[:, piece]),
+            hidden[:, piece],
+            jnp.asarray([start]),
+            lengths,
+        )
+    drafts = network.drafter.begin(1)
+    found = []
+    for row in range(drafted):
+        at = slice(prefix + row, prefix + row + 1)
+        level = (
+            jnp.asarray(tokens[:, at]),
+            jnp.asarray([[prefix + row]]),
+            jnp.asarray([[row - 1 if row else NO_NODE]]),
+            (jnp.arange(drafted) <= row)[None, None],
+        )
+        features, drafts = network.drafter.run(type("M", (), {"exits": memory})(), drafts, row, *level)
+        found.append(np.array(features[0, 0]))
+
+    history = CONFIG.window + 1
+    pad = history + drafted - tokens.shape[1]
+    assert pad >= 0
+    padded = np.pad(tokens, [(0, 0), (pad, 0)], constant_values=NO_ITEM)
+    position = np.pad(np.arange(tokens.shape[1])[None], [(0, 0), (pad, 0)], constant_values=NO_ITEM).astype(np.int32)
+    normed = np.pad(np.array(model.normed(hidden)), [(0, 0), (pad, 0), (0, 0)])
+    states = model.embed_tokens(jnp.asarray(tokens[:, -drafted:]))[None]
+    batch = Activations(states, jnp.asarray(normed), jnp.asarray(padded), jnp.asarray(position), jnp.ones((1, drafted)))
+    heads = heads_of(CONFIG, given.parameters, jnp.float32)
+    trained, _ = read_drafts(heads, batch, jnp.asarray(normed), model.embed[...], drafted)
+    for row in range(drafted):
+        np.testing.assert_allclose(found[row], trained[row, 0, row], rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused(lm) -> None:
+    other = dataclasses.replace(drafter(), config=dataclasses.replace(CONFIG, depths=(1,)))
+    with pytest.raises(dex_jax.DexError, match="one exit of kind attn at depth 0"):
+        resolve_method(SERIAL, other, lm.config, "0")
+    with pytest.raises(dex_jax.DexError, match="width 32, and this one has 64"):
+        resolve_method(SERIAL, drafter(), dataclasses.replace(LLAMA, width=64), "0")
+    with pytest.raises(dex_jax.DexError, match='explorers belongs to schedule="parallel"'):
+        dex_jax.Dex(explorers=3, schedule="serial").schedule_for(4)
+    with pytest.raises(dex_jax.DexError, match="schedule must be one of parallel, serial"):
+        dex_jax.Dex(schedule="both").schedule_for(4)
+    resolved = resolve_method(SERIAL, drafter(), lm.config, "another")
+    assert "trained on another model" in resolved.remarks[0]
+    assert resolved.schedule.tree == TreeShape((3, 2, 1, 1), 3, (0.3, *[0.7] * 7))
+    assert resolve_method(SERIAL, "default", lm.config, "none ships").trained is None
+
+
+def test_a_stop_string_counts_the_rounds_up_to_it(lm) -> None:
+    whole = jax.tree.map(np.asarray, dex_jax.generate(lm, [[3, 4, 5]], method=SERIAL, max_new_tokens=24).stats.exits[0])
+    for length in range(1, len(whole) + 1):
+        rounds = rounds_of(whole, length)
+        assert rounds == rounds_of(whole, length - 1) + (length > 1 and (length == 2 or whole[length - 2] == 1))
