@@ -33,7 +33,11 @@ CONFIG = ModelConfig(
     eos_ids=(2,),
 )
 DEX = Dex(explorers=3).schedule_for(CONFIG.num_layers)
-METHODS = {"ar": AR().schedule_for(CONFIG.num_layers), "dex": DEX}
+METHODS = {
+    "ar": AR().schedule_for(CONFIG.num_layers),
+    "dex": DEX,
+    "serial": Dex(schedule="serial").schedule_for(CONFIG.num_layers),
+}
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
 DTYPES = ["bfloat16", "float16", "float32"]
 ON_EVERY_PLATFORM = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"}
@@ -49,7 +53,16 @@ def exported(name: str, method: str, layout: str, dtype: str, *, sampled: bool) 
         "run": (run_ticks, (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)),
         "start": (
             functools.partial(start_decoding, capacity=64),
-            (shapes.weights, None, shapes.memory, shapes.last, shapes.lengths, shapes.limits, shapes.sampling),
+            (
+                shapes.weights,
+                None,
+                shapes.memory,
+                shapes.last,
+                shapes.lengths,
+                shapes.limits,
+                shapes.sampling,
+                shapes.prompt,
+            ),
         ),
         "prefill": (
             prefill_chunk,
@@ -81,16 +94,16 @@ def assert_fit_for_cuda(text: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize(("method", "sampled"), [("ar", False), ("ar", True), ("dex", False), ("dex", True)])
+@pytest.mark.parametrize(("method", "sampled"), [(m, s) for m in METHODS for s in (False, True)])
 def test_loop(method, sampled, layout, dtype) -> None:
     assert_fit_for_cuda(exported("run", method, layout, dtype, sampled=sampled), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("name", ["prefill", "start"])
-def test_prefill_and_start(name, layout, dtype) -> None:
-    assert_fit_for_cuda(exported(name, "dex", layout, dtype, sampled=True), dtype)
+@pytest.mark.parametrize(("name", "method"), [("prefill", "dex"), ("start", "dex"), ("start", "serial")])
+def test_prefill_and_start(name, method, layout, dtype) -> None:
+    assert_fit_for_cuda(exported(name, method, layout, dtype, sampled=True), dtype)
 
 
 def test_the_check_sees_what_it_looks_for() -> None:

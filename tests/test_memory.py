@@ -25,7 +25,7 @@ def compiled(method, layout, batch: int):
     """(optimised program, bytes of one committed cache) of the loop, from abstract shapes."""
     spec = Spec(CONFIG, layout, method.schedule_for(CONFIG.num_layers))
     weights = abstract_weights(CONFIG, layout, jnp.float32)
-    slots = 0 if spec.schedule.method == "ar" else spec.schedule.stages * spec.schedule.rows
+    slots = spec.schedule.stages * spec.schedule.rows if spec.schedule.kind == "parallel" else 0
     memory = cache.shapes(CONFIG, layout, batch, CACHE_LENGTH, slots, jnp.float32)
 
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
@@ -42,6 +42,7 @@ def compiled(method, layout, batch: int):
         ints(batch),
         limits,
         None,
+        ints(batch, CACHE_LENGTH - 64) if spec.schedule.kind == "serial" else None,
     )
     return RUN.jitted.lower(weights, None, state, limits, None, ints(), spec=spec).compile(), state
 
@@ -49,8 +50,15 @@ def compiled(method, layout, batch: int):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize(
     ("method", "layout"),
-    [(AR(), Unrolled()), (Dex(explorers=2), Unrolled()), (AR(), Stacked((2, 4))), (Dex(explorers=2), Stacked((2, 4)))],
-    ids=["ar", "dex", "ar-stacked", "dex-stacked"],
+    [
+        (AR(), Unrolled()),
+        (Dex(explorers=2), Unrolled()),
+        (Dex(schedule="serial"), Unrolled()),
+        (AR(), Stacked((2, 4))),
+        (Dex(explorers=2), Stacked((2, 4))),
+        (Dex(schedule="serial"), Stacked((2, 4))),
+    ],
+    ids=["ar", "dex", "serial", "ar-stacked", "dex-stacked", "serial-stacked"],
 )
 def test_no_step_copies_a_committed_cache(method, layout, batch) -> None:
     program, state = compiled(method, layout, batch)

@@ -38,6 +38,7 @@ class SessionShapes(NamedTuple):
       limits, sampling: as in a session; sampling is None when greedy, and has both filters otherwise.
       state: what the loop carries, `memory` included.
       scalar: int32 scalar, a start position or a tick.
+      prompt: [B, R] int32, of serial rounds; None otherwise.
     """
 
     weights: Any
@@ -48,6 +49,7 @@ class SessionShapes(NamedTuple):
     sampling: Sampling | None
     state: Any
     scalar: jax.ShapeDtypeStruct
+    prompt: jax.ShapeDtypeStruct | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +150,7 @@ def session_shapes(
     start = functools.partial(session.start_decoding, spec=session.Spec(config, layout, schedule), capacity=capacity)
     prompt = None if schedule.tree is None else array((batch, cache_length - schedule.ahead), jnp.int32)
     state = jax.eval_shape(start, weights, None, memory, last, lengths, limits, sampling, prompt)
-    return SessionShapes(weights, memory, last, lengths, limits, sampling, state, scalar)
+    return SessionShapes(weights, memory, last, lengths, limits, sampling, state, scalar, prompt)
 
 
 def nbytes(tree: Any) -> int:
