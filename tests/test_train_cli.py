@@ -166,6 +166,17 @@ def test_export_is_small_and_decodes_to_the_same_text(capsys, trained, place) ->
         assert record["exits_source"] == str(source)
 
 
+def test_a_step_is_exported(capsys, trained, tmp_path) -> None:
+    out = tmp_path / "early.safetensors"
+    code, _, _ = run(capsys, "export", trained, out, "--step", "2")
+    assert code == 0
+    assert load_exits(out).metadata["steps"] == 2
+    code, _, err = run(capsys, "export", trained, tmp_path / "none.safetensors", "--step", "3")
+    assert code == 2
+    assert "no checkpoint of step 3; those that are kept: 2, 4" in err
+    assert not (tmp_path / "none.safetensors").exists()
+
+
 def test_an_unfinished_run_is_exported_from_its_newest_checkpoint(capsys, trained, place, tmp_path) -> None:
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()

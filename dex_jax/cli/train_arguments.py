@@ -84,6 +84,7 @@ def export_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("folder", metavar="FOLDER", help="of the run")
     p.add_argument("output", metavar="OUT.safetensors")
+    p.add_argument("--step", type=int, metavar="N", help="of the checkpoint after N updates, if it is kept")
     p.add_argument(
         "--float32", action="store_true", help="full precision; otherwise 8-bit matrices, a quarter as large"
     )

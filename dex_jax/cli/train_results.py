@@ -32,18 +32,19 @@ def export(args: argparse.Namespace) -> None:
         raise DexError(f"exits are written to a .safetensors file, not to {output}: name it so")
     if not folder.is_dir():
         raise DexError(f"there is no folder {folder}: give the one of a training, such as runs/smollm2_135m")
-    exits = load_exits(folder) if (folder / FILE_NAME).is_file() else exits_of_unfinished(folder)
+    ended = args.step is None and (folder / FILE_NAME).is_file()
+    exits = load_exits(folder) if ended else exits_of_checkpoint(folder, args.step)
     save_exits(output, exits, int8=not args.float32)
     form = "float32" if args.float32 else "int8"
     depths = ", ".join(map(str, exits.config.depths))
     print(f"{output}: {output.stat().st_size / 1e6:.2f} MB, {form}, {exits.config.kind} exits at depths {depths}")
 
 
-def exits_of_unfinished(folder: Path) -> TrainedExits:
-    """The exits in the newest checkpoint of a run.
+def exits_of_checkpoint(folder: Path, step: int | None = None) -> TrainedExits:
+    """The exits in the checkpoint of a run after `step` updates, the newest one for None.
 
     Raises:
-      DexError: no checkpoint, or one of another training than of exits.
+      DexError: no such checkpoint, or one of another training than of exits.
     """
     import jax.numpy as jnp
     from flax import nnx
@@ -51,9 +52,9 @@ def exits_of_unfinished(folder: Path) -> TrainedExits:
     from dex_jax.config import ExitsConfig
     from dex_jax.io.exits_file import TrainedExits
     from dex_jax.nn.exits import abstract_parameters, exit_graph, parameters_of
-    from dex_jax.training.checkpoints import read_newest, saved_params
+    from dex_jax.training.checkpoints import read_newest, read_step, saved_params
 
-    saved = read_newest(folder, _warn)
+    saved = read_newest(folder, _warn) if step is None else read_step(folder, step)
     record = saved.record
     if record.task != "exits":
         raise DexError(f"{folder} holds a training of {record.task}, which has no exits: name another folder")
@@ -67,7 +68,7 @@ def exits_of_unfinished(folder: Path) -> TrainedExits:
         vocabulary = np.asarray(json.loads(file.read_text()), np.int32)
     params = saved_params(saved, abstract_parameters(config, jnp.float32))
     parameters = parameters_of(nnx.merge(exit_graph(config), params))
-    about = {"tokens": record.tokens, "steps": record.step, "unfinished": True}
+    about = {"tokens": record.tokens, "steps": record.step, "unfinished": step is None}
     return TrainedExits(config, parameters, vocabulary, record.fingerprint, about, str(folder))
 
 
@@ -90,7 +91,7 @@ def evaluate(args: argparse.Namespace) -> None:
     remember_compilations()
     lm = load(args.model, args.dtype)
     exits = _chosen_exits(args, lm)
-    groups = _answered(args, lm)
+    groups = answered(args, lm)
     heads = heads_of(exits.config, exits.parameters, jnp.float32)
     figures = grouped_figures(lm, heads, exits.vocabulary, groups, batch=args.batch)
     print(tables(figures))
@@ -138,8 +139,13 @@ def shared_exits(lm: LanguageModel, depths: tuple[int, ...] | None) -> TrainedEx
     return TrainedExits(config, parameters, None, lm.fingerprint, {}, "shared")
 
 
-def _answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text]]:
-    """Prompts with their answers, by the stems of the files; what the cache holds is not answered again."""
+def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text]]:
+    """Prompts with their answers, by the stems of the files; what the cache holds is not answered again.
+
+    Args:
+      args: data, prompts, cache, max_new_tokens and batch, as of `evaluate`.
+      lm: the model.
+    """
     from dex_jax.evaluation.exit_metrics import answers
     from dex_jax.training.prompt_files import read_prompts
 

@@ -215,6 +215,25 @@ def read_newest(folder: str | Path, notify: Callable[[str], None] = lambda line:
     return found
 
 
+def read_step(folder: str | Path, step: int) -> Saved:
+    """The checkpoint of a run after `step` updates, read as by `read_newest`.
+
+    Raises:
+      DexError: there is none, or it is damaged.
+    """
+    kept = dict(list_checkpoints(Path(folder).absolute()))
+    if step not in kept:
+        which = ", ".join(map(str, sorted(kept))) or "none"
+        raise DexError(f"{folder} holds no checkpoint of step {step}; those that are kept: {which}")
+    try:
+        return _read(kept[step])
+    except MemoryError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise DexError(f"{kept[step]} is damaged ({type(error).__name__}: {why}): choose another step") from error
+
+
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of all checkpoints of a folder, newest first, whole or damaged."""
     found = []
