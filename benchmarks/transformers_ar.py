@@ -2,7 +2,8 @@
 
     python benchmarks/transformers_ar.py                # tokens/s, for people
     python benchmarks/transformers_ar.py --json         # the same as one JSON object
-    python benchmarks/transformers_ar.py --serve        # stays alive: each line "run N" on stdin gives one JSON line
+    python benchmarks/transformers_ar.py --serve        # stays alive: each line "run N" on stdin gives one JSON line,
+                                                        # "run N [1, 2, 3]" likewise after these token ids
 
 With --serve another process can interleave its own measurements with these, so that both see the same machine load.
 Needs torch and transformers (the `reference` group).
@@ -67,15 +68,16 @@ def _timed(model: transformers.LlamaForCausalLM, ids: list[int], n: int) -> tupl
 
 
 def _serve(model: transformers.LlamaForCausalLM) -> None:
-    """Answer "run N" lines until stdin closes; anything else gets a JSON line with `error`."""
-    ids = prompt_ids()
+    """Answer "run N" and "run N IDS" lines until stdin closes; anything else gets a JSON line with `error`."""
+    default = prompt_ids()
     print(json.dumps({"ready": True, **_versions()}), flush=True)
     for line in sys.stdin:
-        words = line.split()
-        if len(words) == 2 and words[0] == "run" and words[1].isdecimal() and int(words[1]) >= 2:
+        words = line.split(maxsplit=2)
+        if len(words) >= 2 and words[0] == "run" and words[1].isdecimal() and int(words[1]) >= 2:
+            ids = json.loads(words[2]) if len(words) == 3 else default
             print(json.dumps(time_generate(model, ids, int(words[1]))), flush=True)
         else:
-            print(json.dumps({"error": 'expected "run N" with N >= 2'}), flush=True)
+            print(json.dumps({"error": 'expected "run N" with N >= 2, or "run N [ids]"'}), flush=True)
 
 
 def _versions() -> dict:

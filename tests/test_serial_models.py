@@ -19,6 +19,7 @@ from dex_jax.decoding.output import rounds_of
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.decoding.serial_network import tree_network
 from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk
+from dex_jax.evaluation.tree_search import MOST_ROWS, neighbours, search_tree, with_tree
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
 from dex_jax.lattice import NO_NODE
@@ -154,6 +155,33 @@ def test_what_does_not_fit_is_refused(lm) -> None:
     assert "trained on another model" in resolved.remarks[0]
     assert resolved.schedule.tree == TreeShape((3, 2, 1, 1), 3, (0.3, *[0.7] * 7))
     assert resolve_method(SERIAL, "default", lm.config, "none ships").trained is None
+
+
+def test_a_tree_of_ones_own_replaces_the_drafters(lm) -> None:
+    shape = TreeShape((2, 1), 1, (0.5,) * 8)
+    method = dex_jax.Dex(schedule="serial", tree=shape)
+    assert resolve_method(method, drafter(), lm.config, "0").schedule.tree == shape
+    assert resolve_method(method, "shared", lm.config, "0").schedule.rows == 4
+    with pytest.raises(dex_jax.DexError, match='tree belongs to schedule="serial"'):
+        dex_jax.Dex(tree=shape).schedule_for(4)
+
+
+def test_trees_around_one() -> None:
+    around = neighbours(TreeShape((2, 1), 1, (0.5,) * 8), drafts=True)
+    found = {(each.widths, each.drafted) for each in around}
+    assert found == {((3, 1), 1), ((1, 1), 1), ((2, 1, 1), 1), ((2,), 1), ((2, 1), 2)}
+    assert all(each.drafted == 0 for each in neighbours(TreeShape((1, 1), 0, (0.5,) * 8), drafts=False))
+    assert all(each.rows <= MOST_ROWS for each in neighbours(TreeShape((15,), 1, (0.5,) * 8), drafts=True))
+
+
+def test_the_search_measures_and_keeps_the_fastest(lm) -> None:
+    tried = []
+    begin = TreeShape((1,), 0, (0.5,) * 8)
+    found = search_tree(lm, None, [[3, 4, 5], [9, 8]], begin, new_tokens=16, steps=1, tell=tried.append)
+    assert {each.shape.widths for each in found} == {(1,), (1, 1)}
+    assert sorted(tried, key=lambda each: -each.speedup) == found
+    assert all(each.tokens_per_round >= 1 and each.round_seconds > 0 for each in found)
+    assert resolve_method(SERIAL, with_tree(drafter(), found[0].shape), lm.config, "0").schedule.tree == found[0].shape
 
 
 def test_a_stop_string_counts_the_rounds_up_to_it(lm) -> None:

@@ -21,11 +21,16 @@ from dex_jax.cli.train_arguments import (
     train_parser,
 )
 from dex_jax.cli.train_results import evaluate, export
+from dex_jax.cli.train_tree import tree, tree_parser
 from dex_jax.errors import DexError
 from dex_jax.training.exit_training import ExitTraining
 from dex_jax.training.whole_model import WholeModelConfig
 
-COMMANDS = {"export": (export_parser, export), "evaluate": (evaluate_parser, evaluate)}
+COMMANDS = {
+    "export": (export_parser, export),
+    "evaluate": (evaluate_parser, evaluate),
+    "tree": (tree_parser, tree),
+}
 
 
 def main(argv: list[str] | None = None) -> int:

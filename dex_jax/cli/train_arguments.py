@@ -26,6 +26,7 @@ TRAIN_EPILOG = """\
 further commands, each with --help:
   train_exits.py export FOLDER OUT.safetensors     one small file of a run's exits
   train_exits.py evaluate --exits ... --data ...   agreement and predicted speedups on prompts of your choice
+  train_exits.py tree --exits ... --data ...       the token tree that pays on this device, for --schedule serial
 
 examples:
   train_exits.py --config configs/smollm2_135m.py

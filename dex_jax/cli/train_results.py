@@ -149,7 +149,7 @@ def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text
     from dex_jax.evaluation.exit_metrics import answers
     from dex_jax.training.prompt_files import read_prompts
 
-    prompts = {name: _spread(read_prompts(path), args.prompts) for name, path in _group_names(args.data).items()}
+    prompts = {name: spread(read_prompts(path), args.prompts) for name, path in _group_names(args.data).items()}
     made_by = {"model": lm.fingerprint, "dtype": str(lm.dtype), "max_new_tokens": args.max_new_tokens}
     known = {} if args.cache is None else _read_cache(Path(args.cache), made_by)
     groups: dict[str, list[Text]] = {}
@@ -165,7 +165,7 @@ def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text
     return groups
 
 
-def _spread(prompts: list[Any], count: int | None) -> list[Any]:
+def spread(prompts: list[Any], count: int | None) -> list[Any]:
     """`count` prompts evenly spread over the list; all of them for None or when there are no more."""
     if count is None or count >= len(prompts):
         return prompts

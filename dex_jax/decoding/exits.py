@@ -47,7 +47,8 @@ def resolve_method(
     """The schedule of a method and its exits; arguments and errors as of `resolve_exits` and `method.schedule_for`."""
     schedule = method.schedule_for(config.num_layers)
     if schedule.tree is not None:
-        return _resolve_drafter(exits, schedule, config, fingerprint)
+        given_tree = isinstance(method, Dex) and method.tree is not None
+        return _resolve_drafter(exits, schedule, config, fingerprint, given_tree)
     given = isinstance(method, Dex) and method.depths is not None
     return resolve_exits(exits, schedule, config, fingerprint, given_depths=given)
 
@@ -109,7 +110,11 @@ def resolve_exits(
 
 
 def _resolve_drafter(
-    exits: str | os.PathLike | TrainedExits, schedule: Schedule, config: ModelConfig, fingerprint: str
+    exits: str | os.PathLike | TrainedExits,
+    schedule: Schedule,
+    config: ModelConfig,
+    fingerprint: str,
+    given_tree: bool,
 ) -> ResolvedExits:
     """The drafter of serial rounds, with the tree that was found for it; without one the text is looked up in itself.
 
@@ -137,10 +142,11 @@ def _resolve_drafter(
         remarks.append(
             f"the drafter in {source} was trained on another model: tokens stay the same, rounds may be more"
         )
-    found = trained.metadata.get("tree")
-    tree = (
-        DRAFTED_TREE if found is None else TreeShape(tuple(found["widths"]), found["drafted"], tuple(found["lookup"]))
-    )
+    tree, found = DRAFTED_TREE, trained.metadata.get("tree")
+    if found is not None:
+        tree = TreeShape(tuple(found["widths"]), found["drafted"], tuple(found["lookup"]))
+    if given_tree:
+        return ResolvedExits(schedule, source, trained, tuple(remarks))
     return ResolvedExits(dataclasses.replace(schedule, rows=tree.rows, tree=tree), source, trained, tuple(remarks))
 
 

@@ -80,6 +80,7 @@ class Dex:
       decs: whether an exit may not repeat a token that its node's children hold.
       schedule: "parallel", all stages side by side in every tick, which K devices are for; "serial", rounds that draft
         a few tokens ahead and run them through all layers at once, for one device. The fields above are of "parallel".
+      tree: of "serial": how large a round's tree may get; None takes what was found for the drafter.
 
     Example:
       >>> Dex(explorers=3).schedule_for(30).depths
@@ -93,6 +94,7 @@ class Dex:
     rows: int | str | None = None
     decs: bool = True
     schedule: str = "parallel"
+    tree: TreeShape | None = None
 
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers.
@@ -109,7 +111,10 @@ class Dex:
                 raise DexError(
                     f'{given[0]} belongs to schedule="parallel" and means nothing with "serial": leave it out'
                 )
-            return Schedule("dex", (num_layers,), LOOKUP_TREE.rows, decs=False, tree=LOOKUP_TREE)
+            tree = LOOKUP_TREE if self.tree is None else self.tree
+            return Schedule("dex", (num_layers,), tree.rows, decs=False, tree=tree)
+        if self.tree is not None:
+            raise DexError('tree belongs to schedule="serial": leave it out for "parallel"')
         depths = self._depths(num_layers)
         return Schedule("dex", depths, self._rows(len(depths)), self.decs)
 
