@@ -108,7 +108,7 @@ def main() -> int:
     if "shared (not trained)" not in tables.get("kind", {}):
         add("kind", "shared (not trained)", 0, shared_exits(lm, DEPTHS))
     steps = -(-args.tokens // (first.train.batch * first.chunk))
-    train = dataclasses.replace(first.train, steps=steps, eval_every=None)
+    train = dataclasses.replace(first.train, steps=steps, warmup_steps=steps // 10, eval_every=None)
     made: dict[tuple, str] = {}
     for title, rows in variants(first).items():
         for name, (shapes, data) in rows.items():

@@ -17,8 +17,8 @@ def tree_parser() -> argparse.ArgumentParser:
     """The parser of `train_exits.py tree`."""
     p = argparse.ArgumentParser(
         prog="train_exits.py tree",
-        description="Search for the token tree of serial rounds that is fastest on this device, on answers to prompts of "
-        "your choice, and write it into the drafter's file.",
+        description="Search for the token tree of serial rounds that is fastest on this device, on answers to prompts "
+        "of your choice, and write it into the drafter's file.",
     )
     add = p.add_argument
     add("--exits", required=True, metavar="FROM", help="the drafter: file or folder")
