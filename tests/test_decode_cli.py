@@ -76,12 +76,27 @@ def test_json_is_typed_and_consistent(capsys) -> None:
     assert (code, err) == (0, "")
     record = json.loads(out)
     assert {key: type(record[key]) for key in JSON_TYPES} == JSON_TYPES
-    assert set(record) == {*JSON_TYPES, "seed", "check"}
+    rounds = ("rounds", "stage_steps", "tokens_per_round")
+    assert set(record) == {*JSON_TYPES, "seed", "check", *rounds}
+    assert [record[key] for key in rounds] == [None] * 3
     assert record["seed"] is None
     assert record["check"] == {"identical": True, "first_divergence": None, "top2_margin": None}
     assert record["new_tokens"] == len(record["tokens"]) == len(record["exits"])
     assert record["ticks"] == 2 + sum(record["exits"][1:-1])
     assert record["depth_side_speedup"] == 2 * (record["new_tokens"] - 1) / record["ticks"]
+
+
+def test_serial_rounds_have_counts_of_their_own(capsys) -> None:
+    arguments = ["--prompt", SKY, "--schedule", "serial", "--exits", "shared", "--max-new-tokens", "8", "--check"]
+    record = json.loads(run(capsys, *arguments, "--json")[1])
+    assert [record[key] for key in ("schedule", "ticks", "depth_side_speedup")] == ["serial", None, None]
+    assert record["check"]["identical"]
+    assert record["rounds"] == record["stage_steps"] == record["exits"].count(1) + (record["exits"][-1] == 0)
+    assert record["tokens_per_round"] == 7 / record["rounds"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 0
+    assert f"DEX, serial on cpu:cpu, float32: 8 tokens, {record['rounds']} rounds" in err
+    assert "8 rows a round, drafted from the text itself\n" in err
 
 
 def test_json_of_one_token_has_nulls(capsys) -> None:
@@ -174,6 +189,8 @@ def test_a_closed_pipe_ends_quietly() -> None:
         (["--prompt", SKY, "--max-new-tokens", "9000"], "passes the model's context of 8192"),
         (["--prompt", SKY, "--num-samples", "0"], "num_samples must be at least 1, not 0"),
         (["--prompt", SKY, "--method", "ar", "--rows", "2"], "--rows belongs to --method dex"),
+        (["--prompt", SKY, "--method", "ar", "--schedule", "serial"], "--schedule belongs to --method dex"),
+        (["--prompt", SKY, "--schedule", "serial", "--explorers", "3"], 'explorers belongs to schedule="parallel"'),
         (["--prompt", SKY, "--exits", "no/such/exits"], "there are no exits at no/such/exits"),
         (["--prompt", SKY, "--stop", ""], "a stop string must not be empty"),
         (["--prompt-file", "no/such/file.txt"], "cannot read the prompt file no/such/file.txt"),

@@ -88,19 +88,19 @@ class TreeNetwork(NamedTuple):
       vocab_size: V.
       run: (memory, token [B, N], position [B, N], ancestors [B, N, N], prefix [B]) -> (hidden [B, N, D] at depth L,
         fresh): every row attends to the committed prefix and to its ancestors; memory does not change.
-      commit: (memory, fresh, Path) -> memory: appends the rows of a path to the prefix.
+      commit: (memory, fresh, Confirmed) -> memory: appends the rows of a path to the prefix.
       final: hidden [M, D] -> logits [M, V] float32.
       drafter: None to go by the text alone.
     """
 
     vocab_size: int
     run: Callable[..., tuple[jax.Array, Any]]
-    commit: Callable[[Any, Any, Path], Any]
+    commit: Callable[[Any, Any, Confirmed], Any]
     final: Callable[[jax.Array], jax.Array]
     drafter: Drafter | None
 
 
-class Path(NamedTuple):
+class Confirmed(NamedTuple):
     """The rows that a round commits.
 
     Attributes:
@@ -201,7 +201,7 @@ def step(
         record = emit(record, emitted[:, i], born_at, here, limits)
     record = record._replace(ticks=begun.ticks + ~begun.done)
     count = jnp.where(begun.done, 0, count)
-    path = Path(
+    path = Confirmed(
         row,
         jnp.take_along_axis(tree.token, row, axis=1),
         jnp.take_along_axis(hidden, row[:, :, None], axis=1),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.drafter import draft_rows, no_drafts
 from dex_jax.decoding.network import commit_rows, run_tree
-from dex_jax.decoding.serial import Drafter, Path, TreeNetwork
+from dex_jax.decoding.serial import Confirmed, Drafter, TreeNetwork
 from dex_jax.decoding.trained_exits import ExitArrays, read_chunk
 from dex_jax.nn.layers import linear
 from dex_jax.nn.transformer import Transformer
@@ -28,7 +28,7 @@ def tree_network(model: Transformer, config: ExitsConfig | None, arrays: ExitArr
     def run(memory: Any, token: Any, position: Any, ancestors: Any, prefix: Any) -> Any:
         return run_tree(model, memory, token, position, ancestors, prefix)
 
-    def commit(memory: Any, fresh: Any, path: Path) -> Any:
+    def commit(memory: Any, fresh: Any, path: Confirmed) -> Any:
         memory = commit_rows(model, memory, fresh, path.row, path.prefix, path.hidden)
         if config is None or arrays is None:
             return memory
