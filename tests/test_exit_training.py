@@ -17,9 +17,11 @@ from exit_training_worker import CONFIG, EXITS, base_model, with_steps
 from jax.experimental.compilation_cache import compilation_cache
 from reference.small_models import LLAMA, small_model
 
+import dex_jax
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits
 from dex_jax.nn.exits import initial_heads, parameters_of
+from dex_jax.training.distillation import DistillationOptions
 from dex_jax.training.exit_training import held_out_texts, train_exits
 from dex_jax.training.items import Item, Turn
 from dex_jax.training.journal import read_journal
@@ -126,6 +128,21 @@ def test_a_first_training_comes_before_and_its_heads_go_on_with_more_tokens(whol
     assert largest_change(exits, first.parameters) < 1e-6
     assert (len(first.vocabulary), len(exits.vocabulary)) == (24, 30)
     assert load_exits(tmp_path).metadata["before"]["tokens"] == first.metadata["tokens"]
+
+
+def test_a_drafter_is_trained_and_drafts(tmp_path) -> None:
+    exits = dataclasses.replace(EXITS, depths=(0,))
+    config = dataclasses.replace(CONFIG, exits=exits, options=DistillationOptions(draft_steps=3))
+    trained = train_exits(config, base_model(), tmp_path, tell=quiet)
+    names = {name for record in read_journal(tmp_path) for name in record if name.startswith("agreement")}
+    assert names == {"agreement_draft_1", "agreement_draft_2", "agreement_draft_3"}
+    assert len(trained.metadata["held_out"]["self"]["agreement"]) == 1
+    lm, method = base_model(), dex_jax.Dex(schedule="serial")
+    options = {"max_new_tokens": 12}
+    out = dex_jax.generate(lm, [[1, 5, 7]], method=method, exits=trained, **options)
+    assert out.tokens.tolist() == dex_jax.generate(lm, [[1, 5, 7]], method=dex_jax.AR(), **options).tokens.tolist()
+    with pytest.raises(DexError, match=r"one exit of kind attn at depth 0, not attn at \(1, 2\)"):
+        train_exits(dataclasses.replace(config, exits=EXITS), base_model(), tmp_path / "none", tell=quiet)
 
 
 def test_a_first_training_of_other_heads_is_refused() -> None:

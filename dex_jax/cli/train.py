@@ -87,7 +87,8 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
     train_exits(config, lm, folder, mesh=mesh, initial=initial, tell=functools.partial(print, flush=True))
     _draw(folder)
     model = "" if config.model == "smollm2-135m" else f" --model {config.model}"
-    print(f'The exits are in {folder / FILE_NAME}. Use them: decode.py{model} --exits {folder} --prompt "..."')
+    serial = " --schedule serial" if config.options.draft_steps > 1 else ""
+    print(f'The exits are in {folder / FILE_NAME}. Use them: decode.py{model}{serial} --exits {folder} --prompt "..."')
 
 
 def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> None:
@@ -170,6 +171,7 @@ def _estimate_exits(config: ExitTraining, args: argparse.Namespace) -> str:
         steps=steps,
         dtype=dtype,
         copies=data,
+        draft_steps=config.options.draft_steps,
     )
     return cost.sentence(machine)
 

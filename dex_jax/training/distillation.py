@@ -132,7 +132,7 @@ class Distillation:
         weight, names = batch.weight, [f"agreement_{depth}" for depth in self.exits.depths]
         if self.options.draft_steps > 1:
             features, valid = read_drafts(heads, batch, normed, constants["embed"], self.options.draft_steps)
-            weight = weight * valid
+            weight = weight[None] * valid
             names = [f"agreement_draft_{step}" for step in range(1, len(features) + 1)]
         else:
             features = read_chunk_for_training(heads, batch, normed, constants["embed"], self.options.own_outputs, key)

@@ -134,6 +134,7 @@ def training_cost(
     steps: int,
     dtype: jnp.dtype,
     copies: int = 1,
+    draft_steps: int = 1,
 ) -> TrainingCost:
     """Estimates a run of `steps` updates of batch x chunk tokens.
 
@@ -146,6 +147,7 @@ def training_cost(
       steps: updates.
       dtype: of the model.
       copies: of the weights and of the exits; the size of a mesh's axis "data".
+      draft_steps: of a drafter.
     """
     dtype = jnp.dtype(dtype)
     exits = dataclasses.replace(exits, width=model.width)
@@ -155,11 +157,12 @@ def training_cost(
     caches = nbytes(cache.shapes(model, Unrolled(), batch, length, 0, dtype))
     parameters = parameter_count(exits)
     tokens = batch * chunk
-    states = len(exits.depths) * tokens * model.width
+    states = len(exits.depths) * draft_steps * tokens * model.width
     block = min(BLOCK, tokens)
     # States and features in the model's dtype; what lies between, and all gradients, counted as six arrays of float32.
     activations = states * (2 * dtype.itemsize + 6 * 4) + block * (model.vocab_size + 4 * columns) * 4
-    model_flops, exits_flops = model_flops_per_token(model, length), exits_flops_per_token(model, exits, chunk)
+    model_flops = model_flops_per_token(model, length)
+    exits_flops = exits_flops_per_token(model, exits, chunk, draft_steps)
     flops, bandwidth = machine.flops * machine.reached, machine.bandwidth * machine.reached
     read = copies * weights + caches
     step = max(batch * model_flops / flops, read / bandwidth)
@@ -188,13 +191,14 @@ def model_flops_per_token(model: ModelConfig, length: int) -> float:
     return 2 * products + 2 * 2 * model.num_layers * model.num_heads * model.head_dim * length
 
 
-def exits_flops_per_token(model: ModelConfig, exits: ExitsConfig, chunk: int) -> float:
+def exits_flops_per_token(model: ModelConfig, exits: ExitsConfig, chunk: int, draft_steps: int = 1) -> float:
     """Operations that learn from one token: targets, logits and their gradient, maps forwards and backwards."""
     columns = model.vocab_size if exits.draft_size is None else exits.draft_size
     # Logits are made once for the targets and once for each exit, whose gradient is made along with them.
-    total = 2.0 * model.vocab_size * model.width + len(exits.depths) * 4 * columns * model.width
+    count = len(exits.depths) * draft_steps
+    total = 2.0 * model.vocab_size * model.width + count * 4 * columns * model.width
     for name, (shape, _) in exit_parameters(exits).items():
-        total += _rows(name, exits, chunk) * (4 if name in FROZEN_INPUTS else 6) * np.prod(shape)
+        total += _rows(name, exits, chunk, draft_steps) * (4 if name in FROZEN_INPUTS else 6) * np.prod(shape)
     return float(total)
 
 
@@ -234,12 +238,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _rows(name: str, exits: ExitsConfig, chunk: int) -> float:
+def _rows(name: str, exits: ExitsConfig, chunk: int, draft_steps: int) -> float:
     """How many rows a kernel reads for each token that is learnt from."""
     if not name.startswith("context."):
-        return 1
+        return draft_steps
     # The context layer runs on true and on estimated features, and makes keys of its history anew in each chunk.
-    own, before = 2, (history_for(exits) - 1 + chunk) / chunk
+    own, before = max(2, draft_steps), (history_for(exits) - 1 + chunk) / chunk
     return own + before if name.endswith((".enter", ".qkv")) else own
 
 
