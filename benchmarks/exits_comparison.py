@@ -25,7 +25,7 @@ import dex_jax
 from dex_jax.cli.train_results import answered, exits_of_checkpoint, shared_exits
 from dex_jax.config import ExitsConfig
 from dex_jax.evaluation.exit_metrics import grouped_figures
-from dex_jax.nn.exits import heads_of
+from dex_jax.nn.exits import heads_of, select_exits
 from dex_jax.training.exit_training import train_exits
 
 DEPTHS = (6, 12, 18, 24)
@@ -54,13 +54,12 @@ def variants(first) -> dict[str, dict[str, tuple[ExitsConfig, tuple[str, ...]]]]
 
 def measured(lm, exits, groups) -> dict:
     """Agreement by depth for each group, and the speedup at K = 5 as it is predicted."""
-    heads = heads_of(exits.config, exits.parameters, jnp.float32)
+    heads = heads_of(*select_exits(exits.config, exits.parameters, DEPTHS), jnp.float32)
     found = grouped_figures(lm, heads, exits.vocabulary, groups, explorers=(5,))
     rows = {}
     for name, figures in found.items():
-        at = [figures.depths.index(depth) for depth in DEPTHS]
         rows[name] = {
-            "agreement": [round(figures.agreement[i], 4) for i in at],
+            "agreement": [round(share, 4) for share in figures.agreement],
             "speedup": round(figures.grids[0].depth_side_speedup, 3),
             "draft_share": round(figures.draft_share, 4),
         }
