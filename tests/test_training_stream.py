@@ -213,8 +213,8 @@ def test_wrong_items_are_refused(wrong: Item, says: str) -> None:
     ("changes", "says"),
     [
         ({"depths": ()}, "depths"),
-        ({"depths": (0, 4)}, "from 1 to 4"),
-        ({"depths": (5,)}, "from 1 to 4"),
+        ({"depths": (-1, 4)}, "from 0 to 4"),
+        ({"depths": (5,)}, "from 0 to 4"),
         ({"length": 4096}, "2048"),
         ({"steps": 0}, "at least 1 step"),
         ({"batch": 0}, "at least one row"),
