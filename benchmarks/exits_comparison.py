@@ -108,15 +108,21 @@ def main() -> int:
         add("kind", "shared (not trained)", 0, shared_exits(lm, DEPTHS))
     steps = -(-args.tokens // (first.train.batch * first.chunk))
     train = dataclasses.replace(first.train, steps=steps, warmup_steps=steps // 10, eval_every=None)
-    made: dict[tuple, str] = {}
+    made: dict[tuple, tuple[str, str]] = {}
     for title, rows in variants(first).items():
         for name, (shapes, data) in rows.items():
             if name in tables.get(title, {}):
+                made.setdefault((shapes, data), (title, name))
                 continue
-            folder = made.setdefault((shapes, data), f"{title} {name}".replace(" ", "_").replace(",", ""))
+            if (shapes, data) in made:
+                # A row of two tables: trained and measured once.
+                tables.setdefault(title, {})[name] = tables[made[shapes, data][0]][made[shapes, data][1]]
+                continue
+            folder = f"{title} {name}".replace(" ", "_").replace(",", "")
             config = dataclasses.replace(first, exits=shapes, data=data, train=train, evaluation_texts=0)
             tell = functools.partial(print, file=sys.stderr)
             add(title, name, args.tokens, train_exits(config, lm, args.folder / folder, tell=tell))
+            made[shapes, data] = title, name
     if args.run is not None:
         amount = tables.setdefault("amount", {})
         for step in args.steps:

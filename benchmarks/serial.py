@@ -12,37 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+from transformers_worker import Transformers
 
 import dex_jax
 from dex_jax.training.prompt_files import read_prompts
-
-HERE = Path(__file__).resolve().parent
-
-
-class Transformers:
-    """A worker process with torch and transformers, asked for one generate at a time."""
-
-    def __init__(self, python: str):
-        command = [python, str(HERE / "transformers_ar.py"), "--serve"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.versions = json.loads(self.process.stdout.readline())
-
-    def seconds_a_token(self, ids: list[int], new_tokens: int) -> float:
-        """Of the tokens after the first."""
-        self.process.stdin.write(f"run {new_tokens} {json.dumps(ids)}\n")
-        self.process.stdin.flush()
-        return 1 / json.loads(self.process.stdout.readline())["tokens_per_second"]
-
-    def close(self) -> None:
-        """Ends the worker."""
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def measure(lm, batch: list[list[int]], args: argparse.Namespace, worker: Transformers | None) -> dict:
@@ -59,7 +37,7 @@ def measure(lm, batch: list[list[int]], args: argparse.Namespace, worker: Transf
             if number and after_first:
                 times[name].append(out[name].stats.decode_seconds / after_first)
         if worker and number and after_first:
-            times["transformers"].append(worker.seconds_a_token(batch[0], int(out["ar"].lengths[0])))
+            times["transformers"].append(worker(int(out["ar"].lengths[0]), batch[0]))
     rounds = out["serial"].stats.rounds
     return {
         "tokens": out["ar"].lengths.tolist(),

@@ -27,6 +27,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from transformers_worker import Transformers
 
 import dex_jax
 from dex_jax.decoding import loop
@@ -130,26 +131,6 @@ def lattice_alone(lm, schedule, count: int):
         return (time.perf_counter() - begin) / count
 
     return measure
-
-
-class Transformers:
-    """A worker process with torch and transformers, asked for one generate at a time."""
-
-    def __init__(self, python: str):
-        command = [python, str(HERE / "transformers_ar.py"), "--serve"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.versions = json.loads(self.process.stdout.readline())
-
-    def __call__(self) -> float:
-        """Seconds per token after the first."""
-        self.process.stdin.write("run 32\n")
-        self.process.stdin.flush()
-        return 1 / json.loads(self.process.stdout.readline())["tokens_per_second"]
-
-    def close(self) -> None:
-        """Ends the worker."""
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def compile_seconds() -> dict[str, float]:

@@ -7,6 +7,7 @@ from dex_jax.decoding.loop import DexState, init, run, step
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.output import Output, Stats
 from dex_jax.decoding.record import Limits, Record
+from dex_jax.decoding.serial import TreeShape
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
 from dex_jax.language_model import LanguageModel, load
@@ -38,6 +39,7 @@ __all__ = [
     "Stats",
     "TrainedExits",
     "Transformer",
+    "TreeShape",
     "Unrolled",
     "generate",
     "init",

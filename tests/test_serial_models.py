@@ -164,6 +164,10 @@ def test_a_tree_of_ones_own_replaces_the_drafters(lm) -> None:
     assert resolve_method(method, "shared", lm.config, "0").schedule.rows == 4
     with pytest.raises(dex_jax.DexError, match='tree belongs to schedule="serial"'):
         dex_jax.Dex(tree=shape).schedule_for(4)
+    with pytest.raises(dex_jax.DexError, match="3 of \\(2, 1\\)"):
+        dataclasses.replace(shape, drafted=3)
+    with pytest.raises(dex_jax.DexError, match="8 probabilities"):
+        dataclasses.replace(shape, lookup=(0.5,))
 
 
 def test_trees_around_one() -> None:

@@ -16,8 +16,10 @@ from reference.small_models import LLAMA, small_model
 
 from dex_jax.cli import decode, train, train_results
 from dex_jax.cli.train_arguments import configured, folder_of, train_parser
-from dex_jax.io.exits_file import load_exits
+from dex_jax.config import ExitsConfig
+from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
 from dex_jax.io.save import save_model
+from dex_jax.nn.exits import initial_heads, parameters_of
 from dex_jax.training.corpus import train_tokenizer
 from dex_jax.training.journal import read_journal
 from dex_jax.training.whole_model import canonical_weights
@@ -175,6 +177,33 @@ def test_a_step_is_exported(capsys, trained, tmp_path) -> None:
     assert code == 2
     assert "no checkpoint of step 3; those that are kept: 2, 4" in err
     assert not (tmp_path / "none.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def drafter(place) -> Path:
+    """A file with a drafter as it is before any training."""
+    config = ExitsConfig("attn", (0,), MODEL.width, hidden=8, heads=1, head_dim=4, window=4, draft_size=64)
+    heads = initial_heads(config, np.ones(MODEL.width, np.float32))
+    vocabulary = np.arange(64, dtype=np.int32)
+    exits = TrainedExits(config, parameters_of(heads), vocabulary, "another", {}, "drafter")
+    save_exits(place / "drafter.safetensors", exits)
+    return place / "drafter.safetensors"
+
+
+def test_a_tree_is_searched_and_kept(capsys, monkeypatch, place, drafter, tmp_path) -> None:
+    monkeypatch.setattr("dex_jax.cli.decode.remember_compilations", lambda: None)
+    out = tmp_path / "with_tree.safetensors"
+    flags = ["--exits", drafter, "--model", place / "model", "--data", place / "prompts.txt", "--max-new-tokens", "8"]
+    code, said, told = run(capsys, "tree", *flags, "--output", out, "--prompts", "2", "--steps", "0")
+    assert code == 0
+    assert said.startswith(f"{out}: rows a level 2, 2, 1, 1, 1, 3 drafted: ")
+    assert told.count("tokens a round") == 1
+    assert load_exits(out).metadata["tree"]["widths"] == [2, 2, 1, 1, 1]
+    code, _, err = run(capsys, "tree", *flags, "--output", tmp_path / "no.bin")
+    assert (code, "name it so" in err) == (2, True)
+    code, _, err = run(capsys, "tree", *flags, "--output", tmp_path / "no.safetensors", "--prompts", "0")
+    assert (code, "--prompts must be at least 1" in err) == (2, True)
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_an_unfinished_run_is_exported_from_its_newest_checkpoint(capsys, trained, place, tmp_path) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from dex_jax.decoding.methods import AR, SCHEDULES, Dex, Method
 from dex_jax.errors import DexError
@@ -87,7 +87,8 @@ def method_of(args: argparse.Namespace) -> Method:
       DexError: --method ar together with flags of DEX.
     """
     if args.method == "dex":
-        return Dex(args.explorers, args.depths, args.rows, not args.no_decs, args.schedule)
+        fields: dict[str, Any] = {name: getattr(args, name) for name in ("explorers", "depths", "rows", "schedule")}
+        return Dex(**fields, decs=not args.no_decs)
     given = [name for name in ("explorers", "depths", "rows") if getattr(args, name) is not None]
     given += ["schedule"] if args.schedule != "parallel" else []
     if given:

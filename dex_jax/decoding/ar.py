@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dex_jax.cache import Memory
 from dex_jax.decoding.network import extend
-from dex_jax.decoding.record import Limits, Record, begin, emit
+from dex_jax.decoding.record import Limits, Record, begin, emit, until_done
 from dex_jax.nn.transformer import Transformer
 from dex_jax.sampling import Sampling, choose, position_noise
 
@@ -64,12 +64,7 @@ def run(
     until_tick: jax.Array | None = None,
 ) -> ARState:
     """Steps until every sequence is done, or until `until_tick` (int32 scalar)."""
-
-    def going(state: ARState) -> jax.Array:
-        more = jnp.any(~state.record.done)
-        return more if until_tick is None else more & (state.tick < until_tick)
-
-    return jax.lax.while_loop(going, lambda s: step(model, s, limits, sampling), state)
+    return until_done(lambda s: step(model, s, limits, sampling), state, until_tick)
 
 
 def next_token(model: Transformer, hidden: jax.Array, position: jax.Array, sampling: Sampling | None) -> jax.Array:

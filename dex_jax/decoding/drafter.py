@@ -83,11 +83,10 @@ def draft_rows(
         jnp.concatenate([memory.context.values, drafts.values], axis=2),
         jnp.concatenate([committed, ancestors & ~own], axis=2),
     )
-    context = layer.output(entered, position, before, jnp.broadcast_to(itself, (batch, width, width)))
+    context, keys, values = layer.read(entered, position, before, jnp.broadcast_to(itself, (batch, width, width)))
     flat = (1, batch * width, embedded.shape[-1])
     features = heads.features(embedded.reshape(flat), previous.reshape(flat), context.reshape(flat))
     features = features.reshape(batch, width, -1)
-    keys, values = layer.keys_values(entered, position)
     place = slice(first, first + width)
     return features, Drafts(
         drafts.keys.at[:, :, place].set(keys),

@@ -123,10 +123,10 @@ def _resolve_drafter(
     if isinstance(exits, str) and exits == "shared":
         return ResolvedExits(schedule, None, None)
     if isinstance(exits, str) and exits == "default":
-        file = DEFAULTS / f"{fingerprint}.drafter.safetensors"
-        if not file.is_file():
+        shipped = default_drafter(fingerprint)
+        if shipped is None:
             return ResolvedExits(schedule, None, None)
-        trained, source = load_exits(file), "default"
+        trained, source = shipped, "default"
     else:
         trained = exits if isinstance(exits, TrainedExits) else load_exits(exits)
         source = trained.source
@@ -153,7 +153,17 @@ def _resolve_drafter(
 @functools.lru_cache(maxsize=2)
 def default_exits(fingerprint: str) -> TrainedExits | None:
     """The exits that ship for a model, by its fingerprint."""
-    file = DEFAULTS / f"{fingerprint}.safetensors"
+    return _shipped(f"{fingerprint}.safetensors")
+
+
+@functools.lru_cache(maxsize=2)
+def default_drafter(fingerprint: str) -> TrainedExits | None:
+    """The drafter of serial rounds that ships for a model, by its fingerprint."""
+    return _shipped(f"{fingerprint}.drafter.safetensors")
+
+
+def _shipped(name: str) -> TrainedExits | None:
+    file = DEFAULTS / name
     return load_exits(file) if file.is_file() else None
 
 

@@ -18,7 +18,7 @@ from dex_jax import lattice as lat
 from dex_jax.decoding.heads import Proposers, propose
 from dex_jax.decoding.interface import Committed, Network, StageView
 from dex_jax.decoding.noise import Noise, make_noise
-from dex_jax.decoding.record import Limits, Record, begin, emit
+from dex_jax.decoding.record import Limits, Record, begin, emit, until_done
 from dex_jax.lattice import Lattice
 from dex_jax.sampling import Sampling, choose
 
@@ -157,12 +157,7 @@ def run(
     until_tick: jax.Array | None = None,
 ) -> DexState:
     """Ticks under one lax.while_loop until every sequence is done, or until `until_tick` (int32 scalar)."""
-
-    def going(state: DexState) -> jax.Array:
-        more = jnp.any(~state.record.done)
-        return more if until_tick is None else more & (state.tick < until_tick)
-
-    return jax.lax.while_loop(going, lambda s: step(network, s, limits, sampling, decs=decs), state)
+    return until_done(lambda s: step(network, s, limits, sampling, decs=decs), state, until_tick)
 
 
 def _final_token(

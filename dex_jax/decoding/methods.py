@@ -14,8 +14,8 @@ FULL_ROWS_LIMIT = 8
 SCHEDULES = ("parallel", "serial")
 
 LOOKUP_TRUST = (0.25, 0.6, 0.65, 0.73, 0.79, 0.79, 0.82, 0.9)
-"""How often what followed a suffix before follows it again, by the length of the match; 8 means 8 or more. Counted on
-greedy answers of SmolLM2-135M to the held-out prompts of configs/smollm2_135m.py (2,492 positions)."""
+"""How often what followed a suffix before follows it again, by the length of the match; 8 means 8 or more: counts on
+SmolLM2-135M's greedy answers to held-out prompts (benchmarks/lookup_trust.py), smoothed so that they do not fall."""
 
 LOOKUP_TREE = TreeShape((1,) * 7, drafted=0, lookup=LOOKUP_TRUST)
 """Without a drafter: 8 rows, which many devices run about as fast as one."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,19 @@ def emit(record: Record, token: jax.Array, born_at: jax.Array, where: jax.Array,
         ticks=record.ticks + ~record.done,
         done=record.done | (where & _ends(token, lengths, limits)),
     )
+
+
+def until_done(step: Callable[[Any], Any], state: Any, until_tick: jax.Array | None) -> Any:
+    """Steps under one lax.while_loop until every sequence is done, or until `until_tick` (int32 scalar).
+
+    `state` is any method's, with its `record` and its `tick`.
+    """
+
+    def going(state: Any) -> jax.Array:
+        more = jnp.any(~state.record.done)
+        return more if until_tick is None else more & (state.tick < until_tick)
+
+    return jax.lax.while_loop(going, step, state)
 
 
 def _ends(token: jax.Array, lengths: jax.Array, limits: Limits) -> jax.Array:

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.decoding.noise import Noise, make_noise
-from dex_jax.decoding.record import Limits, Record, begin, emit
+from dex_jax.decoding.record import Limits, Record, begin, emit, until_done
 from dex_jax.decoding.suffix import LONGEST, continuation
 from dex_jax.decoding.tree import Candidates, child_of, follow, grow, plant
+from dex_jax.errors import DexError
 from dex_jax.lattice import NO_NODE, NO_TOKEN, quantized
 from dex_jax.sampling import Sampling, choose, scores
 
@@ -38,13 +39,29 @@ class TreeShape:
     Attributes:
       widths: rows of the levels below the root.
       drafted: on how many levels the drafter proposes; deeper ones only go on with what the text said before.
-      lookup: probability that the continuation of a suffix match is right, by the length of the match from 1 to
-        suffix.LONGEST; all 0 switches it off.
+      lookup: probability that the continuation of a suffix match is right, by the length of the match: 8 numbers, for
+        1 to 8 tokens or more; all 0 switches it off.
+
+    Raises:
+      DexError: no level, a level without rows, more drafted levels than there are, or trust that is no probability.
+
+    Example:
+      >>> TreeShape((3, 2, 1), drafted=2, lookup=(0.0,) * 8).rows
+      7
     """
 
     widths: tuple[int, ...]
     drafted: int
     lookup: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1 or not 0 <= self.drafted <= len(self.widths):
+            raise DexError(
+                f"a tree needs at least one row on each of its levels and as many of them drafted at most, not "
+                f"{self.drafted} of {self.widths}"
+            )
+        if len(self.lookup) != LONGEST or not all(0 <= share <= 1 for share in self.lookup):
+            raise DexError(f"a tree's lookup is {LONGEST} probabilities, one for each length of match: {self.lookup}")
 
     @property
     def rows(self) -> int:
@@ -227,12 +244,7 @@ def run(
     until_tick: jax.Array | None = None,
 ) -> SerialState:
     """Rounds under one lax.while_loop until every sequence is done, or until `until_tick` (int32 scalar)."""
-
-    def going(state: SerialState) -> jax.Array:
-        more = jnp.any(~state.record.done)
-        return more if until_tick is None else more & (state.tick < until_tick)
-
-    return jax.lax.while_loop(going, lambda s: step(network, s, limits, sampling, shape=shape), state)
+    return until_done(lambda s: step(network, s, limits, sampling, shape=shape), state, until_tick)
 
 
 def _draft(

@@ -14,6 +14,7 @@ import numpy as np
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.serial import TreeShape
+from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 
@@ -89,6 +90,9 @@ def search_tree(
 
     Returns:
       All that were tried, the fastest first.
+
+    Raises:
+      DexError: a drafter or prompts that do not fit, or answers of one token only.
     """
     plain = [
         generate(lm, [list(p)], method=AR(), exits="shared", max_new_tokens=new_tokens) for p in prompts for _ in "12"
@@ -127,5 +131,7 @@ def _measured(
         if out.stats.rounds is not None and out.stats.rounds[0] > 0:
             per_round.append((int(out.lengths[0]) - 1) / int(out.stats.rounds[0]))
             seconds.append(out.stats.decode_seconds / int(out.stats.rounds[0]))
+    if not seconds:
+        raise DexError("no answer has more than one token, and rounds begin with the second: give other prompts")
     tokens, a_round = float(np.mean(per_round)), float(min(seconds))
     return TreeFigures(shape, tokens, a_round, tokens * a_step / a_round)

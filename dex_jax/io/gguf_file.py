@@ -139,7 +139,7 @@ class GGUFFile:
         wide = raw.reshape(-1, math.gcd(raw.size // size, _WIDE) * size)
         try:
             return gguf.quants.dequantize(wide, kind).reshape(stop - start, -1)
-        except NotImplementedError as error:  # how the gguf package says that it does not know this kind
+        except NotImplementedError as error:  # the gguf package raises it for a kind that it cannot dequantise
             raise DexError(
                 f"{self.path} stores weights as {tensor.kind}, which the gguf package cannot dequantise: "
                 "use a file in Q8_0, Q4_K_M or F16."

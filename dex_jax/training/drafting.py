@@ -63,12 +63,12 @@ def read_drafts(
             for number, source in enumerate(drafted, 2)
         ]
         sources = [KeyValues(keys, values, committed), *among]
-        context = layer.output(entered, own_position, _joined(sources), itself)
+        context, own_keys, own_values = layer.read(entered, own_position, _joined(sources), itself)
         features = heads.features(state, previous.reshape(state.shape), context.reshape(state.shape))
         found.append(features.reshape(rows, steps, width + 1))
         valid.append((position >= step - 1) & (jnp.arange(steps)[None] >= step - 1))
         if step > 1:
-            drafted.append(KeyValues(*layer.keys_values(entered, own_position), itself))
+            drafted.append(KeyValues(own_keys, own_values, itself))
         own = found[-1][..., :-1]
         previous = jnp.concatenate([jnp.zeros_like(own[:, :1]), own[:, :-1]], axis=1)
     return jnp.stack(found), jnp.stack(valid)
