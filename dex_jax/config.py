@@ -126,3 +126,8 @@ class ExitsConfig:
     def needs_previous(self) -> bool:
         """Whether the features of the position before are an input."""
         return self.fused or self.kind == "attn"
+
+    @property
+    def is_drafter(self) -> bool:
+        """Whether serial rounds can draft with it: one exit of kind "attn" at depth 0."""
+        return self.kind == "attn" and self.depths == (0,)

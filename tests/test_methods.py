@@ -24,12 +24,13 @@ def test_even_grids(num_layers: int) -> None:
 
 
 def test_defaults() -> None:
-    assert Dex().schedule_for(30).depths == (6, 12, 18, 24, 30)
-    assert Dex().schedule_for(30).rows == 8
+    side_by_side = Dex(schedule="parallel")
+    assert side_by_side.schedule_for(30).depths == (6, 12, 18, 24, 30)
+    assert side_by_side.schedule_for(30).rows == 8
     # A model with fewer layers than the default has explorers.
-    assert Dex().schedule_for(2).depths == (1, 2)
+    assert side_by_side.schedule_for(2).depths == (1, 2)
     assert [Dex(explorers=k).schedule_for(30).rows for k in (1, 2, 3, 4, 5, 6, 30)] == [1, 1, 2, 4, 8, 8, 8]
-    assert Dex().schedule_for(30).decs
+    assert side_by_side.schedule_for(30).decs
     schedule = AR().schedule_for(30)
     assert (schedule.method, schedule.stages, schedule.depths) == ("ar", 1, (30,))
 

@@ -55,8 +55,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--schedule",
         choices=SCHEDULES,
-        default="parallel",
-        help="parallel: explorers side by side; serial: rounds that draft tokens ahead, for one device (%(default)s)",
+        default="auto",
+        help="parallel: explorers side by side; serial: rounds that draft tokens ahead, for one device; auto: one of "
+        "the two or AR, whichever should be fastest here; flags of parallel mean parallel (%(default)s)",
     )
     add("--explorers", type=int, metavar="K", help="number of exit depths, evenly spaced (5)")
     add("--depths", type=depths, metavar="X,...,L", help="the exit depths themselves, ending at the last layer")
@@ -90,7 +91,7 @@ def method_of(args: argparse.Namespace) -> Method:
         fields: dict[str, Any] = {name: getattr(args, name) for name in ("explorers", "depths", "rows", "schedule")}
         return Dex(**fields, decs=not args.no_decs)
     given = [name for name in ("explorers", "depths", "rows") if getattr(args, name) is not None]
-    given += ["schedule"] if args.schedule != "parallel" else []
+    given += ["schedule"] if args.schedule != "auto" else []
     if given:
         raise DexError(
             f"--{given[0]} belongs to --method dex and means nothing with --method ar: leave one of them out"

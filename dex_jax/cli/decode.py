@@ -15,7 +15,7 @@ from typing import Any
 
 from dex_jax.cli.arguments import method_of, parser, prompts_of
 from dex_jax.cli.dry_run import dry_run
-from dex_jax.decoding.methods import AR, Method
+from dex_jax.decoding.methods import AR, Dex, Method, is_auto
 from dex_jax.decoding.output import Output
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel, Outline
@@ -73,7 +73,9 @@ def _outline(args: argparse.Namespace, method: Method) -> Outline:
 
     model = outline(args.model, dtype=args.dtype)
     if args.layout == "stacked":
-        schedule = resolve_method(method, args.exits, model.config, model.fingerprint).schedule
+        # Whatever "auto" will choose, the stages of the layout are those of explorers side by side.
+        staged = Dex(schedule="parallel") if is_auto(method) else method
+        schedule = resolve_method(staged, args.exits, model.config, model.fingerprint).schedule
         model = dataclasses.replace(model, layout=Stacked(schedule.depths))
     return model
 

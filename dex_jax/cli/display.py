@@ -101,6 +101,8 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     rate = f"{after_first / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds > 0 and after_first else "n/a"
     name = {None: "AR", "parallel": f"DEX, K = {schedule.stages}", "serial": "DEX, serial"}[schedule.kind]
     lines = [f"{name} on {stats.device}, {stats.dtype}: {new_tokens} tokens"]
+    if stats.choice is not None:
+        lines.append(f"auto chose {stats.choice}")
     if stats.rounds is not None:
         ratio = after_first / stats.rounds.sum() if stats.rounds.sum() else float("nan")
         lines[0] += f", {int(stats.rounds.sum())} rounds, {ratio:.2f} tokens a round"

@@ -7,7 +7,7 @@ import dataclasses
 import json
 
 from dex_jax.cli.arguments import prompts_of
-from dex_jax.decoding.methods import Method
+from dex_jax.decoding.methods import Dex, Method, is_auto
 from dex_jax.errors import DexError
 
 
@@ -30,6 +30,9 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         raise DexError("--max-new-tokens and --num-samples must be at least 1")
     checkpoint = open_checkpoint(args.model)
     config, dtype = checkpoint.config, resolve_dtype(args.dtype)
+    if is_auto(method):
+        # Which schedule is chosen is measured on the device; serial rounds hold no less than AR.
+        method = Dex(schedule="serial")
     resolved = resolve_method(method, args.exits, config, checkpoint.fingerprint())
     resolved.say()
     schedule = resolved.schedule
@@ -48,7 +51,8 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         sizes = dataclasses.asdict(needed) | {"total_bytes": needed.total_bytes}
         print(json.dumps(sizes | {"devices": 1, "batch": batch, "dtype": str(dtype), "verdict": sentence}))
         return 0
-    print(f"{checkpoint.source}: {batch} sequence(s) of at most {length} positions in {dtype}, on one device")
+    how = f", {schedule.kind}" if schedule.kind else ""
+    print(f"{checkpoint.source}: {batch} sequence(s) of at most {length} positions in {dtype}{how}, on one device")
     for field in dataclasses.fields(needed):
         print(f"  {field.name.removesuffix('_bytes'):<10} {getattr(needed, field.name) / 1e9:8.3f} GB")
     print(sentence)

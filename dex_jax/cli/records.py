@@ -16,13 +16,14 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     """One sequence as a JSON-ready dict.
 
     Keys: prompt (as given), text, tokens (ids, an ending EOS included), prompt_tokens and new_tokens (counts),
-    finished (False only when interrupted), method, schedule ("parallel" or "serial" for DEX, null for AR), depths,
-    rows, exits_source (null for K = 1 and where nothing drafts), ticks (null in serial rounds), exits (born_at of each
-    token), depth_side_speedup (null for one token and in serial rounds), rounds, stage_steps and tokens_per_round (null
-    but in serial rounds; the last also for one token),
-    compile_seconds, prefill_seconds and decode_seconds (of the whole batch), tokens_per_second ((n - 1) /
-    decode_seconds of this sequence, null for one token), device, dtype, seed (null when greedy), and check when asked
-    for (identical, first_divergence, top2_margin; see evaluation.check).
+    finished (False only when interrupted), method ("dex", or "ar" also where that is what schedule "auto" chose),
+    schedule ("parallel" or "serial" for DEX, null for AR), choice (why "auto" chose them, null where it did not),
+    depths, rows, exits_source (null for K = 1 and where nothing drafts), ticks (null in serial rounds), exits (born_at
+    of each token), depth_side_speedup (null for one token and in serial rounds), rounds, stage_steps and
+    tokens_per_round (null but in serial rounds; the last also for one token), compile_seconds, prefill_seconds and
+    decode_seconds (of the whole batch), tokens_per_second ((n - 1) / decode_seconds of this sequence, null for one
+    token), device, dtype, seed (null when greedy), and check when asked for (identical, first_divergence, top2_margin;
+    see evaluation.check).
     """
     stats, length = output.stats, int(output.lengths[row])
     record = {
@@ -34,6 +35,7 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
         "finished": bool(output.finished[row]),
         "method": stats.schedule.method,
         "schedule": stats.schedule.kind,
+        "choice": stats.choice,
         "depths": list(stats.schedule.depths),
         "rows": stats.schedule.rows,
         "exits_source": stats.exits_source,

@@ -1,4 +1,4 @@
-"""`train_exits.py tree`: the tree of serial rounds that pays on this device, written into a drafter's file."""
+"""`train_exits.py tree`: the trees of serial rounds that pay on this device, written into a drafter's file."""
 
 from __future__ import annotations
 
@@ -17,60 +17,59 @@ def tree_parser() -> argparse.ArgumentParser:
     """The parser of `train_exits.py tree`."""
     p = argparse.ArgumentParser(
         prog="train_exits.py tree",
-        description="Search for the token tree of serial rounds that is fastest on this device, on answers to prompts "
-        "of your choice, and write it into the drafter's file.",
+        description="Search for the trees of serial rounds that are fastest on this device, on answers to prompts "
+        "of your choice, and write them into the drafter's file.",
     )
     add = p.add_argument
     add("--exits", required=True, metavar="FROM", help="the drafter: file or folder")
-    add("--output", required=True, metavar="OUT.safetensors", help="the drafter with its tree")
+    add("--output", required=True, metavar="OUT.safetensors", help="the drafter with its trees")
     add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
     add("--data", nargs="+", required=True, metavar="FILE", help="prompts: .jsonl, .json or .txt")
     add("--prompts", type=int, default=4, metavar="N", help="N prompts of each file, evenly spread (%(default)s)")
     add("--max-new-tokens", type=int, default=96, metavar="N", help="of each answer (%(default)s)")
-    add("--steps", type=int, default=6, metavar="N", help="at most so many moves to a better tree (%(default)s)")
+    add("--steps", type=int, default=6, metavar="N", help="at most so many moves for each of --batches (%(default)s)")
+    add("--batches", type=int, nargs="+", default=[1, 4, 16], metavar="B", help="to find trees for (1 4 16)")
     add("--float32", action="store_true", help="write full precision; otherwise 8-bit matrices")
     return p
 
 
 def tree(args: argparse.Namespace) -> None:
-    """Searches, prints every tree tried, and writes the drafter with the fastest.
+    """Searches, prints every tree tried, and writes the drafter with the best ones.
 
     Raises:
       DexError: a model, a drafter or prompts that are not there or do not fit.
     """
     from dex_jax.cli.decode import remember_compilations
     from dex_jax.cli.train_results import spread
-    from dex_jax.decoding.exits import resolve_method
-    from dex_jax.decoding.methods import Dex
-    from dex_jax.evaluation.tree_search import search_tree, with_tree
+    from dex_jax.decoding.known_trees import with_trees
+    from dex_jax.evaluation.tree_search import search_trees
     from dex_jax.io.exits_file import load_exits, save_exits
     from dex_jax.language_model import load
     from dex_jax.training.prompt_files import read_prompts
 
     if Path(args.output).suffix != ".safetensors":
         raise DexError(f"exits are written to a .safetensors file, not to {args.output}: name it so")
-    if args.prompts < 1 or args.steps < 0:
-        raise DexError("--prompts must be at least 1 and --steps at least 0")
+    if args.prompts < 1 or args.steps < 0 or min(args.batches) < 1:
+        raise DexError("--prompts and --batches must be at least 1 and --steps at least 0")
     drafter = load_exits(args.exits)
     chosen = [prompt for path in args.data for prompt in spread(read_prompts(path), args.prompts)]
     remember_compilations()
     lm = load(args.model)
-    begin = resolve_method(Dex(schedule="serial"), drafter, lm.config, lm.fingerprint).schedule.tree
-    assert begin is not None
 
-    def tell(figures: TreeFigures) -> None:
-        print(_line(figures), file=sys.stderr, flush=True)
+    def tell(batch: int, figures: TreeFigures) -> None:
+        print(f"batch {batch}: {_line(figures)}", file=sys.stderr, flush=True)
 
     prompts = [lm.encode(prompt) for prompt in chosen]
-    found = search_tree(lm, drafter, prompts, begin, new_tokens=args.max_new_tokens, steps=args.steps, tell=tell)
-    save_exits(args.output, with_tree(drafter, found[0].shape), int8=not args.float32)
+    options = {"batches": args.batches, "new_tokens": args.max_new_tokens, "steps": args.steps}
+    found = search_trees(lm, drafter, prompts, **options, tell=tell)
+    save_exits(args.output, with_trees(drafter, [each.tree for each in found]), int8=not args.float32)
     print(f"{args.output}: {_line(found[0])}")
 
 
 def _line(figures: TreeFigures) -> str:
-    shape = figures.shape
+    shape = figures.tree.shape
     return (
         f"rows a level {', '.join(map(str, shape.widths))}, {shape.drafted} drafted: "
-        f"{figures.tokens_per_round:.2f} tokens a round, {1000 * figures.round_seconds:.1f} ms a round, "
+        f"{figures.tree.tokens_per_round:.2f} tokens a round of {1000 * figures.round_seconds:.1f} ms, "
         f"{figures.speedup:.2f} times AR"
     )

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.methods import DRAFTED_TREE, Dex, Method, Schedule
-from dex_jax.decoding.serial import TreeShape
+from dex_jax.decoding.known_trees import known_trees
+from dex_jax.decoding.methods import Dex, Method, Schedule
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits
 from dex_jax.nn.exits import select_exits
@@ -116,38 +116,42 @@ def _resolve_drafter(
     fingerprint: str,
     given_tree: bool,
 ) -> ResolvedExits:
-    """The drafter of serial rounds, with the tree that was found for it; without one the text is looked up in itself.
-
-    `exits` is "shared" for none, "default" for what ships for the model, or a drafter as for `resolve_exits`.
-    """
-    if isinstance(exits, str) and exits == "shared":
+    """The drafter of serial rounds, with the tree that was found for it; without one the text alone drafts."""
+    drafter, source = find_drafter(exits, fingerprint)
+    if drafter is None:
         return ResolvedExits(schedule, None, None)
-    if isinstance(exits, str) and exits == "default":
-        shipped = default_drafter(fingerprint)
-        if shipped is None:
-            return ResolvedExits(schedule, None, None)
-        trained, source = shipped, "default"
-    else:
-        trained = exits if isinstance(exits, TrainedExits) else load_exits(exits)
-        source = trained.source
-    if trained.config.kind != "attn" or trained.config.depths != (0,):
-        depths = ", ".join(map(str, trained.config.depths))
+    if not drafter.config.is_drafter:
+        depths = ", ".join(map(str, drafter.config.depths))
         raise DexError(
             f"serial rounds draft with one exit of kind attn at depth 0, and {source} has exits of kind "
-            f"{trained.config.kind} at depths {depths}: train one (configs/smollm2_135m_drafter.py), or leave exits out"
+            f"{drafter.config.kind} at depths {depths}: train one (configs/smollm2_135m_drafter.py), or leave exits out"
         )
-    _check_fit(trained, config)
+    _check_fit(drafter, config)
     remarks = []
-    if trained.fingerprint != fingerprint:
+    if drafter.fingerprint != fingerprint:
         remarks.append(
             f"the drafter in {source} was trained on another model: tokens stay the same, rounds may be more"
         )
-    tree, found = DRAFTED_TREE, trained.metadata.get("tree")
-    if found is not None:
-        tree = TreeShape(tuple(found["widths"]), found["drafted"], tuple(found["lookup"]))
-    if given_tree:
-        return ResolvedExits(schedule, source, trained, tuple(remarks))
-    return ResolvedExits(dataclasses.replace(schedule, rows=tree.rows, tree=tree), source, trained, tuple(remarks))
+    if not given_tree:
+        tree = known_trees(drafter)[0].shape
+        schedule = dataclasses.replace(schedule, rows=tree.rows, tree=tree)
+    return ResolvedExits(schedule, source, drafter, tuple(remarks))
+
+
+def find_drafter(
+    exits: str | os.PathLike | TrainedExits, fingerprint: str
+) -> tuple[TrainedExits, str] | tuple[None, None]:
+    """What `exits` means to serial rounds: (exits, where from).
+
+    "shared" is none, "default" what ships for the model, and anything else as `resolve_exits` takes it, unchecked.
+    """
+    if isinstance(exits, str) and exits == "shared":
+        return None, None
+    if isinstance(exits, str) and exits == "default":
+        shipped = default_drafter(fingerprint)
+        return (None, None) if shipped is None else (shipped, "default")
+    trained = exits if isinstance(exits, TrainedExits) else load_exits(exits)
+    return trained, trained.source
 
 
 @functools.lru_cache(maxsize=2)

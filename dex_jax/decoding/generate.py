@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dex_jax.decoding.auto import settle
 from dex_jax.decoding.exits import ResolvedExits, resolve_method
 from dex_jax.decoding.methods import Dex, Method, Schedule
 from dex_jax.decoding.output import Output, Stats, cut, depth_side_speedup, rounds_of, ticks_of
 from dex_jax.decoding.record import Record
-from dex_jax.decoding.session import PROGRAMS, Session
+from dex_jax.decoding.session import PROGRAMS, Session, capacity_for, prompt_bucket
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
@@ -76,10 +77,11 @@ def stream(
     Args:
       lm: from `dex_jax.load`.
       prompts: see `generate`.
-      method: AR() or Dex(...); None is Dex() with 5 explorers side by side.
+      method: AR() or Dex(...); None is Dex(), which chooses what should be fastest on the device at hand.
       max_new_tokens: at most so many tokens per sequence, the first one of the prefill included.
       exits: "shared" (the model's own final norm and unembedding at every depth; for serial rounds no drafter),
-        "default" (what ships for the model), a path, or what `load_exits` gave. Exits never change tokens.
+        "default" (what ships for the model), a path, or what `load_exits` gave. Exits never change tokens. Those of a
+        path settle what "auto" chooses, if only one schedule can use them.
       temperature: 0 is greedy; above, tokens are sampled with noise that belongs to their positions.
       top_k: keep the k most likely tokens; None keeps all.
       top_p: keep the smallest set that holds this probability, in (0, 1]; None keeps all.
@@ -146,6 +148,7 @@ class _Prepared:
 
     session: Session
     schedule: Schedule
+    choice: str | None
     exits: ResolvedExits
     ids: list[list[int]]
     seeds: list[int] | None
@@ -168,12 +171,14 @@ def _prepare(
     chat: bool = True,
     notify: Callable[[str], None] = lambda phase: None,
 ) -> _Prepared:
-    resolved = resolve_method(Dex() if method is None else method, exits, lm.config, lm.fingerprint)
-    schedule = resolved.schedule
     ids = _encode(lm, prompts, chat, num_samples, max_new_tokens)
     sampling, seeds = _sampling(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
-    session = Session(lm, ids, schedule, max_new_tokens, sampling, resolved.trained, notify)
-    return _Prepared(session, schedule, resolved, ids, seeds, StopStrings(stop, lm.tokenizer))
+    length = prompt_bucket(max(map(len, ids))) + capacity_for(max_new_tokens)
+    model = (lm.config, lm.layout, lm.dtype, lm.fingerprint)
+    settled, choice = settle(Dex() if method is None else method, exits, *model, len(ids), length)
+    resolved = resolve_method(settled, exits, lm.config, lm.fingerprint)
+    session = Session(lm, ids, resolved.schedule, max_new_tokens, sampling, resolved.trained, notify)
+    return _Prepared(session, resolved.schedule, choice, resolved, ids, seeds, StopStrings(stop, lm.tokenizer))
 
 
 class _Clock:
@@ -271,6 +276,7 @@ def _output(run: _Prepared, record: Record, times: dict[str, float]) -> Output:
     device = jax.devices()[0]
     stats = Stats(
         schedule=run.schedule,
+        choice=run.choice,
         exits_source=run.exits.source,
         ticks=None if serial else steps,
         exits=exits[:, :width],

@@ -5,23 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+from dex_jax.decoding.known_trees import LOOKUP_TREE
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.errors import DexError
 from dex_jax.lattice import default_rows, full_rows
 
 DEFAULT_EXPLORERS = 5
 FULL_ROWS_LIMIT = 8
-SCHEDULES = ("parallel", "serial")
-
-LOOKUP_TRUST = (0.25, 0.6, 0.65, 0.73, 0.79, 0.79, 0.82, 0.9)
-"""How often what followed a suffix before follows it again, by the length of the match; 8 means 8 or more: counts on
-SmolLM2-135M's greedy answers to held-out prompts (benchmarks/lookup_trust.py), smoothed so that they do not fall."""
-
-LOOKUP_TREE = TreeShape((1,) * 7, drafted=0, lookup=LOOKUP_TRUST)
-"""Without a drafter: 8 rows, which many devices run about as fast as one."""
-
-DRAFTED_TREE = TreeShape((2, 2, 1, 1, 1), drafted=3, lookup=LOOKUP_TRUST)
-"""With a drafter that brings no tree of its own."""
+SCHEDULES = ("auto", "serial", "parallel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +35,7 @@ class Schedule:
 
     @property
     def kind(self) -> str | None:
-        """One of SCHEDULES; None for AR."""
+        """ "serial" or "parallel"; None for AR."""
         if self.method == "ar":
             return None
         return "parallel" if self.tree is None else "serial"
@@ -71,7 +62,7 @@ class AR:
 
 @dataclasses.dataclass(frozen=True)
 class Dex:
-    """Depth Exploration Decoding (arXiv 2606.29223): K explorers side by side, the final layer's token always kept.
+    """Depth Exploration Decoding (arXiv 2606.29223): drafts are explored, the final layer's token is always kept.
 
     Attributes:
       explorers: K, with an even grid of exit depths ceil(k L / K); 5 when neither this nor `depths` is given.
@@ -79,8 +70,11 @@ class Dex:
       rows: W, how many nodes a stage runs at most; None is min(max(1, 2^(K-2)), 8), "full" never prunes.
       decs: whether an exit may not repeat a token that its node's children hold.
       schedule: "parallel", all stages side by side in every tick, which K devices are for; "serial", rounds that draft
-        a few tokens ahead and run them through all layers at once, for one device. The fields above are of "parallel".
+        a few tokens ahead and run them through all layers at once, for one device; "auto", one of the two or plain AR,
+        whichever should be fastest on the device at hand (decoding/auto.py).
       tree: of "serial": how large a round's tree may get; None takes what was found for the drafter.
+
+    The first four fields belong to "parallel" and `tree` to "serial": "auto" with one of them means that schedule.
 
     Example:
       >>> Dex(explorers=3).schedule_for(30).depths
@@ -93,30 +87,44 @@ class Dex:
     depths: tuple[int, ...] | None = None
     rows: int | str | None = None
     decs: bool = True
-    schedule: str = "parallel"
+    schedule: str = "auto"
     tree: TreeShape | None = None
+
+    @property
+    def kind(self) -> str:
+        """One of SCHEDULES: what `schedule` says, or what another field that is given means."""
+        if self.schedule != "auto":
+            return self.schedule
+        if self.tree is not None:
+            return "serial"
+        return "auto" if self.decs and self._grid_field() is None else "parallel"
 
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers.
 
         Raises:
           DexError: both explorers and depths, K or depths out of range, depths not ascending or not ending at L,
-            rows below 1, rows="full" above K = 8, an unknown schedule, or fields of "parallel" with "serial".
+            rows below 1, rows="full" above K = 8, an unknown schedule, fields of "parallel" with "serial", or "auto",
+            which takes more than a number of layers to settle.
         """
         if self.schedule not in SCHEDULES:
             raise DexError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
-        if self.schedule == "serial":
-            given = [name for name in ("explorers", "depths", "rows") if getattr(self, name) is not None]
-            if given:
-                raise DexError(
-                    f'{given[0]} belongs to schedule="parallel" and means nothing with "serial": leave it out'
-                )
+        if self.kind == "auto":
+            raise DexError('schedule="auto" is settled when something is generated: name "serial" or "parallel" here')
+        if self.kind == "serial":
+            given = self._grid_field()
+            if given is not None:
+                raise DexError(f'{given} belongs to schedule="parallel" and means nothing with "serial": leave it out')
             tree = LOOKUP_TREE if self.tree is None else self.tree
             return Schedule("dex", (num_layers,), tree.rows, decs=False, tree=tree)
         if self.tree is not None:
             raise DexError('tree belongs to schedule="serial": leave it out for "parallel"')
         depths = self._depths(num_layers)
         return Schedule("dex", depths, self._rows(len(depths)), self.decs)
+
+    def _grid_field(self) -> str | None:
+        """The first field of a grid of exits that is given."""
+        return next((name for name in ("explorers", "depths", "rows") if getattr(self, name) is not None), None)
 
     def _depths(self, num_layers: int) -> tuple[int, ...]:
         if self.explorers is not None and self.depths is not None:
@@ -159,3 +167,8 @@ def even_depths(stages: int, num_layers: int) -> tuple[int, ...]:
 
 
 Method = AR | Dex
+
+
+def is_auto(method: Method) -> bool:
+    """Whether what runs is still to be chosen."""
+    return isinstance(method, Dex) and method.kind == "auto"

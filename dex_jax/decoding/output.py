@@ -17,6 +17,7 @@ class Stats:
 
     Attributes:
       schedule: method, depths, rows and DECS as they ran.
+      choice: one line that says why it was chosen, where schedule="auto" was to choose; None otherwise.
       exits_source: which exit heads proposed: "shared", "default", a path, or None when K = 1 or nothing drafts.
       ticks: [B] int32, loop steps that each sequence took; None for serial rounds.
       exits: [B, T] int32, the exit that first gave each token; -1 for token 0 and beyond the length. In serial rounds 0
@@ -31,6 +32,7 @@ class Stats:
     """
 
     schedule: Schedule
+    choice: str | None
     exits_source: str | None
     ticks: np.ndarray | None
     exits: np.ndarray

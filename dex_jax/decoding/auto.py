@@ -1,0 +1,155 @@
+"""schedule="auto": serial rounds, explorers side by side or plain AR, whichever should be fastest here.
+
+Seconds a token are what steps take on this device (decoding/costs.py) over how many tokens come of them, which is known
+from the exits: of a drafter, tokens a round with each of its trees; of exits at depths, the depth-side speedup.
+
+  AR        step(1)
+  serial    (step(N) + drafted levels * drafting) / tokens a round, for the best of the known trees
+  parallel  (tick + heads) * K / speedup + final
+
+`parallel` is considered in the stacked layout only. In the unrolled one a tick runs its stages one after the other, and
+a token's own way up is K of them, all L layers: on one device AR is never slower.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.costs import StepCosts, step_costs
+from dex_jax.decoding.exits import default_exits, find_drafter
+from dex_jax.decoding.known_trees import known_trees
+from dex_jax.decoding.methods import AR, Dex, Method, is_auto
+from dex_jax.decoding.serial import TreeShape
+from dex_jax.io.exits_file import TrainedExits
+from dex_jax.nn.transformer import Layout, Stacked
+
+SMALLEST_GAIN = 1.02
+"""What is expected to be ahead of AR by less is not worth its compilation, and may well be behind."""
+
+
+class Candidate(NamedTuple):
+    """A method, what it should take and why.
+
+    Attributes:
+      seconds: expected of a token of each sequence.
+      what: the method in words.
+      why: what it rests on.
+    """
+
+    method: Method
+    seconds: float
+    what: str
+    why: str
+
+
+def settle(
+    method: Method,
+    exits: str | os.PathLike | TrainedExits,
+    config: ModelConfig,
+    layout: Layout,
+    dtype: Any,
+    fingerprint: str,
+    batch: int,
+    length: int,
+) -> tuple[Method, str | None]:
+    """The method that runs, and one line that says why if it was chosen here.
+
+    Args:
+      method: as the user gave it; only a Dex of kind "auto" is replaced.
+      exits: as the user gave them; exits at depths, which only explorers side by side can use, settle it.
+      config, layout, dtype, fingerprint: of the model.
+      batch: B.
+      length: S, about as many cache positions as the generation will have.
+
+    Raises:
+      DexError: exits that cannot be read.
+    """
+    if not is_auto(method):
+        return method, None
+    drafter, source = find_drafter(exits, fingerprint)
+    if drafter is not None and not drafter.config.is_drafter:
+        return Dex(schedule="parallel"), f"parallel, which the exits in {source} are for"
+    costs = step_costs(config, layout, dtype, batch, length)
+    found = candidates(costs, drafter, default_exits(fingerprint), config, layout, jnp.dtype(dtype))
+    plain = found[0]
+    best = min(found, key=lambda each: each.seconds)
+    gain = plain.seconds / best.seconds
+    if gain < SMALLEST_GAIN:
+        best = plain
+    second = min((each for each in found if each is not best), key=lambda each: each.seconds)
+    ratio = f"{second.what} should take {second.seconds / best.seconds:.2f} times as long"
+    return best.method, f"{best.what}: {best.why}; {ratio}"
+
+
+def candidates(
+    costs: StepCosts,
+    drafter: TrainedExits | None,
+    exits: TrainedExits | None,
+    config: ModelConfig,
+    layout: Layout,
+    dtype: np.dtype,
+) -> list[Candidate]:
+    """AR first, then the best tree of serial rounds, then explorers side by side where they can gain at all.
+
+    Args:
+      costs: of steps on this device.
+      drafter: of serial rounds, None for the text alone.
+      exits: at depths, with their profile; None for none.
+      config, layout, dtype: of the model.
+    """
+    a_step = costs.step(1)
+    found = [Candidate(AR(), a_step, "AR", f"a step takes {1e3 * a_step:.1f} ms here")]
+    trees = known_trees(drafter)
+    best = min(trees, key=lambda tree: round_seconds(costs, tree.shape, drafter, config, dtype) / tree.tokens_per_round)
+    a_round = round_seconds(costs, best.shape, drafter, config, dtype)
+    found.append(
+        Candidate(
+            Dex(schedule="serial", tree=best.shape),
+            a_round / best.tokens_per_round,
+            f"serial rounds of {best.shape.rows} rows",
+            f"a round should emit {best.tokens_per_round:.2f} tokens in the time of {a_round / a_step:.2f} AR steps",
+        )
+    )
+    if isinstance(layout, Stacked) and costs.tick is not None and exits is not None:
+        found += _side_by_side(costs, costs.tick, exits, config, layout, dtype)
+    return found
+
+
+def round_seconds(
+    costs: StepCosts, shape: TreeShape, drafter: TrainedExits | None, config: ModelConfig, dtype: np.dtype
+) -> float:
+    """What a serial round should take: a step of N rows, and the drafter's weights read once a drafted level."""
+    drafting = 0.0 if drafter is None else costs.reading(head_bytes(drafter, config, dtype))
+    return costs.step(shape.rows) + shape.drafted * drafting
+
+
+def head_bytes(exits: TrainedExits, config: ModelConfig, dtype: np.dtype) -> int:
+    """Bytes that all heads together read: their own weights and the unembedding, or the part of it that they know."""
+    own = sum(leaf.size for leaf in exits.parameters.values())
+    known = config.vocab_size if exits.vocabulary is None else len(exits.vocabulary)
+    return (own + known * config.width) * dtype.itemsize
+
+
+def _side_by_side(
+    costs: StepCosts, tick: float, exits: TrainedExits, config: ModelConfig, layout: Stacked, dtype: np.dtype
+) -> list[Candidate]:
+    stages = len(layout.depths)
+    profile = exits.metadata.get("held_out", {}).get("mean", {}).get("grids", [])
+    gain = next((grid["depth_side_speedup"] for grid in profile if grid["explorers"] == stages), None)
+    if gain is None:
+        return []
+    final = costs.reading(config.vocab_size * config.width * dtype.itemsize)
+    a_tick = tick + costs.reading(head_bytes(exits, config, dtype))
+    return [
+        Candidate(
+            Dex(depths=layout.depths, schedule="parallel"),
+            a_tick * stages / gain + final,
+            f"{stages} explorers side by side",
+            f"a tick should take {a_tick / costs.step(1):.2f} AR steps, and a token {stages / gain:.2f} ticks",
+        )
+    ]

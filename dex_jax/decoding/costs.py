@@ -1,0 +1,211 @@
+"""What a step takes on the device at hand, by its number of rows: measured on a few layers of the model's shapes.
+
+Nothing of it depends on the values of weights, so it is known before they are loaded. Figures are kept on disk, one
+file for all models and devices.
+
+Letters: B sequences, N rows of each, S cache length, V vocabulary, D model width, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax import cache
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.interface import StageView
+from dex_jax.decoding.network import run_tree, transformer_network
+from dex_jax.language_model import abstract_weights, merge_model
+from dex_jax.lattice import NO_NODE, default_rows
+from dex_jax.nn.transformer import Layout, Stacked, parameter_shapes
+
+ROWS = (1, 2, 4, 8, 16)
+MEASURED_BYTES = 1e8
+"""Layers are measured until their weights are as large as this, which no processor's cache holds."""
+
+REPEATS, SECONDS = 30, 2.0
+"""Every size is run so often, one after the other, unless that takes longer; the fastest counts, as other load on the
+machine can only slow a run down."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCosts:
+    """Seconds of one step over all layers and the final logits, for some B and S.
+
+    Attributes:
+      rows: N, ascending, 1 the first.
+      seconds: for each of them; they never fall.
+      weight_bytes: that a step reads.
+      tick: seconds of all stages side by side with the default rows and no head; None for the unrolled layout, where a
+        tick runs its stages one after the other.
+    """
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+    weight_bytes: int
+    tick: float | None = None
+
+    def step(self, rows: float) -> float:
+        """Seconds of a step with so many rows a sequence; between what was measured on a straight line."""
+        if rows <= self.rows[-1]:
+            return float(np.interp(rows, self.rows, self.seconds))
+        return self.seconds[-1] * rows / self.rows[-1]
+
+    def reading(self, size: float) -> float:
+        """Seconds in which a step of one row reads `size` bytes of weights."""
+        return self.seconds[0] * size / self.weight_bytes
+
+
+def step_costs(config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int) -> StepCosts:
+    """Measures, or remembers, what steps of `batch` sequences with `length` cache positions take on this device.
+
+    Args:
+      config: the model's shapes.
+      layout: of its weights.
+      dtype: of weights and caches.
+      batch: B.
+      length: S; rounded up to a power of two.
+    """
+    return _known_costs(config, layout, str(jnp.dtype(dtype)), batch, 1 << max(7, (length - 1).bit_length()))
+
+
+@functools.lru_cache(maxsize=64)
+def _known_costs(config: ModelConfig, layout: Layout, dtype: str, batch: int, length: int) -> StepCosts:
+    device = jax.devices()[0]
+    shapes = [size for size in dataclasses.astuple(config) if isinstance(size, int)]
+    about = (
+        device.platform,
+        device.device_kind,
+        os.cpu_count(),
+        jax.__version__,
+        dtype,
+        batch,
+        length,
+        layout,
+        *shapes,
+    )
+    key, file = " ".join(map(str, about)), costs_file()
+    kept = _read(file).get(key)
+    if kept is None:
+        kept = _measure(config, layout, jnp.dtype(dtype), batch, length)
+        # Only a convenience: without a place to write, the next process measures again.
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(_read(file) | {key: kept}, indent=1) + "\n", encoding="utf-8")
+            partial.replace(file)
+    sizes = [shape for name, shape in parameter_shapes(config).items() if name != "embed" or config.tied]
+    total = sum(map(math.prod, sizes)) * jnp.dtype(dtype).itemsize
+    rows = tuple(np.maximum.accumulate(kept["rows"]).tolist())
+    return StepCosts(ROWS, rows, total, kept["tick"])
+
+
+def costs_file() -> Path:
+    """Where figures are kept: a JSON object by device and shapes."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "dex_jax" / "step_costs.json"
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(kept, dict):
+        return {}
+    return {key: each for key, each in kept.items() if {"rows", "tick"} <= set(each) and len(each["rows"]) == len(ROWS)}
+
+
+def _measure(config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int) -> dict[str, Any]:
+    """Seconds of a step over all L layers for each of ROWS, and of a tick."""
+    short, layout, share = _shortened(config, layout, dtype)
+    weights = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), abstract_weights(short, layout, dtype))
+    memory = cache.allocate(short, layout, batch, length, 0, dtype)
+
+    def layers(weights: Any, memory: cache.Memory, token: jax.Array, position: jax.Array, among: jax.Array) -> Any:
+        return run_tree(merge_model(short, layout, weights), memory, token, position, among, position[:, 0])
+
+    def final(weights: Any, hidden: jax.Array) -> Any:
+        return jnp.argmax(merge_model(short, layout, weights).logits(hidden), axis=-1)
+
+    programs: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def add(function: Callable[..., Any], *arguments: Any) -> None:
+        programs.append((jax.jit(function).lower(*arguments).compile(), arguments))
+
+    for rows in ROWS:
+        token = jnp.zeros((batch, rows), jnp.int32)
+        among = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool)), (batch, rows, rows))
+        add(layers, weights, memory, token, token + length // 2, among)
+        add(final, weights, jnp.ones((batch * rows, config.width), dtype))
+    if isinstance(layout, Stacked):
+        add(*_tick(short, layout, weights, memory, batch, length))
+    fastest = _fastest(programs)
+    of_rows = [fastest[2 * i] / share + fastest[2 * i + 1] for i in range(len(ROWS))]
+    return {"rows": of_rows, "tick": fastest[-1] / share if isinstance(layout, Stacked) else None}
+
+
+def _shortened(config: ModelConfig, layout: Layout, dtype: Any) -> tuple[ModelConfig, Layout, float]:
+    """A model of a few layers in the same layout, and the share of a whole model's time that they take."""
+    layer = sum(math.prod(shape) for name, shape in parameter_shapes(config).items() if name.startswith("layers.0."))
+    count = max(2, math.ceil(MEASURED_BYTES / (layer * dtype.itemsize)))
+    if isinstance(layout, Stacked):
+        stages = len(layout.depths)
+        each = min(layout.stage_layers, math.ceil(count / stages))
+        depths = tuple(range(each, each * stages + 1, each))
+        return dataclasses.replace(config, num_layers=depths[-1]), Stacked(depths), each / layout.stage_layers
+    count = min(config.num_layers, count)
+    return dataclasses.replace(config, num_layers=count), layout, count / config.num_layers
+
+
+def _tick(
+    config: ModelConfig, layout: Stacked, weights: Any, memory: cache.Memory, batch: int, length: int
+) -> tuple[Any, ...]:
+    """(function, arguments) that runs all stages once, every row live."""
+    stages = len(layout.depths)
+    rows = default_rows(stages)
+    memory = cache.with_lattice(memory, config, layout, stages * rows)
+    shape = (stages, batch, rows)
+    view = StageView(
+        ring=jnp.arange(stages, dtype=jnp.int32),
+        token=jnp.zeros(shape, jnp.int32),
+        position=jnp.full(shape, length // 2, jnp.int32),
+        live=jnp.ones(shape, bool),
+        ancestors=jnp.zeros((*shape, stages * rows), bool),
+        parent=jnp.full(shape, NO_NODE, jnp.int32),
+        prefix=jnp.full(batch, length // 2, jnp.int32),
+    )
+    hidden = jnp.ones((*shape, config.width), jax.tree.leaves(memory.keys)[0].dtype)
+
+    def function(weights: Any, memory: cache.Memory, hidden: jax.Array, view: StageView) -> Any:
+        network = transformer_network(merge_model(config, layout, weights), layout.depths, None)
+        return network.advance(memory, hidden, view)
+
+    return function, weights, memory, hidden, view
+
+
+def _fastest(programs: list[tuple[Any, tuple[Any, ...]]]) -> list[float]:
+    """Seconds of each program's fastest run."""
+    fastest = [float("inf")] * len(programs)
+    end = time.perf_counter() + SECONDS
+    for repeat in range(REPEATS):
+        for number, (program, arguments) in enumerate(programs):
+            begin = time.perf_counter()
+            jax.block_until_ready(program(*arguments))
+            if repeat:  # the first run of a program touches memory that is new
+                fastest[number] = min(fastest[number], time.perf_counter() - begin)
+        if repeat > 2 and time.perf_counter() > end:
+            break
+    return fastest

@@ -1,0 +1,71 @@
+"""Trees of serial rounds whose worth is known: those that need no drafter, and those that a drafter brings along.
+
+How many tokens a round emits does not depend on the device, so it is measured once and kept; what a round takes does,
+and is not kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from dex_jax.decoding.serial import TreeShape
+from dex_jax.io.exits_file import TrainedExits
+
+LOOKUP_TRUST = (0.25, 0.6, 0.65, 0.73, 0.79, 0.79, 0.82, 0.9)
+"""How often what followed a suffix before follows it again, by the length of the match; 8 means 8 or more: counts on
+SmolLM2-135M's greedy answers to held-out prompts (benchmarks/lookup.py), smoothed so that they do not fall."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownTree:
+    """A tree, and how many tokens all rounds of some texts emitted with it, over how many rounds there were."""
+
+    shape: TreeShape
+    tokens_per_round: float
+
+
+def _chain(length: int) -> TreeShape:
+    return TreeShape((1,) * length, drafted=0, lookup=LOOKUP_TRUST)
+
+
+LOOKUP_TREES = tuple(
+    KnownTree(_chain(length), tokens) for length, tokens in ((7, 2.0), (5, 1.9), (3, 1.8), (2, 1.6), (1, 1.3))
+)
+"""Without a drafter, the best first: SmolLM2-135M's greedy answers (benchmarks/lookup.py). How often a text repeats
+itself depends on the text more than on the model, so they stand for other models too."""
+
+LOOKUP_TREE = LOOKUP_TREES[0].shape
+"""8 rows, which many devices run about as fast as one."""
+
+DRAFTED_TREE = TreeShape((2, 2, 1, 1, 1), drafted=3, lookup=LOOKUP_TRUST)
+"""With a drafter that brings no tree of its own."""
+
+DRAFTED_TOKENS = 1.8
+"""Tokens a round that are expected of it then: the least that a drafter should be worth."""
+
+
+def known_trees(drafter: TrainedExits | None) -> tuple[KnownTree, ...]:
+    """The trees that serial rounds choose from, the one that was fastest where they were searched for first."""
+    if drafter is None:
+        return LOOKUP_TREES
+    found: list[dict[str, Any]] = drafter.metadata.get("trees", [])
+    return tuple(
+        KnownTree(TreeShape(tuple(each["widths"]), each["drafted"], tuple(each["lookup"])), each["tokens_per_round"])
+        for each in found
+    ) or (KnownTree(DRAFTED_TREE, DRAFTED_TOKENS),)
+
+
+def with_trees(drafter: TrainedExits, trees: Iterable[KnownTree]) -> TrainedExits:
+    """The drafter with trees of its own, which serial rounds take unless they are given another; the first leads."""
+    found = [
+        {
+            "widths": list(tree.shape.widths),
+            "drafted": tree.shape.drafted,
+            "lookup": list(tree.shape.lookup),
+            "tokens_per_round": tree.tokens_per_round,
+        }
+        for tree in trees
+    ]
+    return dataclasses.replace(drafter, metadata=drafter.metadata | {"trees": found})

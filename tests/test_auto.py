@@ -1,0 +1,178 @@
+"""What schedule="auto" chooses, and the costs that it goes by."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference.small_models import LLAMA, ragged_prompts, small_model
+
+import dex_jax
+from dex_jax import AR, Dex, DexError
+from dex_jax.config import ExitsConfig
+from dex_jax.decoding import auto, costs
+from dex_jax.decoding.auto import SMALLEST_GAIN, candidates, settle
+from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
+from dex_jax.decoding.known_trees import LOOKUP_TREES, KnownTree, known_trees, with_trees
+from dex_jax.decoding.serial import TreeShape
+from dex_jax.io.exits_file import TrainedExits
+from dex_jax.nn.exits import exit_parameters
+from dex_jax.nn.transformer import Stacked, Unrolled
+
+FLOAT32 = np.dtype("float32")
+STAGED = Stacked((2, 4))
+
+
+def exits_at(depths: tuple[int, ...], **metadata) -> TrainedExits:
+    config = ExitsConfig("attn", depths, LLAMA.width, hidden=12, heads=2, head_dim=8, window=5, draft_size=40)
+    parameters = {name: np.zeros(shape, np.float32) for name, (shape, _) in exit_parameters(config).items()}
+    return TrainedExits(config, parameters, np.arange(40, dtype=np.int32), "0", metadata, "somewhere")
+
+
+def costs_of(a_row_more: float, tick: float | None = None) -> StepCosts:
+    """A step of one row takes a second, and each further row so much more."""
+    return StepCosts(ROWS, tuple(1 + a_row_more * (rows - 1) for rows in ROWS), 10**12, tick)
+
+
+@pytest.fixture
+def cheap_rows(monkeypatch):
+    monkeypatch.setattr(auto, "step_costs", lambda *about: costs_of(0.01))
+
+
+@pytest.fixture
+def dear_rows(monkeypatch):
+    monkeypatch.setattr(auto, "step_costs", lambda *about: costs_of(1.0))
+
+
+def chosen(method: Dex | AR, exits="shared") -> tuple[Dex | AR, str | None]:
+    return settle(method, exits, LLAMA, Unrolled(), FLOAT32, "none ships", 1, 128)
+
+
+def test_fields_say_which_schedule_is_meant() -> None:
+    tree = TreeShape((1,), 0, (0.5,) * 8)
+    assert Dex().kind == "auto"
+    assert {Dex(explorers=3).kind, Dex(depths=(2, 4)).kind, Dex(rows=2).kind, Dex(decs=False).kind} == {"parallel"}
+    assert (Dex(tree=tree).kind, Dex(schedule="serial").kind, Dex(schedule="parallel").kind) == (
+        "serial",
+        "serial",
+        "parallel",
+    )
+    with pytest.raises(DexError, match='"auto" is settled when something is generated'):
+        Dex().schedule_for(4)
+    with pytest.raises(DexError, match='rows belongs to schedule="parallel"'):
+        Dex(rows=2, tree=tree).schedule_for(4)
+
+
+def test_only_auto_is_settled(monkeypatch) -> None:
+    monkeypatch.setattr(auto, "step_costs", lambda *about: pytest.fail("measured for nothing"))
+    for method in (AR(), Dex(explorers=2), Dex(schedule="serial"), Dex(schedule="parallel")):
+        assert chosen(method) == (method, None)
+    assert chosen(Dex(), exits_at((1, 2))) == (Dex(schedule="parallel"), "parallel, which the exits in somewhere are for")
+
+
+def test_cheap_rows_mean_serial_rounds(cheap_rows) -> None:
+    method, why = chosen(Dex())
+    assert method == Dex(schedule="serial", tree=LOOKUP_TREES[0].shape)
+    assert why == (
+        "serial rounds of 8 rows: a round should emit 2.00 tokens in the time of 1.07 AR steps; AR should take 1.87 "
+        "times as long"
+    )
+
+
+def test_dear_rows_mean_ar(dear_rows) -> None:
+    method, why = chosen(Dex())
+    assert method == AR()
+    assert why.startswith("AR: a step takes 1000.0 ms here; serial rounds of ")
+
+
+def test_a_drafter_brings_its_trees() -> None:
+    trees = [KnownTree(TreeShape((2, 2), 2, (0.5,) * 8), 2.5), KnownTree(TreeShape((1,), 1, (0.5,) * 8), 1.7)]
+    drafter = with_trees(exits_at((0,)), trees)
+    assert known_trees(drafter) == tuple(trees)
+    for a_row_more, tree in ((0.01, trees[0]), (0.5, trees[1])):
+        plain, serial = candidates(costs_of(a_row_more), drafter, None, LLAMA, Unrolled(), FLOAT32)
+        assert plain.method == AR()
+        assert serial.method == Dex(schedule="serial", tree=tree.shape)
+        assert serial.seconds == pytest.approx((1 + a_row_more * (tree.shape.rows - 1)) / tree.tokens_per_round)
+
+
+def test_drafting_costs_what_its_weights_are() -> None:
+    drafter = exits_at((0,))
+    size = 4 * (sum(leaf.size for leaf in drafter.parameters.values()) + 40 * LLAMA.width)
+    shape = TreeShape((1, 1), 2, (0.5,) * 8)
+    slow_reading = dataclasses.replace(costs_of(0.0), weight_bytes=size)
+    assert auto.round_seconds(slow_reading, shape, drafter, LLAMA, FLOAT32) == pytest.approx(1 + 2 * 1)
+    assert auto.round_seconds(slow_reading, shape, None, LLAMA, FLOAT32) == pytest.approx(1)
+
+
+def test_side_by_side_is_for_the_stacked_layout() -> None:
+    profile = {"mean": {"grids": [{"explorers": 2, "depth_side_speedup": 1.6}]}}
+    exits, fast = exits_at((2,), held_out=profile), costs_of(1.0, tick=0.5)
+    found = candidates(fast, None, exits, LLAMA, STAGED, FLOAT32)
+    assert [each.what for each in found][2:] == ["2 explorers side by side"]
+    assert found[2].method == Dex(depths=(2, 4), schedule="parallel")
+    assert found[2].seconds == pytest.approx(0.5 * 2 / 1.6, rel=1e-6)
+    assert len(candidates(fast, None, exits, LLAMA, Unrolled(), FLOAT32)) == 2
+    assert len(candidates(fast, None, exits_at((2,)), LLAMA, STAGED, FLOAT32)) == 2
+
+
+@given(st.floats(0, 2), st.one_of(st.none(), st.floats(0.01, 3)))
+def test_the_choice_is_the_fastest_that_is_worth_it(a_row_more: float, tick: float | None) -> None:
+    profile = {"mean": {"grids": [{"explorers": 2, "depth_side_speedup": 1.6}]}}
+    found = candidates(costs_of(a_row_more, tick), None, exits_at((2,), held_out=profile), LLAMA, STAGED, FLOAT32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto, "step_costs", lambda *about: costs_of(a_row_more, tick))
+        patch.setattr(auto, "default_exits", lambda fingerprint: exits_at((2,), held_out=profile))
+        method, _ = settle(Dex(), "shared", LLAMA, STAGED, FLOAT32, "none", 1, 128)
+    seconds = {str(each.method): each.seconds for each in found}
+    assert seconds[str(method)] <= SMALLEST_GAIN * min(seconds.values())
+
+
+@given(st.lists(st.floats(1e-4, 1), min_size=len(ROWS), max_size=len(ROWS)), st.floats(1, 40), st.floats(1, 40))
+def test_more_rows_never_cost_less(seconds: list[float], a: float, b: float) -> None:
+    found = StepCosts(ROWS, tuple(np.maximum.accumulate(seconds).tolist()), 1)
+    assert found.step(min(a, b)) <= found.step(max(a, b)) + 1e-12
+    assert [found.step(rows) for rows in ROWS] == list(found.seconds)
+
+
+@pytest.mark.parametrize("layout", [Unrolled(), STAGED], ids=["unrolled", "stacked"])
+def test_costs_are_measured_once_and_kept(monkeypatch, tmp_path, layout) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    costs._known_costs.cache_clear()
+    first = step_costs(LLAMA, layout, jnp.float32, 2, 100)
+    assert first.rows == ROWS
+    assert 0 < first.seconds[0] <= first.seconds[-1] < 10
+    assert (first.tick is None) == (layout == Unrolled())
+    assert len(json.loads(costs.costs_file().read_text())) == 1
+    costs._known_costs.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(costs, "_measure", lambda *about: pytest.fail("measured again"))
+        assert step_costs(LLAMA, layout, jnp.float32, 2, 120) == first
+    # A file that something else has broken, and a place where nothing can be written.
+    for content in ("not json", "[1]", '{"x": {"rows": [1]}}'):
+        costs.costs_file().write_text(content)
+        costs._known_costs.cache_clear()
+        monkeypatch.setattr(costs, "_measure", lambda *about: {"rows": [1.0] * len(ROWS), "tick": None})
+        assert step_costs(LLAMA, layout, jnp.float32, 2, 100).seconds == (1.0,) * len(ROWS)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    costs._known_costs.cache_clear()
+    assert step_costs(LLAMA, layout, jnp.float32, 2, 100).seconds == (1.0,) * len(ROWS)
+    costs._known_costs.cache_clear()
+
+
+@pytest.mark.parametrize("rows", ["cheap_rows", "dear_rows"])
+def test_what_is_chosen_gives_the_tokens_of_ar(request, rows) -> None:
+    request.getfixturevalue(rows)
+    lm, prompts = small_model(), ragged_prompts(2)
+    plain = dex_jax.generate(lm, prompts, method=AR(), max_new_tokens=20)
+    out = dex_jax.generate(lm, prompts, max_new_tokens=20)
+    assert np.array_equal(out.tokens, plain.tokens)
+    assert plain.stats.choice is None
+    assert out.stats.schedule.kind == ("serial" if rows == "cheap_rows" else None)
+    assert out.stats.choice.startswith("serial" if rows == "cheap_rows" else "AR")
