@@ -72,7 +72,10 @@ def test_only_auto_is_settled(monkeypatch) -> None:
     monkeypatch.setattr(auto, "step_costs", lambda *about: pytest.fail("measured for nothing"))
     for method in (AR(), Dex(explorers=2), Dex(schedule="serial"), Dex(schedule="parallel")):
         assert chosen(method) == (method, None)
-    assert chosen(Dex(), exits_at((1, 2))) == (Dex(schedule="parallel"), "parallel, which the exits in somewhere are for")
+    assert chosen(Dex(), exits_at((1, 2))) == (
+        Dex(schedule="parallel"),
+        "parallel, which the exits in somewhere are for",
+    )
 
 
 def test_cheap_rows_mean_serial_rounds(cheap_rows) -> None:

@@ -101,6 +101,7 @@ def measure(
     *,
     explorers: Sequence[int] = EXPLORERS,
     batch: int = 8,
+    count: int = 1,
 ) -> Measurement:
     """Teacher-forces texts and asks every exit at every answer position.
 
@@ -114,6 +115,7 @@ def measure(
       texts: (prompt, answer) of token ids, answered greedily by the model; nothing counts after an EOS.
       explorers: K of the grids; those that the trained depths do not hold are left out.
       batch: B.
+      count: C at least.
 
     Raises:
       DexError: exits or a vocabulary that do not fit the model, or texts without a prompt or an answer or too long.
@@ -129,7 +131,7 @@ def measure(
     grids = tuple(grid for grid in even if set(grid[:-1]) <= set(exits.depths))
     pairs = _pairs(exits, layers, grids)
     size = lm.config.vocab_size if vocabulary is None else len(vocabulary)
-    count = min(size, max([1, *(len(grid) - 1 for grid in grids)]))
+    count = min(size, max([count, *(len(grid) - 1 for grid in grids)]))
     parameters = {name: jnp.asarray(value, lm.dtype) for name, value in parameters_of(heads).items()}
     draft = None if vocabulary is None else jnp.asarray(vocabulary, jnp.int32)
     statics = _Statics(lm.config, lm.layout, exits, pairs, count)

@@ -1,0 +1,104 @@
+"""What schedule="auto" costs against the best of what it chooses from: batches and contexts, in wall-clock time.
+
+    python benchmarks/auto.py --data question_240.jsonl --output docs/auto
+
+Prompts of one length are cut from the file's texts, one after the other. AR, serial rounds, explorers side by side
+(K of --explorers) and auto decode the same batch --rounds times in turn; the first time, which compiles, is not
+counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import dex_jax
+from dex_jax.training.prompt_files import read_prompts
+
+
+def cut_prompts(lm, path: str, length: int, count: int) -> list[list[int]]:
+    """`count` prompts of `length` tokens, each from where the one before it ended."""
+    ids = [token for prompt in read_prompts(path) for token in lm.encode(prompt)]
+    starts = [(number * len(ids)) // count for number in range(count)]
+    return [(ids[start:] + ids)[:length] for start in starts]
+
+
+def measure(lm, prompts: list[list[int]], args: argparse.Namespace) -> dict:
+    """Median seconds a token of each sequence by method, and what auto chose."""
+    methods: dict[str, dex_jax.AR | dex_jax.Dex] = {"auto": dex_jax.Dex(), "ar": dex_jax.AR()}
+    methods["serial"] = dex_jax.Dex(schedule="serial")
+    methods |= {f"parallel, K = {k}": dex_jax.Dex(explorers=k) for k in args.explorers}
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    tokens, choice, chosen = {}, None, None
+    for number in range(args.rounds + 1):
+        for name, method in methods.items():
+            out = dex_jax.generate(lm, prompts, method=method, exits=args.exits, max_new_tokens=args.max_new_tokens)
+            tokens[name] = out.tokens
+            if number:
+                times[name].append(out.stats.decode_seconds / max(1, int(out.lengths.max()) - 1))
+            if name == "auto":
+                choice, chosen = out.stats.choice, out.stats.schedule.kind or "ar"
+    seconds = {name: statistics.median(found) for name, found in times.items()}
+    best = min((name for name in methods if name != "auto"), key=lambda name: seconds[name])
+    return {
+        "seconds_a_token": seconds,
+        "best": best,
+        "chosen": chosen,
+        "choice": choice,
+        "auto_over_best": seconds["auto"] / seconds[best],
+        "identical": all(np.array_equal(found, tokens["ar"]) for found in tokens.values()),
+    }
+
+
+def table(runs: list[dict], methods: list[str]) -> str:
+    """Markdown, one row a batch and context."""
+    header = ["batch", "prompt tokens", *(f"{name}, ms" for name in methods), "chosen", "auto over best"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for run in runs:
+        times = [f"{1e3 * run['seconds_a_token'][name]:.1f}" for name in methods]
+        cells = [str(run["batch"]), str(run["length"]), *times, run["chosen"], f"{run['auto_over_best']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    worst = max(run["auto_over_best"] for run in runs)
+    middle = statistics.median(run["auto_over_best"] for run in runs)
+    lines.append(
+        f"\nAuto over the best: median {middle:.2f}, worst {worst:.2f}. Times are of one token of each sequence."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--exits", default="default")
+    parser.add_argument("--data", required=True, metavar="FILE")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 400, 2000])
+    parser.add_argument("--explorers", type=int, nargs="*", default=[2, 5])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--output", help="OUTPUT.json keeps every figure, OUTPUT.md the table")
+    args = parser.parse_args()
+    lm = dex_jax.load(args.model)
+    runs = []
+    for length in args.lengths:
+        for batch in args.batches:
+            run = measure(lm, cut_prompts(lm, args.data, length, batch), args)
+            runs.append({"batch": batch, "length": length} | run)
+            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+    text = table(runs, list(runs[0]["seconds_a_token"]))
+    print(text)
+    if args.output:
+        about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__, "runs": runs}
+        Path(args.output + ".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        Path(args.output + ".md").write_text(text, encoding="utf-8")
+    return 0 if all(run["identical"] for run in runs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""What a drafter's parts bring: its input of the position before ("fused"), its attention layer, training ahead.
+
+    python benchmarks/drafter_kinds.py --folder runs/drafter_kinds --data HumanEval.jsonl.gz \\
+        --data question_240.jsonl --output docs/drafter_kinds
+
+Trains exits at depth 0 of SmolLM2-135M on --tokens tokens each, everything else as in configs/smollm2_135m_drafter.py
+but for draft steps, which only kind "attn" has, and measures them as `train_exits.py evaluate` does. With one drafted
+token a round emits 1 + agreement tokens. What is trained is kept in --folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import dex_jax
+from dex_jax.cli.train_results import answered
+from dex_jax.evaluation.exit_metrics import grouped_figures
+from dex_jax.nn.exits import heads_of
+from dex_jax.training.exit_training import train_exits
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "smollm2_135m_drafter.py"
+
+
+def variants(config) -> dict:
+    """Row -> configuration of a training."""
+    alone = dataclasses.replace(config.options, draft_steps=1)
+    mlp = dataclasses.replace(config.exits, kind="mlp")
+    return {
+        "token alone (mlp)": dataclasses.replace(config, exits=mlp, options=alone),
+        "token and the position before (mlp, fused)": dataclasses.replace(
+            config, exits=dataclasses.replace(mlp, fused=True), options=dataclasses.replace(alone, own_outputs=0.0)
+        ),
+        "with attention (attn)": dataclasses.replace(config, options=dataclasses.replace(alone, own_outputs=0.0)),
+        "trained on 4 steps of its own outputs": config,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="of the trainings, one each")
+    parser.add_argument("--tokens", type=int, default=51_200, help="of each training (%(default)s)")
+    parser.add_argument("--data", action="append", required=True, metavar="FILE", help="prompts to measure on")
+    parser.add_argument("--prompts", type=int, default=20, help="of each file, evenly spread (%(default)s)")
+    parser.add_argument("--cache", help="keeps answers, as train_exits.py evaluate --cache")
+    parser.add_argument("--output", type=Path, help="writes OUTPUT.md and OUTPUT.json; rows found there are kept")
+    args = parser.parse_args()
+    store = args.output.with_suffix(".json") if args.output else None
+    rows = json.loads(store.read_text(encoding="utf-8"))["rows"] if store and store.exists() else {}
+    config = runpy.run_path(str(CONFIG))["config"]
+    lm = dex_jax.load(config.model, "float32")
+    groups = answered(argparse.Namespace(**vars(args), max_new_tokens=96, batch=8), lm)
+    steps = -(-args.tokens // (config.train.batch * config.chunk))
+    train = dataclasses.replace(config.train, steps=steps, warmup_steps=steps // 10, eval_every=None)
+    for name, each in variants(config).items():
+        if name in rows:
+            continue
+        folder = args.folder / "".join(c if c.isalnum() else "_" for c in name)
+        each = dataclasses.replace(each, train=train, evaluation_texts=0)
+        exits = train_exits(each, lm, folder, tell=functools.partial(print, file=sys.stderr))
+        heads = heads_of(exits.config, exits.parameters, jnp.float32)
+        found = grouped_figures(lm, heads, exits.vocabulary, groups, explorers=())
+        rows[name] = {group: round(figures.agreement[0], 4) for group, figures in found.items()}
+        if store:
+            about = f"{jax.devices()[0].device_kind}, float32, jax {jax.__version__}, {args.prompts} prompts a file"
+            content = {"device": about, "tokens": args.tokens, "rows": rows}
+            store.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    header = list(next(iter(rows.values())))
+    lines = ["| drafter | " + " | ".join(header) + " | tokens a round, one drafted |", "|" + "---|" * (len(header) + 2)]
+    for name, row in rows.items():
+        shares = " | ".join(f"{row[group]:.3f}" for group in header)
+        lines.append(f"| {name} | {shares} | {1 + row[header[-1]]:.2f} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if args.output:
+        args.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

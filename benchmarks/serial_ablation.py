@@ -1,0 +1,126 @@
+"""What each part of a serial round brings, in tokens a round and in time: width, depth, drafter, lookup.
+
+    python benchmarks/serial_ablation.py --data HumanEval.jsonl.gz --data question_240.jsonl \\
+        --output docs/serial_ablation
+
+Every tree decodes the same prompts one by one, all trees in turn, --rounds times after one that compiles. AR is among
+them; ratios are medians over prompts of AR's seconds a token over the tree's. Tokens must be AR's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import dex_jax
+from dex_jax.decoding.exits import default_drafter
+from dex_jax.decoding.known_trees import LOOKUP_TREE, known_trees
+from dex_jax.errors import DexError
+from dex_jax.training.prompt_files import read_prompts
+
+NO_LOOKUP = (0.0,) * 8
+
+
+def trees(best: dex_jax.TreeShape) -> dict[str, dex_jax.TreeShape | None]:
+    """Row -> tree; None is AR."""
+    chain = dataclasses.replace(best, widths=(1,) * len(best.widths))
+    shorter = {
+        f"{levels} drafted level{'s' * (levels > 1)}": dex_jax.TreeShape(
+            (*best.widths[:levels], *(1,) * (len(best.widths) - levels)), levels, best.lookup
+        )
+        for levels in range(1, best.drafted)
+    }
+    drafts_alone = dex_jax.TreeShape(best.widths[: best.drafted], best.drafted, NO_LOOKUP)
+    longer = dex_jax.TreeShape(
+        (*best.widths[: best.drafted], 1, *best.widths[best.drafted :]), best.drafted + 1, best.lookup
+    )
+    wider = dataclasses.replace(best, widths=(best.widths[0] + 2, *best.widths[1:]))
+    return {
+        "AR": None,
+        "the drafter's tree": best,
+        "one row a level": chain,
+        "two more rows on the first level": wider,
+        **shorter,
+        f"{best.drafted + 1} drafted levels": longer,
+        "no lookup": drafts_alone,
+        "lookup alone": LOOKUP_TREE,
+    }
+
+
+def measure(lm, drafter, prompt: list[int], shape: dex_jax.TreeShape | None, new_tokens: int) -> tuple:
+    """One answer: (seconds a token, tokens after the first, rounds, all tokens)."""
+    method = dex_jax.AR() if shape is None else dex_jax.Dex(schedule="serial", tree=shape)
+    exits = drafter if shape is not None and shape.drafted else "shared"
+    out = dex_jax.generate(lm, [prompt], method=method, exits=exits, max_new_tokens=new_tokens)
+    after_first = int(out.lengths[0]) - 1
+    rounds = after_first if shape is None else int(out.stats.rounds[0])
+    return out.stats.decode_seconds / max(1, after_first), after_first, rounds, out.tokens
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--drafter", help="file; what ships by default")
+    parser.add_argument("--data", action="append", required=True, metavar="FILE")
+    parser.add_argument("--prompts", type=int, default=6, help="evenly spread over each file (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="measurements of each (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--output", help="OUTPUT.json keeps the figures, OUTPUT.md the table")
+    args = parser.parse_args()
+    lm = dex_jax.load(args.model)
+    drafter = dex_jax.load_exits(args.drafter) if args.drafter else default_drafter(lm.fingerprint)
+    if drafter is None:
+        raise DexError("no drafter ships with this model: give --drafter")
+    shapes = trees(known_trees(drafter)[0].shape)
+    ids = []
+    for path in args.data:
+        prompts = read_prompts(path)
+        count = min(args.prompts, len(prompts))
+        ids += [lm.encode(prompts[at * len(prompts) // count]) for at in range(count)]
+    ratios: dict[str, list[float]] = {name: [] for name in shapes}
+    counts = {name: np.zeros(2, int) for name in shapes}
+    identical = True
+    for number, prompt in enumerate(ids, 1):
+        times: dict[str, list[float]] = {name: [] for name in shapes}
+        for repeat in range(args.rounds + 1):
+            runs = {name: measure(lm, drafter, prompt, shape, args.max_new_tokens) for name, shape in shapes.items()}
+            identical &= all(np.array_equal(run[3], runs["AR"][3]) for run in runs.values())
+            for name, run in runs.items():
+                times[name] += [run[0]] if repeat else []
+        print(f"{number} of {len(ids)} prompts", file=sys.stderr, flush=True)
+        if not runs["AR"][1]:
+            continue
+        for name, run in runs.items():
+            ratios[name].append(statistics.median(times["AR"]) / statistics.median(times[name]))
+            counts[name] += run[1], run[2]
+    rows = {}
+    for name, shape in shapes.items():
+        rows[name] = {
+            "widths": None if shape is None else shape.widths,
+            "drafted": None if shape is None else shape.drafted,
+            "tokens_per_round": counts[name][0] / counts[name][1],
+            "over_ar": statistics.median(ratios[name]),
+        }
+    lines = ["| what | rows a level | drafted levels | tokens a round | over AR, median |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        widths = "-" if row["widths"] is None else ", ".join(map(str, row["widths"]))
+        drafted = "-" if row["drafted"] is None else row["drafted"]
+        lines.append(f"| {name} | {widths} | {drafted} | {row['tokens_per_round']:.2f} | {row['over_ar']:.2f} |")
+    text = "\n".join(lines) + f"\n\n{len(ids)} prompts; identical to AR: {'all' if identical else 'NOT ALL'}.\n"
+    print(text)
+    if args.output:
+        about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__, "rows": rows}
+        Path(args.output + ".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        Path(args.output + ".md").write_text(text, encoding="utf-8")
+    return 0 if identical else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
