@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -81,9 +82,10 @@ def test_only_auto_is_settled(monkeypatch) -> None:
 def test_cheap_rows_mean_serial_rounds(cheap_rows) -> None:
     method, why = chosen(Dex())
     assert method == Dex(schedule="serial", tree=LOOKUP_TREES[0].shape)
+    tokens = LOOKUP_TREES[0].tokens_per_round
     assert why == (
-        "serial rounds of 8 rows: a round should emit 2.00 tokens in the time of 1.07 AR steps; AR should take 1.87 "
-        "times as long"
+        f"serial rounds of at most 8 rows: a round of all of them should emit {tokens:.2f} tokens in the time of 1.07 "
+        f"AR steps; AR should take {tokens / 1.07:.2f} times as long"
     )
 
 
@@ -100,8 +102,16 @@ def test_a_drafter_brings_its_trees() -> None:
     for a_row_more, tree in ((0.01, trees[0]), (0.5, trees[1])):
         plain, serial = candidates(costs_of(a_row_more), drafter, None, LLAMA, Unrolled(), FLOAT32)
         assert plain.method == AR()
-        assert serial.method == Dex(schedule="serial", tree=tree.shape)
+        assert dataclasses.replace(serial.method.tree, rungs=()) == tree.shape
         assert serial.seconds == pytest.approx((1 + a_row_more * (tree.shape.rows - 1)) / tree.tokens_per_round)
+
+
+def test_rows_that_cost_alike_share_a_rung() -> None:
+    shape = TreeShape((1,) * 9, 0, (0.5,) * 8)
+    for a_row_more, rows in ((0.001, []), (0.02, [4, 10]), (0.11, [1, 2, 4, 8, 10])):
+        found = auto.with_rungs(costs_of(a_row_more), shape, None, LLAMA, FLOAT32).rungs
+        assert [each for each, _ in found] == rows
+        assert all(b - a >= 0.1 - 1e-9 for (_, a), (_, b) in itertools.pairwise(found))
 
 
 def test_drafting_costs_what_its_weights_are() -> None:
@@ -134,6 +144,8 @@ def test_the_choice_is_the_fastest_that_is_worth_it(a_row_more: float, tick: flo
         method, _ = settle(Dex(), "shared", LLAMA, STAGED, FLOAT32, "none", 1, 128)
     seconds = {str(each.method): each.seconds for each in found}
     assert seconds[str(method)] <= SMALLEST_GAIN * min(seconds.values())
+    if isinstance(method, Dex) and method.kind == "serial":
+        method.schedule_for(LLAMA.num_layers)  # rungs that mean nothing would be refused
 
 
 @given(st.lists(st.floats(1e-4, 1), min_size=len(ROWS), max_size=len(ROWS)), st.floats(1, 40), st.floats(1, 40))
@@ -145,7 +157,7 @@ def test_more_rows_never_cost_less(seconds: list[float], a: float, b: float) -> 
 
 @pytest.mark.parametrize("layout", [Unrolled(), STAGED], ids=["unrolled", "stacked"])
 def test_costs_are_measured_once_and_kept(monkeypatch, tmp_path, layout) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "step_costs.json"))
     costs._known_costs.cache_clear()
     first = step_costs(LLAMA, layout, jnp.float32, 2, 100)
     assert first.rows == ROWS
@@ -163,7 +175,7 @@ def test_costs_are_measured_once_and_kept(monkeypatch, tmp_path, layout) -> None
         monkeypatch.setattr(costs, "_measure", lambda *about: {"rows": [1.0] * len(ROWS), "tick": None})
         assert step_costs(LLAMA, layout, jnp.float32, 2, 100).seconds == (1.0,) * len(ROWS)
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "file" / "step_costs.json"))
     costs._known_costs.cache_clear()
     assert step_costs(LLAMA, layout, jnp.float32, 2, 100).seconds == (1.0,) * len(ROWS)
     costs._known_costs.cache_clear()

@@ -15,6 +15,7 @@ from reference import serial_twin
 from dex_jax.decoding import serial
 from dex_jax.decoding.record import Limits
 from dex_jax.decoding.suffix import LONGEST, continuation
+from dex_jax.errors import DexError
 from dex_jax.lattice import NO_NODE
 from dex_jax.sampling import Sampling, position_noise, sampling_keys
 
@@ -163,6 +164,41 @@ def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, temperature) 
             rounds += twin.rounds
     assert (held == 0) == (name == "nothing")
     assert rounds > 20
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_a_round_runs_the_rows_that_promise_most(temperature) -> None:
+    """Alone, as a batch chooses for all its sequences together; the twin says how many rows each round runs."""
+    chosen: set[int] = set()
+    for seed in range(6):
+        rng = np.random.default_rng([seed, 11])
+        rungs = ((1, 1.0), (3, 1.07 + 0.3 * rng.random()), (6, 1.41 + 0.5 * rng.random()), (10, 2.0 + rng.random()))
+        widths, drafted, lookup = (3, 2, 2, 1, 1), 4, LOOKUP
+        toy = Toy(seed, int(rng.integers(0, 4)), 11)
+        shape = serial.TreeShape(widths, drafted, lookup, rungs)
+        prompt, first = rng.integers(0, VOCABULARY, 8).tolist(), int(rng.integers(0, VOCABULARY))
+        limits = Limits(jnp.asarray([40], jnp.int32), jnp.asarray([12], jnp.int32))
+        keys, draws, sampling = sampling_keys([seed]), None, None
+        if temperature is not None:
+            sampling = Sampling(keys, jnp.float32(temperature), None, None)
+            noise = functools.partial(lambda key, n: np.array(position_noise(key, n, VOCABULARY)), keys[0])
+            draws = serial_twin.Draws(noise, temperature)
+        options = {"widths": widths, "drafted": drafted, "lookup": lookup, "limit": 40, "eos": (12,), "draws": draws}
+        twin = serial_twin.serial_run(toy, prompt, first, rungs=rungs, **options)
+        whole = serial_twin.serial_run(toy, prompt, first, **options)
+        state = decode(toy, [prompt], [first], shape, limits, sampling)
+        size = len(twin.tokens)
+        assert state.record.tokens[0, :size].tolist() == twin.tokens == whole.tokens
+        assert state.record.exits[0, :size].tolist() == twin.exits
+        assert int(state.record.ticks[0]) == twin.rounds >= whole.rounds
+        chosen |= set(twin.rows)
+    assert len(chosen) > 2
+
+
+def test_rungs_that_mean_nothing_are_refused() -> None:
+    for rungs in (((1, 1.0),), ((2, 1.0), (2, 1.5)), ((1, 2.0), (2, 1.0)), ((1, 0.0), (2, 1.0))):
+        with pytest.raises(DexError, match="rungs ascend to its 2 rows"):
+            serial.TreeShape((1,), 0, LOOKUP, rungs)
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,13 +13,16 @@ from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, sm
 
 import dex_jax
 from dex_jax.config import ExitsConfig
+from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.decoding.exits import resolve_method
+from dex_jax.decoding.known_trees import KnownTree, known_trees, with_trees
 from dex_jax.decoding.network import depth_states
 from dex_jax.decoding.output import rounds_of
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.decoding.serial_network import tree_network
 from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk
-from dex_jax.evaluation.tree_search import MOST_ROWS, neighbours, search_tree, with_tree
+from dex_jax.evaluation import tree_search
+from dex_jax.evaluation.tree_search import MOST_ROWS, neighbours, search_trees
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
 from dex_jax.lattice import NO_NODE
@@ -41,8 +44,8 @@ def drafter(widths: tuple[int, ...] = (3, 2, 1, 1), drafted: int = 3) -> Trained
         scale = 0.3 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.1
         parameters[name] = (rng.standard_normal(shape) * scale + (start in ("norm", "scale"))).astype(np.float32)
     vocabulary = np.sort(rng.permutation(LLAMA.vocab_size)[:40]).astype(np.int32)
-    tree = {"widths": list(widths), "drafted": drafted, "lookup": [0.3, *[0.7] * 7]}
-    return TrainedExits(CONFIG, parameters, vocabulary, "0", {"tree": tree}, "random")
+    tree = KnownTree(TreeShape(widths, drafted, (0.3, *[0.7] * 7)), 1.5)
+    return with_trees(TrainedExits(CONFIG, parameters, vocabulary, "0", {}, "random"), [tree])
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,7 @@ def test_what_does_not_fit_is_refused(lm) -> None:
         resolve_method(SERIAL, drafter(), dataclasses.replace(LLAMA, width=64), "0")
     with pytest.raises(dex_jax.DexError, match='explorers belongs to schedule="parallel"'):
         dex_jax.Dex(explorers=3, schedule="serial").schedule_for(4)
-    with pytest.raises(dex_jax.DexError, match="schedule must be one of parallel, serial"):
+    with pytest.raises(dex_jax.DexError, match="schedule must be one of auto, serial, parallel"):
         dex_jax.Dex(schedule="both").schedule_for(4)
     resolved = resolve_method(SERIAL, drafter(), lm.config, "another")
     assert "trained on another model" in resolved.remarks[0]
@@ -178,14 +181,33 @@ def test_trees_around_one() -> None:
     assert all(each.rows <= MOST_ROWS for each in neighbours(TreeShape((15,), 1, (0.5,) * 8), drafts=True))
 
 
-def test_the_search_measures_and_keeps_the_fastest(lm) -> None:
+def test_the_search_climbs_for_each_batch(lm, monkeypatch) -> None:
+    """Rows that cost nothing at batch 1 and double the step at batch 4: many rows, then few."""
+    prices = {1: 0.0, 4: 1.0}
+
+    def costs(config, layout, dtype, batch, length) -> StepCosts:
+        return StepCosts(ROWS, tuple(1 + prices[batch] * (rows - 1) for rows in ROWS), 10**12)
+
+    monkeypatch.setattr(tree_search, "step_costs", costs)
+    monkeypatch.setattr(tree_search, "LOOKUP_TREE", TreeShape((1, 1), 0, (0.5,) * 8))
     tried = []
-    begin = TreeShape((1,), 0, (0.5,) * 8)
-    found = search_tree(lm, None, [[3, 4, 5], [9, 8]], begin, new_tokens=16, steps=1, tell=tried.append)
-    assert {each.shape.widths for each in found} == {(1,), (1, 1)}
-    assert sorted(tried, key=lambda each: -each.speedup) == found
-    assert all(each.tokens_per_round >= 1 and each.round_seconds > 0 for each in found)
-    assert resolve_method(SERIAL, with_tree(drafter(), found[0].shape), lm.config, "0").schedule.tree == found[0].shape
+    options = {"batches": (1, 4), "new_tokens": 16, "steps": 2}
+    prompts = [[3, 4, 5], [9, 8]]
+    found = search_trees(lm, None, prompts, **options, tell=lambda batch, figures: tried.append((batch, figures.tree)))
+    shapes = [each.tree.shape for each in found]
+    assert len(set(shapes)) == len(shapes)
+    assert {tree.shape for _, tree in tried} >= set(shapes)
+    assert found[0].speedup == max(each.speedup for each in found)
+    # No row costs anything at batch 1, so what is expected there is what was counted.
+    assert all(each.speedup == pytest.approx(each.tree.tokens_per_round) for each in found)
+    assert TreeShape((1,), 0, (0.5,) * 8) in shapes
+    kept = with_trees(drafter(), [each.tree for each in found])
+    assert known_trees(kept) == tuple(each.tree for each in found)
+    assert resolve_method(SERIAL, kept, lm.config, "0").schedule.tree == shapes[0]
+    for each in found:
+        method = dex_jax.Dex(schedule="serial", tree=each.tree.shape)
+        out = dex_jax.generate(lm, prompts, method=method, exits="shared", max_new_tokens=16)
+        assert each.tree.tokens_per_round == (out.lengths - 1).sum() / out.stats.rounds.sum()
 
 
 def test_a_stop_string_counts_the_rounds_up_to_it(lm) -> None:

@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import AR, Dex, Schedule
+from dex_jax.decoding.serial import TreeShape
 from dex_jax.decoding.session import PREFILL, RUN, START, Spec
 from dex_jax.evaluation.footprint import nbytes, session_shapes
 from dex_jax.io import open_checkpoint
@@ -41,7 +42,9 @@ SMALL = ModelConfig(
 )
 DEX = Dex(explorers=3).schedule_for(SMALL.num_layers)
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
-METHODS = {"ar": AR().schedule_for(SMALL.num_layers), "dex": DEX}
+TREE = TreeShape((2, 2, 1), drafted=0, lookup=(0.5,) * 8, rungs=((1, 1.0), (6, 1.5)))
+SERIAL = Dex(schedule="serial", tree=TREE).schedule_for(SMALL.num_layers)
+METHODS = {"ar": AR().schedule_for(SMALL.num_layers), "dex": DEX, "serial": SERIAL}
 BATCH, CACHE_LENGTH, PROMPT, CAPACITY = 4, 16384, 64, 64
 ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
@@ -91,7 +94,16 @@ def compile_program(
         "run": (RUN, (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)),
         "start": (
             START,
-            (shapes.weights, None, shapes.memory, shapes.last, shapes.lengths, shapes.limits, shapes.sampling),
+            (
+                shapes.weights,
+                None,
+                shapes.memory,
+                shapes.last,
+                shapes.lengths,
+                shapes.limits,
+                shapes.sampling,
+                shapes.prompt,
+            ),
         ),
         "prefill": (
             PREFILL,
@@ -197,7 +209,7 @@ def test_loop_in_bfloat16(tpu, method, layout, sampled) -> None:
     one_layer = nbytes(shapes.memory.keys) // SMALL.num_layers
     assert copies_in_loop(compiled.hlo, one_layer // 2) == []
     # Those of the loop itself: a stage's rows, the final head, the exits' rows, noise. None chooses a platform.
-    allowed = 0 if method == "ar" else METHODS[method].stages + 2 + 2 * sampled
+    allowed = {"ar": 0, "dex": DEX.stages + 2 + 2 * sampled, "serial": 1 + 2 * sampled}[method]
     assert compiled.hlo.count(" conditional(") <= allowed
 
 
@@ -212,7 +224,7 @@ def test_prefill_and_start_in_bfloat16(tpu, method, layout) -> None:
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize(("name", "method"), [("run", "ar"), ("run", "dex"), ("prefill", "ar")])
+@pytest.mark.parametrize(("name", "method"), [("run", "ar"), ("run", "dex"), ("run", "serial"), ("prefill", "ar")])
 def test_float32_runs_at_the_highest_precision(tpu, name, method, layout) -> None:
     compiled = compile_program(tpu, name, METHODS[method], LAYOUTS[layout], "float32", cache_length=2048)
     products = re.findall(r" (?:convolution|dot)\(.*", compiled.hlo)

@@ -13,6 +13,7 @@ a token's own way up is K of them, all L layers: on one device AR is never slowe
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any, NamedTuple
 
@@ -30,6 +31,9 @@ from dex_jax.nn.transformer import Layout, Stacked
 
 SMALLEST_GAIN = 1.02
 """What is expected to be ahead of AR by less is not worth its compilation, and may well be behind."""
+
+COST_STEP, CLEARLY_LESS = 0.05, 0.1
+"""In AR steps: every row count that a round may choose from is compiled, so they must differ."""
 
 
 class Candidate(NamedTuple):
@@ -109,10 +113,11 @@ def candidates(
     a_round = round_seconds(costs, best.shape, drafter, config, dtype)
     found.append(
         Candidate(
-            Dex(schedule="serial", tree=best.shape),
+            Dex(schedule="serial", tree=with_rungs(costs, best.shape, drafter, config, dtype)),
             a_round / best.tokens_per_round,
-            f"serial rounds of {best.shape.rows} rows",
-            f"a round should emit {best.tokens_per_round:.2f} tokens in the time of {a_round / a_step:.2f} AR steps",
+            f"serial rounds of at most {best.shape.rows} rows",
+            f"a round of all of them should emit {best.tokens_per_round:.2f} tokens in the time of "
+            f"{a_round / a_step:.2f} AR steps",
         )
     )
     if isinstance(layout, Stacked) and costs.tick is not None and exits is not None:
@@ -126,6 +131,23 @@ def round_seconds(
     """What a serial round should take: a step of N rows, and the drafter's weights read once a drafted level."""
     drafting = 0.0 if drafter is None else costs.reading(head_bytes(drafter, config, dtype))
     return costs.step(shape.rows) + shape.drafted * drafting
+
+
+def with_rungs(
+    costs: StepCosts, shape: TreeShape, drafter: TrainedExits | None, config: ModelConfig, dtype: np.dtype
+) -> TreeShape:
+    """The shape with the row counts that a round may choose from: those that cost clearly less than the next larger.
+
+    What is drafted costs as much whatever is then run. Costs are in AR steps, rounded so that a program compiled for
+    them serves another measurement too.
+    """
+    drafting = round_seconds(costs, shape, drafter, config, dtype) - costs.step(shape.rows)
+    found: list[tuple[int, float]] = []
+    for rows in sorted({*(rows for rows in costs.rows if rows < shape.rows), shape.rows}, reverse=True):
+        cost = round((costs.step(rows) + drafting) / costs.step(1) / COST_STEP) * COST_STEP
+        if not found or cost <= found[-1][1] - CLEARLY_LESS:
+            found.append((rows, round(cost, 6)))
+    return dataclasses.replace(shape, rungs=tuple(reversed(found)) if len(found) > 1 else ())
 
 
 def head_bytes(exits: TrainedExits, config: ModelConfig, dtype: np.dtype) -> int:

@@ -113,7 +113,12 @@ def _known_costs(config: ModelConfig, layout: Layout, dtype: str, batch: int, le
 
 
 def costs_file() -> Path:
-    """Where figures are kept: a JSON object by device and shapes."""
+    """Where figures are kept, a JSON object by device and shapes: $DEX_JAX_STEP_COSTS, or among the user's caches.
+
+    What was measured beside other load stays until the file is deleted.
+    """
+    if named := os.environ.get("DEX_JAX_STEP_COSTS"):
+        return Path(named)
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "dex_jax" / "step_costs.json"
 

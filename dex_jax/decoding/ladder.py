@@ -21,7 +21,12 @@ def rungs(largest: int, smallest: int = 1) -> tuple[int, ...]:
 
 def climb(needed: jax.Array, counts: Sequence[int], run: Callable[[int], Any]) -> Any:
     """run(n) for the smallest n of `counts` (ascending) with n >= needed; all must return the same shapes."""
+    index = jnp.sum(needed > jnp.asarray(counts[:-1]))
+    return choose_rung(index, counts, run)
+
+
+def choose_rung(index: jax.Array, counts: Sequence[int], run: Callable[[int], Any]) -> Any:
+    """run(counts[index]); all must return the same shapes."""
     if len(counts) == 1:
         return run(counts[0])
-    index = jnp.sum(needed > jnp.asarray(counts[:-1]))
     return jax.lax.switch(index, [lambda n=n: run(n) for n in counts])

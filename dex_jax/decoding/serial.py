@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dex_jax.decoding.ladder import choose_rung
 from dex_jax.decoding.noise import Noise, make_noise
 from dex_jax.decoding.record import Limits, Record, begin, emit, until_done
 from dex_jax.decoding.suffix import LONGEST, continuation
-from dex_jax.decoding.tree import Candidates, child_of, follow, grow, plant
+from dex_jax.decoding.tree import Candidates, Tree, child_of, depth_in, follow, grow, plant, sort_rows
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_NODE, NO_TOKEN, quantized
 from dex_jax.sampling import Sampling, choose, scores
@@ -41,9 +42,12 @@ class TreeShape:
       drafted: on how many levels the drafter proposes; deeper ones only go on with what the text said before.
       lookup: probability that the continuation of a suffix match is right, by the length of the match: 8 numbers, for
         1 to 8 tokens or more; all 0 switches it off.
+      rungs: (rows, what a round with so many takes) in any unit, ascending and ending at N: a round runs as many of its
+        most probable rows as should emit the most tokens in a given time. Empty for all rows in every round.
 
     Raises:
-      DexError: no level, a level without rows, more drafted levels than there are, or trust that is no probability.
+      DexError: no level, a level without rows, more drafted levels than there are, trust that is no probability, or
+        rungs that do not ascend to N.
 
     Example:
       >>> TreeShape((3, 2, 1), drafted=2, lookup=(0.0,) * 8).rows
@@ -53,6 +57,7 @@ class TreeShape:
     widths: tuple[int, ...]
     drafted: int
     lookup: tuple[float, ...]
+    rungs: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1 or not 0 <= self.drafted <= len(self.widths):
@@ -62,6 +67,15 @@ class TreeShape:
             )
         if len(self.lookup) != LONGEST or not all(0 <= share <= 1 for share in self.lookup):
             raise DexError(f"a tree's lookup is {LONGEST} probabilities, one for each length of match: {self.lookup}")
+        if self.rungs:
+            ascending = all(a < b and s <= t for (a, s), (b, t) in itertools.pairwise(((0, 0.0), *self.rungs)))
+            if not ascending or self.rungs[0][1] <= 0 or self.rungs[-1][0] != self.rows:
+                raise DexError(f"a tree's rungs ascend to its {self.rows} rows, with costs above 0, not {self.rungs}")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The row counts that a round may run."""
+        return tuple(rows for rows, _ in self.rungs) or (self.rows,)
 
     @property
     def rows(self) -> int:
@@ -103,8 +117,9 @@ class TreeNetwork(NamedTuple):
 
     Attributes:
       vocab_size: V.
-      run: (memory, token [B, N], position [B, N], ancestors [B, N, N], prefix [B]) -> (hidden [B, N, D] at depth L,
-        fresh): every row attends to the committed prefix and to its ancestors; memory does not change.
+      run: (memory, token [B, n], position [B, n], ancestors [B, n, n], prefix [B]) -> (hidden [B, n, D] at depth L,
+        fresh): every row attends to the committed prefix and to its ancestors; memory does not change. Leaves of
+        `fresh` are [.., n, d], or [B, n].
       commit: (memory, fresh, Confirmed) -> memory: appends the rows of a path to the prefix.
       final: hidden [M, D] -> logits [M, V] float32.
       drafter: None to go by the text alone.
@@ -200,14 +215,22 @@ def step(
     batch, levels = state.root.shape[0], shape.levels
     noise = _noise_ahead(network, state, sampling, levels)
     tree = _draft(network, state, sampling, noise, shape)
+    if shape.rungs:
+        tree, rung = _most_promising(tree, ~state.record.done, shape)
+    else:
+        rung = jnp.int32(0)
 
-    level = jnp.asarray([i for i, width in enumerate((1, *shape.widths)) for _ in range(width)])
-    position = state.prefix[:, None] + level[None]
-    hidden, fresh = network.run(state.memory, tree.token, position, tree.ancestors, state.prefix)
-    row_noise = None if noise is None else _noise_at(noise, position + 1).reshape(batch * shape.rows, -1)
-    final = choose(network.final(hidden.reshape(batch * shape.rows, -1)), sampling, row_noise)[0]
-    final = final.reshape(batch, shape.rows)
+    def run_rows(rows: int) -> Any:
+        position = state.prefix[:, None] + depth_in(tree)[:, :rows]
+        ancestors = tree.ancestors[:, :rows, :rows]
+        hidden, fresh = network.run(state.memory, tree.token[:, :rows], position, ancestors, state.prefix)
+        row_noise = None if noise is None else _noise_at(noise, position + 1).reshape(batch * rows, -1)
+        final = choose(network.final(hidden.reshape(batch * rows, -1)), sampling, row_noise)[0]
+        fill = shape.rows - rows
+        fresh = jax.tree.map(lambda leaf: _padded(leaf, -1 if leaf.ndim == 2 else -2, fill), fresh)
+        return _padded(hidden, 1, fill), _padded(final.reshape(batch, rows), 1, fill), fresh
 
+    hidden, final, fresh = choose_rung(rung, shape.counts, run_rows)
     row, count = jax.vmap(follow, (0, 0, None))(tree, final, levels)
     emitted = jnp.take_along_axis(final, row, axis=1)
     begun = state.record
@@ -247,9 +270,22 @@ def run(
     return until_done(lambda s: step(network, s, limits, sampling, shape=shape), state, until_tick)
 
 
+def _most_promising(tree: Tree, going: jax.Array, shape: TreeShape) -> tuple[Tree, jax.Array]:
+    """The rows by probability, those beyond the chosen rung cut off, and the rung as an index.
+
+    The sum of path probabilities, the root's 1 among them, is the number of tokens that a round should emit.
+    """
+    tree = jax.vmap(sort_rows)(tree)
+    expected = jnp.cumsum(jnp.sum(jnp.where(going[:, None], jnp.exp(tree.score), 0), axis=0))
+    worth = jnp.stack([expected[rows - 1] / cost for rows, cost in shape.rungs])
+    rung = jnp.argmax(worth).astype(jnp.int32)
+    kept = jnp.arange(shape.rows) < jnp.asarray(shape.counts)[rung]
+    return tree._replace(parent=jnp.where(kept[None], tree.parent, NO_NODE)), rung
+
+
 def _draft(
     network: TreeNetwork, state: SerialState, sampling: Sampling | None, noise: Noise | None, shape: TreeShape
-) -> Any:
+) -> Tree:
     """The round's tree, every field with a leading axis B."""
     batch, drafter = state.root.shape[0], network.drafter
     tree = jax.vmap(plant, (0, None))(state.root, shape.rows)
@@ -276,7 +312,7 @@ def _drafted(
     state: SerialState,
     sampling: Sampling | None,
     noise: Noise | None,
-    tree: Any,
+    tree: Tree,
     drafts: Any,
     above: int,
     first: int,
@@ -287,8 +323,7 @@ def _drafted(
     assert drafter is not None
     rows = slice(above, first)
     batch, width = tree.token[:, rows].shape
-    depth = jnp.sum(tree.ancestors[:, rows], axis=2, dtype=jnp.int32) - 1
-    position = state.prefix[:, None] + depth
+    position = state.prefix[:, None] + depth_in(tree)[:, rows]
     features, drafts = drafter.run(
         state.memory, drafts, above, tree.token[:, rows], position, tree.parent[:, rows], tree.ancestors[:, rows]
     )
@@ -332,6 +367,13 @@ def _noise_ahead(network: TreeNetwork, state: SerialState, sampling: Sampling | 
 def _noise_at(noise: Noise, position: jax.Array) -> jax.Array:
     """Rows of noise at positions [B, n]: [B, n, V]."""
     return noise.ring[jnp.arange(position.shape[0])[:, None], position % noise.ring.shape[1]]
+
+
+def _padded(x: jax.Array, axis: int, more: int) -> jax.Array:
+    """x with `more` zeros behind on one axis."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, more)
+    return jnp.pad(x, padding)
 
 
 def _at(field: jax.Array, row: jax.Array) -> jax.Array:

@@ -80,6 +80,24 @@ def grow(tree: Tree, candidates: Candidates, first: int, width: int) -> Tree:
     )
 
 
+def depth_in(tree: Tree) -> jax.Array:
+    """[..., N] int32, how far below the root each row stands."""
+    return jnp.sum(tree.ancestors, axis=-1, dtype=jnp.int32) - 1
+
+
+def sort_rows(tree: Tree) -> Tree:
+    """The same tree with the best-scoring rows first: no row is better than its parent, so the root stays first."""
+    order = jnp.argsort(-tree.score, stable=True)
+    place = jnp.argsort(order, stable=True)
+    parent = tree.parent[order]
+    return Tree(
+        token=tree.token[order],
+        parent=jnp.where(parent == NO_NODE, NO_NODE, place[jnp.maximum(parent, 0)]).astype(jnp.int32),
+        score=tree.score[order],
+        ancestors=tree.ancestors[order][:, order],
+    )
+
+
 def child_of(tree: Tree, row: jax.Array, token: jax.Array) -> jax.Array:
     """The child of `row` that holds `token`, as int32 row, NO_NODE when there is none."""
     here = (tree.parent == row) & (tree.token == token) & (row != NO_NODE)

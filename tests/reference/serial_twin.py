@@ -38,11 +38,15 @@ class Node:
 
 @dataclasses.dataclass
 class SerialRun:
-    """What a run emits: tokens, and for each whether the tree held it (0) or the last layer alone gave it (1)."""
+    """What a run emits: tokens, and for each whether the tree held it (0) or the last layer alone gave it (1).
+
+    `rows` are those of each round, where a round may choose.
+    """
 
     tokens: list[int]
     exits: list[int]
     rounds: int = 0
+    rows: list[int] = dataclasses.field(default_factory=list)
 
 
 def perturbed(logits: np.ndarray, columns: np.ndarray, position: int, draws: Draws | None) -> np.ndarray:
@@ -75,7 +79,18 @@ def continuation(text: Sequence[int], count: int) -> tuple[list[int], int]:
     return grown[len(text) :], best
 
 
-def serial_run(model, prompt, first, *, widths, drafted, lookup, limit, eos=(), draws=None) -> SerialRun:
+def prune(root: Node, made: Sequence[Node], rungs: Sequence[tuple[int, float]]) -> int:
+    """Leaves as many of the most probable nodes as promise most tokens for their price; returns how many."""
+    order = sorted([root, *made], key=lambda node: -node.score)
+    worth = [sum(math.exp(node.score) for node in order[:rows]) / cost for rows, cost in rungs]
+    rows = rungs[worth.index(max(worth))][0]
+    kept = order[:rows]
+    for node in order:
+        node.children = [child for child in node.children if any(child is other for other in kept)]
+    return rows
+
+
+def serial_run(model, prompt, first, *, widths, drafted, lookup, limit, rungs=(), eos=(), draws=None) -> SerialRun:
     """Decodes one sequence; `lookup` is trust by length of the match, from 1 on."""
     run = SerialRun([first], [-1])
     while len(run.tokens) < limit and run.tokens[-1] not in eos:
@@ -85,7 +100,7 @@ def serial_run(model, prompt, first, *, widths, drafted, lookup, limit, eos=(), 
         said, matched = continuation(text, len(widths))
         trust = lookup[matched - 1] if matched else 0.0
         follows: Node | None = root if trust > 0 else None
-        above = [root]
+        above, everything = [root], []
         for level, width in enumerate(widths, 1):
             found: list[tuple[Node, int, float]] = []
             if follows is not None:
@@ -109,9 +124,12 @@ def serial_run(model, prompt, first, *, widths, drafted, lookup, limit, eos=(), 
             for node, token, score in merged[:width]:
                 node.children.append(Node([*node.tokens, token], score))
                 made.append(node.children[-1])
+            everything += made
             if follows is not None:
                 follows = next((n for n in follows.children if n.tokens[-1] == said[level - 1]), None)
             above = made
+        if rungs:
+            run.rows.append(prune(root, everything, rungs))
         node: Node | None = root
         while node is not None and len(run.tokens) < limit and run.tokens[-1] not in eos:
             scores = perturbed(model.final(node.tokens), np.arange(model.vocab_size), len(node.tokens), draws)
