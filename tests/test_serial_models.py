@@ -166,7 +166,7 @@ def test_a_tree_of_ones_own_replaces_the_drafters(lm) -> None:
     assert resolve_method(method, drafter(), lm.config, "0").schedule.tree == shape
     assert resolve_method(method, "shared", lm.config, "0").schedule.rows == 4
     with pytest.raises(dex_jax.DexError, match='tree belongs to schedule="serial"'):
-        dex_jax.Dex(tree=shape).schedule_for(4)
+        dex_jax.Dex(tree=shape, schedule="parallel").schedule_for(4)
     with pytest.raises(dex_jax.DexError, match="3 of \\(2, 1\\)"):
         dataclasses.replace(shape, drafted=3)
     with pytest.raises(dex_jax.DexError, match="8 probabilities"):

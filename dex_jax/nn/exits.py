@@ -25,7 +25,7 @@ Init = Callable[[str, tuple[int, ...], str], jax.Array]
 class ExitHeads(nnx.Module):
     """Heads of X exits, stacked along the first axis of every parameter but the context layer's.
 
-    At the start (maps zero, scales the model's final norm) every kind gives what "shared" gives.
+    At the start (maps zero, scales the model's final norm) every kind gives what "shared" gives, but at depth 0.
 
     Args:
       config: shapes.
@@ -225,6 +225,9 @@ def exit_parameters(config: ExitsConfig) -> dict[str, tuple[tuple[int, ...], str
 def initial_heads(config: ExitsConfig, final_norm: np.ndarray | jax.Array, seed: int = 0) -> ExitHeads:
     """Heads before any training, float32: every exit gives what the model's own final norm would.
 
+    At depth 0 that would be the token itself again, with certainty where embeddings are tied, which takes a long
+    training to forget; an exit there starts without an opinion, from zero.
+
     Args:
       config: shapes.
       final_norm: [D], scale of the model's final norm.
@@ -234,7 +237,8 @@ def initial_heads(config: ExitsConfig, final_norm: np.ndarray | jax.Array, seed:
 
     def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
         if kind == "norm":
-            return jnp.broadcast_to(jnp.asarray(final_norm, jnp.float32), shape)
+            opinion = jnp.asarray([depth > 0 for depth in config.depths], jnp.float32)[:, None]
+            return jnp.broadcast_to(jnp.asarray(final_norm, jnp.float32), shape) * opinion
         if kind == "scale":
             return jnp.ones(shape, jnp.float32)
         if kind == "zero":
