@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dex_jax.config import ExitsConfig
-from dex_jax.nn.exits import ExitHeads, exit_parameters, heads_of
+from dex_jax.nn.exits import ExitHeads, exit_parameters, heads_of, initial_heads
 from dex_jax.nn.layers import KeyValues
 from dex_jax.training.drafting import read_drafts
 from dex_jax.training.items import NO_ITEM
@@ -84,6 +84,16 @@ def chain(row: int, last: int, drafted: int) -> np.ndarray:
         seen[step] = own
         previous = np.array(found[:-1])
     return np.array(found)
+
+
+def test_an_exit_at_depth_0_starts_without_an_opinion() -> None:
+    config = ExitsConfig("attn", (0, 2), WIDTH, hidden=12, heads=2, head_dim=8, window=5)
+    heads = initial_heads(config, np.full(WIDTH, 3.0, np.float32))
+    states = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, WIDTH)), jnp.float32)
+    context = jnp.ones((2, 4, WIDTH))
+    features = heads.features(states, states, context)
+    assert np.all(np.asarray(features[0, :, :-1]) == 0)
+    assert np.abs(features[1, :, :-1]).max() > 1
 
 
 def test_each_draft_step_reads_what_a_chain_of_nodes_reads() -> None:
