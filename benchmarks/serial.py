@@ -1,10 +1,12 @@
-"""Serial rounds against AR and transformers' generate, in wall-clock time, on some prompts of each file.
+"""Serial rounds and "auto" against AR and transformers' generate, in wall-clock time, on some prompts of each file.
 
     python benchmarks/serial.py --data HumanEval.jsonl.gz --data question_240.jsonl --prompts 10 \\
         --transformers-python PYTHON --output docs/serial
 
 Every prompt is decoded --rounds times by each, one after the other, so that all see the same machine; the first time,
-which compiles, is not counted. Tokens must be AR's. --transformers-python names a Python with torch and transformers.
+which compiles, is not counted. Tokens must be AR's. "serial" runs all rows of the drafter's tree in every round, "auto"
+what it chooses for this device. --transformers-python names a Python with torch and transformers, which is asked once a
+prompt, as it takes longest.
 """
 
 from __future__ import annotations
@@ -25,24 +27,25 @@ from dex_jax.training.prompt_files import read_prompts
 
 def measure(lm, batch: list[list[int]], args: argparse.Namespace, worker: Transformers | None) -> dict:
     """One batch of prompts: seconds a token (of the whole batch) by method, rounds, and whether tokens are AR's."""
-    methods = {"ar": dex_jax.AR(), "serial": dex_jax.Dex(schedule="serial")}
+    methods = {"ar": dex_jax.AR(), "serial": dex_jax.Dex(schedule="serial"), "auto": dex_jax.Dex()}
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "exits": args.exits}
     times: dict[str, list[float]] = {name: [] for name in (*methods, *(["transformers"] if worker else []))}
     out = {}
     for number in range(args.rounds + 1):
         for name, method in methods.items():
-            extra = {} if name == "serial" else {"exits": "shared"}
+            extra = {"exits": "shared"} if name == "ar" else {}
             out[name] = dex_jax.generate(lm, batch, method=method, **(options | extra))
             after_first = int((out[name].lengths - 1).sum())
             if number and after_first:
                 times[name].append(out[name].stats.decode_seconds / after_first)
-        if worker and number and after_first:
+        if worker and number == 1 and after_first:
             times["transformers"].append(worker(int(out["ar"].lengths[0]), batch[0]))
-    rounds = out["serial"].stats.rounds
+    rounds = {name: out[name].stats.rounds for name in ("serial", "auto")}
     return {
         "tokens": out["ar"].lengths.tolist(),
-        "rounds": rounds.tolist(),
-        "identical": bool(np.array_equal(out["ar"].tokens, out["serial"].tokens)),
+        "rounds": {name: None if found is None else found.tolist() for name, found in rounds.items()},
+        "identical": all(np.array_equal(out["ar"].tokens, each.tokens) for each in out.values()),
+        "choice": out["auto"].stats.choice,
         "seconds_a_token": {name: statistics.median(found) for name, found in times.items() if found},
     }
 
@@ -50,19 +53,34 @@ def measure(lm, batch: list[list[int]], args: argparse.Namespace, worker: Transf
 def table(runs: dict[str, dict]) -> str:
     """Markdown: medians over prompts of what was measured for each."""
     timed = [run for run in runs.values() if run["seconds_a_token"]]
-    ratios = [run["seconds_a_token"]["ar"] / run["seconds_a_token"]["serial"] for run in timed]
-    per_round = [(sum(run["tokens"]) - len(run["tokens"])) / max(1, sum(run["rounds"])) for run in timed]
-    lines = ["| what | |", "|---|---|", f"| prompts (batches) | {len(timed)} |"]
-    lines.append(f"| identical to AR | {sum(run['identical'] for run in runs.values())} of {len(runs)} |")
-    lines.append(f"| tokens a round, mean; median | {np.mean(per_round):.2f}; {np.median(per_round):.2f} |")
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
-    lines.append(f"| wall-clock over AR, median (quartiles) | {middle:.2f} ({low:.2f} - {high:.2f}) |")
-    lines.append(f"| slower than AR | {np.mean(np.array(ratios) < 1):.0%} of prompts |")
+    found = {name: _cells(timed, name) for name in ("serial", "auto")}
+    lines = ["| what | serial | auto |", "|---|---|---|"]
+    lines += [f"| {what} | {found['serial'][what]} | {found['auto'][what]} |" for what in found["serial"]]
     if "transformers" in timed[0]["seconds_a_token"]:
-        for name in ("ar", "serial"):
-            over = [run["seconds_a_token"]["transformers"] / run["seconds_a_token"][name] for run in timed]
-            lines.append(f"| {name} over transformers' generate, median | {np.median(over):.2f} |")
+        over = [run["seconds_a_token"]["transformers"] / run["seconds_a_token"]["ar"] for run in timed]
+        lines.append(f"\nAR over transformers' generate, median: {np.median(over):.2f}.")
+    same = sum(run["identical"] for run in runs.values())
+    lines.append(f"\n{len(timed)} prompts (batches); identical to AR: {same} of {len(runs)}.")
     return "\n".join(lines) + "\n"
+
+
+def _cells(timed: list[dict], name: str) -> dict[str, str]:
+    ratios = [run["seconds_a_token"]["ar"] / run["seconds_a_token"][name] for run in timed]
+    counted = [run for run in timed if run["rounds"][name] is not None]
+    after_first = [sum(run["tokens"]) - len(run["tokens"]) for run in counted]
+    rounds = [sum(run["rounds"][name]) for run in counted]
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    cells = {
+        "tokens a round, all together": f"{sum(after_first) / sum(rounds):.2f}" if counted else "-",
+        "median of prompts": f"{np.median(np.divide(after_first, rounds)):.2f}" if counted else "-",
+        "wall-clock over AR, median (quartiles)": f"{middle:.2f} ({low:.2f} - {high:.2f})",
+        "worst; best": f"{min(ratios):.2f}; {max(ratios):.2f}",
+        "slower than AR": f"{np.mean(np.array(ratios) < 1):.0%} of prompts",
+    }
+    if "transformers" in timed[0]["seconds_a_token"]:
+        over = [run["seconds_a_token"]["transformers"] / run["seconds_a_token"][name] for run in timed]
+        cells["wall-clock over transformers' generate, median"] = f"{np.median(over):.2f}"
+    return cells
 
 
 def main() -> int:

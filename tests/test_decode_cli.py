@@ -14,6 +14,8 @@ import pytest
 import dex_jax
 from dex_jax.cli import decode
 from dex_jax.cli.arguments import parser, prompts_of
+from dex_jax.decoding import auto
+from dex_jax.decoding.costs import ROWS, StepCosts
 
 PROGRAM = Path(__file__).resolve().parents[1] / "decode.py"
 # Two stages of one row each compile fastest; every run below shares the compiled programs of this process.
@@ -77,8 +79,8 @@ def test_json_is_typed_and_consistent(capsys) -> None:
     record = json.loads(out)
     assert {key: type(record[key]) for key in JSON_TYPES} == JSON_TYPES
     rounds = ("rounds", "stage_steps", "tokens_per_round")
-    assert set(record) == {*JSON_TYPES, "seed", "check", *rounds}
-    assert [record[key] for key in rounds] == [None] * 3
+    assert set(record) == {*JSON_TYPES, "choice", "seed", "check", *rounds}
+    assert [record[key] for key in ("choice", *rounds)] == [None] * 4
     assert record["seed"] is None
     assert record["check"] == {"identical": True, "first_divergence": None, "top2_margin": None}
     assert record["new_tokens"] == len(record["tokens"]) == len(record["exits"])
@@ -97,6 +99,22 @@ def test_serial_rounds_have_counts_of_their_own(capsys) -> None:
     assert code == 0
     assert f"DEX, serial on cpu:cpu, float32: 8 tokens, {record['rounds']} rounds" in err
     assert "8 rows a round, drafted from the text itself\n" in err
+
+
+def test_what_auto_chose_is_said(capsys, monkeypatch) -> None:
+    cheap = StepCosts(ROWS, (1.0, 1.01, 1.02, 1.3, 1.6), 10**12)
+    monkeypatch.setattr(auto, "step_costs", lambda *about: cheap)
+    arguments = ["--prompt", SKY, "--max-new-tokens", "8", "--exits", "shared", "--check"]
+    record = json.loads(run(capsys, *arguments, "--json")[1])
+    assert (record["method"], record["schedule"]) == ("dex", "serial")
+    assert record["check"]["identical"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 0
+    assert f"\nauto chose {record['choice']}\n" in err
+    assert "at most 8 rows a round" in err
+    # A dry run measures nothing: it says what serial rounds need.
+    monkeypatch.setattr(auto, "step_costs", lambda *about: pytest.fail("measured"))
+    assert "float32, serial, on one device" in run(capsys, "--dry-run", "--prompt", SKY)[1]
 
 
 def test_json_of_one_token_has_nulls(capsys) -> None:

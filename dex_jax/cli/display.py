@@ -107,7 +107,8 @@ def summary(output: Output, checks: list[Check] | None) -> str:
         ratio = after_first / stats.rounds.sum() if stats.rounds.sum() else float("nan")
         lines[0] += f", {int(stats.rounds.sum())} rounds, {ratio:.2f} tokens a round"
         drafter = "" if stats.exits_source is None else f" and by the drafter ({stats.exits_source})"
-        lines.append(f"{schedule.rows} rows a round, drafted from the text itself{drafter}")
+        most = "at most " if schedule.tree is not None and schedule.tree.rungs else ""
+        lines.append(f"{most}{schedule.rows} rows a round, drafted from the text itself{drafter}")
     if stats.ticks is not None and schedule.method == "dex":
         ratio = schedule.stages * after_first / stats.ticks.sum() if stats.ticks.sum() else float("nan")
         lines[0] += f", {int(stats.ticks.sum())} ticks, depth-side speedup {ratio:.2f}"
