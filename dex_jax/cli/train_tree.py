@@ -26,6 +26,7 @@ def tree_parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
     add("--data", nargs="+", required=True, metavar="FILE", help="prompts: .jsonl, .json or .txt")
     add("--prompts", type=int, default=4, metavar="N", help="N prompts of each file, evenly spread (%(default)s)")
+    add("--max-prompt-tokens", type=int, default=256, metavar="N", help="longer prompts are left out (%(default)s)")
     add("--max-new-tokens", type=int, default=96, metavar="N", help="of each answer (%(default)s)")
     add("--steps", type=int, default=6, metavar="N", help="at most so many moves for each of --batches (%(default)s)")
     add("--batches", type=int, nargs="+", default=[1, 4, 16], metavar="B", help="to find trees for (1 4 16)")
@@ -59,7 +60,9 @@ def tree(args: argparse.Namespace) -> None:
     def tell(batch: int, figures: TreeFigures) -> None:
         print(f"batch {batch}: {_line(figures)}", file=sys.stderr, flush=True)
 
-    prompts = [lm.encode(prompt) for prompt in chosen]
+    prompts = [ids for ids in map(lm.encode, chosen) if len(ids) <= args.max_prompt_tokens]
+    if not prompts:
+        raise DexError(f"every prompt has more than {args.max_prompt_tokens} tokens: raise --max-prompt-tokens")
     options = {"batches": args.batches, "new_tokens": args.max_new_tokens, "steps": args.steps}
     found = search_trees(lm, drafter, prompts, **options, tell=tell)
     save_exits(args.output, with_trees(drafter, [each.tree for each in found]), int8=not args.float32)

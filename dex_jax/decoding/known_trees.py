@@ -39,7 +39,7 @@ itself depends on the text more than on the model, so they stand for other model
 LOOKUP_TREE = LOOKUP_TREES[0].shape
 """8 rows, which many devices run about as fast as one."""
 
-DRAFTED_TREE = TreeShape((2, 2, 1, 1, 1), drafted=3, lookup=LOOKUP_TRUST)
+DRAFTED_TREE = TreeShape((2, 1, 1, 1), drafted=2, lookup=LOOKUP_TRUST)
 """With a drafter that brings no tree of its own."""
 
 DRAFTED_TOKENS = 1.8
