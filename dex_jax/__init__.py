@@ -1,5 +1,6 @@
 """Depth Exploration Decoding (DEX, arXiv 2606.29223) in JAX: faster decoding, not one token changed."""
 
+from dex_jax import plot
 from dex_jax.config import ExitsConfig, ModelConfig, RopeScaling
 from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.interface import Committed, Exits, Network, StageView
@@ -8,6 +9,7 @@ from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.output import Output, Stats
 from dex_jax.decoding.record import Limits, Record
 from dex_jax.decoding.serial import TreeShape
+from dex_jax.decoding.trace import Trace, TracedNode, trace, watch
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
 from dex_jax.language_model import LanguageModel, load
@@ -37,6 +39,8 @@ __all__ = [
     "Stacked",
     "StageView",
     "Stats",
+    "Trace",
+    "TracedNode",
     "TrainedExits",
     "Transformer",
     "TreeShape",
@@ -45,8 +49,11 @@ __all__ = [
     "init",
     "load",
     "load_exits",
+    "plot",
     "run",
     "save_exits",
     "step",
     "stream",
+    "trace",
+    "watch",
 ]

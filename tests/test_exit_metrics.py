@@ -321,7 +321,7 @@ def test_picture(tmp_path) -> None:
 def test_picture_without_matplotlib(tmp_path, monkeypatch) -> None:
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DexError, match=r"pip install dex_jax\[plots\]"):
+    with pytest.raises(DexError, match=r"pip install 'dex-jax\[plot\]'"):
         exit_report.plot_agreement(_records(), tmp_path / "agreement.png")
 
 

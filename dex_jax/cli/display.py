@@ -9,24 +9,11 @@ from rich.console import Console
 from rich.text import Text
 
 from dex_jax.decoding.output import Output
-from dex_jax.decoding.serial import DRAFTED
 from dex_jax.evaluation.check import Check
 from dex_jax.io import TextStream, Tokenizer
-
-PALETTE = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
-"""256-colour codes from early (green) to late (red)."""
+from dex_jax.plot.colors import depth_style
 
 BAR_WIDTH = 30
-
-
-def depth_style(exit_number: int, stages: int) -> str:
-    """Style of a token that exit 1..K first gave, 0 a drafter; the final layer's and the prefill's own are plain."""
-    if exit_number == DRAFTED:
-        return f"color({PALETTE[0]})"
-    if exit_number < 1 or exit_number >= stages:
-        return "default"
-    place = (exit_number - 1) / max(stages - 2, 1)
-    return f"color({PALETTE[round(place * (len(PALETTE) - 1))]})"
 
 
 class TextPrinter:

@@ -100,7 +100,7 @@ def stream(
     """
     if ticks_per_update < 1:
         raise DexError(f"ticks_per_update must be at least 1, not {ticks_per_update}")
-    run = _prepare(
+    run = prepare(
         lm,
         prompts,
         method=method,
@@ -136,14 +136,14 @@ def precompile(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], 
     With an Outline this happens before any weight is loaded, so that bad input costs nothing and what compilation needs
     of memory does not come on top of the weights. Options, except ticks_per_update, and errors are those of `stream`.
     """
-    run = _prepare(lm, prompts, **options)
+    run = prepare(lm, prompts, **options)
     before = _compile_seconds()
     run.session.compile()
     return _compile_seconds() - before
 
 
 @dataclasses.dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A checked request: what to run, and what its Output repeats."""
 
     session: Session
@@ -155,7 +155,7 @@ class _Prepared:
     stops: StopStrings
 
 
-def _prepare(
+def prepare(
     lm: Outline | LanguageModel,
     prompts: Prompt | Sequence[Prompt],
     *,
@@ -170,7 +170,8 @@ def _prepare(
     stop: str | Sequence[str] | None = None,
     chat: bool = True,
     notify: Callable[[str], None] = lambda phase: None,
-) -> _Prepared:
+) -> Prepared:
+    """Checks prompts and options, which are those of `stream`, and builds the session that runs them."""
     ids = _encode(lm, prompts, chat, num_samples, max_new_tokens)
     sampling, seeds = _sampling(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
     length = prompt_bucket(max(map(len, ids))) + capacity_for(max_new_tokens)
@@ -178,7 +179,7 @@ def _prepare(
     settled, choice = settle(Dex() if method is None else method, exits, *model, len(ids), length)
     resolved = resolve_method(settled, exits, lm.config, lm.fingerprint)
     session = Session(lm, ids, resolved.schedule, max_new_tokens, sampling, resolved.trained, notify)
-    return _Prepared(session, resolved.schedule, choice, resolved, ids, seeds, StopStrings(stop, lm.tokenizer))
+    return Prepared(session, resolved.schedule, choice, resolved, ids, seeds, StopStrings(stop, lm.tokenizer))
 
 
 class _Clock:
@@ -259,7 +260,7 @@ def _whole(**values: int) -> None:
             raise DexError(f"{name} must be at least 1, not {value}")
 
 
-def _output(run: _Prepared, record: Record, times: dict[str, float]) -> Output:
+def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
     tokens, exits = np.array(record.tokens), np.array(record.exits)
     lengths, finished, steps = np.array(record.lengths), np.array(record.done), np.array(record.ticks)
     stages, serial = run.schedule.stages, run.schedule.kind == "serial"
@@ -290,4 +291,4 @@ def _output(run: _Prepared, record: Record, times: dict[str, float]) -> Output:
         device=f"{device.platform}:{device.device_kind}",
         dtype=str(run.session.lm.dtype),
     )
-    return Output(texts, tokens[:, :width], lengths, run.ids, finished, run.seeds, stats)
+    return Output(texts, tokens[:, :width], lengths, run.ids, finished, run.seeds, stats, run.session.lm.tokenizer)

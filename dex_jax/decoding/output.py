@@ -9,6 +9,7 @@ import numpy as np
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import PREFILL_EXIT
 from dex_jax.decoding.serial import DRAFTED, FINAL
+from dex_jax.io import TextStream, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Output:
       finished: [B] bool, whether the sequence has ended (all True unless a stream was cut short).
       seeds: B seeds, None when greedy.
       stats: counts and times.
+      tokenizer: of the model, None when it has none.
     """
 
     texts: list[str]
@@ -68,6 +70,20 @@ class Output:
     finished: np.ndarray
     seeds: list[int] | None
     stats: Stats
+    tokenizer: Tokenizer | None = dataclasses.field(default=None, repr=False)
+
+    def pieces(self, row: int) -> list[str]:
+        """The text that each token of a sequence added, "" where a later one completes it; ids without a tokenizer.
+
+        Together they are texts[row], with what a `stop` string cut off its last token.
+        """
+        ids = self.tokens[row, : self.lengths[row]].tolist()
+        if self.tokenizer is None:
+            return [f"{token} " for token in ids]
+        stream = TextStream(self.tokenizer)
+        pieces = [stream.push([token]) for token in ids]
+        pieces[-1] += stream.flush()
+        return pieces
 
 
 def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dex_jax.errors import DexError
 from dex_jax.evaluation.exit_metrics import ExitFigures
+from dex_jax.plot.figures import new_figure
 
 
 def tables(groups: Mapping[str, ExitFigures]) -> str:
@@ -49,13 +50,7 @@ def plot_agreement(
       DexError: no matplotlib, no records, a group or number that a record lacks, or a file that cannot be written.
     """
     points = _points(records, group, along)
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DexError("pictures need matplotlib: pip install dex_jax[plots]") from error
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     across = sorted(points)
     depths = sorted({depth for by_depth in points.values() for depth in by_depth})
@@ -71,7 +66,7 @@ def plot_agreement(
     axes.legend(fontsize="small", ncols=2)
     target = Path(path)
     try:
-        FigureCanvasAgg(figure).print_png(target)
+        figure.savefig(target, format="png")
     except OSError as error:
         raise DexError(f"the picture cannot be written to {target}: {error.strerror or error}") from error
 

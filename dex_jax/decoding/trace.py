@@ -1,0 +1,178 @@
+"""What the lattice of one sequence did, tick by tick: recorded on the host, for pictures and for teaching.
+
+The jitted loop knows nothing of this. A trace steps it one tick at a time and copies the lattice in between, so it is
+recorded only when asked for, and takes longer than decoding does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from dex_jax.decoding.generate import prepare
+from dex_jax.decoding.loop import DexState
+from dex_jax.errors import DexError
+from dex_jax.language_model import LanguageModel
+from dex_jax.lattice import NO_NODE, Lattice
+from dex_jax.prompts import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedNode:
+    """One node from its birth to its end. After tick t, for born <= t < ended, it had done t - born stages.
+
+    Attributes:
+      token: id.
+      position: absolute position in the sequence.
+      parent: index of its parent among the trace's nodes, None for a root that nobody had proposed.
+      born_at: the exit 1..K-1 that proposed it, K for such a root.
+      born: the tick that spawned it, 0 for the prefill's token.
+      ended: the tick in which it was committed to the prefix or died.
+      rooted: the tick in which it became the root, None if it never did.
+    """
+
+    token: int
+    position: int
+    parent: int | None
+    born_at: int
+    born: int
+    ended: int
+    rooted: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A decoding of one sequence as its lattice went through it.
+
+    Attributes:
+      depths: exit depths x_1 < ... < x_K = L.
+      tokens: the n tokens emitted, token 0 of the prefill among them.
+      exits: the exit that first gave each, -1 for token 0.
+      ticks: loop steps taken.
+      nodes: every node that was spawned, in the order of birth.
+      labels: text of every token in `nodes` and `tokens`, by id.
+    """
+
+    depths: tuple[int, ...]
+    tokens: tuple[int, ...]
+    exits: tuple[int, ...]
+    ticks: int
+    nodes: tuple[TracedNode, ...]
+    labels: dict[int, str]
+
+    @property
+    def stages(self) -> int:
+        """K."""
+        return len(self.depths)
+
+    @property
+    def roots(self) -> tuple[TracedNode, ...]:
+        """The nodes that were the root, one after the other; the n-th held token n."""
+        return tuple(sorted((node for node in self.nodes if node.rooted is not None), key=lambda node: node.position))
+
+    def alive(self, tick: int) -> tuple[int, ...]:
+        """Indices of the nodes that lived after `tick`."""
+        return tuple(i for i, node in enumerate(self.nodes) if node.born <= tick < node.ended)
+
+
+def trace(lm: LanguageModel, prompt: Prompt, **options) -> Trace:
+    """Decodes one prompt and records its lattice.
+
+    Args:
+      lm: from `dex_jax.load`.
+      prompt: a string, a list of messages or a list of token ids.
+      **options: those of `dex_jax.stream`, except ticks_per_update, num_samples and stop.
+
+    Raises:
+      DexError: bad options, or a method that has no lattice (AR, serial rounds).
+
+    Example:
+      >>> figure = dex_jax.plot.lattice(dex_jax.trace(lm, "Why is the sky blue?"))   # doctest: +SKIP
+    """
+    run = prepare(lm, [prompt], **options)
+    if run.schedule.kind != "parallel":
+        raise DexError('only DEX with schedule="parallel" has a lattice to trace: give method=Dex(schedule="parallel")')
+    run.exits.say()
+    session = run.session
+    session.prefill()
+
+    def tick(_: DexState) -> DexState:
+        session.advance(1)
+        return session.state
+
+    tokenizer = lm.tokenizer
+    text = str if tokenizer is None else lambda token: tokenizer.decode([token], skip_special=False)
+    return watch(tick, session.state, depths=run.schedule.depths, text=text)
+
+
+def watch(
+    step: Callable[[DexState], DexState],
+    state: DexState,
+    *,
+    depths: Sequence[int] | None = None,
+    text: Callable[[int], str] = str,
+    sequence: int = 0,
+) -> Trace:
+    """Records one sequence of a loop of your own.
+
+    Args:
+      step: one tick, such as a jitted `lambda state: dex_jax.step(network, state, limits)`; it may donate its argument.
+      state: as `dex_jax.init` returns it.
+      depths: exit depths x_1 .. x_K; None is 1 .. K.
+      text: token id -> what a picture shows for it.
+      sequence: which of the batch.
+    """
+    stages = state.stages
+    seen = [_look(state, sequence)]
+    while not bool(state.record.done[sequence]):
+        state = step(state)
+        seen.append(_look(state, sequence))
+    length = int(state.record.lengths[sequence])
+    tokens = tuple(np.asarray(state.record.tokens[sequence, :length]).tolist())
+    nodes = _nodes(seen)
+    return Trace(
+        depths=tuple(range(1, stages + 1)) if depths is None else tuple(depths),
+        tokens=tokens,
+        exits=tuple(np.asarray(state.record.exits[sequence, :length]).tolist()),
+        ticks=int(state.record.ticks[sequence]),
+        nodes=nodes,
+        labels={token: text(token) for token in sorted({*tokens, *(node.token for node in nodes)})},
+    )
+
+
+def _look(state: DexState, sequence: int) -> Lattice:
+    # A copy, not a view: the next tick may be given the same memory.
+    return jax.tree.map(lambda field: np.array(field[sequence]), state.lattice)
+
+
+def _nodes(lattices: Sequence[Lattice]) -> tuple[TracedNode, ...]:
+    """The nodes of lattices after ticks 0, 1, ..."""
+    stages, rows = lattices[0].token.shape
+    nodes: list[TracedNode] = []
+    at: dict[int, int] = {}  # slot -> index of the node that lives there
+    for tick, lattice in enumerate(lattices):
+        live = np.flatnonzero(np.asarray(lattice.live).reshape(-1)).tolist()
+        born = {slot: tick - (tick - slot // rows) % stages for slot in live}
+        for slot, index in at.items():
+            if born.get(slot) != nodes[index].born:
+                nodes[index] = dataclasses.replace(nodes[index], ended=tick)
+        token, position, parent, born_at = (
+            np.asarray(field).reshape(-1)
+            for field in (lattice.token, lattice.position, lattice.parent, lattice.born_at)
+        )
+        before, at = at, {}
+        # Parents first: they are older.
+        for slot in sorted(live, key=born.__getitem__):
+            if born[slot] < tick:
+                at[slot] = before[slot]
+                continue
+            at[slot] = len(nodes)
+            above = None if parent[slot] == NO_NODE else at[int(parent[slot])]
+            nodes.append(TracedNode(int(token[slot]), int(position[slot]), above, int(born_at[slot]), tick, tick, None))
+        root = at.get(int(lattice.root))
+        if root is not None and nodes[root].rooted is None:
+            nodes[root] = dataclasses.replace(nodes[root], rooted=tick)
+    return tuple(nodes)

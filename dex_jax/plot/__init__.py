@@ -1,0 +1,11 @@
+"""Pictures of depth exploration: text coloured by depth, the lattice over ticks, and charts.
+
+`depth_text` needs nothing; the others need matplotlib (`pip install 'dex-jax[plot]'`) and return a matplotlib Figure,
+which a notebook shows and `figure.savefig("name.png")` writes.
+"""
+
+from dex_jax.plot.charts import ead_histogram, speedup_by_k
+from dex_jax.plot.lattice import lattice
+from dex_jax.plot.text import DepthText, depth_text
+
+__all__ = ["DepthText", "depth_text", "ead_histogram", "lattice", "speedup_by_k"]

@@ -1,0 +1,47 @@
+"""One palette for terminals, notebooks and figures: green for tokens that an early exit gave, red for a late one."""
+
+from __future__ import annotations
+
+import colorsys
+
+from rich.color import Color
+
+from dex_jax.decoding.serial import DRAFTED
+
+PALETTE = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
+"""256-colour codes of terminals from early (green) to late (red)."""
+
+SERIES = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#97266d", "#4a5568")
+"""Lines of a chart that stand for no depth."""
+
+FINAL_HEX = "#8a93a3"
+"""What the final layer or the prefill gave itself; terminals leave it plain."""
+
+PAGE = (0.47, 0.62)
+"""Lightness and saturation on a page: terminals' colours are made for black and too loud on white."""
+
+
+def depth_code(exit_number: int, stages: int) -> int | None:
+    """256-colour code of a token that exit 1..K first gave, 0 a drafter; None for the final layer and the prefill."""
+    if exit_number == DRAFTED:
+        return PALETTE[0]
+    if exit_number < 1 or exit_number >= stages:
+        return None
+    place = (exit_number - 1) / max(stages - 2, 1)
+    return PALETTE[round(place * (len(PALETTE) - 1))]
+
+
+def depth_style(exit_number: int, stages: int) -> str:
+    """The same as a style of the rich package; "default" for None."""
+    code = depth_code(exit_number, stages)
+    return "default" if code is None else f"color({code})"
+
+
+def depth_hex(exit_number: int, stages: int) -> str:
+    """The same as "#rrggbb" for light pages; FINAL_HEX for None."""
+    code = depth_code(exit_number, stages)
+    if code is None:
+        return FINAL_HEX
+    hue, _, _ = colorsys.rgb_to_hls(*Color.from_ansi(code).get_truecolor().normalized)
+    red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, *PAGE))
+    return f"#{red:02x}{green:02x}{blue:02x}"

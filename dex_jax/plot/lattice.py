@@ -1,0 +1,210 @@
+"""The lattice over ticks, drawn from a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dex_jax.decoding.trace import Trace, TracedNode
+from dex_jax.errors import DexError
+from dex_jax.plot.colors import FINAL_HEX, depth_hex
+from dex_jax.plot.figures import FAINT, INK, new_figure, quiet_axes
+
+TICKS = 26
+"""How many ticks are drawn unless the caller says: as many as fit a page."""
+
+_DEAD = "#e4e7ec"
+_LANE = 0.15  # inches
+_TICK = 0.4  # inches
+
+
+def lattice(trace: Trace, ticks: tuple[int, int] | None = None) -> Any:
+    """Draws which nodes there were, how deep they got, and what commits and collapses did, tick by tick.
+
+    Above, every node climbs from depth 0 by one stage a tick; where the root reaches the last depth (a dot), its logits
+    decide the next token, which stands there. Below, the same nodes by position, each from its birth to its end: strong
+    bars became the root, in the colour of the exit that first gave them, pale ones died in a collapse. A thin line
+    leads from a node to the child that it proposed and that lived on; dotted lines are commits.
+
+    Args:
+      trace: from `dex_jax.trace` or `dex_jax.watch`.
+      ticks: the first and the last one to draw; None is the first TICKS.
+
+    Returns:
+      A matplotlib Figure.
+
+    Raises:
+      DexError: no tick to draw, or no matplotlib.
+    """
+    first, last = ticks or (0, min(trace.ticks, TICKS))
+    last = min(last, trace.ticks)
+    if not 0 <= first < last:
+        raise DexError(f"there is nothing to draw from tick {first} to {last}: the trace has {trace.ticks} ticks")
+    nodes = [node for node in trace.nodes if node.born <= last and node.ended >= first]
+    lanes, places = _lanes(nodes)
+    height = (2.9, lanes * _LANE)
+    figure = new_figure(1.6 + (last - first) * _TICK, sum(height) + 0.9)
+    climb, bars = figure.subplots(2, 1, sharex=True, height_ratios=height)
+    commits = [node for node in trace.roots if node.rooted is not None and first < node.rooted <= last]
+    if trace.ticks <= last and len(trace.tokens) > 1:
+        commits = [*commits, _final(trace)]
+    _draw_climb(climb, trace, nodes, commits, first, last)
+    _draw_bars(bars, trace, nodes, places, lanes, commits, first, last)
+    bars.set_xlim(first - 0.4, last + 0.6)
+    bars.set_xlabel("tick")
+    bars.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _final(trace: Trace) -> TracedNode:
+    """The last token as a node: it ends the sequence and never enters the lattice."""
+    position = trace.nodes[0].position + len(trace.tokens) - 1
+    return TracedNode(trace.tokens[-1], position, None, trace.exits[-1], trace.ticks, trace.ticks, trace.ticks)
+
+
+def _color(node: TracedNode, trace: Trace) -> str:
+    return FINAL_HEX if node.born == 0 else depth_hex(node.born_at, trace.stages)
+
+
+def _draw_climb(
+    axes: Any, trace: Trace, nodes: list[TracedNode], commits: list[TracedNode], first: int, last: int
+) -> None:
+    quiet_axes(axes)
+    heights = (0, *trace.depths)
+    for depth in trace.depths:
+        axes.axhline(depth, color=FAINT, linewidth=0.6, zorder=0)
+    for node in sorted(nodes, key=lambda node: node.rooted is not None):
+        done = node.ended - node.born
+        across = [node.born + stage for stage in range(done + 1)]
+        up = heights[: done + 1]
+        if node.rooted is None:
+            axes.plot(across, up, color=_DEAD, linewidth=1.6, zorder=1)
+            axes.plot(across[-1], up[-1], marker="x", markersize=3.6, color="#a9b0bb", zorder=2)
+            continue
+        color = _color(node, trace)
+        axes.plot(across, up, color=color, linewidth=2.4, solid_capstyle="round", zorder=3)
+        axes.plot(across[0], up[0], marker="o", markersize=4, color=color, zorder=4)
+        if done == trace.stages:
+            axes.plot(across[-1], up[-1], marker="o", markersize=6, color=INK, zorder=5)
+    for node in commits:
+        axes.axvline(node.rooted, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
+        axes.annotate(
+            _label(trace, node.token),
+            (node.rooted, trace.depths[-1]),
+            (0, 7),
+            textcoords="offset points",
+            rotation=40,
+            fontsize=9,
+            color=INK,
+            fontweight="bold",
+        )
+    axes.set_yticks(heights, ["token", *map(str, trace.depths)])
+    axes.set_ylabel("depth (layers)")
+    axes.set_ylim(-trace.depths[-1] * 0.05, trace.depths[-1] * 1.22)
+    axes.spines["left"].set_bounds(0, trace.depths[-1])
+    axes.tick_params(axis="x", labelbottom=False, length=0)
+    axes.spines["bottom"].set_visible(False)
+    _legend(axes, trace)
+
+
+def _legend(axes: Any, trace: Trace) -> None:
+    from matplotlib.lines import Line2D
+
+    def line(color: str, name: str, **more: Any) -> Any:
+        return Line2D([], [], color=color, label=name, **({"linewidth": 2.4} | more))
+
+    handles = [
+        *(line(depth_hex(k, trace.stages), f"given by exit {k}") for k in range(1, trace.stages)),
+        line(FINAL_HEX, "by the last layer only"),
+        line("#a9b0bb", "died in a collapse", marker="x", markersize=4, linewidth=1.2),
+        line(INK, "commit", marker="o", markersize=5, linewidth=0),
+    ]
+    axes.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=8,
+        handlelength=1.4,
+        columnspacing=1.4,
+        borderaxespad=0,
+    )
+
+
+def _draw_bars(
+    axes: Any,
+    trace: Trace,
+    nodes: list[TracedNode],
+    places: list[int],
+    lanes: int,
+    commits: list[TracedNode],
+    first: int,
+    last: int,
+) -> None:
+    quiet_axes(axes)
+    at = {id(node): place for node, place in zip(nodes, places, strict=True)}
+    for node, place in zip(nodes, places, strict=True):
+        strong = node.rooted is not None
+        axes.barh(
+            place,
+            min(node.ended, last + 0.5) - max(node.born, first - 0.4),
+            left=max(node.born, first - 0.4),
+            height=0.86,
+            color=_color(node, trace) if strong else _DEAD,
+            linewidth=0,
+        )
+        text = axes.text(
+            max(node.born, first - 0.4) + 0.12,
+            place + 0.04,
+            _label(trace, node.token),
+            va="center",
+            fontsize=6.6,
+            color="white" if strong else "#6b7380",
+            fontweight="bold" if strong else "normal",
+            clip_on=True,
+        )
+        text.set_clip_path(axes.patches[-1])
+        parent = None if node.parent is None else trace.nodes[node.parent]
+        if strong and parent is not None and id(parent) in at:
+            axes.plot([node.born] * 2, [at[id(parent)] + 0.43, place - 0.43], color=INK, linewidth=0.7, zorder=0.9)
+    for node in commits:
+        axes.axvline(node.rooted, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
+    positions: dict[int, list[int]] = {}
+    for node, place in zip(nodes, places, strict=True):
+        positions.setdefault(node.position, []).append(place)
+    origin = trace.nodes[0].position
+    for number, (_, taken) in enumerate(sorted(positions.items())):
+        low, high = min(taken) - 0.5, max(taken) + 0.5
+        if number % 2:
+            axes.axhspan(low, high, color="#f7f8fa", zorder=0, linewidth=0)
+    axes.set_yticks(
+        [(min(taken) + max(taken)) / 2 for taken in positions.values()],
+        [str(position - origin) for position in positions],
+    )
+    axes.set_ylabel("position of the token")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(lanes - 0.3, -0.7)
+
+
+def _lanes(nodes: list[TracedNode]) -> tuple[int, list[int]]:
+    """How many lanes the bars need, and the lane of each: positions downwards, the nodes that lived on first."""
+    places = [0] * len(nodes)
+    used = 0
+    for position in sorted({node.position for node in nodes}):
+        ends: list[float] = []  # of the last bar in each lane
+        group = [i for i, node in enumerate(nodes) if node.position == position]
+        for i in sorted(group, key=lambda i: (nodes[i].rooted is None, nodes[i].born)):
+            node = nodes[i]
+            lane = next((lane for lane, end in enumerate(ends) if end <= node.born), len(ends))
+            ends[lane : lane + 1] = [node.ended + 0.1]
+            places[i] = used + lane
+        used += len(ends)
+    return used, places
+
+
+def _label(trace: Trace, token: int) -> str:
+    text = trace.labels[token].strip(" ").replace("\n", "↵").replace("\t", "⇥").replace("$", r"\$")
+    if not text:
+        return "␣"
+    return text if len(text) <= 14 else text[:13] + "…"

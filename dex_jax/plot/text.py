@@ -1,0 +1,91 @@
+"""Text coloured by the exit that first gave each token."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+
+from rich.console import Console
+from rich.text import Text
+
+from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.output import Output
+from dex_jax.plot.colors import depth_hex, depth_style
+
+_BOX = "font-family:ui-sans-serif,system-ui,sans-serif;line-height:1.75;max-width:56em;margin:.4em 0"
+_CHIP = "border-radius:.25em;padding:.12em 0"
+_LEGEND = "font-size:85%;margin-bottom:.6em"
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthText:
+    """Coloured text: `html` for a page, `terminal` with escape codes. A notebook shows the one, print the other.
+
+    Attributes:
+      html: one <div>, legend first; a token's exit shows when the mouse is on it.
+      terminal: lines with 256-colour escape codes, legend last.
+    """
+
+    html: str
+    terminal: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __str__(self) -> str:
+        return self.terminal
+
+
+def depth_text(out: Output) -> DepthText:
+    """Colours every token of an output by the exit that first gave it, green for early to red for late.
+
+    What the final layer or the prefill gave itself stays plain. In serial rounds, drafted tokens are green.
+
+    Args:
+      out: from `dex_jax.generate`, any method; token ids are shown where the model has no tokenizer.
+    """
+    schedule = out.stats.schedule
+    rows = [
+        list(zip(out.pieces(row), out.stats.exits[row, :length].tolist(), strict=True))
+        for row, length in enumerate(out.lengths.tolist())
+    ]
+    return DepthText(_html(rows, schedule), _terminal(rows, schedule))
+
+
+def _legend(schedule: Schedule) -> list[tuple[str, int]]:
+    """(name, exit) of every colour."""
+    if schedule.kind == "serial":
+        return [("drafted", 0), ("final layer", 1)]
+    *early, last = enumerate(schedule.depths, 1)
+    return [*((f"exit {number} (depth {depth})", number) for number, depth in early), (f"depth {last[1]}", last[0])]
+
+
+def _html(rows: list[list[tuple[str, int]]], schedule: Schedule) -> str:
+    names = {number: name for name, number in _legend(schedule)}
+
+    def chip(piece: str, exit_number: int) -> str:
+        text = html.escape(piece).replace("\n", "<br>")
+        title = names.get(exit_number, "prefill")
+        if depth_style(exit_number, schedule.stages) == "default":
+            return f'<span title="{title}">{text}</span>'
+        # A tint, so that it can be read on white and on black.
+        tint = depth_hex(exit_number, schedule.stages) + "66"
+        return f'<span title="{title}" style="background:{tint};{_CHIP}">{text}</span>'
+
+    legend = " &nbsp;".join(chip(f" {name} ", number) for name, number in _legend(schedule))
+    texts = [
+        f'<div style="white-space:pre-wrap;margin-bottom:.8em">{"".join(chip(*token) for token in row)}</div>'
+        for row in rows
+    ]
+    return f'<div style="{_BOX}"><div style="{_LEGEND}">{legend}</div>{"".join(texts)}</div>'
+
+
+def _terminal(rows: list[list[tuple[str, int]]], schedule: Schedule) -> str:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, color_system="256", highlight=False, soft_wrap=True)
+    legend = [(f"{name}  ", number) for name, number in _legend(schedule)]
+    for row in [*rows, legend]:
+        line = [(piece, depth_style(number, schedule.stages)) for piece, number in row]
+        console.print(Text.assemble(*line))
+    return file.getvalue().rstrip("\n")

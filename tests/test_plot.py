@@ -1,0 +1,136 @@
+"""Pictures: what stands in them, read back from the figure, and that bad input is one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+
+import numpy as np
+import pytest
+from reference.small_models import small_model
+
+import dex_jax
+from dex_jax import DexError, plot
+from dex_jax.plot.colors import FINAL_HEX, depth_hex, depth_style
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def out(lm):
+    method = dex_jax.Dex(explorers=4)
+    return dex_jax.generate(lm, [[1, 2, 3], [4, 5]], method=method, exits="shared", max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def trace(lm):
+    return dex_jax.trace(lm, [1, 2, 3], method=dex_jax.Dex(explorers=4), exits="shared", max_new_tokens=12)
+
+
+def needs_matplotlib():
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+
+
+def test_pieces_are_the_text(out, smollm2) -> None:
+    tokenizer = smollm2.tokenizer
+    text = " Tea 茶 or café: naïve?\n\nYes."
+    ids = tokenizer.encode(text)
+    said = dataclasses.replace(
+        out, tokens=np.array([[*ids, tokenizer.eos_ids[0]]]), lengths=np.array([len(ids) + 1]), tokenizer=tokenizer
+    )
+    pieces = said.pieces(0)
+    assert "".join(pieces) == tokenizer.decode(ids) == text
+    assert len(pieces) == len(ids) + 1
+    # A character of several tokens comes with its last one.
+    assert "" in pieces[:-1]
+
+
+def test_depth_text_holds_every_token_in_its_colour(out) -> None:
+    text = plot.depth_text(out)
+    page = text._repr_html_()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(text)).splitlines()
+    assert len(plain) == 3
+    for row in range(2):
+        ids = out.tokens[row, : out.lengths[row]].tolist()
+        assert plain[row].split() == [str(i) for i in ids]
+    assert plain[-1].split("  ")[:2] == ["exit 1 (depth 1)", "exit 2 (depth 2)"]
+    for number, depth in enumerate(out.stats.schedule.depths[:-1], 1):
+        given = int((out.stats.exits == number).sum())
+        # One more in the legend.
+        assert page.count(f'title="exit {number} (depth {depth})"') == given + 1
+        assert page.count(f"background:{depth_hex(number, 4)}66") == given + 1
+
+
+def test_text_is_escaped(out) -> None:
+
+    shown = dataclasses.replace(out, tokenizer=None)
+    object.__setattr__(shown, "pieces", lambda row: ["<b>&"] * int(out.lengths[row]))
+    assert "<b>" not in plot.depth_text(shown).html
+    assert "&lt;b&gt;&amp;" in plot.depth_text(shown).html
+
+
+def test_colours_go_from_green_to_red_and_the_final_layer_has_none() -> None:
+    assert depth_style(1, 5) == "color(46)"
+    assert depth_style(4, 5) == "color(196)"
+    assert depth_style(5, 5) == depth_style(-1, 5) == "default"
+    assert depth_hex(5, 5) == FINAL_HEX
+    green, red = ([int(depth_hex(k, 5)[i : i + 2], 16) for i in (1, 3, 5)] for k in (1, 4))
+    assert green[1] == max(green)
+    assert red[0] == max(red)
+
+
+def test_lattice_draws_every_node_and_commit(trace) -> None:
+    needs_matplotlib()
+    figure = plot.lattice(trace, ticks=(0, trace.ticks))
+    climb, bars = figure.axes
+    assert len(bars.patches) >= len(trace.nodes)
+    assert len([text for text in climb.texts if text.get_text()]) == len(trace.tokens) - 1
+    assert [text.get_text() for text in climb.texts] == [str(token) for token in trace.tokens[1:]]
+    assert [text.xy[0] for text in climb.texts][:-1] == [node.rooted for node in trace.roots[1:]]
+    part = plot.lattice(trace, ticks=(2, 7)).axes[0]
+    assert len(part.texts) == sum(2 < node.rooted <= 7 for node in trace.roots)
+
+
+def test_lattice_without_ticks_is_refused(trace) -> None:
+    with pytest.raises(DexError, match="nothing to draw from tick 5 to 5"):
+        plot.lattice(trace, ticks=(5, 5))
+
+
+def test_histogram_counts_every_token_but_the_first(out) -> None:
+    needs_matplotlib()
+    (axes,) = plot.ead_histogram([out, out]).axes
+    exits = out.stats.exits[out.stats.exits > 0]
+    heights = [bar.get_height() for bar in axes.patches]
+    assert np.allclose(heights, np.bincount(exits, minlength=5)[1:] / len(exits))
+    assert axes.get_title().startswith(f"{2 * len(exits)} tokens")
+
+
+def test_histogram_of_other_methods_or_grids_is_refused(out) -> None:
+    plain, other = (
+        dataclasses.replace(out, stats=dataclasses.replace(out.stats, schedule=method.schedule_for(4)))
+        for method in (dex_jax.AR(), dex_jax.Dex(explorers=2))
+    )
+    for outputs in (plain, [out, plain], [out, other], []):
+        with pytest.raises(DexError, match="one set of exit depths"):
+            plot.ead_histogram(outputs)
+
+
+def test_speedups_are_drawn_as_given_or_as_counted(out) -> None:
+    needs_matplotlib()
+    (axes,) = plot.speedup_by_k({"given": {2: 1.2, 5: 1.9}, "counted": [out, out]}).axes
+    given, counted = (line for line in axes.lines if not line.get_label().startswith("_"))
+    assert given.get_xydata().tolist() == [[2, 1.2], [5, 1.9]]
+    assert np.allclose(counted.get_xydata(), [[4, 4 * (out.lengths - 1).sum() / out.stats.ticks.sum()]])
+    with pytest.raises(DexError, match="nothing to draw"):
+        plot.speedup_by_k({"empty": {}})
+
+
+def test_without_matplotlib_a_sentence_says_what_to_install(trace, monkeypatch) -> None:
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DexError, match=r"pip install 'dex-jax\[plot\]'"):
+        plot.lattice(trace)

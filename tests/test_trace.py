@@ -1,0 +1,99 @@
+"""A recorded lattice against the slow twin, on models whose arithmetic is exact."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import toy_runs
+from reference.small_models import small_model
+from reference.toy_models import ToyModel, random_tables, toy_network, toy_prefill
+
+import dex_jax
+from dex_jax import DexError, Trace
+
+VOCAB = 12
+SHAPES = [(1, 1), (3, 2), (5, 2)]
+
+
+def record(tables, case, first: list[int], stages: int, rows: int, sequence: int) -> Trace:
+    tables = jax.tree.map(jnp.asarray, tables)
+    arrays = toy_runs.arrays(case, first)
+    prompts, lengths, first_token, limits, sampling = jax.tree.map(jnp.asarray, arrays)
+    memory = toy_prefill(tables, prompts, lengths, capacity=toy_runs.CAPACITY, slots=stages * rows)
+    network = toy_network(tables)
+    shape = {"stages": stages, "rows": rows, "capacity": toy_runs.CAPACITY}
+    state = dex_jax.init(network, memory, first_token, lengths, limits=limits, sampling=sampling, **shape)
+    # A step that takes its state's memory: a trace must have copied what it keeps.
+    tick = jax.jit(
+        lambda state: dex_jax.step(network, state, limits, sampling),
+        donate_argnums=0,
+        compiler_options=toy_runs.QUICK_COMPILE,
+    )
+    state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    return dex_jax.watch(tick, state, text=lambda token: f"<{token}>", sequence=sequence)
+
+
+def seen_after(trace: Trace, tick: int) -> set[tuple]:
+    """(path of tokens from the root, stages done, born_at, position) of every live node."""
+    found = set()
+    for index in trace.alive(tick):
+        node = trace.nodes[index]
+        path = [node]
+        while path[-1].rooted is None or path[-1].rooted > tick:
+            assert path[-1].parent is not None
+            path.append(trace.nodes[path[-1].parent])
+        tokens = tuple(each.token for each in reversed(path))
+        found.add((tokens, tick - node.born, node.born_at, node.position))
+    return found
+
+
+@pytest.mark.parametrize(("stages", "rows"), SHAPES)
+def test_every_tick_is_the_twin_s(stages: int, rows: int) -> None:
+    for seed in range(3):
+        tables = random_tables(seed, stages, VOCAB, openness=(0.1, 0.3, 0.6)[seed])
+        case = toy_runs.random_case(seed, 2, VOCAB, sampled=seed == 1)
+        runs = toy_runs.twin_runs(ToyModel(tables), case, stages=stages, rows=rows, decs=True, vocab_size=VOCAB)
+        first = [run.tokens[0] for run in runs]
+        trace, run = record(tables, case, first, stages, rows, sequence=1), runs[1]
+        assert (list(trace.tokens), list(trace.exits), trace.ticks) == (run.tokens, run.exits, run.ticks)
+        assert [node.token for node in trace.roots] == run.tokens[:-1]
+        assert trace.depths == tuple(range(1, stages + 1))
+        for tick, lattice in enumerate(run.lattices, 1):
+            wanted = {(node.path, node.progress, node.born_at, node.position) for node in lattice}
+            assert seen_after(trace, tick) == wanted, f"seed {seed}, tick {tick}"
+        assert all(trace.labels[node.token] == f"<{node.token}>" for node in trace.nodes)
+
+
+def test_a_root_was_proposed_by_the_exit_that_gave_its_token() -> None:
+    tables = random_tables(0, 5, VOCAB, openness=0.1)
+    case = toy_runs.random_case(3, 1, VOCAB, sampled=False)._replace(max_new_tokens=[toy_runs.CAPACITY])
+    (run,) = toy_runs.twin_runs(ToyModel(tables), case, stages=5, rows=8, decs=True, vocab_size=VOCAB)
+    trace = record(tables, case, run.tokens[:1], 5, 8, 0)
+    assert [node.born_at for node in trace.roots[1:]] == list(trace.exits[1:-1])
+    # born_at ticks after its parent, whose stage it was that proposed it
+    for node in trace.nodes:
+        if node.parent is not None:
+            assert node.born - trace.nodes[node.parent].born == node.born_at
+
+
+def test_a_model_s_trace_says_what_generate_says() -> None:
+    lm = small_model()
+    options = {"method": dex_jax.Dex(explorers=3), "max_new_tokens": 9, "exits": "shared"}
+    out = dex_jax.generate(lm, [[1, 2, 3]], **options)
+    trace = dex_jax.trace(lm, [1, 2, 3], **options)
+    assert np.array_equal(out.tokens[0], trace.tokens)
+    assert np.array_equal(out.stats.exits[0], trace.exits)
+    assert trace.ticks == out.stats.ticks[0]
+    assert trace.depths == (2, 3, 4)
+    assert trace.labels[trace.tokens[0]] == str(trace.tokens[0])
+    assert dataclasses.is_dataclass(trace.nodes[0])
+
+
+@pytest.mark.parametrize("method", [dex_jax.AR(), dex_jax.Dex(schedule="serial")], ids=["ar", "serial"])
+def test_methods_without_a_lattice_are_refused(method) -> None:
+    with pytest.raises(DexError, match="has a lattice to trace"):
+        dex_jax.trace(small_model(), [1, 2], method=method, exits="shared", max_new_tokens=4)
