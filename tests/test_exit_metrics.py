@@ -22,6 +22,7 @@ from dex_jax.evaluation import exit_forcing, exit_metrics, exit_report
 from dex_jax.evaluation.forced import forced_exits
 from dex_jax.language_model import merge_model
 from dex_jax.nn.exits import exit_parameters, heads_of, initial_heads
+from dex_jax.plot import figures
 
 EOS = 63
 MODEL = ModelConfig(
@@ -319,6 +320,7 @@ def test_picture(tmp_path) -> None:
 
 
 def test_picture_without_matplotlib(tmp_path, monkeypatch) -> None:
+    figures._figure_class.cache_clear()
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DexError, match=r"pip install 'dex-jax\[plot\]'"):

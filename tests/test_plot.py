@@ -12,6 +12,7 @@ from reference.small_models import small_model
 
 import dex_jax
 from dex_jax import DexError, plot
+from dex_jax.plot import figures
 from dex_jax.plot.colors import FINAL_HEX, depth_hex, depth_style
 
 
@@ -129,7 +130,13 @@ def test_speedups_are_drawn_as_given_or_as_counted(out) -> None:
         plot.speedup_by_k({"empty": {}})
 
 
+def test_notebooks_show_a_figure() -> None:
+    needs_matplotlib()
+    assert plot.speedup_by_k({"one": {2: 1.5}})._repr_png_().startswith(b"\x89PNG")
+
+
 def test_without_matplotlib_a_sentence_says_what_to_install(trace, monkeypatch) -> None:
+    figures._figure_class.cache_clear()
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DexError, match=r"pip install 'dex-jax\[plot\]'"):

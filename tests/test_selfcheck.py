@@ -70,6 +70,15 @@ def test_json_holds_the_same(report) -> None:
     assert [finding["name"] for finding in read["findings"]] == [finding.name for finding in report.findings]
 
 
+def test_the_quick_form_checks_tokens_and_ticks(lm, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(selfcheck, "load", lambda model, dtype: lm)
+    assert selfcheck.main(["--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("ok   ") for line in lines) == 2
+    assert "schedule: DEX-1/3, exits at 1, 2, 3, 2 rows" in lines
+    assert lines[-1] == "all checks hold"
+
+
 def outputs(lm, method, **options):
     return [dex_jax.generate(lm, [[1, 2, 3]], method=method, exits="shared", max_new_tokens=24, **options)]
 

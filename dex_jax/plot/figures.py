@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 from typing import Any
 
 from dex_jax.errors import DexError
@@ -15,14 +17,30 @@ def new_figure(width: float, height: float) -> Any:
     Raises:
       DexError: no matplotlib.
     """
+    return _figure_class()(figsize=(width, height), layout="constrained", facecolor="white", dpi=110)
+
+
+@functools.cache
+def _figure_class() -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DexError("pictures need matplotlib: pip install 'dex-jax[plot]'") from error
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white", dpi=110)
-    FigureCanvasAgg(figure)
-    return figure
+
+    class Picture(Figure):
+        """A Figure that notebooks show without pyplot."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            FigureCanvasAgg(self)
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
+    return Picture
 
 
 def quiet_axes(axes: Any) -> None:

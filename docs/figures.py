@@ -1,0 +1,22 @@
+"""Draws the documentation's figures with the default model: `python docs/figures.py` writes docs/figures/*.png."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dex_jax
+
+FOLDER = Path(__file__).parent / "figures"
+PROMPT = "Why is the sky blue?"
+
+
+def main() -> None:
+    """Writes lattice.png."""
+    lm = dex_jax.load("smollm2-135m", dtype="float32")
+    trace = dex_jax.trace(lm, PROMPT, method=dex_jax.Dex(explorers=5), max_new_tokens=24)
+    FOLDER.mkdir(exist_ok=True)
+    dex_jax.plot.lattice(trace, ticks=(0, 20)).savefig(FOLDER / "lattice.png", metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()
