@@ -146,7 +146,7 @@ def quick_check(lm: LanguageModel, notify: Callable[[str], None] = lambda phase:
     prompts = _prompts(lm)[:1]
     options: dict[str, Any] = {"max_new_tokens": min(NEW_TOKENS, lm.config.context - len(prompts[0]))}
     notify("decoding (DEX)")
-    explored = [generate(lm, prompts, **options)]
+    explored = [generate(lm, prompts, method=Dex(schedule="parallel"), **options)]
     notify("decoding (AR)")
     plain = [generate(lm, prompts, method=AR(), **options)]
     schedule = explored[0].stats.schedule

