@@ -11,11 +11,13 @@ PROMPT = "Why is the sky blue?"
 
 
 def main() -> None:
-    """Writes lattice.png."""
+    """Writes climb.png and lattice.png."""
     lm = dex_jax.load("smollm2-135m", dtype="float32")
     trace = dex_jax.trace(lm, PROMPT, method=dex_jax.Dex(explorers=5), max_new_tokens=24)
     FOLDER.mkdir(exist_ok=True)
-    dex_jax.plot.lattice(trace, ticks=(0, 20)).savefig(FOLDER / "lattice.png", metadata={"Software": None})
+    plain = {"metadata": {"Software": None}}
+    dex_jax.plot.lattice(trace, ticks=(0, 36), candidates=False).savefig(FOLDER / "climb.png", **plain)
+    dex_jax.plot.lattice(trace, ticks=(0, 20)).savefig(FOLDER / "lattice.png", **plain)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import dex_jax
+
+PACKAGE = Path(dex_jax.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("A decoding method", "An exit kind", "A model family")
 STEP = re.compile(
@@ -44,7 +47,7 @@ def follow(text: str, folder: Path) -> int:
 @pytest.mark.parametrize(("title", "count"), [*zip(RECIPES, (2, 3, 3), strict=True)])
 def test_a_recipe_works_as_it_is_written(title: str, count: int, tmp_path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "default_exits")
-    shutil.copytree(ROOT / "dex_jax", tmp_path / "dex_jax", ignore=ignored)
+    shutil.copytree(PACKAGE, tmp_path / "dex_jax", ignore=ignored)
     text = recipe(title)
     assert follow(text, tmp_path) == count
     (check,) = CHECK.findall(text)
@@ -58,8 +61,9 @@ def test_a_recipe_works_as_it_is_written(title: str, count: int, tmp_path) -> No
 def test_the_house_is_all_there() -> None:
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
-    places = [ROOT / name for name in named if name != "sampling.py"]
+    whole = [name if "/" in name else f"dex_jax/{name}" for name in named]
+    places = [PACKAGE.parent / name if name.startswith("dex_jax/") else ROOT / name for name in whole]
     assert len(places) > 8
     assert all(place.exists() for place in places)
-    folders = {path.name for path in (ROOT / "dex_jax").iterdir() if (path / "__init__.py").is_file()}
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     assert folders <= {place.name for place in places}

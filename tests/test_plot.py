@@ -93,6 +93,7 @@ def test_lattice_draws_every_node_and_commit(trace) -> None:
     assert [text.get_text() for text in climb.texts] == [str(token) for token in trace.tokens[1:]]
     assert [text.xy[0] for text in climb.texts][:-1] == [node.rooted for node in trace.roots[1:]]
     part = plot.lattice(trace, ticks=(2, 7)).axes[0]
+    assert len(plot.lattice(trace, candidates=False).axes) == 1
     assert len(part.texts) == sum(2 < node.rooted <= 7 for node in trace.roots)
 
 

@@ -14,7 +14,7 @@ from dex_jax.decoding.output import Output
 from dex_jax.plot.colors import depth_hex, depth_style
 
 _BOX = "font-family:ui-sans-serif,system-ui,sans-serif;line-height:1.75;max-width:56em;margin:.4em 0"
-_CHIP = "border-radius:.25em;padding:.12em 0"
+_CHIP = "border-radius:.2em;padding:.1em .08em"
 _LEGEND = "font-size:85%;margin-bottom:.6em"
 
 
@@ -23,7 +23,7 @@ class DepthText:
     """Coloured text: `html` for a page, `terminal` with escape codes. A notebook shows the one, print the other.
 
     Attributes:
-      html: one <div>, legend first; a token's exit shows when the mouse is on it.
+      html: one `<div>`, legend first; a token's exit shows when the mouse is on it.
       terminal: lines with 256-colour escape codes, legend last.
     """
 
@@ -65,15 +65,17 @@ def _html(rows: list[list[tuple[str, int]]], schedule: Schedule) -> str:
     names = {number: name for name, number in _legend(schedule)}
 
     def chip(piece: str, exit_number: int) -> str:
-        text = html.escape(piece).replace("\n", "<br>")
+        # A tint on the word alone: most tokens begin with the space before it.
+        space, word = piece[: len(piece) - len(piece.lstrip(" "))], piece.lstrip(" ")
+        text = html.escape(word).replace("\n", "<br>")
         title = names.get(exit_number, "prefill")
         if depth_style(exit_number, schedule.stages) == "default":
-            return f'<span title="{title}">{text}</span>'
+            return f'{space}<span title="{title}">{text}</span>'
         # A tint, so that it can be read on white and on black.
         tint = depth_hex(exit_number, schedule.stages) + "66"
-        return f'<span title="{title}" style="background:{tint};{_CHIP}">{text}</span>'
+        return f'{space}<span title="{title}" style="background:{tint};{_CHIP}">{text}</span>'
 
-    legend = " &nbsp;".join(chip(f" {name} ", number) for name, number in _legend(schedule))
+    legend = " &nbsp;".join(chip(name, number) for name, number in _legend(schedule))
     texts = [
         f'<div style="white-space:pre-wrap;margin-bottom:.8em">{"".join(chip(*token) for token in row)}</div>'
         for row in rows

@@ -13,11 +13,12 @@ TICKS = 26
 """How many ticks are drawn unless the caller says: as many as fit a page."""
 
 _DEAD = "#e4e7ec"
+_CLIMB = 2.9  # inches
 _LANE = 0.15  # inches
 _TICK = 0.4  # inches
 
 
-def lattice(trace: Trace, ticks: tuple[int, int] | None = None) -> Any:
+def lattice(trace: Trace, ticks: tuple[int, int] | None = None, *, candidates: bool = True) -> Any:
     """Draws which nodes there were, how deep they got, and what commits and collapses did, tick by tick.
 
     Above, every node climbs from depth 0 by one stage a tick; where the root reaches the last depth (a dot), its logits
@@ -27,7 +28,8 @@ def lattice(trace: Trace, ticks: tuple[int, int] | None = None) -> Any:
 
     Args:
       trace: from `dex_jax.trace` or `dex_jax.watch`.
-      ticks: the first and the last one to draw; None is the first TICKS.
+      ticks: the first and the last one to draw; None is the first 26.
+      candidates: whether to draw the lower part.
 
     Returns:
       A matplotlib Figure.
@@ -40,18 +42,22 @@ def lattice(trace: Trace, ticks: tuple[int, int] | None = None) -> Any:
     if not 0 <= first < last:
         raise DexError(f"there is nothing to draw from tick {first} to {last}: the trace has {trace.ticks} ticks")
     nodes = [node for node in trace.nodes if node.born <= last and node.ended >= first]
-    lanes, places = _lanes(nodes)
-    height = (2.9, lanes * _LANE)
-    figure = new_figure(1.6 + (last - first) * _TICK, sum(height) + 0.9)
-    climb, bars = figure.subplots(2, 1, sharex=True, height_ratios=height)
     commits = [node for node in trace.roots if node.rooted is not None and first < node.rooted <= last]
     if trace.ticks <= last and len(trace.tokens) > 1:
         commits = [*commits, _final(trace)]
-    _draw_climb(climb, trace, nodes, commits, first, last)
-    _draw_bars(bars, trace, nodes, places, lanes, commits, first, last)
-    bars.set_xlim(first - 0.4, last + 0.6)
-    bars.set_xlabel("tick")
-    bars.xaxis.get_major_locator().set_params(integer=True)
+    lanes, places = _lanes(nodes)
+    heights = (_CLIMB, lanes * _LANE) if candidates else (_CLIMB,)
+    figure = new_figure(1.6 + (last - first) * _TICK, sum(heights) + 0.9)
+    climb, *bars = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_climb(climb, trace, nodes, commits)
+    if bars:
+        climb.tick_params(axis="x", labelbottom=False, length=0)
+        climb.spines["bottom"].set_visible(False)
+        _draw_bars(bars[0], trace, nodes, places, lanes, commits, first, last)
+    lowest = figure.axes[-1]
+    lowest.set_xlim(first - 0.4, last + 0.6)
+    lowest.set_xlabel("tick")
+    lowest.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -65,9 +71,7 @@ def _color(node: TracedNode, trace: Trace) -> str:
     return FINAL_HEX if node.born == 0 else depth_hex(node.born_at, trace.stages)
 
 
-def _draw_climb(
-    axes: Any, trace: Trace, nodes: list[TracedNode], commits: list[TracedNode], first: int, last: int
-) -> None:
+def _draw_climb(axes: Any, trace: Trace, nodes: list[TracedNode], commits: list[TracedNode]) -> None:
     quiet_axes(axes)
     heights = (0, *trace.depths)
     for depth in trace.depths:
@@ -101,8 +105,6 @@ def _draw_climb(
     axes.set_ylabel("depth (layers)")
     axes.set_ylim(-trace.depths[-1] * 0.05, trace.depths[-1] * 1.22)
     axes.spines["left"].set_bounds(0, trace.depths[-1])
-    axes.tick_params(axis="x", labelbottom=False, length=0)
-    axes.spines["bottom"].set_visible(False)
     _legend(axes, trace)
 
 
