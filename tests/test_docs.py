@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import json
@@ -14,8 +15,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from reference.small_models import LLAMA, small_model
 
 import dex_jax
+from dex_jax.language_model import outline
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -38,15 +41,17 @@ def test_docstring_examples() -> None:
     assert attempted >= 5
 
 
-def test_quick_start_runs(monkeypatch, capsys, tmp_path, smollm2) -> None:
+def test_quick_start_runs(monkeypatch, capsys, tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="the quick start draws a picture")
     generate, trace = dex_jax.generate, dex_jax.trace
+    tokenizer = outline("smollm2-135m").tokenizer
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=2, vocab_size=49152), tokenizer=tokenizer)
 
     def shortened(lm, prompts, method=None, **options):
         method = method if isinstance(method, dex_jax.AR) else dex_jax.Dex(explorers=2)
         return generate(lm, prompts, method=method, **(options | {"max_new_tokens": 4}))
 
-    monkeypatch.setattr(dex_jax, "load", lambda source: smollm2)
+    monkeypatch.setattr(dex_jax, "load", lambda source: lm)
     monkeypatch.setattr(dex_jax, "generate", shortened)
     two = dex_jax.Dex(explorers=2)
     monkeypatch.setattr(dex_jax, "trace", lambda lm, prompt, **_: trace(lm, prompt, method=two, max_new_tokens=4))

@@ -12,6 +12,7 @@ from reference.small_models import small_model
 
 import dex_jax
 from dex_jax import DexError, plot
+from dex_jax.language_model import outline
 from dex_jax.plot import figures
 from dex_jax.plot.colors import FINAL_HEX, depth_hex, depth_style
 
@@ -36,8 +37,8 @@ def needs_matplotlib():
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
 
-def test_pieces_are_the_text(out, smollm2) -> None:
-    tokenizer = smollm2.tokenizer
+def test_pieces_are_the_text(out) -> None:
+    tokenizer = outline("smollm2-135m").tokenizer
     text = " Tea 茶 or café: naïve?\n\nYes."
     ids = tokenizer.encode(text)
     said = dataclasses.replace(
@@ -64,6 +65,11 @@ def test_depth_text_holds_every_token_in_its_colour(out) -> None:
         # One more in the legend.
         assert page.count(f'title="exit {number} (depth {depth})"') == given + 1
         assert page.count(f"background:{depth_hex(number, 4)}66") == given + 1
+
+
+def test_a_notebook_s_terminal_text_is_text(out, monkeypatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "exit 1 (depth 1)" in plot.depth_text(out).terminal
 
 
 def test_text_is_escaped(out) -> None:

@@ -85,7 +85,10 @@ def _html(rows: list[list[tuple[str, int]]], schedule: Schedule) -> str:
 
 def _terminal(rows: list[list[tuple[str, int]]], schedule: Schedule) -> str:
     file = io.StringIO()
-    console = Console(file=file, force_terminal=True, color_system="256", highlight=False, soft_wrap=True)
+    # In a notebook rich would show the text at once, beside the page.
+    console = Console(
+        file=file, force_terminal=True, force_jupyter=False, color_system="256", highlight=False, soft_wrap=True
+    )
     legend = [(f"{name}  ", number) for name, number in _legend(schedule)]
     for row in [*rows, legend]:
         line = [(piece, depth_style(number, schedule.stages)) for piece, number in row]
