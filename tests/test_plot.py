@@ -8,11 +8,12 @@ import sys
 
 import numpy as np
 import pytest
-from reference.small_models import small_model
+from reference.small_models import LLAMA, LetterTokenizer, small_model
 
 import dex_jax
 from dex_jax import DexError, plot
 from dex_jax.language_model import outline
+from dex_jax.plot import __main__ as program
 from dex_jax.plot import figures
 from dex_jax.plot.colors import FINAL_HEX, depth_hex, depth_style
 
@@ -101,6 +102,21 @@ def test_lattice_draws_every_node_and_commit(trace) -> None:
     part = plot.lattice(trace, ticks=(2, 7)).axes[0]
     assert len(plot.lattice(trace, candidates=False).axes) == 1
     assert len(part.texts) == sum(2 < node.rooted <= 7 for node in trace.roots)
+
+
+def test_the_program_draws_and_refuses(lm, monkeypatch, capsys, tmp_path) -> None:
+    needs_matplotlib()
+    small = dataclasses.replace(LLAMA, vocab_size=300)
+    monkeypatch.setattr(program, "load", lambda model, dtype: small_model(small, tokenizer=LetterTokenizer()))
+    monkeypatch.setattr(LetterTokenizer, "decode", lambda self, tokens, skip_special=True: str(tokens))
+    options = ["--prompt", "ABC", "--explorers", "4", "--max-new-tokens", "12", "--exits", "shared"]
+    target = tmp_path / "lattice.svg"
+    assert program.main([*options, "--output", str(target)]) == 0
+    assert "<svg" in target.read_text(encoding="utf-8")
+    for name in ("lattice.txt", "none/lattice.png"):
+        assert program.main([*options, "--output", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+        assert not (tmp_path / name).exists()
 
 
 def test_lattice_without_ticks_is_refused(trace) -> None:
