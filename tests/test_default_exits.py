@@ -41,6 +41,7 @@ def test_a_text_is_that_of_ar_in_fewer_ticks_than_without_training(smollm2) -> N
     options = {"max_new_tokens": 32}
     prompts = [PROMPTS[i] for i in (0, 4, 9)]
     plain = dex_jax.generate(smollm2, prompts, method=dex_jax.AR(), **options)
+    options["method"] = dex_jax.Dex(schedule="parallel")
     runs = {name: dex_jax.generate(smollm2, prompts, exits=name, **options) for name in ("default", "shared")}
     for out in runs.values():
         assert np.array_equal(out.tokens, plain.tokens)
