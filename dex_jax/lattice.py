@@ -94,7 +94,12 @@ def default_rows(stages: int) -> int:
 
 
 def full_rows(stages: int) -> int:
-    """The number of rows that never prunes: one cohort never exceeds max(1, 2^(K-2))."""
+    """The number of rows that never prunes: one cohort never exceeds max(1, 2^(K-2)).
+
+    Example:
+      >>> [full_rows(stages) for stages in range(1, 7)]
+      [1, 1, 2, 4, 8, 16]
+    """
     return max(1, 2 ** (stages - 2)) if stages > 1 else 1
 
 

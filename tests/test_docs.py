@@ -38,7 +38,7 @@ def test_docstring_examples() -> None:
         failed, tried = doctest.testmod(importlib.import_module(found.name))
         assert failed == 0, found.name
         attempted += tried
-    assert attempted >= 5
+    assert attempted >= 6
 
 
 def test_quick_start_runs(monkeypatch, capsys, tmp_path) -> None:

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from reference.small_models import LLAMA, LetterTokenizer, small_model
+from reference.small_models import LetterTokenizer, small_model
 
 import dex_jax
 from dex_jax import DexError, plot
@@ -104,10 +104,9 @@ def test_lattice_draws_every_node_and_commit(trace) -> None:
     assert len(part.texts) == sum(2 < node.rooted <= 7 for node in trace.roots)
 
 
-def test_the_program_draws_and_refuses(lm, monkeypatch, capsys, tmp_path) -> None:
+def test_the_program_draws_and_refuses(monkeypatch, capsys, tmp_path) -> None:
     needs_matplotlib()
-    small = dataclasses.replace(LLAMA, vocab_size=300)
-    monkeypatch.setattr(program, "load", lambda model, dtype: small_model(small, tokenizer=LetterTokenizer()))
+    monkeypatch.setattr(program, "load", lambda model, dtype: small_model(tokenizer=LetterTokenizer()))
     monkeypatch.setattr(LetterTokenizer, "decode", lambda self, tokens, skip_special=True: str(tokens))
     options = ["--prompt", "ABC", "--explorers", "4", "--max-new-tokens", "12", "--exits", "shared"]
     target = tmp_path / "lattice.svg"

@@ -53,8 +53,8 @@ def seen_after(trace: Trace, tick: int) -> set[tuple]:
 
 @pytest.mark.parametrize(("stages", "rows"), SHAPES)
 def test_every_tick_is_the_twin_s(stages: int, rows: int) -> None:
-    for seed in range(3):
-        tables = random_tables(seed, stages, VOCAB, openness=(0.1, 0.3, 0.6)[seed])
+    for seed in range(2):
+        tables = random_tables(seed, stages, VOCAB, openness=(0.1, 0.4)[seed])
         case = toy_runs.random_case(seed, 2, VOCAB, sampled=seed == 1)
         runs = toy_runs.twin_runs(ToyModel(tables), case, stages=stages, rows=rows, decs=True, vocab_size=VOCAB)
         first = [run.tokens[0] for run in runs]
@@ -65,19 +65,11 @@ def test_every_tick_is_the_twin_s(stages: int, rows: int) -> None:
         for tick, lattice in enumerate(run.lattices, 1):
             wanted = {(node.path, node.progress, node.born_at, node.position) for node in lattice}
             assert seen_after(trace, tick) == wanted, f"seed {seed}, tick {tick}"
+        assert [node.born_at for node in trace.roots[1:]] == run.exits[1:-1]
+        for node in trace.nodes:
+            # A child comes as many ticks after its parent as the exit is deep that proposed it.
+            assert node.parent is None or node.born - trace.nodes[node.parent].born == node.born_at
         assert all(trace.labels[node.token] == f"<{node.token}>" for node in trace.nodes)
-
-
-def test_a_root_was_proposed_by_the_exit_that_gave_its_token() -> None:
-    tables = random_tables(0, 5, VOCAB, openness=0.1)
-    case = toy_runs.random_case(3, 1, VOCAB, sampled=False)._replace(max_new_tokens=[toy_runs.CAPACITY])
-    (run,) = toy_runs.twin_runs(ToyModel(tables), case, stages=5, rows=8, decs=True, vocab_size=VOCAB)
-    trace = record(tables, case, run.tokens[:1], 5, 8, 0)
-    assert [node.born_at for node in trace.roots[1:]] == list(trace.exits[1:-1])
-    # born_at ticks after its parent, whose stage it was that proposed it
-    for node in trace.nodes:
-        if node.parent is not None:
-            assert node.born - trace.nodes[node.parent].born == node.born_at
 
 
 def test_a_model_s_trace_says_what_generate_says() -> None:

@@ -87,7 +87,12 @@ class Output:
 
 
 def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:
-    """Ticks that a sequence of `length` tokens took: K + sum(exits[1 : n - 1]), 0 for one token."""
+    """Ticks that a sequence of `length` tokens took: K + sum(exits[1 : n - 1]), 0 for one token.
+
+    Example:
+      >>> ticks_of(np.array([-1, 2, 5, 1]), 4, stages=5)
+      12
+    """
     return 0 if length < 2 else stages + int(exits[1 : length - 1].sum())
 
 
