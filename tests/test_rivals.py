@@ -101,7 +101,17 @@ def assert_counts(output: dex_jax.Output) -> None:
             assert stats.layer_steps[row] == stats.rounds[row] * num_layers + stats.drafted[row] * depth
 
 
-@pytest.mark.parametrize(("name", "how"), [(name, how) for name in METHODS for how in OPTIONS][:-1])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("layerskip", "greedy"),
+        ("layerskip", "sampled"),
+        ("adadecode", "greedy"),
+        ("del", "greedy"),
+        ("oracle", "greedy"),
+        ("dex-single-exit", "sampled"),
+    ],
+)
 def test_tokens_are_those_of_ar(name, how) -> None:
     output = generated(model(), METHODS[name], ragged_prompts(3), OPTIONS[how])
     assert_same_tokens(model(), output, plain(how, 3), **filters(OPTIONS[how]))
@@ -186,8 +196,8 @@ def test_a_stop_string_counts_what_was_spent_up_to_it() -> None:
 
 
 def test_streaming_changes_nothing() -> None:
-    whole = generated(model(), METHODS["adadecode"], ragged_prompts(3), SAMPLED)
-    options = {"method": METHODS["adadecode"], "exits": "shared", "max_new_tokens": NEW_TOKENS, **SAMPLED}
+    whole = generated(model(), METHODS["adadecode"], ragged_prompts(3), {})
+    options = {"method": METHODS["adadecode"], "exits": "shared", "max_new_tokens": NEW_TOKENS}
     updates = list(dex_jax.stream(model(), ragged_prompts(3), ticks_per_update=3, **options))
     assert len(updates) > 3
     assert updates[-1].tokens.tolist() == whole.tokens.tolist()
