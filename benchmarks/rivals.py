@@ -44,7 +44,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(lm, prompts: list[list[int]], method: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Counts of every prompt, in the order of the prompts, and a digest of its tokens."""
-    counts: dict[str, list] = {"digest": [], "lengths": [], "layer_steps": [], "drafted": [], "accepted": []}
+    counts: dict[str, Any] = {"digest": [], "lengths": [], "layer_steps": [], "drafted": [], "accepted": []}
     for start in range(0, len(prompts), args.batch):
         exits = "shared" if isinstance(method, AR) else args.exits
         options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "exits": exits}
@@ -55,6 +55,7 @@ def run(lm, prompts: list[list[int]], method: Any, args: argparse.Namespace) -> 
         for name in ("layer_steps", "drafted", "accepted"):
             figures = getattr(out.stats, name)
             counts[name] += [None] * len(out.texts) if figures is None else figures.tolist()
+        counts["exits"] = out.stats.exits_source
     return counts
 
 
@@ -119,6 +120,8 @@ def kept(path: Path, about: dict[str, Any]) -> dict[str, Any]:
         except json.JSONDecodeError:
             break  # cut off while it was written
         found[item.pop("setting")] = item
+    whole = [first, *(json.dumps({"setting": name, **item}) for name, item in found.items())]
+    path.write_text("\n".join(whole) + "\n", encoding="utf-8")
     return found
 
 
