@@ -59,8 +59,7 @@ def chain_network(
 
     exits = None
     if len(depths) > 1:
-        trained = config is not None and arrays is not None
-        exits = _trained(model, config, arrays) if trained else _shared(model)
+        exits = _shared(model) if config is None or arrays is None else _trained(model, config, arrays)
     return ChainNetwork(
         vocab_size=model.config.vocab_size,
         depths=depths,
