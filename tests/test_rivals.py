@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import twin
-from reference.small_models import LLAMA, QWEN3, LetterTokenizer, assert_same_tokens, ragged_prompts, small_model
+from reference.small_models import LLAMA, LetterTokenizer, assert_same_tokens, ragged_prompts, small_model
 from reference.toy_models import ToyModel, cached_tables, toy_network, toy_prefill
 from reference.toy_runs import CAPACITY, QUICK_COMPILE, arrays, emitted, random_case, twin_draws
 
@@ -28,7 +28,6 @@ from dex_jax.evaluation.footprint import cache_length_for, footprint, nbytes, se
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
 from dex_jax.nn.exits import exit_parameters
-from dex_jax.sampling import Sampling, sampling_keys
 
 METHODS = {
     "layerskip": LayerSkip(exit=3, draft_length=3),
@@ -123,7 +122,7 @@ def test_tokens_are_those_of_ar(name, how) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("layerskip", "attn"), ("adadecode", "attn"), ("del", "attn"), ("adadecode", "linear"), ("oracle", "linear")],
+    [("adadecode", "attn"), ("del", "attn"), ("adadecode", "linear"), ("oracle", "linear")],
 )
 def test_trained_exits_draft_as_well(name, kind) -> None:
     output = generated(model(), METHODS[name], ragged_prompts(3), SAMPLED, exits=trained(kind))
@@ -139,11 +138,6 @@ def test_the_stacked_layout_gives_the_same() -> None:
     for count in ("exits", "layer_steps", "drafted", "accepted"):
         assert getattr(one.stats, count).tolist() == getattr(other.stats, count).tolist()
     assert one.stats.accepted[0] > 0
-
-
-def test_another_architecture() -> None:
-    output = generated(model(QWEN3), METHODS["layerskip"], ragged_prompts(3), {})
-    assert_same_tokens(model(QWEN3), output, plain("greedy", 3, QWEN3))
 
 
 def test_a_batch_is_its_single_runs() -> None:
@@ -258,11 +252,11 @@ def test_half_precision_keeps_its_dtypes(kind) -> None:
 
 def test_planned_memory_is_what_is_allocated() -> None:
     lm, schedule = model(), METHODS["del"].schedule_for(4)
-    running = session.Session(lm, ragged_prompts(3), schedule, 40, Sampling(sampling_keys([0, 1, 2]), jnp.float32(1)))
+    running = session.Session(lm, ragged_prompts(3), schedule, NEW_TOKENS, None)
     running.prefill()
-    length = cache_length_for(16, 40, schedule)
+    length = cache_length_for(16, NEW_TOKENS, schedule)
     assert length == running.cache_length
-    plan = footprint(LLAMA, jnp.dtype(jnp.float32), schedule, 3, length, lm.layout, sampled=True)
+    plan = footprint(LLAMA, jnp.dtype(jnp.float32), schedule, 3, length, lm.layout)
     memory = running.state.memory
     assert plan.cache_bytes == nbytes((memory.keys, memory.values))
     # The plan takes the whole cache for new tokens: four int32 a token more.
