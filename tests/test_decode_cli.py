@@ -34,6 +34,7 @@ JSON_TYPES = {
     "depths": list,
     "rows": int,
     "exits_source": str,
+    "layer_steps": int,
     "ticks": int,
     "exits": list,
     "depth_side_speedup": float,
@@ -78,9 +79,10 @@ def test_json_is_typed_and_consistent(capsys) -> None:
     assert (code, err) == (0, "")
     record = json.loads(out)
     assert {key: type(record[key]) for key in JSON_TYPES} == JSON_TYPES
-    rounds = ("rounds", "stage_steps", "tokens_per_round")
-    assert set(record) == {*JSON_TYPES, "choice", "seed", "check", *rounds}
-    assert [record[key] for key in ("choice", *rounds)] == [None] * 4
+    others = ("choice", "rounds", "stage_steps", "tokens_per_round", "drafted", "accepted")
+    assert set(record) == {*JSON_TYPES, "seed", "check", *others}
+    assert [record[key] for key in others] == [None] * len(others)
+    assert record["layer_steps"] == 15 * record["ticks"]
     assert record["seed"] is None
     assert record["check"] == {"identical": True, "first_divergence": None, "top2_margin": None}
     assert record["new_tokens"] == len(record["tokens"]) == len(record["exits"])
@@ -208,6 +210,14 @@ def test_a_closed_pipe_ends_quietly() -> None:
         (["--prompt", SKY, "--num-samples", "0"], "num_samples must be at least 1, not 0"),
         (["--prompt", SKY, "--method", "ar", "--rows", "2"], "--rows belongs to --method dex"),
         (["--prompt", SKY, "--method", "ar", "--schedule", "serial"], "--schedule belongs to --method dex"),
+        (["--prompt", SKY, "--method", "ar", "--threshold", "0.5"], "--threshold means nothing with --method ar"),
+        (["--prompt", SKY, "--exit-depth", "5"], "--exit-depth means nothing with --method dex"),
+        (["--prompt", SKY, "--method", "del", "--exit-depth", "5"], "--exit-depth means nothing with --method del"),
+        (["--prompt", SKY, "--method", "layerskip", "--depths", "5,30"], "--depths means nothing with --method layer"),
+        (["--prompt", SKY, "--method", "oracle", "--rows", "2"], "--rows means nothing with --method oracle"),
+        (["--prompt", SKY, "--method", "adadecode", "--no-decs"], "--no-decs means nothing with --method adadecode"),
+        (["--prompt", SKY, "--method", "layerskip", "--exit-depth", "30"], "below the model's last layer, 30"),
+        (["--prompt", SKY, "--method", "adadecode", "--threshold", "2"], "a probability, from 0 to 1, and not 2.0"),
         (["--prompt", SKY, "--schedule", "serial", "--explorers", "3"], 'explorers belongs to schedule="parallel"'),
         (["--prompt", SKY, "--exits", "no/such/exits"], "there are no exits at no/such/exits"),
         (["--prompt", SKY, "--stop", ""], "a stop string must not be empty"),

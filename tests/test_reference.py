@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from reference.checkpoints import FAMILIES
 
+import dex_jax
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from reference import make_goldens, smollm2_torch  # noqa: E402 - needs both of the above
+from reference import make_goldens, make_layerskip_golden, smollm2_torch  # noqa: E402 - needs both of the above
+from test_layerskip_acceptance import counts_of  # noqa: E402
 
 pytestmark = pytest.mark.reference
 
@@ -51,6 +54,22 @@ def test_smollm2_golden_has_not_drifted() -> None:
         pairs = [(value, old_logits[i]) for i, value in zip(new["ids"], new["logits"], strict=True) if i in old_logits]
         assert len(pairs) >= len(old_logits) - 2
         np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=0, atol=1e-5 * old["max_abs"])
+
+
+def test_acceptance_of_early_exit_drafts_has_not_drifted() -> None:
+    settings = make_layerskip_golden.SETTINGS[1:2]
+    made = make_layerskip_golden.golden(settings, make_layerskip_golden.PROMPT_NUMBERS[:2])["runs"]
+    committed = {(run["exit"], run["draft_length"], run["prompt"]): run for run in _read("layerskip.json")["runs"]}
+    assert made
+    for run in made:
+        assert run == committed[run["exit"], run["draft_length"], run["prompt"]]
+
+
+@pytest.mark.parametrize(("depth", "draft_length"), make_layerskip_golden.SETTINGS)
+def test_layerskip_accepts_as_much_at_every_setting(smollm2, monkeypatch, depth, draft_length) -> None:
+    monkeypatch.setattr(dex_jax.LanguageModel, "eos_ids", ())
+    ours, theirs = (np.sum(each, axis=0) for each in counts_of(smollm2, _read("layerskip.json"), depth, draft_length))
+    assert ours[2] / ours[1] == pytest.approx(theirs[2] / theirs[1], rel=0.01)
 
 
 def test_weights_equal_those_of_transformers_own_gguf_reader() -> None:

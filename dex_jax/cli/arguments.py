@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+from dex_jax.cli.rivals import METHOD_HELP, RIVALS, add_rival_flags, rival_of
 from dex_jax.decoding.methods import AR, SCHEDULES, Dex, Method
 from dex_jax.errors import DexError
 from dex_jax.language_model import DTYPES
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-chat", action="store_true", help="use prompts as they are, without the chat template")
 
     add = p.add_argument_group("method").add_argument
-    add("--method", choices=["dex", "ar"], default="dex", help="dex, or ar: one layer stack a token (%(default)s)")
+    add("--method", choices=["dex", "ar", *RIVALS], default="dex", help=METHOD_HELP)
     add(
         "--schedule",
         choices=SCHEDULES,
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--depths", type=depths, metavar="X,...,L", help="the exit depths themselves, ending at the last layer")
     add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most, or "full" (2^(K-2), at most 8)')
     add("--no-decs", action="store_true", help="let exits repeat tokens that a node's children already hold")
+    add_rival_flags(add)
 
     add = p.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N", help="%(default)s")
@@ -85,8 +87,11 @@ def method_of(args: argparse.Namespace) -> Method:
     """The method that the flags name.
 
     Raises:
-      DexError: --method ar together with flags of DEX.
+      DexError: flags that the method does not have.
     """
+    rival = rival_of(args)
+    if rival is not None:
+        return rival
     if args.method == "dex":
         fields: dict[str, Any] = {name: getattr(args, name) for name in ("explorers", "depths", "rows", "schedule")}
         return Dex(**fields, decs=not args.no_decs)

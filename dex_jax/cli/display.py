@@ -15,6 +15,16 @@ from dex_jax.plot.colors import depth_style
 
 BAR_WIDTH = 30
 
+NAMES = {
+    "ar": "AR",
+    "layerskip": "LayerSkip",
+    "adadecode": "AdaDecode",
+    "del": "DEL",
+    "dex-single-exit": "DEX, first and last exit only",
+    "oracle": "EAD oracle (a bound, not a decoder)",
+}
+"""Of methods other than "dex", as the summary calls them."""
+
 
 class TextPrinter:
     """Streams the sequences of a batch to stdout, one after the other, each as far as it has come.
@@ -86,22 +96,29 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     new_tokens = int(output.lengths.sum())
     after_first = int((output.lengths - 1).sum())
     rate = f"{after_first / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds > 0 and after_first else "n/a"
-    name = {None: "AR", "parallel": f"DEX, K = {schedule.stages}", "serial": "DEX, serial"}[schedule.kind]
+    name = NAMES.get(schedule.method) or f"DEX, {'serial' if schedule.kind == 'serial' else f'K = {schedule.stages}'}"
     lines = [f"{name} on {stats.device}, {stats.dtype}: {new_tokens} tokens"]
     if stats.choice is not None:
         lines.append(f"auto chose {stats.choice}")
     if stats.rounds is not None:
         ratio = after_first / stats.rounds.sum() if stats.rounds.sum() else float("nan")
         lines[0] += f", {int(stats.rounds.sum())} rounds, {ratio:.2f} tokens a round"
+    if schedule.kind == "serial":
         drafter = "" if stats.exits_source is None else f" and by the drafter ({stats.exits_source})"
         most = "at most " if schedule.tree is not None and schedule.tree.rungs else ""
         lines.append(f"{most}{schedule.rows} rows a round, drafted from the text itself{drafter}")
-    if stats.ticks is not None and schedule.method == "dex":
+    where = f"depths {', '.join(map(str, schedule.depths))}; {schedule.rows} rows; exits: {stats.exits_source}"
+    if schedule.policy is not None:
+        total, num_layers = int(stats.layer_steps.sum()), schedule.depths[-1]
+        a_token = total / after_first if after_first else float("nan")
+        lines.append(f"{total} layers one after the other, {a_token:.1f} a token (AR: {num_layers})")
+        if stats.drafted is not None and stats.accepted is not None:
+            lines[-1] += f"; {int(stats.drafted.sum())} tokens drafted, {int(stats.accepted.sum())} of them accepted"
+        lines.append(where)
+    if schedule.kind == "parallel" and stats.ticks is not None:
         ratio = schedule.stages * after_first / stats.ticks.sum() if stats.ticks.sum() else float("nan")
         lines[0] += f", {int(stats.ticks.sum())} ticks, depth-side speedup {ratio:.2f}"
-        lines.append(
-            f"depths {', '.join(map(str, schedule.depths))}; {schedule.rows} rows; exits: {stats.exits_source}"
-        )
+        lines.append(where)
     lines.append(
         f"wall-clock: {rate} in {stats.decode_seconds:.2f} s of decoding, prefill {stats.prefill_seconds:.2f} s, "
         f"compilation {stats.compile_seconds:.1f} s"

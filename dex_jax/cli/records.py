@@ -16,11 +16,14 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     """One sequence as a JSON-ready dict.
 
     Keys: prompt (as given), text, tokens (ids, an ending EOS included), prompt_tokens and new_tokens (counts),
-    finished (False only when interrupted), method ("dex", or "ar" also where that is what schedule "auto" chose),
-    schedule ("parallel" or "serial" for DEX, null for AR), choice (why "auto" chose them, null where it did not),
-    depths, rows, exits_source (null for K = 1 and where nothing drafts), ticks (null in serial rounds), exits (born_at
-    of each token), depth_side_speedup (null for one token and in serial rounds), rounds, stage_steps and
-    tokens_per_round (null but in serial rounds; the last also for one token), compile_seconds, prefill_seconds and
+    finished (False only when interrupted), method ("dex", or "ar" also where that is what schedule "auto" chose, or a
+    rival's name), schedule ("parallel" or "serial" for DEX, null for AR and for methods that draft on a chain:
+    layerskip, adadecode, del, oracle), choice (why "auto" chose them, null where it did not), depths, rows,
+    exits_source (null for K = 1 and where nothing drafts), layer_steps (layers run one after the other since the
+    prefill: of every method, 0 for one token, a bound for oracle; no time, see Stats), ticks (null in serial rounds and
+    on chains), exits (born_at of each token), depth_side_speedup (null for one token and without ticks), rounds and
+    tokens_per_round (null but in serial rounds and on chains; the last also for one token), stage_steps (null but in
+    serial rounds), drafted and accepted (counts of tokens, null but on chains), compile_seconds, prefill_seconds and
     decode_seconds (of the whole batch), tokens_per_second ((n - 1) / decode_seconds of this sequence, null for one
     token), device, dtype, seed (null when greedy), and check when asked for (identical, first_divergence, top2_margin;
     see evaluation.check).
@@ -39,12 +42,15 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
         "depths": list(stats.schedule.depths),
         "rows": stats.schedule.rows,
         "exits_source": stats.exits_source,
+        "layer_steps": _at(stats.layer_steps, row),
         "ticks": _at(stats.ticks, row),
         "exits": stats.exits[row, :length].tolist(),
         "depth_side_speedup": _at(stats.depth_side_speedup, row),
         "rounds": _at(stats.rounds, row),
         "stage_steps": _at(stats.stage_steps, row),
         "tokens_per_round": _at(stats.tokens_per_round, row),
+        "drafted": _at(stats.drafted, row),
+        "accepted": _at(stats.accepted, row),
         "compile_seconds": stats.compile_seconds,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,

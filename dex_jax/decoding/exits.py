@@ -7,9 +7,11 @@ import functools
 import os
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.known_trees import known_trees
+from dex_jax.decoding.layerskip import LayerSkip
 from dex_jax.decoding.methods import Dex, Method, Schedule
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits
@@ -44,12 +46,17 @@ class ResolvedExits:
 def resolve_method(
     method: Method, exits: str | os.PathLike | TrainedExits, config: ModelConfig, fingerprint: str
 ) -> ResolvedExits:
-    """The schedule of a method and its exits; arguments and errors as of `resolve_exits` and `method.schedule_for`."""
+    """The schedule of a method and its exits; arguments and errors as of `resolve_exits` and `method.schedule_for`.
+
+    A method that is to run `everywhere` and names no depths takes those at which the exits are trained.
+    """
+    if getattr(method, "everywhere", False):
+        method = dataclasses.replace(cast(Any, method), depths=_all_depths(exits, config, fingerprint))
     schedule = method.schedule_for(config.num_layers)
     if schedule.tree is not None:
         given_tree = isinstance(method, Dex) and method.tree is not None
         return _resolve_drafter(exits, schedule, config, fingerprint, given_tree)
-    given = isinstance(method, Dex) and method.depths is not None
+    given = getattr(method, "depths", None) is not None or isinstance(method, LayerSkip)
     return resolve_exits(exits, schedule, config, fingerprint, given_depths=given)
 
 
@@ -152,6 +159,21 @@ def find_drafter(
         return (None, None) if shipped is None else (shipped, "default")
     trained = exits if isinstance(exits, TrainedExits) else load_exits(exits)
     return trained, trained.source
+
+
+def _all_depths(exits: str | os.PathLike | TrainedExits, config: ModelConfig, fingerprint: str) -> tuple[int, ...]:
+    """Every depth that `exits` stand at, and L."""
+    trained: TrainedExits | None = None
+    if isinstance(exits, TrainedExits):
+        trained = exits
+    elif exits == "default":
+        trained = default_exits(fingerprint)
+    elif exits != "shared":
+        trained = load_exits(exits)
+    if trained is None:
+        return tuple(range(1, config.num_layers + 1))
+    _check_fit(trained, config)
+    return (*(depth for depth in trained.config.depths if depth > 0), config.num_layers)
 
 
 @functools.lru_cache(maxsize=2)

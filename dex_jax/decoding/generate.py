@@ -16,7 +16,7 @@ import numpy as np
 from dex_jax.decoding.auto import settle
 from dex_jax.decoding.exits import ResolvedExits, resolve_method
 from dex_jax.decoding.methods import Dex, Method, Schedule
-from dex_jax.decoding.output import Output, Stats, cut, depth_side_speedup, rounds_of, ticks_of
+from dex_jax.decoding.output import Output, Stats, counts, cut, steps_of
 from dex_jax.decoding.record import Record
 from dex_jax.decoding.session import PROGRAMS, Session, capacity_for, prompt_bucket
 from dex_jax.decoding.stopping import StopStrings
@@ -77,7 +77,8 @@ def stream(
     Args:
       lm: from `dex_jax.load`.
       prompts: see `generate`.
-      method: AR() or Dex(...); None is Dex(), which chooses what should be fastest on the device at hand.
+      method: AR(), Dex(...), a rival (LayerSkip, AdaDecode, DEL, DexSingleExit) or Oracle, a bound; None is Dex(),
+        which chooses what should be fastest on the device at hand.
       max_new_tokens: at most so many tokens per sequence, the first one of the prefill included.
       exits: "shared" (the model's own final norm and unembedding at every depth; for serial rounds no drafter),
         "default" (what ships for the model), a path, or what `load_exits` gave. Exits never change tokens. Those of a
@@ -263,28 +264,22 @@ def _whole(**values: int) -> None:
 def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
     tokens, exits = np.array(record.tokens), np.array(record.exits)
     lengths, finished, steps = np.array(record.lengths), np.array(record.done), np.array(record.ticks)
-    stages, serial = run.schedule.stages, run.schedule.kind == "serial"
     texts = []
     for row in range(len(run.ids)):
         text, kept = run.stops.apply(tokens[row, : lengths[row]].tolist())
         if kept is not None:
             lengths[row], finished[row] = kept, True
             tokens[row], exits[row] = cut(tokens[row], exits[row], kept)
-            steps[row] = rounds_of(exits[row], kept) if serial else ticks_of(exits[row], kept, stages)
+            steps[row] = steps_of(run.schedule, exits[row], kept)
         texts.append(text)
     width = int(lengths.max())
-    per_round = np.where(lengths > 1, (lengths - 1) / np.maximum(steps, 1), np.nan)
     device = jax.devices()[0]
     stats = Stats(
         schedule=run.schedule,
         choice=run.choice,
         exits_source=run.exits.source,
-        ticks=None if serial else steps,
         exits=exits[:, :width],
-        depth_side_speedup=None if serial else depth_side_speedup(steps, lengths, stages),
-        rounds=steps if serial else None,
-        stage_steps=steps * stages if serial else None,
-        tokens_per_round=per_round if serial else None,
+        **counts(run.schedule, exits, steps, record.spent, lengths),
         compile_seconds=times["compile"],
         prefill_seconds=times["prefill"],
         decode_seconds=times["decode"],

@@ -101,7 +101,13 @@ def init(
 
 
 def step(
-    network: Network, state: DexState, limits: Limits, sampling: Sampling | None = None, *, decs: bool = True
+    network: Network,
+    state: DexState,
+    limits: Limits,
+    sampling: Sampling | None = None,
+    *,
+    decs: bool = True,
+    proposing: tuple[int, ...] | None = None,
 ) -> DexState:
     """One tick: advance, commit, collapse, propose. Sequences that are done are left as they are.
 
@@ -111,6 +117,7 @@ def step(
       limits: when a sequence ends.
       sampling: as given to `init`.
       decs: whether an exit may not repeat a token that its node's children hold (depth-coupled sampling).
+      proposing: the exits 1..K-1 that propose; None for all.
     """
     stages, rows = state.stages, state.rows
     tick = state.tick + 1
@@ -139,6 +146,8 @@ def step(
     if stages > 1:
         assert network.exits is not None
         live = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(lattice, tick), 0, 1)
+        if proposing is not None:
+            live = live & jnp.asarray([k in proposing for k in range(1, stages)])[:, None, None]
         frontier = jnp.max(jnp.where(live, view.position[:-1], -1), axis=(0, 2)) + 1
         noise = make_noise(noise, sampling, frontier, network.vocab_size)
         nodes = Proposers(live, _by_stage(lattice.score, ring[:-1]), _by_stage(lattice.offered, ring[:-1]))
@@ -154,10 +163,15 @@ def run(
     sampling: Sampling | None = None,
     *,
     decs: bool = True,
+    proposing: tuple[int, ...] | None = None,
     until_tick: jax.Array | None = None,
 ) -> DexState:
     """Ticks under one lax.while_loop until every sequence is done, or until `until_tick` (int32 scalar)."""
-    return until_done(lambda s: step(network, s, limits, sampling, decs=decs), state, until_tick)
+
+    def tick(state: DexState) -> DexState:
+        return step(network, state, limits, sampling, decs=decs, proposing=proposing)
+
+    return until_done(tick, state, until_tick)
 
 
 def _final_token(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any, Protocol
 
+from dex_jax.decoding.chain import Policy
 from dex_jax.decoding.known_trees import LOOKUP_TREE
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.errors import DexError
@@ -20,11 +22,13 @@ class Schedule:
     """A method made concrete.
 
     Attributes:
-      method: "ar" or "dex".
+      method: "ar", "dex", or a rival's name.
       depths: exit depths x_1 < ... < x_K = L.
       rows: W, rows a stage.
       decs: whether depth-coupled sampling is on.
-      tree: of serial rounds; None for AR and for stages side by side.
+      tree: of serial rounds; None otherwise.
+      policy: of methods that draft on a chain (decoding/chain.py), which have neither ticks nor a tree; None otherwise.
+      proposing: the exits that propose where stages run side by side; None for all.
     """
 
     method: str
@@ -32,17 +36,21 @@ class Schedule:
     rows: int
     decs: bool
     tree: TreeShape | None = None
+    policy: Policy | None = None
+    proposing: tuple[int, ...] | None = None
 
     @property
     def kind(self) -> str | None:
-        """ "serial" or "parallel"; None for AR."""
-        if self.method == "ar":
+        """ "serial" or "parallel"; None for AR and for methods that draft on a chain."""
+        if self.method == "ar" or self.policy is not None:
             return None
         return "parallel" if self.tree is None else "serial"
 
     @property
     def ahead(self) -> int:
         """How many positions past the last token the committed cache may be written at."""
+        if self.policy is not None:
+            return 2 * self.policy.rows
         return 0 if self.tree is None else self.tree.levels
 
     @property
@@ -166,9 +174,25 @@ def even_depths(stages: int, num_layers: int) -> tuple[int, ...]:
     return tuple(-(-k * num_layers // stages) for k in range(1, stages + 1))
 
 
-Method = AR | Dex
+class Method(Protocol):
+    """A way to decode: AR, Dex, or one of the rivals."""
+
+    def schedule_for(self, num_layers: int) -> Schedule:
+        """The schedule for a model of L = num_layers."""
+        ...
 
 
 def is_auto(method: Method) -> bool:
     """Whether what runs is still to be chosen."""
     return isinstance(method, Dex) and method.kind == "auto"
+
+
+def whole_number(**fields: Any) -> None:
+    """Refuses fields that are no whole numbers of at least 1.
+
+    Raises:
+      DexError: naming the first of them.
+    """
+    for name, value in fields.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise DexError(f"{name} must be a whole number of at least 1, not {value!r}")

@@ -134,8 +134,34 @@ def run_tree(
     Returns:
       (hidden states [B, N, D] at depth L, the rows' (keys, values): L of [B, G, N, d], stacked [L, B, G, N, d]).
     """
+    hidden = model.embed_tokens(jnp.maximum(token, 0))
+    return run_rows(model, memory, hidden, position, among, prefix, range(model.config.num_layers))
+
+
+def run_rows(
+    model: Transformer,
+    memory: Memory,
+    hidden: jax.Array,
+    position: jax.Array,
+    among: jax.Array,
+    prefix: jax.Array,
+    layers: range,
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """Runs N rows of each sequence through some consecutive layers and writes nothing.
+
+    Args:
+      model: any layout.
+      memory: positions 0 .. prefix - 1 of these layers are attended to.
+      hidden: [B, N, D] before the first of them.
+      position: [B, N] int32.
+      among: [B, N, N] bool, which rows each attends to, itself included.
+      prefix: [B] int32.
+      layers: 0-based, l of them.
+
+    Returns:
+      (hidden states [B, N, D] after the last, the rows' (keys, values): l of [B, G, N, d], stacked [l, B, G, N, d]).
+    """
     table = rope_table(position, model.config)
-    x = model.embed_tokens(jnp.maximum(token, 0))
 
     def layer_step(layer: DecoderLayer, x: jax.Array, keys: jax.Array, values: jax.Array) -> Any:
         committed = jnp.arange(keys.shape[-2])[None, None, :] < prefix[:, None, None]
@@ -143,10 +169,10 @@ def run_tree(
 
     if not isinstance(model.layout, Stacked):
         fresh = []
-        for layer, keys, values in zip(model.layers, memory.keys, memory.values, strict=True):
-            x, *rows = layer_step(layer, x, keys, values)
+        for i in layers:
+            hidden, *rows = layer_step(model.layers[i], hidden, memory.keys[i], memory.values[i])
             fresh.append(rows)
-        return x, (tuple(keys for keys, _ in fresh), tuple(values for _, values in fresh))
+        return hidden, (tuple(keys for keys, _ in fresh), tuple(values for _, values in fresh))
 
     layout = model.layout
     graph, weights = nnx.split(model.layers)
@@ -157,7 +183,7 @@ def run_tree(
         x, *rows = layer_step(layer, x, memory.keys[j, k], memory.values[j, k])
         return x, tuple(rows)
 
-    return jax.lax.scan(scan_body, x, jnp.asarray([layout.place(i) for i in range(model.config.num_layers)]))
+    return jax.lax.scan(scan_body, hidden, jnp.asarray([layout.place(i) for i in layers]))
 
 
 def commit_rows(
@@ -173,24 +199,44 @@ def commit_rows(
       prefix: [B] int32, the first position; prefix + P must not pass the cache's end.
       done: any array that is known only after memory has been read.
     """
-    at = after(prefix, done)
 
     def chosen(rows: jax.Array) -> jax.Array:
         return jnp.take_along_axis(rows, row[:, None, :, None], axis=2)
 
+    return write_layers(model, memory, fresh, prefix, range(model.config.num_layers), done, chosen)
+
+
+def write_layers(
+    model: Transformer,
+    memory: Memory,
+    fresh: tuple[Any, Any],
+    start: jax.Array,
+    layers: range,
+    done: jax.Array,
+    chosen: Callable[[jax.Array], jax.Array] = lambda rows: rows,
+) -> Memory:
+    """Writes what `run_rows` gave for `layers` at consecutive positions from `start` [B] on.
+
+    `chosen` picks from each layer's rows, [B, G, N, d] -> [B, G, P, d]; start + P must not pass the cache's end. `done`
+    is any array that is known only after memory has been read.
+    """
+    at = after(start, done)
+
     if not isinstance(model.layout, Stacked):
-        keys, values = (
-            tuple(write_rows(cache, chosen(rows), at) for cache, rows in zip(caches, each, strict=True))
-            for caches, each in zip((memory.keys, memory.values), fresh, strict=True)
-        )
-        return memory._replace(keys=keys, values=values)
+        written = []
+        for caches, each in zip((memory.keys, memory.values), fresh, strict=True):
+            whole = list(caches)
+            for i, rows in zip(layers, each, strict=True):
+                whole[i] = write_rows(whole[i], chosen(rows), at)
+            written.append(tuple(whole))
+        return memory._replace(keys=written[0], values=written[1])
 
     def one_layer(caches: Any, part: Any) -> Any:
         place, *rows = part
         where = (place[0], place[1])
         return tuple(write_rows(c, chosen(r), at, where) for c, r in zip(caches, rows, strict=True)), None
 
-    places = jnp.asarray([model.layout.place(i) for i in range(model.config.num_layers)])
+    places = jnp.asarray([model.layout.place(i) for i in layers])
     (keys, values), _ = jax.lax.scan(one_layer, (memory.keys, memory.values), (places, *fresh))
     return memory._replace(keys=keys, values=values)
 

@@ -49,3 +49,8 @@ def make_noise(noise: Noise | None, sampling: Sampling | None, frontier: jax.Arr
     new = jnp.where(wanted[:, None], jax.lax.cond(jnp.any(wanted), make, lambda: old), old)
     ring = noise.ring.at[jnp.arange(at.shape[0]), at].set(new)
     return Noise(ring, noise.made + wanted)
+
+
+def noise_at(noise: Noise, position: jax.Array) -> jax.Array:
+    """Rows of noise at positions [B, n]: [B, n, V]."""
+    return noise.ring[jnp.arange(position.shape[0])[:, None], position % noise.ring.shape[1]]

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import PREFILL_EXIT
-from dex_jax.decoding.serial import DRAFTED, FINAL
+from dex_jax.decoding.serial import FINAL
 from dex_jax.io import TextStream, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Counts and times. Ticks, rounds, depth-side speedup and wall-clock seconds are different things.
+    """Counts and times. Ticks, rounds, layer steps, depth-side speedup and wall-clock seconds are different things.
 
     Attributes:
       schedule: method, depths, rows and DECS as they ran.
       choice: one line that says why it was chosen, where schedule="auto" was to choose; None otherwise.
       exits_source: which exit heads proposed: "shared", "default", a path, or None when K = 1 or nothing drafts.
-      ticks: [B] int32, loop steps that each sequence took; None for serial rounds.
+      layer_steps: [B] int32, how many layers were run one after the other since the prefill, however many rows ran in
+        each of them and heads apart. The one figure of depth that all methods have: AR L (n - 1); stages side by side
+        ticks times the longest stage, on as many devices as there are stages; serial rounds L each; LayerSkip g d + L a
+        round, and so on. No time: it says what a device would wait for on which only layers took any. Of "oracle", a
+        bound.
+      ticks: [B] int32, loop steps that each sequence took; None for serial rounds and methods that draft on a chain.
       exits: [B, T] int32, the exit that first gave each token; -1 for token 0 and beyond the length. In serial rounds 0
         for a token that was drafted, 1 for one that only the final layer gave.
       depth_side_speedup: [B] float64, K (n - 1) / ticks, NaN for n = 1: the speedup over AR if K explorers ran truly
-        side by side and heads and communication were free; None for serial rounds.
-      rounds: [B] int32, serial rounds that each sequence took; None otherwise.
-      stage_steps: [B] int32, stages run in them, one after the other; None otherwise.
-      tokens_per_round: [B] float64, (n - 1) / rounds, NaN for n = 1; None otherwise.
+        side by side and heads and communication were free; None where there are no ticks.
+      rounds: [B] int32, how often each sequence was verified, in serial rounds and on chains; None otherwise.
+      stage_steps: [B] int32, stages run in serial rounds, one after the other; None otherwise.
+      tokens_per_round: [B] float64, (n - 1) / rounds, NaN for n = 1; None without rounds.
+      drafted: [B] int32, tokens that exits drafted on chains; None otherwise.
+      accepted: [B] int32, how many of them the final layer gave as well, and were emitted; None otherwise.
       compile_seconds, prefill_seconds, decode_seconds: wall-clock of the whole batch, apart from one another.
       device, dtype: where and in what it ran.
     """
@@ -35,12 +43,15 @@ class Stats:
     schedule: Schedule
     choice: str | None
     exits_source: str | None
+    layer_steps: np.ndarray
     ticks: np.ndarray | None
     exits: np.ndarray
     depth_side_speedup: np.ndarray | None
     rounds: np.ndarray | None
     stage_steps: np.ndarray | None
     tokens_per_round: np.ndarray | None
+    drafted: np.ndarray | None
+    accepted: np.ndarray | None
     compile_seconds: float
     prefill_seconds: float
     decode_seconds: float
@@ -96,11 +107,61 @@ def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:
     return 0 if length < 2 else stages + int(exits[1 : length - 1].sum())
 
 
-def rounds_of(exits: np.ndarray, length: int) -> int:
-    """Serial rounds that a sequence of `length` tokens took: each ends with a token that only the final layer gave."""
+def rounds_of(exits: np.ndarray, length: int, final: int = FINAL) -> int:
+    """Rounds that a sequence of `length` tokens took: each ends with a token that only the final layer gave.
+
+    `final` is what `exits` hold for such a token: FINAL in serial rounds, K on chains.
+    """
     if length < 2:
         return 0
-    return int(np.sum(exits[1:length] == FINAL)) + int(exits[length - 1] == DRAFTED)
+    return int(np.sum(exits[1:length] == final)) + int(exits[length - 1] != final)
+
+
+def steps_of(schedule: Schedule, exits: np.ndarray, length: int) -> int:
+    """Ticks or rounds that a sequence of `length` tokens took: exits [T] say so."""
+    if schedule.tree is None and schedule.policy is None:
+        return ticks_of(exits, length, schedule.stages)
+    return rounds_of(exits, length, FINAL if schedule.policy is None else schedule.stages)
+
+
+def counts(
+    schedule: Schedule, exits: np.ndarray, steps: np.ndarray, spent: np.ndarray | None, lengths: np.ndarray
+) -> dict[str, Any]:
+    """The counts of a batch, by their names in Stats; None where a method has no such thing.
+
+    Args:
+      schedule: what ran.
+      exits: [B, T] int32.
+      steps: [B] int32, ticks or rounds.
+      spent: [B, T, 2] as in Record, None without a chain.
+      lengths: [B] int32.
+    """
+    names = ("ticks", "depth_side_speedup", "rounds", "stage_steps", "tokens_per_round", "drafted", "accepted")
+    found: dict[str, Any] = dict.fromkeys(names)
+    stages, depths = schedule.stages, schedule.depths
+    if schedule.method == "oracle":
+        bounds = [bound_of(row, length, depths) for row, length in zip(exits, lengths, strict=True)]
+        return found | {"layer_steps": np.array(bounds, np.int32)}
+    if schedule.policy is None and schedule.tree is None:
+        longest = max(end - start for start, end in zip((0, *depths), depths, strict=False))
+        found["depth_side_speedup"] = depth_side_speedup(steps, lengths, stages)
+        return found | {"ticks": steps, "layer_steps": steps * longest}
+    found["rounds"] = steps
+    found["tokens_per_round"] = np.where(lengths > 1, (lengths - 1) / np.maximum(steps, 1), np.nan)
+    if schedule.tree is not None:
+        return found | {"stage_steps": steps * stages, "layer_steps": steps * depths[-1]}
+    assert spent is not None
+    at = np.arange(exits.shape[1])[None]
+    found["accepted"] = np.sum((at > 0) & (at < lengths[:, None]) & (exits < stages), axis=1, dtype=np.int32)
+    layers, drafted = np.take_along_axis(spent, (lengths - 1)[:, None, None], axis=1)[:, 0].T
+    return found | {"layer_steps": layers, "drafted": drafted}
+
+
+def bound_of(exits: np.ndarray, length: int, depths: tuple[int, ...]) -> int:
+    """Layer steps of a sequence whose every token exits at its exit and no draft is wrong: 0 for one token."""
+    if length < 2:
+        return 0
+    return depths[-1] + int(np.take((0, *depths), exits[1 : length - 1]).sum())
 
 
 def depth_side_speedup(ticks: np.ndarray, lengths: np.ndarray, stages: int) -> np.ndarray:

@@ -35,6 +35,8 @@ class Record(NamedTuple):
       lengths: [B] int32.
       ticks: [B] int32, frozen when a sequence ends.
       done: [B] bool.
+      spent: of methods that draft on a chain, [B, T, 2] int32: how many layers had been run one after the other and how
+        many tokens had been drafted when each token came out; None otherwise.
     """
 
     tokens: jax.Array
@@ -42,6 +44,7 @@ class Record(NamedTuple):
     lengths: jax.Array
     ticks: jax.Array
     done: jax.Array
+    spent: jax.Array | None = None
 
 
 def begin(first_token: jax.Array, capacity: int, limits: Limits) -> Record:
@@ -70,7 +73,7 @@ def emit(record: Record, token: jax.Array, born_at: jax.Array, where: jax.Array,
     place = jnp.where(where, record.lengths, record.tokens.shape[1])
     sequences = jnp.arange(record.tokens.shape[0])
     lengths = record.lengths + where
-    return Record(
+    return record._replace(
         tokens=record.tokens.at[sequences, place].set(token, mode="drop"),
         exits=record.exits.at[sequences, place].set(born_at, mode="drop"),
         lengths=lengths,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.decoding.ladder import choose_rung
-from dex_jax.decoding.noise import Noise, make_noise
+from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, emit, until_done
 from dex_jax.decoding.suffix import LONGEST, continuation
 from dex_jax.decoding.tree import Candidates, Tree, child_of, depth_in, follow, grow, plant, sort_rows
@@ -224,7 +224,7 @@ def step(
         position = state.prefix[:, None] + depth_in(tree)[:, :rows]
         ancestors = tree.ancestors[:, :rows, :rows]
         hidden, fresh = network.run(state.memory, tree.token[:, :rows], position, ancestors, state.prefix)
-        row_noise = None if noise is None else _noise_at(noise, position + 1).reshape(batch * rows, -1)
+        row_noise = None if noise is None else noise_at(noise, position + 1).reshape(batch * rows, -1)
         final = choose(network.final(hidden.reshape(batch * rows, -1)), sampling, row_noise)[0]
         fill = shape.rows - rows
         fresh = jax.tree.map(lambda leaf: _padded(leaf, -1 if leaf.ndim == 2 else -2, fill), fresh)
@@ -332,7 +332,7 @@ def _drafted(
     columns = drafter.vocabulary
     row_noise = None
     if noise is not None:
-        row_noise = _noise_at(noise, position + 1).reshape(batch * width, -1)
+        row_noise = noise_at(noise, position + 1).reshape(batch * width, -1)
         row_noise = row_noise if columns is None else row_noise[:, columns]
     adjusted = scores(logits, sampling, row_noise)
     log_all = jax.nn.logsumexp(adjusted, axis=-1)
@@ -362,11 +362,6 @@ def _noise_ahead(network: TreeNetwork, state: SerialState, sampling: Sampling | 
         return made
 
     return jax.lax.fori_loop(0, levels, one_more, state.noise)
-
-
-def _noise_at(noise: Noise, position: jax.Array) -> jax.Array:
-    """Rows of noise at positions [B, n]: [B, n, V]."""
-    return noise.ring[jnp.arange(position.shape[0])[:, None], position % noise.ring.shape[1]]
 
 
 def _padded(x: jax.Array, axis: int, more: int) -> jax.Array:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.drafter import draft_rows, no_drafts
 from dex_jax.decoding.network import commit_rows, run_tree
 from dex_jax.decoding.serial import Confirmed, Drafter, TreeNetwork
-from dex_jax.decoding.trained_exits import ExitArrays, read_chunk
-from dex_jax.nn.layers import linear
+from dex_jax.decoding.trained_exits import ExitArrays, read_chunk, shared_columns
 from dex_jax.nn.transformer import Transformer
 
 
@@ -42,15 +38,11 @@ def tree_network(model: Transformer, config: ExitsConfig | None, arrays: ExitArr
 
 def _drafter(model: Transformer, config: ExitsConfig, arrays: ExitArrays, rows: int) -> Drafter:
     dtype = model.embed[...].dtype
-
-    def logits(features: jax.Array) -> jax.Array:
-        own = features[:, :-1]
-        return model.unembedding(own) if arrays.unembed is None else linear(own, arrays.unembed, out_dtype=jnp.float32)
-
+    logits, rest = shared_columns(model, arrays)
     return Drafter(
         begin=lambda batch: no_drafts(config, batch, rows, dtype),
         run=lambda memory, drafts, *level: draft_rows(model, config, arrays, memory.exits, drafts, *level),
         logits=logits,
-        rest=None if arrays.vocabulary is None else lambda features: features[:, -1].astype(jnp.float32),
+        rest=rest,
         vocabulary=arrays.vocabulary,
     )

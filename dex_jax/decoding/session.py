@@ -15,7 +15,8 @@ import numpy as np
 
 from dex_jax import cache
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding import ar, loop, serial
+from dex_jax.decoding import ar, chain, loop, serial
+from dex_jax.decoding.chain_network import chain_network
 from dex_jax.decoding.interface import Network
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.network import extend, shared_exits, transformer_network
@@ -120,6 +121,11 @@ def start_decoding(
     token = ar.next_token(model, last, lengths, sampling)
     if spec.schedule.method == "ar":
         return ar.init(memory, token, lengths, capacity=capacity, limits=limits)
+    policy = spec.schedule.policy
+    if policy is not None:
+        rows = chain_network(model, spec.schedule.depths, spec.exits, heads)
+        options: dict[str, Any] = {"policy": policy, "capacity": capacity, "limits": limits, "sampling": sampling}
+        return chain.init(rows, memory, token, lengths, **options)
     if spec.schedule.tree is not None:
         assert prompt is not None
         return serial.init(
@@ -163,12 +169,16 @@ def run_ticks(
     model = merge_model(spec.config, spec.layout, weights)
     if spec.schedule.method == "ar":
         return ar.run(model, state, limits, sampling, until_tick=until_tick)
-    tree = spec.schedule.tree
+    policy, tree = spec.schedule.policy, spec.schedule.tree
+    if policy is not None:
+        rows = chain_network(model, spec.schedule.depths, spec.exits, heads)
+        return chain.run(rows, state, limits, sampling, policy=policy, until_tick=until_tick)
     if tree is not None:
         rounds = tree_network(model, spec.exits, heads, tree.rows)
         return serial.run(rounds, state, limits, sampling, shape=tree, until_tick=until_tick)
-    network, decs = network_of(model, heads, spec), spec.schedule.decs
-    return loop.run(network, state, limits, sampling, decs=decs, until_tick=until_tick)
+    network, schedule = network_of(model, heads, spec), spec.schedule
+    options: dict[str, Any] = {"decs": schedule.decs, "proposing": schedule.proposing}
+    return loop.run(network, state, limits, sampling, until_tick=until_tick, **options)
 
 
 def network_of(model: Transformer, heads: ExitArrays | None, spec: Spec) -> Network:

@@ -6,6 +6,7 @@ S window of the context layer, G heads and d head width there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -171,12 +172,20 @@ def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -
                 context = _context_rows(model, heads.context, memory.exits.context, before, view).reshape(states.shape)
         return heads.features(states, previous, context, base).reshape(stages - 1, batch, rows, width + 1)
 
+    logits, rest = shared_columns(model, arrays)
+    return Exits(features, logits, arrays.vocabulary, arrays.columns, rest)
+
+
+def shared_columns(
+    model: Transformer, arrays: ExitArrays
+) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array] | None]:
+    """What all exits share: features [N, D + 1] -> logits [N, V'], and -> the logit of all other tokens [N] or None."""
+
     def logits(features: jax.Array) -> jax.Array:
         own = features[:, :-1]
         return model.unembedding(own) if arrays.unembed is None else linear(own, arrays.unembed, out_dtype=jnp.float32)
 
-    rest = None if arrays.vocabulary is None else lambda features: features[:, -1].astype(jnp.float32)
-    return Exits(features, logits, arrays.vocabulary, arrays.columns, rest)
+    return logits, None if arrays.vocabulary is None else lambda features: features[:, -1].astype(jnp.float32)
 
 
 def previous_features(reached: jax.Array, committed: jax.Array, view: StageView) -> jax.Array:

@@ -203,7 +203,7 @@ def _workspace(
 
     chunk = min(max(cache_length - session.LENGTH_STEP, 1), session.PREFILL_CHUNK)
     prefill = layer(batch * chunk, cache_length)
-    slots = schedule.stages * schedule.rows
+    slots = schedule.rows if schedule.policy is not None else schedule.stages * schedule.rows
     tick = layer(batch * slots, cache_length + slots) + heads(batch * min(schedule.rows, HEAD_BLOCK))
     return max(prefill, tick, heads(batch))
 

@@ -159,7 +159,7 @@ def toy_network(tables: Tables) -> Network:
     def advance(memory: ToyMemory, hidden: jax.Array, view: StageView) -> tuple[jax.Array, ToyMemory]:
         _, batch, rows = view.token.shape
         h = hidden[..., 0]
-        key = _keys(tables, h, view.position)
+        key = keys_of(tables, h, view.position)
         key = jnp.where(view.live, key, POISON)
         slots = view.ring[:, None] * rows + jnp.arange(rows)[None, :]
         place = jnp.arange(stages)[:, None, None], jnp.arange(batch)[None, :, None], slots[:, None, :]
@@ -167,7 +167,7 @@ def toy_network(tables: Tables) -> Network:
         in_prefix = jnp.arange(memory.committed.shape[2])[None, None, :] < view.prefix[None, :, None]
         total = jnp.sum(jnp.where(in_prefix, memory.committed, 0.0), axis=2)[:, :, None]
         total = total + jnp.sum(jnp.where(view.ancestors, lattice[:, :, None, :], 0.0), axis=3)
-        h = jnp.where(view.live, _moved(tables, h, total, view.position), POISON)
+        h = jnp.where(view.live, moved(tables, h, total, view.position), POISON)
         return h[..., None], memory._replace(lattice=lattice)
 
     def commit(memory: ToyMemory, done: Committed) -> ToyMemory:
@@ -209,19 +209,19 @@ def toy_prefill(tables: Tables, prompts: jax.Array, lengths: jax.Array, *, capac
         stage = Tables(*[None] * 7)._replace(
             scale=tables.scale[k : k + 1], shift=tables.shift[k : k + 1], gate=tables.gate[k : k + 1]
         )
-        key = _keys(stage, h, positions[None])
-        h = _moved(stage, h, jnp.cumsum(key, axis=2), positions[None])
+        key = keys_of(stage, h, positions[None])
+        h = moved(stage, h, jnp.cumsum(key, axis=2), positions[None])
         committed.append(key[0])
     keys = jnp.where((positions < lengths[:, None])[None], jnp.stack(committed), POISON)
     room = jnp.full((keys.shape[0], batch, capacity), POISON)
     return ToyMemory(jnp.concatenate([keys, room], axis=2), jnp.full((keys.shape[0], batch, slots), POISON))
 
 
-def _keys(tables: Tables, h: jax.Array, position: jax.Array) -> jax.Array:
+def keys_of(tables: Tables, h: jax.Array, position: jax.Array) -> jax.Array:
     return jnp.mod(tables.scale[:, None, None] * h + position, float(P))
 
 
-def _moved(tables: Tables, h: jax.Array, total: jax.Array, position: jax.Array) -> jax.Array:
+def moved(tables: Tables, h: jax.Array, total: jax.Array, position: jax.Array) -> jax.Array:
     weight = (position % (P - 1) + 1).astype(jnp.float32)
     move = weight * jnp.mod(total, float(P)) + tables.shift[:, None, None]
     opened = jnp.mod(total, float(GATES)).astype(jnp.int32)

@@ -83,10 +83,11 @@ def decode(
     rows: int | None,
     max_new_tokens: int,
     decs: bool = True,
+    asked: Sequence[int] | None = None,
     eos_ids: Sequence[int] = (),
     draws: Draws | None = None,
 ) -> Run:
-    """The whole loop; rows=None never prunes."""
+    """The whole loop; rows=None never prunes, asked=None asks every exit."""
     committed = tuple(prompt)
     first = final_token(model, committed, stages, draws)
     run = Run([first], [-1], 0, [], 0, 0)
@@ -132,6 +133,8 @@ def decode(
         # Propose: exit by exit, and within an exit in the order in which its cohort was spawned.
         candidates = []
         for node in sorted((n for cohort in proposing for n in cohort), key=lambda n: n.progress):
+            if asked is not None and node.progress not in asked:
+                continue
             child = proposal(model, node, decs, draws)
             if child is not None:
                 candidates.append(child)

@@ -1,0 +1,468 @@
+"""Self-speculation: a chain of rows that an exit drafts and the last layer confirms. What the rivals of DEX share.
+
+The newest row climbs stage by stage. At an exit it may draft: the exit's token becomes a new row at depth 0, and the
+old one waits there. Rows that wait run along with the newest when it passes their depth, so no layer is ever run twice
+for a row, and row i never stands above row i - 1. When the newest row reaches depth L, so have all others, and the last
+layer's tokens decide which of them stay. A policy says at which exits to draft; nothing it says changes a token.
+
+Letters: B sequences, R rows of a chain, K stages, D model width, V vocabulary, T capacity for new tokens. Stages and
+exits are counted from 0 in code, as array indices, and from 1 in what is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dex_jax.decoding.ladder import climb
+from dex_jax.decoding.noise import Noise, make_noise, noise_at
+from dex_jax.decoding.record import Limits, Record, begin, emit, until_done
+from dex_jax.sampling import Sampling, choose, scores
+
+
+class ChainRows(NamedTuple):
+    """The rows of a round.
+
+    Attributes:
+      token: [B, R] int32, row 0 the root: the last token emitted.
+      position: [B, R] int32.
+      progress: [B, R] int32, stages done; 0 for rows that are not there yet.
+      states: [K, B, R, D], hidden states after each stage; anything above a row's progress.
+    """
+
+    token: jax.Array
+    position: jax.Array
+    progress: jax.Array
+    states: jax.Array
+
+
+class ChainExits(NamedTuple):
+    """The heads of exits 1..K-1.
+
+    Attributes:
+      newest: (memory, ChainRows, row [B], exit [B]) -> features [B, D'] of one row a sequence at one exit each.
+      shadows: (memory, ChainRows) -> [K - 1, B R, D'], every row at every exit, as if the rows had been drafted there.
+      logits, vocabulary, rest: as in `interface.Exits`.
+    """
+
+    newest: Callable[..., jax.Array]
+    shadows: Callable[..., jax.Array]
+    logits: Callable[[jax.Array], jax.Array]
+    vocabulary: jax.Array | None = None
+    rest: Callable[[jax.Array], jax.Array] | None = None
+
+
+class Path(NamedTuple):
+    """The rows that a round commits; their keys and values stand where they belong already.
+
+    Attributes:
+      token: [B, R] int32.
+      hidden: [B, R, D] at depth L.
+      prefix: [B] int32, position of the first.
+      length: [B] int32, how many; 0 for sequences that commit nothing in this step.
+    """
+
+    token: jax.Array
+    hidden: jax.Array
+    prefix: jax.Array
+    length: jax.Array
+
+
+class ChainNetwork(NamedTuple):
+    """A decoder whose stages run one by one.
+
+    Attributes:
+      vocab_size: V.
+      depths: x_1 < ... < x_K = L.
+      embed: (token [B], position [B]) -> hidden [B, D].
+      run: (memory, stage, hidden [B, n, D], start [B]) -> (hidden, fresh): n rows at consecutive positions through one
+        stage; each sees the positions before `start` and the rows up to itself. Leaves of `fresh` have the rows on the
+        last axis but one.
+      write: (memory, stage, fresh, start [B], where [B] bool) -> memory: the sequences of `where` take up n rows from
+        `start` on; rows that are not there yet may be anything, they are written again before they are read.
+      commit: (memory, Path) -> memory: for what exits remember of the committed prefix.
+      final: hidden [M, D] -> logits [M, V] float32.
+      exits: None for K = 1.
+    """
+
+    vocab_size: int
+    depths: tuple[int, ...]
+    embed: Callable[[jax.Array, jax.Array], jax.Array]
+    run: Callable[..., tuple[jax.Array, Any]]
+    write: Callable[..., Any]
+    commit: Callable[[Any, Path], Any]
+    final: Callable[[jax.Array], jax.Array]
+    exits: ChainExits | None
+
+
+class Verified(NamedTuple):
+    """What a round has shown; rows 0 .. count - 1 are those whose prefix is right.
+
+    Attributes:
+      where: [B] bool, the sequences whose round ends in this step.
+      count: [B] int32.
+      final: [B, R] int32, the last layer's token after each row.
+      shadow: [K - 1, B, R] int32, each exit's; zeros unless the policy has `shadows`.
+      confidence: [K - 1, B, R] float32, the probability that the exit gave it.
+    """
+
+    where: jax.Array
+    count: jax.Array
+    final: jax.Array
+    shadow: jax.Array
+    confidence: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """When to draft. This one drafts at the first exit until `draft_length` tokens wait.
+
+    A confidence is the probability of the token that an exit gives: of its softmax over logits, divided by the
+    temperature and with the position's noise added where tokens are sampled, as the choice itself is made.
+
+    Attributes:
+      draft_length: at most so many tokens a round, R - 1.
+    """
+
+    draft_length: int
+    shadows: ClassVar[bool] = False
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.draft_length + 1
+
+    def begin(self, batch: int) -> Any:
+        """What is known before the first round: a pytree of arrays with a leading axis B."""
+        del batch
+        return ()
+
+    def asks(self, known: Any, exit_index: jax.Array, drafted: jax.Array) -> jax.Array:
+        """[B] bool: whether to ask the exit [B] that the newest row has reached, with `drafted` [B] tokens waiting."""
+        del known, exit_index
+        return drafted >= 0
+
+    def drafts(self, known: Any, exit_index: jax.Array, drafted: jax.Array, confidence: jax.Array) -> jax.Array:
+        """[B] bool: whether to take the token that the exit gives with this confidence [B]; the rest as of `asks`."""
+        del known, exit_index, drafted
+        return confidence >= 0
+
+    def learn(self, known: Any, verified: Verified) -> Any:
+        """What is known after a round; must not change sequences outside `verified.where`."""
+        del verified
+        return known
+
+    def born_at(self, born_at: jax.Array, verified: Verified) -> jax.Array:
+        """`exits` [B, R] of the tokens after each row, given where they were drafted (K where not)."""
+        del verified
+        return born_at
+
+
+class ChainState(NamedTuple):
+    """All that is carried from step to step.
+
+    Attributes:
+      tick: int32, steps since the start, the same for all sequences: a stage of the newest row each.
+      stage: [B] int32, what the newest row runs next.
+      newest: [B] int32 row, and how many tokens the round has drafted.
+      token: [B, R] int32.
+      drafted_at: [B, R] int32, the exit 1..K-1 that gave each row but the root.
+      progress: [B, R] int32.
+      states: [K, B, R, D].
+      prefix: [B] int32, position of the root, and the number of committed positions.
+      spent: [B, 2] int32, layers run one after the other and tokens drafted so far.
+      known: the policy's own.
+      memory: the network's own.
+      noise: None when greedy.
+      record: what has been emitted; its `ticks` are rounds.
+    """
+
+    tick: jax.Array
+    stage: jax.Array
+    newest: jax.Array
+    token: jax.Array
+    drafted_at: jax.Array
+    progress: jax.Array
+    states: jax.Array
+    prefix: jax.Array
+    spent: jax.Array
+    known: Any
+    memory: Any
+    noise: Noise | None
+    record: Record
+
+    @property
+    def rows(self) -> ChainRows:
+        """As the exits see them."""
+        position = self.prefix[:, None] + jnp.arange(self.token.shape[1])[None]
+        return ChainRows(self.token, position, self.progress, self.states)
+
+
+def init(
+    network: ChainNetwork,
+    memory: Any,
+    first_token: jax.Array,
+    position: jax.Array,
+    *,
+    policy: Policy,
+    capacity: int,
+    limits: Limits,
+    sampling: Sampling | None = None,
+) -> ChainState:
+    """The state before the first step.
+
+    Args:
+      network: the callables of one model.
+      memory: what its prefill left, with room for 2 R positions past the last token.
+      first_token: [B] int32, token 0 as the prefill chose it.
+      position: [B] int32, its absolute position (the prompt's length).
+      policy: when to draft.
+      capacity: T.
+      limits: when a sequence ends.
+      sampling: None for greedy.
+    """
+    batch, rows = first_token.shape[0], policy.rows
+    hidden = jax.eval_shape(network.embed, first_token, position)
+    blank = jnp.zeros((batch, rows), jnp.int32)
+    noise = None
+    if sampling is not None:
+        noise = Noise(jnp.zeros((batch, rows, network.vocab_size), jnp.float32), position)
+    record = begin(first_token, capacity, limits)
+    return ChainState(
+        tick=jnp.int32(0),
+        stage=jnp.zeros(batch, jnp.int32),
+        newest=jnp.zeros(batch, jnp.int32),
+        token=blank.at[:, 0].set(first_token),
+        drafted_at=blank,
+        progress=blank,
+        states=jnp.zeros((len(network.depths), batch, rows, hidden.shape[-1]), hidden.dtype),
+        prefix=position,
+        spent=jnp.zeros((batch, 2), jnp.int32),
+        known=policy.begin(batch),
+        memory=memory,
+        noise=noise,
+        record=record._replace(spent=jnp.zeros((*record.tokens.shape, 2), jnp.int32)),
+    )
+
+
+def step(
+    network: ChainNetwork, state: ChainState, limits: Limits, sampling: Sampling | None = None, *, policy: Policy
+) -> ChainState:
+    """The newest row of every sequence that is not done runs one stage, and drafts, climbs on or is verified."""
+    last = len(network.depths) - 1
+    active, stage = ~state.record.done, state.stage
+    noise = make_noise(state.noise, sampling, state.prefix + state.newest + 1, network.vocab_size)
+    state = state._replace(tick=state.tick + 1, noise=noise)
+    for k in range(last + 1):
+        state = _run_stage(network, state, k, active & (stage == k))
+    drafting, token = _draft(network, state, active & (stage < last), limits, sampling, policy)
+    verifying = active & (stage == last)
+    batch = jnp.arange(stage.shape[0])
+    child = jnp.where(drafting, state.newest + 1, state.token.shape[1])
+    state = state._replace(
+        stage=jnp.where(drafting, 0, jnp.where(active & ~verifying, stage + 1, stage)),
+        newest=state.newest + drafting,
+        token=state.token.at[batch, child].set(token, mode="drop"),
+        drafted_at=state.drafted_at.at[batch, child].set(stage + 1, mode="drop"),
+        spent=state.spent.at[:, 1].add(drafting),
+    )
+    return _verify(network, state, verifying, limits, sampling, policy)
+
+
+def run(
+    network: ChainNetwork,
+    state: ChainState,
+    limits: Limits,
+    sampling: Sampling | None = None,
+    *,
+    policy: Policy,
+    until_tick: jax.Array | None = None,
+) -> ChainState:
+    """Steps under one lax.while_loop until every sequence is done, or until `until_tick` (int32 scalar)."""
+    return until_done(lambda s: step(network, s, limits, sampling, policy=policy), state, until_tick)
+
+
+def _run_stage(network: ChainNetwork, state: ChainState, stage: int, where: jax.Array) -> ChainState:
+    """The newest row of the sequences in `where`, and the rows that wait at its depth, through one stage."""
+    batch, rows = state.token.shape
+    first = jnp.sum(state.progress > stage, axis=1, dtype=jnp.int32)
+    count = jnp.where(where, state.newest + 1 - first, 0)
+    chosen = jnp.minimum(first[:, None] + jnp.arange(rows)[None], rows - 1)
+    start = state.prefix + first
+
+    def entering(width: int) -> jax.Array:
+        if stage > 0:
+            return jnp.take_along_axis(state.states[stage - 1], chosen[:, :width, None], axis=1)
+        token = jnp.take_along_axis(state.token, state.newest[:, None], axis=1)[:, 0]
+        return network.embed(token, state.prefix + state.newest)[:, None].astype(state.states.dtype)
+
+    def run_rows(width: int) -> Any:
+        if width == 0:
+            whole = jax.ShapeDtypeStruct((batch, rows, state.states.shape[-1]), state.states.dtype)
+            shapes = jax.eval_shape(lambda x: network.run(state.memory, stage, x, start), whole)
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.tree.map(lambda leaf: _pad(leaf, rows), network.run(state.memory, stage, entering(width), start))
+
+    # The first stage runs the newest row alone; on a CPU what lies between one and eight rows costs the same.
+    counts = sorted({0, 1} if stage == 0 else {0, 1, rows})
+    hidden, fresh = climb(jnp.max(count), counts, run_rows)
+    memory = network.write(state.memory, stage, fresh, start, where)
+    ran = jnp.arange(rows)[None] < count[:, None]
+    place = jnp.where(ran, first[:, None] + jnp.arange(rows)[None], rows)
+    sequence = jnp.arange(batch)[:, None]
+    taken = state.states[stage].at[sequence, place].set(hidden, mode="drop")
+    depth = network.depths[stage] - (network.depths[stage - 1] if stage else 0)
+    return state._replace(
+        memory=memory,
+        states=state.states.at[stage].set(taken),
+        progress=state.progress.at[sequence, place].set(stage + 1, mode="drop"),
+        spent=state.spent.at[:, 0].add(depth * where),
+    )
+
+
+def _draft(
+    network: ChainNetwork,
+    state: ChainState,
+    where: jax.Array,
+    limits: Limits,
+    sampling: Sampling | None,
+    policy: Policy,
+) -> tuple[jax.Array, jax.Array]:
+    """(which sequences draft [B] bool, the tokens [B] int32)."""
+    exits, batch = network.exits, where.shape[0]
+    if exits is None or policy.draft_length == 0:
+        return jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)
+    newest, exit_index = state.newest, jnp.minimum(state.stage, len(network.depths) - 2)
+    # A round emits one token more than it drafts.
+    room = (newest < policy.draft_length) & (newest + 2 <= limits.max_new_tokens - state.record.lengths)
+    asked = where & room & policy.asks(state.known, exit_index, newest)
+
+    def ask() -> tuple[jax.Array, jax.Array]:
+        features = exits.newest(state.memory, state.rows, newest, exit_index)
+        noise = None if state.noise is None else noise_at(state.noise, (state.prefix + newest + 1)[:, None])[:, 0]
+        return _proposed(exits, features, sampling, noise)
+
+    nothing = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
+    token, confidence = jax.lax.cond(jnp.any(asked), ask, lambda: nothing)
+    # The row of a token that ends the sequence would serve nobody: the last layer gives that token itself.
+    ends = jnp.any(token[:, None] == limits.eos_ids[None], axis=1)
+    return asked & ~ends & policy.drafts(state.known, exit_index, newest, confidence), token
+
+
+def _proposed(
+    exits: ChainExits, features: jax.Array, sampling: Sampling | None, noise: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """What exits give for features [N, D'] under noise [N, V]: (tokens [N] int32, their confidence [N] float32)."""
+    if noise is not None and exits.vocabulary is not None:
+        noise = noise[:, exits.vocabulary]
+    adjusted = scores(exits.logits(features), sampling, noise)
+    column = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    log_all = jax.nn.logsumexp(adjusted, axis=-1)
+    if exits.rest is not None:
+        rest = exits.rest(features)
+        log_all = jnp.logaddexp(log_all, rest if sampling is None else rest / sampling.temperature)
+    confidence = jnp.exp(jnp.take_along_axis(adjusted, column[:, None], axis=-1)[:, 0] - log_all)
+    return column if exits.vocabulary is None else exits.vocabulary[column], confidence
+
+
+def _verify(
+    network: ChainNetwork,
+    state: ChainState,
+    where: jax.Array,
+    limits: Limits,
+    sampling: Sampling | None,
+    policy: Policy,
+) -> ChainState:
+    """Emits what the last layer confirms and one token more; the sequences of `where` begin a new round."""
+    # Memory and states stay outside: a branch that returned them would copy them.
+    small = state._replace(memory=(), noise=None, states=())
+    settled, count = jax.lax.cond(
+        jnp.any(where),
+        lambda: _settle(network, state, small, where, limits, sampling, policy),
+        lambda: (small, jnp.zeros_like(state.newest)),
+    )
+    memory = network.commit(state.memory, Path(state.token, state.states[-1], state.prefix, count))
+    return settled._replace(memory=memory, noise=state.noise, states=state.states)
+
+
+def _settle(
+    network: ChainNetwork,
+    state: ChainState,
+    small: ChainState,
+    where: jax.Array,
+    limits: Limits,
+    sampling: Sampling | None,
+    policy: Policy,
+) -> tuple[ChainState, jax.Array]:
+    """`_verify` without memory, noise and states, and how many rows [B] to commit."""
+    batch, rows = state.token.shape
+    place = jnp.arange(rows)[None]
+    noise = None if state.noise is None else noise_at(state.noise, state.rows.position + 1)
+
+    def last_layer(width: int) -> jax.Array:
+        hidden = state.states[-1][:, :width].reshape(batch * width, -1)
+        of_rows = None if noise is None else noise[:, :width].reshape(batch * width, -1)
+        token = choose(network.final(hidden), sampling, of_rows)[0].reshape(batch, width)
+        return jnp.pad(token, [(0, 0), (0, rows - width)])
+
+    used = jnp.max(jnp.where(where, state.newest + 1, 1))
+    final = climb(used, sorted({1, rows}), last_layer)
+    right = (state.token[:, 1:] == final[:, :-1]) & (place[:, 1:] <= state.newest[:, None])
+    accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
+    count = jnp.where(where, accepted + 1, 0)
+    verified = Verified(where, count, final, *_shadows(network, state, sampling, noise, policy))
+
+    stages = len(network.depths)
+    drafted_at = jnp.concatenate([state.drafted_at[:, 1:], jnp.full((batch, 1), stages, jnp.int32)], axis=1)
+    born_at = policy.born_at(jnp.where(place < accepted[:, None], drafted_at, stages), verified)
+
+    def emit_one(record: Record, row: Any) -> tuple[Record, None]:
+        i, token, exit_number = row
+        here = (i < count) & ~record.done
+        at = jnp.where(here, record.lengths, record.tokens.shape[1])
+        assert record.spent is not None
+        spent = record.spent.at[jnp.arange(batch), at].set(state.spent, mode="drop")
+        return emit(record, token, exit_number, here, limits)._replace(spent=spent), None
+
+    record, _ = jax.lax.scan(emit_one, state.record, (jnp.arange(rows), final.T, born_at.T))
+    record = record._replace(ticks=state.record.ticks + where)
+
+    root = jnp.take_along_axis(final, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    small = small._replace(
+        stage=jnp.where(where, 0, state.stage),
+        newest=jnp.where(where, 0, state.newest),
+        token=state.token.at[:, 0].set(jnp.where(where, root, state.token[:, 0])),
+        progress=jnp.where(where[:, None], 0, state.progress),
+        prefix=state.prefix + count,
+        known=policy.learn(state.known, verified),
+        record=record,
+    )
+    return small, count
+
+
+def _shadows(
+    network: ChainNetwork, state: ChainState, sampling: Sampling | None, noise: jax.Array | None, policy: Policy
+) -> tuple[jax.Array, jax.Array]:
+    """What every exit gives for every row: (tokens, confidence), both [K - 1, B, R]."""
+    exits, stages = network.exits, len(network.depths)
+    batch, rows = state.token.shape
+    shape = (stages - 1, batch, rows)
+    if exits is None or not policy.shadows:
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    of_rows = None if noise is None else noise.reshape(batch * rows, -1)
+    # One exit at a time: the logits of all would be by far the largest array here.
+    found = jax.lax.map(
+        lambda features: _proposed(exits, features, sampling, of_rows), exits.shadows(state.memory, state.rows)
+    )
+    return found[0].reshape(shape), found[1].reshape(shape)
+
+
+def _pad(leaf: jax.Array, rows: int) -> jax.Array:
+    """Fills the last axis but one with zeros up to `rows`."""
+    padding = [(0, 0)] * leaf.ndim
+    padding[-2] = (0, rows - leaf.shape[-2])
+    return jnp.pad(leaf, padding)

@@ -1,0 +1,159 @@
+"""The transformer and its exits as the callables of chains.
+
+Letters: B sequences, R rows of a chain, n of them at a time, K stages, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dex_jax.config import ExitsConfig
+from dex_jax.decoding.chain import ChainExits, ChainNetwork, ChainRows, Path
+from dex_jax.decoding.network import run_rows, write_layers
+from dex_jax.decoding.trained_exits import EMPTY_ENTRY, ExitArrays, read_chunk, shared_columns
+from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph
+from dex_jax.nn.layers import KeyValues
+from dex_jax.nn.transformer import Transformer, stage_ranges
+
+
+def chain_network(
+    model: Transformer, depths: tuple[int, ...], config: ExitsConfig | None, arrays: ExitArrays | None
+) -> ChainNetwork:
+    """The callables of `model`.
+
+    Args:
+      model: any layout, whatever depths it may be stacked for.
+      depths: x_1 < ... < x_K = L.
+      config, arrays: of trained exits at x_1 .. x_{K-1}; None for the model's own final norm and unembedding.
+    """
+    stages = stage_ranges(depths)
+
+    def run(memory: Any, stage: int, hidden: jax.Array, start: jax.Array) -> Any:
+        batch, rows = hidden.shape[:2]
+        position = start[:, None] + jnp.arange(rows)[None]
+        causal = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
+        return run_rows(model, memory, hidden, position, causal, start, stages[stage])
+
+    def write(memory: Any, stage: int, fresh: Any, start: jax.Array, where: jax.Array) -> Any:
+        rows = jax.tree.leaves(fresh)[0].shape[-2]
+        nowhere = jax.tree.leaves(memory.keys)[0].shape[-2] - rows  # the cache's end belongs to nobody
+        # A write may be known to come last only once every row has read.
+        read = jax.tree.leaves(fresh)[-1]
+        return write_layers(model, memory, fresh, jnp.where(where, start, nowhere), stages[stage], read)
+
+    def commit(memory: Any, path: Path) -> Any:
+        if config is None or arrays is None or not config.needs_previous:
+            return memory
+        ends = path.prefix + path.length
+        taken = jax.lax.cond(
+            jnp.any(path.length > 0),
+            lambda: read_chunk(model, config, arrays, memory.exits, path.token, path.hidden, path.prefix, ends),
+            lambda: memory.exits,
+        )
+        return memory._replace(exits=taken)
+
+    exits = None
+    if len(depths) > 1:
+        exits = _shared(model) if config is None or arrays is None else _trained(model, config, arrays)
+    return ChainNetwork(
+        vocab_size=model.config.vocab_size,
+        depths=depths,
+        embed=lambda token, position: model.embed_tokens(jnp.maximum(token, 0)),
+        run=run,
+        write=write,
+        commit=commit,
+        final=model.logits,
+        exits=exits,
+    )
+
+
+def _shared(model: Transformer) -> ChainExits:
+    def newest(memory: Any, rows: ChainRows, row: jax.Array, exit_index: jax.Array) -> jax.Array:
+        return model.normed(_state(rows, row, exit_index))
+
+    def shadows(memory: Any, rows: ChainRows) -> jax.Array:
+        states = rows.states[:-1]
+        return model.normed(states).reshape(states.shape[0], -1, states.shape[-1])
+
+    return ChainExits(newest, shadows, model.unembedding)
+
+
+def _trained(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -> ChainExits:
+    heads = nnx.merge(exit_graph(config), arrays.parameters)
+
+    def newest(memory: Any, rows: ChainRows, row: jax.Array, exit_index: jax.Array) -> jax.Array:
+        own = _state(rows, row, exit_index)[:, None]
+        chosen = _heads_of(config, arrays, exit_index)
+        if not config.needs_previous:
+            return chosen.features(own, None, None)[:, 0]
+        above = jnp.maximum(row - 1, 0)
+        waits_at = jnp.take_along_axis(rows.progress, above[:, None], axis=1)[:, 0] - 1
+        parent = _state(rows, above, waits_at)
+        # The parent waits at an exit: what that exit estimates, or the last layer's own where it has got there.
+        estimate = _heads_of(config, arrays, waits_at).base(parent[:, None])[:, 0]
+        before = jnp.where((row == 0)[:, None], memory.exits.previous, estimate)
+        context = None
+        if heads.context is not None:
+            token, position = (jnp.take_along_axis(x, row[:, None], axis=1) for x in (rows.token, rows.position))
+            context = _context(model, heads.context, memory.exits.context, token, position, before[:, None])
+        return chosen.features(own, before[:, None], context)[:, 0]
+
+    def shadows(memory: Any, rows: ChainRows) -> jax.Array:
+        states = rows.states[:-1]
+        exits, batch, count, width = states.shape
+        flat = states.reshape(exits, batch * count, width)
+        if not config.needs_previous:
+            return heads.features(flat, None, None)
+        base = heads.base(flat)
+        committed = jnp.broadcast_to(memory.exits.previous[None, :, None], (exits, batch, 1, width))
+        before = jnp.concatenate([committed, base.reshape(states.shape)[:, :, :-1]], axis=2)
+        context = None
+        if heads.context is not None:
+            context = jax.lax.map(
+                lambda b: _context(model, heads.context, memory.exits.context, rows.token, rows.position, b), before
+            ).reshape(flat.shape)
+        return heads.features(flat, before.reshape(flat.shape), context, base)
+
+    logits, rest = shared_columns(model, arrays)
+    return ChainExits(newest, shadows, logits, arrays.vocabulary, rest)
+
+
+def _state(rows: ChainRows, row: jax.Array, exit_index: jax.Array) -> jax.Array:
+    """States of one row a sequence after stage `exit_index` [B]: [B, D]."""
+    return rows.states[exit_index, jnp.arange(row.shape[0]), row]
+
+
+def _heads_of(config: ExitsConfig, arrays: ExitArrays, exit_index: jax.Array) -> ExitHeads:
+    """The exits `exit_index` [B] as B heads, so that each sequence's own reads its own row."""
+    batch = exit_index.shape[0]
+    graph = exit_graph(dataclasses.replace(config, depths=tuple(range(1, batch + 1))))
+
+    def chosen(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf if getattr(path[0], "key", None) == "context" else leaf[exit_index]
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(chosen, arrays.parameters))
+
+
+def _context(
+    model: Transformer,
+    layer: Context,
+    memory: ContextMemory,
+    token: jax.Array,
+    position: jax.Array,
+    before: jax.Array,
+) -> jax.Array:
+    """The context layer over rows beside the committed window, as the lattice's nodes see it.
+
+    token, position: [B, n] int32; before: [B, n, D], features of the position before. Returns [B, n, D].
+    """
+    batch, count = token.shape
+    entered = layer.enter_rows(model.embed_tokens(jnp.maximum(token, 0)), before)
+    entries = memory.position[:, None, :]
+    visible = (entries != EMPTY_ENTRY) & (position[:, :, None] - entries <= layer.config.window)
+    among = jnp.broadcast_to(jnp.eye(count, dtype=bool)[None], (batch, count, count))
+    return layer.output(entered, position, KeyValues(memory.keys, memory.values, visible), among)

@@ -1,0 +1,182 @@
+"""DEL, dynamic exit layer (Entezari Zarch et al., COLM 2025, arXiv 2504.05598): LayerSkip that chooses (d, g) itself.
+
+Letters: B sequences, X = K - 1 exits, R rows, g draft length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dex_jax.decoding.chain import Policy, Verified
+from dex_jax.decoding.methods import Dex, Schedule, whole_number
+from dex_jax.errors import DexError
+
+QUARTERS = 4
+"""Shadow tokens are counted apart by how sure the exit was: up to 1/4, up to 1/2, and so on."""
+
+PRIOR = 3.0
+"""As many rows are thought to have been seen at each exit and quarter, with exits as often right as they were sure."""
+
+
+class Seen(NamedTuple):
+    """What shadow tokens have shown, older rounds counting less, and what follows for the next round.
+
+    Attributes:
+      rows: [B] float32, how many rows were verified.
+      given, right: [B, X, QUARTERS] float32, how many tokens each exit gave, and how many of them were right.
+      open, kept: [B, X] float32, in how many rows it paid to draft, and the token was right as well.
+      exit, length: [B] int32, where to draft next and how many tokens.
+      rate: [B] float32, the tokens a layer that this promises.
+    """
+
+    rows: jax.Array
+    given: jax.Array
+    right: jax.Array
+    open: jax.Array
+    kept: jax.Array
+    exit: jax.Array
+    length: jax.Array
+    rate: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamic(Policy):
+    """Drafts at the exit, and as many tokens, that promise most tokens a layer."""
+
+    depths: tuple[int, ...]
+    decay: float
+    confidence: bool
+    shadows: ClassVar[bool] = True
+
+    def begin(self, batch: int) -> Seen:
+        """One row in which no exit was right, so that the first round drafts nothing."""
+        none = jnp.zeros((batch, len(self.depths) - 1), jnp.float32)
+        apart, nowhere = jnp.zeros((*none.shape, QUARTERS), jnp.float32), jnp.zeros(batch, jnp.int32)
+        rate = jnp.full(batch, 1 / self.depths[-1], jnp.float32)
+        return Seen(jnp.ones(batch, jnp.float32), apart, apart, none, none, nowhere, nowhere, rate)
+
+    def asks(self, known: Seen, exit_index: jax.Array, drafted: jax.Array) -> jax.Array:
+        """As of Policy."""
+        return (exit_index == known.exit) & (drafted < known.length)
+
+    def drafts(self, known: Seen, exit_index: jax.Array, drafted: jax.Array, confidence: jax.Array) -> jax.Array:
+        """As of Policy."""
+        if not self.confidence:
+            return confidence >= 0
+        at = jnp.arange(exit_index.shape[0]), exit_index
+        precision = known.kept[at] / jnp.maximum(known.open[at], 1e-6)
+        chance = self._chance(known)[(*at, _quarter(confidence))] * precision ** drafted.astype(jnp.float32)
+        return chance >= self._price(known)[at]
+
+    def learn(self, known: Seen, verified: Verified) -> Seen:
+        """As of Policy."""
+        batch, rows = verified.final.shape
+        true = (jnp.arange(rows)[None] < verified.count[:, None])[:, None]
+        right = jnp.swapaxes(verified.shadow == verified.final[None], 0, 1) & true
+        quarter = jnp.swapaxes(_quarter(verified.confidence), 0, 1)
+        pays = jnp.broadcast_to(true, right.shape)
+        if self.confidence:
+            paying = self._chance(known) >= self._price(known)[..., None]
+            pays = jnp.take_along_axis(paying, quarter, axis=2) & true
+        of_quarter = quarter[..., None] == jnp.arange(QUARTERS)[None, None, None]
+
+        def more(old: jax.Array, what: jax.Array) -> jax.Array:
+            return self.decay * old + jnp.sum(what, axis=2, dtype=jnp.float32)
+
+        seen = Seen(
+            rows=self.decay * known.rows + verified.count,
+            given=more(known.given, of_quarter & true[..., None]),
+            right=more(known.right, of_quarter & right[..., None]),
+            open=more(known.open, pays),
+            kept=more(known.kept, pays & right),
+            exit=known.exit,
+            length=known.length,
+            rate=known.rate,
+        )
+        seen = self._best(seen)
+
+        def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(verified.where.reshape((batch,) + (1,) * (new.ndim - 1)), new, old)
+
+        return jax.tree.map(chosen, seen, known)
+
+    def _chance(self, seen: Seen) -> jax.Array:
+        """How likely a token of each exit and quarter is right: [B, X, QUARTERS]."""
+        middle = (jnp.arange(QUARTERS, dtype=jnp.float32)[None, None] + 0.5) / QUARTERS
+        return (seen.right + PRIOR * middle) / (seen.given + PRIOR)
+
+    def _price(self, seen: Seen) -> jax.Array:
+        """The tokens that the layers of one draft would bring otherwise: [B, X]."""
+        return jnp.asarray(self.depths[:-1], jnp.float32)[None] * seen.rate[:, None]
+
+    def _best(self, seen: Seen) -> Seen:
+        """Exit and draft length of most tokens a layer."""
+        kept, opened = seen.kept / seen.rows[:, None], seen.open / seen.rows[:, None]
+        depth = jnp.asarray(self.depths[:-1], jnp.float32)[None]
+        tokens, layers = jnp.ones_like(kept), jnp.full_like(kept, self.depths[-1])
+        kept_all, open_all, rates = kept, opened, [tokens / layers]
+        for _ in range(self.draft_length):
+            tokens, layers = tokens + kept_all, layers + depth * open_all
+            rates.append(tokens / layers)
+            kept_all, open_all = kept_all * kept, open_all * opened
+        promises = jnp.stack(rates, axis=1).reshape(kept.shape[0], -1)
+        best, exits = jnp.argmax(promises, axis=1).astype(jnp.int32), kept.shape[1]
+        return seen._replace(exit=best % exits, length=best // exits, rate=jnp.max(promises, axis=1))
+
+
+def _quarter(confidence: jax.Array) -> jax.Array:
+    return jnp.minimum((confidence * QUARTERS).astype(jnp.int32), QUARTERS - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DEL:
+    """LayerSkip whose exit and draft length are chosen anew for every round, by what the exits would have given so far.
+
+    Verified rows are asked at every exit ("shadow tokens"). With a the share that an exit had right, its round of g
+    drafts promises (1 + a + .. + a^g) / (g d + L) tokens a layer; the best (d, g) drafts next, g = 0 among them.
+
+    The confidence rule ends a draft early: a token is drafted only if its chance of being kept, learnt from shadow
+    tokens of which the exit was as sure, is worth more than what d layers bring otherwise. Then the promise counts what
+    the rule lets through: with o the share of tokens that pass it and s of those that pass and are right, it is (1 + s
+    + .. + s^g) / (L + d (o + .. + o^g)), the same thing where all pass. The paper ends drafts by confidence too; this
+    form of the rule is the project's own.
+
+    Attributes:
+      explorers: K, an even grid of exits as in Dex.
+      depths: exit depths to choose from, ascending and ending at L. When neither is given, wherever exits stand: at
+        every depth for "shared" ones, at all trained depths otherwise.
+      draft_length: the largest g.
+      decay: how much a round counts less with each one after it, above 0 and at most 1.
+      confidence: whether the confidence rule is on.
+    """
+
+    explorers: int | None = None
+    depths: tuple[int, ...] | None = None
+    draft_length: int = 8
+    decay: float = 0.98
+    confidence: bool = True
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether the depths are those of the exits."""
+        return self.explorers is None and self.depths is None
+
+    def schedule_for(self, num_layers: int) -> Schedule:
+        """The schedule for a model of L = num_layers.
+
+        Raises:
+          DexError: a decay out of range, no token to draft, or depths as Dex refuses them.
+        """
+        whole_number(draft_length=self.draft_length)
+        if not 0 < self.decay <= 1:
+            raise DexError(f"DEL's decay lies above 0 and is at most 1, not {self.decay}")
+        explorers = num_layers if self.everywhere else self.explorers
+        depths = Dex(explorers, self.depths, rows=1, schedule="parallel").schedule_for(num_layers).depths
+        if len(depths) == 1:
+            raise DexError("DEL needs an exit to draft at: give explorers of 2 or more, or depths below the last layer")
+        policy = Dynamic(self.draft_length, depths, float(self.decay), self.confidence)
+        return Schedule("del", depths, policy.rows, decs=False, policy=policy)

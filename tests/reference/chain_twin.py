@@ -1,0 +1,207 @@
+"""Methods that draft on a chain once more, slowly: a list of drafted tokens, one sequence at a time.
+
+Written from the descriptions of the methods, to be compared with the library's chains. The model is that of the twin of
+DEX (reference.twin): logits(tokens, stage) and vocabulary(stage), and knows no cache, so nothing can be left over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from reference.filters import filter_logits
+from reference.twin import Draws, final_token
+
+ONE, ZERO = np.float32(1), np.float32(0)
+
+
+@dataclasses.dataclass
+class ChainRun:
+    """What a run did; costs are those of all rounds up to the one that gave the last token."""
+
+    tokens: list[int]
+    exits: list[int]
+    rounds: int = 0
+    layer_steps: int = 0
+    drafted: int = 0
+    closest: float = 1.0  # how near a confidence has come to what it was compared with
+
+
+@dataclasses.dataclass(frozen=True)
+class Shadow:
+    """What the exits give after one verified row: tokens, confidences, and what the last layer gives."""
+
+    tokens: list[int]
+    confidences: list[float]
+    final: int
+
+
+class Fixed:
+    """Drafts at every exit it comes to."""
+
+    shadows = False
+
+    def asks(self, exit_number: int, drafted: int) -> bool:
+        return True
+
+    def drafts(self, exit_number: int, drafted: int, confidence: float) -> bool:
+        return True
+
+    def edges(self) -> list[float]:
+        """Confidences at which a decision turns."""
+        return []
+
+    def learn(self, round_: list[Shadow]) -> None:
+        pass
+
+
+class Sure(Fixed):
+    """Drafts where the exit is sure enough."""
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+
+    def drafts(self, exit_number: int, drafted: int, confidence: float) -> bool:
+        return confidence >= self.threshold
+
+    def edges(self) -> list[float]:
+        return [self.threshold]
+
+
+class Dynamic(Fixed):
+    """Drafts at the exit, and as many tokens, that promise most tokens a layer; in float32, as the library counts."""
+
+    shadows = True
+
+    def __init__(self, depths: Sequence[int], draft_length: int, decay: float, confidence: bool):
+        self.depths, self.draft_length, self.decay = depths, draft_length, np.float32(decay)
+        self.confidence = confidence
+        exits = range(len(depths) - 1)
+        self.rows, self.rate = ONE, ONE / np.float32(depths[-1])
+        self.given, self.right = ([[ZERO] * 4 for _ in exits] for _ in "12")
+        self.open, self.kept = [ZERO for _ in exits], [ZERO for _ in exits]
+        self.exit, self.length = 1, 0
+
+    def edges(self) -> list[float]:
+        return [0.25, 0.5, 0.75] if self.confidence else []
+
+    def asks(self, exit_number: int, drafted: int) -> bool:
+        return exit_number == self.exit and drafted < self.length
+
+    def drafts(self, exit_number: int, drafted: int, confidence: float) -> bool:
+        k = exit_number - 1
+        precision = self.kept[k] / max(self.open[k], np.float32(1e-6))
+        return self.pays(k, confidence, precision ** np.float32(drafted))
+
+    def pays(self, k: int, confidence: float, precision: np.float32 = ONE) -> bool:
+        if not self.confidence:
+            return True
+        quarter = min(int(confidence * 4), 3)
+        middle = np.float32((quarter + 0.5) / 4)
+        chance = (self.right[k][quarter] + 3 * middle) / (self.given[k][quarter] + 3)
+        return bool(chance * precision >= np.float32(self.depths[k]) * self.rate)
+
+    def learn(self, round_: list[Shadow]) -> None:
+        self.rows = self.decay * self.rows + np.float32(len(round_))
+        for k in range(len(self.depths) - 1):
+            paid = [s.tokens[k] == s.final for s in round_ if self.pays(k, s.confidences[k])]
+            self.open[k] = self.decay * self.open[k] + np.float32(len(paid))
+            self.kept[k] = self.decay * self.kept[k] + np.float32(sum(paid))
+            for quarter in range(4):
+                some = [s.tokens[k] == s.final for s in round_ if min(int(s.confidences[k] * 4), 3) == quarter]
+                self.given[k][quarter] = self.decay * self.given[k][quarter] + np.float32(len(some))
+                self.right[k][quarter] = self.decay * self.right[k][quarter] + np.float32(sum(some))
+        promises = []
+        for g in range(self.draft_length + 1):
+            for k, depth in enumerate(self.depths[:-1]):
+                kept, opened = self.kept[k] / self.rows, self.open[k] / self.rows
+                tokens, layers = ONE, np.float32(self.depths[-1])
+                kept_all, opened_all = kept, opened
+                for _ in range(g):
+                    tokens, layers = tokens + kept_all, layers + np.float32(depth) * opened_all
+                    kept_all, opened_all = kept_all * kept, opened_all * opened
+                promises.append((tokens / layers, -g, -k))
+        self.rate, g, k = max(promises)
+        self.exit, self.length = 1 - k, -g
+
+
+def given(model, tokens: Sequence[int], exit_number: int, draws: Draws | None) -> tuple[int, float]:
+    """(token of an exit after `tokens`, its confidence)."""
+    ids = list(model.vocabulary(exit_number))
+    scores = model.logits(tuple(tokens), exit_number).astype(np.float32)
+    if draws is not None:
+        scores = filter_logits(scores / np.float32(draws.temperature), draws.top_k, draws.top_p)
+        scores = scores + draws.noise(len(tokens))[ids]
+    column = int(np.argmax(scores))
+    wide = scores.astype(np.float64)
+    return ids[column], float(1 / np.exp(wide - wide[column]).sum())
+
+
+def chain_run(
+    model,
+    prompt: Sequence[int],
+    first: int,
+    *,
+    depths: Sequence[int],
+    policy: Fixed,
+    draft_length: int,
+    limit: int,
+    eos: Sequence[int] = (),
+    draws: Draws | None = None,
+) -> ChainRun:
+    """Decodes one sequence."""
+    stages = len(depths)
+    stage_layers = np.diff([0, *depths]).tolist()
+    run = ChainRun([first], [-1])
+
+    def ended() -> bool:
+        return run.tokens[-1] in eos or len(run.tokens) >= limit
+
+    while not ended():
+        run.rounds += 1
+        text = [*prompt, *run.tokens]
+        drafts: list[tuple[int, int]] = []  # token, exit
+        climbing, stage = True, 0
+        while climbing:
+            stage += 1
+            run.layer_steps += stage_layers[stage - 1]
+            if stage == stages:
+                climbing = False
+                continue
+            room = len(drafts) < draft_length and len(drafts) + 2 <= limit - len(run.tokens)
+            if not room or not policy.asks(stage, len(drafts)):
+                continue
+            token, confidence = given(model, [*text, *(t for t, _ in drafts)], stage, draws)
+            run.closest = min([run.closest, *(abs(confidence - edge) for edge in policy.edges())])
+            if token not in eos and policy.drafts(stage, len(drafts), confidence):
+                drafts.append((token, stage))
+                stage = 0
+        run.drafted += len(drafts)
+        shadows = []
+        for row in range(len(drafts) + 1):
+            before = [*text, *(t for t, _ in drafts[:row])]
+            final = final_token(model, before, stages, draws)
+            if policy.shadows:
+                pairs = [given(model, before, k, draws) for k in range(1, stages)]
+                apart = [abs(c - edge) for _, c in pairs for edge in policy.edges()]
+                run.closest = min([run.closest, *apart])
+                shadows.append(Shadow([t for t, _ in pairs], [c for _, c in pairs], final))
+            kept = row < len(drafts) and drafts[row][0] == final
+            if not ended():
+                run.tokens.append(final)
+                run.exits.append(drafts[row][1] if kept else stages)
+            if not kept:
+                break
+        policy.learn(shadows)
+    return run
+
+
+def earliest(model, prompt: Sequence[int], tokens: Sequence[int], *, stages: int, draws: Draws | None) -> list[int]:
+    """The first exit that gives each emitted token after its true prefix, K if none; -1 for token 0."""
+    found = [-1]
+    for i in range(1, len(tokens)):
+        before = [*prompt, *tokens[:i]]
+        right = [k for k in range(1, stages) if given(model, before, k, draws)[0] == tokens[i]]
+        found.append(min(right, default=stages))
+    return found

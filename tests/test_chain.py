@@ -1,0 +1,125 @@
+"""Chains in exact arithmetic against the slow twin: what is drafted where, what is kept, and what it costs."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from reference import chain_twin
+from reference.toy_chain import chain_toy
+from reference.toy_models import ToyModel, cached_tables, toy_prefill
+from reference.toy_runs import CAPACITY, QUICK_COMPILE, arrays, emitted, random_case, twin_draws
+from reference.twin import autoregressive
+
+from dex_jax.decoding import chain
+from dex_jax.decoding.adadecode import Sure
+from dex_jax.decoding.dynamic_exit import Dynamic
+from dex_jax.decoding.oracle import Hindsight
+from dex_jax.decoding.output import bound_of, rounds_of
+
+VOCABULARY, BATCH = 11, 3
+DEPTHS = (2, 3, 5, 9)
+METHODS = {
+    "layerskip": (chain.Policy(3), (4, 9), chain_twin.Fixed),
+    "adadecode": (Sure(4, 0.37), DEPTHS, lambda: chain_twin.Sure(0.37)),
+    "del": (Dynamic(4, DEPTHS, 0.9, True), DEPTHS, lambda: chain_twin.Dynamic(DEPTHS, 4, 0.9, True)),
+    "del, not so sure": (Dynamic(3, (2, 5, 9), 0.95, False), (2, 5, 9), lambda: not_so_sure()),
+    "oracle": (Hindsight(), DEPTHS, chain_twin.Fixed),
+}
+
+
+def not_so_sure() -> chain_twin.Dynamic:
+    return chain_twin.Dynamic((2, 5, 9), 3, 0.95, False)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "depths"), compiler_options=QUICK_COMPILE)
+def decode(tables, prompts, lengths, first, limits, sampling, *, policy, depths):
+    """The record after the library's own while_loop."""
+    memory = toy_prefill(tables, prompts, lengths, capacity=CAPACITY + 2 * policy.rows, slots=0)
+    network = chain_toy(tables, depths)
+    options = {"policy": policy, "limits": limits, "sampling": sampling}
+    state = chain.init(network, memory, first, lengths, capacity=CAPACITY, **options)
+    return chain.run(network, state, limits, sampling, policy=policy).record
+
+
+@pytest.mark.parametrize(
+    ("name", "sampled"),
+    [
+        ("layerskip", False),
+        ("adadecode", False),
+        ("adadecode", True),
+        ("del", False),
+        ("del", True),
+        ("del, not so sure", True),
+        ("oracle", True),
+    ],
+)
+def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, sampled) -> None:
+    policy, depths, make = METHODS[name]
+    stages = len(depths)
+    drafted = accepted = rejected = 0
+    for seed in range(6):
+        tables = cached_tables(seed, stages, VOCABULARY, openness=0.2, draft_size=9 if sampled else None)
+        model, case = ToyModel(tables), random_case(seed, BATCH, VOCABULARY, sampled=sampled)
+        draws = [twin_draws(case, row, VOCABULARY) for row in range(BATCH)]
+        plain = [
+            autoregressive(
+                model,
+                prompt,
+                stages=stages,
+                max_new_tokens=case.max_new_tokens[row],
+                eos_ids=case.eos_ids,
+                draws=draws[row],
+            )
+            for row, prompt in enumerate(case.prompts)
+        ]
+        record = decode(tables, *arrays(case, [tokens[0] for tokens in plain]), policy=policy, depths=depths)
+        record = jax.tree.map(np.asarray, record)
+        for row, prompt in enumerate(case.prompts):
+            twin = chain_twin.chain_run(
+                model,
+                prompt,
+                plain[row][0],
+                depths=depths,
+                policy=make(),
+                draft_length=policy.draft_length,
+                limit=case.max_new_tokens[row],
+                eos=case.eos_ids,
+                draws=draws[row],
+            )
+            assert twin.closest > 1e-6, "rounding decides here: choose another threshold"
+            tokens, exits = emitted(record, row)
+            assert tokens == twin.tokens == plain[row]
+            if name == "oracle":
+                expected = chain_twin.earliest(model, prompt, tokens, stages=stages, draws=draws[row])
+                assert exits == expected
+                assert twin.layer_steps == depths[-1] * (len(tokens) - 1)
+                continue
+            assert exits == twin.exits
+            assert record.ticks[row] == twin.rounds == rounds_of(record.exits[row], len(tokens), stages)
+            assert record.spent[row, len(tokens) - 1].tolist() == [twin.layer_steps, twin.drafted]
+            drafted += twin.drafted
+            accepted += sum(0 < exit_number < stages for exit_number in exits)
+            rejected += twin.drafted > sum(0 < exit_number < stages for exit_number in exits)
+    if name != "oracle":
+        assert drafted > accepted > 10, "nothing was right, or nothing wrong: this would test nothing"
+        assert rejected > 0
+
+
+def test_the_bound_is_below_what_any_chain_needs() -> None:
+    assert bound_of(np.array([-1, 1, 4, 2, -1]), 4, DEPTHS) == 2 + 9 + 9
+    assert bound_of(np.array([-1, 1]), 2, DEPTHS) == 9
+    assert bound_of(np.array([-1]), 1, DEPTHS) == 0
+    for seed in range(4):
+        tables = cached_tables(seed, len(DEPTHS), VOCABULARY, openness=0.2)
+        case = random_case(seed + 20, BATCH, VOCABULARY, sampled=False)
+        model = ToyModel(tables)
+        first = [autoregressive(model, prompt, stages=4, max_new_tokens=1)[0] for prompt in case.prompts]
+        record = decode(tables, *arrays(case, first), policy=Hindsight(), depths=DEPTHS)
+        other = decode(tables, *arrays(case, first), policy=METHODS["adadecode"][0], depths=DEPTHS)
+        for row in range(BATCH):
+            length = int(record.lengths[row])
+            bound = bound_of(np.asarray(record.exits[row]), length, DEPTHS)
+            assert bound <= int(other.spent[row, length - 1, 0])

@@ -1,0 +1,356 @@
+"""The methods that DEX is compared with, on small transformers: tokens of AR, exits of DEX, honest counts."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import twin
+from reference.small_models import LLAMA, LetterTokenizer, assert_same_tokens, ragged_prompts, small_model
+from reference.toy_models import ToyModel, cached_tables, toy_network, toy_prefill
+from reference.toy_runs import CAPACITY, QUICK_COMPILE, arrays, emitted, random_case, twin_draws
+
+import dex_jax
+from dex_jax import AR, DEL, AdaDecode, Dex, DexError, DexSingleExit, LayerSkip, Oracle
+from dex_jax.cli.arguments import method_of, parser
+from dex_jax.cli.display import summary
+from dex_jax.cli.records import json_record
+from dex_jax.config import ExitsConfig
+from dex_jax.decoding import loop, session
+from dex_jax.decoding.exits import resolve_method
+from dex_jax.decoding.output import bound_of, rounds_of, ticks_of
+from dex_jax.decoding.trained_exits import empty_memory, exit_arrays
+from dex_jax.evaluation.footprint import cache_length_for, footprint, nbytes, session_shapes
+from dex_jax.io.exits_file import TrainedExits
+from dex_jax.language_model import merge_model
+from dex_jax.nn.exits import exit_parameters
+
+METHODS = {
+    "layerskip": LayerSkip(exit=3, draft_length=3),
+    "adadecode": AdaDecode(depths=(1, 3, 4), threshold=0.2, draft_length=3),
+    "del": DEL(depths=(1, 3, 4), draft_length=3),
+    "oracle": Oracle(),
+    "dex-single-exit": DexSingleExit(explorers=4),
+}
+SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
+OPTIONS = {"greedy": {}, "sampled": SAMPLED}
+NEW_TOKENS = 32
+
+
+@functools.cache
+def model(config=LLAMA, layout=None):
+    return small_model(config, layout)
+
+
+@functools.cache
+def trained(kind: str) -> TrainedExits:
+    """Random exits near the model's own head, at depths 1 to 3."""
+    options = {"hidden": 12, "heads": 2, "head_dim": 8, "window": 5} if kind == "attn" else {"fused": True}
+    config = ExitsConfig(kind, (1, 2, 3), LLAMA.width, draft_size=40, **options)
+    rng = np.random.default_rng(1)
+    parameters = {}
+    for name, (shape, start) in exit_parameters(config).items():
+        scale = 0.3 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.1
+        parameters[name] = (rng.standard_normal(shape) * scale + (start in ("norm", "scale"))).astype(np.float32)
+    vocabulary = np.sort(rng.permutation(LLAMA.vocab_size)[:40]).astype(np.int32)
+    return TrainedExits(config, parameters, vocabulary, "0", {}, "random")
+
+
+def generated(lm, method, prompts, options, exits="shared", **more):
+    return dex_jax.generate(lm, prompts, method=method, exits=exits, max_new_tokens=NEW_TOKENS, **options, **more)
+
+
+@functools.cache
+def plain(how: str, count: int, config=LLAMA):
+    return generated(model(config), AR(), ragged_prompts(count), OPTIONS[how])
+
+
+def filters(options: dict) -> dict:
+    return {name: options[name] for name in ("temperature", "top_p") if name in options}
+
+
+def assert_counts(output: dex_jax.Output) -> None:
+    """What the statistics say about one another."""
+    stats, schedule = output.stats, output.stats.schedule
+    for row, length in enumerate(output.lengths.tolist()):
+        exits = stats.exits[row]
+        if schedule.method == "dex-single-exit":
+            assert set(exits[1:length]) <= {1, schedule.stages}
+            assert stats.ticks[row] == ticks_of(exits, length, schedule.stages)
+            longest = max(np.diff((0, *schedule.depths)))
+            assert stats.layer_steps[row] == stats.ticks[row] * longest
+            assert stats.rounds is stats.drafted is None
+            continue
+        assert stats.ticks is stats.depth_side_speedup is stats.stage_steps is None
+        bound = bound_of(exits, length, schedule.depths)
+        if schedule.method == "oracle":
+            assert stats.layer_steps[row] == bound
+            assert stats.rounds is stats.drafted is stats.accepted is None
+            continue
+        assert stats.rounds[row] == rounds_of(exits, length, schedule.stages)
+        assert stats.tokens_per_round[row] == pytest.approx((length - 1) / stats.rounds[row])
+        assert stats.accepted[row] == np.sum((exits[1:length] > 0) & (exits[1:length] < schedule.stages))
+        assert stats.layer_steps[row] >= bound
+        if schedule.method == "layerskip":
+            depth, num_layers = schedule.depths
+            assert stats.layer_steps[row] == stats.rounds[row] * num_layers + stats.drafted[row] * depth
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("layerskip", "greedy"),
+        ("layerskip", "sampled"),
+        ("adadecode", "greedy"),
+        ("del", "greedy"),
+        ("oracle", "greedy"),
+        ("dex-single-exit", "sampled"),
+    ],
+)
+def test_tokens_are_those_of_ar(name, how) -> None:
+    output = generated(model(), METHODS[name], ragged_prompts(3), OPTIONS[how])
+    assert_same_tokens(model(), output, plain(how, 3), **filters(OPTIONS[how]))
+    assert_counts(output)
+    stats = output.stats
+    if stats.drafted is not None:
+        assert 0 < stats.accepted.sum() < stats.drafted.sum(), "all drafts or none were right: this would test nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adadecode", "attn"), ("del", "attn"), ("adadecode", "linear"), ("oracle", "linear")],
+)
+def test_trained_exits_draft_as_well(name, kind) -> None:
+    output = generated(model(), METHODS[name], ragged_prompts(3), SAMPLED, exits=trained(kind))
+    assert_same_tokens(model(), output, plain("sampled", 3), **filters(SAMPLED))
+    assert_counts(output)
+    assert output.stats.exits_source == "random"
+
+
+def test_the_stacked_layout_gives_the_same() -> None:
+    prompts, stacked = ragged_prompts(2)[:1], model(LLAMA, dex_jax.Stacked((1, 3, 4)))
+    one, other = (generated(lm, METHODS["del"], prompts, SAMPLED, trained("attn")) for lm in (model(), stacked))
+    assert one.tokens.tolist() == other.tokens.tolist()
+    for count in ("exits", "layer_steps", "drafted", "accepted"):
+        assert getattr(one.stats, count).tolist() == getattr(other.stats, count).tolist()
+    assert one.stats.accepted[0] > 0
+
+
+def test_a_batch_is_its_single_runs() -> None:
+    prompts = ragged_prompts(3)
+    together = generated(model(), METHODS["del"], prompts, SAMPLED, trained("attn"))
+    for row, prompt in enumerate(prompts):
+        alone = generated(model(), METHODS["del"], [prompt], SAMPLED | {"seed": 5 + row}, trained("attn"))
+        assert alone.tokens[0].tolist() == together.tokens[row].tolist()
+        assert alone.stats.exits[0].tolist() == together.stats.exits[row].tolist()
+        assert alone.stats.layer_steps[0] == together.stats.layer_steps[row]
+
+
+def test_an_end_of_sequence_ends_rounds_and_is_never_drafted() -> None:
+    whole = plain("greedy", 3)
+    eos = int(whole.tokens[0, 9])
+    lm = small_model(tokenizer=LetterTokenizer((eos,)))
+    reference = generated(lm, AR(), ragged_prompts(3), {})
+    for name in ("layerskip", "adadecode", "del", "oracle"):
+        output = generated(lm, METHODS[name], ragged_prompts(3), {})
+        assert output.tokens.tolist() == reference.tokens.tolist()
+        assert output.lengths.tolist() == reference.lengths.tolist()
+        assert_counts(output)
+        if name != "oracle":
+            ended = [row for row, n in enumerate(output.lengths) if output.tokens[row, n - 1] == eos]
+            assert ended
+            final = output.stats.schedule.stages
+            assert all(output.stats.exits[row, output.lengths[row] - 1] in (-1, final) for row in ended)
+
+
+@pytest.mark.parametrize(("limit", "drafted", "layer_steps"), [(1, 0, {0}), (2, 0, {4}), (3, 1, {4 + 3, 4 + 4 + 3})])
+def test_nothing_is_drafted_beyond_a_limit(limit, drafted, layer_steps) -> None:
+    method = METHODS["layerskip"]
+    output = dex_jax.generate(model(), ragged_prompts(3), method=method, exits="shared", max_new_tokens=limit)
+    assert output.tokens.tolist() == plain("greedy", 3).tokens[:, :limit].tolist()
+    assert set(output.stats.drafted.tolist()) == {drafted}
+    assert set(output.stats.layer_steps.tolist()) <= layer_steps
+
+
+def test_a_stop_string_counts_what_was_spent_up_to_it() -> None:
+    lm = small_model(tokenizer=LetterTokenizer())
+    for name in ("layerskip", "adadecode", "oracle"):
+        whole = generated(lm, METHODS[name], ragged_prompts(3), {})
+        stop = LetterTokenizer.letters(int(whole.tokens[0, 7]))
+        cut = generated(lm, METHODS[name], ragged_prompts(3), {}, stop=stop)
+        length = int(cut.lengths[0])
+        assert length <= 8
+        assert cut.tokens[0, :length].tolist() == whole.tokens[0, :length].tolist()
+        assert_counts(cut)
+        assert cut.stats.layer_steps[0] < whole.stats.layer_steps[0]
+
+
+def test_streaming_changes_nothing() -> None:
+    whole = generated(model(), METHODS["adadecode"], ragged_prompts(3), {})
+    options = {"method": METHODS["adadecode"], "exits": "shared", "max_new_tokens": NEW_TOKENS}
+    updates = list(dex_jax.stream(model(), ragged_prompts(3), ticks_per_update=3, **options))
+    assert len(updates) > 3
+    assert updates[-1].tokens.tolist() == whole.tokens.tolist()
+    assert updates[-1].stats.layer_steps.tolist() == whole.stats.layer_steps.tolist()
+
+
+def test_the_flags_name_the_methods() -> None:
+    def method(*arguments: str):
+        return method_of(parser().parse_args(list(arguments)))
+
+    assert method("--method", "layerskip") == LayerSkip()
+    assert method("--method", "layerskip", "--exit-depth", "3", "--draft-length", "2") == LayerSkip(3, 2)
+    assert method("--method", "adadecode", "--explorers", "3", "--threshold", "0.5") == AdaDecode(3, threshold=0.5)
+    assert method("--method", "del", "--depths", "6,30", "--draft-length", "4") == DEL(depths=(6, 30), draft_length=4)
+    assert method("--method", "oracle") == Oracle()
+    assert method("--method", "dex-single-exit", "--explorers", "3") == DexSingleExit(3)
+
+
+def test_a_summary_and_a_record_tell_the_counts_apart() -> None:
+    output = generated(model(), METHODS["layerskip"], ragged_prompts(3), {})
+    stats, text = output.stats, summary(output, None)
+    assert text.startswith(f"LayerSkip on cpu:cpu, float32: {output.lengths.sum()} tokens, {stats.rounds.sum()} rounds")
+    assert f"{stats.layer_steps.sum()} layers one after the other" in text
+    assert f"{stats.drafted.sum()} tokens drafted, {stats.accepted.sum()} of them accepted" in text
+    assert "tick" not in text
+    assert "depth-side" not in text
+    record = json_record(1, output, "x", None, None)
+    assert (record["method"], record["schedule"], record["ticks"]) == ("layerskip", None, None)
+    assert record["depth_side_speedup"] is record["stage_steps"] is None
+    for name in ("layer_steps", "rounds", "drafted", "accepted"):
+        assert record[name] == getattr(stats, name)[1]
+    bound = generated(model(), METHODS["oracle"], ragged_prompts(3), {})
+    assert summary(bound, None).startswith("EAD oracle (a bound, not a decoder) on cpu:cpu")
+    assert json_record(0, bound, "x", None, None)["rounds"] is None
+
+
+@pytest.mark.parametrize("kind", ["attn", "linear"])
+def test_half_precision_keeps_its_dtypes(kind) -> None:
+    """The loop's carry must come out as it went in; tracing shows it."""
+    layout, dtype = dex_jax.Unrolled(), jnp.dtype(jnp.bfloat16)
+    schedule = DEL(draft_length=3).schedule_for(4)
+    shapes = session_shapes(LLAMA, dtype, schedule, layout, 2, 64, sampled=True)
+    given = trained(kind)
+    spec = session.Spec(LLAMA, layout, schedule, given.config)
+
+    def decode(weights, memory, last, lengths, limits, sampling):
+        lm = merge_model(LLAMA, layout, weights)
+        heads = exit_arrays(lm, given.config, given.parameters, given.vocabulary)
+        memory = memory._replace(exits=empty_memory(given.config, 2, dtype))
+        begun = session.start_decoding(weights, heads, memory, last, lengths, limits, sampling, spec=spec, capacity=16)
+        return begun, session.run_ticks(weights, heads, begun, limits, sampling, jnp.int32(9), spec=spec)
+
+    arguments = (shapes.weights, shapes.memory, shapes.last, shapes.lengths, shapes.limits, shapes.sampling)
+    begun, after = jax.eval_shape(decode, *arguments)
+    assert begun.states.dtype == dtype
+    assert jax.tree.map(lambda leaf: leaf.dtype, begun) == jax.tree.map(lambda leaf: leaf.dtype, after)
+
+
+def test_planned_memory_is_what_is_allocated() -> None:
+    lm, schedule = model(), METHODS["del"].schedule_for(4)
+    running = session.Session(lm, ragged_prompts(3), schedule, NEW_TOKENS, None)
+    running.prefill()
+    length = cache_length_for(16, NEW_TOKENS, schedule)
+    assert length == running.cache_length
+    plan = footprint(LLAMA, jnp.dtype(jnp.float32), schedule, 3, length, lm.layout)
+    memory = running.state.memory
+    assert plan.cache_bytes == nbytes((memory.keys, memory.values))
+    # The plan takes the whole cache for new tokens: four int32 a token more.
+    unused = 3 * 4 * 4 * (length - running.capacity)
+    assert plan.lattice_bytes == nbytes(running.state) - plan.cache_bytes + unused
+
+
+def test_layer_steps_of_the_methods_that_were_there_before() -> None:
+    prompts = ragged_prompts(3)
+    ar, dex = (generated(model(), method, prompts, {}) for method in (AR(), Dex(depths=(1, 4))))
+    serial = generated(model(), Dex(schedule="serial"), prompts, {})
+    assert ar.stats.layer_steps.tolist() == (4 * (ar.lengths - 1)).tolist()
+    assert dex.stats.layer_steps.tolist() == (3 * dex.stats.ticks).tolist()
+    assert serial.stats.layer_steps.tolist() == (4 * serial.stats.rounds).tolist()
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_a_single_exit_is_that_of_the_twin(sampled) -> None:
+    stages, vocabulary = 4, 11
+    found = set()
+
+    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    def decode(tables, prompts, lengths, first, limits, sampling):
+        memory = toy_prefill(tables, prompts, lengths, capacity=CAPACITY, slots=stages)
+        network, options = toy_network(tables), {"limits": limits, "sampling": sampling}
+        state = loop.init(network, memory, first, lengths, stages=stages, rows=1, capacity=CAPACITY, **options)
+        return loop.run(network, state, limits, sampling, proposing=(1,)).record
+
+    for seed in range(3):
+        tables = cached_tables(seed, stages, vocabulary, openness=0.2)
+        toy, case = ToyModel(tables), random_case(seed, 3, vocabulary, sampled=sampled)
+        runs = [
+            twin.decode(
+                toy,
+                prompt,
+                stages=stages,
+                rows=None,
+                asked=(1,),
+                max_new_tokens=case.max_new_tokens[row],
+                eos_ids=case.eos_ids,
+                draws=twin_draws(case, row, vocabulary),
+            )
+            for row, prompt in enumerate(case.prompts)
+        ]
+        record = jax.tree.map(np.asarray, decode(tables, *arrays(case, [run.tokens[0] for run in runs])))
+        for row, run in enumerate(runs):
+            assert emitted(record, row) == (run.tokens, run.exits)
+            assert record.ticks[row] == run.ticks
+            assert run.largest_cohort <= 1
+            found |= set(run.exits)
+    assert found == {-1, 1, stages}
+
+
+def test_depths_come_from_the_exits_as_those_of_dex() -> None:
+    def resolved(method, exits):
+        return resolve_method(method, exits, LLAMA, "0").schedule
+
+    assert resolved(Oracle(), "shared").depths == (1, 2, 3, 4)
+    assert resolved(DEL(), "shared").depths == (1, 2, 3, 4)
+    some = TrainedExits(ExitsConfig("shared", (1, 3), LLAMA.width), {}, None, "0", {}, "some")
+    assert resolved(Oracle(explorers=2), "shared").depths == (2, 4)
+    assert resolved(AdaDecode(explorers=2), "shared").depths == (2, 4)
+    assert resolved(LayerSkip(exit=2), "shared").depths == (2, 4)
+    assert resolve_method(LayerSkip(exit=2), "default", LLAMA, "0").source == "shared"
+    with pytest.raises(DexError, match="trained at depths 1, 3: choose depths among them"):
+        resolved(LayerSkip(exit=2), some)
+
+
+def test_del_and_the_oracle_take_every_trained_depth() -> None:
+    for method in (DEL(), Oracle()):
+        assert resolve_method(method, trained("attn"), LLAMA, "0").schedule.depths == (1, 2, 3, 4)
+    assert resolve_method(DEL(depths=(2, 4)), trained("attn"), LLAMA, "0").schedule.policy.depths == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (LayerSkip(exit=0), "exit must be a whole number of at least 1, not 0"),
+        (LayerSkip(exit=30), "must lie below the model's last layer, 30, and not at 30"),
+        (LayerSkip(draft_length=0), "draft_length must be a whole number of at least 1, not 0"),
+        (LayerSkip(exit=2.5), "exit must be a whole number of at least 1, not 2.5"),
+        (AdaDecode(threshold=1.5), "a probability, from 0 to 1, and not 1.5"),
+        (AdaDecode(threshold=float("nan")), "a probability"),
+        (AdaDecode(draft_length=0), "draft_length"),
+        (AdaDecode(depths=(6, 12)), "end at the model's last layer, 30"),
+        (AdaDecode(explorers=2, depths=(6, 30)), "not both"),
+        (DEL(decay=0.0), "above 0 and is at most 1, not 0"),
+        (DEL(explorers=1), "needs an exit to draft at"),
+        (DEL(draft_length=True), "draft_length"),
+        (DexSingleExit(explorers=31), "explorers must be from 1 to the model's 30 layers"),
+        (Oracle(depths=(6, 6, 30)), "ascend"),
+    ],
+)
+def test_what_is_refused(method, words) -> None:
+    with pytest.raises(DexError, match=re.escape(words)) as error:
+        method.schedule_for(30)
+    assert "\n" not in str(error.value)
