@@ -134,8 +134,14 @@ def run_tree(
     Returns:
       (hidden states [B, N, D] at depth L, the rows' (keys, values): L of [B, G, N, d], stacked [L, B, G, N, d]).
     """
+    return run_rows(model, memory, model.embed_tokens(jnp.maximum(token, 0)), position, among, prefix)
+
+
+def run_rows(
+    model: Transformer, memory: Memory, x: jax.Array, position: jax.Array, among: jax.Array, prefix: jax.Array
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """As `run_tree`, given what goes into the first layer, x [B, N, D]."""
     table = rope_table(position, model.config)
-    x = model.embed_tokens(jnp.maximum(token, 0))
 
     def layer_step(layer: DecoderLayer, x: jax.Array, keys: jax.Array, values: jax.Array) -> Any:
         committed = jnp.arange(keys.shape[-2])[None, None, :] < prefix[:, None, None]
