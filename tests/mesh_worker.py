@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dex_jax import AR, Dex, Stacked, Staged
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.session import PREFILL, RUN, START, Session
+from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.placing import build_on_mesh
 from dex_jax.nn.transformer import random_reader, stage_ranges
@@ -79,6 +81,22 @@ class Case:
         """Of DEX with one explorer a stage; its depths are those of the mesh for AR too."""
         return Dex(explorers=parse_mesh(self.mesh)["stage"]).schedule_for(self.layers)
 
+    @property
+    def trained(self) -> TrainedExits | None:
+        """Random exits of the kind."""
+        if self.exits is None:
+            return None
+        kind, fused, draft = self.exits
+        return random_exits(kind, fused=fused, draft=draft, depths=self.schedule.depths[:-1])
+
+    def sampling(self, rows: Iterable[int]) -> Sampling | None:
+        """For some rows of the batch; None when greedy."""
+        if not self.sampled:
+            return None
+        keys = sampling_keys([SEED + row for row in rows])
+        filters = (jnp.int32(SAMPLED["top_k"]), jnp.float32(SAMPLED["top_p"])) if self.filters else ()
+        return Sampling(keys, jnp.float32(SAMPLED["temperature"]), *filters)
+
 
 def main() -> None:
     cases, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -104,16 +122,19 @@ def checkpoint(family: str, mesh: str, folder: Path) -> dict[str, Any]:
     lm = dex_jax.load(directory, "float32", mesh=mesh, on_tensor=lambda *done: progress.append(done))
     one = dex_jax.load(directory, "float32")
     tokens = np.arange(2, 22).reshape(2, 10)
+    made = None
+    if family == "smollm2":
+        output = dex_jax.generate(lm, tokens[:, :4].tolist(), max_new_tokens=6)
+        tokens[:, 4:] = output.tokens
+        made = {"device": output.stats.device, "depths": output.stats.schedule.depths}
     ours, theirs = np.asarray(lm.logits(tokens)), np.asarray(one.logits(tokens))
-    output = dex_jax.generate(lm, tokens.tolist(), max_new_tokens=6)
-    plain = dex_jax.generate(one, tokens.tolist(), max_new_tokens=6, method=AR())
     return {
         "family": family,
         "error": float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
         "read": progress[-1],
-        "tokens": [output.tokens.tolist(), plain.tokens.tolist()],
-        "depths": output.stats.schedule.depths,
-        "device": output.stats.device,
+        "made": made,
+        "best": theirs.argmax(-1)[:, 3:-1].tolist(),
+        "tokens": tokens[:, 4:].tolist(),
     }
 
 
@@ -123,8 +144,8 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     lm = LanguageModel(model, None, "random", "0", mesh)
     assert_own_stage(lm, mesh)
     results = {"mesh": decode(lm, case, folder)}
-    if case.exits is not None:
-        # The plain-Python twin knows no trained exits.
+    if case.exits is not None and case.exits[0] == "attn":
+        # Neither the plain-Python twin nor teacher forcing knows these.
         results["one"] = decode(small_model(case.config, Stacked(layout.depths)), case, None)
     return results
 
@@ -132,16 +153,8 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
 def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str, Any]]:
     """Tokens, exits and ticks of each sequence; the optimised HLO of the programs goes to the folder."""
     schedule = AR().schedule_for(case.layers) if case.method == "ar" else case.schedule
-    trained = None
-    if case.exits is not None:
-        kind, fused, draft = case.exits
-        trained = random_exits(kind, fused=fused, draft=draft, depths=schedule.depths[:-1])
-    sampling = None
-    if case.sampled:
-        keys = sampling_keys(list(range(SEED, SEED + case.batch)))
-        filters = (jnp.int32(SAMPLED["top_k"]), jnp.float32(SAMPLED["top_p"])) if case.filters else ()
-        sampling = Sampling(keys, jnp.float32(SAMPLED["temperature"]), *filters)
-    session = Session(lm, ragged_prompts()[: case.batch], schedule, TOKENS, sampling, trained)
+    sampling = case.sampling(range(case.batch))
+    session = Session(lm, ragged_prompts()[: case.batch], schedule, TOKENS, sampling, case.trained)
     known = {program.name: len(program._compiled) for program in (PREFILL, START, RUN)}
     session.prefill()
     # In two calls, so that the state also goes back in.
