@@ -37,7 +37,7 @@ STAGES = [
 EXITS = [
     Case("exits linear", "stage=3", 3, batch=4, exits=("linear", True, 30)),
     Case("exits attn", "stage=3", 3, batch=4, exits=("attn", False, 30)),
-    Case("exits shared", "stage=2", 2, exits=("shared", False, 30)),
+    Case("exits shared", "stage=2", 2, batch=4, exits=("shared", False, 30)),
     Case("exits lowrank", "stage=2", 2, exits=("lowrank", True, None)),
     Case("exits mlp", "stage=2", 2, sampled=True, exits=("mlp", False, 20)),
 ]
