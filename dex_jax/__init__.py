@@ -19,7 +19,7 @@ from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
 from dex_jax.language_model import LanguageModel, load
 from dex_jax.lattice import Lattice
-from dex_jax.nn.transformer import Stacked, Transformer, Unrolled
+from dex_jax.nn.transformer import Stacked, Staged, Transformer, Unrolled
 from dex_jax.sampling import Sampling
 
 __version__ = "0.1.0"
@@ -48,6 +48,7 @@ __all__ = [
     "Sampling",
     "Stacked",
     "StageView",
+    "Staged",
     "Stats",
     "Trace",
     "TracedNode",

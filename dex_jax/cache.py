@@ -2,7 +2,8 @@
 
 The committed cache holds absolute positions; the lattice cache holds the K W slots of the ring of cohorts, which are
 written once and never move. Both come per layer in the unrolled layout (tuples of L arrays) and with leading axes
-[l, K] in the stacked one; every function here maps over whichever it is given.
+[l, K] in the stacked one; every function here maps over whichever it is given. On a mesh they are tuples of l arrays
+with a leading axis [K], of which a device sees its own part, which is what an unrolled model of l layers has.
 
 Letters: B sequences, S cache length, K stages, W rows a stage, l layers per stage, G key-value heads, d head width.
 """
@@ -16,12 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.config import ModelConfig
-from dex_jax.nn.transformer import Layout, Stacked
+from dex_jax.nn.transformer import Layout, Stacked, Staged
 
 UNROLLED_WRITES = 2
 """Larger batches write in a loop: unrolled, the writes of all layers would be most of the program to compile."""
 
-Leaves = Any  # a tuple of L arrays, or one array with leading axes [l, K]
+AXES = ("stage", "sequence", "heads", None, None)
+"""Logical axes of a cache on a mesh, [K, B, G, positions, d] (dex_jax/sharding.py)."""
+
+Leaves = Any  # a tuple of L arrays, one array with leading axes [l, K], or a tuple of l with a leading axis [K]
 
 
 class Memory(NamedTuple):
@@ -52,6 +56,9 @@ def shapes(config: ModelConfig, layout: Layout, batch: int, length: int, slots: 
         leaf = (batch, config.num_kv_heads, positions, config.head_dim)
         if isinstance(layout, Stacked):
             return jax.ShapeDtypeStruct((layout.stage_layers, len(layout.depths), *leaf), dtype)
+        if isinstance(layout, Staged):
+            staged = jax.ShapeDtypeStruct((len(layout.depths), *leaf), dtype)
+            return (staged,) * layout.stage_layers
         return tuple(jax.ShapeDtypeStruct(leaf, dtype) for _ in range(config.num_layers))
 
     return Memory(leaves(length), leaves(length), leaves(slots), leaves(slots))

@@ -11,15 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
+from dex_jax.decoding.exits import resolve_method
+from dex_jax.decoding.methods import Dex, check_depths
 from dex_jax.decoding.network import extend
 from dex_jax.errors import DexError
 from dex_jax.host_memory import return_free_memory
 from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
+from dex_jax.nn.placing import build_on_mesh
 from dex_jax.nn.transformer import (
     Layout,
+    Staged,
     Transformer,
     Unrolled,
     build,
@@ -28,6 +33,7 @@ from dex_jax.nn.transformer import (
     relayout,
 )
 from dex_jax.prompts import Prompt, encode_prompt
+from dex_jax.sharding import STAGE, check_model, check_stages, make_mesh
 
 LARGE_TENSOR = 2**22
 """Bytes of a tensor after whose reading freed memory is worth giving back."""
@@ -44,10 +50,19 @@ class LanguageModel:
       source: where the weights came from.
       fingerprint: short hexadecimal digest of the backbone.
       dtype: dtype of weights and caches.
-      layout: Unrolled() or Stacked(depths); see `arrange`.
+      layout: Unrolled() or Stacked(depths), see `arrange`; Staged(depths) on a mesh.
+      mesh: the devices it is spread over; None for one device.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None, source: str, fingerprint: str):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        source: str,
+        fingerprint: str,
+        mesh: Mesh | None = None,
+    ):
+        self.mesh = mesh
         self.config = model.config
         self.tokenizer = tokenizer
         self.source = source
@@ -70,8 +85,14 @@ class LanguageModel:
         return _eos_ids(self.config, self.tokenizer)
 
     def arrange(self, layout: Layout) -> None:
-        """Moves the weights to another layout, in place; the old arrays are freed on the way."""
+        """Moves the weights to another layout, in place; the old arrays are freed on the way.
+
+        Raises:
+          DexError: the model lies on a mesh, or would have to.
+        """
         if layout != self.layout:
+            if self.mesh is not None or isinstance(layout, Staged):
+                raise DexError("a model is spread over a mesh as it is loaded: load it again for another layout")
             self._adopt(relayout(merge_model(self.config, self.layout, self.weights), layout))
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
@@ -81,6 +102,10 @@ class LanguageModel:
     def logits(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
         """Final logits at every position: tokens [B, T] int32 -> [B, T, V] float32."""
         tokens = jnp.asarray(tokens, jnp.int32)
+        if self.mesh is not None:
+            from dex_jax.decoding.mesh import mesh_logits
+
+            return mesh_logits(self.config, self.layout, self.mesh, self.weights, tokens)
         return _full_logits(self.config, self.layout, self.weights, tokens)
 
 
@@ -91,11 +116,13 @@ class Outline:
     Attributes:
       checkpoint: opened, nothing read.
       dtype, layout: that the weights will have.
+      mesh: where they will lie; None for one device.
     """
 
     checkpoint: Checkpoint
     dtype: jnp.dtype
     layout: Layout
+    mesh: Mesh | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -134,7 +161,11 @@ class Outline:
         """
         read = _reader(self.checkpoint, self.dtype, on_tensor)
         try:
-            model = build(self.config, self.layout, read, self.dtype)
+            if self.mesh is None:
+                model = build(self.config, self.layout, read, self.dtype)
+            else:
+                assert isinstance(self.layout, Staged)
+                model = build_on_mesh(self.config, self.layout, read, self.dtype, self.mesh)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise DexError(
@@ -143,13 +174,33 @@ class Outline:
                 ) from error
             raise
         return_free_memory()
-        return LanguageModel(model, self.tokenizer, self.checkpoint.source, self.checkpoint.fingerprint())
+        return LanguageModel(model, self.tokenizer, self.checkpoint.source, self.checkpoint.fingerprint(), self.mesh)
 
 
-def outline(source: str, dtype: str | None = None, layout: Layout | None = None) -> Outline:
+def outline(
+    source: str, dtype: str | None = None, layout: Layout | None = None, mesh: str | dict[str, int] | Mesh | None = None
+) -> Outline:
     """Opens a model without reading its weights; arguments and errors as for `load`."""
-    chosen = resolve_dtype(dtype)
-    return Outline(open_checkpoint(source), chosen, layout or Unrolled())
+    chosen, spread = resolve_dtype(dtype), None if mesh is None else make_mesh(mesh)
+    checkpoint = open_checkpoint(source)
+    if spread is None:
+        if isinstance(layout, Staged):
+            raise DexError("layout=Staged(...) spreads a model over a mesh: say which, with mesh=")
+        return Outline(checkpoint, chosen, layout or Unrolled())
+    return Outline(checkpoint, chosen, layout_on_mesh(checkpoint, layout, spread), spread)
+
+
+def layout_on_mesh(checkpoint: Checkpoint, layout: Layout | None, mesh: Mesh) -> Staged:
+    """The layout given, or the grid that the model's default exits have for so many stages; errors as of `load`."""
+    config = checkpoint.config
+    check_model(mesh, config)
+    if layout is None:
+        method = Dex(explorers=mesh.shape[STAGE])
+        return Staged(resolve_method(method, "default", config, checkpoint.fingerprint()).schedule.depths)
+    if not isinstance(layout, Staged):
+        raise DexError("on a mesh weights lie in layout=Staged(depths): give that, or no layout")
+    check_stages(mesh, len(layout.depths))
+    return Staged(check_depths(layout.depths, config.num_layers))
 
 
 def load(
@@ -157,20 +208,24 @@ def load(
     dtype: str | None = None,
     layout: Layout | None = None,
     on_tensor: Callable[[int, int], None] | None = None,
+    mesh: str | dict[str, int] | Mesh | None = None,
 ) -> LanguageModel:
     """Loads a model, one tensor at a time.
 
     Args:
       source: an alias ("smollm2-135m"), a .gguf file, a Hugging Face directory, or a hub id "owner/name".
       dtype: "float32", "bfloat16" or "float16"; None chooses `default_dtype()`.
-      layout: None is Unrolled().
+      layout: None is Unrolled(), and on a mesh Staged(depths) with the grid that `generate` uses for so many explorers.
       on_tensor: called with (bytes so far, bytes in all) after each tensor, for a progress bar.
+      mesh: devices to spread the model over: "stage=5", "stage=2,tensor=3", "data=2,stage=2", the same as a dict, or a
+        jax Mesh with axes of these names. Each tensor goes to the devices that own it and passes through no other.
+        `generate` then runs there: explorer k on the devices of stage k, and AR and the prompt from stage to stage.
 
     Raises:
-      DexError: nothing of that name, missing or truncated weights, an architecture or dtype that is not covered, or no
-        memory for the weights.
+      DexError: nothing of that name, missing or truncated weights, an architecture or dtype that is not covered, no
+        memory for the weights, or a mesh that has more devices than there are or that cannot cut the model.
     """
-    return outline(source, dtype, layout).load(on_tensor)
+    return outline(source, dtype, layout, mesh).load(on_tensor)
 
 
 def _eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
@@ -202,15 +257,26 @@ def default_dtype() -> jnp.dtype:
 
 
 @functools.lru_cache(maxsize=64)
-def graph_of(config: ModelConfig, layout: Layout) -> Any:
-    """The nnx graph definition of a transformer, without any array."""
-    abstract = nnx.eval_shape(lambda: Transformer(config, layout, lambda name, shape, kind: jnp.zeros(shape)))
-    return nnx.split(abstract)[0]
+def graph_of(
+    config: ModelConfig, layout: Layout, tensor_axis: str | None = None, vocabulary_axis: str | None = None
+) -> Any:
+    """The nnx graph definition of a transformer, without any array; arguments as of Transformer."""
+
+    def blank(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+        return jnp.zeros(shape)
+
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, layout, blank, tensor_axis, vocabulary_axis)))[0]
 
 
-def merge_model(config: ModelConfig, layout: Layout, weights: Any) -> Transformer:
+def merge_model(
+    config: ModelConfig,
+    layout: Layout,
+    weights: Any,
+    tensor_axis: str | None = None,
+    vocabulary_axis: str | None = None,
+) -> Transformer:
     """The module of (config, layout) over `weights`, under a trace or not."""
-    return nnx.merge(graph_of(config, layout), weights)
+    return nnx.merge(graph_of(config, layout, tensor_axis, vocabulary_axis), weights)
 
 
 def abstract_weights(config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> Any:

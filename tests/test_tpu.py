@@ -21,7 +21,8 @@ from dex_jax.decoding.serial import TreeShape
 from dex_jax.decoding.session import PREFILL, RUN, START, Spec
 from dex_jax.evaluation.footprint import nbytes, session_shapes
 from dex_jax.io import open_checkpoint
-from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled
+from dex_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.tpu
 
@@ -60,8 +61,8 @@ class Compiled:
 
 
 @pytest.fixture(scope="module")
-def tpu():
-    """A sharding on one device of a v5e slice that need not be there."""
+def topology():
+    """A v5e slice of four chips that need not be there."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
 
@@ -70,8 +71,13 @@ def tpu():
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-        yield SingleDeviceSharding(topology.devices[0])
+        yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+
+
+@pytest.fixture(scope="module")
+def tpu(topology):
+    """A sharding on one of its chips."""
+    return SingleDeviceSharding(topology.devices[0])
 
 
 def compile_program(
@@ -242,3 +248,31 @@ def test_smollm2_depth_exploration_compiles(tpu, layout) -> None:
     chosen = Unrolled() if layout == "unrolled" else Stacked(schedule.depths)
     compiled = compile_program(tpu, "run", schedule, chosen, "bfloat16", config=config, batch=1, cache_length=2048)
     assert_sound(compiled)
+
+
+@pytest.mark.parametrize(("wanted", "method"), [("stage=4", "dex"), ("stage=2,tensor=2", "dex"), ("stage=4", "ar")])
+def test_stages_on_four_chips(topology, wanted, method) -> None:
+    """A tick reads one stage on each chip, sends one cohort to the next and gathers proposals once."""
+    mesh = make_mesh(wanted, topology.devices)
+    stages, pieces = mesh.shape["stage"], mesh.shape["tensor"]
+    grid = Dex(explorers=stages).schedule_for(SMALL.num_layers)
+    schedule, layout = grid if method == "dex" else METHODS["ar"], Staged(grid.depths)
+    dtype = jnp.dtype(jnp.bfloat16)
+    shapes = session_shapes(SMALL, dtype, schedule, layout, BATCH, CACHE_LENGTH, capacity=CAPACITY, mesh=mesh)
+    spec = Spec(SMALL, layout, schedule, mesh=mesh)
+    args = (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)
+    compiled = RUN.jitted.lower(*args, spec=spec).compile()
+    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+
+    one_layer = nbytes(shapes.memory.keys[0])
+    assert copies_in_loop(hlo, one_layer // 2) == []
+    assert memory.argument_size_in_bytes >= nbytes(args)
+    assert memory.alias_size_in_bytes >= nbytes(shapes.memory)
+    assert memory.temp_size_in_bytes < 0.1 * nbytes((shapes.weights, shapes.memory))
+    permutes, gathers, sums = (
+        len(re.findall(rf" {name}(?:-start)?\(", hlo)) for name in ("collective-permute", "all-gather", "all-reduce")
+    )
+    assert permutes == (1 if method == "dex" else stages - 1)
+    if pieces == 1:
+        assert (gathers, sums) == ((1, 0) if method == "dex" else (0, 1))
+    assert " all-to-all(" not in hlo

@@ -20,6 +20,7 @@ examples:
   decode.py --prompt "Write a limerick" --explorers 10 --color-depth
   decode.py --prompt-file questions.jsonl --json > answers.jsonl
   decode.py --model path/to/llama --depths 8,16,32 --prompt "Hi" --check
+  decode.py --explorers 5 --mesh stage=5 --prompt "Why is the sky blue?"
 
 The text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 --check found a difference,
 2 bad input, 130 interrupted.
@@ -44,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
     add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
     add("--layout", choices=["unrolled", "stacked"], default="unrolled", help="weight layout (%(default)s)")
+    add("--mesh", metavar="AXIS=N,...", help="spread over devices: stage=5, stage=2,tensor=3, data=2,stage=2")
+    add("--distributed", action="store_true", help="one of several processes, each started with the same arguments")
     add("--exits", default="default", metavar="EXITS", help=EXITS_HELP)
 
     add = p.add_argument_group("prompts").add_argument

@@ -15,8 +15,9 @@ from typing import Any
 
 from dex_jax.cli.arguments import method_of, parser, prompts_of
 from dex_jax.cli.dry_run import dry_run
-from dex_jax.decoding.methods import AR, Dex, Method, is_auto
+from dex_jax.decoding.methods import AR, Method
 from dex_jax.decoding.output import Output
+from dex_jax.distributed import from_first, is_first, join
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.prompts import Prompt
@@ -44,7 +45,9 @@ def _run(args: argparse.Namespace) -> int:
     method = method_of(args)
     if args.dry_run:
         return dry_run(args, method)
-    prompts = prompts_of(args)
+    if args.distributed:
+        join()
+    prompts = from_first(lambda: prompts_of(args)) if args.distributed else prompts_of(args)
     remember_compilations()
     with _progress() as (on_tensor, status):
         model = _outline(args, method)
@@ -67,17 +70,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _outline(args: argparse.Namespace, method: Method) -> Outline:
-    from dex_jax.decoding.exits import resolve_method
+    from dex_jax.cli.devices import layout_of
     from dex_jax.language_model import outline
-    from dex_jax.nn.transformer import Stacked
 
-    model = outline(args.model, dtype=args.dtype)
-    if args.layout == "stacked":
-        # Whatever "auto" will choose, the stages of the layout are those of explorers side by side.
-        staged = Dex(schedule="parallel") if is_auto(method) else method
-        schedule = resolve_method(staged, args.exits, model.config, model.fingerprint).schedule
-        model = dataclasses.replace(model, layout=Stacked(schedule.depths))
-    return model
+    layout, mesh = layout_of(args, method)
+    return outline(args.model, args.dtype, layout, mesh)
 
 
 def _precompile(model: Outline, prompts: list[Prompt], method: Method, args: argparse.Namespace) -> float:
@@ -105,7 +102,8 @@ def _follow(
     from dex_jax.cli.display import TextPrinter
 
     headings = [_heading(prompt) for prompt in _repeated(prompts, args)]
-    printer = None if args.json else TextPrinter(lm.tokenizer, headings, args.color_depth)
+    silent = args.json or not _speaks(args)
+    printer = None if silent else TextPrinter(lm.tokenizer, headings, args.color_depth)
     try:
         while True:
             if printer is not None:
@@ -131,6 +129,8 @@ def _finish(output: Output, prompts: list[Prompt], checks: list[Any] | None, arg
     from dex_jax.cli.display import summary
     from dex_jax.cli.records import json_record
 
+    if not _speaks(args):
+        return
     if not args.json:
         print("\n" + summary(output, checks), file=sys.stderr)
         return
@@ -138,6 +138,11 @@ def _finish(output: Output, prompts: list[Prompt], checks: list[Any] | None, arg
         seed = None if output.seeds is None else output.seeds[row]
         check = None if checks is None else checks[row]
         print(json.dumps(json_record(row, output, prompt, seed, check), ensure_ascii=False), flush=True)
+
+
+def _speaks(args: argparse.Namespace) -> bool:
+    """Whether this process writes what comes of the prompts: the first of several does."""
+    return not args.distributed or is_first()
 
 
 def _repeated(prompts: list[Prompt], args: argparse.Namespace) -> list[Prompt]:

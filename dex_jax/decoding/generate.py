@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +16,19 @@ import numpy as np
 
 from dex_jax.decoding.auto import settle
 from dex_jax.decoding.exits import ResolvedExits, resolve_method
-from dex_jax.decoding.methods import Dex, Method, Schedule
+from dex_jax.decoding.methods import Dex, Method, Schedule, with_stages
 from dex_jax.decoding.output import Output, Stats, counts, cut, steps_of
 from dex_jax.decoding.record import Record
 from dex_jax.decoding.session import PROGRAMS, Session, capacity_for, prompt_bucket
 from dex_jax.decoding.stopping import StopStrings
+from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, Outline
+from dex_jax.nn.transformer import Staged
 from dex_jax.prompts import Prompt
 from dex_jax.sampling import Sampling, sampling_keys
+from dex_jax.sharding import STAGE
 
 TICKS_PER_CALL = 64
 
@@ -78,7 +82,7 @@ def stream(
       lm: from `dex_jax.load`.
       prompts: see `generate`.
       method: AR(), Dex(...), a rival (LayerSkip, AdaDecode, DEL, DexSingleExit) or Oracle, a bound; None is Dex(),
-        which chooses what should be fastest on the device at hand.
+        which chooses what should be fastest on the device at hand, and on a mesh is one explorer a stage.
       max_new_tokens: at most so many tokens per sequence, the first one of the prefill included.
       exits: "shared" (the model's own final norm and unembedding at every depth; for serial rounds no drafter),
         "default" (what ships for the model), a path, or what `load_exits` gave. Exits never change tokens. Those of a
@@ -173,14 +177,26 @@ def prepare(
     notify: Callable[[str], None] = lambda phase: None,
 ) -> Prepared:
     """Checks prompts and options, which are those of `stream`, and builds the session that runs them."""
-    ids = _encode(lm, prompts, chat, num_samples, max_new_tokens)
+    encode = functools.partial(_encode, lm, prompts, chat, num_samples, max_new_tokens)
+    ids = encode() if lm.mesh is None else from_first(encode)
     sampling, seeds = _sampling(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
     length = prompt_bucket(max(map(len, ids))) + capacity_for(max_new_tokens)
     model = (lm.config, lm.layout, lm.dtype, lm.fingerprint)
-    settled, choice = settle(Dex() if method is None else method, exits, *model, len(ids), length)
-    resolved = resolve_method(settled, exits, lm.config, lm.fingerprint)
+    method = with_stages(method, None if lm.mesh is None else lm.mesh.shape[STAGE])
+    settled, choice = settle(method, exits, *model, len(ids), length)
+    resolved = _resolve(lm, settled, exits)
     session = Session(lm, ids, resolved.schedule, max_new_tokens, sampling, resolved.trained, notify)
     return Prepared(session, resolved.schedule, choice, resolved, ids, seeds, StopStrings(stop, lm.tokenizer))
+
+
+def _resolve(lm: Outline | LanguageModel, method: Method, exits: str | os.PathLike | TrainedExits) -> ResolvedExits:
+    """`resolve_method`; on a mesh, whose stages hold layers already, a grid that nothing else settles is theirs."""
+    resolved = resolve_method(method, exits, lm.config, lm.fingerprint)
+    schedule, given = resolved.schedule, isinstance(method, Dex) and method.depths is not None
+    free = schedule.kind == "parallel" and resolved.trained is None and not given
+    if not (free and isinstance(lm.layout, Staged) and len(lm.layout.depths) == schedule.stages):
+        return resolved
+    return dataclasses.replace(resolved, schedule=dataclasses.replace(schedule, depths=lm.layout.depths))
 
 
 class _Clock:
@@ -201,6 +217,9 @@ class _Clock:
                 "the device ran out of memory: lower the number of prompts or samples, max_new_tokens, rows or "
                 "explorers, or use a smaller dtype (decode.py --dry-run shows what each needs)"
             ) from error
+        lost = lost_processes() if isinstance(error, jax.errors.JaxRuntimeError) else []
+        if lost:
+            raise DexError(f"{' and '.join(lost)} no longer answers: start all processes again") from error
 
 
 def _compile_seconds() -> float:
@@ -273,7 +292,9 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
             steps[row] = steps_of(run.schedule, exits[row], kept)
         texts.append(text)
     width = int(lengths.max())
-    device = jax.devices()[0]
+    mesh = run.session.lm.mesh
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    many = "" if mesh is None else f"{mesh.size} x "
     stats = Stats(
         schedule=run.schedule,
         choice=run.choice,
@@ -283,7 +304,7 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
         compile_seconds=times["compile"],
         prefill_seconds=times["prefill"],
         decode_seconds=times["decode"],
-        device=f"{device.platform}:{device.device_kind}",
+        device=f"{many}{device.platform}:{device.device_kind}",
         dtype=str(run.session.lm.dtype),
     )
     return Output(texts, tokens[:, :width], lengths, run.ids, finished, run.seeds, stats, run.session.lm.tokenizer)

@@ -20,6 +20,12 @@ from dex_jax.sampling import DROPPED, Sampling, choose
 HEAD_BLOCK = 8
 """How many nodes of a sequence the heads are asked at a time."""
 
+ROW_BLOCK = 64
+"""How many nodes of all sequences `propose_rows` asks at a time."""
+
+ROW_RUNGS = (1, 8)
+"""Smaller numbers of rows that it is compiled for: on a CPU what lies between costs as much as the next one."""
+
 
 class Proposers(NamedTuple):
     """The nodes that have just finished stages 1..K-1.
@@ -111,7 +117,7 @@ def propose(
             row = jnp.maximum(index, 0)
             sequence, node = row // count, row % count
             asked = Asked(features[sequence, node], offered[sequence, node], position[sequence, node], sequence)
-            found = _ask_rows(exits, asked, sampling, noise, decs=decs)
+            found = ask_rows(exits, asked, sampling, noise, decs=decs)
             padding = (0, batch * block - size)
             return jnp.pad(index, padding, constant_values=-1), jax.tree.map(lambda x: jnp.pad(x, padding), found)
 
@@ -138,7 +144,44 @@ def propose(
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(batch, stages, rows), 0, 1), proposals)
 
 
-def _ask_rows(exits: Exits, asked: Asked, sampling: Sampling | None, noise: Noise | None, *, decs: bool) -> Proposals:
+def propose_rows(
+    exits: Exits, asked: Asked, live: jax.Array, sampling: Sampling | None, noise: Noise | None, *, decs: bool
+) -> Proposals:
+    """Asks the exits for every live one of N rows, a block at a time: Proposals with fields [N].
+
+    Rows that `propose` would not ask are asked too: what is spawned is the same.
+
+    Args:
+      exits: heads, of which `features` is not called.
+      asked: N rows.
+      live: [N] bool; the others propose nothing and, where there are only few live ones, cost nothing.
+      sampling, noise, decs: as of `propose`.
+    """
+    count = live.shape[0]
+    block = min(count, ROW_BLOCK)
+    blocks = -(-count // block)
+    counts = (*(rung for rung in ROW_RUNGS if rung < block), block)
+    needed = jnp.sum(live)
+    chosen = jnp.nonzero(live, size=blocks * block, fill_value=count)[0]
+
+    def ask(carry: tuple[jax.Array, Proposals]) -> tuple[jax.Array, Proposals]:
+        i, proposals = carry
+        index = jax.lax.dynamic_slice_in_dim(chosen, i * block, block)
+
+        def heads(size: int) -> Proposals:
+            rows = jnp.minimum(index[:size], count - 1)
+            found = ask_rows(exits, jax.tree.map(lambda x: x[rows], asked), sampling, noise, decs=decs)
+            return jax.tree.map(lambda x: jnp.pad(x, (0, block - size)), found)
+
+        found = climb(needed - i * block, counts, heads)
+        return i + 1, jax.tree.map(lambda whole, part: whole.at[index].set(part, mode="drop"), proposals, found)
+
+    nothing = Proposals(jnp.full(count, lat.NO_TOKEN, jnp.int32), jnp.zeros(count, jnp.float32), jnp.zeros(count, bool))
+    _, proposals = jax.lax.while_loop(lambda carry: carry[0] * block < needed, ask, (jnp.int32(0), nothing))
+    return proposals
+
+
+def ask_rows(exits: Exits, asked: Asked, sampling: Sampling | None, noise: Noise | None, *, decs: bool) -> Proposals:
     """The heads of N gathered rows: Proposals with fields [N]."""
     logits = exits.logits(asked.features)
     row_noise, scaled = None, logits

@@ -122,7 +122,7 @@ def step(
     stages, rows = state.stages, state.rows
     tick = state.tick + 1
     ring = lat.stage_rows(tick, stages)
-    view = _stage_view(state.lattice, ring, state.prefix)
+    view = stage_view(state.lattice, ring, state.prefix)
 
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
     hidden = jnp.concatenate([entering[None], state.hidden[:-1]])
@@ -134,15 +134,8 @@ def step(
     root_hidden = jnp.take_along_axis(hidden[-1], (root % rows)[:, None, None], axis=1)[:, 0]
     root_token = jnp.take_along_axis(view.token[-1], (root % rows)[:, None], axis=1)[:, 0]
     memory = network.commit(memory, Committed(root, root_token, state.prefix, root_hidden, finished))
-    token = _final_token(network, root_hidden, finished, sampling, noise, state.prefix + 1)
-    outcome = jax.vmap(lat.collapse)(state.lattice, token)
-    record = emit(state.record, token, outcome.born_at, finished, limits)
-    prefix = state.prefix + finished
-
-    lattice = _select(finished, outcome.lattice, state.lattice)
-    lattice = jax.vmap(_bury)(lattice, record.done)
-    fresh = finished & ~outcome.matched & ~record.done
-    lattice = jax.vmap(lat.plant, (0, None, 0, 0, 0))(lattice, tick, token, prefix, fresh)
+    token = final_token(network, root_hidden, finished, sampling, noise, state.prefix + 1)
+    lattice, prefix, record = settle(state, tick, token, finished, limits)
     if stages > 1:
         assert network.exits is not None
         live = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(lattice, tick), 0, 1)
@@ -174,7 +167,31 @@ def run(
     return until_done(tick, state, until_tick)
 
 
-def _final_token(
+def settle(
+    state: DexState, tick: jax.Array, token: jax.Array, finished: jax.Array, limits: Limits
+) -> tuple[Lattice, jax.Array, Record]:
+    """Commit and collapse of one tick, all of it bookkeeping.
+
+    Args:
+      state: before the tick.
+      tick: its number.
+      token: [B] int32, the final layer's token where `finished`.
+      finished: [B] bool, whether the root has reached depth L in this tick.
+      limits: when a sequence ends.
+
+    Returns:
+      (lattice before proposals, committed positions [B], record).
+    """
+    outcome = jax.vmap(lat.collapse)(state.lattice, token)
+    record = emit(state.record, token, outcome.born_at, finished, limits)
+    prefix = state.prefix + finished
+    lattice = _select(finished, outcome.lattice, state.lattice)
+    lattice = jax.vmap(_bury)(lattice, record.done)
+    fresh = finished & ~outcome.matched & ~record.done
+    return jax.vmap(lat.plant, (0, None, 0, 0, 0))(lattice, tick, token, prefix, fresh), prefix, record
+
+
+def final_token(
     network: Network,
     hidden: jax.Array,
     finished: jax.Array,
@@ -182,7 +199,7 @@ def _final_token(
     noise: Noise | None,
     position: jax.Array,
 ) -> jax.Array:
-    """The next token of every sequence whose root has finished: hidden [B, D] -> [B] int32."""
+    """The next token of every sequence whose root has finished: hidden [B, D] at depth L -> [B] int32."""
 
     def choose_all() -> jax.Array:
         row_noise = None
@@ -200,7 +217,8 @@ def _by_stage(field: jax.Array, ring: jax.Array) -> jax.Array:
     return jnp.swapaxes(field[:, ring], 0, 1)
 
 
-def _stage_view(lattice: Lattice, ring: jax.Array, prefix: jax.Array) -> StageView:
+def stage_view(lattice: Lattice, ring: jax.Array, prefix: jax.Array) -> StageView:
+    """The lattice as the stages see it; ring from `lattice.stage_rows`."""
     return StageView(
         ring=ring,
         token=_by_stage(lattice.token, ring),

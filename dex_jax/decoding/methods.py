@@ -144,15 +144,7 @@ class Dex:
             if isinstance(stages, bool) or not isinstance(stages, int) or not 1 <= stages <= num_layers:
                 raise DexError(f"explorers must be from 1 to the model's {num_layers} layers, not {stages}")
             return even_depths(stages, num_layers)
-        depths = tuple(int(x) for x in self.depths)
-        text = ",".join(map(str, depths))
-        if not depths or depths[0] < 1 or depths[-1] > num_layers:
-            raise DexError(f"depths must lie between 1 and the model's {num_layers} layers, not {text or 'nothing'}")
-        if any(a >= b for a, b in itertools.pairwise(depths)):
-            raise DexError(f"depths must ascend without repeats, not {text}")
-        if depths[-1] != num_layers:
-            raise DexError(f"depths must end at the model's last layer, {num_layers}, not at {depths[-1]}")
-        return depths
+        return check_depths(self.depths, num_layers)
 
     def _rows(self, stages: int) -> int:
         if self.rows is None:
@@ -167,6 +159,9 @@ class Dex:
         if isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1:
             raise DexError(f'rows must be a whole number of at least 1, or "full", not {self.rows}')
         return int(self.rows)
+
+
+Method = AR | Dex
 
 
 def even_depths(stages: int, num_layers: int) -> tuple[int, ...]:
@@ -196,3 +191,29 @@ def whole_number(**fields: Any) -> None:
     for name, value in fields.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise DexError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def with_stages(method: Method | None, stages: int | None) -> Method:
+    """The method on a mesh of `stages`, None on one device: on a mesh "auto" is one explorer a stage."""
+    method = Dex() if method is None else method
+    if stages is None or not isinstance(method, Dex) or method.kind not in ("auto", "parallel"):
+        return method
+    free = method.explorers is None and method.depths is None
+    return dataclasses.replace(method, explorers=stages if free else method.explorers, schedule="parallel")
+
+
+def check_depths(depths: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """Exit depths that a user gave, as whole numbers.
+
+    Raises:
+      DexError: none, out of range, not ascending or not ending at L.
+    """
+    depths = tuple(int(x) for x in depths)
+    text = ",".join(map(str, depths))
+    if not depths or depths[0] < 1 or depths[-1] > num_layers:
+        raise DexError(f"depths must lie between 1 and the model's {num_layers} layers, not {text or 'nothing'}")
+    if any(a >= b for a, b in itertools.pairwise(depths)):
+        raise DexError(f"depths must ascend without repeats, not {text}")
+    if depths[-1] != num_layers:
+        raise DexError(f"depths must end at the model's last layer, {num_layers}, not at {depths[-1]}")
+    return depths

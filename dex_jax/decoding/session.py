@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dex_jax import cache
-from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.decoding import ar, chain, loop, serial
+from dex_jax.decoding import mesh as on_mesh
 from dex_jax.decoding.chain_network import chain_network
 from dex_jax.decoding.interface import Network
 from dex_jax.decoding.methods import Schedule
@@ -23,6 +24,7 @@ from dex_jax.decoding.network import extend, shared_exits, transformer_network
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.record import Limits, Record
 from dex_jax.decoding.serial_network import tree_network
+from dex_jax.decoding.spec import Spec
 from dex_jax.decoding.trained_exits import (
     ExitArrays,
     commit_exits,
@@ -31,24 +33,18 @@ from dex_jax.decoding.trained_exits import (
     read_chunk,
     trained_exits,
 )
+from dex_jax.distributed import to_host
+from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, Outline, merge_model
-from dex_jax.nn.transformer import Layout, Transformer
+from dex_jax.nn.placing import weight_specs
+from dex_jax.nn.transformer import Layout, Staged, Transformer
 from dex_jax.sampling import Sampling
+from dex_jax.sharding import EVERYWHERE, check_batch, check_stages, place, zeros
 
 SMALLEST_BUCKET = 16
 PREFILL_CHUNK = 512
 LENGTH_STEP = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What a compiled program depends on beside shapes; `exits` is None for the model's own, "shared"."""
-
-    config: ModelConfig
-    layout: Layout
-    schedule: Schedule
-    exits: ExitsConfig | None = None
 
 
 def prompt_bucket(length: int) -> int:
@@ -89,6 +85,8 @@ def prefill_chunk(
     Returns:
       (memory, last).
     """
+    if spec.mesh is not None:
+        return on_mesh.prefill_chunk(weights, heads, memory, last, tokens, start, lengths, spec=spec)
     model = merge_model(spec.config, spec.layout, weights)
     hidden, memory = extend(model, memory, tokens, jnp.full(tokens.shape[0], start))
     if spec.exits is not None and heads is not None and spec.exits.needs_previous:
@@ -117,6 +115,10 @@ def start_decoding(
 
     `memory` has no lattice yet; serial rounds need the `prompt` [B, R] int32, padded on the right.
     """
+    if spec.mesh is not None:
+        return on_mesh.start_decoding(
+            weights, heads, memory, last, lengths, limits, sampling, spec=spec, capacity=capacity
+        )
     model = merge_model(spec.config, spec.layout, weights)
     token = ar.next_token(model, last, lengths, sampling)
     if spec.schedule.method == "ar":
@@ -166,6 +168,8 @@ def run_ticks(
     spec: Spec,
 ) -> Any:
     """The method's loop up to `until_tick`."""
+    if spec.mesh is not None:
+        return on_mesh.run_ticks(weights, heads, state, limits, sampling, until_tick, spec=spec)
     model = merge_model(spec.config, spec.layout, weights)
     if spec.schedule.method == "ar":
         return ar.run(model, state, limits, sampling, until_tick=until_tick)
@@ -192,6 +196,31 @@ def network_of(model: Transformer, heads: ExitArrays | None, spec: Spec) -> Netw
     return transformer_network(
         model, depths, exits, lambda memory, done: commit_exits(model, config, heads, memory, done)
     )
+
+
+def check_mesh(mesh: Mesh | None, layout: Layout, schedule: Schedule, sequences: int) -> None:
+    """Whether a model that lies so on a mesh can run a schedule; nothing to check without a mesh.
+
+    Raises:
+      DexError: serial rounds, another number of stages, other exit depths, or sequences that the data axis divides not.
+    """
+    if mesh is None:
+        return
+    if schedule.tree is not None:
+        raise DexError('serial rounds are for one device: leave the mesh out, or use schedule="parallel"')
+    if schedule.policy is not None or schedule.proposing is not None:
+        raise DexError(f"method {schedule.method} is for one device: leave the mesh out, or use Dex or AR")
+    check_batch(mesh, sequences)
+    if schedule.method == "ar":
+        return
+    check_stages(mesh, schedule.stages)
+    assert isinstance(layout, Staged)
+    if layout.depths != schedule.depths:
+        lie, want = (",".join(map(str, depths)) for depths in (layout.depths, schedule.depths))
+        raise DexError(
+            f"the stages of the mesh end at depths {lie} and the schedule's at {want}: load the model with "
+            f"layout=Staged(({want}))"
+        )
 
 
 PREFILL = Program(prefill_chunk, static=("spec",), donate=(2, 3))
@@ -223,10 +252,11 @@ class Session:
         exits: TrainedExits | None = None,
         notify: Callable[[str], None] = lambda phase: None,
     ):
+        check_mesh(lm.mesh, lm.layout, schedule, len(prompts))
         self.lm = lm
         self.exits = exits
-        self.spec = Spec(lm.config, lm.layout, schedule, None if exits is None else exits.config)
-        self.sampling = sampling
+        self.spec = Spec(lm.config, lm.layout, schedule, None if exits is None else exits.config, lm.mesh)
+        self.sampling = self._put(sampling, on_mesh.sampling_specs(sampling))
         self.notify = notify
         self.lengths = np.array([len(p) for p in prompts], np.int32)
         bucket = prompt_bucket(int(self.lengths.max()))
@@ -237,7 +267,8 @@ class Session:
         self.capacity = capacity_for(max_new_tokens)
         self.cache_length = bucket + self.capacity + schedule.ahead
         eos = jnp.asarray(lm.eos_ids or (-1,), jnp.int32)
-        self.limits = Limits(jnp.full(len(prompts), max_new_tokens, jnp.int32), eos)
+        limits = Limits(jnp.full(len(prompts), max_new_tokens, jnp.int32), eos)
+        self.limits = self._put(limits, on_mesh.LIMITS)
         self.tick = 0
         self.heads: ExitArrays | None = None
         self.state: Any = None
@@ -246,10 +277,11 @@ class Session:
         """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
         self.notify("compiling")
         weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.lm.weights)
-        heads = jax.eval_shape(lambda weights: self._heads(weights), weights)
-        memory, last, lengths = jax.eval_shape(self._blank)
-        scalar = jax.ShapeDtypeStruct((), jnp.int32)
-        tokens = jax.ShapeDtypeStruct((len(self.lengths), self.chunk), jnp.int32)
+        heads = self._put_heads(jax.eval_shape(lambda weights: self._heads(weights), weights))
+        weights = self._put(weights, lambda: weight_specs(weights, self.spec.mesh))
+        memory, last, lengths = self._blank_shapes()
+        scalar = self._put(jax.ShapeDtypeStruct((), jnp.int32), EVERYWHERE)
+        tokens = self._put(jax.ShapeDtypeStruct((len(self.lengths), self.chunk), jnp.int32), on_mesh.BY_SEQUENCE)
         of_prefill = self.spec_of_prefill()
         seen = heads if of_prefill.exits is not None else None
         PREFILL.compile(weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
@@ -258,6 +290,7 @@ class Session:
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.capacity}
         START.compile(*start, **statics)
         state = jax.eval_shape(lambda *args: start_decoding(*args, **statics), *start)
+        state = self._put(state, lambda: on_mesh.state_specs(self.spec))
         RUN.compile(weights, heads, state, self.limits, self.sampling, scalar, spec=self.spec)
 
     def prefill(self) -> None:
@@ -265,14 +298,13 @@ class Session:
         self.compile()
         self.notify("prefill")
         memory, last, lengths = self._blank()
-        self.heads = self._heads(self.lm.weights)
+        self.heads = self._put_heads(self._heads(self.lm.weights))
         of_prefill = self.spec_of_prefill()
         seen = self.heads if of_prefill.exits is not None else None
         for start in range(0, self.padded.shape[1], self.chunk):
-            tokens = jnp.asarray(self.padded[:, start : start + self.chunk])
-            memory, last = PREFILL(
-                self.lm.weights, seen, memory, last, tokens, jnp.int32(start), lengths, spec=of_prefill
-            )
+            tokens = self._put(jnp.asarray(self.padded[:, start : start + self.chunk]), on_mesh.BY_SEQUENCE)
+            at = self._put(jnp.int32(start), EVERYWHERE)
+            memory, last = PREFILL(self.lm.weights, seen, memory, last, tokens, at, lengths, spec=of_prefill)
         self.state = START(
             self.lm.weights,
             self.heads,
@@ -289,10 +321,42 @@ class Session:
 
     def _blank(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
         """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
-        batch, config, dtype = len(self.lengths), self.lm.config, self.lm.dtype
-        memory = cache.allocate(config, self.lm.layout, batch, self.cache_length, 0, dtype)
-        memory = memory._replace(exits=empty_memory(self.spec.exits, batch, dtype))
-        return memory, jnp.zeros((batch, config.width), dtype), jnp.asarray(self.lengths)
+        batch, dtype = len(self.lengths), self.lm.dtype
+        shapes = self._memory_shapes()
+        if self.spec.mesh is None:
+            memory = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        else:
+            memory = zeros(shapes, on_mesh.MEMORY, self.spec.mesh)
+        exits = self._put(empty_memory(self.spec.exits, batch, dtype), on_mesh.BY_SEQUENCE)
+        last = self._put(jnp.zeros((batch, self.lm.config.width), dtype), on_mesh.BY_SEQUENCE)
+        return memory._replace(exits=exits), last, self._put(jnp.asarray(self.lengths), on_mesh.BY_SEQUENCE)
+
+    def _blank_shapes(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
+        """As `_blank`, as jax.ShapeDtypeStruct."""
+        batch, dtype = len(self.lengths), self.lm.dtype
+        array: Any = jax.ShapeDtypeStruct
+        exits = jax.eval_shape(lambda: empty_memory(self.spec.exits, batch, dtype))
+        last, lengths = array((batch, self.lm.config.width), dtype), array((batch,), jnp.int32)
+        return (
+            self._put(self._memory_shapes()._replace(exits=exits), on_mesh.MEMORY),
+            self._put(last, on_mesh.BY_SEQUENCE),
+            self._put(lengths, on_mesh.BY_SEQUENCE),
+        )
+
+    def _memory_shapes(self) -> cache.Memory:
+        """Of a committed cache without lattice and without what exits remember."""
+        memory = cache.shapes(self.lm.config, self.lm.layout, len(self.lengths), self.cache_length, 0, self.lm.dtype)
+        # An array without elements is copied everywhere, whatever its sharding says.
+        return memory if self.spec.mesh is None else memory._replace(lattice_keys=(), lattice_values=())
+
+    def _put(self, tree: Any, specs: Any) -> Any:
+        """Arrays or shapes where the programs want them on a mesh: `specs`, or a function that gives them."""
+        if self.spec.mesh is None:
+            return tree
+        return place(tree, specs() if callable(specs) else specs, self.spec.mesh)
+
+    def _put_heads(self, heads: ExitArrays | None) -> ExitArrays | None:
+        return None if heads is None else self._put(heads, lambda: on_mesh.head_specs(heads))
 
     def spec_of_prefill(self) -> Spec:
         """Prefill is the same for every method, so its programs are shared, unless exits read the prompt too."""
@@ -305,15 +369,18 @@ class Session:
         if self.exits is None:
             return None
         model = merge_model(self.lm.config, self.lm.layout, weights)
-        return exit_arrays(model, self.exits.config, self.exits.parameters, self.exits.vocabulary)
+        parameters = self.exits.parameters
+        if self.spec.mesh is not None:
+            parameters = on_mesh.pad_heads(parameters)
+        return exit_arrays(model, self.exits.config, parameters, self.exits.vocabulary)
 
     def advance(self, ticks: int) -> Record:
         """Runs at most `ticks` more ticks and returns the record on the host."""
         self.tick += ticks
-        until = jnp.int32(self.tick)
+        until = self._put(jnp.int32(self.tick), EVERYWHERE)
         self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, spec=self.spec)
         return self.record()
 
     def record(self) -> Record:
         """What has been emitted so far, as NumPy arrays."""
-        return jax.tree.map(np.asarray, self.state.record)
+        return to_host(self.state.record)

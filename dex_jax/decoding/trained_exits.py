@@ -69,7 +69,13 @@ def exit_arrays(
     draft = jnp.asarray(vocabulary, jnp.int32)
     size = draft.shape[0]
     columns = jnp.full(model.config.vocab_size, size, jnp.int32).at[draft].set(jnp.arange(size, dtype=jnp.int32))
-    return ExitArrays(nnx.state(heads), draft, columns, kernel[...][draft])
+    return ExitArrays(nnx.state(heads), draft, columns, _rows(kernel[...], vocabulary))
+
+
+@jax.jit
+def _rows(kernel: jax.Array, index: jax.Array | np.ndarray) -> jax.Array:
+    # Under jit, as a mesh over several hosts wants it.
+    return kernel[index]
 
 
 def empty_memory(config: ExitsConfig | None, batch: int, dtype: jnp.dtype) -> ExitMemory | tuple[()]:
@@ -116,7 +122,7 @@ def read_chunk(
     context = memory.context
     if context is not None:
         before = jnp.concatenate([memory.previous[:, None], normed[:, :-1]], axis=1)
-        layer = _heads(config, arrays).context
+        layer = exit_heads(config, arrays).context
         assert layer is not None
         entered = layer.enter_rows(model.embed_tokens(tokens), before)
         positions = start[:, None] + jnp.arange(size)[None, :]
@@ -139,9 +145,21 @@ def commit_exits(
     model: Transformer, config: ExitsConfig, arrays: ExitArrays, memory: ExitMemory, done: Committed
 ) -> ExitMemory:
     """Takes in the roots that have finished."""
+    return commit_features(model, config, arrays, memory, done, model.normed(done.hidden))
+
+
+def commit_features(
+    model: Transformer,
+    config: ExitsConfig,
+    arrays: ExitArrays,
+    memory: ExitMemory,
+    done: Committed,
+    features: jax.Array,
+) -> ExitMemory:
+    """As `commit_exits`, given what the final norm makes of the roots' states, [B, D]."""
     context = memory.context
     if context is not None:
-        layer = _heads(config, arrays).context
+        layer = exit_heads(config, arrays).context
         assert layer is not None
         entered = layer.enter_rows(model.embed_tokens(jnp.maximum(done.token, 0)[:, None]), memory.previous[:, None])
         keys, values = layer.keys_values(entered, done.position[:, None])
@@ -151,26 +169,23 @@ def commit_exits(
             jnp.where(at[:, None, :, None], values, context.values),
             jnp.where(at, done.position[:, None], context.position),
         )
-    normed = model.normed(done.hidden)
-    return ExitMemory(jnp.where(done.where[:, None], normed, memory.previous), context)
+    return ExitMemory(jnp.where(done.where[:, None], features, memory.previous), context)
 
 
 def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -> Exits:
     """The loop's callables. Memory has an ExitMemory as `exits` where the kind reads the position before."""
-    heads = _heads(config, arrays)
+    heads = exit_heads(config, arrays)
 
     def features(memory: Any, hidden: jax.Array, view: StageView) -> jax.Array:
-        stages, batch, rows, width = hidden.shape
-        states = hidden[:-1].reshape(stages - 1, batch * rows, width)
-        previous = context = base = None
-        if config.needs_previous:
-            base = heads.base(states)
-            reached = [base.reshape(stages - 1, batch, rows, width), model.normed(hidden[-1:])]
-            before = previous_features(jnp.concatenate(reached), memory.exits.previous, view)
-            previous = before.reshape(states.shape)
-            if heads.context is not None:
-                context = _context_rows(model, heads.context, memory.exits.context, before, view).reshape(states.shape)
-        return heads.features(states, previous, context, base).reshape(stages - 1, batch, rows, width + 1)
+        states = hidden[:-1]
+        if not config.needs_previous:
+            return row_features(model, heads, states, view.token[:-1], view.position[:-1])
+        base = base_features(heads, states)
+        reached = jnp.concatenate([base, model.normed(hidden[-1:])])
+        previous = previous_features(reached, memory.exits.previous, view.parent[:-1], view.ring)
+        return row_features(
+            model, heads, states, view.token[:-1], view.position[:-1], previous, base, memory.exits.context
+        )
 
     logits, rest = shared_columns(model, arrays)
     return Exits(features, logits, arrays.vocabulary, arrays.columns, rest)
@@ -188,20 +203,63 @@ def shared_columns(
     return logits, None if arrays.vocabulary is None else lambda features: features[:, -1].astype(jnp.float32)
 
 
-def previous_features(reached: jax.Array, committed: jax.Array, view: StageView) -> jax.Array:
-    """What each node of stages 1 .. K-1 knows of the position before: its parent's features, as deep as it has got.
+def base_features(heads: ExitHeads, states: jax.Array) -> jax.Array:
+    """`ExitHeads.base` of nodes: [X, B, W, D] -> [X, B, W, D]."""
+    return heads.base(states.reshape(states.shape[0], -1, states.shape[-1])).reshape(states.shape)
+
+
+def row_features(
+    model: Transformer,
+    heads: ExitHeads,
+    states: jax.Array,
+    token: jax.Array,
+    position: jax.Array,
+    previous: jax.Array | None = None,
+    base: jax.Array | None = None,
+    context: ContextMemory | None = None,
+) -> jax.Array:
+    """What X exits give for the nodes that have just reached them.
+
+    Args:
+      model: embeds for the context layer.
+      heads: X exits.
+      states: [X, B, W, D].
+      token, position: [X, B, W] int32.
+      previous: [X, B, W, D] from `previous_features`; None without `needs_previous`.
+      base: [X, B, W, D] from `base_features`, where it is known.
+      context: of the context layer; None unless the kind is "attn".
+
+    Returns:
+      [X, B, W, D + 1].
+    """
+    count, batch, rows, width = states.shape
+
+    def flat(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else x.reshape(count, batch * rows, width)
+
+    read = None
+    if heads.context is not None:
+        assert context is not None
+        assert previous is not None
+        read = _context_rows(model, heads.context, context, previous, token, position)
+    features = heads.features(states.reshape(count, batch * rows, width), flat(previous), flat(read), flat(base))
+    return features.reshape(count, batch, rows, width + 1)
+
+
+def previous_features(reached: jax.Array, committed: jax.Array, parent: jax.Array, ring: jax.Array) -> jax.Array:
+    """What nodes of X stages know of the position before: their parents' features, as deep as they have got.
 
     Args:
       reached: [K, B, W, D], features of the nodes of every stage: estimates below depth L, true ones at it.
       committed: [B, D], true features at the last committed position, the root's parent.
-      view: all K stages.
+      parent: [X, B, W] int32, as in StageView.
+      ring: [K] int32, as in StageView.
 
     Returns:
-      [K - 1, B, W, D].
+      [X, B, W, D].
     """
     _, batch, rows, _ = reached.shape
-    parent = view.parent[:-1]
-    stage_of_row = jnp.argsort(view.ring)
+    stage_of_row = jnp.argsort(ring)
     place = jnp.maximum(parent, 0)
     sequence = jnp.arange(batch)[None, :, None]
     of_parent = reached[stage_of_row[place // rows], sequence, place % rows]
@@ -209,15 +267,20 @@ def previous_features(reached: jax.Array, committed: jax.Array, view: StageView)
 
 
 def _context_rows(
-    model: Transformer, layer: Context, memory: ContextMemory, previous: jax.Array, view: StageView
+    model: Transformer,
+    layer: Context,
+    memory: ContextMemory,
+    previous: jax.Array,
+    token: jax.Array,
+    position: jax.Array,
 ) -> jax.Array:
-    """The context layer over all nodes of stages 1 .. K-1, each beside the committed window: [K - 1, B, W, D]."""
+    """The context layer over all nodes of X stages, each beside the committed window: [X, B, W, D]."""
     stages, batch, rows, width = previous.shape
 
     def by_sequence(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x, 0, 1).reshape(batch, stages * rows, *x.shape[3:])
 
-    tokens, position = by_sequence(jnp.maximum(view.token[:-1], 0)), by_sequence(view.position[:-1])
+    tokens, position = by_sequence(jnp.maximum(token, 0)), by_sequence(position)
     entered = layer.enter_rows(model.embed_tokens(tokens), by_sequence(previous))
     entries = memory.position[:, None, :]
     visible = (entries != EMPTY_ENTRY) & (position[:, :, None] - entries <= layer.config.window)
@@ -226,5 +289,6 @@ def _context_rows(
     return jnp.swapaxes(out.reshape(batch, stages, rows, width), 0, 1)
 
 
-def _heads(config: ExitsConfig, arrays: ExitArrays) -> ExitHeads:
+def exit_heads(config: ExitsConfig, arrays: ExitArrays) -> ExitHeads:
+    """The module over the compiled programs' arrays."""
     return nnx.merge(exit_graph(config), arrays.parameters)

@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
+from dex_jax.decoding import mesh as on_mesh
 from dex_jax.decoding import session
 from dex_jax.decoding.heads import HEAD_BLOCK
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import Limits
+from dex_jax.decoding.spec import Spec
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import abstract_weights
 from dex_jax.nn.exits import abstract_parameters
-from dex_jax.nn.transformer import Layout
+from dex_jax.nn.placing import device_config, weight_specs
+from dex_jax.nn.transformer import Layout, Staged
 from dex_jax.sampling import Sampling, sampling_keys
+from dex_jax.sharding import DATA, EVERYWHERE, place
 
 
 class SessionShapes(NamedTuple):
@@ -86,6 +92,7 @@ def footprint(
     *,
     sampled: bool = False,
     exits_bytes: int = 0,
+    mesh: Mesh | None = None,
 ) -> Footprint:
     """What decoding `batch` sequences of at most `cache_length` positions needs.
 
@@ -98,23 +105,26 @@ def footprint(
       layout: of the weights and caches.
       sampled: whether tokens are sampled, which keeps K positions' noise of V float32 numbers for each sequence.
       exits_bytes: size of trained exit heads.
+      mesh: devices that all is spread over; figures are of one of them. None is one device.
     """
-    shapes = session_shapes(config, dtype, schedule, layout, batch, cache_length, sampled=sampled)
+    shapes = session_shapes(config, dtype, schedule, layout, batch, cache_length, sampled=sampled, mesh=mesh)
     committed = nbytes((shapes.memory.keys, shapes.memory.values))
     return Footprint(
         weights_bytes=nbytes(shapes.weights),
         cache_bytes=committed,
         lattice_bytes=nbytes(shapes.state) - committed,
         exits_bytes=exits_bytes,
-        workspace_bytes=_workspace(config, jnp.dtype(dtype), schedule, batch, cache_length, sampled),
+        workspace_bytes=_workspace(config, jnp.dtype(dtype), schedule, layout, batch, cache_length, sampled, mesh),
     )
 
 
-def trained_bytes(config: ModelConfig, dtype: jnp.dtype, exits: TrainedExits | None) -> int:
-    """Size on the device of trained exits, with the rows of the unembedding that a draft vocabulary copies."""
+def trained_bytes(config: ModelConfig, dtype: jnp.dtype, exits: TrainedExits | None, mesh: Mesh | None = None) -> int:
+    """Size on one device of trained exits, with the rows of the unembedding that a draft vocabulary copies."""
     if exits is None:
         return 0
-    size = nbytes(abstract_parameters(exits.config, dtype))
+    # On a mesh a device holds the head of its own stage, and what all heads share.
+    held = exits.config if mesh is None else dataclasses.replace(exits.config, depths=exits.config.depths[:1])
+    size = nbytes(abstract_parameters(held, dtype))
     if exits.vocabulary is None:
         return size
     return size + len(exits.vocabulary) * (config.width * jnp.dtype(dtype).itemsize + 4) + 4 * config.vocab_size
@@ -135,8 +145,12 @@ def session_shapes(
     *,
     capacity: int | None = None,
     sampled: bool = False,
+    mesh: Mesh | None = None,
 ) -> SessionShapes:
-    """The shapes of a session's arrays; `capacity` is T, room for new tokens (None: as much as the cache)."""
+    """The shapes of a session's arrays; `capacity` is T, room for new tokens (None: as much as the cache).
+
+    On a mesh, whose layout is Staged and whose devices need not be there, they carry their shardings.
+    """
     capacity = cache_length if capacity is None else capacity
     weights = abstract_weights(config, layout, dtype)
     memory = cache.shapes(config, layout, batch, cache_length, 0, dtype)
@@ -147,15 +161,40 @@ def session_shapes(
     if sampled:
         real = array((), jnp.float32)
         sampling = Sampling(jax.eval_shape(lambda: sampling_keys([0] * batch)), real, scalar, real)
-    start = functools.partial(session.start_decoding, spec=session.Spec(config, layout, schedule), capacity=capacity)
+    spec = Spec(config, layout, schedule, mesh=mesh)
+    if mesh is not None:
+        memory = memory._replace(lattice_keys=(), lattice_values=())
+    start = functools.partial(session.start_decoding, spec=spec, capacity=capacity)
     prompt = None if schedule.tree is None else array((batch, cache_length - schedule.ahead), jnp.int32)
     state = jax.eval_shape(start, weights, None, memory, last, lengths, limits, sampling, prompt)
-    return SessionShapes(weights, memory, last, lengths, limits, sampling, state, scalar, prompt)
+    shapes = SessionShapes(weights, memory, last, lengths, limits, sampling, state, scalar, prompt)
+    return shapes if mesh is None else SessionShapes(*place(shapes, _specs(spec, shapes), mesh))
+
+
+def _specs(spec: Spec, shapes: SessionShapes) -> SessionShapes:
+    each = on_mesh.BY_SEQUENCE
+    return SessionShapes(
+        weights=weight_specs(shapes.weights, spec.mesh),
+        memory=on_mesh.MEMORY,
+        last=each,
+        lengths=each,
+        limits=on_mesh.LIMITS,
+        sampling=on_mesh.sampling_specs(shapes.sampling),
+        state=on_mesh.state_specs(spec),
+        scalar=EVERYWHERE,
+        prompt=each,
+    )
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all arrays or ShapeDtypeStructs of a tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes that one device holds of all arrays or ShapeDtypeStructs of a tree."""
+
+    def size(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def device_memory(device: jax.Device | None = None) -> int | None:
@@ -187,10 +226,21 @@ def verdict(needed: Footprint, available: int | None) -> str:
 
 
 def _workspace(
-    config: ModelConfig, dtype: jnp.dtype, schedule: Schedule, batch: int, cache_length: int, sampled: bool
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    schedule: Schedule,
+    layout: Layout,
+    batch: int,
+    cache_length: int,
+    sampled: bool,
+    mesh: Mesh | None,
 ) -> int:
     """Temporaries of the larger of a prefill chunk and a tick, one layer alive at a time."""
-    size, real = dtype.itemsize, 4
+    size, real, side_by_side = dtype.itemsize, 4, schedule.stages
+    if mesh is not None:
+        assert isinstance(layout, Staged)
+        config, side_by_side = device_config(config, layout, mesh), 1
+        batch //= mesh.shape[DATA]
 
     def layer(rows: int, keys: int) -> int:
         scores = rows * config.num_heads * keys * (real + size)
@@ -204,7 +254,8 @@ def _workspace(
     chunk = min(max(cache_length - session.LENGTH_STEP, 1), session.PREFILL_CHUNK)
     prefill = layer(batch * chunk, cache_length)
     slots = schedule.rows if schedule.policy is not None else schedule.stages * schedule.rows
-    tick = layer(batch * slots, cache_length + slots) + heads(batch * min(schedule.rows, HEAD_BLOCK))
+    rows = batch * schedule.rows
+    tick = layer(rows * side_by_side, cache_length + slots) + heads(min(rows, batch * HEAD_BLOCK))
     return max(prefill, tick, heads(batch))
 
 

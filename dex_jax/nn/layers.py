@@ -178,6 +178,21 @@ def _sum_in_float32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(a, b, cpu=widened, default=product)
 
 
+LAYER_AXES: dict[str, tuple[str, ...]] = {
+    "attention_norm": ("width",),
+    "qkv": ("heads", "width"),
+    "qkv_bias": ("heads",),
+    "q_norm": ("head",),
+    "k_norm": ("head",),
+    "out": ("width", "heads"),
+    "out_bias": ("width",),
+    "mlp_norm": ("width",),
+    "gate_up": ("mlp", "width"),
+    "down": ("width", "mlp"),
+}
+"""Logical axes of a layer's parameters (dex_jax/sharding.py says where they lie on a mesh)."""
+
+
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and gated mlp, with the query-key-value and gate-up projections fused.
 
@@ -186,9 +201,11 @@ class DecoderLayer(nnx.Module):
     Args:
       config: shapes.
       init: (name, shape, kind) -> array, kind "kernel", "scale" or "bias".
+      tensor_axis: under shard_map, the mesh axis over whose devices heads and mlp are spread; `config` then counts this
+        device's own, and the two products that end in D are summed over the axis. None: all is here.
     """
 
-    def __init__(self, config: ModelConfig, init):
+    def __init__(self, config: ModelConfig, init, tensor_axis: str | None = None):
         c = config
         self.attention_norm = nnx.Param(init("attention_norm", (c.width,), "scale"))
         self.qkv = nnx.Param(init("qkv", (c.qkv_width, c.width), "kernel"))
@@ -201,6 +218,7 @@ class DecoderLayer(nnx.Module):
         self.gate_up = nnx.Param(init("gate_up", (2 * c.mlp_width, c.width), "kernel"))
         self.down = nnx.Param(init("down", (c.width, c.mlp_width), "kernel"))
         self.config = config
+        self.tensor_axis = tensor_axis
 
     def project(self, x: jax.Array, table) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states [B, R, D] -> queries [B, R, H, d], keys and values [B, G, R, d], rotated by `table`."""
@@ -219,10 +237,17 @@ class DecoderLayer(nnx.Module):
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Adds the attention output [B, R, H, d] and then the mlp to x [B, R, D]."""
         flat = attended.reshape(*x.shape[:-1], -1)
-        x = x + linear(flat, self.out[...], _value(self.out_bias))
+        x = x + self._summed(flat, self.out[...], _value(self.out_bias))
         normed = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
         gate, up = jnp.split(linear(normed, self.gate_up[...]), 2, axis=-1)
-        return x + linear(jax.nn.silu(gate) * up, self.down[...])
+        return x + self._summed(jax.nn.silu(gate) * up, self.down[...])
+
+    def _summed(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """`linear` whose inputs are spread over the tensor axis, if there is one."""
+        if self.tensor_axis is None:
+            return linear(x, kernel, bias)
+        total = jax.lax.psum(linear(x, kernel), self.tensor_axis)
+        return total if bias is None else total + jnp.broadcast_to(bias, total.shape)
 
 
 def _value(param):

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from dex_jax.config import ModelConfig
-from dex_jax.nn.layers import DecoderLayer, linear, rms_norm
+from dex_jax.nn.layers import LAYER_AXES, DecoderLayer, linear, rms_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,34 @@ class Stacked:
         raise IndexError(layer)
 
 
-Layout = Unrolled | Stacked
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """For a mesh: l arrays [K, ...] of each kind, l the longest stage; the j-th holds layer j of every stage.
+
+    The first axis is split over the mesh's stages, so that a device sees l layers of its own, one array each, as if it
+    had a small unrolled model. Shorter stages are padded with zero layers, which add zero to their input.
+
+    Attributes:
+      depths: exit depths x_1 < ... < x_K = L.
+    """
+
+    depths: tuple[int, ...]
+
+    @property
+    def stage_layers(self) -> int:
+        """l, the number of layers in the longest stage."""
+        return max(len(stage) for stage in stage_ranges(self.depths))
+
+
+Layout = Unrolled | Stacked | Staged
+
+PARAMETER_AXES: dict[str, tuple[str, ...]] = {
+    "embed": ("vocabulary", "width"),
+    "final_norm": ("width",),
+    "unembed": ("vocabulary", "width"),
+    **LAYER_AXES,
+}
+"""Logical axes of every parameter, without those that a layout puts in front."""
 
 
 def stage_ranges(depths: tuple[int, ...]) -> list[range]:
@@ -58,19 +85,37 @@ class Transformer(nnx.Module):
 
     Args:
       config: shapes and constants.
-      layout: Unrolled() keeps `layers` as a list of L modules, Stacked(depths) as one module with leading axes [l, K].
-      init: (name, shape, kind) -> array, with canonical names ("embed", "layers.3.qkv"; "layers.*.qkv" when stacked).
+      layout: Unrolled() keeps `layers` as a list of L modules, Stacked(depths) as one module with leading axes [l, K],
+        Staged(depths) as a list of l modules with a leading axis [K].
+      init: (name, shape, kind) -> array, with canonical names ("embed", "layers.3.qkv"; "layers.*.qkv" when stacked,
+        "layers.*3.qkv" for the fourth layer of every stage when staged).
+      tensor_axis: as of DecoderLayer.
+      vocabulary_axis: under shard_map, the mesh axis over which embedding and unembedding are split by tokens.
     """
 
-    def __init__(self, config: ModelConfig, layout: Layout, init: Callable[..., jax.Array]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        init: Callable[..., jax.Array],
+        tensor_axis: str | None = None,
+        vocabulary_axis: str | None = None,
+    ):
         self.config = config
         self.layout = layout
+        self.layout = layout
+        self.vocabulary_axis = vocabulary_axis
         self.embed = nnx.Param(init("embed", (config.vocab_size, config.width), "kernel"))
         self.final_norm = nnx.Param(init("final_norm", (config.width,), "scale"))
         self.unembed = None if config.tied else nnx.Param(init("unembed", (config.vocab_size, config.width), "kernel"))
         if isinstance(layout, Unrolled):
             self.layers = _module_list(
-                DecoderLayer(config, _named(init, f"layers.{i}")) for i in range(config.num_layers)
+                DecoderLayer(config, _named(init, f"layers.{i}"), tensor_axis) for i in range(config.num_layers)
+            )
+        elif isinstance(layout, Staged):
+            count = (len(layout.depths),)
+            self.layers = _module_list(
+                DecoderLayer(config, _named(init, f"layers.*{j}", count)) for j in range(layout.stage_layers)
             )
         else:
             lead = (layout.stage_layers, len(layout.depths))
@@ -78,7 +123,13 @@ class Transformer(nnx.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """[...] int32 -> [..., D]."""
-        return jnp.take(self.embed[...], tokens, axis=0)
+        if self.vocabulary_axis is None:
+            return jnp.take(self.embed[...], tokens, axis=0)
+        rows = self.embed[...].shape[0]
+        own = tokens - jax.lax.axis_index(self.vocabulary_axis) * rows
+        found = jnp.take(self.embed[...], jnp.clip(own, 0, rows - 1), axis=0)
+        here = (own >= 0) & (own < rows)
+        return jax.lax.psum(jnp.where(here[..., None], found, 0), self.vocabulary_axis)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and unembedding: [..., D] -> [..., V] float32 (exit K, and every exit of kind "shared")."""
@@ -91,7 +142,10 @@ class Transformer(nnx.Module):
     def unembedding(self, features: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32."""
         kernel = self.embed if self.unembed is None else self.unembed
-        return linear(features, kernel[...], out_dtype=jnp.float32)
+        own = linear(features, kernel[...], out_dtype=jnp.float32)
+        if self.vocabulary_axis is None:
+            return own
+        return jax.lax.all_gather(own, self.vocabulary_axis, axis=own.ndim - 1, tiled=True)
 
 
 def layer_parameters(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -142,6 +196,11 @@ def build(config: ModelConfig, layout: Layout, read: Callable[[str], np.ndarray]
 
 def random_transformer(config: ModelConfig, layout: Layout, seed: int, dtype=jnp.float32) -> Transformer:
     """Random weights (normal kernels of standard deviation 1 / sqrt(in), unit norms), equal in both layouts."""
+    return build(config, layout, random_reader(config, seed), dtype)
+
+
+def random_reader(config: ModelConfig, seed: int) -> Callable[[str], np.ndarray]:
+    """Canonical name -> float32 array of `random_transformer`'s weights."""
     kinds = {"embed": "kernel", "unembed": "kernel", "final_norm": "scale"}
     kinds |= {name: kind for name, (_, kind) in layer_parameters(config).items()}
     shapes = parameter_shapes(config)
@@ -155,7 +214,7 @@ def random_transformer(config: ModelConfig, layout: Layout, seed: int, dtype=jnp
         deviation = 0.02 if kind == "bias" else shape[-1] ** -0.5
         return (rng.standard_normal(shape) * deviation).astype(np.float32)
 
-    return build(config, layout, read, dtype)
+    return read
 
 
 def relayout(model: Transformer, layout: Layout) -> Transformer:
@@ -209,8 +268,8 @@ def _to_device(host: np.ndarray, dtype: jnp.dtype) -> jax.Array:
     return jnp.asarray(np.asarray(host, dtype=dtype))
 
 
-def _named(init, prefix: str):
-    return lambda name, shape, kind: init(f"{prefix}.{name}", shape, kind)
+def _named(init, prefix: str, lead: tuple[int, ...] = ()):
+    return lambda name, shape, kind: init(f"{prefix}.{name}", lead + shape, kind)
 
 
 def _module_list(modules: Iterator[nnx.Module]):

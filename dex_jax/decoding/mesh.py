@@ -1,0 +1,260 @@
+"""The programs of a session on a mesh: each is one jax.shard_map over what a device does (decoding/stage.py).
+
+Where things lie: layers, caches and hidden states by stage; heads, mlp and vocabulary by tensor; sequences, with their
+lattice, by data. Embedding and unembedding (or its draft slice) are on every stage: stage 1 embeds what is new, every
+exit asks the unembedding about its own rows, and the last stage does for the final token, all at the same time. That is
+K copies of V D numbers, split over a tensor axis. The lattice is on every device, where all keep the same books.
+
+Letters: B sequences, R prompt tokens, K stages, W rows a stage, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from dex_jax import cache
+from dex_jax.config import ModelConfig
+from dex_jax.decoding import ar, loop
+from dex_jax.decoding.ar import ARState
+from dex_jax.decoding.loop import DexState
+from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.record import Limits, until_done
+from dex_jax.decoding.spec import Spec
+from dex_jax.decoding.stage import StageNetwork, ar_step, extend_stages, from_last_stage, stage_network, step
+from dex_jax.decoding.trained_exits import ExitArrays, read_chunk
+from dex_jax.language_model import abstract_weights, merge_model
+from dex_jax.nn.placing import device_config, weight_specs
+from dex_jax.nn.transformer import Staged, Unrolled
+from dex_jax.sampling import Sampling
+from dex_jax.sharding import DATA, EVERYWHERE, STAGE, TENSOR, partition, spec_of
+
+# They stand where arrays will.
+BY_SEQUENCE: Any = spec_of("sequence")
+BY_STAGE: Any = spec_of("stage", "sequence")
+_CACHE: Any = spec_of(*cache.AXES)
+LIMITS = Limits(BY_SEQUENCE, EVERYWHERE)
+MEMORY = cache.Memory(_CACHE, _CACHE, _CACHE, _CACHE, BY_SEQUENCE)
+
+
+def prefill_chunk(
+    weights: Any,
+    heads: ExitArrays | None,
+    memory: Any,
+    last: jax.Array,
+    tokens: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+    *,
+    spec: Spec,
+) -> tuple[Any, jax.Array]:
+    """`session.prefill_chunk` on a mesh: K - 1 permutes of [B, R, D], then the last states are shared."""
+
+    def run(weights: Any, heads: Any, memory: Any, last: Any, tokens: Any, start: Any, lengths: Any) -> Any:
+        device, memory = _device(spec, weights, heads), _own(memory)
+        hidden, memory = extend_stages(device, memory, tokens, jnp.full(tokens.shape[0], start))
+        exits = memory.exits
+        if spec.exits is not None and heads is not None and spec.exits.needs_previous:
+            exits = read_chunk(device.model, spec.exits, heads, exits, tokens, hidden, start, lengths)
+        index = lengths - 1 - start
+        here = (index >= 0) & (index < tokens.shape[1])
+        chosen = jnp.take_along_axis(hidden, jnp.clip(index, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+        # Only now is what the last stage has seen known to all.
+        last, exits = from_last_stage((jnp.where(here[:, None], chosen, last), exits), device.stages)
+        return _stacked(memory._replace(exits=exits)), last
+
+    inputs = (_weights(spec), _heads(spec, heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE, EVERYWHERE, BY_SEQUENCE)
+    return _mapped(run, spec, inputs, (MEMORY, BY_SEQUENCE))(weights, heads, memory, last, tokens, start, lengths)
+
+
+def start_decoding(
+    weights: Any,
+    heads: ExitArrays | None,
+    memory: Any,
+    last: jax.Array,
+    lengths: jax.Array,
+    limits: Limits,
+    sampling: Sampling | None,
+    *,
+    spec: Spec,
+    capacity: int,
+) -> Any:
+    """`session.start_decoding` on a mesh: every device chooses token 0 for itself, nothing is sent."""
+    schedule = spec.schedule
+
+    def run(weights: Any, heads: Any, memory: Any, last: Any, lengths: Any, limits: Any, sampling: Any) -> Any:
+        device, memory = _device(spec, weights, heads), _own(memory)
+        token = ar.next_token(device.model, last, lengths, sampling)
+        if schedule.method == "ar":
+            return ar.init(_stacked(memory), token, lengths, capacity=capacity, limits=limits)
+        slots = schedule.stages * schedule.rows
+        memory = cache.with_lattice(memory, device.model.config, Unrolled(), slots)
+        state = loop.init(
+            device.network,
+            memory,
+            token,
+            lengths,
+            stages=schedule.stages,
+            rows=schedule.rows,
+            capacity=capacity,
+            limits=limits,
+            sampling=sampling,
+        )
+        return state._replace(memory=_stacked(memory), hidden=state.hidden[:1])
+
+    inputs = (
+        *(_weights(spec), _heads(spec, heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE),
+        *(LIMITS, sampling_specs(sampling)),
+    )
+    return _mapped(run, spec, inputs, state_specs(spec))(weights, heads, memory, last, lengths, limits, sampling)
+
+
+def run_ticks(
+    weights: Any,
+    heads: ExitArrays | None,
+    state: Any,
+    limits: Limits,
+    sampling: Sampling | None,
+    until_tick: jax.Array,
+    *,
+    spec: Spec,
+) -> Any:
+    """`session.run_ticks` on a mesh."""
+    ar_method = spec.schedule.method == "ar"
+
+    def run(weights: Any, heads: Any, state: Any, limits: Any, sampling: Any, until_tick: Any) -> Any:
+        device = _device(spec, weights, heads)
+        state = state._replace(memory=_own(state.memory))
+        if ar_method:
+            state = _together(spec, lambda s: ar_step(device, s, limits, sampling), state, until_tick)
+            return state._replace(memory=_stacked(state.memory))
+        state = state._replace(hidden=state.hidden[0])
+        decs = spec.schedule.decs
+        state = _together(spec, lambda s: step(device, s, limits, sampling, decs=decs), state, until_tick)
+        return state._replace(memory=_stacked(state.memory), hidden=state.hidden[None])
+
+    states = state_specs(spec)
+    inputs = (_weights(spec), _heads(spec, heads), states, LIMITS, sampling_specs(sampling), EVERYWHERE)
+    return _mapped(run, spec, inputs, states)(weights, heads, state, limits, sampling, until_tick)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, tokens: jax.Array) -> jax.Array:
+    """Final logits at every position: tokens [B, T] int32 -> [B, T, V] float32, on every device."""
+    spec = Spec(config, layout, Schedule("ar", (config.num_layers,), 1, decs=False), mesh=mesh)
+
+    def run(weights: Any, tokens: jax.Array) -> jax.Array:
+        device = _device(spec, weights, None)
+        batch, length = tokens.shape
+        model = device.model
+        memory = cache.allocate(model.config, Unrolled(), batch, length, 0, model.embed[...].dtype)
+        hidden, _ = extend_stages(device, memory, tokens, jnp.zeros(batch, jnp.int32))
+        return model.logits(from_last_stage(hidden, device.stages))
+
+    return _mapped(run, spec, (_weights(spec), EVERYWHERE), EVERYWHERE)(weights, tokens)
+
+
+def state_specs(spec: Spec) -> Any:
+    """Where what the method's loop carries lies: PartitionSpecs, a prefix of it."""
+    if spec.schedule.method == "ar":
+        return ARState(EVERYWHERE, BY_SEQUENCE, BY_SEQUENCE, MEMORY, BY_SEQUENCE)
+    return DexState(
+        tick=EVERYWHERE,
+        lattice=BY_SEQUENCE,
+        hidden=BY_STAGE,
+        prefix=BY_SEQUENCE,
+        memory=MEMORY,
+        noise=BY_SEQUENCE,
+        record=BY_SEQUENCE,
+    )
+
+
+def sampling_specs(sampling: Sampling | None) -> Any:
+    """Where a Sampling lies: PartitionSpecs, a prefix of it."""
+    return EVERYWHERE if sampling is None else Sampling(BY_SEQUENCE, EVERYWHERE, EVERYWHERE, EVERYWHERE)
+
+
+def head_specs(heads: ExitArrays) -> ExitArrays:
+    """Where trained exits lie: each stage's head on its stage, what all share everywhere."""
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        del leaf
+        names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+        return EVERYWHERE if "context" in names else spec_of("stage")
+
+    parameters = jax.tree_util.tree_map_with_path(spec, heads.parameters)
+    return ExitArrays(parameters, EVERYWHERE, EVERYWHERE, EVERYWHERE)
+
+
+def pad_heads(parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Exit parameters with zeros for the last stage, which has no exit: [K - 1, ...] -> [K, ...]."""
+    return {
+        name: value if name.startswith("context.") else np.concatenate([value, np.zeros_like(value[:1])])
+        for name, value in parameters.items()
+    }
+
+
+def _device(spec: Spec, weights: Any, heads: ExitArrays | None) -> StageNetwork:
+    """The network of the device that this is traced for, from its part of the weights."""
+    assert isinstance(spec.layout, Staged)
+    assert spec.mesh is not None
+
+    def own(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf[0] if any(getattr(entry, "key", None) == "layers" for entry in path) else leaf
+
+    config = device_config(spec.config, spec.layout, spec.mesh)
+    whole = (spec.config.vocab_size, spec.config.width)
+    tensor_axis = TENSOR if spec.mesh.shape[TENSOR] > 1 else None
+    vocabulary_axis = partition(("vocabulary", "width"), whole, spec.mesh)[0]
+    model = merge_model(
+        config, Unrolled(), jax.tree_util.tree_map_with_path(own, weights), tensor_axis, vocabulary_axis
+    )
+    return stage_network(model, spec.mesh.shape[STAGE], spec.exits, heads)
+
+
+def _own(memory: cache.Memory) -> cache.Memory:
+    """A device's caches without the axis of stages, of which it has one."""
+    keys, values, lattice_keys, lattice_values = jax.tree.map(lambda x: x[0], memory[:4])
+    return cache.Memory(keys, values, lattice_keys, lattice_values, memory.exits)
+
+
+def _stacked(memory: cache.Memory) -> cache.Memory:
+    keys, values, lattice_keys, lattice_values = jax.tree.map(lambda x: x[None], memory[:4])
+    return cache.Memory(keys, values, lattice_keys, lattice_values, memory.exits)
+
+
+def _together(spec: Spec, advance: Callable[[Any], Any], state: Any, until_tick: jax.Array) -> Any:
+    """`until_done`, the devices of all data rows going on as long as any has a sequence to finish."""
+    assert spec.mesh is not None
+    if spec.mesh.shape[DATA] == 1:
+        return until_done(advance, state, until_tick)
+
+    def unfinished(state: Any) -> jax.Array:
+        return jax.lax.psum(jnp.any(~state.record.done).astype(jnp.int32), DATA) > 0
+
+    def body(carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        state = advance(carry[0])
+        return state, unfinished(state)
+
+    start = (state, unfinished(state))
+    return jax.lax.while_loop(lambda carry: carry[1] & (carry[0].tick < until_tick), body, start)[0]
+
+
+def _weights(spec: Spec) -> Any:
+    assert spec.mesh is not None
+    return weight_specs(abstract_weights(spec.config, spec.layout, jnp.dtype(jnp.float32)), spec.mesh)
+
+
+def _heads(spec: Spec, heads: ExitArrays | None) -> Any:
+    return EVERYWHERE if heads is None else head_specs(heads)
+
+
+def _mapped(function: Callable[..., Any], spec: Spec, inputs: Any, outputs: Any) -> Callable[..., Any]:
+    # What is said to be the same everywhere is: it comes from a gather or a sum, or from equal inputs.
+    return jax.shard_map(function, mesh=spec.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)

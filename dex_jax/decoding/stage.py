@@ -1,0 +1,276 @@
+"""What one device of a mesh does, under shard_map: its own stage of the network, and what it tells the others.
+
+Every device keeps the whole lattice and moves it in the same way, so all that passes between devices in a tick is:
+hidden states of one cohort to the next stage, one permute; what each exit proposes and the final layer's token, one
+gather of integers; and, only for exits that read the position before, the features of each stage's cohort, one more
+gather.
+
+A device sees its layers as a small unrolled model, so that the functions of decoding/network.py run here unchanged.
+
+Letters: B sequences (of this device's share of the data axis), W rows a stage, K stages, R tokens of a prefill chunk,
+D width, V vocabulary, X exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dex_jax import lattice as lat
+from dex_jax.cache import Memory, after, write_rows
+from dex_jax.config import ExitsConfig
+from dex_jax.decoding.ar import ARState, next_token
+from dex_jax.decoding.heads import Asked, propose_rows
+from dex_jax.decoding.interface import Committed, Network, StageView
+from dex_jax.decoding.loop import DexState, final_token, settle, stage_view
+from dex_jax.decoding.network import run_rows, shared_exits, transformer_network
+from dex_jax.decoding.noise import make_noise
+from dex_jax.decoding.record import Limits, emit
+from dex_jax.decoding.trained_exits import (
+    ExitArrays,
+    base_features,
+    commit_features,
+    exit_heads,
+    previous_features,
+    row_features,
+    trained_exits,
+)
+from dex_jax.lattice import NO_TOKEN, Proposals
+from dex_jax.nn.transformer import Transformer
+from dex_jax.sampling import Sampling
+from dex_jax.sharding import STAGE
+
+
+class StageNetwork(NamedTuple):
+    """The callables of one device.
+
+    Attributes:
+      model: the layers of this device's stage as an unrolled model, and embedding, final norm and unembedding.
+      stages: K.
+      network: `advance` runs this one stage; of its exits only what follows the features is used.
+      share: hidden [B, W, D] of this stage -> what all devices must know of it: the features of all stages' cohorts
+        [K, B, W, D], or () where exits do not read the position before.
+      commit: (memory, Committed, shared) -> memory.
+      features: (memory, hidden [B, W, D], view, shared) -> [B, W, D'], of this stage's exit.
+    """
+
+    model: Transformer
+    stages: int
+    network: Network
+    share: Callable[[jax.Array], Any]
+    commit: Callable[[Memory, Committed, Any], Memory]
+    features: Callable[[Memory, jax.Array, StageView, Any], jax.Array]
+
+
+def stage_network(
+    model: Transformer, stages: int, config: ExitsConfig | None = None, arrays: ExitArrays | None = None
+) -> StageNetwork:
+    """The callables of the device that this is traced for.
+
+    Args:
+      model: its layers, unrolled.
+      stages: K.
+      config, arrays: of trained exits, this stage's head alone (the last stage has none, and zeros in its place); None
+        for the model's own.
+    """
+    depths = (model.config.num_layers,)
+    if config is None or arrays is None:
+        network = transformer_network(model, depths, shared_exits(model) if stages > 1 else None)
+        return StageNetwork(
+            model,
+            stages,
+            network,
+            share=lambda hidden: (),
+            commit=lambda memory, done, shared: network.commit(memory, done),
+            features=lambda memory, hidden, view, shared: model.normed(hidden),
+        )
+    network = transformer_network(model, depths, trained_exits(model, config, arrays))
+    heads = exit_heads(config, arrays)
+
+    def share(hidden: jax.Array) -> Any:
+        if not config.needs_previous:
+            return ()
+        true, estimate = model.normed(hidden), base_features(heads, hidden[None])[0]
+        return jax.lax.all_gather(jnp.where(jax.lax.axis_index(STAGE) == stages - 1, true, estimate), STAGE)
+
+    def commit(memory: Memory, done: Committed, shared: Any) -> Memory:
+        memory = network.commit(memory, done)
+        if not config.needs_previous:
+            return memory
+        row = (done.slot % shared.shape[2])[:, None, None]
+        features = jnp.take_along_axis(shared[-1], row, axis=1)[:, 0]
+        return memory._replace(exits=commit_features(model, config, arrays, memory.exits, done, features))
+
+    def features(memory: Memory, hidden: jax.Array, view: StageView, shared: Any) -> jax.Array:
+        stage = jax.lax.axis_index(STAGE)
+        token, position, parent = (field[stage][None] for field in (view.token, view.position, view.parent))
+        if not config.needs_previous:
+            return row_features(model, heads, hidden[None], token, position)[0]
+        before = previous_features(shared, memory.exits.previous, parent, view.ring)
+        own = shared[stage][None]
+        return row_features(model, heads, hidden[None], token, position, before, own, memory.exits.context)[0]
+
+    return StageNetwork(model, stages, network, share, commit, features)
+
+
+def step(
+    device: StageNetwork, state: DexState, limits: Limits, sampling: Sampling | None = None, *, decs: bool = True
+) -> DexState:
+    """One tick, the same as `loop.step`.
+
+    Exits are asked before the commit is known, all stages and the final layer at once, and what nodes propose that the
+    collapse then buries is dropped: one exchange instead of two, and no head waits for another.
+
+    Args:
+      device: of this device.
+      state: as in `loop.step`, with `hidden` [B, W, D] and caches of this stage alone.
+      limits, sampling, decs: as in `loop.step`.
+    """
+    network, stages = device.network, device.stages
+    stage = jax.lax.axis_index(STAGE)
+    rows = state.lattice.token.shape[2]
+    tick = state.tick + 1
+    view = stage_view(state.lattice, lat.stage_rows(tick, stages), state.prefix)
+    own = one_stage(view, stage)
+
+    entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
+    arrived = to_next_stage(state.hidden, stages)
+    hidden, memory = network.advance(state.memory, jnp.where(stage == 0, entering, arrived)[None], own)
+    hidden = hidden[0]
+    shared = device.share(hidden)
+
+    finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, tick)
+    noise = make_noise(state.noise, sampling, state.prefix + 1, network.vocab_size)
+    root = jnp.maximum(state.lattice.root, 0)
+    root_hidden = jnp.take_along_axis(hidden, (root % rows)[:, None, None], axis=1)[:, 0]
+    root_token = jnp.take_along_axis(view.token[-1], (root % rows)[:, None], axis=1)[:, 0]
+    memory = device.commit(memory, Committed(root, root_token, state.prefix, root_hidden, finished), shared)
+    last = stage == stages - 1
+    token = final_token(network, root_hidden, finished & last, sampling, noise, state.prefix + 1)
+    if stages == 1:
+        lattice, prefix, record = settle(state, tick, token, finished, limits)
+        return DexState(tick, lattice, hidden, prefix, memory, noise, record)
+
+    assert network.exits is not None
+    frontier = jnp.max(jnp.where(view.live[:-1], view.position[:-1], -1), axis=(0, 2)) + 1
+    noise = make_noise(noise, sampling, frontier, network.vocab_size)
+    batch = token.shape[0]
+    offered = jnp.swapaxes(state.lattice.offered[:, view.ring], 0, 1)[stage]
+    features = device.features(memory, hidden, view, shared)
+    asked = Asked(
+        features=features.reshape(batch * rows, -1),
+        offered=offered.reshape(batch * rows, -1),
+        position=own.position.reshape(-1) + 1,
+        sequence=jnp.repeat(jnp.arange(batch), rows),
+    )
+    proposals = propose_rows(network.exits, asked, own.live.reshape(-1) & ~last, sampling, noise, decs=decs)
+    proposals, token = exchange(jax.tree.map(lambda x: x.reshape(batch, rows), proposals), token, stages)
+    lattice, prefix, record = settle(state, tick, token, finished, limits)
+    survives = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(lattice, tick), 0, 1)
+    proposals = proposals._replace(valid=proposals.valid & survives)
+    lattice = jax.vmap(lat.spawn, (0, None, 1))(lattice, tick, proposals)
+    return DexState(tick, lattice, hidden, prefix, memory, noise, record)
+
+
+def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, jax.Array]:
+    """What every stage proposes and what the last one has chosen, on all devices: one gather of [B, W, 2] int32.
+
+    Args:
+      own: this stage's, fields [B, W]; nothing valid on the last stage.
+      token: [B] int32, of the final layer; counts on the last stage alone.
+      stages: K, at least 2.
+
+    Returns:
+      (fields [K - 1, B, W], token [B]).
+    """
+    word = jnp.where(own.valid, own.token, NO_TOKEN)
+    word = jnp.where(jax.lax.axis_index(STAGE) == stages - 1, jnp.broadcast_to(token[:, None], word.shape), word)
+    bits = jax.lax.bitcast_convert_type(own.log_probability, jnp.int32)
+    words = jax.lax.all_gather(jnp.stack([word, bits], axis=-1), STAGE)
+    proposed = words[:-1, ..., 0]
+    score = jax.lax.bitcast_convert_type(words[:-1, ..., 1], jnp.float32)
+    return Proposals(proposed, score, proposed != NO_TOKEN), words[-1, :, 0, 0]
+
+
+def extend_stages(
+    device: StageNetwork, memory: Memory, tokens: jax.Array, start: jax.Array
+) -> tuple[jax.Array, Memory]:
+    """`network.extend` over the stages, one after the other: K - 1 permutes; a device computes in its own turn only.
+
+    Args:
+      device: of this device.
+      memory: committed positions 0 .. start - 1 are attended to.
+      tokens: [B, R] int32.
+      start: [B] int32, absolute position of the first.
+
+    Returns:
+      (hidden states [B, R, D] at depth L on the last stage and nothing of use elsewhere, memory).
+    """
+    batch, rows = tokens.shape
+    stage = jax.lax.axis_index(STAGE)
+    positions = start[:, None] + jnp.arange(rows)[None, :]
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
+    x = device.model.embed_tokens(tokens)
+    leaf = memory.keys[0]
+    blank = jnp.zeros((*leaf.shape[:2], rows, leaf.shape[3]), leaf.dtype)
+    fresh: Any = ((blank,) * len(memory.keys),) * 2
+    for turn in range(device.stages):
+
+        def run(x: jax.Array, fresh: Any) -> Any:
+            del fresh
+            return run_rows(device.model, memory, x, positions, causal, start, range(len(memory.keys)))
+
+        # Caches are read here and written below: passed through a conditional they would be copied.
+        x, fresh = jax.lax.cond(stage == turn, run, lambda x, fresh: (x, fresh), x, fresh)
+        if turn < device.stages - 1:
+            x = jax.lax.ppermute(x, STAGE, [(turn, turn + 1)])
+    at = after(start, x, fresh[0][-1])
+    keys, values = (
+        tuple(write_rows(cache, rows, at) for cache, rows in zip(caches, each, strict=True))
+        for caches, each in zip((memory.keys, memory.values), fresh, strict=True)
+    )
+    return x, memory._replace(keys=keys, values=values)
+
+
+def ar_step(device: StageNetwork, state: ARState, limits: Limits, sampling: Sampling | None = None) -> ARState:
+    """One token for every sequence that is not done: `ar.step` over the stages."""
+    hidden, memory = extend_stages(device, state.memory, state.token[:, None], state.prefix)
+    active = ~state.record.done
+    token = jax.lax.cond(
+        jax.lax.axis_index(STAGE) == device.stages - 1,
+        lambda: next_token(device.model, hidden[:, 0], state.prefix + 1, sampling),
+        lambda: jnp.zeros_like(state.token),
+    )
+    token = from_last_stage(token, device.stages)
+    record = emit(state.record, token, jnp.ones_like(token), active, limits)
+    return ARState(
+        tick=state.tick + 1,
+        token=jnp.where(active, token, state.token),
+        prefix=state.prefix + active,
+        memory=memory,
+        record=record,
+    )
+
+
+def one_stage(view: StageView, stage: jax.Array) -> StageView:
+    """The view of a network that has this stage alone."""
+    fields = {name: getattr(view, name)[stage][None] for name in view._fields if name != "prefix"}
+    return StageView(**fields, prefix=view.prefix)
+
+
+def to_next_stage(hidden: jax.Array, stages: int) -> jax.Array:
+    """Every stage's hidden states on the device of the next; zeros on the first."""
+    if stages == 1:
+        return jnp.zeros_like(hidden)
+    return jax.lax.ppermute(hidden, STAGE, [(k, k + 1) for k in range(stages - 1)])
+
+
+def from_last_stage(tree: Any, stages: int) -> Any:
+    """What the last stage's devices have, on all of them."""
+    if stages == 1:
+        return tree
+    last = jax.lax.axis_index(STAGE) == stages - 1
+    return jax.tree.map(lambda x: jax.lax.psum(jnp.where(last, x, jnp.zeros_like(x)), STAGE), tree)

@@ -1,0 +1,118 @@
+"""A transformer's weights on a mesh: which devices hold what, and how they get it without passing through another one.
+
+Letters: K stages, l layers in the longest, H query heads, G key-value heads, d head width, D width, F mlp width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dex_jax.config import ModelConfig
+from dex_jax.nn.transformer import PARAMETER_AXES, Staged, Transformer, stage_ranges
+from dex_jax.sharding import TENSOR, partition
+
+
+def build_on_mesh(
+    config: ModelConfig, layout: Staged, read: Callable[[str], np.ndarray], dtype: jnp.dtype, mesh: Mesh
+) -> Transformer:
+    """As `nn.transformer.build`, every tensor read once and put on the devices that own it.
+
+    Only tensors that devices of this process need are read. Rows of fused projections are in another order than in
+    the checkpoint where a tensor axis splits them: see `tensor_part`.
+    """
+    stages = stage_ranges(layout.depths)
+
+    def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+        del kind
+        field = name.split(".")[-1]
+        axes = PARAMETER_AXES[field]
+        if not name.startswith("layers."):
+            whole = np.asarray(read(name), dtype)
+            return _spread(shape, NamedSharding(mesh, partition(axes, shape, mesh)), lambda index: whole[index])
+        number = int(name.split(".")[1].lstrip("*"))
+
+        @functools.lru_cache(maxsize=1)
+        def tensor(k: int) -> np.ndarray:
+            layer = stages[k].start + number
+            if layer >= stages[k].stop:
+                return np.zeros(shape[1:], dtype)
+            return np.asarray(read(f"layers.{layer}.{field}"), dtype)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return tensor_part(config, field, tensor(index[0].start or 0), index[1:])[None]
+
+        return _spread(shape, NamedSharding(mesh, partition(("stage", *axes), shape, mesh)), part)
+
+    return Transformer(config, layout, init)
+
+
+def _spread(
+    shape: tuple[int, ...], sharding: NamedSharding, part: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array from what `part` gives for each device of this process, in the order of the first axis."""
+    where: dict[Any, Any] = dict(sharding.addressable_devices_indices_map(shape))
+    devices = sorted(where, key=lambda device: where[device][0].start or 0)
+    pieces = [jax.device_put(part(where[device]), device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def tensor_part(config: ModelConfig, field: str, whole: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+    """One device's part of a layer's tensor.
+
+    Rows of a fused projection are those of several tensors, one above the other; a device takes its share of each, so
+    that its rows are its own query, key and value heads, or its own gates and ups.
+
+    Args:
+      config: of the whole model.
+      field: the parameter's name.
+      whole: as the checkpoint has it.
+      index: where the part lies in the array on the mesh.
+    """
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    split: dict[str, tuple[int, ...]] = {
+        "qkv": (queries, keys, keys),
+        "qkv_bias": (queries, keys, keys),
+        "gate_up": (config.mlp_width, config.mlp_width),
+    }
+    first = index[0]
+    if field not in split or first.start is None:
+        return whole[index]
+    rows = first.stop - first.start
+    pieces = whole.shape[0] // rows
+    at = first.start // rows
+    bounds = np.cumsum(split[field])[:-1]
+    parts = [np.split(part, pieces)[at] for part in np.split(whole, bounds)]
+    return np.concatenate(parts)
+
+
+def weight_specs(weights: Any, mesh: Mesh | None) -> Any:
+    """The PartitionSpec of every weight: `weights` as a staged LanguageModel has them, arrays or shapes."""
+    assert mesh is not None
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+        field = next(name for name in reversed(names) if name in PARAMETER_AXES)
+        lead = ("stage",) if "layers" in names else ()
+        return partition((*lead, *PARAMETER_AXES[field]), leaf.shape, mesh)
+
+    return jax.tree_util.tree_map_with_path(spec, weights)
+
+
+def device_config(config: ModelConfig, layout: Staged, mesh: Mesh) -> ModelConfig:
+    """The model as one device has it: the layers of one stage, and its share of heads and mlp."""
+    pieces = mesh.shape[TENSOR]
+    return dataclasses.replace(
+        config,
+        num_layers=layout.stage_layers,
+        num_heads=config.num_heads // pieces,
+        num_kv_heads=config.num_kv_heads // pieces,
+        mlp_width=config.mlp_width // pieces,
+    )

@@ -1,0 +1,190 @@
+"""Meshes that a user may ask for, and the one table from logical axes of arrays to axes of the mesh.
+
+A mesh has three axes. "stage": explorer k stands on device k, with the layers, caches and hidden states of stage k and
+of no other. "tensor": the heads, the mlp and the vocabulary of a stage are spread over the devices of its row. "data":
+sequences are spread over copies of all that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dex_jax.config import ModelConfig
+from dex_jax.errors import DexError
+
+DATA, STAGE, TENSOR = "data", "stage", "tensor"
+MESH_AXES = (DATA, STAGE, TENSOR)
+"""From the slowest link to the fastest: devices of one tensor row are neighbours."""
+
+RULES: dict[str, str] = {
+    "stage": STAGE,
+    "sequence": DATA,
+    "heads": TENSOR,
+    "mlp": TENSOR,
+    "vocabulary": TENSOR,
+}
+"""Logical axis -> mesh axis. All others ("width", "layer", positions, rows) are whole on every device."""
+
+EVERYWHERE: Any = PartitionSpec()
+
+
+def spec_of(*axes: str | None) -> PartitionSpec:
+    """How an array of these logical axes lies on a mesh whose sizes divide it."""
+    return PartitionSpec(*[None if name is None else RULES.get(name) for name in axes])
+
+
+def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How an array of these logical axes lies on a mesh; an axis that the devices do not divide is not split."""
+    found: list[str | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        axis = None if name is None else RULES.get(name)
+        found.append(axis if axis is not None and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None)
+    return PartitionSpec(*found)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """ "stage=5,tensor=2" -> axis sizes in the order of MESH_AXES, 1 where nothing is said.
+
+    Raises:
+      DexError: an axis of another name, one given twice, or a size that is no whole number of at least 1.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if name not in MESH_AXES or name in sizes or not size.isdecimal() or int(size) < 1:
+            raise DexError(
+                f"{text!r} is no mesh: write axes among {', '.join(MESH_AXES)} with their sizes, each once, such as "
+                "stage=5 or stage=2,tensor=3"
+            )
+        sizes[name] = int(size)
+    return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+
+
+def make_mesh(wanted: str | dict[str, int] | Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with all three axes.
+
+    Args:
+      wanted: "stage=5,tensor=2", the same as a dict, or a jax Mesh whose axes are among MESH_AXES.
+      devices: to choose from, the first ones are taken in their order; None is all that there are, which JAX puts in
+        the order of their links where all are taken.
+
+    Raises:
+      DexError: another axis, or more devices than there are.
+    """
+    if isinstance(wanted, Mesh):
+        _known(wanted.shape)
+        order = [axis for axis in MESH_AXES if axis in wanted.shape]
+        by_axis = np.transpose(wanted.devices, [wanted.axis_names.index(axis) for axis in order])
+        grid = by_axis.reshape([wanted.shape.get(axis, 1) for axis in MESH_AXES])
+        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    if isinstance(wanted, str):
+        wanted = parse_mesh(wanted)
+    _known(wanted)
+    sizes = tuple(wanted.get(axis, 1) for axis in MESH_AXES)
+    there = jax.devices() if devices is None else list(devices)
+    count = int(np.prod(sizes))
+    if count > len(there):
+        text = ",".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size > 1)
+        hint = ""
+        if there[0].platform == "cpu":
+            hint = f" (XLA_FLAGS=--xla_force_host_platform_device_count={count} makes a CPU count as {count})"
+        raise DexError(
+            f"the mesh {text} needs {count} devices and there are {len(there)} ({there[0].platform}): ask for a "
+            f"smaller one{hint}"
+        )
+    automatic = (AxisType.Auto,) * 3
+    if devices is None and count == len(there):
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=automatic)
+    return Mesh(np.asarray(there[:count]).reshape(sizes), MESH_AXES, axis_types=automatic)
+
+
+def check_model(mesh: Mesh, config: ModelConfig) -> None:
+    """Whether a model can be cut so.
+
+    Raises:
+      DexError: more stages than layers, or a tensor axis that does not divide heads or mlp.
+    """
+    stages, pieces = mesh.shape[STAGE], mesh.shape[TENSOR]
+    if stages > config.num_layers:
+        raise DexError(f"a mesh of {stages} stages needs as many layers, and the model has {config.num_layers}")
+    heads, groups, mlp = config.num_heads, config.num_kv_heads, config.mlp_width
+    if heads % pieces or groups % pieces or mlp % pieces:
+        raise DexError(
+            f"tensor={pieces} must divide the model's {heads} heads, {groups} key-value heads and mlp width {mlp}: "
+            "choose another size"
+        )
+
+
+def check_stages(mesh: Mesh, stages: int) -> None:
+    """Whether a schedule's explorers are as many as the mesh's stages.
+
+    Raises:
+      DexError: they are not.
+    """
+    if mesh.shape[STAGE] != stages:
+        raise DexError(
+            f"the mesh has stage={mesh.shape[STAGE]} and the schedule {stages} explorers: each runs on a stage of its "
+            "own, so make them equal"
+        )
+
+
+def check_batch(mesh: Mesh, sequences: int) -> None:
+    """Whether sequences spread evenly over the data axis.
+
+    Raises:
+      DexError: they do not.
+    """
+    if sequences % mesh.shape[DATA]:
+        raise DexError(
+            f"data={mesh.shape[DATA]} does not divide the {sequences} sequences: give a multiple of it, or a smaller "
+            "data axis"
+        )
+
+
+def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
+    """Puts arrays where `specs` (PartitionSpecs, a prefix of the tree) says; jax.ShapeDtypeStructs get the sharding."""
+
+    def one(leaf: Any, sharding: NamedSharding) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
+        # The same on all hosts, each of which puts its part on its own devices.
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            bits = one(np.asarray(jax.random.key_data(leaf)), sharding)
+            return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return map_placed(one, tree, specs, mesh)
+
+
+def zeros(shapes: Any, specs: Any, mesh: Mesh) -> Any:
+    """Arrays of zeros like a tree of jax.ShapeDtypeStructs, made where they belong."""
+    shardings = map_placed(lambda leaf, sharding: sharding, shapes, specs, mesh)
+    make = jax.jit(
+        lambda: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes), out_shardings=shardings
+    )
+    return make()
+
+
+def map_placed(function: Any, tree: Any, specs: Any, mesh: Mesh) -> Any:
+    """function(leaf, its NamedSharding) over a tree, `specs` being a prefix of it."""
+
+    def under(spec: PartitionSpec, branch: Any) -> Any:
+        return jax.tree.map(lambda leaf: function(leaf, NamedSharding(mesh, spec)), branch)
+
+    return jax.tree.map(under, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def _known(axes: Any) -> None:
+    for axis in axes:
+        if axis not in MESH_AXES:
+            raise DexError(f"a mesh has the axes {', '.join(MESH_AXES)}, and not {axis!r}: choose among these")

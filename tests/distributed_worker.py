@@ -1,0 +1,49 @@
+"""One of two processes that decode together, each with one CPU device, for tests/test_distributed.py.
+
+python distributed_worker.py CHECKPOINT [--die]     (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+
+import jax
+
+import dex_jax
+from dex_jax.distributed import is_first, join, name
+
+PROMPTS = [[5, 9, 30], [7, 40, 41, 3, 8]]
+OPTIONS = {"max_new_tokens": 12, "temperature": 0.9, "top_k": 20, "seed": 3}
+
+
+def main() -> None:
+    join()
+    assert jax.process_count() == 2
+    read: list[tuple[int, int]] = []
+    lm = dex_jax.load(sys.argv[1], "float32", mesh="stage=2", on_tensor=lambda *done: read.append(done))
+    # Prompts are those of process 0, whatever the other one has.
+    updates = dex_jax.stream(lm, PROMPTS if is_first() else [[1], [2]], ticks_per_update=4, **OPTIONS)
+    if "--die" in sys.argv and not is_first():
+        next(updates)
+        os.kill(os.getpid(), signal.SIGKILL)
+    *_, output = updates
+    layers = jax.tree.leaves(lm.weights["layers"])
+    print(
+        json.dumps(
+            {
+                "name": name(),
+                "tokens": output.tokens.tolist(),
+                "exits": output.stats.exits.tolist(),
+                "ticks": output.stats.ticks.tolist(),
+                "read": read[-1],
+                "stages": sorted({shard.index[0].start for leaf in layers for shard in leaf.addressable_shards}),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

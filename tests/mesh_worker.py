@@ -1,0 +1,226 @@
+"""Decodes on meshes of forced host devices, as a process of its own: one result a case, for tests/test_mesh.py.
+
+python mesh_worker.py CASES.json FOLDER     (XLA_FLAGS=--xla_force_host_platform_device_count=8)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from reference.checkpoints import write_checkpoint
+from reference.small_models import LLAMA, ragged_prompts, small_model
+from test_trained_exits import random_exits
+
+import dex_jax
+from dex_jax import AR, Dex, Stacked, Staged
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.session import PREFILL, RUN, START, Session
+from dex_jax.io.exits_file import TrainedExits
+from dex_jax.language_model import LanguageModel
+from dex_jax.nn.placing import build_on_mesh
+from dex_jax.nn.transformer import random_reader, stage_ranges
+from dex_jax.sampling import Sampling, sampling_keys
+from dex_jax.sharding import STAGE, make_mesh, parse_mesh
+
+TOKENS = 10
+SEED = 11
+SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
+
+# Biases, norms of heads, tied and untied embeddings, 9 and 3 heads.
+CHECKPOINTS = [
+    ("llama_attention_bias", "stage=2,tensor=2"),
+    ("qwen25_untied", "stage=2,tensor=2"),
+    ("qwen3", "stage=3,tensor=2"),
+    ("smollm2", "stage=2,tensor=3"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One decoding on a mesh, and on one device.
+
+    Attributes:
+      name: of the result.
+      mesh: as for make_mesh.
+      layers: L.
+      method: "dex" or "ar".
+      sampled: with a temperature, or greedy.
+      filters: top-k and top-p.
+      batch: B.
+      exits: (kind, fused, draft vocabulary), None for the model's own.
+      heads: H and G.
+    """
+
+    name: str
+    mesh: str
+    layers: int
+    method: str = "dex"
+    sampled: bool = False
+    batch: int = 1
+    exits: tuple[str, bool, int | None] | None = None
+    heads: tuple[int, int] = (4, 2)
+    filters: bool = False
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return dataclasses.replace(LLAMA, num_layers=self.layers, num_heads=self.heads[0], num_kv_heads=self.heads[1])
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of DEX with one explorer a stage; its depths are those of the mesh for AR too."""
+        return Dex(explorers=parse_mesh(self.mesh)["stage"]).schedule_for(self.layers)
+
+    @property
+    def trained(self) -> TrainedExits | None:
+        """Random exits of the kind."""
+        if self.exits is None:
+            return None
+        kind, fused, draft = self.exits
+        return random_exits(kind, fused=fused, draft=draft, depths=self.schedule.depths[:-1])
+
+    def sampling(self, rows: Iterable[int]) -> Sampling | None:
+        """For some rows of the batch; None when greedy."""
+        if not self.sampled:
+            return None
+        keys = sampling_keys([SEED + row for row in rows])
+        filters = (jnp.int32(SAMPLED["top_k"]), jnp.float32(SAMPLED["top_p"])) if self.filters else ()
+        return Sampling(keys, jnp.float32(SAMPLED["temperature"]), *filters)
+
+
+def main() -> None:
+    cases, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    for fields in json.loads(cases.read_text()):
+        case = Case(**fields)
+        try:
+            result = run(case, folder)
+        except Exception as error:
+            # The others are worth knowing too; the test fails on this one.
+            import traceback
+
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {error}"}
+        (folder / f"{case.name}.json").write_text(json.dumps(result))
+    (folder / "checkpoints.json").write_text(json.dumps([checkpoint(*each, folder) for each in CHECKPOINTS]))
+
+
+def checkpoint(family: str, mesh: str, folder: Path) -> dict[str, Any]:
+    """A checkpoint read straight onto a mesh, and by one device: how far their logits are apart, relatively."""
+    directory = write_checkpoint(folder / family, family)
+    progress: list[tuple[int, int]] = []
+    lm = dex_jax.load(directory, "float32", mesh=mesh, on_tensor=lambda *done: progress.append(done))
+    one = dex_jax.load(directory, "float32")
+    tokens = np.arange(2, 22).reshape(2, 10)
+    made = None
+    if family == "smollm2":
+        output = dex_jax.generate(lm, tokens[:, :4].tolist(), max_new_tokens=6)
+        tokens[:, 4:] = output.tokens
+        made = {"device": output.stats.device, "depths": output.stats.schedule.depths}
+    ours, theirs = np.asarray(lm.logits(tokens)), np.asarray(one.logits(tokens))
+    return {
+        "family": family,
+        "error": float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
+        "read": progress[-1],
+        "made": made,
+        "best": theirs.argmax(-1)[:, 3:-1].tolist(),
+        "tokens": tokens[:, 4:].tolist(),
+    }
+
+
+def run(case: Case, folder: Path) -> dict[str, Any]:
+    mesh, layout = make_mesh(case.mesh), Staged(case.schedule.depths)
+    model = build_on_mesh(case.config, layout, random_reader(case.config, 0), jnp.dtype(jnp.float32), mesh)
+    lm = LanguageModel(model, None, "random", "0", mesh)
+    assert_own_stage(lm, mesh)
+    results = {"mesh": decode(lm, case, folder)}
+    if case.exits is not None and case.exits[0] == "attn":
+        # Neither the plain-Python twin nor teacher forcing knows these.
+        results["one"] = decode(small_model(case.config, Stacked(layout.depths)), case, None)
+    return results
+
+
+def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str, Any]]:
+    """Tokens, exits and ticks of each sequence; the optimised HLO of the programs goes to the folder."""
+    schedule = AR().schedule_for(case.layers) if case.method == "ar" else case.schedule
+    sampling = case.sampling(range(case.batch))
+    session = Session(lm, ragged_prompts()[: case.batch], schedule, TOKENS, sampling, case.trained)
+    known = {program.name: len(program._compiled) for program in (PREFILL, START, RUN)}
+    session.prefill()
+    # In two calls, so that the state also goes back in.
+    session.advance(3)
+    record = session.advance(1000)
+    if folder is not None:
+        assert lm.mesh is not None
+        assert_state_of_own_stage(session.state, lm.mesh)
+        for program in (PREFILL, START, RUN):
+            new = list(program._compiled.values())[known[program.name] :]
+            if new:
+                (folder / f"{case.name}.{program.name}.hlo").write_text(new[-1].as_text())
+    return [
+        {
+            "tokens": record.tokens[row, :length].tolist(),
+            "exits": record.exits[row, :length].tolist(),
+            "ticks": int(record.ticks[row]),
+        }
+        for row, length in enumerate(record.lengths)
+    ]
+
+
+def stage_of(mesh: Mesh) -> dict[jax.Device, int]:
+    return {device: at[1] for at, device in np.ndenumerate(mesh.devices)}
+
+
+def assert_own_stage(lm: LanguageModel, mesh: Mesh) -> None:
+    """Every device holds the layers of its stage, all of its row's tensor together, and of no other stage."""
+    assert isinstance(lm.layout, Staged)
+    here, stages = stage_of(mesh), stage_ranges(lm.layout.depths)
+    read = random_reader(lm.config, 0)
+    seen = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(lm.weights):
+        names = [getattr(entry, "key", None) for entry in path]
+        if "layers" not in names:
+            continue
+        number, field = names[1], names[2]
+        assert leaf.shape[0] == len(stages)
+        for shard in leaf.addressable_shards:
+            stage = here[shard.device]
+            layer = stages[stage].start + number
+            assert shard.data.shape[0] == 1
+            assert (shard.index[0].start or 0) == stage
+            whole = read(f"layers.{layer}.{field}") if layer < stages[stage].stop else np.zeros(leaf.shape[1:])
+            mine = np.asarray(shard.data)[0].reshape(-1, *shard.data.shape[2:])
+            rows = {row.tobytes() for row in whole.astype(np.float32)}
+            if mine.shape[1:] == whole.shape[1:]:
+                assert all(row.tobytes() in rows for row in mine)
+            pieces = whole.size // mine.size
+            assert pieces in (1, mesh.shape["tensor"])
+            assert mine.size * pieces == whole.size
+            seen += 1
+    assert seen == len(jax.tree.leaves(lm.weights["layers"])) * mesh.size
+
+
+def assert_state_of_own_stage(state: Any, mesh: Mesh) -> None:
+    """Caches and hidden states too."""
+    here = stage_of(mesh)
+    staged = jax.tree.leaves(state.memory[:4]) + ([state.hidden] if hasattr(state, "hidden") else [])
+    assert staged
+    for leaf in staged:
+        assert leaf.shape[0] == mesh.shape[STAGE]
+        for shard in leaf.addressable_shards:
+            assert shard.data.shape[0] == 1
+            assert (shard.index[0].start or 0) == here[shard.device]
+
+
+if __name__ == "__main__":
+    main()

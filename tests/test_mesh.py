@@ -1,0 +1,263 @@
+"""On a mesh: the tokens, ticks and exits of one device, each device with its own stage alone, and no other traffic."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mesh_worker import SAMPLED, SEED, TOKENS, Case
+from reference import twin
+from reference.small_models import LLAMA, SmallModel, ragged_prompts, small_model
+from test_generate import noise_of
+
+from dex_jax.errors import DexError
+from dex_jax.evaluation.forced import forced_exits
+from dex_jax.sharding import check_batch, check_model, check_stages, make_mesh
+
+TESTS = Path(__file__).resolve().parent
+DEVICES = 8
+WIDTH, VOCABULARY = LLAMA.width, LLAMA.vocab_size
+PROMPT, CAPACITY = 16, 64
+ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
+
+# Every number of devices, greedy and sampled, one sequence or four; grids of 2 and 3 stages are uneven.
+STAGES = [
+    Case(f"{stages} {'sampled' if sampled else 'greedy'}", f"stage={stages}", layers, sampled=sampled, batch=batch)
+    for stages, layers, batch in ((1, 1, 1), (2, 3, 4), (3, 4, 4), (5, 5, 1), (8, 8, 4))
+    for sampled in (False, True)
+]
+EXITS = [
+    Case("exits linear", "stage=3", 3, batch=4, exits=("linear", True, 30)),
+    Case("exits attn", "stage=3", 3, batch=4, exits=("attn", False, 30)),
+    Case("exits shared", "stage=2", 2, batch=4, exits=("shared", False, 30)),
+    Case("exits lowrank", "stage=2", 2, exits=("lowrank", True, None)),
+    Case("exits mlp", "stage=2", 2, sampled=True, exits=("mlp", False, 20)),
+]
+AXES = [
+    Case("ar", "stage=3", 4, method="ar", batch=4),
+    Case("ar sampled", "stage=3", 4, method="ar", sampled=True, filters=True, batch=4),
+    Case("tensor", "stage=2,tensor=2", 3, batch=4),
+    Case("tensor of 9 heads", "stage=2,tensor=3", 2, heads=(9, 3), sampled=True, filters=True),
+    Case("data", "data=2,stage=3", 3, batch=4, sampled=True, filters=True),
+    Case("all axes", "data=2,stage=2,tensor=2", 2, batch=4),
+    Case("ar all axes", "data=2,stage=2,tensor=2", 2, method="ar", batch=4),
+]
+CASES = {case.name: case for case in (*STAGES, *EXITS, *AXES)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What tests/mesh_worker.py wrote about every case."""
+    found = tmp_path_factory.mktemp("mesh")
+    cases = found / "cases.json"
+    cases.write_text(json.dumps([dataclasses.asdict(case) for case in CASES.values()]))
+    # Compiling is what this costs, and quick code is nothing to these models.
+    flags = (
+        f"--xla_force_host_platform_device_count={DEVICES} "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    subprocess.run([sys.executable, str(TESTS / "mesh_worker.py"), cases, found], env=environment, check=True)
+    return found
+
+
+def hlo(folder: Path, case: str, program: str) -> str:
+    return (folder / f"{case}.{program}.hlo").read_text()
+
+
+def collectives(text: str) -> collections.Counter:
+    """(operation, bytes of its result on one device) -> how often it stands in a compiled program."""
+    found: collections.Counter = collections.Counter()
+    for line in text.splitlines():
+        head = re.match(
+            r"\s+(?:ROOT )?%?\S+ = (.*?) (collective-permute|all-gather|all-reduce|all-to-all|reduce-scatter|"
+            r"collective-broadcast|send|recv)(?:-start)?\(",
+            line,
+        )
+        if head:
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", head.group(1))
+            size = sum(ITEM_BYTES[kind] * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in arrays)
+            found[head.group(2), size] += 1
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tokens_ticks_and_exits_are_those_of_one_device(folder: Path, name: str) -> None:
+    result, case = json.loads((folder / f"{name}.json").read_text()), CASES[name]
+    assert "error" not in result, result["error"]
+    if "one" not in result:
+        result["one"] = in_plain_python(case) if case.exits is None else teacher_forced(case)
+    assert result["mesh"] == result["one"]
+    if case.method == "dex" and case.schedule.stages > 1:
+        exits = {exit for row in result["mesh"] for exit in row["exits"]}
+        assert len(exits - {-1}) > 1, "every token came from the same exit: this would test nothing"
+
+
+def in_plain_python(case: Case) -> list[dict]:
+    """What one device gives, which is what the twin gives (tests/test_generate.py)."""
+    depths = (case.layers,) if case.method == "ar" else case.schedule.depths
+    whole = SmallModel(case.config, depths)
+    found = []
+    for row, prompt in enumerate(ragged_prompts()[: case.batch]):
+        draws = None
+        if case.sampled:
+            filters = (SAMPLED["top_k"], SAMPLED["top_p"]) if case.filters else ()
+            draws = twin.Draws(noise_of(SEED + row), SAMPLED["temperature"], *filters)
+        if case.method == "ar":
+            tokens = twin.autoregressive(whole, prompt, stages=1, max_new_tokens=TOKENS, draws=draws)
+            found.append({"tokens": tokens, "exits": [-1, *[1] * (TOKENS - 1)], "ticks": TOKENS - 1})
+            continue
+        size = {"stages": case.schedule.stages, "rows": case.schedule.rows, "max_new_tokens": TOKENS}
+        run = twin.decode(whole, prompt, **size, draws=draws)
+        found.append({"tokens": run.tokens, "exits": run.exits, "ticks": run.ticks})
+    return found
+
+
+def teacher_forced(case: Case) -> list[dict]:
+    """What one device gives with trained exits and rows that never prune (tests/test_trained_exits.py)."""
+    whole, lm, schedule = SmallModel(case.config, (case.layers,)), small_model(case.config), case.schedule
+    found = []
+    for row, prompt in enumerate(ragged_prompts()[: case.batch]):
+        draws = twin.Draws(noise_of(SEED + row), SAMPLED["temperature"]) if case.sampled else None
+        tokens = twin.autoregressive(whole, prompt, stages=1, max_new_tokens=TOKENS, draws=draws)
+        exits = forced_exits(lm, prompt, tokens, schedule, case.sampling([row]), case.trained).tolist()
+        found.append({"tokens": tokens, "exits": exits, "ticks": schedule.stages + sum(exits[1:-1])})
+    return found
+
+
+def test_checkpoints_are_read_onto_a_mesh(folder: Path) -> None:
+    for result in json.loads((folder / "checkpoints.json").read_text()):
+        done, total = result["read"]
+        assert done == total, "every tensor is read once"
+        assert result["error"] < 1e-5, result["family"]
+        if result["family"] == "smollm2":
+            assert result["tokens"] == result["best"]
+            assert result["made"] == {"device": "6 x cpu:cpu", "depths": [4, 7]}
+
+
+def rows_of(case: Case) -> tuple[int, int]:
+    """(K, W)."""
+    return case.schedule.stages, case.schedule.rows
+
+
+@pytest.mark.parametrize("name", [case.name for case in (*STAGES, *EXITS)])
+def test_a_tick_sends_a_cohort_to_the_next_stage_and_shares_proposals(folder: Path, name: str) -> None:
+    """One permute of [B, W, D], one gather of token and score of each row, and features only where exits need them."""
+    case = CASES[name]
+    stages, rows = rows_of(case)
+    cohort = case.batch * rows * WIDTH * 4
+    expected = collections.Counter()
+    if stages > 1:
+        expected["collective-permute", cohort] = 1
+        expected["all-gather", stages * case.batch * rows * 2 * 4] += 1
+        if case.exits is not None and (case.exits[1] or case.exits[0] == "attn"):
+            expected["all-gather", stages * cohort] += 1
+    assert collectives(hlo(folder, name, "run_ticks")) == expected
+    assert not collectives(hlo(folder, name, "start_decoding"))
+
+
+@pytest.mark.parametrize("name", ["ar", "ar sampled"])
+def test_an_ar_step_goes_from_stage_to_stage(folder: Path, name: str) -> None:
+    case = CASES[name]
+    stages, _ = rows_of(case)
+    found = collectives(hlo(folder, name, "run_ticks"))
+    assert found == {("collective-permute", case.batch * WIDTH * 4): stages - 1, ("all-reduce", case.batch * 4): 1}
+    assert not collectives(hlo(folder, name, "start_decoding"))
+
+
+@pytest.mark.parametrize("name", ["3 greedy", "ar", "exits attn", "data"])
+def test_no_cache_is_copied(folder: Path, name: str) -> None:
+    """In the loop or before it: caches are donated and written where they lie."""
+    text = hlo(folder, name, "run_ticks")
+    length = PROMPT + CAPACITY
+    caches = re.findall(rf" = f32\[[\d,]*,{length},{LLAMA.head_dim}\]\S* (\w[\w\-]*)\(", text)
+    assert "parameter" in caches
+    assert "copy" not in caches
+
+
+@pytest.mark.parametrize("name", ["8 greedy", "exits linear", "exits attn"])
+def test_a_prefill_goes_from_stage_to_stage(folder: Path, name: str) -> None:
+    """K - 1 permutes of [B, R, D], then one sum that shares the last states and what exits remember of the prompt."""
+    case = CASES[name]
+    stages, _ = rows_of(case)
+    found = collectives(hlo(folder, name, "prefill_chunk"))
+    assert found.pop(("collective-permute", case.batch * PROMPT * WIDTH * 4)) == stages - 1
+    assert {operation for operation, _ in found} == {"all-reduce"}
+    shared = case.batch * WIDTH * 4
+    if case.exits is not None:
+        shared *= 2
+    if case.exits is not None and case.exits[0] == "attn":
+        shared += case.batch * 5 * (2 * 2 * 8 + 1) * 4
+    assert sum(size * times for (_, size), times in found.items()) == shared
+
+
+def test_a_tensor_axis_sums_twice_a_layer_and_shares_logits(folder: Path) -> None:
+    case = CASES["tensor"]
+    stages, rows = rows_of(case)
+    found = collectives(hlo(folder, "tensor", "run_ticks"))
+    assert found.pop(("collective-permute", case.batch * rows * WIDTH * 4)) == 1
+    assert found.pop(("all-gather", stages * case.batch * rows * 2 * 4)) == 1
+    sums = {size: times for (operation, size), times in found.items() if operation == "all-reduce"}
+    logits = {size: times for (operation, size), times in found.items() if operation == "all-gather"}
+    assert sum(map(len, (sums, logits))) == len(found)
+    # Two layers, each compiled for one row a sequence (W is 1), and the embedding, whose vocabulary is split.
+    assert sums == {case.batch * rows * WIDTH * 4: 2 * 2 + 1}
+    assert max(logits) == case.batch * rows * VOCABULARY * 4
+
+
+def test_a_data_axis_shares_one_number(folder: Path) -> None:
+    case = CASES["data"]
+    stages, rows = rows_of(case)
+    batch = case.batch // 2
+    found = collectives(hlo(folder, "data", "run_ticks"))
+    # Whether anyone goes on is asked before the loop and in it.
+    assert found == {
+        ("collective-permute", batch * rows * WIDTH * 4): 1,
+        ("all-gather", stages * batch * rows * 2 * 4): 1,
+        ("all-reduce", 4): 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("stage=0", "stage=5 or stage=2,tensor=3"),
+        ("stages=2", "stage=5 or stage=2,tensor=3"),
+        ("stage=2,stage=3", "each once"),
+        ("stage=two", "with their sizes"),
+        ("stage=500", r"needs 500 devices and there are 1 \(cpu\).*device_count=500"),
+    ],
+)
+def test_a_mesh_that_cannot_be_had(text: str, sentence: str) -> None:
+    with pytest.raises(DexError, match=sentence):
+        make_mesh(text)
+
+
+def test_a_mesh_that_does_not_fit() -> None:
+    smollm = dataclasses.replace(LLAMA, num_heads=9, num_kv_heads=3, mlp_width=1536)
+    mesh = FakeMesh({"data": 2, "stage": 3, "tensor": 2})
+    with pytest.raises(
+        DexError, match="tensor=2 must divide the model's 9 heads, 3 key-value heads and mlp width 1536"
+    ):
+        check_model(mesh, smollm)
+    with pytest.raises(DexError, match="3 stages needs as many layers, and the model has 2"):
+        check_model(mesh, dataclasses.replace(LLAMA, num_layers=2))
+    with pytest.raises(DexError, match="the mesh has stage=3 and the schedule 5 explorers"):
+        check_stages(mesh, 5)
+    with pytest.raises(DexError, match="data=2 does not divide the 3 sequences"):
+        check_batch(mesh, 3)
+
+
+class FakeMesh:
+    """The sizes of a mesh, without its devices."""
+
+    def __init__(self, shape: dict[str, int]):
+        self.shape = shape
