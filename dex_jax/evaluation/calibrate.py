@@ -54,7 +54,14 @@ SHORT, LONG = 64, 2048
 DRAFT = 8192
 """Columns that exits are asked with."""
 
-SMALL = {"width": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "mlp_width": 32, "vocab_size": 64}
+SMALL: dict[str, Any] = {
+    "width": 32,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 16,
+    "mlp_width": 32,
+    "vocab_size": 64,
+}
 """A model whose layers cost nothing but their kernels."""
 
 

@@ -10,8 +10,10 @@ Assumptions that are no figures of a machine:
 - LOGIT_PASSES: how often logits are read or written on their way to a token.
 - An all-reduce takes 2 log2(n) messages and sends 2 (n - 1) / n of its bytes, an all-gather half of both; over several
   hosts it is done within each of them and then between them.
-- A tick on a mesh runs one stage a device, all rows of it always; the final head runs on the last stage's devices in
-  ticks that commit, then the exits run, each on its stage's devices, as the loop orders them.
+- A tick on a mesh runs one stage a device; the tick takes as long as the stage with most rows in use. Exits are asked
+  before the commit is known, all stages' and the final layer's heads at the same time, as decoding/stage.py does.
+- Embedding and unembedding (or its draft slice) are on every stage; a tensor axis splits the embedding and unembedding
+  and gathers logits, and does not split trained exits.
 - Exits that read the position before get their parents' features from all stages: an all-gather of all nodes' features.
 - Rows are free until arithmetic takes longer than reading; a calibrated machine has measured row costs instead.
 
@@ -112,39 +114,45 @@ class Ticks:
     Attributes:
       per_token: ticks over tokens.
       used: [K][W + 1], share of ticks in which the last live row of a stage is row w; None: every stage is full.
+      widest: [W + 1], share of ticks in which row w is the last live one of any stage; None: always W.
       asked: [.], calls of the heads a tick that ask n nodes, by n; None: every node of every stage, block by block.
     """
 
     per_token: float
     used: tuple[tuple[float, ...], ...] | None = None
+    widest: tuple[float, ...] | None = None
     asked: tuple[float, ...] | None = None
 
 
 def tick(s: Setting, depths: Sequence[int], rows: int, ticks: Ticks, tensor: int = 1) -> Parts:
     """One tick on a mesh of K stages x T devices; with K = 1 it is an AR step."""
     stages = len(depths)
-    widest = max(np.diff((0, *depths)))
-    used = s.batch * rows
-    found = _layers(s, widest, 1, tensor, stages * rows if stages > 1 else 0)
-    full = _layers(s, widest, rows, tensor, stages * rows if stages > 1 else 0)
-    commits = 1 - (1 - 1 / ticks.per_token) ** s.batch
-    found += Parts(width=full.total - found.total) + _head(s, s.batch, tensor).times(commits)
     if stages == 1:
-        return found
-    own = s.exits.own + s.exits.shared
-    exits = _product(s, own, used, tensor, "unrolled") + _logits(s, s.exits.columns, used, tensor, "exits")
-    fixed = KERNELS_OF_EXITS * s.hardware.device.kernel_seconds
-    moved = permute(_between_stages(s, stages, tensor), used * s.work.width * s.hardware.device.itemsize)
-    # A token and a score of every node, then the token that was committed.
-    shared = (
-        all_gather(s.hardware, 8 * stages * used, stages, tensor) + all_gather(s.hardware, 4, stages, tensor) * commits
-    )
+        return ar_step(s, tensor)
+    device, slots = s.hardware.device, stages * rows
+    longest = _longest(depths)
+    found = _layers(s, longest, 1, tensor, slots)
+    (shares,) = _shares_of_batch(None if ticks.widest is None else (ticks.widest,), s.batch, 1, rows)
+    counts = stage_rungs(s.batch, rows)
+    width = 0.0
+    for row in range(1, rows + 1):
+        taken = next(count for count in counts if count >= row)
+        width += shares[row] * (_layers(s, longest, taken, tensor, slots).total - found.total)
+    used = s.batch * rows
+    exits, gathered = _exit_head(s, used, tensor)
+    final = _head(s, s.batch, tensor)
+    commits = 1 - (1 - 1 / ticks.per_token) ** s.batch
+    # Both are asked at the same time, on different devices.
+    head = Parts(head=commits * max(0.0, final.head - exits), fixed=commits * final.fixed)
+    numbers = used * s.work.width * device.itemsize
+    moved = permute(_between_stages(s, stages, tensor), numbers)
+    # A token and a score of every node, and the token that is committed.
+    moved += all_gather(s.hardware, 8 * stages * used, stages, tensor)
     if s.exits.previous:
-        features = stages * used * s.work.width * s.hardware.device.itemsize
-        shared += all_gather(s.hardware, features, stages, tensor)
-    if tensor > 1:
-        shared += all_gather(s.hardware, 8 * used, tensor)
-    return found + Parts(exits=exits, communication=moved + shared, fixed=fixed + _tick_seconds(s))
+        moved += all_gather(s.hardware, stages * numbers, stages, tensor)
+    moved += all_reduce(s.hardware, numbers, tensor) + gathered
+    fixed = KERNELS_OF_EXITS * device.kernel_seconds + _tick_seconds(s)
+    return found + head + Parts(width=width, exits=exits, communication=moved, fixed=fixed)
 
 
 def tick_on_one_device(s: Setting, depths: Sequence[int], rows: int, ticks: Ticks) -> Parts:
@@ -156,7 +164,7 @@ def tick_on_one_device(s: Setting, depths: Sequence[int], rows: int, ticks: Tick
     stages = len(depths)
     if stages == 1:
         return ar_step(s)
-    lengths = np.diff((0, *depths))
+    lengths = np.diff((0, *depths)).tolist()
     slots = stages * rows
     found = Parts()
     if s.layout == "stacked":
@@ -171,8 +179,8 @@ def tick_on_one_device(s: Setting, depths: Sequence[int], rows: int, ticks: Tick
         for length, share in zip(lengths, shares, strict=True):
             for row in range(1, rows + 1):
                 taken = next(count for count in counts if count >= row)
-                one = _layers(s, int(length), 1, 1, slots, "unrolled")
-                more = _layers(s, int(length), taken, 1, slots, "unrolled").total - one.total
+                one = _layers(s, length, 1, 1, slots, "unrolled")
+                more = _layers(s, length, taken, 1, slots, "unrolled").total - one.total
                 found += (one + Parts(width=more)).times(share[row])
     commits = 1 - (1 - 1 / ticks.per_token) ** s.batch
     found += _head(s, s.batch, 1).times(commits)
@@ -221,10 +229,13 @@ def pipelined_step(s: Setting, stages: int, tensor: int = 1) -> Parts:
 def layerskip_round(s: Setting, depth: int, drafted: int, tensor: int = 1) -> Parts:
     """One round of self-speculation: `drafted` tokens through `depth` layers one by one, all verified at once.
 
-    The early layers' keys, values and states of drafted tokens are kept, as LayerSkip does.
+    The early layers' keys, values and states of drafted tokens are kept, as LayerSkip does. Drafts come from an exit of
+    the setting's kind.
     """
     one = _layers(s, depth, 1, tensor, 0)
-    draft = (one + _head(s, s.batch, tensor)).times(drafted) + one
+    exits, gathered = _exit_head(s, s.batch, tensor)
+    fixed = KERNELS_OF_EXITS * s.hardware.device.kernel_seconds
+    draft = (one + Parts(exits=exits, communication=gathered, fixed=fixed)).times(drafted) + one
     rest = _layers(s, s.work.layers - depth, drafted + 1, tensor, 0)
     return draft + rest + _head(s, s.batch * (drafted + 1), tensor)
 
@@ -245,7 +256,7 @@ def bytes_per_device(
       rows: W of DEX; 0 for AR, which has neither lattice nor exits.
       depths: exit depths; even stages without them.
     """
-    layers = max(np.diff((0, *depths))) if depths else -(-s.work.layers // stages)
+    layers = _longest(depths) if depths else -(-s.work.layers // stages)
     size = s.hardware.device.itemsize
     numbers = layers * s.work.layer + s.work.embeddings
     positions = s.context + stages * rows
@@ -301,10 +312,19 @@ def _layers(s: Setting, layers: int, rows: int, tensor: int, slots: int, program
 
 
 def _head(s: Setting, rows: int, tensor: int) -> Parts:
-    """Final norm, unembedding and choice for some rows."""
-    shared = all_gather(s.hardware, 8 * rows * tensor, tensor) if tensor > 1 else 0.0
+    """Embedding, final norm, unembedding and choice for some rows; a tensor axis gathers logits."""
+    shared = all_gather(s.hardware, 4 * rows * s.work.vocabulary, tensor)
+    shared += all_reduce(s.hardware, rows * s.work.width * s.hardware.device.itemsize, tensor)
     fixed = 0.0 if s.hardware.device.measured else KERNELS_A_HEAD * s.hardware.device.kernel_seconds
     return Parts(head=_logits(s, s.work.vocabulary, rows, tensor, "head"), communication=shared, fixed=fixed)
+
+
+def _exit_head(s: Setting, rows: int, tensor: int) -> tuple[float, float]:
+    """One exit asked about some rows: seconds of (its products, the gather of logits where a tensor axis splits it)."""
+    split = tensor if s.exits.columns == s.work.vocabulary else 1
+    own = _product(s, s.exits.own + s.exits.shared, rows, 1, "unrolled")
+    logits = _logits(s, s.exits.columns, rows, split, "exits")
+    return own + logits, all_gather(s.hardware, 4 * rows * s.exits.columns, split)
 
 
 def _logits(s: Setting, columns: int, rows: int, tensor: int, curve: str) -> float:
@@ -342,6 +362,10 @@ def _shares_of_batch(
     if used is None:
         return [np.eye(rows + 1)[rows]] * stages
     return [np.diff(np.cumsum(share) ** batch, prepend=0.0) for share in used]
+
+
+def _longest(depths: Sequence[int]) -> int:
+    return int(max(np.diff((0, *depths))))
 
 
 def _all_asked(stages: int, rows: int) -> tuple[float, ...]:

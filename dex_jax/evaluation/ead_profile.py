@@ -28,12 +28,13 @@ class CappedRows:
 
     Attributes:
       rows: W.
-      ticks_per_token, used, asked: as of `replay.Replay`, as plain tuples.
+      ticks_per_token, used, widest, asked: as of `replay.Replay`, as plain tuples.
     """
 
     rows: int
     ticks_per_token: float
     used: tuple[tuple[float, ...], ...]
+    widest: tuple[float, ...]
     asked: tuple[float, ...]
 
 
@@ -155,7 +156,7 @@ class Profile:
         for grid in self.grids:
             for capped in grid.capped:
                 if grid.depths == tuple(depths) and capped.rows == rows:
-                    return Ticks(capped.ticks_per_token, capped.used, capped.asked)
+                    return Ticks(capped.ticks_per_token, capped.used, capped.widest, capped.asked)
         return None
 
     def to_json(self) -> dict[str, Any]:
@@ -212,6 +213,7 @@ def _grid(content: dict[str, Any]) -> GridProfile:
             int(each["rows"]),
             float(each["ticks_per_token"]),
             tuple(tuple(float(x) for x in row) for row in each["used"]),
+            tuple(float(x) for x in each["widest"]),
             tuple(float(x) for x in each["asked"]),
         )
         for each in content["capped"]

@@ -20,12 +20,18 @@ from rich.console import Console
 from rich.table import Table
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.cost_model import Parts, Setting
+from dex_jax.evaluation.cost_model import Setting
 from dex_jax.evaluation.hardware import DEVICES, Hardware, hardware
 from dex_jax.evaluation.predictions import Plan, Prediction, others, plan
 from dex_jax.evaluation.workload import SHAPES, ExitWork, config_of, described_exits, exit_work, work_of
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+PART_NAMES = ("layers", " width", "  head", " exits", "  comm", " fixed")
+"""Of the fields of Parts."""
+
+NO_TERMINAL = 180
+"""Columns of what goes to a file or a pipe."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for bad input."""
     args = parser().parse_args(argv)
     try:
-        run(args, Console(highlight=False, soft_wrap=True))
+        run(args, Console(highlight=False, width=None if sys.stdout.isatty() else NO_TERMINAL))
         return 0
     except DexError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -192,21 +198,22 @@ def show(
 def predictions_table(predictions: list[Prediction]) -> Table:
     """One line a way: speed, step, and what takes its time."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("way", overflow="fold")
-    for name in ("tok/s", "step ms", "tok/step", "GB/device", *(f.name for f in dataclasses.fields(Parts)), "$/M tok"):
+    table.add_column("way", overflow="fold", ratio=1)
+    for name in ("tok/s", "step ms", "tok/step", "GB/device", "% " + " ".join(PART_NAMES), "$/M tok"):
         table.add_column(name, justify="right", no_wrap=True)
     for p in predictions:
-        parts = [f"{value / p.step.total:.0%}" for value in dataclasses.astuple(p.step)]
+        parts = " ".join(f"{100 * value / p.step.total:6.0f}" for value in dataclasses.astuple(p.step))
         price = "-" if p.dollars_per_million is None else f"{p.dollars_per_million:.2f}"
         speed = f"{p.tokens_per_second:.1f}" if p.fits else "too big"
         size = f"{p.bytes_per_device / 1e9:.2f}"
-        table.add_row(p.detail, speed, f"{p.step.total * 1e3:.3f}", f"{p.tokens_a_step:.2f}", size, *parts, price)
+        table.add_row(p.detail, speed, f"{p.step.total * 1e3:.3f}", f"{p.tokens_a_step:.2f}", size, parts, price)
     return table
 
 
 def costs_table(costs: dict[int, list[Prediction]]) -> Table:
     """Speed and cost of a token from batch 1 to 64: latency is bought with throughput."""
-    table = Table(box=None, pad_edge=False)
+    title = "tokens a second of one sequence, then dollars for a million tokens (or device milliseconds for one)"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     table.add_column("way", overflow="fold")
     for batch in costs:
         table.add_column(f"B = {batch}", justify="right", no_wrap=True)
@@ -221,7 +228,7 @@ def costs_table(costs: dict[int, list[Prediction]]) -> Table:
             name = f"{found.method}, {found.stages} x {found.tensor}"
             price = found.dollars_per_million
             cost = f"{found.device_seconds * 1e3:.2f} ms" if price is None else f"${price:.2f}"
-            cells.append(f"{found.tokens_per_second:.0f} tok/s, {cost}")
+            cells.append(f"{found.tokens_per_second:.0f}, {cost}")
         table.add_row(name, *cells)
     return table
 

@@ -111,8 +111,10 @@ def _teacher_forced(table: Any) -> tuple[tuple[float, ...], int]:
     return tuple(float(x) for x in found / max(found.sum(), 1)), ticks
 
 
-def _counts(found: Replay) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
-    return tuple(tuple(map(float, row)) for row in found.used), tuple(map(float, found.asked))
+def _counts(found: Replay) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...], tuple[float, ...]]:
+    """(used, widest, asked) as plain numbers."""
+    used = tuple(tuple(map(float, row)) for row in found.used)
+    return used, tuple(map(float, found.widest)), tuple(map(float, found.asked))
 
 
 def real_loop(
@@ -262,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
     about = {"model": args.model, "exits": str(args.exits), "max_new_tokens": args.max_new_tokens}
     profile = profile_of(measured, groups, rows=args.rows, replayed_tokens=args.replay_tokens, about=about, notify=_say)
     if args.real_loop:
-        chosen = [prompt for group in texts.values() for prompt, _ in group[: args.real_loop]]
+        chosen = [list(prompt) for group in texts.values() for prompt, _ in group[: args.real_loop]]
         grids = []
         for grid in profile.grids:
             _say(f"the loop itself: K = {grid.stages}, {len(chosen)} prompts")

@@ -2,8 +2,9 @@
 
 How many nodes a cohort holds follows from which exit first gives each token, and from scores once rows are capped. On
 the emitted text both are known. Of a wrong branch the model has said nothing: its nodes are given what exits said at
-positions drawn at random ("a wrong branch is as sure of itself as a right one"). With rows that never prune nothing
-depends on that, and the replay is exact; with a cap it is an estimate.
+positions drawn at random ("a wrong branch is as sure of itself as a right one"). With rows that never prune neither
+ticks nor the number of live nodes depends on that, and both are exact; with a cap they are estimates, and so is always
+in which rows of a cohort its survivors stand.
 
 Letters: N answer positions of all texts, K stages, W rows a stage.
 """
@@ -46,14 +47,18 @@ class Replay:
     Attributes:
       ticks, tokens: of all texts; tokens after the first of each text.
       exits: [K] float64, share of these tokens by the exit that first gave them.
+      live: [K] float64, live nodes of each stage, mean over ticks.
       used: [K, W + 1] float64, share of ticks in which the last live row of stage k is row w (0: the stage is empty).
+      widest: [W + 1] float64, share of ticks in which row w is the last live one of any stage.
       asked: [HEAD_BLOCK + 1] float64, calls of the heads a tick that ask n nodes, by n.
     """
 
     ticks: int
     tokens: int
     exits: np.ndarray
+    live: np.ndarray
     used: np.ndarray
+    widest: np.ndarray
     asked: np.ndarray
 
     @property
@@ -100,8 +105,9 @@ def replay(table: Table, rows: int, seed: int = 0) -> Replay:
       seed: of the positions that stand in for what exits would say on wrong branches.
     """
     stages, random = table.stages, np.random.default_rng(seed)
-    exits = np.zeros(stages)
+    exits, live = np.zeros(stages), np.zeros(stages)
     used = np.zeros((stages, rows + 1))
+    widest = np.zeros(rows + 1)
     asked = np.zeros(HEAD_BLOCK + 1)
     ticks = start = 0
     # Plain lists: single items of NumPy arrays are slow to read.
@@ -119,8 +125,11 @@ def replay(table: Table, rows: int, seed: int = 0) -> Replay:
         cohorts: list[list[_Node]] = [[root]]  # by age: cohorts[0] is the youngest, about to run stage 1
         while emitted < length:
             ticks += 1
+            last = [1 + max((node.row for node in cohort), default=-1) for cohort in cohorts]
             for k in range(stages):
-                used[k, 1 + max((n.row for n in cohorts[k]), default=-1) if k < len(cohorts) else 0] += 1
+                used[k, last[k] if k < len(last) else 0] += 1
+                live[k] += len(cohorts[k]) if k < len(cohorts) else 0
+            widest[max(last)] += 1
             proposing = cohorts
             if len(cohorts) >= stages and root in cohorts[stages - 1]:
                 emitted += 1
@@ -142,7 +151,15 @@ def replay(table: Table, rows: int, seed: int = 0) -> Replay:
             cohorts = [spawned, *cohorts[: stages - 1]]
         start += length
     tokens = sum(length - 1 for length in table.lengths)
-    return Replay(ticks, tokens, exits / max(tokens, 1), used / max(ticks, 1), asked / max(ticks, 1))
+    return Replay(
+        ticks,
+        tokens,
+        exits / max(tokens, 1),
+        live / max(ticks, 1),
+        used / max(ticks, 1),
+        widest / max(ticks, 1),
+        asked / max(ticks, 1),
+    )
 
 
 def _propose(
