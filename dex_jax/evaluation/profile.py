@@ -143,7 +143,7 @@ def real_loop(
 
 def table(profile: Profile) -> str:
     """Markdown: one table by depth, one by grid, one by rows."""
-    from dex_jax.evaluation.exit_report import _markdown as markdown
+    from dex_jax.evaluation.exit_report import markdown
 
     ead = profile.ead
     by_depth = [
@@ -232,9 +232,7 @@ def run(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from dex_jax.cli.decode import remember_compilations
-    from dex_jax.cli.train_results import _chosen_exits as chosen_exits
-    from dex_jax.cli.train_results import _write as write
-    from dex_jax.cli.train_results import answered
+    from dex_jax.cli.train_results import answered, chosen_exits, write_json
     from dex_jax.evaluation.exit_forcing import measure
     from dex_jax.evaluation.profile_plots import draw
     from dex_jax.language_model import load
@@ -273,7 +271,7 @@ def run(args: argparse.Namespace) -> None:
                 dataclasses.replace(grid, real=real_loop(lm, source, chosen, grid.depths, args.max_new_tokens))
             )
         profile = dataclasses.replace(profile, grids=tuple(grids))
-    write(args.output, profile.to_json())
+    write_json(args.output, profile.to_json())
     print(table(profile))
     if args.plots is not None:
         for file in draw(profile, args.plots):

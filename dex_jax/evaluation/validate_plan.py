@@ -294,7 +294,7 @@ def read_further(path: str) -> list[Compared]:
 
 def table(verdict: Verdict) -> str:
     """Markdown."""
-    from dex_jax.evaluation.exit_report import _markdown as markdown
+    from dex_jax.evaluation.exit_report import markdown
 
     rows = [
         [
@@ -348,8 +348,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> Verdict:
     """Compares as the flags say, prints a table and returns the verdict."""
     from dex_jax.cli.decode import remember_compilations
-    from dex_jax.cli.train_results import _write as write
-    from dex_jax.cli.train_results import spread
+    from dex_jax.cli.train_results import spread, write_json
     from dex_jax.language_model import load
     from dex_jax.training.prompt_files import read_prompts
 
@@ -374,7 +373,7 @@ def run(args: argparse.Namespace) -> Verdict:
     print(table(verdict))
     if args.output is not None:
         sums = {"largest_error": verdict.largest_error, "holds": verdict.holds}
-        write(args.output, dataclasses.asdict(verdict) | sums)
+        write_json(args.output, dataclasses.asdict(verdict) | sums)
     return verdict
 
 

@@ -1,0 +1,276 @@
+"""What the compiler says of a tick and its rivals on TPU chips that need not be there.
+
+libtpu compiles from abstract shapes. Each program is the decode loop itself; the compiler's analysis counts the body of
+a loop once, so what it says of the loop is what it says of one tick or step. FLOPs and bytes are those of one chip, as
+the compiler counts them, collectives those that stand in the optimised program. The analysis also gives a time, which
+is not shown: it came out negative for some programs.
+
+Letters: B sequences, W rows a stage, K stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from dex_jax import cache
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.methods import AR, Dex, Schedule
+from dex_jax.decoding.record import Limits
+from dex_jax.errors import DexError
+from dex_jax.evaluation.cost_model import Setting, Ticks, ar_step, bytes_per_device, tick
+from dex_jax.evaluation.hardware import DEVICES, hardware
+from dex_jax.evaluation.workload import exit_work, work_of
+
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+
+ENVIRONMENT = {
+    # Without these libtpu looks for a metadata server and complains that there is none.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # Several processes may compile at the same time, as none has a chip.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+ACCELERATOR_TYPES = {"v5e": "v5litepod-{}", "v5p": "v5p-{}", "v6e": "v6e-{}"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """One compiled program, on one of its chips.
+
+    Attributes:
+      program: for people.
+      chip, chips: kind and number.
+      argument_bytes, temporary_bytes: weights, caches and state; what the program needs beside.
+      fits: whether both together fit into the chip's memory.
+      flops, bytes_accessed: of one tick or step, as the compiler counts them.
+      collectives: kind -> (how many in one tick or step, bytes of their results together).
+      predicted_seconds, predicted_bytes: the roofline's step, and its weights and caches.
+    """
+
+    program: str
+    chip: str
+    chips: int
+    argument_bytes: int
+    temporary_bytes: int
+    fits: bool
+    flops: float
+    bytes_accessed: float
+    collectives: dict[str, tuple[int, int]]
+    predicted_seconds: float
+    predicted_bytes: float
+
+
+def compiled_evidence(
+    config: ModelConfig,
+    topology: str,
+    *,
+    explorers: int,
+    rows: int | None = None,
+    batch: int = 1,
+    context: int = 1024,
+    notify: Callable[[str], None] = lambda line: None,
+) -> list[Evidence]:
+    """Compiles a tick, an AR step from stage to stage and a tensor-parallel AR step, in bfloat16, greedy.
+
+    Args:
+      config: shapes of the model; its own head is every exit.
+      topology: chip and arrangement, as "v5e:2x4".
+      explorers: K.
+      rows: W; None for the default.
+      batch: B.
+      context: length of the caches.
+      notify: told what is going on.
+
+    Raises:
+      DexError: an unknown chip or arrangement, no libtpu, or fewer chips than stages.
+    """
+    chip, devices = topology_devices(topology)
+    if explorers > len(devices):
+        raise DexError(f"{topology} has {len(devices)} chips, too few for {explorers} stages: name a larger one")
+    schedule = Dex(explorers=explorers, rows=rows).schedule_for(config.num_layers)
+    work = work_of(config)
+    tensor = max(t for t in range(1, explorers + 1) if work.divisible(t) and config.mlp_width % t == 0)
+    s = Setting(work, exit_work(None, config), hardware(f"{chip}x{explorers}"), batch, context)
+    plain = AR().schedule_for(config.num_layers)
+    programs = [
+        (f"a tick of DEX-1/{explorers}, {schedule.rows} rows", schedule, {"stage": explorers}),
+        (f"an AR step through {explorers} stages", plain, {"stage": explorers}),
+        (f"an AR step, every layer split over {tensor}", plain, {"tensor": tensor}),
+    ]
+    found = []
+    for name, method, mesh in programs:
+        notify(f"compiling {name} for {chip}")
+        chips = math.prod(mesh.values())
+        compiled = _compile(config, method, schedule.depths, mesh, devices[:chips], batch, context)
+        stages, split = mesh.get("stage", 1), mesh.get("tensor", 1)
+        if method is schedule:
+            seconds = tick(s, schedule.depths, schedule.rows, Ticks(explorers)).total
+            size = bytes_per_device(s, stages, split, rows=schedule.rows, depths=schedule.depths)
+        else:
+            from dex_jax.evaluation.cost_model import pipelined_step
+
+            seconds = (pipelined_step(s, stages) if stages > 1 else ar_step(s, split)).total
+            size = bytes_per_device(s, stages, split)
+        found.append(_evidence(name, chip, chips, compiled, seconds, size))
+    return found
+
+
+def topology_devices(topology: str) -> tuple[str, list[Any]]:
+    """(chip, devices of the topology).
+
+    Raises:
+      DexError: an unknown chip or arrangement, or no libtpu.
+    """
+    chip, _, arrangement = topology.partition(":")
+    if chip not in ACCELERATOR_TYPES or not re.fullmatch(r"\d+(x\d+)*", arrangement):
+        raise DexError(
+            f"--compile-for {topology!r} is no TPU topology: write {', '.join(ACCELERATOR_TYPES)} and an arrangement, "
+            "such as v5e:2x4"
+        )
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        raise DexError("compiling for TPUs needs libtpu: pip install libtpu (no TPU is needed)") from error
+    from jax.experimental import topologies
+
+    count = math.prod(map(int, arrangement.split("x")))
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", ACCELERATOR_TYPES[chip].format(count * (2 if chip == "v5p" else 1)))
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    # Of what libtpu raises nothing is documented.
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise DexError(f"libtpu does not know the topology {topology!r} ({why}): choose another arrangement") from error
+    return chip, list(description.devices)
+
+
+def _compile(
+    config: ModelConfig,
+    schedule: Schedule,
+    depths: tuple[int, ...],
+    mesh: dict[str, int],
+    devices: Sequence[Any],
+    batch: int,
+    context: int,
+) -> Any:
+    """The decode loop of one method on a mesh, compiled from shapes."""
+    from dex_jax.decoding import mesh as programs
+    from dex_jax.decoding.spec import Spec
+    from dex_jax.language_model import abstract_weights
+    from dex_jax.nn.placing import weight_specs
+    from dex_jax.nn.transformer import Staged
+    from dex_jax.sharding import EVERYWHERE, make_mesh, place
+
+    dtype = jnp.dtype(jnp.bfloat16)
+    grid = make_mesh(mesh, devices)
+    layout = Staged(depths if mesh.get("stage", 1) > 1 else (config.num_layers,))
+    spec = Spec(config, layout, schedule, None, grid)
+    weights = abstract_weights(config, layout, dtype)
+    memory = cache.shapes(config, layout, batch, context, 0, dtype)
+    array: Any = jax.ShapeDtypeStruct
+    last, lengths, scalar = array((batch, config.width), dtype), array((batch,), jnp.int32), array((), jnp.int32)
+    limits = Limits(lengths, array((1,), jnp.int32))
+    state = jax.eval_shape(
+        lambda *arguments: programs.start_decoding(*arguments, spec=spec, capacity=64),
+        weights,
+        None,
+        memory,
+        last,
+        lengths,
+        limits,
+        None,
+    )
+    placed = (
+        place(weights, weight_specs(weights, grid), grid),
+        None,
+        place(state, programs.state_specs(spec), grid),
+        place(limits, programs.LIMITS, grid),
+        None,
+        place(scalar, EVERYWHERE, grid),
+    )
+    jitted: Any = jax.jit(programs.run_ticks, static_argnames=("spec",), donate_argnums=(2,))
+    return jitted.lower(*placed, spec=spec).compile()
+
+
+def _evidence(name: str, chip: str, chips: int, compiled: Any, seconds: float, size: float) -> Evidence:
+    memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    arguments, temporary = int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes)
+    return Evidence(
+        program=name,
+        chip=chip,
+        chips=chips,
+        argument_bytes=arguments,
+        temporary_bytes=temporary,
+        fits=arguments + temporary <= DEVICES[chip][0].memory,
+        flops=float(analysis.get("flops", 0.0)),
+        bytes_accessed=float(analysis.get("bytes accessed", 0.0)),
+        collectives=collectives_of(compiled.as_text()),
+        predicted_seconds=seconds,
+        predicted_bytes=size,
+    )
+
+
+def collectives_of(hlo: str) -> dict[str, tuple[int, int]]:
+    """Kind -> (how many, bytes of their results) of the collectives in an optimised HLO program.
+
+    Of an asynchronous pair the start counts; the tuple that it gives holds operands and results, of which the results
+    are the second half.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for line in hlo.splitlines():
+        match = re.match(rf"\s+(?:ROOT )?%?\S+ = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+        if match is None:
+            continue
+        shapes, kind, start = match.groups()
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        sizes = [math.prod(map(int, filter(None, dims.split(",")))) * ITEM_BYTES.get(item, 8) for item, dims in arrays]
+        if start and kind != "all-reduce":
+            # A permute's start also carries two numbers of its own, which come last.
+            arrays_only = [size for size, (_, dims) in zip(sizes, arrays, strict=True) if dims] or sizes
+            sizes = arrays_only[len(arrays_only) // 2 :]
+        count, size = found.get(kind, (0, 0))
+        found[kind] = (count + 1, size + sum(sizes))
+    return found
+
+
+def evidence_table(evidence: Sequence[Evidence]) -> Table:
+    """One line a program."""
+    table = Table(box=None, pad_edge=False, title="compiled, one chip", title_justify="left")
+    table.add_column("program", overflow="fold")
+    for name in ("chips", "GB", "+ temporary", "fits", "GFLOP", "GB accessed", "roofline ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("collectives", overflow="fold")
+    for row in evidence_rows(evidence):
+        table.add_row(*row)
+    return table
+
+
+def evidence_rows(evidence: Sequence[Evidence]) -> list[list[str]]:
+    """Cells of one line a program."""
+    return [
+        [
+            each.program,
+            f"{each.chips} {each.chip}",
+            f"{each.argument_bytes / 1e9:.2f}",
+            f"{each.temporary_bytes / 1e9:.3f}",
+            "yes" if each.fits else "no",
+            f"{each.flops / 1e9:.1f}",
+            f"{each.bytes_accessed / 1e9:.2f}",
+            f"{each.predicted_seconds * 1e3:.2f}",
+            "; ".join(f"{n} {kind}, {size:,} bytes" for kind, (n, size) in each.collectives.items()) or "none",
+        ]
+        for each in evidence
+    ]
