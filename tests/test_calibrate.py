@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from reference.small_models import LLAMA, LetterTokenizer, small_model
 
@@ -61,24 +62,19 @@ def test_a_timer_times_rounds() -> None:
 
 
 def test_rounds_are_not_optimised_away() -> None:
-    """Ten times the rounds take longer: no round's work is hoisted out of the loop."""
-    times = []
+    """A hundred times the rounds take longer: no round's work is hoisted out of the loop."""
     wide = dataclasses.replace(LLAMA, width=256, num_heads=8, head_dim=32, mlp_width=1024)
-    rounds = []
+    seconds = {}
 
-    def count(run) -> float:
-        import time
-
-        run(1).block_until_ready() if hasattr(run(1), "block_until_ready") else None
-        for n in (4, 400):
+    def few_and_many(run) -> float:
+        for rounds in (1, 4, 400):
             begin = time.perf_counter()
-            np.asarray(run(n)[0])
-            rounds.append(time.perf_counter() - begin)
-        return rounds[-1]
+            jax.block_until_ready(run(rounds))
+            seconds[rounds] = time.perf_counter() - begin
+        return seconds[400]
 
-    calibrate._rows_seconds(wide, calibrate.Unrolled(), jnp.dtype(jnp.float32), 2, 64, count)
-    times += rounds
-    assert times[1] > 3 * times[0]
+    calibrate._rows_seconds(wide, calibrate.Unrolled(), jnp.dtype(jnp.float32), 2, 64, few_and_many)
+    assert seconds[400] > 3 * seconds[4]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +83,7 @@ def test_rounds_are_not_optimised_away() -> None:
         (["--rows", "0"], "--rows and --repeats must be at least 1"),
         (["--long", "64"], "--long above 64"),
         (["--model", "no such model"], "names no model"),
+        (["--together", "9999"], "--together 9999 needs as many cores"),
     ],
 )
 def test_bad_calibrations(flags: list[str], message: str, tmp_path, capsys) -> None:
@@ -189,7 +186,8 @@ def test_bad_validations(tmp_path, machine, capsys) -> None:
     (tmp_path / "further.json").write_text("[{}]")
     with pytest.raises(DexError, match="is no list of objects with name, predicted_seconds"):
         validate_plan.read_further(str(tmp_path / "further.json"))
+    measured = dataclasses.replace(read_profile(profile), assumption=None)
+    s = validate_plan.Setting(validate_plan.work_of(LLAMA), validate_plan.exit_work(None, LLAMA), machine)
+    schedule = validate_plan.Dex(explorers=3).schedule_for(4)
     with pytest.raises(DexError, match="lacks DEX-1/3"):
-        measured = dataclasses.replace(read_profile(profile), assumption=None)
-        s = validate_plan.Setting(validate_plan.work_of(LLAMA), validate_plan.exit_work(None, LLAMA), machine)
-        validate_plan.predict(s, measured, Case(3), validate_plan.Dex(explorers=3).schedule_for(4))
+        validate_plan.predict(s, measured, Case(3), schedule)

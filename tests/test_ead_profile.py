@@ -35,7 +35,7 @@ MODEL = ModelConfig(
     mlp_width=24,
     context=256,
 )
-EXPLORERS = (2, 3, 5)
+EXPLORERS = (3, 5)
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def test_ticks_are_the_teacher_forced_counts() -> None:
 def test_the_loop_itself_agrees() -> None:
     """K = 3 with the rows that never prune: ticks of the loop are the predicted ones."""
     found, (_, texts) = _profile(), _measured()
-    grid = found.grids[1]
+    grid = found.grids[0]
     prompts = [list(prompt) for prompt, _ in texts]
     real = profile.real_loop(_model(), "shared", prompts, grid.depths, 25)
     assert real.rows == 2
@@ -127,7 +127,7 @@ def test_what_is_written_is_read(tmp_path) -> None:
     assert read_profile(file) == found
     ticks = found.ticks(even_depths(5, 5), 2)
     assert ticks is not None
-    assert ticks.per_token == next(c for c in found.grids[2].capped if c.rows == 2).ticks_per_token
+    assert ticks.per_token == next(c for c in found.grids[1].capped if c.rows == 2).ticks_per_token
     assert found.ticks(even_depths(4, 5), 2) is None
     assert found.ticks((5,), 1).per_token == 1
 
@@ -185,7 +185,7 @@ def test_tables_show_the_profile() -> None:
     assert f"oracle speedup {found.ead.oracle_speedup:.2f}" in text
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     assert ["1", f"{found.ead.share[0]:.3f}"] in [row[:2] for row in cells]
-    grid = found.grids[2]
+    grid = found.grids[1]
     assert ["5", "1 2 3 4 5", f"{grid.resolution_bound:.2f}", f"{grid.depth_side_speedup:.2f}", "-"] in [
         row[:5] for row in cells
     ]
@@ -213,10 +213,10 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     data.write_text("ABC\nDEFGH\nBAD\n")
     arguments = ["--data", str(data), "--exits", "shared", "--max-new-tokens", "12", "--output"]
     output = tmp_path / "profile.json"
-    more = ["--explorers", "2", "3", "--grid", "1,5", "--rows", "1", "2", "--real-loop", "1"]
+    more = ["--explorers", "2", "--rows", "1", "2", "--real-loop", "1"]
     assert profile.main([*arguments, str(output), *more]) == 0
     found = read_profile(output)
-    assert [grid.depths for grid in found.grids] == [(3, 5), (2, 4, 5), (1, 5)]
+    assert [grid.depths for grid in found.grids] == [(3, 5)]
     assert found.ead.depths == (1, 2, 3, 4, 5)
     assert found.about["texts"] == 3
     assert all(grid.real is not None for grid in found.grids)

@@ -17,12 +17,11 @@ from dex_jax.config import ExitsConfig
 from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation import cost_model, plan, predictions, workload
-from dex_jax.evaluation.cost_model import Setting, Ticks
+from dex_jax.evaluation.cost_model import Setting
 from dex_jax.evaluation.ead_profile import EAD, FORMAT, Profile
 from dex_jax.evaluation.hardware import (
     DEVICES,
     LINKS,
-    Hardware,
     Measured,
     hardware,
     read_hardware,
@@ -83,7 +82,7 @@ def test_hardware_is_written_and_read(tmp_path) -> None:
     more = hardware(f"{file},count=4,hosts=2,network=dcn")
     assert (more.count, more.hosts, more.network.name) == (4, 2, "dcn")
     file.write_text(file.read_text().replace('"cache"', '"cash"'))
-    with pytest.raises(DexError, match="let python -m dex_jax.evaluation.calibrate write it"):
+    with pytest.raises(DexError, match=r"let python -m dex_jax\.evaluation\.calibrate write it"):
         read_hardware(file)
     with pytest.raises(DexError, match="cannot be written"):
         write_hardware(tmp_path / "none" / "here.json", found)
@@ -270,8 +269,6 @@ def test_the_module_runs(tmp_path) -> None:
 
 
 def test_a_batch_is_priced_with_all_its_sequences() -> None:
-    assert isinstance(hardware("h100"), Hardware)
     one, four = (predictions.others(_setting("h100x2", batch=batch))[0] for batch in (1, 4))
     assert four.device_seconds < one.device_seconds
     assert four.device_seconds == pytest.approx(four.devices * four.step.total / 4)
-    assert Ticks(2.0).used is None

@@ -5,7 +5,8 @@
 Random weights of the model's shapes, as many layers as no cache of a processor holds, decode rows in the layouts that
 there are. What is written are seconds per byte by rows (products of a layer, attention, heads), the fixed cost of a
 layer and of a tick, and plain bandwidth and arithmetic. Nothing else should run meanwhile. With several devices the
-link between them is measured too.
+link between them is measured too. --together N starts N processes that measure at the same time, each on its share of
+the cores, as N processes of a mesh would run: cores that share memory are slower together than alone.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +38,7 @@ from dex_jax.decoding.record import Limits
 from dex_jax.errors import DexError
 from dex_jax.evaluation.cost_model import KERNELS_A_LAYER
 from dex_jax.evaluation.footprint import device_memory
-from dex_jax.evaluation.hardware import LINKS, Curve, Device, Hardware, Link, Measured, write_hardware
+from dex_jax.evaluation.hardware import LINKS, Curve, Device, Hardware, Link, Measured, read_hardware, write_hardware
 from dex_jax.evaluation.workload import config_of, work_of
 from dex_jax.language_model import DTYPES, merge_model, resolve_dtype
 from dex_jax.lattice import NO_NODE, NO_TOKEN
@@ -363,9 +368,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--long", type=int, default=LONG, metavar="S", help="longer cache that is measured (%(default)s)")
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="measurements of each figure (%(default)s)")
     p.add_argument("--least", type=float, default=0.05, metavar="SECONDS", help="of each measurement (%(default)s)")
+    p.add_argument("--together", type=int, default=1, metavar="N", help="processes that measure at once (%(default)s)")
     p.add_argument("--output", required=True, metavar="FILE.json", help="for plan --hardware")
+    argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
     try:
+        if args.together > 1:
+            return _together(argv, args.together, args.output)
         rows = sorted(set(args.rows))
         if rows[0] < 1 or args.repeats < 1 or args.least <= 0 or args.long <= SHORT:
             raise DexError(f"--rows and --repeats must be at least 1, --least above 0, --long above {SHORT}")
@@ -382,6 +391,35 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(summary(found))
+    return 0
+
+
+def _together(argv: Sequence[str], count: int, output: str) -> int:
+    """N processes on their shares of the cores; what the first one measures is written, with count = N.
+
+    Raises:
+      DexError: fewer cores than processes, a system that cannot pin them, or a process that fails.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        raise DexError("--together needs a system that pins processes to cores, such as Linux: leave it out")
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < count:
+        raise DexError(f"--together {count} needs as many cores, and there are {len(cores)}: ask for fewer")
+    size = len(cores) // count
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(Path(folder) / f"{i}.json") for i in range(count)]
+        started = []
+        for i, file in enumerate(files):
+            share = set(cores[i * size : (i + 1) * size])
+            command = [sys.executable, "-m", "dex_jax.evaluation.calibrate", *argv, "--together", "1", "--output", file]
+            # Children inherit the affinity of the moment they are started in.
+            os.sched_setaffinity(0, share)
+            quiet: dict[str, Any] = {} if i == 0 else {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            started.append(subprocess.Popen(command, **quiet))
+        os.sched_setaffinity(0, set(cores))
+        if any(process.wait() for process in started):
+            raise DexError("one of the processes has failed: measure without --together to see why")
+        write_hardware(output, dataclasses.replace(read_hardware(files[0]), count=count))
     return 0
 
 

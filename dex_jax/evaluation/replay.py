@@ -21,6 +21,8 @@ from dex_jax.evaluation.exit_forcing import Measurement
 from dex_jax.evaluation.exit_metrics import proposals
 from dex_jax.lattice import MIN_LOG_PROBABILITY, SCORE_STEP
 
+UNSURE = 1.0
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
@@ -96,13 +98,14 @@ class _Node:
             yield from child.subtree()
 
 
-def replay(table: Table, rows: int, seed: int = 0) -> Replay:
+def replay(table: Table, rows: int, seed: int = 0, unsure: float = UNSURE) -> Replay:
     """Runs the loop over every text with at most `rows` nodes a cohort.
 
     Args:
       table: of one grid.
       rows: W.
       seed: of the positions that stand in for what exits would say on wrong branches.
+      unsure: log-probabilities on wrong branches are so many times as large.
     """
     stages, random = table.stages, np.random.default_rng(seed)
     exits, live = np.zeros(stages), np.zeros(stages)
@@ -147,7 +150,7 @@ def replay(table: Table, rows: int, seed: int = 0) -> Replay:
                 heir.score = 0.0
                 root = heir
                 cohorts = proposing = [[node for node in cohort if node in survivors] for cohort in cohorts]
-            spawned = _propose(proposing[: stages - 1], right, score, rows, start + length, anywhere, asked)
+            spawned = _propose(proposing[: stages - 1], right, score, rows, start + length, anywhere, unsure, asked)
             cohorts = [spawned, *cohorts[: stages - 1]]
         start += length
     tokens = sum(length - 1 for length in table.lengths)
@@ -169,13 +172,14 @@ def _propose(
     rows: int,
     end: int,
     anywhere: Callable[[], int],
+    unsure: float,
     asked: np.ndarray,
 ) -> list[_Node]:
     """The cohort that is spawned: best scores first, equal ones by exit and then by row; `end` is the text's."""
     candidates, standing = [], []
     for k, cohort in enumerate(cohorts):
         for node in sorted(cohort, key=lambda node: node.row):
-            step = score[node.born_at - 1][node.at][k]
+            step = score[node.born_at - 1][node.at][k] * (1.0 if node.right else unsure)
             standing.append((node.score, node.score + step))
             if step > -np.inf:
                 candidates.append((node.score + step, k, node))
