@@ -314,7 +314,18 @@ def compiled_section() -> list[str]:
         "compiler counts for one tick or step, its collectives with the bytes of their results, and the roofline's "
         "time beside it. Exits are the model's own head.",
     ]
-    header = ["program", "chips", "GB", "+ temporary", "fits", "GFLOP", "GB accessed", "roofline ms", "collectives"]
+    header = [
+        "program",
+        "chips",
+        "GB",
+        "+ temporary",
+        "fits",
+        "GFLOP",
+        "GB accessed",
+        "kernels",
+        "roofline ms",
+        "collectives",
+    ]
     for name, evidence in json.loads(file.read_text()).items():
         rows = [Evidence(**(each | {"collectives": dict(each["collectives"])})) for each in evidence]
         parts += [f"### {name}", markdown(header, evidence_rows(rows))]

@@ -33,6 +33,9 @@ from dex_jax.evaluation.workload import exit_work, work_of
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "partition-id"}
+"""Instructions that run nothing of their own."""
+
 ENVIRONMENT = {
     # Without these libtpu looks for a metadata server and complains that there is none.
     "TPU_SKIP_MDS_QUERY": "1",
@@ -53,6 +56,7 @@ class Evidence:
       argument_bytes, temporary_bytes: weights, caches and state; what the program needs beside.
       fits: whether both together fit into the chip's memory.
       flops, bytes_accessed: of one tick or step, as the compiler counts them.
+      kernels: instructions of the program that run on the chip, those of all branches of a conditional.
       collectives: kind -> (how many in one tick or step, bytes of their results together).
       predicted_seconds, predicted_bytes: the roofline's step, and its weights and caches.
     """
@@ -65,6 +69,7 @@ class Evidence:
     fits: bool
     flops: float
     bytes_accessed: float
+    kernels: int
     collectives: dict[str, tuple[int, int]]
     predicted_seconds: float
     predicted_bytes: float
@@ -217,6 +222,7 @@ def _evidence(name: str, chip: str, chips: int, compiled: Any, seconds: float, s
         fits=arguments + temporary <= DEVICES[chip][0].memory,
         flops=float(analysis.get("flops", 0.0)),
         bytes_accessed=float(analysis.get("bytes accessed", 0.0)),
+        kernels=kernels_of(compiled.as_text()),
         collectives=collectives_of(compiled.as_text()),
         predicted_seconds=seconds,
         predicted_bytes=size,
@@ -246,11 +252,28 @@ def collectives_of(hlo: str) -> dict[str, tuple[int, int]]:
     return found
 
 
+def kernels_of(hlo: str) -> int:
+    """Instructions of an optimised HLO program that run: those of fusions and of reducers are part of another one."""
+    count, inside = 0, False
+    for line in hlo.splitlines():
+        header = re.match(r"(?:ENTRY )?%?(\S+) \(.*\) -> .* \{\s*$", line)
+        if header is not None:
+            inside = (
+                not re.match(r"(fused|region|add|max|min|and|or|compare|sum)", header.group(1)) or " while(" in line
+            )
+            inside = inside or line.startswith("ENTRY")
+            continue
+        operation = re.match(r"\s+(?:ROOT )?%?\S+ = .*? ([\w\-]+)\(", line)
+        if inside and operation is not None and operation.group(1) not in FREE and "-done" not in operation.group(1):
+            count += 1
+    return count
+
+
 def evidence_table(evidence: Sequence[Evidence]) -> Table:
     """One line a program."""
     table = Table(box=None, pad_edge=False, title="compiled, one chip", title_justify="left")
     table.add_column("program", overflow="fold")
-    for name in ("chips", "GB", "+ temporary", "fits", "GFLOP", "GB accessed", "roofline ms"):
+    for name in ("chips", "GB", "+ temporary", "fits", "GFLOP", "GB accessed", "kernels", "roofline ms"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("collectives", overflow="fold")
     for row in evidence_rows(evidence):
@@ -269,6 +292,7 @@ def evidence_rows(evidence: Sequence[Evidence]) -> list[list[str]]:
             "yes" if each.fits else "no",
             f"{each.flops / 1e9:.1f}",
             f"{each.bytes_accessed / 1e9:.2f}",
+            str(each.kernels),
             f"{each.predicted_seconds * 1e3:.2f}",
             "; ".join(f"{n} {kind}, {size:,} bytes" for kind, (n, size) in each.collectives.items()) or "none",
         ]
