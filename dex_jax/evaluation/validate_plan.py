@@ -261,8 +261,11 @@ def compare(
             runners[case] = Runner(lm, schedule, resolved[case].trained, prompts, case.batch, new_tokens)
             runners[case](0)
         times: dict[Case, list[tuple[float, float, int]]] = {case: [] for case in members}
+        begin = time.perf_counter()
         for number in range(rounds):
-            notify(f"round {number + 1} of {rounds}, {len(members)} configurations, {type(layout).__name__.lower()}")
+            spent = time.perf_counter() - begin
+            left = f", {spent / number * (rounds - number):.0f} s left of this layout" if number else ""
+            notify(f"{type(layout).__name__.lower()}: round {number + 1} of {rounds}{left}")
             for case, runner in runners.items():
                 times[case].append(runner(number))
         for case in members:
