@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import loop
-from dex_jax.decoding.heads import Asked, _ask_rows
+from dex_jax.decoding.heads import HEAD_BLOCK, Proposers, propose
 from dex_jax.decoding.interface import Exits, Network, StageView
 from dex_jax.decoding.methods import even_depths
 from dex_jax.decoding.network import extend, transformer_network
@@ -268,30 +268,40 @@ def _head_seconds(config: ModelConfig, dtype: jnp.dtype, rows: int, timer: Timer
 
 
 def _exits_seconds(config: ModelConfig, dtype: jnp.dtype, columns: int, rows: int, timer: Timer) -> float:
-    """Asking exits about `rows` nodes through `columns` of the unembedding: mask, choice and probability."""
+    """Asking one exit about `rows` nodes through `columns` of the unembedding: mask, choice and probability."""
     kernel = jnp.full((columns, config.width), 0.01, dtype)
-    offered = jnp.full((rows, STAGES - 1), NO_TOKEN, jnp.int32)
-    position = jnp.zeros(rows, jnp.int32)
+    # More nodes than a call of the heads asks of one sequence are those of several.
+    width = min(rows, HEAD_BLOCK)
+    batch = -(-rows // width)
+    shape = (1, batch, width)
+    view = StageView(
+        ring=jnp.arange(2, dtype=jnp.int32),
+        token=jnp.zeros((2, batch, width), jnp.int32),
+        position=jnp.zeros((2, batch, width), jnp.int32),
+        live=jnp.ones((2, batch, width), bool),
+        ancestors=jnp.zeros((2, batch, width, 2 * width), bool),
+        parent=jnp.full((2, batch, width), NO_NODE, jnp.int32),
+        prefix=jnp.zeros(batch, jnp.int32),
+    )
+    nodes = Proposers(jnp.ones(shape, bool), jnp.zeros(shape), jnp.full((*shape, 1), NO_TOKEN, jnp.int32))
 
     def step(kernel: jax.Array) -> Callable[[Any], Any]:
-        vocabulary = jnp.arange(columns, dtype=jnp.int32)
-        table = jnp.minimum(jnp.arange(config.vocab_size, dtype=jnp.int32), columns)
         exits = Exits(
-            features=lambda memory, hidden, view: hidden,
+            features=lambda memory, hidden, view: hidden[:-1],
             logits=lambda features: linear(features, kernel, out_dtype=jnp.float32),
-            vocabulary=vocabulary,
-            columns=table,
+            vocabulary=jnp.arange(columns, dtype=jnp.int32),
+            columns=jnp.minimum(jnp.arange(config.vocab_size, dtype=jnp.int32), columns),
         )
 
-        def once(features: jax.Array) -> jax.Array:
-            found = _ask_rows(exits, Asked(features, offered, position, position), None, None, decs=True)
-            return features + (found.token[:, None] % 2).astype(features.dtype)
+        def once(hidden: jax.Array) -> jax.Array:
+            found = propose(exits, (), hidden, view, nodes, None, None, decs=True)
+            return hidden + (found.token.sum() % 2).astype(hidden.dtype)
 
         return once
 
     run = _repeated(step)
-    features = jnp.full((rows, config.width), 0.1, dtype)
-    return timer(lambda rounds: run(kernel, features, rounds))
+    hidden = jnp.full((2, batch, width, config.width), 0.1, dtype)
+    return timer(lambda rounds: run(kernel, hidden, rounds))
 
 
 def _lattice_seconds(stages: int, timer: Timer) -> float:
