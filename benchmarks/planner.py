@@ -113,13 +113,13 @@ def gains(pipelined: Parts, tick: Parts, ticks: float) -> list[float]:
     return found
 
 
-def article_rows(model: str, exits: str, profile: Profile, explorers: list[int], links: str) -> list[list[str]]:
-    """One line for each K on K H100s."""
+def article_rows(model: str, exits: str, profile: Profile, cases: list[tuple[int, int]], links: str) -> list[list[str]]:
+    """One line for each (K, batch) on K H100s."""
     config = SHAPES[model]
     rows = []
-    for stages in explorers:
+    for stages, batch in cases:
         machine = hardware(f"h100x{stages}" + links.format(count=stages))
-        s = Setting(work_of(config), described_exits(exits, config), machine, 1, CONTEXT)
+        s = Setting(work_of(config), described_exits(exits, config), machine, batch, CONTEXT)
         depths, width = even_depths(stages, config.num_layers), default_rows(stages)
         ticks = profile.ticks(depths, width)
         tick = cost_model.tick(s, depths, width, ticks)
@@ -127,27 +127,27 @@ def article_rows(model: str, exits: str, profile: Profile, explorers: list[int],
         counted = gains(pipelined, tick, ticks.per_token)
         every = others(s, profile)
 
-        def best(method: str, every: list[Prediction] = every) -> str:
-            fitting = [p.tokens_per_second for p in every if p.method == method and p.fits]
+        def best(methods: tuple[str, ...], every: list[Prediction] = every) -> str:
+            fitting = [p.tokens_per_second for p in every if p.method in methods and p.tensor > 1 and p.fits]
             return f"{max(fitting):.1f}" if fitting else "-"
 
         rows.append(
             [
-                f"{stages} x {width}",
+                f"{stages} x {width}, {batch}",
                 f"{ticks.per_token:.2f}",
                 *(f"{gain:.2f}" for gain in counted),
                 f"{tick.total * 1e3:.2f}",
                 f"{1 / (tick.total * ticks.per_token):.1f}",
                 f"{1 / pipelined.total:.1f}",
-                best("ar tensor"),
-                best("layerskip"),
+                best(("ar", "ar tensor")),
+                best(("layerskip",)),
             ]
         )
     return rows
 
 
 HEADER = [
-    "K x rows",
+    "K x rows, batch",
     "ticks a token",
     "depth-side",
     "+ heads",
@@ -167,9 +167,9 @@ def article(files: dict[tuple[str, str], Path]) -> list[str]:
     parts = [
         "## The article's cases, on paper",
         "The article reports Llama-2-70B with K = 2 to 8 and CodeLlama-34B with K = 3 on H100s; its figures are not at "
-        "hand, so this is what the cost model makes of those shapes in bfloat16, batch 1, a context of "
+        "hand, so this is what the cost model makes of those shapes in bfloat16 with a context of "
         f"{CONTEXT:,}, K devices for K explorers. Columns 3 to 7 are speeds over AR pipelined over the same devices: "
-        "first with layers alone, which is the depth-side speedup, then with heads and exits, communication, the "
+        "first with layers alone, which is the depth-side speedup where K divides the layers, then with heads and exits, communication, the "
         "lattice's width and kernel latencies counted in as well. The last three columns are tokens a second of other "
         "ways on the same devices (tensor AR: the fastest tensor axis that divides the heads, up to K; LayerSkip: "
         "self-speculation whose drafts the same exits make, with the exit, length and tensor axis that are best).",
@@ -184,7 +184,11 @@ def article(files: dict[tuple[str, str], Path]) -> list[str]:
         )
         for name, links in LINKED.items():
             parts.append(f"{name}:")
-            parts.append(markdown(HEADER, article_rows(model, exits, profile, explorers, links)))
+            cases = [(stages, 1) for stages in explorers]
+            parts.append(markdown(HEADER, article_rows(model, exits, profile, cases, links)))
+        cases = [(explorers[-1], batch) for batch in (1, 4, 16, 64)]
+        parts.append("As the batch grows, NVLink; tokens a second are those of one sequence:")
+        parts.append(markdown(HEADER, article_rows(model, exits, profile, cases, "")))
     return parts
 
 

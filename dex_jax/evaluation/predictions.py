@@ -140,6 +140,8 @@ def plan(
         sentence = f"Do not use DEX here: {best_other.detail} makes {best_other.tokens_per_second:.1f} tokens/s"
         if best_dex is not None:
             sentence += f", the best DEX ({best_dex.detail}) {best_dex.tokens_per_second:.1f}"
+            if best_dex.tokens_per_second > best_other.tokens_per_second:
+                sentence += f", which is less than {WORTH_IT - 1:.0%} more"
         return Plan(ordered, best_other, best_dex, best_other, sentence + ".")
     sentence = f"Use DEX: {best_dex.detail}, {best_dex.tokens_per_second:.1f} tokens/s"
     if best_other is not None:
