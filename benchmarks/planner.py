@@ -166,13 +166,14 @@ def article(files: dict[tuple[str, str], Path]) -> list[str]:
     """The section on the article's cases."""
     parts = [
         "## The article's cases, on paper",
-        "The article reports Llama-2-70B with K = 2 to 8 and CodeLlama-34B with K = 3 on H100s; its figures are not at "
-        "hand, so this is what the cost model makes of those shapes in bfloat16 with a context of "
-        f"{CONTEXT:,}, K devices for K explorers. Columns 3 to 7 are speeds over AR pipelined over the same devices: "
-        "first with layers alone, which is the depth-side speedup where K divides the layers, then with heads and exits, communication, the "
-        "lattice's width and kernel latencies counted in as well. The last three columns are tokens a second of other "
-        "ways on the same devices (tensor AR: the fastest tensor axis that divides the heads, up to K; LayerSkip: "
-        "self-speculation whose drafts the same exits make, with the exit, length and tensor axis that are best).",
+        "The article reports Llama-2-70B with K = 2 to 8 and CodeLlama-34B with K = 3 on H100s; its figures are "
+        "not at hand, so this is what the cost model makes of those shapes in bfloat16 with a context of "
+        f"{CONTEXT:,}, K devices for K explorers. Columns 3 to 7 are speeds over AR pipelined over the same "
+        "devices: first with layers alone, which is the depth-side speedup where K divides the layers, then with "
+        "heads and exits, communication, the lattice's width and kernel latencies counted in as well. The last "
+        "three columns are tokens a second of other ways on the same devices (tensor AR: the fastest tensor axis "
+        "that divides the heads, up to K; LayerSkip: self-speculation whose drafts the same exits make, with the "
+        "exit, length and tensor axis that are best).",
     ]
     for (model, exits), file in files.items():
         profile = read_profile(file)

@@ -17,18 +17,20 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import AR, Dex, Schedule
-from dex_jax.decoding.record import Limits
+from dex_jax.decoding.session import RUN
+from dex_jax.decoding.spec import Spec
 from dex_jax.errors import DexError
-from dex_jax.evaluation.cost_model import Setting, Ticks, ar_step, bytes_per_device, tick
+from dex_jax.evaluation.cost_model import Setting, Ticks, ar_step, bytes_per_device, pipelined_step, tick
+from dex_jax.evaluation.footprint import session_shapes
 from dex_jax.evaluation.hardware import DEVICES, hardware
 from dex_jax.evaluation.workload import exit_work, work_of
+from dex_jax.nn.transformer import Staged
+from dex_jax.sharding import make_mesh
 
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
@@ -122,8 +124,6 @@ def compiled_evidence(
             seconds = tick(s, schedule.depths, schedule.rows, Ticks(explorers)).total
             size = bytes_per_device(s, stages, split, rows=schedule.rows, depths=schedule.depths)
         else:
-            from dex_jax.evaluation.cost_model import pipelined_step
-
             seconds = (pipelined_step(s, stages) if stages > 1 else ar_step(s, split)).total
             size = bytes_per_device(s, stages, split)
         found.append(_evidence(name, chip, chips, compiled, seconds, size))
@@ -171,42 +171,11 @@ def _compile(
     context: int,
 ) -> Any:
     """The decode loop of one method on a mesh, compiled from shapes."""
-    from dex_jax.decoding import mesh as programs
-    from dex_jax.decoding.spec import Spec
-    from dex_jax.language_model import abstract_weights
-    from dex_jax.nn.placing import weight_specs
-    from dex_jax.nn.transformer import Staged
-    from dex_jax.sharding import EVERYWHERE, make_mesh, place
-
-    dtype = jnp.dtype(jnp.bfloat16)
     grid = make_mesh(mesh, devices)
     layout = Staged(depths if mesh.get("stage", 1) > 1 else (config.num_layers,))
-    spec = Spec(config, layout, schedule, None, grid)
-    weights = abstract_weights(config, layout, dtype)
-    memory = cache.shapes(config, layout, batch, context, 0, dtype)
-    array: Any = jax.ShapeDtypeStruct
-    last, lengths, scalar = array((batch, config.width), dtype), array((batch,), jnp.int32), array((), jnp.int32)
-    limits = Limits(lengths, array((1,), jnp.int32))
-    state = jax.eval_shape(
-        lambda *arguments: programs.start_decoding(*arguments, spec=spec, capacity=64),
-        weights,
-        None,
-        memory,
-        last,
-        lengths,
-        limits,
-        None,
-    )
-    placed = (
-        place(weights, weight_specs(weights, grid), grid),
-        None,
-        place(state, programs.state_specs(spec), grid),
-        place(limits, programs.LIMITS, grid),
-        None,
-        place(scalar, EVERYWHERE, grid),
-    )
-    jitted: Any = jax.jit(programs.run_ticks, static_argnames=("spec",), donate_argnums=(2,))
-    return jitted.lower(*placed, spec=spec).compile()
+    shapes = session_shapes(config, jnp.dtype(jnp.bfloat16), schedule, layout, batch, context, capacity=64, mesh=grid)
+    arguments = (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)
+    return RUN.jitted.lower(*arguments, spec=Spec(config, layout, schedule, mesh=grid)).compile()
 
 
 def _evidence(name: str, chip: str, chips: int, compiled: Any, seconds: float, size: float) -> Evidence:
