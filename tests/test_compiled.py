@@ -11,6 +11,9 @@ from rich.console import Console
 
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
+
+pytest.importorskip("dex_jax.sharding", reason="compiles what stages on a mesh run, which this version lacks")
+
 from dex_jax.evaluation import compiled, plan
 from dex_jax.evaluation.compiled import Evidence, collectives_of, kernels_of
 from dex_jax.evaluation.workload import work_of
@@ -67,6 +70,11 @@ def test_evidence_is_shown() -> None:
 def test_bad_topologies(text: str) -> None:
     with pytest.raises(DexError, match="is no TPU topology"):
         compiled.topology_devices(text)
+
+
+def test_the_command_refuses_a_bad_topology(capsys) -> None:
+    assert plan.main(["--model", "llama-2-7b", "--compile-for", "gpu:8"]) == 2
+    assert "'gpu:8' is no TPU topology" in capsys.readouterr().err
 
 
 def test_without_libtpu(monkeypatch) -> None:

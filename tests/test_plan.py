@@ -245,7 +245,6 @@ def test_the_command_prints_json(tmp_path, capsys) -> None:
         (["--hardware", "h100", "--profile", "none.json"], "cannot be read as an EAD profile"),
         (["--hardware", "abacus", "--profile", "none.json"], "'abacus' is unknown"),
         (["--hardware", "h100", "--profile", "none.json", "--batch", "0"], "--batch, --context and --top"),
-        (["--compile-for", "gpu:8"], "'gpu:8' is no TPU topology"),
     ],
 )
 def test_the_command_refuses_bad_input(flags: list[str], message: str, capsys) -> None:
