@@ -234,6 +234,7 @@ def test_the_command_prints_json(tmp_path, capsys) -> None:
     assert {(p["stages"], p["rows"]) for p in explored} == {(4, 2), (8, 2)}
     for p in explored:
         assert p["tokens_per_second"] == pytest.approx(p["tokens_a_step"] / sum(p["step"].values()))
+        assert p["capacity"] == 2 * p["stages"]
     assert set(found["by_batch"]) == {str(b) for b in plan.BATCHES}
 
 

@@ -129,8 +129,8 @@ def calibrate(
     layer: dict[str, Curve] = {}
     fixed: dict[str, float] = {}
     attention: Curve = ()
-    for name, layout in layouts.items():
-        notify(f"layers, {name}")
+    for number, (name, layout) in enumerate(layouts.items(), 1):
+        notify(f"{number} of 5: layers, {name}")
         measure = _stages_seconds if name == "stacked" else _rows_seconds
         # A scan over the stacked layout runs all stages' layers of one index at once.
         at_once = stages if name == "stacked" else 1
@@ -144,12 +144,12 @@ def calibrate(
             )
         per_byte = {n: max(0.0, seconds - fixed[name] / at_once) / (size * work.layer) for n, seconds in full.items()}
         layer[name] = tuple(sorted(per_byte.items()))
-    notify("heads")
+    notify("4 of 5: heads")
     unembed = size * work.vocabulary * work.width
     head = tuple((n, _head_seconds(config, dtype, n, timer) / unembed) for n in rows)
     columns = min(DRAFT, config.vocab_size)
     asked = tuple((n, _exits_seconds(config, dtype, columns, n, timer) / (size * columns * work.width)) for n in rows)
-    notify("a tick alone, bandwidth, arithmetic")
+    notify("5 of 5: a tick alone, bandwidth, arithmetic")
     device = jax.devices()[0]
     measured = Measured(layer, attention, head, asked, fixed, _lattice_seconds(stages, timer))
     link = _link(timer) if jax.device_count() > 1 else LINKS["loopback"]

@@ -61,6 +61,11 @@ class Prediction:
     price: float | None
 
     @property
+    def capacity(self) -> int:
+        """Slots of the lattice, K W; 0 without one."""
+        return len(self.depths) * self.rows if self.method.startswith("dex") else 0
+
+    @property
     def tokens_per_second(self) -> float:
         """Of one sequence."""
         return self.tokens_a_step / self.step.total
@@ -77,7 +82,7 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """Fields and what follows from them."""
-        follows = ("tokens_per_second", "device_seconds", "dollars_per_million")
+        follows = ("capacity", "tokens_per_second", "device_seconds", "dollars_per_million")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in follows}
 
 
