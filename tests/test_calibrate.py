@@ -121,7 +121,7 @@ def test_a_verdict_by_hand() -> None:
         verdict_of(rows[:1])
 
 
-CASES = (Case(0), Case(2), Case(2, batch=2), Case(0, layout="stacked"), Case(2, layout="stacked"))
+CASES = (Case(0), Case(2, batch=2), Case(0, layout="stacked"), Case(2, layout="stacked"))
 
 
 def _files(tmp_path, machine) -> tuple[str, str, str]:

@@ -11,6 +11,7 @@ Letters: B sequences, W rows a stage, K stages.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -142,10 +143,8 @@ def topology_devices(topology: str) -> tuple[str, list[Any]]:
             f"--compile-for {topology!r} is no TPU topology: write {', '.join(ACCELERATOR_TYPES)} and an arrangement, "
             "such as v5e:2x4"
         )
-    try:
-        import libtpu  # noqa: F401
-    except ImportError as error:
-        raise DexError("compiling for TPUs needs libtpu: pip install libtpu (no TPU is needed)") from error
+    if importlib.util.find_spec("libtpu") is None:
+        raise DexError("compiling for TPUs needs libtpu: pip install libtpu (no TPU is needed)")
     from jax.experimental import topologies
 
     count = math.prod(map(int, arrangement.split("x")))
