@@ -316,8 +316,9 @@ def compiled_section() -> list[str]:
     parts = [
         "## Compiled for TPUs",
         "Compiled ahead of time from abstract shapes in bfloat16, batch 1, no chip needed: one chip's memory, what the "
-        "compiler counts for one tick or step, its collectives with the bytes of their results, and the roofline's "
-        "time beside it. Exits are the model's own head.",
+        "compiler counts for one tick or step (of a conditional all branches: rows in use, and the turns of an AR step "
+        "through the stages), its collectives with the bytes of their results, and the roofline's time beside it. Exits "
+        "are the model's own head.",
     ]
     header = [
         "program",

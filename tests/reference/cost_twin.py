@@ -60,4 +60,4 @@ def tick(
     heads = exits + commits * (max(final - exits, 0) + 4 * machine["kernel"])
     moved = machine["latency"] + batch * rows * model["width"] * machine["item"] / machine["link"]
     told = all_gather(8 * stages * batch * rows, stages, machine)
-    return layers + heads + moved + told + (12 + 60) * machine["kernel"]
+    return layers + heads + moved + told + (12 + 200) * machine["kernel"]
