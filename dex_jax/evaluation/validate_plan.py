@@ -346,6 +346,9 @@ def main(argv: list[str] | None = None) -> int:
     except DexError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped; nothing is written.", file=sys.stderr)
+        return 130
 
 
 def run(args: argparse.Namespace) -> Verdict:
