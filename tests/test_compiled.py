@@ -51,6 +51,41 @@ def test_collectives_by_hand() -> None:
     }
 
 
+STABLEHLO = """\
+module @jit_run {
+  func.func public @main(%arg0: tensor<4x8xbf16>) -> tensor<4x8xbf16> {
+    %0 = sdy.manual_computation(%arg0) in_shardings=[<@mesh, []>] (%arg1: tensor<4x8xbf16>) {
+      %1 = func.call @layer(%arg1) : (tensor<4x8xbf16>) -> tensor<4x8xbf16>
+      %2 = func.call @layer(%1) : (tensor<4x8xbf16>) -> tensor<4x8xbf16>
+      %3 = "stablehlo.all_gather"(%2) <{all_gather_dim = 0 : i64}> : (tensor<1x5xi32>) -> tensor<2x5xi32>
+      %4 = "stablehlo.collective_permute"(%2) <{pairs = dense<[[0, 1]]>}> : (tensor<4x8xbf16>) -> tensor<4x8xbf16>
+      sdy.return %4 : tensor<4x8xbf16>
+    } : (tensor<4x8xbf16>) -> tensor<4x8xbf16>
+    return %0 : tensor<4x8xbf16>
+  }
+  func.func private @layer(%arg0: tensor<4x8xbf16>) -> tensor<4x8xbf16> {
+    %0 = "stablehlo.all_reduce"(%arg0) <{replica_groups = dense<[[0, 1]]> : tensor<1x2xi64>}> ({
+    ^bb0(%arg1: tensor<bf16>, %arg2: tensor<bf16>):
+      %1 = stablehlo.add %arg1, %arg2 : tensor<bf16>
+      stablehlo.return %1 : tensor<bf16>
+    }) : (tensor<4x8xbf16>) -> tensor<4x8xbf16>
+    return %0 : tensor<4x8xbf16>
+  }
+}
+"""
+
+
+def test_collectives_as_they_are_written() -> None:
+    assert compiled.collectives_as_written(STABLEHLO) == {
+        "all-reduce": (2, 2 * 4 * 8 * 2),
+        "all-gather": (1, 2 * 5 * 4),
+        "collective-permute": (1, 4 * 8 * 2),
+    }
+    assert [compiled._hlo_name(item) for item in ("i1", "i32", "ui8", "bf16", "f32")] == [
+        *("pred", "s32", "u8", "bf16", "f32")
+    ]
+
+
 def test_kernels_by_hand() -> None:
     # Two all-reduces, the starts of a gather and a permute, and the copy.
     assert kernels_of(HLO) == 5
@@ -110,6 +145,10 @@ def test_a_tick_and_its_rivals_compile(capsys, monkeypatch) -> None:
     assert "all-reduce" not in tick["collectives"]
     # Two a layer, and that of the embedding; the compiler may merge none of them.
     assert tensor["collectives"]["all-reduce"][0] >= 2 * SMALL.num_layers
+    devices = compiled.topology_devices("v5e:2x2")[1]
+    written = compiled._lower(SMALL, compiled.AR().schedule_for(4), (1, 2, 3, 4), {"tensor": 4}, devices, 1, 1024)
+    counted = compiled.collectives_as_written(written.as_text())
+    assert counted["all-reduce"] == (2 * SMALL.num_layers + 1, (2 * SMALL.num_layers + 1) * SMALL.width * 2)
     for evidence in (tick, through, tensor):
         assert evidence["fits"]
         assert evidence["flops"] > 0

@@ -11,6 +11,7 @@ Letters: B sequences, W rows a stage, K stages.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -18,6 +19,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from rich.table import Table
 
@@ -59,7 +61,8 @@ class Evidence:
       argument_bytes, temporary_bytes: weights, caches and state; what the program needs beside.
       fits: whether both together fit into the chip's memory.
       flops, bytes_accessed: of one tick or step, as the compiler counts them.
-      kernels: instructions of the program that run on the chip, those of all branches of a conditional.
+      kernels: instructions of the program that run on the chip, those of all branches of a conditional; None where the
+        compiler's program cannot be printed, and collectives are counted as this library has written them.
       collectives: kind -> (how many in one tick or step, bytes of their results together).
       predicted_seconds, predicted_bytes: the roofline's step, and its weights and caches.
     """
@@ -72,7 +75,7 @@ class Evidence:
     fits: bool
     flops: float
     bytes_accessed: float
-    kernels: int
+    kernels: int | None
     collectives: dict[str, tuple[int, int]]
     predicted_seconds: float
     predicted_bytes: float
@@ -119,7 +122,7 @@ def compiled_evidence(
     for name, method, mesh in programs:
         notify(f"compiling {name} for {chip}")
         chips = math.prod(mesh.values())
-        compiled = _compile(config, method, schedule.depths, mesh, devices[:chips], batch, context)
+        lowered = _lower(config, method, schedule.depths, mesh, devices[:chips], batch, context)
         stages, split = mesh.get("stage", 1), mesh.get("tensor", 1)
         if method is schedule:
             seconds = tick(s, schedule.depths, schedule.rows, Ticks(explorers)).total
@@ -127,7 +130,7 @@ def compiled_evidence(
         else:
             seconds = (pipelined_step(s, stages) if stages > 1 else ar_step(s, split)).total
             size = bytes_per_device(s, stages, split)
-        found.append(_evidence(name, chip, chips, compiled, seconds, size))
+        found.append(_evidence(name, chip, chips, lowered, seconds, size))
     return found
 
 
@@ -160,7 +163,7 @@ def topology_devices(topology: str) -> tuple[str, list[Any]]:
     return chip, list(description.devices)
 
 
-def _compile(
+def _lower(
     config: ModelConfig,
     schedule: Schedule,
     depths: tuple[int, ...],
@@ -169,15 +172,22 @@ def _compile(
     batch: int,
     context: int,
 ) -> Any:
-    """The decode loop of one method on a mesh, compiled from shapes."""
+    """The decode loop of one method on a mesh, lowered from shapes."""
     grid = make_mesh(mesh, devices)
     layout = Staged(depths if mesh.get("stage", 1) > 1 else (config.num_layers,))
     shapes = session_shapes(config, jnp.dtype(jnp.bfloat16), schedule, layout, batch, context, capacity=64, mesh=grid)
     arguments = (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)
-    return RUN.jitted.lower(*arguments, spec=Spec(config, layout, schedule, mesh=grid)).compile()
+    return RUN.jitted.lower(*arguments, spec=Spec(config, layout, schedule, mesh=grid))
 
 
-def _evidence(name: str, chip: str, chips: int, compiled: Any, seconds: float, size: float) -> Evidence:
+def _evidence(name: str, chip: str, chips: int, lowered: Any, seconds: float, size: float) -> Evidence:
+    compiled = lowered.compile()
+    try:
+        hlo = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        # Some programs of a newer libtpu hold instructions that jaxlib cannot print.
+        hlo = None
+    collectives = collectives_as_written(lowered.as_text()) if hlo is None else collectives_of(hlo)
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     arguments, temporary = int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes)
@@ -190,8 +200,8 @@ def _evidence(name: str, chip: str, chips: int, compiled: Any, seconds: float, s
         fits=arguments + temporary <= DEVICES[chip][0].memory,
         flops=float(analysis.get("flops", 0.0)),
         bytes_accessed=float(analysis.get("bytes accessed", 0.0)),
-        kernels=kernels_of(compiled.as_text()),
-        collectives=collectives_of(compiled.as_text()),
+        kernels=None if hlo is None else kernels_of(hlo),
+        collectives=collectives,
         predicted_seconds=seconds,
         predicted_bytes=size,
     )
@@ -218,6 +228,44 @@ def collectives_of(hlo: str) -> dict[str, tuple[int, int]]:
         count, size = found.get(kind, (0, 0))
         found[kind] = (count + 1, size + sum(sizes))
     return found
+
+
+def collectives_as_written(stablehlo: str) -> dict[str, tuple[int, int]]:
+    """The same of a lowered program, before the compiler has merged or split anything; functions as often as called."""
+    bodies: dict[str, str] = {}
+    for part in stablehlo.split("func.func ")[1:]:
+        name = re.match(r"(?:public |private )?@([\w.$\-]+)", part)
+        assert name is not None
+        bodies[name.group(1)] = part
+
+    def count(name: str) -> dict[str, tuple[int, int]]:
+        body, found = bodies[name], {}
+        for kind in COLLECTIVES:
+            written = f'"stablehlo.{kind.replace("-", "_")}"'
+            for match in re.finditer(re.escape(written), body):
+                # The first signature after the operation is its own: what its region holds has none.
+                result = re.search(r": \((?:tensor<[^)]*)\) -> (.*)", body[match.end() :])
+                assert result is not None
+                arrays = re.findall(r"tensor<((?:\d+x)*)(\w+)>", result.group(1))
+                size = sum(
+                    math.prod(map(int, filter(None, dims.split("x")))) * ITEM_BYTES.get(_hlo_name(item), 8)
+                    for dims, item in arrays
+                )
+                before = found.get(kind, (0, 0))
+                found[kind] = (before[0] + 1, before[1] + size)
+        for callee in re.findall(r"\bcall @([\w.$\-]+)\(", body):
+            for kind, (times, size) in called(callee).items():
+                before = found.get(kind, (0, 0))
+                found[kind] = (before[0] + times, before[1] + size)
+        return found
+
+    called = functools.cache(count)
+    return called("main")
+
+
+def _hlo_name(item: str) -> str:
+    """The name in HLO of an element type in StableHLO, as "s32" for "i32"."""
+    return "pred" if item == "i1" else re.sub(r"^u?i", lambda match: "u" if match.group() == "ui" else "s", item)
 
 
 def kernels_of(hlo: str) -> int:
@@ -260,7 +308,7 @@ def evidence_rows(evidence: Sequence[Evidence]) -> list[list[str]]:
             "yes" if each.fits else "no",
             f"{each.flops / 1e9:.1f}",
             f"{each.bytes_accessed / 1e9:.2f}",
-            str(each.kernels),
+            "-" if each.kernels is None else str(each.kernels),
             f"{each.predicted_seconds * 1e3:.2f}",
             "; ".join(f"{n} {kind}, {size:,} bytes" for kind, (n, size) in each.collectives.items()) or "none",
         ]
