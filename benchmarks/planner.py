@@ -391,9 +391,9 @@ speedup and predicted wall-clock time are three different numbers, and predictio
 This page is written by `python benchmarks/planner.py`."""
 
 
-def page() -> str:
-    """The whole page."""
-    files = write_assumptions(DOCS / "planner")
+def page(folder: Path = DOCS / "planner") -> str:
+    """The whole page; assumed profiles go to `folder`."""
+    files = write_assumptions(folder)
     parts = [INTRODUCTION, *article(files), *recommendations(files), *costs(files)]
     return "\n\n".join([*parts, *validation_section(), *compiled_section(), *assumptions()]) + "\n"
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -266,6 +268,14 @@ def test_the_module_runs(tmp_path) -> None:
     command = [sys.executable, "-m", "dex_jax.evaluation.plan", "--model", "llama-2-70b", "--hardware", "h100x2"]
     done = subprocess.run([*command, "--profile", _assumed(tmp_path)], capture_output=True, text=True, check=True)
     assert "DEX" in done.stdout
+
+
+def test_the_page_is_what_its_command_writes(tmp_path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    written = runpy.run_path(str(root / "benchmarks" / "planner.py"))["page"](tmp_path)
+    assert written == (root / "docs" / "planner.md").read_text()
+    for file in tmp_path.iterdir():
+        assert file.read_text() == (root / "docs" / "planner" / file.name).read_text()
 
 
 def test_a_batch_is_priced_with_all_its_sequences() -> None:
