@@ -208,7 +208,7 @@ def recommendations(files: dict[tuple[str, str], Path]) -> list[str]:
             "h100x32,hosts=4,network=dcn",
             "v5px8",
             "v6ex8",
-            "v6ex32,network=dcn",
+            "v6ex32,hosts=4",
         )
     ]
     cases += [("codellama-34b", "attn:16384", text) for text in ("h100", "h100x3", "h100x4,hosts=4,network=dcn")]
@@ -311,7 +311,7 @@ def compiled_section() -> list[str]:
     file = DOCS / COMPILED
     if not file.is_file():
         return []
-    from dex_jax.evaluation.compiled import Evidence, evidence_rows
+    from dex_jax.evaluation.compiled import Evidence, evidence_rows, rooflines
 
     parts = [
         "## Compiled for TPUs",
@@ -332,9 +332,17 @@ def compiled_section() -> list[str]:
         "roofline ms",
         "collectives",
     ]
-    for name, evidence in json.loads(file.read_text()).items():
-        rows = [Evidence(**(each | {"collectives": dict(each["collectives"])})) for each in evidence]
-        parts += [f"### {name}", markdown(header, evidence_rows(rows))]
+    kept = json.loads(file.read_text())
+    for model, topology, explorers in TO_COMPILE:
+        name = f"{model} on {topology}"
+        if name not in kept:
+            continue
+        predicted = rooflines(SHAPES[model], topology.split(":")[0], explorers, context=CONTEXT)
+        evidence = [
+            Evidence(**(each | {"predicted_seconds": seconds, "predicted_bytes": size}))
+            for each, (seconds, size) in zip(kept[name], predicted, strict=True)
+        ]
+        parts += [f"### {name}", markdown(header, evidence_rows(evidence))]
     return parts
 
 

@@ -47,6 +47,7 @@ def test_names_of_hardware() -> None:
     assert eight.link is LINKS["nvlink4"]
     assert sixteen.between(8) is LINKS["nvlink4"]
     assert sixteen.between(9) is LINKS["infiniband"]
+    assert hardware("v5ex16").hosts == 1
     apart = hardware("v5ex8,hosts=8,network=dcn,link=pcie4,price=1.5")
     assert (apart.hosts, apart.network, apart.link) == (8, LINKS["dcn"], LINKS["pcie4"])
     assert apart.device.price == 1.5
@@ -271,6 +272,7 @@ def test_the_module_runs(tmp_path) -> None:
 
 
 def test_the_page_is_what_its_command_writes(tmp_path) -> None:
+    pytest.importorskip("dex_jax.sharding", reason="shows what stages on a mesh compile to")
     root = Path(__file__).resolve().parents[1]
     written = runpy.run_path(str(root / "benchmarks" / "planner.py"))["page"](tmp_path)
     assert written == (root / "docs" / "planner.md").read_text()

@@ -109,29 +109,44 @@ def compiled_evidence(
     if explorers > len(devices):
         raise DexError(f"{topology} has {len(devices)} chips, too few for {explorers} stages: name a larger one")
     schedule = Dex(explorers=explorers, rows=rows).schedule_for(config.num_layers)
-    work = work_of(config)
-    tensor = max(t for t in range(1, explorers + 1) if work.divisible(t) and config.mlp_width % t == 0)
-    s = Setting(work, exit_work(None, config), hardware(f"{chip}x{explorers}"), batch, context)
+    tensor = _tensor_axis(config, explorers)
     plain = AR().schedule_for(config.num_layers)
     programs = [
         (f"a tick of DEX-1/{explorers}, {schedule.rows} rows", schedule, {"stage": explorers}),
         (f"an AR step through {explorers} stages", plain, {"stage": explorers}),
         (f"an AR step, every layer split over {tensor}", plain, {"tensor": tensor}),
     ]
+    predicted = rooflines(config, chip, explorers, rows=rows, batch=batch, context=context)
     found = []
-    for name, method, mesh in programs:
+    for (name, method, mesh), (seconds, size) in zip(programs, predicted, strict=True):
         notify(f"compiling {name} for {chip}")
         chips = math.prod(mesh.values())
         lowered = _lower(config, method, schedule.depths, mesh, devices[:chips], batch, context)
-        stages, split = mesh.get("stage", 1), mesh.get("tensor", 1)
-        if method is schedule:
-            seconds = tick(s, schedule.depths, schedule.rows, Ticks(explorers)).total
-            size = bytes_per_device(s, stages, split, rows=schedule.rows, depths=schedule.depths)
-        else:
-            seconds = (pipelined_step(s, stages) if stages > 1 else ar_step(s, split)).total
-            size = bytes_per_device(s, stages, split)
         found.append(_evidence(name, chip, chips, lowered, seconds, size))
     return found
+
+
+def rooflines(
+    config: ModelConfig, chip: str, explorers: int, *, rows: int | None = None, batch: int = 1, context: int = 1024
+) -> list[tuple[float, float]]:
+    """(seconds, bytes of the fullest chip) of the three programs by the cost model; arguments as of the evidence."""
+    schedule = Dex(explorers=explorers, rows=rows).schedule_for(config.num_layers)
+    s = Setting(work_of(config), exit_work(None, config), hardware(f"{chip}x{explorers}"), batch, context)
+    tensor = _tensor_axis(config, explorers)
+    return [
+        (
+            tick(s, schedule.depths, schedule.rows, Ticks(explorers)).total,
+            bytes_per_device(s, explorers, rows=schedule.rows, depths=schedule.depths),
+        ),
+        (pipelined_step(s, explorers).total, bytes_per_device(s, explorers)),
+        (ar_step(s, tensor).total, bytes_per_device(s, 1, tensor)),
+    ]
+
+
+def _tensor_axis(config: ModelConfig, most: int) -> int:
+    """The largest tensor axis up to `most` that can split the model."""
+    work = work_of(config)
+    return max(t for t in range(1, most + 1) if work.divisible(t) and config.mlp_width % t == 0)
 
 
 def topology_devices(topology: str) -> tuple[str, list[Any]]:

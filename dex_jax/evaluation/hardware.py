@@ -98,7 +98,7 @@ class Hardware:
     Attributes:
       device: each of them.
       count: how many.
-      hosts: on how many hosts they sit, equally many on each.
+      hosts: on how many hosts (of TPUs: slices) they sit, equally many on each.
       link: between devices of a host.
       network: between hosts.
     """
@@ -160,9 +160,10 @@ DEVICES = {
     # NVIDIA T4 data sheet: 65 TFLOPS float16, 320 GB/s ("320+" there), 16 GB, PCI Express 3 x16.
     "t4": (Device("t4", 65e12, 320e9, 16e9, 5e-6, 0.35), 4, "pcie3", "dcn"),
     # Google Cloud TPU documentation, pages "TPU v5e", "TPU v5p" and "TPU v6e".
-    "v5e": (Device("v5e", 197e12, 819e9, 16e9, 1e-6, 1.2), 8, "ici-v5e", "dcn"),
-    "v5p": (Device("v5p", 459e12, 2.765e12, 95e9, 1e-6, 4.2), 4, "ici-v5p", "dcn"),
-    "v6e": (Device("v6e", 918e12, 1.638e12, 32e9, 1e-6, 2.7), 8, "ici-v6e", "dcn"),
+    # ICI joins the hosts of a slice: what counts as a host here is a slice, of up to 256 chips (a v5p's may be larger).
+    "v5e": (Device("v5e", 197e12, 819e9, 16e9, 1e-6, 1.2), 256, "ici-v5e", "dcn"),
+    "v5p": (Device("v5p", 459e12, 2.765e12, 95e9, 1e-6, 4.2), 256, "ici-v5p", "dcn"),
+    "v6e": (Device("v6e", 918e12, 1.638e12, 32e9, 1e-6, 2.7), 256, "ici-v6e", "dcn"),
     # Two cores of an AMD EPYC (Zen 4) in float32: 36 GB/s streaming, as measured for the project, and 2 cores x 3 GHz
     # x 32 operations for the peak. Replace it by what `calibrate` writes.
     "cpu": (Device("cpu", 192e9, 36e9, 16e9, 5e-6, None, itemsize=4), 2, "loopback", "loopback"),
