@@ -254,7 +254,8 @@ def collectives_as_written(stablehlo: str) -> dict[str, tuple[int, int]]:
         bodies[name.group(1)] = part
 
     def count(name: str) -> dict[str, tuple[int, int]]:
-        body, found = bodies[name], {}
+        body = bodies[name]
+        found: dict[str, tuple[int, int]] = {}
         for kind in COLLECTIVES:
             written = f'"stablehlo.{kind.replace("-", "_")}"'
             for match in re.finditer(re.escape(written), body):
