@@ -318,7 +318,8 @@ def compiled_section() -> list[str]:
         "Compiled ahead of time from abstract shapes in bfloat16, batch 1, no chip needed: one chip's memory, what the "
         "compiler counts for one tick or step (of a conditional all branches: rows in use, and the turns of an AR step "
         "through the stages), its collectives with the bytes of their results, and the roofline's time beside it. "
-        "Exits are the model's own head.",
+        "Exits are the model's own head. Where no kernels are given, jaxlib cannot print what libtpu has compiled, and "
+        "collectives are those that the program was written with.",
     ]
     header = [
         "program",
