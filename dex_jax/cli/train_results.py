@@ -90,17 +90,22 @@ def evaluate(args: argparse.Namespace) -> None:
         raise DexError(f"--prompts must be at least 1, not {args.prompts}")
     remember_compilations()
     lm = load(args.model, args.dtype)
-    exits = _chosen_exits(args, lm)
+    exits = chosen_exits(args, lm)
     groups = answered(args, lm)
     heads = heads_of(exits.config, exits.parameters, jnp.float32)
     figures = grouped_figures(lm, heads, exits.vocabulary, groups, batch=args.batch)
     print(tables(figures))
     if args.output is not None:
         about = {"exits": str(args.exits), "model": str(args.model), "max_new_tokens": args.max_new_tokens}
-        _write(args.output, about | {"groups": {name: each.to_json() for name, each in figures.items()}})
+        write_json(args.output, about | {"groups": {name: each.to_json() for name, each in figures.items()}})
 
 
-def _chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
+def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
+    """The exits that --exits names, with --depths for shared ones.
+
+    Raises:
+      DexError: none there, or depths for trained ones.
+    """
     from dex_jax.decoding.exits import default_exits
     from dex_jax.io.exits_file import load_exits
 
@@ -160,7 +165,7 @@ def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text
             _warn(f"answering {len(missing)} prompts of {name}")
             known |= {tuple(p): list(a) for p, a in answers(lm, missing, args.max_new_tokens, args.batch)}
             if args.cache is not None:
-                _write(args.cache, made_by | {"answers": [[list(p), a] for p, a in known.items()]})
+                write_json(args.cache, made_by | {"answers": [[list(p), a] for p, a in known.items()]})
         groups[name] = [(list(prompt), known[prompt]) for prompt in ids]
     return groups
 
@@ -195,7 +200,12 @@ def _read_cache(file: Path, made_by: dict[str, Any]) -> dict[tuple[int, ...], li
     return found
 
 
-def _write(path: str, value: Any) -> None:
+def write_json(path: str, value: Any) -> None:
+    """Writes a file as a whole or not at all.
+
+    Raises:
+      DexError: it cannot be written.
+    """
     file = Path(path)
     partial = file.with_name(file.name + ".partial")
     try:

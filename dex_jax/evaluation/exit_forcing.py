@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,12 +48,14 @@ class Said(NamedTuple):
       best: [N, P, C] int32, full ids of the best tokens, best first.
       divergence: [N, P] float32, KL from the final distribution over draft vocabulary and rest, in nats.
       confidence: [N, P] float32, probability of the best token.
+      log_probability: [N, P, C] float32, of the best tokens, in nats.
       greedy: [N] int32, the final layer's best token.
     """
 
     best: Any
     divergence: Any
     confidence: Any
+    log_probability: Any
     greedy: Any
 
 
@@ -100,6 +103,7 @@ def measure(
     texts: Sequence[Text],
     *,
     explorers: Sequence[int] = EXPLORERS,
+    depths: Sequence[tuple[int, ...]] = (),
     batch: int = 8,
     count: int = 1,
 ) -> Measurement:
@@ -113,12 +117,14 @@ def measure(
       heads: exits at trained depths below L; cast to the model's dtype, as decoding does.
       vocabulary: [V'] int32 ascending, token ids of the draft vocabulary; None for the full one.
       texts: (prompt, answer) of token ids, answered greedily by the model; nothing counts after an EOS.
-      explorers: K of the grids; those that the trained depths do not hold are left out.
+      explorers: K of the even grids; those that the trained depths do not hold are left out.
+      depths: further grids, x_1 < ... < x_K = L each.
       batch: B.
       count: C at least.
 
     Raises:
-      DexError: exits or a vocabulary that do not fit the model, or texts without a prompt or an answer or too long.
+      DexError: exits or a vocabulary that do not fit the model, further grids that the trained depths do not hold, or
+        texts without a prompt or an answer or too long.
     """
     layers, exits = lm.config.num_layers, heads.config
     _check_exits(lm.config, exits, vocabulary)
@@ -129,6 +135,7 @@ def measure(
         )
     even = [even_depths(k, layers) for k in explorers if 1 < k <= layers]
     grids = tuple(grid for grid in even if set(grid[:-1]) <= set(exits.depths))
+    grids += tuple(_checked_grid(exits, layers, grid) for grid in depths)
     pairs = _pairs(exits, layers, grids)
     size = lm.config.vocab_size if vocabulary is None else len(vocabulary)
     count = min(size, max([count, *(len(grid) - 1 for grid in grids)]))
@@ -304,12 +311,13 @@ def _ask(
         # Asked for values too, XLA sorts the whole vocabulary on CPUs and the program takes six times as long.
         column = jax.lax.top_k(logits, statics.count)[1]
         best = column if draft is None else draft[column]
-        return None, (best, log_all - expected - goal.entropy, jnp.exp(jnp.max(logits, axis=-1) - log_all))
+        kept = jnp.take_along_axis(logits, column, axis=-1) - log_all[:, None]
+        return None, (best, log_all - expected - goal.entropy, jnp.exp(kept[:, 0]), kept)
 
     _, said = jax.lax.scan(one_pair, None, jnp.asarray(statics.places))
     greedy = jnp.argmax(linear(final, unembed, out_dtype=jnp.float32), axis=-1)
-    best, divergence, confidence = (jnp.moveaxis(x, 0, 1) for x in said)
-    return Said(best, divergence, confidence, greedy)
+    best, divergence, confidence, kept = (jnp.moveaxis(x, 0, 1) for x in said)
+    return Said(best, divergence, confidence, kept, greedy)
 
 
 def _joined(parts: Sequence[Said]) -> Said:
@@ -323,6 +331,17 @@ def _pairs(config: ExitsConfig, layers: int, grids: Sequence[tuple[int, ...]]) -
         return tuple(true)
     own = {(a, b) for grid in grids for i, a in enumerate(grid[:-1]) for b in grid[i + 1 : -1]}
     return (*true, *sorted(own))
+
+
+def _checked_grid(config: ExitsConfig, layers: int, grid: tuple[int, ...]) -> tuple[int, ...]:
+    ascending = all(a < b for a, b in itertools.pairwise(grid))
+    if not (ascending and grid and grid[-1] == layers and set(grid[:-1]) <= set(config.depths)):
+        trained = ", ".join(map(str, config.depths))
+        raise DexError(
+            f"the grid {','.join(map(str, grid))} does not ascend through depths that have exits ({trained}) to the "
+            f"last layer, {layers}: give another"
+        )
+    return tuple(grid)
 
 
 def _padded(texts: Sequence[Text], batch: int, longest: int) -> tuple[np.ndarray, np.ndarray]:

@@ -172,15 +172,32 @@ def first_exits(measured: Measurement, grid: tuple[int, ...], born_at: int) -> n
       [N] int32: 1..K, K where none gives it.
     """
     stages = len(grid)
-    first = np.full(len(measured.target), stages, np.int32)
-    held = np.full((len(measured.target), stages - 1), NO_TOKEN, np.int32)
+    right = proposals(measured, grid, born_at)[0] == measured.target[:, None]
+    return np.where(right.any(axis=1), right.argmax(axis=1) + 1, stages).astype(np.int32)
+
+
+def proposals(measured: Measurement, grid: tuple[int, ...], born_at: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the exits of a grid propose under a node, one after the other with DECS.
+
+    Args:
+      grid, born_at: as of `first_exits`.
+
+    Returns:
+      (tokens [N, K - 1] int32, NO_TOKEN where an exit has nothing left; their log-probabilities [N, K - 1] float32,
+      -inf there).
+    """
+    stages, count = len(grid), len(measured.target)
+    held = np.full((count, stages - 1), NO_TOKEN, np.int32)
+    score = np.full((count, stages - 1), -np.inf, np.float32)
     for k in range(1, stages):
-        best = measured.said.best[:, _pair(measured, grid[k - 1], grid[min(stages, k + born_at) - 1])]
+        pair = _pair(measured, grid[k - 1], grid[min(stages, k + born_at) - 1])
+        best = measured.said.best[:, pair]
         free = ~(best[:, :, None] == held[:, None, : k - 1]).any(axis=-1)
-        chosen = np.take_along_axis(best, free.argmax(axis=1)[:, None], axis=1)[:, 0]
-        held[:, k - 1] = np.where(free.any(axis=1), chosen, NO_TOKEN)
-        first[(first == stages) & (held[:, k - 1] == measured.target)] = k
-    return first
+        place, left = free.argmax(axis=1)[:, None], free.any(axis=1)
+        held[:, k - 1] = np.where(left, np.take_along_axis(best, place, axis=1)[:, 0], NO_TOKEN)
+        found = np.take_along_axis(measured.said.log_probability[:, pair], place, axis=1)[:, 0]
+        score[:, k - 1] = np.where(left, found, -np.inf)
+    return held, score
 
 
 def predicted_exits(measured: Measurement, grid: tuple[int, ...]) -> list[np.ndarray]:

@@ -98,10 +98,10 @@ def _group_tables(figures: ExitFigures) -> str:
             strict=False,
         )
     ]
-    parts = [_markdown(["depth", "agreement", "KL (nats)", "calibration error", "EAD here"], by_depth)]
+    parts = [markdown(["depth", "agreement", "KL (nats)", "calibration error", "EAD here"], by_depth)]
     if figures.agreement_own:
         own = [[str(depth), str(previous), f"{share:.3f}"] for depth, previous, share in figures.agreement_own]
-        parts.append(_markdown(["depth", "previous position at depth", "agreement"], own))
+        parts.append(markdown(["depth", "previous position at depth", "agreement"], own))
     by_grid = [
         [
             str(grid.explorers),
@@ -111,7 +111,7 @@ def _group_tables(figures: ExitFigures) -> str:
         ]
         for grid in figures.grids
     ]
-    parts.append(_markdown(["K", "depth-side speedup", "ticks per token", "coverage with DECS"], by_grid))
+    parts.append(markdown(["K", "depth-side speedup", "ticks per token", "coverage with DECS"], by_grid))
     parts.append(
         f"{figures.tokens} tokens of {figures.texts} texts; {figures.ead[-1]:.3f} of them no trained depth gives; "
         f"the draft vocabulary holds {figures.draft_share:.3f}; off greedy {figures.off_greedy:.4f}."
@@ -119,7 +119,8 @@ def _group_tables(figures: ExitFigures) -> str:
     return "\n\n".join(parts)
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table in markdown, its columns aligned."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join("| " + " | ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines)

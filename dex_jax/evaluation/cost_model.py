@@ -1,0 +1,374 @@
+"""How long a tick and its rivals take: a roofline with named assumptions.
+
+Every product of R rows with a kernel takes the larger of the time to read the kernel and the time of its arithmetic;
+attention likewise with its keys and values; every kernel of a program has a fixed cost on top; devices exchange data
+between products, never during them. All steps are steps of a whole batch.
+
+Assumptions that are no figures of a machine:
+
+- KERNELS_A_LAYER and its like: how many kernels a compiled program runs.
+- LOGIT_PASSES: how often logits are read or written on their way to a token.
+- An all-reduce takes 2 log2(n) messages and sends 2 (n - 1) / n of its bytes, an all-gather half of both; over several
+  hosts it is done within each of them and then between them.
+- A tick on a mesh runs one stage a device; the tick takes as long as the stage with most rows in use. Exits are asked
+  before the commit is known, all stages' and the final layer's heads at the same time, as decoding/stage.py does.
+- Embedding and unembedding (or its draft slice) are on every stage; a tensor axis splits the embedding and unembedding
+  and gathers logits, and does not split trained exits.
+- Exits that read the position before get their parents' features from all stages: an all-gather of all nodes' features.
+- Rows are free until arithmetic takes longer than reading; a calibrated machine has measured row costs instead.
+
+Letters: B sequences, W rows a stage, K stages, T devices of a tensor axis, S positions that are attended to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from dex_jax.decoding.heads import HEAD_BLOCK
+from dex_jax.decoding.ladder import rungs
+from dex_jax.decoding.network import _stage_rungs as stage_rungs
+from dex_jax.evaluation.hardware import Hardware, Link, interpolate
+from dex_jax.evaluation.workload import ExitWork, Work
+
+KERNELS_A_LAYER = 10
+"""Assumption: two norms, four products, rotation, scores, softmax, weighted values; element-wise work is fused."""
+
+KERNELS_A_HEAD = 4
+"""Assumption: norm, unembedding, two passes of a choice."""
+
+KERNELS_OF_EXITS = 12
+"""Assumption: maps, gathering, unembedding, mask, choice, probability."""
+
+KERNELS_OF_LATTICE = 200
+"""Assumption: bookkeeping of a tick beside layers and heads. A tick compiled for TPU v5e has some 370 kernels with four
+layers a stage (`plan --compile-for`), of which its layers, compiled for one row and for all, are about a hundred."""
+
+LOGIT_PASSES = 4
+"""Assumption: logits are written once and read for mask, maximum and sum."""
+
+USABLE = 0.92
+"""Share of a device's memory that weights and caches may take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Seconds of one step, by what takes them.
+
+    Attributes:
+      layers: weights, caches and arithmetic of one row a sequence.
+      width: what the further rows of a stage take on top.
+      head: final norm and unembedding, as often as they run.
+      exits: exit heads.
+      communication: between devices.
+      fixed: kernels, whatever their size.
+    """
+
+    layers: float = 0.0
+    width: float = 0.0
+    head: float = 0.0
+    exits: float = 0.0
+    communication: float = 0.0
+    fixed: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return sum(dataclasses.astuple(self))
+
+    def __add__(self, other: Parts) -> Parts:
+        return Parts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def times(self, factor: float) -> Parts:
+        """As many steps."""
+        return Parts(*(factor * value for value in dataclasses.astuple(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is decoded on what.
+
+    Attributes:
+      work: of the model.
+      exits: of its exits.
+      hardware: all of it, though a method may use less.
+      batch: B.
+      context: S, for caches of fixed length their length.
+      layout: "unrolled" or "stacked"; they differ on calibrated machines only, and in what one device skips.
+    """
+
+    work: Work
+    exits: ExitWork
+    hardware: Hardware
+    batch: int = 1
+    context: int = 1024
+    layout: str = "unrolled"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ticks:
+    """What an EAD profile says of one grid with one cap.
+
+    Attributes:
+      per_token: ticks over tokens.
+      used: [K][W + 1], share of ticks in which the last live row of a stage is row w; None: every stage is full.
+      widest: [W + 1], share of ticks in which row w is the last live one of any stage; None: always W.
+      asked: [.], calls of the heads a tick that ask n nodes, by n; None: every node of every stage, block by block.
+    """
+
+    per_token: float
+    used: tuple[tuple[float, ...], ...] | None = None
+    widest: tuple[float, ...] | None = None
+    asked: tuple[float, ...] | None = None
+
+
+def tick(s: Setting, depths: Sequence[int], rows: int, ticks: Ticks, tensor: int = 1) -> Parts:
+    """One tick on a mesh of K stages x T devices; with K = 1 it is an AR step."""
+    stages = len(depths)
+    if stages == 1:
+        return ar_step(s, tensor)
+    device, slots = s.hardware.device, stages * rows
+    longest = _longest(depths)
+    found = _layers(s, longest, 1, tensor, slots)
+    (shares,) = _shares_of_batch(None if ticks.widest is None else (ticks.widest,), s.batch, 1, rows)
+    counts = stage_rungs(s.batch, rows)
+    width = 0.0
+    for row in range(1, rows + 1):
+        taken = next(count for count in counts if count >= row)
+        width += shares[row] * (_layers(s, longest, taken, tensor, slots).total - found.total)
+    used = s.batch * rows
+    exits, gathered = _exit_head(s, used, tensor)
+    final = _head(s, s.batch, tensor)
+    commits = 1 - (1 - 1 / ticks.per_token) ** s.batch
+    # Both are asked at the same time, on different devices.
+    head = Parts(head=commits * max(0.0, final.head - exits), fixed=commits * final.fixed)
+    numbers = used * s.work.width * device.itemsize
+    moved = permute(_between_stages(s, stages, tensor), numbers)
+    # A token and a score of every node, and the token that is committed.
+    moved += all_gather(s.hardware, 8 * stages * used, stages, tensor)
+    if s.exits.previous:
+        moved += all_gather(s.hardware, stages * numbers, stages, tensor)
+    moved += all_reduce(s.hardware, numbers, tensor) + gathered
+    fixed = KERNELS_OF_EXITS * device.kernel_seconds + _tick_seconds(s)
+    return found + head + Parts(width=width, exits=exits, communication=moved, fixed=fixed)
+
+
+def tick_on_one_device(s: Setting, depths: Sequence[int], rows: int, ticks: Ticks) -> Parts:
+    """One tick of all stages on one device, side by side.
+
+    In the unrolled layout a stage without a live row is skipped and others run as many rows as are in use; in the
+    stacked one every stage runs all of its rows.
+    """
+    stages = len(depths)
+    if stages == 1:
+        return ar_step(s)
+    lengths = np.diff((0, *depths)).tolist()
+    slots = stages * rows
+    found = Parts()
+    if s.layout == "stacked":
+        every = stages * max(lengths)
+        one = _layers(s, every, 1, 1, slots, "stacked")
+        more = _layers(s, every, rows, 1, slots, "stacked").total - one.total
+        # All stages' layers of one index run as one chain of kernels.
+        found += dataclasses.replace(one, width=more, fixed=one.fixed / stages)
+    else:
+        shares = _shares_of_batch(ticks.used, s.batch, stages, rows)
+        counts = stage_rungs(s.batch, rows)
+        for length, share in zip(lengths, shares, strict=True):
+            for row in range(1, rows + 1):
+                taken = next(count for count in counts if count >= row)
+                one = _layers(s, length, 1, 1, slots, "unrolled")
+                more = _layers(s, length, taken, 1, slots, "unrolled").total - one.total
+                found += (one + Parts(width=more)).times(share[row])
+    commits = 1 - (1 - 1 / ticks.per_token) ** s.batch
+    found += _head(s, s.batch, 1).times(commits)
+    asked = ticks.asked or _all_asked(stages, rows)
+    exits = (stages - 1) * _product(s, s.exits.own, s.batch * rows, 1, "stacked")
+    exits += _product(s, s.exits.shared, (stages - 1) * s.batch * rows, 1, "unrolled")
+    sizes = rungs(s.batch * min(rows, HEAD_BLOCK))
+    for nodes, calls in enumerate(asked):
+        if nodes and calls:
+            taken = next(size for size in sizes if size >= min(nodes * s.batch, sizes[-1]))
+            exits += calls * _logits(s, s.exits.columns, taken, 1, "exits")
+    fixed = KERNELS_OF_EXITS * s.hardware.device.kernel_seconds * max(1.0, sum(asked))
+    return found + Parts(exits=exits, fixed=fixed + _tick_seconds(s))
+
+
+def ar_step(s: Setting, tensor: int = 1) -> Parts:
+    """One AR step on one device, or with every layer split over T devices."""
+    program = "scan" if s.layout == "stacked" and tensor == 1 else "unrolled"
+    found = _layers(s, s.work.layers, 1, tensor, 0, program) + _head(s, s.batch, tensor)
+    return found
+
+
+def pipelined_step(s: Setting, stages: int, tensor: int = 1) -> Parts:
+    """One AR step over a pipeline of K stages x T devices, the batch cut into as many parts as is fastest.
+
+    With m parts in flight a step takes what one part needs from the first stage to the last, or m times the slowest
+    stage, whichever is longer.
+    """
+    widest = -(-s.work.layers // stages)
+    best = None
+    for parts in range(1, min(s.batch, stages) + 1):
+        part = dataclasses.replace(s, batch=-(-s.batch // parts))
+        moved = permute(_between_stages(s, stages, tensor), part.batch * s.work.width * s.hardware.device.itemsize) * (
+            stages > 1
+        )
+        through = _layers(part, s.work.layers, 1, tensor, 0) + _head(part, part.batch, tensor)
+        through += Parts(communication=stages * moved)
+        slowest = _layers(part, widest, 1, tensor, 0) + _head(part, part.batch, tensor) + Parts(communication=moved)
+        step = through if through.total >= parts * slowest.total else slowest.times(parts)
+        if best is None or step.total < best.total:
+            best = step
+    assert best is not None
+    return best
+
+
+def layerskip_round(s: Setting, depth: int, drafted: int, tensor: int = 1) -> Parts:
+    """One round of self-speculation: `drafted` tokens through `depth` layers one by one, all verified at once.
+
+    The early layers' keys, values and states of drafted tokens are kept, as LayerSkip does. Drafts come from an exit of
+    the setting's kind.
+    """
+    one = _layers(s, depth, 1, tensor, 0)
+    exits, gathered = _exit_head(s, s.batch, tensor)
+    fixed = KERNELS_OF_EXITS * s.hardware.device.kernel_seconds
+    draft = (one + Parts(exits=exits, communication=gathered, fixed=fixed)).times(drafted) + one
+    rest = _layers(s, s.work.layers - depth, drafted + 1, tensor, 0)
+    return draft + rest + _head(s, s.batch * (drafted + 1), tensor)
+
+
+def layerskip_tokens(agreement: float, drafted: int) -> float:
+    """Tokens a round if every drafted one is right with probability `agreement`, whatever came before."""
+    return sum(agreement**i for i in range(drafted + 1))
+
+
+def bytes_per_device(
+    s: Setting, stages: int = 1, tensor: int = 1, *, rows: int = 0, depths: Sequence[int] = ()
+) -> float:
+    """Weights and caches on the fullest device: its stage, embedding, unembedding and its exit.
+
+    Args:
+      s: setting.
+      stages, tensor: of the mesh.
+      rows: W of DEX; 0 for AR, which has neither lattice nor exits.
+      depths: exit depths; even stages without them.
+    """
+    layers = _longest(depths) if depths else -(-s.work.layers // stages)
+    size = s.hardware.device.itemsize
+    numbers = layers * s.work.layer + s.work.embeddings
+    positions = s.context + stages * rows
+    caches = layers * s.batch * positions * s.work.cached
+    if rows:
+        draft = s.exits.columns * s.work.width if s.exits.columns < s.work.vocabulary else 0
+        numbers += s.exits.own + s.exits.shared + draft
+    return float(size * (numbers + caches) / tensor)
+
+
+def permute(link: Link, size: float) -> float:
+    """Seconds until `size` bytes have reached the next device."""
+    return link.latency + size / link.bandwidth
+
+
+def all_reduce(hardware: Hardware, size: float, devices: int) -> float:
+    """Seconds of an all-reduce of `size` bytes over neighbouring devices; see the assumptions above."""
+    return 2 * all_gather(hardware, size, devices)
+
+
+def all_gather(hardware: Hardware, size: float, devices: int, spacing: int = 1) -> float:
+    """Seconds of an all-gather whose result has `size` bytes, over devices that are `spacing` apart."""
+    inside = min(devices, max(1, hardware.per_host // spacing))
+    across = -(-devices // inside)
+    return _gather(hardware.link, size, inside) + _gather(hardware.network, size, across)
+
+
+def _gather(link: Link, size: float, devices: int) -> float:
+    if devices == 1:
+        return 0.0
+    return math.ceil(math.log2(devices)) * link.latency + (devices - 1) / devices * size / link.bandwidth
+
+
+def _between_stages(s: Setting, stages: int, tensor: int) -> Link:
+    return s.hardware.between(stages * tensor)
+
+
+def _layers(s: Setting, layers: int, rows: int, tensor: int, slots: int, program: str = "unrolled") -> Parts:
+    """Some layers with `rows` rows of each sequence, `slots` of a lattice beside the context."""
+    device = s.hardware.device
+    used, size = s.batch * rows, device.itemsize
+    products = _product(s, s.work.layer, used, tensor, program)
+    numbers = s.batch * (s.context + slots) * s.work.cached
+    if device.measured is not None:
+        attention = size * numbers / tensor * interpolate(device.measured.cache, rows)
+        fixed = device.measured.layer_seconds[program]
+    else:
+        operations = 4 * used * s.work.attention * (s.context + slots)
+        attention = _roofline(s, size * numbers / tensor, operations / tensor)
+        fixed = KERNELS_A_LAYER * device.kernel_seconds
+    reduced = 2 * all_reduce(s.hardware, used * s.work.width * size, tensor) if tensor > 1 else 0.0
+    return Parts(layers=layers * (products + attention), communication=layers * reduced, fixed=layers * fixed)
+
+
+def _head(s: Setting, rows: int, tensor: int) -> Parts:
+    """Embedding, final norm, unembedding and choice for some rows; a tensor axis gathers logits."""
+    shared = all_gather(s.hardware, 4 * rows * s.work.vocabulary, tensor)
+    shared += all_reduce(s.hardware, rows * s.work.width * s.hardware.device.itemsize, tensor)
+    fixed = 0.0 if s.hardware.device.measured else KERNELS_A_HEAD * s.hardware.device.kernel_seconds
+    return Parts(head=_logits(s, s.work.vocabulary, rows, tensor, "head"), communication=shared, fixed=fixed)
+
+
+def _exit_head(s: Setting, rows: int, tensor: int) -> tuple[float, float]:
+    """One exit asked about some rows: seconds of (its products, the gather of logits where a tensor axis splits it)."""
+    split = tensor if s.exits.columns == s.work.vocabulary else 1
+    own = _product(s, s.exits.own + s.exits.shared, rows, 1, "unrolled")
+    logits = _logits(s, s.exits.columns, rows, split, "exits")
+    return own + logits, all_gather(s.hardware, 4 * rows * s.exits.columns, split)
+
+
+def _logits(s: Setting, columns: int, rows: int, tensor: int, curve: str) -> float:
+    """An unembedding of some columns, with what makes tokens of its logits."""
+    device = s.hardware.device
+    if device.measured is not None:
+        return device.itemsize * columns * s.work.width / tensor * interpolate(getattr(device.measured, curve), rows)
+    passes = LOGIT_PASSES * 4 * rows * columns / tensor
+    return _product(s, columns * s.work.width, rows, tensor, "unrolled") + _roofline(s, passes, 0.0)
+
+
+def _product(s: Setting, parameters: float, rows: int, tensor: int, program: str) -> float:
+    """Rows times kernels of so many parameters."""
+    device = s.hardware.device
+    size = device.itemsize * parameters / tensor
+    if device.measured is not None:
+        return size * interpolate(device.measured.layer[program], rows)
+    return _roofline(s, size, 2 * rows * parameters / tensor)
+
+
+def _roofline(s: Setting, size: float, operations: float) -> float:
+    device = s.hardware.device
+    return max(size / (device.reached_bandwidth * device.bandwidth), operations / (device.reached_flops * device.flops))
+
+
+def _tick_seconds(s: Setting) -> float:
+    device = s.hardware.device
+    return device.measured.tick_seconds if device.measured else KERNELS_OF_LATTICE * device.kernel_seconds
+
+
+def _shares_of_batch(
+    used: tuple[tuple[float, ...], ...] | None, batch: int, stages: int, rows: int
+) -> list[np.ndarray]:
+    """[K] of [W + 1]: the share of ticks by the last row in use among B sequences that do not wait for one another."""
+    if used is None:
+        return [np.eye(rows + 1)[rows]] * stages
+    return [np.diff(np.cumsum(share) ** batch, prepend=0.0) for share in used]
+
+
+def _longest(depths: Sequence[int]) -> int:
+    return int(max(np.diff((0, *depths))))
+
+
+def _all_asked(stages: int, rows: int) -> tuple[float, ...]:
+    block = min(rows, HEAD_BLOCK)
+    return (*(0.0,) * block, float(math.ceil((stages - 1) * rows / block)))

@@ -1,0 +1,223 @@
+"""EAD profiles: how early tokens become available, and the ticks that follow, as a file between measuring and planning.
+
+A profile is measured (`python -m dex_jax.evaluation.profile`) or assumed: a small JSON file with "assumption" (a
+sentence), "layers" and "ead" alone, of which the planner makes ticks for every even grid.
+
+Letters: L layers, K stages, W rows a stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dex_jax.errors import DexError
+from dex_jax.evaluation.cost_model import Ticks
+
+FORMAT = "dex_jax EAD profile 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class CappedRows:
+    """One grid with one cap.
+
+    Attributes:
+      rows: W.
+      ticks_per_token, used, widest, asked: as of `replay.Replay`, as plain tuples.
+    """
+
+    rows: int
+    ticks_per_token: float
+    used: tuple[tuple[float, ...], ...]
+    widest: tuple[float, ...]
+    asked: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RealLoop:
+    """What the decode loop itself came to on the same prompts.
+
+    Attributes:
+      rows: W.
+      ticks_per_token, depth_side_speedup: over all texts.
+    """
+
+    rows: int
+    ticks_per_token: float
+    depth_side_speedup: float
+
+
+@dataclasses.dataclass(frozen=True)
+class GridProfile:
+    """One grid, with DECS.
+
+    Attributes:
+      depths: x_1 < ... < x_K = L.
+      exits: [K], share of tokens by the exit that first gives them, teacher-forced and uncapped.
+      ticks_per_token: teacher-forced and uncapped.
+      depth_side_speedup: K (n - 1) / ticks of that.
+      resolution_bound: K over the mean number of stages up to the first grid depth at or above a token's EAD: what the
+        grid would come to if each token cost its EAD rounded up to the grid. DECS can do better than this.
+      capped: one for each W.
+      real: of the loop itself, if it was run.
+    """
+
+    depths: tuple[int, ...]
+    exits: tuple[float, ...]
+    ticks_per_token: float
+    depth_side_speedup: float
+    resolution_bound: float
+    capped: tuple[CappedRows, ...]
+    real: RealLoop | None = None
+
+    @property
+    def stages(self) -> int:
+        """K."""
+        return len(self.depths)
+
+
+@dataclasses.dataclass(frozen=True)
+class EAD:
+    """When tokens become available, without DECS.
+
+    Attributes:
+      depths: ascending, ending at L.
+      share: of tokens whose EAD is each depth; adds up to 1.
+    """
+
+    depths: tuple[int, ...]
+    share: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean EAD in layers."""
+        return float(np.dot(self.depths, self.share))
+
+    @property
+    def oracle_speedup(self) -> float:
+        """L over the mean EAD: a token would cost just as many layers as it needs."""
+        return self.depths[-1] / self.mean
+
+    def by(self, depth: int) -> float:
+        """Share of tokens available by a depth, linear between the depths of the profile."""
+        return float(np.interp(depth, (0, *self.depths), (0.0, *np.cumsum(self.share))))
+
+    def steps(self, grid: Sequence[int]) -> tuple[float, ...]:
+        """Share of tokens by the first grid depth at or above their EAD: [K]."""
+        return tuple(float(x) for x in np.diff([0.0, *(self.by(depth) for depth in grid)]))
+
+    def resolution_bound(self, grid: Sequence[int]) -> float:
+        """K over the mean step of the grid."""
+        steps = self.steps(grid)
+        return len(steps) / float(np.dot(range(1, len(steps) + 1), steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """An EAD profile.
+
+    Attributes:
+      layers: L.
+      ead: over all texts.
+      agreement: depth -> share of tokens that are the exit's best token there.
+      grids: measured ones; none in an assumed profile.
+      assumption: the sentence of an assumed profile, None for a measured one.
+      cap_loss: of an assumed profile: W -> share of ticks that a cap of W rows adds; what is left out adds none.
+      about: what was measured: model, exits, texts, tokens.
+      groups: EAD of each group of prompts.
+    """
+
+    layers: int
+    ead: EAD
+    agreement: dict[int, float]
+    grids: tuple[GridProfile, ...] = ()
+    assumption: str | None = None
+    cap_loss: dict[int, float] = dataclasses.field(default_factory=dict)
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    groups: dict[str, EAD] = dataclasses.field(default_factory=dict)
+
+    def agreement_at(self, depth: int) -> float:
+        """Share of tokens that an exit at this depth gives; if it is not known, the share available by then."""
+        return self.agreement.get(depth, self.ead.by(depth))
+
+    def ticks(self, depths: Sequence[int], rows: int) -> Ticks | None:
+        """Ticks for a grid and a cap; None where a measured profile does not hold them."""
+        if len(depths) == 1:
+            return Ticks(1.0)
+        if self.assumption is not None:
+            steps = self.ead.steps(depths)
+            mean = float(np.dot(range(1, len(steps) + 1), steps))
+            return Ticks(mean * (1 + self.cap_loss.get(rows, 0.0)))
+        for grid in self.grids:
+            for capped in grid.capped:
+                if grid.depths == tuple(depths) and capped.rows == rows:
+                    return Ticks(capped.ticks_per_token, capped.used, capped.widest, capped.asked)
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `read_profile` reads."""
+        content = {"format": FORMAT} | dataclasses.asdict(self)
+        speedups = {"mean_ead": self.ead.mean, "oracle_speedup": self.ead.oracle_speedup}
+        return content | {"speedups": speedups}
+
+
+def read_profile(path: str | Path) -> Profile:
+    """Reads a profile that was measured or assumed.
+
+    Raises:
+      DexError: no such file, another content, or shares that do not add up.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise DexError(f"{path} is of format {content['format']!r}, not {FORMAT!r}: write it anew")
+        profile = Profile(
+            layers=int(content["layers"]),
+            ead=_ead(content["ead"]),
+            agreement={int(depth): float(share) for depth, share in content.get("agreement", {}).items()},
+            grids=tuple(_grid(grid) for grid in content.get("grids", ())),
+            assumption=content.get("assumption"),
+            cap_loss={int(rows): float(loss) for rows, loss in content.get("cap_loss", {}).items()},
+            about=content.get("about", {}),
+            groups={name: _ead(ead) for name, ead in content.get("groups", {}).items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DexError(
+            f"{path} cannot be read as an EAD profile ({type(error).__name__}: {error}): let python -m "
+            "dex_jax.evaluation.profile write one"
+        ) from error
+    ascending = all(a < b for a, b in zip((0, *profile.ead.depths), profile.ead.depths, strict=False))
+    fits = len(profile.ead.depths) == len(profile.ead.share) and profile.ead.depths[-1:] == (profile.layers,)
+    if not ascending or not fits or abs(sum(profile.ead.share) - 1) > 1e-3 or min(profile.ead.share) < 0:
+        raise DexError(
+            f"{path}: the depths of its EAD must ascend to the last layer, {profile.layers}, and their shares be "
+            "non-negative and add up to 1"
+        )
+    if profile.assumption is None and not profile.grids:
+        raise DexError(f"{path} has neither grids nor an assumption: measure it, or say in a sentence what it assumes")
+    return profile
+
+
+def _ead(content: dict[str, Any]) -> EAD:
+    return EAD(tuple(int(x) for x in content["depths"]), tuple(float(x) for x in content["share"]))
+
+
+def _grid(content: dict[str, Any]) -> GridProfile:
+    capped = tuple(
+        CappedRows(
+            int(each["rows"]),
+            float(each["ticks_per_token"]),
+            tuple(tuple(float(x) for x in row) for row in each["used"]),
+            tuple(float(x) for x in each["widest"]),
+            tuple(float(x) for x in each["asked"]),
+        )
+        for each in content["capped"]
+    )
+    real = None if content["real"] is None else RealLoop(**content["real"])
+    fields = {name: content[name] for name in ("ticks_per_token", "depth_side_speedup", "resolution_bound")}
+    return GridProfile(tuple(content["depths"]), tuple(content["exits"]), **fields, capped=capped, real=real)

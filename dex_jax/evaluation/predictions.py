@@ -1,0 +1,299 @@
+"""What each way of decoding would do on some hardware: candidates, predictions, a recommendation.
+
+Every way is given the same devices. Speeds are tokens a second of one sequence; a batch makes B times as many.
+Letters: B sequences, W rows a stage, K stages, T devices of a tensor axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dex_jax.decoding.methods import even_depths
+from dex_jax.errors import DexError
+from dex_jax.evaluation import cost_model
+from dex_jax.evaluation.cost_model import USABLE, Parts, Setting
+from dex_jax.evaluation.ead_profile import Profile
+from dex_jax.lattice import default_rows, full_rows
+
+WORTH_IT = 1.05
+"""DEX is recommended when it is predicted to be at least this much faster than the fastest other way on the devices."""
+
+ASSUMED_EXPLORERS = 16
+"""Grids of an assumed profile reach from K = 2 to this, or to L."""
+
+MOST_DRAFTED = 8
+"""LayerSkip drafts 1 to this many tokens a round; the planner takes the best."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One way of decoding.
+
+    Attributes:
+      method: "ar" (one device, or as few as hold the model, splitting every layer), "ar pipelined", "ar tensor", "ar
+        replicas", "layerskip", "dex" (a stage a device) or "dex one device".
+      stages, tensor, devices: of the mesh, and how many devices it keeps busy.
+      depths, rows: of DEX; depths of LayerSkip are its exit and L.
+      step: seconds of a step, tick or round, by what takes them.
+      tokens_a_step: of each sequence, on average.
+      bytes_per_device: weights and caches on the fullest device.
+      fits: whether they fit.
+      detail: for people.
+      batch: B, sequences that all devices together decode.
+      price: dollars an hour of one device; None when unknown.
+    """
+
+    method: str
+    stages: int
+    tensor: int
+    devices: int
+    depths: tuple[int, ...]
+    rows: int
+    step: Parts
+    tokens_a_step: float
+    bytes_per_device: float
+    fits: bool
+    detail: str
+    batch: int
+    price: float | None
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the lattice, K W; 0 without one."""
+        return len(self.depths) * self.rows if self.method.startswith("dex") else 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one sequence."""
+        return self.tokens_a_step / self.step.total
+
+    @property
+    def device_seconds(self) -> float:
+        """Of all busy devices, for one token of one sequence."""
+        return self.devices * self.step.total / (self.batch * self.tokens_a_step)
+
+    @property
+    def dollars_per_million(self) -> float | None:
+        """For a million tokens; None without a price."""
+        return None if self.price is None else self.price * self.device_seconds * 1e6 / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields and what follows from them."""
+        follows = ("capacity", "tokens_per_second", "device_seconds", "dollars_per_million")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in follows}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All predictions, and which to take.
+
+    Attributes:
+      predictions: fastest first; those that do not fit come last.
+      choice: the recommended one; None when nothing fits.
+      best_dex, best_other: the fastest of DEX and of all others that fit; None where there is none.
+      sentence: the recommendation for people.
+    """
+
+    predictions: tuple[Prediction, ...]
+    choice: Prediction | None
+    best_dex: Prediction | None
+    best_other: Prediction | None
+    sentence: str
+
+
+def plan(
+    s: Setting,
+    profile: Profile,
+    *,
+    explorers: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+) -> Plan:
+    """Predicts every way of decoding and recommends one.
+
+    Args:
+      s: what is decoded on what.
+      profile: of the model and its exits.
+      explorers: K to consider; None: all that the profile has grids for.
+      rows: W to consider; None: all that the profile has.
+
+    Raises:
+      DexError: a profile of a model with another number of layers, or no grid left.
+    """
+    if profile.layers != s.work.layers:
+        raise DexError(
+            f"the profile is of a model of {profile.layers} layers, and this one has {s.work.layers}: measure its own"
+        )
+    found = [*others(s, profile), *dex(s, profile, explorers, rows)]
+    ordered = tuple(sorted(found, key=lambda p: (not p.fits, -p.tokens_per_second)))
+    fitting = [p for p in ordered if p.fits]
+    best_dex = next((p for p in fitting if p.method.startswith("dex")), None)
+    best_other = next((p for p in fitting if not p.method.startswith("dex")), None)
+    if not fitting:
+        least = min(found, key=lambda p: p.bytes_per_device)
+        sentence = (
+            f"Nothing fits: the least is {least.bytes_per_device / 1e9:.1f} GB a device ({least.detail}), and a device "
+            f"has {s.hardware.device.memory / 1e9:.0f} GB, {USABLE:.0%} of them usable."
+        )
+        return Plan(ordered, None, None, None, sentence)
+    if best_dex is None or (
+        best_other is not None and best_dex.tokens_per_second < WORTH_IT * best_other.tokens_per_second
+    ):
+        assert best_other is not None
+        sentence = f"Do not use DEX here: {best_other.detail} makes {best_other.tokens_per_second:.1f} tokens/s"
+        if best_dex is not None:
+            sentence += f", the best DEX ({best_dex.detail}) {best_dex.tokens_per_second:.1f}"
+            if best_dex.tokens_per_second > best_other.tokens_per_second:
+                sentence += f", which is less than {WORTH_IT - 1:.0%} more"
+        return Plan(ordered, best_other, best_dex, best_other, sentence + ".")
+    sentence = f"Use DEX: {best_dex.detail}, {best_dex.tokens_per_second:.1f} tokens/s"
+    if best_other is not None:
+        gain = best_dex.tokens_per_second / best_other.tokens_per_second
+        sentence += f", {gain:.2f} times the best other way ({best_other.detail})"
+    return Plan(ordered, best_dex, best_dex, best_other, sentence + ".")
+
+
+def dex(
+    s: Setting, profile: Profile, explorers: Sequence[int] | None = None, rows: Sequence[int] | None = None
+) -> list[Prediction]:
+    """DEX on every mesh K x T that the devices allow and every grid and cap of the profile, and on one device."""
+    found = []
+    for depths, count in _grids(profile, s.work.layers, explorers, rows):
+        ticks = profile.ticks(depths, count)
+        if ticks is None:
+            continue
+        stages, tokens = len(depths), 1 / ticks.per_token
+        name = f"DEX-1/{stages}, exits at {' '.join(map(str, depths[:-1]))}, {count} rows"
+        for tensor in tensor_axes(s, s.hardware.count // stages):
+            if stages * tensor == 1:
+                continue
+            step = cost_model.tick(s, depths, count, ticks, tensor)
+            size = cost_model.bytes_per_device(s, stages, tensor, rows=count, depths=depths)
+            where = f"stage={stages}" + (f",tensor={tensor}" if tensor > 1 else "")
+            found.append(
+                _prediction(s, "dex", (stages, tensor), depths, count, step, tokens, size, f"{name}, mesh {where}")
+            )
+        step = cost_model.tick_on_one_device(s, depths, count, ticks)
+        numbers = s.work.layers, *depths[:-1]
+        size = cost_model.bytes_per_device(s, 1, 1, rows=stages * count, depths=(numbers[0],))
+        size += (stages - 2) * s.exits.own * s.hardware.device.itemsize
+        found.append(_prediction(s, "dex one device", (1, 1), depths, count, step, tokens, size, f"{name}, one device"))
+    return found
+
+
+def others(s: Setting, profile: Profile | None = None) -> list[Prediction]:
+    """Every other way on the same devices: AR, pipelined, tensor-parallel, replicas, LayerSkip with a profile."""
+    layers, count, found = (s.work.layers,), s.hardware.count, []
+    single = smallest_tensor(s)
+    step = cost_model.ar_step(s, single)
+    size = cost_model.bytes_per_device(s, 1, single)
+    where = "one device" if single == 1 else f"{single} devices that split every layer"
+    found.append(_prediction(s, "ar", (1, single), layers, 1, step, 1.0, size, f"AR on {where}"))
+    for tensor in tensor_axes(s, count):
+        stages = min(count // tensor, s.work.layers)
+        if tensor > single:
+            step, size = cost_model.ar_step(s, tensor), cost_model.bytes_per_device(s, 1, tensor)
+            detail = f"AR, every layer split over {tensor} devices"
+            found.append(_prediction(s, "ar tensor", (1, tensor), layers, 1, step, 1.0, size, detail))
+        if stages > 1:
+            step = cost_model.pipelined_step(s, stages, tensor)
+            size = cost_model.bytes_per_device(s, stages, tensor)
+            detail = f"AR, pipeline of {stages} stages" + (f" of {tensor} devices each" if tensor > 1 else "")
+            found.append(_prediction(s, "ar pipelined", (stages, tensor), layers, 1, step, 1.0, size, detail))
+        if profile is not None:
+            found.append(_layerskip(s, profile, tensor))
+    copies = count // single
+    if copies > 1:
+        busy = min(copies, s.batch)
+        part = dataclasses.replace(s, batch=math.ceil(s.batch / busy))
+        step, size = cost_model.ar_step(part, single), cost_model.bytes_per_device(part, 1, single)
+        detail = f"AR, {busy} of {copies} replicas busy, {part.batch} sequences each"
+        found.append(
+            dataclasses.replace(
+                _prediction(s, "ar replicas", (1, single), layers, 1, step, 1.0, size, detail), devices=busy * single
+            )
+        )
+    return found
+
+
+def tensor_axes(s: Setting, devices: int) -> list[int]:
+    """Sizes of a tensor axis up to `devices` that divide the heads."""
+    return [tensor for tensor in range(1, devices + 1) if s.work.divisible(tensor)]
+
+
+def smallest_tensor(s: Setting) -> int:
+    """The smallest tensor axis with which AR fits; the largest there is when none does."""
+    axes = tensor_axes(s, s.hardware.count)
+    fitting = [t for t in axes if cost_model.bytes_per_device(s, 1, t) <= USABLE * s.hardware.device.memory]
+    return (fitting or axes[-1:])[0]
+
+
+def _layerskip(s: Setting, profile: Profile, tensor: int) -> Prediction:
+    """The best exit and draft length of LayerSkip on one device or T; its exit is the model's own head."""
+    best: tuple[float, int, int, Parts, float] | None = None
+    for depth in sorted({depth for depth in (*profile.ead.depths, *profile.agreement) if depth < s.work.layers}):
+        for drafted in range(1, MOST_DRAFTED + 1):
+            step = cost_model.layerskip_round(s, depth, drafted, tensor)
+            tokens = cost_model.layerskip_tokens(profile.agreement_at(depth), drafted)
+            if best is None or tokens / step.total > best[0]:
+                best = (tokens / step.total, depth, drafted, step, tokens)
+    assert best is not None
+    _, depth, drafted, step, tokens = best
+    where = "" if tensor == 1 else f", every layer split over {tensor} devices"
+    detail = f"LayerSkip, {drafted} drafted at depth {depth}{where}"
+    size = cost_model.bytes_per_device(s, 1, tensor)
+    return _prediction(s, "layerskip", (1, tensor), (depth, s.work.layers), 1, step, tokens, size, detail)
+
+
+def _grids(
+    profile: Profile, layers: int, explorers: Sequence[int] | None, rows: Sequence[int] | None
+) -> list[tuple[tuple[int, ...], int]]:
+    """(depths, rows) to consider."""
+    if profile.assumption is None:
+        found = [(grid.depths, capped.rows) for grid in profile.grids for capped in grid.capped]
+    else:
+        most = min(layers, max(explorers or (ASSUMED_EXPLORERS,)))
+        found = []
+        for stages in range(2, most + 1):
+            caps = sorted({min(full_rows(stages), w) for w in (*(rows or ()), default_rows(stages), *profile.cap_loss)})
+            found += [(even_depths(stages, layers), cap) for cap in caps]
+    kept = [
+        (depths, cap)
+        for depths, cap in found
+        if (explorers is None or len(depths) in explorers)
+        and (rows is None or cap in rows or cap == full_rows(len(depths)) < max(rows))
+    ]
+    if not kept:
+        raise DexError("the profile holds none of these K and rows: measure them, or ask for others")
+    return kept
+
+
+def _prediction(
+    s: Setting,
+    method: str,
+    mesh: tuple[int, int],
+    depths: tuple[int, ...],
+    rows: int,
+    step: Parts,
+    tokens: float,
+    size: float,
+    detail: str,
+) -> Prediction:
+    device = s.hardware.device
+    return Prediction(
+        method=method,
+        stages=mesh[0],
+        tensor=mesh[1],
+        devices=mesh[0] * mesh[1],
+        depths=depths,
+        rows=rows,
+        step=step,
+        tokens_a_step=tokens,
+        bytes_per_device=size,
+        fits=size <= USABLE * device.memory,
+        detail=detail,
+        batch=s.batch,
+        price=device.price,
+    )

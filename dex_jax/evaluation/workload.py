@@ -1,0 +1,169 @@
+"""Numbers that a model and its exits come to, counted from shapes: parameters, cached numbers, columns.
+
+Letters as everywhere: L layers, D width, H query heads, G key-value heads, d head width, V vocabulary, V' draft
+vocabulary, K stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.errors import DexError
+from dex_jax.nn.exits import exit_parameters
+from dex_jax.nn.transformer import layer_parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A model.
+
+    Attributes:
+      layers: L.
+      width: D.
+      heads, kv_heads: H, G.
+      attention: H d, numbers of a row's queries.
+      layer: parameters of one layer.
+      cached: 2 G d, numbers that a layer keeps of one position.
+      vocabulary: V.
+      embeddings: V D, twice that when the unembedding is not the embedding.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    attention: int
+    layer: int
+    cached: int
+    vocabulary: int
+    embeddings: int
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return self.layers * self.layer + self.embeddings + self.width
+
+    def divisible(self, tensor: int) -> bool:
+        """Whether a tensor axis of this size divides the heads."""
+        return self.heads % tensor == 0 and self.kv_heads % tensor == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitWork:
+    """Exits of one kind.
+
+    Attributes:
+      name: for people.
+      own: parameters that each exit has alone.
+      shared: parameters that all exits read, the unembedding apart.
+      columns: V', of the unembedding that they are asked with.
+      previous: whether they read the features of the position before.
+    """
+
+    name: str
+    own: int
+    shared: int
+    columns: int
+    previous: bool
+
+
+def work_of(config: ModelConfig) -> Work:
+    """Counts a model."""
+    layer = sum(math.prod(shape) for shape, _ in layer_parameters(config).values())
+    table = config.vocab_size * config.width
+    return Work(
+        layers=config.num_layers,
+        width=config.width,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        attention=config.num_heads * config.head_dim,
+        layer=layer,
+        cached=2 * config.num_kv_heads * config.head_dim,
+        vocabulary=config.vocab_size,
+        embeddings=table if config.tied else 2 * table,
+    )
+
+
+def exit_work(exits: ExitsConfig | None, config: ModelConfig) -> ExitWork:
+    """Counts exits; None are the model's own norm and unembedding, "shared"."""
+    if exits is None:
+        return ExitWork("shared", 0, 0, config.vocab_size, previous=False)
+    one = exit_parameters(dataclasses.replace(exits, depths=(1,), width=config.width))
+    counts = {name: math.prod(shape) for name, (shape, _) in one.items()}
+    shared = sum(count for name, count in counts.items() if name.startswith("context."))
+    columns = config.vocab_size if exits.draft_size is None else exits.draft_size
+    return ExitWork(exits.kind, sum(counts.values()) - shared, shared, columns, exits.needs_previous)
+
+
+def described_exits(text: str, config: ModelConfig) -> ExitWork | None:
+    """Exits that are only described: KIND or KIND:COLUMNS, as "linear:8192" or "shared"; None for other texts.
+
+    Raises:
+      DexError: a number of columns that is none, or more than the vocabulary.
+    """
+    kind, _, columns = text.partition(":")
+    if kind not in ("shared", "linear", "lowrank", "mlp", "attn"):
+        return None
+    if not columns:
+        return exit_work(None if kind == "shared" else ExitsConfig(kind, (1,), config.width), config)
+    if not columns.isdigit() or not 1 <= int(columns) <= config.vocab_size:
+        raise DexError(f"--exits {text}: {columns!r} is no draft vocabulary of 1 to {config.vocab_size} tokens")
+    found = exit_work(ExitsConfig(kind, (1,), config.width, draft_size=int(columns)), config)
+    return dataclasses.replace(found, name=f"{kind}, draft vocabulary of {int(columns):,}")
+
+
+def _shape(
+    family: str, vocabulary: int, layers: int, width: int, heads: int, groups: int, mlp: int, **more
+) -> ModelConfig:
+    fields = {"head_dim": width // heads, "context": 4096} | more
+    return ModelConfig(
+        family=family,
+        vocab_size=vocabulary,
+        num_layers=layers,
+        width=width,
+        num_heads=heads,
+        num_kv_heads=groups,
+        mlp_width=mlp,
+        **fields,
+    )
+
+
+# From the config.json of each model's release.
+SHAPES = {
+    "llama-2-7b": _shape("llama", 32000, 32, 4096, 32, 32, 11008),
+    "llama-2-13b": _shape("llama", 32000, 40, 5120, 40, 40, 13824),
+    "llama-2-70b": _shape("llama", 32000, 80, 8192, 64, 8, 28672),
+    "llama-3-8b": _shape("llama", 128256, 32, 4096, 32, 8, 14336, context=8192),
+    "codellama-34b": _shape("llama", 32000, 48, 8192, 64, 8, 22016, context=16384),
+    "qwen3-32b": _shape("qwen3", 151936, 64, 5120, 64, 8, 25600, head_dim=128, context=40960, qk_norm=True),
+}
+"""Shapes to plan for without any weights."""
+
+
+def config_of(source: str) -> ModelConfig:
+    """The shapes of a model: a name of SHAPES, a config.json, or whatever `open_checkpoint` opens; no weights are read.
+
+    Raises:
+      DexError: none of these.
+    """
+    from dex_jax.io import open_checkpoint
+    from dex_jax.io.huggingface_config import huggingface_config
+
+    if source.lower() in SHAPES:
+        return SHAPES[source.lower()]
+    if source.endswith(".json"):
+        try:
+            content = json.loads(Path(source).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DexError(f"{source} cannot be read as a model's config.json: {error}") from error
+        return huggingface_config(content, {}, source)
+    try:
+        return open_checkpoint(source).config
+    except DexError as error:
+        raise DexError(
+            f"{error} To plan from shapes alone, name one of {', '.join(SHAPES)} or a config.json."
+        ) from error

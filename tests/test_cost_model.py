@@ -1,0 +1,262 @@
+"""The roofline against plain arithmetic, and what must hold of it whatever the figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import cost_twin
+
+from dex_jax.decoding.methods import even_depths
+from dex_jax.evaluation import cost_model
+from dex_jax.evaluation.cost_model import Parts, Setting, Ticks
+from dex_jax.evaluation.hardware import Device, Hardware, Link, Measured, interpolate
+from dex_jax.evaluation.workload import ExitWork, Work
+
+WORK = Work(layers=6, width=10, heads=4, kv_heads=2, attention=12, layer=1000, cached=8, vocabulary=70, embeddings=700)
+SHARED = ExitWork("shared", 0, 0, 70, previous=False)
+LINK = Link("link", 3e-3, 500.0)
+
+
+def machine(**changes) -> Hardware:
+    figures = {"flops": 4e4, "bandwidth": 1e4, "memory": 1e6, "kernel_seconds": 1e-4, "itemsize": 2}
+    figures |= {"reached_bandwidth": 1.0, "reached_flops": 1.0}
+    more = {name: changes.pop(name) for name in ("count", "hosts", "link", "network") if name in changes}
+    device = Device("toy", **(figures | changes))
+    return Hardware(device, **({"count": 8, "hosts": 1, "link": LINK, "network": LINK} | more))
+
+
+def setting(**changes) -> Setting:
+    return Setting(**({"work": WORK, "exits": SHARED, "hardware": machine(), "batch": 1, "context": 50} | changes))
+
+
+TWIN_MODEL = {name: getattr(WORK, name) for name in ("layers", "width", "attention", "layer", "cached", "vocabulary")}
+TWIN_MACHINE = {"bandwidth": 1e4, "flops": 4e4, "kernel": 1e-4, "item": 2, "latency": 3e-3, "link": 500.0}
+
+
+def test_an_ar_step_by_hand() -> None:
+    """B = 1, S = 50: a layer reads 2,000 bytes of weights and 800 of cache, the head 1,400 and 4 x 280 of logits."""
+    parts = cost_model.ar_step(setting())
+    assert parts.layers == pytest.approx(6 * (2000 + 800) / 1e4)
+    assert parts.head == pytest.approx((1400 + 1120) / 1e4)
+    assert parts.fixed == pytest.approx((6 * 10 + 4) * 1e-4)
+    assert parts.total == pytest.approx(1.68 + 0.252 + 0.0064)
+    # 32 rows: 64,000 operations on a layer's weights take longer than reading them.
+    many = cost_model.ar_step(setting(batch=32))
+    assert many.layers == pytest.approx(6 * (2 * 32 * 1000 / 4e4 + max(32 * 800 / 1e4, 4 * 32 * 12 * 50 / 4e4)))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_ar_is_the_twins(batch: int, tensor: int) -> None:
+    expected = cost_twin.ar_step(TWIN_MODEL, batch, 50, tensor, TWIN_MACHINE)
+    assert cost_model.ar_step(setting(batch=batch), tensor).total == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize(("stages", "rows"), [(2, 1), (3, 2), (4, 4)])
+def test_a_tick_is_the_twins(batch: int, stages: int, rows: int) -> None:
+    found = cost_model.tick(setting(batch=batch), even_depths(stages, 6), rows, Ticks(1.7))
+    expected = cost_twin.tick(TWIN_MODEL, math.ceil(6 / stages), stages, rows, batch, 50, 1.7, TWIN_MACHINE)
+    assert found.total == pytest.approx(expected)
+
+
+def test_a_tick_splits_a_stage_over_a_tensor_axis() -> None:
+    one, two = (cost_model.tick(setting(), (3, 6), 1, Ticks(1.5), tensor) for tensor in (1, 2))
+    assert two.layers == pytest.approx(one.layers / 2)
+    # Two all-reduces a layer of 20 bytes, one of the embedding, and the gather of 70 logits.
+    reduces = (3 * 2 + 1) * cost_twin.all_reduce(20, 2, TWIN_MACHINE)
+    gathers = cost_twin.all_gather(280, 2, TWIN_MACHINE)
+    assert two.communication - one.communication == pytest.approx(reduces + gathers)
+
+
+def test_previous_features_are_gathered() -> None:
+    exits = dataclasses.replace(SHARED, previous=True)
+    plain, fused = (cost_model.tick(setting(exits=e), (2, 4, 6), 2, Ticks(2.0)) for e in (SHARED, exits))
+    features = cost_twin.all_gather(3 * 2 * 10 * 2, 3, TWIN_MACHINE)
+    assert fused.communication - plain.communication == pytest.approx(features)
+
+
+def test_a_pipeline_by_hand() -> None:
+    """Two stages: one sequence passes 6 layers, the head and 2 links; two sequences overlap."""
+    s = setting()
+    step = cost_model.pipelined_step(s, 2)
+    moved = 3e-3 + 20 / 500
+    assert step.total == pytest.approx(cost_model.ar_step(s).total + 2 * moved)
+    both = cost_model.pipelined_step(setting(batch=2), 2)
+    half = 3 * cost_twin.layer(TWIN_MODEL, 1, 1, 50, 1, TWIN_MACHINE) + cost_twin.head(TWIN_MODEL, 1, 1, TWIN_MACHINE)
+    assert both.total == pytest.approx(2 * (half + moved))
+    assert cost_model.pipelined_step(s, 1).total == pytest.approx(cost_model.ar_step(s).total)
+
+
+def test_layerskip_by_hand() -> None:
+    s = setting()
+    one = cost_twin.layer(TWIN_MODEL, 1, 1, 50, 1, TWIN_MACHINE)
+    three = cost_twin.layer(TWIN_MODEL, 3, 1, 50, 1, TWIN_MACHINE)
+    drafts = 2 * (cost_twin.logits(TWIN_MODEL, 70, 1, 1, TWIN_MACHINE) + 12e-4)
+    heads = drafts + cost_twin.head(TWIN_MODEL, 3, 1, TWIN_MACHINE)
+    assert cost_model.layerskip_round(s, 2, 2).total == pytest.approx(3 * 2 * one + 4 * three + heads)
+    # Both right, the first alone, or none: 3, 2 or 1 tokens.
+    assert cost_model.layerskip_tokens(0.6, 2) == pytest.approx(3 * 0.36 + 2 * 0.24 + 1 * 0.4)
+
+
+def test_memory_by_hand() -> None:
+    s = setting(batch=2)
+    assert cost_model.bytes_per_device(s) == 2 * (6 * 1000 + 700 + 6 * 2 * 50 * 8)
+    assert cost_model.bytes_per_device(s, 1, 2) == cost_model.bytes_per_device(s) / 2
+    drafting = setting(exits=ExitWork("linear", 100, 30, 20, previous=False), batch=2)
+    expected = 2 * (3 * 1000 + 700 + 100 + 30 + 20 * 10 + 3 * 2 * (50 + 3 * 4) * 8)
+    assert cost_model.bytes_per_device(drafting, 3, rows=4, depths=(2, 3, 6)) == expected
+
+
+def test_collectives_over_hosts() -> None:
+    """Four devices on two hosts: within each host, then between them."""
+    slow = Link("slow", 0.5, 50.0)
+    hardware = machine(count=4, hosts=2, network=slow)
+    assert cost_model.all_gather(hardware, 100, 4) == pytest.approx((3e-3 + 50 / 500) + (0.5 + 50 / 50))
+    assert cost_model.all_gather(hardware, 100, 2) == pytest.approx(3e-3 + 50 / 500)
+    # Two stages of two devices each: the stages are a host apart.
+    assert cost_model.all_gather(hardware, 100, 2, spacing=2) == pytest.approx(0.5 + 50 / 50)
+    assert cost_model.all_reduce(hardware, 100, 1) == 0
+
+
+def test_one_device_skips_empty_stages_and_unused_rows() -> None:
+    used = ((0.0, 1.0, 0.0), (0.5, 0.25, 0.25), (1.0, 0.0, 0.0))
+    asked = (0.0, 0.5, 0.5)
+    s = setting()
+    found = cost_model.tick_on_one_device(s, (2, 4, 6), 2, Ticks(2.0, used, None, asked))
+    one, two = (cost_twin.layer(TWIN_MODEL, rows, 1, 56, 1, TWIN_MACHINE) for rows in (1, 2))
+    layers = 2 * (one + 0.25 * one + 0.25 * two)
+    exits = sum(0.5 * cost_twin.logits(TWIN_MODEL, 70, rows, 1, TWIN_MACHINE) for rows in (1, 2))
+    head = 0.5 * cost_twin.head(TWIN_MODEL, 1, 1, TWIN_MACHINE)
+    assert found.total == pytest.approx(layers + exits + head + (12 + 200) * 1e-4)
+    # Two sequences: a stage is skipped when both are out of it.
+    both = cost_model.tick_on_one_device(setting(batch=2), (2, 4, 6), 2, Ticks(2.0, used, None, asked))
+    assert both.layers > found.layers
+
+
+def test_the_stacked_layout_runs_everything() -> None:
+    s = setting(layout="stacked")
+    found = cost_model.tick_on_one_device(s, (1, 6), 1, Ticks(1.5))
+    # Five layers of the longer stage, twice: the shorter one is padded. Ten kernels for both stages' layers at once.
+    assert found.layers == pytest.approx(10 * (cost_twin.layer(TWIN_MODEL, 1, 1, 52, 1, TWIN_MACHINE) - 1e-3))
+    head = 4 * 1e-4 / 1.5
+    assert found.fixed == pytest.approx(5 * 10e-4 + head + (12 + 200) * 1e-4)
+
+
+MEASURED = Measured(
+    layer=dict.fromkeys(("unrolled", "scan", "stacked"), ((1.0, 0.0001), (4.0, 0.0002))),
+    cache=((1.0, 1e-5), (4.0, 3e-5)),
+    head=((1.0, 2e-4),),
+    exits=((1.0, 3e-4),),
+    layer_seconds={"unrolled": 0.01, "scan": 0.02, "stacked": 0.03},
+    tick_seconds=0.5,
+)
+
+
+def test_a_calibrated_machine_by_hand() -> None:
+    s = setting(hardware=machine(measured=MEASURED))
+    step = cost_model.ar_step(s)
+    assert step.layers == pytest.approx(6 * (2000 * 1e-4 + 800 * 1e-5))
+    assert (step.head, step.fixed) == pytest.approx((1400 * 2e-4, 6 * 0.01))
+    four = cost_model.ar_step(dataclasses.replace(s, batch=4))
+    assert four.layers == pytest.approx(6 * (2000 * 2e-4 + 4 * 800 * 1e-5))
+    assert cost_model.ar_step(dataclasses.replace(s, layout="stacked")).fixed == pytest.approx(6 * 0.02)
+    tick = cost_model.tick_on_one_device(dataclasses.replace(s, layout="stacked"), (3, 6), 1, Ticks(2.0))
+    assert tick.fixed == pytest.approx(3 * 0.03 + 0.5 + 12e-4)
+
+
+def test_curves() -> None:
+    curve = ((1.0, 2.0), (2.0, 1.0), (4.0, 3.0))
+    # A value below one before it is noise.
+    assert [interpolate(curve, rows) for rows in (0.5, 1, 2, 3, 4, 6)] == [2, 2, 2, 2.5, 3, 4]
+    assert interpolate(((1.0, 7.0),), 100) == 7
+
+
+figures = st.floats(0.1, 10)
+
+
+@st.composite
+def settings(draw) -> Setting:
+    layers = draw(st.integers(2, 12))
+    work = dataclasses.replace(WORK, layers=layers, layer=draw(st.integers(1, 5000)))
+    columns = draw(st.sampled_from([5, 70]))
+    exits = ExitWork("any", draw(st.integers(0, 500)), draw(st.integers(0, 500)), columns, draw(st.booleans()))
+    hardware = machine(
+        flops=1e4 * draw(figures),
+        bandwidth=1e4 * draw(figures),
+        kernel_seconds=1e-4 * draw(figures),
+        hosts=draw(st.sampled_from([1, 2, 4, 8])),
+        link=Link("a", 1e-3 * draw(figures), 1e3 * draw(figures)),
+        network=Link("b", 1e-3 * draw(figures), 1e3 * draw(figures)),
+    )
+    return Setting(work, exits, hardware, draw(st.integers(1, 64)), draw(st.integers(1, 2000)))
+
+
+def steps(s: Setting, stages: int, rows: int, tensor: int) -> list[float]:
+    """Seconds of every kind of step."""
+    depths = even_depths(min(stages, s.work.layers), s.work.layers)
+    ticks = Ticks(1 + (len(depths) - 1) / 2)
+    return [
+        cost_model.tick(s, depths, rows, ticks, tensor).total,
+        cost_model.tick_on_one_device(s, depths, rows, ticks).total,
+        cost_model.ar_step(s, tensor).total,
+        cost_model.pipelined_step(s, len(depths), tensor).total,
+        cost_model.layerskip_round(s, 1, rows, tensor).total,
+    ]
+
+
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 8), st.sampled_from([1, 2]))
+
+
+@given(settings(), shapes, st.sampled_from(["flops", "bandwidth", "kernel_seconds"]))
+def test_a_better_device_is_never_slower(s: Setting, shape: tuple[int, int, int], what: str) -> None:
+    factor = 0.5 if what == "kernel_seconds" else 2.0
+    device = dataclasses.replace(s.hardware.device, **{what: factor * getattr(s.hardware.device, what)})
+    better = dataclasses.replace(s, hardware=dataclasses.replace(s.hardware, device=device))
+    assert all(b <= a * (1 + 1e-9) for a, b in zip(steps(s, *shape), steps(better, *shape), strict=True))
+
+
+@given(settings(), shapes, st.sampled_from(["link", "network"]), st.sampled_from(["latency", "bandwidth"]))
+def test_a_better_link_is_never_slower(s: Setting, shape: tuple[int, int, int], which: str, what: str) -> None:
+    link = getattr(s.hardware, which)
+    changed = dataclasses.replace(link, **{what: (0.5 if what == "latency" else 2.0) * getattr(link, what)})
+    better = dataclasses.replace(s, hardware=dataclasses.replace(s.hardware, **{which: changed}))
+    assert all(b <= a * (1 + 1e-9) for a, b in zip(steps(s, *shape), steps(better, *shape), strict=True))
+
+
+@given(settings(), shapes)
+def test_more_work_is_never_faster(s: Setting, shape: tuple[int, int, int]) -> None:
+    for larger in (dataclasses.replace(s, batch=s.batch + 1), dataclasses.replace(s, context=2 * s.context)):
+        assert all(b >= a * (1 - 1e-9) for a, b in zip(steps(s, *shape), steps(larger, *shape), strict=True))
+    stages, rows, tensor = shape
+    wider = steps(s, stages, rows + 1, tensor)
+    assert all(b >= a * (1 - 1e-9) for a, b in zip(steps(s, *shape), wider, strict=True))
+
+
+@given(settings(), st.sampled_from([1, 2]))
+def test_one_stage_is_ar(s: Setting, tensor: int) -> None:
+    depths = (s.work.layers,)
+    assert cost_model.tick(s, depths, 1, Ticks(1.0), tensor) == cost_model.ar_step(s, tensor)
+    assert cost_model.tick_on_one_device(s, depths, 1, Ticks(1.0)) == cost_model.ar_step(s)
+
+
+@given(settings(), shapes)
+def test_parts_are_times(s: Setting, shape: tuple[int, int, int]) -> None:
+    stages, rows, tensor = shape
+    found = cost_model.tick(s, even_depths(min(stages, s.work.layers), s.work.layers), rows, Ticks(1.5), tensor)
+    assert all(value >= -1e-12 for value in dataclasses.astuple(found))
+    assert found.total == pytest.approx(sum(dataclasses.astuple(found)))
+    np.testing.assert_allclose(dataclasses.astuple(found + found), dataclasses.astuple(found.times(2)))
+    assert Parts() + found == found
+
+
+@given(settings(), st.integers(2, 6))
+def test_a_pipeline_is_never_faster_than_its_slowest_stage(s: Setting, stages: int) -> None:
+    stages = min(stages, s.work.layers)
+    one = dataclasses.replace(s, batch=1)
+    assert cost_model.pipelined_step(one, stages).total >= cost_model.ar_step(one).total * (1 - 1e-9)

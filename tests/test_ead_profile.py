@@ -1,0 +1,239 @@
+"""EAD profiles: measured on a small model against teacher-forced counts, written, read, and assumed ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.small_models import LetterTokenizer, small_model
+
+import dex_jax
+from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.decoding.methods import even_depths
+from dex_jax.decoding.output import ticks_of
+from dex_jax.errors import DexError
+from dex_jax.evaluation import exit_forcing, profile, profile_plots
+from dex_jax.evaluation.ead_profile import EAD, FORMAT, Profile, read_profile
+from dex_jax.evaluation.exit_metrics import answers
+from dex_jax.evaluation.forced import forced_exits
+from dex_jax.language_model import merge_model
+from dex_jax.nn.exits import initial_heads
+
+MODEL = ModelConfig(
+    family="llama",
+    vocab_size=12,
+    num_layers=5,
+    width=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_width=24,
+    context=256,
+)
+EXPLORERS = (3, 5)
+
+
+@functools.cache
+def _model() -> dex_jax.LanguageModel:
+    return small_model(MODEL, seed=3, tokenizer=LetterTokenizer())
+
+
+@functools.cache
+def _measured() -> tuple[exit_forcing.Measurement, list]:
+    """The own head at every layer, on greedy answers; among 12 tokens it is often right."""
+    lm = _model()
+    rng = np.random.default_rng(1)
+    texts = answers(lm, [rng.integers(0, 12, n).tolist() for n in (1, 7, 4, 9, 3)], 25, batch=5)
+    norm = merge_model(lm.config, lm.layout, lm.weights).final_norm[...]
+    heads = initial_heads(ExitsConfig("shared", (1, 2, 3, 4), MODEL.width), norm)
+    measured = exit_forcing.measure(lm, heads, None, texts, explorers=EXPLORERS, depths=[(1, 4, 5)], batch=5)
+    return measured, texts
+
+
+@functools.cache
+def _profile() -> Profile:
+    measured, _ = _measured()
+    groups = {"first": measured.of([0, 1]), "rest": measured.of([2, 3, 4])}
+    return profile.profile_of(measured, groups, rows=(1, 2, 4, 64), about={"model": "toy"})
+
+
+def test_ticks_are_the_teacher_forced_counts() -> None:
+    found, (_, texts) = _profile(), _measured()
+    assert [grid.depths for grid in found.grids] == [*(even_depths(k, 5) for k in EXPLORERS), (1, 4, 5)]
+    for grid in found.grids:
+        schedule = dex_jax.Dex(depths=grid.depths).schedule_for(5)
+        counts = [forced_exits(_model(), prompt, answer, schedule) for prompt, answer in texts]
+        ticks = sum(ticks_of(exits, len(exits), grid.stages) for exits in counts)
+        tokens = sum(len(exits) - 1 for exits in counts)
+        assert grid.ticks_per_token == pytest.approx(ticks / tokens)
+        assert grid.depth_side_speedup == pytest.approx(grid.stages * tokens / ticks)
+        every = np.concatenate([exits[1:] for exits in counts])
+        np.testing.assert_allclose(grid.exits, [np.mean(every == k) for k in range(1, grid.stages + 1)])
+        # The last cap never prunes; the others cost ticks.
+        by_rows = {capped.rows: capped.ticks_per_token for capped in grid.capped}
+        assert list(by_rows) == sorted({min(rows, 2 ** max(0, grid.stages - 2)) for rows in (1, 2, 4, 64)})
+        assert list(by_rows.values())[-1] == pytest.approx(grid.ticks_per_token)
+        assert all(ticks >= grid.ticks_per_token - 1e-9 for ticks in by_rows.values())
+    assert min(len(set(np.flatnonzero(grid.exits))) for grid in found.grids) >= 2
+
+
+def test_the_loop_itself_agrees() -> None:
+    """K = 3 with the rows that never prune: ticks of the loop are the predicted ones."""
+    found, (_, texts) = _profile(), _measured()
+    grid = found.grids[0]
+    prompts = [list(prompt) for prompt, _ in texts]
+    real = profile.real_loop(_model(), "shared", prompts, grid.depths, 25)
+    assert real.rows == 2
+    assert real.ticks_per_token == pytest.approx(grid.ticks_per_token)
+    assert real.depth_side_speedup == pytest.approx(grid.depth_side_speedup)
+
+
+def test_ead_and_its_bounds_by_hand() -> None:
+    ead = EAD((2, 4, 8), (0.5, 0.25, 0.25))
+    assert ead.mean == 4
+    assert ead.oracle_speedup == 2
+    assert [ead.by(depth) for depth in (1, 2, 3, 4, 6, 8)] == [0.25, 0.5, 0.625, 0.75, 0.875, 1]
+    assert ead.steps((4, 8)) == (0.75, 0.25)
+    assert ead.resolution_bound((4, 8)) == pytest.approx(2 / 1.25)
+    assert ead.resolution_bound((8,)) == 1
+
+
+def test_ead_counts_the_first_right_depth() -> None:
+    measured, found = _measured()[0], _profile()
+    right = measured.said.best[:, :4, 0] == measured.target[:, None]
+    first = np.where(right.any(axis=1), right.argmax(axis=1), 4)
+    np.testing.assert_allclose(found.ead.share, np.bincount(first, minlength=5) / len(first))
+    assert found.ead.depths == (1, 2, 3, 4, 5)
+    assert found.ead.mean == pytest.approx(np.mean(first + 1))
+    assert found.agreement == pytest.approx({depth: right[:, depth - 1].mean() for depth in (1, 2, 3, 4)})
+    tokens = [sum(measured.lengths[:2]), sum(measured.lengths[2:])]
+    joined = np.average([found.groups[name].share for name in ("first", "rest")], axis=0, weights=tokens)
+    np.testing.assert_allclose(joined, found.ead.share)
+    # An oracle does at least as well as any grid that rounds up.
+    assert all(grid.resolution_bound <= found.ead.oracle_speedup + 1e-9 for grid in found.grids)
+
+
+def test_what_is_written_is_read(tmp_path) -> None:
+    found = _profile()
+    real = dataclasses.replace(found.grids[0], real=profile.RealLoop(1, 1.5, 1.3))
+    found = dataclasses.replace(found, grids=(real, *found.grids[1:]))
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps(found.to_json(), allow_nan=False))
+    assert read_profile(file) == found
+    ticks = found.ticks(even_depths(5, 5), 2)
+    assert ticks is not None
+    assert ticks.per_token == next(c for c in found.grids[1].capped if c.rows == 2).ticks_per_token
+    assert found.ticks(even_depths(4, 5), 2) is None
+    assert found.ticks((5,), 1).per_token == 1
+
+
+ASSUMED = {
+    "format": FORMAT,
+    "assumption": "half of the tokens are there by depth 2",
+    "layers": 4,
+    "ead": {"depths": [2, 4], "share": [0.5, 0.5]},
+}
+
+
+def test_an_assumed_profile(tmp_path) -> None:
+    file = tmp_path / "assumed.json"
+    file.write_text(json.dumps(ASSUMED | {"cap_loss": {"1": 0.1}}))
+    found = read_profile(file)
+    # K = 4: a quarter of the tokens at each of the first two exits, and so on up to the last.
+    assert found.ticks((1, 2, 3, 4), 4).per_token == pytest.approx((1 + 2 + 3 + 4) / 4)
+    assert found.ticks((2, 4), 2).per_token == pytest.approx(1.5)
+    assert found.ticks((2, 4), 1).per_token == pytest.approx(1.5 * 1.1)
+    assert found.agreement_at(3) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "is of format 'other'"),
+        ({"layers": 5}, "must ascend to the last layer, 5"),
+        ({"ead": {"depths": [2, 4], "share": [0.5, 0.4]}}, "add up to 1"),
+        ({"ead": {"depths": [4, 2], "share": [0.5, 0.5]}}, "must ascend"),
+        ({"ead": {"depths": [2]}}, "cannot be read as an EAD profile"),
+        ({"assumption": None}, "neither grids nor an assumption"),
+    ],
+)
+def test_bad_profiles_are_refused(tmp_path, change: dict, message: str) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps(ASSUMED | change))
+    with pytest.raises(DexError, match=message):
+        read_profile(file)
+    with pytest.raises(DexError, match="cannot be read"):
+        read_profile(tmp_path / "none.json")
+
+
+def test_further_grids_must_have_exits() -> None:
+    norm = merge_model(MODEL, _model().layout, _model().weights).final_norm[...]
+    heads = initial_heads(ExitsConfig("shared", (1, 3), MODEL.width), norm)
+    for grid in ((2, 5), (3, 1, 5), (1, 3), ()):
+        with pytest.raises(DexError, match="does not ascend through depths that have exits"):
+            exit_forcing.measure(_model(), heads, None, [([1], [2])], depths=[grid])
+
+
+def test_tables_show_the_profile() -> None:
+    found = _profile()
+    text = profile.table(found)
+    assert f"oracle speedup {found.ead.oracle_speedup:.2f}" in text
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    assert ["1", f"{found.ead.share[0]:.3f}"] in [row[:2] for row in cells]
+    grid = found.grids[1]
+    assert ["5", "1 2 3 4 5", f"{grid.resolution_bound:.2f}", f"{grid.depth_side_speedup:.2f}", "-"] in [
+        row[:5] for row in cells
+    ]
+    assert ["5", f"{grid.ticks_per_token:.3f}", f"{grid.capped[0].ticks_per_token:.3f}"] in [row[:3] for row in cells]
+
+
+def test_pictures(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    files = profile_plots.draw(_profile(), tmp_path / "plots")
+    assert [file.name for file in files] == ["ead.png", "speedup.png", "rows.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DexError, match="cannot be written"):
+        profile_plots.draw(_profile(), tmp_path / "file")
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DexError, match=r"pip install dex_jax\[plots\]"):
+        profile_plots.draw(_profile(), tmp_path)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("dex_jax.language_model.load", lambda *args, **kwargs: _model())
+    monkeypatch.setattr("dex_jax.cli.decode.remember_compilations", lambda: None)
+    data = tmp_path / "prompts.txt"
+    data.write_text("ABC\nDEFGH\nBAD\n")
+    arguments = ["--data", str(data), "--exits", "shared", "--max-new-tokens", "12", "--output"]
+    output = tmp_path / "profile.json"
+    more = ["--explorers", "2", "--rows", "1", "2", "--real-loop", "1"]
+    assert profile.main([*arguments, str(output), *more]) == 0
+    found = read_profile(output)
+    assert [grid.depths for grid in found.grids] == [(3, 5)]
+    assert found.ead.depths == (1, 2, 3, 4, 5)
+    assert found.about["texts"] == 3
+    assert all(grid.real is not None for grid in found.grids)
+    assert list(found.groups) == ["prompts"]
+    assert "tokens by exit" in capsys.readouterr().out
+    for flags, message in (
+        (["--rows", "0"], "must be at least 1"),
+        (["--prompts", "0"], "--prompts must be at least 1"),
+        (["--explorers", "7"], "serve none of these --explorers"),
+    ):
+        assert profile.main([*arguments, str(tmp_path / "none.json"), *flags]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "none.json").exists()
+
+
+def test_texts_are_replayed_up_to_a_number_of_tokens() -> None:
+    assert profile._texts_holding((10, 10, 10), 15) == 2
+    assert profile._texts_holding((10, 10, 10), 20) == 2
+    assert profile._texts_holding((10, 10), 100) == 2
+    assert jnp.isfinite(profile.profile_of(_measured()[0], {}, rows=(1,), replayed_tokens=30).ead.mean)

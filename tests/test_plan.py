@@ -1,0 +1,286 @@
+"""Hardware descriptions, candidates, recommendations, and the planner's command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference.small_models import LLAMA
+
+from dex_jax.config import ExitsConfig
+from dex_jax.decoding.methods import even_depths
+from dex_jax.errors import DexError
+from dex_jax.evaluation import cost_model, plan, predictions, workload
+from dex_jax.evaluation.cost_model import Setting
+from dex_jax.evaluation.ead_profile import EAD, FORMAT, Profile
+from dex_jax.evaluation.hardware import (
+    DEVICES,
+    LINKS,
+    Measured,
+    hardware,
+    read_hardware,
+    write_hardware,
+)
+from dex_jax.nn.exits import exit_parameters
+from dex_jax.nn.transformer import parameter_shapes
+
+LLAMA_70B = workload.SHAPES["llama-2-70b"]
+EARLY = Profile(80, EAD((10, 40, 80), (0.6, 0.2, 0.2)), {}, assumption="most tokens are there early")
+LATE = Profile(80, EAD((79, 80), (0.05, 0.95)), {}, assumption="hardly any token is there early")
+
+
+def _setting(text: str, exits: str = "linear:8192", **more) -> Setting:
+    return Setting(workload.work_of(LLAMA_70B), workload.described_exits(exits, LLAMA_70B), hardware(text), **more)
+
+
+def test_names_of_hardware() -> None:
+    one, eight, sixteen = hardware("h100"), hardware("h100x8"), hardware("h100x16")
+    assert (one.count, one.hosts, eight.hosts, sixteen.hosts, sixteen.per_host) == (1, 1, 1, 2, 8)
+    assert eight.link is LINKS["nvlink4"]
+    assert sixteen.between(8) is LINKS["nvlink4"]
+    assert sixteen.between(9) is LINKS["infiniband"]
+    assert hardware("v5ex16").hosts == 1
+    apart = hardware("v5ex8,hosts=8,network=dcn,link=pcie4,price=1.5")
+    assert (apart.hosts, apart.network, apart.link) == (8, LINKS["dcn"], LINKS["pcie4"])
+    assert apart.device.price == 1.5
+    assert hardware("h100,count=4").count == 4
+    assert set(DEVICES) == {"h100", "h200", "a100", "t4", "v5e", "v5p", "v6e", "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h1000", "'h1000' is unknown: write NAME or NAMExCOUNT"),
+        ("h100xx", "is unknown"),
+        ("h100x0", "whole count of at least 1, not 0"),
+        ("h100x8,hosts=3", "8 devices do not spread evenly over 3 hosts"),
+        ("h100x9", "9 devices do not spread evenly over 2 hosts"),
+        ("h100x8,link=rope", "there is no link 'rope'"),
+        ("h100x8,links=pcie5", "'links=pcie5' is none of"),
+        ("h100x8,price=cheap", "the price 'cheap' is no number"),
+        ("none.json", "none.json cannot be read as hardware"),
+    ],
+)
+def test_bad_hardware(text: str, message: str) -> None:
+    with pytest.raises(DexError, match=message):
+        hardware(text)
+
+
+def test_hardware_is_written_and_read(tmp_path) -> None:
+    curve = ((1.0, 1e-9), (8.0, 2e-9))
+    measured = Measured({"unrolled": curve}, curve, curve, curve, {"unrolled": 1e-5}, 1e-4)
+    found = hardware("cpux2")
+    found = dataclasses.replace(found, device=dataclasses.replace(found.device, measured=measured))
+    file = tmp_path / "here.json"
+    write_hardware(file, found)
+    assert read_hardware(file) == found == hardware(str(file))
+    more = hardware(f"{file},count=4,hosts=2,network=dcn")
+    assert (more.count, more.hosts, more.network.name) == (4, 2, "dcn")
+    file.write_text(file.read_text().replace('"cache"', '"cash"'))
+    with pytest.raises(DexError, match=r"let python -m dex_jax\.evaluation\.calibrate write it"):
+        read_hardware(file)
+    with pytest.raises(DexError, match="cannot be written"):
+        write_hardware(tmp_path / "none" / "here.json", found)
+
+
+def test_counts_are_those_of_the_model() -> None:
+    for config in (LLAMA, dataclasses.replace(LLAMA, tied=False, qk_norm=True)):
+        work = workload.work_of(config)
+        assert work.parameters == sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    assert workload.work_of(LLAMA_70B).parameters == pytest.approx(69e9, rel=0.01)
+    assert workload.work_of(workload.SHAPES["codellama-34b"]).parameters == pytest.approx(33.7e9, rel=0.01)
+    assert workload.work_of(workload.SHAPES["qwen3-32b"]).parameters == pytest.approx(32.8e9, rel=0.01)
+    work = workload.work_of(LLAMA)
+    assert [work.divisible(t) for t in (1, 2, 4)] == [True, True, False]
+
+
+def test_exits_are_counted() -> None:
+    config = ExitsConfig("attn", (1, 2), LLAMA.width, draft_size=20)
+    found = workload.exit_work(config, LLAMA)
+    sizes = {name: math.prod(shape) for name, (shape, _) in exit_parameters(config).items()}
+    context = sum(size for name, size in sizes.items() if name.startswith("context."))
+    assert found.shared == context > 0
+    assert 2 * found.own == sum(sizes.values()) - context
+    assert (found.columns, found.previous) == (20, True)
+    assert workload.described_exits("shared", LLAMA) == workload.exit_work(None, LLAMA)
+    assert workload.described_exits("linear:30", LLAMA).columns == 30
+    assert workload.described_exits("some/folder", LLAMA) is None
+    for text in ("linear:x", "linear:0", "linear:49"):
+        with pytest.raises(DexError, match="no draft vocabulary of 1 to 48 tokens"):
+            workload.described_exits(text, LLAMA)
+
+
+def test_a_model_can_be_a_config_file(tmp_path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "hidden_size": 64,
+                "num_attention_heads": 4,
+                "num_hidden_layers": 3,
+                "vocab_size": 100,
+                "intermediate_size": 128,
+            }
+        )
+    )
+    assert workload.config_of(str(file)).num_layers == 3
+    assert workload.config_of("Llama-2-70B") is LLAMA_70B
+    with pytest.raises(DexError, match=r"cannot be read as a model's config.json"):
+        workload.config_of(str(tmp_path / "none.json"))
+    with pytest.raises(DexError, match="To plan from shapes alone, name one of llama-2-7b"):
+        workload.config_of("no such model")
+
+
+def test_dex_is_recommended_where_it_pays_and_not_where_not() -> None:
+    """Over a slow network with early exits; not within NVLink, and not when exits know nothing."""
+    slow = "h100x8,hosts=8,network=dcn"
+    assert predictions.plan(_setting(slow), EARLY).choice.method == "dex"
+    assert predictions.plan(_setting("h100x8"), EARLY).choice.method != "dex"
+    late = predictions.plan(_setting(slow), LATE)
+    assert not late.choice.method.startswith("dex")
+    assert late.sentence.startswith("Do not use DEX here: ")
+    assert late.choice is late.best_other
+
+
+def test_nothing_fits() -> None:
+    found = predictions.plan(_setting("t4"), EARLY)
+    assert found.choice is None
+    assert not any(p.fits for p in found.predictions)
+    assert found.sentence.startswith("Nothing fits: the least is ")
+
+
+def test_every_way_is_there() -> None:
+    s = _setting("h100x8", batch=4)
+    found = predictions.plan(s, EARLY)
+    methods = {p.method for p in found.predictions}
+    assert methods == {"ar", "ar tensor", "ar pipelined", "ar replicas", "layerskip", "dex", "dex one device"}
+    # Two H100s hold the model, so there are four replicas, each with one of the four sequences.
+    replicas = next(p for p in found.predictions if p.method == "ar replicas")
+    assert (replicas.tensor, replicas.devices) == (2, 8)
+    assert replicas.detail == "AR, 4 of 4 replicas busy, 1 sequences each"
+    assert predictions.smallest_tensor(s) == 2
+    # A token of one of four sequences takes 8 devices a quarter of a step.
+    assert replicas.device_seconds == pytest.approx(8 * replicas.step.total / 4)
+    assert replicas.dollars_per_million == pytest.approx(4.0 * replicas.device_seconds * 1e6 / 3600)
+    fitting = [p.tokens_per_second for p in found.predictions if p.fits]
+    assert fitting == sorted(fitting, reverse=True)
+    meshes = {(p.stages, p.tensor) for p in found.predictions if p.method == "dex"}
+    assert {(2, 1), (8, 1), (2, 4), (4, 2)} <= meshes
+    assert all(stages * tensor <= 8 and tensor in (1, 2, 4, 8) for stages, tensor in meshes)
+
+
+def test_dex_on_a_mesh_is_the_cost_model() -> None:
+    s = _setting("h100x4")
+    (found,) = [p for p in predictions.dex(s, EARLY, explorers=[4], rows=[4]) if p.method == "dex" and (p.tensor == 1)]
+    ticks = EARLY.ticks(even_depths(4, 80), 4)
+    assert found.step == cost_model.tick(s, even_depths(4, 80), 4, ticks)
+    assert found.tokens_per_second == pytest.approx(1 / (found.step.total * ticks.per_token))
+
+
+def test_what_the_profile_lacks_is_refused() -> None:
+    with pytest.raises(DexError, match="holds none of these K and rows"):
+        predictions.plan(_setting("h100x8"), EARLY, explorers=[1])
+    other = dataclasses.replace(EARLY, layers=40)
+    with pytest.raises(DexError, match="of 40 layers, and this one has 80"):
+        predictions.plan(_setting("h100x8"), other)
+
+
+@given(st.floats(0.0, 1.0), st.sampled_from(["h100x8", "h100x8,hosts=8,network=dcn", "v6ex16"]))
+def test_earlier_tokens_never_make_dex_slower(share: float, text: str) -> None:
+    def best(early: float) -> float:
+        profile = Profile(80, EAD((10, 80), (early, 1 - early)), {}, assumption="two depths")
+        return max(p.tokens_per_second for p in predictions.dex(_setting(text), profile, explorers=[2, 4, 8]))
+
+    assert best(share) <= best(min(1.0, share + 0.1)) * (1 + 1e-9)
+
+
+def _assumed(tmp_path) -> str:
+    file = tmp_path / "assumed.json"
+    file.write_text(
+        json.dumps(
+            {
+                "format": FORMAT,
+                "assumption": "half of the tokens are there by layer 20",
+                "layers": 80,
+                "ead": {"depths": [20, 80], "share": [0.5, 0.5]},
+            }
+        )
+    )
+    return str(file)
+
+
+def test_the_command_prints_tables(tmp_path, capsys) -> None:
+    arguments = ["--model", "llama-2-70b", "--exits", "linear:8192", "--profile", _assumed(tmp_path)]
+    assert plan.main([*arguments, "--hardware", "h100x8,hosts=8,network=dcn", "--batches"]) == 0
+    text = capsys.readouterr().out
+    assert "EAD assumed, not measured: half of the tokens are there by layer 20" in text
+    assert "B = 64" in text
+    assert "Use DEX: DEX-1/" in text
+    assert "…" not in text
+
+
+def test_the_command_prints_json(tmp_path, capsys) -> None:
+    arguments = ["--model", "llama-2-70b", "--exits", "shared", "--profile", _assumed(tmp_path), "--json", "--batches"]
+    assert plan.main([*arguments, "--hardware", "h100x8", "--explorers", "4", "8", "--rows", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recommendation"].startswith(("Use DEX", "Do not use DEX"))
+    explored = [p for p in found["predictions"] if p["method"] == "dex"]
+    assert {(p["stages"], p["rows"]) for p in explored} == {(4, 2), (8, 2)}
+    for p in explored:
+        assert p["tokens_per_second"] == pytest.approx(p["tokens_a_step"] / sum(p["step"].values()))
+        assert p["capacity"] == 2 * p["stages"]
+    assert set(found["by_batch"]) == {str(b) for b in plan.BATCHES}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "say for what to plan"),
+        (["--hardware", "h100"], "ticks follow from an EAD profile"),
+        (["--hardware", "h100", "--profile", "none.json"], "cannot be read as an EAD profile"),
+        (["--hardware", "abacus", "--profile", "none.json"], "'abacus' is unknown"),
+        (["--hardware", "h100", "--profile", "none.json", "--batch", "0"], "--batch, --context and --top"),
+    ],
+)
+def test_the_command_refuses_bad_input(flags: list[str], message: str, capsys) -> None:
+    assert plan.main(["--model", "llama-2-70b", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_default_exits_are_those_that_ship() -> None:
+    assert plan.exits_of("default", "smollm2-135m").name == "attn"
+    assert plan.exits_of("default", "llama-2-70b").name == "shared"
+    with pytest.raises(DexError):
+        plan.exits_of("no such folder", "llama-2-70b")
+
+
+def test_the_module_runs(tmp_path) -> None:
+    command = [sys.executable, "-m", "dex_jax.evaluation.plan", "--model", "llama-2-70b", "--hardware", "h100x2"]
+    done = subprocess.run([*command, "--profile", _assumed(tmp_path)], capture_output=True, text=True, check=True)
+    assert "DEX" in done.stdout
+
+
+def test_the_page_is_what_its_command_writes(tmp_path) -> None:
+    pytest.importorskip("dex_jax.sharding", reason="shows what stages on a mesh compile to")
+    root = Path(__file__).resolve().parents[1]
+    written = runpy.run_path(str(root / "benchmarks" / "planner.py"))["page"](tmp_path)
+    assert written == (root / "docs" / "planner.md").read_text()
+    for file in tmp_path.iterdir():
+        assert file.read_text() == (root / "docs" / "planner" / file.name).read_text()
+
+
+def test_a_batch_is_priced_with_all_its_sequences() -> None:
+    one, four = (predictions.others(_setting("h100x2", batch=batch))[0] for batch in (1, 4))
+    assert four.device_seconds < one.device_seconds
+    assert four.device_seconds == pytest.approx(four.devices * four.step.total / 4)
