@@ -161,9 +161,6 @@ class Dex:
         return int(self.rows)
 
 
-Method = AR | Dex
-
-
 def even_depths(stages: int, num_layers: int) -> tuple[int, ...]:
     """The even grid of DEX-1/K: x_k = ceil(k L / K)."""
     return tuple(-(-k * num_layers // stages) for k in range(1, stages + 1))
