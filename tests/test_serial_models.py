@@ -15,14 +15,14 @@ import dex_jax
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.decoding.exits import resolve_method
-from dex_jax.decoding.known_trees import KnownTree, known_trees, with_trees
+from dex_jax.decoding.known_trees import LOOKUP_TRUST, KnownTree, known_trees, with_trees
 from dex_jax.decoding.network import depth_states
 from dex_jax.decoding.output import rounds_of
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.decoding.serial_network import tree_network
 from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk
 from dex_jax.evaluation import tree_search
-from dex_jax.evaluation.tree_search import MOST_ROWS, neighbours, search_trees
+from dex_jax.evaluation.tree_search import first_tree, neighbours, search_trees
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
 from dex_jax.lattice import NO_NODE
@@ -176,38 +176,32 @@ def test_a_tree_of_ones_own_replaces_the_drafters(lm) -> None:
 def test_trees_around_one() -> None:
     around = neighbours(TreeShape((2, 1), 1, (0.5,) * 8), drafts=True)
     found = {(each.widths, each.drafted) for each in around}
-    assert found == {((3, 1), 1), ((1, 1), 1), ((2, 1, 1), 1), ((2,), 1), ((2, 1), 2)}
-    assert all(each.drafted == 0 for each in neighbours(TreeShape((1, 1), 0, (0.5,) * 8), drafts=False))
-    assert all(each.rows <= MOST_ROWS for each in neighbours(TreeShape((15,), 1, (0.5,) * 8), drafts=True))
+    assert found == {((3,), 1), ((1, 1, 1), 1), ((2, 1), 2)}
+    assert all(each.rows == 4 for each in around)
+    assert neighbours(TreeShape((1, 1), 0, (0.5,) * 8), drafts=False) == []
+    assert [first_tree(rows, True).rows for rows in ROWS[1:4]] == list(ROWS[1:4])
+    assert first_tree(4, False) == TreeShape((1, 1, 1), 0, LOOKUP_TRUST)
 
 
-def test_the_search_climbs_for_each_batch(lm, monkeypatch) -> None:
-    """Rows that cost nothing at batch 1 and double the step at batch 4: many rows, then few."""
-    prices = {1: 0.0, 4: 1.0}
-
-    def costs(config, layout, dtype, batch, length) -> StepCosts:
-        return StepCosts(ROWS, tuple(1 + prices[batch] * (rows - 1) for rows in ROWS), 10**12)
-
-    monkeypatch.setattr(tree_search, "step_costs", costs)
-    monkeypatch.setattr(tree_search, "LOOKUP_TREE", TreeShape((1, 1), 0, (0.5,) * 8))
-    tried = []
-    options = {"batches": (1, 4), "new_tokens": 16, "steps": 2}
-    prompts = [[3, 4, 5], [9, 8]]
-    found = search_trees(lm, None, prompts, **options, tell=lambda batch, figures: tried.append((batch, figures.tree)))
-    shapes = [each.tree.shape for each in found]
-    assert len(set(shapes)) == len(shapes)
-    assert {tree.shape for _, tree in tried} >= set(shapes)
-    assert found[0].speedup == max(each.speedup for each in found)
-    # No row costs anything at batch 1, so what is expected there is what was counted.
-    assert all(each.speedup == pytest.approx(each.tree.tokens_per_round) for each in found)
-    assert TreeShape((1,), 0, (0.5,) * 8) in shapes
+@pytest.mark.parametrize("drafted", [True, False])
+def test_the_search_climbs_for_each_size(lm, monkeypatch, drafted) -> None:
+    cheap = StepCosts(ROWS, tuple(1 + 0.01 * (rows - 1) for rows in ROWS), 10**12)
+    monkeypatch.setattr(tree_search, "step_costs", lambda *about: cheap)
+    tried, prompts, given = [], [[3, 4, 5], [9, 8]], drafter() if drafted else None
+    found = search_trees(lm, given, prompts, sizes=(2, 4), new_tokens=16, steps=1, tell=tried.append)
+    assert sorted(each.tree.shape.rows for each in found) == [2, 4]
+    assert found[0].speedup >= found[1].speedup
+    for best in found:
+        rivals = [each for each in tried if each.tree.shape.rows == best.tree.shape.rows]
+        assert best.speedup == max(each.speedup for each in rivals)
+        method = dex_jax.Dex(schedule="serial", tree=best.tree.shape)
+        out = dex_jax.generate(lm, prompts, method=method, exits=given or "shared", max_new_tokens=16)
+        assert best.tree.tokens_per_round == (out.lengths - 1).sum() / out.stats.rounds.sum()
     kept = with_trees(drafter(), [each.tree for each in found])
     assert known_trees(kept) == tuple(each.tree for each in found)
-    assert resolve_method(SERIAL, kept, lm.config, "0").schedule.tree == shapes[0]
-    for each in found:
-        method = dex_jax.Dex(schedule="serial", tree=each.tree.shape)
-        out = dex_jax.generate(lm, prompts, method=method, exits="shared", max_new_tokens=16)
-        assert each.tree.tokens_per_round == (out.lengths - 1).sum() / out.stats.rounds.sum()
+    assert resolve_method(SERIAL, kept, lm.config, "0").schedule.tree == found[0].tree.shape
+    with pytest.raises(dex_jax.DexError, match="sizes must be among 2, 4, 8, 16, not 3"):
+        search_trees(lm, given, prompts, sizes=(3,))
 
 
 def test_a_stop_string_counts_the_rounds_up_to_it(lm) -> None:

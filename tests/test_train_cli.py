@@ -194,15 +194,15 @@ def test_a_tree_is_searched_and_kept(capsys, monkeypatch, place, drafter, tmp_pa
     monkeypatch.setattr("dex_jax.cli.decode.remember_compilations", lambda: None)
     out = tmp_path / "with_tree.safetensors"
     flags = ["--exits", drafter, "--model", place / "model", "--data", place / "prompts.txt", "--max-new-tokens", "8"]
-    code, said, told = run(capsys, "tree", *flags, "--output", out, "--prompts", "2", "--steps", "0", "--batches", "1")
+    code, said, told = run(capsys, "tree", *flags, "--output", out, "--prompts", "2", "--steps", "0", "--sizes", "4")
     assert code == 0
-    assert said.startswith(f"{out}: rows a level 2, 1, 1, 1, 2 drafted: ")
+    assert said.startswith(f"{out}: rows a level 2, 1, 2 drafted: ")
     assert told.count("tokens a round") == 1
-    assert load_exits(out).metadata["trees"][0]["widths"] == [2, 1, 1, 1]
+    assert load_exits(out).metadata["trees"][0]["widths"] == [2, 1]
     code, _, err = run(capsys, "tree", *flags, "--output", tmp_path / "no.bin")
     assert (code, "name it so" in err) == (2, True)
     code, _, err = run(capsys, "tree", *flags, "--output", tmp_path / "no.safetensors", "--prompts", "0")
-    assert (code, "--prompts and --batches must be at least 1" in err) == (2, True)
+    assert (code, "--prompts must be at least 1" in err) == (2, True)
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -28,8 +28,8 @@ def tree_parser() -> argparse.ArgumentParser:
     add("--prompts", type=int, default=4, metavar="N", help="N prompts of each file, evenly spread (%(default)s)")
     add("--max-prompt-tokens", type=int, default=256, metavar="N", help="longer prompts are left out (%(default)s)")
     add("--max-new-tokens", type=int, default=96, metavar="N", help="of each answer (%(default)s)")
-    add("--steps", type=int, default=6, metavar="N", help="at most so many moves for each of --batches (%(default)s)")
-    add("--batches", type=int, nargs="+", default=[1, 4, 16], metavar="B", help="to find trees for (1 4 16)")
+    add("--steps", type=int, default=4, metavar="N", help="at most so many moves for each of --sizes (%(default)s)")
+    add("--sizes", type=int, nargs="+", default=[4, 8], metavar="N", help="rows of a tree (4 8)")
     add("--float32", action="store_true", help="write full precision; otherwise 8-bit matrices")
     return p
 
@@ -50,20 +50,20 @@ def tree(args: argparse.Namespace) -> None:
 
     if Path(args.output).suffix != ".safetensors":
         raise DexError(f"exits are written to a .safetensors file, not to {args.output}: name it so")
-    if args.prompts < 1 or args.steps < 0 or min(args.batches) < 1:
-        raise DexError("--prompts and --batches must be at least 1 and --steps at least 0")
+    if args.prompts < 1 or args.steps < 0:
+        raise DexError("--prompts must be at least 1 and --steps at least 0")
     drafter = load_exits(args.exits)
     chosen = [prompt for path in args.data for prompt in spread(read_prompts(path), args.prompts)]
     remember_compilations()
     lm = load(args.model)
 
-    def tell(batch: int, figures: TreeFigures) -> None:
-        print(f"batch {batch}: {_line(figures)}", file=sys.stderr, flush=True)
+    def tell(figures: TreeFigures) -> None:
+        print(_line(figures), file=sys.stderr, flush=True)
 
     prompts = [ids for ids in map(lm.encode, chosen) if len(ids) <= args.max_prompt_tokens]
     if not prompts:
         raise DexError(f"every prompt has more than {args.max_prompt_tokens} tokens: raise --max-prompt-tokens")
-    options = {"batches": args.batches, "new_tokens": args.max_new_tokens, "steps": args.steps}
+    options = {"sizes": args.sizes, "new_tokens": args.max_new_tokens, "steps": args.steps}
     found = search_trees(lm, drafter, prompts, **options, tell=tell)
     save_exits(args.output, with_trees(drafter, [each.tree for each in found]), int8=not args.float32)
     print(f"{args.output}: {_line(found[0])}")

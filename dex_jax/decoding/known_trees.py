@@ -30,16 +30,14 @@ def _chain(length: int) -> TreeShape:
     return TreeShape((1,) * length, drafted=0, lookup=LOOKUP_TRUST)
 
 
-LOOKUP_TREES = tuple(
-    KnownTree(_chain(length), tokens) for length, tokens in ((7, 2.0), (5, 1.9), (3, 1.8), (2, 1.6), (1, 1.3))
-)
+LOOKUP_TREES = tuple(KnownTree(_chain(length), tokens) for length, tokens in ((7, 2.0), (3, 1.8), (1, 1.3)))
 """Without a drafter, the best first: SmolLM2-135M's greedy answers (benchmarks/lookup.py). How often a text repeats
 itself depends on the text more than on the model, so they stand for other models too."""
 
 LOOKUP_TREE = LOOKUP_TREES[0].shape
 """8 rows, which many devices run about as fast as one."""
 
-DRAFTED_TREE = TreeShape((2, 1, 1, 1), drafted=2, lookup=LOOKUP_TRUST)
+DRAFTED_TREE = TreeShape((2, 1), drafted=2, lookup=LOOKUP_TRUST)
 """With a drafter that brings no tree of its own."""
 
 DRAFTED_TOKENS = 1.8

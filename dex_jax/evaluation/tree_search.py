@@ -7,14 +7,15 @@ by which schedule="auto" chooses (decoding/auto.py), and is not disturbed by oth
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
 from dex_jax.decoding.auto import round_seconds
-from dex_jax.decoding.costs import StepCosts, step_costs
+from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
 from dex_jax.decoding.generate import generate
-from dex_jax.decoding.known_trees import DRAFTED_TREE, LOOKUP_TREE, KnownTree
+from dex_jax.decoding.known_trees import LOOKUP_TRUST, KnownTree
 from dex_jax.decoding.methods import Dex
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.decoding.session import capacity_for, prompt_bucket
@@ -23,7 +24,6 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 
 LONGEST_CHAIN = 12
-MOST_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,25 +42,33 @@ class TreeFigures:
 
 
 def neighbours(shape: TreeShape, drafts: bool) -> list[TreeShape]:
-    """Trees that differ by a row of one level, by the last level, or by whether one level is drafted."""
+    """Trees of as many rows that differ by one row's level, or by whether one level is drafted."""
     widths, found = shape.widths, []
 
     def add(widths: Sequence[int], drafted: int) -> None:
-        allowed = 1 + sum(widths) <= MOST_ROWS and 1 <= len(widths) <= LONGEST_CHAIN
         # Beyond the drafted levels there is one candidate at most.
         alone = all(width == 1 for width in widths[drafted:])
-        if allowed and alone and 0 <= drafted <= (len(widths) if drafts else 0):
+        if alone and len(widths) <= LONGEST_CHAIN and 0 <= drafted <= (len(widths) if drafts else 0):
             found.append(dataclasses.replace(shape, widths=tuple(widths), drafted=drafted))
 
-    for level in range(len(widths)):
-        for change in (1, -1):
-            if widths[level] + change >= 1:
-                add([*widths[:level], widths[level] + change, *widths[level + 1 :]], shape.drafted)
-    add([*widths, 1], shape.drafted)
-    add(widths[:-1], min(shape.drafted, len(widths) - 1))
+    longer = (*widths, 0)
+    for source, target in itertools.permutations(range(len(longer)), 2):
+        if longer[source] > (1 if source < len(widths) - 1 else 0):
+            moved = [width + (i == target) - (i == source) for i, width in enumerate(longer)]
+            while moved[-1] == 0:
+                moved.pop()
+            if min(moved) > 0:
+                add(moved, min(shape.drafted, len(moved)))
     add(widths, shape.drafted + 1)
     add(widths, shape.drafted - 1)
     return found
+
+
+def first_tree(rows: int, drafts: bool) -> TreeShape:
+    """Where the search for trees of `rows` rows begins: two drafted levels, the first of two rows."""
+    wide = drafts and rows > 2
+    widths = (2, *(1,) * (rows - 3)) if wide else (1,) * (rows - 1)
+    return TreeShape(widths[:LONGEST_CHAIN], min(2, len(widths)) if drafts else 0, LOOKUP_TRUST)
 
 
 def search_trees(
@@ -68,67 +76,53 @@ def search_trees(
     drafter: TrainedExits | None,
     prompts: Sequence[Sequence[int]],
     *,
-    batches: Sequence[int] = (1, 4, 16),
+    sizes: Sequence[int] = (4, 8),
     new_tokens: int = 96,
-    steps: int = 6,
-    tell: Callable[[int, TreeFigures], None] = lambda batch, figures: None,
+    steps: int = 4,
+    tell: Callable[[TreeFigures], None] = lambda figures: None,
 ) -> list[TreeFigures]:
-    """For each batch size climbs to the neighbour with the largest speedup until none is faster.
+    """For each number of rows climbs to the neighbour with the largest speedup until none is faster.
 
     Args:
       lm: the model.
       drafter: None for trees of what the text said before.
       prompts: token ids of each; they are answered together.
-      batches: the more sequences, the dearer a row; every climb begins where the one before it ended.
+      sizes: row counts, among those of `decoding.costs.ROWS`: what lies between them is not measured, and can be dearer
+        than the next larger one.
       new_tokens: of each prompt.
       steps: most moves of each climb.
-      tell: called with the batch and each tree that was tried for it.
+      tell: called with each tree that was tried.
 
     Returns:
-      The best tree for each batch, and all others that emit more tokens a round than any tried tree that is not larger;
-      the best one for the first batch leads. Seconds and speedups are of the first batch.
+      The best tree of each size at batch 1, the fastest first.
 
     Raises:
-      DexError: a drafter or prompts that do not fit, or answers of one token only.
+      DexError: sizes, a drafter or prompts that do not fit, or answers of one token only.
     """
-    counted: dict[TreeShape, KnownTree] = {}
+    if not sizes or not set(sizes) <= set(ROWS[1:]):
+        raise DexError(f"sizes must be among {', '.join(map(str, ROWS[1:]))}, not {', '.join(map(str, sizes))}")
     length = prompt_bucket(max(map(len, prompts))) + capacity_for(new_tokens)
-    costs = {batch: step_costs(lm.config, lm.layout, lm.dtype, batch, length) for batch in batches}
+    costs = step_costs(lm.config, lm.layout, lm.dtype, 1, length)
+    known: dict[TreeShape, TreeFigures] = {}
 
-    def figures(shape: TreeShape, batch: int) -> TreeFigures:
-        new = shape not in counted
-        if new:
-            counted[shape] = KnownTree(shape, _tokens_per_round(lm, drafter, prompts, shape, new_tokens))
-        found = _figures(lm, drafter, counted[shape], costs[batch])
-        if new:
-            tell(batch, found)
-        return found
+    def figures(shape: TreeShape) -> TreeFigures:
+        if shape not in known:
+            tokens = _tokens_per_round(lm, drafter, prompts, shape, new_tokens)
+            known[shape] = _figures(lm, drafter, KnownTree(shape, tokens), costs)
+            tell(known[shape])
+        return known[shape]
 
-    at, winners = LOOKUP_TREE if drafter is None else DRAFTED_TREE, []
-    for batch in batches:
-        best = figures(at, batch)
+    winners = []
+    for rows in sizes:
+        best = figures(first_tree(rows, drafter is not None))
         for _ in range(steps):
-            around = [figures(shape, batch) for shape in neighbours(best.tree.shape, drafter is not None)]
+            around = [figures(shape) for shape in neighbours(best.tree.shape, drafter is not None)]
             leader = max(around, key=lambda each: each.speedup, default=best)
             if leader.speedup <= best.speedup:
                 break
             best = leader
-        winners.append(best.tree)
-        at = best.tree.shape
-    kept = dict.fromkeys([*winners, *_unbeaten(counted.values())])
-    return [_figures(lm, drafter, tree, costs[batches[0]]) for tree in kept]
-
-
-def _unbeaten(trees: Iterable[KnownTree]) -> list[KnownTree]:
-    """Those with more tokens a round than every other tree of no more rows and drafted levels, few rows first."""
-
-    def beats(a: KnownTree, b: KnownTree) -> bool:
-        smaller = a.shape.rows <= b.shape.rows and a.shape.drafted <= b.shape.drafted
-        return a is not b and smaller and a.tokens_per_round >= b.tokens_per_round
-
-    trees = list(trees)
-    found = [tree for tree in trees if not any(beats(other, tree) for other in trees)]
-    return sorted(found, key=lambda tree: (tree.shape.rows, tree.shape.drafted))
+        winners.append(best)
+    return sorted(winners, key=lambda each: -each.speedup)
 
 
 def _figures(lm: LanguageModel, drafter: TrainedExits | None, tree: KnownTree, costs: StepCosts) -> TreeFigures:
