@@ -108,7 +108,7 @@ def test_a_drafter_brings_its_trees() -> None:
 
 def test_rows_that_cost_alike_share_a_rung() -> None:
     shape = TreeShape((1,) * 7, 0, (0.5,) * 8)
-    for a_row_more, rows in ((0.001, []), (0.02, [2, 8]), (0.11, [1, 2, 4, 8])):
+    for a_row_more, rows in ((0.001, []), (0.02, [4, 8]), (0.11, [1, 2, 4, 8])):
         found = auto.with_rungs(costs_of(a_row_more), shape, None, LLAMA, FLOAT32).rungs
         assert [each for each, _ in found] == rows
         assert all(b - a >= 0.1 - 1e-9 for (_, a), (_, b) in itertools.pairwise(found))

@@ -32,8 +32,8 @@ from dex_jax.nn.transformer import Layout, Stacked
 SMALLEST_GAIN = 1.02
 """What is expected to be ahead of AR by less is not worth its compilation, and may well be behind."""
 
-COST_STEP, CLEARLY_LESS = 0.05, 0.1
-"""In AR steps: every row count that a round may choose from is compiled, so they must differ."""
+COST_PARTS, CLEARLY_LESS = 20, 2
+"""Costs are in twentieths of an AR step. Every row count that a round may choose from is compiled: they must differ."""
 
 
 class Candidate(NamedTuple):
@@ -142,12 +142,13 @@ def with_rungs(
     them serves another measurement too.
     """
     drafting = round_seconds(costs, shape, drafter, config, dtype) - costs.step(shape.rows)
-    found: list[tuple[int, float]] = []
+    found: list[tuple[int, int]] = []
     for rows in sorted({*(rows for rows in costs.rows if rows < shape.rows), shape.rows}, reverse=True):
-        cost = round((costs.step(rows) + drafting) / costs.step(1) / COST_STEP) * COST_STEP
+        cost = max(1, round((costs.step(rows) + drafting) / costs.step(1) * COST_PARTS))
         if not found or cost <= found[-1][1] - CLEARLY_LESS:
-            found.append((rows, round(cost, 6)))
-    return dataclasses.replace(shape, rungs=tuple(reversed(found)) if len(found) > 1 else ())
+            found.append((rows, cost))
+    rungs = tuple((rows, cost / COST_PARTS) for rows, cost in reversed(found))
+    return dataclasses.replace(shape, rungs=rungs if len(rungs) > 1 else ())
 
 
 def head_bytes(exits: TrainedExits, config: ModelConfig, dtype: np.dtype) -> int:
