@@ -111,13 +111,16 @@ def candidates(
     trees = known_trees(drafter)
     best = min(trees, key=lambda tree: round_seconds(costs, tree.shape, drafter, config, dtype) / tree.tokens_per_round)
     a_round = round_seconds(costs, best.shape, drafter, config, dtype)
+    # A larger tree whose rounds choose how many rows to run is at least about as good: it holds the smaller one.
+    largest = with_rungs(costs, max(trees, key=lambda tree: tree.shape.rows).shape, drafter, config, dtype)
+    shape = largest if largest.rungs else best.shape
     found.append(
         Candidate(
-            Dex(schedule="serial", tree=with_rungs(costs, best.shape, drafter, config, dtype)),
+            Dex(schedule="serial", tree=shape),
             a_round / best.tokens_per_round,
-            f"serial rounds of at most {best.shape.rows} rows",
-            f"a round of all of them should emit {best.tokens_per_round:.2f} tokens in the time of "
-            f"{a_round / a_step:.2f} AR steps",
+            f"serial rounds of {' or '.join(map(str, shape.counts))} rows",
+            f"{best.shape.rows} rows should emit {best.tokens_per_round:.2f} tokens in the time of {a_round / a_step:.2f} "
+            "AR steps",
         )
     )
     if isinstance(layout, Stacked) and costs.tick is not None and exits is not None:
