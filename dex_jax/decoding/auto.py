@@ -119,8 +119,8 @@ def candidates(
             Dex(schedule="serial", tree=shape),
             a_round / best.tokens_per_round,
             f"serial rounds of {' or '.join(map(str, shape.counts))} rows",
-            f"{best.shape.rows} rows should emit {best.tokens_per_round:.2f} tokens in the time of {a_round / a_step:.2f} "
-            "AR steps",
+            f"{best.shape.rows} rows should emit {best.tokens_per_round:.2f} tokens in the time of "
+            f"{a_round / a_step:.2f} AR steps",
         )
     )
     if isinstance(layout, Stacked) and costs.tick is not None and exits is not None:
