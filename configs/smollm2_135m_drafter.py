@@ -19,5 +19,5 @@ config = dataclasses.replace(
     ),
     draft_tokens=60_000,
     options=DistillationOptions(draft_steps=4),
-    train=dataclasses.replace(exits.train, steps=1000),
+    train=dataclasses.replace(exits.train, steps=600),
 )

@@ -100,18 +100,18 @@ class ChainNetwork(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What a round has shown; rows 0 .. count - 1 are those whose prefix is right.
+    """What a round has shown; rows 0 .. length - 1 are those whose prefix is right.
 
     Attributes:
       where: [B] bool, the sequences whose round ends in this step.
-      count: [B] int32.
+      length: [B] int32.
       final: [B, R] int32, the last layer's token after each row.
       shadow: [K - 1, B, R] int32, each exit's; zeros unless the policy has `shadows`.
       confidence: [K - 1, B, R] float32, the probability that the exit gave it.
     """
 
     where: jax.Array
-    count: jax.Array
+    length: jax.Array
     final: jax.Array
     shadow: jax.Array
     confidence: jax.Array
@@ -379,7 +379,8 @@ def _verify(
 ) -> ChainState:
     """Emits what the last layer confirms and one token more; the sequences of `where` begin a new round."""
     # Memory and states stay outside: a branch that returned them would copy them.
-    small = state._replace(memory=(), noise=None, states=())
+    nothing: Any = ()
+    small = state._replace(memory=(), noise=None, states=nothing)
     settled, count = jax.lax.cond(
         jnp.any(where),
         lambda: _settle(network, state, small, where, limits, sampling, policy),

@@ -75,7 +75,7 @@ class Dynamic(Policy):
     def learn(self, known: Seen, verified: Verified) -> Seen:
         """As of Policy."""
         batch, rows = verified.final.shape
-        true = (jnp.arange(rows)[None] < verified.count[:, None])[:, None]
+        true = (jnp.arange(rows)[None] < verified.length[:, None])[:, None]
         right = jnp.swapaxes(verified.shadow == verified.final[None], 0, 1) & true
         quarter = jnp.swapaxes(_quarter(verified.confidence), 0, 1)
         pays = jnp.broadcast_to(true, right.shape)
@@ -88,7 +88,7 @@ class Dynamic(Policy):
             return self.decay * old + jnp.sum(what, axis=2, dtype=jnp.float32)
 
         seen = Seen(
-            rows=self.decay * known.rows + verified.count,
+            rows=self.decay * known.rows + verified.length,
             given=more(known.given, of_quarter & true[..., None]),
             right=more(known.right, of_quarter & right[..., None]),
             open=more(known.open, pays),

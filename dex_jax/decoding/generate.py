@@ -292,6 +292,7 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
             steps[row] = steps_of(run.schedule, exits[row], kept)
         texts.append(text)
     width = int(lengths.max())
+    spent = None if record.spent is None else np.asarray(record.spent)
     mesh = run.session.lm.mesh
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     many = "" if mesh is None else f"{mesh.size} x "
@@ -300,7 +301,7 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
         choice=run.choice,
         exits_source=run.exits.source,
         exits=exits[:, :width],
-        **counts(run.schedule, exits, steps, record.spent, lengths),
+        **counts(run.schedule, exits, steps, spent, lengths),
         compile_seconds=times["compile"],
         prefill_seconds=times["prefill"],
         decode_seconds=times["decode"],
