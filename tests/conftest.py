@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
@@ -50,3 +51,16 @@ def smollm2():
     import dex_jax
 
     return dex_jax.load("smollm2-135m", dtype="float32")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """What one file has compiled is of no use to the next, and LLVM aborts a process that holds too many programs."""
+    yield
+    from dex_jax.decoding.session import PROGRAMS
+    from dex_jax.training.stream import PRODUCE
+
+    for program in (*PROGRAMS, PRODUCE):
+        program.forget()
+    jax.clear_caches()
+    gc.collect()

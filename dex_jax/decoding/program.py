@@ -35,6 +35,10 @@ class Program:
         """Runs the function; compiles it first when these shapes and statics are new."""
         return self.compile(*args, **static)(*args)
 
+    def forget(self) -> None:
+        """Drops what has been compiled: a process may hold only so many mappings of memory, and programs take many."""
+        self._compiled.clear()
+
     def compile(self, *args: Any, **static: Any) -> Any:
         """The program for these shapes; arguments may be jax.ShapeDtypeStruct."""
         leaves, tree = jax.tree.flatten(args)
