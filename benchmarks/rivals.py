@@ -75,7 +75,7 @@ def table(runs: dict[str, Any], num_layers: int) -> str:
     choosing, reporting = slice(0, None, 2), slice(1, None, 2)
     rows = [name for name in runs if not name.startswith(("LayerSkip", "AdaDecode"))]
     rows += [best(runs, family, choosing) for family in ("AdaDecode", "LayerSkip")]
-    plain = runs["AR"]["tokens"]
+    plain = runs["AR"]["digest"]
     lines = [
         "| method | layer steps a token | AR's over it | accepted drafts | tokens are AR's |",
         "|---|---|---|---|---|",

@@ -7,10 +7,12 @@ import pytest
 from reference.held_out_prompts import PROMPTS
 
 import dex_jax
-from dex_jax.decoding.exits import DEFAULTS, default_exits, resolve_method
+from dex_jax.decoding.costs import ROWS
+from dex_jax.decoding.exits import DEFAULTS, default_drafter, default_exits, resolve_method
+from dex_jax.decoding.known_trees import known_trees
 
 SERVED = (2, 3, 5, 6, 10)
-LARGEST_BYTES = 12e6
+LARGEST_BYTES = {"exits": 12e6, "drafter": 16e6}
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +23,24 @@ def exits(smollm2):
 
 
 def test_they_are_small_and_say_what_made_them(exits) -> None:
-    files = list(DEFAULTS.glob("*.safetensors"))
-    assert sum(file.stat().st_size for file in files) <= LARGEST_BYTES
-    assert exits.metadata["tokens"] > 0
-    assert exits.metadata["minutes"] > 0
-    assert exits.metadata["data"]
+    drafter = default_drafter(exits.fingerprint)
+    assert drafter is not None
+    sizes = dict.fromkeys(LARGEST_BYTES, 0)
+    for file in DEFAULTS.glob("*.safetensors"):
+        sizes["drafter" if file.stem.endswith(".drafter") else "exits"] += file.stat().st_size
+    assert all(0 < size <= LARGEST_BYTES[name] for name, size in sizes.items())
+    for shipped in (exits, drafter):
+        assert shipped.fingerprint == exits.fingerprint
+        assert shipped.metadata["tokens"] > 0
+        assert shipped.metadata["minutes"] > 0
+        assert shipped.metadata["data"]
+
+
+def test_the_drafter_brings_trees_that_auto_can_choose_from(exits) -> None:
+    drafter = default_drafter(exits.fingerprint)
+    assert drafter.config.is_drafter
+    assert [tree.shape.rows in ROWS for tree in known_trees(drafter)] == [True] * len(known_trees(drafter))
+    assert "trees" in drafter.metadata
 
 
 @pytest.mark.parametrize("explorers", SERVED)
