@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from dex_jax.decoding.chain import Policy
+from dex_jax.decoding.chain_interface import Policy
 from dex_jax.decoding.methods import Dex, Schedule, whole_number
 from dex_jax.errors import DexError
 

@@ -11,155 +11,16 @@ exits are counted from 0 in code, as array indices, and from 1 in what is report
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dex_jax.decoding.chain_interface import ChainExits, ChainNetwork, ChainRows, Path, Policy, Verified
 from dex_jax.decoding.ladder import climb
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, emit, until_done
 from dex_jax.sampling import Sampling, choose, scores
-
-
-class ChainRows(NamedTuple):
-    """The rows of a round.
-
-    Attributes:
-      token: [B, R] int32, row 0 the root: the last token emitted.
-      position: [B, R] int32.
-      progress: [B, R] int32, stages done; 0 for rows that are not there yet.
-      states: [K, B, R, D], hidden states after each stage; anything above a row's progress.
-    """
-
-    token: jax.Array
-    position: jax.Array
-    progress: jax.Array
-    states: jax.Array
-
-
-class ChainExits(NamedTuple):
-    """The heads of exits 1..K-1.
-
-    Attributes:
-      newest: (memory, ChainRows, row [B], exit [B]) -> features [B, D'] of one row a sequence at one exit each.
-      shadows: (memory, ChainRows) -> [K - 1, B R, D'], every row at every exit, as if the rows had been drafted there.
-      logits, vocabulary, rest: as in `interface.Exits`.
-    """
-
-    newest: Callable[..., jax.Array]
-    shadows: Callable[..., jax.Array]
-    logits: Callable[[jax.Array], jax.Array]
-    vocabulary: jax.Array | None = None
-    rest: Callable[[jax.Array], jax.Array] | None = None
-
-
-class Path(NamedTuple):
-    """The rows that a round commits; their keys and values stand where they belong already.
-
-    Attributes:
-      token: [B, R] int32.
-      hidden: [B, R, D] at depth L.
-      prefix: [B] int32, position of the first.
-      length: [B] int32, how many; 0 for sequences that commit nothing in this step.
-    """
-
-    token: jax.Array
-    hidden: jax.Array
-    prefix: jax.Array
-    length: jax.Array
-
-
-class ChainNetwork(NamedTuple):
-    """A decoder whose stages run one by one.
-
-    Attributes:
-      vocab_size: V.
-      depths: x_1 < ... < x_K = L.
-      embed: (token [B], position [B]) -> hidden [B, D].
-      run: (memory, stage, hidden [B, n, D], start [B]) -> (hidden, fresh): n rows at consecutive positions through one
-        stage; each sees the positions before `start` and the rows up to itself. Leaves of `fresh` have the rows on the
-        last axis but one.
-      write: (memory, stage, fresh, start [B], where [B] bool) -> memory: the sequences of `where` take up n rows from
-        `start` on; rows that are not there yet may be anything, they are written again before they are read.
-      commit: (memory, Path) -> memory: for what exits remember of the committed prefix.
-      final: hidden [M, D] -> logits [M, V] float32.
-      exits: None for K = 1.
-    """
-
-    vocab_size: int
-    depths: tuple[int, ...]
-    embed: Callable[[jax.Array, jax.Array], jax.Array]
-    run: Callable[..., tuple[jax.Array, Any]]
-    write: Callable[..., Any]
-    commit: Callable[[Any, Path], Any]
-    final: Callable[[jax.Array], jax.Array]
-    exits: ChainExits | None
-
-
-class Verified(NamedTuple):
-    """What a round has shown; rows 0 .. length - 1 are those whose prefix is right.
-
-    Attributes:
-      where: [B] bool, the sequences whose round ends in this step.
-      length: [B] int32.
-      final: [B, R] int32, the last layer's token after each row.
-      shadow: [K - 1, B, R] int32, each exit's; zeros unless the policy has `shadows`.
-      confidence: [K - 1, B, R] float32, the probability that the exit gave it.
-    """
-
-    where: jax.Array
-    length: jax.Array
-    final: jax.Array
-    shadow: jax.Array
-    confidence: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """When to draft. This one drafts at the first exit until `draft_length` tokens wait.
-
-    A confidence is the probability of the token that an exit gives: of its softmax over logits, divided by the
-    temperature and with the position's noise added where tokens are sampled, as the choice itself is made.
-
-    Attributes:
-      draft_length: at most so many tokens a round, R - 1.
-    """
-
-    draft_length: int
-    shadows: ClassVar[bool] = False
-
-    @property
-    def rows(self) -> int:
-        """R."""
-        return self.draft_length + 1
-
-    def begin(self, batch: int) -> Any:
-        """What is known before the first round: a pytree of arrays with a leading axis B."""
-        del batch
-        return ()
-
-    def asks(self, known: Any, exit_index: jax.Array, drafted: jax.Array) -> jax.Array:
-        """[B] bool: whether to ask the exit [B] that the newest row has reached, with `drafted` [B] tokens waiting."""
-        del known, exit_index
-        return drafted >= 0
-
-    def drafts(self, known: Any, exit_index: jax.Array, drafted: jax.Array, confidence: jax.Array) -> jax.Array:
-        """[B] bool: whether to take the token that the exit gives with this confidence [B]; the rest as of `asks`."""
-        del known, exit_index, drafted
-        return confidence >= 0
-
-    def learn(self, known: Any, verified: Verified) -> Any:
-        """What is known after a round; must not change sequences outside `verified.where`."""
-        del verified
-        return known
-
-    def born_at(self, born_at: jax.Array, verified: Verified) -> jax.Array:
-        """`exits` [B, R] of the tokens after each row, given where they were drafted (K where not)."""
-        del verified
-        return born_at
 
 
 class ChainState(NamedTuple):

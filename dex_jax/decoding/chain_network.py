@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.chain import ChainExits, ChainNetwork, ChainRows, Path
+from dex_jax.decoding.chain_interface import ChainExits, ChainNetwork, ChainRows, Path
 from dex_jax.decoding.network import run_rows, write_layers
 from dex_jax.decoding.trained_exits import EMPTY_ENTRY, ExitArrays, read_chunk, shared_columns
 from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph

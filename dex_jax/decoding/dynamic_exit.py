@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.chain import Policy, Verified
+from dex_jax.decoding.chain_interface import Policy, Verified
 from dex_jax.decoding.methods import Dex, Schedule, whole_number
 from dex_jax.errors import DexError
 

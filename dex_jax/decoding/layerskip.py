@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dex_jax.decoding.chain import Policy
+from dex_jax.decoding.chain_interface import Policy
 from dex_jax.decoding.methods import Schedule, whole_number
 from dex_jax.errors import DexError
 

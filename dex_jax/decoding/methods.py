@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from typing import Any, Protocol
 
-from dex_jax.decoding.chain import Policy
+from dex_jax.decoding.chain_interface import Policy
 from dex_jax.decoding.known_trees import LOOKUP_TREE
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.errors import DexError

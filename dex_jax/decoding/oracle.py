@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.chain import Policy, Verified
+from dex_jax.decoding.chain_interface import Policy, Verified
 from dex_jax.decoding.methods import Dex, Schedule
 
 
