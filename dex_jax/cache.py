@@ -146,13 +146,14 @@ def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax
 def _for_each(
     batch: int, write: Callable[[int | jax.Array, jax.Array], jax.Array], cache: jax.Array, unrolled: bool
 ) -> jax.Array:
-    """Applies write(b, cache) for b = 0 .. B - 1, in place.
+    """Applies write(b, cache) for every b < B, in place.
 
     Not a vmapped write, which is a scatter: TPUs want the whole cache in another layout for it, a second copy. Within a
     loop over layers the writes are `unrolled`: there is one layer to compile, and a loop of their own would be copied.
     """
     if batch > UNROLLED_WRITES and not unrolled:
-        return jax.lax.fori_loop(0, batch, write, cache)
+        # Backwards: libtpu 0.0.42 takes a loop that counts up for one that builds a stack, and then fails to compile it.
+        return jax.lax.fori_loop(0, batch, lambda i, cache: write(batch - 1 - i, cache), cache)
     for b in range(batch):
         cache = write(b, cache)
     return cache

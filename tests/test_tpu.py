@@ -185,14 +185,14 @@ def copies_in_loop(hlo: str, at_least: int) -> list[str]:
     return offenders
 
 
-def assert_sound(compiled: Compiled) -> None:
-    """What every program must show; temporaries stay below a tenth of weights and caches."""
+def assert_sound(compiled: Compiled, temporaries: float = 0.1) -> None:
+    """What every program must show; `temporaries` stay below that share of weights and caches."""
     shapes, args = compiled.shapes
     weights, caches = nbytes(shapes.weights), nbytes(shapes.memory)
     # An array that had become a constant would be missing here.
     assert compiled.memory.argument_size_in_bytes >= nbytes(args[0]) + nbytes(args[1])
     assert compiled.memory.alias_size_in_bytes >= caches
-    assert compiled.memory.temp_size_in_bytes < 0.1 * (weights + caches)
+    assert compiled.memory.temp_size_in_bytes < temporaries * (weights + caches)
     constants = [
         math.prod(map(int, filter(None, dims.split(","))))
         for dims in re.findall(r"= \w+\[([\d,]*)\]\S* constant\(", compiled.hlo)
@@ -247,7 +247,10 @@ def test_smollm2_depth_exploration_compiles(tpu, layout) -> None:
     schedule = Dex(explorers=5).schedule_for(config.num_layers)
     chosen = Unrolled() if layout == "unrolled" else Stacked(schedule.depths)
     compiled = compile_program(tpu, "run", schedule, chosen, "bfloat16", config=config, batch=1, cache_length=2048)
-    assert_sound(compiled)
+    # Widths that are no multiple of 128 (576, 960) make libtpu before 0.0.52 lay weights out anew once a call; in the
+    # loop no weight is moved.
+    assert_sound(compiled, temporaries=1.0)
+    assert copies_in_loop(compiled.hlo, nbytes(compiled.shapes[0].weights) // 200) == []
 
 
 @pytest.mark.parametrize(("wanted", "method"), [("stage=4", "dex"), ("stage=2,tensor=2", "dex"), ("stage=4", "ar")])
