@@ -17,9 +17,12 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import dex_jax
+from dex_jax.decoding.auto import with_rungs
+from dex_jax.decoding.costs import step_costs
 from dex_jax.decoding.exits import default_drafter
 from dex_jax.decoding.known_trees import LOOKUP_TREE, known_trees
 from dex_jax.errors import DexError
@@ -27,9 +30,12 @@ from dex_jax.training.prompt_files import read_prompts
 
 NO_LOOKUP = (0.0,) * 8
 
+COST_LENGTH = 512
+"""Cache positions with which the costs are measured that rounds choose by."""
 
-def trees(best: dex_jax.TreeShape) -> dict[str, dex_jax.TreeShape | None]:
-    """Row -> tree; None is AR."""
+
+def trees(best: dex_jax.TreeShape, chosen: dex_jax.TreeShape) -> dict[str, dex_jax.TreeShape | None]:
+    """Row -> tree; None is AR. `best` is the fastest whose rounds are all alike; those of `chosen` choose."""
     chain = dataclasses.replace(best, widths=(1,) * len(best.widths))
     shorter = {
         f"{levels} drafted level{'s' * (levels > 1)}": dex_jax.TreeShape(
@@ -51,6 +57,9 @@ def trees(best: dex_jax.TreeShape) -> dict[str, dex_jax.TreeShape | None]:
         f"{best.drafted + 1} drafted levels": longer,
         "no lookup": drafts_alone,
         "lookup alone": LOOKUP_TREE,
+        f"rounds choose of {chosen.rows} rows": chosen,
+        "they choose rows, not levels": dataclasses.replace(chosen, drafting=0.0),
+        "they choose, without lookup": dataclasses.replace(chosen, lookup=NO_LOOKUP),
     }
 
 
@@ -78,7 +87,10 @@ def main() -> int:
     drafter = dex_jax.load_exits(args.drafter) if args.drafter else default_drafter(lm.fingerprint)
     if drafter is None:
         raise DexError("no drafter ships with this model: give --drafter")
-    shapes = trees(known_trees(drafter)[0].shape)
+    known = [tree.shape for tree in known_trees(drafter)]
+    costs = step_costs(lm.config, lm.layout, lm.dtype, 1, COST_LENGTH)
+    largest = max(known, key=lambda shape: shape.rows)
+    shapes = trees(known[0], with_rungs(costs, largest, drafter, lm.config, jnp.dtype(lm.dtype)))
     ids = []
     for path in args.data:
         prompts = read_prompts(path)

@@ -104,16 +104,16 @@ def test_a_drafter_brings_its_trees() -> None:
         assert plain.method == AR()
         assert serial.seconds == pytest.approx((1 + a_row_more * (tree.shape.rows - 1)) / tree.tokens_per_round)
         # The larger one is taken where a round can choose to run less of it.
-        assert dataclasses.replace(serial.method.tree, rungs=()) == trees[0].shape
+        assert dataclasses.replace(serial.method.tree, rungs=(), drafting=0.0) == trees[0].shape
         assert serial.method.tree.counts == ((4,) if a_row_more == 0.01 else (1, 2, 4))
 
 
 def test_rows_that_cost_alike_share_a_rung() -> None:
     shape = TreeShape((1,) * 7, 0, (0.5,) * 8)
-    for a_row_more, rows in ((0.001, []), (0.02, [4, 8]), (0.11, [1, 2, 4, 8])):
+    for a_row_more, rows in ((0.001, []), (0.02, [2, 8]), (0.11, [1, 2, 4, 8])):
         found = auto.with_rungs(costs_of(a_row_more), shape, None, LLAMA, FLOAT32).rungs
         assert [each for each, _ in found] == rows
-        assert all(b - a >= 0.1 - 1e-9 for (_, a), (_, b) in itertools.pairwise(found))
+        assert all(b - a >= 3 / 32 for (_, a), (_, b) in itertools.pairwise(found))
 
 
 def test_drafting_costs_what_its_weights_are() -> None:

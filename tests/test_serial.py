@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import serial_twin
 
-from dex_jax.decoding import serial
+from dex_jax.decoding import record, serial
 from dex_jax.decoding.record import Limits
 from dex_jax.decoding.suffix import LONGEST, continuation
 from dex_jax.errors import DexError
@@ -167,16 +168,18 @@ def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, temperature) 
 
 
 @pytest.mark.parametrize("temperature", [None, 0.7])
-def test_a_round_runs_the_rows_that_promise_most(temperature) -> None:
-    """Alone, as a batch chooses for all its sequences together; the twin says how many rows each round runs."""
-    chosen: set[int] = set()
+def test_a_round_drafts_and_runs_what_is_worth_its_time(temperature) -> None:
+    """Alone, as a batch chooses for all its sequences together; the twin says what each round drafts and runs."""
+    rows_chosen: set[int] = set()
+    levels_chosen: set[int] = set()
     for seed in range(6):
         rng = np.random.default_rng([seed, 11])
-        a_row_more = (0.02, 0.06, 0.12, 0.25, 0.5, 0.9)[seed % 6] * (1 + 0.1 * rng.random())
+        a_row_more = (1, 2, 4, 8, 16, 28)[seed] / 32
+        drafting = (0, 1, 3, 6, 2, 1)[seed] / 32
         rungs = tuple((rows, 1 + a_row_more * (rows - 1)) for rows in (1, 3, 6, 10))
         widths, drafted, lookup = (3, 2, 2, 1, 1), 4, LOOKUP
         toy = Toy(seed, int(rng.integers(0, 4)), 11)
-        shape = serial.TreeShape(widths, drafted, lookup, rungs)
+        shape = serial.TreeShape(widths, drafted, lookup, rungs, drafting)
         prompt, first = rng.integers(0, VOCABULARY, 8).tolist(), int(rng.integers(0, VOCABULARY))
         limits = Limits(jnp.asarray([40], jnp.int32), jnp.asarray([12], jnp.int32))
         keys, draws, sampling = sampling_keys([seed]), None, None
@@ -185,21 +188,59 @@ def test_a_round_runs_the_rows_that_promise_most(temperature) -> None:
             noise = functools.partial(lambda key, n: np.array(position_noise(key, n, VOCABULARY)), keys[0])
             draws = serial_twin.Draws(noise, temperature)
         options = {"widths": widths, "drafted": drafted, "lookup": lookup, "limit": 40, "eos": (12,), "draws": draws}
-        twin = serial_twin.serial_run(toy, prompt, first, rungs=rungs, **options)
+        twin = serial_twin.serial_run(toy, prompt, first, rungs=rungs, drafting=drafting, **options)
         whole = serial_twin.serial_run(toy, prompt, first, **options)
         state = decode(toy, [prompt], [first], shape, limits, sampling)
         size = len(twin.tokens)
         assert state.record.tokens[0, :size].tolist() == twin.tokens == whole.tokens
         assert state.record.exits[0, :size].tolist() == twin.exits
         assert int(state.record.ticks[0]) == twin.rounds >= whole.rounds
-        chosen |= set(twin.rows)
-    assert len(chosen) > 2
+        assert float(state.spent) == twin.spent
+        rows_chosen |= set(twin.rows)
+        levels_chosen |= set(twin.levels)
+    assert len(rows_chosen) > 2
+    assert len(levels_chosen) > 2
+
+
+def test_a_batch_spends_time_for_all_of_it() -> None:
+    """What a round takes is counted once for every sequence that is still going."""
+    toy, rungs = Toy(3, 2, 11), ((1, 1.0), (4, 1.5), (10, 2.0))
+    shape = serial.TreeShape((3, 2, 2, 1, 1), 4, LOOKUP, rungs, 1 / 16)
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, VOCABULARY, size).tolist() for size in (3, 9, 5)]
+    limits = Limits(jnp.asarray([40, 17, 1], jnp.int32), jnp.asarray([12], jnp.int32))
+    state = decode(toy, prompts, [1, 2, 3], shape, limits)
+    rounds = np.asarray(state.record.ticks)
+    assert rounds[2] == 0
+    assert rounds.sum() <= float(state.spent) <= rounds.sum() * (2.0 + 4 / 16)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_path_is_emitted_as_its_tokens_would_be_one_by_one(seed: int) -> None:
+    batch, size, capacity = 3, 5, 9
+    rng = np.random.default_rng(seed)
+    limits = Limits(jnp.asarray(rng.integers(1, capacity + 1, batch), jnp.int32), jnp.asarray([3], jnp.int32))
+    at_once = record.begin(jnp.asarray(rng.integers(0, 6, batch), jnp.int32), capacity, limits)
+    singly = at_once
+    for _ in range(3):
+        tokens = jnp.asarray(rng.integers(0, 6, (batch, size)), jnp.int32)
+        born_at = jnp.asarray(rng.integers(0, 2, (batch, size)), jnp.int32)
+        count = jnp.asarray(rng.integers(1, size + 1, batch), jnp.int32)
+        ticks = singly.ticks + ~singly.done
+        for i in range(size):
+            singly = record.emit(singly, tokens[:, i], born_at[:, i], (i < count) & ~singly.done, limits)
+        singly = singly._replace(ticks=ticks)
+        at_once, _ = record.emit_path(at_once, tokens, born_at, count, limits)
+        chex.assert_trees_all_equal(at_once, singly)
 
 
 def test_rungs_that_mean_nothing_are_refused() -> None:
     for rungs in (((1, 1.0),), ((2, 1.0), (2, 1.5)), ((1, 2.0), (2, 1.0)), ((1, 0.0), (2, 1.0))):
         with pytest.raises(DexError, match="rungs ascend to its 2 rows"):
             serial.TreeShape((1,), 0, LOOKUP, rungs)
+    with pytest.raises(DexError, match="cannot take -1 AR steps"):
+        serial.TreeShape((1,), 0, LOOKUP, ((1, 1.0), (2, 2.0)), -1)
 
 
 @settings(max_examples=60, deadline=None)

@@ -22,7 +22,7 @@ from dex_jax.decoding.serial import TreeShape
 from dex_jax.decoding.serial_network import tree_network
 from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk
 from dex_jax.evaluation import tree_search
-from dex_jax.evaluation.tree_search import first_tree, neighbours, search_trees
+from dex_jax.evaluation.tree_search import first_large_tree, first_tree, neighbours, search_trees
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
 from dex_jax.lattice import NO_NODE
@@ -181,6 +181,11 @@ def test_trees_around_one() -> None:
     assert neighbours(TreeShape((1, 1), 0, (0.5,) * 8), drafts=False) == []
     assert [first_tree(rows, True).rows for rows in ROWS[1:4]] == list(ROWS[1:4])
     assert first_tree(4, False) == TreeShape((1, 1, 1), 0, LOOKUP_TRUST)
+    for rows in ROWS[1:]:
+        large = first_large_tree(rows)
+        assert large.rows == rows
+        assert large.drafted == len(large.widths)
+    assert first_large_tree(16).widths == (4, 3, 2, 2, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("drafted", [True, False])
@@ -188,7 +193,13 @@ def test_the_search_climbs_for_each_size(lm, monkeypatch, drafted) -> None:
     cheap = StepCosts(ROWS, tuple(1 + 0.01 * (rows - 1) for rows in ROWS), 10**12)
     monkeypatch.setattr(tree_search, "step_costs", lambda *about: cheap)
     tried, prompts, given = [], [[3, 4, 5], [9, 8]], drafter() if drafted else None
-    found = search_trees(lm, given, prompts, sizes=(2, 4), new_tokens=16, steps=1, tell=tried.append)
+    options = {"new_tokens": 16, "steps": 1, "tell": tried.append}
+    found = search_trees(lm, given, prompts, sizes=(2, 4), largest=8, **options)
+    if drafted:
+        large = found.pop()
+        rivals = [each for each in tried if each.tree.shape.rows == 8]
+        assert large.tree.shape.drafted == len(large.tree.shape.widths)
+        assert large.tree.tokens_per_round == max(each.tree.tokens_per_round for each in rivals)
     assert sorted(each.tree.shape.rows for each in found) == [2, 4]
     assert found[0].speedup >= found[1].speedup
     for best in found:
@@ -201,7 +212,9 @@ def test_the_search_climbs_for_each_size(lm, monkeypatch, drafted) -> None:
     assert known_trees(kept) == tuple(each.tree for each in found)
     assert resolve_method(SERIAL, kept, lm.config, "0").schedule.tree == found[0].tree.shape
     with pytest.raises(dex_jax.DexError, match="sizes must be among 2, 4, 8, 16, not 3"):
-        search_trees(lm, given, prompts, sizes=(3,))
+        search_trees(lm, given, prompts, sizes=(3,), largest=None)
+    with pytest.raises(dex_jax.DexError, match="more rows than 4, not 4"):
+        search_trees(lm, given, prompts, sizes=(4,), largest=4)
 
 
 def test_a_stop_string_counts_the_rounds_up_to_it(lm) -> None:

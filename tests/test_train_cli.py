@@ -194,10 +194,11 @@ def test_a_tree_is_searched_and_kept(capsys, monkeypatch, place, drafter, tmp_pa
     monkeypatch.setattr("dex_jax.cli.decode.remember_compilations", lambda: None)
     out = tmp_path / "with_tree.safetensors"
     flags = ["--exits", drafter, "--model", place / "model", "--data", place / "prompts.txt", "--max-new-tokens", "8"]
-    code, said, told = run(capsys, "tree", *flags, "--output", out, "--prompts", "2", "--steps", "0", "--sizes", "4")
+    sizes = ["--sizes", "4", "--largest", "8", "--steps", "0"]
+    code, said, told = run(capsys, "tree", *flags, "--output", out, "--prompts", "2", *sizes)
     assert code == 0
     assert said.startswith(f"{out}: rows a level 2, 1, 2 drafted: ")
-    assert told.count("tokens a round") == 1
+    assert told.count("tokens a round") == 2
     assert load_exits(out).metadata["trees"][0]["widths"] == [2, 1]
     code, _, err = run(capsys, "tree", *flags, "--output", tmp_path / "no.bin")
     assert (code, "name it so" in err) == (2, True)

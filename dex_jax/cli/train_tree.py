@@ -30,6 +30,7 @@ def tree_parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=96, metavar="N", help="of each answer (%(default)s)")
     add("--steps", type=int, default=4, metavar="N", help="at most so many moves for each of --sizes (%(default)s)")
     add("--sizes", type=int, nargs="+", default=[4, 8], metavar="N", help="rows of a tree (4 8)")
+    add("--largest", type=int, default=16, metavar="N", help="rows of the one that rounds choose from (%(default)s)")
     add("--float32", action="store_true", help="write full precision; otherwise 8-bit matrices")
     return p
 
@@ -63,7 +64,7 @@ def tree(args: argparse.Namespace) -> None:
     prompts = [ids for ids in map(lm.encode, chosen) if len(ids) <= args.max_prompt_tokens]
     if not prompts:
         raise DexError(f"every prompt has more than {args.max_prompt_tokens} tokens: raise --max-prompt-tokens")
-    options = {"sizes": args.sizes, "new_tokens": args.max_new_tokens, "steps": args.steps}
+    options = {"sizes": args.sizes, "largest": args.largest, "new_tokens": args.max_new_tokens, "steps": args.steps}
     found = search_trees(lm, drafter, prompts, **options, tell=tell)
     save_exits(args.output, with_trees(drafter, [each.tree for each in found]), int8=not args.float32)
     print(f"{args.output}: {_line(found[0])}")

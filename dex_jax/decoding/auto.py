@@ -32,8 +32,8 @@ from dex_jax.nn.transformer import Layout, Stacked
 SMALLEST_GAIN = 1.02
 """What is expected to be ahead of AR by less is not worth its compilation, and may well be behind."""
 
-COST_PARTS, CLEARLY_LESS = 20, 2
-"""Costs are in twentieths of an AR step. Every row count that a round may choose from is compiled: they must differ."""
+COST_PARTS, CLEARLY_LESS = 32, 3
+"""Costs are in parts of an AR step. Every row count that a round may choose from is compiled: they must differ."""
 
 
 class Candidate(NamedTuple):
@@ -132,8 +132,7 @@ def round_seconds(
     costs: StepCosts, shape: TreeShape, drafter: TrainedExits | None, config: ModelConfig, dtype: np.dtype
 ) -> float:
     """What a serial round should take: a step of N rows, and the drafter's weights read once a drafted level."""
-    drafting = 0.0 if drafter is None else costs.reading(head_bytes(drafter, config, dtype))
-    return costs.step(shape.rows) + shape.drafted * drafting
+    return costs.step(shape.rows) + shape.drafted * drafting_seconds(costs, drafter, config, dtype)
 
 
 def with_rungs(
@@ -141,17 +140,23 @@ def with_rungs(
 ) -> TreeShape:
     """The shape with the row counts that a round may choose from: those that cost clearly less than the next larger.
 
-    What is drafted costs as much whatever is then run. Costs are in AR steps, rounded so that a program compiled for
-    them serves another measurement too.
+    Costs are in AR steps, rounded so that a program compiled for them serves another measurement too.
     """
-    drafting = round_seconds(costs, shape, drafter, config, dtype) - costs.step(shape.rows)
     found: list[tuple[int, int]] = []
     for rows in sorted({*(rows for rows in costs.rows if rows < shape.rows), shape.rows}, reverse=True):
-        cost = max(1, round((costs.step(rows) + drafting) / costs.step(1) * COST_PARTS))
+        cost = max(1, round(costs.step(rows) / costs.step(1) * COST_PARTS))
         if not found or cost <= found[-1][1] - CLEARLY_LESS:
             found.append((rows, cost))
     rungs = tuple((rows, cost / COST_PARTS) for rows, cost in reversed(found))
-    return dataclasses.replace(shape, rungs=rungs if len(rungs) > 1 else ())
+    if len(rungs) < 2:
+        return dataclasses.replace(shape, rungs=(), drafting=0.0)
+    drafting = round(drafting_seconds(costs, drafter, config, dtype) / costs.step(1) * COST_PARTS) / COST_PARTS
+    return dataclasses.replace(shape, rungs=rungs, drafting=drafting)
+
+
+def drafting_seconds(costs: StepCosts, drafter: TrainedExits | None, config: ModelConfig, dtype: np.dtype) -> float:
+    """What drafting a level should take: the drafter's weights are read once."""
+    return 0.0 if drafter is None else costs.reading(head_bytes(drafter, config, dtype))
 
 
 def head_bytes(exits: TrainedExits, config: ModelConfig, dtype: np.dtype) -> int:

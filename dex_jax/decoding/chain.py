@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from dex_jax.decoding.chain_interface import ChainExits, ChainNetwork, ChainRows, Path, Policy, Verified
 from dex_jax.decoding.ladder import climb
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
-from dex_jax.decoding.record import Limits, Record, begin, emit, until_done
+from dex_jax.decoding.record import Limits, Record, begin, emit_path, until_done
 from dex_jax.sampling import Sampling, choose, scores
 
 
@@ -282,16 +282,10 @@ def _settle(
     drafted_at = jnp.concatenate([state.drafted_at[:, 1:], jnp.full((batch, 1), stages, jnp.int32)], axis=1)
     born_at = policy.born_at(jnp.where(place < accepted[:, None], drafted_at, stages), verified)
 
-    def emit_one(record: Record, row: Any) -> tuple[Record, None]:
-        i, token, exit_number = row
-        here = (i < count) & ~record.done
-        at = jnp.where(here, record.lengths, record.tokens.shape[1])
-        assert record.spent is not None
-        spent = record.spent.at[jnp.arange(batch), at].set(state.spent, mode="drop")
-        return emit(record, token, exit_number, here, limits)._replace(spent=spent), None
-
-    record, _ = jax.lax.scan(emit_one, state.record, (jnp.arange(rows), final.T, born_at.T))
-    record = record._replace(ticks=state.record.ticks + where)
+    record, at = emit_path(state.record, final, born_at, count, limits)
+    assert record.spent is not None
+    spent = record.spent.at[jnp.arange(batch)[:, None], at].set(state.spent[:, None], mode="drop")
+    record = record._replace(spent=spent, ticks=state.record.ticks + where)
 
     root = jnp.take_along_axis(final, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     small = small._replace(

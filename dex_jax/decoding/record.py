@@ -82,6 +82,36 @@ def emit(record: Record, token: jax.Array, born_at: jax.Array, where: jax.Array,
     )
 
 
+def emit_path(
+    record: Record, tokens: jax.Array, born_at: jax.Array, count: jax.Array, limits: Limits
+) -> tuple[Record, jax.Array]:
+    """Appends several tokens at once, as `emit` one after the other would, and counts one tick.
+
+    Args:
+      record: so far.
+      tokens, born_at: [B, P] int32.
+      count: [B] int32, how many of each row are meant; what comes after a sequence's end is left out.
+      limits: when a sequence ends.
+
+    Returns:
+      (record, [B, P] int32 where each token went, the capacity T for those that went nowhere).
+    """
+    batch, size = tokens.shape
+    step = jnp.arange(size)[None]
+    ends = jax.vmap(_ends, (1, 1, None), 1)(tokens, record.lengths[:, None] + 1 + step, limits)
+    ended_before = jnp.cumsum(ends, axis=1) - ends > 0
+    here = (step < count[:, None]) & ~record.done[:, None] & ~ended_before
+    place = jnp.where(here, record.lengths[:, None] + step, record.tokens.shape[1])
+    sequences = jnp.arange(batch)[:, None]
+    return record._replace(
+        tokens=record.tokens.at[sequences, place].set(tokens, mode="drop"),
+        exits=record.exits.at[sequences, place].set(born_at, mode="drop"),
+        lengths=record.lengths + jnp.sum(here, axis=1, dtype=jnp.int32),
+        ticks=record.ticks + ~record.done,
+        done=record.done | jnp.any(here & ends, axis=1),
+    ), place
+
+
 def until_done(step: Callable[[Any], Any], state: Any, until_tick: jax.Array | None) -> Any:
     """Steps under one lax.while_loop until every sequence is done, or until `until_tick` (int32 scalar).
 

@@ -29,14 +29,13 @@ def continuation(text: jax.Array, length: jax.Array, count: int) -> tuple[jax.Ar
     at = jnp.arange(size)
     last = length - 1
 
-    def longer(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        matched, going = carry
-        same = jnp.roll(text, i) == text[jnp.maximum(last - i, 0)]
-        going = going & same & (at >= i) & (last >= i)
-        return matched + going, going
-
-    begin = (jnp.zeros(size, jnp.int32), at < last)
-    matched, _ = jax.lax.fori_loop(0, LONGEST, longer, begin)
+    # Shifts are static: a loop over them would cost more than the comparisons.
+    same = [(jnp.roll(text, i) == text[jnp.maximum(last - i, 0)]) & (at >= i) & (last >= i) for i in range(LONGEST)]
+    going = at < last
+    matched = jnp.zeros(size, jnp.int32)
+    for each in same:
+        going &= each
+        matched += going
     best = jnp.max(matched)
     end = jnp.max(jnp.where(matched == best, at, -1))
     period = jnp.maximum(last - end, 1)

@@ -1,7 +1,9 @@
 """Which trees pay: tokens a round on some prompts, over what a round should take on the device at hand.
 
 How many tokens a round emits does not depend on the device, so it is counted; what a round takes comes from the costs
-by which schedule="auto" chooses (decoding/auto.py), and is not disturbed by other load.
+by which schedule="auto" chooses (decoding/auto.py), and is not disturbed by other load. The largest tree is another
+matter: rounds choose how many of its levels to draft and how many of its rows to run, so it is the one that would emit
+the most if it were always drafted and run whole.
 """
 
 from __future__ import annotations
@@ -64,6 +66,15 @@ def neighbours(shape: TreeShape, drafts: bool) -> list[TreeShape]:
     return found
 
 
+def first_large_tree(rows: int) -> TreeShape:
+    """Where the search for the largest tree begins: all levels drafted, each 3/4 as wide as the one above."""
+    widths, left, width = [], rows - 1, rows / 4
+    while left:
+        widths.append(min(left, max(1, round(width))))
+        left, width = left - widths[-1], 0.75 * width
+    return TreeShape(tuple(widths), len(widths), LOOKUP_TRUST)
+
+
 def first_tree(rows: int, drafts: bool) -> TreeShape:
     """Where the search for trees of `rows` rows begins: two drafted levels, the first of two rows."""
     wide = drafts and rows > 2
@@ -77,6 +88,7 @@ def search_trees(
     prompts: Sequence[Sequence[int]],
     *,
     sizes: Sequence[int] = (4, 8),
+    largest: int | None = 16,
     new_tokens: int = 96,
     steps: int = 4,
     tell: Callable[[TreeFigures], None] = lambda figures: None,
@@ -89,18 +101,23 @@ def search_trees(
       prompts: token ids of each; they are answered together.
       sizes: row counts, among those of `decoding.costs.ROWS`: what lies between them is not measured, and can be dearer
         than the next larger one.
+      largest: rows of one tree more, which is to emit as many tokens a round as it can; None for none. Only with a
+        drafter.
       new_tokens: of each prompt.
       steps: most moves of each climb.
       tell: called with each tree that was tried.
 
     Returns:
-      The best tree of each size at batch 1, the fastest first.
+      The best tree of each size at batch 1, the fastest first, and the largest one last.
 
     Raises:
       DexError: sizes, a drafter or prompts that do not fit, or answers of one token only.
     """
-    if not sizes or not set(sizes) <= set(ROWS[1:]):
-        raise DexError(f"sizes must be among {', '.join(map(str, ROWS[1:]))}, not {', '.join(map(str, sizes))}")
+    asked = [*sizes, *([] if largest is None else [largest])]
+    if not sizes or not set(asked) <= set(ROWS[1:]):
+        raise DexError(f"sizes must be among {', '.join(map(str, ROWS[1:]))}, not {', '.join(map(str, asked))}")
+    if largest is not None and largest <= max(sizes):
+        raise DexError(f"the largest tree must have more rows than {max(sizes)}, not {largest}")
     length = prompt_bucket(max(map(len, prompts))) + capacity_for(new_tokens)
     costs = step_costs(lm.config, lm.layout, lm.dtype, 1, length)
     known: dict[TreeShape, TreeFigures] = {}
@@ -112,17 +129,22 @@ def search_trees(
             tell(known[shape])
         return known[shape]
 
-    winners = []
-    for rows in sizes:
-        best = figures(first_tree(rows, drafter is not None))
+    def climb(best: TreeFigures, worth: Callable[[TreeFigures], float], drafted: bool = False) -> TreeFigures:
         for _ in range(steps):
-            around = [figures(shape) for shape in neighbours(best.tree.shape, drafter is not None)]
-            leader = max(around, key=lambda each: each.speedup, default=best)
-            if leader.speedup <= best.speedup:
+            around = neighbours(best.tree.shape, drafter is not None)
+            shapes = [dataclasses.replace(shape, drafted=len(shape.widths)) if drafted else shape for shape in around]
+            leader = max(map(figures, shapes), key=worth, default=best)
+            if worth(leader) <= worth(best):
                 break
             best = leader
-        winners.append(best)
-    return sorted(winners, key=lambda each: -each.speedup)
+        return best
+
+    found = [climb(figures(first_tree(rows, drafter is not None)), lambda each: each.speedup) for rows in sizes]
+    found.sort(key=lambda each: -each.speedup)
+    if largest is not None and drafter is not None:
+        start = figures(first_large_tree(largest))
+        found.append(climb(start, lambda each: each.tree.tokens_per_round, drafted=True))
+    return found
 
 
 def _figures(lm: LanguageModel, drafter: TrainedExits | None, tree: KnownTree, costs: StepCosts) -> TreeFigures:

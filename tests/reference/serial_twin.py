@@ -17,6 +17,8 @@ import numpy as np
 
 SCORE_STEP = 2.0**-10
 LONGEST = 8
+HOPE = 0.3
+PRIOR = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +42,20 @@ class Node:
 class SerialRun:
     """What a run emits: tokens, and for each whether the tree held it (0) or the last layer alone gave it (1).
 
-    `rows` are those of each round, where a round may choose.
+    `rows` and `levels` are those that each round ran and drafted, where a round may choose, and `spent` what all of it
+    took.
     """
 
     tokens: list[int]
     exits: list[int]
     rounds: int = 0
     rows: list[int] = dataclasses.field(default_factory=list)
+    levels: list[int] = dataclasses.field(default_factory=list)
+    spent: float = 0.0
+
+    def price(self) -> float:
+        """Tokens that an AR step's time is worth."""
+        return max(1.0, (PRIOR + len(self.tokens) - 1) / (PRIOR + self.spent))
 
 
 def perturbed(logits: np.ndarray, columns: np.ndarray, position: int, draws: Draws | None) -> np.ndarray:
@@ -79,18 +88,20 @@ def continuation(text: Sequence[int], count: int) -> tuple[list[int], int]:
     return grown[len(text) :], best
 
 
-def prune(root: Node, made: Sequence[Node], rungs: Sequence[tuple[int, float]]) -> int:
-    """Leaves as many of the most probable nodes as promise most tokens for their price; returns how many."""
+def prune(root: Node, made: Sequence[Node], rungs: Sequence[tuple[int, float]], price: float) -> tuple[int, float]:
+    """Leaves as many of the most probable nodes as are worth the time; returns how many, and what they take."""
     order = sorted([root, *made], key=lambda node: -node.score)
-    worth = [sum(math.exp(node.score) for node in order[:rows]) / cost for rows, cost in rungs]
-    rows = rungs[worth.index(max(worth))][0]
+    worth = [sum(math.exp(node.score) for node in order[:rows]) - price * cost for rows, cost in rungs]
+    rows, cost = rungs[worth.index(max(worth))]
     kept = order[:rows]
     for node in order:
         node.children = [child for child in node.children if any(child is other for other in kept)]
-    return rows
+    return rows, cost
 
 
-def serial_run(model, prompt, first, *, widths, drafted, lookup, limit, rungs=(), eos=(), draws=None) -> SerialRun:
+def serial_run(
+    model, prompt, first, *, widths, drafted, lookup, limit, rungs=(), drafting=0.0, eos=(), draws=None
+) -> SerialRun:
     """Decodes one sequence; `lookup` is trust by length of the match, from 1 on."""
     run = SerialRun([first], [-1])
     while len(run.tokens) < limit and run.tokens[-1] not in eos:
@@ -100,13 +111,15 @@ def serial_run(model, prompt, first, *, widths, drafted, lookup, limit, rungs=()
         said, matched = continuation(text, len(widths))
         trust = lookup[matched - 1] if matched else 0.0
         follows: Node | None = root if trust > 0 else None
-        above, everything = [root], []
+        above, everything, price, levels = [root], [], run.price(), 0
         for level, width in enumerate(widths, 1):
             found: list[tuple[Node, int, float]] = []
             if follows is not None:
                 log = round(math.log(trust) / SCORE_STEP) * SCORE_STEP
                 found.append((follows, said[level - 1], follows.score + log))
-            if model.columns is not None and level <= drafted:
+            hope = HOPE * sum(math.exp(node.score) for node in above)
+            if model.columns is not None and level <= drafted and (not rungs or hope > price * drafting):
+                levels += 1
                 for node in above:
                     scores = perturbed(model.draft(node.tokens, len(text) - 1), model.columns, len(node.tokens), draws)
                     log = log_probabilities(scores)
@@ -129,7 +142,10 @@ def serial_run(model, prompt, first, *, widths, drafted, lookup, limit, rungs=()
                 follows = next((n for n in follows.children if n.tokens[-1] == said[level - 1]), None)
             above = made
         if rungs:
-            run.rows.append(prune(root, everything, rungs))
+            rows, cost = prune(root, everything, rungs, price)
+            run.rows.append(rows)
+            run.levels.append(levels)
+            run.spent += cost + levels * drafting
         node: Node | None = root
         while node is not None and len(run.tokens) < limit and run.tokens[-1] not in eos:
             scores = perturbed(model.final(node.tokens), np.arange(model.vocab_size), len(node.tokens), draws)
