@@ -152,7 +152,7 @@ def _for_each(
     loop over layers the writes are `unrolled`: there is one layer to compile, and a loop of their own would be copied.
     """
     if batch > UNROLLED_WRITES and not unrolled:
-        # Backwards: libtpu 0.0.42 takes a loop that counts up for one that builds a stack, and then fails to compile it.
+        # Backwards: libtpu 0.0.42 takes a loop that counts up for one that builds a stack, and fails to compile it.
         return jax.lax.fori_loop(0, batch, lambda i, cache: write(batch - 1 - i, cache), cache)
     for b in range(batch):
         cache = write(b, cache)
