@@ -18,6 +18,7 @@ import pytest
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
+from dex_jax.cli.arguments import INSTALLED
 from dex_jax.language_model import outline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +106,19 @@ def test_programs_are_there() -> None:
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function)), name
     assert {"cuda12", "cuda13", "tpu", "eval", "plot", "notebooks"} <= PROJECT["optional-dependencies"].keys()
+
+
+@pytest.mark.parametrize(("script", "installed"), INSTALLED.items())
+def test_a_program_says_how_it_was_called(script: str, installed: str, monkeypatch, capsys) -> None:
+    module, function = PROJECT["scripts"][installed].split(":")
+    for path, name, other in ((f"/usr/bin/{installed}", installed, script), (script, script, installed)):
+        monkeypatch.setattr(sys, "argv", [path])
+        with pytest.raises(SystemExit):
+            getattr(importlib.import_module(module), function)(["--help"])
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: {name} ")
+        assert f"  {name} --" in text
+        assert f"  {other} --" not in text
 
 
 def test_nothing_needs_linux() -> None:
