@@ -6,33 +6,22 @@ nothing is float64, and no custom call is one that only a CPU has.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from reference.small_models import LLAMA
 
-from dex_jax.config import ModelConfig
 from dex_jax.decoding.dynamic_exit import DEL
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.session import Spec, prefill_chunk, run_ticks, start_decoding
 from dex_jax.evaluation.footprint import session_shapes
 from dex_jax.nn.transformer import Stacked, Unrolled
 
-CONFIG = ModelConfig(
-    family="qwen3",
-    vocab_size=64,
-    num_layers=4,
-    width=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_width=48,
-    context=256,
-    qk_norm=True,
-    eos_ids=(2,),
-)
+CONFIG = dataclasses.replace(LLAMA, family="qwen3", tied=False, qk_norm=True, eos_ids=(2,))
 DEX = Dex(explorers=3).schedule_for(CONFIG.num_layers)
 METHODS = {
     "ar": AR().schedule_for(CONFIG.num_layers),

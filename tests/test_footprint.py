@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
+from reference.small_models import LLAMA
 
 import dex_jax
-from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.session import Session
 from dex_jax.evaluation.footprint import Footprint, cache_length_for, device_memory, footprint, nbytes, verdict
+from dex_jax.evaluation.workload import SHAPES
 from dex_jax.nn.transformer import Stacked, Unrolled, random_transformer
 from dex_jax.sampling import Sampling, sampling_keys
 
-UNTIED = ModelConfig(
-    family="qwen2",
-    vocab_size=96,
-    num_layers=5,
-    width=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_width=48,
-    context=512,
-    qkv_bias=True,
-    eos_ids=(1,),
-)
+UNTIED = dataclasses.replace(LLAMA, family="qwen2", num_layers=5, tied=False, qkv_bias=True, eos_ids=(1,))
 
 
 def session_of(layout, method, dtype, sampled: bool) -> Session:
@@ -88,17 +79,7 @@ def test_workspace_is_of_the_size_that_the_compiler_reports(method) -> None:
 
 
 def test_a_large_model_is_planned_without_any_array() -> None:
-    config = ModelConfig(
-        family="llama",
-        vocab_size=32000,
-        num_layers=80,
-        width=8192,
-        num_heads=64,
-        num_kv_heads=8,
-        head_dim=128,
-        mlp_width=28672,
-        context=4096,
-    )
+    config = SHAPES["llama-2-70b"]
     before = len(jax.live_arrays())
     schedule = Dex(explorers=8).schedule_for(80)
     plan = footprint(config, jnp.dtype(jnp.bfloat16), schedule, 1, 4096, Stacked(schedule.depths))

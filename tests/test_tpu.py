@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from reference.small_models import LLAMA
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import AR, Dex, Schedule
@@ -28,18 +29,8 @@ pytestmark = pytest.mark.tpu
 
 # An uneven grid, so that the stacked layout has a padded layer. The caches are much larger than a v5e's 128 MiB of
 # on-chip memory, into which the compiler would otherwise move them whole.
-SMALL = ModelConfig(
-    family="llama",
-    vocab_size=1024,
-    num_layers=4,
-    width=256,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=128,
-    mlp_width=512,
-    context=32768,
-    tied=True,
-    eos_ids=(2, 7),
+SMALL = dataclasses.replace(
+    LLAMA, vocab_size=1024, width=256, head_dim=128, mlp_width=512, context=32768, eos_ids=(2, 7)
 )
 DEX = Dex(explorers=3).schedule_for(SMALL.num_layers)
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
