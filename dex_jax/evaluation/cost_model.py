@@ -358,11 +358,11 @@ def _tick_seconds(s: Setting) -> float:
 
 def _shares_of_batch(
     used: tuple[tuple[float, ...], ...] | None, batch: int, stages: int, rows: int
-) -> list[np.ndarray]:
+) -> list[list[float]]:
     """[K] of [W + 1]: the share of ticks by the last row in use among B sequences that do not wait for one another."""
     if used is None:
-        return [np.eye(rows + 1)[rows]] * stages
-    return [np.diff(np.cumsum(share) ** batch, prepend=0.0) for share in used]
+        return [[0.0] * rows + [1.0]] * stages
+    return [np.diff(np.cumsum(share) ** batch, prepend=0.0).tolist() for share in used]
 
 
 def _longest(depths: Sequence[int]) -> int:
