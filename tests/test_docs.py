@@ -83,6 +83,17 @@ def test_a_notebook_begins_as_all_do(path: Path) -> None:
     assert path.name in (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
 
 
+def test_every_page_is_in_the_menu() -> None:
+    menu = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(menu) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md"))
+
+
+def test_every_public_name_is_documented() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in sorted(ROOT.glob("docs/api_*.md")))
+    documented = set(re.findall(r"^::: dex_jax\.(\w+)$", pages, re.MULTILINE))
+    assert documented == set(dex_jax.__all__) - {"plot"}
+
+
 def test_the_address_stands_in_one_place() -> None:
     tool = runpy.run_path(str(ROOT / "notebooks" / "address.py"))
     here = tool["repository"]()
