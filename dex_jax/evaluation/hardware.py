@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dex_jax.errors import DexError
+from dex_jax.io.whole_files import write_whole
 
 REACHED_BANDWIDTH = 0.8
 """Assumption: share of the published memory bandwidth that reading weights gets."""
@@ -224,13 +225,7 @@ def write_hardware(path: str | Path, found: Hardware) -> None:
     Raises:
       DexError: it cannot be written.
     """
-    file = Path(path)
-    partial = file.with_name(file.name + ".partial")
-    try:
-        partial.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
+    write_whole(path, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
 
 
 def read_hardware(path: str | Path) -> Hardware:
