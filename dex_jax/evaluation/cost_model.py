@@ -30,7 +30,7 @@ import numpy as np
 
 from dex_jax.decoding.heads import HEAD_BLOCK
 from dex_jax.decoding.ladder import rungs
-from dex_jax.decoding.network import _stage_rungs as stage_rungs
+from dex_jax.decoding.network import stage_rungs
 from dex_jax.evaluation.hardware import Hardware, Link, interpolate
 from dex_jax.evaluation.workload import ExitWork, Work
 
