@@ -88,7 +88,7 @@ def test_hardware_is_written_and_read(tmp_path) -> None:
     with pytest.raises(DexError, match=r"let python -m dex_jax\.evaluation\.calibrate write it"):
         read_hardware(file)
     with pytest.raises(DexError, match="cannot be written"):
-        write_hardware(tmp_path / "none" / "here.json", found)
+        write_hardware(file / "here.json", found)
 
 
 def test_counts_are_those_of_the_model() -> None:

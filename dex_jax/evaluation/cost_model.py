@@ -126,7 +126,15 @@ class Ticks:
 
 
 def tick(s: Setting, depths: Sequence[int], rows: int, ticks: Ticks, tensor: int = 1) -> Parts:
-    """One tick on a mesh of K stages x T devices; with K = 1 it is an AR step."""
+    """One tick on a mesh of K stages x T devices; with K = 1 it is an AR step.
+
+    Args:
+      s: setting.
+      depths: x_1 < ... < x_K = L.
+      rows: W.
+      ticks: of the profile, for these depths and rows.
+      tensor: T.
+    """
     stages = len(depths)
     if stages == 1:
         return ar_step(s, tensor)

@@ -76,7 +76,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    """Plans as the flags say and prints it."""
+    """Plans as the flags say and prints it.
+
+    Raises:
+      DexError: flags that do not go together, or what they name cannot be read.
+    """
     from dex_jax.evaluation.ead_profile import read_profile
 
     if min(args.batch, args.context, args.top) < 1:

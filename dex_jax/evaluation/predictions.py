@@ -158,7 +158,10 @@ def plan(
 def dex(
     s: Setting, profile: Profile, explorers: Sequence[int] | None = None, rows: Sequence[int] | None = None
 ) -> list[Prediction]:
-    """DEX on every mesh K x T that the devices allow and every grid and cap of the profile, and on one device."""
+    """DEX on every mesh K x T that the devices allow and every grid and cap of the profile, and on one device.
+
+    Arguments and errors as of `plan`.
+    """
     found = []
     for depths, count in _grids(profile, s.work.layers, explorers, rows):
         ticks = profile.ticks(depths, count)

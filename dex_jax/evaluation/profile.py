@@ -226,7 +226,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures and writes, as the flags say."""
+    """Measures and writes, as the flags say.
+
+    Raises:
+      DexError: numbers below 1, or a model, exits, prompts or grids that are not there or do not fit.
+    """
     import dataclasses
 
     import jax.numpy as jnp
