@@ -16,7 +16,7 @@ import numpy as np
 
 from dex_jax.decoding.auto import settle
 from dex_jax.decoding.exits import ResolvedExits, resolve_method
-from dex_jax.decoding.methods import Dex, Method, Schedule, with_stages
+from dex_jax.decoding.methods import Dex, Method, Schedule, whole_number, with_stages
 from dex_jax.decoding.output import Output, Stats, counts, cut, steps_of
 from dex_jax.decoding.record import Record
 from dex_jax.decoding.session import PROGRAMS, Session, capacity_for, prompt_bucket
@@ -229,7 +229,7 @@ def _compile_seconds() -> float:
 def _encode(
     lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], chat: bool, num_samples: int, max_new_tokens: int
 ) -> list[list[int]]:
-    _whole(max_new_tokens=max_new_tokens, num_samples=num_samples)
+    whole_number(max_new_tokens=max_new_tokens, num_samples=num_samples)
     batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts or ())
     if not batch:
         raise DexError("there is no prompt: give at least one")
@@ -253,7 +253,7 @@ def _sampling(
     if 0 < temperature < SMALLEST_TEMPERATURE:
         raise DexError(f"temperature {temperature} is too small to divide by: use 0, which is greedy")
     if top_k is not None:
-        _whole(top_k=top_k)
+        whole_number(top_k=top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise DexError(f"top_p must lie in (0, 1], not {top_p}")
     seeds = [int(seed) + row for row in range(batch)] if isinstance(seed, (int, np.integer)) else list(map(int, seed))
@@ -270,14 +270,6 @@ def _sampling(
         ),
         seeds,
     )
-
-
-def _whole(**values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise DexError(f"{name} must be a whole number, not {value!r}")
-        if value < 1:
-            raise DexError(f"{name} must be at least 1, not {value}")
 
 
 def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
