@@ -19,7 +19,7 @@ from dex_jax.decoding.exits import ResolvedExits, resolve_method
 from dex_jax.decoding.methods import Dex, Method, Schedule, whole_number, with_stages
 from dex_jax.decoding.output import Output, Stats, counts, cut, steps_of
 from dex_jax.decoding.record import Record
-from dex_jax.decoding.session import PROGRAMS, Session, capacity_for, prompt_bucket
+from dex_jax.decoding.session import Session, capacity_for, compile_seconds, prompt_bucket
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError
@@ -142,9 +142,9 @@ def precompile(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], 
     of memory does not come on top of the weights. Options, except ticks_per_update, and errors are those of `stream`.
     """
     run = prepare(lm, prompts, **options)
-    before = _compile_seconds()
+    before = compile_seconds()
     run.session.compile()
-    return _compile_seconds() - before
+    return compile_seconds() - before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +206,10 @@ class _Clock:
         self.times, self.phase = times, phase
 
     def __enter__(self) -> None:
-        self.begin, self.compiled = time.perf_counter(), _compile_seconds()
+        self.begin, self.compiled = time.perf_counter(), compile_seconds()
 
     def __exit__(self, kind, error, traceback) -> None:
-        compiling = _compile_seconds() - self.compiled
+        compiling = compile_seconds() - self.compiled
         self.times["compile"] += compiling
         self.times[self.phase] += time.perf_counter() - self.begin - compiling
         if error is not None and "RESOURCE_EXHAUSTED" in str(error):
@@ -220,10 +220,6 @@ class _Clock:
         lost = lost_processes() if isinstance(error, jax.errors.JaxRuntimeError) else []
         if lost:
             raise DexError(f"{' and '.join(lost)} no longer answers: start all processes again") from error
-
-
-def _compile_seconds() -> float:
-    return sum(program.compile_seconds for program in PROGRAMS)
 
 
 def _encode(

@@ -229,6 +229,11 @@ RUN = Program(run_ticks, static=("spec",), donate=(2,))
 PROGRAMS = (PREFILL, START, RUN)
 
 
+def compile_seconds() -> float:
+    """Seconds that this process has spent on compiling the programs of decoding."""
+    return sum(program.compile_seconds for program in PROGRAMS)
+
+
 class Session:
     """One batch on its way: built from token ids, prefilled once, then advanced chunk by chunk.
 
