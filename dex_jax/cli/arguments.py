@@ -30,7 +30,7 @@ INSTALLED = {"decode.py": "dex-decode", "train_exits.py": "dex-train-exits"}
 """Script of a clone -> the same program as a package installs it."""
 
 EXITS_HELP = """exit heads: "default" (what ships for the model), "shared" (the model's own head at every depth), a
-.safetensors file or a folder of train_exits.py; they change how fast text comes, never the text (%(default)s)"""
+.safetensors file or a folder of {train}; they change how fast text comes, never the text (%(default)s)"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--layout", choices=["unrolled", "stacked"], default="unrolled", help="weight layout (%(default)s)")
     add("--mesh", metavar="AXIS=N,...", help="spread over devices: stage=5, stage=2,tensor=3, data=2,stage=2")
     add("--distributed", action="store_true", help="one of several processes, each started with the same arguments")
-    add("--exits", default="default", metavar="EXITS", help=EXITS_HELP)
+    add("--exits", default="default", metavar="EXITS", help=EXITS_HELP.format(train=program("train_exits.py")))
 
     add = p.add_argument_group("prompts").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
