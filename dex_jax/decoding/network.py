@@ -66,6 +66,21 @@ def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Arr
     return states[-1], memory
 
 
+def last_states(hidden: jax.Array, last: jax.Array, start: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The state of each prompt's last token, as far as the chunks of a prefill have come: [B, D].
+
+    Args:
+      hidden: [B, R, D], of a chunk.
+      last: [B, D], as before the chunk.
+      start: int32 scalar, position of the chunk's first token.
+      lengths: [B] int32, prompt lengths.
+    """
+    index = lengths - 1 - start
+    here = (index >= 0) & (index < hidden.shape[1])
+    chosen = jnp.take_along_axis(hidden, jnp.clip(index, 0, hidden.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.where(here[:, None], chosen, last)
+
+
 def depth_states(model: Transformer, tokens: jax.Array, depths: tuple[int, ...]) -> jax.Array:
     """Hidden states at some depths, without a prefix: tokens [B, R] int32 -> [X, B, R, D]."""
     batch, rows = tokens.shape
