@@ -38,27 +38,11 @@ def exported(name: str, method: str, layout: str, dtype: str, *, sampled: bool) 
     """StableHLO of "run", "start" or "prefill" for CUDA."""
     schedule, arrangement, batch = METHODS[method], LAYOUTS[layout], 2
     shapes = session_shapes(CONFIG, jnp.dtype(dtype), schedule, arrangement, batch, 96, capacity=64, sampled=sampled)
-    tokens = jax.ShapeDtypeStruct((batch, 16), jnp.int32)
     spec = Spec(CONFIG, arrangement, schedule)
     function, args = {
-        "run": (run_ticks, (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)),
-        "start": (
-            functools.partial(start_decoding, capacity=64),
-            (
-                shapes.weights,
-                None,
-                shapes.memory,
-                shapes.last,
-                shapes.lengths,
-                shapes.limits,
-                shapes.sampling,
-                shapes.prompt,
-            ),
-        ),
-        "prefill": (
-            prefill_chunk,
-            (shapes.weights, None, shapes.memory, shapes.last, tokens, shapes.scalar, shapes.lengths),
-        ),
+        "run": (run_ticks, shapes.of_run),
+        "start": (functools.partial(start_decoding, capacity=64), shapes.of_start),
+        "prefill": (prefill_chunk, shapes.of_prefill(16)),
     }[name]
     program = jax.jit(functools.partial(function, spec=spec))
     module = jax.export.export(program, platforms=["cuda"])(*args)

@@ -68,11 +68,8 @@ def test_workspace_is_of_the_size_that_the_compiler_reports(method) -> None:
     schedule = method.schedule_for(config.num_layers)
     shapes = session_shapes(config, jnp.dtype(jnp.float32), schedule, layout, batch, length)
     spec = Spec(config, layout, schedule)
-    tokens = jax.ShapeDtypeStruct((batch, length - 64), jnp.int32)
-    prefill = PREFILL.jitted.lower(
-        shapes.weights, None, shapes.memory, shapes.last, tokens, shapes.scalar, shapes.lengths, spec=spec
-    )
-    run = RUN.jitted.lower(shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar, spec=spec)
+    prefill = PREFILL.jitted.lower(*shapes.of_prefill(length - 64), spec=spec)
+    run = RUN.jitted.lower(*shapes.of_run, spec=spec)
     reported = max(low.compile().memory_analysis().temp_size_in_bytes for low in (prefill, run))
     planned = footprint(config, jnp.dtype(jnp.float32), schedule, batch, length, layout).workspace_bytes
     assert reported / 2 < planned < 3 * reported

@@ -88,32 +88,9 @@ def compile_program(
         config, jnp.dtype(dtype), schedule, layout, batch, cache_length, capacity=CAPACITY, sampled=sampled
     )
     program, args = {
-        "run": (RUN, (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)),
-        "start": (
-            START,
-            (
-                shapes.weights,
-                None,
-                shapes.memory,
-                shapes.last,
-                shapes.lengths,
-                shapes.limits,
-                shapes.sampling,
-                shapes.prompt,
-            ),
-        ),
-        "prefill": (
-            PREFILL,
-            (
-                shapes.weights,
-                None,
-                shapes.memory,
-                shapes.last,
-                jax.ShapeDtypeStruct((batch, PROMPT), jnp.int32),
-                shapes.scalar,
-                shapes.lengths,
-            ),
-        ),
+        "run": (RUN, shapes.of_run),
+        "start": (START, shapes.of_start),
+        "prefill": (PREFILL, shapes.of_prefill(PROMPT)),
     }[name]
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=tpu), args)
     static = {"spec": Spec(config, layout, schedule)} | ({"capacity": CAPACITY} if name == "start" else {})
@@ -254,7 +231,7 @@ def test_stages_on_four_chips(topology, wanted, method) -> None:
     dtype = jnp.dtype(jnp.bfloat16)
     shapes = session_shapes(SMALL, dtype, schedule, layout, BATCH, CACHE_LENGTH, capacity=CAPACITY, mesh=mesh)
     spec = Spec(SMALL, layout, schedule, mesh=mesh)
-    args = (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)
+    args = shapes.of_run
     compiled = RUN.jitted.lower(*args, spec=spec).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
 
