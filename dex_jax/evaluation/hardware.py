@@ -150,7 +150,7 @@ LINKS = {
 
 # Peaks: dense bfloat16 (float16 on T4). Kernel latencies are assumptions: what a small kernel takes in a captured graph
 # on a GPU, or within one TPU program. Prices are round public on-demand list prices for one device, to be replaced by
-# one's own (--price).
+# one's own (,price=X).
 DEVICES = {
     # NVIDIA H100 Tensor Core GPU data sheet, SXM5 column: 989 TFLOPS dense bfloat16, 3.35 TB/s, 80 GB.
     "h100": (Device("h100", 989e12, 3.35e12, 80e9, 3e-6, 4.0), 8, "nvlink4", "infiniband"),
