@@ -11,6 +11,7 @@ import functools
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
 from reference.small_models import LLAMA

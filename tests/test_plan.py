@@ -276,7 +276,10 @@ def test_the_page_is_what_its_command_writes(tmp_path) -> None:
     written = runpy.run_path(str(root / "benchmarks" / "planner.py"))["page"](tmp_path)
     assert written == (root / "docs" / "planner.md").read_text()
     for file in tmp_path.iterdir():
-        assert file.read_text() == (root / "docs" / "planner" / file.name).read_text()
+        new, kept = (json.loads(path.read_text()) for path in (file, root / "docs" / "planner" / file.name))
+        # From Python 3.12 on sum() rounds otherwise.
+        assert new["ead"].pop("share") == pytest.approx(kept["ead"].pop("share"), rel=1e-12)
+        assert new == kept
 
 
 def test_a_batch_is_priced_with_all_its_sequences() -> None:
