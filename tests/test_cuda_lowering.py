@@ -32,7 +32,10 @@ METHODS = {
 }
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
 DTYPES = ["bfloat16", "float16", "float32"]
-ON_EVERY_PLATFORM = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"}
+ON_EVERY_PLATFORM = {
+    *("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"),
+    "mhlo.topk",  # jax.lax.top_k as jax 0.7 exports it
+}
 
 
 def exported(name: str, method: str, layout: str, dtype: str, *, sampled: bool) -> str:
