@@ -260,11 +260,7 @@ def random_parameters(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def canonical_weights(lm: LanguageModel) -> Params:
-    """Float32 copies of a model's weights by canonical name.
-
-    Raises:
-      DexError: a model in another layout than the unrolled one.
-    """
+    """Float32 copies of a model's weights by canonical name; DexError in any layout but the unrolled one."""
     if not isinstance(lm.layout, Unrolled):
         raise DexError(
             f"{lm.source} is not in the unrolled layout: load it without a layout, or arrange(Unrolled()) first"
