@@ -234,7 +234,11 @@ def _eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...
 
 
 def resolve_dtype(name: str | None) -> jnp.dtype:
-    """The dtype of a name; None is `default_dtype()`."""
+    """The dtype of a name of DTYPES; None is `default_dtype()`.
+
+    Raises:
+      DexError: another name.
+    """
     if name is None:
         return default_dtype()
     if name not in DTYPES:

@@ -23,7 +23,7 @@ import numpy as np
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.methods import AR, DEFAULT_EXPLORERS, Dex, Method, Schedule
 from dex_jax.decoding.output import Output, ticks_of
-from dex_jax.decoding.session import PROGRAMS, Session
+from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.errors import DexError
 from dex_jax.evaluation.check import TIE_MARGIN, compare
 from dex_jax.evaluation.forced import forced_exits
@@ -95,7 +95,7 @@ def selfcheck(
     prompts = _prompts(lm)
     new_tokens = min(new_tokens, lm.config.context - max(map(len, prompts)))
     layouts: dict[str, Layout] = {"unrolled": Unrolled(), "stacked": Stacked(schedule.depths)}
-    before = _compile_seconds()
+    before = compile_seconds()
     findings: list[Finding] = []
     times: dict[str, tuple[float, float]] = {}
     greedy: list[Output] = []
@@ -128,7 +128,7 @@ def selfcheck(
         "final head, 1 row (ms)": round(_head_time(lm, 1), 2),
         f"exit heads, {explorers - 1} rows (ms)": round(_head_time(lm, explorers - 1), 2) if explorers > 1 else None,
         "peak memory (GB)": _peak_memory(),
-        "compile (s)": round(_compile_seconds() - before, 1),
+        "compile (s)": round(compile_seconds() - before, 1),
     }
     return Report(facts, findings)
 
@@ -142,7 +142,7 @@ def quick_check(lm: LanguageModel, notify: Callable[[str], None] = lambda phase:
       lm: any model; without a tokenizer the prompt is token ids.
       notify: told what is going on.
     """
-    before = _compile_seconds()
+    before = compile_seconds()
     prompts = _prompts(lm)[:1]
     options: dict[str, Any] = {"max_new_tokens": min(NEW_TOKENS, lm.config.context - len(prompts[0]))}
     notify("decoding (DEX)")
@@ -156,7 +156,7 @@ def quick_check(lm: LanguageModel, notify: Callable[[str], None] = lambda phase:
     ]
     facts = _machine(lm) | {
         "schedule": f"DEX-1/{schedule.stages}, exits at {', '.join(map(str, schedule.depths))}, {schedule.rows} rows",
-        "compile (s)": round(_compile_seconds() - before, 1),
+        "compile (s)": round(compile_seconds() - before, 1),
     }
     return Report(facts, findings)
 
@@ -248,10 +248,6 @@ def _head_time(lm: LanguageModel, rows: int) -> float:
         jax.block_until_ready(head(lm.weights, x))
         found.append(time.perf_counter() - begin)
     return 1e3 * float(np.median(found))
-
-
-def _compile_seconds() -> float:
-    return sum(program.compile_seconds for program in PROGRAMS)
 
 
 def _machine(lm: LanguageModel) -> dict[str, Any]:

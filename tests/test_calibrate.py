@@ -13,10 +13,10 @@ import pytest
 from reference.small_models import LLAMA, LetterTokenizer, small_model
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation import calibrate, validate_plan
-from dex_jax.evaluation.calibrate import Timer
+from dex_jax.evaluation import calibrate, timed_programs, validate_plan
 from dex_jax.evaluation.ead_profile import FORMAT, read_profile
 from dex_jax.evaluation.hardware import hardware
+from dex_jax.evaluation.timed_programs import Timer
 from dex_jax.evaluation.validate_plan import Case, Compared, kendall_tau, verdict_of
 
 QUICK = Timer(repeats=2, least=0.001)
@@ -73,7 +73,7 @@ def test_rounds_are_not_optimised_away() -> None:
             seconds[rounds] = time.perf_counter() - begin
         return seconds[400]
 
-    calibrate._rows_seconds(wide, calibrate.Unrolled(), jnp.dtype(jnp.float32), 2, 64, few_and_many)
+    timed_programs.rows_seconds(wide, timed_programs.Unrolled(), jnp.dtype(jnp.float32), 2, 64, few_and_many)
     assert seconds[400] > 3 * seconds[4]
 
 

@@ -7,13 +7,10 @@ import importlib.util
 import json
 
 import pytest
+from reference.small_models import LLAMA
 from rich.console import Console
 
-from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
-
-pytest.importorskip("dex_jax.sharding", reason="compiles what stages on a mesh run, which this version lacks")
-
 from dex_jax.evaluation import compiled, plan
 from dex_jax.evaluation.compiled import Evidence, collectives_of, kernels_of
 
@@ -119,17 +116,7 @@ def test_without_libtpu(monkeypatch) -> None:
         compiled.topology_devices("v5e:2x2")
 
 
-SMALL = ModelConfig(
-    family="llama",
-    vocab_size=1024,
-    num_layers=4,
-    width=256,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=128,
-    mlp_width=512,
-    context=4096,
-)
+SMALL = dataclasses.replace(LLAMA, vocab_size=1024, width=256, num_kv_heads=4, head_dim=128, mlp_width=512, tied=False)
 
 
 @pytest.mark.tpu

@@ -250,6 +250,7 @@ def test_parts_are_times(s: Setting, shape: tuple[int, int, int]) -> None:
     stages, rows, tensor = shape
     found = cost_model.tick(s, even_depths(min(stages, s.work.layers), s.work.layers), rows, Ticks(1.5), tensor)
     assert all(value >= -1e-12 for value in dataclasses.astuple(found))
+    assert type(found.total) is float  # files and verdicts hold plain numbers
     assert found.total == pytest.approx(sum(dataclasses.astuple(found)))
     np.testing.assert_allclose(dataclasses.astuple(found + found), dataclasses.astuple(found.times(2)))
     assert Parts() + found == found

@@ -18,6 +18,7 @@ import pytest
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
+from dex_jax.cli.arguments import INSTALLED
 from dex_jax.language_model import outline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,17 @@ def test_a_notebook_begins_as_all_do(path: Path) -> None:
     assert path.name in (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
 
 
+def test_every_page_is_in_the_menu() -> None:
+    menu = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(menu) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md"))
+
+
+def test_every_public_name_is_documented() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in sorted(ROOT.glob("docs/api_*.md")))
+    documented = set(re.findall(r"^::: dex_jax\.(\w+)$", pages, re.MULTILINE))
+    assert documented == set(dex_jax.__all__) - {"plot"}
+
+
 def test_the_address_stands_in_one_place() -> None:
     tool = runpy.run_path(str(ROOT / "notebooks" / "address.py"))
     here = tool["repository"]()
@@ -105,6 +117,19 @@ def test_programs_are_there() -> None:
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function)), name
     assert {"cuda12", "cuda13", "tpu", "eval", "plot", "notebooks"} <= PROJECT["optional-dependencies"].keys()
+
+
+@pytest.mark.parametrize(("script", "installed"), INSTALLED.items())
+def test_a_program_says_how_it_was_called(script: str, installed: str, monkeypatch, capsys) -> None:
+    module, function = PROJECT["scripts"][installed].split(":")
+    for path, name, other in ((f"/usr/bin/{installed}", installed, script), (script, script, installed)):
+        monkeypatch.setattr(sys, "argv", [path])
+        with pytest.raises(SystemExit):
+            getattr(importlib.import_module(module), function)(["--help"])
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: {name} ")
+        assert f"  {name} --" in text
+        assert other not in text
 
 
 def test_nothing_needs_linux() -> None:

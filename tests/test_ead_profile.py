@@ -23,6 +23,7 @@ from dex_jax.evaluation.exit_metrics import answers
 from dex_jax.evaluation.forced import forced_exits
 from dex_jax.language_model import merge_model
 from dex_jax.nn.exits import initial_heads
+from dex_jax.plot import figures as plot_figures
 
 MODEL = ModelConfig(
     family="llama",
@@ -200,9 +201,10 @@ def test_pictures(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DexError, match="cannot be written"):
         profile_plots.draw(_profile(), tmp_path / "file")
+    plot_figures._figure_class.cache_clear()
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DexError, match=r"pip install dex_jax\[plots\]"):
+    with pytest.raises(DexError, match=r"pip install 'dex-jax\[plot\]'"):
         profile_plots.draw(_profile(), tmp_path)
 
 

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
+from reference.small_models import LLAMA
 
 import dex_jax
-from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.session import Session
 from dex_jax.evaluation.footprint import Footprint, cache_length_for, device_memory, footprint, nbytes, verdict
+from dex_jax.evaluation.workload import SHAPES
 from dex_jax.nn.transformer import Stacked, Unrolled, random_transformer
 from dex_jax.sampling import Sampling, sampling_keys
 
-UNTIED = ModelConfig(
-    family="qwen2",
-    vocab_size=96,
-    num_layers=5,
-    width=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_width=48,
-    context=512,
-    qkv_bias=True,
-    eos_ids=(1,),
-)
+UNTIED = dataclasses.replace(LLAMA, family="qwen2", num_layers=5, tied=False, qkv_bias=True, eos_ids=(1,))
 
 
 def session_of(layout, method, dtype, sampled: bool) -> Session:
@@ -77,28 +68,15 @@ def test_workspace_is_of_the_size_that_the_compiler_reports(method) -> None:
     schedule = method.schedule_for(config.num_layers)
     shapes = session_shapes(config, jnp.dtype(jnp.float32), schedule, layout, batch, length)
     spec = Spec(config, layout, schedule)
-    tokens = jax.ShapeDtypeStruct((batch, length - 64), jnp.int32)
-    prefill = PREFILL.jitted.lower(
-        shapes.weights, None, shapes.memory, shapes.last, tokens, shapes.scalar, shapes.lengths, spec=spec
-    )
-    run = RUN.jitted.lower(shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar, spec=spec)
+    prefill = PREFILL.jitted.lower(*shapes.of_prefill(length - 64), spec=spec)
+    run = RUN.jitted.lower(*shapes.of_run, spec=spec)
     reported = max(low.compile().memory_analysis().temp_size_in_bytes for low in (prefill, run))
     planned = footprint(config, jnp.dtype(jnp.float32), schedule, batch, length, layout).workspace_bytes
     assert reported / 2 < planned < 3 * reported
 
 
 def test_a_large_model_is_planned_without_any_array() -> None:
-    config = ModelConfig(
-        family="llama",
-        vocab_size=32000,
-        num_layers=80,
-        width=8192,
-        num_heads=64,
-        num_kv_heads=8,
-        head_dim=128,
-        mlp_width=28672,
-        context=4096,
-    )
+    config = SHAPES["llama-2-70b"]
     before = len(jax.live_arrays())
     schedule = Dex(explorers=8).schedule_for(80)
     plan = footprint(config, jnp.dtype(jnp.bfloat16), schedule, 1, 4096, Stacked(schedule.depths))

@@ -326,7 +326,9 @@ def test_another_prompt_in_the_same_bucket_compiles_nothing() -> None:
         generate(model(), AR(), [list(range(17))])
         assert counter.count > 0, "a longer prompt has a bucket of its own"
     finally:
-        jax.monitoring.unregister_event_duration_listener(counter)
+        # jax 0.7 cannot take one listener back; there the counter stays, and counts for nobody.
+        if hasattr(jax.monitoring, "unregister_event_duration_listener"):
+            jax.monitoring.unregister_event_duration_listener(counter)
 
 
 def test_repeating_a_call_repeats_its_output() -> None:

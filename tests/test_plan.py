@@ -88,7 +88,7 @@ def test_hardware_is_written_and_read(tmp_path) -> None:
     with pytest.raises(DexError, match=r"let python -m dex_jax\.evaluation\.calibrate write it"):
         read_hardware(file)
     with pytest.raises(DexError, match="cannot be written"):
-        write_hardware(tmp_path / "none" / "here.json", found)
+        write_hardware(file / "here.json", found)
 
 
 def test_counts_are_those_of_the_model() -> None:
@@ -272,12 +272,14 @@ def test_the_module_runs(tmp_path) -> None:
 
 
 def test_the_page_is_what_its_command_writes(tmp_path) -> None:
-    pytest.importorskip("dex_jax.sharding", reason="shows what stages on a mesh compile to")
     root = Path(__file__).resolve().parents[1]
     written = runpy.run_path(str(root / "benchmarks" / "planner.py"))["page"](tmp_path)
     assert written == (root / "docs" / "planner.md").read_text()
     for file in tmp_path.iterdir():
-        assert file.read_text() == (root / "docs" / "planner" / file.name).read_text()
+        new, kept = (json.loads(path.read_text()) for path in (file, root / "docs" / "planner" / file.name))
+        # From Python 3.12 on sum() rounds otherwise.
+        assert new["ead"].pop("share") == pytest.approx(kept["ead"].pop("share"), rel=1e-12)
+        assert new == kept
 
 
 def test_a_batch_is_priced_with_all_its_sequences() -> None:

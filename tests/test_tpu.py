@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from reference.small_models import LLAMA
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import AR, Dex, Schedule
@@ -28,18 +29,8 @@ pytestmark = pytest.mark.tpu
 
 # An uneven grid, so that the stacked layout has a padded layer. The caches are much larger than a v5e's 128 MiB of
 # on-chip memory, into which the compiler would otherwise move them whole.
-SMALL = ModelConfig(
-    family="llama",
-    vocab_size=1024,
-    num_layers=4,
-    width=256,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=128,
-    mlp_width=512,
-    context=32768,
-    tied=True,
-    eos_ids=(2, 7),
+SMALL = dataclasses.replace(
+    LLAMA, vocab_size=1024, width=256, head_dim=128, mlp_width=512, context=32768, eos_ids=(2, 7)
 )
 DEX = Dex(explorers=3).schedule_for(SMALL.num_layers)
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
@@ -97,32 +88,9 @@ def compile_program(
         config, jnp.dtype(dtype), schedule, layout, batch, cache_length, capacity=CAPACITY, sampled=sampled
     )
     program, args = {
-        "run": (RUN, (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)),
-        "start": (
-            START,
-            (
-                shapes.weights,
-                None,
-                shapes.memory,
-                shapes.last,
-                shapes.lengths,
-                shapes.limits,
-                shapes.sampling,
-                shapes.prompt,
-            ),
-        ),
-        "prefill": (
-            PREFILL,
-            (
-                shapes.weights,
-                None,
-                shapes.memory,
-                shapes.last,
-                jax.ShapeDtypeStruct((batch, PROMPT), jnp.int32),
-                shapes.scalar,
-                shapes.lengths,
-            ),
-        ),
+        "run": (RUN, shapes.of_run),
+        "start": (START, shapes.of_start),
+        "prefill": (PREFILL, shapes.of_prefill(PROMPT)),
     }[name]
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=tpu), args)
     static = {"spec": Spec(config, layout, schedule)} | ({"capacity": CAPACITY} if name == "start" else {})
@@ -263,7 +231,7 @@ def test_stages_on_four_chips(topology, wanted, method) -> None:
     dtype = jnp.dtype(jnp.bfloat16)
     shapes = session_shapes(SMALL, dtype, schedule, layout, BATCH, CACHE_LENGTH, capacity=CAPACITY, mesh=mesh)
     spec = Spec(SMALL, layout, schedule, mesh=mesh)
-    args = (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)
+    args = shapes.of_run
     compiled = RUN.jitted.lower(*args, spec=spec).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
 

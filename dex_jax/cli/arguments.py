@@ -1,4 +1,4 @@
-"""Flags of decode.py, and the prompts they name."""
+"""Flags of decode.py, the prompts they name, and what programs are called."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from dex_jax.prompts import Prompt
 
 EPILOG = """\
 examples:
-  decode.py --prompt "Why is the sky blue?"
-  decode.py --prompt "Write a limerick" --explorers 10 --color-depth
-  decode.py --prompt-file questions.jsonl --json > answers.jsonl
-  decode.py --model path/to/llama --depths 8,16,32 --prompt "Hi" --check
-  decode.py --explorers 5 --mesh stage=5 --prompt "Why is the sky blue?"
+  %(prog)s --prompt "Why is the sky blue?"
+  %(prog)s --prompt "Write a limerick" --explorers 10 --color-depth
+  %(prog)s --prompt-file questions.jsonl --json > answers.jsonl
+  %(prog)s --model path/to/llama --depths 8,16,32 --prompt "Hi" --check
+  %(prog)s --explorers 5 --mesh stage=5 --prompt "Why is the sky blue?"
 
 The text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 --check found a difference,
 2 bad input, 130 interrupted.
 """
 
+INSTALLED = {"decode.py": "dex-decode", "train_exits.py": "dex-train-exits"}
+"""Script of a clone -> the same program as a package installs it."""
 
 EXITS_HELP = """exit heads: "default" (what ships for the model), "shared" (the model's own head at every depth), a
-.safetensors file or a folder of train_exits.py; they change how fast text comes, never the text (%(default)s)"""
+.safetensors file or a folder of {train}; they change how fast text comes, never the text (%(default)s)"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser of decode.py."""
     p = argparse.ArgumentParser(
-        prog="decode.py",
+        prog=program("decode.py"),
         description="Decode a language model with Depth Exploration Decoding: several exit depths are explored at "
         "once and the final layer's token is always the one that is kept, so the text is exactly that of plain "
         "autoregressive decoding.",
@@ -47,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--layout", choices=["unrolled", "stacked"], default="unrolled", help="weight layout (%(default)s)")
     add("--mesh", metavar="AXIS=N,...", help="spread over devices: stage=5, stage=2,tensor=3, data=2,stage=2")
     add("--distributed", action="store_true", help="one of several processes, each started with the same arguments")
-    add("--exits", default="default", metavar="EXITS", help=EXITS_HELP)
+    add("--exits", default="default", metavar="EXITS", help=EXITS_HELP.format(train=program("train_exits.py")))
 
     add = p.add_argument_group("prompts").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
@@ -84,6 +86,11 @@ def parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="decode with plain AR too and compare token by token")
     add("--dry-run", action="store_true", help="print what would be needed of memory, load nothing")
     return p
+
+
+def program(script: str) -> str:
+    """What to call a program: the script's name, or that of its installed command where an installed one is running."""
+    return INSTALLED[script] if Path(sys.argv[0]).stem in INSTALLED.values() else script
 
 
 def method_of(args: argparse.Namespace) -> Method:

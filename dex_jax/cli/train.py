@@ -8,10 +8,11 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dex_jax.cli.arguments import program
 from dex_jax.cli.decode import BAD_INPUT, INTERRUPTED, OK, remember_compilations
 from dex_jax.cli.train_arguments import (
     configured,
@@ -88,7 +89,8 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
     _draw(folder)
     model = "" if config.model == "smollm2-135m" else f" --model {config.model}"
     serial = " --schedule serial" if config.options.draft_steps > 1 else ""
-    print(f'The exits are in {folder / FILE_NAME}. Use them: decode.py{model}{serial} --exits {folder} --prompt "..."')
+    decode = program("decode.py")
+    print(f'The exits are in {folder / FILE_NAME}. Use them: {decode}{model}{serial} --exits {folder} --prompt "..."')
 
 
 def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> None:
@@ -106,11 +108,13 @@ def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> No
     # A run that was done already has its last evaluation in the journal.
     kept = [record for record in read_journal(folder) if record["kind"] == "evaluation"]
     print(whole_model_table(trained.evaluation or kept[-1]))
-    print(f'The model is in {saved}. Use it: decode.py --model {saved} --exits shared --prompt "..."')
+    print(f'The model is in {saved}. Use it: {program("decode.py")} --model {saved} --exits shared --prompt "..."')
 
 
 def whole_model_table(figures: Mapping[str, Any]) -> str:
     """Markdown of what `WholeModel.evaluate` returns: one table by depth, one by K."""
+    from dex_jax.evaluation.exit_report import markdown
+
     depths = range(1, len(figures["agreement"]) + 1)
     columns = zip(depths, figures["agreement"], figures["exit_loss"], figures["ead"], strict=True)
     by_depth = [[str(depth), *(f"{value:.3f}" for value in values)] for depth, *values in columns]
@@ -120,18 +124,12 @@ def whole_model_table(figures: Mapping[str, Any]) -> str:
     loss = figures["held_out_loss"]
     return "\n\n".join(
         [
-            _markdown(["depth", "agreement", "loss (nats)", "EAD here"], by_depth),
-            _markdown(["K", "depth-side speedup", "without DECS"], by_explorers),
+            markdown(["depth", "agreement", "loss (nats)", "EAD here"], by_depth),
+            markdown(["K", "depth-side speedup", "without DECS"], by_explorers),
             f"held-out loss {loss:.4f} nats (perplexity {math.exp(loss):.2f}), mean EAD {figures['mean_ead']:.2f} of "
             f"{len(figures['agreement'])} layers, {figures['tokens']} tokens",
         ]
     )
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["-" * len(name) for name in header], *rows]
-    widths = [len(name) for name in header]
-    return "\n".join("| " + " | ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
 def _estimate(config: ExitTraining | WholeModelConfig, args: argparse.Namespace) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dex_jax.cli.arguments import depths
+from dex_jax.cli.arguments import depths, program
 from dex_jax.errors import DexError
 from dex_jax.language_model import DTYPES
 from dex_jax.training.estimate import MACHINES
@@ -24,15 +24,15 @@ OF_THE_LAST_TRAINING = ("steps", "tokens", "learning_rate", "seed")
 
 TRAIN_EPILOG = """\
 further commands, each with --help:
-  train_exits.py export FOLDER OUT.safetensors     one small file of a run's exits
-  train_exits.py evaluate --exits ... --data ...   agreement and predicted speedups on prompts of your choice
-  train_exits.py tree --exits ... --data ...       the token tree that pays on this device, for --schedule serial
+  %(prog)s export FOLDER OUT.safetensors     one small file of a run's exits
+  %(prog)s evaluate --exits ... --data ...   agreement and predicted speedups on prompts of your choice
+  %(prog)s tree --exits ... --data ...       the token tree that pays on this device, for --schedule serial
 
 examples:
-  train_exits.py --config configs/smollm2_135m.py
-  train_exits.py --config configs/smollm2_135m.py --folder runs/mine --data self prompts.jsonl=2 --steps 2000
-  train_exits.py --config configs/tinyshakespeare.py --recipe none --folder runs/plain
-  train_exits.py --config configs/llama3_8b.py --dry-run --machine a100
+  %(prog)s --config configs/smollm2_135m.py
+  %(prog)s --config configs/smollm2_135m.py --folder runs/mine --data self prompts.jsonl=2 --steps 2000
+  %(prog)s --config configs/tinyshakespeare.py --recipe none --folder runs/plain
+  %(prog)s --config configs/llama3_8b.py --dry-run --machine a100
 
 A run that was stopped or killed goes on when the same command is given again. Exit codes: 0 done, 2 bad input,
 130 interrupted.
@@ -42,7 +42,7 @@ A run that was stopped or killed goes on when the same command is given again. E
 def train_parser() -> argparse.ArgumentParser:
     """The parser of train_exits.py without a command."""
     p = argparse.ArgumentParser(
-        prog="train_exits.py",
+        prog=program("train_exits.py"),
         description="Train the exit heads of a frozen model, or a whole model by the LayerSkip recipe, as a "
         "configuration file says. Flags change what stands there.",
         epilog=TRAIN_EPILOG,
@@ -79,9 +79,9 @@ def train_parser() -> argparse.ArgumentParser:
 def export_parser() -> argparse.ArgumentParser:
     """The parser of `train_exits.py export`."""
     p = argparse.ArgumentParser(
-        prog="train_exits.py export",
-        description="Write a run's exits to one file, for decode.py --exits. Of a run that has not ended, the newest "
-        "checkpoint is taken.",
+        prog=program("train_exits.py") + " export",
+        description=f"Write a run's exits to one file, for {program('decode.py')} --exits. Of a run that has not "
+        "ended, the newest checkpoint is taken.",
     )
     p.add_argument("folder", metavar="FOLDER", help="of the run")
     p.add_argument("output", metavar="OUT.safetensors")
@@ -95,7 +95,7 @@ def export_parser() -> argparse.ArgumentParser:
 def evaluate_parser() -> argparse.ArgumentParser:
     """The parser of `train_exits.py evaluate`."""
     p = argparse.ArgumentParser(
-        prog="train_exits.py evaluate",
+        prog=program("train_exits.py") + " evaluate",
         description="Let the model answer prompts greedily, then measure what each exit would have said: agreement, "
         "divergence, and the ticks that follow from them.",
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dex_jax.errors import DexError
+from dex_jax.io.whole_files import write_json
 
 if TYPE_CHECKING:
     from dex_jax.evaluation.exit_forcing import Text
@@ -198,22 +199,6 @@ def _read_cache(file: Path, made_by: dict[str, Any]) -> dict[tuple[int, ...], li
             "--cache"
         )
     return found
-
-
-def write_json(path: str, value: Any) -> None:
-    """Writes a file as a whole or not at all.
-
-    Raises:
-      DexError: it cannot be written.
-    """
-    file = Path(path)
-    partial = file.with_name(file.name + ".partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 def _warn(line: str) -> None:

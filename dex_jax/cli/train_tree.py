@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dex_jax.cli.arguments import program
 from dex_jax.errors import DexError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def tree_parser() -> argparse.ArgumentParser:
     """The parser of `train_exits.py tree`."""
     p = argparse.ArgumentParser(
-        prog="train_exits.py tree",
+        prog=program("train_exits.py") + " tree",
         description="Search for the trees of serial rounds that are fastest on this device, on answers to prompts "
         "of your choice, and write them into the drafter's file.",
     )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.decoding.chain_interface import ChainExits, ChainNetwork, ChainRows, Path, Policy, Verified
-from dex_jax.decoding.ladder import climb
+from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, emit_path, until_done
 from dex_jax.sampling import Sampling, choose, scores
@@ -166,7 +166,7 @@ def _run_stage(network: ChainNetwork, state: ChainState, stage: int, where: jax.
             whole = jax.ShapeDtypeStruct((batch, rows, state.states.shape[-1]), state.states.dtype)
             shapes = jax.eval_shape(lambda x: network.run(state.memory, stage, x, start), whole)
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.tree.map(lambda leaf: _pad(leaf, rows), network.run(state.memory, stage, entering(width), start))
+        return jax.tree.map(lambda leaf: fill(leaf, -2, rows), network.run(state.memory, stage, entering(width), start))
 
     # The first stage runs the newest row alone; on a CPU what lies between one and eight rows costs the same.
     counts = sorted({0, 1} if stage == 0 else {0, 1, rows})
@@ -315,10 +315,3 @@ def _shadows(
         lambda features: _proposed(exits, features, sampling, of_rows), exits.shadows(state.memory, state.rows)
     )
     return found[0].reshape(shape), found[1].reshape(shape)
-
-
-def _pad(leaf: jax.Array, rows: int) -> jax.Array:
-    """Fills the last axis but one with zeros up to `rows`."""
-    padding = [(0, 0)] * leaf.ndim
-    padding[-2] = (0, rows - leaf.shape[-2])
-    return jnp.pad(leaf, padding)

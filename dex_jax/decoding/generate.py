@@ -16,10 +16,10 @@ import numpy as np
 
 from dex_jax.decoding.auto import settle
 from dex_jax.decoding.exits import ResolvedExits, resolve_method
-from dex_jax.decoding.methods import Dex, Method, Schedule, with_stages
+from dex_jax.decoding.methods import Dex, Method, Schedule, whole_number, with_stages
 from dex_jax.decoding.output import Output, Stats, counts, cut, steps_of
 from dex_jax.decoding.record import Record
-from dex_jax.decoding.session import PROGRAMS, Session, capacity_for, prompt_bucket
+from dex_jax.decoding.session import Session, capacity_for, compile_seconds, prompt_bucket
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError
@@ -142,9 +142,9 @@ def precompile(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], 
     of memory does not come on top of the weights. Options, except ticks_per_update, and errors are those of `stream`.
     """
     run = prepare(lm, prompts, **options)
-    before = _compile_seconds()
+    before = compile_seconds()
     run.session.compile()
-    return _compile_seconds() - before
+    return compile_seconds() - before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +206,10 @@ class _Clock:
         self.times, self.phase = times, phase
 
     def __enter__(self) -> None:
-        self.begin, self.compiled = time.perf_counter(), _compile_seconds()
+        self.begin, self.compiled = time.perf_counter(), compile_seconds()
 
     def __exit__(self, kind, error, traceback) -> None:
-        compiling = _compile_seconds() - self.compiled
+        compiling = compile_seconds() - self.compiled
         self.times["compile"] += compiling
         self.times[self.phase] += time.perf_counter() - self.begin - compiling
         if error is not None and "RESOURCE_EXHAUSTED" in str(error):
@@ -222,14 +222,10 @@ class _Clock:
             raise DexError(f"{' and '.join(lost)} no longer answers: start all processes again") from error
 
 
-def _compile_seconds() -> float:
-    return sum(program.compile_seconds for program in PROGRAMS)
-
-
 def _encode(
     lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], chat: bool, num_samples: int, max_new_tokens: int
 ) -> list[list[int]]:
-    _whole(max_new_tokens=max_new_tokens, num_samples=num_samples)
+    whole_number(max_new_tokens=max_new_tokens, num_samples=num_samples)
     batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts or ())
     if not batch:
         raise DexError("there is no prompt: give at least one")
@@ -253,7 +249,7 @@ def _sampling(
     if 0 < temperature < SMALLEST_TEMPERATURE:
         raise DexError(f"temperature {temperature} is too small to divide by: use 0, which is greedy")
     if top_k is not None:
-        _whole(top_k=top_k)
+        whole_number(top_k=top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise DexError(f"top_p must lie in (0, 1], not {top_p}")
     seeds = [int(seed) + row for row in range(batch)] if isinstance(seed, (int, np.integer)) else list(map(int, seed))
@@ -270,14 +266,6 @@ def _sampling(
         ),
         seeds,
     )
-
-
-def _whole(**values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise DexError(f"{name} must be a whole number, not {value!r}")
-        if value < 1:
-            raise DexError(f"{name} must be at least 1, not {value}")
 
 
 def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:

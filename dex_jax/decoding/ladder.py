@@ -25,6 +25,13 @@ def climb(needed: jax.Array, counts: Sequence[int], run: Callable[[int], Any]) -
     return choose_rung(index, counts, run)
 
 
+def fill(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """Fills one axis of x with zeros up to `length`, so that what ran over few rows has the shape of many."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, padding)
+
+
 def choose_rung(index: jax.Array, counts: Sequence[int], run: Callable[[int], Any]) -> Any:
     """run(counts[index]); all must return the same shapes."""
     if len(counts) == 1:

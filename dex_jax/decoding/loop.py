@@ -159,7 +159,12 @@ def run(
     proposing: tuple[int, ...] | None = None,
     until_tick: jax.Array | None = None,
 ) -> DexState:
-    """Ticks under one lax.while_loop until every sequence is done, or until `until_tick` (int32 scalar)."""
+    """Ticks under one lax.while_loop until every sequence is done, or until `until_tick`.
+
+    Args:
+      network, state, limits, sampling, decs, proposing: as of `step`.
+      until_tick: int32 scalar, the tick after which to stop in any case; None for none.
+    """
 
     def tick(state: DexState) -> DexState:
         return step(network, state, limits, sampling, decs=decs, proposing=proposing)

@@ -25,6 +25,7 @@ from dex_jax.decoding import ar, loop
 from dex_jax.decoding.ar import ARState
 from dex_jax.decoding.loop import DexState
 from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.network import last_states
 from dex_jax.decoding.record import Limits, until_done
 from dex_jax.decoding.spec import Spec
 from dex_jax.decoding.stage import StageNetwork, ar_step, extend_stages, from_last_stage, stage_network, step
@@ -62,11 +63,8 @@ def prefill_chunk(
         exits = memory.exits
         if spec.exits is not None and heads is not None and spec.exits.needs_previous:
             exits = read_chunk(device.model, spec.exits, heads, exits, tokens, hidden, start, lengths)
-        index = lengths - 1 - start
-        here = (index >= 0) & (index < tokens.shape[1])
-        chosen = jnp.take_along_axis(hidden, jnp.clip(index, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
         # Only now is what the last stage has seen known to all.
-        last, exits = from_last_stage((jnp.where(here[:, None], chosen, last), exits), device.stages)
+        last, exits = from_last_stage((last_states(hidden, last, start, lengths), exits), device.stages)
         return _stacked(memory._replace(exits=exits)), last
 
     inputs = (_weights(spec), _heads(spec, heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE, EVERYWHERE, BY_SEQUENCE)

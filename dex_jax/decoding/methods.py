@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 from typing import Any, Protocol
 
+import numpy as np
+
 from dex_jax.decoding.chain_interface import Policy
 from dex_jax.decoding.known_trees import LOOKUP_TREE
 from dex_jax.decoding.serial import TreeShape
@@ -186,7 +188,7 @@ def whole_number(**fields: Any) -> None:
       DexError: naming the first of them.
     """
     for name, value in fields.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise DexError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 

@@ -1,4 +1,4 @@
-"""The transformer as the decode loop's callables, in both weight layouts.
+"""The transformer as the decode loop's callables, in the weight layouts of one device (decoding/stage.py: of a mesh).
 
 Letters: B sequences, W rows a stage, K stages, l layers in a stage, D width, S cache length, G key-value heads,
 d head width.
@@ -16,7 +16,7 @@ from flax import nnx
 
 from dex_jax.cache import Memory, after, allocate, commit_slot, write_rows
 from dex_jax.decoding.interface import Committed, Exits, Network, StageView
-from dex_jax.decoding.ladder import climb
+from dex_jax.decoding.ladder import climb, fill
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
 
@@ -64,6 +64,21 @@ def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Arr
     """
     states, memory = extend_with_states(model, memory, tokens, start)
     return states[-1], memory
+
+
+def last_states(hidden: jax.Array, last: jax.Array, start: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The state of each prompt's last token, as far as the chunks of a prefill have come: [B, D].
+
+    Args:
+      hidden: [B, R, D], of a chunk.
+      last: [B, D], as before the chunk.
+      start: int32 scalar, position of the chunk's first token.
+      lengths: [B] int32, prompt lengths.
+    """
+    index = lengths - 1 - start
+    here = (index >= 0) & (index < hidden.shape[1])
+    chosen = jnp.take_along_axis(hidden, jnp.clip(index, 0, hidden.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.where(here[:, None], chosen, last)
 
 
 def depth_states(model: Transformer, tokens: jax.Array, depths: tuple[int, ...]) -> jax.Array:
@@ -264,7 +279,7 @@ def _run_layer_of(
     return layer.finish(x, attended), keys, values
 
 
-def _stage_rungs(batch: int, rows: int) -> tuple[int, ...]:
+def stage_rungs(batch: int, rows: int) -> tuple[int, ...]:
     """Row counts that a stage is compiled for; each costs a compilation of all layers.
 
     An empty stage is skipped. On a CPU one row is cheaper than eight, and eight than many times eight, but what lies
@@ -312,10 +327,10 @@ def _advance_unrolled(
                 committed = KeyValues(memory.keys[i], memory.values[i], prefix_mask)
                 lattice = KeyValues(memory.lattice_keys[i], memory.lattice_values[i], ancestors)
                 x, keys, values = _run_layer(model.layers[i], x, table, [committed, lattice], itself)
-                fresh.append((_pad(keys, 2, rows), _pad(values, 2, rows)))
-            return _pad(x, 1, rows), tuple(fresh)
+                fresh.append((fill(keys, 2, rows), fill(values, 2, rows)))
+            return fill(x, 1, rows), tuple(fresh)
 
-        x, fresh = climb(used[k], _stage_rungs(batch, rows), run_stage)
+        x, fresh = climb(used[k], stage_rungs(batch, rows), run_stage)
         out.append(x)
         start = after(view.ring[k] * rows, x)
         for i, (keys, values) in zip(stage, fresh, strict=True):
@@ -361,10 +376,3 @@ def _advance_stacked(
 def _write_cohort(lattice: jax.Array, fresh: jax.Array, start: jax.Array) -> jax.Array:
     """Writes a cohort's rows at its slots, the same for every sequence: lattice [B, G, K W, d], fresh [B, G, W, d]."""
     return jax.lax.dynamic_update_slice(lattice, fresh, (0, 0, start, 0))
-
-
-def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:
-    """Fills one axis of x with zeros up to `length`."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, length - x.shape[axis])
-    return jnp.pad(x, padding)

@@ -1,4 +1,4 @@
-"""A jitted function whose compilations are explicit: timed, counted and announced."""
+"""A jitted function whose compilations are explicit and timed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ class Program:
       donate: positions of arguments whose buffers may be reused.
 
     Attributes:
-      compilations: how many times anything has been compiled.
-      compile_seconds: seconds spent on that.
+      compile_seconds: seconds spent on compiling.
     """
 
     def __init__(self, function: Callable[..., Any], static: tuple[str, ...] = (), donate: tuple[int, ...] = ()):
         self.name = function.__name__
         self.jitted: Any = jax.jit(function, static_argnames=static, donate_argnums=donate)
-        self.compilations = 0
         self.compile_seconds = 0.0
         self._compiled: dict[Any, Any] = {}
 
@@ -52,5 +50,4 @@ class Program:
             gc.collect()
             return_free_memory()
             self.compile_seconds += time.perf_counter() - begin
-            self.compilations += 1
         return self._compiled[key]

@@ -20,7 +20,7 @@ from dex_jax.decoding import mesh as on_mesh
 from dex_jax.decoding.chain_network import chain_network
 from dex_jax.decoding.interface import Network
 from dex_jax.decoding.methods import Schedule
-from dex_jax.decoding.network import extend, shared_exits, transformer_network
+from dex_jax.decoding.network import extend, last_states, shared_exits, transformer_network
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.record import Limits, Record
 from dex_jax.decoding.serial_network import tree_network
@@ -92,10 +92,7 @@ def prefill_chunk(
     if spec.exits is not None and heads is not None and spec.exits.needs_previous:
         taken = read_chunk(model, spec.exits, heads, memory.exits, tokens, hidden, start, lengths)
         memory = memory._replace(exits=taken)
-    index = lengths - 1 - start
-    here = (index >= 0) & (index < tokens.shape[1])
-    chosen = jnp.take_along_axis(hidden, jnp.clip(index, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    return memory, jnp.where(here[:, None], chosen, last)
+    return memory, last_states(hidden, last, start, lengths)
 
 
 def start_decoding(
@@ -227,6 +224,11 @@ PREFILL = Program(prefill_chunk, static=("spec",), donate=(2, 3))
 START = Program(start_decoding, static=("spec", "capacity"), donate=(2,))
 RUN = Program(run_ticks, static=("spec",), donate=(2,))
 PROGRAMS = (PREFILL, START, RUN)
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent on compiling the programs of decoding."""
+    return sum(program.compile_seconds for program in PROGRAMS)
 
 
 class Session:

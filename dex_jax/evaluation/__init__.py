@@ -1,1 +1,1 @@
-"""Comparing outputs, and what a run needs."""
+"""What is measured, compared and planned."""

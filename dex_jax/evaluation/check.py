@@ -47,7 +47,17 @@ def compare(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> list[Check]:
-    """Compares two outputs of the same prompts and seeds, sequence by sequence."""
+    """Compares two outputs of the same prompts and seeds, sequence by sequence.
+
+    Args:
+      lm: the model that made both.
+      output: what is checked.
+      reference: what it should be, such as AR's.
+      temperature, top_k, top_p: that both were made with.
+
+    Returns:
+      One Check for each of the B sequences.
+    """
     checks = []
     for row, prompt in enumerate(output.prompt_tokens):
         ours = output.tokens[row, : output.lengths[row]]

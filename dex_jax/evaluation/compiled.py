@@ -191,8 +191,7 @@ def _lower(
     grid = make_mesh(mesh, devices)
     layout = Staged(depths if mesh.get("stage", 1) > 1 else (config.num_layers,))
     shapes = session_shapes(config, jnp.dtype(jnp.bfloat16), schedule, layout, batch, context, capacity=64, mesh=grid)
-    arguments = (shapes.weights, None, shapes.state, shapes.limits, shapes.sampling, shapes.scalar)
-    return RUN.jitted.lower(*arguments, spec=Spec(config, layout, schedule, mesh=grid))
+    return RUN.jitted.lower(*shapes.of_run, spec=Spec(config, layout, schedule, mesh=grid))
 
 
 def _evidence(name: str, chip: str, chips: int, lowered: Any, seconds: float, size: float) -> Evidence:

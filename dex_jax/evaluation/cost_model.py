@@ -30,7 +30,7 @@ import numpy as np
 
 from dex_jax.decoding.heads import HEAD_BLOCK
 from dex_jax.decoding.ladder import rungs
-from dex_jax.decoding.network import _stage_rungs as stage_rungs
+from dex_jax.decoding.network import stage_rungs
 from dex_jax.evaluation.hardware import Hardware, Link, interpolate
 from dex_jax.evaluation.workload import ExitWork, Work
 
@@ -126,7 +126,15 @@ class Ticks:
 
 
 def tick(s: Setting, depths: Sequence[int], rows: int, ticks: Ticks, tensor: int = 1) -> Parts:
-    """One tick on a mesh of K stages x T devices; with K = 1 it is an AR step."""
+    """One tick on a mesh of K stages x T devices; with K = 1 it is an AR step.
+
+    Args:
+      s: setting.
+      depths: x_1 < ... < x_K = L.
+      rows: W.
+      ticks: of the profile, for these depths and rows.
+      tensor: T.
+    """
     stages = len(depths)
     if stages == 1:
         return ar_step(s, tensor)
@@ -358,11 +366,11 @@ def _tick_seconds(s: Setting) -> float:
 
 def _shares_of_batch(
     used: tuple[tuple[float, ...], ...] | None, batch: int, stages: int, rows: int
-) -> list[np.ndarray]:
+) -> list[list[float]]:
     """[K] of [W + 1]: the share of ticks by the last row in use among B sequences that do not wait for one another."""
     if used is None:
-        return [np.eye(rows + 1)[rows]] * stages
-    return [np.diff(np.cumsum(share) ** batch, prepend=0.0) for share in used]
+        return [[0.0] * rows + [1.0]] * stages
+    return [np.diff(np.cumsum(share) ** batch, prepend=0.0).tolist() for share in used]
 
 
 def _longest(depths: Sequence[int]) -> int:

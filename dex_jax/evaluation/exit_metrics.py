@@ -120,7 +120,13 @@ def grouped_figures(
 ) -> dict[str, ExitFigures]:
     """Figures of each named group of texts, and "mean", the mean of the groups' figures, when there are several.
 
-    Arguments and errors as of `measure`.
+    Args:
+      lm: the model.
+      heads, vocabulary, explorers, batch: as of `exit_forcing.measure`.
+      groups: name -> texts, (prompt, answer) of token ids each.
+
+    Raises:
+      DexError: no group or an empty one, and as of `exit_forcing.measure`.
     """
     if not groups or not all(groups.values()):
         raise DexError("there is nothing to measure: give at least one group, and at least one text in each")
@@ -164,6 +170,7 @@ def first_exits(measured: Measurement, grid: tuple[int, ...], born_at: int) -> n
     """The first exit of a node that gives its next token, DECS masking along the way.
 
     Args:
+      measured: N tokens.
       grid: depths of a grid.
       born_at: 1..K, of the node; K for a fresh root. When exit k is asked, the node's parent has done
         min(K, k + born_at) stages, and that is what the exit reads.
@@ -180,7 +187,7 @@ def proposals(measured: Measurement, grid: tuple[int, ...], born_at: int) -> tup
     """What the exits of a grid propose under a node, one after the other with DECS.
 
     Args:
-      grid, born_at: as of `first_exits`.
+      measured, grid, born_at: as of `first_exits`.
 
     Returns:
       (tokens [N, K - 1] int32, NO_TOKEN where an exit has nothing left; their log-probabilities [N, K - 1] float32,

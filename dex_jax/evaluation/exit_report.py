@@ -1,8 +1,7 @@
-"""Figures of trained exits as people read them: tables, lines of JSON, and a picture of a training run."""
+"""Figures of trained exits as people read them: tables, and a picture of a training run."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,25 +22,14 @@ def tables(groups: Mapping[str, ExitFigures]) -> str:
     return "\n\n".join(f"**{name}**\n\n{_group_tables(figures)}" for name, figures in groups.items())
 
 
-def jsonl_line(step: int, groups: Mapping[str, ExitFigures], **more: Any) -> str:
-    """One line of JSON without its newline: {"step", ..., "groups": {name: figures}}.
-
-    Args:
-      step: of the training.
-      groups: name -> figures.
-      **more: what else to say, JSON-able, such as tokens or seconds.
-    """
-    record = {"step": step, **more, "groups": {name: figures.to_json() for name, figures in groups.items()}}
-    return json.dumps(record, allow_nan=False)
-
-
 def plot_agreement(
     records: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, group: str | None = None, along: str = "step"
 ) -> None:
     """Draws agreement by depth over training into a PNG.
 
     Args:
-      records: read from lines of `jsonl_line`; a later record of a step replaces an earlier one.
+      records: of evaluations, as metrics.jsonl of a run holds them: {"step", ..., "groups": {name: figures}}; a later
+        one of a step replaces an earlier one.
       path: of the PNG.
       group: whose figures; None is "mean" where records have it, else their first.
       along: which number of the records goes along the horizontal axis.

@@ -57,6 +57,21 @@ class SessionShapes(NamedTuple):
     scalar: jax.ShapeDtypeStruct
     prompt: jax.ShapeDtypeStruct | None
 
+    def of_prefill(self, chunk: int) -> tuple[Any, ...]:
+        """What `session.prefill_chunk` takes for chunks of so many tokens."""
+        tokens = jax.ShapeDtypeStruct((self.lengths.shape[0], chunk), jnp.int32)
+        return self.weights, None, self.memory, self.last, tokens, self.scalar, self.lengths
+
+    @property
+    def of_start(self) -> tuple[Any, ...]:
+        """What `session.start_decoding` takes."""
+        return self.weights, None, self.memory, self.last, self.lengths, self.limits, self.sampling, self.prompt
+
+    @property
+    def of_run(self) -> tuple[Any, ...]:
+        """What `session.run_ticks` takes."""
+        return self.weights, None, self.state, self.limits, self.sampling, self.scalar
+
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
@@ -166,8 +181,8 @@ def session_shapes(
         memory = memory._replace(lattice_keys=(), lattice_values=())
     start = functools.partial(session.start_decoding, spec=spec, capacity=capacity)
     prompt = None if schedule.tree is None else array((batch, cache_length - schedule.ahead), jnp.int32)
-    state = jax.eval_shape(start, weights, None, memory, last, lengths, limits, sampling, prompt)
-    shapes = SessionShapes(weights, memory, last, lengths, limits, sampling, state, scalar, prompt)
+    shapes = SessionShapes(weights, memory, last, lengths, limits, sampling, None, scalar, prompt)
+    shapes = shapes._replace(state=jax.eval_shape(start, *shapes.of_start))
     return shapes if mesh is None else SessionShapes(*place(shapes, _specs(spec, shapes), mesh))
 
 

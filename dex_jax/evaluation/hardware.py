@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dex_jax.errors import DexError
+from dex_jax.io.whole_files import write_whole
 
 REACHED_BANDWIDTH = 0.8
 """Assumption: share of the published memory bandwidth that reading weights gets."""
@@ -149,7 +150,7 @@ LINKS = {
 
 # Peaks: dense bfloat16 (float16 on T4). Kernel latencies are assumptions: what a small kernel takes in a captured graph
 # on a GPU, or within one TPU program. Prices are round public on-demand list prices for one device, to be replaced by
-# one's own (--price).
+# one's own (,price=X).
 DEVICES = {
     # NVIDIA H100 Tensor Core GPU data sheet, SXM5 column: 989 TFLOPS dense bfloat16, 3.35 TB/s, 80 GB.
     "h100": (Device("h100", 989e12, 3.35e12, 80e9, 3e-6, 4.0), 8, "nvlink4", "infiniband"),
@@ -224,13 +225,7 @@ def write_hardware(path: str | Path, found: Hardware) -> None:
     Raises:
       DexError: it cannot be written.
     """
-    file = Path(path)
-    partial = file.with_name(file.name + ".partial")
-    try:
-        partial.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
+    write_whole(path, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
 
 
 def read_hardware(path: str | Path) -> Hardware:

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.cost_model import Setting
-from dex_jax.evaluation.hardware import DEVICES, Hardware, hardware
-from dex_jax.evaluation.predictions import Plan, Prediction, others, plan
+from dex_jax.evaluation import cost_model
+from dex_jax.evaluation.cost_model import Setting, Ticks
+from dex_jax.evaluation.hardware import DEVICES, hardware
+from dex_jax.evaluation.predictions import Plan, Prediction, others, plan, prediction
 from dex_jax.evaluation.workload import SHAPES, ExitWork, config_of, described_exits, exit_work, work_of
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -75,7 +76,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
-    """Plans as the flags say and prints it."""
+    """Plans as the flags say and prints it.
+
+    Raises:
+      DexError: flags that do not go together, or what they name cannot be read.
+    """
     from dex_jax.evaluation.ead_profile import read_profile
 
     if min(args.batch, args.context, args.top) < 1:
@@ -98,7 +103,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
             "assumption": profile.assumption,
             "recommendation": chosen.sentence,
         }
-        report["predictions"] = [prediction.to_json() for prediction in chosen.predictions]
+        report["predictions"] = [each.to_json() for each in chosen.predictions]
         costs = cost_by_batch(s, chosen) if args.batches else None
         if costs is not None:
             report["by_batch"] = {str(b): [p.to_json() for p in each] for b, each in costs.items()}
@@ -150,23 +155,16 @@ def exits_of(text: str, model: str) -> ExitWork:
 
 def cost_by_batch(s: Setting, chosen: Plan) -> dict[int, list[Prediction]]:
     """For each batch the best DEX of this plan, with its mesh, grid and rows, beside all other ways that fit."""
-    from dex_jax.evaluation import cost_model
-    from dex_jax.evaluation.predictions import _prediction
-
     found = {}
     for batch in BATCHES:
         larger = dataclasses.replace(s, batch=batch)
         rows = [p for p in others(larger) if p.fits]
         best = chosen.best_dex
         if best is not None and best.method == "dex":
-            from dex_jax.evaluation.cost_model import Ticks
-
             step = cost_model.tick(larger, best.depths, best.rows, Ticks(1 / best.tokens_a_step), best.tensor)
             size = cost_model.bytes_per_device(larger, best.stages, best.tensor, rows=best.rows, depths=best.depths)
             shape = (best.stages, best.tensor)
-            made = _prediction(
-                larger, "dex", shape, best.depths, best.rows, step, best.tokens_a_step, size, best.detail
-            )
+            made = prediction(larger, "dex", shape, best.depths, best.rows, step, best.tokens_a_step, size, best.detail)
             rows += [made] * made.fits
         found[batch] = sorted(rows, key=lambda p: -p.tokens_per_second)
     return found
@@ -231,15 +229,6 @@ def costs_table(costs: dict[int, list[Prediction]]) -> Table:
             cells.append(f"{found.tokens_per_second:.0f}, {cost}")
         table.add_row(name, *cells)
     return table
-
-
-def describe_hardware(found: Hardware) -> str:
-    """One line of a machine's figures."""
-    d = found.device
-    return (
-        f"{found.name}: {d.flops / 1e12:.4g} Tflop/s, {d.bandwidth / 1e9:.4g} GB/s, {d.memory / 1e9:.0f} GB, "
-        f"{d.kernel_seconds * 1e6:.3g} us a kernel"
-    )
 
 
 if __name__ == "__main__":

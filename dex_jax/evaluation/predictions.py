@@ -158,7 +158,10 @@ def plan(
 def dex(
     s: Setting, profile: Profile, explorers: Sequence[int] | None = None, rows: Sequence[int] | None = None
 ) -> list[Prediction]:
-    """DEX on every mesh K x T that the devices allow and every grid and cap of the profile, and on one device."""
+    """DEX on every mesh K x T that the devices allow and every grid and cap of the profile, and on one device.
+
+    Arguments and errors as of `plan`.
+    """
     found = []
     for depths, count in _grids(profile, s.work.layers, explorers, rows):
         ticks = profile.ticks(depths, count)
@@ -173,13 +176,13 @@ def dex(
             size = cost_model.bytes_per_device(s, stages, tensor, rows=count, depths=depths)
             where = f"stage={stages}" + (f",tensor={tensor}" if tensor > 1 else "")
             found.append(
-                _prediction(s, "dex", (stages, tensor), depths, count, step, tokens, size, f"{name}, mesh {where}")
+                prediction(s, "dex", (stages, tensor), depths, count, step, tokens, size, f"{name}, mesh {where}")
             )
         step = cost_model.tick_on_one_device(s, depths, count, ticks)
         numbers = s.work.layers, *depths[:-1]
         size = cost_model.bytes_per_device(s, 1, 1, rows=stages * count, depths=(numbers[0],))
         size += (stages - 2) * s.exits.own * s.hardware.device.itemsize
-        found.append(_prediction(s, "dex one device", (1, 1), depths, count, step, tokens, size, f"{name}, one device"))
+        found.append(prediction(s, "dex one device", (1, 1), depths, count, step, tokens, size, f"{name}, one device"))
     return found
 
 
@@ -190,18 +193,18 @@ def others(s: Setting, profile: Profile | None = None) -> list[Prediction]:
     step = cost_model.ar_step(s, single)
     size = cost_model.bytes_per_device(s, 1, single)
     where = "one device" if single == 1 else f"{single} devices that split every layer"
-    found.append(_prediction(s, "ar", (1, single), layers, 1, step, 1.0, size, f"AR on {where}"))
+    found.append(prediction(s, "ar", (1, single), layers, 1, step, 1.0, size, f"AR on {where}"))
     for tensor in tensor_axes(s, count):
         stages = min(count // tensor, s.work.layers)
         if tensor > single:
             step, size = cost_model.ar_step(s, tensor), cost_model.bytes_per_device(s, 1, tensor)
             detail = f"AR, every layer split over {tensor} devices"
-            found.append(_prediction(s, "ar tensor", (1, tensor), layers, 1, step, 1.0, size, detail))
+            found.append(prediction(s, "ar tensor", (1, tensor), layers, 1, step, 1.0, size, detail))
         if stages > 1:
             step = cost_model.pipelined_step(s, stages, tensor)
             size = cost_model.bytes_per_device(s, stages, tensor)
             detail = f"AR, pipeline of {stages} stages" + (f" of {tensor} devices each" if tensor > 1 else "")
-            found.append(_prediction(s, "ar pipelined", (stages, tensor), layers, 1, step, 1.0, size, detail))
+            found.append(prediction(s, "ar pipelined", (stages, tensor), layers, 1, step, 1.0, size, detail))
         if profile is not None:
             found.append(_layerskip(s, profile, tensor))
     copies = count // single
@@ -212,7 +215,7 @@ def others(s: Setting, profile: Profile | None = None) -> list[Prediction]:
         detail = f"AR, {busy} of {copies} replicas busy, {part.batch} sequences each"
         found.append(
             dataclasses.replace(
-                _prediction(s, "ar replicas", (1, single), layers, 1, step, 1.0, size, detail), devices=busy * single
+                prediction(s, "ar replicas", (1, single), layers, 1, step, 1.0, size, detail), devices=busy * single
             )
         )
     return found
@@ -244,7 +247,7 @@ def _layerskip(s: Setting, profile: Profile, tensor: int) -> Prediction:
     where = "" if tensor == 1 else f", every layer split over {tensor} devices"
     detail = f"LayerSkip, {drafted} drafted at depth {depth}{where}"
     size = cost_model.bytes_per_device(s, 1, tensor)
-    return _prediction(s, "layerskip", (1, tensor), (depth, s.work.layers), 1, step, tokens, size, detail)
+    return prediction(s, "layerskip", (1, tensor), (depth, s.work.layers), 1, step, tokens, size, detail)
 
 
 def _grids(
@@ -270,7 +273,7 @@ def _grids(
     return kept
 
 
-def _prediction(
+def prediction(
     s: Setting,
     method: str,
     mesh: tuple[int, int],
@@ -281,6 +284,7 @@ def _prediction(
     size: float,
     detail: str,
 ) -> Prediction:
+    """A prediction of one way, `mesh` being (stages, tensor); the other arguments are the fields of `Prediction`."""
     device = s.hardware.device
     return Prediction(
         method=method,

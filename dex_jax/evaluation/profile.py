@@ -226,15 +226,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures and writes, as the flags say."""
+    """Measures and writes, as the flags say.
+
+    Raises:
+      DexError: numbers below 1, or a model, exits, prompts or grids that are not there or do not fit.
+    """
     import dataclasses
 
     import jax.numpy as jnp
 
     from dex_jax.cli.decode import remember_compilations
-    from dex_jax.cli.train_results import answered, chosen_exits, write_json
+    from dex_jax.cli.train_results import answered, chosen_exits
     from dex_jax.evaluation.exit_forcing import measure
     from dex_jax.evaluation.profile_plots import draw
+    from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
     from dex_jax.nn.exits import heads_of
 

@@ -1,17 +1,37 @@
-"""Pictures of an EAD profile; they need matplotlib, the extra "plots"."""
+"""Pictures of an EAD profile; they need matplotlib, the extra "plot"."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.ead_profile import Profile
+from dex_jax.evaluation.ead_profile import EAD, GridProfile, Profile
+from dex_jax.plot.figures import new_figure
+
+
+def figures(profile: Profile) -> dict[str, Any]:
+    """The pictures of a profile.
+
+    Returns:
+      Matplotlib Figures: "ead", the share of tokens by earliest available depth; "speedup", depth-side speedups by K
+      beside what bounds them; "rows", what capped rows cost in ticks.
+
+    Raises:
+      DexError: no matplotlib.
+    """
+    grids = sorted(profile.grids, key=lambda grid: grid.stages)
+    return {
+        "ead": _ead(profile.groups or {"all": profile.ead}),
+        "speedup": _speedup(profile.ead, grids),
+        "rows": _rows(grids),
+    }
 
 
 def draw(profile: Profile, folder: str | Path) -> list[Path]:
-    """Draws EAD by depth, speedups by K and ticks per token by rows as PNG files into a folder.
+    """Writes the pictures of a profile as PNG files into a folder.
 
     Returns:
       The files.
@@ -19,41 +39,51 @@ def draw(profile: Profile, folder: str | Path) -> list[Path]:
     Raises:
       DexError: no matplotlib, or a folder that cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DexError("pictures need matplotlib: pip install dex_jax[plots]") from error
+    files = []
+    for name, figure in figures(profile).items():
+        file = Path(folder) / f"{name}.png"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(file, format="png")
+        except OSError as error:
+            raise DexError(f"the picture cannot be written to {file}: {error.strerror or error}") from error
+        files.append(file)
+    return files
 
-    figures = {}
-    figures["ead"] = figure = Figure(figsize=(8, 5), layout="constrained")
+
+def _ead(groups: dict[str, EAD]) -> Any:
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
-    groups = profile.groups or {"all": profile.ead}
     width = 0.8 / len(groups)
     for number, (name, ead) in enumerate(groups.items()):
         at = np.arange(len(ead.depths)) + (number - (len(groups) - 1) / 2) * width
         axes.bar(at, ead.share, width, label=f"{name}, mean {ead.mean:.1f}")
-    axes.set_xticks(np.arange(len(profile.ead.depths)), [str(depth) for depth in profile.ead.depths])
+    depths = next(iter(groups.values())).depths
+    axes.set_xticks(np.arange(len(depths)), [str(depth) for depth in depths])
     axes.set_xlabel("depth")
     axes.set_ylabel("share of tokens first available here")
     axes.legend()
+    return figure
 
-    figures["speedup"] = figure = Figure(figsize=(8, 5), layout="constrained")
+
+def _speedup(ead: EAD, grids: list[GridProfile]) -> Any:
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
-    grids = sorted(profile.grids, key=lambda grid: grid.stages)
     across = [grid.stages for grid in grids]
-    axes.axhline(profile.ead.oracle_speedup, color="grey", linestyle="--", label="oracle: L over mean EAD")
+    axes.axhline(ead.oracle_speedup, color="grey", linestyle="--", label="oracle: L over mean EAD")
     axes.plot(across, [grid.resolution_bound for grid in grids], marker=".", label="EAD rounded up to the grid")
     axes.plot(across, [grid.depth_side_speedup for grid in grids], marker="o", label="teacher-forced ticks, DECS")
-    real = [grid for grid in grids if grid.real is not None]
+    real = [(grid.stages, grid.real.depth_side_speedup) for grid in grids if grid.real is not None]
     if real:
-        height = [grid.real.depth_side_speedup for grid in real if grid.real is not None]
-        axes.plot([grid.stages for grid in real], height, "x", label="the loop itself")
+        axes.plot(*zip(*real, strict=True), "x", label="the loop itself")
     axes.set_xlabel("K")
     axes.set_ylabel("depth-side speedup")
     axes.legend()
+    return figure
 
-    figures["rows"] = figure = Figure(figsize=(8, 5), layout="constrained")
+
+def _rows(grids: list[GridProfile]) -> Any:
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     for grid in grids:
         rows = [capped.rows for capped in grid.capped]
@@ -63,14 +93,4 @@ def draw(profile: Profile, folder: str | Path) -> list[Path]:
     axes.set_xlabel("rows a stage")
     axes.set_ylabel("ticks above those of rows that never prune")
     axes.legend()
-
-    files = []
-    for name, figure in figures.items():
-        file = Path(folder) / f"{name}.png"
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            FigureCanvasAgg(figure).print_png(file)
-        except OSError as error:
-            raise DexError(f"the picture cannot be written to {file}: {error.strerror or error}") from error
-        files.append(file)
-    return files
+    return figure

@@ -352,9 +352,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> Verdict:
-    """Compares as the flags say, prints a table and returns the verdict."""
+    """Compares as the flags say, prints a table and returns the verdict.
+
+    Raises:
+      DexError: numbers that are too small, or what the flags name cannot be read or does not fit.
+    """
     from dex_jax.cli.decode import remember_compilations
-    from dex_jax.cli.train_results import spread, write_json
+    from dex_jax.cli.train_results import spread
+    from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
     from dex_jax.training.prompt_files import read_prompts
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
-from dex_jax.io.layout import Part, canonical_parts, layer_prefix, stacked_shape
+from dex_jax.io.tensor_names import Part, canonical_parts, layer_prefix, stacked_shape
 from dex_jax.io.tokenizer import Tokenizer
 
 _SAMPLED_ROWS = 4

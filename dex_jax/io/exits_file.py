@@ -15,6 +15,7 @@ import numpy as np
 
 from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
+from dex_jax.io.whole_files import write_whole
 
 FORMAT = "dex_jax exits 1"
 FILE_NAME = "exits.safetensors"
@@ -78,15 +79,7 @@ def save_exits(path: str | os.PathLike, exits: TrainedExits, *, int8: bool = Fal
         "fingerprint": exits.fingerprint,
         "about": json.dumps(exits.metadata),
     }
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(save(tensors, metadata))
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DexError(f"exits cannot be written to {target}: {error.strerror or error}") from error
+    write_whole(path, save(tensors, metadata))
 
 
 def load_exits(path: str | os.PathLike) -> TrainedExits:

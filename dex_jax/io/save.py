@@ -14,7 +14,7 @@ import numpy as np
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.io.huggingface_config import huggingface_config
-from dex_jax.io.layout import canonical_parts, stacked_shape
+from dex_jax.io.tensor_names import canonical_parts, stacked_shape
 from dex_jax.io.tokenizer import Tokenizer
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

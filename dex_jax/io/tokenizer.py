@@ -100,10 +100,6 @@ class Tokenizer:
         """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def token_text(self, token_id: int) -> str:
-        """What one token reads as by itself, special tokens by their names."""
-        return self.decode([token_id], skip_special=False)
-
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Chat messages to ids.
 

@@ -1,4 +1,4 @@
-"""The Llama-family decoder as a flax.nnx module, in one of two weight layouts."""
+"""The Llama-family decoder as a flax.nnx module, in one of three weight layouts."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def build(config: ModelConfig, layout: Layout, read: Callable[[str], np.ndarray]
 
 
 def random_transformer(config: ModelConfig, layout: Layout, seed: int, dtype=jnp.float32) -> Transformer:
-    """Random weights (normal kernels of standard deviation 1 / sqrt(in), unit norms), equal in both layouts."""
+    """Random weights (normal kernels of standard deviation 1 / sqrt(in), unit norms), equal in every layout."""
     return build(config, layout, random_reader(config, seed), dtype)
 
 

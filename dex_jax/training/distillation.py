@@ -79,7 +79,7 @@ class Distillation:
     ):
         self.lm, self.exits, self.vocabulary, self.stream = lm, exits, vocabulary, stream
         self.options = DistillationOptions() if options is None else options
-        if self.options.draft_steps > 1 and (exits.kind != "attn" or exits.depths != (0,)):
+        if self.options.draft_steps > 1 and not exits.is_drafter:
             raise DexError(f"draft steps need one exit of kind attn at depth 0, not {exits.kind} at {exits.depths}")
         self._data, self._evaluate, self._initial = data, evaluate, initial
 

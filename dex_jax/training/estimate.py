@@ -16,7 +16,9 @@ import numpy as np
 
 from dex_jax import cache
 from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.evaluation.cost_model import USABLE
 from dex_jax.evaluation.footprint import device_memory, nbytes
+from dex_jax.evaluation.hardware import DEVICES
 from dex_jax.language_model import abstract_weights
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Unrolled
@@ -28,9 +30,6 @@ REACHED = 0.4
 
 REACHED_OF_MEASURED = 0.6
 """The same share of what was measured with the large products that go fastest."""
-
-USABLE = 0.92
-"""Share of a device's memory that a run can have; the rest goes to programs and to what lies between arrays."""
 
 FROZEN_INPUTS = ("map", "map_down", "context.enter")
 """Kernels that read what the frozen model gives: their inputs get no gradient, a third of the usual arithmetic."""
@@ -57,13 +56,19 @@ class Machine:
     reached: float = REACHED
 
 
+def _published(name: str, device: str, devices: int = 1) -> Machine:
+    """So many devices of the planner's table."""
+    peak = DEVICES[device][0]
+    return Machine(name, devices * peak.flops, devices * peak.bandwidth, devices * peak.memory, devices)
+
+
 MACHINES = {
-    # Peaks as their makers publish them: dense bfloat16 (float16 on T4), memory bandwidth, memory.
-    "a100": Machine("one A100 (80 GB)", 312e12, 2.0e12, 80e9),
-    "v5e-8": Machine("TPU v5e, 8 chips", 8 * 197e12, 8 * 819e9, 8 * 16e9, 8),
-    "t4": Machine("one T4", 65e12, 320e9, 16e9),
-    "h100": Machine("one H100 (80 GB)", 989e12, 3.35e12, 80e9),
+    "a100": _published("one A100 (80 GB)", "a100"),
+    "v5e-8": _published("TPU v5e, 8 chips", "v5e", 8),
+    "t4": _published("one T4", "t4"),
+    "h100": _published("one H100 (80 GB)", "h100"),
 }
+"""For --machine."""
 
 
 @dataclasses.dataclass(frozen=True)

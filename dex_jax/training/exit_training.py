@@ -24,6 +24,7 @@ from dex_jax.evaluation.exit_forcing import Text
 from dex_jax.evaluation.exit_metrics import grouped_figures
 from dex_jax.evaluation.exit_report import tables
 from dex_jax.io.exits_file import FILE_NAME, TrainedExits, save_exits
+from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import heads_of
 from dex_jax.training.config import TrainConfig
@@ -173,7 +174,7 @@ def held_out_texts(
         answered = [(prompt, answer) for prompt, answer in texts if answer]
         if answered:
             groups[name] = answered
-    _write(file, groups)
+    write_json(file, groups)
     return groups
 
 
@@ -226,11 +227,11 @@ def _vocabulary(
         return None
     file = folder / "draft_vocabulary.json"
     if initial is not None and initial.vocabulary is not None and len(initial.vocabulary) == exits.draft_size:
-        _write(file, initial.vocabulary.tolist())
+        write_json(file, initial.vocabulary.tolist())
         return initial.vocabulary
     if not file.is_file():
         tell(f"counting the draft vocabulary on {config.draft_tokens} tokens")
-        _write(file, draft_vocabulary(lm, stream, exits.draft_size, config.draft_tokens).tolist())
+        write_json(file, draft_vocabulary(lm, stream, exits.draft_size, config.draft_tokens).tolist())
     return np.asarray(json.loads(file.read_text()), np.int32)
 
 
@@ -271,13 +272,3 @@ def _about(
         "device": f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}",
         "held_out": last[0]["groups"] if last else {},
     } | ({} if initial is None else {"before": {k: v for k, v in initial.metadata.items() if k != "held_out"}})
-
-
-def _write(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    try:
-        partial.write_text(json.dumps(value))
-        partial.replace(file)
-    except OSError as error:
-        raise DexError(f"{file} cannot be written: {error.strerror or error}") from error

@@ -69,7 +69,11 @@ def read_dataset(name: str, config: str | None, split: str) -> list[Prompt]:
 
 
 def parse_dataset(text: str) -> tuple[str, str | None, str]:
-    """NAME[:CONFIG][:SPLIT] -> (name, config, split); "train" if left out; slices, train[:100], are splits too."""
+    """NAME[:CONFIG][:SPLIT] -> (name, config, split); "train" if left out; slices, train[:100], are splits too.
+
+    Raises:
+      DexError: another text.
+    """
     name, *rest = re.split(r":(?![^\[]*\])", text)
     if not name or len(rest) > 2 or not all(rest):
         raise DexError(f"datasets:{text} is not understood: write datasets:NAME, then :CONFIG or :SPLIT or both")
@@ -105,6 +109,9 @@ def standard_library_prompts() -> list[str]:
     """Signature and docstring of functions in the running interpreter's standard library, read and never run.
 
     What there is depends on the version of Python. The order does not depend on the machine.
+
+    Raises:
+      DexError: an interpreter without its library's source.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, None] = {}

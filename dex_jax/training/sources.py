@@ -169,7 +169,11 @@ class ListSource:
         return len(self._too_long)
 
     def item(self, number: int) -> Item:
-        """The entry of that place in the shuffled epochs; where it is too long, the next one that is not."""
+        """The entry of that place in the shuffled epochs; where it is too long, the next one that is not.
+
+        Raises:
+          DexError: all are too long.
+        """
         count = len(self._entries)
         epoch, place = divmod(number, count)
         order = self._order(epoch)

@@ -260,9 +260,11 @@ def random_parameters(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def canonical_weights(lm: LanguageModel) -> Params:
-    """Float32 copies of a model's weights by canonical name. The model must be in the unrolled layout."""
+    """Float32 copies of a model's weights by canonical name; DexError in any layout but the unrolled one."""
     if not isinstance(lm.layout, Unrolled):
-        raise DexError(f"{lm.source} is in the stacked layout: load it without a layout, or arrange(Unrolled()) first")
+        raise DexError(
+            f"{lm.source} is not in the unrolled layout: load it without a layout, or arrange(Unrolled()) first"
+        )
     model = merge_model(lm.config, lm.layout, lm.weights)
 
     def read(name: str) -> jax.Array:
