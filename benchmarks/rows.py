@@ -134,7 +134,9 @@ def _table(grids: dict[str, Any], found: dict[str, Any]) -> str:
 def draw(found: dict[str, Any], path: Path) -> None:
     figure = new_figure(8, 5)
     axes = figure.add_subplot()
-    for color, (stages, grid) in zip(SERIES, sorted(found["grids"].items(), key=lambda item: int(item[0])), strict=False):
+    for color, (stages, grid) in zip(
+        SERIES, sorted(found["grids"].items(), key=lambda item: int(item[0])), strict=False
+    ):
         base = grid["never_prunes"]
         points = sorted((int(cap), ticks / base - 1) for cap, ticks in grid["replayed"].items())
         axes.plot(*zip(*points, strict=True), color=color, linestyle=":", linewidth=1)
@@ -190,7 +192,9 @@ def main() -> int:
         write_json(str(store), found)
         print(f"{time.perf_counter() - begin:6.0f} s  {line}", file=sys.stderr, flush=True)
 
-    resolved = {k: resolve_method(dex_jax.Dex(explorers=k), args.exits, lm.config, lm.fingerprint) for k in args.explorers}
+    resolved = {
+        k: resolve_method(dex_jax.Dex(explorers=k), args.exits, lm.config, lm.fingerprint) for k in args.explorers
+    }
     for stages, each in resolved.items():
         if str(stages) not in found["grids"]:
             found["grids"][str(stages)] = replayed(lm, each, texts)
