@@ -3,8 +3,8 @@
     python benchmarks/rows.py --data HumanEval.jsonl.gz question_240.jsonl --prompts 10 --output docs/rows
 
 Prompts are answered once. The texts are teacher-forced, which gives the ticks of rows that never prune, and replayed
-with the scores that exits gave (dex_jax/evaluation/replay.py) for every cap; then the loop runs on the same prompts with
-the caps of --loop-rows. K whose even grid the shipped exits do not hold get the nearest trained depths, and above their
+with the scores that exits gave (dex_jax/evaluation/replay.py) for every cap; then the loop runs on the same prompts
+with the caps of --loop-rows. K whose even grid the shipped exits do not hold get the nearest trained depths, and above their
 number the model's own head, unless --exits names others (such as those of configs/smollm2_135m_k15.py). This counts and
 times nothing. What OUTPUT.json holds is not run again, so it can be stopped and started at any time.
 """
@@ -83,8 +83,8 @@ def page(found: dict[str, Any]) -> str:
         "Ticks per token of the loop itself; in brackets how many more than those of rows that never prune "
         "(teacher-forced, with DECS). `*`: the default rows.",
         _table(grids, found["loop"]),
-        "The same by replaying teacher-forced texts with the scores that exits gave. What exits say on wrong branches is "
-        "an assumption there (`UNSURE` in `dex_jax/evaluation/replay.py`).",
+        "The same by replaying teacher-forced texts with the scores that exits gave. What exits say on wrong branches "
+        "is an assumption there (`UNSURE` in `dex_jax/evaluation/replay.py`).",
         _table(grids, {k: {w: {"ticks_per_token": t} for w, t in g["replayed"].items()} for k, g in grids.items()}),
         "![ticks above those of rows that never prune](rows.png)",
         markdown(

@@ -4,8 +4,8 @@
     python benchmarks/two_processes.py --data HumanEval.jsonl.gz question_240.jsonl --prompts 10 --batch 1 8 \\
         --latency 0 1 2 5 --hardware cpu2.json --output docs/two_processes
 
-The two talk over loopback by jax.distributed, as processes on two hosts would. AR is the pipeline of the library: a stage
-whose turn it is not computes nothing, and each hands its hidden states on once. Both methods decode the same prompts in
+The two talk over loopback by jax.distributed, as processes on two hosts would. AR is the pipeline of the library: a
+stage whose turn it is not computes nothing, and each hands its hidden states on once. Both methods decode the same prompts in
 turns, so that they see the same machine, and must give the same tokens; the first time, which compiles, does not count.
 Beside each gain: what the ticks alone would give if a tick took half of a step, and with --hardware what the cost model
 predicts, with links as they are measured here.
@@ -348,8 +348,8 @@ def page(found: dict[str, Any], rows: list[dict]) -> str:
     parts = [
         "# Two processes: DEX-1/2 against pipelined AR",
         f"Two processes on a core each, float32, each with half of {about['model']}'s layers; exits "
-        f"{found['groups'][0]['exits']}, {about['max_new_tokens']} new tokens, greedy, both methods in turns, median of "
-        f"{about['rounds']}; gain: AR's time over DEX's for the same tokens, median of groups of prompts. Written by "
+        f"{found['groups'][0]['exits']}, {about['max_new_tokens']} new tokens, greedy, both methods in turns, median "
+        f"of {about['rounds']}; gain: AR's time over DEX's for the same tokens, median of groups of prompts. Written by "
         "`python benchmarks/two_processes.py`.",
         markdown([*header, "step ms", "tick ms", "identical"], table),
         "*Ticks predict*: the gain if a tick took half of a step. *Model predicts*: the cost model with the measured "
@@ -372,8 +372,8 @@ def page(found: dict[str, Any], rows: list[dict]) -> str:
     ]
     if guesses:
         parts += [
-            "Predicted milliseconds. A pipeline that cuts its batch in two would keep both processes busy; the library's "
-            "does not, and the last column says what that would come to.",
+            "Predicted milliseconds. A pipeline that cuts its batch in two would keep both processes busy; the "
+            "library's does not, and the last column says what that would come to.",
             markdown(["ms added", "batch", "step", "tick", "step, batch cut"], guesses),
         ]
     return "\n\n".join(parts) + "\n"

@@ -1,7 +1,7 @@
 """Exits for SmolLM2-135M at the depths that K = 8 and K = 15 need, for benchmarks/rows.py; they do not ship.
 
-As configs/smollm2_135m.py, in one training with a small draft vocabulary: how ticks grow as rows shrink is asked here, not
-how few they can be.
+As configs/smollm2_135m.py, in one training with a small draft vocabulary: how ticks grow as rows shrink is asked here,
+not how few they can be.
 
     python train_exits.py --config configs/smollm2_135m_k15.py
     python benchmarks/rows.py --exits runs/smollm2_135m_k15 --explorers 8 15 --data ... --output docs/rows_k15
