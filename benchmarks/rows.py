@@ -4,9 +4,9 @@
 
 Prompts are answered once. The texts are teacher-forced, which gives the ticks of rows that never prune, and replayed
 with the scores that exits gave (dex_jax/evaluation/replay.py) for every cap; then the loop runs on the same prompts
-with the caps of --loop-rows. K whose even grid the shipped exits do not hold get the nearest trained depths, and above their
-number the model's own head, unless --exits names others (such as those of configs/smollm2_135m_k15.py). This counts and
-times nothing. What OUTPUT.json holds is not run again, so it can be stopped and started at any time.
+with the caps of --loop-rows. K whose even grid the shipped exits do not hold get the nearest trained depths, and above
+their number the model's own head, unless --exits names others (such as those of configs/smollm2_135m_k15.py). This
+counts and times nothing. What OUTPUT.json holds is not run again, so it can be stopped and started at any time.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
         --latency 0 1 2 5 --hardware cpu2.json --output docs/two_processes
 
 The two talk over loopback by jax.distributed, as processes on two hosts would. AR is the pipeline of the library: a
-stage whose turn it is not computes nothing, and each hands its hidden states on once. Both methods decode the same prompts in
-turns, so that they see the same machine, and must give the same tokens; the first time, which compiles, does not count.
-Beside each gain: what the ticks alone would give if a tick took half of a step, and with --hardware what the cost model
-predicts, with links as they are measured here.
+stage whose turn it is not computes nothing, and each hands its hidden states on once. Both methods decode the same
+prompts in turns, so that they see the same machine, and must give the same tokens; the first time, which compiles, does
+not count. Beside each gain: what the ticks alone would give if a tick took half of a step, and with --hardware what the
+cost model predicts, with links as they are measured here.
 
 --latency MS delays every message of the two by so many milliseconds, in a network namespace of their own whose loopback
 has a netem queue; where the machine has none of this, a line says so. Groups of prompts that OUTPUT.json holds are not
@@ -24,12 +24,14 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +191,16 @@ def pair(file: str) -> int:
         "JAX_NUM_PROCESSES": "2",
     }
     both = [pinned(cores[i], ["--work", file], base | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
-    assert both[0].stdout is not None
-    for line in both[0].stdout:
-        print(line, end="", flush=True)
-    return max(abs(process.wait()) for process in both)
+    # When this process is told to end, so are they.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        assert both[0].stdout is not None
+        for line in both[0].stdout:
+            print(line, end="", flush=True)
+        return max(abs(process.wait()) for process in both)
+    finally:
+        for process in both:
+            process.terminate()
 
 
 def delayed(milliseconds: float) -> list[str]:
@@ -349,8 +357,8 @@ def page(found: dict[str, Any], rows: list[dict]) -> str:
         "# Two processes: DEX-1/2 against pipelined AR",
         f"Two processes on a core each, float32, each with half of {about['model']}'s layers; exits "
         f"{found['groups'][0]['exits']}, {about['max_new_tokens']} new tokens, greedy, both methods in turns, median "
-        f"of {about['rounds']}; gain: AR's time over DEX's for the same tokens, median of groups of prompts. Written by "
-        "`python benchmarks/two_processes.py`.",
+        f"of {about['rounds']}; gain: AR's time over DEX's for the same tokens, median of groups of prompts. "
+        "Written by `python benchmarks/two_processes.py`.",
         markdown([*header, "step ms", "tick ms", "identical"], table),
         "*Ticks predict*: the gain if a tick took half of a step. *Model predicts*: the cost model with the measured "
         "link; in brackets what was measured beside it.",
@@ -379,6 +387,15 @@ def page(found: dict[str, Any], rows: list[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def ended(process: subprocess.Popen) -> Iterator[str]:
+    """The lines that a process prints; it does not outlive their reader."""
+    assert process.stdout is not None
+    try:
+        yield from process.stdout
+    finally:
+        process.terminate()
+
+
 def measure(args: argparse.Namespace, found: dict[str, Any], prompts: list[list[int]]) -> None:
     """Runs what is missing and keeps every group as it comes."""
     from dex_jax.cli.train_results import write_json
@@ -402,9 +419,11 @@ def measure(args: argparse.Namespace, found: dict[str, Any], prompts: list[list[
             file.flush()
             command = [*prefix, sys.executable, __file__, "--pair", file.name]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            assert process.stdout is not None
             begin, done = time.perf_counter(), 0
-            for line in process.stdout:
+            for line in ended(process):
+                # The library below says on stdout too whom it has connected to.
+                if not line.startswith("{"):
+                    continue
                 said = json.loads(line)
                 if "links" in said:
                     found["links"][str(latency)] = said["links"]

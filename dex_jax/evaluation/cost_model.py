@@ -207,8 +207,8 @@ def ar_step(s: Setting, tensor: int = 1) -> Parts:
 def pipelined_step(s: Setting, stages: int, tensor: int = 1, most_parts: int | None = None) -> Parts:
     """One AR step over a pipeline of K stages x T devices, the batch cut into as many parts as is fastest.
 
-    At most `most_parts` of them, None for one a stage; this library's own pipeline cuts nothing. With m parts in flight a
-    step takes what one part needs from the first stage to the last, or m times the slowest stage, whichever is longer.
+    At most `most_parts` of them, None for one a stage; this library's own pipeline cuts nothing. With m parts in flight
+    a step takes what one part needs from the first stage to the last, or m times the slowest stage, whichever is longer.
     """
     widest = -(-s.work.layers // stages)
     best = None
