@@ -387,11 +387,21 @@ def page(found: dict[str, Any], rows: list[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def ended(process: subprocess.Popen) -> Iterator[str]:
-    """The lines that a process prints; it does not outlive their reader."""
+def lines_of(command: list[str]) -> Iterator[dict[str, Any]]:
+    """What a command prints of itself; it does not outlive its reader.
+
+    Raises:
+      DexError: it fails.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        yield from process.stdout
+        for line in process.stdout:
+            # The library below says on stdout too whom it has connected to.
+            if line.startswith("{"):
+                yield json.loads(line)
+        if process.wait():
+            raise DexError("one of the two processes has failed; what was measured before is kept")
     finally:
         process.terminate()
 
@@ -418,13 +428,8 @@ def measure(args: argparse.Namespace, found: dict[str, Any], prompts: list[list[
             json.dump(options | {"prompts": prompts, "groups": groups}, file)
             file.flush()
             command = [*prefix, sys.executable, __file__, "--pair", file.name]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             begin, done = time.perf_counter(), 0
-            for line in ended(process):
-                # The library below says on stdout too whom it has connected to.
-                if not line.startswith("{"):
-                    continue
-                said = json.loads(line)
+            for said in lines_of(command):
                 if "links" in said:
                     found["links"][str(latency)] = said["links"]
                     continue
@@ -434,8 +439,6 @@ def measure(args: argparse.Namespace, found: dict[str, Any], prompts: list[list[
                 left = (time.perf_counter() - begin) / done * (len(groups) - done)
                 gain = said["seconds"]["ar"] / said["seconds"]["dex"]
                 print(f"{latency:g} ms, batch {said['batch']}: gain {gain:.2f}; {left:.0f} s left", file=sys.stderr)
-            if process.wait():
-                raise DexError("one of the two processes has failed; what was measured before is kept")
 
 
 def main() -> int:

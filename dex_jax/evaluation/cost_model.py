@@ -208,7 +208,7 @@ def pipelined_step(s: Setting, stages: int, tensor: int = 1, most_parts: int | N
     """One AR step over a pipeline of K stages x T devices, the batch cut into as many parts as is fastest.
 
     At most `most_parts` of them, None for one a stage; this library's own pipeline cuts nothing. With m parts in flight
-    a step takes what one part needs from the first stage to the last, or m times the slowest stage, whichever is longer.
+    a step takes what one part needs from the first stage to the last, or m times the slowest stage, if that is longer.
     """
     widest = -(-s.work.layers // stages)
     best = None
