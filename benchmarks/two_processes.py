@@ -200,7 +200,8 @@ def pair(file: str) -> int:
         return max(abs(process.wait()) for process in both)
     finally:
         for process in both:
-            process.terminate()
+            # They take the gentler signal for a warning.
+            process.kill()
 
 
 def delayed(milliseconds: float) -> list[str]:
@@ -257,7 +258,20 @@ def predictions(found: dict[str, Any], hardware_file: str | None, model: str, pr
             "predicted": None,
         }
         if hardware_file is not None:
-            row["predicted"] = predicted(row, mine, found["links"][str(latency)], hardware_file, model, profile_file)
+            link = found["links"][str(latency)]
+            row["predicted"] = predicted(row, mine, link, hardware_file, model, profile_file)
+            if not latency:
+                row["later"] = {
+                    added: predicted(
+                        row,
+                        mine,
+                        link | {"permute": link["permute"] + float(added) / 1e3},
+                        hardware_file,
+                        model,
+                        profile_file,
+                    )
+                    for added in found["skipped"]
+                }
         rows.append(row)
     return rows
 
@@ -328,6 +342,27 @@ def further(rows: list[dict], path: str) -> None:
     Path(path).write_text(json.dumps(compared, indent=1) + "\n", encoding="utf-8")
 
 
+def not_measured(skipped: dict[str, str], rows: list[dict]) -> list[str]:
+    """What is said of latencies that the machine cannot add."""
+    from dex_jax.evaluation.exit_report import markdown
+
+    if not skipped:
+        return []
+    reasons = "; ".join(sorted(set(skipped.values())))
+    parts = [f"Added latency of {', '.join(skipped)} ms was not measured: this machine does not allow it ({reasons})."]
+    guesses = [
+        [added, str(row["batch"]), *(f"{guess[key] * 1e3:.1f}" for key in ("step", "tick")), f"{guess['gain']:.2f}"]
+        for row in rows
+        for added, guess in row.get("later", {}).items()
+    ]
+    if guesses:
+        parts += [
+            "The cost model predicts for it:",
+            markdown(["ms added", "batch", "step ms", "tick ms", "gain"], guesses),
+        ]
+    return parts
+
+
 def page(found: dict[str, Any], rows: list[dict]) -> str:
     """Markdown."""
     from dex_jax.evaluation.exit_report import markdown
@@ -362,7 +397,7 @@ def page(found: dict[str, Any], rows: list[dict]) -> str:
         markdown([*header, "step ms", "tick ms", "identical"], table),
         "*Ticks predict*: the gain if a tick took half of a step. *Model predicts*: the cost model with the measured "
         "link; in brackets what was measured beside it.",
-        *found["skipped"],
+        *not_measured(found["skipped"], rows),
         "What two busy cores share, each figure by a process pinned to its core:",
         markdown(["", "alone", "first of two", "second of two", "both over one"], shared),
         "Messages between the two:",
@@ -419,9 +454,11 @@ def measure(args: argparse.Namespace, found: dict[str, Any], prompts: list[list[
         try:
             prefix = delayed(latency)
         except DexError as error:
-            line = f"Skipped: {latency:g} ms of added latency, as this machine does not allow it ({error})."
-            found["skipped"] = sorted({*found["skipped"], line})
-            print(line, file=sys.stderr)
+            found["skipped"][str(latency)] = str(error)
+            print(
+                f"skipped: {latency:g} ms of added latency, which this machine does not allow ({error})",
+                file=sys.stderr,
+            )
             continue
         options = {name: getattr(args, name) for name in ("model", "exits", "max_new_tokens", "rounds")}
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -489,7 +526,7 @@ def run(args: argparse.Namespace) -> int:
     about = {name: getattr(args, name) for name in ("model", "exits", "max_new_tokens", "rounds", "prompts")}
     about["data"] = [Path(path).name for path in args.data]
     store = Path(args.output + ".json")
-    found: dict[str, Any] = {"about": about, "groups": [], "links": {}, "skipped": [], "sharing": None}
+    found: dict[str, Any] = {"about": about, "groups": [], "links": {}, "skipped": {}, "sharing": None}
     if store.exists():
         found = json.loads(store.read_text())
         if found["about"] != about:
