@@ -25,50 +25,71 @@ import dex_jax
 from dex_jax.cli.decode import remember_compilations
 from dex_jax.cli.train_results import answered, shared_exits, write_json
 from dex_jax.decoding.exits import ResolvedExits, resolve_method
+from dex_jax.decoding.output import ticks_of
 from dex_jax.evaluation.exit_forcing import measure
-from dex_jax.evaluation.exit_metrics import figures_of
+from dex_jax.evaluation.exit_metrics import figures_of, predicted_exits
 from dex_jax.evaluation.exit_report import markdown
-from dex_jax.evaluation.replay import replay, table_of
+from dex_jax.evaluation.replay import Table, replay, table_of
 from dex_jax.lattice import default_rows, full_rows
 from dex_jax.nn.exits import heads_of
 from dex_jax.plot.colors import SERIES
 from dex_jax.plot.figures import new_figure
 
-CAPS = (1, 2, 4, 8, 16, 32)
+CAPS = [1, 2, 4, 8, 16, 32]
 MOST_ABOVE = 0.03
 """Asked of the default rows with trained exits at K = 10: ticks at most this much above those of the uncapped count."""
 
 
-def replayed(lm: Any, resolved: ResolvedExits, texts: list) -> dict[str, Any]:
-    """Ticks per token of one grid: teacher-forced, and replayed with every cap."""
+def teacher_forced(lm: Any, resolved: ResolvedExits, texts: list) -> tuple[dict[str, Any], Table]:
+    """(ticks per token of rows that never prune, and the exits that they come from, of one grid; what `replay` takes)."""
     depths = resolved.schedule.depths
     exits = resolved.trained or shared_exits(lm, depths[:-1])
     heads = heads_of(exits.config, exits.parameters, jnp.float32)
     measured = measure(lm, heads, exits.vocabulary, texts, explorers=(), depths=[depths])
-    caps = sorted({min(cap, full_rows(len(depths))) for cap in CAPS})
-    table = table_of(measured, depths)
-    return {
+    found = {
         "depths": depths,
         "exits": resolved.source,
         "never_prunes": figures_of(measured).grids[0].ticks_per_token,
-        "replayed": {str(cap): replay(table, cap).ticks_per_token for cap in caps},
+        "forced": [row.tolist() for row in predicted_exits(measured, depths)],
+        "replayed": {},
+    }
+    return found, table_of(measured, depths)
+
+
+def counted(
+    lm: Any, resolved: ResolvedExits, rows: int, texts: list, forced: list[list[int]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """The loop itself on some texts' prompts: ticks beside those of rows that never prune, and whether tokens are theirs."""
+    method = dex_jax.Dex(depths=resolved.schedule.depths, rows=rows)
+    count = min(args.loop_texts or len(texts), len(texts))
+    chosen = [i * len(texts) // count for i in range(count)]
+    ticks = uncapped = tokens = same = 0
+    for start in range(0, count, args.batch):
+        part = chosen[start : start + args.batch]
+        out = dex_jax.generate(
+            lm,
+            [texts[i][0] for i in part],
+            method=method,
+            exits=resolved.trained or "shared",
+            max_new_tokens=min(args.loop_tokens or args.max_new_tokens, args.max_new_tokens),
+        )
+        for i, row, length in zip(part, out.tokens, out.lengths.tolist(), strict=True):
+            same += row[:length].tolist() == list(texts[i][1])[:length]
+            uncapped += ticks_of(np.asarray(forced[i][:length]), length, resolved.schedule.stages)
+        ticks += int(np.sum(out.stats.ticks))
+        tokens += int(np.sum(out.lengths - 1))
+    return {
+        "ticks_per_token": ticks / tokens,
+        "above": ticks / uncapped - 1,
+        "tokens": tokens,
+        "identical": same,
+        "of": count,
     }
 
 
-def counted(lm: Any, resolved: ResolvedExits, rows: int, texts: list, batch: int) -> dict[str, Any]:
-    """The loop itself on some texts' prompts: ticks, tokens after the first, and whether they are the texts' tokens."""
-    method = dex_jax.Dex(depths=resolved.schedule.depths, rows=rows)
-    most = max(len(answer) for _, answer in texts)
-    ticks = tokens = same = 0
-    for start in range(0, len(texts), batch):
-        part = texts[start : start + batch]
-        exits = resolved.trained or "shared"
-        out = dex_jax.generate(lm, [p for p, _ in part], method=method, exits=exits, max_new_tokens=most)
-        ticks += int(np.sum(out.stats.ticks))
-        tokens += int(np.sum(out.lengths - 1))
-        rows_of = zip(out.tokens, out.lengths, part, strict=True)
-        same += sum(row[:length].tolist() == list(answer) for row, length, (_, answer) in rows_of)
-    return {"ticks": ticks, "tokens": tokens, "ticks_per_token": ticks / tokens, "identical": same, "of": len(texts)}
+def caps_of(stages: int, args: argparse.Namespace) -> list[int]:
+    """The caps that are replayed."""
+    return sorted({min(cap, full_rows(stages)) for cap in args.replay_rows})
 
 
 def page(found: dict[str, Any]) -> str:
@@ -85,7 +106,7 @@ def page(found: dict[str, Any]) -> str:
         _table(grids, found["loop"]),
         "The same by replaying teacher-forced texts with the scores that exits gave. What exits say on wrong branches "
         "is an assumption there (`UNSURE` in `dex_jax/evaluation/replay.py`).",
-        _table(grids, {k: {w: {"ticks_per_token": t} for w, t in g["replayed"].items()} for k, g in grids.items()}),
+        _table(grids, {stages: grid["replayed"] for stages, grid in grids.items()}),
         "![ticks above those of rows that never prune](rows.png)",
         markdown(
             ["K", "exits", "exit depths"],
@@ -107,11 +128,12 @@ def verdict(found: dict[str, Any]) -> list[str]:
         run = found["loop"].get(stages, {}).get(str(rows))
         if run is None:
             continue
-        above = run["ticks_per_token"] / grid["never_prunes"] - 1
+        above = run["above"]
         asked = ""
         if int(stages) == 10:
             asked = f" (asked: at most {MOST_ABOVE:.0%}: {'holds' if above <= MOST_ABOVE else 'DOES NOT HOLD'})"
-        sentences.append(f"K = {stages}: the default, {rows} rows, takes {above:+.1%} ticks{asked}.")
+        some = "" if run["of"] == found["about"]["texts"] else f", counted on {run['of']} prompts"
+        sentences.append(f"K = {stages}: the default, {rows} rows, takes {above:+.1%} ticks{asked}{some}.")
     return ["- " + "\n- ".join(sentences)]
 
 
@@ -125,8 +147,8 @@ def _table(grids: dict[str, Any], found: dict[str, Any]) -> str:
             if run is None:
                 cells.append("")
                 continue
-            ticks, mark = run["ticks_per_token"], " *" if cap == default_rows(int(stages)) else ""
-            cells.append(f"{ticks:.3f} ({ticks / grid['never_prunes'] - 1:+.1%}){mark}")
+            mark = " *" if cap == default_rows(int(stages)) else ""
+            cells.append(f"{run['ticks_per_token']:.3f} ({run['above']:+.1%}){mark}")
         rows.append([stages, f"{grid['never_prunes']:.3f}", *cells])
     return markdown(["K", "never prunes", *(f"{cap} rows" for cap in caps)], rows)
 
@@ -137,14 +159,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for color, (stages, grid) in zip(
         SERIES, sorted(found["grids"].items(), key=lambda item: int(item[0])), strict=False
     ):
-        base = grid["never_prunes"]
-        points = sorted((int(cap), ticks / base - 1) for cap, ticks in grid["replayed"].items())
-        axes.plot(*zip(*points, strict=True), color=color, linestyle=":", linewidth=1)
-        loop = found["loop"].get(stages, {})
-        points = sorted((int(cap), run["ticks_per_token"] / base - 1) for cap, run in loop.items())
-        label = f"K = {stages}, {grid['exits']} exits"
-        if points:
-            axes.plot(*zip(*points, strict=True), color=color, marker="o", label=label)
+        for runs, style in (
+            (grid["replayed"], {"linestyle": ":", "linewidth": 1}),
+            (found["loop"].get(stages, {}), {}),
+        ):
+            points = sorted((int(cap), run["above"]) for cap, run in runs.items())
+            if points:
+                style = style or {"marker": "o", "label": f"K = {stages}, {grid['exits']} exits"}
+                axes.plot(*zip(*points, strict=True), color=color, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(CAPS, [str(cap) for cap in CAPS])
     axes.set_xlabel("rows a stage (dotted: replayed)")
@@ -164,6 +186,9 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--explorers", type=int, nargs="+", default=[5, 8, 10, 15, 30], metavar="K")
     parser.add_argument("--loop-rows", type=int, nargs="*", default=[8, 4, 16, 2, 1, 32], metavar="W")
+    parser.add_argument("--loop-texts", type=int, metavar="N", help="the loop runs on so many of the prompts (all)")
+    parser.add_argument("--loop-tokens", type=int, metavar="N", help="and makes so many tokens (--max-new-tokens)")
+    parser.add_argument("--replay-rows", type=int, nargs="*", default=CAPS, metavar="W")
     parser.add_argument("--batch", type=int, default=5, help="prompts that the loop decodes together (%(default)s)")
     parser.add_argument("--cache", default="runs/rows_answers.json", help="answers, not to be published (%(default)s)")
     parser.add_argument("--output", required=True, help="OUTPUT.json, .md and .png")
@@ -195,17 +220,26 @@ def main() -> int:
     resolved = {
         k: resolve_method(dex_jax.Dex(explorers=k), args.exits, lm.config, lm.fingerprint) for k in args.explorers
     }
+    tables = {}
     for stages, each in resolved.items():
-        if str(stages) not in found["grids"]:
-            found["grids"][str(stages)] = replayed(lm, each, texts)
-            keep(f"K = {stages}: replayed")
+        if len(found["grids"].get(str(stages), {}).get("replayed", ())) < len(caps_of(stages, args)):
+            fresh, tables[stages] = teacher_forced(lm, each, texts)
+            found["grids"].setdefault(str(stages), fresh)
+            keep(f"K = {stages}: teacher-forced, {fresh['never_prunes']:.3f} ticks a token")
     for rows in args.loop_rows:
         for stages, each in resolved.items():
             cap = min(rows, full_rows(stages))
             mine = found["loop"].setdefault(str(stages), {})
             if str(cap) not in mine:
-                mine[str(cap)] = counted(lm, each, cap, texts, args.batch)
-                keep(f"K = {stages}, {cap} rows: {mine[str(cap)]['ticks_per_token']:.3f} ticks a token")
+                mine[str(cap)] = run = counted(lm, each, cap, texts, found["grids"][str(stages)]["forced"], args)
+                keep(f"K = {stages}, {cap} rows: {run['ticks_per_token']:.3f} ticks a token, {run['above']:+.1%}")
+    for stages, table in tables.items():
+        grid = found["grids"][str(stages)]
+        for cap in caps_of(stages, args):
+            if str(cap) not in grid["replayed"]:
+                ticks = replay(table, cap).ticks_per_token
+                grid["replayed"][str(cap)] = {"ticks_per_token": ticks, "above": ticks / grid["never_prunes"] - 1}
+                keep(f"K = {stages}, {cap} rows: replayed, {ticks:.3f} ticks a token")
     text = page(found)
     Path(args.output + ".md").write_text(text, encoding="utf-8")
     draw(found, Path(args.output + ".png"))
