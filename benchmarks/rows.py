@@ -41,7 +41,7 @@ MOST_ABOVE = 0.03
 
 
 def teacher_forced(lm: Any, resolved: ResolvedExits, texts: list) -> tuple[dict[str, Any], Table]:
-    """(ticks per token of rows that never prune, and the exits that they come from, of one grid; what `replay` takes)."""
+    """(ticks per token of one grid with rows that never prune, and the exits behind them; what `replay` takes)."""
     depths = resolved.schedule.depths
     exits = resolved.trained or shared_exits(lm, depths[:-1])
     heads = heads_of(exits.config, exits.parameters, jnp.float32)
@@ -59,7 +59,7 @@ def teacher_forced(lm: Any, resolved: ResolvedExits, texts: list) -> tuple[dict[
 def counted(
     lm: Any, resolved: ResolvedExits, rows: int, texts: list, forced: list[list[int]], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """The loop itself on some texts' prompts: ticks beside those of rows that never prune, and whether tokens are theirs."""
+    """The loop itself on some texts' prompts: its ticks, and how many more than rows that never prune would take."""
     method = dex_jax.Dex(depths=resolved.schedule.depths, rows=rows)
     count = min(args.loop_texts or len(texts), len(texts))
     chosen = [i * len(texts) // count for i in range(count)]
@@ -123,7 +123,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
     runs = [run for by_rows in found["loop"].values() for run in by_rows.values()]
     same, of = sum(run["identical"] for run in runs), sum(run["of"] for run in runs)
     sentences.append(f"Tokens of the loop were AR's in {same} of {of} texts.")
-    for stages, grid in sorted(found["grids"].items(), key=lambda item: int(item[0])):
+    for stages in sorted(found["grids"], key=int):
         rows = default_rows(int(stages))
         run = found["loop"].get(stages, {}).get(str(rows))
         if run is None:
