@@ -156,16 +156,15 @@ def _table(grids: dict[str, Any], found: dict[str, Any]) -> str:
 def draw(found: dict[str, Any], path: Path) -> None:
     figure = new_figure(8, 5)
     axes = figure.add_subplot()
-    for color, (stages, grid) in zip(
-        SERIES, sorted(found["grids"].items(), key=lambda item: int(item[0])), strict=False
-    ):
+    for color, stages in zip(SERIES, sorted(found["grids"], key=int), strict=False):
+        grid = found["grids"][stages]
+        loop = {"marker": "o", "label": f"K = {stages}, {grid['exits']} exits"}
         for runs, style in (
             (grid["replayed"], {"linestyle": ":", "linewidth": 1}),
-            (found["loop"].get(stages, {}), {}),
+            (found["loop"].get(stages, {}), loop),
         ):
             points = sorted((int(cap), run["above"]) for cap, run in runs.items())
             if points:
-                style = style or {"marker": "o", "label": f"K = {stages}, {grid['exits']} exits"}
                 axes.plot(*zip(*points, strict=True), color=color, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(CAPS, [str(cap) for cap in CAPS])
