@@ -69,8 +69,8 @@ def test_a_stored_model_decodes(store, tmp_path):
         found = load_exits(url)
         assert found.config == exits.config
         assert found.source == url
-    one = dex_jax.generate(dex_jax.load(directory), [[5, 9, 30]], max_new_tokens=6)
-    two = dex_jax.generate(dex_jax.load("memory://bucket/model"), [[5, 9, 30]], max_new_tokens=6)
+    one = dex_jax.generate(dex_jax.load(directory), [[5, 9, 30]], method=dex_jax.AR(), max_new_tokens=6)
+    two = dex_jax.generate(dex_jax.load("memory://bucket/model"), [[5, 9, 30]], method=dex_jax.AR(), max_new_tokens=6)
     assert two.tokens.tolist() == one.tokens.tolist()
 
 
