@@ -221,7 +221,8 @@ def main() -> int:
     }
     tables = {}
     for stages, each in resolved.items():
-        if len(found["grids"].get(str(stages), {}).get("replayed", ())) < len(caps_of(stages, args)):
+        kept = found["grids"].get(str(stages))
+        if kept is None or not {str(cap) for cap in caps_of(stages, args)} <= kept["replayed"].keys():
             fresh, tables[stages] = teacher_forced(lm, each, texts)
             found["grids"].setdefault(str(stages), fresh)
             keep(f"K = {stages}: teacher-forced, {fresh['never_prunes']:.3f} ticks a token")
