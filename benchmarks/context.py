@@ -123,7 +123,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--exits", default="default")
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--context", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096], metavar="S")
+    parser.add_argument("--context", type=int, nargs="+", default=[256, 1024, 4096], metavar="S")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], metavar="B")
     parser.add_argument("--turns", type=int, default=6, help="measurements of each (%(default)s)")
     parser.add_argument("--output", required=True, help="OUTPUT.json, .md and .png")
