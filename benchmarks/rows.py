@@ -221,11 +221,9 @@ def main() -> int:
     }
     tables = {}
     for stages, each in resolved.items():
-        kept = found["grids"].get(str(stages))
-        if kept is None or not {str(cap) for cap in caps_of(stages, args)} <= kept["replayed"].keys():
-            fresh, tables[stages] = teacher_forced(lm, each, texts)
-            found["grids"].setdefault(str(stages), fresh)
-            keep(f"K = {stages}: teacher-forced, {fresh['never_prunes']:.3f} ticks a token")
+        if str(stages) not in found["grids"]:
+            found["grids"][str(stages)], tables[stages] = teacher_forced(lm, each, texts)
+            keep(f"K = {stages}: teacher-forced, {found['grids'][str(stages)]['never_prunes']:.3f} ticks a token")
     for rows in args.loop_rows:
         for stages, each in resolved.items():
             cap = min(rows, full_rows(stages))
@@ -233,11 +231,13 @@ def main() -> int:
             if str(cap) not in mine:
                 mine[str(cap)] = run = counted(lm, each, cap, texts, found["grids"][str(stages)]["forced"], args)
                 keep(f"K = {stages}, {cap} rows: {run['ticks_per_token']:.3f} ticks a token, {run['above']:+.1%}")
-    for stages, table in tables.items():
+    for stages, each in resolved.items():
         grid = found["grids"][str(stages)]
         for cap in caps_of(stages, args):
             if str(cap) not in grid["replayed"]:
-                ticks = replay(table, cap).ticks_per_token
+                if stages not in tables:
+                    tables[stages] = teacher_forced(lm, each, texts)[1]
+                ticks = replay(tables[stages], cap).ticks_per_token
                 grid["replayed"][str(cap)] = {"ticks_per_token": ticks, "above": ticks / grid["never_prunes"] - 1}
                 keep(f"K = {stages}, {cap} rows: replayed, {ticks:.3f} ticks a token")
     text = page(found)
