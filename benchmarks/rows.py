@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,24 @@ def teacher_forced(lm: Any, resolved: ResolvedExits, texts: list) -> tuple[dict[
 
 
 def counted(
-    lm: Any, resolved: ResolvedExits, rows: int, texts: list, forced: list[list[int]], args: argparse.Namespace
-) -> dict[str, Any]:
-    """The loop itself on some texts' prompts: its ticks, and how many more than rows that never prune would take."""
+    lm: Any,
+    resolved: ResolvedExits,
+    rows: int,
+    texts: list,
+    forced: list[list[int]],
+    args: argparse.Namespace,
+    found: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """The loop itself on some texts' prompts: its ticks, and how many more than rows that never prune would take.
+
+    Yields what is found after each batch; `found` is what an earlier run had got to, or empty.
+    """
     method = dex_jax.Dex(depths=resolved.schedule.depths, rows=rows)
     count = min(args.loop_texts or len(texts), len(texts))
     chosen = [i * len(texts) // count for i in range(count)]
-    ticks = uncapped = tokens = same = 0
-    for start in range(0, count, args.batch):
-        part = chosen[start : start + args.batch]
+    sums = {name: found.get(name, 0) for name in ("ticks", "uncapped", "tokens", "identical", "of")}
+    while sums["of"] < count:
+        part = chosen[sums["of"] : sums["of"] + args.batch]
         out = dex_jax.generate(
             lm,
             [texts[i][0] for i in part],
@@ -74,17 +84,13 @@ def counted(
             max_new_tokens=min(args.loop_tokens or args.max_new_tokens, args.max_new_tokens),
         )
         for i, row, length in zip(part, out.tokens, out.lengths.tolist(), strict=True):
-            same += row[:length].tolist() == list(texts[i][1])[:length]
-            uncapped += ticks_of(np.asarray(forced[i][:length]), length, resolved.schedule.stages)
-        ticks += int(np.sum(out.stats.ticks))
-        tokens += int(np.sum(out.lengths - 1))
-    return {
-        "ticks_per_token": ticks / tokens,
-        "above": ticks / uncapped - 1,
-        "tokens": tokens,
-        "identical": same,
-        "of": count,
-    }
+            sums["identical"] += row[:length].tolist() == list(texts[i][1])[:length]
+            sums["uncapped"] += ticks_of(np.asarray(forced[i][:length]), length, resolved.schedule.stages)
+        sums["ticks"] += int(np.sum(out.stats.ticks))
+        sums["tokens"] += int(np.sum(out.lengths - 1))
+        sums["of"] += len(part)
+        rates = {"ticks_per_token": sums["ticks"] / sums["tokens"], "above": sums["ticks"] / sums["uncapped"] - 1}
+        yield sums | rates | {"complete": sums["of"] >= count}
 
 
 def caps_of(stages: int, args: argparse.Namespace) -> list[int]:
@@ -228,9 +234,13 @@ def main() -> int:
         for stages, each in resolved.items():
             cap = min(rows, full_rows(stages))
             mine = found["loop"].setdefault(str(stages), {})
-            if str(cap) not in mine:
-                mine[str(cap)] = run = counted(lm, each, cap, texts, found["grids"][str(stages)]["forced"], args)
-                keep(f"K = {stages}, {cap} rows: {run['ticks_per_token']:.3f} ticks a token, {run['above']:+.1%}")
+            before = mine.get(str(cap), {})
+            if before.get("complete"):
+                continue
+            forced = found["grids"][str(stages)]["forced"]
+            for run in counted(lm, each, cap, texts, forced, args, before):
+                mine[str(cap)] = run
+                keep(f"K = {stages}, {cap} rows, {run['of']} texts: {run['ticks_per_token']:.3f}, {run['above']:+.1%}")
     for stages, each in resolved.items():
         grid = found["grids"][str(stages)]
         for cap in caps_of(stages, args):
