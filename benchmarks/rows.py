@@ -72,7 +72,8 @@ def counted(
     """
     method = dex_jax.Dex(depths=resolved.schedule.depths, rows=rows)
     count = min(args.loop_texts or len(texts), len(texts))
-    chosen = [i * len(texts) // count for i in range(count)]
+    # Files are mixed, so that a part of the texts stands for all.
+    chosen = np.random.default_rng(0).permutation(len(texts))[:count].tolist()
     sums = {name: found.get(name, 0) for name in ("ticks", "uncapped", "tokens", "identical", "of")}
     while sums["of"] < count:
         part = chosen[sums["of"] : sums["of"] + args.batch]
