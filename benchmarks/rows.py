@@ -106,13 +106,11 @@ def page(found: dict[str, Any]) -> str:
     parts = [
         "# How many rows a stage",
         f"Ticks per token as rows a stage shrink, on {about['texts']} prompts ({', '.join(about['data'])}), "
-        f"{about['max_new_tokens']} new tokens, greedy, {about['dtype']}. A fraction of its nodes is all that a cap "
-        "takes from a lattice: ticks, never tokens. Written by `python benchmarks/rows.py`.",
-        "Ticks per token of the loop itself; in brackets how many more than those of rows that never prune "
-        "(teacher-forced, with DECS). `*`: the default rows.",
-        _table(grids, found["loop"]),
-        "The same by replaying teacher-forced texts with the scores that exits gave. What exits say on wrong branches "
-        "is an assumption there (`UNSURE` in `dex_jax/evaluation/replay.py`).",
+        f"{about['max_new_tokens']} new tokens, greedy, {about['dtype']}. A cap "
+        "costs ticks, never tokens. Written by `python benchmarks/rows.py`.",
+        *_of_the_loop(grids, found["loop"]),
+        "Ticks per token by replaying teacher-forced texts with the scores that exits gave. What exits say on wrong "
+        "branches is an assumption there (`UNSURE` in `dex_jax/evaluation/replay.py`).",
         _table(grids, {stages: grid["replayed"] for stages, grid in grids.items()}),
         "![ticks above those of rows that never prune](rows.png)",
         markdown(
@@ -128,20 +126,32 @@ def verdict(found: dict[str, Any]) -> list[str]:
     """What the figures say of the default."""
     sentences = []
     runs = [run for by_rows in found["loop"].values() for run in by_rows.values()]
-    same, of = sum(run["identical"] for run in runs), sum(run["of"] for run in runs)
-    sentences.append(f"Tokens of the loop were AR's in {same} of {of} texts.")
+    if runs:
+        same, of = sum(run["identical"] for run in runs), sum(run["of"] for run in runs)
+        sentences.append(f"Tokens of the loop were AR's in {same} of {of} texts.")
     for stages in sorted(found["grids"], key=int):
         rows = default_rows(int(stages))
-        run = found["loop"].get(stages, {}).get(str(rows))
+        loop, replayed = found["loop"].get(stages, {}), found["grids"][stages]["replayed"]
+        run = loop.get(str(rows)) or replayed.get(str(rows))
         if run is None:
             continue
-        above = run["above"]
+        how = "replayed" if str(rows) not in loop else f"counted on {run['of']} prompts"
         asked = ""
         if int(stages) == 10:
-            asked = f" (asked: at most {MOST_ABOVE:.0%}: {'holds' if above <= MOST_ABOVE else 'DOES NOT HOLD'})"
-        some = "" if run["of"] == found["about"]["texts"] else f", counted on {run['of']} prompts"
-        sentences.append(f"K = {stages}: the default, {rows} rows, takes {above:+.1%} ticks{asked}{some}.")
+            holds = "holds" if run["above"] <= MOST_ABOVE else "DOES NOT HOLD"
+            asked = f" (asked: at most {MOST_ABOVE:.0%}: {holds})"
+        sentences.append(f"K = {stages}: the default, {rows} rows, takes {run['above']:+.1%} ticks{asked}, {how}.")
     return ["- " + "\n- ".join(sentences)]
+
+
+def _of_the_loop(grids: dict[str, Any], loop: dict[str, Any]) -> list[str]:
+    if not any(loop.values()):
+        return []
+    return [
+        "Ticks per token of the loop itself; in brackets how many more than those of rows that never prune "
+        "(teacher-forced, with DECS) on the same texts. `*`: the default rows.",
+        _table(grids, loop),
+    ]
 
 
 def _table(grids: dict[str, Any], found: dict[str, Any]) -> str:
@@ -173,6 +183,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
             points = sorted((int(cap), run["above"]) for cap, run in runs.items())
             if points:
                 axes.plot(*zip(*points, strict=True), color=color, **style)
+        if not found["loop"].get(stages):
+            axes.plot([], color=color, linestyle=":", label=loop["label"])
     axes.set_xscale("log", base=2)
     axes.set_xticks(CAPS, [str(cap) for cap in CAPS])
     axes.set_xlabel("rows a stage (dotted: replayed)")
