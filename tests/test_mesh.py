@@ -169,7 +169,8 @@ def test_an_ar_step_goes_from_stage_to_stage(folder: Path, name: str) -> None:
     case = CASES[name]
     stages, _ = rows_of(case)
     found = collectives(hlo(folder, name, "run_ticks"))
-    assert found == {("collective-permute", case.batch * WIDTH * 4): stages - 1, ("all-reduce", case.batch * 4): 1}
+    gathered = ("all-gather", stages * case.batch * 4)
+    assert found == {("collective-permute", case.batch * WIDTH * 4): stages - 1, gathered: 1}
     assert not collectives(hlo(folder, name, "start_decoding"))
 
 

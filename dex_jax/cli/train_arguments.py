@@ -11,6 +11,7 @@ from typing import Any
 
 from dex_jax.cli.arguments import depths, program
 from dex_jax.errors import DexError
+from dex_jax.io.object_store import require_disk
 from dex_jax.language_model import DTYPES
 from dex_jax.training.estimate import MACHINES
 from dex_jax.training.exit_training import ExitTraining
@@ -178,7 +179,8 @@ def _configured_exits(config: ExitTraining, args: argparse.Namespace, names: Seq
 
 
 def folder_of(args: argparse.Namespace) -> Path:
-    """The folder of the run that the flags name."""
+    """The folder of the run that the flags name; a DexError when it is no folder of a disk."""
+    require_disk(args.folder, "trainings")
     return Path(args.folder) if args.folder is not None else Path("runs") / Path(args.config).stem
 
 

@@ -212,15 +212,15 @@ def ar_step(s: Setting, tensor: int = 1) -> Parts:
     return found
 
 
-def pipelined_step(s: Setting, stages: int, tensor: int = 1) -> Parts:
+def pipelined_step(s: Setting, stages: int, tensor: int = 1, most_parts: int | None = None) -> Parts:
     """One AR step over a pipeline of K stages x T devices, the batch cut into as many parts as is fastest.
 
-    With m parts in flight a step takes what one part needs from the first stage to the last, or m times the slowest
-    stage, whichever is longer.
+    At most `most_parts` of them, None for one a stage; this library's own pipeline cuts nothing. With m parts in flight
+    a step takes what one part needs from the first stage to the last, or m times the slowest stage, if that is longer.
     """
     widest = -(-s.work.layers // stages)
     best = None
-    for parts in range(1, min(s.batch, stages) + 1):
+    for parts in range(1, min(s.batch, stages, most_parts or stages) + 1):
         part = dataclasses.replace(s, batch=-(-s.batch // parts))
         moved = permute(_between_stages(s, stages, tensor), part.batch * s.work.width * s.hardware.device.itemsize) * (
             stages > 1

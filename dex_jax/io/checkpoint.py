@@ -33,7 +33,7 @@ class TensorSource(Protocol):
     def dtype(self, name: str) -> np.dtype:
         """The float type that `read` returns."""
 
-    def file_of(self, name: str) -> Path:
+    def file_of(self, name: str) -> Path | str:
         """The file to name in an error."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 
 from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
+from dex_jax.io.object_store import on_disk
 from dex_jax.io.whole_files import write_whole
 
 FORMAT = "dex_jax exits 1"
@@ -86,14 +87,19 @@ def load_exits(path: str | os.PathLike) -> TrainedExits:
     """Reads trained exits.
 
     Args:
-      path: a .safetensors file that `train_exits.py export` wrote, or a folder that holds exits.safetensors.
+      path: a .safetensors file that `train_exits.py export` wrote, or a folder that holds exits.safetensors; either may
+        be on an object store (gs://...).
 
     Raises:
       DexError: no such file, or no exits in it.
     """
+    with on_disk(path, FILE_NAME) as file:
+        return _read(file, path)
+
+
+def _read(file: Path, path: str | os.PathLike) -> TrainedExits:
     from safetensors import SafetensorError, safe_open
 
-    file = Path(path)
     if file.is_dir():
         file = file / FILE_NAME
     if not file.is_file():

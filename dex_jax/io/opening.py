@@ -12,14 +12,16 @@ from dex_jax.io.gguf_model import GGUFWeights, gguf_config
 from dex_jax.io.gguf_tokenizer import gguf_tokenizer
 from dex_jax.io.hub import ALIASES, download, is_hub_id, packaged_file
 from dex_jax.io.huggingface import open_directory, read_config
+from dex_jax.io.object_store import is_url, open_stored
 
 
 def open_checkpoint(source: str) -> Checkpoint:
     """Opens a model's checkpoint: reads configuration and headers, no weights.
 
     Args:
-      source: an alias (a key of `ALIASES`), a `.gguf` file, a Hugging Face directory, or a hub id "owner/name", tried
-        in this order. A hub id that is not in the hub's cache is downloaded, after a line on stderr that says how much.
+      source: an alias (a key of `ALIASES`), a folder on an object store (gs://...), a `.gguf` file, a Hugging Face
+        directory, or a hub id "owner/name", tried in this order. A hub id that is not in the hub's cache is downloaded,
+        after a line on stderr that says how much.
 
     Returns:
       The checkpoint.
@@ -31,6 +33,8 @@ def open_checkpoint(source: str) -> Checkpoint:
     target = ALIASES.get(source.lower(), source)
     if target.startswith("package:"):
         return _open_gguf(packaged_file(target))
+    if is_url(target):
+        return open_stored(target)
     path = Path(target).expanduser()
     if target.lower().endswith(".gguf"):
         if not path.is_file():

@@ -11,8 +11,8 @@ import numpy as np
 
 from dex_jax.errors import DexError
 
-_INDEX = "model.safetensors.index.json"
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 class SafetensorsFiles:
@@ -48,11 +48,11 @@ class SafetensorsFiles:
           DexError: the tensor is stored in another type.
         """
         path, _, code = self._headers[name]
-        if code not in _DTYPES:
+        if code not in DTYPES:
             raise DexError(
-                f"{path} stores {name} as {code}, and only {', '.join(_DTYPES)} are covered: use the unquantised model."
+                f"{path} stores {name} as {code}, and only {', '.join(DTYPES)} are covered: use the unquantised model."
             )
-        return np.dtype(_DTYPES[code])
+        return np.dtype(DTYPES[code])
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -70,18 +70,12 @@ class SafetensorsFiles:
 
 def _files(directory: Path) -> list[tuple[Path, set[str]]]:
     """Each file, with the names that the index says it holds."""
-    index = directory / _INDEX
+    index = directory / INDEX
     if not index.is_file():
         # By their usual name first: some directories hold the same weights once more under another.
         usual = sorted(directory.glob("model*.safetensors"))
         return [(path, set()) for path in usual or sorted(directory.glob("*.safetensors"))]
-    try:
-        placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, set[str]] = {}
-        for name, file in placed.items():
-            files.setdefault(file, set()).add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DexError(f"{index} is not a valid index of safetensors files: get it again.") from error
+    files = placed_names(index.read_text(encoding="utf-8", errors="replace"), str(index))
     for file, names in files.items():
         if not (directory / file).is_file():
             raise DexError(
@@ -89,6 +83,22 @@ def _files(directory: Path) -> list[tuple[Path, set[str]]]:
                 f"{min(names)} among them: get it again."
             )
     return [(directory / file, names) for file, names in sorted(files.items())]
+
+
+def placed_names(index: str, source: str) -> dict[str, set[str]]:
+    """The tensors that each file holds, from the text of an index.
+
+    Raises:
+      DexError: it is none; `source` is what to call it.
+    """
+    try:
+        placed: dict[str, str] = json.loads(index)["weight_map"]
+        files: dict[str, set[str]] = {}
+        for name, file in placed.items():
+            files.setdefault(file, set()).add(name)
+        return files
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DexError(f"{source} is not a valid index of safetensors files: get it again.") from error
 
 
 def _header(path: Path, listed: set[str]) -> dict[str, tuple[tuple[int, ...], str]]:

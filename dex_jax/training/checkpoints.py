@@ -23,6 +23,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dex_jax.errors import DexError
+from dex_jax.io.object_store import require_disk
 from dex_jax.training.task import Cursor, Params
 
 _NAME = re.compile(r"step_(\d{8,})")
@@ -85,6 +86,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int, notify: Callable[[str], None]):
+        require_disk(folder, "checkpoints of a training")
         self.folder = Path(folder).absolute()
         self.keep = keep
         self.notify = notify

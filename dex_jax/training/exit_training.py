@@ -24,6 +24,7 @@ from dex_jax.evaluation.exit_forcing import Text
 from dex_jax.evaluation.exit_metrics import grouped_figures
 from dex_jax.evaluation.exit_report import tables
 from dex_jax.io.exits_file import FILE_NAME, TrainedExits, save_exits
+from dex_jax.io.object_store import require_disk
 from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import heads_of
@@ -103,6 +104,7 @@ def train_exits(
     Raises:
       DexError: data, exits or folder that do not fit.
     """
+    require_disk(folder, "trainings")
     folder = Path(folder)
     if config.first is not None:
         tell("first training")
