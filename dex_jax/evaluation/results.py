@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import types
@@ -23,6 +24,8 @@ from typing import Any
 
 from dex_jax.decoding.output import Output
 from dex_jax.errors import DexError
+from dex_jax.evaluation.check import Check
+from dex_jax.selfcheck import CLOSE
 from dex_jax.training.journal import plain
 
 FILE_NAME = "results.jsonl"
@@ -67,7 +70,7 @@ class Run:
       match: whether the tokens are AR's on the same prompt; None before anything was compared.
       first_divergence: index of the first new token that is not AR's; None for none.
       margin: AR's top-2 margin there over max |logit|, after noise; None for none.
-      tie: whether that margin is so small that floating point may decide (evaluation/check.py); None for none.
+      tie: whether that margin is so small that rounding alone may decide (`selfcheck.CLOSE` of the dtype); None for none.
       repeated: share of the answer's 4-grams of tokens that occurred before in it; None below 4 tokens.
       parsed, correct: whether an answer could be read from the text, and was right; None where nothing is graded.
       chance: how often guessing is right; None where nothing is graded.
@@ -219,6 +222,17 @@ def run_of(output: Output, row: int, *, kind: str, seconds_of_batch: bool = Fals
         "versions": versions(),
     }
     return Run(kind=kind, **(fields | given))
+
+
+def compared(run: Run, check: Check) -> Run:
+    """A run with what the comparison of its tokens with AR's has shown."""
+    margin = check.top2_margin
+    # A margin between two -inf is none.
+    margin = float(margin) if margin is not None and math.isfinite(margin) else None
+    tie = None if check.identical else margin is not None and margin < CLOSE[run.dtype]
+    return dataclasses.replace(
+        run, match=check.identical, first_divergence=check.first_divergence, margin=margin, tie=tie
+    )
 
 
 def work_of(schedule: Any, length: int, counts: dict[str, int | None]) -> int | None:

@@ -184,6 +184,7 @@ def spread(count: int, wanted: int, taken: Sequence[int] = ()) -> list[int]:
       >>> spread(10, 3), spread(10, 2, taken=(0, 3, 6))
       ([0, 3, 6], [1, 5])
     """
-    free = [index for index in range(count) if index not in set(taken)]
+    gone = set(taken)
+    free = [index for index in range(count) if index not in gone]
     wanted = min(wanted, len(free))
     return [free[at * len(free) // wanted] for at in range(wanted)]
