@@ -202,9 +202,12 @@ def study_of(
     """The settings that all lines of a folder share. Methods, rounds and sweeps may grow."""
     import hashlib
 
-    names = ("model", "exits", "drafter", "explorers", "max_new_tokens", "temperature", "prompts", "tune_prompts")
+    names = ("model", "exits", "drafter", "explorers", "max_new_tokens", "temperature", "seed", "prompts")
     flat = repr([(case.task, case.id, case.ids, case.split, case.seed) for case in cases])
     return {name: getattr(args, name) for name in names} | {
+        "tune_prompts": args.tune_prompts,
+        "longest_prompt": args.longest_prompt,
+        "chat": not args.no_chat,
         "benchmark": "bench",
         "fingerprint": lm.fingerprint,
         "layers": lm.config.num_layers,

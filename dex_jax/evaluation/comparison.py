@@ -100,7 +100,7 @@ def _lossless(runs: Sequence[Run]) -> Lossless:
 
 
 def mismatches(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each run whose tokens are wrong, and one if too many float32 runs part by rounding; none is well."""
+    """A sentence for each run whose tokens are wrong, and one if too many in float32 part by rounding."""
     found = []
     for run in runs:
         if run.match is False and not run.tie:

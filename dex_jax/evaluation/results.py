@@ -70,7 +70,7 @@ class Run:
       match: whether the tokens are AR's on the same prompt; None before anything was compared.
       first_divergence: index of the first new token that is not AR's; None for none.
       margin: AR's top-2 margin there over max |logit|, after noise; None for none.
-      tie: whether that margin is so small that rounding alone may decide (`selfcheck.CLOSE` of the dtype); None for none.
+      tie: whether rounding alone may decide there, by `selfcheck.CLOSE` of the dtype; None for none.
       repeated: share of the answer's 4-grams of tokens that occurred before in it; None below 4 tokens.
       parsed, correct: whether an answer could be read from the text, and was right; None where nothing is graded.
       chance: how often guessing is right; None where nothing is graded.
