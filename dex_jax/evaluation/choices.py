@@ -78,6 +78,15 @@ def read_items(task: str, path: str | Path) -> list[Item]:
     return items
 
 
+def item_of(task: str, row: Any, number: int, where: str) -> Item:
+    """The item of one row, the `number`-th from 0, as files and the hub hold it; `where` it stands is for the error.
+
+    Raises:
+      DexError: something is missing or of another kind.
+    """
+    return READERS[task](_Row(row, where), number)
+
+
 def item_file(task: str, folder: str | Path) -> Path:
     """Where a task's file stands in a folder of data.
 

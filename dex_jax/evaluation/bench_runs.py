@@ -1,0 +1,348 @@
+"""The runs of the benchmark: counts from batches, seconds from one sequence at a time, each a line of results.jsonl."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from dex_jax.decoding.exits import default_drafter, default_exits
+from dex_jax.decoding.generate import generate, stream
+from dex_jax.decoding.session import PROGRAMS, prompt_bucket
+from dex_jax.evaluation.check import compare_tokens
+from dex_jax.evaluation.contenders import SWEPT, Contender, best_setting, by_setting, contender, sweep, swept_depths
+from dex_jax.evaluation.results import Results, Run, compared, run_key, run_of
+from dex_jax.io.exits_file import load_exits
+from dex_jax.language_model import LanguageModel
+from dex_jax.sampling import Sampling, sampling_keys
+from dex_jax.training.progress import Shown, duration
+
+
+class Case(NamedTuple):
+    """One prompt.
+
+    Attributes:
+      task, id: of the item.
+      ids: token ids.
+      split: "report" or "tune".
+      seed: of sampling.
+    """
+
+    task: str
+    id: str
+    ids: tuple[int, ...]
+    split: str
+    seed: int
+
+
+class Standing(NamedTuple):
+    """How far the benchmark has come, for a Display."""
+
+    done: int
+    total: int
+    seconds_left: float | None
+    what: str
+    logged: bool
+
+    @property
+    def share(self) -> float:
+        """0 to 1."""
+        return self.done / max(self.total, 1)
+
+    def describe(self) -> str:
+        """One line."""
+        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
+        return f"run {self.done}/{self.total}{left}: {self.what}"
+
+
+class Clock:
+    """Counts runs and guesses the time left from what runs of their kind have taken so far.
+
+    Args:
+      planned: kind -> how many runs there will be.
+      notify: told a Standing after every run.
+    """
+
+    def __init__(self, planned: dict[str, int], notify: Callable[[str | Shown], None]):
+        self.planned, self.notify = planned, notify
+        self.finished: dict[str, int] = defaultdict(int)
+        self.measured: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def skip(self, kind: str, runs: int) -> None:
+        """Runs that an earlier call has made."""
+        self.finished[kind] += runs
+
+    def add(self, kind: str, runs: int, seconds: float, what: str, logged: bool) -> None:
+        """Runs that have just ended."""
+        self.finished[kind] += runs
+        self.measured[kind][0] += seconds
+        self.measured[kind][1] += runs
+        self.notify(Standing(sum(self.finished.values()), sum(self.planned.values()), self.left(), what, logged))
+
+    def left(self) -> float | None:
+        """Seconds; None before anything was measured."""
+        spent, runs = (sum(each[i] for each in self.measured.values()) for i in (0, 1))
+        if not runs:
+            return None
+        total = 0.0
+        for kind, planned in self.planned.items():
+            seconds, count = self.measured[kind]
+            total += max(0, planned - self.finished[kind]) * (seconds / count if count else spent / runs)
+        return total
+
+
+class Bench:
+    """A benchmark on its way.
+
+    Args:
+      lm: the model.
+      results: where runs go, and those of earlier calls.
+      cases: all prompts.
+      args: flags of `bench.parser`.
+      notify: told what is going on.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        results: Results,
+        cases: Sequence[Case],
+        args: argparse.Namespace,
+        notify: Callable[[str | Shown], None],
+    ):
+        self.lm, self.results, self.cases, self.args, self.notify = lm, results, list(cases), args, notify
+        self.exits = self._opened(args.exits, default_exits, "exits")
+        self.drafter = self._opened(args.drafter, default_drafter, "drafter")
+        self.plain: dict[tuple[str, str], list[int]] = {}
+        self.said: set[str] = set()
+        self.warm: set[tuple[str, int]] = set()
+        depths: Sequence[int] = args.exit_depths or ()
+        if "layerskip" in (*args.methods, *args.timed) and not depths:
+            depths = swept_depths(self.exits, lm.config, lm.fingerprint)
+        grid = (args.explorers, depths, args.draft_lengths, args.thresholds)
+        swept = [name for name in dict.fromkeys((*args.methods, *self.timed)) if name in SWEPT]
+        self.sweeps = {name: sweep(name, *grid) for name in swept}
+        self.clock = Clock(self._planned(), notify)
+
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """Methods whose seconds are measured, AR first: all others are told in terms of it."""
+        return tuple(dict.fromkeys(("ar", *self.args.timed))) if self.args.rounds and self.args.timed else ()
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Methods whose counts are reported, but AR, which is always counted."""
+        return tuple(name for name in dict.fromkeys(self.args.methods) if name != "ar")
+
+    def of(self, split: str) -> list[Case]:
+        """Prompts of a split, those of one padded length together."""
+        return sorted((case for case in self.cases if case.split == split), key=lambda case: _bucket(case))
+
+    def count(self) -> None:
+        """Counts of AR, of the sweeps and of every method at its best setting."""
+        plain = contender("ar", self.args.explorers)
+        self._count(plain, self.of("tune"))
+        self._count(plain, self.of("report"))
+        for entries in self.sweeps.values():
+            for entry in entries:
+                self._count(entry, self.of("tune"))
+        for name in self.counted:
+            self._count(self._best(name, "depth"), self.of("report"))
+        for explorers in self._other_grids():
+            self._count(contender("dex", explorers), self.of("report"))
+
+    def time(self) -> None:
+        """Seconds of the timed methods, each prompt with all of them in turn."""
+        if not self.timed:
+            return
+        chosen = [self._best(name, "depth") for name in self.timed if name not in SWEPT]
+        for name in self.timed:
+            if name in SWEPT:
+                entries = self._finalists(name)
+                if len(entries) > 1:
+                    self._time(entries, self.of("tune"))
+                chosen.append(self._best(name, "wall" if len(entries) > 1 else "depth"))
+        self._time(chosen, self.of("report"))
+
+    def _best(self, name: str, kind: str) -> Contender:
+        if name not in SWEPT:
+            return contender(name, self.args.explorers)
+        # A folder may hold settings of an earlier, wider sweep.
+        entries = {_flat(entry.name, entry.setting): entry for entry in self.sweeps[name]}
+        tried = [run for run in self.results.runs if _flat(run.method, run.setting) in entries]
+        return entries[_flat(name, best_setting(tried, name, kind))]
+
+    def _finalists(self, name: str) -> list[Contender]:
+        order = [_flat(name, setting) for setting, _ in by_setting(self.results.runs, name, "depth")]
+        entries = sorted(self.sweeps[name], key=lambda entry: order.index(_flat(name, entry.setting)))
+        return entries[: self.args.timed_settings]
+
+    def _other_grids(self) -> list[int]:
+        main = self.args.explorers if "dex" in self.args.methods else None
+        return [explorers for explorers in self.args.by_explorers if explorers != main]
+
+    def _planned(self) -> dict[str, int]:
+        report, tune = len(self.of("report")), len(self.of("tune"))
+        counted = report * (1 + len(self.counted) + len(self._other_grids())) + tune
+        planned = {"depth": counted + tune * sum(map(len, self.sweeps.values()))}
+        finalists = [min(len(self.sweeps[name]), self.args.timed_settings) for name in self.timed if name in SWEPT]
+        tuning = sum(count for count in finalists if count > 1) * tune
+        return planned | {"wall": self.args.rounds * (report * len(self.timed) + tuning)}
+
+    def _count(self, entry: Contender, cases: Sequence[Case]) -> None:
+        """Counts of one method on prompts, in batches of one padded length."""
+        missing = [case for case in cases if self._key(entry, case, "depth") not in self.results.done]
+        self.clock.skip("depth", len(cases) - len(missing))
+        for batch in _batches(missing, self.args.batch):
+            begin = time.monotonic()
+            # Repeats fill the batch up to a size that is compiled anyway.
+            filled = [*batch, *[batch[-1]] * (_size(len(batch)) - len(batch))]
+            with self._remarks():
+                out = generate(self.lm, [list(case.ids) for case in filled], **self._options(entry, filled))
+            for row, case in enumerate(batch):
+                self._keep(entry, case, run_of(out, row, kind="depth", **self._about(entry, case)))
+            self.clock.add("depth", len(batch), time.monotonic() - begin, f"counting {self._words(entry)}", logged=True)
+        if missing:
+            self._forget()
+        if entry.name == "ar":
+            for run in self.results.runs:
+                if run.method == "ar" and run.kind == "depth":
+                    self.plain[run.task, run.prompt_id] = run.tokens
+
+    def _time(self, entries: Sequence[Contender], cases: Sequence[Case]) -> None:
+        """Seconds of methods on prompts: A B B A ..., so that what slows the machine down slows all of them."""
+        bucket = None
+        for case in cases:
+            if _bucket(case) != bucket:
+                self._forget()
+                bucket = _bucket(case)
+            for number in range(self.args.rounds):
+                for entry in entries if number % 2 == 0 else entries[::-1]:
+                    if self._key(entry, case, "wall", number) in self.results.done:
+                        self.clock.skip("wall", 1)
+                        continue
+                    begin = time.monotonic()
+                    self._warm_up(entry, case)
+                    with self._remarks():
+                        out = generate(self.lm, [list(case.ids)], **self._options(entry, [case]))
+                    run = run_of(out, 0, kind="wall", round=number, **self._about(entry, case))
+                    self._keep(entry, case, run)
+                    last = number == self.args.rounds - 1 and entry is entries[0 if number % 2 else -1]
+                    what = f"timing {self._words(entry)}"
+                    self.clock.add("wall", 1, time.monotonic() - begin, what, logged=last)
+
+    def _warm_up(self, entry: Contender, case: Case) -> None:
+        """Compiles what a run needs and runs its first ticks, once for each padded length."""
+        key = (self._words(entry), _bucket(case))
+        if key in self.warm:
+            return
+        with self._remarks():
+            updates: Iterator[Any] = stream(self.lm, [list(case.ids)], **self._options(entry, [case]))
+            for _ in range(2):
+                next(updates, None)
+        self.warm.add(key)
+
+    def _options(self, entry: Contender, cases: Sequence[Case]) -> dict[str, Any]:
+        exits = "shared" if entry.name == "ar" else self.drafter if entry.drafter else self.exits
+        return {
+            "method": entry.method,
+            "exits": exits,
+            "max_new_tokens": self.args.max_new_tokens,
+            "temperature": self.args.temperature,
+            "seed": [case.seed for case in cases],
+        }
+
+    def _about(self, entry: Contender, case: Case) -> dict[str, Any]:
+        return {
+            "method": entry.name,
+            "setting": entry.setting,
+            "task": case.task,
+            "prompt_id": case.id,
+            "split": case.split,
+            "model": self.args.model,
+            "temperature": self.args.temperature,
+            "max_new_tokens": self.args.max_new_tokens,
+        }
+
+    def _keep(self, entry: Contender, case: Case, run: Run) -> None:
+        """Compares with AR's tokens and appends."""
+        reference = self.plain.get((case.task, case.id))
+        if reference is not None:
+            sampling = None
+            if self.args.temperature > 0:
+                sampling = Sampling(sampling_keys([case.seed]), jnp.float32(self.args.temperature), None, None)
+            check = compare_tokens(self.lm, list(case.ids), run.tokens, reference, sampling)
+            run = compared(run, check)
+        self.results.add(run)
+
+    def _key(self, entry: Contender, case: Case, kind: str, number: int = 0) -> tuple[Any, ...]:
+        return run_key(
+            kind=kind,
+            method=entry.name,
+            task=case.task,
+            prompt_id=case.id,
+            setting=entry.setting,
+            split=case.split,
+            round=number,
+            dtype=str(self.lm.dtype),
+            seed=case.seed if self.args.temperature > 0 else None,
+        )
+
+    def _opened(self, exits: str, shipped: Callable[[str], Any], what: str) -> Any:
+        """Exits as `generate` takes them, read once."""
+        if exits == "default" and shipped(self.lm.fingerprint) is None:
+            self.notify(f'no trained {what} ship with this model: "shared" is used')
+            return "shared"
+        return exits if exits in ("default", "shared") else load_exits(exits)
+
+    @contextlib.contextmanager
+    def _remarks(self) -> Iterator[None]:
+        """What `generate` has to say, said once."""
+        heard = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(heard):
+                yield
+        finally:
+            for line in heard.getvalue().splitlines():
+                if line.strip() and line not in self.said:
+                    self.said.add(line)
+                    self.notify(line)
+
+    def _forget(self) -> None:
+        """Drops programs that are not needed again: a process can hold only so many."""
+        for program in PROGRAMS:
+            program.forget()
+        self.warm.clear()
+
+    @staticmethod
+    def _words(entry: Contender) -> str:
+        return " ".join([entry.name, *(f"{name}={value}" for name, value in sorted(entry.setting.items()))])
+
+
+def _bucket(case: Case) -> int:
+    return prompt_bucket(len(case.ids))
+
+
+def _size(count: int) -> int:
+    """The power of two at or above."""
+    return 1 << (count - 1).bit_length()
+
+
+def _batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
+    """Up to `size` cases at a time, of one padded length each."""
+    groups: dict[int, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(_bucket(case), []).append(case)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _flat(name: str, setting: dict[str, Any]) -> tuple[Any, ...]:
+    return (name, *sorted(setting.items()))
