@@ -112,9 +112,8 @@ def read_task(name: str, data: str | Path | None) -> list[Asked]:
     if name not in TASKS:
         raise DexError(f"unknown task {name!r}: choose among {', '.join(TASKS)} and prompts:FILE")
     task = TASKS[name]
-    rows = read_rows(str(task_file(name, data))) if data is not None else _hub_rows(name, task)
     found: dict[str, Asked] = {}
-    for number, (row, where) in enumerate(rows):
+    for number, (row, where) in enumerate(rows_of(name, data)):
         asked = _asked(name, task, row, number, where)
         if asked.id in found:
             raise DexError(f"{where}: another item has the same id, {asked.id}: give each its own")
@@ -122,6 +121,11 @@ def read_task(name: str, data: str | Path | None) -> list[Asked]:
     if not found:
         raise DexError(f"{name if data is None else task_file(name, data)} is empty: give it at least one item")
     return list(found.values())
+
+
+def rows_of(name: str, data: str | Path | None) -> Iterator[tuple[Any, str]]:
+    """(row, where it stands) of each row of a task of TASKS, from a folder of data or the hub."""
+    return read_rows(str(task_file(name, data))) if data is not None else _hub_rows(name, TASKS[name])
 
 
 def _asked(name: str, task: Task, row: Any, number: int, where: str) -> Asked:
