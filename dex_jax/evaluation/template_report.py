@@ -1,4 +1,4 @@
-"""`python -m dex_jax.evaluation.template_report DIR`: summary.md and a plot of a template study, from its results alone.
+"""`python -m dex_jax.evaluation.template_report DIR`: summary.md and a plot of a template study, from its results.
 
 The headline is the median over templates with the least and the most, never the best one.
 """
@@ -90,8 +90,8 @@ def _task(grid: s.Grid, runs: Sequence[Run], study: dict[str, Any], others: Sequ
     tau = s.ranking_agreement(grid)
     if tau is not None and len(grid.costs) > 1:
         parts.append(
-            f"Ranking of {', '.join(grid.costs)}: Kendall's tau between every two templates is {tau[0]:.2f} on average, "
-            f"{tau[1]:.2f} at least."
+            f"Ranking of {', '.join(grid.costs)}: Kendall's tau between every two templates is {tau[0]:.2f} on average "
+            f"and {tau[1]:.2f} at least."
         )
     parts.append(_quality(grid, others))
     parts.append(_checks(grid, runs))
@@ -153,8 +153,8 @@ def _table(grid: s.Grid, spreads: dict[str, s.Spread]) -> str:
         rows.append([name, *lengths, *cells, str(right[i]), f"{np.nanmean(grid.parsed[:, i]):.2f}", share])
     table = markdown(header, rows)
     return (
-        f"{table}\n\nLengths in tokens; bounds hold together for all templates of a column with 95%. Accuracy is of the "
-        f"generated answers, chance {grid.chance:.2f}; one that could not be parsed counts as wrong."
+        f"{table}\n\nLengths in tokens; bounds hold together for all templates of a column with 95%. Accuracy is of "
+        f"the generated answers, chance {grid.chance:.2f}; one that could not be parsed counts as wrong."
     )
 
 
@@ -173,7 +173,7 @@ def _spreads(grid: s.Grid, spreads: dict[str, s.Spread]) -> str:
     return (
         f'{markdown(header, rows)}\n\n"No loops" leaves out the {looping.mean():.0%} of answers of which more than '
         f"{s.LOOPING:.0%} of 4-grams occurred before. R2: share of the variance that the lengths of prompt and answer "
-        "explain in a linear fit, between the templates' means (adjusted for two predictors) and between single answers."
+        "explain in a linear fit, between the templates' means and between single answers (in brackets: adjusted)."
     )
 
 
@@ -189,8 +189,8 @@ def _r2(found: tuple[float, float]) -> str:
 def _quality(grid: s.Grid, others: Sequence[s.Grid]) -> str:
     each = [interval.value for interval in s.accuracy(grid)]
     lines = [
-        f"Quality: accuracy {np.median(each):.2f} [{min(each):.2f}, {max(each):.2f}] (median [min, max] over templates), "
-        f"chance {grid.chance:.2f}; {1 - np.nanmean(grid.parsed):.0%} of answers could not be parsed."
+        f"Quality: accuracy {np.median(each):.2f} [{min(each):.2f}, {max(each):.2f}] (median [min, max] over "
+        f"templates), chance {grid.chance:.2f}; {1 - np.nanmean(grid.parsed):.0%} of answers could not be parsed."
     ]
     if "dex" in grid.costs:
         lines.append(
@@ -220,8 +220,8 @@ def _checks(grid: s.Grid, runs: Sequence[Run]) -> str:
         counted = sum(forced[_place(run)].layer_steps or 0 for run in loops)
         ratio = f"{steps / counted:.4f}" if counted else "-"
         lines.append(
-            f"{_label(name)}: {sum(bool(run.match) for run in loops)} of {len(loops)} texts are AR's, exits as counted in "
-            f"{same}, layer steps over those counted {ratio}."
+            f"{_label(name)}: {sum(bool(run.match) for run in loops)} of {len(loops)} texts are AR's, exits as "
+            f"counted in {same}, layer steps over those counted {ratio}."
         )
     if not lines:
         return "The loops themselves were not run (--loop-share 0): nothing checks the counts."
@@ -234,10 +234,10 @@ def _place(run: Run) -> tuple[Any, ...]:
 
 def _notes(study: dict[str, Any]) -> list[str]:
     found = [
-        "Depth-side figures count layers that run one after the other; they are no times. DEX's take one device a stage "
-        "and free heads. They cannot be below 1, so a figure above 1 is no evidence: only comparisons are.",
-        "DEX and LayerSkip are counted along AR's answers. That is exact for rows that never prune, but for drafts after "
-        "a wrong one in LayerSkip, which are all counted; the ratio of layer steps above says how much that is.",
+        "Depth-side figures count layers that run one after the other; they are no times. DEX's take one device a "
+        "stage and free heads. They cannot be below 1, so a figure above 1 is no evidence: only comparisons are.",
+        "DEX and LayerSkip are counted along AR's answers. That is exact for rows that never prune, but for drafts "
+        "after a wrong one in LayerSkip, which are all counted; the ratio of layer steps above says how much that is.",
     ]
     if study["parameters"] < LARGE:
         found.append(
