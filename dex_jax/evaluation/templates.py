@@ -239,6 +239,7 @@ def plan_of(lm: LanguageModel, args: argparse.Namespace) -> Plan:
             lm.fingerprint,
             given_depths=True,
         )
+        wanted.say()
         source = wanted.source or "shared"
         exits = wanted.trained or exits
     return Plan(
