@@ -135,6 +135,7 @@ def test_the_study_runs_goes_on_and_notices_what_is_wrong(command, tmp_path, mon
         (["--exit-depths", "4"], "--exit-depths must lie between 1 and 3"),
         (["--max-new-tokens", "1"], "--max-new-tokens must be at least 2"),
         (["--templates", "none.json"], "none.json cannot be read"),
+        (["--second-dtype", "float32"], "--second-dtype float32 is the study's own"),
         (["--data", "nowhere"], "there is no folder of data nowhere"),
     ],
 )

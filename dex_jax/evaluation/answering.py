@@ -42,12 +42,10 @@ class Answer(NamedTuple):
     Attributes:
       tokens: [n] int32, an EOS that ended it included.
       forced: what exits say along it; None where nothing was asked.
-      seconds: of the whole batch, shared out evenly.
     """
 
     tokens: np.ndarray
     forced: Forced | None
-    seconds: float
 
 
 def batches(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
@@ -86,9 +84,6 @@ def answer(
       count: C.
       batch: rows to fill up to, so that a last batch needs no program of its own.
     """
-    import time
-
-    begin = time.perf_counter()
     filled = [*prompts, *[prompts[-1]] * ((batch or 0) - len(prompts))]
     chosen = None
     if exits is not None and asks:
@@ -102,8 +97,7 @@ def answer(
     forced: list[Forced | None] = [None] * len(prompts)
     if chosen is not None:
         forced = list(_forced(lm, session, chosen, tokens, tuple(asks), count, max_new_tokens))
-    seconds = (time.perf_counter() - begin) / len(prompts)
-    return [Answer(text, found, seconds) for text, found in zip(tokens, forced, strict=True)]
+    return [Answer(text, found) for text, found in zip(tokens, forced, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -284,6 +284,8 @@ def draw(found: Sequence[s.Grid]) -> Any:
         axes.set_yticks(range(len(order)), [grid.templates[i] for i in order])
         axes.set_xlabel("layers of AR over the method's (depth-side, no time)", fontsize=8, color=INK)
         axes.set_title(f"{grid.task}, {len(grid.items)} items", fontsize=9, color=INK, loc="left")
+        if not names:
+            continue
         axes.legend(fontsize=7, frameon=False, loc="lower right", title="median [min, max]", title_fontsize=7)
     return figure
 

@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     templates = {task: templates_of(task, args) for task in args.tasks}
     remember_compilations()
     lm = load(args.model, args.dtype)
+    if args.second_dtype == str(lm.dtype):
+        raise DexError(f"--second-dtype {args.second_dtype} is the study's own: name another one, or leave it out")
     cases, left_out = choose_cases(lm, items, templates, args)
     plan = plan_of(lm, args)
     results = Results(args.output, study_of(lm, args, plan, cases, left_out))
