@@ -127,7 +127,8 @@ def dex_count(forced: Forced, depths: Sequence[int]) -> DexCount:
     exits, closest = np.full(count, PREFILL_EXIT, np.int32), np.ones(count)
     born = [stages]
     for i in range(count - 1):
-        target, held, here = int(forced.tokens[i + 1]), set(), stages
+        target, here = int(forced.tokens[i + 1]), stages
+        held: set[int] = set()
         for k in range(1, stages):
             column = forced.place(_ask_in_lattice(born, k, depths))
             token, gap = _first_free(forced.best[i, column], forced.gap[i, column], held)

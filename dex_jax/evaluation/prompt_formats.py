@@ -13,14 +13,14 @@ import importlib.resources
 import json
 import random
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError
 from dex_jax.evaluation.choices import Item
 
-CASINGS = {"": str, "upper": str.upper, "lower": str.lower, "title": string.capwords}
+CASINGS: dict[str, Callable[[str], str]] = {"": str, "upper": str.upper, "lower": str.lower, "title": string.capwords}
 ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X")
 UNICODE_ROMAN = "ⅠⅡⅢⅣⅤⅥⅦⅧⅨⅩ"
 LABELS: dict[str, Sequence[str]] = {
@@ -165,7 +165,8 @@ def _asked(template: Template, item: Item) -> str:
 
 def _filled(body: str, slots: Mapping[str, str]) -> str:
     """Fills {slots}; other braces stay, and what is filled in is not looked at again."""
-    found, rest = [], body
+    found: list[str] = []
+    rest = body
     while rest:
         at, name = min(
             ((rest.find("{" + name + "}"), name) for name in slots if "{" + name + "}" in rest), default=(-1, "")
@@ -377,7 +378,8 @@ def sample_formats(task: str, count: int, seed: int = 0) -> list[Template]:
     if count < 1:
         raise DexError(f"the number of formats must be at least 1, not {count}")
     question, options, answer = DESCRIPTORS.get(task, DESCRIPTORS["mmlu"])
-    draw, found = random.Random(f"{seed} {task}"), {}
+    draw = random.Random(f"{seed} {task}")
+    found: dict[tuple[str, ...], Template] = {}
     while len(found) < count:
         separator, space = draw.choice(SEPARATORS), draw.choice(SPACES)
         if not separator and not space:

@@ -194,7 +194,8 @@ def choose_cases(
                     break
                 for at in fresh:
                     taken.append(at)
-                    item, own = pool[at], []
+                    item = pool[at]
+                    own: list[Case] = []
                     for template in templates[task]:
                         text = render(template, item, choose_examples(template, item, examples, args.seed))
                         own.append(Case(item, template, tuple(lm.encode(text, chat=template.chat)), split))
