@@ -11,6 +11,7 @@ from reference import template_twin as twin
 from scipy import stats
 
 from dex_jax.errors import DexError
+from dex_jax.evaluation import template_report
 from dex_jax.evaluation import template_statistics as s
 from dex_jax.evaluation.resampling import simultaneous
 from dex_jax.evaluation.results import Run
@@ -145,6 +146,50 @@ def test_looping_answers_are_left_out_of_every_method():
     for cost in calm.costs.values():
         assert np.isnan(cost[looping]).all()
         assert not np.isnan(cost[~looping]).any()
+
+
+def test_templates_without_decoding_are_told_apart():
+    found = grid()
+    costs = {name: cost.copy() for name, cost in found.costs.items()}
+    for cost in costs.values():
+        cost[:33, 1] = np.nan  # 7 of 40 answers are left
+        cost[:30, 2] = np.nan
+    found = dataclasses.replace(found, costs=costs)
+    assert found.decoding.tolist() == [True, False, True, True, True]
+    some = found.only(found.decoding)
+    assert some.templates == ("t0", "t2", "t3", "t4")
+    assert not np.isnan([interval.low for interval in s.spread(some, "dex", 100).each]).any()
+    text = template_report.summary(runs_of(found), STUDY)
+    assert "Left out of all speedups: t1" in text
+    assert "Holds across templates" not in text
+
+
+STUDY = {
+    "benchmark": "templates",
+    "model": "random",
+    "parameters": 2e9,
+    "dtype": "float32",
+    "max_new_tokens": 48,
+    "longest_prompt": 512,
+    "too_long": {"mmlu": 2},
+    "exits": "shared",
+}
+
+
+def test_what_holds_is_printed_only_where_it_holds():
+    text = template_report.summary(runs_of(grid()), STUDY)
+    assert "**Holds across templates**, depth-side" in text
+    assert "2 items longer than 512 tokens" in text
+    assert "cannot settle" not in text  # two billion parameters
+    for bad in (grid(worst=0.7), grid(rival=1.0)):
+        text = template_report.summary(runs_of(bad), STUDY)
+        assert "Holds across templates" not in text
+        assert "Not shown to hold across templates" in text
+    alone = [run for run in runs_of(grid()) if run.method != "layerskip"]
+    assert "nothing is claimed" in template_report.summary(alone, STUDY)
+    headline = next(line for line in text.split("\n") if line.startswith("- **DEX over AR"))
+    spread = s.spread(grid(rival=1.0), "dex", 10)
+    assert f"{spread.median:.2f} [{spread.lowest:.2f}, {spread.highest:.2f}]" in headline
 
 
 def test_paired_accuracy_of_two_dtypes():

@@ -48,9 +48,10 @@ def mean(values: np.ndarray) -> np.ndarray:
 
 
 def ratio_of_sums(values: np.ndarray) -> np.ndarray:
-    """values[..., 0] over values[..., 1], each summed over items: long answers count for more."""
+    """values[..., 0] over values[..., 1], each summed over items: long answers count for more; NaN over nothing."""
     sums = np.nansum(values, axis=1)
-    return sums[..., 0] / sums[..., 1]
+    under = sums[..., 1]
+    return np.where(under > 0, sums[..., 0] / np.where(under > 0, under, 1), np.nan)
 
 
 def ratios(base: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -81,13 +81,16 @@ def _about(runs: Sequence[Run], study: dict[str, Any], found: Sequence[s.Grid]) 
 
 def _task(grid: s.Grid, runs: Sequence[Run], study: dict[str, Any], others: Sequence[s.Grid]) -> list[str]:
     parts = [f"## {grid.task}"]
-    names = [name for name in ("dex", *grid.rivals) if name in grid.costs]
-    spreads = {name: s.spread(grid, name) for name in names}
-    parts.append(_headline(grid, spreads, runs))
-    parts.append(_table(grid, spreads))
+    kept = grid.decoding
+    some = grid.only(kept)
+    names = [name for name in ("dex", *grid.rivals) if name in grid.costs] if kept.any() else []
+    spreads = {name: s.spread(some, name) for name in names}
+    left_out = [name for name, decodes in zip(grid.templates, kept, strict=True) if not decodes]
+    parts.append(_headline(some, spreads, runs, left_out))
+    parts.append(_table(grid, some.templates, spreads))
     if spreads:
-        parts += ["Over templates (layers of AR over the method's, run one after the other):", _spreads(grid, spreads)]
-    tau = s.ranking_agreement(grid)
+        parts += ["Over templates (layers of AR over the method's, run one after the other):", _spreads(some, spreads)]
+    tau = s.ranking_agreement(some) if names else None
     if tau is not None and len(grid.costs) > 1:
         parts.append(
             f"Ranking of {', '.join(grid.costs)}: Kendall's tau between every two templates is {tau[0]:.2f} on average "
@@ -98,7 +101,7 @@ def _task(grid: s.Grid, runs: Sequence[Run], study: dict[str, Any], others: Sequ
     return parts
 
 
-def _headline(grid: s.Grid, spreads: dict[str, s.Spread], runs: Sequence[Run]) -> str:
+def _headline(grid: s.Grid, spreads: dict[str, s.Spread], runs: Sequence[Run], left_out: Sequence[str]) -> str:
     lines = []
     for name, found in spreads.items():
         lines.append(
@@ -113,11 +116,16 @@ def _headline(grid: s.Grid, spreads: dict[str, s.Spread], runs: Sequence[Run]) -
                 f"- **DEX over the best rival: {np.median(each):.2f} [{min(each):.2f}, {max(each):.2f}]**"
                 + _setting(grid, runs)
             )
-        lines.append(f"- {_sentence(judged)}")
+        lines.append(f"- {_sentence(judged, bool(left_out))}")
+    if left_out:
+        lines.append(
+            f"- Left out of all speedups: {', '.join(left_out)}, where fewer than {s.LEAST_DECODING:.0%} of answers have "
+            "a second token."
+        )
     return "\n".join(lines)
 
 
-def _sentence(judged: s.Verdict) -> str:
+def _sentence(judged: s.Verdict, some_left_out: bool) -> str:
     """Whether it holds, and by how much."""
     if judged.beats is None:
         return "No rival ran. A depth-side figure over AR cannot be below 1 and is no evidence: nothing is claimed."
@@ -126,9 +134,9 @@ def _sentence(judged: s.Verdict) -> str:
         f"{s.WORST_OVER_MEDIAN}), and DEX over the best rival is at least {judged.beats:.2f} in every template (asked: "
         "above 1)"
     )
-    if judged.holds:
+    if judged.holds and not some_left_out:
         return f"**Holds across templates**, depth-side: {found}. Nothing is claimed about wall-clock time."
-    return f"Not shown for every template: {found}."
+    return f"Not shown to hold across templates: {found}."
 
 
 def _setting(grid: s.Grid, runs: Sequence[Run]) -> str:
@@ -140,14 +148,15 @@ def _setting(grid: s.Grid, runs: Sequence[Run]) -> str:
     )
 
 
-def _table(grid: s.Grid, spreads: dict[str, s.Spread]) -> str:
+def _table(grid: s.Grid, decoding: Sequence[str], spreads: dict[str, s.Spread]) -> str:
     right = s.accuracy(grid)
     header = ["template", "prompt", "answer", *(f"{_label(name)} over AR" for name in spreads)]
     header += ["accuracy", "parsed", "repeated"]
     rows = []
     for i, name in enumerate(grid.templates):
         lengths = [f"{np.nanmean(x[:, i]):.0f}" for x in (grid.prompt_tokens, grid.new_tokens)]
-        cells = [str(found.each[i]) for found in spreads.values()]
+        at = decoding.index(name) if name in decoding else None
+        cells = ["-" if at is None else str(found.each[at]) for found in spreads.values()]
         repeats = grid.repeated[:, i]
         share = f"{np.nanmean(repeats):.2f}" if not np.isnan(repeats).all() else "-"
         rows.append([name, *lengths, *cells, str(right[i]), f"{np.nanmean(grid.parsed[:, i]):.2f}", share])
@@ -165,7 +174,7 @@ def _spreads(grid: s.Grid, spreads: dict[str, s.Spread]) -> str:
         explained = s.explained_by_length(grid, name)
         rows.append([_label(name), *_spread_cells(found), *(_r2(explained[at]) for at in ("templates", "answers"))])
         calm = grid.without(looping)
-        if looping.any() and not any(np.isnan(calm.costs["ar"]).all(axis=0)):
+        if looping.any() and calm.decoding.all():
             explained = s.explained_by_length(calm, name)
             cells = _spread_cells(s.spread(calm, name))
             rows.append([f"{_label(name)}, no loops", *cells, *(_r2(explained[at]) for at in ("templates", "answers"))])
@@ -260,6 +269,7 @@ def draw(found: Sequence[s.Grid]) -> Any:
     from dex_jax.plot.colors import SERIES
     from dex_jax.plot.figures import FAINT, INK, new_figure, quiet_axes
 
+    found = [grid.only(grid.decoding) for grid in found]
     most = max(len(grid.templates) for grid in found)
     figure = new_figure(5.2 * len(found), 1.4 + 0.32 * most)
     for number, grid in enumerate(found, 1):
@@ -267,7 +277,7 @@ def draw(found: Sequence[s.Grid]) -> Any:
         quiet_axes(axes)
         axes.grid(axis="x", color=FAINT, linewidth=0.6)
         axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        names = [name for name in ("dex", *grid.rivals) if name in grid.costs]
+        names = [name for name in ("dex", *grid.rivals) if name in grid.costs and grid.templates]
         spreads = {name: s.spread(grid, name) for name in names}
         leading = spreads[names[0]].each if names else ()
         order = sorted(range(len(grid.templates)), key=lambda i, leading=leading: leading[i].value if leading else i)

@@ -24,6 +24,9 @@ WORST_OVER_MEDIAN = 0.85
 LOOPING = 0.2
 """An answer of which more 4-grams than this share occurred before goes round in circles."""
 
+LEAST_DECODING = 0.2
+"""Of a template's answers, the share that must have something to decode before a figure is made of them."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grid:
@@ -57,6 +60,21 @@ class Grid:
     def rivals(self) -> tuple[str, ...]:
         """Methods beside AR and DEX."""
         return tuple(name for name in self.costs if name not in ("ar", "dex"))
+
+    @property
+    def decoding(self) -> np.ndarray:
+        """[G] bool: the templates in which enough answers have something to decode."""
+        return np.mean(~np.isnan(self.costs["ar"]), axis=0) >= LEAST_DECODING
+
+    def only(self, columns: np.ndarray) -> Grid:
+        """The grid of some templates, [G] bool."""
+        names = ("prompt_tokens", "new_tokens", "repeated", "parsed", "correct")
+        return dataclasses.replace(
+            self,
+            templates=tuple(name for name, kept in zip(self.templates, columns, strict=True) if kept),
+            costs={method: cost[:, columns] for method, cost in self.costs.items()},
+            **{name: getattr(self, name)[:, columns] for name in names},
+        )
 
     def without(self, drop: np.ndarray) -> Grid:
         """The grid with the costs of some answers, [N, G] bool, left out of every method."""
@@ -115,11 +133,6 @@ def pairs(base: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.stack([base, other], axis=-1)
 
 
-def by_template(base: np.ndarray, other: np.ndarray, resamples: int = RESAMPLES) -> list[Interval]:
-    """How many times the cost of `other` [N, G] that of `base` is, in each template, with simultaneous bounds."""
-    return simultaneous(pairs(base, other), ratio_of_sums, resamples=resamples)
-
-
 def relative(values: np.ndarray) -> np.ndarray:
     """Each template's ratio of sums over the median of all templates': values [R, N, G, 2] -> [R, G]."""
     ratios = ratio_of_sums(values)
@@ -129,7 +142,8 @@ def relative(values: np.ndarray) -> np.ndarray:
 def over_best(values: np.ndarray) -> np.ndarray:
     """The cheapest rival over DEX in each template: values [R, N, G, 1 + rivals], DEX first -> [R, G]."""
     sums = np.nansum(values, axis=1)
-    return np.min(sums[..., 1:], axis=-1) / sums[..., 0]
+    dex = sums[..., 0]
+    return np.where(dex > 0, np.min(sums[..., 1:], axis=-1) / np.where(dex > 0, dex, 1), np.nan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +199,10 @@ class Verdict:
 
 
 def verdict(grid: Grid, resamples: int = RESAMPLES) -> Verdict:
-    """Judges one task; without a rival nothing holds, as a depth-side figure over AR cannot be below 1."""
+    """Judges one task; without a rival nothing holds, as a depth-side figure over AR cannot be below 1.
+
+    Templates whose answers have nothing to decode must have been left out, and then nothing can be said to hold in all.
+    """
     keeps = min(interval.low for interval in spread(grid, "dex", resamples).relative)
     if not grid.rivals:
         return Verdict(False, keeps, None, None)
