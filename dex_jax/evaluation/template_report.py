@@ -119,8 +119,8 @@ def _headline(grid: s.Grid, spreads: dict[str, s.Spread], runs: Sequence[Run], l
         lines.append(f"- {_sentence(judged, bool(left_out))}")
     if left_out:
         lines.append(
-            f"- Left out of all speedups: {', '.join(left_out)}, where fewer than {s.LEAST_DECODING:.0%} of answers have "
-            "a second token."
+            f"- Left out of all speedups: {', '.join(left_out)}, where fewer than {s.LEAST_DECODING:.0%} of answers "
+            "have a second token."
         )
     return "\n".join(lines)
 
