@@ -22,7 +22,6 @@ from dex_jax.decoding.output import ticks_of
 from dex_jax.errors import DexError
 from dex_jax.evaluation.answer_parsing import parse_choice
 from dex_jax.evaluation.answering import Answer, answer, batches
-from dex_jax.evaluation.bench_runs import Standing
 from dex_jax.evaluation.check import compare_tokens
 from dex_jax.evaluation.choices import Item
 from dex_jax.evaluation.contenders import best_setting
@@ -33,6 +32,7 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows
 from dex_jax.selfcheck import CLOSE
+from dex_jax.training.progress import duration
 
 SMALLEST_BATCH = 8
 LOOP_BATCH = 8
@@ -366,6 +366,27 @@ def grade(lm: LanguageModel, case: Case, tokens: Sequence[int]) -> dict[str, Any
     return {"parsed": found is not None, "correct": found == item.answer, "chance": item.chance}
 
 
+class Standing(NamedTuple):
+    """How far a part of the study has come, for a Display.
+
+    Attributes:
+      what: the part.
+      share: 0 to 1.
+      seconds_left: None while there is nothing to go by.
+      logged: whether it is worth a line of a log.
+    """
+
+    what: str
+    share: float
+    seconds_left: float | None
+    logged: bool
+
+    def describe(self) -> str:
+        """One line."""
+        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
+        return f"{self.what}: {self.share:.0%}{left}"
+
+
 class _Pace:
     """Shows how far a part of the study has come, and how long the rest takes at this pace."""
 
@@ -381,7 +402,7 @@ class _Pace:
         left = (now - self.begin) / self.made * (self.total - self.done) if self.made else None
         log = now - self.logged > 10 or self.done == self.total
         self.logged = now if log else self.logged
-        self.notify(Standing(self.done, self.total, left, self.what, log and made))
+        self.notify(Standing(self.what, self.done / max(self.total, 1), left, log and made))
 
 
 def check_methods(methods: Sequence[str]) -> None:
