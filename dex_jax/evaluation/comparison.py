@@ -58,6 +58,14 @@ def of_method(table: Costs, method: str) -> list[str]:
     return [name for name in table if name.split(" ")[0] == method]
 
 
+def main_methods(table: Costs, explorers: int | None = None) -> list[str]:
+    """All names but AR's, of "dex" one alone: with `explorers`, or the first; others are of a study of K."""
+    grids = of_method(table, "dex")
+    kept = f"dex explorers={explorers}"
+    main = kept if kept in grids else next(iter(grids), None)
+    return [name for name in table if name != "ar" and (name == main or name not in grids)]
+
+
 class Lossless(NamedTuple):
     """Comparison of a method's tokens with AR's.
 

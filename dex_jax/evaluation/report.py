@@ -70,7 +70,7 @@ def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
     for kind in KINDS:
         table = c.costs(runs, kind)
         if len(table) > 1 and "ar" in table:
-            parts += _speedups(table, kind)
+            parts += _speedups(table, kind, study.get("explorers"))
     parts += [*_times(runs), *_explorers(runs), *_available(runs), *_sweeps(runs)]
     return "\n\n".join(parts) + "\n"
 
@@ -139,10 +139,10 @@ def _unnamed(run: Run) -> Run:
     return dataclasses.replace(run, setting={})
 
 
-def _speedups(table: c.Costs, kind: str) -> list[str]:
+def _speedups(table: c.Costs, kind: str, explorers: int | None) -> list[str]:
     title, meaning = KINDS[kind]
     tasks = c.tasks_of(table)
-    names = [name for name in table if name != "ar"]
+    names = c.main_methods(table, explorers)
     rows = []
     for name in names:
         pairs = ("ar", name) if kind != "work" else (name, "ar")
@@ -196,8 +196,10 @@ def _explorers(runs: Sequence[Run]) -> list[str]:
     found = c.by_explorers(c.costs(runs, "depth"))
     if len(found) < 2:
         return []
-    rows = [[str(explorers), str(interval)] for explorers, interval in found.items()]
-    return ["## Explorers", markdown(["K", "DEX over AR, depth-side"], rows)]
+    table = c.costs(runs, "depth")
+    tasks = c.tasks_of(table)
+    rows = [[str(k), *(told(c.speedup(table, "ar", f"dex explorers={k}", task)) for task in tasks)] for k in found]
+    return ["## Explorers", "DEX over AR, depth-side, by the number of explorers:", markdown(["K", *tasks], rows)]
 
 
 def _available(runs: Sequence[Run]) -> list[str]:
