@@ -169,7 +169,8 @@ def choose_cases(
     cases: list[Case] = []
     left_out: dict[str, int] = {}
     for items in asked.values():
-        task, ids = items[0].task, {}
+        task = items[0].task
+        ids: dict[int, tuple[int, ...]] = {}
         for split, wanted in (("report", args.prompts), ("tune", args.tune_prompts)):
             dropped: list[int] = []
             chosen: list[int] = []
@@ -179,7 +180,7 @@ def choose_cases(
                 if not fresh:
                     break
                 for at in fresh:
-                    tokens = lm.encode(items[at].prompt, chat=not args.no_chat)
+                    tokens = tuple(lm.encode(items[at].prompt, chat=not args.no_chat))
                     (chosen if len(tokens) <= longest else dropped).append(at)
                     if len(tokens) <= longest:
                         ids[at] = tokens
@@ -190,7 +191,7 @@ def choose_cases(
                     "--longest-prompt"
                 )
             cases += [
-                Case(task, items[at].id, tuple(ids[at]), split, args.seed + len(cases) + number)
+                Case(task, items[at].id, ids[at], split, args.seed + len(cases) + number)
                 for number, at in enumerate(sorted(chosen))
             ]
     return cases, left_out

@@ -23,6 +23,9 @@ from dex_jax.language_model import LanguageModel
 from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.training.progress import Shown, duration
 
+PROGRAMS_HELD = 60
+"""Compiled programs after which the old ones are dropped."""
+
 
 class Case(NamedTuple):
     """One prompt.
@@ -121,6 +124,7 @@ class Bench:
         self.drafter = self._opened(args.drafter, default_drafter, "drafter")
         self.plain: dict[tuple[str, str], list[int]] = {}
         self.said: set[str] = set()
+        self.compiled = sum(program.compilations for program in PROGRAMS)
         self.warm: set[tuple[str, int]] = set()
         depths: Sequence[int] = args.exit_depths or ()
         if "layerskip" in (*args.methods, *args.timed) and not depths:
@@ -146,9 +150,7 @@ class Bench:
 
     def count(self) -> None:
         """Counts of AR, of the sweeps and of every method at its best setting."""
-        plain = contender("ar", self.args.explorers)
-        self._count(plain, self.of("tune"))
-        self._count(plain, self.of("report"))
+        self._count(contender("ar", self.args.explorers), [*self.of("tune"), *self.of("report")])
         for entries in self.sweeps.values():
             for entry in entries:
                 self._count(entry, self.of("tune"))
@@ -208,8 +210,7 @@ class Bench:
             for row, case in enumerate(batch):
                 self._keep(entry, case, run_of(out, row, kind="depth", **self._about(entry, case)))
             self.clock.add("depth", len(batch), time.monotonic() - begin, f"counting {self._words(entry)}", logged=True)
-        if missing:
-            self._forget()
+            self._forget_some()
         if entry.name == "ar":
             for run in self.results.runs:
                 if run.method == "ar" and run.kind == "depth":
@@ -220,7 +221,7 @@ class Bench:
         bucket = None
         for case in cases:
             if _bucket(case) != bucket:
-                self._forget()
+                self._forget_some()
                 bucket = _bucket(case)
             for number in range(self.args.rounds):
                 for entry in entries if number % 2 == 0 else entries[::-1]:
@@ -314,11 +315,14 @@ class Bench:
                     self.said.add(line)
                     self.notify(line)
 
-    def _forget(self) -> None:
-        """Drops programs that are not needed again: a process can hold only so many."""
-        for program in PROGRAMS:
-            program.forget()
-        self.warm.clear()
+    def _forget_some(self) -> None:
+        """Drops compiled programs once there are many: a process can hold only so many."""
+        compiled = sum(program.compilations for program in PROGRAMS)
+        if compiled - self.compiled > PROGRAMS_HELD:
+            for program in PROGRAMS:
+                program.forget()
+            self.compiled = compiled
+            self.warm.clear()
 
     @staticmethod
     def _words(entry: Contender) -> str:
