@@ -14,9 +14,11 @@ import jax.numpy as jnp
 
 from dex_jax.decoding.exits import default_drafter, default_exits
 from dex_jax.decoding.generate import generate, stream
+from dex_jax.decoding.methods import AR
 from dex_jax.decoding.session import PROGRAMS, prompt_bucket
 from dex_jax.evaluation.check import compare_tokens
 from dex_jax.evaluation.contenders import SWEPT, Contender, best_setting, by_setting, contender, sweep, swept_depths
+from dex_jax.evaluation.outside import EARLY_EXIT, PLAIN, Outside, run_of_answer
 from dex_jax.evaluation.results import Results, Run, compared, run_key, run_of
 from dex_jax.io.exits_file import load_exits
 from dex_jax.language_model import LanguageModel
@@ -132,6 +134,7 @@ class Bench:
         grid = (args.explorers, depths, args.draft_lengths, args.thresholds)
         swept = [name for name in dict.fromkeys((*args.methods, *self.timed)) if name in SWEPT]
         self.sweeps = {name: sweep(name, *grid) for name in swept}
+        self.outside: Outside | None = None
         self.clock = Clock(self._planned(), notify)
 
     @property
@@ -170,7 +173,23 @@ class Bench:
                 if len(entries) > 1:
                     self._time(entries, self.of("tune"))
                 chosen.append(self._best(name, "wall" if len(entries) > 1 else "depth"))
-        self._time(chosen, self.of("report"))
+        chosen += self._outsiders()
+        try:
+            self._time(chosen, self.of("report"))
+        finally:
+            if self.outside is not None:
+                self.outside.close()
+                self.outside = None
+
+    def _outsiders(self) -> list[Contender]:
+        """transformers, where a Python with it was named."""
+        if self.args.transformers_python is None:
+            return []
+        found = [Contender(PLAIN, AR())]
+        if self.args.transformers_early_exit:
+            depth, length = self.args.transformers_early_exit
+            found.append(Contender(EARLY_EXIT, AR(), {"exit": depth, "draft_length": length}))
+        return found
 
     def _best(self, name: str, kind: str) -> Contender:
         if name not in SWEPT:
@@ -195,7 +214,8 @@ class Bench:
         planned = {"depth": counted + tune * sum(map(len, self.sweeps.values()))}
         finalists = [min(len(self.sweeps[name]), self.args.timed_settings) for name in self.timed if name in SWEPT]
         tuning = sum(count for count in finalists if count > 1) * tune
-        return planned | {"wall": self.args.rounds * (report * len(self.timed) + tuning)}
+        timed = len(self.timed) + len(self._outsiders()) if self.timed else 0
+        return planned | {"wall": self.args.rounds * (report * timed + tuning)}
 
     def _count(self, entry: Contender, cases: Sequence[Case]) -> None:
         """Counts of one method on prompts, in batches of one padded length."""
@@ -229,14 +249,28 @@ class Bench:
                         self.clock.skip("wall", 1)
                         continue
                     begin = time.monotonic()
-                    self._warm_up(entry, case)
-                    with self._remarks():
-                        out = generate(self.lm, [list(case.ids)], **self._options(entry, [case]))
-                    run = run_of(out, 0, kind="wall", round=number, **self._about(entry, case))
-                    self._keep(entry, case, run)
+                    run = self._timed_run(entry, case, number)
+                    if run is not None:
+                        self._keep(entry, case, run)
                     last = number == self.args.rounds - 1 and entry is entries[0 if number % 2 else -1]
                     what = f"timing {self._words(entry)}"
                     self.clock.add("wall", 1, time.monotonic() - begin, what, logged=last)
+
+    def _timed_run(self, entry: Contender, case: Case, number: int) -> Run | None:
+        """One run, alone; None where transformers has nothing to do."""
+        about = self._about(entry, case) | {"round": number}
+        if entry.name not in (PLAIN, EARLY_EXIT):
+            self._warm_up(entry, case)
+            with self._remarks():
+                out = generate(self.lm, [list(case.ids)], **self._options(entry, [case]))
+            return run_of(out, 0, kind="wall", **about)
+        wanted = len(self.plain[case.task, case.id])
+        if wanted < 2:
+            return None
+        if self.outside is None:
+            self.outside = Outside(self.args.transformers_python, self.args.model)
+        answer = self.outside.run(list(case.ids), wanted, **entry.setting)
+        return run_of_answer(answer, self.outside.versions, len(case.ids), **about)
 
     def _warm_up(self, entry: Contender, case: Case) -> None:
         """Compiles what a run needs and runs its first ticks, once for each padded length."""
@@ -291,7 +325,7 @@ class Bench:
             setting=entry.setting,
             split=case.split,
             round=number,
-            dtype=str(self.lm.dtype),
+            dtype="float32" if entry.name in (PLAIN, EARLY_EXIT) else str(self.lm.dtype),
             seed=case.seed if self.args.temperature > 0 else None,
         )
 
