@@ -224,6 +224,9 @@ def test_transformers_takes_turns_where_it_is_asked_for(command, monkeypatch, tm
         (["--prompts", "7"], "none left for split tune"),
         (["--longest-prompt", "2"], "none left for split report"),
         (["--transformers-python", "p", "--timed", "none"], "transformers is timed or nothing"),
+        (["--exit-depths", "2"], "LayerSkip's exit must lie below the model's last layer"),
+        (["--by-explorers", "3"], "explorers must be from 1 to the model's 2 layers"),
+        (["--exits", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--batch", "0"], "--batch must be at least 1"),
     ],
 )

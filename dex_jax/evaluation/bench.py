@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures and writes, as the flags say; the exit code."""
     from dex_jax.cli.decode import remember_compilations
     from dex_jax.evaluation import report
+    from dex_jax.evaluation.bench_plan import Plan
     from dex_jax.evaluation.bench_runs import Bench
     from dex_jax.evaluation.contenders import check_names
     from dex_jax.evaluation.results import Results
@@ -119,10 +120,11 @@ def run(args: argparse.Namespace) -> int:
     remember_compilations()
     lm = load(args.model, args.dtype)
     cases, left_out = choose_cases(lm, asked, args)
-    results = Results(args.output, study_of(lm, args, cases, left_out))
     display = Display()
+    plan = Plan(lm, args, display)
+    results = Results(args.output, study_of(lm, args, cases, left_out))
     try:
-        bench = Bench(lm, results, cases, args, display)
+        bench = Bench(lm, results, cases, plan, display)
         bench.count()
         bench.time()
     finally:
