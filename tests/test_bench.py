@@ -18,7 +18,7 @@ from dex_jax.evaluation.comparison import costs
 from dex_jax.evaluation.results import Run, read_results, to_line
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-PROMPTS = "ABC\nBCDA\nQRSTUV\nZYX\nMNOPQ\nKLM\n"
+PROMPTS = "ABC\nBCDA\nQRSTUV\nZYX\nMNOPQ\nKLM\nEFGHI\nXXYYZ\n"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def command(small, monkeypatch, tmp_path):
     """Flags of a benchmark of a second or two a method, without its methods and its folder."""
     monkeypatch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
     (tmp_path / "letters.txt").write_text(PROMPTS, encoding="utf-8")
-    flags = ["--tasks", f"prompts:{tmp_path / 'letters.txt'}", "--prompts", "4", "--tune-prompts", "2"]
+    flags = ["--tasks", f"prompts:{tmp_path / 'letters.txt'}", "--prompts", "4", "--tune-prompts", "4"]
     flags += ["--max-new-tokens", "12", "--explorers", "2", "--batch", "4"]
     return [*flags, "--exit-depths", "1", "--draft-lengths", "1,3", "--thresholds", "0.1", "--no-plots"]
 
@@ -44,7 +44,7 @@ def made(small, tmp_path_factory):
     (folder / "letters.txt").write_text(PROMPTS, encoding="utf-8")
     patch = pytest.MonkeyPatch()
     patch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
-    flags = ["--tasks", f"prompts:{folder / 'letters.txt'}", "--prompts", "4", "--tune-prompts", "2"]
+    flags = ["--tasks", f"prompts:{folder / 'letters.txt'}", "--prompts", "4", "--tune-prompts", "4"]
     flags += ["--max-new-tokens", "12", "--batch", "4", "--exit-depths", "1", "--draft-lengths", "1,2"]
     flags += ["--explorers", "2", "--by-explorers", "1", "--output", str(folder / "out")]
     flags += ["--methods", "ar,dex,layerskip,oracle", "--timed", "ar,layerskip", "--timed-settings", "2"]
@@ -60,23 +60,21 @@ def test_a_benchmark_writes_every_run_once(made, small) -> None:
     assert len({run.key for run in runs}) == len(runs)
     counted = [run for run in runs if run.kind == "depth"]
     timed = [run for run in runs if run.kind == "wall"]
-    # AR on six prompts, two settings on two, DEX with two K, LayerSkip and the oracle on four.
-    assert len(counted) == 6 + 2 * 2 + 4 * 4
-    # Two settings on two tuning prompts, AR and the best on four, twice each.
-    assert len(timed) == 2 * (2 * 2 + 2 * 4)
+    # AR on eight prompts, two settings on four, DEX with two K, LayerSkip and the oracle on four.
+    assert len(counted) == 8 + 2 * 4 + 4 * 4
+    # Two settings on four tuning prompts, AR and the best on four, twice each.
+    assert len(timed) == 2 * (2 * 4 + 2 * 4)
     assert all(run.seconds is None for run in counted)
     assert all(run.batch == 1 and run.seconds > 0 for run in timed)
     assert all(run.match or run.tie for run in runs if run.match is not None)
     plain = {run.prompt_id: run.tokens for run in counted if run.method == "ar"}
-    assert len(plain) == 6
-    prompts = [small.encode(text) for text in PROMPTS.split()]
+    assert len(plain) == 8
+    method = dex_jax.Dex(explorers=2, schedule="parallel")
+    whole = dex_jax.generate(small, PROMPTS.split(), method=method, exits="shared", max_new_tokens=12)
     for run in counted:
         if run.name == "dex explorers=2":
-            out = dex_jax.generate(
-                small, [prompts[int(run.prompt_id)]], method=dex_jax.Dex(**run.setting), max_new_tokens=12
-            )
-            assert run.tokens == out.tokens[0].tolist()
-            assert run.ticks == int(out.stats.ticks[0])
+            row = whole.tokens[int(run.prompt_id)], whole.stats.ticks[int(run.prompt_id)]
+            assert (run.tokens, run.ticks) == (row[0].tolist(), int(row[1]))
             assert run.layer_steps == run.ticks * 2 // run.setting["explorers"]
 
 
@@ -182,10 +180,10 @@ def test_wrong_tokens_fail_the_run(command, small, monkeypatch, tmp_path, capsys
 
 def test_sampled_tokens_are_those_of_ar(command, tmp_path) -> None:
     output = tmp_path / "out"
-    flags = [*command, "--methods", "dex,del", "--timed", "none", "--temperature", "0.8", "--seed", "7"]
+    flags = [*command, "--methods", "dex", "--timed", "none", "--temperature", "0.8", "--seed", "7"]
     assert bench.main([*flags, "--output", str(output)]) == 0
     runs = read_results(output)
-    assert {run.method for run in runs if run.match} == {"dex", "del"}
+    assert {run.method for run in runs if run.match} == {"dex"}
     assert all(run.match or run.tie for run in runs if run.match is not None)
     assert len({run.seed for run in runs if run.split == "report"}) == 4
 
@@ -221,7 +219,7 @@ def test_transformers_takes_turns_where_it_is_asked_for(command, monkeypatch, tm
         (["--tasks", "gsm8k", "--data", "nowhere"], "there is no folder of data nowhere"),
         (["--max-new-tokens", "1"], "--max-new-tokens must be at least 2"),
         (["--tune-prompts", "0"], "the setting of layerskip is chosen on tuning prompts"),
-        (["--prompts", "7"], "none left for split tune"),
+        (["--prompts", "8"], "none left for split tune"),
         (["--longest-prompt", "2"], "none left for split report"),
         (["--transformers-python", "p", "--timed", "none"], "transformers is timed or nothing"),
         (["--exit-depths", "2"], "LayerSkip's exit must lie below the model's last layer"),
@@ -255,9 +253,9 @@ def test_real_files_through_a_real_tokenizer(monkeypatch, tmp_path) -> None:
     lm = small_model(dataclasses.replace(LLAMA, num_layers=1, vocab_size=49152), tokenizer=tokenizer)
     monkeypatch.setattr("dex_jax.language_model.load", lambda name, dtype: lm)
     flags = ["--tasks", "gsm8k,humaneval,spec_bench,hellaswag,mmlu", "--data", str(DATA), "--prompts", "1"]
-    flags += ["--tune-prompts", "0", "--longest-prompt", "64", "--max-new-tokens", "4", "--no-chat"]
+    flags += ["--tune-prompts", "0", "--longest-prompt", "250", "--max-new-tokens", "4", "--no-chat"]
     flags += ["--methods", "ar", "--timed", "none", "--no-plots", "--output", str(tmp_path / "out")]
     assert bench.main(flags) == 0
     runs = read_results(tmp_path / "out")
     assert sorted(run.task for run in runs) == ["gsm8k", "hellaswag", "humaneval", "mmlu", "spec_bench"]
-    assert all(4 < run.prompt_tokens <= 64 for run in runs)
+    assert all(4 < run.prompt_tokens <= 250 for run in runs)
