@@ -103,11 +103,11 @@ def test_tuning_prompts_are_not_reported(made) -> None:
 
 def test_the_report_is_made_again_from_the_lines(made, tmp_path, capsys) -> None:
     _, folder = made
-    copy = tmp_path / "copy"
-    copy.mkdir()
+    lines, copy = tmp_path / "lines", tmp_path / "copy"
+    lines.mkdir()
     for name in ("results.jsonl", "study.json"):
-        shutil.copy(folder / name, copy / name)
-    assert report.main([str(copy)]) == 0
+        shutil.copy(folder / name, lines / name)
+    assert report.main([str(lines), "--output", str(copy)]) == 0
     again = (copy / "summary.md").read_text(encoding="utf-8")
     assert again == (folder / "summary.md").read_text(encoding="utf-8")
     for name in ("speedup_depth", "speedup_wall", "work", "speedup_by_k", "ead"):
