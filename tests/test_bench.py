@@ -221,6 +221,7 @@ def test_transformers_takes_turns_where_it_is_asked_for(command, monkeypatch, tm
         (["--tune-prompts", "0"], "the setting of layerskip is chosen on tuning prompts"),
         (["--prompts", "8"], "none left for split tune"),
         (["--longest-prompt", "2"], "none left for split report"),
+        (["--transformers-python", "p", "--model", "gpt2"], "compares with smollm2-135m alone, not with gpt2"),
         (["--transformers-python", "p", "--timed", "none"], "transformers is timed or nothing"),
         (["--exit-depths", "2"], "LayerSkip's exit must lie below the model's last layer"),
         (["--by-explorers", "3"], "explorers must be from 1 to the model's 2 layers"),

@@ -9,7 +9,7 @@ from typing import Any
 from dex_jax.decoding.exits import default_drafter, default_exits, resolve_method
 from dex_jax.decoding.methods import AR, is_auto
 from dex_jax.evaluation.contenders import SWEPT, Contender, contender, sweep, swept_depths
-from dex_jax.evaluation.outside import EARLY_EXIT, PLAIN
+from dex_jax.evaluation.outside import EARLY_EXIT, PLAIN, check_outside
 from dex_jax.io.exits_file import load_exits
 from dex_jax.language_model import LanguageModel
 
@@ -88,6 +88,8 @@ class Plan:
 
     def _check(self) -> None:
         """Resolves every method once, so that a wrong setting costs no run."""
+        if self.args.transformers_python is not None:
+            check_outside(self.args.model)
         explorers = self.args.explorers
         names = [name for name in (*self.counted, *self.timed) if name not in SWEPT]
         entries = [contender(name, explorers) for name in names]

@@ -19,6 +19,18 @@ MODEL = "smollm2-135m"
 PLAIN, EARLY_EXIT = "transformers", "transformers_early_exit"
 
 
+def check_outside(model: str, worker: Path = WORKER) -> None:
+    """Whether transformers can be asked at all.
+
+    Raises:
+      DexError: another model than the worker's, or no checkout.
+    """
+    if model != MODEL:
+        raise DexError(f"--transformers-python compares with {MODEL} alone, not with {model}: leave it out")
+    if not worker.is_file():
+        raise DexError(f"--transformers-python needs a checkout of the repository: there is no {worker}")
+
+
 class Outside:
     """A worker process, asked for one `generate` at a time.
 
@@ -32,10 +44,7 @@ class Outside:
     """
 
     def __init__(self, python: str, model: str, worker: Path = WORKER):
-        if model != MODEL:
-            raise DexError(f"--transformers-python compares with {MODEL} alone, not with {model}: leave it out")
-        if not worker.is_file():
-            raise DexError(f"--transformers-python needs a checkout of the repository: there is no {worker}")
+        check_outside(model, worker)
         try:
             self.process = subprocess.Popen(
                 [python, str(worker), "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
