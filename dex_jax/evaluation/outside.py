@@ -73,17 +73,19 @@ class Outside:
 
     def close(self) -> None:
         """Ends the process."""
-        assert self.process.stdin is not None
+        assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            code = self.process.wait()
+            self.close()
             raise DexError(
-                f"transformers' process ended with code {code}: does that Python have torch and transformers?"
+                f"transformers' process ended with code {self.process.returncode}: does that Python have torch and "
+                "transformers?"
             )
         found = json.loads(line)
         if "error" in found:
