@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=8, metavar="B", help="sequences at a time where only counts matter (%(default)s)")
     add("--rounds", type=int, default=2, metavar="R", help="timed runs of every method and prompt; 2 is A B B A")
     add("--exit-depths", type=depths, metavar="D,...", help="LayerSkip's sweep (up to five, spread over the exits)")
-    add("--draft-lengths", type=depths, default=(1, 2, 3, 4, 6), metavar="G,...", help="LayerSkip's sweep (1,2,3,4,6)")
+    add("--draft-lengths", type=depths, default=(1, 2, 3, 5), metavar="G,...", help="LayerSkip's sweep (1,2,3,5)")
     add("--thresholds", type=_shares, default=(0.3, 0.5, 0.7, 0.9), metavar="P,...", help="AdaDecode's (0.3,...,0.9)")
     add("--timed-settings", type=int, default=3, metavar="N", help="best counted settings that are also timed")
     add("--transformers-python", metavar="PATH", help="also time transformers' generate, by a Python that has it")

@@ -73,7 +73,8 @@ class Outside:
 
     def close(self) -> None:
         """Ends the process."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
