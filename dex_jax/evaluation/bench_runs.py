@@ -22,6 +22,9 @@ from dex_jax.language_model import LanguageModel
 from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.training.progress import Shown, duration
 
+SHORT = 256
+"""Prompts up to here share batches: to pad them costs less than another compilation."""
+
 PROGRAMS_HELD = 60
 """Compiled programs after which the old ones are dropped."""
 
@@ -128,8 +131,8 @@ class Bench:
         self.clock = Clock(plan.runs(len(self.of("report")), len(self.of("tune"))), notify)
 
     def of(self, split: str) -> list[Case]:
-        """Prompts of a split, those of one padded length together."""
-        return sorted((case for case in self.cases if case.split == split), key=lambda case: _bucket(case))
+        """Prompts of a split by length, so that those of one padded length stand together."""
+        return sorted((case for case in self.cases if case.split == split), key=lambda case: len(case.ids))
 
     def count(self) -> None:
         """Counts of AR, of the sweeps and of every method at its best setting."""
@@ -175,7 +178,7 @@ class Bench:
         return entries[: self.args.timed_settings]
 
     def _count(self, entry: Contender, cases: Sequence[Case]) -> None:
-        """Counts of one method on prompts, in batches of one padded length."""
+        """Counts of one method on prompts, in batches."""
         missing = [case for case in cases if self._key(entry, case, "depth") not in self.results.done]
         self.clock.skip("depth", len(cases) - len(missing))
         for batch in _batches(missing, self.args.batch):
@@ -322,10 +325,10 @@ def _size(count: int) -> int:
 
 
 def _batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
-    """Up to `size` cases at a time, of one padded length each."""
+    """Up to `size` cases at a time, short ones together and the others by padded length."""
     groups: dict[int, list[Case]] = {}
     for case in cases:
-        groups.setdefault(_bucket(case), []).append(case)
+        groups.setdefault(max(_bucket(case), SHORT), []).append(case)
     for group in groups.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]
