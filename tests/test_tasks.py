@@ -109,6 +109,9 @@ def test_damaged_files_are_told_by_line(task, lines, says, tmp_path) -> None:
 def test_any_file_of_prompts_is_a_task(tmp_path) -> None:
     file = write(tmp_path, "mine.txt", "One?\n\nTwo?\n")
     assert read_task(f"prompts:{file}", None) == [("mine", "0", "One?"), ("mine", "1", "Two?")]
+    assert read_task("prompts", file) == read_task(f"prompts:{file}", None)
+    write(tmp_path, "prompts/own.jsonl", json.dumps({"prompt": "Three?"}) + "\n")
+    assert read_task("prompts", tmp_path) == [("own", "0", "Three?")]
     with pytest.raises(DexError, match="there is no data file"):
         read_task(f"prompts:{tmp_path / 'other.txt'}", None)
 

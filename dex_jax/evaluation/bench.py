@@ -64,9 +64,11 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=8, metavar="B", help="sequences at a time where only counts matter (%(default)s)")
     add("--rounds", type=int, default=2, metavar="R", help="timed runs of every method and prompt; 2 is A B B A")
     add("--exit-depths", type=depths, metavar="D,...", help="LayerSkip's sweep (up to five, spread over the exits)")
-    add("--draft-lengths", type=depths, default=(1, 2, 3, 4, 6), metavar="G,...", help="LayerSkip's sweep (1,2,3,4,6)")
+    add("--draft-lengths", type=depths, default=(1, 2, 3, 5), metavar="G,...", help="LayerSkip's sweep (1,2,3,5)")
     add("--thresholds", type=_shares, default=(0.3, 0.5, 0.7, 0.9), metavar="P,...", help="AdaDecode's (0.3,...,0.9)")
     add("--timed-settings", type=int, default=3, metavar="N", help="best counted settings that are also timed")
+    add("--transformers-python", metavar="PATH", help="also time transformers' generate, by a Python that has it")
+    add("--transformers-early-exit", type=depths, metavar="D,G", help="and its assistant_early_exit (very slow)")
     add("--output", required=True, metavar="DIR", help="folder of the results")
     add("--no-plots", action="store_true", help="no PNG files, and no need of matplotlib")
     return p
@@ -104,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures and writes, as the flags say; the exit code."""
     from dex_jax.cli.decode import remember_compilations
     from dex_jax.evaluation import report
+    from dex_jax.evaluation.bench_plan import Plan
     from dex_jax.evaluation.bench_runs import Bench
     from dex_jax.evaluation.contenders import check_names
     from dex_jax.evaluation.results import Results
@@ -117,10 +120,11 @@ def run(args: argparse.Namespace) -> int:
     remember_compilations()
     lm = load(args.model, args.dtype)
     cases, left_out = choose_cases(lm, asked, args)
-    results = Results(args.output, study_of(lm, args, cases, left_out))
     display = Display()
+    plan = Plan(lm, args, display)
+    results = Results(args.output, study_of(lm, args, cases, left_out))
     try:
-        bench = Bench(lm, results, cases, args, display)
+        bench = Bench(lm, results, cases, plan, display)
         bench.count()
         bench.time()
     finally:
@@ -151,6 +155,14 @@ def check(args: argparse.Namespace) -> None:
         raise DexError("--max-new-tokens must be at least 2: the first token comes of the prompt alone")
     if not args.tasks or not args.methods:
         raise DexError("--tasks and --methods must each name at least one")
+    if args.transformers_early_exit and len(args.transformers_early_exit) != 2:
+        raise DexError("--transformers-early-exit is an exit depth and a draft length, as 6,2")
+    if args.transformers_python and args.temperature:
+        raise DexError("transformers samples other tokens: leave out --temperature or --transformers-python")
+    if args.transformers_python and not (args.timed and args.rounds):
+        raise DexError(
+            "transformers is timed or nothing: leave out --transformers-python, or give --timed and --rounds"
+        )
     from dex_jax.evaluation.contenders import SWEPT
 
     for name in (*args.methods, *args.timed):
@@ -169,7 +181,8 @@ def choose_cases(
     cases: list[Case] = []
     left_out: dict[str, int] = {}
     for items in asked.values():
-        task, ids = items[0].task, {}
+        task = items[0].task
+        ids: dict[int, tuple[int, ...]] = {}
         for split, wanted in (("report", args.prompts), ("tune", args.tune_prompts)):
             dropped: list[int] = []
             chosen: list[int] = []
@@ -179,7 +192,7 @@ def choose_cases(
                 if not fresh:
                     break
                 for at in fresh:
-                    tokens = lm.encode(items[at].prompt, chat=not args.no_chat)
+                    tokens = tuple(lm.encode(items[at].prompt, chat=not args.no_chat))
                     (chosen if len(tokens) <= longest else dropped).append(at)
                     if len(tokens) <= longest:
                         ids[at] = tokens
@@ -190,7 +203,7 @@ def choose_cases(
                     "--longest-prompt"
                 )
             cases += [
-                Case(task, items[at].id, tuple(ids[at]), split, args.seed + len(cases) + number)
+                Case(task, items[at].id, ids[at], split, args.seed + len(cases) + number)
                 for number, at in enumerate(sorted(chosen))
             ]
     return cases, left_out

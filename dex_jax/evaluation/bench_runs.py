@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import time
@@ -12,16 +11,22 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from dex_jax.decoding.exits import default_drafter, default_exits
 from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.session import PROGRAMS, prompt_bucket
+from dex_jax.evaluation.bench_plan import Plan
 from dex_jax.evaluation.check import compare_tokens
-from dex_jax.evaluation.contenders import SWEPT, Contender, best_setting, by_setting, contender, sweep, swept_depths
+from dex_jax.evaluation.contenders import SWEPT, Contender, best_setting, by_setting, contender
+from dex_jax.evaluation.outside import EARLY_EXIT, PLAIN, Outside, run_of_answer
 from dex_jax.evaluation.results import Results, Run, compared, run_key, run_of
-from dex_jax.io.exits_file import load_exits
 from dex_jax.language_model import LanguageModel
 from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.training.progress import Shown, duration
+
+SHORT = 256
+"""Prompts up to here share batches: to pad them costs less than another compilation."""
+
+PROGRAMS_HELD = 60
+"""Compiled programs after which the old ones are dropped."""
 
 
 class Case(NamedTuple):
@@ -104,7 +109,7 @@ class Bench:
       lm: the model.
       results: where runs go, and those of earlier calls.
       cases: all prompts.
-      args: flags of `bench.parser`.
+      plan: the methods.
       notify: told what is going on.
     """
 
@@ -113,90 +118,67 @@ class Bench:
         lm: LanguageModel,
         results: Results,
         cases: Sequence[Case],
-        args: argparse.Namespace,
+        plan: Plan,
         notify: Callable[[str | Shown], None],
     ):
-        self.lm, self.results, self.cases, self.args, self.notify = lm, results, list(cases), args, notify
-        self.exits = self._opened(args.exits, default_exits, "exits")
-        self.drafter = self._opened(args.drafter, default_drafter, "drafter")
+        self.lm, self.results, self.cases, self.plan, self.notify = lm, results, list(cases), plan, notify
+        self.args = plan.args
         self.plain: dict[tuple[str, str], list[int]] = {}
         self.said: set[str] = set()
+        self.compiled = sum(program.compilations for program in PROGRAMS)
         self.warm: set[tuple[str, int]] = set()
-        depths: Sequence[int] = args.exit_depths or ()
-        if "layerskip" in (*args.methods, *args.timed) and not depths:
-            depths = swept_depths(self.exits, lm.config, lm.fingerprint)
-        grid = (args.explorers, depths, args.draft_lengths, args.thresholds)
-        swept = [name for name in dict.fromkeys((*args.methods, *self.timed)) if name in SWEPT]
-        self.sweeps = {name: sweep(name, *grid) for name in swept}
-        self.clock = Clock(self._planned(), notify)
-
-    @property
-    def timed(self) -> tuple[str, ...]:
-        """Methods whose seconds are measured, AR first: all others are told in terms of it."""
-        return tuple(dict.fromkeys(("ar", *self.args.timed))) if self.args.rounds and self.args.timed else ()
-
-    @property
-    def counted(self) -> tuple[str, ...]:
-        """Methods whose counts are reported, but AR, which is always counted."""
-        return tuple(name for name in dict.fromkeys(self.args.methods) if name != "ar")
+        self.outside: Outside | None = None
+        self.clock = Clock(plan.runs(len(self.of("report")), len(self.of("tune"))), notify)
 
     def of(self, split: str) -> list[Case]:
-        """Prompts of a split, those of one padded length together."""
-        return sorted((case for case in self.cases if case.split == split), key=lambda case: _bucket(case))
+        """Prompts of a split by length, so that those of one padded length stand together."""
+        return sorted((case for case in self.cases if case.split == split), key=lambda case: len(case.ids))
 
     def count(self) -> None:
         """Counts of AR, of the sweeps and of every method at its best setting."""
-        plain = contender("ar", self.args.explorers)
-        self._count(plain, self.of("tune"))
-        self._count(plain, self.of("report"))
-        for entries in self.sweeps.values():
+        self._count(contender("ar", self.args.explorers), [*self.of("tune"), *self.of("report")])
+        for entries in self.plan.sweeps.values():
             for entry in entries:
                 self._count(entry, self.of("tune"))
-        for name in self.counted:
+        for name in self.plan.counted:
             self._count(self._best(name, "depth"), self.of("report"))
-        for explorers in self._other_grids():
+        for explorers in self.plan.other_grids:
             self._count(contender("dex", explorers), self.of("report"))
 
     def time(self) -> None:
         """Seconds of the timed methods, each prompt with all of them in turn."""
-        if not self.timed:
+        if not self.plan.timed:
             return
-        chosen = [self._best(name, "depth") for name in self.timed if name not in SWEPT]
-        for name in self.timed:
+        chosen = [self._best(name, "depth") for name in self.plan.timed if name not in SWEPT]
+        for name in self.plan.timed:
             if name in SWEPT:
                 entries = self._finalists(name)
                 if len(entries) > 1:
                     self._time(entries, self.of("tune"))
                 chosen.append(self._best(name, "wall" if len(entries) > 1 else "depth"))
-        self._time(chosen, self.of("report"))
+        chosen += self.plan.outsiders
+        try:
+            self._time(chosen, self.of("report"))
+        finally:
+            if self.outside is not None:
+                self.outside.close()
+                self.outside = None
 
     def _best(self, name: str, kind: str) -> Contender:
         if name not in SWEPT:
             return contender(name, self.args.explorers)
         # A folder may hold settings of an earlier, wider sweep.
-        entries = {_flat(entry.name, entry.setting): entry for entry in self.sweeps[name]}
+        entries = {_flat(entry.name, entry.setting): entry for entry in self.plan.sweeps[name]}
         tried = [run for run in self.results.runs if _flat(run.method, run.setting) in entries]
         return entries[_flat(name, best_setting(tried, name, kind))]
 
     def _finalists(self, name: str) -> list[Contender]:
         order = [_flat(name, setting) for setting, _ in by_setting(self.results.runs, name, "depth")]
-        entries = sorted(self.sweeps[name], key=lambda entry: order.index(_flat(name, entry.setting)))
+        entries = sorted(self.plan.sweeps[name], key=lambda entry: order.index(_flat(name, entry.setting)))
         return entries[: self.args.timed_settings]
 
-    def _other_grids(self) -> list[int]:
-        main = self.args.explorers if "dex" in self.args.methods else None
-        return [explorers for explorers in self.args.by_explorers if explorers != main]
-
-    def _planned(self) -> dict[str, int]:
-        report, tune = len(self.of("report")), len(self.of("tune"))
-        counted = report * (1 + len(self.counted) + len(self._other_grids())) + tune
-        planned = {"depth": counted + tune * sum(map(len, self.sweeps.values()))}
-        finalists = [min(len(self.sweeps[name]), self.args.timed_settings) for name in self.timed if name in SWEPT]
-        tuning = sum(count for count in finalists if count > 1) * tune
-        return planned | {"wall": self.args.rounds * (report * len(self.timed) + tuning)}
-
     def _count(self, entry: Contender, cases: Sequence[Case]) -> None:
-        """Counts of one method on prompts, in batches of one padded length."""
+        """Counts of one method on prompts, in batches."""
         missing = [case for case in cases if self._key(entry, case, "depth") not in self.results.done]
         self.clock.skip("depth", len(cases) - len(missing))
         for batch in _batches(missing, self.args.batch):
@@ -208,8 +190,7 @@ class Bench:
             for row, case in enumerate(batch):
                 self._keep(entry, case, run_of(out, row, kind="depth", **self._about(entry, case)))
             self.clock.add("depth", len(batch), time.monotonic() - begin, f"counting {self._words(entry)}", logged=True)
-        if missing:
-            self._forget()
+            self._forget_some()
         if entry.name == "ar":
             for run in self.results.runs:
                 if run.method == "ar" and run.kind == "depth":
@@ -220,7 +201,7 @@ class Bench:
         bucket = None
         for case in cases:
             if _bucket(case) != bucket:
-                self._forget()
+                self._forget_some()
                 bucket = _bucket(case)
             for number in range(self.args.rounds):
                 for entry in entries if number % 2 == 0 else entries[::-1]:
@@ -228,14 +209,28 @@ class Bench:
                         self.clock.skip("wall", 1)
                         continue
                     begin = time.monotonic()
-                    self._warm_up(entry, case)
-                    with self._remarks():
-                        out = generate(self.lm, [list(case.ids)], **self._options(entry, [case]))
-                    run = run_of(out, 0, kind="wall", round=number, **self._about(entry, case))
-                    self._keep(entry, case, run)
+                    run = self._timed_run(entry, case, number)
+                    if run is not None:
+                        self._keep(entry, case, run)
                     last = number == self.args.rounds - 1 and entry is entries[0 if number % 2 else -1]
                     what = f"timing {self._words(entry)}"
                     self.clock.add("wall", 1, time.monotonic() - begin, what, logged=last)
+
+    def _timed_run(self, entry: Contender, case: Case, number: int) -> Run | None:
+        """One run, alone; None where transformers has nothing to do."""
+        about = self._about(entry, case) | {"round": number}
+        if entry.name not in (PLAIN, EARLY_EXIT):
+            self._warm_up(entry, case)
+            with self._remarks():
+                out = generate(self.lm, [list(case.ids)], **self._options(entry, [case]))
+            return run_of(out, 0, kind="wall", **about)
+        wanted = len(self.plain[case.task, case.id])
+        if wanted < 2:
+            return None
+        if self.outside is None:
+            self.outside = Outside(self.args.transformers_python, self.args.model)
+        answer = self.outside.run(list(case.ids), wanted, **entry.setting)
+        return run_of_answer(answer, self.outside.versions, len(case.ids), **about)
 
     def _warm_up(self, entry: Contender, case: Case) -> None:
         """Compiles what a run needs and runs its first ticks, once for each padded length."""
@@ -249,10 +244,9 @@ class Bench:
         self.warm.add(key)
 
     def _options(self, entry: Contender, cases: Sequence[Case]) -> dict[str, Any]:
-        exits = "shared" if entry.name == "ar" else self.drafter if entry.drafter else self.exits
         return {
             "method": entry.method,
-            "exits": exits,
+            "exits": self.plan.exits_of(entry),
             "max_new_tokens": self.args.max_new_tokens,
             "temperature": self.args.temperature,
             "seed": [case.seed for case in cases],
@@ -290,16 +284,9 @@ class Bench:
             setting=entry.setting,
             split=case.split,
             round=number,
-            dtype=str(self.lm.dtype),
+            dtype="float32" if entry.name in (PLAIN, EARLY_EXIT) else str(self.lm.dtype),
             seed=case.seed if self.args.temperature > 0 else None,
         )
-
-    def _opened(self, exits: str, shipped: Callable[[str], Any], what: str) -> Any:
-        """Exits as `generate` takes them, read once."""
-        if exits == "default" and shipped(self.lm.fingerprint) is None:
-            self.notify(f'no trained {what} ship with this model: "shared" is used')
-            return "shared"
-        return exits if exits in ("default", "shared") else load_exits(exits)
 
     @contextlib.contextmanager
     def _remarks(self) -> Iterator[None]:
@@ -314,11 +301,14 @@ class Bench:
                     self.said.add(line)
                     self.notify(line)
 
-    def _forget(self) -> None:
-        """Drops programs that are not needed again: a process can hold only so many."""
-        for program in PROGRAMS:
-            program.forget()
-        self.warm.clear()
+    def _forget_some(self) -> None:
+        """Drops compiled programs once there are many: a process can hold only so many."""
+        compiled = sum(program.compilations for program in PROGRAMS)
+        if compiled - self.compiled > PROGRAMS_HELD:
+            for program in PROGRAMS:
+                program.forget()
+            self.compiled = compiled
+            self.warm.clear()
 
     @staticmethod
     def _words(entry: Contender) -> str:
@@ -335,10 +325,10 @@ def _size(count: int) -> int:
 
 
 def _batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
-    """Up to `size` cases at a time, of one padded length each."""
+    """Up to `size` cases at a time, short ones together and the others by padded length."""
     groups: dict[int, list[Case]] = {}
     for case in cases:
-        groups.setdefault(_bucket(case), []).append(case)
+        groups.setdefault(max(_bucket(case), SHORT), []).append(case)
     for group in groups.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]

@@ -40,8 +40,13 @@ KINDS = {
 RIVALS = ("layerskip", "adadecode", "del", "dex_single_exit", "dex_no_decs")
 
 
-def write(folder: str | Path, plots: bool = True) -> list[Path]:
-    """Writes summary.md and the plots into a folder of results.
+def write(folder: str | Path, plots: bool = True, output: str | Path | None = None) -> list[Path]:
+    """Writes summary.md and the plots of a folder of results.
+
+    Args:
+      folder: of the results.
+      plots: whether to draw.
+      output: folder to write into; None is that of the results.
 
     Returns:
       The files.
@@ -49,10 +54,11 @@ def write(folder: str | Path, plots: bool = True) -> list[Path]:
     Raises:
       DexError: no or damaged results, no matplotlib, or a folder that cannot be written.
     """
-    folder = Path(folder)
     runs, study = read_results(folder), read_study(folder)
-    file = folder / SUMMARY
+    output = Path(folder if output is None else output)
+    file = output / SUMMARY
     try:
+        output.mkdir(parents=True, exist_ok=True)
         file.write_text(summary(runs, study), encoding="utf-8")
     except OSError as error:
         raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
@@ -60,7 +66,7 @@ def write(folder: str | Path, plots: bool = True) -> list[Path]:
         return [file]
     from dex_jax.evaluation.report_plots import draw
 
-    return [file, *draw(runs, folder)]
+    return [file, *draw(runs, output)]
 
 
 def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
@@ -70,7 +76,7 @@ def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
     for kind in KINDS:
         table = c.costs(runs, kind)
         if len(table) > 1 and "ar" in table:
-            parts += _speedups(table, kind)
+            parts += _speedups(table, kind, study.get("explorers"))
     parts += [*_times(runs), *_explorers(runs), *_available(runs), *_sweeps(runs)]
     return "\n\n".join(parts) + "\n"
 
@@ -139,10 +145,10 @@ def _unnamed(run: Run) -> Run:
     return dataclasses.replace(run, setting={})
 
 
-def _speedups(table: c.Costs, kind: str) -> list[str]:
+def _speedups(table: c.Costs, kind: str, explorers: int | None) -> list[str]:
     title, meaning = KINDS[kind]
     tasks = c.tasks_of(table)
-    names = [name for name in table if name != "ar"]
+    names = c.main_methods(table, explorers)
     rows = []
     for name in names:
         pairs = ("ar", name) if kind != "work" else (name, "ar")
@@ -196,8 +202,10 @@ def _explorers(runs: Sequence[Run]) -> list[str]:
     found = c.by_explorers(c.costs(runs, "depth"))
     if len(found) < 2:
         return []
-    rows = [[str(explorers), str(interval)] for explorers, interval in found.items()]
-    return ["## Explorers", markdown(["K", "DEX over AR, depth-side"], rows)]
+    table = c.costs(runs, "depth")
+    tasks = c.tasks_of(table)
+    rows = [[str(k), *(told(c.speedup(table, "ar", f"dex explorers={k}", task)) for task in tasks)] for k in found]
+    return ["## Explorers", "DEX over AR, depth-side, by the number of explorers:", markdown(["K", *tasks], rows)]
 
 
 def _available(runs: Sequence[Run]) -> list[str]:
@@ -247,9 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.report", description=__doc__.splitlines()[0])
     p.add_argument("folder", help="of a benchmark")
     p.add_argument("--no-plots", action="store_true", help="summary.md alone")
+    p.add_argument("--output", metavar="DIR", help="another folder to write into")
     args = p.parse_args(argv)
     try:
-        files = write(args.folder, plots=not args.no_plots)
+        files = write(args.folder, not args.no_plots, args.output)
         wrong = mismatches(read_results(args.folder))
     except DexError as error:
         print(f"error: {error}", file=sys.stderr)

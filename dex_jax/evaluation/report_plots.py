@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dex_jax.errors import DexError
 from dex_jax.evaluation import comparison as c
 from dex_jax.evaluation.results import Run
@@ -19,6 +17,9 @@ AXES = {
     "wall": "wall-clock speedup over AR, one device",
     "work": "layer x row evaluations over AR's",
 }
+
+
+OF_DEX, OF_RIVALS = SERIES[0], SERIES[1]
 
 
 def draw(runs: Sequence[Run], folder: str | Path) -> list[Path]:
@@ -52,39 +53,52 @@ def draw(runs: Sequence[Run], folder: str | Path) -> list[Path]:
 
 
 def speedups(runs: Sequence[Run], kind: str) -> Any:
-    """Methods side by side, a group for each task, with intervals; None without runs of that kind."""
+    """A row for each method and a panel for each task, with intervals; None without runs of that kind.
+
+    Of DEX with several K the one with the rivals' K, or else the first, stands here; `against_explorers` has them all.
+    """
     table = c.costs(runs, kind)
-    names = [name for name in table if name != "ar"]
+    names = c.main_methods(table)
     if "ar" not in table or not names:
         return None
     tasks = c.tasks_of(table)
-    figure = new_figure(max(6.0, 1.6 + 0.24 * len(names) * len(tasks)), 4.0)
-    axes = figure.add_subplot()
-    quiet_axes(axes)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
-    axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    width = 0.8 / len(names)
-    for number, name in enumerate(names):
-        color, across = SERIES[number % len(SERIES)], np.arange(len(tasks)) + (number - (len(names) - 1) / 2) * width
-        pairs = ("ar", name) if kind != "work" else (name, "ar")
-        for place, task in zip(across, tasks, strict=True):
-            found = c.speedup(table, *pairs, task)
+    figure = new_figure(2.6 + 1.75 * len(tasks), 1.1 + 0.36 * len(names))
+    every = figure.subplots(1, len(tasks), sharey=True, sharex=True, squeeze=False)[0]
+    for axes, task in zip(every, tasks, strict=True):
+        quiet_axes(axes)
+        axes.grid(axis="x", color=FAINT, linewidth=0.6)
+        axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        for place, name in enumerate(names):
+            found = c.speedup(table, *(("ar", name) if kind != "work" else (name, "ar")), task)
             if found is None:
                 continue
-            faint = name.startswith("oracle")
-            axes.bar(place, found.value, width * 0.92, color=color, alpha=0.35 if faint else 0.9)
-            axes.plot([place, place], [found.low, found.high], color=INK, linewidth=1.1)
+            axes.barh(place, found.value, 0.68, color=_color(name))
+            axes.plot([found.low, found.high], [place, place], color=INK, linewidth=1.2)
             axes.annotate(
-                f"{found.value:.2f}", (place, found.high), (0, 3), textcoords="offset points", ha="center", fontsize=7
+                f"{found.value:.2f}", (found.high, place), (4, -3), textcoords="offset points", fontsize=8, color=INK
             )
-    label = {name: f"{name} (bound)" if name.startswith("oracle") else name for name in names}
-    bars = [_patch(SERIES[number % len(SERIES)], label[name]) for number, name in enumerate(names)]
-    axes.legend(handles=bars, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_ylabel(AXES[kind])
-    count = len(table["ar"])
-    axes.set_title(f"medians over {count} prompts, 95% intervals", fontsize=10, color=INK, loc="left")
+        count = sum(task in (c.ALL, prompt[0]) for prompt in table["ar"])
+        axes.set_title(f"{task}, {count} prompts", fontsize=9, color=INK, loc="left")
+        axes.margins(x=0.18)
+        axes.set_xlim(left=0)
+    every[0].set_yticks(range(len(names)), [_label(name) for name in names])
+    every[0].invert_yaxis()
+    figure.supxlabel(f"{AXES[kind]}: median, 95% interval", fontsize=9, color=INK)
     return figure
+
+
+def _color(name: str) -> str:
+    """DEX, rivals and bounds."""
+    if name.startswith("oracle"):
+        return FAINT
+    return OF_DEX if name.startswith("dex") else OF_RIVALS
+
+
+def _label(name: str) -> str:
+    method, _, setting = name.partition(" ")
+    shown = " ".join(part for part in setting.split() if not part.startswith("explorers="))
+    words = f"{method}\n{shown.replace('draft_length', 'draft')}" if shown else method
+    return f"{words} (bound)" if method == "oracle" else words
 
 
 def against_explorers(runs: Sequence[Run]) -> Any:
@@ -143,9 +157,3 @@ def available(runs: Sequence[Run]) -> Any:
         "earliest available depth (layers)" if oracle else f"exit that first gave the token ({first.name})"
     )
     return figure
-
-
-def _patch(color: str, label: str) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(color=color, label=label)

@@ -162,7 +162,7 @@ def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
     methods = list(dict.fromkeys(run.method for run in counted))
     timed = list(dict.fromkeys(run.method for run in runs if run.kind == "wall" and run.split == "report"))
     main = study.get("explorers")
-    grids = sorted({k for run in counted if run.method == "dex" for k in [run.setting.get("explorers")] if k != main})
+    grids = sorted({int(run.setting["explorers"]) for run in counted if run.method == "dex"} - {main})
     flags: dict[str, Any] = {
         "model": study.get("model"),
         "dtype": study.get("dtype"),

@@ -100,12 +100,14 @@ def read_task(name: str, data: str | Path | None) -> list[Asked]:
     """All prompts of a task.
 
     Args:
-      name: of TASKS, or "prompts:FILE" for any .txt, .jsonl or .json file of prompts.
+      name: of TASKS, or "prompts:FILE" for any .txt, .jsonl or .json file of prompts, or "prompts" for that of `data`.
       data: a folder with a folder of each task's name, as gsm8k/train.jsonl; None reads from the hub.
 
     Raises:
       DexError: an unknown task, no file, a damaged or empty one (by line), or no package `datasets`.
     """
+    if name == "prompts" and data is not None:
+        name = f"prompts:{data if Path(data).is_file() else task_file(name, data)}"
     if name.startswith("prompts:"):
         file = Path(name.removeprefix("prompts:"))
         return [Asked(task_name(name), str(number), prompt) for number, prompt in enumerate(read_prompts(str(file)))]
