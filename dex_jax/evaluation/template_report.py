@@ -129,6 +129,8 @@ def _sentence(judged: s.Verdict, some_left_out: bool) -> str:
     """Whether it holds, and by how much."""
     if judged.beats is None:
         return "No rival ran. A depth-side figure over AR cannot be below 1 and is no evidence: nothing is claimed."
+    if math.isnan(judged.keeps) or math.isnan(judged.beats):
+        return "Not shown to hold across templates: too few answers with something to decode for any bounds."
     found = (
         f"in simultaneous 95% bounds the worst template keeps at least {judged.keeps:.2f} of the median one (asked: "
         f"{s.WORST_OVER_MEDIAN}), and DEX over the best rival is at least {judged.beats:.2f} in every template (asked: "
@@ -250,8 +252,8 @@ def _notes(study: dict[str, Any]) -> list[str]:
     ]
     if study["parameters"] < LARGE:
         found.append(
-            f"A model of {study['parameters'] / 1e6:.0f}M parameters cannot settle what large models do: its answers "
-            "loop more, follow instructions less, and its accuracy is near chance. The same command takes any model."
+            f"A model of {study['parameters'] / 1e6:.0f}M parameters cannot settle what large models do. "
+            "The same command takes any model."
         )
     return found
 
