@@ -3,7 +3,9 @@
     python benchmarks/transformers_ar.py                # tokens/s, for people
     python benchmarks/transformers_ar.py --json         # the same as one JSON object
     python benchmarks/transformers_ar.py --serve        # stays alive: each line "run N" on stdin gives one JSON line,
-                                                        # "run N [1, 2, 3]" likewise after these token ids
+                                                        # "run N [1, 2, 3]" likewise after these token ids;
+                                                        # {"new_tokens": N, "ids": [..], "exit": D, "draft_length": G}
+                                                        # too, with assistant_early_exit unless exit is null
 
 With --serve another process can interleave its own measurements with these, so that both see the same machine load.
 Needs torch and transformers (the `reference` group).
@@ -41,14 +43,26 @@ def prompt_ids() -> list[int]:
     return smollm2_torch.Tokenizer().encode_chat(PROMPT)
 
 
-def time_generate(model: transformers.LlamaForCausalLM, ids: list[int], n: int) -> dict:
-    """Time one generate of exactly n >= 2 new tokens after `ids`.
+def time_generate(
+    model: transformers.LlamaForCausalLM,
+    ids: list[int],
+    n: int,
+    exit: int | None = None,
+    draft_length: int | None = None,
+) -> dict:
+    """Time one generate of exactly n >= 2 new tokens after `ids`, with `assistant_early_exit=exit` if one is given.
 
     The prefill, which gives the first token, is timed apart by a generate of one token, so tokens_per_second is
     (n - 1) / decode_seconds.
     """
     prefill, _ = _timed(model, ids, 1)
-    total, tokens = _timed(model, ids, n)
+    options = {}
+    if exit is not None:
+        config = model.generation_config
+        config.num_assistant_tokens, config.num_assistant_tokens_schedule = draft_length, "constant"
+        config.assistant_confidence_threshold = 0.0
+        options = {"assistant_early_exit": exit}
+    total, tokens = _timed(model, ids, n, **options)
     return {
         "new_tokens": n,
         "prompt_tokens": len(ids),
@@ -59,11 +73,12 @@ def time_generate(model: transformers.LlamaForCausalLM, ids: list[int], n: int) 
     }
 
 
-def _timed(model: transformers.LlamaForCausalLM, ids: list[int], n: int) -> tuple[float, list[int]]:
+def _timed(model: transformers.LlamaForCausalLM, ids: list[int], n: int, **options) -> tuple[float, list[int]]:
     """Seconds and new tokens of one greedy generate."""
     prompt = torch.tensor([ids])
     start = time.perf_counter()
-    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=n)
+    mask = torch.ones_like(prompt)
+    out = model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=n, **options)
     return time.perf_counter() - start, out[0, len(ids) :].tolist()
 
 
@@ -72,6 +87,11 @@ def _serve(model: transformers.LlamaForCausalLM) -> None:
     default = prompt_ids()
     print(json.dumps({"ready": True, **_versions()}), flush=True)
     for line in sys.stdin:
+        if line.startswith("{"):
+            asked = json.loads(line)
+            found = time_generate(model, asked["ids"], asked["new_tokens"], asked["exit"], asked["draft_length"])
+            print(json.dumps(found), flush=True)
+            continue
         words = line.split(maxsplit=2)
         if len(words) >= 2 and words[0] == "run" and words[1].isdecimal() and int(words[1]) >= 2:
             ids = json.loads(words[2]) if len(words) == 3 else default

@@ -51,7 +51,7 @@ def resolve_method(
     A method that is to run `everywhere` and names no depths takes those at which the exits are trained.
     """
     if getattr(method, "everywhere", False):
-        method = dataclasses.replace(cast(Any, method), depths=_all_depths(exits, config, fingerprint))
+        method = dataclasses.replace(cast(Any, method), depths=all_depths(exits, config, fingerprint))
     schedule = method.schedule_for(config.num_layers)
     if schedule.tree is not None:
         given_tree = isinstance(method, Dex) and method.tree is not None
@@ -161,7 +161,7 @@ def find_drafter(
     return trained, trained.source
 
 
-def _all_depths(exits: str | os.PathLike | TrainedExits, config: ModelConfig, fingerprint: str) -> tuple[int, ...]:
+def all_depths(exits: str | os.PathLike | TrainedExits, config: ModelConfig, fingerprint: str) -> tuple[int, ...]:
     """Every depth that `exits` stand at, and L."""
     trained: TrainedExits | None = None
     if isinstance(exits, TrainedExits):

@@ -60,14 +60,6 @@ def compare(
     """
     checks = []
     for row, prompt in enumerate(output.prompt_tokens):
-        ours = output.tokens[row, : output.lengths[row]]
-        theirs = reference.tokens[row, : reference.lengths[row]]
-        shared = min(len(ours), len(theirs))
-        differs = np.flatnonzero(ours[:shared] != theirs[:shared])
-        if len(differs) == 0 and len(ours) == len(theirs):
-            checks.append(Check(True, None, None))
-            continue
-        at = int(differs[0]) if len(differs) else shared
         sampling = None
         if temperature > 0:
             assert output.seeds is not None
@@ -77,8 +69,20 @@ def compare(
                 None if top_k is None else jnp.int32(top_k),
                 None if top_p is None else jnp.float32(top_p),
             )
-        checks.append(Check(False, at, top2_margin(lm, [*prompt, *theirs[:at].tolist()], sampling)))
+        ours = output.tokens[row, : output.lengths[row]].tolist()
+        theirs = reference.tokens[row, : reference.lengths[row]].tolist()
+        checks.append(compare_tokens(lm, prompt, ours, theirs, sampling))
     return checks
+
+
+def compare_tokens(
+    lm: LanguageModel, prompt: list[int], ours: list[int], theirs: list[int], sampling: Sampling | None = None
+) -> Check:
+    """Compares the new tokens of one sequence with the reference's; sampling: keys of one sequence, None for greedy."""
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    if at == len(ours) == len(theirs):
+        return Check(True, None, None)
+    return Check(False, at, top2_margin(lm, [*prompt, *theirs[:at]], sampling))
 
 
 def top2_margin(lm: LanguageModel, ids: list[int], sampling: Sampling | None = None) -> float:

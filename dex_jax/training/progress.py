@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
@@ -35,13 +35,25 @@ class Progress(NamedTuple):
     def describe(self) -> str:
         """One line without a newline."""
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
-        left = "" if self.seconds_left is None else f", {_duration(self.seconds_left)} left"
+        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
         speed = "" if self.tokens_per_second is None else f", {_amount(self.tokens_per_second)} tokens/s"
         return f"step {self.step}/{self.steps}, {_amount(self.tokens)} tokens{speed}{loss}{left}"
 
 
+class Shown(Protocol):
+    """What a Display can show: a share of the whole, 0 to 1, one line, and whether it is worth a line of a log."""
+
+    @property
+    def share(self) -> float: ...  # noqa: D102
+
+    @property
+    def logged(self) -> bool: ...  # noqa: D102
+
+    def describe(self) -> str: ...  # noqa: D102
+
+
 class Display:
-    """Shows Progress and lines of text on stderr; what `train` notifies unless told otherwise.
+    """Shows progress and lines of text on stderr; what `train` notifies unless told otherwise.
 
     Args:
       console: where to; None is stderr.
@@ -51,7 +63,7 @@ class Display:
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._bars: Bars | None = None
 
-    def __call__(self, event: str | Progress) -> None:
+    def __call__(self, event: str | Shown) -> None:
         """Shows an event."""
         if isinstance(event, str):
             self.console.print(event, markup=False)
@@ -66,7 +78,7 @@ class Display:
             self._bars.stop()
             self._bars = None
 
-    def _draw(self, event: Progress) -> None:
+    def _draw(self, event: Shown) -> None:
         if self._bars is None:
             columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}", markup=False))
             self._bars = Bars(*columns, console=self.console, refresh_per_second=4)
@@ -82,7 +94,8 @@ def _amount(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

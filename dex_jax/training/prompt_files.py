@@ -32,7 +32,7 @@ def read_prompts(path: str) -> list[Prompt]:
     Raises:
       DexError: no such file, another kind, damaged, or a row without a prompt.
     """
-    return _not_empty([prompt_of(row, where) for row, where in _rows(path)], path)
+    return _not_empty([prompt_of(row, where) for row, where in read_rows(path)], path)
 
 
 def read_texts(path: str) -> list[str]:
@@ -40,7 +40,7 @@ def read_texts(path: str) -> list[str]:
     if _kind(path) == ".txt":
         return _not_empty([text for text in [_read(path)] if text.strip()], path)
     texts = []
-    for row, where in _rows(path):
+    for row, where in read_rows(path):
         text = row.get("text") if isinstance(row, dict) else row
         if not isinstance(text, str) or not text.strip():
             raise DexError(f'{where} has no "text", {_found(row)}: give texts, or leave "text:" away for prompts')
@@ -192,8 +192,8 @@ def _read(path: str) -> str:
         raise DexError(f"{path} cannot be read: {error}") from error
 
 
-def _rows(path: str) -> Iterator[tuple[Any, str]]:
-    """(row, where it stands) of each row."""
+def read_rows(path: str) -> Iterator[tuple[Any, str]]:
+    """(row, where it stands, in words) of each row of a .jsonl, .json or .txt file; errors as for `read_prompts`."""
     kind, text = _kind(path), _read(path)
     if kind == ".json":
         rows = _json(text, path)

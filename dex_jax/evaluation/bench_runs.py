@@ -1,0 +1,338 @@
+"""The runs of the benchmark: counts from batches, seconds from one sequence at a time, each a line of results.jsonl."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from dex_jax.decoding.generate import generate, stream
+from dex_jax.decoding.session import PROGRAMS, prompt_bucket
+from dex_jax.evaluation.bench_plan import Plan
+from dex_jax.evaluation.check import compare_tokens
+from dex_jax.evaluation.contenders import SWEPT, Contender, best_setting, by_setting, contender
+from dex_jax.evaluation.outside import EARLY_EXIT, PLAIN, Outside, run_of_answer
+from dex_jax.evaluation.results import Results, Run, compared, run_key, run_of
+from dex_jax.language_model import LanguageModel
+from dex_jax.sampling import Sampling, sampling_keys
+from dex_jax.training.progress import Shown, duration
+
+SHORT = 256
+"""Prompts up to here share batches: to pad them costs less than another compilation."""
+
+PROGRAMS_HELD = 60
+"""Compiled programs after which the old ones are dropped."""
+
+
+class Case(NamedTuple):
+    """One prompt.
+
+    Attributes:
+      task, id: of the item.
+      ids: token ids.
+      split: "report" or "tune".
+      seed: of sampling.
+    """
+
+    task: str
+    id: str
+    ids: tuple[int, ...]
+    split: str
+    seed: int
+
+
+class Standing(NamedTuple):
+    """How far the benchmark has come, for a Display."""
+
+    done: int
+    total: int
+    seconds_left: float | None
+    what: str
+    logged: bool
+
+    @property
+    def share(self) -> float:
+        """0 to 1."""
+        return self.done / max(self.total, 1)
+
+    def describe(self) -> str:
+        """One line."""
+        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
+        return f"run {self.done}/{self.total}{left}: {self.what}"
+
+
+class Clock:
+    """Counts runs and guesses the time left from what runs of their kind have taken so far.
+
+    Args:
+      planned: kind -> how many runs there will be.
+      notify: told a Standing after every run.
+    """
+
+    def __init__(self, planned: dict[str, int], notify: Callable[[str | Shown], None]):
+        self.planned, self.notify = planned, notify
+        self.finished: dict[str, int] = defaultdict(int)
+        self.measured: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def skip(self, kind: str, runs: int) -> None:
+        """Runs that an earlier call has made."""
+        self.finished[kind] += runs
+
+    def add(self, kind: str, runs: int, seconds: float, what: str, logged: bool) -> None:
+        """Runs that have just ended."""
+        self.finished[kind] += runs
+        self.measured[kind][0] += seconds
+        self.measured[kind][1] += runs
+        self.notify(Standing(sum(self.finished.values()), sum(self.planned.values()), self.left(), what, logged))
+
+    def left(self) -> float | None:
+        """Seconds; None before anything was measured."""
+        spent, runs = (sum(each[i] for each in self.measured.values()) for i in (0, 1))
+        if not runs:
+            return None
+        total = 0.0
+        for kind, planned in self.planned.items():
+            seconds, count = self.measured[kind]
+            total += max(0, planned - self.finished[kind]) * (seconds / count if count else spent / runs)
+        return total
+
+
+class Bench:
+    """A benchmark on its way.
+
+    Args:
+      lm: the model.
+      results: where runs go, and those of earlier calls.
+      cases: all prompts.
+      plan: the methods.
+      notify: told what is going on.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        results: Results,
+        cases: Sequence[Case],
+        plan: Plan,
+        notify: Callable[[str | Shown], None],
+    ):
+        self.lm, self.results, self.cases, self.plan, self.notify = lm, results, list(cases), plan, notify
+        self.args = plan.args
+        self.plain: dict[tuple[str, str], list[int]] = {}
+        self.said: set[str] = set()
+        self.compiled = sum(program.compilations for program in PROGRAMS)
+        self.warm: set[tuple[str, int]] = set()
+        self.outside: Outside | None = None
+        self.clock = Clock(plan.runs(len(self.of("report")), len(self.of("tune"))), notify)
+
+    def of(self, split: str) -> list[Case]:
+        """Prompts of a split by length, so that those of one padded length stand together."""
+        return sorted((case for case in self.cases if case.split == split), key=lambda case: len(case.ids))
+
+    def count(self) -> None:
+        """Counts of AR, of the sweeps and of every method at its best setting."""
+        self._count(contender("ar", self.args.explorers), [*self.of("tune"), *self.of("report")])
+        for entries in self.plan.sweeps.values():
+            for entry in entries:
+                self._count(entry, self.of("tune"))
+        for name in self.plan.counted:
+            self._count(self._best(name, "depth"), self.of("report"))
+        for explorers in self.plan.other_grids:
+            self._count(contender("dex", explorers), self.of("report"))
+
+    def time(self) -> None:
+        """Seconds of the timed methods, each prompt with all of them in turn."""
+        if not self.plan.timed:
+            return
+        chosen = [self._best(name, "depth") for name in self.plan.timed if name not in SWEPT]
+        for name in self.plan.timed:
+            if name in SWEPT:
+                entries = self._finalists(name)
+                if len(entries) > 1:
+                    self._time(entries, self.of("tune"))
+                chosen.append(self._best(name, "wall" if len(entries) > 1 else "depth"))
+        chosen += self.plan.outsiders
+        try:
+            self._time(chosen, self.of("report"))
+        finally:
+            if self.outside is not None:
+                self.outside.close()
+                self.outside = None
+
+    def _best(self, name: str, kind: str) -> Contender:
+        if name not in SWEPT:
+            return contender(name, self.args.explorers)
+        # A folder may hold settings of an earlier, wider sweep.
+        entries = {_flat(entry.name, entry.setting): entry for entry in self.plan.sweeps[name]}
+        tried = [run for run in self.results.runs if _flat(run.method, run.setting) in entries]
+        return entries[_flat(name, best_setting(tried, name, kind))]
+
+    def _finalists(self, name: str) -> list[Contender]:
+        order = [_flat(name, setting) for setting, _ in by_setting(self.results.runs, name, "depth")]
+        entries = sorted(self.plan.sweeps[name], key=lambda entry: order.index(_flat(name, entry.setting)))
+        return entries[: self.args.timed_settings]
+
+    def _count(self, entry: Contender, cases: Sequence[Case]) -> None:
+        """Counts of one method on prompts, in batches."""
+        missing = [case for case in cases if self._key(entry, case, "depth") not in self.results.done]
+        self.clock.skip("depth", len(cases) - len(missing))
+        for batch in _batches(missing, self.args.batch):
+            begin = time.monotonic()
+            # Repeats fill the batch up to a size that is compiled anyway.
+            filled = [*batch, *[batch[-1]] * (_size(len(batch)) - len(batch))]
+            with self._remarks():
+                out = generate(self.lm, [list(case.ids) for case in filled], **self._options(entry, filled))
+            for row, case in enumerate(batch):
+                self._keep(entry, case, run_of(out, row, kind="depth", **self._about(entry, case)))
+            self.clock.add("depth", len(batch), time.monotonic() - begin, f"counting {self._words(entry)}", logged=True)
+            self._forget_some()
+        if entry.name == "ar":
+            for run in self.results.runs:
+                if run.method == "ar" and run.kind == "depth":
+                    self.plain[run.task, run.prompt_id] = run.tokens
+
+    def _time(self, entries: Sequence[Contender], cases: Sequence[Case]) -> None:
+        """Seconds of methods on prompts: A B B A ..., so that what slows the machine down slows all of them."""
+        bucket = None
+        for case in cases:
+            if _bucket(case) != bucket:
+                self._forget_some()
+                bucket = _bucket(case)
+            for number in range(self.args.rounds):
+                for entry in entries if number % 2 == 0 else entries[::-1]:
+                    if self._key(entry, case, "wall", number) in self.results.done:
+                        self.clock.skip("wall", 1)
+                        continue
+                    begin = time.monotonic()
+                    run = self._timed_run(entry, case, number)
+                    if run is not None:
+                        self._keep(entry, case, run)
+                    last = number == self.args.rounds - 1 and entry is entries[0 if number % 2 else -1]
+                    what = f"timing {self._words(entry)}"
+                    self.clock.add("wall", 1, time.monotonic() - begin, what, logged=last)
+
+    def _timed_run(self, entry: Contender, case: Case, number: int) -> Run | None:
+        """One run, alone; None where transformers has nothing to do."""
+        about = self._about(entry, case) | {"round": number}
+        if entry.name not in (PLAIN, EARLY_EXIT):
+            self._warm_up(entry, case)
+            with self._remarks():
+                out = generate(self.lm, [list(case.ids)], **self._options(entry, [case]))
+            return run_of(out, 0, kind="wall", **about)
+        wanted = len(self.plain[case.task, case.id])
+        if wanted < 2:
+            return None
+        if self.outside is None:
+            self.outside = Outside(self.args.transformers_python, self.args.model)
+        answer = self.outside.run(list(case.ids), wanted, **entry.setting)
+        return run_of_answer(answer, self.outside.versions, len(case.ids), **about)
+
+    def _warm_up(self, entry: Contender, case: Case) -> None:
+        """Compiles what a run needs and runs its first ticks, once for each padded length."""
+        key = (self._words(entry), _bucket(case))
+        if key in self.warm:
+            return
+        with self._remarks():
+            updates: Iterator[Any] = stream(self.lm, [list(case.ids)], **self._options(entry, [case]))
+            for _ in range(2):
+                next(updates, None)
+        self.warm.add(key)
+
+    def _options(self, entry: Contender, cases: Sequence[Case]) -> dict[str, Any]:
+        return {
+            "method": entry.method,
+            "exits": self.plan.exits_of(entry),
+            "max_new_tokens": self.args.max_new_tokens,
+            "temperature": self.args.temperature,
+            "seed": [case.seed for case in cases],
+        }
+
+    def _about(self, entry: Contender, case: Case) -> dict[str, Any]:
+        return {
+            "method": entry.name,
+            "setting": entry.setting,
+            "task": case.task,
+            "prompt_id": case.id,
+            "split": case.split,
+            "model": self.args.model,
+            "temperature": self.args.temperature,
+            "max_new_tokens": self.args.max_new_tokens,
+        }
+
+    def _keep(self, entry: Contender, case: Case, run: Run) -> None:
+        """Compares with AR's tokens and appends."""
+        reference = self.plain.get((case.task, case.id))
+        if reference is not None:
+            sampling = None
+            if self.args.temperature > 0:
+                sampling = Sampling(sampling_keys([case.seed]), jnp.float32(self.args.temperature), None, None)
+            check = compare_tokens(self.lm, list(case.ids), run.tokens, reference, sampling)
+            run = compared(run, check)
+        self.results.add(run)
+
+    def _key(self, entry: Contender, case: Case, kind: str, number: int = 0) -> tuple[Any, ...]:
+        return run_key(
+            kind=kind,
+            method=entry.name,
+            task=case.task,
+            prompt_id=case.id,
+            setting=entry.setting,
+            split=case.split,
+            round=number,
+            dtype="float32" if entry.name in (PLAIN, EARLY_EXIT) else str(self.lm.dtype),
+            seed=case.seed if self.args.temperature > 0 else None,
+        )
+
+    @contextlib.contextmanager
+    def _remarks(self) -> Iterator[None]:
+        """What `generate` has to say, said once."""
+        heard = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(heard):
+                yield
+        finally:
+            for line in heard.getvalue().splitlines():
+                if line.strip() and line not in self.said:
+                    self.said.add(line)
+                    self.notify(line)
+
+    def _forget_some(self) -> None:
+        """Drops compiled programs once there are many: a process can hold only so many."""
+        compiled = sum(program.compilations for program in PROGRAMS)
+        if compiled - self.compiled > PROGRAMS_HELD:
+            for program in PROGRAMS:
+                program.forget()
+            self.compiled = compiled
+            self.warm.clear()
+
+    @staticmethod
+    def _words(entry: Contender) -> str:
+        return " ".join([entry.name, *(f"{name}={value}" for name, value in sorted(entry.setting.items()))])
+
+
+def _bucket(case: Case) -> int:
+    return prompt_bucket(len(case.ids))
+
+
+def _size(count: int) -> int:
+    """The power of two at or above."""
+    return 1 << (count - 1).bit_length()
+
+
+def _batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
+    """Up to `size` cases at a time, short ones together and the others by padded length."""
+    groups: dict[int, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(max(_bucket(case), SHORT), []).append(case)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _flat(name: str, setting: dict[str, Any]) -> tuple[Any, ...]:
+    return (name, *sorted(setting.items()))

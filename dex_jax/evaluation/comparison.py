@@ -1,0 +1,182 @@
+"""Figures of a benchmark, all computed from its runs: speedups by method and task, and what stands behind them.
+
+A speedup is a ratio of costs a token on the same prompt, in one kind of figure; told are the median over prompts and a
+95% interval by resampling prompts. Prompts whose answer is one token have no decoding and are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dex_jax.evaluation.resampling import Interval, bootstrap, ratios
+from dex_jax.evaluation.results import Run, reported
+
+TIES_ALLOWED = 0.01
+"""In float32: the share of prompts on which any run may part from AR by rounding; more than that is a bug."""
+
+Prompt = tuple[str, str, str]
+"""(task, template, prompt id)."""
+
+Costs = Mapping[str, Mapping[Prompt, float]]
+"""Name of method and setting -> prompt -> cost a token after the first."""
+
+ALL = "all"
+
+
+def costs(runs: Iterable[Run], kind: str) -> dict[str, dict[Prompt, float]]:
+    """Cost a token of every method on every reported prompt, in one kind of figure; medians over repeated runs."""
+    found: dict[str, dict[Prompt, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in reported(runs, kind):
+        if run.new_tokens > 1:
+            cost = run.cost(kind)
+            assert cost is not None
+            found[run.name][run.task, run.template, run.prompt_id].append(cost / (run.new_tokens - 1))
+    return {name: {prompt: float(np.median(each)) for prompt, each in by.items()} for name, by in found.items()}
+
+
+def tasks_of(table: Costs) -> list[str]:
+    """Tasks in the order of the runs, and "all" if there are several."""
+    names = list(dict.fromkeys(task for by in table.values() for task, _, _ in by))
+    return [*names, ALL] if len(names) > 1 else names
+
+
+def speedup(table: Costs, base: str, other: str, task: str = ALL) -> Interval | None:
+    """How many times the cost of `other` the cost of `base` is, over the prompts that both have; None without any."""
+    shared = [prompt for prompt in table.get(base, {}) if prompt in table.get(other, {}) and task in (ALL, prompt[0])]
+    if not shared:
+        return None
+    return bootstrap(ratios(*(np.array([table[name][prompt] for prompt in shared]) for name in (base, other))))
+
+
+def of_method(table: Costs, method: str) -> list[str]:
+    """Names in a table that are of one method, in the order of the runs."""
+    return [name for name in table if name.split(" ")[0] == method]
+
+
+def main_methods(table: Costs, explorers: int | None = None) -> list[str]:
+    """All names but AR's, of "dex" one alone: with `explorers`, or the first; others are of a study of K."""
+    grids = of_method(table, "dex")
+    kept = f"dex explorers={explorers}"
+    main = kept if kept in grids else next(iter(grids), None)
+    return [name for name in table if name != "ar" and (name == main or name not in grids)]
+
+
+class Lossless(NamedTuple):
+    """Comparison of a method's tokens with AR's.
+
+    Attributes:
+      compared, identical, ties, wrong: runs; `wrong` part from AR where rounding cannot be the reason.
+      first: the earliest first divergence; None for none.
+      margin: the largest top-2 margin at one; None for none.
+    """
+
+    compared: int
+    identical: int
+    ties: int
+    wrong: int
+    first: int | None
+    margin: float | None
+
+
+def lossless(runs: Iterable[Run]) -> dict[str, Lossless]:
+    """Method and setting -> comparison, over all runs, tuning ones included."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        if run.match is not None:
+            groups[run.name].append(run)
+    return {name: _lossless(group) for name, group in groups.items()}
+
+
+def _lossless(runs: Sequence[Run]) -> Lossless:
+    parted = [run for run in runs if not run.match]
+    ties = sum(bool(run.tie) for run in parted)
+    firsts = [run.first_divergence for run in parted if run.first_divergence is not None]
+    margins = [run.margin for run in parted if run.margin is not None]
+    return Lossless(
+        len(runs),
+        len(runs) - len(parted),
+        ties,
+        len(parted) - ties,
+        min(firsts, default=None),
+        max(margins, default=None),
+    )
+
+
+def mismatches(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each run whose tokens are wrong, and one if too many in float32 part by rounding."""
+    found = []
+    # What another engine makes of the same weights is told, and proves nothing about this one.
+    runs = [run for run in runs if not run.method.startswith("transformers")]
+    for run in runs:
+        if run.match is False and not run.tie:
+            margin = "unknown" if run.margin is None else f"{run.margin:.2g} of max |logit|"
+            found.append(
+                f"{run.name} is not lossless: on {run.task}, prompt {run.prompt_id}, token {run.first_divergence} is "
+                f"not AR's, whose top-2 margin there is {margin}"
+            )
+    exact = [run for run in runs if run.match is not None and run.dtype == "float32"]
+    prompts = {(run.task, run.template, run.prompt_id) for run in exact}
+    ties = {(run.task, run.template, run.prompt_id) for run in exact if run.tie}
+    if len(ties) > max(1, TIES_ALLOWED * len(prompts)):
+        found.append(
+            f"{len(ties)} of {len(prompts)} prompts part from AR in float32 by rounding: more than 1% is a bug"
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Availability:
+    """At which depth tokens were first available.
+
+    Attributes:
+      name: of the method whose `exits` say so.
+      depths: ascending, ending at L.
+      shares: of tokens after the first, by depth.
+      tokens: how many there are.
+    """
+
+    name: str
+    depths: tuple[int, ...]
+    shares: tuple[float, ...]
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Mean depth."""
+        return float(np.dot(self.shares, self.depths))
+
+
+def availability(runs: Iterable[Run]) -> dict[str, Availability]:
+    """Task -> depths, of the oracle if it ran (true earliest available depths), else of DEX on its grid, with DECS."""
+    chosen = [run for run in reported(list(runs), "depth") if run.exits and run.depths]
+    oracle = [run for run in chosen if run.method == "oracle"]
+    pool = oracle or [run for run in chosen if run.method == "dex"]
+    if not pool:
+        return {}
+    name = pool[0].name
+    found = {}
+    for task in dict.fromkeys(run.task for run in pool):
+        group = [run for run in pool if run.task == task and run.name == name]
+        assert group[0].depths is not None
+        exits = np.concatenate([np.asarray(run.exits)[1:] for run in group])
+        counts = np.bincount(exits[exits > 0], minlength=len(group[0].depths) + 1)[1:]
+        if counts.sum():
+            shares = tuple(float(share) for share in counts / counts.sum())
+            found[task] = Availability(name, tuple(group[0].depths), shares, int(counts.sum()))
+    return found
+
+
+def by_explorers(table: Costs) -> dict[int, Interval]:
+    """K -> depth-side speedup of DEX over AR, over all prompts, K ascending."""
+    found = {}
+    for name in of_method(table, "dex"):
+        explorers = name.partition("explorers=")[2]
+        interval = speedup(table, "ar", name)
+        if explorers.isdigit() and interval is not None:
+            found[int(explorers)] = interval
+    return dict(sorted(found.items()))

@@ -1,0 +1,162 @@
+"""Methods as the benchmark names them, their settings, and which setting of a static rival is its best."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.adadecode import AdaDecode
+from dex_jax.decoding.dynamic_exit import DEL
+from dex_jax.decoding.exits import all_depths
+from dex_jax.decoding.layerskip import LayerSkip
+from dex_jax.decoding.methods import AR, Dex, Method
+from dex_jax.decoding.oracle import Oracle
+from dex_jax.decoding.single_exit import DexSingleExit
+from dex_jax.errors import DexError
+from dex_jax.evaluation.results import Run
+
+SWEPT = {"layerskip": ("exit", "draft_length"), "adadecode": ("threshold",)}
+"""Method -> the fields that are chosen by a sweep."""
+
+EXIT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.6)
+"""Where a sweep of LayerSkip drafts unless told: shares of L, moved to where exits stand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A method with all its fields.
+
+    Attributes:
+      name: on the command line and in results.
+      method: what `dex_jax.generate` takes.
+      setting: fields that are not its defaults.
+      drafter: whether it is drafted for by a drafter instead of exits at depths.
+    """
+
+    name: str
+    method: Method
+    setting: dict[str, Any] = dataclasses.field(default_factory=dict)
+    drafter: bool = False
+
+
+Maker = Callable[..., Method]
+
+METHODS: dict[str, tuple[Maker, bool]] = {
+    "ar": (AR, False),
+    "dex": (lambda **fields: Dex(schedule="parallel", **fields), True),
+    "dex_serial": (lambda **fields: Dex(schedule="serial", **fields), False),
+    "dex_auto": (lambda **fields: Dex(**fields), False),
+    "dex_no_decs": (lambda **fields: Dex(schedule="parallel", decs=False, **fields), True),
+    "dex_single_exit": (DexSingleExit, True),
+    "layerskip": (LayerSkip, False),
+    "adadecode": (AdaDecode, True),
+    "del": (DEL, False),
+    "oracle": (Oracle, False),
+}
+"""Name -> (what makes the method, whether it takes `explorers`)."""
+
+WITH_DRAFTER = ("dex_serial", "dex_auto")
+ON_MANY_DEVICES = ("dex", "dex_no_decs", "dex_single_exit")
+"""Their stages run side by side, which is for K devices: on one their seconds are told, and mean little."""
+
+
+def contender(name: str, explorers: int, **setting: Any) -> Contender:
+    """A method by its name.
+
+    Args:
+      name: of METHODS.
+      explorers: K, of methods on a grid.
+      **setting: other fields.
+
+    Raises:
+      DexError: an unknown name.
+    """
+    check_names([name])
+    make, on_grid = METHODS[name]
+    fields = ({"explorers": explorers} if on_grid else {}) | setting
+    return Contender(name, make(**fields), fields, name in WITH_DRAFTER)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuses names of no method.
+
+    Raises:
+      DexError: naming the first of them.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise DexError(f"unknown method {name!r}: choose among {', '.join(METHODS)}")
+
+
+def sweep(
+    name: str,
+    explorers: int,
+    exit_depths: Sequence[int],
+    draft_lengths: Sequence[int],
+    thresholds: Sequence[float],
+) -> list[Contender]:
+    """All settings of a static method; none for methods that have nothing to choose."""
+    if name == "layerskip":
+        return [contender(name, explorers, exit=d, draft_length=g) for d in exit_depths for g in draft_lengths]
+    if name == "adadecode":
+        return [contender(name, explorers, threshold=threshold) for threshold in thresholds]
+    return []
+
+
+def swept_depths(exits: Any, config: ModelConfig, fingerprint: str) -> tuple[int, ...]:
+    """Depths at which a sweep of LayerSkip drafts: near EXIT_SHARES of L, where exits stand."""
+    standing = [depth for depth in all_depths(exits, config, fingerprint) if depth < config.num_layers]
+    if not standing:
+        raise DexError("LayerSkip needs an exit below the last layer: leave it out for a model of one layer")
+    wanted = [share * config.num_layers for share in EXIT_SHARES]
+    return tuple(sorted({min(standing, key=lambda depth: (abs(depth - want), depth)) for want in wanted}))
+
+
+def a_token(runs: Iterable[Run], kind: str) -> float:
+    """Cost a token after the first over runs together, of a kind of figure; infinite without a token."""
+    cost = tokens = 0.0
+    for run in runs:
+        found = run.cost(kind)
+        if found is not None:
+            cost, tokens = cost + found, tokens + run.new_tokens - 1
+    return cost / tokens if tokens else float("inf")
+
+
+def by_setting(runs: Iterable[Run], name: str, kind: str) -> list[tuple[dict[str, Any], float]]:
+    """(setting, cost a token) of each setting of a method among tuning runs, cheapest first."""
+    groups: dict[str, list[Run]] = {}
+    wanted = "wall" if kind == "wall" else "depth"
+    for run in runs:
+        if run.split == "tune" and run.method == name and run.kind == wanted:
+            groups.setdefault(run.name, []).append(run)
+    found = [(group[0].setting, _typical(group, kind)) for group in groups.values()]
+    return sorted(found, key=lambda pair: pair[1])
+
+
+def _typical(runs: list[Run], kind: str) -> float:
+    """Over prompts together; of repeated runs of a prompt, the median."""
+    if kind != "wall":
+        return a_token(runs, kind)
+    prompts: dict[tuple[str, str], list[float]] = {}
+    tokens: dict[tuple[str, str], int] = {}
+    for run in runs:
+        prompts.setdefault((run.task, run.prompt_id), []).append(float(run.cost(kind) or 0.0))
+        tokens[run.task, run.prompt_id] = run.new_tokens - 1
+    total = sum(tokens.values())
+    return sum(float(np.median(times)) for times in prompts.values()) / total if total else float("inf")
+
+
+def best_setting(runs: Iterable[Run], name: str, kind: str) -> dict[str, Any]:
+    """The cheapest setting of a swept method on tuning prompts, in a kind of figure.
+
+    Raises:
+      DexError: no setting was tried.
+    """
+    found = by_setting(runs, name, kind)
+    if not found:
+        raise DexError(f"there is no sweep of {name} among the runs: give at least one setting and one tuning prompt")
+    return found[0][0]

@@ -1,0 +1,110 @@
+"""transformers' own `generate` as a contender: a process of another Python with torch, on the same weights.
+
+The process is `benchmarks/transformers_ar.py --serve` of a checkout of this repository, which knows SmolLM2-135M alone.
+It runs in float32 on the CPU and never stops at EOS, so it is asked for as many tokens as AR gave.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from dex_jax.errors import DexError
+from dex_jax.evaluation.results import Run
+
+WORKER = Path(__file__).resolve().parents[2] / "benchmarks" / "transformers_ar.py"
+MODEL = "smollm2-135m"
+PLAIN, EARLY_EXIT = "transformers", "transformers_early_exit"
+
+
+def check_outside(model: str, worker: Path = WORKER) -> None:
+    """Whether transformers can be asked at all.
+
+    Raises:
+      DexError: another model than the worker's, or no checkout.
+    """
+    if model != MODEL:
+        raise DexError(f"--transformers-python compares with {MODEL} alone, not with {model}: leave it out")
+    if not worker.is_file():
+        raise DexError(f"--transformers-python needs a checkout of the repository: there is no {worker}")
+
+
+class Outside:
+    """A worker process, asked for one `generate` at a time.
+
+    Args:
+      python: a Python that has torch and transformers.
+      model: of the benchmark.
+      worker: the program that it runs.
+
+    Raises:
+      DexError: another model than the worker's, no checkout, or a Python that cannot run it.
+    """
+
+    def __init__(self, python: str, model: str, worker: Path = WORKER):
+        check_outside(model, worker)
+        try:
+            self.process = subprocess.Popen(
+                [python, str(worker), "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        except OSError as error:
+            raise DexError(f"--transformers-python {python} does not start: {error.strerror or error}") from error
+        self.versions = self._answer()
+
+    def run(self, ids: list[int], new_tokens: int, exit: int | None = None, draft_length: int | None = None) -> Any:
+        """One greedy `generate` of at least two tokens; with an exit, with its `assistant_early_exit`.
+
+        Returns:
+          {"tokens", "prefill_seconds", "decode_seconds"}.
+
+        Raises:
+          DexError: the process has ended or says what is wrong.
+        """
+        assert self.process.stdin is not None
+        asked = {"new_tokens": new_tokens, "ids": list(ids), "exit": exit, "draft_length": draft_length}
+        try:
+            self.process.stdin.write(json.dumps(asked) + "\n")
+            self.process.stdin.flush()
+        except OSError as error:
+            raise DexError(f"transformers' process has ended: {error.strerror or error}") from error
+        return self._answer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.close()
+            raise DexError(
+                f"transformers' process ended with code {self.process.returncode}: does that Python have torch and "
+                "transformers?"
+            )
+        found = json.loads(line)
+        if "error" in found:
+            raise DexError(f"transformers' process says: {found['error']}")
+        return found
+
+
+def run_of_answer(answer: dict[str, Any], versions: dict[str, Any], prompt_tokens: int, **given: Any) -> Run:
+    """The line of one answer; `given` are the fields that it does not know."""
+    return Run(
+        kind="wall",
+        tokens=answer["tokens"],
+        prompt_tokens=prompt_tokens,
+        seconds=answer["decode_seconds"],
+        prefill_seconds=answer["prefill_seconds"],
+        compile_seconds=0.0,
+        device=f"cpu, torch with {versions.get('threads')} threads",
+        dtype=str(versions.get("dtype", "float32")),
+        versions={name: str(versions[name]) for name in ("torch", "transformers") if name in versions},
+        **given,
+    )

@@ -1,0 +1,271 @@
+"""`python -m dex_jax.evaluation.report DIR`: summary.md and plots of a benchmark, from its results.jsonl alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dex_jax.errors import DexError
+from dex_jax.evaluation import comparison as c
+from dex_jax.evaluation.comparison import mismatches
+from dex_jax.evaluation.contenders import ON_MANY_DEVICES, SWEPT, by_setting
+from dex_jax.evaluation.resampling import Interval
+from dex_jax.evaluation.results import Run, read_results, read_study
+
+__all__ = ["mismatches", "summary", "write"]
+
+SUMMARY = "summary.md"
+
+KINDS = {
+    "depth": (
+        "Depth-side",
+        "AR's layers run one after the other over the method's. Counts, not times: what K devices would gain if heads "
+        "and communication were free. For DEX it cannot be below 1, so only comparisons say anything.",
+    ),
+    "work": (
+        "Work",
+        "The method's layer x row evaluations over AR's: below 1.00 is impossible, more is more computing. DEX side by "
+        "side counts all of its rows, live or not; heads are not counted.",
+    ),
+    "wall": (
+        "Wall-clock on one device",
+        "AR's seconds over the method's, one sequence at a time, methods in turn (A B B A), prefill and compilation "
+        "apart.",
+    ),
+}
+
+RIVALS = ("layerskip", "adadecode", "del", "dex_single_exit", "dex_no_decs")
+
+
+def write(folder: str | Path, plots: bool = True, output: str | Path | None = None) -> list[Path]:
+    """Writes summary.md and the plots of a folder of results.
+
+    Args:
+      folder: of the results.
+      plots: whether to draw.
+      output: folder to write into; None is that of the results.
+
+    Returns:
+      The files.
+
+    Raises:
+      DexError: no or damaged results, no matplotlib, or a folder that cannot be written.
+    """
+    runs, study = read_results(folder), read_study(folder)
+    output = Path(folder if output is None else output)
+    file = output / SUMMARY
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(summary(runs, study), encoding="utf-8")
+    except OSError as error:
+        raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
+    if not plots:
+        return [file]
+    from dex_jax.evaluation.report_plots import draw
+
+    return [file, *draw(runs, output)]
+
+
+def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
+    """The report in markdown; equal runs give equal text."""
+    parts = [f"# {study.get('model', 'A benchmark')}: {', '.join(study.get('tasks', []))}", _about(runs, study)]
+    parts += [_lossless(runs)]
+    for kind in KINDS:
+        table = c.costs(runs, kind)
+        if len(table) > 1 and "ar" in table:
+            parts += _speedups(table, kind, study.get("explorers"))
+    parts += [*_times(runs), *_explorers(runs), *_available(runs), *_sweeps(runs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def told(interval: Interval | None) -> str:
+    """An interval in a cell."""
+    return "" if interval is None else str(interval)
+
+
+def _about(runs: Sequence[Run], study: dict[str, Any]) -> str:
+    run = runs[0]
+    plain = [each for each in runs if each.method == "ar" and each.kind == "depth" and each.split == "report"]
+    lengths = ", ".join(
+        f"{sum(each.task == task for each in plain)} of {task}" for task in dict.fromkeys(each.task for each in plain)
+    )
+    tokens = sum(each.new_tokens for each in plain)
+    drawn = "greedy" if run.temperature == 0 else f"sampled at temperature {run.temperature:g}"
+    devices = ", ".join(dict.fromkeys(f"{each.device}, {each.dtype}" for each in runs))
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    lines = [
+        f"{len(plain)} prompts ({lengths}), {tokens} new tokens of AR, at most {run.max_new_tokens} each, {drawn}; "
+        f"{devices}; {versions}.",
+        f"Exits: {study.get('exits')}; drafter of serial rounds: {study.get('drafter')}.",
+    ]
+    dropped = {task: count for task, count in study.get("too_long", {}).items() if count}
+    if dropped:
+        lines.append(
+            "Too long, and replaced by others: " + ", ".join(f"{n} of {task}" for task, n in dropped.items()) + "."
+        )
+    lines.append(
+        "Speedups are medians over prompts of the ratio on one prompt, with 95% intervals by resampling prompts. The "
+        "three kinds of figures below are never mixed. `python -m dex_jax.evaluation.report` makes this page again."
+    )
+    return "\n".join(lines)
+
+
+def _lossless(runs: Sequence[Run]) -> str:
+    wrong = mismatches(runs)
+    head = "All tokens are AR's, or part from them by rounding alone." if not wrong else "**NOT LOSSLESS.** "
+    lines = ["## Losslessness", head + " ".join(f"{each}." for each in wrong[:5])]
+    # Settings of a sweep would fill the page: they are told together.
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.method, []).append(run)
+    rows = []
+    for method, group in groups.items():
+        found = c.lossless([_unnamed(run) for run in group]).get(method)
+        if found is not None:
+            first = "" if found.first is None else str(found.first)
+            margin = "" if found.margin is None else f"{found.margin:.1e}"
+            counts = (found.compared, found.identical, found.ties, found.wrong)
+            rows.append([method, *map(str, counts), f"{found.identical / found.compared:.1%}", first, margin])
+    header = ["method", "runs", "identical", "by rounding", "wrong", "match rate", "first divergence", "widest margin"]
+    return "\n\n".join([*lines, markdown(header, rows)] if rows else lines)
+
+
+def _unnamed(run: Run) -> Run:
+    import dataclasses
+
+    return dataclasses.replace(run, setting={})
+
+
+def _speedups(table: c.Costs, kind: str, explorers: int | None) -> list[str]:
+    title, meaning = KINDS[kind]
+    tasks = c.tasks_of(table)
+    names = c.main_methods(table, explorers)
+    rows = []
+    for name in names:
+        pairs = ("ar", name) if kind != "work" else (name, "ar")
+        rows.append([_label(name, kind), *(told(c.speedup(table, *pairs, task)) for task in tasks)])
+    if kind == "wall":
+        rows.insert(0, ["ar, ms a token", *(_milliseconds(table["ar"], task) for task in tasks)])
+    parts = [f"## {title}", meaning, markdown([f"over AR, {title.lower()}", *tasks], rows)]
+    if kind == "work":
+        return parts
+    own = [name for name in names if name.split(" ")[0] in ("dex", "dex_serial", "dex_auto")]
+    versus = []
+    for name in own:
+        for rival in (other for method in RIVALS for other in c.of_method(table, method)):
+            cells = [told(c.speedup(table, rival, name, task)) for task in tasks]
+            versus.append([f"{name} over {rival}", *cells])
+    if versus:
+        parts += [f"DEX over its rivals, {title.lower()}:", markdown(["", *tasks], versus)]
+    return parts
+
+
+def _label(name: str, kind: str) -> str:
+    method = name.split(" ")[0]
+    if method == "oracle":
+        return f"{name} (a bound, no decoder)"
+    return f"{name} (meant for K devices)" if kind == "wall" and method in ON_MANY_DEVICES else name
+
+
+def _milliseconds(by: Any, task: str) -> str:
+    import numpy as np
+
+    return f"{1e3 * float(np.median([cost for prompt, cost in by.items() if task in (c.ALL, prompt[0])])):.1f}"
+
+
+def _times(runs: Sequence[Run]) -> list[str]:
+    import numpy as np
+
+    timed = [run for run in runs if run.kind == "wall" and run.split == "report" and run.new_tokens > 1]
+    if not timed:
+        return []
+    rows = []
+    for name in dict.fromkeys(run.name for run in timed):
+        group = [run for run in timed if run.name == name]
+        speed = np.median([(run.new_tokens - 1) / run.seconds for run in group if run.seconds])
+        prefill = np.median([1e3 * run.prefill_seconds for run in group if run.prefill_seconds is not None])
+        rows.append([name, str(len(group)), f"{speed:.1f}", f"{prefill:.0f}"])
+    header = ["method", "runs", "median tokens a second", "median prefill, ms"]
+    return ["Decoding and prefill, apart from one another:", markdown(header, rows)]
+
+
+def _explorers(runs: Sequence[Run]) -> list[str]:
+    found = c.by_explorers(c.costs(runs, "depth"))
+    if len(found) < 2:
+        return []
+    table = c.costs(runs, "depth")
+    tasks = c.tasks_of(table)
+    rows = [[str(k), *(told(c.speedup(table, "ar", f"dex explorers={k}", task)) for task in tasks)] for k in found]
+    return ["## Explorers", "DEX over AR, depth-side, by the number of explorers:", markdown(["K", *tasks], rows)]
+
+
+def _available(runs: Sequence[Run]) -> list[str]:
+    found = c.availability(runs)
+    if not found:
+        return []
+    first = next(iter(found.values()))
+    how = (
+        "Earliest available depths, as the oracle sees them"
+        if first.name.startswith("oracle")
+        else f"The exit that first gave each token ({first.name})"
+    )
+    rows = [
+        [task, str(each.tokens), f"{each.mean:.1f}", *(f"{share:.2f}" for share in each.shares)]
+        for task, each in found.items()
+    ]
+    header = ["task", "tokens", "mean depth", *map(str, first.depths)]
+    return ["## Where tokens become available", f"{how}: share of tokens by depth.", markdown(header, rows)]
+
+
+def _sweeps(runs: Sequence[Run]) -> list[str]:
+    parts = []
+    for name in SWEPT:
+        counted = by_setting(runs, name, "depth")
+        if not counted:
+            continue
+        timed = {str(setting): cost for setting, cost in by_setting(runs, name, "wall")}
+        rows = [
+            [
+                ", ".join(f"{field} {value}" for field, value in setting.items()),
+                f"{cost:.2f}",
+                f"{1e3 * timed[str(setting)]:.1f}" if str(setting) in timed else "",
+            ]
+            for setting, cost in counted
+        ]
+        parts += [
+            f"## The sweep of {name}",
+            "On tuning prompts, of which nothing else is reported; the best by counts is the setting of depth-side "
+            "figures, the best by time (if any were timed) that of wall-clock.",
+            markdown(["setting", "layer steps a token", "ms a token"], rows),
+        ]
+    return parts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 1 where tokens are not AR's, 2 for bad input."""
+    p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.report", description=__doc__.splitlines()[0])
+    p.add_argument("folder", help="of a benchmark")
+    p.add_argument("--no-plots", action="store_true", help="summary.md alone")
+    p.add_argument("--output", metavar="DIR", help="another folder to write into")
+    args = p.parse_args(argv)
+    try:
+        files = write(args.folder, not args.no_plots, args.output)
+        wrong = mismatches(read_results(args.folder))
+    except DexError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("written: " + ", ".join(str(file) for file in files), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Plots of a benchmark: speedups by method and task, against K, and where tokens become available."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dex_jax.errors import DexError
+from dex_jax.evaluation import comparison as c
+from dex_jax.evaluation.results import Run
+from dex_jax.plot.colors import SERIES, depth_hex
+from dex_jax.plot.figures import FAINT, INK, new_figure, quiet_axes
+
+AXES = {
+    "depth": "depth-side speedup over AR (counts)",
+    "wall": "wall-clock speedup over AR, one device",
+    "work": "layer x row evaluations over AR's",
+}
+
+
+OF_DEX, OF_RIVALS = SERIES[0], SERIES[1]
+
+
+def draw(runs: Sequence[Run], folder: str | Path) -> list[Path]:
+    """Draws what there is to draw as PNG files into a folder.
+
+    Returns:
+      The files: speedup_depth.png, speedup_wall.png, work.png, speedup_by_k.png, ead.png; those without runs are left
+      out.
+
+    Raises:
+      DexError: no matplotlib, or a folder that cannot be written.
+    """
+    plots: dict[str, Callable[[], Any]] = {
+        "speedup_depth": lambda: speedups(runs, "depth"),
+        "speedup_wall": lambda: speedups(runs, "wall"),
+        "work": lambda: speedups(runs, "work"),
+        "speedup_by_k": lambda: against_explorers(runs),
+        "ead": lambda: available(runs),
+    }
+    files = []
+    for name, make in plots.items():
+        figure, file = make(), Path(folder) / f"{name}.png"
+        if figure is None:
+            continue
+        try:
+            figure.savefig(file, format="png")
+        except OSError as error:
+            raise DexError(f"the picture cannot be written to {file}: {error.strerror or error}") from error
+        files.append(file)
+    return files
+
+
+def speedups(runs: Sequence[Run], kind: str) -> Any:
+    """A row for each method and a panel for each task, with intervals; None without runs of that kind.
+
+    Of DEX with several K the one with the rivals' K, or else the first, stands here; `against_explorers` has them all.
+    """
+    table = c.costs(runs, kind)
+    names = c.main_methods(table)
+    if "ar" not in table or not names:
+        return None
+    tasks = c.tasks_of(table)
+    figure = new_figure(2.6 + 1.75 * len(tasks), 1.1 + 0.36 * len(names))
+    every = figure.subplots(1, len(tasks), sharey=True, sharex=True, squeeze=False)[0]
+    for axes, task in zip(every, tasks, strict=True):
+        quiet_axes(axes)
+        axes.grid(axis="x", color=FAINT, linewidth=0.6)
+        axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        for place, name in enumerate(names):
+            found = c.speedup(table, *(("ar", name) if kind != "work" else (name, "ar")), task)
+            if found is None:
+                continue
+            axes.barh(place, found.value, 0.68, color=_color(name))
+            axes.plot([found.low, found.high], [place, place], color=INK, linewidth=1.2)
+            axes.annotate(
+                f"{found.value:.2f}", (found.high, place), (4, -3), textcoords="offset points", fontsize=8, color=INK
+            )
+        count = sum(task in (c.ALL, prompt[0]) for prompt in table["ar"])
+        axes.set_title(f"{task}, {count} prompts", fontsize=9, color=INK, loc="left")
+        axes.margins(x=0.18)
+        axes.set_xlim(left=0)
+    every[0].set_yticks(range(len(names)), [_label(name) for name in names])
+    every[0].invert_yaxis()
+    figure.supxlabel(f"{AXES[kind]}: median, 95% interval", fontsize=9, color=INK)
+    return figure
+
+
+def _color(name: str) -> str:
+    """DEX, rivals and bounds."""
+    if name.startswith("oracle"):
+        return FAINT
+    return OF_DEX if name.startswith("dex") else OF_RIVALS
+
+
+def _label(name: str) -> str:
+    method, _, setting = name.partition(" ")
+    shown = " ".join(part for part in setting.split() if not part.startswith("explorers="))
+    words = f"{method}\n{shown.replace('draft_length', 'draft')}" if shown else method
+    return f"{words} (bound)" if method == "oracle" else words
+
+
+def against_explorers(runs: Sequence[Run]) -> Any:
+    """Depth-side speedup against K with its interval; None with fewer than two K."""
+    found = c.by_explorers(c.costs(runs, "depth"))
+    if len(found) < 2:
+        return None
+    figure = new_figure(5.6, 3.6)
+    axes = figure.add_subplot()
+    quiet_axes(axes)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    places, values = list(found), [each.value for each in found.values()]
+    axes.fill_between(
+        places,
+        [each.low for each in found.values()],
+        [each.high for each in found.values()],
+        color=SERIES[0],
+        alpha=0.18,
+        linewidth=0,
+    )
+    axes.plot(places, values, marker="o", markersize=5, linewidth=2, color=SERIES[0])
+    for place, value in zip(places, values, strict=True):
+        axes.annotate(f"{value:.2f}", (place, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xticks(places)
+    axes.set_xlabel("explorers K")
+    axes.set_ylabel(AXES["depth"])
+    axes.margins(y=0.2)
+    return figure
+
+
+def available(runs: Sequence[Run]) -> Any:
+    """A histogram of earliest available depths for each task; None without exits."""
+    found = c.availability(runs)
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    figure = new_figure(max(4.5, 1.2 + 0.45 * len(first.depths)), 1.0 + 1.7 * len(found))
+    every = figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (task, each) in zip(every, found.items(), strict=True):
+        quiet_axes(axes)
+        colors = [depth_hex(number, len(each.depths)) for number in range(1, len(each.depths) + 1)]
+        axes.bar(range(len(each.depths)), each.shares, color=colors, width=0.78)
+        for place, share in enumerate(each.shares):
+            axes.annotate(f"{share:.0%}", (place, share), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+        axes.set_title(
+            f"{task}: {each.tokens:,} tokens, mean depth {each.mean:.1f} of {each.depths[-1]}",
+            fontsize=9,
+            color=INK,
+            loc="left",
+        )
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axes.margins(y=0.15)
+    every[-1].set_xticks(range(len(first.depths)), [str(depth) for depth in first.depths])
+    oracle = first.name.startswith("oracle")
+    every[-1].set_xlabel(
+        "earliest available depth (layers)" if oracle else f"exit that first gave the token ({first.name})"
+    )
+    return figure

@@ -1,0 +1,214 @@
+"""`python -m dex_jax.evaluation.reproduction DIR ...`: the paper's claims beside what folders of results say.
+
+The paper's text is not at hand: its claims are those of its abstract and of summaries of it (arXiv 2606.29223).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dex_jax.errors import DexError
+from dex_jax.evaluation import comparison as c
+from dex_jax.evaluation.report import markdown
+from dex_jax.evaluation.resampling import Interval
+from dex_jax.evaluation.results import Run, read_results, read_study
+
+FINEST = 8
+"""The K up to which the paper finds finer grids better."""
+
+METHODS = "ar,dex,dex_no_decs,dex_single_exit,layerskip,adadecode,del,oracle"
+GRIDS = "2,3,5,6,8,10"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim of the paper.
+
+    Attributes:
+      what: in words.
+      paper: its figure, in words.
+      low, high: what a measured ratio is held against; infinite where the claim has no such end.
+      rival: the method that DEX is compared with; None for the claim about K.
+    """
+
+    what: str
+    paper: str
+    low: float
+    high: float
+    rival: str | None
+
+
+CLAIMS = (
+    Claim("DEX over LayerSkip at its best setting", "1.3 to 1.6", 1.3, 1.6, "layerskip"),
+    Claim("DEX over AdaDecode", "1.2 to 1.5", 1.2, 1.5, "adadecode"),
+    Claim("DEX over DEL", "1.2 to 1.5", 1.2, 1.5, "del"),
+    Claim("exploring all exits over the first and the last alone", "better", 1.0, float("inf"), "dex_single_exit"),
+    Claim("DECS over none", "5% to 10% better", 1.05, 1.1, "dex_no_decs"),
+    Claim(f"finer grids are better up to K = {FINEST}", "yes", 1.0, float("inf"), None),
+)
+
+
+def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
+    """The page in markdown: a table of claims, a column for each study, and the commands.
+
+    Args:
+      studies: (runs, settings) of each folder; without any, the page says what to run.
+    """
+    names = [_name(study) for _, study in studies]
+    tables = [c.costs(runs, "depth") for runs, _ in studies]
+    rows = []
+    for claim in CLAIMS:
+        cells = [_cell(claim, table, study) for table, (_, study) in zip(tables, studies, strict=True)]
+        rows.append([claim.what, claim.paper, *(cells or ["not measured here yet"])])
+    parts = [
+        "# The paper's claims",
+        "All figures of this page are depth-side: layers run one after the other, AR's or a rival's over DEX's, the "
+        "same exits, the same prompts. They are counts, not times. Medians over prompts, 95% intervals by resampling "
+        "prompts. The claims are those of the abstract of arXiv 2606.29223 and of summaries of it. "
+        "This page is made by `python -m dex_jax.evaluation.reproduction`; no figure is typed in.",
+        markdown(["claim", "paper", *(names or ["measured"])], rows),
+    ]
+    for name, (runs, study), table in zip(names, studies, tables, strict=True):
+        parts += [f"## {name}", _words(table, study), _about(runs), f"```bash\n{command(runs, study)}\n```"]
+    if not studies:
+        parts.append(f"```bash\n{EMPTY}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+EMPTY = (
+    "python -m dex_jax.evaluation.bench --model smollm2-135m --data DIR --output RESULTS \\\n"
+    f"    --methods {METHODS} --by-explorers {GRIDS}\n"
+    "python -m dex_jax.evaluation.reproduction RESULTS --output docs/reproduction.md"
+)
+
+
+def _name(study: dict[str, Any]) -> str:
+    exits = study.get("exits", "default")
+    return Path(str(study.get("model", "a model"))).name + ("" if exits == "default" else f", exits {Path(exits).name}")
+
+
+def _main(table: c.Costs, study: dict[str, Any]) -> str | None:
+    name = f"dex explorers={study.get('explorers')}"
+    return name if name in table else next(iter(c.of_method(table, "dex")), None)
+
+
+def _over(claim: Claim, table: c.Costs, study: dict[str, Any]) -> list[tuple[str, Interval]]:
+    """(rival, its cost over DEX's), of every setting of the rival that was reported."""
+    dex = _main(table, study)
+    if dex is None or claim.rival is None:
+        return []
+    found = [(rival, c.speedup(table, rival, dex)) for rival in c.of_method(table, claim.rival)]
+    return [(rival, interval) for rival, interval in found if interval is not None]
+
+
+def _cell(claim: Claim, table: c.Costs, study: dict[str, Any]) -> str:
+    if claim.rival is None:
+        grids = c.by_explorers(table)
+        return ", ".join(f"K = {k}: {each.value:.2f}" for k, each in grids.items()) or "not measured"
+    return "; ".join(str(interval) for _, interval in _over(claim, table, study)) or "not measured"
+
+
+def _words(table: c.Costs, study: dict[str, Any]) -> str:
+    """A line for each claim: what was measured against what the paper says."""
+    lines = []
+    for claim in CLAIMS:
+        if claim.rival is None:
+            lines += _finer(claim, table)
+            continue
+        for rival, interval in _over(claim, table, study):
+            lines.append(f"- {claim.what} ({_main(table, study)} against {rival}): {verdict(claim, interval)}.")
+    return "\n".join(lines)
+
+
+def verdict(claim: Claim, interval: Interval) -> str:
+    """A measured ratio against the paper's range, in words."""
+    there = f"{interval}, the paper says {claim.paper}"
+    if claim.low <= interval.value <= claim.high:
+        sure = "" if claim.low <= interval.low and interval.high <= claim.high else ", though not all of its interval"
+        return f"as claimed: {there}{sure}"
+    below = interval.value < claim.low
+    close = interval.high >= claim.low if below else interval.low <= claim.high
+    return f"{'below' if below else 'above'} the claim{', within its interval' if close else ''}: {there}"
+
+
+def _finer(claim: Claim, table: c.Costs) -> list[str]:
+    grids = {k: each.value for k, each in c.by_explorers(table).items()}
+    upto = [k for k in grids if k <= FINEST]
+    if len(upto) < 2:
+        return []
+    worse = [k for before, k in itertools.pairwise(upto) if grids[k] < grids[before]]
+    if not worse:
+        return [f"- {claim.what}: as claimed, over K = {', '.join(map(str, upto))}."]
+    return [f"- {claim.what}: not so here, K = {', '.join(map(str, worse))} gained less than the grid before."]
+
+
+def _about(runs: Sequence[Run]) -> str:
+    plain = [run for run in runs if run.method == "ar" and run.kind == "depth" and run.split == "report"]
+    tasks = ", ".join(f"{sum(run.task == task for run in plain)} of {task}" for task in {run.task: 0 for run in plain})
+    first = plain[0] if plain else runs[0]
+    limits = f"at most {first.max_new_tokens} new tokens each"
+    return f"{len(plain)} prompts ({tasks}), {limits}, {first.device}, {first.dtype}."
+
+
+def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
+    """The command that makes such a folder: of its settings and of the methods in it."""
+    counted = [run for run in runs if run.kind == "depth" and run.split == "report"]
+    methods = list(dict.fromkeys(run.method for run in counted))
+    timed = list(dict.fromkeys(run.method for run in runs if run.kind == "wall" and run.split == "report"))
+    main = study.get("explorers")
+    grids = sorted({int(run.setting["explorers"]) for run in counted if run.method == "dex"} - {main})
+    flags: dict[str, Any] = {
+        "model": study.get("model"),
+        "dtype": study.get("dtype"),
+        "exits": study.get("exits"),
+        "drafter": study.get("drafter"),
+        "tasks": ",".join(study.get("tasks", [])),
+        "prompts": study.get("prompts"),
+        "tune-prompts": study.get("tune_prompts"),
+        "longest-prompt": study.get("longest_prompt"),
+        "max-new-tokens": study.get("max_new_tokens"),
+        "temperature": study.get("temperature"),
+        "explorers": main,
+        "by-explorers": ",".join(map(str, grids)),
+        "methods": ",".join(methods),
+        "timed": ",".join(timed) or "none",
+    }
+    words = [f"--{name} {value}" for name, value in flags.items() if value not in (None, "", 0.0)]
+    lines = ["python -m dex_jax.evaluation.bench --data DIR --output RESULTS"]
+    for word in words:
+        if len(lines[-1]) + len(word) > 100:
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return " \\\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code, 2 for bad input."""
+    p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.reproduction", description=__doc__.splitlines()[0])
+    p.add_argument("folders", nargs="*", metavar="DIR", help="of benchmarks, a column each; none: what is to be run")
+    p.add_argument("--output", metavar="FILE.md", help="where the page goes (stdout)")
+    args = p.parse_args(argv)
+    say: Callable[[str], Any] = sys.stdout.write
+    try:
+        text = page([(read_results(folder), read_study(folder)) for folder in args.folders])
+        if args.output is None:
+            say(text)
+        else:
+            Path(args.output).write_text(text, encoding="utf-8")
+    except DexError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {args.output} cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

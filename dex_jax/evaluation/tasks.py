@@ -1,0 +1,196 @@
+"""Benchmark tasks: prompts that ask for text, from files or from the Hugging Face hub.
+
+All are generative. A task that one letter answers has no decoding to speed up, so choices are asked for with a reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dex_jax.errors import DexError
+from dex_jax.evaluation.choices import Item, item_of
+from dex_jax.prompts import Prompt
+from dex_jax.training.prompt_files import read_prompts, read_rows
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+SPLITS = ("test", "val", "dev")
+"""Of several files the first whose name holds one of these, in this order, is read."""
+
+
+class Asked(NamedTuple):
+    """One prompt of a task.
+
+    Attributes:
+      task: its name.
+      id: of the item in the task.
+      prompt: text or messages.
+    """
+
+    task: str
+    id: str
+    prompt: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Where a task's items are and how they are asked.
+
+    Attributes:
+      hub: (name, config, split) for the package `datasets`; None where the hub has none.
+      id_field: of a row; None numbers the rows.
+      ask: (row, where it stands) -> the prompt; None for items with options (evaluation/choices.py).
+    """
+
+    hub: tuple[str, str | None, str] | None
+    id_field: str | None
+    ask: Callable[[dict[str, Any], str], Prompt] | None
+
+
+def text_field(row: dict[str, Any], name: str, where: str) -> str:
+    """A text of a row.
+
+    Raises:
+      DexError: there is none.
+    """
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        held = ", ".join(f'"{key}"' for key in row) or "nothing"
+        raise DexError(f'{where} has no text "{name}", only {held}: is it a file of this task?')
+    return value
+
+
+def _field(name: str, before: str = "") -> Callable[[dict[str, Any], str], Prompt]:
+    return lambda row, where: before + text_field(row, name, where)
+
+
+def _first_turn(row: dict[str, Any], where: str) -> Prompt:
+    # The hub calls them "prompt", the files of FastChat "turns".
+    turns = row.get("turns", row.get("prompt"))
+    if not isinstance(turns, list) or not turns:
+        raise DexError(f'{where} has no "turns", a list of what is asked in turn: is it a file of this task?')
+    return text_field({"turns": turns[0]}, "turns", where)
+
+
+def choice_prompt(item: Item) -> str:
+    """The one default prompt of an item with options: they are lettered, and a reason is asked for."""
+    options = "\n".join(f"{chr(ord('A') + number)}. {option}" for number, option in enumerate(item.options))
+    asked = "How does this go on?" if item.task == "hellaswag" else "Which answer is right?"
+    return f"{item.question}\n\n{asked}\n{options}\n\nName the letter and explain your choice."
+
+
+TASKS: dict[str, Task] = {
+    "gsm8k": Task(("openai/gsm8k", "main", "test"), None, _field("question")),
+    "humaneval": Task(("openai/openai_humaneval", None, "test"), "task_id", _field("prompt")),
+    "spec_bench": Task(None, "question_id", _first_turn),
+    "mt_bench": Task(("HuggingFaceH4/mt_bench_prompts", None, "train"), "question_id", _first_turn),
+    "xsum": Task(
+        ("EdinburghNLP/xsum", None, "test"), "id", _field("document", "Summarise this article in a few sentences.\n\n")
+    ),
+    "hellaswag": Task(("Rowan/hellaswag", None, "validation"), None, None),
+    "mmlu": Task(("cais/mmlu", "all", "dev"), None, None),
+}
+"""Name -> task. "prompts:FILE" is one too: any file that dex_jax.training.prompt_files reads."""
+
+
+def read_task(name: str, data: str | Path | None) -> list[Asked]:
+    """All prompts of a task.
+
+    Args:
+      name: of TASKS, or "prompts:FILE" for any .txt, .jsonl or .json file of prompts, or "prompts" for that of `data`.
+      data: a folder with a folder of each task's name, as gsm8k/train.jsonl; None reads from the hub.
+
+    Raises:
+      DexError: an unknown task, no file, a damaged or empty one (by line), or no package `datasets`.
+    """
+    if name == "prompts" and data is not None:
+        name = f"prompts:{data if Path(data).is_file() else task_file(name, data)}"
+    if name.startswith("prompts:"):
+        file = Path(name.removeprefix("prompts:"))
+        return [Asked(task_name(name), str(number), prompt) for number, prompt in enumerate(read_prompts(str(file)))]
+    if name not in TASKS:
+        raise DexError(f"unknown task {name!r}: choose among {', '.join(TASKS)} and prompts:FILE")
+    task = TASKS[name]
+    found: dict[str, Asked] = {}
+    for number, (row, where) in enumerate(rows_of(name, data)):
+        asked = _asked(name, task, row, number, where)
+        if asked.id in found:
+            raise DexError(f"{where}: another item has the same id, {asked.id}: give each its own")
+        found[asked.id] = asked
+    if not found:
+        raise DexError(f"{name if data is None else task_file(name, data)} is empty: give it at least one item")
+    return list(found.values())
+
+
+def rows_of(name: str, data: str | Path | None) -> Iterator[tuple[Any, str]]:
+    """(row, where it stands) of each row of a task of TASKS, from a folder of data or the hub."""
+    return read_rows(str(task_file(name, data))) if data is not None else _hub_rows(name, TASKS[name])
+
+
+def _asked(name: str, task: Task, row: Any, number: int, where: str) -> Asked:
+    if not isinstance(row, dict):
+        raise DexError(f"{where} is {type(row).__name__}, not an item: make it an object with named fields")
+    if task.ask is None:
+        item = item_of(name, row, number, where)
+        return Asked(name, item.id, choice_prompt(item))
+    given = None if task.id_field is None else row.get(task.id_field)
+    return Asked(name, str(number if given is None else given), task.ask(row, where))
+
+
+def task_name(name: str) -> str:
+    """How a task is called in results: "prompts:FILE" by its file, without folder and suffix."""
+    return Path(name.removeprefix("prompts:")).name.split(".")[0] if name.startswith("prompts:") else name
+
+
+def task_file(name: str, data: str | Path) -> Path:
+    """The file of a task in a folder of data: in a folder of its name, or NAME.jsonl itself.
+
+    Raises:
+      DexError: there is none.
+    """
+    folder = Path(data)
+    if not folder.is_dir():
+        raise DexError(f"there is no folder of data {folder}: check --data")
+    beside = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+    inside = sorted((folder / name).iterdir()) if (folder / name).is_dir() else []
+    files = [file for file in (*inside, *beside) if file.name.endswith(SUFFIXES) and file.is_file()]
+    if not files:
+        raise DexError(
+            f"{folder} has no file of task {name}: put one into {folder / name} (.jsonl or .json, gzipped or not)"
+        )
+    return min(files, key=lambda file: next((at for at, split in enumerate(SPLITS) if split in file.name), len(SPLITS)))
+
+
+def _hub_rows(name: str, task: Task) -> Iterator[tuple[dict[str, Any], str]]:
+    if task.hub is None:
+        raise DexError(f"task {name} is not on the hub in one known form: give --data DIR with {name}/*.jsonl")
+    repository, config, split = task.hub
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise DexError(
+            f"task {name} from the hub needs the package datasets: pip install 'dex-jax[eval]', or give --data DIR"
+        ) from error
+    try:
+        rows = datasets.load_dataset(repository, config, split=split)
+    # Its errors come from many packages below it, down to those of the network.
+    except Exception as error:
+        raise DexError(f"datasets cannot load {repository} (split {split}): {error}; give --data DIR") from error
+    for number, row in enumerate(rows):
+        yield dict(row), f"row {number} of {repository}"
+
+
+def spread(count: int, wanted: int, taken: Sequence[int] = ()) -> list[int]:
+    """`wanted` indices evenly spread over 0 .. count - 1, those in `taken` left out; fewer if there are fewer.
+
+    Example:
+      >>> spread(10, 3), spread(10, 2, taken=(0, 3, 6))
+      ([0, 3, 6], [1, 5])
+    """
+    gone = set(taken)
+    free = [index for index in range(count) if index not in gone]
+    wanted = min(wanted, len(free))
+    return [free[at * len(free) // wanted] for at in range(wanted)]

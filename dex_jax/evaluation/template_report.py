@@ -1,0 +1,327 @@
+"""`python -m dex_jax.evaluation.template_report DIR`: summary.md and a plot of a template study, from its results.
+
+The headline is the median over templates with the least and the most, never the best one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dex_jax.errors import DexError
+from dex_jax.evaluation import template_statistics as s
+from dex_jax.evaluation.exit_report import markdown
+from dex_jax.evaluation.resampling import Interval
+from dex_jax.evaluation.results import Run, read_results, read_study
+
+SUMMARY = "summary.md"
+PLOT = "template_spread.png"
+
+LARGE = 1e9
+"""Parameters below which a model settles nothing about large ones."""
+
+
+def write(folder: str | Path, plots: bool = True) -> list[Path]:
+    """Writes summary.md and the plot into a folder of results.
+
+    Returns:
+      The files.
+
+    Raises:
+      DexError: no or damaged results, no matplotlib, or a folder that cannot be written.
+    """
+    folder = Path(folder)
+    runs, study = read_results(folder), read_study(folder)
+    if study.get("benchmark") != "templates":
+        raise DexError(f"{folder} holds no template study: python -m dex_jax.evaluation.report reads other benchmarks")
+    files = [folder / SUMMARY]
+    try:
+        files[0].write_text(summary(runs, study), encoding="utf-8")
+        if plots:
+            files.append(folder / PLOT)
+            draw(s.grids(runs, study["dtype"])).savefig(files[1], format="png")
+    except OSError as error:
+        raise DexError(f"{folder} cannot be written: {error.strerror or error}") from error
+    return files
+
+
+def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
+    """The report in markdown."""
+    found = s.grids(runs, study["dtype"])
+    dtypes = [d for d in dict.fromkeys(run.dtype for run in runs) if d != study["dtype"]]
+    parts = ["# Prompt templates", _about(runs, study, found)]
+    for grid in found:
+        others = [other for d in dtypes for other in s.grids(runs, d) if other.task == grid.task]
+        parts += _task(grid, runs, study, others)
+    parts += ["## How to read this", *_notes(study)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _about(runs: Sequence[Run], study: dict[str, Any], found: Sequence[s.Grid]) -> str:
+    first = next(run for run in runs if run.method == "ar")
+    sizes = ", ".join(f"{len(g.items)} items x {len(g.templates)} templates of {g.task}" for g in found)
+    dropped = sum(study["too_long"].values())
+    long = (
+        f" {dropped} items longer than {study['longest_prompt']} tokens in some template were left out."
+        if dropped
+        else ""
+    )
+    return (
+        f"{study['model']} ({study['parameters'] / 1e6:.0f}M parameters), {study['dtype']}, greedy, at most "
+        f"{study['max_new_tokens']} new tokens; {sizes}.{long} Exits: {study['exits']}, not tuned on any template. "
+        f"Device {first.device}; {', '.join(f'{k} {v}' for k, v in first.versions.items())}."
+    )
+
+
+def _task(grid: s.Grid, runs: Sequence[Run], study: dict[str, Any], others: Sequence[s.Grid]) -> list[str]:
+    parts = [f"## {grid.task}"]
+    kept = grid.decoding
+    some = grid.only(kept)
+    names = [name for name in ("dex", *grid.rivals) if name in grid.costs] if kept.any() else []
+    spreads = {name: s.spread(some, name) for name in names}
+    left_out = [name for name, decodes in zip(grid.templates, kept, strict=True) if not decodes]
+    parts.append(_headline(some, spreads, runs, left_out))
+    parts.append(_table(grid, some.templates, spreads))
+    if spreads:
+        parts += ["Over templates (layers of AR over the method's, run one after the other):", _spreads(some, spreads)]
+    tau = s.ranking_agreement(some) if names else None
+    if tau is not None and len(grid.costs) > 1:
+        parts.append(
+            f"Ranking of {', '.join(grid.costs)}: Kendall's tau between every two templates is {tau[0]:.2f} on average "
+            f"and {tau[1]:.2f} at least."
+        )
+    parts.append(_quality(grid, others))
+    parts.append(_checks(grid, runs))
+    return parts
+
+
+def _headline(grid: s.Grid, spreads: dict[str, s.Spread], runs: Sequence[Run], left_out: Sequence[str]) -> str:
+    lines = []
+    for name, found in spreads.items():
+        lines.append(
+            f"- **{_label(name)} over AR, depth-side: {found.median:.2f} [{found.lowest:.2f}, {found.highest:.2f}]** "
+            "(median [min, max] over templates)"
+        )
+    if "dex" in spreads:
+        judged = s.verdict(grid)
+        if judged.over_rival is not None:
+            each = [interval.value for interval in judged.over_rival]
+            lines.append(
+                f"- **DEX over the best rival: {np.median(each):.2f} [{min(each):.2f}, {max(each):.2f}]**"
+                + _setting(grid, runs)
+            )
+        lines.append(f"- {_sentence(judged, bool(left_out))}")
+    if left_out:
+        lines.append(
+            f"- Left out of all speedups: {', '.join(left_out)}, where fewer than {s.LEAST_DECODING:.0%} of answers "
+            "have a second token."
+        )
+    return "\n".join(lines)
+
+
+def _sentence(judged: s.Verdict, some_left_out: bool) -> str:
+    """Whether it holds, and by how much."""
+    if judged.beats is None:
+        return "No rival ran. A depth-side figure over AR cannot be below 1 and is no evidence: nothing is claimed."
+    if math.isnan(judged.keeps) or math.isnan(judged.beats):
+        return "Not shown to hold across templates: too few answers with something to decode for any bounds."
+    found = (
+        f"in simultaneous 95% bounds the worst template keeps at least {judged.keeps:.2f} of the median one (asked: "
+        f"{s.WORST_OVER_MEDIAN}), and DEX over the best rival is at least {judged.beats:.2f} in every template (asked: "
+        "above 1)"
+    )
+    if judged.holds and not some_left_out:
+        return f"**Holds across templates**, depth-side: {found}. Nothing is claimed about wall-clock time."
+    return f"Not shown to hold across templates: {found}."
+
+
+def _setting(grid: s.Grid, runs: Sequence[Run]) -> str:
+    found = next((r for r in runs if r.task == grid.task and r.split == "report" and r.method == "layerskip"), None)
+    if found is None:
+        return ""
+    return (
+        f" (LayerSkip at exit {found.setting['exit']}, {found.setting['draft_length']} drafts, chosen on other items)"
+    )
+
+
+def _table(grid: s.Grid, decoding: Sequence[str], spreads: dict[str, s.Spread]) -> str:
+    right = s.accuracy(grid)
+    header = ["template", "prompt", "answer", *(f"{_label(name)} over AR" for name in spreads)]
+    header += ["accuracy", "parsed", "repeated"]
+    rows = []
+    for i, name in enumerate(grid.templates):
+        lengths = [f"{np.nanmean(x[:, i]):.0f}" for x in (grid.prompt_tokens, grid.new_tokens)]
+        at = decoding.index(name) if name in decoding else None
+        cells = ["-" if at is None else str(found.each[at]) for found in spreads.values()]
+        repeats = grid.repeated[:, i]
+        share = f"{np.nanmean(repeats):.2f}" if not np.isnan(repeats).all() else "-"
+        rows.append([name, *lengths, *cells, str(right[i]), f"{np.nanmean(grid.parsed[:, i]):.2f}", share])
+    table = markdown(header, rows)
+    return (
+        f"{table}\n\nLengths in tokens; bounds hold together for all templates of a column with 95%. Accuracy is of "
+        f"the generated answers, chance {grid.chance:.2f}; one that could not be parsed counts as wrong."
+    )
+
+
+def _spreads(grid: s.Grid, spreads: dict[str, s.Spread]) -> str:
+    looping = np.nan_to_num(grid.repeated) > s.LOOPING
+    rows = []
+    for name, found in spreads.items():
+        explained = s.explained_by_length(grid, name)
+        rows.append([_label(name), *_spread_cells(found), *(_r2(explained[at]) for at in ("templates", "answers"))])
+        calm = grid.without(looping)
+        if looping.any() and calm.decoding.all():
+            explained = s.explained_by_length(calm, name)
+            cells = _spread_cells(s.spread(calm, name))
+            rows.append([f"{_label(name)}, no loops", *cells, *(_r2(explained[at]) for at in ("templates", "answers"))])
+    header = ["", "min", "median", "max", "max - min", "worst / median", "R2, templates", "R2, answers"]
+    return (
+        f'{markdown(header, rows)}\n\n"No loops" leaves out the {looping.mean():.0%} of answers of which more than '
+        f"{s.LOOPING:.0%} of 4-grams occurred before. R2: share of the variance that the lengths of prompt and answer "
+        "explain in a linear fit, between the templates' means and between single answers (in brackets: adjusted)."
+    )
+
+
+def _spread_cells(found: s.Spread) -> list[str]:
+    numbers = (found.lowest, found.median, found.highest, found.highest - found.lowest)
+    return [*(f"{x:.2f}" for x in numbers), str(found.worst_over_median)]
+
+
+def _r2(found: tuple[float, float]) -> str:
+    return "-" if math.isnan(found[0]) else f"{found[0]:.2f} ({found[1]:.2f})"
+
+
+def _quality(grid: s.Grid, others: Sequence[s.Grid]) -> str:
+    each = [interval.value for interval in s.accuracy(grid)]
+    lines = [
+        f"Quality: accuracy {np.median(each):.2f} [{min(each):.2f}, {max(each):.2f}] (median [min, max] over "
+        f"templates), chance {grid.chance:.2f}; {1 - np.nanmean(grid.parsed):.0%} of answers could not be parsed."
+    ]
+    if "dex" in grid.costs:
+        lines.append(
+            "DEX's answers are AR's, token for token, so its accuracy is the same number and no second measurement."
+        )
+    for other in others:
+        difference = s.paired_accuracy(grid, other)
+        if difference is not None:
+            lines.append(
+                f"{other.dtype} minus {grid.dtype}, same answers, items resampled: {difference.value:+.3f} "
+                f"[{difference.low:+.3f}, {difference.high:+.3f}] ({difference.items} items)."
+            )
+    if not others:
+        lines.append("No second dtype ran (--second-dtype): what another one does to quality is not known here.")
+    return " ".join(lines)
+
+
+def _checks(grid: s.Grid, runs: Sequence[Run]) -> str:
+    forced = {_place(run): run for run in runs if run.counted == "forced" and run.task == grid.task}
+    lines = []
+    for name in ("dex", *grid.rivals):
+        loops = [run for run in runs if run.counted == "loop" and run.method == name and _place(run) in forced]
+        if not loops:
+            continue
+        same = sum(run.exits == forced[_place(run)].exits for run in loops)
+        steps = sum(run.layer_steps or 0 for run in loops)
+        counted = sum(forced[_place(run)].layer_steps or 0 for run in loops)
+        ratio = f"{steps / counted:.4f}" if counted else "-"
+        lines.append(
+            f"{_label(name)}: {sum(bool(run.match) for run in loops)} of {len(loops)} texts are AR's, exits as "
+            f"counted in {same}, layer steps over those counted {ratio}."
+        )
+    if not lines:
+        return "The loops themselves were not run (--loop-share 0): nothing checks the counts."
+    return "The loops themselves, on a random share of the answers: " + " ".join(lines)
+
+
+def _place(run: Run) -> tuple[Any, ...]:
+    return run.name, run.split, run.task, run.template, run.prompt_id, run.dtype
+
+
+def _notes(study: dict[str, Any]) -> list[str]:
+    found = [
+        "Depth-side figures count layers that run one after the other; they are no times. DEX's take one device a "
+        "stage and free heads. They cannot be below 1, so a figure above 1 is no evidence: only comparisons are.",
+        "DEX and LayerSkip are counted along AR's answers. That is exact for rows that never prune, but for drafts "
+        "after a wrong one in LayerSkip, which are all counted; the ratio of layer steps above says how much that is.",
+    ]
+    if study["parameters"] < LARGE:
+        found.append(
+            f"A model of {study['parameters'] / 1e6:.0f}M parameters cannot settle what large models do. "
+            "The same command takes any model."
+        )
+    return found
+
+
+def _label(name: str) -> str:
+    return {"dex": "DEX", "ar": "AR", "layerskip": "LayerSkip"}.get(name, name)
+
+
+def draw(found: Sequence[s.Grid]) -> Any:
+    """The spread over templates: a panel for each task, every method's speedup over AR with simultaneous bounds.
+
+    Raises:
+      DexError: no matplotlib.
+    """
+    from dex_jax.plot.colors import SERIES
+    from dex_jax.plot.figures import FAINT, INK, new_figure, quiet_axes
+
+    found = [grid.only(grid.decoding) for grid in found]
+    most = max(len(grid.templates) for grid in found)
+    figure = new_figure(5.2 * len(found), 1.4 + 0.32 * most)
+    for number, grid in enumerate(found, 1):
+        axes = figure.add_subplot(1, len(found), number)
+        quiet_axes(axes)
+        axes.grid(axis="x", color=FAINT, linewidth=0.6)
+        axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        names = [name for name in ("dex", *grid.rivals) if name in grid.costs and grid.templates]
+        spreads = {name: s.spread(grid, name) for name in names}
+        leading = spreads[names[0]].each if names else ()
+        order = sorted(range(len(grid.templates)), key=lambda i, leading=leading: leading[i].value if leading else i)
+        for place, name in enumerate(names):
+            color, shift = SERIES[place % len(SERIES)], (place - (len(names) - 1) / 2) * 0.22
+            across = [spreads[name].each[i] for i in order]
+            heights = np.arange(len(order)) + shift
+            axes.hlines(
+                heights, [x.low for x in across], [x.high for x in across], color=color, linewidth=1.6, alpha=0.6
+            )
+            label = f"{_label(name)}: {_short(spreads[name])}"
+            axes.plot([x.value for x in across], heights, "o", color=color, markersize=4.5, label=label)
+            axes.axvline(spreads[name].median, color=color, linewidth=0.9, alpha=0.5)
+        axes.set_yticks(range(len(order)), [grid.templates[i] for i in order])
+        axes.set_xlabel("layers of AR over the method's (depth-side, no time)", fontsize=8, color=INK)
+        axes.set_title(f"{grid.task}, {len(grid.items)} items", fontsize=9, color=INK, loc="left")
+        if not names:
+            continue
+        axes.legend(fontsize=7, frameon=False, loc="lower right", title="median [min, max]", title_fontsize=7)
+    return figure
+
+
+def _short(found: s.Spread) -> str:
+    return str(Interval(found.median, found.lowest, found.highest, 0))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code, 2 for bad input."""
+    p = argparse.ArgumentParser(
+        prog="python -m dex_jax.evaluation.template_report", description=__doc__.splitlines()[0]
+    )
+    p.add_argument("folder", metavar="DIR", help="that python -m dex_jax.evaluation.templates has written")
+    p.add_argument("--no-plots", action="store_true", help="no PNG files, and no need of matplotlib")
+    args = p.parse_args(argv)
+    try:
+        for file in write(args.folder, plots=not args.no_plots):
+            print(file)
+        return 0
+    except DexError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

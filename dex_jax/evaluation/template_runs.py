@@ -1,0 +1,421 @@
+"""The runs of the template study: answers in large batches, counts along them, and the loop itself on a few.
+
+Every answer is made once, by AR. What DEX and LayerSkip count on it is teacher-forced (`forced_counts`), which is exact
+where rows never prune; the loops themselves run on a random share of the answers and must agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dex_jax.decoding.generate import generate
+from dex_jax.decoding.layerskip import LayerSkip
+from dex_jax.decoding.methods import Dex
+from dex_jax.decoding.output import ticks_of
+from dex_jax.errors import DexError
+from dex_jax.evaluation.answer_parsing import parse_choice
+from dex_jax.evaluation.answering import Answer, answer, batches
+from dex_jax.evaluation.check import compare_tokens
+from dex_jax.evaluation.choices import Item
+from dex_jax.evaluation.contenders import best_setting
+from dex_jax.evaluation.forced_counts import Ask, Forced, dex_asks, dex_count, layerskip_asks, layerskip_count
+from dex_jax.evaluation.prompt_formats import Template, shown_options
+from dex_jax.evaluation.results import Results, Run, compared, repeated, run_key, run_of, versions
+from dex_jax.io.exits_file import TrainedExits
+from dex_jax.language_model import LanguageModel
+from dex_jax.lattice import full_rows
+from dex_jax.selfcheck import CLOSE
+from dex_jax.training.progress import duration
+
+SMALLEST_BATCH = 8
+LOOP_BATCH = 8
+"""Of the loops themselves: more rows of a lattice at a time cost more than they save."""
+
+METHODS = ("ar", "dex", "layerskip")
+
+
+class Case(NamedTuple):
+    """One item in one template.
+
+    Attributes:
+      item, template: what is asked and how.
+      ids: token ids of the prompt.
+      split: "report", or "tune" for items on which LayerSkip's setting is chosen.
+    """
+
+    item: Item
+    template: Template
+    ids: tuple[int, ...]
+    split: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a study runs.
+
+    Attributes:
+      methods: of METHODS.
+      model: as it is loaded, for the record.
+      exits: of all depths that are asked; exits_source: where they are from.
+      depths: DEX's grid.
+      exit_depths, draft_lengths: LayerSkip's sweep.
+      max_new_tokens: of each answer.
+      batch: prompts at a time.
+      loop_share: of the answers, on which the loops themselves run too.
+      seed: of that choice.
+    """
+
+    methods: tuple[str, ...]
+    model: str
+    exits: TrainedExits
+    exits_source: str
+    depths: tuple[int, ...]
+    exit_depths: tuple[int, ...]
+    draft_lengths: tuple[int, ...]
+    max_new_tokens: int
+    batch: int
+    loop_share: float
+    seed: int
+
+
+class TemplateStudy:
+    """Makes the runs of a study that are not there yet.
+
+    Args:
+      lm: the model.
+      results: where lines go, and what is there.
+      cases: items in templates.
+      plan: what to do with them.
+      notify: shown progress, see training.progress.Display.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        results: Results,
+        cases: Sequence[Case],
+        plan: Plan,
+        notify: Callable[[Any], None] = lambda event: None,
+    ):
+        self.lm, self.results, self.cases, self.plan, self.notify = lm, results, cases, plan, notify
+        self.known: dict[tuple[str, str, str, str], Run] = {
+            (run.split, run.task, run.template, run.prompt_id): run
+            for run in results.runs
+            if run.method == "ar" and run.dtype == str(lm.dtype)
+        }
+
+    def run(self) -> list[str]:
+        """All of it; returns a sentence for each loop that did not agree."""
+        if "layerskip" in self.plan.methods:
+            sweep = [(d, g) for d in self.plan.exit_depths for g in self.plan.draft_lengths]
+            self._answers("tune", {case.item.task: sweep for case in self.cases}, "choosing LayerSkip's setting")
+        chosen = {task: [setting] for task, setting in self.chosen().items()}
+        self._answers("report", chosen, "answers")
+        return self._loops()
+
+    def chosen(self) -> dict[str, tuple[int, int]]:
+        """Task -> LayerSkip's best (exit, draft length) on the items that are not reported; {} without LayerSkip."""
+        if "layerskip" not in self.plan.methods:
+            return {}
+        found = {}
+        for task in dict.fromkeys(case.item.task for case in self.cases):
+            setting = best_setting([run for run in self.results.runs if run.task == task], "layerskip", "depth")
+            found[task] = (setting["exit"], setting["draft_length"])
+        return found
+
+    def _answers(self, split: str, settings: dict[str, list[tuple[int, int]]], what: str) -> None:
+        """AR's answers of a split, DEX on reported ones, and LayerSkip with the settings of each task."""
+        plan, layers = self.plan, self.lm.config.num_layers
+        dex = "dex" in plan.methods and split == "report"
+        todo = [
+            case
+            for case in self.cases
+            if case.split == split and any(key not in self.results.done for key in self._keys(case, dex, settings))
+        ]
+        asks: set[Ask] = set(dex_asks(plan.depths, plan.exits.config)) if dex else set()
+        for depth, length in {pair for each in settings.values() for pair in each}:
+            asks |= set(layerskip_asks(depth, length, plan.exits.config, layers))
+        groups = [[todo[i] for i in group] for group in batches([len(case.ids) for case in todo], plan.batch)]
+        pace = _Pace(self.notify, sum(len(case.ids) + plan.max_new_tokens for case in todo), what)
+        for group in groups:
+            rows = SMALLEST_BATCH
+            while rows < len(group):
+                rows *= 2
+            found = answer(
+                self.lm,
+                [list(case.ids) for case in group],
+                plan.max_new_tokens,
+                exits=plan.exits if asks else None,
+                asks=tuple(sorted(asks)),
+                count=max(1, len(plan.depths) - 1),
+                batch=rows,
+            )
+            for case, each in zip(group, found, strict=True):
+                for run in self._lines(case, each, dex, settings.get(case.item.task, []), rows):
+                    self.results.add(run)
+            pace.add(sum(len(case.ids) + plan.max_new_tokens for case in group))
+
+    def _keys(self, case: Case, dex: bool, settings: dict[str, list[tuple[int, int]]]) -> list[tuple[Any, ...]]:
+        """The keys of all lines that an answer makes."""
+        where = self._where(case)
+        keys = [run_key("depth", "ar", setting={}, counted="loop", **where)]
+        if dex:
+            keys.append(run_key("depth", "dex", setting=self._grid, counted="forced", **where))
+        for depth, length in settings.get(case.item.task, []):
+            setting = {"exit": depth, "draft_length": length}
+            keys.append(run_key("depth", "layerskip", setting=setting, counted="forced", **where))
+        return keys
+
+    @property
+    def _grid(self) -> dict[str, Any]:
+        return {"explorers": len(self.plan.depths)}
+
+    def _where(self, case: Case) -> dict[str, Any]:
+        return {
+            "task": case.item.task,
+            "prompt_id": case.item.id,
+            "template": case.template.name,
+            "split": case.split,
+            "dtype": str(self.lm.dtype),
+        }
+
+    def _lines(self, case: Case, each: Answer, dex: bool, settings: Sequence[tuple[int, int]], rows: int) -> list[Run]:
+        plan, layers, tokens = self.plan, self.lm.config.num_layers, each.tokens.tolist()
+        graded = grade(self.lm, case, tokens)
+        shared: dict[str, Any] = {
+            **self._where(case),
+            "model": plan.model,
+            "tokens": tokens,
+            "prompt_tokens": len(case.ids),
+            "batch": rows,
+            "repeated": repeated(tokens),
+            "max_new_tokens": plan.max_new_tokens,
+            "device": jax.devices()[0].platform,
+            "versions": versions(),
+            **graded,
+        }
+        plain = Run("depth", "ar", layer_steps=layers * (len(tokens) - 1), depths=[layers], rows=1, **shared)
+        self.known[plain.split, plain.task, plain.template, plain.prompt_id] = plain
+        lines = [plain]
+        if dex:
+            lines.append(self._dex_line(each.forced, shared))
+        for depth, length in settings:
+            assert each.forced is not None
+            count = layerskip_count(each.forced, depth, length, plan.max_new_tokens, self.lm.eos_ids)
+            lines.append(
+                Run(
+                    "depth",
+                    "layerskip",
+                    setting={"exit": depth, "draft_length": length},
+                    counted="forced",
+                    exits=count.exits.tolist(),
+                    exits_source=plan.exits_source,
+                    depths=[depth, layers],
+                    rows=length + 1,
+                    layer_steps=count.layer_steps,
+                    rounds=count.rounds,
+                    **shared,
+                )
+            )
+        return lines
+
+    def _dex_line(self, forced: Forced | None, shared: dict[str, Any]) -> Run:
+        assert forced is not None
+        depths = self.plan.depths
+        exits = dex_count(forced, depths).exits
+        ticks = ticks_of(exits, len(exits), len(depths))
+        longest = max(end - start for start, end in zip((0, *depths), depths, strict=False))
+        return Run(
+            "depth",
+            "dex",
+            setting=self._grid,
+            counted="forced",
+            exits=exits.tolist(),
+            exits_source=self.plan.exits_source,
+            depths=list(depths),
+            rows=full_rows(len(depths)),
+            layer_steps=ticks * longest,
+            ticks=ticks,
+            **shared,
+        )
+
+    def sampled(self) -> list[Case]:
+        """The cases on which the loops themselves run: a random share of every task, at least one."""
+        found = []
+        for task in dict.fromkeys(case.item.task for case in self.cases):
+            ours = [case for case in self.cases if case.split == "report" and case.item.task == task]
+            count = min(len(ours), max(1, round(self.plan.loop_share * len(ours)))) if self.plan.loop_share else 0
+            found += random.Random(f"{self.plan.seed} {task}").sample(ours, count)
+        return found
+
+    def _loops(self) -> list[str]:
+        """Runs the loops on a share of the answers; returns a sentence for each that is not as was counted."""
+        sample, chosen = self.sampled(), self.chosen()
+        todo: list[tuple[str, dict[str, Any], Any, list[Case]]] = []
+        if "dex" in self.plan.methods and len(self.plan.depths) > 1:
+            todo.append(("dex", self._grid, Dex(depths=self.plan.depths, rows="full"), sample))
+        for depth, length in sorted(set(chosen.values())):
+            ours = [case for case in sample if chosen[case.item.task] == (depth, length)]
+            todo.append(("layerskip", {"exit": depth, "draft_length": length}, LayerSkip(depth, length), ours))
+        pace = _Pace(self.notify, sum(len(cases) for _, _, _, cases in todo), "the loops themselves")
+        for name, setting, method, cases in todo:
+            missing = [
+                case
+                for case in cases
+                if run_key("depth", name, setting=setting, counted="loop", **self._where(case)) not in self.results.done
+            ]
+            pace.add(len(cases) - len(missing), made=False)
+            for group in batches([len(case.ids) for case in missing], LOOP_BATCH):
+                members = [missing[i] for i in group]
+                # A smaller last batch would be another program.
+                filled = members + [members[-1]] * (LOOP_BATCH - len(members))
+                output = generate(
+                    self.lm,
+                    [list(case.ids) for case in filled],
+                    method=method,
+                    exits=self.plan.exits,
+                    max_new_tokens=self.plan.max_new_tokens,
+                )
+                for row, case in enumerate(members):
+                    plain = self.known["report", case.item.task, case.template.name, case.item.id]
+                    run = run_of(
+                        output,
+                        row,
+                        kind="depth",
+                        method=name,
+                        setting=setting,
+                        counted="loop",
+                        model=self.plan.model,
+                        max_new_tokens=self.plan.max_new_tokens,
+                        **self._where(case),
+                        **grade(self.lm, case, output.tokens[row, : output.lengths[row]].tolist()),
+                    )
+                    run = dataclasses.replace(run, exits_source=self.plan.exits_source)
+                    check = compare_tokens(self.lm, list(case.ids), run.tokens, plain.tokens)
+                    self.results.add(compared(run, check))
+                pace.add(len(members))
+        return self._disagreements()
+
+    def _disagreements(self) -> list[str]:
+        """A sentence for each run of a loop whose tokens are not AR's or whose exits are not those counted."""
+        found = []
+        cases = {(c.item.task, c.template.name, c.item.id): c for c in self.cases if c.split == "report"}
+        forced = {self._place(run): run for run in self.results.runs if run.counted == "forced"}
+        for run in self.results.runs:
+            counted = forced.get(self._place(run))
+            if run.counted != "loop" or run.method == "ar" or counted is None or run.dtype != str(self.lm.dtype):
+                continue
+            where = f"{run.name} on {run.task}, item {run.prompt_id}, template {run.template}"
+            if not run.match:
+                if not run.tie:
+                    found.append(f"{where}: token {run.first_divergence} is not AR's (top-2 margin {run.margin})")
+                continue  # after a tie the texts are different ones
+            assert run.exits is not None
+            assert counted.exits is not None
+            differs = np.flatnonzero(np.asarray(run.exits) != np.asarray(counted.exits))
+            if len(differs) == 0:
+                continue
+            margin = self._margin(cases[run.task, run.template, run.prompt_id], run, int(differs[0]))
+            if margin >= CLOSE[run.dtype]:
+                found.append(
+                    f"{where}: token {differs[0]} has exit {run.exits[differs[0]]} in the loop and "
+                    f"{counted.exits[differs[0]]} as counted, with a margin of {margin:.2g} there"
+                )
+        return found
+
+    def _place(self, run: Run) -> tuple[Any, ...]:
+        return run.name, run.split, run.task, run.template, run.prompt_id, run.dtype
+
+    def _margin(self, case: Case, run: Run, at: int) -> float:
+        """How near the proposals that decided a token were to others."""
+        plan, layers = self.plan, self.lm.config.num_layers
+        depth, length = run.setting.get("exit", 1), run.setting.get("draft_length", 1)
+        if run.method == "dex":
+            asks = dex_asks(plan.depths, plan.exits.config)
+        else:
+            asks = layerskip_asks(depth, length, plan.exits.config, layers)
+        (found,) = answer(
+            self.lm, [list(case.ids)], plan.max_new_tokens, exits=plan.exits, asks=asks, count=len(plan.depths) - 1
+        )
+        assert found.forced is not None
+        if run.method == "dex":
+            return float(dex_count(found.forced, plan.depths).closest[at])
+        count = layerskip_count(found.forced, depth, length, plan.max_new_tokens, self.lm.eos_ids)
+        return float(count.closest[at])
+
+
+def answers_in(lm: LanguageModel, results: Results, cases: Sequence[Case], plan: Plan, notify: Any) -> None:
+    """AR's answers alone to reported cases, in another dtype than the study's own."""
+    alone = dataclasses.replace(plan, methods=("ar",), loop_share=0.0)
+    TemplateStudy(lm, results, [case for case in cases if case.split == "report"], alone, notify).run()
+
+
+def grade(lm: LanguageModel, case: Case, tokens: Sequence[int]) -> dict[str, Any]:
+    """parsed, correct and chance of an answer."""
+    text = "" if lm.tokenizer is None else lm.tokenizer.decode([t for t in tokens if t not in lm.eos_ids])
+    template, item = case.template, case.item
+    labels = tuple("ABCDEFGHIJ"[: len(item.options)]) if template.jinja else template.labels(item)
+    found = parse_choice(text, labels, shown_options(template, item))
+    return {"parsed": found is not None, "correct": found == item.answer, "chance": item.chance}
+
+
+class Standing(NamedTuple):
+    """How far a part of the study has come, for a Display.
+
+    Attributes:
+      what: the part.
+      share: 0 to 1.
+      seconds_left: None while there is nothing to go by.
+      logged: whether it is worth a line of a log.
+    """
+
+    what: str
+    share: float
+    seconds_left: float | None
+    logged: bool
+
+    def describe(self) -> str:
+        """One line."""
+        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
+        return f"{self.what}: {self.share:.0%}{left}"
+
+
+class _Pace:
+    """Shows how far a part of the study has come, and how long the rest takes at this pace."""
+
+    def __init__(self, notify: Callable[[Any], None], total: int, what: str):
+        self.notify, self.total, self.what = notify, total, what
+        self.done = self.made = 0
+        self.begin = self.logged = time.monotonic()
+
+    def add(self, amount: int, made: bool = True) -> None:
+        self.done += amount
+        self.made += amount if made else 0
+        now = time.monotonic()
+        left = (now - self.begin) / self.made * (self.total - self.done) if self.made else None
+        log = now - self.logged > 10 or self.done == self.total
+        self.logged = now if log else self.logged
+        self.notify(Standing(self.what, self.done / max(self.total, 1), left, log and made))
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuses methods that the study cannot count.
+
+    Raises:
+      DexError: an unknown one, or AR missing.
+    """
+    for name in methods:
+        if name not in METHODS:
+            raise DexError(
+                f"the template study counts {', '.join(METHODS)}, not {name!r}: other methods run in "
+                "python -m dex_jax.evaluation.bench"
+            )
+    if "ar" not in methods:
+        raise DexError("--methods needs ar: all answers are its, and all others are compared with it")

@@ -1,0 +1,91 @@
+"""Answers in batches, and the counts that follow from them without a loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from reference.small_models import LLAMA, small_model
+
+import dex_jax
+from dex_jax.config import ExitsConfig
+from dex_jax.decoding.output import ticks_of
+from dex_jax.evaluation.answering import answer, batches
+from dex_jax.evaluation.forced_counts import dex_asks, dex_count, layerskip_asks, layerskip_count
+from dex_jax.io.exits_file import TrainedExits
+from dex_jax.nn.exits import exit_parameters
+
+TOKENS = 24
+DEPTHS = (1, 2, 3, 4)
+
+
+def random_exits(kind: str, **more) -> TrainedExits:
+    """Exits that have learnt nothing, but whose every part matters."""
+    config = ExitsConfig(kind, DEPTHS[:-1], LLAMA.width, heads=2, head_dim=8, hidden=16, rank=4, window=5, **more)
+    rng = np.random.default_rng(1)
+    parameters = {}
+    for name, (shape, role) in exit_parameters(config).items():
+        noise = rng.standard_normal(shape).astype(np.float32)
+        parameters[name] = (
+            1 + 0.1 * noise if role in ("norm", "scale") else noise * 0.3 / max(shape[-1:], default=1) ** 0.5
+        )
+    vocabulary = None if config.draft_size is None else np.arange(0, LLAMA.vocab_size, 2, dtype=np.int32)
+    return TrainedExits(config, parameters, vocabulary, "0", {}, "random")
+
+
+def prompts(count: int = 6) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, LLAMA.vocab_size, length).tolist() for length in rng.integers(2, 14, count)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "depths", "skip"),
+    [
+        ("linear", {"fused": True}, (1, 2, 4), (2, 3)),
+        # Four stages: a node can lie three behind the newest committed position. LayerSkip's drafts lie further.
+        ("attn", {"draft_size": LLAMA.vocab_size // 2}, DEPTHS, (1, 5)),
+    ],
+)
+def test_counts_are_those_of_the_loops(kind, more, depths, skip):
+    lm, exits, ids = small_model(), random_exits(kind, **more), prompts()
+    asks = {*dex_asks(depths, exits.config), *layerskip_asks(*skip, exits.config, depths[-1])}
+    if kind == "attn":
+        assert max(ask.lag for ask in dex_asks(depths, exits.config)) == 3
+    found = answer(lm, ids, TOKENS, exits=exits, asks=tuple(sorted(asks)), count=len(depths) - 1, batch=8)
+    plain = dex_jax.generate(lm, ids, method=dex_jax.AR(), max_new_tokens=TOKENS)
+    for row, each in enumerate(found):
+        assert each.tokens.tolist() == plain.tokens[row, : plain.lengths[row]].tolist()
+    options = {"max_new_tokens": TOKENS, "exits": exits}
+    dex = dex_jax.generate(lm, ids, method=dex_jax.Dex(depths=depths, rows="full"), **options)
+    early = 0
+    for row, each in enumerate(found):
+        count = dex_count(each.forced, depths)
+        assert count.exits.tolist() == dex.stats.exits[row, : dex.lengths[row]].tolist()
+        assert ticks_of(count.exits, len(each.tokens), len(depths)) == dex.stats.ticks[row]
+        early += int((count.exits[1:] < len(depths)).sum())
+    assert early > 5
+    drafted = dex_jax.generate(lm, ids, method=dex_jax.LayerSkip(*skip), **options)
+    for row, each in enumerate(found):
+        count = layerskip_count(each.forced, *skip, TOKENS, lm.eos_ids)
+        assert count.rounds == drafted.stats.rounds[row]
+        assert count.layer_steps == drafted.stats.layer_steps[row]
+        assert count.exits.tolist() == drafted.stats.exits[row, : drafted.lengths[row]].tolist()
+    assert drafted.stats.accepted.sum() > 5
+
+
+def test_an_end_of_text_is_never_drafted():
+    lm = small_model()
+    exits = random_exits("shared")
+    asks = layerskip_asks(2, 3, exits.config, DEPTHS[-1])
+    (free,) = answer(lm, prompts(1), TOKENS, exits=exits, asks=asks)
+    drafted = layerskip_count(free.forced, 2, 3, TOKENS, ())
+    at = int(np.flatnonzero(drafted.exits == 1)[0])
+    none = layerskip_count(free.forced, 2, 3, TOKENS, (int(free.tokens[at]),))
+    assert none.exits[at] == 2
+    assert none.rounds >= drafted.rounds
+
+
+def test_batches_hold_prompts_of_one_padded_length():
+    lengths = [5, 300, 17, 16, 200, 31, 16, 2]
+    found = list(batches(lengths, 3))
+    assert sorted(i for members in found for i in members) == list(range(len(lengths)))
+    assert [[lengths[i] for i in members] for members in found] == [[2, 5, 16], [16], [17, 31], [200], [300]]

@@ -1,0 +1,262 @@
+"""The benchmark on a small model: what it writes, that it goes on where it was killed, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from reference.small_models import LLAMA, LetterTokenizer, small_model
+
+import dex_jax
+from dex_jax.evaluation import bench, bench_runs, report
+from dex_jax.evaluation.comparison import costs
+from dex_jax.evaluation.results import Run, read_results, to_line
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+PROMPTS = "ABC\nBCDA\nQRSTUV\nZYX\nMNOPQ\nKLM\nEFGHI\nXXYYZ\n"
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small model whose answers end where they are told to."""
+    return small_model(dataclasses.replace(LLAMA, num_layers=2, eos_ids=()), tokenizer=LetterTokenizer())
+
+
+@pytest.fixture
+def command(small, monkeypatch, tmp_path):
+    """Flags of a benchmark of a second or two a method, without its methods and its folder."""
+    monkeypatch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
+    (tmp_path / "letters.txt").write_text(PROMPTS, encoding="utf-8")
+    flags = ["--tasks", f"prompts:{tmp_path / 'letters.txt'}", "--prompts", "4", "--tune-prompts", "4"]
+    flags += ["--max-new-tokens", "12", "--explorers", "2", "--batch", "4"]
+    return [*flags, "--exit-depths", "1", "--draft-lengths", "1,3", "--thresholds", "0.1", "--no-plots"]
+
+
+@pytest.fixture(scope="module")
+def made(small, tmp_path_factory):
+    """A whole benchmark: flags and folder."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "letters.txt").write_text(PROMPTS, encoding="utf-8")
+    patch = pytest.MonkeyPatch()
+    patch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
+    flags = ["--tasks", f"prompts:{folder / 'letters.txt'}", "--prompts", "4", "--tune-prompts", "4"]
+    flags += ["--max-new-tokens", "12", "--batch", "4", "--exit-depths", "1", "--draft-lengths", "1,2"]
+    flags += ["--explorers", "2", "--by-explorers", "1", "--output", str(folder / "out")]
+    flags += ["--methods", "ar,dex,layerskip,oracle", "--timed", "ar,layerskip", "--timed-settings", "2"]
+    code = bench.main(flags)
+    patch.undo()
+    assert code == 0
+    return flags, folder / "out"
+
+
+def test_a_benchmark_writes_every_run_once(made, small) -> None:
+    _, folder = made
+    runs = read_results(folder)
+    assert len({run.key for run in runs}) == len(runs)
+    counted = [run for run in runs if run.kind == "depth"]
+    timed = [run for run in runs if run.kind == "wall"]
+    # AR on eight prompts, two settings on four, DEX with two K, LayerSkip and the oracle on four.
+    assert len(counted) == 8 + 2 * 4 + 4 * 4
+    # Two settings on four tuning prompts, AR and the best on four, twice each.
+    assert len(timed) == 2 * (2 * 4 + 2 * 4)
+    assert all(run.seconds is None for run in counted)
+    assert all(run.batch == 1 and run.seconds > 0 for run in timed)
+    assert all(run.match or run.tie for run in runs if run.match is not None)
+    plain = {run.prompt_id: run.tokens for run in counted if run.method == "ar"}
+    assert len(plain) == 8
+    method = dex_jax.Dex(explorers=2, schedule="parallel")
+    whole = dex_jax.generate(small, PROMPTS.split(), method=method, exits="shared", max_new_tokens=12)
+    for run in counted:
+        if run.name == "dex explorers=2":
+            row = whole.tokens[int(run.prompt_id)], whole.stats.ticks[int(run.prompt_id)]
+            assert (run.tokens, run.ticks) == (row[0].tolist(), int(row[1]))
+            assert run.layer_steps == run.ticks * 2 // run.setting["explorers"]
+
+
+def test_timed_methods_take_turns(made) -> None:
+    _, folder = made
+    timed = [run for run in read_results(folder) if run.kind == "wall" and run.split == "report"]
+    turns = [(run.method, run.round) for run in timed if run.prompt_id == timed[0].prompt_id]
+    assert turns == [("ar", 0), ("layerskip", 0), ("layerskip", 1), ("ar", 1)]
+
+
+def test_tuning_prompts_are_not_reported(made) -> None:
+    _, folder = made
+    runs = read_results(folder)
+    tuned = {run.prompt_id for run in runs if run.split == "tune"}
+    assert tuned.isdisjoint(run.prompt_id for run in runs if run.split == "report")
+    tried = {run.name: run for run in runs if run.split == "tune" and run.method == "layerskip" and run.kind == "depth"}
+    sums = {
+        name: sum(run.layer_steps for run in runs if run.split == "tune" and run.name == name and run.kind == "depth")
+        for name in tried
+    }
+    (chosen,) = {
+        run.name for run in runs if run.method == "layerskip" and run.kind == "depth" and run.split == "report"
+    }
+    assert sums[chosen] == min(sums.values())
+
+
+def test_the_report_is_made_again_from_the_lines(made, tmp_path, capsys) -> None:
+    _, folder = made
+    lines, copy = tmp_path / "lines", tmp_path / "copy"
+    lines.mkdir()
+    for name in ("results.jsonl", "study.json"):
+        shutil.copy(folder / name, lines / name)
+    assert report.main([str(lines), "--output", str(copy)]) == 0
+    again = (copy / "summary.md").read_text(encoding="utf-8")
+    assert again == (folder / "summary.md").read_text(encoding="utf-8")
+    for name in ("speedup_depth", "speedup_wall", "work", "speedup_by_k", "ead"):
+        assert (copy / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+        assert (folder / f"{name}.png").exists()
+    # One figure by hand: the median over prompts of AR's layer steps over DEX's.
+    runs = [run for run in read_results(folder) if run.kind == "depth" and run.split == "report"]
+    steps = {(run.name, run.prompt_id): run.layer_steps / (run.new_tokens - 1) for run in runs}
+    by_hand = np.median([steps["ar", p] / steps["dex explorers=2", p] for n, p in steps if n == "ar"])
+    (row,) = [line for line in again.splitlines() if line.startswith("| dex explorers=2 |")][:1]
+    assert f"| {by_hand:.2f} [" in row
+
+
+def test_a_killed_benchmark_goes_on(made, small, monkeypatch) -> None:
+    flags, folder = made
+    monkeypatch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
+    file = folder / "results.jsonl"
+    whole = file.read_bytes()
+    lines = whole.split(b"\n")[:-1]
+    asked = []
+    generate = bench_runs.generate
+
+    def counted(lm, prompts, **options):
+        asked.append(len(prompts))
+        return generate(lm, prompts, **options)
+
+    monkeypatch.setattr(bench_runs, "generate", counted)
+    assert bench.main(flags) == 0
+    assert asked == []
+    assert file.read_bytes() == whole
+    file.write_bytes(b"\n".join(lines[:-2]) + b"\n" + lines[-2][:40])
+    assert bench.main(flags) == 0
+    assert len(asked) == 2
+    assert [run.key for run in read_results(folder)] == [json_key(line) for line in lines]
+    file.write_bytes(whole)
+
+
+def json_key(line: bytes):
+    return Run(**json.loads(line)).key
+
+
+def test_another_study_is_refused(made, small, monkeypatch, capsys) -> None:
+    flags, _ = made
+    monkeypatch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
+    assert bench.main([*flags, "--max-new-tokens", "9"]) == 2
+    assert "max_new_tokens was 12, now 9" in capsys.readouterr().err
+
+
+def test_wrong_tokens_fail_the_run(command, small, monkeypatch, tmp_path, capsys) -> None:
+    generate = bench_runs.generate
+
+    def wrong(lm, prompts, **options):
+        out = generate(lm, prompts, **options)
+        if isinstance(options["method"], dex_jax.Dex):
+            tokens = out.tokens.copy()
+            # The least likely token of all is no tie.
+            prefix = [*out.prompt_tokens[0], *tokens[0, :3].tolist()]
+            tokens[0, 3] = int(np.argmin(np.asarray(small.logits([prefix])[0, -1])))
+            out = dataclasses.replace(out, tokens=tokens)
+        return out
+
+    monkeypatch.setattr(bench_runs, "generate", wrong)
+    output = tmp_path / "out"
+    assert bench.main([*command, "--methods", "ar,dex", "--rounds", "0", "--output", str(output)]) == 1
+    captured = capsys.readouterr()
+    assert "dex explorers=2 is not lossless" in captured.err
+    assert "token 3 is not AR's" in captured.err
+    assert "NOT LOSSLESS" in captured.out
+
+
+def test_sampled_tokens_are_those_of_ar(command, tmp_path) -> None:
+    output = tmp_path / "out"
+    flags = [*command, "--methods", "dex", "--timed", "none", "--temperature", "0.8", "--seed", "7"]
+    assert bench.main([*flags, "--output", str(output)]) == 0
+    runs = read_results(output)
+    assert {run.method for run in runs if run.match} == {"dex"}
+    assert all(run.match or run.tie for run in runs if run.match is not None)
+    assert len({run.seed for run in runs if run.split == "report"}) == 4
+
+
+def test_transformers_takes_turns_where_it_is_asked_for(command, monkeypatch, tmp_path) -> None:
+    class Fake:
+        versions: ClassVar[dict] = {"torch": "9", "transformers": "9"}
+
+        def __init__(self, python: str, model: str):
+            assert (python, model) == ("there/python", "smollm2-135m")
+
+        def run(self, ids, new_tokens, exit=None, draft_length=None):
+            return {"tokens": [1] * new_tokens, "prefill_seconds": 0.1, "decode_seconds": 1.0}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(bench_runs, "Outside", Fake)
+    flags = [*command, "--methods", "ar", "--timed", "ar", "--transformers-python", "there/python"]
+    # Other tokens of another engine are told, and fail nothing.
+    assert bench.main([*flags, "--output", str(tmp_path / "out")]) == 0
+    timed = [run for run in read_results(tmp_path / "out") if run.kind == "wall"]
+    turns = [run.method for run in timed if run.prompt_id == timed[0].prompt_id]
+    assert turns == ["ar", "transformers", "transformers", "ar"]
+    assert {run.match for run in timed if run.method == "transformers"} == {False}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--methods", "ar,medusa"], "unknown method 'medusa'"),
+        (["--tasks", "boolq", "--data", "."], "unknown task 'boolq'"),
+        (["--tasks", "gsm8k", "--data", "nowhere"], "there is no folder of data nowhere"),
+        (["--max-new-tokens", "1"], "--max-new-tokens must be at least 2"),
+        (["--tune-prompts", "0"], "the setting of layerskip is chosen on tuning prompts"),
+        (["--prompts", "8"], "none left for split tune"),
+        (["--longest-prompt", "2"], "none left for split report"),
+        (["--transformers-python", "p", "--model", "gpt2"], "compares with smollm2-135m alone, not with gpt2"),
+        (["--transformers-python", "p", "--timed", "none"], "transformers is timed or nothing"),
+        (["--exit-depths", "2"], "LayerSkip's exit must lie below the model's last layer"),
+        (["--by-explorers", "3"], "explorers must be from 1 to the model's 2 layers"),
+        (["--exits", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--batch", "0"], "--batch must be at least 1"),
+    ],
+)
+def test_bad_flags_are_told_in_a_sentence(flags, says, command, tmp_path, capsys) -> None:
+    assert bench.main([*command, *flags, "--output", str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_costs_are_medians_over_rounds_and_kinds_stay_apart() -> None:
+    def run(kind: str, number: int, seconds: float | None, steps: int) -> Run:
+        given = {"kind": kind, "method": "ar", "task": "t", "prompt_id": "1", "model": "m", "tokens": [1, 2, 3]}
+        return Run(**given, prompt_tokens=1, round=number, seconds=seconds, layer_steps=steps)
+
+    runs = [run("wall", 0, 1.0, 99), run("wall", 1, 9.0, 99), run("wall", 2, 2.0, 99), run("depth", 0, None, 8)]
+    assert costs(runs, "wall") == {"ar": {("t", "default", "1"): 1.0}}
+    assert costs(runs, "depth") == {"ar": {("t", "default", "1"): 4.0}}
+    assert "99" in to_line(runs[0])
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data sets in ../shared/data, which are not committed")
+def test_real_files_through_a_real_tokenizer(monkeypatch, tmp_path) -> None:
+    from dex_jax.language_model import outline
+
+    tokenizer = outline("smollm2-135m").tokenizer
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=1, vocab_size=49152), tokenizer=tokenizer)
+    monkeypatch.setattr("dex_jax.language_model.load", lambda name, dtype: lm)
+    flags = ["--tasks", "gsm8k,humaneval,spec_bench,hellaswag,mmlu", "--data", str(DATA), "--prompts", "1"]
+    flags += ["--tune-prompts", "0", "--longest-prompt", "250", "--max-new-tokens", "4", "--no-chat"]
+    flags += ["--methods", "ar", "--timed", "none", "--no-plots", "--output", str(tmp_path / "out")]
+    assert bench.main(flags) == 0
+    runs = read_results(tmp_path / "out")
+    assert sorted(run.task for run in runs) == ["gsm8k", "hellaswag", "humaneval", "mmlu", "spec_bench"]
+    assert all(4 < run.prompt_tokens <= 250 for run in runs)

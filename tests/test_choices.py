@@ -1,0 +1,95 @@
+"""Items of multiple-choice tasks: what is read from their files, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dex_jax.errors import DexError
+from dex_jax.evaluation.choices import number_in, read_items
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+HELLASWAG = {
+    "ind": 7,
+    "activity_label": "Rowing",
+    "ctx": "Two people row. they",
+    "endings": ["sink", "win"],
+    "label": 1,
+}
+MMLU = {"subject": "logic", "idx": 3, "question": "What follows?", "choices": ["A", "B", "C", "D"], "answer": 2}
+GSM8K = {"question": "How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 1,007"}
+ROWS = {"hellaswag": HELLASWAG, "mmlu": MMLU, "gsm8k": GSM8K}
+
+
+def written(path: Path, *rows) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_every_field_is_read(tmp_path):
+    (item,) = read_items("hellaswag", written(tmp_path / "a.jsonl", HELLASWAG))
+    assert (item.id, item.subject, item.question) == ("hellaswag-7", "Rowing", "Two row. they")
+    assert (item.options, item.answer, item.chance) == (("sink", "win"), 1, 0.5)
+    (item,) = read_items("mmlu", written(tmp_path / "b.jsonl", MMLU))
+    assert (item.id, item.question, item.answer, item.chance) == ("mmlu-logic-3", "What follows?", 2, 0.25)
+    (item,) = read_items("gsm8k", written(tmp_path / "c.jsonl", GSM8K))
+    assert (item.number, item.answer, item.options, item.chance) == (1007.0, None, (), 0.0)
+
+
+def test_a_label_may_be_a_text(tmp_path):
+    (item,) = read_items("hellaswag", written(tmp_path / "a.jsonl", HELLASWAG | {"label": "0"}))
+    assert item.answer == 0
+
+
+@pytest.mark.parametrize("task", ROWS)
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
+def test_the_shared_files_are_read(task):
+    items = read_items(task, DATA)
+    assert len(items) > 200
+    assert len({item.id for item in items}) == len(items)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "said"),
+    [
+        ("hellaswag", {"endings": None}, '"endings" is no list'),
+        ("hellaswag", {"label": 2}, '"label" is 2, not an option from 0 to 1'),
+        ("mmlu", {"answer": "C"}, "\"answer\" is 'C', not an option"),
+        ("mmlu", {"question": " "}, "\"question\" is ' ', not a text"),
+        ("gsm8k", {"answer": "seven"}, "does not end with ####"),
+    ],
+)
+def test_bad_items_are_named_by_file_and_line(tmp_path, task, change, said):
+    with pytest.raises(DexError, match=r"line 2 of .*bad\.jsonl") as error:
+        read_items(task, written(tmp_path / "bad.jsonl", ROWS[task], ROWS[task] | change))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_missing_fields_are_named(tmp_path, task):
+    for name in set(ROWS[task]) - {"ind", "idx", "activity_label"}:
+        row = {key: value for key, value in ROWS[task].items() if key != name}
+        with pytest.raises(DexError, match=rf'line 1 of .* has no "{name}"'):
+            read_items(task, written(tmp_path / "bad.jsonl", row))
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(DexError, match="unknown task 'chess'"):
+        read_items("chess", tmp_path)
+    with pytest.raises(DexError, match=r"holds no mmlu/mmlu_dev\.jsonl"):
+        read_items("mmlu", tmp_path)
+    with pytest.raises(DexError, match="is empty"):
+        read_items("mmlu", written(tmp_path / "empty.jsonl", ""))
+    with pytest.raises(DexError, match=r"line 1 of .* is no JSON"):
+        read_items("mmlu", written(tmp_path / "broken.jsonl", "{"))
+    with pytest.raises(DexError, match="not an item"):
+        read_items("mmlu", written(tmp_path / "list.jsonl", "[1]"))
+    with pytest.raises(DexError, match="two items with the id mmlu-logic-3"):
+        read_items("mmlu", written(tmp_path / "twice.jsonl", MMLU, MMLU))
+
+
+def test_the_last_number_counts():
+    assert number_in("2 and 3, so -1,234.5 it is.") == -1234.5
+    assert number_in("none") is None

@@ -1,0 +1,51 @@
+"""transformers as a contender: how its process is asked, and what is told when that fails."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from dex_jax.errors import DexError
+from dex_jax.evaluation.outside import Outside, run_of_answer
+
+WORKER = """
+import json, sys
+print(json.dumps({"ready": True, "torch": "9.9", "transformers": "8.8", "threads": 2, "dtype": "float32"}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["new_tokens"] > 50:
+        print(json.dumps({"error": "too many"}), flush=True)
+        continue
+    tokens = [asked["exit"] or 0] * asked["new_tokens"]
+    print(json.dumps({"tokens": tokens, "prefill_seconds": 0.5, "decode_seconds": 2.0}), flush=True)
+"""
+
+
+def test_it_is_asked_for_tokens_and_gives_a_line(tmp_path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER, encoding="utf-8")
+    outside = Outside(sys.executable, "smollm2-135m", worker)
+    answer = outside.run([1, 2], 5, exit=7, draft_length=2)
+    about = {"method": "transformers_early_exit", "setting": {"exit": 7}, "task": "t", "prompt_id": "0", "model": "m"}
+    run = run_of_answer(answer, outside.versions, 2, **about)
+    assert run.tokens == [7] * 5
+    assert (run.kind, run.seconds, run.prefill_seconds, run.prompt_tokens) == ("wall", 2.0, 0.5, 2)
+    assert run.versions == {"torch": "9.9", "transformers": "8.8"}
+    assert outside.run([1], 3)["tokens"] == [0] * 3
+    with pytest.raises(DexError, match="too many"):
+        outside.run([1], 51)
+    outside.close()
+
+
+def test_what_cannot_run_is_told(tmp_path) -> None:
+    with pytest.raises(DexError, match="compares with smollm2-135m alone, not with other"):
+        Outside(sys.executable, "other")
+    with pytest.raises(DexError, match="needs a checkout of the repository"):
+        Outside(sys.executable, "smollm2-135m", tmp_path / "none.py")
+    worker = tmp_path / "worker.py"
+    worker.write_text("raise SystemExit(3)", encoding="utf-8")
+    with pytest.raises(DexError, match="ended with code 3: does that Python have torch and transformers"):
+        Outside(sys.executable, "smollm2-135m", worker)
+    with pytest.raises(DexError, match="does not start"):
+        Outside(str(tmp_path / "python"), "smollm2-135m", worker)

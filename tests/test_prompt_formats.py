@@ -1,0 +1,261 @@
+"""Prompt templates: what comes built in, what files hold, what the grammar draws, and what answers name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dex_jax.errors import DexError
+from dex_jax.evaluation.answer_parsing import parse_choice
+from dex_jax.evaluation.choices import Item
+from dex_jax.evaluation.prompt_formats import (
+    LABELS,
+    WRAPPERS,
+    Template,
+    built_in,
+    choose_examples,
+    read_templates,
+    render,
+    same_item,
+    sample_formats,
+    shown_options,
+)
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "prompt_templates"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
+TASKS = ("hellaswag", "mmlu")
+
+
+def item(number: int = 0, options: tuple[str, ...] = ("red fox", "blue owl", "green eel", "grey cat")) -> Item:
+    row = {
+        "ctx": f"Story {number}.",
+        "ctx_a": f"Story {number}",
+        "ctx_b": "then",
+        "activity_label": "Animals",
+        "endings": list(options),
+        "label": number % 4,
+    }
+    return Item("hellaswag", f"item-{number}", "wild_animals", f"Story {number}.", options, number % 4, row=row)
+
+
+POOL = [item(number) for number in range(8)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_twelve_come_built_in_and_cover_what_they_should(task):
+    found = built_in(task)
+    assert len({template.name for template in found}) == len(found) == 12
+    assert {template.chat for template in found} == {True, False}
+    assert {"A", "a", "1", "i", ""} <= {template.options for template in found}
+    assert {"", "upper", "lower"} <= {template.casing for template in found}
+    assert len({template.between for template in found}) >= 3
+    first = [template.body.index("{options}") < template.body.index("{question}") for template in found]
+    assert any(first)
+    assert not all(first)
+    assert any("step by step" in template.body for template in found)
+    assert any(template.shots for template in found)
+    texts = {render(t, POOL[0], choose_examples(t, POOL[0], POOL)).lower() for t in found}
+    assert len(texts) == 12
+    assert all(option in text for text in texts for option in POOL[0].options)
+    assert all(POOL[0].question.lower() in text for text in texts)
+
+
+@given(st.integers(0, 7), st.integers(0, 5), st.integers(0, 3), st.sampled_from(TASKS))
+def test_examples_never_include_the_item(number, shots, seed, task):
+    template = dataclasses.replace(next(t for t in built_in(task) if t.shots), shots=shots)
+    asked = POOL[number]
+    again = dataclasses.replace(asked, id="another id")  # the same question once more
+    chosen = choose_examples(template, asked, [*POOL, again], seed)
+    assert len({example.id for example in chosen}) == shots
+    assert not any(same_item(asked, example) for example in chosen)
+    assert choose_examples(template, asked, [*POOL, again], seed) == chosen
+    assert render(template, asked, chosen).count(asked.question) == 1
+
+
+def test_an_item_among_its_examples_is_refused():
+    template = Template("t", "{question} {options}", shots=1)
+    with pytest.raises(DexError, match="among its own examples"):
+        render(template, POOL[0], [POOL[0]])
+    with pytest.raises(DexError, match="takes 1 examples, not 0"):
+        render(template, POOL[0])
+    with pytest.raises(DexError, match="needs 1 other items"):
+        choose_examples(template, POOL[0], POOL[:1])
+
+
+@given(st.integers(0, 7), st.integers(0, 3))
+def test_the_right_answer_cannot_be_read_from_a_prompt(number, other):
+    changed = dataclasses.replace(POOL[number], answer=other)
+    for template in (t for task in TASKS for t in built_in(task)):
+        examples = choose_examples(template, POOL[number], POOL)
+        assert render(template, POOL[number], examples) == render(template, changed, examples)
+
+
+def test_options_are_labelled_as_the_template_says():
+    lettered = Template(
+        "t", "{question}|{options}|{subject}", options="i", wrapper="({x})", between="; ", casing="upper"
+    )
+    assert (
+        render(lettered, item()) == "STORY 0.|(I) RED FOX; (II) BLUE OWL; (III) GREEN EEL; (IV) GREY CAT|WILD ANIMALS"
+    )
+    assert shown_options(lettered, item())[0] == "RED FOX"
+    few = Template("t", "{question}{options}", shots=1)
+    assert render(few, item(0), [item(1)]).startswith(
+        "Story 1.A. red fox\nB. blue owl\nC. green eel\nD. grey cat B. blue owl\n\n"
+    )
+
+
+def test_braces_of_an_item_stay():
+    odd = dataclasses.replace(item(), question="What is {options} or {x}?")
+    assert render(Template("t", "{question} / {subject}"), odd) == "What is {options} or {x}? / wild animals"
+
+
+@needs_data
+def test_promptsource_yaml_is_read():
+    found = read_templates(str(DATA / "promptsource_hellaswag.yaml"), "hellaswag")
+    assert len(found) >= 2
+    for template in found:
+        text = render(template, item())
+        assert "|||" not in text
+        assert all(option in text for option in shown_options(template, item()))
+
+
+@needs_data
+def test_flan_json_is_read_and_other_questions_are_left_out():
+    found = read_templates(str(DATA / "flan_templates.json"), "hellaswag")
+    assert len(found) == 10
+    assert all("- red fox" in render(template, item()) and "Story 0." in render(template, item()) for template in found)
+    arc = read_templates(f"{DATA / 'flan_templates.json'}:arc", "mmlu")
+    assert 5 <= len(arc) < 10  # some ask for a question
+    with pytest.raises(DexError, match=r"has no templates for mmlu, only .*arc"):
+        read_templates(str(DATA / "flan_templates.json"), "mmlu")
+
+
+@needs_data
+def test_the_grammar_is_the_papers():
+    from dex_jax.evaluation import prompt_formats as ours
+
+    grammar = json.loads((DATA / "formatspread_grammar.json").read_text())
+    assert set(ours.SEPARATORS) == set(grammar["CHOSEN_SEPARATOR_LIST"])
+    assert set(ours.SPACES) == set(grammar["CHOSEN_SPACE_LIST"])
+    assert set(ours.LABEL_GAPS) == set(grammar["CHOSEN_SEPARATOR_TEXT_AND_OPTION_LIST"])
+    assert set(ours.WRAPPERS) == set(grammar["ITEM_WRAPPER_LIST"])
+    assert len(ours.ENUMERATIONS) == len(grammar["NUMBER_FORMAT_LIST"])
+
+
+def test_formats_are_drawn_from_the_grammar():
+    found = sample_formats("mmlu", 20, seed=3)
+    assert found == sample_formats("mmlu", 20, seed=3)
+    assert found != sample_formats("mmlu", 20, seed=4)
+    assert len({render(template, item()) for template in found}) == 20
+    assert all(template.options in LABELS and template.wrapper in WRAPPERS for template in found)
+    with pytest.raises(DexError, match="at least 1"):
+        sample_formats("mmlu", 0)
+
+
+def test_plain_json_is_read(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(
+        json.dumps({"mmlu": ["Q: {question} {options}", {"name": "mine", "body": "{question}", "chat": False}]})
+    )
+    first, second = read_templates(str(file), "mmlu")
+    assert (first.name, second.name, second.chat) == ("01", "mine", False)
+    assert render(first, item()).startswith("Q: Story 0. A. red fox")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", "[", r"a\.json is no JSON"),
+        ("a.json", "[]", "an empty one"),
+        ("a.json", '["no slot"]', r"template 1 of .*a\.json has no slot \{question\}"),
+        ("a.json", '["{question}", "{question} {choices}"]', r"template 2 of .*a\.json has a slot \{choices\}"),
+        ("a.json", '["{question"]', "no slot"),
+        ("a.json", '["{question} {"]', "a brace without its other half"),
+        ("a.json", '[{"name": "x"}]', 'needs a text as "body"'),
+        ("a.json", '[{"name": "x", "body": "{question}", "shouts": 1}]', 'has a field "shouts"'),
+        ("a.json", '[{"name": "x", "body": "{question}", "shots": "1"}]', "\"shots\" is '1', not int"),
+        ("a.json", '[{"name": "x", "body": "{question}", "options": "Z"}]', "\"options\" is 'Z', not one of"),
+        ("a.json", '[["a", "b", "c"]]', "is no pair of texts"),
+        ("a.json", '[["Write a question.", "{question}"]]', "has no template that asks for the answer"),
+        (
+            "a.json",
+            '[{"name": "x", "body": "{question}"}, {"name": "x", "body": "{question}!"}]',
+            "two templates named x",
+        ),
+        ("a.yaml", "templates: [", "is no promptsource file"),
+        ("a.yaml", "other: 1", "is no promptsource file"),
+        ("a.yaml", "templates:\n  1: !Template\n    name: x\n", 'template 1 of .* needs texts as "name" and "jinja"'),
+        (
+            "a.yaml",
+            "templates:\n  1: !Template\n    name: x\n    answer_choices: 'a'\n    jinja: '{{ctx'\n    metadata: "
+            "!TemplateMetadata\n      original_task: true\n      choices_in_prompt: true\n",
+            "template 1 of .* is no jinja2",
+        ),
+    ],
+)
+def test_bad_templates_are_named(tmp_path, name, content, said):
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(DexError, match=said):
+        read_templates(str(file), "mmlu")
+
+
+def test_a_template_for_other_items_is_named(tmp_path):
+    with pytest.raises(DexError, match="template p does not fit item item-0: 'goal' is undefined"):
+        render(Template("p", "{{goal}}", jinja=True), item())
+    with pytest.raises(DexError, match="cannot be read"):
+        read_templates(str(tmp_path / "none.json"), "mmlu")
+    with pytest.raises(DexError, match="no templates come with task 'chess'"):
+        built_in("chess")
+
+
+FOX = ("red fox", "blue owl", "green eel", "grey cat")
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "options", "found"),
+    [
+        ("B", "ABCD", FOX, 1),
+        (" (c) because", "ABCD", FOX, 2),
+        ("D. It is grey.", "ABCD", FOX, 3),
+        ("**B** is right", "ABCD", FOX, 1),
+        ("The answer is A.", "ABCD", FOX, 0),
+        ("First I thought the answer is A. But the correct answer is (D).", "ABCD", FOX, 3),
+        ("Answer: C\nAnd so on", "ABCD", FOX, 2),
+        ("The correct option is [b]", "abcd", FOX, 1),
+        ("A fox runs.", "ABCD", FOX, None),
+        ("I think it swims.", ["I", "II", "III", "IV"], FOX, None),
+        ("iii) green eel", ["i", "ii", "iii", "iv"], FOX, 2),
+        ("2: blue owl", "1234", FOX, 1),
+        ("It must be the green eel, of course.", "ABCD", FOX, 2),
+        ("Green eel", "", FOX, 2),
+        ("The red fox or the blue owl?", "", FOX, None),
+        ("red fox. The blue owl is not.", "", FOX, 0),
+        ("True, False", "", ("True, True", "True, False"), 1),
+        ("12", "", ("1", "2", "12", "121"), 2),
+        ("about 12 of them", "", ("1", "2", "12", "121"), 2),
+        ("an owl at night", "", ("an owl", "an owl at night"), 1),
+        ("nothing of it", "ABCD", FOX, None),
+        ("", "ABCD", FOX, None),
+        ("same", "", ("same", "same"), None),
+    ],
+)
+def test_answers_name_an_option_or_none(text, labels, options, found):
+    assert parse_choice(text, tuple(labels), options) == found
+
+
+@given(st.sampled_from([t for task in TASKS for t in built_in(task)] + sample_formats("mmlu", 12)), st.integers(0, 7))
+def test_an_answer_in_full_is_always_understood(template, number):
+    asked = POOL[number]
+    shown = shown_options(template, asked)
+    labels = template.labels(asked)
+    assert parse_choice(shown[asked.answer], labels, shown) == asked.answer
+    if labels:
+        label = template.wrapper.replace("{x}", labels[asked.answer])
+        assert parse_choice(f"{label} {shown[asked.answer]}", labels, shown) == asked.answer
+        assert parse_choice(f"The answer is ({labels[asked.answer]}).", labels, shown) == asked.answer

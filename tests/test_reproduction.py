@@ -1,0 +1,82 @@
+"""The page of the paper's claims: its figures are those of the runs, its words follow from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dex_jax.evaluation import reproduction
+from dex_jax.evaluation.resampling import Interval
+from dex_jax.evaluation.results import Run, to_line
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reproduction.md"
+
+
+def study(folder: Path, costs: dict[str, int]) -> Path:
+    """A folder of made-up runs: name -> layer steps of 11 tokens on each of five prompts."""
+    folder.mkdir()
+    lines = []
+    for name, steps in costs.items():
+        method, _, fields = name.partition(" ")
+        setting = {key: int(value) for key, value in (part.split("=") for part in fields.split())}
+        for prompt in range(5):
+            given = {"kind": "depth", "method": method, "setting": setting, "task": "gsm8k", "prompt_id": str(prompt)}
+            lines.append(to_line(Run(**given, model="m", tokens=[1] * 11, prompt_tokens=3, layer_steps=steps)))
+    (folder / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    about = {"model": "some/small-model", "exits": "default", "explorers": 5, "tasks": ["gsm8k"], "prompts": 5}
+    (folder / "study.json").write_text(json.dumps(about), encoding="utf-8")
+    return folder
+
+
+def test_claims_stand_beside_measured_figures(tmp_path) -> None:
+    costs = {"ar": 300, "dex explorers=5": 150, "dex explorers=2": 200, "dex explorers=8": 140, "del": 165}
+    folder = study(tmp_path / "a", costs | {"layerskip exit=6 draft_length=2": 210, "dex_no_decs explorers=5": 160})
+    out = tmp_path / "page.md"
+    assert reproduction.main([str(folder), "--output", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    assert "| DEX over LayerSkip at its best setting | 1.3 to 1.6 | 1.40 [1.40, 1.40] |" in text
+    assert "against layerskip draft_length=2 exit=6): as claimed: 1.40" in text
+    assert "| DEX over DEL | 1.2 to 1.5 | 1.10 [1.10, 1.10] |" in text
+    assert "below the claim: 1.10" in text
+    assert "| DEX over AdaDecode | 1.2 to 1.5 | not measured |" in text
+    assert "K = 2: 1.50, K = 5: 2.00, K = 8: 2.14" in text
+    assert "as claimed, over K = 2, 5, 8" in text
+    assert "--by-explorers 2,8" in text
+    assert "--methods ar,dex,del,layerskip,dex_no_decs" in text
+
+
+def test_a_coarser_grid_that_wins_is_said(tmp_path) -> None:
+    folder = study(tmp_path / "a", {"ar": 300, "dex explorers=2": 150, "dex explorers=5": 160})
+    text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])
+    assert "not so here, K = 5 gained less than the grid before" in text
+
+
+@pytest.mark.parametrize(
+    ("interval", "says"),
+    [
+        (Interval(1.4, 1.35, 1.5, 9), "as claimed"),
+        (Interval(1.4, 1.1, 1.5, 9), "though not all of its interval"),
+        (Interval(1.2, 1.1, 1.35, 9), "below the claim, within its interval"),
+        (Interval(1.2, 1.1, 1.25, 9), "below the claim: "),
+        (Interval(1.8, 1.7, 1.9, 9), "above the claim: "),
+    ],
+)
+def test_verdicts(interval, says) -> None:
+    assert says in reproduction.verdict(reproduction.CLAIMS[0], interval)
+
+
+def test_without_results_the_page_says_what_to_run(capsys) -> None:
+    assert reproduction.main([]) == 0
+    text = capsys.readouterr().out
+    assert text.count("not measured here yet") == len(reproduction.CLAIMS)
+    assert "dex_jax.evaluation.bench" in text
+    committed = PAGE.read_text(encoding="utf-8")
+    # Made by the command: its claims are those of the code.
+    assert all(f"| {claim.what} | {claim.paper} |" in committed for claim in reproduction.CLAIMS)
+
+
+def test_no_folder_is_told(tmp_path, capsys) -> None:
+    assert reproduction.main([str(tmp_path / "none")]) == 2
+    assert "give a folder that a benchmark has written" in capsys.readouterr().err

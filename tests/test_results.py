@@ -1,0 +1,183 @@
+"""results.jsonl and intervals: what is written is read, what is damaged is named, and intervals cover."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from reference.small_models import LLAMA, small_model
+
+import dex_jax
+from dex_jax.errors import DexError
+from dex_jax.evaluation import resampling
+from dex_jax.evaluation.results import Results, Run, read_results, repeated, run_of, to_line
+
+RUN = Run(
+    kind="wall",
+    method="layerskip",
+    task="gsm8k",
+    prompt_id="17",
+    model="m",
+    tokens=[5, 6, 7],
+    prompt_tokens=9,
+    setting={"exit": 12, "draft_length": 4},
+    exits=[-1, 1, 2],
+    depths=[12, 30],
+    seconds=0.5,
+    match=False,
+    first_divergence=1,
+    margin=1e-6,
+    tie=True,
+    versions={"jax": "0.10.2"},
+)
+
+
+def test_every_field_survives_the_file(tmp_path) -> None:
+    results = Results(tmp_path, {"model": "m"})
+    results.add(RUN)
+    results.add(RUN)
+    results.add(dataclasses.replace(RUN, round=1))
+    results.close()
+    assert read_results(tmp_path) == [RUN, dataclasses.replace(RUN, round=1)]
+    assert set(json.loads(to_line(RUN))) == {field.name for field in dataclasses.fields(Run)}
+    again = Results(tmp_path, {"model": "m"})
+    assert RUN.key in again.done
+    assert dataclasses.replace(RUN, setting={"exit": 6, "draft_length": 4}).key not in again.done
+    again.close()
+
+
+def test_a_line_cut_off_by_a_kill_is_written_again(tmp_path) -> None:
+    results = Results(tmp_path, {})
+    results.add(RUN)
+    results.close()
+    with results.path.open("ab") as file:
+        file.write(to_line(dataclasses.replace(RUN, round=1))[:50].encode())
+    assert read_results(tmp_path) == [RUN]
+    again = Results(tmp_path, {})
+    again.add(dataclasses.replace(RUN, round=2))
+    again.close()
+    assert [run.round for run in read_results(tmp_path)] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("{", "line 2 of .*results.jsonl is no JSON"),
+        ("[1]", "line 2 of .* is no JSON object"),
+        ({"task": None}, 'line 2 of .*: "task" is None'),
+        ({"tokens": [1, "a"]}, '"tokens" is .*, and not list'),
+        ({"seconds": True}, '"seconds" is True'),
+        ({"kind": "speed"}, "\"kind\" is 'speed', and not one of depth, wall"),
+        ({"kind": "depth"}, 'line 2 of .* is of kind "depth" and has seconds'),
+        ({"surprise": 1}, 'a field "surprise" that the schema does not know'),
+    ],
+)
+def test_a_damaged_line_is_named(change, says, tmp_path) -> None:
+    line = change if isinstance(change, str) else json.dumps(dataclasses.asdict(RUN) | change)
+    (tmp_path / "results.jsonl").write_text(f"{to_line(RUN)}\n{line}\n", encoding="utf-8")
+    with pytest.raises(DexError, match=says):
+        read_results(tmp_path)
+
+
+def test_a_missing_field_a_missing_file_and_an_empty_one_are_named(tmp_path) -> None:
+    with pytest.raises(DexError, match=r"there is no .*results\.jsonl"):
+        read_results(tmp_path)
+    file = tmp_path / "results.jsonl"
+    file.write_text("", encoding="utf-8")
+    with pytest.raises(DexError, match=r"results\.jsonl is empty"):
+        read_results(tmp_path)
+    fields = dataclasses.asdict(RUN)
+    del fields["prompt_id"]
+    file.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+    with pytest.raises(DexError, match=r'line 1 of .* has no "prompt_id"'):
+        read_results(tmp_path)
+
+
+def test_kinds_are_not_mixed() -> None:
+    counted = dataclasses.replace(RUN, kind="depth", seconds=None, layer_steps=60, work=90)
+    assert (counted.cost("depth"), counted.cost("work"), counted.cost("wall")) == (60, 90, None)
+    both = dex_jax.generate(small_model(), [[1], [2]], method=dex_jax.AR(), max_new_tokens=2)
+    with pytest.raises(DexError, match="time them one at a time"):
+        run_of(both, 0, kind="wall")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        dex_jax.AR(),
+        dex_jax.LayerSkip(exit=1, draft_length=3),
+        dex_jax.Dex(explorers=2, schedule="parallel"),
+        dex_jax.Dex(schedule="serial"),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_work_is_at_least_that_of_ar(method) -> None:
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=2, eos_ids=()))
+    layers = lm.config.num_layers
+    out = dex_jax.generate(lm, [[3, 1, 4], [1, 5]], method=method, max_new_tokens=10, exits="shared")
+    about = {"method": "m", "task": "t", "prompt_id": "1", "model": "random"}
+    for row in range(2):
+        run = run_of(out, row, kind="depth", **about)
+        assert run.tokens == out.tokens[row].tolist()
+        assert run.work >= layers * 9
+        if isinstance(method, dex_jax.AR):
+            assert run.work == run.layer_steps == layers * 9
+        if isinstance(method, dex_jax.LayerSkip):
+            # Every round runs its drafts and its root through all layers.
+            assert run.work == layers * (run.drafted + run.rounds)
+            assert run.accepted + run.rounds == 9
+
+
+def test_repeated_grams() -> None:
+    assert repeated([1, 2, 3]) is None
+    assert repeated([1, 2, 3, 4]) == 0
+    assert repeated([7] * 13) == 0.9
+
+
+def test_an_interval_covers_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        interval = resampling.bootstrap(random.normal(3, 1, 40), resampling.mean, resamples=400, seed=seed)
+        covered += interval.low <= 3 <= interval.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_pairs_stay_together() -> None:
+    # Costs differ a hundredfold between prompts, but their ratio is always 2.
+    cost = 10.0 ** np.random.default_rng(1).uniform(-1, 1, 30)
+    interval = resampling.bootstrap(resampling.ratios(2 * cost, cost))
+    assert (interval.low, interval.value, interval.high) == (2, 2, 2)
+    both = np.stack([2 * cost, cost], axis=1)
+    assert resampling.bootstrap(both, resampling.ratio_of_sums).low == pytest.approx(2)
+
+
+def test_items_are_clusters_over_columns() -> None:
+    # Columns repeat one another, so that four of them say no more than one.
+    one = np.random.default_rng(2).normal(3, 1, (40, 1))
+    means = lambda values: resampling.mean(values).mean(axis=1)  # noqa: E731
+    alone = resampling.clustered(one, means, seed=3)
+    four = resampling.clustered(np.repeat(one, 4, axis=1), means, seed=3)
+    assert four == pytest.approx(alone)
+
+
+def test_simultaneous_intervals_are_wider_and_hold_together() -> None:
+    random = np.random.default_rng(3)
+    together = 0
+    for seed in range(100):
+        values = random.normal(0, 1, (40, 6))
+        found = resampling.simultaneous(values, resampling.mean, resamples=400, seed=seed)
+        together += all(each.low <= 0 <= each.high for each in found)
+    alone = resampling.bootstrap(values[:, 0], resampling.mean)
+    assert found[0].high - found[0].low > alone.high - alone.low
+    assert together >= 86
+    assert resampling.simultaneous(np.ones((5, 2)))[0] == (1, 1, 1, 5)
+
+
+def test_nothing_to_resample_is_told() -> None:
+    with pytest.raises(DexError, match="no item has a value"):
+        resampling.bootstrap(resampling.ratios(np.array([1.0]), np.array([0.0])))
+    with pytest.raises(DexError, match="one of each for every item"):
+        resampling.ratios(np.ones(2), np.ones(3))

@@ -1,0 +1,170 @@
+"""The template study as a command, on a small model: what it writes, that it goes on, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from reference.small_models import LLAMA, small_model
+
+import dex_jax
+from dex_jax import language_model
+from dex_jax.evaluation import template_report, template_runs, templates
+from dex_jax.evaluation.results import read_results
+
+
+class ByteTokenizer:
+    """A token for each of the text's bytes, several bytes to a token."""
+
+    has_chat_template = False
+    eos_ids = ()
+
+    def encode(self, text: str) -> list[int]:
+        return [byte % LLAMA.vocab_size for byte in text.encode()]
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(chr(ord("A") + token % 26) + " ."[token % 2] for token in tokens)
+
+
+OPTIONS = ["up", "down", "left", "right"]
+BODIES = ["Q {question} {options}", "{options} {question}?", "{question} ({options}) so"]
+FLAGS = ["--items", "3", "--tune-items", "1", "--max-new-tokens", "12", "--loop-share", "0.4", "--batch", "4"]
+FLAGS += ["--explorers", "2", "--exit-depths", "1,2", "--draft-lengths", "2", "--exits", "shared", "--tasks", "mmlu"]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return small_model(tokenizer=ByteTokenizer())
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, lm):
+    """(arguments) -> exit code, for a folder of data, a file of templates and a folder of results."""
+    monkeypatch.setattr(language_model, "load", lambda source, dtype=None: lm)
+    folder = tmp_path / "data" / "mmlu"
+    folder.mkdir(parents=True)
+    rows = [
+        {"subject": "moves", "idx": n, "question": f"Where to {n}?", "choices": OPTIONS, "answer": n % 4}
+        for n in range(5)
+    ]
+    (folder / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "bodies.json").write_text(json.dumps(BODIES))
+    fixed = ["--data", str(tmp_path / "data"), "--templates", str(tmp_path / "bodies.json")]
+    return lambda *more: templates.main([*FLAGS, *fixed, "--output", str(tmp_path / "out"), *more])
+
+
+def test_the_study_runs_goes_on_and_notices_what_is_wrong(command, tmp_path, monkeypatch, capsys, lm):
+    pytest.importorskip("matplotlib", reason="the report draws a picture")
+    assert command() == 0
+    said = capsys.readouterr()
+    out = tmp_path / "out"
+    assert (out / template_report.PLOT).stat().st_size > 5000
+    runs = read_results(out)
+    plain = [run for run in runs if run.method == "ar" and run.split == "report"]
+    assert len(plain) == 9
+    assert {run.template for run in plain} == {"01", "02", "03"}
+    for name in ("dex", "layerskip"):
+        forced = [run for run in runs if run.method == name and run.counted == "forced" and run.split == "report"]
+        loops = [run for run in runs if run.method == name and run.counted == "loop"]
+        assert len(forced) == 9
+        assert len(loops) == 4  # 40% of nine
+        assert all(run.match for run in loops)
+        found = {(run.template, run.prompt_id): run for run in forced}
+        for run in loops:
+            same = found[run.template, run.prompt_id]
+            assert (run.exits, run.layer_steps, run.ticks, run.rounds) == (
+                same.exits,
+                same.layer_steps,
+                same.ticks,
+                same.rounds,
+            )
+    tuned = {run.prompt_id for run in runs if run.split == "tune"}
+    assert len(tuned) == 1
+    assert not tuned & {run.prompt_id for run in plain}  # settings are chosen elsewhere
+    ids = ByteTokenizer().encode("Q Where to 0? A. up\nB. down\nC. left\nD. right")
+    theirs = dex_jax.generate(lm, [ids], method=dex_jax.AR(), max_new_tokens=12)
+    ours = next(run for run in plain if run.template == "01" and run.prompt_id.endswith("-0"))
+    assert ours.tokens == theirs.tokens[0].tolist()
+    for words in (
+        "median [min, max] over templates",
+        "cannot settle what large models do",
+        "no evidence",
+        "chance 0.25",
+    ):
+        assert words in said.out
+
+    # Again, after a kill that took the last lines: only what is missing is made, and the end is the same.
+    whole = (out / "results.jsonl").read_bytes()
+    lines = whole.split(b"\n")
+    (out / "results.jsonl").write_bytes(b"\n".join(lines[:-4]) + b'\n{"kind": "dep')
+    monkeypatch.setattr(template_runs, "answer", lambda *a, **k: pytest.fail("an answer was made twice"))
+    assert command() == 0
+    assert (out / "results.jsonl").read_bytes() == whole
+    assert (out / "summary.md").read_text() == said.out.removesuffix("\n")
+    monkeypatch.undo()
+
+    # A loop that does not agree with what was counted fails the run.
+    monkeypatch.setattr(language_model, "load", lambda source, dtype=None: lm)
+    at = next(i for i, line in enumerate(lines) if b'"dex"' in line and b'"loop"' in line)
+    wrong = json.loads(lines[at])
+    wrong["exits"][3] = 3 - wrong["exits"][3]
+    (out / "results.jsonl").write_bytes(b"\n".join([*lines[:at], json.dumps(wrong).encode(), *lines[at + 1 :]]))
+    assert command() == 1
+    assert "error: dex explorers=2 on mmlu" in capsys.readouterr().err
+
+    # Another study does not mix with it.
+    assert command("--max-new-tokens", "13") == 2
+    assert "another study (max_new_tokens was 12, now 13)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--items", "0"], "--items must be at least 1"),
+        (["--items", "9"], "has 5 items, 0 of them too long, and 5 are left where 9 are asked for split report"),
+        (["--longest-prompt", "10"], "5 of them too long, and 0 are left"),
+        (["--tasks", "chess"], "unknown task 'chess'"),
+        (["--methods", "ar,del"], "counts ar, dex, layerskip, not 'del'"),
+        (["--methods", "dex"], "needs ar"),
+        (["--explorers", "9"], "--explorers must be at most 8"),
+        (["--loop-share", "2"], "--loop-share is a share"),
+        (["--formats", "3"], "--templates not given"),
+        (["--tune-items", "0"], "--tune-items must be at least 1"),
+        (["--exit-depths", "4"], "--exit-depths must lie between 1 and 3"),
+        (["--max-new-tokens", "1"], "--max-new-tokens must be at least 2"),
+        (["--templates", "none.json"], "none.json cannot be read"),
+        (["--second-dtype", "float32"], "--second-dtype float32 is the study's own"),
+        (["--data", "nowhere"], "there is no folder of data nowhere"),
+    ],
+)
+def test_bad_flags_are_refused_and_nothing_is_written(command, tmp_path, capsys, more, said):
+    assert command(*more) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_reports_of_other_folders_are_refused(tmp_path, capsys):
+    assert template_report.main([str(tmp_path)]) == 2
+    assert "there is no" in capsys.readouterr().err
+
+
+def test_a_tie_of_an_exit_is_no_error(lm):
+    """A disagreement counts only where the exit was sure."""
+    run = next_forced(lm)
+    assert run.closest.shape == run.exits.shape
+    assert np.all(run.closest[1:] <= 1)
+    assert np.all(run.closest[1:] >= 0)
+
+
+def next_forced(lm):
+    from dex_jax.cli.train_results import shared_exits
+    from dex_jax.evaluation.answering import answer
+    from dex_jax.evaluation.forced_counts import dex_asks, dex_count
+
+    exits = shared_exits(lm, (2,))
+    (found,) = answer(lm, [[1, 2, 3]], 12, exits=exits, asks=dex_asks((2, 4), exits.config), batch=4)
+    gap = dataclasses.replace(found.forced, gap=found.forced.gap * 0 + 0.25)
+    assert set(dex_count(gap, (2, 4)).closest[1:]) == {0.25}
+    return dex_count(found.forced, (2, 4))
