@@ -33,6 +33,11 @@ class Program:
         """Runs the function; compiles it first when these shapes and statics are new."""
         return self.compile(*args, **static)(*args)
 
+    @property
+    def held(self) -> int:
+        """How many compiled programs it remembers."""
+        return len(self._compiled)
+
     def forget(self) -> None:
         """Drops what has been compiled: a process may hold only so many mappings of memory, and programs take many."""
         self._compiled.clear()

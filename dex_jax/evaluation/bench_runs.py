@@ -125,7 +125,6 @@ class Bench:
         self.args = plan.args
         self.plain: dict[tuple[str, str], list[int]] = {}
         self.said: set[str] = set()
-        self.compiled = sum(program.compilations for program in PROGRAMS)
         self.warm: set[tuple[str, int]] = set()
         self.outside: Outside | None = None
         self.clock = Clock(plan.runs(len(self.of("report")), len(self.of("tune"))), notify)
@@ -303,11 +302,9 @@ class Bench:
 
     def _forget_some(self) -> None:
         """Drops compiled programs once there are many: a process can hold only so many."""
-        compiled = sum(program.compilations for program in PROGRAMS)
-        if compiled - self.compiled > PROGRAMS_HELD:
+        if sum(program.held for program in PROGRAMS) > PROGRAMS_HELD:
             for program in PROGRAMS:
                 program.forget()
-            self.compiled = compiled
             self.warm.clear()
 
     @staticmethod

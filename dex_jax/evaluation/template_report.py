@@ -282,7 +282,7 @@ def draw(found: Sequence[s.Grid]) -> Any:
         names = [name for name in ("dex", *grid.rivals) if name in grid.costs and grid.templates]
         spreads = {name: s.spread(grid, name) for name in names}
         leading = spreads[names[0]].each if names else ()
-        order = sorted(range(len(grid.templates)), key=lambda i, leading=leading: leading[i].value if leading else i)
+        order = np.argsort([each.value for each in leading], kind="stable") if leading else range(len(grid.templates))
         for place, name in enumerate(names):
             color, shift = SERIES[place % len(SERIES)], (place - (len(names) - 1) / 2) * 0.22
             across = [spreads[name].each[i] for i in order]
