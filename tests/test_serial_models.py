@@ -22,7 +22,7 @@ from dex_jax.decoding.serial import TreeShape
 from dex_jax.decoding.serial_network import tree_network
 from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk
 from dex_jax.evaluation import tree_search
-from dex_jax.evaluation.tree_search import first_large_tree, first_tree, neighbours, search_trees
+from dex_jax.evaluation.tree_search import first_tree, large_tree, neighbours, search_trees
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
 from dex_jax.lattice import NO_NODE
@@ -182,10 +182,10 @@ def test_trees_around_one() -> None:
     assert [first_tree(rows, True).rows for rows in ROWS[1:4]] == list(ROWS[1:4])
     assert first_tree(4, False) == TreeShape((1, 1, 1), 0, LOOKUP_TRUST)
     for rows in ROWS[1:]:
-        large = first_large_tree(rows)
+        large = large_tree(rows)
         assert large.rows == rows
         assert large.drafted == len(large.widths)
-    assert first_large_tree(16).widths == (4, 3, 2, 2, 1, 1, 1, 1)
+    assert large_tree(16).widths == (4, 3, 2, 2, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("drafted", [True, False])
@@ -196,10 +196,7 @@ def test_the_search_climbs_for_each_size(lm, monkeypatch, drafted) -> None:
     options = {"new_tokens": 16, "steps": 1, "tell": tried.append}
     found = search_trees(lm, given, prompts, sizes=(2, 4), largest=8, **options)
     if drafted:
-        large = found.pop()
-        rivals = [each for each in tried if each.tree.shape.rows == 8]
-        assert large.tree.shape.drafted == len(large.tree.shape.widths)
-        assert large.tree.tokens_per_round == max(each.tree.tokens_per_round for each in rivals)
+        assert found.pop().tree.shape == large_tree(8)
     assert sorted(each.tree.shape.rows for each in found) == [2, 4]
     assert found[0].speedup >= found[1].speedup
     for best in found:

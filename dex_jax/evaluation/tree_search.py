@@ -1,9 +1,8 @@
 """Which trees pay: tokens a round on some prompts, over what a round should take on the device at hand.
 
 How many tokens a round emits does not depend on the device, so it is counted; what a round takes comes from the costs
-by which schedule="auto" chooses (decoding/auto.py), and is not disturbed by other load. The largest tree is another
-matter: rounds choose how many of its levels to draft and how many of its rows to run, so it is the one that would emit
-the most if it were always drafted and run whole.
+by which schedule="auto" chooses (decoding/auto.py), and is not disturbed by other load. The largest tree is not
+searched for: rounds choose how many of its levels to draft and how many of its rows to run.
 """
 
 from __future__ import annotations
@@ -66,8 +65,11 @@ def neighbours(shape: TreeShape, drafts: bool) -> list[TreeShape]:
     return found
 
 
-def first_large_tree(rows: int) -> TreeShape:
-    """Where the search for the largest tree begins: all levels drafted, each 3/4 as wide as the one above."""
+def large_tree(rows: int) -> TreeShape:
+    """A tree for rounds that choose: all levels drafted, each 3/4 as wide as the one above.
+
+    With 16 rows and SmolLM2-135M's drafter it emits more tokens a round than each of the 14 trees around it.
+    """
     widths, left, width = [], rows - 1, rows / 4
     while left:
         widths.append(min(left, max(1, round(width))))
@@ -101,8 +103,7 @@ def search_trees(
       prompts: token ids of each; they are answered together.
       sizes: row counts, among those of `decoding.costs.ROWS`: what lies between them is not measured, and can be dearer
         than the next larger one.
-      largest: rows of one tree more, which is to emit as many tokens a round as it can; None for none. Only with a
-        drafter.
+      largest: rows of one tree more, that of `large_tree`; None for none. Only with a drafter.
       new_tokens: of each prompt.
       steps: most moves of each climb.
       tell: called with each tree that was tried.
@@ -129,21 +130,19 @@ def search_trees(
             tell(known[shape])
         return known[shape]
 
-    def climb(best: TreeFigures, worth: Callable[[TreeFigures], float], drafted: bool = False) -> TreeFigures:
+    found = []
+    for rows in sizes:
+        best = figures(first_tree(rows, drafter is not None))
         for _ in range(steps):
-            around = neighbours(best.tree.shape, drafter is not None)
-            shapes = [dataclasses.replace(shape, drafted=len(shape.widths)) if drafted else shape for shape in around]
-            leader = max(map(figures, shapes), key=worth, default=best)
-            if worth(leader) <= worth(best):
+            around = [figures(shape) for shape in neighbours(best.tree.shape, drafter is not None)]
+            leader = max(around, key=lambda each: each.speedup, default=best)
+            if leader.speedup <= best.speedup:
                 break
             best = leader
-        return best
-
-    found = [climb(figures(first_tree(rows, drafter is not None)), lambda each: each.speedup) for rows in sizes]
+        found.append(best)
     found.sort(key=lambda each: -each.speedup)
     if largest is not None and drafter is not None:
-        start = figures(first_large_tree(largest))
-        found.append(climb(start, lambda each: each.tree.tokens_per_round, drafted=True))
+        found.append(figures(large_tree(largest)))
     return found
 
 
