@@ -17,6 +17,9 @@ import numpy as np
 DROPPED = -np.inf
 """Logit of a token that a mask or a filter has removed."""
 
+BLOCKS = (512, 256, 128)
+"""Sizes of the blocks of columns that `best_column` looks at first, the first that divides V."""
+
 
 class Sampling(NamedTuple):
     """How to sample; None in its place everywhere means greedy.
@@ -57,9 +60,29 @@ def choose(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None
       ([N] int32 columns of V, [N] bool whether the row had any token left).
     """
     adjusted = scores(logits, sampling, noise)
-    token = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    token = best_column(adjusted)
     left = jnp.take_along_axis(adjusted, token[:, None], axis=-1)[:, 0] > DROPPED
     return token, left
+
+
+def best_column(x: jax.Array) -> jax.Array:
+    """[N] int32, the first column with the largest value of each row of x, [N, V] float32."""
+    rows, columns = x.shape
+    block = next((size for size in BLOCKS if columns % size == 0), None)
+
+    def plain(x: jax.Array) -> jax.Array:
+        return jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+    def by_blocks(x: jax.Array) -> jax.Array:
+        # XLA's argmax goes column by column on CPUs, 0.1 ms for 49,152 of them; its max takes a tenth of that.
+        blocks = x.reshape(rows, columns // block, block)
+        first = plain(jnp.max(blocks, axis=-1))
+        within = plain(jnp.take_along_axis(blocks, first[:, None, None], axis=1)[:, 0])
+        return first * block + within
+
+    if block is None:
+        return plain(x)
+    return jax.lax.platform_dependent(x, cpu=by_blocks, default=plain)
 
 
 def scores(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None) -> jax.Array:

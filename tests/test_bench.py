@@ -15,7 +15,8 @@ from reference.small_models import LLAMA, LetterTokenizer, small_model
 import dex_jax
 from dex_jax.evaluation import bench, bench_runs, report
 from dex_jax.evaluation.comparison import costs
-from dex_jax.evaluation.results import Run, read_results, to_line
+from dex_jax.evaluation.results import read_results, to_line
+from dex_jax.evaluation.runs import Run
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PROMPTS = "ABC\nBCDA\nQRSTUV\nZYX\nMNOPQ\nKLM\nEFGHI\nXXYYZ\n"

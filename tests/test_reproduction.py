@@ -9,7 +9,8 @@ import pytest
 
 from dex_jax.evaluation import reproduction
 from dex_jax.evaluation.resampling import Interval
-from dex_jax.evaluation.results import Run, to_line
+from dex_jax.evaluation.results import to_line
+from dex_jax.evaluation.runs import Run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reproduction.md"
 

@@ -17,12 +17,13 @@ from reference.toy_models import ToyModel, random_tables, toy_network, toy_prefi
 
 from dex_jax import Limits, Sampling, init, run
 from dex_jax.decoding.record import Record
-from dex_jax.sampling import DROPPED, choose, filtered, position_noise, sampling_keys
+from dex_jax.sampling import BLOCKS, DROPPED, best_column, choose, filtered, position_noise, sampling_keys
 
 ROWS, VOCAB = 3, 7
 
 by_threshold = jax.jit(filtered)
 chosen = jax.jit(choose)
+best_of = jax.jit(best_column)
 
 # Few distinct values make ties; -inf is what a mask leaves.
 tied = st.sampled_from([-np.inf, -3.0, -1.0, -0.0, 0.0, 0.5, 2.0])
@@ -34,6 +35,15 @@ logit_rows = st.one_of(hnp.arrays(np.float32, (ROWS, VOCAB), elements=values) fo
 
 def by_sorting(logits: np.ndarray, top_k: int | None, top_p: float | None) -> np.ndarray:
     return np.stack([filter_logits(row, top_k, top_p) for row in logits])
+
+
+@given(st.sampled_from([7, *(3 * size for size in BLOCKS)]), st.integers(0, 2**32 - 1))
+def test_the_best_column_is_numpys_argmax(columns: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.choice(np.float32([-np.inf, -3.0, 0.0, 2.0]), (4, columns), p=[0.5, 0.3, 0.15, 0.05])
+    rows[0] = -np.inf
+    rows[1] = rng.standard_normal(columns)
+    np.testing.assert_array_equal(best_of(rows), rows.argmax(axis=1))
 
 
 @given(logit_rows, st.integers(1, VOCAB + 2))

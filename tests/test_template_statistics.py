@@ -14,7 +14,7 @@ from dex_jax.errors import DexError
 from dex_jax.evaluation import template_report
 from dex_jax.evaluation import template_statistics as s
 from dex_jax.evaluation.resampling import simultaneous
-from dex_jax.evaluation.results import Run
+from dex_jax.evaluation.runs import Run
 
 AR_STEPS = 30.0
 

@@ -20,7 +20,7 @@ from dex_jax.decoding.chain_interface import ChainExits, ChainNetwork, ChainRows
 from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, emit_path, until_done
-from dex_jax.sampling import Sampling, choose, scores
+from dex_jax.sampling import Sampling, best_column, choose, scores
 
 
 class ChainState(NamedTuple):
@@ -221,7 +221,7 @@ def _proposed(
     if noise is not None and exits.vocabulary is not None:
         noise = noise[:, exits.vocabulary]
     adjusted = scores(exits.logits(features), sampling, noise)
-    column = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    column = best_column(adjusted)
     log_all = jax.nn.logsumexp(adjusted, axis=-1)
     if exits.rest is not None:
         rest = exits.rest(features)

@@ -30,6 +30,7 @@ from dex_jax.decoding.network import run_tree, transformer_network
 from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.lattice import NO_NODE, default_rows
 from dex_jax.nn.transformer import Layout, Stacked, parameter_shapes
+from dex_jax.sampling import best_column
 
 ROWS = (1, 2, 4, 8, 16)
 MEASURED_BYTES = 1e8
@@ -145,7 +146,7 @@ def _measure(config: ModelConfig, layout: Layout, dtype: Any, batch: int, length
         return run_tree(merge_model(short, layout, weights), memory, token, position, among, position[:, 0])
 
     def final(weights: Any, hidden: jax.Array) -> Any:
-        return jnp.argmax(merge_model(short, layout, weights).logits(hidden), axis=-1)
+        return best_column(merge_model(short, layout, weights).logits(hidden))
 
     programs: list[tuple[Any, tuple[Any, ...]]] = []
 

@@ -17,7 +17,8 @@ from dex_jax.evaluation.bench_plan import Plan
 from dex_jax.evaluation.check import compare_tokens
 from dex_jax.evaluation.contenders import SWEPT, Contender, best_setting, by_setting, contender
 from dex_jax.evaluation.outside import EARLY_EXIT, PLAIN, Outside, run_of_answer
-from dex_jax.evaluation.results import Results, Run, compared, run_key, run_of
+from dex_jax.evaluation.results import Results
+from dex_jax.evaluation.runs import Run, compared, run_key, run_of
 from dex_jax.language_model import LanguageModel
 from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.training.progress import Shown, duration

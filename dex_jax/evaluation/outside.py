@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.results import Run
+from dex_jax.evaluation.runs import Run
 
 WORKER = Path(__file__).resolve().parents[2] / "benchmarks" / "transformers_ar.py"
 MODEL = "smollm2-135m"

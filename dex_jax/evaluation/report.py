@@ -13,7 +13,8 @@ from dex_jax.evaluation import comparison as c
 from dex_jax.evaluation.comparison import mismatches
 from dex_jax.evaluation.contenders import ON_MANY_DEVICES, SWEPT, by_setting
 from dex_jax.evaluation.resampling import Interval
-from dex_jax.evaluation.results import Run, read_results, read_study
+from dex_jax.evaluation.results import read_results, read_study
+from dex_jax.evaluation.runs import Run
 
 __all__ = ["mismatches", "summary", "write"]
 

@@ -17,7 +17,8 @@ from dex_jax.errors import DexError
 from dex_jax.evaluation import comparison as c
 from dex_jax.evaluation.report import markdown
 from dex_jax.evaluation.resampling import Interval
-from dex_jax.evaluation.results import Run, read_results, read_study
+from dex_jax.evaluation.results import read_results, read_study
+from dex_jax.evaluation.runs import Run
 
 FINEST = 8
 """The K up to which the paper finds finer grids better."""

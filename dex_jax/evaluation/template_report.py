@@ -18,7 +18,8 @@ from dex_jax.errors import DexError
 from dex_jax.evaluation import template_statistics as s
 from dex_jax.evaluation.exit_report import markdown
 from dex_jax.evaluation.resampling import Interval
-from dex_jax.evaluation.results import Run, read_results, read_study
+from dex_jax.evaluation.results import read_results, read_study
+from dex_jax.evaluation.runs import Run
 
 SUMMARY = "summary.md"
 PLOT = "template_spread.png"

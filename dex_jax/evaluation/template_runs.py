@@ -27,7 +27,8 @@ from dex_jax.evaluation.choices import Item
 from dex_jax.evaluation.contenders import best_setting
 from dex_jax.evaluation.forced_counts import Ask, Forced, dex_asks, dex_count, layerskip_asks, layerskip_count
 from dex_jax.evaluation.prompt_formats import Template, shown_options
-from dex_jax.evaluation.results import Results, Run, compared, repeated, run_key, run_of, versions
+from dex_jax.evaluation.results import Results
+from dex_jax.evaluation.runs import Run, compared, repeated, run_key, run_of, versions
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows

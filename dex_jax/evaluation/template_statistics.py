@@ -16,7 +16,7 @@ import numpy as np
 
 from dex_jax.errors import DexError
 from dex_jax.evaluation.resampling import RESAMPLES, Interval, bootstrap, clustered, ratio_of_sums, simultaneous
-from dex_jax.evaluation.results import Run
+from dex_jax.evaluation.runs import Run
 
 WORST_OVER_MEDIAN = 0.85
 """What the worst template must keep of the median one for a gain to hold."""

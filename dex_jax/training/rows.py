@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dex_jax.decoding.ladder import climb, rungs
 from dex_jax.nn.transformer import Transformer
-from dex_jax.sampling import filtered, position_noise
+from dex_jax.sampling import best_column, filtered, position_noise
 from dex_jax.training.items import NO_ITEM, Scripts
 
 
@@ -102,7 +102,7 @@ def choices(model: Transformer, final: jax.Array, rows: Rows, scripts: Scripts, 
     number, position = scripts.number[slot], rows.position + 1
 
     def best(at: jax.Array) -> jax.Array:
-        return jnp.argmax(model.logits(final[at]), axis=-1).astype(jnp.int32)
+        return best_column(model.logits(final[at]))
 
     def sampled(at: jax.Array) -> jax.Array:
         # Rows of a rung that do not sample have temperature 0; nobody reads what they get.
@@ -114,7 +114,7 @@ def choices(model: Transformer, final: jax.Array, rows: Rows, scripts: Scripts, 
         )
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, number[at])
         noise = jax.vmap(position_noise, (0, 0, None))(keys, position[at], logits.shape[-1])
-        return jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
+        return best_column(kept + noise)
 
     def where_needed(needed: jax.Array, pick: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """pick() for few more rows than those that need it: unembedding and noise are a large part of a step."""
