@@ -30,7 +30,7 @@ def written(path: Path, *rows) -> Path:
 
 def test_every_field_is_read(tmp_path):
     (item,) = read_items("hellaswag", written(tmp_path / "a.jsonl", HELLASWAG))
-    assert (item.id, item.subject, item.question) == ("hellaswag-7", "Rowing", "Two row. they")
+    assert (item.id, item.subject, item.question) == ("hellaswag-7", "Rowing", "Two people row. they")
     assert (item.options, item.answer, item.chance) == (("sink", "win"), 1, 0.5)
     (item,) = read_items("mmlu", written(tmp_path / "b.jsonl", MMLU))
     assert (item.id, item.question, item.answer, item.chance) == ("mmlu-logic-3", "What follows?", 2, 0.25)

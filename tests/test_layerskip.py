@@ -294,7 +294,7 @@ def test_training_goes_on_from_a_model(text_file) -> None:
         loss, optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean(), rtol=1e-5
     )
     start_from.arrange(dex_jax.Stacked((2, 4)))
-    with pytest.raises(DexError, match="stacked layout"):
+    with pytest.raises(DexError, match="not in the unrolled layout"):
         task.init(jax.random.key(0))
 
 

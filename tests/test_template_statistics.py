@@ -104,10 +104,10 @@ def test_spread_is_of_sums():
 def test_simultaneous_bounds_hold_together_as_often_as_they_say():
     rng, trials, held, alone = np.random.default_rng(1), 150, 0, 0
     for trial in range(trials):
-        values = rng.standard_normal((40, 8)) + rng.standard_normal((40, 1))
+        values = rng.standard_normal((100, 8)) + rng.standard_normal((100, 1))
         bounds = simultaneous(values, lambda v: v.mean(axis=1), resamples=200, seed=trial)
         held += all(b.low <= 0 <= b.high for b in bounds)
-        half = 1.96 * values.std(axis=0) / 40**0.5
+        half = 1.96 * values.std(axis=0) / 100**0.5
         alone += bool(np.all(np.abs(values.mean(axis=0)) <= half))
     assert held / trials > 0.9
     assert alone < held  # bounds of one template at a time do not hold together
