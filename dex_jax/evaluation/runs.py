@@ -248,8 +248,8 @@ def repeated(tokens: list[int], length: int = 4) -> float | None:
     """Share of `length`-grams that occurred earlier in the same list; None if it has no such gram.
 
     Example:
-      >>> repeated([1, 2, 3, 4, 1, 2, 3, 4, 1])
-      0.3333333333333333
+      >>> repeated([1, 2, 1, 2, 1, 2, 1])
+      0.5
     """
     grams = [tuple(tokens[at : at + length]) for at in range(len(tokens) - length + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else None
