@@ -20,7 +20,9 @@ def benchmark(name: str):
     return module
 
 
-context, rows, two_processes = map(benchmark, ("context", "rows", "two_processes"))
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    context, rows, two_processes = map(benchmark, ("context", "rows", "two_processes"))
 
 
 def squeezed(page: str) -> str:

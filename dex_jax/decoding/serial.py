@@ -34,7 +34,7 @@ FINAL = 1
 
 HOPE = 0.3
 """The share of a level's promise that drafting below it is taken to add: how often a child turns out worth running, and
-right (chosen on SmolLM2-135M's drafts; 0.3 to 0.5 differ by a few percent)."""
+right. Below what drafters agree, as much of what they draft is not worth running."""
 
 PRIOR = 16.0
 """AR steps that every sequence is taken to have decoded at AR's pace before its first round."""

@@ -124,8 +124,8 @@ def simultaneous(
     """An interval for each column of values [N, G], so wide that all of them hold together with probability `level`.
 
     By the largest deviation over columns, each in units of its own spread over resamples (max-t); items are resampled
-    with their values of every column. Where a column does not vary, its interval is its value. With few items intervals
-    hold less often than they say: of normal values in 8 columns 0.95 hold together with 100 items, 0.91 with 40.
+    with their values of every column. Where a column does not vary, its interval is its value. With few items they
+    hold less often than they say, as resamples know nothing of what the items leave out: give 100 or more.
 
     Raises:
       DexError: no items.
