@@ -35,6 +35,10 @@ SMALLEST_GAIN = 1.02
 COST_PARTS, CLEARLY_LESS = 32, 3
 """Costs are in parts of an AR step. Every row count that a round may choose from is compiled: they must differ."""
 
+CAUTION = 1.3
+"""Rounds take further rows and drafting to cost so many times what was measured. How fast a device reads memory, which
+is all that a step of one row waits for, changes while others use it too; too few rows lose less than too many do."""
+
 
 class Candidate(NamedTuple):
     """A method, what it should take and why.
@@ -140,18 +144,23 @@ def with_rungs(
 ) -> TreeShape:
     """The shape with the row counts that a round may choose from: those that cost clearly less than the next larger.
 
-    Costs are in AR steps, rounded so that a program compiled for them serves another measurement too.
+    Costs are in AR steps, with CAUTION, and rounded so that a program compiled for them serves another measurement too.
     """
+
+    def parts(more: float) -> int:
+        return round(CAUTION * more / costs.step(1) * COST_PARTS)
+
     found: list[tuple[int, int]] = []
     for rows in sorted({*(rows for rows in costs.rows if rows < shape.rows), shape.rows}, reverse=True):
-        cost = max(1, round(costs.step(rows) / costs.step(1) * COST_PARTS))
+        cost = COST_PARTS + parts(costs.step(rows) - costs.step(1))
         if not found or cost <= found[-1][1] - CLEARLY_LESS:
             found.append((rows, cost))
     rungs = tuple((rows, cost / COST_PARTS) for rows, cost in reversed(found))
     if len(rungs) < 2:
         return dataclasses.replace(shape, rungs=(), drafting=0.0)
-    drafting = round(drafting_seconds(costs, drafter, config, dtype) / costs.step(1) * COST_PARTS) / COST_PARTS
-    return dataclasses.replace(shape, rungs=rungs, drafting=drafting)
+    drafting = drafting_seconds(costs, drafter, config, dtype)
+    share = max(1, parts(drafting)) / COST_PARTS if drafting else 0.0  # 0 would mean that levels are not chosen
+    return dataclasses.replace(shape, rungs=rungs, drafting=share)
 
 
 def drafting_seconds(costs: StepCosts, drafter: TrainedExits | None, config: ModelConfig, dtype: np.dtype) -> float:
