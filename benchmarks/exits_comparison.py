@@ -28,6 +28,13 @@ from dex_jax.evaluation.exit_metrics import grouped_figures
 from dex_jax.nn.exits import heads_of, select_exits
 from dex_jax.training.exit_training import train_exits
 
+LEAD = (
+    "# Kinds, sources and amounts of training\n\n"
+    "Agreement of exits at four depths of SmolLM2-135M with the last layer, and the depth-side speedup that follows "
+    "at K = 5, on greedy answers to held-out prompts (question_240: Spec-Bench's rows of questions, maths and "
+    "retrieval). Written by `python benchmarks/exits_comparison.py`, whose docstring has the whole command.\n\n"
+)
+
 DEPTHS = (6, 12, 18, 24)
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "smollm2_135m.py"
 
@@ -139,7 +146,7 @@ def main() -> int:
     text = "\n\n".join(table(title, rows) for title, rows in tables.items()) + "\n"
     print(text)
     if args.output:
-        args.output.with_suffix(".md").write_text(text, encoding="utf-8")
+        args.output.with_suffix(".md").write_text(LEAD + text, encoding="utf-8")
     return 0
 
 

@@ -27,6 +27,13 @@ from dex_jax.decoding.network import shared_exits
 from dex_jax.decoding.session import Session, network_of
 from dex_jax.language_model import merge_model
 
+LEAD = (
+    "# What exits cost\n\n"
+    "The time that exits take of ticks: `python benchmarks/exits_cost.py --new-tokens 8 --repeats 3 --output "
+    "docs/exits_cost`. Ticks that commit take longer than the median, with and without exits, so the shares of all "
+    "ticks together are less than the medians would say.\n\n"
+)
+
 PROMPTS = (
     "Why is the sky blue?",
     "Write a Python function that reverses a list.",
@@ -127,7 +134,7 @@ def main() -> int:
     text, figures = report(found, lm, args.exits, args.explorers)
     print(text)
     if args.output:
-        Path(args.output + ".md").write_text(text)
+        Path(args.output + ".md").write_text(LEAD + text, encoding="utf-8")
         Path(args.output + ".json").write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 

@@ -24,6 +24,13 @@ import dex_jax
 from dex_jax.evaluation.forced import forced_ticks
 from dex_jax.lattice import full_rows
 
+LEAD = (
+    "# Same tokens, counted ticks\n\n"
+    "18 prompts, at most 64 tokens each, in batches of 6, greedy, float32, exits of kind `shared`: against "
+    "transformers' tokens, and against the ticks of the same texts run through the model once (teacher-forced, rows "
+    "that never prune). Written by `python benchmarks/lossless.py --output docs/lossless`.\n\n"
+)
+
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "goldens" / "smollm2.json"
 BATCH = 6
 FULL = {6: "full"}
@@ -101,7 +108,7 @@ def main() -> int:
     text = summarise(runs)
     print(text)
     if args.output:
-        args.output.with_suffix(".md").write_text(text, encoding="utf-8")
+        args.output.with_suffix(".md").write_text(LEAD + text, encoding="utf-8")
     return 0 if all(map(holds, runs)) else 1
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/planner.md: the planner's assumptions, what the article's cases come to on paper, and what else there is.
+"""Writes docs/planner.md: the planner's assumptions, what the paper's cases come to on paper, and what else there is.
 
     python benchmarks/planner.py                      # tables and the assumed profiles, seconds, nothing is measured
     python benchmarks/planner.py --compile            # compiles for TPUs too (libtpu; minutes), kept in a JSON file
@@ -113,7 +113,7 @@ def gains(pipelined: Parts, tick: Parts, ticks: float) -> list[float]:
     return found
 
 
-def article_rows(model: str, exits: str, profile: Profile, cases: list[tuple[int, int]], links: str) -> list[list[str]]:
+def paper_rows(model: str, exits: str, profile: Profile, cases: list[tuple[int, int]], links: str) -> list[list[str]]:
     """One line for each (K, batch) on K H100s."""
     config = SHAPES[model]
     rows = []
@@ -162,11 +162,11 @@ HEADER = [
 ]
 
 
-def article(files: dict[tuple[str, str], Path]) -> list[str]:
-    """The section on the article's cases."""
+def paper(files: dict[tuple[str, str], Path]) -> list[str]:
+    """The section on the paper's cases."""
     parts = [
-        "## The article's cases, on paper",
-        "The article reports Llama-2-70B with K = 2 to 8 and CodeLlama-34B with K = 3 on H100s; its figures are "
+        "## The paper's cases, on paper",
+        "The paper reports Llama-2-70B with K = 2 to 8 and CodeLlama-34B with K = 3 on H100s; its figures are "
         "not at hand, so this is what the cost model makes of those shapes in bfloat16 with a context of "
         f"{CONTEXT:,}, K devices for K explorers. Columns 3 to 7 are speeds over AR pipelined over the same "
         "devices: first with layers alone, which is the depth-side speedup where K divides the layers, then with "
@@ -186,10 +186,10 @@ def article(files: dict[tuple[str, str], Path]) -> list[str]:
         for name, links in LINKED.items():
             parts.append(f"{name}:")
             cases = [(stages, 1) for stages in explorers]
-            parts.append(markdown(HEADER, article_rows(model, exits, profile, cases, links)))
+            parts.append(markdown(HEADER, paper_rows(model, exits, profile, cases, links)))
         cases = [(explorers[-1], batch) for batch in (1, 4, 16, 64)]
         parts.append("As the batch grows, NVLink; tokens a second are those of one sequence:")
-        parts.append(markdown(HEADER, article_rows(model, exits, profile, cases, "")))
+        parts.append(markdown(HEADER, paper_rows(model, exits, profile, cases, "")))
     return parts
 
 
@@ -403,7 +403,7 @@ This page is written by `python benchmarks/planner.py`."""
 def page(folder: Path = DOCS / "planner") -> str:
     """The whole page; assumed profiles go to `folder`."""
     files = write_assumptions(folder)
-    parts = [INTRODUCTION, *article(files), *recommendations(files), *costs(files)]
+    parts = [INTRODUCTION, *paper(files), *recommendations(files), *costs(files)]
     return "\n\n".join([*parts, *validation_section(), *compiled_section(), *assumptions()]) + "\n"
 
 

@@ -37,6 +37,13 @@ from dex_jax.decoding.network import transformer_network
 from dex_jax.decoding.session import RUN, Session
 from dex_jax.language_model import merge_model
 
+LEAD = (
+    "# Speed\n\n"
+    "What one step takes: `python benchmarks/speed.py --rounds 9 --transformers-python ... --output docs/speed`, "
+    'SmolLM2-135M, batch 1, all measured in turns. DEX has exits of kind `shared` here. "Intermediate heads apart" is '
+    'the same tick with heads that read 256 columns only, "lattice alone" a network that computes nothing.\n\n'
+)
+
 PROMPT = "Tell me a short story about a clockmaker who is afraid of silence."
 NARROW_COLUMNS = 256
 HERE = Path(__file__).resolve().parent
@@ -230,7 +237,7 @@ def main() -> None:
     print(text)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.with_suffix(".md").write_text(text, encoding="utf-8")
+        args.output.with_suffix(".md").write_text(LEAD + text, encoding="utf-8")
         args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

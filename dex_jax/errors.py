@@ -1,6 +1,12 @@
-"""The one exception for input that a person can mend."""
+"""The one exception for input that a person can mend, and how programs end."""
 
 from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 
 class DexError(ValueError):
@@ -8,3 +14,28 @@ class DexError(ValueError):
 
     The command-line programs print the sentence and exit with code 2; a library caller sees a ValueError.
     """
+
+
+def exit_code(command: Callable[[], int | None], stopped: str = "Stopped.") -> int:
+    """Runs a program's work and says what ended it early.
+
+    Args:
+      command: all of the work; bad input is a DexError.
+      stopped: for stderr after Ctrl-C; empty for nothing.
+
+    Returns:
+      What `command` returned, 0 for None; 2 for bad input, 130 after Ctrl-C, 0 when nobody reads stdout any more.
+    """
+    try:
+        return command() or OK
+    except DexError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        if stopped:
+            print(stopped, file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader is gone; nothing more may be written, not even by the interpreter's own flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK

@@ -213,7 +213,8 @@ def load(
     """Loads a model, one tensor at a time.
 
     Args:
-      source: an alias ("smollm2-135m"), a .gguf file, a Hugging Face directory, or a hub id "owner/name".
+      source: an alias ("smollm2-135m"), a .gguf file, a Hugging Face directory (here or at gs://), or a hub id
+        "owner/name".
       dtype: "float32", "bfloat16" or "float16"; None chooses `default_dtype()`.
       layout: None is Unrolled(), and on a mesh Staged(depths) with the grid that `generate` uses for so many explorers.
       on_tensor: called with (bytes so far, bytes in all) after each tensor, for a progress bar.

@@ -204,7 +204,7 @@ def test_pictures(tmp_path, monkeypatch) -> None:
     plot_figures._figure_class.cache_clear()
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DexError, match=r"pip install 'dex-jax\[plot\]'"):
+    with pytest.raises(DexError, match=r"pip install matplotlib"):
         profile_plots.draw(_profile(), tmp_path)
 
 

@@ -321,7 +321,7 @@ def test_picture_without_matplotlib(tmp_path, monkeypatch) -> None:
     figures._figure_class.cache_clear()
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DexError, match=r"pip install 'dex-jax\[plot\]'"):
+    with pytest.raises(DexError, match=r"pip install matplotlib"):
         exit_report.plot_agreement(_records(), tmp_path / "agreement.png")
 
 

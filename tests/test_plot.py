@@ -161,5 +161,5 @@ def test_without_matplotlib_a_sentence_says_what_to_install(trace, monkeypatch) 
     figures._figure_class.cache_clear()
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DexError, match=r"pip install 'dex-jax\[plot\]'"):
+    with pytest.raises(DexError, match=r"pip install matplotlib"):
         plot.lattice(trace)

@@ -262,5 +262,5 @@ def test_datasets_are_loaded_by_name(monkeypatch, smol) -> None:
 
 def test_datasets_missing_names_the_extra(monkeypatch, smol) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DexError, match=r"pip install dex_jax\[datasets\]"):
+    with pytest.raises(DexError, match=r"pip install datasets"):
         quiet(["datasets:squad"], smol, OPTIONS)

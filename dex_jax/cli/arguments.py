@@ -29,8 +29,8 @@ The text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 --chec
 INSTALLED = {"decode.py": "dex-decode", "train_exits.py": "dex-train-exits"}
 """Script of a clone -> the same program as a package installs it."""
 
-EXITS_HELP = """exit heads: "default" (what ships for the model), "shared" (the model's own head at every depth), a
-.safetensors file or a folder of {train}; they change how fast text comes, never the text (%(default)s)"""
+EXITS_HELP = """exit heads: "default" (what ships for the model), "shared" (the model's own head at every depth; no
+drafter), a .safetensors file or a folder of {train}; they change how fast text comes, never the text (%(default)s)"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,9 +65,14 @@ def parser() -> argparse.ArgumentParser:
         help="parallel: explorers side by side; serial: rounds that draft tokens ahead, for one device; auto: one of "
         "the two or AR, whichever should be fastest here; flags of parallel mean parallel (%(default)s)",
     )
-    add("--explorers", type=int, metavar="K", help="number of exit depths, evenly spaced (5)")
+    add(
+        "--explorers",
+        type=int,
+        metavar="K",
+        help="number of exit depths, evenly spaced (5; del and oracle: every trained depth)",
+    )
     add("--depths", type=depths, metavar="X,...,L", help="the exit depths themselves, ending at the last layer")
-    add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most, or "full" (2^(K-2), at most 8)')
+    add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most; "full", up to K = 8, never prunes')
     add("--no-decs", action="store_true", help="let exits repeat tokens that a node's children already hold")
     add_rival_flags(add)
 
@@ -107,6 +112,7 @@ def method_of(args: argparse.Namespace) -> Method:
         return Dex(**fields, decs=not args.no_decs)
     given = [name for name in ("explorers", "depths", "rows") if getattr(args, name) is not None]
     given += ["schedule"] if args.schedule != "auto" else []
+    given += ["no-decs"] if args.no_decs else []
     if given:
         raise DexError(
             f"--{given[0]} belongs to --method dex and means nothing with --method ar: leave one of them out"

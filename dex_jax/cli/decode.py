@@ -18,27 +18,18 @@ from dex_jax.cli.dry_run import dry_run
 from dex_jax.decoding.methods import AR, Method
 from dex_jax.decoding.output import Output
 from dex_jax.distributed import from_first, is_first, join
-from dex_jax.errors import DexError
+from dex_jax.errors import INTERRUPTED, OK, exit_code
 from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.prompts import Prompt
 
-OK, DIFFERENT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DIFFERENT = 1
+"""Exit code when --check finds other tokens than AR's."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs decode.py with command-line arguments; returns the exit code."""
     args = parser().parse_args(argv)
-    try:
-        return _run(args)
-    except DexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader is gone; nothing more may be written, not even by the interpreter's own flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+    return exit_code(lambda: _run(args), stopped="")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -6,14 +6,13 @@ import argparse
 import functools
 import importlib.util
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dex_jax.cli.arguments import program
-from dex_jax.cli.decode import BAD_INPUT, INTERRUPTED, OK, remember_compilations
+from dex_jax.cli.decode import remember_compilations
 from dex_jax.cli.train_arguments import (
     configured,
     evaluate_parser,
@@ -23,7 +22,7 @@ from dex_jax.cli.train_arguments import (
 )
 from dex_jax.cli.train_results import evaluate, export
 from dex_jax.cli.train_tree import tree, tree_parser
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 from dex_jax.training.exit_training import ExitTraining
 from dex_jax.training.whole_model import WholeModelConfig
 
@@ -43,25 +42,17 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser, command = COMMANDS.get(argv[0] if argv else "", (train_parser, _train))
     args = parser().parse_args(argv if command is _train else argv[1:])
-    try:
-        command(args)
-        return OK
-    except DexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("Stopped. To go on, run the same command again.", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader is gone; nothing more may be written, not even by the interpreter's own flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
-    except RuntimeError as error:
-        # What JAX raises where memory is allocated, and it has no class of its own for that.
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print("error: the device has too little memory for this: lower --batch", file=sys.stderr)
-        return BAD_INPUT
+
+    def run() -> None:
+        try:
+            command(args)
+        except RuntimeError as error:
+            # What JAX raises where memory is allocated, and it has no class of its own for that.
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DexError("the device has too little memory for this: lower --batch") from error
+
+    return exit_code(run, "Stopped. To go on, run the same command again.")
 
 
 def _train(args: argparse.Namespace) -> None:

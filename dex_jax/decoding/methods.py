@@ -107,7 +107,7 @@ class Dex:
             return self.schedule
         if self.tree is not None:
             return "serial"
-        return "auto" if self.decs and self._grid_field() is None else "parallel"
+        return "auto" if self._grid_field() is None else "parallel"
 
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers.
@@ -134,7 +134,8 @@ class Dex:
 
     def _grid_field(self) -> str | None:
         """The first field of a grid of exits that is given."""
-        return next((name for name in ("explorers", "depths", "rows") if getattr(self, name) is not None), None)
+        given = {name: getattr(self, name) is not None for name in ("explorers", "depths", "rows")}
+        return next((name for name, there in (given | {"decs": not self.decs}).items() if there), None)
 
     def _depths(self, num_layers: int) -> tuple[int, ...]:
         if self.explorers is not None and self.depths is not None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 
 if TYPE_CHECKING:
     from dex_jax.evaluation.bench_runs import Case
@@ -92,14 +92,7 @@ def _shares(text: str) -> tuple[float, ...]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 1 where tokens are not AR's, 2 for bad input."""
     args = parser().parse_args(argv)
-    try:
-        return run(args)
-    except DexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: run(args), "Stopped. The same command goes on from here.")
 
 
 def run(args: argparse.Namespace) -> int:

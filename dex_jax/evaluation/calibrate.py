@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import even_depths
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation.cost_model import KERNELS_A_LAYER
 from dex_jax.evaluation.footprint import device_memory
 from dex_jax.evaluation.hardware import LINKS, Curve, Device, Hardware, Measured, read_hardware, write_hardware
@@ -154,27 +154,24 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--output", required=True, metavar="FILE.json", help="for plan --hardware")
     argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
-    try:
-        if args.together > 1:
-            return _together(argv, args.together, args.output)
-        rows = sorted(set(args.rows))
-        if rows[0] < 1 or args.repeats < 1 or args.least <= 0 or args.long <= SHORT:
-            raise DexError(f"--rows and --repeats must be at least 1, --least above 0, --long above {SHORT}")
-        found = calibrate(
-            config_of(args.model),
-            resolve_dtype(args.dtype),
-            rows=rows,
-            long=args.long,
-            timer=Timer(args.repeats, args.least),
-            notify=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-        write_hardware(args.output, found)
-    except DexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped; nothing is written.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _run(args, argv), "Stopped; nothing is written.")
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
+    if args.together > 1:
+        return _together(argv, args.together, args.output)
+    rows = sorted(set(args.rows))
+    if rows[0] < 1 or args.repeats < 1 or args.least <= 0 or args.long <= SHORT:
+        raise DexError(f"--rows and --repeats must be at least 1, --least above 0, --long above {SHORT}")
+    found = calibrate(
+        config_of(args.model),
+        resolve_dtype(args.dtype),
+        rows=rows,
+        long=args.long,
+        timer=Timer(args.repeats, args.least),
+        notify=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    write_hardware(args.output, found)
     print(summary(found))
     return 0
 

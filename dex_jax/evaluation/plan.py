@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation import cost_model
 from dex_jax.evaluation.cost_model import Setting, Ticks
 from dex_jax.evaluation.hardware import DEVICES, hardware
@@ -67,12 +67,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for bad input."""
     args = parser().parse_args(argv)
-    try:
-        run(args, Console(highlight=False, width=None if sys.stdout.isatty() else NO_TERMINAL))
-        return 0
-    except DexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else NO_TERMINAL)
+    return exit_code(lambda: run(args, console))
 
 
 def run(args: argparse.Namespace, console: Console) -> None:

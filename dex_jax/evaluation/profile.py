@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation.ead_profile import EAD, CappedRows, GridProfile, Profile, RealLoop
 from dex_jax.evaluation.exit_forcing import Measurement
 from dex_jax.evaluation.exit_metrics import figures_of
@@ -214,15 +214,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for bad input."""
     args = parser().parse_args(argv)
-    try:
-        run(args)
-        return 0
-    except DexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. Answers are kept where --cache says.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: run(args), "Stopped. Answers are kept where --cache says.")
 
 
 def run(args: argparse.Namespace) -> None:

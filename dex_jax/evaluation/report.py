@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation import comparison as c
 from dex_jax.evaluation.comparison import mismatches
 from dex_jax.evaluation.contenders import ON_MANY_DEVICES, SWEPT, by_setting
@@ -258,14 +258,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--no-plots", action="store_true", help="summary.md alone")
     p.add_argument("--output", metavar="DIR", help="another folder to write into")
     args = p.parse_args(argv)
-    try:
+
+    def run() -> int:
         files = write(args.folder, not args.no_plots, args.output)
         wrong = mismatches(read_results(args.folder))
-    except DexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("written: " + ", ".join(str(file) for file in files), file=sys.stderr)
-    return 1 if wrong else 0
+        print("written: " + ", ".join(str(file) for file in files), file=sys.stderr)
+        return 1 if wrong else 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation import comparison as c
 from dex_jax.evaluation.report import markdown
 from dex_jax.evaluation.resampling import Interval
@@ -195,20 +195,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("folders", nargs="*", metavar="DIR", help="of benchmarks, a column each; none: what is to be run")
     p.add_argument("--output", metavar="FILE.md", help="where the page goes (stdout)")
     args = p.parse_args(argv)
-    say: Callable[[str], Any] = sys.stdout.write
-    try:
+
+    def run() -> None:
         text = page([(read_results(folder), read_study(folder)) for folder in args.folders])
         if args.output is None:
-            say(text)
-        else:
+            sys.stdout.write(text)
+            return
+        try:
             Path(args.output).write_text(text, encoding="utf-8")
-    except DexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {args.output} cannot be written: {error.strerror or error}", file=sys.stderr)
-        return 2
-    return 0
+        except OSError as error:
+            raise DexError(f"{args.output} cannot be written: {error.strerror or error}") from error
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

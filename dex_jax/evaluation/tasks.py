@@ -172,7 +172,7 @@ def _hub_rows(name: str, task: Task) -> Iterator[tuple[dict[str, Any], str]]:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise DexError(
-            f"task {name} from the hub needs the package datasets: pip install 'dex-jax[eval]', or give --data DIR"
+            f"task {name} from the hub needs the package datasets: pip install datasets, or give --data DIR"
         ) from error
     try:
         rows = datasets.load_dataset(repository, config, split=split)

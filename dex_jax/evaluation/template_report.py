@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation import template_statistics as s
 from dex_jax.evaluation.exit_report import markdown
 from dex_jax.evaluation.resampling import Interval
@@ -315,13 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("folder", metavar="DIR", help="that python -m dex_jax.evaluation.templates has written")
     p.add_argument("--no-plots", action="store_true", help="no PNG files, and no need of matplotlib")
     args = p.parse_args(argv)
-    try:
-        for file in write(args.folder, plots=not args.no_plots):
-            print(file)
-        return 0
-    except DexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: print(*write(args.folder, plots=not args.no_plots), sep="\n"))
 
 
 if __name__ == "__main__":

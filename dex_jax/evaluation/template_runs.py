@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,71 +18,21 @@ from dex_jax.decoding.generate import generate
 from dex_jax.decoding.layerskip import LayerSkip
 from dex_jax.decoding.methods import Dex
 from dex_jax.decoding.output import ticks_of
-from dex_jax.errors import DexError
-from dex_jax.evaluation.answer_parsing import parse_choice
 from dex_jax.evaluation.answering import Answer, answer, batches
 from dex_jax.evaluation.check import compare_tokens
-from dex_jax.evaluation.choices import Item
 from dex_jax.evaluation.contenders import best_setting
 from dex_jax.evaluation.forced_counts import Ask, Forced, dex_asks, dex_count, layerskip_asks, layerskip_count
-from dex_jax.evaluation.prompt_formats import Template, shown_options
+from dex_jax.evaluation.pace import Pace
 from dex_jax.evaluation.results import Results
 from dex_jax.evaluation.runs import Run, compared, repeated, run_key, run_of, versions
-from dex_jax.io.exits_file import TrainedExits
+from dex_jax.evaluation.template_plan import Case, Plan, grade
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows
 from dex_jax.selfcheck import CLOSE
-from dex_jax.training.progress import duration
 
 SMALLEST_BATCH = 8
 LOOP_BATCH = 8
 """Of the loops themselves: more rows of a lattice at a time cost more than they save."""
-
-METHODS = ("ar", "dex", "layerskip")
-
-
-class Case(NamedTuple):
-    """One item in one template.
-
-    Attributes:
-      item, template: what is asked and how.
-      ids: token ids of the prompt.
-      split: "report", or "tune" for items on which LayerSkip's setting is chosen.
-    """
-
-    item: Item
-    template: Template
-    ids: tuple[int, ...]
-    split: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a study runs.
-
-    Attributes:
-      methods: of METHODS.
-      model: as it is loaded, for the record.
-      exits: of all depths that are asked; exits_source: where they are from.
-      depths: DEX's grid.
-      exit_depths, draft_lengths: LayerSkip's sweep.
-      max_new_tokens: of each answer.
-      batch: prompts at a time.
-      loop_share: of the answers, on which the loops themselves run too.
-      seed: of that choice.
-    """
-
-    methods: tuple[str, ...]
-    model: str
-    exits: TrainedExits
-    exits_source: str
-    depths: tuple[int, ...]
-    exit_depths: tuple[int, ...]
-    draft_lengths: tuple[int, ...]
-    max_new_tokens: int
-    batch: int
-    loop_share: float
-    seed: int
 
 
 class TemplateStudy:
@@ -144,7 +93,7 @@ class TemplateStudy:
         for depth, length in {pair for each in settings.values() for pair in each}:
             asks |= set(layerskip_asks(depth, length, plan.exits.config, layers))
         groups = [[todo[i] for i in group] for group in batches([len(case.ids) for case in todo], plan.batch)]
-        pace = _Pace(self.notify, sum(len(case.ids) + plan.max_new_tokens for case in todo), what)
+        pace = Pace(self.notify, sum(len(case.ids) + plan.max_new_tokens for case in todo), what)
         for group in groups:
             rows = SMALLEST_BATCH
             while rows < len(group):
@@ -265,7 +214,7 @@ class TemplateStudy:
         for depth, length in sorted(set(chosen.values())):
             ours = [case for case in sample if chosen[case.item.task] == (depth, length)]
             todo.append(("layerskip", {"exit": depth, "draft_length": length}, LayerSkip(depth, length), ours))
-        pace = _Pace(self.notify, sum(len(cases) for _, _, _, cases in todo), "the loops themselves")
+        pace = Pace(self.notify, sum(len(cases) for _, _, _, cases in todo), "the loops themselves")
         for name, setting, method, cases in todo:
             missing = [
                 case
@@ -356,67 +305,3 @@ def answers_in(lm: LanguageModel, results: Results, cases: Sequence[Case], plan:
     """AR's answers alone to reported cases, in another dtype than the study's own."""
     alone = dataclasses.replace(plan, methods=("ar",), loop_share=0.0)
     TemplateStudy(lm, results, [case for case in cases if case.split == "report"], alone, notify).run()
-
-
-def grade(lm: LanguageModel, case: Case, tokens: Sequence[int]) -> dict[str, Any]:
-    """parsed, correct and chance of an answer."""
-    text = "" if lm.tokenizer is None else lm.tokenizer.decode([t for t in tokens if t not in lm.eos_ids])
-    template, item = case.template, case.item
-    labels = tuple("ABCDEFGHIJ"[: len(item.options)]) if template.jinja else template.labels(item)
-    found = parse_choice(text, labels, shown_options(template, item))
-    return {"parsed": found is not None, "correct": found == item.answer, "chance": item.chance}
-
-
-class Standing(NamedTuple):
-    """How far a part of the study has come, for a Display.
-
-    Attributes:
-      what: the part.
-      share: 0 to 1.
-      seconds_left: None while there is nothing to go by.
-      logged: whether it is worth a line of a log.
-    """
-
-    what: str
-    share: float
-    seconds_left: float | None
-    logged: bool
-
-    def describe(self) -> str:
-        """One line."""
-        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
-        return f"{self.what}: {self.share:.0%}{left}"
-
-
-class _Pace:
-    """Shows how far a part of the study has come, and how long the rest takes at this pace."""
-
-    def __init__(self, notify: Callable[[Any], None], total: int, what: str):
-        self.notify, self.total, self.what = notify, total, what
-        self.done = self.made = 0
-        self.begin = self.logged = time.monotonic()
-
-    def add(self, amount: int, made: bool = True) -> None:
-        self.done += amount
-        self.made += amount if made else 0
-        now = time.monotonic()
-        left = (now - self.begin) / self.made * (self.total - self.done) if self.made else None
-        log = now - self.logged > 10 or self.done == self.total
-        self.logged = now if log else self.logged
-        self.notify(Standing(self.what, self.done / max(self.total, 1), left, log and made))
-
-
-def check_methods(methods: Sequence[str]) -> None:
-    """Refuses methods that the study cannot count.
-
-    Raises:
-      DexError: an unknown one, or AR missing.
-    """
-    for name in methods:
-        if name not in METHODS:
-            raise DexError(
-                f"the template study counts {', '.join(METHODS)}, not {name!r}: other methods run in "
-                "python -m dex_jax.evaluation.bench"
-            )
-    if "ar" not in methods:
-        raise DexError("--methods needs ar: all answers are its, and all others are compared with it")

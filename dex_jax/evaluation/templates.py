@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 
 if TYPE_CHECKING:
     from dex_jax.evaluation.choices import Item
     from dex_jax.evaluation.prompt_formats import Template
-    from dex_jax.evaluation.template_runs import Case, Plan
+    from dex_jax.evaluation.template_plan import Case, Plan
     from dex_jax.language_model import LanguageModel
 
 
@@ -65,14 +65,7 @@ def _names(text: str) -> tuple[str, ...]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 1 where a loop does not agree with what was counted, 2 for bad input."""
     args = parser().parse_args(argv)
-    try:
-        return run(args)
-    except DexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: run(args), "Stopped. The same command goes on from here.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     from dex_jax.cli.decode import remember_compilations
     from dex_jax.evaluation import template_report
     from dex_jax.evaluation.results import Results
-    from dex_jax.evaluation.template_runs import TemplateStudy, answers_in, check_methods
+    from dex_jax.evaluation.template_plan import check_methods
+    from dex_jax.evaluation.template_runs import TemplateStudy, answers_in
     from dex_jax.language_model import load
     from dex_jax.training.progress import Display
 
@@ -175,7 +169,7 @@ def choose_cases(
     """(every chosen item in every template; how many items of each task were too long in some template)."""
     from dex_jax.evaluation.prompt_formats import choose_examples, render
     from dex_jax.evaluation.tasks import spread
-    from dex_jax.evaluation.template_runs import Case
+    from dex_jax.evaluation.template_plan import Case
 
     longest = min(args.longest_prompt, lm.config.context - args.max_new_tokens)
     cases: list[Case] = []
@@ -221,7 +215,7 @@ def plan_of(lm: LanguageModel, args: argparse.Namespace) -> Plan:
     from dex_jax.decoding.exits import resolve_exits, resolve_method
     from dex_jax.decoding.methods import Dex, Schedule
     from dex_jax.evaluation.contenders import swept_depths
-    from dex_jax.evaluation.template_runs import Plan
+    from dex_jax.evaluation.template_plan import Plan
 
     layers = lm.config.num_layers
     resolved = resolve_method(Dex(explorers=args.explorers), args.exits, lm.config, lm.fingerprint)

@@ -27,7 +27,7 @@ import numpy as np
 from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.methods import AR, Dex, Method, Schedule
 from dex_jax.decoding.session import Session
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation import cost_model
 from dex_jax.evaluation.cost_model import Setting
 from dex_jax.evaluation.ead_profile import Profile, read_profile
@@ -341,14 +341,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 when all that is asked holds, 1 when not, 2 for bad input."""
     args = parser().parse_args(argv)
-    try:
-        return 0 if run(args).holds else 1
-    except DexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped; nothing is written.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: 0 if run(args).holds else 1, "Stopped; nothing is written.")
 
 
 def run(args: argparse.Namespace) -> Verdict:

@@ -1,6 +1,6 @@
 """Pictures of depth exploration: text coloured by depth, the lattice over ticks, and charts.
 
-`depth_text` needs nothing; the others need matplotlib (`pip install 'dex-jax[plot]'`) and return a matplotlib Figure,
+`depth_text` needs nothing; the others need matplotlib (the extra `plot`) and return a matplotlib Figure,
 which a notebook shows and `figure.savefig("name.png")` writes.
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dex_jax.decoding.methods import Dex
 from dex_jax.decoding.trace import trace
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 from dex_jax.language_model import load
 from dex_jax.plot.figures import new_figure
 from dex_jax.plot.over_ticks import TICKS, lattice
@@ -37,24 +37,23 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for bad input."""
     args = parser().parse_args(arguments)
+    return exit_code(lambda: _draw(args))
+
+
+def _draw(args: argparse.Namespace) -> None:
     output = Path(args.output)
+    if output.suffix not in FORMATS:
+        raise DexError(f"pictures are written as {', '.join(FORMATS)}, not to {output}: name it so")
+    new_figure(1, 1)  # without matplotlib, say so before the model is loaded
+    lm = load(args.model, args.dtype)
+    options = {"exits": args.exits, "max_new_tokens": args.max_new_tokens, "chat": not args.no_chat}
+    recorded = trace(lm, args.prompt, method=Dex(explorers=args.explorers, schedule="parallel"), **options)
+    figure = lattice(recorded, tuple(args.ticks), candidates=not args.no_candidates)
     try:
-        if output.suffix not in FORMATS:
-            raise DexError(f"pictures are written as {', '.join(FORMATS)}, not to {output}: name it so")
-        new_figure(1, 1)  # without matplotlib, say so before the model is loaded
-        lm = load(args.model, args.dtype)
-        options = {"exits": args.exits, "max_new_tokens": args.max_new_tokens, "chat": not args.no_chat}
-        recorded = trace(lm, args.prompt, method=Dex(explorers=args.explorers, schedule="parallel"), **options)
-        figure = lattice(recorded, tuple(args.ticks), candidates=not args.no_candidates)
-        try:
-            figure.savefig(output)
-        except OSError as error:
-            raise DexError(f"the picture cannot be written to {output}: {error.strerror or error}") from error
-    except DexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        figure.savefig(output)
+    except OSError as error:
+        raise DexError(f"the picture cannot be written to {output}: {error.strerror or error}") from error
     print(output)
-    return 0
 
 
 if __name__ == "__main__":

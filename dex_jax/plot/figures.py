@@ -26,7 +26,7 @@ def _figure_class() -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise DexError("pictures need matplotlib: pip install 'dex-jax[plot]'") from error
+        raise DexError("pictures need matplotlib: pip install matplotlib") from error
 
     class Picture(Figure):
         """A Figure that notebooks show without pyplot."""

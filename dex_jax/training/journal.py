@@ -105,6 +105,6 @@ def _tensorboard(folder: Path, step: int) -> Any:
         writer = importlib.import_module("tensorboardX").SummaryWriter
     except ImportError as error:
         raise DexError(
-            "TensorBoard files need another package: pip install 'dex-jax[tensorboard]', or leave tensorboard off"
+            "TensorBoard files need another package: pip install tensorboardX, or leave tensorboard off"
         ) from error
     return writer(str(folder), purge_step=step + 1)

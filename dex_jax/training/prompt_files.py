@@ -57,9 +57,7 @@ def read_dataset(name: str, config: str | None, split: str) -> list[Prompt]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
-        raise DexError(
-            f"datasets:{name} needs the package datasets: pip install dex_jax[datasets], or give a file"
-        ) from error
+        raise DexError(f"datasets:{name} needs the package datasets: pip install datasets, or give a file") from error
     try:
         rows = datasets.load_dataset(name, config, split=split)
     # Its errors come from many packages below it, down to those of the network.
