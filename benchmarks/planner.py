@@ -355,7 +355,9 @@ def validation_section() -> list[str]:
     from dex_jax.evaluation.validate_plan import Compared, Verdict, table
 
     content = json.loads(file.read_text())
-    verdict = Verdict(tuple(Compared(**row) for row in content["rows"]), content["tau"], content["regret"])
+    verdict = Verdict(
+        tuple(Compared(**row) for row in content["rows"]), content["tau"], content["tau_alike"], content["regret"]
+    )
     return ["## Predicted and measured on this project's CPU", table(verdict)]
 
 

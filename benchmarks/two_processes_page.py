@@ -122,6 +122,7 @@ def further(rows: list[dict], path: str) -> None:
                     "measured_seconds": row[key],
                     "predicted_speed": batch * expected / guess[key],
                     "measured_speed": batch * tokens / row[key],
+                    "batch": batch,
                 }
             )
     Path(path).write_text(json.dumps(compared, indent=1) + "\n", encoding="utf-8")

@@ -235,7 +235,7 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_texts_are_replayed_up_to_a_number_of_tokens() -> None:
-    assert profile._texts_holding((10, 10, 10), 15) == 2
-    assert profile._texts_holding((10, 10, 10), 20) == 2
-    assert profile._texts_holding((10, 10), 100) == 2
+    assert profile._texts_holding((10, 10, 10, 10), 15) == [0, 2]
+    assert profile._texts_holding((10, 10, 10, 10), 20) == [0, 2]
+    assert profile._texts_holding((10, 10), 100) == [0, 1]
     assert jnp.isfinite(profile.profile_of(_measured()[0], {}, rows=(1,), replayed_tokens=30).ead.mean)

@@ -201,16 +201,19 @@ def test_nearest_depths_are_the_best_of_all_choices() -> None:
 
     rng = np.random.default_rng(0)
     for _ in range(100):
-        trained = tuple(sorted(rng.permutation(30)[: rng.integers(3, 9)].tolist()))
-        wanted = tuple(sorted(rng.permutation(30)[: rng.integers(1, len(trained) + 1)].tolist()))
-        found = nearest_depths(wanted, trained, "x")
-        cost = min(
-            sum(abs(a - b) for a, b in zip(choice, wanted, strict=True))
-            for choice in itertools.combinations(trained, len(wanted))
-        )
-        assert sum(abs(a - b) for a, b in zip(found, wanted, strict=True)) == cost
+        trained = tuple(sorted((1 + rng.permutation(29)[: rng.integers(3, 9)]).tolist()))
+        wanted = tuple(sorted((1 + rng.permutation(29)[: rng.integers(1, len(trained) + 1)]).tolist()))
+
+        def costs(choice: tuple[int, ...], wanted: tuple[int, ...] = wanted) -> tuple[int, int]:
+            far = sum(abs(a - b) for a, b in zip(choice, wanted, strict=True))
+            return far, max(b - a for a, b in itertools.pairwise((0, *choice, 30)))
+
+        found = nearest_depths(wanted, trained, 30, "x")
+        assert costs(found) == min(map(costs, itertools.combinations(trained, len(wanted))))
         assert set(found) <= set(trained)
         assert sorted(set(found)) == list(found)
+    shipped = (3, 5, 6, 9, 10, 12, 15, 18, 20, 21, 24, 25, 27)
+    assert nearest_depths((4, 8, 12, 15, 19, 23, 27), shipped, 30, "x") == (5, 9, 12, 15, 20, 24, 27)
 
 
 def test_exits_that_do_not_fit_are_refused(lm) -> None:

@@ -83,7 +83,8 @@ def settle(
     if drafter is not None and not drafter.config.is_drafter:
         return Dex(schedule="parallel"), f"parallel, which the exits in {source} are for"
     costs = step_costs(config, layout, dtype, batch, length)
-    found = candidates(costs, drafter, default_exits(fingerprint), config, layout, jnp.dtype(dtype))
+    at_depths = default_exits(fingerprint) if isinstance(exits, str) and exits == "default" else None
+    found = candidates(costs, drafter, at_depths, config, layout, jnp.dtype(dtype))
     plain = found[0]
     best = min(found, key=lambda each: each.seconds)
     gain = plain.seconds / best.seconds

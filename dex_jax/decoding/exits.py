@@ -107,7 +107,7 @@ def resolve_exits(
         trained_at = ", ".join(map(str, trained.config.depths))
         if given_depths:
             raise DexError(f"the exits in {source} are trained at depths {trained_at}: choose depths among them")
-        depths = (*nearest_depths(depths[:-1], reached, source), depths[-1])
+        depths = (*nearest_depths(depths[:-1], reached, depths[-1], source), depths[-1])
         moved = ", ".join(map(str, depths))
         remarks.append(f"exits are trained at depths {trained_at}: the exit depths are {moved}")
     chosen = tuple(depths[:-1])
@@ -193,8 +193,10 @@ def _shipped(name: str) -> TrainedExits | None:
     return load_exits(file) if file.is_file() else None
 
 
-def nearest_depths(wanted: tuple[int, ...], trained: tuple[int, ...], source: str) -> tuple[int, ...]:
+def nearest_depths(wanted: tuple[int, ...], trained: tuple[int, ...], layers: int, source: str) -> tuple[int, ...]:
     """As many different trained depths, ascending, with the least sum of distances to the wanted ones.
+
+    Of several such choices the one whose longest stage, that up to `layers` among them, has the fewest layers.
 
     Raises:
       DexError: fewer trained than wanted.
@@ -204,15 +206,19 @@ def nearest_depths(wanted: tuple[int, ...], trained: tuple[int, ...], source: st
             f"the exits in {source} are trained at {len(trained)} depths, which serve at most {len(trained) + 1} "
             f"explorers, not {len(wanted) + 1}: ask for fewer"
         )
-    # best[j]: (distance, depths) for the wanted depths so far with the last one among trained[: j + 1].
-    best: list[tuple[float, tuple[int, ...]]] = [(0, ())] * (len(trained) + 1)
+    # The best (distance, longest stage, depths) for the wanted depths so far, one for each last depth.
+    best: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, (0,))]
     for want in wanted:
-        row: list[tuple[float, tuple[int, ...]]] = [(float("inf"), ())]
-        for j, depth in enumerate(trained):
-            distance, before = best[j]
-            row.append(min(row[-1], (distance + abs(depth - want), (*before, depth))))
-        best = row
-    return best[-1][1]
+        best = [
+            min(
+                (distance + abs(depth - want), max(longest, depth - depths[-1]), (*depths, depth))
+                for distance, longest, depths in best
+                if depths[-1] < depth
+            )
+            for depth in trained
+            if depth > best[0][2][-1]
+        ]
+    return min((distance, max(longest, layers - depths[-1]), depths) for distance, longest, depths in best)[2][1:]
 
 
 def _check_fit(trained: TrainedExits, config: ModelConfig) -> None:

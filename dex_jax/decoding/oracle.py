@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from dex_jax.decoding.chain_interface import Policy, Verified
 from dex_jax.decoding.methods import Dex, Schedule
+from dex_jax.errors import DexError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Oracle:
     `exits` are the earliest of the exits that give each token after its true prefix, and `layer_steps` is what would be
     left if every token exited there and no draft were ever wrong: L + sum(depths of exits[1 : n - 1]). No method that
     takes one token from an exit can do with less; DEX can, as DECS also takes an exit's second choice. Exits that read
-    the position before see it as they would if it had exited at the same depth.
+    the position before see its true features.
 
     Attributes:
       explorers: K, an even grid of exits as in Dex.
@@ -48,7 +49,9 @@ class Oracle:
         return self.explorers is None and self.depths is None
 
     def schedule_for(self, num_layers: int) -> Schedule:
-        """The schedule for a model of L = num_layers; errors as of Dex."""
+        """The schedule for a model of L = num_layers; errors as of Dex, and no exit at all."""
         explorers = num_layers if self.everywhere else self.explorers
         depths = Dex(explorers, self.depths, rows=1, schedule="parallel").schedule_for(num_layers).depths
+        if len(depths) == 1:
+            raise DexError("the oracle needs exits: give explorers of 2 or more, or depths below the last layer")
         return Schedule("oracle", depths, 1, decs=False, policy=Hindsight())

@@ -33,7 +33,7 @@ def parse_choice(text: str, labels: Sequence[str], options: Sequence[str]) -> in
     if labels:
         one = "|".join(re.escape(label) for label in sorted(lowered, key=len, reverse=True))
         wrapped = rf"[\(\[<]\s*({one})\s*[\)\]>]"
-        marked = rf"({one})(?=\s*(?:[.):,;\]\n*]|$))"
+        marked = rf"({one})(?=\s*(?:[.,:](?!\d)|[);\]\n*]|$))"
         said = re.findall(
             rf"\b(?:answer|option|choice|ending|continuation|pick)\b(?:\s+(?:is|would be|number))?\s*:?\s*[*_`\"']*"
             rf"(?:{wrapped}|{marked})",

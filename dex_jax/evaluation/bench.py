@@ -110,12 +110,15 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     check_names((*args.methods, *args.timed))
     asked = {task: read_task(task, args.data) for task in args.tasks}
+    names = [items[0].task for items in asked.values()]
+    if len(set(names)) < len(names):
+        raise DexError(f"two of the tasks are called {max(names, key=names.count)}: give their files other names")
     remember_compilations()
     lm = load(args.model, args.dtype)
     cases, left_out = choose_cases(lm, asked, args)
     display = Display()
     plan = Plan(lm, args, display)
-    results = Results(args.output, study_of(lm, args, cases, left_out))
+    results = Results(args.output, study_of(lm, args, cases, left_out) | plan.about())
     try:
         bench = Bench(lm, results, cases, plan, display)
         bench.count()
@@ -168,16 +171,18 @@ def choose_cases(
 ) -> tuple[list[Case], dict[str, int]]:
     """(prompts to report and to tune on, as token ids; how many of each task were too long)."""
     from dex_jax.evaluation.bench_runs import Case
+    from dex_jax.evaluation.contenders import SWEPT
     from dex_jax.evaluation.tasks import spread
 
     longest = min(args.longest_prompt, lm.config.context - args.max_new_tokens)
+    tuned = args.tune_prompts if any(name in SWEPT for name in (*args.methods, *args.timed)) else 0
     cases: list[Case] = []
     left_out: dict[str, int] = {}
     for items in asked.values():
         task = items[0].task
         ids: dict[int, tuple[int, ...]] = {}
-        for split, wanted in (("report", args.prompts), ("tune", args.tune_prompts)):
-            dropped: list[int] = []
+        dropped: list[int] = []
+        for split, wanted in (("report", args.prompts), ("tune", tuned)):
             chosen: list[int] = []
             # What is too long is replaced by others, as evenly spread as they come.
             while len(chosen) < wanted:
@@ -189,7 +194,6 @@ def choose_cases(
                     (chosen if len(tokens) <= longest else dropped).append(at)
                     if len(tokens) <= longest:
                         ids[at] = tokens
-            left_out[task] = left_out.get(task, 0) + len(dropped)
             if not chosen and wanted:
                 raise DexError(
                     f"task {task} has {len(items)} prompts, none left for split {split}: lower --prompts or raise "
@@ -199,6 +203,7 @@ def choose_cases(
                 Case(task, items[at].id, ids[at], split, args.seed + len(cases) + number)
                 for number, at in enumerate(sorted(chosen))
             ]
+        left_out[task] = len(dropped)
     return cases, left_out
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from dex_jax.decoding.exits import default_drafter, default_exits, resolve_method
 from dex_jax.decoding.methods import AR, is_auto
+from dex_jax.errors import DexError
 from dex_jax.evaluation.contenders import SWEPT, Contender, contender, sweep, swept_depths
 from dex_jax.evaluation.outside import EARLY_EXIT, PLAIN, check_outside
+from dex_jax.evaluation.results import about_exits
 from dex_jax.io.exits_file import load_exits
 from dex_jax.language_model import LanguageModel
 
@@ -86,10 +88,24 @@ class Plan:
             "wall": self.args.rounds * (report * timed + tuning),
         }
 
+    def about(self) -> dict[str, Any]:
+        """Which exits a study has, so that no other's runs are added to it."""
+        opened = ((self.exits, default_exits), (self.drafter, default_drafter))
+        found = [
+            shipped(self.lm.fingerprint) if exits == "default" else None if exits == "shared" else exits
+            for exits, shipped in opened
+        ]
+        return {"exits_used": about_exits(found[0]), "drafter_used": about_exits(found[1])}
+
     def _check(self) -> None:
         """Resolves every method once, so that a wrong setting costs no run."""
         if self.args.transformers_python is not None:
             check_outside(self.args.model)
+        elif self.args.transformers_early_exit:
+            raise DexError("--transformers-early-exit needs --transformers-python: name a Python with transformers")
+        early = (self.args.transformers_early_exit or (1,))[0]
+        if not 0 < early < self.lm.config.num_layers:
+            raise DexError(f"--transformers-early-exit drafts below the last layer, not at depth {early}")
         explorers = self.args.explorers
         names = [name for name in (*self.counted, *self.timed) if name not in SWEPT]
         entries = [contender(name, explorers) for name in names]
@@ -97,7 +113,9 @@ class Plan:
         entries += [entry for every in self.sweeps.values() for entry in every]
         for entry in entries:
             if not is_auto(entry.method):
-                resolve_method(entry.method, self.exits_of(entry), self.lm.config, self.lm.fingerprint)
+                found = resolve_method(entry.method, self.exits_of(entry), self.lm.config, self.lm.fingerprint)
+                if found.source == "shared" and self.exits_of(entry) != "shared":
+                    raise DexError(f"the exits do not serve {entry.name} {entry.setting}: {' '.join(found.remarks)}")
 
     def _opened(self, exits: str, shipped: Callable[[str], Any], what: str) -> Any:
         if exits == "default" and shipped(self.lm.fingerprint) is None:

@@ -161,8 +161,8 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.together > 1:
         return _together(argv, args.together, args.output)
     rows = sorted(set(args.rows))
-    if rows[0] < 1 or args.repeats < 1 or args.least <= 0 or args.long <= SHORT:
-        raise DexError(f"--rows and --repeats must be at least 1, --least above 0, --long above {SHORT}")
+    if rows[0] < 1 or rows[-1] > SHORT or args.repeats < 1 or args.least <= 0 or args.long <= SHORT:
+        raise DexError(f"--rows must be 1 to {SHORT}, --repeats at least 1, --least above 0, --long above {SHORT}")
     found = calibrate(
         config_of(args.model),
         resolve_dtype(args.dtype),
@@ -199,7 +199,8 @@ def _together(argv: Sequence[str], count: int, output: str) -> int:
             quiet: dict[str, Any] = {} if i == 0 else {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             started.append(subprocess.Popen(command, **quiet))
         os.sched_setaffinity(0, set(cores))
-        if any(process.wait() for process in started):
+        ended = [process.wait() for process in started]  # all of them, before their folder goes
+        if any(ended):
             raise DexError("one of the processes has failed: measure without --together to see why")
         write_hardware(output, dataclasses.replace(read_hardware(files[0]), count=count))
     return 0

@@ -7,19 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dex_jax.errors import DexError
-from dex_jax.training.prompt_files import read_rows
-
-FILES: dict[str, tuple[str, ...]] = {
-    "hellaswag": ("hellaswag/hellaswag_val_500.jsonl", "hellaswag.jsonl"),
-    "mmlu": ("mmlu/mmlu_dev.jsonl", "mmlu.jsonl"),
-    "gsm8k": ("gsm8k/test.jsonl", "gsm8k/train.jsonl", "gsm8k.jsonl"),
-}
-"""Task -> where its file stands in a folder of data; the first that exists is read."""
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -54,28 +45,27 @@ class Item:
         return 1 / len(self.options) if self.options else 0.0
 
 
-def read_items(task: str, path: str | Path) -> list[Item]:
+def read_items(task: str, rows: Iterable[tuple[Any, str]]) -> list[Item]:
     """The items of a task.
 
     Args:
-      task: of FILES.
-      path: of the file (.jsonl or .json, gzipped or not), or a folder that holds one of FILES[task].
+      task: hellaswag, mmlu or gsm8k.
+      rows: (row, where it stands) of each, as files and the hub hold them.
 
     Raises:
-      DexError: an unknown task, no such file, or an item that lacks something; names file and line.
+      DexError: an unknown task, no items, two of one id, or one that lacks something; says where.
     """
     if task not in READERS:
         raise DexError(f"unknown task {task!r}: choose one of {', '.join(READERS)}")
-    file = item_file(task, path) if Path(path).is_dir() else Path(path)
-    items = [READERS[task](_Row(row, where), number) for number, (row, where) in enumerate(read_rows(str(file)))]
-    if not items:
-        raise DexError(f"{file} is empty: give it at least one item")
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise DexError(f"{file} holds two items with the id {item.id}: give each its own")
-        seen.add(item.id)
-    return items
+    found: dict[str, Item] = {}
+    for number, (row, where) in enumerate(rows):
+        item = item_of(task, row, number, where)
+        if item.id in found:
+            raise DexError(f"{where} is another item with the id {item.id}: give each its own")
+        found[item.id] = item
+    if not found:
+        raise DexError(f"the data of task {task} is empty: give it at least one item")
+    return list(found.values())
 
 
 def item_of(task: str, row: Any, number: int, where: str) -> Item:
@@ -85,19 +75,6 @@ def item_of(task: str, row: Any, number: int, where: str) -> Item:
       DexError: something is missing or of another kind.
     """
     return READERS[task](_Row(row, where), number)
-
-
-def item_file(task: str, folder: str | Path) -> Path:
-    """Where a task's file stands in a folder of data.
-
-    Raises:
-      DexError: it is not there.
-    """
-    for name in FILES[task]:
-        for file in (Path(folder) / name, Path(folder) / f"{name}.gz"):
-            if file.is_file():
-                return file
-    raise DexError(f"{folder} holds no {FILES[task][0]}, which task {task} is read from: give the folder or the file")
 
 
 def number_in(text: str) -> float | None:

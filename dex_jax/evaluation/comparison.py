@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dex_jax.evaluation.contenders import WITH_DRAFTER
 from dex_jax.evaluation.resampling import Interval, bootstrap, ratios
 from dex_jax.evaluation.runs import Run, reported
 
@@ -29,10 +30,13 @@ ALL = "all"
 
 
 def costs(runs: Iterable[Run], kind: str) -> dict[str, dict[Prompt, float]]:
-    """Cost a token of every method on every reported prompt, in one kind of figure; medians over repeated runs."""
+    """Cost a token of every method on every reported prompt, in one kind of figure; medians over repeated runs.
+
+    Serial rounds have no depth-side cost: what drafting takes is no layer of the model.
+    """
     found: dict[str, dict[Prompt, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in reported(runs, kind):
-        if run.new_tokens > 1:
+        if run.new_tokens > 1 and not (kind == "depth" and run.method in WITH_DRAFTER):
             cost = run.cost(kind)
             assert cost is not None
             found[run.name][run.task, run.template, run.prompt_id].append(cost / (run.new_tokens - 1))
@@ -151,17 +155,27 @@ class Availability:
         return float(np.dot(self.shares, self.depths))
 
 
-def availability(runs: Iterable[Run]) -> dict[str, Availability]:
-    """Task -> depths, of the oracle if it ran (true earliest available depths), else of DEX on its grid, with DECS."""
+def grids(runs: Iterable[Run]) -> dict[int, tuple[int, ...]]:
+    """K -> exit depths of the reported runs of DEX."""
+    return {len(run.depths): tuple(run.depths) for run in reported(runs, "depth") if run.method == "dex" and run.depths}
+
+
+def availability(runs: Iterable[Run], explorers: int | None = None) -> dict[str, Availability]:
+    """Task -> depths, of the oracle if it ran (true earliest available depths), else of DEX with DECS.
+
+    Of DEX with several K that with `explorers`, or the first.
+    """
     chosen = [run for run in reported(list(runs), "depth") if run.exits and run.depths]
     oracle = [run for run in chosen if run.method == "oracle"]
     pool = oracle or [run for run in chosen if run.method == "dex"]
     if not pool:
         return {}
-    name = pool[0].name
+    main = f"dex explorers={explorers}"
+    name = main if any(run.name == main for run in pool) else pool[0].name
+    pool = [run for run in pool if run.name == name]
     found = {}
     for task in dict.fromkeys(run.task for run in pool):
-        group = [run for run in pool if run.task == task and run.name == name]
+        group = [run for run in pool if run.task == task]
         assert group[0].depths is not None
         exits = np.concatenate([np.asarray(run.exits)[1:] for run in group])
         counts = np.bincount(exits[exits > 0], minlength=len(group[0].depths) + 1)[1:]

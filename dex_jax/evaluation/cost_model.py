@@ -13,7 +13,7 @@ Assumptions that are no figures of a machine:
 - A tick on a mesh runs one stage a device; the tick takes as long as the stage with most rows in use. Exits are asked
   before the commit is known, all stages' and the final layer's heads at the same time, as decoding/stage.py does.
 - Embedding and unembedding (or its draft slice) are on every stage; a tensor axis splits the embedding and unembedding
-  and gathers logits, and does not split trained exits.
+  and gathers logits, and splits trained exits' products as it splits those of the layers.
 - Exits that read the position before get their parents' features from all stages: an all-gather of all nodes' features.
 - Rows are free until arithmetic takes longer than reading; a calibrated machine has measured row costs instead.
 

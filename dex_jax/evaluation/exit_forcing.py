@@ -335,7 +335,7 @@ def _pairs(config: ExitsConfig, layers: int, grids: Sequence[tuple[int, ...]]) -
 
 def _checked_grid(config: ExitsConfig, layers: int, grid: tuple[int, ...]) -> tuple[int, ...]:
     ascending = all(a < b for a, b in itertools.pairwise(grid))
-    if not (ascending and grid and grid[-1] == layers and set(grid[:-1]) <= set(config.depths)):
+    if not (ascending and len(grid) > 1 and grid[-1] == layers and set(grid[:-1]) <= set(config.depths)):
         trained = ", ".join(map(str, config.depths))
         raise DexError(
             f"the grid {','.join(map(str, grid))} does not ascend through depths that have exits ({trained}) to the "

@@ -6,6 +6,7 @@ It runs in float32 on the CPU and never stops at EOS, so it is asked for as many
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from pathlib import Path
@@ -75,7 +76,8 @@ class Outside:
         """Ends the process."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.close()
+        with contextlib.suppress(OSError):  # it has ended, and what it was to be told is still in the pipe's buffer
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
 
@@ -88,7 +90,10 @@ class Outside:
                 f"transformers' process ended with code {self.process.returncode}: does that Python have torch and "
                 "transformers?"
             )
-        found = json.loads(line)
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise DexError(f"transformers' process says what is no answer: {line.strip()}") from error
         if "error" in found:
             raise DexError(f"transformers' process says: {found['error']}")
         return found

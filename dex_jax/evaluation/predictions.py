@@ -179,8 +179,7 @@ def dex(
                 prediction(s, "dex", (stages, tensor), depths, count, step, tokens, size, f"{name}, mesh {where}")
             )
         step = cost_model.tick_on_one_device(s, depths, count, ticks)
-        numbers = s.work.layers, *depths[:-1]
-        size = cost_model.bytes_per_device(s, 1, 1, rows=stages * count, depths=(numbers[0],))
+        size = cost_model.bytes_per_device(s, 1, 1, rows=stages * count, depths=(s.work.layers,))
         size += (stages - 2) * s.exits.own * s.hardware.device.itemsize
         found.append(prediction(s, "dex one device", (1, 1), depths, count, step, tokens, size, f"{name}, one device"))
     return found
@@ -234,7 +233,7 @@ def smallest_tensor(s: Setting) -> int:
 
 
 def _layerskip(s: Setting, profile: Profile, tensor: int) -> Prediction:
-    """The best exit and draft length of LayerSkip on one device or T; its exit is the model's own head."""
+    """The best exit and draft length of LayerSkip on one device or T, drafts taken to be right independently."""
     best: tuple[float, int, int, Parts, float] | None = None
     for depth in sorted({depth for depth in (*profile.ead.depths, *profile.agreement) if depth < s.work.layers}):
         for drafted in range(1, MOST_DRAFTED + 1):

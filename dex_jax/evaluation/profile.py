@@ -51,7 +51,7 @@ def profile_of(
     """
     figures = figures_of(measured)
     ead = _ead(measured)
-    few = measured.of(range(_texts_holding(measured.lengths, replayed_tokens)))
+    few = measured.of(_texts_holding(measured.lengths, replayed_tokens))
     grids = []
     for depths, grid in zip(measured.grids, figures.grids, strict=True):
         notify(f"replaying K = {len(depths)} ({', '.join(map(str, depths))})")
@@ -90,8 +90,11 @@ def _ead(measured: Measurement) -> EAD:
     return EAD((*measured.depths, measured.layers), figures_of(measured).ead)
 
 
-def _texts_holding(lengths: Sequence[int], tokens: int) -> int:
-    return int(np.searchsorted(np.cumsum(lengths), tokens)) + 1 if sum(lengths) > tokens else len(lengths)
+def _texts_holding(lengths: Sequence[int], tokens: int) -> list[int]:
+    """As few evenly spread texts as hold so many tokens; all of them if none do."""
+    count = len(lengths)
+    spreads = ([number * count // few for number in range(few)] for few in range(1, count + 1))
+    return next((chosen for chosen in spreads if sum(lengths[i] for i in chosen) >= tokens), list(range(count)))
 
 
 def _teacher_forced(table: Any) -> tuple[tuple[float, ...], int]:
@@ -238,6 +241,10 @@ def run(args: argparse.Namespace) -> None:
     for name in ("prompts", "max_new_tokens", "batch", "replay_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise DexError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.max_new_tokens < 2:
+        raise DexError("--max-new-tokens must be at least 2: the first token comes of the prompt alone")
+    if args.real_loop < 0:
+        raise DexError(f"--real-loop must be at least 0, not {args.real_loop}")
     if min(args.rows) < 1 or min(args.explorers) < 1:
         raise DexError("--rows and --explorers must be at least 1 each")
     remember_compilations()

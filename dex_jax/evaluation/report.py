@@ -13,7 +13,7 @@ from dex_jax.evaluation import comparison as c
 from dex_jax.evaluation.comparison import mismatches
 from dex_jax.evaluation.contenders import ON_MANY_DEVICES, SWEPT, by_setting
 from dex_jax.evaluation.resampling import Interval
-from dex_jax.evaluation.results import read_results, read_study
+from dex_jax.evaluation.results import read_results, read_study, seen_in_training
 from dex_jax.evaluation.runs import Run
 
 __all__ = ["mismatches", "summary", "write"]
@@ -56,6 +56,10 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
       DexError: no or damaged results, no matplotlib, or a folder that cannot be written.
     """
     runs, study = read_results(folder), read_study(folder)
+    if study.get("benchmark") != "bench":
+        raise DexError(
+            f"{folder} holds a study of templates: python -m dex_jax.evaluation.template_report makes its page"
+        )
     output = Path(folder if output is None else output)
     file = output / SUMMARY
     try:
@@ -67,7 +71,7 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
         return [file]
     from dex_jax.evaluation.report_plots import draw
 
-    return [file, *draw(runs, output)]
+    return [file, *draw(runs, output, study.get("explorers"))]
 
 
 def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
@@ -78,7 +82,7 @@ def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
         table = c.costs(runs, kind)
         if len(table) > 1 and "ar" in table:
             parts += _speedups(table, kind, study.get("explorers"))
-    parts += [*_times(runs), *_explorers(runs), *_available(runs), *_sweeps(runs)]
+    parts += [*_times(runs), *_explorers(runs), *_available(runs, study.get("explorers")), *_sweeps(runs)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -107,6 +111,7 @@ def _about(runs: Sequence[Run], study: dict[str, Any]) -> str:
         f"{len(plain)} prompts ({lengths}), {tokens} new tokens of AR, at most {run.max_new_tokens} each, {drawn}; "
         f"{devices}; {versions}.",
         f"Exits: {study.get('exits')}; drafter of serial rounds: {study.get('drafter')}.",
+        *filter(None, [seen_in_training(study)]),
     ]
     dropped = {task: count for task, count in study.get("too_long", {}).items() if count}
     if dropped:
@@ -205,12 +210,20 @@ def _explorers(runs: Sequence[Run]) -> list[str]:
         return []
     table = c.costs(runs, "depth")
     tasks = c.tasks_of(table)
-    rows = [[str(k), *(told(c.speedup(table, "ar", f"dex explorers={k}", task)) for task in tasks)] for k in found]
-    return ["## Explorers", "DEX over AR, depth-side, by the number of explorers:", markdown(["K", *tasks], rows)]
+    grids = c.grids(runs)
+    rows = []
+    for k in found:
+        cells = [told(c.speedup(table, "ar", f"dex explorers={k}", task)) for task in tasks]
+        rows.append([str(k), *cells, " ".join(map(str, grids[k]))])
+    words = (
+        "DEX over AR, depth-side, by the number of explorers. A tick takes as many layers as the longest stage has: "
+        "where exits do not stand on the even grid of K, that is more than L / K."
+    )
+    return ["## Explorers", words, markdown(["K", *tasks, "exit depths"], rows)]
 
 
-def _available(runs: Sequence[Run]) -> list[str]:
-    found = c.availability(runs)
+def _available(runs: Sequence[Run], explorers: int | None) -> list[str]:
+    found = c.availability(runs, explorers)
     if not found:
         return []
     first = next(iter(found.values()))

@@ -22,8 +22,13 @@ AXES = {
 OF_DEX, OF_RIVALS = SERIES[0], SERIES[1]
 
 
-def draw(runs: Sequence[Run], folder: str | Path) -> list[Path]:
+def draw(runs: Sequence[Run], folder: str | Path, explorers: int | None = None) -> list[Path]:
     """Draws what there is to draw as PNG files into a folder.
+
+    Args:
+      runs: of a study.
+      folder: to write into.
+      explorers: K of the DEX that stands beside its rivals; None is the first.
 
     Returns:
       The files: speedup_depth.png, speedup_wall.png, work.png, speedup_by_k.png, ead.png; those without runs are left
@@ -33,11 +38,11 @@ def draw(runs: Sequence[Run], folder: str | Path) -> list[Path]:
       DexError: no matplotlib, or a folder that cannot be written.
     """
     plots: dict[str, Callable[[], Any]] = {
-        "speedup_depth": lambda: speedups(runs, "depth"),
-        "speedup_wall": lambda: speedups(runs, "wall"),
-        "work": lambda: speedups(runs, "work"),
+        "speedup_depth": lambda: speedups(runs, "depth", explorers),
+        "speedup_wall": lambda: speedups(runs, "wall", explorers),
+        "work": lambda: speedups(runs, "work", explorers),
         "speedup_by_k": lambda: against_explorers(runs),
-        "ead": lambda: available(runs),
+        "ead": lambda: available(runs, explorers),
     }
     files = []
     for name, make in plots.items():
@@ -52,13 +57,13 @@ def draw(runs: Sequence[Run], folder: str | Path) -> list[Path]:
     return files
 
 
-def speedups(runs: Sequence[Run], kind: str) -> Any:
+def speedups(runs: Sequence[Run], kind: str, explorers: int | None = None) -> Any:
     """A row for each method and a panel for each task, with intervals; None without runs of that kind.
 
-    Of DEX with several K the one with the rivals' K, or else the first, stands here; `against_explorers` has them all.
+    Of DEX with several K the one with `explorers`, or else the first, stands here; `against_explorers` has them all.
     """
     table = c.costs(runs, kind)
-    names = c.main_methods(table)
+    names = c.main_methods(table, explorers)
     if "ar" not in table or not names:
         return None
     tasks = c.tasks_of(table)
@@ -129,9 +134,9 @@ def against_explorers(runs: Sequence[Run]) -> Any:
     return figure
 
 
-def available(runs: Sequence[Run]) -> Any:
+def available(runs: Sequence[Run], explorers: int | None = None) -> Any:
     """A histogram of earliest available depths for each task; None without exits."""
-    found = c.availability(runs)
+    found = c.availability(runs, explorers)
     if not found:
         return None
     first = next(iter(found.values()))

@@ -15,15 +15,16 @@ from typing import Any
 
 from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation import comparison as c
+from dex_jax.evaluation.contenders import METHODS
 from dex_jax.evaluation.report import markdown
 from dex_jax.evaluation.resampling import Interval
-from dex_jax.evaluation.results import read_results, read_study
+from dex_jax.evaluation.results import read_results, read_study, seen_in_training
 from dex_jax.evaluation.runs import Run
 
 FINEST = 8
 """The K up to which the paper finds finer grids better."""
 
-METHODS = "ar,dex,dex_no_decs,dex_single_exit,layerskip,adadecode,del,oracle"
+CLAIMED = "ar,dex,dex_no_decs,dex_single_exit,layerskip,adadecode,del,oracle"
 GRIDS = "2,3,5,6,8,10"
 
 
@@ -67,6 +68,7 @@ def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
     for claim in CLAIMS:
         cells = [_cell(claim, table, study) for table, (_, study) in zip(tables, studies, strict=True)]
         rows.append([claim.what, claim.paper, *(cells or ["not measured here yet"])])
+    grids = [c.grids(runs) for runs, _ in studies]
     parts = [
         "# The paper's claims",
         "All figures of this page are depth-side: layers run one after the other, AR's or a rival's over DEX's, the "
@@ -75,8 +77,9 @@ def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
         "This page is made by `python -m dex_jax.evaluation.reproduction`; no figure is typed in.",
         markdown(["claim", "paper", *(names or ["measured"])], rows),
     ]
-    for name, (runs, study), table in zip(names, studies, tables, strict=True):
-        parts += [f"## {name}", _words(table, study), _about(runs), f"```bash\n{command(runs, study)}\n```"]
+    for name, (runs, study), table, depths in zip(names, studies, tables, grids, strict=True):
+        about = f"{_about(runs)} {seen_in_training(study)}".strip()
+        parts += [f"## {name}", _words(table, study, depths), about, f"```bash\n{command(runs, study)}\n```"]
     if not studies:
         parts.append(f"```bash\n{EMPTY}\n```")
     return "\n\n".join(parts) + "\n"
@@ -84,7 +87,7 @@ def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
 
 EMPTY = (
     "python -m dex_jax.evaluation.bench --model smollm2-135m --data DIR --output RESULTS \\\n"
-    f"    --methods {METHODS} --by-explorers {GRIDS}\n"
+    f"    --methods {CLAIMED} --by-explorers {GRIDS}\n"
     "python -m dex_jax.evaluation.reproduction RESULTS --output docs/reproduction.md"
 )
 
@@ -115,12 +118,12 @@ def _cell(claim: Claim, table: c.Costs, study: dict[str, Any]) -> str:
     return "; ".join(str(interval) for _, interval in _over(claim, table, study)) or "not measured"
 
 
-def _words(table: c.Costs, study: dict[str, Any]) -> str:
+def _words(table: c.Costs, study: dict[str, Any], depths: dict[int, tuple[int, ...]]) -> str:
     """A line for each claim: what was measured against what the paper says."""
     lines = []
     for claim in CLAIMS:
         if claim.rival is None:
-            lines += _finer(claim, table)
+            lines += _finer(claim, table, depths)
             continue
         for rival, interval in _over(claim, table, study):
             lines.append(f"- {claim.what} ({_main(table, study)} against {rival}): {verdict(claim, interval)}.")
@@ -138,15 +141,20 @@ def verdict(claim: Claim, interval: Interval) -> str:
     return f"{'below' if below else 'above'} the claim{', within its interval' if close else ''}: {there}"
 
 
-def _finer(claim: Claim, table: c.Costs) -> list[str]:
-    grids = {k: each.value for k, each in c.by_explorers(table).items()}
-    upto = [k for k in grids if k <= FINEST]
+def _finer(claim: Claim, table: c.Costs, depths: dict[int, tuple[int, ...]]) -> list[str]:
+    gains = {k: each.value for k, each in c.by_explorers(table).items() if k <= FINEST}
+    longest = {k: max(b - a for a, b in itertools.pairwise((0, *depths[k]))) for k in gains}
+    # A tick of a grid that is not even takes as long as its longest stage: it is no finer than it looks.
+    uneven = [k for k in gains if longest[k] > -(-depths[k][-1] // k)]
+    upto = [k for k in gains if k not in uneven]
     if len(upto) < 2:
         return []
-    worse = [k for before, k in itertools.pairwise(upto) if grids[k] < grids[before]]
-    if not worse:
-        return [f"- {claim.what}: as claimed, over K = {', '.join(map(str, upto))}."]
-    return [f"- {claim.what}: not so here, K = {', '.join(map(str, worse))} gained less than the grid before."]
+    worse = [k for before, k in itertools.pairwise(upto) if gains[k] < gains[before]]
+    said = f"as claimed, over K = {', '.join(map(str, upto))}"
+    if worse:
+        said = f"not so here, K = {', '.join(map(str, worse))} gained less than the grid before"
+    left = "".join(f"; K = {k} is left out, as its exits leave a stage of {longest[k]} layers" for k in uneven)
+    return [f"- {claim.what}: {said}{left}."]
 
 
 def _about(runs: Sequence[Run]) -> str:
@@ -161,7 +169,7 @@ def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
     """The command that makes such a folder: of its settings and of the methods in it."""
     counted = [run for run in runs if run.kind == "depth" and run.split == "report"]
     methods = list(dict.fromkeys(run.method for run in counted))
-    timed = list(dict.fromkeys(run.method for run in runs if run.kind == "wall" and run.split == "report"))
+    timed = [run.method for run in runs if run.kind == "wall" and run.split == "report" and run.method in METHODS]
     main = study.get("explorers")
     grids = sorted({int(run.setting["explorers"]) for run in counted if run.method == "dex"} - {main})
     flags: dict[str, Any] = {
@@ -174,13 +182,15 @@ def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
         "tune-prompts": study.get("tune_prompts"),
         "longest-prompt": study.get("longest_prompt"),
         "max-new-tokens": study.get("max_new_tokens"),
-        "temperature": study.get("temperature"),
+        "temperature": study.get("temperature") or None,
+        "seed": study.get("seed") or None,
         "explorers": main,
         "by-explorers": ",".join(map(str, grids)),
         "methods": ",".join(methods),
-        "timed": ",".join(timed) or "none",
+        "timed": ",".join(dict.fromkeys(timed)) or "none",
     }
-    words = [f"--{name} {value}" for name, value in flags.items() if value not in (None, "", 0.0)]
+    words = [f"--{name} {value}" for name, value in flags.items() if value is not None and value != ""]
+    words += [] if study.get("chat", True) else ["--no-chat"]
     lines = ["python -m dex_jax.evaluation.bench --data DIR --output RESULTS"]
     for word in words:
         if len(lines[-1]) + len(word) > 100:

@@ -92,27 +92,6 @@ def bootstrap(
     return Interval(float(statistic(values[None])[0]), float(low), float(high), len(values))
 
 
-def clustered(
-    values: np.ndarray,
-    statistic: Callable[[np.ndarray], np.ndarray],
-    *,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-    seed: int = 0,
-) -> Interval:
-    """An interval of a figure over all columns, items resampled with their values of every column.
-
-    Args:
-      values: [N, G] or [N, G, ...], what item i came to in column g; NaN where it has none.
-      statistic: of [R, N, G, ...]: [R], the worst column's median over the columns' median for one.
-      resamples, level, seed: as of `bootstrap`.
-
-    Raises:
-      DexError: no items.
-    """
-    return bootstrap(values, statistic, resamples=resamples, level=level, seed=seed)
-
-
 def simultaneous(
     values: np.ndarray,
     statistic: Statistic = median,

@@ -6,6 +6,7 @@ report says is computed from these two.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 from dex_jax.errors import DexError
 from dex_jax.evaluation.runs import COUNTED, KINDS, SPLITS, Run
+from dex_jax.io.exits_file import TrainedExits
 from dex_jax.training.journal import plain
 
 FILE_NAME = "results.jsonl"
@@ -72,7 +74,28 @@ class Results:
 
     def close(self) -> None:
         """Ends writing."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written is in the file's buffer, and `add` has said so
+            self._file.close()
+
+
+def about_exits(exits: TrainedExits | None) -> dict[str, Any]:
+    """What a study says of the exits in use: a digest, and the sources of their training data as folder/file."""
+    if exits is None:
+        return {"digest": None, "trained_on": []}
+    data = [str(source).rpartition("=")[0] or str(source) for source in exits.metadata.get("data", [])]
+    return {"digest": exits.digest, "trained_on": ["/".join(source.split("/")[-2:]) for source in data]}
+
+
+def seen_in_training(study: dict[str, Any]) -> str:
+    """A sentence on the tasks of a study whose data its exits were trained on, empty for none."""
+    folders = {source.split("/")[0] for source in study.get("exits_used", {}).get("trained_on", ()) if "/" in source}
+    seen = [task for task in study.get("tasks", []) if task in folders]
+    if not seen:
+        return ""
+    return (
+        f"The exits were trained on answers to {', '.join(study['exits_used']['trained_on'])}: on {' and '.join(seen)} "
+        "they may know the very prompts, which flatters every method with exits over AR, and none of them over another."
+    )
 
 
 def to_line(run: Run) -> str:

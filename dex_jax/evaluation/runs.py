@@ -68,7 +68,7 @@ class Run:
       temperature, seed: of sampling; 0.0 and None for greedy.
       max_new_tokens: the limit.
       device, dtype: where and in what it ran.
-      versions: of dex_jax, jax and python.
+      versions: of dex_jax, jax, flax and python.
     """
 
     kind: str
@@ -162,21 +162,20 @@ def versions() -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
-def run_of(output: Output, row: int, *, kind: str, seconds_of_batch: bool = False, **given: Any) -> Run:
+def run_of(output: Output, row: int, *, kind: str, **given: Any) -> Run:
     """The line of one sequence of an Output.
 
     Args:
       output: from `generate`.
       row: of the sequence.
       kind: "depth", which keeps counts alone, or "wall".
-      seconds_of_batch: allows kind "wall" for more than one sequence at a time: seconds are then of all of them.
       **given: the other fields of Run that an Output does not know: method, task, prompt_id, model, setting, ..
 
     Raises:
       DexError: kind "wall" of a batch.
     """
     stats, length, batch = output.stats, int(output.lengths[row]), len(output.lengths)
-    if kind == "wall" and batch > 1 and not seconds_of_batch:
+    if kind == "wall" and batch > 1:
         raise DexError(f"seconds of {batch} sequences at once are nobody's: time them one at a time")
 
     def at(name: str) -> int | None:

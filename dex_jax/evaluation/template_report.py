@@ -18,7 +18,7 @@ from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation import template_statistics as s
 from dex_jax.evaluation.exit_report import markdown
 from dex_jax.evaluation.resampling import Interval
-from dex_jax.evaluation.results import read_results, read_study
+from dex_jax.evaluation.results import read_results, read_study, seen_in_training
 from dex_jax.evaluation.runs import Run
 
 SUMMARY = "summary.md"
@@ -77,6 +77,7 @@ def _about(runs: Sequence[Run], study: dict[str, Any], found: Sequence[s.Grid]) 
         f"{study['model']} ({study['parameters'] / 1e6:.0f}M parameters), {study['dtype']}, greedy, at most "
         f"{study['max_new_tokens']} new tokens; {sizes}.{long} Exits: {study['exits']}, not tuned on any template. "
         f"Device {first.device}; {', '.join(f'{k} {v}' for k, v in first.versions.items())}."
+        + f" {seen_in_training(study)}".rstrip()
     )
 
 
@@ -92,10 +93,11 @@ def _task(grid: s.Grid, runs: Sequence[Run], study: dict[str, Any], others: Sequ
     if spreads:
         parts += ["Over templates (layers of AR over the method's, run one after the other):", _spreads(some, spreads)]
     tau = s.ranking_agreement(some) if names else None
-    if tau is not None and len(grid.costs) > 1:
+    if tau is not None:
+        ranked = ", ".join(name for name in grid.costs if name != "ar")
         parts.append(
-            f"Ranking of {', '.join(grid.costs)}: Kendall's tau between every two templates is {tau[0]:.2f} on average "
-            f"and {tau[1]:.2f} at least."
+            f"Ranking of {ranked}: Kendall's tau between every two templates is {tau[0]:.2f} on average and "
+            f"{tau[1]:.2f} at least."
         )
     parts.append(_quality(grid, others))
     parts.append(_checks(grid, runs))

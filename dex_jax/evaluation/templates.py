@@ -121,6 +121,10 @@ def check(args: argparse.Namespace) -> None:
             raise DexError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.max_new_tokens < 2:
         raise DexError("--max-new-tokens must be at least 2: the first token comes of the prompt alone")
+    if "dex" in args.methods and args.explorers < 2:
+        raise DexError("--explorers must be at least 2 for dex: with one there is no exit but the last layer")
+    if not args.draft_lengths or min(args.draft_lengths) < 1:
+        raise DexError("--draft-lengths must be at least 1 each")
     if args.explorers > FULL_ROWS_LIMIT:
         raise DexError(
             f"--explorers must be at most {FULL_ROWS_LIMIT}: with more, rows that never prune are too many, and with "
@@ -142,16 +146,13 @@ def items_of(task: str, data: str | None) -> list[Item]:
     Raises:
       DexError: a task without options, no or bad data.
     """
-    from dex_jax.evaluation.choices import item_of
+    from dex_jax.evaluation.choices import read_items
     from dex_jax.evaluation.prompt_formats import DESCRIPTORS
     from dex_jax.evaluation.tasks import rows_of
 
     if task not in DESCRIPTORS:
         raise DexError(f"unknown task {task!r}: templates are for {', '.join(DESCRIPTORS)}")
-    items = [item_of(task, row, number, where) for number, (row, where) in enumerate(rows_of(task, data))]
-    if not items:
-        raise DexError(f"task {task} is empty: give it at least one item")
-    return items
+    return read_items(task, rows_of(task, data))
 
 
 def templates_of(task: str, args: argparse.Namespace) -> list[Template]:
@@ -236,7 +237,10 @@ def plan_of(lm: LanguageModel, args: argparse.Namespace) -> Plan:
             lm.fingerprint,
             given_depths=True,
         )
-        wanted.say()
+        if wanted.source == "shared":
+            raise DexError(
+                f"the exits do not serve --exit-depths {','.join(map(str, swept))}: {' '.join(wanted.remarks)}"
+            )
         source = wanted.source or "shared"
         exits = wanted.trained or exits
     return Plan(
@@ -260,10 +264,13 @@ def study_of(
     """The settings that all lines of a folder share."""
     import hashlib
 
+    from dex_jax.evaluation.results import about_exits
+
     names = ("model", "exits", "explorers", "max_new_tokens", "items", "tune_items", "formats", "seed", "loop_share")
     flat = repr([(case.item.id, case.template.name, case.ids, case.split) for case in cases])
     return {name: getattr(args, name) for name in names} | {
         "benchmark": "templates",
+        "exits_used": about_exits(None if plan.exits_source == "shared" else plan.exits),
         "methods": list(args.methods),
         "tasks": list(args.tasks),
         "templates": None if args.templates is None else args.templates.rpartition("/")[2],

@@ -6,6 +6,7 @@ Letters: X exits, D width, V' draft vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -50,6 +51,15 @@ class TrainedExits:
     def count(self) -> int:
         """X."""
         return len(self.config.depths)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with any parameter, shape or token of the draft vocabulary."""
+        found = hashlib.sha256(repr(self.config).encode())
+        arrays = dict(sorted(self.parameters.items())) | ({} if self.vocabulary is None else {"": self.vocabulary})
+        for name, array in arrays.items():
+            found.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()[:16]
 
 
 def save_exits(path: str | os.PathLike, exits: TrainedExits, *, int8: bool = False) -> None:
