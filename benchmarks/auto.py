@@ -4,12 +4,13 @@
 
 Prompts of one length are cut from the file's texts, one after the other. AR, serial rounds, explorers side by side
 (K of --explorers) and auto decode the same batch --rounds times in turn; the first time, which compiles, is not
-counted.
+counted. What OUTPUT.json holds is not measured again, so that it can be stopped, and long contexts added later.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -85,17 +86,20 @@ def main() -> int:
     parser.add_argument("--output", help="OUTPUT.json keeps every figure, OUTPUT.md the table")
     args = parser.parse_args()
     lm = dex_jax.load(args.model)
-    runs = []
-    for length in args.lengths:
-        for batch in args.batches:
-            run = measure(lm, cut_prompts(lm, args.data, length, batch), args)
-            runs.append({"batch": batch, "length": length} | run)
-            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+    store = Path(args.output + ".json") if args.output else None
+    runs = json.loads(store.read_text(encoding="utf-8"))["runs"] if store and store.exists() else []
+    for length, batch in itertools.product(args.lengths, args.batches):
+        if any((run["length"], run["batch"]) == (length, batch) for run in runs):
+            continue
+        run = measure(lm, cut_prompts(lm, args.data, length, batch), args)
+        runs = sorted([*runs, {"batch": batch, "length": length} | run], key=lambda run: (run["length"], run["batch"]))
+        print(json.dumps(run), file=sys.stderr, flush=True)
+        if store:
+            about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__, "runs": runs}
+            store.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     text = table(runs, list(runs[0]["seconds_a_token"]))
     print(text)
     if args.output:
-        about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__, "runs": runs}
-        Path(args.output + ".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         Path(args.output + ".md").write_text(text, encoding="utf-8")
     return 0 if all(run["identical"] for run in runs) else 1
 

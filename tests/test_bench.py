@@ -261,3 +261,31 @@ def test_real_files_through_a_real_tokenizer(monkeypatch, tmp_path) -> None:
     runs = read_results(tmp_path / "out")
     assert sorted(run.task for run in runs) == ["gsm8k", "hellaswag", "humaneval", "mmlu", "spec_bench"]
     assert all(4 < run.prompt_tokens <= 250 for run in runs)
+
+
+def test_two_tasks_of_one_name_are_refused(command, tmp_path, capsys) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letters.txt").write_text(PROMPTS, encoding="utf-8")
+    both = f"prompts:{tmp_path / 'letters.txt'},prompts:{tmp_path / 'other' / 'letters.txt'}"
+    assert bench.main([*command, "--tasks", both, "--output", str(tmp_path / "out")]) == 2
+    assert "two of the tasks are called letters" in capsys.readouterr().err
+
+
+def test_nothing_is_tuned_where_nothing_is_swept(command, tmp_path) -> None:
+    flags = [*command, "--methods", "ar,dex", "--timed", "none", "--prompts", "8", "--output", str(tmp_path / "out")]
+    assert bench.main(flags) == 0
+    assert {run.split for run in read_results(tmp_path / "out")} == {"report"}
+
+
+def test_a_study_of_templates_is_another_report(made, tmp_path, capsys) -> None:
+    _, folder = made
+    shutil.copytree(folder, tmp_path / "copy")
+    study = json.loads((tmp_path / "copy" / "study.json").read_text())
+    (tmp_path / "copy" / "study.json").write_text(json.dumps(study | {"benchmark": "templates"}))
+    assert report.main([str(tmp_path / "copy")]) == 2
+    assert "template_report makes its page" in capsys.readouterr().err
+
+
+def test_early_exit_needs_a_python(command, tmp_path, capsys) -> None:
+    assert bench.main([*command, "--transformers-early-exit", "1,2", "--output", str(tmp_path / "out")]) == 2
+    assert "--transformers-early-exit needs --transformers-python" in capsys.readouterr().err

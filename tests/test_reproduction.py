@@ -15,7 +15,10 @@ from dex_jax.evaluation.runs import Run
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reproduction.md"
 
 
-def study(folder: Path, costs: dict[str, int]) -> Path:
+GRIDS = {2: [15, 30], 5: [6, 12, 18, 24, 30], 8: [4, 8, 12, 15, 19, 23, 27, 30]}
+
+
+def study(folder: Path, costs: dict[str, int], grids: dict[int, list[int]] = GRIDS) -> Path:
     """A folder of made-up runs: name -> layer steps of 11 tokens on each of five prompts."""
     folder.mkdir()
     lines = []
@@ -24,7 +27,8 @@ def study(folder: Path, costs: dict[str, int]) -> Path:
         setting = {key: int(value) for key, value in (part.split("=") for part in fields.split())}
         for prompt in range(5):
             given = {"kind": "depth", "method": method, "setting": setting, "task": "gsm8k", "prompt_id": str(prompt)}
-            lines.append(to_line(Run(**given, model="m", tokens=[1] * 11, prompt_tokens=3, layer_steps=steps)))
+            given |= {"model": "m", "tokens": [1] * 11, "prompt_tokens": 3, "layer_steps": steps}
+            lines.append(to_line(Run(**given, depths=grids[setting["explorers"]] if method == "dex" else None)))
     (folder / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     about = {"model": "some/small-model", "exits": "default", "explorers": 5, "tasks": ["gsm8k"], "prompts": 5}
     (folder / "study.json").write_text(json.dumps(about), encoding="utf-8")
@@ -52,6 +56,22 @@ def test_a_coarser_grid_that_wins_is_said(tmp_path) -> None:
     folder = study(tmp_path / "a", {"ar": 300, "dex explorers=2": 150, "dex explorers=5": 160})
     text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])
     assert "not so here, K = 5 gained less than the grid before" in text
+
+
+def test_a_grid_that_exits_do_not_serve_evenly_settles_nothing(tmp_path) -> None:
+    costs = {"ar": 300, "dex explorers=2": 160, "dex explorers=5": 150, "dex explorers=8": 155}
+    folder = study(tmp_path / "a", costs, GRIDS | {8: [5, 9, 12, 15, 20, 24, 27, 30]})
+    text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])
+    assert "as claimed, over K = 2, 5; K = 8 is left out, as its exits leave a stage of 5 layers" in text
+
+
+def test_what_exits_were_trained_on_is_said(tmp_path) -> None:
+    folder = study(tmp_path / "a", {"ar": 300, "dex explorers=5": 150})
+    runs, about = reproduction.read_results(folder), reproduction.read_study(folder)
+    assert "were trained on" not in reproduction.page([(runs, about)])
+    used = {"digest": "0", "trained_on": ["self", "gsm8k/train.jsonl", "mmlu/mmlu_dev.jsonl"]}
+    text = reproduction.page([(runs, about | {"exits_used": used})])
+    assert "trained on answers to self, gsm8k/train.jsonl, mmlu/mmlu_dev.jsonl: on gsm8k they may know" in text
 
 
 @pytest.mark.parametrize(

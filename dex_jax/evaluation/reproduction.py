@@ -143,8 +143,8 @@ def verdict(claim: Claim, interval: Interval) -> str:
 
 def _finer(claim: Claim, table: c.Costs, depths: dict[int, tuple[int, ...]]) -> list[str]:
     gains = {k: each.value for k, each in c.by_explorers(table).items() if k <= FINEST}
-    longest = {k: max(b - a for a, b in itertools.pairwise((0, *depths[k]))) for k in gains}
-    # A tick of a grid that is not even takes as long as its longest stage: it is no finer than it looks.
+    longest = {k: max(b - a for a, b in itertools.pairwise((0, *found))) for k, found in depths.items()}
+    # A tick of a grid that is not even takes as long as its longest stage: it is no finer than that.
     uneven = [k for k in gains if longest[k] > -(-depths[k][-1] // k)]
     upto = [k for k in gains if k not in uneven]
     if len(upto) < 2:

@@ -1,0 +1,132 @@
+"""Writes docs/serial.md from the tables in docs/serial/, which the benchmarks of serial rounds write.
+
+    python benchmarks/serial_page.py
+
+A section whose table is not there is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+DATA = "--data HumanEval.jsonl.gz --data question_240.jsonl"
+
+INTRO = """\
+# Serial rounds and auto
+
+Wall-clock time of decoding on one device, prefill and compilation apart. All methods of a table took turns on the same
+prompts in one process; ratios are medians over prompts. "serial" is `schedule="serial"`: the drafter's first tree, all
+of its rows in every round. "auto" is the default, which here chose rounds that run as many rows of a larger tree as are
+worth their time. Prompts are spread evenly over HumanEval and over Spec-Bench's questions, maths and retrieval rows
+(question_240). Ratios move with the machine: a step of one row waits for memory, which other guests of a shared machine
+use too, and further rows for arithmetic.
+
+This page is written by `python benchmarks/serial_page.py`."""
+
+
+class Section(NamedTuple):
+    """A table and what stands around it.
+
+    Attributes:
+      title: its heading.
+      file: docs/serial/FILE.md and .json.
+      words: what it shows.
+      command: that made it.
+    """
+
+    title: str
+    file: str
+    words: str
+    command: str
+
+
+SECTIONS = (
+    Section(
+        "One sequence, greedy",
+        "greedy",
+        "128 new tokens. transformers is asked once a prompt.",
+        f"serial.py {DATA} --prompts 10 --rounds 2 --transformers-python ... --output docs/serial/greedy",
+    ),
+    Section(
+        "One sequence, sampled",
+        "temperature_1",
+        "Temperature 1, the whole vocabulary. Noise belongs to positions, so texts are AR's under the same seed.",
+        f"serial.py {DATA} --prompts 5 --rounds 2 --temperature 1 --output docs/serial/temperature_1",
+    ),
+    *(
+        Section(
+            f"{batch} sequences together",
+            f"batch_{batch}",
+            "Greedy, 96 new tokens. A round runs as many rows for each of them; a batch ends with its longest text.",
+            f"serial.py {DATA} --prompts 8 --batch {batch} --rounds 2 --max-new-tokens 96 --output "
+            f"docs/serial/batch_{batch}",
+        )
+        for batch in (2, 4, 8)
+    ),
+    Section(
+        "What auto costs against the best choice",
+        "auto",
+        "Prompts of one length, cut from question_240's texts. The best is the fastest of AR, serial rounds and "
+        "explorers side by side in the same run.",
+        "auto.py --data question_240.jsonl --explorers 5 --rounds 2 --max-new-tokens 32 --output docs/serial/auto",
+    ),
+    Section(
+        "What the parts of a round bring",
+        "ablation",
+        "One sequence, greedy, 96 new tokens; each row changes one thing of the drafter's tree, or of the rounds that "
+        "choose.",
+        f"serial_ablation.py {DATA} --prompts 4 --rounds 2 --output docs/serial/ablation",
+    ),
+    Section(
+        "What the parts of the drafter bring",
+        "drafter_kinds",
+        "Agreement with the final layer, each trained on the same small amount; with one drafted token a round emits "
+        "one more token than the agreement says.",
+        f"drafter_kinds.py --folder runs/drafter_kinds {DATA} --output docs/serial/drafter_kinds",
+    ),
+    Section(
+        "Overruling and re-drafting by deeper exits",
+        "second_opinions",
+        "Left out of the code, as nothing of it pays: a deeper exit's own token can only enter a round as a new row that "
+        "has run x layers alone, and must be right where no drafted token is in more than x / L of the cases.",
+        f"second_opinions.py {DATA} --output docs/serial/second_opinions",
+    ),
+    Section(
+        "The small model of the LayerSkip recipe",
+        "layerskip",
+        "8 layers, trained on tiny Shakespeare ([The LayerSkip recipe](layerskip.md)); drafts come from the text alone. "
+        "A step of it takes less than a round's bookkeeping is worth.",
+        "serial.py --model runs/layerskip --exits shared --data prompts.txt --output docs/serial/layerskip",
+    ),
+)
+
+
+def section(found: Section, folder: Path) -> list[str]:
+    """Its parts in markdown, none without a table."""
+    file = folder / f"{found.file}.md"
+    if not file.is_file():
+        return []
+    about = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    versions = about.get("versions", {}) | {key: about[key] for key in ("jax",) if key in about}
+    named = [f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions]
+    where = ", ".join([*filter(None, [about.get("device")]), *named])
+    parts = [f"## {found.title}", found.words, file.read_text(encoding="utf-8").strip()]
+    return [*parts, f"`python benchmarks/{found.command}`" + (f" ({where})" if where else "")]
+
+
+def page(folder: Path) -> str:
+    """The whole page."""
+    return "\n\n".join([INTRO, *(part for each in SECTIONS for part in section(each, folder))]) + "\n"
+
+
+def main() -> int:
+    (DOCS / "serial.md").write_text(page(DOCS / "serial"), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
