@@ -4,7 +4,8 @@
         --output docs/serial_ablation
 
 Every tree decodes the same prompts one by one, all trees in turn, --rounds times after one that compiles. AR is among
-them; ratios are medians over prompts of AR's seconds a token over the tree's. Tokens must be AR's.
+them; ratios are medians over prompts of AR's seconds a token over the tree's. Tokens must be AR's. What OUTPUT.json
+holds is not measured again, so that it can be stopped and started.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import dex_jax
+from dex_jax.cli.decode import remember_compilations
 from dex_jax.decoding.auto import with_rungs
 from dex_jax.decoding.costs import step_costs
 from dex_jax.decoding.exits import default_drafter
 from dex_jax.decoding.known_trees import LOOKUP_TREE, known_trees
+from dex_jax.decoding.session import PROGRAMS
 from dex_jax.errors import DexError
 from dex_jax.training.prompt_files import read_prompts
 
@@ -83,7 +86,9 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--output", help="OUTPUT.json keeps the figures, OUTPUT.md the table")
     args = parser.parse_args()
+    remember_compilations()
     lm = dex_jax.load(args.model)
+    about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__}
     drafter = dex_jax.load_exits(args.drafter) if args.drafter else default_drafter(lm.fingerprint)
     if drafter is None:
         raise DexError("no drafter ships with this model: give --drafter")
@@ -96,40 +101,36 @@ def main() -> int:
         prompts = read_prompts(path)
         count = min(args.prompts, len(prompts))
         ids += [lm.encode(prompts[at * len(prompts) // count]) for at in range(count)]
-    ratios: dict[str, list[float]] = {name: [] for name in shapes}
-    counts = {name: np.zeros(2, int) for name in shapes}
-    identical = True
-    for number, prompt in enumerate(ids, 1):
+    store = Path(args.output + ".json") if args.output else None
+    found = json.loads(store.read_text(encoding="utf-8"))["prompts"] if store and store.exists() else []
+    for number, prompt in enumerate(ids[len(found) :], len(found) + 1):
         times: dict[str, list[float]] = {name: [] for name in shapes}
         for repeat in range(args.rounds + 1):
             runs = {name: measure(lm, drafter, prompt, shape, args.max_new_tokens) for name, shape in shapes.items()}
-            identical &= all(np.array_equal(run[3], runs["AR"][3]) for run in runs.values())
             for name, run in runs.items():
                 times[name] += [run[0]] if repeat else []
+        same = all(np.array_equal(run[3], runs["AR"][3]) for run in runs.values())
+        found.append(
+            {"identical": same, "tokens": runs["AR"][1], "rounds": {name: run[2] for name, run in runs.items()}}
+            | {"seconds_a_token": {name: statistics.median(each) for name, each in times.items()}}
+        )
+        for program in PROGRAMS:  # a process can hold only so many; they are on disk
+            program.forget()
         print(f"{number} of {len(ids)} prompts", file=sys.stderr, flush=True)
-        if not runs["AR"][1]:
-            continue
-        for name, run in runs.items():
-            ratios[name].append(statistics.median(times["AR"]) / statistics.median(times[name]))
-            counts[name] += run[1], run[2]
-    rows = {}
-    for name, shape in shapes.items():
-        rows[name] = {
-            "widths": None if shape is None else shape.widths,
-            "drafted": None if shape is None else shape.drafted,
-            "tokens_per_round": counts[name][0] / counts[name][1],
-            "over_ar": statistics.median(ratios[name]),
-        }
+        if store:
+            store.write_text(json.dumps(about | {"prompts": found}, indent=1) + "\n", encoding="utf-8")
+    timed = [each for each in found if each["tokens"]]
+    tokens = sum(each["tokens"] for each in timed)
     lines = ["| what | rows a level | drafted levels | tokens a round | over AR, median |", "|---|---|---|---|---|"]
-    for name, row in rows.items():
-        widths = "-" if row["widths"] is None else ", ".join(map(str, row["widths"]))
-        drafted = "-" if row["drafted"] is None else row["drafted"]
-        lines.append(f"| {name} | {widths} | {drafted} | {row['tokens_per_round']:.2f} | {row['over_ar']:.2f} |")
+    for name, shape in shapes.items():
+        ratios = [each["seconds_a_token"]["AR"] / each["seconds_a_token"][name] for each in timed]
+        per_round = tokens / sum(each["rounds"][name] for each in timed)
+        widths, drafted = ("-", "-") if shape is None else (", ".join(map(str, shape.widths)), str(shape.drafted))
+        lines.append(f"| {name} | {widths} | {drafted} | {per_round:.2f} | {statistics.median(ratios):.2f} |")
+    identical = all(each["identical"] for each in found)
     text = "\n".join(lines) + f"\n\n{len(ids)} prompts; identical to AR: {'all' if identical else 'NOT ALL'}.\n"
     print(text)
     if args.output:
-        about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__, "rows": rows}
-        Path(args.output + ".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         Path(args.output + ".md").write_text(text, encoding="utf-8")
     return 0 if identical else 1
 

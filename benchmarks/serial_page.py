@@ -91,15 +91,15 @@ SECTIONS = (
     Section(
         "Overruling and re-drafting by deeper exits",
         "second_opinions",
-        "Left out of the code, as nothing of it pays: a deeper exit's own token can only enter a round as a new row that "
-        "has run x layers alone, and must be right where no drafted token is in more than x / L of the cases.",
+        "Not in the code: a deeper exit's own token can only enter a round as a new row that runs x layers alone. That "
+        "pays if it is right in more than x / L of the cases where no drafted token is.",
         f"second_opinions.py {DATA} --output docs/serial/second_opinions",
     ),
     Section(
         "The small model of the LayerSkip recipe",
         "layerskip",
-        "8 layers, trained on tiny Shakespeare ([The LayerSkip recipe](layerskip.md)); drafts come from the text alone. "
-        "A step of it takes less than a round's bookkeeping is worth.",
+        "8 layers, 1.8 million parameters, trained on tiny Shakespeare ([The LayerSkip recipe](layerskip.md)); drafts "
+        "come from the text alone.",
         "serial.py --model runs/layerskip --exits shared --data prompts.txt --output docs/serial/layerskip",
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
+from dex_jax.decoding import program
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.record import Limits
 from dex_jax.decoding.session import RUN, Spec, start_decoding
@@ -75,3 +77,20 @@ def test_donated_caches_are_updated_in_place() -> None:
     analysis = program.memory_analysis()
     assert analysis.alias_size_in_bytes >= caches
     assert analysis.temp_size_in_bytes < caches
+
+
+def test_only_the_latest_programs_are_held(monkeypatch) -> None:
+    monkeypatch.setattr(program, "HELD", 2)
+    doubled = program.Program(lambda x: 2 * x)
+    sizes = []
+
+    def lower(*args, jitted=doubled.jitted, **static):
+        sizes.append(args[0].shape[0])
+        return jitted.lower(*args, **static)
+
+    doubled.jitted = SimpleNamespace(lower=lower, clear_cache=lambda: None)
+    for size in (1, 2, 1, 3, 1, 2):
+        assert doubled(jnp.ones(size)).tolist() == [2.0] * size
+    # With 1 and 2 held, 1 was used last: 3 takes the place of 2.
+    assert sizes == [1, 2, 3, 2]
+    assert doubled.held == 2

@@ -11,9 +11,13 @@ import jax
 
 from dex_jax.host_memory import return_free_memory
 
+HELD = 24
+"""Programs of one function that are remembered: a process may hold only so many mappings of memory, and they take many.
+Where that ends the compiler fails for good."""
+
 
 class Program:
-    """Compiles `function` ahead of time for each new set of static arguments and shapes, and remembers it.
+    """Compiles `function` ahead of time for each new set of static arguments and shapes, and remembers the latest.
 
     Args:
       function: takes positional arrays and keyword statics.
@@ -39,7 +43,7 @@ class Program:
         return len(self._compiled)
 
     def forget(self) -> None:
-        """Drops what has been compiled: a process may hold only so many mappings of memory, and programs take many."""
+        """Drops what has been compiled."""
         self._compiled.clear()
 
     def compile(self, *args: Any, **static: Any) -> Any:
@@ -47,12 +51,16 @@ class Program:
         leaves, tree = jax.tree.flatten(args)
         shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves)
         key = (tree, shapes, tuple(sorted(static.items())))
-        if key not in self._compiled:
+        found = self._compiled.pop(key, None)
+        if found is None:
             begin = time.perf_counter()
-            self._compiled[key] = self.jitted.lower(*args, **static).compile()
+            while len(self._compiled) >= HELD:  # the first is the one that was used longest ago
+                del self._compiled[next(iter(self._compiled))]
+            found = self.jitted.lower(*args, **static).compile()
             # What the trace leaves behind is never used again, and weighs as much as the program itself.
             self.jitted.clear_cache()
             gc.collect()
             return_free_memory()
             self.compile_seconds += time.perf_counter() - begin
-        return self._compiled[key]
+        self._compiled[key] = found
+        return found
