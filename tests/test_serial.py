@@ -196,6 +196,7 @@ def test_a_round_drafts_and_runs_what_is_worth_its_time(temperature) -> None:
         assert state.record.exits[0, :size].tolist() == twin.exits
         assert int(state.record.ticks[0]) == twin.rounds >= whole.rounds
         assert float(state.spent) == twin.spent
+        assert float(state.promised) == pytest.approx(twin.promised, rel=1e-5)
         rows_chosen |= set(twin.rows)
         levels_chosen |= set(twin.levels)
     assert len(rows_chosen) > 2

@@ -37,7 +37,8 @@ HOPE = 0.3
 right. Below what drafters agree, as much of what they draft is not worth running."""
 
 PRIOR = 16.0
-"""AR steps that every sequence is taken to have decoded at AR's pace before its first round."""
+"""AR steps that every sequence is taken to have decoded at AR's pace before its first round, and tokens that drafts are
+taken to have promised and kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +173,7 @@ class SerialState(NamedTuple):
       memory: the network's own.
       noise: None when greedy.
       spent: float32, AR steps that the rounds took by the costs in the tree's shape, times the sequences in them.
+      promised: float32, tokens that the drafts of all rounds should have brought by their probabilities.
       record: what has been emitted; its `ticks` are rounds.
     """
 
@@ -182,6 +184,7 @@ class SerialState(NamedTuple):
     memory: Any
     noise: Noise | None
     spent: jax.Array
+    promised: jax.Array
     record: Record
 
 
@@ -219,7 +222,8 @@ def init(
     if sampling is not None:
         noise = Noise(jnp.zeros((batch, shape.levels, network.vocab_size), jnp.float32), position)
     record = begin(first_token, capacity, limits)
-    return SerialState(jnp.int32(0), first_token, position, text, memory, noise, jnp.float32(0), record)
+    none = jnp.float32(0)
+    return SerialState(jnp.int32(0), first_token, position, text, memory, noise, none, none, record)
 
 
 def step(
@@ -228,10 +232,12 @@ def step(
     """One round: draft, run, commit. Sequences that are done emit nothing."""
     batch, levels = state.root.shape[0], shape.levels
     noise = _noise_ahead(network, state, sampling, levels)
-    price = _price(state)
+    # Drafts promise too much where sampling or a text surprises: promises count as far as they were kept so far.
+    price = _price(state) / _kept(state)
     tree, levels_drafted = _draft(network, state, sampling, noise, shape, price)
+    promised = jnp.float32(0)
     if shape.rungs:
-        tree, rung = _most_promising(tree, ~state.record.done, shape, price)
+        tree, rung, promised = _most_promising(tree, ~state.record.done, shape, price)
         cost = jnp.asarray([cost for _, cost in shape.rungs], jnp.float32)[rung] + levels_drafted * shape.drafting
     else:
         rung, cost = jnp.int32(0), jnp.float32(0)
@@ -266,7 +272,8 @@ def step(
     text = state.text.at[jnp.arange(batch)[:, None], at].set(emitted, mode="drop")
     root = jnp.where(count > 0, last, state.root)
     spent = state.spent + cost * jnp.sum(~begun.done)
-    return SerialState(state.tick + 1, root, state.prefix + count, text, memory, noise, spent, record)
+    promised = state.promised + promised
+    return SerialState(state.tick + 1, root, state.prefix + count, text, memory, noise, spent, promised, record)
 
 
 def run(
@@ -292,13 +299,22 @@ def _price(state: SerialState) -> jax.Array:
     return jnp.maximum(1, (before + emitted) / (before + state.spent)) * jnp.sum(~state.record.done)
 
 
+def _kept(state: SerialState) -> jax.Array:
+    """float32, how much of what drafts have promised so far they kept, at most 1."""
+    before = PRIOR * state.root.shape[0]
+    right = jnp.sum(state.record.lengths - 1 - state.record.ticks).astype(jnp.float32)
+    return jnp.minimum(1, (before + right) / (before + state.promised))
+
+
 def _promise(tree: Tree, going: jax.Array) -> jax.Array:
     """[N] float32, how many of the `going` sequences should emit the token of each row."""
     return jnp.sum(jnp.where(going[:, None], jnp.exp(tree.score), 0), axis=0)
 
 
-def _most_promising(tree: Tree, going: jax.Array, shape: TreeShape, price: jax.Array) -> tuple[Tree, jax.Array]:
-    """The rows by probability, those beyond the chosen rung cut off, and the rung as an index.
+def _most_promising(
+    tree: Tree, going: jax.Array, shape: TreeShape, price: jax.Array
+) -> tuple[Tree, jax.Array, jax.Array]:
+    """The rows by probability, those beyond the chosen rung cut off; the rung as an index; what its drafts promise.
 
     The sum of path probabilities, the root's 1 among them, is the number of tokens that a round should emit. Time is
     charged at the pace of all rounds, not of this one: that makes the most of all of them together (the rule of renewal
@@ -309,7 +325,8 @@ def _most_promising(tree: Tree, going: jax.Array, shape: TreeShape, price: jax.A
     worth = jnp.stack([expected[rows - 1] - price * cost for rows, cost in shape.rungs])
     rung = jnp.argmax(worth).astype(jnp.int32)
     kept = jnp.arange(shape.rows) < jnp.asarray(shape.counts)[rung]
-    return tree._replace(parent=jnp.where(kept[None], tree.parent, NO_NODE)), rung
+    promised = expected[jnp.asarray(shape.counts)[rung] - 1] - expected[0]
+    return tree._replace(parent=jnp.where(kept[None], tree.parent, NO_NODE)), rung, promised
 
 
 def _draft(

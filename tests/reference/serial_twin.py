@@ -42,8 +42,8 @@ class Node:
 class SerialRun:
     """What a run emits: tokens, and for each whether the tree held it (0) or the last layer alone gave it (1).
 
-    `rows` and `levels` are those that each round ran and drafted, where a round may choose, and `spent` what all of it
-    took.
+    `rows` and `levels` are those that each round ran and drafted, where a round may choose, `spent` what all of it took
+    and `promised` how many drafted tokens should have been right.
     """
 
     tokens: list[int]
@@ -52,10 +52,13 @@ class SerialRun:
     rows: list[int] = dataclasses.field(default_factory=list)
     levels: list[int] = dataclasses.field(default_factory=list)
     spent: float = 0.0
+    promised: float = 0.0
 
     def price(self) -> float:
-        """Tokens that an AR step's time is worth."""
-        return max(1.0, (PRIOR + len(self.tokens) - 1) / (PRIOR + self.spent))
+        """Promised tokens that an AR step's time is worth, before another round begins."""
+        pace = (PRIOR + len(self.tokens) - 1) / (PRIOR + self.spent)
+        kept = (PRIOR + len(self.tokens) - 1 - self.rounds) / (PRIOR + self.promised)
+        return max(1.0, pace) / min(1.0, kept)
 
 
 def perturbed(logits: np.ndarray, columns: np.ndarray, position: int, draws: Draws | None) -> np.ndarray:
@@ -88,15 +91,17 @@ def continuation(text: Sequence[int], count: int) -> tuple[list[int], int]:
     return grown[len(text) :], best
 
 
-def prune(root: Node, made: Sequence[Node], rungs: Sequence[tuple[int, float]], price: float) -> tuple[int, float]:
-    """Leaves as many of the most probable nodes as are worth the time; returns how many, and what they take."""
+def prune(
+    root: Node, made: Sequence[Node], rungs: Sequence[tuple[int, float]], price: float
+) -> tuple[int, float, float]:
+    """Leaves as many of the most probable nodes as are worth the time: how many, what they take, what they promise."""
     order = sorted([root, *made], key=lambda node: -node.score)
     worth = [sum(math.exp(node.score) for node in order[:rows]) - price * cost for rows, cost in rungs]
     rows, cost = rungs[worth.index(max(worth))]
     kept = order[:rows]
     for node in order:
         node.children = [child for child in node.children if any(child is other for other in kept)]
-    return rows, cost
+    return rows, cost, sum(math.exp(node.score) for node in kept) - 1
 
 
 def serial_run(
@@ -105,13 +110,14 @@ def serial_run(
     """Decodes one sequence; `lookup` is trust by length of the match, from 1 on."""
     run = SerialRun([first], [-1])
     while len(run.tokens) < limit and run.tokens[-1] not in eos:
+        price = run.price()
         run.rounds += 1
         text = [*prompt, *run.tokens]
         root = Node(text, 0.0)
         said, matched = continuation(text, len(widths))
         trust = lookup[matched - 1] if matched else 0.0
         follows: Node | None = root if trust > 0 else None
-        above, everything, price, levels = [root], [], run.price(), 0
+        above, everything, levels = [root], [], 0
         for level, width in enumerate(widths, 1):
             found: list[tuple[Node, int, float]] = []
             if follows is not None:
@@ -142,7 +148,8 @@ def serial_run(
                 follows = next((n for n in follows.children if n.tokens[-1] == said[level - 1]), None)
             above = made
         if rungs:
-            rows, cost = prune(root, everything, rungs, price)
+            rows, cost, promised = prune(root, everything, rungs, price)
+            run.promised += promised
             run.rows.append(rows)
             run.levels.append(levels)
             run.spent += cost + levels * drafting
