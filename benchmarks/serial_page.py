@@ -79,7 +79,7 @@ SECTIONS = (
         "ablation",
         "One sequence, greedy, 96 new tokens; each row changes one thing of the drafter's tree, or of the rounds that "
         "choose.",
-        f"serial_ablation.py {DATA} --prompts 4 --rounds 2 --output docs/serial/ablation",
+        f"serial_ablation.py {DATA} --prompts 3 --rounds 2 --output docs/serial/ablation",
     ),
     Section(
         "What the parts of the drafter bring",

@@ -16,6 +16,8 @@ Assumptions that are no figures of a machine:
   and gathers logits, and splits trained exits' products as it splits those of the layers.
 - Exits that read the position before get their parents' features from all stages: an all-gather of all nodes' features.
 - Rows are free until arithmetic takes longer than reading; a calibrated machine has measured row costs instead.
+- LayerSkip's drafts are right independently of one another. Runs of right drafts are longer than that in truth, so with
+  two drafted tokens or more it is underrated.
 
 Letters: B sequences, W rows a stage, K stages, T devices of a tensor axis, S positions that are attended to.
 """
