@@ -2,14 +2,16 @@
 
     python benchmarks/auto.py --data question_240.jsonl --output docs/auto
 
-Prompts of one length are cut from the file's texts, one after the other. AR, serial rounds, explorers side by side
-(K of --explorers) and auto decode the same batch --rounds times in turn; the first time, which compiles, is not
-counted. What OUTPUT.json holds is not measured again, so that it can be stopped, and long contexts added later.
+Contexts of one length end with a prompt of the file, and nothing ends at an EOS: all texts are as long. AR, serial
+rounds, explorers side by side (K of --explorers) and auto decode --texts batches of them --rounds times in turn; the
+first time, which compiles, is not counted. Which rounds suit a text is luck, so the times of a batch and length are
+those of all its texts together. What OUTPUT.json holds is not measured again: it can be stopped, and lengths added later.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -24,28 +26,36 @@ from dex_jax.training.prompt_files import read_prompts
 
 
 def cut_prompts(lm, path: str, length: int, count: int) -> list[list[int]]:
-    """`count` prompts of `length` tokens, each from where the one before it ended."""
-    ids = [token for prompt in read_prompts(path) for token in lm.encode(prompt)]
-    starts = [(number * len(ids)) // count for number in range(count)]
-    return [(ids[start:] + ids)[:length] for start in starts]
+    """`count` contexts of `length` tokens: each ends where a prompt of the file ends, with what stands before it."""
+    ids: list[int] = []
+    ends = []
+    for prompt in read_prompts(path):
+        ids += lm.encode(prompt)
+        ends.append(len(ids))
+    long_enough = [end for end in ends if end >= length]
+    return [ids[end - length : end] for end in (long_enough[at * len(long_enough) // count] for at in range(count))]
 
 
-def measure(lm, prompts: list[list[int]], args: argparse.Namespace) -> dict:
-    """Median seconds a token of each sequence by method, and what auto chose."""
+def measure(lm, batches: list[list[list[int]]], args: argparse.Namespace) -> dict:
+    """Seconds a token of each sequence by method, over all batches of one size, and what auto chose."""
     methods: dict[str, dex_jax.AR | dex_jax.Dex] = {"auto": dex_jax.Dex(), "ar": dex_jax.AR()}
     methods["serial"] = dex_jax.Dex(schedule="serial")
     methods |= {f"parallel, K = {k}": dex_jax.Dex(explorers=k) for k in args.explorers}
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    tokens, choice, chosen = {}, None, None
-    for number in range(args.rounds + 1):
-        for name, method in methods.items():
-            out = dex_jax.generate(lm, prompts, method=method, exits=args.exits, max_new_tokens=args.max_new_tokens)
-            tokens[name] = out.tokens
-            if number:
-                times[name].append(out.stats.decode_seconds / max(1, int(out.lengths.max()) - 1))
-            if name == "auto":
-                choice, chosen = out.stats.choice, out.stats.schedule.kind or "ar"
-    seconds = {name: statistics.median(found) for name, found in times.items()}
+    seconds = dict.fromkeys(methods, 0.0)
+    identical, choice, chosen = True, None, None
+    for prompts in batches:
+        times: dict[str, list[float]] = {name: [] for name in methods}
+        tokens = {}
+        for number in range(args.rounds + 1):
+            for name, method in methods.items():
+                out = dex_jax.generate(lm, prompts, method=method, exits=args.exits, max_new_tokens=args.max_new_tokens)
+                tokens[name] = out.tokens
+                times[name] += [out.stats.decode_seconds / (args.max_new_tokens - 1)] if number else []
+                if name == "auto":
+                    choice, chosen = out.stats.choice, out.stats.schedule.kind or "ar"
+        identical &= all(np.array_equal(found, tokens["ar"]) for found in tokens.values())
+        for name, found in times.items():
+            seconds[name] += statistics.median(found) / len(batches)
     best = min((name for name in methods if name != "auto"), key=lambda name: seconds[name])
     return {
         "seconds_a_token": seconds,
@@ -53,7 +63,7 @@ def measure(lm, prompts: list[list[int]], args: argparse.Namespace) -> dict:
         "chosen": chosen,
         "choice": choice,
         "auto_over_best": seconds["auto"] / seconds[best],
-        "identical": all(np.array_equal(found, tokens["ar"]) for found in tokens.values()),
+        "identical": identical,
     }
 
 
@@ -81,17 +91,23 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 400, 2000])
     parser.add_argument("--explorers", type=int, nargs="*", default=[2, 5])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--texts", type=int, default=4, help="batches of each size and length (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--output", help="OUTPUT.json keeps every figure, OUTPUT.md the table")
     args = parser.parse_args()
     lm = dex_jax.load(args.model)
     store = Path(args.output + ".json") if args.output else None
     runs = json.loads(store.read_text(encoding="utf-8"))["runs"] if store and store.exists() else []
-    for length, batch in itertools.product(args.lengths, args.batches):
+    sizes = list(itertools.product(args.lengths, args.batches))
+    prompts = {(length, batch): cut_prompts(lm, args.data, length, batch * args.texts) for length, batch in sizes}
+    # A model that knows no EOS.
+    lm.config, lm.tokenizer = dataclasses.replace(lm.config, eos_ids=()), None
+    for length, batch in sizes:
         if any((run["length"], run["batch"]) == (length, batch) for run in runs):
             continue
-        run = measure(lm, cut_prompts(lm, args.data, length, batch), args)
+        found = prompts[length, batch]
+        run = measure(lm, [found[at :: args.texts] for at in range(args.texts)], args)
         runs = sorted([*runs, {"batch": batch, "length": length} | run], key=lambda run: (run["length"], run["batch"]))
         print(json.dumps(run), file=sys.stderr, flush=True)
         if store:

@@ -70,9 +70,9 @@ SECTIONS = (
     Section(
         "What auto costs against the best choice",
         "auto",
-        "Prompts of one length, cut from question_240's texts. The best is the fastest of AR, serial rounds and "
-        "explorers side by side in the same run.",
-        "auto.py --data question_240.jsonl --explorers 5 --rounds 2 --max-new-tokens 32 --output docs/serial/auto",
+        "Contexts of one length, each ending with a prompt of question_240. The best is the fastest of AR, serial rounds "
+        "and explorers side by side in the same run.",
+        "auto.py --data question_240.jsonl --explorers 5 --output docs/serial/auto",
     ),
     Section(
         "What the parts of a round bring",
