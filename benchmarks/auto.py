@@ -5,7 +5,7 @@
 Contexts of one length end with a prompt of the file, and nothing ends at an EOS: all texts are as long. AR, serial
 rounds, explorers side by side (K of --explorers) and auto decode --texts batches of them --rounds times in turn; the
 first time, which compiles, is not counted. Which rounds suit a text is luck, so the times of a batch and length are
-those of all its texts together. What OUTPUT.json holds is not measured again: it can be stopped, and lengths added later.
+those of all its texts together. What OUTPUT.json holds is not measured again: lengths can be added later.
 """
 
 from __future__ import annotations

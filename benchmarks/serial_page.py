@@ -70,8 +70,8 @@ SECTIONS = (
     Section(
         "What auto costs against the best choice",
         "auto",
-        "Contexts of one length, each ending with a prompt of question_240. The best is the fastest of AR, serial rounds "
-        "and explorers side by side in the same run.",
+        "Contexts of one length, each ending with a prompt of question_240. The best is the fastest of AR, serial "
+        "rounds and explorers side by side in the same run.",
         "auto.py --data question_240.jsonl --explorers 5 --output docs/serial/auto",
     ),
     Section(
