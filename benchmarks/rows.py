@@ -139,7 +139,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
         asked = ""
         if int(stages) == 10:
             holds = "holds" if run["above"] <= MOST_ABOVE else "DOES NOT HOLD"
-            asked = f" (asked: at most {MOST_ABOVE:.0%}: {holds})"
+            asked = f" (meant to take at most {MOST_ABOVE:.0%} more: {holds})"
         sentences.append(f"K = {stages}: the default, {rows} rows, takes {run['above']:+.1%} ticks{asked}, {how}.")
     return ["- " + "\n- ".join(sentences)]
 
@@ -149,7 +149,8 @@ def _of_the_loop(grids: dict[str, Any], loop: dict[str, Any]) -> list[str]:
         return []
     return [
         "Ticks per token of the loop itself; in brackets how many more than those of rows that never prune "
-        "(teacher-forced, with DECS) on the same texts. `*`: the default rows.",
+        "(teacher-forced, with DECS) on the same texts, which may be fewer than those behind the column \"never prunes\". "
+        "`*`: the default rows.",
         _table(grids, loop),
     ]
 
