@@ -149,8 +149,8 @@ def _of_the_loop(grids: dict[str, Any], loop: dict[str, Any]) -> list[str]:
         return []
     return [
         "Ticks per token of the loop itself; in brackets how many more than those of rows that never prune "
-        "(teacher-forced, with DECS) on the same texts, which may be fewer than those behind the column \"never prunes\". "
-        "`*`: the default rows.",
+        "(teacher-forced, with DECS) on the same texts, which may be fewer than those behind the column "
+        '"never prunes". `*`: the default rows.',
         _table(grids, loop),
     ]
 
