@@ -80,7 +80,7 @@ def test_rounds_are_not_optimised_away() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rows", "0"], "--rows and --repeats must be at least 1"),
+        (["--rows", "0"], "--rows must be 1 to 64"),
         (["--long", "64"], "--long above 64"),
         (["--model", "no such model"], "names no model"),
         (["--together", "9999"], "--together 9999 needs as many cores"),

@@ -159,8 +159,8 @@ def test_items_are_clusters_over_columns() -> None:
     # Columns repeat one another, so that four of them say no more than one.
     one = np.random.default_rng(2).normal(3, 1, (40, 1))
     means = lambda values: resampling.mean(values).mean(axis=1)  # noqa: E731
-    alone = resampling.clustered(one, means, seed=3)
-    four = resampling.clustered(np.repeat(one, 4, axis=1), means, seed=3)
+    alone = resampling.bootstrap(one, means, seed=3)
+    four = resampling.bootstrap(np.repeat(one, 4, axis=1), means, seed=3)
     assert four == pytest.approx(alone)
 
 

@@ -103,9 +103,9 @@ class Plan:
             check_outside(self.args.model)
         elif self.args.transformers_early_exit:
             raise DexError("--transformers-early-exit needs --transformers-python: name a Python with transformers")
-        early = (self.args.transformers_early_exit or (1,))[0]
-        if not 0 < early < self.lm.config.num_layers:
-            raise DexError(f"--transformers-early-exit drafts below the last layer, not at depth {early}")
+        early = self.args.transformers_early_exit
+        if early and not 0 < early[0] < self.lm.config.num_layers:
+            raise DexError(f"--transformers-early-exit drafts below the last layer, not at depth {early[0]}")
         explorers = self.args.explorers
         names = [name for name in (*self.counted, *self.timed) if name not in SWEPT]
         entries = [contender(name, explorers) for name in names]
