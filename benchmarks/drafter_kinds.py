@@ -1,7 +1,7 @@
 """What a drafter's parts bring: its input of the position before ("fused"), its attention layer, training ahead.
 
     python benchmarks/drafter_kinds.py --folder runs/drafter_kinds --data HumanEval.jsonl.gz \\
-        --data question_240.jsonl --output docs/drafter_kinds
+        --data question_240.jsonl --output docs/serial/drafter_kinds
 
 Trains exits at depth 0 of SmolLM2-135M on --tokens tokens each, everything else as in configs/smollm2_135m_drafter.py
 but for draft steps, which only kind "attn" has, and measures them as `train_exits.py evaluate` does. With one drafted

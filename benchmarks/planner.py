@@ -1,4 +1,4 @@
-"""Writes docs/planner.md: the planner's assumptions, what the paper's cases come to on paper, and what else there is.
+"""Writes docs/planner.md: the planner's assumptions, what the paper's cases come to, and what else there is.
 
     python benchmarks/planner.py                      # tables and the assumed profiles, seconds, nothing is measured
     python benchmarks/planner.py --compile            # compiles for TPUs too (libtpu; minutes), kept in a JSON file
@@ -165,7 +165,7 @@ HEADER = [
 def paper(files: dict[tuple[str, str], Path]) -> list[str]:
     """The section on the paper's cases."""
     parts = [
-        "## The paper's cases, on paper",
+        "## The paper's cases, calculated",
         "The paper reports Llama-2-70B with K = 2 to 8 and CodeLlama-34B with K = 3 on H100s; its figures are "
         "not at hand, so this is what the cost model makes of those shapes in bfloat16 with a context of "
         f"{CONTEXT:,}, K devices for K explorers. Columns 3 to 7 are speeds over AR pipelined over the same "

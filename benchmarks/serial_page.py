@@ -78,7 +78,7 @@ SECTIONS = (
         "What the parts of a round bring",
         "ablation",
         "One sequence, greedy, 96 new tokens; each row changes one thing of the drafter's tree, or of the rounds that "
-        "choose.",
+        "choose. The last three rows are of rounds that did not yet ask how far drafts keep what they promise.",
         f"serial_ablation.py {DATA} --prompts 3 --rounds 2 --output docs/serial/ablation",
     ),
     Section(

@@ -10,7 +10,7 @@ from dex_jax.training.progress import duration
 
 
 class Standing(NamedTuple):
-    """How far a part of the study has come, for a Display.
+    """How far a part of a study has come, for a Display.
 
     Attributes:
       what: the part.
