@@ -32,9 +32,10 @@ DRAFTED = 0
 FINAL = 1
 """`exits` of a token that only the final layer gave."""
 
-HOPE = 0.3
-"""The share of a level's promise that drafting below it is taken to add: how often a child turns out worth running, and
-right. Below what drafters agree, as much of what they draft is not worth running."""
+HOPE = 0.25
+"""The share of what a level promises, and the lookup does not below it, that drafting there is taken to add: how often
+a child turns out worth running, and right. Below what drafters agree, as much of what they draft is not worth
+running."""
 
 PRIOR = 16.0
 """AR steps that every sequence is taken to have decoded at AR's pace before its first round, and tokens that drafts are
@@ -361,7 +362,8 @@ def _draft(
                 return Candidates(none, none, jnp.full((batch, count), -jnp.inf)), drafts
 
             if shape.rungs and shape.drafting:
-                hope = HOPE * jnp.sum(_promise(tree, going)[above:first])
+                claimed = jnp.sum(jnp.where(going, jnp.exp(score), 0))  # by the lookup
+                hope = HOPE * (jnp.sum(_promise(tree, going)[above:first]) - claimed)
                 asked = hope > price * shape.drafting
                 more, drafts = jax.lax.cond(asked, drafted, skipped, drafts)
                 levels_drafted += asked

@@ -17,7 +17,7 @@ import numpy as np
 
 SCORE_STEP = 2.0**-10
 LONGEST = 8
-HOPE = 0.3
+HOPE = 0.25
 PRIOR = 16
 
 
@@ -123,7 +123,8 @@ def serial_run(
             if follows is not None:
                 log = round(math.log(trust) / SCORE_STEP) * SCORE_STEP
                 found.append((follows, said[level - 1], follows.score + log))
-            hope = HOPE * sum(math.exp(node.score) for node in above)
+            claimed = sum(math.exp(score) for _, _, score in found)  # by the lookup
+            hope = HOPE * (sum(math.exp(node.score) for node in above) - claimed)
             if model.columns is not None and level <= drafted and (not rungs or hope > price * drafting):
                 levels += 1
                 for node in above:
