@@ -29,7 +29,7 @@ def test_defaults() -> None:
     assert side_by_side.schedule_for(30).rows == 8
     # A model with fewer layers than the default has explorers.
     assert side_by_side.schedule_for(2).depths == (1, 2)
-    assert [Dex(explorers=k).schedule_for(30).rows for k in (1, 2, 3, 4, 5, 6, 30)] == [1, 1, 2, 4, 8, 16, 16]
+    assert [Dex(explorers=k).schedule_for(30).rows for k in (1, 2, 3, 4, 5, 6, 30)] == [1, 1, 2, 4, 8, 16, 32]
     assert side_by_side.schedule_for(30).decs
     schedule = AR().schedule_for(30)
     assert (schedule.method, schedule.stages, schedule.depths) == ("ar", 1, (30,))

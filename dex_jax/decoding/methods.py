@@ -77,7 +77,7 @@ class Dex:
     Attributes:
       explorers: K, with an even grid of exit depths ceil(k L / K); 5 when neither this nor `depths` is given.
       depths: exit depths themselves, ascending and ending at L.
-      rows: W, how many nodes a stage runs at most; None is min(max(1, 2^(K-2)), 16), "full" never prunes.
+      rows: W, how many nodes a stage runs at most; None is min(max(1, 2^(K-2)), 32), "full" never prunes.
       decs: whether an exit may not repeat a token that its node's children hold.
       schedule: "parallel", all stages side by side in every tick, which K devices are for; "serial", rounds that draft
         a few tokens ahead and run them through all layers at once, for one device; "auto", one of the two or plain AR,
