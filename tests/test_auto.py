@@ -108,6 +108,12 @@ def test_a_drafter_brings_its_trees() -> None:
         assert serial.method.tree.counts == ((4,) if a_row_more == 0.008 else (1, 2, 4))
 
 
+def test_a_batch_waits_for_its_slowest_sequence() -> None:
+    alone, eight = (candidates(costs_of(0.008), None, None, LLAMA, Unrolled(), FLOAT32, batch) for batch in (1, 8))
+    assert eight[0].seconds == alone[0].seconds
+    assert eight[1].seconds == pytest.approx(1.24 * alone[1].seconds)
+
+
 def test_rows_that_cost_alike_share_a_rung() -> None:
     shape = TreeShape((1,) * 7, 0, (0.5,) * 8)
     for a_row_more, rows in ((0.001, []), (0.02, [4, 8]), (0.11, [1, 2, 4, 8])):

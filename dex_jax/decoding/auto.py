@@ -4,8 +4,8 @@ Seconds a token are what steps take on this device (decoding/costs.py) over how 
 from the exits: of a drafter, tokens a round with each of its trees; of exits at depths, the depth-side speedup.
 
   AR        step(1)
-  serial    (step(N) + drafted levels * drafting) / tokens a round, for the best of the known trees
-  parallel  (tick + heads) * K / speedup + final
+  serial    (step(N) + drafted levels * drafting) / tokens a round * slowest(B), for the best of the known trees
+  parallel  (tick + heads) * K / speedup * slowest(B) + final
 
 `parallel` is considered in the stacked layout only. In the unrolled one a tick runs its stages one after the other, and
 a token's own way up is K of them, all L layers: on one device AR is never slower.
@@ -14,6 +14,7 @@ a token's own way up is K of them, all L layers: on one device AR is never slowe
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -38,6 +39,12 @@ COST_PARTS, CLEARLY_LESS = 32, 3
 CAUTION = 1.3
 """Rounds take further rows and drafting to cost so many times what was measured. How fast a device reads memory, which
 is all that a step of one row waits for, changes while others use it too; too few rows lose less than too many do."""
+
+
+SPREAD = 0.08
+"""A batch ends with its slowest sequence, and how many tokens come of a round differs from text to text: the slowest of
+B takes 1 + SPREAD * log2(B) times as many rounds as one does on average (1.10, 1.18 and 1.24 of 2, 4 and 8, drawn from
+the 20 prompts of docs/serial/greedy.json). AR is as fast on every text."""
 
 
 class Candidate(NamedTuple):
@@ -84,7 +91,7 @@ def settle(
         return Dex(schedule="parallel"), f"parallel, which the exits in {source} are for"
     costs = step_costs(config, layout, dtype, batch, length)
     at_depths = default_exits(fingerprint) if isinstance(exits, str) and exits == "default" else None
-    found = candidates(costs, drafter, at_depths, config, layout, jnp.dtype(dtype))
+    found = candidates(costs, drafter, at_depths, config, layout, jnp.dtype(dtype), batch)
     plain = found[0]
     best = min(found, key=lambda each: each.seconds)
     gain = plain.seconds / best.seconds
@@ -102,6 +109,7 @@ def candidates(
     config: ModelConfig,
     layout: Layout,
     dtype: np.dtype,
+    batch: int = 1,
 ) -> list[Candidate]:
     """AR first, then the best tree of serial rounds, then explorers side by side where they can gain at all.
 
@@ -110,6 +118,7 @@ def candidates(
       drafter: of serial rounds, None for the text alone.
       exits: at depths, with their profile; None for none.
       config, layout, dtype: of the model.
+      batch: B.
     """
     a_step = costs.step(1)
     found = [Candidate(AR(), a_step, "AR", f"a step takes {1e3 * a_step:.1f} ms here")]
@@ -122,14 +131,14 @@ def candidates(
     found.append(
         Candidate(
             Dex(schedule="serial", tree=shape),
-            a_round / best.tokens_per_round,
+            a_round / best.tokens_per_round * _slowest(batch),
             f"serial rounds of {' or '.join(map(str, shape.counts))} rows",
             f"{best.shape.rows} rows should emit {best.tokens_per_round:.2f} tokens in the time of "
             f"{a_round / a_step:.2f} AR steps",
         )
     )
     if isinstance(layout, Stacked) and costs.tick is not None and exits is not None:
-        found += _side_by_side(costs, costs.tick, exits, config, layout, dtype)
+        found += _side_by_side(costs, costs.tick, exits, config, layout, dtype, batch)
     return found
 
 
@@ -176,8 +185,19 @@ def head_bytes(exits: TrainedExits, config: ModelConfig, dtype: np.dtype) -> int
     return (own + known * config.width) * dtype.itemsize
 
 
+def _slowest(batch: int) -> float:
+    """How many times as many rounds or ticks the slowest of B sequences takes as one does on average."""
+    return 1 + SPREAD * math.log2(batch)
+
+
 def _side_by_side(
-    costs: StepCosts, tick: float, exits: TrainedExits, config: ModelConfig, layout: Stacked, dtype: np.dtype
+    costs: StepCosts,
+    tick: float,
+    exits: TrainedExits,
+    config: ModelConfig,
+    layout: Stacked,
+    dtype: np.dtype,
+    batch: int,
 ) -> list[Candidate]:
     stages = len(layout.depths)
     profile = exits.metadata.get("held_out", {}).get("mean", {}).get("grids", [])
@@ -189,7 +209,7 @@ def _side_by_side(
     return [
         Candidate(
             Dex(depths=layout.depths, schedule="parallel"),
-            a_tick * stages / gain + final,
+            a_tick * stages / gain * _slowest(batch) + final,
             f"{stages} explorers side by side",
             f"a tick should take {a_tick / costs.step(1):.2f} AR steps, and a token {stages / gain:.2f} ticks",
         )
