@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import platform
@@ -40,7 +41,7 @@ from two_processes_page import further, page, predictions
 from dex_jax.errors import DexError
 
 FOREVER = 2**30
-STREAMED = 256e6
+STREAMED = 1e9
 """Bytes that the bandwidth is measured over: more than a processor's caches hold."""
 
 
@@ -290,7 +291,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts at a time (%(default)s)")
     parser.add_argument("--latency", type=float, nargs="+", default=[0, 1, 2, 5], metavar="MS", help="(%(default)s)")
     parser.add_argument("--hardware", metavar="FILE", help="of calibrate --together 2, for predictions")
-    parser.add_argument("--profile", metavar="FILE", help="predict with its ticks instead of the measured ones")
+    parser.add_argument("--alone", metavar="FILE", help="of taskset -c 0 calibrate: one core while the other waits")
+    parser.add_argument("--profile", metavar="FILE", help="predict the speeds of --further with its ticks")
     parser.add_argument("--further", metavar="FILE", help="write what validate_plan --further reads")
     parser.add_argument("--output", help="OUTPUT.json, .md")
     for name in ("--stream", "--pair", "--work"):
@@ -323,7 +325,9 @@ def run(args: argparse.Namespace) -> int:
     if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
         raise DexError("this needs two cores, and a system that pins processes to them, such as Linux")
     lm = outline(args.model, "float32")
-    prompts = [lm.encode(prompt) for path in args.data for prompt in spread(read_prompts(path), args.prompts)]
+    files = [spread(read_prompts(path), args.prompts) for path in args.data]
+    # Files take turns, so that every batch is of all of them.
+    prompts = [lm.encode(each) for together in itertools.zip_longest(*files) for each in together if each is not None]
     about = {name: getattr(args, name) for name in ("model", "exits", "max_new_tokens", "rounds", "prompts")}
     about["data"] = [Path(path).name for path in args.data]
     store = Path(args.output + ".json")
@@ -338,7 +342,7 @@ def run(args: argparse.Namespace) -> int:
     measure(args, found, prompts)
     if not found["groups"]:
         raise DexError("nothing was measured")
-    found["rows"] = predictions(found, args.hardware, args.model, args.profile)
+    found["rows"] = predictions(found, args.hardware, args.model, args.profile, args.alone)
     write_json(str(store), found)
     if args.further:
         further(found["rows"], args.further)

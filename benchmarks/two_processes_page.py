@@ -10,6 +10,12 @@ from typing import Any
 
 import numpy as np
 
+WITHIN = 0.15
+"""Asked: how far the measured gain may be from a predicted one."""
+
+FEWEST = 6
+"""Groups of prompts below which no interval is told."""
+
 
 def interval(values: list[float], draws: int = 4000) -> tuple[float, float]:
     """95% of the medians of samples drawn anew from the prompts."""
@@ -19,7 +25,13 @@ def interval(values: list[float], draws: int = 4000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def predictions(found: dict[str, Any], hardware_file: str | None, model: str, profile_file: str | None) -> list[dict]:
+def predictions(
+    found: dict[str, Any],
+    hardware_file: str | None,
+    model: str,
+    profile_file: str | None,
+    alone_file: str | None = None,
+) -> list[dict]:
     """A row for each latency and batch: gains measured and predicted; times of a step and a tick with --hardware."""
     rows = []
     keys = sorted({(group["latency"], group["batch"]) for group in found["groups"]})
@@ -44,14 +56,15 @@ def predictions(found: dict[str, Any], hardware_file: str | None, model: str, pr
         }
         if hardware_file is not None:
             link = found["links"][str(latency)]
-            row["predicted"] = predicted(row, mine, link, hardware_file, model, profile_file)
+            files = (hardware_file, alone_file or hardware_file)
+            row["predicted"] = predicted(row, mine, link, files, model, profile_file)
             if not latency:
                 row["later"] = {
                     added: predicted(
                         row,
                         mine,
                         link | {"permute": link["permute"] + float(added) / 1e3},
-                        hardware_file,
+                        files,
                         model,
                         profile_file,
                     )
@@ -62,11 +75,25 @@ def predictions(found: dict[str, Any], hardware_file: str | None, model: str, pr
 
 
 def predicted(
-    row: dict[str, Any], groups: list[dict], link: dict[str, float], hardware_file: str, model: str, profile: str | None
+    row: dict[str, Any],
+    groups: list[dict],
+    link: dict[str, float],
+    files: tuple[str, str],
+    model: str,
+    profile: str | None,
 ) -> dict[str, float]:
     """What the cost model says of a step of the pipeline and of a tick, in seconds, and the gain that follows.
 
     Also of the pipeline that cuts its batch into as many parts as is fastest, which the library does not have.
+
+    Args:
+      row: what was measured of a latency and a batch.
+      groups: its groups of prompts.
+      link: between the two processes.
+      files: hardware of a process while both compute, and while the other waits. One stage of the pipeline computes at
+        a time; of DEX's ticks with one sequence, those after a miss have no work for the second stage.
+      model: its name.
+      profile: file whose ticks are taken instead of the measured ones.
     """
     from dex_jax.decoding.exits import resolve_method
     from dex_jax.decoding.methods import Dex
@@ -81,20 +108,25 @@ def predicted(
     exits = groups[0]["exits"]
     trained = resolve_method(Dex(explorers=2), exits, lm.config, lm.fingerprint).trained
     measured = Link("measured", link["permute"], link["bandwidth"])
-    machine = dataclasses.replace(hardware(hardware_file), count=2, hosts=2, link=measured, network=measured)
+    both, alone = (
+        dataclasses.replace(hardware(file), count=2, hosts=2, link=measured, network=measured) for file in files
+    )
     contexts = [prompt_bucket(g["prompt_tokens"]) + capacity_for(g["max_new_tokens"]) for g in groups]
     s = cost_model.Setting(
         work_of(lm.config),
         exit_work(None if trained is None else trained.config, lm.config),
-        machine,
+        both,
         batch=row["batch"],
         context=round(statistics.mean(contexts)),
     )
     depths, rows = tuple(groups[0]["depths"]), groups[0]["rows"]
     known = None if profile is None else read_profile(profile).ticks(depths, rows)
     ticks = known or cost_model.Ticks(row["ticks_per_token"])
-    step = cost_model.pipelined_step(s, 2, most_parts=1).total
-    tick = cost_model.tick(s, depths, rows, ticks).total
+    other_waits = dataclasses.replace(s, hardware=alone)
+    step = cost_model.pipelined_step(other_waits, 2, most_parts=1).total
+    share = 1 / ticks.per_token if row["batch"] == 1 else 1.0
+    tick = share * cost_model.tick(s, depths, rows, ticks).total
+    tick += (1 - share) * cost_model.tick(other_waits, depths, rows, ticks).total
     return {
         "step": step,
         "tick": tick,
@@ -149,6 +181,23 @@ def not_measured(skipped: dict[str, str], rows: list[dict]) -> list[str]:
     return parts
 
 
+def verdicts(rows: list[dict]) -> list[str]:
+    """What holds of what was asked: a gain above 1, within 15% of what ticks and the cost model predict."""
+    lines = []
+    for row in rows:
+        said = [f"DEX is {row['gain']:.2f} times as fast"]
+        guesses = {"ticks": row["by_ticks"]}
+        if row["predicted"] is not None:
+            guesses["the cost model"] = row["predicted"]["gain"]
+        for name, guess in guesses.items():
+            apart = row["gain"] / guess - 1
+            said.append(f"{apart:+.0%} of what {name} predict{'s' * (name != 'ticks')}")
+        holds = row["gain"] > 1 and all(abs(row["gain"] / guess - 1) <= WITHIN for guess in guesses.values())
+        met = "holds" if holds else "DOES NOT HOLD"
+        lines.append(f"- {row['latency']:g} ms added, batch {row['batch']}: {', '.join(said)}: {met}.")
+    return [f"Asked: a gain above 1, within {WITHIN:.0%} of both predictions.", "\n".join(lines)]
+
+
 def page(found: dict[str, Any], rows: list[dict]) -> str:
     """Markdown."""
     from dex_jax.evaluation.exit_report import markdown
@@ -165,7 +214,7 @@ def page(found: dict[str, Any], rows: list[dict]) -> str:
         low, high = row["interval"]
         guess = row["predicted"]
         where = [f"{row['latency']:g}", str(row["batch"])]
-        gain = f"**{row['gain']:.2f}** ({low:.2f} - {high:.2f})"
+        gain = f"**{row['gain']:.2f}**" + (f" ({low:.2f} - {high:.2f})" if row["groups"] >= FEWEST else "")
         counts = [f"{row['ticks_per_token']:.2f}", f"{row['by_ticks']:.2f}"]
         model = "-" if guess is None else f"{guess['gain']:.2f} ({row['gain'] / guess['gain'] - 1:+.0%})"
         times = [f"{row['step'] * 1e3:.1f}", f"{row['tick'] * 1e3:.1f}"]
@@ -183,6 +232,7 @@ def page(found: dict[str, Any], rows: list[dict]) -> str:
         markdown([*header, "step ms", "tick ms", "identical"], table),
         "*Ticks predict*: the gain if a tick took half of a step. *Model predicts*: the cost model with the measured "
         "link; in brackets what was measured beside it.",
+        *verdicts(rows),
         *not_measured(found["skipped"], rows),
         "What two busy cores share, each figure by a process pinned to its core:",
         markdown(["", "alone", "first of two", "second of two", "both over one"], shared),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 import time
 
 import jax
@@ -59,6 +60,32 @@ def test_a_timer_times_rounds() -> None:
     assert seen[:2] == [1, 2]
     assert len(seen) == 5
     assert len(set(seen[2:])) == 1
+
+
+def test_processes_meet_before_they_measure(tmp_path, monkeypatch) -> None:
+    order: list[str] = []
+    first, second = (calibrate.Meeting(str(tmp_path), number, 2) for number in (0, 1))
+
+    def run() -> None:
+        for _ in range(2):
+            first()
+            order.append("first")
+
+    other = threading.Thread(target=run)
+    other.start()
+    time.sleep(0.05)
+    assert order == []
+    second()
+    while not order:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert order == ["first"]
+    second()
+    other.join()
+    assert order == ["first", "first"]
+    monkeypatch.setattr(calibrate, "PATIENCE", 0.01)
+    with pytest.raises(DexError, match="another of the processes has stopped"):
+        first()
 
 
 def test_rounds_are_not_optimised_away() -> None:

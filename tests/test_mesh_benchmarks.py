@@ -53,6 +53,10 @@ def test_gains_of_two_processes_beside_what_is_predicted(tmp_path):
     # Two messages a step, and three a tick with exits that read the position before.
     assert later["step"] - guess["step"] == pytest.approx(2 * 0.005)
     assert later["tick"] - guess["tick"] == pytest.approx(3 * 0.005)
+    # One stage of the pipeline computes at a time; after a miss so does one of DEX's.
+    (aside,) = two_processes.predictions(found, "cpu", "smollm2-135m", None, "h100")
+    assert aside["predicted"]["step"] < guess["step"] / 10
+    assert guess["tick"] / 2 < aside["predicted"]["tick"] < guess["tick"]
     two_processes.further([row], str(tmp_path / "further.json"))
     ar, dex = read_further(str(tmp_path / "further.json"))
     assert ar.measured_speed == pytest.approx(1 / 0.06)
@@ -65,6 +69,12 @@ def test_gains_of_two_processes_beside_what_is_predicted(tmp_path):
     page = squeezed(two_processes.page(found, [row]))
     assert "| GB/s read | 2.0 | 1.0 | 1.0 | 1.00 |" in page
     assert "| Gflop/s | 4.0 | 4.0 | 4.0 | 2.00 |" in page
+    assert "DEX is 1.20 times as fast, -4% of what ticks predict" in page
+    ahead = row | {"gain": 1.2, "by_ticks": 1.25, "predicted": guess | {"gain": 1.1}}
+    said = squeezed(two_processes.page(found, [ahead]))
+    assert "DEX is 1.20 times as fast, -4% of what ticks predict, +9% of what the cost model predicts: holds." in said
+    for change in ({"gain": 0.99}, {"by_ticks": 1.5}, {"predicted": guess | {"gain": 1.0}}):
+        assert "DOES NOT HOLD" in two_processes.page(found, [ahead | change])
     assert "Added latency of 5.0 ms was not measured: this machine does not allow it (no netem)." in page
 
 

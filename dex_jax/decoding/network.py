@@ -285,8 +285,8 @@ def stage_rungs(batch: int, rows: int) -> tuple[int, ...]:
     An empty stage is skipped. On a CPU one row is cheaper than eight, and eight than many times eight, but what lies
     between one and eight rows costs the same.
     """
-    counts = {0, 1, rows} if batch == 1 else {0, 1, max(1, rows // 2), rows}
-    return tuple(sorted(counts))
+    between = {8} if rows > 8 else {max(1, rows // 2)} if batch > 1 else set()
+    return tuple(sorted({0, 1, rows} | between))
 
 
 def _only_itself(batch: int, rows: int) -> jax.Array:

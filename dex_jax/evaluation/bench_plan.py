@@ -38,9 +38,9 @@ class Plan:
         self.drafter = self._opened(args.drafter, default_drafter, "drafter")
         swept = [name for name in dict.fromkeys((*args.methods, *self.timed)) if name in SWEPT]
         depths: Sequence[int] = args.exit_depths or ()
-        if "layerskip" in swept and not depths:
+        if swept and not depths:
             depths = swept_depths(self.exits, lm.config, lm.fingerprint)
-        grid = (args.explorers, depths, args.draft_lengths, args.thresholds)
+        grid = (args.explorers, depths, args.draft_lengths, args.thresholds, lm.config.num_layers)
         self.sweeps = {name: sweep(name, *grid) for name in swept}
         self._check()
 

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,11 @@ ROWS = (1, 2, 4, 8, 16, 32)
 STAGES = 5
 """Of the stacked layout that is measured, and of the lattice."""
 
-UNCACHED = 160e6
-"""Bytes of layers that are measured together: more than a processor's caches hold."""
+UNCACHED = 400e6
+"""Bytes of layers that are measured together: more than a processor's caches hold (300 MB on some servers)."""
+
+PATIENCE = 600.0
+"""Seconds that processes wait for one another."""
 
 SHORT, LONG = 64, 2048
 """Cache lengths whose difference is what attention costs."""
@@ -141,6 +145,34 @@ def calibrate(
     return Hardware(found, jax.device_count(), 1, between, between)
 
 
+class Meeting:
+    """Processes that wait for one another before each measurement: none may compile while another measures.
+
+    Args:
+      folder: that all of them see.
+      number: of this one, from 0.
+      count: how many there are.
+    """
+
+    def __init__(self, folder: str, number: int, count: int):
+        self.folder, self.number, self.count = Path(folder), number, count
+        self.times = 0
+
+    def __call__(self) -> None:
+        """Returns when all have come as often.
+
+        Raises:
+          DexError: one of them does not come any more.
+        """
+        self.times += 1
+        (self.folder / f"{self.times}.{self.number}").touch()
+        begin = time.monotonic()
+        while not all((self.folder / f"{self.times}.{other}").exists() for other in range(self.count)):
+            if time.monotonic() - begin > PATIENCE:
+                raise DexError("another of the processes has stopped: measure without --together to see why")
+            time.sleep(0.001)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for bad input."""
     p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.calibrate", description=__doc__.splitlines()[0])
@@ -151,6 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="measurements of each figure (%(default)s)")
     p.add_argument("--least", type=float, default=0.05, metavar="SECONDS", help="of each measurement (%(default)s)")
     p.add_argument("--together", type=int, default=1, metavar="N", help="processes that measure at once (%(default)s)")
+    p.add_argument("--meet", nargs=3, help=argparse.SUPPRESS)
     p.add_argument("--output", required=True, metavar="FILE.json", help="for plan --hardware")
     argv = sys.argv[1:] if argv is None else argv
     args = p.parse_args(argv)
@@ -163,12 +196,15 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     rows = sorted(set(args.rows))
     if rows[0] < 1 or rows[-1] > SHORT or args.repeats < 1 or args.least <= 0 or args.long <= SHORT:
         raise DexError(f"--rows must be 1 to {SHORT}, --repeats at least 1, --least above 0, --long above {SHORT}")
+    timer = Timer(args.repeats, args.least)
+    if args.meet:
+        timer = timer._replace(meet=Meeting(args.meet[0], int(args.meet[1]), int(args.meet[2])))
     found = calibrate(
         config_of(args.model),
         resolve_dtype(args.dtype),
         rows=rows,
         long=args.long,
-        timer=Timer(args.repeats, args.least),
+        timer=timer,
         notify=lambda line: print(line, file=sys.stderr, flush=True),
     )
     write_hardware(args.output, found)
@@ -194,6 +230,7 @@ def _together(argv: Sequence[str], count: int, output: str) -> int:
         for i, file in enumerate(files):
             share = set(cores[i * size : (i + 1) * size])
             command = [sys.executable, "-m", "dex_jax.evaluation.calibrate", *argv, "--together", "1", "--output", file]
+            command += ["--meet", folder, str(i), str(count)]
             # Children inherit the affinity of the moment they are started in.
             os.sched_setaffinity(0, share)
             quiet: dict[str, Any] = {} if i == 0 else {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

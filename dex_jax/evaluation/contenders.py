@@ -19,10 +19,10 @@ from dex_jax.decoding.single_exit import DexSingleExit
 from dex_jax.errors import DexError
 from dex_jax.evaluation.runs import Run
 
-SWEPT = {"layerskip": ("exit", "draft_length"), "adadecode": ("threshold",)}
+SWEPT = {"layerskip": ("exit", "draft_length"), "adadecode": ("depths", "threshold")}
 """Method -> the fields that are chosen by a sweep."""
 
-EXIT_SHARES = (0.1, 0.2, 0.3, 0.4, 0.6)
+EXIT_SHARES = (0.1, 0.2, 0.3, 0.4)
 """Where a sweep of LayerSkip drafts unless told: shares of L, moved to where exits stand."""
 
 
@@ -77,8 +77,10 @@ def contender(name: str, explorers: int, **setting: Any) -> Contender:
     """
     check_names([name])
     make, on_grid = METHODS[name]
-    fields = ({"explorers": explorers} if on_grid else {}) | setting
-    return Contender(name, make(**fields), fields, name in WITH_DRAFTER)
+    fields = ({"explorers": explorers} if on_grid and "depths" not in setting else {}) | setting
+    # Settings are told and read back as JSON, which knows lists alone.
+    method = make(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    return Contender(name, method, fields, name in WITH_DRAFTER)
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -98,12 +100,19 @@ def sweep(
     exit_depths: Sequence[int],
     draft_lengths: Sequence[int],
     thresholds: Sequence[float],
+    num_layers: int,
 ) -> list[Contender]:
-    """All settings of a static method; none for methods that have nothing to choose."""
+    """All settings of a static method; none for methods that have nothing to choose.
+
+    AdaDecode drafts on DEX's grid and on one of the two shallowest of `exit_depths`: a token that is sure only at a
+    deep exit costs it nearly all layers, so fewer exits can be better.
+    """
     if name == "layerskip":
         return [contender(name, explorers, exit=d, draft_length=g) for d in exit_depths for g in draft_lengths]
     if name == "adadecode":
-        return [contender(name, explorers, threshold=threshold) for threshold in thresholds]
+        shallow = [*sorted(exit_depths)[:2], num_layers]
+        grids: list[dict[str, Any]] = [{}, *([{"depths": shallow}] if len(shallow) > 1 else [])]
+        return [contender(name, explorers, threshold=share, **grid) for grid in grids for share in thresholds]
     return []
 
 

@@ -150,11 +150,13 @@ def tick(s: Setting, depths: Sequence[int], rows: int, ticks: Ticks, tensor: int
         taken = next(count for count in counts if count >= row)
         width += shares[row] * (_layers(s, longest, taken, tensor, slots).total - found.total)
     used = s.batch * rows
-    exits, gathered = _exit_head(s, used, tensor)
+    logits, gathered = _exit_logits(s, used, tensor)
     final = _head(s, s.batch, tensor)
     commits = 1 - (1 - 1 / ticks.per_token) ** s.batch
-    # Both are asked at the same time, on different devices.
-    head = Parts(head=commits * max(0.0, final.head - exits), fixed=commits * final.fixed)
+    # Every device makes its rows' features and reads what is committed; then exits and the final layer are asked at the
+    # same time, on different devices.
+    exits = _exit_features(s, used) + _committed(s) + logits
+    head = Parts(head=commits * max(0.0, final.head - logits), fixed=commits * final.fixed)
     numbers = used * s.work.width * device.itemsize
     moved = permute(_between_stages(s, stages, tensor), numbers)
     # A token and a score of every node, and the token that is committed.
@@ -197,7 +199,7 @@ def tick_on_one_device(s: Setting, depths: Sequence[int], rows: int, ticks: Tick
     found += _head(s, s.batch, 1).times(commits)
     asked = ticks.asked or _all_asked(stages, rows)
     exits = (stages - 1) * _product(s, s.exits.own, s.batch * rows, 1, "stacked")
-    exits += _product(s, s.exits.shared, (stages - 1) * s.batch * rows, 1, "unrolled")
+    exits += _product(s, s.exits.shared, (stages - 1) * s.batch * rows, 1, "unrolled") + _committed(s)
     sizes = rungs(s.batch * min(rows, HEAD_BLOCK))
     for nodes, calls in enumerate(asked):
         if nodes and calls:
@@ -244,7 +246,8 @@ def layerskip_round(s: Setting, depth: int, drafted: int, tensor: int = 1) -> Pa
     the setting's kind.
     """
     one = _layers(s, depth, 1, tensor, 0)
-    exits, gathered = _exit_head(s, s.batch, tensor)
+    logits, gathered = _exit_logits(s, s.batch, tensor)
+    exits = _exit_features(s, s.batch) + logits
     fixed = KERNELS_OF_EXITS * s.hardware.device.kernel_seconds
     draft = (one + Parts(exits=exits, communication=gathered, fixed=fixed)).times(drafted) + one
     rest = _layers(s, s.work.layers - depth, drafted + 1, tensor, 0)
@@ -330,12 +333,20 @@ def _head(s: Setting, rows: int, tensor: int) -> Parts:
     return Parts(head=_logits(s, s.work.vocabulary, rows, tensor, "head"), communication=shared, fixed=fixed)
 
 
-def _exit_head(s: Setting, rows: int, tensor: int) -> tuple[float, float]:
-    """One exit asked about some rows: seconds of (its products, the gather of logits where a tensor axis splits it)."""
+def _exit_features(s: Setting, rows: int) -> float:
+    """What one exit makes of some rows, short of logits."""
+    return _product(s, s.exits.own + s.exits.shared, rows, 1, "unrolled")
+
+
+def _exit_logits(s: Setting, rows: int, tensor: int) -> tuple[float, float]:
+    """Seconds of (some rows' logits by one exit, the gather of them where a tensor axis splits the unembedding)."""
     split = tensor if s.exits.columns == s.work.vocabulary else 1
-    own = _product(s, s.exits.own + s.exits.shared, rows, 1, "unrolled")
-    logits = _logits(s, s.exits.columns, rows, split, "exits")
-    return own + logits, all_gather(s.hardware, 4 * rows * s.exits.columns, split)
+    return _logits(s, s.exits.columns, rows, split, "exits"), all_gather(s.hardware, 4 * rows * s.exits.columns, split)
+
+
+def _committed(s: Setting) -> float:
+    """Exits that read the position before take in the roots that have finished, in every tick."""
+    return _product(s, s.exits.committed, s.batch, 1, "unrolled")
 
 
 def _logits(s: Setting, columns: int, rows: int, tensor: int, curve: str) -> float:

@@ -37,6 +37,7 @@ class Claim:
       paper: its figure, in words.
       low, high: what a measured ratio is held against; infinite where the claim has no such end.
       rival: the method that DEX is compared with; None for the claim about K.
+      certain: whether a ratio of at least 1 is so by construction, and shows nothing.
     """
 
     what: str
@@ -44,14 +45,15 @@ class Claim:
     low: float
     high: float
     rival: str | None
+    certain: bool = False
 
 
 CLAIMS = (
     Claim("DEX over LayerSkip at its best setting", "1.3 to 1.6", 1.3, 1.6, "layerskip"),
     Claim("DEX over AdaDecode", "1.2 to 1.5", 1.2, 1.5, "adadecode"),
     Claim("DEX over DEL", "1.2 to 1.5", 1.2, 1.5, "del"),
-    Claim("exploring all exits over the first and the last alone", "better", 1.0, float("inf"), "dex_single_exit"),
-    Claim("DECS over none", "5% to 10% better", 1.05, 1.1, "dex_no_decs"),
+    Claim("exploring all exits over first and last alone", "better", 1.0, float("inf"), "dex_single_exit", True),
+    Claim("DECS over none", "5% to 10% better", 1.05, 1.1, "dex_no_decs", True),
     Claim(f"finer grids are better up to K = {FINEST}", "yes", 1.0, float("inf"), None),
 )
 
@@ -126,7 +128,8 @@ def _words(table: c.Costs, study: dict[str, Any], depths: dict[int, tuple[int, .
             lines += _finer(claim, table, depths)
             continue
         for rival, interval in _over(claim, table, study):
-            lines.append(f"- {claim.what} ({_main(table, study)} against {rival}): {verdict(claim, interval)}.")
+            more = "; below 1 it cannot be, as DEX proposes all that the other does" if claim.certain else ""
+            lines.append(f"- {claim.what} ({_main(table, study)} against {rival}): {verdict(claim, interval)}{more}.")
     return "\n".join(lines)
 
 
@@ -149,10 +152,16 @@ def _finer(claim: Claim, table: c.Costs, depths: dict[int, tuple[int, ...]]) -> 
     upto = [k for k in gains if k not in uneven]
     if len(upto) < 2:
         return []
-    worse = [k for before, k in itertools.pairwise(upto) if gains[k] < gains[before]]
+    names = [f"dex explorers={k}" for k in upto]
+    over = [c.speedup(table, before, name) for before, name in itertools.pairwise(names)]
+    steps = [(k, each) for k, each in zip(upto[1:], over, strict=True) if each is not None]
+    worse = [f"{k} ({each})" for k, each in steps if each.value < 1]
+    unsure = [str(k) for k, each in steps if each.value >= 1 and each.low <= 1]
     said = f"as claimed, over K = {', '.join(map(str, upto))}"
     if worse:
-        said = f"not so here, K = {', '.join(map(str, worse))} gained less than the grid before"
+        said = f"not so here, over the grid before gained less than 1: K = {', '.join(worse)}"
+    elif unsure:
+        said += f", though K = {', '.join(unsure)} cannot be told from the grid before"
     left = "".join(f"; K = {k} is left out, as its exits leave a stage of {longest[k]} layers" for k in uneven)
     return [f"- {claim.what}: {said}{left}."]
 

@@ -88,13 +88,16 @@ def about_exits(exits: TrainedExits | None) -> dict[str, Any]:
 
 def seen_in_training(study: dict[str, Any]) -> str:
     """A sentence on the tasks of a study whose data its exits were trained on, empty for none."""
-    folders = {source.split("/")[0] for source in study.get("exits_used", {}).get("trained_on", ()) if "/" in source}
+    sources = [
+        source for used in ("exits_used", "drafter_used") for source in study.get(used, {}).get("trained_on", ())
+    ]
+    folders = {source.split("/")[0] for source in sources if "/" in source}
     seen = [task for task in study.get("tasks", []) if task in folders]
     if not seen:
         return ""
     return (
-        f"The exits were trained on answers to {', '.join(study['exits_used']['trained_on'])}: on {' and '.join(seen)} "
-        "they may know the very prompts, which flatters every method with exits over AR, and none of them over another."
+        f"Exits or drafter were trained on answers to {', '.join(dict.fromkeys(sources))}: on {' and '.join(seen)} "
+        "they may know the very prompts, which flatters every method that uses them over AR."
     )
 
 

@@ -186,11 +186,14 @@ def _hub_rows(name: str, task: Task) -> Iterator[tuple[dict[str, Any], str]]:
 def spread(count: int, wanted: int, taken: Sequence[int] = ()) -> list[int]:
     """`wanted` indices evenly spread over 0 .. count - 1, those in `taken` left out; fewer if there are fewer.
 
+    They begin a quarter of a step in: what serial rounds were fitted on (benchmarks/lookup.py, train_exits.py tree)
+    begins at 0, and is to be no part of what is reported.
+
     Example:
       >>> spread(10, 3), spread(10, 2, taken=(0, 3, 6))
-      ([0, 3, 6], [1, 5])
+      ([0, 4, 7], [1, 7])
     """
     gone = set(taken)
     free = [index for index in range(count) if index not in gone]
     wanted = min(wanted, len(free))
-    return [free[at * len(free) // wanted] for at in range(wanted)]
+    return [free[(4 * at + 1) * len(free) // (4 * wanted)] for at in range(wanted)]

@@ -191,7 +191,7 @@ class Runner:
       schedule: of the configuration.
       exits: trained ones, or None.
       prompts: token ids.
-      batch: B; prompts are taken B at a time, and repeated where there are too few.
+      batch: B; B of the prompts at a time, repeated where there are too few.
       new_tokens: of each.
     """
 
@@ -207,17 +207,18 @@ class Runner:
         self.lm, self.schedule, self.exits = lm, schedule, exits
         self.prompts, self.batch, self.new_tokens = prompts, batch, new_tokens
 
-    def session(self, number: int) -> Session:
-        """The session of one round, after its prefill."""
-        chosen = [self.prompts[(number * self.batch + i) % len(self.prompts)] for i in range(self.batch)]
+    def session(self, share: float) -> Session:
+        """The session of one round, after its prefill; its prompts begin at that share of them all."""
+        begin = int(share * len(self.prompts))
+        chosen = [self.prompts[(begin + i) % len(self.prompts)] for i in range(self.batch)]
         session = Session(self.lm, chosen, self.schedule, self.new_tokens, None, self.exits)
         session.limits = session.limits._replace(eos_ids=jnp.asarray([-1], jnp.int32))
         session.prefill()
         return session
 
-    def __call__(self, number: int) -> tuple[float, float, int]:
+    def __call__(self, share: float) -> tuple[float, float, int]:
         """(seconds of a tick, tokens a tick of one sequence, cache length)."""
-        session = self.session(number)
+        session = self.session(share)
         begin = time.perf_counter()
         session.advance(FOREVER)
         jax.block_until_ready(session.state)
@@ -278,7 +279,7 @@ def compare(
             left = f", {spent / number * (rounds - number):.0f} s left of this layout" if number else ""
             notify(f"{type(layout).__name__.lower()}: round {number + 1} of {rounds}{left}")
             for case, runner in runners.items():
-                times[case].append(runner(number))
+                times[case].append(runner(number / rounds))  # so that small batches see prompts of all kinds too
         for case in members:
             seconds = statistics.median(t for t, _, _ in times[case])
             tokens = statistics.mean(n for _, n, _ in times[case])

@@ -60,6 +60,7 @@ class ExitWork:
       name: for people.
       own: parameters that each exit has alone.
       shared: parameters that all exits read, the unembedding apart.
+      committed: those of them that a committed position is read with.
       columns: V', of the unembedding that they are asked with.
       previous: whether they read the features of the position before.
     """
@@ -69,6 +70,7 @@ class ExitWork:
     shared: int
     columns: int
     previous: bool
+    committed: int = 0
 
 
 def work_of(config: ModelConfig) -> Work:
@@ -95,8 +97,9 @@ def exit_work(exits: ExitsConfig | None, config: ModelConfig) -> ExitWork:
     one = exit_parameters(dataclasses.replace(exits, depths=(1,), width=config.width))
     counts = {name: math.prod(shape) for name, (shape, _) in one.items()}
     shared = sum(count for name, count in counts.items() if name.startswith("context."))
+    committed = sum(counts.get(name, 0) for name in ("context.enter", "context.layer.qkv"))
     columns = config.vocab_size if exits.draft_size is None else exits.draft_size
-    return ExitWork(exits.kind, sum(counts.values()) - shared, shared, columns, exits.needs_previous)
+    return ExitWork(exits.kind, sum(counts.values()) - shared, shared, columns, exits.needs_previous, committed)
 
 
 def described_exits(text: str, config: ModelConfig) -> ExitWork | None:
