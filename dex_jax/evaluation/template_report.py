@@ -28,8 +28,13 @@ LARGE = 1e9
 """Parameters below which a model settles nothing about large ones."""
 
 
-def write(folder: str | Path, plots: bool = True) -> list[Path]:
-    """Writes summary.md and the plot into a folder of results.
+def write(folder: str | Path, plots: bool = True, output: str | Path | None = None) -> list[Path]:
+    """Writes summary.md and the plot of a folder of results.
+
+    Args:
+      folder: of the results.
+      plots: whether to draw.
+      output: folder to write into; None is that of the results.
 
     Returns:
       The files.
@@ -41,14 +46,16 @@ def write(folder: str | Path, plots: bool = True) -> list[Path]:
     runs, study = read_results(folder), read_study(folder)
     if study.get("benchmark") != "templates":
         raise DexError(f"{folder} holds no template study: python -m dex_jax.evaluation.report reads other benchmarks")
-    files = [folder / SUMMARY]
+    output = folder if output is None else Path(output)
+    files = [output / SUMMARY]
     try:
+        output.mkdir(parents=True, exist_ok=True)
         files[0].write_text(summary(runs, study), encoding="utf-8")
         if plots:
-            files.append(folder / PLOT)
+            files.append(output / PLOT)
             draw(s.grids(runs, study["dtype"])).savefig(files[1], format="png")
     except OSError as error:
-        raise DexError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise DexError(f"{output} cannot be written: {error.strerror or error}") from error
     return files
 
 
@@ -116,10 +123,10 @@ def _headline(grid: s.Grid, spreads: dict[str, s.Spread], runs: Sequence[Run], l
         if judged.over_rival is not None:
             each = [interval.value for interval in judged.over_rival]
             lines.append(
-                f"- **DEX over the best rival: {np.median(each):.2f} [{min(each):.2f}, {max(each):.2f}]**"
+                f"- **DEX over {_rivals(grid)}: {np.median(each):.2f} [{min(each):.2f}, {max(each):.2f}]**"
                 + _setting(grid, runs)
             )
-        lines.append(f"- {_sentence(judged, bool(left_out))}")
+        lines.append(f"- {_sentence(judged, _rivals(grid), bool(left_out))}")
     if left_out:
         lines.append(
             f"- Left out of all speedups: {', '.join(left_out)}, where fewer than {s.LEAST_DECODING:.0%} of answers "
@@ -128,16 +135,22 @@ def _headline(grid: s.Grid, spreads: dict[str, s.Spread], runs: Sequence[Run], l
     return "\n".join(lines)
 
 
-def _sentence(judged: s.Verdict, some_left_out: bool) -> str:
+def _rivals(grid: s.Grid) -> str:
+    """What the rivals are called: by its name where only one ran."""
+    names = [name for name in grid.costs if name not in ("ar", "dex")]
+    return f"{names[0]}, the only rival that ran" if len(names) == 1 else f"the best of {', '.join(names)}"
+
+
+def _sentence(judged: s.Verdict, rivals: str, some_left_out: bool) -> str:
     """Whether it holds, and by how much."""
     if judged.beats is None:
         return "No rival ran. A depth-side figure over AR cannot be below 1 and is no evidence: nothing is claimed."
     if math.isnan(judged.keeps) or math.isnan(judged.beats):
         return "Not shown to hold across templates: too few answers with something to decode for any bounds."
     found = (
-        f"in simultaneous 95% bounds the worst template keeps at least {judged.keeps:.2f} of the median one (asked: "
-        f"{s.WORST_OVER_MEDIAN}), and DEX over the best rival is at least {judged.beats:.2f} in every template (asked: "
-        "above 1)"
+        "in bounds of 95% for all templates at once, for each of the two by itself, the worst template keeps at least "
+        f"{judged.keeps:.2f} of the median one (asked: {s.WORST_OVER_MEDIAN}), and DEX over {rivals} is at least "
+        f"{judged.beats:.2f} in every template (asked: above 1)"
     )
     if judged.holds and not some_left_out:
         return f"**Holds across templates**, depth-side: {found}. Nothing is claimed about wall-clock time."
@@ -316,8 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     p.add_argument("folder", metavar="DIR", help="that python -m dex_jax.evaluation.templates has written")
     p.add_argument("--no-plots", action="store_true", help="no PNG files, and no need of matplotlib")
+    p.add_argument("--output", metavar="DIR", help="another folder to write into")
     args = p.parse_args(argv)
-    return exit_code(lambda: print(*write(args.folder, plots=not args.no_plots), sep="\n"))
+    return exit_code(lambda: print(*write(args.folder, not args.no_plots, args.output), sep="\n"))
 
 
 if __name__ == "__main__":
