@@ -48,8 +48,16 @@ SECTIONS = (
     Section(
         "One sequence, greedy",
         "greedy",
-        "128 new tokens. transformers is asked once a prompt.",
+        "128 new tokens. transformers is asked once a prompt. An AR step took 22 ms in this run, whose rounds did not "
+        "yet ask how much of a level the lookup leaves to drafts.",
         f"serial.py {DATA} --prompts 10 --rounds 2 --transformers-python ... --output docs/serial/greedy",
+    ),
+    Section(
+        "The same on another machine",
+        "greedy_xeon",
+        "Two cores of an Intel Xeon (Emerald Rapids), whose memory is slower: 28 to 40 ms an AR step, 24 ms at its "
+        "quietest, which is what reading the weights takes. A step of four rows takes 1.5 of them here.",
+        f"serial.py {DATA} --prompts 10 --rounds 2 --transformers-python ... --output docs/serial/greedy_xeon",
     ),
     Section(
         "One sequence, sampled",
@@ -70,9 +78,10 @@ SECTIONS = (
     Section(
         "What auto costs against the best choice",
         "auto",
-        "Contexts of one length, each ending with a prompt of question_240. The best is the fastest of AR, serial "
-        "rounds and explorers side by side in the same run.",
-        "auto.py --data question_240.jsonl --explorers 5 --output docs/serial/auto",
+        "Contexts of one length, each ending with a prompt of question_240, on the Xeon above. The best is the fastest "
+        "of AR, serial rounds and explorers side by side in the same run.",
+        "auto.py --data question_240.jsonl --explorers 5 --texts 3 --rounds 1 --lengths 64 400 --max-new-tokens 48 "
+        "--output docs/serial/auto",
     ),
     Section(
         "What the parts of a round bring",
