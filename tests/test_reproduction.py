@@ -55,7 +55,10 @@ def test_claims_stand_beside_measured_figures(tmp_path) -> None:
 def test_a_coarser_grid_that_wins_is_said(tmp_path) -> None:
     folder = study(tmp_path / "a", {"ar": 300, "dex explorers=2": 150, "dex explorers=5": 160})
     text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])
-    assert "not so here, K = 5 gained less than the grid before" in text
+    assert "not so here, over the grid before gained less than 1: K = 5 (0.94 [0.94, 0.94])" in text
+    folder = study(tmp_path / "b", {"ar": 300, "dex explorers=2": 150, "dex explorers=5": 150})
+    text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])
+    assert "as claimed, over K = 2, 5, though K = 5 cannot be told from the grid before" in text
 
 
 def test_a_grid_that_exits_do_not_serve_evenly_settles_nothing(tmp_path) -> None:

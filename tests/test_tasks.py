@@ -125,7 +125,7 @@ def test_the_test_split_comes_first(tmp_path) -> None:
 
 
 def test_prompts_are_evenly_spread() -> None:
-    assert spread(100, 4) == [0, 25, 50, 75]
+    assert spread(100, 4) == [6, 31, 56, 81]
     assert spread(3, 5) == [0, 1, 2]
     assert set(spread(100, 4)).isdisjoint(spread(100, 50, taken=spread(100, 4)))
     assert spread(4, 2, taken=range(4)) == []

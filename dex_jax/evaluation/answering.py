@@ -26,7 +26,7 @@ from dex_jax.decoding.trained_exits import EMPTY_ENTRY
 from dex_jax.evaluation.forced_counts import Ask, Forced
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, merge_model
-from dex_jax.nn.exits import ExitHeads, select_exits
+from dex_jax.nn.exits import ExitHeads, head_at, select_exits
 from dex_jax.nn.layers import KeyValues, linear
 from dex_jax.nn.transformer import Layout
 
@@ -227,13 +227,10 @@ def _ask(
     model = merge_model(statics.config, statics.layout, weights)
     unembed = (model.embed if model.unembed is None else model.unembed)[...]
     kernel = unembed if draft is None else unembed[draft]
-    one = dataclasses.replace(statics.exits, depths=(1,))
-    stacked = {name: x for name, x in parameters.items() if not name.startswith("context.")}
 
     def one_ask(_: None, place: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
         exit_, pair = place[0], place[1]
-        own = parameters | {name: x[exit_][None] for name, x in stacked.items()}
-        head = ExitHeads(one, lambda name, shape, kind: own[name])
+        head = head_at(statics.exits, parameters, exit_)
         previous = None if rows.previous is None else rows.previous[pair][block][None]
         context = None if rows.context is None else rows.context[pair][block][None]
         features = head.features(rows.states[exit_][block][None], previous, context)[0]

@@ -24,7 +24,7 @@ from dex_jax.decoding.methods import even_depths
 from dex_jax.decoding.network import depth_states
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel, merge_model
-from dex_jax.nn.exits import Context, ExitHeads, parameters_of
+from dex_jax.nn.exits import Context, ExitHeads, head_at, parameters_of
 from dex_jax.nn.layers import KeyValues, linear
 from dex_jax.nn.targets import Vocabulary, targets
 from dex_jax.nn.transformer import Layout
@@ -290,15 +290,12 @@ def _ask(
     unembed = (model.embed if model.unembed is None else model.unembed)[...]
     vocabulary = Vocabulary(unembed, None if draft is None else unembed[draft], draft)
     kernel = unembed if vocabulary.draft_unembed is None else vocabulary.draft_unembed
-    one = dataclasses.replace(statics.exits, depths=(1,))
     final = rows.final[block]
     goal = targets(final, vocabulary, hard=0.0)
 
     def one_pair(_: None, place: jax.Array) -> tuple[None, tuple[jax.Array, ...]]:
         exit_, source = place[0], place[1]
-        stacked = {name: x for name, x in parameters.items() if not name.startswith("context.")}
-        own = parameters | {name: x[exit_][None] for name, x in stacked.items()}
-        head = ExitHeads(one, lambda name, shape, kind: own[name])
+        head = head_at(statics.exits, parameters, exit_)
         previous = None if rows.previous is None else rows.previous[source][block][None]
         context = None if rows.context is None else rows.context[source][block][None]
         features = head.features(rows.states[exit_][block][None], previous, context)[0]

@@ -266,6 +266,12 @@ def select_exits(
     return dataclasses.replace(config, depths=depths), kept
 
 
+def head_at(config: ExitsConfig, parameters: dict[str, jax.Array], place: jax.Array) -> ExitHeads:
+    """The exit at a place (int32) that only the running program knows, as the one exit of a module."""
+    own = {name: value if name.startswith("context.") else value[place][None] for name, value in parameters.items()}
+    return ExitHeads(dataclasses.replace(config, depths=(1,)), lambda name, shape, kind: own[name])
+
+
 def heads_of(config: ExitsConfig, parameters: dict[str, np.ndarray], dtype: jnp.dtype) -> ExitHeads:
     """The module over given parameters (name -> array), in `dtype`."""
     return ExitHeads(config, lambda name, shape, kind: jnp.asarray(parameters[name], dtype))
