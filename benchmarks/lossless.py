@@ -33,12 +33,13 @@ LEAD = (
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "goldens" / "smollm2.json"
 BATCH = 6
-FULL = {6: "full"}
+ROWS: dict[int, str | int] = {6: "full", 10: 8, 30: 8}
+"""K -> rows a stage that are not the default's: 32 rows of 30 stages would take hours, and 8 are a cap to see too."""
 
 
 def run_batch(lm, explorers: int, prompts: list[dict], new_tokens: int) -> dict:
     """One batch: whether tokens are transformers', and ticks beside the teacher-forced count."""
-    method = dex_jax.Dex(explorers=explorers, rows=FULL.get(explorers))
+    method = dex_jax.Dex(explorers=explorers, rows=ROWS.get(explorers))
     begin = time.perf_counter()
     out = dex_jax.generate(
         lm, [p["prompt_ids"] for p in prompts], method=method, exits="shared", max_new_tokens=new_tokens
