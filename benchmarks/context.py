@@ -32,7 +32,7 @@ from dex_jax.plot.figures import new_figure
 from dex_jax.training.prompt_files import read_prompts
 
 NEW_TOKENS = 128
-TO_THE_END = 1 << 20
+FOREVER = 2**30
 METHODS = {
     "AR": (dex_jax.AR(), 4),
     "DEX-1/5 tick": (dex_jax.Dex(explorers=5), 8),
@@ -69,7 +69,7 @@ def measure(lm: Any, prompts: list[list[int]], exits: str, turns: int) -> dict[s
     found = {}
     for name, session in sessions.items():
         # A few steps say how long they take, and too little of how many tokens they bring.
-        record = session.advance(TO_THE_END)
+        record = session.advance(FOREVER)
         tokens = float(np.sum(record.lengths - 1) / np.sum(record.ticks))
         step = statistics.median(times[name])
         found[name] = {"step": step, "tokens_a_step": tokens, "turns": len(times[name])}

@@ -55,8 +55,8 @@ SECTIONS = (
     Section(
         "The same on another machine",
         "greedy_xeon",
-        "Two cores of an Intel Xeon (Emerald Rapids), whose memory is slower: 28 to 40 ms an AR step, 24 ms at its "
-        "quietest, which is what reading the weights takes. A step of four rows takes 1.5 of them here.",
+        "Two cores of an Intel Xeon (Emerald Rapids), beside other guests: 28 to 40 ms an AR step. A round of four "
+        "rows should take 1.53 of them by what auto measured before.",
         f"serial.py {DATA} --prompts 10 --rounds 2 --transformers-python ... --output docs/serial/greedy_xeon",
     ),
     Section(
@@ -79,7 +79,8 @@ SECTIONS = (
         "What auto costs against the best choice",
         "auto",
         "Contexts of one length, each ending with a prompt of question_240, on the Xeon above. The best is the fastest "
-        "of AR, serial rounds and explorers side by side in the same run.",
+        "of AR, serial rounds and explorers side by side in the same run. The first three rows are of an auto that did "
+        "not yet know that a batch ends with its slowest text; it would have chosen the same there.",
         "auto.py --data question_240.jsonl --explorers 5 --texts 3 --rounds 1 --lengths 64 400 --max-new-tokens 48 "
         "--output docs/serial/auto",
     ),
@@ -108,9 +109,9 @@ SECTIONS = (
         "The small model of the LayerSkip recipe",
         "layerskip",
         "8 layers, 1.8 million parameters, trained on tiny Shakespeare ([The LayerSkip recipe](layerskip.md)), 96 new "
-        "tokens; drafts come from the text alone. A step takes half a millisecond, so what a round does beside it "
-        "counts, and auto takes that for nothing. Prompts: `tail -c 100000 input.txt | tr '\\n' ' ' | fold -w 96 | "
-        "awk 'NR % 100 == 1' > prompts.txt`.",
+        "tokens after held-out text; drafts come from the text alone. A step takes half a millisecond, so what a round "
+        "does beside it counts, and auto takes that for nothing. Prompts: "
+        "`tail -c 100000 input.txt | tr '\\n' ' ' | fold -w 96 | awk 'NR % 100 == 1' > prompts.txt`.",
         "serial.py --model runs/layerskip/model --exits shared --data prompts.txt --prompts 10 --rounds 2 "
         "--max-new-tokens 96 --output docs/serial/layerskip",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,7 @@ from dex_jax.nn.transformer import Stacked, Unrolled
 
 FLOAT32 = np.dtype("float32")
 STAGED = Stacked((2, 4))
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def exits_at(depths: tuple[int, ...], **metadata) -> TrainedExits:
@@ -112,6 +114,16 @@ def test_a_batch_waits_for_its_slowest_sequence() -> None:
     alone, eight = (candidates(costs_of(0.008), None, None, LLAMA, Unrolled(), FLOAT32, batch) for batch in (1, 8))
     assert eight[0].seconds == alone[0].seconds
     assert eight[1].seconds == pytest.approx(1.24 * alone[1].seconds)
+
+
+def test_the_slowest_of_a_batch_is_as_slow_as_measured() -> None:
+    runs = json.loads((DOCS / "serial" / "greedy.json").read_text(encoding="utf-8"))["runs"].values()
+    # Rounds that a token takes, on each of the 20 prompts.
+    paces = [run["rounds"]["serial"][0] / (run["tokens"][0] - 1) for run in runs]
+    assert len(paces) == 20
+    for batch in (2, 4, 8):
+        drawn = np.random.default_rng(0).permuted(np.tile(paces, (4000, 1)), axis=1)[:, :batch]
+        assert drawn.max(axis=1).mean() / np.mean(paces) == pytest.approx(1 + auto.SPREAD * np.log2(batch), abs=0.03)
 
 
 def test_rows_that_cost_alike_share_a_rung() -> None:

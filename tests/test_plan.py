@@ -110,6 +110,9 @@ def test_exits_are_counted() -> None:
     assert found.shared == context > 0
     assert 2 * found.own == sum(sizes.values()) - context
     assert (found.columns, found.previous) == (20, True)
+    # What a committed position is read with: its features, then its key and value (with the query, one kernel).
+    assert found.committed == sizes["context.enter"] + sizes["context.layer.qkv"]
+    assert workload.described_exits("linear", LLAMA).committed == 0
     assert workload.described_exits("shared", LLAMA) == workload.exit_work(None, LLAMA)
     assert workload.described_exits("linear:30", LLAMA).columns == 30
     assert workload.described_exits("some/folder", LLAMA) is None

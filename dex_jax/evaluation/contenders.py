@@ -104,7 +104,7 @@ def sweep(
 ) -> list[Contender]:
     """All settings of a static method; none for methods that have nothing to choose.
 
-    AdaDecode drafts on DEX's grid and on one of the two shallowest of `exit_depths`: a token that is sure only at a
+    AdaDecode drafts on DEX's grid and on a grid of the two shallowest of `exit_depths`: a token that is sure only at a
     deep exit costs it nearly all layers, so fewer exits can be better.
     """
     if name == "layerskip":

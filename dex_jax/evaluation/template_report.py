@@ -137,8 +137,9 @@ def _headline(grid: s.Grid, spreads: dict[str, s.Spread], runs: Sequence[Run], l
 
 def _rivals(grid: s.Grid) -> str:
     """What the rivals are called: by its name where only one ran."""
-    names = [name for name in grid.costs if name not in ("ar", "dex")]
-    return f"{names[0]}, the only rival that ran" if len(names) == 1 else f"the best of {', '.join(names)}"
+    if len(grid.rivals) == 1:
+        return f"{grid.rivals[0]}, the only rival that ran"
+    return f"the best of {', '.join(grid.rivals)}"
 
 
 def _sentence(judged: s.Verdict, rivals: str, some_left_out: bool) -> str:

@@ -97,7 +97,7 @@ def exit_work(exits: ExitsConfig | None, config: ModelConfig) -> ExitWork:
     one = exit_parameters(dataclasses.replace(exits, depths=(1,), width=config.width))
     counts = {name: math.prod(shape) for name, (shape, _) in one.items()}
     shared = sum(count for name, count in counts.items() if name.startswith("context."))
-    committed = sum(counts.get(name, 0) for name in ("context.enter", "context.layer.qkv"))
+    committed = counts["context.enter"] + counts["context.layer.qkv"] if exits.kind == "attn" else 0
     columns = config.vocab_size if exits.draft_size is None else exits.draft_size
     return ExitWork(exits.kind, sum(counts.values()) - shared, shared, columns, exits.needs_previous, committed)
 
