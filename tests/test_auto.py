@@ -39,7 +39,7 @@ def exits_at(depths: tuple[int, ...], **metadata) -> TrainedExits:
 
 def costs_of(a_row_more: float, tick: float | None = None) -> StepCosts:
     """A step of one row takes a second, and each further row so much more."""
-    return StepCosts(ROWS, tuple(1 + a_row_more * (rows - 1) for rows in ROWS), 10**12, tick)
+    return StepCosts(ROWS, tuple(1 + a_row_more * (rows - 1) for rows in ROWS), 10**12, tick=tick)
 
 
 @pytest.fixture
@@ -143,6 +143,20 @@ def test_drafting_costs_what_its_weights_are() -> None:
     assert auto.round_seconds(slow_reading, shape, None, LLAMA, FLOAT32) == pytest.approx(1)
 
 
+def test_what_a_round_takes_beside_its_step_counts() -> None:
+    shape = TreeShape((1,) * 7, 0, (0.5,) * 8)
+    costs, slow = costs_of(0.11), dataclasses.replace(costs_of(0.11), round=0.5)
+    assert auto.round_seconds(slow, shape, None, LLAMA, FLOAT32) == pytest.approx(1.77 + 0.5)
+    # Whatever a round runs, it takes that much longer; AR does not.
+    rungs, slower = (auto.with_rungs(each, shape, None, LLAMA, FLOAT32).rungs for each in (costs, slow))
+    longer = [b - a for (_, a), (_, b) in zip(rungs, slower, strict=True)]
+    assert longer == pytest.approx([auto.CAUTION * 0.5] * 4, abs=0.05)
+    plain, serial = candidates(slow, None, None, LLAMA, Unrolled(), FLOAT32)
+    assert plain.seconds == 1.0
+    before = candidates(costs, None, None, LLAMA, Unrolled(), FLOAT32)[1]
+    assert serial.seconds - before.seconds > 0.5 / LOOKUP_TREES[0].tokens_per_round - 1e-9
+
+
 def test_side_by_side_is_for_the_stacked_layout() -> None:
     profile = {"mean": {"grids": [{"explorers": 2, "depth_side_speedup": 1.6}]}}
     exits, fast = exits_at((2,), held_out=profile), costs_of(1.0, tick=0.5)
@@ -184,6 +198,7 @@ def test_costs_are_measured_once_and_kept(monkeypatch, tmp_path, layout) -> None
     first = step_costs(LLAMA, layout, jnp.float32, 2, 100)
     assert first.rows == ROWS
     assert 0 < first.seconds[0] <= first.seconds[-1] < 10
+    assert 0 < first.round < 1
     assert (first.tick is None) == (layout == Unrolled())
     assert len(json.loads(costs.costs_file().read_text())) == 1
     costs._known_costs.cache_clear()
@@ -194,7 +209,7 @@ def test_costs_are_measured_once_and_kept(monkeypatch, tmp_path, layout) -> None
     for content in ("not json", "[1]", '{"x": {"rows": [1]}}'):
         costs.costs_file().write_text(content)
         costs._known_costs.cache_clear()
-        monkeypatch.setattr(costs, "_measure", lambda *about: {"rows": [1.0] * len(ROWS), "tick": None})
+        monkeypatch.setattr(costs, "_measure", lambda *about: {"rows": [1.0] * len(ROWS), "round": 0.0, "tick": None})
         assert step_costs(LLAMA, layout, jnp.float32, 2, 100).seconds == (1.0,) * len(ROWS)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "file" / "step_costs.json"))

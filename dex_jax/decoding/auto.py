@@ -4,7 +4,7 @@ Seconds a token are what steps take on this device (decoding/costs.py) over how 
 from the exits: of a drafter, tokens a round with each of its trees; of exits at depths, the depth-side speedup.
 
   AR        step(1)
-  serial    (step(N) + drafted levels * drafting) / tokens a round * slowest(B), for the best of the known trees
+  serial    (step(N) + round + drafted levels * drafting) / tokens a round * slowest(B), for the best of the known trees
   parallel  (tick + heads) * K / speedup * slowest(B) + final
 
 `parallel` is considered in the stacked layout only. In the unrolled one a tick runs its stages one after the other, and
@@ -145,8 +145,8 @@ def candidates(
 def round_seconds(
     costs: StepCosts, shape: TreeShape, drafter: TrainedExits | None, config: ModelConfig, dtype: np.dtype
 ) -> float:
-    """What a serial round should take: a step of N rows, and the drafter's weights read once a drafted level."""
-    return costs.step(shape.rows) + shape.drafted * drafting_seconds(costs, drafter, config, dtype)
+    """What a serial round should take: a step of N rows, the drafter's weights once a drafted level, and the rest."""
+    return costs.step(shape.rows) + costs.round + shape.drafted * drafting_seconds(costs, drafter, config, dtype)
 
 
 def with_rungs(
@@ -162,7 +162,7 @@ def with_rungs(
 
     found: list[tuple[int, int]] = []
     for rows in sorted({*(rows for rows in costs.rows if rows < shape.rows), shape.rows}, reverse=True):
-        cost = COST_PARTS + parts(costs.step(rows) - costs.step(1))
+        cost = COST_PARTS + parts(costs.step(rows) - costs.step(1) + costs.round)
         if not found or cost <= found[-1][1] - CLEARLY_LESS:
             found.append((rows, cost))
     rungs = tuple((rows, cost / COST_PARTS) for rows, cost in reversed(found))

@@ -1,4 +1,4 @@
-"""What a step takes on the device at hand, by its number of rows: measured on a few layers of the model's shapes.
+"""What steps and rounds take on the device at hand: steps by their rows, on a few layers of the model's shapes.
 
 Nothing of it depends on the values of weights, so it is known before they are loaded. Figures are kept on disk, one
 file for all models and devices.
@@ -25,16 +25,23 @@ import numpy as np
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
+from dex_jax.decoding import serial
 from dex_jax.decoding.interface import StageView
+from dex_jax.decoding.known_trees import LOOKUP_TREE
 from dex_jax.decoding.network import run_tree, transformer_network
+from dex_jax.decoding.record import Limits
 from dex_jax.language_model import abstract_weights, merge_model
-from dex_jax.lattice import NO_NODE, default_rows
+from dex_jax.lattice import NO_NODE, NO_TOKEN, default_rows
 from dex_jax.nn.transformer import Layout, Stacked, parameter_shapes
 from dex_jax.sampling import best_column
 
 ROWS = (1, 2, 4, 8, 16)
 MEASURED_BYTES = 1e8
 """Layers are measured until their weights are as large as this, which no processor's cache holds."""
+
+TOGETHER = 16
+"""Rounds, and at most so many steps of a small model, that are measured in one program: one of them alone takes hardly
+longer than it takes to start it."""
 
 REPEATS, SECONDS = 30, 2.0
 """Every size is run so often, one after the other, unless that takes longer; the fastest counts, as other load on the
@@ -43,12 +50,13 @@ machine can only slow a run down."""
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """Seconds of one step over all layers and the final logits, for some B and S.
+    """Seconds of one step over all layers and the final logits, and of what else a method does, for some B and S.
 
     Attributes:
       rows: N, ascending, 1 the first.
       seconds: for each of them; they never fall.
       weight_bytes: that a step reads.
+      round: seconds of a serial round beside its step and its drafting: to look up, to choose rows, to commit.
       tick: seconds of all stages side by side with the default rows and no head; None for the unrolled layout, where a
         tick runs its stages one after the other.
     """
@@ -56,6 +64,7 @@ class StepCosts:
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
     weight_bytes: int
+    round: float = 0.0
     tick: float | None = None
 
     def step(self, rows: float) -> float:
@@ -112,7 +121,7 @@ def _known_costs(config: ModelConfig, layout: Layout, dtype: str, batch: int, le
     sizes = [shape for name, shape in parameter_shapes(config).items() if name != "embed" or config.tied]
     total = sum(map(math.prod, sizes)) * jnp.dtype(dtype).itemsize
     rows = tuple(np.maximum.accumulate(kept["rows"]).tolist())
-    return StepCosts(ROWS, rows, total, kept["tick"])
+    return StepCosts(ROWS, rows, total, kept["round"], kept["tick"])
 
 
 def costs_file() -> Path:
@@ -133,20 +142,35 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
         return {}
     if not isinstance(kept, dict):
         return {}
-    return {key: each for key, each in kept.items() if {"rows", "tick"} <= set(each) and len(each["rows"]) == len(ROWS)}
+    known = {"rows", "round", "tick"}
+    return {key: each for key, each in kept.items() if known <= set(each) and len(each["rows"]) == len(ROWS)}
 
 
 def _measure(config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int) -> dict[str, Any]:
-    """Seconds of a step over all L layers for each of ROWS, and of a tick."""
+    """Seconds of a step over all L layers for each of ROWS, of a round beside its step, and of a tick."""
     short, layout, share = _shortened(config, layout, dtype)
     weights = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), abstract_weights(short, layout, dtype))
     memory = cache.allocate(short, layout, batch, length, 0, dtype)
 
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+    steps = min(TOGETHER, max(1, int(MEASURED_BYTES / size)))
+
+    def again(step: Callable[[Any], Any], start: Any) -> Any:
+        return step(start) if steps == 1 else jax.lax.fori_loop(0, steps, lambda _, carry: step(carry), start)
+
     def layers(weights: Any, memory: cache.Memory, token: jax.Array, position: jax.Array, among: jax.Array) -> Any:
-        return run_tree(merge_model(short, layout, weights), memory, token, position, among, position[:, 0])
+        def step(token: jax.Array) -> jax.Array:
+            hidden, _ = run_tree(merge_model(short, layout, weights), memory, token, position, among, position[:, 0])
+            return (hidden[..., 0] > 0).astype(jnp.int32)
+
+        return again(step, token)
 
     def final(weights: Any, hidden: jax.Array) -> Any:
-        return best_column(merge_model(short, layout, weights).logits(hidden))
+        def step(hidden: jax.Array) -> jax.Array:
+            best = best_column(merge_model(short, layout, weights).logits(hidden))
+            return hidden.at[:, 0].set(best.astype(hidden.dtype))
+
+        return again(step, hidden)
 
     programs: list[tuple[Any, tuple[Any, ...]]] = []
 
@@ -158,11 +182,16 @@ def _measure(config: ModelConfig, layout: Layout, dtype: Any, batch: int, length
         among = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool)), (batch, rows, rows))
         add(layers, weights, memory, token, token + length // 2, among)
         add(final, weights, jnp.ones((batch * rows, config.width), dtype))
+    add(*_rounds(batch, length))
     if isinstance(layout, Stacked):
         add(*_tick(short, layout, weights, memory, batch, length))
     fastest = _fastest(programs)
-    of_rows = [fastest[2 * i] / share + fastest[2 * i + 1] for i in range(len(ROWS))]
-    return {"rows": of_rows, "tick": fastest[-1] / share if isinstance(layout, Stacked) else None}
+    of_rows = [(fastest[2 * i] / share + fastest[2 * i + 1]) / steps for i in range(len(ROWS))]
+    return {
+        "rows": of_rows,
+        "round": fastest[2 * len(ROWS)] / TOGETHER,
+        "tick": fastest[-1] / share if isinstance(layout, Stacked) else None,
+    }
 
 
 def _shortened(config: ModelConfig, layout: Layout, dtype: Any) -> tuple[ModelConfig, Layout, float]:
@@ -176,6 +205,27 @@ def _shortened(config: ModelConfig, layout: Layout, dtype: Any) -> tuple[ModelCo
         return dataclasses.replace(config, num_layers=depths[-1]), Stacked(depths), each / layout.stage_layers
     count = min(config.num_layers, count)
     return dataclasses.replace(config, num_layers=count), layout, count / config.num_layers
+
+
+def _rounds(batch: int, length: int) -> tuple[Any, ...]:
+    """(function, arguments) that runs TOGETHER serial rounds of a network without layers."""
+    network = serial.TreeNetwork(
+        vocab_size=2,
+        run=lambda memory, token, *where: (jnp.zeros((*token.shape, 1)), ()),
+        commit=lambda memory, fresh, path: memory,
+        final=lambda hidden: jnp.zeros((hidden.shape[0], 2)),
+        drafter=None,
+    )
+    capacity = 1 + TOGETHER * LOOKUP_TREE.levels
+    limits = Limits(jnp.full(batch, capacity, jnp.int32), jnp.full(1, NO_TOKEN, jnp.int32))
+
+    def function(prompt: jax.Array, limits: Limits) -> Any:
+        first, position = prompt[:, 0], jnp.full(batch, length // 2, jnp.int32)
+        sizes: dict[str, Any] = {"shape": LOOKUP_TREE, "length": length, "capacity": capacity, "limits": limits}
+        state = serial.init(network, (), prompt, first, position, **sizes)
+        return serial.run(network, state, limits, shape=LOOKUP_TREE, until_tick=jnp.int32(TOGETHER)).record
+
+    return function, jnp.zeros((batch, length // 2), jnp.int32), limits
 
 
 def _tick(

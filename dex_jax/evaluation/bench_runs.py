@@ -14,9 +14,12 @@ import jax.numpy as jnp
 
 from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.session import PROGRAMS, prompt_bucket
+from dex_jax.evaluation.answering import answer
 from dex_jax.evaluation.bench_plan import Plan
 from dex_jax.evaluation.check import compare_tokens
 from dex_jax.evaluation.contenders import SWEPT, Contender, best_setting, by_setting, contender
+from dex_jax.evaluation.forced_counts import layerskip_asks
+from dex_jax.evaluation.forced_runs import answer_fields, exits_at, layerskip_run
 from dex_jax.evaluation.outside import EARLY_EXIT, PLAIN, Outside, run_of_answer
 from dex_jax.evaluation.results import Results
 from dex_jax.evaluation.runs import Run, compared, run_key, run_of
@@ -138,7 +141,10 @@ class Bench:
     def count(self) -> None:
         """Counts of AR, of the sweeps and of every method at its best setting."""
         self._count(contender("ar", self.args.explorers), [*self.of("tune"), *self.of("report")])
-        for entries in self.plan.sweeps.values():
+        for name, entries in self.plan.sweeps.items():
+            if name == "layerskip" and self.args.temperature == 0:
+                self._count_along_answers(entries, self.of("tune"))
+                continue
             for entry in entries:
                 self._count(entry, self.of("tune"))
         for name in self.plan.counted:
@@ -198,6 +204,40 @@ class Bench:
                 if run.method == "ar" and run.kind == "depth":
                     self.plain[run.task, run.prompt_id] = run.tokens
 
+    def _count_along_answers(self, entries: Sequence[Contender], cases: Sequence[Case]) -> None:
+        """What LayerSkip's settings count on greedy answers, without a program for each (see `forced_counts`)."""
+        missing = [
+            case
+            for case in cases
+            if any(self._key(entry, case, "depth", counted="forced") not in self.results.done for entry in entries)
+        ]
+        self.clock.skip("depth", (len(cases) - len(missing)) * len(entries))
+        settings = [(int(entry.setting["exit"]), int(entry.setting["draft_length"])) for entry in entries]
+        layers = self.lm.config.num_layers
+        exits, source = exits_at(self.lm, self.plan.exits, sorted({depth for depth, _ in settings}))
+        asks = {ask for setting in settings for ask in layerskip_asks(*setting, exits.config, layers)}
+        limit = self.args.max_new_tokens
+        for batch in _batches(missing, self.args.batch):
+            begin, size = time.monotonic(), _size(len(batch))
+            ids = [list(case.ids) for case in batch]
+            found = answer(self.lm, ids, limit, exits=exits, asks=sorted(asks), batch=size)
+            for case, each in zip(batch, found, strict=True):
+                assert each.forced is not None
+                about = {
+                    **answer_fields(each.tokens.tolist(), len(case.ids), size, limit),
+                    "task": case.task,
+                    "prompt_id": case.id,
+                    "split": case.split,
+                    "model": self.args.model,
+                    "dtype": str(self.lm.dtype),
+                    "exits_source": source,
+                }
+                for entry, setting in zip(entries, settings, strict=True):
+                    if self._key(entry, case, "depth", counted="forced") not in self.results.done:
+                        self._keep(entry, case, layerskip_run(each.forced, *setting, self.lm.eos_ids, **about))
+            runs = len(batch) * len(entries)
+            self.clock.add("depth", runs, time.monotonic() - begin, "counting all settings of layerskip", logged=True)
+
     def _time(self, entries: Sequence[Contender], cases: Sequence[Case]) -> None:
         """Seconds of methods on prompts: A B B A ..., so that what slows the machine down slows all of them."""
         bucket = None
@@ -231,8 +271,8 @@ class Bench:
             return None
         if self.outside is None:
             self.outside = Outside(self.args.transformers_python, self.args.model)
-        answer = self.outside.run(list(case.ids), wanted, **entry.setting)
-        return run_of_answer(answer, self.outside.versions, len(case.ids), **about)
+        found = self.outside.run(list(case.ids), wanted, **entry.setting)
+        return run_of_answer(found, self.outside.versions, len(case.ids), **about)
 
     def _warm_up(self, entry: Contender, case: Case) -> None:
         """Compiles what a run needs and runs its first ticks, once for each padded length."""
@@ -277,7 +317,7 @@ class Bench:
             run = compared(run, check)
         self.results.add(run)
 
-    def _key(self, entry: Contender, case: Case, kind: str, number: int = 0) -> tuple[Any, ...]:
+    def _key(self, entry: Contender, case: Case, kind: str, number: int = 0, counted: str = "loop") -> tuple[Any, ...]:
         return run_key(
             kind=kind,
             method=entry.name,
@@ -286,6 +326,7 @@ class Bench:
             setting=entry.setting,
             split=case.split,
             round=number,
+            counted=counted,
             dtype="float32" if entry.name in (PLAIN, EARLY_EXIT) else str(self.lm.dtype),
             seed=case.seed if self.args.temperature > 0 else None,
         )

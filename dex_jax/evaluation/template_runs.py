@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from dex_jax.decoding.generate import generate
@@ -22,9 +21,10 @@ from dex_jax.evaluation.answering import Answer, answer, batches
 from dex_jax.evaluation.check import compare_tokens
 from dex_jax.evaluation.contenders import best_setting
 from dex_jax.evaluation.forced_counts import Ask, Forced, dex_asks, dex_count, layerskip_asks, layerskip_count
+from dex_jax.evaluation.forced_runs import answer_fields, layerskip_run
 from dex_jax.evaluation.pace import Pace
 from dex_jax.evaluation.results import Results
-from dex_jax.evaluation.runs import Run, compared, repeated, run_key, run_of, versions
+from dex_jax.evaluation.runs import Run, compared, run_key, run_of
 from dex_jax.evaluation.template_plan import Case, Plan, grade
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows
@@ -141,14 +141,8 @@ class TemplateStudy:
         graded = grade(self.lm, case, tokens)
         shared: dict[str, Any] = {
             **self._where(case),
+            **answer_fields(tokens, len(case.ids), rows, plan.max_new_tokens),
             "model": plan.model,
-            "tokens": tokens,
-            "prompt_tokens": len(case.ids),
-            "batch": rows,
-            "repeated": repeated(tokens),
-            "max_new_tokens": plan.max_new_tokens,
-            "device": jax.devices()[0].platform,
-            "versions": versions(),
             **graded,
         }
         plain = Run("depth", "ar", layer_steps=layers * (len(tokens) - 1), depths=[layers], rows=1, **shared)
@@ -158,22 +152,8 @@ class TemplateStudy:
             lines.append(self._dex_line(each.forced, shared))
         for depth, length in settings:
             assert each.forced is not None
-            count = layerskip_count(each.forced, depth, length, plan.max_new_tokens, self.lm.eos_ids)
-            lines.append(
-                Run(
-                    "depth",
-                    "layerskip",
-                    setting={"exit": depth, "draft_length": length},
-                    counted="forced",
-                    exits=count.exits.tolist(),
-                    exits_source=plan.exits_source,
-                    depths=[depth, layers],
-                    rows=length + 1,
-                    layer_steps=count.layer_steps,
-                    rounds=count.rounds,
-                    **shared,
-                )
-            )
+            where = {"exits_source": plan.exits_source, **shared}
+            lines.append(layerskip_run(each.forced, depth, length, self.lm.eos_ids, **where))
         return lines
 
     def _dex_line(self, forced: Forced | None, shared: dict[str, Any]) -> Run:

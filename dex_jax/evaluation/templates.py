@@ -212,10 +212,10 @@ def plan_of(lm: LanguageModel, args: argparse.Namespace) -> Plan:
     Raises:
       DexError: exits that do not fit, or depths that they do not have.
     """
-    from dex_jax.cli.train_results import shared_exits
-    from dex_jax.decoding.exits import resolve_exits, resolve_method
-    from dex_jax.decoding.methods import Dex, Schedule
+    from dex_jax.decoding.exits import resolve_method
+    from dex_jax.decoding.methods import Dex
     from dex_jax.evaluation.contenders import swept_depths
+    from dex_jax.evaluation.forced_runs import exits_at
     from dex_jax.evaluation.template_plan import Plan
 
     layers = lm.config.num_layers
@@ -227,22 +227,8 @@ def plan_of(lm: LanguageModel, args: argparse.Namespace) -> Plan:
         swept = swept_depths(args.exits, lm.config, lm.fingerprint) if "layerskip" in args.methods else ()
     if any(not 0 < depth < layers for depth in swept):
         raise DexError(f"--exit-depths must lie between 1 and {layers - 1}, not {','.join(map(str, swept))}")
-    depths = tuple(sorted({*grid[:-1], *swept}))
-    source, exits = resolved.source or "shared", shared_exits(lm, depths or (max(1, layers // 2),))
-    if source != "shared":
-        wanted = resolve_exits(
-            args.exits,
-            Schedule("dex", (*depths, layers), 1, decs=True),
-            lm.config,
-            lm.fingerprint,
-            given_depths=True,
-        )
-        if wanted.source == "shared":
-            raise DexError(
-                f"the exits do not serve --exit-depths {','.join(map(str, swept))}: {' '.join(wanted.remarks)}"
-            )
-        source = wanted.source or "shared"
-        exits = wanted.trained or exits
+    depths = tuple(sorted({*grid[:-1], *swept})) or (max(1, layers // 2),)
+    exits, source = exits_at(lm, args.exits if resolved.trained is not None else "shared", depths)
     return Plan(
         methods=args.methods,
         model=args.model,

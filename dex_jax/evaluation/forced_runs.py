@@ -1,0 +1,77 @@
+"""Runs whose counts come of an answer that is known instead of a loop, and the exits that are asked along it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from dex_jax.cli.train_results import shared_exits
+from dex_jax.decoding.exits import resolve_method
+from dex_jax.decoding.methods import Dex
+from dex_jax.errors import DexError
+from dex_jax.evaluation.forced_counts import Forced, layerskip_count
+from dex_jax.evaluation.runs import Run, repeated, versions
+from dex_jax.io.exits_file import TrainedExits
+from dex_jax.language_model import LanguageModel
+
+
+def exits_at(lm: LanguageModel, exits: Any, depths: Sequence[int]) -> tuple[TrainedExits, str]:
+    """(exits at all of these depths, where they are from).
+
+    Args:
+      lm: the model.
+      exits: as `dex_jax.generate` takes them; "shared" are the model's own head.
+      depths: ascending, below L, at least one.
+
+    Raises:
+      DexError: exits that cannot be read, or that do not stand at all of these depths.
+    """
+    method = Dex(depths=(*depths, lm.config.num_layers), schedule="parallel")
+    found = resolve_method(method, exits, lm.config, lm.fingerprint)
+    if found.trained is not None:
+        return found.trained, str(found.source)
+    if exits != "shared":
+        raise DexError(f"the exits do not serve the depths {', '.join(map(str, depths))}: {' '.join(found.remarks)}")
+    return shared_exits(lm, tuple(depths)), "shared"
+
+
+def answer_fields(tokens: list[int], prompt_tokens: int, batch: int, max_new_tokens: int) -> dict[str, Any]:
+    """What all lines of an answer have in common: fields of Run."""
+    return {
+        "tokens": tokens,
+        "prompt_tokens": prompt_tokens,
+        "batch": batch,
+        "max_new_tokens": max_new_tokens,
+        "repeated": repeated(tokens),
+        "device": jax.devices()[0].platform,
+        "versions": versions(),
+    }
+
+
+def layerskip_run(
+    forced: Forced, depth: int, draft_length: int, eos_ids: Sequence[int], *, max_new_tokens: int, **given: Any
+) -> Run:
+    """The line of LayerSkip(depth, draft_length) on an answer.
+
+    Args:
+      forced: what exits say along it, with the asks of `layerskip_asks`.
+      depth, draft_length: d, g.
+      eos_ids, max_new_tokens: that the answer was made with.
+      **given: the other fields of Run.
+    """
+    count = layerskip_count(forced, depth, draft_length, max_new_tokens, eos_ids)
+    return Run(
+        "depth",
+        "layerskip",
+        setting={"exit": depth, "draft_length": draft_length},
+        counted="forced",
+        exits=count.exits.tolist(),
+        depths=[depth, forced.layers],
+        rows=draft_length + 1,
+        layer_steps=count.layer_steps,
+        rounds=count.rounds,
+        max_new_tokens=max_new_tokens,
+        **given,
+    )
