@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 
 import numpy as np
@@ -47,6 +48,15 @@ def test_every_field_survives_the_file(tmp_path) -> None:
     assert RUN.key in again.done
     assert dataclasses.replace(RUN, setting={"exit": 6, "draft_length": 4}).key not in again.done
     again.close()
+
+
+def test_a_packed_file_is_read_as_well(tmp_path) -> None:
+    packed = tmp_path / "results.jsonl.gz"
+    packed.write_bytes(gzip.compress((to_line(RUN) + "\n").encode()))
+    assert read_results(tmp_path) == [RUN]
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(DexError, match=r"results.jsonl.gz is no whole gzip file \(.*\): pack results.jsonl again"):
+        read_results(tmp_path)
 
 
 def test_a_line_cut_off_by_a_kill_is_written_again(tmp_path) -> None:

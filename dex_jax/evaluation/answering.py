@@ -151,6 +151,7 @@ def _forced(
     statics = _Statics(lm.config, lm.layout, exits.config, asks, count)
     parameters = {name: jnp.asarray(value, lm.dtype) for name, value in exits.parameters.items()}
     draft = None if exits.vocabulary is None else jnp.asarray(exits.vocabulary, jnp.int32)
+    kernel = _kernel(lm.config, lm.layout, lm.weights, draft)
     padded = np.zeros((len(session.lengths), max_new_tokens), np.int32)
     for row, text in zip(padded, texts, strict=False):
         row[: len(text)] = text
@@ -163,7 +164,7 @@ def _forced(
     for first in range(0, len(index), BLOCK):
         part = index[first : first + BLOCK]
         block = jnp.asarray(np.pad(part, (0, BLOCK - len(part))), jnp.int32)
-        said = jax.device_get(_ask(statics, lm.weights, parameters, draft, rows, block))
+        said = jax.device_get(_ask(statics, kernel, parameters, draft, rows, block))
         best[first : first + len(part)], gap[first : first + len(part)] = (x[: len(part)] for x in said)
     start = 0
     for text in texts:
@@ -214,19 +215,27 @@ def _answer_rows(
     return _Rows(flat, previous.reshape(len(statics.pairs), batch * length, -1), context)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _kernel(config: ModelConfig, layout: Layout, weights: Any, draft: jax.Array | None) -> jax.Array:
+    """[V', D], the unembedding of what exits know, gathered once for all blocks."""
+    model = merge_model(config, layout, weights)
+    unembed = (model.embed if model.unembed is None else model.unembed)[...]
+    return unembed if draft is None else unembed[draft]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _ask(
     statics: _Statics,
-    weights: Any,
+    kernel: jax.Array,
     parameters: dict[str, jax.Array],
     draft: jax.Array | None,
     rows: _Rows,
     block: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """(best [M, P, C] int32, gap [M, P, C] float32) at the rows that `block` [M] int32 names; draft: [V'] int32."""
-    model = merge_model(statics.config, statics.layout, weights)
-    unembed = (model.embed if model.unembed is None else model.unembed)[...]
-    kernel = unembed if draft is None else unembed[draft]
+    """(best [M, P, C] int32, gap [M, P, C] float32) at the rows that `block` [M] int32 names.
+
+    kernel: [V', D]; draft: [V'] int32.
+    """
 
     def one_ask(_: None, place: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
         exit_, pair = place[0], place[1]
@@ -238,6 +247,8 @@ def _ask(
         # Asked for values too, XLA sorts the whole vocabulary on CPUs.
         column = jax.lax.top_k(logits, statics.count + 1)[1]
         kept = jnp.take_along_axis(logits, column, axis=-1)
+        # Nor where what follows reads the logits too.
+        logits, kept, column = jax.lax.optimization_barrier((logits, kept, column))
         gap = (kept[:, :-1] - kept[:, 1:]) / jnp.max(jnp.abs(logits), axis=-1, keepdims=True)
         best = column[:, :-1]
         return None, (best if draft is None else draft[best], gap)

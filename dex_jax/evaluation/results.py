@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import os
 import types
 import typing
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +111,15 @@ def to_line(run: Run) -> str:
 def read_results(folder: str | Path) -> list[Run]:
     """All runs of a folder (or of a results.jsonl file), in order; a line cut off by a kill at the end is left out.
 
+    A results.jsonl.gz, as a finished study may be kept, is read as well.
+
     Raises:
       DexError: no such file, nothing in it, or a damaged line, by its number.
     """
     path = Path(folder)
     path = path / FILE_NAME if path.is_dir() else path
+    packed = path.with_name(path.name + ".gz")
+    path = packed if packed.exists() and not path.exists() else path
     if not path.exists():
         raise DexError(f"there is no {path}: give a folder that a benchmark has written")
     runs, _ = _read(path)
@@ -153,7 +159,10 @@ def _begin_study(path: Path, study: dict[str, Any]) -> None:
 
 def _read(path: Path) -> tuple[list[Run], int]:
     """(runs, bytes of whole lines)."""
-    data = path.read_bytes()
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DexError(f"{path} is no whole gzip file ({error}): pack results.jsonl again") from error
     lines, end, runs = data.split(b"\n"), 0, []
     for number, line in enumerate(lines[:-1], 1):
         runs.append(from_line(line.decode("utf-8", "replace"), f"line {number} of {path}"))
