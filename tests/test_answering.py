@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 from reference.small_models import LLAMA, small_model
@@ -9,6 +12,7 @@ from reference.small_models import LLAMA, small_model
 import dex_jax
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.output import ticks_of
+from dex_jax.evaluation import answering
 from dex_jax.evaluation.answering import answer, batches
 from dex_jax.evaluation.forced_counts import dex_asks, dex_count, layerskip_asks, layerskip_count
 from dex_jax.io.exits_file import TrainedExits
@@ -70,6 +74,24 @@ def test_counts_are_those_of_the_loops(kind, more, depths, skip):
         assert count.layer_steps == drafted.stats.layer_steps[row]
         assert count.exits.tolist() == drafted.stats.exits[row, : drafted.lengths[row]].tolist()
     assert drafted.stats.accepted.sum() > 5
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA makes of top_k is another matter elsewhere")
+def test_no_vocabulary_is_sorted(monkeypatch):
+    """A sort of the vocabulary in place of its best few takes ten times as long as all else that is asked."""
+    seen = []
+
+    def compiled(*args):
+        seen.append(answering_ask.lower(*args).compile().as_text())
+        return answering_ask(*args)
+
+    answering_ask = answering._ask
+    monkeypatch.setattr(answering, "_ask", compiled)
+    lm = small_model(dataclasses.replace(LLAMA, vocab_size=4096))
+    exits = dataclasses.replace(random_exits("attn"), vocabulary=None)
+    answer(lm, prompts(), TOKENS, exits=exits, asks=dex_asks(DEPTHS, exits.config), count=3)
+    assert 'custom_call_target="TopK"' in seen[0]
+    assert " sort(" not in seen[0]
 
 
 def test_an_end_of_text_is_never_drafted():
