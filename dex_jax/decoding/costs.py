@@ -151,26 +151,22 @@ def _measure(config: ModelConfig, layout: Layout, dtype: Any, batch: int, length
     short, layout, share = _shortened(config, layout, dtype)
     weights = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), abstract_weights(short, layout, dtype))
     memory = cache.allocate(short, layout, batch, length, 0, dtype)
-
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     steps = min(TOGETHER, max(1, int(MEASURED_BYTES / size)))
-
-    def again(step: Callable[[Any], Any], start: Any) -> Any:
-        return step(start) if steps == 1 else jax.lax.fori_loop(0, steps, lambda _, carry: step(carry), start)
 
     def layers(weights: Any, memory: cache.Memory, token: jax.Array, position: jax.Array, among: jax.Array) -> Any:
         def step(token: jax.Array) -> jax.Array:
             hidden, _ = run_tree(merge_model(short, layout, weights), memory, token, position, among, position[:, 0])
             return (hidden[..., 0] > 0).astype(jnp.int32)
 
-        return again(step, token)
+        return _again(steps, step, token)
 
     def final(weights: Any, hidden: jax.Array) -> Any:
         def step(hidden: jax.Array) -> jax.Array:
             best = best_column(merge_model(short, layout, weights).logits(hidden))
             return hidden.at[:, 0].set(best.astype(hidden.dtype))
 
-        return again(step, hidden)
+        return _again(steps, step, hidden)
 
     programs: list[tuple[Any, tuple[Any, ...]]] = []
 
@@ -184,13 +180,13 @@ def _measure(config: ModelConfig, layout: Layout, dtype: Any, batch: int, length
         add(final, weights, jnp.ones((batch * rows, config.width), dtype))
     add(*_rounds(batch, length))
     if isinstance(layout, Stacked):
-        add(*_tick(short, layout, weights, memory, batch, length))
+        add(*_tick(short, layout, weights, memory, batch, length, steps))
     fastest = _fastest(programs)
     of_rows = [(fastest[2 * i] / share + fastest[2 * i + 1]) / steps for i in range(len(ROWS))]
     return {
         "rows": of_rows,
         "round": fastest[2 * len(ROWS)] / TOGETHER,
-        "tick": fastest[-1] / share if isinstance(layout, Stacked) else None,
+        "tick": fastest[-1] / share / steps if isinstance(layout, Stacked) else None,
     }
 
 
@@ -228,10 +224,15 @@ def _rounds(batch: int, length: int) -> tuple[Any, ...]:
     return function, jnp.zeros((batch, length // 2), jnp.int32), limits
 
 
+def _again(steps: int, step: Callable[[Any], Any], start: Any) -> Any:
+    """`steps` of them, each on what the one before has left."""
+    return step(start) if steps == 1 else jax.lax.fori_loop(0, steps, lambda _, carry: step(carry), start)
+
+
 def _tick(
-    config: ModelConfig, layout: Stacked, weights: Any, memory: cache.Memory, batch: int, length: int
+    config: ModelConfig, layout: Stacked, weights: Any, memory: cache.Memory, batch: int, length: int, steps: int
 ) -> tuple[Any, ...]:
-    """(function, arguments) that runs all stages once, every row live."""
+    """(function, arguments) that runs all stages `steps` times, every row live."""
     stages = len(layout.depths)
     rows = default_rows(stages)
     memory = cache.with_lattice(memory, config, layout, stages * rows)
@@ -249,7 +250,7 @@ def _tick(
 
     def function(weights: Any, memory: cache.Memory, hidden: jax.Array, view: StageView) -> Any:
         network = transformer_network(merge_model(config, layout, weights), layout.depths, None)
-        return network.advance(memory, hidden, view)
+        return _again(steps, lambda carry: network.advance(carry[1], carry[0], view), (hidden, memory))
 
     return function, weights, memory, hidden, view
 
