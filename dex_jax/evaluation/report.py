@@ -40,6 +40,15 @@ KINDS = {
     ),
 }
 
+PICTURES = {
+    "speedup_depth": "Depth-side speedup over AR by method and task",
+    "speedup_wall": "Wall-clock speedup over AR by method and task",
+    "work": "Work over AR's by method and task",
+    "speedup_by_k": "Depth-side speedup of DEX by the number of explorers",
+    "ead": "Where tokens become available",
+}
+"""Names of the plots, and what they show."""
+
 RIVALS = ("layerskip", "adadecode", "del", "dex_single_exit", "dex_no_decs")
 
 
@@ -63,17 +72,19 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
             f"{folder} holds a study of templates: python -m dex_jax.evaluation.template_report makes its page"
         )
     output = Path(folder if output is None else output)
-    file = output / SUMMARY
+    file, pictures = output / SUMMARY, []
     try:
         output.mkdir(parents=True, exist_ok=True)
-        file.write_text(summary(runs, study), encoding="utf-8")
+        if plots:
+            from dex_jax.evaluation.report_plots import draw
+
+            pictures = draw(runs, output, study.get("explorers"))
+        links = [f"![{PICTURES[picture.stem]}]({picture.name})" for picture in pictures]
+        text = "\n\n".join([summary(runs, study).rstrip(), *(["## Pictures", *links] if links else [])])
+        file.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
-    if not plots:
-        return [file]
-    from dex_jax.evaluation.report_plots import draw
-
-    return [file, *draw(runs, output, study.get("explorers"))]
+    return [file, *pictures]
 
 
 def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
