@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
-import shutil
 import tempfile
 
 # A test run means the same everywhere unless somebody asks for an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "DEX_JAX_STEP_COSTS" not in os.environ:  # workers and programs that tests start find the folder there is
-    folder = tempfile.mkdtemp(prefix="dex_jax_tests_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    # What tests measure, two at a time, is not what the user's own runs should go by.
-    os.environ["DEX_JAX_STEP_COSTS"] = os.path.join(folder, "step_costs.json")
-    # What one of them has compiled, no other compiles again.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(folder, "compiled"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# What tests measure, two at a time, is not what the user's own runs should go by.
+os.environ.setdefault("DEX_JAX_STEP_COSTS", os.path.join(tempfile.mkdtemp(), "step_costs.json"))
 
 import hypothesis
 import jax
