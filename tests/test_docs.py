@@ -85,7 +85,9 @@ def test_a_notebook_begins_as_all_do(path: Path) -> None:
 
 def test_every_page_is_in_the_menu() -> None:
     menu = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert sorted(menu) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/*.md"))
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
+    # Tables of serial.md, which holds them all.
+    assert sorted(menu) == sorted(page for page in pages if not page.startswith("serial/"))
 
 
 def test_every_public_name_is_documented() -> None:

@@ -68,7 +68,7 @@ def speedups(runs: Sequence[Run], kind: str, explorers: int | None = None) -> An
         return None
     tasks = c.tasks_of(table)
     figure = new_figure(2.6 + 1.75 * len(tasks), 1.1 + 0.36 * len(names))
-    every = figure.subplots(1, len(tasks), sharey=True, sharex=True, squeeze=False)[0]
+    every, widest = figure.subplots(1, len(tasks), sharey=True, sharex=True, squeeze=False)[0], 1.0
     for axes, task in zip(every, tasks, strict=True):
         quiet_axes(axes)
         axes.grid(axis="x", color=FAINT, linewidth=0.6)
@@ -77,6 +77,7 @@ def speedups(runs: Sequence[Run], kind: str, explorers: int | None = None) -> An
             found = c.speedup(table, *(("ar", name) if kind != "work" else (name, "ar")), task)
             if found is None:
                 continue
+            widest = max(widest, found.high)
             axes.barh(place, found.value, 0.68, color=_color(name))
             axes.plot([found.low, found.high], [place, place], color=INK, linewidth=1.2)
             axes.annotate(
@@ -84,8 +85,7 @@ def speedups(runs: Sequence[Run], kind: str, explorers: int | None = None) -> An
             )
         count = sum(task in (c.ALL, prompt[0]) for prompt in table["ar"])
         axes.set_title(f"{task}, {count} prompts", fontsize=9, color=INK, loc="left")
-        axes.margins(x=0.18)
-        axes.set_xlim(left=0)
+    every[0].set_xlim(0, 1.3 * widest)  # of all panels, with room for the figures
     every[0].set_yticks(range(len(names)), [_label(name) for name in names])
     every[0].invert_yaxis()
     figure.supxlabel(f"{AXES[kind]}: median, 95% interval", fontsize=9, color=INK)
