@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dex_jax.evaluation import reproduction
+from dex_jax.evaluation.report import summary
 from dex_jax.evaluation.resampling import Interval
 from dex_jax.evaluation.results import to_line
 from dex_jax.evaluation.runs import Run
@@ -99,6 +100,13 @@ def test_without_results_the_page_says_what_to_run(capsys) -> None:
     committed = PAGE.read_text(encoding="utf-8")
     # Made by the command: its claims are those of the code.
     assert all(f"| {claim.what} | {claim.paper} |" in committed for claim in reproduction.CLAIMS)
+
+
+def test_the_committed_pages_are_those_of_the_committed_runs() -> None:
+    folder = PAGE.parent / "bench"
+    runs, about = reproduction.read_results(folder), reproduction.read_study(folder)
+    assert PAGE.read_text(encoding="utf-8") == reproduction.page([(runs, about)])
+    assert (folder / "summary.md").read_text(encoding="utf-8").startswith(summary(runs, about).rstrip())
 
 
 def test_no_folder_is_told(tmp_path, capsys) -> None:
