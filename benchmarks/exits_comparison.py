@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 import dex_jax
-from dex_jax.cli.train_results import answered, exits_of_checkpoint, shared_exits
+from dex_jax.cli.train_results import answered, exits_of_checkpoint
 from dex_jax.config import ExitsConfig
-from dex_jax.evaluation.exit_metrics import grouped_figures
+from dex_jax.evaluation.exit_metrics import grouped_figures, shared_exits
 from dex_jax.nn.exits import heads_of, select_exits
 from dex_jax.training.exit_training import train_exits
 

@@ -24,11 +24,11 @@ import numpy as np
 
 import dex_jax
 from dex_jax.cli.decode import remember_compilations
-from dex_jax.cli.train_results import answered, shared_exits, write_json
+from dex_jax.cli.train_results import answered, write_json
 from dex_jax.decoding.exits import ResolvedExits, resolve_method
 from dex_jax.decoding.output import ticks_of
 from dex_jax.evaluation.exit_forcing import measure
-from dex_jax.evaluation.exit_metrics import figures_of, predicted_exits
+from dex_jax.evaluation.exit_metrics import figures_of, predicted_exits, shared_exits
 from dex_jax.evaluation.exit_report import markdown
 from dex_jax.evaluation.replay import Table, replay, table_of
 from dex_jax.lattice import default_rows, full_rows

@@ -109,10 +109,9 @@ SECTIONS = (
         "The small model of the LayerSkip recipe",
         "layerskip",
         "8 layers, 1.8 million parameters, trained on tiny Shakespeare ([The LayerSkip recipe](layerskip.md)), 96 new "
-        "tokens after held-out text; drafts come from the text alone. A step takes half a millisecond. auto took it "
-        "for two to three times as long, and for little longer with eight rows: it timed programs of one step each, "
-        "which take longer to start than to run. Steps of small models are timed up to 16 together since, and AR is "
-        "chosen for a model of this shape. Prompts: "
+        "tokens after held-out text; drafts come from the text alone. A step takes half a millisecond. auto timed "
+        "programs of one step each then, which take longer to start than to run, and so took further rows to cost "
+        "little; steps of small models are timed up to 16 together since. These figures are from before. Prompts: "
         "`tail -c 100000 input.txt | tr '\\n' ' ' | fold -w 96 | awk 'NR % 100 == 1' > prompts.txt`.",
         "serial.py --model runs/layerskip/model --exits shared --data prompts.txt --prompts 10 --rounds 2 "
         "--max-new-tokens 96 --output docs/serial/layerskip",

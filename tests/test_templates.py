@@ -159,8 +159,8 @@ def test_a_tie_of_an_exit_is_no_error(lm):
 
 
 def next_forced(lm):
-    from dex_jax.cli.train_results import shared_exits
     from dex_jax.evaluation.answering import answer
+    from dex_jax.evaluation.exit_metrics import shared_exits
     from dex_jax.evaluation.forced_counts import dex_asks, dex_count
 
     exits = shared_exits(lm, (2,))

@@ -111,6 +111,8 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
     from dex_jax.io.exits_file import load_exits
 
     if args.exits == "shared":
+        from dex_jax.evaluation.exit_metrics import shared_exits
+
         return shared_exits(lm, args.depths)
     if args.depths is not None:
         raise DexError("--depths is for shared exits: trained ones are measured at all of their depths")
@@ -120,29 +122,6 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
     if exits.fingerprint != lm.fingerprint:
         _warn(f"warning: the exits in {exits.source} were trained on another model")
     return exits
-
-
-def shared_exits(lm: LanguageModel, depths: tuple[int, ...] | None) -> TrainedExits:
-    """The model's own final norm and unembedding at some depths, without any training.
-
-    Args:
-      lm: the model.
-      depths: below L; None takes those of the even grids that figures are given for.
-    """
-    from dex_jax.config import ExitsConfig
-    from dex_jax.decoding.methods import even_depths
-    from dex_jax.evaluation.exit_forcing import EXPLORERS
-    from dex_jax.io.exits_file import TrainedExits
-    from dex_jax.language_model import merge_model
-    from dex_jax.nn.exits import initial_heads, parameters_of
-
-    layers = lm.config.num_layers
-    if depths is None:
-        depths = tuple(sorted({x for k in EXPLORERS if k <= layers for x in even_depths(k, layers)} - {layers}))
-    config = ExitsConfig("shared", depths, lm.config.width, norm_eps=lm.config.norm_eps)
-    model = merge_model(lm.config, lm.layout, lm.weights)
-    parameters = parameters_of(initial_heads(config, model.final_norm[...]))
-    return TrainedExits(config, parameters, None, lm.fingerprint, {}, "shared")
 
 
 def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text]]:

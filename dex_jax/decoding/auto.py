@@ -40,7 +40,6 @@ CAUTION = 1.3
 """Rounds take further rows and drafting to cost so many times what was measured. How fast a device reads memory, which
 is all that a step of one row waits for, changes while others use it too; too few rows lose less than too many do."""
 
-
 SPREAD = 0.08
 """A batch ends with its slowest sequence, and how many tokens come of a round differs from text to text: the slowest of
 B takes 1 + SPREAD * log2(B) times as many rounds as one does on average (1.10, 1.18 and 1.24 of 2, 4 and 8, drawn from

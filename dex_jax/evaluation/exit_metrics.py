@@ -13,18 +13,36 @@ from typing import Any
 
 import numpy as np
 
+from dex_jax.config import ExitsConfig
 from dex_jax.decoding.generate import generate
-from dex_jax.decoding.methods import AR
+from dex_jax.decoding.methods import AR, even_depths
 from dex_jax.decoding.output import ticks_of
 from dex_jax.decoding.record import PREFILL_EXIT
 from dex_jax.errors import DexError
 from dex_jax.evaluation.exit_forcing import EXPLORERS, Measurement, Text, measure
-from dex_jax.language_model import LanguageModel
+from dex_jax.io.exits_file import TrainedExits
+from dex_jax.language_model import LanguageModel, merge_model
 from dex_jax.lattice import NO_TOKEN
-from dex_jax.nn.exits import ExitHeads
+from dex_jax.nn.exits import ExitHeads, initial_heads, parameters_of
 from dex_jax.prompts import Prompt
 
 BINS = 10
+
+
+def shared_exits(lm: LanguageModel, depths: tuple[int, ...] | None) -> TrainedExits:
+    """The model's own final norm and unembedding at some depths, without any training.
+
+    Args:
+      lm: the model.
+      depths: below L; None takes those of the even grids that figures are given for.
+    """
+    layers = lm.config.num_layers
+    if depths is None:
+        depths = tuple(sorted({x for k in EXPLORERS if k <= layers for x in even_depths(k, layers)} - {layers}))
+    config = ExitsConfig("shared", depths, lm.config.width, norm_eps=lm.config.norm_eps)
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    parameters = parameters_of(initial_heads(config, model.final_norm[...]))
+    return TrainedExits(config, parameters, None, lm.fingerprint, {}, "shared")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from dex_jax.cli.train_results import shared_exits
 from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.methods import Dex
 from dex_jax.errors import DexError
+from dex_jax.evaluation.exit_metrics import shared_exits
 from dex_jax.evaluation.forced_counts import Forced, layerskip_count
 from dex_jax.evaluation.runs import Run, repeated, versions
 from dex_jax.io.exits_file import TrainedExits

@@ -72,16 +72,17 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
             f"{folder} holds a study of templates: python -m dex_jax.evaluation.template_report makes its page"
         )
     output = Path(folder if output is None else output)
-    file, pictures = output / SUMMARY, []
+    file, text = output / SUMMARY, summary(runs, study)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if plots:
-            from dex_jax.evaluation.report_plots import draw
+        file.write_text(text, encoding="utf-8")
+        if not plots:
+            return [file]
+        from dex_jax.evaluation.report_plots import draw
 
-            pictures = draw(runs, output, study.get("explorers"))
+        pictures = draw(runs, output, study.get("explorers"))
         links = [f"![{PICTURES[picture.stem]}]({picture.name})" for picture in pictures]
-        text = "\n\n".join([summary(runs, study).rstrip(), *(["## Pictures", *links] if links else [])])
-        file.write_text(text + "\n", encoding="utf-8")
+        file.write_text("\n\n".join([text.rstrip(), "## Pictures", *links]) + "\n", encoding="utf-8")
     except OSError as error:
         raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
     return [file, *pictures]

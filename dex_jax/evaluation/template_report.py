@@ -51,11 +51,12 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
     try:
         output.mkdir(parents=True, exist_ok=True)
         text = summary(runs, study)
+        files[0].write_text(text, encoding="utf-8")
         if plots:
             files.append(output / PLOT)
             draw(s.grids(runs, study["dtype"])).savefig(files[1], format="png")
-            text += f"\n![Depth-side speedup over AR by template]({PLOT})\n"
-        files[0].write_text(text, encoding="utf-8")
+            link = f"\n![Depth-side speedup over AR by template]({PLOT})\n"
+            files[0].write_text(text + link, encoding="utf-8")
     except OSError as error:
         raise DexError(f"{output} cannot be written: {error.strerror or error}") from error
     return files
