@@ -2,6 +2,8 @@
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+# What the parts have in common is compiled once.
+export JAX_COMPILATION_CACHE_DIR="$work/compiled" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 step() { printf '\n== %s\n' "$*"; }
 
 step "uv"

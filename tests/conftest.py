@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
-import tempfile
 
-# A test run means the same everywhere unless somebody asks for an accelerator.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What tests measure, two at a time, is not what the user's own runs should go by.
-os.environ.setdefault("DEX_JAX_STEP_COSTS", os.path.join(tempfile.mkdtemp(), "step_costs.json"))
-
+import environment  # noqa: F401, the first of all: it sets what JAX reads when it is imported
 import hypothesis
 import jax
 import pytest

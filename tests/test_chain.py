@@ -10,7 +10,7 @@ import pytest
 from reference import chain_twin
 from reference.toy_chain import chain_toy
 from reference.toy_models import ToyModel, cached_tables, toy_prefill
-from reference.toy_runs import CAPACITY, QUICK_COMPILE, arrays, emitted, random_case, twin_draws
+from reference.toy_runs import CAPACITY, arrays, emitted, random_case, twin_draws
 from reference.twin import autoregressive
 
 from dex_jax.decoding import chain
@@ -34,7 +34,7 @@ def not_so_sure() -> chain_twin.Dynamic:
     return chain_twin.Dynamic((2, 5, 9), 3, 0.95, False)
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "depths"), compiler_options=QUICK_COMPILE)
+@functools.partial(jax.jit, static_argnames=("policy", "depths"))
 def decode(tables, prompts, lengths, first, limits, sampling, *, policy, depths):
     """The record after the library's own while_loop."""
     memory = toy_prefill(tables, prompts, lengths, capacity=CAPACITY + 2 * policy.rows, slots=0)

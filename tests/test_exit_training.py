@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from environment import flags_for_devices
 from exit_training_worker import CONFIG, EXITS, base_model, with_steps
-from jax.experimental.compilation_cache import compilation_cache
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
@@ -37,21 +37,6 @@ def work(folder: Path, *arguments: str, **environment: str) -> int:
     """The exit status of a training in a process of its own."""
     command = [sys.executable, str(WORKER), str(folder), *arguments]
     return subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu", **environment}).returncode
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """A folder of compiled programs, so that each is compiled once in all these trainings."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (folder, 0.3), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield folder
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def largest_change(one: TrainedExits, other: dict[str, np.ndarray]) -> float:
@@ -86,9 +71,8 @@ def test_the_backbone_is_never_touched(whole) -> None:
     assert all(np.array_equal(before, after) for before, after in leaves)
 
 
-def test_a_killed_run_goes_on_to_the_same_exits(whole, tmp_path, compiled, capfd) -> None:
-    cached = {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
-    assert work(tmp_path, "--die-before", "5", **cached) == -signal.SIGKILL
+def test_a_killed_run_goes_on_to_the_same_exits(whole, tmp_path, capfd) -> None:
+    assert work(tmp_path, "--die-before", "5") == -signal.SIGKILL
     assert not (tmp_path / "one" / "exits.safetensors").exists()
     exits = train_exits(CONFIG, base_model(), tmp_path / "one", tell=quiet)
     assert "Resuming from step" in capfd.readouterr().err
@@ -203,9 +187,7 @@ def test_held_out_texts_are_prompts_with_answers(tmp_path) -> None:
 
 def test_meshes_give_one_devices_exits(whole, tmp_path) -> None:
     meshes = ["2x1", "1x2", "2x2"]
-    # Not optimised: four programs to compile, and hardly anything to run.
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    assert work(tmp_path, "--evaluation-texts", "0", "--meshes", *meshes, XLA_FLAGS=flags) == 0
+    assert work(tmp_path, "--evaluation-texts", "0", "--meshes", *meshes, XLA_FLAGS=flags_for_devices(4)) == 0
     for mesh in meshes:
         exits = load_exits(tmp_path / mesh)
         assert np.array_equal(exits.vocabulary, whole.exits.vocabulary)

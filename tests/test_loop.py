@@ -263,9 +263,7 @@ def test_step_composes_with_vmap() -> None:
         arrays = toy_runs.arrays(run.case, [r.tokens[0] for r in run.runs])
         pairs.append((tables_of(config, number), *arrays))
     stacked = jax.tree.map(lambda a, b: np.stack([a, b]), *pairs)
-    both = jax.jit(jax.vmap(functools.partial(toy_runs.watch, **shape)), compiler_options=toy_runs.QUICK_COMPILE)(
-        *stacked
-    )
+    both = jax.jit(jax.vmap(functools.partial(toy_runs.watch, **shape)))(*stacked)
     for number, run in enumerate((one, other)):
         record = jax.tree.map(lambda field, n=number: np.asarray(field[n, -1]), both.record)
         chex.assert_trees_all_equal(record, run.record)

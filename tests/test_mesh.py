@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from environment import flags_for_devices
 from mesh_worker import SAMPLED, SEED, TOKENS, Case
 from reference import twin
 from reference.small_models import LLAMA, SmallModel, ragged_prompts, small_model
@@ -59,12 +60,7 @@ def folder(tmp_path_factory) -> Path:
     found = tmp_path_factory.mktemp("mesh")
     cases = found / "cases.json"
     cases.write_text(json.dumps([dataclasses.asdict(case) for case in CASES.values()]))
-    # Compiling is what this costs, and quick code is nothing to these models.
-    flags = (
-        f"--xla_force_host_platform_device_count={DEVICES} "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    )
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_for_devices(DEVICES)}
     subprocess.run([sys.executable, str(TESTS / "mesh_worker.py"), cases, found], env=environment, check=True)
     return found
 

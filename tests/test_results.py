@@ -54,6 +54,8 @@ def test_a_packed_file_is_read_as_well(tmp_path) -> None:
     packed = tmp_path / "results.jsonl.gz"
     packed.write_bytes(gzip.compress((to_line(RUN) + "\n").encode()))
     assert read_results(tmp_path) == [RUN]
+    with pytest.raises(DexError, match=r"results\.jsonl\.gz holds the runs there are: unpack it"):
+        Results(tmp_path, {})
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(DexError, match=r"results.jsonl.gz is no whole gzip file \(.*\): pack results.jsonl again"):
         read_results(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 from reference import twin
 from reference.small_models import LLAMA, LetterTokenizer, assert_same_tokens, ragged_prompts, small_model
 from reference.toy_models import ToyModel, cached_tables, toy_network, toy_prefill
-from reference.toy_runs import CAPACITY, QUICK_COMPILE, arrays, emitted, random_case, twin_draws
+from reference.toy_runs import CAPACITY, arrays, emitted, random_case, twin_draws
 
 import dex_jax
 from dex_jax import AR, DEL, AdaDecode, Dex, DexError, DexSingleExit, LayerSkip, Oracle
@@ -278,7 +278,7 @@ def test_a_single_exit_is_that_of_the_twin(sampled) -> None:
     stages, vocabulary = 4, 11
     found = set()
 
-    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.jit
     def decode(tables, prompts, lengths, first, limits, sampling):
         memory = toy_prefill(tables, prompts, lengths, capacity=CAPACITY, slots=stages)
         network, options = toy_network(tables), {"limits": limits, "sampling": sampling}

@@ -28,11 +28,7 @@ def record(tables, case, first: list[int], stages: int, rows: int, sequence: int
     shape = {"stages": stages, "rows": rows, "capacity": toy_runs.CAPACITY}
     state = dex_jax.init(network, memory, first_token, lengths, limits=limits, sampling=sampling, **shape)
     # A step that takes its state's memory: a trace must have copied what it keeps.
-    tick = jax.jit(
-        lambda state: dex_jax.step(network, state, limits, sampling),
-        donate_argnums=0,
-        compiler_options=toy_runs.QUICK_COMPILE,
-    )
+    tick = jax.jit(lambda state: dex_jax.step(network, state, limits, sampling), donate_argnums=0)
     state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
     return dex_jax.watch(tick, state, text=lambda token: f"<{token}>", sequence=sequence)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from environment import flags_for_devices
 from reference.small_models import LLAMA, small_model
 
 from dex_jax.cli import decode, train, train_results
@@ -319,7 +320,7 @@ def test_flags_and_a_first_training(capsys, place, tmp_path) -> None:
 
 def test_a_mesh_reaches_the_trainer(place, tmp_path) -> None:
     """In a process of its own: the number of devices is set before JAX starts."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": flags_for_devices(2), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(PROGRAM), "--config", str(place / "whole.py"), "--folder", str(tmp_path / "mesh")]
     done = subprocess.run([*command, "--mesh", "2x1", "--batch", "3"], env=environment, text=True, capture_output=True)
     assert done.returncode == 2

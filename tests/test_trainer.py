@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from environment import flags_for_devices
 from reference.training_twin import train_linear_map
 from rich.console import Console
 from training_worker import LinearMap
@@ -303,7 +304,7 @@ def test_another_backbone_warns_and_goes_on(small):
 
 def test_meshes_give_one_devices_result(tmp_path):
     worker = Path(__file__).with_name("training_worker.py")
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": flags_for_devices(4), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(worker), str(tmp_path), "--steps", "20", "--width", "8", "--checkpoint-every", "10"]
     subprocess.run([*command, "--meshes", "", "2x1", "2x2"], env={**os.environ, **flags}, check=True)
     one = np.load(tmp_path / "result.npz")

@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=2, metavar="R", help="timed runs of every method and prompt; 2 is A B B A")
     add("--exit-depths", type=depths, metavar="D,...", help="of the sweeps (up to four among the shallower)")
     add("--draft-lengths", type=depths, default=(1, 2, 3, 5), metavar="G,...", help="LayerSkip's sweep (1,2,3,5)")
-    add("--thresholds", type=_shares, default=(0.4, 0.6, 0.8), metavar="P,...", help="AdaDecode's (0.4,0.6,0.8)")
+    add("--thresholds", type=_shares, default=(0.2, 0.4, 0.6), metavar="P,...", help="AdaDecode's (0.2,0.4,0.6)")
     add("--timed-settings", type=int, default=3, metavar="N", help="best counted settings that are also timed")
     add("--transformers-python", metavar="PATH", help="also time transformers' generate, by a Python that has it")
     add("--transformers-early-exit", type=depths, metavar="D,G", help="and its assistant_early_exit (very slow)")

@@ -39,7 +39,8 @@ class Results:
       runs: all that are there, in the order of the file.
 
     Raises:
-      DexError: a damaged line that is not the last one, another study, or a folder that cannot be written.
+      DexError: a damaged line that is not the last one, another study, runs that are packed, or a folder that cannot be
+        written.
     """
 
     def __init__(self, folder: str | Path, study: dict[str, Any]):
@@ -48,6 +49,9 @@ class Results:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _begin_study(self.folder / STUDY_NAME, plain(study))
+            packed = _packed(self.path)
+            if packed.exists() and not self.path.exists():
+                raise DexError(f"{packed} holds the runs there are: unpack it (gunzip) to add to them")
             self.runs, end = _read(self.path) if self.path.exists() else ([], 0)
             self._file = self.path.open("a+b")
             self._file.truncate(end)
@@ -118,7 +122,7 @@ def read_results(folder: str | Path) -> list[Run]:
     """
     path = Path(folder)
     path = path / FILE_NAME if path.is_dir() else path
-    packed = path.with_name(path.name + ".gz")
+    packed = _packed(path)
     path = packed if packed.exists() and not path.exists() else path
     if not path.exists():
         raise DexError(f"there is no {path}: give a folder that a benchmark has written")
@@ -155,6 +159,10 @@ def _begin_study(path: Path, study: dict[str, Any]) -> None:
             f"{path.parent} holds results of another study ({name} was {old.get(name)!r}, now {study.get(name)!r}): "
             "give another --output, or remove the folder"
         )
+
+
+def _packed(path: Path) -> Path:
+    return path.with_name(path.name + ".gz")
 
 
 def _read(path: Path) -> tuple[list[Run], int]:

@@ -17,8 +17,6 @@ from dex_jax.sampling import position_noise, sampling_keys
 
 PROMPT_WIDTH = 6
 CAPACITY = 12
-# Exact arithmetic gains nothing from LLVM's optimiser, and compiling is most of what these tests cost.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 class Ticks(NamedTuple):
@@ -186,13 +184,13 @@ def _begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("stages", "rows", "decs"), compiler_options=QUICK_COMPILE)
+@functools.partial(jax.jit, static_argnames=("stages", "rows", "decs"))
 def _finished(tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool) -> Record:
     state = _begin(tables, prompts, lengths, first, limits, sampling, stages, rows)
     return run(toy_network(tables), state, limits, sampling, decs=decs).record
 
 
-_watched = jax.jit(watch, static_argnames=("stages", "rows", "decs"), compiler_options=QUICK_COMPILE)
+_watched = jax.jit(watch, static_argnames=("stages", "rows", "decs"))
 
 
 @functools.cache
@@ -200,7 +198,7 @@ def _noise_table(seed: int, vocab_size: int) -> np.ndarray:
     return np.asarray(_noise(sampling_keys([seed])[0], vocab_size))
 
 
-@functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK_COMPILE)
+@functools.partial(jax.jit, static_argnums=1)
 def _noise(key: jax.Array, vocab_size: int) -> jax.Array:
     positions = jnp.arange(PROMPT_WIDTH + CAPACITY + 8)  # nodes look beyond the last token
     return jax.vmap(position_noise, (None, 0, None))(key, positions, vocab_size)

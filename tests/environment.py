@@ -1,0 +1,32 @@
+"""What tests run in. conftest.py imports this before JAX, and the processes that tests start inherit it."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.metadata
+import os
+import shutil
+import tempfile
+
+# A test run means the same everywhere unless somebody asks for an accelerator.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Compiling is most of what tests cost, and fast code is nothing to small models. An empty XLA_FLAGS compiles as usual.
+QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones do not know it
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
+
+if "DEX_JAX_STEP_COSTS" not in os.environ:  # workers find the folder there is
+    folder = tempfile.mkdtemp(prefix="dex_jax_tests_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # What tests measure, two at a time, is not what the user's own runs should go by.
+    os.environ["DEX_JAX_STEP_COSTS"] = os.path.join(folder, "step_costs.json")
+    # What one of them has compiled, no other compiles again.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(folder, "compiled"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def flags_for_devices(count: int) -> str:
+    """XLA_FLAGS of a process in which the CPU counts as several devices, and that else compiles as this one."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}".strip()
