@@ -65,6 +65,11 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
 
 
+def device_name(device: jax.Device) -> str:
+    """Platform and kind, as reports tell them."""
+    return f"{device.platform}:{device.device_kind}"
+
+
 def make_mesh(wanted: str | dict[str, int] | Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with all three axes.
 

@@ -103,10 +103,11 @@ def test_without_results_the_page_says_what_to_run(capsys) -> None:
 
 
 def test_the_committed_pages_are_those_of_the_committed_runs() -> None:
-    folder = PAGE.parent / "bench"
-    runs, about = reproduction.read_results(folder), reproduction.read_study(folder)
-    assert PAGE.read_text(encoding="utf-8") == reproduction.page([(runs, about)])
-    assert (folder / "summary.md").read_text(encoding="utf-8").startswith(summary(runs, about).rstrip())
+    folders = [PAGE.parent / name for name in ("bench", "bench_layerskip")]
+    studies = [(reproduction.read_results(folder), reproduction.read_study(folder)) for folder in folders]
+    assert PAGE.read_text(encoding="utf-8") == reproduction.page(studies)
+    for folder, (runs, about) in zip(folders, studies, strict=True):
+        assert (folder / "summary.md").read_text(encoding="utf-8").startswith(summary(runs, about).rstrip())
 
 
 def test_no_folder_is_told(tmp_path, capsys) -> None:

@@ -28,7 +28,7 @@ from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.nn.transformer import Staged
 from dex_jax.prompts import Prompt
 from dex_jax.sampling import Sampling, sampling_keys
-from dex_jax.sharding import STAGE
+from dex_jax.sharding import STAGE, device_name
 
 TICKS_PER_CALL = 64
 
@@ -293,7 +293,7 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
         compile_seconds=times["compile"],
         prefill_seconds=times["prefill"],
         decode_seconds=times["decode"],
-        device=f"{many}{device.platform}:{device.device_kind}",
+        device=many + device_name(device),
         dtype=str(run.session.lm.dtype),
     )
     return Output(texts, tokens[:, :width], lengths, run.ids, finished, run.seeds, stats, run.session.lm.tokenizer)

@@ -45,6 +45,7 @@ from dex_jax.evaluation.timed_programs import (
 from dex_jax.evaluation.workload import config_of, work_of
 from dex_jax.language_model import DTYPES, resolve_dtype
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.sharding import device_name
 
 ROWS = (1, 2, 4, 8, 16, 32)
 STAGES = 5
@@ -132,7 +133,7 @@ def calibrate(
     measured = Measured(layer, attention, head, asked, fixed, lattice_seconds(stages, timer))
     between = link(timer) if jax.device_count() > 1 else LINKS["loopback"]
     found = Device(
-        name=f"{device.platform}:{device.device_kind}",
+        name=device_name(device),
         flops=flops(dtype, timer),
         bandwidth=bandwidth(round(UNCACHED), timer),
         memory=float(device_memory(device) or 0),

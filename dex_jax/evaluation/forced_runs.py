@@ -15,6 +15,7 @@ from dex_jax.evaluation.forced_counts import Forced, layerskip_count
 from dex_jax.evaluation.runs import Run, repeated, versions
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
+from dex_jax.sharding import device_name
 
 
 def exits_at(lm: LanguageModel, exits: Any, depths: Sequence[int]) -> tuple[TrainedExits, str]:
@@ -45,7 +46,7 @@ def answer_fields(tokens: list[int], prompt_tokens: int, batch: int, max_new_tok
         "batch": batch,
         "max_new_tokens": max_new_tokens,
         "repeated": repeated(tokens),
-        "device": jax.devices()[0].platform,
+        "device": device_name(jax.devices()[0]),
         "versions": versions(),
     }
 

@@ -119,7 +119,7 @@ def _about(runs: Sequence[Run], study: dict[str, Any]) -> str:
     )
     tokens = sum(each.new_tokens for each in plain)
     drawn = "greedy" if run.temperature == 0 else f"sampled at temperature {run.temperature:g}"
-    devices = ", ".join(dict.fromkeys(f"{each.device}, {each.dtype}" for each in runs))
+    devices = ", ".join(dict.fromkeys(f"{each.device}, {each.dtype}" for each in runs if each.counted == "loop"))
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     lines = [
         f"{len(plain)} prompts ({lengths}), {tokens} new tokens of AR, at most {run.max_new_tokens} each, {drawn}; "

@@ -20,6 +20,7 @@ from dex_jax.evaluation.report import markdown
 from dex_jax.evaluation.resampling import Interval
 from dex_jax.evaluation.results import read_results, read_study, seen_in_training
 from dex_jax.evaluation.runs import Run
+from dex_jax.evaluation.tasks import TASKS
 
 FINEST = 8
 """The K up to which the paper finds finer grids better."""
@@ -95,8 +96,10 @@ EMPTY = (
 
 
 def _name(study: dict[str, Any]) -> str:
-    exits = study.get("exits", "default")
-    return Path(str(study.get("model", "a model"))).name + ("" if exits == "default" else f", exits {Path(exits).name}")
+    exits, model = study.get("exits", "default"), Path(str(study.get("model", "a model")))
+    # "model" is what a training calls its checkpoint, whichever it is.
+    name = "/".join(model.parts[-2:]) if model.name == "model" else model.name
+    return name + ("" if exits == "default" else f", exits {Path(exits).name}")
 
 
 def _main(table: c.Costs, study: dict[str, Any]) -> str | None:
@@ -186,7 +189,7 @@ def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
         "dtype": study.get("dtype"),
         "exits": study.get("exits"),
         "drafter": study.get("drafter"),
-        "tasks": ",".join(study.get("tasks", [])),
+        "tasks": ",".join(task if task in TASKS else "prompts:FILE" for task in study.get("tasks", [])),
         "prompts": study.get("prompts"),
         "tune-prompts": study.get("tune_prompts"),
         "longest-prompt": study.get("longest_prompt"),
