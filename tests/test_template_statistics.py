@@ -206,6 +206,14 @@ def test_paired_accuracy_of_two_dtypes():
     assert s.paired_accuracy(one, dataclasses.replace(other, items=tuple(f"x{i}" for i in range(40)))) is None
 
 
+def test_bounds_of_a_share_are_shares():
+    one = grid()
+    few, most = (np.broadcast_to(np.arange(40)[:, None] < count, one.correct.shape) for count in (1, 39))
+    for correct in (few, most):
+        for found in s.accuracy(dataclasses.replace(one, correct=correct.astype(float))):
+            assert 0 <= found.low < found.value < found.high <= 1
+
+
 def runs_of(found: s.Grid) -> list[Run]:
     runs = []
     for i, item in enumerate(found.items):

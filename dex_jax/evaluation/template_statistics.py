@@ -262,7 +262,9 @@ def explained_by_length(grid: Grid, method: str) -> dict[str, tuple[float, float
 
 def accuracy(grid: Grid) -> list[Interval]:
     """Share of right answers in each template, bounds simultaneous; what could not be parsed is wrong."""
-    return simultaneous(grid.correct, lambda values: np.nanmean(values, axis=1))
+    found = simultaneous(grid.correct, lambda values: np.nanmean(values, axis=1))
+    # Bounds as wide on both sides know nothing of where a share ends.
+    return [each._replace(low=max(each.low, 0.0), high=min(each.high, 1.0)) for each in found]
 
 
 def paired_accuracy(grid: Grid, other: Grid) -> Interval | None:
