@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from dex_jax.errors import DexError
 from dex_jax.evaluation import template_report
 from dex_jax.evaluation import template_statistics as s
 from dex_jax.evaluation.resampling import simultaneous
+from dex_jax.evaluation.results import read_results, read_study
 from dex_jax.evaluation.runs import Run
 
 AR_STEPS = 30.0
@@ -262,3 +264,9 @@ def test_grids_are_made_of_runs():
         np.testing.assert_allclose(getattr(again, name), getattr(found, name))
     with pytest.raises(DexError, match="no answers of AR"):
         s.grids([run for run in runs if run.method != "ar"])
+
+
+def test_the_committed_page_is_that_of_the_committed_runs():
+    folder = Path(__file__).resolve().parents[1] / "docs" / "templates_study"
+    found = template_report.summary(read_results(folder), read_study(folder))
+    assert (folder / "summary.md").read_text(encoding="utf-8").startswith(found.rstrip())
