@@ -315,10 +315,12 @@ def draw(found: Sequence[s.Grid]) -> Any:
             axes.axvline(spreads[name].median, color=color, linewidth=0.9, alpha=0.5)
         axes.set_yticks(range(len(order)), [grid.templates[i] for i in order])
         axes.set_xlabel("layers of AR over the method's (depth-side, no time)", fontsize=8, color=INK)
-        axes.set_title(f"{grid.task}, {len(grid.items)} items", fontsize=9, color=INK, loc="left")
+        title = f"{grid.task}, {len(grid.items)} items: median [min, max] over templates"
+        axes.set_title(title, fontsize=9, color=INK, loc="left", pad=8 + 12 * ((len(names) + 1) // 2))
         if not names:
             continue
-        axes.legend(fontsize=7, frameon=False, loc="lower right", title="median [min, max]", title_fontsize=7)
+        # Above the panel: inside, rows reach into every corner.
+        axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
     return figure
 
 
