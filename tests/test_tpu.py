@@ -62,6 +62,8 @@ def topology():
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+        # Workers compile side by side.
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
 
 
