@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,15 @@ def test_the_committed_pages_are_those_of_the_committed_runs() -> None:
     assert PAGE.read_text(encoding="utf-8") == reproduction.page(studies)
     for folder, (runs, about) in zip(folders, studies, strict=True):
         assert (folder / "summary.md").read_text(encoding="utf-8").startswith(summary(runs, about).rstrip())
+
+
+def test_the_readme_says_what_the_committed_runs_say() -> None:
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\|.*\|$", readme.split("## Rivals")[1].split("\n## ")[0], re.MULTILINE)
+    told = re.findall(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]", "\n".join(table))
+    summary_page = (PAGE.parent / "bench" / "summary.md").read_text(encoding="utf-8")
+    assert len(told) >= 12
+    assert [figure for figure in told if f"{figure} |" not in summary_page] == []
 
 
 def test_no_folder_is_told(tmp_path, capsys) -> None:

@@ -47,11 +47,11 @@ class Results:
         self.folder = Path(folder)
         self.path = self.folder / FILE_NAME
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _begin_study(self.folder / STUDY_NAME, plain(study))
             packed = _packed(self.path)
             if packed.exists() and not self.path.exists():
                 raise DexError(f"{packed} holds the runs there are: unpack it (gunzip) to add to them")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _begin_study(self.folder / STUDY_NAME, plain(study))
             self.runs, end = _read(self.path) if self.path.exists() else ([], 0)
             self._file = self.path.open("a+b")
             self._file.truncate(end)

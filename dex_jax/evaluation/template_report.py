@@ -317,10 +317,9 @@ def draw(found: Sequence[s.Grid]) -> Any:
         axes.set_xlabel("layers of AR over the method's (depth-side, no time)", fontsize=8, color=INK)
         title = f"{grid.task}, {len(grid.items)} items: median [min, max] over templates"
         axes.set_title(title, fontsize=9, color=INK, loc="left", pad=8 + 12 * ((len(names) + 1) // 2))
-        if not names:
-            continue
-        # Above the panel: inside, rows reach into every corner.
-        axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
+        if names:
+            # Above the panel: inside, rows reach into every corner.
+            axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
     return figure
 
 
