@@ -109,17 +109,17 @@ def write_rows(
     return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))
 
 
-def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array, where: jax.Array) -> Memory:
+def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array) -> Memory:
     """Copies one lattice slot of each sequence to its committed position.
+
+    Sequences that do not commit are written too: nobody attends to that position before its own commit overwrites it,
+    and a plain write needs neither a read nor a choice.
 
     Args:
       memory: any layout.
       slot: [B] int32 lattice slot.
       position: [B] int32 position in the committed cache, the first one that is not committed yet.
-      where: [B] bool, the sequences that commit. The others are written too: nobody attends to that position before its
-        own commit overwrites it, and a plain write needs neither a read nor a choice.
     """
-    del where
 
     def leaf(cache: jax.Array, lattice: jax.Array) -> jax.Array:
         def copy(cache: jax.Array, *layer: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -26,8 +27,12 @@ def exit_code(command: Callable[[], int | None], stopped: str = "Stopped.") -> i
     Returns:
       What `command` returned, 0 for None; 2 for bad input, 130 after Ctrl-C, 0 when nobody reads stdout any more.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # a file or pipe, which Windows would write in the system's code page
     try:
-        return command() or OK
+        code = command() or OK
+        sys.stdout.flush()  # here, where a reader that is gone is no error
+        return code
     except DexError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

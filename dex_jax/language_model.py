@@ -255,8 +255,9 @@ def default_dtype() -> jnp.dtype:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return jnp.dtype(jnp.float32)
-    capability = getattr(device, "compute_capability", None)
-    if device.platform == "gpu" and capability is not None and float(capability) < 8:
+    # AMD's GPUs give a name here, such as gfx942.
+    capability = getattr(device, "compute_capability", None) or ""
+    if device.platform == "gpu" and capability[:1].isdigit() and float(capability) < 8:
         return jnp.dtype(jnp.float16)
     return jnp.dtype(jnp.bfloat16)
 

@@ -31,13 +31,22 @@ def encode_prompt(
       DexError: the prompt is empty, is of another type, has ids outside the vocabulary, or needs a tokenizer or chat
         template that is missing.
     """
+
+    def known(ids: list[int]) -> list[int]:
+        if max(ids, default=0) >= vocab_size:
+            raise DexError(
+                f"the tokenizer of {source} writes token {max(ids)}, and its model knows 0 to {vocab_size - 1}: they "
+                "belong to different models, or the embedding was not enlarged when tokens were added"
+            )
+        return ids
+
     if isinstance(prompt, str):
         if not prompt.strip():
             raise DexError("the prompt is empty: give it at least one word")
         tokenizer = _require(tokenizer, source)
         if chat and tokenizer.has_chat_template:
-            return tokenizer.chat([{"role": "user", "content": prompt}])
-        return tokenizer.encode(prompt)
+            return known(tokenizer.chat([{"role": "user", "content": prompt}]))
+        return known(tokenizer.encode(prompt))
     items: list[Any] = list(prompt)
     if not items:
         raise DexError("the prompt is empty: give it at least one token or message")
@@ -45,7 +54,7 @@ def encode_prompt(
         tokenizer = _require(tokenizer, source)
         if not tokenizer.has_chat_template:
             raise DexError(f"{source} has no chat template, so messages cannot be rendered: pass a string")
-        return tokenizer.chat(items)
+        return known(tokenizer.chat(items))
     if all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in items):
         ids = [int(item) for item in items]
         wrong = [i for i in ids if not 0 <= i < vocab_size]

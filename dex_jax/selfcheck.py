@@ -24,8 +24,8 @@ from dex_jax.decoding.generate import generate
 from dex_jax.decoding.methods import AR, DEFAULT_EXPLORERS, Dex, Method, Schedule
 from dex_jax.decoding.output import Output, ticks_of
 from dex_jax.decoding.session import Session, compile_seconds
-from dex_jax.errors import DexError
-from dex_jax.evaluation.check import TIE_MARGIN, compare
+from dex_jax.errors import exit_code
+from dex_jax.evaluation.check import CLOSE, compare
 from dex_jax.evaluation.forced import forced_exits
 from dex_jax.language_model import LanguageModel, load, merge_model
 from dex_jax.lattice import full_rows
@@ -35,8 +35,6 @@ from dex_jax.sampling import Sampling, sampling_keys
 PROMPTS = ("Why do cats purr?", "Name three rivers and the sea that each of them flows into.")
 NEW_TOKENS = 24
 WARM_TICKS, TIMED_TICKS, REPETITIONS = 4, 8, 7
-CLOSE = {"float32": TIE_MARGIN, "float16": 2.0**-8, "bfloat16": 2.0**-5}
-"""By dtype: two scores closer than this share of the largest |logit| may change places by rounding alone."""
 EXITS_MOVED = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.1}
 """By dtype: the share of exits that rounding may move."""
 
@@ -293,21 +291,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: what suits the device")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the block")
     args = parser.parse_args(arguments)
+    return exit_code(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     terminal = sys.stderr.isatty()
 
-    def notify(phase: str) -> None:
+    def show(text: str) -> None:
         if terminal:
-            print(f"\r\033[K{phase} ...", end="" if phase else "\r\033[K", file=sys.stderr, flush=True)
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def notify(phase: str) -> None:
+        show(f"{phase} ...")
 
     try:
         notify("loading")
         check = quick_check if args.quick else selfcheck
         report = check(load(args.model, args.dtype), notify=notify)
-    except DexError as error:
-        print(f"\nerror: {error}" if terminal else f"error: {error}", file=sys.stderr)
-        return 2
-    if terminal:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    finally:
+        show("")
     print(report.json() if args.json else report.text())
     return 0 if report.holds else 1
 

@@ -57,12 +57,16 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = (piece.strip() for piece in part.partition("="))
         if name not in MESH_AXES or name in sizes or not size.isdecimal() or int(size) < 1:
-            raise DexError(
-                f"{text!r} is no mesh: write axes among {', '.join(MESH_AXES)} with their sizes, each once, such as "
-                "stage=5 or stage=2,tensor=3"
-            )
+            raise _no_mesh(text)
         sizes[name] = int(size)
     return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+
+
+def _no_mesh(wanted: Any) -> DexError:
+    return DexError(
+        f"{wanted!r} is no mesh: write axes among {', '.join(MESH_AXES)} with their sizes, each once, such as "
+        "stage=5 or stage=2,tensor=3"
+    )
 
 
 def device_name(device: jax.Device) -> str:
@@ -79,7 +83,7 @@ def make_mesh(wanted: str | dict[str, int] | Mesh, devices: Sequence[jax.Device]
         the order of their links where all are taken.
 
     Raises:
-      DexError: another axis, or more devices than there are.
+      DexError: another axis, a size that is no whole number of at least 1, or more devices than there are.
     """
     if isinstance(wanted, Mesh):
         _known(wanted.shape)
@@ -90,7 +94,9 @@ def make_mesh(wanted: str | dict[str, int] | Mesh, devices: Sequence[jax.Device]
     if isinstance(wanted, str):
         wanted = parse_mesh(wanted)
     _known(wanted)
-    sizes = tuple(wanted.get(axis, 1) for axis in MESH_AXES)
+    if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1 for n in wanted.values()):
+        raise _no_mesh(wanted)
+    sizes = tuple(int(wanted.get(axis, 1)) for axis in MESH_AXES)
     there = jax.devices() if devices is None else list(devices)
     count = int(np.prod(sizes))
     if count > len(there):

@@ -14,13 +14,16 @@ import pytest
 import dex_jax
 from dex_jax.cli import decode
 from dex_jax.cli.arguments import parser, prompts_of
+from dex_jax.cli.display import _check_lines
 from dex_jax.decoding import auto
 from dex_jax.decoding.costs import ROWS, StepCosts
+from dex_jax.evaluation.check import Check
 
 PROGRAM = Path(__file__).resolve().parents[1] / "decode.py"
 # Two stages of one row each compile fastest; every run below shares the compiled programs of this process.
 COMMON = ["--explorers", "2", "--max-new-tokens", "8", "--exits", "shared"]
 SKY = "Why is the sky blue?"
+FINGERPRINT = "268a3187a3ebf69e"
 
 JSON_TYPES = {
     "prompt": str,
@@ -258,6 +261,9 @@ def test_prompt_files(tmp_path) -> None:
     arguments = parser().parse_args(["--prompt", "zero", "--prompt-file", str(text)])
     assert prompts_of(arguments) == ["zero", "one", " two "]
     assert prompts_of(parser().parse_args(["--prompt-file", str(lines)])) == ["three", messages]
+    odd = "what str.splitlines() cuts: \u2028 \x85 \x0c"
+    lines.write_bytes("\ufeff".encode() + json.dumps({"prompt": odd}, ensure_ascii=False).encode() + b"\r\n")
+    assert prompts_of(parser().parse_args(["--prompt-file", str(lines)])) == [odd]
     stdin = parser().parse_args(["--prompt-file", "-"])
     assert prompts_of(stdin, io.StringIO("four\nfive\n")) == ["four", "five"]
 
@@ -289,6 +295,36 @@ def test_dry_run_loads_nothing_and_adds_up(capsys, monkeypatch, smollm2) -> None
     parts = [sizes[f"{name}_bytes"] for name in ("weights", "cache", "lattice", "exits", "workspace")]
     assert sum(parts) == sizes["total_bytes"]
     assert run(capsys, "--dry-run", "--depths", "40")[0] == 2
+
+
+def test_a_dry_run_takes_and_refuses_what_a_real_run_does(capsys) -> None:
+    shipped = Path(dex_jax.__file__).parent / "default_exits"
+    at_depths, drafter = shipped / f"{FINGERPRINT}.safetensors", shipped / f"{FINGERPRINT}.drafter.safetensors"
+    assert "float32, parallel, on one device" in run(capsys, "--dry-run", "--exits", str(at_depths))[1]
+    assert "float32, serial, on one device" in run(capsys, "--dry-run", "--exits", str(drafter))[1]
+    assert run(capsys, "--dry-run", "--layout", "stacked", "--exits", str(drafter))[0] == 0
+    for flags, sentence in [
+        (["--prompt", SKY, "--max-new-tokens", "100000"], "passes the model's context of 8192"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be"),
+        (["--temperature", "-1"], "temperature must be 0"),
+        (["--temperature", "1", "--top-p", "7"], "top_p must lie in"),
+        (
+            ["--explorers", "5", "--exits", str(drafter)],
+            "holds a drafter, an exit at depth 0, which only",
+        ),
+    ]:
+        code, _, err = run(capsys, "--dry-run", *flags)
+        assert (code, err.count("\n")) == (2, 1)
+        assert sentence in err
+
+
+def test_a_parting_is_judged_by_the_dtype(capsys) -> None:
+    close = Check(False, 3, 5e-3)
+    assert close.is_tie("bfloat16")
+    assert not close.is_tie("float32")
+    assert not Check(False, 3, 5e-2).is_tie("bfloat16")
+    assert "(a tie in floating point)" in _check_lines([close], "bfloat16")[0]
+    assert "(NOT a tie: please report this)" in _check_lines([close], "float32")[0]
 
 
 def test_help_names_every_flag(capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -34,16 +35,34 @@ def test_bad_input_and_ctrl_c_are_told_in_a_line(capsys) -> None:
         exit_code(raising(ValueError("a bug")))
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
-    program = (
-        "import sys; from dex_jax.errors import exit_code; "
-        "sys.exit(exit_code(lambda: [print('x' * 1000, flush=True) for _ in range(10000)] and None))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize(
+    ("command", "read"),
+    # What is short stays in a buffer until the end.
+    [("[print('x' * 1000, flush=True) for _ in range(10000)] and None", 10), ("input() or print('short')", 0)],
+)
+def test_a_reader_that_leaves_is_no_error(command: str, read: int) -> None:
+    program = f"import sys; from dex_jax.errors import exit_code; sys.exit(exit_code(lambda: {command}))"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", program], env=buffered, **pipes)
+    assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
-    process.stdout.read(10)
+    process.stdout.read(read)
     process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(60) == OK
+
+
+def test_what_is_piped_is_utf_8() -> None:
+    program = "import sys; from dex_jax.errors import exit_code; sys.exit(exit_code(lambda: print('\u2588 \u65e5')))"
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONIOENCODING": "cp1252:strict"},
+        capture_output=True,
+        check=True,
+    )
+    assert found.stdout.decode() == "\u2588 \u65e5" + os.linesep

@@ -22,6 +22,7 @@ from reference.small_models import (
 import dex_jax
 from dex_jax import AR, Dex, DexError, Stacked
 from dex_jax.decoding.stopping import StopStrings
+from dex_jax.prompts import encode_prompt
 from dex_jax.sampling import position_noise, sampling_keys
 
 TOKENS = 14
@@ -342,6 +343,12 @@ def test_strings_go_through_the_tokenizer() -> None:
     ids = generate(lm, AR(), [[1, 2, 3]])
     assert text.prompt_tokens == ids.prompt_tokens == [[1, 2, 3]]
     assert text.texts == ids.texts
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_told() -> None:
+    lm = small_model(tokenizer=LetterTokenizer())
+    with pytest.raises(DexError, match="writes token 25, and its model knows 0 to 19"):
+        encode_prompt("BZ", lm.tokenizer, 20, "somewhere")
 
 
 def test_default_exits_say_that_they_are_shared(capsys) -> None:

@@ -1,7 +1,7 @@
 """SmolLM2 in float16 and bfloat16: nothing overflows, and tokens part from AR's only where two scores are close.
 
-In half precision a row is rounded differently among other rows, so tokens need not be equal (DESIGN: report the match
-rate, the first divergence and its margin); a divergence with a wide margin is a bug.
+In half precision a row is rounded differently among other rows, so tokens need not be equal: match rate, first
+divergence and its margin are reported, and a divergence with a wide margin is a bug.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from reference.held_out_prompts import PROMPTS
 import dex_jax
 from dex_jax.decoding.network import depth_states
 from dex_jax.decoding.output import ticks_of
-from dex_jax.evaluation.check import compare
+from dex_jax.evaluation.check import CLOSE, compare
 from dex_jax.language_model import merge_model
-from dex_jax.selfcheck import CLOSE
 
 DEPTHS = (15, 30)
 NEW_TOKENS = 12

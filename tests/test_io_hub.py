@@ -37,6 +37,7 @@ def hub(cache, monkeypatch):
         asked=[],
         shards=1,
         config=None,
+        adapter=None,
     )
     from_cache = huggingface_hub.snapshot_download
 
@@ -52,6 +53,11 @@ def hub(cache, monkeypatch):
             return from_cache(repo, allow_patterns=allow_patterns, local_files_only=True)
         state.asked.append((repo, revision, tuple(allow_patterns)))
         write_checkpoint(cache, "smollm2", state.shards)
+        if "model*.safetensors" not in allow_patterns:
+            for weights in cache.glob("*.safetensors"):
+                weights.unlink()
+        if state.adapter is not None:
+            (cache / "adapter_config.json").write_text(state.adapter)
         if state.config is not None:
             (cache / "config.json").write_text(state.config)
         return str(cache)
@@ -106,6 +112,18 @@ def test_a_download_is_announced_with_its_size(hub, capsys):
 def test_a_model_that_could_not_be_used_is_refused_before_its_weights_come(hub, cache):
     hub.config = '{"model_type": "gpt2"}'
     assert f"{REPO} is of model type 'gpt2'" in refusal(REPO)
+    assert len(hub.asked) == 1
+
+
+def test_a_merged_model_may_have_kept_its_adapters_description(hub):
+    hub.adapter = '{"base_model_name_or_path": "owner/base"}'
+    assert open_checkpoint(REPO).config.width == 72
+
+
+def test_an_adapter_alone_is_refused_before_it_comes(hub):
+    hub.adapter = '{"base_model_name_or_path": "owner/base"}'
+    hub.files = {"adapter_config.json": 1_000, "adapter_model.safetensors": 5_000, "epoch-1/model.safetensors": 5_000}
+    assert "LoRA adapter" in refusal(REPO)
     assert len(hub.asked) == 1
 
 

@@ -59,13 +59,22 @@ def test_a_stored_checkpoint_is_the_same(store, tmp_path, family, shards, monkey
     assert there.read("layers.1.down").nbytes == sum(fetched)
 
 
+def test_a_stored_adapter_and_what_it_was_merged_into(store, tmp_path):
+    put(store, write_checkpoint(tmp_path, "llama2"), "bucket/merged")
+    store.pipe_file("/bucket/merged/adapter_config.json", b"{}")
+    assert open_checkpoint("memory://bucket/merged").config.width == 64
+    store.mv("/bucket/merged/model.safetensors", "/bucket/merged/adapter_model.safetensors")
+    with pytest.raises(DexError, match="LoRA adapter"):
+        open_checkpoint("memory://bucket/merged")
+
+
 def test_a_stored_model_decodes(store, tmp_path):
     directory = write_checkpoint(tmp_path / "model", "llama2")
     put(store, directory, "bucket/model")
     exits = random_exits("linear", depths=(2,))
     save_exits(tmp_path / "exits" / FILE_NAME, exits)
-    put(store, tmp_path / "exits", "bucket/exits")
-    for url in ("memory://bucket/exits", f"memory://bucket/exits/{FILE_NAME}"):
+    put(store, tmp_path / "exits", "bucket/exits-0.5b")
+    for url in ("memory://bucket/exits-0.5b", f"memory://bucket/exits-0.5b/{FILE_NAME}"):
         found = load_exits(url)
         assert found.config == exits.config
         assert found.source == url

@@ -224,18 +224,22 @@ def test_a_data_axis_shares_one_number(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("wanted", "sentence"),
     [
         ("stage=0", "stage=5 or stage=2,tensor=3"),
         ("stages=2", "stage=5 or stage=2,tensor=3"),
         ("stage=2,stage=3", "each once"),
         ("stage=two", "with their sizes"),
         ("stage=500", r"needs 500 devices and there are 1 \(cpu\).*device_count=500"),
+        ({"tensor": 0}, "'tensor': 0} is no mesh"),
+        ({"stage": -1}, "'stage': -1} is no mesh"),
+        ({"stage": 1.0}, "'stage': 1.0} is no mesh"),
+        ({"stage": True}, "'stage': True} is no mesh"),
     ],
 )
-def test_a_mesh_that_cannot_be_had(text: str, sentence: str) -> None:
+def test_a_mesh_that_cannot_be_had(wanted: str | dict, sentence: str) -> None:
     with pytest.raises(DexError, match=sentence):
-        make_mesh(text)
+        make_mesh(wanted)
 
 
 def test_a_mesh_that_does_not_fit() -> None:

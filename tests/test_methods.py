@@ -41,6 +41,12 @@ def test_rows_as_given() -> None:
     assert Dex(depths=(1, 2, 30), rows=1, decs=False).schedule_for(30).decs is False
 
 
+def test_whole_numbers_of_numpy_become_pythons() -> None:
+    schedule = Dex(explorers=np.int64(5), rows=np.int64(4)).schedule_for(30)
+    assert schedule == Dex(explorers=5, rows=4).schedule_for(30)
+    assert {type(x) for x in (*schedule.depths, schedule.rows)} == {int}
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [
@@ -48,6 +54,7 @@ def test_rows_as_given() -> None:
         (Dex(explorers=0), "explorers must be from 1 to the model's 30 layers, not 0"),
         (Dex(explorers=-1), "not -1"),
         (Dex(explorers=31), "not 31"),
+        (Dex(explorers=True), "not True"),
         (Dex(depths=()), "depths"),
         (Dex(depths=(0, 30)), "between 1 and"),
         (Dex(depths=(6, 31)), "between 1 and"),

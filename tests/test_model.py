@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -15,7 +16,8 @@ from reference.small_models import LLAMA, QWEN3, ragged_prompts, small_model
 
 from dex_jax import RopeScaling, Stacked, Unrolled
 from dex_jax.decoding.network import depth_states
-from dex_jax.language_model import merge_model
+from dex_jax.language_model import default_dtype, merge_model
+from dex_jax.nn import transformer
 from dex_jax.nn.layers import KeyValues, attend, linear, rms_norm, rope_frequencies, rope_table, rotate
 from dex_jax.nn.transformer import (
     parameter_bytes,
@@ -152,6 +154,36 @@ def test_one_layout_is_resident_at_a_time() -> None:
         assert all(leaf.is_deleted() for leaf in old)
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
     assert relayout(model, Unrolled()) is model
+
+
+def test_stacked_layers_are_gone_before_a_model_is_made_of_their_copies(monkeypatch) -> None:
+    model = random_transformer(LLAMA, UNEVEN, 0)
+    old = jax.tree.leaves(nnx.state(model.layers))
+    made, gone = transformer.Transformer, []
+
+    def make(*arguments):
+        gone.append(all(leaf.is_deleted() for leaf in old))
+        return made(*arguments)
+
+    monkeypatch.setattr(transformer, "Transformer", make)
+    relayout(model, Unrolled())
+    assert gone == [True]
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [
+        ("gpu", "7.5", jnp.float16),
+        ("gpu", "9.0", jnp.bfloat16),
+        ("gpu", "12.0", jnp.bfloat16),
+        ("gpu", "gfx942", jnp.bfloat16),
+        ("tpu", None, jnp.bfloat16),
+    ],
+)
+def test_the_default_dtype_of_a_device(platform, capability, expected, monkeypatch) -> None:
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert default_dtype() == expected
 
 
 def test_arranging_a_language_model_keeps_its_logits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +103,12 @@ def test_a_failure_leaves_what_was_there(failing: str, tmp_path, monkeypatch) ->
             save_model(target, LLAMA, weights_of(LLAMA, 1))
     assert contents(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_files_are_flushed_as_windows_wants_it(tmp_path, monkeypatch) -> None:
+    # There a descriptor that may not be written to cannot be flushed: writing nothing refuses it everywhere.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.write(descriptor, b""))
+    assert open_checkpoint(str(save_model(tmp_path / "m", LLAMA, weights_of(LLAMA)))).config == LLAMA
 
 
 def test_nothing_but_a_model_is_replaced(tmp_path) -> None:

@@ -171,6 +171,12 @@ def test_a_file_gives_back_what_was_saved(tmp_path, int8) -> None:
     assert (np.abs(whole * steps - large["map"]) <= steps * 0.5001).all()
 
 
+def test_exits_are_written_under_their_own_ending(tmp_path) -> None:
+    with pytest.raises(DexError, match=r"written to a \.safetensors file, not to .*x\.bin"):
+        save_exits(tmp_path / "x.bin", random_exits("linear"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_is_loaded_and_nothing_is_refused_clearly(tmp_path) -> None:
     save_exits(tmp_path / "exits.safetensors", random_exits("linear"))
     assert load_exits(tmp_path).config.kind == "linear"

@@ -136,13 +136,14 @@ def prompts_of(args: argparse.Namespace, stdin: TextIO = sys.stdin) -> list[Prom
 
 def _read_prompts(name: str, stdin: TextIO) -> list[Prompt]:
     if name == "-":
-        lines = stdin.read().splitlines()
+        text = stdin.read()
     else:
         try:
-            lines = Path(name).read_text(encoding="utf-8").splitlines()
+            text = Path(name).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DexError(f"cannot read the prompt file {name}: {error}") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    # JSON strings may hold what str.splitlines() also takes for an end of line.
+    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not numbered:
         raise DexError(f"the prompt file {name} holds no prompt: write one a line")
     if name.endswith(".jsonl"):

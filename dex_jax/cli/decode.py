@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
     _finish(dataclasses.replace(output, stats=stats), prompts, checks, args)
     if interrupted:
         return INTERRUPTED
-    return DIFFERENT if checks and not all(check.tie for check in checks) else OK
+    return DIFFERENT if checks and not all(check.is_tie(stats.dtype) for check in checks) else OK
 
 
 def _outline(args: argparse.Namespace, method: Method) -> Outline:

@@ -6,7 +6,7 @@ import argparse
 
 from jax.sharding import Mesh
 
-from dex_jax.decoding.exits import resolve_method
+from dex_jax.decoding.exits import resolve_method, stand_at_depths
 from dex_jax.decoding.methods import Dex, Method, is_auto, with_stages
 from dex_jax.errors import DexError
 from dex_jax.io import open_checkpoint
@@ -28,10 +28,13 @@ def layout_of(args: argparse.Namespace, method: Method) -> tuple[Layout | None, 
     if mesh is not None and args.layout == "stacked":
         raise DexError("--layout stacked is for one device: leave it out with --mesh")
     method = with_stages(method, None if mesh is None else mesh.shape[STAGE])
+    exits, fingerprint = args.exits, checkpoint.fingerprint()
     if is_auto(method):
         # Whatever "auto" will choose, the stages of the layout are those of explorers side by side.
         method = Dex(schedule="parallel")
-    schedule = resolve_method(method, args.exits, checkpoint.config, checkpoint.fingerprint()).schedule
+        if exits != "shared" and not stand_at_depths(exits, fingerprint):
+            exits = "default"  # a drafter says nothing of stages
+    schedule = resolve_method(method, exits, checkpoint.config, fingerprint).schedule
     if mesh is None:
         return Stacked(schedule.depths), None
     layout = Staged(schedule.depths) if schedule.kind == "parallel" else None

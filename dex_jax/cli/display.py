@@ -43,7 +43,6 @@ class TextPrinter:
         )
         self.row = 0
         self.printed = 0
-        self.held = ""
         self.stream = self._begin()
 
     def update(self, output: Output, stops: bool) -> None:
@@ -125,7 +124,7 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     )
     if schedule.stages > 1:
         lines += _bars(output)
-    lines += _check_lines(checks)
+    lines += _check_lines(checks, stats.dtype)
     return "\n".join(lines)
 
 
@@ -143,7 +142,7 @@ def _bars(output: Output) -> list[str]:
     return lines
 
 
-def _check_lines(checks: list[Check] | None) -> list[str]:
+def _check_lines(checks: list[Check] | None, dtype: str) -> list[str]:
     if checks is None:
         return []
     lines = []
@@ -152,7 +151,7 @@ def _check_lines(checks: list[Check] | None) -> list[str]:
         if check.identical:
             lines.append(f"check: {which}identical to plain AR decoding")
         else:
-            kind = "a tie in floating point" if check.tie else "NOT a tie: please report this"
+            kind = "a tie in floating point" if check.is_tie(dtype) else "NOT a tie: please report this"
             lines.append(
                 f"check: {which}differs from plain AR decoding at token {check.first_divergence}, "
                 f"top-2 margin {check.top2_margin:.2e} ({kind})"

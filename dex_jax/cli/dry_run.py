@@ -9,7 +9,7 @@ from typing import Any
 
 from dex_jax.cli.arguments import prompts_of
 from dex_jax.decoding.methods import Dex, Method, is_auto
-from dex_jax.errors import DexError
+from dex_jax.prompts import Prompt
 
 
 def dry_run(args: argparse.Namespace, method: Method) -> int:
@@ -21,40 +21,37 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
       DexError: as a real run would, for what can be known without weights.
     """
     from dex_jax.cli.devices import layout_of
-    from dex_jax.decoding.exits import resolve_method
+    from dex_jax.decoding.exits import resolve_method, stand_at_depths
+    from dex_jax.decoding.generate import encode_prompts, sampling_of
     from dex_jax.decoding.methods import with_stages
     from dex_jax.decoding.session import check_mesh
     from dex_jax.evaluation.footprint import cache_length_for, device_memory, footprint, trained_bytes, verdict
     from dex_jax.io import open_checkpoint
-    from dex_jax.language_model import resolve_dtype
+    from dex_jax.language_model import Outline, resolve_dtype
     from dex_jax.nn.transformer import Unrolled
-    from dex_jax.prompts import encode_prompt
     from dex_jax.sharding import STAGE
 
-    if args.max_new_tokens < 1 or args.num_samples < 1:
-        raise DexError("--max-new-tokens and --num-samples must be at least 1")
     checkpoint = open_checkpoint(args.model)
     config, dtype = checkpoint.config, resolve_dtype(args.dtype)
     layout, mesh = layout_of(args, method)
     if mesh is not None:
         method = with_stages(method, mesh.shape[STAGE])
     if is_auto(method):
-        # Which schedule is chosen is measured on the device; serial rounds hold no less than AR.
-        method = Dex(schedule="serial")
+        # Which of AR and serial rounds is chosen is measured on the device; the latter hold no less.
+        method = Dex(schedule="parallel" if stand_at_depths(args.exits, checkpoint.fingerprint()) else "serial")
     resolved = resolve_method(method, args.exits, config, checkpoint.fingerprint())
     resolved.say()
     schedule = resolved.schedule
-    lengths = [1]
-    if args.prompt or args.prompt_file is not None:
-        tokenizer, chat = checkpoint.tokenizer, not args.no_chat
-        prompts = prompts_of(args)
-        lengths = [len(encode_prompt(p, tokenizer, config.vocab_size, checkpoint.source, chat)) for p in prompts]
-    length = cache_length_for(max(lengths), args.max_new_tokens, schedule)
-    batch = len(lengths) * args.num_samples
     layout = layout or Unrolled()
+    prompts: list[Prompt] = prompts_of(args) if args.prompt or args.prompt_file is not None else [[0]]
+    outline = Outline(checkpoint, dtype, layout, mesh)
+    ids = encode_prompts(outline, prompts, not args.no_chat, args.num_samples, args.max_new_tokens)
+    batch = len(ids)
+    sampling, _ = sampling_of(args.temperature, args.top_k, args.top_p, args.seed, batch, config.vocab_size)
+    length = cache_length_for(max(map(len, ids)), args.max_new_tokens, schedule)
     check_mesh(mesh, layout, schedule, batch)
-    sampled, exits_bytes = args.temperature > 0, trained_bytes(config, dtype, resolved.trained, mesh)
-    options: dict[str, Any] = {"sampled": sampled, "exits_bytes": exits_bytes, "mesh": mesh}
+    exits_bytes = trained_bytes(config, dtype, resolved.trained, mesh)
+    options: dict[str, Any] = {"sampled": sampling is not None, "exits_bytes": exits_bytes, "mesh": mesh}
     needed = footprint(config, dtype, schedule, batch, length, layout, **options)
     sentence = verdict(needed, device_memory())
     devices = 1 if mesh is None else mesh.size

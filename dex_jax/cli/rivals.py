@@ -28,7 +28,7 @@ RIVALS: dict[str, tuple[Callable[..., Method], dict[str, str]]] = {
 
 METHOD_HELP = """dex; ar: all layers for every token; layerskip: drafts at one exit; adadecode: every token exits
 where an exit is sure; del: layerskip that chooses exit and draft length; dex-single-exit: DEX whose first exit alone
-proposes; oracle: no decoder but a bound (%(default)s)"""
+proposes; oracle: no decoder but a bound without DECS (%(default)s)"""
 
 
 def add_rival_flags(add: Callable[..., Any]) -> None:

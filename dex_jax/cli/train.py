@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
             # What JAX raises where memory is allocated, and it has no class of its own for that.
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise DexError("the device has too little memory for this: lower --batch") from error
+            lower = ": lower --batch" if hasattr(args, "batch") else ""
+            raise DexError(f"the device has too little memory for this{lower}") from error
 
     return exit_code(run, "Stopped. To go on, run the same command again.")
 

@@ -26,11 +26,10 @@ def export(args: argparse.Namespace) -> None:
     Raises:
       DexError: no exits there, or a file that cannot be written.
     """
-    from dex_jax.io.exits_file import FILE_NAME, load_exits, save_exits
+    from dex_jax.io.exits_file import FILE_NAME, check_exits_path, load_exits, save_exits
 
     folder, output = Path(args.folder), Path(args.output)
-    if output.suffix != ".safetensors":
-        raise DexError(f"exits are written to a .safetensors file, not to {output}: name it so")
+    check_exits_path(output)
     if not folder.is_dir():
         raise DexError(f"there is no folder {folder}: give the one of a training, such as runs/smollm2_135m")
     ended = args.step is None and (folder / FILE_NAME).is_file()

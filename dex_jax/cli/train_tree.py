@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dex_jax.cli.arguments import program
@@ -46,12 +45,11 @@ def tree(args: argparse.Namespace) -> None:
     from dex_jax.cli.train_results import spread
     from dex_jax.decoding.known_trees import with_trees
     from dex_jax.evaluation.tree_search import search_trees
-    from dex_jax.io.exits_file import load_exits, save_exits
+    from dex_jax.io.exits_file import check_exits_path, load_exits, save_exits
     from dex_jax.language_model import load
     from dex_jax.training.prompt_files import read_prompts
 
-    if Path(args.output).suffix != ".safetensors":
-        raise DexError(f"exits are written to a .safetensors file, not to {args.output}: name it so")
+    check_exits_path(args.output)
     if args.prompts < 1 or args.steps < 0:
         raise DexError("--prompts must be at least 1 and --steps at least 0")
     drafter = load_exits(args.exits)

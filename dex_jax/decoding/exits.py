@@ -103,6 +103,11 @@ def resolve_exits(
         remarks.append(f"the exits in {source} were trained on another model: tokens stay the same, ticks may be more")
     depths = schedule.depths
     reached = tuple(depth for depth in trained.config.depths if depth > 0)
+    if not reached:
+        raise DexError(
+            f'{source} holds a drafter, an exit at depth 0, which only schedule="serial" uses: choose that, or other '
+            "exits"
+        )
     if not set(depths[:-1]) <= set(reached):
         trained_at = ", ".join(map(str, trained.config.depths))
         if given_depths:
@@ -159,6 +164,12 @@ def find_drafter(
         return (None, None) if shipped is None else (shipped, "default")
     trained = exits if isinstance(exits, TrainedExits) else load_exits(exits)
     return trained, trained.source
+
+
+def stand_at_depths(exits: str | os.PathLike | TrainedExits, fingerprint: str) -> bool:
+    """Whether these are exits of one's own that only explorers side by side can use: no drafter, and not by default."""
+    found, _ = find_drafter(exits, fingerprint)
+    return found is not None and not found.config.is_drafter
 
 
 def all_depths(exits: str | os.PathLike | TrainedExits, config: ModelConfig, fingerprint: str) -> tuple[int, ...]:

@@ -177,9 +177,9 @@ def prepare(
     notify: Callable[[str], None] = lambda phase: None,
 ) -> Prepared:
     """Checks prompts and options, which are those of `stream`, and builds the session that runs them."""
-    encode = functools.partial(_encode, lm, prompts, chat, num_samples, max_new_tokens)
+    encode = functools.partial(encode_prompts, lm, prompts, chat, num_samples, max_new_tokens)
     ids = encode() if lm.mesh is None else from_first(encode)
-    sampling, seeds = _sampling(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
+    sampling, seeds = sampling_of(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
     length = prompt_bucket(max(map(len, ids))) + capacity_for(max_new_tokens)
     model = (lm.config, lm.layout, lm.dtype, lm.fingerprint)
     method = with_stages(method, None if lm.mesh is None else lm.mesh.shape[STAGE])
@@ -222,9 +222,14 @@ class _Clock:
             raise DexError(f"{' and '.join(lost)} no longer answers: start all processes again") from error
 
 
-def _encode(
+def encode_prompts(
     lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], chat: bool, num_samples: int, max_new_tokens: int
 ) -> list[list[int]]:
+    """Token ids of every sequence, prompts in their order and each `num_samples` times.
+
+    Raises:
+      DexError: no prompt, one that cannot be encoded, or one that leaves no room for the new tokens.
+    """
     whole_number(max_new_tokens=max_new_tokens, num_samples=num_samples)
     batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts or ())
     if not batch:
@@ -241,9 +246,14 @@ def _encode(
     return [prompt for prompt in ids for _ in range(num_samples)]
 
 
-def _sampling(
+def sampling_of(
     temperature: float, top_k: int | None, top_p: float | None, seed: int | Sequence[int], batch: int, vocab_size: int
 ) -> tuple[Sampling | None, list[int] | None]:
+    """(what the loops sample with, seed of each sequence); None for greedy decoding.
+
+    Raises:
+      DexError: an option out of its range, or seeds of another number than sequences.
+    """
     if not (np.isfinite(temperature) and temperature >= 0):
         raise DexError(f"temperature must be 0 (greedy) or above, not {temperature}")
     if 0 < temperature < SMALLEST_TEMPERATURE:

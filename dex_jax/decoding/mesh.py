@@ -67,7 +67,7 @@ def prefill_chunk(
         last, exits = from_last_stage((last_states(hidden, last, start, lengths), exits), device.stages)
         return _stacked(memory._replace(exits=exits)), last
 
-    inputs = (_weights(spec), _heads(spec, heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE, EVERYWHERE, BY_SEQUENCE)
+    inputs = (_weights(spec), _heads(heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE, EVERYWHERE, BY_SEQUENCE)
     return _mapped(run, spec, inputs, (MEMORY, BY_SEQUENCE))(weights, heads, memory, last, tokens, start, lengths)
 
 
@@ -107,7 +107,7 @@ def start_decoding(
         return state._replace(memory=_stacked(memory), hidden=state.hidden[:1])
 
     inputs = (
-        *(_weights(spec), _heads(spec, heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE),
+        *(_weights(spec), _heads(heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE),
         *(LIMITS, sampling_specs(sampling)),
     )
     return _mapped(run, spec, inputs, state_specs(spec))(weights, heads, memory, last, lengths, limits, sampling)
@@ -138,7 +138,7 @@ def run_ticks(
         return state._replace(memory=_stacked(state.memory), hidden=state.hidden[None])
 
     states = state_specs(spec)
-    inputs = (_weights(spec), _heads(spec, heads), states, LIMITS, sampling_specs(sampling), EVERYWHERE)
+    inputs = (_weights(spec), _heads(heads), states, LIMITS, sampling_specs(sampling), EVERYWHERE)
     return _mapped(run, spec, inputs, states)(weights, heads, state, limits, sampling, until_tick)
 
 
@@ -249,7 +249,7 @@ def _weights(spec: Spec) -> Any:
     return weight_specs(abstract_weights(spec.config, spec.layout, jnp.dtype(jnp.float32)), spec.mesh)
 
 
-def _heads(spec: Spec, heads: ExitArrays | None) -> Any:
+def _heads(heads: ExitArrays | None) -> Any:
     return EVERYWHERE if heads is None else head_specs(heads)
 
 

@@ -144,9 +144,9 @@ class Dex:
             stages = DEFAULT_EXPLORERS if self.explorers is None else self.explorers
             if self.explorers is None:
                 stages = min(stages, num_layers)
-            if isinstance(stages, bool) or not isinstance(stages, int) or not 1 <= stages <= num_layers:
+            if not _is_whole(stages) or stages > num_layers:
                 raise DexError(f"explorers must be from 1 to the model's {num_layers} layers, not {stages}")
-            return even_depths(stages, num_layers)
+            return even_depths(int(stages), num_layers)
         return check_depths(self.depths, num_layers)
 
     def _rows(self, stages: int) -> int:
@@ -159,7 +159,7 @@ class Dex:
                     f"to K = {FULL_ROWS_LIMIT}, give a number of rows instead"
                 )
             return full_rows(stages)
-        if isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1:
+        if not _is_whole(self.rows):
             raise DexError(f'rows must be a whole number of at least 1, or "full", not {self.rows}')
         return int(self.rows)
 
@@ -189,8 +189,12 @@ def whole_number(**fields: Any) -> None:
       DexError: naming the first of them.
     """
     for name, value in fields.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        if not _is_whole(value):
             raise DexError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, np.integer)) and int(value) >= 1
 
 
 def with_stages(method: Method | None, stages: int | None) -> Method:

@@ -37,7 +37,7 @@ def transformer_network(
         vocab_size=model.config.vocab_size,
         embed=lambda tokens, positions: model.embed_tokens(jnp.maximum(tokens, 0)),
         advance=lambda memory, hidden, view: advance(model, depths, memory, hidden, view),
-        commit=lambda memory, done: commit_slot(memory, done.slot, done.position, done.where)._replace(
+        commit=lambda memory, done: commit_slot(memory, done.slot, done.position)._replace(
             exits=commit_exits(memory.exits, done)
         ),
         final=model.logits,

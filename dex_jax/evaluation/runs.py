@@ -18,7 +18,6 @@ from typing import Any
 from dex_jax.decoding.output import Output
 from dex_jax.errors import DexError
 from dex_jax.evaluation.check import Check
-from dex_jax.selfcheck import CLOSE
 from dex_jax.training.journal import plain
 
 KINDS = ("depth", "wall")
@@ -61,7 +60,7 @@ class Run:
       match: whether the tokens are AR's on the same prompt; None before anything was compared.
       first_divergence: index of the first new token that is not AR's; None for none.
       margin: AR's top-2 margin there over max |logit|, after noise; None for none.
-      tie: whether rounding alone may decide there, by `selfcheck.CLOSE` of the dtype; None for none.
+      tie: whether rounding alone may decide there, by `check.CLOSE` of the dtype; None for none.
       repeated: share of the answer's 4-grams of tokens that occurred before in it; None below 4 tokens.
       parsed, correct: whether an answer could be read from the text, and was right; None where nothing is graded.
       chance: how often guessing is right; None where nothing is graded.
@@ -217,7 +216,7 @@ def compared(run: Run, check: Check) -> Run:
     margin = check.top2_margin
     # A margin between two -inf is none.
     margin = float(margin) if margin is not None and math.isfinite(margin) else None
-    tie = None if check.identical else margin is not None and margin < CLOSE[run.dtype]
+    tie = None if check.identical else check.is_tie(run.dtype)
     return dataclasses.replace(
         run, match=check.identical, first_divergence=check.first_divergence, margin=margin, tie=tie
     )

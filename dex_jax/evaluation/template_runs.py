@@ -18,7 +18,7 @@ from dex_jax.decoding.layerskip import LayerSkip
 from dex_jax.decoding.methods import Dex
 from dex_jax.decoding.output import ticks_of
 from dex_jax.evaluation.answering import Answer, answer, batches
-from dex_jax.evaluation.check import compare_tokens
+from dex_jax.evaluation.check import CLOSE, compare_tokens
 from dex_jax.evaluation.contenders import best_setting
 from dex_jax.evaluation.forced_counts import Ask, Forced, dex_asks, dex_count, layerskip_asks, layerskip_count
 from dex_jax.evaluation.forced_runs import answer_fields, layerskip_run
@@ -28,7 +28,6 @@ from dex_jax.evaluation.runs import Run, compared, run_key, run_of
 from dex_jax.evaluation.template_plan import Case, Plan, grade
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows
-from dex_jax.selfcheck import CLOSE
 
 SMALLEST_BATCH = 8
 LOOP_BATCH = 8

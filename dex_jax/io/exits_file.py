@@ -62,6 +62,16 @@ class TrainedExits:
         return found.hexdigest()[:16]
 
 
+def check_exits_path(path: str | os.PathLike) -> None:
+    """Refuses to write exits under another ending than the one that `load_exits` asks for.
+
+    Raises:
+      DexError: `path` does not end in .safetensors.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise DexError(f"exits are written to a .safetensors file, not to {path}: name it so")
+
+
 def save_exits(path: str | os.PathLike, exits: TrainedExits, *, int8: bool = False) -> None:
     """Writes one file, whole or not at all.
 
@@ -71,10 +81,11 @@ def save_exits(path: str | os.PathLike, exits: TrainedExits, *, int8: bool = Fal
       int8: store matrices as 8-bit integers with one step per output row, a quarter of the size; otherwise float32.
 
     Raises:
-      DexError: the file cannot be written.
+      DexError: another ending, or the file cannot be written.
     """
     from safetensors.numpy import save
 
+    check_exits_path(path)
     tensors: dict[str, np.ndarray] = {}
     for name, value in exits.parameters.items():
         matrix = int8 and value.ndim >= 2 and value.shape[-1] > 1 and value.size >= 2**14

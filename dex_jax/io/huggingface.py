@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,13 @@ def open_directory(directory: Path, source: str) -> Checkpoint:
     return checkpoint_of(directory, source, tensors)
 
 
-def checkpoint_of(directory: Path, source: str, tensors: Callable[[], TensorSource], keep: object = None) -> Checkpoint:
+def checkpoint_of(
+    directory: Path,
+    source: str,
+    tensors: Callable[[], TensorSource],
+    keep: object = None,
+    weights: bool | None = None,
+) -> Checkpoint:
     """The checkpoint whose configuration and tokenizer lie in a directory, and its weights where `tensors` opens them.
 
     Args:
@@ -50,11 +56,12 @@ def checkpoint_of(directory: Path, source: str, tensors: Callable[[], TensorSour
       source: what to call it in reports and errors.
       tensors: called once the configuration is found to be covered.
       keep: lives as long as the tokenizer may be asked for.
+      weights: as of `read_config`.
 
     Raises:
       DexError: files are missing or not covered.
     """
-    config = read_config(directory, source)
+    config = read_config(directory, source, weights)
 
     def build(_: object = keep) -> Tokenizer | None:
         return _tokenizer(directory, config.eos_ids, source)
@@ -62,10 +69,20 @@ def checkpoint_of(directory: Path, source: str, tensors: Callable[[], TensorSour
     return Checkpoint(config, source, tensors(), gguf=False, build_tokenizer=build)
 
 
-def read_config(directory: Path, source: str) -> ModelConfig:
-    """Reads a directory's configuration; weights need not be there. Arguments and errors as in `open_directory`."""
+def read_config(directory: Path, source: str, weights: bool | None = None) -> ModelConfig:
+    """Reads a directory's configuration; weights need not be there.
+
+    Args:
+      directory: the directory.
+      source: what to call it in reports and errors.
+      weights: whether the model has weights of its own, where they lie elsewhere; None looks for them here.
+
+    Raises:
+      DexError: files are missing or not covered.
+    """
     adapter = directory / "adapter_config.json"
-    if adapter.is_file() and not _has_weights(directory):
+    # A merged model may have kept its adapter's description.
+    if adapter.is_file() and not (_has_weights(directory) if weights is None else weights):
         base = read_json(adapter).get("base_model_name_or_path", "its base model")
         raise DexError(
             f"{source} holds a LoRA adapter and no model of its own: merge it into {base} (merge_and_unload in peft), "
@@ -100,9 +117,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def names_weights(names: Iterable[str]) -> bool:
+    """Whether files of these names in one folder hold a model's weights, and not an adapter's alone."""
+    return any(".safetensors" in name and "/" not in name and not name.startswith("adapter_") for name in names)
+
+
 def _has_weights(directory: Path) -> bool:
-    names = (path.name for path in directory.glob("*.safetensors*"))
-    return any(not name.startswith("adapter_") for name in names)
+    return names_weights(path.name for path in directory.iterdir())
 
 
 def _tokenizer(directory: Path, eos_ids: tuple[int, ...], source: str) -> Tokenizer | None:

@@ -21,7 +21,7 @@ import numpy as np
 from dex_jax.errors import DexError
 from dex_jax.io.checkpoint import Checkpoint
 from dex_jax.io.hub import DESCRIPTIONS
-from dex_jax.io.huggingface import checkpoint_of
+from dex_jax.io.huggingface import checkpoint_of, names_weights
 from dex_jax.io.safetensors_files import DTYPES, INDEX, placed_names
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -187,8 +187,9 @@ def open_stored(url: str) -> Checkpoint:
         placed = {name: set() for name in sorted(names) if name.endswith(".safetensors")}
     if not placed:
         raise DexError(f"{url} holds no safetensors weights: copy them there as model.safetensors.")
+    tensors = partial(StoredTensors, store, sorted(placed.items()))
     # The tokenizer is built when it is asked for: until then its files stay.
-    return checkpoint_of(Path(folder.name), url, partial(StoredTensors, store, sorted(placed.items())), keep=folder)
+    return checkpoint_of(Path(folder.name), url, tensors, keep=folder, weights=names_weights(names))
 
 
 @contextmanager
@@ -197,13 +198,13 @@ def on_disk(path: str | os.PathLike, inside: str) -> Iterator[Path]:
 
     Args:
       path: of a file or folder.
-      inside: the file that is meant by a folder's URL, one without a suffix.
+      inside: the file that is meant by a folder's URL, one that does not end in .safetensors.
     """
     if not is_url(path):
         yield Path(path)
         return
     url = str(path).rstrip("/")
-    folder, _, name = (url if "." in url.rsplit("/", 1)[-1] else f"{url}/{inside}").rpartition("/")
+    folder, _, name = (url if url.endswith(".safetensors") else f"{url}/{inside}").rpartition("/")
     store = Store(folder)
     with tempfile.TemporaryDirectory(prefix="dex_jax_") as copies:
         copy = Path(copies) / name

@@ -159,7 +159,8 @@ def _write(folder: Path, content: dict[str, Any], tensors: dict[str, np.ndarray]
     if tokenizer is not None:
         (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True), encoding="utf-8")
     for path in folder.iterdir():
-        with path.open("rb") as file:
+        # Windows flushes only what may be written.
+        with path.open("r+b") as file:
             os.fsync(file.fileno())
 
 

@@ -103,7 +103,6 @@ class Transformer(nnx.Module):
     ):
         self.config = config
         self.layout = layout
-        self.layout = layout
         self.vocabulary_axis = vocabulary_axis
         self.embed = nnx.Param(init("embed", (config.vocab_size, config.width), "kernel"))
         self.final_norm = nnx.Param(init("final_norm", (config.width,), "scale"))
@@ -220,8 +219,8 @@ def random_reader(config: ModelConfig, seed: int) -> Callable[[str], np.ndarray]
 def relayout(model: Transformer, layout: Layout) -> Transformer:
     """The same weights in another layout.
 
-    The old arrays are deleted as they are copied, layer by layer, so that one layout is resident at a time: `model`
-    must not be used afterwards. Returns `model` itself when nothing changes.
+    The old arrays are deleted as they are copied, field by field, so that of one field at most both layouts are
+    resident: `model` must not be used afterwards. Returns `model` itself when nothing changes.
     """
     if model.layout == layout:
         return model
@@ -229,6 +228,7 @@ def relayout(model: Transformer, layout: Layout) -> Transformer:
     if isinstance(old, Stacked) and isinstance(layout, Stacked):
         return relayout(relayout(model, Unrolled()), layout)
     taken = {"embed": model.embed, "final_norm": model.final_norm, "unembed": model.unembed}
+    cut = _cut_stacked(model, old) if isinstance(old, Stacked) else {}
 
     def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
         del kind
@@ -237,8 +237,7 @@ def relayout(model: Transformer, layout: Layout) -> Transformer:
             return kept[...]
         _, index, field = name.split(".")
         if index != "*":
-            assert isinstance(old, Stacked)
-            return getattr(model.layers, field)[...][old.place(int(index))]
+            return cut[field][int(index)]
         assert isinstance(layout, Stacked)
         out = jnp.zeros(shape, model.embed[...].dtype)
         for i in range(config.num_layers):
@@ -247,11 +246,19 @@ def relayout(model: Transformer, layout: Layout) -> Transformer:
             layer.delete()
         return out
 
-    new = Transformer(config, layout, init)
-    if isinstance(old, Stacked):
-        for leaf in jax.tree.leaves(nnx.state(model.layers)):
-            leaf.delete()
-    return new
+    return Transformer(config, layout, init)
+
+
+def _cut_stacked(model: Transformer, layout: Stacked) -> dict[str, list[jax.Array]]:
+    """Field -> its array of every layer; deletes the stacked ones."""
+    cut = {}
+    for field in layer_parameters(model.config):
+        stacked = getattr(model.layers, field)[...]
+        layers = [stacked[layout.place(i)] for i in range(model.config.num_layers)]
+        # Nothing is freed while a copy still waits for it.
+        cut[field] = jax.block_until_ready(layers)
+        stacked.delete()
+    return cut
 
 
 def parameter_bytes(model: Transformer) -> int:
