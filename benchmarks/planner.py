@@ -236,7 +236,8 @@ def costs(files: dict[tuple[str, str], Path]) -> list[str]:
     for text in ("h100x8", "h100x8,hosts=8,network=dcn"):
         config = SHAPES["llama-2-70b"]
         s = Setting(work_of(config), described_exits("attn:16384", config), hardware(text), 1, CONTEXT)
-        by_batch = cost_by_batch(s, plan(s, read_profile(files["llama-2-70b", "attn:16384"])))
+        profile = read_profile(files["llama-2-70b", "attn:16384"])
+        by_batch = cost_by_batch(s, plan(s, profile), profile)
         keys = dict.fromkeys((p.method, p.stages, p.tensor) for each in by_batch.values() for p in each)
         rows = []
         for key in keys:

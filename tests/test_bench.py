@@ -304,3 +304,11 @@ def test_a_study_of_templates_is_another_report(made, tmp_path, capsys) -> None:
 def test_early_exit_needs_a_python(command, tmp_path, capsys) -> None:
     assert bench.main([*command, "--transformers-early-exit", "1,2", "--output", str(tmp_path / "out")]) == 2
     assert "--transformers-early-exit needs --transformers-python" in capsys.readouterr().err
+
+
+def test_methods_may_be_spelt_as_decode_spells_them() -> None:
+    args = bench.parser().parse_args(
+        ["--methods", "ar,dex-single-exit", "--timed", "dex-serial", "--tasks", "prompts:a-b.txt", "--output", "out"]
+    )
+    assert (args.methods, args.timed) == (("ar", "dex_single_exit"), ("dex_serial",))
+    assert args.tasks == ("prompts:a-b.txt",)

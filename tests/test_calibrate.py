@@ -109,6 +109,7 @@ def test_rounds_are_not_optimised_away() -> None:
     [
         (["--rows", "0"], "--rows must be 1 to 64"),
         (["--long", "64"], "--long above 64"),
+        (["--memory", "0"], "--memory must be above 0, not 0"),
         (["--model", "no such model"], "names no model"),
         (["--together", "9999"], "--together 9999 needs as many cores"),
     ],
@@ -118,6 +119,18 @@ def test_bad_calibrations(flags: list[str], message: str, tmp_path, capsys) -> N
     assert calibrate.main([*flags, "--output", str(file)]) == 2
     assert message in capsys.readouterr().err
     assert not file.exists()
+
+
+def test_memory_that_a_device_keeps_to_itself_is_asked_for(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(calibrate, "device_memory", lambda device: None)
+    monkeypatch.setattr(calibrate, "config_of", lambda source: LLAMA)
+    monkeypatch.setattr(calibrate, "UNCACHED", 1e5)
+    file = tmp_path / "here.json"
+    assert calibrate.main(["--output", str(file)]) == 2
+    assert "does not say how much memory it has: give --memory GB" in capsys.readouterr().err
+    quick = ["--rows", "1", "--repeats", "1", "--least", "0.001", "--long", "128"]
+    assert calibrate.main([*quick, "--memory", "1.5", "--output", str(file)]) == 0
+    assert hardware(str(file)).device.memory == 1.5e9
 
 
 def test_kendalls_tau_by_hand() -> None:

@@ -84,10 +84,10 @@ def test_a_notebook_begins_as_all_do(path: Path) -> None:
 
 
 def test_every_page_is_in_the_menu() -> None:
-    menu = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    menu = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1])
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
-    # Tables of serial.md, which holds them all.
-    assert sorted(menu) == sorted(page for page in pages if not page.startswith("serial/"))
+    # Tables that other pages hold.
+    assert sorted(menu) == sorted(page for page in pages if not page.startswith("serial/") and page != "exits.md")
 
 
 def test_every_public_name_is_documented() -> None:

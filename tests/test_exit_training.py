@@ -21,6 +21,7 @@ import dex_jax
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits
 from dex_jax.nn.exits import initial_heads, parameters_of
+from dex_jax.training.checkpoints import Checkpoints
 from dex_jax.training.distillation import DistillationOptions
 from dex_jax.training.exit_training import held_out_texts, train_exits
 from dex_jax.training.items import Item, Turn
@@ -98,6 +99,23 @@ def test_a_run_starts_from_given_exits_and_warns_of_another_backbone(whole, tmp_
     assert len(warnings) == 1
     assert "another" in warnings[0]
     assert not any("draft vocabulary" in line for line in told), "they bring their own"
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_leaves_no_files_to_others(whole, tmp_path) -> None:
+    (tmp_path / "draft_vocabulary.json").write_text("[5]")
+    (tmp_path / "held_out.json").write_text('{"another": [[[1], [2]]]}')
+    exits = train_exits(with_steps(1), base_model(), tmp_path, tell=quiet)
+    assert np.array_equal(exits.vocabulary, whole.exits.vocabulary)
+    assert list(exits.metadata["held_out"]) == ["self"]
+    for name in ("draft_vocabulary.json", "held_out.json"):
+        assert (tmp_path / name).read_text() == (whole.folder / name).read_text()
+
+
+def test_files_of_a_run_that_goes_on_elsewhere_stay(tmp_path) -> None:
+    (tmp_path / "held_out.json").write_text("{}")
+    with Checkpoints(tmp_path, 1, quiet), pytest.raises(DexError, match="another process trains in"):
+        train_exits(with_steps(1), base_model(), tmp_path, tell=quiet)
+    assert (tmp_path / "held_out.json").read_text() == "{}"
 
 
 def test_a_first_training_comes_before_and_its_heads_go_on_with_more_tokens(whole, tmp_path) -> None:

@@ -20,7 +20,7 @@ from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation import cost_model, plan, predictions, workload
 from dex_jax.evaluation.cost_model import Setting
-from dex_jax.evaluation.ead_profile import EAD, FORMAT, Profile
+from dex_jax.evaluation.ead_profile import EAD, FORMAT, CappedRows, GridProfile, Profile
 from dex_jax.evaluation.hardware import (
     DEVICES,
     LINKS,
@@ -283,6 +283,23 @@ def test_the_page_is_what_its_command_writes(tmp_path) -> None:
         # From Python 3.12 on sum() rounds otherwise.
         assert new["ead"].pop("share") == pytest.approx(kept["ead"].pop("share"), rel=1e-12)
         assert new == kept
+
+
+def test_costs_by_batch_are_those_of_the_plan() -> None:
+    """Rows in use are counted in, and LayerSkip stands beside the others."""
+    in_use = (0.0, 0.9, 0.1, 0.0, 0.0)
+    capped = CappedRows(4, 2.5, (in_use,) * 4, in_use, (0.0, 1.0))
+    grid = GridProfile((20, 40, 60, 80), (0.25,) * 4, 2.5, 1.6, 2.0, (capped,))
+    profile = Profile(80, EARLY.ead, {}, (grid,))
+    # So slow in arithmetic that rows are not free.
+    machine = hardware("h100x4")
+    device = dataclasses.replace(machine.device, flops=1e12)
+    s = dataclasses.replace(_setting("h100x4"), hardware=dataclasses.replace(machine, device=device))
+    chosen = predictions.plan(s, profile)
+    assert chosen.best_dex.method == "dex"
+    costs = plan.cost_by_batch(s, chosen, profile)
+    assert chosen.best_dex in costs[1]
+    assert all("layerskip" in {p.method for p in each} for each in costs.values())
 
 
 def test_a_batch_is_priced_with_all_its_sequences() -> None:

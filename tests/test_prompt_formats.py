@@ -109,6 +109,11 @@ def test_options_are_labelled_as_the_template_says():
     )
 
 
+def test_title_case_keeps_line_breaks():
+    titled = Template("t", "{question}\n\n{options}", casing="title")
+    assert render(titled, item(options=("RED fox", "o'neill"))) == "Story 0.\n\nA. Red Fox\nB. O'neill"
+
+
 def test_braces_of_an_item_stay():
     odd = dataclasses.replace(item(), question="What is {options} or {x}?")
     assert render(Template("t", "{question} / {subject}"), odd) == "What is {options} or {x}? / wild animals"

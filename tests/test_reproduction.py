@@ -54,6 +54,23 @@ def test_claims_stand_beside_measured_figures(tmp_path) -> None:
     assert "--methods ar,dex,del,layerskip,dex_no_decs" in text
 
 
+def test_the_command_names_the_settings_that_were_tried() -> None:
+    def tried(method: str, settings: list[dict]) -> list[Run]:
+        return [Run("depth", method, "gsm8k", "0", "m", [1] * 3, 3, setting=s, split="tune") for s in settings]
+
+    runs = tried("layerskip", [{"exit": exit, "draft_length": n} for exit in (9, 3) for n in (1, 2, 3, 5)])
+    runs += tried("adadecode", [{"threshold": share} for share in (0.2, 0.4, 0.6)])
+    told = reproduction.command(runs, {})
+    assert "--exit-depths 3,9" in told
+    assert "--draft-lengths" not in told, "they are tried anyway"
+    assert "--thresholds" not in told
+    runs = [*tried("adadecode", [{"threshold": share, "depths": [2, 4, 30]} for share in (0.8, 0.2)]), *runs[:1]]
+    told = reproduction.command(runs, {})
+    assert "--exit-depths 2,4,9" in told
+    assert "--draft-lengths 1" in told
+    assert "--thresholds 0.2,0.8" in told
+
+
 def test_a_coarser_grid_that_wins_is_said(tmp_path) -> None:
     folder = study(tmp_path / "a", {"ar": 300, "dex explorers=2": 150, "dex explorers=5": 160})
     text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])

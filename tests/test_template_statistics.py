@@ -216,6 +216,18 @@ def test_bounds_of_a_share_are_shares():
             assert 0 <= found.low < found.value < found.high <= 1
 
 
+def test_none_of_some_answers_right_is_not_surely_none():
+    one = grid(items=40, templates=5)
+    correct = one.correct.copy()
+    correct[:, 0], correct[:, 1] = 0, 1
+    correct[30:, 1] = np.nan
+    none, every, *_ = s.accuracy(dataclasses.replace(one, correct=correct))
+    assert (none.low, every.high) == (0, 1)
+    # As unlikely as 5% shared by five templates: none of 40, all of 30.
+    assert (1 - none.high) ** 40 == pytest.approx(0.01)
+    assert every.low**30 == pytest.approx(0.01)
+
+
 def runs_of(found: s.Grid) -> list[Run]:
     runs = []
     for i, item in enumerate(found.items):

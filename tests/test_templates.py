@@ -128,6 +128,7 @@ def test_the_study_runs_goes_on_and_notices_what_is_wrong(command, tmp_path, mon
         (["--tasks", "chess"], "unknown task 'chess'"),
         (["--methods", "ar,del"], "counts ar, dex, layerskip, not 'del'"),
         (["--methods", "dex"], "needs ar"),
+        (["--methods", "ar,layerskip", "--explorers", "1"], "--explorers must be at least 2"),
         (["--explorers", "9"], "--explorers must be at most 8"),
         (["--loop-share", "2"], "--loop-share is a share"),
         (["--formats", "3"], "--templates not given"),

@@ -112,8 +112,10 @@ def test_texts_are_cut_into_windows_that_cover_them(tmp_path: Path) -> None:
     text = "".join(chr(32 + i % 90) for i in range(1000))
     options = SourceOptions(length=17, held_out_share=0.1, held_out_least=1)
     mixture = quiet(["text:" + write(tmp_path / "t.txt", text)], base_model(), options)
-    items = [mixture.item(number) for number in range(mixture.sources[0].epoch_items)]
-    windows = [turn.forced for item in [*items, *next(iter(mixture.held_out.values()))] for turn in item.turns]
+    (held_out,) = mixture.held_out.values()
+    # 1000 tokens in windows of 16.
+    items = [mixture.item(number) for number in range(63 - len(held_out))]
+    windows = [turn.forced for item in [*items, *held_out] for turn in item.turns]
     assert all(turn.limit == 0 and turn.forced_weight == 1.0 for item in items for turn in item.turns)
     assert all(window[0] == 9 and len(window) <= 17 for window in windows)
     assert Counter(token for window in windows for token in window[1:]) == Counter(map(ord, text))
@@ -122,9 +124,8 @@ def test_texts_are_cut_into_windows_that_cover_them(tmp_path: Path) -> None:
 def test_every_epoch_holds_every_prompt_once_in_an_order_of_its_own(tmp_path: Path, smol) -> None:
     path = questions(tmp_path / "q.jsonl", 100)
     source = quiet([path], smol, OPTIONS).sources[0]
-    count = source.epoch_items
+    count = 68  # 32 are held out
     epochs = [[source.item(epoch * count + i).turns[0].forced for i in range(count)] for epoch in (0, 1)]
-    assert count == 68
     assert epochs[0] != epochs[1]
     assert len(set(epochs[0])) == count
     assert set(epochs[0]) == set(epochs[1])
@@ -140,9 +141,7 @@ def test_held_out_prompts_are_never_trained_on_in_any_source(tmp_path: Path, smo
     mixture = quiet([small, large], smol, OPTIONS)
     held_out = {item.turns[0].forced for items in mixture.held_out.values() for item in items}
     assert {name: len(items) for name, items in mixture.held_out.items()} == {small: 5, large: 45}
-    trained = {
-        source.item(number).turns[0].forced for source in mixture.sources for number in range(source.epoch_items)
-    }
+    trained = {source.item(number).turns[0].forced for source in mixture.sources for number in range(2000)}
     assert not held_out & trained
     assert len(held_out | trained) == 2000
 
@@ -163,8 +162,9 @@ def test_long_prompts_are_skipped_and_that_is_said_once(tmp_path: Path, smol) ->
     said: list[str] = []
     mixture = open_mixture([write(tmp_path / "q.jsonl", rows)], smol, OPTIONS, said.append)
     source = mixture.sources[0]
-    assert all(mixture.item(number).longest <= 128 for number in range(2 * source.epoch_items))
-    long = source.epoch_items - len({source.item(number).turns[0].forced for number in range(source.epoch_items)})
+    count = 68  # 32 are held out
+    assert all(mixture.item(number).longest <= 128 for number in range(2 * count))
+    long = count - len({source.item(number).turns[0].forced for number in range(count)})
     assert source.skipped == long > 20
     assert len(said) == 1
     assert "skipped" in said[0]

@@ -15,13 +15,14 @@ import pytest
 from reference import stream_twin
 from reference.small_models import LLAMA, small_model
 
+from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.network import depth_states
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel, abstract_weights, merge_model
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled
 from dex_jax.training.items import MAX_TURNS, Item, Turn, no_script, script, stack_scripts
-from dex_jax.training.stream import PRODUCE, Activations, Stream, StreamSpec, state_shapes
+from dex_jax.training.stream import PRODUCE, Activations, Stream, StreamSpec, start_rows
 
 ROWS, STEPS, HISTORY, LENGTH, DEPTHS = 4, 9, 5, 24, (1, 3, 4)
 SEED = 11
@@ -232,7 +233,8 @@ def test_no_step_copies_a_cache(layout: Layout) -> None:
     config = ModelConfig("llama", 101, 4, 48, 6, 3, 8, 40, 512)
     spec = StreamSpec(config, layout, (1, 4), 13, 7, 197, (0,))
     batch = 5
-    state = state_shapes(spec, batch, jnp.dtype(jnp.float32))
+    memory = cache.shapes(config, layout, batch, spec.length, 0, jnp.dtype(jnp.float32))
+    state = jax.eval_shape(lambda memory: start_rows(memory, spec), memory)
     scripts = stack_scripts([no_script(spec.length)] * (3 * batch))
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
     arguments = (abstract_weights(config, layout, jnp.dtype(jnp.float32)), state, scripts, jnp.int32(0), key)

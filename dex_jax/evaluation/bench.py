@@ -34,10 +34,10 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
     add("--exits", default="default", help='folder, file, "default" or "shared" (%(default)s)')
     add("--drafter", default="default", help='of serial rounds: folder, file, "default" or "shared" (%(default)s)')
-    add("--methods", type=_names, default=_names(DEFAULT_METHODS), metavar="NAME,...", help=_method_help())
+    add("--methods", type=_methods, default=_names(DEFAULT_METHODS), metavar="NAME,...", help=_method_help())
     add(
         "--timed",
-        type=_names,
+        type=_methods,
         default=_names(DEFAULT_TIMED),
         metavar="NAME,...",
         help=f"methods whose seconds are measured, or none ({DEFAULT_TIMED})",
@@ -83,6 +83,11 @@ def _method_help() -> str:
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     return () if names == ("none",) else tuple(dict.fromkeys(names))
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    # decode.py spells them with hyphens.
+    return _names(text.replace("-", "_"))
 
 
 def _shares(text: str) -> tuple[float, ...]:

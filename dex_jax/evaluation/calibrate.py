@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def calibrate(
     *,
     rows: Sequence[int] = ROWS,
     long: int = LONG,
+    memory: float | None = None,
     timer: Timer | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Hardware:
@@ -90,9 +92,17 @@ def calibrate(
       dtype: of weights and caches.
       rows: ascending row counts to measure.
       long: the longer of two cache lengths.
+      memory: bytes of the device; None asks it.
       timer: how long; None for the usual.
       notify: told what is going on.
+
+    Raises:
+      DexError: a device that does not say how much memory it has.
     """
+    device = jax.devices()[0]
+    memory = device_memory(device) if memory is None else memory
+    if memory is None:
+        raise DexError(f"{device_name(device)} does not say how much memory it has: give --memory GB")
     timer = timer or Timer()
     work, size = work_of(config), jnp.dtype(dtype).itemsize
     stages = min(STAGES, config.num_layers)
@@ -129,14 +139,13 @@ def calibrate(
     columns = min(DRAFT, config.vocab_size)
     asked = tuple((n, exits_seconds(config, dtype, columns, n, timer) / (size * columns * work.width)) for n in rows)
     notify("5 of 5: a tick alone, bandwidth, arithmetic")
-    device = jax.devices()[0]
     measured = Measured(layer, attention, head, asked, fixed, lattice_seconds(stages, timer))
     between = link(timer) if jax.device_count() > 1 else LINKS["loopback"]
     found = Device(
         name=device_name(device),
         flops=flops(dtype, timer),
         bandwidth=bandwidth(round(UNCACHED), timer),
-        memory=float(device_memory(device) or 0),
+        memory=float(memory),
         kernel_seconds=fixed["unrolled"] / KERNELS_A_LAYER,
         itemsize=size,
         reached_bandwidth=1.0,
@@ -181,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
     p.add_argument("--rows", type=int, nargs="+", default=list(ROWS), metavar="R", help="row counts (%(default)s)")
     p.add_argument("--long", type=int, default=LONG, metavar="S", help="longer cache that is measured (%(default)s)")
+    p.add_argument("--memory", type=float, metavar="GB", help="of the device, which is asked unless it is given")
     p.add_argument("--repeats", type=int, default=7, metavar="N", help="measurements of each figure (%(default)s)")
     p.add_argument("--least", type=float, default=0.05, metavar="SECONDS", help="of each measurement (%(default)s)")
     p.add_argument("--together", type=int, default=1, metavar="N", help="processes that measure at once (%(default)s)")
@@ -197,6 +207,8 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     rows = sorted(set(args.rows))
     if rows[0] < 1 or rows[-1] > SHORT or args.repeats < 1 or args.least <= 0 or args.long <= SHORT:
         raise DexError(f"--rows must be 1 to {SHORT}, --repeats at least 1, --least above 0, --long above {SHORT}")
+    if args.memory is not None and not 0 < args.memory < math.inf:
+        raise DexError(f"--memory must be above 0, not {args.memory:g}")
     timer = Timer(args.repeats, args.least)
     if args.meet:
         timer = timer._replace(meet=Meeting(args.meet[0], int(args.meet[1]), int(args.meet[2])))
@@ -205,6 +217,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         resolve_dtype(args.dtype),
         rows=rows,
         long=args.long,
+        memory=None if args.memory is None else args.memory * 1e9,
         timer=timer,
         notify=lambda line: print(line, file=sys.stderr, flush=True),
     )

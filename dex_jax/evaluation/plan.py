@@ -21,7 +21,8 @@ from rich.table import Table
 
 from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation import cost_model
-from dex_jax.evaluation.cost_model import Setting, Ticks
+from dex_jax.evaluation.cost_model import Setting
+from dex_jax.evaluation.ead_profile import Profile
 from dex_jax.evaluation.hardware import DEVICES, hardware
 from dex_jax.evaluation.predictions import Plan, Prediction, others, plan, prediction
 from dex_jax.evaluation.workload import SHAPES, ExitWork, config_of, described_exits, exit_work, work_of
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
             "recommendation": chosen.sentence,
         }
         report["predictions"] = [each.to_json() for each in chosen.predictions]
-        costs = cost_by_batch(s, chosen) if args.batches else None
+        costs = cost_by_batch(s, chosen, profile) if args.batches else None
         if costs is not None:
             report["by_batch"] = {str(b): [p.to_json() for p in each] for b, each in costs.items()}
         if not args.json:
@@ -149,15 +150,17 @@ def exits_of(text: str, model: str) -> ExitWork:
     return exit_work(exits, config)
 
 
-def cost_by_batch(s: Setting, chosen: Plan) -> dict[int, list[Prediction]]:
+def cost_by_batch(s: Setting, chosen: Plan, profile: Profile) -> dict[int, list[Prediction]]:
     """For each batch the best DEX of this plan, with its mesh, grid and rows, beside all other ways that fit."""
     found = {}
     for batch in BATCHES:
         larger = dataclasses.replace(s, batch=batch)
-        rows = [p for p in others(larger) if p.fits]
+        rows = [p for p in others(larger, profile) if p.fits]
         best = chosen.best_dex
         if best is not None and best.method == "dex":
-            step = cost_model.tick(larger, best.depths, best.rows, Ticks(1 / best.tokens_a_step), best.tensor)
+            ticks = profile.ticks(best.depths, best.rows)
+            assert ticks is not None  # the plan is of this profile
+            step = cost_model.tick(larger, best.depths, best.rows, ticks, best.tensor)
             size = cost_model.bytes_per_device(larger, best.stages, best.tensor, rows=best.rows, depths=best.depths)
             shape = (best.stages, best.tensor)
             made = prediction(larger, "dex", shape, best.depths, best.rows, step, best.tokens_a_step, size, best.detail)

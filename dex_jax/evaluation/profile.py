@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dex_jax.decoding.output import ticks_of
 from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation.ead_profile import EAD, CappedRows, GridProfile, Profile, RealLoop
 from dex_jax.evaluation.exit_forcing import Measurement
-from dex_jax.evaluation.exit_metrics import figures_of
+from dex_jax.evaluation.exit_metrics import figures_of, predicted_exits
 from dex_jax.evaluation.replay import Replay, replay, table_of
 from dex_jax.lattice import full_rows
 
@@ -58,10 +59,8 @@ def profile_of(
         table, full = table_of(few, depths), full_rows(len(depths))
         counts = sorted({min(count, full) for count in rows})
         replays = {count: replay(table, count) for count in counts}
-        everything = table_of(measured, depths)
-        uncapped = _teacher_forced(everything)
         # A share of the texts is replayed; what a cap adds is applied to the count over all of them.
-        base = _teacher_forced(table)[1]
+        base = sum(ticks_of(exits, len(exits), len(depths)) for exits in predicted_exits(few, depths))
         capped = tuple(
             CappedRows(count, grid.ticks_per_token * (found.ticks / base), *_counts(found))
             for count, found in replays.items()
@@ -69,7 +68,7 @@ def profile_of(
         grids.append(
             GridProfile(
                 depths=depths,
-                exits=uncapped[0],
+                exits=_by_exit(predicted_exits(measured, depths), len(depths)),
                 ticks_per_token=grid.ticks_per_token,
                 depth_side_speedup=grid.depth_side_speedup,
                 resolution_bound=ead.resolution_bound(depths),
@@ -97,21 +96,10 @@ def _texts_holding(lengths: Sequence[int], tokens: int) -> list[int]:
     return next((chosen for chosen in spreads if sum(lengths[i] for i in chosen) >= tokens), list(range(count)))
 
 
-def _teacher_forced(table: Any) -> tuple[tuple[float, ...], int]:
-    """(share of tokens after the first by exit [K], ticks) without a cap and without a lattice."""
-    stages, start = table.stages, 0
-    found = np.zeros(stages)
-    ticks = 0
-    first = np.where(table.right.any(axis=2), table.right.argmax(axis=2) + 1, stages)
-    for length in table.lengths:
-        born_at, exits = stages, []
-        for i in range(1, length):
-            born_at = int(first[born_at - 1, start + i])
-            exits.append(born_at)
-            found[born_at - 1] += 1
-        ticks += stages + sum(exits[:-1]) if length > 1 else 0
-        start += length
-    return tuple(float(x) for x in found / max(found.sum(), 1)), ticks
+def _by_exit(texts: Sequence[np.ndarray], stages: int) -> tuple[float, ...]:
+    """Share of tokens after the first by exit [K]."""
+    found = np.bincount(np.concatenate([exits[1:] for exits in texts]) - 1, minlength=stages)
+    return tuple(float(x) for x in found / max(found.sum(), 1))
 
 
 def _counts(found: Replay) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...], tuple[float, ...]]:

@@ -12,6 +12,7 @@ import functools
 import importlib.resources
 import json
 import random
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,13 @@ from typing import Any
 from dex_jax.errors import DexError
 from dex_jax.evaluation.choices import Item
 
-CASINGS: dict[str, Callable[[str], str]] = {"": str, "upper": str.upper, "lower": str.lower, "title": string.capwords}
+
+def _title(text: str) -> str:
+    # string.capwords would put single spaces for the line breaks of a prompt.
+    return re.sub(r"\S+", lambda word: word[0].capitalize(), text)
+
+
+CASINGS: dict[str, Callable[[str], str]] = {"": str, "upper": str.upper, "lower": str.lower, "title": _title}
 ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X")
 UNICODE_ROMAN = "ⅠⅡⅢⅣⅤⅥⅦⅧⅨⅩ"
 LABELS: dict[str, Sequence[str]] = {

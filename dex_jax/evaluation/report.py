@@ -196,7 +196,7 @@ def _speedups(table: c.Costs, kind: str, explorers: int | None) -> list[str]:
 def _label(name: str, kind: str) -> str:
     method = name.split(" ")[0]
     if method == "oracle":
-        return f"{name} (a bound, no decoder)"
+        return f"{name} (no decoder; a bound without DECS)"
     return f"{name} (meant for K devices)" if kind == "wall" and method in ON_MANY_DEVICES else name
 
 

@@ -103,7 +103,7 @@ def _label(name: str) -> str:
     method, _, setting = name.partition(" ")
     shown = " ".join(part for part in setting.split() if not part.startswith("explorers="))
     words = f"{method}\n{shown.replace('draft_length', 'draft')}" if shown else method
-    return f"{words} (bound)" if method == "oracle" else words
+    return f"{words} (no decoder)" if method == "oracle" else words
 
 
 def against_explorers(runs: Sequence[Run]) -> Any:

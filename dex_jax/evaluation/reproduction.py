@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError, exit_code
+from dex_jax.evaluation import bench
 from dex_jax.evaluation import comparison as c
 from dex_jax.evaluation.contenders import METHODS
 from dex_jax.evaluation.report import markdown
@@ -200,6 +201,7 @@ def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
         "by-explorers": ",".join(map(str, grids)),
         "methods": ",".join(methods),
         "timed": ",".join(dict.fromkeys(timed)) or "none",
+        **_sweeps(runs),
     }
     words = [f"--{name} {value}" for name, value in flags.items() if value is not None and value != ""]
     words += [] if study.get("chat", True) else ["--no-chat"]
@@ -209,6 +211,24 @@ def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
             lines.append("   ")
         lines[-1] += f" {word}"
     return " \\\n".join(lines)
+
+
+def _sweeps(runs: Sequence[Run]) -> dict[str, str]:
+    """Flags of the settings that were tried on tuning prompts, without those that a benchmark tries anyway."""
+    settings = [run.setting for run in runs if run.split == "tune"]
+    depths = {setting["exit"] for setting in settings if "exit" in setting}
+    tried = {
+        # Which depths are tried unless told hangs on the model and its exits: they are always told.
+        "exit-depths": depths.union(*(setting["depths"][:-1] for setting in settings if "depths" in setting)),
+        "draft-lengths": {setting["draft_length"] for setting in settings if "draft_length" in setting},
+        "thresholds": {setting["threshold"] for setting in settings if "threshold" in setting},
+    }
+    usual = bench.parser().get_default
+    return {
+        name: ",".join(map(str, sorted(found)))
+        for name, found in tried.items()
+        if found != set(usual(name.replace("-", "_")) or ())
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.resampling import RESAMPLES, Interval, bootstrap, ratio_of_sums, simultaneous
+from dex_jax.evaluation.resampling import LEVEL, RESAMPLES, Interval, bootstrap, ratio_of_sums, simultaneous
 from dex_jax.evaluation.runs import Run
 
 WORST_OVER_MEDIAN = 0.85
@@ -261,10 +261,22 @@ def explained_by_length(grid: Grid, method: str) -> dict[str, tuple[float, float
 
 
 def accuracy(grid: Grid) -> list[Interval]:
-    """Share of right answers in each template, bounds simultaneous; what could not be parsed is wrong."""
+    """Share of right answers in each template, bounds simultaneous; what could not be parsed is wrong.
+
+    Where none of n answers is right (or all are), resamples do not vary. There the upper (lower) bound is the exact one
+    of a binomial share, 1 - a^(1/n) (a^(1/n)), about 3/n where a = 5%; a is 5% over G, so that templates hold together.
+    """
     found = simultaneous(grid.correct, lambda values: np.nanmean(values, axis=1))
+    answers = np.maximum(np.sum(~np.isnan(grid.correct), axis=0), 1)
+    unseen = 1 - ((1 - LEVEL) / len(found)) ** (1 / answers)
     # Bounds as wide on both sides know nothing of where a share ends.
-    return [each._replace(low=max(each.low, 0.0), high=min(each.high, 1.0)) for each in found]
+    return [
+        each._replace(
+            low=1 - most if each.value == 1 else max(each.low, 0.0),
+            high=most if each.value == 0 else min(each.high, 1.0),
+        )
+        for each, most in zip(found, map(float, unseen), strict=True)
+    ]
 
 
 def paired_accuracy(grid: Grid, other: Grid) -> Interval | None:

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add("--exits", default="default", help='folder, file, "default" or "shared" (%(default)s)')
     add("--methods", type=_names, default=_names("ar,dex,layerskip"), metavar="NAME,...", help="ar,dex,layerskip")
     add("--explorers", type=int, default=5, metavar="K", help="of DEX, with rows that never prune (%(default)s)")
-    add("--exit-depths", type=depths, metavar="D,...", help="LayerSkip's sweep (up to five, spread over the exits)")
+    add("--exit-depths", type=depths, metavar="D,...", help="LayerSkip's sweep (up to four among the shallower)")
     add("--draft-lengths", type=depths, default=(1, 2, 3, 4, 6), metavar="G,...", help="LayerSkip's sweep (1,2,3,4,6)")
     add = p.add_argument_group("on what").add_argument
     add("--tasks", type=_names, default=_names("hellaswag,mmlu"), metavar="NAME,...", help="hellaswag,mmlu")
@@ -116,13 +116,13 @@ def check(args: argparse.Namespace) -> None:
     """
     from dex_jax.decoding.methods import FULL_ROWS_LIMIT
 
-    for name in ("explorers", "items", "longest_prompt", "batch", "second_items"):
+    for name in ("items", "longest_prompt", "batch", "second_items"):
         if getattr(args, name) < 1:
             raise DexError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.max_new_tokens < 2:
         raise DexError("--max-new-tokens must be at least 2: the first token comes of the prompt alone")
-    if "dex" in args.methods and args.explorers < 2:
-        raise DexError("--explorers must be at least 2 for dex: with one there is no exit but the last layer")
+    if args.explorers < 2:
+        raise DexError("--explorers must be at least 2: with one no exit stands below the last layer")
     if not args.draft_lengths or min(args.draft_lengths) < 1:
         raise DexError("--draft-lengths must be at least 1 each")
     if args.explorers > FULL_ROWS_LIMIT:
@@ -227,7 +227,7 @@ def plan_of(lm: LanguageModel, args: argparse.Namespace) -> Plan:
         swept = swept_depths(args.exits, lm.config, lm.fingerprint) if "layerskip" in args.methods else ()
     if any(not 0 < depth < layers for depth in swept):
         raise DexError(f"--exit-depths must lie between 1 and {layers - 1}, not {','.join(map(str, swept))}")
-    depths = tuple(sorted({*grid[:-1], *swept})) or (max(1, layers // 2),)
+    depths = tuple(sorted({*grid[:-1], *swept}))
     exits, source = exits_at(lm, args.exits if resolved.trained is not None else "shared", depths)
     return Plan(
         methods=args.methods,

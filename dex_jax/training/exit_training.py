@@ -28,6 +28,7 @@ from dex_jax.io.object_store import require_disk
 from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import heads_of
+from dex_jax.training.checkpoints import Checkpoints, list_checkpoints
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.distillation import Distillation, DistillationOptions, draft_vocabulary, history_for
 from dex_jax.training.items import Item
@@ -38,6 +39,8 @@ from dex_jax.training.stream import Stream
 from dex_jax.training.trainer import Trained, train
 
 Tell = Callable[[str], None]
+
+HELD_OUT, VOCABULARY = "held_out.json", "draft_vocabulary.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,12 @@ def train_exits(
     _check_initial(initial, shapes, lm, tell)
     mixture = open_mixture(config.data, lm, config.sources, tell)
     stream = make_stream(config, lm, mixture, shapes, mesh)
+    # The lock: what another process trains with must not go.
+    with Checkpoints(folder, config.train.keep, tell):
+        if not list_checkpoints(folder):
+            # A run that stopped so early has left nothing that tells its model and its data from this one's.
+            for name in (VOCABULARY, HELD_OUT):
+                (folder / name).unlink(missing_ok=True)
     vocabulary = _vocabulary(config, lm, stream, shapes, folder, initial, tell)
     groups = held_out_texts(config, lm, mixture, folder, tell)
 
@@ -164,7 +173,7 @@ def held_out_texts(
     config: ExitTraining, lm: LanguageModel, mixture: Mixture, folder: Path, tell: Tell
 ) -> dict[str, list[Text]]:
     """Prompts never trained on with the model's greedy answers, by source; made once and kept in the folder."""
-    file = folder / "held_out.json"
+    file = folder / HELD_OUT
     if file.is_file():
         return {name: [(p, a) for p, a in texts] for name, texts in json.loads(file.read_text()).items()}
     tell("answering held-out prompts")
@@ -227,7 +236,7 @@ def _vocabulary(
 ) -> np.ndarray | None:
     if exits.draft_size is None:
         return None
-    file = folder / "draft_vocabulary.json"
+    file = folder / VOCABULARY
     if initial is not None and initial.vocabulary is not None and len(initial.vocabulary) == exits.draft_size:
         write_json(file, initial.vocabulary.tolist())
         return initial.vocabulary

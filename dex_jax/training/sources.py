@@ -159,11 +159,6 @@ class ListSource:
             raise DexError(f"{name} has nothing left to train on beside what is held out: give it more prompts")
 
     @property
-    def epoch_items(self) -> int:
-        """How many entries there are to train on."""
-        return len(self._entries)
-
-    @property
     def skipped(self) -> int:
         """How many entries were too long so far."""
         return len(self._too_long)

@@ -124,13 +124,6 @@ class StreamSpec:
             raise DexError(f"a chunk needs at least 1 step and 0 of history, not {self.steps} and {self.history}")
 
 
-def state_shapes(spec: StreamSpec, batch: int, dtype: jnp.dtype) -> StreamState:
-    """The state of B rows as jax.ShapeDtypeStruct; the sum of their bytes is what the stream holds on the device."""
-
-    memory = cache.shapes(spec.config, spec.layout, batch, spec.length, 0, dtype)
-    return jax.eval_shape(lambda memory: start_rows(memory, spec), memory)
-
-
 def start_rows(memory: cache.Memory, spec: StreamSpec) -> StreamState:
     """Idle rows without history over any memory, whose contents do not matter."""
     leaf = jax.tree.leaves(memory.keys)[0]
