@@ -107,7 +107,8 @@ def page(found: dict[str, Any]) -> str:
         "# How many rows a stage",
         f"Ticks per token as rows a stage shrink, on {about['texts']} prompts ({', '.join(about['data'])}), "
         f"{about['max_new_tokens']} new tokens, greedy, {about['dtype']}. A cap "
-        "costs ticks, never tokens. Written by `python benchmarks/rows.py`.",
+        "costs ticks, never tokens. Written by `python benchmarks/rows.py --data ... --output docs/rows` with "
+        f"--explorers {' '.join(grids)} and the --loop-rows below, over several calls.",
         *_of_the_loop(grids, found["loop"]),
         "Ticks per token by replaying teacher-forced texts with the scores that exits gave. What exits say on wrong "
         "branches is an assumption there (`UNSURE` in `dex_jax/evaluation/replay.py`).",
@@ -149,8 +150,8 @@ def _of_the_loop(grids: dict[str, Any], loop: dict[str, Any]) -> list[str]:
         return []
     return [
         "Ticks per token of the loop itself; in brackets how many more than those of rows that never prune "
-        "(teacher-forced, with DECS) on the same texts, which may be fewer than those behind the column "
-        '"never prunes". `*`: the default rows.',
+        "(teacher-forced, with DECS) on the same texts, and how many texts those are: ticks of different texts say "
+        "nothing about one another, nor about the column of rows that never prune. `*`: the default rows.",
         _table(grids, loop),
     ]
 
@@ -165,8 +166,9 @@ def _table(grids: dict[str, Any], found: dict[str, Any]) -> str:
             if run is None:
                 cells.append("")
                 continue
+            of = f" of {run['of']}" if "of" in run else ""
             mark = " *" if cap == default_rows(int(stages)) else ""
-            cells.append(f"{run['ticks_per_token']:.3f} ({run['above']:+.1%}){mark}")
+            cells.append(f"{run['ticks_per_token']:.3f} ({run['above']:+.1%}{of}){mark}")
         rows.append([stages, f"{grid['never_prunes']:.3f}", *cells])
     return markdown(["K", "never prunes", *(f"{cap} rows" for cap in caps)], rows)
 
