@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dex_jax
+from dex_jax.cli.train_results import spread
 from dex_jax.decoding.known_trees import LOOKUP_TRUST
 from dex_jax.decoding.suffix import LONGEST, continuation
 from dex_jax.training.prompt_files import read_prompts
@@ -47,9 +48,7 @@ def main() -> int:
     right, met = np.zeros(LONGEST + 1, int), np.zeros(LONGEST + 1, int)
     took: dict[int, list[tuple[int, int]]] = {chain: [] for chain in CHAINS}
     for path in args.data:
-        prompts = read_prompts(path)
-        count = min(args.prompts, len(prompts))
-        ids = [lm.encode(prompts[at * len(prompts) // count]) for at in range(count)]
+        ids = [lm.encode(prompt) for prompt in spread(read_prompts(path), args.prompts)]
         size = max(map(len, ids)) + args.max_new_tokens
         for prompt in ids:
             out = dex_jax.generate(lm, [prompt], method=dex_jax.AR(), max_new_tokens=args.max_new_tokens)

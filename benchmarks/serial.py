@@ -22,6 +22,7 @@ import numpy as np
 from transformers_worker import Transformers
 
 import dex_jax
+from dex_jax.cli.train_results import spread
 from dex_jax.training.prompt_files import read_prompts
 
 
@@ -100,10 +101,8 @@ def main() -> int:
     worker = Transformers(args.transformers_python) if args.transformers_python else None
     runs: dict[str, dict] = {}
     for path in args.data:
-        prompts = read_prompts(path)
-        count = min(args.prompts, len(prompts))
-        ids = [lm.encode(prompts[at * len(prompts) // count]) for at in range(count)]
-        for start in range(0, count, args.batch):
+        ids = [lm.encode(prompt) for prompt in spread(read_prompts(path), args.prompts)]
+        for start in range(0, len(ids), args.batch):
             name = f"{Path(path).name.split('.')[0]} {start + 1}"
             runs[name] = measure(lm, ids[start : start + args.batch], args, worker)
             print(name, json.dumps(runs[name]), file=sys.stderr, flush=True)

@@ -23,6 +23,7 @@ import numpy as np
 
 import dex_jax
 from dex_jax.cli.decode import remember_compilations
+from dex_jax.cli.train_results import spread
 from dex_jax.decoding.auto import with_rungs
 from dex_jax.decoding.costs import step_costs
 from dex_jax.decoding.exits import default_drafter
@@ -98,9 +99,7 @@ def main() -> int:
     shapes = trees(known[0], with_rungs(costs, largest, drafter, lm.config, jnp.dtype(lm.dtype)))
     ids = []
     for path in args.data:
-        prompts = read_prompts(path)
-        count = min(args.prompts, len(prompts))
-        ids += [lm.encode(prompts[at * len(prompts) // count]) for at in range(count)]
+        ids += [lm.encode(prompt) for prompt in spread(read_prompts(path), args.prompts)]
     store = Path(args.output + ".json") if args.output else None
     found = json.loads(store.read_text(encoding="utf-8"))["prompts"] if store and store.exists() else []
     for number, prompt in enumerate(ids[len(found) :], len(found) + 1):

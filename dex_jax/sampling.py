@@ -91,6 +91,20 @@ def scores(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None
     return filtered(logits / sampling.temperature, sampling.top_k, sampling.top_p) + noise
 
 
+def log_total(adjusted: jax.Array, rest: jax.Array | None, sampling: Sampling | None) -> jax.Array:
+    """Log of the summed exponentials of every row: [N] float32.
+
+    Args:
+      adjusted: [N, V'] float32, logits as `scores` or the temperature alone has left them.
+      rest: [N] float32, logit of all tokens that have no column; None where there are none.
+      sampling: whose temperature the rest is divided by too; None when greedy.
+    """
+    total = jax.nn.logsumexp(adjusted, axis=-1)
+    if rest is None:
+        return total
+    return jnp.logaddexp(total, rest if sampling is None else rest / sampling.temperature)
+
+
 def filtered(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:
     """Applies top-k, then top-p: [N, V] float32 with removed tokens at DROPPED.
 

@@ -28,7 +28,7 @@ from dex_jax.errors import exit_code
 from dex_jax.evaluation.check import CLOSE, compare
 from dex_jax.evaluation.forced import forced_exits
 from dex_jax.language_model import LanguageModel, load, merge_model
-from dex_jax.lattice import full_rows
+from dex_jax.lattice import NO_TOKEN, full_rows
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled
 from dex_jax.sampling import Sampling, sampling_keys
 
@@ -219,7 +219,7 @@ def _step_and_tick(
         # Nothing may end early: a loop that is done takes no time.
         endless = session.limits._replace(
             max_new_tokens=jnp.full_like(session.limits.max_new_tokens, session.capacity + 1),
-            eos_ids=jnp.full_like(session.limits.eos_ids, -1),
+            eos_ids=jnp.full_like(session.limits.eos_ids, NO_TOKEN),
         )
         session.limits = endless
         session.prefill()

@@ -13,7 +13,7 @@ import pytest
 from reference.small_models import LLAMA, LetterTokenizer, small_model
 
 import dex_jax
-from dex_jax.evaluation import bench, bench_runs, report
+from dex_jax.evaluation import bench, bench_plan, bench_runs, report
 from dex_jax.evaluation.comparison import costs
 from dex_jax.evaluation.results import read_results, to_line
 from dex_jax.evaluation.runs import Run
@@ -218,6 +218,7 @@ def test_transformers_takes_turns_where_it_is_asked_for(command, monkeypatch, tm
             pass
 
     monkeypatch.setattr(bench_runs, "Outside", Fake)
+    monkeypatch.setattr(bench_plan, "check_outside", lambda model: None)  # an installed package has no worker
     flags = [*command, "--methods", "ar", "--timed", "ar", "--transformers-python", "there/python"]
     # Other tokens of another engine are told, and fail nothing.
     assert bench.main([*flags, "--output", str(tmp_path / "out")]) == 0

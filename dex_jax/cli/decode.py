@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from dex_jax.cli.arguments import method_of, parser, prompts_of
@@ -19,6 +18,7 @@ from dex_jax.decoding.methods import AR, Method
 from dex_jax.decoding.output import Output
 from dex_jax.distributed import from_first, is_first, join
 from dex_jax.errors import INTERRUPTED, OK, exit_code
+from dex_jax.io.whole_files import cache_folder
 from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.prompts import Prompt
 
@@ -153,8 +153,7 @@ def remember_compilations() -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(base / "dex_jax" / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

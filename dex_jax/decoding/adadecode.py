@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dex_jax.decoding.chain_interface import Policy
 from dex_jax.decoding.methods import Dex, Schedule, whole_number
@@ -18,10 +19,14 @@ class Sure(Policy):
 
     threshold: float
 
+    def begin(self, batch: int) -> jax.Array:
+        """The threshold of every sequence, [B] float32: as an array, so that the loop is compiled alike for all."""
+        return jnp.full(batch, self.threshold, jnp.float32)
+
     def drafts(self, known: Any, exit_index: jax.Array, drafted: jax.Array, confidence: jax.Array) -> jax.Array:
         """As of Policy."""
-        del known, exit_index, drafted
-        return confidence >= self.threshold
+        del exit_index, drafted
+        return confidence >= known
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dex_jax.decoding.chain_interface import ChainExits, ChainNetwork, ChainRows
 from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, emit_path, until_done
-from dex_jax.sampling import Sampling, best_column, choose, scores
+from dex_jax.sampling import Sampling, best_column, choose, log_total, scores
 
 
 class ChainState(NamedTuple):
@@ -222,10 +222,7 @@ def _proposed(
         noise = noise[:, exits.vocabulary]
     adjusted = scores(exits.logits(features), sampling, noise)
     column = best_column(adjusted)
-    log_all = jax.nn.logsumexp(adjusted, axis=-1)
-    if exits.rest is not None:
-        rest = exits.rest(features)
-        log_all = jnp.logaddexp(log_all, rest if sampling is None else rest / sampling.temperature)
+    log_all = log_total(adjusted, None if exits.rest is None else exits.rest(features), sampling)
     confidence = jnp.exp(jnp.take_along_axis(adjusted, column[:, None], axis=-1)[:, 0] - log_all)
     return column if exits.vocabulary is None else exits.vocabulary[column], confidence
 

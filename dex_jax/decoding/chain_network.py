@@ -15,9 +15,9 @@ from flax import nnx
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.chain_interface import ChainExits, ChainNetwork, ChainRows, Path
 from dex_jax.decoding.network import run_rows, write_layers
-from dex_jax.decoding.trained_exits import EMPTY_ENTRY, ExitArrays, read_chunk, shared_columns
-from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph
-from dex_jax.nn.layers import KeyValues
+from dex_jax.decoding.trained_exits import ExitArrays, context_rows, exit_heads, read_chunk, shared_columns
+from dex_jax.nn.exits import ExitHeads, exit_graph
+from dex_jax.nn.layers import causal_rows
 from dex_jax.nn.transformer import Transformer, stage_ranges
 
 
@@ -36,8 +36,7 @@ def chain_network(
     def run(memory: Any, stage: int, hidden: jax.Array, start: jax.Array) -> Any:
         batch, rows = hidden.shape[:2]
         position = start[:, None] + jnp.arange(rows)[None]
-        causal = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
-        return run_rows(model, memory, hidden, position, causal, start, stages[stage])
+        return run_rows(model, memory, hidden, position, causal_rows(batch, rows), start, stages[stage])
 
     def write(memory: Any, stage: int, fresh: Any, start: jax.Array, where: jax.Array) -> Any:
         rows = jax.tree.leaves(fresh)[0].shape[-2]
@@ -84,7 +83,7 @@ def _shared(model: Transformer) -> ChainExits:
 
 
 def _trained(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -> ChainExits:
-    heads = nnx.merge(exit_graph(config), arrays.parameters)
+    heads = exit_heads(config, arrays)
 
     def newest(memory: Any, rows: ChainRows, row: jax.Array, exit_index: jax.Array) -> jax.Array:
         own = _state(rows, row, exit_index)[:, None]
@@ -100,7 +99,7 @@ def _trained(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -> Cha
         context = None
         if heads.context is not None:
             token, position = (jnp.take_along_axis(x, row[:, None], axis=1) for x in (rows.token, rows.position))
-            context = _context(model, heads.context, memory.exits.context, token, position, before[:, None])
+            context = context_rows(model, heads.context, memory.exits.context, before[:, None], token, position)
         return chosen.features(own, before[:, None], context)[:, 0]
 
     def shadows(memory: Any, rows: ChainRows) -> jax.Array:
@@ -115,7 +114,7 @@ def _trained(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -> Cha
         context = None
         if heads.context is not None:
             context = jax.lax.map(
-                lambda b: _context(model, heads.context, memory.exits.context, rows.token, rows.position, b), before
+                lambda b: context_rows(model, heads.context, memory.exits.context, b, rows.token, rows.position), before
             ).reshape(flat.shape)
         return heads.features(flat, before.reshape(flat.shape), context, base)
 
@@ -137,23 +136,3 @@ def _heads_of(config: ExitsConfig, arrays: ExitArrays, exit_index: jax.Array) ->
         return leaf if getattr(path[0], "key", None) == "context" else leaf[exit_index]
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(chosen, arrays.parameters))
-
-
-def _context(
-    model: Transformer,
-    layer: Context,
-    memory: ContextMemory,
-    token: jax.Array,
-    position: jax.Array,
-    before: jax.Array,
-) -> jax.Array:
-    """The context layer over rows beside the committed window, as the lattice's nodes see it.
-
-    token, position: [B, n] int32; before: [B, n, D], features of the position before. Returns [B, n, D].
-    """
-    batch, count = token.shape
-    entered = layer.enter_rows(model.embed_tokens(jnp.maximum(token, 0)), before)
-    entries = memory.position[:, None, :]
-    visible = (entries != EMPTY_ENTRY) & (position[:, :, None] - entries <= layer.config.window)
-    among = jnp.broadcast_to(jnp.eye(count, dtype=bool)[None], (batch, count, count))
-    return layer.output(entered, position, KeyValues(memory.keys, memory.values, visible), among)

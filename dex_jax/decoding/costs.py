@@ -30,8 +30,11 @@ from dex_jax.decoding.interface import StageView
 from dex_jax.decoding.known_trees import LOOKUP_TREE
 from dex_jax.decoding.network import run_tree, transformer_network
 from dex_jax.decoding.record import Limits
+from dex_jax.errors import DexError
+from dex_jax.io.whole_files import cache_folder, write_whole
 from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.lattice import NO_NODE, NO_TOKEN, default_rows
+from dex_jax.nn.layers import causal_rows
 from dex_jax.nn.transformer import Layout, Stacked, parameter_shapes
 from dex_jax.sampling import best_column
 
@@ -113,11 +116,8 @@ def _known_costs(config: ModelConfig, layout: Layout, dtype: str, batch: int, le
     if kept is None:
         kept = _measure(config, layout, jnp.dtype(dtype), batch, length)
         # Only a convenience: without a place to write, the next process measures again.
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(_read(file) | {key: kept}, indent=1) + "\n", encoding="utf-8")
-            partial.replace(file)
+        with contextlib.suppress(DexError):
+            write_whole(file, json.dumps(_read(file) | {key: kept}, indent=1) + "\n")
     sizes = [shape for name, shape in parameter_shapes(config).items() if name != "embed" or config.tied]
     total = sum(map(math.prod, sizes)) * jnp.dtype(dtype).itemsize
     rows = tuple(np.maximum.accumulate(kept["rows"]).tolist())
@@ -131,8 +131,7 @@ def costs_file() -> Path:
     """
     if named := os.environ.get("DEX_JAX_STEP_COSTS"):
         return Path(named)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "dex_jax" / "step_costs.json"
+    return cache_folder() / "step_costs.json"
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
@@ -175,8 +174,7 @@ def _measure(config: ModelConfig, layout: Layout, dtype: Any, batch: int, length
 
     for rows in ROWS:
         token = jnp.zeros((batch, rows), jnp.int32)
-        among = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool)), (batch, rows, rows))
-        add(layers, weights, memory, token, token + length // 2, among)
+        add(layers, weights, memory, token, token + length // 2, causal_rows(batch, rows))
         add(final, weights, jnp.ones((batch * rows, config.width), dtype))
     add(*_rounds(batch, length))
     if isinstance(layout, Stacked):

@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.trained_exits import ExitArrays, ExitMemory
+from dex_jax.decoding.trained_exits import ExitArrays, ExitMemory, exit_heads, in_window
 from dex_jax.lattice import NO_NODE
-from dex_jax.nn.exits import exit_graph
 from dex_jax.nn.layers import KeyValues
 from dex_jax.nn.transformer import Transformer
 
@@ -64,7 +62,7 @@ def draft_rows(
     Returns:
       (features [B, w, D + 1] with the rest logit last, drafts with these rows).
     """
-    heads = nnx.merge(exit_graph(config), arrays.parameters)
+    heads = exit_heads(config, arrays)
     layer = heads.context
     assert layer is not None
     assert memory.context is not None
@@ -74,8 +72,7 @@ def draft_rows(
     embedded = model.embed_tokens(jnp.maximum(token, 0))
     entered = layer.enter_rows(embedded, previous)
 
-    entries = memory.context.position[:, None, :]
-    committed = (entries >= 0) & (position[:, :, None] - entries <= config.window)
+    committed = in_window(memory.context, position, config.window)
     itself = jnp.eye(width, dtype=bool)[None]
     own = jnp.pad(itself, [(0, 0), (0, 0), (first, ancestors.shape[2] - first - width)])
     before = KeyValues(

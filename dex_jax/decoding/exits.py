@@ -27,8 +27,9 @@ class ResolvedExits:
 
     Attributes:
       schedule: with exit depths that the exits are trained at.
-      source: where they came from, "shared" for the model's own head at every depth, None when K = 1.
-      trained: heads at x_1 .. x_{K-1}; None for "shared" and for K = 1.
+      source: where they came from, "shared" for the model's own head at every depth, None when K = 1 and for serial
+        rounds that draft from the text alone.
+      trained: heads at x_1 .. x_{K-1}, or the drafter of serial rounds at depth 0; None for "shared" and without any.
       remarks: sentences that a user should see.
     """
 

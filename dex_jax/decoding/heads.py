@@ -15,7 +15,7 @@ from dex_jax.decoding.interface import Exits, StageView
 from dex_jax.decoding.ladder import climb, rungs
 from dex_jax.decoding.noise import Noise
 from dex_jax.lattice import Proposals
-from dex_jax.sampling import DROPPED, Sampling, choose
+from dex_jax.sampling import DROPPED, Sampling, choose, log_total
 
 HEAD_BLOCK = 8
 """How many nodes of a sequence the heads are asked at a time."""
@@ -182,7 +182,17 @@ def propose_rows(
 
 
 def ask_rows(exits: Exits, asked: Asked, sampling: Sampling | None, noise: Noise | None, *, decs: bool) -> Proposals:
-    """The heads of N gathered rows: Proposals with fields [N]."""
+    """The heads of N gathered rows.
+
+    Args:
+      exits: the heads.
+      asked: rows with their features, sequences, positions and what their nodes have been offered.
+      sampling, noise: that the proposals are drawn with; None when greedy.
+      decs: whether what a node has been offered is masked.
+
+    Returns:
+      Proposals with fields [N]; log-probabilities are those of the tempered distribution, without noise.
+    """
     logits = exits.logits(asked.features)
     row_noise, scaled = None, logits
     if sampling is not None:
@@ -195,10 +205,7 @@ def ask_rows(exits: Exits, asked: Asked, sampling: Sampling | None, noise: Noise
     column, left = choose(allowed, sampling, row_noise)
     token = column if exits.vocabulary is None else exits.vocabulary[column]
     log_probability = jnp.take_along_axis(scaled, column[:, None], axis=-1)[:, 0]
-    log_all = jax.nn.logsumexp(scaled, axis=-1)
-    if exits.rest is not None:
-        rest = exits.rest(asked.features)
-        log_all = jnp.logaddexp(log_all, rest if sampling is None else rest / sampling.temperature)
+    log_all = log_total(scaled, None if exits.rest is None else exits.rest(asked.features), sampling)
     log_probability = log_probability - log_all
     repeated = jnp.any(asked.offered == token[:, None], axis=-1)
     return Proposals(token, log_probability, left & ~repeated)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from dex_jax import lattice as lat
 from dex_jax.decoding.heads import Proposers, propose
 from dex_jax.decoding.interface import Committed, Network, StageView
-from dex_jax.decoding.noise import Noise, make_noise
+from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, emit, until_done
 from dex_jax.lattice import Lattice
 from dex_jax.sampling import Sampling, choose
@@ -207,10 +207,7 @@ def final_token(
     """The next token of every sequence whose root has finished: hidden [B, D] at depth L -> [B] int32."""
 
     def choose_all() -> jax.Array:
-        row_noise = None
-        if noise is not None:
-            at = (position % noise.ring.shape[1])[:, None, None]
-            row_noise = jnp.take_along_axis(noise.ring, at, axis=1)[:, 0]
+        row_noise = None if noise is None else noise_at(noise, position[:, None])[:, 0]
         return choose(network.final(hidden), sampling, row_noise)[0]
 
     # Between commits the unembedding is a good part of a tick, for nothing.

@@ -26,7 +26,7 @@ class Schedule:
     Attributes:
       method: "ar", "dex", or a rival's name.
       depths: exit depths x_1 < ... < x_K = L.
-      rows: W, rows a stage.
+      rows: W, rows a stage; of serial rounds N, rows of the tree; on a chain R, rows of a round.
       decs: whether depth-coupled sampling is on.
       tree: of serial rounds; None otherwise.
       policy: of methods that draft on a chain (decoding/chain.py), which have neither ticks nor a tree; None otherwise.

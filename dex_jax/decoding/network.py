@@ -17,7 +17,7 @@ from flax import nnx
 from dex_jax.cache import Memory, after, allocate, commit_slot, write_rows
 from dex_jax.decoding.interface import Committed, Exits, Network, StageView
 from dex_jax.decoding.ladder import climb, fill
-from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
+from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, causal_rows, rope_table
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
 
 
@@ -99,7 +99,7 @@ def extend_with_states(model: Transformer, memory: Memory, tokens: jax.Array, st
     batch, rows = tokens.shape
     positions = start[:, None] + jnp.arange(rows)[None, :]
     table = rope_table(positions, model.config)
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
+    causal = causal_rows(batch, rows)
     x = model.embed_tokens(tokens)
 
     def layer_step(

@@ -17,7 +17,8 @@ class Noise(NamedTuple):
     """Sampling noise, made once a position and kept while any node may need it.
 
     Attributes:
-      ring: [B, K, V] float32; position n stands at n mod K.
+      ring: [B, K, V] float32; position n stands at n mod K. Serial rounds have the tree's levels instead of K stages,
+        chains a round's rows.
       made: [B] int32, the last position whose noise has been made.
     """
 

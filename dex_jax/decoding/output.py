@@ -11,6 +11,7 @@ from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import PREFILL_EXIT
 from dex_jax.decoding.serial import FINAL
 from dex_jax.io import TextStream, Tokenizer
+from dex_jax.lattice import NO_TOKEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,4 +174,4 @@ def depth_side_speedup(ticks: np.ndarray, lengths: np.ndarray, stages: int) -> n
 def cut(tokens: np.ndarray, exits: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """The first `length` tokens of a row, the rest blank."""
     beyond = np.arange(tokens.shape[0]) >= length
-    return np.where(beyond, -1, tokens), np.where(beyond, PREFILL_EXIT, exits)
+    return np.where(beyond, NO_TOKEN, tokens), np.where(beyond, PREFILL_EXIT, exits)

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.ladder import choose_rung
+from dex_jax.decoding.ladder import choose_rung, fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, emit_path, until_done
 from dex_jax.decoding.suffix import LONGEST, continuation
 from dex_jax.decoding.tree import Candidates, Tree, child_of, depth_in, follow, grow, plant, sort_rows
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_NODE, NO_TOKEN, quantized
-from dex_jax.sampling import Sampling, choose, scores
+from dex_jax.sampling import Sampling, choose, log_total, scores
 
 DRAFTED = 0
 """`exits` of a token that the tree held: the drafter and the lookup stand at depth 0."""
@@ -249,9 +249,8 @@ def step(
         hidden, fresh = network.run(state.memory, tree.token[:, :rows], position, ancestors, state.prefix)
         row_noise = None if noise is None else noise_at(noise, position + 1).reshape(batch * rows, -1)
         final = choose(network.final(hidden.reshape(batch * rows, -1)), sampling, row_noise)[0]
-        fill = shape.rows - rows
-        fresh = jax.tree.map(lambda leaf: _padded(leaf, -1 if leaf.ndim == 2 else -2, fill), fresh)
-        return _padded(hidden, 1, fill), _padded(final.reshape(batch, rows), 1, fill), fresh
+        fresh = jax.tree.map(lambda leaf: fill(leaf, -1 if leaf.ndim == 2 else -2, shape.rows), fresh)
+        return fill(hidden, 1, shape.rows), fill(final.reshape(batch, rows), 1, shape.rows), fresh
 
     hidden, final, fresh = choose_rung(rung, shape.counts, run_rows)
     row, count = jax.vmap(follow, (0, 0, None))(tree, final, levels)
@@ -403,10 +402,7 @@ def _drafted(
         row_noise = noise_at(noise, position + 1).reshape(batch * width, -1)
         row_noise = row_noise if columns is None else row_noise[:, columns]
     adjusted = scores(logits, sampling, row_noise)
-    log_all = jax.nn.logsumexp(adjusted, axis=-1)
-    if drafter.rest is not None:
-        rest = drafter.rest(flat)
-        log_all = jnp.logaddexp(log_all, rest if sampling is None else rest / sampling.temperature)
+    log_all = log_total(adjusted, None if drafter.rest is None else drafter.rest(flat), sampling)
     # Asked for values too, XLA sorts the whole vocabulary on CPUs.
     best = jax.lax.top_k(adjusted, count)[1]
     adjusted = jnp.take_along_axis(adjusted, best, axis=1)
@@ -430,13 +426,6 @@ def _noise_ahead(network: TreeNetwork, state: SerialState, sampling: Sampling | 
         return made
 
     return jax.lax.fori_loop(0, levels, one_more, state.noise)
-
-
-def _padded(x: jax.Array, axis: int, more: int) -> jax.Array:
-    """x with `more` zeros behind on one axis."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, more)
-    return jnp.pad(x, padding)
 
 
 def _at(field: jax.Array, row: jax.Array) -> jax.Array:

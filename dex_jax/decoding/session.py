@@ -37,6 +37,7 @@ from dex_jax.distributed import to_host
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, Outline, merge_model
+from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.placing import weight_specs
 from dex_jax.nn.transformer import Layout, Staged, Transformer
 from dex_jax.sampling import Sampling
@@ -122,9 +123,9 @@ def start_decoding(
         return ar.init(memory, token, lengths, capacity=capacity, limits=limits)
     policy = spec.schedule.policy
     if policy is not None:
-        rows = chain_network(model, spec.schedule.depths, spec.exits, heads)
+        on_chain = chain_network(model, spec.schedule.depths, spec.exits, heads)
         options: dict[str, Any] = {"policy": policy, "capacity": capacity, "limits": limits, "sampling": sampling}
-        return chain.init(rows, memory, token, lengths, **options)
+        return chain.init(on_chain, memory, token, lengths, **options)
     if spec.schedule.tree is not None:
         assert prompt is not None
         return serial.init(
@@ -172,11 +173,11 @@ def run_ticks(
         return ar.run(model, state, limits, sampling, until_tick=until_tick)
     policy, tree = spec.schedule.policy, spec.schedule.tree
     if policy is not None:
-        rows = chain_network(model, spec.schedule.depths, spec.exits, heads)
-        return chain.run(rows, state, limits, sampling, policy=policy, until_tick=until_tick)
+        on_chain = chain_network(model, spec.schedule.depths, spec.exits, heads)
+        return chain.run(on_chain, state, limits, sampling, policy=policy, until_tick=until_tick)
     if tree is not None:
-        rounds = tree_network(model, spec.exits, heads, tree.rows)
-        return serial.run(rounds, state, limits, sampling, shape=tree, until_tick=until_tick)
+        on_tree = tree_network(model, spec.exits, heads, tree.rows)
+        return serial.run(on_tree, state, limits, sampling, shape=tree, until_tick=until_tick)
     network, schedule = network_of(model, heads, spec), spec.schedule
     options: dict[str, Any] = {"decs": schedule.decs, "proposing": schedule.proposing}
     return loop.run(network, state, limits, sampling, until_tick=until_tick, **options)
@@ -240,7 +241,8 @@ class Session:
       schedule: the method.
       max_new_tokens: at most this many per sequence.
       sampling: None for greedy; keys [B].
-      exits: trained exits at x_1 .. x_{K-1}; None for the model's own.
+      exits: trained exits at x_1 .. x_{K-1}, the drafter of serial rounds; None for the model's own, and for serial
+        rounds that draft from the text alone.
       notify: told what is going on ("compiling", "prefill", "decoding").
     """
 
@@ -268,7 +270,7 @@ class Session:
         self.chunk = min(bucket, PREFILL_CHUNK)
         self.capacity = capacity_for(max_new_tokens)
         self.cache_length = bucket + self.capacity + schedule.ahead
-        eos = jnp.asarray(lm.eos_ids or (-1,), jnp.int32)
+        eos = jnp.asarray(lm.eos_ids or (NO_TOKEN,), jnp.int32)
         limits = Limits(jnp.full(len(prompts), max_new_tokens, jnp.int32), eos)
         self.limits = self._put(limits, on_mesh.LIMITS)
         self.tick = 0

@@ -18,7 +18,7 @@ class Spec:
     Attributes:
       config, layout: of the model.
       schedule: the method.
-      exits: None for the model's own, "shared".
+      exits: None for the model's own, "shared", and for serial rounds without a drafter.
       mesh: None for one device; otherwise the layout is Staged.
     """
 

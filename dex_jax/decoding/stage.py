@@ -39,6 +39,7 @@ from dex_jax.decoding.trained_exits import (
     trained_exits,
 )
 from dex_jax.lattice import NO_TOKEN, Proposals
+from dex_jax.nn.layers import causal_rows
 from dex_jax.nn.transformer import Transformer
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import STAGE
@@ -212,7 +213,7 @@ def extend_stages(
     batch, rows = tokens.shape
     stage = jax.lax.axis_index(STAGE)
     positions = start[:, None] + jnp.arange(rows)[None, :]
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
+    causal = causal_rows(batch, rows)
     x = device.model.embed_tokens(tokens)
     leaf = memory.keys[0]
     blank = jnp.zeros((*leaf.shape[:2], rows, leaf.shape[3]), leaf.dtype)

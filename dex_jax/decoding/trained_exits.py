@@ -280,13 +280,40 @@ def _context_rows(
     def by_sequence(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x, 0, 1).reshape(batch, stages * rows, *x.shape[3:])
 
-    tokens, position = by_sequence(jnp.maximum(token, 0)), by_sequence(position)
-    entered = layer.enter_rows(model.embed_tokens(tokens), by_sequence(previous))
-    entries = memory.position[:, None, :]
-    visible = (entries != EMPTY_ENTRY) & (position[:, :, None] - entries <= layer.config.window)
-    among = jnp.broadcast_to(jnp.eye(stages * rows, dtype=bool)[None], (batch, stages * rows, stages * rows))
-    out = layer.output(entered, position, KeyValues(memory.keys, memory.values, visible), among)
+    out = context_rows(model, layer, memory, *map(by_sequence, (previous, token, position)))
     return jnp.swapaxes(out.reshape(batch, stages, rows, width), 0, 1)
+
+
+def context_rows(
+    model: Transformer,
+    layer: Context,
+    memory: ContextMemory,
+    previous: jax.Array,
+    token: jax.Array,
+    position: jax.Array,
+) -> jax.Array:
+    """The context layer over rows that see the committed window and themselves, not one another.
+
+    Args:
+      model, layer: what runs.
+      memory: of the committed window.
+      previous: [B, n, D], features of the position before.
+      token, position: [B, n] int32.
+
+    Returns:
+      [B, n, D].
+    """
+    batch, count = token.shape
+    entered = layer.enter_rows(model.embed_tokens(jnp.maximum(token, 0)), previous)
+    visible = in_window(memory, position, layer.config.window)
+    among = jnp.broadcast_to(jnp.eye(count, dtype=bool)[None], (batch, count, count))
+    return layer.output(entered, position, KeyValues(memory.keys, memory.values, visible), among)
+
+
+def in_window(memory: ContextMemory, position: jax.Array, window: int) -> jax.Array:
+    """Which committed entries rows at `position` [B, n] see: [B, n, S] bool."""
+    entries = memory.position[:, None, :]
+    return (entries != EMPTY_ENTRY) & (position[:, :, None] - entries <= window)
 
 
 def exit_heads(config: ExitsConfig, arrays: ExitArrays) -> ExitHeads:

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.decoding.heads import mask_columns
@@ -23,12 +22,11 @@ from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.network import depth_states, shared_exits
 from dex_jax.decoding.output import ticks_of
 from dex_jax.decoding.record import PREFILL_EXIT
-from dex_jax.decoding.trained_exits import ExitArrays, exit_arrays, trained_exits
+from dex_jax.decoding.trained_exits import ExitArrays, exit_arrays, exit_heads, trained_exits
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, merge_model
 from dex_jax.lattice import NO_TOKEN
-from dex_jax.nn.exits import exit_graph
 from dex_jax.nn.transformer import Layout, Transformer
 from dex_jax.sampling import Sampling, choose, position_noise
 
@@ -132,7 +130,7 @@ def _trained_features(
     model: Transformer, config: ExitsConfig, arrays: ExitArrays, states: jax.Array, at: jax.Array
 ) -> list[jax.Array]:
     """Features [K - 1, N, D'] for a node born at exit 1, 2, .. K, or one for all."""
-    heads = nnx.merge(exit_graph(config), arrays.parameters)
+    heads = exit_heads(config, arrays)
     stages = states.shape[0]
     if not config.needs_previous:
         return [heads.features(states[:-1, at], None, None)]

@@ -18,7 +18,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
       DexError: it cannot be written; what was there before is still there.
     """
     file = Path(path)
-    partial = file.with_name(file.name + ".partial")
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # its own, where two processes write one file
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -27,6 +27,11 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs, among the user's caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dex_jax"
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

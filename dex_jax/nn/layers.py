@@ -131,6 +131,11 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
+def causal_rows(batch: int, rows: int) -> jax.Array:
+    """What rows in a line see of one another, those before and themselves: [B, R, R] bool."""
+    return jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
+
+
 def attend(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
     """Grouped-query attention over the union of several key-value sets, softmax in float32.
 
