@@ -106,8 +106,8 @@ def test_an_end_of_text_is_never_drafted():
     assert none.rounds >= drafted.rounds
 
 
-def test_batches_hold_prompts_of_one_padded_length():
+def test_batches_are_full_and_by_length():
     lengths = [5, 300, 17, 16, 200, 31, 16, 2]
     found = list(batches(lengths, 3))
     assert sorted(i for members in found for i in members) == list(range(len(lengths)))
-    assert [[lengths[i] for i in members] for members in found] == [[2, 5, 16], [16], [17, 31], [200], [300]]
+    assert [[lengths[i] for i in members] for members in found] == [[2, 5, 16], [16, 17, 31], [200, 300]]

@@ -21,7 +21,7 @@ import numpy as np
 from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.decoding.methods import AR
 from dex_jax.decoding.network import extend_with_states, states_at
-from dex_jax.decoding.session import Session, prompt_bucket
+from dex_jax.decoding.session import Session
 from dex_jax.decoding.trained_exits import EMPTY_ENTRY
 from dex_jax.evaluation.forced_counts import Ask, Forced
 from dex_jax.io.exits_file import TrainedExits
@@ -49,18 +49,22 @@ class Answer(NamedTuple):
 
 
 def batches(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
-    """Numbers of prompts to run together: of the same padded length, so that few programs are compiled.
+    """Numbers of prompts to run together, by length, all batches but the last full.
+
+    Those that would not fill a batch of their own padded length are padded to the next, which costs less than to
+    compile programs for as many rows.
 
     Args:
       lengths: of the prompts, in tokens.
       batch: B at most.
+
+    Example:
+      >>> list(batches([100, 120, 10, 200, 110], 2))
+      [[2, 0], [4, 1], [3]]
     """
-    buckets: dict[int, list[int]] = {}
-    for number in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        buckets.setdefault(prompt_bucket(lengths[number]), []).append(number)
-    for members in buckets.values():
-        for start in range(0, len(members), batch):
-            yield members[start : start + batch]
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for start in range(0, len(order), batch):
+        yield order[start : start + batch]
 
 
 def answer(
@@ -77,7 +81,7 @@ def answer(
 
     Args:
       lm: the model.
-      prompts: token ids; those of one padded length run best together, see `batches`.
+      prompts: token ids; those of about one length run best together, see `batches`.
       max_new_tokens: N.
       exits: that are asked; None where there is nothing to ask.
       asks: P of them, at depths that the exits have.
