@@ -90,7 +90,7 @@ def test_the_default_rows_are_held_against_what_never_prunes():
     run = {"ticks_per_token": 4.1, "above": 0.025, "tokens": 10, "identical": 2, "of": 2}
     about = {"texts": 2, "data": ["a.jsonl"], "max_new_tokens": 9, "dtype": "float32"}
     page = squeezed(rows.page({"about": about, "grids": {"10": grid}, "loop": {"10": {"32": run}}}))
-    assert "| 10 | 4.000 | 4.100 (+2.5%) * |" in page
+    assert "| 10 | 4.000 | 4.100 (+2.5% of 2) * |" in page
     assert "K = 10: the default, 32 rows, takes +2.5% ticks (meant to take at most 3% more: holds)" in page
     worse = run | {"above": 0.05}
     assert "DOES NOT HOLD" in rows.page({"about": about, "grids": {"10": grid}, "loop": {"10": {"32": worse}}})
