@@ -23,7 +23,7 @@ import numpy as np
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.costs import StepCosts, step_costs
-from dex_jax.decoding.exits import default_exits, find_drafter, stand_at_depths
+from dex_jax.decoding.exits import default_exits, find_drafter
 from dex_jax.decoding.known_trees import known_trees
 from dex_jax.decoding.methods import AR, Dex, Method, is_auto
 from dex_jax.decoding.serial import TreeShape
@@ -86,7 +86,7 @@ def settle(
     if not is_auto(method):
         return method, None
     drafter, source = find_drafter(exits, fingerprint)
-    if stand_at_depths(exits, fingerprint):
+    if drafter is not None and not drafter.config.is_drafter:
         return Dex(schedule="parallel"), f"parallel, which the exits in {source} are for"
     costs = step_costs(config, layout, dtype, batch, length)
     at_depths = default_exits(fingerprint) if isinstance(exits, str) and exits == "default" else None
