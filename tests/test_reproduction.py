@@ -124,8 +124,20 @@ def test_the_committed_pages_are_those_of_the_committed_runs() -> None:
     folders = [PAGE.parent / name for name in ("bench", "bench_layerskip")]
     studies = [(reproduction.read_results(folder), reproduction.read_study(folder)) for folder in folders]
     assert PAGE.read_text(encoding="utf-8") == reproduction.page(studies)
-    for folder, (runs, about) in zip(folders, studies, strict=True):
+    for folder in (*folders, PAGE.parent / "bench_xeon"):
+        runs, about = reproduction.read_results(folder), reproduction.read_study(folder)
         assert (folder / "summary.md").read_text(encoding="utf-8").startswith(summary(runs, about).rstrip())
+
+
+def test_counts_are_the_same_on_both_machines() -> None:
+    def counts(folder: str) -> dict:
+        runs = [run for run in reproduction.read_results(PAGE.parent / folder) if run.kind == "depth"]
+        fields = ("tokens", "exits", "ticks", "rounds", "layer_steps", "drafted", "accepted", "work")
+        return {run.key: {name: getattr(run, name) for name in fields} for run in runs}
+
+    one, other = counts("bench"), counts("bench_xeon")
+    assert len(other) == 576
+    assert {key: one[key] for key in other} == other
 
 
 def test_the_readme_says_what_the_committed_runs_say() -> None:
@@ -135,6 +147,10 @@ def test_the_readme_says_what_the_committed_runs_say() -> None:
     summary_page = (PAGE.parent / "bench" / "summary.md").read_text(encoding="utf-8")
     assert len(told) >= 12
     assert [figure for figure in told if f"{figure} |" not in summary_page] == []
+    other = (PAGE.parent / "bench_xeon" / "summary.md").read_text(encoding="utf-8")
+    seconds = re.search(r"rounds were at (\S+ \S+ \S+) and LayerSkip at (\S+ \S+ \S+) \(", readme)
+    assert seconds is not None
+    assert [figure for figure in seconds.groups() if f"{figure} |" not in other] == []
 
 
 def test_no_folder_is_told(tmp_path, capsys) -> None:
