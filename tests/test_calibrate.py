@@ -45,8 +45,9 @@ def test_all_that_the_planner_reads_is_measured(machine) -> None:
     assert all(seconds > 0 for _, seconds in (*measured.head, *measured.exits))
     assert min(*measured.layer_seconds.values(), measured.tick_seconds) > 0
     assert machine.device.itemsize == 4
-    assert machine.device.bandwidth > 1e8
-    assert machine.device.flops > 1e8
+    # Bytes and operations a second, not billions of them: more cannot be said of 100 kB on a busy machine.
+    assert machine.device.bandwidth > 1e6
+    assert machine.device.flops > 1e6
 
 
 def test_a_timer_times_rounds() -> None:
