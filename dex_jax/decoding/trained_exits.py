@@ -237,11 +237,15 @@ def row_features(
     def flat(x: jax.Array | None) -> jax.Array | None:
         return None if x is None else x.reshape(count, batch * rows, width)
 
+    def by_sequence(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x, 0, 1).reshape(batch, count * rows, *x.shape[3:])
+
     read = None
     if heads.context is not None:
         assert context is not None
         assert previous is not None
-        read = _context_rows(model, heads.context, context, previous, token, position)
+        read = context_rows(model, heads.context, context, *map(by_sequence, (previous, token, position)))
+        read = jnp.swapaxes(read.reshape(batch, count, rows, width), 0, 1)
     features = heads.features(states.reshape(count, batch * rows, width), flat(previous), flat(read), flat(base))
     return features.reshape(count, batch, rows, width + 1)
 
@@ -264,24 +268,6 @@ def previous_features(reached: jax.Array, committed: jax.Array, parent: jax.Arra
     sequence = jnp.arange(batch)[None, :, None]
     of_parent = reached[stage_of_row[place // rows], sequence, place % rows]
     return jnp.where((parent == NO_NODE)[..., None], committed[None, :, None], of_parent)
-
-
-def _context_rows(
-    model: Transformer,
-    layer: Context,
-    memory: ContextMemory,
-    previous: jax.Array,
-    token: jax.Array,
-    position: jax.Array,
-) -> jax.Array:
-    """The context layer over all nodes of X stages, each beside the committed window: [X, B, W, D]."""
-    stages, batch, rows, width = previous.shape
-
-    def by_sequence(x: jax.Array) -> jax.Array:
-        return jnp.swapaxes(x, 0, 1).reshape(batch, stages * rows, *x.shape[3:])
-
-    out = context_rows(model, layer, memory, *map(by_sequence, (previous, token, position)))
-    return jnp.swapaxes(out.reshape(batch, stages, rows, width), 0, 1)
 
 
 def context_rows(
