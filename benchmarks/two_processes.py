@@ -1,29 +1,28 @@
-"""DEX-1/2 against pipelined AR on the same two processes, a core each, each holding half of the layers.
+"""DEX-1/2 against pipelined AR on the same two processes, a core each, each holding a part of the layers.
 
     python -m dex_jax.evaluation.calibrate --together 2 --output cpu2.json
     python benchmarks/two_processes.py --data HumanEval.jsonl.gz question_240.jsonl --prompts 10 --batch 1 8 \\
-        --latency 0 1 2 5 --hardware cpu2.json --output docs/two_processes
+        --depths 20,30 --hardware cpu2.json --output docs/two_processes
 
 The two talk over loopback by jax.distributed, as processes on two hosts would. AR is the pipeline of the library: a
 stage whose turn it is not computes nothing, and each hands its hidden states on once. Both methods decode the same
 prompts in turns, so that they see the same machine, and must give the same tokens; the first time, which compiles, does
-not count. Beside each gain: what the ticks alone would give if a tick took half of a step, and with --hardware what the
-cost model predicts, with links as they are measured here.
+not count. Beside each gain: what the ticks alone would give if a tick took as much of a step as the larger part has of
+the weights that a step reads, and with --hardware what the cost model predicts, with links as they are measured here.
 
---latency MS delays every message of the two by so many milliseconds, in a network namespace of their own whose loopback
-has a netem queue; where the machine has none of this, a line says so. Groups of prompts that OUTPUT.json holds are not
-measured again. Nothing else should run meanwhile.
+--latency MS delays every message of the two by so many milliseconds, in network namespaces of their own that
+benchmarks/delayed_link.py joins; where the machine has none of this, a line says so. Groups of prompts that OUTPUT.json
+holds are not measured again. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import itertools
 import json
 import os
-import platform
-import shutil
 import signal
 import socket
 import statistics
@@ -31,13 +30,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from delayed_link import ADDRESSES, DelayedLink, alone
 from two_processes_page import further, page, predictions
 
+from dex_jax.cli.arguments import depths
 from dex_jax.errors import DexError
 
 FOREVER = 2**30
@@ -45,14 +46,16 @@ STREAMED = 1e9
 """Bytes that the bandwidth is measured over: more than a processor's caches hold."""
 
 
-def pinned(core: int, arguments: list[str], env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen:
-    """This file as a process of its own on one core."""
+def pinned(
+    core: int, arguments: list[str], env: dict[str, str] | None = None, prefix: Sequence[str] = ()
+) -> subprocess.Popen:
+    """This file as a process of its own on one core, run by the command `prefix`."""
     before = os.sched_getaffinity(0)
     # A child inherits the affinity of the moment it is started in.
     os.sched_setaffinity(0, {core})
     try:
         return subprocess.Popen(
-            [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, env=env, **options
+            [*prefix, sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, env=env
         )
     finally:
         os.sched_setaffinity(0, before)
@@ -104,8 +107,10 @@ def work(task: dict[str, Any]) -> None:
 
     join()
     remember_compilations()
-    lm = dex_jax.load(task["model"], "float32", mesh="stage=2")
+    layout = dex_jax.Staged(tuple(task["depths"])) if task["depths"] else None
+    lm = dex_jax.load(task["model"], "float32", mesh="stage=2", layout=layout)
     assert lm.mesh is not None
+    assert isinstance(lm.layout, dex_jax.Staged)
     assert len(jax.local_devices()) == 1
 
     def say(**what: Any) -> None:
@@ -113,7 +118,7 @@ def work(task: dict[str, Any]) -> None:
             print(json.dumps(what), flush=True)
 
     say(links=links(lm.mesh, lm.config.width))
-    methods = {"ar": (dex_jax.AR(), "shared"), "dex": (dex_jax.Dex(explorers=2), task["exits"])}
+    methods = {"ar": (dex_jax.AR(), "shared"), "dex": (dex_jax.Dex(depths=lm.layout.depths), task["exits"])}
 
     def decode(name: str, prompts: list[list[int]]) -> Output:
         method, exits = methods[name]
@@ -183,45 +188,31 @@ def links(mesh: Any, width: int, repeats: int = 200) -> dict[str, float]:
 def pair(file: str) -> int:
     """Starts the two on the first two cores and passes on what process 0 prints."""
     cores = sorted(os.sched_getaffinity(0))
+    latency = json.loads(Path(file).read_text())["latency"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     base = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_COORDINATOR_ADDRESS": f"{ADDRESSES[0] if latency else '127.0.0.1'}:{port}",
         "JAX_NUM_PROCESSES": "2",
     }
-    both = [pinned(cores[i], ["--work", file], base | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
     # When this process is told to end, so are they.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    try:
-        assert both[0].stdout is not None
-        for line in both[0].stdout:
-            print(line, end="", flush=True)
-        return max(abs(process.wait()) for process in both)
-    finally:
-        for process in both:
+    with contextlib.ExitStack() as ends:
+        line = ends.enter_context(DelayedLink(latency / 1e3)) if latency else None
+        both = []
+        for i in range(2):
+            env = base | {"JAX_PROCESS_ID": str(i)}
+            both.append(pinned(cores[i], ["--work", file], env, prefix=line.prefix(i) if line else ()))
             # They take the gentler signal for a warning.
-            process.kill()
-
-
-def delayed(milliseconds: float) -> list[str]:
-    """A prefix that runs a command where every message over loopback takes so much longer; [] for none.
-
-    Raises:
-      DexError: the machine has no namespaces or no netem.
-    """
-    if not milliseconds:
-        return []
-    if platform.system() != "Linux" or not all(map(shutil.which, ("unshare", "ip", "tc"))):
-        raise DexError("unshare, ip and tc of Linux are needed, and one of them is missing")
-    script = f'ip link set lo up && tc qdisc add dev lo root netem delay {milliseconds}ms limit 100000 && exec "$@"'
-    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    prefix = ["unshare", *user, "--net", "sh", "-c", script, "sh"]
-    tried = subprocess.run([*prefix, "true"], capture_output=True, text=True)
-    if tried.returncode:
-        raise DexError((tried.stderr.strip() or "the namespace cannot be made").splitlines()[-1])
-    return prefix
+            ends.callback(both[i].kill)
+            if line:
+                line.attach(i, both[i].pid)
+        assert both[0].stdout is not None
+        for said in both[0].stdout:
+            print(said, end="", flush=True)
+        return max(abs(process.wait()) for process in both)
 
 
 def lines_of(command: list[str]) -> Iterator[dict[str, Any]]:
@@ -254,7 +245,7 @@ def measure(args: argparse.Namespace, found: dict[str, Any], prompts: list[list[
         if not groups:
             continue
         try:
-            prefix = delayed(latency)
+            prefix = alone() if latency else []
         except DexError as error:
             found["skipped"][str(latency)] = str(error)
             print(
@@ -262,9 +253,10 @@ def measure(args: argparse.Namespace, found: dict[str, Any], prompts: list[list[
                 file=sys.stderr,
             )
             continue
-        options = {name: getattr(args, name) for name in ("model", "exits", "max_new_tokens", "rounds")}
+        found["skipped"].pop(str(latency), None)
+        options = {name: getattr(args, name) for name in ("model", "exits", "depths", "max_new_tokens", "rounds")}
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump(options | {"prompts": prompts, "groups": groups}, file)
+            json.dump(options | {"latency": latency, "prompts": prompts, "groups": groups}, file)
             file.flush()
             command = [*prefix, sys.executable, __file__, "--pair", file.name]
             begin, done = time.perf_counter(), 0
@@ -287,6 +279,7 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", metavar="FILE")
     parser.add_argument("--prompts", type=int, default=10, help="of each file, evenly spread (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--depths", type=depths, metavar="X,...", help="of the two exits; even unless given")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each (%(default)s)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts at a time (%(default)s)")
     parser.add_argument("--latency", type=float, nargs="+", default=[0, 1, 2, 5], metavar="MS", help="(%(default)s)")
@@ -328,7 +321,8 @@ def run(args: argparse.Namespace) -> int:
     files = [spread(read_prompts(path), args.prompts) for path in args.data]
     # Files take turns, so that every batch is of all of them.
     prompts = [lm.encode(each) for together in itertools.zip_longest(*files) for each in together if each is not None]
-    about = {name: getattr(args, name) for name in ("model", "exits", "max_new_tokens", "rounds", "prompts")}
+    about = {name: getattr(args, name) for name in ("model", "exits", "depths", "max_new_tokens", "rounds", "prompts")}
+    about["depths"] = args.depths and list(args.depths)
     about["data"] = [Path(path).name for path in args.data]
     store = Path(args.output + ".json")
     found: dict[str, Any] = {"about": about, "groups": [], "links": {}, "skipped": {}, "sharing": None}

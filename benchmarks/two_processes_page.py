@@ -49,7 +49,7 @@ def predictions(
             "step": sum(group["seconds"]["ar"] for group in mine) / steps,
             "tick": sum(group["seconds"]["dex"] for group in mine) / ticks,
             "ticks_a_step": ticks / steps,
-            "by_ticks": 2 * steps / ticks,
+            "by_ticks": steps / ticks / largest_part(model, mine[0]["depths"]),
             "identical": sum(group["identical"] for group in mine),
             "ticks_per_token": sum(group["ticks_of_all"] for group in mine) / sum(group["tokens"] for group in mine),
             "predicted": None,
@@ -72,6 +72,16 @@ def predictions(
                 }
         rows.append(row)
     return rows
+
+
+def largest_part(model: str, depths: list[int]) -> float:
+    """Of the weights that a step reads, the share of the fuller stage; the last one has the unembedding too."""
+    from dex_jax.evaluation.workload import work_of
+    from dex_jax.language_model import outline
+
+    work = work_of(outline(model, "float32").config)
+    parts = work.layer * np.diff([0, *depths]) + np.array([*[0] * (len(depths) - 1), work.vocabulary * work.width])
+    return float(parts.max() / parts.sum())
 
 
 def predicted(
@@ -106,7 +116,8 @@ def predicted(
 
     lm = outline(model, "float32")
     exits = groups[0]["exits"]
-    trained = resolve_method(Dex(explorers=2), exits, lm.config, lm.fingerprint).trained
+    depths, rows = tuple(groups[0]["depths"]), groups[0]["rows"]
+    trained = resolve_method(Dex(depths=depths), exits, lm.config, lm.fingerprint).trained
     measured = Link("measured", link["permute"], link["bandwidth"])
     both, alone = (
         dataclasses.replace(hardware(file), count=2, hosts=2, link=measured, network=measured) for file in files
@@ -119,7 +130,6 @@ def predicted(
         batch=row["batch"],
         context=round(statistics.mean(contexts)),
     )
-    depths, rows = tuple(groups[0]["depths"]), groups[0]["rows"]
     known = None if profile is None else read_profile(profile).ticks(depths, rows)
     ticks = known or cost_model.Ticks(row["ticks_per_token"])
     other_waits = dataclasses.replace(s, hardware=alone)
@@ -225,13 +235,14 @@ def page(found: dict[str, Any], rows: list[dict]) -> str:
     header = ["ms added", "batch", "groups", "gain (95%)", "worst", "ticks a token", "ticks predict", "model predicts"]
     parts = [
         "# Two processes: DEX-1/2 against pipelined AR",
-        f"Two processes on a core each, float32, each with half of {about['model']}'s layers; exits "
+        f"Two processes on a core each, float32; {about['model']}'s stages end at depths "
+        f"{', '.join(map(str, found['groups'][0]['depths']))}, and the last has the unembedding too; exits "
         f"{found['groups'][0]['exits']}, {about['max_new_tokens']} new tokens, greedy, both methods in turns, median "
         f"of {about['rounds']}; gain: AR's time over DEX's for the same tokens, median of groups of prompts. "
         "Written by `python benchmarks/two_processes.py`.",
         markdown([*header, "step ms", "tick ms", "identical"], table),
-        "*Ticks predict*: the gain if a tick took half of a step. *Model predicts*: the cost model with the measured "
-        "link; in brackets what was measured beside it.",
+        "*Ticks predict*: the gain if a tick took as much of a step as the fuller stage has of the weights. *Model "
+        "predicts*: the cost model with the measured link; in brackets what was measured beside it.",
         *verdicts(rows),
         *not_measured(found["skipped"], rows),
         "What two busy cores share, each figure by a process pinned to its core:",

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from reference.checkpoints import write_checkpoint
 from reference.small_models import LLAMA, ragged_prompts, small_model
@@ -28,7 +29,7 @@ from dex_jax.decoding.session import PREFILL, RUN, START, Session
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.placing import build_on_mesh
-from dex_jax.nn.transformer import random_reader, stage_ranges
+from dex_jax.nn.transformer import Transformer, random_reader, stage_ranges
 from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import STAGE, make_mesh, parse_mesh
 
@@ -59,6 +60,7 @@ class Case:
       batch: B.
       exits: (kind, fused, draft vocabulary), None for the model's own.
       heads: H and G.
+      depths: of the exits, where they are not even.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Case:
     exits: tuple[str, bool, int | None] | None = None
     heads: tuple[int, int] = (4, 2)
     filters: bool = False
+    depths: tuple[int, ...] | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -79,7 +82,8 @@ class Case:
     @property
     def schedule(self) -> Schedule:
         """Of DEX with one explorer a stage; its depths are those of the mesh for AR too."""
-        return Dex(explorers=parse_mesh(self.mesh)["stage"]).schedule_for(self.layers)
+        even = Dex(explorers=parse_mesh(self.mesh)["stage"])
+        return (even if self.depths is None else Dex(depths=tuple(self.depths))).schedule_for(self.layers)
 
     @property
     def trained(self) -> TrainedExits | None:
@@ -143,6 +147,8 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     model = build_on_mesh(case.config, layout, random_reader(case.config, 0), jnp.dtype(jnp.float32), mesh)
     lm = LanguageModel(model, None, "random", "0", mesh)
     assert_own_stage(lm, mesh)
+    spoil_padding(model)
+    lm = LanguageModel(model, None, "random", "0", mesh)
     results = {"mesh": decode(lm, case, folder)}
     if case.exits is not None and case.exits[0] == "attn":
         # Neither the plain-Python twin nor teacher forcing knows these.
@@ -208,6 +214,24 @@ def assert_own_stage(lm: LanguageModel, mesh: Mesh) -> None:
             assert mine.size * pieces == whole.size
             seen += 1
     assert seen == len(jax.tree.leaves(lm.weights["layers"])) * mesh.size
+
+
+def spoil_padding(model: Transformer) -> None:
+    """Makes NaNs of the layers that pad shorter stages: they are skipped, and never read."""
+    assert isinstance(model.layout, Staged)
+    lengths = [len(stage) for stage in stage_ranges(model.layout.depths)]
+    for number in range(min(lengths), max(lengths)):
+        spoilt = jnp.asarray([number >= length for length in lengths])
+
+        def spoil(leaf: jax.Array, spoilt: jax.Array = spoilt) -> jax.Array:
+            change = jax.jit(
+                lambda leaf: jnp.where(spoilt.reshape(-1, *(1,) * (leaf.ndim - 1)), jnp.nan, leaf),
+                out_shardings=leaf.sharding,
+            )
+            return change(leaf)
+
+        layer = model.layers[number]
+        nnx.update(layer, jax.tree.map(spoil, nnx.state(layer)))
 
 
 def assert_state_of_own_stage(state: Any, mesh: Mesh) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
@@ -58,11 +57,28 @@ def test_ar_is_the_twins(batch: int, tensor: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize(("stages", "rows"), [(2, 1), (3, 2), (4, 4)])
-def test_a_tick_is_the_twins(batch: int, stages: int, rows: int) -> None:
-    found = cost_model.tick(setting(batch=batch), even_depths(stages, 6), rows, Ticks(1.7))
-    expected = cost_twin.tick(TWIN_MODEL, math.ceil(6 / stages), stages, rows, batch, 50, 1.7, TWIN_MACHINE)
+@pytest.mark.parametrize(("depths", "rows"), [((3, 6), 1), ((2, 4, 6), 2), ((1, 3, 5, 6), 4), ((4, 6), 1)])
+def test_a_tick_is_the_twins(batch: int, depths: tuple[int, ...], rows: int) -> None:
+    found = cost_model.tick(setting(batch=batch), depths, rows, Ticks(1.7))
+    lengths = np.diff((0, *depths)).tolist()
+    longest, stages = max(lengths), len(depths)
+    expected = cost_twin.tick(TWIN_MODEL, longest, stages, rows, batch, 50, 1.7, TWIN_MACHINE, lengths[-1])
     assert found.total == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("previous", [False, True])
+def test_the_last_stage_asks_the_final_layer_while_others_still_run(previous: bool) -> None:
+    """With fewer layers than they have it has time to; exits that wait for what it shares gain less from that."""
+    work = dataclasses.replace(WORK, vocabulary=160)
+    s = setting(work=work, exits=dataclasses.replace(SHARED, columns=7, previous=previous))
+    even, short, shorter = (cost_model.tick(s, depths, 1, Ticks(1.0)) for depths in ((3, 6), (4, 6), (5, 6)))
+    one = cost_twin.layer(TWIN_MODEL, 1, 1, 50 + 2, 1, TWIN_MACHINE)
+    final = cost_twin.logits(TWIN_MODEL, 160, 1, 1, TWIN_MACHINE)
+    asked = cost_twin.logits(TWIN_MODEL, 7, 1, 1, TWIN_MACHINE)
+    assert 2 * one < final < 2 * one + asked
+    assert even.head == pytest.approx(final - asked)
+    assert short.head == (pytest.approx(final - 2 * one) if previous else 0)
+    assert (shorter.head, shorter.layers) == (0, pytest.approx(even.layers * 5 / 3))
 
 
 def test_a_tick_splits_a_stage_over_a_tensor_axis() -> None:

@@ -19,8 +19,10 @@ from reference import twin
 from reference.small_models import LLAMA, SmallModel, ragged_prompts, small_model
 from test_generate import noise_of
 
+from dex_jax.decoding.stage import final_first
 from dex_jax.errors import DexError
 from dex_jax.evaluation.forced import forced_exits
+from dex_jax.language_model import merge_model
 from dex_jax.sharding import check_batch, check_model, check_stages, make_mesh
 
 TESTS = Path(__file__).resolve().parent
@@ -41,6 +43,9 @@ EXITS = [
     Case("exits shared", "stage=2", 2, batch=4, exits=("shared", False, 30)),
     Case("exits lowrank", "stage=2", 2, exits=("lowrank", True, None)),
     Case("exits mlp", "stage=2", 2, sampled=True, exits=("mlp", False, 20)),
+    # The last stage has time to ask the final layer before it shares its states (stage.final_first).
+    Case("exits attn, short last stage", "stage=2", 8, batch=4, exits=("attn", True, 30), depths=(7, 8)),
+    Case("short last stage", "stage=3", 6, batch=4, sampled=True, depths=(3, 5, 6)),
 ]
 AXES = [
     Case("ar", "stage=3", 4, method="ar", batch=4),
@@ -127,6 +132,14 @@ def teacher_forced(case: Case) -> list[dict]:
         exits = forced_exits(lm, prompt, tokens, schedule, case.sampling([row]), case.trained).tolist()
         found.append({"tokens": tokens, "exits": exits, "ticks": schedule.stages + sum(exits[1:-1])})
     return found
+
+
+def test_a_short_last_stage_asks_the_final_layer_first() -> None:
+    case = CASES["exits attn, short last stage"]
+    lm = small_model(case.config)
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    assert final_first(model, case.schedule.depths, case.trained.config)
+    assert not final_first(model, (4, 8), case.trained.config)
 
 
 def test_checkpoints_are_read_onto_a_mesh(folder: Path) -> None:

@@ -160,7 +160,7 @@ def propose_rows(
     count = live.shape[0]
     block = min(count, ROW_BLOCK)
     blocks = -(-count // block)
-    counts = (*(rung for rung in ROW_RUNGS if rung < block), block)
+    counts = (0, *(rung for rung in ROW_RUNGS if rung < block), block)
     needed = jnp.sum(live)
     chosen = jnp.nonzero(live, size=blocks * block, fill_value=count)[0]
 
@@ -177,7 +177,11 @@ def propose_rows(
         return i + 1, jax.tree.map(lambda whole, part: whole.at[index].set(part, mode="drop"), proposals, found)
 
     nothing = Proposals(jnp.full(count, lat.NO_TOKEN, jnp.int32), jnp.zeros(count, jnp.float32), jnp.zeros(count, bool))
-    _, proposals = jax.lax.while_loop(lambda carry: carry[0] * block < needed, ask, (jnp.int32(0), nothing))
+    start = (jnp.int32(0), nothing)
+    if blocks == 1:
+        # Of a loop of one turn XLA takes out what no turn changes, and so the heads would run without any live row.
+        return ask(start)[1]
+    _, proposals = jax.lax.while_loop(lambda carry: carry[0] * block < needed, ask, start)
     return proposals
 
 

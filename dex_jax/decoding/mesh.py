@@ -34,7 +34,7 @@ from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.transformer import Staged, Unrolled
 from dex_jax.sampling import Sampling
-from dex_jax.sharding import DATA, EVERYWHERE, STAGE, TENSOR, partition, spec_of
+from dex_jax.sharding import DATA, EVERYWHERE, TENSOR, partition, spec_of
 
 # They stand where arrays will.
 BY_SEQUENCE: Any = spec_of("sequence")
@@ -213,7 +213,7 @@ def _device(spec: Spec, weights: Any, heads: ExitArrays | None) -> StageNetwork:
     model = merge_model(
         config, Unrolled(), jax.tree_util.tree_map_with_path(own, weights), tensor_axis, vocabulary_axis
     )
-    return stage_network(model, spec.mesh.shape[STAGE], spec.exits, heads)
+    return stage_network(model, spec.layout.depths, spec.exits, heads)
 
 
 def _own(memory: cache.Memory) -> cache.Memory:

@@ -7,7 +7,7 @@ d head width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,18 +20,23 @@ from dex_jax.decoding.ladder import climb, fill
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, causal_rows, rope_table
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
 
+InUse = Sequence[jax.Array | None]
+"""By layer, whether it is there at all (bool); None, and what lies beyond the sequence's end: it is."""
+
 
 def transformer_network(
     model: Transformer,
     depths: tuple[int, ...],
     exits: Exits | None,
     commit_exits: Callable[[Any, Committed], Any] = lambda memory, done: memory,
+    in_use: InUse = (),
 ) -> Network:
     """The callables of `model` cut at exit depths x_1 < ... < x_K = L; a stacked model must be stacked for them.
 
-    `commit_exits` moves on what exits remember, Memory.exits, in step with the caches.
+    `commit_exits` moves on what exits remember, Memory.exits, in step with the caches. `in_use` as of `run_rows`.
     """
-    advance = _advance_stacked if isinstance(model.layout, Stacked) else _advance_unrolled
+    unrolled = functools.partial(_advance_unrolled, in_use=in_use)
+    advance = _advance_stacked if isinstance(model.layout, Stacked) else unrolled
 
     return Network(
         vocab_size=model.config.vocab_size,
@@ -161,6 +166,7 @@ def run_rows(
     among: jax.Array,
     prefix: jax.Array,
     layers: range,
+    in_use: InUse = (),
 ) -> tuple[jax.Array, tuple[Any, Any]]:
     """Runs N rows of each sequence through some consecutive layers and writes nothing.
 
@@ -172,20 +178,23 @@ def run_rows(
       among: [B, N, N] bool, which rows each attends to, itself included.
       prefix: [B] int32.
       layers: 0-based, l of them.
+      in_use: of an unrolled model's layers; those that are not are skipped, and give zeros as keys and values.
 
     Returns:
       (hidden states [B, N, D] after the last, the rows' (keys, values): l of [B, G, N, d], stacked [l, B, G, N, d]).
     """
     table = rope_table(position, model.config)
 
-    def layer_step(layer: DecoderLayer, x: jax.Array, keys: jax.Array, values: jax.Array) -> Any:
+    def layer_step(
+        layer: DecoderLayer, x: jax.Array, keys: jax.Array, values: jax.Array, used: jax.Array | None = None
+    ) -> Any:
         committed = jnp.arange(keys.shape[-2])[None, None, :] < prefix[:, None, None]
-        return _run_layer(layer, x, table, [KeyValues(keys, values, committed)], among)
+        return _run_layer(layer, x, table, [KeyValues(keys, values, committed)], among, used)
 
     if not isinstance(model.layout, Stacked):
         fresh = []
         for i in layers:
-            hidden, *rows = layer_step(model.layers[i], hidden, memory.keys[i], memory.values[i])
+            hidden, *rows = layer_step(model.layers[i], hidden, memory.keys[i], memory.values[i], _used(in_use, i))
             fresh.append(rows)
         return hidden, (tuple(keys for keys, _ in fresh), tuple(values for _, values in fresh))
 
@@ -257,15 +266,33 @@ def write_layers(
 
 
 def _run_layer(
-    layer: DecoderLayer, x: jax.Array, table, memory: list[KeyValues], among_rows: jax.Array
+    layer: DecoderLayer,
+    x: jax.Array,
+    table,
+    memory: list[KeyValues],
+    among_rows: jax.Array,
+    used: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer over the rows of each sequence, [B, R, D]: returns (x, keys, values) of the rows.
 
     Rows attend to `memory` and to one another as `among_rows` [B, R, R] says. Memory is only read: writing first and
-    attending to the result makes XLA copy the whole cache in every step.
+    attending to the result makes XLA copy the whole cache in every step. A layer that is not `used` is skipped.
     """
     graph, weights = nnx.split(layer)
-    return _run_layer_of(graph, weights, x, table, memory, among_rows)
+
+    def run() -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _run_layer_of(graph, weights, x, table, memory, among_rows)
+
+    def skip() -> tuple[jax.Array, jax.Array, jax.Array]:
+        batch, groups, _, head_dim = memory[0].keys.shape
+        nothing = jnp.zeros((batch, groups, x.shape[1], head_dim), x.dtype)
+        return x, nothing, nothing
+
+    return run() if used is None else jax.lax.cond(used, run, skip)
+
+
+def _used(in_use: InUse, layer: int) -> jax.Array | None:
+    return in_use[layer] if layer < len(in_use) else None
 
 
 # Jitted so that a model is traced once per shape of its layers and not once per layer; XLA inlines the calls.
@@ -304,7 +331,12 @@ def _masks(view: StageView, length: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _advance_unrolled(
-    model: Transformer, depths: tuple[int, ...], memory: Memory, hidden: jax.Array, view: StageView
+    model: Transformer,
+    depths: tuple[int, ...],
+    memory: Memory,
+    hidden: jax.Array,
+    view: StageView,
+    in_use: InUse = (),
 ) -> tuple[jax.Array, Memory]:
     _, batch, rows, _ = hidden.shape
     _, groups, length, head_dim = memory.keys[0].shape
@@ -326,7 +358,8 @@ def _advance_unrolled(
             for i in stage:
                 committed = KeyValues(memory.keys[i], memory.values[i], prefix_mask)
                 lattice = KeyValues(memory.lattice_keys[i], memory.lattice_values[i], ancestors)
-                x, keys, values = _run_layer(model.layers[i], x, table, [committed, lattice], itself)
+                sources = [committed, lattice]
+                x, keys, values = _run_layer(model.layers[i], x, table, sources, itself, _used(in_use, i))
                 fresh.append((fill(keys, 2, rows), fill(values, 2, rows)))
             return fill(x, 1, rows), tuple(fresh)
 

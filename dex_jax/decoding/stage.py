@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from dex_jax import lattice as lat
 from dex_jax.cache import Memory, after, write_rows
@@ -26,7 +27,7 @@ from dex_jax.decoding.ar import ARState, next_token
 from dex_jax.decoding.heads import Asked, propose_rows
 from dex_jax.decoding.interface import Committed, Network, StageView
 from dex_jax.decoding.loop import DexState, final_token, settle, stage_view
-from dex_jax.decoding.network import run_rows, shared_exits, transformer_network
+from dex_jax.decoding.network import InUse, run_rows, shared_exits, transformer_network
 from dex_jax.decoding.noise import make_noise
 from dex_jax.decoding.record import Limits, emit
 from dex_jax.decoding.trained_exits import (
@@ -40,7 +41,7 @@ from dex_jax.decoding.trained_exits import (
 )
 from dex_jax.lattice import NO_TOKEN, Proposals
 from dex_jax.nn.layers import causal_rows
-from dex_jax.nn.transformer import Transformer
+from dex_jax.nn.transformer import Transformer, stage_ranges
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import STAGE
 
@@ -50,52 +51,65 @@ class StageNetwork(NamedTuple):
 
     Attributes:
       model: the layers of this device's stage as an unrolled model, and embedding, final norm and unembedding.
-      stages: K.
+      depths: x_1 < ... < x_K = L.
+      in_use: by layer of `model`, whether this stage has it: those that pad shorter stages are skipped.
       network: `advance` runs this one stage; of its exits only what follows the features is used.
-      share: hidden [B, W, D] of this stage -> what all devices must know of it: the features of all stages' cohorts
-        [K, B, W, D], or () where exits do not read the position before.
+      share: (hidden [B, W, D] of this stage, index of the stage) -> what all devices must know of it: the features of
+        all stages' cohorts [K, B, W, D], or () where exits do not read the position before.
+      final_first: whether the last stage asks the final layer before it shares, and not after.
       commit: (memory, Committed, shared) -> memory.
       features: (memory, hidden [B, W, D], view, shared) -> [B, W, D'], of this stage's exit.
     """
 
     model: Transformer
-    stages: int
+    depths: tuple[int, ...]
+    in_use: InUse
     network: Network
-    share: Callable[[jax.Array], Any]
+    share: Callable[[jax.Array, jax.Array], Any]
+    final_first: bool
     commit: Callable[[Memory, Committed, Any], Memory]
     features: Callable[[Memory, jax.Array, StageView, Any], jax.Array]
 
+    @property
+    def stages(self) -> int:
+        """K."""
+        return len(self.depths)
+
 
 def stage_network(
-    model: Transformer, stages: int, config: ExitsConfig | None = None, arrays: ExitArrays | None = None
+    model: Transformer, depths: tuple[int, ...], config: ExitsConfig | None = None, arrays: ExitArrays | None = None
 ) -> StageNetwork:
     """The callables of the device that this is traced for.
 
     Args:
       model: its layers, unrolled.
-      stages: K.
+      depths: x_1 < ... < x_K = L.
       config, arrays: of trained exits, this stage's head alone (the last stage has none, and zeros in its place); None
         for the model's own.
     """
-    depths = (model.config.num_layers,)
+    stages, in_use = len(depths), layers_in_use(depths)
+    all_layers = (model.config.num_layers,)
     if config is None or arrays is None:
-        network = transformer_network(model, depths, shared_exits(model) if stages > 1 else None)
+        exits = shared_exits(model) if stages > 1 else None
+        network = transformer_network(model, all_layers, exits, in_use=in_use)
         return StageNetwork(
             model,
-            stages,
+            depths,
+            in_use,
             network,
-            share=lambda hidden: (),
+            share=lambda hidden, stage: (),
+            final_first=False,
             commit=lambda memory, done, shared: network.commit(memory, done),
             features=lambda memory, hidden, view, shared: model.normed(hidden),
         )
-    network = transformer_network(model, depths, trained_exits(model, config, arrays))
+    network = transformer_network(model, all_layers, trained_exits(model, config, arrays), in_use=in_use)
     heads = exit_heads(config, arrays)
 
-    def share(hidden: jax.Array) -> Any:
+    def share(hidden: jax.Array, stage: jax.Array) -> Any:
         if not config.needs_previous:
             return ()
         true, estimate = model.normed(hidden), base_features(heads, hidden[None])[0]
-        return jax.lax.all_gather(jnp.where(jax.lax.axis_index(STAGE) == stages - 1, true, estimate), STAGE)
+        return jax.lax.all_gather(jnp.where(stage == stages - 1, true, estimate), STAGE)
 
     def commit(memory: Memory, done: Committed, shared: Any) -> Memory:
         memory = network.commit(memory, done)
@@ -114,7 +128,30 @@ def stage_network(
         own = shared[stage][None]
         return row_features(model, heads, hidden[None], token, position, before, own, memory.exits.context)[0]
 
-    return StageNetwork(model, stages, network, share, commit, features)
+    first = final_first(model, depths, config) if config.needs_previous and stages > 1 else False
+    return StageNetwork(model, depths, in_use, network, share, first, commit, features)
+
+
+def final_first(model: Transformer, depths: tuple[int, ...], config: ExitsConfig) -> bool:
+    """Whether a tick is shorter if the last stage asks the final layer before it shares its states.
+
+    The exits wait for what is shared. A last stage with fewer layers has time for the final layer before the others
+    arrive there; one with as many would keep them waiting, and asks it while they ask their exits. Weights count, as of
+    one row where memory is the limit.
+    """
+    layer = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model.layers[0])))
+    columns = model.config.vocab_size
+    final, exit_ = (size * model.config.width / layer for size in (columns, config.draft_size or columns))
+    *others, last = (len(stage) for stage in stage_ranges(depths))
+    before = max(*others, last + final) + exit_
+    return before < max(*others, last) + max(final, exit_)
+
+
+def layers_in_use(depths: tuple[int, ...]) -> InUse:
+    """Which of its layers this device's stage has, by the longest stage's: None where every stage has one."""
+    lengths = [len(stage) for stage in stage_ranges(depths)]
+    own = jnp.asarray(lengths)[jax.lax.axis_index(STAGE)]
+    return [None if layer < min(lengths) else layer < own for layer in range(max(lengths))]
 
 
 def step(
@@ -141,16 +178,16 @@ def step(
     arrived = to_next_stage(state.hidden, stages)
     hidden, memory = network.advance(state.memory, jnp.where(stage == 0, entering, arrived)[None], own)
     hidden = hidden[0]
-    shared = device.share(hidden)
 
     finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, tick)
     noise = make_noise(state.noise, sampling, state.prefix + 1, network.vocab_size)
     root = jnp.maximum(state.lattice.root, 0)
     root_hidden = jnp.take_along_axis(hidden, (root % rows)[:, None, None], axis=1)[:, 0]
     root_token = jnp.take_along_axis(view.token[-1], (root % rows)[:, None], axis=1)[:, 0]
-    memory = device.commit(memory, Committed(root, root_token, state.prefix, root_hidden, finished), shared)
     last = stage == stages - 1
     token = final_token(network, root_hidden, finished & last, sampling, noise, state.prefix + 1)
+    shared = device.share(hidden, after(stage, token.astype(jnp.float32)) if device.final_first else stage)
+    memory = device.commit(memory, Committed(root, root_token, state.prefix, root_hidden, finished), shared)
     if stages == 1:
         lattice, prefix, record = settle(state, tick, token, finished, limits)
         return DexState(tick, lattice, hidden, prefix, memory, noise, record)
@@ -160,14 +197,20 @@ def step(
     noise = make_noise(noise, sampling, frontier, network.vocab_size)
     batch = token.shape[0]
     offered = jnp.swapaxes(state.lattice.offered[:, view.ring], 0, 1)[stage]
-    features = device.features(memory, hidden, view, shared)
+    wanted = jax.eval_shape(device.features, memory, hidden, view, shared)
+    asking = own.live.reshape(-1) & ~last
+    features = jax.lax.cond(
+        jnp.any(asking),
+        lambda: device.features(memory, hidden, view, shared),
+        lambda: jnp.zeros(wanted.shape, wanted.dtype),
+    )
     asked = Asked(
         features=features.reshape(batch * rows, -1),
         offered=offered.reshape(batch * rows, -1),
         position=own.position.reshape(-1) + 1,
         sequence=jnp.repeat(jnp.arange(batch), rows),
     )
-    proposals = propose_rows(network.exits, asked, own.live.reshape(-1) & ~last, sampling, noise, decs=decs)
+    proposals = propose_rows(network.exits, asked, asking, sampling, noise, decs=decs)
     proposals, token = exchange(jax.tree.map(lambda x: x.reshape(batch, rows), proposals), token, stages)
     lattice, prefix, record = settle(state, tick, token, finished, limits)
     survives = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(lattice, tick), 0, 1)
@@ -222,7 +265,8 @@ def extend_stages(
 
         def run(x: jax.Array, fresh: Any) -> Any:
             del fresh
-            return run_rows(device.model, memory, x, positions, causal, start, range(len(memory.keys)))
+            layers = range(len(memory.keys))
+            return run_rows(device.model, memory, x, positions, causal, start, layers, device.in_use)
 
         # Caches are read here and written below: passed through a conditional they would be copied.
         x, fresh = jax.lax.cond(stage == turn, run, lambda x, fresh: (x, fresh), x, fresh)

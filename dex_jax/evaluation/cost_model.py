@@ -153,10 +153,13 @@ def tick(s: Setting, depths: Sequence[int], rows: int, ticks: Ticks, tensor: int
     logits, gathered = _exit_logits(s, used, tensor)
     final = _head(s, s.batch, tensor)
     commits = 1 - (1 - 1 / ticks.per_token) ** s.batch
-    # Every device makes its rows' features and reads what is committed; then exits and the final layer are asked at the
-    # same time, on different devices.
-    exits = _exit_features(s, used) + _committed(s) + logits
-    head = Parts(head=commits * max(0.0, final.head - logits), fixed=commits * final.fixed)
+    # Exits and the final layer are asked at the same time, on different devices; or the final layer while the others
+    # still run their layers, where the last stage has fewer of them (`decoding.stage.final_first`).
+    asked = _exit_features(s, used) + logits
+    spare = (longest - (depths[-1] - depths[-2])) / longest * (found.total + width)
+    exits = asked + _committed(s)
+    waits = min(final.head - asked, final.head - spare) if s.exits.previous else final.head - asked - spare
+    head = Parts(head=commits * max(0.0, waits), fixed=commits * final.fixed)
     numbers = used * s.work.width * device.itemsize
     moved = permute(_between_stages(s, stages, tensor), numbers)
     # A token and a score of every node, and the token that is committed.

@@ -50,7 +50,7 @@ class Staged:
     """For a mesh: l arrays [K, ...] of each kind, l the longest stage; the j-th holds layer j of every stage.
 
     The first axis is split over the mesh's stages, so that a device sees l layers of its own, one array each, as if it
-    had a small unrolled model. Shorter stages are padded with zero layers, which add zero to their input.
+    had a small unrolled model. Shorter stages are padded with zero layers, which are skipped.
 
     Attributes:
       depths: exit depths x_1 < ... < x_K = L.

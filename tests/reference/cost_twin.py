@@ -49,15 +49,26 @@ def ar_step(model: dict, batch: int, context: int, devices: int, machine: dict) 
 
 
 def tick(
-    model: dict, longest: int, stages: int, rows: int, batch: int, context: int, ticks: float, machine: dict
+    model: dict,
+    longest: int,
+    stages: int,
+    rows: int,
+    batch: int,
+    context: int,
+    ticks: float,
+    machine: dict,
+    last: int | None = None,
 ) -> float:
-    """A stage a device, full rows, exits that are the model's own head."""
+    """A stage a device, full rows, exits that are the model's own head; the last stage may have fewer layers."""
     positions = context + stages * rows
     layers = longest * layer(model, batch * rows, batch, positions, 1, machine)
     exits = logits(model, model["vocabulary"], batch * rows, 1, machine)
     final = logits(model, model["vocabulary"], batch, 1, machine)
     commits = 1 - (1 - 1 / ticks) ** batch
-    heads = exits + commits * (max(final - exits, 0) + 4 * machine["kernel"])
+    one = layers / longest
+    # The last stage's device needs so long, the others so long.
+    late = (longest if last is None else last) * one + final - (layers + exits)
+    heads = exits + commits * (max(late, 0) + 4 * machine["kernel"])
     moved = machine["latency"] + batch * rows * model["width"] * machine["item"] / machine["link"]
     told = all_gather(8 * stages * batch * rows, stages, machine)
     return layers + heads + moved + told + (12 + 200) * machine["kernel"]
