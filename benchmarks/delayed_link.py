@@ -103,7 +103,11 @@ class DelayedLink:
             if self._stop in ready:
                 return
             for end in ready:
-                waiting.append((time.monotonic() + self.seconds, other[end], os.read(end, MTU + 64)))
+                try:
+                    packet = os.read(end, MTU + 64)
+                except OSError:  # its process has ended, and the device with the namespace
+                    return
+                waiting.append((time.monotonic() + self.seconds, other[end], packet))
             while waiting and waiting[0][0] <= time.monotonic():
                 _, end, packet = waiting.popleft()
                 with contextlib.suppress(OSError):  # an end that is not up, or gone with its process
