@@ -63,14 +63,24 @@ def _weights(config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> Any:
     return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), abstract_weights(config, layout, dtype))
 
 
-def _repeated(step: Callable[[Any], Any]) -> Callable[[Any, Any, int], Any]:
-    """jitted (weights, state, n) -> state after n times step(weights)(state)."""
+def _repeated(step: Callable[[Any], Any], weights: Any, state: Any) -> Callable[[int], Any]:
+    """n -> state after n times more step(weights)(state), under jit.
 
-    @jax.jit
+    The state is given away to the program, as decoding does: caches that it had to keep would be copied in every call.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=1)
     def run(weights: Any, state: Any, rounds: Any) -> Any:
         return jax.lax.fori_loop(0, rounds, lambda i, state: step(weights)(state), state)
 
-    return run
+    held = jax.tree.map(jnp.copy, state)
+
+    def again(rounds: int) -> Any:
+        nonlocal held
+        held = run(weights, held, rounds)
+        return held
+
+    return again
 
 
 def _moved(tokens: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -92,9 +102,8 @@ def rows_seconds(config: ModelConfig, layout: Layout, dtype: jnp.dtype, rows: in
 
         return once
 
-    run = _repeated(step)
     state = (jnp.zeros((1, rows), jnp.int32), cache.allocate(config, layout, 1, length, 0, dtype))
-    return timer(lambda rounds: run(weights, state, rounds))
+    return timer(_repeated(step, weights, state))
 
 
 def stages_seconds(
@@ -127,10 +136,9 @@ def stages_seconds(
 
         return once
 
-    run = _repeated(step)
     hidden = jnp.full((*shape, config.width), 0.1, dtype)
     memory = cache.allocate(config, layout, 1, length, slots, dtype)
-    return timer(lambda rounds: run(weights, (hidden, memory), rounds))
+    return timer(_repeated(step, weights, (hidden, memory)))
 
 
 def _only_head(config: ModelConfig, dtype: jnp.dtype) -> tuple[ModelConfig, Any]:
@@ -151,9 +159,7 @@ def head_seconds(config: ModelConfig, dtype: jnp.dtype, rows: int, timer: Timer)
 
         return once
 
-    run = _repeated(step)
-    hidden = jnp.full((rows, config.width), 0.1, dtype)
-    return timer(lambda rounds: run(weights, hidden, rounds))
+    return timer(_repeated(step, weights, jnp.full((rows, config.width), 0.1, dtype)))
 
 
 def exits_seconds(config: ModelConfig, dtype: jnp.dtype, columns: int, rows: int, timer: Timer) -> float:
@@ -188,9 +194,7 @@ def exits_seconds(config: ModelConfig, dtype: jnp.dtype, columns: int, rows: int
 
         return once
 
-    run = _repeated(step)
-    hidden = jnp.full((2, batch, width, config.width), 0.1, dtype)
-    return timer(lambda rounds: run(kernel, hidden, rounds))
+    return timer(_repeated(step, kernel, jnp.full((2, batch, width, config.width), 0.1, dtype)))
 
 
 def lattice_seconds(stages: int, timer: Timer) -> float:
@@ -221,17 +225,16 @@ def lattice_seconds(stages: int, timer: Timer) -> float:
 def bandwidth(size: int, timer: Timer) -> float:
     """Bytes a second of reading about `size` bytes once: more than caches hold."""
     large = jnp.ones((size // 4 // 1024, 1024), jnp.float32)
-    read = _repeated(lambda large: lambda least: jnp.minimum(jnp.max(large + least), least))
     # A maximum, the fastest of the reads tried.
-    return large.nbytes / timer(lambda rounds: read(large, jnp.float32(0), rounds))
+    read = _repeated(lambda large: lambda least: jnp.minimum(jnp.max(large + least), least), large, jnp.float32(0))
+    return large.nbytes / timer(read)
 
 
 def flops(dtype: jnp.dtype, timer: Timer) -> float:
     """Operations a second of a large square product."""
     side = 1024 if jax.devices()[0].platform == "cpu" else 8192
     left = jnp.full((side, side), 1.0 / side, dtype)
-    run = _repeated(lambda kernel: lambda x: x @ kernel)
-    return 2 * side**3 / timer(lambda rounds: run(left, left, rounds))
+    return 2 * side**3 / timer(_repeated(lambda kernel: lambda x: x @ kernel, left, left))
 
 
 def link(timer: Timer) -> Link:
