@@ -101,6 +101,17 @@ def test_a_run_starts_from_given_exits_and_warns_of_another_backbone(whole, tmp_
     assert not any("draft vocabulary" in line for line in told), "they bring their own"
 
 
+def test_a_run_starts_from_some_of_the_given_exits(whole, tmp_path) -> None:
+    config = dataclasses.replace(with_steps(1), evaluation_texts=0, exits=dataclasses.replace(EXITS, depths=(2,)))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e-9))
+    exits = train_exits(config, base_model(), tmp_path, initial=whole.exits, tell=quiet)
+    assert exits.config.depths == (2,)
+    given = whole.exits.parameters
+    expected = {name: value if name.startswith("context.") else value[1:] for name, value in given.items()}
+    assert exits.parameters.keys() == given.keys()
+    assert largest_change(exits, expected) < 1e-6
+
+
 def test_a_run_that_stopped_before_its_first_checkpoint_leaves_no_files_to_others(whole, tmp_path) -> None:
     (tmp_path / "draft_vocabulary.json").write_text("[5]")
     (tmp_path / "held_out.json").write_text('{"another": [[[1], [2]]]}')
@@ -156,7 +167,7 @@ def test_a_first_training_of_other_heads_is_refused() -> None:
     ("changes", "says"),
     [
         ({"kind": "linear", "window": 9}, "kind is attn there and linear here; window is 5 there and 9 here"),
-        ({"depths": (1,)}, r"depths is \(1, 2\) there and \(1,\) here"),
+        ({"depths": (0, 1)}, r"depths is \(1, 2\) there and \(0, 1\) here"),
         ({"draft_size": None}, "draft_size is 24 there and None here"),
         ({"depths": (1, 3)}, "below the model's 3 layers"),
     ],

@@ -339,6 +339,7 @@ CASES = [
     (["--config", "{place}/exits.py", "--machine", "t4"], "add --dry-run"),
     (["--config", "{place}/exits.py", "--mesh", "64x2"], "--mesh needs 128 devices"),
     (["--config", "{place}/exits.py", "--init-from", "{place}/none"], "there are no exits at"),
+    (["--config", "{place}/exits.py", "--init-from", "default"], "--init-from default: no exits ship for"),
     (["--config", "{place}/whole.py", "--model", "x"], "use --init-from"),
     (["--config", "{place}/whole.py", "--data", "a", "b"], "one text file, not 2"),
     (["--config", "{place}/whole.py", "--dry-run", "--machine", "t4"], "estimates the training of exits"),

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dex_jax.cli.arguments import program
 from dex_jax.cli.decode import remember_compilations
@@ -25,6 +25,9 @@ from dex_jax.cli.train_tree import tree, tree_parser
 from dex_jax.errors import DexError, exit_code
 from dex_jax.training.exit_training import ExitTraining
 from dex_jax.training.whole_model import WholeModelConfig
+
+if TYPE_CHECKING:
+    from dex_jax.io.exits_file import TrainedExits
 
 COMMANDS = {
     "export": (export_parser, export),
@@ -69,12 +72,12 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
-    from dex_jax.io.exits_file import FILE_NAME, load_exits
+    from dex_jax.io.exits_file import FILE_NAME
     from dex_jax.language_model import load
     from dex_jax.training.exit_training import train_exits
 
     folder, mesh = folder_of(args), _mesh(args)
-    initial = None if args.init_from is None else load_exits(args.init_from)
+    initial = None if args.init_from is None else _exits_to_start_from(args.init_from, config)
     print(_estimate(config, args), flush=True)
     lm = load(config.model, config.train.dtype)
     train_exits(config, lm, folder, mesh=mesh, initial=initial, tell=functools.partial(print, flush=True))
@@ -83,6 +86,20 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
     serial = " --schedule serial" if config.options.draft_steps > 1 else ""
     decode = program("decode.py")
     print(f'The exits are in {folder / FILE_NAME}. Use them: {decode}{model}{serial} --exits {folder} --prompt "..."')
+
+
+def _exits_to_start_from(name: str, config: ExitTraining) -> TrainedExits:
+    from dex_jax.decoding.exits import default_drafter, default_exits
+    from dex_jax.io import open_checkpoint
+    from dex_jax.io.exits_file import load_exits
+
+    if name != "default":
+        return load_exits(name)
+    fingerprint = open_checkpoint(config.model).fingerprint()
+    shipped = default_drafter(fingerprint) if config.exits.is_drafter else default_exits(fingerprint)
+    if shipped is None:
+        raise DexError(f"--init-from default: no exits ship for {config.model}; leave it out, or name others")
+    return shipped
 
 
 def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> None:

@@ -61,7 +61,12 @@ def train_parser() -> argparse.ArgumentParser:
         help="exits: self, python-stdlib, FILE (.jsonl, .json, .txt), text:FILE, datasets:NAME, each with a weight; "
         "a whole model: one text file",
     )
-    add("--init-from", metavar="FROM", help="start from these exits (file or folder); a whole model: from this model")
+    add(
+        "--init-from",
+        metavar="FROM",
+        help="start from these exits (file, folder, or default: those that ship; they may have further depths); "
+        "a whole model: from this model",
+    )
     add("--recipe", choices=["layerskip", "none"], help="of a whole model's training")
 
     add = p.add_argument_group("how long and how").add_argument

@@ -27,7 +27,7 @@ from dex_jax.io.exits_file import FILE_NAME, TrainedExits, save_exits
 from dex_jax.io.object_store import require_disk
 from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
-from dex_jax.nn.exits import heads_of
+from dex_jax.nn.exits import heads_of, select_exits
 from dex_jax.training.checkpoints import Checkpoints, list_checkpoints
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.distillation import Distillation, DistillationOptions, draft_vocabulary, history_for
@@ -101,7 +101,8 @@ def train_exits(
       lm: the model, loaded.
       folder: of the run.
       mesh: see `training.trainer.train`.
-      initial: exits to start from, of the same shapes; only the size of the draft vocabulary may be another.
+      initial: exits to start from, of the same shapes. The size of the draft vocabulary may be another, and they may
+        stand at further depths, whose heads are left out.
       tell: called with lines that users should see.
 
     Raises:
@@ -116,7 +117,7 @@ def train_exits(
     shapes = dataclasses.replace(config.exits, width=lm.config.width, norm_eps=lm.config.norm_eps)
     if shapes.depths[-1] >= lm.config.num_layers:
         raise DexError(f"exit depths must lie below the model's {lm.config.num_layers} layers, not {shapes.depths}")
-    _check_initial(initial, shapes, lm, tell)
+    initial = _start(initial, shapes, lm, tell)
     mixture = open_mixture(config.data, lm, config.sources, tell)
     stream = make_stream(config, lm, mixture, shapes, mesh)
     # The lock: what another process trains with must not go.
@@ -246,9 +247,12 @@ def _vocabulary(
     return np.asarray(json.loads(file.read_text()), np.int32)
 
 
-def _check_initial(initial: TrainedExits | None, exits: ExitsConfig, lm: LanguageModel, tell: Tell) -> None:
+def _start(initial: TrainedExits | None, exits: ExitsConfig, lm: LanguageModel, tell: Tell) -> TrainedExits | None:
     if initial is None:
-        return
+        return None
+    if set(exits.depths) < set(initial.config.depths):
+        shapes, parameters = select_exits(initial.config, initial.parameters, exits.depths)
+        initial = dataclasses.replace(initial, config=shapes, parameters=parameters)
     changed = _differences(initial.config, exits)
     if changed:
         raise DexError(f"training cannot start from {initial.source}: {'; '.join(changed)}")
@@ -257,6 +261,7 @@ def _check_initial(initial: TrainedExits | None, exits: ExitsConfig, lm: Languag
             f"warning: {initial.source} was trained on the backbone {initial.fingerprint}, {lm.source} is "
             f"{lm.fingerprint}; starting from it all the same"
         )
+    return initial
 
 
 def _differences(there: ExitsConfig, here: ExitsConfig) -> list[str]:
