@@ -6,7 +6,8 @@ Prompts are answered once. The texts are teacher-forced, which gives the ticks o
 with the scores that exits gave (dex_jax/evaluation/replay.py) for every cap; then the loop runs on the same prompts
 with the caps of --loop-rows. K whose even grid the shipped exits do not hold get the nearest trained depths, and above
 their number the model's own head, unless --exits names others (such as those of configs/smollm2_135m_k15.py). This
-counts and times nothing. What OUTPUT.json holds is not run again, so it can be stopped and started at any time.
+counts and times nothing. What OUTPUT.json holds is not run again, so it can be stopped and started at any time, and
+each K may come from a call of its own, with its own --exits.
 """
 
 from __future__ import annotations
@@ -222,7 +223,6 @@ def main() -> int:
         "data": [Path(path).name for path in args.data],
         "texts": len(texts),
         "max_new_tokens": args.max_new_tokens,
-        "exits": str(args.exits),
         "dtype": str(lm.dtype),
     }
     found: dict[str, Any] = {"about": about, "grids": {}, "loop": {}}
