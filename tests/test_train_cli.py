@@ -18,14 +18,17 @@ from reference.small_models import LLAMA, small_model
 from dex_jax.cli import decode, train, train_results
 from dex_jax.cli.train_arguments import configured, folder_of, train_parser
 from dex_jax.config import ExitsConfig
+from dex_jax.decoding.exits import default_exits
 from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
 from dex_jax.io.save import save_model
-from dex_jax.nn.exits import initial_heads, parameters_of
+from dex_jax.nn.exits import initial_heads, parameters_of, select_exits
 from dex_jax.training.corpus import train_tokenizer
 from dex_jax.training.journal import read_journal
 from dex_jax.training.whole_model import canonical_weights
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_exits.py"
+CONFIGURATIONS = sorted((PROGRAM.parent / "configs").glob("*.py"))
+SMOLLM2 = "268a3187a3ebf69e"
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
 MODEL = dataclasses.replace(LLAMA, vocab_size=270, width=128, head_dim=32, context=128, eos_ids=(3,), bos_id=4)
 
@@ -316,6 +319,22 @@ def test_flags_and_a_first_training(capsys, place, tmp_path) -> None:
         True,
         True,
     ]
+
+
+@pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
+def test_configurations_of_the_repository_are_read(file) -> None:
+    args = train_parser().parse_args(["--config", str(file)])
+    config = configured(args)
+    assert config.train.steps > config.train.warmup_steps
+    assert folder_of(args) == Path("runs") / file.stem
+
+
+def test_two_explorers_exit_starts_from_those_that_ship() -> None:
+    config = configured(train_parser().parse_args(["--config", str(PROGRAM.parent / "configs/smollm2_135m_k2.py")]))
+    shipped = default_exits(SMOLLM2)
+    chosen, _ = select_exits(shipped.config, shipped.parameters, config.exits.depths)
+    assert chosen.draft_size > config.exits.draft_size
+    assert dataclasses.replace(chosen, draft_size=config.exits.draft_size) == config.exits
 
 
 def test_a_mesh_reaches_the_trainer(place, tmp_path) -> None:
