@@ -95,6 +95,15 @@ def counted(
         yield sums | rates | {"complete": sums["of"] >= count}
 
 
+def of_other_exits(grids: dict[str, Any], resolved: dict[int, ResolvedExits]) -> list[str]:
+    """Sentences about K whose figures, kept from an earlier call, are of other exits than this one's."""
+    return [
+        f"K = {stages} there is of {kept['exits']} exits, not of {each.source}"
+        for stages, each in resolved.items()
+        if (kept := grids.get(str(stages))) and kept["exits"] != each.source
+    ]
+
+
 def caps_of(stages: int, args: argparse.Namespace) -> list[int]:
     """The caps that are replayed."""
     return sorted({min(cap, full_rows(stages)) for cap in args.replay_rows})
@@ -241,6 +250,9 @@ def main() -> int:
     resolved = {
         k: resolve_method(dex_jax.Dex(explorers=k), args.exits, lm.config, lm.fingerprint) for k in args.explorers
     }
+    if others := of_other_exits(found["grids"], resolved):
+        print(f"error: {store}: {'; '.join(others)}: name another --output", file=sys.stderr)
+        return 2
     tables = {}
     for stages, each in resolved.items():
         if str(stages) not in found["grids"]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dex_jax.decoding.exits import ResolvedExits
+from dex_jax.decoding.methods import Dex
 from dex_jax.errors import DexError
 from dex_jax.evaluation.validate_plan import read_further
 
@@ -146,6 +148,13 @@ def test_the_default_rows_are_held_against_what_never_prunes():
     assert "K = 10: the default, 32 rows, takes +2.5% ticks (meant to take at most 3% more: holds)" in page
     worse = run | {"above": 0.05}
     assert "DOES NOT HOLD" in rows.page({"about": about, "grids": {"10": grid}, "loop": {"10": {"32": worse}}})
+
+
+def test_rows_of_other_exits_are_not_mixed():
+    resolved = {k: ResolvedExits(Dex(explorers=k).schedule_for(30), "mine", None) for k in (5, 10)}
+    assert rows.of_other_exits({"10": {"exits": "mine"}}, resolved) == []
+    (said,) = rows.of_other_exits({"10": {"exits": "default"}, "15": {"exits": "default"}}, resolved)
+    assert said == "K = 10 there is of default exits, not of mine"
 
 
 def test_prompts_of_a_context_lie_apart():
