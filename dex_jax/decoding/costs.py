@@ -34,6 +34,7 @@ from dex_jax.errors import DexError
 from dex_jax.io.whole_files import cache_folder, write_whole
 from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.lattice import NO_NODE, NO_TOKEN, default_rows
+from dex_jax.nn import few_rows
 from dex_jax.nn.layers import causal_rows
 from dex_jax.nn.transformer import Layout, Stacked, parameter_shapes
 from dex_jax.sampling import best_column
@@ -109,6 +110,7 @@ def _known_costs(config: ModelConfig, layout: Layout, dtype: str, batch: int, le
         batch,
         length,
         layout,
+        "native" if few_rows.ready() else "xla",
         *shapes,
     )
     key, file = " ".join(map(str, about)), costs_file()

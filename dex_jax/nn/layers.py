@@ -16,11 +16,12 @@ import numpy as np
 from flax import nnx
 
 from dex_jax.config import ModelConfig
+from dex_jax.nn import few_rows
 
 MASKED_SCORE = -1e30
 
 FEW_ROWS = 64
-"""Up to here a CPU multiplies faster with the rows as columns (benchmarks/matmul_orientation.py)."""
+"""Up to here XLA multiplies faster on a CPU with the rows as columns (benchmarks/few_rows.py)."""
 
 
 class KeyValues(NamedTuple):
@@ -58,7 +59,10 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, out_d
       [..., out].
     """
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] > FEW_ROWS:
+    float32 = rows.dtype == kernel.dtype == jnp.float32
+    if float32 and rows.shape[0] <= few_rows.MOST_ROWS and few_rows.ready():
+        out = jax.lax.platform_dependent(rows, kernel, cpu=few_rows.few_rows_product, default=_rows_times_kernel)
+    elif rows.shape[0] > FEW_ROWS:
         out = _rows_times_kernel(rows, kernel)
     else:
         out = jax.lax.platform_dependent(rows, kernel, cpu=_kernel_times_columns, default=_rows_times_kernel)
@@ -80,7 +84,7 @@ def _rows_times_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _kernel_times_columns(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     # On CPUs, few rows: [out, in] @ [in, R] runs 1.2 to 1.6 times as fast as the transposed product, which XLA would
-    # turn it back into without the barriers (benchmarks/matmul_orientation.py).
+    # turn it back into without the barriers (benchmarks/few_rows.py).
     columns = jax.lax.optimization_barrier(rows.T)
     out = jax.lax.dot_general(
         kernel,

@@ -1,6 +1,6 @@
-"""Why nn.layers.linear multiplies [out, in] @ [in, R] on CPUs: the same product in three forms, interleaved.
+"""Why nn.layers.linear multiplies few rows as it does on CPUs: the same product in four forms, interleaved.
 
-    python benchmarks/matmul_orientation.py
+    python benchmarks/few_rows.py
 
 The chain is the four projections of 30 layers of SmolLM2-135M in float32, without attention.
 """
@@ -12,6 +12,8 @@ import time
 
 import jax
 import jax.numpy as jnp
+
+from dex_jax.nn.few_rows import few_rows_product, ready
 
 LAYERS = 30
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))
@@ -30,7 +32,9 @@ def kernel_times_columns_kept(x, w):
     return jax.lax.optimization_barrier(w @ jax.lax.optimization_barrier(x.T)).T
 
 
-FORMS = (rows_times_kernel, kernel_times_columns, kernel_times_columns_kept)
+FORMS = [rows_times_kernel, kernel_times_columns, kernel_times_columns_kept]
+if ready():
+    FORMS.append(few_rows_product)
 
 
 def chain(form):
@@ -47,7 +51,9 @@ def chain(form):
 def main() -> None:
     keys = jax.random.split(jax.random.key(0), len(SHAPES))
     weights = [[jax.random.normal(k, s) * 0.02 for k, s in zip(keys, SHAPES, strict=True)] for _ in range(LAYERS)]
-    cases = {(form.__name__, rows): (chain(form), jnp.ones((rows, 576))) for rows in (1, 2, 4, 8) for form in FORMS}
+    cases = {
+        (form.__name__, rows): (chain(form), jnp.ones((rows, 576))) for rows in (1, 2, 4, 8, 12, 16) for form in FORMS
+    }
     times: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     for round_number in range(ROUNDS + 1):
         for case, (run, x) in cases.items():

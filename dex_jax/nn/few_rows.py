@@ -1,0 +1,95 @@
+"""Few rows times a large kernel on a CPU, by few_rows.cc, which the machine's C++ compiler makes when first needed.
+
+Where there is no compiler, or several devices, or DEX_JAX_NATIVE=0 in the environment, XLA's own product does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from dex_jax.io.whole_files import cache_folder
+
+MOST_ROWS = 12
+"""With more rows than these XLA's product is as fast (benchmarks/few_rows.py)."""
+
+TARGET = "dex_jax_few_rows"
+SOURCE = Path(__file__).with_name("few_rows.cc")
+COMPILERS = ("c++", "g++", "clang++")
+
+
+@jax.custom_jvp
+def few_rows_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    """rows @ kernel.T on a CPU, in programs of a process in which `ready()` is true.
+
+    A row's result is the same to the last bit however many rows are beside it.
+
+    Args:
+      rows: [R, in] float32.
+      kernel: [out, in] float32.
+
+    Returns:
+      [R, out] float32.
+    """
+    shape = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(TARGET, shape, vmap_method="expand_dims")(rows, kernel)
+
+
+@few_rows_product.defjvp
+def _tangent(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple:
+    (rows, kernel), (rows_tangent, kernel_tangent) = primals, tangents
+    return few_rows_product(rows, kernel), rows_tangent @ kernel.T + rows @ kernel_tangent.T
+
+
+@functools.cache
+def ready() -> bool:
+    """Whether this process's programs for CPUs can use `few_rows_product`; compiles it if it has to.
+
+    Several devices are left to XLA, which cannot divide among them a product that it does not know.
+    """
+    if os.environ.get("DEX_JAX_NATIVE") == "0" or jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return False
+    # Only speed is at stake: whatever is missing here, XLA's product does as well.
+    with contextlib.suppress(OSError, subprocess.CalledProcessError, AttributeError):
+        handler = getattr(ctypes.CDLL(str(_library())), TARGET)
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+        return True
+    return False
+
+
+def _library() -> Path:
+    """few_rows.cc compiled for this machine, among the user's caches.
+
+    Raises:
+      OSError: there is no compiler, or no place to write.
+      subprocess.CalledProcessError: it refuses.
+    """
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None or platform.system() not in ("Linux", "Darwin"):
+        raise OSError("no C++ compiler")
+    native = [compiler, "-march=native"]
+    # What "native" means here: a home directory may belong to machines of several kinds.
+    instructions = subprocess.run([*native, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True)
+    command = [*native, "-std=c++17", "-O3", "-shared", "-fPIC", "-w", f"-I{jax.ffi.include_dir()}", str(SOURCE)]
+    made_of = (SOURCE.read_bytes(), instructions.stdout, " ".join(command).encode(), jaxlib.__version__.encode())
+    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
+    kept = cache_folder() / "native" / f"few_rows-{name}.so"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            made = Path(folder) / kept.name
+            subprocess.run([*command, "-o", str(made)], capture_output=True, check=True)
+            made.replace(kept)
+    return kept

@@ -1,0 +1,127 @@
+"""Few rows times a kernel in C++: what it computes, for whom, and that nothing but speed depends on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import chex
+import environment
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given
+
+from dex_jax.nn import few_rows
+from dex_jax.nn.few_rows import few_rows_product
+from dex_jax.nn.layers import linear
+
+COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, few_rows.COMPILERS)), None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
+
+
+def random(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [generator.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def assert_product(found: jax.Array, rows: np.ndarray, kernel: np.ndarray) -> None:
+    """Within float32's rounding of the sum of magnitudes."""
+    wide, magnitudes = rows.astype(np.float64) @ kernel.T, np.abs(rows).astype(np.float64) @ np.abs(kernel).T
+    assert found.dtype == jnp.float32
+    assert np.all(np.abs(np.asarray(found) - wide) <= 1e-7 * (4 + rows.shape[-1] / 8) * magnitudes)
+
+
+@needs_compiler
+def test_it_is_used_here() -> None:
+    assert few_rows.ready()
+    jaxpr = str(jax.make_jaxpr(linear)(jnp.zeros((few_rows.MOST_ROWS, 8)), jnp.zeros((5, 8))))
+    assert few_rows.TARGET in jaxpr
+    for rows, dtype in ((few_rows.MOST_ROWS + 1, jnp.float32), (1, jnp.bfloat16)):
+        assert few_rows.TARGET not in str(jax.make_jaxpr(linear)(jnp.zeros((rows, 8), dtype), jnp.zeros((5, 8), dtype)))
+
+
+@needs_compiler
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 90), st.integers(0, 100))
+@example(rows=8, width=1536, outputs=576, seed=0)
+@example(rows=12, width=576, outputs=3072, seed=0)
+def test_the_product_and_each_row_alone(rows: int, width: int, outputs: int, seed: int) -> None:
+    x, kernel = random(seed, (rows, width), (outputs, width))
+    found = few_rows_product(x, kernel)
+    assert_product(found, x, kernel)
+    chex.assert_trees_all_equal(jnp.concatenate([few_rows_product(row[None], kernel) for row in x]), found)
+
+
+@needs_compiler
+def test_whole_numbers_are_exact() -> None:
+    generator = np.random.default_rng(0)
+    x, kernel = (generator.integers(-8, 9, size).astype(np.float32) for size in ((7, 333), (129, 333)))
+    chex.assert_trees_all_equal(np.asarray(few_rows_product(x, kernel)), x @ kernel.T)
+
+
+@needs_compiler
+def test_under_vmap_of_rows_kernels_and_both() -> None:
+    x, kernels = random(1, (3, 4, 5, 20), (3, 7, 20))
+    for each in (x, x.transpose(1, 0, 2, 3)):
+        first = 0 if each is x else 1
+        nested = jax.jit(jax.vmap(jax.vmap(few_rows_product, (0, None)), (first, 0)))
+        wanted = np.stack([[rows @ kernel.T for rows in sets] for sets, kernel in zip(x, kernels, strict=True)])
+        chex.assert_trees_all_close(nested(each, kernels), wanted, atol=1e-5)
+    shared = jax.vmap(few_rows_product, (0, None))(x[0], kernels[0])
+    chex.assert_trees_all_close(shared, x[0] @ kernels[0].T, atol=1e-5)
+    one_set = jax.vmap(few_rows_product, (None, 0))(x[0, 0], kernels)
+    chex.assert_trees_all_close(one_set, np.stack([x[0, 0] @ kernel.T for kernel in kernels]), atol=1e-5)
+    pairs = jax.vmap(jax.vmap(few_rows_product, (None, 0)), (0, None))(x[0], kernels)
+    chex.assert_trees_all_close(pairs, np.stack([[r @ k.T for k in kernels] for r in x[0]]), atol=1e-5)
+
+
+@needs_compiler
+def test_its_gradients_are_those_of_the_product() -> None:
+    x, kernel, weights = random(2, (4, 9), (6, 9), (4, 6))
+
+    def loss(product):
+        return jax.grad(lambda x, kernel: jnp.sum(weights * jnp.tanh(product(x, kernel))), argnums=(0, 1))(x, kernel)
+
+    chex.assert_trees_all_close(loss(few_rows_product), loss(lambda x, kernel: x @ kernel.T), atol=1e-5)
+
+
+SAYS = """
+import json, jax, numpy as np
+from dex_jax.nn import few_rows
+from dex_jax.nn.layers import linear
+x = np.arange(24, dtype=np.float32).reshape(3, 8)
+kernel = np.arange(40, dtype=np.float32).reshape(5, 8)
+print(json.dumps([few_rows.ready(), np.asarray(jax.jit(linear)(x, kernel)).tolist()]))
+"""
+
+
+def says(tmp_path, **variables: str) -> bool:
+    """What a process of its own says of `ready()`, when its product is right."""
+    own = {"XDG_CACHE_HOME": str(tmp_path)} | variables
+    run = subprocess.run([sys.executable, "-c", SAYS], env=os.environ | own, capture_output=True, text=True, check=True)
+    ready, product = json.loads(run.stdout)
+    x, kernel = np.arange(24).reshape(3, 8), np.arange(40).reshape(5, 8)
+    assert product == (x @ kernel.T).tolist()
+    return ready
+
+
+@needs_compiler
+def test_it_is_compiled_once_and_kept(tmp_path) -> None:
+    assert says(tmp_path)
+    (kept,) = (tmp_path / "dex_jax" / "native").iterdir()
+    made = kept.stat().st_mtime_ns
+    assert says(tmp_path)
+    assert [file.stat().st_mtime_ns for file in kept.parent.iterdir()] == [made]
+
+
+def test_without_it_the_product_is_xlas(tmp_path) -> None:
+    assert not says(tmp_path, DEX_JAX_NATIVE="0")
+    assert not says(tmp_path, CXX=str(tmp_path / "no_such_compiler"))
+    assert not says(tmp_path, CXX=shutil.which("false") or "false")
+    assert not says(tmp_path, XLA_FLAGS=environment.flags_for_devices(2))
+    assert not (tmp_path / "dex_jax" / "native").exists()
