@@ -39,6 +39,8 @@ constexpr int kGroup = 8;
 constexpr int64_t kPiece = 1 << 16;
 // How far ahead of the weight in use memory is asked for, in floats.
 constexpr int kAhead = 512;
+// Of a cache, in bytes.
+constexpr int kLine = 64;
 
 // a * b + c. A compiler that may choose rounds once here and twice there, and a row would come out differently beside
 // others; so it is told.
@@ -57,16 +59,29 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
 
 int64_t VectorsOf(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
 
-// Appends rows [count, in] in the order in which they are multiplied: by groups of kGroup or fewer, and within a group
-// one vector of each row in turn. Columns are padded with zeros.
-void Pack(const float* rows, int64_t count, int64_t in, std::vector<Vector>& packed) {
+// Writes rows [count, in] in the order in which they are multiplied: by groups of kGroup or fewer, and within a group
+// one vector of each row in turn. Columns are padded with zeros. Returns
+// where it ends.
+Vector* Pack(const float* rows, int64_t count, int64_t in, Vector* packed) {
   for (int64_t first = 0; first < count; first += kGroup)
     for (int64_t begin = 0; begin < in; begin += kLanes)
       for (int64_t r = first; r < std::min(first + kGroup, count); ++r) {
         Vector values = {};
         std::memcpy(&values, rows + r * in + begin, std::min<int64_t>(kLanes, in - begin) * sizeof(float));
-        packed.push_back(values);
+        *packed++ = values;
       }
+  return packed;
+}
+
+// The sum of a vector's lanes, halves first.
+template <int N>
+float SumOf(const float* lanes) {
+  typedef float Half __attribute__((vector_size(N / 2 * sizeof(float)), aligned(sizeof(float))));
+  if constexpr (N == 2) return lanes[0] + lanes[1];
+  else {
+    const Half sum = *reinterpret_cast<const Half*>(lanes) + *reinterpret_cast<const Half*>(lanes + N / 2);
+    return SumOf<N / 2>(reinterpret_cast<const float*>(&sum));
+  }
 }
 
 // A product of `count` packed rows with one kernel [out, in].
@@ -90,7 +105,8 @@ struct Product {
     OfGroup<R>(first, begin, end);
   }
 
-  // Inlined into its callers this loop runs short of registers.
+  // One output after another, so that the kernel is read as one stream. Inlined into its callers this loop runs short of
+  // registers.
   template <int R>
   __attribute__((noinline)) void OfGroup(int64_t first, int64_t begin, int64_t end) const {
     const int64_t whole = in / kLanes, rest = in % kLanes;
@@ -108,11 +124,8 @@ struct Product {
         std::memcpy(&weight, weights, rest * sizeof(float));
         for (int r = 0; r < R; ++r) sums[r] = MultiplyAdd(weight, values[r], sums[r]);
       }
-      for (int r = 0; r < R; ++r) {
-        float sum = 0;
-        for (int lane = 0; lane < kLanes; ++lane) sum += sums[r][lane];
-        result[(first + r) * out + o] = sum;
-      }
+      for (int r = 0; r < R; ++r)
+        result[(first + r) * out + o] = SumOf<kLanes>(reinterpret_cast<const float*>(&sums[r]));
     }
   }
 };
@@ -161,9 +174,11 @@ ffi::Error FewRows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Buf
     count *= row_sets;
     products = row_sets = 1;
   }
-  std::vector<Vector> packed;
-  packed.reserve(row_sets * count * VectorsOf(in));
-  for (int64_t set = 0; set < row_sets; ++set) Pack(rows.typed_data() + set * count * in, count, in, packed);
+  // A vector that lies across two cache lines takes twice as long to load.
+  std::vector<char> memory(row_sets * count * VectorsOf(in) * sizeof(Vector) + kLine);
+  Vector* const packed = reinterpret_cast<Vector*>((reinterpret_cast<uintptr_t>(memory.data()) + kLine - 1) / kLine * kLine);
+  Vector* end = packed;
+  for (int64_t set = 0; set < row_sets; ++set) end = Pack(rows.typed_data() + set * count * in, count, in, end);
 
   const auto product = [&](int64_t index) {
     int64_t row_set = 0, row_step = 1, kernel_at = 0, kernel_step = 1, rest = index;
@@ -173,7 +188,7 @@ ffi::Error FewRows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Buf
       row_step *= of_rows[d];
       kernel_step *= of_kernel[d];
     }
-    return Product{packed.data() + row_set * count * VectorsOf(in), kernel.typed_data() + kernel_at * out * in,
+    return Product{packed + row_set * count * VectorsOf(in), kernel.typed_data() + kernel_at * out * in,
                    result->typed_data() + index * count * out, count, in, out};
   };
   const int64_t outputs = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, in * int64_t{sizeof(float)}));
