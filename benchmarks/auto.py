@@ -22,6 +22,8 @@ import jax
 import numpy as np
 
 import dex_jax
+from dex_jax.cli.decode import remember_compilations
+from dex_jax.nn import few_rows
 from dex_jax.training.prompt_files import read_prompts
 
 
@@ -96,6 +98,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--output", help="OUTPUT.json keeps every figure, OUTPUT.md the table")
     args = parser.parse_args()
+    remember_compilations()
     lm = dex_jax.load(args.model)
     store = Path(args.output + ".json") if args.output else None
     runs = json.loads(store.read_text(encoding="utf-8"))["runs"] if store and store.exists() else []
@@ -111,7 +114,8 @@ def main() -> int:
         runs = sorted([*runs, {"batch": batch, "length": length} | run], key=lambda run: (run["length"], run["batch"]))
         print(json.dumps(run), file=sys.stderr, flush=True)
         if store:
-            about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__, "runs": runs}
+            about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__}
+            about |= {"few_rows": "C++" if few_rows.ready() else "XLA", "runs": runs}
             store.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     text = table(runs, list(runs[0]["seconds_a_token"]))
     print(text)

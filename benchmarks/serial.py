@@ -22,7 +22,9 @@ import numpy as np
 from transformers_worker import Transformers
 
 import dex_jax
+from dex_jax.cli.decode import remember_compilations
 from dex_jax.cli.train_results import spread
+from dex_jax.nn import few_rows
 from dex_jax.training.prompt_files import read_prompts
 
 
@@ -97,6 +99,7 @@ def main() -> int:
     parser.add_argument("--transformers-python", metavar="PYTHON")
     parser.add_argument("--output", help="OUTPUT.json keeps every prompt, OUTPUT.md the table")
     args = parser.parse_args()
+    remember_compilations()
     lm = dex_jax.load(args.model)
     worker = Transformers(args.transformers_python) if args.transformers_python else None
     runs: dict[str, dict] = {}
@@ -114,6 +117,7 @@ def main() -> int:
         versions = {"jax": jax.__version__} | (worker.versions if worker else {})
         kept = ("exits", "prompts", "batch", "rounds", "max_new_tokens", "temperature")
         about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "versions": versions}
+        about["few_rows"] = "C++" if few_rows.ready() else "XLA"
         about["options"] = {name: getattr(args, name) for name in kept}
         Path(args.output + ".json").write_text(json.dumps(about | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
         Path(args.output + ".md").write_text(text, encoding="utf-8")

@@ -30,6 +30,7 @@ from dex_jax.decoding.exits import default_drafter
 from dex_jax.decoding.known_trees import LOOKUP_TREE, known_trees
 from dex_jax.decoding.session import PROGRAMS
 from dex_jax.errors import DexError
+from dex_jax.nn import few_rows
 from dex_jax.training.prompt_files import read_prompts
 
 NO_LOOKUP = (0.0,) * 8
@@ -89,7 +90,8 @@ def main() -> int:
     args = parser.parse_args()
     remember_compilations()
     lm = dex_jax.load(args.model)
-    about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__}
+    products = "C++" if few_rows.ready() else "XLA"
+    about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__, "few_rows": products}
     drafter = dex_jax.load_exits(args.drafter) if args.drafter else default_drafter(lm.fingerprint)
     if drafter is None:
         raise DexError("no drafter ships with this model: give --drafter")

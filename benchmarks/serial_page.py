@@ -127,7 +127,8 @@ def section(found: Section, folder: Path) -> list[str]:
     about = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
     versions = about.get("versions", {}) | {key: about[key] for key in ("jax",) if key in about}
     named = [f"{name} {versions[name]}" for name in ("jax", "torch", "transformers") if name in versions]
-    where = ", ".join([*filter(None, [about.get("device")]), *named])
+    products = [f"products of few rows in {about['few_rows']}"] if "few_rows" in about else []
+    where = ", ".join([*filter(None, [about.get("device")]), *named, *products])
     parts = [f"## {found.title}", found.words, file.read_text(encoding="utf-8").strip()]
     return [*parts, f"`python benchmarks/{found.command}`" + (f" ({where})" if where else "")]
 
