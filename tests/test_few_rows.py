@@ -1,4 +1,4 @@
-"""Few rows times a kernel in C++: what it computes, for whom, and that nothing but speed depends on it."""
+"""Products and attention of few rows in C++: what they compute, for whom, and that only speed depends on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis import example, given
 
 from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import few_rows_product
-from dex_jax.nn.layers import linear
+from dex_jax.nn.layers import KeyValues, _attend, attend, linear
 
 COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, few_rows.COMPILERS)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
@@ -41,9 +41,11 @@ def assert_product(found: jax.Array, rows: np.ndarray, kernel: np.ndarray) -> No
 def test_it_is_used_here() -> None:
     assert few_rows.ready()
     jaxpr = str(jax.make_jaxpr(linear)(jnp.zeros((few_rows.MOST_ROWS, 8)), jnp.zeros((5, 8))))
-    assert few_rows.TARGET in jaxpr
+    assert few_rows.PRODUCT in jaxpr
     for rows, dtype in ((few_rows.MOST_ROWS + 1, jnp.float32), (1, jnp.bfloat16)):
-        assert few_rows.TARGET not in str(jax.make_jaxpr(linear)(jnp.zeros((rows, 8), dtype), jnp.zeros((5, 8), dtype)))
+        assert few_rows.PRODUCT not in str(
+            jax.make_jaxpr(linear)(jnp.zeros((rows, 8), dtype), jnp.zeros((5, 8), dtype))
+        )
 
 
 @needs_compiler
@@ -88,6 +90,84 @@ def test_its_gradients_are_those_of_the_product() -> None:
         return jax.grad(lambda x, kernel: jnp.sum(weights * jnp.tanh(product(x, kernel))), argnums=(0, 1))(x, kernel)
 
     chex.assert_trees_all_close(loss(few_rows_product), loss(lambda x, kernel: x @ kernel.T), atol=1e-5)
+
+
+def attention_of(seed: int, rows: int, heads: int, groups: int, width: int, lengths: list[int], batch: int = 2):
+    """Queries and sources; every row sees at least one key."""
+    generator = np.random.default_rng(seed)
+    queries = (2 * generator.normal(size=(batch, rows, heads, width))).astype(np.float32)
+    sources = []
+    for number, length in enumerate(lengths):
+        keys, values = (generator.normal(size=(batch, groups, length, width)).astype(np.float32) for _ in range(2))
+        mask = generator.random((batch, 1 if number == 1 else rows, length)) < 0.6
+        mask[:, :, 0] |= number == 0
+        sources.append(KeyValues(keys, values, mask))
+    return queries, sources
+
+
+def plain_attention(queries: np.ndarray, sources: list[KeyValues]) -> np.ndarray:
+    """One row and head after another, in float64."""
+    out = np.zeros(queries.shape)
+    batch, rows, heads, width = queries.shape
+    for b, r, h in np.ndindex(batch, rows, heads):
+        g = h // (heads // sources[0].keys.shape[1])
+        seen = [np.broadcast_to(source.mask, (batch, rows, source.mask.shape[2]))[b, r] for source in sources]
+        keys = np.concatenate([source.keys[b, g][mask] for source, mask in zip(sources, seen, strict=True)])
+        values = np.concatenate([source.values[b, g][mask] for source, mask in zip(sources, seen, strict=True)])
+        scores = keys.astype(np.float64) @ queries[b, r, h] / np.sqrt(width)
+        weights = np.exp(scores - scores.max())
+        out[b, r, h] = weights @ values / weights.sum()
+    return out
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [16, 48, 64, 144])
+@pytest.mark.parametrize(("rows", "heads", "groups"), [(1, 9, 3), (2, 4, 4), (5, 6, 1), (8, 9, 3)])
+def test_attention_and_each_row_alone(rows: int, heads: int, groups: int, width: int) -> None:
+    queries, sources = attention_of(rows, rows, heads, groups, width, [37, 5, rows])
+    assert few_rows.ATTENTION in str(jax.make_jaxpr(attend)(queries, sources))
+    found = jax.jit(attend)(queries, sources)
+    chex.assert_trees_all_close(found, plain_attention(queries, sources), atol=3e-6, rtol=0)
+    for r in range(rows):
+        own = [source._replace(mask=source.mask[:, min(r, source.mask.shape[1] - 1)][:, None]) for source in sources]
+        chex.assert_trees_all_equal(attend(queries[:, r : r + 1], own), found[:, r : r + 1])
+
+
+@needs_compiler
+def test_attention_with_scores_far_apart_and_with_nothing_to_see() -> None:
+    queries, (source,) = attention_of(3, 4, 2, 1, 32, [50], batch=1)
+    source = source._replace(mask=np.ones((1, 4, 50), bool))
+    chex.assert_trees_all_close(attend(300 * queries, [source]), plain_attention(300 * queries, [source]), atol=1e-4)
+    source.mask[0, 2] = False
+    found = np.asarray(attend(queries, [source]))
+    assert not found[0, 2].any()
+    seeing = np.array([0, 1, 3])
+    wanted = plain_attention(queries[:, seeing], [source._replace(mask=source.mask[:, seeing])])
+    chex.assert_trees_all_close(found[:, seeing], wanted, atol=3e-6)
+
+
+@needs_compiler
+def test_attention_under_vmap_and_its_gradients() -> None:
+    queries, sources = attention_of(4, 3, 4, 2, 16, [11, 3], batch=6)
+
+    def split(x):
+        return x.reshape(2, 3, *x.shape[1:])
+
+    parts = jax.vmap(attend)(split(queries), jax.tree.map(split, sources))
+    whole = attend(queries, sources)
+    chex.assert_trees_all_equal(parts.reshape(whole.shape), whole)
+    shared = jax.tree.map(lambda x: x[:3], sources)
+    parts = jax.vmap(attend, (0, None))(split(queries), shared)
+    chex.assert_trees_all_equal(parts[1], attend(queries[3:], shared))
+
+    def loss(attention):
+        def of(queries, pairs):
+            both = [KeyValues(*pair, source.mask) for pair, source in zip(pairs, sources, strict=True)]
+            return jnp.sum(jnp.sin(attention(queries, both)))
+
+        return jax.grad(of, argnums=(0, 1))(queries, [source[:2] for source in sources])
+
+    chex.assert_trees_all_close(loss(attend), loss(_attend), atol=1e-5)
 
 
 SAYS = """

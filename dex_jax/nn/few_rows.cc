@@ -1,14 +1,17 @@
-// Few rows times a large kernel on a CPU: result[r, o] = sum over i of rows[r, i] * kernel[o, i], all float32.
+// What decoding does with few rows on a CPU, all in float32: their products with large kernels, and their attention.
 //
-// Decoding reads every weight for a handful of rows. For more rows than one XLA first lays the kernel out anew, which
-// takes about as long as reading it. Here a weight is loaded once and multiplied with all rows while it is in a register,
-// and the kernel is read from front to back.
+// A product, result[r, o] = sum over i of rows[r, i] * kernel[o, i], reads every weight for a handful of rows. For more
+// rows than one XLA first lays the kernel out anew, which takes about as long as reading it. Here a weight is loaded once
+// and multiplied with all rows while it is in a register, and the kernel is read from front to back.
 //
-// An element of the result is the sum of the lanes of one vector, which were added up in the order of the columns: it
-// does not depend on how many rows there are, nor on how many threads work.
+// Attention reads only keys that some row sees, where XLA computes with the whole cache, and keeps scores in the caches.
+//
+// What comes out for a row does not depend on the rows beside it, nor on how many threads work: sums are added up in one
+// order.
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -41,6 +44,8 @@ constexpr int64_t kPiece = 1 << 16;
 constexpr int kAhead = 512;
 // Of a cache, in bytes.
 constexpr int kLine = 64;
+// Queries that one piece of attention is done for.
+constexpr int kQueries = 4;
 
 // a * b + c. A compiler that may choose rounds once here and twice there, and a row would come out differently beside
 // others; so it is told.
@@ -56,6 +61,18 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
   return a * b + c;
 #endif
 }
+
+// Memory for `count` vectors, from the beginning of a cache line: to load one that lies across two takes twice as long.
+class Vectors {
+ public:
+  explicit Vectors(int64_t count) : memory_(count * sizeof(Vector) + kLine) {}
+  Vector* data() {
+    return reinterpret_cast<Vector*>((reinterpret_cast<uintptr_t>(memory_.data()) + kLine - 1) / kLine * kLine);
+  }
+
+ private:
+  std::vector<char> memory_;
+};
 
 int64_t VectorsOf(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
 
@@ -73,16 +90,21 @@ Vector* Pack(const float* rows, int64_t count, int64_t in, Vector* packed) {
   return packed;
 }
 
-// The sum of a vector's lanes, halves first.
+// The sum of N lanes, halves first.
 template <int N>
 float SumOf(const float* lanes) {
   typedef float Half __attribute__((vector_size(N / 2 * sizeof(float)), aligned(sizeof(float))));
-  if constexpr (N == 2) return lanes[0] + lanes[1];
-  else {
+  if constexpr (N == 2) {
+    return lanes[0] + lanes[1];
+  } else {
     const Half sum = *reinterpret_cast<const Half*>(lanes) + *reinterpret_cast<const Half*>(lanes + N / 2);
     return SumOf<N / 2>(reinterpret_cast<const float*>(&sum));
   }
 }
+
+inline float SumOf(const Vector& vector) { return SumOf<kLanes>(reinterpret_cast<const float*>(&vector)); }
+
+inline Vector Load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
 // A product of `count` packed rows with one kernel [out, in].
 struct Product {
@@ -116,7 +138,7 @@ struct Product {
       Vector sums[R] = {};
       for (int64_t v = 0; v < whole; ++v, values += R, weights += kLanes) {
         __builtin_prefetch(weights + kAhead);
-        const Vector weight = *reinterpret_cast<const Vector*>(weights);
+        const Vector weight = Load(weights);
         for (int r = 0; r < R; ++r) sums[r] = MultiplyAdd(weight, values[r], sums[r]);
       }
       if (rest > 0) {
@@ -125,7 +147,7 @@ struct Product {
         for (int r = 0; r < R; ++r) sums[r] = MultiplyAdd(weight, values[r], sums[r]);
       }
       for (int r = 0; r < R; ++r)
-        result[(first + r) * out + o] = SumOf<kLanes>(reinterpret_cast<const float*>(&sums[r]));
+        result[(first + r) * out + o] = SumOf(sums[r]);
     }
   }
 };
@@ -154,54 +176,222 @@ class Pieces {
   std::atomic<int64_t> next_{0}, done_{0};
 };
 
+// Does pieces 0..count-1 on all threads.
+template <typename Work>
+void Share(ffi::ThreadPool& threads, int64_t count, const Work& work) {
+  // A helper that comes late finds no piece left and touches nothing but these, which it shares.
+  const auto pieces = std::make_shared<Pieces>(count, [&work](int64_t piece) { work(piece); });
+  const int64_t helpers = std::min<int64_t>(threads.num_threads(), count) - 1;
+  for (int64_t helper = 0; helper < helpers; ++helper) threads.Schedule([pieces] { pieces->Work(); });
+  pieces->Work();
+  pieces->Wait();
+}
+
+using Dimensions = ffi::Span<const int64_t>;
+
+int64_t SizeOf(Dimensions shape, size_t begin, size_t end) {
+  int64_t size = 1;
+  for (size_t d = begin; d < end; ++d) size *= shape[d];
+  return size;
+}
+
+// Which of an operand's blocks belongs to block `index` of the result, whose first `leading` dimensions number them: each
+// is the same in the operand, or 1 there.
+int64_t BlockOf(int64_t index, Dimensions operand, Dimensions result, size_t leading) {
+  int64_t block = 0, step = 1;
+  for (size_t d = leading; d-- > 0; index /= result[d]) {
+    if (operand[d] > 1) block += index % result[d] * step;
+    step *= operand[d];
+  }
+  return block;
+}
+
 // rows [..., R, in], kernel [..., out, in] -> [..., R, out]. A leading dimension is that of the result, or 1 in an operand
 // that all have in common.
 ffi::Error FewRows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Buffer<ffi::F32> kernel,
                    ffi::ResultBuffer<ffi::F32> result) {
-  const auto of_rows = rows.dimensions(), of_kernel = kernel.dimensions(), shape = result->dimensions();
+  const Dimensions of_rows = rows.dimensions(), of_kernel = kernel.dimensions(), shape = result->dimensions();
   if (of_rows.size() != shape.size() || of_kernel.size() != shape.size())
     return ffi::Error::InvalidArgument("few_rows: rows, kernel and result differ in their number of dimensions");
   const size_t leading = shape.size() - 2;
   const int64_t in = of_rows[leading + 1], out = shape[leading + 1];
-  int64_t count = shape[leading], products = 1, row_sets = 1, kernels = 1;
-  for (size_t d = 0; d < leading; ++d) {
-    products *= shape[d];
-    row_sets *= of_rows[d];
-    kernels *= of_kernel[d];
-  }
+  int64_t count = shape[leading], products = SizeOf(shape, 0, leading), row_sets = SizeOf(of_rows, 0, leading);
   // Rows that have one kernel in common are rows of one product.
-  if (kernels == 1) {
+  const bool together = SizeOf(of_kernel, 0, leading) == 1;
+  if (together) {
     count *= row_sets;
     products = row_sets = 1;
   }
-  // A vector that lies across two cache lines takes twice as long to load.
-  std::vector<char> memory(row_sets * count * VectorsOf(in) * sizeof(Vector) + kLine);
-  Vector* const packed = reinterpret_cast<Vector*>((reinterpret_cast<uintptr_t>(memory.data()) + kLine - 1) / kLine * kLine);
-  Vector* end = packed;
+  Vectors memory(row_sets * count * VectorsOf(in));
+  Vector *const packed = memory.data(), *end = packed;
   for (int64_t set = 0; set < row_sets; ++set) end = Pack(rows.typed_data() + set * count * in, count, in, end);
 
-  const auto product = [&](int64_t index) {
-    int64_t row_set = 0, row_step = 1, kernel_at = 0, kernel_step = 1, rest = index;
-    for (size_t d = leading; d-- > 0 && products > 1; rest /= shape[d]) {
-      if (of_rows[d] > 1) row_set += rest % shape[d] * row_step;
-      if (of_kernel[d] > 1) kernel_at += rest % shape[d] * kernel_step;
-      row_step *= of_rows[d];
-      kernel_step *= of_kernel[d];
-    }
-    return Product{packed + row_set * count * VectorsOf(in), kernel.typed_data() + kernel_at * out * in,
-                   result->typed_data() + index * count * out, count, in, out};
-  };
   const int64_t outputs = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, in * int64_t{sizeof(float)}));
   const int64_t pieces = (out + outputs - 1) / outputs;
-  // A helper that comes late finds no piece left and touches nothing but `work`, which it shares.
-  const auto work = std::make_shared<Pieces>(products * pieces, [&](int64_t piece) {
-    const int64_t begin = piece % pieces * outputs;
-    product(piece / pieces).Outputs(begin, std::min(begin + outputs, out));
+  Share(threads, products * pieces, [&](int64_t piece) {
+    const int64_t index = piece / pieces, begin = piece % pieces * outputs;
+    const int64_t row_set = together ? 0 : BlockOf(index, of_rows, shape, leading);
+    const int64_t block = together ? 0 : BlockOf(index, of_kernel, shape, leading);
+    const Product product{packed + row_set * count * VectorsOf(in), kernel.typed_data() + block * out * in,
+                          result->typed_data() + index * count * out, count, in, out};
+    product.Outputs(begin, std::min(begin + outputs, out));
   });
-  const int64_t helpers = std::min<int64_t>(threads.num_threads(), products * pieces) - 1;
-  for (int64_t helper = 0; helper < helpers; ++helper) threads.Schedule([work] { work->Work(); });
-  work->Work();
-  work->Wait();
+  return ffi::Error::Success();
+}
+
+// e to each of a vector's lanes, to about 1e-7 of it, for lanes up to 0; 0 where nothing of it is left in float32.
+inline Vector Exponential(Vector x) {
+  typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
+  const Integers kept = x > -87.0f;
+  x = x > -87.0f ? x : Vector{} - 87.0f;
+  // x = n ln 2 + rest: adding and taking away 1.5 * 2^23 rounds to a whole number.
+  const Vector shifted = x * 1.44269504f + 12582912.0f;
+  const Vector n = shifted - 12582912.0f;
+  const Vector rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  // The series of e^rest, |rest| <= ln 2 / 2, whose next term is below 1e-8.
+  Vector power = Vector{} + 1.0f / 5040;
+  power = power * rest + 1.0f / 720;
+  power = power * rest + 1.0f / 120;
+  power = power * rest + 1.0f / 24;
+  power = power * rest + 1.0f / 6;
+  power = power * rest + 0.5f;
+  power = power * rest + 1.0f;
+  power = power * rest + 1.0f;
+  const Integers exponent = __builtin_convertvector(n, Integers) + 127;
+  Integers bits = exponent << 23;
+  bits &= kept;
+  Vector scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return power * scale;
+}
+
+// Keys and values [S, d] of one group, and which keys each row sees: mask [R, S], or [1, S] for all rows.
+struct Source {
+  const float* keys;
+  const float* values;
+  const bool* mask;
+  int64_t length, mask_step;
+};
+
+// Adds up values, `some` vectors of each from `first` on, by their weights. S is `some`, or 0 where it is not known when
+// this is compiled; the sums stay in registers where it is.
+template <int S>
+void Mix(const float* weights, int64_t some, int64_t first, float factor, int64_t width,
+         const std::vector<Source>& sources, float* result) {
+  Vector sums[kGroup] = {};
+  const int64_t here = S ? S : some;
+  for (const Source& source : sources) {
+    const float* value = source.values + first * kLanes;
+    for (int64_t s = 0; s < source.length; ++s, ++weights, value += width) {
+      if (*weights == 0) continue;
+      const Vector weight = Vector{} + *weights;
+      for (int64_t v = 0; v < here; ++v) sums[v] = MultiplyAdd(weight, Load(value + v * kLanes), sums[v]);
+    }
+  }
+  for (int64_t v = 0; v < here; ++v) {
+    const Vector mixed = sums[v] * factor;
+    std::memcpy(result + (first + v) * kLanes, &mixed, sizeof(mixed));
+  }
+}
+
+// Attention over all sources of C queries [d] of one group. Query q is one of row row[q].
+template <int C>
+void Attend(const float* const* queries, const int64_t* row, float* const* results, int64_t width,
+            const std::vector<Source>& sources) {
+  const int64_t vectors = width / kLanes;
+  int64_t length = 0;
+  for (const Source& source : sources) length += source.length;
+  const int64_t padded = VectorsOf(length);
+  Vectors memory(C * (vectors + padded));
+  Vector* const scaled = memory.data();
+  Vector* const all_scores = scaled + C * vectors;
+  std::fill(all_scores, all_scores + C * padded, Vector{} - INFINITY);
+  for (int64_t v = 0; v < vectors; ++v)
+    for (int q = 0; q < C; ++q)
+      scaled[v * C + q] = Load(queries[q] + v * kLanes) * (1 / std::sqrt(static_cast<float>(width)));
+
+  float most[C];
+  std::fill(most, most + C, -INFINITY);
+  int64_t at = 0;
+  for (const Source& source : sources) {
+    for (int64_t s = 0; s < source.length; ++s, ++at) {
+      bool sees[C], any = false;
+      for (int q = 0; q < C; ++q) any |= sees[q] = source.mask[row[q] * source.mask_step + s];
+      if (!any) continue;
+      Vector products[C] = {};
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Vector key = Load(source.keys + s * width + v * kLanes);
+        for (int q = 0; q < C; ++q) products[q] = MultiplyAdd(key, scaled[v * C + q], products[q]);
+      }
+      for (int q = 0; q < C; ++q) {
+        const float score = sees[q] ? SumOf(products[q]) : -INFINITY;
+        reinterpret_cast<float*>(all_scores + q * padded)[at] = score;
+        most[q] = std::max(most[q], score);
+      }
+    }
+  }
+  for (int q = 0; q < C; ++q) {
+    if (most[q] == -INFINITY) {  // A row that sees nothing.
+      std::fill(results[q], results[q] + width, 0.0f);
+      continue;
+    }
+    Vector *const scores = all_scores + q * padded, total = {};
+    for (int64_t v = 0; v < padded; ++v) total += scores[v] = Exponential(scores[v] - most[q]);
+    const float *const weights = reinterpret_cast<const float*>(scores), factor = 1 / SumOf(total);
+    int64_t first = 0;
+    for (; first + kGroup <= vectors; first += kGroup)
+      Mix<kGroup>(weights, kGroup, first, factor, width, sources, results[q]);
+    if (first < vectors) Mix<0>(weights, vectors - first, first, factor, width, sources, results[q]);
+  }
+}
+
+// queries [..., R, H, d], then of each source keys and values [..., G, S, d] and mask [..., R or 1, S] -> [..., R, H, d].
+// Leading dimensions as those of FewRows; d is a multiple of kLanes.
+ffi::Error FewRowsAttention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries, ffi::RemainingArgs rest,
+                            ffi::ResultBuffer<ffi::F32> result) {
+  const Dimensions shape = result->dimensions(), of_queries = queries.dimensions();
+  const size_t leading = shape.size() - 3;
+  const int64_t rows = shape[leading], heads = shape[leading + 1], width = shape[leading + 2];
+  if (width % kLanes) return ffi::Error::InvalidArgument("few_rows: the width of heads must be a multiple of 16");
+  std::vector<ffi::AnyBuffer> operands;
+  for (size_t i = 0; i < rest.size(); ++i) {
+    const auto operand = rest.get<ffi::AnyBuffer>(i);
+    if (!operand.has_value()) return operand.error();
+    operands.push_back(*operand);
+  }
+  const int64_t groups = operands[0].dimensions()[leading], of_group = heads / groups, count = rows * of_group;
+  // Of each group's queries so many at a time that there is something to do for several threads.
+  const int64_t some = std::clamp<int64_t>(count / 2, 1, kQueries), parts = (count + some - 1) / some;
+  Share(threads, SizeOf(shape, 0, leading) * groups * parts, [&](int64_t piece) {
+    const int64_t index = piece / (groups * parts), group = piece / parts % groups, first = piece % parts * some;
+    std::vector<Source> sources;
+    for (size_t i = 0; i < operands.size(); i += 3) {
+      const Dimensions of_keys = operands[i].dimensions(), of_mask = operands[i + 2].dimensions();
+      const int64_t length = of_keys[leading + 1], size = groups * length * width;
+      const int64_t own = group * length * width, masks = of_mask[leading];
+      const auto block = [&](Dimensions operand) { return BlockOf(index, operand, shape, leading); };
+      sources.push_back({static_cast<const float*>(operands[i].untyped_data()) + block(of_keys) * size + own,
+                         static_cast<const float*>(operands[i + 1].untyped_data()) +
+                             block(operands[i + 1].dimensions()) * size + own,
+                         static_cast<const bool*>(operands[i + 2].untyped_data()) + block(of_mask) * masks * length,
+                         length, masks > 1 ? length : 0});
+    }
+    const float* const own_queries =
+        queries.typed_data() + BlockOf(index, of_queries, shape, leading) * rows * heads * width;
+    const float* inputs[kQueries];
+    float* outputs[kQueries];
+    int64_t row[kQueries];
+    const int here = static_cast<int>(std::min(some, count - first));
+    for (int q = 0; q < here; ++q) {
+      row[q] = (first + q) / of_group;
+      const int64_t at = (row[q] * heads + group * of_group + (first + q) % of_group) * width;
+      inputs[q] = own_queries + at;
+      outputs[q] = result->typed_data() + index * rows * heads * width + at;
+    }
+    static_assert(kQueries == 4);
+    const auto attend = here == 4 ? Attend<4> : here == 3 ? Attend<3> : here == 2 ? Attend<2> : Attend<1>;
+    attend(inputs, row, outputs, width, sources);
+  });
   return ffi::Error::Success();
 }
 
@@ -212,4 +402,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_few_rows, FewRows,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_few_rows_attention, FewRowsAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>());

@@ -1,6 +1,6 @@
-"""Few rows times a large kernel on a CPU, by few_rows.cc, which the machine's C++ compiler makes when first needed.
+"""What decoding does with few rows on a CPU, by few_rows.cc, which the machine's C++ compiler makes when first needed.
 
-Where there is no compiler, or several devices, or DEX_JAX_NATIVE=0 in the environment, XLA's own product does it.
+Where there is no compiler, or several devices, or DEX_JAX_NATIVE=0 in the environment, XLA does it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from dex_jax.io.whole_files import cache_folder
 MOST_ROWS = 12
 """With more rows than these XLA's product is as fast (benchmarks/few_rows.py)."""
 
-TARGET = "dex_jax_few_rows"
+LANES = 16
+"""The width of attention's heads must be a multiple of it."""
+
+PRODUCT, ATTENTION = "dex_jax_few_rows", "dex_jax_few_rows_attention"
 SOURCE = Path(__file__).with_name("few_rows.cc")
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -44,7 +47,7 @@ def few_rows_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
       [R, out] float32.
     """
     shape = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(TARGET, shape, vmap_method="expand_dims")(rows, kernel)
+    return jax.ffi.ffi_call(PRODUCT, shape, vmap_method="expand_dims")(rows, kernel)
 
 
 @few_rows_product.defjvp
@@ -53,18 +56,36 @@ def _tangent(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, ja
     return few_rows_product(rows, kernel), rows_tangent @ kernel.T + rows @ kernel_tangent.T
 
 
+def few_rows_attention(queries: jax.Array, *sources: jax.Array) -> jax.Array:
+    """Grouped-query attention on a CPU, in programs of a process in which `ready()` is true; it has no derivative.
+
+    A row's result is the same to the last bit however many rows are beside it. A row that sees nothing gets zeros.
+
+    Args:
+      queries: [B, R, H, d] float32, d a multiple of LANES.
+      sources: of each set that rows may attend to, keys [B, G, S, d] and values of that shape, float32, and the mask
+        [B, R, S] or [B, 1, S], bool; a B of 1 is for all sequences.
+
+    Returns:
+      [B, R, H, d] float32.
+    """
+    shape = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
+    return jax.ffi.ffi_call(ATTENTION, shape, vmap_method="expand_dims")(queries, *sources)
+
+
 @functools.cache
 def ready() -> bool:
-    """Whether this process's programs for CPUs can use `few_rows_product`; compiles it if it has to.
+    """Whether this process's programs for CPUs can use what is here; compiles it if it has to.
 
-    Several devices are left to XLA, which cannot divide among them a product that it does not know.
+    Several devices are left to XLA, which cannot divide among them what it does not know.
     """
     if os.environ.get("DEX_JAX_NATIVE") == "0" or jax.default_backend() != "cpu" or jax.device_count() > 1:
         return False
-    # Only speed is at stake: whatever is missing here, XLA's product does as well.
-    with contextlib.suppress(OSError, subprocess.CalledProcessError, AttributeError):
-        handler = getattr(ctypes.CDLL(str(_library())), TARGET)
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    # Only speed is at stake: whatever is missing here, XLA does it as well.
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        library = ctypes.CDLL(str(_library()))
+        for target in (PRODUCT, ATTENTION):
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
         return True
     return False
 

@@ -150,6 +150,32 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
     Returns:
       [B, R, H, d] in queries' dtype.
     """
+    few = queries.shape[1] <= few_rows.MOST_ROWS and queries.shape[3] % few_rows.LANES == 0
+    float32 = all(x.dtype == jnp.float32 for x in (queries, *(x for source in sources for x in source[:2])))
+    if few and float32 and few_rows.ready():
+        return jax.lax.platform_dependent(queries, list(sources), cpu=_attend_few_rows, default=_attend)
+    return _attend(queries, sources)
+
+
+@jax.custom_jvp
+def _attend_few_rows(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
+    return few_rows.few_rows_attention(queries, *(x for source in sources for x in source))
+
+
+@_attend_few_rows.defjvp
+def _tangent(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (queries, sources), (queries_tangent, sources_tangent) = primals, tangents
+
+    def plain(queries: jax.Array, pairs: list) -> jax.Array:
+        both = [KeyValues(keys, values, source.mask) for (keys, values), source in zip(pairs, sources, strict=True)]
+        return _attend(queries, both)
+
+    pairs, pairs_tangent = ([source[:2] for source in each] for each in (sources, sources_tangent))
+    _, tangent = jax.jvp(plain, (queries, pairs), (queries_tangent, pairs_tangent))
+    return _attend_few_rows(queries, sources), tangent
+
+
+def _attend(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
     batch, rows, heads, width = queries.shape
     groups = sources[0].keys.shape[1]
     dtype = queries.dtype
