@@ -23,8 +23,8 @@ prompts in one process; ratios are medians over prompts. "serial" is `schedule="
 of its rows in every round. "auto" is the default, which here chose rounds that run as many rows of a larger tree as are
 worth their time. Prompts are spread evenly over HumanEval and over Spec-Bench's questions, maths and retrieval rows
 (question_240). Ratios move with the machine: a step of one row waits for memory, which other guests of a shared machine
-use too, and further rows for arithmetic. Tables that do not say "products of few rows in C++" are from before there were
-any.
+use too, and further rows for arithmetic. Tables that do not say "products of few rows in C++" are from before there
+were any.
 
 This page is written by `python benchmarks/serial_page.py`."""
 
