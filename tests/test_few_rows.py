@@ -147,6 +147,19 @@ def test_attention_with_scores_far_apart_and_with_nothing_to_see() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("all_keys", [True, False])
+def test_attention_hides_no_nan(bad: float, all_keys: bool) -> None:
+    queries, (source,) = attention_of(5, 2, 2, 1, 16, [20], batch=1)
+    source.mask[:] = True
+    source.mask[0, 1, 3] = False
+    source.keys[0, 0, slice(None) if all_keys else 3] = bad
+    found = np.asarray(attend(np.abs(queries), [source]))
+    assert np.isnan(found[0, 0]).all()
+    assert np.isnan(found[0, 1]).all() == all_keys
+
+
+@needs_compiler
 def test_attention_under_vmap_and_its_gradients() -> None:
     queries, sources = attention_of(4, 3, 4, 2, 16, [11, 3], batch=6)
 

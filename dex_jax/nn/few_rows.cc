@@ -77,8 +77,7 @@ class Vectors {
 int64_t VectorsOf(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
 
 // Writes rows [count, in] in the order in which they are multiplied: by groups of kGroup or fewer, and within a group
-// one vector of each row in turn. Columns are padded with zeros. Returns
-// where it ends.
+// one vector of each row in turn. Columns are padded with zeros. Returns where it ends.
 Vector* Pack(const float* rows, int64_t count, int64_t in, Vector* packed) {
   for (int64_t first = 0; first < count; first += kGroup)
     for (int64_t begin = 0; begin < in; begin += kLanes)
@@ -146,8 +145,7 @@ struct Product {
         std::memcpy(&weight, weights, rest * sizeof(float));
         for (int r = 0; r < R; ++r) sums[r] = MultiplyAdd(weight, values[r], sums[r]);
       }
-      for (int r = 0; r < R; ++r)
-        result[(first + r) * out + o] = SumOf(sums[r]);
+      for (int r = 0; r < R; ++r) result[(first + r) * out + o] = SumOf(sums[r]);
     }
   }
 };
@@ -242,8 +240,8 @@ ffi::Error FewRows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Buf
 // e to each of a vector's lanes, to about 1e-7 of it, for lanes up to 0; 0 where nothing of it is left in float32.
 inline Vector Exponential(Vector x) {
   typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
-  const Integers kept = x > -87.0f;
-  x = x > -87.0f ? x : Vector{} - 87.0f;
+  const Integers gone = x < -87.0f;  // Not so a NaN, which stays one.
+  x = x < -87.0f ? Vector{} - 87.0f : x;
   // x = n ln 2 + rest: adding and taking away 1.5 * 2^23 rounds to a whole number.
   const Vector shifted = x * 1.44269504f + 12582912.0f;
   const Vector n = shifted - 12582912.0f;
@@ -259,7 +257,7 @@ inline Vector Exponential(Vector x) {
   power = power * rest + 1.0f;
   const Integers exponent = __builtin_convertvector(n, Integers) + 127;
   Integers bits = exponent << 23;
-  bits &= kept;
+  bits &= ~gone;
   Vector scale;
   std::memcpy(&scale, &bits, sizeof(scale));
   return power * scale;
@@ -326,7 +324,7 @@ void Attend(const float* const* queries, const int64_t* row, float* const* resul
       for (int q = 0; q < C; ++q) {
         const float score = sees[q] ? SumOf(products[q]) : -INFINITY;
         reinterpret_cast<float*>(all_scores + q * padded)[at] = score;
-        most[q] = std::max(most[q], score);
+        most[q] = std::max(score, most[q]);  // In this order a NaN alone stays one.
       }
     }
   }

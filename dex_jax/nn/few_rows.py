@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -100,7 +101,7 @@ def _library() -> Path:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or platform.system() not in ("Linux", "Darwin"):
         raise OSError("no C++ compiler")
-    native = [compiler, "-march=native"]
+    native = [*shlex.split(compiler), "-march=native"]
     # What "native" means here: a home directory may belong to machines of several kinds.
     instructions = subprocess.run([*native, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True)
     command = [*native, "-std=c++17", "-O3", "-shared", "-fPIC", "-w", f"-I{jax.ffi.include_dir()}", str(SOURCE)]
