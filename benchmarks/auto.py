@@ -101,7 +101,12 @@ def main() -> int:
     remember_compilations()
     lm = dex_jax.load(args.model)
     store = Path(args.output + ".json") if args.output else None
-    runs = json.loads(store.read_text(encoding="utf-8"))["runs"] if store and store.exists() else []
+    about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__}
+    about["few_rows"] = few_rows.language()
+    kept = json.loads(store.read_text(encoding="utf-8")) if store and store.exists() else about | {"runs": []}
+    if kept.get("few_rows", "XLA") != about["few_rows"]:
+        parser.error(f"{store} was begun with products of few rows in another language: name another --output")
+    runs = kept["runs"]
     sizes = list(itertools.product(args.lengths, args.batches))
     prompts = {(length, batch): cut_prompts(lm, args.data, length, batch * args.texts) for length, batch in sizes}
     # A model that knows no EOS.
@@ -114,9 +119,7 @@ def main() -> int:
         runs = sorted([*runs, {"batch": batch, "length": length} | run], key=lambda run: (run["length"], run["batch"]))
         print(json.dumps(run), file=sys.stderr, flush=True)
         if store:
-            about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__}
-            about |= {"few_rows": "C++" if few_rows.ready() else "XLA", "runs": runs}
-            store.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            store.write_text(json.dumps(about | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
     text = table(runs, list(runs[0]["seconds_a_token"]))
     print(text)
     if args.output:

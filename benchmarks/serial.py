@@ -117,7 +117,7 @@ def main() -> int:
         versions = {"jax": jax.__version__} | (worker.versions if worker else {})
         kept = ("exits", "prompts", "batch", "rounds", "max_new_tokens", "temperature")
         about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "versions": versions}
-        about["few_rows"] = "C++" if few_rows.ready() else "XLA"
+        about["few_rows"] = few_rows.language()
         about["options"] = {name: getattr(args, name) for name in kept}
         Path(args.output + ".json").write_text(json.dumps(about | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
         Path(args.output + ".md").write_text(text, encoding="utf-8")

@@ -90,8 +90,8 @@ def main() -> int:
     args = parser.parse_args()
     remember_compilations()
     lm = dex_jax.load(args.model)
-    products = "C++" if few_rows.ready() else "XLA"
-    about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__, "few_rows": products}
+    about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "jax": jax.__version__}
+    about["few_rows"] = few_rows.language()
     drafter = dex_jax.load_exits(args.drafter) if args.drafter else default_drafter(lm.fingerprint)
     if drafter is None:
         raise DexError("no drafter ships with this model: give --drafter")
@@ -103,7 +103,10 @@ def main() -> int:
     for path in args.data:
         ids += [lm.encode(prompt) for prompt in spread(read_prompts(path), args.prompts)]
     store = Path(args.output + ".json") if args.output else None
-    found = json.loads(store.read_text(encoding="utf-8"))["prompts"] if store and store.exists() else []
+    kept = json.loads(store.read_text(encoding="utf-8")) if store and store.exists() else about | {"prompts": []}
+    if kept.get("few_rows", "XLA") != about["few_rows"]:
+        raise DexError(f"{store} was begun with products of few rows in another language: name another --output")
+    found = kept["prompts"]
     for number, prompt in enumerate(ids[len(found) :], len(found) + 1):
         times: dict[str, list[float]] = {name: [] for name in shapes}
         for repeat in range(args.rounds + 1):

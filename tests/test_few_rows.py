@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,10 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given
+from reference.small_models import LLAMA, small_model
 
+from dex_jax import cache
+from dex_jax.decoding.network import extend_with_states
+from dex_jax.language_model import merge_model
 from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import few_rows_product
 from dex_jax.nn.layers import KeyValues, _attend, attend, linear
+from dex_jax.nn.transformer import Stacked, Unrolled
 
 COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, few_rows.COMPILERS)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
@@ -46,6 +52,19 @@ def test_it_is_used_here() -> None:
         assert few_rows.PRODUCT not in str(
             jax.make_jaxpr(linear)(jnp.zeros((rows, 8), dtype), jnp.zeros((5, 8), dtype))
         )
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", [Unrolled(), Stacked((1, 2))])
+def test_what_is_cut_out_of_stacked_arrays_is_left_to_xla(layout) -> None:
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=2, head_dim=16), layout)
+    memory = cache.allocate(lm.config, layout, 1, 8, 0, jnp.dtype(jnp.float32))
+
+    def one_step(weights, tokens, start):
+        return extend_with_states(merge_model(lm.config, layout, weights), memory, tokens, start)[0]
+
+    jaxpr = str(jax.make_jaxpr(one_step)(lm.weights, jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)))
+    assert [target in jaxpr for target in (few_rows.PRODUCT, few_rows.ATTENTION)] == [layout == Unrolled()] * 2
 
 
 @needs_compiler

@@ -110,7 +110,7 @@ def _known_costs(config: ModelConfig, layout: Layout, dtype: str, batch: int, le
         batch,
         length,
         layout,
-        "native" if few_rows.ready() else "xla",
+        few_rows.language(),
         *shapes,
     )
     key, file = " ".join(map(str, about)), costs_file()

@@ -302,7 +302,7 @@ def _run_layer_of(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     layer = nnx.merge(graph, weights)
     queries, keys, values = layer.project(x, table)
-    attended = attend(queries, [*memory, KeyValues(keys, values, among_rows)])
+    attended = attend(queries, [*memory, KeyValues(keys, values, among_rows)], layer.whole)
     return layer.finish(x, attended), keys, values
 
 

@@ -1,6 +1,7 @@
 """What decoding does with few rows on a CPU, by few_rows.cc, which the machine's C++ compiler makes when first needed.
 
-Where there is no compiler, or several devices, or DEX_JAX_NATIVE=0 in the environment, XLA does it.
+Where there is no compiler, or several devices, or DEX_JAX_NATIVE=0 in the environment, XLA does it. So it does where
+kernels or caches are cut out of stacked ones: of those there would have to be a copy.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ def ready() -> bool:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
         return True
     return False
+
+
+def language() -> str:
+    """What multiplies few rows in float32 here, for reports: "C++" or "XLA"."""
+    return "C++" if ready() else "XLA"
 
 
 def _library() -> Path:

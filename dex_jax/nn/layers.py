@@ -46,7 +46,9 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, out_dtype=None) -> jax.Array:
+def linear(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, out_dtype=None, whole: bool = True
+) -> jax.Array:
     """x @ kernel.T (+ bias).
 
     Args:
@@ -54,13 +56,14 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, out_d
       kernel: [out, in], the orientation of the checkpoints.
       bias: [out] or None.
       out_dtype: accumulation and result dtype; None keeps x's.
+      whole: False where the kernel is cut out of a larger array, of which few_rows.cc would need a copy.
 
     Returns:
       [..., out].
     """
     rows = x.reshape(-1, x.shape[-1])
     float32 = rows.dtype == kernel.dtype == jnp.float32
-    if float32 and rows.shape[0] <= few_rows.MOST_ROWS and few_rows.ready():
+    if whole and float32 and rows.shape[0] <= few_rows.MOST_ROWS and few_rows.ready():
         out = jax.lax.platform_dependent(rows, kernel, cpu=few_rows.few_rows_product, default=_rows_times_kernel)
     elif rows.shape[0] > FEW_ROWS:
         out = _rows_times_kernel(rows, kernel)
@@ -140,19 +143,20 @@ def causal_rows(batch: int, rows: int) -> jax.Array:
     return jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
 
 
-def attend(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
+def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True) -> jax.Array:
     """Grouped-query attention over the union of several key-value sets, softmax in float32.
 
     Args:
       queries: [B, R, H, d].
       sources: sets whose scores share one softmax; every row must see at least one key.
+      whole: as in `linear`, of keys and values.
 
     Returns:
       [B, R, H, d] in queries' dtype.
     """
     few = queries.shape[1] <= few_rows.MOST_ROWS and queries.shape[3] % few_rows.LANES == 0
     float32 = all(x.dtype == jnp.float32 for x in (queries, *(x for source in sources for x in source[:2])))
-    if few and float32 and few_rows.ready():
+    if whole and few and float32 and few_rows.ready():
         return jax.lax.platform_dependent(queries, list(sources), cpu=_attend_few_rows, default=_attend)
     return _attend(queries, sources)
 
@@ -238,9 +242,10 @@ class DecoderLayer(nnx.Module):
       init: (name, shape, kind) -> array, kind "kernel", "scale" or "bias".
       tensor_axis: under shard_map, the mesh axis over whose devices heads and mlp are spread; `config` then counts this
         device's own, and the two products that end in D are summed over the axis. None: all is here.
+      whole: False where the methods are given parameters cut out of stacked ones (see `linear`).
     """
 
-    def __init__(self, config: ModelConfig, init, tensor_axis: str | None = None):
+    def __init__(self, config: ModelConfig, init, tensor_axis: str | None = None, whole: bool = True):
         c = config
         self.attention_norm = nnx.Param(init("attention_norm", (c.width,), "scale"))
         self.qkv = nnx.Param(init("qkv", (c.qkv_width, c.width), "kernel"))
@@ -254,12 +259,13 @@ class DecoderLayer(nnx.Module):
         self.down = nnx.Param(init("down", (c.width, c.mlp_width), "kernel"))
         self.config = config
         self.tensor_axis = tensor_axis
+        self.whole = whole
 
     def project(self, x: jax.Array, table) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states [B, R, D] -> queries [B, R, H, d], keys and values [B, G, R, d], rotated by `table`."""
         c = self.config
         normed = rms_norm(x, self.attention_norm[...], c.norm_eps)
-        qkv = linear(normed, self.qkv[...], _value(self.qkv_bias))
+        qkv = linear(normed, self.qkv[...], _value(self.qkv_bias), whole=self.whole)
         heads = qkv.reshape(*x.shape[:-1], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         queries, keys, values = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=-2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -274,14 +280,14 @@ class DecoderLayer(nnx.Module):
         flat = attended.reshape(*x.shape[:-1], -1)
         x = x + self._summed(flat, self.out[...], _value(self.out_bias))
         normed = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        gate, up = jnp.split(linear(normed, self.gate_up[...]), 2, axis=-1)
+        gate, up = jnp.split(linear(normed, self.gate_up[...], whole=self.whole), 2, axis=-1)
         return x + self._summed(jax.nn.silu(gate) * up, self.down[...])
 
     def _summed(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """`linear` whose inputs are spread over the tensor axis, if there is one."""
         if self.tensor_axis is None:
-            return linear(x, kernel, bias)
-        total = jax.lax.psum(linear(x, kernel), self.tensor_axis)
+            return linear(x, kernel, bias, whole=self.whole)
+        total = jax.lax.psum(linear(x, kernel, whole=self.whole), self.tensor_axis)
         return total if bias is None else total + jnp.broadcast_to(bias, total.shape)
 
 

@@ -118,7 +118,11 @@ class Transformer(nnx.Module):
             )
         else:
             lead = (layout.stage_layers, len(layout.depths))
-            self.layers = DecoderLayer(config, lambda name, shape, kind: init(f"layers.*.{name}", lead + shape, kind))
+
+            def stacked(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+                return init(f"layers.*.{name}", lead + shape, kind)
+
+            self.layers = DecoderLayer(config, stacked, whole=False)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """[...] int32 -> [..., D]."""
