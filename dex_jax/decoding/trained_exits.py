@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dex_jax.cache import after
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.interface import Committed, Exits, StageView
 from dex_jax.lattice import NO_NODE
@@ -127,17 +128,8 @@ def read_chunk(
         entered = layer.enter_rows(model.embed_tokens(tokens), before)
         positions = start[:, None] + jnp.arange(size)[None, :]
         keys, values = layer.keys_values(entered, positions)
-        # Entry s holds the last position that is s modulo the window.
-        entries = jnp.arange(config.window)[None, :]
-        newest = (ends - 1)[:, None] - (ends[:, None] - 1 - entries) % config.window
-        fresh = (newest >= start[:, None]) & here[:, None]
-        at = jnp.clip(newest - start[:, None], 0, size - 1)[:, None, :, None]
-        kept = fresh[:, None, :, None]
-        context = ContextMemory(
-            jnp.where(kept, jnp.take_along_axis(keys, at, axis=2), context.keys),
-            jnp.where(kept, jnp.take_along_axis(values, at, axis=2), context.values),
-            jnp.where(fresh, newest, context.position),
-        )
+        kept = (positions < ends[:, None]) & (positions >= ends[:, None] - config.window)
+        context = _remember(context, keys, values, positions, kept, hidden)
     return ExitMemory(jnp.where(here[:, None], last, memory.previous), context)
 
 
@@ -163,13 +155,26 @@ def commit_features(
         assert layer is not None
         entered = layer.enter_rows(model.embed_tokens(jnp.maximum(done.token, 0)[:, None]), memory.previous[:, None])
         keys, values = layer.keys_values(entered, done.position[:, None])
-        at = (jnp.arange(config.window)[None, :] == (done.position % config.window)[:, None]) & done.where[:, None]
-        context = ContextMemory(
-            jnp.where(at[:, None, :, None], keys, context.keys),
-            jnp.where(at[:, None, :, None], values, context.values),
-            jnp.where(at, done.position[:, None], context.position),
-        )
+        context = _remember(context, keys, values, done.position[:, None], done.where[:, None], features)
     return ExitMemory(jnp.where(done.where[:, None], features, memory.previous), context)
+
+
+def _remember(
+    context: ContextMemory, keys: jax.Array, values: jax.Array, position: jax.Array, kept: jax.Array, done: jax.Array
+) -> ContextMemory:
+    """Writes those of the rows at `position` [B, n] that are `kept` [B, n], no two of them to one entry.
+
+    keys, values are [B, G, n, d]; `done` is any array that is known only after `context` has been read.
+    """
+    window = context.position.shape[1]
+    at = after(jnp.where(kept, position % window, window), done)
+    sequence = jnp.arange(position.shape[0])[:, None]
+
+    def write(entries: jax.Array, rows: jax.Array) -> jax.Array:
+        return entries.at[sequence, :, at].set(jnp.swapaxes(rows, 1, 2), mode="drop")
+
+    written = context.position.at[sequence, at].set(position, mode="drop")
+    return ContextMemory(write(context.keys, keys), write(context.values, values), written)
 
 
 def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -> Exits:

@@ -62,31 +62,32 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// Memory for `count` vectors, from the beginning of a cache line: to load one that lies across two takes twice as long.
-class Vectors {
- public:
-  explicit Vectors(int64_t count) : memory_(count * sizeof(Vector) + kLine) {}
-  Vector* data() {
-    return reinterpret_cast<Vector*>((reinterpret_cast<uintptr_t>(memory_.data()) + kLine - 1) / kLine * kLine);
-  }
+// This thread's own memory for `count` vectors, until it asks again. It begins with a cache line: to load a vector that
+// lies across two takes twice as long. No other core reads it: what one has read is slow to write to.
+Vector* Scratch(int64_t count) {
+  thread_local std::vector<char> memory;
+  if (memory.size() < count * sizeof(Vector) + kLine) memory.resize(count * sizeof(Vector) + kLine);
+  return reinterpret_cast<Vector*>((reinterpret_cast<uintptr_t>(memory.data()) + kLine - 1) / kLine * kLine);
+}
 
- private:
-  std::vector<char> memory_;
-};
+inline Vector Load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
 int64_t VectorsOf(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
 
 // Writes rows [count, in] in the order in which they are multiplied: by groups of kGroup or fewer, and within a group
-// one vector of each row in turn. Columns are padded with zeros. Returns where it ends.
-Vector* Pack(const float* rows, int64_t count, int64_t in, Vector* packed) {
-  for (int64_t first = 0; first < count; first += kGroup)
-    for (int64_t begin = 0; begin < in; begin += kLanes)
-      for (int64_t r = first; r < std::min(first + kGroup, count); ++r) {
-        Vector values = {};
-        std::memcpy(&values, rows + r * in + begin, std::min<int64_t>(kLanes, in - begin) * sizeof(float));
-        *packed++ = values;
-      }
-  return packed;
+// one vector of each row in turn. Columns are padded with zeros.
+void Pack(const float* rows, int64_t count, int64_t in, Vector* packed) {
+  const int64_t whole = in / kLanes, rest = in % kLanes;
+  for (int64_t first = 0; first < count; first += kGroup) {
+    const int64_t end = std::min(first + kGroup, count);
+    for (int64_t v = 0; v < whole; ++v)
+      for (int64_t r = first; r < end; ++r) *packed++ = Load(rows + r * in + v * kLanes);
+    for (int64_t r = first; rest > 0 && r < end; ++r) {
+      Vector values = {};
+      std::memcpy(&values, rows + r * in + whole * kLanes, rest * sizeof(float));
+      *packed++ = values;
+    }
+  }
 }
 
 // The sum of N lanes, halves first.
@@ -102,8 +103,6 @@ float SumOf(const float* lanes) {
 }
 
 inline float SumOf(const Vector& vector) { return SumOf<kLanes>(reinterpret_cast<const float*>(&vector)); }
-
-inline Vector Load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
 // A product of `count` packed rows with one kernel [out, in].
 struct Product {
@@ -154,11 +153,15 @@ struct Product {
 // work on: it cannot wait for a thread that never comes.
 class Pieces {
  public:
-  Pieces(int64_t count, std::function<void(int64_t)> work) : count_(count), work_(std::move(work)) {}
+  using Worker = std::function<void(int64_t)>;
+
+  Pieces(int64_t count, std::function<Worker()> begin) : count_(count), begin_(std::move(begin)) {}
 
   void Work() {
-    for (int64_t piece; (piece = next_.fetch_add(1)) < count_;) {
-      work_(piece);
+    int64_t piece = next_.fetch_add(1);
+    if (piece >= count_) return;
+    for (const Worker work = begin_(); piece < count_; piece = next_.fetch_add(1)) {
+      work(piece);
       done_.fetch_add(1, std::memory_order_release);
     }
   }
@@ -170,15 +173,15 @@ class Pieces {
 
  private:
   const int64_t count_;
-  const std::function<void(int64_t)> work_;
+  const std::function<Worker()> begin_;
   std::atomic<int64_t> next_{0}, done_{0};
 };
 
-// Does pieces 0..count-1 on all threads.
-template <typename Work>
-void Share(ffi::ThreadPool& threads, int64_t count, const Work& work) {
+// Does pieces 0..count-1 on all threads, each with a worker of its own that begin() gives.
+template <typename Begin>
+void Share(ffi::ThreadPool& threads, int64_t count, const Begin& begin) {
   // A helper that comes late finds no piece left and touches nothing but these, which it shares.
-  const auto pieces = std::make_shared<Pieces>(count, [&work](int64_t piece) { work(piece); });
+  const auto pieces = std::make_shared<Pieces>(count, [&begin] { return begin(); });
   const int64_t helpers = std::min<int64_t>(threads.num_threads(), count) - 1;
   for (int64_t helper = 0; helper < helpers; ++helper) threads.Schedule([pieces] { pieces->Work(); });
   pieces->Work();
@@ -213,26 +216,26 @@ ffi::Error FewRows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Buf
     return ffi::Error::InvalidArgument("few_rows: rows, kernel and result differ in their number of dimensions");
   const size_t leading = shape.size() - 2;
   const int64_t in = of_rows[leading + 1], out = shape[leading + 1];
-  int64_t count = shape[leading], products = SizeOf(shape, 0, leading), row_sets = SizeOf(of_rows, 0, leading);
+  int64_t count = shape[leading], products = SizeOf(shape, 0, leading);
   // Rows that have one kernel in common are rows of one product.
   const bool together = SizeOf(of_kernel, 0, leading) == 1;
   if (together) {
-    count *= row_sets;
-    products = row_sets = 1;
+    count *= SizeOf(of_rows, 0, leading);
+    products = 1;
   }
-  Vectors memory(row_sets * count * VectorsOf(in));
-  Vector *const packed = memory.data(), *end = packed;
-  for (int64_t set = 0; set < row_sets; ++set) end = Pack(rows.typed_data() + set * count * in, count, in, end);
-
   const int64_t outputs = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, in * int64_t{sizeof(float)}));
   const int64_t pieces = (out + outputs - 1) / outputs;
-  Share(threads, products * pieces, [&](int64_t piece) {
-    const int64_t index = piece / pieces, begin = piece % pieces * outputs;
-    const int64_t row_set = together ? 0 : BlockOf(index, of_rows, shape, leading);
-    const int64_t block = together ? 0 : BlockOf(index, of_kernel, shape, leading);
-    const Product product{packed + row_set * count * VectorsOf(in), kernel.typed_data() + block * out * in,
-                          result->typed_data() + index * count * out, count, in, out};
-    product.Outputs(begin, std::min(begin + outputs, out));
+  Share(threads, products * pieces, [&]() -> Pieces::Worker {
+    return [&, packed = Scratch(count * VectorsOf(in)), held = int64_t{-1}](int64_t piece) mutable {
+      const int64_t index = piece / pieces, begin = piece % pieces * outputs;
+      const int64_t row_set = together ? 0 : BlockOf(index, of_rows, shape, leading);
+      const int64_t block = together ? 0 : BlockOf(index, of_kernel, shape, leading);
+      if (held != row_set) Pack(rows.typed_data() + row_set * count * in, count, in, packed);
+      held = row_set;
+      const Product product{packed, kernel.typed_data() + block * out * in, result->typed_data() + index * count * out,
+                            count, in, out};
+      product.Outputs(begin, std::min(begin + outputs, out));
+    };
   });
   return ffi::Error::Success();
 }
@@ -300,8 +303,7 @@ void Attend(const float* const* queries, const int64_t* row, float* const* resul
   int64_t length = 0;
   for (const Source& source : sources) length += source.length;
   const int64_t padded = VectorsOf(length);
-  Vectors memory(C * (vectors + padded));
-  Vector* const scaled = memory.data();
+  Vector* const scaled = Scratch(C * (vectors + padded));
   Vector* const all_scores = scaled + C * vectors;
   std::fill(all_scores, all_scores + C * padded, Vector{} - INFINITY);
   for (int64_t v = 0; v < vectors; ++v)
@@ -360,7 +362,7 @@ ffi::Error FewRowsAttention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queri
   const int64_t groups = operands[0].dimensions()[leading], of_group = heads / groups, count = rows * of_group;
   // Of each group's queries so many at a time that there is something to do for several threads.
   const int64_t some = std::clamp<int64_t>(count / 2, 1, kQueries), parts = (count + some - 1) / some;
-  Share(threads, SizeOf(shape, 0, leading) * groups * parts, [&](int64_t piece) {
+  const auto attend_part = [&](int64_t piece) {
     const int64_t index = piece / (groups * parts), group = piece / parts % groups, first = piece % parts * some;
     std::vector<Source> sources;
     for (size_t i = 0; i < operands.size(); i += 3) {
@@ -389,7 +391,8 @@ ffi::Error FewRowsAttention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queri
     static_assert(kQueries == 4);
     const auto attend = here == 4 ? Attend<4> : here == 3 ? Attend<3> : here == 2 ? Attend<2> : Attend<1>;
     attend(inputs, row, outputs, width, sources);
-  });
+  };
+  Share(threads, SizeOf(shape, 0, leading) * groups * parts, [&]() -> Pieces::Worker { return attend_part; });
   return ffi::Error::Success();
 }
 

@@ -126,9 +126,17 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 def rope_table(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) at absolute positions: [...] int32 -> two of [..., d / 2] float32."""
     frequencies = rope_frequencies(config).reshape((1,) * positions.ndim + (-1,))
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    # Otherwise XLA computes sines and cosines anew in every layer.
-    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+
+    def table(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        angles = positions[..., None].astype(jnp.float32) * frequencies
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def branch(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # No position is as low as this, which XLA does not know: it leaves branches alone.
+        return jax.lax.cond(jnp.any(positions > -(2**30)), table, lambda p: table(jnp.zeros_like(p)), positions)
+
+    # Otherwise XLA computes sines and cosines anew in every layer, for every head; on CPUs despite the barrier.
+    return jax.lax.optimization_barrier(jax.lax.platform_dependent(positions, cpu=branch, default=table))
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
