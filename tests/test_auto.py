@@ -23,6 +23,7 @@ from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
 from dex_jax.decoding.known_trees import LOOKUP_TREES, KnownTree, known_trees, with_trees
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.io.exits_file import TrainedExits
+from dex_jax.nn import few_rows
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Stacked, Unrolled
 
@@ -136,7 +137,8 @@ def test_rows_that_cost_alike_share_a_rung() -> None:
 
 def test_drafting_costs_what_its_weights_are() -> None:
     drafter = exits_at((0,))
-    size = 4 * (sum(leaf.size for leaf in drafter.parameters.values()) + 40 * LLAMA.width)
+    size = sum(leaf.size for leaf in drafter.parameters.values()) + 40 * LLAMA.width
+    size *= few_rows.kept_dtype(FLOAT32).itemsize
     shape = TreeShape((1, 1), 2, (0.5,) * 8)
     slow_reading = dataclasses.replace(costs_of(0.0), weight_bytes=size)
     assert auto.round_seconds(slow_reading, shape, drafter, LLAMA, FLOAT32) == pytest.approx(1 + 2 * 1)

@@ -24,7 +24,7 @@ from dex_jax.decoding.network import extend_with_states
 from dex_jax.language_model import merge_model
 from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import few_rows_product
-from dex_jax.nn.layers import KeyValues, _attend, attend, linear
+from dex_jax.nn.layers import FEW_ROWS, KeyValues, _attend, attend, linear
 from dex_jax.nn.transformer import Stacked, Unrolled
 
 COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, few_rows.COMPILERS)), None)
@@ -46,12 +46,17 @@ def assert_product(found: jax.Array, rows: np.ndarray, kernel: np.ndarray) -> No
 @needs_compiler
 def test_it_is_used_here() -> None:
     assert few_rows.ready()
-    jaxpr = str(jax.make_jaxpr(linear)(jnp.zeros((few_rows.MOST_ROWS, 8)), jnp.zeros((5, 8))))
-    assert few_rows.PRODUCT in jaxpr
-    for rows, dtype in ((few_rows.MOST_ROWS + 1, jnp.float32), (1, jnp.bfloat16)):
-        assert few_rows.PRODUCT not in str(
-            jax.make_jaxpr(linear)(jnp.zeros((rows, 8), dtype), jnp.zeros((5, 8), dtype))
-        )
+
+    def asked(rows: int, dtype: str, kept: str) -> bool:
+        return few_rows.PRODUCT in str(jax.make_jaxpr(linear)(jnp.zeros((rows, 8), dtype), jnp.zeros((5, 8), kept)))
+
+    for dtype in ("float32", "bfloat16"):
+        assert asked(few_rows.MOST_ROWS, dtype, dtype)
+        assert not asked(few_rows.MOST_ROWS + 1, dtype, dtype)
+    assert not asked(1, "float16", "float16")
+    # A kernel that would have to be widened first.
+    assert asked(FEW_ROWS, "float32", "bfloat16")
+    assert not asked(FEW_ROWS + 1, "float32", "bfloat16")
 
 
 @needs_compiler
@@ -68,13 +73,17 @@ def test_what_is_cut_out_of_stacked_arrays_is_left_to_xla(layout) -> None:
 
 
 @needs_compiler
-@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 90), st.integers(0, 100))
-@example(rows=8, width=1536, outputs=576, seed=0)
-@example(rows=12, width=576, outputs=3072, seed=0)
-def test_the_product_and_each_row_alone(rows: int, width: int, outputs: int, seed: int) -> None:
+@given(
+    st.integers(1, 40), st.integers(1, 70), st.integers(1, 90), st.sampled_from(few_rows.DTYPES), st.integers(0, 100)
+)
+@example(rows=8, width=1536, outputs=576, kept=few_rows.DTYPES[0], seed=0)
+@example(rows=12, width=576, outputs=3072, kept=few_rows.DTYPES[0], seed=0)
+@example(rows=12, width=576, outputs=3072, kept=few_rows.DTYPES[1], seed=0)
+def test_the_product_and_each_row_alone(rows: int, width: int, outputs: int, kept: np.dtype, seed: int) -> None:
     x, kernel = random(seed, (rows, width), (outputs, width))
+    kernel = kernel.astype(kept)
     found = few_rows_product(x, kernel)
-    assert_product(found, x, kernel)
+    assert_product(found, x, kernel.astype(np.float32))
     chex.assert_trees_all_equal(jnp.concatenate([few_rows_product(row[None], kernel) for row in x]), found)
 
 
@@ -109,6 +118,29 @@ def test_its_gradients_are_those_of_the_product() -> None:
         return jax.grad(lambda x, kernel: jnp.sum(weights * jnp.tanh(product(x, kernel))), argnums=(0, 1))(x, kernel)
 
     chex.assert_trees_all_close(loss(few_rows_product), loss(lambda x, kernel: x @ kernel.T), atol=1e-5)
+
+
+@needs_compiler
+def test_in_bfloat16_and_against_a_kernel_kept_in_it() -> None:
+    x, kernel, weights = random(3, (4, 24), (6, 24), (4, 6))
+    kept = kernel.astype(few_rows.DTYPES[1])
+    narrow = x.astype(few_rows.DTYPES[1])
+    found = linear(narrow, kept)
+    assert found.dtype == jnp.bfloat16
+    chex.assert_trees_all_equal(found, few_rows_product(narrow, kept).astype(jnp.bfloat16))
+    wide = linear(x, kept)
+    assert wide.dtype == jnp.float32
+    many = linear(np.tile(x, (FEW_ROWS, 1)), kept)  # by XLA
+    chex.assert_trees_all_close(many[:4], wide, atol=1e-5)
+
+    def loss(product, kernel):
+        return jax.grad(lambda x, kernel: jnp.sum(weights * product(x, kernel)), argnums=(0, 1))(x, kernel)
+
+    by_kernel = loss(linear, jnp.asarray(kept))
+    assert [each.dtype for each in by_kernel] == [jnp.float32, jnp.bfloat16]
+    wanted = loss(lambda x, kernel: x @ kernel.T, jnp.asarray(kept, jnp.float32))
+    chex.assert_trees_all_close(by_kernel[0], wanted[0], atol=1e-5)
+    chex.assert_trees_all_close(by_kernel[1].astype(jnp.float32), wanted[1], rtol=0.01)
 
 
 def attention_of(seed: int, rows: int, heads: int, groups: int, width: int, lengths: list[int], batch: int = 2):

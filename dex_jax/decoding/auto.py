@@ -28,6 +28,7 @@ from dex_jax.decoding.known_trees import known_trees
 from dex_jax.decoding.methods import AR, Dex, Method, is_auto
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.io.exits_file import TrainedExits
+from dex_jax.nn import few_rows
 from dex_jax.nn.transformer import Layout, Stacked
 
 SMALLEST_GAIN = 1.02
@@ -174,7 +175,7 @@ def with_rungs(
 
 def drafting_seconds(costs: StepCosts, drafter: TrainedExits | None, config: ModelConfig, dtype: np.dtype) -> float:
     """What drafting a level should take: the drafter's weights are read once."""
-    return 0.0 if drafter is None else costs.reading(head_bytes(drafter, config, dtype))
+    return 0.0 if drafter is None else costs.reading(head_bytes(drafter, config, few_rows.kept_dtype(dtype)))
 
 
 def head_bytes(exits: TrainedExits, config: ModelConfig, dtype: np.dtype) -> int:

@@ -6,6 +6,7 @@ S window of the context layer, G heads and d head width there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from dex_jax.cache import after
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.interface import Committed, Exits, StageView
 from dex_jax.lattice import NO_NODE
+from dex_jax.nn import few_rows
 from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph, heads_of
 from dex_jax.nn.layers import KeyValues, linear
 from dex_jax.nn.transformer import Transformer
@@ -29,7 +31,8 @@ class ExitArrays(NamedTuple):
     """What the compiled programs take of trained exits beside the model.
 
     Attributes:
-      parameters: of ExitHeads at depths x_1 .. x_{K-1}, in the model's dtype.
+      parameters: of ExitHeads at depths x_1 .. x_{K-1}, in the model's dtype; a drafter's, and its `unembed`, in what
+        `few_rows.kept_dtype` gives for it.
       vocabulary, columns: as in Exits; None for the full vocabulary.
       unembed: [V', D], the model's rows of the draft vocabulary; None for the full vocabulary.
     """
@@ -63,20 +66,20 @@ def exit_arrays(
       vocabulary: [V'] int32 ascending, or None.
     """
     kernel = model.embed if model.unembed is None else model.unembed
-    dtype = kernel[...].dtype
+    dtype = few_rows.kept_dtype(kernel[...].dtype) if config.is_drafter else kernel[...].dtype
     heads = heads_of(config, parameters, dtype)
     if vocabulary is None:
         return ExitArrays(nnx.state(heads), None, None, None)
     draft = jnp.asarray(vocabulary, jnp.int32)
     size = draft.shape[0]
     columns = jnp.full(model.config.vocab_size, size, jnp.int32).at[draft].set(jnp.arange(size, dtype=jnp.int32))
-    return ExitArrays(nnx.state(heads), draft, columns, _rows(kernel[...], vocabulary))
+    return ExitArrays(nnx.state(heads), draft, columns, _rows(kernel[...], vocabulary, dtype))
 
 
-@jax.jit
-def _rows(kernel: jax.Array, index: jax.Array | np.ndarray) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def _rows(kernel: jax.Array, index: jax.Array | np.ndarray, dtype: jnp.dtype) -> jax.Array:
     # Under jit, as a mesh over several hosts wants it.
-    return kernel[index]
+    return kernel[index].astype(dtype)
 
 
 def empty_memory(config: ExitsConfig | None, batch: int, dtype: jnp.dtype) -> ExitMemory | tuple[()]:

@@ -26,6 +26,7 @@ from dex_jax.decoding.record import Limits
 from dex_jax.decoding.spec import Spec
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import abstract_weights
+from dex_jax.nn import few_rows
 from dex_jax.nn.exits import abstract_parameters
 from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.transformer import Layout, Staged
@@ -139,10 +140,11 @@ def trained_bytes(config: ModelConfig, dtype: jnp.dtype, exits: TrainedExits | N
         return 0
     # On a mesh a device holds the head of its own stage, and what all heads share.
     held = exits.config if mesh is None else dataclasses.replace(exits.config, depths=exits.config.depths[:1])
+    dtype = few_rows.kept_dtype(jnp.dtype(dtype)) if exits.config.is_drafter else jnp.dtype(dtype)
     size = nbytes(abstract_parameters(held, dtype))
     if exits.vocabulary is None:
         return size
-    return size + len(exits.vocabulary) * (config.width * jnp.dtype(dtype).itemsize + 4) + 4 * config.vocab_size
+    return size + len(exits.vocabulary) * (config.width * dtype.itemsize + 4) + 4 * config.vocab_size
 
 
 def cache_length_for(prompt_length: int, max_new_tokens: int, schedule: Schedule) -> int:

@@ -207,7 +207,7 @@ def _layer_config(config: ExitsConfig) -> ModelConfig:
 def _stacked_linear(x: jax.Array, kernel: nnx.Param | None) -> jax.Array:
     """[X, N, in] by kernels [X, out, in] -> [X, N, out]."""
     assert kernel is not None
-    return jax.vmap(linear)(x, kernel[...].astype(x.dtype))
+    return jax.vmap(linear)(x, kernel[...])
 
 
 def exit_parameters(config: ExitsConfig) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -1,4 +1,5 @@
-// What decoding does with few rows on a CPU, all in float32: their products with large kernels, and their attention.
+// What decoding does with few rows on a CPU, in float32: their products with large kernels, which may be kept in bfloat16,
+// and their attention.
 //
 // A product, result[r, o] = sum over i of rows[r, i] * kernel[o, i], reads every weight for a handful of rows. For more
 // rows than one XLA first lays the kernel out anew, which takes about as long as reading it. Here a weight is loaded once
@@ -40,8 +41,8 @@ typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned
 constexpr int kGroup = 8;
 // What a thread takes at a time, in bytes of the kernel.
 constexpr int64_t kPiece = 1 << 16;
-// How far ahead of the weight in use memory is asked for, in floats.
-constexpr int kAhead = 512;
+// How far ahead of the weight in use memory is asked for, in bytes.
+constexpr int kAhead = 2048;
 // Of a cache, in bytes.
 constexpr int kLine = 64;
 // Queries that one piece of attention is done for.
@@ -72,6 +73,23 @@ Vector* Scratch(int64_t count) {
 
 inline Vector Load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
+// A bfloat16 is the first half of a float32.
+using BFloat16 = uint16_t;
+
+inline Vector Load(const BFloat16* from) {
+  typedef BFloat16 Halves __attribute__((vector_size(kLanes * sizeof(BFloat16)), aligned(sizeof(BFloat16))));
+  typedef uint32_t Integers __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+  return reinterpret_cast<Vector>(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Integers) << 16);
+}
+
+// The first `count` of a vector, then zeros.
+template <typename Weight>
+Vector LoadSome(const Weight* from, int64_t count) {
+  Weight lanes[kLanes] = {};
+  std::memcpy(lanes, from, count * sizeof(Weight));
+  return Load(lanes);
+}
+
 int64_t VectorsOf(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
 
 // Writes rows [count, in] in the order in which they are multiplied: by groups of kGroup or fewer, and within a group
@@ -82,11 +100,7 @@ void Pack(const float* rows, int64_t count, int64_t in, Vector* packed) {
     const int64_t end = std::min(first + kGroup, count);
     for (int64_t v = 0; v < whole; ++v)
       for (int64_t r = first; r < end; ++r) *packed++ = Load(rows + r * in + v * kLanes);
-    for (int64_t r = first; rest > 0 && r < end; ++r) {
-      Vector values = {};
-      std::memcpy(&values, rows + r * in + whole * kLanes, rest * sizeof(float));
-      *packed++ = values;
-    }
+    for (int64_t r = first; rest > 0 && r < end; ++r) *packed++ = LoadSome(rows + r * in + whole * kLanes, rest);
   }
 }
 
@@ -105,9 +119,10 @@ float SumOf(const float* lanes) {
 inline float SumOf(const Vector& vector) { return SumOf<kLanes>(reinterpret_cast<const float*>(&vector)); }
 
 // A product of `count` packed rows with one kernel [out, in].
+template <typename Weight>
 struct Product {
   const Vector* rows;
-  const float* kernel;
+  const Weight* kernel;
   float* result;
   int64_t count, in, out;
 
@@ -132,16 +147,15 @@ struct Product {
     const int64_t whole = in / kLanes, rest = in % kLanes;
     for (int64_t o = begin; o < end; ++o) {
       const Vector* values = rows + first * VectorsOf(in);
-      const float* weights = kernel + o * in;
+      const Weight* weights = kernel + o * in;
       Vector sums[R] = {};
       for (int64_t v = 0; v < whole; ++v, values += R, weights += kLanes) {
-        __builtin_prefetch(weights + kAhead);
+        __builtin_prefetch(weights + kAhead / sizeof(Weight));
         const Vector weight = Load(weights);
         for (int r = 0; r < R; ++r) sums[r] = MultiplyAdd(weight, values[r], sums[r]);
       }
       if (rest > 0) {
-        Vector weight = {};
-        std::memcpy(&weight, weights, rest * sizeof(float));
+        const Vector weight = LoadSome(weights, rest);
         for (int r = 0; r < R; ++r) sums[r] = MultiplyAdd(weight, values[r], sums[r]);
       }
       for (int r = 0; r < R; ++r) result[(first + r) * out + o] = SumOf(sums[r]);
@@ -207,13 +221,9 @@ int64_t BlockOf(int64_t index, Dimensions operand, Dimensions result, size_t lea
   return block;
 }
 
-// rows [..., R, in], kernel [..., out, in] -> [..., R, out]. A leading dimension is that of the result, or 1 in an operand
-// that all have in common.
-ffi::Error FewRows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Buffer<ffi::F32> kernel,
-                   ffi::ResultBuffer<ffi::F32> result) {
-  const Dimensions of_rows = rows.dimensions(), of_kernel = kernel.dimensions(), shape = result->dimensions();
-  if (of_rows.size() != shape.size() || of_kernel.size() != shape.size())
-    return ffi::Error::InvalidArgument("few_rows: rows, kernel and result differ in their number of dimensions");
+template <typename Weight>
+void Multiply(ffi::ThreadPool& threads, Dimensions of_rows, const float* rows, Dimensions of_kernel,
+              const Weight* kernel, Dimensions shape, float* result) {
   const size_t leading = shape.size() - 2;
   const int64_t in = of_rows[leading + 1], out = shape[leading + 1];
   int64_t count = shape[leading], products = SizeOf(shape, 0, leading);
@@ -223,21 +233,35 @@ ffi::Error FewRows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Buf
     count *= SizeOf(of_rows, 0, leading);
     products = 1;
   }
-  const int64_t outputs = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, in * int64_t{sizeof(float)}));
+  const int64_t outputs = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, in * int64_t{sizeof(Weight)}));
   const int64_t pieces = (out + outputs - 1) / outputs;
   Share(threads, products * pieces, [&]() -> Pieces::Worker {
     return [&, packed = Scratch(count * VectorsOf(in)), held = int64_t{-1}](int64_t piece) mutable {
       const int64_t index = piece / pieces, begin = piece % pieces * outputs;
       const int64_t row_set = together ? 0 : BlockOf(index, of_rows, shape, leading);
       const int64_t block = together ? 0 : BlockOf(index, of_kernel, shape, leading);
-      if (held != row_set) Pack(rows.typed_data() + row_set * count * in, count, in, packed);
+      if (held != row_set) Pack(rows + row_set * count * in, count, in, packed);
       held = row_set;
-      const Product product{packed, kernel.typed_data() + block * out * in, result->typed_data() + index * count * out,
-                            count, in, out};
+      const Product<Weight> product{packed, kernel + block * out * in, result + index * count * out, count, in, out};
       product.Outputs(begin, std::min(begin + outputs, out));
     };
   });
-  return ffi::Error::Success();
+}
+
+// rows [..., R, in], kernel [..., out, in] -> [..., R, out]. A leading dimension is that of the result, or 1 in an operand
+// that all have in common.
+ffi::Error FewRows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::AnyBuffer kernel,
+                   ffi::ResultBuffer<ffi::F32> result) {
+  const Dimensions of_rows = rows.dimensions(), of_kernel = kernel.dimensions(), shape = result->dimensions();
+  if (of_rows.size() != shape.size() || of_kernel.size() != shape.size())
+    return ffi::Error::InvalidArgument("few_rows: rows, kernel and result differ in their number of dimensions");
+  const auto multiply = [&](auto weights) {
+    Multiply(threads, of_rows, rows.typed_data(), of_kernel, weights, shape, result->typed_data());
+    return ffi::Error::Success();
+  };
+  if (kernel.element_type() == ffi::F32) return multiply(static_cast<const float*>(kernel.untyped_data()));
+  if (kernel.element_type() == ffi::BF16) return multiply(static_cast<const BFloat16*>(kernel.untyped_data()));
+  return ffi::Error::InvalidArgument("few_rows: kernels are float32 or bfloat16");
 }
 
 // e to each of a vector's lanes, to about 1e-7 of it, for lanes up to 0; 0 where nothing of it is left in float32.
@@ -402,7 +426,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_few_rows, FewRows,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_few_rows_attention, FewRowsAttention,

@@ -24,6 +24,9 @@ import jaxlib
 
 from dex_jax.io.whole_files import cache_folder
 
+DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+"""What rows and kernels of a product may be kept in."""
+
 MOST_ROWS = 12
 """With more rows than these XLA's product is as fast (benchmarks/few_rows.py)."""
 
@@ -42,12 +45,13 @@ def few_rows_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     A row's result is the same to the last bit however many rows are beside it.
 
     Args:
-      rows: [R, in] float32.
-      kernel: [out, in] float32.
+      rows: [R, in], float32 or bfloat16.
+      kernel: [out, in], float32 or bfloat16.
 
     Returns:
-      [R, out] float32.
+      [R, out] float32; products and sums are in float32.
     """
+    rows = rows.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
     return jax.ffi.ffi_call(PRODUCT, shape, vmap_method="expand_dims")(rows, kernel)
 
@@ -55,7 +59,10 @@ def few_rows_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 @few_rows_product.defjvp
 def _tangent(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple:
     (rows, kernel), (rows_tangent, kernel_tangent) = primals, tangents
-    return few_rows_product(rows, kernel), rows_tangent @ kernel.T + rows @ kernel_tangent.T
+    wide = jnp.float32
+    tangent = jnp.dot(rows_tangent, kernel.T, preferred_element_type=wide)
+    tangent += jnp.dot(rows, kernel_tangent.T, preferred_element_type=wide)
+    return few_rows_product(rows, kernel), tangent
 
 
 def few_rows_attention(queries: jax.Array, *sources: jax.Array) -> jax.Array:
@@ -90,6 +97,11 @@ def ready() -> bool:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
         return True
     return False
+
+
+def kept_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """What to keep weights in that only propose tokens: bfloat16 for float32 where that is read in half the time."""
+    return jnp.dtype(jnp.bfloat16) if dtype == jnp.float32 and ready() else dtype
 
 
 def language() -> str:

@@ -53,7 +53,7 @@ def linear(
 
     Args:
       x: [..., in].
-      kernel: [out, in], the orientation of the checkpoints.
+      kernel: [out, in], the orientation of the checkpoints; x's dtype, or one that `few_rows.kept_dtype` gave.
       bias: [out] or None.
       out_dtype: accumulation and result dtype; None keeps x's.
       whole: False where the kernel is cut out of a larger array, of which few_rows.cc would need a copy.
@@ -62,8 +62,10 @@ def linear(
       [..., out].
     """
     rows = x.reshape(-1, x.shape[-1])
-    float32 = rows.dtype == kernel.dtype == jnp.float32
-    if whole and float32 and rows.shape[0] <= few_rows.MOST_ROWS and few_rows.ready():
+    known = {rows.dtype, kernel.dtype} <= {*few_rows.DTYPES}
+    # XLA would have to widen the whole kernel first.
+    most = few_rows.MOST_ROWS if rows.dtype == kernel.dtype else FEW_ROWS
+    if whole and known and rows.shape[0] <= most and few_rows.ready():
         out = jax.lax.platform_dependent(rows, kernel, cpu=few_rows.few_rows_product, default=_rows_times_kernel)
     elif rows.shape[0] > FEW_ROWS:
         out = _rows_times_kernel(rows, kernel)
@@ -76,6 +78,7 @@ def linear(
 
 
 def _rows_times_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    kernel = kernel.astype(rows.dtype)
     return jax.lax.dot_general(
         rows,
         kernel,
@@ -89,6 +92,7 @@ def _kernel_times_columns(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     # On CPUs, few rows: [out, in] @ [in, R] runs 1.2 to 1.6 times as fast as the transposed product, which XLA would
     # turn it back into without the barriers (benchmarks/few_rows.py).
     columns = jax.lax.optimization_barrier(rows.T)
+    kernel = kernel.astype(rows.dtype)
     out = jax.lax.dot_general(
         kernel,
         columns,
