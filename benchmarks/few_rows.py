@@ -1,8 +1,9 @@
-"""Why nn.layers.linear multiplies few rows as it does on CPUs: the same product in four forms, interleaved.
+"""Why nn.layers.linear multiplies few rows as it does on CPUs: the same product in five forms, interleaved.
 
     python benchmarks/few_rows.py
 
-The chain is the four projections of 30 layers of SmolLM2-135M in float32, without attention.
+The chain is the four projections of 30 layers of SmolLM2-135M in float32, without attention; for the last form weights
+are kept in bfloat16.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ def kernel_times_columns_kept(x, w):
     return jax.lax.optimization_barrier(w @ jax.lax.optimization_barrier(x.T)).T
 
 
+def few_rows_product_bfloat16(x, w):
+    return few_rows_product(x, w)
+
+
 FORMS = [rows_times_kernel, kernel_times_columns, kernel_times_columns_kept]
 if ready():
-    FORMS.append(few_rows_product)
+    FORMS += [few_rows_product, few_rows_product_bfloat16]
 
 
 def chain(form):
@@ -51,6 +56,7 @@ def chain(form):
 def main() -> None:
     keys = jax.random.split(jax.random.key(0), len(SHAPES))
     weights = [[jax.random.normal(k, s) * 0.02 for k, s in zip(keys, SHAPES, strict=True)] for _ in range(LAYERS)]
+    kept = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), weights)
     cases = {
         (form.__name__, rows): (chain(form), jnp.ones((rows, 576))) for rows in (1, 2, 4, 8, 12, 16) for form in FORMS
     }
@@ -58,7 +64,7 @@ def main() -> None:
     for round_number in range(ROUNDS + 1):
         for case, (run, x) in cases.items():
             begin = time.perf_counter()
-            run(weights, x).block_until_ready()
+            run(kept if case[0] == few_rows_product_bfloat16.__name__ else weights, x).block_until_ready()
             if round_number:
                 times[case].append((time.perf_counter() - begin) * 1e3)
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32, median ms of {ROUNDS} interleaved rounds")

@@ -104,7 +104,7 @@ def write_rows(
     def write(b: int | jax.Array, cache: jax.Array) -> jax.Array:
         row = jax.lax.dynamic_slice_in_dim(new, b, 1, axis=0)
         row = row.reshape((1,) * len(layer) + row.shape)
-        return jax.lax.dynamic_update_slice(cache, row, (*layer, b, 0, start[b], 0))
+        return _put(cache, row, (*layer, b, 0, start[b], 0))
 
     return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))
 
@@ -127,7 +127,7 @@ def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array) -> Memory:
 
             def write(b: int | jax.Array, cache: jax.Array) -> jax.Array:
                 new = jax.lax.dynamic_slice(lattice, (*layer, b, 0, slot[b], 0), size)
-                return jax.lax.dynamic_update_slice(cache, new, (*layer, b, 0, after(position[b], new), 0))
+                return _put(cache, new, (*layer, b, 0, after(position[b], new), 0))
 
             return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))
 
@@ -141,6 +141,21 @@ def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array) -> Memory:
         keys=jax.tree.map(leaf, memory.keys, memory.lattice_keys),
         values=jax.tree.map(leaf, memory.values, memory.lattice_values),
     )
+
+
+def _put(cache: jax.Array, rows: jax.Array, at: tuple[int | jax.Array, ...]) -> jax.Array:
+    """jax.lax.dynamic_update_slice."""
+
+    put = jax.lax.dynamic_update_slice
+    if cache.dtype != jnp.bfloat16:
+        return put(cache, rows, at)
+
+    def as_bits(cache: jax.Array, rows: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+        cache_bits, row_bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (cache, rows))
+        return jax.lax.bitcast_convert_type(put(cache_bits, row_bits, at), cache.dtype)
+
+    # On CPUs XLA would convert the whole cache to float32 and back for every write.
+    return jax.lax.platform_dependent(cache, rows, at, cpu=as_bits, default=put)
 
 
 def _for_each(

@@ -185,6 +185,23 @@ def test_attention_and_each_row_alone(rows: int, heads: int, groups: int, width:
 
 
 @needs_compiler
+def test_attention_over_caches_in_bfloat16() -> None:
+    queries, sources = attention_of(6, 5, 4, 2, 32, [30, 5])
+    narrow = [KeyValues(*(x.astype(few_rows.DTYPES[1]) for x in source[:2]), source.mask) for source in sources]
+    exact = [KeyValues(*(x.astype(np.float32) for x in source[:2]), source.mask) for source in narrow]
+    found = attend(queries, narrow)
+    assert found.dtype == jnp.float32
+    chex.assert_trees_all_equal(found, attend(queries, exact))
+    half = queries.astype(few_rows.DTYPES[1])
+    wanted = attend(half.astype(np.float32), exact).astype(jnp.bfloat16)
+    chex.assert_trees_all_equal(attend(half, narrow), wanted)
+    jaxpr = str(jax.make_jaxpr(attend)(half, narrow))
+    assert few_rows.ATTENTION in jaxpr
+    mixed = [narrow[0], exact[1]]
+    assert few_rows.ATTENTION not in str(jax.make_jaxpr(attend)(queries, mixed))
+
+
+@needs_compiler
 def test_attention_with_scores_far_apart_and_with_nothing_to_see() -> None:
     queries, (source,) = attention_of(3, 4, 2, 1, 32, [50], batch=1)
     source = source._replace(mask=np.ones((1, 4, 50), bool))

@@ -1,14 +1,15 @@
-// What decoding does with few rows on a CPU, in float32: their products with large kernels, which may be kept in bfloat16,
-// and their attention.
+// What decoding does with few rows on a CPU, in float32: their products with large kernels, and their attention.
+// Kernels and caches may be kept in bfloat16.
 //
-// A product, result[r, o] = sum over i of rows[r, i] * kernel[o, i], reads every weight for a handful of rows. For more
-// rows than one XLA first lays the kernel out anew, which takes about as long as reading it. Here a weight is loaded once
-// and multiplied with all rows while it is in a register, and the kernel is read from front to back.
+// A product, result[r, o] = sum over i of rows[r, i] * kernel[o, i], reads every weight for a handful of rows. For
+// more rows than one XLA first lays the kernel out anew, which takes about as long as reading it. Here a weight is
+// loaded once and multiplied with all rows while it is in a register, and the kernel is read from front to back.
 //
-// Attention reads only keys that some row sees, where XLA computes with the whole cache, and keeps scores in the caches.
+// Attention reads only keys that some row sees, where XLA computes with the whole cache, and keeps scores in the
+// caches.
 //
-// What comes out for a row does not depend on the rows beside it, nor on how many threads work: sums are added up in one
-// order.
+// What comes out for a row does not depend on the rows beside it, nor on how many threads work: sums are added up in
+// one order.
 
 #include <algorithm>
 #include <atomic>
@@ -140,8 +141,8 @@ struct Product {
     OfGroup<R>(first, begin, end);
   }
 
-  // One output after another, so that the kernel is read as one stream. Inlined into its callers this loop runs short of
-  // registers.
+  // One output after another, so that the kernel is read as one stream. Inlined into its callers this loop runs short
+  // of registers.
   template <int R>
   __attribute__((noinline)) void OfGroup(int64_t first, int64_t begin, int64_t end) const {
     const int64_t whole = in / kLanes, rest = in % kLanes;
@@ -210,8 +211,8 @@ int64_t SizeOf(Dimensions shape, size_t begin, size_t end) {
   return size;
 }
 
-// Which of an operand's blocks belongs to block `index` of the result, whose first `leading` dimensions number them: each
-// is the same in the operand, or 1 there.
+// Which of an operand's blocks belongs to block `index` of the result, whose first `leading` dimensions number them:
+// each is the same in the operand, or 1 there.
 int64_t BlockOf(int64_t index, Dimensions operand, Dimensions result, size_t leading) {
   int64_t block = 0, step = 1;
   for (size_t d = leading; d-- > 0; index /= result[d]) {
@@ -248,8 +249,8 @@ void Multiply(ffi::ThreadPool& threads, Dimensions of_rows, const float* rows, D
   });
 }
 
-// rows [..., R, in], kernel [..., out, in] -> [..., R, out]. A leading dimension is that of the result, or 1 in an operand
-// that all have in common.
+// rows [..., R, in], kernel [..., out, in] -> [..., R, out]. A leading dimension is that of the result, or 1 in an
+// operand that all have in common.
 ffi::Error FewRows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::AnyBuffer kernel,
                    ffi::ResultBuffer<ffi::F32> result) {
   const Dimensions of_rows = rows.dimensions(), of_kernel = kernel.dimensions(), shape = result->dimensions();
@@ -291,22 +292,23 @@ inline Vector Exponential(Vector x) {
 }
 
 // Keys and values [S, d] of one group, and which keys each row sees: mask [R, S], or [1, S] for all rows.
+template <typename Cached>
 struct Source {
-  const float* keys;
-  const float* values;
+  const Cached* keys;
+  const Cached* values;
   const bool* mask;
   int64_t length, mask_step;
 };
 
-// Adds up values, `some` vectors of each from `first` on, by their weights. S is `some`, or 0 where it is not known when
-// this is compiled; the sums stay in registers where it is.
-template <int S>
+// Adds up values, `some` vectors of each from `first` on, by their weights. S is `some`, or 0 where it is not known
+// when this is compiled; the sums stay in registers where it is.
+template <int S, typename Cached>
 void Mix(const float* weights, int64_t some, int64_t first, float factor, int64_t width,
-         const std::vector<Source>& sources, float* result) {
+         const std::vector<Source<Cached>>& sources, float* result) {
   Vector sums[kGroup] = {};
   const int64_t here = S ? S : some;
-  for (const Source& source : sources) {
-    const float* value = source.values + first * kLanes;
+  for (const Source<Cached>& source : sources) {
+    const Cached* value = source.values + first * kLanes;
     for (int64_t s = 0; s < source.length; ++s, ++weights, value += width) {
       if (*weights == 0) continue;
       const Vector weight = Vector{} + *weights;
@@ -320,12 +322,12 @@ void Mix(const float* weights, int64_t some, int64_t first, float factor, int64_
 }
 
 // Attention over all sources of C queries [d] of one group. Query q is one of row row[q].
-template <int C>
+template <int C, typename Cached>
 void Attend(const float* const* queries, const int64_t* row, float* const* results, int64_t width,
-            const std::vector<Source>& sources) {
+            const std::vector<Source<Cached>>& sources) {
   const int64_t vectors = width / kLanes;
   int64_t length = 0;
-  for (const Source& source : sources) length += source.length;
+  for (const Source<Cached>& source : sources) length += source.length;
   const int64_t padded = VectorsOf(length);
   Vector* const scaled = Scratch(C * (vectors + padded));
   Vector* const all_scores = scaled + C * vectors;
@@ -337,7 +339,7 @@ void Attend(const float* const* queries, const int64_t* row, float* const* resul
   float most[C];
   std::fill(most, most + C, -INFINITY);
   int64_t at = 0;
-  for (const Source& source : sources) {
+  for (const Source<Cached>& source : sources) {
     for (int64_t s = 0; s < source.length; ++s, ++at) {
       bool sees[C], any = false;
       for (int q = 0; q < C; ++q) any |= sees[q] = source.mask[row[q] * source.mask_step + s];
@@ -369,39 +371,29 @@ void Attend(const float* const* queries, const int64_t* row, float* const* resul
   }
 }
 
-// queries [..., R, H, d], then of each source keys and values [..., G, S, d] and mask [..., R or 1, S] -> [..., R, H, d].
-// Leading dimensions as those of FewRows; d is a multiple of kLanes.
-ffi::Error FewRowsAttention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries, ffi::RemainingArgs rest,
-                            ffi::ResultBuffer<ffi::F32> result) {
-  const Dimensions shape = result->dimensions(), of_queries = queries.dimensions();
+template <typename Cached>
+void AttendAll(ffi::ThreadPool& threads, Dimensions of_queries, const float* queries,
+               const std::vector<ffi::AnyBuffer>& operands, Dimensions shape, float* result) {
   const size_t leading = shape.size() - 3;
   const int64_t rows = shape[leading], heads = shape[leading + 1], width = shape[leading + 2];
-  if (width % kLanes) return ffi::Error::InvalidArgument("few_rows: the width of heads must be a multiple of 16");
-  std::vector<ffi::AnyBuffer> operands;
-  for (size_t i = 0; i < rest.size(); ++i) {
-    const auto operand = rest.get<ffi::AnyBuffer>(i);
-    if (!operand.has_value()) return operand.error();
-    operands.push_back(*operand);
-  }
   const int64_t groups = operands[0].dimensions()[leading], of_group = heads / groups, count = rows * of_group;
   // Of each group's queries so many at a time that there is something to do for several threads.
   const int64_t some = std::clamp<int64_t>(count / 2, 1, kQueries), parts = (count + some - 1) / some;
   const auto attend_part = [&](int64_t piece) {
     const int64_t index = piece / (groups * parts), group = piece / parts % groups, first = piece % parts * some;
-    std::vector<Source> sources;
+    std::vector<Source<Cached>> sources;
     for (size_t i = 0; i < operands.size(); i += 3) {
       const Dimensions of_keys = operands[i].dimensions(), of_mask = operands[i + 2].dimensions();
       const int64_t length = of_keys[leading + 1], size = groups * length * width;
       const int64_t own = group * length * width, masks = of_mask[leading];
       const auto block = [&](Dimensions operand) { return BlockOf(index, operand, shape, leading); };
-      sources.push_back({static_cast<const float*>(operands[i].untyped_data()) + block(of_keys) * size + own,
-                         static_cast<const float*>(operands[i + 1].untyped_data()) +
+      sources.push_back({static_cast<const Cached*>(operands[i].untyped_data()) + block(of_keys) * size + own,
+                         static_cast<const Cached*>(operands[i + 1].untyped_data()) +
                              block(operands[i + 1].dimensions()) * size + own,
                          static_cast<const bool*>(operands[i + 2].untyped_data()) + block(of_mask) * masks * length,
                          length, masks > 1 ? length : 0});
     }
-    const float* const own_queries =
-        queries.typed_data() + BlockOf(index, of_queries, shape, leading) * rows * heads * width;
+    const float* const own_queries = queries + BlockOf(index, of_queries, shape, leading) * rows * heads * width;
     const float* inputs[kQueries];
     float* outputs[kQueries];
     int64_t row[kQueries];
@@ -410,13 +402,38 @@ ffi::Error FewRowsAttention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queri
       row[q] = (first + q) / of_group;
       const int64_t at = (row[q] * heads + group * of_group + (first + q) % of_group) * width;
       inputs[q] = own_queries + at;
-      outputs[q] = result->typed_data() + index * rows * heads * width + at;
+      outputs[q] = result + index * rows * heads * width + at;
     }
     static_assert(kQueries == 4);
-    const auto attend = here == 4 ? Attend<4> : here == 3 ? Attend<3> : here == 2 ? Attend<2> : Attend<1>;
+    const auto attend = here == 4   ? Attend<4, Cached>
+                        : here == 3 ? Attend<3, Cached>
+                        : here == 2 ? Attend<2, Cached>
+                                    : Attend<1, Cached>;
     attend(inputs, row, outputs, width, sources);
   };
   Share(threads, SizeOf(shape, 0, leading) * groups * parts, [&]() -> Pieces::Worker { return attend_part; });
+}
+
+// queries [..., R, H, d], then of each source keys and values [..., G, S, d] and mask [..., R or 1, S] -> [..., R, H,
+// d]. Leading dimensions as those of FewRows; d is a multiple of kLanes.
+ffi::Error FewRowsAttention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries, ffi::RemainingArgs rest,
+                            ffi::ResultBuffer<ffi::F32> result) {
+  const Dimensions shape = result->dimensions();
+  if (shape[shape.size() - 1] % kLanes)
+    return ffi::Error::InvalidArgument("few_rows: the width of heads must be a multiple of 16");
+  std::vector<ffi::AnyBuffer> operands;
+  for (size_t i = 0; i < rest.size(); ++i) {
+    const auto operand = rest.get<ffi::AnyBuffer>(i);
+    if (!operand.has_value()) return operand.error();
+    operands.push_back(*operand);
+  }
+  const ffi::DataType cached = operands[0].element_type();
+  for (size_t i = 0; i < operands.size(); ++i)
+    if (i % 3 < 2 && operands[i].element_type() != cached)
+      return ffi::Error::InvalidArgument("few_rows: keys and values are of one dtype");
+  const auto attend_all = cached == ffi::F32 ? AttendAll<float> : cached == ffi::BF16 ? AttendAll<BFloat16> : nullptr;
+  if (attend_all == nullptr) return ffi::Error::InvalidArgument("few_rows: keys and values are float32 or bfloat16");
+  attend_all(threads, queries.dimensions(), queries.typed_data(), operands, shape, result->typed_data());
   return ffi::Error::Success();
 }
 

@@ -71,13 +71,14 @@ def few_rows_attention(queries: jax.Array, *sources: jax.Array) -> jax.Array:
     A row's result is the same to the last bit however many rows are beside it. A row that sees nothing gets zeros.
 
     Args:
-      queries: [B, R, H, d] float32, d a multiple of LANES.
-      sources: of each set that rows may attend to, keys [B, G, S, d] and values of that shape, float32, and the mask
-        [B, R, S] or [B, 1, S], bool; a B of 1 is for all sequences.
+      queries: [B, R, H, d], float32 or bfloat16, d a multiple of LANES.
+      sources: of each set that rows may attend to, keys [B, G, S, d] and values of that shape, all float32 or all
+        bfloat16, and the mask [B, R, S] or [B, 1, S], bool; a B of 1 is for all sequences.
 
     Returns:
-      [B, R, H, d] float32.
+      [B, R, H, d] float32, in which everything is computed.
     """
+    queries = queries.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
     return jax.ffi.ffi_call(ATTENTION, shape, vmap_method="expand_dims")(queries, *sources)
 

@@ -167,15 +167,16 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True)
       [B, R, H, d] in queries' dtype.
     """
     few = queries.shape[1] <= few_rows.MOST_ROWS and queries.shape[3] % few_rows.LANES == 0
-    float32 = all(x.dtype == jnp.float32 for x in (queries, *(x for source in sources for x in source[:2])))
-    if whole and few and float32 and few_rows.ready():
+    dtypes = {x.dtype for source in sources for x in source[:2]}
+    known = len(dtypes) == 1 and dtypes | {queries.dtype} <= {*few_rows.DTYPES}
+    if whole and few and known and few_rows.ready():
         return jax.lax.platform_dependent(queries, list(sources), cpu=_attend_few_rows, default=_attend)
     return _attend(queries, sources)
 
 
 @jax.custom_jvp
 def _attend_few_rows(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
-    return few_rows.few_rows_attention(queries, *(x for source in sources for x in source))
+    return few_rows.few_rows_attention(queries, *(x for source in sources for x in source)).astype(queries.dtype)
 
 
 @_attend_few_rows.defjvp
