@@ -49,9 +49,10 @@ SECTIONS = (
     Section(
         "One sequence, greedy",
         "greedy",
-        "128 new tokens. transformers is asked once a prompt. An AR step took 27 ms in this run (quartiles 26 to 30), "
+        "128 new tokens. transformers is asked once a prompt. An AR step took 28 ms in this run (quartiles 27 to 29), "
         "beside other guests. Before products and attention in C++ auto was at 1.28 and serial at 1.36, with steps of "
-        "22 ms.",
+        "22 ms; then at 1.42 and 1.34, before a step computed its sines once, each core packed its own rows, and the "
+        "drafter's weights were bfloat16.",
         f"serial.py {DATA} --prompts 10 --rounds 2 --transformers-python ... --output docs/serial/greedy",
     ),
     Section(
