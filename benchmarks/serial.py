@@ -89,6 +89,7 @@ def _cells(timed: list[dict], name: str) -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", help="of weights and caches; what the device's default is")
     parser.add_argument("--exits", default="default", help="the drafter; shared for none (%(default)s)")
     parser.add_argument("--data", action="append", required=True, metavar="FILE")
     parser.add_argument("--prompts", type=int, default=10, help="evenly spread over each file (%(default)s)")
@@ -100,7 +101,7 @@ def main() -> int:
     parser.add_argument("--output", help="OUTPUT.json keeps every prompt, OUTPUT.md the table")
     args = parser.parse_args()
     remember_compilations()
-    lm = dex_jax.load(args.model)
+    lm = dex_jax.load(args.model, dtype=args.dtype)
     worker = Transformers(args.transformers_python) if args.transformers_python else None
     runs: dict[str, dict] = {}
     for path in args.data:

@@ -68,6 +68,13 @@ SECTIONS = (
         "Temperature 1, the whole vocabulary. Noise belongs to positions, so texts are AR's under the same seed.",
         f"serial.py {DATA} --prompts 5 --rounds 2 --temperature 1 --output docs/serial/temperature_1",
     ),
+    Section(
+        "One sequence in bfloat16",
+        "bfloat16",
+        "Greedy, 128 new tokens. A step reads half as much. Rounding to 8 bits makes close calls go either way, so a "
+        "text may part from AR's.",
+        f"serial.py {DATA} --prompts 5 --rounds 2 --dtype bfloat16 --output docs/serial/bfloat16",
+    ),
     *(
         Section(
             f"{batch} sequences together",

@@ -248,7 +248,7 @@ def resolve_dtype(name: str | None) -> jnp.dtype:
 
 
 def default_dtype() -> jnp.dtype:
-    """float32 on CPUs (their bfloat16 products are many times slower), bfloat16 elsewhere; float16 on old GPUs.
+    """float32 on CPUs, which have to widen bfloat16, bfloat16 elsewhere; float16 on old GPUs.
 
     GPUs below compute capability 8 (a T4, for one) have no bfloat16 units.
     """
