@@ -88,8 +88,8 @@ SECTIONS = (
     Section(
         "What auto costs against the best choice",
         "auto",
-        "Contexts of one length, each ending with a prompt of question_240. The best is the fastest of AR, serial rounds "
-        "and explorers side by side in the same run. Eight sequences of 400 tokens have not been measured yet.",
+        "Contexts of one length, each ending with a prompt of question_240. The best is the fastest of AR, serial "
+        "rounds and explorers side by side in the same run. Eight sequences of 400 tokens have not been measured yet.",
         "auto.py --data question_240.jsonl --explorers 5 --texts 3 --rounds 1 --lengths 64 400 --max-new-tokens 48 "
         "--output docs/serial/auto",
     ),
