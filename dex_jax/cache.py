@@ -144,8 +144,7 @@ def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array) -> Memory:
 
 
 def _put(cache: jax.Array, rows: jax.Array, at: tuple[int | jax.Array, ...]) -> jax.Array:
-    """jax.lax.dynamic_update_slice."""
-
+    """The cache with `rows` from `at` on, as by jax.lax.dynamic_update_slice; both are of one dtype."""
     put = jax.lax.dynamic_update_slice
     if cache.dtype != jnp.bfloat16:
         return put(cache, rows, at)

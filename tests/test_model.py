@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 from reference.small_models import LLAMA, QWEN3, ragged_prompts, small_model
 
-from dex_jax import RopeScaling, Stacked, Unrolled
-from dex_jax.decoding.network import depth_states
+from dex_jax import RopeScaling, Stacked, Unrolled, cache
+from dex_jax.decoding.network import depth_states, extend_with_states
 from dex_jax.language_model import default_dtype, merge_model
 from dex_jax.nn import transformer
 from dex_jax.nn.layers import KeyValues, attend, linear, rms_norm, rope_frequencies, rope_table, rotate
@@ -220,3 +220,15 @@ def test_float32_asks_for_full_precision_in_every_product() -> None:
 def _logits(lm, weights, tokens):
     model = merge_model(lm.config, lm.layout, weights)
     return model.logits(depth_states(model, tokens, (lm.config.num_layers,))[-1])
+
+
+def test_sines_are_computed_once_and_not_in_every_layer() -> None:
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=3))
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    memory = cache.allocate(lm.config, lm.layout, 1, 8, 0, jnp.dtype(jnp.float32))
+
+    def one_step(weights, tokens, start):
+        return extend_with_states(merge_model(lm.config, lm.layout, weights), memory, tokens, start)[0]
+
+    compiled = jax.jit(one_step).lower(lm.weights, tokens, jnp.zeros(1, jnp.int32)).compile().as_text()
+    assert [len(re.findall(rf" {name}\(", compiled)) for name in ("cosine", "sine")] == [1, 1]
