@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -16,16 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from reference.small_models import LLAMA, small_model
 
+import dex_jax
 from dex_jax import cache
-from dex_jax.decoding.network import extend_with_states
+from dex_jax.decoding.network import extend, extend_with_states, run_tree
 from dex_jax.language_model import merge_model
 from dex_jax.nn import few_rows
-from dex_jax.nn.few_rows import few_rows_product
-from dex_jax.nn.layers import FEW_ROWS, KeyValues, _attend, attend, linear
-from dex_jax.nn.transformer import Stacked, Unrolled
+from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
+from dex_jax.nn.layers import FEW_ROWS, KeyValues, _attend, _rms_norm, attend, linear, rms_norm
+from dex_jax.nn.transformer import Stacked, Unrolled, random_transformer
 
 COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, few_rows.COMPILERS)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
@@ -50,13 +52,12 @@ def test_it_is_used_here() -> None:
     def asked(rows: int, dtype: str, kept: str) -> bool:
         return few_rows.PRODUCT in str(jax.make_jaxpr(linear)(jnp.zeros((rows, 8), dtype), jnp.zeros((5, 8), kept)))
 
-    for dtype in ("float32", "bfloat16"):
-        assert asked(few_rows.MOST_ROWS, dtype, dtype)
-        assert not asked(few_rows.MOST_ROWS + 1, dtype, dtype)
+    assert asked(few_rows.MOST_ROWS, "float32", "float32")
+    assert not asked(few_rows.MOST_ROWS + 1, "float32", "float32")
     assert not asked(1, "float16", "float16")
-    # A kernel that would have to be widened first.
-    assert asked(FEW_ROWS, "float32", "bfloat16")
-    assert not asked(FEW_ROWS + 1, "float32", "bfloat16")
+    for dtype in ("float32", "bfloat16"):
+        assert asked(FEW_ROWS, dtype, "bfloat16")
+        assert not asked(FEW_ROWS + 1, dtype, "bfloat16")
 
 
 @needs_compiler
@@ -249,6 +250,85 @@ def test_attention_under_vmap_and_its_gradients() -> None:
         return jax.grad(of, argnums=(0, 1))(queries, [source[:2] for source in sources])
 
     chex.assert_trees_all_close(loss(attend), loss(_attend), atol=1e-5)
+
+
+@needs_compiler
+@given(st.integers(1, 20), st.integers(1, 60), st.sampled_from(few_rows.DTYPES), st.integers(0, 100))
+@example(rows=16, width=576, kept=few_rows.DTYPES[0], seed=0)
+def test_the_norm_and_each_row_alone(rows: int, width: int, kept: np.dtype, seed: int) -> None:
+    x, scale = (each.astype(kept) for each in random(seed, (rows, width), (width,)))
+    found = few_rows_norm(x, scale, 1e-5)
+    wide, scale = x.astype(np.float64), scale.astype(np.float64)
+    wanted = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + 1e-5) * scale
+    chex.assert_trees_all_close(found, wanted, rtol=1e-6, atol=1e-6)
+    alone = jnp.concatenate([few_rows_norm(row[None], scale.astype(kept), 1e-5) for row in x])
+    chex.assert_trees_all_equal(alone, found)
+    chex.assert_trees_all_equal(rms_norm(x, scale.astype(kept), 1e-5), found.astype(kept))
+
+
+@needs_compiler
+def test_the_norm_under_vmap_and_its_gradients() -> None:
+    x, scales = random(7, (3, 2, 4, 10), (3, 10))
+    for of_x, of_scale in ((0, 0), (0, None), (None, 0)):
+        sets, scale = x if of_x == 0 else x[1], scales if of_scale == 0 else scales[1]
+        found = jax.jit(jax.vmap(lambda x, scale: rms_norm(x, scale, 1e-5), (of_x, of_scale)))(sets, scale)
+        wanted = np.stack(
+            [rms_norm(x[i if of_x == 0 else 1], scales[i if of_scale == 0 else 1], 1e-5) for i in range(3)]
+        )
+        chex.assert_trees_all_equal(np.asarray(found), wanted)
+    assert few_rows.NORM in str(jax.make_jaxpr(lambda x: rms_norm(x, scales[0], 1e-5))(x))
+
+    def loss(norm):
+        return jax.grad(lambda x, scale: jnp.sum(jnp.sin(norm(x, scale, 1e-5))), argnums=(0, 1))(x, scales[0])
+
+    chex.assert_trees_all_close(loss(rms_norm), loss(_rms_norm), atol=1e-5)
+
+
+@functools.cache
+def steps_of(dtype: str):
+    """Empty memory, (memory, token, start) -> (logits [V], memory) of AR, and the logits [N, V] of a tree's rows."""
+    config = dataclasses.replace(LLAMA, num_layers=3, width=576, head_dim=16, mlp_width=200)
+    lm = dex_jax.LanguageModel(random_transformer(config, Unrolled(), 0, dtype), None, "random", "0")
+
+    @jax.jit
+    def one(memory, token, start):
+        model = merge_model(config, Unrolled(), lm.weights)
+        hidden, memory = extend(model, memory, jnp.full((1, 1), token), jnp.full(1, start))
+        return model.logits(hidden)[0, 0], memory
+
+    @jax.jit
+    def tree(memory, token, position, ancestors, prefix):
+        model = merge_model(config, Unrolled(), lm.weights)
+        hidden, _ = run_tree(model, memory, token[None], position[None], ancestors[None], jnp.full(1, prefix))
+        return model.logits(hidden)[0]
+
+    return cache.allocate(config, Unrolled(), 1, 64, 0, jnp.dtype(dtype)), one, tree
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@given(st.sampled_from([2, 8, few_rows.MOST_ROWS]), st.integers(1, 30), st.integers(0, 1000))
+@settings(max_examples=15)
+def test_rows_of_a_tree_have_ars_logits_to_the_last_bit(dtype: str, rows: int, prefix: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    memory, one, tree = steps_of(dtype)
+    for position in range(prefix):
+        _, memory = one(memory, generator.integers(LLAMA.vocab_size), position)
+    parent = np.array([-1, *(generator.integers(i) for i in range(1, rows))])
+    token = generator.integers(LLAMA.vocab_size, size=rows)
+    depth, ancestors = np.zeros(rows, int), np.eye(rows, dtype=bool)
+    memories, wanted = [], []
+    for node in range(rows):
+        before = memory
+        if node:
+            depth[node] = depth[parent[node]] + 1
+            ancestors[node] |= ancestors[parent[node]]
+            before = memories[parent[node]]
+        logits, own = one(before, token[node], prefix + depth[node])
+        memories.append(own)
+        wanted.append(logits)
+    found = tree(memory, jnp.asarray(token), jnp.asarray(prefix + depth), jnp.asarray(ancestors), prefix)
+    chex.assert_trees_all_equal(found, jnp.stack(wanted))
 
 
 SAYS = """

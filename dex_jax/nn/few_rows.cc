@@ -1,5 +1,5 @@
-// What decoding does with few rows on a CPU, in float32: their products with large kernels, and their attention.
-// Kernels and caches may be kept in bfloat16.
+// What decoding does with few rows on a CPU, in float32: their norms, their products with large kernels, and their
+// attention. Kernels and caches may be kept in bfloat16.
 //
 // A product, result[r, o] = sum over i of rows[r, i] * kernel[o, i], reads every weight for a handful of rows. For
 // more rows than one XLA first lays the kernel out anew, which takes about as long as reading it. Here a weight is
@@ -265,6 +265,35 @@ ffi::Error FewRows(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Any
   return ffi::Error::InvalidArgument("few_rows: kernels are float32 or bfloat16");
 }
 
+// rows [..., R, width], scale [..., width] -> rows over their root mean square, times the scale. Leading dimensions as
+// those of FewRows: all but the scale's last.
+ffi::Error FewRowsNorm(ffi::Buffer<ffi::F32> rows, ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> result,
+                       float epsilon) {
+  const Dimensions of_rows = rows.dimensions(), of_scale = scale.dimensions(), shape = result->dimensions();
+  const size_t leading = of_scale.size() - 1;
+  const int64_t width = of_scale[leading], count = SizeOf(shape, leading, shape.size() - 1);
+  const int64_t whole = width / kLanes, rest = width % kLanes;
+  for (int64_t index = 0; index < SizeOf(shape, 0, leading); ++index) {
+    const float* row = rows.typed_data() + BlockOf(index, of_rows, shape, leading) * count * width;
+    const float* const weights = scale.typed_data() + BlockOf(index, of_scale, shape, leading) * width;
+    float* normed = result->typed_data() + index * count * width;
+    for (int64_t r = 0; r < count; ++r, row += width, normed += width) {
+      Vector squares{};
+      for (int64_t v = 0; v < whole; ++v) {
+        const Vector values = Load(row + v * kLanes);
+        squares = MultiplyAdd(values, values, squares);
+      }
+      if (rest > 0) {
+        const Vector values = LoadSome(row + whole * kLanes, rest);
+        squares = MultiplyAdd(values, values, squares);
+      }
+      const float inverse = 1 / std::sqrt(SumOf(squares) / width + epsilon);
+      for (int64_t i = 0; i < width; ++i) normed[i] = row[i] * inverse * weights[i];
+    }
+  }
+  return ffi::Error::Success();
+}
+
 // e to each of a vector's lanes, to about 1e-7 of it, for lanes up to 0; 0 where nothing of it is left in float32.
 inline Vector Exponential(Vector x) {
   typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
@@ -300,25 +329,25 @@ struct Source {
   int64_t length, mask_step;
 };
 
-// Adds up values, `some` vectors of each from `first` on, by their weights. S is `some`, or 0 where it is not known
-// when this is compiled; the sums stay in registers where it is.
+// Adds up values, `some` vectors of each from `first` on, by their weights, and gives the sum of the weights. S is
+// `some`, or 0 where it is not known when this is compiled; the sums stay in registers where it is.
 template <int S, typename Cached>
-void Mix(const float* weights, int64_t some, int64_t first, float factor, int64_t width,
-         const std::vector<Source<Cached>>& sources, float* result) {
+float Mix(const float* weights, int64_t some, int64_t first, int64_t width, const std::vector<Source<Cached>>& sources,
+          float* result) {
   Vector sums[kGroup] = {};
+  float total = 0;
   const int64_t here = S ? S : some;
   for (const Source<Cached>& source : sources) {
     const Cached* value = source.values + first * kLanes;
     for (int64_t s = 0; s < source.length; ++s, ++weights, value += width) {
       if (*weights == 0) continue;
+      total += *weights;
       const Vector weight = Vector{} + *weights;
       for (int64_t v = 0; v < here; ++v) sums[v] = MultiplyAdd(weight, Load(value + v * kLanes), sums[v]);
     }
   }
-  for (int64_t v = 0; v < here; ++v) {
-    const Vector mixed = sums[v] * factor;
-    std::memcpy(result + (first + v) * kLanes, &mixed, sizeof(mixed));
-  }
+  std::memcpy(result + first * kLanes, sums, here * sizeof(Vector));
+  return total;
 }
 
 // Attention over all sources of C queries [d] of one group. Query q is one of row row[q].
@@ -361,13 +390,16 @@ void Attend(const float* const* queries, const int64_t* row, float* const* resul
       std::fill(results[q], results[q] + width, 0.0f);
       continue;
     }
-    Vector *const scores = all_scores + q * padded, total = {};
-    for (int64_t v = 0; v < padded; ++v) total += scores[v] = Exponential(scores[v] - most[q]);
-    const float *const weights = reinterpret_cast<const float*>(scores), factor = 1 / SumOf(total);
+    Vector* const scores = all_scores + q * padded;
+    for (int64_t v = 0; v < padded; ++v) scores[v] = Exponential(scores[v] - most[q]);
+    const float* const weights = reinterpret_cast<const float*>(scores);
+    float total = 0;
     int64_t first = 0;
     for (; first + kGroup <= vectors; first += kGroup)
-      Mix<kGroup>(weights, kGroup, first, factor, width, sources, results[q]);
-    if (first < vectors) Mix<0>(weights, vectors - first, first, factor, width, sources, results[q]);
+      total = Mix<kGroup>(weights, kGroup, first, width, sources, results[q]);
+    if (first < vectors) total = Mix<0>(weights, vectors - first, first, width, sources, results[q]);
+    const float factor = 1 / total;
+    for (int64_t i = 0; i < width; ++i) results[q][i] *= factor;
   }
 }
 
@@ -439,12 +471,19 @@ ffi::Error FewRowsAttention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queri
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_few_rows, FewRows,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_few_rows_product, FewRows,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_few_rows_norm, FewRowsNorm,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("epsilon"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_few_rows_attention, FewRowsAttention,
                               ffi::Ffi::Bind()

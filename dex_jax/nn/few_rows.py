@@ -21,19 +21,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 
 from dex_jax.io.whole_files import cache_folder
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 """What rows and kernels of a product may be kept in."""
 
-MOST_ROWS = 12
-"""With more rows than these XLA's product is as fast (benchmarks/few_rows.py)."""
+MOST_ROWS = 16
+"""With more rows than these XLA's product of float32 is as fast (benchmarks/few_rows.py)."""
 
 LANES = 16
 """The width of attention's heads must be a multiple of it."""
 
-PRODUCT, ATTENTION = "dex_jax_few_rows", "dex_jax_few_rows_attention"
+NORM, PRODUCT, ATTENTION = "dex_jax_few_rows_norm", "dex_jax_few_rows_product", "dex_jax_few_rows_attention"
 SOURCE = Path(__file__).with_name("few_rows.cc")
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -65,6 +66,24 @@ def _tangent(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, ja
     return few_rows_product(rows, kernel), tangent
 
 
+def few_rows_norm(rows: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm on a CPU, in programs of a process in which `ready()` is true; it has no derivative.
+
+    A row's result is the same to the last bit however many rows are beside it.
+
+    Args:
+      rows: [..., D], float32 or bfloat16.
+      scale: [D], float32 or bfloat16.
+      eps: added to the mean square.
+
+    Returns:
+      [..., D] float32, in which everything is computed.
+    """
+    rows, scale = rows.astype(jnp.float32), scale.astype(jnp.float32)
+    shape = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
+    return jax.ffi.ffi_call(NORM, shape, vmap_method="expand_dims")(rows, scale, epsilon=np.float32(eps))
+
+
 def few_rows_attention(queries: jax.Array, *sources: jax.Array) -> jax.Array:
     """Grouped-query attention on a CPU, in programs of a process in which `ready()` is true; it has no derivative.
 
@@ -94,7 +113,7 @@ def ready() -> bool:
     # Only speed is at stake: whatever is missing here, XLA does it as well.
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         library = ctypes.CDLL(str(_library()))
-        for target in (PRODUCT, ATTENTION):
+        for target in (NORM, PRODUCT, ATTENTION):
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
         return True
     return False

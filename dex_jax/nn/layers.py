@@ -63,8 +63,8 @@ def linear(
     """
     rows = x.reshape(-1, x.shape[-1])
     known = {rows.dtype, kernel.dtype} <= {*few_rows.DTYPES}
-    # XLA would have to widen the whole kernel first.
-    most = few_rows.MOST_ROWS if rows.dtype == kernel.dtype else FEW_ROWS
+    # XLA would have to widen the whole kernel first, or multiplies in bfloat16, which CPUs are slow at.
+    most = few_rows.MOST_ROWS if kernel.dtype == jnp.float32 else FEW_ROWS
     if whole and known and rows.shape[0] <= most and few_rows.ready():
         out = jax.lax.platform_dependent(rows, kernel, cpu=few_rows.few_rows_product, default=_rows_times_kernel)
     elif rows.shape[0] > FEW_ROWS:
@@ -105,6 +105,24 @@ def _kernel_times_columns(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype."""
+    few = x.size // x.shape[-1] <= FEW_ROWS and {x.dtype, scale.dtype} <= {*few_rows.DTYPES}
+    if few and few_rows.ready():
+        norm = functools.partial(_norm_few_rows, eps)
+        return jax.lax.platform_dependent(x, scale, cpu=norm, default=functools.partial(_rms_norm, eps=eps))
+    return _rms_norm(x, scale, eps)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _norm_few_rows(eps: float, x: jax.Array, scale: jax.Array) -> jax.Array:
+    return few_rows.few_rows_norm(x, scale, eps).astype(x.dtype)
+
+
+@_norm_few_rows.defjvp
+def _norm_tangent(eps: float, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return _norm_few_rows(eps, *primals), jax.jvp(functools.partial(_rms_norm, eps=eps), primals, tangents)[1]
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     weight = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -291,10 +309,10 @@ class DecoderLayer(nnx.Module):
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Adds the attention output [B, R, H, d] and then the mlp to x [B, R, D]."""
         flat = attended.reshape(*x.shape[:-1], -1)
-        x = x + self._summed(flat, self.out[...], _value(self.out_bias))
+        x = _sum(x, self._summed(flat, self.out[...], _value(self.out_bias)))
         normed = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
         gate, up = jnp.split(linear(normed, self.gate_up[...], whole=self.whole), 2, axis=-1)
-        return x + self._summed(jax.nn.silu(gate) * up, self.down[...])
+        return _sum(x, self._summed(jax.nn.silu(gate) * up, self.down[...]))
 
     def _summed(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """`linear` whose inputs are spread over the tensor axis, if there is one."""
@@ -302,6 +320,19 @@ class DecoderLayer(nnx.Module):
             return linear(x, kernel, bias, whole=self.whole)
         total = jax.lax.psum(linear(x, kernel, whole=self.whole), self.tensor_axis)
         return total if bias is None else total + jnp.broadcast_to(bias, total.shape)
+
+
+def _sum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x + y, rounded in any case: on CPUs XLA keeps a sum in float32, in programs for one row and not in others."""
+
+    def in_float32(x: jax.Array, y: jax.Array) -> jax.Array:
+        info = jnp.finfo(x.dtype)
+        wide = x.astype(jnp.float32) + y.astype(jnp.float32)
+        return jax.lax.reduce_precision(wide, info.nexp, info.nmant).astype(x.dtype)
+
+    if x.dtype == jnp.float32:
+        return x + y
+    return jax.lax.platform_dependent(x, y, cpu=in_float32, default=jnp.add)
 
 
 def _value(param):
