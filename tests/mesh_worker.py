@@ -61,6 +61,7 @@ class Case:
       exits: (kind, fused, draft vocabulary), None for the model's own.
       heads: H and G.
       depths: of the exits, where they are not even.
+      head_dim: d.
     """
 
     name: str
@@ -73,11 +74,13 @@ class Case:
     heads: tuple[int, int] = (4, 2)
     filters: bool = False
     depths: tuple[int, ...] | None = None
+    head_dim: int = LLAMA.head_dim
 
     @property
     def config(self) -> ModelConfig:
         """Of the model."""
-        return dataclasses.replace(LLAMA, num_layers=self.layers, num_heads=self.heads[0], num_kv_heads=self.heads[1])
+        heads = {"num_heads": self.heads[0], "num_kv_heads": self.heads[1], "head_dim": self.head_dim}
+        return dataclasses.replace(LLAMA, num_layers=self.layers, **heads)
 
     @property
     def schedule(self) -> Schedule:

@@ -21,16 +21,18 @@ from reference import twin
 from reference.small_models import LLAMA, SmallModel, ragged_prompts, small_model
 from test_generate import noise_of
 
+from dex_jax.decoding.methods import SPARE
 from dex_jax.decoding.stage import final_first
 from dex_jax.errors import DexError
 from dex_jax.evaluation.forced import forced_exits
 from dex_jax.language_model import merge_model
+from dex_jax.nn import few_rows
 from dex_jax.sharding import check_batch, check_model, check_stages, make_mesh
 
 TESTS = Path(__file__).resolve().parent
 DEVICES = 8
 WIDTH, VOCABULARY = LLAMA.width, LLAMA.vocab_size
-PROMPT, CAPACITY = 16, 64
+PROMPT, CAPACITY = 16, 64 + SPARE
 ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
 # Every number of devices, greedy and sampled, one sequence or four; grids of 2 and 3 stages are uneven.
@@ -59,17 +61,37 @@ AXES = [
     Case("ar all axes", "data=2,stage=2,tensor=2", 2, method="ar", batch=4),
 ]
 CASES = {case.name: case for case in (*STAGES, *EXITS, *AXES)}
+IN_CPP = {
+    case.name: case
+    for case in (
+        Case("C++", "stage=3", 4, batch=4, head_dim=16),
+        Case("C++, exits", "stage=2", 3, batch=4, exits=("linear", True, 30), head_dim=16),
+        Case("C++, all axes", "data=2,stage=2,tensor=2", 2, sampled=True, batch=4, head_dim=16),
+        Case("C++, ar", "stage=2", 3, method="ar", batch=4, head_dim=16),
+    )
+}
+
+
+def run_worker(found: Path, cases: Iterable[Case], **variables: str) -> Path:
+    """What tests/mesh_worker.py wrote about every case."""
+    names = found / "cases.json"
+    names.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_for_devices(DEVICES)}
+    command = [sys.executable, str(TESTS / "mesh_worker.py"), names, found]
+    subprocess.run(command, env={**os.environ, **flags, **variables}, check=True)
+    return found
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What tests/mesh_worker.py wrote about every case."""
-    found = tmp_path_factory.mktemp("mesh")
-    cases = found / "cases.json"
-    cases.write_text(json.dumps([dataclasses.asdict(case) for case in CASES.values()]))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_for_devices(DEVICES)}
-    subprocess.run([sys.executable, str(TESTS / "mesh_worker.py"), cases, found], env=environment, check=True)
-    return found
+    """Of programs that are XLA's alone, as on other devices than CPUs."""
+    return run_worker(tmp_path_factory.mktemp("mesh"), CASES.values(), DEX_JAX_NATIVE="0")
+
+
+@pytest.fixture(scope="module")
+def in_cpp(tmp_path_factory) -> Path:
+    """Of programs whose products of few rows are in C++."""
+    return run_worker(tmp_path_factory.mktemp("mesh_cpp"), IN_CPP.values())
 
 
 def hlo(folder: Path, case: str, program: str) -> str:
@@ -94,7 +116,20 @@ def collectives(text: str) -> collections.Counter:
 
 @pytest.mark.parametrize("name", CASES)
 def test_tokens_ticks_and_exits_are_those_of_one_device(folder: Path, name: str) -> None:
-    result, case = json.loads((folder / f"{name}.json").read_text()), CASES[name]
+    assert_as_one_device(folder, CASES[name])
+
+
+@pytest.mark.skipif(few_rows.language() != "C++", reason="no C++ compiler on this machine")
+@pytest.mark.parametrize("name", IN_CPP)
+def test_so_they_are_in_cpp(in_cpp: Path, name: str) -> None:
+    assert_as_one_device(in_cpp, IN_CPP[name])
+    text = hlo(in_cpp, name, "run_ticks")
+    assert all(target in text for target in (few_rows.NORM, few_rows.PRODUCT, few_rows.ATTENTION))
+    assert "copy" not in what_makes_caches(text, IN_CPP[name])
+
+
+def assert_as_one_device(folder: Path, case: Case) -> None:
+    result = json.loads((folder / f"{case.name}.json").read_text())
     assert "error" not in result, result["error"]
     if "one" not in result:
         result["one"] = in_plain_python(case) if case.exits is None else teacher_forced(case)
@@ -171,7 +206,9 @@ def test_a_tick_sends_a_cohort_to_the_next_stage_and_shares_proposals(folder: Pa
         expected["all-gather", stages * case.batch * rows * 2 * 4] += 1
         if case.exits is not None and (case.exits[1] or case.exits[0] == "attn"):
             expected["all-gather", stages * cohort] += 1
-    assert collectives(hlo(folder, name, "run_ticks")) == expected
+    text = hlo(folder, name, "run_ticks")
+    assert few_rows.PRODUCT not in text
+    assert collectives(text) == expected
     assert not collectives(hlo(folder, name, "start_decoding"))
 
 
@@ -188,11 +225,14 @@ def test_an_ar_step_goes_from_stage_to_stage(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["3 greedy", "ar", "exits attn", "data"])
 def test_no_cache_is_copied(folder: Path, name: str) -> None:
     """In the loop or before it: caches are donated and written where they lie."""
-    text = hlo(folder, name, "run_ticks")
-    length = PROMPT + CAPACITY
-    caches = re.findall(rf" = f32\[[\d,]*,{length},{LLAMA.head_dim}\]\S* (\w[\w\-]*)\(", text)
-    assert "parameter" in caches
-    assert "copy" not in caches
+    assert "copy" not in what_makes_caches(hlo(folder, name, "run_ticks"), CASES[name])
+
+
+def what_makes_caches(text: str, case: Case) -> list[str]:
+    """The operations of a compiled program whose results are whole caches."""
+    found = re.findall(rf" = f32\[[\d,]*,{PROMPT + CAPACITY},{case.head_dim}\]\S* (\w[\w\-]*)\(", text)
+    assert "parameter" in found
+    return found
 
 
 @pytest.mark.parametrize("name", ["exits linear", "exits attn", "exits shared"])

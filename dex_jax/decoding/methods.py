@@ -18,6 +18,10 @@ DEFAULT_EXPLORERS = 5
 FULL_ROWS_LIMIT = 8
 SCHEDULES = ("auto", "serial", "parallel")
 
+SPARE = 32
+"""Cache positions past the last token that every method has, needed or not. XLA adds up a prompt's attention in another
+order in a cache of another length: where methods would begin with other last bits, bfloat16 parts them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -50,10 +54,9 @@ class Schedule:
 
     @property
     def ahead(self) -> int:
-        """How many positions past the last token the committed cache may be written at."""
-        if self.policy is not None:
-            return 2 * self.policy.rows
-        return 0 if self.tree is None else self.tree.levels
+        """How many positions past the last token the committed cache has, of which any may be written at."""
+        written = 0 if self.tree is None else self.tree.levels
+        return max(SPARE, written if self.policy is None else 2 * self.policy.rows)
 
     @property
     def stages(self) -> int:

@@ -1,7 +1,7 @@
 """What decoding does with few rows on a CPU, by few_rows.cc, which the machine's C++ compiler makes when first needed.
 
-Where there is no compiler, or several devices, or DEX_JAX_NATIVE=0 in the environment, XLA does it. So it does where
-kernels or caches are cut out of stacked ones: of those there would have to be a copy.
+Where there is no compiler, or DEX_JAX_NATIVE=0 in the environment, XLA does it. So it does where kernels or caches are
+cut out of stacked ones, of which there would have to be a copy, and where XLA divides a program among several devices.
 """
 
 from __future__ import annotations
@@ -102,13 +102,24 @@ def few_rows_attention(queries: jax.Array, *sources: jax.Array) -> jax.Array:
     return jax.ffi.ffi_call(ATTENTION, shape, vmap_method="expand_dims")(queries, *sources)
 
 
-@functools.cache
 def ready() -> bool:
-    """Whether this process's programs for CPUs can use what is here; compiles it if it has to.
+    """Whether what is traced now can use what is here; compiles it if it has to.
 
-    Several devices are left to XLA, which cannot divide among them what it does not know.
+    XLA cannot divide among several devices what it does not know: of several it has to be what one of them does, under
+    shard_map.
     """
-    if os.environ.get("DEX_JAX_NATIVE") == "0" or jax.default_backend() != "cpu" or jax.device_count() > 1:
+    return (jax.device_count() == 1 or _is_what_one_device_does()) and _registered()
+
+
+def _is_what_one_device_does() -> bool:
+    axes = jax.sharding.get_abstract_mesh().axis_types
+    return bool(axes) and all(axis == jax.sharding.AxisType.Manual for axis in axes)
+
+
+@functools.cache
+def _registered() -> bool:
+    """Whether this process's programs for CPUs know few_rows.cc."""
+    if os.environ.get("DEX_JAX_NATIVE") == "0" or jax.default_backend() != "cpu":
         return False
     # Only speed is at stake: whatever is missing here, XLA does it as well.
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
