@@ -125,7 +125,8 @@ def test_so_they_are_in_cpp(in_cpp: Path, name: str) -> None:
     assert_as_one_device(in_cpp, IN_CPP[name])
     text = hlo(in_cpp, name, "run_ticks")
     assert all(target in text for target in (few_rows.NORM, few_rows.PRODUCT, few_rows.ATTENTION))
-    assert "copy" not in what_makes_caches(text, IN_CPP[name])
+    if "axes" not in name:
+        assert "copy" not in what_makes_caches(text, IN_CPP[name])
 
 
 def assert_as_one_device(folder: Path, case: Case) -> None:
