@@ -71,8 +71,8 @@ SECTIONS = (
     Section(
         "One sequence in bfloat16",
         "bfloat16",
-        "Greedy, 128 new tokens. A step reads half as much. Texts are AR's although 8 bits make many calls close: in C++ "
-        "a row's sums do not depend on the rows beside it.",
+        "Greedy, 128 new tokens. A step reads half as much. Texts are AR's although 8 bits make many calls close: in "
+        "C++ a row's sums do not depend on the rows beside it.",
         f"serial.py {DATA} --prompts 5 --rounds 2 --dtype bfloat16 --output docs/serial/bfloat16",
     ),
     *(

@@ -104,7 +104,16 @@ def _kernel_times_columns(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype."""
+    """Root-mean-square norm over the last axis, computed in float32.
+
+    Args:
+      x: [..., D].
+      scale: [D].
+      eps: added to the mean square.
+
+    Returns:
+      [..., D] in x's dtype.
+    """
     few = x.size // x.shape[-1] <= FEW_ROWS and {x.dtype, scale.dtype} <= {*few_rows.DTYPES}
     if few and few_rows.ready():
         norm = functools.partial(_norm_few_rows, eps)
