@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import dex_jax
@@ -96,9 +95,9 @@ def main() -> int:
     if drafter is None:
         raise DexError("no drafter ships with this model: give --drafter")
     known = [tree.shape for tree in known_trees(drafter)]
-    costs = step_costs(lm.config, lm.layout, lm.dtype, 1, COST_LENGTH)
+    costs = step_costs(lm.config, lm.layout, lm.dtype, 1, COST_LENGTH, drafter)
     largest = max(known, key=lambda shape: shape.rows)
-    shapes = trees(known[0], with_rungs(costs, largest, drafter, lm.config, jnp.dtype(lm.dtype)))
+    shapes = trees(known[0], with_rungs(costs, largest))
     ids = []
     for path in args.data:
         ids += [lm.encode(prompt) for prompt in spread(read_prompts(path), args.prompts)]

@@ -23,7 +23,6 @@ from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
 from dex_jax.decoding.known_trees import LOOKUP_TREES, KnownTree, known_trees, with_trees
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.nn import few_rows
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Stacked, Unrolled
 
@@ -109,6 +108,10 @@ def test_a_drafter_brings_its_trees() -> None:
         # The larger one is taken where a round can choose to run less of it.
         assert dataclasses.replace(serial.method.tree, rungs=(), drafting=0.0) == trees[0].shape
         assert serial.method.tree.counts == ((4,) if a_row_more == 0.008 else (1, 2, 4))
+    # Not where it takes too long.
+    far_dearer = StepCosts(ROWS, (1.0, 1.1, 1.1 + auto.LONGEST_STEP, 9.0, 9.0), 10**12)
+    _, serial = candidates(far_dearer, drafter, None, LLAMA, Unrolled(), FLOAT32)
+    assert dataclasses.replace(serial.method.tree, rungs=(), drafting=0.0) == trees[1].shape
 
 
 def test_a_batch_waits_for_its_slowest_sequence() -> None:
@@ -130,27 +133,25 @@ def test_the_slowest_of_a_batch_is_as_slow_as_measured() -> None:
 def test_rows_that_cost_alike_share_a_rung() -> None:
     shape = TreeShape((1,) * 7, 0, (0.5,) * 8)
     for a_row_more, rows in ((0.001, []), (0.02, [4, 8]), (0.11, [1, 2, 4, 8])):
-        found = auto.with_rungs(costs_of(a_row_more), shape, None, LLAMA, FLOAT32).rungs
+        found = auto.with_rungs(costs_of(a_row_more), shape).rungs
         assert [each for each, _ in found] == rows
         assert all(b - a >= 3 / 32 for (_, a), (_, b) in itertools.pairwise(found))
 
 
-def test_drafting_costs_what_its_weights_are() -> None:
-    drafter = exits_at((0,))
-    size = sum(leaf.size for leaf in drafter.parameters.values()) + 40 * LLAMA.width
-    size *= few_rows.kept_dtype(FLOAT32).itemsize
-    shape = TreeShape((1, 1), 2, (0.5,) * 8)
-    slow_reading = dataclasses.replace(costs_of(0.0), weight_bytes=size)
-    assert auto.round_seconds(slow_reading, shape, drafter, LLAMA, FLOAT32) == pytest.approx(1 + 2 * 1)
-    assert auto.round_seconds(slow_reading, shape, None, LLAMA, FLOAT32) == pytest.approx(1)
+def test_drafting_costs_what_was_measured() -> None:
+    shape, slow = TreeShape((1, 1), 2, (0.5,) * 8), dataclasses.replace(costs_of(0.1), drafting=0.25)
+    assert auto.round_seconds(slow, shape) == pytest.approx(1.3 + 2 * 0.25)
+    assert auto.round_seconds(slow, dataclasses.replace(shape, drafted=0)) == pytest.approx(1.3)
+    assert auto.with_rungs(slow, shape).drafting == pytest.approx(auto.CAUTION * 0.25, abs=1 / auto.COST_PARTS)
+    assert auto.with_rungs(slow, dataclasses.replace(shape, drafted=0)).drafting == 0
 
 
 def test_what_a_round_takes_beside_its_step_counts() -> None:
     shape = TreeShape((1,) * 7, 0, (0.5,) * 8)
     costs, slow = costs_of(0.11), dataclasses.replace(costs_of(0.11), round=0.5)
-    assert auto.round_seconds(slow, shape, None, LLAMA, FLOAT32) == pytest.approx(1.77 + 0.5)
+    assert auto.round_seconds(slow, shape) == pytest.approx(1.77 + 0.5)
     # Whatever a round runs, it takes that much longer; AR does not.
-    rungs, slower = (auto.with_rungs(each, shape, None, LLAMA, FLOAT32).rungs for each in (costs, slow))
+    rungs, slower = (auto.with_rungs(each, shape).rungs for each in (costs, slow))
     longer = [b - a for (_, a), (_, b) in zip(rungs, slower, strict=True)]
     assert longer == pytest.approx([auto.CAUTION * 0.5] * 4, abs=0.05)
     plain, serial = candidates(slow, None, None, LLAMA, Unrolled(), FLOAT32)
@@ -196,28 +197,39 @@ def test_more_rows_never_cost_less(seconds: list[float], a: float, b: float) -> 
 @pytest.mark.parametrize("layout", [Unrolled(), STAGED], ids=["unrolled", "stacked"])
 def test_costs_are_measured_once_and_kept(monkeypatch, tmp_path, layout) -> None:
     monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "step_costs.json"))
-    costs._known_costs.cache_clear()
+    monkeypatch.setattr(costs, "_KNOWN", {})
     first = step_costs(LLAMA, layout, jnp.float32, 2, 100)
     assert first.rows == ROWS
     assert 0 < first.seconds[0] <= first.seconds[-1] < 10
     assert 0 < first.round < 1
+    assert first.drafting == 0
     assert (first.tick is None) == (layout == Unrolled())
     assert len(json.loads(costs.costs_file().read_text())) == 1
-    costs._known_costs.cache_clear()
+    costs._KNOWN.clear()
     with monkeypatch.context() as patch:
         patch.setattr(costs, "_measure", lambda *about: pytest.fail("measured again"))
         assert step_costs(LLAMA, layout, jnp.float32, 2, 120) == first
     # A file that something else has broken, and a place where nothing can be written.
+    ones = {"rows": [1.0] * len(ROWS), "round": 0.0, "drafting": 0.0, "tick": None}
+    monkeypatch.setattr(costs, "_measure", lambda *about: ones)
     for content in ("not json", "[1]", '{"x": {"rows": [1]}}'):
         costs.costs_file().write_text(content)
-        costs._known_costs.cache_clear()
-        monkeypatch.setattr(costs, "_measure", lambda *about: {"rows": [1.0] * len(ROWS), "round": 0.0, "tick": None})
+        costs._KNOWN.clear()
         assert step_costs(LLAMA, layout, jnp.float32, 2, 100).seconds == (1.0,) * len(ROWS)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "file" / "step_costs.json"))
-    costs._known_costs.cache_clear()
+    costs._KNOWN.clear()
     assert step_costs(LLAMA, layout, jnp.float32, 2, 100).seconds == (1.0,) * len(ROWS)
-    costs._known_costs.cache_clear()
+
+
+def test_costs_of_drafting_are_those_of_one_drafter(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "step_costs.json"))
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    drafter = with_trees(exits_at((0,)), [KnownTree(TreeShape((3, 2, 1, 1), 4, (0.5,) * 8), 2.5)])
+    with_it, without = (step_costs(LLAMA, Unrolled(), jnp.float32, 2, 100, each) for each in (drafter, None))
+    assert 0 < with_it.drafting < 1
+    assert without.drafting == 0
+    assert len(json.loads(costs.costs_file().read_text())) == 2
 
 
 @pytest.mark.parametrize("rows", ["cheap_rows", "dear_rows"])

@@ -28,7 +28,6 @@ from dex_jax.decoding.known_trees import known_trees
 from dex_jax.decoding.methods import AR, Dex, Method, is_auto
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.nn import few_rows
 from dex_jax.nn.transformer import Layout, Stacked
 
 SMALLEST_GAIN = 1.02
@@ -40,6 +39,11 @@ COST_PARTS, CLEARLY_LESS = 32, 3
 CAUTION = 1.3
 """Rounds take further rows and drafting to cost so many times what was measured. How fast a device reads memory, which
 is all that a step of one row waits for, changes while others use it too; too few rows lose less than too many do."""
+
+LONGEST_STEP = 2.5
+"""AR steps that all rows of a tree may take, for rounds to choose from it. Drafts promise most where they are most
+wrong: two sequences of 400 tokens on a CPU, where 16 rows take 3.5 steps, took 32.0 ms a token with a tree of so many
+and 27.6 and 28.4 with those of 8 and 4 rows; for one sequence, where they take 2.2 steps, the largest is fastest."""
 
 SPREAD = 0.08
 """A batch ends with its slowest sequence, and how many tokens come of a round differs from text to text: the slowest of
@@ -89,7 +93,7 @@ def settle(
     drafter, source = find_drafter(exits, fingerprint)
     if drafter is not None and not drafter.config.is_drafter:
         return Dex(schedule="parallel"), f"parallel, which the exits in {source} are for"
-    costs = step_costs(config, layout, dtype, batch, length)
+    costs = step_costs(config, layout, dtype, batch, length, drafter)
     at_depths = default_exits(fingerprint) if isinstance(exits, str) and exits == "default" else None
     found = candidates(costs, drafter, at_depths, config, layout, jnp.dtype(dtype), batch)
     plain = found[0]
@@ -123,10 +127,11 @@ def candidates(
     a_step = costs.step(1)
     found = [Candidate(AR(), a_step, "AR", f"a step takes {1e3 * a_step:.1f} ms here")]
     trees = known_trees(drafter)
-    best = min(trees, key=lambda tree: round_seconds(costs, tree.shape, drafter, config, dtype) / tree.tokens_per_round)
-    a_round = round_seconds(costs, best.shape, drafter, config, dtype)
+    best = min(trees, key=lambda tree: round_seconds(costs, tree.shape) / tree.tokens_per_round)
+    a_round = round_seconds(costs, best.shape)
     # A larger tree whose rounds choose how many rows to run is at least about as good: it holds the smaller one.
-    largest = with_rungs(costs, max(trees, key=lambda tree: tree.shape.rows).shape, drafter, config, dtype)
+    larger = [tree.shape for tree in trees if costs.step(tree.shape.rows) <= LONGEST_STEP * a_step]
+    largest = with_rungs(costs, max([best.shape, *larger], key=lambda shape: shape.rows))
     shape = largest if largest.rungs else best.shape
     found.append(
         Candidate(
@@ -142,16 +147,12 @@ def candidates(
     return found
 
 
-def round_seconds(
-    costs: StepCosts, shape: TreeShape, drafter: TrainedExits | None, config: ModelConfig, dtype: np.dtype
-) -> float:
-    """What a serial round should take: a step of N rows, the drafter's weights once a drafted level, and the rest."""
-    return costs.step(shape.rows) + costs.round + shape.drafted * drafting_seconds(costs, drafter, config, dtype)
+def round_seconds(costs: StepCosts, shape: TreeShape) -> float:
+    """What a serial round should take: a step of N rows, its drafted levels and the rest."""
+    return costs.step(shape.rows) + costs.round + shape.drafted * costs.drafting
 
 
-def with_rungs(
-    costs: StepCosts, shape: TreeShape, drafter: TrainedExits | None, config: ModelConfig, dtype: np.dtype
-) -> TreeShape:
+def with_rungs(costs: StepCosts, shape: TreeShape) -> TreeShape:
     """The shape with the row counts that a round may choose from: those that cost clearly less than the next larger.
 
     Costs are in AR steps, with CAUTION, and rounded so that a program compiled for them serves another measurement too.
@@ -168,14 +169,8 @@ def with_rungs(
     rungs = tuple((rows, cost / COST_PARTS) for rows, cost in reversed(found))
     if len(rungs) < 2:
         return dataclasses.replace(shape, rungs=(), drafting=0.0)
-    drafting = drafting_seconds(costs, drafter, config, dtype)
-    share = max(1, parts(drafting)) / COST_PARTS if drafting else 0.0  # 0 would mean that levels are not chosen
+    share = max(1, parts(costs.drafting)) / COST_PARTS if shape.drafted else 0.0  # 0: levels are not chosen
     return dataclasses.replace(shape, rungs=rungs, drafting=share)
-
-
-def drafting_seconds(costs: StepCosts, drafter: TrainedExits | None, config: ModelConfig, dtype: np.dtype) -> float:
-    """What drafting a level should take: the drafter's weights are read once."""
-    return 0.0 if drafter is None else costs.reading(head_bytes(drafter, config, few_rows.kept_dtype(dtype)))
 
 
 def head_bytes(exits: TrainedExits, config: ModelConfig, dtype: np.dtype) -> int:

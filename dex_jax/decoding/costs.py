@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -27,10 +26,13 @@ from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import serial
 from dex_jax.decoding.interface import StageView
-from dex_jax.decoding.known_trees import LOOKUP_TREE
-from dex_jax.decoding.network import run_tree, transformer_network
+from dex_jax.decoding.known_trees import known_trees
+from dex_jax.decoding.network import commit_rows, run_tree, transformer_network
 from dex_jax.decoding.record import Limits
+from dex_jax.decoding.serial_network import commit_drafts, tree_drafter
+from dex_jax.decoding.trained_exits import ExitArrays, empty_memory, exit_arrays
 from dex_jax.errors import DexError
+from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import cache_folder, write_whole
 from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.lattice import NO_NODE, NO_TOKEN, default_rows
@@ -47,6 +49,12 @@ TOGETHER = 16
 """Rounds, and at most so many steps of a small model, that are measured in one program: one of them alone takes hardly
 longer than it takes to start it."""
 
+LEVELS = 3
+"""Of a tree are measured at most so many: one takes about as long as another, and all of them long to compile."""
+
+_KNOWN: dict[str, dict[str, Any]] = {}
+"""What this process knows already, as it is kept on disk."""
+
 REPEATS, SECONDS = 30, 2.0
 """Every size is run so often, one after the other, unless that takes longer; the fastest counts, as other load on the
 machine can only slow a run down."""
@@ -61,6 +69,7 @@ class StepCosts:
       seconds: for each of them; they never fall.
       weight_bytes: that a step reads.
       round: seconds of a serial round beside its step and its drafting: to look up, to choose rows, to commit.
+      drafting: seconds of drafting one level of a tree; 0 without a drafter.
       tick: seconds of all stages side by side with the default rows and no head; None for the unrolled layout, where a
         tick runs its stages one after the other.
     """
@@ -69,6 +78,7 @@ class StepCosts:
     seconds: tuple[float, ...]
     weight_bytes: int
     round: float = 0.0
+    drafting: float = 0.0
     tick: float | None = None
 
     def step(self, rows: float) -> float:
@@ -84,7 +94,9 @@ class StepCosts:
         return self.seconds[0] * size / self.weight_bytes
 
 
-def step_costs(config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int) -> StepCosts:
+def step_costs(
+    config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int, drafter: TrainedExits | None = None
+) -> StepCosts:
     """Measures, or remembers, what steps of `batch` sequences with `length` cache positions take on this device.
 
     Args:
@@ -93,37 +105,38 @@ def step_costs(config: ModelConfig, layout: Layout, dtype: Any, batch: int, leng
       dtype: of weights and caches.
       batch: B.
       length: S; rounded up to a power of two.
+      drafter: of serial rounds, None for the text alone.
     """
-    return _known_costs(config, layout, str(jnp.dtype(dtype)), batch, 1 << max(7, (length - 1).bit_length()))
-
-
-@functools.lru_cache(maxsize=64)
-def _known_costs(config: ModelConfig, layout: Layout, dtype: str, batch: int, length: int) -> StepCosts:
-    device = jax.devices()[0]
-    shapes = [size for size in dataclasses.astuple(config) if isinstance(size, int)]
-    about = (
-        device.platform,
-        device.device_kind,
-        os.cpu_count(),
-        jax.__version__,
-        dtype,
-        batch,
-        length,
-        layout,
-        few_rows.language(),
-        *shapes,
-    )
-    key, file = " ".join(map(str, about)), costs_file()
-    kept = _read(file).get(key)
+    length = 1 << max(7, (length - 1).bit_length())
+    key, file = _key(config, layout, jnp.dtype(dtype), batch, length, drafter), costs_file()
+    kept = _KNOWN.get(key) or _read(file).get(key)
     if kept is None:
-        kept = _measure(config, layout, jnp.dtype(dtype), batch, length)
+        kept = _measure(config, layout, jnp.dtype(dtype), batch, length, drafter)
         # Only a convenience: without a place to write, the next process measures again.
         with contextlib.suppress(DexError):
             write_whole(file, json.dumps(_read(file) | {key: kept}, indent=1) + "\n")
+    _KNOWN[key] = kept
     sizes = [shape for name, shape in parameter_shapes(config).items() if name != "embed" or config.tied]
     total = sum(map(math.prod, sizes)) * jnp.dtype(dtype).itemsize
     rows = tuple(np.maximum.accumulate(kept["rows"]).tolist())
-    return StepCosts(ROWS, rows, total, kept["round"], kept["tick"])
+    return StepCosts(ROWS, rows, total, kept["round"], kept["drafting"], kept["tick"])
+
+
+def _key(config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int, drafter: TrainedExits | None) -> str:
+    """All that figures depend on, in words."""
+    device = jax.devices()[0]
+    shapes: list[Any] = [size for size in dataclasses.astuple(config) if isinstance(size, int)]
+    if drafter is not None:
+        known = config.vocab_size if drafter.vocabulary is None else len(drafter.vocabulary)
+        shapes += [drafter.config, known, _short_tree(drafter).widths]
+    about = (device.platform, device.device_kind, os.cpu_count(), jax.__version__, dtype, batch, length, layout)
+    return " ".join(map(str, (*about, few_rows.language(), *shapes)))
+
+
+def _short_tree(drafter: TrainedExits | None) -> serial.TreeShape:
+    """The first levels of the largest tree that serial rounds may choose."""
+    whole = max((tree.shape for tree in known_trees(drafter)), key=lambda shape: shape.rows)
+    return dataclasses.replace(whole, widths=whole.widths[:LEVELS], drafted=min(whole.drafted, LEVELS))
 
 
 def costs_file() -> Path:
@@ -143,12 +156,14 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
         return {}
     if not isinstance(kept, dict):
         return {}
-    known = {"rows", "round", "tick"}
+    known = {"rows", "round", "drafting", "tick"}
     return {key: each for key, each in kept.items() if known <= set(each) and len(each["rows"]) == len(ROWS)}
 
 
-def _measure(config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int) -> dict[str, Any]:
-    """Seconds of a step over all L layers for each of ROWS, of a round beside its step, and of a tick."""
+def _measure(
+    config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int, drafter: TrainedExits | None
+) -> dict[str, Any]:
+    """Seconds of a step over all L layers for each of ROWS, and of what else StepCosts has."""
     short, layout, share = _shortened(config, layout, dtype)
     weights = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), abstract_weights(short, layout, dtype))
     memory = cache.allocate(short, layout, batch, length, 0, dtype)
@@ -178,16 +193,20 @@ def _measure(config: ModelConfig, layout: Layout, dtype: Any, batch: int, length
         token = jnp.zeros((batch, rows), jnp.int32)
         add(layers, weights, memory, token, token + length // 2, causal_rows(batch, rows))
         add(final, weights, jnp.ones((batch * rows, config.width), dtype))
-    add(*_rounds(batch, length))
+    tree = _short_tree(drafter)
+    for drafted in sorted({0, tree.drafted}):
+        shape = dataclasses.replace(tree, drafted=drafted)
+        add(*_rounds(short, layout, weights, batch, length, drafter, shape))
+    add(*_commits(short, layout, weights, batch, dtype, tree))
     if isinstance(layout, Stacked):
         add(*_tick(short, layout, weights, memory, batch, length, steps))
-    fastest = _fastest(programs)
-    of_rows = [(fastest[2 * i] / share + fastest[2 * i + 1]) / steps for i in range(len(ROWS))]
-    return {
-        "rows": of_rows,
-        "round": fastest[2 * len(ROWS)] / TOGETHER,
-        "tick": fastest[-1] / share / steps if isinstance(layout, Stacked) else None,
-    }
+    fastest = iter(_fastest(programs))
+    of_rows = [(next(fastest) / share + next(fastest)) / steps for _ in ROWS]
+    a_round = next(fastest) / TOGETHER
+    drafting = max(0.0, next(fastest) / TOGETHER - a_round) / tree.drafted if tree.drafted else 0.0
+    a_round += next(fastest) / TOGETHER / share
+    tick = next(fastest) / share / steps if isinstance(layout, Stacked) else None
+    return {"rows": of_rows, "round": a_round, "drafting": drafting, "tick": tick}
 
 
 def _shortened(config: ModelConfig, layout: Layout, dtype: Any) -> tuple[ModelConfig, Layout, float]:
@@ -203,25 +222,64 @@ def _shortened(config: ModelConfig, layout: Layout, dtype: Any) -> tuple[ModelCo
     return dataclasses.replace(config, num_layers=count), layout, count / config.num_layers
 
 
-def _rounds(batch: int, length: int) -> tuple[Any, ...]:
-    """(function, arguments) that runs TOGETHER serial rounds of a network without layers."""
-    network = serial.TreeNetwork(
-        vocab_size=2,
-        run=lambda memory, token, *where: (jnp.zeros((*token.shape, 1)), ()),
-        commit=lambda memory, fresh, path: memory,
-        final=lambda hidden: jnp.zeros((hidden.shape[0], 2)),
-        drafter=None,
-    )
-    capacity = 1 + TOGETHER * LOOKUP_TREE.levels
+def _rounds(
+    config: ModelConfig,
+    layout: Layout,
+    weights: Any,
+    batch: int,
+    length: int,
+    drafter: TrainedExits | None,
+    shape: serial.TreeShape,
+) -> tuple[Any, ...]:
+    """(function, arguments) that runs TOGETHER serial rounds whose rows go through no layer."""
+    model = merge_model(config, layout, weights)
+    drafts, arrays = None, None
+    if drafter is not None:
+        drafts, arrays = drafter.config, exit_arrays(model, drafter.config, drafter.parameters, drafter.vocabulary)
+    memory = cache.Memory((), (), (), (), empty_memory(drafts, batch, model.embed[...].dtype))
+    capacity = 1 + TOGETHER * shape.levels
     limits = Limits(jnp.full(batch, capacity, jnp.int32), jnp.full(1, NO_TOKEN, jnp.int32))
 
-    def function(prompt: jax.Array, limits: Limits) -> Any:
+    def function(
+        weights: Any, memory: cache.Memory, arrays: ExitArrays | None, prompt: jax.Array, limits: Limits
+    ) -> Any:
+        model = merge_model(config, layout, weights)
+        network = serial.TreeNetwork(
+            vocab_size=config.vocab_size,
+            run=lambda memory, token, *where: (model.embed_tokens(jnp.maximum(token, 0)), ()),
+            commit=lambda memory, fresh, path: memory._replace(
+                exits=commit_drafts(model, drafts, arrays, memory.exits, path)
+            ),
+            final=lambda hidden: jnp.zeros((hidden.shape[0], 2)),
+            drafter=None if drafts is None or arrays is None else tree_drafter(model, drafts, arrays, shape.rows),
+        )
         first, position = prompt[:, 0], jnp.full(batch, length // 2, jnp.int32)
-        sizes: dict[str, Any] = {"shape": LOOKUP_TREE, "length": length, "capacity": capacity, "limits": limits}
-        state = serial.init(network, (), prompt, first, position, **sizes)
-        return serial.run(network, state, limits, shape=LOOKUP_TREE, until_tick=jnp.int32(TOGETHER)).record
+        sizes: dict[str, Any] = {"shape": shape, "length": length, "capacity": capacity, "limits": limits}
+        state = serial.init(network, memory, prompt, first, position, **sizes)
+        return serial.run(network, state, limits, shape=shape, until_tick=jnp.int32(TOGETHER)).record
 
-    return function, jnp.zeros((batch, length // 2), jnp.int32), limits
+    return function, weights, memory, arrays, jnp.zeros((batch, length // 2), jnp.int32), limits
+
+
+def _commits(
+    config: ModelConfig, layout: Layout, weights: Any, batch: int, dtype: Any, shape: serial.TreeShape
+) -> tuple[Any, ...]:
+    """(function, arguments) that commits the longest paths of TOGETHER rounds to the layers' caches."""
+    length = TOGETHER + shape.levels  # of the caches: how long they are makes no difference
+    memory = cache.allocate(config, layout, batch, length, 0, dtype)
+    row = jnp.broadcast_to(jnp.arange(shape.levels), (batch, shape.levels))
+
+    def function(weights: Any, memory: cache.Memory, row: jax.Array) -> Any:
+        model = merge_model(config, layout, weights)
+        leaf = (config.num_layers, batch, config.num_kv_heads, shape.rows, config.head_dim)
+
+        def one_more(start: jax.Array, memory: cache.Memory) -> cache.Memory:
+            fresh = jnp.broadcast_to(start.astype(dtype), leaf)
+            return commit_rows(model, memory, (fresh, fresh), row, jnp.broadcast_to(start, batch), start)
+
+        return jax.lax.fori_loop(0, TOGETHER, one_more, memory)
+
+    return function, weights, memory, row
 
 
 def _again(steps: int, step: Callable[[Any], Any], start: Any) -> Any:

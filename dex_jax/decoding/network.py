@@ -152,10 +152,13 @@ def run_tree(
       prefix: [B] int32.
 
     Returns:
-      (hidden states [B, N, D] at depth L, the rows' (keys, values): L of [B, G, N, d], stacked [L, B, G, N, d]).
+      (hidden states [B, N, D] at depth L, the rows' (keys, values), both [L, B, G, N, d]).
     """
     hidden = model.embed_tokens(jnp.maximum(token, 0))
-    return run_rows(model, memory, hidden, position, among, prefix, range(model.config.num_layers))
+    hidden, fresh = run_rows(model, memory, hidden, position, among, prefix, range(model.config.num_layers))
+    # One array to choose rows from, not one a layer: each operation costs a device more than these few rows do.
+    keys, values = (jnp.stack(each) if isinstance(each, tuple) else each for each in fresh)
+    return hidden, (keys, values)
 
 
 def run_rows(
@@ -224,10 +227,8 @@ def commit_rows(
       done: any array that is known only after memory has been read.
     """
 
-    def chosen(rows: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(rows, row[:, None, :, None], axis=2)
-
-    return write_layers(model, memory, fresh, prefix, range(model.config.num_layers), done, chosen)
+    keys, values = (jnp.take_along_axis(each, row[None, :, None, :, None], axis=3) for each in fresh)
+    return write_layers(model, memory, (keys, values), prefix, range(model.config.num_layers), done)
 
 
 def write_layers(

@@ -26,17 +26,24 @@ def tree_network(model: Transformer, config: ExitsConfig | None, arrays: ExitArr
 
     def commit(memory: Any, fresh: Any, path: Confirmed) -> Any:
         memory = commit_rows(model, memory, fresh, path.row, path.prefix, path.hidden)
-        if config is None or arrays is None:
-            return memory
-        ends = path.prefix + path.length
-        taken = read_chunk(model, config, arrays, memory.exits, path.token, path.hidden, path.prefix, ends)
-        return memory._replace(exits=taken)
+        return memory._replace(exits=commit_drafts(model, config, arrays, memory.exits, path))
 
-    drafter = None if config is None or arrays is None else _drafter(model, config, arrays, rows)
+    drafter = None if config is None or arrays is None else tree_drafter(model, config, arrays, rows)
     return TreeNetwork(model.config.vocab_size, run, commit, model.logits, drafter)
 
 
-def _drafter(model: Transformer, config: ExitsConfig, arrays: ExitArrays, rows: int) -> Drafter:
+def commit_drafts(
+    model: Transformer, config: ExitsConfig | None, arrays: ExitArrays | None, memory: Any, path: Confirmed
+) -> Any:
+    """What a drafter remembers of the prefix, `memory.exits`, with the rows of a path; as it is without a drafter."""
+    if config is None or arrays is None:
+        return memory
+    ends = path.prefix + path.length
+    return read_chunk(model, config, arrays, memory, path.token, path.hidden, path.prefix, ends)
+
+
+def tree_drafter(model: Transformer, config: ExitsConfig, arrays: ExitArrays, rows: int) -> Drafter:
+    """The callables of a drafter alone, arguments as of `tree_network`."""
     dtype = model.embed[...].dtype
     logits, rest = shared_columns(model, arrays)
     return Drafter(

@@ -11,8 +11,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
-import jax.numpy as jnp
-
 from dex_jax.decoding.auto import round_seconds
 from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
 from dex_jax.decoding.generate import generate
@@ -117,7 +115,7 @@ def search_trees(
     if largest is not None and largest <= max(sizes):
         raise DexError(f"the largest tree must have more rows than {max(sizes)}, not {largest}")
     length = prompt_bucket(max(map(len, prompts))) + capacity_for(new_tokens)
-    costs = step_costs(lm.config, lm.layout, lm.dtype, 1, length)
+    costs = step_costs(lm.config, lm.layout, lm.dtype, 1, length, drafter)
     known: dict[TreeShape, TreeFigures] = {}
 
     def figures(shape: TreeShape) -> TreeFigures:
@@ -144,7 +142,7 @@ def search_trees(
 
 
 def _figures(lm: LanguageModel, drafter: TrainedExits | None, tree: KnownTree, costs: StepCosts) -> TreeFigures:
-    a_round = round_seconds(costs, tree.shape, drafter, lm.config, jnp.dtype(lm.dtype))
+    a_round = round_seconds(costs, tree.shape)
     return TreeFigures(tree, a_round, tree.tokens_per_round * costs.step(1) / a_round)
 
 
