@@ -52,12 +52,12 @@ longer than it takes to start it."""
 LEVELS = 3
 """Of a tree are measured at most so many: one takes about as long as another, and all of them long to compile."""
 
-_KNOWN: dict[str, dict[str, Any]] = {}
-"""What this process knows already, as it is kept on disk."""
-
 REPEATS, SECONDS = 30, 2.0
 """Every size is run so often, one after the other, unless that takes longer; the fastest counts, as other load on the
 machine can only slow a run down."""
+
+_KNOWN: dict[str, dict[str, Any]] = {}
+"""What this process has measured or read, as it is kept on disk."""
 
 
 @dataclasses.dataclass(frozen=True)
