@@ -92,8 +92,8 @@ SECTIONS = (
         "rounds and explorers side by side in the same run. Where auto chose AR, what it differs from AR by is the "
         "noise of the machine. Contexts of 2,000 tokens are of one batch each (`--lengths 2000 --batches 1 2 --texts "
         "1`); four and eight of them have not been measured yet. Before what drafting a level takes was measured, and "
-        "when rounds chose from a tree of 16 rows whatever those took, two sequences of 400 and of 2,000 tokens were at "
-        "1.16 and 1.41.",
+        "when rounds chose from a tree of 16 rows whatever those took, two sequences of 400 and of 2,000 tokens were "
+        "at 1.16 and 1.41.",
         "auto.py --data question_240.jsonl --explorers 5 --texts 3 --rounds 2 --lengths 64 400 --max-new-tokens 48 "
         "--output docs/serial/auto",
     ),
