@@ -238,12 +238,11 @@ def write_layers(
     start: jax.Array,
     layers: range,
     done: jax.Array,
-    chosen: Callable[[jax.Array], jax.Array] = lambda rows: rows,
 ) -> Memory:
     """Writes what `run_rows` gave for `layers` at consecutive positions from `start` [B] on.
 
-    `chosen` picks from each layer's rows, [B, G, N, d] -> [B, G, P, d]; start + P must not pass the cache's end. `done`
-    is any array that is known only after memory has been read.
+    Of P rows of each, start + P must not pass the cache's end. `done` is any array that is known only after memory has
+    been read.
     """
     at = after(start, done)
 
@@ -252,14 +251,14 @@ def write_layers(
         for caches, each in zip((memory.keys, memory.values), fresh, strict=True):
             whole = list(caches)
             for i, rows in zip(layers, each, strict=True):
-                whole[i] = write_rows(whole[i], chosen(rows), at)
+                whole[i] = write_rows(whole[i], rows, at)
             written.append(tuple(whole))
         return memory._replace(keys=written[0], values=written[1])
 
     def one_layer(caches: Any, part: Any) -> Any:
         place, *rows = part
         where = (place[0], place[1])
-        return tuple(write_rows(c, chosen(r), at, where) for c, r in zip(caches, rows, strict=True)), None
+        return tuple(write_rows(c, r, at, where) for c, r in zip(caches, rows, strict=True)), None
 
     places = jnp.asarray([model.layout.place(i) for i in layers])
     (keys, values), _ = jax.lax.scan(one_layer, (memory.keys, memory.values), (places, *fresh))

@@ -121,7 +121,7 @@ def search_trees(
     def figures(shape: TreeShape) -> TreeFigures:
         if shape not in known:
             tokens = _tokens_per_round(lm, drafter, prompts, shape, new_tokens)
-            known[shape] = _figures(lm, drafter, KnownTree(shape, tokens), costs)
+            known[shape] = _figures(KnownTree(shape, tokens), costs)
             tell(known[shape])
         return known[shape]
 
@@ -141,7 +141,7 @@ def search_trees(
     return found
 
 
-def _figures(lm: LanguageModel, drafter: TrainedExits | None, tree: KnownTree, costs: StepCosts) -> TreeFigures:
+def _figures(tree: KnownTree, costs: StepCosts) -> TreeFigures:
     a_round = round_seconds(costs, tree.shape)
     return TreeFigures(tree, a_round, tree.tokens_per_round * costs.step(1) / a_round)
 
