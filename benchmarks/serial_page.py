@@ -101,7 +101,7 @@ SECTIONS = (
         "ablation",
         "One sequence, greedy, 96 new tokens; each row changes one thing of the drafter's tree, or of the rounds that "
         "choose. With further rows in C++ a second row a level neither costs nor brings much in time; the lookup and "
-        "the drafter each bring more beside the other than alone, and choosing levels as well as rows pays most.",
+        "the drafter each bring more beside the other than alone; rounds that choose rows gain by choosing levels too.",
         f"serial_ablation.py {DATA} --prompts 3 --rounds 2 --output docs/serial/ablation",
     ),
     Section(
