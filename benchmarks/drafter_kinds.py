@@ -3,8 +3,8 @@
     python benchmarks/drafter_kinds.py --folder runs/drafter_kinds --data HumanEval.jsonl.gz \\
         --data question_240.jsonl --output docs/serial/drafter_kinds
 
-Trains exits at depth 0 of SmolLM2-135M on --tokens tokens each, everything else as in configs/smollm2_135m_drafter.py
-but for draft steps, which only kind "attn" has, and measures them as `train_exits.py evaluate` does. With one drafted
+Trains exits at depth 0 of SmolLM2-135M on --tokens tokens each, everything else as in the first run of
+configs/smollm2_135m_drafter.py but for draft steps, which only kind "attn" has, and measures them as `train_exits.py evaluate` does. With one drafted
 token a round emits 1 + agreement tokens. What is trained is kept in --folder.
 """
 
@@ -55,7 +55,7 @@ def main() -> int:
     args = parser.parse_args()
     store = args.output.with_suffix(".json") if args.output else None
     rows = json.loads(store.read_text(encoding="utf-8"))["rows"] if store and store.exists() else {}
-    config = runpy.run_path(str(CONFIG))["config"]
+    config = runpy.run_path(str(CONFIG))["first"]
     lm = dex_jax.load(config.model, "float32")
     groups = answered(argparse.Namespace(**vars(args), max_new_tokens=96, batch=8), lm)
     steps = -(-args.tokens // (config.train.batch * config.chunk))
