@@ -31,10 +31,11 @@ class ExitArrays(NamedTuple):
     """What the compiled programs take of trained exits beside the model.
 
     Attributes:
-      parameters: of ExitHeads at depths x_1 .. x_{K-1}, in the model's dtype; a drafter's, and its `unembed`, in what
+      parameters: of ExitHeads at depths x_1 .. x_{K-1}, in the model's dtype; a drafter's in what
         `few_rows.kept_dtype` gives for it.
       vocabulary, columns: as in Exits; None for the full vocabulary.
-      unembed: [V', D], the model's rows of the draft vocabulary; None for the full vocabulary.
+      unembed: [V', D], the model's rows of the draft vocabulary, in what `few_rows.kept_dtype` gives for the model's
+        dtype; None for the full vocabulary.
     """
 
     parameters: Any
@@ -66,14 +67,15 @@ def exit_arrays(
       vocabulary: [V'] int32 ascending, or None.
     """
     kernel = model.embed if model.unembed is None else model.unembed
-    dtype = few_rows.kept_dtype(kernel[...].dtype) if config.is_drafter else kernel[...].dtype
-    heads = heads_of(config, parameters, dtype)
+    kept = few_rows.kept_dtype(kernel[...].dtype)
+    # Heads at several depths are stacked, which few_rows.cc would need copies of.
+    heads = heads_of(config, parameters, kept if config.is_drafter else kernel[...].dtype)
     if vocabulary is None:
         return ExitArrays(nnx.state(heads), None, None, None)
     draft = jnp.asarray(vocabulary, jnp.int32)
     size = draft.shape[0]
     columns = jnp.full(model.config.vocab_size, size, jnp.int32).at[draft].set(jnp.arange(size, dtype=jnp.int32))
-    return ExitArrays(nnx.state(heads), draft, columns, _rows(kernel[...], vocabulary, dtype))
+    return ExitArrays(nnx.state(heads), draft, columns, _rows(kernel[...], vocabulary, kept))
 
 
 @functools.partial(jax.jit, static_argnums=2)

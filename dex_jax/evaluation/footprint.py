@@ -140,11 +140,11 @@ def trained_bytes(config: ModelConfig, dtype: jnp.dtype, exits: TrainedExits | N
         return 0
     # On a mesh a device holds the head of its own stage, and what all heads share.
     held = exits.config if mesh is None else dataclasses.replace(exits.config, depths=exits.config.depths[:1])
-    dtype = few_rows.kept_dtype(jnp.dtype(dtype)) if exits.config.is_drafter else jnp.dtype(dtype)
-    size = nbytes(abstract_parameters(held, dtype))
+    kept = few_rows.kept_dtype(jnp.dtype(dtype))
+    size = nbytes(abstract_parameters(held, kept if exits.config.is_drafter else jnp.dtype(dtype)))
     if exits.vocabulary is None:
         return size
-    return size + len(exits.vocabulary) * (config.width * dtype.itemsize + 4) + 4 * config.vocab_size
+    return size + len(exits.vocabulary) * (config.width * kept.itemsize + 4) + 4 * config.vocab_size
 
 
 def cache_length_for(prompt_length: int, max_new_tokens: int, schedule: Schedule) -> int:

@@ -131,8 +131,11 @@ def _registered() -> bool:
 
 
 def kept_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """What to keep weights in that only propose tokens: bfloat16 for float32 where that is read in half the time."""
-    return jnp.dtype(jnp.bfloat16) if dtype == jnp.float32 and ready() else dtype
+    """What to keep weights in that only propose tokens: bfloat16 for float32 where that is read in half the time.
+
+    The same for one device and for many, which have to propose the same.
+    """
+    return jnp.dtype(jnp.bfloat16) if dtype == jnp.float32 and _registered() else dtype
 
 
 def language() -> str:
