@@ -4,8 +4,8 @@
         --data question_240.jsonl --output docs/serial/drafter_kinds
 
 Trains exits at depth 0 of SmolLM2-135M on --tokens tokens each, everything else as in the first run of
-configs/smollm2_135m_drafter.py but for draft steps, which only kind "attn" has, and measures them as `train_exits.py evaluate` does. With one drafted
-token a round emits 1 + agreement tokens. What is trained is kept in --folder.
+configs/smollm2_135m_drafter.py but for draft steps, which only kind "attn" has, and measures them as `train_exits.py
+evaluate` does. With one drafted token a round emits 1 + agreement tokens. What is trained is kept in --folder.
 """
 
 from __future__ import annotations
