@@ -380,3 +380,16 @@ def test_without_it_the_product_is_xlas(tmp_path) -> None:
     assert not says(tmp_path, CXX=shutil.which("false") or "false")
     assert not says(tmp_path, XLA_FLAGS=environment.flags_for_devices(2))
     assert not (tmp_path / "dex_jax" / "native").exists()
+
+
+@needs_compiler
+def test_what_only_proposes_is_kept_alike_on_one_device_and_on_two(tmp_path) -> None:
+    program = (
+        "import jax.numpy as jnp; from dex_jax.nn import few_rows; print(few_rows.kept_dtype(jnp.dtype('float32')))"
+    )
+    for count in (1, 2):
+        own = {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": environment.flags_for_devices(count)}
+        found = subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | own, capture_output=True, text=True, check=True
+        )
+        assert found.stdout.strip() == "bfloat16"
