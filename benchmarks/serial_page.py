@@ -110,8 +110,8 @@ SECTIONS = (
         "layer, and learning to go on from its own outputs, cost agreement with the first token drafted; what they "
         "bring to the ones after it is not in this table. The drafter that ships has both and 16 times the training: "
         "0.399, 0.358, mean 0.379 on these prompts (`python train_exits.py evaluate --prompts 20 --exits "
-        "dex_jax/default_exits/268a3187a3ebf69e.drafter.safetensors --data HumanEval.jsonl.gz question_240.jsonl`). One "
-        "without attention has not been trained as long yet.",
+        "dex_jax/default_exits/268a3187a3ebf69e.drafter.safetensors --data HumanEval.jsonl.gz question_240.jsonl`). "
+        "One without attention has not been trained as long yet.",
         f"drafter_kinds.py --folder runs/drafter_kinds {DATA} --output docs/serial/drafter_kinds",
     ),
     Section(
