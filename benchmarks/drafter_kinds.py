@@ -26,6 +26,7 @@ from dex_jax.cli.train_results import answered
 from dex_jax.evaluation.exit_metrics import grouped_figures
 from dex_jax.nn.exits import heads_of
 from dex_jax.training.exit_training import train_exits
+from dex_jax.training.journal import read_journal
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "smollm2_135m_drafter.py"
 
@@ -40,7 +41,13 @@ def variants(config) -> dict:
             config, exits=dataclasses.replace(mlp, fused=True), options=dataclasses.replace(alone, own_outputs=0.0)
         ),
         "with attention (attn)": dataclasses.replace(config, options=dataclasses.replace(alone, own_outputs=0.0)),
-        "trained on 4 steps of its own outputs": config,
+        "mlp, fused, trained on 4 steps of its own outputs": dataclasses.replace(
+            config, exits=dataclasses.replace(mlp, fused=True)
+        ),
+        "attn, trained on 4 steps of its own outputs": config,
+        "attn, fused, trained on 4 steps of its own outputs": dataclasses.replace(
+            config, exits=dataclasses.replace(config.exits, fused=True)
+        ),
     }
 
 
@@ -48,6 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="of the trainings, one each")
     parser.add_argument("--tokens", type=int, default=51_200, help="of each training (%(default)s)")
+    parser.add_argument("--rows", nargs="+", choices=range(1, 7), type=int, help="which drafters (default: all)")
     parser.add_argument("--data", action="append", required=True, metavar="FILE", help="prompts to measure on")
     parser.add_argument("--prompts", type=int, default=20, help="of each file, evenly spread (%(default)s)")
     parser.add_argument("--cache", help="keeps answers, as train_exits.py evaluate --cache")
@@ -60,8 +68,8 @@ def main() -> int:
     groups = answered(argparse.Namespace(**vars(args), max_new_tokens=96, batch=8), lm)
     steps = -(-args.tokens // (config.train.batch * config.chunk))
     train = dataclasses.replace(config.train, steps=steps, warmup_steps=steps // 10, eval_every=None)
-    for name, each in variants(config).items():
-        if name in rows:
+    for number, (name, each) in enumerate(variants(config).items(), 1):
+        if name in rows or number not in (args.rows or [number]):
             continue
         folder = args.folder / "".join(c if c.isalnum() else "_" for c in name)
         each = dataclasses.replace(each, train=train, evaluation_texts=0)
@@ -69,6 +77,8 @@ def main() -> int:
         heads = heads_of(exits.config, exits.parameters, jnp.float32)
         found = grouped_figures(lm, heads, exits.vocabulary, groups, explorers=())
         rows[name] = {group: round(figures.agreement[0], 4) for group, figures in found.items()}
+        last = [line for line in read_journal(folder) if line["kind"] == "train"][-1]
+        rows[name] |= {key: round(value, 4) for key, value in last.items() if key.startswith("agreement_draft")}
         if store:
             about = f"{jax.devices()[0].device_kind}, float32, jax {jax.__version__}, {args.prompts} prompts a file"
             content = {"device": about, "tokens": args.tokens, "rows": rows}

@@ -154,8 +154,27 @@ def test_a_drafter_is_trained_and_drafts(tmp_path) -> None:
     options = {"max_new_tokens": 12}
     out = dex_jax.generate(lm, [[1, 5, 7]], method=method, exits=trained, **options)
     assert out.tokens.tolist() == dex_jax.generate(lm, [[1, 5, 7]], method=dex_jax.AR(), **options).tokens.tolist()
-    with pytest.raises(DexError, match=r"one exit of kind attn at depth 0, not attn at \(1, 2\)"):
-        train_exits(dataclasses.replace(config, exits=EXITS), base_model(), tmp_path / "none", tell=quiet)
+
+
+@pytest.mark.parametrize(("kind", "fused"), [("mlp", True), ("attn", True)])
+def test_other_exits_at_depth_0_learn_from_their_own_outputs(kind, fused, tmp_path) -> None:
+    exits = dataclasses.replace(EXITS, depths=(0,), kind=kind, fused=fused)
+    config = dataclasses.replace(CONFIG, exits=exits, options=DistillationOptions(draft_steps=2))
+    train_exits(config, base_model(), tmp_path, tell=quiet)
+    names = {name for record in read_journal(tmp_path) for name in record if name.startswith("agreement")}
+    assert names == {"agreement_draft_1", "agreement_draft_2"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"depths": (1, 2)}, r"not attn at \(1, 2\)"), ({"kind": "mlp", "depths": (0,)}, r"not mlp at \(0,\)")],
+)
+def test_draft_steps_are_refused_to_exits_that_cannot_draft(changes, says, tmp_path) -> None:
+    config = dataclasses.replace(
+        CONFIG, exits=dataclasses.replace(EXITS, **changes), options=DistillationOptions(draft_steps=3)
+    )
+    with pytest.raises(DexError, match=says):
+        train_exits(config, base_model(), tmp_path / "none", tell=quiet)
 
 
 def test_a_first_training_of_other_heads_is_refused() -> None:

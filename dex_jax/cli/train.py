@@ -83,7 +83,7 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
     train_exits(config, lm, folder, mesh=mesh, initial=initial, tell=functools.partial(print, flush=True))
     _draw(folder)
     model = "" if config.model == "smollm2-135m" else f" --model {config.model}"
-    serial = " --schedule serial" if config.options.draft_steps > 1 else ""
+    serial = " --schedule serial" if config.exits.is_drafter else ""
     decode = program("decode.py")
     print(f'The exits are in {folder / FILE_NAME}. Use them: {decode}{model}{serial} --exits {folder} --prompt "..."')
 

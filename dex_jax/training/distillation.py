@@ -79,8 +79,11 @@ class Distillation:
     ):
         self.lm, self.exits, self.vocabulary, self.stream = lm, exits, vocabulary, stream
         self.options = DistillationOptions() if options is None else options
-        if self.options.draft_steps > 1 and not exits.is_drafter:
-            raise DexError(f"draft steps need one exit of kind attn at depth 0, not {exits.kind} at {exits.depths}")
+        if self.options.draft_steps > 1 and not (exits.needs_previous and exits.depths == (0,)):
+            raise DexError(
+                "draft steps need one exit at depth 0 that reads the position before (kind attn, or fused), "
+                f"not {exits.kind} at {exits.depths}"
+            )
         self._data, self._evaluate, self._initial = data, evaluate, initial
 
     def settings(self) -> dict[str, Any]:
