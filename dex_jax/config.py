@@ -129,5 +129,5 @@ class ExitsConfig:
 
     @property
     def is_drafter(self) -> bool:
-        """Whether serial rounds can draft with it: one exit of kind "attn" at depth 0."""
-        return self.kind == "attn" and self.depths == (0,)
+        """Whether serial rounds can draft with it: one exit at depth 0 that reads the position before."""
+        return self.needs_previous and self.depths == (0,)

@@ -32,20 +32,21 @@ from dex_jax.training.items import NO_ITEM
 from dex_jax.training.stream import Activations
 
 CONFIG = ExitsConfig("attn", (0,), LLAMA.width, hidden=12, heads=2, head_dim=8, window=5, draft_size=40)
+KINDS = {"attn": CONFIG, "mlp": ExitsConfig("mlp", (0,), LLAMA.width, fused=True, hidden=12, draft_size=40)}
 SERIAL = dex_jax.Dex(schedule="serial")
 
 
 @functools.cache
-def drafter(widths: tuple[int, ...] = (3, 2, 1, 1), drafted: int = 3) -> TrainedExits:
+def drafter(kind: str = "attn", widths: tuple[int, ...] = (3, 2, 1, 1), drafted: int = 3) -> TrainedExits:
     """A random drafter, near the model's own head."""
     rng = np.random.default_rng(1)
     parameters = {}
-    for name, (shape, start) in exit_parameters(CONFIG).items():
+    for name, (shape, start) in exit_parameters(KINDS[kind]).items():
         scale = 0.3 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.1
         parameters[name] = (rng.standard_normal(shape) * scale + (start in ("norm", "scale"))).astype(np.float32)
     vocabulary = np.sort(rng.permutation(LLAMA.vocab_size)[:40]).astype(np.int32)
     tree = KnownTree(TreeShape(widths, drafted, (0.3, *[0.7] * 7)), 1.5)
-    return with_trees(TrainedExits(CONFIG, parameters, vocabulary, "0", {}, "random"), [tree])
+    return with_trees(TrainedExits(KINDS[kind], parameters, vocabulary, "0", {}, "random"), [tree])
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,9 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("exits", ["drafter", "lookup"])
+@pytest.mark.parametrize("exits", ["attn", "mlp", "lookup"])
 def test_tokens_are_those_of_ar(lm, exits, options) -> None:
-    prompts, given = ragged_prompts(3), drafter() if exits == "drafter" else "shared"
+    prompts, given = ragged_prompts(3), "shared" if exits == "lookup" else drafter(exits)
     plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), max_new_tokens=40, **options)
     out = dex_jax.generate(lm, prompts, method=SERIAL, exits=given, max_new_tokens=40, **options)
     filters = {name: options[name] for name in ("temperature", "top_p") if name in options}
@@ -71,7 +72,7 @@ def test_tokens_are_those_of_ar(lm, exits, options) -> None:
         assert stats.rounds[row] == stats.stage_steps[row] == rounds_of(stats.exits[row], length)
         assert stats.tokens_per_round[row] == pytest.approx((length - 1) / stats.rounds[row])
     assert stats.rounds.sum() < (out.lengths - 1).sum(), "nothing drafted was ever right: this would test nothing"
-    assert stats.exits_source == ("random" if exits == "drafter" else None)
+    assert stats.exits_source == (None if exits == "lookup" else "random")
 
 
 def test_the_stacked_layout_gives_the_same(lm) -> None:
@@ -95,24 +96,25 @@ def test_a_batch_is_its_single_runs(lm) -> None:
         assert together.stats.rounds[row] == alone.stats.rounds[0]
 
 
-def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> None:
     """A chain of drafts after a prompt, read in two pieces, against `read_drafts` at the same positions."""
     model = merge_model(lm.config, lm.layout, lm.weights)
-    given, drafted, prefix = drafter(), 4, 6
+    given, config, drafted, prefix = drafter(kind), KINDS[kind], 4, 6
     # What bfloat16 holds exactly, as a drafter may be kept in it.
     exact = {name: value.astype(jnp.bfloat16).astype(np.float32) for name, value in given.parameters.items()}
     given = dataclasses.replace(given, parameters=exact)
-    arrays = exit_arrays(model, CONFIG, given.parameters, given.vocabulary)
+    arrays = exit_arrays(model, config, given.parameters, given.vocabulary)
     tokens = np.random.default_rng(3).integers(0, LLAMA.vocab_size, (1, prefix + drafted)).astype(np.int32)
     hidden = depth_states(model, jnp.asarray(tokens), (LLAMA.num_layers,))[0]
 
-    memory = empty_memory(CONFIG, 1, jnp.float32)
-    network = tree_network(model, CONFIG, arrays, drafted)
+    memory = empty_memory(config, 1, jnp.float32)
+    network = tree_network(model, config, arrays, drafted)
     for start, end in ((0, 4), (4, prefix)):
         piece, lengths = slice(start, end), jnp.asarray([end])
         memory = read_chunk(
             model,
-            CONFIG,
+            config,
             arrays,
             memory,
             jnp.asarray(tokens[:, piece]),
@@ -141,7 +143,7 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm) -> None:
     normed = np.pad(np.array(model.normed(hidden)), [(0, 0), (pad, 0), (0, 0)])
     states = model.embed_tokens(jnp.asarray(tokens[:, -drafted:]))[None]
     batch = Activations(states, jnp.asarray(normed), jnp.asarray(padded), jnp.asarray(position), jnp.ones((1, drafted)))
-    heads = heads_of(CONFIG, given.parameters, jnp.float32)
+    heads = heads_of(config, given.parameters, jnp.float32)
     trained, _ = read_drafts(heads, batch, jnp.asarray(normed), model.embed[...], drafted)
     for row in range(drafted):
         np.testing.assert_allclose(found[row], trained[row, 0, row], rtol=1e-5, atol=1e-5)
@@ -149,7 +151,7 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm) -> None:
 
 def test_what_does_not_fit_is_refused(lm) -> None:
     other = dataclasses.replace(drafter(), config=dataclasses.replace(CONFIG, depths=(1,)))
-    with pytest.raises(dex_jax.DexError, match="one exit of kind attn at depth 0"):
+    with pytest.raises(dex_jax.DexError, match="one exit at depth 0 that reads"):
         resolve_method(SERIAL, other, lm.config, "0")
     with pytest.raises(dex_jax.DexError, match="width 32, and this one has 64"):
         resolve_method(SERIAL, drafter(), dataclasses.replace(LLAMA, width=64), "0")

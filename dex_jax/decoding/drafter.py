@@ -21,19 +21,18 @@ class Drafts(NamedTuple):
     """What the drafter has made of the rows of a tree so far.
 
     Attributes:
-      keys, values: of its context layer, [B, H, N, d].
       features: [B, N, D], its estimates of what the final norm would give.
+      context: keys and values of its context layer, two of [B, H, N, d]; None unless the kind is "attn".
     """
 
-    keys: jax.Array
-    values: jax.Array
     features: jax.Array
+    context: tuple[jax.Array, jax.Array] | None
 
 
 def no_drafts(config: ExitsConfig, batch: int, rows: int, dtype: jnp.dtype) -> Drafts:
     """Before any row."""
     leaf = jnp.zeros((batch, config.heads, rows, config.head_dim), dtype)
-    return Drafts(leaf, leaf, jnp.zeros((batch, rows, config.width), dtype))
+    return Drafts(jnp.zeros((batch, rows, config.width), dtype), (leaf, leaf) if config.kind == "attn" else None)
 
 
 def draft_rows(
@@ -51,7 +50,7 @@ def draft_rows(
     """Runs the rows of one level.
 
     Args:
-      model, config, arrays: what runs; the one exit is of kind "attn" at depth 0.
+      model, config, arrays: what runs; the one exit is a drafter, see ExitsConfig.is_drafter.
       memory: of the committed prefix.
       drafts: of the levels before.
       first: row of the level's first.
@@ -63,30 +62,30 @@ def draft_rows(
       (features [B, w, D + 1] with the rest logit last, drafts with these rows).
     """
     heads = exit_heads(config, arrays)
-    layer = heads.context
-    assert layer is not None
-    assert memory.context is not None
     batch, width = token.shape
     of_parent = jnp.take_along_axis(drafts.features, jnp.maximum(parent, 0)[:, :, None], axis=1)
     previous = jnp.where((parent == NO_NODE)[:, :, None], memory.previous[:, None], of_parent)
     embedded = model.embed_tokens(jnp.maximum(token, 0))
-    entered = layer.enter_rows(embedded, previous)
-
-    committed = in_window(memory.context, position, config.window)
-    itself = jnp.eye(width, dtype=bool)[None]
-    own = jnp.pad(itself, [(0, 0), (0, 0), (first, ancestors.shape[2] - first - width)])
-    before = KeyValues(
-        jnp.concatenate([memory.context.keys, drafts.keys], axis=2),
-        jnp.concatenate([memory.context.values, drafts.values], axis=2),
-        jnp.concatenate([committed, ancestors & ~own], axis=2),
-    )
-    context, keys, values = layer.read(entered, position, before, jnp.broadcast_to(itself, (batch, width, width)))
-    flat = (1, batch * width, embedded.shape[-1])
-    features = heads.features(embedded.reshape(flat), previous.reshape(flat), context.reshape(flat))
-    features = features.reshape(batch, width, -1)
     place = slice(first, first + width)
-    return features, Drafts(
-        drafts.keys.at[:, :, place].set(keys),
-        drafts.values.at[:, :, place].set(values),
-        drafts.features.at[:, place].set(features[..., :-1]),
-    )
+    flat = (1, batch * width, embedded.shape[-1])
+
+    read, context = None, drafts.context
+    if heads.context is not None:
+        assert memory.context is not None
+        assert context is not None
+        committed = in_window(memory.context, position, config.window)
+        itself = jnp.eye(width, dtype=bool)[None]
+        own = jnp.pad(itself, [(0, 0), (0, 0), (first, ancestors.shape[2] - first - width)])
+        before = KeyValues(
+            jnp.concatenate([memory.context.keys, context[0]], axis=2),
+            jnp.concatenate([memory.context.values, context[1]], axis=2),
+            jnp.concatenate([committed, ancestors & ~own], axis=2),
+        )
+        entered = heads.context.enter_rows(embedded, previous)
+        among = jnp.broadcast_to(itself, (batch, width, width))
+        read, *made = heads.context.read(entered, position, before, among)
+        read = read.reshape(flat)
+        keys, values = (old.at[:, :, place].set(new) for old, new in zip(context, made, strict=True))
+        context = keys, values
+    features = heads.features(embedded.reshape(flat), previous.reshape(flat), read).reshape(batch, width, -1)
+    return features, Drafts(drafts.features.at[:, place].set(features[..., :-1]), context)

@@ -17,7 +17,7 @@ def tree_network(model: Transformer, config: ExitsConfig | None, arrays: ExitArr
 
     Args:
       model: any layout.
-      config, arrays: of a drafter, one exit of kind "attn" at depth 0; None for none.
+      config, arrays: of a drafter, see ExitsConfig.is_drafter; None for none.
       rows: N, of the trees.
     """
 
