@@ -3,9 +3,10 @@
     python benchmarks/drafter_kinds.py --folder runs/drafter_kinds --data HumanEval.jsonl.gz \\
         --data question_240.jsonl --output docs/serial/drafter_kinds
 
-Trains exits at depth 0 of SmolLM2-135M on --tokens tokens each, everything else as in the first run of
-configs/smollm2_135m_drafter.py but for draft steps, which only kind "attn" has, and measures them as `train_exits.py
-evaluate` does. With one drafted token a round emits 1 + agreement tokens. What is trained is kept in --folder.
+Trains exits at depth 0 of SmolLM2-135M on --tokens tokens each, data as in the first run of
+configs/smollm2_135m_drafter.py, and measures them as `train_exits.py evaluate` does. With one drafted token a round
+emits 1 + agreement tokens. Of drafters that learn to go on from their own outputs it also gives the agreement of every
+draft step over the last 20 steps of the training. What is trained is kept in --folder.
 """
 
 from __future__ import annotations
@@ -33,21 +34,17 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "smollm2_135m_drafter
 
 def variants(config) -> dict:
     """Row -> configuration of a training."""
-    alone = dataclasses.replace(config.options, draft_steps=1)
-    mlp = dataclasses.replace(config.exits, kind="mlp")
+    fused = config.exits
+    alone = dataclasses.replace(fused, fused=False)
+    attn = dataclasses.replace(alone, kind="attn", heads=9, head_dim=64, window=64)
+    once = dataclasses.replace(config.options, draft_steps=1, own_outputs=0.0)
+    ahead = dataclasses.replace(config.options, draft_steps=4)
     return {
-        "token alone (mlp)": dataclasses.replace(config, exits=mlp, options=alone),
-        "token and the position before (mlp, fused)": dataclasses.replace(
-            config, exits=dataclasses.replace(mlp, fused=True), options=dataclasses.replace(alone, own_outputs=0.0)
-        ),
-        "with attention (attn)": dataclasses.replace(config, options=dataclasses.replace(alone, own_outputs=0.0)),
-        "mlp, fused, trained on 4 steps of its own outputs": dataclasses.replace(
-            config, exits=dataclasses.replace(mlp, fused=True)
-        ),
-        "attn, trained on 4 steps of its own outputs": config,
-        "attn, fused, trained on 4 steps of its own outputs": dataclasses.replace(
-            config, exits=dataclasses.replace(config.exits, fused=True)
-        ),
+        "token alone (mlp)": dataclasses.replace(config, exits=alone, options=once),
+        "token and the position before (mlp, fused)": dataclasses.replace(config, exits=fused, options=once),
+        "with attention (attn)": dataclasses.replace(config, exits=attn, options=once),
+        "mlp, fused, trained on 4 steps of its own outputs": dataclasses.replace(config, exits=fused, options=ahead),
+        "attn, trained on 4 steps of its own outputs": dataclasses.replace(config, exits=attn, options=ahead),
     }
 
 
@@ -55,7 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="of the trainings, one each")
     parser.add_argument("--tokens", type=int, default=51_200, help="of each training (%(default)s)")
-    parser.add_argument("--rows", nargs="+", choices=range(1, 7), type=int, help="which drafters (default: all)")
+    parser.add_argument("--rows", nargs="+", choices=range(1, 6), type=int, help="which drafters (default: all)")
     parser.add_argument("--data", action="append", required=True, metavar="FILE", help="prompts to measure on")
     parser.add_argument("--prompts", type=int, default=20, help="of each file, evenly spread (%(default)s)")
     parser.add_argument("--cache", help="keeps answers, as train_exits.py evaluate --cache")
@@ -78,16 +75,18 @@ def main() -> int:
         found = grouped_figures(lm, heads, exits.vocabulary, groups, explorers=())
         rows[name] = {group: round(figures.agreement[0], 4) for group, figures in found.items()}
         last = [line for line in read_journal(folder) if line["kind"] == "train"][-1]
-        rows[name] |= {key: round(value, 4) for key, value in last.items() if key.startswith("agreement_draft")}
+        ahead = [value for key, value in last.items() if key.startswith("agreement_draft")]
+        rows[name]["training"] = ", ".join(f"{value:.3f}" for value in ahead) or "-"
         if store:
             about = f"{jax.devices()[0].device_kind}, float32, jax {jax.__version__}, {args.prompts} prompts a file"
             content = {"device": about, "tokens": args.tokens, "rows": rows}
             store.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    header = list(next(iter(rows.values())))
-    lines = ["| drafter | " + " | ".join(header) + " | tokens a round, one drafted |", "|" + "---|" * (len(header) + 2)]
-    for name, row in rows.items():
-        shares = " | ".join(f"{row[group]:.3f}" for group in header)
-        lines.append(f"| {name} | {shares} | {1 + row[header[-1]]:.2f} |")
+    header = [group for group in next(iter(rows.values())) if group != "training"]
+    titles = [*header, "tokens a round, one drafted", "draft steps in training"]
+    lines = ["| drafter | " + " | ".join(titles) + " |", "|" + "---|" * (len(titles) + 1)]
+    for name in filter(rows.__contains__, variants(config)):
+        shares = " | ".join(f"{rows[name][group]:.3f}" for group in header)
+        lines.append(f"| {name} | {shares} | {1 + rows[name][header[-1]]:.2f} | {rows[name]['training']} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if args.output:
