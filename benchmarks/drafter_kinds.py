@@ -34,11 +34,10 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "smollm2_135m_drafter
 
 def variants(config) -> dict:
     """Row -> configuration of a training."""
-    fused = config.exits
-    alone = dataclasses.replace(fused, fused=False)
-    attn = dataclasses.replace(alone, kind="attn", heads=9, head_dim=64, window=64)
-    once = dataclasses.replace(config.options, draft_steps=1, own_outputs=0.0)
-    ahead = dataclasses.replace(config.options, draft_steps=4)
+    attn, ahead = config.exits, config.options
+    alone = dataclasses.replace(attn, kind="mlp")
+    fused = dataclasses.replace(alone, fused=True)
+    once = dataclasses.replace(ahead, draft_steps=1, own_outputs=0.0)
     return {
         "token alone (mlp)": dataclasses.replace(config, exits=alone, options=once),
         "token and the position before (mlp, fused)": dataclasses.replace(config, exits=fused, options=once),
