@@ -112,10 +112,11 @@ SECTIONS = (
         "--prompts 20 --exits dex_jax/default_exits/268a3187a3ebf69e.drafter.safetensors --data HumanEval.jsonl.gz "
         "question_240.jsonl`). One without, on three steps and as many row-steps "
         "(configs/smollm2_135m_drafter_mlp.py, 82 minutes), agrees 0.431, 0.368, mean 0.399. On the prompts that trees "
-        "are searched on (`train_exits.py tree --prompts 7 --max-new-tokens 64 --steps 2`), its trees of 4, 8 and 16 "
-        "rows emit 1.95, 2.39 and 2.74 tokens a round, and those of the one with attention 1.92, 2.32 and 2.81: "
-        "attention, or the fourth step, brings something in trees that draft eight levels. Which of the two is faster "
-        "with auto has not been measured well enough to tell.",
+        "are searched on (`python train_exits.py tree --exits runs/smollm2_135m_drafter_mlp --data HumanEval.jsonl.gz "
+        "question_240.jsonl --prompts 7 --max-new-tokens 64 --steps 2 --output ...`), its trees of 4, 8 and 16 rows "
+        "emit 1.95, 2.39 and 2.74 tokens a round, and those of the one with attention 1.92, 2.32 and 2.81: attention, "
+        "or the fourth step, brings something in trees that draft eight levels. Which of the two is faster with auto "
+        "has not been measured well enough to tell.",
         f"drafter_kinds.py --folder runs/drafter_kinds {DATA} --output docs/serial/drafter_kinds",
     ),
     Section(

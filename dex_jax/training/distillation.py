@@ -79,7 +79,7 @@ class Distillation:
     ):
         self.lm, self.exits, self.vocabulary, self.stream = lm, exits, vocabulary, stream
         self.options = DistillationOptions() if options is None else options
-        if self.options.draft_steps > 1 and not (exits.needs_previous and exits.depths == (0,)):
+        if self.options.draft_steps > 1 and not exits.is_drafter:
             raise DexError(
                 "draft steps need one exit at depth 0 that reads the position before (kind attn, or fused), "
                 f"not {exits.kind} at {exits.depths}"
