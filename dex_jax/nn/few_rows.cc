@@ -38,14 +38,24 @@ constexpr int kLanes = 8;
 #endif
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float))));
 
-// Rows that are multiplied at once: as many as there are vector registers for their sums.
+// Rows that are multiplied at once, and outputs: there are vector registers for the sums of all pairs of them. A row's
+// vector is loaded once for all outputs, which further rows would otherwise wait for.
 constexpr int kGroup = 8;
+#if defined(__AVX512F__)
+constexpr int kOutputs = 3;
+#else
+constexpr int kOutputs = 1;
+#endif
+// Rows that are multiplied with one output after another.
+constexpr int kFew = 4;
 // What a thread takes at a time, in bytes of the kernel.
 constexpr int64_t kPiece = 1 << 16;
 // How far ahead of the weight in use memory is asked for, in bytes.
 constexpr int kAhead = 2048;
 // Of a cache, in bytes.
 constexpr int kLine = 64;
+// Vectors of values that attention adds up at once.
+constexpr int kMixed = 8;
 // Queries that one piece of attention is done for.
 constexpr int kQueries = 4;
 
@@ -138,29 +148,39 @@ struct Product {
     if constexpr (R > 1) {
       if (count - first < R) return AtMost<R - 1>(first, begin, end);
     }
-    OfGroup<R>(first, begin, end);
+    // A few rows wait for memory, which a single stream reads fastest.
+    if constexpr (R > kFew && kOutputs > 1) begin = Blocks<R, kOutputs>(first, begin, end);
+    Blocks<R, 1>(first, begin, end);
   }
 
-  // One output after another, so that the kernel is read as one stream. Inlined into its callers this loop runs short
-  // of registers.
-  template <int R>
-  __attribute__((noinline)) void OfGroup(int64_t first, int64_t begin, int64_t end) const {
-    const int64_t whole = in / kLanes, rest = in % kLanes;
-    for (int64_t o = begin; o < end; ++o) {
+  // Outputs [begin, end) of R rows, O at a time, as far as there are so many; returns the next. Inlined into its callers
+  // this loop runs short of registers.
+  template <int R, int O>
+  __attribute__((noinline)) int64_t Blocks(int64_t first, int64_t begin, int64_t end) const {
+    const int64_t whole = in / kLanes, rest = in % kLanes, ahead = O > 1 ? O * in : kAhead / sizeof(Weight);
+    int64_t output = begin;
+    for (; output + O <= end; output += O) {
       const Vector* values = rows + first * VectorsOf(in);
-      const Weight* weights = kernel + o * in;
-      Vector sums[R] = {};
+      const Weight* weights = kernel + output * in;
+      const Weight* next = weights + ahead;
+      Vector sums[O][R] = {};
       for (int64_t v = 0; v < whole; ++v, values += R, weights += kLanes) {
-        __builtin_prefetch(weights + kAhead / sizeof(Weight));
-        const Vector weight = Load(weights);
-        for (int r = 0; r < R; ++r) sums[r] = MultiplyAdd(weight, values[r], sums[r]);
+        for (int o = 0; o < O; ++o, next += kLanes) __builtin_prefetch(next);
+        for (int o = 0; o < O; ++o) {
+          const Vector weight = Load(weights + o * in);
+          for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[r], sums[o][r]);
+        }
       }
       if (rest > 0) {
-        const Vector weight = LoadSome(weights, rest);
-        for (int r = 0; r < R; ++r) sums[r] = MultiplyAdd(weight, values[r], sums[r]);
+        for (int o = 0; o < O; ++o) {
+          const Vector weight = LoadSome(weights + o * in, rest);
+          for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[r], sums[o][r]);
+        }
       }
-      for (int r = 0; r < R; ++r) result[(first + r) * out + o] = SumOf(sums[r]);
+      for (int r = 0; r < R; ++r)
+        for (int o = 0; o < O; ++o) result[(first + r) * out + output + o] = SumOf(sums[o][r]);
     }
+    return output;
   }
 };
 
@@ -334,7 +354,7 @@ struct Source {
 template <int S, typename Cached>
 float Mix(const float* weights, int64_t some, int64_t first, int64_t width, const std::vector<Source<Cached>>& sources,
           float* result) {
-  Vector sums[kGroup] = {};
+  Vector sums[kMixed] = {};
   float total = 0;
   const int64_t here = S ? S : some;
   for (const Source<Cached>& source : sources) {
@@ -395,8 +415,8 @@ void Attend(const float* const* queries, const int64_t* row, float* const* resul
     const float* const weights = reinterpret_cast<const float*>(scores);
     float total = 0;
     int64_t first = 0;
-    for (; first + kGroup <= vectors; first += kGroup)
-      total = Mix<kGroup>(weights, kGroup, first, width, sources, results[q]);
+    for (; first + kMixed <= vectors; first += kMixed)
+      total = Mix<kMixed>(weights, kMixed, first, width, sources, results[q]);
     if (first < vectors) total = Mix<0>(weights, vectors - first, first, width, sources, results[q]);
     const float factor = 1 / total;
     for (int64_t i = 0; i < width; ++i) results[q][i] *= factor;
