@@ -4,9 +4,9 @@
         --data question_240.jsonl --output docs/serial/drafter_kinds
 
 Trains exits at depth 0 of SmolLM2-135M on --tokens tokens each, data as in the first run of
-configs/smollm2_135m_drafter.py, and measures them as `train_exits.py evaluate` does. With one drafted token a round
-emits 1 + agreement tokens. Of drafters that learn to go on from their own outputs it also gives the agreement of every
-draft step over the last 20 steps of the training. What is trained is kept in --folder.
+configs/smollm2_135m_drafter_attn.py, and measures them as `train_exits.py evaluate` does. With one drafted token a
+round emits 1 + agreement tokens. Of drafters that learn to go on from their own outputs it also gives the agreement of
+every draft step over the last 20 steps of the training. What is trained is kept in --folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dex_jax.nn.exits import heads_of
 from dex_jax.training.exit_training import train_exits
 from dex_jax.training.journal import read_journal
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "smollm2_135m_drafter.py"
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "smollm2_135m_drafter_attn.py"
 
 
 def variants(config) -> dict:

@@ -1,12 +1,12 @@
 """Drafters compared in the rounds that auto chooses, in wall-clock time, with one measurement of what rows cost.
 
-    python benchmarks/drafters.py --exits attn=runs/smollm2_135m_drafter_attn mlp=runs/smollm2_135m_drafter \\
-        --data HumanEval.jsonl.gz --data question_240.jsonl --prompts 10 --output docs/serial/drafters
+    python benchmarks/drafters.py --exits NAME=TREES NAME=TREES --data HumanEval.jsonl.gz --data question_240.jsonl \\
+        --output docs/serial/drafters
 
-auto measures rows anew for each drafter. Measured minutes apart, the same rows differ by as much as drafters do, and
-then one of them runs more rows than the other: here both rest on the lower of the two figures for each number of rows.
-Every prompt is decoded --rounds times by AR and with each drafter, in turns; the first time, which compiles, is not
-counted. Tokens must be AR's.
+TREES is what `train_exits.py tree` has made of a drafter. auto measures rows anew for each. Measured minutes apart, the
+same rows differ by as much as drafters do, and then one of them runs more rows than another: here all rest on the
+lowest figure for each number of rows. Every prompt is decoded --rounds times by AR and with each drafter, in turns; the
+first time, which compiles, is not counted. Tokens must be AR's.
 """
 
 from __future__ import annotations

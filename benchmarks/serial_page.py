@@ -24,7 +24,8 @@ of its rows in every round. "auto" is the default, which here chose rounds that 
 worth their time. Prompts are spread evenly over HumanEval and over Spec-Bench's questions, maths and retrieval rows
 (question_240). Ratios move with the machine: a step of one row waits for memory, which other guests of a shared machine
 use too, and further rows for arithmetic. Tables that do not say "products of few rows in C++" are from before there
-were any.
+were any. "On the older machine": two cores of a shared AMD EPYC (Zen 3), an AR step taking 24 to 40 ms, and the drafter
+that shipped before, which has an attention layer.
 
 This page is written by `python benchmarks/serial_page.py`."""
 
@@ -49,11 +50,17 @@ SECTIONS = (
     Section(
         "One sequence, greedy",
         "greedy",
-        "128 new tokens. transformers is asked once a prompt. An AR step took 28 ms in this run (quartiles 27 to 29), "
-        "beside other guests. Before products and attention in C++ auto was at 1.28 and serial at 1.36, with steps of "
-        "22 ms; then at 1.42 and 1.34, before a step computed its sines once, each core packed its own rows, and the "
-        "drafter's weights were bfloat16.",
+        "128 new tokens. transformers is asked once a prompt. Two cores of an AMD EPYC with AVX-512 that nobody else "
+        "seemed to use: an AR step took 14.2 ms (quartiles 14.1 to 14.6).",
         f"serial.py {DATA} --prompts 10 --rounds 2 --transformers-python ... --output docs/serial/greedy",
+    ),
+    Section(
+        "The same beside other guests",
+        "greedy_zen3",
+        "On the older machine. An AR step took 28 ms in this run (quartiles 27 to 29). Before products and attention "
+        "in C++ auto was at 1.28 and serial at 1.36, with steps of 22 ms; then at 1.42 and 1.34, before a step "
+        "computed its sines once, each core packed its own rows, and the drafter's weights were bfloat16.",
+        f"serial.py {DATA} --prompts 10 --rounds 2 --transformers-python ... --output docs/serial/greedy_zen3",
     ),
     Section(
         "The same on another machine",
@@ -88,36 +95,44 @@ SECTIONS = (
     Section(
         "What auto costs against the best choice",
         "auto",
-        "Contexts of one length, each ending with a prompt of question_240. The best is the fastest of AR, serial "
-        "rounds and explorers side by side in the same run. Where auto chose AR, what it differs from AR by is the "
-        "noise of the machine. Contexts of 2,000 tokens are of one batch each (`--lengths 2000 --texts 1`).",
+        "On the older machine. Contexts of one length, each ending with a prompt of question_240. The best is the "
+        "fastest of AR, serial rounds and explorers side by side in the same run. Where auto chose AR, what it "
+        "differs from AR by is the noise of the machine. Contexts of 2,000 tokens are of one batch each (`--lengths "
+        "2000 --texts 1`).",
         "auto.py --data question_240.jsonl --explorers 5 --texts 3 --rounds 2 --lengths 64 400 --max-new-tokens 48 "
         "--output docs/serial/auto",
     ),
     Section(
         "What the parts of a round bring",
         "ablation",
-        "One sequence, greedy, 96 new tokens; each row changes one thing of the drafter's tree, or of the rounds that "
-        "choose. With further rows in C++ a second row a level neither costs nor brings much in time; the lookup and "
-        "the drafter each bring more beside the other than alone; rounds that choose rows gain by choosing levels too.",
+        "On the older machine. One sequence, greedy, 96 new tokens; each row changes one thing of the drafter's tree, "
+        "or of the rounds that choose. With further rows in C++ a second row a level neither costs nor brings much in "
+        "time; the lookup and the drafter each bring more beside the other than alone; rounds that choose rows gain "
+        "by choosing levels too.",
         f"serial_ablation.py {DATA} --prompts 3 --rounds 2 --output docs/serial/ablation",
     ),
     Section(
         "What the parts of the drafter bring",
         "drafter_kinds",
         "Agreement with the final layer, each trained on the same small amount; with one drafted token a round emits "
-        "one more token than the agreement says. The position before brings most. An attention layer costs "
-        "agreement here. On 16 times as many tokens: the drafter that ships has one and was trained on four steps of "
-        "its own outputs; it agrees 0.399, 0.358, mean 0.379 on these prompts (`python train_exits.py evaluate "
-        "--prompts 20 --exits dex_jax/default_exits/268a3187a3ebf69e.drafter.safetensors --data HumanEval.jsonl.gz "
-        "question_240.jsonl`). One without, on three steps and as many row-steps "
-        "(configs/smollm2_135m_drafter_mlp.py, 82 minutes), agrees 0.431, 0.368, mean 0.399. On the prompts that trees "
-        "are searched on (`python train_exits.py tree --exits runs/smollm2_135m_drafter_mlp --data HumanEval.jsonl.gz "
-        "question_240.jsonl --prompts 7 --max-new-tokens 64 --steps 2 --output ...`), its trees of 4, 8 and 16 rows "
-        "emit 1.95, 2.39 and 2.74 tokens a round, and those of the one with attention 1.92, 2.32 and 2.81: attention, "
-        "or the fourth step, brings something in trees that draft eight levels. Which of the two is faster with auto "
-        "has not been measured well enough to tell.",
+        "one more token than the agreement says. The position before brings most. An attention layer costs agreement.",
         f"drafter_kinds.py --folder runs/drafter_kinds {DATA} --output docs/serial/drafter_kinds",
+    ),
+    Section(
+        "What an attention layer brings after a long training",
+        "drafters",
+        "Nothing that can be told from noise, so the drafter that ships has none since. The first drafter has one "
+        "(configs/smollm2_135m_drafter_attn.py, four draft steps), the second none and as many row-steps, 819,200 "
+        "(three draft steps), the third, which ships, 358,400 more on five (configs/smollm2_135m_drafter.py). They "
+        "agree with the final layer's token in 0.379, 0.399 and 0.418 of 20 prompts of each file (`python "
+        "train_exits.py evaluate --prompts 20`); their best trees of 4, 8 and 16 rows emit 1.92, 2.32 and 2.81 tokens "
+        "a round, 1.95, 2.39 and 2.74, and 1.97, 2.46 and 2.82 on the prompts that `python train_exits.py tree "
+        "--prompts 7 --max-new-tokens 64 --steps 2` searches on. Here is what rounds that choose make of them, 96 new "
+        "tokens, all with the same measured costs of rows. (ATTENTION, TWO and THREE are what `tree` wrote; the first "
+        "two are what shipped before and `git show "
+        "d6a257d:dex_jax/default_exits/268a3187a3ebf69e.drafter.safetensors`.)",
+        'drafters.py --exits "attention=ATTENTION" "none, two runs=TWO" "none, three runs=THREE" '
+        f"{DATA} --prompts 10 --output docs/serial/drafters",
     ),
     Section(
         "Overruling and re-drafting by deeper exits",

@@ -1,7 +1,7 @@
-"""A drafter for SmolLM2-135M: an exit at depth 0, trained on four steps of its own outputs, for --schedule serial.
+"""A drafter for SmolLM2-135M: an exit at depth 0, trained on steps of its own outputs, for --schedule serial.
 
-Data and their shares are those of configs/smollm2_135m.py. The second run goes on from the first with fresh texts and
-a learning rate that rises and falls once more.
+Data and their shares are those of configs/smollm2_135m.py. Every run goes on from the one before with fresh texts and
+a learning rate that rises and falls once more, the last one on five draft steps instead of three.
 """
 
 import dataclasses
@@ -15,17 +15,23 @@ exits = runpy.run_path(str(Path(__file__).with_name("smollm2_135m.py")))["first"
 
 first = dataclasses.replace(
     exits,
-    exits=ExitsConfig(
-        kind="attn", depths=(0,), width=576, hidden=1536, heads=9, head_dim=64, window=64, draft_size=8192
-    ),
+    exits=ExitsConfig(kind="mlp", fused=True, depths=(0,), width=576, hidden=1536, draft_size=8192),
     draft_tokens=60_000,
-    options=DistillationOptions(draft_steps=4),
-    train=dataclasses.replace(exits.train, steps=600),
+    options=DistillationOptions(draft_steps=3),
+    train=dataclasses.replace(exits.train, steps=1200),
 )
 
-config = dataclasses.replace(
+second = dataclasses.replace(
     first,
     first=first,
     sources=dataclasses.replace(first.sources, seed=1),
-    train=dataclasses.replace(first.train, steps=1000, learning_rate=1e-3, warmup_steps=30, seed=1),
+    train=dataclasses.replace(first.train, steps=400, learning_rate=1e-3, warmup_steps=30, seed=1),
+)
+
+config = dataclasses.replace(
+    second,
+    first=second,
+    sources=dataclasses.replace(first.sources, seed=2),
+    options=DistillationOptions(draft_steps=5),
+    train=dataclasses.replace(second.train, steps=700, seed=2),
 )
