@@ -46,7 +46,7 @@ constexpr int kOutputs = 3;
 #else
 constexpr int kOutputs = 1;
 #endif
-// Rows that are multiplied with one output after another.
+// Up to so many rows are multiplied with one output after another.
 constexpr int kFew = 4;
 // What a thread takes at a time, in bytes of the kernel.
 constexpr int64_t kPiece = 1 << 16;
