@@ -39,6 +39,10 @@ def predictions(
         mine = [group for group in found["groups"] if (group["latency"], group["batch"]) == (latency, batch)]
         gains = [group["seconds"]["ar"] / group["seconds"]["dex"] for group in mine]
         steps, ticks = (sum(group[name] for group in mine) for name in ("steps", "ticks"))
+        going = [
+            gain * group["ticks"] / group["steps"] * group["tokens"] / group["ticks_of_all"]
+            for gain, group in zip(gains, mine, strict=True)
+        ]
         row = {
             "latency": latency,
             "batch": batch,
@@ -46,6 +50,8 @@ def predictions(
             "gain": statistics.median(gains),
             "interval": interval(gains),
             "worst": min(gains),
+            "going": statistics.median(going),
+            "going_interval": interval(going),
             "step": sum(group["seconds"]["ar"] for group in mine) / steps,
             "tick": sum(group["seconds"]["dex"] for group in mine) / ticks,
             "ticks_a_step": ticks / steps,
@@ -206,6 +212,26 @@ def verdicts(rows: list[dict]) -> list[str]:
     return [f"Asked: a gain above 1, within {WITHIN:.0%} of what is predicted.", "\n".join(lines)]
 
 
+def going_on(rows: list[dict]) -> list[str]:
+    """What batches gain before their first sequence ends."""
+    lines = []
+    for row in rows:
+        if row["batch"] == 1:
+            continue
+        low, high = row["going_interval"]
+        where = f"{row['latency']:g} ms added, batch {row['batch']}"
+        few = "" if row["groups"] < FEWEST else f", 95% interval {low:.2f} to {high:.2f}"
+        lines.append(f"- {where}: {row['going']:.2f} times as fast (median of {row['groups']} groups{few}).")
+    if not lines:
+        return []
+    return [
+        "A batch ends with its slowest sequence, and with DEX some take more ticks than others. While all of its "
+        "sequences go on, which is what a server has that fills the places of those that end, a tick gives tokens at "
+        "the mean pace:",
+        "\n".join(lines),
+    ]
+
+
 def page(found: dict[str, Any], rows: list[dict]) -> str:
     """Markdown."""
     from dex_jax.evaluation.exit_report import markdown
@@ -243,6 +269,7 @@ def page(found: dict[str, Any], rows: list[dict]) -> str:
         "and messages that cost nothing. *Model predicts*: the cost model for these ticks, with the measured link; in "
         "brackets what was measured beside it.",
         *verdicts(rows),
+        *going_on(rows),
         *not_measured(found["skipped"], rows),
         "What two busy cores share, each figure by a process pinned to its core:",
         markdown(["", "alone", "first of two", "second of two", "both over one"], shared),

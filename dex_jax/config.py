@@ -129,5 +129,8 @@ class ExitsConfig:
 
     @property
     def is_drafter(self) -> bool:
-        """Whether serial rounds can draft with it: one exit at depth 0 that reads the position before."""
-        return self.needs_previous and self.depths == (0,)
+        """Whether serial rounds can draft with it: one fused exit at depth 0, without attention.
+
+        Attention brings a drafter nothing that could be told from noise (docs/serial.md).
+        """
+        return self.fused and self.kind != "attn" and self.depths == (0,)

@@ -32,7 +32,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def exits_at(depths: tuple[int, ...], **metadata) -> TrainedExits:
-    config = ExitsConfig("attn", depths, LLAMA.width, hidden=12, heads=2, head_dim=8, window=5, draft_size=40)
+    config = ExitsConfig("mlp", depths, LLAMA.width, fused=True, hidden=12, draft_size=40)
     parameters = {name: np.zeros(shape, np.float32) for name, (shape, _) in exit_parameters(config).items()}
     return TrainedExits(config, parameters, np.arange(40, dtype=np.int32), "0", metadata, "somewhere")
 

@@ -11,15 +11,16 @@ import pytest
 
 from dex_jax.config import ExitsConfig
 from dex_jax.nn.exits import ExitHeads, exit_parameters, heads_of, initial_heads
-from dex_jax.nn.layers import KeyValues
 from dex_jax.training.drafting import read_drafts
 from dex_jax.training.items import NO_ITEM
 from dex_jax.training.stream import Activations
 
-WIDTH, WINDOW, STEPS, VOCABULARY = 12, 5, 8, 20
-ATTN = ExitsConfig("attn", (0,), WIDTH, hidden=10, heads=2, head_dim=8, window=WINDOW, draft_size=VOCABULARY)
-KINDS = {"attn": ATTN, "mlp": ExitsConfig("mlp", (0,), WIDTH, fused=True, hidden=10, draft_size=VOCABULARY)}
-HISTORY = WINDOW + 1
+WIDTH, STEPS, VOCABULARY = 12, 8, 20
+KINDS = {
+    kind: ExitsConfig(kind, (0,), WIDTH, fused=True, hidden=10, rank=4, draft_size=VOCABULARY)
+    for kind in ("linear", "lowrank", "mlp")
+}
+HISTORY = 6
 ROWS = ((14,), (4, 7, None, 2))
 """Lengths of the items in each row, one after the other; None is an idle step."""
 
@@ -58,35 +59,11 @@ def chain(kind: str, row: int, last: int, drafted: int) -> np.ndarray:
     """Features of the last of `drafted` nodes, the last one at step `last` of a row and all before them committed."""
     batch, normed = chunk()
     token, position = np.array(batch.token[row]), np.array(batch.position[row])
-    start = last - position[last]  # the step at which its item begins
-
-    def before(step: int) -> np.ndarray:
-        return np.zeros(WIDTH, np.float32) if step == start else normed[row, step - 1]
-
-    def keys_values(step: int, previous: np.ndarray):
-        layer = heads(kind).context
-        entered = layer.enter_rows(embeddings()[token[step]][None, None], jnp.asarray(previous)[None, None])
-        return entered, layer.keys_values(entered, jnp.asarray([[position[step]]]))
-
-    def context(step: int, previous: np.ndarray) -> np.ndarray:
-        visible = [seen[s] for s in sorted(seen) if step - s <= WINDOW]
-        entered, own = keys_values(step, previous)
-        source = None
-        if visible:
-            keys, values = (jnp.concatenate([pair[i] for pair in visible], axis=2) for i in range(2))
-            source = KeyValues(keys, values, jnp.ones((1, 1, len(visible)), bool))
-        itself = jnp.ones((1, 1, 1), bool)
-        seen[step] = own
-        return heads(kind).context.output(entered, jnp.asarray([[position[step]]]), source, itself)
-
     first = last - drafted + 1
-    attends = KINDS[kind].kind == "attn"
-    seen = {step: keys_values(step, before(step))[1] for step in range(start, first)} if attends else {}
-    previous = before(first)
+    previous = np.zeros(WIDTH, np.float32) if position[first] == 0 else normed[row, first - 1]
     for step in range(first, last + 1):
         state = jnp.asarray(embeddings()[token[step]])[None, None]
-        read = context(step, previous) if attends else None
-        found = heads(kind).features(state, jnp.asarray(previous)[None, None], read)[0, 0]
+        found = heads(kind).features(state, jnp.asarray(previous)[None, None], None)[0, 0]
         previous = np.array(found[:-1])
     return np.array(found)
 
@@ -104,7 +81,7 @@ def test_an_exit_at_depth_0_starts_without_an_opinion() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_draft_step_reads_what_a_chain_of_nodes_reads(kind) -> None:
     batch, normed = chunk()
-    found, valid = jax.jit(read_drafts, static_argnums=4)(heads(kind), batch, normed, embeddings(), 4)
+    found, valid = jax.jit(read_drafts, static_argnums=3)(heads(kind), batch, normed, 4)
     position = np.array(batch.position)
     compared = 0
     for drafted in range(1, 5):
@@ -120,25 +97,23 @@ def test_each_draft_step_reads_what_a_chain_of_nodes_reads(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("what", ["final", "token"])
+@pytest.mark.parametrize("what", ["final", "states"])
 def test_other_items_and_idle_steps_reach_no_draft(what, kind) -> None:
     """Row 1 holds three items: what the first two and the idle step hold changes nothing of the third."""
     batch, normed = chunk()
     position = np.array(batch.position)
     third = HISTORY + STEPS - 2
     assert position[1, third] == 0
-    token = np.array(batch.token)
-    if what == "token":
-        token[1, :third] = np.where(token[1, :third] < 0, token[1, :third], (token[1, :third] + 3) % VOCABULARY)
+    states = np.array(batch.states)
+    if what == "states":
+        states[0, 1, : STEPS - 2] += 1
     else:
         normed = normed.copy()
         normed[1, :third] += 1
-    changed = batch._replace(token=jnp.asarray(token))
-    read = jax.jit(read_drafts, static_argnums=4)
-    one, valid = read(heads(kind), batch, chunk()[1], embeddings(), 3)
-    other, _ = read(heads(kind), changed, normed, embeddings(), 3)
+    changed = batch._replace(states=jnp.asarray(states))
+    read = jax.jit(read_drafts, static_argnums=3)
+    one, valid = read(heads(kind), batch, chunk()[1], 3)
+    other, _ = read(heads(kind), changed, normed, 3)
     same = np.array(valid)[:, 1, -2:]
     np.testing.assert_array_equal(np.array(one)[:, 1, -2:][same], np.array(other)[:, 1, -2:][same])
-    # Without attention a token is read as the states alone, which are the same here.
-    unread = kind == "mlp" and what == "token"
-    assert np.array_equal(one[0, 1, : STEPS - 2], other[0, 1, : STEPS - 2]) == unread
+    assert not np.array_equal(one[0, 1, : STEPS - 2], other[0, 1, : STEPS - 2])

@@ -27,7 +27,8 @@ def benchmark(name: str):
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
-    context, delayed_link, rows, two_processes = map(benchmark, ("context", "delayed_link", "rows", "two_processes"))
+    context, delayed_link, rows = map(benchmark, ("context", "delayed_link", "rows"))
+    two_processes, two_processes_page = map(benchmark, ("two_processes", "two_processes_page"))
 
 
 def squeezed(page: str) -> str:
@@ -74,6 +75,7 @@ def test_gains_of_two_processes_beside_what_is_predicted(tmp_path):
         "together": [{"bytes": 1e9, "operations": 4e9}] * 2,
     }
     page = squeezed(two_processes.page(found, [row]))
+    assert "While all of its sequences go on" not in page
     assert "| GB/s read | 2.0 | 1.0 | 1.0 | 1.00 |" in page
     assert "| Gflop/s | 4.0 | 4.0 | 4.0 | 2.00 |" in page
     ahead = row | {"gain": 1.2, "by_ticks": 1.25, "predicted": guess | {"gain": 1.1}}
@@ -84,6 +86,15 @@ def test_gains_of_two_processes_beside_what_is_predicted(tmp_path):
     alone = squeezed(two_processes.page(found, [ahead | {"predicted": None}]))
     assert "DEX is 1.20 times as fast: holds; -4% of what ticks alone predict: holds." in alone
     assert "Added latency of 5.0 ms was not measured: this machine does not allow it (no netem)." in page
+
+
+def test_a_batch_before_its_first_sequence_ends():
+    """Two sequences of ten tokens: one takes 10 ticks, one 20, and a tick lasts as long as a step of the pipeline."""
+    uneven = group(0.0, 0, 0.5, 1.0, 20) | {"batch": 2, "tokens": 20, "ticks_of_all": 30}
+    (row,) = two_processes.predictions({"groups": [uneven], "skipped": {}}, None, "smollm2-135m", None)
+    assert (row["gain"], row["going"]) == (pytest.approx(0.5), pytest.approx(1 / 1.5))
+    (said,) = two_processes_page.going_on([row])[1:]
+    assert said == "- 0 ms added, batch 2: 0.67 times as fast (median of 1 groups)."
 
 
 def test_a_machine_without_namespaces_is_told_of(monkeypatch):

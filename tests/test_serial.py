@@ -68,7 +68,7 @@ class Toy:
             last = jnp.take_along_axis(path.hidden[:, :, 0], jnp.maximum(path.length - 1, 0)[:, None], axis=1)[:, 0]
             return keys, jnp.where(path.length > 0, last, state)
 
-        def draft(memory, drafts, first, token, position, parent, ancestors):
+        def draft(memory, drafts, first, token, position, parent):
             of_parent = jnp.take_along_axis(drafts, jnp.maximum(parent, 0), axis=1)
             previous = jnp.where(parent == NO_NODE, memory[1][:, None], of_parent)
             state = (previous + self.key(token, position)) % P

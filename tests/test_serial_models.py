@@ -28,16 +28,15 @@ from dex_jax.language_model import merge_model
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.exits import exit_parameters, heads_of
 from dex_jax.training.drafting import read_drafts
-from dex_jax.training.items import NO_ITEM
 from dex_jax.training.stream import Activations
 
-CONFIG = ExitsConfig("attn", (0,), LLAMA.width, hidden=12, heads=2, head_dim=8, window=5, draft_size=40)
-KINDS = {"attn": CONFIG, "mlp": ExitsConfig("mlp", (0,), LLAMA.width, fused=True, hidden=12, draft_size=40)}
+CONFIG = ExitsConfig("mlp", (0,), LLAMA.width, fused=True, hidden=12, draft_size=40)
+KINDS = {kind: dataclasses.replace(CONFIG, kind=kind) for kind in ("mlp", "linear")}
 SERIAL = dex_jax.Dex(schedule="serial")
 
 
 @functools.cache
-def drafter(kind: str = "attn", widths: tuple[int, ...] = (3, 2, 1, 1), drafted: int = 3) -> TrainedExits:
+def drafter(kind: str = "mlp", widths: tuple[int, ...] = (3, 2, 1, 1), drafted: int = 3) -> TrainedExits:
     """A random drafter, near the model's own head."""
     rng = np.random.default_rng(1)
     parameters = {}
@@ -58,7 +57,7 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("exits", ["attn", "mlp", "lookup"])
+@pytest.mark.parametrize("exits", [*KINDS, "lookup"])
 def test_tokens_are_those_of_ar(lm, exits, options) -> None:
     prompts, given = ragged_prompts(3), "shared" if exits == "lookup" else drafter(exits)
     plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), max_new_tokens=40, **options)
@@ -130,29 +129,28 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
             jnp.asarray(tokens[:, at]),
             jnp.asarray([[prefix + row]]),
             jnp.asarray([[row - 1 if row else NO_NODE]]),
-            (jnp.arange(drafted) <= row)[None, None],
         )
         features, drafts = network.drafter.run(type("M", (), {"exits": memory})(), drafts, row, *level)
         found.append(np.array(features[0, 0]))
 
-    history = CONFIG.window + 1
-    pad = history + drafted - tokens.shape[1]
-    assert pad >= 0
-    padded = np.pad(tokens, [(0, 0), (pad, 0)], constant_values=NO_ITEM)
-    position = np.pad(np.arange(tokens.shape[1])[None], [(0, 0), (pad, 0)], constant_values=NO_ITEM).astype(np.int32)
-    normed = np.pad(np.array(model.normed(hidden)), [(0, 0), (pad, 0), (0, 0)])
-    states = model.embed_tokens(jnp.asarray(tokens[:, -drafted:]))[None]
-    batch = Activations(states, jnp.asarray(normed), jnp.asarray(padded), jnp.asarray(position), jnp.ones((1, drafted)))
-    heads = heads_of(config, given.parameters, jnp.float32)
-    trained, _ = read_drafts(heads, batch, jnp.asarray(normed), model.embed[...], drafted)
+    position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    normed = model.normed(hidden)
+    states = model.embed_tokens(jnp.asarray(tokens[:, prefix:]))[None]
+    batch = Activations(states, normed, jnp.asarray(tokens), position, jnp.ones((1, drafted)))
+    trained, _ = read_drafts(heads_of(config, given.parameters, jnp.float32), batch, normed, drafted)
     for row in range(drafted):
         np.testing.assert_allclose(found[row], trained[row, 0, row], rtol=1e-5, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused(lm) -> None:
-    other = dataclasses.replace(drafter(), config=dataclasses.replace(CONFIG, depths=(1,)))
-    with pytest.raises(dex_jax.DexError, match="one exit at depth 0 that reads"):
-        resolve_method(SERIAL, other, lm.config, "0")
+    for changes, says in (
+        ({"depths": (1,)}, r"random has fused exits of kind mlp at depths 1: train one"),
+        ({"fused": False}, r"random has exits of kind mlp at depths 0"),
+        ({"kind": "attn"}, r"one fused exit at depth 0 without attention .* of kind attn at depths 0"),
+    ):
+        other = dataclasses.replace(drafter(), config=dataclasses.replace(CONFIG, **changes))
+        with pytest.raises(dex_jax.DexError, match=says):
+            resolve_method(SERIAL, other, lm.config, "0")
     with pytest.raises(dex_jax.DexError, match="width 32, and this one has 64"):
         resolve_method(SERIAL, drafter(), dataclasses.replace(LLAMA, width=64), "0")
     with pytest.raises(dex_jax.DexError, match='explorers belongs to schedule="parallel"'):

@@ -186,7 +186,7 @@ def test_a_step_is_exported(capsys, trained, tmp_path) -> None:
 @pytest.fixture(scope="module")
 def drafter(place) -> Path:
     """A file with a drafter as it is before any training."""
-    config = ExitsConfig("attn", (0,), MODEL.width, hidden=8, heads=1, head_dim=4, window=4, draft_size=64)
+    config = ExitsConfig("mlp", (0,), MODEL.width, fused=True, hidden=8, draft_size=64)
     heads = initial_heads(config, np.ones(MODEL.width, np.float32))
     vocabulary = np.arange(64, dtype=np.int32)
     exits = TrainedExits(config, parameters_of(heads), vocabulary, "another", {}, "drafter")

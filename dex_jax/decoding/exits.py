@@ -136,9 +136,9 @@ def _resolve_drafter(
     if not drafter.config.is_drafter:
         depths = ", ".join(map(str, drafter.config.depths))
         raise DexError(
-            "serial rounds draft with one exit at depth 0 that reads the position before (kind attn, or fused), and "
-            f"{source} has exits of kind {drafter.config.kind} at depths {depths}: train one "
-            "(configs/smollm2_135m_drafter.py), or leave exits out"
+            "serial rounds draft with one fused exit at depth 0 without attention (kind mlp, for example), and "
+            f"{source} has {'fused ' * drafter.config.fused}exits of kind {drafter.config.kind} at depths {depths}: "
+            "train one (configs/smollm2_135m_drafter.py), or leave exits out"
         )
     _check_fit(drafter, config)
     remarks = []

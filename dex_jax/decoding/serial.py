@@ -111,8 +111,8 @@ class Drafter(NamedTuple):
 
     Attributes:
       begin: batch -> drafts, before any row.
-      run: (memory, drafts, first row, token [B, w], position [B, w], parent [B, w], ancestors [B, w, N]) ->
-        (features [B, w, D'], drafts): the rows of one level; a root's parent is NO_NODE.
+      run: (memory, drafts, first row, token [B, w], position [B, w], parent [B, w]) -> (features [B, w, D'], drafts):
+        the rows of one level; a root's parent is NO_NODE.
       logits: features [M, D'] -> [M, V'] float32.
       rest: features [M, D'] -> [M] float32, the logit of all tokens outside the vocabulary together, or None.
       vocabulary: [V'] int32, the full id of each column, None when V' = V.
@@ -391,9 +391,7 @@ def _drafted(
     rows = slice(above, first)
     batch, width = tree.token[:, rows].shape
     position = state.prefix[:, None] + depth_in(tree)[:, rows]
-    features, drafts = drafter.run(
-        state.memory, drafts, above, tree.token[:, rows], position, tree.parent[:, rows], tree.ancestors[:, rows]
-    )
+    features, drafts = drafter.run(state.memory, drafts, above, tree.token[:, rows], position, tree.parent[:, rows])
     flat = features.reshape(batch * width, -1)
     logits = drafter.logits(flat)
     columns = drafter.vocabulary

@@ -1,14 +1,20 @@
-"""The transformer and its drafter as the callables of serial rounds."""
+"""The transformer and its drafter as the callables of serial rounds.
+
+Letters: B sequences, N rows of a tree, w rows of a level, D width.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.drafter import draft_rows, no_drafts
 from dex_jax.decoding.network import commit_rows, run_tree
 from dex_jax.decoding.serial import Confirmed, Drafter, TreeNetwork
-from dex_jax.decoding.trained_exits import ExitArrays, read_chunk, shared_columns
+from dex_jax.decoding.trained_exits import ExitArrays, ExitMemory, exit_heads, read_chunk, shared_columns
+from dex_jax.lattice import NO_NODE
 from dex_jax.nn.transformer import Transformer
 
 
@@ -43,13 +49,54 @@ def commit_drafts(
 
 
 def tree_drafter(model: Transformer, config: ExitsConfig, arrays: ExitArrays, rows: int) -> Drafter:
-    """The callables of a drafter alone, arguments as of `tree_network`."""
+    """The callables of a drafter alone, arguments as of `tree_network`.
+
+    Its drafts are [B, N, D], estimates of what the final norm would give at each row.
+    """
     dtype = model.embed[...].dtype
     logits, rest = shared_columns(model, arrays)
+
+    def run(memory: Any, drafts: Any, first: int, token: Any, position: Any, parent: Any) -> Any:
+        del position
+        return draft_rows(model, config, arrays, memory.exits, drafts, first, token, parent)
+
     return Drafter(
-        begin=lambda batch: no_drafts(config, batch, rows, dtype),
-        run=lambda memory, drafts, *level: draft_rows(model, config, arrays, memory.exits, drafts, *level),
+        begin=lambda batch: jnp.zeros((batch, rows, config.width), dtype),
+        run=run,
         logits=logits,
         rest=rest,
         vocabulary=arrays.vocabulary,
     )
+
+
+def draft_rows(
+    model: Transformer,
+    config: ExitsConfig,
+    arrays: ExitArrays,
+    memory: ExitMemory,
+    drafts: jax.Array,
+    first: int,
+    token: jax.Array,
+    parent: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the rows of one level: each reads its token and what the drafter made of its parent.
+
+    Args:
+      model, config, arrays: what runs; the one exit is a drafter, see ExitsConfig.is_drafter.
+      memory: of the committed prefix; the root's parent is the last position of it.
+      drafts: [B, N, D], of the levels before.
+      first: row of the level's first.
+      token: [B, w] int32.
+      parent: [B, w] int32 rows of the tree, NO_NODE for the root.
+
+    Returns:
+      (features [B, w, D + 1] with the rest logit last, drafts with these rows).
+    """
+    batch, width = token.shape
+    of_parent = jnp.take_along_axis(drafts, jnp.maximum(parent, 0)[:, :, None], axis=1)
+    previous = jnp.where((parent == NO_NODE)[:, :, None], memory.previous[:, None], of_parent)
+    state = model.embed_tokens(jnp.maximum(token, 0))
+    flat = (1, batch * width, config.width)
+    features = exit_heads(config, arrays).features(state.reshape(flat), previous.reshape(flat), None)
+    features = features.reshape(batch, width, -1)
+    return features, drafts.at[:, first : first + width].set(features[..., :-1])

@@ -301,15 +301,10 @@ def context_rows(
     """
     batch, count = token.shape
     entered = layer.enter_rows(model.embed_tokens(jnp.maximum(token, 0)), previous)
-    visible = in_window(memory, position, layer.config.window)
+    entries = memory.position[:, None, :]
+    visible = (entries != EMPTY_ENTRY) & (position[:, :, None] - entries <= layer.config.window)
     among = jnp.broadcast_to(jnp.eye(count, dtype=bool)[None], (batch, count, count))
     return layer.output(entered, position, KeyValues(memory.keys, memory.values, visible), among)
-
-
-def in_window(memory: ContextMemory, position: jax.Array, window: int) -> jax.Array:
-    """Which committed entries rows at `position` [B, n] see: [B, n, S] bool."""
-    entries = memory.position[:, None, :]
-    return (entries != EMPTY_ENTRY) & (position[:, :, None] - entries <= window)
 
 
 def exit_heads(config: ExitsConfig, arrays: ExitArrays) -> ExitHeads:

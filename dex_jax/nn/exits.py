@@ -154,13 +154,7 @@ class Context(nnx.Module):
         return keys, values
 
     def output(self, entered: jax.Array, position: jax.Array, before: KeyValues | None, among: jax.Array) -> jax.Array:
-        """The layer over rows [B, R, D]: what it gives the exits, [B, R, D]; arguments as of `read`."""
-        return self.read(entered, position, before, among)[0]
-
-    def read(
-        self, entered: jax.Array, position: jax.Array, before: KeyValues | None, among: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The layer over rows [B, R, D]: (what it gives the exits [B, R, D], the rows' keys and values [B, G, R, d]).
+        """The layer over rows [B, R, D]: what it gives the exits, [B, R, D].
 
         Args:
           entered: from `enter_rows`.
@@ -173,7 +167,7 @@ class Context(nnx.Module):
         if before is not None:
             sources.insert(0, before)
         hidden = self.layer.finish(entered, attend(queries, sources))
-        return rms_norm(hidden, self.leave[...], self.config.norm_eps), keys, values
+        return rms_norm(hidden, self.leave[...], self.config.norm_eps)
 
 
 class ContextMemory(NamedTuple):

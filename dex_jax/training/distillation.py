@@ -81,8 +81,8 @@ class Distillation:
         self.options = DistillationOptions() if options is None else options
         if self.options.draft_steps > 1 and not exits.is_drafter:
             raise DexError(
-                "draft steps need one exit at depth 0 that reads the position before (kind attn, or fused), "
-                f"not {exits.kind} at {exits.depths}"
+                "draft steps need one fused exit at depth 0 without attention (kind mlp, for example), not "
+                f"{'fused ' * exits.fused}{exits.kind} at {exits.depths}"
             )
         self._data, self._evaluate, self._initial = data, evaluate, initial
 
@@ -134,7 +134,7 @@ class Distillation:
         normed = rms_norm(batch.final, final_norm, eps)
         weight, names = batch.weight, [f"agreement_{depth}" for depth in self.exits.depths]
         if self.options.draft_steps > 1:
-            features, valid = read_drafts(heads, batch, normed, constants["embed"], self.options.draft_steps)
+            features, valid = read_drafts(heads, batch, normed, self.options.draft_steps)
             weight = weight[None] * valid
             names = [f"agreement_draft_{step}" for step in range(1, len(features) + 1)]
         else:

@@ -248,7 +248,7 @@ def _rows(name: str, exits: ExitsConfig, chunk: int, draft_steps: int) -> float:
     if not name.startswith("context."):
         return draft_steps
     # The context layer runs on true and on estimated features, and makes keys of its history anew in each chunk.
-    own, before = max(2, draft_steps), (history_for(exits) - 1 + chunk) / chunk
+    own, before = 2, (history_for(exits) - 1 + chunk) / chunk
     return own + before if name.endswith((".enter", ".qkv")) else own
 
 
