@@ -26,6 +26,7 @@ from dex_jax.cli.decode import remember_compilations
 from dex_jax.cli.train_results import spread
 from dex_jax.decoding.auto import candidates
 from dex_jax.decoding.costs import StepCosts, step_costs
+from dex_jax.evaluation.resampling import bootstrap, ratios
 from dex_jax.nn import few_rows
 from dex_jax.training.prompt_files import read_prompts
 
@@ -59,13 +60,6 @@ def measure(lm, ids: list[int], methods: dict, args: argparse.Namespace) -> dict
     }
 
 
-def interval(ratios: np.ndarray, draws: int = 2000) -> str:
-    """The median, and 95% of the medians of prompts drawn anew."""
-    drawn = np.random.default_rng(0).choice(ratios, (draws, len(ratios)))
-    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
-    return f"{np.median(ratios):.3f} ({low:.3f} - {high:.3f})"
-
-
 def table(runs: list[dict], names: list[str], costs: dict[str, StepCosts]) -> str:
     """Markdown, a row each drafter; the last column is its speed over the first one's."""
     lines = ["| drafter | a level drafted, ms | tokens a round | over AR, median | over the first (95%) |"]
@@ -75,7 +69,8 @@ def table(runs: list[dict], names: list[str], costs: dict[str, StepCosts]) -> st
         # All tokens over all rounds would count long texts more: every prompt counts alike.
         rounds = len(runs) / sum(1 / run["tokens_a_round"][name] for run in runs)
         over = np.median(seconds["ar"] / seconds[name])
-        first = "-" if name == names[0] else interval(seconds[names[0]] / seconds[name])
+        found = bootstrap(ratios(seconds[names[0]], seconds[name]))
+        first = "-" if name == names[0] else f"{found.value:.3f} ({found.low:.3f} - {found.high:.3f})"
         lines.append(f"| {name} | {1e3 * costs[name].drafting:.2f} | {rounds:.2f} | {over:.2f} | {first} |")
     a_step = costs[names[0]]
     rows = ", ".join(f"{1e3 * a_step.step(n):.1f} of {n}" for n in a_step.rows)

@@ -24,7 +24,8 @@ of its rows in every round. "auto" is the default, which here chose rounds that 
 worth their time. Prompts are spread evenly over HumanEval and over Spec-Bench's questions, maths and retrieval rows
 (question_240). Ratios move with the machine: a step of one row waits for memory, which other guests of a shared machine
 use too, and further rows for arithmetic. Tables that do not say "products of few rows in C++" are from before there
-were any. Unless a section says otherwise: two cores of an AMD EPYC with AVX-512 that nobody else seemed to use.
+were any. Unless a section says otherwise, times are of two cores of an AMD EPYC with AVX-512 that nobody else seemed
+to use.
 
 This page is written by `python benchmarks/serial_page.py`."""
 
@@ -121,7 +122,8 @@ SECTIONS = (
         "--prompts 7 --max-new-tokens 64 --steps 2` searches on. Here is what rounds that choose make of them, 96 new "
         "tokens, all with the same measured costs of rows. (ATTENTION, TWO and THREE are what `tree` wrote; the first "
         "two are what shipped before and `git show "
-        "d6a257d:dex_jax/default_exits/268a3187a3ebf69e.drafter.safetensors`.)",
+        "d6a257d:dex_jax/default_exits/268a3187a3ebf69e.drafter.safetensors`; the command takes "
+        "a drafter with attention up to 16b1097.)",
         'drafters.py --exits "attention=ATTENTION" "none, two runs=TWO" "none, three runs=THREE" '
         f"{DATA} --prompts 10 --output docs/serial/drafters",
     ),

@@ -19,10 +19,10 @@ FEWEST = 6
 
 def interval(values: list[float], draws: int = 4000) -> tuple[float, float]:
     """95% of the medians of samples drawn anew from the prompts."""
-    random = np.random.default_rng(0)
-    medians = np.median(random.choice(values, (draws, len(values))), axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return float(low), float(high)
+    from dex_jax.evaluation.resampling import bootstrap
+
+    found = bootstrap(np.asarray(values), resamples=draws)
+    return found.low, found.high
 
 
 def predictions(
