@@ -1,6 +1,6 @@
 """What schedule="auto" costs against the best of what it chooses from: batches and contexts, in wall-clock time.
 
-    python benchmarks/auto.py --data question_240.jsonl --output docs/serial/auto
+    python benchmarks/auto.py --data question_240.jsonl --output results/serial/auto
 
 Contexts of one length end with a prompt of the file, and nothing ends at an EOS: all texts are as long. AR, serial
 rounds, explorers side by side (K of --explorers) and auto decode --texts batches of them --rounds times in turn; the

@@ -1,6 +1,6 @@
 """What a token costs as the context grows and as the batch grows: AR, a DEX tick on one device, serial rounds.
 
-    python benchmarks/context.py --data question_240.jsonl HumanEval.jsonl.gz --output docs/context
+    python benchmarks/context.py --data question_240.jsonl HumanEval.jsonl.gz --output results/context
 
 For each context and batch all three decode after the same prompts, cut from the files' prompts one after the other, a
 few steps each in turns, so that they see the same machine. A step is an AR step, a tick of all stages side by side, or

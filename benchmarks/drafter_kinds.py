@@ -1,7 +1,7 @@
 """What a drafter's parts bring: its input of the position before ("fused"), training ahead; and what attention would.
 
     python benchmarks/drafter_kinds.py --folder runs/drafter_kinds --data HumanEval.jsonl.gz \\
-        --data question_240.jsonl --output docs/serial/drafter_kinds
+        --data question_240.jsonl --output results/serial/drafter_kinds
 
 Trains exits at depth 0 of SmolLM2-135M on --tokens tokens each, data as in the first run of
 configs/smollm2_135m_drafter.py, and measures them as `train_exits.py evaluate` does. With one drafted token a

@@ -1,7 +1,7 @@
 """Drafters compared in the rounds that auto chooses, in wall-clock time, with one measurement of what rows cost.
 
     python benchmarks/drafters.py --exits NAME=TREES NAME=TREES --data HumanEval.jsonl.gz --data question_240.jsonl \\
-        --output docs/serial/drafters
+        --output results/serial/drafters
 
 TREES is what `train_exits.py tree` has made of a drafter. auto measures rows anew for each. Measured minutes apart, the
 same rows differ by as much as drafters do, and then one of them runs more rows than another: here all rest on the

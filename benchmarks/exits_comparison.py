@@ -1,7 +1,7 @@
 """Kinds of exits, and sources of data, on equally many tokens; and one training at several of its checkpoints.
 
     python benchmarks/exits_comparison.py --folder runs/comparison --data HumanEval.jsonl.gz \\
-        --data question_240.jsonl --run runs/smollm2_135m --output docs/exits_comparison
+        --data question_240.jsonl --run runs/smollm2_135m --output results/exits_comparison
 
 Trains exits at depths 6, 12, 18 and 24 (the grid of K = 5) of SmolLM2-135M once for each row of the first two tables,
 on --tokens tokens, everything else as in configs/smollm2_135m.py; then measures them, and --run's checkpoints, on

@@ -1,6 +1,6 @@
 """What exits cost inside a tick: the same lattice states stepped with the exits and with free ones.
 
-    python benchmarks/exits_cost.py --exits default --explorers 5 --output docs/exits_cost
+    python benchmarks/exits_cost.py --exits default --explorers 5 --output results/exits_cost
 
 For every tick of a real decoding the step is timed, in turn, as it is, with exits that cost next to nothing (what they
 propose is thrown away: the next state is the real one), and with exits of kind "shared" over the full vocabulary. So
@@ -30,7 +30,7 @@ from dex_jax.language_model import merge_model
 LEAD = (
     "# What exits cost\n\n"
     "The time that exits take of ticks: `python benchmarks/exits_cost.py --new-tokens 8 --repeats 3 --output "
-    "docs/exits_cost`. Ticks that commit take longer than the median, with and without exits, so the shares of all "
+    "results/exits_cost`. Ticks that commit take longer than the median, with and without exits, so the shares of all "
     "ticks together are less than the medians would say.\n\n"
 )
 

@@ -2,7 +2,7 @@
 
     python benchmarks/lossless.py                                  # every K; more than an hour on two cores
     python benchmarks/lossless.py --explorers 3,5 --prompts 6      # less
-    python benchmarks/lossless.py --output docs/lossless           # writes docs/lossless.md and .json, resumes
+    python benchmarks/lossless.py --output results/lossless           # writes results/lossless.md and .json, resumes
 
 The prompts and transformers' float32 tokens are in tests/goldens/smollm2.json (tests/reference/make_goldens.py made
 them). Exits are "shared", batches of 6. With rows that never prune ticks must equal the teacher-forced count; above
@@ -28,7 +28,7 @@ LEAD = (
     "# Same tokens, counted ticks\n\n"
     "18 prompts, at most 64 tokens each, in batches of 6, greedy, float32, exits of kind `shared`: against "
     "transformers' tokens, and against the ticks of the same texts run through the model once (teacher-forced, rows "
-    "that never prune). Written by `python benchmarks/lossless.py --output docs/lossless`.\n\n"
+    "that never prune). Written by `python benchmarks/lossless.py --output results/lossless`.\n\n"
 )
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "goldens" / "smollm2.json"

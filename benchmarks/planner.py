@@ -3,9 +3,9 @@
     python benchmarks/planner.py                      # tables and the assumed profiles, seconds, nothing is measured
     python benchmarks/planner.py --compile            # compiles for TPUs too (libtpu; minutes), kept in a JSON file
 
-EAD profiles of large models are assumptions here: figures of this repository's own small models (docs/exits.json,
-docs/layerskip.md), stretched to the depth of the large one. What `validate_plan --output docs/planner_validation.json`
-has measured is shown if it is there.
+EAD profiles of large models are assumptions here: figures of this repository's own small models (results/exits.json,
+docs/layerskip.md), stretched to the depth of the large one. What `validate_plan --output
+results/planner/validation.json` has measured is shown if it is there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import itertools
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 from dex_jax.cli.train_results import write_json
@@ -30,9 +31,12 @@ from dex_jax.evaluation.predictions import Prediction, others, plan
 from dex_jax.evaluation.workload import SHAPES, described_exits, work_of
 from dex_jax.lattice import default_rows
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-COMPILED = "planner_compiled.json"
-VALIDATION = "planner_validation.json"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+COMPILED = RESULTS / "planner" / "compiled.json"
+VALIDATION = RESULTS / "planner" / "validation.json"
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+ADDRESS = f"{URLS['Repository']}/blob/main/results/planner"
 CONTEXT = 1024
 
 LINKED = {
@@ -63,13 +67,13 @@ def stretched(depths: list[int], share: list[float], layers: int) -> dict:
 
 def trained_exits_ead() -> tuple[list[int], list[float], int]:
     """(depths, shares, L) of the exits that ship for SmolLM2-135M, mean of the measured groups."""
-    figures = json.loads((DOCS / "exits.json").read_text())["groups"]["mean"]
+    figures = json.loads((RESULTS / "exits.json").read_text())["groups"]["mean"]
     return [*figures["depths"], 30], figures["ead"], 30
 
 
 def layerskip_ead() -> tuple[list[int], list[float], int]:
     """(depths, shares, L) of the model that the LayerSkip recipe has trained: the first table of docs/layerskip.md."""
-    text = (DOCS / "layerskip.md").read_text().split("## Without")[0]
+    text = (ROOT / "docs" / "layerskip.md").read_text().split("## Without")[0]
     rows = re.findall(r"^\|\s*(\d+) \|\s*[\d.]+ \|\s*[\d.]+ \|\s*([\d.]+) \|$", text, re.MULTILINE)
     return [int(depth) for depth, _ in rows], [float(share) for _, share in rows], len(rows)
 
@@ -77,7 +81,10 @@ def layerskip_ead() -> tuple[list[int], list[float], int]:
 def write_assumptions(folder: Path) -> dict[tuple[str, str], Path]:
     """(model, exits) -> the file of its assumed profile."""
     sources = {
-        "attn:16384": (trained_exits_ead(), "the exits that ship for SmolLM2-135M (docs/exits.md, mean of two sets)"),
+        "attn:16384": (
+            trained_exits_ead(),
+            "the exits that ship for SmolLM2-135M (results/exits.md, mean of two sets)",
+        ),
         "shared": (layerskip_ead(), "the 8-layer model of docs/layerskip.md, trained by the LayerSkip recipe"),
     }
     files = {}
@@ -180,7 +187,7 @@ def paper(files: dict[tuple[str, str], Path]) -> list[str]:
         explorers = list(range(2, 9)) if model == "llama-2-70b" else [3]
         parts.append(f"### {model}, exits {exits}")
         parts.append(
-            f"Assumption ([{file.name}](planner/{file.name})): {profile.assumption}. Mean EAD {profile.ead.mean:.1f} "
+            f"Assumption ([{file.name}]({ADDRESS}/{file.name})): {profile.assumption}. Mean EAD {profile.ead.mean:.1f} "
             f"of {profile.layers} layers."
         )
         for name, links in LINKED.items():
@@ -309,7 +316,7 @@ def assumptions() -> list[str]:
 
 def compiled_section() -> list[str]:
     """What libtpu has said, if it was asked."""
-    file = DOCS / COMPILED
+    file = COMPILED
     if not file.is_file():
         return []
     from dex_jax.evaluation.compiled import Evidence, evidence_rows, rooflines
@@ -350,7 +357,7 @@ def compiled_section() -> list[str]:
 
 def validation_section() -> list[str]:
     """What validate_plan has measured, if it has."""
-    file = DOCS / VALIDATION
+    file = VALIDATION
     if not file.is_file():
         return []
     from dex_jax.evaluation.validate_plan import Compared, Verdict, table
@@ -366,7 +373,7 @@ def compile_all() -> None:
     """Compiles for TPUs and keeps what the compiler says; what is kept already is not compiled again."""
     from dex_jax.evaluation.compiled import compiled_evidence
 
-    file = DOCS / COMPILED
+    file = COMPILED
     found = json.loads(file.read_text()) if file.is_file() else {}
     for model, topology, explorers in TO_COMPILE:
         if f"{model} on {topology}" in found:
@@ -403,7 +410,7 @@ speedup and predicted wall-clock time are three different numbers, and predictio
 This page is written by `python benchmarks/planner.py`."""
 
 
-def page(folder: Path = DOCS / "planner") -> str:
+def page(folder: Path = RESULTS / "planner") -> str:
     """The whole page; assumed profiles go to `folder`."""
     files = write_assumptions(folder)
     parts = [INTRODUCTION, *paper(files), *recommendations(files), *costs(files)]
@@ -416,7 +423,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.compile:
         compile_all()
-    (DOCS / "planner.md").write_text(page(), encoding="utf-8")
+    (ROOT / "docs" / "planner.md").write_text(page(), encoding="utf-8")
     return 0
 
 

@@ -1,6 +1,6 @@
 """How ticks per token grow as a stage has fewer rows, on SmolLM2-135M: the loop itself, and its replay.
 
-    python benchmarks/rows.py --data HumanEval.jsonl.gz question_240.jsonl --prompts 10 --output docs/rows
+    python benchmarks/rows.py --data HumanEval.jsonl.gz question_240.jsonl --prompts 10 --output results/rows
 
 Prompts are answered once. The texts are teacher-forced, which gives the ticks of rows that never prune, and replayed
 with the scores that exits gave (dex_jax/evaluation/replay.py) for every cap; then the loop runs on the same prompts
@@ -117,7 +117,7 @@ def page(found: dict[str, Any]) -> str:
         "# How many rows a stage",
         f"Ticks per token as rows a stage shrink, on {about['texts']} prompts ({', '.join(about['data'])}), "
         f"{about['max_new_tokens']} new tokens, greedy, {about['dtype']}. A cap "
-        "costs ticks, never tokens. Written by `python benchmarks/rows.py --data ... --output docs/rows` with "
+        "costs ticks, never tokens. Written by `python benchmarks/rows.py --data ... --output results/rows` with "
         f"--explorers {' '.join(grids)} and the --loop-rows below, over several calls.",
         *_of_the_loop(grids, found["loop"]),
         "Ticks per token by replaying teacher-forced texts with the scores that exits gave. What exits say on wrong "

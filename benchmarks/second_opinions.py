@@ -1,7 +1,7 @@
 """What the middle exits could add to serial rounds: overruling a drafted token, and a re-draft from their own.
 
     python benchmarks/second_opinions.py --data HumanEval.jsonl.gz --data question_240.jsonl \\
-        --output docs/serial/second_opinions
+        --output results/serial/second_opinions
 
 A serial round has all its rows at depth x when an exit there disagrees with the drafter. Its token can only enter the
 round as a new row that runs x layers on its own, a step of x / L of the weights, and then goes on with the others. That

@@ -1,7 +1,7 @@
 """Serial rounds and "auto" against AR and transformers' generate, in wall-clock time, on some prompts of each file.
 
     python benchmarks/serial.py --data HumanEval.jsonl.gz --data question_240.jsonl --prompts 10 \\
-        --transformers-python PYTHON --output docs/serial/greedy
+        --transformers-python PYTHON --output results/serial/greedy
 
 Every prompt is decoded --rounds times by each, one after the other, so that all see the same machine; the first time,
 which compiles, is not counted. Tokens must be AR's. "serial" runs all rows of the drafter's tree in every round, "auto"

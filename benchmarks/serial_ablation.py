@@ -1,7 +1,7 @@
 """What each part of a serial round brings, in tokens a round and in time: width, depth, drafter, lookup.
 
     python benchmarks/serial_ablation.py --data HumanEval.jsonl.gz --data question_240.jsonl \\
-        --output docs/serial/ablation
+        --output results/serial/ablation
 
 Every tree decodes the same prompts one by one, all trees in turn, --rounds times after one that compiles. AR is among
 them; ratios are medians over prompts of AR's seconds a token over the tree's. Tokens must be AR's. What OUTPUT.json

@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                                        # without transformers
     python benchmarks/speed.py --transformers-python REF/bin/python   # a Python that has torch and transformers
-    python benchmarks/speed.py --output docs/speed                    # writes docs/speed.md and docs/speed.json
+    python benchmarks/speed.py --output results/speed                 # writes results/speed.md and .json
 
 Every round times, one after the other: a plain streaming read of all weights (the maximum of each array, unembedding
 included), AR steps, DEX-1/5 ticks, the same ticks with intermediate heads over 256 columns of the unembedding (a tick
@@ -39,7 +39,7 @@ from dex_jax.language_model import merge_model
 
 LEAD = (
     "# Speed\n\n"
-    "What one step takes: `python benchmarks/speed.py --rounds 9 --transformers-python ... --output docs/speed`, "
+    "What one step takes: `python benchmarks/speed.py --rounds 9 --transformers-python ... --output results/speed`, "
     'SmolLM2-135M, batch 1, all measured in turns. DEX has exits of kind `shared` here. "Intermediate heads apart" is '
     'the same tick with heads that read 256 columns only, "lattice alone" a network that computes nothing.\n\n'
 )

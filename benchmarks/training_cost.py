@@ -1,7 +1,7 @@
 """What exits of an 8B model would take to train, by the estimate that train_exits.py prints, as a page of Markdown.
 
-    python benchmarks/training_cost.py > docs/training_cost.md
-    python benchmarks/training_cost.py --measured runs/smollm2_135m > docs/training_cost.md
+    python benchmarks/training_cost.py > results/training_cost.md
+    python benchmarks/training_cost.py --measured runs/smollm2_135m > results/training_cost.md
 
 With --measured, the estimate for the machine at hand stands beside what a run in that folder took: give the folder of a
 run of --config on this machine, while nothing else runs.
@@ -151,7 +151,7 @@ def report(measured: str | None, measured_config: str) -> str:
         "Every number above the last table is an **estimate**: nothing of this size has been run. It is the estimate "
         "that `train_exits.py` prints before it starts (`dex_jax/training/estimate.py`). It counts on "
         f"{REACHED:.0%} of each machine's published arithmetic and bandwidth, and leaves out compilation, evaluation "
-        "and checkpoints. `python benchmarks/training_cost.py > docs/training_cost.md` makes this page from "
+        "and checkpoints. `python benchmarks/training_cost.py > results/training_cost.md` makes this page from "
         "`configs/llama3_8b.py`.",
         "Shapes of Llama 3.1 8B in bfloat16 (float16 on the T4, which has no bfloat16), exits at depths "
         f"{depths}, a draft vocabulary of {exits.draft_size:,} tokens, {config.train.batch} rows of at most "

@@ -2,7 +2,7 @@
 
     python -m dex_jax.evaluation.calibrate --together 2 --output cpu2.json
     python benchmarks/two_processes.py --data HumanEval.jsonl.gz question_240.jsonl --prompts 10 --batch 1 8 \\
-        --depths 20,30 --hardware cpu2.json --output docs/two_processes
+        --depths 20,30 --hardware cpu2.json --output results/two_processes
 
 The two talk over loopback by jax.distributed, as processes on two hosts would. AR is the pipeline of the library: a
 stage whose turn it is not computes nothing, and each hands its hidden states on once. Both methods decode the same

@@ -7,8 +7,12 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = (*sorted(ROOT.glob("notebooks/*.ipynb")), ROOT / "docs" / "notebooks.md", ROOT / "mkdocs.yml")
 ADDRESS = re.compile(r"(?P<before>github\.com/|research\.google\.com/github/)[\w.-]+/dex_jax\b")
+FILES = [
+    file
+    for file in (*sorted(ROOT.glob("notebooks/*.ipynb")), *sorted(ROOT.glob("docs/*.md")), ROOT / "mkdocs.yml")
+    if ADDRESS.search(file.read_text(encoding="utf-8"))
+]
 
 
 def repository() -> str:

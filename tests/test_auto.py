@@ -28,7 +28,7 @@ from dex_jax.nn.transformer import Stacked, Unrolled
 
 FLOAT32 = np.dtype("float32")
 STAGED = Stacked((2, 4))
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def exits_at(depths: tuple[int, ...], **metadata) -> TrainedExits:
@@ -121,7 +121,7 @@ def test_a_batch_waits_for_its_slowest_sequence() -> None:
 
 
 def test_the_slowest_of_a_batch_is_as_slow_as_measured() -> None:
-    runs = json.loads((DOCS / "serial" / "greedy_zen3.json").read_text(encoding="utf-8"))["runs"].values()
+    runs = json.loads((RESULTS / "serial" / "greedy_zen3.json").read_text(encoding="utf-8"))["runs"].values()
     # Rounds that a token takes, on each of the 20 prompts.
     paces = [run["rounds"]["serial"][0] / (run["tokens"][0] - 1) for run in runs]
     assert len(paces) == 20

@@ -279,6 +279,6 @@ def test_grids_are_made_of_runs():
 
 
 def test_the_committed_page_is_that_of_the_committed_runs():
-    folder = Path(__file__).resolve().parents[1] / "docs" / "templates_study"
+    folder = Path(__file__).resolve().parents[1] / "results" / "templates_study"
     found = template_report.summary(read_results(folder), read_study(folder))
     assert (folder / "summary.md").read_text(encoding="utf-8").startswith(found.rstrip())
