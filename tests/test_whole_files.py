@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from dex_jax.errors import DexError
-from dex_jax.io.whole_files import write_json, write_whole
+from dex_jax.io.whole_files import cache_folder, write_json, write_whole
 
 
 def test_text_and_bytes_with_their_folders(tmp_path) -> None:
@@ -39,3 +40,34 @@ def test_what_was_there_stays_when_writing_fails(tmp_path, monkeypatch) -> None:
         write_json(file, 22)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
     assert file.read_text() == "1"
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("spoil", ["writable", "foreign"])
+def test_a_cache_that_only_its_user_may_write(tmp_path, monkeypatch, capsys, spoil) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = cache_folder()
+    assert folder == tmp_path / "dex_jax"
+    assert folder.stat().st_mode & 0o077 == 0
+    if spoil == "writable":
+        folder.chmod(0o770)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 10**6)
+    assert tmp_path not in cache_folder().parents
+    assert "others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil", ["no home", "a file", "relative"])
+def test_without_a_place_for_a_cache_one_line_says_so(tmp_path, monkeypatch, capsys, spoil) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", {"no home": "", "a file": str(tmp_path / "file"), "relative": "here"}[spoil])
+    monkeypatch.setattr(Path, "home", no_home)
+    folder = cache_folder()
+    assert folder.is_dir()
+    assert folder == cache_folder()
+    assert tmp_path not in folder.parents
+    assert capsys.readouterr().err.count("\n") <= 1

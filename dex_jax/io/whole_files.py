@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +35,30 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept between runs, among the user's caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dex_jax"
+    """Where what can be made again is kept between runs: a folder among the user's caches that only the user may write.
+
+    Without a home directory, or where others may write, a folder that goes with this process, and one line on stderr.
+    """
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "dex_jax"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, "geteuid") and (folder.stat().st_uid != os.geteuid() or folder.stat().st_mode & 0o022):
+            raise OSError(f"others than this user may write to {folder}")
+        if not os.access(folder, os.W_OK):
+            raise OSError(f"nobody may write to {folder}")
+        return folder
+    # RuntimeError: there is no home directory.
+    except (OSError, RuntimeError) as error:
+        return _temporary_folder(str(error))
+
+
+@functools.cache
+def _temporary_folder(why: str) -> Path:
+    print(f"compiled programs and step costs are not kept for the next run: {why}", file=sys.stderr)
+    folder = Path(tempfile.mkdtemp(prefix="dex_jax_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
