@@ -93,7 +93,7 @@ def default_rows(stages: int) -> int:
 
     With 32, K = 10 takes 1.6% more ticks than rows that never prune; with 16, 3.6% (results/rows.md).
 
-    Example:
+    Examples:
       >>> [default_rows(stages) for stages in (4, 5, 6, 30)]
       [4, 8, 16, 32]
     """
@@ -103,7 +103,7 @@ def default_rows(stages: int) -> int:
 def full_rows(stages: int) -> int:
     """The number of rows that never prunes: one cohort never exceeds max(1, 2^(K-2)).
 
-    Example:
+    Examples:
       >>> [full_rows(stages) for stages in range(1, 7)]
       [1, 1, 2, 4, 8, 16]
     """

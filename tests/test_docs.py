@@ -42,6 +42,13 @@ def test_docstring_examples() -> None:
     assert attempted >= 6
 
 
+def test_examples_are_sections_that_pages_show_as_code() -> None:
+    sources = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("dex_jax/**/*.py")}
+    assert sum("    Examples:\n" in source for source in sources.values()) >= 5
+    # "Example:" is no section of the docstring style: a page shows it as a quotation, flags of doctest and all.
+    assert not [str(path) for path, source in sources.items() if re.search(r"^ *Example:$", source, re.MULTILINE)]
+
+
 def test_quick_start_runs(monkeypatch, capsys, tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="the quick start draws a picture")
     generate, trace = dex_jax.generate, dex_jax.trace

@@ -43,7 +43,7 @@ class AdaDecode:
       threshold: from 0 to 1, of an exit's top probability.
       draft_length: how many tokens may wait at most.
 
-    Example:
+    Examples:
       >>> AdaDecode(depths=(6, 12, 30)).schedule_for(30).rows
       9
     """

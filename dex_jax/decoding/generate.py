@@ -51,7 +51,7 @@ def generate(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options) -
     Raises:
       DexError: bad options or prompts, or no memory for them; the sentence says which and what to do.
 
-    Example:
+    Examples:
       >>> out = generate(lm, ["Why is the sky blue?"], max_new_tokens=32)   # doctest: +SKIP
       >>> out.texts[0], int(out.stats.ticks[0])   # doctest: +SKIP
     """

@@ -20,7 +20,7 @@ class LayerSkip:
       exit: d, from 1 to L - 1.
       draft_length: g.
 
-    Example:
+    Examples:
       >>> LayerSkip(exit=12, draft_length=4).schedule_for(30).depths
       (12, 30)
     """

@@ -89,7 +89,7 @@ class Dex:
 
     The first four fields belong to "parallel" and `tree` to "serial": "auto" with one of them means that schedule.
 
-    Example:
+    Examples:
       >>> Dex(explorers=3).schedule_for(30).depths
       (10, 20, 30)
       >>> Dex(depths=(6, 12, 30)).schedule_for(30).rows

@@ -101,7 +101,7 @@ class Output:
 def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:
     """Ticks that a sequence of `length` tokens took: K + sum(exits[1 : n - 1]), 0 for one token.
 
-    Example:
+    Examples:
       >>> ticks_of(np.array([-1, 2, 5, 1]), 4, stages=5)
       12
     """

@@ -91,7 +91,7 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
     Raises:
       DexError: bad options, or a method that has no lattice (AR, serial rounds).
 
-    Example:
+    Examples:
       >>> figure = dex_jax.plot.lattice(dex_jax.trace(lm, "Why is the sky blue?"))   # doctest: +SKIP
     """
     if method is None or is_auto(method):

@@ -22,7 +22,7 @@ def parse_choice(text: str, labels: Sequence[str], options: Sequence[str]) -> in
       labels: of the options, bare ("A", "1", "iv"); none where they have none.
       options: texts as the prompt shows them.
 
-    Example:
+    Examples:
       >>> parse_choice("The answer is (B), as two is even.", "ABCD", ["one", "two", "three", "five"])
       1
       >>> parse_choice("A man runs.", "AB", ["A man sits.", "He runs."]) is None

@@ -58,7 +58,7 @@ def batches(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
       lengths: of the prompts, in tokens.
       batch: B at most.
 
-    Example:
+    Examples:
       >>> list(batches([100, 120, 10, 200, 110], 2))
       [[2, 0], [4, 1], [3]]
     """

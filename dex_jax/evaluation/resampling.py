@@ -83,7 +83,7 @@ def bootstrap(
     Raises:
       DexError: no items.
 
-    Example:
+    Examples:
       >>> bootstrap(np.array([2.0, 2.0, 2.0])).low
       2.0
     """

@@ -245,7 +245,7 @@ def work_of(schedule: Any, length: int, counts: dict[str, int | None]) -> int | 
 def repeated(tokens: list[int], length: int = 4) -> float | None:
     """Share of `length`-grams that occurred earlier in the same list; None if it has no such gram.
 
-    Example:
+    Examples:
       >>> repeated([1, 2, 1, 2, 1, 2, 1])
       0.5
     """

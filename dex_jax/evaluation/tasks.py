@@ -189,7 +189,7 @@ def spread(count: int, wanted: int, taken: Sequence[int] = ()) -> list[int]:
     They begin a quarter of a step in: what serial rounds were fitted on (benchmarks/lookup.py, train_exits.py tree)
     begins at 0, and is to be no part of what is reported.
 
-    Example:
+    Examples:
       >>> spread(10, 3), spread(10, 2, taken=(0, 3, 6))
       ([0, 4, 7], [1, 7])
     """

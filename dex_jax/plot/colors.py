@@ -34,7 +34,7 @@ def depth_code(exit_number: int, stages: int) -> int | None:
 def depth_style(exit_number: int, stages: int) -> str:
     """The same as a style of the rich package; "default" for None.
 
-    Example:
+    Examples:
       >>> [depth_style(exit_number, stages=4) for exit_number in (1, 2, 3, 4)]
       ['color(46)', 'color(226)', 'color(196)', 'default']
     """
