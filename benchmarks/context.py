@@ -26,9 +26,9 @@ from dex_jax.cli.decode import remember_compilations
 from dex_jax.cli.train_results import write_json
 from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.session import PROGRAMS, Session
-from dex_jax.evaluation.exit_report import markdown
 from dex_jax.plot.colors import SERIES
 from dex_jax.plot.figures import new_figure
+from dex_jax.tables import markdown
 from dex_jax.training.prompt_files import read_prompts
 
 NEW_TOKENS = 128

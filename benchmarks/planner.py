@@ -24,12 +24,12 @@ from dex_jax.decoding.methods import even_depths
 from dex_jax.evaluation import cost_model
 from dex_jax.evaluation.cost_model import Parts, Setting
 from dex_jax.evaluation.ead_profile import FORMAT, Profile, read_profile
-from dex_jax.evaluation.exit_report import markdown
 from dex_jax.evaluation.hardware import DEVICES, LINKS, REACHED_BANDWIDTH, REACHED_FLOPS, hardware
 from dex_jax.evaluation.plan import cost_by_batch
 from dex_jax.evaluation.predictions import Prediction, others, plan
 from dex_jax.evaluation.workload import SHAPES, described_exits, work_of
 from dex_jax.lattice import default_rows
+from dex_jax.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"

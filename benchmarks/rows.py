@@ -30,12 +30,12 @@ from dex_jax.decoding.exits import ResolvedExits, resolve_method
 from dex_jax.decoding.output import ticks_of
 from dex_jax.evaluation.exit_forcing import measure
 from dex_jax.evaluation.exit_metrics import figures_of, predicted_exits, shared_exits
-from dex_jax.evaluation.exit_report import markdown
 from dex_jax.evaluation.replay import Table, replay, table_of
 from dex_jax.lattice import default_rows, full_rows
 from dex_jax.nn.exits import heads_of
 from dex_jax.plot.colors import SERIES
 from dex_jax.plot.figures import new_figure
+from dex_jax.tables import markdown
 
 CAPS = [1, 2, 4, 8, 16, 32]
 MOST_ABOVE = 0.03

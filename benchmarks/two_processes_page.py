@@ -178,7 +178,7 @@ def further(rows: list[dict], path: str) -> None:
 
 def not_measured(skipped: dict[str, str], rows: list[dict]) -> list[str]:
     """What is said of latencies that the machine cannot add."""
-    from dex_jax.evaluation.exit_report import markdown
+    from dex_jax.tables import markdown
 
     if not skipped:
         return []
@@ -234,7 +234,7 @@ def going_on(rows: list[dict]) -> list[str]:
 
 def page(found: dict[str, Any], rows: list[dict]) -> str:
     """Markdown."""
-    from dex_jax.evaluation.exit_report import markdown
+    from dex_jax.tables import markdown
 
     alone, together = found["sharing"]["alone"][0], found["sharing"]["together"]
     shared = [

@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import json
 import math
 import os
@@ -14,14 +13,13 @@ import numpy as np
 import pytest
 from environment import flags_for_devices
 from reference.training_twin import train_linear_map
-from rich.console import Console
 from training_worker import LinearMap
 
 from dex_jax.errors import DexError
 from dex_jax.training.config import MAY_CHANGE, TrainConfig
 from dex_jax.training.journal import FILE_NAME, Journal, plain, read_journal
 from dex_jax.training.optimizer import decayed_by_default, learning_rate
-from dex_jax.training.progress import Display, Progress
+from dex_jax.training.progress import Progress
 from dex_jax.training.trainer import train
 
 CONFIG = TrainConfig(
@@ -368,26 +366,3 @@ def test_tensorboard_is_optional_and_purges_what_is_done_again(tmp_path, monkeyp
     journal.write("train", 6, {"loss": 0.5, "list": [1]})
     journal.close()
     assert written == [("tensorboard", 6), ("train/loss", 0.5, 6), "closed"]
-
-
-# Display
-
-
-def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is():
-    event = Progress(50, 100, 12_345, 1234.5, 0.4321, 0.5, 3725.0, logged=False)
-    lines = io.StringIO()
-    display = Display(Console(file=lines, width=200))
-    display("a [word] from the trainer")
-    display(event)
-    display(event._replace(logged=True, seconds_left=65.0))
-    display.close()
-    assert lines.getvalue() == (
-        "a [word] from the trainer\nstep 50/100, 12.3k tokens, 1.23k tokens/s, loss 0.4321, 1 min 05 s left\n"
-    )
-    bar = io.StringIO()
-    display = Display(Console(file=bar, width=200, force_terminal=True))
-    display(event)
-    display.close()
-    assert "50%" in bar.getvalue()
-    assert "1 h 02 min left" in bar.getvalue()
-    assert "None" not in event._replace(loss=None, seconds_left=None, tokens_per_second=None).describe()

@@ -122,7 +122,7 @@ def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> No
 
 def whole_model_table(figures: Mapping[str, Any]) -> str:
     """Markdown of what `WholeModel.evaluate` returns: one table by depth, one by K."""
-    from dex_jax.evaluation.exit_report import markdown
+    from dex_jax.tables import markdown
 
     depths = range(1, len(figures["agreement"]) + 1)
     columns = zip(depths, figures["agreement"], figures["exit_loss"], figures["ead"], strict=True)

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     from dex_jax.evaluation.results import Results
     from dex_jax.evaluation.tasks import read_task
     from dex_jax.language_model import load
-    from dex_jax.training.progress import Display
+    from dex_jax.progress import Display
 
     check(args)
     check_names((*args.methods, *args.timed))

@@ -24,8 +24,8 @@ from dex_jax.evaluation.outside import EARLY_EXIT, PLAIN, Outside, run_of_answer
 from dex_jax.evaluation.results import Results
 from dex_jax.evaluation.runs import Run, compared, run_key, run_of
 from dex_jax.language_model import LanguageModel
+from dex_jax.progress import Shown, duration
 from dex_jax.sampling import Sampling, sampling_keys
-from dex_jax.training.progress import Shown, duration
 
 SHORT = 256
 """Prompts up to here share batches: to pad them costs less than another compilation."""

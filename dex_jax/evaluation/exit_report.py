@@ -11,6 +11,7 @@ from typing import Any
 from dex_jax.errors import DexError
 from dex_jax.evaluation.exit_metrics import ExitFigures
 from dex_jax.plot.figures import new_figure
+from dex_jax.tables import markdown
 
 
 def tables(groups: Mapping[str, ExitFigures]) -> str:
@@ -105,13 +106,6 @@ def _group_tables(figures: ExitFigures) -> str:
         f"the draft vocabulary holds {figures.draft_share:.3f}; off greedy {figures.off_greedy:.4f}."
     )
     return "\n\n".join(parts)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table in markdown, its columns aligned."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
 def _number(value: float, digits: int) -> str:

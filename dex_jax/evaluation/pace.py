@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dex_jax.training.progress import duration
+from dex_jax.progress import duration
 
 
 class Standing(NamedTuple):

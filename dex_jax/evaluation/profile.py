@@ -134,7 +134,7 @@ def real_loop(
 
 def table(profile: Profile) -> str:
     """Markdown: one table by depth, one by grid, one by rows."""
-    from dex_jax.evaluation.exit_report import markdown
+    from dex_jax.tables import markdown
 
     ead = profile.ead
     by_depth = [

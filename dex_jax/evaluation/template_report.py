@@ -16,10 +16,10 @@ import numpy as np
 
 from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation import template_statistics as s
-from dex_jax.evaluation.exit_report import markdown
 from dex_jax.evaluation.resampling import Interval
 from dex_jax.evaluation.results import read_results, read_study, seen_in_training
 from dex_jax.evaluation.runs import Run
+from dex_jax.tables import markdown
 
 SUMMARY = "summary.md"
 PLOT = "template_spread.png"

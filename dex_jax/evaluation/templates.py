@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from dex_jax.evaluation.template_plan import check_methods
     from dex_jax.evaluation.template_runs import TemplateStudy, answers_in
     from dex_jax.language_model import load
-    from dex_jax.training.progress import Display
+    from dex_jax.progress import Display
 
     check(args)
     check_methods(args.methods)

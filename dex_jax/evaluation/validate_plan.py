@@ -310,7 +310,7 @@ def read_further(path: str) -> list[Compared]:
 
 def table(verdict: Verdict) -> str:
     """Markdown."""
-    from dex_jax.evaluation.exit_report import markdown
+    from dex_jax.tables import markdown
 
     rows = [
         [

@@ -1,0 +1,151 @@
+"""What a program is doing, told by the code that does it to whoever shows it.
+
+`notify("measuring step costs")` says what goes on from now on. Only who is `listening` hears it: a program with its
+Display, or a caller of the library with a function of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+Notify = Callable[[str], None]
+"""Is told the name of the phase that begins."""
+
+_START = time.monotonic()
+_LISTENERS: list[Notify] = []
+
+
+def notify(phase: str) -> None:
+    """Says what goes on from now on, until the next call: "compiling run_ticks", "decoding"."""
+    for tell in _LISTENERS[-1:]:
+        tell(phase)
+
+
+@contextlib.contextmanager
+def listening(tell: Notify) -> Iterator[None]:
+    """Within it `tell` hears of every phase, in whatever thread that begins; nobody else does.
+
+    Example:
+      >>> heard = []
+      >>> with listening(heard.append):
+      ...     notify("decoding")
+      >>> heard
+      ['decoding']
+    """
+    _LISTENERS.append(tell)
+    try:
+        yield
+    finally:
+        _LISTENERS.remove(tell)
+
+
+class Shown(Protocol):
+    """How far something has come: a share of the whole, 0 to 1, one line, and whether it is worth a line of a log."""
+
+    @property
+    def share(self) -> float: ...  # noqa: D102
+
+    @property
+    def logged(self) -> bool: ...  # noqa: D102
+
+    def describe(self) -> str: ...  # noqa: D102
+
+
+class Display:
+    """Shows phases, progress and lines of text on stderr: live on a terminal, else a line for each.
+
+    Args:
+      console: where to; None is stderr.
+    """
+
+    def __init__(self, console: Console | None = None):
+        if console is None:
+            from rich.console import Console
+
+            console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.console = console
+        self._bars: Progress | None = None
+        self._phase: str | None = None
+
+    def __call__(self, event: str | Shown) -> None:
+        """Shows a line that stays, or how far something has come."""
+        if isinstance(event, str):
+            self.console.print(event, markup=False)
+        elif self.console.is_terminal:
+            self._draw(event.describe(), event.share)
+        elif event.logged:
+            self.console.print(event.describe(), markup=False)
+
+    def phase(self, name: str) -> None:
+        """Shows what goes on from now on, with the seconds since the program's start where lines are kept."""
+        if name == self._phase:
+            return
+        self._phase = name
+        if self.console.is_terminal:
+            self._draw(name, None, anew=True)
+        else:
+            self.console.print(f"[{time.monotonic() - _START:5.1f} s] {name}", markup=False)
+
+    def part(self, done: int, total: int) -> None:
+        """Shows how much of the phase is done, on a terminal."""
+        if self.console.is_terminal and self._phase is not None:
+            self._draw(self._phase, done / max(total, 1))
+
+    def close(self) -> None:
+        """Leaves the bar as it stands, and nothing of a phase."""
+        if self._bars is not None:
+            self._bars.live.transient = self._phase is not None
+            self._bars.stop()
+        self._bars = self._phase = None
+
+    def _draw(self, text: str, share: float | None, anew: bool = False) -> None:
+        if self._bars is None:
+            self._bars = _bars(self.console)
+            self._bars.start()
+        for task in self._bars.task_ids if anew else ():
+            self._bars.remove_task(task)
+        task = next(iter(self._bars.task_ids), None)
+        if task is None:
+            task = self._bars.add_task(text, total=None)
+        if share is not None:
+            self._bars.update(task, description=text, completed=share, total=1.0)
+
+
+def _bars(console: Console) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        SpinnerColumn,
+        Task,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+    from rich.text import Text
+
+    class BarOfAShare(BarColumn):
+        """No bar where nobody knows how far it is."""
+
+        def render(self, task: Task):
+            return super().render(task) if task.total else Text()
+
+    description = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), BarOfAShare(), TaskProgressColumn(), description, TimeElapsedColumn())
+    return Progress(*columns, console=console, refresh_per_second=4)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,74 @@
+"""What programs show while they work: lines in a log, one live line on a terminal, and who hears of phases."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+
+from rich.console import Console
+
+from dex_jax.progress import Display, listening, notify
+from dex_jax.training.progress import Progress
+
+
+def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is():
+    event = Progress(50, 100, 12_345, 1234.5, 0.4321, 0.5, 3725.0, logged=False)
+    lines = io.StringIO()
+    display = Display(Console(file=lines, width=200))
+    display("a [word] from the trainer")
+    display(event)
+    display(event._replace(logged=True, seconds_left=65.0))
+    display.close()
+    assert lines.getvalue() == (
+        "a [word] from the trainer\nstep 50/100, 12.3k tokens, 1.23k tokens/s, loss 0.4321, 1 min 05 s left\n"
+    )
+    bar = io.StringIO()
+    display = Display(Console(file=bar, width=200, force_terminal=True))
+    display(event)
+    display.close()
+    assert "50%" in bar.getvalue()
+    assert "1 h 02 min left" in bar.getvalue()
+    assert "None" not in event._replace(loss=None, seconds_left=None, tokens_per_second=None).describe()
+
+
+def test_phases_are_lines_with_seconds_where_there_is_no_terminal() -> None:
+    lines = io.StringIO()
+    display = Display(Console(file=lines, width=200))
+    with listening(display.phase):
+        for phase in ("loading the model", "compiling [a]", "compiling [a]", "decoding"):
+            notify(phase)
+        display.part(3, 4)
+    display.close()
+    notify("nobody hears this")
+    assert re.sub(r"\[ *\d+\.\d s\]", "[]", lines.getvalue()) == "[] loading the model\n[] compiling [a]\n[] decoding\n"
+
+
+def test_a_phase_leaves_nothing_on_a_terminal() -> None:
+    bar = io.StringIO()
+    display = Display(Console(file=bar, width=200, force_terminal=True))
+    display.phase("loading the model")
+    display.part(1, 4)
+    display._bars.refresh()
+    display.phase("compiling run_ticks")
+    display._bars.refresh()
+    display.close()
+    shown = bar.getvalue()
+    assert "compiling run_ticks" in shown
+    assert " 25% loading the model" in shown
+    # No share of what nobody knows the size of.
+    assert re.search(r"\d%\S* compiling", shown) is None
+    # The line is erased and the cursor is back.
+    assert shown.rindex("\x1b[2K") > shown.rindex("compiling")
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+def test_the_innermost_listener_hears_every_thread() -> None:
+    outer, inner = [], []
+    with listening(outer.append):
+        with listening(inner.append):
+            thread = threading.Thread(target=notify, args=("beside",))
+            thread.start()
+            thread.join()
+        notify("after")
+    assert (outer, inner) == (["after"], ["beside"])
