@@ -299,7 +299,7 @@ def test_a_study_of_templates_is_another_report(made, tmp_path, capsys) -> None:
     study = json.loads((tmp_path / "copy" / "study.json").read_text())
     (tmp_path / "copy" / "study.json").write_text(json.dumps(study | {"benchmark": "templates"}))
     assert report.main([str(tmp_path / "copy")]) == 2
-    assert "template_report makes its page" in capsys.readouterr().err
+    assert "studies.templates.report makes its page" in capsys.readouterr().err
 
 
 def test_early_exit_needs_a_python(command, tmp_path, capsys) -> None:

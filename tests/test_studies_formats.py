@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.answer_parsing import parse_choice
 from dex_jax.evaluation.choices import Item
-from dex_jax.evaluation.prompt_formats import (
+from studies.templates.answers import parse_choice
+from studies.templates.formats import (
     LABELS,
     WRAPPERS,
     Template,
@@ -142,7 +142,7 @@ def test_flan_json_is_read_and_other_questions_are_left_out():
 
 @needs_data
 def test_the_grammar_is_the_papers():
-    from dex_jax.evaluation import prompt_formats as ours
+    from studies.templates import formats as ours
 
     grammar = json.loads((DATA / "formatspread_grammar.json").read_text())
     assert set(ours.SEPARATORS) == set(grammar["CHOSEN_SEPARATOR_LIST"])

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from dex_jax.evaluation import reproduction
 from dex_jax.evaluation.report import summary
 from dex_jax.evaluation.resampling import Interval
 from dex_jax.evaluation.results import to_line
 from dex_jax.evaluation.runs import Run
+from studies.reproduction import __main__ as reproduction
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "reproduction.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "reproduction.md"
+RESULTS = ROOT / "results"
 
 
 GRIDS = {2: [15, 30], 5: [6, 12, 18, 24, 30], 8: [4, 8, 12, 15, 19, 23, 27, 30]}
@@ -121,17 +123,17 @@ def test_without_results_the_page_says_what_to_run(capsys) -> None:
 
 
 def test_the_committed_pages_are_those_of_the_committed_runs() -> None:
-    folders = [PAGE.parent / name for name in ("bench", "bench_layerskip")]
+    folders = [RESULTS / name for name in ("bench", "bench_layerskip")]
     studies = [(reproduction.read_results(folder), reproduction.read_study(folder)) for folder in folders]
     assert PAGE.read_text(encoding="utf-8") == reproduction.page(studies)
-    for folder in (*folders, PAGE.parent / "bench_xeon"):
+    for folder in (*folders, RESULTS / "bench_xeon"):
         runs, about = reproduction.read_results(folder), reproduction.read_study(folder)
         assert (folder / "summary.md").read_text(encoding="utf-8").startswith(summary(runs, about).rstrip())
 
 
 def test_counts_are_the_same_on_both_machines() -> None:
     def counts(folder: str) -> dict:
-        runs = [run for run in reproduction.read_results(PAGE.parent / folder) if run.kind == "depth"]
+        runs = [run for run in reproduction.read_results(RESULTS / folder) if run.kind == "depth"]
         fields = ("tokens", "exits", "ticks", "rounds", "layer_steps", "drafted", "accepted", "work")
         return {run.key: {name: getattr(run, name) for name in fields} for run in runs}
 
@@ -141,13 +143,13 @@ def test_counts_are_the_same_on_both_machines() -> None:
 
 
 def test_the_readme_says_what_the_committed_runs_say() -> None:
-    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = re.findall(r"^\|.*\|$", readme.split("## Rivals")[1].split("\n## ")[0], re.MULTILINE)
     told = re.findall(r"\d\.\d\d \[\d\.\d\d, \d\.\d\d\]", "\n".join(table))
-    summary_page = (PAGE.parent / "bench" / "summary.md").read_text(encoding="utf-8")
+    summary_page = (RESULTS / "bench" / "summary.md").read_text(encoding="utf-8")
     assert len(told) >= 12
     assert [figure for figure in told if f"{figure} |" not in summary_page] == []
-    other = (PAGE.parent / "bench_xeon" / "summary.md").read_text(encoding="utf-8")
+    other = (RESULTS / "bench_xeon" / "summary.md").read_text(encoding="utf-8")
     seconds = re.search(r"rounds were at (\S+ \S+ \S+) and LayerSkip at (\S+ \S+ \S+) \(", readme)
     assert seconds is not None
     assert [figure for figure in seconds.groups() if f"{figure} |" not in other] == []

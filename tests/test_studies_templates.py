@@ -11,8 +11,10 @@ from reference.small_models import LLAMA, small_model
 
 import dex_jax
 from dex_jax import language_model
-from dex_jax.evaluation import template_report, template_runs, templates
 from dex_jax.evaluation.results import read_results
+from studies.templates import __main__ as templates
+from studies.templates import report as template_report
+from studies.templates import runs as template_runs
 
 
 class ByteTokenizer:

@@ -68,9 +68,7 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
     """
     runs, study = read_results(folder), read_study(folder)
     if study.get("benchmark") != "bench":
-        raise DexError(
-            f"{folder} holds a study of templates: python -m dex_jax.evaluation.template_report makes its page"
-        )
+        raise DexError(f"{folder} holds a study of templates: python -m studies.templates.report makes its page")
     output = Path(folder if output is None else output)
     file, text = output / SUMMARY, summary(runs, study)
     try:

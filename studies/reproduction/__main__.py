@@ -1,4 +1,4 @@
-"""`python -m dex_jax.evaluation.reproduction DIR ...`: the paper's claims beside what folders of results say.
+"""`python -m studies.reproduction DIR ...`: the paper's claims beside what folders of results say.
 
 The paper's text is not at hand: its claims are those of its abstract and of summaries of it (arXiv 2606.29223).
 """
@@ -78,7 +78,7 @@ def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
         "All figures of this page are depth-side: layers run one after the other, AR's or a rival's over DEX's, the "
         "same exits, the same prompts. They are counts, not times. Medians over prompts, 95% intervals by resampling "
         "prompts. The claims are those of the abstract of arXiv 2606.29223 and of summaries of it. "
-        "This page is made by `python -m dex_jax.evaluation.reproduction`; no figure is typed in.",
+        "This page is made by `python -m studies.reproduction`; no figure is typed in.",
         markdown(["claim", "paper", *(names or ["measured"])], rows),
     ]
     for name, (runs, study), table, depths in zip(names, studies, tables, grids, strict=True):
@@ -92,7 +92,7 @@ def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
 EMPTY = (
     "python -m dex_jax.evaluation.bench --model smollm2-135m --data DIR --output RESULTS \\\n"
     f"    --methods {CLAIMED} --by-explorers {GRIDS}\n"
-    "python -m dex_jax.evaluation.reproduction RESULTS --output docs/reproduction.md"
+    "python -m studies.reproduction RESULTS --output docs/reproduction.md"
 )
 
 
@@ -233,7 +233,7 @@ def _sweeps(runs: Sequence[Run]) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for bad input."""
-    p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.reproduction", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m studies.reproduction", description=__doc__.splitlines()[0])
     p.add_argument("folders", nargs="*", metavar="DIR", help="of benchmarks, a column each; none: what is to be run")
     p.add_argument("--output", metavar="FILE.md", help="where the page goes (stdout)")
     args = p.parse_args(argv)

@@ -1,9 +1,9 @@
-"""`python -m dex_jax.evaluation.templates`: do gains hold across prompt templates?
+"""`python -m studies.templates`: do gains hold across prompt templates?
 
 Every item is asked in every template. Answers come from AR in large batches; what DEX and LayerSkip count on them is
 teacher-forced, and their loops run on a random share and must agree. LayerSkip's setting is chosen on other items than
 those reported. The folder holds results.jsonl, summary.md and a plot; the same command goes on where it was stopped,
-and `python -m dex_jax.evaluation.template_report DIR` computes all figures anew.
+and `python -m studies.templates.report DIR` computes all figures anew.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dex_jax.errors import DexError, exit_code
 
 if TYPE_CHECKING:
     from dex_jax.evaluation.choices import Item
-    from dex_jax.evaluation.prompt_formats import Template
-    from dex_jax.evaluation.template_plan import Case, Plan
     from dex_jax.language_model import LanguageModel
+    from studies.templates.formats import Template
+    from studies.templates.plan import Case, Plan
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     from dex_jax.cli.arguments import depths
     from dex_jax.language_model import DTYPES
 
-    p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.templates", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m studies.templates", description=__doc__.splitlines()[0])
     add = p.add_argument_group("what runs").add_argument
     add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
     add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
@@ -71,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measures and writes, as the flags say; the exit code."""
     from dex_jax.cli.decode import remember_compilations
-    from dex_jax.evaluation import template_report
     from dex_jax.evaluation.results import Results
-    from dex_jax.evaluation.template_plan import check_methods
-    from dex_jax.evaluation.template_runs import TemplateStudy, answers_in
     from dex_jax.language_model import load
     from dex_jax.progress import Display
+    from studies.templates import report as template_report
+    from studies.templates.plan import check_methods
+    from studies.templates.runs import TemplateStudy, answers_in
 
     check(args)
     check_methods(args.methods)
@@ -147,8 +147,8 @@ def items_of(task: str, data: str | None) -> list[Item]:
       DexError: a task without options, no or bad data.
     """
     from dex_jax.evaluation.choices import read_items
-    from dex_jax.evaluation.prompt_formats import DESCRIPTORS
     from dex_jax.evaluation.tasks import rows_of
+    from studies.templates.formats import DESCRIPTORS
 
     if task not in DESCRIPTORS:
         raise DexError(f"unknown task {task!r}: templates are for {', '.join(DESCRIPTORS)}")
@@ -157,7 +157,7 @@ def items_of(task: str, data: str | None) -> list[Item]:
 
 def templates_of(task: str, args: argparse.Namespace) -> list[Template]:
     """The templates that the flags ask for."""
-    from dex_jax.evaluation.prompt_formats import built_in, read_templates, sample_formats
+    from studies.templates.formats import built_in, read_templates, sample_formats
 
     if args.formats:
         return sample_formats(task, args.formats, args.seed)
@@ -168,9 +168,9 @@ def choose_cases(
     lm: LanguageModel, items: dict[str, list[Item]], templates: dict[str, list[Template]], args: argparse.Namespace
 ) -> tuple[list[Case], dict[str, int]]:
     """(every chosen item in every template; how many items of each task were too long in some template)."""
-    from dex_jax.evaluation.prompt_formats import choose_examples, render
     from dex_jax.evaluation.tasks import spread
-    from dex_jax.evaluation.template_plan import Case
+    from studies.templates.formats import choose_examples, render
+    from studies.templates.plan import Case
 
     longest = min(args.longest_prompt, lm.config.context - args.max_new_tokens)
     cases: list[Case] = []
@@ -216,7 +216,7 @@ def plan_of(lm: LanguageModel, args: argparse.Namespace) -> Plan:
     from dex_jax.decoding.methods import Dex
     from dex_jax.evaluation.contenders import swept_depths
     from dex_jax.evaluation.forced_runs import exits_at
-    from dex_jax.evaluation.template_plan import Plan
+    from studies.templates.plan import Plan
 
     layers = lm.config.num_layers
     resolved = resolve_method(Dex(explorers=args.explorers), args.exits, lm.config, lm.fingerprint)

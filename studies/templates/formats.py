@@ -87,7 +87,7 @@ def built_in(task: str) -> list[Template]:
     Raises:
       DexError: a task without any.
     """
-    file = importlib.resources.files("dex_jax.evaluation") / "templates.json"
+    file = importlib.resources.files("studies.templates") / "templates.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content.get(task), list):
         raise DexError(f"no templates come with task {task!r}: choose hellaswag or mmlu, or give --templates")

@@ -1,4 +1,4 @@
-"""`python -m dex_jax.evaluation.template_report DIR`: summary.md and a plot of a template study, from its results.
+"""`python -m studies.templates.report DIR`: summary.md and a plot of a template study, from its results.
 
 The headline is the median over templates with the least and the most, never the best one.
 """
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation import template_statistics as s
 from dex_jax.evaluation.resampling import Interval
 from dex_jax.evaluation.results import read_results, read_study, seen_in_training
 from dex_jax.evaluation.runs import Run
 from dex_jax.tables import markdown
+from studies.templates import statistics as s
 
 SUMMARY = "summary.md"
 PLOT = "template_spread.png"
@@ -329,10 +329,8 @@ def _short(found: s.Spread) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for bad input."""
-    p = argparse.ArgumentParser(
-        prog="python -m dex_jax.evaluation.template_report", description=__doc__.splitlines()[0]
-    )
-    p.add_argument("folder", metavar="DIR", help="that python -m dex_jax.evaluation.templates has written")
+    p = argparse.ArgumentParser(prog="python -m studies.templates.report", description=__doc__.splitlines()[0])
+    p.add_argument("folder", metavar="DIR", help="that python -m studies.templates has written")
     p.add_argument("--no-plots", action="store_true", help="no PNG files, and no need of matplotlib")
     p.add_argument("--output", metavar="DIR", help="another folder to write into")
     args = p.parse_args(argv)

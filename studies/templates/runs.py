@@ -25,9 +25,9 @@ from dex_jax.evaluation.forced_runs import answer_fields, layerskip_run
 from dex_jax.evaluation.pace import Pace
 from dex_jax.evaluation.results import Results
 from dex_jax.evaluation.runs import Run, compared, run_key, run_of
-from dex_jax.evaluation.template_plan import Case, Plan, grade
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows
+from studies.templates.plan import Case, Plan, grade
 
 SMALLEST_BATCH = 8
 LOOP_BATCH = 8

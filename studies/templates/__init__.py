@@ -1,0 +1,1 @@
+"""The prompt-template study: do gains hold across prompt templates?"""
