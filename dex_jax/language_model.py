@@ -32,6 +32,7 @@ from dex_jax.nn.transformer import (
     parameter_shapes,
     relayout,
 )
+from dex_jax.progress import notify
 from dex_jax.prompts import Prompt, encode_prompt
 from dex_jax.sharding import STAGE, check_model, check_stages, make_mesh
 
@@ -159,6 +160,7 @@ class Outline:
         Raises:
           DexError: a damaged file, or no memory for the weights.
         """
+        notify("loading the model")
         read = _reader(self.checkpoint, self.dtype, on_tensor)
         try:
             if self.mesh is None:

@@ -110,13 +110,12 @@ class Display:
         if self._bars is None:
             self._bars = _bars(self.console)
             self._bars.start()
-        for task in self._bars.task_ids if anew else ():
-            self._bars.remove_task(task)
-        task = next(iter(self._bars.task_ids), None)
-        if task is None:
-            task = self._bars.add_task(text, total=None)
+        if anew or not self._bars.tasks:
+            for task in self._bars.task_ids:
+                self._bars.remove_task(task)
+            self._bars.add_task(text, total=None)
         if share is not None:
-            self._bars.update(task, description=text, completed=share, total=1.0)
+            self._bars.update(self._bars.task_ids[0], description=text, completed=share, total=1.0)
 
 
 def _bars(console: Console) -> Progress:

@@ -39,6 +39,7 @@ from dex_jax.lattice import NO_NODE, NO_TOKEN, default_rows
 from dex_jax.nn import few_rows
 from dex_jax.nn.layers import causal_rows
 from dex_jax.nn.transformer import Layout, Stacked, parameter_shapes
+from dex_jax.progress import notify
 from dex_jax.sampling import best_column
 
 ROWS = (1, 2, 4, 8, 16)
@@ -111,6 +112,7 @@ def step_costs(
     key, file = _key(config, layout, jnp.dtype(dtype), batch, length, drafter), costs_file()
     kept = _KNOWN.get(key) or _read(file).get(key)
     if kept is None:
+        notify("measuring what steps cost here, once")
         kept = _measure(config, layout, jnp.dtype(dtype), batch, length, drafter)
         # Only a convenience: without a place to write, the next process measures again.
         with contextlib.suppress(DexError):

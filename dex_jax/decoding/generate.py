@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.nn.transformer import Staged
+from dex_jax.progress import notify
 from dex_jax.prompts import Prompt
 from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import STAGE, device_name
@@ -38,6 +39,8 @@ SMALLEST_TEMPERATURE = 1e-6
 
 def generate(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options) -> Output:
     """Generates continuations of a batch of prompts.
+
+    What it is doing meanwhile is told to whoever is `dex_jax.progress.listening`.
 
     Args:
       lm: from `dex_jax.load`.
@@ -74,7 +77,6 @@ def stream(
     stop: str | Sequence[str] | None = None,
     chat: bool = True,
     ticks_per_update: int = 4,
-    notify: Callable[[str], None] = lambda phase: None,
 ) -> Iterator[Output]:
     """As `generate`, yielding the Output so far after every few ticks; the last one is complete.
 
@@ -95,7 +97,6 @@ def stream(
       stop: strings that end a sequence; they are cut from the text.
       chat: whether string prompts go through the chat template.
       ticks_per_update: how many ticks or rounds run on the device between two yields.
-      notify: told the phase ("prefill", "decoding"), for a progress display.
 
     Yields:
       Output, with `finished` telling which rows have ended.
@@ -118,7 +119,6 @@ def stream(
         num_samples=num_samples,
         stop=stop,
         chat=chat,
-        notify=notify,
     )
     run.exits.say()
     times = dict.fromkeys(("compile", "prefill", "decode"), 0.0)
@@ -174,7 +174,6 @@ def prepare(
     num_samples: int = 1,
     stop: str | Sequence[str] | None = None,
     chat: bool = True,
-    notify: Callable[[str], None] = lambda phase: None,
 ) -> Prepared:
     """Checks prompts and options, which are those of `stream`, and builds the session that runs them."""
     encode = functools.partial(encode_prompts, lm, prompts, chat, num_samples, max_new_tokens)
@@ -185,7 +184,7 @@ def prepare(
     method = with_stages(method, None if lm.mesh is None else lm.mesh.shape[STAGE])
     settled, choice = settle(method, exits, *model, len(ids), length)
     resolved = _resolve(lm, settled, exits)
-    session = Session(lm, ids, resolved.schedule, max_new_tokens, sampling, resolved.trained, notify)
+    session = Session(lm, ids, resolved.schedule, max_new_tokens, sampling, resolved.trained)
     return Prepared(session, resolved.schedule, choice, resolved, ids, seeds, StopStrings(stop, lm.tokenizer))
 
 

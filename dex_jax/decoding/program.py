@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from dex_jax.host_memory import return_free_memory
+from dex_jax.progress import notify
 
 HELD = 24
 """Programs of one function that are remembered: a process may hold only so many mappings of memory, and they take many.
@@ -53,6 +54,7 @@ class Program:
         key = (tree, shapes, tuple(sorted(static.items())))
         found = self._compiled.pop(key, None)
         if found is None:
+            notify(f"compiling {self.name}")
             begin = time.perf_counter()
             while len(self._compiled) >= HELD:  # the first is the one that was used longest ago
                 del self._compiled[next(iter(self._compiled))]

@@ -6,7 +6,6 @@ Letters: B sequences, S cache length, T capacity for new tokens, D model width, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,6 +39,7 @@ from dex_jax.language_model import LanguageModel, Outline, merge_model
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.placing import weight_specs
 from dex_jax.nn.transformer import Layout, Staged, Transformer
+from dex_jax.progress import notify
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import EVERYWHERE, check_batch, check_stages, place, zeros
 
@@ -243,7 +243,6 @@ class Session:
       sampling: None for greedy; keys [B].
       exits: trained exits at x_1 .. x_{K-1}, the drafter of serial rounds; None for the model's own, and for serial
         rounds that draft from the text alone.
-      notify: told what is going on ("compiling", "prefill", "decoding").
     """
 
     def __init__(
@@ -254,14 +253,12 @@ class Session:
         max_new_tokens: int,
         sampling: Sampling | None,
         exits: TrainedExits | None = None,
-        notify: Callable[[str], None] = lambda phase: None,
     ):
         check_mesh(lm.mesh, lm.layout, schedule, len(prompts))
         self.lm = lm
         self.exits = exits
         self.spec = Spec(lm.config, lm.layout, schedule, None if exits is None else exits.config, lm.mesh)
         self.sampling = self._put(sampling, on_mesh.sampling_specs(sampling))
-        self.notify = notify
         self.lengths = np.array([len(p) for p in prompts], np.int32)
         bucket = prompt_bucket(int(self.lengths.max()))
         self.padded = np.zeros((len(prompts), bucket), np.int32)
@@ -279,7 +276,6 @@ class Session:
 
     def compile(self) -> None:
         """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
-        self.notify("compiling")
         weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.lm.weights)
         heads = self._put_heads(jax.eval_shape(lambda weights: self._heads(weights), weights))
         weights = self._put(weights, lambda: weight_specs(weights, self.spec.mesh))
@@ -300,7 +296,7 @@ class Session:
     def prefill(self) -> None:
         """Runs the prompts and chooses token 0 of each."""
         self.compile()
-        self.notify("prefill")
+        notify("reading the prompt")
         memory, last, lengths = self._blank()
         self.heads = self._put_heads(self._heads(self.lm.weights))
         of_prefill = self.spec_of_prefill()

@@ -24,6 +24,7 @@ import jaxlib
 import numpy as np
 
 from dex_jax.io.whole_files import cache_folder
+from dex_jax.progress import notify
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 """What rows and kernels of a product may be kept in."""
@@ -161,6 +162,7 @@ def _library() -> Path:
     name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     kept = cache_folder() / "native" / f"few_rows-{name}.so"
     if not kept.exists():
+        notify("building the C++ kernels, once")
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             made = Path(folder) / kept.name
