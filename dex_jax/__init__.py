@@ -1,5 +1,9 @@
 """Depth Exploration Decoding (DEX, arXiv 2606.29223) in JAX: faster decoding, not one token changed."""
 
+from dex_jax.versions import check_versions  # isort: split
+
+check_versions()  # before jax and flax are imported
+
 from dex_jax import plot
 from dex_jax.config import ExitsConfig, ModelConfig, RopeScaling
 from dex_jax.decoding.adadecode import AdaDecode

@@ -45,7 +45,7 @@ def report(lm):
 
 def test_every_check_holds(report, lm) -> None:
     assert report.holds, report.text()
-    assert len(report.findings) == 7
+    assert len(report.findings) == 8
     assert lm.layout == Unrolled()
 
 
@@ -60,7 +60,7 @@ def test_block_tells_versions_device_times_and_checks(report) -> None:
     assert report.facts["dtype"] == "float32"
     assert report.facts["schedule"] == "DEX-1/3, exits at 1, 2, 3, 2 rows"
     assert all(report.facts[label] > 0 for label in LABELS if label.endswith(("(ms)", "(s)")))
-    assert sum(line.startswith("ok   ") for line in lines) == 7
+    assert sum(line.startswith("ok   ") for line in lines) == 8
 
 
 def test_json_holds_the_same(report) -> None:
@@ -74,7 +74,7 @@ def test_the_quick_form_checks_tokens_and_ticks(lm, capsys, monkeypatch) -> None
     monkeypatch.setattr(selfcheck, "load", lambda model, dtype: lm)
     assert selfcheck.main(["--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("ok   ") for line in lines) == 2
+    assert sum(line.startswith("ok   ") for line in lines) == 3
     assert "schedule: DEX-1/3, exits at 1, 2, 3, 2 rows" in lines
     assert lines[-1] == "all checks hold"
 
