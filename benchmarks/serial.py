@@ -1,129 +1,155 @@
-"""Serial rounds and "auto" against AR and transformers' generate, in wall-clock time, on some prompts of each file.
+"""AR, serial rounds, auto and explorers side by side, and transformers' generate: tokens a second on some prompts.
 
-    python benchmarks/serial.py --data HumanEval.jsonl.gz --data question_240.jsonl --prompts 10 \\
-        --transformers-python PYTHON --output results/serial/greedy
+    python benchmarks/serial.py --data HumanEval.jsonl.gz question_240.jsonl --transformers-python PYTHON \\
+        --output results/serial/greedy
+    python benchmarks/serial.py --data question_240.jsonl --batch 1 4 --context 64 400 --explorers 5 \\
+        --output results/serial/auto
 
-Every prompt is decoded --rounds times by each, one after the other, so that all see the same machine; the first time,
-which compiles, is not counted. Tokens must be AR's. "serial" runs all rows of the drafter's tree in every round, "auto"
-what it chooses for this device. --transformers-python names a Python with torch and transformers, which is asked once a
-prompt, as it takes longest.
+Every group of prompts is decoded --rounds times by each, in turns; a first time, which compiles, is not counted.
+"serial" runs all rows of the drafter's tree in every round, "auto" what it chooses for this device. With --context
+prompts are all of one length, each with what stands before it in its file, and nothing ends at an EOS. Tokens must be
+AR's, or the program ends with 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
+import itertools
 import statistics
 import sys
-from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
-from transformers_worker import Transformers
+from measuring import Figures, arguments, in_turns, machine, quartiles, read_ids
 
 import dex_jax
 from dex_jax.cli.decode import remember_compilations
-from dex_jax.cli.train_results import spread
-from dex_jax.nn import few_rows
-from dex_jax.training.prompt_files import read_prompts
+from dex_jax.errors import exit_code
+from dex_jax.evaluation.outside import Outside
+from dex_jax.tables import markdown
 
 
-def measure(lm, batch: list[list[int]], args: argparse.Namespace, worker: Transformers | None) -> dict:
-    """One batch of prompts: seconds a token (of the whole batch) by method, rounds, and whether tokens are AR's."""
-    methods = {"ar": dex_jax.AR(), "serial": dex_jax.Dex(schedule="serial"), "auto": dex_jax.Dex()}
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "exits": args.exits}
-    times: dict[str, list[float]] = {name: [] for name in (*methods, *(["transformers"] if worker else []))}
-    out = {}
-    for number in range(args.rounds + 1):
-        for name, method in methods.items():
-            extra = {"exits": "shared"} if name == "ar" else {}
-            out[name] = dex_jax.generate(lm, batch, method=method, **(options | extra))
-            after_first = int((out[name].lengths - 1).sum())
-            if number and after_first:
-                times[name].append(out[name].stats.decode_seconds / after_first)
-        if worker and number == 1 and after_first:
-            times["transformers"].append(worker(int(out["ar"].lengths[0]), batch[0]))
-    rounds = {name: out[name].stats.rounds for name in ("serial", "auto")}
+def cut(ids: dict[str, list[int]], length: int) -> dict[str, list[int]]:
+    """Each prompt with what stands before it, cut to `length` tokens; where that is too little it is left out."""
+    text: list[int] = []
+    found = {}
+    for name, each in ids.items():
+        text += each
+        if len(text) >= length:
+            found[name] = text[-length:]
+    return found
+
+
+def measure(lm: Any, prompts: list[list[int]], methods: dict[str, Any], args: argparse.Namespace, outside: Any) -> dict:
+    """One group of prompts: seconds a token of the whole group by method, tokens a round, whether tokens are AR's."""
+    out: dict[str, dex_jax.Output] = {}
+
+    def decode(name: str) -> float:
+        exits = "shared" if name == "ar" else args.exits
+        options = {"exits": exits, "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+        out[name] = dex_jax.generate(lm, prompts, method=methods[name], **options)
+        return out[name].stats.decode_seconds / max(1, int((out[name].lengths - 1).sum()))
+
+    times = in_turns({name: lambda name=name: decode(name) for name in methods}, args.rounds)
+    seconds = {name: statistics.median(found) for name, found in times.items()}
+    tokens = int((out["ar"].lengths - 1).sum())
+    if outside is not None and tokens:  # asked once, as it takes longest
+        seconds["transformers"] = outside.run(prompts[0], tokens + 1)["decode_seconds"] / tokens
+    rounds = {name: found.stats.rounds for name, found in out.items()}
     return {
-        "tokens": out["ar"].lengths.tolist(),
-        "rounds": {name: None if found is None else found.tolist() for name, found in rounds.items()},
+        "tokens": tokens,
+        "seconds_a_token": seconds,
+        "tokens_a_round": {name: tokens / int(each.sum()) for name, each in rounds.items() if each is not None},
         "identical": all(np.array_equal(out["ar"].tokens, each.tokens) for each in out.values()),
-        "choice": out["auto"].stats.choice,
-        "seconds_a_token": {name: statistics.median(found) for name, found in times.items() if found},
+        "choice": str(out["auto"].stats.choice),
     }
 
 
 def table(runs: dict[str, dict]) -> str:
-    """Markdown: medians over prompts of what was measured for each."""
-    timed = [run for run in runs.values() if run["seconds_a_token"]]
-    found = {name: _cells(timed, name) for name in ("serial", "auto")}
-    lines = ["| what | serial | auto |", "|---|---|---|"]
-    lines += [f"| {what} | {found['serial'][what]} | {found['auto'][what]} |" for what in found["serial"]]
-    if "transformers" in timed[0]["seconds_a_token"]:
-        over = [run["seconds_a_token"]["transformers"] / run["seconds_a_token"]["ar"] for run in timed]
-        lines.append(f"\nAR over transformers' generate, median: {np.median(over):.2f}.")
-    same = sum(run["identical"] for run in runs.values())
-    lines.append(f"\n{len(timed)} prompts (batches); identical to AR: {same} of {len(runs)}.")
-    return "\n".join(lines) + "\n"
+    """A line for each size and method: medians over groups of prompts, with quartiles."""
+    sizes: dict[tuple[int, int], list[dict]] = {}
+    for run in runs.values():
+        if run["tokens"]:
+            sizes.setdefault((run["context"], run["batch"]), []).append(run)
+    rows = []
+    for (context, batch), group in sizes.items():
+        for name in group[0]["seconds_a_token"]:
+            own = [run["seconds_a_token"][name] for run in group]
+            over = {
+                other: [run["seconds_a_token"][other] / mine for run, mine in zip(group, own, strict=True)]
+                for other in ("ar", "transformers")
+                if other in group[0]["seconds_a_token"]
+            }
+            rounds = [run["tokens_a_round"][name] for run in group if name in run["tokens_a_round"]]
+            rows.append(
+                [
+                    name,
+                    str(batch),
+                    str(context or "as asked"),
+                    f"{1 / statistics.median(own):.1f}",
+                    quartiles(over["ar"]),
+                    f"{min(over['ar']):.2f}; {max(over['ar']):.2f}",
+                    f"{statistics.median(over['transformers']):.2f}" if "transformers" in over else "-",
+                    f"{statistics.median(rounds):.2f}" if rounds else "-",
+                ]
+            )
+    header = ["method", "batch", "prompt", "tokens/s", "over AR", "worst; best", "over transformers", "tokens a round"]
+    return markdown(header, rows)
 
 
-def _cells(timed: list[dict], name: str) -> dict[str, str]:
-    ratios = [run["seconds_a_token"]["ar"] / run["seconds_a_token"][name] for run in timed]
-    counted = [run for run in timed if run["rounds"][name] is not None]
-    after_first = [sum(run["tokens"]) - len(run["tokens"]) for run in counted]
-    rounds = [sum(run["rounds"][name]) for run in counted]
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
-    cells = {
-        "tokens a round, all together": f"{sum(after_first) / sum(rounds):.2f}" if counted else "-",
-        "median of prompts": f"{np.median(np.divide(after_first, rounds)):.2f}" if counted else "-",
-        "wall-clock over AR, median (quartiles)": f"{middle:.2f} ({low:.2f} - {high:.2f})",
-        "worst; best": f"{min(ratios):.2f}; {max(ratios):.2f}",
-        "slower than AR": f"{np.mean(np.array(ratios) < 1):.0%} of prompts",
-    }
-    if "transformers" in timed[0]["seconds_a_token"]:
-        over = [run["seconds_a_token"]["transformers"] / run["seconds_a_token"][name] for run in timed]
-        cells["wall-clock over transformers' generate, median"] = f"{np.median(over):.2f}"
-    return cells
+def words(runs: dict[str, dict]) -> str:
+    """What auto loses to the best of the others, and whether tokens are AR's."""
+    over = []
+    for run in runs.values():
+        others = [value for name, value in run["seconds_a_token"].items() if name not in ("auto", "transformers")]
+        over.append(run["seconds_a_token"]["auto"] / min(others))
+    return (
+        f"Auto's time over the best of the others': median {statistics.median(over):.2f}, worst {max(over):.2f}. "
+        f"Tokens are AR's in {sum(run['identical'] for run in runs.values())} of {len(runs)} groups of prompts."
+    )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", help="of weights and caches; what the device's default is")
-    parser.add_argument("--exits", default="default", help="the drafter; shared for none (%(default)s)")
-    parser.add_argument("--data", action="append", required=True, metavar="FILE")
-    parser.add_argument("--prompts", type=int, default=10, help="evenly spread over each file (%(default)s)")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--transformers-python", metavar="PYTHON")
-    parser.add_argument("--output", help="OUTPUT.json keeps every prompt, OUTPUT.md the table")
-    args = parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    shared = {"prompts": 10, "rounds": 3, "max_new_tokens": 128, "exits": "default", "transformers_python": None}
+    flags = arguments(__doc__, data=None, **shared)
+    flags.add_argument("--dtype", help="of weights and caches (the device's default)")
+    flags.add_argument("--temperature", type=float, default=0.0)
+    flags.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B")
+    flags.add_argument(
+        "--context", type=int, nargs="+", default=[0], metavar="N", help="tokens of prompts (as they are)"
+    )
+    flags.add_argument("--explorers", type=int, nargs="*", default=[], metavar="K", help="also K stages side by side")
+    return flags
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures what is missing and writes the page; 1 where tokens are not AR's."""
     remember_compilations()
     lm = dex_jax.load(args.model, dtype=args.dtype)
-    worker = Transformers(args.transformers_python) if args.transformers_python else None
-    runs: dict[str, dict] = {}
-    for path in args.data:
-        ids = [lm.encode(prompt) for prompt in spread(read_prompts(path), args.prompts)]
-        for start in range(0, len(ids), args.batch):
-            name = f"{Path(path).name.split('.')[0]} {start + 1}"
-            runs[name] = measure(lm, ids[start : start + args.batch], args, worker)
-            print(name, json.dumps(runs[name]), file=sys.stderr, flush=True)
-    text = table(runs)
-    print(text)
-    if worker:
-        worker.close()
-    if args.output:
-        versions = {"jax": jax.__version__} | (worker.versions if worker else {})
-        kept = ("exits", "prompts", "batch", "rounds", "max_new_tokens", "temperature")
-        about = {"device": f"{jax.devices()[0].device_kind}, {lm.dtype}", "versions": versions}
-        about["few_rows"] = few_rows.language()
-        about["options"] = {name: getattr(args, name) for name in kept}
-        Path(args.output + ".json").write_text(json.dumps(about | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
-        Path(args.output + ".md").write_text(text, encoding="utf-8")
-    return 0 if all(run["identical"] for run in runs.values()) else 1
+    asked = read_ids(lm, args.data, args.prompts)
+    methods = {"ar": dex_jax.AR(), "serial": dex_jax.Dex(schedule="serial"), "auto": dex_jax.Dex()}
+    methods |= {f"K = {k}": dex_jax.Dex(explorers=k) for k in args.explorers}
+    outside = Outside(args.transformers_python, args.model) if args.transformers_python else None
+    kept = ("model", "exits", "prompts", "rounds", "max_new_tokens", "temperature", "explorers")
+    versions = outside.versions if outside else {}
+    figures = Figures(args.output, machine(dtype=str(lm.dtype), **{k: getattr(args, k) for k in kept}) | versions)
+    for context, batch in itertools.product(args.context, args.batch):
+        ids = list((cut(asked, context) if context else asked).items())
+        if context:  # a model that knows no EOS
+            lm.config, lm.tokenizer = dataclasses.replace(lm.config, eos_ids=()), None
+        for start in range(0, len(ids), batch):
+            group = ids[start : start + batch]
+            name = f"{group[0][0]}, batch {len(group)}, context {context}"
+            if name not in figures.runs:
+                found = measure(lm, [each for _, each in group], methods, args, outside if batch == 1 else None)
+                figures.add(name, {"context": context, "batch": len(group)} | found)
+    if outside:
+        outside.close()
+    figures.publish("# Serial rounds and auto", table(figures.runs), words(figures.runs))
+    return 0 if all(each["identical"] for each in figures.runs.values()) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    args = parser().parse_args()
+    sys.exit(exit_code(lambda: run(args)))

@@ -15,7 +15,8 @@ from dex_jax.io.exits_file import TrainedExits
 
 LOOKUP_TRUST = (0.25, 0.6, 0.65, 0.73, 0.79, 0.79, 0.82, 0.9)
 """How often what followed a suffix before follows it again, by the length of the match; 8 means 8 or more: counts on
-SmolLM2-135M's greedy answers to held-out prompts (benchmarks/lookup.py), smoothed so that they do not fall."""
+SmolLM2-135M's greedy answers to held-out prompts (benchmarks/lookup.py of commit dd0098e), smoothed to never
+fall."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,8 @@ def _chain(length: int) -> TreeShape:
 
 
 LOOKUP_TREES = tuple(KnownTree(_chain(length), tokens) for length, tokens in ((7, 1.81), (3, 1.65), (1, 1.36)))
-"""Without a drafter, the best first: SmolLM2-135M's greedy answers (benchmarks/lookup.py). How often a text repeats
-itself depends on the text more than on the model, so they stand for other models too."""
+"""Without a drafter, the best first: SmolLM2-135M's greedy answers (benchmarks/lookup.py of dd0098e). How often a text
+repeats itself depends on the text more than on the model, so they stand for other models too."""
 
 LOOKUP_TREE = LOOKUP_TREES[0].shape
 """8 rows, which many devices run about as fast as one."""

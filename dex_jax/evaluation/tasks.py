@@ -186,8 +186,8 @@ def _hub_rows(name: str, task: Task) -> Iterator[tuple[dict[str, Any], str]]:
 def spread(count: int, wanted: int, taken: Sequence[int] = ()) -> list[int]:
     """`wanted` indices evenly spread over 0 .. count - 1, those in `taken` left out; fewer if there are fewer.
 
-    They begin a quarter of a step in: what serial rounds were fitted on (benchmarks/lookup.py, train_exits.py tree)
-    begins at 0, and is to be no part of what is reported.
+    They begin a quarter of a step in: what serial rounds were fitted on (train_exits.py tree) begins at 0,
+    and is to be no part of what is reported.
 
     Examples:
       >>> spread(10, 3), spread(10, 2, taken=(0, 3, 6))

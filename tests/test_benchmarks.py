@@ -1,0 +1,112 @@
+"""The benchmarks: each runs or makes its page of made-up figures, and figures that are kept are not measured again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import few_rows
+import lossless
+import measuring
+import pytest
+import serial
+import speed
+import two_processes
+from reference.small_models import LLAMA, LetterTokenizer, small_model
+
+import dex_jax
+from dex_jax.errors import DexError
+
+
+@pytest.fixture
+def model(monkeypatch, tmp_path):
+    """A small model instead of the one that a benchmark loads, and a file of prompts."""
+    config = dataclasses.replace(LLAMA, num_layers=5)
+    lm = small_model(config, tokenizer=LetterTokenizer())
+    monkeypatch.setattr(dex_jax, "load", lambda source, dtype=None: lm)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("HELLO\nWORLDS\nDEPTHS\n", encoding="utf-8")
+    return lm
+
+
+def test_measures_take_turns():
+    calls = []
+    measures = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
+    found = measuring.in_turns(measures, 2)
+    assert "".join(calls) == "baabba"
+    assert found == {"a": [3, 6], "b": [4, 5]}
+    assert measuring.quartiles([1, 2, 3, 4, 5]) == "3.00 (2.00 - 4.00)"
+
+
+def test_figures_are_kept_and_those_of_others_refused(tmp_path, capsys):
+    output = str(tmp_path / "found")
+    measuring.Figures(output, {"rounds": 2, "depths": (1, 2)}).add("one", {"ms": 3})
+    again = measuring.Figures(output, {"rounds": 2, "depths": (1, 2)})
+    assert again.runs == {"one": {"ms": 3}}
+    again.publish("# Page", "words")
+    assert (tmp_path / "found.md").read_text().startswith("# Page\n\nwords\n\nrounds 2; depths [1, 2].")
+    with pytest.raises(DexError, match="name another --output"):
+        measuring.Figures(output, {"rounds": 3})
+
+
+def test_serial_measures_what_is_missing(model, monkeypatch, capsys):
+    flags = ["--data", "prompts.txt", "--exits", "shared", "--rounds", "1", "--max-new-tokens", "5", "--output", "out"]
+    args = serial.parser().parse_args(flags)
+    assert serial.run(args) == 0
+    page = capsys.readouterr().out
+    assert "AR's in 3 of 3 groups" in page
+    runs = json.loads(Path("out.json").read_text(encoding="utf-8"))["runs"]
+    assert runs["prompts 1, batch 1, context 0"]["tokens"] == 4
+    monkeypatch.setattr(serial, "measure", lambda *_: pytest.fail("measured again"))
+    assert serial.run(args) == 0
+    assert capsys.readouterr().out == page
+
+
+def test_contexts_end_with_the_prompt():
+    ids = {"a": [1, 2], "b": [3, 4], "c": [5]}
+    assert serial.cut(ids, 4) == {"b": [1, 2, 3, 4], "c": [2, 3, 4, 5]}
+
+
+def test_speed(model, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "PROMPT", "HELLO")
+    speed.run(speed.parser().parse_args(["--rounds", "1", "--max-new-tokens", "4"]))
+    assert "DEX-1/5 tick over an AR step" in capsys.readouterr().out
+
+
+def test_few_rows(monkeypatch, capsys):
+    monkeypatch.setattr(few_rows, "LAYERS", 1)
+    monkeypatch.setattr(few_rows, "ROWS", (1, 2))
+    few_rows.run(few_rows.parser().parse_args(["--rounds", "1"]))
+    assert "| weights x columns, kept " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "holds"),
+    [
+        ({}, True),
+        ({"identical": [True, False]}, False),
+        ({"ticks": [9, 13]}, False),
+        ({"ticks": [9, 13], "explorers": 10}, True),
+        ({"ticks": [9, 11], "explorers": 10}, False),
+    ],
+)
+def test_lossless_holds(change, holds):
+    run = {"explorers": 3, "rows": 8, "identical": [True, True], "ticks": [9, 12], "forced_ticks": [9, 12]} | change
+    assert lossless.holds(run) == holds
+    assert f"{sum(run['identical'])} of 2" in lossless.table({"one": run})
+
+
+def test_two_processes_page():
+    """Two sequences of ten tokens: one takes 10 ticks, one 20, and a tick lasts as long as a step of the pipeline."""
+    group = {"seconds": {"ar": 0.5, "dex": 1.0}, "steps": 10, "identical": True, "depths": [15, 30], "batch": 2}
+    group |= {"ticks": 20, "tokens": 20, "ticks_of_all": 30}
+    found = two_processes.row([group, group], "smollm2-135m")
+    assert (found["gain"].value, found["going"].value) == (pytest.approx(0.5), pytest.approx(1 / 1.5))
+    # Both stages have half of 106,204,800 weights, and one the unembedding of 49,152 x 576 too.
+    part = (106_204_800 / 2 + 49_152 * 576) / (106_204_800 + 49_152 * 576)
+    assert found["by_ticks"] == pytest.approx(10 / 20 / part, rel=1e-3)
+    runs = {"links": {"permute": 12.3}, "sharing": [["GB/s read", "2.0", "1.0", "1.0", "1.00"]], "one": group}
+    page = "\n".join(two_processes.page(runs, "smollm2-135m"))
+    assert "permute 12" in page
+    assert "0.50 [0.50, 0.50]" in page
