@@ -21,13 +21,13 @@ from pathlib import Path
 
 from dex_jax.cli.train_results import write_json
 from dex_jax.decoding.methods import even_depths
-from dex_jax.evaluation import cost_model
-from dex_jax.evaluation.cost_model import Parts, Setting
-from dex_jax.evaluation.ead_profile import FORMAT, Profile, read_profile
-from dex_jax.evaluation.hardware import DEVICES, LINKS, REACHED_BANDWIDTH, REACHED_FLOPS, hardware
-from dex_jax.evaluation.plan import cost_by_batch
-from dex_jax.evaluation.predictions import Prediction, others, plan
-from dex_jax.evaluation.workload import SHAPES, described_exits, work_of
+from dex_jax.evaluation.planner import cost_model
+from dex_jax.evaluation.planner.cost_model import Parts, Setting
+from dex_jax.evaluation.planner.ead_profile import FORMAT, Profile, read_profile
+from dex_jax.evaluation.planner.hardware import DEVICES, LINKS, REACHED_BANDWIDTH, REACHED_FLOPS, hardware
+from dex_jax.evaluation.planner.plan import cost_by_batch
+from dex_jax.evaluation.planner.predictions import Prediction, others, plan
+from dex_jax.evaluation.planner.workload import SHAPES, described_exits, work_of
 from dex_jax.lattice import default_rows
 from dex_jax.tables import markdown
 
@@ -226,7 +226,7 @@ def recommendations(files: dict[tuple[str, str], Path]) -> list[str]:
         rows.append([model, exits, f"`{text}`", chosen.sentence])
     return [
         "## What it recommends",
-        "Batch 1, the same assumed profiles; `python -m dex_jax.evaluation.plan` shows every candidate. DEX is "
+        "Batch 1, the same assumed profiles; `python -m dex_jax.evaluation.planner.plan` shows every candidate. DEX is "
         "recommended where it is predicted to be at least 5% faster than every other way on the same devices.",
         markdown(["model", "exits", "hardware", "recommendation"], rows),
     ]
@@ -305,10 +305,10 @@ def assumptions() -> list[str]:
     return [
         "## Assumptions",
         "```\n" + cost_model.__doc__.strip() + "\n```",
-        "Constants, each with a line in `dex_jax/evaluation/cost_model.py` or `hardware.py`:",
+        "Constants, each with a line in `dex_jax/evaluation/planner/cost_model.py` or `hardware.py`:",
         markdown(["constant", "value"], constants),
-        "Devices; sources of the peaks stand beside them in `dex_jax/evaluation/hardware.py`. `calibrate` replaces all "
-        "of this by measured times.",
+        "Devices; sources of the peaks stand beside them in `dex_jax/evaluation/planner/hardware.py`. `calibrate` "
+        "replaces all of this by measured times.",
         markdown(["device", "Tflop/s", "GB/s", "GB", "us a kernel", "$/hour", "a host", "links"], devices),
         markdown(["link", "us a message", "GB/s one way"], links),
     ]
@@ -319,7 +319,7 @@ def compiled_section() -> list[str]:
     file = COMPILED
     if not file.is_file():
         return []
-    from dex_jax.evaluation.compiled import Evidence, evidence_rows, rooflines
+    from dex_jax.evaluation.planner.compiled import Evidence, evidence_rows, rooflines
 
     parts = [
         "## Compiled for TPUs",
@@ -360,7 +360,7 @@ def validation_section() -> list[str]:
     file = VALIDATION
     if not file.is_file():
         return []
-    from dex_jax.evaluation.validate_plan import Compared, Verdict, table
+    from dex_jax.evaluation.planner.validate_plan import Compared, Verdict, table
 
     content = json.loads(file.read_text())
     verdict = Verdict(
@@ -371,7 +371,7 @@ def validation_section() -> list[str]:
 
 def compile_all() -> None:
     """Compiles for TPUs and keeps what the compiler says; what is kept already is not compiled again."""
-    from dex_jax.evaluation.compiled import compiled_evidence
+    from dex_jax.evaluation.planner.compiled import compiled_evidence
 
     file = COMPILED
     found = json.loads(file.read_text()) if file.is_file() else {}
@@ -393,10 +393,10 @@ INTRODUCTION = """\
 # The planner: where DEX pays, in advance
 
 ```
-python -m dex_jax.evaluation.profile --data prompts.jsonl --output profile.json --plots plots   # EAD of model and exits
-python -m dex_jax.evaluation.calibrate --output here.json                                       # this device
-python -m dex_jax.evaluation.plan --profile profile.json --hardware here.json                   # which K, grid and rows
-python -m dex_jax.evaluation.validate_plan --profile profile.json --hardware here.json --data others.jsonl
+python -m dex_jax.evaluation.planner.profile --data prompts.jsonl --output profile.json --plots plots # EAD
+python -m dex_jax.evaluation.planner.calibrate --output here.json # this device
+python -m dex_jax.evaluation.planner.plan --profile profile.json --hardware here.json # which K, grid and rows
+python -m dex_jax.evaluation.planner.validate_plan --profile profile.json --hardware here.json --data others.jsonl
 ```
 
 `profile` lets the model answer prompts and runs the texts once, teacher-forced: when each token becomes available

@@ -203,7 +203,7 @@ def both(task: dict[str, Any], cores: list[int]) -> Iterator[dict[str, Any]]:
 
 def largest_part(model: str, stages: list[int]) -> float:
     """Of the weights that a step reads, the share of the fuller stage; the last one has the unembedding too."""
-    from dex_jax.evaluation.workload import work_of
+    from dex_jax.evaluation.planner.workload import work_of
     from dex_jax.language_model import outline
 
     work = work_of(outline(model, "float32").config)
@@ -213,7 +213,7 @@ def largest_part(model: str, stages: list[int]) -> float:
 
 def row(groups: list[dict], model: str) -> dict[str, Any]:
     """What groups of one size come to: the gain in time, that before the first sequence of a batch ends, and counts."""
-    from dex_jax.evaluation.resampling import bootstrap
+    from dex_jax.evaluation.bench.resampling import bootstrap
 
     steps, ticks = (sum(group[name] for group in groups) for name in ("steps", "ticks"))
     gains = [group["seconds"]["ar"] / group["seconds"]["dex"] for group in groups]

@@ -12,9 +12,9 @@ from reference.small_models import LLAMA, small_model
 import dex_jax
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.output import ticks_of
-from dex_jax.evaluation import answering
-from dex_jax.evaluation.answering import answer, batches
-from dex_jax.evaluation.forced_counts import dex_asks, dex_count, layerskip_asks, layerskip_count
+from dex_jax.evaluation.bench import answering
+from dex_jax.evaluation.bench.answering import answer, batches
+from dex_jax.evaluation.bench.forced_counts import dex_asks, dex_count, layerskip_asks, layerskip_count
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.exits import exit_parameters
 

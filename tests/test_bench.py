@@ -13,10 +13,13 @@ import pytest
 from reference.small_models import LLAMA, LetterTokenizer, small_model
 
 import dex_jax
-from dex_jax.evaluation import bench, bench_plan, bench_runs, report
-from dex_jax.evaluation.comparison import costs
-from dex_jax.evaluation.results import read_results, to_line
-from dex_jax.evaluation.runs import Run
+from dex_jax.cli import bench
+from dex_jax.evaluation.bench import bench as bench_runs
+from dex_jax.evaluation.bench import plan as bench_plan
+from dex_jax.evaluation.bench import report
+from dex_jax.evaluation.bench.comparison import costs
+from dex_jax.evaluation.bench.results import read_results, to_line
+from dex_jax.evaluation.bench.runs import Run
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PROMPTS = "ABC\nBCDA\nQRSTUV\nZYX\nMNOPQ\nKLM\nEFGHI\nXXYYZ\n"

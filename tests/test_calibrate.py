@@ -15,11 +15,11 @@ from reference.small_models import LLAMA, LetterTokenizer, small_model
 
 from dex_jax.decoding.methods import SPARE
 from dex_jax.errors import DexError
-from dex_jax.evaluation import calibrate, timed_programs, validate_plan
-from dex_jax.evaluation.ead_profile import FORMAT, read_profile
-from dex_jax.evaluation.hardware import hardware
-from dex_jax.evaluation.timed_programs import Timer
-from dex_jax.evaluation.validate_plan import Case, Compared, kendall_tau, verdict_of
+from dex_jax.evaluation.planner import calibrate, timed_programs, validate_plan
+from dex_jax.evaluation.planner.ead_profile import FORMAT, read_profile
+from dex_jax.evaluation.planner.hardware import hardware
+from dex_jax.evaluation.planner.timed_programs import Timer
+from dex_jax.evaluation.planner.validate_plan import Case, Compared, kendall_tau, verdict_of
 
 QUICK = Timer(repeats=2, least=0.001)
 
@@ -177,7 +177,7 @@ CASES = (Case(0), Case(2, batch=2), Case(0, layout="stacked"), Case(2, layout="s
 
 
 def _files(tmp_path, machine) -> tuple[str, str, str]:
-    from dex_jax.evaluation.hardware import write_hardware
+    from dex_jax.evaluation.planner.hardware import write_hardware
 
     profile = {
         "format": FORMAT,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.choices import number_in, read_items
-from dex_jax.evaluation.tasks import rows_of
+from dex_jax.evaluation.bench.choices import number_in, read_items
+from dex_jax.evaluation.bench.tasks import rows_of
 from dex_jax.training.prompt_files import read_rows
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -11,8 +11,8 @@ from reference.small_models import LLAMA
 from rich.console import Console
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation import compiled, plan
-from dex_jax.evaluation.compiled import Evidence, collectives_of, kernels_of
+from dex_jax.evaluation.planner import compiled, plan
+from dex_jax.evaluation.planner.compiled import Evidence, collectives_of, kernels_of
 
 HLO = """\
 HloModule jit_run

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from reference import cost_twin
 
 from dex_jax.decoding.methods import even_depths
-from dex_jax.evaluation import cost_model
-from dex_jax.evaluation.cost_model import Parts, Setting, Ticks
-from dex_jax.evaluation.hardware import Device, Hardware, Link, Measured, interpolate
-from dex_jax.evaluation.workload import ExitWork, Work
+from dex_jax.evaluation.planner import cost_model
+from dex_jax.evaluation.planner.cost_model import Parts, Setting, Ticks
+from dex_jax.evaluation.planner.hardware import Device, Hardware, Link, Measured, interpolate
+from dex_jax.evaluation.planner.workload import ExitWork, Work
 
 WORK = Work(layers=6, width=10, heads=4, kv_heads=2, attention=12, layer=1000, cached=8, vocabulary=70, embeddings=700)
 SHARED = ExitWork("shared", 0, 0, 70, previous=False)

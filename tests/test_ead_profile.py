@@ -17,10 +17,11 @@ from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.decoding.methods import even_depths
 from dex_jax.decoding.output import ticks_of
 from dex_jax.errors import DexError
-from dex_jax.evaluation import exit_forcing, profile, profile_plots
-from dex_jax.evaluation.ead_profile import EAD, FORMAT, Profile, read_profile
+from dex_jax.evaluation import exit_forcing
 from dex_jax.evaluation.exit_metrics import answers
 from dex_jax.evaluation.forced import forced_exits
+from dex_jax.evaluation.planner import profile, profile_plots
+from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile, read_profile
 from dex_jax.language_model import merge_model
 from dex_jax.nn.exits import initial_heads
 from dex_jax.plot import figures as plot_figures

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.outside import Outside, run_of_answer
+from dex_jax.evaluation.bench.outside import Outside, run_of_answer
 
 WORKER = """
 import json, sys

@@ -18,10 +18,10 @@ from reference.small_models import LLAMA
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
-from dex_jax.evaluation import cost_model, plan, predictions, workload
-from dex_jax.evaluation.cost_model import Setting
-from dex_jax.evaluation.ead_profile import EAD, FORMAT, CappedRows, GridProfile, Profile
-from dex_jax.evaluation.hardware import (
+from dex_jax.evaluation.planner import cost_model, plan, predictions, workload
+from dex_jax.evaluation.planner.cost_model import Setting
+from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, CappedRows, GridProfile, Profile
+from dex_jax.evaluation.planner.hardware import (
     DEVICES,
     LINKS,
     Measured,
@@ -269,7 +269,15 @@ def test_default_exits_are_those_that_ship() -> None:
 
 
 def test_the_module_runs(tmp_path) -> None:
-    command = [sys.executable, "-m", "dex_jax.evaluation.plan", "--model", "llama-2-70b", "--hardware", "h100x2"]
+    command = [
+        sys.executable,
+        "-m",
+        "dex_jax.evaluation.planner.plan",
+        "--model",
+        "llama-2-70b",
+        "--hardware",
+        "h100x2",
+    ]
     done = subprocess.run([*command, "--profile", _assumed(tmp_path)], capture_output=True, text=True, check=True)
     assert "DEX" in done.stdout
 

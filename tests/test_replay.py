@@ -9,7 +9,7 @@ import pytest
 from reference import toy_runs, twin
 from reference.toy_models import ToyModel, random_tables
 
-from dex_jax.evaluation.replay import Table, replay
+from dex_jax.evaluation.planner.replay import Table, replay
 from dex_jax.lattice import full_rows
 
 VOCAB, BATCH = 12, 6

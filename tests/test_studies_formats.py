@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.choices import Item
+from dex_jax.evaluation.bench.choices import Item
 from studies.templates.answers import parse_choice
 from studies.templates.formats import (
     LABELS,

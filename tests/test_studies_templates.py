@@ -11,7 +11,7 @@ from reference.small_models import LLAMA, small_model
 
 import dex_jax
 from dex_jax import language_model
-from dex_jax.evaluation.results import read_results
+from dex_jax.evaluation.bench.results import read_results
 from studies.templates import __main__ as templates
 from studies.templates import report as template_report
 from studies.templates import runs as template_runs
@@ -162,9 +162,9 @@ def test_a_tie_of_an_exit_is_no_error(lm):
 
 
 def next_forced(lm):
-    from dex_jax.evaluation.answering import answer
+    from dex_jax.evaluation.bench.answering import answer
+    from dex_jax.evaluation.bench.forced_counts import dex_asks, dex_count
     from dex_jax.evaluation.exit_metrics import shared_exits
-    from dex_jax.evaluation.forced_counts import dex_asks, dex_count
 
     exits = shared_exits(lm, (2,))
     (found,) = answer(lm, [[1, 2, 3]], 12, exits=exits, asks=dex_asks((2, 4), exits.config), batch=4)

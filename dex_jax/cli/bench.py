@@ -1,4 +1,4 @@
-"""`python -m dex_jax.evaluation.bench`: methods against one another on tasks, into a folder that a person can read.
+"""`python -m dex_jax.cli.bench`: methods against one another on tasks, into a folder that a person can read.
 
 Counts come from batches, seconds from one sequence at a time with methods taking turns (A B B A). The settings of
 static rivals are chosen on other prompts than those reported. The folder holds results.jsonl (one line a run),
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dex_jax.errors import DexError, exit_code
 
 if TYPE_CHECKING:
-    from dex_jax.evaluation.bench_runs import Case
+    from dex_jax.evaluation.bench.bench import Case
     from dex_jax.language_model import LanguageModel
 
 DEFAULT_METHODS = "ar,dex,layerskip,adadecode,del"
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     from dex_jax.cli.arguments import depths
     from dex_jax.language_model import DTYPES
 
-    p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.bench", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m dex_jax.cli.bench", description=__doc__.splitlines()[0])
     add = p.add_argument_group("what runs").add_argument
     add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
     add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _method_help() -> str:
-    from dex_jax.evaluation.contenders import METHODS
+    from dex_jax.evaluation.bench.contenders import METHODS
 
     return f"methods to count, of {', '.join(METHODS)} ({DEFAULT_METHODS})"
 
@@ -103,12 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measures and writes, as the flags say; the exit code."""
     from dex_jax.cli.decode import remember_compilations
-    from dex_jax.evaluation import report
-    from dex_jax.evaluation.bench_plan import Plan
-    from dex_jax.evaluation.bench_runs import Bench
-    from dex_jax.evaluation.contenders import check_names
-    from dex_jax.evaluation.results import Results
-    from dex_jax.evaluation.tasks import read_task
+    from dex_jax.evaluation.bench import report
+    from dex_jax.evaluation.bench.bench import Bench
+    from dex_jax.evaluation.bench.contenders import check_names
+    from dex_jax.evaluation.bench.plan import Plan
+    from dex_jax.evaluation.bench.results import Results
+    from dex_jax.evaluation.bench.tasks import read_task
     from dex_jax.language_model import load
     from dex_jax.progress import Display
 
@@ -164,7 +164,7 @@ def check(args: argparse.Namespace) -> None:
         raise DexError(
             "transformers is timed or nothing: leave out --transformers-python, or give --timed and --rounds"
         )
-    from dex_jax.evaluation.contenders import SWEPT
+    from dex_jax.evaluation.bench.contenders import SWEPT
 
     for name in (*args.methods, *args.timed):
         if name in SWEPT and args.tune_prompts < 1:
@@ -175,9 +175,9 @@ def choose_cases(
     lm: LanguageModel, asked: dict[str, list[Any]], args: argparse.Namespace
 ) -> tuple[list[Case], dict[str, int]]:
     """(prompts to report and to tune on, as token ids; how many of each task were too long)."""
-    from dex_jax.evaluation.bench_runs import Case
-    from dex_jax.evaluation.contenders import SWEPT
-    from dex_jax.evaluation.tasks import spread
+    from dex_jax.evaluation.bench.bench import Case
+    from dex_jax.evaluation.bench.contenders import SWEPT
+    from dex_jax.evaluation.bench.tasks import spread
 
     longest = min(args.longest_prompt, lm.config.context - args.max_new_tokens)
     tuned = args.tune_prompts if any(name in SWEPT for name in (*args.methods, *args.timed)) else 0

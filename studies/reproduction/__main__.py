@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dex_jax.cli import bench
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation import bench
-from dex_jax.evaluation import comparison as c
-from dex_jax.evaluation.contenders import METHODS
-from dex_jax.evaluation.report import markdown
-from dex_jax.evaluation.resampling import Interval
-from dex_jax.evaluation.results import read_results, read_study, seen_in_training
-from dex_jax.evaluation.runs import Run
-from dex_jax.evaluation.tasks import TASKS
+from dex_jax.evaluation.bench import comparison as c
+from dex_jax.evaluation.bench.contenders import METHODS
+from dex_jax.evaluation.bench.report import markdown
+from dex_jax.evaluation.bench.resampling import Interval
+from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
+from dex_jax.evaluation.bench.runs import Run
+from dex_jax.evaluation.bench.tasks import TASKS
 
 FINEST = 8
 """The K up to which the paper finds finer grids better."""
@@ -90,7 +90,7 @@ def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
 
 
 EMPTY = (
-    "python -m dex_jax.evaluation.bench --model smollm2-135m --data DIR --output RESULTS \\\n"
+    "python -m dex_jax.cli.bench --model smollm2-135m --data DIR --output RESULTS \\\n"
     f"    --methods {CLAIMED} --by-explorers {GRIDS}\n"
     "python -m studies.reproduction RESULTS --output docs/reproduction.md"
 )
@@ -205,7 +205,7 @@ def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
     }
     words = [f"--{name} {value}" for name, value in flags.items() if value is not None and value != ""]
     words += [] if study.get("chat", True) else ["--no-chat"]
-    lines = ["python -m dex_jax.evaluation.bench --data DIR --output RESULTS"]
+    lines = ["python -m dex_jax.cli.bench --data DIR --output RESULTS"]
     for word in words:
         if len(lines[-1]) + len(word) > 100:
             lines.append("   ")

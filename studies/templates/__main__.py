@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dex_jax.errors import DexError, exit_code
 
 if TYPE_CHECKING:
-    from dex_jax.evaluation.choices import Item
+    from dex_jax.evaluation.bench.choices import Item
     from dex_jax.language_model import LanguageModel
     from studies.templates.formats import Template
     from studies.templates.plan import Case, Plan
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measures and writes, as the flags say; the exit code."""
     from dex_jax.cli.decode import remember_compilations
-    from dex_jax.evaluation.results import Results
+    from dex_jax.evaluation.bench.results import Results
     from dex_jax.language_model import load
     from dex_jax.progress import Display
     from studies.templates import report as template_report
@@ -146,8 +146,8 @@ def items_of(task: str, data: str | None) -> list[Item]:
     Raises:
       DexError: a task without options, no or bad data.
     """
-    from dex_jax.evaluation.choices import read_items
-    from dex_jax.evaluation.tasks import rows_of
+    from dex_jax.evaluation.bench.choices import read_items
+    from dex_jax.evaluation.bench.tasks import rows_of
     from studies.templates.formats import DESCRIPTORS
 
     if task not in DESCRIPTORS:
@@ -168,7 +168,7 @@ def choose_cases(
     lm: LanguageModel, items: dict[str, list[Item]], templates: dict[str, list[Template]], args: argparse.Namespace
 ) -> tuple[list[Case], dict[str, int]]:
     """(every chosen item in every template; how many items of each task were too long in some template)."""
-    from dex_jax.evaluation.tasks import spread
+    from dex_jax.evaluation.bench.tasks import spread
     from studies.templates.formats import choose_examples, render
     from studies.templates.plan import Case
 
@@ -214,8 +214,8 @@ def plan_of(lm: LanguageModel, args: argparse.Namespace) -> Plan:
     """
     from dex_jax.decoding.exits import resolve_method
     from dex_jax.decoding.methods import Dex
-    from dex_jax.evaluation.contenders import swept_depths
-    from dex_jax.evaluation.forced_runs import exits_at
+    from dex_jax.evaluation.bench.contenders import swept_depths
+    from dex_jax.evaluation.bench.forced_runs import exits_at
     from studies.templates.plan import Plan
 
     layers = lm.config.num_layers
@@ -250,7 +250,7 @@ def study_of(
     """The settings that all lines of a folder share."""
     import hashlib
 
-    from dex_jax.evaluation.results import about_exits
+    from dex_jax.evaluation.bench.results import about_exits
 
     names = ("model", "exits", "explorers", "max_new_tokens", "items", "tune_items", "formats", "seed", "loop_share")
     flat = repr([(case.item.id, case.template.name, case.ids, case.split) for case in cases])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.choices import Item
+from dex_jax.evaluation.bench.choices import Item
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from studies.templates.answers import parse_choice
@@ -70,7 +70,7 @@ def check_methods(methods: Sequence[str]) -> None:
         if name not in METHODS:
             raise DexError(
                 f"the template study counts {', '.join(METHODS)}, not {name!r}: other methods run in "
-                "python -m dex_jax.evaluation.bench"
+                "python -m dex_jax.cli.bench"
             )
     if "ar" not in methods:
         raise DexError("--methods needs ar: all answers are its, and all others are compared with it")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation.resampling import Interval
-from dex_jax.evaluation.results import read_results, read_study, seen_in_training
-from dex_jax.evaluation.runs import Run
+from dex_jax.evaluation.bench.resampling import Interval
+from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
+from dex_jax.evaluation.bench.runs import Run
 from dex_jax.tables import markdown
 from studies.templates import statistics as s
 
@@ -45,7 +45,9 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
     folder = Path(folder)
     runs, study = read_results(folder), read_study(folder)
     if study.get("benchmark") != "templates":
-        raise DexError(f"{folder} holds no template study: python -m dex_jax.evaluation.report reads other benchmarks")
+        raise DexError(
+            f"{folder} holds no template study: python -m dex_jax.evaluation.bench.report reads other benchmarks"
+        )
     output = folder if output is None else Path(output)
     files = [output / SUMMARY]
     try:

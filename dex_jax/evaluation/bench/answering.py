@@ -23,7 +23,7 @@ from dex_jax.decoding.methods import AR
 from dex_jax.decoding.network import extend_with_states, states_at
 from dex_jax.decoding.session import Session
 from dex_jax.decoding.trained_exits import EMPTY_ENTRY
-from dex_jax.evaluation.forced_counts import Ask, Forced
+from dex_jax.evaluation.bench.forced_counts import Ask, Forced
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, merge_model
 from dex_jax.nn.exits import ExitHeads, head_at, select_exits

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 
 from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.session import PROGRAMS, prompt_bucket
-from dex_jax.evaluation.answering import answer
-from dex_jax.evaluation.bench_plan import Plan
+from dex_jax.evaluation.bench.answering import answer
+from dex_jax.evaluation.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
+from dex_jax.evaluation.bench.forced_counts import layerskip_asks
+from dex_jax.evaluation.bench.forced_runs import answer_fields, exits_at, layerskip_run
+from dex_jax.evaluation.bench.outside import EARLY_EXIT, PLAIN, Outside, run_of_answer
+from dex_jax.evaluation.bench.plan import Plan
+from dex_jax.evaluation.bench.results import Results
+from dex_jax.evaluation.bench.runs import Run, compared, run_key, run_of
 from dex_jax.evaluation.check import compare_tokens
-from dex_jax.evaluation.contenders import SWEPT, Contender, best_setting, by_setting, contender
-from dex_jax.evaluation.forced_counts import layerskip_asks
-from dex_jax.evaluation.forced_runs import answer_fields, exits_at, layerskip_run
-from dex_jax.evaluation.outside import EARLY_EXIT, PLAIN, Outside, run_of_answer
-from dex_jax.evaluation.results import Results
-from dex_jax.evaluation.runs import Run, compared, run_key, run_of
 from dex_jax.language_model import LanguageModel
 from dex_jax.progress import Shown, duration
 from dex_jax.sampling import Sampling, sampling_keys

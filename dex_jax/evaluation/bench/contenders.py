@@ -17,7 +17,7 @@ from dex_jax.decoding.methods import AR, Dex, Method
 from dex_jax.decoding.oracle import Oracle
 from dex_jax.decoding.single_exit import DexSingleExit
 from dex_jax.errors import DexError
-from dex_jax.evaluation.runs import Run
+from dex_jax.evaluation.bench.runs import Run
 
 SWEPT = {"layerskip": ("exit", "draft_length"), "adadecode": ("depths", "threshold")}
 """Method -> the fields that are chosen by a sweep."""

@@ -10,9 +10,9 @@ import jax
 from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.methods import Dex
 from dex_jax.errors import DexError
+from dex_jax.evaluation.bench.forced_counts import Forced, layerskip_count
+from dex_jax.evaluation.bench.runs import Run, repeated, versions
 from dex_jax.evaluation.exit_metrics import shared_exits
-from dex_jax.evaluation.forced_counts import Forced, layerskip_count
-from dex_jax.evaluation.runs import Run, repeated, versions
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.sharding import device_name

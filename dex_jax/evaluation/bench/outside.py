@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.runs import Run
+from dex_jax.evaluation.bench.runs import Run
 
-WORKER = Path(__file__).resolve().parents[2] / "benchmarks" / "transformers_ar.py"
+WORKER = Path(__file__).resolve().parents[3] / "benchmarks" / "transformers_ar.py"
 MODEL = "smollm2-135m"
 PLAIN, EARLY_EXIT = "transformers", "transformers_early_exit"
 

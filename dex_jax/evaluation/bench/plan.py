@@ -9,9 +9,9 @@ from typing import Any
 from dex_jax.decoding.exits import default_drafter, default_exits, resolve_method
 from dex_jax.decoding.methods import AR, is_auto
 from dex_jax.errors import DexError
-from dex_jax.evaluation.contenders import SWEPT, Contender, contender, sweep, swept_depths
-from dex_jax.evaluation.outside import EARLY_EXIT, PLAIN, check_outside
-from dex_jax.evaluation.results import about_exits
+from dex_jax.evaluation.bench.contenders import SWEPT, Contender, contender, sweep, swept_depths
+from dex_jax.evaluation.bench.outside import EARLY_EXIT, PLAIN, check_outside
+from dex_jax.evaluation.bench.results import about_exits
 from dex_jax.io.exits_file import load_exits
 from dex_jax.language_model import LanguageModel
 

@@ -1,4 +1,4 @@
-"""`python -m dex_jax.evaluation.report DIR`: summary.md and plots of a benchmark, from its results.jsonl alone."""
+"""`python -m dex_jax.evaluation.bench.report DIR`: summary.md and plots of a benchmark, from its results.jsonl."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation import comparison as c
-from dex_jax.evaluation.comparison import mismatches
-from dex_jax.evaluation.contenders import ON_MANY_DEVICES, SWEPT, by_setting
-from dex_jax.evaluation.resampling import Interval
-from dex_jax.evaluation.results import read_results, read_study, seen_in_training
-from dex_jax.evaluation.runs import Run
+from dex_jax.evaluation.bench import comparison as c
+from dex_jax.evaluation.bench.comparison import mismatches
+from dex_jax.evaluation.bench.contenders import ON_MANY_DEVICES, SWEPT, by_setting
+from dex_jax.evaluation.bench.resampling import Interval
+from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
+from dex_jax.evaluation.bench.runs import Run
 
 __all__ = ["mismatches", "summary", "write"]
 
@@ -76,7 +76,7 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
         file.write_text(text, encoding="utf-8")
         if not plots:
             return [file]
-        from dex_jax.evaluation.report_plots import draw
+        from dex_jax.evaluation.bench.report_plots import draw
 
         pictures = draw(runs, output, study.get("explorers"))
         links = [f"![{PICTURES[picture.stem]}]({picture.name})" for picture in pictures]
@@ -132,7 +132,8 @@ def _about(runs: Sequence[Run], study: dict[str, Any]) -> str:
         )
     lines.append(
         "Speedups are medians over prompts of the ratio on one prompt, with 95% intervals by resampling prompts. The "
-        "three kinds of figures below are never mixed. `python -m dex_jax.evaluation.report` makes this page again."
+        "three kinds of figures below are never mixed. "
+        "`python -m dex_jax.evaluation.bench.report` makes this page again."
     )
     return "\n".join(lines)
 
@@ -282,7 +283,7 @@ def _sweeps(runs: Sequence[Run]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 1 where tokens are not AR's, 2 for bad input."""
-    p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.report", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.bench.report", description=__doc__.splitlines()[0])
     p.add_argument("folder", help="of a benchmark")
     p.add_argument("--no-plots", action="store_true", help="summary.md alone")
     p.add_argument("--output", metavar="DIR", help="another folder to write into")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.runs import COUNTED, KINDS, SPLITS, Run
+from dex_jax.evaluation.bench.runs import COUNTED, KINDS, SPLITS, Run
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.training.journal import plain
 

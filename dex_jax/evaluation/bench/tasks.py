@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.choices import Item, item_of
+from dex_jax.evaluation.bench.choices import Item, item_of
 from dex_jax.prompts import Prompt
 from dex_jax.training.prompt_files import read_prompts, read_rows
 

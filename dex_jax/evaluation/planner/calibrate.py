@@ -1,6 +1,6 @@
-"""`python -m dex_jax.evaluation.calibrate`: measures the device at hand for the planner, with this library's programs.
+"""Measures the device at hand for the planner, with this library's programs.
 
-    python -m dex_jax.evaluation.calibrate --model smollm2-135m --output cpu.json
+    python -m dex_jax.evaluation.planner.calibrate --model smollm2-135m --output cpu.json
 
 Random weights of the model's shapes, as many layers as no cache of a processor holds, decode rows in the layouts that
 there are. What is written are seconds per byte by rows (products of a layer, attention, heads), the fixed cost of a
@@ -29,10 +29,10 @@ import jax.numpy as jnp
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation.cost_model import KERNELS_A_LAYER
-from dex_jax.evaluation.footprint import device_memory
-from dex_jax.evaluation.hardware import LINKS, Curve, Device, Hardware, Measured, read_hardware, write_hardware
-from dex_jax.evaluation.timed_programs import (
+from dex_jax.evaluation.planner.cost_model import KERNELS_A_LAYER
+from dex_jax.evaluation.planner.footprint import device_memory
+from dex_jax.evaluation.planner.hardware import LINKS, Curve, Device, Hardware, Measured, read_hardware, write_hardware
+from dex_jax.evaluation.planner.timed_programs import (
     Timer,
     bandwidth,
     exits_seconds,
@@ -43,7 +43,7 @@ from dex_jax.evaluation.timed_programs import (
     rows_seconds,
     stages_seconds,
 )
-from dex_jax.evaluation.workload import config_of, work_of
+from dex_jax.evaluation.planner.workload import config_of, work_of
 from dex_jax.language_model import DTYPES, resolve_dtype
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled
 from dex_jax.sharding import device_name
@@ -185,7 +185,9 @@ class Meeting:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for bad input."""
-    p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.calibrate", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(
+        prog="python -m dex_jax.evaluation.planner.calibrate", description=__doc__.splitlines()[0]
+    )
     p.add_argument("--model", default="smollm2-135m", help="whose shapes are measured (%(default)s)")
     p.add_argument("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
     p.add_argument("--rows", type=int, nargs="+", default=list(ROWS), metavar="R", help="row counts (%(default)s)")
@@ -243,7 +245,16 @@ def _together(argv: Sequence[str], count: int, output: str) -> int:
         started = []
         for i, file in enumerate(files):
             share = set(cores[i * size : (i + 1) * size])
-            command = [sys.executable, "-m", "dex_jax.evaluation.calibrate", *argv, "--together", "1", "--output", file]
+            command = [
+                sys.executable,
+                "-m",
+                "dex_jax.evaluation.planner.calibrate",
+                *argv,
+                "--together",
+                "1",
+                "--output",
+                file,
+            ]
             command += ["--meet", folder, str(i), str(count)]
             # Children inherit the affinity of the moment they are started in.
             os.sched_setaffinity(0, share)

@@ -28,10 +28,10 @@ from dex_jax.decoding.methods import AR, Dex, Schedule
 from dex_jax.decoding.session import RUN
 from dex_jax.decoding.spec import Spec
 from dex_jax.errors import DexError
-from dex_jax.evaluation.cost_model import Setting, Ticks, ar_step, bytes_per_device, pipelined_step, tick
-from dex_jax.evaluation.footprint import session_shapes
-from dex_jax.evaluation.hardware import DEVICES, hardware
-from dex_jax.evaluation.workload import exit_work, work_of
+from dex_jax.evaluation.planner.cost_model import Setting, Ticks, ar_step, bytes_per_device, pipelined_step, tick
+from dex_jax.evaluation.planner.footprint import session_shapes
+from dex_jax.evaluation.planner.hardware import DEVICES, hardware
+from dex_jax.evaluation.planner.workload import exit_work, work_of
 from dex_jax.nn.transformer import Staged
 from dex_jax.sharding import make_mesh
 

@@ -33,8 +33,8 @@ import numpy as np
 from dex_jax.decoding.heads import HEAD_BLOCK
 from dex_jax.decoding.ladder import rungs
 from dex_jax.decoding.network import stage_rungs
-from dex_jax.evaluation.hardware import Hardware, Link, interpolate
-from dex_jax.evaluation.workload import ExitWork, Work
+from dex_jax.evaluation.planner.hardware import Hardware, Link, interpolate
+from dex_jax.evaluation.planner.workload import ExitWork, Work
 
 KERNELS_A_LAYER = 10
 """Assumption: two norms, four products, rotation, scores, softmax, weighted values; element-wise work is fused."""

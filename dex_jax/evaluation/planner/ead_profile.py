@@ -1,6 +1,6 @@
 """EAD profiles: how early tokens become available, and the ticks that follow, as a file between measuring and planning.
 
-A profile is measured (`python -m dex_jax.evaluation.profile`) or assumed: a small JSON file with "assumption" (a
+A profile is measured (planner/profile.py) or assumed: a small JSON file with "assumption" (a
 sentence), "layers" and "ead" alone, of which the planner makes ticks for every even grid.
 
 Letters: L layers, K stages, W rows a stage.
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.cost_model import Ticks
+from dex_jax.evaluation.planner.cost_model import Ticks
 
 FORMAT = "dex_jax EAD profile 1"
 
@@ -189,7 +189,7 @@ def read_profile(path: str | Path) -> Profile:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DexError(
             f"{path} cannot be read as an EAD profile ({type(error).__name__}: {error}): let python -m "
-            "dex_jax.evaluation.profile write one"
+            "dex_jax.evaluation.planner.profile write one"
         ) from error
     ascending = all(a < b for a, b in zip((0, *profile.ead.depths), profile.ead.depths, strict=False))
     fits = len(profile.ead.depths) == len(profile.ead.share) and profile.ead.depths[-1:] == (profile.layers,)

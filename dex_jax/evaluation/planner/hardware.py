@@ -252,7 +252,7 @@ def read_hardware(path: str | Path) -> Hardware:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DexError(
-            f"{path} cannot be read as hardware ({error}): let python -m dex_jax.evaluation.calibrate write it"
+            f"{path} cannot be read as hardware ({error}): let python -m dex_jax.evaluation.planner.calibrate write it"
         ) from error
 
 

@@ -1,8 +1,9 @@
-"""`python -m dex_jax.evaluation.plan`: which K, grid and rows to choose on some hardware, or not to use DEX at all.
+"""Which K, grid and rows to choose on some hardware, or not to use DEX at all.
 
-    python -m dex_jax.evaluation.plan --model smollm2-135m --exits default --profile profile.json --hardware cpu.json
-    python -m dex_jax.evaluation.plan --model llama-2-70b --exits linear:8192 --profile assumed.json --hardware h100x8
-    python -m dex_jax.evaluation.plan --model llama-2-70b --compile-for v5p:2x2x2 --explorers 8
+    python -m dex_jax.evaluation.planner.plan --model smollm2-135m --profile profile.json --hardware cpu.json
+    python -m dex_jax.evaluation.planner.plan --model llama-2-70b --exits linear:8192 --profile assumed.json \\
+        --hardware h100x8
+    python -m dex_jax.evaluation.planner.plan --model llama-2-70b --compile-for v5p:2x2x2 --explorers 8
 
 Nothing is loaded and nothing is run: predictions follow from shapes, an EAD profile and the cost model, whose
 assumptions stand in `cost_model`. --compile-for also compiles for a TPU that need not be there (needs libtpu).
@@ -20,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation import cost_model
-from dex_jax.evaluation.cost_model import Setting
-from dex_jax.evaluation.ead_profile import Profile
-from dex_jax.evaluation.hardware import DEVICES, hardware
-from dex_jax.evaluation.predictions import Plan, Prediction, others, plan, prediction
-from dex_jax.evaluation.workload import SHAPES, ExitWork, config_of, described_exits, exit_work, work_of
+from dex_jax.evaluation.planner import cost_model
+from dex_jax.evaluation.planner.cost_model import Setting
+from dex_jax.evaluation.planner.ead_profile import Profile
+from dex_jax.evaluation.planner.hardware import DEVICES, hardware
+from dex_jax.evaluation.planner.predictions import Plan, Prediction, others, plan, prediction
+from dex_jax.evaluation.planner.workload import SHAPES, ExitWork, config_of, described_exits, exit_work, work_of
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -39,14 +40,14 @@ NO_TERMINAL = 180
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     p = argparse.ArgumentParser(
-        prog="python -m dex_jax.evaluation.plan",
+        prog="python -m dex_jax.evaluation.planner.plan",
         description=__doc__.splitlines()[0],
         epilog="Exit codes: 0 done, 2 bad input.",
     )
     add = p.add_argument_group("what is decoded").add_argument
     add("--model", default="smollm2-135m", help=f"alias, directory, file, hub id, config.json, or {', '.join(SHAPES)}")
     add("--exits", default="default", help='file, folder, "default", or a description: KIND or KIND:DRAFT VOCABULARY')
-    add("--profile", metavar="FILE", help="of python -m dex_jax.evaluation.profile, or an assumed one")
+    add("--profile", metavar="FILE", help="of python -m dex_jax.evaluation.planner.profile, or an assumed one")
     add("--batch", type=int, default=1, metavar="B", help="sequences (%(default)s)")
     add("--context", type=int, default=1024, metavar="S", help="positions attended to, or cache length (%(default)s)")
     add("--layout", choices=["unrolled", "stacked"], default="unrolled", help="of the weights (%(default)s)")
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     Raises:
       DexError: flags that do not go together, or what they name cannot be read.
     """
-    from dex_jax.evaluation.ead_profile import read_profile
+    from dex_jax.evaluation.planner.ead_profile import read_profile
 
     if min(args.batch, args.context, args.top) < 1:
         raise DexError("--batch, --context and --top must be at least 1")
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         raise DexError(f"say for what to plan: --hardware with one of {', '.join(DEVICES)}, or --compile-for")
     if args.hardware is not None and args.profile is None:
         raise DexError(
-            "ticks follow from an EAD profile: give --profile (python -m dex_jax.evaluation.profile writes one)"
+            "ticks follow from an EAD profile: give --profile (python -m dex_jax.evaluation.planner.profile writes one)"
         )
     config = config_of(args.model)
     report: dict[str, Any] = {"model": args.model}
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         if not args.json:
             show(console, s, profile.assumption, chosen, args.top, costs)
     if args.compile_for is not None:
-        from dex_jax.evaluation.compiled import compiled_evidence, evidence_table
+        from dex_jax.evaluation.planner.compiled import compiled_evidence, evidence_table
 
         evidence = compiled_evidence(
             config,

@@ -13,9 +13,9 @@ from typing import Any
 
 from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
-from dex_jax.evaluation import cost_model
-from dex_jax.evaluation.cost_model import USABLE, Parts, Setting
-from dex_jax.evaluation.ead_profile import Profile
+from dex_jax.evaluation.planner import cost_model
+from dex_jax.evaluation.planner.cost_model import USABLE, Parts, Setting
+from dex_jax.evaluation.planner.ead_profile import Profile
 from dex_jax.lattice import default_rows, full_rows
 
 WORTH_IT = 1.05

@@ -1,4 +1,4 @@
-"""`python -m dex_jax.evaluation.profile`: the EAD profile of a model and its exits on prompts of your choice.
+"""`python -m dex_jax.evaluation.planner.profile`: the EAD profile of a model and its exits on prompts of your choice.
 
 Lets the model answer prompts greedily, runs the texts once, teacher-forced, and writes when tokens become available,
 what an oracle and each grid could make of it, the ticks that follow, and what capped rows cost (`replay`). With
@@ -16,10 +16,10 @@ import numpy as np
 
 from dex_jax.decoding.output import ticks_of
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation.ead_profile import EAD, CappedRows, GridProfile, Profile, RealLoop
 from dex_jax.evaluation.exit_forcing import Measurement
 from dex_jax.evaluation.exit_metrics import figures_of, predicted_exits
-from dex_jax.evaluation.replay import Replay, replay, table_of
+from dex_jax.evaluation.planner.ead_profile import EAD, CappedRows, GridProfile, Profile, RealLoop
+from dex_jax.evaluation.planner.replay import Replay, replay, table_of
 from dex_jax.lattice import full_rows
 
 if TYPE_CHECKING:
@@ -181,7 +181,9 @@ def parser() -> argparse.ArgumentParser:
     from dex_jax.cli.arguments import depths
     from dex_jax.language_model import DTYPES
 
-    p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.profile", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(
+        prog="python -m dex_jax.evaluation.planner.profile", description=__doc__.splitlines()[0]
+    )
     add = p.add_argument
     add("--exits", default="default", help='folder, file, "default" or "shared" (then every layer is an exit)')
     add("--depths", type=depths, metavar="X,...", help="of shared exits (every layer)")
@@ -221,7 +223,7 @@ def run(args: argparse.Namespace) -> None:
     from dex_jax.cli.decode import remember_compilations
     from dex_jax.cli.train_results import answered, chosen_exits
     from dex_jax.evaluation.exit_forcing import measure
-    from dex_jax.evaluation.profile_plots import draw
+    from dex_jax.evaluation.planner.profile_plots import draw
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
     from dex_jax.nn.exits import heads_of

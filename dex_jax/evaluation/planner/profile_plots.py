@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.ead_profile import EAD, GridProfile, Profile
+from dex_jax.evaluation.planner.ead_profile import EAD, GridProfile, Profile
 from dex_jax.plot.figures import new_figure
 
 

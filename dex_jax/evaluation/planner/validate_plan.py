@@ -1,6 +1,6 @@
-"""`python -m dex_jax.evaluation.validate_plan`: the planner's predictions against what is then measured here.
+"""`python -m dex_jax.evaluation.planner.validate_plan`: the planner's predictions against what is then measured here.
 
-    python -m dex_jax.evaluation.validate_plan --profile profile.json --hardware cpu.json --data prompts.jsonl
+    python -m dex_jax.evaluation.planner.validate_plan --profile profile.json --hardware cpu.json --data prompts.jsonl
 
 Predicts the time of an AR step or a DEX tick and tokens a second for a list of configurations (both layouts, several K,
 rows and batches, AR among them), then measures each of them on prompts, in turns, with the exits that the profile was
@@ -28,11 +28,11 @@ from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.methods import AR, Dex, Method, Schedule
 from dex_jax.decoding.session import Session
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation import cost_model
-from dex_jax.evaluation.cost_model import Setting
-from dex_jax.evaluation.ead_profile import Profile, read_profile
-from dex_jax.evaluation.hardware import Hardware, hardware
-from dex_jax.evaluation.workload import exit_work, work_of
+from dex_jax.evaluation.planner import cost_model
+from dex_jax.evaluation.planner.cost_model import Setting
+from dex_jax.evaluation.planner.ead_profile import Profile, read_profile
+from dex_jax.evaluation.planner.hardware import Hardware, hardware
+from dex_jax.evaluation.planner.workload import exit_work, work_of
 from dex_jax.nn.transformer import Stacked, Unrolled
 
 if TYPE_CHECKING:
@@ -336,13 +336,15 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     from dex_jax.language_model import DTYPES
 
-    p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.validate_plan", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(
+        prog="python -m dex_jax.evaluation.planner.validate_plan", description=__doc__.splitlines()[0]
+    )
     add = p.add_argument
     add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
     add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
     add("--exits", default="default", help="those of the profile (%(default)s)")
-    add("--profile", required=True, metavar="FILE", help="of python -m dex_jax.evaluation.profile")
-    add("--hardware", required=True, metavar="FILE", help="of python -m dex_jax.evaluation.calibrate")
+    add("--profile", required=True, metavar="FILE", help="of python -m dex_jax.evaluation.planner.profile")
+    add("--hardware", required=True, metavar="FILE", help="of python -m dex_jax.evaluation.planner.calibrate")
     add("--data", required=True, metavar="FILE", help="prompts; best other ones than the profile's")
     add("--prompts", type=int, default=12, metavar="N", help="evenly spread (%(default)s)")
     add("--max-new-tokens", type=int, default=48, metavar="N", help="of each (%(default)s)")

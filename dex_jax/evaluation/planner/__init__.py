@@ -1,0 +1,1 @@
+"""The planner: what a token costs with each method on a machine, predicted."""
