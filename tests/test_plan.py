@@ -85,7 +85,7 @@ def test_hardware_is_written_and_read(tmp_path) -> None:
     more = hardware(f"{file},count=4,hosts=2,network=dcn")
     assert (more.count, more.hosts, more.network.name) == (4, 2, "dcn")
     file.write_text(file.read_text().replace('"cache"', '"cash"'))
-    with pytest.raises(DexError, match=r"let python -m dex_jax\.evaluation\.calibrate write it"):
+    with pytest.raises(DexError, match="calibrate write it"):
         read_hardware(file)
     with pytest.raises(DexError, match="cannot be written"):
         write_hardware(file / "here.json", found)
