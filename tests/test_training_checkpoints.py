@@ -11,12 +11,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-from orbax.checkpoint import v1 as ocp
 from training_worker import LinearMap
 
 from dex_jax.errors import DexError
-from dex_jax.training import checkpoints as module
 from dex_jax.training.checkpoints import Checkpoints, Record, list_checkpoints, read_newest, restore, saved_params
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.journal import read_journal
@@ -219,20 +218,22 @@ def assert_recovers(folder, told):
 @pytest.mark.parametrize("when", ["at once", "in the background"])
 def test_a_full_disk_is_told_and_nothing_saved_is_lost(tmp_path, monkeypatch, when):
     config = dataclasses.replace(CONFIG, keep=1)
-    real = ocp.save_checkpointables_async
+    manager, broken = ocp.CheckpointManager, []
+    save, wait = manager.save, manager.wait_until_finished
 
-    class Response:
-        def result(self):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(self, *args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def failing(path, *args, **options):
-        if path.name != "step_00000004":
-            return real(path, *args, **options)
-        (path.parent / f"{path.name}.orbax-checkpoint-tmp").mkdir()
-        return Response().result() if when == "at once" else Response()
+    def failing(self, step, **options):
+        if step != 4:
+            return save(self, step, **options)
+        (self.directory / "step_00000004.orbax-checkpoint-tmp").mkdir()
+        broken.append(step)
+        return full(self) if when == "at once" else True
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.ocp, "save_checkpointables_async", failing)
+        patch.setattr(manager, "save", failing)
+        patch.setattr(manager, "wait_until_finished", lambda self: full(self) if broken else wait(self))
         with pytest.raises(DexError, match=r"step 4 could not be written .*the disk is full\); step 2 is still there"):
             train(LinearMap(config), config, tmp_path / "run", notify=silent)
     assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_00000002"]

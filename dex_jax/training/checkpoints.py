@@ -1,11 +1,12 @@
-"""Checkpoints of a training run: orbax files that a kill, a bad disk or a full one cannot take away.
+"""Checkpoints of a training run: what orbax keeps, and what a kill, a bad disk or a full one cannot take away.
 
 A checkpoint is a folder step_00000500 that orbax first writes under another name and then renames, so it is there whole
-or not at all. Orbax does not notice bytes that changed since; the checksums kept here do.
+or not at all. Orbax does not notice bytes that changed since; the checksum kept here does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -20,17 +21,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
+import orbax.checkpoint as ocp
 
 from dex_jax.errors import DexError
 from dex_jax.io.object_store import require_disk
 from dex_jax.training.task import Cursor, Params
 
-_NAME = re.compile(r"step_(\d{8,})")
+_NAMES: dict[str, Any] = {"step_prefix": "step", "step_format_fixed_length": 8}
 _UNFINISHED = "step_*.orbax-checkpoint-tmp*"
 _DAMAGED = ".damaged"
-# Directories made in the background would turn a full disk into a wait of many minutes.
-_CONTEXT = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,17 +91,13 @@ class Checkpoints:
         self.keep = keep
         self.notify = notify
         self.saved_step: int | None = None
-        self._pending: tuple[int, Any] | None = None
-        self._lock: Any = None
-        self._log_level = logging.NOTSET
+        self._pending: int | None = None
 
     def __enter__(self) -> Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / "lock").open("w")
             _lock(self._lock)
-            for path in self.folder.glob(_UNFINISHED):
-                shutil.rmtree(path, ignore_errors=True)
         except BlockingIOError:
             self._lock.close()
             raise DexError(f"another process trains in {self.folder}: let it end, or train in another folder") from None
@@ -110,6 +106,14 @@ class Checkpoints:
         # Orbax logs a traceback for what becomes one sentence here.
         self._log_level = logging.getLogger("absl").level
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # Directories made in the background would turn a full disk into a wait of many minutes.
+        at_once = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self.keep, cleanup_tmp_directories=True, async_options=at_once, **_NAMES
+            ),
+        )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -120,6 +124,8 @@ class Checkpoints:
             if kind is None:
                 raise
         finally:
+            with contextlib.suppress(Exception):  # told of by `wait`
+                self._manager.close()
             logging.getLogger("absl").setLevel(self._log_level)
             self._lock.close()
 
@@ -137,42 +143,32 @@ class Checkpoints:
           DexError: the disk is full, or cannot be written to for another reason.
         """
         self.wait()
-        arrays = {name: np.array(value) for name, value in named_leaves(state).items()}
+        # Orbax takes no arrays without elements, and there is nothing to keep of them.
+        arrays = {name: np.array(value) for name, value in named_leaves(state).items() if value.size}
         text = json.dumps(dataclasses.asdict(record))
-        metadata = {
-            "record": text,
-            "record_sum": zlib.crc32(text.encode()),
-            "sums": {name: checksum(value) for name, value in arrays.items() if value.size},
-            "empty": {name: [value.shape, value.dtype.name] for name, value in arrays.items() if not value.size},
-        }
-        path = self._path(record.step)
+        about = {"record": text, "checksum": checksum(text, arrays)}
         try:
-            # Orbax takes no arrays without elements: the metadata hold all that there is to them.
-            tree = {name: value for name, value in arrays.items() if value.size}
-            with ocp.Context(async_options=_CONTEXT):
-                response = ocp.save_checkpointables_async(path, {"state": tree}, custom_metadata=metadata)
+            kept = ocp.args.Composite(state=ocp.args.StandardSave(arrays))
+            self._manager.save(record.step, args=kept, custom_metadata=about, force=True)
         except Exception as error:
             raise self._failure(record.step, error) from error
-        self._pending = (record.step, response)
+        self._pending = record.step
         return Record(**json.loads(text))
 
     def wait(self) -> None:
-        """Waits until what `save` started is on disk, then deletes checkpoints that are too old.
+        """Waits until what `save` started is on disk; orbax then deletes checkpoints that are too old.
 
         Raises:
           DexError: as `save`.
         """
         if self._pending is None:
             return
-        (step, response), self._pending = self._pending, None
+        step, self._pending = self._pending, None
         try:
-            response.result()
+            self._manager.wait_until_finished()
         except Exception as error:
             raise self._failure(step, error) from error
         self.saved_step = step
-        # Only now: until the new one is whole, an old one may be all there is.
-        for _, path in list_checkpoints(self.folder)[self.keep :]:
-            shutil.rmtree(path, ignore_errors=True)
 
     def newest(self) -> Saved | None:
         """The newest checkpoint that is whole, or None; damaged ones on the way are renamed and told of."""
@@ -181,23 +177,20 @@ class Checkpoints:
             aside = path.with_name(path.name + _DAMAGED)
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+        self._manager.reload()
         self.saved_step = None if found is None else found.record.step
         return found
-
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}"
 
     def _failure(self, step: int, error: Exception) -> DexError:
         for path in self.folder.glob(_UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
-        number = getattr(error, "errno", None)
-        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
+        full = getattr(error, "errno", None) in _FULL or re.search(
             "No space left|quota exceeded|File too large", str(error), re.IGNORECASE
         )
-        why = "the disk is full" if full else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         whole = list_checkpoints(self.folder)
         kept = f"step {whole[0][0]} is still there" if whole else "there is none before it"
         what = "make room and run the same command again" if full else "run the same command again once that is mended"
+        why = "the disk is full" if full else _reason(error)
         return DexError(f"the checkpoint of step {step} could not be written to {self.folder} ({why}); {kept}: {what}")
 
 
@@ -232,18 +225,13 @@ def read_step(folder: str | Path, step: int) -> Saved:
     except MemoryError:
         raise
     except Exception as error:
-        why = " ".join(str(error).split())[:200]
-        raise DexError(f"{kept[step]} is damaged ({type(error).__name__}: {why}): choose another step") from error
+        raise DexError(f"{kept[step]} is damaged ({_reason(error)}): choose another step") from error
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of all checkpoints of a folder, newest first, whole or damaged."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), path))
-    return sorted(found, reverse=True)
+    found = ocp.path.step.standard_name_format(**_NAMES).find_all(folder) if folder.is_dir() else ()
+    return sorted(((each.step, Path(each.path)) for each in found), reverse=True)
 
 
 def restore(saved: Saved, state: Any) -> Any:
@@ -259,7 +247,7 @@ def restore(saved: Saved, state: Any) -> Any:
     Raises:
       DexError: names, shapes or dtypes are not those of this run.
     """
-    own = named_leaves(state)
+    own = {name: leaf for name, leaf in named_leaves(state).items() if leaf.size}
     # Parameters first: the optimizer's names tell a person less.
     for name in sorted(own.keys() | saved.arrays.keys(), key=lambda name: (not name.startswith("params."), name)):
         here, there = own.get(name), saved.arrays.get(name)
@@ -271,7 +259,7 @@ def restore(saved: Saved, state: Any) -> Any:
 
     def place(path: Any, leaf: jax.Array) -> jax.Array:
         # A copy of its own: the update donates what it is given.
-        return jax.device_put(jnp.array(saved.arrays[_name(path)]), leaf.sharding)
+        return jax.device_put(jnp.array(saved.arrays[_name(path)] if leaf.size else leaf), leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -298,9 +286,12 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def checksum(value: np.ndarray) -> int:
-    """CRC-32 of an array's bytes, in row-major order."""
-    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+def checksum(text: str, arrays: dict[str, np.ndarray]) -> int:
+    """CRC-32 of a text and of all bytes of arrays in row-major order, by name."""
+    found = zlib.crc32(text.encode())
+    for name in sorted(arrays):
+        found = zlib.crc32(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data, found)
+    return found
 
 
 def _name(path: Any) -> str:
@@ -319,25 +310,25 @@ def _newest(folder: Path, notify: Callable[[str], None]) -> tuple[Saved | None, 
         except MemoryError:
             raise
         except Exception as error:
-            why = " ".join(str(error).split())[:200]
-            notify(f"warning: {path} is damaged and is passed over ({type(error).__name__}: {why})")
+            notify(f"warning: {path} is damaged and is passed over ({_reason(error)})")
             damaged.append(path)
     return None, damaged
 
 
 def _read(path: Path) -> Saved:
-    metadata = ocp.checkpointables_metadata(path).custom_metadata
-    if not isinstance(metadata, dict):
-        raise ValueError("its record is missing")
-    text, sums = metadata["record"], metadata["sums"]
-    if zlib.crc32(text.encode()) != metadata["record_sum"]:
-        raise ValueError("its record has changed since it was written")
-    arrays = {name: np.asarray(value) for name, value in ocp.load_checkpointables(path)["state"].items()}
-    arrays |= {name: np.zeros(shape, dtype) for name, (shape, dtype) in metadata["empty"].items()}
-    for name, expected in sums.items():
-        if name not in arrays or checksum(arrays[name]) != expected:
-            raise ValueError(f"{name} has changed since it was written")
-    return Saved(path, Record(**json.loads(text)), arrays)
+    reading = ocp.CheckpointManagerOptions(read_only=True, **_NAMES)
+    manager = ocp.CheckpointManager(path.parent, options=reading)
+    step = int(path.name.removeprefix("step_"))
+    about = manager.metadata(step).custom_metadata
+    arrays = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+    arrays = {name: np.asarray(value) for name, value in arrays.items()}
+    if about["checksum"] != checksum(about["record"], arrays):
+        raise ValueError("its bytes have changed since it was written")
+    return Saved(path, Record(**json.loads(about["record"])), arrays)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _lock(file: Any) -> None:
