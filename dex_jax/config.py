@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Annotated
+
+from msgspec import Meta
 
 from dex_jax.errors import DexError
+from dex_jax.foreign import Positive, Size, TokenId
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +28,12 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise DexError(
+                f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +61,9 @@ class ModelConfig:
       qk_norm: an RMS norm over d of every query and key head, before RoPE (Qwen3).
       eos_ids: token ids that end a sequence.
       bos_id: the token that begins one, or None.
+
+    Raises:
+      DexError: key-value heads that do not divide the heads, or heads of a width that cannot be rotated.
     """
 
     family: str
@@ -72,11 +85,19 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise DexError(f"{self.num_heads} heads, which {self.num_kv_heads} key-value heads do not divide")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise DexError(f"heads of width {self.head_dim}, which RoPE cannot rotate: it takes pairs")
+
     @property
     def qkv_width(self) -> int:
         """Rows of the fused query-key-value projection, (H + 2 G) d."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
+
+_Width = Annotated[int, Meta(ge=1, le=2**20)]
 
 EXIT_KINDS = ("shared", "linear", "lowrank", "mlp", "attn")
 
@@ -104,16 +125,16 @@ class ExitsConfig:
     """
 
     kind: str
-    depths: tuple[int, ...]
-    width: int
+    depths: Annotated[tuple[TokenId, ...], Meta(max_length=4096)]
+    width: _Width
     fused: bool = False
-    rank: int = 64
-    hidden: int = 256
-    heads: int = 4
-    head_dim: int = 64
-    window: int = 64
-    draft_size: int | None = None
-    norm_eps: float = 1e-5
+    rank: _Width = 64
+    hidden: _Width = 256
+    heads: _Width = 4
+    head_dim: _Width = 64
+    window: _Width = 64
+    draft_size: Size | None = None
+    norm_eps: Positive = 1e-5
 
     def __post_init__(self) -> None:
         if self.kind not in EXIT_KINDS:

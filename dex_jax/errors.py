@@ -10,11 +10,19 @@ from collections.abc import Callable
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 
+_LONGEST = 1200
+
+
 class DexError(ValueError):
     """Bad input, told in one sentence: what is wrong, where, and what to do.
 
     The command-line programs print the sentence and exit with code 2; a library caller sees a ValueError.
     """
+
+    def __init__(self, sentence: str):
+        # What a sentence quotes may hold line breaks, codes that would steer the terminal, or no end of names.
+        line = " ".join("".join(c if c.isprintable() else " " for c in sentence).split())
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST - 204]} ... {line[-200:]}")
 
 
 def exit_code(command: Callable[[], int | None], stopped: str = "Stopped.") -> int:

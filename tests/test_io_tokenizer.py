@@ -176,9 +176,6 @@ def test_directories_without_a_readable_tokenizer(tmp_path):
     (tmp_path / "tokenizer.model").write_text("")
     with pytest.raises(DexError, match=r"only as tokenizer\.model"):
         _ = open_checkpoint(str(tmp_path)).tokenizer
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DexError, match=r"tokenizer\.json cannot be read"):
-        _ = open_checkpoint(str(tmp_path)).tokenizer
 
 
 def with_template(template) -> Tokenizer:
@@ -221,11 +218,11 @@ def test_what_templates_may_use():
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{{ raise_exception('Only user and assistant roles are supported!') }}", "here refuses .* Only user"),
-        ("{% for %}", "here is broken at line 1"),
-        ("{{ messages[0]['content'] + 1 }}", "here refuses"),
-        ("{{ messages.append(1) }}", "here refuses"),
-        ("{{ ''.__class__.__mro__ }}", "here refuses"),
+        ("{{ raise_exception('Only user and assistant roles are supported!') }}", "refuses .* Only user"),
+        ("{% for %}", "broken at line 1"),
+        ("{{ messages[0]['content'] + 1 }}", "refuses"),
+        ("{{ messages.append(1) }}", "refuses"),
+        ("{{ ''.__class__.__mro__ }}", "refuses"),
     ],
 )
 def test_templates_that_refuse(template, words):

@@ -1,14 +1,13 @@
-"""Chat templates: jinja2 in a sandbox, with what templates written for transformers expect to find."""
+"""Chat messages as the text that a model expects."""
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 from dex_jax.errors import DexError
+from dex_jax.foreign import reason
+from dex_jax.io.templates import rendered
 
 
 def check_messages(messages: Sequence[dict[str, Any]]) -> None:
@@ -20,7 +19,7 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
             raise DexError(f'Message {number} is not a dictionary like {{"role": "user", "content": "Hello"}}.')
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                raise DexError(f'Message {number} needs a string under "{key}", and it has {message.get(key)!r}.')
+                raise DexError(f'Message {number} needs a string under "{key}", and it has {message.get(key)!r:.60}.')
 
 
 def render(
@@ -43,54 +42,15 @@ def render(
       The prompt's text.
 
     Raises:
-      DexError: the template does not compile, or refuses the messages.
+      DexError: the template does not compile, refuses the messages, or takes longer or writes more than it may.
     """
     import jinja2
 
+    given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "tools": None}
     try:
-        return _compile(template).render(
-            messages=list(messages),
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-            **variables,
-        )
+        return rendered(template, given | {"documents": None} | variables)
     except jinja2.TemplateSyntaxError as error:
         raise DexError(f"The chat template of {source} is broken at line {error.lineno}: {error.message}.") from error
-    # Templates index and concatenate what they are given, so messages of an unforeseen form surface as these.
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-        raise DexError(f"The chat template of {source} refuses these messages: {error}") from error
-
-
-@lru_cache(maxsize=8)
-def _compile(template: str) -> Any:
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """Lets {% generation %} ... {% endgeneration %}, which marks text for training, pass through."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """Plain JSON: jinja2's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise(message: str) -> NoReturn:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
+    # Whatever a program can raise: templates index, divide and concatenate what they are given.
+    except Exception as error:
+        raise DexError(f"The chat template of {source} refuses these messages: {reason(error)}") from error

@@ -65,6 +65,8 @@ class Checkpoint:
         self.config = config
         self.source = source
         self._tensors = tensors
+        if config.num_layers > len(tensors.names):
+            raise DexError(f"{source} holds {len(tensors.names)} tensors, too few for {config.num_layers} layers.")
         self._parts = canonical_parts(config, gguf=gguf)
         self._build_tokenizer = build_tokenizer
         self._check(gguf)

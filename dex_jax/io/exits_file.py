@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta, Struct
 
 from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
+from dex_jax.foreign import Positive, Size, parsed, reading, typed
 from dex_jax.io.object_store import on_disk
 from dex_jax.io.whole_files import write_whole
 
@@ -25,6 +27,38 @@ FILE_NAME = "exits.safetensors"
 
 _VOCABULARY = "draft_vocabulary"
 _STEPS = ".steps"
+
+
+_Rows = Annotated[int, Meta(ge=1, le=512)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class _Tree(Struct):
+    widths: Annotated[list[_Rows], Meta(min_length=1, max_length=64)]
+    drafted: Annotated[int, Meta(ge=0, le=64)]
+    lookup: Annotated[list[_Share], Meta(min_length=8, max_length=8)]
+    tokens_per_round: Positive
+
+    def __post_init__(self) -> None:
+        if self.drafted > len(self.widths) or sum(self.widths) > 512:
+            raise ValueError(f"a tree of {sum(self.widths)} rows on {len(self.widths)} levels, {self.drafted} drafted")
+
+
+class _Grid(Struct):
+    explorers: Size
+    depth_side_speedup: Positive | None = None
+
+
+class _Group(Struct):
+    grids: list[_Grid] = []
+
+
+class _About(Struct):
+    """What of the metadata is used, and not only shown."""
+
+    trees: list[_Tree] = []
+    held_out: dict[str, _Group] = {}
+    data: list[str] = []
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,58 +148,54 @@ def load_exits(path: str | os.PathLike) -> TrainedExits:
     Raises:
       DexError: no such file, or no exits in it.
     """
-    with on_disk(path, FILE_NAME) as file:
+    with reading(path), on_disk(path, FILE_NAME) as file:
         return _read(file, path)
 
 
 def _read(file: Path, path: str | os.PathLike) -> TrainedExits:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    from dex_jax.nn.exits import exit_parameters
+
+    advice = "export the exits again"
     if file.is_dir():
         file = file / FILE_NAME
     if not file.is_file():
         raise DexError(f"there are no exits at {path}: give a .safetensors file or a folder that holds {FILE_NAME}")
-    try:
-        with safe_open(file, framework="np") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DexError(f"{file} cannot be read as exits ({error}): export them again") from error
-    if metadata.get("format") != FORMAT:
-        raise DexError(f"{file} holds no exits of this version ({FORMAT}): export them with train_exits.py")
-    try:
-        fields = json.loads(metadata["config"])
-        config = ExitsConfig(**(fields | {"depths": tuple(fields["depths"])}))
-        about = json.loads(metadata["about"])
-        fingerprint = metadata["fingerprint"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DexError(f"{file} says nothing that can be read about its exits ({error}): export them again") from error
-    vocabulary = tensors.pop(_VOCABULARY, None)
-    parameters = {}
-    for name, value in tensors.items():
-        if name.endswith(_STEPS):
-            continue
-        steps = tensors.get(name + _STEPS)
-        parameters[name] = value if steps is None else value.astype(np.float32) * steps
-    _check(config, parameters, vocabulary, file)
-    return TrainedExits(config, parameters, vocabulary, fingerprint, about, str(path))
+    with reading(file, advice), safe_open(file, framework="np") as opened:
+        metadata = opened.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise DexError(f"{file} holds no exits of this version ({FORMAT}): export them with train_exits.py")
+        config = parsed(metadata.get("config", ""), ExitsConfig, f"the configuration in {file}", advice)
+        about = parsed(metadata.get("about", ""), dict[str, Any], f"what is said about the exits in {file}", advice)
+        typed(about, _About, f"what is said about the exits in {file}", advice)
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        stored = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in slices.items()}
+        expected = {name: shape for name, (shape, _) in exit_parameters(config).items()}
+        # Before anything is read: shapes that lie would multiply to more than there is.
+        for name, shape in expected.items():
+            steps = stored.get(name + _STEPS)
+            kept = "I8" if steps is not None else "F32"
+            if stored.get(name) != (kept, shape) or steps not in (None, ("F32", (*shape[:-1], 1))):
+                raise DexError(f"{file} should hold {name} of shape {shape} and has {stored.get(name)}: {advice}")
+        size = config.draft_size
+        if stored.get(_VOCABULARY) != (None if size is None else ("I32", (size,))):
+            raise DexError(f"{file} should hold a draft vocabulary of {size} tokens and does not: {advice}")
+        vocabulary = None if size is None else opened.get_tensor(_VOCABULARY)
+        if vocabulary is not None and not (vocabulary[0] >= 0 and (np.diff(vocabulary) > 0).all()):
+            raise DexError(f"the draft vocabulary in {file} does not ascend: {advice}")
+        parameters = {}
+        for name in expected:
+            value = opened.get_tensor(name)
+            if name + _STEPS in stored:
+                value = value.astype(np.float32) * opened.get_tensor(name + _STEPS)
+            if not np.isfinite(value).all():
+                raise DexError(f"{name} in {file} is not finite: {advice}")
+            parameters[name] = value
+    return TrainedExits(config, parameters, vocabulary, metadata.get("fingerprint", ""), about, str(path))
 
 
 def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(int8 [..., in], float32 steps [..., 1]): each row times its step is the matrix to within half a step."""
     steps = np.maximum(np.abs(matrix).max(axis=-1, keepdims=True), 1e-12).astype(np.float32) / 127
     return np.rint(matrix / steps).astype(np.int8), steps
-
-
-def _check(config: ExitsConfig, parameters: dict, vocabulary: np.ndarray | None, file: Path) -> None:
-    from dex_jax.nn.exits import exit_parameters
-
-    expected = {name: shape for name, (shape, _) in exit_parameters(config).items()}
-    for name, shape in expected.items():
-        found = parameters.get(name)
-        if found is None or found.shape != shape:
-            has = "none" if found is None else f"shape {found.shape}"
-            raise DexError(f"{file} should hold {name} of shape {shape} and has {has}: export the exits again")
-    size = None if vocabulary is None else len(vocabulary)
-    if size != config.draft_size:
-        raise DexError(f"{file} should hold a draft vocabulary of {config.draft_size} tokens and has {size}")

@@ -17,12 +17,12 @@ import ml_dtypes
 import numpy as np
 
 from dex_jax.errors import DexError
+from dex_jax.foreign import Size, reading, typed
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_ALIGNMENT = 32
 _CHUNK_ELEMENTS = 1 << 20
 _WIDE = 64
 
@@ -54,7 +54,7 @@ class GGUFFile:
 
     Attributes:
       path: the file.
-      metadata: key -> number, string, bool, list of strings or NumPy array.
+      metadata: key -> number, string, bool or list.
       tensors: name -> GGUFTensor.
     """
 
@@ -68,17 +68,14 @@ class GGUFFile:
           DexError: not a GGUF file, a version or byte order that is not known, or a file that ends too early.
         """
         self.path = path
-        with open(path, "rb") as file:
+        with reading(path, "download it again"), open(path, "rb") as file:
             if file.read(4) != _MAGIC:
                 raise DexError(f"{path} is not a GGUF file: it does not begin with the four letters GGUF.")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                try:
-                    self.metadata, self.tensors = _read_header(_Cursor(data, 4), path)
-                except (struct.error, IndexError, UnicodeDecodeError) as error:
-                    raise DexError(f"{path} is truncated or damaged within its header: download it again.") from error
+                self.metadata, self.tensors = _read_header(_Cursor(data, 4), path)
                 size = len(data)
         for name, tensor in self.tensors.items():
-            end = tensor.offset + tensor.row_bytes * _rows(tensor.shape)
+            end = tensor.offset + tensor.row_bytes * math.prod(tensor.shape[:-1])
             if end > size:
                 raise DexError(
                     f"{path} is truncated: tensor {name} ends at byte {end:,} of a file of {size:,} bytes: "
@@ -146,10 +143,6 @@ class GGUFFile:
             ) from error
 
 
-def _rows(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape[:-1], dtype=np.int64))
-
-
 class _Cursor:
     """A reading position in the bytes of a header."""
 
@@ -179,7 +172,7 @@ class _Cursor:
             inner, count = self.scalar("I"), self.scalar("Q")
             if inner in _SCALARS:
                 dtype = np.dtype("<" + _SCALARS[inner])
-                return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+                return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
             return [self.value(inner) for _ in range(count)]
         if kind not in _SCALARS:
             raise IndexError(f"value type {kind} does not exist")
@@ -201,9 +194,9 @@ def _read_header(cursor: _Cursor, path: Path) -> tuple[dict[str, Any], dict[str,
     infos = []
     for _ in range(num_tensors):
         name = cursor.string()
-        dims = [cursor.scalar("Q") for _ in range(cursor.scalar("I"))]
+        dims = struct.unpack(f"<{(rank := cursor.scalar('I'))}Q", cursor.take(8 * rank))
         infos.append((name, tuple(reversed(dims)), cursor.scalar("I"), cursor.scalar("Q")))
-    alignment = metadata.get("general.alignment", _ALIGNMENT)
+    alignment = typed(metadata.get("general.alignment", 32), Size, f"general.alignment of {path}")
     base = -(-cursor.at // alignment) * alignment
     return metadata, {name: _tensor(path, name, shape, kind, base + at) for name, shape, kind, at in infos}
 
@@ -219,6 +212,6 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: in
             f"{path} stores tensor {name} as type {kind}, which the gguf package does not know: update gguf, or use a "
             "file in Q8_0, Q4_K_M or F16."
         ) from error
-    if not shape:
-        raise DexError(f"{path} is damaged: tensor {name} has no shape.")
+    if not shape or shape[-1] % block:
+        raise DexError(f"{path} is damaged: tensor {name} of shape {list(shape)} is no {known.name}.")
     return GGUFTensor(known.name, shape, shape[-1] // block * size, offset)

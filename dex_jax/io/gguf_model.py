@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 from dex_jax.config import ModelConfig, RopeScaling
 from dex_jax.errors import DexError
+from dex_jax.foreign import Positive, Size, TokenId, typed
 from dex_jax.io.gguf_file import GGUFFile
 
 _FAMILIES = ("llama", "qwen2", "qwen3")
 _ROPE_FACTORS = "rope_freqs.weight"
+
+
+class _File(Struct):
+    architecture: str = field(name="general.architecture")
+    parts: int = field(name="split.count", default=1)
+    eos: TokenId | None = field(name="tokenizer.ggml.eos_token_id", default=None)
+    end_of_turn: TokenId | None = field(name="tokenizer.ggml.eot_token_id", default=None)
+    bos: TokenId | None = field(name="tokenizer.ggml.bos_token_id", default=None)
+
+
+class _Model(Struct, kw_only=True):
+    """What is read of the keys that begin with the architecture."""
+
+    num_layers: Size = field(name="block_count")
+    width: Size = field(name="embedding_length")
+    mlp_width: Size = field(name="feed_forward_length")
+    context: Size = field(name="context_length")
+    num_heads: Size = field(name="attention.head_count")
+    num_kv_heads: Size | None = field(name="attention.head_count_kv", default=None)
+    head_dim: Size | None = field(name="attention.key_length", default=None)
+    value_width: Size | None = field(name="attention.value_length", default=None)
+    rotated: Size | None = field(name="rope.dimension_count", default=None)
+    norm_eps: Positive = field(name="attention.layer_norm_rms_epsilon")
+    rope_theta: Positive = field(name="rope.freq_base", default=10000.0)
+    scaling: str = field(name="rope.scaling.type", default="none")
+    scaling_factor: Positive = field(name="rope.scaling.factor", default=1.0)
+    experts: int = field(name="expert_count", default=0)
 
 
 def gguf_config(file: GGUFFile) -> ModelConfig:
@@ -25,57 +56,48 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
       The model's configuration.
 
     Raises:
-      DexError: another architecture, or a feature that the model here does not have.
+      DexError: another architecture, a feature that the model here does not have, or values that no model has.
     """
-    meta, path = file.metadata, file.path
-    family = meta.get("general.architecture")
+    path, tensors = file.path, file.tensors
+    about = typed(file.metadata, _File, path, "choose another file")
+    family = about.architecture
     if family not in _FAMILIES:
         raise DexError(
-            f"{path} holds a model of architecture {family!r}, and only {', '.join(_FAMILIES)} are covered: "
+            f"{path} holds a model of architecture {family!r:.60}, and only {', '.join(_FAMILIES)} are covered: "
             "choose another file."
         )
-    if meta.get("split.count", 1) > 1:
+    if about.parts > 1:
         raise DexError(
-            f"{path} is one of {meta['split.count']} parts: join them with llama-gguf-split --merge and open that file."
+            f"{path} is one of {about.parts} parts: join them with llama-gguf-split --merge and open that file."
         )
-    if meta.get(f"{family}.expert_count", 0) > 0:
+    prefix = f"{family}."
+    own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    model = typed({key: _same(value, f"{path}: {prefix}{key}") for key, value in own.items()}, _Model, path)
+    head_dim = model.head_dim or model.width // model.num_heads
+    if model.experts > 0:
         raise DexError(f"{path} is a mixture of experts, which is not covered: choose a dense model.")
-
-    def get(key: str, default: Any = None) -> Any:
-        value = meta.get(f"{family}.{key}", default)
-        if value is None:
-            raise DexError(f"{path} is damaged: its metadata lack {family}.{key}.")
-        return _same(value, f"{path}: {family}.{key}") if isinstance(value, np.ndarray) else value
-
-    width, num_heads = get("embedding_length"), get("attention.head_count")
-    head_dim = get("attention.key_length", width // num_heads)
-    if get("attention.value_length", head_dim) != head_dim:
+    if model.value_width not in (None, head_dim):
         raise DexError(f"{path} has values of another width than its keys, which is not covered.")
-    if get("rope.dimension_count", head_dim) != head_dim:
+    if model.rotated not in (None, head_dim):
         raise DexError(f"{path} rotates only part of each head (partial RoPE), which is not covered.")
-    if "token_embd.weight" not in file.tensors:
+    if "token_embd.weight" not in tensors:
         raise DexError(f"{path} has no tensor token_embd.weight: it is not a complete model.")
-    rope_theta = _decimal(get("rope.freq_base", 10000.0))
-    return ModelConfig(
-        family=family,
-        vocab_size=file.tensors["token_embd.weight"].shape[0],
-        num_layers=get("block_count"),
-        width=width,
-        num_heads=num_heads,
-        num_kv_heads=get("attention.head_count_kv", num_heads),
-        head_dim=head_dim,
-        mlp_width=get("feed_forward_length"),
-        context=get("context_length"),
-        rope_theta=rope_theta,
-        rope_scaling=_rope_scaling(file, family, head_dim, rope_theta),
-        norm_eps=_decimal(get("attention.layer_norm_rms_epsilon")),
-        tied="output.weight" not in file.tensors,
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,
-        out_bias="blk.0.attn_output.bias" in file.tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
-        eos_ids=tuple(sorted({meta[key] for key in _eos_keys(meta)})),
-        bos_id=meta.get("tokenizer.ggml.bos_token_id"),
-    )
+    found = asdict(model) | {
+        "family": family,
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "num_kv_heads": model.num_kv_heads or model.num_heads,
+        "head_dim": head_dim,
+        "rope_theta": _decimal(model.rope_theta),
+        "norm_eps": _decimal(model.norm_eps),
+        "tied": "output.weight" not in tensors,
+        "qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "out_bias": "blk.0.attn_output.bias" in tensors,
+        "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+        "eos_ids": sorted({token for token in (about.eos, about.end_of_turn) if token is not None}),
+        "bos_id": about.bos,
+    }
+    config = typed(found, ModelConfig, path)
+    return dataclasses.replace(config, rope_scaling=_rope_scaling(file, model, config))
 
 
 class GGUFWeights:
@@ -111,25 +133,22 @@ def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
     return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def _eos_keys(meta: dict[str, Any]) -> list[str]:
-    return [key for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in meta]
-
-
-def _rope_scaling(file: GGUFFile, family: str, head_dim: int, theta: float) -> RopeScaling | None:
-    kind = file.metadata.get(f"{family}.rope.scaling.type", "none")
-    if kind == "linear":
-        return RopeScaling("linear", _decimal(file.metadata.get(f"{family}.rope.scaling.factor", 1.0)))
-    if kind != "none":
-        raise DexError(f"{file.path} scales RoPE by {kind!r}, and only linear and llama3 scaling are covered.")
-    if _ROPE_FACTORS not in file.tensors:
+def _rope_scaling(file: GGUFFile, model: _Model, config: ModelConfig) -> RopeScaling | None:
+    if model.scaling == "linear":
+        return RopeScaling("linear", _decimal(model.scaling_factor))
+    if model.scaling != "none":
+        raise DexError(f"{file.path} scales RoPE by {model.scaling!r:.60}, and only linear and llama3 are covered.")
+    shape = file.shape(_ROPE_FACTORS)
+    if shape is None:
         return None
-    factors = file.read(_ROPE_FACTORS).astype(np.float64)
+    factors = file.read(_ROPE_FACTORS).astype(np.float64) if shape == (config.head_dim // 2,) else np.zeros(1)
     # The other constants are lost in the file; those of every published Llama 3.x must lead to the same factors.
     scaling = RopeScaling(
         "llama3", _decimal(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192
     )
-    expected = llama3_factors(scaling, head_dim, theta)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+    if scaling.factor <= 0 or not np.allclose(
+        factors, llama3_factors(scaling, config.head_dim, config.rope_theta), rtol=1e-4
+    ):
         raise DexError(
             f"{file.path} holds RoPE factors ({_ROPE_FACTORS}) other than those of Llama 3.x, which are not covered: "
             "use the Hugging Face directory of this model."
@@ -151,7 +170,10 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _same(values: np.ndarray, where: str) -> Any:
-    if len(set(values.tolist())) != 1:
+def _same(value: Any, where: str) -> Any:
+    """The number that a list with one for each layer repeats; anything else as it is."""
+    if not isinstance(value, list) or not value:
+        return value
+    if any(each != value[0] for each in value):
         raise DexError(f"{where} differs from layer to layer, which is not covered.")
-    return values[0].item()
+    return value[0]

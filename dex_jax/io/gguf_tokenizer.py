@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct, field
+
 from dex_jax.errors import DexError
+from dex_jax.foreign import TokenId, reading, typed
 from dex_jax.io.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,6 +32,25 @@ _PATTERNS = {
 _KNOWN = ("smollm", *_PATTERNS)
 
 
+class _Vocabulary(Struct):
+    """What is read of the keys that begin with "tokenizer.ggml."."""
+
+    tokens: list[str] = []
+    merges: list[str] = []
+    token_type: list[int] = []
+    model: str = ""
+    pre: str = ""
+    add_bos_token: bool | None = None
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | None = None
+    unknown_token_id: TokenId | None = None
+    padding_token_id: TokenId | None = None
+
+
+class _Template(Struct):
+    template: str | None = field(name="tokenizer.chat_template", default=None)
+
+
 def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: str) -> Tokenizer | None:
     """Builds the tokenizer that a GGUF file describes.
 
@@ -43,40 +65,44 @@ def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: s
     Raises:
       DexError: a vocabulary of another kind than byte-level BPE, or split by rules that are not known.
     """
-    meta = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    if not meta.get("tokens"):
+    prefix = "tokenizer.ggml."
+    own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    vocabulary = typed(own, _Vocabulary, f"the tokenizer of {source}")
+    template = typed(metadata, _Template, f"the chat template of {source}").template
+    tokens = vocabulary.tokens
+    if not tokens:
         return None
-    if meta.get("model") != "gpt2":
+    if vocabulary.model != "gpt2":
         raise DexError(
-            f"{source} carries a tokenizer of kind {meta.get('model')!r}, and only byte-level BPE ('gpt2') can be "
+            f"{source} carries a tokenizer of kind {vocabulary.model!r:.60}, and only byte-level BPE ('gpt2') can be "
             "built from a GGUF file: use the Hugging Face directory of this model."
         )
-    if meta.get("pre") not in _KNOWN:
+    if vocabulary.pre not in _KNOWN:
         raise DexError(
-            f"{source} splits text by the rules {meta.get('pre')!r}, and only {', '.join(_KNOWN)} are known: use the "
-            "Hugging Face directory of this model."
+            f"{source} splits text by the rules {vocabulary.pre!r:.60}, and only {', '.join(_KNOWN)} are known: use "
+            "the Hugging Face directory of this model."
         )
-    if not meta.get("merges"):
+    if not vocabulary.merges:
         raise DexError(f"{source} carries a vocabulary without merges: use the Hugging Face directory of this model.")
-    tokens = meta["tokens"]
-    return Tokenizer(
-        _byte_level_bpe(meta),
-        template=metadata.get("tokenizer.chat_template"),
-        variables={name: tokens[meta[key]] for name, key in _NAMED.items() if key in meta and meta[key] < len(tokens)},
-        eos_ids=eos_ids,
-        source=source,
-    )
+    named = {name: getattr(vocabulary, key) for name, key in _NAMED.items()}
+    with reading(f"the tokenizer of {source}", "use the Hugging Face directory of this model"):
+        return Tokenizer(
+            _byte_level_bpe(vocabulary),
+            template=template,
+            variables={name: tokens[i] for name, i in named.items() if i is not None and i < len(tokens)},
+            eos_ids=eos_ids,
+            source=source,
+        )
 
 
-def _byte_level_bpe(meta: dict[str, Any]) -> tokenizers.Tokenizer:
+def _byte_level_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    tokens, pre = meta["tokens"], meta["pre"]
-    merges = [tuple(merge.split(" ")) for merge in meta["merges"]]
+    tokens, pre = vocabulary.tokens, vocabulary.pre
     backend = Tokenizer(
         models.BPE(
             {token: i for i, token in enumerate(tokens)},
-            merges,
+            [(merge.partition(" ")[0], merge.partition(" ")[2]) for merge in vocabulary.merges],
             # Llama 3 takes a word that is in the vocabulary whole, even where its merges would not lead there.
             ignore_merges=pre == "llama-bpe",
         )
@@ -91,13 +117,14 @@ def _byte_level_bpe(meta: dict[str, Any]) -> tokenizers.Tokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre == "smollm")
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
-    kinds = list(zip(tokens, meta.get("token_type", ()), strict=False))
+    kinds = list(zip(tokens, vocabulary.token_type, strict=False))
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in kinds if kind == _CONTROL])
     backend.add_tokens([AddedToken(t, normalized=False) for t, kind in kinds if kind == _USER_DEFINED])
     # Files older than the flag leave it out for Llama 3, whose tokenizer always begins with BOS.
-    if meta.get("add_bos_token", pre == "llama-bpe") and "bos_token_id" in meta:
-        bos = tokens[meta["bos_token_id"]]
+    begins = pre == "llama-bpe" if vocabulary.add_bos_token is None else vocabulary.add_bos_token
+    if begins and vocabulary.bos_token_id is not None:
+        bos = tokens[vocabulary.bos_token_id]
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, meta["bos_token_id"])]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary.bos_token_id)]
         )
     return backend

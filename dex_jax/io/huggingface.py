@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct, defstruct
+
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
+from dex_jax.foreign import parsed, reading, typed
 from dex_jax.io.checkpoint import Checkpoint, TensorSource
 from dex_jax.io.huggingface_config import huggingface_config
-from dex_jax.io.safetensors_files import SafetensorsFiles
+from dex_jax.io.safetensors_files import Directory, SafetensorsFiles
 from dex_jax.io.tokenizer import Tokenizer
 
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _QUANTISED = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
+
+
+class _Special(Struct):
+    content: str
+
+
+class _Template(Struct):
+    name: str
+    template: str
+
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_TokenizerConfig = defstruct(
+    "_TokenizerConfig",
+    [
+        ("chat_template", str | list[_Template] | None, None),
+        *((n, str | _Special | None, None) for n in _SPECIAL_NAMES),
+    ],
+)
 
 
 def open_directory(directory: Path, source: str) -> Checkpoint:
@@ -34,7 +54,7 @@ def open_directory(directory: Path, source: str) -> Checkpoint:
 
     def tensors() -> TensorSource:
         if _has_weights(directory):
-            return SafetensorsFiles(directory)
+            return SafetensorsFiles(Directory(directory))
         other = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         found = f" (only {other[0]})" if other else ""
         raise DexError(f"{source} holds no safetensors weights{found}: convert or get them as model.safetensors.")
@@ -83,10 +103,10 @@ def read_config(directory: Path, source: str, weights: bool | None = None) -> Mo
     adapter = directory / "adapter_config.json"
     # A merged model may have kept its adapter's description.
     if adapter.is_file() and not (_has_weights(directory) if weights is None else weights):
-        base = read_json(adapter).get("base_model_name_or_path", "its base model")
+        base = str(read_json(adapter).get("base_model_name_or_path", "its base model"))
         raise DexError(
-            f"{source} holds a LoRA adapter and no model of its own: merge it into {base} (merge_and_unload in peft), "
-            "save that and open the result."
+            f"{source} holds a LoRA adapter and no model of its own: merge it into {base:.100} (merge_and_unload in "
+            "peft), save that and open the result."
         )
     if not (directory / "config.json").is_file():
         raise DexError(f"{source} has no config.json: it is not a Hugging Face model directory.")
@@ -106,15 +126,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       DexError: the file is not a JSON object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise DexError(f"{path} is not valid JSON ({error}): get it again.") from error
-    if not isinstance(content, dict):
-        raise DexError(f"{path} holds no JSON object: get it again.")
-    return content
+    with reading(path):
+        return parsed(path.read_bytes(), dict[str, Any], path) if path.is_file() else {}
 
 
 def names_weights(names: Iterable[str]) -> bool:
@@ -138,30 +151,25 @@ def _tokenizer(directory: Path, eos_ids: tuple[int, ...], source: str) -> Tokeni
         return None
     import tokenizers
 
-    try:
+    with reading(path, "get it again, or update tokenizers"):
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise DexError(f"{path} cannot be read ({error}): get it again, or update tokenizers.") from error
-    settings = read_json(directory / "tokenizer_config.json")
+    settings = directory / "tokenizer_config.json"
+    read: Any = typed(read_json(settings), _TokenizerConfig, settings)
+    special = {name: token for name in _SPECIAL_NAMES if (token := getattr(read, name))}
     return Tokenizer(
         backend,
-        template=_template(directory, settings),
-        variables={name: _content(settings[name]) for name in _SPECIAL_NAMES if settings.get(name)},
+        template=_template(directory, read.chat_template),
+        variables={name: token if isinstance(token, str) else token.content for name, token in special.items()},
         eos_ids=eos_ids,
         source=source,
     )
 
 
-def _template(directory: Path, settings: dict[str, Any]) -> str | None:
+def _template(directory: Path, template: str | list[_Template] | None) -> str | None:
     own_file = directory / "chat_template.jinja"
-    if own_file.is_file():
-        return own_file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
+    with reading(own_file):
+        if own_file.is_file():
+            return own_file.read_text(encoding="utf-8")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
+        return next((each.template for each in template if each.name == "default"), None)
     return template
-
-
-def _content(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from dex_jax.errors import DexError
+from dex_jax.foreign import local_path, reading
 from dex_jax.io.checkpoint import Checkpoint
 from dex_jax.io.gguf_file import GGUFFile
 from dex_jax.io.gguf_model import GGUFWeights, gguf_config
@@ -29,13 +30,17 @@ def open_checkpoint(source: str) -> Checkpoint:
     Raises:
       DexError: nothing of that name, an architecture or a quantisation that is not covered, or incomplete files.
     """
-    source = str(source)
+    with reading(source):
+        return _open(str(source))
+
+
+def _open(source: str) -> Checkpoint:
     target = ALIASES.get(source.lower(), source)
     if target.startswith("package:"):
         return _open_gguf(packaged_file(target))
     if is_url(target):
         return open_stored(target)
-    path = Path(target).expanduser()
+    path = local_path(target)
     if target.lower().endswith(".gguf"):
         if not path.is_file():
             raise DexError(f"There is no file {path}: check the path.")

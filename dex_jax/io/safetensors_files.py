@@ -1,45 +1,98 @@
-"""Weights in one or many safetensors files, one tensor at a time."""
+"""Weights in the safetensors files of one folder, on a disk or an object store, one tensor at a time.
+
+The `safetensors` package reads from disks alone, and maps whole files; here the bytes of a tensor are all that is read.
+"""
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Protocol
 
 import ml_dtypes
 import numpy as np
+from msgspec import Meta, Struct
 
 from dex_jax.errors import DexError
+from dex_jax.foreign import parsed, reading, typed
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_HEADER_LIMIT = 100 << 20
+_Count = Annotated[int, Meta(ge=0, le=2**62)]
+
+
+class Folder(Protocol):
+    """Where files lie."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes, of every file."""
+
+    def address(self, name: str) -> str:
+        """What to call a file in an error."""
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Bytes `start` to `stop`, uint8, fewer where the file ends."""
+
+
+class Directory:
+    """A folder on a disk, see `Folder`."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        with reading(path):
+            self.sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+
+    def address(self, name: str) -> str:
+        """The file's path."""
+        return str(self._path / name)
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Bytes `start` to `stop`."""
+        with reading(self.address(name)):
+            return np.fromfile(self._path / name, np.uint8, stop - start, offset=start)
+
+
+class _Index(Struct):
+    weight_map: dict[str, str]
+
+
+class _Entry(Struct):
+    dtype: str
+    shape: list[_Count]
+    data_offsets: tuple[_Count, _Count]
 
 
 class SafetensorsFiles:
-    """The tensors of a directory's safetensors files.
+    """The tensors of a folder's safetensors files.
 
     Attributes:
       names: every tensor's name.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, folder: Folder):
         """Reads the index, if there is one, and the header of every file.
 
         Args:
-          directory: holds model.safetensors, or shards and their index.
+          folder: holds model.safetensors, or shards and their index.
 
         Raises:
-          DexError: a file is absent, truncated or damaged.
+          DexError: a file is absent, truncated or damaged, or lacks a tensor.
         """
-        self._headers: dict[str, tuple[Path, tuple[int, ...], str]] = {}
-        for path, listed in _files(directory):
-            for name, entry in _header(path, listed).items():
-                self._headers[name] = (path, *entry)
-        self.names = tuple(self._headers)
+        self._folder = folder
+        self._entries: dict[str, tuple[str, int, _Entry]] = {}
+        for file, listed in sorted(_files(folder).items()):
+            begin, header = _header(folder, file)
+            if absent := listed - header.keys():
+                where = folder.address(file)
+                raise DexError(f"{where} lacks the tensor {min(absent)}, which the index places there: get it again.")
+            self._entries |= {name: (file, begin, entry) for name, entry in header.items()}
+        self.names = tuple(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor, or None when there is no such tensor."""
-        return self._headers[name][1] if name in self._headers else None
+        return tuple(self._entries[name][2].shape) if name in self._entries else None
 
     def dtype(self, name: str) -> np.dtype:
         """The type that `read` returns: float32, float16 or bfloat16.
@@ -47,76 +100,70 @@ class SafetensorsFiles:
         Raises:
           DexError: the tensor is stored in another type.
         """
-        path, _, code = self._headers[name]
+        code = self._entries[name][2].dtype
         if code not in DTYPES:
             raise DexError(
-                f"{path} stores {name} as {code}, and only {', '.join(DTYPES)} are covered: use the unquantised model."
+                f"{self.file_of(name)} stores {name} as {code:.60}, and only {', '.join(DTYPES)} are covered: use the "
+                "unquantised model."
             )
         return np.dtype(DTYPES[code])
 
-    def file_of(self, name: str) -> Path:
+    def file_of(self, name: str) -> str:
         """The file that holds a tensor."""
-        return self._headers[name][0]
+        return self._folder.address(self._entries[name][0])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of one tensor, an array of its own in `dtype(name)`."""
-        # A map of its own for every read: the pages leave this process with it, so that reading a whole model never
-        # holds the file as well as the arrays.
-        with _open(self.file_of(name)) as file:
-            if start == 0 and stop is None:
-                return file.get_tensor(name)
-            return file.get_slice(name)[start:stop]
+        file, begin, entry = self._entries[name]
+        dtype = self.dtype(name)
+        first, last, _ = slice(start, stop).indices(entry.shape[0])
+        row = math.prod(entry.shape[1:]) * dtype.itemsize
+        begin += entry.data_offsets[0]
+        data = self._folder.read(file, begin + first * row, begin + last * row)
+        if data.size != (last - first) * row:
+            raise DexError(f"{self.file_of(name)} is truncated: get it again.")
+        return data.view(dtype).reshape(last - first, *entry.shape[1:])
 
 
-def _files(directory: Path) -> list[tuple[Path, set[str]]]:
+def placed_names(index: bytes, source: str) -> dict[str, set[str]]:
+    """The tensors that each file holds, from an index; a DexError when it is none."""
+    files: dict[str, set[str]] = {}
+    for name, file in parsed(index, _Index, source).weight_map.items():
+        files.setdefault(file, set()).add(name)
+    return files
+
+
+def _files(folder: Folder) -> dict[str, set[str]]:
     """Each file, with the names that the index says it holds."""
-    index = directory / INDEX
-    if not index.is_file():
+    if INDEX not in folder.sizes:
+        found = [name for name in folder.sizes if name.endswith(".safetensors")]
         # By their usual name first: some directories hold the same weights once more under another.
-        usual = sorted(directory.glob("model*.safetensors"))
-        return [(path, set()) for path in usual or sorted(directory.glob("*.safetensors"))]
-    files = placed_names(index.read_text(encoding="utf-8", errors="replace"), str(index))
+        return {name: set() for name in [name for name in found if name.startswith("model")] or found}
+    files = placed_names(folder.read(INDEX, 0, folder.sizes[INDEX]).tobytes(), folder.address(INDEX))
     for file, names in files.items():
-        if not (directory / file).is_file():
+        if file not in folder.sizes:
             raise DexError(
-                f"{directory / file} is absent, and {index.name} says that it holds {len(names)} tensors, "
+                f"{folder.address(file)} is absent, and {INDEX} says that it holds {len(names)} tensors, "
                 f"{min(names)} among them: get it again."
             )
-    return [(directory / file, names) for file, names in sorted(files.items())]
+    return files
 
 
-def placed_names(index: str, source: str) -> dict[str, set[str]]:
-    """The tensors that each file holds, from the text of an index.
-
-    Raises:
-      DexError: it is none; `source` is what to call it.
-    """
-    try:
-        placed: dict[str, str] = json.loads(index)["weight_map"]
-        files: dict[str, set[str]] = {}
-        for name, file in placed.items():
-            files.setdefault(file, set()).add(name)
-        return files
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DexError(f"{source} is not a valid index of safetensors files: get it again.") from error
-
-
-def _header(path: Path, listed: set[str]) -> dict[str, tuple[tuple[int, ...], str]]:
-    with _open(path) as file:
-        names = list(file.keys())
-        absent = listed - set(names)
-        if absent:
-            raise DexError(f"{path} lacks the tensor {min(absent)}, which the index places there: get it again.")
-        slices = ((name, file.get_slice(name)) for name in names)
-        return {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in slices}
-
-
-def _open(path: Path) -> Any:
-    import safetensors
-
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise DexError(f"{path} is truncated or damaged ({error}): get it again.") from error
-    except OSError as error:
-        raise DexError(f"{path} cannot be read ({error}).") from error
+def _header(folder: Folder, file: str) -> tuple[int, dict[str, _Entry]]:
+    """(where the data begin, tensor -> its entry): the format's first 8 bytes and its JSON."""
+    source, size = folder.address(file), folder.sizes[file]
+    length = int.from_bytes(folder.read(file, 0, 8).tobytes(), "little")
+    begin = 8 + length
+    if not 2 <= length <= _HEADER_LIMIT or begin > size:
+        raise DexError(f"{source} is truncated or damaged, a header of {length:,} bytes: get it again.")
+    header = parsed(folder.read(file, 8, begin).tobytes(), dict[str, Any], source)
+    header.pop("__metadata__", None)
+    entries = typed(header, dict[str, _Entry], source)
+    for name, entry in entries.items():
+        first, last = entry.data_offsets
+        if begin + last > size:
+            raise DexError(f"{source} is truncated: {name} ends beyond its {size:,} bytes: get it again.")
+        bytes_wanted = math.prod(entry.shape) * np.dtype(DTYPES.get(entry.dtype, np.uint8)).itemsize
+        if entry.dtype in DTYPES and last - first != bytes_wanted:
+            raise DexError(f"{source} is damaged: {name} takes {last - first:,} bytes and {bytes_wanted:,} are needed.")
+    return begin, entries

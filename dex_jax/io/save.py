@@ -13,6 +13,7 @@ import numpy as np
 
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
+from dex_jax.foreign import local_path
 from dex_jax.io.huggingface_config import huggingface_config
 from dex_jax.io.tensor_names import canonical_parts, stacked_shape
 from dex_jax.io.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ def save_model(
     """
     import safetensors
 
-    folder = Path(folder).expanduser()
+    folder = local_path(folder)
     content = config_json(config)
     tensors = _file_tensors(config, weights)
     content["torch_dtype"] = str(tensors["model.embed_tokens.weight"].dtype)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dex_jax.errors import DexError
+from dex_jax.foreign import reading
 from dex_jax.io import chat
 
 # tokenizers, jinja2, gguf, safetensors and huggingface_hub are imported where they are used, here and in the rest of
@@ -86,7 +87,8 @@ class Tokenizer:
                 f"Character {error.start + 1} of the text, {text[error.start]!r}, is no Unicode character: save the "
                 "text as UTF-8."
             ) from error
-        return self.backend.encode(text, add_special_tokens=add_special).ids
+        with reading(f"the tokenizer of {self._source}"):
+            return self.backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Ids to text; ids that the tokenizer does not know give nothing.
@@ -98,7 +100,8 @@ class Tokenizer:
         Returns:
           The text, with U+FFFD where bytes are no UTF-8.
         """
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        with reading(f"the tokenizer of {self._source}"):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Chat messages to ids.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dex_jax.errors import DexError
+from dex_jax.foreign import local_path, reading
 from dex_jax.io import Tokenizer
 
 BYTES = 256
@@ -50,7 +51,8 @@ def read_corpus(path: str | Path, vocab_size: int, held_out: float = 0.1, tokeni
         raise DexError(f"a vocabulary has from {BYTES} (bytes) to {LARGEST_VOCABULARY} tokens, not {vocab_size}")
     if not 0 < held_out < 1:
         raise DexError(f"the held-out share must lie between 0 and 1, not {held_out}")
-    text = _read(Path(path))
+    with reading(path, "give a text file in UTF-8 with --data"):
+        text = local_path(path).read_text(encoding="utf-8")
     split = round(len(text) * (1 - held_out))
     if not 0 < split < len(text):
         raise DexError(f"{path} holds {len(text)} characters, too few to hold any out: give a longer text")
@@ -73,18 +75,6 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator([text], trainer)
     return Tokenizer(backend, source="the vocabulary learnt from the text")
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DexError(f"there is no text file {path}: give the path of one with --data") from error
-    except UnicodeDecodeError as error:
-        raise DexError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
-    except OSError as error:
-        raise DexError(f"{path} cannot be read ({error.strerror}): give the path of a text file with --data") from error
-    return text
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import ast
 import gzip
 import importlib
-import json
 import re
 import sysconfig
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError
+from dex_jax.foreign import local_path, parsed, reading
 
 Prompt = str | list[dict[str, Any]]
 
@@ -32,7 +31,8 @@ def read_prompts(path: str) -> list[Prompt]:
     Raises:
       DexError: no such file, another kind, damaged, or a row without a prompt.
     """
-    return _not_empty([prompt_of(row, where) for row, where in read_rows(path)], path)
+    with reading(path, "mend it"):
+        return _not_empty([prompt_of(row, where) for row, where in read_rows(path)], path)
 
 
 def read_texts(path: str) -> list[str]:
@@ -163,7 +163,7 @@ def _from_keys(row: dict[str, Any]) -> Any:
 
 def _found(row: Any) -> str:
     if isinstance(row, dict):
-        return "only " + (", ".join(f'"{key}"' for key in row) or "no keys at all")
+        return "only " + (", ".join(f'"{key:.40}"' for key in list(row)[:10]) or "no keys at all")
     return f"it is {type(row).__name__} {str(row)[:40]!r}"
 
 
@@ -179,38 +179,23 @@ def _kind(path: str) -> str:
 
 
 def _read(path: str) -> str:
-    try:
-        data = Path(path).read_bytes()
+    with reading(path, "save it as UTF-8"):
+        data = local_path(path).read_bytes()
         return (gzip.decompress(data) if path.endswith(".gz") else data).decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise DexError(f"there is no data file {path}: check the path") from error
-    except UnicodeDecodeError as error:
-        raise DexError(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DexError(f"{path} cannot be read: {error}") from error
 
 
 def read_rows(path: str) -> Iterator[tuple[Any, str]]:
     """(row, where it stands, in words) of each row of a .jsonl, .json or .txt file; errors as for `read_prompts`."""
     kind, text = _kind(path), _read(path)
     if kind == ".json":
-        rows = _json(text, path)
-        if not isinstance(rows, list):
-            raise DexError(f"{path} holds {type(rows).__name__}, not a list of rows: make it a list")
+        rows = parsed(text, list[Any], path, "make it a list of rows")
         yield from ((row, f"row {number} of {path}") for number, row in enumerate(rows, 1))
         return
     # Not splitlines: JSON strings may hold line separators that are no line feeds.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"line {number} of {path}"
-            yield (line.strip() if kind == ".txt" else _json(line, where)), where
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DexError(f"{where} is no JSON ({error}): mend or remove it") from error
+            yield (line.strip() if kind == ".txt" else parsed(line, Any, where, "mend or remove it")), where
 
 
 def _not_empty(rows: list[Any], path: str) -> list[Any]:

@@ -1,0 +1,106 @@
+"""What others wrote, files and metadata, is read through types with bounds; what goes wrong becomes one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from dex_jax.errors import DexError
+
+T = TypeVar("T")
+
+Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+"""Of an axis, or how many there are of something."""
+
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Positive = Annotated[float, Meta(gt=0, le=1e30)]
+"""Neither infinite nor NaN."""
+
+_LONGEST_REASON = 300
+
+
+@contextmanager
+def reading(source: object, advice: str = "get it again") -> Iterator[None]:
+    """While a foreign thing is read: whatever it raises becomes one sentence that names it.
+
+    Args:
+      source: the file, or what else to call it.
+      advice: what to do about it.
+
+    Raises:
+      DexError: something other than a DexError, Ctrl-C or the end of the program was raised.
+    """
+    try:
+        yield
+    except DexError as error:
+        if str(source) in str(error):
+            raise
+        raise DexError(f"{source}: {error}") from error
+    except msgspec.ValidationError as error:
+        wrong, _, place = str(error).partition(" - at `$")
+        at = f" at {place.strip('.`')}" if place else ""
+        raise DexError(f"{source} is not as it should be{at} ({wrong.replace('`', '')}): {advice}.") from error
+    except OSError as error:
+        raise DexError(f"{source} cannot be read ({error.strerror or reason(error)}).") from error
+    except RecursionError as error:
+        raise DexError(f"{source} is nested too deeply: {advice}.") from error
+    except MemoryError as error:
+        raise DexError(f"{source} asks for more memory than there is: {advice}.") from error
+    except BaseException as error:
+        # A panic of a library written in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DexError(f"{source} is damaged, or of a kind that is not known ({reason(error)}): {advice}.") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error of another library says, on one line and not at any length."""
+    said = " ".join(str(error).split())
+    named = type(error).__name__ if not said or isinstance(error, KeyError) else ""
+    return f"{named} {said}".strip()[:_LONGEST_REASON]
+
+
+def typed(value: Any, kind: type[T], source: object, advice: str = "get it again") -> T:
+    """`value`, of dictionaries, lists and scalars, as a `kind`: a msgspec.Struct, a dataclass or another type.
+
+    Keys that `kind` does not have are passed over.
+
+    Raises:
+      DexError: a key that is missing, of another type or out of bounds; the sentence names it and `source`.
+    """
+    with reading(source, advice):
+        return msgspec.convert(value, kind)
+
+
+def parsed(text: str | bytes, kind: type[T], source: object, advice: str = "get it again") -> T:
+    """JSON as a `kind`, see `typed`.
+
+    Raises:
+      DexError: no JSON, or as of `typed`.
+    """
+    # Not by msgspec: Python programs write NaN and Infinity, which may stand where nobody looks.
+    with reading(source, advice):
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise DexError(f"{source} is no JSON ({reason(error)}): {advice}.") from error
+    return typed(value, kind, source, advice)
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """A path with ~ and ~user put in.
+
+    Raises:
+      DexError: there is no such user, or no home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DexError(f"{path} names no home directory that is known here: write the whole path.") from error
