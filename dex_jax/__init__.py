@@ -1,74 +1,13 @@
-"""Depth Exploration Decoding (DEX, arXiv 2606.29223) in JAX: faster decoding, not one token changed."""
+"""Depth Exploration Decoding (DEX, arXiv 2606.29223) in JAX: faster decoding, not one token changed.
 
-from dex_jax.versions import check_versions  # isort: split
+Its names stand in __init__.pyi and are imported when they are asked for: JAX alone takes two seconds, and
+`decode.py --help` has no use for it.
+"""
+
+from dex_jax.lazy import names
+from dex_jax.versions import check_versions
 
 check_versions()  # before jax and flax are imported
 
-from dex_jax import plot
-from dex_jax.config import ExitsConfig, ModelConfig, RopeScaling
-from dex_jax.decoding.adadecode import AdaDecode
-from dex_jax.decoding.dynamic_exit import DEL
-from dex_jax.decoding.generate import generate, stream
-from dex_jax.decoding.interface import Committed, Exits, Network, StageView
-from dex_jax.decoding.layerskip import LayerSkip
-from dex_jax.decoding.loop import DexState, init, run, step
-from dex_jax.decoding.methods import AR, Dex
-from dex_jax.decoding.oracle import Oracle
-from dex_jax.decoding.output import Output, Stats
-from dex_jax.decoding.record import Limits, Record
-from dex_jax.decoding.serial import TreeShape
-from dex_jax.decoding.single_exit import DexSingleExit
-from dex_jax.decoding.trace import Trace, TracedNode, trace, watch
-from dex_jax.errors import DexError
-from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
-from dex_jax.language_model import LanguageModel, load
-from dex_jax.lattice import Lattice
-from dex_jax.nn.transformer import Stacked, Staged, Transformer, Unrolled
-from dex_jax.sampling import Sampling
-
 __version__ = "0.1.0"
-
-__all__ = [
-    "AR",
-    "DEL",
-    "AdaDecode",
-    "Committed",
-    "Dex",
-    "DexError",
-    "DexSingleExit",
-    "DexState",
-    "Exits",
-    "ExitsConfig",
-    "LanguageModel",
-    "Lattice",
-    "LayerSkip",
-    "Limits",
-    "ModelConfig",
-    "Network",
-    "Oracle",
-    "Output",
-    "Record",
-    "RopeScaling",
-    "Sampling",
-    "Stacked",
-    "StageView",
-    "Staged",
-    "Stats",
-    "Trace",
-    "TracedNode",
-    "TrainedExits",
-    "Transformer",
-    "TreeShape",
-    "Unrolled",
-    "generate",
-    "init",
-    "load",
-    "load_exits",
-    "plot",
-    "run",
-    "save_exits",
-    "step",
-    "stream",
-    "trace",
-    "watch",
-]
+__getattr__, __dir__, __all__ = names(__name__, __file__)

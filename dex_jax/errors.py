@@ -7,7 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 
-OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
+from dex_jax import interrupts
+
+OK, BAD_INPUT = 0, 2
 
 
 _LONGEST = 1200
@@ -30,24 +32,21 @@ def exit_code(command: Callable[[], int | None], stopped: str = "Stopped.") -> i
 
     Args:
       command: all of the work; bad input is a DexError.
-      stopped: for stderr after Ctrl-C; empty for nothing.
+      stopped: for stderr after Ctrl-C, which ends the process with exit code 130; empty for nothing.
 
     Returns:
-      What `command` returned, 0 for None; 2 for bad input, 130 after Ctrl-C, 0 when nobody reads stdout any more.
+      What `command` returned, 0 for None; 2 for bad input, 0 when nobody reads stdout any more.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")  # a file or pipe, which Windows would write in the system's code page
     try:
-        code = command() or OK
-        sys.stdout.flush()  # here, where a reader that is gone is no error
-        return code
+        with interrupts.heeded(stopped):
+            code = command() or OK
+            sys.stdout.flush()  # here, where a reader that is gone is no error
+            return code
     except DexError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        if stopped:
-            print(stopped, file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         # The reader is gone; nothing more may be written, not even by the interpreter's own flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

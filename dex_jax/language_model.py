@@ -71,6 +71,13 @@ class LanguageModel:
         self.dtype = model.embed[...].dtype
         self._adopt(model)
 
+    def __repr__(self) -> str:
+        c, where = self.config, "" if self.mesh is None else f", on {self.mesh.size} devices"
+        return (
+            f"LanguageModel({self.source}: {c.num_layers} layers of width {c.width}, vocabulary of {c.vocab_size}, "
+            f"{self.parameter_bytes / 1e6:.1f} MB in {self.dtype}{where})"
+        )
+
     def _adopt(self, model: Transformer) -> None:
         self.layout = model.layout
         self.weights = nnx.state(model)

@@ -33,7 +33,7 @@ def notify(phase: str) -> None:
 def listening(tell: Notify) -> Iterator[None]:
     """Within it `tell` hears of every phase, in whatever thread that begins; nobody else does.
 
-    Example:
+    Examples:
       >>> heard = []
       >>> with listening(heard.append):
       ...     notify("decoding")
@@ -118,6 +118,14 @@ class Display:
             self._bars.update(self._bars.task_ids[0], description=text, completed=share, total=1.0)
 
 
+@contextlib.contextmanager
+def phases() -> Iterator[Display]:
+    """Shows on stderr what goes on within it."""
+    display = Display()
+    with contextlib.closing(display), listening(display.phase):
+        yield display
+
+
 def _bars(console: Console) -> Progress:
     from rich.progress import (
         BarColumn,
@@ -138,7 +146,7 @@ def _bars(console: Console) -> Progress:
 
     description = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), BarOfAShare(), TaskProgressColumn(), description, TimeElapsedColumn())
-    return Progress(*columns, console=console, refresh_per_second=4)
+    return Progress(*columns, console=console, refresh_per_second=4, redirect_stdout=False)
 
 
 def duration(seconds: float) -> str:

@@ -5,14 +5,19 @@ Prints one block to paste into a report. Exit code 0 when every check holds, 1 w
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # which imports JAX only when its arguments are read
+    import sys
+
+    from dex_jax.cli.selfcheck import main
+
+    sys.exit(main())
+
 import dataclasses
 import importlib.metadata
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +30,12 @@ from dex_jax.decoding.generate import generate
 from dex_jax.decoding.methods import AR, DEFAULT_EXPLORERS, Dex, Method, Schedule
 from dex_jax.decoding.output import Output, ticks_of
 from dex_jax.decoding.session import Session, compile_seconds
-from dex_jax.errors import exit_code
 from dex_jax.evaluation.check import CLOSE, compare
 from dex_jax.evaluation.forced import forced_exits
-from dex_jax.language_model import LanguageModel, load, merge_model
+from dex_jax.language_model import LanguageModel, merge_model
 from dex_jax.lattice import NO_TOKEN, full_rows
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.progress import notify
 from dex_jax.sampling import Sampling, sampling_keys
 
 PROMPTS = ("Why do cats purr?", "Name three rivers and the sea that each of them flows into.")
@@ -78,15 +83,12 @@ class Report:
         return json.dumps(dataclasses.asdict(self) | {"holds": self.holds})
 
 
-def selfcheck(
-    lm: LanguageModel, new_tokens: int = NEW_TOKENS, notify: Callable[[str], None] = lambda phase: None
-) -> Report:
+def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
     """Runs every check and measurement on a loaded model; leaves it in the unrolled layout.
 
     Args:
       lm: any model; without a tokenizer the prompts are token ids.
       new_tokens: tokens per prompt, less where the context is short.
-      notify: told what is going on.
     """
     explorers = min(DEFAULT_EXPLORERS, lm.config.num_layers)
     method = Dex(explorers=explorers, rows=full_rows(explorers))
@@ -132,14 +134,13 @@ def selfcheck(
     return Report(facts, findings)
 
 
-def quick_check(lm: LanguageModel, notify: Callable[[str], None] = lambda phase: None) -> Report:
+def quick_check(lm: LanguageModel) -> Report:
     """Only whether DEX gives AR's tokens here and counts its ticks right: greedy, one layout, one prompt, no times.
 
     It runs the model as it is arranged, with the exits that a user gets, so that what it compiles is used again.
 
     Args:
       lm: any model; without a tokenizer the prompt is token ids.
-      notify: told what is going on.
     """
     before = compile_seconds()
     prompts = _prompts(lm)[:1]
@@ -286,41 +287,3 @@ def _peak_memory() -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dex_jax.selfcheck",
-        description="Checks depth exploration decoding on this device and times it; takes about two minutes.",
-    )
-    parser.add_argument("--quick", action="store_true", help="tokens and ticks only, in about half a minute")
-    parser.add_argument("--model", default="smollm2-135m", help="alias, .gguf file, directory or hub id (%(default)s)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: what suits the device")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the block")
-    args = parser.parse_args(arguments)
-    return exit_code(lambda: _run(args))
-
-
-def _run(args: argparse.Namespace) -> int:
-    terminal = sys.stderr.isatty()
-
-    def show(text: str) -> None:
-        if terminal:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-    def notify(phase: str) -> None:
-        show(f"{phase} ...")
-
-    try:
-        notify("loading")
-        check = quick_check if args.quick else selfcheck
-        report = check(load(args.model, args.dtype), notify=notify)
-    finally:
-        show("")
-    print(report.json() if args.json else report.text())
-    return 0 if report.holds else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

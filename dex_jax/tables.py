@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in markdown, the first column aligned left and the others right.
 
-    Example:
+    Examples:
       >>> print(markdown(["way", "ms"], [["AR", "23.1"], ["DEX", "9.8"]]))
       | way |   ms |
       |:----|-----:|

@@ -17,7 +17,7 @@ MISCOMPILES = (0, 10, 2)
 def conflict(jax: str, flax: str) -> str | None:
     """One sentence on what to install where these two versions fail together, else None.
 
-    Example:
+    Examples:
       >>> conflict("0.11.2", "0.12.9")
       "flax 0.12.9 cannot be imported beside jax 0.11.2: pip install 'flax>=0.12.10'"
       >>> conflict("0.10.1", "0.12.8")

@@ -194,7 +194,7 @@ def _files(tmp_path, machine) -> tuple[str, str, str]:
 def test_the_validation_measures_every_case(tmp_path, machine, monkeypatch, capsys) -> None:
     lm = small_model(dataclasses.replace(LLAMA, eos_ids=(3,)), tokenizer=LetterTokenizer())
     monkeypatch.setattr("dex_jax.language_model.load", lambda *args: lm)
-    monkeypatch.setattr("dex_jax.cli.decode.remember_compilations", lambda: None)
+    monkeypatch.setattr("dex_jax.cli.common.remember_compilations", lambda: None)
     monkeypatch.setattr(
         validate_plan.compare, "__kwdefaults__", validate_plan.compare.__kwdefaults__ | {"cases": CASES}
     )

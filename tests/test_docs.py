@@ -18,7 +18,7 @@ import pytest
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
-from dex_jax.cli.arguments import INSTALLED
+from dex_jax.cli.common import INSTALLED
 from dex_jax.language_model import outline
 
 ROOT = Path(__file__).resolve().parents[1]

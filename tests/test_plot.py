@@ -15,7 +15,7 @@ from dex_jax import DexError, plot
 from dex_jax.language_model import outline
 from dex_jax.plot import __main__ as program
 from dex_jax.plot import figures
-from dex_jax.plot.colors import FINAL_HEX, depth_hex, depth_style
+from dex_jax.plot.colors import FINAL_HEX, darker, depth_hex, depth_style
 
 
 @pytest.fixture(scope="module")
@@ -91,31 +91,65 @@ def test_colours_go_from_green_to_red_and_the_final_layer_has_none() -> None:
     assert red[0] == max(red)
 
 
+def words(axes, at: int) -> list:
+    """The words of the upper picture, at its foot (0) or at the last depth."""
+    return sorted((text for text in axes.texts if text.xy[1] == at), key=lambda text: text.xy[0])
+
+
 def test_lattice_draws_every_node_and_commit(trace) -> None:
     needs_matplotlib()
     figure = plot.lattice(trace, ticks=(0, trace.ticks))
     climb, bars = figure.axes
     assert len(bars.patches) >= len(trace.nodes)
-    assert len([text for text in climb.texts if text.get_text()]) == len(trace.tokens) - 1
-    assert [text.get_text() for text in climb.texts] == [str(token) for token in trace.tokens[1:]]
-    assert [text.xy[0] for text in climb.texts][:-1] == [node.rooted for node in trace.roots[1:]]
+    emitted = words(climb, trace.depths[-1])
+    assert [text.get_text() for text in emitted] == [str(token) for token in trace.tokens[1:]]
+    assert [text.xy[0] for text in emitted][:-1] == [node.rooted for node in trace.roots[1:]]
     part = plot.lattice(trace, ticks=(2, 7)).axes[0]
     assert len(plot.lattice(trace, candidates=False).axes) == 1
-    assert len(part.texts) == sum(2 < node.rooted <= 7 for node in trace.roots)
+    assert len(words(part, trace.depths[-1])) == sum(2 < node.rooted <= 7 for node in trace.roots)
+
+
+def test_words_have_the_colours_of_their_own_lines_and_nothing_covers_them(trace) -> None:
+    needs_matplotlib()
+    figure = plot.lattice(trace, candidates=False)
+    (climb,) = figure.axes
+    colours = {node.rooted: darker(depth_hex(node.born_at, 4)) for node in trace.roots[1:]}
+    emitted, begun = words(climb, trace.depths[-1]), words(climb, 0)
+    assert [text.get_color() for text in emitted if text.xy[0] in colours] == [
+        colours[text.xy[0]] for text in emitted if text.xy[0] in colours
+    ]
+    assert len(set(colours.values())) > 1
+    feet = {text.xy[0]: (text.get_text(), text.get_color()) for text in begun}
+    for node in trace.roots:
+        if node.born in feet and node.born > 0:
+            assert feet[node.born] == (str(node.token), darker(depth_hex(node.born_at, 4)))
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert not any(legend.overlaps(text.get_window_extent()) for text in climb.texts)
 
 
 def test_the_program_draws_and_refuses(monkeypatch, capsys, tmp_path) -> None:
     needs_matplotlib()
-    monkeypatch.setattr(program, "load", lambda model, dtype: small_model(tokenizer=LetterTokenizer()))
+    model = small_model(tokenizer=LetterTokenizer())
+    monkeypatch.setattr("dex_jax.language_model.Outline.load", lambda self, on_tensor: model)
     monkeypatch.setattr(LetterTokenizer, "decode", lambda self, tokens, skip_special=True: str(tokens))
+    monkeypatch.chdir(tmp_path)
     options = ["--prompt", "ABC", "--explorers", "4", "--max-new-tokens", "12", "--exits", "shared"]
-    target = tmp_path / "lattice.svg"
-    assert program.main([*options, "--output", str(target)]) == 0
-    assert "<svg" in target.read_text(encoding="utf-8")
-    for name in ("lattice.txt", "none/lattice.png"):
-        assert program.main([*options, "--output", str(tmp_path / name)]) == 2
-        assert capsys.readouterr().err.startswith("error: ")
-        assert not (tmp_path / name).exists()
+    assert program.main([*options, "--output", "a.svg"]) == 0
+    assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    said = capsys.readouterr()
+    assert said.out == f"written: {tmp_path / 'a.svg'}\n"
+    assert "drawing" in said.err
+    assert program.main([*options, "--text"]) == 0
+    written = (tmp_path / "text.svg").read_text(encoding="utf-8")
+    assert "ABC" in written
+    assert "depth" in written
+    for further in (["--output", "lattice.txt"], ["--output", "none/lattice.png"], ["--text"]):
+        capsys.readouterr()
+        assert program.main([*options, *further]) == 2
+        assert "error: " in capsys.readouterr().err
+    assert (tmp_path / "text.svg").read_text(encoding="utf-8") == written
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.svg", "text.svg"]
 
 
 def test_lattice_without_ticks_is_refused(trace) -> None:

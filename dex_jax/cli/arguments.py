@@ -1,4 +1,4 @@
-"""Flags of decode.py, the prompts they name, and what programs are called."""
+"""Flags of decode.py and the prompts that they name; nothing here imports JAX."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from dex_jax.cli.rivals import METHOD_HELP, RIVALS, add_rival_flags, rival_of
-from dex_jax.decoding.methods import AR, SCHEDULES, Dex, Method
+from dex_jax.cli.common import add_model, depths, program, whole
+from dex_jax.cli.rivals import METHOD_HELP, RIVALS, add_rival_flags, check_rival_flags, rival_of
 from dex_jax.errors import DexError
-from dex_jax.language_model import DTYPES
-from dex_jax.prompts import Prompt
+
+if TYPE_CHECKING:
+    from dex_jax.decoding.methods import Method
+    from dex_jax.prompts import Prompt
 
 EPILOG = """\
 examples:
@@ -26,8 +28,13 @@ The text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 --chec
 2 bad input, 130 interrupted.
 """
 
-INSTALLED = {"decode.py": "dex-decode", "train_exits.py": "dex-train-exits"}
-"""Script of a clone -> the same program as a package installs it."""
+SCHEDULES = ("auto", "serial", "parallel")
+"""As decoding.methods.SCHEDULES, which would import JAX."""
+
+MOST = 4096
+"""Rows a stage and continuations a prompt: more is a slip."""
+
+MOST_TOKENS, MOST_SEEDS = 2**24, 2**63 - 1
 
 EXITS_HELP = """exit heads: "default" (what ships for the model), "shared" (the model's own head at every depth; no
 drafter), a .safetensors file or a folder of {train}; they change how fast text comes, never the text (%(default)s)"""
@@ -44,8 +51,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = p.add_argument_group("model").add_argument
-    add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
-    add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
+    add_model(add)
     add("--layout", choices=["unrolled", "stacked"], default="unrolled", help="weight layout (%(default)s)")
     add("--mesh", metavar="AXIS=N,...", help="spread over devices: stage=5, stage=2,tensor=3, data=2,stage=2")
     add("--distributed", action="store_true", help="one of several processes, each started with the same arguments")
@@ -77,12 +83,12 @@ def parser() -> argparse.ArgumentParser:
     add_rival_flags(add)
 
     add = p.add_argument_group("sampling").add_argument
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="%(default)s")
+    add("--max-new-tokens", type=whole(1, MOST_TOKENS), default=128, metavar="N", help="%(default)s")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
-    add("--top-k", type=int, metavar="K", help="keep the K most likely tokens")
+    add("--top-k", type=whole(1, MOST_TOKENS), metavar="K", help="keep the K most likely tokens")
     add("--top-p", type=float, metavar="P", help="keep the smallest set of probability P")
-    add("--seed", type=int, default=0, help="row b of the batch uses seed + b (%(default)s)")
-    add("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt (%(default)s)")
+    add("--seed", type=whole(0, MOST_SEEDS), default=0, help="row b of the batch uses seed + b (%(default)s)")
+    add("--num-samples", type=whole(1, MOST), default=1, metavar="N", help="continuations of each prompt (%(default)s)")
     add("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
 
     add = p.add_argument_group("output").add_argument
@@ -93,34 +99,40 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def program(script: str) -> str:
-    """What to call a program: the script's name, or that of its installed command where an installed one is running."""
-    return INSTALLED[script] if Path(sys.argv[0]).stem in INSTALLED.values() else script
-
-
-def method_of(args: argparse.Namespace) -> Method:
-    """The method that the flags name.
+def check_flags(args: argparse.Namespace) -> str | None:
+    """Whether the flags go together; one line about flags without effect, None where there are none.
 
     Raises:
       DexError: flags that the method does not have.
     """
-    rival = rival_of(args)
-    if rival is not None:
-        return rival
-    if args.method == "dex":
-        fields: dict[str, Any] = {name: getattr(args, name) for name in ("explorers", "depths", "rows", "schedule")}
-        return Dex(**fields, decs=not args.no_decs)
+    check_rival_flags(args)
     given = [name for name in ("explorers", "depths", "rows") if getattr(args, name) is not None]
     given += ["schedule"] if args.schedule != "auto" else []
     given += ["no-decs"] if args.no_decs else []
-    if given:
+    if args.method == "ar" and given:
         raise DexError(
             f"--{given[0]} belongs to --method dex and means nothing with --method ar: leave one of them out"
         )
-    return AR()
+    filters = [f"--{name}" for name in ("top-k", "top-p") if getattr(args, name.replace("-", "_")) is not None]
+    if args.temperature == 0 and filters:
+        return f"{' and '.join(filters)} changes nothing at temperature 0, which is greedy: add --temperature 1, say"
+    return None
 
 
-def prompts_of(args: argparse.Namespace, stdin: TextIO = sys.stdin) -> list[Prompt]:
+def method_of(args: argparse.Namespace) -> Method:
+    """The method that the flags name."""
+    from dex_jax.decoding.methods import AR, Dex
+
+    rival = rival_of(args)
+    if rival is not None:
+        return rival
+    if args.method == "ar":
+        return AR()
+    fields: dict[str, Any] = {name: getattr(args, name) for name in ("explorers", "depths", "rows", "schedule")}
+    return Dex(**fields, decs=not args.no_decs)
+
+
+def prompts_of(args: argparse.Namespace, stdin: TextIO | None = None) -> list[Prompt]:
     """All prompts: those of --prompt first, then those of --prompt-file.
 
     Raises:
@@ -128,20 +140,19 @@ def prompts_of(args: argparse.Namespace, stdin: TextIO = sys.stdin) -> list[Prom
     """
     prompts: list[Prompt] = list(args.prompt)
     if args.prompt_file is not None:
-        prompts += _read_prompts(args.prompt_file, stdin)
+        prompts += _read_prompts(args.prompt_file, stdin or sys.stdin)
     if not prompts:
-        raise DexError('there is no prompt: give --prompt "..." or --prompt-file FILE')
+        raise DexError('there is no prompt: give --prompt "...", --prompt-file FILE, or --prompt-file - for stdin')
     return prompts
 
 
-def _read_prompts(name: str, stdin: TextIO) -> list[Prompt]:
-    if name == "-":
-        text = stdin.read()
-    else:
-        try:
-            text = Path(name).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DexError(f"cannot read the prompt file {name}: {error}") from error
+def _read_prompts(name: str, stdin: TextIO | None) -> list[Prompt]:
+    if name == "-" and stdin is None:
+        raise DexError("--prompt-file - reads stdin, and stdin is closed: pipe prompts into it, or name a file")
+    try:
+        text = stdin.read() if name == "-" and stdin else Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # no file, no text, or no name
+        raise DexError(f"cannot read the prompt file {name}: {error}") from error
     # JSON strings may hold what str.splitlines() also takes for an end of line.
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not numbered:
@@ -154,8 +165,8 @@ def _read_prompts(name: str, stdin: TextIO) -> list[Prompt]:
 def _json_prompt(name: str, number: int, line: str) -> Prompt:
     try:
         item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DexError(f"{name}, line {number}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise DexError(f"{name}, line {number}: not valid JSON ({error})") from error
     if isinstance(item, dict) and isinstance(item.get("messages"), list) and item["messages"]:
         return item["messages"]
     if isinstance(item, dict) and isinstance(item.get("prompt"), str):
@@ -163,18 +174,5 @@ def _json_prompt(name: str, number: int, line: str) -> Prompt:
     raise DexError(f'{name}, line {number}: needs an object with "prompt" (a string) or "messages" (a list)')
 
 
-def depths(text: str) -> tuple[int, ...]:
-    """A list of whole numbers with commas between."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 6,12,30") from None
-
-
 def _rows(text: str) -> int | str:
-    if text == "full":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'{text!r} is neither a whole number nor "full"') from None
+    return text if text == "full" else whole(1, MOST)(text)

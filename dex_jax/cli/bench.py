@@ -25,7 +25,7 @@ DEFAULT_TASKS = "gsm8k,humaneval,spec_bench"
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    from dex_jax.cli.arguments import depths
+    from dex_jax.cli.common import depths
     from dex_jax.language_model import DTYPES
 
     p = argparse.ArgumentParser(prog="python -m dex_jax.cli.bench", description=__doc__.splitlines()[0])
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and writes, as the flags say; the exit code."""
-    from dex_jax.cli.decode import remember_compilations
+    from dex_jax.cli.common import remember_compilations
     from dex_jax.evaluation.bench import report
     from dex_jax.evaluation.bench.bench import Bench
     from dex_jax.evaluation.bench.contenders import check_names

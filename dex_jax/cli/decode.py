@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from dex_jax.cli.arguments import method_of, parser, prompts_of
-from dex_jax.cli.dry_run import dry_run
-from dex_jax.decoding.methods import AR, Method
-from dex_jax.decoding.output import Output
-from dex_jax.distributed import from_first, is_first, join
-from dex_jax.errors import INTERRUPTED, OK, exit_code
-from dex_jax.io.whole_files import cache_folder
-from dex_jax.language_model import LanguageModel, Outline
-from dex_jax.prompts import Prompt
+from dex_jax.cli.arguments import check_flags, method_of, parser, prompts_of
+from dex_jax.cli.common import remember_compilations
+from dex_jax.errors import OK, exit_code
+from dex_jax.interrupts import INTERRUPTED, gently
+from dex_jax.progress import notify, phases
+
+if TYPE_CHECKING:
+    from dex_jax.decoding.methods import Method
+    from dex_jax.decoding.output import Output
+    from dex_jax.evaluation.check import Check
+    from dex_jax.language_model import LanguageModel, Outline
+    from dex_jax.prompts import Prompt
 
 DIFFERENT = 1
 """Exit code when --check finds other tokens than AR's."""
@@ -33,26 +34,36 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    method = method_of(args)
-    if args.dry_run:
-        return dry_run(args, method)
-    if args.distributed:
-        join()
-    prompts = from_first(lambda: prompts_of(args)) if args.distributed else prompts_of(args)
-    remember_compilations()
-    with _progress() as (on_tensor, status):
+    without_effect = check_flags(args)
+    if without_effect is not None:
+        print(without_effect, file=sys.stderr)
+    # What can be wrong with prompts is told before JAX is imported, which takes seconds.
+    prompts = [] if args.distributed or args.dry_run else prompts_of(args)
+    with phases() as display:
+        notify("importing JAX")
+        method = method_of(args)
+        if args.dry_run:
+            from dex_jax.cli.dry_run import dry_run
+
+            return dry_run(args, method)
+        if args.distributed:
+            from dex_jax.distributed import from_first, join
+
+            join()
+            prompts = from_first(lambda: prompts_of(args))
+        remember_compilations()
+        notify("opening the model")
         model = _outline(args, method)
-        status("compiling")
         compile_seconds = _precompile(model, prompts, method, args)
-        status("loading")
-        lm = model.load(on_tensor)
-        status("reading the prompt")
+        lm = model.load(display.part)
         updates = _stream(lm, prompts, method, args)
         output = next(updates)
     output, interrupted = _follow(lm, output, updates, prompts, args)
     checks = None
     if args.check and not interrupted:
-        checks = _check(lm, output, prompts, args)
+        with phases():
+            notify("decoding with plain AR, to compare")
+            checks = _check(lm, output, prompts, args)
     stats = dataclasses.replace(output.stats, compile_seconds=output.stats.compile_seconds + compile_seconds)
     _finish(dataclasses.replace(output, stats=stats), prompts, checks, args)
     if interrupted:
@@ -95,35 +106,36 @@ def _follow(
     headings = [_heading(prompt) for prompt in _repeated(prompts, args)]
     silent = args.json or not _speaks(args)
     printer = None if silent else TextPrinter(lm.tokenizer, headings, args.color_depth)
-    try:
+    with gently() as stopped:
         while True:
             if printer is not None:
                 printer.update(output, stops=bool(args.stop))
-            following = next(updates, None)
+            following = None if stopped() else next(updates, None)
             if following is None:
-                return output, False
+                break
             output = following
-    except KeyboardInterrupt:
-        if printer is not None:
-            printer.close()
-        return output, True
+    interrupted = not output.finished.all()
+    if interrupted and printer is not None:
+        printer.close()
+    return output, interrupted
 
 
-def _check(lm: LanguageModel, output: Output, prompts: list[Prompt], args: argparse.Namespace) -> list[Any]:
+def _check(lm: LanguageModel, output: Output, prompts: list[Prompt], args: argparse.Namespace) -> list[Check]:
+    from dex_jax.decoding.methods import AR
     from dex_jax.evaluation.check import compare
 
     (reference,) = collections.deque(_stream(lm, prompts, AR(), args), maxlen=1)
     return compare(lm, output, reference, args.temperature, args.top_k, args.top_p)
 
 
-def _finish(output: Output, prompts: list[Prompt], checks: list[Any] | None, args: argparse.Namespace) -> None:
-    from dex_jax.cli.display import summary
+def _finish(output: Output, prompts: list[Prompt], checks: list[Check] | None, args: argparse.Namespace) -> None:
+    from dex_jax.cli.display import show
     from dex_jax.cli.records import json_record
 
     if not _speaks(args):
         return
     if not args.json:
-        print("\n" + summary(output, checks), file=sys.stderr)
+        show(output, checks, colors=args.color_depth)
         return
     for row, prompt in enumerate(_repeated(prompts, args)):
         seed = None if output.seeds is None else output.seeds[row]
@@ -133,7 +145,11 @@ def _finish(output: Output, prompts: list[Prompt], checks: list[Any] | None, arg
 
 def _speaks(args: argparse.Namespace) -> bool:
     """Whether this process writes what comes of the prompts: the first of several does."""
-    return not args.distributed or is_first()
+    if not args.distributed:
+        return True
+    from dex_jax.distributed import is_first
+
+    return is_first()
 
 
 def _repeated(prompts: list[Prompt], args: argparse.Namespace) -> list[Prompt]:
@@ -145,35 +161,3 @@ def _heading(prompt: Prompt) -> str:
     text = str(last.get("content", "")) if isinstance(last, dict) else str(last)
     line = " ".join(text.split())
     return line if len(line) <= 100 else line[:97] + "..."
-
-
-def remember_compilations() -> None:
-    """Keeps compiled programs on disk between runs, unless the user has chosen a place or switched it off."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
-    """A bar on stderr for loading and compiling, on a terminal only: (on_tensor, status)."""
-    if not sys.stderr.isatty():
-        yield (lambda done, total: None), (lambda phase: None)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def on_tensor(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        def status(phase: str) -> None:
-            bar.update(task, description=phase, completed=0, total=None)
-
-        yield on_tensor, status

@@ -8,22 +8,13 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from dex_jax.decoding.output import Output
+from dex_jax.decoding.output import Output, title
 from dex_jax.evaluation.check import Check
 from dex_jax.io import TextStream, Tokenizer
 from dex_jax.plot.colors import depth_style
+from dex_jax.plot.text import legend
 
 BAR_WIDTH = 30
-
-NAMES = {
-    "ar": "AR",
-    "layerskip": "LayerSkip",
-    "adadecode": "AdaDecode",
-    "del": "DEL",
-    "dex-single-exit": "DEX, first and last exit only",
-    "oracle": "EAD oracle (a bound, not a decoder)",
-}
-"""Of methods other than "dex", as the summary calls them."""
 
 
 class TextPrinter:
@@ -32,15 +23,14 @@ class TextPrinter:
     Args:
       tokenizer: of the model; None prints token ids.
       prompts: a heading for each sequence; headings are printed only when there are several.
-      color_depth: colour each token by its exit.
+      color_depth: colour each token by its exit, where stdout is a terminal.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, prompts: list[str], color_depth: bool):
         self.tokenizer = tokenizer
         self.prompts = prompts
-        self.console = (
-            Console(force_terminal=True, color_system="256", highlight=False, soft_wrap=True) if color_depth else None
-        )
+        console = Console(highlight=False, soft_wrap=True)
+        self.console = console if color_depth and console.is_terminal else None
         self.row = 0
         self.printed = 0
         self.stream = self._begin()
@@ -89,14 +79,28 @@ class TextPrinter:
             self.console.print(Text(text, style=style), end="")
 
 
+def show(output: Output, checks: list[Check] | None, colors: bool) -> None:
+    """Prints on stderr what follows the text: what its colours mean, counts, times, and a bar for each exit."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print()
+    if colors:
+        schedule = output.stats.schedule
+        console.print(
+            Text.assemble(
+                *((f"{name}  ", depth_style(number, schedule.stages)) for name, number in legend(schedule)),
+                "" if sys.stdout.isatty() else "(--color-depth colours text on terminals only)",
+            )
+        )
+    console.print(summary(output, checks), markup=False)
+
+
 def summary(output: Output, checks: list[Check] | None) -> str:
     """The lines after the text: counts, times, and a bar for each exit."""
     stats, schedule = output.stats, output.stats.schedule
     new_tokens = int(output.lengths.sum())
     after_first = int((output.lengths - 1).sum())
     rate = f"{after_first / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds > 0 and after_first else "n/a"
-    name = NAMES.get(schedule.method) or f"DEX, {'serial' if schedule.kind == 'serial' else f'K = {schedule.stages}'}"
-    lines = [f"{name} on {stats.device}, {stats.dtype}: {new_tokens} tokens"]
+    lines = [f"{title(schedule)} on {stats.device}, {stats.dtype}: {new_tokens} tokens"]
     if stats.choice is not None:
         lines.append(f"auto chose {stats.choice}")
     if stats.rounds is not None:

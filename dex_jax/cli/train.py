@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dex_jax.cli.arguments import program
-from dex_jax.cli.decode import remember_compilations
+from dex_jax.cli.common import program, remember_compilations
 from dex_jax.cli.train_arguments import (
     configured,
     evaluate_parser,
@@ -23,11 +22,13 @@ from dex_jax.cli.train_arguments import (
 from dex_jax.cli.train_results import evaluate, export
 from dex_jax.cli.train_tree import tree, tree_parser
 from dex_jax.errors import DexError, exit_code
-from dex_jax.training.exit_training import ExitTraining
-from dex_jax.training.whole_model import WholeModelConfig
+from dex_jax.progress import phases
+from dex_jax.tables import markdown
 
 if TYPE_CHECKING:
     from dex_jax.io.exits_file import TrainedExits
+    from dex_jax.training.exit_training import ExitTraining
+    from dex_jax.training.whole_model import WholeModelConfig
 
 COMMANDS = {
     "export": (export_parser, export),
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs train_exits.py with command-line arguments; returns the exit code.
 
     Raises:
-      SystemExit: with status 130, after Ctrl-C in a training, which says how to go on; with 2 for unknown flags.
+      SystemExit: with status 2, for unknown flags.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser, command = COMMANDS.get(argv[0] if argv else "", (train_parser, _train))
@@ -60,11 +61,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
-    config = configured(args)
+    with phases():
+        config = configured(args)
     if args.dry_run:
         print(_estimate(config, args))
         return
     remember_compilations()
+
+    from dex_jax.training.exit_training import ExitTraining
+
     if isinstance(config, ExitTraining):
         _train_exits(config, args)
     else:
@@ -122,8 +127,6 @@ def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> No
 
 def whole_model_table(figures: Mapping[str, Any]) -> str:
     """Markdown of what `WholeModel.evaluate` returns: one table by depth, one by K."""
-    from dex_jax.tables import markdown
-
     depths = range(1, len(figures["agreement"]) + 1)
     columns = zip(depths, figures["agreement"], figures["exit_loss"], figures["ead"], strict=True)
     by_depth = [[str(depth), *(f"{value:.3f}" for value in values)] for depth, *values in columns]
@@ -145,6 +148,7 @@ def _estimate(config: ExitTraining | WholeModelConfig, args: argparse.Namespace)
     """Time and memory from shapes alone, a line for each training."""
     from dex_jax.nn.transformer import parameter_shapes
     from dex_jax.training.estimate import gigabytes
+    from dex_jax.training.whole_model import WholeModelConfig
 
     if isinstance(config, WholeModelConfig):
         if args.machine is not None:
@@ -165,6 +169,8 @@ def _estimate_exits(config: ExitTraining, args: argparse.Namespace) -> str:
     train = config.train
     dtype = resolve_dtype(train.dtype)
     data, tensor = args.mesh or (1, 1)
+    if args.machine is not None and args.machine not in MACHINES:
+        raise DexError(f"--machine knows {', '.join(MACHINES)}, and not {args.machine}: name one of them")
     machine = this_machine(dtype, data * tensor) if args.machine is None else MACHINES[args.machine]
     a_step = train.batch * config.chunk
     steps = train.steps if train.tokens is None else min(train.steps, -(-train.tokens // a_step))

@@ -7,17 +7,17 @@ import dataclasses
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dex_jax.cli.arguments import depths, program
+from dex_jax.cli.common import DTYPES, add_model, depths, program
 from dex_jax.errors import DexError
-from dex_jax.io.object_store import require_disk
-from dex_jax.language_model import DTYPES
-from dex_jax.training.estimate import MACHINES
-from dex_jax.training.exit_training import ExitTraining
-from dex_jax.training.whole_model import WholeModelConfig
+from dex_jax.progress import notify
 
-Config = ExitTraining | WholeModelConfig
+if TYPE_CHECKING:
+    from dex_jax.training.exit_training import ExitTraining
+    from dex_jax.training.whole_model import WholeModelConfig
+
+    Config = ExitTraining | WholeModelConfig
 
 OF_EVERY_TRAINING = ("batch", "dtype", "tensorboard")
 OF_THE_LAST_TRAINING = ("steps", "tokens", "learning_rate", "seed")
@@ -53,7 +53,7 @@ def train_parser() -> argparse.ArgumentParser:
     add("--config", required=True, metavar="FILE", help="Python file that defines `config`; see configs/")
     add("--folder", metavar="FOLDER", help="of the run: checkpoints, metrics, results (runs/NAME OF THE CONFIG)")
     add("--model", help="alias, Hugging Face directory, hub id or .gguf file")
-    add("--dtype", choices=list(DTYPES), help="of the model's arithmetic; trained parameters are always float32")
+    add("--dtype", choices=DTYPES, help="of the model's arithmetic; trained parameters are always float32")
     add(
         "--data",
         nargs="+",
@@ -78,7 +78,7 @@ def train_parser() -> argparse.ArgumentParser:
     add("--mesh", type=_mesh, metavar="DATAxTENSOR", help="devices to train on, such as 2x1")
     add("--tensorboard", action="store_true", default=None, help="also write TensorBoard files into the folder")
     add("--dry-run", action="store_true", help="say what time and memory it would take, and train nothing")
-    add("--machine", choices=list(MACHINES), help="with --dry-run: on this machine instead of the one at hand")
+    add("--machine", metavar="NAME", help="with --dry-run: on this machine (a100, say) instead of the one at hand")
     return p
 
 
@@ -108,8 +108,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--exits", required=True, help='folder, file, "default" (what ships with the model) or "shared" (no training)')
     add("--depths", type=depths, metavar="X,...", help="of shared exits (those that K = 2, 3, 5, 6 and 10 need)")
-    add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
-    add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
+    add_model(add)
     add(
         "--data",
         nargs="+",
@@ -134,6 +133,11 @@ def read_config(path: str) -> Config:
     """
     if not Path(path).is_file():
         raise DexError(f"there is no configuration file {path}: give one such as configs/smollm2_135m.py")
+
+    notify("importing JAX")
+    from dex_jax.training.exit_training import ExitTraining
+    from dex_jax.training.whole_model import WholeModelConfig
+
     try:
         found = runpy.run_path(path).get("config")
     except DexError as error:
@@ -142,7 +146,7 @@ def read_config(path: str) -> Config:
     except (Exception, SystemExit) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise DexError(f"{path} cannot be run as a configuration ({why}): mend it") from error
-    if not isinstance(found, Config):
+    if not isinstance(found, ExitTraining | WholeModelConfig):
         has = "defines no `config`" if found is None else f"defines `config` as {type(found).__name__}"
         raise DexError(f"{path} {has}: make it an ExitTraining or a WholeModelConfig")
     return found
@@ -155,6 +159,9 @@ def configured(args: argparse.Namespace) -> Config:
       DexError: as `read_config`, or flags that do not fit the configuration.
     """
     config = read_config(args.config)
+
+    from dex_jax.training.exit_training import ExitTraining
+
     if args.machine is not None and not args.dry_run:
         raise DexError("--machine is for estimates: add --dry-run")
     if isinstance(config, ExitTraining):
@@ -185,6 +192,8 @@ def _configured_exits(config: ExitTraining, args: argparse.Namespace, names: Seq
 
 def folder_of(args: argparse.Namespace) -> Path:
     """The folder of the run that the flags name; a DexError when it is no folder of a disk."""
+    from dex_jax.io.object_store import require_disk
+
     require_disk(args.folder, "trainings")
     return Path(args.folder) if args.folder is not None else Path("runs") / Path(args.config).stem
 

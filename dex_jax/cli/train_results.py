@@ -9,10 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dex_jax.errors import DexError
-from dex_jax.io.whole_files import write_json
 
 if TYPE_CHECKING:
     from dex_jax.evaluation.exit_forcing import Text
@@ -47,6 +44,7 @@ def exits_of_checkpoint(folder: Path, step: int | None = None) -> TrainedExits:
       DexError: no such checkpoint, or one of another training than of exits.
     """
     import jax.numpy as jnp
+    import numpy as np
     from flax import nnx
 
     from dex_jax.config import ExitsConfig
@@ -80,9 +78,10 @@ def evaluate(args: argparse.Namespace) -> None:
     """
     import jax.numpy as jnp
 
-    from dex_jax.cli.decode import remember_compilations
+    from dex_jax.cli.common import remember_compilations
     from dex_jax.evaluation.exit_metrics import grouped_figures
     from dex_jax.evaluation.exit_report import tables
+    from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
     from dex_jax.nn.exits import heads_of
 
@@ -131,6 +130,7 @@ def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text
       lm: the model.
     """
     from dex_jax.evaluation.exit_metrics import answers
+    from dex_jax.io.whole_files import write_json
     from dex_jax.training.prompt_files import read_prompts
 
     prompts = {name: spread(read_prompts(path), args.prompts) for name, path in _group_names(args.data).items()}

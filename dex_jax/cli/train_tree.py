@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from dex_jax.cli.arguments import program
+from dex_jax.cli.common import program
 from dex_jax.errors import DexError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def tree(args: argparse.Namespace) -> None:
     Raises:
       DexError: a model, a drafter or prompts that are not there or do not fit.
     """
-    from dex_jax.cli.decode import remember_compilations
+    from dex_jax.cli.common import remember_compilations
     from dex_jax.cli.train_results import spread
     from dex_jax.decoding.known_trees import with_trees
     from dex_jax.evaluation.tree_search import search_trees

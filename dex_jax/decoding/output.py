@@ -13,6 +13,19 @@ from dex_jax.decoding.serial import FINAL
 from dex_jax.io import TextStream, Tokenizer
 from dex_jax.lattice import NO_TOKEN
 
+NAMES = {
+    "ar": "AR",
+    "layerskip": "LayerSkip",
+    "adadecode": "AdaDecode",
+    "del": "DEL",
+    "dex-single-exit": "DEX, first and last exit only",
+    "oracle": "EAD oracle (a bound, not a decoder)",
+}
+"""Of methods other than "dex", for people."""
+
+SHOWN, SHOWN_TEXT, SHOWN_TOKENS = 8, 60, 12
+"""Sequences, characters and, without a tokenizer, tokens of each that a printed Output shows."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
@@ -60,9 +73,9 @@ class Stats:
     dtype: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Output:
-    """Generated tokens of B sequences.
+    """Generated tokens of B sequences; printed, it shows the texts, what they took and how long.
 
     Attributes:
       texts: B strings, without special tokens and without what a `stop` string cut; "" without a tokenizer.
@@ -82,7 +95,32 @@ class Output:
     finished: np.ndarray
     seeds: list[int] | None
     stats: Stats
-    tokenizer: Tokenizer | None = dataclasses.field(default=None, repr=False)
+    tokenizer: Tokenizer | None = None
+
+    def __repr__(self) -> str:
+        stats, new_tokens = self.stats, int(self.lengths.sum())
+        lines = [f"{title(stats.schedule)} on {stats.device}, {stats.dtype}: {new_tokens} tokens"]
+        for row, text in enumerate(self.texts[:SHOWN]):
+            took = [f"{self.lengths[row]} tokens"]
+            for name, figures in (("ticks", stats.ticks), ("rounds", stats.rounds)):
+                took += [] if figures is None else [f"{figures[row]} {name}"]
+            for name, ratios in (
+                ("depth-side speedup", stats.depth_side_speedup),
+                ("tokens a round", stats.tokens_per_round),
+            ):
+                took += [] if ratios is None or np.isnan(ratios[row]) else [f"{name} {ratios[row]:.2f}"]
+            shown = text if self.tokenizer is not None else " ".join(map(str, self.tokens[row, :SHOWN_TOKENS]))
+            short = shown if len(shown) <= SHOWN_TEXT else shown[: SHOWN_TEXT - 1] + "…"
+            lines.append(f"  [{row}] {', '.join(took)}: {short!r}")
+        if len(self.texts) > SHOWN:
+            lines.append(f"  ... and {len(self.texts) - SHOWN} more")
+        after_first = int((self.lengths - 1).sum())
+        rate = f" ({after_first / stats.decode_seconds:.1f} tokens/s)" if stats.decode_seconds > 0 else ""
+        lines.append(
+            f"  decoding {stats.decode_seconds:.2f} s{rate}, prefill {stats.prefill_seconds:.2f} s, "
+            f"compilation {stats.compile_seconds:.1f} s"
+        )
+        return "\n".join(lines)
 
     def pieces(self, row: int) -> list[str]:
         """The text that each token of a sequence added, "" where a later one completes it; ids without a tokenizer.
@@ -96,6 +134,13 @@ class Output:
         pieces = [stream.push([token]) for token in ids]
         pieces[-1] += stream.flush()
         return pieces
+
+
+def title(schedule: Schedule) -> str:
+    """A method's name for people."""
+    if schedule.method in NAMES:
+        return NAMES[schedule.method]
+    return "DEX, serial" if schedule.kind == "serial" else f"DEX, K = {schedule.stages}"
 
 
 def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:

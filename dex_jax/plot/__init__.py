@@ -4,8 +4,6 @@
 which a notebook shows and `figure.savefig("name.png")` writes.
 """
 
-from dex_jax.plot.charts import ead_histogram, speedup_by_k
-from dex_jax.plot.over_ticks import lattice
-from dex_jax.plot.text import DepthText, depth_text
+from dex_jax.lazy import names
 
-__all__ = ["DepthText", "depth_text", "ead_histogram", "lattice", "speedup_by_k"]
+__getattr__, __dir__, __all__ = names(__name__, __file__)

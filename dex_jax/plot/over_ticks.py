@@ -6,14 +6,14 @@ from typing import Any
 
 from dex_jax.decoding.trace import Trace, TracedNode
 from dex_jax.errors import DexError
-from dex_jax.plot.colors import FINAL_HEX, depth_hex
+from dex_jax.plot.colors import FINAL_HEX, darker, depth_hex
 from dex_jax.plot.figures import FAINT, INK, new_figure, quiet_axes
 
 TICKS = 26
 """How many ticks are drawn unless the caller says: as many as fit a page."""
 
-_DEAD = "#e4e7ec"
-_CLIMB = 2.9  # inches
+_DEAD, _CROSS = "#e4e7ec", "#a9b0bb"
+_CLIMB = 3.6  # inches
 _LANE = 0.15  # inches
 _TICK = 0.4  # inches
 
@@ -21,10 +21,11 @@ _TICK = 0.4  # inches
 def lattice(trace: Trace, ticks: tuple[int, int] | None = None, *, candidates: bool = True) -> Any:
     """Draws which nodes there were, how deep they got, and what commits and collapses did, tick by tick.
 
-    Above, every node climbs from depth 0 by one stage a tick; where the root reaches the last depth (a dot), its logits
-    decide the next token, which stands there. Below, the same nodes by position, each from its birth to its end: strong
-    bars became the root, in the colour of the exit that first gave them, pale ones died in a collapse. A thin line
-    leads from a node to the child that it proposed and that lived on; dotted lines are commits.
+    Above, every node climbs from depth 0 by one stage a tick. Lines that lived on have the colour of the exit that
+    first gave their token, which stands at their foot; pale ones died in a collapse. Where the root reaches the last
+    depth (a dot), its logits decide the next token: that stands above, in the colour of its own line, which has begun
+    to climb long before if an exit was right. Below, the same nodes by position, each from its birth to its end. A thin
+    line leads from a node to the child that it proposed and that lived on; dotted lines are commits.
 
     Args:
       trace: from `dex_jax.trace` or `dex_jax.watch`.
@@ -47,15 +48,16 @@ def lattice(trace: Trace, ticks: tuple[int, int] | None = None, *, candidates: b
         commits = [*commits, _final(trace)]
     lanes, places = _lanes(nodes)
     heights = (_CLIMB, lanes * _LANE) if candidates else (_CLIMB,)
-    figure = new_figure(1.6 + (last - first) * _TICK, sum(heights) + 0.9)
+    figure = new_figure(1.8 + (last - first) * _TICK, sum(heights) + 0.9)
     climb, *bars = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-    _draw_climb(climb, trace, nodes, commits)
+    _draw_climb(climb, trace, nodes, commits, last)
+    _legend(figure, trace)
     if bars:
         climb.tick_params(axis="x", labelbottom=False, length=0)
         climb.spines["bottom"].set_visible(False)
         _draw_bars(bars[0], trace, nodes, places, lanes, commits, first, last)
     lowest = figure.axes[-1]
-    lowest.set_xlim(first - 0.4, last + 0.6)
+    lowest.set_xlim(first - 0.9, last + 1.1)
     lowest.set_xlabel("tick")
     lowest.xaxis.get_major_locator().set_params(integer=True)
     return figure
@@ -71,9 +73,9 @@ def _color(node: TracedNode, trace: Trace) -> str:
     return FINAL_HEX if node.born == 0 else depth_hex(node.born_at, trace.stages)
 
 
-def _draw_climb(axes: Any, trace: Trace, nodes: list[TracedNode], commits: list[TracedNode]) -> None:
+def _draw_climb(axes: Any, trace: Trace, nodes: list[TracedNode], commits: list[TracedNode], last: int) -> None:
     quiet_axes(axes)
-    heights = (0, *trace.depths)
+    heights, top = (0, *trace.depths), trace.depths[-1]
     for depth in trace.depths:
         axes.axhline(depth, color=FAINT, linewidth=0.6, zorder=0)
     for node in sorted(nodes, key=lambda node: node.rooted is not None):
@@ -82,55 +84,57 @@ def _draw_climb(axes: Any, trace: Trace, nodes: list[TracedNode], commits: list[
         up = heights[: done + 1]
         if node.rooted is None:
             axes.plot(across, up, color=_DEAD, linewidth=1.6, zorder=1)
-            axes.plot(across[-1], up[-1], marker="x", markersize=3.6, color="#a9b0bb", zorder=2)
+            axes.plot(across[-1], up[-1], marker="x", markersize=4, color=_CROSS, zorder=2)
             continue
         color = _color(node, trace)
-        axes.plot(across, up, color=color, linewidth=2.4, solid_capstyle="round", zorder=3)
-        axes.plot(across[0], up[0], marker="o", markersize=4, color=color, zorder=4)
+        axes.plot(across, up, color=color, linewidth=3, solid_capstyle="round", zorder=3)
+        axes.plot(across[0], up[0], marker="o", markersize=5, color=color, zorder=4)
         if done == trace.stages:
-            axes.plot(across[-1], up[-1], marker="o", markersize=6, color=INK, zorder=5)
+            axes.plot(across[-1], up[-1], marker="o", markersize=7, color=INK, zorder=5)
+        if node.born < last:
+            _word(axes, trace, node, (node.born, 0), -9)
     for node in commits:
         axes.axvline(node.rooted, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
-        axes.annotate(
-            _label(trace, node.token),
-            (node.rooted, trace.depths[-1]),
-            (0, 7),
-            textcoords="offset points",
-            rotation=40,
-            fontsize=9,
-            color=INK,
-            fontweight="bold",
-        )
-    axes.set_yticks(heights, ["token", *map(str, trace.depths)])
+        _word(axes, trace, node, (node.rooted or 0, top), 9)
+    axes.set_yticks([-0.16 * top, *heights[1:], 1.16 * top], ["proposed", *map(str, trace.depths), "emitted"])
     axes.set_ylabel("depth (layers)")
-    axes.set_ylim(-trace.depths[-1] * 0.05, trace.depths[-1] * 1.22)
-    axes.spines["left"].set_bounds(0, trace.depths[-1])
-    _legend(axes, trace)
+    axes.set_ylim(-0.34 * top, 1.36 * top)
+    axes.spines["left"].set_bounds(0, top)
+    axes.tick_params(axis="y", length=0)
 
 
-def _legend(axes: Any, trace: Trace) -> None:
+def _word(axes: Any, trace: Trace, node: TracedNode, at: tuple[float, float], above: int) -> None:
+    """A node's token in its colour, so many points above a point, leaning so that neighbours have room."""
+    axes.annotate(
+        _label(trace, node.token),
+        at,
+        (0, above),
+        textcoords="offset points",
+        rotation=35,
+        rotation_mode="anchor",
+        ha="left" if above > 0 else "right",
+        va="bottom" if above > 0 else "top",
+        fontsize=11,
+        color=darker(_color(node, trace)),
+        fontweight="bold",
+    )
+
+
+def _legend(figure: Any, trace: Trace) -> None:
     from matplotlib.lines import Line2D
 
     def line(color: str, name: str, **more: Any) -> Any:
-        return Line2D([], [], color=color, label=name, **({"linewidth": 2.4} | more))
+        return Line2D([], [], color=color, label=name, **({"linewidth": 3} | more))
 
     handles = [
-        *(line(depth_hex(k, trace.stages), f"given by exit {k}") for k in range(1, trace.stages)),
-        line(FINAL_HEX, "by the last layer only"),
-        line("#a9b0bb", "died in a collapse", marker="x", markersize=4, linewidth=1.2),
-        line(INK, "commit", marker="o", markersize=5, linewidth=0),
+        *(line(depth_hex(k, trace.stages), f"{'given by ' * (k == 1)}exit {k}") for k in range(1, trace.stages)),
+        line(FINAL_HEX, "the last layer only"),
+        line(_CROSS, "died in a collapse", marker="x", markersize=5, linewidth=1.2),
+        line(INK, "commit", marker="o", markersize=6, linewidth=0),
     ]
-    axes.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=len(handles),
-        frameon=False,
-        fontsize=8,
-        handlelength=1.4,
-        columnspacing=1.4,
-        borderaxespad=0,
-    )
+    columns = min(len(handles), int(figure.get_figwidth() / 1.3))
+    options = {"frameon": False, "fontsize": 9.5, "handlelength": 1.5, "columnspacing": 1.6}
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, **options)
 
 
 def _draw_bars(

@@ -13,6 +13,9 @@ from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.output import Output
 from dex_jax.plot.colors import depth_hex, depth_style
 
+COLUMNS = 88
+"""Of the terminal in an SVG."""
+
 _BOX = "font-family:ui-sans-serif,system-ui,sans-serif;line-height:1.75;max-width:56em;margin:.4em 0"
 _CHIP = "border-radius:.2em;padding:.1em .08em"
 _LEGEND = "font-size:85%;margin-bottom:.6em"
@@ -29,6 +32,13 @@ class DepthText:
 
     html: str
     terminal: str
+
+    def svg(self, title: str = "") -> str:
+        """The same as an SVG picture of a terminal."""
+        console = Console(record=True, file=io.StringIO(), width=COLUMNS, force_jupyter=False, highlight=False)
+        *texts, names = self.terminal.splitlines()
+        console.print(Text.from_ansi("\n".join([*texts, "", names])))
+        return console.export_svg(title=title)
 
     def _repr_html_(self) -> str:
         return self.html
@@ -53,16 +63,19 @@ def depth_text(out: Output) -> DepthText:
     return DepthText(_html(rows, schedule), _terminal(rows, schedule))
 
 
-def _legend(schedule: Schedule) -> list[tuple[str, int]]:
+def legend(schedule: Schedule) -> list[tuple[str, int]]:
     """(name, exit) of every colour."""
     if schedule.kind == "serial":
         return [("drafted", 0), ("final layer", 1)]
     *early, last = enumerate(schedule.depths, 1)
-    return [*((f"exit {number} (depth {depth})", number) for number, depth in early), (f"depth {last[1]}", last[0])]
+    return [
+        *((f"exit {number} (depth {depth})", number) for number, depth in early),
+        (f"last layer (depth {last[1]})", last[0]),
+    ]
 
 
 def _html(rows: list[list[tuple[str, int]]], schedule: Schedule) -> str:
-    names = {number: name for name, number in _legend(schedule)}
+    names = {number: name for name, number in legend(schedule)}
 
     def chip(piece: str, exit_number: int) -> str:
         # A tint on the word alone: most tokens begin with the space before it.
@@ -75,12 +88,12 @@ def _html(rows: list[list[tuple[str, int]]], schedule: Schedule) -> str:
         tint = depth_hex(exit_number, schedule.stages) + "66"
         return f'{space}<span title="{title}" style="background:{tint};{_CHIP}">{text}</span>'
 
-    legend = " &nbsp;".join(chip(name, number) for name, number in _legend(schedule))
+    names_shown = " &nbsp;".join(chip(name, number) for name, number in legend(schedule))
     texts = [
         f'<div style="white-space:pre-wrap;margin-bottom:.8em">{"".join(chip(*token) for token in row)}</div>'
         for row in rows
     ]
-    return f'<div style="{_BOX}"><div style="{_LEGEND}">{legend}</div>{"".join(texts)}</div>'
+    return f'<div style="{_BOX}"><div style="{_LEGEND}">{names_shown}</div>{"".join(texts)}</div>'
 
 
 def _terminal(rows: list[list[tuple[str, int]]], schedule: Schedule) -> str:
@@ -89,8 +102,8 @@ def _terminal(rows: list[list[tuple[str, int]]], schedule: Schedule) -> str:
     console = Console(
         file=file, force_terminal=True, force_jupyter=False, color_system="256", highlight=False, soft_wrap=True
     )
-    legend = [(f"{name}  ", number) for name, number in _legend(schedule)]
-    for row in [*rows, legend]:
+    last = [(f"{name}  ", number) for name, number in legend(schedule)]
+    for row in [*rows, last]:
         line = [(piece, depth_style(number, schedule.stages)) for piece, number in row]
         console.print(Text.assemble(*line))
     return file.getvalue().rstrip("\n")

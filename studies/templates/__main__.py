@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    from dex_jax.cli.arguments import depths
+    from dex_jax.cli.common import depths
     from dex_jax.language_model import DTYPES
 
     p = argparse.ArgumentParser(prog="python -m studies.templates", description=__doc__.splitlines()[0])
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and writes, as the flags say; the exit code."""
-    from dex_jax.cli.decode import remember_compilations
+    from dex_jax.cli.common import remember_compilations
     from dex_jax.evaluation.bench.results import Results
     from dex_jax.language_model import load
     from dex_jax.progress import Display

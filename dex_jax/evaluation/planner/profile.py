@@ -178,7 +178,7 @@ def table(profile: Profile) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    from dex_jax.cli.arguments import depths
+    from dex_jax.cli.common import depths
     from dex_jax.language_model import DTYPES
 
     p = argparse.ArgumentParser(
@@ -220,7 +220,7 @@ def run(args: argparse.Namespace) -> None:
 
     import jax.numpy as jnp
 
-    from dex_jax.cli.decode import remember_compilations
+    from dex_jax.cli.common import remember_compilations
     from dex_jax.cli.train_results import answered, chosen_exits
     from dex_jax.evaluation.exit_forcing import measure
     from dex_jax.evaluation.planner.profile_plots import draw

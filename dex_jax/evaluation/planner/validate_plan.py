@@ -366,7 +366,7 @@ def run(args: argparse.Namespace) -> Verdict:
     Raises:
       DexError: numbers that are too small, or what the flags name cannot be read or does not fit.
     """
-    from dex_jax.cli.decode import remember_compilations
+    from dex_jax.cli.common import remember_compilations
     from dex_jax.cli.train_results import spread
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load

@@ -1,0 +1,68 @@
+"""What the command-line programs share: kinds of arguments, what programs are called, where compilations are kept."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""As language_model.DTYPES, which would import JAX."""
+
+INSTALLED = {"decode.py": "dex-decode", "train_exits.py": "dex-train-exits"}
+"""Script of a clone -> the same program as a package installs it."""
+
+Add = Callable[..., Any]
+"""`add_argument` of a parser or of a group."""
+
+
+def program(script: str) -> str:
+    """What to call a program: the script's name, or that of its installed command where an installed one is running."""
+    return INSTALLED[script] if Path(sys.argv[0]).stem in INSTALLED.values() else script
+
+
+def add_model(add: Add) -> None:
+    """Adds --model and --dtype."""
+    add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
+    add("--dtype", choices=DTYPES, help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
+
+
+def whole(lowest: int, highest: int) -> Callable[[str], int]:
+    """The kind of a flag that takes a whole number between two bounds, themselves included."""
+
+    def read(text: str) -> int:
+        with_digits = text.removeprefix("-").isdecimal() and len(text) < 30
+        if not with_digits or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} to {highest}")
+        return int(text)
+
+    return read
+
+
+def depths(text: str) -> tuple[int, ...]:
+    """A list of whole numbers with commas between."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 6,12,30") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A list of different names with commas between; "none" for no name."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    return () if found == ("none",) else tuple(dict.fromkeys(found))
+
+
+def remember_compilations() -> None:
+    """Keeps compiled programs on disk between runs, unless the user has chosen a place or switched it off."""
+    import jax
+
+    from dex_jax.io.whole_files import cache_folder
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,102 @@
+"""Ctrl-C in a terminal, at any moment: exit code 130 within two seconds, the terminal as it was, no traceback.
+
+DEX_JAX_INTERRUPTS=20 tries more moments, spread over the first DEX_JAX_LAST_INTERRUPT seconds of a cold run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pty = pytest.importorskip("pty", reason="pseudo terminals are POSIX's")
+termios = pytest.importorskip("termios")
+
+ROOT = Path(__file__).resolve().parents[1]
+MOMENTS = int(os.environ.get("DEX_JAX_INTERRUPTS", "4"))
+LAST = float(os.environ.get("DEX_JAX_LAST_INTERRUPT", "8"))
+DECODE = [sys.executable, str(ROOT / "decode.py"), "--prompt", "Why is the sky blue?", "--max-new-tokens", "400"]
+
+
+def moments() -> list[float]:
+    """Seconds after the start, a random one in each of MOMENTS equal spans."""
+    chosen, span = random.Random(27), (LAST - 0.3) / MOMENTS
+    return [round(0.3 + span * (number + chosen.random()), 2) for number in range(MOMENTS)]
+
+
+def interrupt(command: list[str], ready: float | bytes, **environment: str) -> tuple[int, float, str]:
+    """(exit code, seconds from Ctrl-C to the end, what the terminal got), Ctrl-C after seconds or after an output."""
+    master, slave = pty.openpty()
+    settings = termios.tcgetattr(slave)
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=os.environ | environment, start_new_session=True
+    )
+    shown, end = b"", time.monotonic() + (300 if isinstance(ready, bytes) else ready)
+
+    def read(until: float) -> None:
+        nonlocal shown
+        while time.monotonic() < until and process.poll() is None:
+            if select.select([master], [], [], 0.02)[0]:
+                shown += os.read(master, 65536)
+            if isinstance(ready, bytes) and ready in shown and until == end:
+                return
+
+    try:
+        read(end)
+        assert process.poll() is None, shown.decode()
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        read(begin + 60)
+        seconds = time.monotonic() - begin
+        while select.select([master], [], [], 0)[0]:
+            shown += os.read(master, 65536)
+        assert termios.tcgetattr(slave) == settings
+        return process.wait(1), seconds, shown.decode(errors="replace")
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+        os.close(slave)
+
+
+def ended_well(found: tuple[int, float, str]) -> None:
+    code, seconds, shown = found
+    assert "Traceback" not in shown
+    assert code == 130, shown
+    assert seconds < 2
+    assert "\x1b[?25l" not in shown or shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+    assert "\x1b[0m" in shown
+
+
+@pytest.mark.parametrize("moment", moments())
+def test_a_cold_run_ends_at_once(moment: float, tmp_path) -> None:
+    # Nothing is compiled, measured or built yet.
+    cold = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    ended_well(interrupt(DECODE, moment, DEX_JAX_STEP_COSTS=str(tmp_path / "costs.json"), **cold))
+
+
+def test_text_that_was_there_stays_with_its_summary() -> None:
+    found = interrupt([*DECODE, "--method", "ar"], b"sky")
+    ended_well(found)
+    assert "wall-clock:" in found[2]
+
+
+def test_what_asked_for_a_second_is_ended_after_it() -> None:
+    program = "import time; from dex_jax.errors import exit_code; from dex_jax.interrupts import gently\n"
+    program += "def work():\n  with gently() as stopped:\n    print('begun', flush=True)\n    time.sleep(60)\n"
+    code, seconds, shown = interrupt([sys.executable, "-c", program + "exit_code(work, 'Ended.')"], b"begun")
+    assert (code, seconds < 2, "Ended." in shown, "Traceback" in shown) == (130, True, True, False)
+
+
+def test_a_training_says_how_to_go_on(tmp_path) -> None:
+    command = [sys.executable, str(ROOT / "train_exits.py"), "--config", str(ROOT / "configs" / "tinyshakespeare.py")]
+    found = interrupt([*command, "--folder", str(tmp_path / "run")], 2.0)
+    ended_well(found)
+    assert "run the same command again" in found[2]
