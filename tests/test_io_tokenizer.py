@@ -213,6 +213,10 @@ def test_what_templates_may_use():
     assert with_template("{{ strftime_now('%Y') }}").render(message) == str(datetime.datetime.now().year)
     assert with_template("{% if tools is none %}\n  {% generation %}a{% endgeneration %}\n{% endif %}").render(message)
     assert with_template("{% for m in [1, 2] %}{% break %}{% endfor %}x").render(message) == "x"
+    numbers = [{"role": "user", "content": " 1234567% of 100%s "}]
+    trimmed = "{{ messages[0].content.strip() + '!' * 2 ~ messages[0]['content'] | trim | length }}"
+    assert with_template(trimmed).render(numbers) == "1234567% of 100%s!!17"
+    assert with_template("{{ '{}-%s'.format(2 ** 3) % (7 % 4) }}").render(message) == "8-3"
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def _compile(template: str) -> Any:
 
         def call(self, context: Any, called: Any, *args: Any, **options: Any) -> Any:
             _bounded(*args, *options.values())
-            _modest(getattr(getattr(called, "__wrapped__", called), "__self__", None))  # of '...'.format
+            if getattr(called, "__name__", "") in ("format", "format_map"):
+                _modest(getattr(getattr(called, "__wrapped__", called), "__self__", None))
             return super().call(context, called, *args, **options)
 
         def joined(self, *parts: Any) -> str:
