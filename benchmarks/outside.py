@@ -1,4 +1,4 @@
-"""transformers' own `generate` as a contender: a process of another Python with torch, on the same weights.
+"""transformers' own `generate`: a process of another Python with torch, on the same weights.
 
 The process is `benchmarks/transformers_ar.py --serve` of a checkout of this repository, which knows SmolLM2-135M alone.
 It runs in float32 on the CPU and never stops at EOS, so it is asked for as many tokens as AR gave.
@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.runs import Run
 
-WORKER = Path(__file__).resolve().parents[3] / "benchmarks" / "transformers_ar.py"
+WORKER = Path(__file__).with_name("transformers_ar.py")
 MODEL = "smollm2-135m"
-PLAIN, EARLY_EXIT = "transformers", "transformers_early_exit"
 
 
 def check_outside(model: str, worker: Path = WORKER) -> None:
@@ -97,19 +95,3 @@ class Outside:
         if "error" in found:
             raise DexError(f"transformers' process says: {found['error']}")
         return found
-
-
-def run_of_answer(answer: dict[str, Any], versions: dict[str, Any], prompt_tokens: int, **given: Any) -> Run:
-    """The line of one answer; `given` are the fields that it does not know."""
-    return Run(
-        kind="wall",
-        tokens=answer["tokens"],
-        prompt_tokens=prompt_tokens,
-        seconds=answer["decode_seconds"],
-        prefill_seconds=answer["prefill_seconds"],
-        compile_seconds=0.0,
-        device=f"cpu, torch with {versions.get('threads')} threads",
-        dtype=str(versions.get("dtype", "float32")),
-        versions={name: str(versions[name]) for name in ("torch", "transformers") if name in versions},
-        **given,
-    )

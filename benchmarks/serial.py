@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 from measuring import Figures, arguments, in_turns, machine, quartiles, read_ids
+from outside import Outside
 
 import dex_jax
 from dex_jax.cli.decode import remember_compilations
 from dex_jax.errors import exit_code
-from dex_jax.evaluation.bench.outside import Outside
 from dex_jax.tables import markdown
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from measuring import Figures, arguments, in_turns, machine, quartiles
+from outside import Outside
 
 import dex_jax
 from dex_jax.cli.decode import remember_compilations
 from dex_jax.errors import exit_code
-from dex_jax.evaluation.bench.outside import Outside
 from dex_jax.tables import markdown
 
 PROMPT = "Tell me a short story about a clockmaker who is afraid of silence."

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from dex_jax.errors import DexError
 from dex_jax.io.whole_files import write_whole
+
+USABLE = 0.92
+"""Share of a device's memory that weights and caches may take."""
 
 REACHED_BANDWIDTH = 0.8
 """Assumption: share of the published memory bandwidth that reading weights gets."""
@@ -235,24 +238,10 @@ def read_hardware(path: str | Path) -> Hardware:
       DexError: no such file, or another content.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        device = dict(content["device"])
-        if device["measured"] is not None:
-            measured = dict(device["measured"])
-            measured["layer"] = {name: _curve(curve) for name, curve in measured["layer"].items()}
-            for name in ("cache", "head", "exits"):
-                measured[name] = _curve(measured[name])
-            device["measured"] = Measured(**measured)
-        return Hardware(
-            Device(**device),
-            content["count"],
-            content["hosts"],
-            Link(**content["link"]),
-            Link(**content["network"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return msgspec.json.decode(Path(path).read_bytes(), type=Hardware)
+    except (OSError, ValueError, RecursionError) as error:
         raise DexError(
-            f"{path} cannot be read as hardware ({error}): let python -m dex_jax.evaluation.planner.calibrate write it"
+            f"{path} cannot be read as hardware ({error}): let python -m dex_jax.cli.calibrate write it"
         ) from error
 
 
@@ -267,10 +256,6 @@ def interpolate(curve: Curve, rows: float) -> float:
     if rows > at[-1] and len(at) > 1:
         return float(value[-1] + (rows - at[-1]) * (value[-1] - value[-2]) / (at[-1] - at[-2]))
     return float(np.interp(rows, at, value))
-
-
-def _curve(points: Sequence[Sequence[float]]) -> Curve:
-    return tuple((float(rows), float(seconds)) for rows, seconds in points)
 
 
 def _number(value: Any, what: str) -> int:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from reference.small_models import LLAMA, LetterTokenizer, small_model
 import dex_jax
 from dex_jax.cli import bench
 from dex_jax.evaluation.bench import bench as bench_runs
-from dex_jax.evaluation.bench import plan as bench_plan
 from dex_jax.evaluation.bench import report
 from dex_jax.evaluation.bench.comparison import costs
 from dex_jax.evaluation.bench.results import read_results, to_line
@@ -207,30 +205,6 @@ def test_sampled_tokens_are_those_of_ar(command, tmp_path) -> None:
     assert len({run.seed for run in runs if run.split == "report"}) == 4
 
 
-def test_transformers_takes_turns_where_it_is_asked_for(command, monkeypatch, tmp_path) -> None:
-    class Fake:
-        versions: ClassVar[dict] = {"torch": "9", "transformers": "9"}
-
-        def __init__(self, python: str, model: str):
-            assert (python, model) == ("there/python", "smollm2-135m")
-
-        def run(self, ids, new_tokens, exit=None, draft_length=None):
-            return {"tokens": [1] * new_tokens, "prefill_seconds": 0.1, "decode_seconds": 1.0}
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(bench_runs, "Outside", Fake)
-    monkeypatch.setattr(bench_plan, "check_outside", lambda model: None)  # an installed package has no worker
-    flags = [*command, "--methods", "ar", "--timed", "ar", "--transformers-python", "there/python"]
-    # Other tokens of another engine are told, and fail nothing.
-    assert bench.main([*flags, "--output", str(tmp_path / "out")]) == 0
-    timed = [run for run in read_results(tmp_path / "out") if run.kind == "wall"]
-    turns = [run.method for run in timed if run.prompt_id == timed[0].prompt_id]
-    assert turns == ["ar", "transformers", "transformers", "ar"]
-    assert {run.match for run in timed if run.method == "transformers"} == {False}
-
-
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -241,8 +215,6 @@ def test_transformers_takes_turns_where_it_is_asked_for(command, monkeypatch, tm
         (["--tune-prompts", "0"], "the setting of layerskip is chosen on tuning prompts"),
         (["--prompts", "8"], "none left for split tune"),
         (["--longest-prompt", "2"], "none left for split report"),
-        (["--transformers-python", "p", "--model", "gpt2"], "compares with smollm2-135m alone, not with gpt2"),
-        (["--transformers-python", "p", "--timed", "none"], "transformers is timed or nothing"),
         (["--exit-depths", "2"], "LayerSkip's exit must lie below the model's last layer"),
         (["--by-explorers", "3"], "explorers must be from 1 to the model's 2 layers"),
         (["--exits", "nowhere.safetensors"], "nowhere.safetensors"),

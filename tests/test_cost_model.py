@@ -12,9 +12,9 @@ from reference import cost_twin
 
 from dex_jax.decoding.methods import even_depths
 from dex_jax.evaluation.planner import cost_model
-from dex_jax.evaluation.planner.cost_model import Parts, Setting, Ticks
-from dex_jax.evaluation.planner.hardware import Device, Hardware, Link, Measured, interpolate
+from dex_jax.evaluation.planner.cost_model import Parts, Setting
 from dex_jax.evaluation.planner.workload import ExitWork, Work
+from dex_jax.hardware import Device, Hardware, Link, Measured, interpolate
 
 WORK = Work(layers=6, width=10, heads=4, kv_heads=2, attention=12, layer=1000, cached=8, vocabulary=70, embeddings=700)
 SHARED = ExitWork("shared", 0, 0, 70, previous=False)
@@ -59,7 +59,7 @@ def test_ar_is_the_twins(batch: int, tensor: int) -> None:
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize(("depths", "rows"), [((3, 6), 1), ((2, 4, 6), 2), ((1, 3, 5, 6), 4), ((4, 6), 1)])
 def test_a_tick_is_the_twins(batch: int, depths: tuple[int, ...], rows: int) -> None:
-    found = cost_model.tick(setting(batch=batch), depths, rows, Ticks(1.7))
+    found = cost_model.tick(setting(batch=batch), depths, rows, 1.7)
     lengths = np.diff((0, *depths)).tolist()
     longest, stages = max(lengths), len(depths)
     expected = cost_twin.tick(TWIN_MODEL, longest, stages, rows, batch, 50, 1.7, TWIN_MACHINE, lengths[-1])
@@ -71,7 +71,7 @@ def test_the_last_stage_asks_the_final_layer_while_others_still_run(previous: bo
     """With fewer layers than they have it has time to; exits that wait for what it shares gain less from that."""
     work = dataclasses.replace(WORK, vocabulary=160)
     s = setting(work=work, exits=dataclasses.replace(SHARED, columns=7, previous=previous))
-    even, short, shorter = (cost_model.tick(s, depths, 1, Ticks(1.0)) for depths in ((3, 6), (4, 6), (5, 6)))
+    even, short, shorter = (cost_model.tick(s, depths, 1, 1.0) for depths in ((3, 6), (4, 6), (5, 6)))
     one = cost_twin.layer(TWIN_MODEL, 1, 1, 50 + 2, 1, TWIN_MACHINE)
     final = cost_twin.logits(TWIN_MODEL, 160, 1, 1, TWIN_MACHINE)
     asked = cost_twin.logits(TWIN_MODEL, 7, 1, 1, TWIN_MACHINE)
@@ -82,7 +82,7 @@ def test_the_last_stage_asks_the_final_layer_while_others_still_run(previous: bo
 
 
 def test_a_tick_splits_a_stage_over_a_tensor_axis() -> None:
-    one, two = (cost_model.tick(setting(), (3, 6), 1, Ticks(1.5), tensor) for tensor in (1, 2))
+    one, two = (cost_model.tick(setting(), (3, 6), 1, 1.5, tensor) for tensor in (1, 2))
     assert two.layers == pytest.approx(one.layers / 2)
     # Two all-reduces a layer of 20 bytes, one of the embedding, and the gather of 70 logits.
     reduces = (3 * 2 + 1) * cost_twin.all_reduce(20, 2, TWIN_MACHINE)
@@ -92,7 +92,7 @@ def test_a_tick_splits_a_stage_over_a_tensor_axis() -> None:
 
 def test_previous_features_are_gathered() -> None:
     exits = dataclasses.replace(SHARED, previous=True)
-    plain, fused = (cost_model.tick(setting(exits=e), (2, 4, 6), 2, Ticks(2.0)) for e in (SHARED, exits))
+    plain, fused = (cost_model.tick(setting(exits=e), (2, 4, 6), 2, 2.0) for e in (SHARED, exits))
     features = cost_twin.all_gather(3 * 2 * 10 * 2, 3, TWIN_MACHINE)
     assert fused.communication - plain.communication == pytest.approx(features)
 
@@ -141,24 +141,18 @@ def test_collectives_over_hosts() -> None:
     assert cost_model.all_reduce(hardware, 100, 1) == 0
 
 
-def test_one_device_skips_empty_stages_and_unused_rows() -> None:
-    used = ((0.0, 1.0, 0.0), (0.5, 0.25, 0.25), (1.0, 0.0, 0.0))
-    asked = (0.0, 0.5, 0.5)
-    s = setting()
-    found = cost_model.tick_on_one_device(s, (2, 4, 6), 2, Ticks(2.0, used, None, asked))
-    one, two = (cost_twin.layer(TWIN_MODEL, rows, 1, 56, 1, TWIN_MACHINE) for rows in (1, 2))
-    layers = 2 * (one + 0.25 * one + 0.25 * two)
-    exits = sum(0.5 * cost_twin.logits(TWIN_MODEL, 70, rows, 1, TWIN_MACHINE) for rows in (1, 2))
+def test_one_device_runs_all_rows_of_all_stages() -> None:
+    found = cost_model.tick_on_one_device(setting(), (2, 4, 6), 2, 2.0)
+    two = cost_twin.layer(TWIN_MODEL, 2, 1, 56, 1, TWIN_MACHINE)
+    # Two stages' exits are asked two nodes at a time.
+    exits = 2 * cost_twin.logits(TWIN_MODEL, 70, 2, 1, TWIN_MACHINE)
     head = 0.5 * cost_twin.head(TWIN_MODEL, 1, 1, TWIN_MACHINE)
-    assert found.total == pytest.approx(layers + exits + head + (12 + 200) * 1e-4)
-    # Two sequences: a stage is skipped when both are out of it.
-    both = cost_model.tick_on_one_device(setting(batch=2), (2, 4, 6), 2, Ticks(2.0, used, None, asked))
-    assert both.layers > found.layers
+    assert found.total == pytest.approx(6 * two + exits + head + (2 * 12 + 200) * 1e-4)
 
 
 def test_the_stacked_layout_runs_everything() -> None:
     s = setting(layout="stacked")
-    found = cost_model.tick_on_one_device(s, (1, 6), 1, Ticks(1.5))
+    found = cost_model.tick_on_one_device(s, (1, 6), 1, 1.5)
     # Five layers of the longer stage, twice: the shorter one is padded. Ten kernels for both stages' layers at once.
     assert found.layers == pytest.approx(10 * (cost_twin.layer(TWIN_MODEL, 1, 1, 52, 1, TWIN_MACHINE) - 1e-3))
     head = 4 * 1e-4 / 1.5
@@ -183,7 +177,7 @@ def test_a_calibrated_machine_by_hand() -> None:
     four = cost_model.ar_step(dataclasses.replace(s, batch=4))
     assert four.layers == pytest.approx(6 * (2000 * 2e-4 + 4 * 800 * 1e-5))
     assert cost_model.ar_step(dataclasses.replace(s, layout="stacked")).fixed == pytest.approx(6 * 0.02)
-    tick = cost_model.tick_on_one_device(dataclasses.replace(s, layout="stacked"), (3, 6), 1, Ticks(2.0))
+    tick = cost_model.tick_on_one_device(dataclasses.replace(s, layout="stacked"), (3, 6), 1, 2.0)
     assert tick.fixed == pytest.approx(3 * 0.03 + 0.5 + 12e-4)
 
 
@@ -217,7 +211,7 @@ def settings(draw) -> Setting:
 def steps(s: Setting, stages: int, rows: int, tensor: int) -> list[float]:
     """Seconds of every kind of step."""
     depths = even_depths(min(stages, s.work.layers), s.work.layers)
-    ticks = Ticks(1 + (len(depths) - 1) / 2)
+    ticks = 1 + (len(depths) - 1) / 2
     return [
         cost_model.tick(s, depths, rows, ticks, tensor).total,
         cost_model.tick_on_one_device(s, depths, rows, ticks).total,
@@ -258,14 +252,14 @@ def test_more_work_is_never_faster(s: Setting, shape: tuple[int, int, int]) -> N
 @given(settings(), st.sampled_from([1, 2]))
 def test_one_stage_is_ar(s: Setting, tensor: int) -> None:
     depths = (s.work.layers,)
-    assert cost_model.tick(s, depths, 1, Ticks(1.0), tensor) == cost_model.ar_step(s, tensor)
-    assert cost_model.tick_on_one_device(s, depths, 1, Ticks(1.0)) == cost_model.ar_step(s)
+    assert cost_model.tick(s, depths, 1, 1.0, tensor) == cost_model.ar_step(s, tensor)
+    assert cost_model.tick_on_one_device(s, depths, 1, 1.0) == cost_model.ar_step(s)
 
 
 @given(settings(), shapes)
 def test_parts_are_times(s: Setting, shape: tuple[int, int, int]) -> None:
     stages, rows, tensor = shape
-    found = cost_model.tick(s, even_depths(min(stages, s.work.layers), s.work.layers), rows, Ticks(1.5), tensor)
+    found = cost_model.tick(s, even_depths(min(stages, s.work.layers), s.work.layers), rows, 1.5, tensor)
     assert all(value >= -1e-12 for value in dataclasses.astuple(found))
     assert type(found.total) is float  # files and verdicts hold plain numbers
     assert found.total == pytest.approx(sum(dataclasses.astuple(found)))

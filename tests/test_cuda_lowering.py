@@ -17,9 +17,9 @@ import pytest
 from reference.small_models import LLAMA
 
 from dex_jax.decoding.dynamic_exit import DEL
+from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.session import Spec, prefill_chunk, run_ticks, start_decoding
-from dex_jax.evaluation.planner.footprint import session_shapes
 from dex_jax.nn.transformer import Stacked, Unrolled
 
 CONFIG = dataclasses.replace(LLAMA, family="qwen3", tied=False, qk_norm=True, eos_ids=(2,))

@@ -10,9 +10,9 @@ import pytest
 from reference.small_models import LLAMA
 
 import dex_jax
+from dex_jax.decoding.footprint import Footprint, cache_length_for, device_memory, footprint, nbytes, verdict
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.session import Session
-from dex_jax.evaluation.planner.footprint import Footprint, cache_length_for, device_memory, footprint, nbytes, verdict
 from dex_jax.evaluation.planner.workload import SHAPES
 from dex_jax.nn.transformer import Stacked, Unrolled, random_transformer
 from dex_jax.sampling import Sampling, sampling_keys
@@ -61,8 +61,8 @@ def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:
 
 @pytest.mark.parametrize("method", [AR(), Dex(explorers=3)])
 def test_workspace_is_of_the_size_that_the_compiler_reports(method) -> None:
+    from dex_jax.decoding.footprint import session_shapes
     from dex_jax.decoding.session import PREFILL, RUN, Spec
-    from dex_jax.evaluation.planner.footprint import session_shapes
 
     config, batch, length, layout = UNTIED, 8, 384, Unrolled()
     schedule = method.schedule_for(config.num_layers)

@@ -22,9 +22,9 @@ from dex_jax.cli.records import json_record
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding import loop, session
 from dex_jax.decoding.exits import resolve_method
+from dex_jax.decoding.footprint import cache_length_for, footprint, nbytes, session_shapes
 from dex_jax.decoding.output import bound_of, rounds_of, ticks_of
 from dex_jax.decoding.trained_exits import empty_memory, exit_arrays
-from dex_jax.evaluation.planner.footprint import cache_length_for, footprint, nbytes, session_shapes
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
 from dex_jax.nn.exits import exit_parameters

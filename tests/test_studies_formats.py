@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.choices import Item
 from studies.templates.answers import parse_choice
 from studies.templates.formats import (
     LABELS,
@@ -25,6 +24,7 @@ from studies.templates.formats import (
     sample_formats,
     shown_options,
 )
+from studies.templates.items import Item
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "prompt_templates"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")

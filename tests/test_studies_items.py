@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.choices import number_in, read_items
 from dex_jax.evaluation.bench.tasks import rows_of
 from dex_jax.training.prompt_files import read_rows
+from studies.templates.items import number_in, read_items
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 HELLASWAG = {

@@ -31,11 +31,11 @@ ASKED = {
     "mt_bench": ("81", "first"),
     "xsum": ("x1", "Summarise this article in a few sentences.\n\nA long article."),
     "hellaswag": (
-        "hellaswag-4",
+        "4",
         "She pours\n\nHow does this go on?\nA. tea.\nB. sand.\n\nName the letter and explain your choice.",
     ),
     "mmlu": (
-        "mmlu-law-3",
+        "0",
         "Which?\n\nWhich answer is right?\nA. this\nB. that\n\nName the letter and explain your choice.",
     ),
 }

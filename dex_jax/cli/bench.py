@@ -67,8 +67,6 @@ def parser() -> argparse.ArgumentParser:
     add("--draft-lengths", type=depths, default=(1, 2, 3, 5), metavar="G,...", help="LayerSkip's sweep (1,2,3,5)")
     add("--thresholds", type=_shares, default=(0.2, 0.4, 0.6), metavar="P,...", help="AdaDecode's (0.2,0.4,0.6)")
     add("--timed-settings", type=int, default=3, metavar="N", help="best counted settings that are also timed")
-    add("--transformers-python", metavar="PATH", help="also time transformers' generate, by a Python that has it")
-    add("--transformers-early-exit", type=depths, metavar="D,G", help="and its assistant_early_exit (very slow)")
     add("--output", required=True, metavar="DIR", help="folder of the results")
     add("--no-plots", action="store_true", help="no PNG files, and no need of matplotlib")
     return p
@@ -156,14 +154,6 @@ def check(args: argparse.Namespace) -> None:
         raise DexError("--max-new-tokens must be at least 2: the first token comes of the prompt alone")
     if not args.tasks or not args.methods:
         raise DexError("--tasks and --methods must each name at least one")
-    if args.transformers_early_exit and len(args.transformers_early_exit) != 2:
-        raise DexError("--transformers-early-exit is an exit depth and a draft length, as 6,2")
-    if args.transformers_python and args.temperature:
-        raise DexError("transformers samples other tokens: leave out --temperature or --transformers-python")
-    if args.transformers_python and not (args.timed and args.rounds):
-        raise DexError(
-            "transformers is timed or nothing: leave out --transformers-python, or give --timed and --rounds"
-        )
     from dex_jax.evaluation.bench.contenders import SWEPT
 
     for name in (*args.methods, *args.timed):

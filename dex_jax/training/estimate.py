@@ -16,9 +16,8 @@ import numpy as np
 
 from dex_jax import cache
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.evaluation.planner.cost_model import USABLE
-from dex_jax.evaluation.planner.footprint import device_memory, nbytes
-from dex_jax.evaluation.planner.hardware import DEVICES
+from dex_jax.decoding.footprint import device_memory, nbytes
+from dex_jax.hardware import DEVICES, USABLE
 from dex_jax.language_model import abstract_weights
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Unrolled

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from dex_jax.errors import DexError, exit_code
 
 if TYPE_CHECKING:
-    from dex_jax.evaluation.bench.choices import Item
     from dex_jax.language_model import LanguageModel
     from studies.templates.formats import Template
+    from studies.templates.items import Item
     from studies.templates.plan import Case, Plan
 
 
@@ -146,9 +146,9 @@ def items_of(task: str, data: str | None) -> list[Item]:
     Raises:
       DexError: a task without options, no or bad data.
     """
-    from dex_jax.evaluation.bench.choices import read_items
     from dex_jax.evaluation.bench.tasks import rows_of
     from studies.templates.formats import DESCRIPTORS
+    from studies.templates.items import read_items
 
     if task not in DESCRIPTORS:
         raise DexError(f"unknown task {task!r}: templates are for {', '.join(DESCRIPTORS)}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.choices import Item
+from studies.templates.items import Item
 
 
 def _title(text: str) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.choices import Item
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from studies.templates.answers import parse_choice
 from studies.templates.formats import Template, shown_options
+from studies.templates.items import Item
 
 METHODS = ("ar", "dex", "layerskip")
 

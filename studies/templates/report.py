@@ -45,9 +45,7 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
     folder = Path(folder)
     runs, study = read_results(folder), read_study(folder)
     if study.get("benchmark") != "templates":
-        raise DexError(
-            f"{folder} holds no template study: python -m dex_jax.evaluation.bench.report reads other benchmarks"
-        )
+        raise DexError(f"{folder} holds no template study: python -m dex_jax.cli.report reads other benchmarks")
     output = folder if output is None else Path(output)
     files = [output / SUMMARY]
     try:

@@ -21,12 +21,12 @@ from dex_jax.evaluation.bench.answering import Answer, answer, batches
 from dex_jax.evaluation.bench.contenders import best_setting
 from dex_jax.evaluation.bench.forced_counts import Ask, Forced, dex_asks, dex_count, layerskip_asks, layerskip_count
 from dex_jax.evaluation.bench.forced_runs import answer_fields, layerskip_run
-from dex_jax.evaluation.bench.pace import Pace
 from dex_jax.evaluation.bench.results import Results
 from dex_jax.evaluation.bench.runs import Run, compared, run_key, run_of
 from dex_jax.evaluation.check import CLOSE, compare_tokens
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows
+from studies.templates.pace import Pace
 from studies.templates.plan import Case, Plan, grade
 
 SMALLEST_BATCH = 8

@@ -18,7 +18,6 @@ from dex_jax.evaluation.bench.answering import answer
 from dex_jax.evaluation.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
 from dex_jax.evaluation.bench.forced_counts import layerskip_asks
 from dex_jax.evaluation.bench.forced_runs import answer_fields, exits_at, layerskip_run
-from dex_jax.evaluation.bench.outside import EARLY_EXIT, PLAIN, Outside, run_of_answer
 from dex_jax.evaluation.bench.plan import Plan
 from dex_jax.evaluation.bench.results import Results
 from dex_jax.evaluation.bench.runs import Run, compared, run_key, run_of
@@ -131,7 +130,6 @@ class Bench:
         self.plain: dict[tuple[str, str], list[int]] = {}
         self.said: set[str] = set()
         self.warm: set[tuple[str, int]] = set()
-        self.outside: Outside | None = None
         self.clock = Clock(plan.runs(len(self.of("report")), len(self.of("tune"))), notify)
 
     def of(self, split: str) -> list[Case]:
@@ -163,13 +161,7 @@ class Bench:
                 if len(entries) > 1:
                     self._time(entries, self.of("tune"))
                 chosen.append(self._best(name, "wall" if len(entries) > 1 else "depth"))
-        chosen += self.plan.outsiders
-        try:
-            self._time(chosen, self.of("report"))
-        finally:
-            if self.outside is not None:
-                self.outside.close()
-                self.outside = None
+        self._time(chosen, self.of("report"))
 
     def _best(self, name: str, kind: str) -> Contender:
         if name not in SWEPT:
@@ -251,28 +243,13 @@ class Bench:
                         self.clock.skip("wall", 1)
                         continue
                     begin = time.monotonic()
-                    run = self._timed_run(entry, case, number)
-                    if run is not None:
-                        self._keep(entry, case, run)
+                    self._warm_up(entry, case)
+                    with self._remarks():
+                        out = generate(self.lm, [list(case.ids)], **self._options(entry, [case]))
+                    self._keep(entry, case, run_of(out, 0, kind="wall", round=number, **self._about(entry, case)))
                     last = number == self.args.rounds - 1 and entry is entries[0 if number % 2 else -1]
                     what = f"timing {self._words(entry)}"
                     self.clock.add("wall", 1, time.monotonic() - begin, what, logged=last)
-
-    def _timed_run(self, entry: Contender, case: Case, number: int) -> Run | None:
-        """One run, alone; None where transformers has nothing to do."""
-        about = self._about(entry, case) | {"round": number}
-        if entry.name not in (PLAIN, EARLY_EXIT):
-            self._warm_up(entry, case)
-            with self._remarks():
-                out = generate(self.lm, [list(case.ids)], **self._options(entry, [case]))
-            return run_of(out, 0, kind="wall", **about)
-        wanted = len(self.plain[case.task, case.id])
-        if wanted < 2:
-            return None
-        if self.outside is None:
-            self.outside = Outside(self.args.transformers_python, self.args.model)
-        found = self.outside.run(list(case.ids), wanted, **entry.setting)
-        return run_of_answer(found, self.outside.versions, len(case.ids), **about)
 
     def _warm_up(self, entry: Contender, case: Case) -> None:
         """Compiles what a run needs and runs its first ticks, once for each padded length."""
@@ -327,7 +304,7 @@ class Bench:
             split=case.split,
             round=number,
             counted=counted,
-            dtype="float32" if entry.name in (PLAIN, EARLY_EXIT) else str(self.lm.dtype),
+            dtype=str(self.lm.dtype),
             seed=case.seed if self.args.temperature > 0 else None,
         )
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dex_jax.decoding.exits import default_drafter, default_exits, resolve_method
-from dex_jax.decoding.methods import AR, is_auto
+from dex_jax.decoding.methods import is_auto
 from dex_jax.errors import DexError
 from dex_jax.evaluation.bench.contenders import SWEPT, Contender, contender, sweep, swept_depths
-from dex_jax.evaluation.bench.outside import EARLY_EXIT, PLAIN, check_outside
 from dex_jax.evaluation.bench.results import about_exits
 from dex_jax.io.exits_file import load_exits
 from dex_jax.language_model import LanguageModel
@@ -60,17 +59,6 @@ class Plan:
         main = self.args.explorers if "dex" in self.args.methods else None
         return [explorers for explorers in self.args.by_explorers if explorers != main]
 
-    @property
-    def outsiders(self) -> list[Contender]:
-        """transformers, where a Python with it was named."""
-        if self.args.transformers_python is None:
-            return []
-        found = [Contender(PLAIN, AR())]
-        if self.args.transformers_early_exit:
-            depth, length = self.args.transformers_early_exit
-            found.append(Contender(EARLY_EXIT, AR(), {"exit": depth, "draft_length": length}))
-        return found
-
     def exits_of(self, entry: Contender) -> Any:
         """What `dex_jax.generate` is to use for a method."""
         if entry.name == "ar":
@@ -82,10 +70,9 @@ class Plan:
         counted = report * (1 + len(self.counted) + len(self.other_grids)) + tune
         finalists = [min(len(self.sweeps[name]), self.args.timed_settings) for name in self.timed if name in SWEPT]
         tuning = sum(count for count in finalists if count > 1) * tune
-        timed = len(self.timed) + len(self.outsiders) if self.timed else 0
         return {
             "depth": counted + tune * sum(map(len, self.sweeps.values())),
-            "wall": self.args.rounds * (report * timed + tuning),
+            "wall": self.args.rounds * (report * len(self.timed) + tuning),
         }
 
     def about(self) -> dict[str, Any]:
@@ -99,13 +86,6 @@ class Plan:
 
     def _check(self) -> None:
         """Resolves every method once, so that a wrong setting costs no run."""
-        if self.args.transformers_python is not None:
-            check_outside(self.args.model)
-        elif self.args.transformers_early_exit:
-            raise DexError("--transformers-early-exit needs --transformers-python: name a Python with transformers")
-        early = self.args.transformers_early_exit
-        if early and not 0 < early[0] < self.lm.config.num_layers:
-            raise DexError(f"--transformers-early-exit drafts below the last layer, not at depth {early[0]}")
         explorers = self.args.explorers
         names = [name for name in (*self.counted, *self.timed) if name not in SWEPT]
         entries = [contender(name, explorers) for name in names]

@@ -1,15 +1,13 @@
-"""`python -m dex_jax.evaluation.bench.report DIR`: summary.md and plots of a benchmark, from its results.jsonl."""
+"""summary.md and plots of a benchmark, from its results.jsonl alone."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dex_jax.errors import DexError, exit_code
+from dex_jax.errors import DexError
 from dex_jax.evaluation.bench import comparison as c
 from dex_jax.evaluation.bench.comparison import mismatches
 from dex_jax.evaluation.bench.contenders import ON_MANY_DEVICES, SWEPT, by_setting
@@ -133,7 +131,7 @@ def _about(runs: Sequence[Run], study: dict[str, Any]) -> str:
     lines.append(
         "Speedups are medians over prompts of the ratio on one prompt, with 95% intervals by resampling prompts. The "
         "three kinds of figures below are never mixed. "
-        "`python -m dex_jax.evaluation.bench.report` makes this page again."
+        "`python -m dex_jax.cli.report` makes this page again."
     )
     return "\n".join(lines)
 
@@ -279,24 +277,3 @@ def _sweeps(runs: Sequence[Run]) -> list[str]:
             markdown(["setting", "layer steps a token", "ms a token"], rows),
         ]
     return parts
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 1 where tokens are not AR's, 2 for bad input."""
-    p = argparse.ArgumentParser(prog="python -m dex_jax.evaluation.bench.report", description=__doc__.splitlines()[0])
-    p.add_argument("folder", help="of a benchmark")
-    p.add_argument("--no-plots", action="store_true", help="summary.md alone")
-    p.add_argument("--output", metavar="DIR", help="another folder to write into")
-    args = p.parse_args(argv)
-
-    def run() -> int:
-        files = write(args.folder, not args.no_plots, args.output)
-        wrong = mismatches(read_results(args.folder))
-        print("written: " + ", ".join(str(file) for file in files), file=sys.stderr)
-        return 1 if wrong else 0
-
-    return exit_code(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

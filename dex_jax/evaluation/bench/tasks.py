@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.choices import Item, item_of
 from dex_jax.prompts import Prompt
 from dex_jax.training.prompt_files import read_prompts, read_rows
 
@@ -42,12 +41,12 @@ class Task:
     Attributes:
       hub: (name, config, split) for the package `datasets`; None where the hub has none.
       id_field: of a row; None numbers the rows.
-      ask: (row, where it stands) -> the prompt; None for items with options (evaluation/choices.py).
+      ask: (row, where it stands) -> the prompt.
     """
 
     hub: tuple[str, str | None, str] | None
     id_field: str | None
-    ask: Callable[[dict[str, Any], str], Prompt] | None
+    ask: Callable[[dict[str, Any], str], Prompt]
 
 
 def text_field(row: dict[str, Any], name: str, where: str) -> str:
@@ -75,11 +74,18 @@ def _first_turn(row: dict[str, Any], where: str) -> Prompt:
     return text_field({"turns": turns[0]}, "turns", where)
 
 
-def choice_prompt(item: Item) -> str:
-    """The one default prompt of an item with options: they are lettered, and a reason is asked for."""
-    options = "\n".join(f"{chr(ord('A') + number)}. {option}" for number, option in enumerate(item.options))
-    asked = "How does this go on?" if item.task == "hellaswag" else "Which answer is right?"
-    return f"{item.question}\n\n{asked}\n{options}\n\nName the letter and explain your choice."
+def _choice(question: str, options: str, asked: str) -> Callable[[dict[str, Any], str], Prompt]:
+    """Options are lettered, and a reason is asked for."""
+
+    def ask(row: dict[str, Any], where: str) -> Prompt:
+        given = row.get(options)
+        if not isinstance(given, list) or len(given) < 2 or not all(isinstance(each, str) for each in given):
+            raise DexError(f'{where}: "{options}" is no list of at least two texts: mend or remove the item')
+        lettered = "\n".join(f"{chr(ord('A') + number)}. {option}" for number, option in enumerate(given))
+        text = text_field(row, question, where)
+        return f"{text}\n\n{asked}\n{lettered}\n\nName the letter and explain your choice."
+
+    return ask
 
 
 TASKS: dict[str, Task] = {
@@ -90,8 +96,10 @@ TASKS: dict[str, Task] = {
     "xsum": Task(
         ("EdinburghNLP/xsum", None, "test"), "id", _field("document", "Summarise this article in a few sentences.\n\n")
     ),
-    "hellaswag": Task(("Rowan/hellaswag", None, "validation"), None, None),
-    "mmlu": Task(("cais/mmlu", "all", "dev"), None, None),
+    "hellaswag": Task(
+        ("Rowan/hellaswag", None, "validation"), "ind", _choice("ctx", "endings", "How does this go on?")
+    ),
+    "mmlu": Task(("cais/mmlu", "all", "dev"), None, _choice("question", "choices", "Which answer is right?")),
 }
 """Name -> task. "prompts:FILE" is one too: any file that dex_jax.training.prompt_files reads."""
 
@@ -133,9 +141,6 @@ def rows_of(name: str, data: str | Path | None) -> Iterator[tuple[Any, str]]:
 def _asked(name: str, task: Task, row: Any, number: int, where: str) -> Asked:
     if not isinstance(row, dict):
         raise DexError(f"{where} is {type(row).__name__}, not an item: make it an object with named fields")
-    if task.ask is None:
-        item = item_of(name, row, number, where)
-        return Asked(name, item.id, choice_prompt(item))
     given = None if task.id_field is None else row.get(task.id_field)
     return Asked(name, str(number if given is None else given), task.ask(row, where))
 

@@ -31,10 +31,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dex_jax.decoding.heads import HEAD_BLOCK
-from dex_jax.decoding.ladder import rungs
-from dex_jax.decoding.network import stage_rungs
-from dex_jax.evaluation.planner.hardware import Hardware, Link, interpolate
 from dex_jax.evaluation.planner.workload import ExitWork, Work
+from dex_jax.hardware import Hardware, Link, interpolate
 
 KERNELS_A_LAYER = 10
 """Assumption: two norms, four products, rotation, scores, softmax, weighted values; element-wise work is fused."""
@@ -47,13 +45,10 @@ KERNELS_OF_EXITS = 12
 
 KERNELS_OF_LATTICE = 200
 """Assumption: bookkeeping of a tick beside layers and heads. A tick compiled for TPU v5e has some 370 kernels with four
-layers a stage (`plan --compile-for`), of which its layers, compiled for one row and for all, are about a hundred."""
+layers a stage (studies/planner), of which its layers, compiled for one row and for all, are about a hundred."""
 
 LOGIT_PASSES = 4
 """Assumption: logits are written once and read for mask, maximum and sum."""
-
-USABLE = 0.92
-"""Share of a device's memory that weights and caches may take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,31 +105,14 @@ class Setting:
     layout: str = "unrolled"
 
 
-@dataclasses.dataclass(frozen=True)
-class Ticks:
-    """What an EAD profile says of one grid with one cap.
-
-    Attributes:
-      per_token: ticks over tokens.
-      used: [K][W + 1], share of ticks in which the last live row of a stage is row w; None: every stage is full.
-      widest: [W + 1], share of ticks in which row w is the last live one of any stage; None: always W.
-      asked: [.], calls of the heads a tick that ask n nodes, by n; None: every node of every stage, block by block.
-    """
-
-    per_token: float
-    used: tuple[tuple[float, ...], ...] | None = None
-    widest: tuple[float, ...] | None = None
-    asked: tuple[float, ...] | None = None
-
-
-def tick(s: Setting, depths: Sequence[int], rows: int, ticks: Ticks, tensor: int = 1) -> Parts:
+def tick(s: Setting, depths: Sequence[int], rows: int, ticks: float, tensor: int = 1) -> Parts:
     """One tick on a mesh of K stages x T devices; with K = 1 it is an AR step.
 
     Args:
       s: setting.
       depths: x_1 < ... < x_K = L.
       rows: W.
-      ticks: of the profile, for these depths and rows.
+      ticks: a token, of the profile for these depths and rows.
       tensor: T.
     """
     stages = len(depths)
@@ -143,16 +121,11 @@ def tick(s: Setting, depths: Sequence[int], rows: int, ticks: Ticks, tensor: int
     device, slots = s.hardware.device, stages * rows
     longest = _longest(depths)
     found = _layers(s, longest, 1, tensor, slots)
-    (shares,) = _shares_of_batch(None if ticks.widest is None else (ticks.widest,), s.batch, 1, rows)
-    counts = stage_rungs(s.batch, rows)
-    width = 0.0
-    for row in range(1, rows + 1):
-        taken = next(count for count in counts if count >= row)
-        width += shares[row] * (_layers(s, longest, taken, tensor, slots).total - found.total)
+    width = _layers(s, longest, rows, tensor, slots).total - found.total
     used = s.batch * rows
     logits, gathered = _exit_logits(s, used, tensor)
     final = _head(s, s.batch, tensor)
-    commits = 1 - (1 - 1 / ticks.per_token) ** s.batch
+    commits = 1 - (1 - 1 / ticks) ** s.batch
     # Exits and the final layer are asked at the same time, on different devices; or the final layer while the others
     # still run their layers, where the last stage has fewer of them (`decoding.stage.final_first`).
     asked = _exit_features(s, used) + logits
@@ -171,11 +144,11 @@ def tick(s: Setting, depths: Sequence[int], rows: int, ticks: Ticks, tensor: int
     return found + head + Parts(width=width, exits=exits, communication=moved, fixed=fixed)
 
 
-def tick_on_one_device(s: Setting, depths: Sequence[int], rows: int, ticks: Ticks) -> Parts:
+def tick_on_one_device(s: Setting, depths: Sequence[int], rows: int, ticks: float) -> Parts:
     """One tick of all stages on one device, side by side.
 
-    In the unrolled layout a stage without a live row is skipped and others run as many rows as are in use; in the
-    stacked one every stage runs all of its rows.
+    Every stage runs all of its rows; in the unrolled layout the loop skips stages without a live row, which is not
+    counted on.
     """
     stages = len(depths)
     if stages == 1:
@@ -190,25 +163,18 @@ def tick_on_one_device(s: Setting, depths: Sequence[int], rows: int, ticks: Tick
         # All stages' layers of one index run as one chain of kernels.
         found += dataclasses.replace(one, width=more, fixed=one.fixed / stages)
     else:
-        shares = _shares_of_batch(ticks.used, s.batch, stages, rows)
-        counts = stage_rungs(s.batch, rows)
-        for length, share in zip(lengths, shares, strict=True):
-            for row in range(1, rows + 1):
-                taken = next(count for count in counts if count >= row)
-                one = _layers(s, length, 1, 1, slots, "unrolled")
-                more = _layers(s, length, taken, 1, slots, "unrolled").total - one.total
-                found += (one + Parts(width=more)).times(share[row])
-    commits = 1 - (1 - 1 / ticks.per_token) ** s.batch
+        for length in lengths:
+            one = _layers(s, length, 1, 1, slots, "unrolled")
+            more = _layers(s, length, rows, 1, slots, "unrolled").total - one.total
+            found += one + Parts(width=more)
+    commits = 1 - (1 - 1 / ticks) ** s.batch
     found += _head(s, s.batch, 1).times(commits)
-    asked = ticks.asked or _all_asked(stages, rows)
+    block = min(rows, HEAD_BLOCK)
+    calls = math.ceil((stages - 1) * rows / block)
     exits = (stages - 1) * _product(s, s.exits.own, s.batch * rows, 1, "stacked")
     exits += _product(s, s.exits.shared, (stages - 1) * s.batch * rows, 1, "unrolled") + _committed(s)
-    sizes = rungs(s.batch * min(rows, HEAD_BLOCK))
-    for nodes, calls in enumerate(asked):
-        if nodes and calls:
-            taken = next(size for size in sizes if size >= min(nodes * s.batch, sizes[-1]))
-            exits += calls * _logits(s, s.exits.columns, taken, 1, "exits")
-    fixed = KERNELS_OF_EXITS * s.hardware.device.kernel_seconds * max(1.0, sum(asked))
+    exits += calls * _logits(s, s.exits.columns, s.batch * block, 1, "exits")
+    fixed = KERNELS_OF_EXITS * s.hardware.device.kernel_seconds * calls
     return found + Parts(exits=exits, fixed=fixed + _tick_seconds(s))
 
 
@@ -380,19 +346,5 @@ def _tick_seconds(s: Setting) -> float:
     return device.measured.tick_seconds if device.measured else KERNELS_OF_LATTICE * device.kernel_seconds
 
 
-def _shares_of_batch(
-    used: tuple[tuple[float, ...], ...] | None, batch: int, stages: int, rows: int
-) -> list[list[float]]:
-    """[K] of [W + 1]: the share of ticks by the last row in use among B sequences that do not wait for one another."""
-    if used is None:
-        return [[0.0] * rows + [1.0]] * stages
-    return [np.diff(np.cumsum(share) ** batch, prepend=0.0).tolist() for share in used]
-
-
 def _longest(depths: Sequence[int]) -> int:
     return int(max(np.diff((0, *depths))))
-
-
-def _all_asked(stages: int, rows: int) -> tuple[float, ...]:
-    block = min(rows, HEAD_BLOCK)
-    return (*(0.0,) * block, float(math.ceil((stages - 1) * rows / block)))

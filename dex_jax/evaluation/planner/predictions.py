@@ -14,9 +14,13 @@ from typing import Any
 from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import cost_model
-from dex_jax.evaluation.planner.cost_model import USABLE, Parts, Setting
+from dex_jax.evaluation.planner.cost_model import Parts, Setting
 from dex_jax.evaluation.planner.ead_profile import Profile
+from dex_jax.hardware import USABLE
 from dex_jax.lattice import default_rows, full_rows
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""For which `cost_by_batch` tells what a token costs."""
 
 WORTH_IT = 1.05
 """DEX is recommended when it is predicted to be at least this much faster than the fastest other way on the devices."""
@@ -117,7 +121,7 @@ def plan(
       s: what is decoded on what.
       profile: of the model and its exits.
       explorers: K to consider; None: all that the profile has grids for.
-      rows: W to consider; None: all that the profile has.
+      rows: W to consider; None: the default, and those whose loss the profile tells.
 
     Raises:
       DexError: a profile of a model with another number of layers, or no grid left.
@@ -167,7 +171,7 @@ def dex(
         ticks = profile.ticks(depths, count)
         if ticks is None:
             continue
-        stages, tokens = len(depths), 1 / ticks.per_token
+        stages, tokens = len(depths), 1 / ticks
         name = f"DEX-1/{stages}, exits at {' '.join(map(str, depths[:-1]))}, {count} rows"
         for tensor in tensor_axes(s, s.hardware.count // stages):
             if stages * tensor == 1:
@@ -220,6 +224,25 @@ def others(s: Setting, profile: Profile | None = None) -> list[Prediction]:
     return found
 
 
+def cost_by_batch(s: Setting, chosen: Plan, profile: Profile) -> dict[int, list[Prediction]]:
+    """For each batch the best DEX of this plan, with its mesh, grid and rows, beside all other ways that fit."""
+    found = {}
+    for batch in BATCHES:
+        larger = dataclasses.replace(s, batch=batch)
+        rows = [p for p in others(larger, profile) if p.fits]
+        best = chosen.best_dex
+        if best is not None and best.method == "dex":
+            ticks = profile.ticks(best.depths, best.rows)
+            assert ticks is not None  # the plan is of this profile
+            step = cost_model.tick(larger, best.depths, best.rows, ticks, best.tensor)
+            size = cost_model.bytes_per_device(larger, best.stages, best.tensor, rows=best.rows, depths=best.depths)
+            shape = (best.stages, best.tensor)
+            made = prediction(larger, "dex", shape, best.depths, best.rows, step, best.tokens_a_step, size, best.detail)
+            rows += [made] * made.fits
+        found[batch] = sorted(rows, key=lambda p: -p.tokens_per_second)
+    return found
+
+
 def tensor_axes(s: Setting, devices: int) -> list[int]:
     """Sizes of a tensor axis up to `devices` that divide the heads."""
     return [tensor for tensor in range(1, devices + 1) if s.work.divisible(tensor)]
@@ -254,13 +277,15 @@ def _grids(
 ) -> list[tuple[tuple[int, ...], int]]:
     """(depths, rows) to consider."""
     if profile.assumption is None:
-        found = [(grid.depths, capped.rows) for grid in profile.grids for capped in grid.capped]
+        grids = [grid.depths for grid in profile.grids]
     else:
         most = min(layers, max(explorers or (ASSUMED_EXPLORERS,)))
-        found = []
-        for stages in range(2, most + 1):
-            caps = sorted({min(full_rows(stages), w) for w in (*(rows or ()), default_rows(stages), *profile.cap_loss)})
-            found += [(even_depths(stages, layers), cap) for cap in caps]
+        grids = [even_depths(stages, layers) for stages in range(2, most + 1)]
+    found = []
+    for depths in grids:
+        full = full_rows(len(depths))
+        caps = {min(full, cap) for cap in (*(rows or ()), default_rows(len(depths)), *profile.cap_loss)}
+        found += [(depths, cap) for cap in sorted(caps)]
     kept = [
         (depths, cap)
         for depths, cap in found

@@ -17,17 +17,13 @@ def figures(profile: Profile) -> dict[str, Any]:
 
     Returns:
       Matplotlib Figures: "ead", the share of tokens by earliest available depth; "speedup", depth-side speedups by K
-      beside what bounds them; "rows", what capped rows cost in ticks.
+      beside what bounds them.
 
     Raises:
       DexError: no matplotlib.
     """
     grids = sorted(profile.grids, key=lambda grid: grid.stages)
-    return {
-        "ead": _ead(profile.groups or {"all": profile.ead}),
-        "speedup": _speedup(profile.ead, grids),
-        "rows": _rows(grids),
-    }
+    return {"ead": _ead(profile.groups or {"all": profile.ead}), "speedup": _speedup(profile.ead, grids)}
 
 
 def draw(profile: Profile, folder: str | Path) -> list[Path]:
@@ -78,19 +74,5 @@ def _speedup(ead: EAD, grids: list[GridProfile]) -> Any:
         axes.plot(*zip(*real, strict=True), "x", label="the loop itself")
     axes.set_xlabel("K")
     axes.set_ylabel("depth-side speedup")
-    axes.legend()
-    return figure
-
-
-def _rows(grids: list[GridProfile]) -> Any:
-    figure = new_figure(8, 5)
-    axes = figure.add_subplot()
-    for grid in grids:
-        rows = [capped.rows for capped in grid.capped]
-        above = [capped.ticks_per_token / grid.ticks_per_token - 1 for capped in grid.capped]
-        axes.plot(rows, above, marker=".", label=f"K = {grid.stages}")
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("rows a stage")
-    axes.set_ylabel("ticks above those of rows that never prune")
     axes.legend()
     return figure

@@ -22,7 +22,7 @@ from dex_jax.decoding.heads import HEAD_BLOCK, Proposers, propose
 from dex_jax.decoding.interface import Exits, Network, StageView
 from dex_jax.decoding.network import extend, transformer_network
 from dex_jax.decoding.record import Limits
-from dex_jax.evaluation.planner.hardware import Link
+from dex_jax.hardware import Link
 from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.lattice import NO_NODE, NO_TOKEN
 from dex_jax.nn.layers import linear

@@ -1,11 +1,10 @@
 """Writes docs/planner.md: the planner's assumptions, what the paper's cases come to, and what else there is.
 
-    python benchmarks/planner.py                      # tables and the assumed profiles, seconds, nothing is measured
-    python benchmarks/planner.py --compile            # compiles for TPUs too (libtpu; minutes), kept in a JSON file
+    python -m studies.planner                         # tables and the assumed profiles, seconds, nothing is measured
+    python -m studies.planner --compile               # compiles for TPUs too (libtpu; minutes), kept in a JSON file
 
 EAD profiles of large models are assumptions here: figures of this repository's own small models (results/exits.json,
-docs/layerskip.md), stretched to the depth of the large one. What `validate_plan --output
-results/planner/validation.json` has measured is shown if it is there.
+docs/layerskip.md), stretched to the depth of the large one.
 """
 
 from __future__ import annotations
@@ -24,17 +23,15 @@ from dex_jax.decoding.methods import even_depths
 from dex_jax.evaluation.planner import cost_model
 from dex_jax.evaluation.planner.cost_model import Parts, Setting
 from dex_jax.evaluation.planner.ead_profile import FORMAT, Profile, read_profile
-from dex_jax.evaluation.planner.hardware import DEVICES, LINKS, REACHED_BANDWIDTH, REACHED_FLOPS, hardware
-from dex_jax.evaluation.planner.plan import cost_by_batch
-from dex_jax.evaluation.planner.predictions import Prediction, others, plan
+from dex_jax.evaluation.planner.predictions import Prediction, cost_by_batch, others, plan
 from dex_jax.evaluation.planner.workload import SHAPES, described_exits, work_of
+from dex_jax.hardware import DEVICES, LINKS, REACHED_BANDWIDTH, REACHED_FLOPS, USABLE, Hardware, hardware
 from dex_jax.lattice import default_rows
 from dex_jax.tables import markdown
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 COMPILED = RESULTS / "planner" / "compiled.json"
-VALIDATION = RESULTS / "planner" / "validation.json"
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
 ADDRESS = f"{URLS['Repository']}/blob/main/results/planner"
 CONTEXT = 1024
@@ -111,7 +108,8 @@ def write_assumptions(folder: Path) -> dict[tuple[str, str], Path]:
 def gains(pipelined: Parts, tick: Parts, ticks: float) -> list[float]:
     """Speed over the pipeline on the same devices, as more and more of what a tick and a step take is counted in."""
     orders = (("layers",), ("head", "exits"), ("communication",), ("width",), ("fixed",))
-    found, counted = [], []
+    found: list[float] = []
+    counted: list[str] = []
     for names in orders:
         counted += names
         found.append(
@@ -120,18 +118,25 @@ def gains(pipelined: Parts, tick: Parts, ticks: float) -> list[float]:
     return found
 
 
+def _setting(model: str, exits: str, machine: Hardware, batch: int = 1) -> Setting:
+    described = described_exits(exits, SHAPES[model])
+    assert described is not None
+    return Setting(work_of(SHAPES[model]), described, machine, batch, CONTEXT)
+
+
 def paper_rows(model: str, exits: str, profile: Profile, cases: list[tuple[int, int]], links: str) -> list[list[str]]:
     """One line for each (K, batch) on K H100s."""
     config = SHAPES[model]
     rows = []
     for stages, batch in cases:
         machine = hardware(f"h100x{stages}" + links.format(count=stages))
-        s = Setting(work_of(config), described_exits(exits, config), machine, batch, CONTEXT)
+        s = _setting(model, exits, machine, batch)
         depths, width = even_depths(stages, config.num_layers), default_rows(stages)
         ticks = profile.ticks(depths, width)
+        assert ticks is not None  # an assumed profile has all grids
         tick = cost_model.tick(s, depths, width, ticks)
         pipelined = cost_model.pipelined_step(s, stages)
-        counted = gains(pipelined, tick, ticks.per_token)
+        counted = gains(pipelined, tick, ticks)
         every = others(s, profile)
 
         def best(methods: tuple[str, ...], every: list[Prediction] = every) -> str:
@@ -141,10 +146,10 @@ def paper_rows(model: str, exits: str, profile: Profile, cases: list[tuple[int, 
         rows.append(
             [
                 f"{stages} x {width}, {batch}",
-                f"{ticks.per_token:.2f}",
+                f"{ticks:.2f}",
                 *(f"{gain:.2f}" for gain in counted),
                 f"{tick.total * 1e3:.2f}",
-                f"{1 / (tick.total * ticks.per_token):.1f}",
+                f"{1 / (tick.total * ticks):.1f}",
                 f"{1 / pipelined.total:.1f}",
                 best(("ar", "ar tensor")),
                 best(("layerskip",)),
@@ -221,12 +226,12 @@ def recommendations(files: dict[tuple[str, str], Path]) -> list[str]:
     cases += [("codellama-34b", "attn:16384", text) for text in ("h100", "h100x3", "h100x4,hosts=4,network=dcn")]
     for model, exits, text in cases:
         profile = read_profile(files[model, exits])
-        s = Setting(work_of(SHAPES[model]), described_exits(exits, SHAPES[model]), hardware(text), 1, CONTEXT)
+        s = _setting(model, exits, hardware(text))
         chosen = plan(s, profile)
         rows.append([model, exits, f"`{text}`", chosen.sentence])
     return [
         "## What it recommends",
-        "Batch 1, the same assumed profiles; `python -m dex_jax.evaluation.planner.plan` shows every candidate. DEX is "
+        "Batch 1, the same assumed profiles; `python -m dex_jax.cli.plan` shows every candidate. DEX is "
         "recommended where it is predicted to be at least 5% faster than every other way on the same devices.",
         markdown(["model", "exits", "hardware", "recommendation"], rows),
     ]
@@ -241,8 +246,7 @@ def costs(files: dict[tuple[str, str], Path]) -> list[str]:
         "busy ones are paid for.",
     ]
     for text in ("h100x8", "h100x8,hosts=8,network=dcn"):
-        config = SHAPES["llama-2-70b"]
-        s = Setting(work_of(config), described_exits("attn:16384", config), hardware(text), 1, CONTEXT)
+        s = _setting("llama-2-70b", "attn:16384", hardware(text))
         profile = read_profile(files["llama-2-70b", "attn:16384"])
         by_batch = cost_by_batch(s, plan(s, profile), profile)
         keys = dict.fromkeys((p.method, p.stages, p.tensor) for each in by_batch.values() for p in each)
@@ -298,16 +302,16 @@ def assumptions() -> list[str]:
             "KERNELS_OF_EXITS",
             "KERNELS_OF_LATTICE",
             "LOGIT_PASSES",
-            "USABLE",
         )
     ]
+    constants += [["usable", f"{USABLE:g}"]]
     constants += [["reached bandwidth", f"{REACHED_BANDWIDTH:g}"], ["reached flops", f"{REACHED_FLOPS:g}"]]
     return [
         "## Assumptions",
         "```\n" + cost_model.__doc__.strip() + "\n```",
         "Constants, each with a line in `dex_jax/evaluation/planner/cost_model.py` or `hardware.py`:",
         markdown(["constant", "value"], constants),
-        "Devices; sources of the peaks stand beside them in `dex_jax/evaluation/planner/hardware.py`. `calibrate` "
+        "Devices; sources of the peaks stand beside them in `dex_jax/hardware.py`. `calibrate` "
         "replaces all of this by measured times.",
         markdown(["device", "Tflop/s", "GB/s", "GB", "us a kernel", "$/hour", "a host", "links"], devices),
         markdown(["link", "us a message", "GB/s one way"], links),
@@ -319,7 +323,7 @@ def compiled_section() -> list[str]:
     file = COMPILED
     if not file.is_file():
         return []
-    from dex_jax.evaluation.planner.compiled import Evidence, evidence_rows, rooflines
+    from studies.planner.compiled import Evidence, evidence_rows, rooflines
 
     parts = [
         "## Compiled for TPUs",
@@ -355,23 +359,9 @@ def compiled_section() -> list[str]:
     return parts
 
 
-def validation_section() -> list[str]:
-    """What validate_plan has measured, if it has."""
-    file = VALIDATION
-    if not file.is_file():
-        return []
-    from dex_jax.evaluation.planner.validate_plan import Compared, Verdict, table
-
-    content = json.loads(file.read_text())
-    verdict = Verdict(
-        tuple(Compared(**row) for row in content["rows"]), content["tau"], content["tau_alike"], content["regret"]
-    )
-    return ["## Predicted and measured on this project's CPU", table(verdict)]
-
-
 def compile_all() -> None:
     """Compiles for TPUs and keeps what the compiler says; what is kept already is not compiled again."""
-    from dex_jax.evaluation.planner.compiled import compiled_evidence
+    from studies.planner.compiled import compiled_evidence
 
     file = COMPILED
     found = json.loads(file.read_text()) if file.is_file() else {}
@@ -383,7 +373,7 @@ def compile_all() -> None:
             topology,
             explorers=explorers,
             context=CONTEXT,
-            notify=lambda line, model=model: print(f"{model}: {line}", file=sys.stderr, flush=True),
+            notify=lambda line: print(line, file=sys.stderr, flush=True),
         )
         found[f"{model} on {topology}"] = [dataclasses.asdict(each) for each in evidence]
         write_json(str(file), found)
@@ -393,31 +383,31 @@ INTRODUCTION = """\
 # The planner: where DEX pays, in advance
 
 ```
-python -m dex_jax.evaluation.planner.profile --data prompts.jsonl --output profile.json --plots plots # EAD
-python -m dex_jax.evaluation.planner.calibrate --output here.json # this device
-python -m dex_jax.evaluation.planner.plan --profile profile.json --hardware here.json # which K, grid and rows
-python -m dex_jax.evaluation.planner.validate_plan --profile profile.json --hardware here.json --data others.jsonl
+python -m dex_jax.cli.profile --data prompts.jsonl --output profile.json --plots plots # EAD
+python -m dex_jax.cli.calibrate --output here.json # this device
+python -m dex_jax.cli.plan --profile profile.json --hardware here.json # which K, grid and rows
 ```
 
 `profile` lets the model answer prompts and runs the texts once, teacher-forced: when each token becomes available
-(EAD), the oracle's speedup, the bound that each grid's resolution allows, the ticks of rows that never prune, and, by
-replaying the lattice with the scores that exits gave, ticks and rows in use for every cap. `plan` puts that into a
+(EAD), the oracle's speedup, the bound that each grid's resolution allows, and the ticks of rows that never prune; with
+`--real-loop` the loop itself runs. What a cap of the rows adds elsewhere was measured once. `plan` puts that into a
 roofline of a tick and of every other way on the same devices, and recommends one, or not to use DEX. `--hardware` takes
 a name of the table below (`h100x8`, `v5ex16,hosts=4,network=dcn`) or a file of `calibrate`, which measures row costs
-with this library's own programs; `plan --compile-for v5e:2x4` adds what the TPU compiler says. Ticks, depth-side
+with this library's own programs. Ticks, depth-side
 speedup and predicted wall-clock time are three different numbers, and predictions are no measurements.
 
-This page is written by `python benchmarks/planner.py`."""
+This page is written by `python -m studies.planner`."""
 
 
 def page(folder: Path = RESULTS / "planner") -> str:
     """The whole page; assumed profiles go to `folder`."""
     files = write_assumptions(folder)
     parts = [INTRODUCTION, *paper(files), *recommendations(files), *costs(files)]
-    return "\n\n".join([*parts, *validation_section(), *compiled_section(), *assumptions()]) + "\n"
+    return "\n\n".join([*parts, *compiled_section(), *assumptions()]) + "\n"
 
 
 def main() -> int:
+    """Writes docs/planner.md; returns exit code 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true", help="compile for TPUs too, which needs libtpu")
     args = parser.parse_args()

@@ -21,17 +21,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.table import Table
 
 from dex_jax.config import ModelConfig
+from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex, Schedule
 from dex_jax.decoding.session import RUN
 from dex_jax.decoding.spec import Spec
 from dex_jax.errors import DexError
-from dex_jax.evaluation.planner.cost_model import Setting, Ticks, ar_step, bytes_per_device, pipelined_step, tick
-from dex_jax.evaluation.planner.footprint import session_shapes
-from dex_jax.evaluation.planner.hardware import DEVICES, hardware
+from dex_jax.evaluation.planner.cost_model import Setting, ar_step, bytes_per_device, pipelined_step, tick
 from dex_jax.evaluation.planner.workload import exit_work, work_of
+from dex_jax.hardware import DEVICES, hardware
 from dex_jax.nn.transformer import Staged
 from dex_jax.sharding import make_mesh
 
@@ -135,7 +134,7 @@ def rooflines(
     tensor = _tensor_axis(config, explorers)
     return [
         (
-            tick(s, schedule.depths, schedule.rows, Ticks(explorers)).total,
+            tick(s, schedule.depths, schedule.rows, explorers).total,
             bytes_per_device(s, explorers, rows=schedule.rows, depths=schedule.depths),
         ),
         (pipelined_step(s, explorers).total, bytes_per_device(s, explorers)),
@@ -158,8 +157,7 @@ def topology_devices(topology: str) -> tuple[str, list[Any]]:
     chip, _, arrangement = topology.partition(":")
     if chip not in ACCELERATOR_TYPES or not re.fullmatch(r"\d+(x\d+)*", arrangement):
         raise DexError(
-            f"--compile-for {topology!r} is no TPU topology: write {', '.join(ACCELERATOR_TYPES)} and an arrangement, "
-            "such as v5e:2x4"
+            f"{topology!r} is no TPU topology: write {', '.join(ACCELERATOR_TYPES)} and an arrangement, such as v5e:2x4"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise DexError("compiling for TPUs needs libtpu: pip install libtpu (no TPU is needed)")
@@ -298,18 +296,6 @@ def kernels_of(hlo: str) -> int:
         if inside and operation is not None and operation.group(1) not in FREE and "-done" not in operation.group(1):
             count += 1
     return count
-
-
-def evidence_table(evidence: Sequence[Evidence]) -> Table:
-    """One line a program."""
-    table = Table(box=None, pad_edge=False, title="compiled, one chip", title_justify="left")
-    table.add_column("program", overflow="fold")
-    for name in ("chips", "GB", "+ temporary", "fits", "GFLOP", "GB accessed", "kernels", "roofline ms"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("collectives", overflow="fold")
-    for row in evidence_rows(evidence):
-        table.add_row(*row)
-    return table
 
 
 def evidence_rows(evidence: Sequence[Evidence]) -> list[list[str]]:

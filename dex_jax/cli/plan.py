@@ -1,0 +1,132 @@
+"""Which K, grid and rows to choose on some hardware, or not to use DEX at all.
+
+    python -m dex_jax.cli.plan --model smollm2-135m --profile profile.json --hardware cpu.json
+    python -m dex_jax.cli.plan --model llama-2-70b --exits linear:8192 --profile assumed.json \\
+        --hardware h100x8
+
+Nothing is loaded and nothing is run: predictions follow from shapes, an EAD profile and the cost model, whose
+assumptions stand in `cost_model`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from dex_jax.errors import DexError, exit_code
+from dex_jax.evaluation.planner.cost_model import Setting
+from dex_jax.evaluation.planner.ead_profile import read_profile
+from dex_jax.evaluation.planner.predictions import Plan, cost_by_batch, plan
+from dex_jax.evaluation.planner.tables import costs_table, predictions_table
+from dex_jax.evaluation.planner.workload import SHAPES, ExitWork, config_of, described_exits, exit_work, work_of
+from dex_jax.hardware import DEVICES, hardware
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    p = argparse.ArgumentParser(
+        prog="python -m dex_jax.cli.plan",
+        description=__doc__.splitlines()[0],
+        epilog="Exit codes: 0 done, 2 bad input.",
+    )
+    add = p.add_argument_group("what is decoded").add_argument
+    add("--model", default="smollm2-135m", help=f"alias, directory, file, hub id, config.json, or {', '.join(SHAPES)}")
+    add("--exits", default="default", help='file, folder, "default", or a description: KIND or KIND:DRAFT VOCABULARY')
+    add("--profile", metavar="FILE", help="of python -m dex_jax.cli.profile, or an assumed one")
+    add("--batch", type=int, default=1, metavar="B", help="sequences (%(default)s)")
+    add("--context", type=int, default=1024, metavar="S", help="positions attended to, or cache length (%(default)s)")
+    add("--layout", choices=["unrolled", "stacked"], default="unrolled", help="of the weights (%(default)s)")
+    add = p.add_argument_group("on what").add_argument
+    names = ", ".join(DEVICES)
+    add("--hardware", metavar="NAMExCOUNT|FILE", help=f"{names}, or a file of calibrate; then ,hosts=N,link=NAME,...")
+    add = p.add_argument_group("which").add_argument
+    add("--explorers", type=int, nargs="+", metavar="K", help="consider these (all of the profile)")
+    add("--rows", type=int, nargs="+", metavar="W", help="consider these (all of the profile)")
+    add = p.add_argument_group("what is shown").add_argument
+    add("--top", type=int, default=12, metavar="N", help="so many of the fastest (%(default)s)")
+    add("--batches", action="store_true", help="also what a token costs from batch 1 to 64")
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code, 2 for bad input."""
+    args = parser().parse_args(argv)
+    return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plans as the flags say and prints it.
+
+    Raises:
+      DexError: flags that do not go together, or what they name cannot be read.
+    """
+    if min(args.batch, args.context, args.top) < 1:
+        raise DexError("--batch, --context and --top must be at least 1")
+    if args.hardware is None:
+        raise DexError(f"say for what to plan: --hardware with one of {', '.join(DEVICES)}, or a file of calibrate")
+    if args.profile is None:
+        raise DexError("ticks follow from an EAD profile: give --profile (python -m dex_jax.cli.profile writes one)")
+    work, found = work_of(config_of(args.model)), hardware(args.hardware)
+    s = Setting(work, exits_of(args.exits, args.model), found, args.batch, args.context, args.layout)
+    profile = read_profile(args.profile)
+    chosen = plan(s, profile, explorers=args.explorers, rows=args.rows)
+    costs = cost_by_batch(s, chosen, profile) if args.batches else {}
+    if args.json:
+        report: dict[str, Any] = {
+            "model": args.model,
+            "setting": dataclasses.asdict(s),
+            "assumption": profile.assumption,
+            "recommendation": chosen.sentence,
+            "predictions": [each.to_json() for each in chosen.predictions],
+        }
+        if costs:
+            report["by_batch"] = {str(b): [p.to_json() for p in each] for b, each in costs.items()}
+        print(json.dumps(report, allow_nan=False))
+        return
+    print(f"{s.hardware.name}; batch {s.batch}, context {s.context}, exits {s.exits.name}")
+    if profile.assumption is not None:
+        print(f"EAD assumed, not measured: {profile.assumption}")
+    tables = [predictions_table(shown(chosen, args.top)), *([costs_table(costs)] if costs else [])]
+    print("\n".join([*(f"\n{table}\n" for table in tables), chosen.sentence]))
+
+
+def shown(chosen: Plan, top: int) -> list[Any]:
+    """The fastest predictions, and each way once at least."""
+    found = list(chosen.predictions[:top])
+    for each in chosen.predictions:
+        if each.method not in {p.method for p in found}:
+            found.append(each)
+    return found
+
+
+def exits_of(text: str, model: str) -> ExitWork:
+    """Shapes of the exits that the flag names.
+
+    Raises:
+      DexError: no such exits.
+    """
+    from dex_jax.decoding.exits import default_exits
+    from dex_jax.io import open_checkpoint
+    from dex_jax.io.exits_file import load_exits
+
+    config = config_of(model)
+    described = described_exits(text, config)
+    if described is not None:
+        return described
+    if text == "default":
+        if model.lower() in SHAPES or model.endswith(".json"):
+            return exit_work(None, config)
+        shipped = default_exits(open_checkpoint(model).fingerprint())
+        return exit_work(None if shipped is None else shipped.config, config)
+    exits = load_exits(text).config
+    if exits.width != config.width:
+        raise DexError(f"the exits in {text} are for a model of width {exits.width}, and {model} has {config.width}")
+    return exit_work(exits, config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

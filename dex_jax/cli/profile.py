@@ -1,0 +1,106 @@
+"""`python -m dex_jax.cli.profile`: the EAD profile of a model and its exits on prompts of your choice.
+
+Lets the model answer prompts greedily, runs the texts once, teacher-forced, and writes when tokens become available,
+what an oracle and each grid could make of it, and the ticks that follow. With --real-loop the decode loop itself runs
+on the same prompts. The planner reads the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from dex_jax.errors import DexError, exit_code
+
+EXPLORERS = (2, 3, 4, 5, 6, 8, 10, 15)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    from dex_jax.cli.common import depths
+    from dex_jax.language_model import DTYPES
+
+    p = argparse.ArgumentParser(prog="python -m dex_jax.cli.profile", description=__doc__.splitlines()[0])
+    add = p.add_argument
+    add("--exits", default="default", help='folder, file, "default" or "shared" (then every layer is an exit)')
+    add("--depths", type=depths, metavar="X,...", help="of shared exits (every layer)")
+    add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
+    add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
+    add("--data", nargs="+", required=True, metavar="FILE", help="prompts: .jsonl, .json or .txt, each a group")
+    add("--prompts", type=int, metavar="N", help="N prompts of each file, evenly spread (all)")
+    add("--max-new-tokens", type=int, default=96, metavar="N", help="of each answer (%(default)s)")
+    add("--batch", type=int, default=8, metavar="B", help="prompts at a time (%(default)s)")
+    add("--cache", metavar="FILE.json", help="keep answers there, as train_exits.py evaluate does")
+    add("--explorers", type=int, nargs="+", default=list(EXPLORERS), metavar="K", help="even grids (%(default)s)")
+    add("--grid", type=depths, nargs="+", default=[], metavar="X,...", help="further grids, as 6,12,30")
+    add("--real-loop", type=int, default=0, metavar="N", help="also run the loop on N prompts of each file (0)")
+    add("--output", required=True, metavar="FILE.json", help="where the profile goes")
+    add("--plots", metavar="FOLDER", help="also draw it (needs matplotlib)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code, 2 for bad input."""
+    args = parser().parse_args(argv)
+    return exit_code(lambda: run(args), "Stopped. Answers are kept where --cache says.")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures and writes, as the flags say.
+
+    Raises:
+      DexError: numbers below 1, or a model, exits, prompts or grids that are not there or do not fit.
+    """
+    import jax.numpy as jnp
+
+    from dex_jax.cli.common import remember_compilations
+    from dex_jax.cli.train_results import answered, chosen_exits
+    from dex_jax.evaluation.exit_forcing import measure
+    from dex_jax.evaluation.planner.profile import profile_of, with_real_loop
+    from dex_jax.evaluation.planner.profile_plots import draw
+    from dex_jax.evaluation.planner.tables import profile_table
+    from dex_jax.io.whole_files import write_json
+    from dex_jax.language_model import load
+    from dex_jax.nn.exits import heads_of
+
+    for name, least in (("prompts", 1), ("max_new_tokens", 2), ("batch", 1), ("real_loop", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise DexError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if min(args.explorers) < 1:
+        raise DexError("--explorers must be at least 1 each")
+    remember_compilations()
+    lm = load(args.model, args.dtype)
+    if args.exits == "shared" and args.depths is None:
+        args.depths = tuple(range(1, lm.config.num_layers))
+    exits = chosen_exits(args, lm)
+    texts = answered(args, lm)
+    heads = heads_of(exits.config, exits.parameters, jnp.float32)
+    _say(f"teacher-forcing {sum(map(len, texts.values()))} texts")
+    every = [text for group in texts.values() for text in group]
+    measured = measure(lm, heads, exits.vocabulary, every, explorers=args.explorers, depths=args.grid, batch=args.batch)
+    if not measured.grids:
+        raise DexError("the exits serve none of these --explorers: name others, or give their depths with --grid")
+    groups, start = {}, 0
+    for name, group in texts.items():
+        groups[name] = measured.of(range(start, start + len(group)))
+        start += len(group)
+    about = {"model": args.model, "exits": str(args.exits), "max_new_tokens": args.max_new_tokens}
+    profile = profile_of(measured, groups, about=about)
+    if args.real_loop:
+        chosen = [list(prompt) for group in texts.values() for prompt, _ in group[: args.real_loop]]
+        _say(f"the loop itself: {len(profile.grids)} grids, {len(chosen)} prompts")
+        source = "shared" if args.exits == "shared" else exits
+        profile = with_real_loop(profile, lm, source, chosen, args.max_new_tokens)
+    write_json(args.output, profile.to_json())
+    print(profile_table(profile))
+    if args.plots is not None:
+        for file in draw(profile, args.plots):
+            _say(f"drawn: {file}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
