@@ -20,7 +20,7 @@ from measuring import Figures, arguments, machine
 import dex_jax
 from dex_jax.cli.decode import remember_compilations
 from dex_jax.errors import exit_code
-from dex_jax.evaluation.forced import forced_ticks
+from dex_jax.forced.run import forced_ticks
 from dex_jax.lattice import full_rows
 from dex_jax.tables import markdown
 

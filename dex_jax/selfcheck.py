@@ -31,7 +31,7 @@ from dex_jax.decoding.methods import AR, DEFAULT_EXPLORERS, Dex, Method, Schedul
 from dex_jax.decoding.output import Output, ticks_of
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.evaluation.check import CLOSE, compare
-from dex_jax.evaluation.forced import forced_exits
+from dex_jax.forced.run import forced_exits
 from dex_jax.language_model import LanguageModel, merge_model
 from dex_jax.lattice import NO_TOKEN, full_rows
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled

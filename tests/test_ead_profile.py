@@ -13,17 +13,14 @@ from reference.small_models import LetterTokenizer, small_model
 
 import dex_jax
 from dex_jax.cli import profile as command
-from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import even_depths
 from dex_jax.decoding.output import ticks_of
 from dex_jax.errors import DexError
-from dex_jax.evaluation import exit_forcing
-from dex_jax.evaluation.exit_metrics import answers
-from dex_jax.evaluation.forced import forced_exits
 from dex_jax.evaluation.planner import profile, profile_plots, tables
 from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile, read_profile
-from dex_jax.language_model import merge_model
-from dex_jax.nn.exits import initial_heads
+from dex_jax.forced.run import Forced, forced_exits, measure, shared_exits
+from dex_jax.forced.texts import answers
 from dex_jax.plot import figures as plot_figures
 
 MODEL = ModelConfig(
@@ -46,14 +43,13 @@ def _model() -> dex_jax.LanguageModel:
 
 
 @functools.cache
-def _measured() -> tuple[exit_forcing.Measurement, list]:
+def _measured() -> tuple[Forced, list]:
     """The own head at every layer, on greedy answers; among 12 tokens it is often right."""
     lm = _model()
     rng = np.random.default_rng(1)
     texts = answers(lm, [rng.integers(0, 12, n).tolist() for n in (1, 7, 4, 9, 3)], 25, batch=5)
-    norm = merge_model(lm.config, lm.layout, lm.weights).final_norm[...]
-    heads = initial_heads(ExitsConfig("shared", (1, 2, 3, 4), MODEL.width), norm)
-    measured = exit_forcing.measure(lm, heads, None, texts, explorers=EXPLORERS, depths=[(1, 4, 5)], batch=5)
+    exits = shared_exits(lm, (1, 2, 3, 4))
+    measured = measure(lm, exits, texts, explorers=EXPLORERS, depths=[(1, 4, 5)], batch=5)
     return measured, texts
 
 
@@ -173,11 +169,10 @@ def test_bad_profiles_are_refused(tmp_path, change: dict, message: str) -> None:
 
 
 def test_further_grids_must_have_exits() -> None:
-    norm = merge_model(MODEL, _model().layout, _model().weights).final_norm[...]
-    heads = initial_heads(ExitsConfig("shared", (1, 3), MODEL.width), norm)
+    exits = shared_exits(_model(), (1, 3))
     for grid in ((2, 5), (3, 1, 5), (1, 3), ()):
         with pytest.raises(DexError, match="does not ascend through depths that have exits"):
-            exit_forcing.measure(_model(), heads, None, [([1], [2])], depths=[grid])
+            measure(_model(), exits, [([1], [2])], depths=[grid])
 
 
 def test_tables_show_the_profile() -> None:

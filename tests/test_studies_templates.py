@@ -12,6 +12,10 @@ from reference.small_models import LLAMA, small_model
 import dex_jax
 from dex_jax import language_model
 from dex_jax.evaluation.bench.results import read_results
+from dex_jax.forced.asks import dex_asks
+from dex_jax.forced.counts import dex_counts
+from dex_jax.forced.run import force, shared_exits
+from dex_jax.forced.texts import answers
 from studies.templates import __main__ as templates
 from studies.templates import report as template_report
 from studies.templates import runs as template_runs
@@ -162,12 +166,8 @@ def test_a_tie_of_an_exit_is_no_error(lm):
 
 
 def next_forced(lm):
-    from dex_jax.evaluation.bench.answering import answer
-    from dex_jax.evaluation.bench.forced_counts import dex_asks, dex_count
-    from dex_jax.evaluation.exit_metrics import shared_exits
-
     exits = shared_exits(lm, (2,))
-    (found,) = answer(lm, [[1, 2, 3]], 12, exits=exits, asks=dex_asks((2, 4), exits.config), batch=4)
-    gap = dataclasses.replace(found.forced, gap=found.forced.gap * 0 + 0.25)
-    assert set(dex_count(gap, (2, 4)).closest[1:]) == {0.25}
-    return dex_count(found.forced, (2, 4))
+    forced = force(lm, exits, answers(lm, [[1, 2, 3]], 12, batch=4), dex_asks((2, 4), exits.config))
+    even = dataclasses.replace(forced, said=forced.said._replace(gap=forced.said.gap * 0 + 0.25))
+    assert set(dex_counts(even, (2, 4))[0].closest[1:]) == {0.25}
+    return dex_counts(forced, (2, 4))[0]

@@ -120,7 +120,7 @@ def test_training_leaves_exits_and_metrics(trained) -> None:
 
 def test_the_picture_is_drawn_of_all_evaluations(monkeypatch, trained) -> None:
     drawn = []
-    monkeypatch.setattr("dex_jax.evaluation.exit_report.plot_agreement", lambda *given: drawn.append(given))
+    monkeypatch.setattr("dex_jax.plot.training.plot_agreement", lambda *given: drawn.append(given))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     train._draw(trained)
     ((records, path),) = drawn
@@ -238,9 +238,7 @@ def test_evaluate_compares_exits_on_the_same_answers(capsys, monkeypatch, traine
     assert figures["groups"]["prompts"]["texts"] == 3
     assert figures["groups"]["prompts"]["depths"] == [1, 2]
 
-    import dex_jax.evaluation.exit_metrics as metrics
-
-    monkeypatch.setattr(metrics, "answers", None)
+    monkeypatch.setattr("dex_jax.forced.texts.answers", None)
     code, out, err = run(capsys, "evaluate", "--exits", "shared", *common, *kept)
     assert (code, err) == (0, "")
     shared = json.loads(output.read_text())

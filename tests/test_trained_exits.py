@@ -17,7 +17,7 @@ from dex_jax.decoding.exits import nearest_depths, resolve_exits
 from dex_jax.decoding.interface import Committed
 from dex_jax.decoding.trained_exits import commit_exits, empty_memory, exit_arrays, read_chunk
 from dex_jax.errors import DexError
-from dex_jax.evaluation.forced import forced_exits
+from dex_jax.forced.run import forced_exits
 from dex_jax.io.exits_file import TrainedExits, load_exits, quantize, save_exits
 from dex_jax.language_model import merge_model
 from dex_jax.nn.exits import exit_graph, exit_parameters, initial_heads, parameters_of

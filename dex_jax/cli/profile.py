@@ -51,17 +51,14 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       DexError: numbers below 1, or a model, exits, prompts or grids that are not there or do not fit.
     """
-    import jax.numpy as jnp
-
     from dex_jax.cli.common import remember_compilations
     from dex_jax.cli.train_results import answered, chosen_exits
-    from dex_jax.evaluation.exit_forcing import measure
     from dex_jax.evaluation.planner.profile import profile_of, with_real_loop
     from dex_jax.evaluation.planner.profile_plots import draw
     from dex_jax.evaluation.planner.tables import profile_table
+    from dex_jax.forced.run import measure
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
-    from dex_jax.nn.exits import heads_of
 
     for name, least in (("prompts", 1), ("max_new_tokens", 2), ("batch", 1), ("real_loop", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -74,10 +71,9 @@ def run(args: argparse.Namespace) -> None:
         args.depths = tuple(range(1, lm.config.num_layers))
     exits = chosen_exits(args, lm)
     texts = answered(args, lm)
-    heads = heads_of(exits.config, exits.parameters, jnp.float32)
     _say(f"teacher-forcing {sum(map(len, texts.values()))} texts")
     every = [text for group in texts.values() for text in group]
-    measured = measure(lm, heads, exits.vocabulary, every, explorers=args.explorers, depths=args.grid, batch=args.batch)
+    measured = measure(lm, exits, every, explorers=args.explorers, depths=args.grid, batch=args.batch)
     if not measured.grids:
         raise DexError("the exits serve none of these --explorers: name others, or give their depths with --grid")
     groups, start = {}, 0

@@ -203,7 +203,7 @@ def _mesh(args: argparse.Namespace) -> Any:
 
 
 def _draw(folder: Path) -> None:
-    from dex_jax.evaluation.exit_report import plot_agreement
+    from dex_jax.plot.training import plot_agreement
     from dex_jax.training.journal import read_journal
 
     records = [record for record in read_journal(folder) if record.get("groups")]

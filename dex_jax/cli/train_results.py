@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dex_jax.errors import DexError
 
 if TYPE_CHECKING:
-    from dex_jax.evaluation.exit_forcing import Text
+    from dex_jax.forced.texts import Text
     from dex_jax.io.exits_file import TrainedExits
     from dex_jax.language_model import LanguageModel
 
@@ -76,14 +76,12 @@ def evaluate(args: argparse.Namespace) -> None:
     Raises:
       DexError: a model, exits or prompts that are not there or do not fit.
     """
-    import jax.numpy as jnp
 
     from dex_jax.cli.common import remember_compilations
-    from dex_jax.evaluation.exit_metrics import grouped_figures
-    from dex_jax.evaluation.exit_report import tables
+    from dex_jax.forced.figures import grouped_figures
+    from dex_jax.forced.tables import tables
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
-    from dex_jax.nn.exits import heads_of
 
     if args.prompts is not None and args.prompts < 1:
         raise DexError(f"--prompts must be at least 1, not {args.prompts}")
@@ -91,8 +89,7 @@ def evaluate(args: argparse.Namespace) -> None:
     lm = load(args.model, args.dtype)
     exits = chosen_exits(args, lm)
     groups = answered(args, lm)
-    heads = heads_of(exits.config, exits.parameters, jnp.float32)
-    figures = grouped_figures(lm, heads, exits.vocabulary, groups, batch=args.batch)
+    figures = grouped_figures(lm, exits, groups, batch=args.batch)
     print(tables(figures))
     if args.output is not None:
         about = {"exits": str(args.exits), "model": str(args.model), "max_new_tokens": args.max_new_tokens}
@@ -109,7 +106,7 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
     from dex_jax.io.exits_file import load_exits
 
     if args.exits == "shared":
-        from dex_jax.evaluation.exit_metrics import shared_exits
+        from dex_jax.forced.run import shared_exits
 
         return shared_exits(lm, args.depths)
     if args.depths is not None:
@@ -129,7 +126,7 @@ def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text
       args: data, prompts, cache, max_new_tokens and batch, as of `evaluate`.
       lm: the model.
     """
-    from dex_jax.evaluation.exit_metrics import answers
+    from dex_jax.forced.texts import answers
     from dex_jax.io.whole_files import write_json
     from dex_jax.training.prompt_files import read_prompts
 

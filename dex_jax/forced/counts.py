@@ -1,63 +1,21 @@
-"""What DEX and LayerSkip would have counted on a text that is known, from what exits say at each of its positions.
+"""What DEX and LayerSkip would have counted on texts that are known, from what exits say at each of their positions.
 
-An exit at depth d, asked about the token after a position, reads the state there, for some kinds also the features of
-the position before, as deep as that has got (`source`), and the committed positions, of which the newest lies `lag`
-back. Nothing else of a run matters to it, so a text is teacher-forced once for all such `Ask`s that can occur, and the
-walks below look up which did. Exact for every kind of exits where rows never prune; `exit_forcing.measure` leaves the
-lag out, and is an approximation for kind "attn".
+Exact for every kind of exits where rows never prune, if all lags were asked (`Forced.most_lag`).
 
-Letters: n tokens of a text, K stages, L layers, P asks, C best tokens of each.
+Letters: N positions, n tokens of a text, K stages, L layers, C best tokens of each ask.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from dex_jax.config import ExitsConfig
 from dex_jax.decoding.record import PREFILL_EXIT
-
-
-class Ask(NamedTuple):
-    """What an exit reads beside the state of its own position.
-
-    Attributes:
-      depth: of the exit.
-      source: depth whose features of the position before it reads; L: the true final ones.
-      lag: how far back the newest committed position is.
-    """
-
-    depth: int
-    source: int
-    lag: int
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Forced:
-    """What exits say along one text.
-
-    Attributes:
-      layers: L.
-      exits: of which kind they are.
-      asks: P, in the order of the arrays.
-      tokens: [n] int32, the text.
-      best: [n - 1, P, C] int32, the best tokens for what follows tokens 0 .. n - 2, best first.
-      gap: [n - 1, P, C] float32, how far each is ahead of the next, over the largest |logit|.
-    """
-
-    layers: int
-    exits: ExitsConfig
-    asks: tuple[Ask, ...]
-    tokens: np.ndarray
-    best: np.ndarray
-    gap: np.ndarray
-
-    def place(self, ask: Ask) -> int:
-        """Where an ask stands."""
-        return self.asks.index(known_as(ask, self.exits, self.layers))
+from dex_jax.forced.asks import Ask, asks_in_lattice, layerskip_ask
+from dex_jax.forced.run import Forced
+from dex_jax.lattice import NO_TOKEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,78 +50,60 @@ class LayerSkipCount:
     closest: np.ndarray
 
 
-def known_as(ask: Ask, exits: ExitsConfig, layers: int) -> Ask:
-    """The ask without what exits of this kind do not read."""
-    if not exits.needs_previous:
-        return Ask(ask.depth, layers, 1)
-    return ask if exits.kind == "attn" else Ask(ask.depth, ask.source, 1)
+def first_exits(forced: Forced, asks: Sequence[Ask], decs: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """The first of exits 1 .. K-1, asked one after the other, that gives each next token.
+
+    Args:
+      forced: N positions.
+      asks: what each of them is asked, as `asks_in_lattice` gives it.
+      decs: whether an exit passes over what the exits before it proposed.
+
+    Returns:
+      ([N] int32: 1..K, K where none gives it; [N] float, how near the nearest proposal up to there was to another
+      choice).
+    """
+    right, gaps, held = [], [], np.full((len(forced.target), len(asks)), NO_TOKEN, np.int32)
+    for k, ask in enumerate(asks):
+        place = forced.place(ask)
+        best, gap = forced.said.best[:, place], forced.said.gap[:, place]
+        free = ~(best[:, :, None] == held[:, None, : k if decs else 0]).any(axis=-1)
+        at, left = free.argmax(axis=1)[:, None], free.any(axis=1)
+        held[:, k] = np.where(left, np.take_along_axis(best, at, axis=1)[:, 0], NO_TOKEN)
+        gaps.append(np.where(left, np.take_along_axis(gap, at, axis=1)[:, 0], 1.0))
+        right.append(held[:, k] == forced.target)
+    found = np.stack([*right, np.ones(len(forced.target), bool)]).argmax(axis=0)
+    nearest = np.minimum.accumulate(np.stack(gaps), axis=0)
+    closest = nearest[np.minimum(found, len(asks) - 1), np.arange(len(found))]
+    return (found + 1).astype(np.int32), np.minimum(closest, 1.0)
 
 
-def dex_asks(depths: Sequence[int], exits: ExitsConfig) -> tuple[Ask, ...]:
-    """All that the exits of a grid x_1 < ... < x_K = L can be asked where rows never prune."""
-    stages, layers = len(depths), depths[-1]
-    found = {Ask(depth, layers, 1) for depth in depths[:-1]}
-    for k in range(1, stages):
-        # A parent that has done p < K stages has uncommitted ancestors itself, each at least one stage ahead.
-        for p in range(k + 1, stages):
-            found |= {Ask(depths[k - 1], depths[p - 1], lag) for lag in range(2, stages - p + 2)}
-    return tuple(sorted({known_as(ask, exits, layers) for ask in found}))
-
-
-def layerskip_asks(depth: int, draft_length: int, exits: ExitsConfig, layers: int) -> tuple[Ask, ...]:
-    """All that LayerSkip's exit can be asked: the row of the i-th draft lies i behind the root, at the same depth."""
-    found = {Ask(depth, layers, 1)} | {Ask(depth, depth, lag) for lag in range(2, draft_length + 1)}
-    return tuple(sorted({known_as(ask, exits, layers) for ask in found}))
-
-
-def dex_count(forced: Forced, depths: Sequence[int]) -> DexCount:
-    """DEX with DECS and rows that never prune.
+def dex_counts(forced: Forced, depths: Sequence[int]) -> list[DexCount]:
+    """DEX with DECS and rows that never prune on each text.
 
     Args:
       forced: with the asks of `dex_asks`.
       depths: x_1 < ... < x_K = L.
     """
-    stages, count = len(depths), len(forced.tokens)
-    exits, closest = np.full(count, PREFILL_EXIT, np.int32), np.ones(count)
-    born = [stages]
-    for i in range(count - 1):
-        target, here = int(forced.tokens[i + 1]), stages
-        held: set[int] = set()
-        for k in range(1, stages):
-            column = forced.place(_ask_in_lattice(born, k, depths))
-            token, gap = _first_free(forced.best[i, column], forced.gap[i, column], held)
-            closest[i + 1] = min(closest[i + 1], gap)
-            if token == target:
-                here = k
-                break
-            held.add(token)
-        exits[i + 1] = here
-        born.append(here)
-    return DexCount(exits, closest)
+    stages, start, counts = len(depths), 0, []
+    known: dict[tuple[Ask, ...], tuple[np.ndarray, np.ndarray]] = {}
+    for length in forced.lengths:
+        exits, closest = np.full(length, PREFILL_EXIT, np.int32), np.ones(length)
+        born = [stages]
+        for i in range(1, length):
+            asks = tuple(forced.known(ask) for ask in asks_in_lattice(born, depths))
+            if asks and asks not in known:
+                known[asks] = first_exits(forced, asks)
+            exits[i], closest[i] = (each[start + i] for each in known[asks]) if asks else (stages, 1.0)
+            born.append(int(exits[i]))
+        counts.append(DexCount(exits, closest))
+        start += length
+    return counts
 
 
-def _ask_in_lattice(born: Sequence[int], k: int, depths: Sequence[int]) -> Ask:
-    """What exit k is asked under the last node of `born`, the exits that a path's nodes were born at."""
-    stages, done, lag = len(depths), k + born[-1], 1
-    parent = min(stages, done)
-    while done < stages:
-        lag += 1
-        done += born[-lag]
-    return Ask(depths[k - 1], depths[parent - 1], lag)
-
-
-def _first_free(best: np.ndarray, gap: np.ndarray, held: set[int]) -> tuple[int, float]:
-    """(the best token that is not held, how near another choice was); -1 where none of them is free."""
-    for token, ahead in zip(best.tolist(), gap.tolist(), strict=True):
-        if token not in held:
-            return token, ahead
-    return -1, 1.0
-
-
-def layerskip_count(
+def layerskip_counts(
     forced: Forced, depth: int, draft_length: int, max_new_tokens: int, eos_ids: Sequence[int]
-) -> LayerSkipCount:
-    """LayerSkip(depth, draft_length).
+) -> list[LayerSkipCount]:
+    """LayerSkip(depth, draft_length) on each text.
 
     Args:
       forced: with the asks of `layerskip_asks`.
@@ -171,30 +111,34 @@ def layerskip_count(
       max_new_tokens: of the run: rounds near it draft less.
       eos_ids: what an exit gives of these is not drafted.
     """
-    count, layers = len(forced.tokens), forced.layers
-    exits, closest = np.full(count, PREFILL_EXIT, np.int32), np.ones(count)
-    emitted, rounds, steps = 1, 0, 0
-    while emitted < count:
-        rounds += 1
-        room = min(draft_length, max_new_tokens - emitted - 1)
-        drafted = accepted = 0
-        while drafted < room:
-            at = emitted - 1 + drafted
-            column = forced.place(Ask(depth, layers if drafted == 0 else depth, drafted + 1))
-            token, gap = int(forced.best[at, column, 0]), float(forced.gap[at, column, 0])
-            closest[at + 1] = gap
-            if token in eos_ids:
-                break
-            drafted += 1
-            if token != int(forced.tokens[at + 1]):
-                drafted = room  # of what follows a wrong draft the text knows nothing
-                break
-            accepted += 1
-            if at + 2 == count:
-                drafted = room  # past the text's end likewise
-                break
-        exits[emitted : emitted + accepted] = 1
-        exits[emitted + accepted : emitted + accepted + 1] = 2
-        emitted += accepted + 1
-        steps += drafted * depth + layers
-    return LayerSkipCount(rounds, steps, exits, closest)
+    places = [forced.place(layerskip_ask(depth, i, forced.layers)) for i in range(draft_length)]
+    counts, start = [], 0
+    for count in forced.lengths:
+        own = slice(start, start + count)
+        best, gap, text = forced.said.best[own, :, 0], forced.said.gap[own, :, 0], forced.target[own]
+        start += count
+        exits, closest = np.full(count, PREFILL_EXIT, np.int32), np.ones(count)
+        emitted, rounds, steps = 1, 0, 0
+        while emitted < count:
+            rounds += 1
+            room = min(draft_length, max_new_tokens - emitted - 1)
+            drafted = accepted = 0
+            while drafted < room:
+                at, place = emitted + drafted, places[drafted]
+                closest[at] = gap[at, place]
+                if best[at, place] in eos_ids:
+                    break
+                drafted += 1
+                if best[at, place] != text[at]:
+                    drafted = room  # of what follows a wrong draft the text knows nothing
+                    break
+                accepted += 1
+                if at + 1 == count:
+                    drafted = room  # past the text's end likewise
+                    break
+            exits[emitted : emitted + accepted] = 1
+            exits[emitted + accepted : emitted + accepted + 1] = 2
+            emitted += accepted + 1
+            steps += drafted * depth + forced.layers
+        counts.append(LayerSkipCount(rounds, steps, exits, closest))
+    return counts

@@ -1,7 +1,6 @@
 """How good trained exits are: agreement, divergence, calibration, and the ticks that they predict.
 
-Letters: N answer positions of all texts, X trained depths, P pairs of an exit and what it reads of the position before,
-K stages of a grid, L layers.
+Letters: N answer positions of all texts, X trained depths, K stages of a grid, L layers.
 """
 
 from __future__ import annotations
@@ -13,36 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from dex_jax.config import ExitsConfig
-from dex_jax.decoding.generate import generate
-from dex_jax.decoding.methods import AR, even_depths
 from dex_jax.decoding.output import ticks_of
-from dex_jax.decoding.record import PREFILL_EXIT
 from dex_jax.errors import DexError
-from dex_jax.evaluation.exit_forcing import EXPLORERS, Measurement, Text, measure
+from dex_jax.forced.asks import Ask, asks_in_lattice
+from dex_jax.forced.counts import dex_counts, first_exits
+from dex_jax.forced.run import EXPLORERS, Forced, measure
+from dex_jax.forced.texts import Text
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.language_model import LanguageModel, merge_model
-from dex_jax.lattice import NO_TOKEN
-from dex_jax.nn.exits import ExitHeads, initial_heads, parameters_of
-from dex_jax.prompts import Prompt
+from dex_jax.language_model import LanguageModel
 
 BINS = 10
-
-
-def shared_exits(lm: LanguageModel, depths: tuple[int, ...] | None) -> TrainedExits:
-    """The model's own final norm and unembedding at some depths, without any training.
-
-    Args:
-      lm: the model.
-      depths: below L; None takes those of the even grids that figures are given for.
-    """
-    layers = lm.config.num_layers
-    if depths is None:
-        depths = tuple(sorted({x for k in EXPLORERS if k <= layers for x in even_depths(k, layers)} - {layers}))
-    config = ExitsConfig("shared", depths, lm.config.width, norm_eps=lm.config.norm_eps)
-    model = merge_model(lm.config, lm.layout, lm.weights)
-    parameters = parameters_of(initial_heads(config, model.final_norm[...]))
-    return TrainedExits(config, parameters, None, lm.fingerprint, {}, "shared")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,37 +79,9 @@ class ExitFigures:
         return _jsonable(dataclasses.asdict(self))
 
 
-def answers(lm: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int, batch: int) -> list[Text]:
-    """The model's greedy answers, in the order of the prompts.
-
-    Args:
-      lm: the model.
-      prompts: as `dex_jax.generate` takes them.
-      max_new_tokens: of each answer, an EOS that ends it included.
-      batch: prompts of similar length answered at a time.
-
-    Raises:
-      DexError: as `dex_jax.generate`.
-    """
-    if batch < 1:
-        raise DexError(f"batch must be at least 1, not {batch}")
-    ids = [lm.encode(prompt) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    texts: dict[int, Text] = {}
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        # The last batch is filled up, so that it needs no program of its own.
-        filled = [ids[i] for i in chosen] + [ids[chosen[-1]]] * (batch - len(chosen))
-        out = generate(lm, filled, method=AR(), max_new_tokens=max_new_tokens, exits="shared")
-        for row, i in enumerate(chosen):
-            texts[i] = (ids[i], out.tokens[row, : out.lengths[row]].tolist())
-    return [texts[i] for i in range(len(ids))]
-
-
 def grouped_figures(
     lm: LanguageModel,
-    heads: ExitHeads,
-    vocabulary: np.ndarray | None,
+    exits: TrainedExits,
     groups: Mapping[str, Sequence[Text]],
     *,
     explorers: Sequence[int] = EXPLORERS,
@@ -140,104 +91,49 @@ def grouped_figures(
 
     Args:
       lm: the model.
-      heads, vocabulary, explorers, batch: as of `exit_forcing.measure`.
+      exits, explorers, batch: as of `run.measure`.
       groups: name -> texts, (prompt, answer) of token ids each.
 
     Raises:
-      DexError: no group or an empty one, and as of `exit_forcing.measure`.
+      DexError: no group or an empty one, and as of `run.measure`.
     """
     if not groups or not all(groups.values()):
         raise DexError("there is nothing to measure: give at least one group, and at least one text in each")
-    measured = measure(lm, heads, vocabulary, [t for g in groups.values() for t in g], explorers=explorers, batch=batch)
+    forced = measure(lm, exits, [t for g in groups.values() for t in g], explorers=explorers, batch=batch)
     found, start = {}, 0
     for name, texts in groups.items():
-        found[name] = figures_of(measured.of(range(start, start + len(texts))))
+        found[name] = figures_of(forced.of(range(start, start + len(texts))))
         start += len(texts)
     if len(found) > 1:
         found["mean"] = mean_figures(list(found.values()))
     return found
 
 
-def figures_of(measured: Measurement) -> ExitFigures:
-    """The figures of a measurement."""
-    said, trained = measured.said, len(measured.depths)
-    right = (said.best[:, :, 0] == measured.target[:, None]).T
-    gives = np.concatenate([right[:trained], np.ones((1, len(measured.target)), bool)])
+def figures_of(forced: Forced) -> ExitFigures:
+    """The figures of what `run.measure` found."""
+    said, count = forced.said, len(forced.target)
+    right = (said.best[:, :, 0] == forced.target[:, None]).T
+    true = [forced.place(Ask(depth, forced.layers, 1)) for depth in forced.depths]
+    gives = np.concatenate([right[true], np.ones((1, count), bool)])
     return ExitFigures(
-        texts=len(measured.lengths),
-        tokens=len(measured.target),
-        depths=measured.depths,
-        agreement=_floats(right[:trained].mean(axis=1)),
+        texts=len(forced.lengths),
+        tokens=count,
+        depths=forced.depths,
+        agreement=_floats(right[true].mean(axis=1)),
         agreement_own=tuple(
-            (depth, previous, float(row.mean()))
-            for (depth, previous), row in zip(measured.pairs[trained:], right[trained:], strict=True)
+            (ask.depth, ask.source, float(row.mean()))
+            for ask, row in zip(forced.asks, right, strict=True)
+            if ask.source != forced.layers
         ),
-        divergence=_floats(said.divergence[:, :trained].mean(axis=0, dtype=np.float64)),
+        divergence=_floats(said.divergence[:, true].mean(axis=0, dtype=np.float64)),
         calibration_error=tuple(
-            calibration_error(confidence, row)
-            for confidence, row in zip(said.confidence.T[:trained], right[:trained], strict=True)
+            calibration_error(np.exp(said.log_probability[:, place, 0]), right[place]) for place in true
         ),
-        ead=_floats(np.bincount(gives.argmax(axis=0), minlength=trained + 1) / len(measured.target)),
-        draft_share=float(measured.held.mean()),
-        off_greedy=float((said.greedy != measured.target).mean()),
-        grids=tuple(_grid_figures(measured, grid) for grid in measured.grids),
+        ead=_floats(np.bincount(gives.argmax(axis=0), minlength=len(gives)) / count),
+        draft_share=float(forced.held.mean()),
+        off_greedy=float((said.greedy != forced.target).mean()),
+        grids=tuple(_grid_figures(forced, grid) for grid in forced.grids),
     )
-
-
-def first_exits(measured: Measurement, grid: tuple[int, ...], born_at: int) -> np.ndarray:
-    """The first exit of a node that gives its next token, DECS masking along the way.
-
-    Args:
-      measured: N tokens.
-      grid: depths of a grid.
-      born_at: 1..K, of the node; K for a fresh root. When exit k is asked, the node's parent has done
-        min(K, k + born_at) stages, and that is what the exit reads.
-
-    Returns:
-      [N] int32: 1..K, K where none gives it.
-    """
-    stages = len(grid)
-    right = proposals(measured, grid, born_at)[0] == measured.target[:, None]
-    return np.where(right.any(axis=1), right.argmax(axis=1) + 1, stages).astype(np.int32)
-
-
-def proposals(measured: Measurement, grid: tuple[int, ...], born_at: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the exits of a grid propose under a node, one after the other with DECS.
-
-    Args:
-      measured, grid, born_at: as of `first_exits`.
-
-    Returns:
-      (tokens [N, K - 1] int32, NO_TOKEN where an exit has nothing left; their log-probabilities [N, K - 1] float32,
-      -inf there).
-    """
-    stages, count = len(grid), len(measured.target)
-    held = np.full((count, stages - 1), NO_TOKEN, np.int32)
-    score = np.full((count, stages - 1), -np.inf, np.float32)
-    for k in range(1, stages):
-        pair = _pair(measured, grid[k - 1], grid[min(stages, k + born_at) - 1])
-        best = measured.said.best[:, pair]
-        free = ~(best[:, :, None] == held[:, None, : k - 1]).any(axis=-1)
-        place, left = free.argmax(axis=1)[:, None], free.any(axis=1)
-        held[:, k - 1] = np.where(left, np.take_along_axis(best, place, axis=1)[:, 0], NO_TOKEN)
-        found = np.take_along_axis(measured.said.log_probability[:, pair], place, axis=1)[:, 0]
-        score[:, k - 1] = np.where(left, found, -np.inf)
-    return held, score
-
-
-def predicted_exits(measured: Measurement, grid: tuple[int, ...]) -> list[np.ndarray]:
-    """`Stats.exits` of each text as a loop whose rows never prune would count them: -1, then 1..K; [n] int32 each."""
-    stages = len(grid)
-    table = np.stack([first_exits(measured, grid, born_at) for born_at in range(1, stages + 1)])
-    found, start = [], 0
-    for length in measured.lengths:
-        exits = np.full(length, PREFILL_EXIT, np.int32)
-        born_at = stages
-        for i in range(1, length):
-            born_at = exits[i] = table[born_at - 1, start + i]
-        found.append(exits)
-        start += length
-    return found
 
 
 def mean_figures(figures: Sequence[ExitFigures]) -> ExitFigures:
@@ -259,16 +155,10 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     return float(sum(gaps) / len(order))
 
 
-def _pair(measured: Measurement, depth: int, previous: int) -> int:
-    """Where a pair stands in `measured.pairs`; exits that do not read the position before have the true one only."""
-    reads = len(measured.pairs) > len(measured.depths)
-    return measured.pairs.index((depth, previous if reads else measured.layers))
-
-
-def _grid_figures(measured: Measurement, grid: tuple[int, ...]) -> GridFigures:
+def _grid_figures(forced: Forced, grid: tuple[int, ...]) -> GridFigures:
     stages = len(grid)
-    fresh = first_exits(measured, grid, born_at=stages)
-    exits = predicted_exits(measured, grid)
+    fresh, _ = first_exits(forced, asks_in_lattice([stages], grid))
+    exits = [count.exits for count in dex_counts(forced, grid)]
     ticks = sum(ticks_of(row, len(row), stages) for row in exits)
     tokens = sum(len(row) - 1 for row in exits)
     return GridFigures(

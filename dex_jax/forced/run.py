@@ -1,10 +1,10 @@
-"""Teacher forcing of trained exits: what each of them says at every answer position of some texts.
+"""The one teacher-forcing pass: what each exit says at every answer position of some texts.
 
-Every text runs through the model once. Of each exit's logits only the best few tokens, the divergence and one
-probability leave the device, and the logits of one exit at one block of positions are all that exists at a time.
+Every text runs through the model once. Of each exit's logits only the best few tokens and some figures leave the
+device, and the logits of one exit at one block of positions are all that exists at a time.
 
-Letters: B texts of a batch, R padded length, A longest answer, N answer positions, X trained depths, P pairs of an exit
-and what it reads of the position before, S such sources, C best tokens kept, D width, L layers, V' draft vocabulary.
+Letters: B texts of a batch, R padded length, A longest answer, N answer positions, X trained depths, P asks, Q pairs
+(source, lag) of theirs, C best tokens kept, D width, L layers, K stages, V' draft vocabulary.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding.methods import even_depths
+from dex_jax.decoding.heads import mask_columns
+from dex_jax.decoding.methods import Schedule, even_depths
 from dex_jax.decoding.network import depth_states
+from dex_jax.decoding.output import ticks_of
+from dex_jax.decoding.record import PREFILL_EXIT
 from dex_jax.errors import DexError
+from dex_jax.forced.asks import Ask, asks_in_lattice, dex_asks, known_as
+from dex_jax.forced.texts import Text, checked_text, padded
+from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, merge_model
-from dex_jax.nn.exits import Context, ExitHeads, head_at, parameters_of
+from dex_jax.lattice import NO_TOKEN
+from dex_jax.nn.exits import Context, ExitHeads, head_at, initial_heads, parameters_of, select_exits
 from dex_jax.nn.layers import KeyValues, linear
 from dex_jax.nn.targets import Vocabulary, targets
-from dex_jax.nn.transformer import Layout
-
-Text = tuple[Sequence[int], Sequence[int]]
-"""(token ids of the prompt, token ids of the answer)."""
-
-Pair = tuple[int, int]
-"""(depth of an exit, depth of the features it reads of the position before; L: the true final ones)."""
+from dex_jax.nn.transformer import Layout, Transformer
+from dex_jax.sampling import Sampling, choose, position_noise
 
 EXPLORERS = (2, 3, 5, 6, 10)
-LENGTH_STEP = 64
+EVERY_LAG = 2**30
 BLOCK = 256
 """Positions whose logits exist at one time, of one exit."""
 
@@ -46,28 +48,29 @@ class Said(NamedTuple):
 
     Attributes:
       best: [N, P, C] int32, full ids of the best tokens, best first.
+      log_probability: [N, P, C] float32, of these, in nats.
+      gap: [N, P, C] float32, how far each is ahead of the next, over the largest |logit|.
       divergence: [N, P] float32, KL from the final distribution over draft vocabulary and rest, in nats.
-      confidence: [N, P] float32, probability of the best token.
-      log_probability: [N, P, C] float32, of the best tokens, in nats.
       greedy: [N] int32, the final layer's best token.
     """
 
     best: Any
-    divergence: Any
-    confidence: Any
     log_probability: Any
+    gap: Any
+    divergence: Any
     greedy: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Measurement:
+class Forced:
     """What exits said at every answer position of some texts, one text after the other, N positions in all.
 
     Attributes:
       layers: L.
-      depths: the X trained depths.
-      pairs: P pairs; the first X are (depth, L) of every trained depth.
-      grids: depths x_1 < ... < x_K = L of each grid.
+      exits: of which kind they are, at X depths.
+      asks: P, in the order of the arrays.
+      most_lag: lags above it were asked as this one.
+      grids: depths x_1 < ... < x_K = L of the grids whose asks are all there.
       said: arrays on the host; C >= K - 1 for every grid unless V' is smaller.
       target: [N] int32, the answers' tokens.
       held: [N] bool, whether the draft vocabulary holds the target.
@@ -75,16 +78,30 @@ class Measurement:
     """
 
     layers: int
-    depths: tuple[int, ...]
-    pairs: tuple[Pair, ...]
+    exits: ExitsConfig
+    asks: tuple[Ask, ...]
+    most_lag: int
     grids: tuple[tuple[int, ...], ...]
     said: Said
     target: np.ndarray
     held: np.ndarray
     lengths: tuple[int, ...]
 
-    def of(self, texts: Sequence[int]) -> Measurement:
-        """The measurement of some of the texts, by number."""
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The X trained depths."""
+        return self.exits.depths
+
+    def known(self, ask: Ask) -> Ask:
+        """The ask as it was asked."""
+        return known_as(_nearer(ask, self.most_lag), self.exits, self.layers)
+
+    def place(self, ask: Ask) -> int:
+        """Where an ask stands."""
+        return self.asks.index(self.known(ask))
+
+    def of(self, texts: Sequence[int]) -> Forced:
+        """The same of some of the texts, by number."""
         starts = np.concatenate([[0], np.cumsum(self.lengths)])
         at = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in texts])
         return dataclasses.replace(
@@ -96,59 +113,102 @@ class Measurement:
         )
 
 
+def shared_exits(lm: LanguageModel, depths: tuple[int, ...] | None = None) -> TrainedExits:
+    """The model's own final norm and unembedding at some depths, without any training.
+
+    Args:
+      lm: the model.
+      depths: below L; None takes those of the even grids that figures are given for.
+    """
+    layers = lm.config.num_layers
+    if depths is None:
+        depths = tuple(sorted({x for k in EXPLORERS if k <= layers for x in even_depths(k, layers)} - {layers}))
+    config = ExitsConfig("shared", depths, lm.config.width, norm_eps=lm.config.norm_eps)
+    model = merge_model(lm.config, lm.layout, lm.weights)
+    return TrainedExits(
+        config, parameters_of(initial_heads(config, model.final_norm[...])), None, lm.fingerprint, {}, "shared"
+    )
+
+
 def measure(
     lm: LanguageModel,
-    heads: ExitHeads,
-    vocabulary: np.ndarray | None,
+    exits: TrainedExits,
     texts: Sequence[Text],
     *,
     explorers: Sequence[int] = EXPLORERS,
     depths: Sequence[tuple[int, ...]] = (),
     batch: int = 8,
-    count: int = 1,
-) -> Measurement:
-    """Teacher-forces texts and asks every exit at every answer position.
+) -> Forced:
+    """Asks what figures of exits are made of: every exit with true features, and all that grids ask.
 
     For kind "attn" one thing is an approximation: of a node's ancestors that are not committed yet, only the parent is
     hidden from the context layer, while older ones count as committed. In a lattice they may be missing too.
 
     Args:
       lm: the model.
-      heads: exits at trained depths below L; cast to the model's dtype, as decoding does.
-      vocabulary: [V'] int32 ascending, token ids of the draft vocabulary; None for the full one.
+      exits: at trained depths below L.
       texts: (prompt, answer) of token ids, answered greedily by the model; nothing counts after an EOS.
       explorers: K of the even grids; those that the trained depths do not hold are left out.
       depths: further grids, x_1 < ... < x_K = L each.
       batch: B.
-      count: C at least.
 
     Raises:
-      DexError: exits or a vocabulary that do not fit the model, further grids that the trained depths do not hold, or
-        texts without a prompt or an answer or too long.
+      DexError: as `force`, or further grids that the trained depths do not hold.
     """
-    layers, exits = lm.config.num_layers, heads.config
-    _check_exits(lm.config, exits, vocabulary)
-    kept = [_checked_text(lm, number, *text) for number, text in enumerate(texts, 1)]
+    layers = lm.config.num_layers
+    even = [even_depths(k, layers) for k in explorers if 1 < k <= layers]
+    grids = [grid for grid in even if set(grid[:-1]) <= set(exits.config.depths)]
+    grids += [_checked_grid(exits.config, layers, grid) for grid in depths]
+    asks = [Ask(depth, layers, 1) for depth in exits.config.depths]
+    asks += [ask for grid in grids for ask in dex_asks(grid, exits.config)]
+    return force(lm, exits, texts, asks, grids=grids, batch=batch, most_lag=2)
+
+
+def force(
+    lm: LanguageModel,
+    exits: TrainedExits,
+    texts: Sequence[Text],
+    asks: Sequence[Ask],
+    *,
+    count: int = 1,
+    grids: Sequence[tuple[int, ...]] = (),
+    batch: int = 8,
+    most_lag: int = EVERY_LAG,
+) -> Forced:
+    """Teacher-forces texts and asks exits at every answer position.
+
+    Args:
+      lm: the model.
+      exits: at depths below L; cast to the model's dtype.
+      texts: (prompt, answer) of token ids; nothing counts after an EOS.
+      asks: P of them, at depths that the exits have.
+      count: C at least.
+      grids: whose asks are among `asks`.
+      batch: B.
+      most_lag: asks with a larger lag are asked with this one.
+
+    Raises:
+      DexError: exits that do not fit the model, or texts without a prompt or an answer or too long.
+    """
+    _check_exits(lm.config, exits)
+    kept = [checked_text(lm, number, *text) for number, text in enumerate(texts, 1)]
     if not kept or batch < 1:
         raise DexError(
             f"there is nothing to measure: {len(kept)} texts in batches of {batch}, give at least one of each"
         )
-    even = [even_depths(k, layers) for k in explorers if 1 < k <= layers]
-    grids = tuple(grid for grid in even if set(grid[:-1]) <= set(exits.depths))
-    grids += tuple(_checked_grid(exits, layers, grid) for grid in depths)
-    pairs = _pairs(exits, layers, grids)
-    size = lm.config.vocab_size if vocabulary is None else len(vocabulary)
+    layers = lm.config.num_layers
+    known = dict.fromkeys(known_as(_nearer(ask, most_lag), exits.config, layers) for ask in asks)
+    size = lm.config.vocab_size if exits.vocabulary is None else len(exits.vocabulary)
     count = min(size, max([count, *(len(grid) - 1 for grid in grids)]))
-    parameters = {name: jnp.asarray(value, lm.dtype) for name, value in parameters_of(heads).items()}
-    draft = None if vocabulary is None else jnp.asarray(vocabulary, jnp.int32)
-    statics = _Statics(lm.config, lm.layout, exits, pairs, count)
+    statics = _Statics(lm.config, lm.layout, exits.config, tuple(sorted(known)), count)
+    parameters, draft = _arrays(lm, exits)
 
     longest = max(len(answer) for _, answer in kept)
     order = sorted(range(len(kept)), key=lambda i: len(kept[i][0]) + len(kept[i][1]))
     found: dict[int, Said] = {}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        ids, at = _padded([kept[i] for i in chosen], batch, longest)
+        ids, at = padded([kept[i] for i in chosen], batch, longest)
         rows = _answer_rows(statics, lm.weights, parameters, jnp.asarray(ids), jnp.asarray(at))
         index = np.concatenate([row * longest + np.arange(len(kept[i][1])) for row, i in enumerate(chosen)])
         blocks = []
@@ -162,45 +222,103 @@ def measure(
         for row, i in enumerate(chosen):
             found[i] = Said(*(field[bounds[row] : bounds[row + 1]] for field in joined))
     target = np.concatenate([np.asarray(answer, np.int32) for _, answer in kept])
-    return Measurement(
+    return Forced(
         layers=layers,
-        depths=exits.depths,
-        pairs=pairs,
-        grids=grids,
+        exits=exits.config,
+        asks=statics.asks,
+        most_lag=most_lag,
+        grids=tuple(grids),
         said=_joined([found[i] for i in range(len(kept))]),
         target=target,
-        held=np.ones(len(target), bool) if vocabulary is None else np.isin(target, vocabulary),
+        held=np.ones(len(target), bool) if exits.vocabulary is None else np.isin(target, exits.vocabulary),
         lengths=tuple(len(answer) for _, answer in kept),
     )
 
 
+def forced_exits(
+    lm: LanguageModel,
+    prompt: list[int],
+    tokens: list[int],
+    schedule: Schedule,
+    sampling: Sampling | None = None,
+    exits: TrainedExits | None = None,
+) -> np.ndarray:
+    """The exit that first gives each emitted token, teacher-forced, in the order and with the masks of DECS.
+
+    With rows that never prune, the loop's `exits` and ticks equal these counts exactly; with fewer rows they are never
+    smaller.
+
+    Args:
+      lm: the model.
+      prompt: token ids.
+      tokens: the N tokens emitted after it.
+      schedule: depths and DECS.
+      sampling: keys of one sequence; None for greedy.
+      exits: trained exits, x_1 .. x_{K-1} among their depths; None for the model's own head.
+
+    Returns:
+      [N] int32 as Stats.exits: -1 for token 0, then 1..K.
+
+    Raises:
+      DexError: exits of kind "attn", which also see which of their other ancestors are committed.
+    """
+    depths, stages = schedule.depths, schedule.stages
+    born = np.full(len(tokens), PREFILL_EXIT, np.int32)
+    if exits is not None and exits.config.kind == "attn":
+        raise DexError('exits of kind "attn" cannot be teacher-forced exactly: run the lattice instead')
+    if len(tokens) < 2 or stages == 1:
+        born[1:] = stages
+        return born
+    exits = shared_exits(lm, depths[:-1]) if exits is None else _at_depths(exits, depths[:-1])
+    layers = lm.config.num_layers
+    of_born = [
+        tuple(known_as(ask, exits.config, layers) for ask in asks_in_lattice((stages, each), depths))
+        for each in range(1, stages + 1)
+    ]
+    statics = _Statics(lm.config, lm.layout, exits.config, tuple(sorted({a for each in of_born for a in each})), 1)
+    parameters, draft = _arrays(lm, exits)
+    longest = -(-len(tokens) // 64) * 64
+    ids, at = (jnp.asarray(each) for each in padded([(prompt, tokens)], 1, longest))
+    rows = _answer_rows(statics, lm.weights, parameters, ids, at)
+    ways = tuple(dict.fromkeys(of_born))
+    given = np.asarray(_chosen(statics, ways, schedule.decs, lm.weights, parameters, draft, rows, at[0], sampling))
+    here = stages
+    for i, token in enumerate(tokens[1:], 1):
+        right = np.flatnonzero(given[ways.index(of_born[here - 1]), :, i] == token)
+        here = born[i] = int(right[0]) + 1 if len(right) else stages
+    return born
+
+
+def forced_ticks(
+    lm: LanguageModel,
+    prompt: list[int],
+    tokens: list[int],
+    schedule: Schedule,
+    sampling: Sampling | None = None,
+    exits: TrainedExits | None = None,
+) -> int:
+    """Ticks of an unpruned run that emits `tokens` after `prompt`; arguments as `forced_exits`."""
+    return ticks_of(forced_exits(lm, prompt, tokens, schedule, sampling, exits), len(tokens), schedule.stages)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Statics:
-    """What the compiled programs depend on beside shapes.
-
-    Attributes:
-      config, layout: of the model.
-      exits: shapes of the heads.
-      pairs: P.
-      count: C.
-    """
+    """What the compiled programs depend on beside shapes."""
 
     config: ModelConfig
     layout: Layout
     exits: ExitsConfig
-    pairs: tuple[Pair, ...]
+    asks: tuple[Ask, ...]
     count: int
 
     @property
-    def sources(self) -> tuple[int, ...]:
-        """The S depths whose features of the position before are read, L last."""
-        return tuple(sorted({previous for _, previous in self.pairs}))
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The Q pairs (source, lag) that asks read."""
+        return tuple(sorted({(ask.source, ask.lag) for ask in self.asks}))
 
-    @property
-    def places(self) -> np.ndarray:
-        """[P, 2] int32: where each pair's exit and source stand among depths and sources."""
-        found = [(self.exits.depths.index(depth), self.sources.index(previous)) for depth, previous in self.pairs]
-        return np.asarray(found, np.int32)
+    def place(self, ask: Ask) -> tuple[int, int]:
+        """Where an ask's exit and pair stand."""
+        return self.exits.depths.index(ask.depth), self.pairs.index((ask.source, ask.lag))
 
 
 class Rows(NamedTuple):
@@ -209,8 +327,8 @@ class Rows(NamedTuple):
     Attributes:
       states: [X, B A, D], hidden states at the trained depths.
       final: [B A, D], features after the final norm at depth L.
-      previous: [S, B A, D], features of the position before from each source; None for exits that do not read them.
-      context: [S, B A, D], from the context layer; None but for kind "attn".
+      previous: [Q, B A, D], features of the position before; None for exits that do not read them.
+      context: [Q, B A, D], from the context layer; None but for kind "attn".
     """
 
     states: jax.Array
@@ -224,7 +342,7 @@ def _answer_rows(
     statics: _Statics, weights: Any, parameters: dict[str, jax.Array], ids: jax.Array, at: jax.Array
 ) -> Rows:
     """Runs ids [B, R] and gathers what exits read at positions `at` [B, A]."""
-    config, exits, sources = statics.config, statics.exits, statics.sources
+    config, exits, pairs = statics.config, statics.exits, statics.pairs
     model = merge_model(config, statics.layout, weights)
     batch, length = ids.shape
     states = depth_states(model, ids, (*exits.depths, config.num_layers))
@@ -237,29 +355,29 @@ def _answer_rows(
         return Rows(gathered(states[:-1]), gathered(final), None, None)
     heads = ExitHeads(exits, lambda name, shape, kind: parameters[name])
     own = heads.base(states[:-1].reshape(len(exits.depths), batch * length, -1)).reshape(states[:-1].shape)
-    ends = [final if source == config.num_layers else own[exits.depths.index(source)] for source in sources]
-    before = jnp.pad(jnp.stack(ends)[:, :, :-1], [(0, 0), (0, 0), (1, 0), (0, 0)])
-    previous = gathered(before)
+    # Row p holds the features of position p - 1.
+    true, *before = jnp.pad(jnp.stack([final, *own])[:, :, :-1], [(0, 0), (0, 0), (1, 0), (0, 0)])
+    reached = dict(zip(exits.depths, before, strict=True)) | {config.num_layers: true}
+    previous = jnp.stack([gathered(reached[source]) for source, _ in pairs])
     context = None
     if heads.context is not None:
-        lag = jnp.asarray([1 if source == config.num_layers else 2 for source in sources])
-        rows = previous.reshape(len(sources), *at.shape, -1)
-        true = before[sources.index(config.num_layers)]
-        context = _contexts(heads.context, model.embed_tokens(ids), true, rows, at, lag).reshape(previous.shape)
+        lags = jnp.asarray([lag for _, lag in pairs])
+        read = previous.reshape(len(pairs), *at.shape, -1)
+        context = _contexts(heads.context, model.embed_tokens(ids), true, read, at, lags).reshape(previous.shape)
     return Rows(gathered(states[:-1]), gathered(final), previous, context)
 
 
 def _contexts(
-    context: Context, embedded: jax.Array, true: jax.Array, previous: jax.Array, at: jax.Array, lag: jax.Array
+    context: Context, embedded: jax.Array, true: jax.Array, previous: jax.Array, at: jax.Array, lags: jax.Array
 ) -> jax.Array:
-    """The context layer at positions `at` [B, A] for each source: [S, B, A, D].
+    """The context layer at positions `at` [B, A] for each pair: [Q, B, A, D].
 
     Args:
       context: the layer.
       embedded, true: [B, R, D], token embeddings, and the true features before each position.
-      previous: [S, B, A, D].
+      previous: [Q, B, A, D].
       at: [B, A] int32.
-      lag: [S] int32, how far back the newest committed position is: 1, or 2 where the parent is not committed.
+      lags: [Q] int32, how far back the newest committed position is.
     """
     batch, length, _ = embedded.shape
     everywhere = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
@@ -268,12 +386,26 @@ def _contexts(
     itself = jnp.broadcast_to(jnp.eye(at.shape[1], dtype=bool)[None], (batch, at.shape[1], at.shape[1]))
     distance = at[:, :, None] - everywhere[:, None, :]
 
-    def one_source(source: tuple[jax.Array, jax.Array]) -> jax.Array:
-        before, newest = source
+    def one_pair(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        before, newest = pair
         seen = (distance >= newest) & (distance <= context.config.window)
         return context.output(context.enter_rows(tokens, before), at, KeyValues(keys, values, seen), itself)
 
-    return jax.lax.map(one_source, (previous, lag))
+    return jax.lax.map(one_pair, (previous, lags))
+
+
+def _features(
+    statics: _Statics, parameters: dict[str, jax.Array], rows: Rows, exit_: Any, pair: Any, block: Any
+) -> jax.Array:
+    """[M, D + 1], what the exit at a place makes of the rows that `block` names, reading a pair."""
+    head = head_at(statics.exits, parameters, exit_)
+    previous = None if rows.previous is None else rows.previous[pair][block][None]
+    context = None if rows.context is None else rows.context[pair][block][None]
+    return head.features(rows.states[exit_][block][None], previous, context)[0]
+
+
+def _unembed(model: Transformer) -> jax.Array:
+    return (model.embed if model.unembed is None else model.unembed)[...]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -285,20 +417,16 @@ def _ask(
     rows: Rows,
     block: jax.Array,
 ) -> Said:
-    """All pairs at the rows that `block` [N] int32 names, one pair's logits at a time; draft: [V'] int32 or None."""
-    model = merge_model(statics.config, statics.layout, weights)
-    unembed = (model.embed if model.unembed is None else model.unembed)[...]
+    """All asks at the rows that `block` [M] int32 names, one ask's logits at a time; draft: [V'] int32 or None."""
+    unembed = _unembed(merge_model(statics.config, statics.layout, weights))
     vocabulary = Vocabulary(unembed, None if draft is None else unembed[draft], draft)
     kernel = unembed if vocabulary.draft_unembed is None else vocabulary.draft_unembed
-    final = rows.final[block]
+    final, count = rows.final[block], statics.count
     goal = targets(final, vocabulary, hard=0.0)
+    size = kernel.shape[0]
 
-    def one_pair(_: None, place: jax.Array) -> tuple[None, tuple[jax.Array, ...]]:
-        exit_, source = place[0], place[1]
-        head = head_at(statics.exits, parameters, exit_)
-        previous = None if rows.previous is None else rows.previous[source][block][None]
-        context = None if rows.context is None else rows.context[source][block][None]
-        features = head.features(rows.states[exit_][block][None], previous, context)[0]
+    def one_ask(_: None, place: jax.Array) -> tuple[None, tuple[jax.Array, ...]]:
+        features = _features(statics, parameters, rows, place[0], place[1], block)
         logits, rest = linear(features[:, :-1], kernel, out_dtype=jnp.float32), features[:, -1].astype(jnp.float32)
         log_all = jax.nn.logsumexp(logits, axis=-1)
         expected = jnp.sum(goal.inside * logits, axis=-1)
@@ -306,28 +434,77 @@ def _ask(
             log_all = jnp.logaddexp(log_all, rest)
             expected = expected + jnp.where(goal.outside > 0, goal.outside * rest, 0.0)
         # Asked for values too, XLA sorts the whole vocabulary on CPUs and the program takes six times as long.
-        column = jax.lax.top_k(logits, statics.count)[1]
-        best = column if draft is None else draft[column]
-        kept = jnp.take_along_axis(logits, column, axis=-1) - log_all[:, None]
-        return None, (best, log_all - expected - goal.entropy, jnp.exp(kept[:, 0]), kept)
+        column = jax.lax.top_k(logits, min(size, count + 1))[1]
+        kept = jnp.take_along_axis(logits, column, axis=-1)
+        # Nor where what follows reads the logits too.
+        logits, kept, column = jax.lax.optimization_barrier((logits, kept, column))
+        below = jnp.pad(kept[:, 1:], [(0, 0), (0, count + 1 - kept.shape[1])], constant_values=-jnp.inf)[:, :count]
+        gap = (kept[:, :count] - below) / jnp.max(jnp.abs(logits), axis=-1, keepdims=True)
+        best = column[:, :count] if draft is None else draft[column[:, :count]]
+        return None, (best, kept[:, :count] - log_all[:, None], gap, log_all - expected - goal.entropy)
 
-    _, said = jax.lax.scan(one_pair, None, jnp.asarray(statics.places))
+    places = np.asarray([statics.place(ask) for ask in statics.asks], np.int32)
+    _, said = jax.lax.scan(one_ask, None, jnp.asarray(places))
     greedy = jnp.argmax(linear(final, unembed, out_dtype=jnp.float32), axis=-1)
-    best, divergence, confidence, kept = (jnp.moveaxis(x, 0, 1) for x in said)
-    return Said(best, divergence, confidence, kept, greedy)
+    best, log_probability, gap, divergence = (jnp.moveaxis(x, 0, 1) for x in said)
+    return Said(best, log_probability, gap, divergence, greedy)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _chosen(
+    statics: _Statics,
+    ways: tuple[tuple[Ask, ...], ...],
+    decs: bool,
+    weights: Any,
+    parameters: dict[str, jax.Array],
+    draft: jax.Array | None,
+    rows: Rows,
+    at: jax.Array,
+    sampling: Sampling | None,
+) -> jax.Array:
+    """What exits 1..K-1 choose one after the other, for each way to ask them: [ways, K - 1, A] int32.
+
+    NO_TOKEN stands where nothing is left. `at` [A] int32 are the positions of one text.
+    """
+    unembed = _unembed(merge_model(statics.config, statics.layout, weights))
+    kernel, noise, columns = unembed if draft is None else unembed[draft], None, None
+    if draft is not None:
+        columns = jnp.full(statics.config.vocab_size, draft.shape[0], jnp.int32)
+        columns = columns.at[draft].set(jnp.arange(draft.shape[0], dtype=jnp.int32))
+    if sampling is not None:
+        noise = jax.vmap(position_noise, (None, 0, None))(sampling.keys[0], at + 1, statics.config.vocab_size)
+        noise = noise if draft is None else noise[:, draft]
+    every = slice(None)
+    found = []
+    for asks in ways:
+        given = jnp.full((len(asks), at.shape[0]), NO_TOKEN, jnp.int32)
+        for k, ask in enumerate(asks):
+            features = _features(statics, parameters, rows, *statics.place(ask), every)
+            logits = linear(features[:, :-1], kernel, out_dtype=jnp.float32)
+            allowed = mask_columns(logits, given[:k].T, columns) if decs and k else logits
+            column, left = choose(allowed, sampling, noise)
+            given = given.at[k].set(jnp.where(left, column if draft is None else draft[column], NO_TOKEN))
+        found.append(given)
+    return jnp.stack(found)
+
+
+def _arrays(lm: LanguageModel, exits: TrainedExits) -> tuple[dict[str, jax.Array], jax.Array | None]:
+    """(parameters in the model's dtype, draft vocabulary)."""
+    draft = None if exits.vocabulary is None else jnp.asarray(exits.vocabulary, jnp.int32)
+    return {name: jnp.asarray(value, lm.dtype) for name, value in exits.parameters.items()}, draft
+
+
+def _at_depths(exits: TrainedExits, depths: tuple[int, ...]) -> TrainedExits:
+    config, parameters = select_exits(exits.config, exits.parameters, depths)
+    return dataclasses.replace(exits, config=config, parameters=parameters)
+
+
+def _nearer(ask: Ask, most_lag: int) -> Ask:
+    return ask._replace(lag=min(ask.lag, most_lag))
 
 
 def _joined(parts: Sequence[Said]) -> Said:
     return jax.tree.map(lambda *fields: np.concatenate(fields), *parts)
-
-
-def _pairs(config: ExitsConfig, layers: int, grids: Sequence[tuple[int, ...]]) -> tuple[Pair, ...]:
-    """All (depth, L), then what exits of the grids read where the position before has not reached L."""
-    true = [(depth, layers) for depth in config.depths]
-    if not config.needs_previous:
-        return tuple(true)
-    own = {(a, b) for grid in grids for i, a in enumerate(grid[:-1]) for b in grid[i + 1 : -1]}
-    return (*true, *sorted(own))
 
 
 def _checked_grid(config: ExitsConfig, layers: int, grid: tuple[int, ...]) -> tuple[int, ...]:
@@ -341,34 +518,8 @@ def _checked_grid(config: ExitsConfig, layers: int, grid: tuple[int, ...]) -> tu
     return tuple(grid)
 
 
-def _padded(texts: Sequence[Text], batch: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [B, R], answer positions [B, A]); rows and positions beyond a text's end hold anything."""
-    length = max(len(prompt) + len(answer) for prompt, answer in texts) - 1
-    ids = np.zeros((batch, -(-length // LENGTH_STEP) * LENGTH_STEP), np.int32)
-    at = np.zeros((batch, longest), np.int32)
-    for row, (prompt, answer) in enumerate(texts):
-        ids[row, : len(prompt) + len(answer) - 1] = [*prompt, *answer[:-1]]
-        at[row] = np.minimum(len(prompt) - 1 + np.arange(longest), ids.shape[1] - 1)
-    return ids, at
-
-
-def _checked_text(lm: LanguageModel, number: int, prompt: Sequence[int], answer: Sequence[int]) -> Text:
-    """The text up to the answer's first EOS."""
-    end = next((i + 1 for i, token in enumerate(answer) if token in lm.eos_ids), len(answer))
-    if not len(prompt) or not end:
-        raise DexError(f"text {number} has no {'answer' if len(prompt) else 'prompt'}: give at least one token of each")
-    if len(prompt) + end > lm.config.context:
-        raise DexError(
-            f"text {number} has {len(prompt) + end} tokens, which passes the model's context of {lm.config.context}: "
-            "shorten it"
-        )
-    ids = [int(token) for token in (*prompt, *answer[:end])]
-    if not all(0 <= token < lm.config.vocab_size for token in ids):
-        raise DexError(f"text {number} holds token ids outside the model's vocabulary of {lm.config.vocab_size}")
-    return ids[: len(prompt)], ids[len(prompt) :]
-
-
-def _check_exits(model: ModelConfig, exits: ExitsConfig, vocabulary: np.ndarray | None) -> None:
+def _check_exits(model: ModelConfig, found: TrainedExits) -> None:
+    exits, vocabulary = found.config, found.vocabulary
     if exits.width != model.width or exits.depths[-1] >= model.num_layers:
         raise DexError(
             f"exits of width {exits.width} at depths {exits.depths} do not fit a model of width {model.width} and "

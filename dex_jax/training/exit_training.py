@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
-from dex_jax.evaluation.exit_forcing import Text
-from dex_jax.evaluation.exit_metrics import grouped_figures
-from dex_jax.evaluation.exit_report import tables
+from dex_jax.forced.figures import grouped_figures
+from dex_jax.forced.tables import tables
+from dex_jax.forced.texts import Text
 from dex_jax.io.exits_file import FILE_NAME, TrainedExits, save_exits
 from dex_jax.io.object_store import require_disk
 from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
-from dex_jax.nn.exits import heads_of, select_exits
+from dex_jax.nn.exits import select_exits
 from dex_jax.training.checkpoints import Checkpoints, list_checkpoints
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.distillation import Distillation, DistillationOptions, draft_vocabulary, history_for
@@ -130,8 +129,7 @@ def train_exits(
     groups = held_out_texts(config, lm, mixture, folder, tell)
 
     def evaluate(exits: TrainedExits) -> dict[str, Any]:
-        heads = heads_of(exits.config, exits.parameters, jnp.float32)
-        figures = grouped_figures(lm, heads, exits.vocabulary, groups)
+        figures = grouped_figures(lm, exits, groups)
         shown = {name: figures[name] for name in ([*figures][-1],)}
         tell(tables(shown))
         return {"groups": {name: each.to_json() for name, each in figures.items()}}

@@ -1,14 +1,14 @@
 """The runs of the template study: answers in large batches, counts along them, and the loop itself on a few.
 
-Every answer is made once, by AR. What DEX and LayerSkip count on it is teacher-forced (`forced_counts`), which is exact
-where rows never prune; the loops themselves run on a random share of the answers and must agree.
+Every answer is made once, by AR. What DEX and LayerSkip count on it is teacher-forced (`dex_jax.forced`), which is
+exact where rows never prune; the loops themselves run on a random share of the answers and must agree.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,15 @@ from dex_jax.decoding.generate import generate
 from dex_jax.decoding.layerskip import LayerSkip
 from dex_jax.decoding.methods import Dex
 from dex_jax.decoding.output import ticks_of
-from dex_jax.evaluation.bench.answering import Answer, answer, batches
 from dex_jax.evaluation.bench.contenders import best_setting
-from dex_jax.evaluation.bench.forced_counts import Ask, Forced, dex_asks, dex_count, layerskip_asks, layerskip_count
 from dex_jax.evaluation.bench.forced_runs import answer_fields, layerskip_run
 from dex_jax.evaluation.bench.results import Results
 from dex_jax.evaluation.bench.runs import Run, compared, run_key, run_of
 from dex_jax.evaluation.check import CLOSE, compare_tokens
+from dex_jax.forced.asks import Ask, dex_asks, layerskip_asks
+from dex_jax.forced.counts import DexCount, LayerSkipCount, dex_counts, layerskip_counts
+from dex_jax.forced.run import force
+from dex_jax.forced.texts import answers, batches
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows
 from studies.templates.pace import Pace
@@ -97,17 +99,20 @@ class TemplateStudy:
             rows = SMALLEST_BATCH
             while rows < len(group):
                 rows *= 2
-            found = answer(
-                self.lm,
-                [list(case.ids) for case in group],
-                plan.max_new_tokens,
-                exits=plan.exits if asks else None,
-                asks=tuple(sorted(asks)),
-                count=max(1, len(plan.depths) - 1),
-                batch=rows,
-            )
-            for case, each in zip(group, found, strict=True):
-                for run in self._lines(case, each, dex, settings.get(case.item.task, []), rows):
+            texts = answers(self.lm, [list(case.ids) for case in group], plan.max_new_tokens, rows)
+            dex_found: list[DexCount] = []
+            skipped: dict[tuple[int, int], list[LayerSkipCount]] = {}
+            if asks:
+                forced = force(self.lm, plan.exits, texts, sorted(asks), count=max(1, len(plan.depths) - 1), batch=rows)
+                dex_found = dex_counts(forced, plan.depths) if dex else []
+                skipped = {
+                    pair: layerskip_counts(forced, *pair, plan.max_new_tokens, self.lm.eos_ids)
+                    for pair in {pair for each in settings.values() for pair in each}
+                }
+            for row, (case, (_, tokens)) in enumerate(zip(group, texts, strict=True)):
+                wanted = {pair: skipped[pair][row] for pair in settings.get(case.item.task, [])}
+                lines = self._lines(case, list(tokens), dex_found[row] if dex else None, wanted, rows)
+                for run in lines:
                     self.results.add(run)
             pace.add(sum(len(case.ids) + plan.max_new_tokens for case in group))
 
@@ -135,8 +140,15 @@ class TemplateStudy:
             "dtype": str(self.lm.dtype),
         }
 
-    def _lines(self, case: Case, each: Answer, dex: bool, settings: Sequence[tuple[int, int]], rows: int) -> list[Run]:
-        plan, layers, tokens = self.plan, self.lm.config.num_layers, each.tokens.tolist()
+    def _lines(
+        self,
+        case: Case,
+        tokens: list[int],
+        dex: DexCount | None,
+        skipped: Mapping[tuple[int, int], LayerSkipCount],
+        rows: int,
+    ) -> list[Run]:
+        plan, layers = self.plan, self.lm.config.num_layers
         graded = grade(self.lm, case, tokens)
         shared: dict[str, Any] = {
             **self._where(case),
@@ -147,18 +159,14 @@ class TemplateStudy:
         plain = Run("depth", "ar", layer_steps=layers * (len(tokens) - 1), depths=[layers], rows=1, **shared)
         self.known[plain.split, plain.task, plain.template, plain.prompt_id] = plain
         lines = [plain]
-        if dex:
-            lines.append(self._dex_line(each.forced, shared))
-        for depth, length in settings:
-            assert each.forced is not None
-            where = {"exits_source": plan.exits_source, **shared}
-            lines.append(layerskip_run(each.forced, depth, length, self.lm.eos_ids, **where))
+        if dex is not None:
+            lines.append(self._dex_line(dex, shared))
+        for (depth, length), count in skipped.items():
+            lines.append(layerskip_run(count, depth, length, layers, exits_source=plan.exits_source, **shared))
         return lines
 
-    def _dex_line(self, forced: Forced | None, shared: dict[str, Any]) -> Run:
-        assert forced is not None
-        depths = self.plan.depths
-        exits = dex_count(forced, depths).exits
+    def _dex_line(self, count: DexCount, shared: dict[str, Any]) -> Run:
+        depths, exits = self.plan.depths, count.exits
         ticks = ticks_of(exits, len(exits), len(depths))
         longest = max(end - start for start, end in zip((0, *depths), depths, strict=False))
         return Run(
@@ -270,14 +278,11 @@ class TemplateStudy:
             asks = dex_asks(plan.depths, plan.exits.config)
         else:
             asks = layerskip_asks(depth, length, plan.exits.config, layers)
-        (found,) = answer(
-            self.lm, [list(case.ids)], plan.max_new_tokens, exits=plan.exits, asks=asks, count=len(plan.depths) - 1
-        )
-        assert found.forced is not None
+        texts = answers(self.lm, [list(case.ids)], plan.max_new_tokens, 1)
+        forced = force(self.lm, plan.exits, texts, asks, count=max(1, len(plan.depths) - 1), batch=1)
         if run.method == "dex":
-            return float(dex_count(found.forced, plan.depths).closest[at])
-        count = layerskip_count(found.forced, depth, length, plan.max_new_tokens, self.lm.eos_ids)
-        return float(count.closest[at])
+            return float(dex_counts(forced, plan.depths)[0].closest[at])
+        return float(layerskip_counts(forced, depth, length, plan.max_new_tokens, self.lm.eos_ids)[0].closest[at])
 
 
 def answers_in(lm: LanguageModel, results: Results, cases: Sequence[Case], plan: Plan, notify: Any) -> None:

@@ -14,14 +14,16 @@ import jax.numpy as jnp
 
 from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.session import PROGRAMS, prompt_bucket
-from dex_jax.evaluation.bench.answering import answer
 from dex_jax.evaluation.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
-from dex_jax.evaluation.bench.forced_counts import layerskip_asks
 from dex_jax.evaluation.bench.forced_runs import answer_fields, exits_at, layerskip_run
 from dex_jax.evaluation.bench.plan import Plan
 from dex_jax.evaluation.bench.results import Results
 from dex_jax.evaluation.bench.runs import Run, compared, run_key, run_of
 from dex_jax.evaluation.check import compare_tokens
+from dex_jax.forced.asks import layerskip_asks
+from dex_jax.forced.counts import layerskip_counts
+from dex_jax.forced.run import force
+from dex_jax.forced.texts import answers
 from dex_jax.language_model import LanguageModel
 from dex_jax.progress import Shown, duration
 from dex_jax.sampling import Sampling, sampling_keys
@@ -211,12 +213,12 @@ class Bench:
         limit = self.args.max_new_tokens
         for batch in _batches(missing, self.args.batch):
             begin, size = time.monotonic(), _size(len(batch))
-            ids = [list(case.ids) for case in batch]
-            found = answer(self.lm, ids, limit, exits=exits, asks=sorted(asks), batch=size)
-            for case, each in zip(batch, found, strict=True):
-                assert each.forced is not None
+            texts = answers(self.lm, [list(case.ids) for case in batch], limit, size)
+            forced = force(self.lm, exits, texts, sorted(asks), batch=size)
+            counts = [layerskip_counts(forced, *setting, limit, self.lm.eos_ids) for setting in settings]
+            for row, (case, (_, tokens)) in enumerate(zip(batch, texts, strict=True)):
                 about = {
-                    **answer_fields(each.tokens.tolist(), len(case.ids), size, limit),
+                    **answer_fields(list(tokens), len(case.ids), size, limit),
                     "task": case.task,
                     "prompt_id": case.id,
                     "split": case.split,
@@ -224,9 +226,9 @@ class Bench:
                     "dtype": str(self.lm.dtype),
                     "exits_source": source,
                 }
-                for entry, setting in zip(entries, settings, strict=True):
+                for entry, setting, count in zip(entries, settings, counts, strict=True):
                     if self._key(entry, case, "depth", counted="forced") not in self.results.done:
-                        self._keep(entry, case, layerskip_run(each.forced, *setting, self.lm.eos_ids, **about))
+                        self._keep(entry, case, layerskip_run(count[row], *setting, layers, **about))
             runs = len(batch) * len(entries)
             self.clock.add("depth", runs, time.monotonic() - begin, "counting all settings of layerskip", logged=True)
 

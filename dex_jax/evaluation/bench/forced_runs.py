@@ -10,9 +10,9 @@ import jax
 from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.methods import Dex
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.forced_counts import Forced, layerskip_count
 from dex_jax.evaluation.bench.runs import Run, repeated, versions
-from dex_jax.evaluation.exit_metrics import shared_exits
+from dex_jax.forced.counts import LayerSkipCount
+from dex_jax.forced.run import shared_exits
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.sharding import device_name
@@ -51,28 +51,17 @@ def answer_fields(tokens: list[int], prompt_tokens: int, batch: int, max_new_tok
     }
 
 
-def layerskip_run(
-    forced: Forced, depth: int, draft_length: int, eos_ids: Sequence[int], *, max_new_tokens: int, **given: Any
-) -> Run:
-    """The line of LayerSkip(depth, draft_length) on an answer.
-
-    Args:
-      forced: what exits say along it, with the asks of `layerskip_asks`.
-      depth, draft_length: d, g.
-      eos_ids, max_new_tokens: that the answer was made with.
-      **given: the other fields of Run.
-    """
-    count = layerskip_count(forced, depth, draft_length, max_new_tokens, eos_ids)
+def layerskip_run(count: LayerSkipCount, depth: int, draft_length: int, layers: int, **given: Any) -> Run:
+    """The line of LayerSkip(depth, draft_length) on an answer to a model of so many layers; `given`: other fields."""
     return Run(
         "depth",
         "layerskip",
         setting={"exit": depth, "draft_length": draft_length},
         counted="forced",
         exits=count.exits.tolist(),
-        depths=[depth, forced.layers],
+        depths=[depth, layers],
         rows=draft_length + 1,
         layer_steps=count.layer_steps,
         rounds=count.rounds,
-        max_new_tokens=max_new_tokens,
         **given,
     )

@@ -10,16 +10,15 @@ import numpy as np
 
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.methods import Dex
-from dex_jax.evaluation.exit_forcing import Measurement
-from dex_jax.evaluation.exit_metrics import figures_of, predicted_exits
 from dex_jax.evaluation.planner.ead_profile import CAP_LOSS, EAD, GridProfile, Profile, RealLoop
+from dex_jax.forced.counts import dex_counts
+from dex_jax.forced.figures import figures_of
+from dex_jax.forced.run import Forced
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 
 
-def profile_of(
-    measured: Measurement, groups: Mapping[str, Measurement], *, about: Mapping[str, Any] | None = None
-) -> Profile:
+def profile_of(measured: Forced, groups: Mapping[str, Forced], *, about: Mapping[str, Any] | None = None) -> Profile:
     """The profile of a measurement: when tokens become available, and the ticks of rows that never prune.
 
     Args:
@@ -31,7 +30,7 @@ def profile_of(
     grids = tuple(
         GridProfile(
             depths=depths,
-            exits=_by_exit(predicted_exits(measured, depths), len(depths)),
+            exits=_by_exit([count.exits for count in dex_counts(measured, depths)], len(depths)),
             ticks_per_token=grid.ticks_per_token,
             depth_side_speedup=grid.depth_side_speedup,
             resolution_bound=ead.resolution_bound(depths),
@@ -82,7 +81,7 @@ def _real_loop(
     return RealLoop(rows, ticks / max(tokens, 1), len(depths) * tokens / max(ticks, 1))
 
 
-def _ead(measured: Measurement) -> EAD:
+def _ead(measured: Forced) -> EAD:
     return EAD((*measured.depths, measured.layers), figures_of(measured).ead)
 
 

@@ -12,9 +12,11 @@ from reference.small_models import LLAMA, small_model
 import dex_jax
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.output import ticks_of
-from dex_jax.evaluation.bench import answering
-from dex_jax.evaluation.bench.answering import answer, batches
-from dex_jax.evaluation.bench.forced_counts import dex_asks, dex_count, layerskip_asks, layerskip_count
+from dex_jax.forced import run
+from dex_jax.forced.asks import dex_asks, layerskip_asks
+from dex_jax.forced.counts import dex_counts, layerskip_counts
+from dex_jax.forced.run import force
+from dex_jax.forced.texts import answers, batches
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.exits import exit_parameters
 
@@ -54,22 +56,21 @@ def test_counts_are_those_of_the_loops(kind, more, depths, skip):
     asks = {*dex_asks(depths, exits.config), *layerskip_asks(*skip, exits.config, depths[-1])}
     if kind == "attn":
         assert max(ask.lag for ask in dex_asks(depths, exits.config)) == 3
-    found = answer(lm, ids, TOKENS, exits=exits, asks=tuple(sorted(asks)), count=len(depths) - 1, batch=8)
+    texts = answers(lm, ids, TOKENS, batch=8)
+    forced = force(lm, exits, texts, sorted(asks), count=len(depths) - 1)
     plain = dex_jax.generate(lm, ids, method=dex_jax.AR(), max_new_tokens=TOKENS)
-    for row, each in enumerate(found):
-        assert each.tokens.tolist() == plain.tokens[row, : plain.lengths[row]].tolist()
+    for row, (_, tokens) in enumerate(texts):
+        assert tokens == plain.tokens[row, : plain.lengths[row]].tolist()
     options = {"max_new_tokens": TOKENS, "exits": exits}
     dex = dex_jax.generate(lm, ids, method=dex_jax.Dex(depths=depths, rows="full"), **options)
     early = 0
-    for row, each in enumerate(found):
-        count = dex_count(each.forced, depths)
+    for row, count in enumerate(dex_counts(forced, depths)):
         assert count.exits.tolist() == dex.stats.exits[row, : dex.lengths[row]].tolist()
-        assert ticks_of(count.exits, len(each.tokens), len(depths)) == dex.stats.ticks[row]
+        assert ticks_of(count.exits, len(count.exits), len(depths)) == dex.stats.ticks[row]
         early += int((count.exits[1:] < len(depths)).sum())
     assert early > 5
     drafted = dex_jax.generate(lm, ids, method=dex_jax.LayerSkip(*skip), **options)
-    for row, each in enumerate(found):
-        count = layerskip_count(each.forced, *skip, TOKENS, lm.eos_ids)
+    for row, count in enumerate(layerskip_counts(forced, *skip, TOKENS, lm.eos_ids)):
         assert count.rounds == drafted.stats.rounds[row]
         assert count.layer_steps == drafted.stats.layer_steps[row]
         assert count.exits.tolist() == drafted.stats.exits[row, : drafted.lengths[row]].tolist()
@@ -82,14 +83,14 @@ def test_no_vocabulary_is_sorted(monkeypatch):
     seen = []
 
     def compiled(*args):
-        seen.append(answering_ask.lower(*args).compile().as_text())
-        return answering_ask(*args)
+        seen.append(forced_ask.lower(*args).compile().as_text())
+        return forced_ask(*args)
 
-    answering_ask = answering._ask
-    monkeypatch.setattr(answering, "_ask", compiled)
+    forced_ask = run._ask
+    monkeypatch.setattr(run, "_ask", compiled)
     lm = small_model(dataclasses.replace(LLAMA, vocab_size=4096))
     exits = dataclasses.replace(random_exits("attn"), vocabulary=None)
-    answer(lm, prompts(), TOKENS, exits=exits, asks=dex_asks(DEPTHS, exits.config), count=3)
+    force(lm, exits, [(prompt, prompt) for prompt in prompts()], dex_asks(DEPTHS, exits.config), count=3)
     assert 'custom_call_target="TopK"' in seen[0]
     assert " sort(" not in seen[0]
 
@@ -98,10 +99,10 @@ def test_an_end_of_text_is_never_drafted():
     lm = small_model()
     exits = random_exits("shared")
     asks = layerskip_asks(2, 3, exits.config, DEPTHS[-1])
-    (free,) = answer(lm, prompts(1), TOKENS, exits=exits, asks=asks)
-    drafted = layerskip_count(free.forced, 2, 3, TOKENS, ())
+    free = force(lm, exits, answers(lm, prompts(1), TOKENS, batch=1), asks)
+    (drafted,) = layerskip_counts(free, 2, 3, TOKENS, ())
     at = int(np.flatnonzero(drafted.exits == 1)[0])
-    none = layerskip_count(free.forced, 2, 3, TOKENS, (int(free.tokens[at]),))
+    (none,) = layerskip_counts(free, 2, 3, TOKENS, (int(free.target[at]),))
     assert none.exits[at] == 2
     assert none.rounds >= drafted.rounds
 

@@ -18,11 +18,18 @@ from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.decoding.network import depth_states
 from dex_jax.decoding.output import ticks_of
 from dex_jax.errors import DexError
-from dex_jax.evaluation import exit_forcing, exit_metrics, exit_report
-from dex_jax.evaluation.forced import forced_exits
+from dex_jax.forced import run, tables
+from dex_jax.forced.asks import asks_in_lattice
+from dex_jax.forced.counts import dex_counts, first_exits
+from dex_jax.forced.figures import calibration_error as error_of
+from dex_jax.forced.figures import figures_of, grouped_figures
+from dex_jax.forced.run import Forced, forced_exits, measure, shared_exits
+from dex_jax.forced.texts import answers
+from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
-from dex_jax.nn.exits import exit_parameters, heads_of, initial_heads
-from dex_jax.plot import figures
+from dex_jax.nn.exits import exit_parameters
+from dex_jax.plot import figures as plot_figures
+from dex_jax.plot.training import plot_agreement
 
 EOS = 63
 MODEL = ModelConfig(
@@ -65,24 +72,20 @@ def _texts() -> list[tuple[list[int], list[int]]]:
 
 
 @functools.cache
-def _heads(name: str):
+def _exits(name: str) -> TrainedExits:
     config = ExitsConfig(depths=DEPTHS, width=MODEL.width, **KINDS[name])
     rng = np.random.default_rng(len(name))
     parameters = {
         name: (kind in ("norm", "scale")) + 0.5 * rng.standard_normal(shape) * max(shape[-1:], default=1) ** -0.5
         for name, (shape, kind) in exit_parameters(config).items()
     }
-    return heads_of(config, parameters, jnp.float32), {k: np.float32(v).astype(float) for k, v in parameters.items()}
-
-
-def _vocabulary(name: str) -> np.ndarray | None:
-    return DRAFT if "draft" in name else None
+    parameters = {name: np.float32(value) for name, value in parameters.items()}
+    return TrainedExits(config, parameters, DRAFT if config.draft_size else None, "0", {}, "random")
 
 
 @functools.cache
-def _measured(name: str) -> exit_forcing.Measurement:
-    heads, vocabulary = _heads(name)[0], _vocabulary(name)
-    return exit_forcing.measure(_model(), heads, vocabulary, _texts(), explorers=EXPLORERS, batch=2)
+def _measured(name: str) -> Forced:
+    return measure(_model(), _exits(name), _texts(), explorers=EXPLORERS, batch=2)
 
 
 @functools.cache
@@ -100,16 +103,17 @@ def _states() -> list[np.ndarray]:
 
 @functools.cache
 def _twins(name: str) -> list[TextTwin]:
-    lm, (heads, parameters) = _model(), _heads(name)
+    lm, exits = _model(), _exits(name)
     model = merge_model(lm.config, lm.layout, lm.weights)
     embed, unembed, norm = (np.asarray(x[...], float) for x in (model.embed, model.unembed, model.final_norm))
-    vocabulary = range(MODEL.vocab_size) if _vocabulary(name) is None else DRAFT
+    vocabulary = range(MODEL.vocab_size) if exits.vocabulary is None else DRAFT
+    parameters = {name: value.astype(float) for name, value in exits.parameters.items()}
     twins = []
     for (prompt, answer), states in zip(_texts(), _states(), strict=True):
         last = states[3]
         final = last / np.sqrt((last * last).mean(axis=1, keepdims=True) + MODEL.norm_eps) * norm
         by_depth = dict(zip((1, 2, 3), states, strict=False))
-        shape = (by_depth, final, heads.config, parameters, embed, unembed, [int(t) for t in vocabulary])
+        shape = (by_depth, final, exits.config, parameters, embed, unembed, [int(t) for t in vocabulary])
         twins.append(TextTwin(prompt, answer, *shape))
     return twins
 
@@ -121,11 +125,11 @@ def _positions(name: str) -> list[tuple[TextTwin, int]]:
 @pytest.mark.parametrize("name", KINDS)
 def test_every_position_says_what_the_twin_says(name: str) -> None:
     measured, where = _measured(name), _positions(name)
-    own = {(1, 2), (1, 3), (2, 3)} if _heads(name)[0].config.needs_previous else set()
-    assert set(measured.pairs) == {(d, 4) for d in DEPTHS} | own
+    own = {(1, 2), (1, 3), (2, 3)} if _exits(name).config.needs_previous else set()
+    assert {(ask.depth, ask.source) for ask in measured.asks} == {(d, 4) for d in DEPTHS} | own
     assert measured.grids == GRIDS
     assert measured.target.tolist() == [twin.answer[i] for twin, i in where]
-    for p, (depth, previous) in enumerate(measured.pairs):
+    for p, (depth, previous, _) in enumerate(measured.asks):
         source = TRUE if previous == 4 else previous
         for (twin, i), best in zip(where, measured.said.best[:, p].tolist(), strict=True):
             logits = twin.logits(depth, i, source)[0]
@@ -133,10 +137,10 @@ def test_every_position_says_what_the_twin_says(name: str) -> None:
             # By value: rounding may swap tokens that tie.
             assert [logits[token] for token in best] == pytest.approx(sorted(logits.values())[:-4:-1], abs=1e-5)
         confidence = [max(twin.probabilities(depth, i, source)[0].values()) for twin, i in where]
-        np.testing.assert_allclose(measured.said.confidence[:, p], confidence, rtol=1e-4)
-    for e, depth in enumerate(DEPTHS):
-        expected = [twin.divergence(depth, i) for twin, i in where]
-        np.testing.assert_allclose(measured.said.divergence[:, e], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(np.exp(measured.said.log_probability[:, p, 0]), confidence, rtol=1e-4)
+        if source is TRUE:
+            expected = [twin.divergence(depth, i) for twin, i in where]
+            np.testing.assert_allclose(measured.said.divergence[:, p], expected, rtol=1e-4, atol=1e-5)
     assert measured.said.greedy.tolist() == [int(twin.final_probabilities(i).argmax()) for twin, i in where]
 
 
@@ -144,17 +148,16 @@ def test_every_position_says_what_the_twin_says(name: str) -> None:
 def test_predicted_exits_are_the_twins(name: str) -> None:
     measured, twins = _measured(name), _twins(name)
     for grid in GRIDS:
-        predicted = exit_metrics.predicted_exits(measured, grid)
-        assert [row.tolist() for row in predicted] == [twin.predicted_exits(grid) for twin in twins]
+        predicted = [count.exits.tolist() for count in dex_counts(measured, grid)]
+        assert predicted == [twin.predicted_exits(grid) for twin in twins]
     # The chain of exits is only put to the test where a token's birth changes what the next exit says.
-    fresh = exit_metrics.first_exits(measured, GRIDS[2], born_at=4)
-    changed = any((exit_metrics.first_exits(measured, GRIDS[2], b) != fresh).any() for b in (1, 2, 3))
-    assert changed == _heads(name)[0].config.needs_previous
+    fresh, *others = (first_exits(measured, asks_in_lattice([4, b], GRIDS[2]))[0] for b in (4, 1, 2, 3))
+    assert any((other != fresh).any() for other in others) == _exits(name).config.needs_previous
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_figures_are_the_twins(name: str) -> None:
-    figures, where, twins = exit_metrics.figures_of(_measured(name)), _positions(name), _twins(name)
+    figures, where, twins = figures_of(_measured(name)), _positions(name), _twins(name)
     tokens = len(where)
     assert (figures.texts, figures.tokens, figures.depths) == (5, 60, DEPTHS)
     right = {d: [twin.best(d, i) == twin.answer[i] for twin, i in where] for d in DEPTHS}
@@ -184,26 +187,24 @@ def test_figures_are_the_twins(name: str) -> None:
 
 def test_untrained_shared_exits_are_plain_teacher_forcing() -> None:
     lm = _model()
-    model = merge_model(lm.config, lm.layout, lm.weights)
-    heads = initial_heads(ExitsConfig("shared", DEPTHS, MODEL.width), model.final_norm[...])
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, EOS, length).tolist() for length in (1, 9, 20, 50)]
-    answered = exit_metrics.answers(lm, prompts, 40, batch=4)
+    answered = answers(lm, prompts, 40, batch=4)
     # Tokens by chance, too: the exits of a random model are hardly ever right about its greedy ones.
     texts = [*answered, *((prompt, rng.choice(DRAFT, 40).tolist()) for prompt in prompts)]
-    measured = exit_forcing.measure(lm, heads, None, texts, explorers=EXPLORERS, batch=2)
+    measured = measure(lm, shared_exits(lm, DEPTHS), texts, explorers=EXPLORERS, batch=2)
     for grid in GRIDS[1:]:
         schedule = dex_jax.Dex(explorers=len(grid)).schedule_for(MODEL.num_layers)
         expected = [forced_exits(lm, prompt, answer, schedule).tolist() for prompt, answer in texts]
-        assert [row.tolist() for row in exit_metrics.predicted_exits(measured, grid)] == expected
+        assert [count.exits.tolist() for count in dex_counts(measured, grid)] == expected
         assert {exit_ for row in expected for exit_ in row} == {-1, *range(1, len(grid) + 1)}
-    assert exit_metrics.figures_of(measured.of(range(4))).off_greedy == 0
+    assert figures_of(measured.of(range(4))).off_greedy == 0
 
 
 def test_answers_come_in_the_order_of_their_prompts() -> None:
     lm = _model()
     prompts = [prompt for prompt, _ in _texts()]
-    for prompt, (given, answer) in zip(prompts, exit_metrics.answers(lm, prompts, 40, batch=3), strict=True):
+    for prompt, (given, answer) in zip(prompts, answers(lm, prompts, 40, batch=3), strict=True):
         assert given == prompt
         padded = np.zeros((1, 64), np.int32)
         padded[0, : len(prompt) + len(answer)] = [*prompt, *answer]
@@ -215,18 +216,18 @@ def test_answers_come_in_the_order_of_their_prompts() -> None:
 def test_nothing_counts_after_the_first_eos() -> None:
     kept = [(prompt, [*answer[:23], EOS]) for prompt, answer in _texts()]
     texts = [(prompt, [*answer, 2, EOS, 3]) for prompt, answer in kept]
-    measured = exit_forcing.measure(_model(), _heads("shared")[0], None, texts, explorers=EXPLORERS, batch=2)
+    measured = measure(_model(), _exits("shared"), texts, explorers=EXPLORERS, batch=2)
     assert measured.lengths == tuple(len(answer) for _, answer in kept)
     assert measured.target.tolist() == [token for _, answer in kept for token in answer]
 
 
 def test_groups_and_their_mean() -> None:
-    heads, texts = _heads("mlp, draft")[0], _texts()
+    texts = _texts()
     groups = {"humaneval": texts[:2], "spec_bench": texts[2:]}
-    figures = exit_metrics.grouped_figures(_model(), heads, DRAFT, groups, explorers=EXPLORERS, batch=2)
+    figures = grouped_figures(_model(), _exits("mlp, draft"), groups, explorers=EXPLORERS, batch=2)
     assert list(figures) == ["humaneval", "spec_bench", "mean"]
     parts = [figures[name] for name in groups]
-    assert parts == [exit_metrics.figures_of(_measured("mlp, draft").of(texts)) for texts in ([0, 1], [2, 3, 4])]
+    assert parts == [figures_of(_measured("mlp, draft").of(texts)) for texts in ([0, 1], [2, 3, 4])]
     mean = figures["mean"]
     assert (mean.texts, mean.tokens, mean.depths) == (5, 60, DEPTHS)
     assert mean.agreement == pytest.approx(np.mean([part.agreement for part in parts], axis=0))
@@ -237,7 +238,7 @@ def test_groups_and_their_mean() -> None:
 
 
 def test_one_token_has_no_speedup() -> None:
-    figures = exit_metrics.figures_of(_measured("shared").of([2]))
+    figures = figures_of(_measured("shared").of([2]))
     assert figures.tokens == 1
     assert figures.to_json()["grids"][0] == {
         "explorers": 2,
@@ -251,15 +252,15 @@ def test_calibration_error_by_hand() -> None:
     confidence = np.asarray([0.9] * 10 + [0.5] * 10)
     right = np.asarray([True] * 9 + [False] + [True] * 4 + [False] * 6)
     # Bins of two: 0.5 has two of both right and three of both wrong, 0.9 four of both right and one of one.
-    assert exit_metrics.calibration_error(confidence, right) == pytest.approx((5 * 0.5 + 4 * 0.1 + 0.4) / 10)
-    assert exit_metrics.calibration_error(np.ones(3), np.ones(3, bool)) == 0
+    assert error_of(confidence, right) == pytest.approx((5 * 0.5 + 4 * 0.1 + 0.4) / 10)
+    assert error_of(np.ones(3), np.ones(3, bool)) == 0
 
 
 def test_measuring_again_compiles_nothing() -> None:
     _measured("shared")
-    sizes = [f._cache_size() for f in (exit_forcing._answer_rows, exit_forcing._ask)]
-    exit_forcing.measure(_model(), _heads("shared")[0], None, _texts()[1:], explorers=EXPLORERS, batch=2)
-    assert sizes == [f._cache_size() for f in (exit_forcing._answer_rows, exit_forcing._ask)]
+    sizes = [f._cache_size() for f in (run._answer_rows, run._ask)]
+    measure(_model(), _exits("shared"), _texts()[1:], explorers=EXPLORERS, batch=2)
+    assert sizes == [f._cache_size() for f in (run._answer_rows, run._ask)]
 
 
 @pytest.mark.parametrize(
@@ -277,24 +278,24 @@ def test_measuring_again_compiles_nothing() -> None:
 )
 def test_bad_input_is_refused(change: dict, message: str) -> None:
     lm = small_model(change["lm"]) if "lm" in change else _model()
-    vocabulary = change.get("vocabulary", DRAFT)
+    exits = dataclasses.replace(_exits("mlp, draft"), vocabulary=change.get("vocabulary", DRAFT))
     with pytest.raises(DexError, match=message):
-        exit_forcing.measure(lm, _heads("mlp, draft")[0], vocabulary, change.get("texts", [([1], [2])]))
+        measure(lm, exits, change.get("texts", [([1], [2])]))
 
 
 def test_groups_without_texts_are_refused() -> None:
     with pytest.raises(DexError, match="at least one text in each"):
-        exit_metrics.grouped_figures(_model(), _heads("shared")[0], None, {"empty": []})
+        grouped_figures(_model(), _exits("shared"), {"empty": []})
 
 
 def _records(count: int = 3) -> list[dict]:
-    figures = exit_metrics.figures_of(_measured("shared")).to_json()
+    figures = figures_of(_measured("shared")).to_json()
     return [{"step": 10 * step, "tokens": 7, "groups": {"mean": figures}} for step in range(count)]
 
 
 def test_tables_show_the_figures() -> None:
-    figures = exit_metrics.figures_of(_measured("linear, fused, draft"))
-    text = exit_report.tables({"humaneval": figures, "one token": exit_metrics.figures_of(_measured("shared").of([2]))})
+    figures = figures_of(_measured("linear, fused, draft"))
+    text = tables.tables({"humaneval": figures, "one token": figures_of(_measured("shared").of([2]))})
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     assert text.startswith("**humaneval**\n\n|")
     assert ["2", *(f"{getattr(figures, name)[1]:.3f}" for name in ("agreement", "divergence"))] in [r[:3] for r in rows]
@@ -305,30 +306,30 @@ def test_tables_show_the_figures() -> None:
 
 
 def test_figures_pass_through_json() -> None:
-    figures = exit_metrics.figures_of(_measured("shared").of([2])).to_json()
+    figures = figures_of(_measured("shared").of([2])).to_json()
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
 
 
 def test_picture(tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    exit_report.plot_agreement(_records(), tmp_path / "agreement.png")
+    plot_agreement(_records(), tmp_path / "agreement.png")
     assert (tmp_path / "agreement.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(DexError, match="cannot be written"):
-        exit_report.plot_agreement(_records(), tmp_path / "none" / "agreement.png")
+        plot_agreement(_records(), tmp_path / "none" / "agreement.png")
 
 
 def test_picture_without_matplotlib(tmp_path, monkeypatch) -> None:
-    figures._figure_class.cache_clear()
+    plot_figures._figure_class.cache_clear()
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DexError, match=r"pip install matplotlib"):
-        exit_report.plot_agreement(_records(), tmp_path / "agreement.png")
+        plot_agreement(_records(), tmp_path / "agreement.png")
 
 
 def test_picture_of_nothing_is_refused(tmp_path) -> None:
     with pytest.raises(DexError, match="at least one record"):
-        exit_report.plot_agreement([], tmp_path / "agreement.png")
+        plot_agreement([], tmp_path / "agreement.png")
     with pytest.raises(DexError, match="record 1 has no figures of 'humaneval'"):
-        exit_report.plot_agreement(_records(), tmp_path / "agreement.png", group="humaneval")
+        plot_agreement(_records(), tmp_path / "agreement.png", group="humaneval")
     with pytest.raises(DexError, match="'seconds'"):
-        exit_report.plot_agreement(_records(), tmp_path / "agreement.png", along="seconds")
+        plot_agreement(_records(), tmp_path / "agreement.png", along="seconds")
