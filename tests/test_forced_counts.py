@@ -86,8 +86,8 @@ def test_no_vocabulary_is_sorted(monkeypatch):
         seen.append(forced_ask.lower(*args).compile().as_text())
         return forced_ask(*args)
 
-    forced_ask = run._ask
-    monkeypatch.setattr(run, "_ask", compiled)
+    forced_ask = run.ask_exits
+    monkeypatch.setattr(run, "ask_exits", compiled)
     lm = small_model(dataclasses.replace(LLAMA, vocab_size=4096))
     exits = dataclasses.replace(random_exits("attn"), vocabulary=None)
     force(lm, exits, [(prompt, prompt) for prompt in prompts()], dex_asks(DEPTHS, exits.config), count=3)

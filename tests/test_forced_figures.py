@@ -18,7 +18,7 @@ from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.decoding.network import depth_states
 from dex_jax.decoding.output import ticks_of
 from dex_jax.errors import DexError
-from dex_jax.forced import run, tables
+from dex_jax.forced import programs, tables
 from dex_jax.forced.asks import asks_in_lattice
 from dex_jax.forced.counts import dex_counts, first_exits
 from dex_jax.forced.figures import calibration_error as error_of
@@ -258,9 +258,9 @@ def test_calibration_error_by_hand() -> None:
 
 def test_measuring_again_compiles_nothing() -> None:
     _measured("shared")
-    sizes = [f._cache_size() for f in (run._answer_rows, run._ask)]
+    sizes = [f._cache_size() for f in (programs.answer_rows, programs.ask_exits)]
     measure(_model(), _exits("shared"), _texts()[1:], explorers=EXPLORERS, batch=2)
-    assert sizes == [f._cache_size() for f in (run._answer_rows, run._ask)]
+    assert sizes == [f._cache_size() for f in (programs.answer_rows, programs.ask_exits)]
 
 
 @pytest.mark.parametrize(

@@ -3,62 +3,36 @@
 Every text runs through the model once. Of each exit's logits only the best few tokens and some figures leave the
 device, and the logits of one exit at one block of positions are all that exists at a time.
 
-Letters: B texts of a batch, R padded length, A longest answer, N answer positions, X trained depths, P asks, Q pairs
-(source, lag) of theirs, C best tokens kept, D width, L layers, K stages, V' draft vocabulary.
+Letters: N answer positions, X trained depths, P asks, C best tokens kept, L layers, K stages, V' draft vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding.heads import mask_columns
 from dex_jax.decoding.methods import Schedule, even_depths
-from dex_jax.decoding.network import depth_states
 from dex_jax.decoding.output import ticks_of
 from dex_jax.decoding.record import PREFILL_EXIT
 from dex_jax.errors import DexError
 from dex_jax.forced.asks import Ask, asks_in_lattice, dex_asks, known_as
+from dex_jax.forced.programs import Said, Statics, answer_rows, ask_exits, chosen_tokens
 from dex_jax.forced.texts import Text, checked_text, padded
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, merge_model
-from dex_jax.lattice import NO_TOKEN
-from dex_jax.nn.exits import Context, ExitHeads, head_at, initial_heads, parameters_of, select_exits
-from dex_jax.nn.layers import KeyValues, linear
-from dex_jax.nn.targets import Vocabulary, targets
-from dex_jax.nn.transformer import Layout, Transformer
-from dex_jax.sampling import Sampling, choose, position_noise
+from dex_jax.nn.exits import initial_heads, parameters_of, select_exits
+from dex_jax.sampling import Sampling
 
 EXPLORERS = (2, 3, 5, 6, 10)
 EVERY_LAG = 2**30
 BLOCK = 256
 """Positions whose logits exist at one time, of one exit."""
-
-
-class Said(NamedTuple):
-    """What exits say at N positions.
-
-    Attributes:
-      best: [N, P, C] int32, full ids of the best tokens, best first.
-      log_probability: [N, P, C] float32, of these, in nats.
-      gap: [N, P, C] float32, how far each is ahead of the next, over the largest |logit|.
-      divergence: [N, P] float32, KL from the final distribution over draft vocabulary and rest, in nats.
-      greedy: [N] int32, the final layer's best token.
-    """
-
-    best: Any
-    log_probability: Any
-    gap: Any
-    divergence: Any
-    greedy: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -200,7 +174,7 @@ def force(
     known = dict.fromkeys(known_as(_nearer(ask, most_lag), exits.config, layers) for ask in asks)
     size = lm.config.vocab_size if exits.vocabulary is None else len(exits.vocabulary)
     count = min(size, max([count, *(len(grid) - 1 for grid in grids)]))
-    statics = _Statics(lm.config, lm.layout, exits.config, tuple(sorted(known)), count)
+    statics = Statics(lm.config, lm.layout, exits.config, tuple(sorted(known)), count)
     parameters, draft = _arrays(lm, exits)
 
     longest = max(len(answer) for _, answer in kept)
@@ -209,13 +183,13 @@ def force(
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         ids, at = padded([kept[i] for i in chosen], batch, longest)
-        rows = _answer_rows(statics, lm.weights, parameters, jnp.asarray(ids), jnp.asarray(at))
+        rows = answer_rows(statics, lm.weights, parameters, jnp.asarray(ids), jnp.asarray(at))
         index = np.concatenate([row * longest + np.arange(len(kept[i][1])) for row, i in enumerate(chosen)])
         blocks = []
         for first in range(0, len(index), BLOCK):
             part = index[first : first + BLOCK]
             block = jnp.asarray(np.pad(part, (0, BLOCK - len(part))))
-            said = jax.device_get(_ask(statics, lm.weights, parameters, draft, rows, block))
+            said = jax.device_get(ask_exits(statics, lm.weights, parameters, draft, rows, block))
             blocks.append(Said(*(field[: len(part)] for field in said)))
         joined = _joined(blocks)
         bounds = np.cumsum([0, *(len(kept[i][1]) for i in chosen)])
@@ -275,13 +249,15 @@ def forced_exits(
         tuple(known_as(ask, exits.config, layers) for ask in asks_in_lattice((stages, each), depths))
         for each in range(1, stages + 1)
     ]
-    statics = _Statics(lm.config, lm.layout, exits.config, tuple(sorted({a for each in of_born for a in each})), 1)
+    statics = Statics(lm.config, lm.layout, exits.config, tuple(sorted({a for each in of_born for a in each})), 1)
     parameters, draft = _arrays(lm, exits)
     longest = -(-len(tokens) // 64) * 64
     ids, at = (jnp.asarray(each) for each in padded([(prompt, tokens)], 1, longest))
-    rows = _answer_rows(statics, lm.weights, parameters, ids, at)
+    rows = answer_rows(statics, lm.weights, parameters, ids, at)
     ways = tuple(dict.fromkeys(of_born))
-    given = np.asarray(_chosen(statics, ways, schedule.decs, lm.weights, parameters, draft, rows, at[0], sampling))
+    given = np.asarray(
+        chosen_tokens(statics, ways, schedule.decs, lm.weights, parameters, draft, rows, at[0], sampling)
+    )
     here = stages
     for i, token in enumerate(tokens[1:], 1):
         right = np.flatnonzero(given[ways.index(of_born[here - 1]), :, i] == token)
@@ -299,193 +275,6 @@ def forced_ticks(
 ) -> int:
     """Ticks of an unpruned run that emits `tokens` after `prompt`; arguments as `forced_exits`."""
     return ticks_of(forced_exits(lm, prompt, tokens, schedule, sampling, exits), len(tokens), schedule.stages)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Statics:
-    """What the compiled programs depend on beside shapes."""
-
-    config: ModelConfig
-    layout: Layout
-    exits: ExitsConfig
-    asks: tuple[Ask, ...]
-    count: int
-
-    @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        """The Q pairs (source, lag) that asks read."""
-        return tuple(sorted({(ask.source, ask.lag) for ask in self.asks}))
-
-    def place(self, ask: Ask) -> tuple[int, int]:
-        """Where an ask's exit and pair stand."""
-        return self.exits.depths.index(ask.depth), self.pairs.index((ask.source, ask.lag))
-
-
-class Rows(NamedTuple):
-    """What exits read at the answer positions of a batch, [.., B A, D] each.
-
-    Attributes:
-      states: [X, B A, D], hidden states at the trained depths.
-      final: [B A, D], features after the final norm at depth L.
-      previous: [Q, B A, D], features of the position before; None for exits that do not read them.
-      context: [Q, B A, D], from the context layer; None but for kind "attn".
-    """
-
-    states: jax.Array
-    final: jax.Array
-    previous: jax.Array | None
-    context: jax.Array | None
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _answer_rows(
-    statics: _Statics, weights: Any, parameters: dict[str, jax.Array], ids: jax.Array, at: jax.Array
-) -> Rows:
-    """Runs ids [B, R] and gathers what exits read at positions `at` [B, A]."""
-    config, exits, pairs = statics.config, statics.exits, statics.pairs
-    model = merge_model(config, statics.layout, weights)
-    batch, length = ids.shape
-    states = depth_states(model, ids, (*exits.depths, config.num_layers))
-    final = model.normed(states[-1])
-
-    def gathered(x: jax.Array) -> jax.Array:
-        return x[..., jnp.arange(batch)[:, None], at, :].reshape(*x.shape[:-3], -1, x.shape[-1])
-
-    if not exits.needs_previous:
-        return Rows(gathered(states[:-1]), gathered(final), None, None)
-    heads = ExitHeads(exits, lambda name, shape, kind: parameters[name])
-    own = heads.base(states[:-1].reshape(len(exits.depths), batch * length, -1)).reshape(states[:-1].shape)
-    # Row p holds the features of position p - 1.
-    true, *before = jnp.pad(jnp.stack([final, *own])[:, :, :-1], [(0, 0), (0, 0), (1, 0), (0, 0)])
-    reached = dict(zip(exits.depths, before, strict=True)) | {config.num_layers: true}
-    previous = jnp.stack([gathered(reached[source]) for source, _ in pairs])
-    context = None
-    if heads.context is not None:
-        lags = jnp.asarray([lag for _, lag in pairs])
-        read = previous.reshape(len(pairs), *at.shape, -1)
-        context = _contexts(heads.context, model.embed_tokens(ids), true, read, at, lags).reshape(previous.shape)
-    return Rows(gathered(states[:-1]), gathered(final), previous, context)
-
-
-def _contexts(
-    context: Context, embedded: jax.Array, true: jax.Array, previous: jax.Array, at: jax.Array, lags: jax.Array
-) -> jax.Array:
-    """The context layer at positions `at` [B, A] for each pair: [Q, B, A, D].
-
-    Args:
-      context: the layer.
-      embedded, true: [B, R, D], token embeddings, and the true features before each position.
-      previous: [Q, B, A, D].
-      at: [B, A] int32.
-      lags: [Q] int32, how far back the newest committed position is.
-    """
-    batch, length, _ = embedded.shape
-    everywhere = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
-    keys, values = context.keys_values(context.enter_rows(embedded, true), everywhere)
-    tokens = jnp.take_along_axis(embedded, at[:, :, None], axis=1)
-    itself = jnp.broadcast_to(jnp.eye(at.shape[1], dtype=bool)[None], (batch, at.shape[1], at.shape[1]))
-    distance = at[:, :, None] - everywhere[:, None, :]
-
-    def one_pair(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        before, newest = pair
-        seen = (distance >= newest) & (distance <= context.config.window)
-        return context.output(context.enter_rows(tokens, before), at, KeyValues(keys, values, seen), itself)
-
-    return jax.lax.map(one_pair, (previous, lags))
-
-
-def _features(
-    statics: _Statics, parameters: dict[str, jax.Array], rows: Rows, exit_: Any, pair: Any, block: Any
-) -> jax.Array:
-    """[M, D + 1], what the exit at a place makes of the rows that `block` names, reading a pair."""
-    head = head_at(statics.exits, parameters, exit_)
-    previous = None if rows.previous is None else rows.previous[pair][block][None]
-    context = None if rows.context is None else rows.context[pair][block][None]
-    return head.features(rows.states[exit_][block][None], previous, context)[0]
-
-
-def _unembed(model: Transformer) -> jax.Array:
-    return (model.embed if model.unembed is None else model.unembed)[...]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _ask(
-    statics: _Statics,
-    weights: Any,
-    parameters: dict[str, jax.Array],
-    draft: jax.Array | None,
-    rows: Rows,
-    block: jax.Array,
-) -> Said:
-    """All asks at the rows that `block` [M] int32 names, one ask's logits at a time; draft: [V'] int32 or None."""
-    unembed = _unembed(merge_model(statics.config, statics.layout, weights))
-    vocabulary = Vocabulary(unembed, None if draft is None else unembed[draft], draft)
-    kernel = unembed if vocabulary.draft_unembed is None else vocabulary.draft_unembed
-    final, count = rows.final[block], statics.count
-    goal = targets(final, vocabulary, hard=0.0)
-    size = kernel.shape[0]
-
-    def one_ask(_: None, place: jax.Array) -> tuple[None, tuple[jax.Array, ...]]:
-        features = _features(statics, parameters, rows, place[0], place[1], block)
-        logits, rest = linear(features[:, :-1], kernel, out_dtype=jnp.float32), features[:, -1].astype(jnp.float32)
-        log_all = jax.nn.logsumexp(logits, axis=-1)
-        expected = jnp.sum(goal.inside * logits, axis=-1)
-        if draft is not None:
-            log_all = jnp.logaddexp(log_all, rest)
-            expected = expected + jnp.where(goal.outside > 0, goal.outside * rest, 0.0)
-        # Asked for values too, XLA sorts the whole vocabulary on CPUs and the program takes six times as long.
-        column = jax.lax.top_k(logits, min(size, count + 1))[1]
-        kept = jnp.take_along_axis(logits, column, axis=-1)
-        # Nor where what follows reads the logits too.
-        logits, kept, column = jax.lax.optimization_barrier((logits, kept, column))
-        below = jnp.pad(kept[:, 1:], [(0, 0), (0, count + 1 - kept.shape[1])], constant_values=-jnp.inf)[:, :count]
-        gap = (kept[:, :count] - below) / jnp.max(jnp.abs(logits), axis=-1, keepdims=True)
-        best = column[:, :count] if draft is None else draft[column[:, :count]]
-        return None, (best, kept[:, :count] - log_all[:, None], gap, log_all - expected - goal.entropy)
-
-    places = np.asarray([statics.place(ask) for ask in statics.asks], np.int32)
-    _, said = jax.lax.scan(one_ask, None, jnp.asarray(places))
-    greedy = jnp.argmax(linear(final, unembed, out_dtype=jnp.float32), axis=-1)
-    best, log_probability, gap, divergence = (jnp.moveaxis(x, 0, 1) for x in said)
-    return Said(best, log_probability, gap, divergence, greedy)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _chosen(
-    statics: _Statics,
-    ways: tuple[tuple[Ask, ...], ...],
-    decs: bool,
-    weights: Any,
-    parameters: dict[str, jax.Array],
-    draft: jax.Array | None,
-    rows: Rows,
-    at: jax.Array,
-    sampling: Sampling | None,
-) -> jax.Array:
-    """What exits 1..K-1 choose one after the other, for each way to ask them: [ways, K - 1, A] int32.
-
-    NO_TOKEN stands where nothing is left. `at` [A] int32 are the positions of one text.
-    """
-    unembed = _unembed(merge_model(statics.config, statics.layout, weights))
-    kernel, noise, columns = unembed if draft is None else unembed[draft], None, None
-    if draft is not None:
-        columns = jnp.full(statics.config.vocab_size, draft.shape[0], jnp.int32)
-        columns = columns.at[draft].set(jnp.arange(draft.shape[0], dtype=jnp.int32))
-    if sampling is not None:
-        noise = jax.vmap(position_noise, (None, 0, None))(sampling.keys[0], at + 1, statics.config.vocab_size)
-        noise = noise if draft is None else noise[:, draft]
-    every = slice(None)
-    found = []
-    for asks in ways:
-        given = jnp.full((len(asks), at.shape[0]), NO_TOKEN, jnp.int32)
-        for k, ask in enumerate(asks):
-            features = _features(statics, parameters, rows, *statics.place(ask), every)
-            logits = linear(features[:, :-1], kernel, out_dtype=jnp.float32)
-            allowed = mask_columns(logits, given[:k].T, columns) if decs and k else logits
-            column, left = choose(allowed, sampling, noise)
-            given = given.at[k].set(jnp.where(left, column if draft is None else draft[column], NO_TOKEN))
-        found.append(given)
-    return jnp.stack(found)
 
 
 def _arrays(lm: LanguageModel, exits: TrainedExits) -> tuple[dict[str, jax.Array], jax.Array | None]:
