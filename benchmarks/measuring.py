@@ -42,7 +42,7 @@ def arguments(doc: str, **defaults: Any) -> argparse.ArgumentParser:
 
 def read_ids(lm: Any, files: Sequence[str], count: int) -> dict[str, list[int]]:
     """Name of a prompt -> its token ids: `count` prompts evenly spread over each file."""
-    from dex_jax.training.prompt_files import read_prompts
+    from dex_jax.prompt_files import read_prompts
 
     found = {}
     for path in files:

@@ -13,8 +13,8 @@ from reference.small_models import LLAMA, LetterTokenizer, small_model
 
 import dex_jax
 from dex_jax.cli import bench
+from dex_jax.cli import report as report_command
 from dex_jax.evaluation.bench import bench as bench_runs
-from dex_jax.evaluation.bench import report
 from dex_jax.evaluation.bench.comparison import costs
 from dex_jax.evaluation.bench.results import read_results, to_line
 from dex_jax.evaluation.bench.runs import Run
@@ -124,7 +124,7 @@ def test_the_report_is_made_again_from_the_lines(made, tmp_path, capsys) -> None
     lines.mkdir()
     for name in ("results.jsonl", "study.json"):
         shutil.copy(folder / name, lines / name)
-    assert report.main([str(lines), "--output", str(copy)]) == 0
+    assert report_command.main([str(lines), "--output", str(copy)]) == 0
     again = (copy / "summary.md").read_text(encoding="utf-8")
     assert again == (folder / "summary.md").read_text(encoding="utf-8")
     for name in ("speedup_depth", "speedup_wall", "work", "speedup_by_k", "ead"):
@@ -273,7 +273,7 @@ def test_a_study_of_templates_is_another_report(made, tmp_path, capsys) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     study = json.loads((tmp_path / "copy" / "study.json").read_text())
     (tmp_path / "copy" / "study.json").write_text(json.dumps(study | {"benchmark": "templates"}))
-    assert report.main([str(tmp_path / "copy")]) == 2
+    assert report_command.main([str(tmp_path / "copy")]) == 2
     assert "studies.templates.report makes its page" in capsys.readouterr().err
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dex_jax import prompt_files
 from dex_jax.errors import DexError
-from dex_jax.training import prompt_files
-from dex_jax.training.prompt_files import (
+from dex_jax.prompt_files import (
     parse_dataset,
     prompt_of,
     read_prompts,

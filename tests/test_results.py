@@ -79,9 +79,9 @@ def test_a_line_cut_off_by_a_kill_is_written_again(tmp_path) -> None:
     [
         ("{", "line 2 of .*results.jsonl is no JSON"),
         ("[1]", "line 2 of .* is no JSON object"),
-        ({"task": None}, 'line 2 of .*: "task" is None'),
-        ({"tokens": [1, "a"]}, '"tokens" is .*, and not list'),
-        ({"seconds": True}, '"seconds" is True'),
+        ({"task": None}, r"line 2 of .*\.task"),
+        ({"tokens": [1, "a"]}, r"line 2 of .*\.tokens"),
+        ({"seconds": True}, r"line 2 of .*\.seconds"),
         ({"kind": "speed"}, "\"kind\" is 'speed', and not one of depth, wall"),
         ({"kind": "depth"}, 'line 2 of .* is of kind "depth" and has seconds'),
         ({"surprise": 1}, 'a field "surprise" that the schema does not know'),
@@ -104,7 +104,7 @@ def test_a_missing_field_a_missing_file_and_an_empty_one_are_named(tmp_path) -> 
     fields = dataclasses.asdict(RUN)
     del fields["prompt_id"]
     file.write_text(json.dumps(fields) + "\n", encoding="utf-8")
-    with pytest.raises(DexError, match=r'line 1 of .* has no "prompt_id"'):
+    with pytest.raises(DexError, match=r"line 1 of .*prompt_id"):
         read_results(tmp_path)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dex_jax.errors import DexError
 from dex_jax.evaluation.bench.tasks import rows_of
-from dex_jax.training.prompt_files import read_rows
+from dex_jax.prompt_files import read_rows
 from studies.templates.items import number_in, read_items
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -8,6 +8,7 @@ summary.md and plots; the same command goes on where it was stopped. docs/evalua
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("how").add_argument
     add("--batch", type=int, default=8, metavar="B", help="sequences at a time where only counts matter (%(default)s)")
     add("--rounds", type=int, default=2, metavar="R", help="timed runs of every method and prompt; 2 is A B B A")
-    add("--exit-depths", type=depths, metavar="D,...", help="of the sweeps (up to four among the shallower)")
+    add(
+        "--exit-depths", type=depths, default=(), metavar="D,...", help="of the sweeps (up to four among the shallower)"
+    )
     add("--draft-lengths", type=depths, default=(1, 2, 3, 5), metavar="G,...", help="LayerSkip's sweep (1,2,3,5)")
     add("--thresholds", type=_shares, default=(0.2, 0.4, 0.6), metavar="P,...", help="AdaDecode's (0.2,0.4,0.6)")
     add("--timed-settings", type=int, default=3, metavar="N", help="best counted settings that are also timed")
@@ -104,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     from dex_jax.evaluation.bench import report
     from dex_jax.evaluation.bench.bench import Bench
     from dex_jax.evaluation.bench.contenders import check_names
-    from dex_jax.evaluation.bench.plan import Plan
+    from dex_jax.evaluation.bench.plan import Plan, Settings
     from dex_jax.evaluation.bench.results import Results
     from dex_jax.evaluation.bench.tasks import read_task
     from dex_jax.language_model import load
@@ -120,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
     lm = load(args.model, args.dtype)
     cases, left_out = choose_cases(lm, asked, args)
     display = Display()
-    plan = Plan(lm, args, display)
+    names = [field.name for field in dataclasses.fields(Settings)]
+    plan = Plan(lm, Settings(**{name: getattr(args, name) for name in names}), display)
     results = Results(args.output, study_of(lm, args, cases, left_out) | plan.about())
     try:
         bench = Bench(lm, results, cases, plan, display)

@@ -128,7 +128,7 @@ def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text
     """
     from dex_jax.forced.texts import answers
     from dex_jax.io.whole_files import write_json
-    from dex_jax.training.prompt_files import read_prompts
+    from dex_jax.prompt_files import read_prompts
 
     prompts = {name: spread(read_prompts(path), args.prompts) for name, path in _group_names(args.data).items()}
     made_by = {"model": lm.fingerprint, "dtype": str(lm.dtype), "max_new_tokens": args.max_new_tokens}

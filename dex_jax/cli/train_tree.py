@@ -47,7 +47,7 @@ def tree(args: argparse.Namespace) -> None:
     from dex_jax.evaluation.tree_search import search_trees
     from dex_jax.io.exits_file import check_exits_path, load_exits, save_exits
     from dex_jax.language_model import load
-    from dex_jax.training.prompt_files import read_prompts
+    from dex_jax.prompt_files import read_prompts
 
     check_exits_path(args.output)
     if args.prompts < 1 or args.steps < 0:

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import json
+import math
 import os
 import shutil
 import sys
@@ -32,6 +33,19 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def plain(value: Any) -> Any:
+    """A value as strict JSON: NumPy and JAX scalars and arrays become numbers and lists, numbers not finite None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def cache_folder() -> Path:

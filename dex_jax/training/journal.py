@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError
+from dex_jax.io.whole_files import plain
 
 FILE_NAME = "metrics.jsonl"
 
@@ -69,19 +69,6 @@ def read_journal(folder: str | Path) -> list[dict[str, Any]]:
         return []
     data = path.read_bytes()
     return [json.loads(line) for line in data[: _end_of_lines(data, None)].splitlines()]
-
-
-def plain(value: Any) -> Any:
-    """A value as strict JSON: NumPy and JAX scalars and arrays become numbers and lists, numbers not finite None."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _end_of_lines(data: bytes, step: int | None) -> int:

@@ -19,9 +19,7 @@ import numpy as np
 
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel, Outline
-from dex_jax.training.items import Item, Turn
-from dex_jax.training.mixture import Mixture, Source, digest_of
-from dex_jax.training.prompt_files import (
+from dex_jax.prompt_files import (
     Prompt,
     parse_dataset,
     read_dataset,
@@ -29,6 +27,8 @@ from dex_jax.training.prompt_files import (
     read_texts,
     standard_library_prompts,
 )
+from dex_jax.training.items import Item, Turn
+from dex_jax.training.mixture import Mixture, Source, digest_of
 
 Model = LanguageModel | Outline
 

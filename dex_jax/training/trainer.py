@@ -15,11 +15,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dex_jax.errors import DexError
+from dex_jax.io.whole_files import plain
 from dex_jax.progress import Display
 from dex_jax.training import optimizer as optimizing
 from dex_jax.training.checkpoints import Checkpoints, Record, Saved, restore
 from dex_jax.training.config import TrainConfig
-from dex_jax.training.journal import Journal, plain
+from dex_jax.training.journal import Journal
 from dex_jax.training.progress import Progress
 from dex_jax.training.task import Params, Task
 

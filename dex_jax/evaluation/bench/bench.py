@@ -128,7 +128,7 @@ class Bench:
         notify: Callable[[str | Shown], None],
     ):
         self.lm, self.results, self.cases, self.plan, self.notify = lm, results, list(cases), plan, notify
-        self.args = plan.args
+        self.settings = plan.settings
         self.plain: dict[tuple[str, str], list[int]] = {}
         self.said: set[str] = set()
         self.warm: set[tuple[str, int]] = set()
@@ -140,9 +140,9 @@ class Bench:
 
     def count(self) -> None:
         """Counts of AR, of the sweeps and of every method at its best setting."""
-        self._count(contender("ar", self.args.explorers), [*self.of("tune"), *self.of("report")])
+        self._count(contender("ar", self.settings.explorers), [*self.of("tune"), *self.of("report")])
         for name, entries in self.plan.sweeps.items():
-            if name == "layerskip" and self.args.temperature == 0:
+            if name == "layerskip" and self.settings.temperature == 0:
                 self._count_along_answers(entries, self.of("tune"))
                 continue
             for entry in entries:
@@ -167,7 +167,7 @@ class Bench:
 
     def _best(self, name: str, kind: str) -> Contender:
         if name not in SWEPT:
-            return contender(name, self.args.explorers)
+            return contender(name, self.settings.explorers)
         # A folder may hold settings of an earlier, wider sweep.
         entries = {_flat(entry.name, entry.setting): entry for entry in self.plan.sweeps[name]}
         tried = [run for run in self.results.runs if _flat(run.method, run.setting) in entries]
@@ -176,14 +176,14 @@ class Bench:
     def _finalists(self, name: str) -> list[Contender]:
         order = [_flat(name, setting) for setting, _ in by_setting(self.results.runs, name, "depth")]
         entries = sorted(self.plan.sweeps[name], key=lambda entry: order.index(_flat(name, entry.setting)))
-        return entries[: self.args.timed_settings]
+        return entries[: self.settings.timed_settings]
 
     def _count(self, entry: Contender, cases: Sequence[Case]) -> None:
         """Counts of one method on prompts, in batches."""
         missing = [case for case in cases if self._key(entry, case, "depth") not in self.results.done]
         self.clock.skip("depth", len(cases) - len(missing))
         # DEL's sequences end their drafts in different steps, and each time all exits look at the whole batch.
-        for batch in _batches(missing, 1 if entry.name == "del" else self.args.batch):
+        for batch in _batches(missing, 1 if entry.name == "del" else self.settings.batch):
             begin = time.monotonic()
             # Repeats fill the batch up to a size that is compiled anyway.
             filled = [*batch, *[batch[-1]] * (_size(len(batch)) - len(batch))]
@@ -210,8 +210,8 @@ class Bench:
         layers = self.lm.config.num_layers
         exits, source = exits_at(self.lm, self.plan.exits, sorted({depth for depth, _ in settings}))
         asks = {ask for setting in settings for ask in layerskip_asks(*setting, exits.config, layers)}
-        limit = self.args.max_new_tokens
-        for batch in _batches(missing, self.args.batch):
+        limit = self.settings.max_new_tokens
+        for batch in _batches(missing, self.settings.batch):
             begin, size = time.monotonic(), _size(len(batch))
             texts = answers(self.lm, [list(case.ids) for case in batch], limit, size)
             forced = force(self.lm, exits, texts, sorted(asks), batch=size)
@@ -222,7 +222,7 @@ class Bench:
                     "task": case.task,
                     "prompt_id": case.id,
                     "split": case.split,
-                    "model": self.args.model,
+                    "model": self.settings.model,
                     "dtype": str(self.lm.dtype),
                     "exits_source": source,
                 }
@@ -239,7 +239,7 @@ class Bench:
             if _bucket(case) != bucket:
                 self._forget_some()
                 bucket = _bucket(case)
-            for number in range(self.args.rounds):
+            for number in range(self.settings.rounds):
                 for entry in entries if number % 2 == 0 else entries[::-1]:
                     if self._key(entry, case, "wall", number) in self.results.done:
                         self.clock.skip("wall", 1)
@@ -249,7 +249,7 @@ class Bench:
                     with self._remarks():
                         out = generate(self.lm, [list(case.ids)], **self._options(entry, [case]))
                     self._keep(entry, case, run_of(out, 0, kind="wall", round=number, **self._about(entry, case)))
-                    last = number == self.args.rounds - 1 and entry is entries[0 if number % 2 else -1]
+                    last = number == self.settings.rounds - 1 and entry is entries[0 if number % 2 else -1]
                     what = f"timing {self._words(entry)}"
                     self.clock.add("wall", 1, time.monotonic() - begin, what, logged=last)
 
@@ -268,8 +268,8 @@ class Bench:
         return {
             "method": entry.method,
             "exits": self.plan.exits_of(entry),
-            "max_new_tokens": self.args.max_new_tokens,
-            "temperature": self.args.temperature,
+            "max_new_tokens": self.settings.max_new_tokens,
+            "temperature": self.settings.temperature,
             "seed": [case.seed for case in cases],
         }
 
@@ -280,9 +280,9 @@ class Bench:
             "task": case.task,
             "prompt_id": case.id,
             "split": case.split,
-            "model": self.args.model,
-            "temperature": self.args.temperature,
-            "max_new_tokens": self.args.max_new_tokens,
+            "model": self.settings.model,
+            "temperature": self.settings.temperature,
+            "max_new_tokens": self.settings.max_new_tokens,
         }
 
     def _keep(self, entry: Contender, case: Case, run: Run) -> None:
@@ -290,8 +290,8 @@ class Bench:
         reference = self.plain.get((case.task, case.id))
         if reference is not None:
             sampling = None
-            if self.args.temperature > 0:
-                sampling = Sampling(sampling_keys([case.seed]), jnp.float32(self.args.temperature), None, None)
+            if self.settings.temperature > 0:
+                sampling = Sampling(sampling_keys([case.seed]), jnp.float32(self.settings.temperature), None, None)
             check = compare_tokens(self.lm, list(case.ids), run.tokens, reference, sampling)
             run = compared(run, check)
         self.results.add(run)
@@ -307,7 +307,7 @@ class Bench:
             round=number,
             counted=counted,
             dtype=str(self.lm.dtype),
-            seed=case.seed if self.args.temperature > 0 else None,
+            seed=case.seed if self.settings.temperature > 0 else None,
         )
 
     @contextlib.contextmanager

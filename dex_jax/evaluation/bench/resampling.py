@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 
 from dex_jax.errors import DexError
 
@@ -88,7 +89,8 @@ def bootstrap(
       2.0
     """
     values = _kept(values)
-    low, high = np.quantile(_resampled(values, statistic, resamples, seed), _tails(level))
+    tails = ((1 - level) / 2, (1 + level) / 2)
+    low, high = np.quantile(_resampled(values, statistic, resamples, seed), tails)
     return Interval(float(statistic(values[None])[0]), float(low), float(high), len(values))
 
 
@@ -130,15 +132,21 @@ def _kept(values: np.ndarray) -> np.ndarray:
 
 
 def _resampled(values: np.ndarray, statistic: Statistic, resamples: int, seed: int) -> np.ndarray:
-    """[R, ...], the statistic of R draws of N items with replacement, in parts that stay small."""
-    random, count = np.random.default_rng(seed), len(values)
-    part = max(1, int(4e6) // max(values.size, 1))
-    found = []
-    for start in range(0, resamples, part):
-        chosen = random.integers(0, count, (min(part, resamples - start), count))
-        found.append(statistic(values[chosen]))
-    return np.concatenate(found)
+    """[R, ...], the statistic of R draws of N items with replacement."""
+    if len(values) == 1:
+        return statistic(values[None])
 
+    def of(chosen: np.ndarray, axis: int) -> np.ndarray:
+        found = statistic(values[np.atleast_2d(chosen).astype(int)])
+        return np.moveaxis(found, 0, -1) if chosen.ndim > 1 else found[0]
 
-def _tails(level: float) -> tuple[float, float]:
-    return (1 - level) / 2, (1 + level) / 2
+    drawn = scipy.stats.bootstrap(
+        (np.arange(len(values)),),
+        of,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, int(4e6) // max(values.size, 1)),  # parts that stay small
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
+    return np.moveaxis(drawn.bootstrap_distribution, -1, 0)

@@ -11,21 +11,20 @@ import dataclasses
 import gzip
 import json
 import os
-import types
-import typing
 import zlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from dex_jax.errors import DexError
 from dex_jax.evaluation.bench.runs import COUNTED, KINDS, SPLITS, Run
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.training.journal import plain
+from dex_jax.io.whole_files import plain
 
 FILE_NAME = "results.jsonl"
 STUDY_NAME = "study.json"
-FIELDS = {field.name: field for field in dataclasses.fields(Run)}
-TYPES = typing.get_type_hints(Run)
+FIELDS = {field.name for field in dataclasses.fields(Run)}
 
 
 class Results:
@@ -197,33 +196,13 @@ def from_line(line: str, where: str) -> Run:
     unknown = [name for name in fields if name not in FIELDS]
     if unknown:
         raise DexError(f'{where} has a field "{unknown[0]}" that the schema does not know: was it written by hand?')
-    for name, field in FIELDS.items():
-        no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if name not in fields and no_default:
-            raise DexError(f'{where} has no "{name}": remove the line and run the benchmark again')
-        if name in fields and not _fits(fields[name], TYPES[name]):
-            raise DexError(f'{where}: "{name}" is {fields[name]!r}, and not {FIELDS[name].type}')
+    try:
+        run = msgspec.convert(fields, Run)
+    except msgspec.ValidationError as error:
+        raise DexError(f"{where}: {error}; remove the line and run the benchmark again") from error
     for name, known in (("kind", KINDS), ("split", SPLITS), ("counted", COUNTED)):
-        if fields.get(name, known[0]) not in known:
-            raise DexError(f'{where}: "{name}" is {fields[name]!r}, and not one of {", ".join(known)}')
-    if fields["kind"] == "depth" and fields.get("seconds") is not None:
+        if getattr(run, name) not in known:
+            raise DexError(f'{where}: "{name}" is {getattr(run, name)!r}, and not one of {", ".join(known)}')
+    if run.kind == "depth" and run.seconds is not None:
         raise DexError(f'{where} is of kind "depth" and has seconds: they belong to kind "wall"')
-    return Run(**fields)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    origin = typing.get_origin(kind)
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, part) for part in typing.get_args(kind))
-    if origin is list:
-        (part,) = typing.get_args(kind)
-        return isinstance(value, list) and all(_fits(item, part) for item in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if kind is type(None):
-        return value is None
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+    return run

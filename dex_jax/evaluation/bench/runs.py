@@ -18,7 +18,7 @@ from typing import Any
 from dex_jax.decoding.output import Output
 from dex_jax.errors import DexError
 from dex_jax.evaluation.check import Check
-from dex_jax.training.journal import plain
+from dex_jax.io.whole_files import plain
 
 KINDS = ("depth", "wall")
 SPLITS = ("report", "tune")

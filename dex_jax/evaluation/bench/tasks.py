@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dex_jax.errors import DexError
+from dex_jax.prompt_files import read_prompts, read_rows
 from dex_jax.prompts import Prompt
-from dex_jax.training.prompt_files import read_prompts, read_rows
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 SPLITS = ("test", "val", "dev")
@@ -101,7 +101,7 @@ TASKS: dict[str, Task] = {
     ),
     "mmlu": Task(("cais/mmlu", "all", "dev"), None, _choice("question", "choices", "Which answer is right?")),
 }
-"""Name -> task. "prompts:FILE" is one too: any file that dex_jax.training.prompt_files reads."""
+"""Name -> task. "prompts:FILE" is one too: any file that dex_jax.prompt_files reads."""
 
 
 def read_task(name: str, data: str | Path | None) -> list[Asked]:
