@@ -191,23 +191,6 @@ def test_no_array_holds_the_logits_of_several_exits() -> None:
     assert max(map(np.prod, vocabulary_wide)) == 3 * 8 * 47
 
 
-def test_depths_exits_and_speedup_by_hand() -> None:
-    # Three positions, final tokens 7, 8, 9; best and second best at depths 1 .. 4.
-    ranked = np.array(
-        [
-            [[7, 1], [3, 8], [1, 2]],
-            [[1, 7], [3, 8], [1, 9]],
-            [[7, 1], [8, 3], [2, 1]],
-            [[7, 1], [8, 1], [9, 1]],
-        ]
-    )
-    assert whole_model.earliest_depths(ranked).tolist() == [1, 3, 4]
-    assert whole_model.first_exits(ranked, (1, 2, 4)).tolist() == [1, 2, 2]
-    assert whole_model.first_exits(ranked, (1, 2, 4), decs=False).tolist() == [1, 3, 3]
-    assert whole_model.predicted_speedup(ranked, (1, 2, 4)) == pytest.approx(3 / (5 / 3))
-    assert whole_model.predicted_speedup(ranked, (4,)) == 1.0
-
-
 @functools.cache
 def trained(data: str) -> tuple[WholeModel, dict, dict, dict, dict]:
     """(task, parameters before, after, figures before, after) of a few steps of the recipe."""
@@ -258,13 +241,7 @@ def test_a_trained_model_is_decoded_with_shared_exits(text_file) -> None:
     ar = dex_jax.generate(lm, [prompt], method=AR(), **options)
     assert dex.tokens.tolist() == ar.tokens.tolist()
     tokens, schedule = dex.tokens[0].tolist(), method.schedule_for(4)
-    window = jnp.asarray([[*prompt, *tokens]], jnp.int32)
-    _, ranked = whole_model.exit_figures(task.config.model, 2, params, window)
-    ranked = np.asarray(ranked)[:, len(prompt) :]
-    exits = whole_model.first_exits(ranked, schedule.depths)
-    assert ranked[-1, :, 0].tolist() == tokens[1:]
-    assert exits.tolist() == forced_exits(lm, prompt, tokens, schedule)[1:].tolist()
-    assert exits.tolist() == dex.stats.exits[0, 1:].tolist()
+    assert forced_exits(lm, prompt, tokens, schedule).tolist() == dex.stats.exits[0].tolist()
 
 
 def test_batches_depend_on_the_cursor_alone(text_file) -> None:

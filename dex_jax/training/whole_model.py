@@ -2,7 +2,7 @@
 
 What comes out is an ordinary model. One trained by the recipe is decoded with exits="shared".
 
-Letters: B sequences, S tokens of a window, L layers, D width, V vocabulary, N positions, C candidates a depth.
+Letters: B sequences, S tokens of a window, L layers, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,10 @@ import numpy as np
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
+from dex_jax.forced.asks import asks_in_lattice
+from dex_jax.forced.counts import first_exits
+from dex_jax.forced.figures import figures_of
+from dex_jax.forced.run import Forced, measure, shared_exits
 from dex_jax.io.save import save_model
 from dex_jax.language_model import LanguageModel, merge_model
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
@@ -177,29 +180,32 @@ class WholeModel:
           is 1 .. L, "mean_ead": its mean, "speedup": {K: predicted depth-side speedup with DECS and rows that never
           prune}, "speedup_without_decs": the same without}.
         """
-        explorers = self.config.explorers
-        candidates = min(max(1, max(explorers) - 1), self.config.model.vocab_size)
-        losses, best_tokens = [], []
-        for windows in self._held_out_batches():
-            loss, best = exit_figures(self.config.model, candidates, params, windows)
-            losses.append(np.asarray(loss))
-            best_tokens.append(np.asarray(best))
-        ranked = np.concatenate(best_tokens, axis=1)
-        first = earliest_depths(ranked)
-        exit_loss = np.mean(losses, axis=0)
-        num_layers = self.config.model.num_layers
+        explorers, model = self.config.explorers, self.config.model
+        windows = self._held_out_batches()
+        exit_loss = np.mean([np.asarray(_held_out_losses(model, params, each)) for each in windows], axis=0)
+        forced = self._forced(params, windows) if model.num_layers > 1 else None
+        figures = None if forced is None else figures_of(forced)
+        ead = (1.0,) if figures is None else figures.ead
         return {
-            "tokens": int(ranked.shape[1]),
+            "tokens": sum(each[:, 1:].size for each in windows),
             "held_out_loss": float(exit_loss[-1]),
             "exit_loss": [float(x) for x in exit_loss],
-            "agreement": [float(x) for x in (ranked[:, :, 0] == ranked[-1, :, 0]).mean(axis=1)],
-            "ead": [float((first == depth).mean()) for depth in range(1, num_layers + 1)],
-            "mean_ead": float(first.mean()),
-            "speedup": {str(k): predicted_speedup(ranked, even_depths(k, num_layers)) for k in explorers},
-            "speedup_without_decs": {
-                str(k): predicted_speedup(ranked, even_depths(k, num_layers), decs=False) for k in explorers
-            },
+            "agreement": [*(() if figures is None else figures.agreement), 1.0],
+            "ead": list(ead),
+            "mean_ead": float(np.dot(range(1, model.num_layers + 1), ead)),
+            "speedup": {str(k): _speedup(forced, k) for k in explorers},
+            "speedup_without_decs": {str(k): _speedup(forced, k, decs=False) for k in explorers},
         }
+
+    def _forced(self, params: Params, windows: list[jax.Array]) -> Forced:
+        """What the model's own head says at depth 1 .. L-1 along windows, and whether that is the final token."""
+        # Windows go over ends of texts, and may be as long as the context.
+        config = dataclasses.replace(self.config.model, eos_ids=(), context=self.config.window + 1)
+        lm = LanguageModel(transformer(config, params), self.corpus.tokenizer, "the model in training", "")
+        texts = [(ids[:1], ids[1:]) for each in windows for ids in each.tolist()]
+        exits = shared_exits(lm, tuple(range(1, config.num_layers)))
+        forced = measure(lm, exits, texts, explorers=self.config.explorers, batch=len(windows[0]))
+        return dataclasses.replace(forced, target=forced.said.greedy)
 
     def boundary(self) -> None:
         """Nothing is kept between batches."""
@@ -348,51 +354,15 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def exit_figures(
-    config: ModelConfig, candidates: int, params: Params, windows: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(losses [L], best tokens at each depth [L, B S, C] int32, best first) of windows [B, S + 1]."""
-    head, targets = transformer(config, params), windows[:, 1:]
-
-    def run_exit(_: None, hidden: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        logits = head.logits(hidden)
-        best = jax.lax.top_k(logits, candidates)[1].reshape(-1, candidates)
-        return None, (cross_entropy(logits, targets).mean(), best.astype(jnp.int32))
-
-    return jax.lax.scan(run_exit, None, hidden_states(config, params, windows[:, :-1]))[1]
+@functools.partial(jax.jit, static_argnums=0)
+def _held_out_losses(config: ModelConfig, params: Params, windows: jax.Array) -> jax.Array:
+    """Mean cross-entropy [L] at each depth of windows [B, S + 1]."""
+    return exit_losses(config, params, hidden_states(config, params, windows[:, :-1]), windows[:, 1:])
 
 
-def earliest_depths(ranked: np.ndarray) -> np.ndarray:
-    """EAD of each position: best tokens [L, N, C] -> [N], from 1 to L."""
-    return (ranked[:, :, 0] == ranked[-1, :, 0]).argmax(axis=0) + 1
-
-
-def first_exits(ranked: np.ndarray, depths: Sequence[int], decs: bool = True) -> np.ndarray:
-    """The first exit, 1 .. K, that proposes each position's final token.
-
-    Args:
-      ranked: best tokens at each depth, [L, N, C], best first, with C >= K - 1 (or all tokens there are).
-      depths: exit depths x_1 < ... < x_K = L.
-      decs: whether an exit passes over what the exits before it proposed.
-
-    Returns:
-      [N] int64; K where no earlier exit proposes it.
-    """
-    final = ranked[-1, :, 0]
-    exits = np.full(final.shape, len(depths))
-    proposed: list[np.ndarray] = []
-    for number, depth in enumerate(depths[:-1], start=1):
-        candidates = ranked[depth - 1]
-        taken = np.zeros(candidates.shape, bool)
-        for tokens in proposed if decs else ():
-            taken |= candidates == tokens[:, None]
-        best = np.take_along_axis(candidates, (~taken).argmax(axis=1)[:, None], axis=1)[:, 0]
-        proposed.append(best)
-        exits = np.where((best == final) & (exits == len(depths)), number, exits)
-    return exits
-
-
-def predicted_speedup(ranked: np.ndarray, depths: Sequence[int], decs: bool = True) -> float:
-    """Depth-side speedup that long texts like this one tend to: K over the mean ticks of a token; see `first_exits`."""
-    return float(len(depths) / first_exits(ranked, depths, decs).mean())
+def _speedup(forced: Forced | None, explorers: int, decs: bool = True) -> float:
+    """Depth-side speedup that long texts like these tend to: K over the mean first exit of a fresh root."""
+    if explorers == 1 or forced is None:
+        return 1.0
+    asks = asks_in_lattice([explorers], even_depths(explorers, forced.layers))
+    return float(explorers / first_exits(forced, asks, decs)[0].mean())
