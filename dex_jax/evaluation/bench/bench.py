@@ -199,7 +199,7 @@ class Bench:
                     self.plain[run.task, run.prompt_id] = run.tokens
 
     def _count_along_answers(self, entries: Sequence[Contender], cases: Sequence[Case]) -> None:
-        """What LayerSkip's settings count on greedy answers, without a program for each (see `forced_counts`)."""
+        """What LayerSkip's settings count on greedy answers, without a program for each (see `dex_jax.forced`)."""
         missing = [
             case
             for case in cases
