@@ -134,8 +134,8 @@ def test_the_report_is_made_again_from_the_lines(made, tmp_path, capsys) -> None
     runs = [run for run in read_results(folder) if run.kind == "depth" and run.split == "report"]
     steps = {(run.name, run.prompt_id): run.layer_steps / (run.new_tokens - 1) for run in runs}
     by_hand = np.median([steps["ar", p] / steps["dex explorers=2", p] for n, p in steps if n == "ar"])
-    (row,) = [line for line in again.splitlines() if line.startswith("| dex explorers=2 |")][:1]
-    assert f"| {by_hand:.2f} [" in row
+    row = next(line for line in again.splitlines() if line.startswith("| dex explorers=2 "))
+    assert f" {by_hand:.2f} [" in row
 
 
 def test_a_killed_benchmark_goes_on(made, small, monkeypatch) -> None:
@@ -275,11 +275,6 @@ def test_a_study_of_templates_is_another_report(made, tmp_path, capsys) -> None:
     (tmp_path / "copy" / "study.json").write_text(json.dumps(study | {"benchmark": "templates"}))
     assert report_command.main([str(tmp_path / "copy")]) == 2
     assert "studies.templates.report makes its page" in capsys.readouterr().err
-
-
-def test_early_exit_needs_a_python(command, tmp_path, capsys) -> None:
-    assert bench.main([*command, "--transformers-early-exit", "1,2", "--output", str(tmp_path / "out")]) == 2
-    assert "--transformers-early-exit needs --transformers-python" in capsys.readouterr().err
 
 
 def test_methods_may_be_spelt_as_decode_spells_them() -> None:

@@ -17,11 +17,11 @@ from dex_jax.cli import bench
 from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation.bench import comparison as c
 from dex_jax.evaluation.bench.contenders import METHODS
-from dex_jax.evaluation.bench.report import markdown
 from dex_jax.evaluation.bench.resampling import Interval
 from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
 from dex_jax.evaluation.bench.runs import Run
 from dex_jax.evaluation.bench.tasks import TASKS
+from dex_jax.tables import markdown
 
 FINEST = 8
 """The K up to which the paper finds finer grids better."""

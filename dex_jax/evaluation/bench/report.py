@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dex_jax.errors import DexError
 from dex_jax.evaluation.bench import comparison as c
@@ -14,8 +17,7 @@ from dex_jax.evaluation.bench.contenders import ON_MANY_DEVICES, SWEPT, by_setti
 from dex_jax.evaluation.bench.resampling import Interval
 from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
 from dex_jax.evaluation.bench.runs import Run
-
-__all__ = ["mismatches", "summary", "write"]
+from dex_jax.tables import markdown
 
 SUMMARY = "summary.md"
 
@@ -96,12 +98,6 @@ def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def told(interval: Interval | None) -> str:
     """An interval in a cell."""
     return "" if interval is None else str(interval)
@@ -147,7 +143,7 @@ def _lossless(runs: Sequence[Run]) -> str:
             groups.setdefault(run.method, []).append(run)
     rows = []
     for method, group in groups.items():
-        found = c.lossless([_unnamed(run) for run in group]).get(method)
+        found = c.lossless([dataclasses.replace(run, setting={}) for run in group]).get(method)
         if found is not None:
             first = "" if found.first is None else str(found.first)
             margin = "" if found.margin is None else f"{found.margin:.1e}"
@@ -155,12 +151,6 @@ def _lossless(runs: Sequence[Run]) -> str:
             rows.append([method, *map(str, counts), f"{found.identical / found.compared:.1%}", first, margin])
     header = ["method", "runs", "identical", "by rounding", "wrong", "match rate", "first divergence", "widest margin"]
     return "\n\n".join([*lines, markdown(header, rows)] if rows else lines)
-
-
-def _unnamed(run: Run) -> Run:
-    import dataclasses
-
-    return dataclasses.replace(run, setting={})
 
 
 def _speedups(table: c.Costs, kind: str, explorers: int | None) -> list[str]:
@@ -198,14 +188,10 @@ def _label(name: str, kind: str) -> str:
 
 
 def _milliseconds(by: Any, task: str) -> str:
-    import numpy as np
-
     return f"{1e3 * float(np.median([cost for prompt, cost in by.items() if task in (c.ALL, prompt[0])])):.1f}"
 
 
 def _times(runs: Sequence[Run]) -> list[str]:
-    import numpy as np
-
     timed = [run for run in runs if run.kind == "wall" and run.split == "report" and run.new_tokens > 1]
     if not timed:
         return []
