@@ -18,7 +18,7 @@ import numpy as np
 from measuring import Figures, arguments, machine
 
 import dex_jax
-from dex_jax.cli.decode import remember_compilations
+from dex_jax.cli.common import remember_compilations
 from dex_jax.errors import exit_code
 from dex_jax.forced.run import forced_ticks
 from dex_jax.lattice import full_rows

@@ -21,7 +21,7 @@ from measuring import Figures, arguments, in_turns, machine, quartiles
 from outside import Outside
 
 import dex_jax
-from dex_jax.cli.decode import remember_compilations
+from dex_jax.cli.common import remember_compilations
 from dex_jax.errors import exit_code
 from dex_jax.tables import markdown
 

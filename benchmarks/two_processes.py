@@ -99,7 +99,7 @@ def work(task: dict[str, Any]) -> None:
     import jax
 
     import dex_jax
-    from dex_jax.cli.decode import remember_compilations
+    from dex_jax.cli.common import remember_compilations
     from dex_jax.decoding.output import Output
     from dex_jax.distributed import is_first, join
 

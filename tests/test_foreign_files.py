@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dex_jax.training.prompt_files import read_prompts, read_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference.checkpoints import write_checkpoint
@@ -27,6 +26,7 @@ from dex_jax.io import open_checkpoint, templates
 from dex_jax.io.exits_file import load_exits, save_exits
 from dex_jax.io.gguf_tokenizer import gguf_tokenizer
 from dex_jax.io.save import save_model
+from dex_jax.prompt_files import read_prompts, read_texts
 
 SECONDS = 8.0
 DEEP = 200_000

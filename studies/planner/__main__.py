@@ -18,7 +18,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-from dex_jax.cli.train_results import write_json
 from dex_jax.decoding.methods import even_depths
 from dex_jax.evaluation.planner import cost_model
 from dex_jax.evaluation.planner.cost_model import Parts, Setting
@@ -26,6 +25,7 @@ from dex_jax.evaluation.planner.ead_profile import FORMAT, Profile, read_profile
 from dex_jax.evaluation.planner.predictions import Prediction, cost_by_batch, others, plan
 from dex_jax.evaluation.planner.workload import SHAPES, described_exits, work_of
 from dex_jax.hardware import DEVICES, LINKS, REACHED_BANDWIDTH, REACHED_FLOPS, USABLE, Hardware, hardware
+from dex_jax.io.whole_files import write_json
 from dex_jax.lattice import default_rows
 from dex_jax.tables import markdown
 
