@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -266,20 +264,6 @@ def test_default_exits_are_those_that_ship() -> None:
     assert plan.exits_of("default", "llama-2-70b").name == "shared"
     with pytest.raises(DexError):
         plan.exits_of("no such folder", "llama-2-70b")
-
-
-def test_the_module_runs(tmp_path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "dex_jax.cli.plan",
-        "--model",
-        "llama-2-70b",
-        "--hardware",
-        "h100x2",
-    ]
-    done = subprocess.run([*command, "--profile", _assumed(tmp_path)], capture_output=True, text=True, check=True)
-    assert "DEX" in done.stdout
 
 
 def test_the_page_is_what_its_command_writes(tmp_path) -> None:

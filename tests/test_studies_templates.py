@@ -105,7 +105,7 @@ def test_the_study_runs_goes_on_and_notices_what_is_wrong(command, tmp_path, mon
     whole = (out / "results.jsonl").read_bytes()
     lines = whole.split(b"\n")
     (out / "results.jsonl").write_bytes(b"\n".join(lines[:-4]) + b'\n{"kind": "dep')
-    monkeypatch.setattr(template_runs, "answer", lambda *a, **k: pytest.fail("an answer was made twice"))
+    monkeypatch.setattr(template_runs, "answers", lambda *a, **k: pytest.fail("an answer was made twice"))
     assert command() == 0
     assert (out / "results.jsonl").read_bytes() == whole
     assert (out / "summary.md").read_text() == said.out.removesuffix("\n")
