@@ -133,6 +133,7 @@ def test_the_program_draws_and_refuses(monkeypatch, capsys, tmp_path) -> None:
     model = small_model(tokenizer=LetterTokenizer())
     monkeypatch.setattr("dex_jax.language_model.Outline.load", lambda self, on_tensor: model)
     monkeypatch.setattr(LetterTokenizer, "decode", lambda self, tokens, skip_special=True: str(tokens))
+    monkeypatch.setattr(dex_jax.Output, "pieces", lambda self, row: [f"{token} " for token in self.tokens[row]])
     monkeypatch.chdir(tmp_path)
     options = ["--prompt", "ABC", "--explorers", "4", "--max-new-tokens", "12", "--exits", "shared"]
     assert program.main([*options, "--output", "a.svg"]) == 0
