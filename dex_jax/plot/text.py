@@ -13,7 +13,7 @@ from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.output import Output
 from dex_jax.plot.colors import depth_hex, depth_style
 
-COLUMNS = 88
+COLUMNS = 100
 """Of the terminal in an SVG."""
 
 _BOX = "font-family:ui-sans-serif,system-ui,sans-serif;line-height:1.75;max-width:56em;margin:.4em 0"
