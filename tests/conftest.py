@@ -19,6 +19,15 @@ OPTIONAL_MARKERS = {
     "reference": "needs torch and transformers: pytest -m reference, in an environment with the group of that name",
     "tpu": "compiles for a TPU that need not be there: pytest -m tpu, in an environment with the group of that name",
 }
+SLOW = "takes many seconds, and quicker tests beside it cover the same code: .ci/run runs it, as pytest --slow does"
+LEFT_OUT = pytest.StashKey[list[pytest.Item]]()
+
+
+def slow(*values: object) -> object:
+    """Parameters of a slow case, for `pytest.mark.parametrize`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 LONGEST = (
     "test_mesh", "test_serial_models", "test_default_exits", "test_exit_training", "test_serial", "test_train_cli",
     "test_forced_counts", "test_bench", "test_distributed", "test_golden", "test_calibrate", "test_readme",
@@ -29,23 +38,31 @@ LONGEST = (
 OWN_MODULES = r"(dex_jax|studies|test_|conftest|reference)"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    for name, description in OPTIONAL_MARKERS.items():
+    for name, description in {**OPTIONAL_MARKERS, "slow": SLOW}.items():
         config.addinivalue_line("markers", f"{name}: {description}")
     # Warnings that point at our own lines are errors; those inside other packages are theirs to mend.
     config.addinivalue_line("filterwarnings", f"error:::{OWN_MODULES}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Longest files first; tests that need an environment of their own are left out, unless -m says what to run."""
+    """Longest files first; leaves out what needs an environment of its own, unless -m says what to run, and what is
+    slow, unless it is asked for: all of it by --slow, or one test by its name."""
     order = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    config.stash[LEFT_OUT] = left_out = []
     if config.getoption("markexpr"):
         return
-    left_out = [item for item in items if any(item.get_closest_marker(name) for name in OPTIONAL_MARKERS)]
+    all_slow = config.getoption("slow") or any("::" in argument for argument in config.args)
+    leave_out = {*OPTIONAL_MARKERS, *(() if all_slow else ("slow",))}
+    left_out += [item for item in items if any(item.get_closest_marker(name) for name in leave_out)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session")

@@ -38,12 +38,12 @@ SEED = 11
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
 
 # Biases, norms of heads, tied and untied embeddings, 9 and 3 heads.
-CHECKPOINTS = [
-    ("llama_attention_bias", "stage=2,tensor=2"),
-    ("qwen25_untied", "stage=2,tensor=2"),
-    ("qwen3", "stage=3,tensor=2"),
-    ("smollm2", "stage=2,tensor=3"),
-]
+CHECKPOINTS = {
+    "llama_attention_bias": "stage=2,tensor=2",
+    "qwen25_untied": "stage=2,tensor=2",
+    "qwen3": "stage=3,tensor=2",
+    "smollm2": "stage=2,tensor=3",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +106,9 @@ class Case:
 
 
 def main() -> None:
-    cases, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    wanted, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    for fields in json.loads(cases.read_text()):
+    for fields in wanted["cases"]:
         case = Case(**fields)
         try:
             result = run(case, folder)
@@ -119,7 +119,8 @@ def main() -> None:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}
         (folder / f"{case.name}.json").write_text(json.dumps(result))
-    (folder / "checkpoints.json").write_text(json.dumps([checkpoint(*each, folder) for each in CHECKPOINTS]))
+    for family in wanted["checkpoints"]:
+        (folder / f"{family}.json").write_text(json.dumps(checkpoint(family, CHECKPOINTS[family], folder)))
 
 
 def checkpoint(family: str, mesh: str, folder: Path) -> dict[str, Any]:
@@ -136,7 +137,6 @@ def checkpoint(family: str, mesh: str, folder: Path) -> dict[str, Any]:
         made = {"device": output.stats.device, "depths": output.stats.schedule.depths}
     ours, theirs = np.asarray(lm.logits(tokens)), np.asarray(one.logits(tokens))
     return {
-        "family": family,
         "error": float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
         "read": progress[-1],
         "made": made,

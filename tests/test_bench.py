@@ -103,6 +103,7 @@ def test_tuning_prompts_are_not_reported(made) -> None:
     assert sums[chosen] == min(sums.values())
 
 
+@pytest.mark.slow
 def test_settings_count_along_answers_what_their_loops_count(made, small) -> None:
     _, folder = made
     tuned = [run for run in read_results(folder) if run.split == "tune" and run.kind == "depth"]
@@ -195,6 +196,7 @@ def test_wrong_tokens_fail_the_run(command, small, monkeypatch, tmp_path, capsys
     assert "NOT LOSSLESS" in captured.out
 
 
+@pytest.mark.slow
 def test_sampled_tokens_are_those_of_ar(command, tmp_path) -> None:
     output = tmp_path / "out"
     flags = [*command, "--methods", "dex", "--timed", "none", "--temperature", "0.8", "--seed", "7"]
@@ -238,6 +240,7 @@ def test_costs_are_medians_over_rounds_and_kinds_stay_apart() -> None:
     assert "99" in to_line(runs[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the data sets in ../shared/data, which are not committed")
 def test_real_files_through_a_real_tokenizer(monkeypatch, tmp_path) -> None:
     from dex_jax.language_model import outline
@@ -262,6 +265,7 @@ def test_two_tasks_of_one_name_are_refused(command, tmp_path, capsys) -> None:
     assert "two of the tasks are called letters" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_nothing_is_tuned_where_nothing_is_swept(command, tmp_path) -> None:
     flags = [*command, "--methods", "ar,dex", "--timed", "none", "--prompts", "8", "--output", str(tmp_path / "out")]
     assert bench.main(flags) == 0

@@ -7,6 +7,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from conftest import slow
 from reference import chain_twin
 from reference.toy_chain import chain_toy
 from reference.toy_models import ToyModel, cached_tables, toy_prefill
@@ -48,11 +49,11 @@ def decode(tables, prompts, lengths, first, limits, sampling, *, policy, depths)
     ("name", "sampled"),
     [
         ("layerskip", False),
-        ("adadecode", False),
+        slow("adadecode", False),
         ("adadecode", True),
-        ("del", False),
+        slow("del", False),
         ("del", True),
-        ("del, not so sure", True),
+        slow("del, not so sure", True),
         ("oracle", True),
     ],
 )

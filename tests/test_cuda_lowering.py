@@ -14,6 +14,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import pytest
+from conftest import slow
 from reference.small_models import LLAMA
 
 from dex_jax.decoding.dynamic_exit import DEL
@@ -31,7 +32,7 @@ METHODS = {
     "del": DEL(depths=(2, 4), draft_length=2).schedule_for(CONFIG.num_layers),
 }
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
-DTYPES = ["bfloat16", "float16", "float32"]
+DTYPES = ["bfloat16", slow("float16"), "float32"]
 ON_EVERY_PLATFORM = {
     *("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"),
     "mhlo.topk",  # jax.lax.top_k as jax 0.7 exports it

@@ -95,6 +95,7 @@ def test_json_is_typed_and_consistent(capsys) -> None:
     assert record["depth_side_speedup"] == 2 * (record["new_tokens"] - 1) / record["ticks"]
 
 
+@pytest.mark.slow
 def test_serial_rounds_have_counts_of_their_own(capsys) -> None:
     arguments = ["--prompt", SKY, "--schedule", "serial", "--exits", "shared", "--max-new-tokens", "8", "--check"]
     record = json.loads(run(capsys, *arguments, "--json")[1])
@@ -108,6 +109,7 @@ def test_serial_rounds_have_counts_of_their_own(capsys) -> None:
     assert "8 rows a round, drafted from the text itself\n" in err
 
 
+@pytest.mark.slow
 def test_what_auto_chose_is_said(capsys, monkeypatch) -> None:
     cheap = StepCosts(ROWS, (1.0, 1.01, 1.02, 1.3, 1.6), 10**12)
     monkeypatch.setattr(auto, "step_costs", lambda *about: cheap)

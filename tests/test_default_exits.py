@@ -52,6 +52,7 @@ def test_even_grids_need_no_other_depths(smollm2, exits, explorers) -> None:
     assert resolved.remarks == ()
 
 
+@pytest.mark.slow
 def test_a_text_is_that_of_ar_in_fewer_ticks_than_without_training(smollm2) -> None:
     options = {"max_new_tokens": 32}
     prompts = [PROMPTS[i] for i in (0, 4, 9)]

@@ -70,6 +70,7 @@ def test_two_processes_decode_what_one_does(checkpoint: Path) -> None:
         assert result["stages"] == [number]
 
 
+@pytest.mark.slow
 def test_when_one_process_dies_the_other_ends_and_names_it(checkpoint: Path) -> None:
     survivor, dying = start(checkpoint, "--die")
     dying.communicate(timeout=300)

@@ -101,6 +101,7 @@ def test_a_run_starts_from_given_exits_and_warns_of_another_backbone(whole, tmp_
     assert not any("draft vocabulary" in line for line in told), "they bring their own"
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_some_of_the_given_exits(whole, tmp_path) -> None:
     config = dataclasses.replace(with_steps(1), evaluation_texts=0, exits=dataclasses.replace(EXITS, depths=(2,)))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e-9))
@@ -112,6 +113,7 @@ def test_a_run_starts_from_some_of_the_given_exits(whole, tmp_path) -> None:
     assert largest_change(exits, expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_before_its_first_checkpoint_leaves_no_files_to_others(whole, tmp_path) -> None:
     (tmp_path / "draft_vocabulary.json").write_text("[5]")
     (tmp_path / "held_out.json").write_text('{"another": [[[1], [2]]]}')
@@ -129,6 +131,7 @@ def test_files_of_a_run_that_goes_on_elsewhere_stay(tmp_path) -> None:
     assert (tmp_path / "held_out.json").read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_a_first_training_comes_before_and_its_heads_go_on_with_more_tokens(whole, tmp_path) -> None:
     """Killed anywhere it goes on: each of the two has a folder that can resume."""
     config = dataclasses.replace(with_steps(1), evaluation_texts=0)
@@ -156,6 +159,7 @@ def test_a_drafter_is_trained_and_drafts(tmp_path) -> None:
     assert out.tokens.tolist() == dex_jax.generate(lm, [[1, 5, 7]], method=dex_jax.AR(), **options).tokens.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "lowrank"])
 def test_other_exits_at_depth_0_learn_from_their_own_outputs(kind, tmp_path) -> None:
     exits = dataclasses.replace(EXITS, depths=(0,), kind=kind, fused=True)
@@ -237,6 +241,7 @@ def test_held_out_texts_are_prompts_with_answers(tmp_path) -> None:
     assert kept == groups, "made once, kept in the folder"
 
 
+@pytest.mark.slow
 def test_meshes_give_one_devices_exits(whole, tmp_path) -> None:
     meshes = ["2x1", "1x2", "2x2"]
     assert work(tmp_path, "--evaluation-texts", "0", "--meshes", *meshes, XLA_FLAGS=flags_for_devices(4)) == 0

@@ -331,6 +331,7 @@ def test_rows_of_a_tree_have_ars_logits_to_the_last_bit(dtype: str, rows: int, p
     chex.assert_trees_all_equal(found, jnp.stack(wanted))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_serial_rounds_in_bfloat16_give_ars_tokens() -> None:
     """A random model's best tokens are close calls, and in bfloat16 any other last bit would decide some of them."""
@@ -382,6 +383,7 @@ def test_without_it_the_product_is_xlas(tmp_path) -> None:
     assert not (tmp_path / "dex_jax" / "native").exists()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_what_only_proposes_is_kept_alike_on_one_device_and_on_two(tmp_path) -> None:
     program = (

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from conftest import slow
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
@@ -46,7 +47,7 @@ def prompts(count: int = 6) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("kind", "more", "depths", "skip"),
     [
-        ("linear", {"fused": True}, (1, 2, 4), (2, 3)),
+        slow("linear", {"fused": True}, (1, 2, 4), (2, 3)),
         # Four stages: a node can lie three behind the newest committed position. LayerSkip's drafts lie further.
         ("attn", {"draft_size": LLAMA.vocab_size // 2}, DEPTHS, (1, 5)),
     ],
@@ -77,6 +78,7 @@ def test_counts_are_those_of_the_loops(kind, more, depths, skip):
     assert drafted.stats.accepted.sum() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA makes of top_k is another matter elsewhere")
 def test_no_vocabulary_is_sorted(monkeypatch):
     """A sort of the vocabulary in place of its best few takes ten times as long as all else that is asked."""

@@ -166,6 +166,7 @@ def test_layouts_agree(sampled: bool) -> None:
     np.testing.assert_array_equal(output.stats.exits, explored("K3 uneven", sampled).stats.exits)
 
 
+@pytest.mark.slow
 def test_ar_in_the_stacked_layout() -> None:
     assert_same_tokens(model(), generate(stacked((1, 3, 4)), AR()), autoregressive(False))
 

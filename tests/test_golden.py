@@ -6,11 +6,13 @@ must be equal.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import slow
 from reference.checkpoints import FAMILIES, write_checkpoint
 
 import dex_jax
@@ -85,7 +87,9 @@ def test_family_greedy_ar(family) -> None:
 # every layer, one of them K = 1; what the other families add, AR and the logits have shown.
 @pytest.mark.parametrize(
     ("family", "explorers"),
-    [("llama3", 1)] + [(name, k) for name in EACH_ATTENTION for k in (2, "layers")],
+    [("llama3", 1), ("qwen3", "layers"), *itertools.starmap(slow, itertools.product(EACH_ATTENTION, (2, "layers")))][
+        :-1
+    ],
     indirect=["family"],
 )
 def test_family_greedy_dex(family, explorers) -> None:
@@ -94,7 +98,7 @@ def test_family_greedy_dex(family, explorers) -> None:
     assert_greedy_equals(lm, golden["prompts"], method, FAMILIES_GOLDEN["max_new_tokens"])
 
 
-@pytest.mark.parametrize("name", EACH_ATTENTION)
+@pytest.mark.parametrize("name", ["qwen3", slow("llama3"), slow("qwen2")])
 def test_sharded_checkpoint(name, tmp_path) -> None:
     directory = write_checkpoint(tmp_path, name, shards=3)
     assert len(list(directory.glob("*.safetensors"))) == 3
@@ -114,12 +118,14 @@ def test_smollm2_logits(smollm2) -> None:
         np.testing.assert_allclose(figures, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", range(0, len(SMOLLM2_GOLDEN["prompts"]), BATCH))
 def test_smollm2_greedy_ar(smollm2, start) -> None:
     prompts = SMOLLM2_GOLDEN["prompts"][start : start + BATCH]
     assert_greedy_equals(smollm2, prompts, dex_jax.AR(), SMOLLM2_GOLDEN["max_new_tokens"])
 
 
+@pytest.mark.slow
 def test_smollm2_greedy_dex(smollm2) -> None:
     prompts = SMOLLM2_GOLDEN["prompts"][:BATCH]
     assert_greedy_equals(smollm2, prompts, dex_jax.Dex(explorers=3), SMOLLM2_GOLDEN["max_new_tokens"])

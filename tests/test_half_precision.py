@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from reference.held_out_prompts import PROMPTS
 
 import dex_jax
@@ -23,7 +24,7 @@ NEW_TOKENS = 12
 LIMIT = float(jnp.finfo(jnp.float16).max)
 
 
-@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+@pytest.fixture(scope="module", params=[slow("float16"), "bfloat16"])
 def lm(request):
     """Stacked: it compiles in a fraction of the time, and the dtypes meet the same code."""
     return dex_jax.load("smollm2-135m", dtype=request.param, layout=dex_jax.Stacked(DEPTHS))
@@ -56,6 +57,7 @@ def test_no_layer_overflows(lm) -> None:
     assert np.isfinite(np.asarray(logits)).all()
 
 
+@pytest.mark.slow
 def test_depth_exploration_parts_from_ar_only_at_close_calls(lm, prompts, record_property) -> None:
     options = {"exits": "shared", "max_new_tokens": NEW_TOKENS}
     explored = dex_jax.generate(lm, prompts, method=dex_jax.Dex(depths=DEPTHS), **options)

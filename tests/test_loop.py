@@ -10,6 +10,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from conftest import slow
 from reference import toy_runs, twin
 from reference.toy_models import Tables, ToyModel, random_tables
 
@@ -56,7 +57,8 @@ CONFIGS = [
     Config(4, 4, batch=4, sampled=True, draft=5),
     Config(5, 8, sampled=True, vocab=30),
 ]
-every_config = pytest.mark.parametrize("config", CONFIGS, ids=str)
+LARGE = (Config(6, 16, vocab=30), Config(5, 8, sampled=True, vocab=30))
+every_config = pytest.mark.parametrize("config", [slow(each) if each in LARGE else each for each in CONFIGS], ids=str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +185,7 @@ def test_sequences_that_are_done_stand_still(config: Config) -> None:
             np.testing.assert_array_equal(one.record.exits[row, len(run.tokens) :], -1)
 
 
+@pytest.mark.slow
 def test_the_cases_are_not_easy() -> None:
     """All that the tests above rest on does happen: deep lattices, every exit, pruning, ends of both kinds."""
     for config in CONFIGS:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import slow
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
@@ -49,7 +50,7 @@ def compiled(method, layout, batch: int):
     return RUN.jitted.lower(weights, None, state, limits, None, ints(), spec=spec).compile(), state
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, slow(2), slow(5)])
 @pytest.mark.parametrize(
     ("method", "layout"),
     [

@@ -15,8 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from conftest import slow
 from environment import flags_for_devices
-from mesh_worker import SAMPLED, SEED, TOKENS, Case
+from mesh_worker import CHECKPOINTS, SAMPLED, SEED, TOKENS, Case
 from reference import twin
 from reference.small_models import LLAMA, SmallModel, ragged_prompts, small_model
 from test_generate import noise_of
@@ -72,10 +73,22 @@ IN_CPP = {
 }
 
 
-def run_worker(found: Path, cases: Iterable[Case], **variables: str) -> Path:
-    """What tests/mesh_worker.py wrote about every case."""
+QUICK = ("3 greedy", "exits linear", "exits attn", "ar", "data", "all axes", "C++, exits", "smollm2")
+"""Cases whose tests are not slow: every kind of program once."""
+
+
+def cases(names: Iterable[str]) -> list[object]:
+    """Names as parameters."""
+    return [name if name in QUICK else slow(name) for name in names]
+
+
+def run_worker(found: Path, request: pytest.FixtureRequest, known: dict[str, Case], **variables: str) -> Path:
+    """What tests/mesh_worker.py wrote about the cases that the tests of this run name."""
+    wanted = {getattr(item, "callspec", None) and item.callspec.params.get("name") for item in request.session.items}
     names = found / "cases.json"
-    names.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
+    named = [dataclasses.asdict(case) for name, case in known.items() if name in wanted]
+    checkpoints = [name for name in CHECKPOINTS if name in wanted] if known is CASES else []
+    names.write_text(json.dumps({"cases": named, "checkpoints": checkpoints}))
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_for_devices(DEVICES)}
     command = [sys.executable, str(TESTS / "mesh_worker.py"), names, found]
     subprocess.run(command, env={**os.environ, **flags, **variables}, check=True)
@@ -83,15 +96,15 @@ def run_worker(found: Path, cases: Iterable[Case], **variables: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(request, tmp_path_factory) -> Path:
     """Of programs that are XLA's alone, as on other devices than CPUs."""
-    return run_worker(tmp_path_factory.mktemp("mesh"), CASES.values(), DEX_JAX_NATIVE="0")
+    return run_worker(tmp_path_factory.mktemp("mesh"), request, CASES, DEX_JAX_NATIVE="0")
 
 
 @pytest.fixture(scope="module")
-def in_cpp(tmp_path_factory) -> Path:
+def in_cpp(request, tmp_path_factory) -> Path:
     """Of programs whose products of few rows are in C++."""
-    return run_worker(tmp_path_factory.mktemp("mesh_cpp"), IN_CPP.values())
+    return run_worker(tmp_path_factory.mktemp("mesh_cpp"), request, IN_CPP)
 
 
 def hlo(folder: Path, case: str, program: str) -> str:
@@ -114,13 +127,13 @@ def collectives(text: str) -> collections.Counter:
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(CASES))
 def test_tokens_ticks_and_exits_are_those_of_one_device(folder: Path, name: str) -> None:
     assert_as_one_device(folder, CASES[name])
 
 
 @pytest.mark.skipif(few_rows.language() != "C++", reason="no C++ compiler on this machine")
-@pytest.mark.parametrize("name", IN_CPP)
+@pytest.mark.parametrize("name", cases(IN_CPP))
 def test_so_they_are_in_cpp(in_cpp: Path, name: str) -> None:
     assert_as_one_device(in_cpp, IN_CPP[name])
     text = hlo(in_cpp, name, "run_ticks")
@@ -180,14 +193,15 @@ def test_a_short_last_stage_asks_the_final_layer_first() -> None:
     assert not final_first(model, (4, 8), case.trained.config)
 
 
-def test_checkpoints_are_read_onto_a_mesh(folder: Path) -> None:
-    for result in json.loads((folder / "checkpoints.json").read_text()):
-        done, total = result["read"]
-        assert done == total, "every tensor is read once"
-        assert result["error"] < 1e-5, result["family"]
-        if result["family"] == "smollm2":
-            assert result["tokens"] == result["best"]
-            assert result["made"] == {"device": "6 x cpu:cpu", "depths": [4, 7]}
+@pytest.mark.parametrize("name", cases(CHECKPOINTS))
+def test_checkpoints_are_read_onto_a_mesh(folder: Path, name: str) -> None:
+    result = json.loads((folder / f"{name}.json").read_text())
+    done, total = result["read"]
+    assert done == total, "every tensor is read once"
+    assert result["error"] < 1e-5
+    if name == "smollm2":
+        assert result["tokens"] == result["best"]
+        assert result["made"] == {"device": "6 x cpu:cpu", "depths": [4, 7]}
 
 
 def rows_of(case: Case) -> tuple[int, int]:
@@ -195,7 +209,7 @@ def rows_of(case: Case) -> tuple[int, int]:
     return case.schedule.stages, case.schedule.rows
 
 
-@pytest.mark.parametrize("name", [case.name for case in (*STAGES, *EXITS)])
+@pytest.mark.parametrize("name", cases(case.name for case in (*STAGES, *EXITS)))
 def test_a_tick_sends_a_cohort_to_the_next_stage_and_shares_proposals(folder: Path, name: str) -> None:
     """One permute of [B, W, D], one gather of token and score of each row, and features only where exits need them."""
     case = CASES[name]
@@ -213,7 +227,7 @@ def test_a_tick_sends_a_cohort_to_the_next_stage_and_shares_proposals(folder: Pa
     assert not collectives(hlo(folder, name, "start_decoding"))
 
 
-@pytest.mark.parametrize("name", ["ar", "ar sampled"])
+@pytest.mark.parametrize("name", cases(["ar", "ar sampled"]))
 def test_an_ar_step_goes_from_stage_to_stage(folder: Path, name: str) -> None:
     case = CASES[name]
     stages, _ = rows_of(case)
@@ -223,7 +237,7 @@ def test_an_ar_step_goes_from_stage_to_stage(folder: Path, name: str) -> None:
     assert not collectives(hlo(folder, name, "start_decoding"))
 
 
-@pytest.mark.parametrize("name", ["3 greedy", "ar", "exits attn", "data"])
+@pytest.mark.parametrize("name", cases(["3 greedy", "ar", "exits attn", "data"]))
 def test_no_cache_is_copied(folder: Path, name: str) -> None:
     """In the loop or before it: caches are donated and written where they lie."""
     assert "copy" not in what_makes_caches(hlo(folder, name, "run_ticks"), CASES[name])
@@ -236,7 +250,7 @@ def what_makes_caches(text: str, case: Case) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["exits linear", "exits attn", "exits shared"])
+@pytest.mark.parametrize("name", cases(["exits linear", "exits attn", "exits shared"]))
 def test_only_stages_that_ask_multiply_with_the_draft_unembedding(folder: Path, name: str) -> None:
     """XLA takes products out of loops of one turn: a stage would then pay for exits that it does not have."""
     text, (_, _, draft) = hlo(folder, name, "run_ticks"), CASES[name].exits
@@ -274,7 +288,7 @@ def always_runs(text: str, size: int) -> bool:
     return runs(entry)
 
 
-@pytest.mark.parametrize("name", ["8 greedy", "exits linear", "exits attn"])
+@pytest.mark.parametrize("name", cases(["8 greedy", "exits linear", "exits attn"]))
 def test_a_prefill_goes_from_stage_to_stage(folder: Path, name: str) -> None:
     """K - 1 permutes of [B, R, D], then one sum that shares the last states and what exits remember of the prompt."""
     case = CASES[name]
@@ -290,10 +304,11 @@ def test_a_prefill_goes_from_stage_to_stage(folder: Path, name: str) -> None:
     assert sum(size * times for (_, size), times in found.items()) == shared
 
 
-def test_a_tensor_axis_sums_twice_a_layer_and_shares_logits(folder: Path) -> None:
-    case = CASES["tensor"]
+@pytest.mark.parametrize("name", cases(["tensor"]))
+def test_a_tensor_axis_sums_twice_a_layer_and_shares_logits(folder: Path, name: str) -> None:
+    case = CASES[name]
     stages, rows = rows_of(case)
-    found = collectives(hlo(folder, "tensor", "run_ticks"))
+    found = collectives(hlo(folder, name, "run_ticks"))
     assert found.pop(("collective-permute", case.batch * rows * WIDTH * 4)) == 1
     assert found.pop(("all-gather", stages * case.batch * rows * 2 * 4)) == 1
     sums = {size: times for (operation, size), times in found.items() if operation == "all-reduce"}
@@ -304,11 +319,12 @@ def test_a_tensor_axis_sums_twice_a_layer_and_shares_logits(folder: Path) -> Non
     assert max(logits) == case.batch * rows * VOCABULARY * 4
 
 
-def test_a_data_axis_shares_one_number(folder: Path) -> None:
-    case = CASES["data"]
+@pytest.mark.parametrize("name", cases(["data"]))
+def test_a_data_axis_shares_one_number(folder: Path, name: str) -> None:
+    case = CASES[name]
     stages, rows = rows_of(case)
     batch = case.batch // 2
-    found = collectives(hlo(folder, "data", "run_ticks"))
+    found = collectives(hlo(folder, name, "run_ticks"))
     # Whether anyone goes on is asked before the loop and in it.
     assert found == {
         ("collective-permute", batch * rows * WIDTH * 4): 1,

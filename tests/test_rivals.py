@@ -131,6 +131,7 @@ def test_trained_exits_draft_as_well(name, kind) -> None:
     assert output.stats.exits_source == "random"
 
 
+@pytest.mark.slow
 def test_the_stacked_layout_gives_the_same() -> None:
     prompts, stacked = ragged_prompts(2)[:1], model(LLAMA, dex_jax.Stacked((1, 3, 4)))
     one, other = (generated(lm, METHODS["del"], prompts, SAMPLED, trained("attn")) for lm in (model(), stacked))
@@ -140,6 +141,7 @@ def test_the_stacked_layout_gives_the_same() -> None:
     assert one.stats.accepted[0] > 0
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_single_runs() -> None:
     prompts = ragged_prompts(3)
     together = generated(model(), METHODS["del"], prompts, SAMPLED, trained("attn"))
@@ -150,6 +152,7 @@ def test_a_batch_is_its_single_runs() -> None:
         assert alone.stats.layer_steps[0] == together.stats.layer_steps[row]
 
 
+@pytest.mark.slow
 def test_an_end_of_sequence_ends_rounds_and_is_never_drafted() -> None:
     whole = plain("greedy", 3)
     eos = int(whole.tokens[0, 9])
@@ -176,6 +179,7 @@ def test_nothing_is_drafted_beyond_a_limit(limit, drafted, layer_steps) -> None:
     assert set(output.stats.layer_steps.tolist()) <= layer_steps
 
 
+@pytest.mark.slow
 def test_a_stop_string_counts_what_was_spent_up_to_it() -> None:
     lm = small_model(tokenizer=LetterTokenizer())
     for name in ("layerskip", "adadecode", "oracle"):
@@ -189,6 +193,7 @@ def test_a_stop_string_counts_what_was_spent_up_to_it() -> None:
         assert cut.stats.layer_steps[0] < whole.stats.layer_steps[0]
 
 
+@pytest.mark.slow
 def test_streaming_changes_nothing() -> None:
     whole = generated(model(), METHODS["adadecode"], ragged_prompts(3), {})
     options = {"method": METHODS["adadecode"], "exits": "shared", "max_new_tokens": NEW_TOKENS}

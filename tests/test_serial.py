@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import serial_twin
@@ -131,8 +132,11 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("temperature", [None, 0.7])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "temperature"),
+    [("tree and lookup", 0.7), *((name, None) for name in SHAPES)]
+    + [slow(name, 0.7) for name in SHAPES if name != "tree and lookup"],
+)
 def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, temperature) -> None:
     widths, drafted, lookup = SHAPES[name]
     shape = serial.TreeShape(widths, drafted, lookup)
@@ -167,7 +171,7 @@ def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, temperature) 
     assert rounds > 20
 
 
-@pytest.mark.parametrize("temperature", [None, 0.7])
+@pytest.mark.parametrize("temperature", [None, slow(0.7)])
 def test_a_round_drafts_and_runs_what_is_worth_its_time(temperature) -> None:
     """Alone, as a batch chooses for all its sequences together; the twin says what each round drafts and runs."""
     rows_chosen: set[int] = set()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, small_model
 
 import dex_jax
@@ -74,6 +75,7 @@ def test_tokens_are_those_of_ar(lm, exits, options) -> None:
     assert stats.exits_source == (None if exits == "lookup" else "random")
 
 
+@pytest.mark.slow
 def test_the_stacked_layout_gives_the_same(lm) -> None:
     prompts = ragged_prompts(2)
     before = dex_jax.generate(lm, prompts, method=SERIAL, exits=drafter(), max_new_tokens=24)
@@ -84,6 +86,7 @@ def test_the_stacked_layout_gives_the_same(lm) -> None:
     assert out.stats.rounds.tolist() == before.stats.rounds.tolist()
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_single_runs(lm) -> None:
     prompts = ragged_prompts(4)
     together = dex_jax.generate(lm, prompts, method=SERIAL, exits=drafter(), max_new_tokens=24, **SAMPLED)
@@ -191,7 +194,7 @@ def test_trees_around_one() -> None:
     assert large_tree(16).widths == (4, 3, 2, 2, 1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("drafted", [True, False])
+@pytest.mark.parametrize("drafted", [slow(True), False])
 def test_the_search_climbs_for_each_size(lm, monkeypatch, drafted) -> None:
     cheap = StepCosts(ROWS, tuple(1 + 0.01 * (rows - 1) for rows in ROWS), 10**12)
     monkeypatch.setattr(tree_search, "step_costs", lambda *about: cheap)

@@ -140,6 +140,7 @@ def test_the_same_command_again_finds_nothing_left_to_do(capsys, trained, place)
         np.testing.assert_array_equal(after.parameters[name], value)
 
 
+@pytest.mark.slow
 def test_longer_and_from_exits(capsys, trained, place) -> None:
     folder = place / "longer"
     flags = ["--init-from", trained, "--steps", "1", "--batch", "2", "--seed", "5", "--data", place / "prompts.txt"]
@@ -194,6 +195,7 @@ def drafter(place) -> Path:
     return place / "drafter.safetensors"
 
 
+@pytest.mark.slow
 def test_a_tree_is_searched_and_kept(capsys, monkeypatch, place, drafter, tmp_path) -> None:
     monkeypatch.setattr("dex_jax.cli.common.remember_compilations", lambda: None)
     out = tmp_path / "with_tree.safetensors"

@@ -8,6 +8,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from flax import nnx
 from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, small_model
 
@@ -52,7 +53,13 @@ def plain(lm):
 
 @pytest.mark.parametrize(
     ("kind", "fused", "draft"),
-    [("shared", False, 30), ("linear", True, 30), ("lowrank", True, None), ("mlp", True, 20), ("attn", False, 30)],
+    [
+        ("linear", True, 30),
+        ("attn", False, 30),
+        slow("shared", False, 30),
+        slow("lowrank", True, None),
+        slow("mlp", True, 20),
+    ],
 )
 def test_tokens_are_those_of_ar_and_exits_those_of_teacher_forcing(lm, plain, kind, fused, draft) -> None:
     exits = random_exits(kind, fused=fused, draft=draft)

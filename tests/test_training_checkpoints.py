@@ -260,6 +260,7 @@ def test_a_write_that_the_system_cuts_off(tmp_path):
 # Kills
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_as_if_never_killed(tmp_path):
     """Kills at random moments, one of them for certain during a save, then the end: bit for bit the same."""
     command = [sys.executable, str(WORKER), str(tmp_path / "killed"), "--steps", "40", "--seconds", "0.02"]
