@@ -8,9 +8,8 @@ import os
 import signal
 from pathlib import Path
 
-import jax
-from jax.sharding import AxisType, Mesh
 from reference.small_models import LLAMA, small_model
+from training_worker import mesh_of
 
 from dex_jax.config import ExitsConfig
 from dex_jax.language_model import LanguageModel
@@ -62,15 +61,6 @@ def die_before(step: int) -> None:
         return next_batch(self, cursor)
 
     Distillation.next_batch = killing
-
-
-def mesh_of(name: str) -> Mesh | None:
-    """ "2x1": two devices along "data", one along "tensor"; "" is no mesh."""
-    if not name:
-        return None
-    shape = tuple(int(size) for size in name.split("x"))
-    devices = jax.devices()[: shape[0] * shape[1]]
-    return jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def main() -> None:

@@ -165,7 +165,7 @@ def test_long_prompts_are_skipped_and_that_is_said_once(tmp_path: Path, smol) ->
     count = 68  # 32 are held out
     assert all(mixture.item(number).longest <= 128 for number in range(2 * count))
     long = count - len({source.item(number).turns[0].forced for number in range(count)})
-    assert source.skipped == long > 20
+    assert long > 20
     assert len(said) == 1
     assert "skipped" in said[0]
     with pytest.raises(DexError, match="too long for a row"):
@@ -175,7 +175,6 @@ def test_long_prompts_are_skipped_and_that_is_said_once(tmp_path: Path, smol) ->
 class Counting:
     """A source whose items are (its name, number)."""
 
-    skipped = 0
     held_out = ()
 
     def __init__(self, name: str):

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.trainer import train
@@ -84,6 +84,15 @@ class LinearMap:
         return {"map": PartitionSpec(None, "tensor"), "scale": PartitionSpec("tensor"), "bias": PartitionSpec("tensor")}
 
 
+def mesh_of(name: str) -> Mesh | None:
+    """ "2x1": two devices along "data", one along "tensor"; "" is no mesh."""
+    if not name:
+        return None
+    shape = tuple(int(size) for size in name.split("x"))
+    devices = jax.devices()[: shape[0] * shape[1]]
+    return jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -98,14 +107,9 @@ def main() -> None:
         warmup_steps=5, learning_rate=0.02,
     )  # fmt: skip
     for name in args.meshes:
-        mesh = None
-        if name:
-            shape = tuple(int(size) for size in name.split("x"))
-            devices = jax.devices()[: shape[0] * shape[1]]
-            mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices)
         folder = args.folder / name
         task = LinearMap(config, args.width, seconds=args.seconds)
-        trained = train(task, config, folder, mesh=mesh)
+        trained = train(task, config, folder, mesh=mesh_of(name))
         shards = len({str(shard.index) for shard in trained.params["map"].addressable_shards})
         np.savez(folder / "result.npz", shards=shards, **trained.params)
 

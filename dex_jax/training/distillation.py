@@ -90,7 +90,7 @@ class Distillation:
         """What decides the training beside TrainConfig."""
         words = () if self.vocabulary is None else self.vocabulary.tolist()
         return {
-            "exits": _plain(dataclasses.asdict(self.exits)),
+            "exits": dataclasses.asdict(self.exits),
             "options": dataclasses.asdict(self.options),
             "stream": {"batch": self.stream.batch, "steps": self.stream.spec.steps, "length": self.stream.spec.length},
             "data": self._data,
@@ -330,7 +330,3 @@ def _expected(config: Any, layout: Any, weights: Any, final: jax.Array, weight: 
 
     zero = jnp.zeros(config.vocab_size)
     return jax.lax.scan(one_step, zero, (jnp.swapaxes(now, 0, 1), jnp.swapaxes(weight, 0, 1)))[0]
-
-
-def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}

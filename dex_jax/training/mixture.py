@@ -23,10 +23,6 @@ class Source(Protocol):
 
     name: str
 
-    @property
-    def skipped(self) -> int:
-        """How many entries were too long so far."""
-
     def item(self, number: int) -> Item:
         """As Mixture.item."""
 
@@ -77,11 +73,6 @@ class Mixture:
     def held_out(self) -> dict[str, list[Item]]:
         """Items never trained on, by the name of their source."""
         return {source.name: source.held_out for source in self.sources}
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """How many entries of each source were too long so far."""
-        return {source.name: source.skipped for source in self.sources}
 
     def fingerprint(self) -> str:
         """Short hexadecimal digest of the data, their shares and their order."""

@@ -83,7 +83,6 @@ class SelfSource:
     """
 
     name = "self"
-    skipped = 0
 
     def __init__(self, model: Model, options: SourceOptions):
         self._options, tokenizer = options, model.tokenizer
@@ -157,11 +156,6 @@ class ListSource:
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
         if not self._entries:
             raise DexError(f"{name} has nothing left to train on beside what is held out: give it more prompts")
-
-    @property
-    def skipped(self) -> int:
-        """How many entries were too long so far."""
-        return len(self._too_long)
 
     def item(self, number: int) -> Item:
         """The entry of that place in the shuffled epochs; where it is too long, the next one that is not.

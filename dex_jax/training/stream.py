@@ -77,14 +77,12 @@ class Report(NamedTuple):
       slot: [B] int32, each row's item when the chunk ended, as in Rows.
       taken: int32, how many waiting scripts have been started.
       learnt: int32, steps of weight above 0.
-      idle: int32, steps in which a row had no item.
       number: [B, n] int32, the item number of each step.
     """
 
     slot: jax.Array
     taken: jax.Array
     learnt: jax.Array
-    idle: jax.Array
     number: jax.Array
 
 
@@ -178,7 +176,7 @@ def produce(
     position = jnp.concatenate([state.position, position], axis=1)
     state = StreamState(memory, rows, *(x[:, spec.steps :] for x in (final, token, position)))
     activations = Activations(states, final, token, position, weight)
-    report = Report(rows.slot, taken, jnp.sum(weight > 0), jnp.sum(number == NO_ITEM), number)
+    report = Report(rows.slot, taken, jnp.sum(weight > 0), number)
     if spec.mesh is not None:
         # The next call takes the state as it took this one.
         places = (_state_places(spec, spec.mesh), _chunk_places(spec.mesh))
@@ -213,13 +211,7 @@ Cursor = dict[str, int]
 
 
 class Stream:
-    """The host's side: hands items to rows between chunks.
-
-    Attributes:
-      spec: what is compiled.
-      batch: B.
-      steps_run, steps_idle: row-steps since the start, and how many of them had no item.
-    """
+    """The host's side: hands items to rows between chunks. `spec` is what is compiled, `batch` is B."""
 
     def __init__(
         self,
@@ -232,7 +224,6 @@ class Stream:
         length: int,
         depths: tuple[int, ...],
         seed: int = 0,
-        waiting: int | None = None,
         on_item: Callable[[int, list[int]], None] | None = None,
         mesh: Mesh | None = None,
     ):
@@ -247,8 +238,6 @@ class Stream:
           length: S, the longest item.
           depths: trained depths, ascending, 0..L.
           seed: of the sampled tokens.
-          waiting: how many items are at hand in each chunk beside those that run; None is 2 B. Rows idle when they are
-            used up before the chunk ends.
           on_item: called with (item number, tokens run) of each item that has ended, by number within a chunk.
           mesh: devices with axes "data", which rows are spread over, and "tensor", which weights are split over; None
             runs where the model is.
@@ -256,16 +245,16 @@ class Stream:
         Raises:
           DexError: as StreamSpec, a batch without rows, or one that does not divide among the mesh.
         """
-        if batch < 1 or (waiting is not None and waiting < 1):
-            raise DexError(f"a stream needs at least one row and one waiting item, not {batch} and {waiting}")
+        if batch < 1:
+            raise DexError(f"a stream needs at least one row, not {batch}")
         if mesh is not None and batch % mesh.shape.get("data", 1):
             raise DexError(f"{batch} rows do not divide among {mesh.shape['data']} devices: change the batch")
         self.spec = StreamSpec(lm.config, lm.layout, tuple(depths), steps, history, length, lm.eos_ids, mesh)
         self.batch = batch
-        self.steps_run = self.steps_idle = 0
         self._lm, self._items, self._on_item = lm, items, on_item
         self._placed = None if mesh is None else place_weights(lm.weights, lm.layout, mesh)
-        self._places = 2 * batch if waiting is None else waiting
+        # How many items are at hand in each chunk beside those that run; rows idle when they are used up.
+        self._places = 2 * batch
         self._no_script = no_script(length)
         self._running: list[Scripts | None]
         self._waiting: deque[Scripts]
@@ -290,11 +279,6 @@ class Stream:
         self._fill()
         return not self._waiting and all(script is None for script in self._running)
 
-    @property
-    def idle_share(self) -> float:
-        """The share of row-steps so far that had no item."""
-        return self.steps_idle / max(1, self.steps_run)
-
     def restart(self, cursor: Cursor | None = None) -> None:
         """Drops half-done items and history: the next chunk starts new items from `cursor`, None being where it is.
 
@@ -312,8 +296,6 @@ class Stream:
         asked = self._everywhere((jax.tree.map(jnp.asarray, scripts), jnp.int32(len(self._waiting)), self._key))
         self._state, activations, report = PRODUCE(self.weights, self._state, *asked, spec=self.spec)
         report = jax.device_get(report)
-        self.steps_run += self.batch * self.spec.steps
-        self.steps_idle += int(report.idle)
         self._running = [None if slot == NO_ITEM else places[slot] for slot in report.slot]
         for _ in range(int(report.taken)):
             self._waiting.popleft()

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.methods import even_depths
@@ -346,12 +347,6 @@ def exit_losses(
         return None, jax.lax.cond(wanted, loss_at, lambda hidden: jnp.float32(0.0), hidden)
 
     return jax.lax.scan(run_exit, None, (states, wanted))[1]
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target]: [..., V] float32 and [...] int32 -> [...] float32, nats."""
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 @functools.partial(jax.jit, static_argnums=0)
