@@ -16,7 +16,7 @@ import pytest
 from training_worker import LinearMap
 
 from dex_jax.errors import DexError
-from dex_jax.training.checkpoints import Checkpoints, Record, list_checkpoints, read_newest, restore, saved_params
+from dex_jax.training.checkpoints import Checkpoints, Record, list_checkpoints, read_newest, restore, saved_arrays
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.journal import read_journal
 from dex_jax.training.trainer import train
@@ -70,7 +70,7 @@ def test_what_was_saved_comes_back(three):
     assert back["params"]["half"].dtype == jnp.bfloat16
     assert back["empty"].shape == (0, 3)
     assert int(back["pair"][1][0]) == 3
-    params = saved_params(saved, state()["params"])
+    params = saved_arrays(saved, state()["params"], "params.")
     np.testing.assert_array_equal(params["map"], state(3.0)["params"]["map"])
 
 

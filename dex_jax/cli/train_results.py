@@ -50,7 +50,7 @@ def exits_of_checkpoint(folder: Path, step: int | None = None) -> TrainedExits:
     from dex_jax.config import ExitsConfig
     from dex_jax.io.exits_file import TrainedExits
     from dex_jax.nn.exits import abstract_parameters, exit_graph, parameters_of
-    from dex_jax.training.checkpoints import read_newest, read_step, saved_params
+    from dex_jax.training.checkpoints import read_newest, read_step, saved_arrays
 
     saved = read_newest(folder, _warn) if step is None else read_step(folder, step)
     record = saved.record
@@ -64,7 +64,7 @@ def exits_of_checkpoint(folder: Path, step: int | None = None) -> TrainedExits:
         if not file.is_file():
             raise DexError(f"{file} is missing, without which the exits mean nothing: let the training end")
         vocabulary = np.asarray(json.loads(file.read_text()), np.int32)
-    params = saved_params(saved, abstract_parameters(config, jnp.float32))
+    params = saved_arrays(saved, abstract_parameters(config, jnp.float32), "params.")
     parameters = parameters_of(nnx.merge(exit_graph(config), params))
     about = {"tokens": record.tokens, "steps": record.step, "unfinished": step is None}
     return TrainedExits(config, parameters, vocabulary, record.fingerprint, about, str(folder))

@@ -14,7 +14,7 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 
 from dex_jax.errors import DexError
 from dex_jax.io.object_store import require_disk
-from dex_jax.training.task import Cursor, Params
+from dex_jax.training.task import Cursor
 
 _NAMES: dict[str, Any] = {"step_prefix": "step", "step_format_fixed_length": 8}
 _UNFINISHED = "step_*.orbax-checkpoint-tmp*"
@@ -94,40 +94,35 @@ class Checkpoints:
         self._pending: int | None = None
 
     def __enter__(self) -> Checkpoints:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
-            _lock(self._lock)
-        except BlockingIOError:
-            self._lock.close()
-            raise DexError(f"another process trains in {self.folder}: let it end, or train in another folder") from None
-        except OSError as error:
-            raise DexError(f"{self.folder} cannot be written: {error.strerror or error}") from error
-        # Orbax logs a traceback for what becomes one sentence here.
-        self._log_level = logging.getLogger("absl").level
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
         # Directories made in the background would turn a full disk into a wait of many minutes.
         at_once = ocp.AsyncOptions(create_directories_asynchronously=False)
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=self.keep, cleanup_tmp_directories=True, async_options=at_once, **_NAMES
-            ),
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep, cleanup_tmp_directories=True, async_options=at_once, **_NAMES
         )
+        with contextlib.ExitStack() as opened:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _lock(opened.enter_context((self.folder / "lock").open("w")))
+            except BlockingIOError:
+                raise DexError(
+                    f"another process trains in {self.folder}: let it end, or train in another folder"
+                ) from None
+            except OSError as error:
+                raise DexError(f"{self.folder} cannot be written: {error.strerror or error}") from error
+            opened.enter_context(_muted())
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            opened.callback(self._close)
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self.wait()
-        except DexError:
-            # What already went wrong is what a person needs to hear.
-            if kind is None:
-                raise
-        finally:
-            with contextlib.suppress(Exception):  # told of by `wait`
-                self._manager.close()
-            logging.getLogger("absl").setLevel(self._log_level)
-            self._lock.close()
+        with self._opened:
+            try:
+                self.wait()
+            except DexError:
+                # What already went wrong is what a person needs to hear.
+                if kind is None:
+                    raise
 
     def save(self, state: Any, record: Record) -> Record:
         """Starts a save and returns as soon as the state has been copied; the one before is waited for.
@@ -180,6 +175,10 @@ class Checkpoints:
         self._manager.reload()
         self.saved_step = None if found is None else found.record.step
         return found
+
+    def _close(self) -> None:
+        with contextlib.suppress(Exception):  # `wait` has told of it
+            self._manager.close()
 
     def _failure(self, step: int, error: Exception) -> DexError:
         for path in self.folder.glob(_UNFINISHED):
@@ -235,47 +234,28 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def restore(saved: Saved, state: Any) -> Any:
-    """The saved training state, placed as `state` is.
-
-    Args:
-      saved: from `Checkpoints.newest`.
-      state: pytree of arrays of this run; none of its values is used.
-
-    Returns:
-      The like of `state`.
-
-    Raises:
-      DexError: names, shapes or dtypes are not those of this run.
-    """
-    own = {name: leaf for name, leaf in named_leaves(state).items() if leaf.size}
-    # Parameters first: the optimizer's names tell a person less.
-    for name in sorted(own.keys() | saved.arrays.keys(), key=lambda name: (not name.startswith("params."), name)):
-        here, there = own.get(name), saved.arrays.get(name)
-        if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
-            raise DexError(
-                f"{saved.path} holds {name} as {_shape(there)}, but this run means {_shape(here)}: train with the "
-                "settings of that run, or in another folder"
-            )
-
-    def place(path: Any, leaf: jax.Array) -> jax.Array:
-        # A copy of its own: the update donates what it is given.
-        return jax.device_put(jnp.array(saved.arrays[_name(path)] if leaf.size else leaf), leaf.sharding)
-
-    return jax.tree_util.tree_map_with_path(place, state)
+    """The saved training state, placed as `state` is, none of whose values is used; DexError as `saved_arrays`."""
+    # Copies: the update donates what it is given.
+    return jax.tree.map(
+        lambda array, leaf: jax.device_put(jnp.array(array), leaf.sharding), saved_arrays(saved, state), state
+    )
 
 
-def saved_params(saved: Saved, like: Params) -> Params:
-    """The parameters of a checkpoint as host arrays, in the tree of `like` (arrays or shapes).
+def saved_arrays(saved: Saved, like: Any, prefix: str = "") -> Any:
+    """What is saved under names that begin with `prefix` ("params."), as host arrays in the tree of `like`.
 
     Raises:
-      DexError: names or shapes differ.
+      DexError: names, shapes or dtypes are not those of `like`, a pytree of arrays or shapes.
     """
 
     def pick(path: Any, leaf: Any) -> np.ndarray:
-        name = f"params.{_name(path)}"
-        found = saved.arrays.get(name)
-        if found is None or found.shape != leaf.shape:
-            raise DexError(f"{saved.path} holds {name} as {_shape(found)}, not {_shape(leaf)}: it is of another task")
+        name = prefix + _name(path)
+        found = saved.arrays.get(name) if leaf.size else np.zeros(leaf.shape, leaf.dtype)
+        if found is None or found.shape != leaf.shape or found.dtype != leaf.dtype:
+            raise DexError(
+                f"{saved.path} holds {name} as {_shape(found)}, but this run means {_shape(leaf)}: it was trained with "
+                "other settings, so name another folder"
+            )
         return found
 
     return jax.tree_util.tree_map_with_path(pick, like)
@@ -299,7 +279,7 @@ def _name(path: Any) -> str:
 
 
 def _shape(array: Any) -> str:
-    return "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
+    return "nothing" if array is None else f"{array.dtype}{[*array.shape]}"
 
 
 def _newest(folder: Path, notify: Callable[[str], None]) -> tuple[Saved | None, list[Path]]:
@@ -316,11 +296,11 @@ def _newest(folder: Path, notify: Callable[[str], None]) -> tuple[Saved | None, 
 
 
 def _read(path: Path) -> Saved:
-    reading = ocp.CheckpointManagerOptions(read_only=True, **_NAMES)
-    manager = ocp.CheckpointManager(path.parent, options=reading)
     step = int(path.name.removeprefix("step_"))
-    about = manager.metadata(step).custom_metadata
-    arrays = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+    with _muted():
+        manager = ocp.CheckpointManager(path.parent, options=ocp.CheckpointManagerOptions(read_only=True, **_NAMES))
+        about = manager.metadata(step).custom_metadata
+        arrays = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
     if about["checksum"] != checksum(about["record"], arrays):
         raise ValueError("its bytes have changed since it was written")
@@ -329,6 +309,17 @@ def _read(path: Path) -> Saved:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Orbax logs tracebacks of what becomes one sentence here, and that what is read cannot be written."""
+    level = logging.getLogger("absl").level
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.getLogger("absl").setLevel(level)
 
 
 def _lock(file: Any) -> None:
