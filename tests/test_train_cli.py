@@ -206,11 +206,18 @@ def test_a_tree_is_searched_and_kept(capsys, monkeypatch, place, drafter, tmp_pa
     assert said.startswith(f"{out}: rows a level 2, 1, 2 drafted: ")
     assert told.count("tokens a round") == 2
     assert load_exits(out).metadata["trees"][0]["widths"] == [2, 1]
-    code, _, err = run(capsys, "tree", *flags, "--output", tmp_path / "no.bin")
-    assert (code, "name it so" in err) == (2, True)
-    code, _, err = run(capsys, "tree", *flags, "--output", tmp_path / "no.safetensors", "--prompts", "0")
-    assert (code, "--prompts must be at least 1" in err) == (2, True)
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("output", "more", "says"),
+    [("no.bin", [], "name it so"), ("no.safetensors", ["--prompts", "0"], "--prompts must be at least 1")],
+)
+def test_a_search_that_cannot_be(capsys, place, drafter, tmp_path, output, more, says) -> None:
+    flags = ["--exits", drafter, "--model", place / "model", "--data", place / "prompts.txt"]
+    code, _, err = run(capsys, "tree", *flags, "--output", tmp_path / output, *more)
+    assert (code, says in err) == (2, True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unfinished_run_is_exported_from_its_newest_checkpoint(capsys, trained, place, tmp_path) -> None:
