@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # A test run means the same everywhere unless somebody asks for an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,13 +18,19 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 
+LARGEST_CACHE = 10**9
+"""Bytes of compiled programs; it begins anew beyond."""
+
 if "DEX_JAX_STEP_COSTS" not in os.environ:  # workers find the folder there is
     folder = tempfile.mkdtemp(prefix="dex_jax_tests_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # What tests measure, two at a time, is not what the user's own runs should go by.
     os.environ["DEX_JAX_STEP_COSTS"] = os.path.join(folder, "step_costs.json")
-    # What one of them has compiled, no other compiles again.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(folder, "compiled"))
+    # What one of them has compiled, no other compiles again, nor does the next run.
+    compiled = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+    if sum(file.stat().st_size for file in compiled.glob("*")) > LARGEST_CACHE:
+        shutil.rmtree(compiled, ignore_errors=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
