@@ -1,7 +1,7 @@
 # What .ci/run and .ci/full share. Sourced from the top of the repository.
 
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'jobs -p | xargs -r kill 2>/dev/null || true; rm -rf "$work"' EXIT
 # What the parts have in common is compiled once.
 export JAX_COMPILATION_CACHE_DIR="$work/compiled" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 step() { printf '\n== %s\n' "$*"; }
