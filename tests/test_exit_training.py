@@ -146,6 +146,7 @@ def test_a_first_training_comes_before_and_its_heads_go_on_with_more_tokens(whol
     assert load_exits(tmp_path).metadata["before"]["tokens"] == first.metadata["tokens"]
 
 
+@pytest.mark.slow
 def test_a_drafter_is_trained_and_drafts(tmp_path) -> None:
     exits = dataclasses.replace(EXITS, depths=(0,), kind="mlp", fused=True)
     config = dataclasses.replace(CONFIG, exits=exits, options=DistillationOptions(draft_steps=3))

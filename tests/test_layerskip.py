@@ -7,6 +7,7 @@ import functools
 import json
 import re
 import runpy
+import types
 from pathlib import Path
 
 import chex
@@ -189,6 +190,14 @@ def test_no_array_holds_the_logits_of_several_exits() -> None:
     vocabulary_wide = {shape for shape in shapes if 47 in shape and 32 not in shape}
     assert (3, 8, 47) in vocabulary_wide
     assert max(map(np.prod, vocabulary_wide)) == 3 * 8 * 47
+
+
+def test_windows_go_over_the_ends_of_texts() -> None:
+    config = dataclasses.replace(LLAMA, eos_ids=(3,))
+    task, other = task_for(config), task_for(config)
+    other.corpus = dataclasses.replace(task.corpus, tokenizer=types.SimpleNamespace(eos_ids=(5,)))
+    params = task.init(jax.random.key(0))
+    assert other.evaluate(params) == task.evaluate(params)
 
 
 @functools.cache

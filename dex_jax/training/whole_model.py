@@ -202,7 +202,7 @@ class WholeModel:
         """What the model's own head says at depth 1 .. L-1 along windows, and whether that is the final token."""
         # Windows go over ends of texts, and may be as long as the context.
         config = dataclasses.replace(self.config.model, eos_ids=(), context=self.config.window + 1)
-        lm = LanguageModel(transformer(config, params), self.corpus.tokenizer, "the model in training", "")
+        lm = LanguageModel(transformer(config, params), None, "the model in training", "")
         texts = [(ids[:1], ids[1:]) for each in windows for ids in each.tolist()]
         exits = shared_exits(lm, tuple(range(1, config.num_layers)))
         forced = measure(lm, exits, texts, explorers=self.config.explorers, batch=len(windows[0]))
