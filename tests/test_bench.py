@@ -15,6 +15,7 @@ import dex_jax
 from dex_jax.cli import bench
 from dex_jax.cli import report as report_command
 from dex_jax.evaluation.bench import bench as bench_runs
+from dex_jax.evaluation.bench import contenders
 from dex_jax.evaluation.bench.comparison import costs
 from dex_jax.evaluation.bench.results import read_results, to_line
 from dex_jax.evaluation.bench.runs import Run
@@ -285,5 +286,6 @@ def test_methods_may_be_spelt_as_decode_spells_them() -> None:
     args = bench.parser().parse_args(
         ["--methods", "ar,dex-single-exit", "--timed", "dex-serial", "--tasks", "prompts:a-b.txt", "--output", "out"]
     )
+    assert bench.METHODS.split(", ") == list(contenders.METHODS)
     assert (args.methods, args.timed) == (("ar", "dex_single_exit"), ("dex_serial",))
     assert args.tasks == ("prompts:a-b.txt",)

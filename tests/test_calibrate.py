@@ -27,7 +27,7 @@ def machine(tmp_path_factory):
     file = tmp_path_factory.mktemp("machine") / "here.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "UNCACHED", 1e5)
-        patch.setattr(command, "config_of", lambda source: LLAMA)
+        patch.setattr("dex_jax.evaluation.planner.workload.config_of", lambda source: LLAMA)
         patch.setattr(calibrate, "STAGES", 2)
         arguments = ["--rows", "1", "4", "--repeats", "2", "--least", "0.001", "--long", "128", "--output", str(file)]
         assert command.main(arguments) == 0
@@ -132,7 +132,7 @@ def test_bad_calibrations(flags: list[str], message: str, tmp_path, capsys) -> N
 
 def test_memory_that_a_device_keeps_to_itself_is_asked_for(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(calibrate, "device_memory", lambda device: None)
-    monkeypatch.setattr(command, "config_of", lambda source: LLAMA)
+    monkeypatch.setattr("dex_jax.evaluation.planner.workload.config_of", lambda source: LLAMA)
     monkeypatch.setattr(calibrate, "UNCACHED", 1e5)
     file = tmp_path / "here.json"
     assert command.main(["--output", str(file)]) == 2

@@ -204,7 +204,7 @@ def test_pictures(tmp_path, monkeypatch) -> None:
 
 def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("dex_jax.language_model.load", lambda *args, **kwargs: _model())
-    monkeypatch.setattr("dex_jax.cli.common.remember_compilations", lambda: None)
+    monkeypatch.setattr(command, "remember_compilations", lambda: None)
     data = tmp_path / "prompts.txt"
     data.write_text("ABC\nDEFGH\nBAD\n")
     arguments = ["--data", str(data), "--exits", "shared", "--max-new-tokens", "12", "--output"]

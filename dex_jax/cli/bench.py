@@ -13,11 +13,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dex_jax.cli.common import add_model, depths, names, remember_compilations
 from dex_jax.errors import DexError, exit_code
 
 if TYPE_CHECKING:
     from dex_jax.evaluation.bench.bench import Case
     from dex_jax.language_model import LanguageModel
+
+METHODS = "ar, dex, dex_serial, dex_auto, dex_no_decs, dex_single_exit, layerskip, adadecode, del, oracle"
+"""As of evaluation.bench.contenders, which would import JAX."""
 
 DEFAULT_METHODS = "ar,dex,layerskip,adadecode,del"
 DEFAULT_TIMED = "ar,dex_serial,layerskip"
@@ -26,20 +30,22 @@ DEFAULT_TASKS = "gsm8k,humaneval,spec_bench"
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    from dex_jax.cli.common import depths
-    from dex_jax.language_model import DTYPES
-
     p = argparse.ArgumentParser(prog="python -m dex_jax.cli.bench", description=__doc__.splitlines()[0])
     add = p.add_argument_group("what runs").add_argument
-    add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
-    add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
+    add_model(add)
     add("--exits", default="default", help='folder, file, "default" or "shared" (%(default)s)')
     add("--drafter", default="default", help='of serial rounds: folder, file, "default" or "shared" (%(default)s)')
-    add("--methods", type=_methods, default=_names(DEFAULT_METHODS), metavar="NAME,...", help=_method_help())
+    add(
+        "--methods",
+        type=_methods,
+        default=names(DEFAULT_METHODS),
+        metavar="NAME,...",
+        help=f"methods to count, of {METHODS} ({DEFAULT_METHODS})",
+    )
     add(
         "--timed",
         type=_methods,
-        default=_names(DEFAULT_TIMED),
+        default=names(DEFAULT_TIMED),
         metavar="NAME,...",
         help=f"methods whose seconds are measured, or none ({DEFAULT_TIMED})",
     )
@@ -48,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("on what").add_argument
     add(
         "--tasks",
-        type=_names,
-        default=_names(DEFAULT_TASKS),
+        type=names,
+        default=names(DEFAULT_TASKS),
         metavar="NAME,...",
         help=f"of gsm8k, humaneval, spec_bench, xsum, mt_bench, hellaswag, mmlu, prompts:FILE ({DEFAULT_TASKS})",
     )
@@ -75,20 +81,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _method_help() -> str:
-    from dex_jax.evaluation.bench.contenders import METHODS
-
-    return f"methods to count, of {', '.join(METHODS)} ({DEFAULT_METHODS})"
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
-    return () if names == ("none",) else tuple(dict.fromkeys(names))
-
-
 def _methods(text: str) -> tuple[str, ...]:
     # decode.py spells them with hyphens.
-    return _names(text.replace("-", "_"))
+    return names(text.replace("-", "_"))
 
 
 def _shares(text: str) -> tuple[float, ...]:
@@ -103,7 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and writes, as the flags say; the exit code."""
-    from dex_jax.cli.common import remember_compilations
     from dex_jax.evaluation.bench import report
     from dex_jax.evaluation.bench.bench import Bench
     from dex_jax.evaluation.bench.contenders import check_names
@@ -116,15 +110,15 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     check_names((*args.methods, *args.timed))
     asked = {task: read_task(task, args.data) for task in args.tasks}
-    names = [items[0].task for items in asked.values()]
-    if len(set(names)) < len(names):
-        raise DexError(f"two of the tasks are called {max(names, key=names.count)}: give their files other names")
+    called = [items[0].task for items in asked.values()]
+    if len(set(called)) < len(called):
+        raise DexError(f"two of the tasks are called {max(called, key=called.count)}: give their files other names")
     remember_compilations()
     lm = load(args.model, args.dtype)
     cases, left_out = choose_cases(lm, asked, args)
     display = Display()
-    names = [field.name for field in dataclasses.fields(Settings)]
-    plan = Plan(lm, Settings(**{name: getattr(args, name) for name in names}), display)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+    plan = Plan(lm, settings, display)
     results = Results(args.output, study_of(lm, args, cases, left_out) | plan.about())
     try:
         bench = Bench(lm, results, cases, plan, display)
@@ -212,9 +206,9 @@ def study_of(
     """The settings that all lines of a folder share. Methods, rounds and sweeps may grow."""
     import hashlib
 
-    names = ("model", "exits", "drafter", "explorers", "max_new_tokens", "temperature", "seed", "prompts")
+    fields = ("model", "exits", "drafter", "explorers", "max_new_tokens", "temperature", "seed", "prompts")
     flat = repr([(case.task, case.id, case.ids, case.split, case.seed) for case in cases])
-    return {name: getattr(args, name) for name in names} | {
+    return {name: getattr(args, name) for name in fields} | {
         "tune_prompts": args.tune_prompts,
         "longest_prompt": args.longest_prompt,
         "chat": not args.no_chat,

@@ -20,12 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dex_jax.cli.common import add_model
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation.planner.calibrate import LONG, ROWS, SHORT, calibrate, summary
-from dex_jax.evaluation.planner.timed_programs import Timer
-from dex_jax.evaluation.planner.workload import config_of
 from dex_jax.hardware import read_hardware, write_hardware
-from dex_jax.language_model import DTYPES, resolve_dtype
+
+ROWS, LONG = (1, 2, 4, 8, 16, 32), 2048
 
 PATIENCE = 600.0
 """Seconds that processes wait for one another."""
@@ -62,8 +61,7 @@ class Meeting:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for bad input."""
     p = argparse.ArgumentParser(prog="python -m dex_jax.cli.calibrate", description=__doc__.splitlines()[0])
-    p.add_argument("--model", default="smollm2-135m", help="whose shapes are measured (%(default)s)")
-    p.add_argument("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
+    add_model(p.add_argument)
     p.add_argument("--rows", type=int, nargs="+", default=list(ROWS), metavar="R", help="row counts (%(default)s)")
     p.add_argument("--long", type=int, default=LONG, metavar="S", help="longer cache that is measured (%(default)s)")
     p.add_argument("--memory", type=float, metavar="GB", help="of the device, which is asked unless it is given")
@@ -80,6 +78,11 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.together > 1:
         return _together(argv, args.together, args.output)
+    from dex_jax.evaluation.planner.calibrate import SHORT, calibrate, summary
+    from dex_jax.evaluation.planner.timed_programs import Timer
+    from dex_jax.evaluation.planner.workload import config_of
+    from dex_jax.language_model import resolve_dtype
+
     rows = sorted(set(args.rows))
     if rows[0] < 1 or rows[-1] > SHORT or args.repeats < 1 or args.least <= 0 or args.long <= SHORT:
         raise DexError(f"--rows must be 1 to {SHORT}, --repeats at least 1, --least above 0, --long above {SHORT}")

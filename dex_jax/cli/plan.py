@@ -14,15 +14,14 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation.planner.cost_model import Setting
-from dex_jax.evaluation.planner.ead_profile import read_profile
-from dex_jax.evaluation.planner.predictions import Plan, cost_by_batch, plan
-from dex_jax.evaluation.planner.tables import costs_table, predictions_table
-from dex_jax.evaluation.planner.workload import SHAPES, ExitWork, config_of, described_exits, exit_work, work_of
 from dex_jax.hardware import DEVICES, hardware
+
+if TYPE_CHECKING:
+    from dex_jax.evaluation.planner.predictions import Plan, Prediction
+    from dex_jax.evaluation.planner.workload import ExitWork
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 2 bad input.",
     )
     add = p.add_argument_group("what is decoded").add_argument
-    add("--model", default="smollm2-135m", help=f"alias, directory, file, hub id, config.json, or {', '.join(SHAPES)}")
+    add("--model", default="smollm2-135m", help="alias, directory, file, hub id, config.json, or as llama-2-70b")
     add("--exits", default="default", help='file, folder, "default", or a description: KIND or KIND:DRAFT VOCABULARY')
     add("--profile", metavar="FILE", help="of python -m dex_jax.cli.profile, or an assumed one")
     add("--batch", type=int, default=1, metavar="B", help="sequences (%(default)s)")
@@ -64,6 +63,12 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       DexError: flags that do not go together, or what they name cannot be read.
     """
+    from dex_jax.evaluation.planner.cost_model import Setting
+    from dex_jax.evaluation.planner.ead_profile import read_profile
+    from dex_jax.evaluation.planner.predictions import cost_by_batch, plan
+    from dex_jax.evaluation.planner.tables import costs_table, predictions_table
+    from dex_jax.evaluation.planner.workload import config_of, work_of
+
     if min(args.batch, args.context, args.top) < 1:
         raise DexError("--batch, --context and --top must be at least 1")
     if args.hardware is None:
@@ -94,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join([*(f"\n{table}\n" for table in tables), chosen.sentence]))
 
 
-def shown(chosen: Plan, top: int) -> list[Any]:
+def shown(chosen: Plan, top: int) -> list[Prediction]:
     """The fastest predictions, and each way once at least."""
     found = list(chosen.predictions[:top])
     for each in chosen.predictions:
@@ -110,6 +115,7 @@ def exits_of(text: str, model: str) -> ExitWork:
       DexError: no such exits.
     """
     from dex_jax.decoding.exits import default_exits
+    from dex_jax.evaluation.planner.workload import SHAPES, config_of, described_exits, exit_work
     from dex_jax.io import open_checkpoint
     from dex_jax.io.exits_file import load_exits
 

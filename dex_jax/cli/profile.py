@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from dex_jax.cli.common import add_model, depths, remember_compilations
 from dex_jax.errors import DexError, exit_code
 
 EXPLORERS = (2, 3, 4, 5, 6, 8, 10, 15)
@@ -17,15 +18,11 @@ EXPLORERS = (2, 3, 4, 5, 6, 8, 10, 15)
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    from dex_jax.cli.common import depths
-    from dex_jax.language_model import DTYPES
-
     p = argparse.ArgumentParser(prog="python -m dex_jax.cli.profile", description=__doc__.splitlines()[0])
     add = p.add_argument
     add("--exits", default="default", help='folder, file, "default" or "shared" (then every layer is an exit)')
     add("--depths", type=depths, metavar="X,...", help="of shared exits (every layer)")
-    add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
-    add("--dtype", choices=list(DTYPES), help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
+    add_model(add)
     add("--data", nargs="+", required=True, metavar="FILE", help="prompts: .jsonl, .json or .txt, each a group")
     add("--prompts", type=int, metavar="N", help="N prompts of each file, evenly spread (all)")
     add("--max-new-tokens", type=int, default=96, metavar="N", help="of each answer (%(default)s)")
@@ -51,7 +48,6 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       DexError: numbers below 1, or a model, exits, prompts or grids that are not there or do not fit.
     """
-    from dex_jax.cli.common import remember_compilations
     from dex_jax.cli.train_results import answered, chosen_exits
     from dex_jax.evaluation.planner.profile import profile_of, with_real_loop
     from dex_jax.evaluation.planner.profile_plots import draw

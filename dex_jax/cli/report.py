@@ -7,9 +7,6 @@ import sys
 from collections.abc import Sequence
 
 from dex_jax.errors import exit_code
-from dex_jax.evaluation.bench.comparison import mismatches
-from dex_jax.evaluation.bench.report import write
-from dex_jax.evaluation.bench.results import read_results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
 
     def run() -> int:
+        from dex_jax.evaluation.bench.comparison import mismatches
+        from dex_jax.evaluation.bench.report import write
+        from dex_jax.evaluation.bench.results import read_results
+
         files = write(args.folder, not args.no_plots, args.output)
         wrong = mismatches(read_results(args.folder))
         print("written: " + ", ".join(str(file) for file in files), file=sys.stderr)

@@ -35,15 +35,14 @@ from dex_jax.hardware import LINKS, Curve, Device, Hardware, Measured
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled
 from dex_jax.sharding import device_name
 
-ROWS = (1, 2, 4, 8, 16, 32)
 STAGES = 5
 """Of the stacked layout that is measured, and of the lattice."""
 
 UNCACHED = 400e6
 """Bytes of layers that are measured together: more than a processor's caches hold (300 MB on some servers)."""
 
-SHORT, LONG = 64, 2048
-"""Cache lengths whose difference is what attention costs."""
+SHORT = 64
+"""The shorter of two cache lengths, whose difference is what attention costs."""
 
 DRAFT = 8192
 """Columns that exits are asked with."""
@@ -63,8 +62,8 @@ def calibrate(
     config: ModelConfig,
     dtype: jnp.dtype,
     *,
-    rows: Sequence[int] = ROWS,
-    long: int = LONG,
+    rows: Sequence[int],
+    long: int,
     memory: float | None = None,
     timer: Timer | None = None,
     notify: Callable[[str], None] = lambda line: None,
