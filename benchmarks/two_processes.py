@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -183,6 +184,8 @@ def both(task: dict[str, Any], cores: list[int]) -> Iterator[dict[str, Any]]:
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": "2",
     }
+    # When this process is told to end, so are they.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file, contextlib.ExitStack() as ends:
         json.dump(task, file)
         file.flush()

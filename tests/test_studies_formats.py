@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,7 +68,7 @@ def test_twelve_come_built_in_and_cover_what_they_should(task):
 
 @given(st.integers(0, 7), st.integers(0, 5), st.integers(0, 3), st.sampled_from(TASKS))
 def test_examples_never_include_the_item(number, shots, seed, task):
-    template = dataclasses.replace(next(t for t in built_in(task) if t.shots), shots=shots)
+    template = msgspec.structs.replace(next(t for t in built_in(task) if t.shots), shots=shots)
     asked = POOL[number]
     again = dataclasses.replace(asked, id="another id")  # the same question once more
     chosen = choose_examples(template, asked, [*POOL, again], seed)
@@ -172,35 +173,38 @@ def test_plain_json_is_read(tmp_path):
     assert render(first, item()).startswith("Q: Story 0. A. red fox")
 
 
+YAML = """templates:
+  1: !Template
+    name: x
+    answer_choices: 'a'
+    jinja: '{}'
+    metadata: !TemplateMetadata
+      original_task: true
+      choices_in_prompt: true
+"""
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.json", "[", r"a\.json is no JSON"),
-        ("a.json", "[]", "an empty one"),
-        ("a.json", '["no slot"]', r"template 1 of .*a\.json has no slot \{question\}"),
-        ("a.json", '["{question}", "{question} {choices}"]', r"template 2 of .*a\.json has a slot \{choices\}"),
-        ("a.json", '["{question"]', "no slot"),
-        ("a.json", '["{question} {"]', "a brace without its other half"),
-        ("a.json", '[{"name": "x"}]', 'needs a text as "body"'),
-        ("a.json", '[{"name": "x", "body": "{question}", "shouts": 1}]', 'has a field "shouts"'),
-        ("a.json", '[{"name": "x", "body": "{question}", "shots": "1"}]', "\"shots\" is '1', not int"),
-        ("a.json", '[{"name": "x", "body": "{question}", "options": "Z"}]', "\"options\" is 'Z', not one of"),
-        ("a.json", '[["a", "b", "c"]]', "is no pair of texts"),
-        ("a.json", '[["Write a question.", "{question}"]]', "has no template that asks for the answer"),
-        (
-            "a.json",
-            '[{"name": "x", "body": "{question}"}, {"name": "x", "body": "{question}!"}]',
-            "two templates named x",
-        ),
+        ("a.json", "[", "is no JSON"),
+        ("a.json", "[]", "has no template"),
+        ("a.json", '{"mmlu": 3}', "no list"),
+        ("a.json", '["no slot"]', "template 1 of .*question"),
+        ("a.json", '["{question}", "{question} {choices}"]', "template 2 of .*choices"),
+        ("a.json", '[{"name": "x"}]', "body"),
+        ("a.json", '[{"name": "x", "body": "{question}", "shouts": 1}]', "shouts"),
+        ("a.json", '[{"name": "x", "body": "{question}", "shots": "1"}]', "shots"),
+        ("a.json", '[{"name": "x", "body": "{question}", "shots": -1}]', "shots"),
+        ("a.json", '[{"name": "x", "body": "{question}", "options": "Z"}]', "options"),
+        ("a.json", '[["a", "b", "c"]]', "template 1"),
+        ("a.json", "[7]", "template 1"),
+        ("a.json", '[["Write a question.", "{question}"]]', "has no template"),
+        ("a.json", '[{"name": "x", "body": "{question}"}, {"name": "x", "body": "{question}!"}]', "one name"),
         ("a.yaml", "templates: [", "is no promptsource file"),
         ("a.yaml", "other: 1", "is no promptsource file"),
-        ("a.yaml", "templates:\n  1: !Template\n    name: x\n", 'template 1 of .* needs texts as "name" and "jinja"'),
-        (
-            "a.yaml",
-            "templates:\n  1: !Template\n    name: x\n    answer_choices: 'a'\n    jinja: '{{ctx'\n    metadata: "
-            "!TemplateMetadata\n      original_task: true\n      choices_in_prompt: true\n",
-            "template 1 of .* is no jinja2",
-        ),
+        ("a.yaml", "templates:\n  1: !Template\n    name: x\n", "template 1"),
+        ("a.yaml", YAML.format("{{ctx"), "template 1"),
     ],
 )
 def test_bad_templates_are_named(tmp_path, name, content, said):
@@ -211,11 +215,11 @@ def test_bad_templates_are_named(tmp_path, name, content, said):
 
 
 def test_a_template_for_other_items_is_named(tmp_path):
-    with pytest.raises(DexError, match="template p does not fit item item-0: 'goal' is undefined"):
+    with pytest.raises(DexError, match="item-0: 'goal'"):
         render(Template("p", "{{goal}}", jinja=True), item())
     with pytest.raises(DexError, match="cannot be read"):
         read_templates(str(tmp_path / "none.json"), "mmlu")
-    with pytest.raises(DexError, match="no templates come with task 'chess'"):
+    with pytest.raises(DexError, match="chess"):
         built_in("chess")
 
 

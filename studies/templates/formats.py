@@ -7,16 +7,18 @@ al., arXiv 2310.11324).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import importlib.resources
 import json
 import random
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import jinja2
+import jinja2.sandbox
+import msgspec
 
 from dex_jax.errors import DexError
 from studies.templates.items import Item
@@ -42,10 +44,11 @@ LABELS: dict[str, Sequence[str]] = {
 """How options are labelled, by the label of the first; "" not at all."""
 
 SLOTS = ("question", "subject", "options")
+Labelling = Literal["A", "a", "1", "I", "i", "Ⅰ", ""]
+BUILT_IN = Path(__file__).parent / "templates.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class Template:
+class Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One way to ask.
 
     Attributes:
@@ -63,15 +66,15 @@ class Template:
       answer_choices: jinja2 text of the options as such a body shows them, ||| between them; None for the item's own.
     """
 
-    name: str
-    body: str
+    name: Annotated[str, msgspec.Meta(pattern=r"\S")]
+    body: Annotated[str, msgspec.Meta(pattern=r"\S")]
     chat: bool = True
-    options: str = "A"
+    options: Labelling = "A"
     wrapper: str = "{x}."
     label_gap: str = " "
     between: str = "\n"
-    casing: str = ""
-    shots: int = 0
+    casing: Literal["", "upper", "lower", "title"] = ""
+    shots: Annotated[int, msgspec.Meta(ge=0)] = 0
     reply: str = " {label} {answer}"
     jinja: bool = False
     answer_choices: str | None = None
@@ -82,16 +85,12 @@ class Template:
 
 
 def built_in(task: str) -> list[Template]:
-    """The twelve templates of a task that come with this package.
+    """The twelve templates of a task that come with the study.
 
     Raises:
       DexError: a task without any.
     """
-    file = importlib.resources.files("studies.templates") / "templates.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content.get(task), list):
-        raise DexError(f"no templates come with task {task!r}: choose hellaswag or mmlu, or give --templates")
-    return [_plain(entry, f"template {number} of {task}") for number, entry in enumerate(content[task], 1)]
+    return read_templates(str(BUILT_IN), task)
 
 
 def render(template: Template, item: Item, examples: Sequence[Item] = ()) -> str:
@@ -172,22 +171,10 @@ def _asked(template: Template, item: Item) -> str:
 
 def _filled(body: str, slots: Mapping[str, str]) -> str:
     """Fills {slots}; other braces stay, and what is filled in is not looked at again."""
-    found: list[str] = []
-    rest = body
-    while rest:
-        at, name = min(
-            ((rest.find("{" + name + "}"), name) for name in slots if "{" + name + "}" in rest), default=(-1, "")
-        )
-        if at < 0:
-            break
-        found += [rest[:at], slots[name]]
-        rest = rest[at + len(name) + 2 :]
-    return "".join([*found, rest])
+    return re.sub("{(" + "|".join(slots) + ")}", lambda slot: slots[slot[1]], body)
 
 
 def _rendered(text: str, item: Item, name: str, options: Sequence[str]) -> str:
-    import jinja2
-
     try:
         return _compiled(text).render(**{**item.row, "answer_choices": list(options)})
     except (jinja2.TemplateError, TypeError, KeyError, ValueError, IndexError) as error:
@@ -196,9 +183,6 @@ def _rendered(text: str, item: Item, name: str, options: Sequence[str]) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(text: str) -> Any:
-    import jinja2
-    import jinja2.sandbox
-
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
     # promptsource draws one at random; the same one here each time.
     environment.filters["choice"] = lambda values: next(iter(values))
@@ -222,140 +206,84 @@ def read_templates(path: str, task: str) -> list[Template]:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DexError(f"templates {name} cannot be read: {error}") from error
-    found = _promptsource(text, name) if name.endswith((".yaml", ".yml")) else _from_json(text, name, group or task)
+    entries = _promptsource(text, name) if name.endswith((".yaml", ".yml")) else _json(text, name, group or task)
+    found = []
+    for number, entry in enumerate(entries, 1):
+        try:
+            fields = _fields(entry, number)
+            if fields is not None:
+                found.append(_checked(msgspec.convert(fields, Template)))
+        except (msgspec.ValidationError, jinja2.TemplateError, DexError) as error:
+            raise DexError(f"template {number} of {name} is none: {error}") from error
     if not found:
         raise DexError(f"{name} has no template that asks for the answer of {task}: give another file")
-    repeated = [t.name for i, t in enumerate(found) if t.name in {other.name for other in found[:i]}]
-    if repeated:
-        raise DexError(f"{name} has two templates named {repeated[0]}: give each its own name")
+    if len({template.name for template in found}) < len(found):
+        raise DexError(f"{name} has two templates of one name: give each its own")
     return found
 
 
-def _from_json(text: str, path: str, group: str) -> list[Template]:
+def _json(text: str, path: str, group: str) -> list[Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DexError(f"{path} is no JSON ({error}): mend it") from error
-    entries = content
     if isinstance(content, dict):
         if group not in content:
             held = ", ".join(content) or "nothing"
             raise DexError(f"{path} has no templates for {group}, only {held}: write {path}:NAME to take one of these")
-        entries = content[group]
-    if not isinstance(entries, list) or not entries:
-        raise DexError(f"{path}: the templates are no list, or an empty one: give at least one")
-    found = []
-    for number, entry in enumerate(entries, 1):
-        where = f"template {number} of {path}"
-        if isinstance(entry, str):
-            entry = {"name": f"{number:02d}", "body": entry}
-        if isinstance(entry, list):
-            flan = _flan(entry, number, where)
-            found += [] if flan is None else [flan]
-            continue
-        found.append(_plain(entry, where))
-    return found
+        content = content[group]
+    if not isinstance(content, list):
+        raise DexError(f"{path}: the templates are no list: give one")
+    return content
 
 
-def _flan(pair: list[Any], number: int, where: str) -> Template | None:
-    """One of FLAN's pairs; None if it asks for something else than the answer."""
-    if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-        raise DexError(f"{where} is no pair of texts, input and target")
-    body, target = pair
-    if target != "{answer}" or "{options_}" not in body:
-        return None
-    body = (
-        body.replace("{context}", "{question}")
-        .replace("{goal}", "{question}")
-        .replace("{options_}", "OPTIONS:\n{options}")
-    )
-    _check_slots(body, where)
-    return Template(f"flan_{number:02d}", body, options="", wrapper="-")
-
-
-def _plain(entry: Any, where: str) -> Template:
-    fields = {field.name: field for field in dataclasses.fields(Template)}
-    if not isinstance(entry, dict):
-        raise DexError(f"{where} is {type(entry).__name__}: give a text with slots, or an object")
-    unknown = [name for name in entry if name not in fields]
-    if unknown:
-        raise DexError(f'{where} has a field "{unknown[0]}": fields are {", ".join(fields)}')
-    for name in ("name", "body"):
-        if not isinstance(entry.get(name), str) or not entry[name].strip():
-            raise DexError(f'{where} needs a text as "{name}"')
-    for name, value in entry.items():
-        wanted = bool if name in ("chat", "jinja") else int if name == "shots" else str
-        if type(value) is not wanted:
-            raise DexError(f'{where}: "{name}" is {value!r}, not {wanted.__name__}')
-    for name, known in (("options", LABELS), ("casing", CASINGS)):
-        if entry.get(name, "") not in known:
-            raise DexError(f'{where}: "{name}" is {entry[name]!r}, not one of {", ".join(map(repr, known))}')
-    if entry.get("shots", 0) < 0:
-        raise DexError(f'{where}: "shots" must be at least 0')
-    template = Template(**entry)
-    if not template.jinja:
-        _check_slots(template.body, where)
-    return template
-
-
-def _check_slots(body: str, where: str) -> None:
-    if "{question}" not in body:
-        raise DexError(f"{where} has no slot {{question}}: slots are {', '.join('{' + s + '}' for s in SLOTS)}")
-    for _, name, _, _ in _parsed(body, where):
-        if name is not None and name not in SLOTS:
-            raise DexError(f"{where} has a slot {{{name}}}: slots are {', '.join('{' + s + '}' for s in SLOTS)}")
-
-
-def _parsed(body: str, where: str) -> list[Any]:
-    try:
-        return list(string.Formatter().parse(body))
-    except ValueError as error:
-        raise DexError(f"{where} has a brace without its other half ({error})") from error
-
-
-def _promptsource(text: str, path: str) -> list[Template]:
-    import jinja2
+def _promptsource(text: str, path: str) -> list[Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
         """promptsource tags its mappings with Python classes; they are read as the mappings that they are."""
 
-    Loader.add_constructor("!Template", lambda loader, node: loader.construct_mapping(node, deep=True))
-    Loader.add_constructor("!TemplateMetadata", lambda loader, node: loader.construct_mapping(node, deep=True))
+    for tag in ("!Template", "!TemplateMetadata"):
+        Loader.add_constructor(tag, lambda loader, node: loader.construct_mapping(node, deep=True))
     try:
-        content = yaml.load(text, Loader)
-        entries = list(content["templates"].values())
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise DexError(
-            f"{path} is no promptsource file ({' '.join(str(error).split())}): it needs `templates`"
-        ) from error
-    found = []
-    for number, entry in enumerate(entries, 1):
-        where = f"template {number} of {path}"
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("jinja"), str)
-            or not isinstance(entry.get("name"), str)
-        ):
-            raise DexError(f'{where} needs texts as "name" and "jinja"')
-        metadata = entry.get("metadata") or {}
-        # Others ask for a topic, or whether an ending is right: what they want is no option.
-        if (
-            not metadata.get("original_task")
-            or not metadata.get("choices_in_prompt")
-            or not entry.get("answer_choices")
-        ):
-            continue
-        try:
-            _compiled(entry["jinja"])
-        except jinja2.TemplateError as error:
-            raise DexError(f"{where} is no jinja2: {error}") from error
-        choices = entry["answer_choices"]
-        # Where the choices are letters or words of its own, the item's options are not what is shown.
-        found.append(
-            Template(entry["name"].strip().replace(" ", "_"), entry["jinja"], jinja=True, answer_choices=choices)
-        )
-    return found
+        return list(yaml.load(text, Loader)["templates"].values())
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise DexError(f"{path} is no promptsource file ({why}): it needs `templates`") from error
+
+
+def _fields(entry: Any, number: int) -> Any:
+    """What a file has for one template as the fields of Template; None for what asks for something else."""
+    match entry:
+        case str():
+            return {"name": f"{number:02d}", "body": entry}
+        case [str() as body, str() as target]:  # FLAN's input and target
+            if target != "{answer}" or "{options_}" not in body:
+                return None
+            for theirs, ours in (("{context}", "{question}"), ("{goal}", "{question}"), ("{options_}", FLAN_OPTIONS)):
+                body = body.replace(theirs, ours)
+            return {"name": f"flan_{number:02d}", "body": body, "options": "", "wrapper": "-"}
+        case {"jinja": str() as body, "name": str() as name}:
+            # Others ask for a topic, or whether an ending is right: what they want is no option.
+            about, choices = entry.get("metadata") or {}, entry.get("answer_choices")
+            if not (about.get("original_task") and about.get("choices_in_prompt") and choices):
+                return None
+            name = name.strip().replace(" ", "_")
+            return {"name": name, "body": body, "jinja": True, "answer_choices": choices}
+    return entry
+
+
+FLAN_OPTIONS = "OPTIONS:\n{options}"
+
+
+def _checked(template: Template) -> Template:
+    if template.jinja:
+        _compiled(template.body)
+        return template
+    slots = re.findall(r"{(\w*)}", template.body)
+    if "question" not in slots or not set(slots) <= set(SLOTS):
+        raise DexError(f"its slots are {slots}: give it {{question}}, and of {', '.join(SLOTS)} what it needs")
+    return template
 
 
 # The lists of the paper's grammar of plausible formats.
@@ -363,7 +291,7 @@ SEPARATORS = ("", "::: ", ":: ", ": ", " \n\t", "\n    ", " : ", " - ", " ", "\n
 SPACES = ("", " ", "\n", " \n", " -- ", "  ", "; \n", " || ", " <sep> ", ", ", " \n ", " , ", "\n ", ". ", " ,  ")
 LABEL_GAPS = ("", " ", "  ", "\t")
 WRAPPERS = ("({x})", "{x}.", "{x})", "{x} )", "[{x}]", "<{x}>")
-ENUMERATIONS = ("1", "A", "a", "Ⅰ", "i", "I")
+ENUMERATIONS: tuple[Labelling, ...] = ("1", "A", "a", "Ⅰ", "i", "I")
 DESCRIPTOR_CASINGS = ("", "title", "upper", "lower")
 DESCRIPTORS = {"hellaswag": ("Passage", "Endings", "Best ending"), "mmlu": ("Question", "Options", "Answer")}
 
