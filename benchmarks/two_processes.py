@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from measuring import Figures, arguments, in_turns, machine, read_ids
 
-from dex_jax.cli.arguments import depths
+from dex_jax.cli.common import depths
 from dex_jax.errors import DexError, exit_code
 from dex_jax.tables import markdown
 

@@ -1,19 +1,124 @@
-"""What a template study is asked to run: items in templates, methods, and how an answer is graded."""
+"""What a template study is asked for, and what follows: items in templates, exits and grids, how answers are graded."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+
+from dex_jax.cli.common import depths
+from dex_jax.decoding.exits import resolve_method
+from dex_jax.decoding.methods import FULL_ROWS_LIMIT, Dex
 from dex_jax.errors import DexError
+from studies.templates.items import Item, read_items
+from dex_jax.evaluation.bench.contenders import swept_depths
+from dex_jax.evaluation.bench.forced_runs import exits_at
+from dex_jax.evaluation.bench.results import about_exits
+from dex_jax.evaluation.bench.tasks import rows_of, spread
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.language_model import LanguageModel
+from dex_jax.language_model import DTYPES, LanguageModel
 from studies.templates.answers import parse_choice
-from studies.templates.formats import Template, shown_options
-from studies.templates.items import Item
+from studies.templates.formats import (
+    DESCRIPTORS,
+    Template,
+    built_in,
+    choose_examples,
+    read_templates,
+    render,
+    sample_formats,
+    shown_options,
+)
 
 METHODS = ("ar", "dex", "layerskip")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _flag(default: Any, help: str, **how: Any) -> Any:
+    """A field that is a flag of its name; `how` it is parsed, by its default unless said."""
+    return dataclasses.field(default=default, metadata={"help": help, "type": type(default), **how})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a study is asked for: each field is a flag, described in its help.
+
+    Raises:
+      DexError: naming the first that makes no sense.
+    """
+
+    output: str
+    model: str = _flag("smollm2-135m", "alias, Hugging Face directory, hub id or .gguf file")
+    dtype: str | None = _flag(None, "float32 on CPUs, bfloat16 on GPUs and TPUs unless given", type=str, choices=DTYPES)
+    exits: str = _flag("default", 'folder, file, "default" or "shared"')
+    methods: tuple[str, ...] = _flag(METHODS, "of ar,dex,layerskip", type=_names, metavar="NAME,...")
+    explorers: int = _flag(5, "of DEX, with rows that never prune")
+    exit_depths: tuple[int, ...] | None = _flag(None, "LayerSkip's sweep (up to four among the shallower)", type=depths)
+    draft_lengths: tuple[int, ...] = _flag((1, 2, 3, 4, 6), "LayerSkip's sweep", type=depths, metavar="G,...")
+    tasks: tuple[str, ...] = _flag(tuple(DESCRIPTORS), "of hellaswag,mmlu", type=_names, metavar="NAME,...")
+    data: str | None = _flag(None, "folder with a folder for each task; without it tasks come from the hub", type=str)
+    items: int = _flag(100, "of each task, evenly spread")
+    tune_items: int = _flag(6, "further ones to choose settings on")
+    templates: str | None = _flag(None, "FILE[:NAME]: promptsource YAML, FLAN or plain JSON, not the twelve", type=str)
+    formats: int = _flag(0, "formats of the FormatSpread grammar instead")
+    seed: int = _flag(0, "of formats, examples and of where the loops run")
+    longest_prompt: int = _flag(512, "items longer in any template are left out")
+    max_new_tokens: int = _flag(48, "of each answer")
+    batch: int = _flag(64, "answers at a time")
+    loop_share: float = _flag(0.05, "share of answers on which the loops themselves run")
+    second_dtype: str | None = _flag(None, "also answer in this dtype (slow on CPUs)", type=str, choices=DTYPES)
+    second_items: int = _flag(100, "items of each task for that")
+
+    def __post_init__(self) -> None:
+        layerskip = "layerskip" in self.methods
+        unknown = [name for name in self.methods if name not in METHODS]
+        strange = [task for task in self.tasks if task not in DESCRIPTORS]
+        small = [name for name in ("items", "longest_prompt", "batch", "second_items") if getattr(self, name) < 1]
+        for wrong, why in (
+            (
+                unknown,
+                f"the template study counts {', '.join(METHODS)}, not {', '.join(unknown)}: dex-bench runs others",
+            ),
+            ("ar" not in self.methods, "--methods needs ar: all answers are its, and all are compared with it"),
+            (not self.tasks, "--tasks must name at least one"),
+            (strange, f"unknown task {', '.join(strange)}: templates are for {', '.join(DESCRIPTORS)}"),
+            (small, f"--{', --'.join(small).replace('_', '-')} must be at least 1"),
+            (self.max_new_tokens < 2, "--max-new-tokens must be at least 2: the first token comes of the prompt alone"),
+            (
+                not 2 <= self.explorers <= FULL_ROWS_LIMIT,
+                f"--explorers must lie between 2 and {FULL_ROWS_LIMIT}: counts follow from teacher forcing only where "
+                "an exit stands below the last layer and rows never prune",
+            ),
+            (not self.draft_lengths or min(self.draft_lengths) < 1, "--draft-lengths must be at least 1 each"),
+            (not 0 <= self.loop_share <= 1, f"--loop-share is a share, from 0 to 1, not {self.loop_share}"),
+            (self.formats < 0, "--formats must be at least 0"),
+            (self.formats and self.templates, "choose one of --formats and --templates"),
+            (
+                layerskip and self.tune_items < 1,
+                "--tune-items must be at least 1: LayerSkip's setting is chosen on them",
+            ),
+        ):
+            if wrong:
+                raise DexError(why)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The fields of Settings as flags."""
+    for field in dataclasses.fields(Settings):
+        name = f"--{field.name.replace('_', '-')}"
+        if field.name == "output":
+            parser.add_argument(name, required=True, metavar="DIR", help="folder of the results")
+            continue
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        how = dict(field.metadata)
+        how["help"] += "" if default is None else f" ({default})"
+        parser.add_argument(name, default=field.default, **how)
 
 
 class Case(NamedTuple):
@@ -60,20 +165,105 @@ class Plan:
     seed: int
 
 
-def check_methods(methods: Sequence[str]) -> None:
-    """Refuses methods that the study cannot count.
+def read(s: Settings) -> dict[str, tuple[list[Item], list[Template]]]:
+    """The items and templates of each task.
 
     Raises:
-      DexError: an unknown one, or AR missing.
+      DexError: no or bad data or templates.
     """
-    for name in methods:
-        if name not in METHODS:
-            raise DexError(
-                f"the template study counts {', '.join(METHODS)}, not {name!r}: other methods run in "
-                "python -m dex_jax.cli.bench"
-            )
-    if "ar" not in methods:
-        raise DexError("--methods needs ar: all answers are its, and all others are compared with it")
+    found = {}
+    for task in s.tasks:
+        items = read_items(task, rows_of(task, s.data))
+        if s.formats:
+            templates = sample_formats(task, s.formats, s.seed)
+        else:
+            templates = built_in(task) if s.templates is None else read_templates(s.templates, task)
+        found[task] = (items, templates)
+    return found
+
+
+def choose_cases(
+    lm: LanguageModel, asked: dict[str, tuple[list[Item], list[Template]]], s: Settings
+) -> tuple[list[Case], dict[str, int]]:
+    """(every chosen item in every template; how many items of each task were too long in some template).
+
+    Raises:
+      DexError: too few items that fit.
+    """
+    longest = min(s.longest_prompt, lm.config.context - s.max_new_tokens)
+    tuned = s.tune_items if "layerskip" in s.methods else 0
+    cases: list[Case] = []
+    left_out = dict.fromkeys(asked, 0)
+    for task, (pool, templates) in asked.items():
+        # Examples are the shorter half of the items, so that a prompt with some of them stays a prompt.
+        by_length = sorted(pool, key=lambda item: (len(item.question) + sum(map(len, item.options)), item.id))
+        examples = by_length[: max(3, len(pool) // 2)]
+        taken: list[int] = []
+        for split, wanted in (("report", s.items), ("tune", tuned)):
+            count = 0
+            while count < wanted and (fresh := spread(len(pool), wanted - count, taken)):
+                taken += fresh
+                for item in (pool[at] for at in fresh):
+                    own = []
+                    for template in templates:
+                        text = render(template, item, choose_examples(template, item, examples, s.seed))
+                        own.append(Case(item, template, tuple(lm.encode(text, chat=template.chat)), split))
+                    fits = max(len(case.ids) for case in own) <= longest
+                    cases += own if fits else []
+                    count += fits
+                    left_out[task] += not fits
+            if count < wanted:
+                raise DexError(
+                    f"task {task} has {len(pool)} items, {left_out[task]} of them too long, and {count} are left where "
+                    f"{wanted} are asked for split {split}: lower --items or --tune-items, or raise --longest-prompt"
+                )
+    return cases, left_out
+
+
+def plan_of(lm: LanguageModel, s: Settings) -> Plan:
+    """What to run, with the exits of every depth that is asked.
+
+    Raises:
+      DexError: exits that do not fit, or depths that they do not have.
+    """
+    layers = lm.config.num_layers
+    resolved = resolve_method(Dex(explorers=s.explorers), s.exits, lm.config, lm.fingerprint)
+    resolved.say()
+    grid = resolved.schedule.depths
+    swept = s.exit_depths
+    if swept is None:
+        swept = swept_depths(s.exits, lm.config, lm.fingerprint) if "layerskip" in s.methods else ()
+    if any(not 0 < depth < layers for depth in swept):
+        raise DexError(f"--exit-depths must lie between 1 and {layers - 1}, not {','.join(map(str, swept))}")
+    every = tuple(sorted({*grid[:-1], *swept}))
+    exits, source = exits_at(lm, s.exits if resolved.trained is not None else "shared", every)
+    same = ("methods", "model", "draft_lengths", "max_new_tokens", "batch", "loop_share", "seed")
+    given = {name: getattr(s, name) for name in same}
+    return Plan(exits=exits, exits_source=source, depths=grid, exit_depths=tuple(swept), **given)
+
+
+def study_of(
+    lm: LanguageModel, s: Settings, plan: Plan, cases: Sequence[Case], left_out: dict[str, int]
+) -> dict[str, Any]:
+    """The settings that all lines of a folder share."""
+    names = ("model", "exits", "explorers", "max_new_tokens", "items", "tune_items", "formats", "seed", "loop_share")
+    flat = repr([(case.item.id, case.template.name, case.ids, case.split) for case in cases])
+    return {name: getattr(s, name) for name in names} | {
+        "benchmark": "templates",
+        "exits_used": about_exits(None if plan.exits_source == "shared" else plan.exits),
+        "methods": list(s.methods),
+        "tasks": list(s.tasks),
+        "templates": None if s.templates is None else s.templates.rpartition("/")[2],
+        "longest_prompt": s.longest_prompt,
+        "too_long": left_out,
+        "exit_depths": list(plan.exit_depths),
+        "draft_lengths": list(plan.draft_lengths),
+        "fingerprint": lm.fingerprint,
+        "layers": lm.config.num_layers,
+        "parameters": sum(int(leaf.size) for leaf in jax.tree.leaves(lm.weights)),
+        "dtype": str(lm.dtype),
+        "prompt_digest": hashlib.sha256(flat.encode()).hexdigest()[:16],
+    }
 
 
 def grade(lm: LanguageModel, case: Case, tokens: Sequence[int]) -> dict[str, Any]:
