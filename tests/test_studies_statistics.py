@@ -50,35 +50,60 @@ def grid(
     )
 
 
-def test_a_gain_that_holds_is_said_to_hold():
-    judged = s.verdict(grid())
-    assert judged.holds
-    assert judged.keeps > 0.85
-    assert judged.beats > 1
-    assert all(interval.low > 1 for interval in judged.over_rival)
+def runs_of(found: s.Grid) -> list[Run]:
+    """The runs that a grid is made of."""
+    runs = []
+    for (i, item), (t, template) in itertools.product(enumerate(found.items), enumerate(found.templates)):
+        fields = {name: float(getattr(found, name)[i, t]) for name in ("repeated", "parsed", "correct")}
+        shared = {"task": found.task, "prompt_id": item, "model": "random", "template": template, "device": "cpu"}
+        shared |= {"tokens": [1] * int(found.new_tokens[i, t]), "prompt_tokens": int(found.prompt_tokens[i, t])}
+        for method, cost in found.costs.items():
+            own = {"setting": {"exit": 3, "draft_length": 2} if method == "layerskip" else {}}
+            own |= {"counted": "loop" if method == "ar" else "forced"}
+            own |= {"layer_steps": None if np.isnan(cost[i, t]) else cost[i, t]}
+            runs.append(Run("depth", method, chance=found.chance, dtype=found.dtype, **fields, **shared, **own))
+    return runs
 
 
-def test_one_bad_template_is_enough():
-    judged = s.verdict(grid(worst=0.7))
-    assert not judged.holds
-    assert judged.keeps < 0.75
-    assert judged.beats > 1
+STUDY = {
+    "benchmark": "templates",
+    "model": "random",
+    "parameters": 2e9,
+    "dtype": "float32",
+    "max_new_tokens": 48,
+    "longest_prompt": 512,
+    "too_long": {"mmlu": 2},
+    "exits": "shared",
+}
 
 
-def test_a_rival_that_is_as_good_is_enough():
-    judged = s.verdict(grid(rival=1.0))
-    assert not judged.holds
-    assert judged.beats < 1
-    near = s.verdict(grid(items=8, rival=1.05, noise=0.3))
-    assert not near.holds  # above 1 on average, but not surely in every template
+def alone() -> s.Grid:
+    """Simulated counts without a rival."""
+    found = grid()
+    return dataclasses.replace(found, costs={name: found.costs[name] for name in ("ar", "dex")})
 
 
-def test_without_a_rival_nothing_holds():
-    alone = grid()
-    alone = dataclasses.replace(alone, costs={name: alone.costs[name] for name in ("ar", "dex")})
-    judged = s.verdict(alone)
-    assert not judged.holds
-    assert judged.beats is None
+@pytest.mark.parametrize(
+    ("found", "holds", "keeps", "beats"),
+    [
+        (grid(), True, (0.85, 1), (1, 2)),
+        (grid(worst=0.7), False, (0, 0.75), (1, 2)),  # one bad template is enough
+        (grid(rival=1.0), False, (0.85, 1), (0, 1)),
+        (grid(items=8, rival=1.05, noise=0.3), False, (0, 1), (0, 1)),  # not surely above 1 in every template
+        (alone(), False, (0.85, 1), None),
+    ],
+)
+def test_a_gain_holds_or_not(found, holds, keeps, beats):
+    judged = s.verdict(found)
+    assert judged.holds == holds
+    assert keeps[0] < judged.keeps < keeps[1]
+    assert judged.beats is None if beats is None else beats[0] < judged.beats < beats[1]
+    said = template_report.summary(runs_of(found), STUDY)
+    assert ("**Holds across templates**, depth-side" in said) == holds
+    assert ("nothing is claimed" in said) == (beats is None)
+    spread = s.spread(found, "dex", 10)
+    headline = next(line for line in said.split("\n") if line.startswith("- **DEX over AR"))
+    assert f"{spread.median:.2f} [{spread.lowest:.2f}, {spread.highest:.2f}]" in headline
 
 
 def test_verdict_equals_the_slow_one():
@@ -167,53 +192,16 @@ def test_templates_without_decoding_are_told_apart():
     assert "Holds across templates" not in text
 
 
-STUDY = {
-    "benchmark": "templates",
-    "model": "random",
-    "parameters": 2e9,
-    "dtype": "float32",
-    "max_new_tokens": 48,
-    "longest_prompt": 512,
-    "too_long": {"mmlu": 2},
-    "exits": "shared",
-}
-
-
-def test_what_holds_is_printed_only_where_it_holds():
-    text = template_report.summary(runs_of(grid()), STUDY)
-    assert "**Holds across templates**, depth-side" in text
-    assert "2 items longer than 512 tokens" in text
-    assert "cannot settle" not in text  # two billion parameters
-    for bad in (grid(worst=0.7), grid(rival=1.0)):
-        text = template_report.summary(runs_of(bad), STUDY)
-        assert "Holds across templates" not in text
-        assert "Not shown to hold across templates" in text
-    alone = [run for run in runs_of(grid()) if run.method != "layerskip"]
-    assert "nothing is claimed" in template_report.summary(alone, STUDY)
-    headline = next(line for line in text.split("\n") if line.startswith("- **DEX over AR"))
-    spread = s.spread(grid(rival=1.0), "dex", 10)
-    assert f"{spread.median:.2f} [{spread.lowest:.2f}, {spread.highest:.2f}]" in headline
-
-
 def test_paired_accuracy_of_two_dtypes():
     one = grid()
     other = dataclasses.replace(one, correct=np.where(np.arange(40)[:, None] < 4, 0.0, one.correct), dtype="bfloat16")
-    other = dataclasses.replace(
-        other, items=(*one.items[:30], *(f"else{i}" for i in range(10)))
-    )  # of items that both have
+    # Only of items that both have.
+    other = dataclasses.replace(other, items=(*one.items[:30], *(f"else{i}" for i in range(10))))
     found = s.paired_accuracy(one, other)
     assert found.items == 30
     assert found.value == pytest.approx(-one.correct[:4].sum() / (30 * 5))
     assert found.low <= found.value <= found.high <= 0
     assert s.paired_accuracy(one, dataclasses.replace(other, items=tuple(f"x{i}" for i in range(40)))) is None
-
-
-def test_bounds_of_a_share_are_shares():
-    one = grid()
-    few, most = (np.broadcast_to(np.arange(40)[:, None] < count, one.correct.shape) for count in (1, 39))
-    for correct in (few, most):
-        for found in s.accuracy(dataclasses.replace(one, correct=correct.astype(float))):
-            assert 0 <= found.low < found.value < found.high <= 1
 
 
 def test_none_of_some_answers_right_is_not_surely_none():
@@ -226,36 +214,6 @@ def test_none_of_some_answers_right_is_not_surely_none():
     # As unlikely as 5% shared by five templates: none of 40, all of 30.
     assert (1 - none.high) ** 40 == pytest.approx(0.01)
     assert every.low**30 == pytest.approx(0.01)
-
-
-def runs_of(found: s.Grid) -> list[Run]:
-    runs = []
-    for i, item in enumerate(found.items):
-        for t, template in enumerate(found.templates):
-            for method, cost in found.costs.items():
-                steps = None if np.isnan(cost[i, t]) else cost[i, t]
-                runs.append(
-                    Run(
-                        "depth",
-                        method,
-                        found.task,
-                        item,
-                        "random",
-                        [1] * int(found.new_tokens[i, t]),
-                        int(found.prompt_tokens[i, t]),
-                        setting={"exit": 3, "draft_length": 2} if method == "layerskip" else {},
-                        template=template,
-                        counted="loop" if method == "ar" else "forced",
-                        layer_steps=steps,
-                        repeated=float(found.repeated[i, t]),
-                        parsed=bool(found.parsed[i, t]),
-                        correct=bool(found.correct[i, t]),
-                        chance=found.chance,
-                        device="cpu",
-                        dtype=found.dtype,
-                    )
-                )
-    return runs
 
 
 def test_grids_are_made_of_runs():

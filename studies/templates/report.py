@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation.bench.resampling import Interval
 from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
 from dex_jax.evaluation.bench.runs import Run
 from dex_jax.tables import markdown
@@ -66,83 +65,85 @@ def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
     """The report in markdown."""
     found = s.grids(runs, study["dtype"])
     dtypes = [d for d in dict.fromkeys(run.dtype for run in runs) if d != study["dtype"]]
-    parts = ["# Prompt templates", _about(runs, study, found)]
-    for grid in found:
-        others = [other for d in dtypes for other in s.grids(runs, d) if other.task == grid.task]
-        parts += _task(grid, runs, study, others)
-    parts += ["## How to read this", *_notes(study)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _about(runs: Sequence[Run], study: dict[str, Any], found: Sequence[s.Grid]) -> str:
     first = next(run for run in runs if run.method == "ar")
     sizes = ", ".join(f"{len(g.items)} items x {len(g.templates)} templates of {g.task}" for g in found)
     dropped = sum(study["too_long"].values())
-    long = (
-        f" {dropped} items longer than {study['longest_prompt']} tokens in some template were left out."
-        if dropped
-        else ""
-    )
-    return (
+    long = f" {dropped} items longer than {study['longest_prompt']} tokens in some template were left out."
+    about = (
         f"{study['model']} ({study['parameters'] / 1e6:.0f}M parameters), {study['dtype']}, greedy, at most "
-        f"{study['max_new_tokens']} new tokens; {sizes}.{long} Exits: {study['exits']}, not tuned on any template. "
-        f"Device {first.device}; {', '.join(f'{k} {v}' for k, v in first.versions.items())}."
-        + f" {seen_in_training(study)}".rstrip()
+        f"{study['max_new_tokens']} new tokens; {sizes}.{long if dropped else ''} Exits: {study['exits']}, not tuned "
+        f"on any template. Device {first.device}; {', '.join(f'{k} {v}' for k, v in first.versions.items())}."
     )
+    parts = ["# Prompt templates", f"{about} {seen_in_training(study)}".rstrip()]
+    for grid in found:
+        others = [other for dtype in dtypes for other in s.grids(runs, dtype) if other.task == grid.task]
+        parts += [f"## {grid.task}", *_task(grid, [run for run in runs if run.task == grid.task], others)]
+    parts += ["## How to read this", *NOTES]
+    if study["parameters"] < LARGE:
+        parts.append(
+            f"A model of {study['parameters'] / 1e6:.0f}M parameters cannot settle what large models do. "
+            "The same command takes any model."
+        )
+    return "\n\n".join(parts) + "\n"
 
 
-def _task(grid: s.Grid, runs: Sequence[Run], study: dict[str, Any], others: Sequence[s.Grid]) -> list[str]:
-    parts = [f"## {grid.task}"]
+NOTES = (
+    "Depth-side figures count layers that run one after the other; they are no times. DEX's take one device a "
+    "stage and free heads. They cannot be below 1, so a figure above 1 is no evidence: only comparisons are.",
+    "DEX and LayerSkip are counted along AR's answers. That is exact for rows that never prune, but for drafts "
+    "after a wrong one in LayerSkip, which are all counted; the ratio of layer steps above says how much that is.",
+)
+
+
+def _task(grid: s.Grid, runs: Sequence[Run], others: Sequence[s.Grid]) -> list[str]:
+    """One task's part: the claim, the templates one by one, the spread over them, quality, what checks the counts."""
     kept = grid.decoding
     some = grid.only(kept)
     names = [name for name in ("dex", *grid.rivals) if name in grid.costs] if kept.any() else []
     spreads = {name: s.spread(some, name) for name in names}
     left_out = [name for name, decodes in zip(grid.templates, kept, strict=True) if not decodes]
-    parts.append(_headline(some, spreads, runs, left_out))
-    parts.append(_table(grid, some.templates, spreads))
+    parts = ["\n".join(_claims(some, spreads, runs, left_out)), _table(grid, some.templates, spreads)]
     if spreads:
         parts += ["Over templates (layers of AR over the method's, run one after the other):", _spreads(some, spreads)]
-    tau = s.ranking_agreement(some) if names else None
-    if tau is not None:
+    if names and (tau := s.ranking_agreement(some)) is not None:
         ranked = ", ".join(name for name in grid.costs if name != "ar")
         parts.append(
             f"Ranking of {ranked}: Kendall's tau between every two templates is {tau[0]:.2f} on average and "
             f"{tau[1]:.2f} at least."
         )
-    parts.append(_quality(grid, others))
-    parts.append(_checks(grid, runs))
-    return parts
+    return [*parts, _quality(grid, others), _checks(grid, runs)]
 
 
-def _headline(grid: s.Grid, spreads: dict[str, s.Spread], runs: Sequence[Run], left_out: Sequence[str]) -> str:
-    lines = []
+def _of(low: float, middle: float, high: float) -> str:
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _claims(grid: s.Grid, spreads: dict[str, s.Spread], runs: Sequence[Run], left_out: Sequence[str]) -> Iterator[str]:
     for name, found in spreads.items():
-        lines.append(
-            f"- **{_label(name)} over AR, depth-side: {found.median:.2f} [{found.lowest:.2f}, {found.highest:.2f}]** "
-            "(median [min, max] over templates)"
-        )
+        over = _of(found.lowest, found.median, found.highest)
+        yield f"- **{_label(name)} over AR, depth-side: {over}** (median [min, max] over templates)"
     if "dex" in spreads:
+        rivals = f"the best of {', '.join(grid.rivals)}"
+        if len(grid.rivals) == 1:
+            rivals = f"{grid.rivals[0]}, the only rival that ran"
         judged = s.verdict(grid)
         if judged.over_rival is not None:
             each = [interval.value for interval in judged.over_rival]
-            lines.append(
-                f"- **DEX over {_rivals(grid)}: {np.median(each):.2f} [{min(each):.2f}, {max(each):.2f}]**"
-                + _setting(grid, runs)
-            )
-        lines.append(f"- {_sentence(judged, _rivals(grid), bool(left_out))}")
+            yield f"- **DEX over {rivals}: {_of(min(each), float(np.median(each)), max(each))}**" + _setting(runs)
+        yield f"- {_sentence(judged, rivals, bool(left_out))}"
     if left_out:
-        lines.append(
+        yield (
             f"- Left out of all speedups: {', '.join(left_out)}, where fewer than {s.LEAST_DECODING:.0%} of answers "
             "have a second token."
         )
-    return "\n".join(lines)
 
 
-def _rivals(grid: s.Grid) -> str:
-    """What the rivals are called: by its name where only one ran."""
-    if len(grid.rivals) == 1:
-        return f"{grid.rivals[0]}, the only rival that ran"
-    return f"the best of {', '.join(grid.rivals)}"
+def _setting(runs: Sequence[Run]) -> str:
+    for run in runs:
+        if (run.split, run.method) == ("report", "layerskip"):
+            exit, drafts = run.setting["exit"], run.setting["draft_length"]
+            return f" (LayerSkip at exit {exit}, {drafts} drafts, chosen on other items)"
+    return ""
 
 
 def _sentence(judged: s.Verdict, rivals: str, some_left_out: bool) -> str:
@@ -161,19 +162,9 @@ def _sentence(judged: s.Verdict, rivals: str, some_left_out: bool) -> str:
     return f"Not shown to hold across templates: {found}."
 
 
-def _setting(grid: s.Grid, runs: Sequence[Run]) -> str:
-    found = next((r for r in runs if r.task == grid.task and r.split == "report" and r.method == "layerskip"), None)
-    if found is None:
-        return ""
-    return (
-        f" (LayerSkip at exit {found.setting['exit']}, {found.setting['draft_length']} drafts, chosen on other items)"
-    )
-
-
 def _table(grid: s.Grid, decoding: Sequence[str], spreads: dict[str, s.Spread]) -> str:
     right = s.accuracy(grid)
     header = ["template", "prompt", "answer", *(f"{_label(name)} over AR" for name in spreads)]
-    header += ["accuracy", "parsed", "repeated"]
     rows = []
     for i, name in enumerate(grid.templates):
         lengths = [f"{np.nanmean(x[:, i]):.0f}" for x in (grid.prompt_tokens, grid.new_tokens)]
@@ -182,24 +173,28 @@ def _table(grid: s.Grid, decoding: Sequence[str], spreads: dict[str, s.Spread]) 
         repeats = grid.repeated[:, i]
         share = f"{np.nanmean(repeats):.2f}" if not np.isnan(repeats).all() else "-"
         rows.append([name, *lengths, *cells, str(right[i]), f"{np.nanmean(grid.parsed[:, i]):.2f}", share])
-    table = markdown(header, rows)
     return (
-        f"{table}\n\nLengths in tokens; bounds hold together for all templates of a column with 95%. Accuracy is of "
+        f"{markdown([*header, 'accuracy', 'parsed', 'repeated'], rows)}\n\n"
+        "Lengths in tokens; bounds hold together for all templates of a column with 95%. Accuracy is of "
         f"the generated answers, chance {grid.chance:.2f}; one that could not be parsed counts as wrong."
     )
 
 
 def _spreads(grid: s.Grid, spreads: dict[str, s.Spread]) -> str:
     looping = np.nan_to_num(grid.repeated) > s.LOOPING
+    calm = grid.without(looping)
+
+    def row(label: str, grid: s.Grid, name: str, found: s.Spread) -> list[str]:
+        numbers = (found.lowest, found.median, found.highest, found.highest - found.lowest)
+        shares = s.explained_by_length(grid, name)
+        r2 = ["-" if math.isnan(share) else f"{share:.2f} ({adjusted:.2f})" for share, adjusted in shares.values()]
+        return [label, *(f"{x:.2f}" for x in numbers), str(found.worst_over_median), *r2]
+
     rows = []
     for name, found in spreads.items():
-        explained = s.explained_by_length(grid, name)
-        rows.append([_label(name), *_spread_cells(found), *(_r2(explained[at]) for at in ("templates", "answers"))])
-        calm = grid.without(looping)
+        rows.append(row(_label(name), grid, name, found))
         if looping.any() and calm.decoding.all():
-            explained = s.explained_by_length(calm, name)
-            cells = _spread_cells(s.spread(calm, name))
-            rows.append([f"{_label(name)}, no loops", *cells, *(_r2(explained[at]) for at in ("templates", "answers"))])
+            rows.append(row(f"{_label(name)}, no loops", calm, name, s.spread(calm, name)))
     header = ["", "min", "median", "max", "max - min", "worst / median", "R2, templates", "R2, answers"]
     return (
         f'{markdown(header, rows)}\n\n"No loops" leaves out the {looping.mean():.0%} of answers of which more than '
@@ -208,19 +203,10 @@ def _spreads(grid: s.Grid, spreads: dict[str, s.Spread]) -> str:
     )
 
 
-def _spread_cells(found: s.Spread) -> list[str]:
-    numbers = (found.lowest, found.median, found.highest, found.highest - found.lowest)
-    return [*(f"{x:.2f}" for x in numbers), str(found.worst_over_median)]
-
-
-def _r2(found: tuple[float, float]) -> str:
-    return "-" if math.isnan(found[0]) else f"{found[0]:.2f} ({found[1]:.2f})"
-
-
 def _quality(grid: s.Grid, others: Sequence[s.Grid]) -> str:
     each = [interval.value for interval in s.accuracy(grid)]
     lines = [
-        f"Quality: accuracy {np.median(each):.2f} [{min(each):.2f}, {max(each):.2f}] (median [min, max] over "
+        f"Quality: accuracy {_of(min(each), float(np.median(each)), max(each))} (median [min, max] over "
         f"templates), chance {grid.chance:.2f}; {1 - np.nanmean(grid.parsed):.0%} of answers could not be parsed."
     ]
     if "dex" in grid.costs:
@@ -228,11 +214,10 @@ def _quality(grid: s.Grid, others: Sequence[s.Grid]) -> str:
             "DEX's answers are AR's, token for token, so its accuracy is the same number and no second measurement."
         )
     for other in others:
-        difference = s.paired_accuracy(grid, other)
-        if difference is not None:
+        if (found := s.paired_accuracy(grid, other)) is not None:
             lines.append(
-                f"{other.dtype} minus {grid.dtype}, same answers, items resampled: {difference.value:+.3f} "
-                f"[{difference.low:+.3f}, {difference.high:+.3f}] ({difference.items} items)."
+                f"{other.dtype} minus {grid.dtype}, same answers, items resampled: {found.value:+.3f} "
+                f"[{found.low:+.3f}, {found.high:+.3f}] ({found.items} items)."
             )
     if not others:
         lines.append("No second dtype ran (--second-dtype): what another one does to quality is not known here.")
@@ -240,42 +225,26 @@ def _quality(grid: s.Grid, others: Sequence[s.Grid]) -> str:
 
 
 def _checks(grid: s.Grid, runs: Sequence[Run]) -> str:
-    forced = {_place(run): run for run in runs if run.counted == "forced" and run.task == grid.task}
+    forced = {place(run): run for run in runs if run.counted == "forced"}
     lines = []
     for name in ("dex", *grid.rivals):
-        loops = [run for run in runs if run.counted == "loop" and run.method == name and _place(run) in forced]
-        if not loops:
-            continue
-        same = sum(run.exits == forced[_place(run)].exits for run in loops)
-        steps = sum(run.layer_steps or 0 for run in loops)
-        counted = sum(forced[_place(run)].layer_steps or 0 for run in loops)
-        ratio = f"{steps / counted:.4f}" if counted else "-"
-        lines.append(
-            f"{_label(name)}: {sum(bool(run.match) for run in loops)} of {len(loops)} texts are AR's, exits as "
-            f"counted in {same}, layer steps over those counted {ratio}."
-        )
+        loops = [run for run in runs if run.counted == "loop" and run.method == name and place(run) in forced]
+        if loops:
+            theirs = [forced[place(run)] for run in loops]
+            same = sum(run.exits == other.exits for run, other in zip(loops, theirs, strict=True))
+            steps, counted = (sum(run.layer_steps or 0 for run in each) for each in (loops, theirs))
+            lines.append(
+                f"{_label(name)}: {sum(bool(run.match) for run in loops)} of {len(loops)} texts are AR's, exits as "
+                f"counted in {same}, layer steps over those counted {f'{steps / counted:.4f}' if counted else '-'}."
+            )
     if not lines:
         return "The loops themselves were not run (--loop-share 0): nothing checks the counts."
     return "The loops themselves, on a random share of the answers: " + " ".join(lines)
 
 
-def _place(run: Run) -> tuple[Any, ...]:
+def place(run: Run) -> tuple[Any, ...]:
+    """What a loop's run and the count along the same answer have in common."""
     return run.name, run.split, run.task, run.template, run.prompt_id, run.dtype
-
-
-def _notes(study: dict[str, Any]) -> list[str]:
-    found = [
-        "Depth-side figures count layers that run one after the other; they are no times. DEX's take one device a "
-        "stage and free heads. They cannot be below 1, so a figure above 1 is no evidence: only comparisons are.",
-        "DEX and LayerSkip are counted along AR's answers. That is exact for rows that never prune, but for drafts "
-        "after a wrong one in LayerSkip, which are all counted; the ratio of layer steps above says how much that is.",
-    ]
-    if study["parameters"] < LARGE:
-        found.append(
-            f"A model of {study['parameters'] / 1e6:.0f}M parameters cannot settle what large models do. "
-            "The same command takes any model."
-        )
-    return found
 
 
 def _label(name: str) -> str:
@@ -310,7 +279,8 @@ def draw(found: Sequence[s.Grid]) -> Any:
             axes.hlines(
                 heights, [x.low for x in across], [x.high for x in across], color=color, linewidth=1.6, alpha=0.6
             )
-            label = f"{_label(name)}: {_short(spreads[name])}"
+            own = spreads[name]
+            label = f"{_label(name)}: {_of(own.lowest, own.median, own.highest)}"
             axes.plot([x.value for x in across], heights, "o", color=color, markersize=4.5, label=label)
             axes.axvline(spreads[name].median, color=color, linewidth=0.9, alpha=0.5)
         axes.set_yticks(range(len(order)), [grid.templates[i] for i in order])
@@ -321,10 +291,6 @@ def draw(found: Sequence[s.Grid]) -> Any:
             # Above the panel: inside, rows reach into every corner.
             axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
     return figure
-
-
-def _short(found: s.Spread) -> str:
-    return str(Interval(found.median, found.lowest, found.highest, 0))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,6 +30,7 @@ from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows
 from studies.templates.pace import Pace
 from studies.templates.plan import Case, Plan, grade
+from studies.templates.report import place
 
 SMALLEST_BATCH = 8
 LOOP_BATCH = 8
@@ -244,9 +245,9 @@ class TemplateStudy:
         """A sentence for each run of a loop whose tokens are not AR's or whose exits are not those counted."""
         found = []
         cases = {(c.item.task, c.template.name, c.item.id): c for c in self.cases if c.split == "report"}
-        forced = {self._place(run): run for run in self.results.runs if run.counted == "forced"}
+        forced = {place(run): run for run in self.results.runs if run.counted == "forced"}
         for run in self.results.runs:
-            counted = forced.get(self._place(run))
+            counted = forced.get(place(run))
             if run.counted != "loop" or run.method == "ar" or counted is None or run.dtype != str(self.lm.dtype):
                 continue
             where = f"{run.name} on {run.task}, item {run.prompt_id}, template {run.template}"
@@ -266,9 +267,6 @@ class TemplateStudy:
                     f"{counted.exits[differs[0]]} as counted, with a margin of {margin:.2g} there"
                 )
         return found
-
-    def _place(self, run: Run) -> tuple[Any, ...]:
-        return run.name, run.split, run.task, run.template, run.prompt_id, run.dtype
 
     def _margin(self, case: Case, run: Run, at: int) -> float:
         """How near the proposals that decided a token were to others."""
