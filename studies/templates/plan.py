@@ -14,7 +14,6 @@ from dex_jax.cli.common import depths
 from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.methods import FULL_ROWS_LIMIT, Dex
 from dex_jax.errors import DexError
-from studies.templates.items import Item, read_items
 from dex_jax.evaluation.bench.contenders import swept_depths
 from dex_jax.evaluation.bench.forced_runs import exits_at
 from dex_jax.evaluation.bench.results import about_exits
@@ -32,6 +31,7 @@ from studies.templates.formats import (
     sample_formats,
     shown_options,
 )
+from studies.templates.items import Item, read_items
 
 METHODS = ("ar", "dex", "layerskip")
 
