@@ -62,7 +62,7 @@ def main() -> None:
     model.generation_config.eos_token_id = None
     timed(model, [1, 2, 3, 4], 4)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps({"ready": True, **versions, "threads": torch.get_num_threads(), "dtype": "float32"}), flush=True)
+    print(json.dumps({**versions, "threads": torch.get_num_threads(), "dtype": "float32"}), flush=True)
     for line in sys.stdin:
         try:
             found = answer(model, **json.loads(line))
