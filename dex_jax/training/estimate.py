@@ -21,6 +21,7 @@ from dex_jax.hardware import DEVICES, USABLE
 from dex_jax.language_model import abstract_weights
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Unrolled
+from dex_jax.progress import duration
 from dex_jax.training.distillation import history_for
 from dex_jax.training.losses import BLOCK
 
@@ -123,8 +124,7 @@ class TrainingCost:
             "activations": self.activation_bytes,
         }
         listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
-        time = duration(self.seconds)
-        return f"estimate: {time} for {self.tokens:,} tokens on {machine.name}, {memory}: {listed}"
+        return f"estimate: {duration(self.seconds)} for {self.tokens:,} tokens on {machine.name}, {memory}: {listed}"
 
 
 def training_cost(
@@ -233,13 +233,6 @@ def gigabytes(size: float) -> str:
     """A size in GB with the digits that matter, as "16.1" or "0.03"."""
     number = size / 1e9
     return f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
-
-
-def duration(seconds: float) -> str:
-    """A time for people: seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _rows(name: str, exits: ExitsConfig, chunk: int, draft_steps: int) -> float:
