@@ -27,9 +27,9 @@ class Sampling(NamedTuple):
     Attributes:
       keys: [B] PRNG keys, one a sequence.
       temperature: float32 scalar above 0.
-      top_k: int32 scalar, keep the k most likely tokens (and those tied with the k-th), or None.
+      top_k: int32 scalar, keep the k most likely tokens (and those tied with the k-th); None or V keeps all.
       top_p: float32 scalar in (0, 1], keep the smallest set of most likely tokens whose probability reaches p (and
-        those tied with its last), applied after top_k; or None.
+        those tied with its last), applied after top_k; None or 1 keeps all.
     """
 
     keys: jax.Array
@@ -111,13 +111,21 @@ def filtered(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None
     No sort: the cut is the largest threshold that keeps enough, found bit by bit on the ordered integer image of the
     float32 logits (a sort of 33 rows x 49,152 costs more than ten decoding steps of a small model on a CPU).
     """
+    # Asked while running, so that one program serves with and without a filter.
     if top_k is not None:
-        count = _ones_above
-        logits = _cut(logits, count, jnp.minimum(top_k, logits.shape[-1]).astype(jnp.int32))
+        logits = jax.lax.cond(top_k < logits.shape[-1], _most_likely, lambda logits, most: logits, logits, top_k)
     if top_p is not None:
-        probability = jax.nn.softmax(logits, axis=-1)
-        logits = _cut(logits, lambda keep: jnp.sum(jnp.where(keep, probability, 0.0), axis=-1), top_p)
+        logits = jax.lax.cond(top_p < 1, _probable, lambda logits, enough: logits, logits, top_p)
     return logits
+
+
+def _most_likely(logits: jax.Array, most: jax.Array) -> jax.Array:
+    return _cut(logits, _ones_above, jnp.minimum(most, logits.shape[-1]).astype(jnp.int32))
+
+
+def _probable(logits: jax.Array, enough: jax.Array) -> jax.Array:
+    probability = jax.nn.softmax(logits, axis=-1)
+    return _cut(logits, lambda keep: jnp.sum(jnp.where(keep, probability, 0.0), axis=-1), enough)
 
 
 def _ones_above(keep: jax.Array) -> jax.Array:

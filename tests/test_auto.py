@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from dex_jax.config import ExitsConfig
 from dex_jax.decoding import auto, costs
 from dex_jax.decoding.auto import SMALLEST_GAIN, candidates, settle
 from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
-from dex_jax.decoding.known_trees import LOOKUP_TREES, KnownTree, known_trees, with_trees
+from dex_jax.decoding.known_trees import LOOKUP_TREE, LOOKUP_TREES, KnownTree, known_trees, with_trees
+from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.exits import exit_parameters
@@ -194,42 +196,129 @@ def test_more_rows_never_cost_less(seconds: list[float], a: float, b: float) -> 
     assert [found.step(rows) for rows in ROWS] == list(found.seconds)
 
 
-@pytest.mark.parametrize("layout", [Unrolled(), STAGED], ids=["unrolled", "stacked"])
-def test_costs_are_measured_once_and_kept(monkeypatch, tmp_path, layout) -> None:
+def kept_for(count: int = len(ROWS), tries: int = costs.TRIES, seconds: float = 1.0) -> dict:
+    return {"rows": [seconds] * count, "tick": None, "tries": tries}
+
+
+@pytest.fixture
+def figures(monkeypatch, tmp_path):
+    """A file of its own, a process that knows nothing, and a count of measurements, which all say one second."""
     monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "step_costs.json"))
     monkeypatch.setattr(costs, "_KNOWN", {})
-    first = step_costs(LLAMA, layout, jnp.float32, 2, 100)
+    asked = []
+
+    def measure(config, layout, dtype, totals):
+        asked.append(totals)
+        return kept_for(len(totals))
+
+    monkeypatch.setattr(costs, "_measure", measure)
+    return asked
+
+
+@pytest.mark.parametrize("layout", [Unrolled(), STAGED], ids=["unrolled", "stacked"])
+def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path, layout) -> None:
+    monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "step_costs.json"))
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    monkeypatch.setattr(costs, "STEADY", float("inf"))
+    first = step_costs(LLAMA, layout, jnp.float32, 1, 100, with_trees(exits_at((0,)), [KnownTree(LOOKUP_TREE, 2.0)]))
     assert first.rows == ROWS
     assert 0 < first.seconds[0] <= first.seconds[-1] < 10
     assert 0 < first.round < 1
-    assert first.drafting == 0
+    assert 0 < first.drafting < 1
     assert (first.tick is None) == (layout == Unrolled())
     assert len(json.loads(costs.costs_file().read_text())) == 1
-    costs._KNOWN.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(costs, "_measure", lambda *about: pytest.fail("measured again"))
-        assert step_costs(LLAMA, layout, jnp.float32, 2, 120) == first
-    # A file that something else has broken, and a place where nothing can be written.
-    ones = {"rows": [1.0] * len(ROWS), "round": 0.0, "drafting": 0.0, "tick": None}
-    monkeypatch.setattr(costs, "_measure", lambda *about: ones)
-    for content in ("not json", "[1]", '{"x": {"rows": [1]}}'):
-        costs.costs_file().write_text(content)
+    monkeypatch.setattr(costs, "_measure", lambda *about: pytest.fail("measured again"))
+    for known in (costs._KNOWN, {}):
+        monkeypatch.setattr(costs, "_KNOWN", known)
+        longer, without = (step_costs(LLAMA, layout, jnp.float32, 1, length) for length in (9000, 100))
+        assert without.seconds == first.seconds
+        assert without.drafting == 0
+        assert all(a > b for a, b in zip(longer.seconds, without.seconds, strict=True))
+
+
+def test_a_batch_has_the_costs_of_all_its_rows(figures) -> None:
+    def measure(config, layout, dtype, totals):
+        figures.append(totals)
+        return {"rows": [float(total) for total in totals], "tick": None, "tries": costs.TRIES}
+
+    costs._measure = measure
+    assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (1, 2, 4, 8, 16)
+    assert step_costs(LLAMA, Unrolled(), FLOAT32, 2, 1).seconds == (2, 4, 8, 16, 32)
+    assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (1, 2, 4, 8, 16)
+    assert step_costs(LLAMA, Unrolled(), FLOAT32, 16, 1).seconds == (16, 32, 64, 128, 256)
+    assert [totals[-1] for totals in figures] == [16, 32, 128]
+
+
+def test_fewer_rows_take_no_longer(figures) -> None:
+    costs._measure = lambda *about: kept_for() | {"rows": [9.0, 2.0, 3.0, 2.5, 4.0]}
+    assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (2.0, 2.0, 2.5, 2.5, 4.0)
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_again_by_later_processes(figures) -> None:
+    for tries, seconds in ((1, 5.0), (1, 3.0), (1, 4.0), (None, None)):
+        costs._measure = lambda *about, tries=tries, seconds=seconds: kept_for(tries=tries, seconds=seconds)
         costs._KNOWN.clear()
-        assert step_costs(LLAMA, layout, jnp.float32, 2, 100).seconds == (1.0,) * len(ROWS)
+        found = [step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds[0] for _ in range(2)]
+    assert found == [3.0, 3.0]
+
+
+def test_costs_that_are_far_off_are_forgotten(figures) -> None:
+    model = (LLAMA, Unrolled(), FLOAT32, 1, 1)
+    pace = Pace(np.ones(1))
+    for fastest, measured in ((np.inf, 1), (0.9, 1), (0.5, 2), (0.5, 3)):
+        pace.fastest = fastest
+        auto.reconsider(pace, *model)
+        step_costs(*model)
+        costs._KNOWN.clear()
+        step_costs(*model)
+        assert len(figures) == measured
+
+
+def damaged(valid: dict) -> st.SearchStrategy:
+    """Files that are nearly right: one place of a valid one holds something else."""
+    wrong = st.recursive(
+        st.one_of(
+            st.none(), st.booleans(), st.text(max_size=3), st.sampled_from([0, -1, -0.5, 10**400, 1e9]),
+            st.sampled_from([float("nan"), float("inf")]),
+        ),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+        max_leaves=4,
+    )  # fmt: skip
+    ((key, entry),) = valid.items()
+    places = st.sampled_from(["whole", "entry", "row", *entry])
+
+    def put(place: str, value) -> object:
+        if place == "whole":
+            return value
+        if place == "entry":
+            return {key: value}
+        if place == "row":
+            return {key: entry | {"rows": [value, *entry["rows"][1:]]}}
+        return {key: entry | {place: value}}
+
+    return st.builds(put, places, wrong).filter(lambda made: made != {key: entry | {"tick": None}})
+
+
+@given(st.data())
+def test_a_damaged_file_is_measured_again(data) -> None:
+    model = (LLAMA, Unrolled(), FLOAT32)
+    valid = {costs._key(*model): kept_for(seconds=2.0)}
+    content = data.draw(st.one_of(damaged(valid).map(json.dumps), st.just("[" * 10**5), st.just("{"), st.text()))
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setenv("DEX_JAX_STEP_COSTS", str(Path(folder) / "step_costs.json"))
+        patch.setattr(costs, "_KNOWN", {})
+        patch.setattr(costs, "_measure", lambda *about: kept_for())
+        costs.costs_file().write_text(content, encoding="utf-8", errors="replace")
+        assert step_costs(*model, 1, 1).seconds == (1.0,) * len(ROWS)
+        assert json.loads(costs.costs_file().read_text())[costs._key(*model)] == kept_for()
+
+
+def test_without_a_place_to_write_costs_are_those_of_the_process(figures, monkeypatch, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "file" / "step_costs.json"))
-    costs._KNOWN.clear()
-    assert step_costs(LLAMA, layout, jnp.float32, 2, 100).seconds == (1.0,) * len(ROWS)
-
-
-def test_costs_of_drafting_are_those_of_one_drafter(monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "step_costs.json"))
-    monkeypatch.setattr(costs, "_KNOWN", {})
-    drafter = with_trees(exits_at((0,)), [KnownTree(TreeShape((3, 2, 1, 1), 4, (0.5,) * 8), 2.5)])
-    with_it, without = (step_costs(LLAMA, Unrolled(), jnp.float32, 2, 100, each) for each in (drafter, None))
-    assert 0 < with_it.drafting < 1
-    assert without.drafting == 0
-    assert len(json.loads(costs.costs_file().read_text())) == 2
+    for _ in range(2):
+        assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (1.0,) * len(ROWS)
+    assert len(figures) == 1
 
 
 @pytest.mark.parametrize("rows", ["cheap_rows", "dear_rows"])

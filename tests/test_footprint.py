@@ -23,7 +23,7 @@ UNTIED = dataclasses.replace(LLAMA, family="qwen2", num_layers=5, tied=False, qk
 def session_of(layout, method, dtype, sampled: bool) -> Session:
     """A prefilled session of two ragged prompts."""
     lm = dex_jax.LanguageModel(random_transformer(UNTIED, layout, seed=0, dtype=dtype), None, "random", "0")
-    sampling = Sampling(sampling_keys([0, 1]), jnp.float32(1.0)) if sampled else None
+    sampling = Sampling(sampling_keys([0, 1]), jnp.float32(1.0), jnp.int32(5), jnp.float32(1.0)) if sampled else None
     session = Session(lm, [[3, 4, 5], list(range(2, 22))], method.schedule_for(UNTIED.num_layers), 70, sampling)
     session.prefill()
     return session
@@ -45,14 +45,12 @@ def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:
     session = session_of(layout, method, dtype, sampled)
     schedule = session.spec.schedule
     length = cache_length_for(20, 70, schedule)
-    assert length == session.cache_length == 32 + 128 + schedule.ahead
+    assert length == session.cache_length == 256
     plan = footprint(UNTIED, jnp.dtype(dtype), schedule, 2, length, layout, sampled=sampled)
     state, memory = session.state, session.state.memory
     assert plan.weights_bytes == session.lm.parameter_bytes == nbytes(session.lm.weights)
     assert plan.cache_bytes == nbytes((memory.keys, memory.values))
-    # The plan does not know how much of the cache is for new tokens and takes all of it: two int32 a token more.
-    unused = 2 * 2 * 4 * (length - session.capacity)
-    assert plan.lattice_bytes == nbytes(state) - plan.cache_bytes + unused
+    assert plan.lattice_bytes == nbytes(state) - plan.cache_bytes
     assert plan.exits_bytes == 0
     assert plan.total_bytes == sum(
         (plan.weights_bytes, plan.cache_bytes, plan.lattice_bytes, plan.exits_bytes, plan.workspace_bytes)

@@ -21,6 +21,7 @@ from reference.small_models import (
 
 import dex_jax
 from dex_jax import AR, Dex, DexError, Stacked
+from dex_jax.decoding.session import RUN, START
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.prompts import encode_prompt
 from dex_jax.sampling import position_noise, sampling_keys
@@ -312,7 +313,7 @@ class CompileCounter:
             self.count += 1
 
 
-def test_another_prompt_in_the_same_bucket_compiles_nothing() -> None:
+def test_another_request_of_the_same_size_compiles_nothing() -> None:
     counter = CompileCounter()
     jax.monitoring.register_event_duration_secs_listener(counter)
     try:
@@ -325,6 +326,16 @@ def test_another_prompt_in_the_same_bucket_compiles_nothing() -> None:
             output = generate(model(), method, [[4, 5, 6, 7, 8, 9]], seed=1, **longer)
             assert output.lengths.tolist() == [TOKENS + 3]
             assert counter.count == 0, method
+            for other in ({"max_new_tokens": 100}, {"temperature": 0.7, "top_k": None, "top_p": None}):
+                if "max_new_tokens" in other or options:
+                    generate(model(), method, [[1, 2]], **{**options, **other})
+            assert counter.count == 0, method
+            generate(model(), method, [[1, 2, 3], [4], [5]], seed=0, **options)
+            held = RUN.held, START.held
+            generate(model(), method, [[1, 2, 3]] * 4, seed=0, **options)
+            generate(model(), method, [list(range(40)), [4, 5], [6]], seed=0, **options)
+            assert (RUN.held, START.held) == held, "prompts of any length, and three sequences as four"
+        counter.count = 0
         generate(model(), AR(), [list(range(17))])
         assert counter.count > 0, "a longer prompt has a bucket of its own"
     finally:

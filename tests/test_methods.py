@@ -10,7 +10,7 @@ import pytest
 from dex_jax import AR, Dex, DexError
 from dex_jax.decoding.methods import even_depths
 from dex_jax.decoding.output import cut, depth_side_speedup, ticks_of
-from dex_jax.decoding.session import capacity_for, prompt_bucket
+from dex_jax.decoding.session import batch_bucket, cache_length_for, prompt_bucket
 
 
 @pytest.mark.parametrize("num_layers", [1, 4, 30, 80])
@@ -94,5 +94,13 @@ def test_buckets_hold_what_they_are_for() -> None:
     assert all(bucket >= length for length, bucket in enumerate(buckets, 1))
     assert buckets == sorted(buckets)
     assert len(set(buckets)) < 13
-    assert all(capacity_for(n) >= n for n in range(1, 500))
-    assert len({capacity_for(n) for n in range(1, 513)}) == 8
+    lengths = [[cache_length_for(prompt, new, 32) for prompt in range(1, 3000, 7)] for new in (1, 100, 900)]
+    for new, found in zip((1, 100, 900), lengths, strict=True):
+        assert all(
+            size >= max(p + new + 32, prompt_bucket(p)) for size, p in zip(found, range(1, 3000, 7), strict=True)
+        )
+        assert found == sorted(found)
+    assert len({size for found in lengths for size in found}) <= 6
+    batches = [batch_bucket(n) for n in range(1, 65)]
+    assert all(n <= bucket <= n + 3 for n, bucket in enumerate(batches, 1))
+    assert len(set(batches)) == 18

@@ -51,7 +51,7 @@ class Toy:
     def draft(self, tokens, committed) -> np.ndarray:
         return self.draft_table[self.state(tokens)][self.columns]
 
-    def network(self, rows: int) -> serial.TreeNetwork:
+    def network(self) -> serial.TreeNetwork:
         """Memory: (keys of committed positions [B, S], the state at the last of them [B])."""
         table, draft_table = jnp.asarray(self.table), jnp.asarray(self.draft_table)
 
@@ -69,18 +69,16 @@ class Toy:
             last = jnp.take_along_axis(path.hidden[:, :, 0], jnp.maximum(path.length - 1, 0)[:, None], axis=1)[:, 0]
             return keys, jnp.where(path.length > 0, last, state)
 
-        def draft(memory, drafts, first, token, position, parent):
-            of_parent = jnp.take_along_axis(drafts, jnp.maximum(parent, 0), axis=1)
-            previous = jnp.where(parent == NO_NODE, memory[1][:, None], of_parent)
-            state = (previous + self.key(token, position)) % P
-            width = token.shape[1]
-            return state[:, :, None], drafts.at[:, first : first + width].set(state)
+        def draft(memory, of_parent, token, position, parent):
+            previous = jnp.where(parent == NO_NODE, memory[1][:, None], of_parent[:, :, 0])
+            state = ((previous + self.key(token, position)) % P)[:, :, None]
+            return state, state
 
         drafter = None
         if self.columns is not None:
             columns = jnp.asarray(self.columns, jnp.int32)
             drafter = serial.Drafter(
-                begin=lambda batch: jnp.zeros((batch, rows)),
+                begin=lambda batch, rows: jnp.zeros((batch, rows, 1)),
                 run=draft,
                 logits=lambda features: draft_table[features[:, 0].astype(jnp.int32)][:, columns],
                 rest=None,
@@ -105,7 +103,7 @@ def decode(toy: Toy, prompts, firsts, shape, limits: Limits, sampling=None):
 
     @jax.jit
     def all_rounds(memory, limits, sampling):
-        network = toy.network(shape.rows)
+        network = toy.network()
         begun = serial.init(
             network,
             memory,

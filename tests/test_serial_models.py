@@ -111,7 +111,7 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
     hidden = depth_states(model, jnp.asarray(tokens), (LLAMA.num_layers,))[0]
 
     memory = empty_memory(config, 1, jnp.float32)
-    network = tree_network(model, config, arrays, drafted)
+    network = tree_network(model, config, arrays)
     for start, end in ((0, 4), (4, prefix)):
         piece, lengths = slice(start, end), jnp.asarray([end])
         memory = read_chunk(
@@ -124,7 +124,7 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
             jnp.asarray([start]),
             lengths,
         )
-    drafts = network.drafter.begin(1)
+    drafts = network.drafter.begin(1, 1)
     found = []
     for row in range(drafted):
         at = slice(prefix + row, prefix + row + 1)
@@ -133,7 +133,7 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
             jnp.asarray([[prefix + row]]),
             jnp.asarray([[row - 1 if row else NO_NODE]]),
         )
-        features, drafts = network.drafter.run(type("M", (), {"exits": memory})(), drafts, row, *level)
+        features, drafts = network.drafter.run(type("M", (), {"exits": memory})(), drafts, *level)
         found.append(np.array(features[0, 0]))
 
     position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]

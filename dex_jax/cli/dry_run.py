@@ -25,7 +25,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     from dex_jax.decoding.footprint import cache_length_for, device_memory, footprint, trained_bytes, verdict
     from dex_jax.decoding.generate import encode_prompts, sampling_of
     from dex_jax.decoding.methods import with_stages
-    from dex_jax.decoding.session import check_mesh
+    from dex_jax.decoding.session import batch_bucket, check_mesh
     from dex_jax.io import open_checkpoint
     from dex_jax.language_model import Outline, resolve_dtype
     from dex_jax.nn.transformer import Unrolled
@@ -52,7 +52,8 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     check_mesh(mesh, layout, schedule, batch)
     exits_bytes = trained_bytes(config, dtype, resolved.trained, mesh)
     options: dict[str, Any] = {"sampled": sampling is not None, "exits_bytes": exits_bytes, "mesh": mesh}
-    needed = footprint(config, dtype, schedule, batch, length, layout, **options)
+    compiled_for = batch if mesh is not None else batch_bucket(batch)
+    needed = footprint(config, dtype, schedule, compiled_for, length, layout, **options)
     sentence = verdict(needed, device_memory())
     devices = 1 if mesh is None else mesh.size
     if args.json:

@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.costs import StepCosts, step_costs
+from dex_jax.decoding.costs import StepCosts, forget, head_bytes, step_costs
 from dex_jax.decoding.exits import default_exits, find_drafter
 from dex_jax.decoding.known_trees import known_trees
 from dex_jax.decoding.methods import AR, Dex, Method, is_auto
+from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.serial import TreeShape
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.transformer import Layout, Stacked
@@ -106,6 +107,12 @@ def settle(
     return best.method, f"{best.what}: {best.why}; {ratio}"
 
 
+def reconsider(pace: Pace, config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int) -> None:
+    """Forgets costs that were measured beside other load, as the pace of what they chose shows."""
+    if np.isfinite(pace.fastest) and pace.far_off(step_costs(config, layout, dtype, batch, length).step(1)):
+        forget(config, layout, dtype)
+
+
 def candidates(
     costs: StepCosts,
     drafter: TrainedExits | None,
@@ -171,13 +178,6 @@ def with_rungs(costs: StepCosts, shape: TreeShape) -> TreeShape:
         return dataclasses.replace(shape, rungs=(), drafting=0.0)
     share = max(1, parts(costs.drafting)) / COST_PARTS if shape.drafted else 0.0  # 0: levels are not chosen
     return dataclasses.replace(shape, rungs=rungs, drafting=share)
-
-
-def head_bytes(exits: TrainedExits, config: ModelConfig, dtype: np.dtype) -> int:
-    """Bytes that all heads together read: their own weights and the unembedding, or the part of it that they know."""
-    own = sum(leaf.size for leaf in exits.parameters.values())
-    known = config.vocab_size if exits.vocabulary is None else len(exits.vocabulary)
-    return (own + known * config.width) * dtype.itemsize
 
 
 def _slowest(batch: int) -> float:

@@ -149,7 +149,7 @@ def trained_bytes(config: ModelConfig, dtype: jnp.dtype, exits: TrainedExits | N
 
 def cache_length_for(prompt_length: int, max_new_tokens: int, schedule: Schedule) -> int:
     """S, the cache positions of a generation whose longest prompt has `prompt_length` tokens."""
-    return session.prompt_bucket(prompt_length) + session.capacity_for(max_new_tokens) + schedule.ahead
+    return session.cache_length_for(prompt_length, max_new_tokens, schedule.ahead)
 
 
 def session_shapes(
@@ -182,7 +182,7 @@ def session_shapes(
     if mesh is not None:
         memory = memory._replace(lattice_keys=(), lattice_values=())
     start = functools.partial(session.start_decoding, spec=spec, capacity=capacity)
-    prompt = None if schedule.tree is None else array((batch, cache_length - schedule.ahead), jnp.int32)
+    prompt = None if schedule.tree is None else array((batch, cache_length), jnp.int32)
     shapes = SessionShapes(weights, memory, last, lengths, limits, sampling, None, scalar, prompt)
     shapes = shapes._replace(state=jax.eval_shape(start, *shapes.of_start))
     return shapes if mesh is None else SessionShapes(*place(shapes, _specs(spec, shapes), mesh))
@@ -268,7 +268,7 @@ def _workspace(
         # Logits, their masked copy and its probabilities; sampling adds noise and filtered scores.
         return rows * config.vocab_size * real * (5 if sampled else 3)
 
-    chunk = min(max(cache_length - session.LENGTH_STEP, 1), session.PREFILL_CHUNK)
+    chunk = min(cache_length, session.PREFILL_CHUNK)
     prefill = layer(batch * chunk, cache_length)
     slots = schedule.rows if schedule.policy is not None else schedule.stages * schedule.rows
     rows = batch * schedule.rows

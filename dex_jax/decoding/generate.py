@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax.decoding.auto import settle
+from dex_jax.decoding.auto import reconsider, settle
 from dex_jax.decoding.exits import ResolvedExits, resolve_method
-from dex_jax.decoding.methods import Dex, Method, Schedule, whole_number, with_stages
+from dex_jax.decoding.methods import SPARE, Dex, Method, Schedule, whole_number, with_stages
 from dex_jax.decoding.output import Output, Stats, counts, cut, steps_of
 from dex_jax.decoding.record import Record
-from dex_jax.decoding.session import Session, capacity_for, compile_seconds, prompt_bucket
+from dex_jax.decoding.session import Session, cache_length_for, compile_seconds
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError
@@ -130,6 +130,9 @@ def stream(
         output = _output(run, record, times)
         yield output
         if output.finished.all():
+            if run.choice is not None:
+                session = run.session
+                reconsider(session.pace, lm.config, lm.layout, lm.dtype, session.sequences, session.cache_length)
             return
         with _Clock(times, "decode"):
             record = run.session.advance(ticks_per_update)
@@ -179,7 +182,7 @@ def prepare(
     encode = functools.partial(encode_prompts, lm, prompts, chat, num_samples, max_new_tokens)
     ids = encode() if lm.mesh is None else from_first(encode)
     sampling, seeds = sampling_of(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
-    length = prompt_bucket(max(map(len, ids))) + capacity_for(max_new_tokens)
+    length = cache_length_for(max(map(len, ids)), max_new_tokens, SPARE)
     model = (lm.config, lm.layout, lm.dtype, lm.fingerprint)
     method = with_stages(method, None if lm.mesh is None else lm.mesh.shape[STAGE])
     settled, choice = settle(method, exits, *model, len(ids), length)
@@ -270,8 +273,8 @@ def sampling_of(
         Sampling(
             keys=sampling_keys(seeds),
             temperature=jnp.float32(temperature),
-            top_k=None if top_k is None or top_k >= vocab_size else jnp.int32(top_k),
-            top_p=None if top_p is None or top_p == 1 else jnp.float32(top_p),
+            top_k=jnp.int32(vocab_size if top_k is None else min(top_k, vocab_size)),
+            top_p=jnp.float32(1 if top_p is None else top_p),
         ),
         seeds,
     )

@@ -91,6 +91,19 @@ class TreeShape:
         return tuple(rows for rows, _ in self.rungs) or (self.rows,)
 
     @property
+    def costs(self) -> RoundCosts | None:
+        """What `rungs` and `drafting` say, as arrays; None without rungs."""
+        if not self.rungs:
+            return None
+        return RoundCosts(jnp.asarray([cost for _, cost in self.rungs], jnp.float32), jnp.float32(self.drafting))
+
+    @property
+    def without_costs(self) -> TreeShape:
+        """What programs depend on: the row counts, and whether levels are chosen, without the figures."""
+        rungs = tuple((rows, float(place)) for place, (rows, _) in enumerate(self.rungs, 1))
+        return dataclasses.replace(self, rungs=rungs, drafting=float(self.drafting > 0))
+
+    @property
     def rows(self) -> int:
         """N."""
         return 1 + sum(self.widths)
@@ -106,20 +119,32 @@ class TreeShape:
         return (0, *itertools.accumulate((1, *self.widths)))
 
 
+class RoundCosts(NamedTuple):
+    """What rounds take, in AR steps; programs do not depend on it.
+
+    Attributes:
+      rows: float32, of a round of each of the row counts that it may run, beside its drafting.
+      drafting: float32, of drafting one level.
+    """
+
+    rows: jax.Array
+    drafting: jax.Array
+
+
 class Drafter(NamedTuple):
     """What proposes tokens before any layer has run.
 
     Attributes:
-      begin: batch -> drafts, before any row.
-      run: (memory, drafts, first row, token [B, w], position [B, w], parent [B, w]) -> (features [B, w, D'], drafts):
-        the rows of one level; a root's parent is NO_NODE.
+      begin: (batch, rows) -> drafts [B, rows, D''], what children read of their parents, before any row.
+      run: (memory, drafts of the parents [B, w, D''], token [B, w], position [B, w], parent [B, w]) -> (features
+        [B, w, D'], drafts [B, w, D'']): some rows of a level; a root's parent is NO_NODE.
       logits: features [M, D'] -> [M, V'] float32.
       rest: features [M, D'] -> [M] float32, the logit of all tokens outside the vocabulary together, or None.
       vocabulary: [V'] int32, the full id of each column, None when V' = V.
     """
 
-    begin: Callable[[int], Any]
-    run: Callable[..., tuple[jax.Array, Any]]
+    begin: Callable[[int, int], jax.Array]
+    run: Callable[..., tuple[jax.Array, jax.Array]]
     logits: Callable[[jax.Array], jax.Array]
     rest: Callable[[jax.Array], jax.Array] | None
     vocabulary: jax.Array | None
@@ -173,7 +198,9 @@ class SerialState(NamedTuple):
       text: [B, S] int32, all tokens at their positions.
       memory: the network's own.
       noise: None when greedy.
-      spent: float32, AR steps that the rounds took by the costs in the tree's shape, times the sequences in them.
+      costs: what rounds take; None where they choose nothing.
+      chosen: float32, how many rounds ran each of the row counts, and how many levels were drafted in all.
+      spent: float32, AR steps that the rounds took by their costs, times the sequences in them.
       promised: float32, tokens that the drafts of all rounds should have brought by their probabilities.
       record: what has been emitted; its `ticks` are rounds.
     """
@@ -184,6 +211,8 @@ class SerialState(NamedTuple):
     text: jax.Array
     memory: Any
     noise: Noise | None
+    costs: RoundCosts | None
+    chosen: jax.Array
     spent: jax.Array
     promised: jax.Array
     record: Record
@@ -201,6 +230,7 @@ def init(
     capacity: int,
     limits: Limits,
     sampling: Sampling | None = None,
+    costs: RoundCosts | None = None,
 ) -> SerialState:
     """The state before the first round.
 
@@ -215,6 +245,7 @@ def init(
       capacity: T.
       limits: when a sequence ends.
       sampling: None for greedy.
+      costs: what rounds take; None for what the shape says.
     """
     batch, size = prompt.shape
     text = jnp.full((batch, length), NO_TOKEN, jnp.int32).at[:, :size].set(prompt)
@@ -224,7 +255,9 @@ def init(
         noise = Noise(jnp.zeros((batch, shape.levels, network.vocab_size), jnp.float32), position)
     record = begin(first_token, capacity, limits)
     none = jnp.float32(0)
-    return SerialState(jnp.int32(0), first_token, position, text, memory, noise, none, none, record)
+    costs = shape.costs if costs is None else costs
+    chosen = jnp.zeros(len(shape.counts) + 1)
+    return SerialState(jnp.int32(0), first_token, position, text, memory, noise, costs, chosen, none, none, record)
 
 
 def step(
@@ -236,12 +269,10 @@ def step(
     # Drafts promise too much where sampling or a text surprises: promises count as far as they were kept so far.
     price = _price(state) / _kept(state)
     tree, levels_drafted = _draft(network, state, sampling, noise, shape, price)
-    promised = jnp.float32(0)
-    if shape.rungs:
-        tree, rung, promised = _most_promising(tree, ~state.record.done, shape, price)
-        cost = jnp.asarray([cost for _, cost in shape.rungs], jnp.float32)[rung] + levels_drafted * shape.drafting
-    else:
-        rung, cost = jnp.int32(0), jnp.float32(0)
+    rung, cost, promised = jnp.int32(0), jnp.float32(0), jnp.float32(0)
+    if state.costs is not None:
+        tree, rung, promised = _most_promising(tree, ~state.record.done, shape, state.costs, price)
+        cost = state.costs.rows[rung] + levels_drafted * state.costs.drafting
 
     def run_rows(rows: int) -> Any:
         position = state.prefix[:, None] + depth_in(tree)[:, :rows]
@@ -272,8 +303,20 @@ def step(
     text = state.text.at[jnp.arange(batch)[:, None], at].set(emitted, mode="drop")
     root = jnp.where(count > 0, last, state.root)
     spent = state.spent + cost * jnp.sum(~begun.done)
-    promised = state.promised + promised
-    return SerialState(state.tick + 1, root, state.prefix + count, text, memory, noise, spent, promised, record)
+    chosen = state.chosen.at[rung].add(1).at[-1].add(levels_drafted)
+    return SerialState(
+        tick=state.tick + 1,
+        root=root,
+        prefix=state.prefix + count,
+        text=text,
+        memory=memory,
+        noise=noise,
+        costs=state.costs,
+        chosen=chosen,
+        spent=spent,
+        promised=state.promised + promised,
+        record=record,
+    )
 
 
 def run(
@@ -312,7 +355,7 @@ def _promise(tree: Tree, going: jax.Array) -> jax.Array:
 
 
 def _most_promising(
-    tree: Tree, going: jax.Array, shape: TreeShape, price: jax.Array
+    tree: Tree, going: jax.Array, shape: TreeShape, costs: RoundCosts, price: jax.Array
 ) -> tuple[Tree, jax.Array, jax.Array]:
     """The rows by probability, those beyond the chosen rung cut off; the rung as an index; what its drafts promise.
 
@@ -322,10 +365,10 @@ def _most_promising(
     """
     tree = jax.vmap(sort_rows)(tree)
     expected = jnp.cumsum(_promise(tree, going))
-    worth = jnp.stack([expected[rows - 1] - price * cost for rows, cost in shape.rungs])
-    rung = jnp.argmax(worth).astype(jnp.int32)
-    kept = jnp.arange(shape.rows) < jnp.asarray(shape.counts)[rung]
-    promised = expected[jnp.asarray(shape.counts)[rung] - 1] - expected[0]
+    counts = jnp.asarray(shape.counts)
+    rung = jnp.argmax(expected[counts - 1] - price * costs.rows).astype(jnp.int32)
+    kept = jnp.arange(shape.rows) < counts[rung]
+    promised = expected[counts[rung] - 1] - expected[0]
     return tree._replace(parent=jnp.where(kept[None], tree.parent, NO_NODE)), rung, promised
 
 
@@ -339,39 +382,71 @@ def _draft(
 ) -> tuple[Tree, jax.Array]:
     """The round's tree, every field with a leading axis B, and how many levels of it the drafter was asked for."""
     batch, drafter, going = state.root.shape[0], network.drafter, ~state.record.done
-    tree = jax.vmap(plant, (0, None))(state.root, shape.rows)
+    most = max(shape.widths)
+    room = shape.rows + most  # so that `most` rows can be cut out from any one on
+    tree = jax.vmap(plant, (0, None))(state.root, room)
     said, matched = jax.vmap(continuation, (0, 0, None))(state.text, state.prefix + 1, len(shape.widths))
     trust = jnp.asarray((0.0, *shape.lookup), jnp.float32)
     trusted = jnp.where(trust > 0, quantized(jnp.log(trust)), -jnp.inf)[jnp.minimum(matched, LONGEST)]
     at = jnp.where(trusted > -jnp.inf, 0, NO_NODE)  # the row that the continuation has got to
-    drafts = None if drafter is None else drafter.begin(batch)
-    levels_drafted = jnp.int32(0)
-    for level, width in enumerate(shape.widths, 1):
-        first, above = shape.starts[level], shape.starts[level - 1]
-        token = said[:, level - 1]
+    drafts = None if drafter is None else drafter.begin(batch, room)
+    dear = None if state.costs is None or not shape.drafting else price * state.costs.drafting
+
+    def one_level(carry: tuple[Any, ...], parts: tuple[_Level, jax.Array]) -> tuple[tuple[Any, ...], None]:
+        tree, drafts, at, levels_drafted = carry
+        level, token = parts
         score = jnp.where(at == NO_NODE, -jnp.inf, _at(tree.score, at) + trusted)
         candidates = Candidates(token[:, None], at[:, None], score[:, None])
-        if drafter is not None and level <= shape.drafted:
-
-            def drafted(drafts: Any, tree: Tree = tree, above: int = above, first: int = first, width: int = width):
-                return _drafted(network, state, sampling, noise, tree, drafts, above, first, width)
-
-            def skipped(drafts: Any, count: int = (first - above) * width):
-                none = jnp.full((batch, count), NO_NODE, jnp.int32)
-                return Candidates(none, none, jnp.full((batch, count), -jnp.inf)), drafts
-
-            if shape.rungs and shape.drafting:
+        if drafter is not None and shape.drafted:
+            asked = level.drafted
+            if dear is not None:
                 claimed = jnp.sum(jnp.where(going, jnp.exp(score), 0))  # by the lookup
-                hope = HOPE * (jnp.sum(_promise(tree, going)[above:first]) - claimed)
-                asked = hope > price * shape.drafting
-                more, drafts = jax.lax.cond(asked, drafted, skipped, drafts)
-                levels_drafted += asked
-            else:
-                more, drafts = drafted(drafts)
+                above = jax.lax.dynamic_slice_in_dim(_promise(tree, going), level.above, most)
+                hope = HOPE * (jnp.sum(jnp.where(jnp.arange(most) < level.of_above, above, 0)) - claimed)
+                asked &= hope > dear
+
+            def drafted(drafts: jax.Array) -> tuple[Candidates, jax.Array]:
+                return _drafted(network, state, sampling, noise, tree, drafts, level, most)
+
+            def skipped(drafts: jax.Array) -> tuple[Candidates, jax.Array]:
+                none = jnp.full((batch, most * most), NO_NODE, jnp.int32)
+                return Candidates(none, none, jnp.full(none.shape, -jnp.inf)), drafts
+
+            more, drafts = jax.lax.cond(asked, drafted, skipped, drafts)
+            levels_drafted += asked
             candidates = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), candidates, more)
-        tree = jax.vmap(grow, (0, 0, None, None))(tree, candidates, first, width)
-        at = jax.vmap(child_of)(tree, at, token)
+        tree = jax.vmap(grow, (0, 0, None, None, None))(tree, candidates, level.first, level.width, most)
+        return (tree, drafts, jax.vmap(child_of)(tree, at, token), levels_drafted), None
+
+    # In a loop: the levels of a tree, one by one, would be most of the program to compile.
+    begun = (tree, drafts, at, jnp.int32(0))
+    (tree, _, _, levels_drafted), _ = jax.lax.scan(one_level, begun, (_levels(shape), said.T))
+    rows = slice(shape.rows)
+    tree = Tree(tree.token[:, rows], tree.parent[:, rows], tree.score[:, rows], tree.ancestors[:, rows, rows])
     return tree, levels_drafted
+
+
+class _Level(NamedTuple):
+    """A level below the root, or all of them with a leading axis; int32 but for the last.
+
+    Attributes:
+      first, width: its rows.
+      above, of_above: the rows of the level before.
+      drafted: bool, whether the drafter may propose it.
+    """
+
+    first: jax.Array
+    width: jax.Array
+    above: jax.Array
+    of_above: jax.Array
+    drafted: jax.Array
+
+
+def _levels(shape: TreeShape) -> _Level:
+    widths = jnp.asarray((1, *shape.widths), jnp.int32)
+    starts = jnp.asarray(shape.starts, jnp.int32)
+    drafted = jnp.arange(len(shape.widths)) < shape.drafted
+    return _Level(starts[1:-1], widths[1:], starts[:-2], widths[:-1], drafted)
 
 
 def _drafted(
@@ -380,36 +455,42 @@ def _drafted(
     sampling: Sampling | None,
     noise: Noise | None,
     tree: Tree,
-    drafts: Any,
-    above: int,
-    first: int,
-    count: int,
-) -> tuple[Candidates, Any]:
-    """The drafter's `count` best children of each row from `above` up to `first`."""
+    drafts: jax.Array,
+    level: _Level,
+    most: int,
+) -> tuple[Candidates, jax.Array]:
+    """The drafter's best children of each row above a level, as many as the level has rows, in `most` places each."""
     drafter = network.drafter
     assert drafter is not None
-    rows = slice(above, first)
-    batch, width = tree.token[:, rows].shape
-    position = state.prefix[:, None] + depth_in(tree)[:, rows]
-    features, drafts = drafter.run(state.memory, drafts, above, tree.token[:, rows], position, tree.parent[:, rows])
-    flat = features.reshape(batch * width, -1)
+    batch = tree.token.shape[0]
+
+    def above(field: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(field, level.above, most, axis=1)
+
+    token, parent, position = above(tree.token), above(tree.parent), state.prefix[:, None] + above(depth_in(tree))
+    of_parent = jnp.take_along_axis(drafts, jnp.maximum(parent, 0)[:, :, None], axis=1)
+    features, own = drafter.run(state.memory, of_parent, token, position, parent)
+    inside = jnp.arange(most) < level.of_above
+    own = jnp.where(inside[None, :, None], own, above(drafts))
+    drafts = jax.lax.dynamic_update_slice_in_dim(drafts, own, level.above, axis=1)
+    flat = features.reshape(batch * most, -1)
     logits = drafter.logits(flat)
     columns = drafter.vocabulary
     row_noise = None
     if noise is not None:
-        row_noise = noise_at(noise, position + 1).reshape(batch * width, -1)
+        row_noise = noise_at(noise, position + 1).reshape(batch * most, -1)
         row_noise = row_noise if columns is None else row_noise[:, columns]
     adjusted = scores(logits, sampling, row_noise)
     log_all = log_total(adjusted, None if drafter.rest is None else drafter.rest(flat), sampling)
     # Asked for values too, XLA sorts the whole vocabulary on CPUs.
-    best = jax.lax.top_k(adjusted, count)[1]
+    best = jax.lax.top_k(adjusted, most)[1]
     adjusted = jnp.take_along_axis(adjusted, best, axis=1)
     score = jnp.where(adjusted > -jnp.inf, quantized(adjusted - log_all[:, None]), -jnp.inf)
+    score = jnp.where(jnp.arange(most)[None] < level.width, score, -jnp.inf).reshape(batch, most, most)
     token = best if columns is None else columns[best]
-    parent = jnp.broadcast_to(jnp.arange(above, first)[None, :, None], (batch, width, count))
-    path = tree.score[:, rows, None] + score.reshape(batch, width, count)
-    found = (token.reshape(batch, -1), parent.reshape(batch, -1), path.reshape(batch, -1))
-    return Candidates(*found), drafts
+    row = jnp.broadcast_to((level.above + jnp.arange(most))[None, :, None], score.shape)
+    path = jnp.where(inside[None, :, None], above(tree.score)[:, :, None] + score, -jnp.inf)
+    return Candidates(token.reshape(batch, -1), row.reshape(batch, -1), path.reshape(batch, -1)), drafts
 
 
 def _noise_ahead(network: TreeNetwork, state: SerialState, sampling: Sampling | None, levels: int) -> Noise | None:

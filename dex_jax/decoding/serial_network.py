@@ -18,13 +18,12 @@ from dex_jax.lattice import NO_NODE
 from dex_jax.nn.transformer import Transformer
 
 
-def tree_network(model: Transformer, config: ExitsConfig | None, arrays: ExitArrays | None, rows: int) -> TreeNetwork:
+def tree_network(model: Transformer, config: ExitsConfig | None, arrays: ExitArrays | None) -> TreeNetwork:
     """The callables of `model`.
 
     Args:
       model: any layout.
       config, arrays: of a drafter, see ExitsConfig.is_drafter; None for none.
-      rows: N, of the trees.
     """
 
     def run(memory: Any, token: Any, position: Any, ancestors: Any, prefix: Any) -> Any:
@@ -34,7 +33,7 @@ def tree_network(model: Transformer, config: ExitsConfig | None, arrays: ExitArr
         memory = commit_rows(model, memory, fresh, path.row, path.prefix, path.hidden)
         return memory._replace(exits=commit_drafts(model, config, arrays, memory.exits, path))
 
-    drafter = None if config is None or arrays is None else tree_drafter(model, config, arrays, rows)
+    drafter = None if config is None or arrays is None else tree_drafter(model, config, arrays)
     return TreeNetwork(model.config.vocab_size, run, commit, model.logits, drafter)
 
 
@@ -48,20 +47,20 @@ def commit_drafts(
     return read_chunk(model, config, arrays, memory, path.token, path.hidden, path.prefix, ends)
 
 
-def tree_drafter(model: Transformer, config: ExitsConfig, arrays: ExitArrays, rows: int) -> Drafter:
+def tree_drafter(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -> Drafter:
     """The callables of a drafter alone, arguments as of `tree_network`.
 
-    Its drafts are [B, N, D], estimates of what the final norm would give at each row.
+    Its drafts are [B, rows, D], estimates of what the final norm would give at each row.
     """
     dtype = model.embed[...].dtype
     logits, rest = shared_columns(model, arrays)
 
-    def run(memory: Any, drafts: Any, first: int, token: Any, position: Any, parent: Any) -> Any:
+    def run(memory: Any, of_parent: jax.Array, token: Any, position: Any, parent: Any) -> Any:
         del position
-        return draft_rows(model, config, arrays, memory.exits, drafts, first, token, parent)
+        return draft_rows(model, config, arrays, memory.exits, of_parent, token, parent)
 
     return Drafter(
-        begin=lambda batch: jnp.zeros((batch, rows, config.width), dtype),
+        begin=lambda batch, rows: jnp.zeros((batch, rows, config.width), dtype),
         run=run,
         logits=logits,
         rest=rest,
@@ -74,29 +73,26 @@ def draft_rows(
     config: ExitsConfig,
     arrays: ExitArrays,
     memory: ExitMemory,
-    drafts: jax.Array,
-    first: int,
+    of_parent: jax.Array,
     token: jax.Array,
     parent: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the rows of one level: each reads its token and what the drafter made of its parent.
+    """Runs some rows of one level: each reads its token and what the drafter made of its parent.
 
     Args:
       model, config, arrays: what runs; the one exit is a drafter, see ExitsConfig.is_drafter.
       memory: of the committed prefix; the root's parent is the last position of it.
-      drafts: [B, N, D], of the levels before.
-      first: row of the level's first.
+      of_parent: [B, w, D], what this gave for their parents.
       token: [B, w] int32.
       parent: [B, w] int32 rows of the tree, NO_NODE for the root.
 
     Returns:
-      (features [B, w, D + 1] with the rest logit last, drafts with these rows).
+      (features [B, w, D + 1] with the rest logit last, [B, w, D] for the rows below).
     """
     batch, width = token.shape
-    of_parent = jnp.take_along_axis(drafts, jnp.maximum(parent, 0)[:, :, None], axis=1)
     previous = jnp.where((parent == NO_NODE)[:, :, None], memory.previous[:, None], of_parent)
     state = model.embed_tokens(jnp.maximum(token, 0))
     flat = (1, batch * width, config.width)
     features = exit_heads(config, arrays).features(state.reshape(flat), previous.reshape(flat), None)
     features = features.reshape(batch, width, -1)
-    return features, drafts.at[:, first : first + width].set(features[..., :-1])
+    return features, features[..., :-1].astype(of_parent.dtype)

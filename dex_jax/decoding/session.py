@@ -6,6 +6,7 @@ Letters: B sequences, S cache length, T capacity for new tokens, D model width, 
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from dex_jax.decoding.chain_network import chain_network
 from dex_jax.decoding.interface import Network
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.network import extend, last_states, shared_exits, transformer_network
+from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.record import Limits, Record
 from dex_jax.decoding.serial_network import tree_network
@@ -45,20 +47,34 @@ from dex_jax.sharding import EVERYWHERE, check_batch, check_stages, place, zeros
 
 SMALLEST_BUCKET = 16
 PREFILL_CHUNK = 512
-LENGTH_STEP = 64
+SMALLEST_CACHE, CACHE_STEP = 256, 1024
+BATCH_STEP = 4
 
 
 def prompt_bucket(length: int) -> int:
     """The padded length of a prompt: a power of two up to PREFILL_CHUNK, then whole chunks."""
-    bucket = SMALLEST_BUCKET
-    while bucket < min(length, PREFILL_CHUNK):
-        bucket *= 2
-    return bucket if length <= PREFILL_CHUNK else -(-length // PREFILL_CHUNK) * PREFILL_CHUNK
+    return _on_ladder(length, SMALLEST_BUCKET, PREFILL_CHUNK)
 
 
-def capacity_for(max_new_tokens: int) -> int:
-    """T: room for new tokens, in steps, so that a few tokens more or less compile nothing."""
-    return -(-max_new_tokens // LENGTH_STEP) * LENGTH_STEP
+def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int) -> int:
+    """S, cache positions for a longest prompt of so many tokens, the new ones and `ahead` more.
+
+    A power of two up to CACHE_STEP, then whole steps: what decodes is compiled for S, not for lengths of prompts and
+    answers.
+    """
+    needed = max(prompt_bucket(prompt_length), prompt_length + max_new_tokens + ahead)
+    return _on_ladder(needed, SMALLEST_CACHE, CACHE_STEP)
+
+
+def batch_bucket(sequences: int) -> int:
+    """B, the sequences that programs are compiled for; those beyond `sequences` are done before they begin."""
+    return sequences if sequences <= 2 else -(-sequences // BATCH_STEP) * BATCH_STEP
+
+
+def _on_ladder(size: int, smallest: int, step: int) -> int:
+    if size > step:
+        return -(-size // step) * step
+    return max(smallest, 1 << (size - 1).bit_length())
 
 
 def prefill_chunk(
@@ -105,13 +121,15 @@ def start_decoding(
     limits: Limits,
     sampling: Sampling | None,
     prompt: jax.Array | None = None,
+    costs: serial.RoundCosts | None = None,
     *,
     spec: Spec,
     capacity: int,
 ) -> Any:
     """Chooses token 0 and returns the state of the method's loop before its first tick.
 
-    `memory` has no lattice yet; serial rounds need the `prompt` [B, R] int32, padded on the right.
+    `memory` has no lattice yet; serial rounds need the `prompt` [B, S] int32, padded on the right, and
+    where they choose rows their `costs`.
     """
     if spec.mesh is not None:
         return on_mesh.start_decoding(
@@ -129,7 +147,7 @@ def start_decoding(
     if spec.schedule.tree is not None:
         assert prompt is not None
         return serial.init(
-            tree_network(model, spec.exits, heads, spec.schedule.tree.rows),
+            tree_network(model, spec.exits, heads),
             memory,
             prompt,
             token,
@@ -139,6 +157,7 @@ def start_decoding(
             capacity=capacity,
             limits=limits,
             sampling=sampling,
+            costs=costs,
         )
     slots = spec.schedule.stages * spec.schedule.rows
     memory = cache.with_lattice(memory, spec.config, spec.layout, slots)
@@ -176,7 +195,7 @@ def run_ticks(
         on_chain = chain_network(model, spec.schedule.depths, spec.exits, heads)
         return chain.run(on_chain, state, limits, sampling, policy=policy, until_tick=until_tick)
     if tree is not None:
-        on_tree = tree_network(model, spec.exits, heads, tree.rows)
+        on_tree = tree_network(model, spec.exits, heads)
         return serial.run(on_tree, state, limits, sampling, shape=tree, until_tick=until_tick)
     network, schedule = network_of(model, heads, spec), spec.schedule
     options: dict[str, Any] = {"decs": schedule.decs, "proposing": schedule.proposing}
@@ -257,20 +276,31 @@ class Session:
         check_mesh(lm.mesh, lm.layout, schedule, len(prompts))
         self.lm = lm
         self.exits = exits
+        tree = schedule.tree
+        self.costs = None if tree is None else tree.costs
+        if tree is not None:
+            schedule = dataclasses.replace(schedule, tree=tree.without_costs)
         self.spec = Spec(lm.config, lm.layout, schedule, None if exits is None else exits.config, lm.mesh)
-        self.sampling = self._put(sampling, on_mesh.sampling_specs(sampling))
-        self.lengths = np.array([len(p) for p in prompts], np.int32)
-        bucket = prompt_bucket(int(self.lengths.max()))
-        self.padded = np.zeros((len(prompts), bucket), np.int32)
-        for row, prompt in zip(self.padded, prompts, strict=True):
-            row[: len(prompt)] = prompt
+        self.sequences = len(prompts)
+        batch = self.sequences if lm.mesh is not None else batch_bucket(self.sequences)
+        self.lengths = np.ones(batch, np.int32)
+        self.lengths[: self.sequences] = [len(prompt) for prompt in prompts]
+        longest = int(self.lengths.max())
+        bucket = prompt_bucket(longest)
         self.chunk = min(bucket, PREFILL_CHUNK)
-        self.capacity = capacity_for(max_new_tokens)
-        self.cache_length = bucket + self.capacity + schedule.ahead
+        self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead)
+        self.capacity = self.cache_length
+        self.padded = np.zeros((batch, bucket), np.int32)
+        for row, prompt in zip(self.padded, prompts, strict=False):
+            row[: len(prompt)] = prompt
         eos = jnp.asarray(lm.eos_ids or (NO_TOKEN,), jnp.int32)
-        limits = Limits(jnp.full(len(prompts), max_new_tokens, jnp.int32), eos)
+        most = np.where(np.arange(batch) < self.sequences, max_new_tokens, 0)
+        limits = Limits(jnp.asarray(most, jnp.int32), eos)
         self.limits = self._put(limits, on_mesh.LIMITS)
+        self.sampling = self._put(_filled(sampling, batch), on_mesh.sampling_specs(sampling))
         self.tick = 0
+        self.pieces = np.zeros(1)  # how often each kind of work that `pace` knows has been done so far
+        self.pace = Pace(np.ones(1) if self.costs is None else np.append(self.costs.rows, self.costs.drafting))
         self.heads: ExitArrays | None = None
         self.state: Any = None
 
@@ -285,8 +315,12 @@ class Session:
         of_prefill = self.spec_of_prefill()
         seen = heads if of_prefill.exits is not None else None
         PREFILL.compile(weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
-        prompt = None if self.spec.schedule.tree is None else jax.ShapeDtypeStruct(self.padded.shape, jnp.int32)
-        start = (weights, heads, memory, last, lengths, self.limits, self.sampling, prompt)
+        prompt = (
+            None
+            if self.spec.schedule.tree is None
+            else jax.ShapeDtypeStruct((len(self.lengths), self.cache_length), jnp.int32)
+        )
+        start = (weights, heads, memory, last, lengths, self.limits, self.sampling, prompt, self.costs)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.capacity}
         START.compile(*start, **statics)
         state = jax.eval_shape(lambda *args: start_decoding(*args, **statics), *start)
@@ -313,11 +347,19 @@ class Session:
             lengths,
             self.limits,
             self.sampling,
-            None if self.spec.schedule.tree is None else jnp.asarray(self.padded),
+            self._text(),
+            self.costs,
             spec=self.spec,
             capacity=self.capacity,
         )
         jax.block_until_ready(self.state)
+
+    def _text(self) -> jax.Array | None:
+        """[B, S] int32, the prompts, for methods that read what the text said before."""
+        if self.spec.schedule.tree is None:
+            return None
+        missing = self.cache_length - self.padded.shape[1]
+        return jnp.asarray(np.pad(self.padded, ((0, 0), (0, missing))))
 
     def _blank(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
         """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
@@ -378,9 +420,25 @@ class Session:
         """Runs at most `ticks` more ticks and returns the record on the host."""
         self.tick += ticks
         until = self._put(jnp.int32(self.tick), EVERYWHERE)
+        begin, before = time.perf_counter(), self.pieces
         self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, spec=self.spec)
-        return self.record()
+        record = self.record()
+        work = record.ticks.max(keepdims=True) if self.costs is None else self.state.chosen
+        self.pieces = np.asarray(work, np.float64)
+        if before.any():  # the first chunk touches memory that is new
+            self.pace.saw(self.pieces - before, time.perf_counter() - begin)
+            if self.costs is not None:
+                rows, drafting = np.float32(self.pace.costs[:-1]), np.float32(self.pace.costs[-1])
+                self.state = self.state._replace(costs=serial.RoundCosts(jnp.asarray(rows), jnp.asarray(drafting)))
+        return record
 
     def record(self) -> Record:
         """What has been emitted so far, as NumPy arrays."""
-        return to_host(self.state.record)
+        return jax.tree.map(lambda field: field[: self.sequences], to_host(self.state.record))
+
+
+def _filled(sampling: Sampling | None, batch: int) -> Sampling | None:
+    """The same with keys for so many sequences, the last one's for those that have none."""
+    if sampling is None or len(sampling.keys) == batch:
+        return sampling
+    return sampling._replace(keys=sampling.keys[np.minimum(np.arange(batch), len(sampling.keys) - 1)])

@@ -56,27 +56,36 @@ def plant(root: jax.Array, rows: int) -> Tree:
     )
 
 
-def grow(tree: Tree, candidates: Candidates, first: int, width: int) -> Tree:
+def grow(tree: Tree, candidates: Candidates, first: jax.Array, width: jax.Array, most: int) -> Tree:
     """Puts the best `width` candidates into the rows from `first` on, ties by the order in which they come.
 
-    Candidates of one parent with one token are one candidate, with the better of their scores.
+    Candidates of one parent with one token are one candidate, with the better of their scores. Rows up to
+    first + `most`, which is at least `width`, must be there and not be used yet.
     """
-    token, parent, score = candidates
+    missing = max(0, most - candidates.token.shape[0])
+    token, parent, score = (
+        jnp.pad(field, (0, missing), constant_values=blank)
+        for field, blank in zip(candidates, (NO_TOKEN, NO_NODE, -jnp.inf), strict=True)
+    )
     same = (token[:, None] == token[None, :]) & (parent[:, None] == parent[None, :])
     alike = same & (score > -jnp.inf)[None, :]
     best = jnp.max(jnp.where(alike, score[None, :], -jnp.inf), axis=1)
     earlier = jnp.tril(jnp.ones(same.shape, bool), k=-1)
     score = jnp.where(jnp.any(alike & earlier, axis=1) | (score == -jnp.inf), -jnp.inf, best)
-    chosen = jnp.argsort(-score, stable=True)[:width]
-    found = score[chosen] > -jnp.inf
+    chosen = jnp.argsort(-score, stable=True)[:most]
+    found = (score[chosen] > -jnp.inf) & (jnp.arange(most) < width)
     above = jnp.where(found, parent[chosen], NO_NODE)
-    rows = slice(first, first + width)
+    itself = first + jnp.arange(most)[:, None] == jnp.arange(tree.token.shape[0])[None]
     seen = tree.ancestors[jnp.maximum(above, 0)] & found[:, None]
+
+    def put(rows: jax.Array, fresh: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(rows, fresh, first, axis=0)
+
     return Tree(
-        token=tree.token.at[rows].set(jnp.where(found, token[chosen], NO_TOKEN)),
-        parent=tree.parent.at[rows].set(above),
-        score=tree.score.at[rows].set(score[chosen]),
-        ancestors=tree.ancestors.at[rows].set(seen | tree.ancestors[rows]),
+        token=put(tree.token, jnp.where(found, token[chosen], NO_TOKEN)),
+        parent=put(tree.parent, above),
+        score=put(tree.score, jnp.where(found, score[chosen], -jnp.inf)),
+        ancestors=put(tree.ancestors, seen | itself),
     )
 
 

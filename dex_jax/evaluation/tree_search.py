@@ -15,9 +15,9 @@ from dex_jax.decoding.auto import round_seconds
 from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.known_trees import LOOKUP_TRUST, KnownTree
-from dex_jax.decoding.methods import Dex
+from dex_jax.decoding.methods import SPARE, Dex
 from dex_jax.decoding.serial import TreeShape
-from dex_jax.decoding.session import capacity_for, prompt_bucket
+from dex_jax.decoding.session import cache_length_for
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
@@ -114,7 +114,7 @@ def search_trees(
         raise DexError(f"sizes must be among {', '.join(map(str, ROWS[1:]))}, not {', '.join(map(str, asked))}")
     if largest is not None and largest <= max(sizes):
         raise DexError(f"the largest tree must have more rows than {max(sizes)}, not {largest}")
-    length = prompt_bucket(max(map(len, prompts))) + capacity_for(new_tokens)
+    length = cache_length_for(max(map(len, prompts)), new_tokens, SPARE)
     costs = step_costs(lm.config, lm.layout, lm.dtype, 1, length, drafter)
     known: dict[TreeShape, TreeFigures] = {}
 
