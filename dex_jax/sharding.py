@@ -190,7 +190,8 @@ def map_placed(function: Any, tree: Any, specs: Any, mesh: Mesh) -> Any:
     """function(leaf, its NamedSharding) over a tree, `specs` being a prefix of it."""
 
     def under(spec: PartitionSpec, branch: Any) -> Any:
-        return jax.tree.map(lambda leaf: function(leaf, NamedSharding(mesh, spec)), branch)
+        # A program's result without elements lies everywhere, whatever the program says.
+        return jax.tree.map(lambda leaf: function(leaf, NamedSharding(mesh, spec if leaf.size else EVERYWHERE)), branch)
 
     return jax.tree.map(under, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 
 import chex
 import jax
@@ -21,6 +22,7 @@ from reference.small_models import (
 
 import dex_jax
 from dex_jax import AR, Dex, DexError, Stacked
+from dex_jax.decoding import exits
 from dex_jax.decoding.session import RUN, START
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.prompts import encode_prompt
@@ -363,11 +365,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_told() -> None:
         encode_prompt("BZ", lm.tokenizer, 20, "somewhere")
 
 
-def test_default_exits_say_that_they_are_shared(capsys) -> None:
-    output = generate(model(), UNEVEN, exits="default")
+def test_default_exits_say_once_that_they_are_shared(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(exits, "_SAID", set())
+    output = [generate(model(), UNEVEN, exits="default") for _ in range(2)][-1]
     assert output.stats.exits_source == "shared"
-    assert "shared" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("shared") == 1
     np.testing.assert_array_equal(output.tokens, explored("K3 uneven").tokens)
+
+
+def test_every_option_is_in_the_signature() -> None:
+    parameters = {name: inspect.signature(getattr(dex_jax, name)).parameters for name in ("generate", "stream")}
+    assert list(parameters["generate"]) == list(parameters["stream"])
+    assert {"method", "max_new_tokens", "exits", "temperature", "stop"} <= set(parameters["stream"])
+    assert all(p.kind == inspect.Parameter.KEYWORD_ONLY for p in list(parameters["stream"].values())[2:])
+    with pytest.raises(TypeError, match="maximum"):
+        dex_jax.generate(model(), [[1]], maximum=3)
 
 
 BAD = {
@@ -393,6 +405,12 @@ BAD = {
     "stop string without a tokenizer": ({"stop": "x"}, "tokenizer"),
     "unknown exits": ({"exits": "trained"}, "exits"),
     "no ticks": ({"ticks_per_update": 0}, "ticks_per_update"),
+    "a method's name": ({"method": "dex"}, "object such as dex_jax.Dex()"),
+    "a method's class": ({"method": Dex}, "object such as dex_jax.Dex()"),
+    "a seed of 64 bits": ({"temperature": 1.0, "seed": 2**63}, "63 bits"),
+    "a seed that is no number": ({"seed": ["a"]}, "63 bits"),
+    "more samples than memory": ({"num_samples": 10**12}, "4096 sequences"),
+    "rows without bound": ({"method": Dex(explorers=4, rows=10**9)}, "1 to 1024"),
     "both explorers and depths": ({"method": Dex(explorers=2, depths=(2, 4))}, "not both"),
     "too many explorers": ({"method": Dex(explorers=5)}, "explorers"),
 }

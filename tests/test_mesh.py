@@ -22,7 +22,6 @@ from reference import twin
 from reference.small_models import LLAMA, SmallModel, ragged_prompts, small_model
 from test_generate import noise_of
 
-from dex_jax.decoding.methods import SPARE
 from dex_jax.decoding.stage import final_first
 from dex_jax.errors import DexError
 from dex_jax.forced.run import forced_exits
@@ -33,7 +32,7 @@ from dex_jax.sharding import check_batch, check_model, check_stages, make_mesh
 TESTS = Path(__file__).resolve().parent
 DEVICES = 8
 WIDTH, VOCABULARY = LLAMA.width, LLAMA.vocab_size
-PROMPT, CAPACITY = 16, 64 + SPARE
+PROMPT, CACHE_LENGTH = 16, 256
 ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
 # Every number of devices, greedy and sampled, one sequence or four; grids of 2 and 3 stages are uneven.
@@ -58,6 +57,8 @@ AXES = [
     Case("tensor", "stage=2,tensor=2", 3, batch=4),
     Case("tensor of 9 heads", "stage=2,tensor=3", 2, heads=(9, 3), sampled=True, filters=True),
     Case("data", "data=2,stage=3", 3, batch=4, sampled=True, filters=True),
+    # Of one explorer nothing is offered: an array without elements.
+    Case("data, one explorer", "data=2,stage=1", 2, batch=4),
     Case("all axes", "data=2,stage=2,tensor=2", 2, batch=4),
     Case("ar all axes", "data=2,stage=2,tensor=2", 2, method="ar", batch=4),
 ]
@@ -245,7 +246,7 @@ def test_no_cache_is_copied(folder: Path, name: str) -> None:
 
 def what_makes_caches(text: str, case: Case) -> list[str]:
     """The operations of a compiled program whose results are whole caches."""
-    found = re.findall(rf" = f32\[[\d,]*,{PROMPT + CAPACITY},{case.head_dim}\]\S* (\w[\w\-]*)\(", text)
+    found = re.findall(rf" = f32\[[\d,]*,{CACHE_LENGTH},{case.head_dim}\]\S* (\w[\w\-]*)\(", text)
     assert "parameter" in found
     return found
 

@@ -40,7 +40,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         # Which of AR and serial rounds is chosen is measured on the device; the latter hold no less.
         method = Dex(schedule="parallel" if stand_at_depths(args.exits, checkpoint.fingerprint()) else "serial")
     resolved = resolve_method(method, args.exits, config, checkpoint.fingerprint())
-    resolved.say()
+    resolved.say(checkpoint.fingerprint())
     schedule = resolved.schedule
     layout = layout or Unrolled()
     prompts: list[Prompt] = prompts_of(args) if args.prompt or args.prompt_file is not None else [[0]]

@@ -21,6 +21,10 @@ DEFAULTS = Path(__file__).resolve().parents[1] / "default_exits"
 """One file for each model that trained exits ship for."""
 
 
+_SAID: set[tuple[str, str]] = set()
+"""Models, by their fingerprint, and remarks."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ResolvedExits:
     """What a generation's `exits` comes to.
@@ -38,10 +42,12 @@ class ResolvedExits:
     trained: TrainedExits | None
     remarks: tuple[str, ...] = ()
 
-    def say(self) -> None:
-        """Prints the remarks on stderr."""
+    def say(self, fingerprint: str) -> None:
+        """Prints the remarks on stderr, each once in a process for a model."""
         for remark in self.remarks:
-            print(remark, file=sys.stderr)
+            if (fingerprint, remark) not in _SAID:
+                _SAID.add((fingerprint, remark))
+                print(remark, file=sys.stderr)
 
 
 def resolve_method(

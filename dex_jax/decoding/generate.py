@@ -5,10 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import inspect
 import os
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from dex_jax.decoding.exits import ResolvedExits, resolve_method
 from dex_jax.decoding.methods import SPARE, Dex, Method, Schedule, whole_number, with_stages
 from dex_jax.decoding.output import Output, Stats, counts, cut, steps_of
 from dex_jax.decoding.record import Record
-from dex_jax.decoding.session import Session, cache_length_for, compile_seconds
+from dex_jax.decoding.session import Session, batch_bucket, cache_length_for, compile_seconds
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError
@@ -33,37 +34,32 @@ from dex_jax.sharding import STAGE, device_name
 
 TICKS_PER_CALL = 64
 
+MOST_SEQUENCES = 4096
+"""What a batch may hold: far more than any device decodes at once."""
+
+SEEDS = 2**63
+"""Seeds lie below it."""
+
 SMALLEST_TEMPERATURE = 1e-6
 """Below it float32 logits overflow when divided, and sampling is greedy long before."""
 
 
-def generate(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options) -> Output:
-    """Generates continuations of a batch of prompts.
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A checked request: what to run, and what its Output repeats."""
 
-    What it is doing meanwhile is told to whoever is `dex_jax.progress.listening`.
-
-    Args:
-      lm: from `dex_jax.load`.
-      prompts: strings (the chat template is applied unless chat=False), lists of messages, or lists of token ids;
-        one string alone is a batch of one.
-      **options: those of `stream`, except ticks_per_update.
-
-    Returns:
-      Output; with any method and any exits its tokens are those of AR under the same seed.
-
-    Raises:
-      DexError: bad options or prompts, or no memory for them; the sentence says which and what to do.
-
-    Examples:
-      >>> out = generate(lm, ["Why is the sky blue?"], max_new_tokens=32)   # doctest: +SKIP
-      >>> out.texts[0], int(out.stats.ticks[0])   # doctest: +SKIP
-    """
-    (output,) = collections.deque(stream(lm, prompts, ticks_per_update=TICKS_PER_CALL, **options), maxlen=1)
-    return output
+    session: Session
+    schedule: Schedule
+    choice: str | None
+    exits: ResolvedExits
+    ids: list[list[int]]
+    seeds: list[int] | None
+    stops: StopStrings
+    ticks_per_update: int
 
 
-def stream(
-    lm: LanguageModel,
+def prepare(
+    lm: Outline | LanguageModel,
     prompts: Prompt | Sequence[Prompt],
     *,
     method: Method | None = None,
@@ -77,7 +73,66 @@ def stream(
     stop: str | Sequence[str] | None = None,
     chat: bool = True,
     ticks_per_update: int = 4,
-) -> Iterator[Output]:
+) -> Prepared:
+    """Checks prompts and options, which `stream` explains, and builds the session that runs them."""
+    whole_number(ticks_per_update=ticks_per_update)
+    encode = functools.partial(encode_prompts, lm, prompts, chat, num_samples, max_new_tokens)
+    ids = encode() if lm.mesh is None else from_first(encode)
+    sampling, seeds = sampling_of(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
+    length = cache_length_for(max(map(len, ids)), max_new_tokens, SPARE)
+    model = (lm.config, lm.layout, lm.dtype, lm.fingerprint)
+    method = with_stages(method, None if lm.mesh is None else lm.mesh.shape[STAGE])
+    settled, choice = settle(method, exits, *model, batch_bucket(len(ids)), length)
+    resolved = _resolve(lm, settled, exits)
+    session = Session(lm, ids, resolved.schedule, max_new_tokens, sampling, resolved.trained)
+    stops = StopStrings(stop, lm.tokenizer)
+    return Prepared(session, resolved.schedule, choice, resolved, ids, seeds, stops, ticks_per_update)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _takes_what(prepare: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Gives a function of (lm, prompts, **options) the signature of `prepare`, where every option stands once."""
+
+    def decorate(function: Callable[..., R]) -> Callable[P, R]:
+        returns = inspect.signature(function).return_annotation
+        function.__signature__ = inspect.signature(prepare).replace(return_annotation=returns)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_takes_what(prepare)
+def generate(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any) -> Output:
+    """Generates continuations of a batch of prompts.
+
+    What it is doing meanwhile is told to whoever is `dex_jax.progress.listening`.
+
+    Args:
+      lm: from `dex_jax.load`.
+      prompts: strings (the chat template is applied unless chat=False), lists of messages, or lists of token ids;
+        one string alone is a batch of one.
+      **options: those of `stream`.
+
+    Returns:
+      Output; with any method and any exits its tokens are those of AR under the same seed.
+
+    Raises:
+      DexError: bad options or prompts, or no memory for them; the sentence says which and what to do.
+
+    Examples:
+      >>> out = generate(lm, ["Why is the sky blue?"], max_new_tokens=32)   # doctest: +SKIP
+      >>> out.texts[0], int(out.stats.ticks[0])   # doctest: +SKIP
+    """
+    updates = stream(lm, prompts, **{"ticks_per_update": TICKS_PER_CALL, **options})
+    (output,) = collections.deque(updates, maxlen=1)
+    return output
+
+
+@_takes_what(prepare)
+def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any) -> Iterator[Output]:
     """As `generate`, yielding the Output so far after every few ticks; the last one is complete.
 
     Args:
@@ -96,7 +151,7 @@ def stream(
       num_samples: repeats each prompt n times, one row after the other.
       stop: strings that end a sequence; they are cut from the text.
       chat: whether string prompts go through the chat template.
-      ticks_per_update: how many ticks or rounds run on the device between two yields.
+      ticks_per_update: how many ticks or rounds run on the device between two yields; `generate` takes 64 unless told.
 
     Yields:
       Output, with `finished` telling which rows have ended.
@@ -104,23 +159,8 @@ def stream(
     Raises:
       DexError: as `generate`.
     """
-    if ticks_per_update < 1:
-        raise DexError(f"ticks_per_update must be at least 1, not {ticks_per_update}")
-    run = prepare(
-        lm,
-        prompts,
-        method=method,
-        max_new_tokens=max_new_tokens,
-        exits=exits,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        num_samples=num_samples,
-        stop=stop,
-        chat=chat,
-    )
-    run.exits.say()
+    run = prepare(lm, prompts, **options)
+    run.exits.say(lm.fingerprint)
     times = dict.fromkeys(("compile", "prefill", "decode"), 0.0)
     with _Clock(times, "prefill"):
         run.session.prefill()
@@ -135,10 +175,11 @@ def stream(
                 reconsider(session.pace, lm.config, lm.layout, lm.dtype, session.sequences, session.cache_length)
             return
         with _Clock(times, "decode"):
-            record = run.session.advance(ticks_per_update)
+            record = run.session.advance(run.ticks_per_update)
 
 
-def precompile(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], **options) -> float:
+@_takes_what(prepare)
+def precompile(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any) -> float:
     """Checks prompts and options and compiles what `stream` would run with them; returns the seconds it took.
 
     With an Outline this happens before any weight is loaded, so that bad input costs nothing and what compilation needs
@@ -148,47 +189,6 @@ def precompile(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], 
     before = compile_seconds()
     run.session.compile()
     return compile_seconds() - before
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A checked request: what to run, and what its Output repeats."""
-
-    session: Session
-    schedule: Schedule
-    choice: str | None
-    exits: ResolvedExits
-    ids: list[list[int]]
-    seeds: list[int] | None
-    stops: StopStrings
-
-
-def prepare(
-    lm: Outline | LanguageModel,
-    prompts: Prompt | Sequence[Prompt],
-    *,
-    method: Method | None = None,
-    max_new_tokens: int = 128,
-    exits: str | os.PathLike | TrainedExits = "default",
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | Sequence[int] = 0,
-    num_samples: int = 1,
-    stop: str | Sequence[str] | None = None,
-    chat: bool = True,
-) -> Prepared:
-    """Checks prompts and options, which are those of `stream`, and builds the session that runs them."""
-    encode = functools.partial(encode_prompts, lm, prompts, chat, num_samples, max_new_tokens)
-    ids = encode() if lm.mesh is None else from_first(encode)
-    sampling, seeds = sampling_of(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
-    length = cache_length_for(max(map(len, ids)), max_new_tokens, SPARE)
-    model = (lm.config, lm.layout, lm.dtype, lm.fingerprint)
-    method = with_stages(method, None if lm.mesh is None else lm.mesh.shape[STAGE])
-    settled, choice = settle(method, exits, *model, len(ids), length)
-    resolved = _resolve(lm, settled, exits)
-    session = Session(lm, ids, resolved.schedule, max_new_tokens, sampling, resolved.trained)
-    return Prepared(session, resolved.schedule, choice, resolved, ids, seeds, StopStrings(stop, lm.tokenizer))
 
 
 def _resolve(lm: Outline | LanguageModel, method: Method, exits: str | os.PathLike | TrainedExits) -> ResolvedExits:
@@ -238,6 +238,11 @@ def encode_prompts(
         raise DexError("there is no prompt: give at least one")
     if isinstance(batch[0], (int, np.integer, dict)):
         raise DexError("prompts is a list of prompts: put a list of token ids or of messages into a list of its own")
+    if len(batch) * num_samples > MOST_SEQUENCES:
+        raise DexError(
+            f"{len(batch)} prompts with {num_samples} samples of each are more than the {MOST_SEQUENCES} sequences "
+            "that one call takes: give fewer prompts or a smaller num_samples"
+        )
     ids = [lm.encode(prompt, chat) for prompt in batch]
     for number, prompt in enumerate(ids, 1):
         if len(prompt) + max_new_tokens > lm.config.context:
@@ -264,7 +269,9 @@ def sampling_of(
         whole_number(top_k=top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise DexError(f"top_p must lie in (0, 1], not {top_p}")
-    seeds = [int(seed) + row for row in range(batch)] if isinstance(seed, (int, np.integer)) else list(map(int, seed))
+    seeds = [int(seed) + row for row in range(batch)] if isinstance(seed, (int, np.integer)) else list(seed)
+    if not all(isinstance(each, (int, np.integer)) and -SEEDS <= each < SEEDS for each in seeds):
+        raise DexError("a seed is a whole number of at most 63 bits: give one, or one for each sequence")
     if len(seeds) != batch:
         raise DexError(f"there are {len(seeds)} seeds for {batch} sequences: give one number, or one for each")
     if temperature == 0:

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from dex_jax import lattice as lat
 from dex_jax.decoding.heads import Proposers, propose
 from dex_jax.decoding.interface import Committed, Network, StageView
+from dex_jax.decoding.methods import whole_number
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
-from dex_jax.decoding.record import Limits, Record, begin, emit, until_done
+from dex_jax.decoding.record import Limits, Record, begin, check_limits, emit, until_done
+from dex_jax.errors import DexError
 from dex_jax.lattice import Lattice
 from dex_jax.sampling import Sampling, choose
 
@@ -79,7 +81,14 @@ def init(
       capacity: T, room for new tokens.
       limits: when a sequence ends.
       sampling: None for greedy.
+
+    Raises:
+      DexError: stages or rows that are no whole numbers of at least 1, more stages than one without exits, or limits of
+        other shapes.
     """
+    whole_number(stages=stages, rows=rows, capacity=capacity)
+    if stages > 1 and network.exits is None:
+        raise DexError(f"a network without exits has one stage, and not {stages}: give it exits, or stages=1")
     batch = first_token.shape[0]
     record = begin(first_token, capacity, limits)
     tick = jnp.int32(0)
@@ -118,15 +127,22 @@ def step(
       sampling: as given to `init`.
       decs: whether an exit may not repeat a token that its node's children hold (depth-coupled sampling).
       proposing: the exits 1..K-1 that propose; None for all.
+
+    Raises:
+      DexError: a network of other stages than the state has, or without exits, or limits of other shapes.
     """
     stages, rows = state.stages, state.rows
+    check_limits(limits, state.prefix.shape[0])
+    exits = network.exits
+    if stages > 1 and exits is None:
+        raise DexError(f"a network without exits has one stage, and the state has {stages}: give the network exits")
     tick = state.tick + 1
     ring = lat.stage_rows(tick, stages)
     view = stage_view(state.lattice, ring, state.prefix)
 
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
     hidden = jnp.concatenate([entering[None], state.hidden[:-1]])
-    hidden, memory = network.advance(state.memory, hidden, view)
+    hidden, memory = _advance(network, state.memory, hidden, view)
 
     finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, tick)
     noise = make_noise(state.noise, sampling, state.prefix + 1, network.vocab_size)
@@ -136,15 +152,14 @@ def step(
     memory = network.commit(memory, Committed(root, root_token, state.prefix, root_hidden, finished))
     token = final_token(network, root_hidden, finished, sampling, noise, state.prefix + 1)
     lattice, prefix, record = settle(state, tick, token, finished, limits)
-    if stages > 1:
-        assert network.exits is not None
+    if exits is not None and stages > 1:
         live = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(lattice, tick), 0, 1)
         if proposing is not None:
             live = live & jnp.asarray([k in proposing for k in range(1, stages)])[:, None, None]
         frontier = jnp.max(jnp.where(live, view.position[:-1], -1), axis=(0, 2)) + 1
         noise = make_noise(noise, sampling, frontier, network.vocab_size)
         nodes = Proposers(live, _by_stage(lattice.score, ring[:-1]), _by_stage(lattice.offered, ring[:-1]))
-        proposals = propose(network.exits, memory, hidden, view, nodes, sampling, noise, decs=decs)
+        proposals = propose(exits, memory, hidden, view, nodes, sampling, noise, decs=decs)
         lattice = jax.vmap(lat.spawn, (0, None, 1))(lattice, tick, proposals)
     return DexState(tick, lattice, hidden, prefix, memory, noise, record)
 
@@ -170,6 +185,18 @@ def run(
         return step(network, state, limits, sampling, decs=decs, proposing=proposing)
 
     return until_done(tick, state, until_tick)
+
+
+def _advance(network: Network, memory: Any, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Any]:
+    stages = hidden.shape[0]
+    says = f"the network does not run the {stages} stages of {hidden.shape[2]} rows that the state has: give both alike"
+    try:
+        advanced, memory = network.advance(memory, hidden, view)
+    except (TypeError, ValueError, IndexError) as error:
+        raise DexError(f"{says} ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+    if advanced.shape != hidden.shape:
+        raise DexError(f"{says} (it returns hidden states {advanced.shape} for {hidden.shape})")
+    return advanced, memory
 
 
 def settle(

@@ -16,6 +16,7 @@ from dex_jax.lattice import default_rows, full_rows
 
 DEFAULT_EXPLORERS = 5
 FULL_ROWS_LIMIT = 8
+MOST_ROWS = 1024
 SCHEDULES = ("auto", "serial", "parallel")
 
 SPARE = 32
@@ -162,8 +163,8 @@ class Dex:
                     f"to K = {FULL_ROWS_LIMIT}, give a number of rows instead"
                 )
             return full_rows(stages)
-        if not _is_whole(self.rows):
-            raise DexError(f'rows must be a whole number of at least 1, or "full", not {self.rows}')
+        if not _is_whole(self.rows) or int(self.rows) > MOST_ROWS:
+            raise DexError(f'rows must be a whole number from 1 to {MOST_ROWS}, or "full", not {self.rows}')
         return int(self.rows)
 
 
@@ -203,6 +204,8 @@ def _is_whole(value: Any) -> bool:
 def with_stages(method: Method | None, stages: int | None) -> Method:
     """The method on a mesh of `stages`, None on one device: on a mesh "auto" is one explorer a stage."""
     method = Dex() if method is None else method
+    if not hasattr(method, "schedule_for") or isinstance(method, type):
+        raise DexError(f"a method is an object such as dex_jax.Dex() or dex_jax.AR(), not {method!r}")
     if stages is None or not isinstance(method, Dex) or method.kind not in ("auto", "parallel"):
         return method
     free = method.explorers is None and method.depths is None

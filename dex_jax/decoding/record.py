@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dex_jax.errors import DexError
 from dex_jax.lattice import NO_TOKEN
 
 PREFILL_EXIT = -1
@@ -47,9 +48,23 @@ class Record(NamedTuple):
     spent: jax.Array | None = None
 
 
+def check_limits(limits: Limits, batch: int) -> None:
+    """Whether limits are those of `batch` sequences.
+
+    Raises:
+      DexError: no Limits, or fields of other shapes.
+    """
+    if not isinstance(limits, Limits) or jnp.shape(limits.max_new_tokens) != (batch,) or jnp.ndim(limits.eos_ids) != 1:
+        raise DexError(
+            f"limits are dex_jax.Limits(max_new_tokens, eos_ids), two int32 arrays: a number for each of the {batch} "
+            "sequences, and token ids"
+        )
+
+
 def begin(first_token: jax.Array, capacity: int, limits: Limits) -> Record:
     """A record that holds token 0: first_token [B] int32, capacity T."""
     batch = first_token.shape[0]
+    check_limits(limits, batch)
     blank = jnp.full((batch, capacity), NO_TOKEN, jnp.int32)
     return Record(
         tokens=blank.at[:, 0].set(first_token),

@@ -99,7 +99,7 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
     run = prepare(lm, [prompt], method=method, **options)
     if run.schedule.kind != "parallel":
         raise DexError('only DEX with schedule="parallel" has a lattice to trace: give method=Dex(schedule="parallel")')
-    run.exits.say()
+    run.exits.say(lm.fingerprint)
     session = run.session
     session.prefill()
 
