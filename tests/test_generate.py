@@ -410,7 +410,7 @@ BAD = {
     "a seed of 64 bits": ({"temperature": 1.0, "seed": 2**63}, "63 bits"),
     "a seed that is no number": ({"seed": ["a"]}, "63 bits"),
     "more samples than memory": ({"num_samples": 10**12}, "4096 sequences"),
-    "rows without bound": ({"method": Dex(explorers=4, rows=10**9)}, "1 to 1024"),
+    "rows without bound": ({"method": Dex(explorers=4, rows=10**9)}, "1 to 4096"),
     "both explorers and depths": ({"method": Dex(explorers=2, depths=(2, 4))}, "not both"),
     "too many explorers": ({"method": Dex(explorers=5)}, "explorers"),
 }

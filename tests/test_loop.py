@@ -8,12 +8,14 @@ from collections import Counter
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import slow
 from reference import toy_runs, twin
-from reference.toy_models import Tables, ToyModel, random_tables
+from reference.toy_models import Tables, ToyModel, random_tables, toy_network, toy_prefill
 
+from dex_jax import DexError, init, step
 from dex_jax.lattice import full_rows
 
 MODELS_PER_CONFIG = 6
@@ -270,3 +272,30 @@ def test_step_composes_with_vmap() -> None:
     for number, run in enumerate((one, other)):
         record = jax.tree.map(lambda field, n=number: np.asarray(field[n, -1]), both.record)
         chex.assert_trees_all_equal(record, run.record)
+
+
+def test_what_does_not_fit_is_one_sentence() -> None:
+    config = Config(3, 1, batch=4)
+    one = explored(config)[0]
+    prompts, lengths, first, limits, _ = toy_runs.arrays(one.case, [run.tokens[0] for run in one.runs])
+    tables = jax.tree.map(jnp.asarray, tables_of(config, 0))
+    network, memory = toy_network(tables), toy_prefill(tables, prompts, lengths, capacity=toy_runs.CAPACITY, slots=3)
+
+    def begun(network=network, **changed):
+        sizes = {"stages": 3, "rows": 1, "capacity": toy_runs.CAPACITY, "limits": limits}
+        return init(network, memory, first, lengths, **(sizes | changed))
+
+    one_for_all = limits._replace(max_new_tokens=5)
+    for changed in ({"stages": 0}, {"rows": 1.5}, {"limits": 5}, {"limits": one_for_all}):
+        with pytest.raises(DexError, match=next(iter(changed))):
+            begun(**changed)
+    blind = network._replace(exits=None)
+    with pytest.raises(DexError, match="without exits"):
+        begun(blind)
+    for other, state, given, word in (
+        (blind, begun(), limits, "without exits"),
+        (network, begun(stages=2), limits, "2 stages"),
+        (network, begun(), one_for_all, "limits"),
+    ):
+        with pytest.raises(DexError, match=word):
+            step(other, state, given)

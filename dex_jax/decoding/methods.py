@@ -16,7 +16,7 @@ from dex_jax.lattice import default_rows, full_rows
 
 DEFAULT_EXPLORERS = 5
 FULL_ROWS_LIMIT = 8
-MOST_ROWS = 1024
+MOST_ROWS = 4096
 SCHEDULES = ("auto", "serial", "parallel")
 
 SPARE = 32

@@ -133,7 +133,7 @@ class GGUFFile:
         kind = gguf.GGMLQuantizationType[tensor.kind]
         _, size = gguf.GGML_QUANT_SIZES[kind]
         # gguf works through 16 rows at a time, which is slow where rows are short: longer ones halve the time.
-        wide = raw.reshape(-1, math.gcd(raw.size // size, _WIDE) * size)
+        wide = raw.view(np.ndarray).reshape(-1, math.gcd(raw.size // size, _WIDE) * size)
         try:
             return gguf.quants.dequantize(wide, kind).reshape(stop - start, -1)
         except NotImplementedError as error:  # the gguf package raises it for a kind that it cannot dequantise

@@ -228,7 +228,7 @@ def plan_of(lm: LanguageModel, s: Settings) -> Plan:
     """
     layers = lm.config.num_layers
     resolved = resolve_method(Dex(explorers=s.explorers), s.exits, lm.config, lm.fingerprint)
-    resolved.say()
+    resolved.say(lm.fingerprint)
     grid = resolved.schedule.depths
     swept = s.exit_depths
     if swept is None:
