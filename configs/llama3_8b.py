@@ -1,6 +1,6 @@
 """Exits for Llama 3.1 8B, on a grid that serves K = 2, 4 and 8.
 
-Never run: docs/training_cost.md estimates what it takes. The model must be in the hub's cache or in a directory
+Never run: results/training_cost.md estimates what it takes. The model must be in the hub's cache or in a directory
 (`--model`), as its licence has to be agreed to first.
 """
 

@@ -4,7 +4,7 @@ As configs/smollm2_135m.py, in one training with a small draft vocabulary: how t
 not how few they can be.
 
     python train_exits.py --config configs/smollm2_135m_k15.py
-    python benchmarks/rows.py --exits runs/smollm2_135m_k15 --explorers 15 --data ... --output docs/rows
+    python benchmarks/rows.py --exits runs/smollm2_135m_k15 --explorers 15 --data ... --output results/rows
 """
 
 import dataclasses

@@ -24,11 +24,23 @@ from dex_jax.language_model import outline
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROGRAMS = {
+    "decode.py": "dex_jax.cli.decode",
+    "dex-decode": "dex_jax.cli.decode",
+    "train_exits.py": "dex_jax.cli.train",
+    "dex-bench": "dex_jax.cli.bench",
+    "dex_jax.selfcheck": "dex_jax.cli.selfcheck",
+}
 LINUX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios")
 
 
-def python_blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+def run_page(page: str) -> dict:
+    """Runs the blocks of Python on a page one after the other; returns the names that they leave."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, page, "exec"), names)
+    return names
 
 
 def test_docstring_examples() -> None:
@@ -49,8 +61,8 @@ def test_examples_are_sections_that_pages_show_as_code() -> None:
     assert not [str(path) for path, source in sources.items() if re.search(r"^ *Example:$", source, re.MULTILINE)]
 
 
-def test_quick_start_runs(monkeypatch, capsys, tmp_path) -> None:
-    pytest.importorskip("matplotlib", reason="the quick start draws a picture")
+def test_the_start_page_runs(monkeypatch, capsys, tmp_path) -> None:
+    pytest.importorskip("matplotlib", reason="the page draws a picture")
     generate, trace = dex_jax.generate, dex_jax.trace
     tokenizer = outline("smollm2-135m").tokenizer
     lm = small_model(dataclasses.replace(LLAMA, num_layers=2, vocab_size=49152), tokenizer=tokenizer)
@@ -64,18 +76,70 @@ def test_quick_start_runs(monkeypatch, capsys, tmp_path) -> None:
     two = dex_jax.Dex(explorers=2)
     monkeypatch.setattr(dex_jax, "trace", lambda lm, prompt, **_: trace(lm, prompt, method=two, max_new_tokens=4))
     monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    for block in python_blocks("quickstart.md"):
-        exec(compile(block, "quickstart.md", "exec"), names)
+    run_page("index.md")
     assert "\x1b[38;5;" in capsys.readouterr().out
     assert (tmp_path / "lattice.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_network_of_ones_own_runs() -> None:
+    names = run_page("howto_own_model.md")
+    decoded = names["done"].record
+    assert decoded.tokens[0].tolist() == names["said"][names["length"] :]
+    assert len(set(decoded.tokens[0].tolist())) > 1
+    assert 0 < int(decoded.ticks[0]) < len(names["DEPTHS"]) * (names["NEW"] - 1)
+
+
 def test_the_configuration_of_own_exits_is_one() -> None:
-    names: dict = {}
-    (block,) = python_blocks("howto_own_exits.md")
-    exec(compile(block, "howto_own_exits.md", "exec"), names)
-    assert names["config"].exits.depths == (7, 14, 21)
+    assert run_page("howto_own_exits.md")["config"].exits.depths == (7, 14, 21)
+
+
+def programs() -> dict[str, dict[str, set[str]]]:
+    """What README and pages call: program -> flags -> the files that give them, of every command in a block of code."""
+    called: dict[str, dict[str, set[str]]] = {}
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", file.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        for block in (text for language, text in blocks if language in ("", "bash")):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = line.split(" #")[0].split()
+                at = next(
+                    (i for i, w in enumerate(words) if w in PROGRAMS or w == "-m" or w[:11] == "benchmarks/"), None
+                )
+                if at is None or "pytest" in words:
+                    continue
+                name = words[at + 1] if words[at] == "-m" else PROGRAMS.get(words[at], words[at])
+                if name == PROGRAMS["train_exits.py"] and words[at + 1] in ("export", "evaluate", "tree"):
+                    name += f" {words[at + 1]}"
+                flags = called.setdefault(name, {})
+                for word in words[at + 1 :]:
+                    if word.startswith("--"):
+                        flags.setdefault(word, set()).add(file.name)
+    return called
+
+
+@pytest.mark.parametrize(("program", "flags"), sorted(programs().items()), ids=lambda value: str(value)[:40])
+def test_commands_on_pages_have_the_flags_they_give(
+    program: str, flags: dict[str, set[str]], capsys, monkeypatch
+) -> None:
+    name, *command = program.split()
+    if name.startswith("benchmarks/"):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+    else:
+        module = importlib.import_module(name)
+        if not hasattr(module, "main"):
+            module = importlib.import_module(PROGRAMS.get(name, f"{name}.__main__"))
+        with pytest.raises(SystemExit):
+            module.main([*command, "--help"])
+    known = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
+    assert {flag: files for flag, files in flags.items() if flag not in known} == {}
+
+
+def test_commands_are_found_on_pages() -> None:
+    found = programs()
+    assert {"dex_jax.cli.decode", "dex_jax.cli.train", "dex_jax.cli.train tree", "dex_jax.cli.bench"} <= found.keys()
+    assert sum(len(flags) for flags in found.values()) >= 30
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -83,17 +147,24 @@ def test_a_notebook_begins_as_all_do(path: Path) -> None:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     text = ["".join(cell["source"]) for cell in cells]
     assert f"/blob/main/notebooks/{path.name})" in text[0]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert "%pip install" in code[0]
-    assert "quick_check(lm)" in code[1]
-    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in cells)
-    assert path.name in (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert "%pip install" in "".join(code[0]["source"])
+    assert path.name in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
 
 
-def test_every_page_is_in_the_menu() -> None:
+def test_the_menu_is_short_and_has_every_page() -> None:
     menu = re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1])
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
     assert sorted(menu) == sorted(pages)
+    assert len(menu) <= 18
+
+
+@pytest.mark.parametrize("file", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda path: path.name)
+def test_what_a_page_links_to_is_there(file: Path) -> None:
+    here = re.compile(re.escape(PROJECT["urls"]["Repository"]) + "/(?:blob|tree)/main/")
+    for target in re.findall(r"\]\(([^)#]+)", file.read_text(encoding="utf-8")):
+        path = here.sub(f"{ROOT}/", target)
+        assert "://" in path or (file.parent / path).exists(), f"{file.name} links to {target}"
 
 
 def test_every_public_name_is_documented() -> None:
@@ -105,7 +176,7 @@ def test_every_public_name_is_documented() -> None:
 def test_the_address_stands_in_one_place() -> None:
     tool = runpy.run_path(str(ROOT / "notebooks" / "address.py"))
     here = tool["repository"]()
-    assert {*NOTEBOOKS, ROOT / "mkdocs.yml", ROOT / "docs" / "notebooks.md"} <= set(tool["FILES"])
+    assert {*NOTEBOOKS, ROOT / "mkdocs.yml", ROOT / "docs" / "index.md"} <= set(tool["FILES"])
     for file in tool["FILES"]:
         text = file.read_text(encoding="utf-8")
         assert tool["with_address"](text, here) == text, f"{file.name}: run python notebooks/address.py"

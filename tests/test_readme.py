@@ -10,6 +10,25 @@ import dex_jax
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
+def test_it_is_short_and_begins_with_what_a_reader_needs() -> None:
+    text = README.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 150
+    first = "\n".join(lines[:60])
+    for needed in (
+        "](docs/figures/",
+        "pip install uv",
+        "uv run decode.py --prompt",
+        "uv run pytest",
+        "```python",
+        "tok/s",
+    ):
+        assert needed in first, needed
+    title = "Depth Exploration for LLM Decoding"
+    assert title in text.replace("\n", " ")
+    assert title in (README.parent / "CITATION.cff").read_text(encoding="utf-8")
+
+
 def test_the_library_example_runs(monkeypatch, capsys, smollm2) -> None:
     real = dex_jax.generate
 

@@ -2,7 +2,7 @@
 
 Counts come from batches, seconds from one sequence at a time with methods taking turns (A B B A). The settings of
 static rivals are chosen on other prompts than those reported. The folder holds results.jsonl (one line a run),
-summary.md and plots; the same command goes on where it was stopped. docs/evaluation.md says what is measured how.
+summary.md and plots; the same command goes on where it was stopped. docs/howto_compare.md says what is measured how.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def answers(lm: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int, b
 def batches(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
     """Numbers of texts to run together, by length, all batches but the last full.
 
-    Example:
+    Examples:
       >>> list(batches([100, 120, 10, 200, 110], 2))
       [[2, 0], [4, 1], [3]]
     """

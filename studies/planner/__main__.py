@@ -1,10 +1,10 @@
-"""Writes docs/planner.md: the planner's assumptions, what the paper's cases come to, and what else there is.
+"""Writes results/planner.md: the planner's assumptions, what the paper's cases come to, and what else there is.
 
     python -m studies.planner                         # tables and the assumed profiles, seconds, nothing is measured
     python -m studies.planner --compile               # compiles for TPUs too (libtpu; minutes), kept in a JSON file
 
 EAD profiles of large models are assumptions here: figures of this repository's own small models (results/exits.json,
-docs/layerskip.md), stretched to the depth of the large one.
+results/layerskip.md), stretched to the depth of the large one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import itertools
 import json
 import re
 import sys
-import tomllib
 from pathlib import Path
 
 from dex_jax.decoding.methods import even_depths
@@ -32,8 +31,6 @@ from dex_jax.tables import markdown
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 COMPILED = RESULTS / "planner" / "compiled.json"
-URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
-ADDRESS = f"{URLS['Repository']}/blob/main/results/planner"
 CONTEXT = 1024
 
 LINKED = {
@@ -69,8 +66,8 @@ def trained_exits_ead() -> tuple[list[int], list[float], int]:
 
 
 def layerskip_ead() -> tuple[list[int], list[float], int]:
-    """(depths, shares, L) of the model that the LayerSkip recipe has trained: the first table of docs/layerskip.md."""
-    text = (ROOT / "docs" / "layerskip.md").read_text().split("## Without")[0]
+    """(depths, shares, L) of the model trained by the LayerSkip recipe: the first table of results/layerskip.md."""
+    text = (RESULTS / "layerskip.md").read_text().split("## Without")[0]
     rows = re.findall(r"^\|\s*(\d+) \|\s*[\d.]+ \|\s*[\d.]+ \|\s*([\d.]+) \|$", text, re.MULTILINE)
     return [int(depth) for depth, _ in rows], [float(share) for _, share in rows], len(rows)
 
@@ -82,7 +79,7 @@ def write_assumptions(folder: Path) -> dict[tuple[str, str], Path]:
             trained_exits_ead(),
             "the exits that ship for SmolLM2-135M (results/exits.md, mean of two sets)",
         ),
-        "shared": (layerskip_ead(), "the 8-layer model of docs/layerskip.md, trained by the LayerSkip recipe"),
+        "shared": (layerskip_ead(), "the 8-layer model of results/layerskip.md, trained by the LayerSkip recipe"),
     }
     files = {}
     for model, (exits, ((depths, share, _), where)) in itertools.product(
@@ -192,7 +189,7 @@ def paper(files: dict[tuple[str, str], Path]) -> list[str]:
         explorers = list(range(2, 9)) if model == "llama-2-70b" else [3]
         parts.append(f"### {model}, exits {exits}")
         parts.append(
-            f"Assumption ([{file.name}]({ADDRESS}/{file.name})): {profile.assumption}. Mean EAD {profile.ead.mean:.1f} "
+            f"Assumption ([{file.name}](planner/{file.name})): {profile.assumption}. Mean EAD {profile.ead.mean:.1f} "
             f"of {profile.layers} layers."
         )
         for name, links in LINKED.items():
@@ -407,13 +404,13 @@ def page(folder: Path = RESULTS / "planner") -> str:
 
 
 def main() -> int:
-    """Writes docs/planner.md; returns exit code 0."""
+    """Writes results/planner.md; returns exit code 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true", help="compile for TPUs too, which needs libtpu")
     args = parser.parse_args()
     if args.compile:
         compile_all()
-    (ROOT / "docs" / "planner.md").write_text(page(), encoding="utf-8")
+    (ROOT / "results" / "planner.md").write_text(page(), encoding="utf-8")
     return 0
 
 

@@ -92,7 +92,7 @@ def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
 EMPTY = (
     "python -m dex_jax.cli.bench --model smollm2-135m --data DIR --output RESULTS \\\n"
     f"    --methods {CLAIMED} --by-explorers {GRIDS}\n"
-    "python -m studies.reproduction RESULTS --output docs/reproduction.md"
+    "python -m studies.reproduction RESULTS --output results/reproduction.md"
 )
 
 
