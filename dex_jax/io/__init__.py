@@ -1,9 +1,5 @@
 """Checkpoints, tokenizers and where they come from."""
 
-from dex_jax.io.checkpoint import Checkpoint
-from dex_jax.io.hub import ALIASES
-from dex_jax.io.opening import open_checkpoint
-from dex_jax.io.stream import TextStream
-from dex_jax.io.tokenizer import Tokenizer
+from dex_jax.lazy import names
 
-__all__ = ["ALIASES", "Checkpoint", "TextStream", "Tokenizer", "open_checkpoint"]
+__getattr__, __dir__, __all__ = names(__name__, __file__)
