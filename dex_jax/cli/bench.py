@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dex_jax.cli.common import add_model, depths, names, remember_compilations
 from dex_jax.errors import DexError, exit_code
+from dex_jax.progress import phases
 
 if TYPE_CHECKING:
     from dex_jax.evaluation.bench.bench import Case
@@ -114,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
     if len(set(called)) < len(called):
         raise DexError(f"two of the tasks are called {max(called, key=called.count)}: give their files other names")
     remember_compilations()
-    lm = load(args.model, args.dtype)
+    with phases():
+        lm = load(args.model, args.dtype)
     cases, left_out = choose_cases(lm, asked, args)
     display = Display()
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})

@@ -12,6 +12,7 @@ import sys
 
 from dex_jax.cli.common import add_model, depths, remember_compilations
 from dex_jax.errors import DexError, exit_code
+from dex_jax.progress import phases
 
 EXPLORERS = (2, 3, 4, 5, 6, 8, 10, 15)
 
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     if min(args.explorers) < 1:
         raise DexError("--explorers must be at least 1 each")
     remember_compilations()
-    lm = load(args.model, args.dtype)
+    with phases():
+        lm = load(args.model, args.dtype)
     if args.exits == "shared" and args.depths is None:
         args.depths = tuple(range(1, lm.config.num_layers))
     exits = chosen_exits(args, lm)
