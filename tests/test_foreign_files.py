@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference.checkpoints import write_checkpoint
+from reference.small_models import LLAMA
 from safetensors.numpy import load_file, save
 from test_io_gguf import write_gguf
 from test_io_tokenizer import CHATML, gguf_metadata, with_template, write_tokenizer
@@ -100,7 +101,7 @@ def gguf(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exits(tmp_path_factory) -> Path:
-    """A drafter in 8 bits, with a draft vocabulary and trees."""
+    """A drafter with a draft vocabulary and trees."""
     path = tmp_path_factory.mktemp("exits") / "exits.safetensors"
     drafter = random_exits("mlp", fused=True, draft=30, depths=(0,))
     about = {"data": ["a=1"], "held_out": {"mean": {"grids": [{"explorers": 2, "depth_side_speedup": 1.5}]}}}
@@ -510,7 +511,7 @@ def test_prompt_files_that_hold_no_prompts(tmp_path, suffix, content) -> None:
         use_model,
         use_exits,
         lambda path: read_prompts(f"{path}.txt"),
-        lambda path: save_model(path, open_checkpoint("smollm2-135m").config, {}),
+        lambda path: save_model(path, LLAMA, {}),
     ],
     ids=["model", "exits", "prompts", "save"],
 )

@@ -213,9 +213,6 @@ def test_uncovered_files_are_refused(tmp_path, options, words):
 def test_damaged_files_are_refused(tmp_path):
     whole = write_gguf(tmp_path / "model.gguf", "smollm2").read_bytes()
     path = tmp_path / "cut.gguf"
-    for size in (5, 12, 30, 400, 3000):
-        path.write_bytes(whole[:size])
-        assert "damaged" in refusal(path)
     path.write_bytes(whole[:-40])
     assert "truncated: tensor output_norm.weight" in refusal(path)
     path.write_bytes(b"PK\3\4" + whole[4:])
