@@ -274,7 +274,8 @@ DOUBLED = (
         "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "{% if x %}" * 3000 + "{% endif %}" * 3000,
         "{{ strftime_now(3) }}",
         "{% set n = namespace(x=99) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
-        "{% include 'x' %}", "{{ lipsum(n=99999) }}", "{{ messages[0].content.x.y }}",
+        "{% include 'x' %}", "{{ '%999999999d' | format(1) }}", "{{ lipsum(n=99999) }}",
+        "{{ messages[0].content.x.y }}",
     ],
     ids=lambda template: template[:30],
 )  # fmt: skip

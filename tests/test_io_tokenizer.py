@@ -216,7 +216,7 @@ def test_what_templates_may_use():
     numbers = [{"role": "user", "content": " 1234567% of 100%s "}]
     trimmed = "{{ messages[0].content.strip() + '!' * 2 ~ messages[0]['content'] | trim | length }}"
     assert with_template(trimmed).render(numbers) == "1234567% of 100%s!!17"
-    assert with_template("{{ '{}-%s'.format(2 ** 3) % (7 % 4) }}").render(message) == "8-3"
+    assert with_template("{{ '{}-%s'.format(2 ** 3) % (7 % 4) }}{{ '%02d' | format(5) }}").render(message) == "8-305"
 
 
 @pytest.mark.parametrize(

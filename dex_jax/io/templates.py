@@ -52,6 +52,8 @@ def _bounded_filter(filter: Callable) -> Callable:
     @functools.wraps(filter)
     def bounded(*args: Any, **options: Any) -> Any:
         _bounded(*args, *options.values())
+        if filter.__name__ == "do_format":
+            _modest(args[0])
         return filter(*args, **options)
 
     return bounded
@@ -125,7 +127,7 @@ def _compile(template: str) -> Any:
     environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _to_json
     environment.filters = {name: _bounded_filter(each) for name, each in environment.filters.items()}
-    del environment.filters["format"], environment.globals["lipsum"]
+    del environment.globals["lipsum"]
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     code = environment.compile(Watch().visit(environment.parse(template)))

@@ -58,7 +58,7 @@ def cache_folder() -> Path:
         folder = (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "dex_jax"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if hasattr(os, "geteuid") and (folder.stat().st_uid != os.geteuid() or folder.stat().st_mode & 0o022):
-            raise OSError(f"others than this user may write to {folder}")
+            raise OSError(f"others than this user may write to {folder} (chmod 700 mends that)")
         if not os.access(folder, os.W_OK):
             raise OSError(f"nobody may write to {folder}")
         return folder
