@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from msgspec import Struct, field
-from msgspec.structs import asdict
+from msgspec.structs import asdict, fields
 
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
@@ -86,6 +86,14 @@ class _Llama3(_Linear):
 
 
 _SCALINGS: dict[str, type[_Linear]] = {"linear": _Linear, "llama3": _Llama3}
+
+
+_SAME = ModelConfig.__annotations__.keys() - {"rope_scaling"}
+SHARED_KEYS = {each.name: each.encode_name for each in fields(_Config) if each.name in _SAME}
+"""Field of ModelConfig -> key of config.json, where the value is the same in both."""
+
+SCALING_KEYS = {kind: {each.name: each.encode_name for each in fields(read)} for kind, read in _SCALINGS.items()}
+"""Kind of RoPE scaling -> field of RopeScaling -> key in config.json."""
 
 
 def huggingface_config(config: dict[str, Any], generation: dict[str, Any], source: str) -> ModelConfig:

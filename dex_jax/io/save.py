@@ -14,7 +14,7 @@ import numpy as np
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.foreign import local_path
-from dex_jax.io.huggingface_config import huggingface_config
+from dex_jax.io.huggingface_config import SCALING_KEYS, SHARED_KEYS, huggingface_config
 from dex_jax.io.tensor_names import canonical_parts, stacked_shape
 from dex_jax.io.tokenizer import Tokenizer
 
@@ -85,16 +85,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "architectures": [_CLASSES.get(config.family, config.family)],
         "model_type": config.family,
         "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.width,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_width,
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
+        **{key: getattr(config, name) for name, key in SHARED_KEYS.items()},
         "rope_scaling": _rope_scaling(config),
         "tie_word_embeddings": config.tied,
         "attention_bias": config.qkv_bias if config.family == "qwen2" else config.out_bias,
@@ -116,15 +107,8 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
     scaling = config.rope_scaling
     if scaling is None:
         return None
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": scaling.kind,
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_context,
-    }
+    keys = SCALING_KEYS[scaling.kind].items()
+    return {"rope_type": scaling.kind} | {key: getattr(scaling, name) for name, key in keys}
 
 
 def _file_tensors(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
