@@ -50,6 +50,7 @@ def test_figures_are_kept_and_those_of_others_refused(tmp_path, capsys):
         measuring.Figures(output, {"rounds": 3})
 
 
+@pytest.mark.slow
 def test_serial_measures_what_is_missing(model, monkeypatch, capsys):
     flags = ["--data", "prompts.txt", "--exits", "shared", "--rounds", "1", "--max-new-tokens", "5", "--output", "out"]
     args = serial.parser().parse_args(flags)

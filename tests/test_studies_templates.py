@@ -61,6 +61,7 @@ def command(tmp_path, monkeypatch, lm):
     return lambda *more: templates.main([*FLAGS, *fixed, "--output", str(tmp_path / "out"), *more])
 
 
+@pytest.mark.slow
 def test_the_study_runs_goes_on_and_notices_what_is_wrong(command, tmp_path, monkeypatch, capsys, lm):
     pytest.importorskip("matplotlib", reason="the report draws a picture")
     assert command() == 0
