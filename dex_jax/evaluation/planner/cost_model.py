@@ -45,7 +45,7 @@ KERNELS_OF_EXITS = 12
 
 KERNELS_OF_LATTICE = 200
 """Assumption: bookkeeping of a tick beside layers and heads. A tick compiled for TPU v5e has some 370 kernels with four
-layers a stage (studies/planner), of which its layers, compiled for one row and for all, are about a hundred."""
+layers a stage (results/planner.md), of which its layers, compiled for one row and for all, are about a hundred."""
 
 LOGIT_PASSES = 4
 """Assumption: logits are written once and read for mask, maximum and sum."""

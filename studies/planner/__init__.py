@@ -1,1 +1,0 @@
-"""The planner's page: what the paper's cases come to, and what compilers say of them."""
