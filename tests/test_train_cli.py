@@ -344,6 +344,7 @@ def test_two_explorers_exit_starts_from_those_that_ship() -> None:
     assert dataclasses.replace(chosen, draft_size=config.exits.draft_size) == config.exits
 
 
+@pytest.mark.slow
 def test_a_mesh_reaches_the_trainer(place, tmp_path) -> None:
     """In a process of its own: the number of devices is set before JAX starts."""
     environment = os.environ | {"XLA_FLAGS": flags_for_devices(2), "JAX_PLATFORMS": "cpu"}

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from reference import stream_twin
 from reference.small_models import LLAMA, small_model
 
@@ -79,7 +80,7 @@ def joined(run: list[Activations], field: str) -> np.ndarray:
     return np.concatenate([np.take(part, range(skip, part.shape[axis]), axis) for part in parts], axis)
 
 
-@pytest.mark.parametrize("layout", [Unrolled(), Stacked((2, 4))], ids=["unrolled", "stacked"])
+@pytest.mark.parametrize("layout", [Unrolled(), slow(Stacked((2, 4)))], ids=["unrolled", "stacked"])
 def test_rows_do_what_the_twin_does(layout: Layout) -> None:
     source = stream(lm=model(layout))
     pairs = [source.next() for _ in range(6)]
@@ -121,7 +122,7 @@ def test_history_is_the_end_of_the_chunk_before() -> None:
             np.testing.assert_array_equal(getattr(before, field)[:, -HISTORY:], getattr(after, field)[:, :HISTORY])
 
 
-@pytest.mark.parametrize(("history", "steps"), [(0, STEPS), (7, 3)])
+@pytest.mark.parametrize(("history", "steps"), [(0, STEPS), slow(7, 3)])
 def test_history_of_none_and_of_more_than_a_chunk(history: int, steps: int) -> None:
     source = stream(history=history, steps=steps)
     run = chunks(source, 4)
@@ -225,7 +226,7 @@ def test_wrong_sizes_are_refused(changes: dict, says: str) -> None:
         stream(**changes)
 
 
-@pytest.mark.parametrize("layout", [Unrolled(), Stacked((2, 4))], ids=["unrolled", "stacked"])
+@pytest.mark.parametrize("layout", [Unrolled(), slow(Stacked((2, 4)))], ids=["unrolled", "stacked"])
 def test_no_step_copies_a_cache(layout: Layout) -> None:
     # Every size differs from every other, so that a shape names one array.
     config = ModelConfig("llama", 101, 4, 48, 6, 3, 8, 40, 512)
