@@ -112,7 +112,7 @@ def test_any_file_of_prompts_is_a_task(tmp_path) -> None:
     assert read_task("prompts", file) == read_task(f"prompts:{file}", None)
     write(tmp_path, "prompts/own.jsonl", json.dumps({"prompt": "Three?"}) + "\n")
     assert read_task("prompts", tmp_path) == [("own", "0", "Three?")]
-    with pytest.raises(DexError, match="there is no data file"):
+    with pytest.raises(DexError, match="cannot be read"):
         read_task(f"prompts:{tmp_path / 'other.txt'}", None)
 
 

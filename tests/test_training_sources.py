@@ -228,7 +228,7 @@ def test_parse_data(text, parsed) -> None:
         (["self=0"], "above 0"),
         (["self", "self=2"], "self is given twice"),
         (["slef"], '"slef" is not understood'),
-        (["nowhere.jsonl"], "no data file nowhere.jsonl"),
+        (["nowhere.jsonl"], "nowhere.jsonl cannot be read"),
     ],
 )
 def test_data_that_make_no_mixture(data, says, smol) -> None:
