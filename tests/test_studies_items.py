@@ -10,7 +10,7 @@ import pytest
 from dex_jax.errors import DexError
 from dex_jax.evaluation.bench.tasks import rows_of
 from dex_jax.prompt_files import read_rows
-from studies.templates.items import number_in, read_items
+from studies.templates.items import read_items
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 HELLASWAG = {
@@ -21,8 +21,7 @@ HELLASWAG = {
     "label": 1,
 }
 MMLU = {"subject": "logic", "idx": 3, "question": "What follows?", "choices": ["A", "B", "C", "D"], "answer": 2}
-GSM8K = {"question": "How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 1,007"}
-ROWS = {"hellaswag": HELLASWAG, "mmlu": MMLU, "gsm8k": GSM8K}
+ROWS = {"hellaswag": HELLASWAG, "mmlu": MMLU}
 
 
 def written(path: Path, *rows) -> Path:
@@ -40,12 +39,7 @@ def test_every_field_is_read(tmp_path):
     assert (item.options, item.answer, item.chance) == (("sink", "win"), 1, 0.5)
     (item,) = items_in("mmlu", written(tmp_path / "b.jsonl", MMLU))
     assert (item.id, item.question, item.answer, item.chance) == ("mmlu-logic-3", "What follows?", 2, 0.25)
-    (item,) = items_in("gsm8k", written(tmp_path / "c.jsonl", GSM8K))
-    assert (item.number, item.answer, item.options, item.chance) == (1007.0, None, (), 0.0)
-
-
-def test_a_label_may_be_a_text(tmp_path):
-    (item,) = items_in("hellaswag", written(tmp_path / "a.jsonl", HELLASWAG | {"label": "0"}))
+    (item,) = items_in("hellaswag", written(tmp_path / "c.jsonl", HELLASWAG | {"label": "0"}))
     assert item.answer == 0
 
 
@@ -60,24 +54,24 @@ def test_the_shared_files_are_read(task):
 @pytest.mark.parametrize(
     ("task", "change", "said"),
     [
-        ("hellaswag", {"endings": None}, '"endings" is no list'),
-        ("hellaswag", {"label": 2}, '"label" is 2, not an option from 0 to 1'),
-        ("mmlu", {"answer": "C"}, "\"answer\" is 'C', not an option"),
-        ("mmlu", {"question": " "}, "\"question\" is ' ', not a text"),
-        ("gsm8k", {"answer": "seven"}, "does not end with ####"),
+        ("hellaswag", {"endings": None}, "endings"),
+        ("hellaswag", {"endings": ["one"]}, "endings"),
+        ("hellaswag", {"label": 2}, "2 of 2 options"),
+        ("mmlu", {"answer": "C"}, "answer"),
+        ("mmlu", {"answer": -1}, "-1 of 4 options"),
+        ("mmlu", {"question": " "}, "question"),
     ],
 )
 def test_bad_items_are_named_by_file_and_line(tmp_path, task, change, said):
-    with pytest.raises(DexError, match=r"line 2 of .*bad\.jsonl") as error:
+    with pytest.raises(DexError, match=rf"line 2 of .*bad\.jsonl.*{said}"):
         items_in(task, written(tmp_path / "bad.jsonl", ROWS[task], ROWS[task] | change))
-    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("task", ROWS)
 def test_missing_fields_are_named(tmp_path, task):
     for name in set(ROWS[task]) - {"ind", "idx", "activity_label"}:
         row = {key: value for key, value in ROWS[task].items() if key != name}
-        with pytest.raises(DexError, match=rf'line 1 of .* has no "{name}"'):
+        with pytest.raises(DexError, match=f"line 1 of .*{name}"):
             items_in(task, written(tmp_path / "bad.jsonl", row))
 
 
@@ -88,12 +82,7 @@ def test_bad_files(tmp_path):
         items_in("mmlu", written(tmp_path / "empty.jsonl", ""))
     with pytest.raises(DexError, match=r"line 1 of .* is no JSON"):
         items_in("mmlu", written(tmp_path / "broken.jsonl", "{"))
-    with pytest.raises(DexError, match="not an item"):
+    with pytest.raises(DexError, match="no item"):
         items_in("mmlu", written(tmp_path / "list.jsonl", "[1]"))
     with pytest.raises(DexError, match=r"line 2 of .* is another item with the id mmlu-logic-3"):
         items_in("mmlu", written(tmp_path / "twice.jsonl", MMLU, MMLU))
-
-
-def test_the_last_number_counts():
-    assert number_in("2 and 3, so -1,234.5 it is.") == -1234.5
-    assert number_in("none") is None

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from dex_jax.cli import bench
-from dex_jax.errors import DexError, exit_code
+from dex_jax.errors import exit_code
 from dex_jax.evaluation.bench import comparison as c
 from dex_jax.evaluation.bench.contenders import METHODS
 from dex_jax.evaluation.bench.resampling import Interval
 from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
 from dex_jax.evaluation.bench.runs import Run
 from dex_jax.evaluation.bench.tasks import TASKS
+from dex_jax.io.whole_files import write_whole
 from dex_jax.tables import markdown
 
 FINEST = 8
@@ -242,11 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = page([(read_results(folder), read_study(folder)) for folder in args.folders])
         if args.output is None:
             sys.stdout.write(text)
-            return
-        try:
-            Path(args.output).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise DexError(f"{args.output} cannot be written: {error.strerror or error}") from error
+        else:
+            write_whole(args.output, text)
 
     return exit_code(run)
 

@@ -110,7 +110,6 @@ def render(template: Template, item: Item, examples: Sequence[Item] = ()) -> str
         raise DexError(f"template {template.name} takes {template.shots} examples, not {len(examples)}")
     parts = []
     for example in examples:
-        assert example.answer is not None
         labels = template.labels(example)
         label = template.wrapper.replace("{x}", labels[example.answer]) if labels else ""
         answer = example.options[example.answer]

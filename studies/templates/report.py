@@ -6,6 +6,7 @@ The headline is the median over templates with the least and the most, never the
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from dex_jax.errors import DexError, exit_code
 from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
 from dex_jax.evaluation.bench.runs import Run
+from dex_jax.io.whole_files import write_whole
 from dex_jax.tables import markdown
 from studies.templates import statistics as s
 
@@ -27,37 +29,23 @@ LARGE = 1e9
 """Parameters below which a model settles nothing about large ones."""
 
 
-def write(folder: str | Path, plots: bool = True, output: str | Path | None = None) -> list[Path]:
-    """Writes summary.md and the plot of a folder of results.
-
-    Args:
-      folder: of the results.
-      plots: whether to draw.
-      output: folder to write into; None is that of the results.
-
-    Returns:
-      The files.
+def write(folder: str | Path, plots: bool = True) -> list[Path]:
+    """Writes summary.md and the plot beside the results in `folder`; returns both files.
 
     Raises:
       DexError: no or damaged results, no matplotlib, or a folder that cannot be written.
     """
-    folder = Path(folder)
     runs, study = read_results(folder), read_study(folder)
     if study.get("benchmark") != "templates":
         raise DexError(f"{folder} holds no template study: python -m dex_jax.cli.report reads other benchmarks")
-    output = folder if output is None else Path(output)
-    files = [output / SUMMARY]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        text = summary(runs, study)
-        files[0].write_text(text, encoding="utf-8")
-        if plots:
-            files.append(output / PLOT)
-            draw(s.grids(runs, study["dtype"])).savefig(files[1], format="png")
-            link = f"\n![Depth-side speedup over AR by template]({PLOT})\n"
-            files[0].write_text(text + link, encoding="utf-8")
-    except OSError as error:
-        raise DexError(f"{output} cannot be written: {error.strerror or error}") from error
+    text, files = summary(runs, study), [Path(folder) / SUMMARY]
+    if plots:
+        picture = io.BytesIO()
+        draw(s.grids(runs, study["dtype"])).savefig(picture, format="png")
+        text += f"\n![Depth-side speedup over AR by template]({PLOT})\n"
+        files.append(Path(folder) / PLOT)
+        write_whole(files[1], picture.getvalue())
+    write_whole(files[0], text)
     return files
 
 
@@ -298,9 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m studies.templates.report", description=__doc__.splitlines()[0])
     p.add_argument("folder", metavar="DIR", help="that python -m studies.templates has written")
     p.add_argument("--no-plots", action="store_true", help="no PNG files, and no need of matplotlib")
-    p.add_argument("--output", metavar="DIR", help="another folder to write into")
     args = p.parse_args(argv)
-    return exit_code(lambda: print(*write(args.folder, not args.no_plots, args.output), sep="\n"))
+    return exit_code(lambda: print(*write(args.folder, not args.no_plots), sep="\n"))
 
 
 if __name__ == "__main__":
