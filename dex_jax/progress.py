@@ -10,7 +10,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +57,26 @@ class Shown(Protocol):
     def logged(self) -> bool: ...  # noqa: D102
 
     def describe(self) -> str: ...  # noqa: D102
+
+
+class Standing(NamedTuple):
+    """How far something has come, as `Shown`.
+
+    Attributes:
+      what: that goes on.
+      share: 0 to 1.
+      seconds_left: None while there is nothing to go by.
+      logged: whether it is worth a line of a log.
+    """
+
+    what: str
+    share: float
+    seconds_left: float | None
+    logged: bool
+
+    def describe(self) -> str:
+        """One line."""
+        return self.what if self.seconds_left is None else f"{self.what}, {duration(self.seconds_left)} left"
 
 
 class Display:

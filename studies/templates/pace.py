@@ -4,30 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from dex_jax.progress import duration
-
-
-class Standing(NamedTuple):
-    """How far a part of a study has come, for a Display.
-
-    Attributes:
-      what: the part.
-      share: 0 to 1.
-      seconds_left: None while there is nothing to go by.
-      logged: whether it is worth a line of a log.
-    """
-
-    what: str
-    share: float
-    seconds_left: float | None
-    logged: bool
-
-    def describe(self) -> str:
-        """One line."""
-        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
-        return f"{self.what}: {self.share:.0%}{left}"
+from dex_jax.progress import Standing
 
 
 class Pace:
@@ -52,4 +31,8 @@ class Pace:
         left = (now - self.begin) / self.made * (self.total - self.done) if self.made else None
         log = now - self.logged > 10 or self.done == self.total
         self.logged = now if log else self.logged
-        self.notify(Standing(self.what, self.done / max(self.total, 1), left, log and made))
+        self.notify(
+            Standing(
+                f"{self.what}: {self.done / max(self.total, 1):.0%}", self.done / max(self.total, 1), left, log and made
+            )
+        )

@@ -25,7 +25,7 @@ from dex_jax.forced.counts import layerskip_counts
 from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers
 from dex_jax.language_model import LanguageModel
-from dex_jax.progress import Shown, duration
+from dex_jax.progress import Shown, Standing
 from dex_jax.sampling import Sampling, sampling_keys
 
 SHORT = 256
@@ -52,26 +52,6 @@ class Case(NamedTuple):
     seed: int
 
 
-class Standing(NamedTuple):
-    """How far the benchmark has come, for a Display."""
-
-    done: int
-    total: int
-    seconds_left: float | None
-    what: str
-    logged: bool
-
-    @property
-    def share(self) -> float:
-        """0 to 1."""
-        return self.done / max(self.total, 1)
-
-    def describe(self) -> str:
-        """One line."""
-        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
-        return f"run {self.done}/{self.total}{left}: {self.what}"
-
-
 class Clock:
     """Counts runs and guesses the time left from what runs of their kind have taken so far.
 
@@ -94,7 +74,8 @@ class Clock:
         self.finished[kind] += runs
         self.measured[kind][0] += seconds
         self.measured[kind][1] += runs
-        self.notify(Standing(sum(self.finished.values()), sum(self.planned.values()), self.left(), what, logged))
+        done, total = sum(self.finished.values()), sum(self.planned.values())
+        self.notify(Standing(f"run {done}/{total}: {what}", done / max(total, 1), self.left(), logged))
 
     def left(self) -> float | None:
         """Seconds; None before anything was measured."""
