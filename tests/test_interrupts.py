@@ -1,6 +1,7 @@
 """Ctrl-C in a terminal, at any moment: exit code 130 within two seconds, the terminal as it was, no traceback.
 
-DEX_JAX_INTERRUPTS=20 tries more moments, spread over the first DEX_JAX_LAST_INTERRUPT seconds of a cold run.
+DEX_JAX_INTERRUPTS=20 with --slow tries more moments, spread over the first DEX_JAX_LAST_INTERRUPT seconds of a cold
+run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,15 +22,16 @@ pty = pytest.importorskip("pty", reason="pseudo terminals are POSIX's")
 termios = pytest.importorskip("termios")
 
 ROOT = Path(__file__).resolve().parents[1]
-MOMENTS = int(os.environ.get("DEX_JAX_INTERRUPTS", "4"))
+MOMENTS = int(os.environ.get("DEX_JAX_INTERRUPTS", "6"))
 LAST = float(os.environ.get("DEX_JAX_LAST_INTERRUPT", "8"))
 DECODE = [sys.executable, str(ROOT / "decode.py"), "--prompt", "Why is the sky blue?", "--max-new-tokens", "400"]
 
 
-def moments() -> list[float]:
-    """Seconds after the start, a random one in each of MOMENTS equal spans."""
+def moments() -> list[Any]:
+    """Seconds after the start, a random one in each of MOMENTS equal spans; one of three is tried without --slow."""
     chosen, span = random.Random(27), (LAST - 0.3) / MOMENTS
-    return [round(0.3 + span * (number + chosen.random()), 2) for number in range(MOMENTS)]
+    seconds = [round(0.3 + span * (number + chosen.random()), 2) for number in range(MOMENTS)]
+    return [pytest.param(at, marks=[pytest.mark.slow] * bool(number % 3)) for number, at in enumerate(seconds)]
 
 
 def interrupt(command: list[str], ready: float | bytes, **environment: str) -> tuple[int, float, str]:
@@ -82,6 +85,7 @@ def test_a_cold_run_ends_at_once(moment: float, tmp_path) -> None:
     ended_well(interrupt(DECODE, moment, DEX_JAX_STEP_COSTS=str(tmp_path / "costs.json"), **cold))
 
 
+@pytest.mark.slow
 def test_text_that_was_there_stays_with_its_summary() -> None:
     found = interrupt([*DECODE, "--method", "ar"], b"sky")
     ended_well(found)
