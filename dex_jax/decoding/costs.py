@@ -1,4 +1,4 @@
-"""What steps take on the device at hand, by their rows: measured on two layers of the model's shapes.
+"""What steps take on the device at hand, by their rows: measured on a layer of the model's shapes.
 
 Nothing of it depends on the values of weights, on how many sequences there are or on how long texts get: one
 measurement serves all, kept on disk in one file for all models and devices. Rounds correct it by what they really take
@@ -40,10 +40,10 @@ ROWS = (1, 2, 4, 8, 16)
 TOTALS = (*ROWS, 32, 64, 128)
 """Rows of all sequences together: products see no more of them. As many are measured as a batch may need."""
 
-LAYERS, LENGTH = 2, 256
+LAYERS, LENGTH = 1, 256
 """What is measured: so many layers with so many cache positions. They take seconds less to compile than all layers."""
 
-MEASURED_BYTES = 1e8
+MEASURED_BYTES, MOST_COPIES = 1e8, 8
 """Copies of these layers take turns until they are as large as this, which no processor's cache holds."""
 
 TOGETHER = 16
@@ -220,7 +220,7 @@ def _measure(config: ModelConfig, layout: Layout, dtype: np.dtype, totals: tuple
     abstract = abstract_weights(short, layout, dtype)
     layers = {name: shape for name, shape in parameter_shapes(short).items() if name.startswith("layers.")}
     size = sum(map(math.prod, layers.values())) * dtype.itemsize
-    copies = min(4, math.ceil(MEASURED_BYTES / size))
+    copies = min(MOST_COPIES, math.ceil(MEASURED_BYTES / size))
     steps = min(TOGETHER, max(1, int(MEASURED_BYTES / size / copies)))
     # From the host: each shape that a device fills is a program of its own.
     weights = [jax.tree.map(lambda s: jnp.asarray(np.full(s.shape, 0.01, s.dtype)), abstract) for _ in range(copies)]

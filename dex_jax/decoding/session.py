@@ -246,6 +246,11 @@ RUN = Program(run_ticks, static=("spec",), donate=(2,))
 PROGRAMS = (PREFILL, START, RUN)
 
 
+_READY: set[Any] = set()
+"""Kinds of sessions that this process has compiled programs for. Those that were forgotten since are compiled when they
+run."""
+
+
 def compile_seconds() -> float:
     """Seconds that this process has spent on compiling the programs of decoding."""
     return sum(program.compile_seconds for program in PROGRAMS)
@@ -306,6 +311,11 @@ class Session:
 
     def compile(self) -> None:
         """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
+        sizes = (self.padded.shape, self.cache_length, self.limits.eos_ids.shape)
+        kind = (self.spec, self.lm.dtype, sizes, self.sampling is None)
+        if kind in _READY and RUN.held:  # to find out the shapes takes half a second too
+            return
+        _READY.add(kind)
         weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.lm.weights)
         heads = self._put_heads(jax.eval_shape(lambda weights: self._heads(weights), weights))
         weights = self._put(weights, lambda: weight_specs(weights, self.spec.mesh))
