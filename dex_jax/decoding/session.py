@@ -241,8 +241,8 @@ def check_mesh(mesh: Mesh | None, layout: Layout, schedule: Schedule, sequences:
 
 
 PREFILL = Program(prefill_chunk, static=("spec",), donate=(2, 3))
-START = Program(start_decoding, static=("spec", "capacity"), donate=(2,))
-RUN = Program(run_ticks, static=("spec",), donate=(2,))
+START = Program(start_decoding, static=("spec", "capacity"), donate=(2,), light=True)
+RUN = Program(run_ticks, static=("spec",), donate=(2,), light=True)
 PROGRAMS = (PREFILL, START, RUN)
 
 
