@@ -49,6 +49,8 @@ def reading(source: object, advice: str = "get it again") -> Iterator[None]:
         raise DexError(f"{source} is not as it should be{at} ({wrong.replace('`', '')}): {advice}.") from error
     except OSError as error:
         raise DexError(f"{source} cannot be read ({error.strerror or reason(error)}).") from error
+    except UnicodeDecodeError as error:
+        raise DexError(f"{source} is no UTF-8 text (byte {error.start}): {advice}.") from error
     except RecursionError as error:
         raise DexError(f"{source} is nested too deeply: {advice}.") from error
     except MemoryError as error:
