@@ -26,7 +26,7 @@ from dex_jax.decoding.network import extend, extend_with_states, run_tree
 from dex_jax.language_model import merge_model
 from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
-from dex_jax.nn.layers import FEW_ROWS, KeyValues, _attend, _rms_norm, attend, linear, rms_norm
+from dex_jax.nn.layers import KeyValues, _attend, _rms_norm, attend, linear, rms_norm
 from dex_jax.nn.transformer import Stacked, Unrolled, random_transformer
 
 COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, few_rows.COMPILERS)), None)
@@ -52,12 +52,9 @@ def test_it_is_used_here() -> None:
     def asked(rows: int, dtype: str, kept: str) -> bool:
         return few_rows.PRODUCT in str(jax.make_jaxpr(linear)(jnp.zeros((rows, 8), dtype), jnp.zeros((5, 8), kept)))
 
-    assert asked(few_rows.MOST_ROWS, "float32", "float32")
-    assert not asked(few_rows.MOST_ROWS + 1, "float32", "float32")
     assert not asked(1, "float16", "float16")
-    for dtype in ("float32", "bfloat16"):
-        assert asked(FEW_ROWS, dtype, "bfloat16")
-        assert not asked(FEW_ROWS + 1, dtype, "bfloat16")
+    assert all(asked(rows, "float32", kept) for rows in (1, 700) for kept in ("float32", "bfloat16"))
+    assert all(asked(rows, "bfloat16", "bfloat16") for rows in (1, 700))
 
 
 @needs_compiler
@@ -75,8 +72,10 @@ def test_what_is_cut_out_of_stacked_arrays_is_left_to_xla(layout) -> None:
 
 @needs_compiler
 @given(
-    st.integers(1, 40), st.integers(1, 70), st.integers(1, 90), st.sampled_from(few_rows.DTYPES), st.integers(0, 100)
+    st.integers(0, 80), st.integers(0, 70), st.integers(0, 90), st.sampled_from(few_rows.DTYPES), st.integers(0, 100)
 )
+@example(rows=131, width=1539, outputs=577, kept=few_rows.DTYPES[0], seed=0)
+@example(rows=131, width=1539, outputs=577, kept=few_rows.DTYPES[1], seed=0)
 @example(rows=8, width=1536, outputs=576, kept=few_rows.DTYPES[0], seed=0)
 @example(rows=12, width=576, outputs=3072, kept=few_rows.DTYPES[0], seed=0)
 @example(rows=12, width=576, outputs=3072, kept=few_rows.DTYPES[1], seed=0)
@@ -85,7 +84,8 @@ def test_the_product_and_each_row_alone(rows: int, width: int, outputs: int, kep
     kernel = kernel.astype(kept)
     found = few_rows_product(x, kernel)
     assert_product(found, x, kernel.astype(np.float32))
-    chex.assert_trees_all_equal(jnp.concatenate([few_rows_product(row[None], kernel) for row in x]), found)
+    for row in {0, rows // 2, rows - 1} & {*range(rows)}:
+        chex.assert_trees_all_equal(few_rows_product(x[row][None], kernel)[0], found[row])
 
 
 @needs_compiler
@@ -131,8 +131,8 @@ def test_in_bfloat16_and_against_a_kernel_kept_in_it() -> None:
     chex.assert_trees_all_equal(found, few_rows_product(narrow, kept).astype(jnp.bfloat16))
     wide = linear(x, kept)
     assert wide.dtype == jnp.float32
-    many = linear(np.tile(x, (FEW_ROWS, 1)), kept)  # by XLA
-    chex.assert_trees_all_close(many[:4], wide, atol=1e-5)
+    many = linear(np.tile(x, (200, 1)), kept)
+    chex.assert_trees_all_equal(many[-4:], wide)
 
     def loss(product, kernel):
         return jax.grad(lambda x, kernel: jnp.sum(weights * product(x, kernel)), argnums=(0, 1))(x, kernel)
@@ -174,7 +174,7 @@ def plain_attention(queries: np.ndarray, sources: list[KeyValues]) -> np.ndarray
 
 @needs_compiler
 @pytest.mark.parametrize("width", [16, 48, 64, 144])
-@pytest.mark.parametrize(("rows", "heads", "groups"), [(1, 9, 3), (2, 4, 4), (5, 6, 1), (8, 9, 3)])
+@pytest.mark.parametrize(("rows", "heads", "groups"), [(1, 9, 3), (2, 4, 4), (5, 6, 1), (8, 9, 3), (70, 4, 2)])
 def test_attention_and_each_row_alone(rows: int, heads: int, groups: int, width: int) -> None:
     queries, sources = attention_of(rows, rows, heads, groups, width, [37, 5, rows])
     assert few_rows.ATTENTION in str(jax.make_jaxpr(attend)(queries, sources))
@@ -307,7 +307,7 @@ def steps_of(dtype: str):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@given(st.sampled_from([2, 8, few_rows.MOST_ROWS]), st.integers(1, 30), st.integers(0, 1000))
+@given(st.sampled_from([2, 8, 16, 40, 96]), st.integers(1, 30), st.integers(0, 1000))
 @settings(max_examples=15)
 def test_rows_of_a_tree_have_ars_logits_to_the_last_bit(dtype: str, rows: int, prefix: int, seed: int) -> None:
     generator = np.random.default_rng(seed)

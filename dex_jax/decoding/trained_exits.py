@@ -68,7 +68,7 @@ def exit_arrays(
     """
     kernel = model.embed if model.unembed is None else model.unembed
     kept = few_rows.kept_dtype(kernel[...].dtype)
-    # Heads at several depths are stacked, which few_rows.cc would need copies of.
+    # Heads at several depths are stacked, which C++ would need copies of.
     heads = heads_of(config, parameters, kept if config.is_drafter else kernel[...].dtype)
     if vocabulary is None:
         return ExitArrays(nnx.state(heads), None, None, None)

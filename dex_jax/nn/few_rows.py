@@ -1,6 +1,6 @@
-"""What decoding does with few rows on a CPU, by few_rows.cc, which the machine's C++ compiler makes when first needed.
+"""What layers do on a CPU, by the C++ files in cpp/, which the machine's compiler makes when first needed.
 
-Where there is no compiler, or DEX_JAX_NATIVE=0 in the environment, XLA does it. So it does where kernels or caches are
+A row's result is the same to the last bit however many rows are beside it, one or hundreds. Where there is no compiler, or DEX_JAX_NATIVE=0 in the environment, XLA does it. So it does where kernels or caches are
 cut out of stacked ones, of which there would have to be a copy, and where XLA divides a program among several devices.
 """
 
@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -29,14 +30,11 @@ from dex_jax.progress import notify
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 """What rows and kernels of a product may be kept in."""
 
-MOST_ROWS = 16
-"""With more rows than these XLA's product of float32 is as fast (benchmarks/few_rows.py)."""
-
 LANES = 16
 """The width of attention's heads must be a multiple of it."""
 
-NORM, PRODUCT, ATTENTION = "dex_jax_few_rows_norm", "dex_jax_few_rows_product", "dex_jax_few_rows_attention"
-SOURCE = Path(__file__).with_name("few_rows.cc")
+NORM, PRODUCT, ATTENTION = "dex_jax_norm", "dex_jax_product", "dex_jax_attention"
+SOURCES = Path(__file__).with_name("cpp")
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -119,7 +117,7 @@ def _is_what_one_device_does() -> bool:
 
 @functools.cache
 def _registered() -> bool:
-    """Whether this process's programs for CPUs know few_rows.cc."""
+    """Whether this process's programs for CPUs know the C++ files."""
     if os.environ.get("DEX_JAX_NATIVE") == "0" or jax.default_backend() != "cpu":
         return False
     # Only speed is at stake: whatever is missing here, XLA does it as well.
@@ -144,28 +142,41 @@ def language() -> str:
     return "C++" if ready() else "XLA"
 
 
-def _library() -> Path:
-    """few_rows.cc compiled for this machine, among the user's caches.
+def _library(flags: tuple[str, ...] = ()) -> Path:
+    """The C++ files compiled for this machine, among the user's caches.
 
     Raises:
       OSError: there is no compiler, or no place to write.
-      subprocess.CalledProcessError: it refuses.
+      subprocess.CalledProcessError: the compiler refuses.
     """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or platform.system() not in ("Linux", "Darwin"):
         raise OSError("no C++ compiler")
-    native = [*shlex.split(compiler), "-march=native"]
+    native = [*shlex.split(compiler), "-march=native", *flags]
     # What "native" means here: a home directory may belong to machines of several kinds.
     instructions = subprocess.run([*native, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True)
-    command = [*native, "-std=c++17", "-O3", "-shared", "-fPIC", "-w", f"-I{jax.ffi.include_dir()}", str(SOURCE)]
-    made_of = (SOURCE.read_bytes(), instructions.stdout, " ".join(command).encode(), jaxlib.__version__.encode())
+    options = ("-std=c++17", "-O3", "-shared", "-fPIC", "-w", f"-I{jax.ffi.include_dir()}")
+    command = [*native, *options, str(SOURCES / "kernels.cc")]
+    sources = [source.read_bytes() for source in sorted(SOURCES.iterdir()) if source.suffix in (".cc", ".h")]
+    made_of = (*sources, instructions.stdout, " ".join(command).encode(), jaxlib.__version__.encode())
     name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
-    kept = cache_folder() / "native" / f"few_rows-{name}.so"
-    if not kept.exists():
+    kept = cache_folder() / "native" / f"kernels-{name}.so"
+    kept.parent.mkdir(mode=0o700, exist_ok=True)
+    kept.parent.chmod(0o700)
+    if not _only_the_user_wrote(kept):
         notify("building the C++ kernels, once")
-        kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             made = Path(folder) / kept.name
             subprocess.run([*command, "-o", str(made)], capture_output=True, check=True)
+            made.chmod(0o600)
             made.replace(kept)
     return kept
+
+
+def _only_the_user_wrote(file: Path) -> bool:
+    """Whether a file is there, is the user's own, and nobody else may write to it: what is loaded runs as the user."""
+    try:
+        about = file.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o022

@@ -56,16 +56,14 @@ def linear(
       kernel: [out, in], the orientation of the checkpoints; x's dtype, or one that `few_rows.kept_dtype` gave.
       bias: [out] or None.
       out_dtype: accumulation and result dtype; None keeps x's.
-      whole: False where the kernel is cut out of a larger array, of which few_rows.cc would need a copy.
+      whole: False where the kernel is cut out of a larger array, of which C++ would need a copy.
 
     Returns:
       [..., out].
     """
     rows = x.reshape(-1, x.shape[-1])
     known = {rows.dtype, kernel.dtype} <= {*few_rows.DTYPES}
-    # XLA would have to widen the whole kernel first, or multiplies in bfloat16, which CPUs are slow at.
-    most = few_rows.MOST_ROWS if kernel.dtype == jnp.float32 else FEW_ROWS
-    if whole and known and rows.shape[0] <= most and few_rows.ready():
+    if whole and known and few_rows.ready():
         out = jax.lax.platform_dependent(rows, kernel, cpu=few_rows.few_rows_product, default=_rows_times_kernel)
     elif rows.shape[0] > FEW_ROWS:
         out = _rows_times_kernel(rows, kernel)
@@ -114,8 +112,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     Returns:
       [..., D] in x's dtype.
     """
-    few = x.size // x.shape[-1] <= FEW_ROWS and {x.dtype, scale.dtype} <= {*few_rows.DTYPES}
-    if few and few_rows.ready():
+    if {x.dtype, scale.dtype} <= {*few_rows.DTYPES} and few_rows.ready():
         norm = functools.partial(_norm_few_rows, eps)
         return jax.lax.platform_dependent(x, scale, cpu=norm, default=functools.partial(_rms_norm, eps=eps))
     return _rms_norm(x, scale, eps)
@@ -193,10 +190,9 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True)
     Returns:
       [B, R, H, d] in queries' dtype.
     """
-    few = queries.shape[1] <= few_rows.MOST_ROWS and queries.shape[3] % few_rows.LANES == 0
     dtypes = {x.dtype for source in sources for x in source[:2]}
     known = len(dtypes) == 1 and dtypes | {queries.dtype} <= {*few_rows.DTYPES}
-    if whole and few and known and few_rows.ready():
+    if whole and known and queries.shape[3] % few_rows.LANES == 0 and few_rows.ready():
         return jax.lax.platform_dependent(queries, list(sources), cpu=_attend_few_rows, default=_attend)
     return _attend(queries, sources)
 

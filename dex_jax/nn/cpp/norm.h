@@ -1,0 +1,52 @@
+// Root-mean-square norms of rows.
+
+#ifndef DEX_JAX_NORM_H_
+#define DEX_JAX_NORM_H_
+
+#include <cmath>
+
+#include "share.h"
+#include "vectors.h"
+
+namespace dex_jax {
+
+// Rows' values that are work enough to wake another thread for.
+constexpr int64_t kNormed = 1 << 15;
+
+inline void NormRow(const float* row, const float* scale, int64_t width, float epsilon, float* normed) {
+  const int64_t whole = width / kLanes, rest = width % kLanes;
+  Vector squares{};
+  for (int64_t v = 0; v < whole; ++v) {
+    const Vector values = Load(row + v * kLanes);
+    squares = MultiplyAdd(values, values, squares);
+  }
+  if (rest > 0) {
+    const Vector values = LoadSome(row + whole * kLanes, rest);
+    squares = MultiplyAdd(values, values, squares);
+  }
+  const float inverse = 1 / std::sqrt(SumOf(squares) / width + epsilon);
+  for (int64_t i = 0; i < width; ++i) normed[i] = row[i] * inverse * scale[i];
+}
+
+// rows [..., R, width], scale [..., width] -> rows over their root mean square, times the scale. Leading dimensions as in
+// Multiply: all but the scale's last.
+template <typename Threads, typename Dimensions>
+void Normalise(Threads& threads, const Dimensions& of_rows, const float* rows, const Dimensions& of_scale,
+               const float* scale, const Dimensions& shape, float epsilon, float* result) {
+  const size_t leading = of_scale.size() - 1;
+  const int64_t width = of_scale[leading], count = SizeOf(shape, leading, shape.size() - 1);
+  const int64_t all = SizeOf(shape, 0, leading) * count;
+  const int64_t some = std::max<int64_t>(1, kNormed / std::max<int64_t>(1, width));
+  const auto norm_part = [&](int64_t piece) {
+    for (int64_t r = piece * some; r < std::min(all, (piece + 1) * some); ++r) {
+      const int64_t index = r / count, within = r % count;
+      NormRow(rows + (BlockOf(index, of_rows, shape, leading) * count + within) * width,
+              scale + BlockOf(index, of_scale, shape, leading) * width, width, epsilon, result + r * width);
+    }
+  };
+  Share(threads, Quotient(all, some), [&]() -> Pieces::Worker { return norm_part; });
+}
+
+}  // namespace dex_jax
+
+#endif  // DEX_JAX_NORM_H_

@@ -1,0 +1,261 @@
+// Products of rows with a kernel [out, in], which is read as it lies.
+//
+// A result is the sum of one vector of lanes, added up from the first column to the last and then over its lanes,
+// however many rows are beside it: few are multiplied while a weight goes by, many in tiles.
+
+#ifndef DEX_JAX_PRODUCT_H_
+#define DEX_JAX_PRODUCT_H_
+
+#include "share.h"
+#include "vectors.h"
+
+namespace dex_jax {
+
+// Up to so many rows wait for memory, and weights are multiplied as they come from there. More wait for arithmetic.
+constexpr int kFewRows = 16;
+
+// Few rows: those that are multiplied at once, and outputs: there are vector registers for the sums of all pairs of
+// them. A row's vector is loaded once for all outputs, which further rows would otherwise wait for.
+constexpr int kGroup = 8;
+#if defined(__AVX512F__)
+constexpr int kOutputs = 3;
+#else
+constexpr int kOutputs = 1;
+#endif
+// Up to so many rows are multiplied with one output after another.
+constexpr int kOneByOne = 4;
+// What a thread takes at a time, in bytes of the kernel.
+constexpr int64_t kPiece = 1 << 16;
+// How far ahead of the weight in use memory is asked for, in bytes.
+constexpr int kAhead = 2048;
+
+// Many rows: a tile of rows and outputs, whose sums stay in registers while a vector of each row is loaded once.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 3;
+#endif
+constexpr int kTileOutputs = 4;
+constexpr int kTile = kTileRows * kTileOutputs;
+// What stays in a core's first cache: tiles' rows, and vectors of each.
+constexpr int kTilesOfRows = 2;
+constexpr int kDepth = 640 / kLanes;
+// Bytes of widened weights that stay in its second cache.
+constexpr int64_t kWeights = 192 << 10;
+// Rows that weights are widened for at least.
+constexpr int64_t kManyRows = 64;
+
+// The same, which the compiler keeps in a register: it would load it anew for every product otherwise.
+inline Vector InRegister(Vector x) {
+#if defined(__AVX__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
+// Writes N rows [in], zeros for those from `count` on, in the order in which they are multiplied: one vector of each in
+// turn. Columns are padded with zeros.
+template <int N, typename Value>
+void Pack(const Value* rows, int64_t count, int64_t in, Vector* packed) {
+  const int64_t whole = in / kLanes, rest = in % kLanes;
+  for (int n = 0; n < N; ++n) {
+    Vector* to = packed + n;
+    if (n >= count) {
+      for (int64_t v = 0; v < VectorsOf(in); ++v, to += N) *to = Vector{};
+      continue;
+    }
+    const Value* from = rows + n * in;
+    for (int64_t v = 0; v < whole; ++v, to += N, from += kLanes) *to = Load(from);
+    if (rest > 0) *to = LoadSome(from, rest);
+  }
+}
+
+// As many rows as there are up to N, the group of so many.
+template <int N>
+void PackGroup(const float* rows, int64_t count, int64_t in, Vector* packed) {
+  if constexpr (N > 1) {
+    if (count < N) return PackGroup<N - 1>(rows, count, in, packed);
+  }
+  Pack<N>(rows, N, in, packed);
+}
+
+// `count` rows in groups of kGroup or fewer.
+inline void PackGroups(const float* rows, int64_t count, int64_t in, Vector* packed) {
+  for (int64_t first = 0; first < count; first += kGroup)
+    PackGroup<kGroup>(rows + first * in, count - first, in, packed + first * VectorsOf(in));
+}
+
+// A product of `count` rows, of which there are few, packed by PackGroups.
+template <typename Weight>
+struct FewRows {
+  const Vector* rows;
+  const Weight* kernel;
+  float* result;
+  int64_t count, in, out;
+
+  // Outputs [begin, end) of all rows.
+  void Outputs(int64_t begin, int64_t end) const {
+    for (int64_t first = 0; first < count; first += kGroup) AtMost<kGroup>(first, begin, end);
+  }
+
+ private:
+  template <int R>
+  void AtMost(int64_t first, int64_t begin, int64_t end) const {
+    if constexpr (R > 1) {
+      if (count - first < R) return AtMost<R - 1>(first, begin, end);
+    }
+    // A few rows wait for memory, which a single stream reads fastest.
+    if constexpr (R > kOneByOne && kOutputs > 1) begin = Blocks<R, kOutputs>(first, begin, end);
+    Blocks<R, 1>(first, begin, end);
+  }
+
+  // Outputs [begin, end) of R rows, O at a time, as far as there are so many; returns the next. Inlined into its callers
+  // this loop runs short of registers.
+  template <int R, int O>
+  __attribute__((noinline)) int64_t Blocks(int64_t first, int64_t begin, int64_t end) const {
+    const int64_t whole = in / kLanes, rest = in % kLanes, ahead = O > 1 ? O * in : kAhead / sizeof(Weight);
+    int64_t output = begin;
+    for (; output + O <= end; output += O) {
+      const Vector* values = rows + first * VectorsOf(in);
+      const Weight* weights = kernel + output * in;
+      const Weight* next = weights + ahead;
+      Vector sums[O][R] = {};
+      for (int64_t v = 0; v < whole; ++v, values += R, weights += kLanes) {
+        for (int o = 0; o < O; ++o, next += kLanes) __builtin_prefetch(next);
+        for (int o = 0; o < O; ++o) {
+          const Vector weight = Load(weights + o * in);
+          for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[r], sums[o][r]);
+        }
+      }
+      if (rest > 0) {
+        for (int o = 0; o < O; ++o) {
+          const Vector weight = LoadSome(weights + o * in, rest);
+          for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[r], sums[o][r]);
+        }
+      }
+      for (int r = 0; r < R; ++r)
+        for (int o = 0; o < O; ++o) result[(first + r) * out + output + o] = SumOf(sums[o][r]);
+    }
+    return output;
+  }
+};
+
+// A product of many rows [count, in].
+template <typename Weight>
+struct ManyRows {
+  const float* rows;
+  const Weight* kernel;
+  float* result;
+  int64_t count, in, out;
+
+  // Outputs [begin, end) of rows [first, last).
+  void Outputs(int64_t begin, int64_t end, int64_t first, int64_t last) const {
+    const int64_t vectors = VectorsOf(in), panels = Quotient(end - begin, kTileOutputs);
+    const int64_t parts = std::max<int64_t>(1, Quotient(vectors, kDepth)), depth = Quotient(vectors, parts);
+    Vector* const weights =
+        Scratch((panels * kTileOutputs + kTilesOfRows * kTileRows) * vectors + panels * kTilesOfRows * kTile);
+    Vector* const values = weights + panels * kTileOutputs * vectors;
+    Vector* const sums = values + kTilesOfRows * kTileRows * vectors;
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t output = begin + p * kTileOutputs;
+      Pack<kTileOutputs>(kernel + output * in, end - output, in, weights + p * kTileOutputs * vectors);
+    }
+    for (int64_t row = first; row < last; row += kTilesOfRows * kTileRows) {
+      const int64_t tiles = std::min<int64_t>(kTilesOfRows, Quotient(last - row, kTileRows));
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t at = row + t * kTileRows;
+        Pack<kTileRows>(rows + at * in, last - at, in, values + t * kTileRows * vectors);
+      }
+      for (int64_t from = 0; from == 0 || from < vectors; from += std::max<int64_t>(1, depth)) {
+        const int64_t here = std::min(depth, vectors - from);
+        for (int64_t p = 0; p < panels; ++p) {
+          for (int64_t t = 0; t < tiles; ++t) {
+            Vector* const own = sums + (p * kTilesOfRows + t) * kTile;
+            Add(values + (t * vectors + from) * kTileRows, weights + (p * vectors + from) * kTileOutputs, here,
+                from == 0, own);
+            if (from + here == vectors) Finish(own, row + t * kTileRows, last, begin + p * kTileOutputs, end);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  // Adds products of so many vectors to a tile's sums, or begins these. Inlined, it runs short of registers.
+  static __attribute__((noinline)) void Add(const Vector* values, const Vector* weights, int64_t depth, bool begins,
+                                            Vector* kept) {
+    Vector sums[kTileRows][kTileOutputs];
+    for (int r = 0; r < kTileRows; ++r)
+      for (int o = 0; o < kTileOutputs; ++o) sums[r][o] = begins ? Vector{} : kept[r * kTileOutputs + o];
+    for (int64_t v = 0; v < depth; ++v, values += kTileRows, weights += kTileOutputs) {
+      Vector value[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) value[r] = InRegister(values[r]);
+      for (int o = 0; o < kTileOutputs; ++o) {
+        const Vector weight = InRegister(weights[o]);
+        for (int r = 0; r < kTileRows; ++r) sums[r][o] = MultiplyAdd(weight, value[r], sums[r][o]);
+      }
+    }
+    for (int r = 0; r < kTileRows; ++r)
+      for (int o = 0; o < kTileOutputs; ++o) kept[r * kTileOutputs + o] = sums[r][o];
+  }
+
+  void Finish(const Vector* sums, int64_t row, int64_t last, int64_t output, int64_t end) const {
+    const int64_t rows_here = std::min<int64_t>(kTileRows, last - row);
+    const int64_t outputs = std::min<int64_t>(kTileOutputs, end - output);
+    for (int64_t r = 0; r < rows_here; ++r) {
+      float four[kTileOutputs];
+      SumsOf(sums + r * kTileOutputs, four);
+      std::copy(four, four + outputs, result + (row + r) * out + output);
+    }
+  }
+};
+
+// rows [..., R, in], kernel [..., out, in] -> result [..., R, out]. A leading dimension is that of the result, or 1 in an
+// operand that all have in common.
+template <typename Threads, typename Dimensions, typename Weight>
+void Multiply(Threads& threads, const Dimensions& of_rows, const float* rows, const Dimensions& of_kernel,
+              const Weight* kernel, const Dimensions& shape, float* result) {
+  const size_t leading = shape.size() - 2;
+  const int64_t in = of_rows[leading + 1], out = shape[leading + 1];
+  int64_t count = shape[leading], products = SizeOf(shape, 0, leading);
+  // Rows that have one kernel in common are rows of one product.
+  const bool together = SizeOf(of_kernel, 0, leading) == 1;
+  if (together) {
+    count *= SizeOf(of_rows, 0, leading);
+    products = 1;
+  }
+  const bool few = count <= kFewRows;
+  const int64_t bytes = std::max<int64_t>(1, in * static_cast<int64_t>(few ? sizeof(Weight) : sizeof(float)));
+  int64_t outputs = std::max<int64_t>(kTileOutputs, (few ? kPiece : kWeights) / bytes);
+  int64_t pieces = Quotient(out, outputs), row_parts = 1;
+  if (!few && pieces > 0) {
+    // As much for every thread, and something for all of them.
+    const int64_t workers = std::max<int64_t>(1, threads.num_threads());
+    outputs = Quotient(Quotient(out, Quotient(pieces, workers) * workers), kTileOutputs) * kTileOutputs;
+    pieces = Quotient(out, outputs);
+    row_parts = std::clamp<int64_t>(workers / (pieces * products), 1, Quotient(count, kManyRows));
+  }
+  const int64_t rows_a_part = Quotient(count, row_parts);
+  Share(threads, products * pieces * row_parts, [&]() -> Pieces::Worker {
+    Vector* const packed = few ? Scratch(count * VectorsOf(in)) : nullptr;
+    return [&, packed, held = int64_t{-1}](int64_t piece) mutable {
+      const int64_t index = piece / (pieces * row_parts), first = piece / pieces % row_parts * rows_a_part;
+      const int64_t begin = piece % pieces * outputs, end = std::min(begin + outputs, out);
+      const int64_t row_set = together ? 0 : BlockOf(index, of_rows, shape, leading);
+      const int64_t block = together ? 0 : BlockOf(index, of_kernel, shape, leading);
+      const float* const own = rows + row_set * count * in;
+      const Weight* const weights = kernel + block * out * in;
+      float* const to = result + index * count * out;
+      if (!few)
+        return ManyRows<Weight>{own, weights, to, count, in, out}.Outputs(begin, end, first,
+                                                                          std::min(first + rows_a_part, count));
+      if (held != row_set) PackGroups(own, count, in, packed);
+      held = row_set;
+      FewRows<Weight>{packed, weights, to, count, in, out}.Outputs(begin, end);
+    };
+  });
+}
+
+}  // namespace dex_jax
+
+#endif  // DEX_JAX_PRODUCT_H_

@@ -1,0 +1,80 @@
+// Work in pieces on all threads, and how operands with leading dimensions are found.
+
+#ifndef DEX_JAX_SHARE_H_
+#define DEX_JAX_SHARE_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <utility>
+
+namespace dex_jax {
+
+// Pieces of work that whoever is free takes. The caller works too, and then waits only for pieces that somebody is at
+// work on: it cannot wait for a thread that never comes.
+class Pieces {
+ public:
+  using Worker = std::function<void(int64_t)>;
+
+  Pieces(int64_t count, std::function<Worker()> begin) : count_(count), begin_(std::move(begin)) {}
+
+  void Work() {
+    int64_t piece = next_.fetch_add(1);
+    if (piece >= count_) return;
+    for (const Worker work = begin_(); piece < count_; piece = next_.fetch_add(1)) {
+      work(piece);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  void Wait() const {
+    for (int spins = 0; done_.load(std::memory_order_acquire) < count_; ++spins)
+      if (spins > 1000) std::this_thread::yield();
+  }
+
+ private:
+  const int64_t count_;
+  const std::function<Worker()> begin_;
+  std::atomic<int64_t> next_{0}, done_{0};
+};
+
+// Does pieces 0..count-1 on all threads, each with a worker of its own that begin() gives.
+template <typename Threads, typename Begin>
+void Share(Threads& threads, int64_t count, const Begin& begin) {
+  // A helper that comes late finds no piece left and touches nothing but these, which it shares.
+  const auto pieces = std::make_shared<Pieces>(count, [&begin] { return begin(); });
+  const int64_t helpers = std::min<int64_t>(threads.num_threads(), count) - 1;
+  for (int64_t helper = 0; helper < helpers; ++helper) threads.Schedule([pieces] { pieces->Work(); });
+  pieces->Work();
+  pieces->Wait();
+}
+
+inline int64_t Quotient(int64_t count, int64_t by) { return (count + by - 1) / by; }  // rounded up
+
+// Dimensions are anything with size() and [].
+template <typename Dimensions>
+int64_t SizeOf(const Dimensions& shape, size_t begin, size_t end) {
+  int64_t size = 1;
+  for (size_t d = begin; d < end; ++d) size *= shape[d];
+  return size;
+}
+
+// Which of an operand's blocks belongs to block `index` of the result, whose first `leading` dimensions number them:
+// each is the same in the operand, or 1 there.
+template <typename Dimensions>
+int64_t BlockOf(int64_t index, const Dimensions& operand, const Dimensions& result, size_t leading) {
+  int64_t block = 0, step = 1;
+  for (size_t d = leading; d-- > 0; index /= result[d]) {
+    if (operand[d] > 1) block += index % result[d] * step;
+    step *= operand[d];
+  }
+  return block;
+}
+
+}  // namespace dex_jax
+
+#endif  // DEX_JAX_SHARE_H_
