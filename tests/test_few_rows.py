@@ -26,7 +26,7 @@ from dex_jax.decoding.network import extend, extend_with_states, run_tree
 from dex_jax.language_model import merge_model
 from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
-from dex_jax.nn.layers import KeyValues, _attend, _rms_norm, attend, linear, rms_norm
+from dex_jax.nn.layers import KEY_BLOCK, KeyValues, _attend, _attend_in_blocks, _rms_norm, attend, linear, rms_norm
 from dex_jax.nn.transformer import Stacked, Unrolled, random_transformer
 
 COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, few_rows.COMPILERS)), None)
@@ -183,6 +183,28 @@ def test_attention_and_each_row_alone(rows: int, heads: int, groups: int, width:
     for r in range(rows):
         own = [source._replace(mask=source.mask[:, min(r, source.mask.shape[1] - 1)][:, None]) for source in sources]
         chex.assert_trees_all_equal(attend(queries[:, r : r + 1], own), found[:, r : r + 1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_xla_scores_no_more_of_a_cache_than_rows_see(dtype: str) -> None:
+    queries, (cached, own) = attention_of(6, 40, 4, 2, 16, [2 * KEY_BLOCK + 44, 40])
+    seen = np.arange(cached.mask.shape[2]) < np.array([290, 3])[:, None, None]
+    rounded = jax.tree.map(lambda x: jnp.asarray(x, dtype), (queries, cached.keys, cached.values, own.keys, own.values))
+    queries, *pairs = rounded
+    causal = np.tril(np.ones((2, 40, 40), bool))
+    sources = [KeyValues(*pairs[:2], seen), KeyValues(*pairs[2:], causal)]
+    found = jax.jit(_attend_in_blocks)(queries, sources)
+    assert found.dtype == queries.dtype
+    chex.assert_trees_all_close(found, _attend(queries, sources), atol=2e-6 if dtype == "float32" else 0.03)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_rows, "ready", lambda: False)
+        assert "while" in str(jax.make_jaxpr(attend)(queries, sources))
+    # Nothing is read beyond the block that holds the last key that is seen.
+    unread = sources[0]._replace(values=sources[0].values.at[:, :, 2 * KEY_BLOCK :].set(jnp.nan))
+    chex.assert_trees_all_equal(jax.jit(_attend_in_blocks)(queries, [unread, sources[1]]), found)
+    gradient = jax.grad(lambda queries: jnp.sum(_attend_in_blocks(queries, sources).astype(jnp.float32)))(queries)
+    wanted = jax.grad(lambda queries: jnp.sum(_attend(queries, sources).astype(jnp.float32)))(queries)
+    chex.assert_trees_all_close(gradient, wanted, atol=1e-5 if dtype == "float32" else 0.1)
 
 
 @needs_compiler

@@ -10,7 +10,7 @@ import pytest
 from dex_jax import AR, Dex, DexError
 from dex_jax.decoding.methods import even_depths
 from dex_jax.decoding.output import cut, depth_side_speedup, ticks_of
-from dex_jax.decoding.session import batch_bucket, cache_length_for, prompt_bucket
+from dex_jax.decoding.session import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
 
 
 @pytest.mark.parametrize("num_layers", [1, 4, 30, 80])
@@ -93,7 +93,8 @@ def test_buckets_hold_what_they_are_for() -> None:
     buckets = [prompt_bucket(length) for length in range(1, 3000)]
     assert all(bucket >= length for length, bucket in enumerate(buckets, 1))
     assert buckets == sorted(buckets)
-    assert len(set(buckets)) < 13
+    assert len({size for length in range(1, 3000) for size in prompt_pieces(length)}) == 3
+    assert all(bucket < 1.34 * max(length, 24) for length, bucket in enumerate(buckets, 1))
     lengths = [[cache_length_for(prompt, new, 32) for prompt in range(1, 3000, 7)] for new in (1, 100, 900)]
     for new, found in zip((1, 100, 900), lengths, strict=True):
         assert all(

@@ -268,7 +268,7 @@ def _workspace(
         # Logits, their masked copy and its probabilities; sampling adds noise and filtered scores.
         return rows * config.vocab_size * real * (5 if sampled else 3)
 
-    chunk = min(cache_length, session.PREFILL_CHUNK)
+    chunk = min(cache_length, session.PIECES[0])
     prefill = layer(batch * chunk, cache_length)
     slots = schedule.rows if schedule.policy is not None else schedule.stages * schedule.rows
     rows = batch * schedule.rows

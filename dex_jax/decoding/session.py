@@ -45,15 +45,26 @@ from dex_jax.progress import notify
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import EVERYWHERE, check_batch, check_stages, place, zeros
 
-SMALLEST_BUCKET = 16
-PREFILL_CHUNK = 512
+PIECES = (512, 128, 32)
 SMALLEST_CACHE, CACHE_STEP = 256, 1024
 BATCH_STEP = 4
 
 
+def prompt_pieces(length: int) -> tuple[int, ...]:
+    """The chunks in which a prompt is read, the last padded: all prompts share the programs of a few sizes.
+
+    A size that would be filled to less than three quarters leaves the rest to smaller ones.
+    """
+    pieces: list[int] = []
+    while sum(pieces) < length:
+        left = length - sum(pieces)
+        pieces.append(next(size for size in PIECES if 4 * left >= 3 * size or size == PIECES[-1]))
+    return tuple(pieces)
+
+
 def prompt_bucket(length: int) -> int:
-    """The padded length of a prompt: a power of two up to PREFILL_CHUNK, then whole chunks."""
-    return _on_ladder(length, SMALLEST_BUCKET, PREFILL_CHUNK)
+    """The padded length of a prompt."""
+    return sum(prompt_pieces(length))
 
 
 def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int) -> int:
@@ -292,7 +303,7 @@ class Session:
         self.lengths[: self.sequences] = [len(prompt) for prompt in prompts]
         longest = int(self.lengths.max())
         bucket = prompt_bucket(longest)
-        self.chunk = min(bucket, PREFILL_CHUNK)
+        self.pieces = prompt_pieces(longest)
         self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead)
         self.capacity = self.cache_length
         self.padded = np.zeros((batch, bucket), np.int32)
@@ -321,10 +332,11 @@ class Session:
         weights = self._put(weights, lambda: weight_specs(weights, self.spec.mesh))
         memory, last, lengths = self._blank_shapes()
         scalar = self._put(jax.ShapeDtypeStruct((), jnp.int32), EVERYWHERE)
-        tokens = self._put(jax.ShapeDtypeStruct((len(self.lengths), self.chunk), jnp.int32), on_mesh.BY_SEQUENCE)
         of_prefill = self.spec_of_prefill()
         seen = heads if of_prefill.exits is not None else None
-        PREFILL.compile(weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
+        for size in sorted({*self.pieces}):
+            tokens = self._put(jax.ShapeDtypeStruct((len(self.lengths), size), jnp.int32), on_mesh.BY_SEQUENCE)
+            PREFILL.compile(weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
         prompt = (
             None
             if self.spec.schedule.tree is None
@@ -345,9 +357,11 @@ class Session:
         self.heads = self._put_heads(self._heads(self.lm.weights))
         of_prefill = self.spec_of_prefill()
         seen = self.heads if of_prefill.exits is not None else None
-        for start in range(0, self.padded.shape[1], self.chunk):
-            tokens = self._put(jnp.asarray(self.padded[:, start : start + self.chunk]), on_mesh.BY_SEQUENCE)
+        start = 0
+        for size in self.pieces:
+            tokens = self._put(jnp.asarray(self.padded[:, start : start + size]), on_mesh.BY_SEQUENCE)
             at = self._put(jnp.int32(start), EVERYWHERE)
+            start += size
             memory, last = PREFILL(self.lm.weights, seen, memory, last, tokens, at, lengths, spec=of_prefill)
         self.state = START(
             self.lm.weights,

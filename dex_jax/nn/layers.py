@@ -23,6 +23,9 @@ MASKED_SCORE = -1e30
 FEW_ROWS = 64
 """Up to here XLA multiplies faster on a CPU with the rows as columns (benchmarks/few_rows.py)."""
 
+KEY_BLOCK = 256
+"""Keys that many rows are scored with at once where XLA attends on a CPU."""
+
 
 class KeyValues(NamedTuple):
     """Keys (after RoPE) and values that rows may attend to.
@@ -194,6 +197,8 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True)
     known = len(dtypes) == 1 and dtypes | {queries.dtype} <= {*few_rows.DTYPES}
     if whole and known and queries.shape[3] % few_rows.LANES == 0 and few_rows.ready():
         return jax.lax.platform_dependent(queries, list(sources), cpu=_attend_few_rows, default=_attend)
+    if queries.shape[1] > KEY_BLOCK // 16 and any(source.keys.shape[2] > KEY_BLOCK for source in sources):
+        return jax.lax.platform_dependent(queries, list(sources), cpu=_attend_in_blocks, default=_attend)
     return _attend(queries, sources)
 
 
@@ -202,8 +207,46 @@ def _attend_few_rows(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Ar
     return few_rows.few_rows_attention(queries, *(x for source in sources for x in source)).astype(queries.dtype)
 
 
-@_attend_few_rows.defjvp
-def _tangent(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+@jax.custom_jvp
+def _attend_in_blocks(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
+    """As `_attend`, a block of keys at a time up to the last that a row sees: most of a cache is often empty."""
+    batch, rows, heads, width = queries.shape
+    groups = sources[0].keys.shape[1]
+    columns = _columns(queries, groups)
+    count = columns.shape[3]
+
+    def add(state: tuple, keys: jax.Array, values: jax.Array, mask: jax.Array) -> tuple:
+        most, total, mixed = state
+        scores = _sum_in_float32("bgsd,bgdn->bgsn", keys, columns)
+        seen = jnp.repeat(jnp.broadcast_to(mask, (batch, rows, mask.shape[2])), heads // groups, axis=1)
+        scores = jnp.where(seen.transpose(0, 2, 1)[:, None], scores, MASKED_SCORE)
+        new = jnp.maximum(most, scores.max(axis=2))
+        weights, kept = jnp.exp(scores - new[:, :, None]), jnp.exp(most - new)
+        part = _sum_in_float32("bgsn,bgsd->bgnd", weights.astype(values.dtype), values)
+        return new, total * kept + weights.sum(axis=2), mixed * kept[..., None] + part
+
+    shape = (batch, groups, count)
+    state = (jnp.full(shape, MASKED_SCORE), jnp.zeros(shape), jnp.zeros((*shape, width)))
+    # Rows see themselves in the last source: what has been added for rows that saw nothing before is then weighed 0.
+    for source in sources:
+        length = source.keys.shape[2]
+        if length <= KEY_BLOCK:
+            state = add(state, *source)
+            continue
+
+        def block(i: jax.Array, state: tuple, source: KeyValues = source, length: int = length) -> tuple:
+            at = jnp.minimum(i * KEY_BLOCK, length - KEY_BLOCK)
+            keys, values, mask = (jax.lax.dynamic_slice_in_dim(x, at, KEY_BLOCK, axis=2) for x in source)
+            return add(state, keys, values, mask & (at + jnp.arange(KEY_BLOCK) >= i * KEY_BLOCK)[None, None])
+
+        last = jnp.max(jnp.where(source.mask, jnp.arange(1, length + 1)[None, None], 0))
+        state = jax.lax.fori_loop(0, (last + KEY_BLOCK - 1) // KEY_BLOCK, block, state)
+    _, total, mixed = state
+    out = (mixed / total[..., None]).reshape(batch, groups, rows, heads // groups, width).transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, rows, heads, width).astype(queries.dtype)
+
+
+def _tangent(attention, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (queries, sources), (queries_tangent, sources_tangent) = primals, tangents
 
     def plain(queries: jax.Array, pairs: list) -> jax.Array:
@@ -212,16 +255,26 @@ def _tangent(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
 
     pairs, pairs_tangent = ([source[:2] for source in each] for each in (sources, sources_tangent))
     _, tangent = jax.jvp(plain, (queries, pairs), (queries_tangent, pairs_tangent))
-    return _attend_few_rows(queries, sources), tangent
+    return attention(queries, sources), tangent
+
+
+for _attention in (_attend_few_rows, _attend_in_blocks):
+    _attention.defjvp(functools.partial(_tangent, _attention))
+
+
+def _columns(queries: jax.Array, groups: int) -> jax.Array:
+    """Queries [B, R, H, d] as keys are multiplied with them, scaled: [B, G, d, R H / G]."""
+    batch, rows, heads, width = queries.shape
+    scaled = queries * np.float32(width**-0.5).astype(queries.dtype)
+    columns = scaled.reshape(batch, rows, groups, heads // groups, width).transpose(0, 2, 4, 1, 3)
+    return columns.reshape(batch, groups, width, -1)
 
 
 def _attend(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
     batch, rows, heads, width = queries.shape
     groups = sources[0].keys.shape[1]
     dtype = queries.dtype
-    scaled = queries * np.float32(width**-0.5).astype(dtype)
-    columns = scaled.reshape(batch, rows, groups, heads // groups, width).transpose(0, 2, 4, 1, 3)
-    columns = columns.reshape(batch, groups, width, -1)
+    columns = _columns(queries, groups)
     # Keys times query columns, so that the cache is read as it lies: the other way round XLA transposes it first.
     scores = [_sum_in_float32("bgsd,bgdn->bgsn", source.keys, columns).transpose(0, 1, 3, 2) for source in sources]
     masks = jnp.concatenate([jnp.broadcast_to(s.mask, (batch, rows, s.mask.shape[2])) for s in sources], axis=2)
