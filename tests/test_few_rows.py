@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import chex
 import environment
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sanitized_kernels
 from hypothesis import example, given, settings
 from reference.small_models import LLAMA, small_model
 
@@ -395,6 +397,32 @@ def test_it_is_compiled_once_and_kept(tmp_path) -> None:
     made = kept.stat().st_mtime_ns
     assert says(tmp_path)
     assert [file.stat().st_mtime_ns for file in kept.parent.iterdir()] == [made]
+
+
+@needs_compiler
+def test_what_others_may_have_written_is_not_loaded(tmp_path) -> None:
+    assert says(tmp_path)
+    (kept,) = (tmp_path / "dex_jax" / "native").iterdir()
+    kept.unlink()  # what this process may have loaded stays whole
+    kept.write_bytes(b"not a library")
+    kept.chmod(0o666)
+    kept.parent.chmod(0o777)
+    assert says(tmp_path)
+    assert kept.stat().st_mode & 0o022 == kept.parent.stat().st_mode & 0o022 == 0
+
+
+@needs_compiler
+def test_sanitizers_find_nothing_in_the_kernels_on_ragged_empty_and_wrong_shapes() -> None:
+    runtimes = [
+        Path(subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip())
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(runtime.is_file() for runtime in runtimes):
+        pytest.skip(f"{COMPILER} has no address sanitizer")
+    own = {"LD_PRELOAD": ":".join(map(str, runtimes)), "ASAN_OPTIONS": "detect_leaks=0", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, sanitized_kernels.__file__, str(few_rows.library(sanitized_kernels.FLAGS))]
+    run = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "clean"), run.stderr[:4000]
 
 
 def test_without_it_the_product_is_xlas(tmp_path) -> None:

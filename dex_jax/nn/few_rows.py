@@ -123,9 +123,9 @@ def _registered() -> bool:
         return False
     # Only speed is at stake: whatever is missing here, XLA does it as well.
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        library = ctypes.CDLL(str(_library()))
+        compiled = ctypes.CDLL(str(library()))
         for target in (NORM, PRODUCT, ATTENTION):
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(compiled, target)), platform="cpu")
         return True
     return False
 
@@ -143,7 +143,7 @@ def language() -> str:
     return "C++" if ready() else "XLA"
 
 
-def _library(flags: tuple[str, ...] = ()) -> Path:
+def library(flags: tuple[str, ...] = ()) -> Path:
     """The C++ files compiled for this machine, among the user's caches.
 
     Raises:
@@ -153,11 +153,11 @@ def _library(flags: tuple[str, ...] = ()) -> Path:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or platform.system() not in ("Linux", "Darwin"):
         raise OSError("no C++ compiler")
-    native = [*shlex.split(compiler), "-march=native", *flags]
+    native = [*shlex.split(compiler), "-march=native"]
     # What "native" means here: a home directory may belong to machines of several kinds.
     instructions = subprocess.run([*native, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True)
     options = ("-std=c++17", "-O3", "-shared", "-fPIC", "-w", f"-I{jax.ffi.include_dir()}")
-    command = [*native, *options, str(SOURCES / "kernels.cc")]
+    command = [*native, *options, *flags, str(SOURCES / "kernels.cc")]
     sources = [source.read_bytes() for source in sorted(SOURCES.iterdir()) if source.suffix in (".cc", ".h")]
     made_of = (*sources, instructions.stdout, " ".join(command).encode(), jaxlib.__version__.encode())
     name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]

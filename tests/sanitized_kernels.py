@@ -1,0 +1,110 @@
+"""Runs the C++ kernels, compiled with sanitizers, on ragged and empty shapes and on operands that do not fit.
+
+    LD_PRELOAD=libasan.so:libstdc++.so ASAN_OPTIONS=detect_leaks=0 python tests/sanitized_kernels.py LIBRARY
+
+LIBRARY is what `few_rows.library(FLAGS)` has made in another process: the compiler, too, would be watched in this one.
+A sanitizer that finds something ends the process; results that differ from NumPy's do, too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dex_jax.nn import few_rows
+
+FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+
+
+def call(target: str, shape: tuple[int, ...], *operands: np.ndarray, **attributes) -> np.ndarray:
+    # Every operand is an allocation of its own, which the sanitizer knows the end of.
+    own = [jnp.array(operand) for operand in operands]
+    return np.asarray(jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, jnp.float32))(*own, **attributes))
+
+
+def products(random: np.random.Generator) -> None:
+    sizes = itertools.product([0, 1, 7, 16, 17, 131], [0, 8, 13, 1300], [0, 1, 70])
+    for (rows, width, outputs), dtype in zip(sizes, itertools.cycle(few_rows.DTYPES), strict=False):
+        x, kernel = random.normal(size=(rows, width)), random.normal(size=(outputs, width)).astype(dtype)
+        x = x.astype(np.float32)
+        found = call(few_rows.PRODUCT, (rows, outputs), x, kernel)
+        np.testing.assert_allclose(found, x @ kernel.astype(np.float32).T, atol=1e-3)
+    x, kernel = random.normal(size=(3, 1, 5, 9)).astype("f"), random.normal(size=(1, 4, 6, 9)).astype("f")
+    found = call(few_rows.PRODUCT, (3, 4, 5, 6), x, kernel)
+    np.testing.assert_allclose(found, x @ kernel.swapaxes(2, 3), atol=1e-4)
+
+
+def norms(random: np.random.Generator) -> None:
+    for rows, width in itertools.product([0, 1, 5, 200], [0, 1, 7, 8, 577]):
+        x, scale = random.normal(size=(rows, width)).astype("f"), random.normal(size=width).astype("f")
+        found = call(few_rows.NORM, x.shape, x, scale, epsilon=np.float32(1e-5))
+        if found.size:
+            wanted = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-5) * scale
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def attentions(random: np.random.Generator) -> None:
+    sizes = itertools.product([0, 1, 5, 33], [(6, 2), (3, 3)], [48], [0, 3, 70])
+    for (rows, (heads, groups), width, length), dtype in zip(sizes, itertools.cycle(few_rows.DTYPES), strict=False):
+        queries = random.normal(size=(2, rows, heads, width)).astype("f")
+        keys, values = (random.normal(size=(2, groups, length, width)).astype(dtype) for _ in range(2))
+        own_keys, own_values = (random.normal(size=(2, groups, rows, width)).astype(dtype) for _ in range(2))
+        seen = np.arange(length) < np.array([length, length // 2])[:, None, None]
+        causal = np.broadcast_to(np.tril(np.ones((rows, rows), bool)), (2, rows, rows))
+        sources = (keys, values, seen, own_keys, own_values, causal)
+        found = call(few_rows.ATTENTION, queries.shape, queries, *sources)
+        both = [np.concatenate(pair, axis=2).astype("f") for pair in ((keys, own_keys), (values, own_values))]
+        keys, values = (np.repeat(each, heads // groups, axis=1) for each in both)
+        scores = np.einsum("brhd,bhsd->bhrs", queries, keys) / np.sqrt(width)
+        mask = np.concatenate([np.broadcast_to(seen, (2, rows, length)), causal], axis=2)
+        weights = np.where(mask[:, None], np.exp(scores), 0)
+        wanted = np.einsum("bhrs,bhsd->brhd", weights, values) / weights.sum(3).transpose(0, 2, 1)[..., None]
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def refusals() -> None:
+    def zeros(*shape: int, dtype: str = "float32") -> np.ndarray:
+        return np.zeros(shape, dtype)
+
+    queries, keys, mask = zeros(1, 2, 4, 16), zeros(1, 2, 5, 16), zeros(1, 2, 5, dtype="bool")
+    scale = {"epsilon": np.float32(0)}
+    misfits = [
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 4))),
+        (few_rows.PRODUCT, (2, 4), (zeros(2, 5), zeros(3, 5))),
+        (few_rows.PRODUCT, (4, 3), (zeros(2, 5), zeros(3, 5))),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(1, 3, 5))),
+        (few_rows.PRODUCT, (4, 2, 3), (zeros(3, 2, 5), zeros(1, 3, 5))),
+        (few_rows.PRODUCT, (3,), (zeros(3), zeros(3))),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 5, dtype="float16"))),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 5, dtype="int32"), zeros(3, 5))),
+        (few_rows.NORM, (2, 5), (zeros(2, 5), zeros(4)), scale),
+        (few_rows.NORM, (2, 5), (zeros(3, 5), zeros(5)), scale),
+        (few_rows.NORM, (2, 5), (zeros(2, 5), zeros()), scale),
+        (few_rows.ATTENTION, queries.shape, (queries, keys, keys)),
+        (few_rows.ATTENTION, queries.shape, (queries,)),
+        (few_rows.ATTENTION, queries.shape, (queries, keys, zeros(1, 2, 4, 16), mask)),
+        (few_rows.ATTENTION, queries.shape, (queries, keys, keys, zeros(1, 3, 5, dtype="bool"))),
+        (few_rows.ATTENTION, queries.shape, (queries, keys, keys, zeros(1, 2, 5))),
+        (few_rows.ATTENTION, queries.shape, (queries, zeros(1, 3, 5, 16), zeros(1, 3, 5, 16), mask)),
+        (few_rows.ATTENTION, queries.shape, (queries, zeros(1, 0, 5, 16), zeros(1, 0, 5, 16), mask)),
+        (few_rows.ATTENTION, (1, 2, 4, 12), (zeros(1, 2, 4, 12), zeros(1, 2, 5, 12), zeros(1, 2, 5, 12), mask)),
+        (few_rows.ATTENTION, queries.shape, (queries, keys, zeros(1, 2, 5, 16, dtype="float16"), mask)),
+    ]
+    for target, shape, operands, *attributes in misfits:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+            call(target, shape, *operands, **(attributes[0] if attributes else {}))
+
+
+if __name__ == "__main__":
+    few_rows.library = lambda: Path(sys.argv[1])
+    assert few_rows.ready(), "the library cannot be loaded"
+    for check in (products, norms, attentions):
+        check(np.random.default_rng(0))
+    refusals()
+    print("clean")
