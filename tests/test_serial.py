@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -130,11 +131,11 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "temperature"),
-    [("tree and lookup", 0.7), *((name, None) for name in SHAPES)]
-    + [slow(name, 0.7) for name in SHAPES if name != "tree and lookup"],
-)
+QUICK = (("tree and lookup", 0.7), ("lookup alone", None))
+CASES = itertools.product(SHAPES, (None, 0.7))
+
+
+@pytest.mark.parametrize(("name", "temperature"), [each if each in QUICK else slow(*each) for each in CASES])
 def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, temperature) -> None:
     widths, drafted, lookup = SHAPES[name]
     shape = serial.TreeShape(widths, drafted, lookup)
@@ -169,7 +170,8 @@ def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, temperature) 
     assert rounds > 20
 
 
-@pytest.mark.parametrize("temperature", [None, slow(0.7)])
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [None, 0.7])
 def test_a_round_drafts_and_runs_what_is_worth_its_time(temperature) -> None:
     """Alone, as a batch chooses for all its sequences together; the twin says what each round drafts and runs."""
     rows_chosen: set[int] = set()
