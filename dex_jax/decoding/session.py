@@ -315,7 +315,7 @@ class Session:
         self.limits = self._put(limits, on_mesh.LIMITS)
         self.sampling = self._put(_filled(sampling, batch), on_mesh.sampling_specs(sampling))
         self.tick = 0
-        self.pieces = np.zeros(1)  # how often each kind of work that `pace` knows has been done so far
+        self.work = np.zeros(1)  # how often each kind of work that `pace` knows has been done so far
         self.pace = Pace(np.ones(1) if self.costs is None else np.append(self.costs.rows, self.costs.drafting))
         self.heads: ExitArrays | None = None
         self.state: Any = None
@@ -444,13 +444,13 @@ class Session:
         """Runs at most `ticks` more ticks and returns the record on the host."""
         self.tick += ticks
         until = self._put(jnp.int32(self.tick), EVERYWHERE)
-        begin, before = time.perf_counter(), self.pieces
+        begin, before = time.perf_counter(), self.work
         self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, spec=self.spec)
         record = self.record()
         work = record.ticks.max(keepdims=True) if self.costs is None else self.state.chosen
-        self.pieces = np.asarray(work, np.float64)
+        self.work = np.asarray(work, np.float64)
         if before.any():  # the first chunk touches memory that is new
-            self.pace.saw(self.pieces - before, time.perf_counter() - begin)
+            self.pace.saw(self.work - before, time.perf_counter() - begin)
             if self.costs is not None:
                 rows, drafting = np.float32(self.pace.costs[:-1]), np.float32(self.pace.costs[-1])
                 self.state = self.state._replace(costs=serial.RoundCosts(jnp.asarray(rows), jnp.asarray(drafting)))
