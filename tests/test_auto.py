@@ -196,8 +196,8 @@ def test_more_rows_never_cost_less(seconds: list[float], a: float, b: float) -> 
     assert [found.step(rows) for rows in ROWS] == list(found.seconds)
 
 
-def kept_for(count: int = len(ROWS), tries: int = costs.TRIES, seconds: float = 1.0) -> dict:
-    return {"rows": [seconds] * count, "tick": None, "tries": tries}
+def kept_for(count: int = len(ROWS), seconds: float = 1.0) -> dict:
+    return {"rows": [seconds] * count, "tick": None}
 
 
 @pytest.fixture
@@ -219,7 +219,6 @@ def figures(monkeypatch, tmp_path):
 def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path, layout) -> None:
     monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "step_costs.json"))
     monkeypatch.setattr(costs, "_KNOWN", {})
-    monkeypatch.setattr(costs, "STEADY", float("inf"))
     first = step_costs(LLAMA, layout, jnp.float32, 1, 100, with_trees(exits_at((0,)), [KnownTree(LOOKUP_TREE, 2.0)]))
     assert first.rows == ROWS
     assert 0 < first.seconds[0] <= first.seconds[-1] < 10
@@ -239,7 +238,7 @@ def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path,
 def test_a_batch_has_the_costs_of_all_its_rows(figures) -> None:
     def measure(config, layout, dtype, totals):
         figures.append(totals)
-        return {"rows": [float(total) for total in totals], "tick": None, "tries": costs.TRIES}
+        return {"rows": [float(total) for total in totals], "tick": None}
 
     costs._measure = measure
     assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (1, 2, 4, 8, 16)
@@ -252,14 +251,6 @@ def test_a_batch_has_the_costs_of_all_its_rows(figures) -> None:
 def test_fewer_rows_take_no_longer(figures) -> None:
     costs._measure = lambda *about: kept_for() | {"rows": [9.0, 2.0, 3.0, 2.5, 4.0]}
     assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (2.0, 2.0, 2.5, 2.5, 4.0)
-
-
-def test_what_was_measured_on_a_busy_machine_is_measured_again_by_later_processes(figures) -> None:
-    for tries, seconds in ((1, 5.0), (1, 3.0), (1, 4.0), (None, None)):
-        costs._measure = lambda *about, tries=tries, seconds=seconds: kept_for(tries=tries, seconds=seconds)
-        costs._KNOWN.clear()
-        found = [step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds[0] for _ in range(2)]
-    assert found == [3.0, 3.0]
 
 
 def test_costs_that_are_far_off_are_forgotten(figures) -> None:

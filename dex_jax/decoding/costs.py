@@ -53,10 +53,6 @@ REPEATS, SECONDS = 20, 0.5
 """Every size is run so often, one after the other, unless that takes longer; the fastest counts, as other load on the
 machine can only slow a run down."""
 
-STEADY, TRIES = 1.4, 3
-"""Where half of the runs take so many times as long as the fastest, the machine was busy: the next processes measure
-again, up to so many in all, and the fastest counts."""
-
 LONGEST = 1e4
 """Seconds that no step takes: a file that says so is damaged."""
 
@@ -159,21 +155,16 @@ def _at(rows: tuple[int, ...], seconds: Any, wanted: float) -> float:
 
 
 def _known(config: ModelConfig, layout: Layout, dtype: np.dtype, count: int) -> dict[str, Any]:
-    """What is kept of such a model for the first `count` of TOTALS at least.
+    """What is kept of such a model, measured first where it is less than the first `count` of TOTALS.
 
-    It is measured where there is less, and where other load was there when other processes did.
+    It stays even where other load was there when it was measured: other figures would choose other programs, which take
+    longer to compile than they gain. What is far off is forgotten (decoding/auto.py).
     """
     key, file = _key(config, layout, dtype), costs_file()
-    kept, before = _KNOWN.get(key), _read(file).get(key)
-    if kept is None and before is not None and before["tries"] == TRIES:
-        kept = before
+    kept = _KNOWN.get(key) or _read(file).get(key)
     if kept is None or len(kept["rows"]) < count:
         notify("measuring what steps cost here")
         kept = _measure(config, layout, dtype, TOTALS[:count])
-        if before is not None:
-            fastest = [min(pair) for pair in zip(before["rows"], kept["rows"], strict=False)]
-            kept["rows"][: len(fastest)] = fastest
-            kept["tries"] = min(TRIES, before["tries"] + kept["tries"])
         _write(file, _read(file) | {key: kept})
     _KNOWN[key] = kept
     return kept
@@ -200,12 +191,12 @@ def _is_whole(kept: Any) -> bool:
     def seconds(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < LONGEST
 
-    if not isinstance(kept, dict) or set(kept) != {"rows", "tick", "tries"}:
+    if not isinstance(kept, dict) or set(kept) != {"rows", "tick"}:
         return False
-    rows, tick, tries = kept["rows"], kept["tick"], kept["tries"]
+    rows, tick = kept["rows"], kept["tick"]
     if not isinstance(rows, list) or not len(ROWS) <= len(rows) <= len(TOTALS) or not all(map(seconds, rows)):
         return False
-    return (tick is None or seconds(tick)) and type(tries) is int and 1 <= tries <= TRIES
+    return tick is None or seconds(tick)
 
 
 def _write(file: Path, kept: dict[str, dict[str, Any]]) -> None:
@@ -215,7 +206,7 @@ def _write(file: Path, kept: dict[str, dict[str, Any]]) -> None:
 
 
 def _measure(config: ModelConfig, layout: Layout, dtype: np.dtype, totals: tuple[int, ...]) -> dict[str, Any]:
-    """Seconds of a step over L layers and the final logits for each of `totals`, of a tick; whether to trust them."""
+    """Seconds of a step over L layers and the final logits for each of `totals`, and of a tick."""
     short, layout, share = _shortened(config, layout)
     abstract = abstract_weights(short, layout, dtype)
     layers = {name: shape for name, shape in parameter_shapes(short).items() if name.startswith("layers.")}
@@ -245,14 +236,12 @@ def _measure(config: ModelConfig, layout: Layout, dtype: np.dtype, totals: tuple
         add(run, memory, token, token + LENGTH // 2, np.tril(np.ones((1, rows, rows), bool)))
     if isinstance(layout, Stacked):
         add(*_tick(short, layout, memory, steps))
-    fastest, usual = _times(programs, weights)
-    of_all = np.asarray(fastest) / steps
+    of_all = np.asarray(_fastest(programs, weights)) / steps
     # The final logits are one more product: they take as long as layers of as many bytes.
     final = config.vocab_size * config.width * dtype.itemsize * share / size
     tick = float(of_all[-1] / share) if isinstance(layout, Stacked) else None
     seconds = (of_all[: len(totals)] * (1 + final) / share).tolist()
-    steady = all(often <= STEADY * best for often, best in zip(usual, fastest, strict=True))
-    return {"rows": seconds, "tick": tick, "tries": TRIES if steady else 1}
+    return {"rows": seconds, "tick": tick}
 
 
 def _shortened(config: ModelConfig, layout: Layout) -> tuple[ModelConfig, Layout, float]:
@@ -295,8 +284,8 @@ def _tick(config: ModelConfig, layout: Stacked, memory: cache.Memory, steps: int
     return function, memory, hidden, view
 
 
-def _times(programs: list[tuple[Any, tuple[Any, ...]]], weights: list[Any]) -> tuple[list[float], list[float]]:
-    """(fastest, usual) seconds of each program with one of the weights."""
+def _fastest(programs: list[tuple[Any, tuple[Any, ...]]], weights: list[Any]) -> list[float]:
+    """Seconds of each program's fastest run, with one of the weights."""
     seconds: list[list[float]] = [[] for _ in programs]
     end = time.perf_counter() + SECONDS
     for repeat in range(REPEATS):
@@ -307,4 +296,4 @@ def _times(programs: list[tuple[Any, tuple[Any, ...]]], weights: list[Any]) -> t
                 seconds[number].append((time.perf_counter() - begin) / len(weights))
         if repeat > 2 and time.perf_counter() > end:
             break
-    return [min(each) for each in seconds], [float(np.median(each)) for each in seconds]
+    return [min(each) for each in seconds]
