@@ -303,7 +303,7 @@ class Session:
         self.lengths[: self.sequences] = [len(prompt) for prompt in prompts]
         longest = int(self.lengths.max())
         bucket = prompt_bucket(longest)
-        self.pieces = prompt_pieces(longest)
+        self.chunks = prompt_pieces(longest)
         self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead)
         self.capacity = self.cache_length
         self.padded = np.zeros((batch, bucket), np.int32)
@@ -334,7 +334,7 @@ class Session:
         scalar = self._put(jax.ShapeDtypeStruct((), jnp.int32), EVERYWHERE)
         of_prefill = self.spec_of_prefill()
         seen = heads if of_prefill.exits is not None else None
-        for size in sorted({*self.pieces}):
+        for size in sorted({*self.chunks}):
             tokens = self._put(jax.ShapeDtypeStruct((len(self.lengths), size), jnp.int32), on_mesh.BY_SEQUENCE)
             PREFILL.compile(weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
         prompt = (
@@ -358,7 +358,7 @@ class Session:
         of_prefill = self.spec_of_prefill()
         seen = self.heads if of_prefill.exits is not None else None
         start = 0
-        for size in self.pieces:
+        for size in self.chunks:
             tokens = self._put(jnp.asarray(self.padded[:, start : start + size]), on_mesh.BY_SEQUENCE)
             at = self._put(jnp.int32(start), EVERYWHERE)
             start += size
