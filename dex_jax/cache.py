@@ -33,7 +33,8 @@ class Memory(NamedTuple):
 
     Attributes:
       keys, values: committed prefix, [B, G, S, d] a layer.
-      lattice_keys, lattice_values: lattice slots, [B, G, K W, d] a layer; K W is 0 outside DEX.
+      lattice_keys, lattice_values: lattice slots, [B, G, K W, d] a layer, K W is 0 outside DEX; one array
+        [L, B, G, W, d] in every layout where K = 1 (`with_cohort`).
       exits: what trained exits remember of the committed prefix (decoding/trained_exits.py), () when nothing.
     """
 
@@ -69,6 +70,13 @@ def with_lattice(memory: Memory, config: ModelConfig, layout: Layout, slots: int
     leaf = jax.tree.leaves(memory.keys)[0]
     fresh = allocate(config, layout, leaf.shape[-4], 0, slots, leaf.dtype)
     return memory._replace(lattice_keys=fresh.lattice_keys, lattice_values=fresh.lattice_values)
+
+
+def with_cohort(memory: Memory, config: ModelConfig, rows: int) -> Memory:
+    """The same committed prefix with room for one cohort of W = `rows` nodes, which every tick replaces: K = 1."""
+    leaf = jax.tree.leaves(memory.keys)[0]
+    blank = jnp.zeros((config.num_layers, leaf.shape[-4], config.num_kv_heads, rows, config.head_dim), leaf.dtype)
+    return memory._replace(lattice_keys=blank, lattice_values=blank)
 
 
 def after(index: jax.Array, *results: jax.Array) -> jax.Array:
@@ -109,24 +117,26 @@ def write_rows(
     return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))
 
 
-def commit_slot(memory: Memory, slot: jax.Array, position: jax.Array) -> Memory:
-    """Copies one lattice slot of each sequence to its committed position.
+def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array) -> Memory:
+    """Copies lattice slots of each sequence to consecutive committed positions.
 
-    Sequences that do not commit are written too: nobody attends to that position before its own commit overwrites it,
-    and a plain write needs neither a read nor a choice.
+    Sequences that commit fewer slots, or none, are written too: nobody attends to those positions before their own
+    commit overwrites them, and a plain write needs neither a read nor a choice.
 
     Args:
       memory: any layout.
-      slot: [B] int32 lattice slot.
-      position: [B] int32 position in the committed cache, the first one that is not committed yet.
+      slot: [B, P] int32 lattice slots.
+      position: [B] int32, the first position that is not committed yet; position + P must not pass the cache's end.
     """
+    count = slot.shape[1]
 
     def leaf(cache: jax.Array, lattice: jax.Array) -> jax.Array:
         def copy(cache: jax.Array, *layer: jax.Array) -> jax.Array:
             size = (1,) * len(layer) + (1, cache.shape[-3], 1, cache.shape[-1])
 
             def write(b: int | jax.Array, cache: jax.Array) -> jax.Array:
-                new = jax.lax.dynamic_slice(lattice, (*layer, b, 0, slot[b], 0), size)
+                each = [jax.lax.dynamic_slice(lattice, (*layer, b, 0, slot[b, i], 0), size) for i in range(count)]
+                new = each[0] if count == 1 else jnp.concatenate(each, axis=-2)
                 return _put(cache, new, (*layer, b, 0, after(position[b], new), 0))
 
             return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))

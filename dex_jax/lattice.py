@@ -1,12 +1,14 @@
 """The lattice of one sequence: a ring of cohorts in fixed-shape arrays, and the pure functions that move it.
 
-Terms as in the paper (Yang, Sun and Xia, "Depth Exploration Decoding", arXiv 2606.29223) and the README: a node is a
-candidate token; the nodes spawned in one tick are a cohort and advance together; the root is the last committed token
-on its way up. The cohort spawned in tick t lives in ring row t mod K, and in tick t stage k runs the cohort of tick
-t - k. So a node's slot (ring row * W + row) never changes while it lives, and its progress is its age.
+Terms as in the paper (Yang, Sun and Xia, "Depth Exploration for LLM Decoding", arXiv 2606.29223): a node is a candidate
+token; the nodes spawned in one tick are a cohort and advance together; the root is the last committed token on its way
+up. A cohort's nodes are heads (a fresh root, or seeds, which the exits 1..K-1 gave) and the drafts that exit 0 put
+below them. The cohort spawned in tick t lives in ring row t mod K, and in tick t stage k runs the cohort of tick t - k.
+So a node's slot (ring row * W + row) never changes while it lives, and its progress is its age.
 
-Everything here is written for one sequence and is meant to be vmapped over a batch. Letters: K stages, W rows a
-cohort; stages and exits are numbered 1..K in fields that users see, and 0..K-1 along array axes.
+Everything here is written for one sequence and is meant to be vmapped over a batch. Letters: K stages, W rows a cohort,
+N rows of a cohort that is still growing, P levels of a cohort with its heads, C candidates; stages and exits are
+numbered 1..K in fields that users see, and 0..K-1 along array axes.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ NO_NODE = -1
 NO_TOKEN = -1
 """A token that is none: an unused row, an exit that has proposed nothing."""
 
+DRAFTED = 0
+"""`born_at` of a draft: exit 0 stands at depth 0."""
+
 SCORE_STEP = 2.0**-10
 """Log-probabilities are rounded to multiples of this, so that sums along a path are exact in float32 and which nodes
 a cap keeps does not depend on the order of a reduction."""
@@ -36,11 +41,10 @@ class Lattice(NamedTuple):
       token: [K, W] int32.
       position: [K, W] int32, absolute position of the token in the sequence.
       parent: [K, W] int32 slot of the parent, NO_NODE for a root.
-      born_at: [K, W] int32, the exit 1..K-1 that proposed the node, K for a fresh root.
+      born_at: [K, W] int32, the exit that proposed the node: 0 for a draft, 1..K-1 for a seed, K for a fresh root.
       score: [K, W] float32, sum of log-probabilities along the path from the root, a multiple of SCORE_STEP.
       live: [K, W] bool.
       ancestors: [K, W, K W] bool, the slots that a node attends to: itself and its ancestors not yet committed.
-      offered: [K, W, K - 1] int32, the token of the child that each exit spawned under a node, or NO_TOKEN.
       root: int32 slot, NO_NODE when the sequence has ended.
     """
 
@@ -51,7 +55,6 @@ class Lattice(NamedTuple):
     score: jax.Array
     live: jax.Array
     ancestors: jax.Array
-    offered: jax.Array
     root: jax.Array
 
     @property
@@ -74,18 +77,58 @@ class Proposals(NamedTuple):
     valid: jax.Array
 
 
-class Collapse(NamedTuple):
-    """The outcome of a commit.
+class Cohort(NamedTuple):
+    """Nodes on their way into the lattice: heads in the first rows, the drafts below them in the others.
 
     Attributes:
-      lattice: what survives; no live node at all when a fresh root is needed.
-      born_at: int32, the exit that first gave the committed token, K if none did.
-      matched: bool, whether a child of the root held it.
+      token: [N] int32, NO_TOKEN in rows that are not used.
+      position: [N] int32.
+      parent: [N] int32 slot of a seed's parent in the lattice, NO_NODE for all other rows.
+      above: [N] int32 row of a draft's parent in the cohort, NO_NODE for all other rows.
+      born_at: [N] int32.
+      score: [N] float32 of the path from the root; -inf in rows that are not used.
+      within: [N, N] bool, the rows that each row attends to: itself and its ancestors in the cohort.
     """
 
-    lattice: Lattice
+    token: jax.Array
+    position: jax.Array
+    parent: jax.Array
+    above: jax.Array
     born_at: jax.Array
-    matched: jax.Array
+    score: jax.Array
+    within: jax.Array
+
+
+class Candidates(NamedTuple):
+    """Proposed drafts below rows that a cohort has.
+
+    Attributes:
+      token: [C] int32.
+      above: [C] int32 row.
+      score: [C] float32 of the path with it, -inf for none.
+    """
+
+    token: jax.Array
+    above: jax.Array
+    score: jax.Array
+
+
+class Path(NamedTuple):
+    """What the final layer says after the root, and after those of its cohort's nodes that it confirms.
+
+    Attributes:
+      slot: [P] int32, the root first; from `length` on anything.
+      token: [P] int32, the final layer's token after each.
+      born_at: [P] int32, the exit that first gave that token, K if none did.
+      length: int32, how many; 0 while the root has not finished.
+      heir: int32 slot of the node that holds the last of these tokens, NO_NODE if none does.
+    """
+
+    slot: jax.Array
+    token: jax.Array
+    born_at: jax.Array
+    length: jax.Array
+    heir: jax.Array
 
 
 def default_rows(stages: int) -> int:
@@ -121,7 +164,6 @@ def empty(stages: int, rows: int) -> Lattice:
         score=jnp.zeros(grid, jnp.float32),
         live=jnp.zeros(grid, bool),
         ancestors=jnp.zeros((*grid, stages * rows), bool),
-        offered=jnp.full((*grid, max(stages - 1, 0)), NO_TOKEN, jnp.int32),
         root=jnp.int32(NO_NODE),
     )
 
@@ -131,52 +173,61 @@ def stage_rows(tick: jax.Array, stages: int) -> jax.Array:
     return (tick - 1 - jnp.arange(stages, dtype=jnp.int32)) % stages
 
 
-def plant(lattice: Lattice, tick: jax.Array, token: jax.Array, position: jax.Array, where: jax.Array) -> Lattice:
-    """Starts a fresh root in the cohort of `tick`, where `where`; otherwise the lattice is returned unchanged."""
-    stages, rows = lattice.token.shape
-    ring = tick % stages
-    slot = (ring * rows).astype(jnp.int32)
-    fresh = Lattice(
-        token=lattice.token.at[ring, 0].set(token),
-        position=lattice.position.at[ring, 0].set(position),
-        parent=lattice.parent.at[ring, 0].set(NO_NODE),
-        born_at=lattice.born_at.at[ring, 0].set(stages),
-        score=lattice.score.at[ring, 0].set(0.0),
-        live=lattice.live.at[ring, 0].set(True),
-        ancestors=lattice.ancestors.at[ring, 0].set(jnp.arange(stages * rows) == slot),
-        offered=lattice.offered.at[ring, 0].set(NO_TOKEN),
-        root=slot,
-    )
-    return _where(where, fresh, lattice)
-
-
 def root_finished(lattice: Lattice, tick: jax.Array) -> jax.Array:
     """Whether the root has run its last stage in `tick`: bool."""
     stages, rows = lattice.token.shape
     return (lattice.root != NO_NODE) & (lattice.root // rows == tick % stages)
 
 
-def collapse(lattice: Lattice, token: jax.Array) -> Collapse:
-    """Keeps the subtree under the root's child that holds the committed `token`.
+def follow(lattice: Lattice, final: jax.Array, tick: jax.Array, levels: int) -> Path:
+    """The path that `tick` commits.
 
-    The old root's bit leaves every ancestor set, as its position joins the prefix.
+    Args:
+      lattice: after its nodes have run their stages.
+      final: [W] int32, the final layer's token after each live row of the cohort that has run its last stage.
+      tick: int32.
+      levels: P.
     """
     stages, rows = lattice.token.shape
-    root = lattice.root
-    held = (lattice.live & (lattice.parent == root) & (lattice.token == token)).reshape(-1)
-    matched = jnp.any(held) & (root != NO_NODE)
-    child = jnp.argmax(held).astype(jnp.int32)
-    survives = lattice.live & lattice.ancestors[:, :, child] & matched
-    slots = jnp.arange(stages * rows)
-    born_at = jnp.where(matched, lattice.born_at.reshape(-1)[child], stages)
-    kept = lattice._replace(
-        live=survives,
-        ancestors=lattice.ancestors & (slots != root)[None, None],
-        parent=jnp.where(slots.reshape(stages, rows) == child, NO_NODE, lattice.parent),
-        score=lattice.score - lattice.score.reshape(-1)[child],
-        root=jnp.where(matched, child, NO_NODE),
+    live, parent, token, born_at = (
+        f.reshape(-1) for f in (lattice.live, lattice.parent, lattice.token, lattice.born_at)
     )
-    return Collapse(kept, born_at, matched)
+
+    def one_level(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+        slot, going = carry
+        said = final[slot % rows]
+        held = live & (parent == slot) & (token == said)
+        matched = jnp.any(held) & going
+        child = jnp.argmax(held).astype(jnp.int32)
+        on = matched & (child // rows == tick % stages)
+        step = (slot, said, jnp.where(matched, born_at[child], stages), going, jnp.where(matched, child, NO_NODE))
+        return (jnp.where(on, child, slot), on), step
+
+    start = (jnp.maximum(lattice.root, 0), root_finished(lattice, tick))
+    _, (slot, said, born, going, child) = jax.lax.scan(one_level, start, None, length=levels)
+    length = jnp.sum(going, dtype=jnp.int32)
+    return Path(slot, said, born, length, child[jnp.maximum(length - 1, 0)])
+
+
+def collapse(lattice: Lattice, path: Path) -> Lattice:
+    """Keeps the subtree under the heir of a committed path; nothing at all if there is none.
+
+    The bits of the path's nodes leave every ancestor set, as their positions join the prefix. A path without any node
+    leaves the lattice as it is.
+    """
+    stages, rows = lattice.token.shape
+    slots = jnp.arange(stages * rows)
+    heir = jnp.maximum(path.heir, 0)
+    on_path = jnp.arange(path.slot.shape[0]) < path.length
+    committed = jnp.any((slots[:, None] == path.slot[None]) & on_path[None], axis=1)
+    kept = lattice._replace(
+        live=lattice.live & lattice.ancestors[:, :, heir] & (path.heir != NO_NODE),
+        ancestors=lattice.ancestors & ~committed[None, None],
+        parent=jnp.where(slots.reshape(stages, rows) == heir, NO_NODE, lattice.parent),
+        score=lattice.score - lattice.score.reshape(-1)[heir],
+        root=path.heir,
+    )
+    return _where(path.length > 0, kept, lattice)
 
 
 def proposers(lattice: Lattice, tick: jax.Array) -> jax.Array:
@@ -185,48 +236,142 @@ def proposers(lattice: Lattice, tick: jax.Array) -> jax.Array:
     return lattice.live[stage_rows(tick, stages)[:-1]]
 
 
-def spawn(lattice: Lattice, tick: jax.Array, proposals: Proposals) -> Lattice:
-    """Spawns the best-scoring proposals as the cohort of `tick`; with more than W, the others are pruned.
+def fresh_root(token: jax.Array, position: jax.Array, stages: int, size: int) -> Cohort:
+    """A cohort of N = `size` rows that holds nothing but a root, `token` at `position` (int32 scalars)."""
+    first = jnp.arange(size) == 0
+    none = jnp.full(size, NO_NODE, jnp.int32)
+    return Cohort(
+        token=jnp.where(first, token, NO_TOKEN),
+        position=jnp.where(first, position, 0),
+        parent=none,
+        above=none,
+        born_at=jnp.where(first, stages, 0),
+        score=jnp.where(first, 0.0, -jnp.inf),
+        within=jnp.eye(size, dtype=bool),
+    )
 
-    Equal scores go to the earlier exit, then to the earlier row. Must come after the collapse of the same tick, which
-    has emptied that ring row.
+
+def seeds(lattice: Lattice, tick: jax.Array, proposals: Proposals, size: int) -> Cohort:
+    """A cohort of N = `size` rows with the best-scoring proposals of `tick` in the first W; the others are pruned.
+
+    Equal scores go to the earlier exit, then to the earlier row.
     """
     stages, rows = lattice.token.shape
-    if stages == 1:
-        return lattice
     from_rows = stage_rows(tick, stages)[:-1]
     step = quantized(proposals.log_probability)
     total = jnp.where(proposals.valid, lattice.score[from_rows] + step, -jnp.inf).reshape(-1)
     best, pick = jax.lax.top_k(total, rows)
     spawned = best > -jnp.inf
     exit_index, row = pick // rows, pick % rows
-    parent = from_rows[exit_index] * rows + row
-    ring = tick % stages
-    own = ring * rows + jnp.arange(rows)
-    token = proposals.token.reshape(-1)[pick]
-
-    def fill(field: jax.Array, values: jax.Array, nothing) -> jax.Array:
-        keep = spawned.reshape(spawned.shape + (1,) * (values.ndim - 1))
-        return field.at[ring].set(jnp.where(keep, values, nothing).astype(field.dtype))
-
-    family = lattice.ancestors.reshape(stages * rows, -1)[parent]
-    family = family | (jnp.arange(stages * rows)[None, :] == own[:, None])
-    offered = lattice.offered.at[ring].set(NO_TOKEN).reshape(stages * rows, stages - 1)
-    offered = offered.at[jnp.where(spawned, parent, stages * rows), exit_index].set(token, mode="drop")
-    child = Lattice(
-        token=fill(lattice.token, token, NO_TOKEN),
-        position=fill(lattice.position, lattice.position.reshape(-1)[parent] + 1, 0),
-        parent=fill(lattice.parent, parent, NO_NODE),
-        born_at=fill(lattice.born_at, exit_index + 1, 0),
-        score=fill(lattice.score, best, 0.0),
-        live=fill(lattice.live, spawned, False),
-        ancestors=fill(lattice.ancestors, family, False),
-        offered=offered.reshape(lattice.offered.shape),
-        root=lattice.root,
+    parent = (from_rows[exit_index] * rows + row).astype(jnp.int32)
+    blank = fresh_root(jnp.int32(NO_TOKEN), jnp.int32(0), stages, size)
+    return blank._replace(
+        token=blank.token.at[:rows].set(jnp.where(spawned, proposals.token.reshape(-1)[pick], NO_TOKEN)),
+        position=blank.position.at[:rows].set(jnp.where(spawned, lattice.position.reshape(-1)[parent] + 1, 0)),
+        parent=blank.parent.at[:rows].set(jnp.where(spawned, parent, NO_NODE)),
+        born_at=blank.born_at.at[:rows].set(jnp.where(spawned, exit_index.astype(jnp.int32) + 1, 0)),
+        score=blank.score.at[:rows].set(best),
     )
-    # The root of a sequence that starts afresh in this very tick stands in the same ring row; it has no proposals.
-    fresh_root = (lattice.root != NO_NODE) & (lattice.root // rows == ring)
-    return _where(fresh_root, lattice, child)
+
+
+def widen(cohort: Cohort, size: int) -> Cohort:
+    """The same cohort with unused rows at its end, `size` in all."""
+    blank = fresh_root(jnp.int32(NO_TOKEN), jnp.int32(0), 0, size)
+    blank = blank._replace(score=jnp.full(size, -jnp.inf))
+    old = cohort.score.shape[0]
+
+    def put(rows: jax.Array, own: jax.Array) -> jax.Array:
+        return rows.at[:old].set(own) if rows.ndim == 1 else rows.at[:old, :old].set(own)
+
+    return jax.tree.map(put, blank, cohort)
+
+
+def grow(cohort: Cohort, candidates: Candidates, first: jax.Array, width: jax.Array, most: int) -> Cohort:
+    """Puts the best `width` candidates into the rows from `first` on, ties by the order in which they come.
+
+    Candidates below one row with one token are one candidate, with the better of their scores. Rows up to
+    first + `most`, which is at least `width`, must be there and not be used yet.
+    """
+    missing = max(0, most - candidates.token.shape[0])
+    token, above, score = (
+        jnp.pad(field, (0, missing), constant_values=blank)
+        for field, blank in zip(candidates, (NO_TOKEN, NO_NODE, -jnp.inf), strict=True)
+    )
+    same = (token[:, None] == token[None, :]) & (above[:, None] == above[None, :])
+    alike = same & (score > -jnp.inf)[None, :]
+    best = jnp.max(jnp.where(alike, score[None, :], -jnp.inf), axis=1)
+    earlier = jnp.tril(jnp.ones(same.shape, bool), k=-1)
+    score = jnp.where(jnp.any(alike & earlier, axis=1) | (score == -jnp.inf), -jnp.inf, best)
+    chosen = jnp.argsort(-score, stable=True)[:most]
+    found = (score[chosen] > -jnp.inf) & (jnp.arange(most) < width)
+    above = jnp.where(found, above[chosen], NO_NODE)
+    itself = first + jnp.arange(most)[:, None] == jnp.arange(cohort.token.shape[0])[None]
+    seen = cohort.within[jnp.maximum(above, 0)] & found[:, None]
+
+    def put(field: jax.Array, rows: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(field, rows.astype(field.dtype), first, axis=0)
+
+    return cohort._replace(
+        token=put(cohort.token, jnp.where(found, token[chosen], NO_TOKEN)),
+        position=put(cohort.position, jnp.where(found, cohort.position[jnp.maximum(above, 0)] + 1, 0)),
+        above=put(cohort.above, above),
+        born_at=put(cohort.born_at, jnp.full(most, DRAFTED)),
+        score=put(cohort.score, jnp.where(found, score[chosen], -jnp.inf)),
+        within=put(cohort.within, seen | itself),
+    )
+
+
+def child_of(cohort: Cohort, row: jax.Array, token: jax.Array) -> jax.Array:
+    """The draft right below `row` that holds `token`, as int32 row, NO_NODE when there is none."""
+    here = (cohort.above == row) & (cohort.token == token) & (row != NO_NODE)
+    return jnp.where(jnp.any(here), jnp.argmax(here), NO_NODE).astype(jnp.int32)
+
+
+def sort_rows(cohort: Cohort) -> Cohort:
+    """The same cohort with the best-scoring rows first: no row is better than the one above it, which comes before."""
+    order = jnp.argsort(-cohort.score, stable=True)
+    place = jnp.argsort(order, stable=True).astype(jnp.int32)
+    moved = jax.tree.map(lambda field: field[order], cohort)
+    return moved._replace(
+        above=jnp.where(moved.above == NO_NODE, NO_NODE, place[jnp.maximum(moved.above, 0)]),
+        within=moved.within[:, order],
+    )
+
+
+def spawn(lattice: Lattice, tick: jax.Array, cohort: Cohort, fresh: jax.Array) -> Lattice:
+    """Puts a cohort's first W rows into the ring row of `tick`, which the collapse of the same tick has emptied.
+
+    Args:
+      lattice: after the collapse.
+      tick: int32.
+      cohort: its best rows first, so that no row comes before the one above it.
+      fresh: bool, whether row 0 is a fresh root.
+    """
+    stages, rows = lattice.token.shape
+    ring = tick % stages
+    used = cohort.score[:rows] > -jnp.inf
+    within = cohort.within[:rows, :rows] & used[:, None]
+    head = jnp.argmax(within & (cohort.above[:rows] == NO_NODE)[None], axis=1)
+    parent = cohort.parent[:rows]
+    family = lattice.ancestors.reshape(stages * rows, -1)[jnp.maximum(parent[head], 0)]
+    family = family & (used & (parent[head] != NO_NODE))[:, None]
+    family = family.reshape(rows, stages, rows).at[:, ring].set(within).reshape(rows, -1)
+    above = jnp.where(cohort.above[:rows] == NO_NODE, parent, ring * rows + cohort.above[:rows])
+    return Lattice(
+        token=lattice.token.at[ring].set(cohort.token[:rows]),
+        position=lattice.position.at[ring].set(cohort.position[:rows]),
+        parent=lattice.parent.at[ring].set(above),
+        born_at=lattice.born_at.at[ring].set(cohort.born_at[:rows]),
+        score=lattice.score.at[ring].set(jnp.where(used, cohort.score[:rows], 0.0)),
+        live=lattice.live.at[ring].set(used),
+        ancestors=lattice.ancestors.at[ring].set(family),
+        root=jnp.where(fresh, ring * rows, lattice.root).astype(jnp.int32),
+    )
+
+
+def bury(lattice: Lattice, where: jax.Array) -> Lattice:
+    """The lattice without any node, where `where` (bool scalar)."""
+    return lattice._replace(live=lattice.live & ~where, root=jnp.where(where, NO_NODE, lattice.root))
 
 
 def quantized(log_probability: jax.Array) -> jax.Array:

@@ -17,15 +17,35 @@ from dex_jax.lattice import NO_NODE, NO_TOKEN, Lattice, Proposals
 
 STAGES, ROWS = 4, 3
 
-plant, collapse, spawn, proposers, root_finished, quantized, stage_rows = (
-    jax.jit(getattr(lat, name), static_argnames=("stages",) if name == "stage_rows" else ())
-    for name in ("plant", "collapse", "spawn", "proposers", "root_finished", "quantized", "stage_rows")
+STATIC = {"stage_rows": ("stages",), "follow": ("levels",), "seeds": ("size",), "fresh_root": ("stages", "size")}
+proposers, root_finished, quantized, stage_rows, follow, collapsed, enter, seeds, fresh_root = (
+    jax.jit(getattr(lat, name), static_argnames=STATIC.get(name, ()))
+    for name in (
+        *("proposers", "root_finished", "quantized", "stage_rows"),
+        *("follow", "collapse", "spawn", "seeds", "fresh_root"),
+    )
 )
 empty = functools.cache(lambda: jax.tree.map(np.asarray, lat.empty(STAGES, ROWS)))
 
 
+def plant(lattice: Lattice, tick: int, token: int, position: int) -> Lattice:
+    return enter(lattice, tick, fresh_root(token, position, stages=STAGES, size=ROWS), True)
+
+
+def spawn(lattice: Lattice, tick: int, offers: Proposals) -> Lattice:
+    return enter(lattice, tick, seeds(lattice, tick, offers, size=ROWS), False)
+
+
+def commit(lattice: Lattice, *tokens: int, levels: int = 1) -> tuple[lat.Path, Lattice]:
+    """What is committed and left when the root has finished and the final layer says tokens[i] after row i."""
+    tick = 10 * STAGES + int(lattice.root) // ROWS
+    final = np.array([*tokens, *[-5] * ROWS][:ROWS], np.int32)
+    path = follow(lattice, final, tick, levels=levels)
+    return path, collapsed(lattice, path)
+
+
 def rooted(tick: int = 0, token: int = 7, position: int = 5) -> Lattice:
-    return plant(empty(), jnp.int32(tick), jnp.int32(token), jnp.int32(position), True)
+    return plant(empty(), tick, token, position)
 
 
 def proposals(*offers: tuple[int, int, int, float]) -> Proposals:
@@ -42,7 +62,7 @@ def grown(*ticks: Proposals, start: Lattice | None = None) -> Lattice:
     """A root of tick 0, and what one spawn a tick adds."""
     lattice = rooted() if start is None else start
     for tick, offers in enumerate(ticks, 1):
-        lattice = spawn(lattice, jnp.int32(tick), offers)
+        lattice = spawn(lattice, tick, offers)
     return lattice
 
 
@@ -83,12 +103,6 @@ def test_a_fresh_root_stands_alone_in_its_cohort() -> None:
     assert (flat(lattice.parent)[at], flat(lattice.born_at)[at]) == (NO_NODE, STAGES)
 
 
-def test_plant_elsewhere_changes_nothing() -> None:
-    lattice = rooted()
-    again = plant(lattice, jnp.int32(2), jnp.int32(1), jnp.int32(9), False)
-    chex.assert_trees_all_equal(again, lattice)
-
-
 def test_the_root_finishes_after_k_ticks() -> None:
     lattice = rooted(tick=2)
     assert [bool(root_finished(lattice, jnp.int32(tick))) for tick in (3, 4, 5, 6)] == [False, False, False, True]
@@ -106,8 +120,6 @@ def test_a_child_knows_its_place() -> None:
     assert flat(lattice.score)[[child, deep, other]].tolist() == [-1.0, -1.5, -2.0]
     assert visible(lattice, deep) == {root, child, deep}
     assert visible(lattice, other) == {root, other}
-    assert flat(lattice.offered)[root].tolist() == [11, 12, NO_TOKEN]
-    assert flat(lattice.offered)[child].tolist() == [21, NO_TOKEN, NO_TOKEN]
 
 
 def test_who_may_propose() -> None:
@@ -125,21 +137,19 @@ def test_the_best_proposals_get_the_rows() -> None:
     )
     third = flat(lattice.token)[slot(3, 0) : slot(3, 0) + ROWS]
     assert third.tolist() == [13, 31, 32]  # scores -1, -1.75, -2.125; -4 is pruned
-    # What was pruned was never offered: a later exit may have it again.
-    assert flat(lattice.offered)[slot(1, 0)].tolist() == [21, NO_TOKEN, NO_TOKEN]
 
 
 def test_equal_scores_go_to_the_earlier_exit_then_to_the_earlier_row() -> None:
     start = grown(proposals((1, 0, 11, -1.0)), proposals((1, 0, 21, -1.0), (2, 0, 12, -2.0)))
     offers = proposals((1, 0, 31, 0.0), (1, 1, 32, 0.0), (2, 0, 22, -1.0), (3, 0, 13, -2.0))
-    lattice = spawn(start, jnp.int32(3), offers)
+    lattice = spawn(start, 3, offers)
     assert flat(lattice.token)[slot(3, 0) : slot(3, 0) + ROWS].tolist() == [31, 32, 22]
 
 
 def test_an_invalid_proposal_spawns_nothing() -> None:
     lattice = grown(proposals())
     assert live_slots(lattice) == {slot(0, 0)}
-    assert flat(lattice.offered)[slot(0, 0)].tolist() == [NO_TOKEN] * 3
+    assert flat(lattice.token)[slot(1, 0) : slot(1, 0) + ROWS].tolist() == [NO_TOKEN] * ROWS
 
 
 def test_collapse_keeps_the_subtree_of_the_committed_token() -> None:
@@ -148,11 +158,9 @@ def test_collapse_keeps_the_subtree_of_the_committed_token() -> None:
         proposals((1, 0, 21, -0.5), (2, 0, 12, -0.25)),
         proposals((1, 0, 31, -0.25), (1, 1, 32, -0.125)),
     )
-    outcome = collapse(lattice, jnp.int32(12))
-    kept = outcome.lattice
+    path, kept = commit(lattice, 12)
     root, child = slot(2, 0), slot(3, 0)  # token 12 was the better proposal of tick 2, 31 hangs under it
-    assert bool(outcome.matched)
-    assert int(outcome.born_at) == 2
+    assert (int(path.length), int(path.heir), int(path.born_at[0])) == (1, root, 2)
     assert int(kept.root) == root
     assert live_slots(kept) == {root, child}
     assert flat(kept.parent)[[root, child]].tolist() == [NO_NODE, root]
@@ -165,36 +173,64 @@ def test_collapse_keeps_the_subtree_of_the_committed_token() -> None:
 def test_collapse_without_a_match_leaves_nothing() -> None:
     lattice = grown(proposals((1, 0, 11, -1.0)), proposals((1, 0, 21, -0.5), (2, 0, 12, -2.0)))
     # 21 is in the lattice, but as a grandchild.
-    outcome = collapse(lattice, jnp.int32(21))
-    assert not bool(outcome.matched)
-    assert int(outcome.born_at) == STAGES
-    assert int(outcome.lattice.root) == NO_NODE
-    assert live_slots(outcome.lattice) == set()
+    path, kept = commit(lattice, 21)
+    assert (int(path.length), int(path.heir), int(path.born_at[0])) == (1, NO_NODE, STAGES)
+    assert int(kept.root) == NO_NODE
+    assert live_slots(kept) == set()
+
+
+def drafted(*below: tuple[int, int]) -> lat.Cohort:
+    """A fresh root with token 7 at position 5, and drafts (row above, token) with one more row each."""
+    cohort = fresh_root(7, 5, stages=STAGES, size=ROWS)
+    for first, (above, token) in enumerate(below, 1):
+        candidate = lat.Candidates(jnp.array([token]), jnp.array([above]), jnp.array([-0.5 * first]))
+        cohort = lat.grow(cohort, candidate, first, 1, 1)
+    return cohort
+
+
+def test_a_path_is_committed_as_far_as_its_cohort_drafted_rightly() -> None:
+    lattice = enter(empty(), 0, drafted((0, 8), (1, 9)), True)
+    assert visible(lattice, 2) == {0, 1, 2}
+    assert (flat(lattice.position)[:ROWS].tolist(), flat(lattice.born_at)[:ROWS].tolist()) == ([5, 6, 7], [4, 0, 0])
+    lattice = grown(proposals((1, 2, 11, -1.0)), start=lattice)  # exit 1 goes on from the second draft
+    path, kept = commit(lattice, 8, 9, 11, levels=3)
+    assert path.slot.tolist() == [0, 1, 2]
+    assert path.token.tolist() == [8, 9, 11]
+    assert path.born_at.tolist() == [0, 0, 1]
+    assert (int(path.length), int(path.heir), int(kept.root)) == (3, slot(1, 0), slot(1, 0))
+    assert live_slots(kept) == {slot(1, 0)}
+    assert visible(kept, slot(1, 0)) == {slot(1, 0)}
+    for said, length, heir in (((8, 5), 2, NO_NODE), ((5,), 1, NO_NODE), ((9,), 1, NO_NODE)):
+        path, kept = commit(lattice, *said, levels=3)
+        assert (int(path.length), int(path.heir), live_slots(kept)) == (length, heir, set())
+
+
+def test_a_root_that_has_not_finished_commits_nothing() -> None:
+    lattice = enter(empty(), 0, drafted((0, 8), (1, 9)), True)
+    path = follow(lattice, np.array([8, 9, 11], np.int32), 1, levels=3)
+    assert int(path.length) == 0
+    chex.assert_trees_all_equal(collapsed(lattice, path), lattice)
+
+
+def test_the_best_rows_of_a_cohort_come_first_and_the_rest_is_cut() -> None:
+    cohort = fresh_root(7, 5, stages=STAGES, size=5)
+    found = lat.Candidates(jnp.array([8, 9, 8]), jnp.array([0, 0, 0]), jnp.array([-2.0, -0.5, -1.0]))
+    cohort = lat.grow(cohort, found, 1, 2, 2)
+    assert cohort.token[1:3].tolist() == [9, 8]  # 8 once, with the better of its scores
+    assert cohort.score[1:3].tolist() == [-0.5, -1.0]
+    below = lat.Candidates(jnp.array([3, 4]), jnp.array([1, 2]), jnp.array([-0.75, -4.0]))
+    lattice = enter(empty(), 0, lat.sort_rows(lat.grow(cohort, below, 3, 2, 2)), True)
+    assert flat(lattice.token)[:ROWS].tolist() == [7, 9, 3]
+    assert flat(lattice.parent)[:ROWS].tolist() == [NO_NODE, 0, 1]
+    assert visible(lattice, 2) == {0, 1, 2}
 
 
 def test_a_dead_twin_of_the_committed_token_is_not_taken() -> None:
     """A slot that held the token before, under a root in the same place, is not a child."""
     stale = grown(proposals((1, 0, 11, -1.0)))
-    fresh = plant(collapse(stale, jnp.int32(50)).lattice, jnp.int32(STAGES), jnp.int32(50), jnp.int32(6), True)
+    fresh = plant(commit(stale, 50)[1], STAGES, 50, 6)
     assert int(fresh.root) == int(stale.root)
-    assert not bool(collapse(fresh, jnp.int32(11)).matched)
-
-
-def test_a_reused_ring_row_forgets_what_it_offered() -> None:
-    lattice = grown(proposals((1, 0, 11, -1.0)))
-    lattice = collapse(lattice, jnp.int32(11)).lattice
-    for tick in (2, 3):
-        lattice = spawn(lattice, jnp.int32(tick), proposals())
-    # Tick 4 reuses the row of the old root: its children's tokens must not be masked for the newcomer.
-    lattice = spawn(lattice, jnp.int32(4), proposals((3, 0, 12, -1.0)))
-    assert flat(lattice.token)[slot(4, 0)] == 12
-    assert flat(lattice.offered)[slot(4, 0)].tolist() == [NO_TOKEN] * 3
-
-
-def test_one_stage_never_spawns() -> None:
-    lone = lat.plant(lat.empty(1, 1), jnp.int32(0), jnp.int32(3), jnp.int32(2), jnp.bool_(True))
-    none = Proposals(jnp.zeros((0, 1), jnp.int32), jnp.zeros((0, 1)), jnp.zeros((0, 1), bool))
-    chex.assert_trees_all_equal(lat.spawn(lone, jnp.int32(1), none), lone)
+    assert int(commit(fresh, 11)[0].heir) == NO_NODE
 
 
 @hypothesis.given(st.floats(-100, 5, width=32))

@@ -12,10 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import slow
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import toy_runs, twin
 from reference.toy_models import Tables, ToyModel, random_tables, toy_network, toy_prefill
 
-from dex_jax import DexError, init, step
+from dex_jax import DexError, Limits, TreeShape, init, step
+from dex_jax.decoding import record
+from dex_jax.decoding.suffix import continuation
 from dex_jax.lattice import full_rows
 
 MODELS_PER_CONFIG = 6
@@ -32,18 +36,26 @@ class Config:
     sampled: bool = False
     vocab: int = 12
     draft: int | None = None
+    tree: TreeShape | None = None
 
     def __str__(self) -> str:
         words = [f"K{self.stages}", f"W{self.rows}", f"B{self.batch}", f"V{self.vocab}"]
         words += [] if self.draft is None else [f"draft{self.draft}"]
         words += [] if self.decs else ["plain"]
+        words += [] if self.tree is None else ["tree" + "".join(map(str, self.tree.widths))]
         return "-".join([*words, "sampled" if self.sampled else "greedy"])
 
     @property
     def never_prunes(self) -> bool:
-        return self.rows >= full_rows(self.stages)
+        return self.rows >= full_rows(self.stages) and self.tree is None
+
+    @property
+    def shape(self) -> dict:
+        return {"stages": self.stages, "rows": self.rows, "decs": self.decs, "drafts": self.tree}
 
 
+LOOKUP = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9)
+NO_LOOKUP = (0.0,) * 8
 CONFIGS = [
     Config(1, 1, batch=2),
     Config(2, 2, batch=3),
@@ -58,8 +70,17 @@ CONFIGS = [
     Config(4, 2, batch=4, sampled=True),
     Config(4, 4, batch=4, sampled=True, draft=5),
     Config(5, 8, sampled=True, vocab=30),
+    Config(1, 10, batch=3, tree=TreeShape((3, 2, 2, 1, 1), 4, LOOKUP)),
+    Config(1, 4, batch=3, tree=TreeShape((1, 1, 1), 0, LOOKUP)),
+    Config(1, 6, batch=3, sampled=True, draft=7, tree=TreeShape((2, 2, 1), 3, LOOKUP)),
+    Config(2, 6, tree=TreeShape((2, 1), 2, LOOKUP)),
+    Config(3, 4, decs=False, tree=TreeShape((2, 2), 2, NO_LOOKUP)),
+    Config(4, 6, tree=TreeShape((2, 1, 1), 2, LOOKUP)),
+    Config(5, 8, batch=4, sampled=True, tree=TreeShape((2, 1), 1, LOOKUP)),
+    Config(6, 12, batch=4, draft=5, tree=TreeShape((3, 1), 2, LOOKUP)),
 ]
-LARGE = (Config(6, 16, vocab=30), Config(5, 8, sampled=True, vocab=30))
+PAPER = [config for config in CONFIGS if config.tree is None]
+LARGE = (Config(6, 16, vocab=30), Config(5, 8, sampled=True, vocab=30), *CONFIGS[-3:])
 every_config = pytest.mark.parametrize("config", [slow(each) if each in LARGE else each for each in CONFIGS], ids=str)
 
 
@@ -107,9 +128,8 @@ def explored(config: Config) -> list[Explored]:
         tables = tables_of(config, number)
         model = ToyModel(tables)
         case = toy_runs.random_case(number, config.batch, config.vocab, sampled=config.sampled)
-        shape = {"stages": config.stages, "rows": config.rows, "decs": config.decs}
-        runs = toy_runs.twin_runs(model, case, vocab_size=config.vocab, **shape)
-        ticks = toy_runs.watched(tables, case, [run.tokens[0] for run in runs], **shape)
+        runs = toy_runs.twin_runs(model, case, vocab_size=config.vocab, **config.shape)
+        ticks = toy_runs.watched(tables, case, [run.tokens[0] for run in runs], **config.shape)
         found.append(Explored(model, case, runs, ticks))
     return found
 
@@ -154,13 +174,13 @@ def test_exits_are_the_teacher_forced_count_and_never_smaller_with_a_cap(config:
             )
             if config.never_prunes:
                 assert exits[1:] == count
-            elif draws is None or draws.top_p == 1.0:
+            elif config.tree is None and (draws is None or draws.top_p == 1.0):
                 # With top-p there is no such order: a token that only one of the two lattices has masked changes
                 # what the rest of the distribution adds up to, and so what the filter leaves.
                 assert all(exit_ >= least for exit_, least in zip(exits[1:], count, strict=True))
 
 
-@every_config
+@pytest.mark.parametrize("config", [slow(each) if each in LARGE else each for each in PAPER], ids=str)
 def test_lattice_stays_within_its_bounds(config: Config) -> None:
     nodes = max(int(one.ticks.lattice.live.sum(axis=(2, 3)).max()) for one in explored(config))
     cohort = max(int(one.ticks.lattice.live.sum(axis=3).max()) for one in explored(config))
@@ -195,8 +215,9 @@ def test_the_cases_are_not_easy() -> None:
         exits = Counter(exit_ for run in runs for exit_ in run.exits)
         # With DECS exit k holds out for its k-th new token, so no exit past the size of a draft vocabulary has one.
         last = config.stages - 1 if config.draft is None else min(config.stages - 1, config.draft)
-        assert set(exits) == {-1, *range(1, last + 1), config.stages}, config
-        assert config.never_prunes or sum(run.pruned for run in runs) > 20, config
+        first = 1 if config.tree is None else 0
+        assert set(exits) == {-1, *range(first, last + 1), config.stages}, config
+        assert config.never_prunes or config.tree or sum(run.pruned for run in runs) > 20, config
         assert any(len(run.tokens) == toy_runs.CAPACITY for run in runs), config
         assert any(run.ticks == 0 for run in runs) or config.batch < 8, config
         stopped = [
@@ -208,12 +229,96 @@ def test_the_cases_are_not_easy() -> None:
         assert stopped, config
 
 
-def test_exits_can_run_out_of_tokens() -> None:
-    """Three draft tokens and four exits: with DECS the fourth exit has nothing left to propose."""
-    config = Config(5, 8, draft=3)
-    assert config in CONFIGS
-    offered = np.concatenate([one.ticks.lattice.offered[..., :3].reshape(-1, 3) for one in explored(config)])
-    assert (offered >= 0).all(axis=1).any()
+@pytest.mark.parametrize("stages", [2, slow(3), slow(4)])
+def test_drafts_cost_no_token_a_later_exit_where_nothing_is_pruned(stages: int) -> None:
+    """What exit 0 holds is there at once, and what it does not the exits give when they would without it."""
+    config = Config(stages, 64, batch=6, tree=TreeShape((4, 4), 2, LOOKUP))
+    for number in range(3):
+        tables, case = (
+            tables_of(config, number),
+            toy_runs.random_case(number, config.batch, config.vocab, sampled=False),
+        )
+        shape = {"stages": stages, "decs": True, "vocab_size": config.vocab}
+        without = toy_runs.twin_runs(ToyModel(tables), case, rows=None, **shape)
+        runs = toy_runs.twin_runs(ToyModel(tables), case, rows=64, drafts=config.tree, **shape)
+        assert sum(run.pruned for run in runs) == 0
+        state = toy_runs.finished(tables, case, [run.tokens[0] for run in runs], **config.shape)
+        for row, plain in enumerate(without):
+            tokens, exits = toy_runs.emitted(state.record, row)
+            assert tokens == plain.tokens
+            assert all(now <= before for now, before in zip(exits, plain.exits, strict=True))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("stages", [1, slow(3)])
+def test_a_cohort_drafts_and_keeps_what_is_worth_its_time(stages: int, sampled: bool) -> None:
+    """Alone, as a batch chooses for all its sequences together; the twin says what each cohort drafts and keeps."""
+    rows_chosen: set[int] = set()
+    levels_chosen: set[int] = set()
+    for seed in range(6):
+        a_row_more, drafting = (1, 2, 4, 8, 16, 28)[seed] / 32, (0, 1, 3, 6, 2, 1)[seed] / 32
+        rungs = tuple((rows, 1 + a_row_more * (rows - 1)) for rows in (1, 3, 6, 10))
+        config = Config(stages, 10, 1, tree=TreeShape((3, 2, 2, 1, 1), 4, LOOKUP, rungs, drafting), sampled=sampled)
+        tables = tables_of(config, seed)
+        case = toy_runs.random_case(seed, 1, config.vocab, sampled=sampled)
+        case = case._replace(max_new_tokens=[toy_runs.CAPACITY], eos_ids=())
+        (run,) = toy_runs.twin_runs(ToyModel(tables), case, vocab_size=config.vocab, **config.shape)
+        state = toy_runs.finished(tables, case, run.tokens[:1], **config.shape)
+        assert toy_runs.emitted(state.record, 0) == (run.tokens, run.exits)
+        assert state.drafting.spent == pytest.approx(run.spent, rel=1e-5)
+        assert state.drafting.promised == pytest.approx(run.promised, rel=1e-5)
+        rows_chosen |= set(run.rows)
+        levels_chosen |= set(run.levels)
+    assert len(rows_chosen) > 2
+    assert len(levels_chosen) > 2
+
+
+def test_a_batch_spends_time_for_all_of_it() -> None:
+    """What a tick takes is counted once for every sequence that is still going."""
+    rungs = ((1, 1.0), (4, 1.5), (10, 2.0))
+    config = Config(1, 10, 3, tree=TreeShape((3, 2, 2, 1, 1), 4, LOOKUP, rungs, 1 / 16))
+    case = toy_runs.random_case(5, 3, config.vocab, sampled=False)._replace(max_new_tokens=[12, 7, 1], eos_ids=())
+    state = toy_runs.finished(tables_of(config, 3), case, [1, 2, 3], **config.shape)
+    assert state.record.ticks[2] == 0
+    assert state.record.ticks.sum() <= state.drafting.spent <= (state.record.ticks.sum() + 2) * (2.0 + 4 / 16)
+
+
+def test_a_tree_that_means_nothing_is_refused() -> None:
+    for rungs in (((2, 1.0), (2, 1.5)), ((1, 2.0), (2, 1.0)), ((1, 0.0), (2, 1.0))):
+        with pytest.raises(DexError, match="rungs ascend"):
+            TreeShape((1,), 0, LOOKUP, rungs)
+    with pytest.raises(DexError, match="cannot take -1"):
+        TreeShape((1,), 0, LOOKUP, ((1, 1.0), (2, 2.0)), -1)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=30))
+def test_the_continuation_is_that_of_the_longest_latest_match(text: list[int]) -> None:
+    padded = np.array([*text, *[1] * (30 - len(text))], np.int32)
+    tokens, matched = jax.jit(continuation, static_argnums=2)(padded, len(text), 5)
+    wanted, length = twin.continuation(text, 5)
+    assert int(matched) == length
+    if length:
+        assert tokens.tolist() == wanted
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32 - 1))
+def test_a_path_is_emitted_as_its_tokens_would_be_one_by_one(seed: int) -> None:
+    batch, size, capacity = 3, 5, 9
+    rng = np.random.default_rng(seed)
+    limits = Limits(rng.integers(1, capacity + 1, batch).astype(np.int32), np.array([3], np.int32))
+    at_once = singly = record.begin(rng.integers(0, 6, batch).astype(np.int32), capacity, limits)
+    for _ in range(3):
+        tokens = rng.integers(0, 6, (batch, size)).astype(np.int32)
+        born_at = rng.integers(0, 2, (batch, size)).astype(np.int32)
+        count = rng.integers(1, size + 1, batch).astype(np.int32)
+        ticks = singly.ticks + ~singly.done
+        for i in range(size):
+            singly = record.emit(singly, tokens[:, i], born_at[:, i], (i < count) & ~singly.done, limits)
+        singly = singly._replace(ticks=ticks)
+        at_once, _ = record.emit_path(at_once, tokens, born_at, count, limits)
+        chex.assert_trees_all_equal(at_once, singly)
 
 
 def test_decs_saves_ticks() -> None:
@@ -235,7 +340,7 @@ def test_while_loop_equals_stepping() -> None:
     config = Config(3, 1, batch=4)
     for number, one in enumerate(explored(config)):
         first = [run.tokens[0] for run in one.runs]
-        record = toy_runs.finished(tables_of(config, number), one.case, first, stages=3, rows=1, decs=True)
+        record = toy_runs.finished(tables_of(config, number), one.case, first, stages=3, rows=1, decs=True).record
         chex.assert_trees_all_equal(record, one.record)
 
 
@@ -254,7 +359,7 @@ def test_one_sequence_alone_equals_its_row_of_a_batch() -> None:
             top_p=one.case.top_p,
         )
         first = [one.runs[row].tokens[0]]
-        record = toy_runs.finished(tables_of(config, 0), alone, first, stages=4, rows=2, decs=True)
+        record = toy_runs.finished(tables_of(config, 0), alone, first, stages=4, rows=2, decs=True).record
         chex.assert_trees_all_equal(record, jax.tree.map(lambda field, row=row: field[row : row + 1], one.record))
 
 
@@ -292,10 +397,10 @@ def test_what_does_not_fit_is_one_sentence() -> None:
     blind = network._replace(exits=None)
     with pytest.raises(DexError, match="without exits"):
         begun(blind)
-    for other, state, given, word in (
+    for other, state, unlike, word in (
         (blind, begun(), limits, "without exits"),
         (network, begun(stages=2), limits, "2 stages"),
         (network, begun(), one_for_all, "limits"),
     ):
         with pytest.raises(DexError, match=word):
-            step(other, state, given)
+            step(other, state, unlike)

@@ -15,18 +15,17 @@ from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, sm
 import dex_jax
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.costs import ROWS, StepCosts
+from dex_jax.decoding.drafter import transformer_drafter
+from dex_jax.decoding.drafts import TreeShape
 from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.known_trees import LOOKUP_TRUST, KnownTree, known_trees, with_trees
 from dex_jax.decoding.network import depth_states
 from dex_jax.decoding.output import rounds_of
-from dex_jax.decoding.serial import TreeShape
-from dex_jax.decoding.serial_network import tree_network
 from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk
 from dex_jax.evaluation import tree_search
 from dex_jax.evaluation.tree_search import first_tree, large_tree, neighbours, search_trees
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
-from dex_jax.lattice import NO_NODE
 from dex_jax.nn.exits import exit_parameters, heads_of
 from dex_jax.training.drafting import read_drafts
 from dex_jax.training.stream import Activations
@@ -120,7 +119,7 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
     hidden = depth_states(model, jnp.asarray(tokens), (LLAMA.num_layers,))[0]
 
     memory = empty_memory(config, 1, jnp.float32)
-    network = tree_network(model, config, arrays)
+    drafter_of = transformer_drafter(model, config, arrays)
     for start, end in ((0, 4), (4, prefix)):
         piece, lengths = slice(start, end), jnp.asarray([end])
         memory = read_chunk(
@@ -133,16 +132,11 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
             jnp.asarray([start]),
             lengths,
         )
-    drafts = network.drafter.begin(1, 1)
+    before = memory.previous[:, None]
     found = []
     for row in range(drafted):
         at = slice(prefix + row, prefix + row + 1)
-        level = (
-            jnp.asarray(tokens[:, at]),
-            jnp.asarray([[prefix + row]]),
-            jnp.asarray([[row - 1 if row else NO_NODE]]),
-        )
-        features, drafts = network.drafter.run(type("M", (), {"exits": memory})(), drafts, *level)
+        features, before = drafter_of.features(before, jnp.asarray(tokens[:, at]), jnp.asarray([[prefix + row]]))
         found.append(np.array(features[0, 0]))
 
     position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]

@@ -17,9 +17,9 @@ from jax.sharding import SingleDeviceSharding
 from reference.small_models import LLAMA
 
 from dex_jax.config import ModelConfig
+from dex_jax.decoding.drafts import TreeShape
 from dex_jax.decoding.footprint import nbytes, session_shapes
 from dex_jax.decoding.methods import AR, Dex, Schedule
-from dex_jax.decoding.serial import TreeShape
 from dex_jax.decoding.session import PREFILL, RUN, START, Spec
 from dex_jax.io import open_checkpoint
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled

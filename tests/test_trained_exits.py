@@ -114,9 +114,10 @@ def test_context_memory_after_a_prompt_is_what_commits_one_by_one_make(lm) -> No
             model, exits.config, arrays, whole, tokens[:, part], hidden[:, part], jnp.int32(start), jnp.asarray(lengths)
         )
     single = empty_memory(exits.config, 3, jnp.float32)
-    zeros = jnp.zeros(3, jnp.int32)
+    zeros = jnp.zeros((3, 1), jnp.int32)
     for n in range(12):
-        done = Committed(zeros, tokens[:, n], zeros + n, hidden[:, n], jnp.asarray(n < lengths))
+        row = slice(n, n + 1)
+        done = Committed(zeros, tokens[:, row], hidden[:, row], zeros[:, 0] + n, jnp.asarray(n < lengths, jnp.int32))
         single = commit_exits(model, exits.config, arrays, single, done)
     used = np.asarray(single.context.position) >= 0
     assert np.array_equal(whole.context.position, single.context.position)

@@ -23,11 +23,11 @@ import numpy as np
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.costs import StepCosts, forget, head_bytes, step_costs
+from dex_jax.decoding.drafts import TreeShape
 from dex_jax.decoding.exits import default_exits, find_drafter
 from dex_jax.decoding.known_trees import known_trees
 from dex_jax.decoding.methods import AR, Dex, Method, is_auto
 from dex_jax.decoding.pace import Pace
-from dex_jax.decoding.serial import TreeShape
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.transformer import Layout, Stacked
 

@@ -33,12 +33,13 @@ class Proposers(NamedTuple):
     Attributes:
       live: [K - 1, B, W] bool, which rows propose.
       score: [K - 1, B, W] float32, path scores.
-      offered: [K - 1, B, W, K - 1] int32, tokens that each node's children hold, NO_TOKEN elsewhere.
+      token, parent: [B, K W] int32, of all live nodes by slot; NO_NODE is the parent of all others.
     """
 
     live: jax.Array
     score: jax.Array
-    offered: jax.Array
+    token: jax.Array
+    parent: jax.Array
 
 
 class Asked(NamedTuple):
@@ -46,13 +47,13 @@ class Asked(NamedTuple):
 
     Attributes:
       features: [N, D'].
-      offered: [N, K - 1] int32.
+      held: [N, K W] int32, tokens that each node's children hold, NO_TOKEN elsewhere.
       position: [N] int32, absolute position of the proposed token.
       sequence: [N] int32, index into the batch.
     """
 
     features: jax.Array
-    offered: jax.Array
+    held: jax.Array
     position: jax.Array
     sequence: jax.Array
 
@@ -94,7 +95,7 @@ def propose(
 
     features = by_sequence(exits.features(memory, hidden, view))
     position = by_sequence(view.position[:-1]) + 1
-    offered = by_sequence(nodes.offered)
+    slot = jnp.broadcast_to((view.ring[:-1, None] * rows + jnp.arange(rows)[None]).reshape(-1), (batch, count))
     score = jnp.where(by_sequence(nodes.live), by_sequence(nodes.score), -jnp.inf)
     order = jnp.argsort(-score, axis=1, stable=True)
     blocks = -(-count // block)
@@ -116,7 +117,8 @@ def propose(
             index = jnp.where(chosen[:size] < batch * block, flat[jnp.minimum(chosen[:size], batch * block - 1)], -1)
             row = jnp.maximum(index, 0)
             sequence, node = row // count, row % count
-            asked = Asked(features[sequence, node], offered[sequence, node], position[sequence, node], sequence)
+            held = held_below(nodes.token[sequence], nodes.parent[sequence], slot[sequence, node])
+            asked = Asked(features[sequence, node], held, position[sequence, node], sequence)
             found = ask_rows(exits, asked, sampling, noise, decs=decs)
             padding = (0, batch * block - size)
             return jnp.pad(index, padding, constant_values=-1), jax.tree.map(lambda x: jnp.pad(x, padding), found)
@@ -190,9 +192,9 @@ def ask_rows(exits: Exits, asked: Asked, sampling: Sampling | None, noise: Noise
 
     Args:
       exits: the heads.
-      asked: rows with their features, sequences, positions and what their nodes have been offered.
+      asked: rows with their features, sequences, positions and what their children hold.
       sampling, noise: that the proposals are drawn with; None when greedy.
-      decs: whether what a node has been offered is masked.
+      decs: whether what a node's children hold is masked.
 
     Returns:
       Proposals with fields [N]; log-probabilities are those of the tempered distribution, without noise.
@@ -205,14 +207,19 @@ def ask_rows(exits: Exits, asked: Asked, sampling: Sampling | None, noise: Noise
         if exits.vocabulary is not None:
             row_noise = row_noise[:, exits.vocabulary]
         scaled = logits / sampling.temperature
-    allowed = mask_columns(logits, asked.offered, exits.columns) if decs else logits
+    allowed = mask_columns(logits, asked.held, exits.columns) if decs else logits
     column, left = choose(allowed, sampling, row_noise)
     token = column if exits.vocabulary is None else exits.vocabulary[column]
     log_probability = jnp.take_along_axis(scaled, column[:, None], axis=-1)[:, 0]
     log_all = log_total(scaled, None if exits.rest is None else exits.rest(asked.features), sampling)
     log_probability = log_probability - log_all
-    repeated = jnp.any(asked.offered == token[:, None], axis=-1)
+    repeated = jnp.any(asked.held == token[:, None], axis=-1)
     return Proposals(token, log_probability, left & ~repeated)
+
+
+def held_below(token: jax.Array, parent: jax.Array, slot: jax.Array) -> jax.Array:
+    """Tokens of the nodes right below `slot` [N], NO_TOKEN for all others: of token and parent [N, K W] -> [N, K W]."""
+    return jnp.where(parent == slot[:, None], token, lat.NO_TOKEN)
 
 
 def mask_columns(logits: jax.Array, tokens: jax.Array, columns: jax.Array | None) -> jax.Array:

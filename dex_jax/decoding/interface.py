@@ -3,7 +3,8 @@
 The loop never sees a model. Whoever has one (this package's transformer, or any other) hands over these functions,
 usually closures over weights that are arguments of the caller's own jit.
 
-Letters: B sequences, W rows a stage, K stages, D model width, V vocabulary, N gathered rows.
+Letters: B sequences, W rows a stage, K stages, P levels of a cohort, D model width, V vocabulary, N
+gathered rows.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ class StageView(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """The roots that have finished in one tick, one a sequence.
+    """The path that one tick commits, the root first; a tick in which no root has finished commits nothing.
 
     Attributes:
-      slot: [B] int32 lattice slot.
-      token: [B] int32.
-      position: [B] int32, the first position that is not committed yet.
-      hidden: [B, D], at depth L.
-      where: [B] bool, the sequences that commit; elsewhere the other fields may be anything.
+      slot: [B, P] int32 lattice slots; from `length` on anything.
+      token: [B, P] int32, what stands in them.
+      hidden: [B, P, D], at depth L.
+      position: [B] int32, of the root: the first position that is not committed yet.
+      length: [B] int32, how many nodes; 0 for sequences that commit nothing.
     """
 
     slot: jax.Array
     token: jax.Array
-    position: jax.Array
     hidden: jax.Array
-    where: jax.Array
+    position: jax.Array
+    length: jax.Array
 
 
 class Exits(NamedTuple):
@@ -74,6 +75,28 @@ class Exits(NamedTuple):
     rest: Callable[[jax.Array], jax.Array] | None = None
 
 
+class Drafter(NamedTuple):
+    """Exit 0: what proposes tokens before any layer has run.
+
+    What it reads of a position before is E numbers: the true ones at the last committed position, estimates above.
+
+    Attributes:
+      committed: memory -> [B, E], at the last committed position.
+      reached: (memory, hidden [K, B, W, D], StageView) -> [K, B, W, E], of the nodes of every stage, as deep as they
+        have got; None where K = 1.
+      features: (before [B, n, E], token [B, n], position [B, n]) -> (features [B, n, D'], [B, n, E] for what is drafted
+        below).
+      logits, vocabulary, rest: as of Exits.
+    """
+
+    committed: Callable[[Any], jax.Array]
+    reached: Callable[[Any, jax.Array, StageView], jax.Array] | None
+    features: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    logits: Callable[[jax.Array], jax.Array]
+    vocabulary: jax.Array | None = None
+    rest: Callable[[jax.Array], jax.Array] | None = None
+
+
 class Network(NamedTuple):
     """A decoder cut into K stages.
 
@@ -82,9 +105,10 @@ class Network(NamedTuple):
       embed: (tokens [B, W], positions [B, W]) -> hidden [B, W, D] at depth 0.
       advance: (memory, hidden [K, B, W, D], StageView) -> (hidden, memory): every stage runs its cohort once; stage k
         reads index k - 1. Committed positions in memory must not change.
-      commit: (memory, Committed) -> memory: appends finished lattice slots to the committed prefix.
-      final: hidden [B, D] at depth L -> logits [B, V] float32.
+      commit: (memory, Committed) -> memory: copies lattice slots to consecutive positions of the committed prefix.
+      final: hidden [N, D] at depth L -> logits [N, V] float32.
       exits: heads of exits 1..K-1, None for K = 1.
+      drafter: exit 0, None for none.
     """
 
     vocab_size: int
@@ -92,4 +116,5 @@ class Network(NamedTuple):
     advance: Callable[[Any, jax.Array, StageView], tuple[jax.Array, Any]]
     commit: Callable[[Any, Committed], Any]
     final: Callable[[jax.Array], jax.Array]
-    exits: Exits | None
+    exits: Exits | None = None
+    drafter: Drafter | None = None

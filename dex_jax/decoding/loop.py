@@ -1,10 +1,13 @@
 """Depth Exploration Decoding: the tick, and the loop over ticks.
 
-One tick advances every cohort by a stage, commits the root's token if it has reached the last one, collapses the
-lattice onto the child that held it, and lets the surviving nodes propose children (arXiv 2606.29223). `init` and
-`step` are pure and compose with a caller's own jit; `run` is one lax.while_loop over `step`.
+One tick advances every cohort by a stage, commits the root's token if it has reached the last one, with all that its
+own cohort had drafted rightly, collapses the lattice onto the node that held the last of these tokens, and lets the
+surviving nodes propose children, below which exit 0 drafts (arXiv 2606.29223). With K = 1 a tick runs a token tree
+through all layers and commits a path of it. `init` and `step` are pure and compose with a caller's own jit; `run` is
+one lax.while_loop over `step`.
 
-Letters: B sequences, W rows a stage, K stages, D model width, V vocabulary, T capacity for new tokens.
+Letters: B sequences, W rows a cohort, K stages, P levels of a cohort, D model width, V vocabulary, T capacity for new
+tokens, S text length.
 """
 
 from __future__ import annotations
@@ -15,13 +18,26 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
+from dex_jax.decoding.drafts import (
+    HEADS,
+    Below,
+    Drafting,
+    RowCosts,
+    TreeShape,
+    begin_drafting,
+    charge,
+    draft,
+    position_before,
+    price_of,
+)
 from dex_jax.decoding.heads import Proposers, propose
-from dex_jax.decoding.interface import Committed, Network, StageView
+from dex_jax.decoding.interface import Committed, Drafter, Network, StageView
+from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.methods import whole_number
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
-from dex_jax.decoding.record import Limits, Record, begin, check_limits, emit, until_done
+from dex_jax.decoding.record import Limits, Record, begin, check_limits, emit_path, until_done
 from dex_jax.errors import DexError
-from dex_jax.lattice import Lattice
+from dex_jax.lattice import NO_NODE, Cohort, Lattice, Path, Proposals
 from dex_jax.sampling import Sampling, choose
 
 
@@ -36,6 +52,7 @@ class DexState(NamedTuple):
       memory: the network's own.
       noise: None when greedy.
       record: what has been emitted.
+      drafting: what exit 0 goes by, None when it is silent.
     """
 
     tick: jax.Array
@@ -45,16 +62,17 @@ class DexState(NamedTuple):
     memory: Any
     noise: Noise | None
     record: Record
+    drafting: Drafting | None = None
 
     @property
     def stages(self) -> int:
         """K."""
-        return self.hidden.shape[0]
+        return self.lattice.token.shape[1]
 
     @property
     def rows(self) -> int:
         """W."""
-        return self.hidden.shape[2]
+        return self.lattice.token.shape[2]
 
 
 def init(
@@ -68,12 +86,17 @@ def init(
     capacity: int,
     limits: Limits,
     sampling: Sampling | None = None,
+    drafts: TreeShape | None = None,
+    prompt: jax.Array | None = None,
+    length: int = 0,
+    costs: RowCosts | None = None,
 ) -> DexState:
     """The state before the first tick.
 
     Args:
       network: the callables of one model.
-      memory: what its prefill left: positions 0 .. position - 1 committed, room for K W lattice slots.
+      memory: what its prefill left: positions 0 .. position - 1 committed, room for K W lattice slots and, with drafts,
+        for P positions past the last token.
       first_token: [B] int32, token 0 as the prefill chose it.
       position: [B] int32, its absolute position (the prompt's length).
       stages: K.
@@ -81,32 +104,43 @@ def init(
       capacity: T, room for new tokens.
       limits: when a sequence ends.
       sampling: None for greedy.
+      drafts: what exit 0 drafts; None for nothing.
+      prompt: [B, R] int32 padded on the right, which drafts look the text up in.
+      length: S, at least R and the positions of all new tokens; only asked for with drafts.
+      costs: what ticks take, for drafts that choose their rows; None for what `drafts` says.
 
     Raises:
-      DexError: stages or rows that are no whole numbers of at least 1, more stages than one without exits, or limits of
-        other shapes.
+      DexError: stages or rows that are no whole numbers of at least 1, more stages than one without exits, drafts
+        without the prompt, or limits of other shapes.
     """
     whole_number(stages=stages, rows=rows, capacity=capacity)
     if stages > 1 and network.exits is None:
         raise DexError(f"a network without exits has one stage, and not {stages}: give it exits, or stages=1")
+    if drafts is not None and prompt is None:
+        raise DexError("drafts look the text up in the prompt: give init prompt and length too")
     batch = first_token.shape[0]
     record = begin(first_token, capacity, limits)
-    tick = jnp.int32(0)
+    tick, levels = jnp.int32(0), levels_of(drafts)
     blank = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), lat.empty(stages, rows))
-    rooted = jax.vmap(lat.plant, (0, None, 0, 0, 0))(blank, tick, first_token, position, ~record.done)
     width = jax.eval_shape(network.embed, first_token[:, None], position[:, None])
     noise = None
     if sampling is not None:
-        noise = Noise(jnp.zeros((batch, stages, network.vocab_size), jnp.float32), position)
-    return DexState(
+        noise = Noise(jnp.zeros((batch, stages * levels, network.vocab_size), jnp.float32), position)
+    drafting = None
+    if drafts is not None and prompt is not None:
+        drafting = begin_drafting(drafts, costs, prompt, first_token, position, length, stages)
+    state = DexState(
         tick=tick,
-        lattice=rooted,
+        lattice=blank,
         hidden=jnp.zeros((stages, batch, rows, width.shape[-1]), width.dtype),
         prefix=position,
         memory=memory,
         noise=noise,
         record=record,
+        drafting=drafting,
     )
+    roots = _roots(first_token, position, ~record.done, stages, cohort_size(stages, rows, drafts))
+    return _enter(network.drafter, state, roots, ~record.done, None, sampling, drafts)
 
 
 def step(
@@ -117,6 +151,7 @@ def step(
     *,
     decs: bool = True,
     proposing: tuple[int, ...] | None = None,
+    drafts: TreeShape | None = None,
 ) -> DexState:
     """One tick: advance, commit, collapse, propose. Sequences that are done are left as they are.
 
@@ -127,41 +162,44 @@ def step(
       sampling: as given to `init`.
       decs: whether an exit may not repeat a token that its node's children hold (depth-coupled sampling).
       proposing: the exits 1..K-1 that propose; None for all.
+      drafts: as given to `init`.
 
     Raises:
       DexError: a network of other stages than the state has, or without exits, or limits of other shapes.
     """
-    stages, rows = state.stages, state.rows
+    stages, exits = state.stages, network.exits
     check_limits(limits, state.prefix.shape[0])
-    exits = network.exits
     if stages > 1 and exits is None:
         raise DexError(f"a network without exits has one stage, and the state has {stages}: give the network exits")
-    tick = state.tick + 1
-    ring = lat.stage_rows(tick, stages)
+    state = state._replace(tick=state.tick + 1)
+    tick, ring = state.tick, lat.stage_rows(state.tick, stages)
     view = stage_view(state.lattice, ring, state.prefix)
+    if state.drafting is not None:
+        live = jnp.any(state.lattice.live, axis=(0, 2))
+        state = state._replace(drafting=charge(state.drafting, live, ~state.record.done))
 
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
     hidden = jnp.concatenate([entering[None], state.hidden[:-1]])
     hidden, memory = _advance(network, state.memory, hidden, view)
 
+    noise = make_noise(state.noise, sampling, furthest(state.lattice) + 1, network.vocab_size)
+    state = state._replace(hidden=hidden, memory=memory, noise=noise)
     finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, tick)
-    noise = make_noise(state.noise, sampling, state.prefix + 1, network.vocab_size)
-    root = jnp.maximum(state.lattice.root, 0)
-    root_hidden = jnp.take_along_axis(hidden[-1], (root % rows)[:, None, None], axis=1)[:, 0]
-    root_token = jnp.take_along_axis(view.token[-1], (root % rows)[:, None], axis=1)[:, 0]
-    memory = network.commit(memory, Committed(root, root_token, state.prefix, root_hidden, finished))
-    token = final_token(network, root_hidden, finished, sampling, noise, state.prefix + 1)
-    lattice, prefix, record = settle(state, tick, token, finished, limits)
+    final = final_tokens(network, state, hidden[-1], view, finished, sampling, drafts)
+    state, path = settle(state, final, limits, levels_of(drafts))
+    state = state._replace(memory=network.commit(memory, committed(path, hidden[-1], view)))
+
+    proposals = None
     if exits is not None and stages > 1:
-        live = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(lattice, tick), 0, 1)
+        live = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(state.lattice, tick), 0, 1)
         if proposing is not None:
             live = live & jnp.asarray([k in proposing for k in range(1, stages)])[:, None, None]
-        frontier = jnp.max(jnp.where(live, view.position[:-1], -1), axis=(0, 2)) + 1
-        noise = make_noise(noise, sampling, frontier, network.vocab_size)
-        nodes = Proposers(live, _by_stage(lattice.score, ring[:-1]), _by_stage(lattice.offered, ring[:-1]))
-        proposals = propose(exits, memory, hidden, view, nodes, sampling, noise, decs=decs)
-        lattice = jax.vmap(lat.spawn, (0, None, 1))(lattice, tick, proposals)
-    return DexState(tick, lattice, hidden, prefix, memory, noise, record)
+        nodes = Proposers(live, _by_stage(state.lattice.score, ring[:-1]), *children(state.lattice))
+        proposals = propose(exits, state.memory, hidden, view, nodes, sampling, noise, decs=decs)
+    reached = None
+    if drafts is not None and network.drafter is not None and network.drafter.reached is not None:
+        reached = network.drafter.reached(state.memory, hidden, view)
+    return spawn(network.drafter, state, path, proposals, reached, sampling, drafts)
 
 
 def run(
@@ -172,17 +210,18 @@ def run(
     *,
     decs: bool = True,
     proposing: tuple[int, ...] | None = None,
+    drafts: TreeShape | None = None,
     until_tick: jax.Array | None = None,
 ) -> DexState:
     """Ticks under one lax.while_loop until every sequence is done, or until `until_tick`.
 
     Args:
-      network, state, limits, sampling, decs, proposing: as of `step`.
+      network, state, limits, sampling, decs, proposing, drafts: as of `step`.
       until_tick: int32 scalar, the tick after which to stop in any case; None for none.
     """
 
     def tick(state: DexState) -> DexState:
-        return step(network, state, limits, sampling, decs=decs, proposing=proposing)
+        return step(network, state, limits, sampling, decs=decs, proposing=proposing, drafts=drafts)
 
     return until_done(tick, state, until_tick)
 
@@ -199,51 +238,98 @@ def _advance(network: Network, memory: Any, hidden: jax.Array, view: StageView) 
     return advanced, memory
 
 
-def settle(
-    state: DexState, tick: jax.Array, token: jax.Array, finished: jax.Array, limits: Limits
-) -> tuple[Lattice, jax.Array, Record]:
+def levels_of(drafts: TreeShape | None) -> int:
+    """P: the heads' level, and those that exit 0 drafts below it."""
+    return 1 if drafts is None else drafts.levels
+
+
+def cohort_size(stages: int, rows: int, drafts: TreeShape | None) -> int:
+    """N: rows of a cohort while it grows, of which the best W are spawned."""
+    below = 0 if drafts is None else sum(drafts.widths)
+    return max(rows, (1 if stages == 1 else rows) + below)
+
+
+def settle(state: DexState, final: jax.Array, limits: Limits, levels: int) -> tuple[DexState, Path]:
     """Commit and collapse of one tick, all of it bookkeeping.
 
     Args:
-      state: before the tick.
-      tick: its number.
-      token: [B] int32, the final layer's token where `finished`.
-      finished: [B] bool, whether the root has reached depth L in this tick.
+      state: with its tick counted and its nodes advanced.
+      final: [B, W] int32, the final layer's token after each live row of the last stage.
       limits: when a sequence ends.
+      levels: P.
 
     Returns:
-      (lattice before proposals, committed positions [B], record).
+      (the state before proposals, with memory as it was; what is committed).
     """
-    outcome = jax.vmap(lat.collapse)(state.lattice, token)
-    record = emit(state.record, token, outcome.born_at, finished, limits)
-    prefix = state.prefix + finished
-    lattice = _select(finished, outcome.lattice, state.lattice)
-    lattice = jax.vmap(_bury)(lattice, record.done)
-    fresh = finished & ~outcome.matched & ~record.done
-    return jax.vmap(lat.plant, (0, None, 0, 0, 0))(lattice, tick, token, prefix, fresh), prefix, record
+    path = jax.vmap(lat.follow, (0, 0, None, None))(state.lattice, final, state.tick, levels)
+    record, place = emit_path(state.record, path.token, path.born_at, path.length, limits)
+    lattice = jax.vmap(lat.collapse)(state.lattice, path)
+    lattice = jax.vmap(lat.bury)(lattice, record.done)
+    drafting = state.drafting
+    if drafting is not None:
+        emitted = place < record.tokens.shape[1]
+        sequence, size = jnp.arange(place.shape[0])[:, None], drafting.text.shape[1]
+        at = jnp.where(emitted, state.prefix[:, None] + 1 + jnp.arange(levels)[None], size)
+        text = drafting.text.at[sequence, at].set(path.token, mode="drop")
+        kept = drafting.kept + jnp.sum(emitted & (path.born_at == lat.DRAFTED))
+        drafting = drafting._replace(text=text, kept=kept)
+    state = state._replace(lattice=lattice, prefix=state.prefix + path.length, record=record, drafting=drafting)
+    return state, path
 
 
-def final_token(
+def final_tokens(
     network: Network,
+    state: DexState,
     hidden: jax.Array,
-    finished: jax.Array,
+    view: StageView,
+    where: jax.Array,
     sampling: Sampling | None,
-    noise: Noise | None,
-    position: jax.Array,
+    drafts: TreeShape | None,
 ) -> jax.Array:
-    """The next token of every sequence whose root has finished: hidden [B, D] at depth L -> [B] int32."""
+    """The final layer's token after the rows of the last stage that a path may hold: [B, W] int32.
 
-    def choose_all() -> jax.Array:
-        row_noise = None if noise is None else noise_at(noise, position[:, None])[:, 0]
-        return choose(network.final(hidden), sampling, row_noise)[0]
+    Args:
+      network: the callables of one model.
+      state: with the noise that these rows need, and the lattice as the stages saw it.
+      hidden: [B, W, D] at depth L.
+      view: of all stages.
+      where: [B] bool, sequences whose root has finished.
+      sampling, drafts: as of `step`.
+    """
+    batch, rows, width = hidden.shape
+    root = jnp.maximum(state.lattice.root, 0)[:, None] % rows
 
-    # Between commits the unembedding is a good part of a tick, for nothing.
-    return jax.lax.cond(jnp.any(finished), choose_all, lambda: jnp.zeros(hidden.shape[0], jnp.int32))
+    def ask(states: jax.Array, position: jax.Array) -> jax.Array:
+        count = states.shape[1]
+        noise = None if state.noise is None else noise_at(state.noise, position + 1).reshape(batch * count, -1)
+        return choose(network.final(states.reshape(batch * count, width)), sampling, noise)[0].reshape(batch, count)
+
+    def of_roots() -> jax.Array:
+        token = ask(jnp.take_along_axis(hidden, root[:, :, None], axis=1), state.prefix[:, None])
+        return jnp.broadcast_to(token, (batch, rows))
+
+    def of_rows(count: int) -> jax.Array:
+        return fill(ask(hidden[:, :count], view.position[-1, :, :count]), 1, rows)
+
+    none = jnp.zeros((batch, rows), jnp.int32)
+    if drafts is None:
+        # Between commits the unembedding is a good part of a tick, for nothing.
+        return jax.lax.cond(jnp.any(where), of_roots, lambda: none)
+    live = view.live[-1] & where[:, None]
+    used = jnp.max(jnp.where(live, jnp.arange(1, rows + 1)[None], 0))
+    return climb(used, (0, *_counts(drafts, rows)), lambda count: none if count == 0 else of_rows(count))
 
 
-def _by_stage(field: jax.Array, ring: jax.Array) -> jax.Array:
-    """A lattice field [B, K, W, ...] in the order of the stages: [stages, B, W, ...]."""
-    return jnp.swapaxes(field[:, ring], 0, 1)
+def committed(path: Path, hidden: jax.Array, view: StageView) -> Committed:
+    """A path as the network commits it: hidden [B, W, D] of the last stage."""
+    row = path.slot % hidden.shape[1]
+    return Committed(
+        slot=path.slot,
+        token=jnp.take_along_axis(view.token[-1], row, axis=1),
+        hidden=jnp.take_along_axis(hidden, row[:, :, None], axis=1),
+        position=view.prefix,
+        length=path.length,
+    )
 
 
 def stage_view(lattice: Lattice, ring: jax.Array, prefix: jax.Array) -> StageView:
@@ -259,8 +345,89 @@ def stage_view(lattice: Lattice, ring: jax.Array, prefix: jax.Array) -> StageVie
     )
 
 
-def _bury(lattice: Lattice, done: jax.Array) -> Lattice:
-    return lattice._replace(live=lattice.live & ~done, root=jnp.where(done, lat.NO_NODE, lattice.root))
+def spawn(
+    drafter: Drafter | None,
+    state: DexState,
+    path: Path,
+    proposals: Proposals | None,
+    reached: jax.Array | None,
+    sampling: Sampling | None,
+    drafts: TreeShape | None,
+) -> DexState:
+    """Puts the cohort of this tick into the lattice: a fresh root or seeds, and what exit 0 drafts below.
+
+    Args:
+      drafter: exit 0, None to draft from the text alone.
+      state: after the collapse and the commit.
+      path: what was committed.
+      proposals: of the exits 1..K-1, fields [K - 1, B, W]; None where K = 1.
+      reached: [K, B, W, E], what the drafter reads of the nodes that may have children; None where K = 1.
+      sampling, drafts: as of `step`.
+    """
+    size = cohort_size(state.stages, state.rows, drafts)
+    fresh = (path.length > 0) & (path.heir == NO_NODE) & ~state.record.done
+    last = jnp.take_along_axis(path.token, jnp.maximum(path.length - 1, 0)[:, None], axis=1)[:, 0]
+    cohort = _roots(last, state.prefix, fresh, state.stages, size)
+    if proposals is not None:
+        seeds = jax.vmap(lat.seeds, (0, None, 1, None))(state.lattice, state.tick, proposals, size)
+        cohort = _select(fresh, cohort, seeds)
+    return _enter(drafter, state, cohort, fresh, reached, sampling, drafts)
+
+
+def _enter(
+    drafter: Drafter | None,
+    state: DexState,
+    cohort: Cohort,
+    fresh: jax.Array,
+    reached: jax.Array | None,
+    sampling: Sampling | None,
+    drafts: TreeShape | None,
+) -> DexState:
+    """The state with a cohort, and what exit 0 drafts below its heads; `fresh` [B] says which are a fresh root."""
+    noise, drafting, stages = state.noise, state.drafting, state.stages
+    heads = 1 if stages == 1 else state.rows
+    if drafts is not None and drafting is not None:
+        before = None
+        if drafter is not None:
+            parents = cohort.parent[:, : min(heads, HEADS)]
+            ring = lat.stage_rows(state.tick, stages)
+            before = position_before(drafter.committed(state.memory), reached, ring, parents)
+        furthest = jnp.max(jnp.where(cohort.score > -jnp.inf, cohort.position, -1), axis=1)
+        if noise is not None:
+            noise = make_noise(noise, sampling, furthest + drafts.levels - 1, noise.ring.shape[-1])
+        below = Below(before, state.prefix, ~state.record.done, price_of(drafting, state.record))
+        ring = state.tick % stages
+        cohort, drafting = draft(drafter, drafting, state.lattice, cohort, below, sampling, noise, drafts, ring, heads)
+    lattice = jax.vmap(lat.spawn, (0, None, 0, 0))(state.lattice, state.tick, cohort, fresh)
+    return state._replace(lattice=lattice, noise=noise, drafting=drafting)
+
+
+def _roots(token: jax.Array, position: jax.Array, where: jax.Array, stages: int, size: int) -> Cohort:
+    """Cohorts of a fresh root for the sequences of `where`, and without any node for the others."""
+    cohort = jax.vmap(lat.fresh_root, (0, 0, None, None))(token, position, stages, size)
+    return cohort._replace(score=jnp.where(where[:, None], cohort.score, -jnp.inf))
+
+
+def furthest(lattice: Lattice) -> jax.Array:
+    """[B] int32, the last position that any live node stands at."""
+    return jnp.max(jnp.where(lattice.live, lattice.position, -1), axis=(1, 2))
+
+
+def children(lattice: Lattice) -> tuple[jax.Array, jax.Array]:
+    """(token, parent) of all nodes by slot, [B, K W]; those that do not live have no parent."""
+    batch = lattice.token.shape[0]
+    parent = jnp.where(lattice.live, lattice.parent, NO_NODE)
+    return lattice.token.reshape(batch, -1), parent.reshape(batch, -1)
+
+
+def _counts(drafts: TreeShape, rows: int) -> tuple[int, ...]:
+    """Row counts of the last stage that the final layer is compiled for."""
+    return tuple(sorted({*(count for count in drafts.counts if count < rows), rows}))
+
+
+def _by_stage(field: jax.Array, ring: jax.Array) -> jax.Array:
+    """A lattice field [B, K, W, ...] in the order of the stages: [stages, B, W, ...]."""
+    return jnp.swapaxes(field[:, ring], 0, 1)
 
 
 def _select(where: jax.Array, yes: Any, no: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from dex_jax.decoding.chain_interface import Policy
+from dex_jax.decoding.drafts import TreeShape
 from dex_jax.decoding.known_trees import LOOKUP_TREE
-from dex_jax.decoding.serial import TreeShape
 from dex_jax.errors import DexError
 from dex_jax.lattice import default_rows, full_rows
 

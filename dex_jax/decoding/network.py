@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dex_jax.cache import Memory, after, allocate, commit_slot, write_rows
-from dex_jax.decoding.interface import Committed, Exits, Network, StageView
+from dex_jax.cache import Memory, after, allocate, commit_slots, write_rows
+from dex_jax.decoding.interface import Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.ladder import climb, fill
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, causal_rows, rope_table
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
@@ -30,6 +30,7 @@ def transformer_network(
     exits: Exits | None,
     commit_exits: Callable[[Any, Committed], Any] = lambda memory, done: memory,
     in_use: InUse = (),
+    drafter: Drafter | None = None,
 ) -> Network:
     """The callables of `model` cut at exit depths x_1 < ... < x_K = L; a stacked model must be stacked for them.
 
@@ -42,11 +43,56 @@ def transformer_network(
         vocab_size=model.config.vocab_size,
         embed=lambda tokens, positions: model.embed_tokens(jnp.maximum(tokens, 0)),
         advance=lambda memory, hidden, view: advance(model, depths, memory, hidden, view),
-        commit=lambda memory, done: commit_slot(memory, done.slot, done.position)._replace(
+        drafter=drafter,
+        commit=lambda memory, done: commit_slots(memory, done.slot, done.position)._replace(
             exits=commit_exits(memory.exits, done)
         ),
         final=model.logits,
         exits=exits,
+    )
+
+
+def tree_network(
+    model: Transformer,
+    counts: tuple[int, ...],
+    drafter: Drafter | None,
+    commit_exits: Callable[[Any, Committed], Any] = lambda memory, done: memory,
+) -> Network:
+    """The callables of `model` in any layout for K = 1: a cohort runs through all layers in one tick.
+
+    `counts` are the row counts that are compiled. Memory must come from `cache.with_cohort`.
+    """
+    layers = range(model.config.num_layers)
+
+    def advance(memory: Memory, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Memory]:
+        rows = hidden.shape[2]
+        among = view.ancestors[0] | jnp.eye(rows, dtype=bool)[None]
+        used = jnp.max(jnp.where(view.live[0], jnp.arange(1, rows + 1)[None], 0))
+
+        def run(width: int) -> Any:
+            if width == 0:
+                return hidden[0], memory.lattice_keys, memory.lattice_values
+            position, seen = view.position[0, :, :width], among[:, :width, :width]
+            x, fresh = run_rows(model, memory, hidden[0, :, :width], position, seen, view.prefix, layers)
+            # One array to commit from, not one a layer: each operation costs a device more than these few rows do.
+            keys, values = (jnp.stack(each) if isinstance(each, tuple) else each for each in fresh)
+            return fill(x, 1, rows), fill(keys, 3, rows), fill(values, 3, rows)
+
+        x, keys, values = climb(used, (0, *(count for count in counts if count < rows), rows), run)
+        return x[None], memory._replace(lattice_keys=keys, lattice_values=values)
+
+    def commit(memory: Memory, done: Committed) -> Memory:
+        fresh = (memory.lattice_keys, memory.lattice_values)
+        memory = commit_rows(model, memory, fresh, done.slot, done.position, done.hidden)
+        return memory._replace(exits=commit_exits(memory.exits, done))
+
+    return Network(
+        vocab_size=model.config.vocab_size,
+        embed=lambda tokens, positions: model.embed_tokens(jnp.maximum(tokens, 0)),
+        advance=advance,
+        commit=commit,
+        final=model.logits,
+        drafter=drafter,
     )
 
 
@@ -324,18 +370,17 @@ def stage_rungs(batch: int, rows: int) -> tuple[int, ...]:
     return tuple(sorted({0, 1, rows} | between))
 
 
-def _only_itself(batch: int, rows: int) -> jax.Array:
-    """Nodes of one cohort do not see one another; ancestors ran this stage in earlier ticks and are in memory."""
-    return jnp.broadcast_to(jnp.eye(rows, dtype=bool)[None], (batch, rows, rows))
+def _masks(view: StageView, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(committed [B, 1, S], ancestors in older cohorts [K, B, W, K W], the cohort's own [K, B, W, W]).
 
-
-def _masks(view: StageView, length: int) -> tuple[jax.Array, jax.Array]:
-    """(committed [B, 1, S], ancestors without the node itself [K, B, W, K W])."""
-    rows, slots = view.ancestors.shape[2:]
+    Older cohorts have run a stage in earlier ticks and are in memory; a cohort's own nodes run it together.
+    """
+    stages, batch, rows, slots = view.ancestors.shape
     prefix = (jnp.arange(length)[None, :] < view.prefix[:, None])[:, None, :]
-    own = view.ring[:, None] * rows + jnp.arange(rows)[None, :]
-    not_own = jnp.arange(slots)[None, None, :] != own[:, :, None]
-    return prefix, view.ancestors & not_own[:, None]
+    elsewhere = (jnp.arange(slots)[None] // rows != view.ring[:, None])[:, None, None]
+    by_ring = view.ancestors.reshape(stages, batch, rows, slots // rows, rows)
+    own = jnp.take_along_axis(by_ring, view.ring[:, None, None, None, None], axis=3)[:, :, :, 0]
+    return prefix, view.ancestors & elsewhere, own | jnp.eye(rows, dtype=bool)[None, None]
 
 
 def _advance_unrolled(
@@ -348,7 +393,7 @@ def _advance_unrolled(
 ) -> tuple[jax.Array, Memory]:
     _, batch, rows, _ = hidden.shape
     _, groups, length, head_dim = memory.keys[0].shape
-    prefix_mask, ancestor_mask = _masks(view, length)
+    prefix_mask, ancestor_mask, among = _masks(view, length)
     # Survivors of a collapse stand anywhere in a cohort: the row count that matters is the last live one.
     used = jnp.max(jnp.where(view.live, jnp.arange(1, rows + 1)[None, None, :], 0), axis=(1, 2))
     out, lattice_keys, lattice_values = [], list(memory.lattice_keys), list(memory.lattice_values)
@@ -361,13 +406,13 @@ def _advance_unrolled(
                 return hidden[k], tuple((nothing, nothing) for _ in stage)
             x = hidden[k, :, :width]
             table = rope_table(view.position[k, :, :width], model.config)
-            ancestors, itself = ancestor_mask[k, :, :width], _only_itself(batch, width)
+            ancestors, own = ancestor_mask[k, :, :width], among[k, :, :width, :width]
             fresh = []
             for i in stage:
                 committed = KeyValues(memory.keys[i], memory.values[i], prefix_mask)
                 lattice = KeyValues(memory.lattice_keys[i], memory.lattice_values[i], ancestors)
                 sources = [committed, lattice]
-                x, keys, values = _run_layer(model.layers[i], x, table, sources, itself, _used(in_use, i))
+                x, keys, values = _run_layer(model.layers[i], x, table, sources, own, _used(in_use, i))
                 fresh.append((fill(keys, 2, rows), fill(values, 2, rows)))
             return fill(x, 1, rows), tuple(fresh)
 
@@ -386,19 +431,18 @@ def _advance_stacked(
 ) -> tuple[jax.Array, Memory]:
     assert isinstance(model.layout, Stacked)
     assert model.layout.depths == depths
-    _, batch, rows, _ = hidden.shape
-    prefix_mask, ancestor_mask = _masks(view, memory.keys.shape[4])
-    itself = _only_itself(batch, rows)
+    rows = hidden.shape[2]
+    prefix_mask, ancestor_mask, among = _masks(view, memory.keys.shape[4])
     graph, weights = nnx.split(model.layers)
     table = rope_table(view.position, model.config)
 
-    def one_stage(weights, x, table, keys, values, lattice_keys, lattice_values, ancestors):
+    def one_stage(weights, x, table, keys, values, lattice_keys, lattice_values, ancestors, own):
         committed = KeyValues(keys, values, prefix_mask)
         lattice = KeyValues(lattice_keys, lattice_values, ancestors)
-        return _run_layer(nnx.merge(graph, weights), x, table, [committed, lattice], itself)
+        return _run_layer(nnx.merge(graph, weights), x, table, [committed, lattice], own)
 
     def scan_body(x, layer):
-        arguments = (layer[0], x, table, *layer[1:], ancestor_mask)
+        arguments = (layer[0], x, table, *layer[1:], ancestor_mask, among)
         x, keys, values = jax.vmap(one_stage)(*arguments)
         return x, (keys, values)
 

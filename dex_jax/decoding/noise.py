@@ -17,8 +17,7 @@ class Noise(NamedTuple):
     """Sampling noise, made once a position and kept while any node may need it.
 
     Attributes:
-      ring: [B, K, V] float32; position n stands at n mod K. Serial rounds have the tree's levels instead of K stages,
-        chains a round's rows.
+      ring: [B, M, V] float32; position n stands at n mod M, the most positions that a lattice or chain reaches ahead.
       made: [B] int32, the last position whose noise has been made.
     """
 
@@ -27,29 +26,27 @@ class Noise(NamedTuple):
 
 
 def make_noise(noise: Noise | None, sampling: Sampling | None, frontier: jax.Array, vocab_size: int) -> Noise | None:
-    """Makes the noise of the next position where `frontier` has passed what is made.
+    """Makes the noise of all positions up to the frontier that have none yet.
 
     Args:
       noise: so far; None when greedy.
       sampling: its keys make the noise.
-      frontier: [B] int32, the furthest position that needs noise. A tick moves it by one at most, so one new position a
-        call is enough.
+      frontier: [B] int32, the furthest position that needs noise.
       vocab_size: V.
     """
     if noise is None:
         return None
     assert sampling is not None
-    wanted = frontier > noise.made
-    position = noise.made + 1
 
-    def make() -> jax.Array:
-        return jax.vmap(position_noise, (0, 0, None))(sampling.keys, position, vocab_size)
+    def one_more(noise: Noise) -> Noise:
+        wanted = frontier > noise.made
+        position = noise.made + 1
+        made = jax.vmap(position_noise, (0, 0, None))(sampling.keys, position, vocab_size)
+        at = jnp.where(wanted, position % noise.ring.shape[1], noise.ring.shape[1])
+        ring = noise.ring.at[jnp.arange(at.shape[0]), at].set(made, mode="drop")
+        return Noise(ring, noise.made + wanted)
 
-    at = position % noise.ring.shape[1]
-    old = jnp.take_along_axis(noise.ring, at[:, None, None], axis=1)[:, 0]
-    new = jnp.where(wanted[:, None], jax.lax.cond(jnp.any(wanted), make, lambda: old), old)
-    ring = noise.ring.at[jnp.arange(at.shape[0]), at].set(new)
-    return Noise(ring, noise.made + wanted)
+    return jax.lax.while_loop(lambda noise: jnp.any(frontier > noise.made), one_more, noise)
 
 
 def noise_at(noise: Noise, position: jax.Array) -> jax.Array:

@@ -9,7 +9,6 @@ import numpy as np
 
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import PREFILL_EXIT
-from dex_jax.decoding.serial import FINAL
 from dex_jax.io import TextStream, Tokenizer
 from dex_jax.lattice import NO_TOKEN
 
@@ -22,6 +21,9 @@ NAMES = {
     "oracle": "EAD oracle (a bound, not a decoder)",
 }
 """Of methods other than "dex", for people."""
+
+FINAL = 1
+"""`exits` of a token that only the final layer gave, where K = 1."""
 
 SHOWN, SHOWN_TEXT, SHOWN_TOKENS = 8, 60, 12
 """Sequences, characters and, without a tokenizer, tokens of each that a printed Output shows."""

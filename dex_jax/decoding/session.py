@@ -15,16 +15,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dex_jax import cache
-from dex_jax.decoding import ar, chain, loop, serial
+from dex_jax.decoding import ar, chain, loop
 from dex_jax.decoding import mesh as on_mesh
 from dex_jax.decoding.chain_network import chain_network
-from dex_jax.decoding.interface import Network
+from dex_jax.decoding.drafter import transformer_drafter
+from dex_jax.decoding.drafts import RowCosts
+from dex_jax.decoding.interface import Committed, Network
 from dex_jax.decoding.methods import Schedule
-from dex_jax.decoding.network import extend, last_states, shared_exits, transformer_network
+from dex_jax.decoding.network import extend, last_states, shared_exits, transformer_network, tree_network
 from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.record import Limits, Record
-from dex_jax.decoding.serial_network import tree_network
 from dex_jax.decoding.spec import Spec
 from dex_jax.decoding.trained_exits import (
     ExitArrays,
@@ -132,7 +133,7 @@ def start_decoding(
     limits: Limits,
     sampling: Sampling | None,
     prompt: jax.Array | None = None,
-    costs: serial.RoundCosts | None = None,
+    costs: RowCosts | None = None,
     *,
     spec: Spec,
     capacity: int,
@@ -155,33 +156,26 @@ def start_decoding(
         on_chain = chain_network(model, spec.schedule.depths, spec.exits, heads)
         options: dict[str, Any] = {"policy": policy, "capacity": capacity, "limits": limits, "sampling": sampling}
         return chain.init(on_chain, memory, token, lengths, **options)
-    if spec.schedule.tree is not None:
-        assert prompt is not None
-        return serial.init(
-            tree_network(model, spec.exits, heads),
-            memory,
-            prompt,
-            token,
-            lengths,
-            shape=spec.schedule.tree,
-            length=jax.tree.leaves(memory.keys)[0].shape[-2],
-            capacity=capacity,
-            limits=limits,
-            sampling=sampling,
-            costs=costs,
-        )
-    slots = spec.schedule.stages * spec.schedule.rows
-    memory = cache.with_lattice(memory, spec.config, spec.layout, slots)
+    stages, rows = spec.schedule.stages, spec.schedule.rows
+    length = jax.tree.leaves(memory.keys)[0].shape[-2]
+    if stages == 1:
+        memory = cache.with_cohort(memory, spec.config, rows)
+    else:
+        memory = cache.with_lattice(memory, spec.config, spec.layout, stages * rows)
     return loop.init(
         network_of(model, heads, spec),
         memory,
         token,
         lengths,
-        stages=spec.schedule.stages,
-        rows=spec.schedule.rows,
+        stages=stages,
+        rows=rows,
         capacity=capacity,
         limits=limits,
         sampling=sampling,
+        drafts=spec.schedule.tree,
+        prompt=prompt,
+        length=length,
+        costs=costs,
     )
 
 
@@ -201,29 +195,29 @@ def run_ticks(
     model = merge_model(spec.config, spec.layout, weights)
     if spec.schedule.method == "ar":
         return ar.run(model, state, limits, sampling, until_tick=until_tick)
-    policy, tree = spec.schedule.policy, spec.schedule.tree
+    policy = spec.schedule.policy
     if policy is not None:
         on_chain = chain_network(model, spec.schedule.depths, spec.exits, heads)
         return chain.run(on_chain, state, limits, sampling, policy=policy, until_tick=until_tick)
-    if tree is not None:
-        on_tree = tree_network(model, spec.exits, heads)
-        return serial.run(on_tree, state, limits, sampling, shape=tree, until_tick=until_tick)
     network, schedule = network_of(model, heads, spec), spec.schedule
-    options: dict[str, Any] = {"decs": schedule.decs, "proposing": schedule.proposing}
+    options: dict[str, Any] = {"decs": schedule.decs, "proposing": schedule.proposing, "drafts": schedule.tree}
     return loop.run(network, state, limits, sampling, until_tick=until_tick, **options)
 
 
 def network_of(model: Transformer, heads: ExitArrays | None, spec: Spec) -> Network:
     """The loop's network for a model, its trained exits if there are any, and a schedule."""
-    depths, config = spec.schedule.depths, spec.exits
-    if config is None or heads is None:
-        return transformer_network(model, depths, shared_exits(model) if len(depths) > 1 else None)
-    exits = trained_exits(model, config, heads)
-    if not config.needs_previous:
-        return transformer_network(model, depths, exits)
-    return transformer_network(
-        model, depths, exits, lambda memory, done: commit_exits(model, config, heads, memory, done)
-    )
+    depths, config, tree = spec.schedule.depths, spec.exits, spec.schedule.tree
+
+    def remember(memory: Any, done: Committed) -> Any:
+        if config is None or heads is None or not config.needs_previous:
+            return memory
+        return commit_exits(model, config, heads, memory, done)
+
+    if len(depths) == 1:
+        drafter = None if config is None or heads is None else transformer_drafter(model, config, heads)
+        return tree_network(model, (1,) if tree is None else tree.counts, drafter, remember)
+    exits = shared_exits(model) if config is None or heads is None else trained_exits(model, config, heads)
+    return transformer_network(model, depths, exits, remember)
 
 
 def check_mesh(mesh: Mesh | None, layout: Layout, schedule: Schedule, sequences: int) -> None:
@@ -447,13 +441,14 @@ class Session:
         begin, before = time.perf_counter(), self.work
         self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, spec=self.spec)
         record = self.record()
-        work = record.ticks.max(keepdims=True) if self.costs is None else self.state.chosen
+        work = record.ticks.max(keepdims=True) if self.costs is None else self.state.drafting.chosen
         self.work = np.asarray(work, np.float64)
         if before.any():  # the first chunk touches memory that is new
             self.pace.saw(self.work - before, time.perf_counter() - begin)
             if self.costs is not None:
                 rows, drafting = np.float32(self.pace.costs[:-1]), np.float32(self.pace.costs[-1])
-                self.state = self.state._replace(costs=serial.RoundCosts(jnp.asarray(rows), jnp.asarray(drafting)))
+                known = self.state.drafting._replace(costs=RowCosts(jnp.asarray(rows), jnp.asarray(drafting)))
+                self.state = self.state._replace(drafting=known)
         return record
 
     def record(self) -> Record:

@@ -24,18 +24,18 @@ from dex_jax import lattice as lat
 from dex_jax.cache import Memory, after, write_rows
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.ar import ARState, next_token
-from dex_jax.decoding.heads import Asked, propose_rows
+from dex_jax.decoding.heads import Asked, held_below, propose_rows
 from dex_jax.decoding.interface import Committed, Network, StageView
-from dex_jax.decoding.loop import DexState, final_token, settle, stage_view
+from dex_jax.decoding.loop import DexState, children, final_tokens, furthest, settle, spawn, stage_view
 from dex_jax.decoding.network import InUse, run_rows, shared_exits, transformer_network
 from dex_jax.decoding.noise import make_noise
 from dex_jax.decoding.record import Limits, emit
 from dex_jax.decoding.trained_exits import (
     ExitArrays,
     base_features,
-    commit_features,
     exit_heads,
     previous_features,
+    read_features,
     row_features,
     trained_exits,
 )
@@ -115,9 +115,11 @@ def stage_network(
         memory = network.commit(memory, done)
         if not config.needs_previous:
             return memory
-        row = (done.slot % shared.shape[2])[:, None, None]
-        features = jnp.take_along_axis(shared[-1], row, axis=1)[:, 0]
-        return memory._replace(exits=commit_features(model, config, arrays, memory.exits, done, features))
+        row = (done.slot % shared.shape[2])[:, :, None]
+        features = jnp.take_along_axis(shared[-1], row, axis=1)
+        ends = done.position + done.length
+        exits = read_features(model, config, arrays, memory.exits, done.token, features, done.position, ends)
+        return memory._replace(exits=exits)
 
     def features(memory: Memory, hidden: jax.Array, view: StageView, shared: Any) -> jax.Array:
         stage = jax.lax.axis_index(STAGE)
@@ -157,7 +159,7 @@ def layers_in_use(depths: tuple[int, ...]) -> InUse:
 def step(
     device: StageNetwork, state: DexState, limits: Limits, sampling: Sampling | None = None, *, decs: bool = True
 ) -> DexState:
-    """One tick, the same as `loop.step`.
+    """One tick, the same as `loop.step` without drafts.
 
     Exits are asked before the commit is known, all stages and the final layer at once, and what nodes propose that the
     collapse then buries is dropped: one exchange instead of two, and no head waits for another.
@@ -169,7 +171,7 @@ def step(
     """
     network, stages = device.network, device.stages
     stage = jax.lax.axis_index(STAGE)
-    rows = state.lattice.token.shape[2]
+    batch, _, rows = state.lattice.token.shape
     tick = state.tick + 1
     view = stage_view(state.lattice, lat.stage_rows(tick, stages), state.prefix)
     own = one_stage(view, stage)
@@ -180,43 +182,47 @@ def step(
     hidden = hidden[0]
 
     finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, tick)
-    noise = make_noise(state.noise, sampling, state.prefix + 1, network.vocab_size)
-    root = jnp.maximum(state.lattice.root, 0)
-    root_hidden = jnp.take_along_axis(hidden, (root % rows)[:, None, None], axis=1)[:, 0]
-    root_token = jnp.take_along_axis(view.token[-1], (root % rows)[:, None], axis=1)[:, 0]
+    noise = make_noise(state.noise, sampling, furthest(state.lattice) + 1, network.vocab_size)
     last = stage == stages - 1
-    token = final_token(network, root_hidden, finished & last, sampling, noise, state.prefix + 1)
-    shared = device.share(hidden, after(stage, token.astype(jnp.float32)) if device.final_first else stage)
-    memory = device.commit(memory, Committed(root, root_token, state.prefix, root_hidden, finished), shared)
-    if stages == 1:
-        lattice, prefix, record = settle(state, tick, token, finished, limits)
-        return DexState(tick, lattice, hidden, prefix, memory, noise, record)
+    final = final_tokens(network, state._replace(noise=noise), hidden, view, finished & last, sampling, None)
+    shared = device.share(hidden, after(stage, final.astype(jnp.float32)) if device.final_first else stage)
+    root = jnp.maximum(state.lattice.root, 0)[:, None]
+    done = Committed(
+        slot=root,
+        token=jnp.take_along_axis(view.token[-1], root % rows, axis=1),
+        hidden=jnp.take_along_axis(hidden, root[:, :, None] % rows, axis=1),
+        position=state.prefix,
+        length=finished.astype(jnp.int32),
+    )
+    memory = device.commit(memory, done, shared)
 
-    assert network.exits is not None
-    frontier = jnp.max(jnp.where(view.live[:-1], view.position[:-1], -1), axis=(0, 2)) + 1
-    noise = make_noise(noise, sampling, frontier, network.vocab_size)
-    batch = token.shape[0]
-    offered = jnp.swapaxes(state.lattice.offered[:, view.ring], 0, 1)[stage]
-    wanted = jax.eval_shape(device.features, memory, hidden, view, shared)
-    asking = own.live.reshape(-1) & ~last
-    features = jax.lax.cond(
-        jnp.any(asking),
-        lambda: device.features(memory, hidden, view, shared),
-        lambda: jnp.zeros(wanted.shape, wanted.dtype),
-    )
-    asked = Asked(
-        features=features.reshape(batch * rows, -1),
-        offered=offered.reshape(batch * rows, -1),
-        position=own.position.reshape(-1) + 1,
-        sequence=jnp.repeat(jnp.arange(batch), rows),
-    )
-    proposals = propose_rows(network.exits, asked, asking, sampling, noise, decs=decs)
-    proposals, token = exchange(jax.tree.map(lambda x: x.reshape(batch, rows), proposals), token, stages)
-    lattice, prefix, record = settle(state, tick, token, finished, limits)
-    survives = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(lattice, tick), 0, 1)
-    proposals = proposals._replace(valid=proposals.valid & survives)
-    lattice = jax.vmap(lat.spawn, (0, None, 1))(lattice, tick, proposals)
-    return DexState(tick, lattice, hidden, prefix, memory, noise, record)
+    state = state._replace(tick=tick, hidden=hidden, memory=memory, noise=noise)
+    proposals = None
+    if stages > 1:
+        assert network.exits is not None
+        token, parent = children(state.lattice)
+        sequence = jnp.repeat(jnp.arange(batch), rows)
+        slot = own.ring[0] * rows + jnp.tile(jnp.arange(rows), batch)
+        wanted = jax.eval_shape(device.features, memory, hidden, view, shared)
+        asking = own.live.reshape(-1) & ~last
+        features = jax.lax.cond(
+            jnp.any(asking),
+            lambda: device.features(memory, hidden, view, shared),
+            lambda: jnp.zeros(wanted.shape, wanted.dtype),
+        )
+        asked = Asked(
+            features=features.reshape(batch * rows, -1),
+            held=held_below(token[sequence], parent[sequence], slot),
+            position=own.position.reshape(-1) + 1,
+            sequence=sequence,
+        )
+        proposals = propose_rows(network.exits, asked, asking, sampling, noise, decs=decs)
+        proposals, final = exchange(jax.tree.map(lambda x: x.reshape(batch, rows), proposals), final, stages)
+    state, path = settle(state, final, limits, 1)
+    if proposals is not None:
+        survives = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(state.lattice, tick), 0, 1)
+        proposals = proposals._replace(valid=proposals.valid & survives)
+    return spawn(None, state, path, proposals, None, sampling, None)
 
 
 def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, jax.Array]:
@@ -224,19 +230,19 @@ def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, 
 
     Args:
       own: this stage's, fields [B, W]; nothing valid on the last stage.
-      token: [B] int32, of the final layer; counts on the last stage alone.
+      token: [B, W] int32, of the final layer; counts on the last stage alone.
       stages: K, at least 2.
 
     Returns:
-      (fields [K - 1, B, W], token [B]).
+      (fields [K - 1, B, W], token [B, W]).
     """
     word = jnp.where(own.valid, own.token, NO_TOKEN)
-    word = jnp.where(jax.lax.axis_index(STAGE) == stages - 1, jnp.broadcast_to(token[:, None], word.shape), word)
+    word = jnp.where(jax.lax.axis_index(STAGE) == stages - 1, token, word)
     bits = jax.lax.bitcast_convert_type(own.log_probability, jnp.int32)
     words = jax.lax.all_gather(jnp.stack([word, bits], axis=-1), STAGE)
     proposed = words[:-1, ..., 0]
     score = jax.lax.bitcast_convert_type(words[:-1, ..., 1], jnp.float32)
-    return Proposals(proposed, score, proposed != NO_TOKEN), words[-1, :, 0, 0]
+    return Proposals(proposed, score, proposed != NO_TOKEN), words[-1, ..., 0]
 
 
 def extend_stages(

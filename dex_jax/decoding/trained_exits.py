@@ -106,62 +106,57 @@ def read_chunk(
     start: jax.Array,
     lengths: jax.Array,
 ) -> ExitMemory:
-    """Takes in one chunk of the prompts.
+    """Takes in consecutive tokens of each sequence: a chunk of the prompts, or a committed path.
 
     Args:
       model, config, arrays: what runs.
       memory: of the positions before.
       tokens: [B, R] int32, padded on the right.
       hidden: [B, R, D] at depth L.
-      start: int32 scalar or [B], position of the chunk's first token.
-      lengths: [B] int32, prompt lengths.
+      start: int32 scalar or [B], position of the first token.
+      lengths: [B] int32, where each sequence ends.
 
     Returns:
-      The memory, whose `previous` belongs to the last prompt token of this chunk or an earlier one.
+      The memory, whose `previous` belongs to the last of these tokens before the end, or to an earlier one.
     """
+    return read_features(model, config, arrays, memory, tokens, model.normed(hidden), start, lengths)
+
+
+def read_features(
+    model: Transformer,
+    config: ExitsConfig,
+    arrays: ExitArrays,
+    memory: ExitMemory,
+    tokens: jax.Array,
+    features: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+) -> ExitMemory:
+    """As `read_chunk`, given what the final norm makes of the states: `features` [B, R, D]."""
     size = tokens.shape[1]
     start = jnp.broadcast_to(start, tokens.shape[:1])
-    normed = model.normed(hidden)
     ends = jnp.minimum(lengths, start + size)  # positions before it are committed
     here = ends > start
-    last = jnp.take_along_axis(normed, jnp.maximum(ends - start - 1, 0)[:, None, None], axis=1)[:, 0]
+    last = jnp.take_along_axis(features, jnp.maximum(ends - start - 1, 0)[:, None, None], axis=1)[:, 0]
     context = memory.context
     if context is not None:
-        before = jnp.concatenate([memory.previous[:, None], normed[:, :-1]], axis=1)
+        before = jnp.concatenate([memory.previous[:, None], features[:, :-1]], axis=1)
         layer = exit_heads(config, arrays).context
         assert layer is not None
-        entered = layer.enter_rows(model.embed_tokens(tokens), before)
+        entered = layer.enter_rows(model.embed_tokens(jnp.maximum(tokens, 0)), before)
         positions = start[:, None] + jnp.arange(size)[None, :]
         keys, values = layer.keys_values(entered, positions)
         kept = (positions < ends[:, None]) & (positions >= ends[:, None] - config.window)
-        context = _remember(context, keys, values, positions, kept, hidden)
+        context = _remember(context, keys, values, positions, kept, features)
     return ExitMemory(jnp.where(here[:, None], last, memory.previous), context)
 
 
 def commit_exits(
     model: Transformer, config: ExitsConfig, arrays: ExitArrays, memory: ExitMemory, done: Committed
 ) -> ExitMemory:
-    """Takes in the roots that have finished."""
-    return commit_features(model, config, arrays, memory, done, model.normed(done.hidden))
-
-
-def commit_features(
-    model: Transformer,
-    config: ExitsConfig,
-    arrays: ExitArrays,
-    memory: ExitMemory,
-    done: Committed,
-    features: jax.Array,
-) -> ExitMemory:
-    """As `commit_exits`, given what the final norm makes of the roots' states, [B, D]."""
-    context = memory.context
-    if context is not None:
-        layer = exit_heads(config, arrays).context
-        assert layer is not None
-        entered = layer.enter_rows(model.embed_tokens(jnp.maximum(done.token, 0)[:, None]), memory.previous[:, None])
-        keys, values = layer.keys_values(entered, done.position[:, None])
-        context = _remember(context, keys, values, done.position[:, None], done.where[:, None], features)
-    return ExitMemory(jnp.where(done.where[:, None], features, memory.previous), context)
+    """Takes in a committed path."""
+    ends = done.position + done.length
+    return read_chunk(model, config, arrays, memory, done.token, done.hidden, done.position, ends)
 
 
 def _remember(

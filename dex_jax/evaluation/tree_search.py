@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 
 from dex_jax.decoding.auto import round_seconds
 from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
+from dex_jax.decoding.drafts import TreeShape
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.known_trees import LOOKUP_TRUST, KnownTree
 from dex_jax.decoding.methods import SPARE, Dex
-from dex_jax.decoding.serial import TreeShape
 from dex_jax.decoding.session import cache_length_for
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits

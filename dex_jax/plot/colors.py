@@ -6,7 +6,7 @@ import colorsys
 
 from rich.color import Color
 
-from dex_jax.decoding.serial import DRAFTED
+from dex_jax.lattice import DRAFTED
 
 PALETTE = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
 """256-colour codes of terminals from early (green) to late (red)."""

@@ -126,9 +126,9 @@ def network(weights: Weights, depths: tuple[int, ...], length: int) -> Network:
         return jnp.stack(out), cache
 
     def commit(cache: jax.Array, done: Committed) -> jax.Array:
-        sequences = jnp.arange(done.slot.shape[0])
+        sequences, step = jnp.arange(done.slot.shape[0])[:, None], jnp.arange(done.slot.shape[1])[None]
         moved = cache[:, :, sequences, length + done.slot]
-        place = jnp.where(done.where, done.position, cache.shape[3])
+        place = jnp.where(step < done.length[:, None], done.position[:, None] + step, cache.shape[3])
         return cache.at[:, :, sequences, place].set(moved, mode="drop")
 
     return Network(

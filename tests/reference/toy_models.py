@@ -10,6 +10,11 @@ the position may see, and lets the sum move the state or not:
 A mask, slot, position or commit that is wrong changes s, and with it tokens. Where the gate is 0 the state stays, so
 the share of zeros says how often exits agree with the last layer. Logits are tables: head_k[h].
 
+Exit 0 makes a state of its own from what it is told of the position before, the last layer's state where that is
+committed, the state at the deepest exit that a seed's parent has passed, or its own where it drafted the parent:
+
+    d(n) = before(n) + token(n) + n    (mod P), logits head_0[d]
+
 `Tables` is a pytree of arrays, to be passed through jit as an argument; `ToyModel` is the same in plain Python.
 """
 
@@ -22,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax import Committed, Exits, Network, StageView
+from dex_jax import Committed, Drafter, Exits, Network, StageView
 
 P = 31
 GATES = 8
@@ -39,6 +44,7 @@ class Tables(NamedTuple):
       gate: [K, GATES] float32, 0 or 1.
       exit_heads: [K - 1, P, V'] float32 integers.
       final_head: [P, V] float32 integers.
+      draft_head: [P, V'] float32 integers, of exit 0.
       draft: [V'] int32 token ids of the exits' columns, or None when they have all V.
     """
 
@@ -48,14 +54,16 @@ class Tables(NamedTuple):
     gate: jax.Array
     exit_heads: jax.Array
     final_head: jax.Array
+    draft_head: jax.Array
     draft: jax.Array | None = None
 
 
 class ToyMemory(NamedTuple):
-    """Keys: committed [K, B, S], lattice [K, B, K W]."""
+    """Keys: committed [K, B, S], lattice [K, B, K W]; the last layer's state at the last committed position: [B]."""
 
     committed: jax.Array
     lattice: jax.Array
+    last: jax.Array
 
 
 def random_tables(
@@ -83,8 +91,8 @@ def random_tables(
     final_head = rng.integers(0, spread + 1, (P, vocab_size))
     draft = None if draft_size is None else rng.permutation(vocab_size)[:draft_size]
     columns = np.arange(vocab_size) if draft is None else draft
-    exit_heads = np.zeros((stages - 1, P, len(columns)))
-    for k in range(stages - 1):
+    exit_heads = np.zeros((stages, P, len(columns)))  # exit 0 is the last of them here
+    for k in range(stages):
         for h in range(P):
             exit_heads[k, h] = _unambiguous_row(rng, final_head[h, columns], disagreement)
     gate = (rng.random((stages, GATES)) < openness).astype(np.float32)
@@ -94,7 +102,8 @@ def random_tables(
         scale=rng.integers(1, P, stages).astype(np.float32),
         shift=rng.integers(0, P, stages).astype(np.float32),
         gate=gate,
-        exit_heads=exit_heads.astype(np.float32),
+        exit_heads=exit_heads[:-1].astype(np.float32),
+        draft_head=exit_heads[-1].astype(np.float32),
         final_head=final_head.astype(np.float32),
         draft=None if draft is None else draft.astype(np.int32),
     )
@@ -128,14 +137,24 @@ class ToyModel:
         self.gate = [[int(x) for x in row] for row in tables.gate]
         everything = range(len(self.embedding))
         some = everything if tables.draft is None else [int(i) for i in tables.draft]
-        self.vocabularies = [*[some] * len(tables.exit_heads), everything]
+        self.vocabularies = [some, *[some] * len(tables.exit_heads), everything]
+        self.draft_head = np.asarray(tables.draft_head)
         self._known: dict[tuple[int, ...], tuple[list[int], list[int]]] = {(): ([0] * len(self.scale), [])}
 
     def vocabulary(self, stage: int):
-        return self.vocabularies[stage - 1]
+        return self.vocabularies[stage]
 
     def logits(self, tokens: tuple[int, ...], stage: int) -> np.ndarray:
         return self.heads[stage - 1][self._run(tuple(tokens))[1][stage - 1]]
+
+    def state(self, tokens: tuple[int, ...], stage: int) -> int:
+        """The state at the last of `tokens` after stage 1..K."""
+        return self._run(tuple(tokens))[1][stage - 1]
+
+    def drafted(self, before: int, token: int, position: int) -> tuple[np.ndarray, int]:
+        """(exit 0's logits after `token` at `position`, the state that it makes there)."""
+        state = (before + token + position) % P
+        return self.draft_head[state], state
 
     def _run(self, tokens: tuple[int, ...]) -> tuple[list[int], list[int]]:
         """(sum of keys of each stage, state after each stage) at the last of `tokens`."""
@@ -171,10 +190,16 @@ def toy_network(tables: Tables) -> Network:
         return h[..., None], memory._replace(lattice=lattice)
 
     def commit(memory: ToyMemory, done: Committed) -> ToyMemory:
-        sequences = jnp.arange(done.slot.shape[0])
-        place = jnp.where(done.where, done.position, memory.committed.shape[2])
+        sequences = jnp.arange(done.slot.shape[0])[:, None]
+        step = jnp.arange(done.slot.shape[1])[None]
+        on_path = step < done.length[:, None]
+        place = jnp.where(on_path, done.position[:, None] + step, memory.committed.shape[2])
         key = memory.lattice[:, sequences, done.slot]
-        return memory._replace(committed=memory.committed.at[:, sequences, place].set(key, mode="drop"))
+        last = jnp.take_along_axis(done.hidden[:, :, 0], jnp.maximum(done.length - 1, 0)[:, None], axis=1)[:, 0]
+        return memory._replace(
+            committed=memory.committed.at[:, sequences, place].set(key, mode="drop"),
+            last=jnp.where(done.length > 0, last, memory.last),
+        )
 
     def features(memory: ToyMemory, hidden: jax.Array, view: StageView) -> jax.Array:
         hidden = hidden[:-1]
@@ -184,6 +209,10 @@ def toy_network(tables: Tables) -> Network:
     def exit_logits(features: jax.Array) -> jax.Array:
         number, h = features[:, 0].astype(jnp.int32), features[:, 1].astype(jnp.int32)
         return tables.exit_heads[number, h]
+
+    def drafted(before: jax.Array, token: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        state = jnp.mod(before + (token + position)[..., None], float(P))
+        return state, state
 
     columns = None
     if tables.draft is not None:
@@ -196,6 +225,13 @@ def toy_network(tables: Tables) -> Network:
         commit=commit,
         final=lambda hidden: tables.final_head[hidden[:, 0].astype(jnp.int32)],
         exits=None if stages == 1 else Exits(features, exit_logits, tables.draft, columns),
+        drafter=Drafter(
+            committed=lambda memory: memory.last[:, None],
+            reached=lambda memory, hidden, view: hidden,
+            features=drafted,
+            logits=lambda features: tables.draft_head[features[:, 0].astype(jnp.int32)],
+            vocabulary=tables.draft,
+        ),
     )
 
 
@@ -206,7 +242,7 @@ def toy_prefill(tables: Tables, prompts: jax.Array, lengths: jax.Array, *, capac
     h = tables.embedding[prompts][None]
     committed = []
     for k in range(tables.scale.shape[0]):
-        stage = Tables(*[None] * 7)._replace(
+        stage = Tables(*[None] * 8)._replace(
             scale=tables.scale[k : k + 1], shift=tables.shift[k : k + 1], gate=tables.gate[k : k + 1]
         )
         key = keys_of(stage, h, positions[None])
@@ -214,7 +250,9 @@ def toy_prefill(tables: Tables, prompts: jax.Array, lengths: jax.Array, *, capac
         committed.append(key[0])
     keys = jnp.where((positions < lengths[:, None])[None], jnp.stack(committed), POISON)
     room = jnp.full((keys.shape[0], batch, capacity), POISON)
-    return ToyMemory(jnp.concatenate([keys, room], axis=2), jnp.full((keys.shape[0], batch, slots), POISON))
+    last = jnp.take_along_axis(h[0], lengths[:, None] - 1, axis=1)[:, 0]
+    lattice = jnp.full((keys.shape[0], batch, slots), POISON)
+    return ToyMemory(jnp.concatenate([keys, room], axis=2), lattice, last)
 
 
 def keys_of(tables: Tables, h: jax.Array, position: jax.Array) -> jax.Array:

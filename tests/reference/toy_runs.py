@@ -11,7 +11,7 @@ import numpy as np
 from reference import twin
 from reference.toy_models import Tables, ToyModel, toy_network, toy_prefill
 
-from dex_jax import DexState, Limits, Record, Sampling, init, run, step
+from dex_jax import DexState, Limits, Record, Sampling, TreeShape, init, run, step
 from dex_jax.lattice import Lattice
 from dex_jax.sampling import position_noise, sampling_keys
 
@@ -68,9 +68,17 @@ def twin_draws(case: Case, row: int, vocab_size: int) -> twin.Draws | None:
 
 
 def twin_runs(
-    model: ToyModel, case: Case, *, stages: int, rows: int | None, decs: bool, vocab_size: int
+    model: ToyModel,
+    case: Case,
+    *,
+    stages: int,
+    rows: int | None,
+    decs: bool,
+    vocab_size: int,
+    drafts: TreeShape | None = None,
 ) -> list[twin.Run]:
     """The batch as independent runs of the twin."""
+    fields = () if drafts is None else (drafts.widths, drafts.drafted, drafts.lookup, drafts.rungs, drafts.drafting)
     return [
         twin.decode(
             model,
@@ -81,21 +89,21 @@ def twin_runs(
             max_new_tokens=case.max_new_tokens[row],
             eos_ids=case.eos_ids,
             draws=twin_draws(case, row, vocab_size),
+            shape=twin.Shape(*fields) if fields else None,
         )
         for row, prompt in enumerate(case.prompts)
     ]
 
 
-def watched(tables: Tables, case: Case, first: list[int], *, stages: int, rows: int, decs: bool) -> Ticks:
+def watched(tables: Tables, case: Case, first: list[int], **shape) -> Ticks:
     """Every tick of the library's loop, until even the slowest sequence must have ended."""
-    ticks = _watched(tables, *arrays(case, first), stages=stages, rows=rows, decs=decs)
+    ticks = _watched(tables, *arrays(case, first), **shape)
     return jax.tree.map(np.asarray, ticks)
 
 
-def finished(tables: Tables, case: Case, first: list[int], *, stages: int, rows: int, decs: bool) -> Record:
-    """The record after the library's own while_loop."""
-    record = _finished(tables, *arrays(case, first), stages=stages, rows=rows, decs=decs)
-    return jax.tree.map(np.asarray, record)
+def finished(tables: Tables, case: Case, first: list[int], **shape) -> DexState:
+    """The state after the library's own while_loop."""
+    return jax.tree.map(np.asarray, _finished(tables, *arrays(case, first), **shape))
 
 
 def emitted(record: Record, row: int) -> tuple[list[int], list[int]]:
@@ -117,7 +125,7 @@ def lattice_contents(ticks: Ticks, tick: int, row: int, stages: int) -> set[twin
         path = [slot]
         while parent[path[-1]] >= 0:
             path.append(int(parent[path[-1]]))
-            assert len(path) <= stages, "a path runs in a circle"
+            assert len(path) <= parent.size, "a path runs in a circle"
         assert path[-1] == lattice.root, "a live node does not hang under the root"
         seen = np.flatnonzero(lattice.ancestors[slot // rows, slot % rows]).tolist()
         assert seen == sorted(path), "a node attends to something else than its path"
@@ -158,19 +166,22 @@ def arrays(case: Case, first: list[int]):
     return prompts, lengths, np.array(first, np.int32), limits, sampling
 
 
-def watch(tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool) -> Ticks:
+def watch(
+    tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool, drafts=None
+) -> Ticks:
     """All ticks of the library's loop, to be traced."""
 
     def tick(state: DexState, _):
-        state = step(toy_network(tables), state, limits, sampling, decs=decs)
+        state = step(toy_network(tables), state, limits, sampling, decs=decs, drafts=drafts)
         return state, Ticks(state.lattice, state.prefix, state.record)
 
-    state = _begin(tables, prompts, lengths, first, limits, sampling, stages, rows)
+    state = _begin(tables, prompts, lengths, first, limits, sampling, stages, rows, drafts)
     return jax.lax.scan(tick, state, length=stages * (CAPACITY - 1))[1]
 
 
-def _begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows: int) -> DexState:
-    memory = toy_prefill(tables, prompts, lengths, capacity=CAPACITY, slots=stages * rows)
+def _begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows: int, drafts) -> DexState:
+    room = CAPACITY + (0 if drafts is None else drafts.levels)
+    memory = toy_prefill(tables, prompts, lengths, capacity=room, slots=stages * rows)
     return init(
         toy_network(tables),
         memory,
@@ -181,16 +192,21 @@ def _begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows:
         capacity=CAPACITY,
         limits=limits,
         sampling=sampling,
+        drafts=drafts,
+        prompt=prompts,
+        length=PROMPT_WIDTH + CAPACITY + 60,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("stages", "rows", "decs"))
-def _finished(tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool) -> Record:
-    state = _begin(tables, prompts, lengths, first, limits, sampling, stages, rows)
-    return run(toy_network(tables), state, limits, sampling, decs=decs).record
+@functools.partial(jax.jit, static_argnames=("stages", "rows", "decs", "drafts"))
+def _finished(
+    tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool, drafts=None
+) -> DexState:
+    state = _begin(tables, prompts, lengths, first, limits, sampling, stages, rows, drafts)
+    return run(toy_network(tables), state, limits, sampling, decs=decs, drafts=drafts)
 
 
-_watched = jax.jit(watch, static_argnames=("stages", "rows", "decs"))
+_watched = jax.jit(watch, static_argnames=("stages", "rows", "decs", "drafts"))
 
 
 @functools.cache
@@ -200,5 +216,5 @@ def _noise_table(seed: int, vocab_size: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _noise(key: jax.Array, vocab_size: int) -> jax.Array:
-    positions = jnp.arange(PROMPT_WIDTH + CAPACITY + 8)  # nodes look beyond the last token
+    positions = jnp.arange(PROMPT_WIDTH + CAPACITY + 60)  # nodes look beyond the last token
     return jax.vmap(position_noise, (None, 0, None))(key, positions, vocab_size)

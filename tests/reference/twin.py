@@ -4,7 +4,12 @@ Written from the description of the algorithm (arXiv 2606.29223), not from the l
 tick by tick. One sequence at a time; a batch is several runs. The model is any object with
 
     logits(tokens, stage) -> float32 [columns], what exit `stage` (1..K, K the final layer) says after `tokens`;
-    vocabulary(stage) -> the token id of each column, ascending or not.
+    vocabulary(stage) -> the token id of each column, ascending or not;
+
+and, where exit 0 drafts,
+
+    state(tokens, stage), what a drafter may read of the last of `tokens` once it has done `stage` stages;
+    drafted(before, token, position) -> (exit 0's float32 [columns of exit 1], what it makes of this position).
 """
 
 from __future__ import annotations
@@ -18,6 +23,10 @@ from reference.filters import filter_logits
 
 SCORE_STEP = 2.0**-10
 LOWEST_LOG_PROBABILITY = -64.0
+LONGEST = 8
+HEADS = 8
+HOPE = 0.25
+PRIOR = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +39,20 @@ class Draws:
     top_p: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What exit 0 drafts: rows of the levels below the heads, how many of them are the drafter's, trust in the text.
+
+    `rungs` and `drafting` say what rows and drafted levels cost; without rungs everything is kept.
+    """
+
+    widths: tuple[int, ...]
+    drafted: int
+    lookup: tuple[float, ...]
+    rungs: tuple[tuple[int, float], ...] = ()
+    drafting: float = 0.0
+
+
 @dataclasses.dataclass(eq=False)
 class Node:
     """A candidate token."""
@@ -40,6 +63,8 @@ class Node:
     born_at: int
     score: float = 0.0
     progress: int = 0
+    drafter_state: object = None  # what exit 0 made of this node when it was born, of the nodes that it drafted under
+    rung: int = 0  # how many rows its cohort was given, and so paid for
     children: list[Node] = dataclasses.field(default_factory=list)
 
     @property
@@ -73,6 +98,17 @@ class Run:
     lattices: list[set[Seen]]
     largest_cohort: int
     pruned: int
+    spent: float = 0.0
+    promised: float = 0.0
+    rows: list[int] = dataclasses.field(default_factory=list)  # that each cohort may have had, where rungs say so
+    levels: list[int] = dataclasses.field(default_factory=list)  # that the drafter was asked for in each
+
+    @property
+    def price(self) -> float:
+        """Promised tokens that an AR step's time is worth."""
+        pace = (PRIOR + len(self.tokens) - 1) / (PRIOR + self.spent)
+        kept = (PRIOR + self.exits.count(0)) / (PRIOR + self.promised)
+        return max(1.0, pace) / min(1.0, kept)
 
 
 def decode(
@@ -86,41 +122,56 @@ def decode(
     asked: Sequence[int] | None = None,
     eos_ids: Sequence[int] = (),
     draws: Draws | None = None,
+    shape: Shape | None = None,
 ) -> Run:
-    """The whole loop; rows=None never prunes, asked=None asks every exit."""
+    """The whole loop; rows=None never prunes, asked=None asks every exit, shape=None drafts nothing."""
     committed = tuple(prompt)
     first = final_token(model, committed, stages, draws)
     run = Run([first], [-1], 0, [], 0, 0)
     committed = (*committed, first)
-    root = Node(first, None, committed, born_at=stages)
-    cohorts = [[root]]  # youngest last; dead nodes are taken out
+    cohorts: list[list[Node]] = []  # youngest last; dead nodes are taken out
 
     def ended() -> bool:
         return run.tokens[-1] in eos_ids or len(run.tokens) >= max_new_tokens
 
+    def spawn(heads: list[Node]) -> None:
+        """The next cohort: heads, and what exit 0 drafts below them, the best rows of all."""
+        spawned = heads if rows is None else heads[:rows]
+        run.pruned += len(heads) - len(spawned)
+        if shape is not None:
+            spawned = with_drafts(model, run, spawned, stages, rows, shape, draws)
+        for node in spawned:
+            if node.parent is not None:
+                node.parent.children.append(node)
+        cohorts.append(spawned)
+        run.largest_cohort = max(run.largest_cohort, len(spawned))
+
+    root = Node(first, None, committed, born_at=stages)
+    if not ended():
+        spawn([root])
     while not ended():
         run.ticks += 1
+        if shape is not None and shape.rungs:
+            alive = [cohort[0].rung for cohort in cohorts if cohort]
+            run.spent += max(dict(shape.rungs)[rung] for rung in alive) / stages
 
         # Advance: every live node runs its next stage.
         for cohort in cohorts:
             for node in cohort:
                 node.progress += 1
 
-        # Commit and collapse: the final layer decides; one child, or nobody, had that token.
-        proposing = cohorts
-        if root.progress == stages:
+        # Commit: the final layer decides after the root, and after every child that it confirms and has run as well.
+        fresh = False
+        while root.progress == stages and not fresh and not ended():
             token = final_token(model, committed, stages, draws)
             heir = next((child for child in root.children if child.token == token), None)
             committed = (*committed, token)
             run.tokens.append(token)
             run.exits.append(stages if heir is None else heir.born_at)
-            if ended():
-                run.lattices.append(set())
-                break
+            # Collapse: the subtree under that child, or nothing.
             if heir is None:
-                root = Node(token, None, committed, born_at=stages)
-                proposing = []
-                cohorts = [[root]]
+                root, fresh = Node(token, None, committed, born_at=stages), True
+                cohorts = []
             else:
                 offset = heir.score
                 root = heir
@@ -128,27 +179,111 @@ def decode(
                 survivors = set(root.subtree())
                 for node in survivors:
                     node.score -= offset
-                cohorts = proposing = [[node for node in cohort if node in survivors] for cohort in cohorts]
+                cohorts = [[node for node in cohort if node in survivors] for cohort in cohorts]
+        if ended():
+            run.lattices.append(set())
+            break
 
         # Propose: exit by exit, and within an exit in the order in which its cohort was spawned.
-        candidates = []
-        for node in sorted((n for cohort in proposing for n in cohort), key=lambda n: n.progress):
+        heads = [root] if fresh else []
+        for node in sorted((n for cohort in cohorts for n in cohort), key=lambda n: n.progress):
             if asked is not None and node.progress not in asked:
                 continue
             child = proposal(model, node, decs, draws)
             if child is not None:
-                candidates.append(child)
-        candidates.sort(key=lambda child: -child.score)  # stable: equal scores keep that order
-        spawned = candidates if rows is None else candidates[:rows]
-        run.pruned += len(candidates) - len(spawned)
-        for child in spawned:
-            child.parent.children.append(child)
-        if spawned:
-            cohorts = [*cohorts, spawned]
+                heads.append(child)
+        heads.sort(key=lambda child: -child.score)  # stable: equal scores keep that order
+        spawn(heads)
         cohorts = [cohort for cohort in cohorts if cohort]
-        run.largest_cohort = max(run.largest_cohort, len(spawned))
         run.lattices.append({_seen(node, len(committed)) for node in root.subtree()})
     return run
+
+
+def with_drafts(
+    model, run: Run, heads: list[Node], stages: int, rows: int | None, shape: Shape, draws: Draws | None
+) -> list[Node]:
+    """A cohort's heads with what exit 0 drafts below them, best first, as many as are worth it; none hangs yet."""
+    price = run.price
+    asked = heads[:HEADS]
+    follows: dict[Node, tuple[Node, list[int], float]] = {}
+    for head in asked:
+        said, matched = continuation(head.tokens, len(shape.widths))
+        trust = shape.lookup[matched - 1] if matched else 0.0
+        if trust > 0:
+            follows[head] = (head, said, quantized(math.log(trust)))
+    everything, above, levels = list(heads), asked, 0
+    for level, width in enumerate(shape.widths, 1):
+        found: list[tuple[Node, int, float]] = []
+        for head in asked:
+            if head in follows:
+                at, said, log = follows[head]
+                found.append((at, said[level - 1], at.score + log))
+        hope = HOPE * (sum(math.exp(node.score) for node in above) - sum(math.exp(score) for *_, score in found))
+        if level <= shape.drafted and (not (shape.rungs and shape.drafting) or hope > price * shape.drafting):
+            levels += 1
+            for node in above:
+                found += drafted_below(model, node, width, stages, draws)
+        merged: dict[tuple[Node, int], float] = {}
+        for node, token, score in found:
+            merged[node, token] = max(score, merged.get((node, token), -math.inf))
+        best = sorted(merged.items(), key=lambda each: -each[1])[:width]
+        above = [Node(token, node, (*node.tokens, token), born_at=0, score=score) for (node, token), score in best]
+        everything += above
+        for head in list(follows):
+            at, said, log = follows.pop(head)
+            on = next((node for node in above if node.parent is at and node.token == said[level - 1]), None)
+            if on is not None:
+                follows[head] = (on, said, log)
+    everything.sort(key=lambda node: -node.score)
+    spawned = everything if rows is None else everything[:rows]
+    if shape.rungs:
+        worth = [sum(math.exp(n.score) for n in spawned[:size]) - price * cost for size, cost in shape.rungs]
+        size = shape.rungs[worth.index(max(worth))][0]
+        spawned = spawned[:size]
+        for node in spawned:
+            node.rung = size
+        run.rows.append(size)
+        run.levels.append(levels)
+        run.promised += sum(math.exp(node.score) for node in spawned if node not in heads)
+        run.spent += levels * shape.drafting
+    return spawned
+
+
+def drafted_below(model, node: Node, count: int, stages: int, draws: Draws | None) -> list[tuple[Node, int, float]]:
+    """Exit 0's `count` best children of a node: (node, token, score of the path)."""
+    parent = node.parent
+    if parent is None:
+        before = model.state(node.tokens[:-1], stages)
+    elif node.born_at == 0:
+        before = parent.drafter_state
+    else:
+        before = model.state(parent.tokens, parent.progress)
+    logits, node.drafter_state = model.drafted(before, node.token, node.position)
+    ids, scores = list(model.vocabulary(0)), logits.astype(np.float32)
+    if draws is not None:
+        scores = filter_logits(scores / np.float32(draws.temperature), draws.top_k, draws.top_p)
+        scores = (scores + draws.noise(len(node.tokens))[ids]).astype(np.float32)
+    wide = scores.astype(np.float64)
+    total = wide.max() + math.log(np.exp(wide - wide.max()).sum())
+    order = [column for column in np.argsort(-scores, kind="stable")[:count] if scores[column] > -np.inf]
+    return [(node, ids[column], node.score + quantized(wide[column] - total)) for column in order]
+
+
+def continuation(text: Sequence[int], count: int) -> tuple[list[int], int]:
+    """(what followed the latest of the longest earlier occurrences of the text's suffix, length of the match)."""
+    best, end = 0, None
+    for at in range(len(text) - 1):
+        length = 0
+        while length < LONGEST and at - length >= 0 and text[at - length] == text[len(text) - 1 - length]:
+            length += 1
+        if length > 0 and length >= best:
+            best, end = length, at
+    if end is None:
+        return [], 0
+    grown = list(text)
+    for i in range(count):
+        grown.append(grown[end + 1 + i])
+    return grown[len(text) :], best
 
 
 def proposal(model, node: Node, decs: bool, draws: Draws | None) -> Node | None:

@@ -24,7 +24,7 @@ from dex_jax.decoding.network import extend, transformer_network
 from dex_jax.decoding.record import Limits
 from dex_jax.hardware import Link
 from dex_jax.language_model import abstract_weights, merge_model
-from dex_jax.lattice import NO_NODE, NO_TOKEN
+from dex_jax.lattice import NO_NODE
 from dex_jax.nn.layers import linear
 from dex_jax.nn.transformer import Layout, Stacked, Transformer, Unrolled
 from dex_jax.sampling import choose
@@ -178,7 +178,8 @@ def exits_seconds(config: ModelConfig, dtype: jnp.dtype, columns: int, rows: int
         parent=jnp.full((2, batch, width), NO_NODE, jnp.int32),
         prefix=jnp.zeros(batch, jnp.int32),
     )
-    nodes = Proposers(jnp.ones(shape, bool), jnp.zeros(shape), jnp.full((*shape, 1), NO_TOKEN, jnp.int32))
+    none = jnp.full((batch, 2 * width), NO_NODE, jnp.int32)
+    nodes = Proposers(jnp.ones(shape, bool), jnp.zeros(shape), none, none)
 
     def step(kernel: jax.Array) -> Callable[[Any], Any]:
         exits = Exits(

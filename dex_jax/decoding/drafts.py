@@ -1,0 +1,423 @@
+"""Exit 0: what it drafts below the heads of a cohort, and how many of a cohort's rows are worth their time.
+
+Drafts come from the text itself (what followed the same suffix before) and from a drafter, a head at depth 0. Neither
+ever changes a token: what is emitted is the final layer's.
+
+Letters: B sequences, W rows a cohort, N rows of a cohort while it grows, P levels with the heads', H heads that are
+drafted under, w rows of a level, E numbers that a drafter reads of the position before, S text length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dex_jax import lattice as lat
+from dex_jax.decoding.interface import Drafter
+from dex_jax.decoding.noise import Noise, noise_at
+from dex_jax.decoding.record import Record
+from dex_jax.decoding.suffix import LONGEST, continuation
+from dex_jax.errors import DexError
+from dex_jax.lattice import NO_NODE, NO_TOKEN, Candidates, Cohort, Lattice, quantized
+from dex_jax.sampling import Sampling, log_total, scores
+
+HEADS = 8
+"""Under so many heads of a cohort, the best ones, exit 0 drafts."""
+
+HOPE = 0.25
+"""The share of what a level promises, and the lookup does not below it, that drafting there is taken to add: how often
+a child turns out worth running, and right. Below what drafters agree, as much of what they draft is not worth
+running."""
+
+PRIOR = 16.0
+"""AR steps that every sequence is taken to have decoded at AR's pace before its first tick, and tokens that drafts are
+taken to have promised and kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeShape:
+    """How much exit 0 drafts below the heads of a cohort.
+
+    Attributes:
+      widths: rows of the levels below the heads.
+      drafted: on how many levels the drafter proposes; deeper ones only go on with what the text said before.
+      lookup: probability that the continuation of a suffix match is right, by the length of the match: 8 numbers, for
+        1 to 8 tokens or more; all 0 switches it off.
+      rungs: (rows, AR steps that a step of so many takes), ascending: exit 0 drafts as many levels and a cohort keeps
+        as many of its most probable rows as are worth their time. Empty for all of them always.
+      drafting: AR steps that drafting one level takes; only asked for with rungs.
+
+    Raises:
+      DexError: no level, a level without rows, more drafted levels than there are, trust that is no probability,
+        rungs that do not ascend, or a negative cost.
+
+    Example:
+      >>> TreeShape((3, 2, 1), drafted=2, lookup=(0.0,) * 8).rows
+      7
+    """
+
+    widths: tuple[int, ...]
+    drafted: int
+    lookup: tuple[float, ...]
+    rungs: tuple[tuple[int, float], ...] = ()
+    drafting: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1 or not 0 <= self.drafted <= len(self.widths):
+            raise DexError(
+                f"a tree needs at least one row on each of its levels and as many of them drafted at most, not "
+                f"{self.drafted} of {self.widths}"
+            )
+        if len(self.lookup) != LONGEST or not all(0 <= share <= 1 for share in self.lookup):
+            raise DexError(f"a tree's lookup is {LONGEST} probabilities, one for each length of match: {self.lookup}")
+        ascending = all(a < b and s <= t for (a, s), (b, t) in itertools.pairwise(((0, 0.0), *self.rungs)))
+        if not ascending or (self.rungs and self.rungs[0][1] <= 0):
+            raise DexError(f"a tree's rungs ascend, with costs above 0, not {self.rungs}")
+        if self.drafting < 0:
+            raise DexError(f"drafting a level cannot take {self.drafting} AR steps")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The row counts that a cohort of one fresh root may keep."""
+        return tuple(rows for rows, _ in self.rungs) or (self.rows,)
+
+    @property
+    def costs(self) -> RowCosts | None:
+        """What `rungs` and `drafting` say, as arrays; None without rungs."""
+        if not self.rungs:
+            return None
+        return RowCosts(jnp.asarray([cost for _, cost in self.rungs], jnp.float32), jnp.float32(self.drafting))
+
+    @property
+    def without_costs(self) -> TreeShape:
+        """What programs depend on: the row counts, and whether levels are chosen, without the figures."""
+        rungs = tuple((rows, float(place)) for place, (rows, _) in enumerate(self.rungs, 1))
+        return dataclasses.replace(self, rungs=rungs, drafting=float(self.drafting > 0))
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole tree below one head, the head included."""
+        return 1 + sum(self.widths)
+
+    @property
+    def levels(self) -> int:
+        """P."""
+        return 1 + len(self.widths)
+
+
+class RowCosts(NamedTuple):
+    """What ticks take, in AR steps; programs do not depend on it.
+
+    Attributes:
+      rows: float32, of a step of each of the row counts that a cohort may keep, beside its drafting.
+      drafting: float32, of drafting one level.
+    """
+
+    rows: jax.Array
+    drafting: jax.Array
+
+
+class Drafting(NamedTuple):
+    """What exit 0 goes by.
+
+    Attributes:
+      text: [B, S] int32, all tokens at their positions.
+      costs: what ticks take; None where every cohort keeps all of its rows.
+      rung: [K] int32, which of the shape's row counts the cohort in each ring row has kept.
+      chosen: float32, how many stages have run each of the row counts, and how many levels were drafted in all.
+      spent: float32, AR steps that the ticks took by the costs in the shape, times the sequences in them.
+      promised: float32, tokens that all drafts should have brought by their probabilities.
+      kept: float32, how many they brought.
+    """
+
+    text: jax.Array
+    costs: RowCosts | None
+    rung: jax.Array
+    chosen: jax.Array
+    spent: jax.Array
+    promised: jax.Array
+    kept: jax.Array
+
+
+class Below(NamedTuple):
+    """What lies below the heads of all sequences: what exit 0 needs to know to draft there.
+
+    Attributes:
+      before: [B, H, E], what the drafter reads of the position before each head; None without a drafter.
+      prefix: [B] int32, committed positions.
+      going: [B] bool, sequences that are not done.
+      price: float32, promised tokens that an AR step's time is worth.
+    """
+
+    before: jax.Array | None
+    prefix: jax.Array
+    going: jax.Array
+    price: jax.Array
+
+
+def begin_drafting(
+    shape: TreeShape,
+    costs: RowCosts | None,
+    prompt: jax.Array,
+    first_token: jax.Array,
+    position: jax.Array,
+    length: int,
+    stages: int,
+) -> Drafting:
+    """Before the first cohort.
+
+    Args:
+      shape, costs: how much is drafted and what it takes; None for what the shape says.
+      prompt: [B, R] int32, padded on the right.
+      first_token, position: [B] int32, token 0 and where it stands.
+      length: S.
+      stages: K.
+    """
+    batch, size = prompt.shape
+    text = jnp.full((batch, length), NO_TOKEN, jnp.int32).at[:, :size].set(prompt)
+    text = text.at[jnp.arange(batch), position].set(first_token)
+    costs = shape.costs if costs is None else costs
+    none = jnp.float32(0)
+    return Drafting(text, costs, jnp.zeros(stages, jnp.int32), jnp.zeros(len(shape.counts) + 1), none, none, none)
+
+
+def charge(drafting: Drafting, live: jax.Array, going: jax.Array) -> Drafting:
+    """Counts what a tick takes: its K stages go on side by side, and the one with the most rows is waited for.
+
+    Args:
+      drafting: before the tick.
+      live: [K] bool, which ring rows hold any node.
+      going: [B] bool, sequences that take part.
+    """
+    counts = jnp.zeros_like(drafting.chosen).at[drafting.rung].add(live)
+    drafting = drafting._replace(chosen=drafting.chosen + counts)
+    if drafting.costs is None:
+        return drafting
+    cost = jnp.max(jnp.where(live, drafting.costs.rows[drafting.rung], 0)) / live.shape[0]
+    return drafting._replace(spent=drafting.spent + cost * jnp.sum(going))
+
+
+def price_of(drafting: Drafting, record: Record) -> jax.Array:
+    """float32, the promised tokens that an AR step's time is worth.
+
+    That is what all going sequences emit in it at the pace so far, and never less than AR's, which can always be had.
+    Drafts promise too much where sampling or a text surprises: promises count as far as they were kept so far.
+    """
+    before = PRIOR * record.lengths.shape[0]
+    emitted = jnp.sum(record.lengths - 1).astype(jnp.float32)
+    pace = jnp.maximum(1, (before + emitted) / (before + drafting.spent)) * jnp.sum(~record.done)
+    return pace / jnp.minimum(1, (before + drafting.kept) / (before + drafting.promised))
+
+
+def position_before(committed: jax.Array, reached: jax.Array | None, ring: jax.Array, parent: jax.Array) -> jax.Array:
+    """What the drafter reads of the position before each head: [B, H, E].
+
+    Args:
+      committed: [B, E], at the last committed position: the one before a fresh root.
+      reached: [K, B, W, E], of the nodes of every stage; None where every head is a fresh root.
+      ring: [K] int32, the ring row of each stage.
+      parent: [B, H] int32 slots, NO_NODE for a fresh root.
+    """
+    if reached is None:
+        return jnp.broadcast_to(committed[:, None], (*parent.shape, committed.shape[1]))
+    rows, place = reached.shape[2], jnp.maximum(parent, 0)
+    sequence = jnp.arange(parent.shape[0])[:, None]
+    estimate = reached[jnp.argsort(ring)[place // rows], sequence, place % rows]
+    return jnp.where((parent == NO_NODE)[..., None], committed[:, None], estimate)
+
+
+def draft(
+    drafter: Drafter | None,
+    drafting: Drafting,
+    lattice: Lattice,
+    cohort: Cohort,
+    below: Below,
+    sampling: Sampling | None,
+    noise: Noise | None,
+    shape: TreeShape,
+    ring: jax.Array,
+    heads: int,
+) -> tuple[Cohort, Drafting]:
+    """Drafts below a cohort's heads, and keeps the rows that are worth their time.
+
+    Args:
+      drafter: None to go by the text alone.
+      drafting: what it goes by.
+      lattice: after the collapse; every field with a leading axis B.
+      cohort: heads in the first rows and the rest unused, N rows of each sequence.
+      below: what lies below them.
+      sampling, noise: None when greedy.
+      shape: how much is drafted.
+      ring: int32, the ring row that the cohort gets.
+      heads: how many of the first rows may be heads; the first HEADS of them are drafted under.
+
+    Returns:
+      (the cohort, best rows first, those beyond the chosen rung cut off; what it goes by next).
+    """
+    batch, size = cohort.token.shape
+    under = min(heads, HEADS)
+    most = max(under, *shape.widths)
+    cohort = jax.vmap(lat.widen, (0, None))(cohort, size + most)  # so that `most` rows can be cut out from any one on
+    text = jax.vmap(_texts, (0, 0, 0, 0, None))(drafting.text, lattice, cohort, below.prefix, under)
+    ends = cohort.position[:, :under] + 1
+    said, matched = jax.vmap(jax.vmap(continuation, (0, 0, None)), (0, 0, None))(text, ends, len(shape.widths))
+    trust = jnp.asarray((0.0, *shape.lookup), jnp.float32)
+    trusted = jnp.where(trust > 0, quantized(jnp.log(trust)), -jnp.inf)[jnp.minimum(matched, LONGEST)]
+    alive = cohort.score[:, :under] > -jnp.inf
+    # The row that each head's continuation has got to.
+    at = jnp.where((trusted > -jnp.inf) & alive, jnp.arange(under)[None], NO_NODE)
+    known = (
+        None if below.before is None else jnp.zeros((batch, size + most, below.before.shape[-1]), below.before.dtype)
+    )
+    costs = drafting.costs
+
+    def one_level(carry: tuple[Any, ...], parts: tuple[_Level, jax.Array]) -> tuple[tuple[Any, ...], None]:
+        cohort, known, at, levels_drafted = carry
+        level, token = parts
+        score = jnp.where(at == NO_NODE, -jnp.inf, jnp.take_along_axis(cohort.score, jnp.maximum(at, 0), 1) + trusted)
+        candidates = Candidates(token, at, score)
+        if drafter is not None and shape.drafted:
+            asked = level.drafted
+            if costs is not None and shape.drafting > 0:
+                claimed = jnp.sum(jnp.where(below.going[:, None], jnp.exp(score), 0))  # by the lookup
+                above = jax.lax.dynamic_slice_in_dim(_promise(cohort, below.going), level.above, most)
+                hope = HOPE * (jnp.sum(jnp.where(jnp.arange(most) < level.of_above, above, 0)) - claimed)
+                asked &= hope > below.price * costs.drafting
+
+            def drafted(known: jax.Array) -> tuple[Candidates, jax.Array]:
+                return _drafted(drafter, below, known, cohort, sampling, noise, level, most)
+
+            def skipped(known: jax.Array) -> tuple[Candidates, jax.Array]:
+                none = jnp.full((batch, most * most), NO_NODE, jnp.int32)
+                return Candidates(none, none, jnp.full(none.shape, -jnp.inf)), known
+
+            more, known = jax.lax.cond(asked, drafted, skipped, known)
+            levels_drafted += asked
+            candidates = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), candidates, more)
+        cohort = jax.vmap(lat.grow, (0, 0, None, None, None))(cohort, candidates, level.first, level.width, most)
+        at = jax.vmap(jax.vmap(lat.child_of, (None, 0, 0)))(cohort, at, token)
+        return (cohort, known, at, levels_drafted), None
+
+    # In a loop: the levels, one by one, would be most of the program to compile.
+    begun = (cohort, known, at, jnp.int32(0))
+    levels = (_levels(shape, heads, under), jnp.moveaxis(said, 2, 0))
+    (cohort, _, _, levels_drafted), _ = jax.lax.scan(one_level, begun, levels)
+    cohort = jax.vmap(lat.sort_rows)(cohort)
+    drafting = drafting._replace(chosen=drafting.chosen.at[-1].add(levels_drafted))
+    if costs is None:
+        return cohort, drafting
+    cohort, rung, promised = _most_promising(cohort, below, shape, costs)
+    spent = levels_drafted * costs.drafting * jnp.sum(below.going)
+    return cohort, drafting._replace(
+        rung=drafting.rung.at[ring].set(rung),
+        spent=drafting.spent + spent,
+        promised=drafting.promised + promised,
+    )
+
+
+class _Level(NamedTuple):
+    """A level below the heads, or all of them with a leading axis; int32 but for the last.
+
+    Attributes:
+      first, width: its rows.
+      above, of_above: the rows of the level before that it may hang below.
+      drafted: bool, whether the drafter may propose it.
+    """
+
+    first: jax.Array
+    width: jax.Array
+    above: jax.Array
+    of_above: jax.Array
+    drafted: jax.Array
+
+
+def _levels(shape: TreeShape, heads: int, under: int) -> _Level:
+    starts = jnp.asarray((0, *itertools.accumulate((heads, *shape.widths))), jnp.int32)
+    widths = jnp.asarray((under, *shape.widths), jnp.int32)
+    drafted = jnp.arange(len(shape.widths)) < shape.drafted
+    return _Level(starts[1:-1], widths[1:], starts[:-2], widths[:-1], drafted)
+
+
+def _texts(text: jax.Array, lattice: Lattice, cohort: Cohort, prefix: jax.Array, heads: int) -> jax.Array:
+    """The text down to each of the first heads of one sequence: [heads, S] int32."""
+    size = text.shape[0]
+    ancestors = lattice.ancestors.reshape(-1, lattice.ancestors.shape[-1])
+    token, position = lattice.token.reshape(-1), lattice.position.reshape(-1)
+
+    def of_head(own: jax.Array, at: jax.Array, parent: jax.Array) -> jax.Array:
+        path = ancestors[jnp.maximum(parent, 0)] & (parent != NO_NODE)
+        whole = text.at[jnp.where(path, position, size)].set(token, mode="drop")
+        return whole.at[jnp.where(at > prefix, at, size)].set(own, mode="drop")
+
+    return jax.vmap(of_head)(cohort.token[:heads], cohort.position[:heads], cohort.parent[:heads])
+
+
+def _drafted(
+    drafter: Drafter,
+    below: Below,
+    known: jax.Array,
+    cohort: Cohort,
+    sampling: Sampling | None,
+    noise: Noise | None,
+    level: _Level,
+    most: int,
+) -> tuple[Candidates, jax.Array]:
+    """The drafter's best children of each row above a level, as many as the level has rows, in `most` places each.
+
+    `known` [B, N, E] holds what it made of the rows so far.
+    """
+    batch = known.shape[0]
+
+    def above(field: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(field, level.above, most, axis=1)
+
+    token, position, parent = above(cohort.token), above(cohort.position), above(cohort.above)
+    assert below.before is not None
+    of_heads = jnp.pad(below.before, ((0, 0), (0, most - below.before.shape[1]), (0, 0)))
+    of_parent = jnp.take_along_axis(known, jnp.maximum(parent, 0)[:, :, None], axis=1)
+    features, own = drafter.features(jnp.where((parent == NO_NODE)[..., None], of_heads, of_parent), token, position)
+    inside = jnp.arange(most) < level.of_above
+    own = jnp.where(inside[None, :, None], own.astype(known.dtype), above(known))
+    known = jax.lax.dynamic_update_slice_in_dim(known, own, level.above, axis=1)
+    flat = features.reshape(batch * most, -1)
+    columns = drafter.vocabulary
+    row_noise = None
+    if noise is not None:
+        row_noise = noise_at(noise, position + 1).reshape(batch * most, -1)
+        row_noise = row_noise if columns is None else row_noise[:, columns]
+    adjusted = scores(drafter.logits(flat), sampling, row_noise)
+    log_all = log_total(adjusted, None if drafter.rest is None else drafter.rest(flat), sampling)
+    # Asked for values too, XLA sorts the whole vocabulary on CPUs.
+    best = jax.lax.top_k(adjusted, most)[1]
+    adjusted = jnp.take_along_axis(adjusted, best, axis=1)
+    score = jnp.where(adjusted > -jnp.inf, quantized(adjusted - log_all[:, None]), -jnp.inf)
+    score = jnp.where(jnp.arange(most)[None] < level.width, score, -jnp.inf).reshape(batch, most, most)
+    token = best if columns is None else columns[best]
+    path = jnp.where(inside[None, :, None], above(cohort.score)[:, :, None] + score, -jnp.inf)
+    row = jnp.broadcast_to((level.above + jnp.arange(most))[None, :, None], path.shape)
+    return Candidates(token.reshape(batch, -1), row.reshape(batch, -1), path.reshape(batch, -1)), known
+
+
+def _promise(cohort: Cohort, going: jax.Array) -> jax.Array:
+    """[N] float32, how many of the `going` sequences should emit the token of each row."""
+    return jnp.sum(jnp.where(going[:, None], jnp.exp(cohort.score), 0), axis=0)
+
+
+def _most_promising(
+    cohort: Cohort, below: Below, shape: TreeShape, costs: RowCosts
+) -> tuple[Cohort, jax.Array, jax.Array]:
+    """A sorted cohort without the rows beyond the best rung, the rung, and how many tokens its drafts promise.
+
+    The sum of path probabilities is the number of tokens that a cohort should bring. Time is charged at the pace of all
+    ticks, not of this one: that makes the most of all of them together (the rule of renewal reward).
+    """
+    counts = jnp.asarray(shape.counts)
+    expected = jnp.cumsum(_promise(cohort, below.going))
+    rung = jnp.argmax(expected[counts - 1] - below.price * costs.rows).astype(jnp.int32)
+    kept = (jnp.arange(cohort.token.shape[1]) < counts[rung])[None]
+    drafts = jnp.where(kept & (cohort.above != NO_NODE) & below.going[:, None], jnp.exp(cohort.score), 0)
+    return cohort._replace(score=jnp.where(kept, cohort.score, -jnp.inf)), rung, jnp.sum(drafts)
