@@ -116,7 +116,9 @@ def programs() -> dict[str, dict[str, set[str]]]:
     return called
 
 
-@pytest.mark.parametrize(("program", "flags"), sorted(programs().items()), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("program", "flags"), sorted(programs().items()), ids=[name.replace(" ", "-") for name in sorted(programs())]
+)
 def test_commands_on_pages_have_the_flags_they_give(
     program: str, flags: dict[str, set[str]], capsys, monkeypatch
 ) -> None:
