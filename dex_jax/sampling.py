@@ -113,9 +113,11 @@ def filtered(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None
     """
     # Asked while running, so that one program serves with and without a filter.
     if top_k is not None:
-        logits = jax.lax.cond(top_k < logits.shape[-1], _most_likely, lambda logits, most: logits, logits, top_k)
+        logits = jax.lax.cond(
+            jnp.any(top_k < logits.shape[-1]), _most_likely, lambda logits, most: logits, logits, top_k
+        )
     if top_p is not None:
-        logits = jax.lax.cond(top_p < 1, _probable, lambda logits, enough: logits, logits, top_p)
+        logits = jax.lax.cond(jnp.any(top_p < 1), _probable, lambda logits, enough: logits, logits, top_p)
     return logits
 
 
