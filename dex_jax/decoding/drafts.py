@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from dex_jax import lattice as lat
 from dex_jax.decoding.interface import Drafter
+from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, noise_at
 from dex_jax.decoding.record import Record
 from dex_jax.decoding.suffix import LONGEST, continuation
@@ -392,11 +393,13 @@ def _drafted(
     adjusted = scores(drafter.logits(flat), sampling, row_noise)
     log_all = log_total(adjusted, None if drafter.rest is None else drafter.rest(flat), sampling)
     # Asked for values too, XLA sorts the whole vocabulary on CPUs.
-    best = jax.lax.top_k(adjusted, most)[1]
+    places = min(most, adjusted.shape[1])
+    best = jax.lax.top_k(adjusted, places)[1]
     adjusted = jnp.take_along_axis(adjusted, best, axis=1)
     score = jnp.where(adjusted > -jnp.inf, quantized(adjusted - log_all[:, None]), -jnp.inf)
-    score = jnp.where(jnp.arange(most)[None] < level.width, score, -jnp.inf).reshape(batch, most, most)
-    token = best if columns is None else columns[best]
+    score = jnp.where(jnp.arange(places)[None] < level.width, score, -jnp.inf)
+    score = jnp.pad(score, ((0, 0), (0, most - places)), constant_values=-jnp.inf).reshape(batch, most, most)
+    token = fill(best if columns is None else columns[best], 1, most)
     path = jnp.where(inside[None, :, None], above(cohort.score)[:, :, None] + score, -jnp.inf)
     row = jnp.broadcast_to((level.above + jnp.arange(most))[None, :, None], path.shape)
     return Candidates(token.reshape(batch, -1), row.reshape(batch, -1), path.reshape(batch, -1)), known
