@@ -152,6 +152,7 @@ def test_a_notebook_begins_as_all_do(path: Path) -> None:
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert "%pip install" in "".join(code[0]["source"])
     assert path.name in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert any(cell["outputs"] for cell in code), "run it: CONTRIBUTING.md says how"
 
 
 def test_the_menu_is_short_and_has_every_page() -> None:
