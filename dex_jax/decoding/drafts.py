@@ -56,7 +56,7 @@ class TreeShape:
       DexError: no level, a level without rows, more drafted levels than there are, trust that is no probability,
         rungs that do not ascend, or a negative cost.
 
-    Example:
+    Examples:
       >>> TreeShape((3, 2, 1), drafted=2, lookup=(0.0,) * 8).rows
       7
     """
