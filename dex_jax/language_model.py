@@ -17,10 +17,10 @@ from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.methods import Dex, check_depths
-from dex_jax.decoding.network import extend
 from dex_jax.errors import DexError
 from dex_jax.host_memory import return_free_memory
 from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
+from dex_jax.nn.forward import extend
 from dex_jax.nn.placing import build_on_mesh
 from dex_jax.nn.transformer import (
     Layout,

@@ -15,7 +15,6 @@ from reference.small_models import small_model
 
 import dex_jax
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding.network import depth_states
 from dex_jax.decoding.output import ticks_of
 from dex_jax.errors import DexError
 from dex_jax.forced import programs, tables
@@ -28,6 +27,7 @@ from dex_jax.forced.texts import answers
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
 from dex_jax.nn.exits import exit_parameters
+from dex_jax.nn.forward import depth_states
 from dex_jax.plot import figures as plot_figures
 from dex_jax.plot.training import plot_agreement
 

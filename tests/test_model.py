@@ -15,9 +15,9 @@ from flax import nnx
 from reference.small_models import LLAMA, QWEN3, ragged_prompts, small_model
 
 from dex_jax import RopeScaling, Stacked, Unrolled, cache
-from dex_jax.decoding.network import depth_states, extend_with_states
 from dex_jax.language_model import default_dtype, merge_model
 from dex_jax.nn import transformer
+from dex_jax.nn.forward import depth_states, extend_with_states
 from dex_jax.nn.layers import KeyValues, attend, linear, rms_norm, rope_frequencies, rope_table, rotate
 from dex_jax.nn.transformer import (
     parameter_bytes,

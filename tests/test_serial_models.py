@@ -19,7 +19,6 @@ from dex_jax.decoding.drafter import transformer_drafter
 from dex_jax.decoding.drafts import TreeShape
 from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.known_trees import LOOKUP_TRUST, KnownTree, known_trees, with_trees
-from dex_jax.decoding.network import depth_states
 from dex_jax.decoding.output import rounds_of
 from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk
 from dex_jax.evaluation import tree_search
@@ -27,6 +26,7 @@ from dex_jax.evaluation.tree_search import first_tree, large_tree, neighbours, s
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
 from dex_jax.nn.exits import exit_parameters, heads_of
+from dex_jax.nn.forward import depth_states
 from dex_jax.training.drafting import read_drafts
 from dex_jax.training.stream import Activations
 

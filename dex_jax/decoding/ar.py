@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.cache import Memory
-from dex_jax.decoding.network import extend
 from dex_jax.decoding.record import Limits, Record, begin, emit, until_done
+from dex_jax.nn.forward import extend
 from dex_jax.nn.transformer import Transformer
 from dex_jax.sampling import Sampling, choose, position_noise
 

@@ -14,9 +14,9 @@ from flax import nnx
 
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.chain_interface import ChainExits, ChainNetwork, ChainRows, Path
-from dex_jax.decoding.network import run_rows, write_layers
 from dex_jax.decoding.trained_exits import ExitArrays, context_rows, exit_heads, read_chunk, shared_columns
 from dex_jax.nn.exits import ExitHeads, exit_graph
+from dex_jax.nn.forward import run_rows, write_layers
 from dex_jax.nn.layers import causal_rows
 from dex_jax.nn.transformer import Transformer, stage_ranges
 

@@ -26,13 +26,14 @@ import numpy as np
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.interface import StageView
-from dex_jax.decoding.network import run_tree, transformer_network
+from dex_jax.decoding.network import transformer_network
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import cache_folder, write_whole
 from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.lattice import NO_NODE, default_rows
 from dex_jax.nn import few_rows
+from dex_jax.nn.forward import run_tree
 from dex_jax.nn.transformer import Layout, Stacked, parameter_shapes
 from dex_jax.progress import notify
 

@@ -25,12 +25,12 @@ from dex_jax.decoding import ar, loop
 from dex_jax.decoding.ar import ARState
 from dex_jax.decoding.loop import DexState
 from dex_jax.decoding.methods import Schedule
-from dex_jax.decoding.network import last_states
 from dex_jax.decoding.record import Limits, until_done
 from dex_jax.decoding.spec import Spec
 from dex_jax.decoding.stage import StageNetwork, ar_step, extend_stages, from_last_stage, stage_network, step
 from dex_jax.decoding.trained_exits import ExitArrays, read_chunk
 from dex_jax.language_model import abstract_weights, merge_model
+from dex_jax.nn.forward import last_states
 from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.transformer import Staged, Unrolled
 from dex_jax.sampling import Sampling

@@ -7,21 +7,19 @@ d head width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dex_jax.cache import Memory, after, allocate, commit_slots, write_rows
+from dex_jax.cache import Memory, after, commit_slots
 from dex_jax.decoding.interface import Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.ladder import climb, fill
-from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, causal_rows, rope_table
+from dex_jax.nn.forward import InUse, commit_rows, run_layer, run_rows, used_layer
+from dex_jax.nn.layers import KeyValues, rope_table
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
-
-InUse = Sequence[jax.Array | None]
-"""By layer, whether it is there at all (bool); None, and what lies beyond the sequence's end: it is."""
 
 
 def transformer_network(
@@ -101,265 +99,6 @@ def shared_exits(model: Transformer) -> Exits:
     return Exits(features=lambda memory, hidden, view: model.normed(hidden[:-1]), logits=model.unembedding)
 
 
-def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, Memory]:
-    """Runs R consecutive tokens of each sequence through all layers and commits their keys and values.
-
-    Args:
-      model: any layout.
-      memory: committed positions 0 .. start - 1 are attended to.
-      tokens: [B, R] int32; what lies beyond a sequence's end may be anything, later calls overwrite it.
-      start: [B] int32 absolute position of the first; start + R must not pass the cache's end.
-
-    Returns:
-      (hidden states [B, R, D] at depth L, memory).
-    """
-    states, memory = extend_with_states(model, memory, tokens, start)
-    return states[-1], memory
-
-
-def last_states(hidden: jax.Array, last: jax.Array, start: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The state of each prompt's last token, as far as the chunks of a prefill have come: [B, D].
-
-    Args:
-      hidden: [B, R, D], of a chunk.
-      last: [B, D], as before the chunk.
-      start: int32 scalar, position of the chunk's first token.
-      lengths: [B] int32, prompt lengths.
-    """
-    index = lengths - 1 - start
-    here = (index >= 0) & (index < hidden.shape[1])
-    chosen = jnp.take_along_axis(hidden, jnp.clip(index, 0, hidden.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    return jnp.where(here[:, None], chosen, last)
-
-
-def depth_states(model: Transformer, tokens: jax.Array, depths: tuple[int, ...]) -> jax.Array:
-    """Hidden states at some depths, without a prefix: tokens [B, R] int32 -> [X, B, R, D]."""
-    batch, rows = tokens.shape
-    memory = allocate(model.config, model.layout, batch, rows, 0, model.embed[...].dtype)
-    states, _ = extend_with_states(model, memory, tokens, jnp.zeros(batch, jnp.int32))
-    return jnp.stack(states_at(model, tokens, states, depths))
-
-
-def states_at(model: Transformer, tokens: jax.Array, states: Any, depths: tuple[int, ...]) -> list[jax.Array]:
-    """The states [B, R, D] at `depths` 0..L of what `extend_with_states` gave for tokens [B, R]."""
-    return [model.embed_tokens(tokens) if depth == 0 else states[depth - 1] for depth in depths]
-
-
-def extend_with_states(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array) -> tuple[Any, Memory]:
-    """`extend`, with the states after every layer: L of [B, R, D] (stacked layout: one array [L, B, R, D])."""
-    batch, rows = tokens.shape
-    positions = start[:, None] + jnp.arange(rows)[None, :]
-    table = rope_table(positions, model.config)
-    causal = causal_rows(batch, rows)
-    x = model.embed_tokens(tokens)
-
-    def layer_step(
-        layer: DecoderLayer, x: jax.Array, keys: jax.Array, values: jax.Array, place: tuple = ()
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        committed = jnp.arange(keys.shape[-2])[None, None, :] < start[:, None, None]
-        memory = [KeyValues(keys[place], values[place], committed)]
-        x, new_keys, new_values = _run_layer(layer, x, table, memory, causal)
-        at = after(start, x)
-        return x, write_rows(keys, new_keys, at, place), write_rows(values, new_values, at, place)
-
-    if not isinstance(model.layout, Stacked):
-        all_keys, all_values = list(memory.keys), list(memory.values)
-        states = []
-        for i, layer in enumerate(model.layers):
-            x, all_keys[i], all_values[i] = layer_step(layer, x, all_keys[i], all_values[i])
-            states.append(x)
-        return states, memory._replace(keys=tuple(all_keys), values=tuple(all_values))
-
-    layout = model.layout
-    graph, weights = nnx.split(model.layers)
-    places = jnp.asarray([layout.place(i) for i in range(model.config.num_layers)])
-
-    def scan_body(carry, place):
-        x, keys, values = carry
-        j, k = place[0], place[1]
-        layer = nnx.merge(graph, jax.tree.map(lambda w: w[j, k], weights))
-        x, keys, values = layer_step(layer, x, keys, values, (j, k))
-        return (x, keys, values), x
-
-    (_, keys, values), states = jax.lax.scan(scan_body, (x, memory.keys, memory.values), places)
-    return states, memory._replace(keys=keys, values=values)
-
-
-def run_tree(
-    model: Transformer, memory: Memory, token: jax.Array, position: jax.Array, among: jax.Array, prefix: jax.Array
-) -> tuple[jax.Array, tuple[Any, Any]]:
-    """Runs N rows of each sequence through all layers and commits nothing.
-
-    Args:
-      model: any layout.
-      memory: committed positions 0 .. prefix - 1 are attended to.
-      token, position: [B, N] int32.
-      among: [B, N, N] bool, which rows each attends to, itself included.
-      prefix: [B] int32.
-
-    Returns:
-      (hidden states [B, N, D] at depth L, the rows' (keys, values), both [L, B, G, N, d]).
-    """
-    hidden = model.embed_tokens(jnp.maximum(token, 0))
-    hidden, fresh = run_rows(model, memory, hidden, position, among, prefix, range(model.config.num_layers))
-    # One array to choose rows from, not one a layer: each operation costs a device more than these few rows do.
-    keys, values = (jnp.stack(each) if isinstance(each, tuple) else each for each in fresh)
-    return hidden, (keys, values)
-
-
-def run_rows(
-    model: Transformer,
-    memory: Memory,
-    hidden: jax.Array,
-    position: jax.Array,
-    among: jax.Array,
-    prefix: jax.Array,
-    layers: range,
-    in_use: InUse = (),
-) -> tuple[jax.Array, tuple[Any, Any]]:
-    """Runs N rows of each sequence through some consecutive layers and writes nothing.
-
-    Args:
-      model: any layout.
-      memory: positions 0 .. prefix - 1 of these layers are attended to.
-      hidden: [B, N, D] before the first of them.
-      position: [B, N] int32.
-      among: [B, N, N] bool, which rows each attends to, itself included.
-      prefix: [B] int32.
-      layers: 0-based, l of them.
-      in_use: of an unrolled model's layers; those that are not are skipped, and give zeros as keys and values.
-
-    Returns:
-      (hidden states [B, N, D] after the last, the rows' (keys, values): l of [B, G, N, d], stacked [l, B, G, N, d]).
-    """
-    table = rope_table(position, model.config)
-
-    def layer_step(
-        layer: DecoderLayer, x: jax.Array, keys: jax.Array, values: jax.Array, used: jax.Array | None = None
-    ) -> Any:
-        committed = jnp.arange(keys.shape[-2])[None, None, :] < prefix[:, None, None]
-        return _run_layer(layer, x, table, [KeyValues(keys, values, committed)], among, used)
-
-    if not isinstance(model.layout, Stacked):
-        fresh = []
-        for i in layers:
-            hidden, *rows = layer_step(model.layers[i], hidden, memory.keys[i], memory.values[i], _used(in_use, i))
-            fresh.append(rows)
-        return hidden, (tuple(keys for keys, _ in fresh), tuple(values for _, values in fresh))
-
-    layout = model.layout
-    graph, weights = nnx.split(model.layers)
-
-    def scan_body(x: jax.Array, place: jax.Array) -> Any:
-        j, k = place[0], place[1]
-        layer = nnx.merge(graph, jax.tree.map(lambda w: w[j, k], weights))
-        x, *rows = layer_step(layer, x, memory.keys[j, k], memory.values[j, k])
-        return x, tuple(rows)
-
-    return jax.lax.scan(scan_body, hidden, jnp.asarray([layout.place(i) for i in layers]))
-
-
-def commit_rows(
-    model: Transformer, memory: Memory, fresh: tuple[Any, Any], row: jax.Array, prefix: jax.Array, done: jax.Array
-) -> Memory:
-    """Writes P rows of each sequence at consecutive positions.
-
-    Args:
-      model: any layout.
-      memory: is read before this.
-      fresh: from `run_tree`.
-      row: [B, P] int32; those past the path's end may be anything, later commits overwrite them.
-      prefix: [B] int32, the first position; prefix + P must not pass the cache's end.
-      done: any array that is known only after memory has been read.
-    """
-
-    def chosen(row: jax.Array, *fresh: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jnp.take_along_axis(each, row[None, :, None, :, None], axis=3, mode="clip") for each in fresh)
-
-    def branch(row: jax.Array, *fresh: jax.Array) -> tuple[jax.Array, ...]:
-        # No row is as low as this, which XLA does not know: it leaves branches alone.
-        return jax.lax.cond(jnp.any(row > -(2**30)), chosen, lambda row, *fresh: chosen(0 * row, *fresh), row, *fresh)
-
-    # Otherwise XLA chooses all layers' rows anew for every layer that it writes, and compiles that six times as long.
-    keys_values = jax.lax.platform_dependent(row, *fresh, cpu=branch, default=chosen)
-    return write_layers(model, memory, keys_values, prefix, range(model.config.num_layers), done)
-
-
-def write_layers(
-    model: Transformer,
-    memory: Memory,
-    fresh: tuple[Any, Any],
-    start: jax.Array,
-    layers: range,
-    done: jax.Array,
-) -> Memory:
-    """Writes what `run_rows` gave for `layers` at consecutive positions from `start` [B] on.
-
-    Of P rows of each, start + P must not pass the cache's end. `done` is any array that is known only after memory has
-    been read.
-    """
-    at = after(start, done)
-
-    if not isinstance(model.layout, Stacked):
-        written = []
-        for caches, each in zip((memory.keys, memory.values), fresh, strict=True):
-            whole = list(caches)
-            for i, rows in zip(layers, each, strict=True):
-                whole[i] = write_rows(whole[i], rows, at)
-            written.append(tuple(whole))
-        return memory._replace(keys=written[0], values=written[1])
-
-    def one_layer(caches: Any, part: Any) -> Any:
-        place, *rows = part
-        where = (place[0], place[1])
-        return tuple(write_rows(c, r, at, where) for c, r in zip(caches, rows, strict=True)), None
-
-    places = jnp.asarray([model.layout.place(i) for i in layers])
-    (keys, values), _ = jax.lax.scan(one_layer, (memory.keys, memory.values), (places, *fresh))
-    return memory._replace(keys=keys, values=values)
-
-
-def _run_layer(
-    layer: DecoderLayer,
-    x: jax.Array,
-    table,
-    memory: list[KeyValues],
-    among_rows: jax.Array,
-    used: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One layer over the rows of each sequence, [B, R, D]: returns (x, keys, values) of the rows.
-
-    Rows attend to `memory` and to one another as `among_rows` [B, R, R] says. Memory is only read: writing first and
-    attending to the result makes XLA copy the whole cache in every step. A layer that is not `used` is skipped.
-    """
-    graph, weights = nnx.split(layer)
-
-    def run() -> tuple[jax.Array, jax.Array, jax.Array]:
-        return _run_layer_of(graph, weights, x, table, memory, among_rows)
-
-    def skip() -> tuple[jax.Array, jax.Array, jax.Array]:
-        batch, groups, _, head_dim = memory[0].keys.shape
-        nothing = jnp.zeros((batch, groups, x.shape[1], head_dim), x.dtype)
-        return x, nothing, nothing
-
-    return run() if used is None else jax.lax.cond(used, run, skip)
-
-
-def _used(in_use: InUse, layer: int) -> jax.Array | None:
-    return in_use[layer] if layer < len(in_use) else None
-
-
-# Jitted so that a model is traced once per shape of its layers and not once per layer; XLA inlines the calls.
-@functools.partial(jax.jit, static_argnums=0)
-def _run_layer_of(
-    graph: Any, weights: Any, x: jax.Array, table: Any, memory: list[KeyValues], among_rows: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    layer = nnx.merge(graph, weights)
-    queries, keys, values = layer.project(x, table)
-    attended = attend(queries, [*memory, KeyValues(keys, values, among_rows)], layer.whole)
-    return layer.finish(x, attended), keys, values
-
-
 def stage_rungs(batch: int, rows: int) -> tuple[int, ...]:
     """Row counts that a stage is compiled for; each costs a compilation of all layers.
 
@@ -412,7 +151,7 @@ def _advance_unrolled(
                 committed = KeyValues(memory.keys[i], memory.values[i], prefix_mask)
                 lattice = KeyValues(memory.lattice_keys[i], memory.lattice_values[i], ancestors)
                 sources = [committed, lattice]
-                x, keys, values = _run_layer(model.layers[i], x, table, sources, own, _used(in_use, i))
+                x, keys, values = run_layer(model.layers[i], x, table, sources, own, used_layer(in_use, i))
                 fresh.append((fill(keys, 2, rows), fill(values, 2, rows)))
             return fill(x, 1, rows), tuple(fresh)
 
@@ -439,7 +178,7 @@ def _advance_stacked(
     def one_stage(weights, x, table, keys, values, lattice_keys, lattice_values, ancestors, own):
         committed = KeyValues(keys, values, prefix_mask)
         lattice = KeyValues(lattice_keys, lattice_values, ancestors)
-        return _run_layer(nnx.merge(graph, weights), x, table, [committed, lattice], own)
+        return run_layer(nnx.merge(graph, weights), x, table, [committed, lattice], own)
 
     def scan_body(x, layer):
         arguments = (layer[0], x, table, *layer[1:], ancestor_mask, among)

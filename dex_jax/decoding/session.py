@@ -22,7 +22,7 @@ from dex_jax.decoding.drafter import transformer_drafter
 from dex_jax.decoding.drafts import RowCosts
 from dex_jax.decoding.interface import Committed, Network
 from dex_jax.decoding.methods import Schedule
-from dex_jax.decoding.network import extend, last_states, shared_exits, transformer_network, tree_network
+from dex_jax.decoding.network import shared_exits, transformer_network, tree_network
 from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.record import Limits, Record
@@ -40,6 +40,7 @@ from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, Outline, merge_model
 from dex_jax.lattice import NO_TOKEN
+from dex_jax.nn.forward import extend, last_states
 from dex_jax.nn.placing import weight_specs
 from dex_jax.nn.transformer import Layout, Staged, Transformer
 from dex_jax.progress import notify

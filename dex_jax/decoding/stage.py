@@ -5,7 +5,7 @@ hidden states of one cohort to the next stage, one permute; what each exit propo
 gather of integers; and, only for exits that read the position before, the features of each stage's cohort, one more
 gather.
 
-A device sees its layers as a small unrolled model, so that the functions of decoding/network.py run here unchanged.
+A device sees its layers as a small unrolled model, so that the functions of nn/forward.py run here unchanged.
 
 Letters: B sequences (of this device's share of the data axis), W rows a stage, K stages, R tokens of a prefill chunk,
 D width, V vocabulary, X exits.
@@ -27,7 +27,7 @@ from dex_jax.decoding.ar import ARState, next_token
 from dex_jax.decoding.heads import Asked, held_below, propose_rows
 from dex_jax.decoding.interface import Committed, Network, StageView
 from dex_jax.decoding.loop import DexState, children, final_tokens, furthest, settle, spawn, stage_view
-from dex_jax.decoding.network import InUse, run_rows, shared_exits, transformer_network
+from dex_jax.decoding.network import shared_exits, transformer_network
 from dex_jax.decoding.noise import make_noise
 from dex_jax.decoding.record import Limits, emit
 from dex_jax.decoding.trained_exits import (
@@ -40,6 +40,7 @@ from dex_jax.decoding.trained_exits import (
     trained_exits,
 )
 from dex_jax.lattice import NO_TOKEN, Proposals
+from dex_jax.nn.forward import InUse, run_rows
 from dex_jax.nn.layers import causal_rows
 from dex_jax.nn.transformer import Transformer, stage_ranges
 from dex_jax.sampling import Sampling

@@ -20,11 +20,12 @@ from dex_jax.config import ModelConfig
 from dex_jax.decoding import loop
 from dex_jax.decoding.heads import HEAD_BLOCK, Proposers, propose
 from dex_jax.decoding.interface import Exits, Network, StageView
-from dex_jax.decoding.network import extend, transformer_network
+from dex_jax.decoding.network import transformer_network
 from dex_jax.decoding.record import Limits
 from dex_jax.hardware import Link
 from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.lattice import NO_NODE
+from dex_jax.nn.forward import extend
 from dex_jax.nn.layers import linear
 from dex_jax.nn.transformer import Layout, Stacked, Transformer, Unrolled
 from dex_jax.sampling import choose
