@@ -10,7 +10,7 @@ import pytest
 from dex_jax import AR, Dex, DexError
 from dex_jax.decoding.methods import even_depths
 from dex_jax.decoding.output import cut, depth_side_speedup, ticks_of
-from dex_jax.decoding.session import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
+from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
 
 
 @pytest.mark.parametrize("num_layers", [1, 4, 30, 80])

@@ -25,7 +25,8 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     from dex_jax.decoding.footprint import cache_length_for, device_memory, footprint, trained_bytes, verdict
     from dex_jax.decoding.generate import encode_prompts, sampling_of
     from dex_jax.decoding.methods import with_stages
-    from dex_jax.decoding.session import batch_bucket, check_mesh
+    from dex_jax.decoding.session import check_mesh
+    from dex_jax.decoding.sizes import batch_bucket
     from dex_jax.io import open_checkpoint
     from dex_jax.language_model import Outline, resolve_dtype
     from dex_jax.nn.transformer import Unrolled

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import mesh as on_mesh
-from dex_jax.decoding import session
+from dex_jax.decoding import session, sizes
 from dex_jax.decoding.heads import HEAD_BLOCK
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import Limits
@@ -149,7 +149,7 @@ def trained_bytes(config: ModelConfig, dtype: jnp.dtype, exits: TrainedExits | N
 
 def cache_length_for(prompt_length: int, max_new_tokens: int, schedule: Schedule) -> int:
     """S, the cache positions of a generation whose longest prompt has `prompt_length` tokens."""
-    return session.cache_length_for(prompt_length, max_new_tokens, schedule.ahead)
+    return sizes.cache_length_for(prompt_length, max_new_tokens, schedule.ahead)
 
 
 def session_shapes(
@@ -268,7 +268,7 @@ def _workspace(
         # Logits, their masked copy and its probabilities; sampling adds noise and filtered scores.
         return rows * config.vocab_size * real * (5 if sampled else 3)
 
-    chunk = min(cache_length, session.PIECES[0])
+    chunk = min(cache_length, sizes.PIECES[0])
     prefill = layer(batch * chunk, cache_length)
     slots = schedule.rows if schedule.policy is not None else schedule.stages * schedule.rows
     rows = batch * schedule.rows

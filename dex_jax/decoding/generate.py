@@ -20,7 +20,8 @@ from dex_jax.decoding.exits import ResolvedExits, resolve_method
 from dex_jax.decoding.methods import SPARE, Dex, Method, Schedule, whole_number, with_stages
 from dex_jax.decoding.output import Output, Stats, counts, cut, steps_of
 from dex_jax.decoding.record import Record
-from dex_jax.decoding.session import Session, batch_bucket, cache_length_for, compile_seconds
+from dex_jax.decoding.session import Session, compile_seconds
+from dex_jax.decoding.sizes import batch_bucket, cache_length_for
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError

@@ -15,11 +15,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax.cache import Memory, after, commit_slots
+from dex_jax.decoding.drafter import transformer_drafter
 from dex_jax.decoding.interface import Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.ladder import climb, fill
+from dex_jax.decoding.spec import Spec
+from dex_jax.decoding.trained_exits import ExitArrays, commit_exits, trained_exits
 from dex_jax.nn.forward import InUse, commit_rows, run_layer, run_rows, used_layer
 from dex_jax.nn.layers import KeyValues, rope_table
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
+
+
+def network_of(model: Transformer, heads: ExitArrays | None, spec: Spec) -> Network:
+    """The loop's network for a model, its trained exits if there are any, and a schedule."""
+    depths, config, tree = spec.schedule.depths, spec.exits, spec.schedule.tree
+
+    def remember(memory: Any, done: Committed) -> Any:
+        if config is None or heads is None or not config.needs_previous:
+            return memory
+        return commit_exits(model, config, heads, memory, done)
+
+    if len(depths) == 1:
+        drafter = None if config is None or heads is None else transformer_drafter(model, config, heads)
+        return tree_network(model, (1,) if tree is None else tree.counts, drafter, remember)
+    exits = shared_exits(model) if config is None or heads is None else trained_exits(model, config, heads)
+    return transformer_network(model, depths, exits, remember)
 
 
 def transformer_network(

@@ -18,22 +18,19 @@ from dex_jax import cache
 from dex_jax.decoding import ar, chain, loop
 from dex_jax.decoding import mesh as on_mesh
 from dex_jax.decoding.chain_network import chain_network
-from dex_jax.decoding.drafter import transformer_drafter
 from dex_jax.decoding.drafts import RowCosts
-from dex_jax.decoding.interface import Committed, Network
 from dex_jax.decoding.methods import Schedule
-from dex_jax.decoding.network import shared_exits, transformer_network, tree_network
+from dex_jax.decoding.network import network_of
 from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.record import Limits, Record
+from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
 from dex_jax.decoding.spec import Spec
 from dex_jax.decoding.trained_exits import (
     ExitArrays,
-    commit_exits,
     empty_memory,
     exit_arrays,
     read_chunk,
-    trained_exits,
 )
 from dex_jax.distributed import to_host
 from dex_jax.errors import DexError
@@ -42,52 +39,10 @@ from dex_jax.language_model import LanguageModel, Outline, merge_model
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.forward import extend, last_states
 from dex_jax.nn.placing import weight_specs
-from dex_jax.nn.transformer import Layout, Staged, Transformer
+from dex_jax.nn.transformer import Layout, Staged
 from dex_jax.progress import notify
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import EVERYWHERE, check_batch, check_stages, place, zeros
-
-PIECES = (512, 128, 32)
-SMALLEST_CACHE, CACHE_STEP = 256, 1024
-BATCH_STEP = 4
-
-
-def prompt_pieces(length: int) -> tuple[int, ...]:
-    """The chunks in which a prompt is read, the last padded: all prompts share the programs of a few sizes.
-
-    A size that would be filled to less than three quarters leaves the rest to smaller ones.
-    """
-    pieces: list[int] = []
-    while sum(pieces) < length:
-        left = length - sum(pieces)
-        pieces.append(next(size for size in PIECES if 4 * left >= 3 * size or size == PIECES[-1]))
-    return tuple(pieces)
-
-
-def prompt_bucket(length: int) -> int:
-    """The padded length of a prompt."""
-    return sum(prompt_pieces(length))
-
-
-def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int) -> int:
-    """S, cache positions for a longest prompt of so many tokens, the new ones and `ahead` more.
-
-    A power of two up to CACHE_STEP, then whole steps: what decodes is compiled for S, not for lengths of prompts and
-    answers.
-    """
-    needed = max(prompt_bucket(prompt_length), prompt_length + max_new_tokens + ahead)
-    return _on_ladder(needed, SMALLEST_CACHE, CACHE_STEP)
-
-
-def batch_bucket(sequences: int) -> int:
-    """B, the sequences that programs are compiled for; those beyond `sequences` are done before they begin."""
-    return sequences if sequences <= 2 else -(-sequences // BATCH_STEP) * BATCH_STEP
-
-
-def _on_ladder(size: int, smallest: int, step: int) -> int:
-    if size > step:
-        return -(-size // step) * step
-    return max(smallest, 1 << (size - 1).bit_length())
 
 
 def prefill_chunk(
@@ -203,22 +158,6 @@ def run_ticks(
     network, schedule = network_of(model, heads, spec), spec.schedule
     options: dict[str, Any] = {"decs": schedule.decs, "proposing": schedule.proposing, "drafts": schedule.tree}
     return loop.run(network, state, limits, sampling, until_tick=until_tick, **options)
-
-
-def network_of(model: Transformer, heads: ExitArrays | None, spec: Spec) -> Network:
-    """The loop's network for a model, its trained exits if there are any, and a schedule."""
-    depths, config, tree = spec.schedule.depths, spec.exits, spec.schedule.tree
-
-    def remember(memory: Any, done: Committed) -> Any:
-        if config is None or heads is None or not config.needs_previous:
-            return memory
-        return commit_exits(model, config, heads, memory, done)
-
-    if len(depths) == 1:
-        drafter = None if config is None or heads is None else transformer_drafter(model, config, heads)
-        return tree_network(model, (1,) if tree is None else tree.counts, drafter, remember)
-    exits = shared_exits(model) if config is None or heads is None else trained_exits(model, config, heads)
-    return transformer_network(model, depths, exits, remember)
 
 
 def check_mesh(mesh: Mesh | None, layout: Layout, schedule: Schedule, sequences: int) -> None:

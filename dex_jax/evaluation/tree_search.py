@@ -17,7 +17,7 @@ from dex_jax.decoding.drafts import TreeShape
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.known_trees import LOOKUP_TRUST, KnownTree
 from dex_jax.decoding.methods import SPARE, Dex
-from dex_jax.decoding.session import cache_length_for
+from dex_jax.decoding.sizes import cache_length_for
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel

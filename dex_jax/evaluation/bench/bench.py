@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from dex_jax.decoding.generate import generate, stream
-from dex_jax.decoding.session import PROGRAMS, prompt_bucket
+from dex_jax.decoding.session import PROGRAMS
+from dex_jax.decoding.sizes import prompt_bucket
 from dex_jax.evaluation.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
 from dex_jax.evaluation.bench.forced_runs import answer_fields, exits_at, layerskip_run
 from dex_jax.evaluation.bench.plan import Plan

@@ -1,0 +1,45 @@
+"""The few sizes that programs are compiled for: of prompts, caches and batches."""
+
+from __future__ import annotations
+
+PIECES = (512, 128, 32)
+SMALLEST_CACHE, CACHE_STEP = 256, 1024
+BATCH_STEP = 4
+
+
+def prompt_pieces(length: int) -> tuple[int, ...]:
+    """The chunks in which a prompt is read, the last padded: all prompts share the programs of a few sizes.
+
+    A size that would be filled to less than three quarters leaves the rest to smaller ones.
+    """
+    pieces: list[int] = []
+    while sum(pieces) < length:
+        left = length - sum(pieces)
+        pieces.append(next(size for size in PIECES if 4 * left >= 3 * size or size == PIECES[-1]))
+    return tuple(pieces)
+
+
+def prompt_bucket(length: int) -> int:
+    """The padded length of a prompt."""
+    return sum(prompt_pieces(length))
+
+
+def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int) -> int:
+    """S, cache positions for a longest prompt of so many tokens, the new ones and `ahead` more.
+
+    A power of two up to CACHE_STEP, then whole steps: what decodes is compiled for S, not for lengths of prompts and
+    answers.
+    """
+    needed = max(prompt_bucket(prompt_length), prompt_length + max_new_tokens + ahead)
+    return _on_ladder(needed, SMALLEST_CACHE, CACHE_STEP)
+
+
+def batch_bucket(sequences: int) -> int:
+    """B, the sequences that programs are compiled for; those beyond `sequences` are done before they begin."""
+    return sequences if sequences <= 2 else -(-sequences // BATCH_STEP) * BATCH_STEP
+
+
+def _on_ladder(size: int, smallest: int, step: int) -> int:
+    if size > step:
+        return -(-size // step) * step
+    return max(smallest, 1 << (size - 1).bit_length())
