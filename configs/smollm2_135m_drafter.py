@@ -1,4 +1,4 @@
-"""A drafter for SmolLM2-135M: an exit at depth 0, trained on steps of its own outputs, for --schedule serial.
+"""A drafter for SmolLM2-135M: an exit at depth 0, trained on steps of its own outputs.
 
 Data and their shares are those of configs/smollm2_135m.py. Every run goes on from the one before with fresh texts and
 a learning rate that rises and falls once more, the last one on five draft steps instead of three.

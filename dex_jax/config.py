@@ -150,7 +150,7 @@ class ExitsConfig:
 
     @property
     def is_drafter(self) -> bool:
-        """Whether serial rounds can draft with it: one fused exit at depth 0, without attention.
+        """Whether exit 0 can draft with it: one fused exit at depth 0, without attention.
 
         Attention brings a drafter nothing that could be told from noise (results/serial.md).
         """

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.methods import Dex, check_depths
+from dex_jax.decoding.resolve import resolve
 from dex_jax.errors import DexError
 from dex_jax.host_memory import return_free_memory
 from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
@@ -205,7 +205,7 @@ def layout_on_mesh(checkpoint: Checkpoint, layout: Layout | None, mesh: Mesh) ->
     check_model(mesh, config)
     if layout is None:
         method = Dex(explorers=mesh.shape[STAGE])
-        return Staged(resolve_method(method, "default", config, checkpoint.fingerprint()).schedule.depths)
+        return Staged(resolve(method, "default", config, checkpoint.fingerprint()).schedule.depths)
     if not isinstance(layout, Staged):
         raise DexError("on a mesh weights lie in layout=Staged(depths): give that, or no layout")
     check_stages(mesh, len(layout.depths))

@@ -29,6 +29,7 @@ from dex_jax.canaries import CANARIES
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.methods import AR, DEFAULT_EXPLORERS, Dex, Method, Schedule
 from dex_jax.decoding.output import Output, ticks_of
+from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.evaluation.check import CLOSE, compare
 from dex_jax.forced.run import forced_exits
@@ -91,7 +92,7 @@ def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
       new_tokens: tokens per prompt, less where the context is short.
     """
     explorers = min(DEFAULT_EXPLORERS, lm.config.num_layers)
-    method = Dex(explorers=explorers, rows=full_rows(explorers))
+    method = Dex(explorers=explorers, rows=full_rows(explorers), draft=False)
     schedule = method.schedule_for(lm.config.num_layers)
     prompts = _prompts(lm)
     new_tokens = min(new_tokens, lm.config.context - max(map(len, prompts)))
@@ -119,6 +120,9 @@ def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
         notify(f"timing ({label})")
         times[label] = _step_and_tick(lm, prompts[0], (AR().schedule_for(lm.config.num_layers), schedule), new_tokens)
         greedy = greedy or explored
+    drafted = decode(Dex(explorers=explorers), prompts[0], 0.0)
+    findings.append(_same_tokens(lm, "with drafts the tokens are the same, greedy", [drafted], greedy[:1], 0.0))
+    findings.append(_counted_ticks("with drafts", [drafted], drafted.stats.schedule))
     again = decode(method, prompts[0], 0.0)
     findings.append(_same_tokens(lm, "both layouts give the same tokens, greedy", [again], greedy[:1], 0.0))
     lm.arrange(Unrolled())
@@ -146,7 +150,7 @@ def quick_check(lm: LanguageModel) -> Report:
     prompts = _prompts(lm)[:1]
     options: dict[str, Any] = {"max_new_tokens": min(NEW_TOKENS, lm.config.context - len(prompts[0]))}
     notify("decoding (DEX)")
-    explored = [generate(lm, prompts, method=Dex(schedule="parallel"), **options)]
+    explored = [generate(lm, prompts, method=Dex(explorers=min(DEFAULT_EXPLORERS, lm.config.num_layers)), **options)]
     notify("decoding (AR)")
     plain = [generate(lm, prompts, method=AR(), **options)]
     schedule = explored[0].stats.schedule
@@ -224,7 +228,7 @@ def _step_and_tick(
     """Median milliseconds of (an AR step, a DEX tick), in turns so that both see the same machine."""
     sessions = []
     for schedule in schedules:
-        session = Session(lm, [prompt], schedule, new_tokens, None)
+        session = Session(lm, [prompt], Resolved(schedule), new_tokens, None)
         # Nothing may end early: a loop that is done takes no time.
         endless = session.limits._replace(
             max_new_tokens=jnp.full_like(session.limits.max_new_tokens, session.capacity + 1),

@@ -15,7 +15,7 @@ WIDTH = 1600
 def main() -> None:
     """Writes climb.png (how nodes climb), lattice.png (also what they held) and depth_text.svg."""
     lm = dex_jax.load("smollm2-135m", dtype="float32")
-    method = dex_jax.Dex(explorers=5, schedule="parallel")
+    method = dex_jax.Dex(explorers=5, draft=False)
     trace = dex_jax.trace(lm, PROMPT, method=method, max_new_tokens=24)
     FOLDER.mkdir(exist_ok=True)
     for name, ticks, candidates in (("climb", 22, False), ("lattice", 14, True)):

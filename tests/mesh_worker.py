@@ -19,12 +19,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from reference.checkpoints import write_checkpoint
 from reference.small_models import LLAMA, ragged_prompts, small_model
+from test_drafted_models import drafter as random_drafter
 from test_trained_exits import random_exits
 
 import dex_jax
 from dex_jax import AR, Dex, Stacked, Staged
 from dex_jax.config import ModelConfig
+from dex_jax.decoding.drafts import TreeShape
 from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import PREFILL, RUN, START, Session
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
@@ -34,6 +37,7 @@ from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import STAGE, make_mesh, parse_mesh
 
 TOKENS = 10
+TREE = TreeShape((2, 2, 1), 2, (0.3, *[0.7] * 7))
 SEED = 11
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
 
@@ -59,6 +63,7 @@ class Case:
       filters: top-k and top-p.
       batch: B.
       exits: (kind, fused, draft vocabulary), None for the model's own.
+      drafts: "text" or "drafter", None for no drafts.
       heads: H and G.
       depths: of the exits, where they are not even.
       head_dim: d.
@@ -75,6 +80,7 @@ class Case:
     filters: bool = False
     depths: tuple[int, ...] | None = None
     head_dim: int = LLAMA.head_dim
+    drafts: str | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -85,8 +91,14 @@ class Case:
     @property
     def schedule(self) -> Schedule:
         """Of DEX with one explorer a stage; its depths are those of the mesh for AR too."""
-        even = Dex(explorers=parse_mesh(self.mesh)["stage"])
-        return (even if self.depths is None else Dex(depths=tuple(self.depths))).schedule_for(self.layers)
+        draft = False if self.drafts is None else TREE
+        even = Dex(explorers=parse_mesh(self.mesh)["stage"], draft=draft)
+        return (even if self.depths is None else Dex(depths=tuple(self.depths), draft=draft)).schedule_for(self.layers)
+
+    @property
+    def tokens(self) -> int:
+        """New tokens: drafts take some text to be right."""
+        return TOKENS if self.drafts is None else 3 * TOKENS
 
     @property
     def trained(self) -> TrainedExits | None:
@@ -153,7 +165,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     spoil_padding(model)
     lm = LanguageModel(model, None, "random", "0", mesh)
     results = {"mesh": decode(lm, case, folder)}
-    if case.exits is not None and case.exits[0] == "attn":
+    if case.drafts is not None or (case.exits is not None and case.exits[0] == "attn"):
         # Neither the plain-Python twin nor teacher forcing knows these.
         results["one"] = decode(small_model(case.config, Stacked(layout.depths)), case, None)
     return results
@@ -163,7 +175,8 @@ def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str,
     """Tokens, exits and ticks of each sequence; the optimised HLO of the programs goes to the folder."""
     schedule = AR().schedule_for(case.layers) if case.method == "ar" else case.schedule
     sampling = case.sampling(range(case.batch))
-    session = Session(lm, ragged_prompts()[: case.batch], schedule, TOKENS, sampling, case.trained)
+    method = Resolved(schedule, exits=case.trained, drafter=random_drafter() if case.drafts == "drafter" else None)
+    session = Session(lm, ragged_prompts()[: case.batch], method, case.tokens, sampling)
     known = {program.name: len(program._compiled) for program in (PREFILL, START, RUN)}
     session.prefill()
     # In two calls, so that the state also goes back in.

@@ -1,4 +1,4 @@
-"""What schedule="auto" chooses, and the costs that it goes by."""
+"""What runs where nothing was asked for, and the costs that it goes by."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from reference.small_models import LLAMA, ragged_prompts, small_model
 
 import dex_jax
-from dex_jax import AR, Dex, DexError
+from dex_jax import AR, Dex
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding import auto, costs
 from dex_jax.decoding.auto import SMALLEST_GAIN, candidates, settle
@@ -39,9 +39,9 @@ def exits_at(depths: tuple[int, ...], **metadata) -> TrainedExits:
     return TrainedExits(config, parameters, np.arange(40, dtype=np.int32), "0", metadata, "somewhere")
 
 
-def costs_of(a_row_more: float, tick: float | None = None) -> StepCosts:
+def costs_of(a_row_more: float) -> StepCosts:
     """A step of one row takes a second, and each further row so much more."""
-    return StepCosts(ROWS, tuple(1 + a_row_more * (rows - 1) for rows in ROWS), 10**12, tick=tick)
+    return StepCosts(ROWS, tuple(1 + a_row_more * (rows - 1) for rows in ROWS), 10**12)
 
 
 @pytest.fixture
@@ -58,45 +58,30 @@ def chosen(method: Dex | AR, exits="shared") -> tuple[Dex | AR, str | None]:
     return settle(method, exits, LLAMA, Unrolled(), FLOAT32, "none ships", 1, 128)
 
 
-def test_fields_say_which_schedule_is_meant() -> None:
-    tree = TreeShape((1,), 0, (0.5,) * 8)
-    assert Dex().kind == "auto"
-    assert {Dex(explorers=3).kind, Dex(depths=(2, 4)).kind, Dex(rows=2).kind, Dex(decs=False).kind} == {"parallel"}
-    assert (Dex(tree=tree).kind, Dex(schedule="serial").kind, Dex(schedule="parallel").kind) == (
-        "serial",
-        "serial",
-        "parallel",
-    )
-    with pytest.raises(DexError, match='"auto" is settled when something is generated'):
-        Dex().schedule_for(4)
-    with pytest.raises(DexError, match='rows belongs to schedule="parallel"'):
-        Dex(rows=2, tree=tree).schedule_for(4)
-
-
-def test_only_auto_is_settled(monkeypatch) -> None:
+def test_what_was_asked_for_is_not_settled(monkeypatch) -> None:
     monkeypatch.setattr(auto, "step_costs", lambda *about: pytest.fail("measured for nothing"))
-    for method in (AR(), Dex(explorers=2), Dex(schedule="serial"), Dex(schedule="parallel")):
+    tree = TreeShape((1,), 0, (0.5,) * 8)
+    for method in (AR(), Dex(explorers=1), Dex(depths=(2, 4)), Dex(rows=2), Dex(decs=False), Dex(draft=tree)):
         assert chosen(method) == (method, None)
-    assert chosen(Dex(), exits_at((1, 2))) == (
-        Dex(schedule="parallel"),
-        "parallel, which the exits in somewhere are for",
-    )
+    method, why = chosen(Dex(), exits_at((1, 2)))
+    assert method == Dex(explorers=3), "as many as exits of one's own are for"
+    assert "which the exits in somewhere are for" in why
 
 
-def test_cheap_rows_mean_serial_rounds(cheap_rows) -> None:
+def test_cheap_rows_mean_drafts(cheap_rows) -> None:
     method, why = chosen(Dex())
-    assert method == Dex(schedule="serial", tree=LOOKUP_TREES[0].shape)
+    assert method == Dex(explorers=1, draft=LOOKUP_TREES[0].shape)
     tokens = LOOKUP_TREES[0].tokens_per_round
     assert why == (
-        f"serial rounds of 8 rows: 8 rows should emit {tokens:.2f} tokens in the time of 1.06 AR steps; AR should take "
-        f"{tokens / 1.056:.2f} times as long"
+        f"one explorer with drafts, 8 rows: 8 rows should emit {tokens:.2f} tokens in the time of 1.06 AR steps; AR "
+        f"should take {tokens / 1.056:.2f} times as long"
     )
 
 
 def test_dear_rows_mean_ar(dear_rows) -> None:
     method, why = chosen(Dex())
     assert method == AR()
-    assert why.startswith("AR: a step takes 1000.0 ms here; serial rounds of ")
+    assert why.startswith("AR: a step takes 1000.0 ms here; one explorer with drafts, ")
 
 
 def test_a_drafter_brings_its_trees() -> None:
@@ -104,20 +89,20 @@ def test_a_drafter_brings_its_trees() -> None:
     drafter = with_trees(exits_at((0,)), trees)
     assert known_trees(drafter) == tuple(trees)
     for a_row_more, tree in ((0.008, trees[0]), (0.5, trees[1])):
-        plain, serial = candidates(costs_of(a_row_more), drafter, None, LLAMA, Unrolled(), FLOAT32)
+        plain, drafting = candidates(costs_of(a_row_more), drafter)
         assert plain.method == AR()
-        assert serial.seconds == pytest.approx((1 + a_row_more * (tree.shape.rows - 1)) / tree.tokens_per_round)
-        # The larger one is taken where a round can choose to run less of it.
-        assert dataclasses.replace(serial.method.tree, rungs=(), drafting=0.0) == trees[0].shape
-        assert serial.method.tree.counts == ((4,) if a_row_more == 0.008 else (1, 2, 4))
+        assert drafting.seconds == pytest.approx((1 + a_row_more * (tree.shape.rows - 1)) / tree.tokens_per_round)
+        # The larger one is taken where a tick can choose to run less of it.
+        assert dataclasses.replace(drafting.method.draft, rungs=(), drafting=0.0) == trees[0].shape
+        assert drafting.method.draft.counts == ((4,) if a_row_more == 0.008 else (1, 2, 4))
     # Not where it takes too long.
     far_dearer = StepCosts(ROWS, (1.0, 1.1, 1.1 + auto.LONGEST_STEP, 9.0, 9.0), 10**12)
-    _, serial = candidates(far_dearer, drafter, None, LLAMA, Unrolled(), FLOAT32)
-    assert dataclasses.replace(serial.method.tree, rungs=(), drafting=0.0) == trees[1].shape
+    _, drafting = candidates(far_dearer, drafter)
+    assert dataclasses.replace(drafting.method.draft, rungs=(), drafting=0.0) == trees[1].shape
 
 
 def test_a_batch_waits_for_its_slowest_sequence() -> None:
-    alone, eight = (candidates(costs_of(0.008), None, None, LLAMA, Unrolled(), FLOAT32, batch) for batch in (1, 8))
+    alone, eight = (candidates(costs_of(0.008), None, batch) for batch in (1, 8))
     assert eight[0].seconds == alone[0].seconds
     assert eight[1].seconds == pytest.approx(1.24 * alone[1].seconds)
 
@@ -142,51 +127,35 @@ def test_rows_that_cost_alike_share_a_rung() -> None:
 
 def test_drafting_costs_what_was_measured() -> None:
     shape, slow = TreeShape((1, 1), 2, (0.5,) * 8), dataclasses.replace(costs_of(0.1), drafting=0.25)
-    assert auto.round_seconds(slow, shape) == pytest.approx(1.3 + 2 * 0.25)
-    assert auto.round_seconds(slow, dataclasses.replace(shape, drafted=0)) == pytest.approx(1.3)
+    assert auto.tick_seconds(slow, shape) == pytest.approx(1.3 + 2 * 0.25)
+    assert auto.tick_seconds(slow, dataclasses.replace(shape, drafted=0)) == pytest.approx(1.3)
     assert auto.with_rungs(slow, shape).drafting == pytest.approx(auto.CAUTION * 0.25, abs=1 / auto.COST_PARTS)
     assert auto.with_rungs(slow, dataclasses.replace(shape, drafted=0)).drafting == 0
 
 
-def test_what_a_round_takes_beside_its_step_counts() -> None:
+def test_what_a_tick_takes_beside_its_step_counts() -> None:
     shape = TreeShape((1,) * 7, 0, (0.5,) * 8)
-    costs, slow = costs_of(0.11), dataclasses.replace(costs_of(0.11), round=0.5)
-    assert auto.round_seconds(slow, shape) == pytest.approx(1.77 + 0.5)
-    # Whatever a round runs, it takes that much longer; AR does not.
+    costs, slow = costs_of(0.11), dataclasses.replace(costs_of(0.11), overhead=0.5)
+    assert auto.tick_seconds(slow, shape) == pytest.approx(1.77 + 0.5)
+    # Whatever a tick runs, it takes that much longer; AR does not.
     rungs, slower = (auto.with_rungs(each, shape).rungs for each in (costs, slow))
     longer = [b - a for (_, a), (_, b) in zip(rungs, slower, strict=True)]
     assert longer == pytest.approx([auto.CAUTION * 0.5] * 4, abs=0.05)
-    plain, serial = candidates(slow, None, None, LLAMA, Unrolled(), FLOAT32)
+    plain, drafting = candidates(slow, None)
     assert plain.seconds == 1.0
-    before = candidates(costs, None, None, LLAMA, Unrolled(), FLOAT32)[1]
-    assert serial.seconds - before.seconds > 0.5 / LOOKUP_TREES[0].tokens_per_round - 1e-9
+    before = candidates(costs, None)[1]
+    assert drafting.seconds - before.seconds > 0.5 / LOOKUP_TREES[0].tokens_per_round - 1e-9
 
 
-def test_side_by_side_is_for_the_stacked_layout() -> None:
-    profile = {"mean": {"grids": [{"explorers": 2, "depth_side_speedup": 1.6}]}}
-    exits, fast = exits_at((2,), held_out=profile), costs_of(1.0, tick=0.5)
-    found = candidates(fast, None, exits, LLAMA, STAGED, FLOAT32)
-    assert [each.what for each in found][2:] == ["2 explorers side by side"]
-    assert found[2].method == Dex(depths=(2, 4), schedule="parallel")
-    assert found[2].seconds == pytest.approx(0.5 * 2 / 1.6, rel=1e-6)
-    assert len(candidates(fast, None, exits, LLAMA, Unrolled(), FLOAT32)) == 2
-    assert len(candidates(fast, None, exits_at((2,)), LLAMA, STAGED, FLOAT32)) == 2
-
-
-@given(st.floats(0, 2), st.one_of(st.none(), st.floats(0.01, 3)))
-def test_the_choice_is_the_fastest_that_is_worth_it(a_row_more: float, tick: float | None) -> None:
-    profile = {"mean": {"grids": [{"explorers": 2, "depth_side_speedup": 1.6}]}}
-    found = candidates(costs_of(a_row_more, tick), None, exits_at((2,), held_out=profile), LLAMA, STAGED, FLOAT32)
+@given(st.floats(0, 2))
+def test_the_choice_is_the_fastest_that_is_worth_it(a_row_more: float) -> None:
+    found = candidates(costs_of(a_row_more), None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auto, "step_costs", lambda *about: costs_of(a_row_more, tick))
-        patch.setattr(auto, "default_exits", lambda fingerprint: exits_at((2,), held_out=profile))
-        method, _ = settle(Dex(), "default", LLAMA, STAGED, FLOAT32, "none", 1, 128)
-        shared, _ = settle(Dex(), "shared", LLAMA, STAGED, FLOAT32, "none", 1, 128)
-    assert shared == AR() or shared.kind == "serial"  # how much trained exits gain says nothing of shared ones
+        patch.setattr(auto, "step_costs", lambda *about: costs_of(a_row_more))
+        method, _ = chosen(Dex())
     seconds = {str(each.method): each.seconds for each in found}
     assert seconds[str(method)] <= SMALLEST_GAIN * min(seconds.values())
-    if isinstance(method, Dex) and method.kind == "serial":
-        method.schedule_for(LLAMA.num_layers)  # rungs that mean nothing would be refused
+    method.schedule_for(LLAMA.num_layers)  # rungs that mean nothing would be refused
 
 
 @given(st.lists(st.floats(1e-4, 1), min_size=len(ROWS), max_size=len(ROWS)), st.floats(1, 40), st.floats(1, 40))
@@ -196,8 +165,8 @@ def test_more_rows_never_cost_less(seconds: list[float], a: float, b: float) -> 
     assert [found.step(rows) for rows in ROWS] == list(found.seconds)
 
 
-def kept_for(count: int = len(ROWS), seconds: float = 1.0) -> dict:
-    return {"rows": [seconds] * count, "tick": None}
+def kept_for(count: int = len(ROWS), seconds: float = 1.0) -> list[float]:
+    return [seconds] * count
 
 
 @pytest.fixture
@@ -222,9 +191,8 @@ def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path,
     first = step_costs(LLAMA, layout, jnp.float32, 1, 100, with_trees(exits_at((0,)), [KnownTree(LOOKUP_TREE, 2.0)]))
     assert first.rows == ROWS
     assert 0 < first.seconds[0] <= first.seconds[-1] < 10
-    assert 0 < first.round < 1
+    assert 0 < first.overhead < 1
     assert 0 < first.drafting < 1
-    assert (first.tick is None) == (layout == Unrolled())
     assert len(json.loads(costs.costs_file().read_text())) == 1
     monkeypatch.setattr(costs, "_measure", lambda *about: pytest.fail("measured again"))
     for known in (costs._KNOWN, {}):
@@ -238,7 +206,7 @@ def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path,
 def test_a_batch_has_the_costs_of_all_its_rows(figures) -> None:
     def measure(config, layout, dtype, totals):
         figures.append(totals)
-        return {"rows": [float(total) for total in totals], "tick": None}
+        return [float(total) for total in totals]
 
     costs._measure = measure
     assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (1, 2, 4, 8, 16)
@@ -249,7 +217,7 @@ def test_a_batch_has_the_costs_of_all_its_rows(figures) -> None:
 
 
 def test_fewer_rows_take_no_longer(figures) -> None:
-    costs._measure = lambda *about: kept_for() | {"rows": [9.0, 2.0, 3.0, 2.5, 4.0]}
+    costs._measure = lambda *about: [9.0, 2.0, 3.0, 2.5, 4.0]
     assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (2.0, 2.0, 2.5, 2.5, 4.0)
 
 
@@ -276,18 +244,16 @@ def damaged(valid: dict) -> st.SearchStrategy:
         max_leaves=4,
     )  # fmt: skip
     ((key, entry),) = valid.items()
-    places = st.sampled_from(["whole", "entry", "row", *entry])
+    places = st.sampled_from(["whole", "entry", "row"])
 
     def put(place: str, value) -> object:
         if place == "whole":
             return value
         if place == "entry":
             return {key: value}
-        if place == "row":
-            return {key: entry | {"rows": [value, *entry["rows"][1:]]}}
-        return {key: entry | {place: value}}
+        return {key: [value, *entry[1:]]}
 
-    return st.builds(put, places, wrong).filter(lambda made: made != {key: entry | {"tick": None}})
+    return st.builds(put, places, wrong)
 
 
 @given(st.data())
@@ -320,5 +286,5 @@ def test_what_is_chosen_gives_the_tokens_of_ar(request, rows) -> None:
     out = dex_jax.generate(lm, prompts, max_new_tokens=20)
     assert np.array_equal(out.tokens, plain.tokens)
     assert plain.stats.choice is None
-    assert out.stats.schedule.kind == ("serial" if rows == "cheap_rows" else None)
-    assert out.stats.choice.startswith("serial" if rows == "cheap_rows" else "AR")
+    assert out.stats.schedule.has_lattice == (rows == "cheap_rows")
+    assert out.stats.choice.startswith("one explorer" if rows == "cheap_rows" else "AR")

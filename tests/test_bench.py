@@ -72,7 +72,7 @@ def test_a_benchmark_writes_every_run_once(made, small) -> None:
     assert all(run.match or run.tie for run in runs if run.match is not None)
     plain = {run.prompt_id: run.tokens for run in counted if run.method == "ar"}
     assert len(plain) == 8
-    method = dex_jax.Dex(explorers=2, schedule="parallel")
+    method = dex_jax.Dex(explorers=2, draft=False)
     whole = dex_jax.generate(small, PROMPTS.split(), method=method, exits="shared", max_new_tokens=12)
     for run in counted:
         if run.name == "dex explorers=2":

@@ -24,11 +24,11 @@ from dex_jax.decoding.session import Spec, prefill_chunk, run_ticks, start_decod
 from dex_jax.nn.transformer import Stacked, Unrolled
 
 CONFIG = dataclasses.replace(LLAMA, family="qwen3", tied=False, qk_norm=True, eos_ids=(2,))
-DEX = Dex(explorers=3).schedule_for(CONFIG.num_layers)
+DEX = Dex(explorers=3, draft=False).schedule_for(CONFIG.num_layers)
 METHODS = {
     "ar": AR().schedule_for(CONFIG.num_layers),
     "dex": DEX,
-    "serial": Dex(schedule="serial").schedule_for(CONFIG.num_layers),
+    "one": Dex(explorers=1).schedule_for(CONFIG.num_layers),
     "del": DEL(depths=(2, 4), draft_length=2).schedule_for(CONFIG.num_layers),
 }
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
@@ -74,14 +74,14 @@ def assert_fit_for_cuda(text: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize(("method", "sampled"), [(m, s) for m in ("ar", "dex", "serial") for s in (False, True)])
+@pytest.mark.parametrize(("method", "sampled"), [(m, s) for m in ("ar", "dex", "one") for s in (False, True)])
 def test_loop(method, sampled, layout, dtype) -> None:
     assert_fit_for_cuda(exported("run", method, layout, dtype, sampled=sampled), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize(("name", "method"), [("prefill", "dex"), ("start", "dex"), ("start", "serial")])
+@pytest.mark.parametrize(("name", "method"), [("prefill", "dex"), ("start", "dex"), ("start", "one")])
 def test_prefill_and_start(name, method, layout, dtype) -> None:
     assert_fit_for_cuda(exported(name, method, layout, dtype, sampled=True), dtype)
 

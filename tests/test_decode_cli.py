@@ -22,7 +22,7 @@ from dex_jax.evaluation.check import Check
 
 PROGRAM = Path(__file__).resolve().parents[1] / "decode.py"
 # Two stages of one row each compile fastest; every run below shares the compiled programs of this process.
-COMMON = ["--explorers", "2", "--max-new-tokens", "8", "--exits", "shared"]
+COMMON = ["--explorers", "2", "--no-draft", "--max-new-tokens", "8", "--exits", "shared"]
 SKY = "Why is the sky blue?"
 FINGERPRINT = "268a3187a3ebf69e"
 
@@ -34,7 +34,7 @@ JSON_TYPES = {
     "new_tokens": int,
     "finished": bool,
     "method": str,
-    "schedule": str,
+    "draft": bool,
     "depths": list,
     "rows": int,
     "exits_source": str,
@@ -84,7 +84,7 @@ def test_json_is_typed_and_consistent(capsys) -> None:
     assert "decoding" in err
     record = json.loads(out)
     assert {key: type(record[key]) for key in JSON_TYPES} == JSON_TYPES
-    others = ("choice", "rounds", "stage_steps", "tokens_per_round", "drafted", "accepted")
+    others = ("choice", "drafter_source", "rounds", "tokens_per_round", "drafted", "accepted")
     assert set(record) == {*JSON_TYPES, "seed", "check", *others}
     assert [record[key] for key in others] == [None] * len(others)
     assert record["layer_steps"] == 15 * record["ticks"]
@@ -96,41 +96,41 @@ def test_json_is_typed_and_consistent(capsys) -> None:
 
 
 @pytest.mark.slow
-def test_serial_rounds_have_counts_of_their_own(capsys) -> None:
-    arguments = ["--prompt", SKY, "--schedule", "serial", "--exits", "shared", "--max-new-tokens", "8", "--check"]
+def test_what_was_drafted_is_counted(capsys) -> None:
+    arguments = ["--prompt", SKY, "--explorers", "1", "--exits", "shared", "--max-new-tokens", "8", "--check"]
     record = json.loads(run(capsys, *arguments, "--json")[1])
-    assert [record[key] for key in ("schedule", "ticks", "depth_side_speedup")] == ["serial", None, None]
+    assert (record["draft"], record["exits_source"], record["drafter_source"]) == (True, None, None)
     assert record["check"]["identical"]
-    assert record["rounds"] == record["stage_steps"] == record["exits"].count(1) + (record["exits"][-1] == 0)
-    assert record["tokens_per_round"] == 7 / record["rounds"]
+    assert record["ticks"] == record["exits"][:-1].count(1) + 1
+    assert record["depth_side_speedup"] == 7 / record["ticks"]
     code, _, err = run(capsys, *arguments)
     assert code == 0
-    assert f"DEX, serial on cpu:cpu, float32: 8 tokens, {record['rounds']} rounds" in err
-    assert "8 rows a round, drafted from the text itself\n" in err
+    assert f"DEX, K = 1 with drafts on cpu:cpu, float32: 8 tokens, {record['ticks']} ticks" in err
+    assert "8 rows; drafts from the text\n" in err
+    assert "drafted (depth   0)" in err
 
 
 @pytest.mark.slow
-def test_what_auto_chose_is_said(capsys, monkeypatch) -> None:
+def test_what_was_chosen_is_said(capsys, monkeypatch) -> None:
     cheap = StepCosts(ROWS, (1.0, 1.01, 1.02, 1.3, 1.6), 10**12)
     monkeypatch.setattr(auto, "step_costs", lambda *about: cheap)
     arguments = ["--prompt", SKY, "--max-new-tokens", "8", "--exits", "shared", "--check"]
     record = json.loads(run(capsys, *arguments, "--json")[1])
-    assert (record["method"], record["schedule"]) == ("dex", "serial")
+    assert (record["method"], record["draft"]) == ("dex", True)
     assert record["check"]["identical"]
     code, _, err = run(capsys, *arguments)
     assert code == 0
-    assert f"\nauto chose {record['choice']}\n" in err
-    assert "at most 8 rows a round" in err
-    # A dry run measures nothing: it says what serial rounds need.
+    assert f"\nchosen: {record['choice']}\n" in err
+    # A dry run measures nothing: it says what the larger of the two needs.
     monkeypatch.setattr(auto, "step_costs", lambda *about: pytest.fail("measured"))
-    assert "float32, serial, on one device" in run(capsys, "--dry-run", "--prompt", SKY)[1]
+    assert "K = 1 with drafts, on one device" in run(capsys, "--dry-run", "--prompt", SKY)[1]
 
 
 def test_json_of_one_token_has_nulls(capsys) -> None:
     arguments = ["--prompt", SKY, "--json", "--method", "ar", "--max-new-tokens", "1", "--temperature", "1"]
     _, out, _ = run(capsys, *arguments, "--seed", "5")
     record = json.loads(out)
-    undefined = ("schedule", "exits_source", "depth_side_speedup", "tokens_per_second")
+    undefined = ("exits_source", "drafter_source", "depth_side_speedup", "tokens_per_second")
     assert [record[key] for key in undefined] == [None] * len(undefined)
     assert (record["method"], record["ticks"], record["exits"], record["seed"]) == ("ar", 0, [-1], 5)
 
@@ -192,7 +192,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
 BAD_INPUT = {
     "--explorers 31": "30 layers",
     "--explorers 0": "30 layers",
-    "--explorers 9 --rows full": "K = 8",
+    "--explorers 9 --rows full --no-draft": "K = 8",
     "--explorers 2 --depths 15,30": "not both",
     "--depths 20,10,30": "ascend",
     "--depths 10,20": "last layer",
@@ -200,16 +200,16 @@ BAD_INPUT = {
     "--mesh rows=2": "rows=2",
     "--mesh stage=500": "500 devices",
     "--mesh stage=1 --explorers 5": "5 explorers",
-    "--mesh stage=1 --schedule serial": "one device",
+    "--explorers 3 --rows full": "draft",
     "--mesh stage=1 --layout stacked": "one device",
-    "--schedule serial --explorers 3": "parallel",
     "--temperature -1": "temperature",
     "--temperature nan": "temperature",
     "--temperature 1 --top-p 0": "top_p",
     "--temperature 1 --top-p 1.5": "top_p",
     "--max-new-tokens 9000": "context",
     "--method ar --rows 2": "--rows",
-    "--method ar --schedule serial": "--schedule",
+    "--method ar --no-draft": "--no-draft",
+    "--method layerskip --no-draft": "--no-draft",
     "--method ar --threshold 0.5": "--threshold",
     "--exit-depth 5": "--exit-depth",
     "--method del --exit-depth 5": "--exit-depth",
@@ -306,14 +306,14 @@ def test_dry_run_loads_nothing_and_adds_up(capsys, monkeypatch, smollm2) -> None
 def test_a_dry_run_takes_and_refuses_what_a_real_run_does(capsys) -> None:
     shipped = Path(dex_jax.__file__).parent / "default_exits"
     at_depths, drafter = shipped / f"{FINGERPRINT}.safetensors", shipped / f"{FINGERPRINT}.drafter.safetensors"
-    assert "float32, parallel, on one device" in run(capsys, "--dry-run", "--exits", str(at_depths))[1]
-    assert "float32, serial, on one device" in run(capsys, "--dry-run", "--exits", str(drafter))[1]
+    for exits, method in ((at_depths, "DEX, K = 5 with drafts"), (drafter, "DEX, K = 1 with drafts")):
+        assert f"float32, {method}, on one device" in run(capsys, "--dry-run", "--exits", str(exits))[1]
     assert run(capsys, "--dry-run", "--layout", "stacked", "--exits", str(drafter))[0] == 0
     for flags, keyword in (
         ("--max-new-tokens 100000", "context"),
         ("--temperature -1", "temperature"),
         ("--temperature 1 --top-p 7", "top_p"),
-        (f"--explorers 5 --exits {drafter}", "drafter"),
+        (f"--explorers 5 --no-draft --exits {drafter}", "drafter"),
     ):
         refused(run(capsys, "--dry-run", "--prompt", "Hi", *flags.split()), keyword)
 

@@ -8,8 +8,8 @@ from reference.held_out_prompts import PROMPTS
 
 import dex_jax
 from dex_jax.decoding.costs import ROWS
-from dex_jax.decoding.exits import DEFAULTS, default_drafter, default_exits, resolve_method
 from dex_jax.decoding.known_trees import known_trees
+from dex_jax.decoding.resolve import DEFAULTS, default_drafter, default_exits, resolve
 
 SERVED = (2, 3, 5, 6, 10)
 LARGEST_BYTES = {"exits": 12e6, "drafter": 16e6}
@@ -45,8 +45,8 @@ def test_the_drafter_brings_trees_that_auto_can_choose_from(exits) -> None:
 
 @pytest.mark.parametrize("explorers", SERVED)
 def test_even_grids_need_no_other_depths(smollm2, exits, explorers) -> None:
-    method = dex_jax.Dex(explorers=explorers)
-    resolved = resolve_method(method, "default", smollm2.config, smollm2.fingerprint)
+    method = dex_jax.Dex(explorers=explorers, draft=False)
+    resolved = resolve(method, "default", smollm2.config, smollm2.fingerprint)
     assert resolved.schedule == method.schedule_for(smollm2.config.num_layers)
     assert resolved.source == "default"
     assert resolved.remarks == ()
@@ -57,7 +57,7 @@ def test_a_text_is_that_of_ar_in_fewer_ticks_than_without_training(smollm2) -> N
     options = {"max_new_tokens": 32}
     prompts = [PROMPTS[i] for i in (0, 4, 9)]
     plain = dex_jax.generate(smollm2, prompts, method=dex_jax.AR(), **options)
-    options["method"] = dex_jax.Dex(schedule="parallel")
+    options["method"] = dex_jax.Dex(draft=False)
     runs = {name: dex_jax.generate(smollm2, prompts, exits=name, **options) for name in ("default", "shared")}
     for out in runs.values():
         assert np.array_equal(out.tokens, plain.tokens)
@@ -67,11 +67,11 @@ def test_a_text_is_that_of_ar_in_fewer_ticks_than_without_training(smollm2) -> N
 
 
 def test_an_uneven_grid_moves_to_trained_depths_or_says_why_not(smollm2) -> None:
-    moved = resolve_method(dex_jax.Dex(explorers=4), "default", smollm2.config, smollm2.fingerprint)
+    moved = resolve(dex_jax.Dex(explorers=4, draft=False), "default", smollm2.config, smollm2.fingerprint)
     assert moved.source == "default"
     assert "the exit depths are" in moved.remarks[0]
-    many = resolve_method(dex_jax.Dex(explorers=30), "default", smollm2.config, smollm2.fingerprint)
+    many = resolve(dex_jax.Dex(explorers=30, draft=False), "default", smollm2.config, smollm2.fingerprint)
     assert many.source == "shared"
-    by_hand = resolve_method(dex_jax.Dex(depths=(7, 30)), "default", smollm2.config, smollm2.fingerprint)
+    by_hand = resolve(dex_jax.Dex(depths=(7, 30), draft=False), "default", smollm2.config, smollm2.fingerprint)
     assert by_hand.source == "shared"
     assert by_hand.remarks

@@ -59,7 +59,7 @@ def test_two_processes_decode_what_one_does(checkpoint: Path) -> None:
         assert process.returncode == 0, err
         results.append(json.loads(out.splitlines()[-1]))
     lm = dex_jax.load(checkpoint, "float32")
-    one = dex_jax.generate(lm, PROMPTS, method=Dex(explorers=2), **OPTIONS)
+    one = dex_jax.generate(lm, PROMPTS, method=Dex(explorers=2, draft=False), **OPTIONS)
     for number, result in enumerate(results):
         assert result["name"].startswith(f"process {number} of 2")
         assert result["tokens"] == one.tokens.tolist()

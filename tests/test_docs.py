@@ -68,12 +68,12 @@ def test_the_start_page_runs(monkeypatch, capsys, tmp_path) -> None:
     lm = small_model(dataclasses.replace(LLAMA, num_layers=2, vocab_size=49152), tokenizer=tokenizer)
 
     def shortened(lm, prompts, method=None, **options):
-        method = method if isinstance(method, dex_jax.AR) else dex_jax.Dex(explorers=2)
+        method = method if isinstance(method, dex_jax.AR) else dex_jax.Dex(explorers=2, draft=False)
         return generate(lm, prompts, method=method, **(options | {"max_new_tokens": 4}))
 
     monkeypatch.setattr(dex_jax, "load", lambda source: lm)
     monkeypatch.setattr(dex_jax, "generate", shortened)
-    two = dex_jax.Dex(explorers=2)
+    two = dex_jax.Dex(explorers=2, draft=False)
     monkeypatch.setattr(dex_jax, "trace", lambda lm, prompt, **_: trace(lm, prompt, method=two, max_new_tokens=4))
     monkeypatch.chdir(tmp_path)
     run_page("index.md")

@@ -64,7 +64,7 @@ def test_ticks_are_the_teacher_forced_counts() -> None:
     found, (_, texts) = _profile(), _measured()
     assert [grid.depths for grid in found.grids] == [*(even_depths(k, 5) for k in EXPLORERS), (1, 4, 5)]
     for grid in found.grids:
-        schedule = dex_jax.Dex(depths=grid.depths).schedule_for(5)
+        schedule = dex_jax.Dex(depths=grid.depths, draft=False).schedule_for(5)
         counts = [forced_exits(_model(), prompt, answer, schedule) for prompt, answer in texts]
         ticks = sum(ticks_of(exits, len(exits), grid.stages) for exits in counts)
         tokens = sum(len(exits) - 1 for exits in counts)

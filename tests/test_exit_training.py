@@ -154,7 +154,7 @@ def test_a_drafter_is_trained_and_drafts(tmp_path) -> None:
     names = {name for record in read_journal(tmp_path) for name in record if name.startswith("agreement")}
     assert names == {"agreement_draft_1", "agreement_draft_2", "agreement_draft_3"}
     assert len(trained.metadata["held_out"]["self"]["agreement"]) == 1
-    lm, method = base_model(), dex_jax.Dex(schedule="serial")
+    lm, method = base_model(), dex_jax.Dex(explorers=1)
     options = {"max_new_tokens": 12}
     out = dex_jax.generate(lm, [[1, 5, 7]], method=method, exits=trained, **options)
     assert out.tokens.tolist() == dex_jax.generate(lm, [[1, 5, 7]], method=dex_jax.AR(), **options).tokens.tolist()

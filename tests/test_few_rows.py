@@ -366,7 +366,7 @@ def test_serial_rounds_in_bfloat16_give_ars_tokens() -> None:
         prompt = np.random.default_rng(seed).integers(LLAMA.vocab_size, size=20).tolist()
         options = {"max_new_tokens": 60, "exits": "shared", "temperature": 0.5 * (seed % 2)}
         wanted = dex_jax.generate(lm, [prompt], method=dex_jax.AR(), **options)
-        found = dex_jax.generate(lm, [prompt], method=dex_jax.Dex(schedule="serial"), **options)
+        found = dex_jax.generate(lm, [prompt], method=dex_jax.Dex(explorers=1), **options)
         chex.assert_trees_all_equal(found.tokens, wanted.tokens)
 
 

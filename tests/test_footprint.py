@@ -12,6 +12,7 @@ from reference.small_models import LLAMA
 import dex_jax
 from dex_jax.decoding.footprint import Footprint, cache_length_for, device_memory, footprint, nbytes, verdict
 from dex_jax.decoding.methods import AR, Dex
+from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session
 from dex_jax.evaluation.planner.workload import SHAPES
 from dex_jax.nn.transformer import Stacked, Unrolled, random_transformer
@@ -24,7 +25,8 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
     """A prefilled session of two ragged prompts."""
     lm = dex_jax.LanguageModel(random_transformer(UNTIED, layout, seed=0, dtype=dtype), None, "random", "0")
     sampling = Sampling(sampling_keys([0, 1]), jnp.float32(1.0), jnp.int32(5), jnp.float32(1.0)) if sampled else None
-    session = Session(lm, [[3, 4, 5], list(range(2, 22))], method.schedule_for(UNTIED.num_layers), 70, sampling)
+    schedule = Resolved(method.schedule_for(UNTIED.num_layers))
+    session = Session(lm, [[3, 4, 5], list(range(2, 22))], schedule, 70, sampling)
     session.prefill()
     return session
 
@@ -34,10 +36,10 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
     ("method", "sampled"),
     [
         (AR(), False),
-        (Dex(explorers=3), False),
-        (Dex(explorers=3, rows=4), True),
-        (Dex(schedule="serial"), False),
-        (Dex(schedule="serial"), True),
+        (Dex(explorers=3, draft=False), False),
+        (Dex(explorers=3, rows=4, draft=False), True),
+        (Dex(explorers=1), False),
+        (Dex(explorers=3), True),
     ],
 )
 @pytest.mark.parametrize("layout", [Unrolled(), Stacked((2, 4, 5))], ids=["unrolled", "stacked"])
@@ -57,10 +59,10 @@ def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("method", [AR(), Dex(explorers=3)])
+@pytest.mark.parametrize("method", [AR(), Dex(explorers=3, draft=False)])
 def test_workspace_is_of_the_size_that_the_compiler_reports(method) -> None:
     from dex_jax.decoding.footprint import session_shapes
-    from dex_jax.decoding.session import PREFILL, RUN, Spec
+        from dex_jax.decoding.session import PREFILL, RUN, Spec
 
     config, batch, length, layout = UNTIED, 8, 384, Unrolled()
     schedule = method.schedule_for(config.num_layers)
@@ -76,7 +78,7 @@ def test_workspace_is_of_the_size_that_the_compiler_reports(method) -> None:
 def test_a_large_model_is_planned_without_any_array() -> None:
     config = SHAPES["llama-2-70b"]
     before = len(jax.live_arrays())
-    schedule = Dex(explorers=8).schedule_for(80)
+    schedule = Dex(explorers=8, draft=False).schedule_for(80)
     plan = footprint(config, jnp.dtype(jnp.bfloat16), schedule, 1, 4096, Stacked(schedule.depths))
     assert len(jax.live_arrays()) == before
     assert plan.weights_bytes == pytest.approx(138e9, rel=0.01)

@@ -63,7 +63,7 @@ def test_counts_are_those_of_the_loops(kind, more, depths, skip):
     for row, (_, tokens) in enumerate(texts):
         assert tokens == plain.tokens[row, : plain.lengths[row]].tolist()
     options = {"max_new_tokens": TOKENS, "exits": exits}
-    dex = dex_jax.generate(lm, ids, method=dex_jax.Dex(depths=depths, rows="full"), **options)
+    dex = dex_jax.generate(lm, ids, method=dex_jax.Dex(depths=depths, rows="full", draft=False), **options)
     early = 0
     for row, count in enumerate(dex_counts(forced, depths)):
         assert count.exits.tolist() == dex.stats.exits[row, : dex.lengths[row]].tolist()

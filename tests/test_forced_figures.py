@@ -194,7 +194,7 @@ def test_untrained_shared_exits_are_plain_teacher_forcing() -> None:
     texts = [*answered, *((prompt, rng.choice(DRAFT, 40).tolist()) for prompt in prompts)]
     measured = measure(lm, shared_exits(lm, DEPTHS), texts, explorers=EXPLORERS, batch=2)
     for grid in GRIDS[1:]:
-        schedule = dex_jax.Dex(explorers=len(grid)).schedule_for(MODEL.num_layers)
+        schedule = dex_jax.Dex(explorers=len(grid), draft=False).schedule_for(MODEL.num_layers)
         expected = [forced_exits(lm, prompt, answer, schedule).tolist() for prompt, answer in texts]
         assert [count.exits.tolist() for count in dex_counts(measured, grid)] == expected
         assert {exit_ for row in expected for exit_ in row} == {-1, *range(1, len(grid) + 1)}

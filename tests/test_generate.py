@@ -22,7 +22,7 @@ from reference.small_models import (
 
 import dex_jax
 from dex_jax import AR, Dex, DexError, Stacked
-from dex_jax.decoding import exits
+from dex_jax.decoding import resolve
 from dex_jax.decoding.session import RUN, START
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.prompts import encode_prompt
@@ -31,8 +31,12 @@ from dex_jax.sampling import position_noise, sampling_keys
 TOKENS = 14
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
 SEED = 11
-UNEVEN = Dex(depths=(1, 3, 4))
-METHODS = {"K1": Dex(explorers=1), "K3 uneven": UNEVEN, "K4 two rows": Dex(explorers=4, rows=2)}
+UNEVEN = Dex(depths=(1, 3, 4), draft=False)
+METHODS = {
+    "K1": Dex(explorers=1, draft=False),
+    "K3 uneven": UNEVEN,
+    "K4 two rows": Dex(explorers=4, rows=2, draft=False),
+}
 
 
 # Compiling is what these tests cost: few programs, shared. Golden tests have the other families.
@@ -363,7 +367,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_told() -> None:
 
 
 def test_default_exits_say_once_that_they_are_shared(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(exits, "_SAID", set())
+    monkeypatch.setattr(resolve, "_SAID", set())
     output = [generate(model(), UNEVEN, exits="default") for _ in range(2)][-1]
     assert output.stats.exits_source == "shared"
     assert capsys.readouterr().err.count("shared") == 1
@@ -407,9 +411,9 @@ BAD = {
     "a seed of 64 bits": ({"temperature": 1.0, "seed": 2**63}, "63 bits"),
     "a seed that is no number": ({"seed": ["a"]}, "63 bits"),
     "more samples than memory": ({"num_samples": 10**12}, "4096 sequences"),
-    "rows without bound": ({"method": Dex(explorers=4, rows=10**9)}, "1 to 4096"),
-    "both explorers and depths": ({"method": Dex(explorers=2, depths=(2, 4))}, "not both"),
-    "too many explorers": ({"method": Dex(explorers=5)}, "explorers"),
+    "rows without bound": ({"method": Dex(explorers=4, rows=10**9, draft=False)}, "1 to 4096"),
+    "both explorers and depths": ({"method": Dex(explorers=2, depths=(2, 4), draft=False)}, "not both"),
+    "too many explorers": ({"method": Dex(explorers=5, draft=False)}, "explorers"),
 }
 
 

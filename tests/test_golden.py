@@ -94,7 +94,7 @@ def test_family_greedy_ar(family) -> None:
 )
 def test_family_greedy_dex(family, explorers) -> None:
     golden, lm = family
-    method = dex_jax.Dex(explorers=lm.config.num_layers if explorers == "layers" else explorers)
+    method = dex_jax.Dex(explorers=lm.config.num_layers if explorers == "layers" else explorers, draft=False)
     assert_greedy_equals(lm, golden["prompts"], method, FAMILIES_GOLDEN["max_new_tokens"])
 
 
@@ -104,7 +104,7 @@ def test_sharded_checkpoint(name, tmp_path) -> None:
     assert len(list(directory.glob("*.safetensors"))) == 3
     lm = dex_jax.load(str(directory), dtype="float32")
     prompts = FAMILIES_GOLDEN["families"][name]["prompts"]
-    assert_greedy_equals(lm, prompts, dex_jax.Dex(explorers=2), FAMILIES_GOLDEN["max_new_tokens"])
+    assert_greedy_equals(lm, prompts, dex_jax.Dex(explorers=2, draft=False), FAMILIES_GOLDEN["max_new_tokens"])
 
 
 def test_smollm2_logits(smollm2) -> None:
@@ -128,4 +128,4 @@ def test_smollm2_greedy_ar(smollm2, start) -> None:
 @pytest.mark.slow
 def test_smollm2_greedy_dex(smollm2) -> None:
     prompts = SMOLLM2_GOLDEN["prompts"][:BATCH]
-    assert_greedy_equals(smollm2, prompts, dex_jax.Dex(explorers=3), SMOLLM2_GOLDEN["max_new_tokens"])
+    assert_greedy_equals(smollm2, prompts, dex_jax.Dex(explorers=3, draft=False), SMOLLM2_GOLDEN["max_new_tokens"])

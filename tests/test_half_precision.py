@@ -60,7 +60,7 @@ def test_no_layer_overflows(lm) -> None:
 @pytest.mark.slow
 def test_depth_exploration_parts_from_ar_only_at_close_calls(lm, prompts, record_property) -> None:
     options = {"exits": "shared", "max_new_tokens": NEW_TOKENS}
-    explored = dex_jax.generate(lm, prompts, method=dex_jax.Dex(depths=DEPTHS), **options)
+    explored = dex_jax.generate(lm, prompts, method=dex_jax.Dex(depths=DEPTHS, draft=False), **options)
     plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), **options)
     checks = compare(lm, explored, plain)
     rate = sum(check.identical for check in checks) / len(checks)

@@ -245,7 +245,7 @@ def test_a_trained_model_is_decoded_with_shared_exits(text_file) -> None:
     task, _, params, _, _ = trained(str(text_file))
     lm, prompt = task.language_model(params), task.corpus.held_out[:16].tolist()
     options = {"max_new_tokens": 24, "exits": "shared"}
-    method = Dex(explorers=3, rows="full")
+    method = Dex(explorers=3, rows="full", draft=False)
     dex = dex_jax.generate(lm, [prompt], method=method, **options)
     ar = dex_jax.generate(lm, [prompt], method=AR(), **options)
     assert dex.tokens.tolist() == ar.tokens.tolist()

@@ -16,6 +16,7 @@ from dex_jax.decoding import program
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.record import Limits
 from dex_jax.decoding.session import RUN, Spec, start_decoding
+from dex_jax.decoding.trained_exits import Heads
 from dex_jax.language_model import abstract_weights
 from dex_jax.nn.transformer import Stacked, Unrolled
 
@@ -28,7 +29,7 @@ def compiled(method, layout, batch: int):
     """(optimised program, bytes of one committed cache) of the loop, from abstract shapes."""
     spec = Spec(CONFIG, layout, method.schedule_for(CONFIG.num_layers))
     weights = abstract_weights(CONFIG, layout, jnp.float32)
-    slots = spec.schedule.stages * spec.schedule.rows if spec.schedule.kind == "parallel" else 0
+    slots = spec.schedule.stages * spec.schedule.rows if spec.schedule.stages > 1 else 0
     memory = cache.shapes(CONFIG, layout, batch, CACHE_LENGTH, slots, jnp.float32)
 
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
@@ -39,15 +40,15 @@ def compiled(method, layout, batch: int):
     state = jax.eval_shape(
         lambda *args: start_decoding(*args, spec=spec, capacity=64),
         weights,
-        None,
+        Heads(),
         memory,
         last,
         ints(batch),
         limits,
         None,
-        ints(batch, CACHE_LENGTH - 64) if spec.schedule.kind == "serial" else None,
+        ints(batch, CACHE_LENGTH - 64) if spec.schedule.drafts is not None else None,
     )
-    return RUN.jitted.lower(weights, None, state, limits, None, ints(), spec=spec).compile(), state
+    return RUN.jitted.lower(weights, Heads(), state, limits, None, ints(), spec=spec).compile(), state
 
 
 @pytest.mark.parametrize("batch", [1, slow(2), slow(5)])
@@ -55,13 +56,14 @@ def compiled(method, layout, batch: int):
     ("method", "layout"),
     [
         (AR(), Unrolled()),
+        (Dex(explorers=2, draft=False), Unrolled()),
+        (Dex(explorers=1), Unrolled()),
         (Dex(explorers=2), Unrolled()),
-        (Dex(schedule="serial"), Unrolled()),
         (AR(), Stacked((2, 4))),
-        (Dex(explorers=2), Stacked((2, 4))),
-        (Dex(schedule="serial"), Stacked((2, 4))),
+        (Dex(explorers=2, draft=False), Stacked((2, 4))),
+        (Dex(explorers=1), Stacked((2, 4))),
     ],
-    ids=["ar", "dex", "serial", "ar-stacked", "dex-stacked", "serial-stacked"],
+    ids=["ar", "dex", "one", "drafts", "ar-stacked", "dex-stacked", "one-stacked"],
 )
 def test_no_step_copies_a_committed_cache(method, layout, batch) -> None:
     program, state = compiled(method, layout, batch)
@@ -73,7 +75,7 @@ def test_no_step_copies_a_committed_cache(method, layout, batch) -> None:
 
 
 def test_donated_caches_are_updated_in_place() -> None:
-    program, state = compiled(Dex(explorers=2), Unrolled(), 2)
+    program, state = compiled(Dex(explorers=2, draft=False), Unrolled(), 2)
     caches = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.memory))
     analysis = program.memory_analysis()
     assert analysis.alias_size_in_bytes >= caches

@@ -62,7 +62,14 @@ AXES = [
     Case("all axes", "data=2,stage=2,tensor=2", 2, batch=4),
     Case("ar all axes", "data=2,stage=2,tensor=2", 2, method="ar", batch=4),
 ]
-CASES = {case.name: case for case in (*STAGES, *EXITS, *AXES)}
+DRAFTS = [
+    Case("drafts", "stage=3", 4, batch=4, drafts="drafter"),
+    Case("drafts, fused exits", "stage=2", 3, sampled=True, drafts="drafter", exits=("linear", True, 30)),
+    Case("drafts of the text", "stage=2", 3, batch=4, drafts="text", exits=("mlp", False, 20)),
+    Case("drafts, one stage", "stage=1,tensor=2", 2, batch=2, drafts="drafter"),
+    Case("drafts, all axes", "data=2,stage=2,tensor=2", 2, sampled=True, filters=True, batch=4, drafts="drafter"),
+]
+CASES = {case.name: case for case in (*STAGES, *EXITS, *AXES, *DRAFTS)}
 IN_CPP = {
     case.name: case
     for case in (
@@ -74,7 +81,7 @@ IN_CPP = {
 }
 
 
-QUICK = ("3 greedy", "exits attn", "ar", "all axes", "C++, exits")
+QUICK = ("exits attn", "ar", "drafts", "drafts, all axes", "C++, exits")
 """Cases whose tests are not slow: every kind of program once, on every axis."""
 
 
@@ -149,9 +156,10 @@ def assert_as_one_device(folder: Path, case: Case) -> None:
     if "one" not in result:
         result["one"] = in_plain_python(case) if case.exits is None else teacher_forced(case)
     assert result["mesh"] == result["one"]
-    if case.method == "dex" and case.schedule.stages > 1:
+    if case.method == "dex" and (case.schedule.stages > 1 or case.drafts is not None):
         exits = {exit for row in result["mesh"] for exit in row["exits"]}
         assert len(exits - {-1}) > 1, "every token came from the same exit: this would test nothing"
+        assert (0 in exits) == (case.drafts is not None)
 
 
 def in_plain_python(case: Case) -> list[dict]:
@@ -210,9 +218,9 @@ def rows_of(case: Case) -> tuple[int, int]:
     return case.schedule.stages, case.schedule.rows
 
 
-@pytest.mark.parametrize("name", cases(case.name for case in (*STAGES, *EXITS)))
+@pytest.mark.parametrize("name", cases(case.name for case in (*STAGES, *EXITS, *DRAFTS[:3])))
 def test_a_tick_sends_a_cohort_to_the_next_stage_and_shares_proposals(folder: Path, name: str) -> None:
-    """One permute of [B, W, D], one gather of token and score of each row, and features only where exits need them."""
+    """One permute of [B, W, D], one gather of token and score of each row, and features only where heads need them."""
     case = CASES[name]
     stages, rows = rows_of(case)
     cohort = case.batch * rows * WIDTH * 4
@@ -220,7 +228,8 @@ def test_a_tick_sends_a_cohort_to_the_next_stage_and_shares_proposals(folder: Pa
     if stages > 1:
         expected["collective-permute", cohort] = 1
         expected["all-gather", stages * case.batch * rows * 2 * 4] += 1
-        if case.exits is not None and (case.exits[1] or case.exits[0] == "attn"):
+        exits_ask = case.exits is not None and (case.exits[1] or case.exits[0] == "attn")
+        if exits_ask or case.drafts == "drafter":
             expected["all-gather", stages * cohort] += 1
     text = hlo(folder, name, "run_ticks")
     assert few_rows.PRODUCT not in text

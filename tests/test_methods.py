@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
 import pytest
 
 from dex_jax import AR, Dex, DexError
-from dex_jax.decoding.methods import even_depths
+from dex_jax.decoding.drafts import TreeShape
+from dex_jax.decoding.known_trees import LOOKUP_TREE
+from dex_jax.decoding.methods import even_depths, with_stages
 from dex_jax.decoding.output import cut, depth_side_speedup, ticks_of
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
 
@@ -24,21 +27,36 @@ def test_even_grids(num_layers: int) -> None:
 
 
 def test_defaults() -> None:
-    side_by_side = Dex(schedule="parallel")
-    assert side_by_side.schedule_for(30).depths == (6, 12, 18, 24, 30)
-    assert side_by_side.schedule_for(30).rows == 8
+    paper = Dex(draft=False).schedule_for(30)
+    assert paper == dataclasses.replace(Dex(explorers=5, draft=False).schedule_for(30), decs=True)
+    assert (paper.depths, paper.rows, paper.drafts) == ((6, 12, 18, 24, 30), 8, None)
     # A model with fewer layers than the default has explorers.
-    assert side_by_side.schedule_for(2).depths == (1, 2)
-    assert [Dex(explorers=k).schedule_for(30).rows for k in (1, 2, 3, 4, 5, 6, 30)] == [1, 1, 2, 4, 8, 16, 32]
-    assert side_by_side.schedule_for(30).decs
+    assert Dex(draft=False).schedule_for(2).depths == (1, 2)
+    rows = [Dex(explorers=k, draft=False).schedule_for(30).rows for k in (1, 2, 3, 4, 5, 6, 30)]
+    assert rows == [1, 1, 2, 4, 8, 16, 32]
+    alone = Dex().schedule_for(30)
+    assert (alone.depths, alone.rows, alone.drafts) == ((30,), LOOKUP_TREE.rows, LOOKUP_TREE)
+    assert Dex(explorers=2).schedule_for(30).rows == LOOKUP_TREE.rows
     schedule = AR().schedule_for(30)
-    assert (schedule.method, schedule.stages, schedule.depths) == ("ar", 1, (30,))
+    assert (schedule.method, schedule.stages, schedule.depths, schedule.has_lattice) == ("ar", 1, (30,), False)
 
 
-def test_rows_as_given() -> None:
-    assert [Dex(explorers=k, rows="full").schedule_for(30).rows for k in (1, 2, 6, 8)] == [1, 1, 16, 64]
+def test_rows_and_drafts_as_given() -> None:
+    assert [Dex(explorers=k, rows="full", draft=False).schedule_for(30).rows for k in (1, 2, 6, 8)] == [1, 1, 16, 64]
     assert Dex(explorers=3, rows=7).schedule_for(30).rows == 7
     assert Dex(depths=(1, 2, 30), rows=1, decs=False).schedule_for(30).decs is False
+    tree = TreeShape((2, 1), 1, (0.5,) * 8)
+    assert Dex(draft=tree).schedule_for(30).drafts == tree
+    assert Dex(draft=tree).schedule_for(30).rows == tree.rows
+    assert Dex(explorers=5, draft=tree).schedule_for(30).rows == 8 + tree.rows - 1
+
+
+def test_on_a_mesh_each_explorer_has_a_stage() -> None:
+    assert with_stages(None, 3) == Dex(explorers=3)
+    assert with_stages(Dex(draft=False), 3) == Dex(explorers=3, draft=False)
+    assert with_stages(Dex(depths=(2, 4)), 3) == Dex(depths=(2, 4))
+    assert with_stages(AR(), 3) == AR()
+    assert with_stages(Dex(), None) == Dex()
 
 
 def test_whole_numbers_of_numpy_become_pythons() -> None:
@@ -64,7 +82,9 @@ def test_whole_numbers_of_numpy_become_pythons() -> None:
         (Dex(rows=0), "rows"),
         (Dex(rows=-3), "rows"),
         (Dex(rows="many"), "rows"),
-        (Dex(explorers=9, rows="full"), "K = 8"),
+        (Dex(explorers=9, rows="full", draft=False), "K = 8"),
+        (Dex(explorers=3, rows="full"), "draft=False"),
+        (Dex(draft="text"), "draft must be True, False or a TreeShape"),
     ],
 )
 def test_what_is_refused(method: Dex, words: str) -> None:

@@ -25,13 +25,13 @@ def lm():
 
 @pytest.fixture(scope="module")
 def out(lm):
-    method = dex_jax.Dex(explorers=4)
+    method = dex_jax.Dex(explorers=4, draft=False)
     return dex_jax.generate(lm, [[1, 2, 3], [4, 5]], method=method, exits="shared", max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
 def trace(lm):
-    return dex_jax.trace(lm, [1, 2, 3], method=dex_jax.Dex(explorers=4), exits="shared", max_new_tokens=12)
+    return dex_jax.trace(lm, [1, 2, 3], method=dex_jax.Dex(explorers=4, draft=False), exits="shared", max_new_tokens=12)
 
 
 def needs_matplotlib():
@@ -170,7 +170,7 @@ def test_histogram_counts_every_token_but_the_first(out) -> None:
 def test_histogram_of_other_methods_or_grids_is_refused(out) -> None:
     plain, other = (
         dataclasses.replace(out, stats=dataclasses.replace(out.stats, schedule=method.schedule_for(4)))
-        for method in (dex_jax.AR(), dex_jax.Dex(explorers=2))
+        for method in (dex_jax.AR(), dex_jax.Dex(explorers=2, draft=False))
     )
     for outputs in (plain, [out, plain], [out, other], []):
         with pytest.raises(DexError, match="one set of exit depths"):

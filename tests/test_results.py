@@ -121,8 +121,8 @@ def test_kinds_are_not_mixed() -> None:
     [
         dex_jax.AR(),
         dex_jax.LayerSkip(exit=1, draft_length=3),
-        dex_jax.Dex(explorers=2, schedule="parallel"),
-        dex_jax.Dex(schedule="serial"),
+        dex_jax.Dex(explorers=2, draft=False),
+        dex_jax.Dex(explorers=1),
     ],
     ids=lambda method: type(method).__name__,
 )

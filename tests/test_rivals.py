@@ -21,10 +21,10 @@ from dex_jax.cli.display import summary
 from dex_jax.cli.records import json_record
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding import loop, session
-from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.footprint import cache_length_for, footprint, nbytes, session_shapes
 from dex_jax.decoding.output import bound_of, rounds_of, ticks_of
-from dex_jax.decoding.trained_exits import empty_memory, exit_arrays
+from dex_jax.decoding.resolve import Resolved, resolve
+from dex_jax.decoding.trained_exits import Heads, empty_memory, exit_arrays
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
 from dex_jax.nn.exits import exit_parameters
@@ -85,7 +85,7 @@ def assert_counts(output: dex_jax.Output) -> None:
             assert stats.layer_steps[row] == stats.ticks[row] * longest
             assert stats.rounds is stats.drafted is None
             continue
-        assert stats.ticks is stats.depth_side_speedup is stats.stage_steps is None
+        assert stats.ticks is stats.depth_side_speedup is None
         bound = bound_of(exits, length, schedule.depths)
         if schedule.method == "oracle":
             assert stats.layer_steps[row] == bound
@@ -225,7 +225,7 @@ def test_a_summary_and_a_record_tell_the_counts_apart() -> None:
     assert "depth-side" not in text
     record = json_record(1, output, "x", None, None)
     assert (record["method"], record["schedule"], record["ticks"]) == ("layerskip", None, None)
-    assert record["depth_side_speedup"] is record["stage_steps"] is None
+    assert record["depth_side_speedup"] is None
     for name in ("layer_steps", "rounds", "drafted", "accepted"):
         assert record[name] == getattr(stats, name)[1]
     bound = generated(model(), METHODS["oracle"], ragged_prompts(3), {})
@@ -244,7 +244,7 @@ def test_half_precision_keeps_its_dtypes(kind) -> None:
 
     def decode(weights, memory, last, lengths, limits, sampling):
         lm = merge_model(LLAMA, layout, weights)
-        heads = exit_arrays(lm, given.config, given.parameters, given.vocabulary)
+        heads = Heads(exit_arrays(lm, given.config, given.parameters, given.vocabulary))
         memory = memory._replace(exits=empty_memory(given.config, 2, dtype))
         begun = session.start_decoding(weights, heads, memory, last, lengths, limits, sampling, spec=spec, capacity=16)
         return begun, session.run_ticks(weights, heads, begun, limits, sampling, jnp.int32(9), spec=spec)
@@ -257,7 +257,7 @@ def test_half_precision_keeps_its_dtypes(kind) -> None:
 
 def test_planned_memory_is_what_is_allocated() -> None:
     lm, schedule = model(), METHODS["del"].schedule_for(4)
-    running = session.Session(lm, ragged_prompts(3), schedule, NEW_TOKENS, None)
+    running = session.Session(lm, ragged_prompts(3), Resolved(schedule), NEW_TOKENS, None)
     running.prefill()
     length = cache_length_for(16, NEW_TOKENS, schedule)
     assert length == running.cache_length
@@ -269,11 +269,11 @@ def test_planned_memory_is_what_is_allocated() -> None:
 
 def test_layer_steps_of_the_methods_that_were_there_before() -> None:
     prompts = ragged_prompts(3)
-    ar, dex = (generated(model(), method, prompts, {}) for method in (AR(), Dex(depths=(1, 4))))
-    serial = generated(model(), Dex(schedule="serial"), prompts, {})
+    ar, dex = (generated(model(), method, prompts, {}) for method in (AR(), Dex(depths=(1, 4), draft=False)))
+    one = generated(model(), Dex(explorers=1), prompts, {})
     assert ar.stats.layer_steps.tolist() == (4 * (ar.lengths - 1)).tolist()
     assert dex.stats.layer_steps.tolist() == (3 * dex.stats.ticks).tolist()
-    assert serial.stats.layer_steps.tolist() == (4 * serial.stats.rounds).tolist()
+    assert one.stats.layer_steps.tolist() == (4 * one.stats.ticks).tolist()
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
@@ -315,7 +315,7 @@ def test_a_single_exit_is_that_of_the_twin(sampled) -> None:
 
 def test_depths_come_from_the_exits_as_those_of_dex() -> None:
     def resolved(method, exits):
-        return resolve_method(method, exits, LLAMA, "0").schedule
+        return resolve(method, exits, LLAMA, "0").schedule
 
     assert resolved(Oracle(), "shared").depths == (1, 2, 3, 4)
     assert resolved(DEL(), "shared").depths == (1, 2, 3, 4)
@@ -323,15 +323,15 @@ def test_depths_come_from_the_exits_as_those_of_dex() -> None:
     assert resolved(Oracle(explorers=2), "shared").depths == (2, 4)
     assert resolved(AdaDecode(explorers=2), "shared").depths == (2, 4)
     assert resolved(LayerSkip(exit=2), "shared").depths == (2, 4)
-    assert resolve_method(LayerSkip(exit=2), "default", LLAMA, "0").source == "shared"
+    assert resolve(LayerSkip(exit=2), "default", LLAMA, "0").source == "shared"
     with pytest.raises(DexError, match="trained at depths 1, 3: choose depths among them"):
         resolved(LayerSkip(exit=2), some)
 
 
 def test_del_and_the_oracle_take_every_trained_depth() -> None:
     for method in (DEL(), Oracle()):
-        assert resolve_method(method, trained("attn"), LLAMA, "0").schedule.depths == (1, 2, 3, 4)
-    assert resolve_method(DEL(depths=(2, 4)), trained("attn"), LLAMA, "0").schedule.policy.depths == (2, 4)
+        assert resolve(method, trained("attn"), LLAMA, "0").schedule.depths == (1, 2, 3, 4)
+    assert resolve(DEL(depths=(2, 4)), trained("attn"), LLAMA, "0").schedule.policy.depths == (2, 4)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def outputs(lm, method, **options):
 
 
 def test_a_wrong_token_is_found(lm) -> None:
-    method = dex_jax.Dex(explorers=3)
+    method = dex_jax.Dex(explorers=3, draft=False)
     explored, plain = outputs(lm, method), outputs(lm, dex_jax.AR())
     explored[0].tokens[0, 5] = (explored[0].tokens[0, 5] + 1) % CONFIG.vocab_size
     finding = selfcheck._same_tokens(lm, "tokens", explored, plain, 0.0)
@@ -95,7 +95,7 @@ def test_a_wrong_token_is_found(lm) -> None:
 
 
 def test_wrong_ticks_and_exits_are_found(lm) -> None:
-    method = dex_jax.Dex(explorers=3)
+    method = dex_jax.Dex(explorers=3, draft=False)
     schedule = method.schedule_for(CONFIG.num_layers)
     explored = outputs(lm, method)
     assert selfcheck._counted_ticks("greedy", explored, schedule).holds

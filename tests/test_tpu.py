@@ -32,11 +32,11 @@ pytestmark = pytest.mark.tpu
 SMALL = dataclasses.replace(
     LLAMA, vocab_size=1024, width=256, head_dim=128, mlp_width=512, context=32768, eos_ids=(2, 7)
 )
-DEX = Dex(explorers=3).schedule_for(SMALL.num_layers)
+DEX = Dex(explorers=3, draft=False).schedule_for(SMALL.num_layers)
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
 TREE = TreeShape((2, 2, 1), drafted=0, lookup=(0.5,) * 8, rungs=((1, 1.0), (6, 1.5)))
-SERIAL = Dex(schedule="serial", tree=TREE).schedule_for(SMALL.num_layers)
-METHODS = {"ar": AR().schedule_for(SMALL.num_layers), "dex": DEX, "serial": SERIAL}
+ONE = Dex(explorers=1, draft=TREE).schedule_for(SMALL.num_layers)
+METHODS = {"ar": AR().schedule_for(SMALL.num_layers), "dex": DEX, "one": ONE}
 BATCH, CACHE_LENGTH, PROMPT, CAPACITY = 4, 16384, 64, 64
 ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
@@ -185,9 +185,9 @@ def test_loop_in_bfloat16(tpu, method, layout, sampled) -> None:
     one_layer = nbytes(shapes.memory.keys) // SMALL.num_layers
     assert copies_in_loop(compiled.hlo, one_layer // 2) == []
     # Those of the loop itself: a stage's rows, the final head's, the exits'. None chooses a platform.
-    allowed = {"ar": 0, "dex": DEX.stages + 2, "serial": 2}[method]
+    allowed = {"ar": 0, "dex": DEX.stages + 2, "one": 2}[method]
     # Two filters wherever a token is chosen: for each row count that the final layer and the exits are compiled for.
-    chosen = {"ar": 1, "dex": 1 + 4, "serial": 2}[method]
+    chosen = {"ar": 1, "dex": 1 + 4, "one": 2}[method]
     assert compiled.hlo.count(" conditional(") <= allowed + 2 * chosen * sampled
 
 
@@ -202,7 +202,7 @@ def test_prefill_and_start_in_bfloat16(tpu, method, layout) -> None:
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize(("name", "method"), [("run", "ar"), ("run", "dex"), ("run", "serial"), ("prefill", "ar")])
+@pytest.mark.parametrize(("name", "method"), [("run", "ar"), ("run", "dex"), ("run", "one"), ("prefill", "ar")])
 def test_float32_runs_at_the_highest_precision(tpu, name, method, layout) -> None:
     compiled = compile_program(tpu, name, METHODS[method], LAYOUTS[layout], "float32", cache_length=2048)
     products = re.findall(r" (?:convolution|dot)\(.*", compiled.hlo)
@@ -216,7 +216,7 @@ def test_float32_runs_at_the_highest_precision(tpu, name, method, layout) -> Non
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_smollm2_depth_exploration_compiles(tpu, layout) -> None:
     config = open_checkpoint("smollm2-135m").config
-    schedule = Dex(explorers=5).schedule_for(config.num_layers)
+    schedule = Dex(explorers=5, draft=False).schedule_for(config.num_layers)
     chosen = Unrolled() if layout == "unrolled" else Stacked(schedule.depths)
     compiled = compile_program(tpu, "run", schedule, chosen, "bfloat16", config=config, batch=1, cache_length=2048)
     # Widths that are no multiple of 128 (576, 960) make libtpu before 0.0.52 lay weights out anew once a call; in the
@@ -230,7 +230,7 @@ def test_stages_on_four_chips(topology, wanted, method) -> None:
     """A tick reads one stage on each chip, sends one cohort to the next and gathers proposals once."""
     mesh = make_mesh(wanted, topology.devices)
     stages, pieces = mesh.shape["stage"], mesh.shape["tensor"]
-    grid = Dex(explorers=stages).schedule_for(SMALL.num_layers)
+    grid = Dex(explorers=stages, draft=False).schedule_for(SMALL.num_layers)
     schedule, layout = grid if method == "dex" else METHODS["ar"], Staged(grid.depths)
     dtype = jnp.dtype(jnp.bfloat16)
     shapes = session_shapes(SMALL, dtype, schedule, layout, BATCH, CACHE_LENGTH, capacity=CAPACITY, mesh=mesh)

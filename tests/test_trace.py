@@ -68,9 +68,10 @@ def test_every_tick_is_the_twin_s(stages: int, rows: int) -> None:
         assert all(trace.labels[node.token] == f"<{node.token}>" for node in trace.nodes)
 
 
-def test_a_model_s_trace_says_what_generate_says() -> None:
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_model_s_trace_says_what_generate_says(draft: bool) -> None:
     lm = small_model()
-    options = {"method": dex_jax.Dex(explorers=3), "max_new_tokens": 9, "exits": "shared"}
+    options = {"method": dex_jax.Dex(explorers=3, draft=draft), "max_new_tokens": 24, "exits": "shared"}
     out = dex_jax.generate(lm, [[1, 2, 3]], **options)
     trace = dex_jax.trace(lm, [1, 2, 3], **options)
     assert np.array_equal(out.tokens[0], trace.tokens)
@@ -78,10 +79,12 @@ def test_a_model_s_trace_says_what_generate_says() -> None:
     assert trace.ticks == out.stats.ticks[0]
     assert trace.depths == (2, 3, 4)
     assert trace.labels[trace.tokens[0]] == str(trace.tokens[0])
+    assert [node.token for node in trace.roots] == list(trace.tokens[:-1])
+    assert any(node.born_at == 0 for node in trace.roots) == draft, "paths of drafts are committed"
     assert dataclasses.is_dataclass(trace.nodes[0])
 
 
-@pytest.mark.parametrize("method", [dex_jax.AR(), dex_jax.Dex(schedule="serial")], ids=["ar", "serial"])
+@pytest.mark.parametrize("method", [dex_jax.AR(), dex_jax.LayerSkip(exit=2)], ids=["ar", "layerskip"])
 def test_methods_without_a_lattice_are_refused(method) -> None:
     with pytest.raises(DexError, match="has a lattice to trace"):
         dex_jax.trace(small_model(), [1, 2], method=method, exits="shared", max_new_tokens=4)

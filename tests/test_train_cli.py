@@ -18,7 +18,7 @@ from reference.small_models import LLAMA, small_model
 from dex_jax.cli import decode, train, train_results
 from dex_jax.cli.train_arguments import configured, folder_of, train_parser
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.exits import default_exits
+from dex_jax.decoding.resolve import default_exits
 from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
 from dex_jax.io.save import save_model
 from dex_jax.nn.exits import initial_heads, parameters_of, select_exits

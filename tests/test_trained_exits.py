@@ -14,8 +14,8 @@ from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, sm
 
 import dex_jax
 from dex_jax.config import EXIT_KINDS, ExitsConfig
-from dex_jax.decoding.exits import nearest_depths, resolve_exits
 from dex_jax.decoding.interface import Committed
+from dex_jax.decoding.resolve import nearest_depths, resolve
 from dex_jax.decoding.trained_exits import commit_exits, empty_memory, exit_arrays, read_chunk
 from dex_jax.errors import DexError
 from dex_jax.forced.run import forced_exits
@@ -63,7 +63,7 @@ def plain(lm):
 )
 def test_tokens_are_those_of_ar_and_exits_those_of_teacher_forcing(lm, plain, kind, fused, draft) -> None:
     exits = random_exits(kind, fused=fused, draft=draft)
-    method = dex_jax.Dex(explorers=4, rows="full")
+    method = dex_jax.Dex(explorers=4, rows="full", draft=False)
     out = dex_jax.generate(lm, ragged_prompts(3), method=method, exits=exits, max_new_tokens=20)
     assert_same_tokens(lm, out, plain)
     assert out.stats.exits_source == "random"
@@ -81,7 +81,7 @@ def test_tokens_are_those_of_ar_and_exits_those_of_teacher_forcing(lm, plain, ki
 def test_sampled_tokens_are_those_of_ar(lm) -> None:
     options = {"temperature": 0.9, "top_k": 12, "max_new_tokens": 16, "seed": 3}
     exits = random_exits("linear", fused=True, draft=30)
-    out = dex_jax.generate(lm, ragged_prompts(3), method=dex_jax.Dex(explorers=4), exits=exits, **options)
+    out = dex_jax.generate(lm, ragged_prompts(3), method=dex_jax.Dex(explorers=4, draft=False), exits=exits, **options)
     reference = dex_jax.generate(lm, ragged_prompts(3), method=dex_jax.AR(), **options)
     assert_same_tokens(lm, out, reference, temperature=0.9, top_k=12)
 
@@ -91,7 +91,7 @@ def test_a_fused_exit_sees_its_parent_as_deep_as_it_has_got(lm) -> None:
     exits = random_exits("linear", fused=True)
     parameters = exits.parameters | {"norm": np.zeros((3, WIDTH), np.float32)}
     exits = dataclasses.replace(exits, parameters=parameters)
-    method = dex_jax.Dex(explorers=4, rows="full")
+    method = dex_jax.Dex(explorers=4, rows="full", draft=False)
     out = dex_jax.generate(lm, ragged_prompts(2), method=method, exits=exits, max_new_tokens=16)
     for row, prompt in enumerate(out.prompt_tokens):
         tokens = out.tokens[row, : out.lengths[row]].tolist()
@@ -197,16 +197,15 @@ def test_a_folder_is_loaded_and_nothing_is_refused_clearly(tmp_path) -> None:
 
 def test_depths_move_to_trained_ones_and_a_sentence_says_so(lm) -> None:
     exits = random_exits("linear", depths=(1, 3))
-    schedule = dex_jax.Dex(explorers=2).schedule_for(4)
-    assert schedule.depths == (2, 4)
-    resolved = resolve_exits(exits, schedule, lm.config, "0")
+    assert dex_jax.Dex(explorers=2).schedule_for(4).depths == (2, 4)
+    resolved = resolve(dex_jax.Dex(explorers=2), exits, lm.config, "0")
     assert resolved.schedule.depths == (1, 4)
     assert "the exit depths are 1, 4" in resolved.remarks[0]
     with pytest.raises(DexError, match="at most 3 explorers"):
-        resolve_exits(exits, dex_jax.Dex(explorers=4).schedule_for(4), lm.config, "0")
+        resolve(dex_jax.Dex(explorers=4), exits, lm.config, "0")
     with pytest.raises(DexError, match="choose depths among them"):
-        resolve_exits(exits, dex_jax.Dex(depths=(2, 4)).schedule_for(4), lm.config, "0", given_depths=True)
-    other = resolve_exits(exits, dex_jax.Dex(depths=(1, 3, 4)).schedule_for(4), lm.config, "another model")
+        resolve(dex_jax.Dex(depths=(2, 4)), exits, lm.config, "0")
+    other = resolve(dex_jax.Dex(depths=(1, 3, 4)), exits, lm.config, "another model")
     assert "trained on another model" in other.remarks[0]
 
 
@@ -246,14 +245,16 @@ def test_the_digest_changes_with_any_part(tmp_path) -> None:
 
 
 def test_exits_that_do_not_fit_are_refused(lm) -> None:
-    schedule = dex_jax.Dex(explorers=3).schedule_for(4)
+    method = dex_jax.Dex(depths=(1, 2, 3))
     wide = dataclasses.replace(LLAMA, width=64)
     with pytest.raises(DexError, match="width 32, and this one has 64"):
-        resolve_exits(random_exits("linear"), schedule, wide, "0")
+        resolve(dex_jax.Dex(explorers=3), random_exits("linear"), wide, "0")
     with pytest.raises(DexError, match="has 3 layers"):
-        resolve_exits(random_exits("linear"), schedule, dataclasses.replace(LLAMA, num_layers=3), "0")
+        resolve(method, random_exits("linear"), dataclasses.replace(LLAMA, num_layers=3), "0")
     with pytest.raises(DexError, match="vocabulary ends at 9"):
-        resolve_exits(random_exits("linear", draft=30), schedule, dataclasses.replace(LLAMA, vocab_size=10), "0")
+        resolve(
+            dex_jax.Dex(explorers=3), random_exits("linear", draft=30), dataclasses.replace(LLAMA, vocab_size=10), "0"
+        )
     with pytest.raises(DexError, match="unknown kind"):
         ExitsConfig("cubic", (1,), 8)
     with pytest.raises(DexError, match="ascend"):
@@ -273,7 +274,7 @@ def test_rest_counts_in_probabilities_only(lm) -> None:
     """With a bucket that outweighs all, paths score worse, and without a cap nothing else changes."""
     exits = random_exits("linear", draft=30)
     heavy = exits.parameters | {"rest_bias": np.full(3, 50.0, np.float32)}
-    method = dex_jax.Dex(explorers=4, rows="full")
+    method = dex_jax.Dex(explorers=4, rows="full", draft=False)
     runs = [
         dex_jax.generate(lm, ragged_prompts(2), method=method, exits=each, max_new_tokens=12)
         for each in (exits, dataclasses.replace(exits, parameters=heavy))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   %(prog)s --prompt "Why is the sky blue?"
-  %(prog)s --prompt "Write a limerick" --explorers 10 --color-depth
+  %(prog)s --prompt "Write a limerick" --explorers 10 --no-draft --color-depth
   %(prog)s --prompt-file questions.jsonl --json > answers.jsonl
   %(prog)s --model path/to/llama --depths 8,16,32 --prompt "Hi" --check
   %(prog)s --explorers 5 --mesh stage=5 --prompt "Why is the sky blue?"
@@ -27,9 +27,6 @@ examples:
 The text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 --check found a difference,
 2 bad input, 130 interrupted.
 """
-
-SCHEDULES = ("auto", "serial", "parallel")
-"""As decoding.methods.SCHEDULES, which would import JAX."""
 
 MOST = 4096
 """Rows a stage and continuations a prompt: more is a slip."""
@@ -65,20 +62,15 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("method").add_argument
     add("--method", choices=["dex", "ar", *RIVALS], default="dex", help=METHOD_HELP)
     add(
-        "--schedule",
-        choices=SCHEDULES,
-        default="auto",
-        help="parallel: explorers side by side; serial: rounds that draft tokens ahead, for one device; auto: one of "
-        "the two or AR, whichever should be fastest here; flags of parallel mean parallel (%(default)s)",
-    )
-    add(
         "--explorers",
         type=int,
         metavar="K",
-        help="number of exit depths, evenly spaced (5; del and oracle: every trained depth)",
+        help="number of exit depths, evenly spaced (1, or AR where that should be faster; on a mesh its stages; "
+        "without drafts 5; del and oracle: every trained depth)",
     )
     add("--depths", type=depths, metavar="X,...,L", help="the exit depths themselves, ending at the last layer")
-    add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most; "full", up to K = 8, never prunes')
+    add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most; "full", without drafts, never prunes')
+    add("--no-draft", action="store_true", help="draft nothing before the first layer: the paper's method")
     add("--no-decs", action="store_true", help="let exits repeat tokens that a node's children already hold")
     add_rival_flags(add)
 
@@ -107,8 +99,7 @@ def check_flags(args: argparse.Namespace) -> str | None:
     """
     check_rival_flags(args)
     given = [name for name in ("explorers", "depths", "rows") if getattr(args, name) is not None]
-    given += ["schedule"] if args.schedule != "auto" else []
-    given += ["no-decs"] if args.no_decs else []
+    given += [name for name in ("no-draft", "no-decs") if getattr(args, name.replace("-", "_"))]
     if args.method == "ar" and given:
         raise DexError(
             f"--{given[0]} belongs to --method dex and means nothing with --method ar: leave one of them out"
@@ -128,8 +119,8 @@ def method_of(args: argparse.Namespace) -> Method:
         return rival
     if args.method == "ar":
         return AR()
-    fields: dict[str, Any] = {name: getattr(args, name) for name in ("explorers", "depths", "rows", "schedule")}
-    return Dex(**fields, decs=not args.no_decs)
+    fields: dict[str, Any] = {name: getattr(args, name) for name in ("explorers", "depths", "rows")}
+    return Dex(**fields, decs=not args.no_decs, draft=not args.no_draft)
 
 
 def prompts_of(args: argparse.Namespace, stdin: TextIO | None = None) -> list[Prompt]:

@@ -6,8 +6,8 @@ import argparse
 
 from jax.sharding import Mesh
 
-from dex_jax.decoding.exits import resolve_method, stand_at_depths
-from dex_jax.decoding.methods import Dex, Method, is_auto, with_stages
+from dex_jax.decoding.methods import Method, with_stages
+from dex_jax.decoding.resolve import resolve, unmeasured
 from dex_jax.errors import DexError
 from dex_jax.io import open_checkpoint
 from dex_jax.language_model import layout_on_mesh
@@ -27,15 +27,10 @@ def layout_of(args: argparse.Namespace, method: Method) -> tuple[Layout | None, 
     mesh = None if args.mesh is None else make_mesh(args.mesh)
     if mesh is not None and args.layout == "stacked":
         raise DexError("--layout stacked is for one device: leave it out with --mesh")
-    method = with_stages(method, None if mesh is None else mesh.shape[STAGE])
-    exits, fingerprint = args.exits, checkpoint.fingerprint()
-    if is_auto(method):
-        # Whatever "auto" will choose, the stages of the layout are those of explorers side by side.
-        method = Dex(schedule="parallel")
-        if exits != "shared" and not stand_at_depths(exits, fingerprint):
-            exits = "default"  # a drafter says nothing of stages
-    schedule = resolve_method(method, exits, checkpoint.config, fingerprint).schedule
+    fingerprint = checkpoint.fingerprint()
+    method = unmeasured(with_stages(method, None if mesh is None else mesh.shape[STAGE]), args.exits, fingerprint)
+    schedule = resolve(method, args.exits, checkpoint.config, fingerprint).schedule
     if mesh is None:
         return Stacked(schedule.depths), None
-    layout = Staged(schedule.depths) if schedule.kind == "parallel" else None
+    layout = Staged(schedule.depths) if schedule.has_lattice else None
     return layout_on_mesh(checkpoint, layout, mesh), mesh

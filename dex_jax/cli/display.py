@@ -102,15 +102,14 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     rate = f"{after_first / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds > 0 and after_first else "n/a"
     lines = [f"{title(schedule)} on {stats.device}, {stats.dtype}: {new_tokens} tokens"]
     if stats.choice is not None:
-        lines.append(f"auto chose {stats.choice}")
+        lines.append(f"chosen: {stats.choice}")
     if stats.rounds is not None:
         ratio = after_first / stats.rounds.sum() if stats.rounds.sum() else float("nan")
         lines[0] += f", {int(stats.rounds.sum())} rounds, {ratio:.2f} tokens a round"
-    if schedule.kind == "serial":
-        drafter = "" if stats.exits_source is None else f" and by the drafter ({stats.exits_source})"
-        most = "at most " if schedule.tree is not None and schedule.tree.rungs else ""
-        lines.append(f"{most}{schedule.rows} rows a round, drafted from the text itself{drafter}")
-    where = f"depths {', '.join(map(str, schedule.depths))}; {schedule.rows} rows; exits: {stats.exits_source}"
+    where = f"depths {', '.join(map(str, schedule.depths))}; {schedule.rows} rows"
+    where += "" if stats.exits_source is None else f"; exits: {stats.exits_source}"
+    if schedule.drafts is not None:
+        where += f"; drafts from the text{f' and the drafter ({stats.drafter_source})' if stats.drafter_source else ''}"
     if schedule.policy is not None:
         total, num_layers = int(stats.layer_steps.sum()), schedule.depths[-1]
         a_token = total / after_first if after_first else float("nan")
@@ -118,7 +117,7 @@ def summary(output: Output, checks: list[Check] | None) -> str:
         if stats.drafted is not None and stats.accepted is not None:
             lines[-1] += f"; {int(stats.drafted.sum())} tokens drafted, {int(stats.accepted.sum())} of them accepted"
         lines.append(where)
-    if schedule.kind == "parallel" and stats.ticks is not None:
+    if schedule.has_lattice and stats.ticks is not None:
         ratio = schedule.stages * after_first / stats.ticks.sum() if stats.ticks.sum() else float("nan")
         lines[0] += f", {int(stats.ticks.sum())} ticks, depth-side speedup {ratio:.2f}"
         lines.append(where)
@@ -126,20 +125,21 @@ def summary(output: Output, checks: list[Check] | None) -> str:
         f"wall-clock: {rate} in {stats.decode_seconds:.2f} s of decoding, prefill {stats.prefill_seconds:.2f} s, "
         f"compilation {stats.compile_seconds:.1f} s"
     )
-    if schedule.stages > 1:
+    if schedule.stages > 1 or schedule.drafts is not None:
         lines += _bars(output)
     lines += _check_lines(checks, stats.dtype)
     return "\n".join(lines)
 
 
 def _bars(output: Output) -> list[str]:
-    stages = output.stats.schedule.stages
-    given = output.stats.exits[output.stats.exits > 0]
-    counts = np.bincount(given, minlength=stages + 1)[1 : stages + 1]
+    schedule, stages = output.stats.schedule, output.stats.schedule.stages
+    first = 0 if schedule.drafts is not None else 1
+    given = output.stats.exits[output.stats.exits >= first]
+    counts = np.bincount(given, minlength=stages + 1)
     lines = ["tokens by the exit that first gave them:"]
-    for number, (depth, count) in enumerate(zip(output.stats.schedule.depths, counts, strict=True), 1):
-        share = count / max(counts.sum(), 1)
-        what = "final layer" if number == stages else f"exit {number}"
+    for number, depth in list(enumerate((0, *schedule.depths)))[first:]:
+        count, share = counts[number], counts[number] / max(counts.sum(), 1)
+        what = "final layer" if number == stages else f"exit {number}" if number else "drafted"
         lines.append(
             f"  {what:>11} (depth {depth:>3}) {'█' * round(share * BAR_WIDTH):<{BAR_WIDTH}} {count:>5} {share:4.0%}"
         )

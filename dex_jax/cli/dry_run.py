@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from dex_jax.cli.arguments import prompts_of
-from dex_jax.decoding.methods import Dex, Method, is_auto
+from dex_jax.decoding.methods import Method
 from dex_jax.prompts import Prompt
 
 
@@ -21,10 +21,11 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
       DexError: as a real run would, for what can be known without weights.
     """
     from dex_jax.cli.devices import layout_of
-    from dex_jax.decoding.exits import resolve_method, stand_at_depths
     from dex_jax.decoding.footprint import cache_length_for, device_memory, footprint, trained_bytes, verdict
     from dex_jax.decoding.generate import encode_prompts, sampling_of
     from dex_jax.decoding.methods import with_stages
+    from dex_jax.decoding.output import title
+    from dex_jax.decoding.resolve import resolve, unmeasured
     from dex_jax.decoding.session import check_mesh
     from dex_jax.decoding.sizes import batch_bucket
     from dex_jax.io import open_checkpoint
@@ -37,10 +38,9 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     layout, mesh = layout_of(args, method)
     if mesh is not None:
         method = with_stages(method, mesh.shape[STAGE])
-    if is_auto(method):
-        # Which of AR and serial rounds is chosen is measured on the device; the latter hold no less.
-        method = Dex(schedule="parallel" if stand_at_depths(args.exits, checkpoint.fingerprint()) else "serial")
-    resolved = resolve_method(method, args.exits, config, checkpoint.fingerprint())
+    # Which of AR and one explorer is chosen is measured on the device; the latter holds no less.
+    method = unmeasured(method, args.exits, checkpoint.fingerprint())
+    resolved = resolve(method, args.exits, config, checkpoint.fingerprint())
     resolved.say(checkpoint.fingerprint())
     schedule = resolved.schedule
     layout = layout or Unrolled()
@@ -51,7 +51,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     sampling, _ = sampling_of(args.temperature, args.top_k, args.top_p, args.seed, batch, config.vocab_size)
     length = cache_length_for(max(map(len, ids)), args.max_new_tokens, schedule)
     check_mesh(mesh, layout, schedule, batch)
-    exits_bytes = trained_bytes(config, dtype, resolved.trained, mesh)
+    exits_bytes = sum(trained_bytes(config, dtype, each, mesh) for each in (resolved.exits, resolved.drafter))
     options: dict[str, Any] = {"sampled": sampling is not None, "exits_bytes": exits_bytes, "mesh": mesh}
     compiled_for = batch if mesh is not None else batch_bucket(batch)
     needed = footprint(config, dtype, schedule, compiled_for, length, layout, **options)
@@ -61,9 +61,9 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         sizes = dataclasses.asdict(needed) | {"total_bytes": needed.total_bytes}
         print(json.dumps(sizes | {"devices": devices, "batch": batch, "dtype": str(dtype), "verdict": sentence}))
         return 0
-    how = f", {schedule.kind}" if schedule.kind else ""
     where = "one device" if devices == 1 else f"each of {devices} devices"
-    print(f"{checkpoint.source}: {batch} sequence(s) of at most {length} positions in {dtype}{how}, on {where}")
+    what = f"{batch} sequence(s) of at most {length} positions in {dtype}, {title(schedule)}"
+    print(f"{checkpoint.source}: {what}, on {where}")
     for field in dataclasses.fields(needed):
         print(f"  {field.name.removesuffix('_bytes'):<10} {getattr(needed, field.name) / 1e9:8.3f} GB")
     print(sentence)

@@ -114,7 +114,7 @@ def exits_of(text: str, model: str) -> ExitWork:
     Raises:
       DexError: no such exits.
     """
-    from dex_jax.decoding.exits import default_exits
+    from dex_jax.decoding.resolve import default_exits
     from dex_jax.evaluation.planner.workload import SHAPES, config_of, described_exits, exit_work
     from dex_jax.io import open_checkpoint
     from dex_jax.io.exits_file import load_exits

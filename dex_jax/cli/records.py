@@ -16,17 +16,15 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     """One sequence as a JSON-ready dict.
 
     Keys: prompt (as given), text, tokens (ids, an ending EOS included), prompt_tokens and new_tokens (counts),
-    finished (False only when interrupted), method ("dex", or "ar" also where that is what schedule "auto" chose, or a
-    rival's name), schedule ("parallel" or "serial" for DEX, null for AR and for methods that draft on a chain:
-    layerskip, adadecode, del, oracle), choice (why "auto" chose them, null where it did not), depths, rows,
-    exits_source (null for K = 1 and where nothing drafts), layer_steps (layers run one after the other since the
-    prefill: of every method, 0 for one token, a bound for oracle; no time, see Stats), ticks (null in serial rounds and
-    on chains), exits (born_at of each token), depth_side_speedup (null for one token and without ticks), rounds and
-    tokens_per_round (null but in serial rounds and on chains; the last also for one token), stage_steps (null but in
-    serial rounds), drafted and accepted (counts of tokens, null but on chains), compile_seconds, prefill_seconds and
-    decode_seconds (of the whole batch), tokens_per_second ((n - 1) / decode_seconds of this sequence, null for one
-    token), device, dtype, seed (null when greedy), and check when asked for (identical, first_divergence, top2_margin;
-    see evaluation.check).
+    finished (False only when interrupted), method ("dex", or "ar" also where that was chosen, or a rival's name), draft
+    (whether exit 0 drafts), choice (why the method was chosen, null where it was given), depths, rows, exits_source
+    (null for K = 1), drafter_source (null without a drafter), layer_steps (layers run one after the other since the
+    prefill: of every method, 0 for one token, a bound for oracle; no time, see Stats), ticks (null for methods that
+    draft on a chain: layerskip, adadecode, del, oracle), exits (born_at of each token), depth_side_speedup (null for
+    one token and without ticks), rounds, tokens_per_round, drafted and accepted (null but on chains; tokens_per_round
+    also for one token), compile_seconds, prefill_seconds and decode_seconds (of the whole batch), tokens_per_second
+    ((n - 1) / decode_seconds of this sequence, null for one token), device, dtype, seed (null when greedy), and check
+    when asked for (identical, first_divergence, top2_margin; see evaluation.check).
     """
     stats, length = output.stats, int(output.lengths[row])
     record = {
@@ -37,17 +35,17 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
         "new_tokens": length,
         "finished": bool(output.finished[row]),
         "method": stats.schedule.method,
-        "schedule": stats.schedule.kind,
+        "draft": stats.schedule.drafts is not None,
         "choice": stats.choice,
         "depths": list(stats.schedule.depths),
         "rows": stats.schedule.rows,
         "exits_source": stats.exits_source,
+        "drafter_source": stats.drafter_source,
         "layer_steps": _at(stats.layer_steps, row),
         "ticks": _at(stats.ticks, row),
         "exits": stats.exits[row, :length].tolist(),
         "depth_side_speedup": _at(stats.depth_side_speedup, row),
         "rounds": _at(stats.rounds, row),
-        "stage_steps": _at(stats.stage_steps, row),
         "tokens_per_round": _at(stats.tokens_per_round, row),
         "drafted": _at(stats.drafted, row),
         "accepted": _at(stats.accepted, row),

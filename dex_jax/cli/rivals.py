@@ -52,7 +52,7 @@ def check_rival_flags(args: argparse.Namespace) -> None:
     alien += [name for name in ("exit_depth", "draft_length", "threshold") if name not in fields]
     given = [name for name in alien if getattr(args, name) is not None]
     if rival:
-        given += [name for name, usual in (("rows", None), ("schedule", "auto")) if getattr(args, name) != usual]
+        given += [name for name, usual in (("rows", None), ("no_draft", False)) if getattr(args, name) != usual]
         given += ["no_decs"] if args.no_decs else []
     if given:
         flag = "--" + given[0].replace("_", "-")

@@ -88,13 +88,12 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
     train_exits(config, lm, folder, mesh=mesh, initial=initial, tell=functools.partial(print, flush=True))
     _draw(folder)
     model = "" if config.model == "smollm2-135m" else f" --model {config.model}"
-    serial = " --schedule serial" if config.exits.is_drafter else ""
     decode = program("decode.py")
-    print(f'The exits are in {folder / FILE_NAME}. Use them: {decode}{model}{serial} --exits {folder} --prompt "..."')
+    print(f'The exits are in {folder / FILE_NAME}. Use them: {decode}{model} --exits {folder} --prompt "..."')
 
 
 def _exits_to_start_from(name: str, config: ExitTraining) -> TrainedExits:
-    from dex_jax.decoding.exits import default_drafter, default_exits
+    from dex_jax.decoding.resolve import default_drafter, default_exits
     from dex_jax.io import open_checkpoint
     from dex_jax.io.exits_file import load_exits
 

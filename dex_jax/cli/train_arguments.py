@@ -27,7 +27,7 @@ TRAIN_EPILOG = """\
 further commands, each with --help:
   %(prog)s export FOLDER OUT.safetensors     one small file of a run's exits
   %(prog)s evaluate --exits ... --data ...   agreement and predicted speedups on prompts of your choice
-  %(prog)s tree --exits ... --data ... --output ...   the token tree that pays on this device, for --schedule serial
+  %(prog)s tree --exits ... --data ... --output ...   the token tree that pays on this device
 
 examples:
   %(prog)s --config configs/smollm2_135m.py

@@ -102,7 +102,7 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
     Raises:
       DexError: none there, or depths for trained ones.
     """
-    from dex_jax.decoding.exits import default_exits
+    from dex_jax.decoding.resolve import default_exits
     from dex_jax.io.exits_file import load_exits
 
     if args.exits == "shared":

@@ -62,6 +62,6 @@ class AdaDecode:
         whole_number(draft_length=self.draft_length)
         if not 0 <= self.threshold <= 1:
             raise DexError(f"AdaDecode's threshold is a probability, from 0 to 1, and not {self.threshold}")
-        depths = Dex(self.explorers, self.depths, rows=1, schedule="parallel").schedule_for(num_layers).depths
+        depths = Dex(self.explorers, self.depths, rows=1, draft=False).schedule_for(num_layers).depths
         policy = Sure(self.draft_length, float(self.threshold))
         return Schedule("adadecode", depths, policy.rows, decs=False, policy=policy)

@@ -1,7 +1,7 @@
 """What steps take on the device at hand, by their rows: measured on a layer of the model's shapes.
 
 Nothing of it depends on the values of weights, on how many sequences there are or on how long texts get: one
-measurement serves all, kept on disk in one file for all models and devices. Rounds correct it by what they really take
+measurement serves all, kept on disk in one file for all models and devices. Ticks correct it by what they really take
 (decoding/pace.py).
 
 Letters: B sequences, N rows of each, S cache length, V vocabulary, D model width, L layers.
@@ -25,13 +25,10 @@ import numpy as np
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.interface import StageView
-from dex_jax.decoding.network import transformer_network
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import cache_folder, write_whole
 from dex_jax.language_model import abstract_weights, merge_model
-from dex_jax.lattice import NO_NODE, default_rows
 from dex_jax.nn import few_rows
 from dex_jax.nn.forward import run_tree
 from dex_jax.nn.transformer import Layout, Stacked, parameter_shapes
@@ -57,11 +54,11 @@ machine can only slow a run down."""
 LONGEST = 1e4
 """Seconds that no step takes: a file that says so is damaged."""
 
-DRAFTING, ROUND = 2.0, 0.01
-"""Before any round has run: drafting a level takes so many times what reading the drafter does, and all that a round
-does beside its step and its drafting so many AR steps."""
+DRAFTING, OVERHEAD = 2.0, 0.01
+"""Before any tick has run: drafting a level takes so many times what reading the drafter does, and all that a tick does
+beside its step and its drafting so many AR steps."""
 
-_KNOWN: dict[str, dict[str, Any]] = {}
+_KNOWN: dict[str, list[float]] = {}
 """What this process has measured or read, as it is kept on disk."""
 
 
@@ -73,18 +70,15 @@ class StepCosts:
       rows: N, ascending, 1 the first.
       seconds: for each of them; they never fall.
       weight_bytes: that a step reads.
-      round: seconds of a serial round beside its step and its drafting: to look up, to choose rows, to commit.
+      overhead: seconds of a tick with drafts beside its step and its drafting: to look up, to choose rows, to commit.
       drafting: seconds of drafting one level of a tree; 0 without a drafter.
-      tick: seconds of all stages side by side with the default rows and no head; None for the unrolled layout, where a
-        tick runs its stages one after the other.
     """
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
     weight_bytes: int
-    round: float = 0.0
+    overhead: float = 0.0
     drafting: float = 0.0
-    tick: float | None = None
 
     def step(self, rows: float) -> float:
         """Seconds of a step with so many rows a sequence: what the next larger measured number takes.
@@ -109,7 +103,7 @@ def step_costs(
       dtype: of weights and caches.
       batch: B.
       length: S.
-      drafter: of serial rounds, None for the text alone.
+      drafter: exit 0, None for the text alone.
     """
     dtype = jnp.dtype(dtype)
     count = int(np.searchsorted(TOTALS[:-1], batch * ROWS[-1])) + 1
@@ -117,14 +111,14 @@ def step_costs(
     sizes = [shape for name, shape in parameter_shapes(config).items() if name != "embed" or config.tied]
     total = sum(map(math.prod, sizes)) * dtype.itemsize
     # Fewer rows take no longer: where they did, something else was running.
-    seconds = np.minimum.accumulate(kept["rows"][::-1])[::-1].tolist()
+    seconds = np.minimum.accumulate(kept[::-1])[::-1].tolist()
     position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
     caches = seconds[0] * batch * max(0, length - LENGTH) * position / total
     rows = tuple(_at(TOTALS[: len(seconds)], seconds, batch * each) + caches for each in ROWS)
     drafting = 0.0
     if drafter is not None:
         drafting = DRAFTING * seconds[0] * head_bytes(drafter, config, few_rows.kept_dtype(dtype)) / total
-    return StepCosts(ROWS, rows, total, ROUND * rows[0], drafting, kept["tick"])
+    return StepCosts(ROWS, rows, total, OVERHEAD * rows[0], drafting)
 
 
 def forget(config: ModelConfig, layout: Layout, dtype: Any) -> None:
@@ -155,7 +149,7 @@ def _at(rows: tuple[int, ...], seconds: Any, wanted: float) -> float:
     return seconds[index] if index < len(rows) else seconds[-1] * wanted / rows[-1]
 
 
-def _known(config: ModelConfig, layout: Layout, dtype: np.dtype, count: int) -> dict[str, Any]:
+def _known(config: ModelConfig, layout: Layout, dtype: np.dtype, count: int) -> list[float]:
     """What is kept of such a model, measured first where it is less than the first `count` of TOTALS.
 
     It stays even where other load was there when it was measured: other figures would choose other programs, which take
@@ -163,7 +157,7 @@ def _known(config: ModelConfig, layout: Layout, dtype: np.dtype, count: int) -> 
     """
     key, file = _key(config, layout, dtype), costs_file()
     kept = _KNOWN.get(key) or _read(file).get(key)
-    if kept is None or len(kept["rows"]) < count:
+    if kept is None or len(kept) < count:
         notify("measuring what steps cost here")
         kept = _measure(config, layout, dtype, TOTALS[:count])
         _write(file, _read(file) | {key: kept})
@@ -179,7 +173,7 @@ def _key(config: ModelConfig, layout: Layout, dtype: np.dtype) -> str:
     return " ".join(map(str, (*about, *shapes)))
 
 
-def _read(file: Path) -> dict[str, dict[str, Any]]:
+def _read(file: Path) -> dict[str, list[float]]:
     """What a file keeps, without what is damaged."""
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
@@ -192,22 +186,17 @@ def _is_whole(kept: Any) -> bool:
     def seconds(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < LONGEST
 
-    if not isinstance(kept, dict) or set(kept) != {"rows", "tick"}:
-        return False
-    rows, tick = kept["rows"], kept["tick"]
-    if not isinstance(rows, list) or not len(ROWS) <= len(rows) <= len(TOTALS) or not all(map(seconds, rows)):
-        return False
-    return tick is None or seconds(tick)
+    return isinstance(kept, list) and len(ROWS) <= len(kept) <= len(TOTALS) and all(map(seconds, kept))
 
 
-def _write(file: Path, kept: dict[str, dict[str, Any]]) -> None:
+def _write(file: Path, kept: dict[str, list[float]]) -> None:
     # Only a convenience: without a place to write, the next process measures again.
     with contextlib.suppress(DexError):
         write_whole(file, json.dumps(kept, indent=1) + "\n")
 
 
-def _measure(config: ModelConfig, layout: Layout, dtype: np.dtype, totals: tuple[int, ...]) -> dict[str, Any]:
-    """Seconds of a step over L layers and the final logits for each of `totals`, and of a tick."""
+def _measure(config: ModelConfig, layout: Layout, dtype: np.dtype, totals: tuple[int, ...]) -> list[float]:
+    """Seconds of a step over L layers and the final logits for each of `totals`."""
     short, layout, share = _shortened(config, layout)
     abstract = abstract_weights(short, layout, dtype)
     layers = {name: shape for name, shape in parameter_shapes(short).items() if name.startswith("layers.")}
@@ -228,21 +217,14 @@ def _measure(config: ModelConfig, layout: Layout, dtype: np.dtype, totals: tuple
         return _again(steps, step, token)
 
     programs: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def add(function: Callable[..., Any], *arguments: Any) -> None:
-        programs.append((jax.jit(function).lower(weights[0], *arguments).compile(), arguments))
-
     for rows in totals:
         token = np.zeros((1, rows), np.int32)
-        add(run, memory, token, token + LENGTH // 2, np.tril(np.ones((1, rows, rows), bool)))
-    if isinstance(layout, Stacked):
-        add(*_tick(short, layout, memory, steps))
+        arguments = (memory, token, token + LENGTH // 2, np.tril(np.ones((1, rows, rows), bool)))
+        programs.append((jax.jit(run).lower(weights[0], *arguments).compile(), arguments))
     of_all = np.asarray(_fastest(programs, weights)) / steps
     # The final logits are one more product: they take as long as layers of as many bytes.
     final = config.vocab_size * config.width * dtype.itemsize * share / size
-    tick = float(of_all[-1] / share) if isinstance(layout, Stacked) else None
-    seconds = (of_all[: len(totals)] * (1 + final) / share).tolist()
-    return {"rows": seconds, "tick": tick}
+    return (of_all * (1 + final) / share).tolist()
 
 
 def _shortened(config: ModelConfig, layout: Layout) -> tuple[ModelConfig, Layout, float]:
@@ -259,30 +241,6 @@ def _shortened(config: ModelConfig, layout: Layout) -> tuple[ModelConfig, Layout
 def _again(steps: int, step: Callable[[Any], Any], start: Any) -> Any:
     """`steps` of them, each on what the one before has left."""
     return step(start) if steps == 1 else jax.lax.fori_loop(0, steps, lambda _, carry: step(carry), start)
-
-
-def _tick(config: ModelConfig, layout: Stacked, memory: cache.Memory, steps: int) -> tuple[Any, ...]:
-    """(function, arguments) that runs all stages `steps` times, every row live."""
-    stages = len(layout.depths)
-    rows = default_rows(stages)
-    memory = cache.with_lattice(memory, config, layout, stages * rows)
-    shape = (stages, 1, rows)
-    view = StageView(
-        ring=jnp.arange(stages, dtype=jnp.int32),
-        token=jnp.zeros(shape, jnp.int32),
-        position=jnp.full(shape, LENGTH // 2, jnp.int32),
-        live=jnp.ones(shape, bool),
-        ancestors=jnp.zeros((*shape, stages * rows), bool),
-        parent=jnp.full(shape, NO_NODE, jnp.int32),
-        prefix=jnp.full(1, LENGTH // 2, jnp.int32),
-    )
-    hidden = jnp.ones((*shape, config.width), jax.tree.leaves(memory.keys)[0].dtype)
-
-    def function(weights: Any, memory: cache.Memory, hidden: jax.Array, view: StageView) -> Any:
-        network = transformer_network(merge_model(config, layout, weights), layout.depths, None)
-        return _again(steps, lambda carry: network.advance(carry[1], carry[0], view), (hidden, memory))
-
-    return function, memory, hidden, view
 
 
 def _fastest(programs: list[tuple[Any, tuple[Any, ...]]], weights: list[Any]) -> list[float]:

@@ -5,21 +5,28 @@ Letters: B sequences, n rows, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.interface import Drafter
+from dex_jax.decoding.interface import Drafter, StageView
 from dex_jax.decoding.trained_exits import ExitArrays, exit_heads, shared_columns
 from dex_jax.nn.transformer import Transformer
 
 
-def transformer_drafter(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -> Drafter:
+def transformer_drafter(
+    model: Transformer,
+    config: ExitsConfig,
+    arrays: ExitArrays,
+    reached: Callable[[Any, jax.Array, StageView], jax.Array] | None,
+) -> Drafter:
     """The callables of a drafter, see ExitsConfig.is_drafter; memory has an ExitMemory as `exits`.
 
-    What it reads of a position before is what the final norm gives there, or its own estimate of that.
+    What it reads of a position before is what the final norm gives there, an exit's estimate of that (`reached`, as of
+    Drafter), or its own.
     """
     logits, rest = shared_columns(model, arrays)
 
@@ -35,4 +42,4 @@ def transformer_drafter(model: Transformer, config: ExitsConfig, arrays: ExitArr
     def committed(memory: Any) -> jax.Array:
         return memory.exits.previous
 
-    return Drafter(committed, None, features, logits, arrays.vocabulary, rest)
+    return Drafter(committed, reached, features, logits, arrays.vocabulary, rest)

@@ -175,7 +175,7 @@ class DEL:
         if not 0 < self.decay <= 1:
             raise DexError(f"DEL's decay lies above 0 and is at most 1, not {self.decay}")
         explorers = num_layers if self.everywhere else self.explorers
-        depths = Dex(explorers, self.depths, rows=1, schedule="parallel").schedule_for(num_layers).depths
+        depths = Dex(explorers, self.depths, rows=1, draft=False).schedule_for(num_layers).depths
         if len(depths) == 1:
             raise DexError("DEL needs an exit to draft at: give explorers of 2 or more, or depths below the last layer")
         policy = Dynamic(self.draft_length, depths, float(self.decay), self.confidence)

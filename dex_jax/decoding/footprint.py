@@ -24,6 +24,7 @@ from dex_jax.decoding.heads import HEAD_BLOCK
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import Limits
 from dex_jax.decoding.spec import Spec
+from dex_jax.decoding.trained_exits import Heads
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import abstract_weights
 from dex_jax.nn import few_rows
@@ -45,7 +46,8 @@ class SessionShapes(NamedTuple):
       limits, sampling: as in a session; sampling is None when greedy, and has both filters otherwise.
       state: what the loop carries, `memory` included.
       scalar: int32 scalar, a start position or a tick.
-      prompt: [B, R] int32, of serial rounds; None otherwise.
+      heads: trained ones; none.
+      prompt: [B, S] int32 with drafts; None otherwise.
     """
 
     weights: Any
@@ -57,21 +59,22 @@ class SessionShapes(NamedTuple):
     state: Any
     scalar: jax.ShapeDtypeStruct
     prompt: jax.ShapeDtypeStruct | None
+    heads: Heads = Heads()
 
     def of_prefill(self, chunk: int) -> tuple[Any, ...]:
         """What `session.prefill_chunk` takes for chunks of so many tokens."""
         tokens = jax.ShapeDtypeStruct((self.lengths.shape[0], chunk), jnp.int32)
-        return self.weights, None, self.memory, self.last, tokens, self.scalar, self.lengths
+        return self.weights, self.heads, self.memory, self.last, tokens, self.scalar, self.lengths
 
     @property
     def of_start(self) -> tuple[Any, ...]:
         """What `session.start_decoding` takes."""
-        return self.weights, None, self.memory, self.last, self.lengths, self.limits, self.sampling, self.prompt
+        return self.weights, self.heads, self.memory, self.last, self.lengths, self.limits, self.sampling, self.prompt
 
     @property
     def of_run(self) -> tuple[Any, ...]:
         """What `session.run_ticks` takes."""
-        return self.weights, None, self.state, self.limits, self.sampling, self.scalar
+        return self.weights, self.heads, self.state, self.limits, self.sampling, self.scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +185,7 @@ def session_shapes(
     if mesh is not None:
         memory = memory._replace(lattice_keys=(), lattice_values=())
     start = functools.partial(session.start_decoding, spec=spec, capacity=capacity)
-    prompt = None if schedule.tree is None else array((batch, cache_length), jnp.int32)
+    prompt = None if schedule.drafts is None else array((batch, cache_length), jnp.int32)
     shapes = SessionShapes(weights, memory, last, lengths, limits, sampling, None, scalar, prompt)
     shapes = shapes._replace(state=jax.eval_shape(start, *shapes.of_start))
     return shapes if mesh is None else SessionShapes(*place(shapes, _specs(spec, shapes), mesh))
@@ -200,6 +203,7 @@ def _specs(spec: Spec, shapes: SessionShapes) -> SessionShapes:
         state=on_mesh.state_specs(spec),
         scalar=EVERYWHERE,
         prompt=each,
+        heads=EVERYWHERE,
     )
 
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.decoding.auto import reconsider, settle
-from dex_jax.decoding.exits import ResolvedExits, resolve_method
-from dex_jax.decoding.methods import SPARE, Dex, Method, Schedule, whole_number, with_stages
+from dex_jax.decoding.methods import SPARE, Dex, Method, whole_number, with_stages
 from dex_jax.decoding.output import Output, Stats, counts, cut, steps_of
 from dex_jax.decoding.record import Record
+from dex_jax.decoding.resolve import Resolved, resolve
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for
 from dex_jax.decoding.stopping import StopStrings
@@ -50,9 +50,8 @@ class Prepared:
     """A checked request: what to run, and what its Output repeats."""
 
     session: Session
-    schedule: Schedule
+    method: Resolved
     choice: str | None
-    exits: ResolvedExits
     ids: list[list[int]]
     seeds: list[int] | None
     stops: StopStrings
@@ -85,9 +84,8 @@ def prepare(
     method = with_stages(method, None if lm.mesh is None else lm.mesh.shape[STAGE])
     settled, choice = settle(method, exits, *model, batch_bucket(len(ids)), length)
     resolved = _resolve(lm, settled, exits)
-    session = Session(lm, ids, resolved.schedule, max_new_tokens, sampling, resolved.trained)
-    stops = StopStrings(stop, lm.tokenizer)
-    return Prepared(session, resolved.schedule, choice, resolved, ids, seeds, stops, ticks_per_update)
+    session = Session(lm, ids, resolved, max_new_tokens, sampling)
+    return Prepared(session, resolved, choice, ids, seeds, StopStrings(stop, lm.tokenizer), ticks_per_update)
 
 
 P = ParamSpec("P")
@@ -142,9 +140,9 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
       method: AR(), Dex(...), a rival (LayerSkip, AdaDecode, DEL, DexSingleExit) or Oracle, a bound; None is Dex(),
         which chooses what should be fastest on the device at hand, and on a mesh is one explorer a stage.
       max_new_tokens: at most so many tokens per sequence, the first one of the prefill included.
-      exits: "shared" (the model's own final norm and unembedding at every depth; for serial rounds no drafter),
-        "default" (what ships for the model), a path, or what `load_exits` gave. Exits never change tokens. Those of a
-        path settle what "auto" chooses, if only one schedule can use them.
+      exits: "shared" (the model's own final norm and unembedding at every depth, and no drafter), "default" (what ships
+        for the model), a path, or what `load_exits` gave: a drafter or exits at depths, the other of which is the
+        default one then. Exits never change tokens.
       temperature: 0 is greedy; above, tokens are sampled with noise that belongs to their positions.
       top_k: keep the k most likely tokens; None keeps all.
       top_p: keep the smallest set that holds this probability, in (0, 1]; None keeps all.
@@ -161,7 +159,7 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
       DexError: as `generate`.
     """
     run = prepare(lm, prompts, **options)
-    run.exits.say(lm.fingerprint)
+    run.method.say(lm.fingerprint)
     times = dict.fromkeys(("compile", "prefill", "decode"), 0.0)
     with _Clock(times, "prefill"):
         run.session.prefill()
@@ -192,11 +190,11 @@ def precompile(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], 
     return compile_seconds() - before
 
 
-def _resolve(lm: Outline | LanguageModel, method: Method, exits: str | os.PathLike | TrainedExits) -> ResolvedExits:
-    """`resolve_method`; on a mesh, whose stages hold layers already, a grid that nothing else settles is theirs."""
-    resolved = resolve_method(method, exits, lm.config, lm.fingerprint)
+def _resolve(lm: Outline | LanguageModel, method: Method, exits: str | os.PathLike | TrainedExits) -> Resolved:
+    """`resolve`; on a mesh, whose stages hold layers already, a grid that nothing else settles is theirs."""
+    resolved = resolve(method, exits, lm.config, lm.fingerprint)
     schedule, given = resolved.schedule, isinstance(method, Dex) and method.depths is not None
-    free = schedule.kind == "parallel" and resolved.trained is None and not given
+    free = schedule.has_lattice and resolved.exits is None and not given
     if not (free and isinstance(lm.layout, Staged) and len(lm.layout.depths) == schedule.stages):
         return resolved
     return dataclasses.replace(resolved, schedule=dataclasses.replace(schedule, depths=lm.layout.depths))
@@ -297,7 +295,7 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
         if kept is not None:
             lengths[row], finished[row] = kept, True
             tokens[row], exits[row] = cut(tokens[row], exits[row], kept)
-            steps[row] = steps_of(run.schedule, exits[row], kept)
+            steps[row] = steps_of(run.method.schedule, exits[row], kept)
         texts.append(text)
     width = int(lengths.max())
     spent = None if record.spent is None else np.asarray(record.spent)
@@ -305,11 +303,12 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     many = "" if mesh is None else f"{mesh.size} x "
     stats = Stats(
-        schedule=run.schedule,
+        schedule=run.method.schedule,
         choice=run.choice,
-        exits_source=run.exits.source,
+        exits_source=run.method.source,
+        drafter_source=run.method.drafter_source,
         exits=exits[:, :width],
-        **counts(run.schedule, exits, steps, spent, lengths),
+        **counts(run.method.schedule, exits, steps, spent, lengths),
         compile_seconds=times["compile"],
         prefill_seconds=times["prefill"],
         decode_seconds=times["decode"],

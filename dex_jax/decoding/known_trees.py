@@ -1,6 +1,6 @@
-"""Trees of serial rounds whose worth is known: those that need no drafter, and those that a drafter brings along.
+"""Trees whose worth with one explorer is known: those that need no drafter, and those that a drafter brings along.
 
-How many tokens a round emits does not depend on the device, so it is measured once and kept; what a round takes does,
+How many tokens a tick emits does not depend on the device, so it is measured once and kept; what a tick takes does,
 and is not kept.
 """
 
@@ -21,7 +21,7 @@ fall."""
 
 @dataclasses.dataclass(frozen=True)
 class KnownTree:
-    """A tree, and how many tokens all rounds of some texts emitted with it, over how many rounds there were."""
+    """A tree, and how many tokens all ticks of some texts emitted with it, over how many ticks there were."""
 
     shape: TreeShape
     tokens_per_round: float
@@ -42,11 +42,11 @@ DRAFTED_TREE = TreeShape((2, 1), drafted=2, lookup=LOOKUP_TRUST)
 """With a drafter that brings no tree of its own."""
 
 DRAFTED_TOKENS = 1.8
-"""Tokens a round that are expected of it then: the least that a drafter should be worth."""
+"""Tokens a tick that are expected of it then: the least that a drafter should be worth."""
 
 
 def known_trees(drafter: TrainedExits | None) -> tuple[KnownTree, ...]:
-    """The trees that serial rounds choose from, the one that was fastest where they were searched for first."""
+    """The trees to choose from, the one that was fastest where they were searched for first."""
     if drafter is None:
         return LOOKUP_TREES
     found: list[dict[str, Any]] = drafter.metadata.get("trees", [])
@@ -57,7 +57,7 @@ def known_trees(drafter: TrainedExits | None) -> tuple[KnownTree, ...]:
 
 
 def with_trees(drafter: TrainedExits, trees: Iterable[KnownTree]) -> TrainedExits:
-    """The drafter with trees of its own, which serial rounds take unless they are given another; the first leads."""
+    """The drafter with trees of its own, the first of which one explorer takes unless told otherwise."""
     found = [
         {
             "widths": list(tree.shape.widths),

@@ -187,7 +187,7 @@ def step(
     finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, tick)
     final = final_tokens(network, state, hidden[-1], view, finished, sampling, drafts)
     state, path = settle(state, final, limits, levels_of(drafts))
-    state = state._replace(memory=network.commit(memory, committed(path, hidden[-1], view)))
+    state = state._replace(memory=network.commit(memory, committed(path.slot, path.length, hidden[-1], view)))
 
     proposals = None
     if exits is not None and stages > 1:
@@ -320,15 +320,15 @@ def final_tokens(
     return climb(used, (0, *_counts(drafts, rows)), lambda count: none if count == 0 else of_rows(count))
 
 
-def committed(path: Path, hidden: jax.Array, view: StageView) -> Committed:
-    """A path as the network commits it: hidden [B, W, D] of the last stage."""
-    row = path.slot % hidden.shape[1]
+def committed(slot: jax.Array, length: jax.Array, hidden: jax.Array, view: StageView) -> Committed:
+    """A path of nodes in slots [B, P], of length [B], as the network commits it: hidden [B, W, D] of the last stage."""
+    row = slot % hidden.shape[1]
     return Committed(
-        slot=path.slot,
+        slot=slot,
         token=jnp.take_along_axis(view.token[-1], row, axis=1),
         hidden=jnp.take_along_axis(hidden, row[:, :, None], axis=1),
         position=view.prefix,
-        length=path.length,
+        length=length,
     )
 
 

@@ -23,12 +23,13 @@ from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import ar, loop
 from dex_jax.decoding.ar import ARState
+from dex_jax.decoding.drafts import Drafting, RowCosts
 from dex_jax.decoding.loop import DexState
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import Limits, until_done
 from dex_jax.decoding.spec import Spec
 from dex_jax.decoding.stage import StageNetwork, ar_step, extend_stages, from_last_stage, stage_network, step
-from dex_jax.decoding.trained_exits import ExitArrays, read_chunk
+from dex_jax.decoding.trained_exits import ExitArrays, Heads, read_chunk
 from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.nn.forward import last_states
 from dex_jax.nn.placing import device_config, weight_specs
@@ -46,7 +47,7 @@ MEMORY = cache.Memory(_CACHE, _CACHE, _CACHE, _CACHE, BY_SEQUENCE)
 
 def prefill_chunk(
     weights: Any,
-    heads: ExitArrays | None,
+    heads: Heads,
     memory: Any,
     last: jax.Array,
     tokens: jax.Array,
@@ -61,24 +62,27 @@ def prefill_chunk(
         device, memory = _device(spec, weights, heads), _own(memory)
         hidden, memory = extend_stages(device, memory, tokens, jnp.full(tokens.shape[0], start))
         exits = memory.exits
-        if spec.exits is not None and heads is not None and spec.exits.needs_previous:
-            exits = read_chunk(device.model, spec.exits, heads, exits, tokens, hidden, start, lengths)
+        config, arrays = spec.remembers, spec.remembering(heads)
+        if config is not None and arrays is not None:
+            exits = read_chunk(device.model, config, arrays, exits, tokens, hidden, start, lengths)
         # Only now is what the last stage has seen known to all.
         last, exits = from_last_stage((last_states(hidden, last, start, lengths), exits), device.stages)
         return _stacked(memory._replace(exits=exits)), last
 
-    inputs = (_weights(spec), _heads(heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE, EVERYWHERE, BY_SEQUENCE)
+    inputs = (_weights(spec), head_specs(heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE, EVERYWHERE, BY_SEQUENCE)
     return _mapped(run, spec, inputs, (MEMORY, BY_SEQUENCE))(weights, heads, memory, last, tokens, start, lengths)
 
 
 def start_decoding(
     weights: Any,
-    heads: ExitArrays | None,
+    heads: Heads,
     memory: Any,
     last: jax.Array,
     lengths: jax.Array,
     limits: Limits,
     sampling: Sampling | None,
+    prompt: jax.Array | None = None,
+    costs: RowCosts | None = None,
     *,
     spec: Spec,
     capacity: int,
@@ -86,12 +90,22 @@ def start_decoding(
     """`session.start_decoding` on a mesh: every device chooses token 0 for itself, nothing is sent."""
     schedule = spec.schedule
 
-    def run(weights: Any, heads: Any, memory: Any, last: Any, lengths: Any, limits: Any, sampling: Any) -> Any:
+    def run(
+        weights: Any,
+        heads: Any,
+        memory: Any,
+        last: Any,
+        lengths: Any,
+        limits: Any,
+        sampling: Any,
+        prompt: Any,
+        costs: Any,
+    ) -> Any:
         device, memory = _device(spec, weights, heads), _own(memory)
         token = ar.next_token(device.model, last, lengths, sampling)
         if schedule.method == "ar":
             return ar.init(_stacked(memory), token, lengths, capacity=capacity, limits=limits)
-        slots = schedule.stages * schedule.rows
+        slots, length = schedule.stages * schedule.rows, memory.keys[0].shape[-2]
         memory = cache.with_lattice(memory, device.model.config, Unrolled(), slots)
         state = loop.init(
             device.network,
@@ -103,19 +117,24 @@ def start_decoding(
             capacity=capacity,
             limits=limits,
             sampling=sampling,
+            drafts=schedule.drafts,
+            prompt=prompt,
+            length=length,
+            costs=costs,
         )
         return state._replace(memory=_stacked(memory), hidden=state.hidden[:1])
 
     inputs = (
-        *(_weights(spec), _heads(heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE),
-        *(LIMITS, sampling_specs(sampling)),
+        *(_weights(spec), head_specs(heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE),
+        *(LIMITS, sampling_specs(sampling), BY_SEQUENCE, EVERYWHERE),
     )
-    return _mapped(run, spec, inputs, state_specs(spec))(weights, heads, memory, last, lengths, limits, sampling)
+    arguments = (weights, heads, memory, last, lengths, limits, sampling, prompt, costs)
+    return _mapped(run, spec, inputs, state_specs(spec))(*arguments)
 
 
 def run_ticks(
     weights: Any,
-    heads: ExitArrays | None,
+    heads: Heads,
     state: Any,
     limits: Limits,
     sampling: Sampling | None,
@@ -133,12 +152,12 @@ def run_ticks(
             state = _together(spec, lambda s: ar_step(device, s, limits, sampling), state, until_tick)
             return state._replace(memory=_stacked(state.memory))
         state = state._replace(hidden=state.hidden[0])
-        decs = spec.schedule.decs
-        state = _together(spec, lambda s: step(device, s, limits, sampling, decs=decs), state, until_tick)
+        options: dict[str, Any] = {"decs": spec.schedule.decs, "drafts": spec.schedule.drafts}
+        state = _together(spec, lambda s: step(device, s, limits, sampling, **options), state, until_tick)
         return state._replace(memory=_stacked(state.memory), hidden=state.hidden[None])
 
     states = state_specs(spec)
-    inputs = (_weights(spec), _heads(heads), states, LIMITS, sampling_specs(sampling), EVERYWHERE)
+    inputs = (_weights(spec), head_specs(heads), states, LIMITS, sampling_specs(sampling), EVERYWHERE)
     return _mapped(run, spec, inputs, states)(weights, heads, state, limits, sampling, until_tick)
 
 
@@ -148,7 +167,7 @@ def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, t
     spec = Spec(config, layout, Schedule("ar", (config.num_layers,), 1, decs=False), mesh=mesh)
 
     def run(weights: Any, tokens: jax.Array) -> jax.Array:
-        device = _device(spec, weights, None)
+        device = _device(spec, weights, Heads())
         batch, length = tokens.shape
         model = device.model
         memory = cache.allocate(model.config, Unrolled(), batch, length, 0, model.embed[...].dtype)
@@ -160,6 +179,7 @@ def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, t
 
 def state_specs(spec: Spec) -> Any:
     """Where what the method's loop carries lies: PartitionSpecs, a prefix of it."""
+    drafts = spec.schedule.drafts
     if spec.schedule.method == "ar":
         return ARState(EVERYWHERE, BY_SEQUENCE, BY_SEQUENCE, MEMORY, BY_SEQUENCE)
     return DexState(
@@ -170,6 +190,8 @@ def state_specs(spec: Spec) -> Any:
         memory=MEMORY,
         noise=BY_SEQUENCE,
         record=BY_SEQUENCE,
+        # Each row of the data axis chooses and counts for itself, on all of its devices alike.
+        drafting=None if drafts is None else Drafting(BY_SEQUENCE, *(EVERYWHERE,) * 6),
     )
 
 
@@ -178,16 +200,19 @@ def sampling_specs(sampling: Sampling | None) -> Any:
     return EVERYWHERE if sampling is None else Sampling(BY_SEQUENCE, EVERYWHERE, EVERYWHERE, EVERYWHERE)
 
 
-def head_specs(heads: ExitArrays) -> ExitArrays:
-    """Where trained exits lie: each stage's head on its stage, what all share everywhere."""
+def head_specs(heads: Heads) -> Heads:
+    """Where trained heads lie: each stage's exit on its stage, a drafter and what all share everywhere."""
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         del leaf
         names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
         return EVERYWHERE if "context" in names else spec_of("stage")
 
-    parameters = jax.tree_util.tree_map_with_path(spec, heads.parameters)
-    return ExitArrays(parameters, EVERYWHERE, EVERYWHERE, EVERYWHERE)
+    exits = None
+    if heads.exits is not None:
+        parameters = jax.tree_util.tree_map_with_path(spec, heads.exits.parameters)
+        exits = ExitArrays(parameters, EVERYWHERE, EVERYWHERE, EVERYWHERE)
+    return Heads(exits, None if heads.drafter is None else EVERYWHERE)
 
 
 def pad_heads(parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -198,7 +223,7 @@ def pad_heads(parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _device(spec: Spec, weights: Any, heads: ExitArrays | None) -> StageNetwork:
+def _device(spec: Spec, weights: Any, heads: Heads) -> StageNetwork:
     """The network of the device that this is traced for, from its part of the weights."""
     assert isinstance(spec.layout, Staged)
     assert spec.mesh is not None
@@ -213,7 +238,7 @@ def _device(spec: Spec, weights: Any, heads: ExitArrays | None) -> StageNetwork:
     model = merge_model(
         config, Unrolled(), jax.tree_util.tree_map_with_path(own, weights), tensor_axis, vocabulary_axis
     )
-    return stage_network(model, spec.layout.depths, spec.exits, heads)
+    return stage_network(model, spec, heads)
 
 
 def _own(memory: cache.Memory) -> cache.Memory:
@@ -247,10 +272,6 @@ def _together(spec: Spec, advance: Callable[[Any], Any], state: Any, until_tick:
 def _weights(spec: Spec) -> Any:
     assert spec.mesh is not None
     return weight_specs(abstract_weights(spec.config, spec.layout, jnp.dtype(jnp.float32)), spec.mesh)
-
-
-def _heads(heads: ExitArrays | None) -> Any:
-    return EVERYWHERE if heads is None else head_specs(heads)
 
 
 def _mapped(function: Callable[..., Any], spec: Spec, inputs: Any, outputs: Any) -> Callable[..., Any]:

@@ -17,7 +17,6 @@ from dex_jax.lattice import default_rows, full_rows
 DEFAULT_EXPLORERS = 5
 FULL_ROWS_LIMIT = 8
 MOST_ROWS = 4096
-SCHEDULES = ("auto", "serial", "parallel")
 
 SPARE = 32
 """Cache positions past the last token that every method has, needed or not. XLA adds up a prompt's attention in another
@@ -31,32 +30,30 @@ class Schedule:
     Attributes:
       method: "ar", "dex", or a rival's name.
       depths: exit depths x_1 < ... < x_K = L.
-      rows: W, rows a stage; of serial rounds N, rows of the tree; on a chain R, rows of a round.
+      rows: W, rows a stage; on a chain R, rows of a round.
       decs: whether depth-coupled sampling is on.
-      tree: of serial rounds; None otherwise.
+      drafts: how much exit 0 drafts below a head of a cohort; None for nothing.
       policy: of methods that draft on a chain (decoding/chain.py), which have neither ticks nor a tree; None otherwise.
-      proposing: the exits that propose where stages run side by side; None for all.
+      proposing: the exits 1..K-1 that propose; None for all.
     """
 
     method: str
     depths: tuple[int, ...]
     rows: int
     decs: bool
-    tree: TreeShape | None = None
+    drafts: TreeShape | None = None
     policy: Policy | None = None
     proposing: tuple[int, ...] | None = None
 
     @property
-    def kind(self) -> str | None:
-        """ "serial" or "parallel"; None for AR and for methods that draft on a chain."""
-        if self.method == "ar" or self.policy is not None:
-            return None
-        return "parallel" if self.tree is None else "serial"
+    def has_lattice(self) -> bool:
+        """Whether it is DEX, or a form of it: AR and methods that draft on a chain have no lattice."""
+        return self.method != "ar" and self.policy is None
 
     @property
     def ahead(self) -> int:
         """How many positions past the last token the committed cache has, of which any may be written at."""
-        written = 0 if self.tree is None else self.tree.levels
+        written = 0 if self.drafts is None else self.drafts.levels
         return max(SPARE, written if self.policy is None else 2 * self.policy.rows)
 
     @property
@@ -79,21 +76,19 @@ class Dex:
     """Depth Exploration Decoding (arXiv 2606.29223): drafts are explored, the final layer's token is always kept.
 
     Attributes:
-      explorers: K, with an even grid of exit depths ceil(k L / K); 5 when neither this nor `depths` is given.
+      explorers: K, with an even grid of exit depths ceil(k L / K). None, with no depths either, is 1 on one device, or
+        AR where that should be faster (decoding/auto.py), and the stages of a mesh on a mesh; without drafts it is 5.
       depths: exit depths themselves, ascending and ending at L.
-      rows: W, how many nodes a stage runs at most; None is min(max(1, 2^(K-2)), 32), "full" never prunes.
+      rows: W, how many nodes a stage runs at most, the most probable ones; None is what `default_rows` says, "full",
+        without drafts only, never prunes.
       decs: whether an exit may not repeat a token that its node's children hold.
-      schedule: "parallel", all stages side by side in every tick, which K devices are for; "serial", rounds that draft
-        a few tokens ahead and run them through all layers at once, for one device; "auto", one of the two or plain AR,
-        whichever should be fastest on the device at hand (decoding/auto.py).
-      tree: of "serial": how large a round's tree may get; None takes what was found for the drafter.
-
-    The first four fields belong to "parallel" and `tree` to "serial": "auto" with one of them means that schedule.
+      draft: whether exit 0 drafts below every node; False is the paper's method. A TreeShape says how much, instead of
+        what was found for the drafter.
 
     Examples:
       >>> Dex(explorers=3).schedule_for(30).depths
       (10, 20, 30)
-      >>> Dex(depths=(6, 12, 30)).schedule_for(30).rows
+      >>> Dex(depths=(6, 12, 30), draft=False).schedule_for(30).rows
       2
     """
 
@@ -101,62 +96,33 @@ class Dex:
     depths: tuple[int, ...] | None = None
     rows: int | str | None = None
     decs: bool = True
-    schedule: str = "auto"
-    tree: TreeShape | None = None
+    draft: bool | TreeShape = True
 
     @property
-    def kind(self) -> str:
-        """One of SCHEDULES: what `schedule` says, or what another field that is given means."""
-        if self.schedule != "auto":
-            return self.schedule
-        if self.tree is not None:
-            return "serial"
-        return "auto" if self._grid_field() is None else "parallel"
+    def is_free(self) -> bool:
+        """Whether nothing is asked for, so that what runs may still be chosen."""
+        return self == Dex()
 
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers.
 
         Raises:
           DexError: both explorers and depths, K or depths out of range, depths not ascending or not ending at L,
-            rows below 1, rows="full" above K = 8, an unknown schedule, fields of "parallel" with "serial", or "auto",
-            which takes more than a number of layers to settle.
+            rows below 1, or rows="full" with drafts or above K = 8.
         """
-        if self.schedule not in SCHEDULES:
-            raise DexError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
-        if self.kind == "auto":
-            raise DexError('schedule="auto" is settled when something is generated: name "serial" or "parallel" here')
-        if self.kind == "serial":
-            given = self._grid_field()
-            if given is not None:
-                raise DexError(f'{given} belongs to schedule="parallel" and means nothing with "serial": leave it out')
-            tree = LOOKUP_TREE if self.tree is None else self.tree
-            return Schedule("dex", (num_layers,), tree.rows, decs=False, tree=tree)
-        if self.tree is not None:
-            raise DexError('tree belongs to schedule="serial": leave it out for "parallel"')
+        if not isinstance(self.draft, (bool, TreeShape)):
+            raise DexError(f"draft must be True, False or a TreeShape, not {self.draft!r}")
         depths = self._depths(num_layers)
-        return Schedule("dex", depths, self._rows(len(depths)), self.decs)
+        drafts = LOOKUP_TREE if self.draft is True else self.draft or None
+        return Schedule("dex", depths, self.rows_of(len(depths), drafts), self.decs, drafts)
 
-    def _grid_field(self) -> str | None:
-        """The first field of a grid of exits that is given."""
-        given = {name: getattr(self, name) is not None for name in ("explorers", "depths", "rows")}
-        return next((name for name, there in (given | {"decs": not self.decs}).items() if there), None)
-
-    def _depths(self, num_layers: int) -> tuple[int, ...]:
-        if self.explorers is not None and self.depths is not None:
-            raise DexError("give explorers or depths, not both: depths already say how many explorers there are")
-        if self.depths is None:
-            stages = DEFAULT_EXPLORERS if self.explorers is None else self.explorers
-            if self.explorers is None:
-                stages = min(stages, num_layers)
-            if not _is_whole(stages) or stages > num_layers:
-                raise DexError(f"explorers must be from 1 to the model's {num_layers} layers, not {stages}")
-            return even_depths(int(stages), num_layers)
-        return check_depths(self.depths, num_layers)
-
-    def _rows(self, stages: int) -> int:
+    def rows_of(self, stages: int, drafts: TreeShape | None) -> int:
+        """W for K = `stages` and what exit 0 drafts."""
         if self.rows is None:
-            return default_rows(stages)
+            return default_rows(stages) if drafts is None else drafted_rows(stages, drafts)
         if self.rows == "full":
+            if drafts is not None:
+                raise DexError('rows="full" is for draft=False: what exit 0 drafts is always pruned, give a number')
             if stages > FULL_ROWS_LIMIT:
                 raise DexError(
                     f'rows="full" needs 2^(K-2) rows a stage, {full_rows(stages)} for K = {stages}: it is offered up '
@@ -166,6 +132,27 @@ class Dex:
         if not _is_whole(self.rows) or int(self.rows) > MOST_ROWS:
             raise DexError(f'rows must be a whole number from 1 to {MOST_ROWS}, or "full", not {self.rows}')
         return int(self.rows)
+
+    def _depths(self, num_layers: int) -> tuple[int, ...]:
+        if self.explorers is not None and self.depths is not None:
+            raise DexError("give explorers or depths, not both: depths already say how many explorers there are")
+        if self.depths is not None:
+            return check_depths(self.depths, num_layers)
+        if self.explorers is None:
+            return even_depths(1 if self.draft else min(DEFAULT_EXPLORERS, num_layers), num_layers)
+        if not _is_whole(self.explorers) or self.explorers > num_layers:
+            raise DexError(f"explorers must be from 1 to the model's {num_layers} layers, not {self.explorers}")
+        return even_depths(int(self.explorers), num_layers)
+
+
+def drafted_rows(stages: int, drafts: TreeShape) -> int:
+    """Rows a stage with drafts, when the user does not say: one head's tree, and a row for each further head.
+
+    Examples:
+      >>> [drafted_rows(stages, LOOKUP_TREE) for stages in (1, 2, 5, 10)]
+      [8, 8, 15, 32]
+    """
+    return max(drafts.rows, min(default_rows(stages) + drafts.rows - 1, 32))
 
 
 def even_depths(stages: int, num_layers: int) -> tuple[int, ...]:
@@ -179,11 +166,6 @@ class Method(Protocol):
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers."""
         ...
-
-
-def is_auto(method: Method) -> bool:
-    """Whether what runs is still to be chosen."""
-    return isinstance(method, Dex) and method.kind == "auto"
 
 
 def whole_number(**fields: Any) -> None:
@@ -202,14 +184,13 @@ def _is_whole(value: Any) -> bool:
 
 
 def with_stages(method: Method | None, stages: int | None) -> Method:
-    """The method on a mesh of `stages`, None on one device: on a mesh "auto" is one explorer a stage."""
+    """The method on a mesh of `stages`, None on one device: on a mesh each explorer has a stage."""
     method = Dex() if method is None else method
     if not hasattr(method, "schedule_for") or isinstance(method, type):
         raise DexError(f"a method is an object such as dex_jax.Dex() or dex_jax.AR(), not {method!r}")
-    if stages is None or not isinstance(method, Dex) or method.kind not in ("auto", "parallel"):
+    if stages is None or not isinstance(method, Dex) or method.explorers is not None or method.depths is not None:
         return method
-    free = method.explorers is None and method.depths is None
-    return dataclasses.replace(method, explorers=stages if free else method.explorers, schedule="parallel")
+    return dataclasses.replace(method, explorers=stages)
 
 
 def check_depths(depths: tuple[int, ...], num_layers: int) -> tuple[int, ...]:

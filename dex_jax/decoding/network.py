@@ -19,26 +19,28 @@ from dex_jax.decoding.drafter import transformer_drafter
 from dex_jax.decoding.interface import Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.spec import Spec
-from dex_jax.decoding.trained_exits import ExitArrays, commit_exits, trained_exits
+from dex_jax.decoding.trained_exits import Heads, commit_exits, reached_features, trained_exits
 from dex_jax.nn.forward import InUse, commit_rows, run_layer, run_rows, used_layer
 from dex_jax.nn.layers import KeyValues, rope_table
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
 
 
-def network_of(model: Transformer, heads: ExitArrays | None, spec: Spec) -> Network:
-    """The loop's network for a model, its trained exits if there are any, and a schedule."""
-    depths, config, tree = spec.schedule.depths, spec.exits, spec.schedule.tree
+def network_of(model: Transformer, heads: Heads, spec: Spec) -> Network:
+    """The loop's network for a model, its trained heads if there are any, and a schedule."""
+    depths, drafts = spec.schedule.depths, spec.schedule.drafts
+    config, arrays = spec.remembers, spec.remembering(heads)
 
     def remember(memory: Any, done: Committed) -> Any:
-        if config is None or heads is None or not config.needs_previous:
-            return memory
-        return commit_exits(model, config, heads, memory, done)
+        return memory if config is None or arrays is None else commit_exits(model, config, arrays, memory, done)
 
+    reached = functools.partial(reached_features, model, spec.exits, heads.exits)
+    drafter = None
+    if spec.drafter is not None and heads.drafter is not None:
+        drafter = transformer_drafter(model, spec.drafter, heads.drafter, reached if len(depths) > 1 else None)
     if len(depths) == 1:
-        drafter = None if config is None or heads is None else transformer_drafter(model, config, heads)
-        return tree_network(model, (1,) if tree is None else tree.counts, drafter, remember)
-    exits = shared_exits(model) if config is None or heads is None else trained_exits(model, config, heads)
-    return transformer_network(model, depths, exits, remember)
+        return tree_network(model, (1,) if drafts is None else drafts.counts, drafter, remember)
+    trained = None if spec.exits is None or heads.exits is None else trained_exits(model, spec.exits, heads.exits)
+    return transformer_network(model, depths, trained or shared_exits(model), remember, drafter=drafter)
 
 
 def transformer_network(

@@ -51,7 +51,7 @@ class Oracle:
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers; errors as of Dex, and no exit at all."""
         explorers = num_layers if self.everywhere else self.explorers
-        depths = Dex(explorers, self.depths, rows=1, schedule="parallel").schedule_for(num_layers).depths
+        depths = Dex(explorers, self.depths, rows=1, draft=False).schedule_for(num_layers).depths
         if len(depths) == 1:
             raise DexError("the oracle needs exits: give explorers of 2 or more, or depths below the last layer")
         return Schedule("oracle", depths, 1, decs=False, policy=Hindsight())

@@ -22,33 +22,29 @@ NAMES = {
 }
 """Of methods other than "dex", for people."""
 
-FINAL = 1
-"""`exits` of a token that only the final layer gave, where K = 1."""
-
 SHOWN, SHOWN_TEXT, SHOWN_TOKENS = 8, 60, 12
 """Sequences, characters and, without a tokenizer, tokens of each that a printed Output shows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Counts and times. Ticks, rounds, layer steps, depth-side speedup and wall-clock seconds are different things.
+    """Counts and times. Ticks, layer steps, depth-side speedup and wall-clock seconds are different things.
 
     Attributes:
       schedule: method, depths, rows and DECS as they ran.
-      choice: one line that says why it was chosen, where schedule="auto" was to choose; None otherwise.
-      exits_source: which exit heads proposed: "shared", "default", a path, or None when K = 1 or nothing drafts.
+      choice: one line that says why it was chosen, where nothing was asked for; None otherwise.
+      exits_source: which exits 1..K-1 proposed: "shared", "default", a path, or None when K = 1.
+      drafter_source: which drafter stood at depth 0: "default", a path, or None for none.
       layer_steps: [B] int32, how many layers were run one after the other since the prefill, however many rows ran in
-        each of them and heads apart. The one figure of depth that all methods have: AR L (n - 1); stages side by side
-        ticks times the longest stage, on as many devices as there are stages; serial rounds L each; LayerSkip g d + L a
-        round, and so on. No time: it says what a device would wait for on which only layers took any. Of "oracle", a
-        bound.
-      ticks: [B] int32, loop steps that each sequence took; None for serial rounds and methods that draft on a chain.
-      exits: [B, T] int32, the exit that first gave each token; -1 for token 0 and beyond the length. In serial rounds 0
-        for a token that was drafted, 1 for one that only the final layer gave.
+        each of them and heads apart. The one figure of depth that all methods have: AR L (n - 1); DEX ticks times the
+        longest stage, on as many devices as there are stages; LayerSkip g d + L a round, and so on. No time: it says
+        what a device would wait for on which only layers took any. Of "oracle", a bound.
+      ticks: [B] int32, loop steps that each sequence took; None for methods that draft on a chain.
+      exits: [B, T] int32, the exit that first gave each token, 0 for one that was drafted and K for one that only the
+        final layer gave; -1 for token 0 and beyond the length.
       depth_side_speedup: [B] float64, K (n - 1) / ticks, NaN for n = 1: the speedup over AR if K explorers ran truly
-        side by side and heads and communication were free; None where there are no ticks.
-      rounds: [B] int32, how often each sequence was verified, in serial rounds and on chains; None otherwise.
-      stage_steps: [B] int32, stages run in serial rounds, one after the other; None otherwise.
+        side by side and heads and communication were free, for K = 1 tokens a tick; None where there are no ticks.
+      rounds: [B] int32, how often each sequence was verified, on chains; None otherwise.
       tokens_per_round: [B] float64, (n - 1) / rounds, NaN for n = 1; None without rounds.
       drafted: [B] int32, tokens that exits drafted on chains; None otherwise.
       accepted: [B] int32, how many of them the final layer gave as well, and were emitted; None otherwise.
@@ -59,12 +55,12 @@ class Stats:
     schedule: Schedule
     choice: str | None
     exits_source: str | None
+    drafter_source: str | None
     layer_steps: np.ndarray
     ticks: np.ndarray | None
     exits: np.ndarray
     depth_side_speedup: np.ndarray | None
     rounds: np.ndarray | None
-    stage_steps: np.ndarray | None
     tokens_per_round: np.ndarray | None
     drafted: np.ndarray | None
     accepted: np.ndarray | None
@@ -142,7 +138,7 @@ def title(schedule: Schedule) -> str:
     """A method's name for people."""
     if schedule.method in NAMES:
         return NAMES[schedule.method]
-    return "DEX, serial" if schedule.kind == "serial" else f"DEX, K = {schedule.stages}"
+    return f"DEX, K = {schedule.stages}{'' if schedule.drafts is None else ' with drafts'}"
 
 
 def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:
@@ -155,21 +151,17 @@ def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:
     return 0 if length < 2 else stages + int(exits[1 : length - 1].sum())
 
 
-def rounds_of(exits: np.ndarray, length: int, final: int = FINAL) -> int:
-    """Rounds that a sequence of `length` tokens took: each ends with a token that only the final layer gave.
-
-    `final` is what `exits` hold for such a token: FINAL in serial rounds, K on chains.
-    """
+def rounds_of(exits: np.ndarray, length: int, stages: int) -> int:
+    """Rounds on a chain that a sequence of `length` tokens took: each ends with a token that only exit K gave."""
     if length < 2:
         return 0
-    return int(np.sum(exits[1:length] == final)) + int(exits[length - 1] != final)
+    return int(np.sum(exits[1:length] == stages)) + int(exits[length - 1] != stages)
 
 
 def steps_of(schedule: Schedule, exits: np.ndarray, length: int) -> int:
     """Ticks or rounds that a sequence of `length` tokens took: exits [T] say so."""
-    if schedule.tree is None and schedule.policy is None:
-        return ticks_of(exits, length, schedule.stages)
-    return rounds_of(exits, length, FINAL if schedule.policy is None else schedule.stages)
+    count = ticks_of if schedule.policy is None else rounds_of
+    return count(exits, length, schedule.stages)
 
 
 def counts(
@@ -184,20 +176,18 @@ def counts(
       spent: [B, T, 2] as in Record, None without a chain.
       lengths: [B] int32.
     """
-    names = ("ticks", "depth_side_speedup", "rounds", "stage_steps", "tokens_per_round", "drafted", "accepted")
+    names = ("ticks", "depth_side_speedup", "rounds", "tokens_per_round", "drafted", "accepted")
     found: dict[str, Any] = dict.fromkeys(names)
     stages, depths = schedule.stages, schedule.depths
     if schedule.method == "oracle":
         bounds = [bound_of(row, length, depths) for row, length in zip(exits, lengths, strict=True)]
         return found | {"layer_steps": np.array(bounds, np.int32)}
-    if schedule.policy is None and schedule.tree is None:
+    if schedule.policy is None:
         longest = max(end - start for start, end in zip((0, *depths), depths, strict=False))
         found["depth_side_speedup"] = depth_side_speedup(steps, lengths, stages)
         return found | {"ticks": steps, "layer_steps": steps * longest}
     found["rounds"] = steps
     found["tokens_per_round"] = np.where(lengths > 1, (lengths - 1) / np.maximum(steps, 1), np.nan)
-    if schedule.tree is not None:
-        return found | {"stage_steps": steps * stages, "layer_steps": steps * depths[-1]}
     assert spent is not None
     at = np.arange(exits.shape[1])[None]
     found["accepted"] = np.sum((at > 0) & (at < lengths[:, None]) & (exits < stages), axis=1, dtype=np.int32)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,10 +25,12 @@ from dex_jax.decoding.network import network_of
 from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.record import Limits, Record
+from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
 from dex_jax.decoding.spec import Spec
 from dex_jax.decoding.trained_exits import (
     ExitArrays,
+    Heads,
     empty_memory,
     exit_arrays,
     read_chunk,
@@ -47,7 +50,7 @@ from dex_jax.sharding import EVERYWHERE, check_batch, check_stages, place, zeros
 
 def prefill_chunk(
     weights: Any,
-    heads: ExitArrays | None,
+    heads: Heads,
     memory: Any,
     last: jax.Array,
     tokens: jax.Array,
@@ -59,7 +62,7 @@ def prefill_chunk(
     """Runs one chunk of the prompts and keeps the hidden state of each prompt's last token.
 
     Args:
-      weights, heads: of the model and of its trained exits.
+      weights, heads: of the model and of what remembers the prompt.
       memory: committed positions before the chunk.
       last: [B, D], states of last tokens found so far.
       tokens: [B, R] int32, padded on the right.
@@ -74,15 +77,16 @@ def prefill_chunk(
         return on_mesh.prefill_chunk(weights, heads, memory, last, tokens, start, lengths, spec=spec)
     model = merge_model(spec.config, spec.layout, weights)
     hidden, memory = extend(model, memory, tokens, jnp.full(tokens.shape[0], start))
-    if spec.exits is not None and heads is not None and spec.exits.needs_previous:
-        taken = read_chunk(model, spec.exits, heads, memory.exits, tokens, hidden, start, lengths)
+    config, arrays = spec.remembers, spec.remembering(heads)
+    if config is not None and arrays is not None:
+        taken = read_chunk(model, config, arrays, memory.exits, tokens, hidden, start, lengths)
         memory = memory._replace(exits=taken)
     return memory, last_states(hidden, last, start, lengths)
 
 
 def start_decoding(
     weights: Any,
-    heads: ExitArrays | None,
+    heads: Heads,
     memory: Any,
     last: jax.Array,
     lengths: jax.Array,
@@ -96,12 +100,12 @@ def start_decoding(
 ) -> Any:
     """Chooses token 0 and returns the state of the method's loop before its first tick.
 
-    `memory` has no lattice yet; serial rounds need the `prompt` [B, S] int32, padded on the right, and
-    where they choose rows their `costs`.
+    `memory` has no lattice yet; drafts need the `prompt` [B, S] int32, padded on the right, and where they choose rows
+    their `costs`.
     """
     if spec.mesh is not None:
         return on_mesh.start_decoding(
-            weights, heads, memory, last, lengths, limits, sampling, spec=spec, capacity=capacity
+            weights, heads, memory, last, lengths, limits, sampling, prompt, costs, spec=spec, capacity=capacity
         )
     model = merge_model(spec.config, spec.layout, weights)
     token = ar.next_token(model, last, lengths, sampling)
@@ -109,7 +113,7 @@ def start_decoding(
         return ar.init(memory, token, lengths, capacity=capacity, limits=limits)
     policy = spec.schedule.policy
     if policy is not None:
-        on_chain = chain_network(model, spec.schedule.depths, spec.exits, heads)
+        on_chain = chain_network(model, spec.schedule.depths, spec.exits, heads.exits)
         options: dict[str, Any] = {"policy": policy, "capacity": capacity, "limits": limits, "sampling": sampling}
         return chain.init(on_chain, memory, token, lengths, **options)
     stages, rows = spec.schedule.stages, spec.schedule.rows
@@ -128,7 +132,7 @@ def start_decoding(
         capacity=capacity,
         limits=limits,
         sampling=sampling,
-        drafts=spec.schedule.tree,
+        drafts=spec.schedule.drafts,
         prompt=prompt,
         length=length,
         costs=costs,
@@ -137,7 +141,7 @@ def start_decoding(
 
 def run_ticks(
     weights: Any,
-    heads: ExitArrays | None,
+    heads: Heads,
     state: Any,
     limits: Limits,
     sampling: Sampling | None,
@@ -153,10 +157,10 @@ def run_ticks(
         return ar.run(model, state, limits, sampling, until_tick=until_tick)
     policy = spec.schedule.policy
     if policy is not None:
-        on_chain = chain_network(model, spec.schedule.depths, spec.exits, heads)
+        on_chain = chain_network(model, spec.schedule.depths, spec.exits, heads.exits)
         return chain.run(on_chain, state, limits, sampling, policy=policy, until_tick=until_tick)
     network, schedule = network_of(model, heads, spec), spec.schedule
-    options: dict[str, Any] = {"decs": schedule.decs, "proposing": schedule.proposing, "drafts": schedule.tree}
+    options: dict[str, Any] = {"decs": schedule.decs, "proposing": schedule.proposing, "drafts": schedule.drafts}
     return loop.run(network, state, limits, sampling, until_tick=until_tick, **options)
 
 
@@ -164,12 +168,10 @@ def check_mesh(mesh: Mesh | None, layout: Layout, schedule: Schedule, sequences:
     """Whether a model that lies so on a mesh can run a schedule; nothing to check without a mesh.
 
     Raises:
-      DexError: serial rounds, another number of stages, other exit depths, or sequences that the data axis divides not.
+      DexError: a rival, another number of stages, other exit depths, or sequences that the data axis divides not.
     """
     if mesh is None:
         return
-    if schedule.tree is not None:
-        raise DexError('serial rounds are for one device: leave the mesh out, or use schedule="parallel"')
     if schedule.policy is not None or schedule.proposing is not None:
         raise DexError(f"method {schedule.method} is for one device: leave the mesh out, or use Dex or AR")
     check_batch(mesh, sequences)
@@ -207,30 +209,29 @@ class Session:
     Args:
       lm: the model; its layout is the one that runs. With an Outline the session can only compile.
       prompts: B lists of token ids.
-      schedule: the method.
+      method: the schedule and its heads.
       max_new_tokens: at most this many per sequence.
       sampling: None for greedy; keys [B].
-      exits: trained exits at x_1 .. x_{K-1}, the drafter of serial rounds; None for the model's own, and for serial
-        rounds that draft from the text alone.
     """
 
     def __init__(
         self,
         lm: LanguageModel | Outline,
         prompts: list[list[int]],
-        schedule: Schedule,
+        method: Resolved,
         max_new_tokens: int,
         sampling: Sampling | None,
-        exits: TrainedExits | None = None,
     ):
+        schedule = method.schedule
         check_mesh(lm.mesh, lm.layout, schedule, len(prompts))
         self.lm = lm
-        self.exits = exits
-        tree = schedule.tree
-        self.costs = None if tree is None else tree.costs
-        if tree is not None:
-            schedule = dataclasses.replace(schedule, tree=tree.without_costs)
-        self.spec = Spec(lm.config, lm.layout, schedule, None if exits is None else exits.config, lm.mesh)
+        self.method = method
+        drafts = schedule.drafts
+        self.costs = None if drafts is None else drafts.costs
+        if drafts is not None:
+            schedule = dataclasses.replace(schedule, drafts=drafts.without_costs)
+        exits, drafter = (None if each is None else each.config for each in (method.exits, method.drafter))
+        self.spec = Spec(lm.config, lm.layout, schedule, exits, drafter, lm.mesh)
         self.sequences = len(prompts)
         batch = self.sequences if lm.mesh is not None else batch_bucket(self.sequences)
         self.lengths = np.ones(batch, np.int32)
@@ -251,8 +252,10 @@ class Session:
         self.tick = 0
         self.work = np.zeros(1)  # how often each kind of work that `pace` knows has been done so far
         self.pace = Pace(np.ones(1) if self.costs is None else np.append(self.costs.rows, self.costs.drafting))
-        self.heads: ExitArrays | None = None
+        self.heads = Heads()
         self.state: Any = None
+        if self.costs is not None:
+            self.costs = self._put(self.costs, EVERYWHERE)
 
     def compile(self) -> None:
         """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
@@ -262,20 +265,18 @@ class Session:
             return
         _READY.add(kind)
         weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.lm.weights)
-        heads = self._put_heads(jax.eval_shape(lambda weights: self._heads(weights), weights))
+        heads = self._put_heads(jax.eval_shape(self._heads, weights))
         weights = self._put(weights, lambda: weight_specs(weights, self.spec.mesh))
         memory, last, lengths = self._blank_shapes()
         scalar = self._put(jax.ShapeDtypeStruct((), jnp.int32), EVERYWHERE)
-        of_prefill = self.spec_of_prefill()
-        seen = heads if of_prefill.exits is not None else None
+        of_prefill, seen = self._of_prefill(heads)
         for size in sorted({*self.chunks}):
             tokens = self._put(jax.ShapeDtypeStruct((len(self.lengths), size), jnp.int32), on_mesh.BY_SEQUENCE)
             PREFILL.compile(weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
-        prompt = (
-            None
-            if self.spec.schedule.tree is None
-            else jax.ShapeDtypeStruct((len(self.lengths), self.cache_length), jnp.int32)
-        )
+        prompt = None
+        if self.spec.schedule.drafts is not None:
+            text = jax.ShapeDtypeStruct((len(self.lengths), self.cache_length), jnp.int32)
+            prompt = self._put(text, on_mesh.BY_SEQUENCE)
         start = (weights, heads, memory, last, lengths, self.limits, self.sampling, prompt, self.costs)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.capacity}
         START.compile(*start, **statics)
@@ -289,8 +290,7 @@ class Session:
         notify("reading the prompt")
         memory, last, lengths = self._blank()
         self.heads = self._put_heads(self._heads(self.lm.weights))
-        of_prefill = self.spec_of_prefill()
-        seen = self.heads if of_prefill.exits is not None else None
+        of_prefill, seen = self._of_prefill(self.heads)
         start = 0
         for size in self.chunks:
             tokens = self._put(jnp.asarray(self.padded[:, start : start + size]), on_mesh.BY_SEQUENCE)
@@ -314,10 +314,10 @@ class Session:
 
     def _text(self) -> jax.Array | None:
         """[B, S] int32, the prompts, for methods that read what the text said before."""
-        if self.spec.schedule.tree is None:
+        if self.spec.schedule.drafts is None:
             return None
         missing = self.cache_length - self.padded.shape[1]
-        return jnp.asarray(np.pad(self.padded, ((0, 0), (0, missing))))
+        return self._put(jnp.asarray(np.pad(self.padded, ((0, 0), (0, missing)))), on_mesh.BY_SEQUENCE)
 
     def _blank(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
         """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
@@ -327,7 +327,7 @@ class Session:
             memory = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         else:
             memory = zeros(shapes, on_mesh.MEMORY, self.spec.mesh)
-        exits = self._put(empty_memory(self.spec.exits, batch, dtype), on_mesh.BY_SEQUENCE)
+        exits = self._put(empty_memory(self.spec.remembers, batch, dtype), on_mesh.BY_SEQUENCE)
         last = self._put(jnp.zeros((batch, self.lm.config.width), dtype), on_mesh.BY_SEQUENCE)
         return memory._replace(exits=exits), last, self._put(jnp.asarray(self.lengths), on_mesh.BY_SEQUENCE)
 
@@ -335,7 +335,7 @@ class Session:
         """As `_blank`, as jax.ShapeDtypeStruct."""
         batch, dtype = len(self.lengths), self.lm.dtype
         array: Any = jax.ShapeDtypeStruct
-        exits = jax.eval_shape(lambda: empty_memory(self.spec.exits, batch, dtype))
+        exits = jax.eval_shape(lambda: empty_memory(self.spec.remembers, batch, dtype))
         last, lengths = array((batch, self.lm.config.width), dtype), array((batch,), jnp.int32)
         return (
             self._put(self._memory_shapes()._replace(exits=exits), on_mesh.MEMORY),
@@ -355,24 +355,28 @@ class Session:
             return tree
         return place(tree, specs() if callable(specs) else specs, self.spec.mesh)
 
-    def _put_heads(self, heads: ExitArrays | None) -> ExitArrays | None:
-        return None if heads is None else self._put(heads, lambda: on_mesh.head_specs(heads))
+    def _put_heads(self, heads: Heads) -> Heads:
+        return self._put(heads, lambda: on_mesh.head_specs(heads))
 
-    def spec_of_prefill(self) -> Spec:
-        """Prefill is the same for every method, so its programs are shared, unless exits read the prompt too."""
+    def _of_prefill(self, heads: Heads) -> tuple[Spec, Heads]:
+        """Prefill is the same for every method, so its programs are shared, unless heads read the prompt too."""
         plain = Schedule("ar", (self.spec.config.num_layers,), 1, decs=False)
-        exits = self.spec.exits if self.spec.exits is not None and self.spec.exits.needs_previous else None
-        return dataclasses.replace(self.spec, schedule=plain, exits=exits)
+        spec = dataclasses.replace(self.spec, schedule=plain)
+        if spec.remembers is spec.drafter:
+            return dataclasses.replace(spec, exits=None), Heads(drafter=heads.drafter)
+        return dataclasses.replace(spec, drafter=None), Heads(exits=heads.exits)
 
-    def _heads(self, weights: Any) -> ExitArrays | None:
-        """The trained exits as the programs take them; under jax.eval_shape, their shapes."""
-        if self.exits is None:
-            return None
+    def _heads(self, weights: Any) -> Heads:
+        """The trained heads as the programs take them; under jax.eval_shape, their shapes."""
         model = merge_model(self.lm.config, self.lm.layout, weights)
-        parameters = self.exits.parameters
-        if self.spec.mesh is not None:
-            parameters = on_mesh.pad_heads(parameters)
-        return exit_arrays(model, self.exits.config, parameters, self.exits.vocabulary)
+        pad = on_mesh.pad_heads if self.spec.mesh is not None else lambda parameters: parameters
+
+        def arrays(trained: TrainedExits | None, parameters: Callable[[Any], Any]) -> ExitArrays | None:
+            if trained is None:
+                return None
+            return exit_arrays(model, trained.config, parameters(trained.parameters), trained.vocabulary)
+
+        return Heads(arrays(self.method.exits, pad), arrays(self.method.drafter, lambda parameters: parameters))
 
     def advance(self, ticks: int) -> Record:
         """Runs at most `ticks` more ticks and returns the record on the host."""
@@ -387,7 +391,8 @@ class Session:
             self.pace.saw(self.work - before, time.perf_counter() - begin)
             if self.costs is not None:
                 rows, drafting = np.float32(self.pace.costs[:-1]), np.float32(self.pace.costs[-1])
-                known = self.state.drafting._replace(costs=RowCosts(jnp.asarray(rows), jnp.asarray(drafting)))
+                costs = self._put(RowCosts(jnp.asarray(rows), jnp.asarray(drafting)), EVERYWHERE)
+                known = self.state.drafting._replace(costs=costs)
                 self.state = self.state._replace(drafting=known)
         return record
 

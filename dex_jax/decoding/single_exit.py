@@ -24,5 +24,5 @@ class DexSingleExit:
 
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers; errors as of Dex."""
-        schedule = Dex(self.explorers, self.depths, rows=1, schedule="parallel").schedule_for(num_layers)
+        schedule = Dex(self.explorers, self.depths, rows=1, draft=False).schedule_for(num_layers)
         return dataclasses.replace(schedule, method="dex-single-exit", proposing=(1,))

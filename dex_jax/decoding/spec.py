@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.trained_exits import ExitArrays, Heads
 from dex_jax.nn.transformer import Layout
 
 
@@ -18,7 +19,8 @@ class Spec:
     Attributes:
       config, layout: of the model.
       schedule: the method.
-      exits: None for the model's own, "shared", and for serial rounds without a drafter.
+      exits: of the exits 1..K-1; None for the model's own, "shared", and for K = 1.
+      drafter: exit 0; None where the text alone drafts, or nothing does.
       mesh: None for one device; otherwise the layout is Staged.
     """
 
@@ -26,4 +28,14 @@ class Spec:
     layout: Layout
     schedule: Schedule
     exits: ExitsConfig | None = None
+    drafter: ExitsConfig | None = None
     mesh: Mesh | None = None
+
+    @property
+    def remembers(self) -> ExitsConfig | None:
+        """Whose memory of the committed prefix is kept: the exits' if they have one, of which a drafter's is a part."""
+        return self.exits if self.exits is not None and self.exits.needs_previous else self.drafter
+
+    def remembering(self, heads: Heads) -> ExitArrays | None:
+        """The arrays of what `remembers`."""
+        return heads.drafter if self.remembers is self.drafter else heads.exits

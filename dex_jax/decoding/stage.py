@@ -1,9 +1,9 @@
 """What one device of a mesh does, under shard_map: its own stage of the network, and what it tells the others.
 
-Every device keeps the whole lattice and moves it in the same way, so all that passes between devices in a tick is:
-hidden states of one cohort to the next stage, one permute; what each exit proposes and the final layer's token, one
-gather of integers; and, only for exits that read the position before, the features of each stage's cohort, one more
-gather.
+Every device keeps the whole lattice, drafts for itself and moves all in the same way, so all that passes between
+devices in a tick is: hidden states of one cohort to the next stage, one permute; what each exit proposes and the final
+layer's tokens, one gather of integers; and, only for exits or a drafter that read the position before, the features of
+each stage's cohort, one more gather.
 
 A device sees its layers as a small unrolled model, so that the functions of nn/forward.py run here unchanged.
 
@@ -24,14 +24,27 @@ from dex_jax import lattice as lat
 from dex_jax.cache import Memory, after, write_rows
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.ar import ARState, next_token
+from dex_jax.decoding.drafter import transformer_drafter
+from dex_jax.decoding.drafts import TreeShape, charge
 from dex_jax.decoding.heads import Asked, held_below, propose_rows
 from dex_jax.decoding.interface import Committed, Network, StageView
-from dex_jax.decoding.loop import DexState, children, final_tokens, furthest, settle, spawn, stage_view
+from dex_jax.decoding.loop import (
+    DexState,
+    children,
+    committed,
+    final_tokens,
+    furthest,
+    levels_of,
+    settle,
+    spawn,
+    stage_view,
+)
 from dex_jax.decoding.network import shared_exits, transformer_network
 from dex_jax.decoding.noise import make_noise
 from dex_jax.decoding.record import Limits, emit
+from dex_jax.decoding.spec import Spec
 from dex_jax.decoding.trained_exits import (
-    ExitArrays,
+    Heads,
     base_features,
     exit_heads,
     previous_features,
@@ -42,7 +55,7 @@ from dex_jax.decoding.trained_exits import (
 from dex_jax.lattice import NO_TOKEN, Proposals
 from dex_jax.nn.forward import InUse, run_rows
 from dex_jax.nn.layers import causal_rows
-from dex_jax.nn.transformer import Transformer, stage_ranges
+from dex_jax.nn.transformer import Staged, Transformer, stage_ranges
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import STAGE
 
@@ -54,12 +67,13 @@ class StageNetwork(NamedTuple):
       model: the layers of this device's stage as an unrolled model, and embedding, final norm and unembedding.
       depths: x_1 < ... < x_K = L.
       in_use: by layer of `model`, whether this stage has it: those that pad shorter stages are skipped.
-      network: `advance` runs this one stage; of its exits only what follows the features is used.
+      network: `advance` runs this one stage, `commit` leaves what exits remember as it is; of its exits only what
+        follows the features is used.
       share: (hidden [B, W, D] of this stage, index of the stage) -> what all devices must know of it: the features of
-        all stages' cohorts [K, B, W, D], or () where exits do not read the position before.
+        all stages' cohorts [K, B, W, D], or () where nobody reads the position before.
       final_first: whether the last stage asks the final layer before it shares, and not after.
-      commit: (memory, Committed, shared) -> memory.
-      features: (memory, hidden [B, W, D], view, shared) -> [B, W, D'], of this stage's exit.
+      remember: (Memory.exits, Committed, shared) -> Memory.exits.
+      features: (Memory.exits, hidden [B, W, D], view, shared) -> [B, W, D'], of this stage's exit.
     """
 
     model: Transformer
@@ -68,8 +82,8 @@ class StageNetwork(NamedTuple):
     network: Network
     share: Callable[[jax.Array, jax.Array], Any]
     final_first: bool
-    commit: Callable[[Memory, Committed, Any], Memory]
-    features: Callable[[Memory, jax.Array, StageView, Any], jax.Array]
+    remember: Callable[[Any, Committed, Any], Any]
+    features: Callable[[Any, jax.Array, StageView, Any], jax.Array]
 
     @property
     def stages(self) -> int:
@@ -77,62 +91,56 @@ class StageNetwork(NamedTuple):
         return len(self.depths)
 
 
-def stage_network(
-    model: Transformer, depths: tuple[int, ...], config: ExitsConfig | None = None, arrays: ExitArrays | None = None
-) -> StageNetwork:
+def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
     """The callables of the device that this is traced for.
 
     Args:
       model: its layers, unrolled.
-      depths: x_1 < ... < x_K = L.
-      config, arrays: of trained exits, this stage's head alone (the last stage has none, and zeros in its place); None
-        for the model's own.
+      spec: of the whole generation; depths are those of its layout.
+      heads: of the exits this stage's head alone (the last stage has none, and zeros in its place).
     """
-    stages, in_use = len(depths), layers_in_use(depths)
-    all_layers = (model.config.num_layers,)
-    if config is None or arrays is None:
-        exits = shared_exits(model) if stages > 1 else None
-        network = transformer_network(model, all_layers, exits, in_use=in_use)
-        return StageNetwork(
-            model,
-            depths,
-            in_use,
-            network,
-            share=lambda hidden, stage: (),
-            final_first=False,
-            commit=lambda memory, done, shared: network.commit(memory, done),
-            features=lambda memory, hidden, view, shared: model.normed(hidden),
-        )
-    network = transformer_network(model, all_layers, trained_exits(model, config, arrays), in_use=in_use)
-    heads = exit_heads(config, arrays)
+    assert isinstance(spec.layout, Staged)
+    depths = spec.layout.depths
+    stages, in_use, own = len(depths), layers_in_use(depths), None
+    remembers, remembering = spec.remembers, spec.remembering(heads)
+    exits = shared_exits(model) if stages > 1 else None
+    if spec.exits is not None and heads.exits is not None:
+        exits, own = trained_exits(model, spec.exits, heads.exits), exit_heads(spec.exits, heads.exits)
+    drafter = None
+    if spec.drafter is not None and heads.drafter is not None:
+        # What it reads of nodes is shared by all stages: nobody computes it here.
+        drafter = transformer_drafter(model, spec.drafter, heads.drafter, None)
+    network = transformer_network(model, (model.config.num_layers,), exits, in_use=in_use, drafter=drafter)
 
     def share(hidden: jax.Array, stage: jax.Array) -> Any:
-        if not config.needs_previous:
+        if remembers is None:
             return ()
-        true, estimate = model.normed(hidden), base_features(heads, hidden[None])[0]
-        return jax.lax.all_gather(jnp.where(stage == stages - 1, true, estimate), STAGE)
+        features = model.normed(hidden)
+        if own is not None:
+            features = jnp.where(stage == stages - 1, features, base_features(own, hidden[None])[0])
+        return jax.lax.all_gather(features, STAGE)
 
-    def commit(memory: Memory, done: Committed, shared: Any) -> Memory:
-        memory = network.commit(memory, done)
-        if not config.needs_previous:
+    def remember(memory: Any, done: Committed, shared: Any) -> Any:
+        if remembers is None or remembering is None:
             return memory
         row = (done.slot % shared.shape[2])[:, :, None]
         features = jnp.take_along_axis(shared[-1], row, axis=1)
         ends = done.position + done.length
-        exits = read_features(model, config, arrays, memory.exits, done.token, features, done.position, ends)
-        return memory._replace(exits=exits)
+        return read_features(model, remembers, remembering, memory, done.token, features, done.position, ends)
 
-    def features(memory: Memory, hidden: jax.Array, view: StageView, shared: Any) -> jax.Array:
+    def features(memory: Any, hidden: jax.Array, view: StageView, shared: Any) -> jax.Array:
+        if own is None or spec.exits is None:
+            return model.normed(hidden)
         stage = jax.lax.axis_index(STAGE)
         token, position, parent = (field[stage][None] for field in (view.token, view.position, view.parent))
-        if not config.needs_previous:
-            return row_features(model, heads, hidden[None], token, position)[0]
-        before = previous_features(shared, memory.exits.previous, parent, view.ring)
-        own = shared[stage][None]
-        return row_features(model, heads, hidden[None], token, position, before, own, memory.exits.context)[0]
+        if not spec.exits.needs_previous:
+            return row_features(model, own, hidden[None], token, position)[0]
+        before = previous_features(shared, memory.previous, parent, view.ring)
+        return row_features(model, own, hidden[None], token, position, before, shared[stage][None], memory.context)[0]
 
-    first = final_first(model, depths, config) if config.needs_previous and stages > 1 else False
-    return StageNetwork(model, depths, in_use, network, share, first, commit, features)
+    waits = spec.exits is not None and spec.exits.needs_previous and stages > 1
+    first = spec.exits is not None and waits and final_first(model, depths, spec.exits)
+    return StageNetwork(model, depths, in_use, network, share, first, remember, features)
 
 
 def final_first(model: Transformer, depths: tuple[int, ...], config: ExitsConfig) -> bool:
@@ -158,24 +166,34 @@ def layers_in_use(depths: tuple[int, ...]) -> InUse:
 
 
 def step(
-    device: StageNetwork, state: DexState, limits: Limits, sampling: Sampling | None = None, *, decs: bool = True
+    device: StageNetwork,
+    state: DexState,
+    limits: Limits,
+    sampling: Sampling | None = None,
+    *,
+    decs: bool = True,
+    drafts: TreeShape | None = None,
 ) -> DexState:
-    """One tick, the same as `loop.step` without drafts.
+    """One tick, as `loop.step`.
 
     Exits are asked before the commit is known, all stages and the final layer at once, and what nodes propose that the
-    collapse then buries is dropped: one exchange instead of two, and no head waits for another.
+    collapse then buries is dropped: one exchange instead of two, and no head waits for another. Of a path that is
+    committed in one tick, a context layer of the exits sees the root alone before the next one.
 
     Args:
       device: of this device.
       state: as in `loop.step`, with `hidden` [B, W, D] and caches of this stage alone.
-      limits, sampling, decs: as in `loop.step`.
+      limits, sampling, decs, drafts: as in `loop.step`.
     """
     network, stages = device.network, device.stages
     stage = jax.lax.axis_index(STAGE)
     batch, _, rows = state.lattice.token.shape
-    tick = state.tick + 1
+    tick, before = state.tick + 1, state.memory.exits
     view = stage_view(state.lattice, lat.stage_rows(tick, stages), state.prefix)
     own = one_stage(view, stage)
+    if state.drafting is not None:
+        live = jnp.any(state.lattice.live, axis=(0, 2))
+        state = state._replace(drafting=charge(state.drafting, live, ~state.record.done))
 
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
     arrived = to_next_stage(state.hidden, stages)
@@ -184,31 +202,25 @@ def step(
 
     finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, tick)
     noise = make_noise(state.noise, sampling, furthest(state.lattice) + 1, network.vocab_size)
+    state = state._replace(tick=tick, hidden=hidden, noise=noise)
     last = stage == stages - 1
-    final = final_tokens(network, state._replace(noise=noise), hidden, view, finished & last, sampling, None)
+    final = final_tokens(network, state, hidden, view, finished & last, sampling, drafts)
     shared = device.share(hidden, after(stage, final.astype(jnp.float32)) if device.final_first else stage)
-    root = jnp.maximum(state.lattice.root, 0)[:, None]
-    done = Committed(
-        slot=root,
-        token=jnp.take_along_axis(view.token[-1], root % rows, axis=1),
-        hidden=jnp.take_along_axis(hidden, root[:, :, None] % rows, axis=1),
-        position=state.prefix,
-        length=finished.astype(jnp.int32),
-    )
-    memory = device.commit(memory, done, shared)
 
-    state = state._replace(tick=tick, hidden=hidden, memory=memory, noise=noise)
     proposals = None
     if stages > 1:
         assert network.exits is not None
+        slot = jnp.maximum(state.lattice.root, 0)[:, None]
+        root = committed(slot, finished.astype(jnp.int32), hidden, view)
+        remembered = device.remember(before, root, shared)
         token, parent = children(state.lattice)
         sequence = jnp.repeat(jnp.arange(batch), rows)
         slot = own.ring[0] * rows + jnp.tile(jnp.arange(rows), batch)
-        wanted = jax.eval_shape(device.features, memory, hidden, view, shared)
+        wanted = jax.eval_shape(device.features, remembered, hidden, view, shared)
         asking = own.live.reshape(-1) & ~last
         features = jax.lax.cond(
             jnp.any(asking),
-            lambda: device.features(memory, hidden, view, shared),
+            lambda: device.features(remembered, hidden, view, shared),
             lambda: jnp.zeros(wanted.shape, wanted.dtype),
         )
         asked = Asked(
@@ -219,11 +231,15 @@ def step(
         )
         proposals = propose_rows(network.exits, asked, asking, sampling, noise, decs=decs)
         proposals, final = exchange(jax.tree.map(lambda x: x.reshape(batch, rows), proposals), final, stages)
-    state, path = settle(state, final, limits, 1)
+    state, path = settle(state, final, limits, levels_of(drafts))
+    done = committed(path.slot, path.length, hidden, view)
+    memory = network.commit(memory, done)._replace(exits=device.remember(before, done, shared))
+    state = state._replace(memory=memory)
     if proposals is not None:
         survives = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(state.lattice, tick), 0, 1)
         proposals = proposals._replace(valid=proposals.valid & survives)
-    return spawn(None, state, path, proposals, None, sampling, None)
+    reached = shared if drafts is not None and network.drafter is not None and stages > 1 else None
+    return spawn(network.drafter, state, path, proposals, reached, sampling, drafts)
 
 
 def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, jax.Array]:

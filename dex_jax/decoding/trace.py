@@ -14,7 +14,7 @@ import numpy as np
 
 from dex_jax.decoding.generate import prepare
 from dex_jax.decoding.loop import DexState
-from dex_jax.decoding.methods import Dex, Method, is_auto
+from dex_jax.decoding.methods import DEFAULT_EXPLORERS, Dex, Method
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_NODE, Lattice
@@ -29,7 +29,7 @@ class TracedNode:
       token: id.
       position: absolute position in the sequence.
       parent: index of its parent among the trace's nodes, None for a root that nobody had proposed.
-      born_at: the exit 1..K-1 that proposed it, K for such a root.
+      born_at: the exit 1..K-1 that proposed it, 0 for a draft, K for such a root.
       born: the tick that spawned it, 0 for the prefill's token.
       ended: the tick in which it was committed to the prefix or died.
       rooted: the tick in which it became the root, None if it never did.
@@ -85,21 +85,21 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
     Args:
       lm: from `dex_jax.load`.
       prompt: a string, a list of messages or a list of token ids.
-      method: DEX with explorers side by side; None is Dex(schedule="parallel").
+      method: DEX; None, and Dex() alone, have 5 explorers.
       **options: the others of `dex_jax.stream`, except ticks_per_update, num_samples and stop.
 
     Raises:
-      DexError: bad options, or a method that has no lattice (AR, serial rounds).
+      DexError: bad options, or a method that has no lattice (AR, those that draft on a chain).
 
     Examples:
       >>> figure = dex_jax.plot.lattice(dex_jax.trace(lm, "Why is the sky blue?"))   # doctest: +SKIP
     """
-    if method is None or is_auto(method):
-        method = Dex(schedule="parallel")
+    if lm.mesh is None and (method is None or method == Dex()):
+        method = Dex(explorers=min(DEFAULT_EXPLORERS, lm.config.num_layers))
     run = prepare(lm, [prompt], method=method, **options)
-    if run.schedule.kind != "parallel":
-        raise DexError('only DEX with schedule="parallel" has a lattice to trace: give method=Dex(schedule="parallel")')
-    run.exits.say(lm.fingerprint)
+    if not run.method.schedule.has_lattice:
+        raise DexError("only DEX has a lattice to trace: give method=Dex(explorers=5), say")
+    run.method.say(lm.fingerprint)
     session = run.session
     session.prefill()
 
@@ -109,7 +109,7 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
 
     tokenizer = lm.tokenizer
     text = str if tokenizer is None else lambda token: tokenizer.decode([token], skip_special=False)
-    return watch(tick, session.state, depths=run.schedule.depths, text=text)
+    return watch(tick, session.state, depths=run.method.schedule.depths, text=text)
 
 
 def watch(
@@ -136,7 +136,7 @@ def watch(
         seen.append(_look(state, sequence))
     length = int(state.record.lengths[sequence])
     tokens = tuple(np.asarray(state.record.tokens[sequence, :length]).tolist())
-    nodes = _nodes(seen)
+    nodes = _nodes(seen, tokens)
     return Trace(
         depths=tuple(range(1, stages + 1)) if depths is None else tuple(depths),
         tokens=tokens,
@@ -147,17 +147,23 @@ def watch(
     )
 
 
-def _look(state: DexState, sequence: int) -> Lattice:
+def _look(state: DexState, sequence: int) -> tuple[Lattice, int]:
     # A copy, not a view: the next tick may be given the same memory.
-    return jax.tree.map(lambda field: np.array(field[sequence]), state.lattice)
+    return jax.tree.map(lambda field: np.array(field[sequence]), state.lattice), int(state.record.lengths[sequence])
 
 
-def _nodes(lattices: Sequence[Lattice]) -> tuple[TracedNode, ...]:
-    """The nodes of lattices after ticks 0, 1, ..."""
-    stages, rows = lattices[0].token.shape
+def _nodes(seen: Sequence[tuple[Lattice, int]], tokens: Sequence[int]) -> tuple[TracedNode, ...]:
+    """The nodes of lattices after ticks 0, 1, ..., each given with how many of the tokens had been emitted."""
+    stages, rows = seen[0][0].token.shape
     nodes: list[TracedNode] = []
     at: dict[int, int] = {}  # slot -> index of the node that lives there
-    for tick, lattice in enumerate(lattices):
+    top, told = -1, 1  # the root so far, and how many tokens had been emitted
+    for tick, (lattice, length) in enumerate(seen):
+        # Of a path that is committed in one tick, all but the last node are the root for no longer than that.
+        for token in tokens[told : length - 1]:
+            top = next(i for i in at.values() if nodes[i].parent == top and nodes[i].token == token)
+            nodes[top] = dataclasses.replace(nodes[top], rooted=tick)
+        told = length
         live = np.flatnonzero(np.asarray(lattice.live).reshape(-1)).tolist()
         born = {slot: tick - (tick - slot // rows) % stages for slot in live}
         for slot, index in at.items():
@@ -168,7 +174,7 @@ def _nodes(lattices: Sequence[Lattice]) -> tuple[TracedNode, ...]:
             for field in (lattice.token, lattice.position, lattice.parent, lattice.born_at)
         )
         before, at = at, {}
-        # Parents first: they are older.
+        # Parents first: they are older, or stand in an earlier row.
         for slot in sorted(live, key=born.__getitem__):
             if born[slot] < tick:
                 at[slot] = before[slot]
@@ -176,7 +182,7 @@ def _nodes(lattices: Sequence[Lattice]) -> tuple[TracedNode, ...]:
             at[slot] = len(nodes)
             above = None if parent[slot] == NO_NODE else at[int(parent[slot])]
             nodes.append(TracedNode(int(token[slot]), int(position[slot]), above, int(born_at[slot]), tick, tick, None))
-        root = at.get(int(lattice.root))
-        if root is not None and nodes[root].rooted is None:
-            nodes[root] = dataclasses.replace(nodes[root], rooted=tick)
+        top = at.get(int(lattice.root), -1)
+        if top >= 0 and nodes[top].rooted is None:
+            nodes[top] = dataclasses.replace(nodes[top], rooted=tick)
     return tuple(nodes)

@@ -44,6 +44,18 @@ class ExitArrays(NamedTuple):
     unembed: jax.Array | None
 
 
+class Heads(NamedTuple):
+    """All trained heads of a generation, None where there are none.
+
+    Attributes:
+      exits: of the exits 1..K-1.
+      drafter: exit 0.
+    """
+
+    exits: ExitArrays | None = None
+    drafter: ExitArrays | None = None
+
+
 class ExitMemory(NamedTuple):
     """The committed prefix as exits see it.
 
@@ -185,11 +197,10 @@ def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -
         states = hidden[:-1]
         if not config.needs_previous:
             return row_features(model, heads, states, view.token[:-1], view.position[:-1])
-        base = base_features(heads, states)
-        reached = jnp.concatenate([base, model.normed(hidden[-1:])])
+        reached = reached_features(model, config, arrays, memory, hidden, view)
         previous = previous_features(reached, memory.exits.previous, view.parent[:-1], view.ring)
         return row_features(
-            model, heads, states, view.token[:-1], view.position[:-1], previous, base, memory.exits.context
+            model, heads, states, view.token[:-1], view.position[:-1], previous, reached[:-1], memory.exits.context
         )
 
     logits, rest = shared_columns(model, arrays)
@@ -206,6 +217,31 @@ def shared_columns(
         return model.unembedding(own) if arrays.unembed is None else linear(own, arrays.unembed, out_dtype=jnp.float32)
 
     return logits, None if arrays.vocabulary is None else lambda features: features[:, -1].astype(jnp.float32)
+
+
+def reached_features(
+    model: Transformer,
+    config: ExitsConfig | None,
+    arrays: ExitArrays | None,
+    memory: Any,
+    hidden: jax.Array,
+    view: StageView,
+) -> jax.Array:
+    """What the final norm gives for the nodes of the last stage, and what exits estimate of it for all others.
+
+    Args:
+      model, config, arrays: of the exits 1..K-1; None for the model's own.
+      memory, view: of no use here; the loop gives them to every network.
+      hidden: [K, B, W, D].
+
+    Returns:
+      [K, B, W, D].
+    """
+    del memory, view
+    if config is None or arrays is None:
+        return model.normed(hidden)
+    estimates = base_features(exit_heads(config, arrays), hidden[:-1])
+    return jnp.concatenate([estimates, model.normed(hidden[-1:])])
 
 
 def base_features(heads: ExitHeads, states: jax.Array) -> jax.Array:

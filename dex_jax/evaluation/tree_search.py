@@ -1,7 +1,7 @@
 """Which trees pay: tokens a round on some prompts, over what a round should take on the device at hand.
 
 How many tokens a round emits does not depend on the device, so it is counted; what a round takes comes from the costs
-by which schedule="auto" chooses (decoding/auto.py), and is not disturbed by other load. The largest tree is not
+by which Dex() chooses (decoding/auto.py), and is not disturbed by other load. The largest tree is not
 searched for: rounds choose how many of its levels to draft and how many of its rows to run.
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
-from dex_jax.decoding.auto import round_seconds
+from dex_jax.decoding.auto import tick_seconds
 from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
 from dex_jax.decoding.drafts import TreeShape
 from dex_jax.decoding.generate import generate
@@ -142,7 +142,7 @@ def search_trees(
 
 
 def _figures(tree: KnownTree, costs: StepCosts) -> TreeFigures:
-    a_round = round_seconds(costs, tree.shape)
+    a_round = tick_seconds(costs, tree.shape)
     return TreeFigures(tree, a_round, tree.tokens_per_round * costs.step(1) / a_round)
 
 
@@ -153,10 +153,10 @@ def _tokens_per_round(
     shape: TreeShape,
     new_tokens: int,
 ) -> float:
-    method, exits = Dex(schedule="serial", tree=shape), "shared" if drafter is None else drafter
+    method, exits = Dex(explorers=1, draft=shape), "shared" if drafter is None else drafter
     out = generate(lm, [list(prompt) for prompt in prompts], method=method, exits=exits, max_new_tokens=new_tokens)
-    assert out.stats.rounds is not None
-    rounds = int(out.stats.rounds.sum())
-    if not rounds:
-        raise DexError("no answer has more than one token, and rounds begin with the second: give other prompts")
-    return int((out.lengths - 1).sum()) / rounds
+    assert out.stats.ticks is not None
+    ticks = int(out.stats.ticks.sum())
+    if not ticks:
+        raise DexError("no answer has more than one token, and ticks begin with the second: give other prompts")
+    return int((out.lengths - 1).sum()) / ticks

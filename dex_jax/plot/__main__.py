@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", help="float32, bfloat16 or float16; default: what suits the device")
     add("--exits", default="default", metavar="EXITS", help='"default", "shared", a file or a folder (%(default)s)')
     add("--explorers", type=int, default=5, metavar="K", help="number of exit depths (%(default)s)")
+    add("--no-draft", action="store_true", help="draft nothing before the first layer: the paper's method")
     add("--max-new-tokens", type=int, metavar="N", help="24, of --text 96")
     add("--ticks", type=int, nargs=2, metavar=("FIRST", "LAST"), help="which to draw (0 26)")
     add("--no-candidates", action="store_true", help="only the upper part, how nodes climb")
@@ -60,7 +61,7 @@ def _draw(args: argparse.Namespace) -> None:
         lm = dex_jax.language_model.outline(args.model, args.dtype).load(display.part)
         tokens = args.max_new_tokens or (96 if args.text else 24)
         options = {"exits": args.exits, "max_new_tokens": tokens, "chat": not args.no_chat}
-        method = dex_jax.Dex(explorers=args.explorers, schedule="parallel")
+        method = dex_jax.Dex(explorers=args.explorers, draft=not args.no_draft)
         drawn: Any = (dex_jax.generate if args.text else dex_jax.trace)(lm, args.prompt, method=method, **options)
         notify("drawing")
         try:

@@ -27,22 +27,25 @@ def ead_histogram(outputs: Output | Sequence[Output]) -> Any:
       A matplotlib Figure.
 
     Raises:
-      DexError: outputs of AR or serial rounds, of different depths, or without a token to count; no matplotlib.
+      DexError: outputs of other methods, of different depths, or without a token to count; no matplotlib.
     """
     outputs = [outputs] if isinstance(outputs, Output) else list(outputs)
-    depths = {out.stats.schedule.depths for out in outputs if out.stats.schedule.kind == "parallel"}
-    if len(depths) != 1 or any(out.stats.schedule.kind != "parallel" for out in outputs):
-        raise DexError('depths can be counted over outputs of DEX with schedule="parallel" and one set of exit depths')
+    depths = {out.stats.schedule.depths for out in outputs}
+    if len(depths) != 1 or not all(out.stats.schedule.has_lattice for out in outputs):
+        raise DexError("depths can be counted over outputs of DEX with one set of exit depths")
     (grid,) = depths
+    drafts = any(out.stats.schedule.drafts is not None for out in outputs)
+    numbers, stages = range(0 if drafts else 1, len(grid) + 1), len(grid)
+    grid = (0, *grid) if drafts else grid
     exits = np.concatenate([out.stats.exits.reshape(-1) for out in outputs])
-    counts = np.bincount(exits[exits > 0], minlength=len(grid) + 1)[1:]
+    counts = np.bincount(exits[exits >= numbers[0]], minlength=stages + 1)[numbers[0] :]
     if not counts.sum():
         raise DexError("there is no token to count: every sequence ended with its first token")
     shares = counts / counts.sum()
     figure = new_figure(max(4.5, 1.2 + 0.62 * len(grid)), 3.4)
     axes = figure.add_subplot()
     quiet_axes(axes)
-    colors = [depth_hex(number, len(grid)) for number in range(1, len(grid) + 1)]
+    colors = [depth_hex(number, stages) for number in numbers]
     axes.bar(range(len(grid)), shares, color=colors, width=0.78)
     for place, share in enumerate(shares):
         axes.annotate(f"{share:.0%}", (place, share), (0, 3), textcoords="offset points", ha="center", fontsize=8)
@@ -103,7 +106,7 @@ def _by_explorers(speedups: Speedups) -> dict[int, float]:
     ticks: dict[int, int] = {}
     for out in speedups:
         if out.stats.ticks is None:
-            raise DexError("serial rounds have no ticks and so no depth-side speedup: leave their outputs out")
+            raise DexError("methods that draft on a chain have no ticks: leave their outputs out")
         stages = out.stats.schedule.stages
         tokens[stages] = tokens.get(stages, 0) + int((out.lengths - 1).sum())
         ticks[stages] = ticks.get(stages, 0) + int(out.stats.ticks.sum())

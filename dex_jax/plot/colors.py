@@ -1,4 +1,5 @@
-"""One palette for terminals, notebooks and figures: green for tokens that an early exit gave, red for a late one."""
+"""One palette for terminals, notebooks and figures: green for tokens that an early exit gave, red for a late one,
+cyan for drafts."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from dex_jax.lattice import DRAFTED
 PALETTE = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
 """256-colour codes of terminals from early (green) to late (red)."""
 
+DRAFT_CODE = 45
+"""The same (cyan) of what was drafted before any layer."""
+
 SERIES = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#97266d", "#4a5568")
 """Lines of a chart that stand for no depth."""
 
@@ -22,9 +26,9 @@ PAGE = (0.47, 0.62)
 
 
 def depth_code(exit_number: int, stages: int) -> int | None:
-    """256-colour code of a token that exit 1..K first gave, 0 a drafter; None for the final layer and the prefill."""
+    """256-colour code of a token by its exit 1..K, 0 for a draft; None for the final layer and the prefill."""
     if exit_number == DRAFTED:
-        return PALETTE[0]
+        return DRAFT_CODE
     if exit_number < 1 or exit_number >= stages:
         return None
     place = (exit_number - 1) / max(stages - 2, 1)

@@ -50,7 +50,7 @@ class DepthText:
 def depth_text(out: Output) -> DepthText:
     """Colours every token of an output by the exit that first gave it, green for early to red for late.
 
-    What the final layer or the prefill gave itself stays plain. In serial rounds, drafted tokens are green.
+    What the final layer or the prefill gave itself stays plain. Drafted tokens have a colour of their own.
 
     Args:
       out: from `dex_jax.generate`, any method; token ids are shown where the model has no tokenizer.
@@ -65,10 +65,9 @@ def depth_text(out: Output) -> DepthText:
 
 def legend(schedule: Schedule) -> list[tuple[str, int]]:
     """(name, exit) of every colour."""
-    if schedule.kind == "serial":
-        return [("drafted", 0), ("final layer", 1)]
     *early, last = enumerate(schedule.depths, 1)
     return [
+        *([] if schedule.drafts is None else [("drafted", 0)]),
         *((f"exit {number} (depth {depth})", number) for number, depth in early),
         (f"last layer (depth {last[1]})", last[0]),
     ]

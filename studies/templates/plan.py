@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 
 from dex_jax.cli.common import depths
-from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.methods import FULL_ROWS_LIMIT, Dex
+from dex_jax.decoding.resolve import resolve
 from dex_jax.errors import DexError
 from dex_jax.evaluation.bench.contenders import swept_depths
 from dex_jax.evaluation.bench.forced_runs import exits_at
@@ -227,7 +227,7 @@ def plan_of(lm: LanguageModel, s: Settings) -> Plan:
       DexError: exits that do not fit, or depths that they do not have.
     """
     layers = lm.config.num_layers
-    resolved = resolve_method(Dex(explorers=s.explorers), s.exits, lm.config, lm.fingerprint)
+    resolved = resolve(Dex(explorers=s.explorers, draft=False), s.exits, lm.config, lm.fingerprint)
     resolved.say(lm.fingerprint)
     grid = resolved.schedule.depths
     swept = s.exit_depths
@@ -236,7 +236,7 @@ def plan_of(lm: LanguageModel, s: Settings) -> Plan:
     if any(not 0 < depth < layers for depth in swept):
         raise DexError(f"--exit-depths must lie between 1 and {layers - 1}, not {','.join(map(str, swept))}")
     every = tuple(sorted({*grid[:-1], *swept}))
-    exits, source = exits_at(lm, s.exits if resolved.trained is not None else "shared", every)
+    exits, source = exits_at(lm, s.exits if resolved.exits is not None else "shared", every)
     same = ("methods", "model", "draft_lengths", "max_new_tokens", "batch", "loop_share", "seed")
     given = {name: getattr(s, name) for name in same}
     return Plan(exits=exits, exits_source=source, depths=grid, exit_depths=tuple(swept), **given)

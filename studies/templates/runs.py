@@ -198,7 +198,7 @@ class TemplateStudy:
         sample, chosen = self.sampled(), self.chosen()
         todo: list[tuple[str, dict[str, Any], Any, list[Case]]] = []
         if "dex" in self.plan.methods and len(self.plan.depths) > 1:
-            todo.append(("dex", self._grid, Dex(depths=self.plan.depths, rows="full"), sample))
+            todo.append(("dex", self._grid, Dex(depths=self.plan.depths, rows="full", draft=False), sample))
         for depth, length in sorted(set(chosen.values())):
             ours = [case for case in sample if chosen[case.item.task] == (depth, length)]
             todo.append(("layerskip", {"exit": depth, "draft_length": length}, LayerSkip(depth, length), ours))

@@ -11,10 +11,10 @@ import numpy as np
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.adadecode import AdaDecode
 from dex_jax.decoding.dynamic_exit import DEL
-from dex_jax.decoding.exits import all_depths
 from dex_jax.decoding.layerskip import LayerSkip
 from dex_jax.decoding.methods import AR, Dex, Method
 from dex_jax.decoding.oracle import Oracle
+from dex_jax.decoding.resolve import all_depths
 from dex_jax.decoding.single_exit import DexSingleExit
 from dex_jax.errors import DexError
 from dex_jax.evaluation.bench.runs import Run
@@ -47,20 +47,22 @@ Maker = Callable[..., Method]
 
 METHODS: dict[str, tuple[Maker, bool]] = {
     "ar": (AR, False),
-    "dex": (lambda **fields: Dex(schedule="parallel", **fields), True),
-    "dex_serial": (lambda **fields: Dex(schedule="serial", **fields), False),
+    "dex": (lambda **fields: Dex(draft=False, **fields), True),
+    "dex_drafts": (lambda **fields: Dex(**fields), True),
+    "dex_serial": (lambda **fields: Dex(explorers=1, **fields), False),
     "dex_auto": (lambda **fields: Dex(**fields), False),
-    "dex_no_decs": (lambda **fields: Dex(schedule="parallel", decs=False, **fields), True),
+    "dex_no_decs": (lambda **fields: Dex(draft=False, decs=False, **fields), True),
     "dex_single_exit": (DexSingleExit, True),
     "layerskip": (LayerSkip, False),
     "adadecode": (AdaDecode, True),
     "del": (DEL, False),
     "oracle": (Oracle, False),
 }
-"""Name -> (what makes the method, whether it takes `explorers`)."""
+"""Name -> (what makes the method, whether it takes `explorers`). "dex" is the paper's method, without drafts;
+"dex_drafts" is what users get for several explorers, "dex_serial" for one, "dex_auto" where nothing is asked for."""
 
 WITH_DRAFTER = ("dex_serial", "dex_auto")
-ON_MANY_DEVICES = ("dex", "dex_no_decs", "dex_single_exit")
+ON_MANY_DEVICES = ("dex", "dex_drafts", "dex_no_decs", "dex_single_exit")
 """Their stages run side by side, which is for K devices: on one their seconds are told, and mean little."""
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.methods import Dex
+from dex_jax.decoding.resolve import resolve
 from dex_jax.errors import DexError
 from dex_jax.evaluation.bench.runs import Run, repeated, versions
 from dex_jax.forced.counts import LayerSkipCount
@@ -29,10 +29,10 @@ def exits_at(lm: LanguageModel, exits: Any, depths: Sequence[int]) -> tuple[Trai
     Raises:
       DexError: exits that cannot be read, or that do not stand at all of these depths.
     """
-    method = Dex(depths=(*depths, lm.config.num_layers), schedule="parallel")
-    found = resolve_method(method, exits, lm.config, lm.fingerprint)
-    if found.trained is not None:
-        return found.trained, str(found.source)
+    method = Dex(depths=(*depths, lm.config.num_layers), draft=False)
+    found = resolve(method, exits, lm.config, lm.fingerprint)
+    if found.exits is not None:
+        return found.exits, str(found.source)
     if exits != "shared":
         raise DexError(f"the exits do not serve the depths {', '.join(map(str, depths))}: {' '.join(found.remarks)}")
     return shared_exits(lm, tuple(depths)), "shared"

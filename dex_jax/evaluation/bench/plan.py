@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dex_jax.decoding.exits import default_drafter, default_exits, resolve_method
-from dex_jax.decoding.methods import is_auto
+from dex_jax.decoding.resolve import default_drafter, default_exits, resolve
 from dex_jax.errors import DexError
 from dex_jax.evaluation.bench.contenders import SWEPT, Contender, contender, sweep, swept_depths
 from dex_jax.evaluation.bench.results import about_exits
@@ -21,7 +20,7 @@ class Settings:
 
     Attributes:
       model: as `dex_jax.load` was given it, for the record.
-      exits, drafter: path, "default" or "shared"; the drafter is that of serial rounds.
+      exits, drafter: path, "default" or "shared"; the drafter is that of one explorer.
       methods: to count.
       timed: methods whose seconds are measured.
       explorers: K of DEX and AdaDecode.
@@ -130,10 +129,9 @@ class Plan:
         entries += [contender("dex", count) for count in self.other_grids]
         entries += [entry for every in self.sweeps.values() for entry in every]
         for entry in entries:
-            if not is_auto(entry.method):
-                found = resolve_method(entry.method, self.exits_of(entry), self.lm.config, self.lm.fingerprint)
-                if found.source == "shared" and self.exits_of(entry) != "shared":
-                    raise DexError(f"the exits do not serve {entry.name} {entry.setting}: {' '.join(found.remarks)}")
+            found = resolve(entry.method, self.exits_of(entry), self.lm.config, self.lm.fingerprint)
+            if found.source == "shared" and self.exits_of(entry) != "shared":
+                raise DexError(f"the exits do not serve {entry.name} {entry.setting}: {' '.join(found.remarks)}")
 
     def _opened(self, exits: str, shipped: Callable[[str], Any], what: str) -> Any:
         if exits == "default" and shipped(self.lm.fingerprint) is None:

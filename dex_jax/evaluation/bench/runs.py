@@ -52,7 +52,7 @@ class Run:
       batch: how many sequences ran together.
       layer_steps: layers run one after the other since the prefill, as of Stats; of "oracle", a bound.
       ticks: loop steps of stages side by side; None for other methods.
-      rounds: verifications in serial rounds and on chains; None for other methods.
+      rounds: verifications on chains; None for other methods.
       drafted, accepted: tokens that exits drafted on chains, and those that were kept; None otherwise.
       work: layer x row evaluations since the prefill, see `work_of`; None where they are not counted.
       seconds: wall-clock of decoding, prefill and compilation apart; None in kind "depth".
@@ -226,9 +226,8 @@ def work_of(schedule: Any, length: int, counts: dict[str, int | None]) -> int | 
     """Layer x row evaluations of a sequence since its prefill, rows that only fill up a shape apart.
 
     AR runs L layers for each of n - 1 tokens. On a chain every row of a round runs every layer once: L (drafted +
-    rounds). In serial rounds a round runs at most all rows of its tree: an upper end where rounds choose how many. Side
-    by side every stage has W rows at every tick, live or not, as explorers run whether they have something to run or
-    not: W L a tick, which is again an upper end. None for the oracle, which is no decoder.
+    rounds). In DEX every stage has W rows at every tick, live or not, as explorers run whether they have something to
+    run or not: W L a tick, an upper end where ticks choose how many. None for the oracle, which is no decoder.
     """
     last, rounds = schedule.depths[-1], counts.get("rounds")
     if schedule.method == "oracle":
@@ -237,8 +236,6 @@ def work_of(schedule: Any, length: int, counts: dict[str, int | None]) -> int | 
         return last * (length - 1)
     if schedule.policy is not None:
         return last * ((counts.get("drafted") or 0) + (rounds or 0))
-    if schedule.tree is not None:
-        return last * schedule.tree.rows * (rounds or 0)
     return last * schedule.rows * (counts.get("ticks") or 0)
 
 

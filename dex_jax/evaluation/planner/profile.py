@@ -73,7 +73,7 @@ def _real_loop(
 ) -> RealLoop:
     ticks = tokens = rows = 0
     for prompt in prompts:
-        out = generate(lm, [prompt], method=Dex(depths=depths), exits=exits, max_new_tokens=new_tokens)
+        out = generate(lm, [prompt], method=Dex(depths=depths, draft=False), exits=exits, max_new_tokens=new_tokens)
         assert out.stats.ticks is not None
         ticks += int(out.stats.ticks[0])
         tokens += int(out.lengths[0]) - 1

@@ -1,25 +1,26 @@
-"""Serial rounds on small transformers: tokens of AR, and a drafter that sees in decoding what it saw in training."""
+"""Drafts on small transformers: tokens of AR, and a drafter that sees in decoding what it saw in training."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import slow
 from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, small_model
+from test_trained_exits import random_exits
 
 import dex_jax
 from dex_jax.config import ExitsConfig
+from dex_jax.decoding import resolve as resolving
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.decoding.drafter import transformer_drafter
 from dex_jax.decoding.drafts import TreeShape
-from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.known_trees import LOOKUP_TRUST, KnownTree, known_trees, with_trees
-from dex_jax.decoding.output import rounds_of
+from dex_jax.decoding.output import ticks_of
+from dex_jax.decoding.resolve import resolve
 from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk
 from dex_jax.evaluation import tree_search
 from dex_jax.evaluation.tree_search import first_tree, large_tree, neighbours, search_trees
@@ -32,7 +33,7 @@ from dex_jax.training.stream import Activations
 
 CONFIG = ExitsConfig("mlp", (0,), LLAMA.width, fused=True, hidden=12, draft_size=40)
 KINDS = {kind: dataclasses.replace(CONFIG, kind=kind) for kind in ("mlp", "linear")}
-SERIAL = dex_jax.Dex(schedule="serial")
+ONE = dex_jax.Dex(explorers=1)
 
 
 @functools.cache
@@ -57,53 +58,77 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
 
 
 @pytest.mark.parametrize(
-    ("exits", "options"),
+    ("explorers", "exits", "options"),
     [
-        ("mlp", {}),
-        ("lookup", SAMPLED),
-        slow("mlp", SAMPLED),
-        slow("linear", {}),
-        slow("linear", SAMPLED),
-        slow("lookup", {}),
+        (1, "mlp", {}),
+        (3, "shared", SAMPLED),
+        (3, "mlp", {}),
+        slow(1, "shared", SAMPLED),
+        slow(1, "mlp", SAMPLED),
+        slow(1, "linear", {}),
+        slow(2, "linear", SAMPLED),
+        slow(4, "mlp", SAMPLED),
+        slow(4, "shared", {}),
     ],
 )
-def test_tokens_are_those_of_ar(lm, exits, options) -> None:
-    prompts, given = ragged_prompts(3), "shared" if exits == "lookup" else drafter(exits)
-    plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), max_new_tokens=40, **options)
-    out = dex_jax.generate(lm, prompts, method=SERIAL, exits=given, max_new_tokens=40, **options)
+def test_tokens_are_those_of_ar_and_exits_no_later(lm, explorers, exits, options) -> None:
+    prompts, given = ragged_prompts(3), exits if exits == "shared" else drafter(exits)
+    method = dex_jax.Dex(explorers=explorers, rows=40)  # never pruned
+    plain, silent, out = (
+        dex_jax.generate(lm, prompts, method=each, exits=of, max_new_tokens=40, **options)
+        for each, of in (
+            (dex_jax.AR(), "shared"),
+            (dataclasses.replace(method, draft=False), "shared"),
+            (method, given),
+        )
+    )
     filters = {name: options[name] for name in ("temperature", "top_p") if name in options}
     assert_same_tokens(lm, out, plain, **filters)
     stats = out.stats
-    assert stats.ticks is None
-    assert stats.depth_side_speedup is None
+    assert (stats.exits[:, 1:] <= silent.stats.exits[:, 1:]).all()
     for row, length in enumerate(out.lengths):
-        assert stats.rounds[row] == stats.stage_steps[row] == rounds_of(stats.exits[row], length)
-        assert stats.tokens_per_round[row] == pytest.approx((length - 1) / stats.rounds[row])
-    assert stats.rounds.sum() < (out.lengths - 1).sum(), "nothing drafted was ever right: this would test nothing"
-    assert stats.exits_source == (None if exits == "lookup" else "random")
+        assert stats.ticks[row] == ticks_of(stats.exits[row], length, explorers)
+        assert stats.depth_side_speedup[row] == pytest.approx(explorers * (length - 1) / stats.ticks[row])
+    assert (stats.exits == 0).any(), "nothing drafted was ever right: this would test nothing"
+    assert stats.rounds is None
+    assert stats.exits_source == (None if explorers == 1 else "shared")
+    assert stats.drafter_source == (None if exits == "shared" else "random")
 
 
-@pytest.mark.slow
-def test_the_stacked_layout_gives_the_same(lm) -> None:
-    prompts = ragged_prompts(2)
-    before = dex_jax.generate(lm, prompts, method=SERIAL, exits=drafter(), max_new_tokens=24)
+@pytest.mark.parametrize("explorers", [1, slow(3)])
+def test_the_stacked_layout_gives_the_same(lm, explorers) -> None:
+    prompts, method = ragged_prompts(2), dex_jax.Dex(explorers=explorers)
+    before = dex_jax.generate(lm, prompts, method=method, exits=drafter(), max_new_tokens=24)
     other = small_model()
-    other.arrange(dex_jax.Stacked((1, 3, LLAMA.num_layers)))
-    out = dex_jax.generate(other, prompts, method=SERIAL, exits=drafter(), max_new_tokens=24)
+    depths = method.schedule_for(LLAMA.num_layers).depths
+    other.arrange(dex_jax.Stacked(depths if explorers > 1 else (1, 3, LLAMA.num_layers)))
+    out = dex_jax.generate(other, prompts, method=method, exits=drafter(), max_new_tokens=24)
     assert out.tokens.tolist() == before.tokens.tolist()
-    assert out.stats.rounds.tolist() == before.stats.rounds.tolist()
+    assert out.stats.exits.tolist() == before.stats.exits.tolist()
 
 
 @pytest.mark.slow
-def test_a_batch_is_its_single_runs(lm) -> None:
-    prompts = ragged_prompts(4)
-    together = dex_jax.generate(lm, prompts, method=SERIAL, exits=drafter(), max_new_tokens=24, **SAMPLED)
+@pytest.mark.parametrize("explorers", [1, 3])
+def test_a_batch_is_its_single_runs(lm, explorers) -> None:
+    prompts, options = ragged_prompts(4), {"method": dex_jax.Dex(explorers=explorers), "exits": drafter()}
+    together = dex_jax.generate(lm, prompts, max_new_tokens=24, **options, **SAMPLED)
     for row, prompt in enumerate(prompts):
-        options = SAMPLED | {"seed": SAMPLED["seed"] + row}
-        alone = dex_jax.generate(lm, [prompt], method=SERIAL, exits=drafter(), max_new_tokens=24, **options)
+        seed = SAMPLED | {"seed": SAMPLED["seed"] + row}
+        alone = dex_jax.generate(lm, [prompt], max_new_tokens=24, **options, **seed)
         length = int(alone.lengths[0])
         assert together.tokens[row, :length].tolist() == alone.tokens[0].tolist()
-        assert together.stats.rounds[row] == alone.stats.rounds[0]
+        assert together.stats.ticks[row] == alone.stats.ticks[0]
+
+
+@pytest.mark.parametrize("kind", [slow("attn"), "linear"])
+def test_trained_exits_and_a_drafter_work_together(lm, monkeypatch, kind) -> None:
+    monkeypatch.setattr(resolving, "default_drafter", lambda fingerprint: drafter())
+    exits, prompts = random_exits(kind, fused=kind == "linear", draft=30), ragged_prompts(2)
+    plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), max_new_tokens=30)
+    out = dex_jax.generate(lm, prompts, method=dex_jax.Dex(explorers=4), exits=exits, max_new_tokens=30)
+    assert_same_tokens(lm, out, plain)
+    assert (out.stats.exits_source, out.stats.drafter_source) == ("random", "default")
+    assert {0, 4} < set(out.stats.exits[:, 1:].ravel().tolist()), "drafts, and exits beside them"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +144,7 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
     hidden = depth_states(model, jnp.asarray(tokens), (LLAMA.num_layers,))[0]
 
     memory = empty_memory(config, 1, jnp.float32)
-    drafter_of = transformer_drafter(model, config, arrays)
+    drafter_of = transformer_drafter(model, config, arrays, None)
     for start, end in ((0, 4), (4, prefix)):
         piece, lengths = slice(start, end), jnp.asarray([end])
         memory = read_chunk(
@@ -149,37 +174,38 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
 
 
 def test_what_does_not_fit_is_refused(lm) -> None:
-    for changes, says in (
-        ({"depths": (1,)}, r"random has fused exits of kind mlp at depths 1: train one"),
-        ({"fused": False}, r"random has exits of kind mlp at depths 0"),
-        ({"kind": "attn"}, r"one fused exit at depth 0 without attention .* of kind attn at depths 0"),
-    ):
+    for changes, says in (({"fused": False}, "kind mlp"), ({"kind": "attn"}, "kind attn")):
         other = dataclasses.replace(drafter(), config=dataclasses.replace(CONFIG, **changes))
-        with pytest.raises(dex_jax.DexError, match=says):
-            resolve_method(SERIAL, other, lm.config, "0")
+        with pytest.raises(dex_jax.DexError, match=f"one fused exit at depth 0 .* random has one of {says}"):
+            resolve(ONE, other, lm.config, "0")
     with pytest.raises(dex_jax.DexError, match="width 32, and this one has 64"):
-        resolve_method(SERIAL, drafter(), dataclasses.replace(LLAMA, width=64), "0")
-    with pytest.raises(dex_jax.DexError, match='explorers belongs to schedule="parallel"'):
-        dex_jax.Dex(explorers=3, schedule="serial").schedule_for(4)
-    with pytest.raises(dex_jax.DexError, match="schedule must be one of auto, serial, parallel"):
-        dex_jax.Dex(schedule="both").schedule_for(4)
-    resolved = resolve_method(SERIAL, drafter(), lm.config, "another")
+        resolve(ONE, drafter(), dataclasses.replace(LLAMA, width=64), "0")
+    with pytest.raises(dex_jax.DexError, match="random holds exits at depths, and one explorer has none"):
+        resolve(ONE, random_exits("linear"), lm.config, "0")
+    with pytest.raises(dex_jax.DexError, match="random holds a drafter, and the method has none"):
+        resolve(dex_jax.Dex(explorers=2, draft=False), drafter(), lm.config, "0")
+    resolved = resolve(ONE, drafter(), lm.config, "another")
     assert "trained on another model" in resolved.remarks[0]
-    assert resolved.schedule.tree == TreeShape((3, 2, 1, 1), 3, (0.3, *[0.7] * 7))
-    assert resolve_method(SERIAL, "default", lm.config, "none ships").trained is None
+    assert resolved.schedule.drafts == TreeShape((3, 2, 1, 1), 3, (0.3, *[0.7] * 7))
+    assert resolve(ONE, "default", lm.config, "none ships").drafter is None
 
 
 def test_a_tree_of_ones_own_replaces_the_drafters(lm) -> None:
     shape = TreeShape((2, 1), 1, (0.5,) * 8)
-    method = dex_jax.Dex(schedule="serial", tree=shape)
-    assert resolve_method(method, drafter(), lm.config, "0").schedule.tree == shape
-    assert resolve_method(method, "shared", lm.config, "0").schedule.rows == 4
-    with pytest.raises(dex_jax.DexError, match='tree belongs to schedule="serial"'):
-        dex_jax.Dex(tree=shape, schedule="parallel").schedule_for(4)
+    method = dex_jax.Dex(explorers=1, draft=shape)
+    assert resolve(method, drafter(), lm.config, "0").schedule.drafts == shape
+    assert resolve(method, "shared", lm.config, "0").schedule.rows == 4
     with pytest.raises(dex_jax.DexError, match="3 of \\(2, 1\\)"):
         dataclasses.replace(shape, drafted=3)
     with pytest.raises(dex_jax.DexError, match="8 probabilities"):
         dataclasses.replace(shape, lookup=(0.5,))
+
+
+def test_several_explorers_take_the_largest_tree(lm) -> None:
+    small, large = (KnownTree(TreeShape(widths, 1, (0.5,) * 8), 1.5) for widths in ((1,), (4, 3, 2)))
+    given = with_trees(drafter(), [small, large])
+    assert resolve(ONE, given, lm.config, "0").schedule.drafts == small.shape
+    assert resolve(dex_jax.Dex(explorers=2), given, lm.config, "0").schedule.drafts == large.shape
 
 
 def test_trees_around_one() -> None:
@@ -211,20 +237,13 @@ def test_the_search_climbs_for_each_size(lm, monkeypatch, drafted) -> None:
     for best in found:
         rivals = [each for each in tried if each.tree.shape.rows == best.tree.shape.rows]
         assert best.speedup == max(each.speedup for each in rivals)
-        method = dex_jax.Dex(schedule="serial", tree=best.tree.shape)
+        method = dex_jax.Dex(explorers=1, draft=best.tree.shape)
         out = dex_jax.generate(lm, prompts, method=method, exits=given or "shared", max_new_tokens=16)
-        assert best.tree.tokens_per_round == (out.lengths - 1).sum() / out.stats.rounds.sum()
+        assert best.tree.tokens_per_round == (out.lengths - 1).sum() / out.stats.ticks.sum()
     kept = with_trees(drafter(), [each.tree for each in found])
     assert known_trees(kept) == tuple(each.tree for each in found)
-    assert resolve_method(SERIAL, kept, lm.config, "0").schedule.tree == found[0].tree.shape
+    assert resolve(ONE, kept, lm.config, "0").schedule.drafts == found[0].tree.shape
     with pytest.raises(dex_jax.DexError, match="sizes must be among 2, 4, 8, 16, not 3"):
         search_trees(lm, given, prompts, sizes=(3,), largest=None)
     with pytest.raises(dex_jax.DexError, match="more rows than 4, not 4"):
         search_trees(lm, given, prompts, sizes=(4,), largest=4)
-
-
-def test_a_stop_string_counts_the_rounds_up_to_it(lm) -> None:
-    whole = jax.tree.map(np.asarray, dex_jax.generate(lm, [[3, 4, 5]], method=SERIAL, max_new_tokens=24).stats.exits[0])
-    for length in range(1, len(whole) + 1):
-        rounds = rounds_of(whole, length)
-        assert rounds == rounds_of(whole, length - 1) + (length > 1 and (length == 2 or whole[length - 2] == 1))

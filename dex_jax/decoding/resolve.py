@@ -1,0 +1,265 @@
+"""Which trained heads a generation uses, and at which depths: a method and `exits` become a schedule and its heads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.known_trees import known_trees
+from dex_jax.decoding.layerskip import LayerSkip
+from dex_jax.decoding.methods import DEFAULT_EXPLORERS, Dex, Method, Schedule
+from dex_jax.errors import DexError
+from dex_jax.io.exits_file import TrainedExits, load_exits
+from dex_jax.nn.exits import select_exits
+
+DEFAULTS = Path(__file__).resolve().parents[1] / "default_exits"
+"""One file for each model that trained exits ship for."""
+
+
+_SAID: set[tuple[str, str]] = set()
+"""Models, by their fingerprint, and remarks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A method as it runs on a model, with its trained heads.
+
+    Attributes:
+      schedule: with exit depths that the exits are trained at, and the tree that was found for the drafter.
+      source: where the exits came from, "shared" for the model's own head at every depth; None when K = 1.
+      exits: heads at x_1 .. x_{K-1}; None for "shared" and when K = 1.
+      drafter: the head at depth 0; None where the text alone drafts, or nothing does.
+      drafter_source: where it came from; None without one.
+      remarks: sentences that a user should see.
+    """
+
+    schedule: Schedule
+    source: str | None = None
+    exits: TrainedExits | None = None
+    drafter: TrainedExits | None = None
+    drafter_source: str | None = None
+    remarks: tuple[str, ...] = ()
+
+    def say(self, fingerprint: str) -> None:
+        """Prints the remarks on stderr, each once in a process for a model."""
+        for remark in self.remarks:
+            if (fingerprint, remark) not in _SAID:
+                _SAID.add((fingerprint, remark))
+                print(remark, file=sys.stderr)
+
+
+class Found(NamedTuple):
+    """What a user's `exits` names.
+
+    Attributes:
+      exits: heads at depths above 0; None for the model's own.
+      source: "shared", "default" or a path.
+      drafter: the head at depth 0; None for the text alone.
+      drafter_source: "default" or a path, None without one.
+      own: what the user gave himself is "exits", the "drafter", or neither (None).
+    """
+
+    exits: TrainedExits | None
+    source: str
+    drafter: TrainedExits | None
+    drafter_source: str | None
+    own: str | None
+
+
+def find_exits(exits: str | os.PathLike | TrainedExits, fingerprint: str) -> Found:
+    """What `exits` means for a model: "shared", "default", a path, or what `load_exits` gave.
+
+    A file with nothing but a drafter leaves the exits to what ships for the model, and one with exits the drafter.
+
+    Raises:
+      DexError: a file that cannot be read.
+    """
+    if isinstance(exits, str) and exits == "shared":
+        return Found(None, "shared", None, None, None)
+    at_depths, drafter = default_exits(fingerprint), default_drafter(fingerprint)
+    shipped = Found(at_depths, "default", drafter, None if drafter is None else "default", None)
+    if isinstance(exits, str) and exits == "default":
+        return shipped
+    given = exits if isinstance(exits, TrainedExits) else load_exits(exits)
+    if given.config.depths == (0,):
+        return shipped._replace(drafter=given, drafter_source=given.source, own="drafter")
+    return shipped._replace(exits=given, source=given.source, own="exits")
+
+
+def unmeasured(method: Method, exits: str | os.PathLike | TrainedExits, fingerprint: str) -> Method:
+    """The method for one device where nothing measures which is the fastest: exits of one's own have explorers."""
+    if not isinstance(method, Dex) or not method.is_free:
+        return method
+    found = find_exits(exits, fingerprint)
+    if found.exits is None or found.own != "exits":
+        return Dex(explorers=1)
+    return Dex(explorers=min(DEFAULT_EXPLORERS, found.exits.count + 1))
+
+
+def resolve(method: Method, exits: str | os.PathLike | TrainedExits, config: ModelConfig, fingerprint: str) -> Resolved:
+    """The schedule of a method, and its heads.
+
+    Where an even grid asks for depths that are not trained, the nearest ones are taken. A method that is to run
+    `everywhere` and names no depths takes all of those at which the exits are trained.
+
+    Args:
+      method: as the user gave it.
+      exits: as of `find_exits`.
+      config, fingerprint: of the model.
+
+    Raises:
+      DexError: as `method.schedule_for` and `find_exits`; heads of another width, vocabulary or number of layers,
+        without the depths that are asked for, or of no use to the method.
+    """
+    if getattr(method, "everywhere", False):
+        method = dataclasses.replace(cast(Any, method), depths=all_depths(exits, config, fingerprint))
+    schedule = method.schedule_for(config.num_layers)
+    if schedule.stages == 1 and schedule.drafts is None:
+        return Resolved(schedule)
+    found = find_exits(exits, fingerprint)
+    resolved = Resolved(schedule)
+    if schedule.stages > 1:
+        given_depths = getattr(method, "depths", None) is not None or isinstance(method, LayerSkip)
+        resolved = _with_exits(schedule, found, config, fingerprint, given_depths)
+    elif found.own == "exits":
+        raise DexError(
+            f"{found.source} holds exits at depths, and one explorer has none: give more explorers, or leave it out"
+        )
+    if schedule.drafts is None:
+        if found.own == "drafter":
+            raise DexError(f"{found.drafter_source} holds a drafter, and the method has none: leave it out")
+        return resolved
+    return _with_drafter(resolved, method, found, config, fingerprint)
+
+
+def _with_exits(
+    schedule: Schedule, found: Found, config: ModelConfig, fingerprint: str, given_depths: bool
+) -> Resolved:
+    trained, source, depths = found.exits, found.source, schedule.depths
+    if found.own != "exits" and source == "default":
+        why = None
+        if trained is None:
+            why = "no trained exits ship with this model"
+        elif schedule.stages - 1 > trained.count:
+            why = "the shipped exits are fewer"
+        elif given_depths and not set(depths[:-1]) <= set(trained.config.depths):
+            why = "the shipped exits are not trained at all these depths"
+        if why is not None:
+            return Resolved(schedule, "shared", remarks=(f'{why}: exits="shared" is used',))
+    if trained is None:
+        return Resolved(schedule, "shared")
+    _check_fit(trained, config)
+    remarks = []
+    if trained.fingerprint != fingerprint:
+        remarks.append(f"the exits in {source} were trained on another model: tokens stay the same, ticks may be more")
+    reached = tuple(depth for depth in trained.config.depths if depth > 0)
+    if not set(depths[:-1]) <= set(reached):
+        trained_at = ", ".join(map(str, trained.config.depths))
+        if given_depths:
+            raise DexError(f"the exits in {source} are trained at depths {trained_at}: choose depths among them")
+        depths = (*nearest_depths(depths[:-1], reached, depths[-1], source), depths[-1])
+        moved = ", ".join(map(str, depths))
+        remarks.append(f"exits are trained at depths {trained_at}: the exit depths are {moved}")
+    subset, parameters = select_exits(trained.config, trained.parameters, tuple(depths[:-1]))
+    trained = dataclasses.replace(trained, config=subset, parameters=parameters)
+    return Resolved(dataclasses.replace(schedule, depths=depths), source, trained, remarks=tuple(remarks))
+
+
+def _with_drafter(resolved: Resolved, method: Method, found: Found, config: ModelConfig, fingerprint: str) -> Resolved:
+    drafter, remarks = found.drafter, list(resolved.remarks)
+    if drafter is None:
+        return resolved
+    if not drafter.config.is_drafter:
+        raise DexError(
+            f"a drafter is one fused exit at depth 0 without attention (kind mlp, for example), and "
+            f"{found.drafter_source} has one of kind {drafter.config.kind}: train one "
+            "(configs/smollm2_135m_drafter.py), or leave it out"
+        )
+    _check_fit(drafter, config)
+    if drafter.fingerprint != fingerprint:
+        remarks.append(
+            f"the drafter in {found.drafter_source} was trained on another model: tokens stay the same, ticks may be "
+            "more"
+        )
+    schedule = resolved.schedule
+    if isinstance(method, Dex) and method.draft is True:
+        # With one explorer every row takes time; several wait for their layers, and ticks are what counts.
+        trees = [tree.shape for tree in known_trees(drafter)]
+        drafts = trees[0] if schedule.stages == 1 else max(trees, key=lambda tree: tree.rows)
+        schedule = dataclasses.replace(schedule, drafts=drafts, rows=method.rows_of(schedule.stages, drafts))
+    return dataclasses.replace(
+        resolved, schedule=schedule, drafter=drafter, drafter_source=found.drafter_source, remarks=tuple(remarks)
+    )
+
+
+def all_depths(exits: str | os.PathLike | TrainedExits, config: ModelConfig, fingerprint: str) -> tuple[int, ...]:
+    """Every depth above 0 that `exits` stand at, and L; for the model's own all depths."""
+    trained = find_exits(exits, fingerprint).exits
+    if trained is None:
+        return tuple(range(1, config.num_layers + 1))
+    _check_fit(trained, config)
+    return (*(depth for depth in trained.config.depths if depth > 0), config.num_layers)
+
+
+@functools.lru_cache(maxsize=2)
+def default_exits(fingerprint: str) -> TrainedExits | None:
+    """The exits that ship for a model, by its fingerprint."""
+    return _shipped(f"{fingerprint}.safetensors")
+
+
+@functools.lru_cache(maxsize=2)
+def default_drafter(fingerprint: str) -> TrainedExits | None:
+    """The drafter that ships for a model, by its fingerprint."""
+    return _shipped(f"{fingerprint}.drafter.safetensors")
+
+
+def _shipped(name: str) -> TrainedExits | None:
+    file = DEFAULTS / name
+    return load_exits(file) if file.is_file() else None
+
+
+def nearest_depths(wanted: tuple[int, ...], trained: tuple[int, ...], layers: int, source: str) -> tuple[int, ...]:
+    """As many different trained depths, ascending, with the least sum of distances to the wanted ones.
+
+    Of several such choices the one whose longest stage, that up to `layers` among them, has the fewest layers.
+
+    Raises:
+      DexError: fewer trained than wanted.
+    """
+    if len(wanted) > len(trained):
+        raise DexError(
+            f"the exits in {source} are trained at {len(trained)} depths, which serve at most {len(trained) + 1} "
+            f"explorers, not {len(wanted) + 1}: ask for fewer"
+        )
+    # The best (distance, longest stage, depths) for the wanted depths so far, one for each last depth.
+    best: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, (0,))]
+    for want in wanted:
+        best = [
+            min(
+                (distance + abs(depth - want), max(longest, depth - depths[-1]), (*depths, depth))
+                for distance, longest, depths in best
+                if depths[-1] < depth
+            )
+            for depth in trained
+            if depth > best[0][2][-1]
+        ]
+    return min((distance, max(longest, layers - depths[-1]), depths) for distance, longest, depths in best)[2][1:]
+
+
+def _check_fit(trained: TrainedExits, config: ModelConfig) -> None:
+    where = f"the exits in {trained.source}"
+    if trained.config.width != config.width:
+        raise DexError(f"{where} are for a model of width {trained.config.width}, and this one has {config.width}")
+    if trained.config.depths[-1] >= config.num_layers:
+        raise DexError(
+            f"{where} reach depth {trained.config.depths[-1]}, and this model has {config.num_layers} layers"
+        )
+    if trained.vocabulary is not None and trained.vocabulary[-1] >= config.vocab_size:
+        raise DexError(
+            f"{where} know token {trained.vocabulary[-1]}, and this model's vocabulary ends at {config.vocab_size - 1}"
+        )
