@@ -62,7 +62,7 @@ def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:
 @pytest.mark.parametrize("method", [AR(), Dex(explorers=3, draft=False)])
 def test_workspace_is_of_the_size_that_the_compiler_reports(method) -> None:
     from dex_jax.decoding.footprint import session_shapes
-        from dex_jax.decoding.session import PREFILL, RUN, Spec
+    from dex_jax.decoding.session import PREFILL, RUN, Spec
 
     config, batch, length, layout = UNTIED, 8, 384, Unrolled()
     schedule = method.schedule_for(config.num_layers)
