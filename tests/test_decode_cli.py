@@ -17,7 +17,6 @@ from dex_jax.cli.arguments import parser, prompts_of
 from dex_jax.cli.display import _check_lines
 from dex_jax.decoding import auto
 from dex_jax.decoding.costs import ROWS, StepCosts
-from dex_jax.decoding.methods import SCHEDULES
 from dex_jax.evaluation.check import Check
 
 PROGRAM = Path(__file__).resolve().parents[1] / "decode.py"
@@ -349,7 +348,6 @@ assert not heavy, heavy
 
 def test_choices_are_the_library_s() -> None:
     assert tuple(dex_jax.language_model.DTYPES) == common.DTYPES
-    assert arguments.SCHEDULES == SCHEDULES
 
 
 def test_filters_without_sampling_are_told(capsys) -> None:

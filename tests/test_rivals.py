@@ -224,7 +224,7 @@ def test_a_summary_and_a_record_tell_the_counts_apart() -> None:
     assert "tick" not in text
     assert "depth-side" not in text
     record = json_record(1, output, "x", None, None)
-    assert (record["method"], record["schedule"], record["ticks"]) == ("layerskip", None, None)
+    assert (record["method"], record["draft"], record["ticks"]) == ("layerskip", False, None)
     assert record["depth_side_speedup"] is None
     for name in ("layer_steps", "rounds", "drafted", "accepted"):
         assert record[name] == getattr(stats, name)[1]
