@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import numbers
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from dex_jax import interrupts
 
@@ -51,3 +53,19 @@ def exit_code(command: Callable[[], int | None], stopped: str = "Stopped.") -> i
         # The reader is gone; nothing more may be written, not even by the interpreter's own flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+
+
+def whole_number(**fields: Any) -> None:
+    """Refuses fields that are no whole numbers of at least 1.
+
+    Raises:
+      DexError: naming the first of them.
+    """
+    for name, value in fields.items():
+        if not is_whole(value):
+            raise DexError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number of at least 1, of Python or NumPy."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Integral) and int(value) >= 1

@@ -26,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.canaries import CANARIES
+from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.methods import AR, DEFAULT_EXPLORERS, Dex, Method, Schedule
-from dex_jax.decoding.output import Output, ticks_of
+from dex_jax.decoding.output import Output
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.evaluation.check import CLOSE, compare

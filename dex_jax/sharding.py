@@ -38,6 +38,10 @@ def spec_of(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*[None if name is None else RULES.get(name) for name in axes])
 
 
+BY_SEQUENCE: Any = spec_of("sequence")
+BY_STAGE: Any = spec_of("stage", "sequence")
+
+
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """How an array of these logical axes lies on a mesh; an axis that the devices do not divide is not split."""
     found: list[str | None] = []

@@ -26,7 +26,7 @@ import dex_jax
 from dex_jax import AR, Dex, Stacked, Staged
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.drafts import TreeShape
-from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.methods import Schedule, even_depths
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import PREFILL, RUN, START, Session
 from dex_jax.io.exits_file import TrainedExits
@@ -64,6 +64,7 @@ class Case:
       batch: B.
       exits: (kind, fused, draft vocabulary), None for the model's own.
       drafts: "text" or "drafter", None for no drafts.
+      explorers: K, where it is not one a stage.
       heads: H and G.
       depths: of the exits, where they are not even.
       head_dim: d.
@@ -81,6 +82,7 @@ class Case:
     depths: tuple[int, ...] | None = None
     head_dim: int = LLAMA.head_dim
     drafts: str | None = None
+    explorers: int | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -92,8 +94,14 @@ class Case:
     def schedule(self) -> Schedule:
         """Of DEX with one explorer a stage; its depths are those of the mesh for AR too."""
         draft = False if self.drafts is None else TREE
-        even = Dex(explorers=parse_mesh(self.mesh)["stage"], draft=draft)
+        even = Dex(explorers=self.explorers or parse_mesh(self.mesh)["stage"], draft=draft)
         return (even if self.depths is None else Dex(depths=tuple(self.depths), draft=draft)).schedule_for(self.layers)
+
+    @property
+    def layout(self) -> Staged:
+        """Of the mesh."""
+        alone = self.explorers == 1
+        return Staged(even_depths(parse_mesh(self.mesh)["stage"], self.layers) if alone else self.schedule.depths)
 
     @property
     def tokens(self) -> int:
@@ -158,7 +166,7 @@ def checkpoint(family: str, mesh: str, folder: Path) -> dict[str, Any]:
 
 
 def run(case: Case, folder: Path) -> dict[str, Any]:
-    mesh, layout = make_mesh(case.mesh), Staged(case.schedule.depths)
+    mesh, layout = make_mesh(case.mesh), case.layout
     model = build_on_mesh(case.config, layout, random_reader(case.config, 0), jnp.dtype(jnp.float32), mesh)
     lm = LanguageModel(model, None, "random", "0", mesh)
     assert_own_stage(lm, mesh)

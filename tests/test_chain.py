@@ -16,9 +16,9 @@ from reference.twin import autoregressive
 
 from dex_jax.decoding import chain
 from dex_jax.decoding.adadecode import Sure
+from dex_jax.decoding.counting import bound_of, rounds_of
 from dex_jax.decoding.dynamic_exit import Dynamic
 from dex_jax.decoding.oracle import Hindsight
-from dex_jax.decoding.output import bound_of, rounds_of
 
 VOCABULARY, BATCH = 11, 3
 DEPTHS = (2, 3, 5, 9)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import dex_jax
-from dex_jax.cli import arguments, common, decode
+from dex_jax.cli import common, decode
 from dex_jax.cli.arguments import parser, prompts_of
 from dex_jax.cli.display import _check_lines
 from dex_jax.decoding import auto

@@ -16,10 +16,10 @@ import dex_jax
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding import resolve as resolving
 from dex_jax.decoding.costs import ROWS, StepCosts
+from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.drafter import transformer_drafter
 from dex_jax.decoding.drafts import TreeShape
 from dex_jax.decoding.known_trees import LOOKUP_TRUST, KnownTree, known_trees, with_trees
-from dex_jax.decoding.output import ticks_of
 from dex_jax.decoding.resolve import resolve
 from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk
 from dex_jax.evaluation import tree_search

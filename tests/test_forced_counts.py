@@ -12,7 +12,7 @@ from reference.small_models import LLAMA, small_model
 
 import dex_jax
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.output import ticks_of
+from dex_jax.decoding.counting import ticks_of
 from dex_jax.forced import run
 from dex_jax.forced.asks import dex_asks, layerskip_asks
 from dex_jax.forced.counts import dex_counts, layerskip_counts

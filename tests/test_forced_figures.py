@@ -15,7 +15,7 @@ from reference.small_models import small_model
 
 import dex_jax
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding.output import ticks_of
+from dex_jax.decoding.counting import ticks_of
 from dex_jax.errors import DexError
 from dex_jax.forced import programs, tables
 from dex_jax.forced.asks import asks_in_lattice

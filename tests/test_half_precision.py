@@ -14,7 +14,7 @@ from conftest import slow
 from reference.held_out_prompts import PROMPTS
 
 import dex_jax
-from dex_jax.decoding.output import ticks_of
+from dex_jax.decoding.counting import ticks_of
 from dex_jax.evaluation.check import CLOSE, compare
 from dex_jax.language_model import merge_model
 from dex_jax.nn.forward import depth_states

@@ -66,6 +66,7 @@ DRAFTS = [
     Case("drafts", "stage=3", 4, batch=4, drafts="drafter"),
     Case("drafts, fused exits", "stage=2", 3, sampled=True, drafts="drafter", exits=("linear", True, 30)),
     Case("drafts of the text", "stage=2", 3, batch=4, drafts="text", exits=("mlp", False, 20)),
+    Case("a pipeline of trees", "stage=3", 4, batch=2, drafts="drafter", explorers=1),
     Case("drafts, one stage", "stage=1,tensor=2", 2, batch=2, drafts="drafter"),
     Case("drafts, all axes", "data=2,stage=2,tensor=2", 2, sampled=True, filters=True, batch=4, drafts="drafter"),
 ]
@@ -81,7 +82,7 @@ IN_CPP = {
 }
 
 
-QUICK = ("exits attn", "ar", "drafts", "drafts, all axes", "C++, exits")
+QUICK = ("exits attn", "ar", "drafts", "a pipeline of trees", "drafts, all axes", "C++, exits")
 """Cases whose tests are not slow: every kind of program once, on every axis."""
 
 

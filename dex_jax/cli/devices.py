@@ -32,5 +32,5 @@ def layout_of(args: argparse.Namespace, method: Method) -> tuple[Layout | None, 
     schedule = resolve(method, args.exits, checkpoint.config, fingerprint).schedule
     if mesh is None:
         return Stacked(schedule.depths), None
-    layout = Staged(schedule.depths) if schedule.has_lattice else None
+    layout = Staged(schedule.depths) if schedule.has_lattice and schedule.stages > 1 else None
     return layout_on_mesh(checkpoint, layout, mesh), mesh

@@ -110,7 +110,7 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     where += "" if stats.exits_source is None else f"; exits: {stats.exits_source}"
     if schedule.drafts is not None:
         where += f"; drafts from the text{f' and the drafter ({stats.drafter_source})' if stats.drafter_source else ''}"
-    if schedule.policy is not None:
+    if stats.rounds is not None:
         total, num_layers = int(stats.layer_steps.sum()), schedule.depths[-1]
         a_token = total / after_first if after_first else float("nan")
         lines.append(f"{total} layers one after the other, {a_token:.1f} a token (AR: {num_layers})")

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.decoding.chain_interface import Policy
-from dex_jax.decoding.methods import Dex, Schedule, whole_number
-from dex_jax.errors import DexError
+from dex_jax.decoding.loops import CHAIN_LOOP
+from dex_jax.decoding.methods import Dex, Schedule
+from dex_jax.errors import DexError, whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,4 +65,4 @@ class AdaDecode:
             raise DexError(f"AdaDecode's threshold is a probability, from 0 to 1, and not {self.threshold}")
         depths = Dex(self.explorers, self.depths, rows=1, draft=False).schedule_for(num_layers).depths
         policy = Sure(self.draft_length, float(self.threshold))
-        return Schedule("adadecode", depths, policy.rows, decs=False, policy=policy)
+        return Schedule("adadecode", depths, policy.rows, decs=False, policy=policy, loop=CHAIN_LOOP)

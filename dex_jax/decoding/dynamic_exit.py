@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.decoding.chain_interface import Policy, Verified
-from dex_jax.decoding.methods import Dex, Schedule, whole_number
-from dex_jax.errors import DexError
+from dex_jax.decoding.loops import CHAIN_LOOP
+from dex_jax.decoding.methods import Dex, Schedule
+from dex_jax.errors import DexError, whole_number
 
 QUARTERS = 4
 """Shadow tokens are counted apart by how sure the exit was: up to 1/4, up to 1/2, and so on."""
@@ -179,4 +180,4 @@ class DEL:
         if len(depths) == 1:
             raise DexError("DEL needs an exit to draft at: give explorers of 2 or more, or depths below the last layer")
         policy = Dynamic(self.draft_length, depths, float(self.decay), self.confidence)
-        return Schedule("del", depths, policy.rows, decs=False, policy=policy)
+        return Schedule("del", depths, policy.rows, decs=False, policy=policy, loop=CHAIN_LOOP)

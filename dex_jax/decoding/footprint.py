@@ -32,7 +32,7 @@ from dex_jax.nn.exits import abstract_parameters
 from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.transformer import Layout, Staged
 from dex_jax.sampling import Sampling, sampling_keys
-from dex_jax.sharding import DATA, EVERYWHERE, place
+from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, place
 
 
 class SessionShapes(NamedTuple):
@@ -192,7 +192,7 @@ def session_shapes(
 
 
 def _specs(spec: Spec, shapes: SessionShapes) -> SessionShapes:
-    each = on_mesh.BY_SEQUENCE
+    each = BY_SEQUENCE
     return SessionShapes(
         weights=weight_specs(shapes.weights, spec.mesh),
         memory=on_mesh.MEMORY,
@@ -274,7 +274,7 @@ def _workspace(
 
     chunk = min(cache_length, sizes.PIECES[0])
     prefill = layer(batch * chunk, cache_length)
-    slots = schedule.rows if schedule.policy is not None else schedule.stages * schedule.rows
+    slots = schedule.rows * (schedule.stages if schedule.has_lattice else 1)
     rows = batch * schedule.rows
     tick = layer(rows * side_by_side, cache_length + slots) + heads(min(rows, batch * HEAD_BLOCK))
     return max(prefill, tick, heads(batch))

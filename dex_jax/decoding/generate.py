@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.decoding.auto import reconsider, settle
-from dex_jax.decoding.methods import SPARE, Dex, Method, whole_number, with_stages
-from dex_jax.decoding.output import Output, Stats, counts, cut, steps_of
+from dex_jax.decoding.methods import SPARE, Dex, Method, with_stages
+from dex_jax.decoding.output import Output, Stats, cut
 from dex_jax.decoding.record import Record
 from dex_jax.decoding.resolve import Resolved, resolve
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.distributed import from_first, lost_processes
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, whole_number
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.nn.transformer import Staged
@@ -289,13 +289,13 @@ def sampling_of(
 def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
     tokens, exits = np.array(record.tokens), np.array(record.exits)
     lengths, finished, steps = np.array(record.lengths), np.array(record.done), np.array(record.ticks)
-    texts = []
+    texts, schedule = [], run.method.schedule
     for row in range(len(run.ids)):
         text, kept = run.stops.apply(tokens[row, : lengths[row]].tolist())
         if kept is not None:
             lengths[row], finished[row] = kept, True
             tokens[row], exits[row] = cut(tokens[row], exits[row], kept)
-            steps[row] = steps_of(run.method.schedule, exits[row], kept)
+            steps[row] = schedule.loop.steps(exits[row], kept, schedule.stages)
         texts.append(text)
     width = int(lengths.max())
     spent = None if record.spent is None else np.asarray(record.spent)
@@ -303,12 +303,12 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     many = "" if mesh is None else f"{mesh.size} x "
     stats = Stats(
-        schedule=run.method.schedule,
+        schedule=schedule,
         choice=run.choice,
         exits_source=run.method.source,
         drafter_source=run.method.drafter_source,
         exits=exits[:, :width],
-        **counts(run.method.schedule, exits, steps, spent, lengths),
+        **schedule.loop.counts(schedule, exits, steps, spent, lengths),
         compile_seconds=times["compile"],
         prefill_seconds=times["prefill"],
         decode_seconds=times["decode"],

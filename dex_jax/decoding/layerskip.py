@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from dex_jax.decoding.chain_interface import Policy
-from dex_jax.decoding.methods import Schedule, whole_number
-from dex_jax.errors import DexError
+from dex_jax.decoding.loops import CHAIN_LOOP
+from dex_jax.decoding.methods import Schedule
+from dex_jax.errors import DexError, whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,4 +41,4 @@ class LayerSkip:
                 f"LayerSkip's exit must lie below the model's last layer, {num_layers}, and not at {self.exit}"
             )
         policy = Policy(self.draft_length)
-        return Schedule("layerskip", (self.exit, num_layers), policy.rows, decs=False, policy=policy)
+        return Schedule("layerskip", (self.exit, num_layers), policy.rows, decs=False, policy=policy, loop=CHAIN_LOOP)

@@ -33,10 +33,9 @@ from dex_jax.decoding.drafts import (
 from dex_jax.decoding.heads import Proposers, propose
 from dex_jax.decoding.interface import Committed, Drafter, Network, StageView
 from dex_jax.decoding.ladder import climb, fill
-from dex_jax.decoding.methods import whole_number
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, check_limits, emit_path, until_done
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, whole_number
 from dex_jax.lattice import NO_NODE, Cohort, Lattice, Path, Proposals
 from dex_jax.sampling import Sampling, choose
 

@@ -21,25 +21,21 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
-from dex_jax.decoding import ar, loop
-from dex_jax.decoding.ar import ARState
-from dex_jax.decoding.drafts import Drafting, RowCosts
-from dex_jax.decoding.loop import DexState
-from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding import ar
+from dex_jax.decoding.drafts import RowCosts
+from dex_jax.decoding.loops import Prefilled
+from dex_jax.decoding.methods import AR
 from dex_jax.decoding.record import Limits, until_done
 from dex_jax.decoding.spec import Spec
-from dex_jax.decoding.stage import StageNetwork, ar_step, extend_stages, from_last_stage, stage_network, step
+from dex_jax.decoding.stage import StageNetwork, extend_stages, from_last_stage, stage_network
 from dex_jax.decoding.trained_exits import ExitArrays, Heads, read_chunk
 from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.nn.forward import last_states
 from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.transformer import Staged, Unrolled
 from dex_jax.sampling import Sampling
-from dex_jax.sharding import DATA, EVERYWHERE, TENSOR, partition, spec_of
+from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, TENSOR, partition, spec_of
 
-# They stand where arrays will.
-BY_SEQUENCE: Any = spec_of("sequence")
-BY_STAGE: Any = spec_of("stage", "sequence")
 _CACHE: Any = spec_of(*cache.AXES)
 LIMITS = Limits(BY_SEQUENCE, EVERYWHERE)
 MEMORY = cache.Memory(_CACHE, _CACHE, _CACHE, _CACHE, BY_SEQUENCE)
@@ -90,39 +86,13 @@ def start_decoding(
     """`session.start_decoding` on a mesh: every device chooses token 0 for itself, nothing is sent."""
     schedule = spec.schedule
 
-    def run(
-        weights: Any,
-        heads: Any,
-        memory: Any,
-        last: Any,
-        lengths: Any,
-        limits: Any,
-        sampling: Any,
-        prompt: Any,
-        costs: Any,
-    ) -> Any:
-        device, memory = _device(spec, weights, heads), _own(memory)
+    def run(weights: Any, heads: Any, memory: Any, last: Any, *others: Any) -> Any:
+        lengths, limits, sampling, prompt, costs = others
+        device = _device(spec, weights, heads)
         token = ar.next_token(device.model, last, lengths, sampling)
-        if schedule.method == "ar":
-            return ar.init(_stacked(memory), token, lengths, capacity=capacity, limits=limits)
-        slots, length = schedule.stages * schedule.rows, memory.keys[0].shape[-2]
-        memory = cache.with_lattice(memory, device.model.config, Unrolled(), slots)
-        state = loop.init(
-            device.network,
-            memory,
-            token,
-            lengths,
-            stages=schedule.stages,
-            rows=schedule.rows,
-            capacity=capacity,
-            limits=limits,
-            sampling=sampling,
-            drafts=schedule.drafts,
-            prompt=prompt,
-            length=length,
-            costs=costs,
-        )
-        return state._replace(memory=_stacked(memory), hidden=state.hidden[:1])
+        begun = Prefilled(_own(memory), token, lengths, limits, sampling, prompt, costs)
+        state = schedule.loop.init_stage(device, schedule, begun, capacity)
+        return state._replace(memory=_stacked(state.memory))
 
     inputs = (
         *(_weights(spec), head_specs(heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE),
@@ -143,18 +113,16 @@ def run_ticks(
     spec: Spec,
 ) -> Any:
     """`session.run_ticks` on a mesh."""
-    ar_method = spec.schedule.method == "ar"
+    schedule = spec.schedule
 
     def run(weights: Any, heads: Any, state: Any, limits: Any, sampling: Any, until_tick: Any) -> Any:
         device = _device(spec, weights, heads)
-        state = state._replace(memory=_own(state.memory))
-        if ar_method:
-            state = _together(spec, lambda s: ar_step(device, s, limits, sampling), state, until_tick)
-            return state._replace(memory=_stacked(state.memory))
-        state = state._replace(hidden=state.hidden[0])
-        options: dict[str, Any] = {"decs": spec.schedule.decs, "drafts": spec.schedule.drafts}
-        state = _together(spec, lambda s: step(device, s, limits, sampling, **options), state, until_tick)
-        return state._replace(memory=_stacked(state.memory), hidden=state.hidden[None])
+
+        def tick(state: Any) -> Any:
+            return schedule.loop.step_stage(device, schedule, state, limits, sampling)
+
+        state = _together(spec, tick, state._replace(memory=_own(state.memory)), until_tick)
+        return state._replace(memory=_stacked(state.memory))
 
     states = state_specs(spec)
     inputs = (_weights(spec), head_specs(heads), states, LIMITS, sampling_specs(sampling), EVERYWHERE)
@@ -164,7 +132,7 @@ def run_ticks(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, tokens: jax.Array) -> jax.Array:
     """Final logits at every position: tokens [B, T] int32 -> [B, T, V] float32, on every device."""
-    spec = Spec(config, layout, Schedule("ar", (config.num_layers,), 1, decs=False), mesh=mesh)
+    spec = Spec(config, layout, AR().schedule_for(config.num_layers), mesh=mesh)
 
     def run(weights: Any, tokens: jax.Array) -> jax.Array:
         device = _device(spec, weights, Heads())
@@ -179,20 +147,7 @@ def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, t
 
 def state_specs(spec: Spec) -> Any:
     """Where what the method's loop carries lies: PartitionSpecs, a prefix of it."""
-    drafts = spec.schedule.drafts
-    if spec.schedule.method == "ar":
-        return ARState(EVERYWHERE, BY_SEQUENCE, BY_SEQUENCE, MEMORY, BY_SEQUENCE)
-    return DexState(
-        tick=EVERYWHERE,
-        lattice=BY_SEQUENCE,
-        hidden=BY_STAGE,
-        prefix=BY_SEQUENCE,
-        memory=MEMORY,
-        noise=BY_SEQUENCE,
-        record=BY_SEQUENCE,
-        # Each row of the data axis chooses and counts for itself, on all of its devices alike.
-        drafting=None if drafts is None else Drafting(BY_SEQUENCE, *(EVERYWHERE,) * 6),
-    )
+    return spec.schedule.loop.state_specs(spec.schedule, MEMORY)
 
 
 def sampling_specs(sampling: Sampling | None) -> Any:

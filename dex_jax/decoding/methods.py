@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from dex_jax.decoding.chain_interface import Policy
 from dex_jax.decoding.drafts import TreeShape
 from dex_jax.decoding.known_trees import LOOKUP_TREE
-from dex_jax.errors import DexError
+from dex_jax.decoding.loops import AR_LOOP, DEX_LOOP, Loop
+from dex_jax.errors import DexError, is_whole
 from dex_jax.lattice import default_rows, full_rows
 
 DEFAULT_EXPLORERS = 5
@@ -33,7 +32,8 @@ class Schedule:
       rows: W, rows a stage; on a chain R, rows of a round.
       decs: whether depth-coupled sampling is on.
       drafts: how much exit 0 drafts below a head of a cohort; None for nothing.
-      policy: of methods that draft on a chain (decoding/chain.py), which have neither ticks nor a tree; None otherwise.
+      policy: of methods that draft on a chain (decoding/chain.py); None otherwise.
+      loop: what runs it.
       proposing: the exits 1..K-1 that propose; None for all.
     """
 
@@ -44,11 +44,12 @@ class Schedule:
     drafts: TreeShape | None = None
     policy: Policy | None = None
     proposing: tuple[int, ...] | None = None
+    loop: Loop = DEX_LOOP
 
     @property
     def has_lattice(self) -> bool:
         """Whether it is DEX, or a form of it: AR and methods that draft on a chain have no lattice."""
-        return self.method != "ar" and self.policy is None
+        return self.loop is DEX_LOOP
 
     @property
     def ahead(self) -> int:
@@ -68,7 +69,7 @@ class AR:
 
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers."""
-        return Schedule("ar", (num_layers,), 1, decs=False)
+        return Schedule("ar", (num_layers,), 1, decs=False, loop=AR_LOOP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Dex:
                     f"to K = {FULL_ROWS_LIMIT}, give a number of rows instead"
                 )
             return full_rows(stages)
-        if not _is_whole(self.rows) or int(self.rows) > MOST_ROWS:
+        if not is_whole(self.rows) or int(self.rows) > MOST_ROWS:
             raise DexError(f'rows must be a whole number from 1 to {MOST_ROWS}, or "full", not {self.rows}')
         return int(self.rows)
 
@@ -140,7 +141,7 @@ class Dex:
             return check_depths(self.depths, num_layers)
         if self.explorers is None:
             return even_depths(1 if self.draft else min(DEFAULT_EXPLORERS, num_layers), num_layers)
-        if not _is_whole(self.explorers) or self.explorers > num_layers:
+        if not is_whole(self.explorers) or self.explorers > num_layers:
             raise DexError(f"explorers must be from 1 to the model's {num_layers} layers, not {self.explorers}")
         return even_depths(int(self.explorers), num_layers)
 
@@ -166,21 +167,6 @@ class Method(Protocol):
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers."""
         ...
-
-
-def whole_number(**fields: Any) -> None:
-    """Refuses fields that are no whole numbers of at least 1.
-
-    Raises:
-      DexError: naming the first of them.
-    """
-    for name, value in fields.items():
-        if not _is_whole(value):
-            raise DexError(f"{name} must be a whole number of at least 1, not {value!r}")
-
-
-def _is_whole(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, np.integer)) and int(value) >= 1
 
 
 def with_stages(method: Method | None, stages: int | None) -> Method:

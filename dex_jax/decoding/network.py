@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,13 @@ from dex_jax.cache import Memory, after, commit_slots
 from dex_jax.decoding.drafter import transformer_drafter
 from dex_jax.decoding.interface import Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.ladder import climb, fill
-from dex_jax.decoding.spec import Spec
 from dex_jax.decoding.trained_exits import Heads, commit_exits, reached_features, trained_exits
 from dex_jax.nn.forward import InUse, commit_rows, run_layer, run_rows, used_layer
 from dex_jax.nn.layers import KeyValues, rope_table
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
+
+if TYPE_CHECKING:
+    from dex_jax.decoding.spec import Spec
 
 
 def network_of(model: Transformer, heads: Heads, spec: Spec) -> Network:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.decoding.chain_interface import Policy, Verified
+from dex_jax.decoding.loops import ORACLE_LOOP
 from dex_jax.decoding.methods import Dex, Schedule
 from dex_jax.errors import DexError
 
@@ -54,4 +55,4 @@ class Oracle:
         depths = Dex(explorers, self.depths, rows=1, draft=False).schedule_for(num_layers).depths
         if len(depths) == 1:
             raise DexError("the oracle needs exits: give explorers of 2 or more, or depths below the last layer")
-        return Schedule("oracle", depths, 1, decs=False, policy=Hindsight())
+        return Schedule("oracle", depths, 1, decs=False, policy=Hindsight(), loop=ORACLE_LOOP)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -56,19 +55,19 @@ class Stats:
     choice: str | None
     exits_source: str | None
     drafter_source: str | None
-    layer_steps: np.ndarray
-    ticks: np.ndarray | None
     exits: np.ndarray
-    depth_side_speedup: np.ndarray | None
-    rounds: np.ndarray | None
-    tokens_per_round: np.ndarray | None
-    drafted: np.ndarray | None
-    accepted: np.ndarray | None
+    layer_steps: np.ndarray
     compile_seconds: float
     prefill_seconds: float
     decode_seconds: float
     device: str
     dtype: str
+    ticks: np.ndarray | None = None
+    depth_side_speedup: np.ndarray | None = None
+    rounds: np.ndarray | None = None
+    tokens_per_round: np.ndarray | None = None
+    drafted: np.ndarray | None = None
+    accepted: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -139,73 +138,6 @@ def title(schedule: Schedule) -> str:
     if schedule.method in NAMES:
         return NAMES[schedule.method]
     return f"DEX, K = {schedule.stages}{'' if schedule.drafts is None else ' with drafts'}"
-
-
-def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:
-    """Ticks that a sequence of `length` tokens took: K + sum(exits[1 : n - 1]), 0 for one token.
-
-    Examples:
-      >>> ticks_of(np.array([-1, 2, 5, 1]), 4, stages=5)
-      12
-    """
-    return 0 if length < 2 else stages + int(exits[1 : length - 1].sum())
-
-
-def rounds_of(exits: np.ndarray, length: int, stages: int) -> int:
-    """Rounds on a chain that a sequence of `length` tokens took: each ends with a token that only exit K gave."""
-    if length < 2:
-        return 0
-    return int(np.sum(exits[1:length] == stages)) + int(exits[length - 1] != stages)
-
-
-def steps_of(schedule: Schedule, exits: np.ndarray, length: int) -> int:
-    """Ticks or rounds that a sequence of `length` tokens took: exits [T] say so."""
-    count = ticks_of if schedule.policy is None else rounds_of
-    return count(exits, length, schedule.stages)
-
-
-def counts(
-    schedule: Schedule, exits: np.ndarray, steps: np.ndarray, spent: np.ndarray | None, lengths: np.ndarray
-) -> dict[str, Any]:
-    """The counts of a batch, by their names in Stats; None where a method has no such thing.
-
-    Args:
-      schedule: what ran.
-      exits: [B, T] int32.
-      steps: [B] int32, ticks or rounds.
-      spent: [B, T, 2] as in Record, None without a chain.
-      lengths: [B] int32.
-    """
-    names = ("ticks", "depth_side_speedup", "rounds", "tokens_per_round", "drafted", "accepted")
-    found: dict[str, Any] = dict.fromkeys(names)
-    stages, depths = schedule.stages, schedule.depths
-    if schedule.method == "oracle":
-        bounds = [bound_of(row, length, depths) for row, length in zip(exits, lengths, strict=True)]
-        return found | {"layer_steps": np.array(bounds, np.int32)}
-    if schedule.policy is None:
-        longest = max(end - start for start, end in zip((0, *depths), depths, strict=False))
-        found["depth_side_speedup"] = depth_side_speedup(steps, lengths, stages)
-        return found | {"ticks": steps, "layer_steps": steps * longest}
-    found["rounds"] = steps
-    found["tokens_per_round"] = np.where(lengths > 1, (lengths - 1) / np.maximum(steps, 1), np.nan)
-    assert spent is not None
-    at = np.arange(exits.shape[1])[None]
-    found["accepted"] = np.sum((at > 0) & (at < lengths[:, None]) & (exits < stages), axis=1, dtype=np.int32)
-    layers, drafted = np.take_along_axis(spent, (lengths - 1)[:, None, None], axis=1)[:, 0].T
-    return found | {"layer_steps": layers, "drafted": drafted}
-
-
-def bound_of(exits: np.ndarray, length: int, depths: tuple[int, ...]) -> int:
-    """Layer steps of a sequence whose every token exits at its exit and no draft is wrong: 0 for one token."""
-    if length < 2:
-        return 0
-    return depths[-1] + int(np.take((0, *depths), exits[1 : length - 1]).sum())
-
-
-def depth_side_speedup(ticks: np.ndarray, lengths: np.ndarray, stages: int) -> np.ndarray:
-    """K (n - 1) / ticks for each sequence, NaN where n = 1."""
-    ticks = np.asarray(ticks, np.float64)
-    return np.where(lengths > 1, stages * (lengths - 1) / np.where(ticks > 0, ticks, 1), np.nan)
 
 
 def cut(tokens: np.ndarray, exits: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,12 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dex_jax import cache
-from dex_jax.decoding import ar, chain, loop
+from dex_jax.decoding import ar
 from dex_jax.decoding import mesh as on_mesh
-from dex_jax.decoding.chain_network import chain_network
 from dex_jax.decoding.drafts import RowCosts
-from dex_jax.decoding.methods import Schedule
-from dex_jax.decoding.network import network_of
+from dex_jax.decoding.loops import Prefilled, Running
+from dex_jax.decoding.methods import AR, Schedule
 from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.record import Limits, Record
@@ -36,16 +35,15 @@ from dex_jax.decoding.trained_exits import (
     read_chunk,
 )
 from dex_jax.distributed import to_host
-from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, Outline, merge_model
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.forward import extend, last_states
 from dex_jax.nn.placing import weight_specs
-from dex_jax.nn.transformer import Layout, Staged
+from dex_jax.nn.transformer import Layout
 from dex_jax.progress import notify
 from dex_jax.sampling import Sampling
-from dex_jax.sharding import EVERYWHERE, check_batch, check_stages, place, zeros
+from dex_jax.sharding import BY_SEQUENCE, EVERYWHERE, check_batch, place, zeros
 
 
 def prefill_chunk(
@@ -109,34 +107,8 @@ def start_decoding(
         )
     model = merge_model(spec.config, spec.layout, weights)
     token = ar.next_token(model, last, lengths, sampling)
-    if spec.schedule.method == "ar":
-        return ar.init(memory, token, lengths, capacity=capacity, limits=limits)
-    policy = spec.schedule.policy
-    if policy is not None:
-        on_chain = chain_network(model, spec.schedule.depths, spec.exits, heads.exits)
-        options: dict[str, Any] = {"policy": policy, "capacity": capacity, "limits": limits, "sampling": sampling}
-        return chain.init(on_chain, memory, token, lengths, **options)
-    stages, rows = spec.schedule.stages, spec.schedule.rows
-    length = jax.tree.leaves(memory.keys)[0].shape[-2]
-    if stages == 1:
-        memory = cache.with_cohort(memory, spec.config, rows)
-    else:
-        memory = cache.with_lattice(memory, spec.config, spec.layout, stages * rows)
-    return loop.init(
-        network_of(model, heads, spec),
-        memory,
-        token,
-        lengths,
-        stages=stages,
-        rows=rows,
-        capacity=capacity,
-        limits=limits,
-        sampling=sampling,
-        drafts=spec.schedule.drafts,
-        prompt=prompt,
-        length=length,
-        costs=costs,
-    )
+    begun = Prefilled(memory, token, lengths, limits, sampling, prompt, costs)
+    return spec.schedule.loop.init(Running(model, heads, spec), begun, capacity)
 
 
 def run_ticks(
@@ -153,38 +125,18 @@ def run_ticks(
     if spec.mesh is not None:
         return on_mesh.run_ticks(weights, heads, state, limits, sampling, until_tick, spec=spec)
     model = merge_model(spec.config, spec.layout, weights)
-    if spec.schedule.method == "ar":
-        return ar.run(model, state, limits, sampling, until_tick=until_tick)
-    policy = spec.schedule.policy
-    if policy is not None:
-        on_chain = chain_network(model, spec.schedule.depths, spec.exits, heads.exits)
-        return chain.run(on_chain, state, limits, sampling, policy=policy, until_tick=until_tick)
-    network, schedule = network_of(model, heads, spec), spec.schedule
-    options: dict[str, Any] = {"decs": schedule.decs, "proposing": schedule.proposing, "drafts": schedule.drafts}
-    return loop.run(network, state, limits, sampling, until_tick=until_tick, **options)
+    return spec.schedule.loop.run(Running(model, heads, spec), state, limits, sampling, until_tick)
 
 
 def check_mesh(mesh: Mesh | None, layout: Layout, schedule: Schedule, sequences: int) -> None:
     """Whether a model that lies so on a mesh can run a schedule; nothing to check without a mesh.
 
     Raises:
-      DexError: a rival, another number of stages, other exit depths, or sequences that the data axis divides not.
+      DexError: a method for one device, other exit depths or stages, or sequences that the data axis divides not.
     """
-    if mesh is None:
-        return
-    if schedule.policy is not None or schedule.proposing is not None:
-        raise DexError(f"method {schedule.method} is for one device: leave the mesh out, or use Dex or AR")
-    check_batch(mesh, sequences)
-    if schedule.method == "ar":
-        return
-    check_stages(mesh, schedule.stages)
-    assert isinstance(layout, Staged)
-    if layout.depths != schedule.depths:
-        lie, want = (",".join(map(str, depths)) for depths in (layout.depths, schedule.depths))
-        raise DexError(
-            f"the stages of the mesh end at depths {lie} and the schedule's at {want}: load the model with "
-            f"layout=Staged(({want}))"
-        )
+    if mesh is not None:
+        schedule.loop.check_mesh(schedule, mesh, layout)
+        check_batch(mesh, sequences)
 
 
 PREFILL = Program(prefill_chunk, static=("spec",), donate=(2, 3))
@@ -271,12 +223,12 @@ class Session:
         scalar = self._put(jax.ShapeDtypeStruct((), jnp.int32), EVERYWHERE)
         of_prefill, seen = self._of_prefill(heads)
         for size in sorted({*self.chunks}):
-            tokens = self._put(jax.ShapeDtypeStruct((len(self.lengths), size), jnp.int32), on_mesh.BY_SEQUENCE)
+            tokens = self._put(jax.ShapeDtypeStruct((len(self.lengths), size), jnp.int32), BY_SEQUENCE)
             PREFILL.compile(weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
         prompt = None
         if self.spec.schedule.drafts is not None:
             text = jax.ShapeDtypeStruct((len(self.lengths), self.cache_length), jnp.int32)
-            prompt = self._put(text, on_mesh.BY_SEQUENCE)
+            prompt = self._put(text, BY_SEQUENCE)
         start = (weights, heads, memory, last, lengths, self.limits, self.sampling, prompt, self.costs)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.capacity}
         START.compile(*start, **statics)
@@ -293,7 +245,7 @@ class Session:
         of_prefill, seen = self._of_prefill(self.heads)
         start = 0
         for size in self.chunks:
-            tokens = self._put(jnp.asarray(self.padded[:, start : start + size]), on_mesh.BY_SEQUENCE)
+            tokens = self._put(jnp.asarray(self.padded[:, start : start + size]), BY_SEQUENCE)
             at = self._put(jnp.int32(start), EVERYWHERE)
             start += size
             memory, last = PREFILL(self.lm.weights, seen, memory, last, tokens, at, lengths, spec=of_prefill)
@@ -317,7 +269,7 @@ class Session:
         if self.spec.schedule.drafts is None:
             return None
         missing = self.cache_length - self.padded.shape[1]
-        return self._put(jnp.asarray(np.pad(self.padded, ((0, 0), (0, missing)))), on_mesh.BY_SEQUENCE)
+        return self._put(jnp.asarray(np.pad(self.padded, ((0, 0), (0, missing)))), BY_SEQUENCE)
 
     def _blank(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
         """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
@@ -327,9 +279,9 @@ class Session:
             memory = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         else:
             memory = zeros(shapes, on_mesh.MEMORY, self.spec.mesh)
-        exits = self._put(empty_memory(self.spec.remembers, batch, dtype), on_mesh.BY_SEQUENCE)
-        last = self._put(jnp.zeros((batch, self.lm.config.width), dtype), on_mesh.BY_SEQUENCE)
-        return memory._replace(exits=exits), last, self._put(jnp.asarray(self.lengths), on_mesh.BY_SEQUENCE)
+        exits = self._put(empty_memory(self.spec.remembers, batch, dtype), BY_SEQUENCE)
+        last = self._put(jnp.zeros((batch, self.lm.config.width), dtype), BY_SEQUENCE)
+        return memory._replace(exits=exits), last, self._put(jnp.asarray(self.lengths), BY_SEQUENCE)
 
     def _blank_shapes(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
         """As `_blank`, as jax.ShapeDtypeStruct."""
@@ -339,8 +291,8 @@ class Session:
         last, lengths = array((batch, self.lm.config.width), dtype), array((batch,), jnp.int32)
         return (
             self._put(self._memory_shapes()._replace(exits=exits), on_mesh.MEMORY),
-            self._put(last, on_mesh.BY_SEQUENCE),
-            self._put(lengths, on_mesh.BY_SEQUENCE),
+            self._put(last, BY_SEQUENCE),
+            self._put(lengths, BY_SEQUENCE),
         )
 
     def _memory_shapes(self) -> cache.Memory:
@@ -360,7 +312,7 @@ class Session:
 
     def _of_prefill(self, heads: Heads) -> tuple[Spec, Heads]:
         """Prefill is the same for every method, so its programs are shared, unless heads read the prompt too."""
-        plain = Schedule("ar", (self.spec.config.num_layers,), 1, decs=False)
+        plain = AR().schedule_for(self.spec.config.num_layers)
         spec = dataclasses.replace(self.spec, schedule=plain)
         if spec.remembers is spec.drafter:
             return dataclasses.replace(spec, exits=None), Heads(drafter=heads.drafter)

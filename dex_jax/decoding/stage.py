@@ -14,7 +14,7 @@ D width, V vocabulary, X exits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,6 @@ from dex_jax.decoding.loop import (
 from dex_jax.decoding.network import shared_exits, transformer_network
 from dex_jax.decoding.noise import make_noise
 from dex_jax.decoding.record import Limits, emit
-from dex_jax.decoding.spec import Spec
 from dex_jax.decoding.trained_exits import (
     Heads,
     base_features,
@@ -58,6 +57,9 @@ from dex_jax.nn.layers import causal_rows
 from dex_jax.nn.transformer import Staged, Transformer, stage_ranges
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import STAGE
+
+if TYPE_CHECKING:
+    from dex_jax.decoding.spec import Spec
 
 
 class StageNetwork(NamedTuple):
@@ -182,7 +184,7 @@ def step(
 
     Args:
       device: of this device.
-      state: as in `loop.step`, with `hidden` [B, W, D] and caches of this stage alone.
+      state: as in `loop.step`, with `hidden` [1, B, W, D] and caches of this stage alone.
       limits, sampling, decs, drafts: as in `loop.step`.
     """
     network, stages = device.network, device.stages
@@ -197,12 +199,12 @@ def step(
 
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
     arrived = to_next_stage(state.hidden, stages)
-    hidden, memory = network.advance(state.memory, jnp.where(stage == 0, entering, arrived)[None], own)
-    hidden = hidden[0]
+    advanced, memory = network.advance(state.memory, jnp.where(stage == 0, entering[None], arrived), own)
+    (hidden,) = advanced
 
     finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, tick)
     noise = make_noise(state.noise, sampling, furthest(state.lattice) + 1, network.vocab_size)
-    state = state._replace(tick=tick, hidden=hidden, noise=noise)
+    state = state._replace(tick=tick, hidden=advanced, noise=noise)
     last = stage == stages - 1
     final = final_tokens(network, state, hidden, view, finished & last, sampling, drafts)
     shared = device.share(hidden, after(stage, final.astype(jnp.float32)) if device.final_first else stage)
@@ -277,30 +279,63 @@ def extend_stages(
       (hidden states [B, R, D] at depth L on the last stage and nothing of use elsewhere, memory).
     """
     batch, rows = tokens.shape
-    stage = jax.lax.axis_index(STAGE)
     positions = start[:, None] + jnp.arange(rows)[None, :]
-    causal = causal_rows(batch, rows)
-    x = device.model.embed_tokens(tokens)
-    leaf = memory.keys[0]
-    blank = jnp.zeros((*leaf.shape[:2], rows, leaf.shape[3]), leaf.dtype)
-    fresh: Any = ((blank,) * len(memory.keys),) * 2
-    for turn in range(device.stages):
-
-        def run(x: jax.Array, fresh: Any) -> Any:
-            del fresh
-            layers = range(len(memory.keys))
-            return run_rows(device.model, memory, x, positions, causal, start, layers, device.in_use)
-
-        # Caches are read here and written below: passed through a conditional they would be copied.
-        x, fresh = jax.lax.cond(stage == turn, run, lambda x, fresh: (x, fresh), x, fresh)
-        if turn < device.stages - 1:
-            x = jax.lax.ppermute(x, STAGE, [(turn, turn + 1)])
+    x, fresh = through_stages(
+        device, memory, device.model.embed_tokens(tokens), positions, causal_rows(batch, rows), start
+    )
     at = after(start, x, fresh[0][-1])
     keys, values = (
         tuple(write_rows(cache, rows, at) for cache, rows in zip(caches, each, strict=True))
         for caches, each in zip((memory.keys, memory.values), fresh, strict=True)
     )
     return x, memory._replace(keys=keys, values=values)
+
+
+def through_stages(
+    device: StageNetwork, memory: Memory, x: jax.Array, position: jax.Array, among: jax.Array, prefix: jax.Array
+) -> tuple[jax.Array, Any]:
+    """`forward.run_rows` over the stages, one after the other: K - 1 permutes; a device computes in its own turn only.
+
+    Returns:
+      (hidden states [B, N, D] at depth L on the last stage and nothing of use elsewhere, keys and values of this
+      stage's layers).
+    """
+    leaf = memory.keys[0]
+    blank = jnp.zeros((*leaf.shape[:2], x.shape[1], leaf.shape[3]), leaf.dtype)
+    fresh: Any = ((blank,) * len(memory.keys),) * 2
+    for turn in range(device.stages):
+
+        def run(x: jax.Array, fresh: Any) -> Any:
+            del fresh
+            layers = range(len(memory.keys))
+            return run_rows(device.model, memory, x, position, among, prefix, layers, device.in_use)
+
+        # Caches are read here and written by who asked: passed through a conditional they would be copied.
+        x, fresh = jax.lax.cond(jax.lax.axis_index(STAGE) == turn, run, lambda x, fresh: (x, fresh), x, fresh)
+        if turn < device.stages - 1:
+            x = jax.lax.ppermute(x, STAGE, [(turn, turn + 1)])
+    return x, fresh
+
+
+def pipeline(device: StageNetwork) -> Network:
+    """One explorer over all stages, for `loop.step`: the pipeline that runs trees, a rival of one explorer a stage.
+
+    In a tick a cohort goes through the stages one after the other, then all devices hear its states at depth L.
+    """
+
+    def advance(memory: Memory, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Memory]:
+        among = view.ancestors[0] | jnp.eye(hidden.shape[2], dtype=bool)[None]
+        x, (keys, values) = through_stages(device, memory, hidden[0], view.position[0], among, view.prefix)
+        memory = memory._replace(lattice_keys=keys, lattice_values=values)
+        return from_last_stage(x, device.stages)[None], memory
+
+    def commit(memory: Memory, done: Committed) -> Memory:
+        shared = device.model.normed(done.hidden)
+        by_row = done._replace(slot=jnp.broadcast_to(jnp.arange(done.slot.shape[1])[None], done.slot.shape))
+        exits = device.remember(memory.exits, by_row, shared[None])
+        return device.network.commit(memory, done)._replace(exits=exits)
+
+    return device.network._replace(advance=advance, commit=commit, exits=None)
 
 
 def ar_step(device: StageNetwork, state: ARState, limits: Limits, sampling: Sampling | None = None) -> ARState:

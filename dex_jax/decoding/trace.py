@@ -160,8 +160,8 @@ def _nodes(seen: Sequence[tuple[Lattice, int]], tokens: Sequence[int]) -> tuple[
     top, told = -1, 1  # the root so far, and how many tokens had been emitted
     for tick, (lattice, length) in enumerate(seen):
         # Of a path that is committed in one tick, all but the last node are the root for no longer than that.
-        for token in tokens[told : length - 1]:
-            top = next(i for i in at.values() if nodes[i].parent == top and nodes[i].token == token)
+        for said in tokens[told : length - 1]:
+            top = next(i for i in at.values() if nodes[i].parent == top and nodes[i].token == said)
             nodes[top] = dataclasses.replace(nodes[top], rooted=tick)
         told = length
         live = np.flatnonzero(np.asarray(lattice.live).reshape(-1)).tolist()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dex_jax.decoding.output import ticks_of
+from dex_jax.decoding.counting import ticks_of
 from dex_jax.errors import DexError
 from dex_jax.forced.asks import Ask, asks_in_lattice
 from dex_jax.forced.counts import dex_counts, first_exits

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.layerskip import LayerSkip
 from dex_jax.decoding.methods import Dex
-from dex_jax.decoding.output import ticks_of
 from dex_jax.evaluation.bench.contenders import best_setting
 from dex_jax.evaluation.bench.forced_runs import answer_fields, layerskip_run
 from dex_jax.evaluation.bench.results import Results

@@ -1,0 +1,283 @@
+"""The loops that methods run in: what begins a decoding, what runs it, on one device or on a mesh, and what it counts.
+
+A method's Schedule names its loop, and nobody else asks which method it is. Letters: B sequences, T capacity for new
+tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dex_jax import cache
+from dex_jax.decoding import ar, chain, loop, stage
+from dex_jax.decoding.ar import ARState
+from dex_jax.decoding.chain import ChainState
+from dex_jax.decoding.chain_interface import ChainNetwork, Policy
+from dex_jax.decoding.chain_network import chain_network
+from dex_jax.decoding.counting import bound_of, depth_side_speedup, rounds_of, ticks_of
+from dex_jax.decoding.drafts import Drafting, RowCosts
+from dex_jax.decoding.interface import Network
+from dex_jax.decoding.loop import DexState
+from dex_jax.decoding.network import network_of
+from dex_jax.decoding.record import Limits
+from dex_jax.decoding.stage import StageNetwork
+from dex_jax.decoding.trained_exits import Heads
+from dex_jax.errors import DexError
+from dex_jax.nn.transformer import Layout, Staged, Transformer, Unrolled
+from dex_jax.sampling import Sampling
+from dex_jax.sharding import BY_SEQUENCE, BY_STAGE, EVERYWHERE, check_stages
+
+if TYPE_CHECKING:
+    from dex_jax.decoding.methods import Schedule
+    from dex_jax.decoding.spec import Spec
+
+
+class Prefilled(NamedTuple):
+    """What a loop begins with.
+
+    Attributes:
+      memory: the prompts' keys and values, without a lattice.
+      token: [B] int32, token 0.
+      lengths: [B] int32, of the prompts.
+      limits, sampling: of the loop.
+      prompt: [B, S] int32 padded on the right, for drafts; None without.
+      costs: what ticks take, for drafts that choose their rows.
+    """
+
+    memory: Any
+    token: jax.Array
+    lengths: jax.Array
+    limits: Limits
+    sampling: Sampling | None
+    prompt: jax.Array | None = None
+    costs: RowCosts | None = None
+
+
+class Running(NamedTuple):
+    """What runs: a model, its trained heads, and how."""
+
+    model: Transformer
+    heads: Heads
+    spec: Spec
+
+
+class Loop:
+    """One kind of loop; states are its own. What stands here is for loops that count ticks and are for one device."""
+
+    def init(self, what: Running, begun: Prefilled, capacity: int) -> Any:
+        """The state before the first tick, with room for T new tokens."""
+        raise NotImplementedError
+
+    def run(self, what: Running, state: Any, limits: Limits, sampling: Sampling | None, until_tick: jax.Array) -> Any:
+        """Ticks until every sequence is done, or until `until_tick`."""
+        raise NotImplementedError
+
+    def check_mesh(self, schedule: Schedule, mesh: Mesh, layout: Layout) -> None:
+        """Whether it can run on a mesh where a model lies so.
+
+        Raises:
+          DexError: it cannot.
+        """
+        raise DexError(f"method {schedule.method} is for one device: leave the mesh out, or use Dex or AR")
+
+    def init_stage(self, device: StageNetwork, schedule: Schedule, begun: Prefilled, capacity: int) -> Any:
+        """`init` on one device of a mesh, under shard_map."""
+        raise NotImplementedError
+
+    def step_stage(
+        self, device: StageNetwork, schedule: Schedule, state: Any, limits: Limits, sampling: Sampling | None
+    ) -> Any:
+        """One tick there."""
+        raise NotImplementedError
+
+    def state_specs(self, schedule: Schedule, memory: Any) -> Any:
+        """Where the state lies on a mesh: PartitionSpecs, a prefix of it, given those of `memory`."""
+        raise NotImplementedError
+
+    def steps(self, exits: np.ndarray, length: int, stages: int) -> int:
+        """Ticks or rounds that a sequence of `length` tokens took: exits [T] say so."""
+        return ticks_of(exits, length, stages)
+
+    def counts(
+        self, schedule: Schedule, exits: np.ndarray, steps: np.ndarray, spent: np.ndarray | None, lengths: np.ndarray
+    ) -> dict[str, Any]:
+        """The counts that it has, by their names in Stats, `layer_steps` among them.
+
+        Args:
+          schedule: what ran.
+          exits: [B, T] int32.
+          steps: [B] int32, ticks or rounds.
+          spent: [B, T, 2] as in Record, None without a chain.
+          lengths: [B] int32.
+        """
+        longest = max(end - start for start, end in zip((0, *schedule.depths), schedule.depths, strict=False))
+        speedup = depth_side_speedup(steps, lengths, schedule.stages)
+        return {"ticks": steps, "depth_side_speedup": speedup, "layer_steps": steps * longest}
+
+
+class ARLoop(Loop):
+    """AR: a token a tick (decoding/ar.py)."""
+
+    def init(self, what: Running, begun: Prefilled, capacity: int) -> ARState:
+        return ar.init(begun.memory, begun.token, begun.lengths, capacity=capacity, limits=begun.limits)
+
+    def run(
+        self, what: Running, state: ARState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
+    ) -> ARState:
+        return ar.run(what.model, state, limits, sampling, until_tick=until_tick)
+
+    def check_mesh(self, schedule: Schedule, mesh: Mesh, layout: Layout) -> None:
+        """It runs wherever a model lies."""
+
+    def init_stage(self, device: StageNetwork, schedule: Schedule, begun: Prefilled, capacity: int) -> ARState:
+        return ar.init(begun.memory, begun.token, begun.lengths, capacity=capacity, limits=begun.limits)
+
+    def step_stage(
+        self, device: StageNetwork, schedule: Schedule, state: ARState, limits: Limits, sampling: Sampling | None
+    ) -> ARState:
+        return stage.ar_step(device, state, limits, sampling)
+
+    def state_specs(self, schedule: Schedule, memory: Any) -> ARState:
+        return ARState(EVERYWHERE, BY_SEQUENCE, BY_SEQUENCE, memory, BY_SEQUENCE)
+
+
+class DexLoop(Loop):
+    """DEX, with drafts and without (decoding/loop.py)."""
+
+    def init(self, what: Running, begun: Prefilled, capacity: int) -> DexState:
+        spec, schedule = what.spec, what.spec.schedule
+        if schedule.stages == 1:
+            memory = cache.with_cohort(begun.memory, spec.config, schedule.rows)
+        else:
+            memory = cache.with_lattice(begun.memory, spec.config, spec.layout, schedule.stages * schedule.rows)
+        return _begin(network_of(*what), schedule, begun._replace(memory=memory), capacity)
+
+    def run(
+        self, what: Running, state: DexState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
+    ) -> DexState:
+        schedule = what.spec.schedule
+        options: dict[str, Any] = {"decs": schedule.decs, "proposing": schedule.proposing, "drafts": schedule.drafts}
+        return loop.run(network_of(*what), state, limits, sampling, until_tick=until_tick, **options)
+
+    def check_mesh(self, schedule: Schedule, mesh: Mesh, layout: Layout) -> None:
+        if schedule.proposing is not None:
+            super().check_mesh(schedule, mesh, layout)
+        assert isinstance(layout, Staged)
+        if schedule.stages == 1:  # over several stages a pipeline that runs trees
+            return
+        check_stages(mesh, schedule.stages)
+        if layout.depths != schedule.depths:
+            lie, want = (",".join(map(str, depths)) for depths in (layout.depths, schedule.depths))
+            raise DexError(
+                f"the stages of the mesh end at depths {lie} and the schedule's at {want}: load the model with "
+                f"layout=Staged(({want}))"
+            )
+
+    def init_stage(self, device: StageNetwork, schedule: Schedule, begun: Prefilled, capacity: int) -> DexState:
+        slots = schedule.stages * schedule.rows
+        memory = cache.with_lattice(begun.memory, device.model.config, Unrolled(), slots)
+        state = _begin(device.network, schedule, begun._replace(memory=memory), capacity)
+        return state._replace(hidden=state.hidden[:1])
+
+    def step_stage(
+        self, device: StageNetwork, schedule: Schedule, state: DexState, limits: Limits, sampling: Sampling | None
+    ) -> DexState:
+        if schedule.stages < device.stages:
+            return loop.step(stage.pipeline(device), state, limits, sampling, drafts=schedule.drafts)
+        return stage.step(device, state, limits, sampling, decs=schedule.decs, drafts=schedule.drafts)
+
+    def state_specs(self, schedule: Schedule, memory: Any) -> DexState:
+        # Each row of the data axis chooses and counts its drafts for itself, on all of its devices alike.
+        drafting = None if schedule.drafts is None else Drafting(BY_SEQUENCE, *(EVERYWHERE,) * 6)
+        return DexState(
+            tick=EVERYWHERE,
+            lattice=BY_SEQUENCE,
+            hidden=BY_STAGE,
+            prefix=BY_SEQUENCE,
+            memory=memory,
+            noise=BY_SEQUENCE,
+            record=BY_SEQUENCE,
+            drafting=drafting,
+        )
+
+
+class ChainLoop(Loop):
+    """Methods that draft on a chain (decoding/chain.py)."""
+
+    def init(self, what: Running, begun: Prefilled, capacity: int) -> ChainState:
+        network, policy = _chain(what)
+        return chain.init(
+            network,
+            begun.memory,
+            begun.token,
+            begun.lengths,
+            policy=policy,
+            capacity=capacity,
+            limits=begun.limits,
+            sampling=begun.sampling,
+        )
+
+    def run(
+        self, what: Running, state: ChainState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
+    ) -> ChainState:
+        network, policy = _chain(what)
+        return chain.run(network, state, limits, sampling, policy=policy, until_tick=until_tick)
+
+    def steps(self, exits: np.ndarray, length: int, stages: int) -> int:
+        return rounds_of(exits, length, stages)
+
+    def counts(
+        self, schedule: Schedule, exits: np.ndarray, steps: np.ndarray, spent: np.ndarray | None, lengths: np.ndarray
+    ) -> dict[str, Any]:
+        assert spent is not None
+        at = np.arange(exits.shape[1])[None]
+        there = (at > 0) & (at < lengths[:, None])
+        layers, drafted = np.take_along_axis(spent, (lengths - 1)[:, None, None], axis=1)[:, 0].T
+        return {
+            "rounds": steps,
+            "tokens_per_round": np.where(lengths > 1, (lengths - 1) / np.maximum(steps, 1), np.nan),
+            "accepted": np.sum(there & (exits < schedule.stages), axis=1, dtype=np.int32),
+            "layer_steps": layers,
+            "drafted": drafted,
+        }
+
+
+class OracleLoop(ChainLoop):
+    """A bound: it runs on a chain, and counts only what no method could have left out."""
+
+    def counts(
+        self, schedule: Schedule, exits: np.ndarray, steps: np.ndarray, spent: np.ndarray | None, lengths: np.ndarray
+    ) -> dict[str, Any]:
+        bounds = [bound_of(row, length, schedule.depths) for row, length in zip(exits, lengths, strict=True)]
+        return {"layer_steps": np.array(bounds, np.int32)}
+
+
+AR_LOOP, DEX_LOOP, CHAIN_LOOP, ORACLE_LOOP = ARLoop(), DexLoop(), ChainLoop(), OracleLoop()
+
+
+def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int) -> DexState:
+    return loop.init(
+        network,
+        begun.memory,
+        begun.token,
+        begun.lengths,
+        stages=schedule.stages,
+        rows=schedule.rows,
+        capacity=capacity,
+        limits=begun.limits,
+        sampling=begun.sampling,
+        drafts=schedule.drafts,
+        prompt=begun.prompt,
+        length=jax.tree.leaves(begun.memory.keys)[0].shape[-2],
+        costs=begun.costs,
+    )
+
+
+def _chain(what: Running) -> tuple[ChainNetwork, Policy]:
+    schedule = what.spec.schedule
+    assert schedule.policy is not None
+    return chain_network(what.model, schedule.depths, what.spec.exits, what.heads.exits), schedule.policy
