@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import depth_side
 import few_rows
 import lossless
 import measuring
@@ -99,15 +100,19 @@ def test_lossless_holds(change, holds):
 
 
 def test_two_processes_page():
-    """Two sequences of ten tokens: one takes 10 ticks, one 20, and a tick lasts as long as a step of the pipeline."""
-    group = {"seconds": {"ar": 0.5, "dex": 1.0}, "steps": 10, "identical": True, "depths": [15, 30], "batch": 2}
-    group |= {"ticks": 20, "tokens": 20, "ticks_of_all": 30}
-    found = two_processes.row([group, group], "smollm2-135m")
-    assert (found["gain"].value, found["going"].value) == (pytest.approx(0.5), pytest.approx(1 / 1.5))
-    # Both stages have half of 106,204,800 weights, and one the unembedding of 49,152 x 576 too.
-    part = (106_204_800 / 2 + 49_152 * 576) / (106_204_800 + 49_152 * 576)
-    assert found["by_ticks"] == pytest.approx(10 / 20 / part, rel=1e-3)
-    runs = {"links": {"permute": 12.3}, "sharing": [["GB/s read", "2.0", "1.0", "1.0", "1.00"]], "one": group}
-    page = "\n".join(two_processes.page(runs, "smollm2-135m"))
-    assert "permute 12" in page
-    assert "0.50 [0.50, 0.50]" in page
+    names = (two_processes.AR, two_processes.TREES)
+    group = {"batch": 1, "tokens": 20, "identical": True}
+    group |= {key: dict(zip(names, pair, strict=True)) for key, pair in (("seconds", (1.0, 0.5)), ("ticks", (20, 10)))}
+    page = "\n".join(two_processes.page({"one": group | {"rows": dict.fromkeys(names, 8)}}, "stage=2"))
+    for cell in ("2.00 (2.00 - 2.00)", "0.50 (0.50 - 0.50)", "0.50", "50.0", "1 of 1"):
+        assert cell in page
+
+
+def test_depth_side_table():
+    runs = {}
+    for k, draft, ticks in ((1, "drafts", 10), (1, "none", 20), (2, "drafts", 16), (2, "none", 32)):
+        for prompt in ("HumanEval 1", "HumanEval 2", "question_240 1"):
+            runs[f"K = {k}; {draft}; {prompt}"] = {"tokens": 21, "ticks": ticks, "identical": True}
+    one, two = depth_side.table(runs, [1, 2, 5]).splitlines()[-2:]
+    assert one.split("|")[1:-1] == [" 1 ", " 2.00 ", " 2.00 ", " 2.00 ", " 1.00 ", " 2.00 ", "  "]
+    assert [float(cell) for cell in two.split("|")[1:-1]] == [2, 2.5, 2.5, 2.5, 1.25, 2, 1.25]
