@@ -114,5 +114,5 @@ def test_depth_side_table():
         for prompt in ("HumanEval 1", "HumanEval 2", "question_240 1"):
             runs[f"K = {k}; {draft}; {prompt}"] = {"tokens": 21, "ticks": ticks, "identical": True}
     one, two = depth_side.table(runs, [1, 2, 5]).splitlines()[-2:]
-    assert one.split("|")[1:-1] == [" 1 ", " 2.00 ", " 2.00 ", " 2.00 ", " 1.00 ", " 2.00 ", "  "]
+    assert [cell.strip() for cell in one.split("|")[1:-1]] == ["1", "2.00", "2.00", "2.00", "1.00", "2.00", ""]
     assert [float(cell) for cell in two.split("|")[1:-1]] == [2, 2.5, 2.5, 2.5, 1.25, 2, 1.25]
