@@ -81,14 +81,6 @@ def test_the_start_page_runs(monkeypatch, capsys, tmp_path) -> None:
     assert (tmp_path / "lattice.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_network_of_ones_own_runs() -> None:
-    names = run_page("howto_own_model.md")
-    decoded = names["done"].record
-    assert decoded.tokens[0].tolist() == names["said"][names["length"] :]
-    assert len(set(decoded.tokens[0].tolist())) > 1
-    assert 0 < int(decoded.ticks[0]) < len(names["DEPTHS"]) * (names["NEW"] - 1)
-
-
 def test_the_configuration_of_own_exits_is_one() -> None:
     assert run_page("howto_own_exits.md")["config"].exits.depths == (7, 14, 21)
 
