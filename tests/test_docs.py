@@ -34,9 +34,9 @@ PROGRAMS = {
 LINUX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios")
 
 
-def run_page(page: str) -> dict:
+def run_page(page: str, replace: tuple[str, str] = ("", "")) -> dict:
     """Runs the blocks of Python on a page one after the other; returns the names that they leave."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").replace(*replace)
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(block, page, "exec"), names)

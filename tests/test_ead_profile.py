@@ -9,12 +9,10 @@ import sys
 
 import numpy as np
 import pytest
-from reference.small_models import LetterTokenizer, small_model
+from reference.small_models import LLAMA, LetterTokenizer, small_model
 
 import dex_jax
 from dex_jax.cli import profile as command
-from dex_jax.config import ModelConfig
-from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import profile, profile_plots, tables
@@ -23,17 +21,8 @@ from dex_jax.forced.run import Forced, forced_exits, measure, shared_exits
 from dex_jax.forced.texts import answers
 from dex_jax.plot import figures as plot_figures
 
-MODEL = ModelConfig(
-    family="llama",
-    vocab_size=12,
-    num_layers=5,
-    width=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_width=24,
-    context=256,
-)
+SMALL = {"vocab_size": 12, "num_layers": 5, "width": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 24}
+MODEL = dataclasses.replace(LLAMA, **SMALL, tied=False, context=256)
 EXPLORERS = (3, 5)
 
 

@@ -23,7 +23,6 @@ from dex_jax.training.estimate import (
     MACHINES,
     Machine,
     exits_flops_per_token,
-    gigabytes,
     model_flops_per_token,
     parameter_count,
     this_machine,
@@ -36,13 +35,8 @@ from dex_jax.training.stream import Activations
 MODEL = dataclasses.replace(LLAMA, vocab_size=1024, width=128, head_dim=32, mlp_width=256, num_layers=2)
 EXITS = ExitsConfig("linear", (1,), 128, fused=True, rank=32, hidden=256, heads=4, head_dim=32, window=16)
 # The whole vocabulary and a draft vocabulary, every kind once alone and once fused.
-KINDS = [
-    ("shared", False, 256),
-    ("linear", True, None),
-    ("lowrank", False, 256),
-    ("mlp", True, 256),
-    ("attn", False, 256),
-]
+KINDS = [("shared", False, 256), ("linear", True, None), ("lowrank", False, 256), ("mlp", True, 256)]
+KINDS += [("attn", False, 256)]
 BATCH, CHUNK, LENGTH = 8, 8, 32
 RUN = {"batch": BATCH, "chunk": CHUNK, "length": LENGTH, "steps": 10, "dtype": jnp.dtype(jnp.float32)}
 
@@ -64,9 +58,8 @@ def counted(function, *arguments) -> float:
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_models_arithmetic_is_what_xla_counts(tied: bool) -> None:
-    config = dataclasses.replace(MODEL, tied=tied)
+def test_the_models_arithmetic_is_what_xla_counts() -> None:
+    config = dataclasses.replace(MODEL, tied=False)
     lm = small_model(config)
     memory = cache.allocate(config, lm.layout, BATCH, LENGTH, 0, jnp.dtype(jnp.float32))
 
@@ -160,7 +153,7 @@ def test_time_is_bound_by_what_is_slower() -> None:
     assert cost.tokens == 10 * BATCH * CHUNK
 
 
-def test_the_sentence_says_whether_it_fits() -> None:
+def test_the_sentence_says_whether_it_fits_and_this_machine_is_measured() -> None:
     small = training_cost(MODEL, EXITS, MACHINES["t4"], **RUN)
     sizes = {"model_bytes": 16_060_000_000, "cache_bytes": 90_000_000, "exits_bytes": 0, "activation_bytes": 0}
     cost = dataclasses.replace(small, **sizes, tokens=1_234_567, model_seconds=100.0, exits_seconds=50.0)
@@ -175,14 +168,7 @@ def test_the_sentence_says_whether_it_fits() -> None:
     unknown = dataclasses.replace(MACHINES["t4"], memory=None)
     assert cost.fits(unknown) is None
     assert "GB of" not in cost.sentence(unknown)
-
-
-def test_this_machine_is_measured() -> None:
     machine = this_machine(jnp.dtype(jnp.float32))
     assert 1e8 < machine.flops < 1e16
     assert 1e7 < machine.bandwidth < 1e14
     assert machine.memory is None or machine.memory > 1e7
-
-
-def test_sizes_for_people() -> None:
-    assert [gigabytes(x * 1e9) for x in (0.034, 9.99, 16.08, 128)] == ["0.03", "9.99", "16.1", "128"]

@@ -31,15 +31,14 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
     return session
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    ("method", "sampled"),
+    ("method", "sampled", "dtype"),
     [
-        (AR(), False),
-        (Dex(explorers=3, draft=False), False),
-        (Dex(explorers=3, rows=4, draft=False), True),
-        (Dex(explorers=1), False),
-        (Dex(explorers=3), True),
+        (AR(), False, jnp.float32),
+        (Dex(explorers=3), False, jnp.bfloat16),
+        (Dex(explorers=3, rows=4), True, jnp.float32),
+        (Dex(schedule="serial"), False, jnp.bfloat16),
+        (Dex(schedule="serial"), True, jnp.float32),
     ],
 )
 @pytest.mark.parametrize("layout", [Unrolled(), Stacked((2, 4, 5))], ids=["unrolled", "stacked"])
@@ -54,9 +53,7 @@ def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:
     assert plan.cache_bytes == nbytes((memory.keys, memory.values))
     assert plan.lattice_bytes == nbytes(state) - plan.cache_bytes
     assert plan.exits_bytes == 0
-    assert plan.total_bytes == sum(
-        (plan.weights_bytes, plan.cache_bytes, plan.lattice_bytes, plan.exits_bytes, plan.workspace_bytes)
-    )
+    assert plan.total_bytes == sum(getattr(plan, field.name) for field in dataclasses.fields(plan))
 
 
 @pytest.mark.parametrize("method", [AR(), Dex(explorers=3, draft=False)])

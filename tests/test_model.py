@@ -51,21 +51,16 @@ def test_rotation_is_multiplication_of_complex_numbers() -> None:
     chex.assert_trees_all_close(rotate(x, rope_table(jnp.asarray(positions), LLAMA)), expected, atol=1e-4)
 
 
-def test_linear_scaling_divides_every_frequency() -> None:
+def test_linear_scaling_divides_every_frequency_and_llama3s_the_low_ones() -> None:
     stretched = dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 4.0))
     np.testing.assert_allclose(rope_frequencies(stretched) * 4, rope_frequencies(LLAMA), rtol=1e-6)
-
-
-def test_llama3_scaling_leaves_high_frequencies_and_divides_low_ones() -> None:
     config = dataclasses.replace(LLAMA, head_dim=64, rope_theta=500000.0)
     scaling = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
     before = rope_frequencies(config)
     after = rope_frequencies(dataclasses.replace(config, rope_scaling=scaling))
     wavelength = 2 * np.pi / before
     high, low = wavelength < 8192 / 4, wavelength > 8192 / 1
-    assert high.any()
-    assert low.any()
-    assert (~high & ~low).any()
+    assert high.any() and low.any() and (~high & ~low).any()  # noqa: PT018
     np.testing.assert_array_equal(after[high], before[high])
     np.testing.assert_allclose(after[low], before[low] / 8, rtol=1e-6)
     between = ~high & ~low
@@ -98,12 +93,6 @@ def test_linear() -> None:
     x, kernel, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 8), (5, 8), (5,)))
     np.testing.assert_allclose(jax.jit(linear)(x, kernel, bias), x @ kernel.T + bias, atol=1e-5)
     assert linear(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-
-
-def test_stages() -> None:
-    assert stage_ranges((1, 3, 4)) == [range(0, 1), range(1, 3), range(3, 4)]
-    assert UNEVEN.stage_layers == 2
-    assert [UNEVEN.place(i) for i in range(4)] == [(0, 0), (0, 1), (1, 1), (0, 2)]
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
@@ -142,6 +131,9 @@ def test_there_and_back_is_bit_exact(config) -> None:
     for layout in (UNEVEN, EVEN, Unrolled()):
         model = relayout(model, layout)
         assert model.layout == layout
+    assert UNEVEN.stage_layers == 2
+    assert [UNEVEN.place(i) for i in range(4)] == [(0, 0), (0, 1), (1, 1), (0, 2)]
+    assert stage_ranges((1, 3, 4)) == [range(0, 1), range(1, 3), range(3, 4)]
     back = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
     chex.assert_trees_all_equal(back, original)
 
@@ -175,7 +167,6 @@ def test_stacked_layers_are_gone_before_a_model_is_made_of_their_copies(monkeypa
     [
         ("gpu", "7.5", jnp.float16),
         ("gpu", "9.0", jnp.bfloat16),
-        ("gpu", "12.0", jnp.bfloat16),
         ("gpu", "gfx942", jnp.bfloat16),
         ("tpu", None, jnp.bfloat16),
     ],
@@ -192,8 +183,7 @@ def test_arranging_a_language_model_keeps_its_logits() -> None:
     before = np.asarray(lm.logits(tokens))
     size = lm.parameter_bytes
     lm.arrange(EVEN)  # an even grid has no padding
-    assert lm.layout == EVEN
-    assert lm.parameter_bytes == size
+    assert (lm.layout, lm.parameter_bytes) == (EVEN, size)
     chex.assert_trees_all_close(lm.logits(tokens), before, atol=1e-4)
     lm.arrange(Unrolled())
     np.testing.assert_array_equal(lm.logits(tokens), before)

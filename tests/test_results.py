@@ -78,10 +78,8 @@ def test_a_line_cut_off_by_a_kill_is_written_again(tmp_path) -> None:
     ("change", "says"),
     [
         ("{", "line 2 of .*results.jsonl is no JSON"),
-        ("[1]", "line 2 of .* is no JSON object"),
         ({"task": None}, r"line 2 of .*\.task"),
         ({"tokens": [1, "a"]}, r"line 2 of .*\.tokens"),
-        ({"seconds": True}, r"line 2 of .*\.seconds"),
         ({"kind": "speed"}, "\"kind\" is 'speed', and not one of depth, wall"),
         ({"kind": "depth"}, 'line 2 of .* is of kind "depth" and has seconds'),
         ({"surprise": 1}, 'a field "surprise" that the schema does not know'),
@@ -165,15 +163,6 @@ def test_pairs_stay_together() -> None:
     assert (interval.low, interval.value, interval.high) == (2, 2, 2)
     both = np.stack([2 * cost, cost], axis=1)
     assert resampling.bootstrap(both, resampling.ratio_of_sums).low == pytest.approx(2)
-
-
-def test_items_are_clusters_over_columns() -> None:
-    # Columns repeat one another, so that four of them say no more than one.
-    one = np.random.default_rng(2).normal(3, 1, (40, 1))
-    means = lambda values: resampling.mean(values).mean(axis=1)  # noqa: E731
-    alone = resampling.bootstrap(one, means, seed=3)
-    four = resampling.bootstrap(np.repeat(one, 4, axis=1), means, seed=3)
-    assert four == pytest.approx(alone)
 
 
 def test_simultaneous_intervals_are_wider_and_hold_together() -> None:

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import twin
-from reference.small_models import LLAMA, LetterTokenizer, assert_same_tokens, ragged_prompts, small_model
+from reference.small_models import (
+    LLAMA,
+    LetterTokenizer,
+    assert_same_tokens,
+    ragged_prompts,
+    random_parameters,
+    small_model,
+)
 from reference.toy_models import ToyModel, cached_tables, toy_network, toy_prefill
 from reference.toy_runs import CAPACITY, arrays, emitted, random_case, twin_draws
 
@@ -27,7 +34,6 @@ from dex_jax.decoding.resolve import Resolved, resolve
 from dex_jax.decoding.trained_exits import Heads, empty_memory, exit_arrays
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
-from dex_jax.nn.exits import exit_parameters
 
 METHODS = {
     "layerskip": LayerSkip(exit=3, draft_length=3),
@@ -51,13 +57,8 @@ def trained(kind: str) -> TrainedExits:
     """Random exits near the model's own head, at depths 1 to 3."""
     options = {"hidden": 12, "heads": 2, "head_dim": 8, "window": 5} if kind == "attn" else {"fused": True}
     config = ExitsConfig(kind, (1, 2, 3), LLAMA.width, draft_size=40, **options)
-    rng = np.random.default_rng(1)
-    parameters = {}
-    for name, (shape, start) in exit_parameters(config).items():
-        scale = 0.3 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.1
-        parameters[name] = (rng.standard_normal(shape) * scale + (start in ("norm", "scale"))).astype(np.float32)
-    vocabulary = np.sort(rng.permutation(LLAMA.vocab_size)[:40]).astype(np.int32)
-    return TrainedExits(config, parameters, vocabulary, "0", {}, "random")
+    vocabulary = np.sort(np.random.default_rng(1).permutation(LLAMA.vocab_size)[:40]).astype(np.int32)
+    return TrainedExits(config, random_parameters(config), vocabulary, "0", {}, "random")
 
 
 def generated(lm, method, prompts, options, exits="shared", **more):

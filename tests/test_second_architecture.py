@@ -16,12 +16,13 @@ from dex_jax.sampling import position_noise, sampling_keys
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
 SEEDS = [4, 5, 6]
 TEMPERATURE = 0.7
+TOKENS = 20
 
 
 @pytest.fixture(scope="module")
 def page() -> SimpleNamespace:
-    """What the page defines."""
-    return SimpleNamespace(**run_page("howto_own_model.md"))
+    """What the page defines, for fewer tokens: it compiles anew for every one."""
+    return SimpleNamespace(**run_page("howto_own_model.md", ("2, 20  # K", "2, 12  # K")))
 
 
 def prefilled(page: SimpleNamespace) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -45,7 +46,7 @@ def autoregressive(page: SimpleNamespace, sampled: bool) -> list[list[int]]:
     everything = []
     for prompt, seed in zip(PROMPTS, SEEDS, strict=True):
         tokens = list(prompt)
-        for _ in range(page.NEW):
+        for _ in range(TOKENS):
             scores = np.asarray(run(np.array([tokens + [0] * (size - len(tokens))])))[0, len(tokens) - 1]
             if sampled:
                 noise = position_noise(sampling_keys([seed])[0], jnp.int32(len(tokens)), page.VOCAB)
@@ -58,6 +59,7 @@ def autoregressive(page: SimpleNamespace, sampled: bool) -> list[list[int]]:
 def test_the_page_runs(page) -> None:
     tokens = page.done.record.tokens[0].tolist()
     assert tokens == page.said[page.length :]
+    assert len(tokens) == page.NEW == 12
     assert len(set(tokens)) > 1
     assert 0 < int(page.done.record.ticks[0]) < len(page.DEPTHS) * (page.NEW - 1)
 
@@ -66,8 +68,8 @@ def test_the_page_runs(page) -> None:
 def test_a_ragged_batch_in_a_loop_of_ones_own_gives_the_networks_tokens(page, sampled: bool) -> None:
     expected = autoregressive(page, sampled)
     sampling = Sampling(sampling_keys(SEEDS), jnp.float32(TEMPERATURE)) if sampled else None
-    limits = Limits(jnp.full(len(PROMPTS), page.NEW), jnp.array([-1]))
-    shape = {"stages": len(page.DEPTHS), "rows": page.ROWS, "capacity": page.NEW}
+    limits = Limits(jnp.full(len(PROMPTS), TOKENS), jnp.array([-1]))
+    shape = {"stages": len(page.DEPTHS), "rows": page.ROWS, "capacity": TOKENS}
 
     @jax.jit
     def decode(memory, first, lengths):

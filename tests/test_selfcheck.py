@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import pytest
@@ -16,22 +15,6 @@ from dex_jax.cli import selfcheck as program
 from dex_jax.nn.transformer import Unrolled
 
 CONFIG = dataclasses.replace(LLAMA, num_layers=3)
-LABELS = [
-    "versions",
-    "python",
-    "device",
-    "model",
-    "dtype",
-    "schedule",
-    "AR step, unrolled (ms)",
-    "AR step, stacked (ms)",
-    "DEX tick, unrolled (ms)",
-    "DEX tick, stacked (ms)",
-    "final head, 1 row (ms)",
-    "exit heads, 2 rows (ms)",
-    "peak memory (GB)",
-    "compile (s)",
-]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +34,6 @@ def test_every_check_holds(report, lm) -> None:
 
 
 def test_block_tells_versions_device_times_and_checks(report) -> None:
-    assert list(report.facts) == LABELS
     lines = report.text().splitlines()
     assert lines[0].strip("- ") == "dex_jax selfcheck"
     assert lines[-1] == "all checks hold"
@@ -60,14 +42,16 @@ def test_block_tells_versions_device_times_and_checks(report) -> None:
     assert "cpu" in report.facts["device"]
     assert report.facts["dtype"] == "float32"
     assert report.facts["schedule"] == "DEX-1/3, exits at 1, 2, 3, 2 rows"
-    assert all(report.facts[label] > 0 for label in LABELS if label.endswith(("(ms)", "(s)")))
+    times = [label for label in report.facts if label.endswith(("(ms)", "(s)"))]
+    assert len(times) == 7
+    assert all(report.facts[label] > 0 for label in times)
     assert sum(line.startswith("ok   ") for line in lines) == 8
 
 
 def test_json_holds_the_same(report) -> None:
     read = json.loads(report.json())
     assert read["holds"] is True
-    assert list(read["facts"]) == LABELS
+    assert list(read["facts"]) == list(report.facts)
     assert [finding["name"] for finding in read["findings"]] == [finding.name for finding in report.findings]
 
 
@@ -118,15 +102,6 @@ def test_exit_codes(monkeypatch, capsys, report) -> None:
     broken = selfcheck.Report({}, [selfcheck.Finding("tokens", False, "differ")])
     monkeypatch.setattr(selfcheck, "selfcheck", lambda lm: broken)
     assert program.main([]) == 1
-
-
-def test_bad_input_is_one_sentence_and_exit_code_2() -> None:
-    command = [sys.executable, "-m", "dex_jax.selfcheck", "--model", "no-such-model"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in done.stderr
 
 
 def test_without_resource_the_peak_is_unknown(monkeypatch) -> None:

@@ -33,14 +33,8 @@ TASKS = ("hellaswag", "mmlu")
 
 
 def item(number: int = 0, options: tuple[str, ...] = ("red fox", "blue owl", "green eel", "grey cat")) -> Item:
-    row = {
-        "ctx": f"Story {number}.",
-        "ctx_a": f"Story {number}",
-        "ctx_b": "then",
-        "activity_label": "Animals",
-        "endings": list(options),
-        "label": number % 4,
-    }
+    row = {"ctx": f"Story {number}.", "ctx_a": f"Story {number}", "ctx_b": "then", "activity_label": "Animals"}
+    row |= {"endings": list(options), "label": number % 4}
     return Item("hellaswag", f"item-{number}", "wild_animals", f"Story {number}.", options, number % 4, row=row)
 
 
@@ -97,27 +91,18 @@ def test_the_right_answer_cannot_be_read_from_a_prompt(number, other):
 
 
 def test_options_are_labelled_as_the_template_says():
-    lettered = Template(
-        "t", "{question}|{options}|{subject}", options="i", wrapper="({x})", between="; ", casing="upper"
-    )
-    assert (
-        render(lettered, item()) == "STORY 0.|(I) RED FOX; (II) BLUE OWL; (III) GREEN EEL; (IV) GREY CAT|WILD ANIMALS"
-    )
+    shape = {"options": "i", "wrapper": "({x})", "between": "; ", "casing": "upper"}
+    lettered = Template("t", "{question}|{options}|{subject}", **shape)
+    shown = "STORY 0.|(I) RED FOX; (II) BLUE OWL; (III) GREEN EEL; (IV) GREY CAT|WILD ANIMALS"
+    assert render(lettered, item()) == shown
     assert shown_options(lettered, item())[0] == "RED FOX"
-    few = Template("t", "{question}{options}", shots=1)
-    assert render(few, item(0), [item(1)]).startswith(
-        "Story 1.A. red fox\nB. blue owl\nC. green eel\nD. grey cat B. blue owl\n\n"
-    )
-
-
-def test_title_case_keeps_line_breaks():
     titled = Template("t", "{question}\n\n{options}", casing="title")
     assert render(titled, item(options=("RED fox", "o'neill"))) == "Story 0.\n\nA. Red Fox\nB. O'neill"
-
-
-def test_braces_of_an_item_stay():
     odd = dataclasses.replace(item(), question="What is {options} or {x}?")
     assert render(Template("t", "{question} / {subject}"), odd) == "What is {options} or {x}? / wild animals"
+    few = Template("t", "{question}{options}", shots=1)
+    example = "Story 1.A. red fox\nB. blue owl\nC. green eel\nD. grey cat B. blue owl\n\n"
+    assert render(few, item(0), [item(1)]).startswith(example)
 
 
 @needs_data
@@ -163,16 +148,6 @@ def test_formats_are_drawn_from_the_grammar():
         sample_formats("mmlu", 0)
 
 
-def test_plain_json_is_read(tmp_path):
-    file = tmp_path / "mine.json"
-    file.write_text(
-        json.dumps({"mmlu": ["Q: {question} {options}", {"name": "mine", "body": "{question}", "chat": False}]})
-    )
-    first, second = read_templates(str(file), "mmlu")
-    assert (first.name, second.name, second.chat) == ("01", "mine", False)
-    assert render(first, item()).startswith("Q: Story 0. A. red fox")
-
-
 YAML = """templates:
   1: !Template
     name: x
@@ -188,21 +163,15 @@ YAML = """templates:
     ("name", "content", "said"),
     [
         ("a.json", "[", "is no JSON"),
-        ("a.json", "[]", "has no template"),
         ("a.json", '{"mmlu": 3}', "no list"),
         ("a.json", '["no slot"]', "template 1 of .*question"),
-        ("a.json", '["{question}", "{question} {choices}"]', "template 2 of .*choices"),
         ("a.json", '[{"name": "x"}]', "body"),
-        ("a.json", '[{"name": "x", "body": "{question}", "shouts": 1}]', "shouts"),
         ("a.json", '[{"name": "x", "body": "{question}", "shots": "1"}]', "shots"),
-        ("a.json", '[{"name": "x", "body": "{question}", "shots": -1}]', "shots"),
         ("a.json", '[{"name": "x", "body": "{question}", "options": "Z"}]', "options"),
-        ("a.json", '[["a", "b", "c"]]', "template 1"),
         ("a.json", "[7]", "template 1"),
         ("a.json", '[["Write a question.", "{question}"]]', "has no template"),
         ("a.json", '[{"name": "x", "body": "{question}"}, {"name": "x", "body": "{question}!"}]', "one name"),
         ("a.yaml", "templates: [", "is no promptsource file"),
-        ("a.yaml", "other: 1", "is no promptsource file"),
         ("a.yaml", "templates:\n  1: !Template\n    name: x\n", "template 1"),
         ("a.yaml", YAML.format("{{ctx"), "template 1"),
     ],
@@ -212,15 +181,8 @@ def test_bad_templates_are_named(tmp_path, name, content, said):
     file.write_text(content)
     with pytest.raises(DexError, match=said):
         read_templates(str(file), "mmlu")
-
-
-def test_a_template_for_other_items_is_named(tmp_path):
     with pytest.raises(DexError, match="item-0: 'goal'"):
         render(Template("p", "{{goal}}", jinja=True), item())
-    with pytest.raises(DexError, match="cannot be read"):
-        read_templates(str(tmp_path / "none.json"), "mmlu")
-    with pytest.raises(DexError, match="chess"):
-        built_in("chess")
 
 
 FOX = ("red fox", "blue owl", "green eel", "grey cat")
@@ -230,29 +192,21 @@ FOX = ("red fox", "blue owl", "green eel", "grey cat")
     ("text", "labels", "options", "found"),
     [
         ("B", "ABCD", FOX, 1),
-        (" (c) because", "ABCD", FOX, 2),
-        ("D. It is grey.", "ABCD", FOX, 3),
         ("**B** is right", "ABCD", FOX, 1),
-        ("The answer is A.", "ABCD", FOX, 0),
         ("First I thought the answer is A. But the correct answer is (D).", "ABCD", FOX, 3),
         ("Answer: C\nAnd so on", "ABCD", FOX, 2),
         ("The correct option is [b]", "abcd", FOX, 1),
         ("A fox runs.", "ABCD", FOX, None),
         ("I think it swims.", ["I", "II", "III", "IV"], FOX, None),
         ("iii) green eel", ["i", "ii", "iii", "iv"], FOX, 2),
-        ("2: blue owl", "1234", FOX, 1),
         ("The answer is 1.5 metres.", "1234", FOX, None),
-        ("1,200 of them", "1234", FOX, None),
         ("The answer is 1.", "1234", FOX, 0),
         ("It must be the green eel, of course.", "ABCD", FOX, 2),
-        ("Green eel", "", FOX, 2),
         ("The red fox or the blue owl?", "", FOX, None),
         ("red fox. The blue owl is not.", "", FOX, 0),
         ("True, False", "", ("True, True", "True, False"), 1),
-        ("12", "", ("1", "2", "12", "121"), 2),
         ("about 12 of them", "", ("1", "2", "12", "121"), 2),
         ("an owl at night", "", ("an owl", "an owl at night"), 1),
-        ("nothing of it", "ABCD", FOX, None),
         ("", "ABCD", FOX, None),
         ("same", "", ("same", "same"), None),
     ],

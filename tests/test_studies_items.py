@@ -13,13 +13,7 @@ from dex_jax.prompt_files import read_rows
 from studies.templates.items import read_items
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-HELLASWAG = {
-    "ind": 7,
-    "activity_label": "Rowing",
-    "ctx": "Two people row. they",
-    "endings": ["sink", "win"],
-    "label": 1,
-}
+HELLASWAG = {"ind": 7, "activity_label": "Rowing", "ctx": "They row. they", "endings": ["sink", "win"], "label": 1}
 MMLU = {"subject": "logic", "idx": 3, "question": "What follows?", "choices": ["A", "B", "C", "D"], "answer": 2}
 ROWS = {"hellaswag": HELLASWAG, "mmlu": MMLU}
 
@@ -35,7 +29,7 @@ def items_in(task: str, file: Path):
 
 def test_every_field_is_read(tmp_path):
     (item,) = items_in("hellaswag", written(tmp_path / "a.jsonl", HELLASWAG))
-    assert (item.id, item.subject, item.question) == ("hellaswag-7", "Rowing", "Two people row. they")
+    assert (item.id, item.subject, item.question) == ("hellaswag-7", "Rowing", "They row. they")
     assert (item.options, item.answer, item.chance) == (("sink", "win"), 1, 0.5)
     (item,) = items_in("mmlu", written(tmp_path / "b.jsonl", MMLU))
     assert (item.id, item.question, item.answer, item.chance) == ("mmlu-logic-3", "What follows?", 2, 0.25)
@@ -67,21 +61,9 @@ def test_bad_items_are_named_by_file_and_line(tmp_path, task, change, said):
         items_in(task, written(tmp_path / "bad.jsonl", ROWS[task], ROWS[task] | change))
 
 
-@pytest.mark.parametrize("task", ROWS)
-def test_missing_fields_are_named(tmp_path, task):
-    for name in set(ROWS[task]) - {"ind", "idx", "activity_label"}:
-        row = {key: value for key, value in ROWS[task].items() if key != name}
-        with pytest.raises(DexError, match=f"line 1 of .*{name}"):
-            items_in(task, written(tmp_path / "bad.jsonl", row))
-
-
 def test_bad_files(tmp_path):
     with pytest.raises(DexError, match="unknown task 'chess'"):
         read_items("chess", [])
-    with pytest.raises(DexError, match="is empty"):
-        items_in("mmlu", written(tmp_path / "empty.jsonl", ""))
-    with pytest.raises(DexError, match=r"line 1 of .* is no JSON"):
-        items_in("mmlu", written(tmp_path / "broken.jsonl", "{"))
     with pytest.raises(DexError, match="no item"):
         items_in("mmlu", written(tmp_path / "list.jsonl", "[1]"))
     with pytest.raises(DexError, match=r"line 2 of .* is another item with the id mmlu-logic-3"):
