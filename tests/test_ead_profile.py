@@ -64,18 +64,6 @@ def test_ticks_are_the_teacher_forced_counts() -> None:
     assert min(len(set(np.flatnonzero(grid.exits))) for grid in found.grids) >= 2
 
 
-def test_the_loop_itself_agrees() -> None:
-    """K = 3 with the rows that never prune: ticks of the loop are the predicted ones."""
-    found, (_, texts) = _profile(), _measured()
-    grid = found.grids[0]
-    prompts = [list(prompt) for prompt, _ in texts]
-    one = dataclasses.replace(found, grids=(grid,))
-    real = profile.with_real_loop(one, _model(), "shared", prompts, 25).grids[0].real
-    assert real.rows == 2
-    assert real.ticks_per_token == pytest.approx(grid.ticks_per_token)
-    assert real.depth_side_speedup == pytest.approx(grid.depth_side_speedup)
-
-
 def test_ead_and_its_bounds_by_hand() -> None:
     ead = EAD((2, 4, 8), (0.5, 0.25, 0.25))
     assert ead.mean == 4
@@ -197,7 +185,7 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     assert [grid.depths for grid in found.grids] == [(3, 5)]
     assert found.ead.depths == (1, 2, 3, 4, 5)
     assert found.about["texts"] == 3
-    assert all(grid.real is not None for grid in found.grids)
+    assert all(grid.real.ticks_per_token == pytest.approx(grid.ticks_per_token) for grid in found.grids)
     assert list(found.groups) == ["prompts"]
     assert "tokens by exit" in capsys.readouterr().out
     for flags, message in (

@@ -74,6 +74,7 @@ def test_a_run_writes_its_exits_and_figures(whole) -> None:
     assert again.config.width == LLAMA.width
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_exits(whole, tmp_path, capfd) -> None:
     assert work(tmp_path, "--die-before", "5") == -signal.SIGKILL
     assert not (tmp_path / "one" / "exits.safetensors").exists()

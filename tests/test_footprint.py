@@ -10,6 +10,7 @@ import pytest
 from reference.small_models import LLAMA
 
 import dex_jax
+from dex_jax.decoding.dynamic_exit import DEL
 from dex_jax.decoding.footprint import Footprint, cache_length_for, device_memory, footprint, nbytes, verdict
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.resolve import Resolved
@@ -35,6 +36,7 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
     ("method", "sampled", "dtype"),
     [
         (AR(), False, jnp.float32),
+        (DEL(depths=(2, 5), draft_length=3), True, jnp.float32),
         (Dex(explorers=3), False, jnp.bfloat16),
         (Dex(explorers=3, rows=4), True, jnp.float32),
         (Dex(schedule="serial"), False, jnp.bfloat16),
@@ -46,7 +48,7 @@ def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:
     session = session_of(layout, method, dtype, sampled)
     schedule = session.spec.schedule
     length = cache_length_for(20, 70, schedule)
-    assert length == session.cache_length == 256
+    assert length == session.cache_length
     plan = footprint(UNTIED, jnp.dtype(dtype), schedule, 2, length, layout, sampled=sampled)
     state, memory = session.state, session.state.memory
     assert plan.weights_bytes == session.lm.parameter_bytes == nbytes(session.lm.weights)

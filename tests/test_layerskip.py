@@ -131,18 +131,6 @@ def test_without_a_recipe_the_loss_is_plain_cross_entropy_whatever_ends_a_text()
     assert settings("x", train=TrainConfig(batch=8, steps=STEPS, tokens=8 * 24 * 10 - 1)).total_steps == 10
 
 
-def test_bfloat16_rounds_the_layers_and_not_the_parameters() -> None:
-    params, batch = random_model_and_batch(LLAMA)
-    task = task_for(LLAMA, train=TrainConfig(dtype="bfloat16"))
-    arguments = (params, (), jnp.asarray(batch), jax.random.key(0), jnp.int32(0))
-    rounded, _ = jax.jit(task.loss)(*arguments)
-    gradient, _ = jax.eval_shape(jax.grad(task.loss, has_aux=True), *arguments)
-    states = twin.depth_states(LLAMA, params, batch[:, :-1], np.ones((4, 3), bool))
-    exact = twin.exit_loss(LLAMA, params, states[-1], batch[:, 1:])
-    assert 1e-5 * exact < abs(rounded - exact) < 0.02 * exact
-    assert {leaf.dtype for leaf in jax.tree.leaves((rounded, gradient))} == {np.dtype(np.float32)}
-
-
 def test_the_recipes_loss_and_gradient_are_the_twins() -> None:
     """One compiled program for all steps; the gradient of one weight against a difference of the twin's loss."""
     config, steps, name = LLAMA, STEPS, "layers.1.down"

@@ -197,21 +197,6 @@ def test_parameters_are_counted_once(config) -> None:
     assert parameter_bytes(random_transformer(config, Unrolled(), 0)) == 4 * count
 
 
-def test_float32_asks_for_full_precision_in_every_product() -> None:
-    """Accelerators compute float32 products in fewer bits unless each one says HIGHEST."""
-    lm = small_model()
-    program = jax.jit(lambda weights, tokens: _logits(lm, weights, tokens))
-    lowered = program.trace(lm.weights, jnp.zeros((1, 4), jnp.int32)).lower(lowering_platforms=("cuda",)).as_text()
-    products = re.findall(r"stablehlo\.dot_general.*", lowered)
-    assert len(products) >= 5
-    assert all("precision = [HIGHEST, HIGHEST]" in product for product in products)
-
-
-def _logits(lm, weights, tokens):
-    model = merge_model(lm.config, lm.layout, weights)
-    return model.logits(depth_states(model, tokens, (lm.config.num_layers,))[-1])
-
-
 def test_sines_are_computed_once_and_not_in_every_layer() -> None:
     lm = small_model(dataclasses.replace(LLAMA, num_layers=3))
     tokens = jnp.zeros((1, 4), jnp.int32)

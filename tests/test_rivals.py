@@ -28,8 +28,9 @@ from dex_jax.cli.display import summary
 from dex_jax.cli.records import json_record
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding import loop, session
+from dex_jax.decoding.exits import resolve_method
+from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.counting import bound_of, rounds_of, ticks_of
-from dex_jax.decoding.footprint import cache_length_for, footprint, nbytes, session_shapes
 from dex_jax.decoding.resolve import Resolved, resolve
 from dex_jax.decoding.trained_exits import Heads, empty_memory, exit_arrays
 from dex_jax.io.exits_file import TrainedExits
@@ -236,18 +237,6 @@ def test_half_precision_keeps_its_dtypes(kind) -> None:
     begun, after = jax.eval_shape(decode, *arguments)
     assert begun.states.dtype == dtype
     assert jax.tree.map(lambda leaf: leaf.dtype, begun) == jax.tree.map(lambda leaf: leaf.dtype, after)
-
-
-def test_planned_memory_is_what_is_allocated() -> None:
-    lm, schedule = model(), METHODS["del"].schedule_for(4)
-    running = session.Session(lm, ragged_prompts(3), Resolved(schedule), NEW_TOKENS, None)
-    running.prefill()
-    length = cache_length_for(16, NEW_TOKENS, schedule)
-    assert length == running.cache_length
-    plan = footprint(LLAMA, jnp.dtype(jnp.float32), schedule, 4, length, lm.layout)
-    memory = running.state.memory
-    assert plan.cache_bytes == nbytes((memory.keys, memory.values))
-    assert plan.lattice_bytes == nbytes(running.state) - plan.cache_bytes
 
 
 def test_layer_steps_of_the_methods_that_were_there_before() -> None:
