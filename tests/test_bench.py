@@ -21,6 +21,7 @@ from dex_jax.evaluation.bench.results import read_results, to_line
 from dex_jax.evaluation.bench.runs import Run
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+RESULTS = Path(__file__).parents[1] / "results"
 PROMPTS = "ABC\nBCDA\nQRSTUV\nZYX\nMNOPQ\nKLM\nEFGHI\nXXYYZ\n"
 
 
@@ -41,7 +42,7 @@ def flags_for(folder: Path) -> list[str]:
 @pytest.fixture
 def command(small, monkeypatch, tmp_path):
     monkeypatch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
-    return [*flags_for(tmp_path), "--thresholds", "0.1", "--no-plots"]
+    return [*flags_for(tmp_path), "--thresholds", "0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,7 @@ def made(small, tmp_path_factory):
     return flags, folder / "out"
 
 
+@pytest.mark.slow
 def test_a_benchmark_writes_every_run_once(made, small) -> None:
     _, folder = made
     runs = read_results(folder)
@@ -80,6 +82,7 @@ def test_a_benchmark_writes_every_run_once(made, small) -> None:
             assert run.layer_steps == run.ticks * 2 // run.setting["explorers"]
 
 
+@pytest.mark.slow
 def test_timed_methods_take_turns(made) -> None:
     _, folder = made
     timed = [run for run in read_results(folder) if run.kind == "wall" and run.split == "report"]
@@ -87,6 +90,7 @@ def test_timed_methods_take_turns(made) -> None:
     assert turns == [("ar", 0), ("layerskip", 0), ("layerskip", 1), ("ar", 1)]
 
 
+@pytest.mark.slow
 def test_tuning_prompts_are_not_reported(made) -> None:
     _, folder = made
     runs = read_results(folder)
@@ -119,6 +123,7 @@ def test_settings_count_along_answers_what_their_loops_count(made, small) -> Non
         assert [run.rounds for run in runs] == loop.stats.rounds.tolist()
 
 
+@pytest.mark.slow
 def test_the_report_is_made_again_from_the_lines(made, tmp_path, capsys) -> None:
     _, folder = made
     lines, copy = tmp_path / "lines", tmp_path / "copy"
@@ -139,6 +144,7 @@ def test_the_report_is_made_again_from_the_lines(made, tmp_path, capsys) -> None
     assert f" {by_hand:.2f} [" in row
 
 
+@pytest.mark.slow
 def test_a_killed_benchmark_goes_on_and_another_is_refused(made, small, monkeypatch, capsys) -> None:
     flags, folder = made
     monkeypatch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
@@ -244,11 +250,8 @@ def test_real_files_through_a_real_tokenizer(monkeypatch, tmp_path) -> None:
     assert all(4 < run.prompt_tokens <= 250 for run in runs)
 
 
-def test_a_study_of_templates_is_another_report(made, tmp_path, capsys) -> None:
-    _, folder = made
-    shutil.copytree(folder, tmp_path / "copy")
-    study = json.loads((tmp_path / "copy" / "study.json").read_text())
-    (tmp_path / "copy" / "study.json").write_text(json.dumps(study | {"benchmark": "templates"}))
+def test_a_study_of_templates_is_another_report(tmp_path, capsys) -> None:
+    shutil.copytree(RESULTS / "templates_study", tmp_path / "copy")
     assert report_command.main([str(tmp_path / "copy")]) == 2
     assert "studies.templates.report makes its page" in capsys.readouterr().err
 

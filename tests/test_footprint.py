@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import slow
 from reference.small_models import LLAMA
 
 import dex_jax
@@ -43,7 +44,7 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
         (Dex(schedule="serial"), True, jnp.float32),
     ],
 )
-@pytest.mark.parametrize("layout", [Unrolled(), Stacked((2, 4, 5))], ids=["unrolled", "stacked"])
+@pytest.mark.parametrize("layout", [Unrolled(), slow(Stacked((2, 4, 5)))], ids=["unrolled", "stacked"])
 def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:
     session = session_of(layout, method, dtype, sampled)
     schedule = session.spec.schedule

@@ -78,6 +78,9 @@ def test_family_logits(family) -> None:
     np.testing.assert_allclose(logits[0, : len(first)], first, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "family", [name if name in EACH_ATTENTION else slow(name) for name in FAMILIES], indirect=["family"]
+)
 def test_family_greedy_ar(family) -> None:
     golden, lm = family
     assert_greedy_equals(lm, golden["prompts"], dex_jax.AR(), FAMILIES_GOLDEN["max_new_tokens"])

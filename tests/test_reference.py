@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from reference import make_goldens, make_layerskip_golden  # noqa: E402 - needs both of the above
-from test_layerskip_acceptance import counts_of  # noqa: E402
+from test_rivals import counts_of  # noqa: E402
 
 pytestmark = pytest.mark.reference
 

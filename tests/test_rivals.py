@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ from dex_jax.decoding.trained_exits import Heads, empty_memory, exit_arrays
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
 
+GOLDENS = Path(__file__).parent / "goldens"
 METHODS = {
     "layerskip": LayerSkip(exit=3, draft_length=3),
     "adadecode": AdaDecode(depths=(1, 3, 4), threshold=0.2, draft_length=3),
@@ -314,3 +317,28 @@ def test_what_is_refused(method, words) -> None:
     with pytest.raises(DexError, match=re.escape(words)) as error:
         method.schedule_for(30)
     assert "\n" not in str(error.value)
+
+
+def counts_of(lm, golden: dict, depth: int, draft_length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """([rounds, drafted, accepted] of each prompt here, and there)."""
+    runs = [run for run in golden["runs"] if (run["exit"], run["draft_length"]) == (depth, draft_length)]
+    prompts = json.loads((GOLDENS / "smollm2.json").read_text(encoding="utf-8"))["prompts"]
+    method = dex_jax.LayerSkip(exit=depth, draft_length=draft_length)
+    options = {"method": method, "exits": "shared", "max_new_tokens": golden["new_tokens"]}
+    stats = dex_jax.generate(lm, [prompts[run["prompt"]]["prompt_ids"] for run in runs], **options).stats
+    ours = np.stack([stats.rounds, stats.drafted, stats.accepted], axis=1).tolist()
+    return ours, [[run["rounds"], run["drafted"], run["accepted"]] for run in runs]
+
+
+@pytest.mark.slow
+def test_layerskip_accepts_as_many_drafts_as_transformers_does(smollm2, monkeypatch) -> None:
+    """As its `assistant_early_exit`, prompt by prompt."""
+    golden = json.loads((GOLDENS / "layerskip.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(dex_jax.LanguageModel, "eos_ids", ())
+    ours, theirs = counts_of(smollm2, golden, depth=24, draft_length=4)
+    _, drafted, accepted = np.sum(ours, axis=0)
+    _, drafted_there, accepted_there = np.sum(theirs, axis=0)
+    assert drafted_there > 4 * len(theirs)
+    assert accepted / drafted == pytest.approx(accepted_there / drafted_there, rel=0.01)
+    # A tie in floating point may change a round of one prompt, but hardly of two.
+    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= 1, (ours, theirs)

@@ -27,12 +27,14 @@ def report(lm):
     return selfcheck.selfcheck(lm)
 
 
+@pytest.mark.slow
 def test_every_check_holds(report, lm) -> None:
     assert report.holds, report.text()
     assert len(report.findings) == 8
     assert lm.layout == Unrolled()
 
 
+@pytest.mark.slow
 def test_block_tells_versions_device_times_and_checks(report) -> None:
     lines = report.text().splitlines()
     assert lines[0].strip("- ") == "dex_jax selfcheck"
@@ -48,6 +50,7 @@ def test_block_tells_versions_device_times_and_checks(report) -> None:
     assert sum(line.startswith("ok   ") for line in lines) == 8
 
 
+@pytest.mark.slow
 def test_json_holds_the_same(report) -> None:
     read = json.loads(report.json())
     assert read["holds"] is True
@@ -92,7 +95,8 @@ def test_wrong_ticks_and_exits_are_found(lm) -> None:
     assert failed.text().splitlines()[-1] == "FAILED"
 
 
-def test_exit_codes(monkeypatch, capsys, report) -> None:
+def test_exit_codes(monkeypatch, capsys) -> None:
+    report = selfcheck.Report({"device": "cpu"}, [selfcheck.Finding("tokens", True, "equal")])
     monkeypatch.setattr("dex_jax.language_model.load", lambda model, dtype: None)
     monkeypatch.setattr(selfcheck, "selfcheck", lambda lm: report)
     assert program.main([]) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import msgspec
@@ -113,29 +112,6 @@ def test_promptsource_yaml_is_read():
         text = render(template, item())
         assert "|||" not in text
         assert all(option in text for option in shown_options(template, item()))
-
-
-@needs_data
-def test_flan_json_is_read_and_other_questions_are_left_out():
-    found = read_templates(str(DATA / "flan_templates.json"), "hellaswag")
-    assert len(found) == 10
-    assert all("- red fox" in render(template, item()) and "Story 0." in render(template, item()) for template in found)
-    arc = read_templates(f"{DATA / 'flan_templates.json'}:arc", "mmlu")
-    assert 5 <= len(arc) < 10  # some ask for a question
-    with pytest.raises(DexError, match=r"has no templates for mmlu, only .*arc"):
-        read_templates(str(DATA / "flan_templates.json"), "mmlu")
-
-
-@needs_data
-def test_the_grammar_is_the_papers():
-    from studies.templates import formats as ours
-
-    grammar = json.loads((DATA / "formatspread_grammar.json").read_text())
-    assert set(ours.SEPARATORS) == set(grammar["CHOSEN_SEPARATOR_LIST"])
-    assert set(ours.SPACES) == set(grammar["CHOSEN_SPACE_LIST"])
-    assert set(ours.LABEL_GAPS) == set(grammar["CHOSEN_SEPARATOR_TEXT_AND_OPTION_LIST"])
-    assert set(ours.WRAPPERS) == set(grammar["ITEM_WRAPPER_LIST"])
-    assert len(ours.ENUMERATIONS) == len(grammar["NUMBER_FORMAT_LIST"])
 
 
 def test_formats_are_drawn_from_the_grammar():

@@ -56,20 +56,6 @@ def test_claims_stand_beside_measured_figures(tmp_path) -> None:
     assert "--methods ar,dex,del,layerskip,dex_no_decs" in text
 
 
-def test_the_command_names_the_settings_that_were_tried() -> None:
-    def tried(method: str, settings: list[dict]) -> list[Run]:
-        return [Run("depth", method, "gsm8k", "0", "m", [1] * 3, 3, setting=s, split="tune") for s in settings]
-
-    runs = tried("layerskip", [{"exit": exit, "draft_length": n} for exit in (9, 3) for n in (1, 2, 3, 5)])
-    runs += tried("adadecode", [{"threshold": share} for share in (0.2, 0.4, 0.6)])
-    told = reproduction.command(runs, {})
-    assert "--exit-depths 3,9" in told
-    assert "--draft-lengths" not in told, "they are tried anyway"
-    assert "--thresholds" not in told
-    told = reproduction.command([*tried("adadecode", [{"threshold": 0.8, "depths": [2, 4, 30]}]), *runs[:1]], {})
-    assert all(flags in told for flags in ("--exit-depths 2,4,9", "--draft-lengths 1", "--thresholds 0.8"))
-
-
 def test_a_coarser_grid_that_wins_or_an_uneven_one_is_said(tmp_path) -> None:
     folder = study(tmp_path / "a", {"ar": 300, "dex explorers=2": 150, "dex explorers=5": 160})
     text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])
@@ -123,17 +109,6 @@ def test_the_committed_pages_are_those_of_the_committed_runs() -> None:
     for folder in (*folders, RESULTS / "bench_xeon"):
         runs, about = reproduction.read_results(folder), reproduction.read_study(folder)
         assert (folder / "summary.md").read_text(encoding="utf-8").startswith(summary(runs, about).rstrip())
-
-
-def test_counts_are_the_same_on_both_machines() -> None:
-    def counts(folder: str) -> dict:
-        runs = [run for run in reproduction.read_results(RESULTS / folder) if run.kind == "depth"]
-        fields = ("tokens", "exits", "ticks", "rounds", "layer_steps", "drafted", "accepted", "work")
-        return {run.key: {name: getattr(run, name) for name in fields} for run in runs}
-
-    one, other = counts("bench"), counts("bench_xeon")
-    assert len(other) == 576
-    assert {key: one[key] for key in other} == other
 
 
 def test_the_readme_says_what_the_committed_runs_say() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference import template_twin as twin
-from scipy import stats
 
 from dex_jax.errors import DexError
 from dex_jax.evaluation.bench.results import read_results, read_study
@@ -119,29 +118,6 @@ def test_verdict_equals_the_slow_one():
     assert judged.beats == pytest.approx(beats, rel=1e-9)
 
 
-def test_ranking_agreement_is_scipys():
-    found = grid(items=4, templates=4, rival=1.02, noise=0.6)
-    methods = [cost for name, cost in found.costs.items() if name != "ar"]
-    scores = [[np.nansum(found.costs["ar"][:, t]) / np.nansum(c[:, t]) for c in methods] for t in range(4)]
-    taus = [stats.kendalltau(a, b).statistic for a, b in itertools.combinations(scores, 2)]
-    assert len({round(tau, 6) for tau in taus}) > 1
-    mean, least = s.ranking_agreement(found)
-    assert (mean, least) == pytest.approx((np.mean(taus), min(taus)))
-
-
-def test_what_lengths_explain():
-    rng = np.random.default_rng(0)
-    x, z = rng.standard_normal(50), rng.standard_normal(50)
-    assert s.explained(2 * x - z, [x, z]) == pytest.approx((1.0, 1.0))
-    y = x + rng.standard_normal(50)
-    share, adjusted = s.explained(y, [x])
-    assert share == pytest.approx(stats.linregress(x, y).rvalue ** 2)
-    assert adjusted == pytest.approx(1 - (1 - share) * 49 / 48)
-    assert s.explained(y, [x, np.ones(50)])[0] == pytest.approx(share)  # what never changes explains nothing
-    assert np.isnan(s.explained(np.array([1.0, 2.0]), [np.array([1.0, 2.0])])[0])
-    assert s.explained(np.append(y, np.nan), [np.append(x, 3.0)])[0] == pytest.approx(share)
-
-
 def test_templates_without_decoding_are_told_apart():
     found = grid()
     costs = {name: cost.copy() for name, cost in found.costs.items()}
@@ -159,30 +135,6 @@ def test_templates_without_decoding_are_told_apart():
     looping = found.repeated > s.LOOPING
     for cost in found.without(looping).costs.values():
         assert np.isnan(cost[looping]).all()
-
-
-def test_paired_accuracy_of_two_dtypes():
-    one = grid()
-    other = dataclasses.replace(one, correct=np.where(np.arange(40)[:, None] < 4, 0.0, one.correct), dtype="bfloat16")
-    # Only of items that both have.
-    other = dataclasses.replace(other, items=(*one.items[:30], *(f"else{i}" for i in range(10))))
-    found = s.paired_accuracy(one, other)
-    assert found.items == 30
-    assert found.value == pytest.approx(-one.correct[:4].sum() / (30 * 5))
-    assert found.low <= found.value <= found.high <= 0
-    assert s.paired_accuracy(one, dataclasses.replace(other, items=tuple(f"x{i}" for i in range(40)))) is None
-
-
-def test_none_of_some_answers_right_is_not_surely_none():
-    one = grid(items=40, templates=5)
-    correct = one.correct.copy()
-    correct[:, 0], correct[:, 1] = 0, 1
-    correct[30:, 1] = np.nan
-    none, every, *_ = s.accuracy(dataclasses.replace(one, correct=correct))
-    assert (none.low, every.high) == (0, 1)
-    # As unlikely as 5% shared by five templates: none of 40, all of 30.
-    assert (1 - none.high) ** 40 == pytest.approx(0.01)
-    assert every.low**30 == pytest.approx(0.01)
 
 
 def test_grids_are_made_of_runs():
