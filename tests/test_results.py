@@ -1,4 +1,4 @@
-"""results.jsonl and intervals: what is written is read, what is damaged is named; and what a benchmark says of its runs."""
+"""results.jsonl and intervals: what is written is read, what is damaged is named; what a benchmark says of its runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import slow
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
@@ -120,8 +121,8 @@ def test_kinds_are_not_mixed() -> None:
     [
         dex_jax.AR(),
         dex_jax.LayerSkip(exit=1, draft_length=3),
-        dex_jax.Dex(explorers=2, draft=False),
-        dex_jax.Dex(explorers=1),
+        slow(dex_jax.Dex(explorers=2, schedule="parallel")),
+        slow(dex_jax.Dex(schedule="serial")),
     ],
     ids=lambda method: type(method).__name__,
 )
