@@ -382,6 +382,7 @@ def says(tmp_path, **variables: str) -> bool:
     return ready
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_it_is_compiled_once_and_kept_and_what_others_may_have_written_is_not_loaded(tmp_path) -> None:
     assert says(tmp_path)
