@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -167,7 +168,7 @@ def _sampled_by_dex(tables, first: jax.Array, sampling: Sampling) -> Record:
     return run(toy_network(tables), state, limits, sampling).record
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(CHI_VOCAB, 1.0), (12, 0.9)], ids=["all", "filtered"])
+@pytest.mark.parametrize(("top_k", "top_p"), [slow(CHI_VOCAB, 1.0), (12, 0.9)], ids=["all", "filtered"])
 def test_dex_samples_from_the_model_s_own_distribution(top_k: int, top_p: float) -> None:
     """Tokens 2 and 3 (token 0 is given), each against the softmax after its own prefix."""
     temperature = 0.8
