@@ -78,13 +78,6 @@ def test_a_tick_splits_a_stage_over_a_tensor_axis() -> None:
     assert two.communication - one.communication == pytest.approx(reduces + gathers)
 
 
-def test_previous_features_are_gathered() -> None:
-    exits = dataclasses.replace(SHARED, previous=True)
-    plain, fused = (cost_model.tick(setting(exits=e), (2, 4, 6), 2, 2.0) for e in (SHARED, exits))
-    features = cost_twin.all_gather(3 * 2 * 10 * 2, 3, TWIN_MACHINE)
-    assert fused.communication - plain.communication == pytest.approx(features)
-
-
 def test_a_pipeline_by_hand() -> None:
     """Two stages: one sequence passes 6 layers, the head and 2 links; two sequences overlap."""
     s = setting()

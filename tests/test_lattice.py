@@ -121,13 +121,6 @@ def test_a_child_knows_its_place() -> None:
     assert visible(lattice, other) == {root, other}
 
 
-def test_who_may_propose() -> None:
-    lattice = grown(proposals((1, 0, 11, -1.0)), proposals((1, 0, 21, -0.5), (2, 0, 12, -2.0)))
-    # In tick 3 the root finishes stage 3, its first child stage 2, and the two nodes of tick 2 stage 1.
-    expected = [[True, True, False], [True, False, False], [True, False, False]]
-    assert proposers(lattice, jnp.int32(3)).tolist() == expected
-
-
 def test_the_best_proposals_get_the_rows() -> None:
     lattice = grown(
         proposals((1, 0, 11, -1.0)),

@@ -17,8 +17,8 @@ from reference.small_models import LLAMA, QWEN3, ragged_prompts, small_model
 from dex_jax import RopeScaling, Stacked, Unrolled, cache
 from dex_jax.language_model import default_dtype, merge_model
 from dex_jax.nn import transformer
-from dex_jax.nn.forward import depth_states, extend_with_states
-from dex_jax.nn.layers import KeyValues, attend, linear, rms_norm, rope_frequencies, rope_table, rotate
+from dex_jax.nn.forward import extend_with_states
+from dex_jax.nn.layers import KeyValues, attend, rms_norm, rope_frequencies, rope_table, rotate
 from dex_jax.nn.transformer import (
     parameter_bytes,
     parameter_shapes,
@@ -88,13 +88,6 @@ def test_attention_over_two_sets_is_attention_over_their_union() -> None:
         np.testing.assert_allclose(got[b, r, h], scores @ values[seen] / scores.sum(), atol=1e-5)
 
 
-def test_linear() -> None:
-    rng = np.random.default_rng(0)
-    x, kernel, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 8), (5, 8), (5,)))
-    np.testing.assert_allclose(jax.jit(linear)(x, kernel, bias), x @ kernel.T + bias, atol=1e-5)
-    assert linear(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-
-
 @pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
 def test_layouts_give_the_same_logits(config) -> None:
     tokens = np.array([prompt[:6] for prompt in ragged_prompts() if len(prompt) >= 6][:3])
@@ -102,26 +95,6 @@ def test_layouts_give_the_same_logits(config) -> None:
     assert np.abs(unrolled).max() > 1
     for layout in (UNEVEN, EVEN):
         chex.assert_trees_all_close(small_model(config, layout).logits(tokens), unrolled, atol=1e-4)
-
-
-def test_states_at_depths_are_those_of_models_cut_off_there() -> None:
-    tokens = jnp.asarray([ragged_prompts()[1]])
-    depths = (1, 3, 4)
-    states = jax.jit(lambda: depth_states(random_transformer(LLAMA, Unrolled(), 0), tokens, depths))()
-    whole = random_transformer(LLAMA, Unrolled(), 0)
-    for depth, state in zip(depths, states, strict=True):
-        cut_off = small_model(dataclasses.replace(LLAMA, num_layers=depth))
-        chex.assert_trees_all_close(whole.logits(state), cut_off.logits(tokens), atol=1e-4)
-
-
-def test_logits_depend_on_nothing_that_comes_later() -> None:
-    lm = small_model()
-    tokens = np.array([ragged_prompts()[1]])
-    changed = tokens.copy()
-    changed[0, 9:] = (changed[0, 9:] + 1) % LLAMA.vocab_size
-    before, after = np.asarray(lm.logits(tokens))[0], np.asarray(lm.logits(changed))[0]
-    np.testing.assert_array_equal(before[:9], after[:9])
-    assert np.abs(before[9:] - after[9:]).max(axis=1).min() > 1e-3
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])

@@ -17,7 +17,7 @@ from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import cost_model, predictions, workload
 from dex_jax.evaluation.planner.cost_model import Setting
-from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, GridProfile, Profile
+from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile
 from dex_jax.hardware import (
     DEVICES,
     LINKS,
@@ -230,18 +230,3 @@ def test_default_exits_are_those_that_ship() -> None:
     assert plan.exits_of("default", "llama-2-70b").name == "shared"
     with pytest.raises(DexError):
         plan.exits_of("no such folder", "llama-2-70b")
-
-
-def test_costs_by_batch_are_those_of_the_plan() -> None:
-    """LayerSkip stands beside the others."""
-    grid = GridProfile((20, 40, 60, 80), (0.25,) * 4, 2.0, 2.0, 2.0)
-    profile = Profile(80, EARLY.ead, {}, (grid,))
-    # So slow in arithmetic that rows are not free.
-    machine = hardware("h100x4")
-    device = dataclasses.replace(machine.device, flops=1e12)
-    s = dataclasses.replace(_setting("h100x4"), hardware=dataclasses.replace(machine, device=device))
-    chosen = predictions.plan(s, profile)
-    assert chosen.best_dex.method == "dex"
-    costs = predictions.cost_by_batch(s, chosen, profile)
-    assert chosen.best_dex in costs[1]
-    assert all("layerskip" in {p.method for p in each} for each in costs.values())

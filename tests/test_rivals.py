@@ -24,7 +24,7 @@ from reference.toy_models import ToyModel, cached_tables, toy_network, toy_prefi
 from reference.toy_runs import CAPACITY, arrays, emitted, random_case, twin_draws
 
 import dex_jax
-from dex_jax import AR, DEL, AdaDecode, Dex, DexError, DexSingleExit, LayerSkip, Oracle
+from dex_jax import AR, DEL, AdaDecode, DexError, DexSingleExit, LayerSkip, Oracle
 from dex_jax.cli.arguments import method_of, parser
 from dex_jax.cli.display import summary
 from dex_jax.cli.records import json_record
@@ -240,15 +240,6 @@ def test_half_precision_keeps_its_dtypes(kind) -> None:
     begun, after = jax.eval_shape(decode, *arguments)
     assert begun.states.dtype == dtype
     assert jax.tree.map(lambda leaf: leaf.dtype, begun) == jax.tree.map(lambda leaf: leaf.dtype, after)
-
-
-def test_layer_steps_of_the_methods_that_were_there_before() -> None:
-    prompts = ragged_prompts(3)
-    ar, dex = (generated(model(), method, prompts, {}) for method in (AR(), Dex(depths=(1, 4), draft=False)))
-    one = generated(model(), Dex(explorers=1), prompts, {})
-    assert ar.stats.layer_steps.tolist() == (4 * (ar.lengths - 1)).tolist()
-    assert dex.stats.layer_steps.tolist() == (3 * dex.stats.ticks).tolist()
-    assert one.stats.layer_steps.tolist() == (4 * one.stats.ticks).tolist()
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])

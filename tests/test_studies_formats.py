@@ -194,18 +194,6 @@ def test_answers_name_an_option_or_none(text, labels, options, found):
     assert parse_choice(text, tuple(labels), options) == found
 
 
-@given(st.sampled_from([t for task in TASKS for t in built_in(task)] + sample_formats("mmlu", 12)), st.integers(0, 7))
-def test_an_answer_in_full_is_always_understood(template, number):
-    asked = POOL[number]
-    shown = shown_options(template, asked)
-    labels = template.labels(asked)
-    assert parse_choice(shown[asked.answer], labels, shown) == asked.answer
-    if labels:
-        label = template.wrapper.replace("{x}", labels[asked.answer])
-        assert parse_choice(f"{label} {shown[asked.answer]}", labels, shown) == asked.answer
-        assert parse_choice(f"The answer is ({labels[asked.answer]}).", labels, shown) == asked.answer
-
-
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 HELLASWAG = {"ind": 7, "activity_label": "Rowing", "ctx": "They row. they", "endings": ["sink", "win"], "label": 1}
 MMLU = {"subject": "logic", "idx": 3, "question": "What follows?", "choices": ["A", "B", "C", "D"], "answer": 2}

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 import os
 import subprocess
@@ -16,7 +15,6 @@ from reference.training_twin import train_linear_map
 from training_worker import LinearMap
 
 from dex_jax.errors import DexError
-from dex_jax.io.whole_files import plain
 from dex_jax.training.config import MAY_CHANGE, TrainConfig
 from dex_jax.training.journal import FILE_NAME, Journal, read_journal
 from dex_jax.training.optimizer import decayed_by_default, learning_rate
@@ -61,13 +59,6 @@ def assert_same(one, two):
 def test_a_field_that_will_not_do_is_named(field, value):
     with pytest.raises(DexError, match=field):
         TrainConfig(**{field: value})
-
-
-def test_flags_replace_fields_and_those_not_given_do_not():
-    changed = TrainConfig().replace({"steps": 7, "batch": None, "learning_rate": 0.5})
-    assert changed == TrainConfig(steps=7, learning_rate=0.5)
-    with pytest.raises(DexError, match="step_count"):
-        TrainConfig().replace({"step_count": 3})
 
 
 # Optimizer
@@ -293,7 +284,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 def test_a_resumed_journal_drops_half_lines_and_lines_beyond(tmp_path):
     journal = Journal(tmp_path, 0)
     for step in (1, 2, 3):
-        journal.write("train", step, {"loss": np.float32(0.5), "list": (1, math.inf)})
+        journal.write("train", step, {"loss": np.float32(0.5), "list": (1, math.inf), "deep": {1: jnp.ones(1)}})
     journal.close()
     path = tmp_path / FILE_NAME
     whole_lines = path.read_bytes()
@@ -305,12 +296,8 @@ def test_a_resumed_journal_drops_half_lines_and_lines_beyond(tmp_path):
     journal.write("train", 3, {"loss": 0.25})
     journal.close()
     assert [record["loss"] for record in read_journal(tmp_path)] == [0.5, 0.5, 0.25]
-    assert read_journal(tmp_path)[0]["list"] == [1, None]
-
-
-def test_numbers_become_strict_json():
-    value = {1: jnp.float32(2.0), "a": np.array([1, 2]), "b": [math.nan, (True, None)]}
-    assert json.loads(json.dumps(plain(value), allow_nan=False)) == {"1": 2.0, "a": [1, 2], "b": [None, [True, None]]}
+    first = read_journal(tmp_path)[0]
+    assert (first["list"], first["deep"]) == ([1, None], {"1": [1.0]})
 
 
 def test_tensorboard_is_optional_and_purges_what_is_done_again(tmp_path, monkeypatch):
