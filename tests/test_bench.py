@@ -207,16 +207,19 @@ def test_sampled_tokens_are_those_of_ar(command, tmp_path) -> None:
     ("flags", "says"),
     [
         (["--methods", "ar,medusa"], "unknown method 'medusa'"),
+        (["--tasks", "prompts:{folder}/letters.txt,prompts:{folder}/other/letters.txt"], "two of the tasks are called"),
         (["--tasks", "boolq", "--data", "."], "unknown task 'boolq'"),
         (["--tasks", "gsm8k", "--data", "nowhere"], "there is no folder of data nowhere"),
         (["--max-new-tokens", "1"], "--max-new-tokens must be at least 2"),
         (["--prompts", "8"], "none left for split tune"),
         (["--exit-depths", "2"], "LayerSkip's exit must lie below the model's last layer"),
         (["--by-explorers", "3"], "explorers must be from 1 to the model's 2 layers"),
-        (["--tasks", "prompts:a/letters.txt,prompts:b/letters.txt"], "two of the tasks are called letters"),
     ],
 )
 def test_bad_flags_are_told_in_a_sentence(flags, says, command, tmp_path, capsys) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letters.txt").write_text(PROMPTS, encoding="utf-8")
+    flags = [flag.format(folder=tmp_path) for flag in flags]
     assert bench.main([*command, *flags, "--output", str(tmp_path / "out")]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -49,6 +49,7 @@ def _profile() -> Profile:
     return profile.profile_of(measured, groups, about={"model": "toy"})
 
 
+@pytest.mark.slow
 def test_ticks_are_the_teacher_forced_counts() -> None:
     found, (_, texts) = _profile(), _measured()
     assert [grid.depths for grid in found.grids] == [*(even_depths(k, 5) for k in EXPLORERS), (1, 4, 5)]
@@ -179,7 +180,7 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     data.write_text("ABC\nDEFGH\nBAD\n")
     arguments = ["--data", str(data), "--exits", "shared", "--max-new-tokens", "12", "--output"]
     output = tmp_path / "profile.json"
-    more = ["--explorers", "2", "--real-loop", "1"]
+    more = ["--explorers", "2", "--real-loop", "3"]
     assert command.main([*arguments, str(output), *more]) == 0
     found = read_profile(output)
     assert [grid.depths for grid in found.grids] == [(3, 5)]
