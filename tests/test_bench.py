@@ -186,7 +186,7 @@ def test_wrong_tokens_fail_the_run(command, small, monkeypatch, tmp_path, capsys
 
     monkeypatch.setattr(bench_runs, "generate", wrong)
     output = tmp_path / "out"
-    assert bench.main([*command, "--methods", "ar,dex", "--rounds", "0", "--output", str(output)]) == 1
+    assert bench.main([*command, "--methods", "ar,dex,layerskip", "--rounds", "0", "--output", str(output)]) == 1
     captured = capsys.readouterr()
     assert "token 3 is not AR's" in captured.err
     assert "NOT LOSSLESS" in captured.out
