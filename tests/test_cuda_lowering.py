@@ -32,8 +32,8 @@ METHODS = {
     "del": DEL(depths=(2, 4), draft_length=2).schedule_for(CONFIG.num_layers),
 }
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
-LOOPS = [case for m in ("ar", "dex", "serial") for case in ((m, "unrolled", False), (m, "stacked", True))]
-LOOPS += [slow(m, layout, layout == "unrolled") for m in ("ar", "dex", "serial") for layout in LAYOUTS]
+LOOPS = [case for m in ("ar", "dex", "one") for case in ((m, "unrolled", False), (m, "stacked", True))]
+LOOPS += [slow(m, layout, layout == "unrolled") for m in ("ar", "dex", "one") for layout in LAYOUTS]
 DTYPES = ["bfloat16", slow("float16"), "float32"]
 ON_EVERY_PLATFORM = {
     *("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"),
@@ -81,7 +81,7 @@ def test_loop(method, sampled, layout, dtype) -> None:
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [("unrolled", "bfloat16"), ("stacked", "float32")])
-@pytest.mark.parametrize(("name", "method"), [("prefill", "dex"), ("start", "dex"), ("start", "serial")])
+@pytest.mark.parametrize(("name", "method"), [("prefill", "dex"), ("start", "dex"), ("start", "one")])
 def test_prefill_and_start(name, method, layout, dtype) -> None:
     assert_fit_for_cuda(exported(name, method, layout, dtype, sampled=True), dtype)
 

@@ -253,7 +253,7 @@ def test_the_library_example_runs(monkeypatch, capsys) -> None:
     real = dex_jax.generate
 
     def shortened(lm, prompts, method=None, **options):
-        method = method if isinstance(method, dex_jax.AR) else dex_jax.Dex(explorers=2)
+        method = method if isinstance(method, dex_jax.AR) else dex_jax.Dex(explorers=2, draft=False)
         return real(lm, prompts, method=method, **(options | {"max_new_tokens": 4}))
 
     monkeypatch.setattr(dex_jax, "load", lambda source: lm)

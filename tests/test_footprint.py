@@ -38,10 +38,10 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
     [
         (AR(), False, jnp.float32),
         slow(DEL(depths=(2, 3), draft_length=3), True, jnp.float32),
-        slow(Dex(explorers=2), False, jnp.bfloat16),
-        (Dex(explorers=2, rows=4), True, jnp.float32),
-        (Dex(schedule="serial"), False, jnp.bfloat16),
-        slow(Dex(schedule="serial"), True, jnp.float32),
+        slow(Dex(explorers=2, draft=False), False, jnp.bfloat16),
+        (Dex(explorers=2, rows=4, draft=False), True, jnp.float32),
+        (Dex(explorers=1), False, jnp.bfloat16),
+        slow(Dex(explorers=2), True, jnp.float32),
     ],
 )
 @pytest.mark.parametrize("layout", [Unrolled(), slow(Stacked((2, 3)))], ids=["unrolled", "stacked"])

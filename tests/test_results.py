@@ -121,8 +121,8 @@ def test_kinds_are_not_mixed() -> None:
     [
         dex_jax.AR(),
         dex_jax.LayerSkip(exit=1, draft_length=3),
-        slow(dex_jax.Dex(explorers=2, schedule="parallel")),
-        slow(dex_jax.Dex(schedule="serial")),
+        slow(dex_jax.Dex(explorers=2, draft=False)),
+        slow(dex_jax.Dex(explorers=1)),
     ],
     ids=lambda method: type(method).__name__,
 )

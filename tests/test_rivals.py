@@ -30,10 +30,9 @@ from dex_jax.cli.display import summary
 from dex_jax.cli.records import json_record
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding import loop, session
-from dex_jax.decoding.exits import resolve_method
 from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.counting import bound_of, rounds_of, ticks_of
-from dex_jax.decoding.resolve import Resolved, resolve
+from dex_jax.decoding.resolve import resolve
 from dex_jax.decoding.trained_exits import Heads, empty_memory, exit_arrays
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
@@ -281,7 +280,7 @@ def test_depths_come_from_the_exits_as_those_of_dex() -> None:
     assert resolved(Oracle(explorers=2), "shared").depths == (2, 4)
     assert resolved(AdaDecode(explorers=2), "shared").depths == (2, 4)
     assert resolved(LayerSkip(exit=2), "shared").depths == (2, 4)
-    assert resolve_method(LayerSkip(exit=2), "default", LLAMA, "0").source == "shared"
+    assert resolve(LayerSkip(exit=2), "default", LLAMA, "0").source == "shared"
     # All that are trained, unless depths are given.
     assert resolved(DEL(), trained("attn")).depths == resolved(Oracle(), trained("attn")).depths == (1, 2, 3, 4)
     assert resolved(DEL(depths=(2, 4)), trained("attn")).policy.depths == (2, 4)
