@@ -39,7 +39,7 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
         (AR(), False, jnp.float32),
         slow(DEL(depths=(2, 3), draft_length=3), True, jnp.float32),
         slow(Dex(explorers=2, draft=False), False, jnp.bfloat16),
-        (Dex(explorers=2, rows=4, draft=False), True, jnp.float32),
+        slow(Dex(explorers=2, rows=4, draft=False), True, jnp.float32),
         (Dex(explorers=1), False, jnp.bfloat16),
         slow(Dex(explorers=2), True, jnp.float32),
     ],
