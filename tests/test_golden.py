@@ -101,15 +101,6 @@ def test_family_greedy_dex(family, explorers) -> None:
     assert_greedy_equals(lm, golden["prompts"], method, FAMILIES_GOLDEN["max_new_tokens"])
 
 
-@pytest.mark.parametrize("name", ["qwen3", slow("llama3"), slow("qwen2")])
-def test_sharded_checkpoint(name, tmp_path) -> None:
-    directory = write_checkpoint(tmp_path, name, shards=3)
-    assert len(list(directory.glob("*.safetensors"))) == 3
-    lm = dex_jax.load(str(directory), dtype="float32")
-    prompts = FAMILIES_GOLDEN["families"][name]["prompts"]
-    assert_greedy_equals(lm, prompts, dex_jax.Dex(explorers=2, draft=False), FAMILIES_GOLDEN["max_new_tokens"])
-
-
 def test_smollm2_logits(smollm2) -> None:
     """To 1e-5 of max |logit|: transformers in float32 is itself 2e-6 away from its float64."""
     for golden in SMOLLM2_GOLDEN["last_logits"]:
