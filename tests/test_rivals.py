@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from reference import twin
 from reference.small_models import (
     LLAMA,
@@ -106,8 +107,11 @@ def assert_counts(output: dex_jax.Output) -> None:
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [(name, "greedy") for name in ("layerskip", "adadecode", "del", "oracle")] + [("dex-single-exit", "sampled")],
-)
+    [
+        ("layerskip", "greedy"), ("del", "greedy"), ("oracle", "greedy"),
+        slow("adadecode", "greedy"), slow("dex-single-exit", "sampled"),
+    ],
+)  # fmt: skip
 def test_tokens_are_those_of_ar(name, how) -> None:
     output = generated(model(), METHODS[name], ragged_prompts(3), OPTIONS[how])
     assert_same_tokens(model(), output, plain(how, 3), **filters(OPTIONS[how]))
@@ -119,7 +123,7 @@ def test_tokens_are_those_of_ar(name, how) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("adadecode", "attn"), ("del", "attn"), ("adadecode", "linear"), ("oracle", "linear")],
+    [("del", "attn"), slow("adadecode", "attn"), slow("adadecode", "linear"), slow("oracle", "linear")],
 )
 def test_trained_exits_draft_as_well(name, kind) -> None:
     output = generated(model(), METHODS[name], ragged_prompts(3), SAMPLED, exits=trained(kind))
