@@ -65,6 +65,7 @@ def test_serial_measures_what_is_missing(model, monkeypatch, capsys):
     assert capsys.readouterr().out == page
 
 
+@pytest.mark.slow
 def test_speed(model, monkeypatch, capsys):
     monkeypatch.setattr(speed, "PROMPT", "HELLO")
     speed.run(speed.parser().parse_args(["--rounds", "1", "--max-new-tokens", "4"]))

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import slow
 
 import dex_jax
 
@@ -45,7 +44,8 @@ def follow(text: str, folder: Path) -> int:
     return len(steps)
 
 
-@pytest.mark.parametrize(("title", "count"), [(RECIPES[0], 2), slow(RECIPES[1], 3), slow(RECIPES[2], 3)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("title", "count"), [*zip(RECIPES, (2, 3, 3), strict=True)])
 def test_a_recipe_works_as_it_is_written(title: str, count: int, tmp_path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "default_exits")
     shutil.copytree(PACKAGE, tmp_path / "dex_jax", ignore=ignored)

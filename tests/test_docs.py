@@ -61,6 +61,7 @@ def test_examples_are_sections_that_pages_show_as_code() -> None:
     assert not [str(path) for path, source in sources.items() if re.search(r"^ *Example:$", source, re.MULTILINE)]
 
 
+@pytest.mark.slow
 def test_the_start_page_runs(monkeypatch, capsys, tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="the page draws a picture")
     generate, trace = dex_jax.generate, dex_jax.trace
