@@ -13,6 +13,7 @@ from reference.small_models import LLAMA, LetterTokenizer, small_model
 
 import dex_jax
 from dex_jax.cli import profile as command
+from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import profile, profile_plots, tables

@@ -80,7 +80,7 @@ IN_CPP = {
 }
 
 
-QUICK = ("exits attn", "ar", "drafts", "drafts, all axes")
+QUICK = ("exits attn", "ar", "drafts", "a pipeline of trees", "drafts, all axes")
 """Cases whose tests are not slow: every kind of program once, on every axis."""
 
 
