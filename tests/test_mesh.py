@@ -80,8 +80,8 @@ IN_CPP = {
 }
 
 
-QUICK = ("exits attn", "ar", "drafts", "a pipeline of trees", "drafts, all axes")
-"""Cases whose tests are not slow: every kind of program once, on every axis."""
+QUICK = ("exits attn", "ar", "drafts, all axes")
+"""Cases whose tests are not slow: a minute of a core. Exits and no drafts, a pipeline, and drafts on every axis."""
 
 
 def cases(names: Iterable[str]) -> list[object]:
