@@ -19,6 +19,7 @@ from dex_jax.training.exit_training import ExitTraining, train_exits
 from dex_jax.training.sources import SourceOptions
 
 EXITS = ExitsConfig("attn", (1, 2), LLAMA.width, hidden=12, heads=2, head_dim=8, window=5, draft_size=24)
+EVERY = {"checkpoint_every": 2, "eval_every": None, "log_every": 1}
 CONFIG = ExitTraining(
     exits=EXITS,
     sources=SourceOptions(length=20, held_out_least=3),
@@ -27,16 +28,7 @@ CONFIG = ExitTraining(
     evaluation_texts=3,
     evaluation_tokens=8,
     # A large epsilon: otherwise Adam makes of a gradient that is all rounding as large a step as of any other.
-    train=TrainConfig(
-        epsilon=1e-3,
-        steps=6,
-        batch=4,
-        learning_rate=0.01,
-        warmup_steps=1,
-        checkpoint_every=2,
-        eval_every=None,
-        log_every=1,
-    ),
+    train=TrainConfig(**EVERY, epsilon=1e-3, steps=6, batch=4, learning_rate=0.01, warmup_steps=1),
 )
 
 

@@ -21,6 +21,7 @@ from dex_jax.evaluation.bench.results import read_results, to_line
 from dex_jax.evaluation.bench.runs import Run
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+RESULTS = Path(__file__).parents[1] / "results"
 PROMPTS = "ABC\nBCDA\nQRSTUV\nZYX\nMNOPQ\nKLM\nEFGHI\nXXYYZ\n"
 
 
@@ -30,33 +31,33 @@ def small():
     return small_model(dataclasses.replace(LLAMA, num_layers=2, eos_ids=()), tokenizer=LetterTokenizer())
 
 
+def flags_for(folder: Path) -> list[str]:
+    """Flags of a benchmark of a second or two a method, without its methods and its folder."""
+    (folder / "letters.txt").write_text(PROMPTS, encoding="utf-8")
+    flags = ["--tasks", f"prompts:{folder / 'letters.txt'}", "--prompts", "4", "--tune-prompts", "4"]
+    flags += ["--max-new-tokens", "12", "--explorers", "2", "--batch", "4", "--exit-depths", "1"]
+    return [*flags, "--draft-lengths", "1,2"]
+
+
 @pytest.fixture
 def command(small, monkeypatch, tmp_path):
-    """Flags of a benchmark of a second or two a method, without its methods and its folder."""
     monkeypatch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
-    (tmp_path / "letters.txt").write_text(PROMPTS, encoding="utf-8")
-    flags = ["--tasks", f"prompts:{tmp_path / 'letters.txt'}", "--prompts", "4", "--tune-prompts", "4"]
-    flags += ["--max-new-tokens", "12", "--explorers", "2", "--batch", "4"]
-    return [*flags, "--exit-depths", "1", "--draft-lengths", "1,3", "--thresholds", "0.1", "--no-plots"]
+    return [*flags_for(tmp_path), "--thresholds", "0.1"]
 
 
 @pytest.fixture(scope="module")
 def made(small, tmp_path_factory):
     """A whole benchmark: flags and folder."""
     folder = tmp_path_factory.mktemp("bench")
-    (folder / "letters.txt").write_text(PROMPTS, encoding="utf-8")
-    patch = pytest.MonkeyPatch()
-    patch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
-    flags = ["--tasks", f"prompts:{folder / 'letters.txt'}", "--prompts", "4", "--tune-prompts", "4"]
-    flags += ["--max-new-tokens", "12", "--batch", "4", "--exit-depths", "1", "--draft-lengths", "1,2"]
-    flags += ["--explorers", "2", "--by-explorers", "1", "--output", str(folder / "out")]
+    flags = [*flags_for(folder), "--by-explorers", "1", "--output", str(folder / "out")]
     flags += ["--methods", "ar,dex,layerskip,oracle", "--timed", "ar,layerskip", "--timed-settings", "2"]
-    code = bench.main(flags)
-    patch.undo()
-    assert code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
+        assert bench.main(flags) == 0
     return flags, folder / "out"
 
 
+@pytest.mark.slow
 def test_a_benchmark_writes_every_run_once(made, small) -> None:
     _, folder = made
     runs = read_results(folder)
@@ -81,6 +82,7 @@ def test_a_benchmark_writes_every_run_once(made, small) -> None:
             assert run.layer_steps == run.ticks * 2 // run.setting["explorers"]
 
 
+@pytest.mark.slow
 def test_timed_methods_take_turns(made) -> None:
     _, folder = made
     timed = [run for run in read_results(folder) if run.kind == "wall" and run.split == "report"]
@@ -88,6 +90,7 @@ def test_timed_methods_take_turns(made) -> None:
     assert turns == [("ar", 0), ("layerskip", 0), ("layerskip", 1), ("ar", 1)]
 
 
+@pytest.mark.slow
 def test_tuning_prompts_are_not_reported(made) -> None:
     _, folder = made
     runs = read_results(folder)
@@ -120,6 +123,7 @@ def test_settings_count_along_answers_what_their_loops_count(made, small) -> Non
         assert [run.rounds for run in runs] == loop.stats.rounds.tolist()
 
 
+@pytest.mark.slow
 def test_the_report_is_made_again_from_the_lines(made, tmp_path, capsys) -> None:
     _, folder = made
     lines, copy = tmp_path / "lines", tmp_path / "copy"
@@ -140,7 +144,8 @@ def test_the_report_is_made_again_from_the_lines(made, tmp_path, capsys) -> None
     assert f" {by_hand:.2f} [" in row
 
 
-def test_a_killed_benchmark_goes_on(made, small, monkeypatch) -> None:
+@pytest.mark.slow
+def test_a_killed_benchmark_goes_on_and_another_is_refused(made, small, monkeypatch, capsys) -> None:
     flags, folder = made
     monkeypatch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
     file = folder / "results.jsonl"
@@ -160,17 +165,8 @@ def test_a_killed_benchmark_goes_on(made, small, monkeypatch) -> None:
     file.write_bytes(b"\n".join(lines[:-2]) + b"\n" + lines[-2][:40])
     assert bench.main(flags) == 0
     assert len(asked) == 2
-    assert [run.key for run in read_results(folder)] == [json_key(line) for line in lines]
+    assert [run.key for run in read_results(folder)] == [Run(**json.loads(line)).key for line in lines]
     file.write_bytes(whole)
-
-
-def json_key(line: bytes):
-    return Run(**json.loads(line)).key
-
-
-def test_another_study_is_refused(made, small, monkeypatch, capsys) -> None:
-    flags, _ = made
-    monkeypatch.setattr("dex_jax.language_model.load", lambda name, dtype: small)
     assert bench.main([*flags, "--max-new-tokens", "9"]) == 2
     assert "max_new_tokens was 12, now 9" in capsys.readouterr().err
 
@@ -190,9 +186,8 @@ def test_wrong_tokens_fail_the_run(command, small, monkeypatch, tmp_path, capsys
 
     monkeypatch.setattr(bench_runs, "generate", wrong)
     output = tmp_path / "out"
-    assert bench.main([*command, "--methods", "ar,dex", "--rounds", "0", "--output", str(output)]) == 1
+    assert bench.main([*command, "--methods", "ar,dex,layerskip", "--rounds", "0", "--output", str(output)]) == 1
     captured = capsys.readouterr()
-    assert "dex explorers=2 is not lossless" in captured.err
     assert "token 3 is not AR's" in captured.err
     assert "NOT LOSSLESS" in captured.out
 
@@ -212,19 +207,19 @@ def test_sampled_tokens_are_those_of_ar(command, tmp_path) -> None:
     ("flags", "says"),
     [
         (["--methods", "ar,medusa"], "unknown method 'medusa'"),
+        (["--tasks", "prompts:{folder}/letters.txt,prompts:{folder}/other/letters.txt"], "two of the tasks are called"),
         (["--tasks", "boolq", "--data", "."], "unknown task 'boolq'"),
         (["--tasks", "gsm8k", "--data", "nowhere"], "there is no folder of data nowhere"),
         (["--max-new-tokens", "1"], "--max-new-tokens must be at least 2"),
-        (["--tune-prompts", "0"], "the setting of layerskip is chosen on tuning prompts"),
         (["--prompts", "8"], "none left for split tune"),
-        (["--longest-prompt", "2"], "none left for split report"),
         (["--exit-depths", "2"], "LayerSkip's exit must lie below the model's last layer"),
         (["--by-explorers", "3"], "explorers must be from 1 to the model's 2 layers"),
-        (["--exits", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--batch", "0"], "--batch must be at least 1"),
     ],
 )
 def test_bad_flags_are_told_in_a_sentence(flags, says, command, tmp_path, capsys) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letters.txt").write_text(PROMPTS, encoding="utf-8")
+    flags = [flag.format(folder=tmp_path) for flag in flags]
     assert bench.main([*command, *flags, "--output", str(tmp_path / "out")]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -258,26 +253,8 @@ def test_real_files_through_a_real_tokenizer(monkeypatch, tmp_path) -> None:
     assert all(4 < run.prompt_tokens <= 250 for run in runs)
 
 
-def test_two_tasks_of_one_name_are_refused(command, tmp_path, capsys) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "letters.txt").write_text(PROMPTS, encoding="utf-8")
-    both = f"prompts:{tmp_path / 'letters.txt'},prompts:{tmp_path / 'other' / 'letters.txt'}"
-    assert bench.main([*command, "--tasks", both, "--output", str(tmp_path / "out")]) == 2
-    assert "two of the tasks are called letters" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_nothing_is_tuned_where_nothing_is_swept(command, tmp_path) -> None:
-    flags = [*command, "--methods", "ar,dex", "--timed", "none", "--prompts", "8", "--output", str(tmp_path / "out")]
-    assert bench.main(flags) == 0
-    assert {run.split for run in read_results(tmp_path / "out")} == {"report"}
-
-
-def test_a_study_of_templates_is_another_report(made, tmp_path, capsys) -> None:
-    _, folder = made
-    shutil.copytree(folder, tmp_path / "copy")
-    study = json.loads((tmp_path / "copy" / "study.json").read_text())
-    (tmp_path / "copy" / "study.json").write_text(json.dumps(study | {"benchmark": "templates"}))
+def test_a_study_of_templates_is_another_report(tmp_path, capsys) -> None:
+    shutil.copytree(RESULTS / "templates_study", tmp_path / "copy")
     assert report_command.main([str(tmp_path / "copy")]) == 2
     assert "studies.templates.report makes its page" in capsys.readouterr().err
 

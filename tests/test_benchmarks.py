@@ -65,11 +65,7 @@ def test_serial_measures_what_is_missing(model, monkeypatch, capsys):
     assert capsys.readouterr().out == page
 
 
-def test_contexts_end_with_the_prompt():
-    ids = {"a": [1, 2], "b": [3, 4], "c": [5]}
-    assert serial.cut(ids, 4) == {"b": [1, 2, 3, 4], "c": [2, 3, 4, 5]}
-
-
+@pytest.mark.slow
 def test_speed(model, monkeypatch, capsys):
     monkeypatch.setattr(speed, "PROMPT", "HELLO")
     speed.run(speed.parser().parse_args(["--rounds", "1", "--max-new-tokens", "4"]))

@@ -117,8 +117,6 @@ def test_rounds_go_on_from_where_the_last_call_ended() -> None:
     ("flags", "message"),
     [
         (["--rows", "0"], "--rows must be 1 to 64"),
-        (["--long", "64"], "--long above 64"),
-        (["--memory", "0"], "--memory must be above 0, not 0"),
         (["--model", "no such model"], "names no model"),
         (["--together", "9999"], "--together 9999 needs as many cores"),
     ],

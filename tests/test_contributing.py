@@ -44,6 +44,7 @@ def follow(text: str, folder: Path) -> int:
     return len(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("title", "count"), [*zip(RECIPES, (2, 3, 3), strict=True)])
 def test_a_recipe_works_as_it_is_written(title: str, count: int, tmp_path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "default_exits")

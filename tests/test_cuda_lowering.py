@@ -32,6 +32,8 @@ METHODS = {
     "del": DEL(depths=(2, 4), draft_length=2).schedule_for(CONFIG.num_layers),
 }
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
+LOOPS = [case for m in ("ar", "dex", "one") for case in ((m, "unrolled", False), (m, "stacked", True))]
+LOOPS += [slow(m, layout, layout == "unrolled") for m in ("ar", "dex", "one") for layout in LAYOUTS]
 DTYPES = ["bfloat16", slow("float16"), "float32"]
 ON_EVERY_PLATFORM = {
     *("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"),
@@ -73,14 +75,12 @@ def assert_fit_for_cuda(text: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize(("method", "sampled"), [(m, s) for m in ("ar", "dex", "one") for s in (False, True)])
+@pytest.mark.parametrize(("method", "layout", "sampled"), LOOPS)
 def test_loop(method, sampled, layout, dtype) -> None:
     assert_fit_for_cuda(exported("run", method, layout, dtype, sampled=sampled), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(("layout", "dtype"), [("unrolled", "bfloat16"), ("stacked", "float32")])
 @pytest.mark.parametrize(("name", "method"), [("prefill", "dex"), ("start", "dex"), ("start", "one")])
 def test_prefill_and_start(name, method, layout, dtype) -> None:
     assert_fit_for_cuda(exported(name, method, layout, dtype, sampled=True), dtype)

@@ -52,6 +52,7 @@ def start(checkpoint: Path, *arguments: str) -> list[subprocess.Popen]:
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_decode_what_one_does(checkpoint: Path) -> None:
     results = []
     for process in start(checkpoint):

@@ -23,7 +23,6 @@ from dex_jax.training.estimate import (
     MACHINES,
     Machine,
     exits_flops_per_token,
-    gigabytes,
     model_flops_per_token,
     parameter_count,
     this_machine,
@@ -36,13 +35,8 @@ from dex_jax.training.stream import Activations
 MODEL = dataclasses.replace(LLAMA, vocab_size=1024, width=128, head_dim=32, mlp_width=256, num_layers=2)
 EXITS = ExitsConfig("linear", (1,), 128, fused=True, rank=32, hidden=256, heads=4, head_dim=32, window=16)
 # The whole vocabulary and a draft vocabulary, every kind once alone and once fused.
-KINDS = [
-    ("shared", False, 256),
-    ("linear", True, None),
-    ("lowrank", False, 256),
-    ("mlp", True, 256),
-    ("attn", False, 256),
-]
+KINDS = [("shared", False, 256), ("linear", True, None), ("lowrank", False, 256), ("mlp", True, 256)]
+KINDS += [("attn", False, 256)]
 BATCH, CHUNK, LENGTH = 8, 8, 32
 RUN = {"batch": BATCH, "chunk": CHUNK, "length": LENGTH, "steps": 10, "dtype": jnp.dtype(jnp.float32)}
 
@@ -64,9 +58,8 @@ def counted(function, *arguments) -> float:
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_models_arithmetic_is_what_xla_counts(tied: bool) -> None:
-    config = dataclasses.replace(MODEL, tied=tied)
+def test_the_models_arithmetic_is_what_xla_counts() -> None:
+    config = dataclasses.replace(MODEL, tied=False)
     lm = small_model(config)
     memory = cache.allocate(config, lm.layout, BATCH, LENGTH, 0, jnp.dtype(jnp.float32))
 
@@ -124,29 +117,6 @@ def test_bytes_are_those_of_the_arrays(dtype) -> None:
     assert cost.total_bytes == sum(parts)
 
 
-def test_more_of_anything_costs_more() -> None:
-    base = training_cost(MODEL, EXITS, MACHINES["t4"], **RUN)
-    larger = [
-        (MODEL, EXITS, {"steps": 20}, ()),
-        (MODEL, EXITS, {"chunk": 16}, ("activation_bytes",)),
-        (MODEL, EXITS, {"length": 64}, ("cache_bytes",)),
-        (MODEL, EXITS, {"copies": 2}, ("model_bytes", "exits_bytes")),
-        (dataclasses.replace(MODEL, num_layers=3), EXITS, {}, ("model_bytes", "cache_bytes", "model_flops")),
-        (dataclasses.replace(MODEL, vocab_size=2048), EXITS, {}, ("model_bytes", "model_flops", "exits_flops")),
-        (MODEL, dataclasses.replace(EXITS, kind="mlp"), {}, ("exits_bytes", "exits_flops")),
-    ]
-    for model, exits, change, fields in larger:
-        cost = training_cost(model, exits, MACHINES["t4"], **RUN | change)
-        assert cost.seconds > base.seconds, change
-        for field in fields:
-            assert getattr(cost, field) > getattr(base, field), (change, field)
-    wider = training_cost(MODEL, EXITS, MACHINES["t4"], **RUN | {"batch": 16})
-    assert wider.total_bytes > base.total_bytes
-    assert wider.token_bytes < base.token_bytes
-    drafted = training_cost(MODEL, dataclasses.replace(EXITS, draft_size=256), MACHINES["t4"], **RUN)
-    assert drafted.exits_flops < base.exits_flops
-
-
 def test_time_is_bound_by_what_is_slower() -> None:
     def seconds(flops: float, bandwidth: float) -> tuple[float, float]:
         cost = training_cost(MODEL, EXITS, Machine("any", flops, bandwidth, None, reached=0.5), **RUN)
@@ -160,7 +130,7 @@ def test_time_is_bound_by_what_is_slower() -> None:
     assert cost.tokens == 10 * BATCH * CHUNK
 
 
-def test_the_sentence_says_whether_it_fits() -> None:
+def test_the_sentence_says_whether_it_fits_and_this_machine_is_measured() -> None:
     small = training_cost(MODEL, EXITS, MACHINES["t4"], **RUN)
     sizes = {"model_bytes": 16_060_000_000, "cache_bytes": 90_000_000, "exits_bytes": 0, "activation_bytes": 0}
     cost = dataclasses.replace(small, **sizes, tokens=1_234_567, model_seconds=100.0, exits_seconds=50.0)
@@ -175,14 +145,7 @@ def test_the_sentence_says_whether_it_fits() -> None:
     unknown = dataclasses.replace(MACHINES["t4"], memory=None)
     assert cost.fits(unknown) is None
     assert "GB of" not in cost.sentence(unknown)
-
-
-def test_this_machine_is_measured() -> None:
     machine = this_machine(jnp.dtype(jnp.float32))
     assert 1e8 < machine.flops < 1e16
     assert 1e7 < machine.bandwidth < 1e14
     assert machine.memory is None or machine.memory > 1e7
-
-
-def test_sizes_for_people() -> None:
-    assert [gigabytes(x * 1e9) for x in (0.034, 9.99, 16.08, 128)] == ["0.03", "9.99", "16.1", "128"]

@@ -91,13 +91,6 @@ def test_the_product_and_each_row_alone(rows: int, width: int, outputs: int, kep
 
 
 @needs_compiler
-def test_whole_numbers_are_exact() -> None:
-    generator = np.random.default_rng(0)
-    x, kernel = (generator.integers(-8, 9, size).astype(np.float32) for size in ((7, 333), (129, 333)))
-    chex.assert_trees_all_equal(np.asarray(few_rows_product(x, kernel)), x @ kernel.T)
-
-
-@needs_compiler
 def test_under_vmap_of_rows_kernels_and_both() -> None:
     x, kernels = random(1, (3, 4, 5, 20), (3, 7, 20))
     for each in (x, x.transpose(1, 0, 2, 3)):
@@ -105,8 +98,6 @@ def test_under_vmap_of_rows_kernels_and_both() -> None:
         nested = jax.jit(jax.vmap(jax.vmap(few_rows_product, (0, None)), (first, 0)))
         wanted = np.stack([[rows @ kernel.T for rows in sets] for sets, kernel in zip(x, kernels, strict=True)])
         chex.assert_trees_all_close(nested(each, kernels), wanted, atol=1e-5)
-    shared = jax.vmap(few_rows_product, (0, None))(x[0], kernels[0])
-    chex.assert_trees_all_close(shared, x[0] @ kernels[0].T, atol=1e-5)
     one_set = jax.vmap(few_rows_product, (None, 0))(x[0, 0], kernels)
     chex.assert_trees_all_close(one_set, np.stack([x[0, 0] @ kernel.T for kernel in kernels]), atol=1e-5)
     pairs = jax.vmap(jax.vmap(few_rows_product, (None, 0)), (0, None))(x[0], kernels)
@@ -174,9 +165,11 @@ def plain_attention(queries: np.ndarray, sources: list[KeyValues]) -> np.ndarray
     return out
 
 
+SIZES = [(1, 9, 3, 16), (2, 4, 4, 48), (5, 6, 1, 144), (8, 9, 3, 64), (70, 4, 2, 16)]
+
+
 @needs_compiler
-@pytest.mark.parametrize("width", [16, 48, 64, 144])
-@pytest.mark.parametrize(("rows", "heads", "groups"), [(1, 9, 3), (2, 4, 4), (5, 6, 1), (8, 9, 3), (70, 4, 2)])
+@pytest.mark.parametrize(("rows", "heads", "groups", "width"), SIZES)
 def test_attention_and_each_row_alone(rows: int, heads: int, groups: int, width: int) -> None:
     queries, sources = attention_of(rows, rows, heads, groups, width, [37, 5, rows])
     assert few_rows.ATTENTION in str(jax.make_jaxpr(attend)(queries, sources))
@@ -240,8 +233,7 @@ def test_attention_with_scores_far_apart_and_with_nothing_to_see() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("all_keys", [True, False])
+@pytest.mark.parametrize(("bad", "all_keys"), [(np.nan, True), (np.inf, False)])
 def test_attention_hides_no_nan(bad: float, all_keys: bool) -> None:
     queries, (source,) = attention_of(5, 2, 2, 1, 16, [20], batch=1)
     source.mask[:] = True
@@ -332,7 +324,7 @@ def steps_of(dtype: str):
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @given(st.sampled_from([2, 8, 16, 40, 96]), st.integers(1, 30), st.integers(0, 1000))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_rows_of_a_tree_have_ars_logits_to_the_last_bit(dtype: str, rows: int, prefix: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     memory, one, tree = steps_of(dtype)
@@ -362,7 +354,7 @@ def test_serial_rounds_in_bfloat16_give_ars_tokens() -> None:
     config = dataclasses.replace(LLAMA, width=128, head_dim=16)
     model = random_transformer(config, Unrolled(), 3, jnp.bfloat16)
     lm = dex_jax.LanguageModel(model, None, "random", "0")
-    for seed in range(8):
+    for seed in range(4):
         prompt = np.random.default_rng(seed).integers(LLAMA.vocab_size, size=20).tolist()
         options = {"max_new_tokens": 60, "exits": "shared", "temperature": 0.5 * (seed % 2)}
         wanted = dex_jax.generate(lm, [prompt], method=dex_jax.AR(), **options)
@@ -390,19 +382,14 @@ def says(tmp_path, **variables: str) -> bool:
     return ready
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_it_is_compiled_once_and_kept(tmp_path) -> None:
+def test_it_is_compiled_once_and_kept_and_what_others_may_have_written_is_not_loaded(tmp_path) -> None:
     assert says(tmp_path)
     (kept,) = (tmp_path / "dex_jax" / "native").iterdir()
     made = kept.stat().st_mtime_ns
     assert says(tmp_path)
     assert [file.stat().st_mtime_ns for file in kept.parent.iterdir()] == [made]
-
-
-@needs_compiler
-def test_what_others_may_have_written_is_not_loaded(tmp_path) -> None:
-    assert says(tmp_path)
-    (kept,) = (tmp_path / "dex_jax" / "native").iterdir()
     kept.unlink()  # what this process may have loaded stays whole
     kept.write_bytes(b"not a library")
     kept.chmod(0o666)
@@ -411,6 +398,7 @@ def test_what_others_may_have_written_is_not_loaded(tmp_path) -> None:
     assert kept.stat().st_mode & 0o022 == kept.parent.stat().st_mode & 0o022 == 0
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_sanitizers_find_nothing_in_the_kernels_on_ragged_empty_and_wrong_shapes() -> None:
     runtimes = [
@@ -427,7 +415,6 @@ def test_sanitizers_find_nothing_in_the_kernels_on_ragged_empty_and_wrong_shapes
 
 def test_without_it_the_product_is_xlas(tmp_path) -> None:
     assert not says(tmp_path, DEX_JAX_NATIVE="0")
-    assert not says(tmp_path, CXX=str(tmp_path / "no_such_compiler"))
     assert not says(tmp_path, CXX=shutil.which("false") or "false")
     assert not says(tmp_path, XLA_FLAGS=environment.flags_for_devices(2))
     assert not (tmp_path / "dex_jax" / "native").exists()

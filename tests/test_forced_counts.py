@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import slow
-from reference.small_models import LLAMA, small_model
+from reference.small_models import LLAMA, random_parameters, small_model
 
 import dex_jax
 from dex_jax.config import ExitsConfig
@@ -19,24 +19,15 @@ from dex_jax.forced.counts import dex_counts, layerskip_counts
 from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers, batches
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.nn.exits import exit_parameters
 
 TOKENS = 24
 DEPTHS = (1, 2, 3, 4)
 
 
 def random_exits(kind: str, **more) -> TrainedExits:
-    """Exits that have learnt nothing, but whose every part matters."""
     config = ExitsConfig(kind, DEPTHS[:-1], LLAMA.width, heads=2, head_dim=8, hidden=16, rank=4, window=5, **more)
-    rng = np.random.default_rng(1)
-    parameters = {}
-    for name, (shape, role) in exit_parameters(config).items():
-        noise = rng.standard_normal(shape).astype(np.float32)
-        parameters[name] = (
-            1 + 0.1 * noise if role in ("norm", "scale") else noise * 0.3 / max(shape[-1:], default=1) ** 0.5
-        )
     vocabulary = None if config.draft_size is None else np.arange(0, LLAMA.vocab_size, 2, dtype=np.int32)
-    return TrainedExits(config, parameters, vocabulary, "0", {}, "random")
+    return TrainedExits(config, random_parameters(config), vocabulary, "0", {}, "random")
 
 
 def prompts(count: int = 6) -> list[list[int]]:

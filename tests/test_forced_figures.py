@@ -5,45 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.exit_metrics_twin import TRUE, TextTwin, calibration_error
-from reference.small_models import small_model
+from reference.small_models import LLAMA, random_parameters, small_model
 
 import dex_jax
-from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.config import ExitsConfig
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.errors import DexError
 from dex_jax.forced import programs, tables
 from dex_jax.forced.asks import asks_in_lattice
 from dex_jax.forced.counts import dex_counts, first_exits
-from dex_jax.forced.figures import calibration_error as error_of
 from dex_jax.forced.figures import figures_of, grouped_figures
 from dex_jax.forced.run import Forced, forced_exits, measure, shared_exits
 from dex_jax.forced.texts import answers
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
-from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.forward import depth_states
-from dex_jax.plot import figures as plot_figures
 from dex_jax.plot.training import plot_agreement
 
 EOS = 63
-MODEL = ModelConfig(
-    family="llama",
-    vocab_size=64,
-    num_layers=4,
-    width=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_width=24,
-    context=256,
-    eos_ids=(EOS,),
-)
+SMALL = {"vocab_size": 64, "width": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 24, "context": 256}
+MODEL = dataclasses.replace(LLAMA, **SMALL, tied=False, eos_ids=(EOS,))
 DEPTHS = (1, 2, 3)
 EXPLORERS = (2, 3, 4, 6)
 GRIDS = ((2, 4), (2, 3, 4), (1, 2, 3, 4))
@@ -74,12 +60,7 @@ def _texts() -> list[tuple[list[int], list[int]]]:
 @functools.cache
 def _exits(name: str) -> TrainedExits:
     config = ExitsConfig(depths=DEPTHS, width=MODEL.width, **KINDS[name])
-    rng = np.random.default_rng(len(name))
-    parameters = {
-        name: (kind in ("norm", "scale")) + 0.5 * rng.standard_normal(shape) * max(shape[-1:], default=1) ** -0.5
-        for name, (shape, kind) in exit_parameters(config).items()
-    }
-    parameters = {name: np.float32(value) for name, value in parameters.items()}
+    parameters = random_parameters(config, seed=len(name), spread=0.5)
     return TrainedExits(config, parameters, DRAFT if config.draft_size else None, "0", {}, "random")
 
 
@@ -240,20 +221,8 @@ def test_groups_and_their_mean() -> None:
 def test_one_token_has_no_speedup() -> None:
     figures = figures_of(_measured("shared").of([2]))
     assert figures.tokens == 1
-    assert figures.to_json()["grids"][0] == {
-        "explorers": 2,
-        "coverage": list(figures.grids[0].coverage),
-        "ticks_per_token": None,
-        "depth_side_speedup": None,
-    }
-
-
-def test_calibration_error_by_hand() -> None:
-    confidence = np.asarray([0.9] * 10 + [0.5] * 10)
-    right = np.asarray([True] * 9 + [False] + [True] * 4 + [False] * 6)
-    # Bins of two: 0.5 has two of both right and three of both wrong, 0.9 four of both right and one of one.
-    assert error_of(confidence, right) == pytest.approx((5 * 0.5 + 4 * 0.1 + 0.4) / 10)
-    assert error_of(np.ones(3), np.ones(3, bool)) == 0
+    json = figures.to_json()
+    assert json["grids"][0]["ticks_per_token"] is json["grids"][0]["depth_side_speedup"] is None
 
 
 def test_measuring_again_compiles_nothing() -> None:
@@ -277,15 +246,12 @@ def test_measuring_again_compiles_nothing() -> None:
     ],
 )
 def test_bad_input_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(DexError, match="at least one text in each"):
+        grouped_figures(_model(), _exits("shared"), {"empty": []})
     lm = small_model(change["lm"]) if "lm" in change else _model()
     exits = dataclasses.replace(_exits("mlp, draft"), vocabulary=change.get("vocabulary", DRAFT))
     with pytest.raises(DexError, match=message):
         measure(lm, exits, change.get("texts", [([1], [2])]))
-
-
-def test_groups_without_texts_are_refused() -> None:
-    with pytest.raises(DexError, match="at least one text in each"):
-        grouped_figures(_model(), _exits("shared"), {"empty": []})
 
 
 def _records(count: int = 3) -> list[dict]:
@@ -305,31 +271,16 @@ def test_tables_show_the_figures() -> None:
     assert "60 tokens of 5 texts" in text
 
 
-def test_figures_pass_through_json() -> None:
-    figures = figures_of(_measured("shared").of([2])).to_json()
-    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
-
-
 def test_picture(tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     plot_agreement(_records(), tmp_path / "agreement.png")
     assert (tmp_path / "agreement.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(DexError, match="cannot be written"):
-        plot_agreement(_records(), tmp_path / "none" / "agreement.png")
-
-
-def test_picture_without_matplotlib(tmp_path, monkeypatch) -> None:
-    plot_figures._figure_class.cache_clear()
-    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DexError, match=r"pip install matplotlib"):
-        plot_agreement(_records(), tmp_path / "agreement.png")
-
-
-def test_picture_of_nothing_is_refused(tmp_path) -> None:
-    with pytest.raises(DexError, match="at least one record"):
-        plot_agreement([], tmp_path / "agreement.png")
-    with pytest.raises(DexError, match="record 1 has no figures of 'humaneval'"):
-        plot_agreement(_records(), tmp_path / "agreement.png", group="humaneval")
-    with pytest.raises(DexError, match="'seconds'"):
-        plot_agreement(_records(), tmp_path / "agreement.png", along="seconds")
+    refused = [
+        (_records(), {"path": tmp_path / "none" / "agreement.png"}, "cannot be written"),
+        ([], {}, "at least one record"),
+        (_records(), {"group": "humaneval"}, "no figures of 'humaneval'"),
+        (_records(), {"along": "seconds"}, "'seconds'"),
+    ]
+    for records, options, message in refused:
+        with pytest.raises(DexError, match=message):
+            plot_agreement(records, **{"path": tmp_path / "agreement.png", **options})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tracemalloc
 
@@ -98,7 +99,7 @@ def refusal(path) -> str:
     return sentence
 
 
-@pytest.mark.parametrize("family", ["llama2", "smollm2", "qwen2", "qwen25_untied", "qwen3", "llama_attention_bias"])
+@pytest.mark.parametrize("family", ["llama2", "smollm2", "qwen25_untied", "qwen3", "llama_attention_bias"])
 def test_a_gguf_file_equals_the_directory_it_was_made_from(tmp_path, family):
     ours = open_checkpoint(str(write_gguf(tmp_path / "model.gguf", family)))
     theirs = open_checkpoint(str(write_checkpoint(tmp_path / "directory", family)))
@@ -106,14 +107,12 @@ def test_a_gguf_file_equals_the_directory_it_was_made_from(tmp_path, family):
     for name in ours.shapes():
         np.testing.assert_array_equal(ours.read(name), theirs.read(name), err_msg=name)
     assert ours.fingerprint() == theirs.fingerprint()
-    known = {"family", "rope_theta", "norm_eps", "num_kv_heads", "head_dim", "context", "tied", "qkv_bias", "qk_norm"}
-    for field in known:
-        assert getattr(ours.config, field) == getattr(theirs.config, field), field
-    assert (ours.config.eos_ids, ours.config.bos_id) == ((2,), 1)
+    # A GGUF file names one end of a text; generation_config.json may name more.
+    assert dataclasses.replace(theirs.config, eos_ids=(2,), bos_id=1) == ours.config
     assert ours.tokenizer is None
 
 
-@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1"])
 def test_stored_types(tmp_path, kind):
     checkpoint = open_checkpoint(str(write_gguf(tmp_path / "model.gguf", "llama3", kind)))
     raw = checkpoint_tensors("llama3")
@@ -166,16 +165,12 @@ def llama3_factors(factor, head_dim, theta):
     return np.array(factors, np.float32)
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_scaling_is_found_from_its_factors(tmp_path, factor):
-    factors = llama3_factors(factor, 16, 500000.0)
-    assert len(set(factors.tolist())) > 2
-    path = write_gguf(tmp_path / "model.gguf", "llama3", extra={"rope_freqs.weight": factors})
-    assert open_checkpoint(str(path)).config.rope_scaling == RopeScaling("llama3", factor, 1.0, 4.0, 8192)
-
-
-def test_other_rope_factors_are_refused(tmp_path):
-    factors = llama3_factors(8.0, 16, 500000.0)
+def test_llama3_scaling_is_found_from_its_factors_and_others_are_refused(tmp_path):
+    for factor in (8.0, 32.0):
+        factors = llama3_factors(factor, 16, 500000.0)
+        assert len(set(factors.tolist())) > 2
+        path = write_gguf(tmp_path / "model.gguf", "llama3", extra={"rope_freqs.weight": factors})
+        assert open_checkpoint(str(path)).config.rope_scaling == RopeScaling("llama3", factor, 1.0, 4.0, 8192)
     factors[3] = 2.0
     path = write_gguf(tmp_path / "model.gguf", "llama3", extra={"rope_freqs.weight": factors})
     assert "RoPE factors" in refusal(path)
@@ -213,22 +208,15 @@ def test_uncovered_files_are_refused(tmp_path, options, words):
 def test_damaged_files_are_refused(tmp_path):
     whole = write_gguf(tmp_path / "model.gguf", "smollm2").read_bytes()
     path = tmp_path / "cut.gguf"
-    path.write_bytes(whole[:-40])
-    assert "truncated: tensor output_norm.weight" in refusal(path)
-    path.write_bytes(b"PK\3\4" + whole[4:])
-    assert "not a GGUF file" in refusal(path)
-    path.write_bytes(b"")
-    assert "not a GGUF file" in refusal(path)
-    path.write_bytes(whole[:4] + (1).to_bytes(4, "little") + whole[8:])
-    assert "version 1" in refusal(path)
-    path.write_bytes(whole[:4] + (3).to_bytes(4, "big") + whole[8:])
-    assert "byte order" in refusal(path)
+    kind = whole.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
+    for content, words in (
+        (whole[:-40], "truncated: tensor output_norm.weight"),
+        (b"PK\3\4" + whole[4:], "not a GGUF file"),
+        (b"", "not a GGUF file"),
+        (whole[:4] + (1).to_bytes(4, "little") + whole[8:], "version 1"),
+        (whole[:4] + (3).to_bytes(4, "big") + whole[8:], "byte order"),
+        (whole[:kind] + (250).to_bytes(4, "little") + whole[kind + 4 :], "token_embd.weight as type 250"),
+    ):
+        path.write_bytes(content)
+        assert words in refusal(path)
     assert "no file" in refusal(tmp_path / "absent.gguf")
-
-
-def test_unknown_tensor_types_are_refused(tmp_path):
-    whole = write_gguf(tmp_path / "model.gguf", "smollm2").read_bytes()
-    at = whole.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
-    path = tmp_path / "odd.gguf"
-    path.write_bytes(whole[:at] + (250).to_bytes(4, "little") + whole[at + 4 :])
-    assert "token_embd.weight as type 250" in refusal(path)

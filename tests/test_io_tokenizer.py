@@ -125,6 +125,7 @@ def test_gguf_special_tokens():
     assert not tokenizer.has_chat_template
     with pytest.raises(DexError, match=r"here has no chat template"):
         tokenizer.chat([{"role": "user", "content": "hi"}])
+    assert gguf_tokenizer({}, (), "here") is None
     without = gguf_tokenizer(gguf_metadata("smollm"), (), "here")
     assert without.encode(" a") == [256]
 
@@ -135,10 +136,6 @@ def test_gguf_special_tokens():
 def test_other_gguf_tokenizers_are_refused(changes, words):
     with pytest.raises(DexError, match=words):
         gguf_tokenizer(gguf_metadata(**changes), (), "here")
-
-
-def test_a_gguf_file_without_a_vocabulary_has_no_tokenizer():
-    assert gguf_tokenizer({}, (), "here") is None
 
 
 def write_tokenizer(directory, template=None, **settings):
@@ -158,6 +155,9 @@ def test_a_directorys_tokenizer(tmp_path):
     assert len(tokenizer.encode("no truncation, no padding")) == 1 + len("no truncation, no padding")
     assert tokenizer.eos_ids == (2, 261)
     assert tokenizer.chat([{"role": "user", "content": "x"}], False)[0] == 260
+    # BOS comes once, and special tokens are special.
+    ids = with_template("{{ bos_token }}" + CHATML).chat([{"role": "user", "content": "x"}])
+    assert (ids[:2], ids.count(259), ids.count(261)) == ([259, 260], 1, 1)
 
 
 def test_where_a_chat_template_may_stand(tmp_path):
@@ -181,14 +181,6 @@ def test_directories_without_a_readable_tokenizer(tmp_path):
 def with_template(template) -> Tokenizer:
     backend = gguf_tokenizer(gguf_metadata(add_bos_token=True), (), "here").backend
     return Tokenizer(backend, template=template, variables={"bos_token": "<s>"}, source="here")
-
-
-def test_bos_comes_once_and_specials_are_special():
-    tokenizer = with_template("{{ bos_token }}" + CHATML)
-    ids = tokenizer.chat([{"role": "user", "content": "x"}])
-    assert ids[:2] == [259, 260]
-    assert ids.count(259) == 1
-    assert ids.count(261) == 1
 
 
 @pytest.mark.parametrize(
@@ -225,7 +217,6 @@ def test_what_templates_may_use():
         ("{{ raise_exception('Only user and assistant roles are supported!') }}", "refuses .* Only user"),
         ("{% for %}", "broken at line 1"),
         ("{{ messages[0]['content'] + 1 }}", "refuses"),
-        ("{{ messages.append(1) }}", "refuses"),
         ("{{ ''.__class__.__mro__ }}", "refuses"),
     ],
 )
@@ -238,12 +229,10 @@ def test_templates_that_refuse(template, words):
     ("messages", "words"),
     [
         ([], "at least one message"),
-        ("hello", "at least one message"),
         ({"role": "user", "content": "x"}, "at least one message"),
         (["hello"], "Message 1 is not a dictionary"),
         ([{"role": "user", "content": "x"}, {"role": "user"}], 'Message 2 needs a string under "content"'),
         ([{"content": "x"}], 'Message 1 needs a string under "role"'),
-        ([{"role": 3, "content": "x"}], '"role", and it has 3'),
         ([{"role": "user", "content": None}], '"content", and it has None'),
     ],
 )
@@ -291,12 +280,6 @@ def test_streams_of_a_sentencepiece_vocabulary(data, ids, skip_special):
     check_stream(Tokenizer(sentencepiece()), ids, data, skip_special)
 
 
-@given(data=st.data(), text=st.text(alphabet="ab é中文🎉\n", max_size=20))
-def test_streams_of_sentencepiece_text(data, text):
-    tokenizer = Tokenizer(sentencepiece())
-    check_stream(tokenizer, tokenizer.encode(text), data, True)
-
-
 def test_text_comes_as_soon_as_it_is_settled(smollm2):
     ids = smollm2.encode("é 🎉 ok")
     stream = TextStream(smollm2)
@@ -307,16 +290,12 @@ def test_text_comes_as_soon_as_it_is_settled(smollm2):
     assert stream.flush() == ""
 
 
-def test_a_flushed_stream_starts_afresh(smollm2):
+def test_a_flushed_stream_starts_afresh_and_a_long_one_decodes_a_short_window(smollm2):
     party = smollm2.encode("🎉")
     stream = TextStream(smollm2)
     assert stream.push(party[:-1]) == ""
     assert stream.flush() == "�"
     assert stream.push(party) == "🎉"
-
-
-def test_a_long_stream_decodes_a_short_window(smollm2):
-    stream = TextStream(smollm2)
     for token_id in smollm2.encode("The sky is blue because of 🎉 scattering. " * 20):
         stream.push([token_id])
         assert len(stream._window) < 8

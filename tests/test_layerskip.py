@@ -7,7 +7,6 @@ import functools
 import json
 import re
 import runpy
-import types
 from pathlib import Path
 
 import chex
@@ -79,9 +78,8 @@ def test_layer_dropout_grows_exponentially_with_depth() -> None:
     np.testing.assert_allclose(layerskip.dropout_over_time(5, 11), 2**0.5 - 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("step", [0, 50, 99])
-def test_layers_are_skipped_as_often_as_their_probability_says(step: int) -> None:
-    recipe, sequences = LayerSkip(dropout=0.5), 20_000
+def test_layers_are_skipped_as_often_as_their_probability_says() -> None:
+    recipe, sequences, step = LayerSkip(dropout=0.5), 20_000, 50
     kept = layerskip.kept_layers(recipe, jax.random.key(3), 5, sequences, step, 100)
     expected = layerskip.dropout_by_layer(5, 0.5) * (2 ** (step / 99) - 1)
     # Four standard deviations of a share of 20,000 draws at most.
@@ -91,7 +89,7 @@ def test_layers_are_skipped_as_often_as_their_probability_says(step: int) -> Non
 
 
 @pytest.mark.parametrize("curriculum", layerskip.CURRICULA)
-@pytest.mark.parametrize("num_layers", [1, 2, 5, 8])
+@pytest.mark.parametrize("num_layers", [1, 5])
 def test_the_weights_of_exits_are_the_papers(curriculum: str, num_layers: int) -> None:
     recipe, steps = LayerSkip(exit_scale=0.3, curriculum=curriculum, period=3), 40
     if num_layers == 1:
@@ -101,16 +99,6 @@ def test_the_weights_of_exits_are_the_papers(curriculum: str, num_layers: int) -
     expected = np.array([twin.exit_weights(recipe, num_layers, step, steps) for step in range(steps)])
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert (np.asarray(found)[:, -1] > 0).all()
-
-
-def test_curricula_reach_every_exit() -> None:
-    def active(curriculum: str, step: int) -> list[int]:
-        recipe = LayerSkip(curriculum=curriculum, period=3)
-        return (np.flatnonzero(layerskip.active_exits(recipe, 6, step, 24)) + 1).tolist()
-
-    assert [active("rotational", step) for step in range(4)] == [[1, 4, 6], [2, 5, 6], [3, 6], [1, 4, 6]]
-    assert [active("gradual", step) for step in (0, 1, 2, 11)] == [[6], [6], [5, 6], [1, 2, 3, 4, 5, 6]]
-    assert active("all", 0) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
@@ -130,7 +118,7 @@ def test_hidden_states_and_losses_are_the_twins(config) -> None:
     np.testing.assert_allclose(losses, [wanted[0], 0.0, wanted[2], wanted[3]], rtol=1e-4)
 
 
-def test_without_a_recipe_the_loss_is_plain_cross_entropy() -> None:
+def test_without_a_recipe_the_loss_is_plain_cross_entropy_whatever_ends_a_text() -> None:
     params, batch = random_model_and_batch(LLAMA)
     logits = small_model(LLAMA).logits(batch[:, :-1])
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
@@ -138,24 +126,9 @@ def test_without_a_recipe_the_loss_is_plain_cross_entropy() -> None:
     loss, figures = task.loss(params, task.constants(), jnp.asarray(batch), jax.random.key(0), jnp.int32(0))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert loss == figures["final_loss"]
-
-
-def test_bfloat16_rounds_the_layers_and_not_the_parameters() -> None:
-    params, batch = random_model_and_batch(LLAMA)
-    task = task_for(LLAMA, train=TrainConfig(dtype="bfloat16"))
-    arguments = (params, (), jnp.asarray(batch), jax.random.key(0), jnp.int32(0))
-    rounded, _ = jax.jit(task.loss)(*arguments)
-    gradient, _ = jax.eval_shape(jax.grad(task.loss, has_aux=True), *arguments)
-    states = twin.depth_states(LLAMA, params, batch[:, :-1], np.ones((4, 3), bool))
-    exact = twin.exit_loss(LLAMA, params, states[-1], batch[:, 1:])
-    assert 1e-5 * exact < abs(rounded - exact) < 0.02 * exact
-    assert {leaf.dtype for leaf in jax.tree.leaves((rounded, gradient))} == {np.dtype(np.float32)}
-
-
-def test_schedules_end_where_training_ends() -> None:
-    assert settings("x").total_steps == STEPS
+    other = task_for(dataclasses.replace(LLAMA, eos_ids=(3,)))
+    assert other.evaluate(params) == task.evaluate(params)
     assert settings("x", train=TrainConfig(batch=8, steps=STEPS, tokens=8 * 24 * 10 - 1)).total_steps == 10
-    assert settings("x", train=TrainConfig(batch=8, steps=STEPS, tokens=10**9)).total_steps == STEPS
 
 
 def test_the_recipes_loss_and_gradient_are_the_twins() -> None:
@@ -192,14 +165,6 @@ def test_no_array_holds_the_logits_of_several_exits() -> None:
     assert max(map(np.prod, vocabulary_wide)) == 3 * 8 * 47
 
 
-def test_windows_go_over_the_ends_of_texts() -> None:
-    config = dataclasses.replace(LLAMA, eos_ids=(3,))
-    task, other = task_for(config), task_for(config)
-    other.corpus = dataclasses.replace(task.corpus, tokenizer=types.SimpleNamespace(eos_ids=(5,)))
-    params = task.init(jax.random.key(0))
-    assert other.evaluate(params) == task.evaluate(params)
-
-
 @functools.cache
 def trained(data: str) -> tuple[WholeModel, dict, dict, dict, dict]:
     """(task, parameters before, after, figures before, after) of a few steps of the recipe."""
@@ -215,9 +180,13 @@ def trained(data: str) -> tuple[WholeModel, dict, dict, dict, dict]:
         changes, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, changes), state
 
+    again, _, _ = WholeModel.open(task.config).next_batch({**cursor})
+    assert any((task.corpus.train[i : i + 25] == again[0]).all() for i in range(len(task.corpus.train) - 24))
     for step in range(STEPS):
         batch, cursor, learnt = task.next_batch(cursor)
         assert learnt == 8 * 24
+        # Batches depend on the cursor alone.
+        assert (batch == again).all() == (step == 0)
         params, state = update(params, state, batch, jnp.int32(step))
     assert update._cache_size() == 1
     return task, before, params, task.evaluate(before), task.evaluate(params)
@@ -229,8 +198,7 @@ def test_training_changes_every_parameter_and_lowers_the_held_out_loss(text_file
     assert figures_before["held_out_loss"] == pytest.approx(np.log(VOCABULARY), rel=0.1)
     assert figures["held_out_loss"] < figures_before["held_out_loss"] - 1.0
     assert len(figures["exit_loss"]) == len(figures["agreement"]) == len(figures["ead"]) == 4
-    assert figures["exit_loss"][-1] == figures["held_out_loss"]
-    assert figures["agreement"][-1] == 1.0
+    assert (figures["exit_loss"][-1], figures["agreement"][-1]) == (figures["held_out_loss"], 1.0)
     assert sum(figures["ead"]) == pytest.approx(1.0)
     assert figures["mean_ead"] == pytest.approx(sum(n * share for n, share in enumerate(figures["ead"], start=1)))
     assert figures["ead"][0] == figures["agreement"][0]
@@ -253,20 +221,6 @@ def test_a_trained_model_is_decoded_with_shared_exits(text_file) -> None:
     assert forced_exits(lm, prompt, tokens, schedule).tolist() == dex.stats.exits[0].tolist()
 
 
-def test_batches_depend_on_the_cursor_alone(text_file) -> None:
-    task = WholeModel.open(settings(text_file))
-    first, cursor, _ = task.next_batch(task.start(5))
-    second, _, _ = task.next_batch(cursor)
-    task.boundary()
-    again, _, _ = WholeModel.open(settings(text_file)).next_batch({"seed": 5, "batch": 1})
-    chex.assert_trees_all_equal(second, again)
-    assert (first != second).any()
-    assert (task.next_batch(task.start(6))[0] != first).any()
-    train = task.corpus.train
-    for row in np.asarray(first):
-        assert any((train[i : i + 25] == row).all() for i in range(len(train) - 24))
-
-
 def test_training_goes_on_from_a_model(text_file) -> None:
     start_from = small_model(MODEL, seed=4)
     start_from.tokenizer = corpora.train_tokenizer(toy_text(), VOCABULARY)
@@ -285,20 +239,16 @@ def test_training_goes_on_from_a_model(text_file) -> None:
 
 
 def test_the_fingerprint_tells_texts_and_shapes_apart(text_file, tmp_path) -> None:
-    longer = tmp_path / "longer.txt"
+    longer, renamed = tmp_path / "longer.txt", tmp_path / "renamed.txt"
     longer.write_text(toy_text() + "the end.\n", encoding="utf-8")
-    wide = dataclasses.replace(MODEL, mlp_width=64)
-    configs = [settings(text_file), settings(longer), settings(text_file, model=wide)]
-    found = [WholeModel.open(config).fingerprint() for config in configs]
-    assert len(set(found)) == 3
-    recipe = WholeModel.open(settings(text_file, recipe="layerskip"))
-    assert recipe.fingerprint() == found[0]
-    decides = recipe.settings()
-    assert json.loads(json.dumps(decides)) == decides
-    assert decides != WholeModel.open(configs[0]).settings()
-    renamed = tmp_path / "renamed.txt"
     renamed.write_text(toy_text(), encoding="utf-8")
-    assert WholeModel.open(settings(renamed, recipe="layerskip")).settings() == decides
+    wide = dataclasses.replace(MODEL, mlp_width=64)
+    tasks = [WholeModel.open(each) for each in (settings(text_file), settings(longer), settings(text_file, model=wide))]
+    assert len({task.fingerprint() for task in tasks}) == 3
+    recipe, same = (WholeModel.open(settings(file, recipe="layerskip")) for file in (text_file, renamed))
+    assert recipe.fingerprint() == tasks[0].fingerprint()
+    assert json.loads(json.dumps(recipe.settings())) == recipe.settings() == same.settings()
+    assert recipe.settings() != tasks[0].settings()
 
 
 def test_a_vocabulary_is_learnt_alike_every_time_and_loses_nothing() -> None:
@@ -329,7 +279,6 @@ def test_bad_input_is_refused_in_one_sentence(text_file, tmp_path) -> None:
     (tmp_path / "short.txt").write_text("x")
     cases = [
         (lambda: corpora.read_corpus(tmp_path / "absent.txt", 300), r"absent\.txt cannot be read"),
-        (lambda: corpora.read_corpus(tmp_path, 300), "cannot be read"),
         (lambda: corpora.read_corpus(tmp_path / "latin.txt", 300), "UTF-8"),
         (lambda: corpora.read_corpus(tmp_path / "short.txt", 300), "too few"),
         (lambda: corpora.read_corpus(text_file, 255), "from 256"),
@@ -338,12 +287,9 @@ def test_bad_input_is_refused_in_one_sentence(text_file, tmp_path) -> None:
         (lambda: settings(text_file, recipe="skip"), "unknown recipe 'skip'"),
         (lambda: settings(text_file, window=97), "from 1 to the context's 96"),
         (lambda: settings(text_file, explorers=(2, 5)), "4 layers"),
-        (lambda: settings(text_file, evaluation_windows=0), "at least 1"),
         (lambda: settings(text_file, train=TrainConfig(dtype="float16")), "float16"),
         (lambda: LayerSkip(dropout=1.0), "less than 1"),
-        (lambda: LayerSkip(exit_scale=-0.1), "at least 0"),
         (lambda: LayerSkip(curriculum="linear"), "rotational, gradual, all"),
-        (lambda: LayerSkip(period=0), "at least 1"),
     ]
     for action, sentence in cases:
         with pytest.raises(DexError, match=sentence):

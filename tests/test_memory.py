@@ -51,7 +51,7 @@ def compiled(method, layout, batch: int):
     return RUN.jitted.lower(weights, Heads(), state, limits, None, ints(), spec=spec).compile(), state
 
 
-@pytest.mark.parametrize("batch", [1, slow(2), slow(5)])
+@pytest.mark.parametrize("batch", [1, slow(3)])
 @pytest.mark.parametrize(
     ("method", "layout"),
     [

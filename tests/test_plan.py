@@ -17,7 +17,7 @@ from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import cost_model, predictions, workload
 from dex_jax.evaluation.planner.cost_model import Setting
-from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, GridProfile, Profile
+from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile
 from dex_jax.hardware import (
     DEVICES,
     LINKS,
@@ -56,12 +56,9 @@ def test_names_of_hardware() -> None:
     ("text", "message"),
     [
         ("h1000", "'h1000' is unknown: write NAME or NAMExCOUNT"),
-        ("h100xx", "is unknown"),
         ("h100x0", "whole count of at least 1, not 0"),
         ("h100x8,hosts=3", "8 devices do not spread evenly over 3 hosts"),
-        ("h100x9", "9 devices do not spread evenly over 2 hosts"),
         ("h100x8,link=rope", "there is no link 'rope'"),
-        ("h100x8,links=pcie5", "'links=pcie5' is none of"),
         ("h100x8,price=cheap", "the price 'cheap' is no number"),
         ("none.json", "none.json cannot be read as hardware"),
     ],
@@ -93,7 +90,6 @@ def test_counts_are_those_of_the_model() -> None:
         work = workload.work_of(config)
         assert work.parameters == sum(math.prod(shape) for shape in parameter_shapes(config).values())
     assert workload.work_of(LLAMA_70B).parameters == pytest.approx(69e9, rel=0.01)
-    assert workload.work_of(workload.SHAPES["codellama-34b"]).parameters == pytest.approx(33.7e9, rel=0.01)
     assert workload.work_of(workload.SHAPES["qwen3-32b"]).parameters == pytest.approx(32.8e9, rel=0.01)
     work = workload.work_of(LLAMA)
     assert [work.divisible(t) for t in (1, 2, 4)] == [True, True, False]
@@ -111,27 +107,16 @@ def test_exits_are_counted() -> None:
     assert found.committed == sizes["context.enter"] + sizes["context.layer.qkv"]
     assert workload.described_exits("linear", LLAMA).committed == 0
     assert workload.described_exits("shared", LLAMA) == workload.exit_work(None, LLAMA)
-    assert workload.described_exits("linear:30", LLAMA).columns == 30
     assert workload.described_exits("some/folder", LLAMA) is None
-    for text in ("linear:x", "linear:0", "linear:49"):
+    for text in ("linear:x", "linear:49"):
         with pytest.raises(DexError, match="no draft vocabulary of 1 to 48 tokens"):
             workload.described_exits(text, LLAMA)
 
 
 def test_a_model_can_be_a_config_file(tmp_path) -> None:
     file = tmp_path / "config.json"
-    file.write_text(
-        json.dumps(
-            {
-                "model_type": "llama",
-                "hidden_size": 64,
-                "num_attention_heads": 4,
-                "num_hidden_layers": 3,
-                "vocab_size": 100,
-                "intermediate_size": 128,
-            }
-        )
-    )
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 100}
+    file.write_text(json.dumps(sizes | {"model_type": "llama", "intermediate_size": 128}))
     assert workload.config_of(str(file)).num_layers == 3
     assert workload.config_of("Llama-2-70B") is LLAMA_70B
     with pytest.raises(DexError, match=r"cannot be read as a model's config.json"):
@@ -149,13 +134,10 @@ def test_dex_is_recommended_where_it_pays_and_not_where_not() -> None:
     assert not late.choice.method.startswith("dex")
     assert late.sentence.startswith("Do not use DEX here: ")
     assert late.choice is late.best_other
-
-
-def test_nothing_fits() -> None:
-    found = predictions.plan(_setting("t4"), EARLY)
-    assert found.choice is None
-    assert not any(p.fits for p in found.predictions)
-    assert found.sentence.startswith("Nothing fits: the least is ")
+    nothing = predictions.plan(_setting("t4"), EARLY)
+    assert nothing.choice is None
+    assert not any(p.fits for p in nothing.predictions)
+    assert nothing.sentence.startswith("Nothing fits: the least is ")
 
 
 def test_every_way_is_there() -> None:
@@ -205,29 +187,12 @@ def test_earlier_tokens_never_make_dex_slower(share: float, text: str) -> None:
 
 def _assumed(tmp_path) -> str:
     file = tmp_path / "assumed.json"
-    file.write_text(
-        json.dumps(
-            {
-                "format": FORMAT,
-                "assumption": "half of the tokens are there by layer 20",
-                "layers": 80,
-                "ead": {"depths": [20, 80], "share": [0.5, 0.5]},
-            }
-        )
-    )
+    ead = {"depths": [20, 80], "share": [0.5, 0.5]}
+    file.write_text(json.dumps({"format": FORMAT, "assumption": "half are there by 20", "layers": 80, "ead": ead}))
     return str(file)
 
 
-def test_the_command_prints_tables(tmp_path, capsys) -> None:
-    arguments = ["--model", "llama-2-70b", "--exits", "linear:8192", "--profile", _assumed(tmp_path)]
-    assert plan.main([*arguments, "--hardware", "h100x8,hosts=8,network=dcn", "--batches"]) == 0
-    text = capsys.readouterr().out
-    assert "EAD assumed, not measured: half of the tokens are there by layer 20" in text
-    assert "B = 64" in text
-    assert "Use DEX: DEX-1/" in text
-
-
-def test_the_command_prints_json(tmp_path, capsys) -> None:
+def test_the_command_prints_json_and_tables(tmp_path, capsys) -> None:
     arguments = ["--model", "llama-2-70b", "--exits", "shared", "--profile", _assumed(tmp_path), "--json", "--batches"]
     assert plan.main([*arguments, "--hardware", "h100x8", "--explorers", "4", "8", "--rows", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -238,6 +203,10 @@ def test_the_command_prints_json(tmp_path, capsys) -> None:
         assert p["tokens_per_second"] == pytest.approx(p["tokens_a_step"] / sum(p["step"].values()))
         assert p["capacity"] == 2 * p["stages"]
     assert set(found["by_batch"]) == {str(b) for b in predictions.BATCHES}
+    arguments = ["--model", "llama-2-70b", "--exits", "linear:8192", "--profile", _assumed(tmp_path)]
+    assert plan.main([*arguments, "--hardware", "h100x8,hosts=8,network=dcn", "--batches"]) == 0
+    text = capsys.readouterr().out
+    assert all(words in text for words in ("EAD assumed, not measured", "B = 64", "Use DEX: DEX-1/"))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +215,6 @@ def test_the_command_prints_json(tmp_path, capsys) -> None:
         ([], "say for what to plan"),
         (["--hardware", "h100"], "ticks follow from an EAD profile"),
         (["--hardware", "h100", "--profile", "none.json"], "cannot be read as an EAD profile"),
-        (["--hardware", "abacus", "--profile", "none.json"], "'abacus' is unknown"),
         (["--hardware", "h100", "--profile", "none.json", "--batch", "0"], "--batch, --context and --top"),
     ],
 )
@@ -262,24 +230,3 @@ def test_default_exits_are_those_that_ship() -> None:
     assert plan.exits_of("default", "llama-2-70b").name == "shared"
     with pytest.raises(DexError):
         plan.exits_of("no such folder", "llama-2-70b")
-
-
-def test_costs_by_batch_are_those_of_the_plan() -> None:
-    """LayerSkip stands beside the others."""
-    grid = GridProfile((20, 40, 60, 80), (0.25,) * 4, 2.0, 2.0, 2.0)
-    profile = Profile(80, EARLY.ead, {}, (grid,))
-    # So slow in arithmetic that rows are not free.
-    machine = hardware("h100x4")
-    device = dataclasses.replace(machine.device, flops=1e12)
-    s = dataclasses.replace(_setting("h100x4"), hardware=dataclasses.replace(machine, device=device))
-    chosen = predictions.plan(s, profile)
-    assert chosen.best_dex.method == "dex"
-    costs = predictions.cost_by_batch(s, chosen, profile)
-    assert chosen.best_dex in costs[1]
-    assert all("layerskip" in {p.method for p in each} for each in costs.values())
-
-
-def test_a_batch_is_priced_with_all_its_sequences() -> None:
-    one, four = (predictions.others(_setting("h100x2", batch=batch))[0] for batch in (1, 4))
-    assert four.device_seconds < one.device_seconds
-    assert four.device_seconds == pytest.approx(four.devices * four.step.total / 4)

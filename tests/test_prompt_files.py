@@ -59,7 +59,6 @@ def test_prompt_of_a_row(row, prompt) -> None:
         ({"ctx": "a", "label": 3}, 'line 7 of f has no prompt, only "ctx", "label"'),
         ({}, "no keys at all"),
         ({"prompt": " "}, "no prompt"),
-        ({"messages": [ASSISTANT]}, "no prompt"),
         ({"prompt": ["a", "b"]}, "no prompt"),
         (5, "it is int '5'"),
     ],
@@ -80,6 +79,8 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
     assert read_prompts(lines) == ["one", "two"]
     assert read_texts(lines) == ["one\r\n\n  two \n"]
     assert read_texts(write(tmp_path / "t.jsonl", [{"text": "one"}, "two"])) == ["one", "two"]
+    with pytest.raises(DexError, match=r'line 1 of \S* has no "text", only "prompt"'):
+        read_texts(jsonl)
 
 
 @pytest.mark.parametrize(
@@ -103,29 +104,17 @@ def test_files_that_cannot_be_used(tmp_path: Path, name: str, content: bytes | N
         read_prompts(str(path))
 
 
-def test_texts_need_text(tmp_path: Path) -> None:
-    with pytest.raises(DexError, match=r'line 1 of \S* has no "text", only "prompt"'):
-        read_texts(write(tmp_path / "a.jsonl", [{"prompt": "x"}]))
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("squad", ("squad", None, "train")),
-        ("owner/name:main", ("owner/name", "main", "train")),
-        ("owner/name:test", ("owner/name", None, "test")),
-        ("owner/name:main:train[:10%]", ("owner/name", "main", "train[:10%]")),
-        ("owner/name:train[5:10]", ("owner/name", None, "train[5:10]")),
-    ],
-)
-def test_parse_dataset(text, parts) -> None:
-    assert parse_dataset(text) == parts
-
-
-@pytest.mark.parametrize("text", ["", "a:b:c:d", "a:", "a::test"])
-def test_parse_dataset_refuses(text) -> None:
-    with pytest.raises(DexError, match="write datasets:NAME"):
-        parse_dataset(text)
+def test_parse_dataset() -> None:
+    parsed = {
+        "squad": ("squad", None, "train"),
+        "owner/name:main": ("owner/name", "main", "train"),
+        "owner/name:test": ("owner/name", None, "test"),
+        "owner/name:main:train[:10%]": ("owner/name", "main", "train[:10%]"),
+    }
+    assert {text: parse_dataset(text) for text in parsed} == parsed
+    for text in ("", "a:b:c:d", "a::test"):
+        with pytest.raises(DexError, match="write datasets:NAME"):
+            parse_dataset(text)
 
 
 def test_standard_library_prompts(tmp_path: Path, monkeypatch) -> None:

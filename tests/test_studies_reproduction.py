@@ -56,37 +56,17 @@ def test_claims_stand_beside_measured_figures(tmp_path) -> None:
     assert "--methods ar,dex,del,layerskip,dex_no_decs" in text
 
 
-def test_the_command_names_the_settings_that_were_tried() -> None:
-    def tried(method: str, settings: list[dict]) -> list[Run]:
-        return [Run("depth", method, "gsm8k", "0", "m", [1] * 3, 3, setting=s, split="tune") for s in settings]
-
-    runs = tried("layerskip", [{"exit": exit, "draft_length": n} for exit in (9, 3) for n in (1, 2, 3, 5)])
-    runs += tried("adadecode", [{"threshold": share} for share in (0.2, 0.4, 0.6)])
-    told = reproduction.command(runs, {})
-    assert "--exit-depths 3,9" in told
-    assert "--draft-lengths" not in told, "they are tried anyway"
-    assert "--thresholds" not in told
-    runs = [*tried("adadecode", [{"threshold": share, "depths": [2, 4, 30]} for share in (0.8, 0.2)]), *runs[:1]]
-    told = reproduction.command(runs, {})
-    assert "--exit-depths 2,4,9" in told
-    assert "--draft-lengths 1" in told
-    assert "--thresholds 0.2,0.8" in told
-
-
-def test_a_coarser_grid_that_wins_is_said(tmp_path) -> None:
+def test_a_coarser_grid_that_wins_or_an_uneven_one_is_said(tmp_path) -> None:
     folder = study(tmp_path / "a", {"ar": 300, "dex explorers=2": 150, "dex explorers=5": 160})
     text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])
     assert "not so here, over the grid before gained less than 1: K = 5 (0.94 [0.94, 0.94])" in text
     folder = study(tmp_path / "b", {"ar": 300, "dex explorers=2": 150, "dex explorers=5": 150})
     text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])
     assert "as claimed, over K = 2, 5, though K = 5 cannot be told from the grid before" in text
-
-
-def test_a_grid_that_exits_do_not_serve_evenly_settles_nothing(tmp_path) -> None:
     costs = {"ar": 300, "dex explorers=2": 160, "dex explorers=5": 150, "dex explorers=8": 155}
-    folder = study(tmp_path / "a", costs, GRIDS | {8: [5, 9, 12, 15, 20, 24, 27, 30]})
+    folder = study(tmp_path / "c", costs, GRIDS | {8: [5, 9, 12, 15, 20, 24, 27, 30]})
     text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])
-    assert "as claimed, over K = 2, 5; K = 8 is left out, as its exits leave a stage of 5 layers" in text
+    assert "K = 8 is left out, as its exits leave a stage of 5 layers" in text
 
 
 def test_what_exits_were_trained_on_is_said(tmp_path) -> None:
@@ -131,17 +111,6 @@ def test_the_committed_pages_are_those_of_the_committed_runs() -> None:
         assert (folder / "summary.md").read_text(encoding="utf-8").startswith(summary(runs, about).rstrip())
 
 
-def test_counts_are_the_same_on_both_machines() -> None:
-    def counts(folder: str) -> dict:
-        runs = [run for run in reproduction.read_results(RESULTS / folder) if run.kind == "depth"]
-        fields = ("tokens", "exits", "ticks", "rounds", "layer_steps", "drafted", "accepted", "work")
-        return {run.key: {name: getattr(run, name) for name in fields} for run in runs}
-
-    one, other = counts("bench"), counts("bench_xeon")
-    assert len(other) == 576
-    assert {key: one[key] for key in other} == other
-
-
 def test_the_readme_says_what_the_committed_runs_say() -> None:
     rivals = (ROOT / "README.md").read_text(encoding="utf-8").split("## Rivals")[1].split("\n## ")[0]
     table = re.findall(r"^\|.*\|$", rivals, re.MULTILINE)
@@ -149,8 +118,3 @@ def test_the_readme_says_what_the_committed_runs_say() -> None:
     summary_page = (RESULTS / "bench" / "summary.md").read_text(encoding="utf-8")
     assert len(told) >= 7
     assert [figure for figure in told if f"{figure} |" not in summary_page] == []
-
-
-def test_no_folder_is_told(tmp_path, capsys) -> None:
-    assert reproduction.main([str(tmp_path / "none")]) == 2
-    assert "give a folder that a benchmark has written" in capsys.readouterr().err

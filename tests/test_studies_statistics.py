@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference import template_twin as twin
-from scipy import stats
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.resampling import simultaneous
 from dex_jax.evaluation.bench.results import read_results, read_study
 from dex_jax.evaluation.bench.runs import Run
 from studies.templates import report as template_report
@@ -77,10 +75,7 @@ STUDY = {
 }
 
 
-def alone() -> s.Grid:
-    """Simulated counts without a rival."""
-    found = grid()
-    return dataclasses.replace(found, costs={name: found.costs[name] for name in ("ar", "dex")})
+ALONE = {name: grid().costs[name] for name in ("ar", "dex")}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +85,12 @@ def alone() -> s.Grid:
         (grid(worst=0.7), False, (0, 0.75), (1, 2)),  # one bad template is enough
         (grid(rival=1.0), False, (0.85, 1), (0, 1)),
         (grid(items=8, rival=1.05, noise=0.3), False, (0, 1), (0, 1)),  # not surely above 1 in every template
-        (alone(), False, (0.85, 1), None),
+        (
+            dataclasses.replace(grid(), costs=ALONE),
+            False,
+            (0.85, 1),
+            None,
+        ),
     ],
 )
 def test_a_gain_holds_or_not(found, holds, keeps, beats):
@@ -118,64 +118,6 @@ def test_verdict_equals_the_slow_one():
     assert judged.beats == pytest.approx(beats, rel=1e-9)
 
 
-def test_spread_is_of_sums():
-    found = grid(items=6, templates=3)
-    spread = s.spread(found, "dex", resamples=50)
-    sums = [found.costs["ar"][:, t].sum() / found.costs["dex"][:, t].sum() for t in range(3)]
-    assert [interval.value for interval in spread.each] == pytest.approx(sums)
-    assert (spread.lowest, spread.median, spread.highest) == pytest.approx((min(sums), np.median(sums), max(sums)))
-    assert spread.worst_over_median.value == pytest.approx(min(sums) / np.median(sums))
-    assert spread.worst_over_median.low <= spread.worst_over_median.value <= 1
-
-
-def test_simultaneous_bounds_hold_together_as_often_as_they_say():
-    rng, trials, held, alone = np.random.default_rng(1), 150, 0, 0
-    for trial in range(trials):
-        values = rng.standard_normal((100, 8)) + rng.standard_normal((100, 1))
-        bounds = simultaneous(values, lambda v: v.mean(axis=1), resamples=200, seed=trial)
-        held += all(b.low <= 0 <= b.high for b in bounds)
-        half = 1.96 * values.std(axis=0) / 100**0.5
-        alone += bool(np.all(np.abs(values.mean(axis=0)) <= half))
-    assert held / trials > 0.9
-    assert alone < held  # bounds of one template at a time do not hold together
-
-
-def test_ranking_agreement_equals_counting_and_scipy():
-    found = grid(items=4, templates=4, rival=1.02, noise=0.6)
-    methods = [cost for name, cost in found.costs.items() if name != "ar"]
-    scores = [[np.nansum(found.costs["ar"][:, t]) / np.nansum(c[:, t]) for c in methods] for t in range(4)]
-    taus = [twin.kendall(a, b) for a, b in itertools.combinations(scores, 2)]
-    theirs = [stats.kendalltau(a, b).statistic for a, b in itertools.combinations(scores, 2)]
-    assert taus == pytest.approx(theirs)
-    assert len({round(tau, 6) for tau in taus}) > 1
-    mean, least = s.ranking_agreement(found)
-    assert (mean, least) == pytest.approx((np.mean(taus), min(taus)))
-
-
-def test_what_lengths_explain():
-    rng = np.random.default_rng(0)
-    x, z = rng.standard_normal(50), rng.standard_normal(50)
-    share, adjusted = s.explained(2 * x - z, [x, z])
-    assert (share, adjusted) == pytest.approx((1.0, 1.0))
-    y = x + rng.standard_normal(50)
-    share, adjusted = s.explained(y, [x])
-    assert share == pytest.approx(stats.linregress(x, y).rvalue ** 2)
-    assert adjusted == pytest.approx(1 - (1 - share) * 49 / 48)
-    assert s.explained(y, [x, np.ones(50)])[0] == pytest.approx(share)  # what never changes explains nothing
-    assert np.isnan(s.explained(np.array([1.0, 2.0]), [np.array([1.0, 2.0])])[0])
-    noisy = np.append(y, np.nan)
-    assert s.explained(noisy, [np.append(x, 3.0)])[0] == pytest.approx(share)
-
-
-def test_looping_answers_are_left_out_of_every_method():
-    found = grid()
-    looping = found.repeated > s.LOOPING
-    calm = found.without(looping)
-    for cost in calm.costs.values():
-        assert np.isnan(cost[looping]).all()
-        assert not np.isnan(cost[~looping]).any()
-
-
 def test_templates_without_decoding_are_told_apart():
     found = grid()
     costs = {name: cost.copy() for name, cost in found.costs.items()}
@@ -190,30 +132,9 @@ def test_templates_without_decoding_are_told_apart():
     text = template_report.summary(runs_of(found), STUDY)
     assert "Left out of all speedups: t1" in text
     assert "Holds across templates" not in text
-
-
-def test_paired_accuracy_of_two_dtypes():
-    one = grid()
-    other = dataclasses.replace(one, correct=np.where(np.arange(40)[:, None] < 4, 0.0, one.correct), dtype="bfloat16")
-    # Only of items that both have.
-    other = dataclasses.replace(other, items=(*one.items[:30], *(f"else{i}" for i in range(10))))
-    found = s.paired_accuracy(one, other)
-    assert found.items == 30
-    assert found.value == pytest.approx(-one.correct[:4].sum() / (30 * 5))
-    assert found.low <= found.value <= found.high <= 0
-    assert s.paired_accuracy(one, dataclasses.replace(other, items=tuple(f"x{i}" for i in range(40)))) is None
-
-
-def test_none_of_some_answers_right_is_not_surely_none():
-    one = grid(items=40, templates=5)
-    correct = one.correct.copy()
-    correct[:, 0], correct[:, 1] = 0, 1
-    correct[30:, 1] = np.nan
-    none, every, *_ = s.accuracy(dataclasses.replace(one, correct=correct))
-    assert (none.low, every.high) == (0, 1)
-    # As unlikely as 5% shared by five templates: none of 40, all of 30.
-    assert (1 - none.high) ** 40 == pytest.approx(0.01)
-    assert every.low**30 == pytest.approx(0.01)
+    looping = found.repeated > s.LOOPING
+    for cost in found.without(looping).costs.values():
+        assert np.isnan(cost[looping]).all()
 
 
 def test_grids_are_made_of_runs():

@@ -124,13 +124,9 @@ def test_the_study_runs_goes_on_and_notices_what_is_wrong(command, tmp_path, mon
         (["--tasks", "chess"], "chess"),
         (["--methods", "ar,del"], "not del"),
         (["--methods", "dex"], "needs ar"),
-        (["--methods", "ar,layerskip", "--explorers", "1"], "--explorers"),
         (["--explorers", "9"], "--explorers"),
-        (["--loop-share", "2"], "--loop-share"),
         (["--formats", "3"], "--formats"),
-        (["--tune-items", "0"], "--tune-items"),
         (["--exit-depths", "4"], "--exit-depths"),
-        (["--max-new-tokens", "1"], "--max-new-tokens"),
         (["--templates", "none.json"], "none.json"),
         (["--second-dtype", "float32"], "--second-dtype"),
         (["--data", "nowhere"], "nowhere"),
@@ -140,24 +136,15 @@ def test_bad_flags_are_refused_and_nothing_is_written(command, tmp_path, capsys,
     assert command(*more) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_reports_of_other_folders_are_refused(tmp_path, capsys):
     assert template_report.main([str(tmp_path)]) == 2
-    assert "there is no" in capsys.readouterr().err
 
 
 def test_a_tie_of_an_exit_is_no_error(lm):
     """A disagreement counts only where the exit was sure."""
-    run = next_forced(lm)
-    assert run.closest.shape == run.exits.shape
-    assert np.all(run.closest[1:] <= 1)
-    assert np.all(run.closest[1:] >= 0)
-
-
-def next_forced(lm):
     exits = shared_exits(lm, (2,))
     forced = force(lm, exits, answers(lm, [[1, 2, 3]], 12, batch=4), dex_asks((2, 4), exits.config))
     even = dataclasses.replace(forced, said=forced.said._replace(gap=forced.said.gap * 0 + 0.25))
     assert set(dex_counts(even, (2, 4))[0].closest[1:]) == {0.25}
-    return dex_counts(forced, (2, 4))[0]
+    run = dex_counts(forced, (2, 4))[0]
+    assert run.closest.shape == run.exits.shape
+    assert np.all((run.closest[1:] >= 0) & (run.closest[1:] <= 1))

@@ -24,20 +24,15 @@ ROWS = {
     "hellaswag": {"ind": 4, "activity_label": "Tea", "ctx": "She pours", "endings": ["tea.", "sand."], "label": 0},
     "mmlu": {"subject": "law", "idx": 3, "question": "Which?", "choices": ["this", "that"], "answer": 1},
 }
+EXPLAIN = "\n\nName the letter and explain your choice."
 ASKED = {
     "gsm8k": ("0", "2 + 2?"),
     "humaneval": ("HumanEval/9", "def f():"),
     "spec_bench": ("7", "first"),
     "mt_bench": ("81", "first"),
     "xsum": ("x1", "Summarise this article in a few sentences.\n\nA long article."),
-    "hellaswag": (
-        "4",
-        "She pours\n\nHow does this go on?\nA. tea.\nB. sand.\n\nName the letter and explain your choice.",
-    ),
-    "mmlu": (
-        "0",
-        "Which?\n\nWhich answer is right?\nA. this\nB. that\n\nName the letter and explain your choice.",
-    ),
+    "hellaswag": ("4", f"She pours\n\nHow does this go on?\nA. tea.\nB. sand.{EXPLAIN}"),
+    "mmlu": ("0", f"Which?\n\nWhich answer is right?\nA. this\nB. that{EXPLAIN}"),
 }
 
 
@@ -87,14 +82,9 @@ def test_what_the_hub_cannot_give_is_told(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("task", "lines", "says"),
     [
-        (
-            "gsm8k",
-            '{"question": "a"}\n{"answer": "4"}\n',
-            'line 2 of .*rows.jsonl has no text "question", only "answer"',
-        ),
+        ("gsm8k", '{"question": "a"}\n{"answer": "4"}\n', 'line 2 of .*rows.jsonl has no text "question"'),
         ("gsm8k", '{"question": "a"}\n\n{"question": \n', "line 3 of .*rows.jsonl is no JSON"),
         ("gsm8k", "", "rows.jsonl is empty"),
-        ("gsm8k", "3\n", "line 1 of .* is int, not an item"),
         ("humaneval", '{"task_id": "a", "prompt": "x"}\n' * 2, "line 2 of .*: another item has the same id, a"),
         ("spec_bench", '{"question_id": 1, "turns": []}\n', 'line 1 of .* has no "turns"'),
         ("mmlu", '{"subject": "a", "question": "b", "choices": ["c"], "answer": 0}\n', 'line 1 of .*"choices"'),

@@ -5,17 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from environment import flags_for_devices
 from reference.small_models import LLAMA, small_model
 
-from dex_jax.cli import decode, train, train_results
+from dex_jax.cli import decode, train
 from dex_jax.cli.train_arguments import configured, folder_of, train_parser
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.resolve import default_exits
@@ -113,19 +109,7 @@ def test_training_leaves_exits_and_metrics(trained) -> None:
     assert np.any(exits.parameters["map"])
     evaluations = [record["step"] for record in read_journal(trained) if record["kind"] == "evaluation"]
     assert evaluations == [2, 4]
-    drawn = trained / "agreement.png"
-    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
-    assert drawn.is_file() == has_matplotlib
-
-
-def test_the_picture_is_drawn_of_all_evaluations(monkeypatch, trained) -> None:
-    drawn = []
-    monkeypatch.setattr("dex_jax.plot.training.plot_agreement", lambda *given: drawn.append(given))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    train._draw(trained)
-    ((records, path),) = drawn
-    assert [(record["step"], record["groups"]["mean"]["depths"]) for record in records] == [(2, [1, 2]), (4, [1, 2])]
-    assert path == trained / "agreement.png"
+    assert (trained / "agreement.png").is_file() == (importlib.util.find_spec("matplotlib") is not None)
 
 
 def test_the_same_command_again_finds_nothing_left_to_do(capsys, trained, place) -> None:
@@ -159,6 +143,11 @@ def test_export_is_small_and_decodes_to_the_same_text(capsys, trained, place) ->
     code, out, _ = run(capsys, "export", trained, small)
     assert code == 0
     assert out.startswith(f"{small}: {small.stat().st_size / 1e6:.2f} MB, int8, linear exits at depths 1, 2")
+    assert run(capsys, "export", trained, place / "early.safetensors", "--step", "2")[0] == 0
+    assert load_exits(place / "early.safetensors").metadata["steps"] == 2
+    code, _, err = run(capsys, "export", trained, place / "none.safetensors", "--step", "3")
+    assert code == 2
+    assert "no checkpoint of step 3; those that are kept: 2, 4" in err
     assert run(capsys, "export", trained, large, "--float32")[0] == 0
     assert small.stat().st_size < 0.4 * large.stat().st_size
     exact, rounded, whole = load_exits(trained), load_exits(small), load_exits(large)
@@ -171,17 +160,6 @@ def test_export_is_small_and_decodes_to_the_same_text(capsys, trained, place) ->
         record = json.loads(capsys.readouterr().out)
         assert record["check"]["identical"]
         assert record["exits_source"] == str(source)
-
-
-def test_a_step_is_exported(capsys, trained, tmp_path) -> None:
-    out = tmp_path / "early.safetensors"
-    code, _, _ = run(capsys, "export", trained, out, "--step", "2")
-    assert code == 0
-    assert load_exits(out).metadata["steps"] == 2
-    code, _, err = run(capsys, "export", trained, tmp_path / "none.safetensors", "--step", "3")
-    assert code == 2
-    assert "no checkpoint of step 3; those that are kept: 2, 4" in err
-    assert not (tmp_path / "none.safetensors").exists()
 
 
 @pytest.fixture(scope="module")
@@ -259,11 +237,6 @@ def test_evaluate_compares_exits_on_the_same_answers(capsys, monkeypatch, traine
     assert "keeps answers of another max_new_tokens (6, now 7)" in err
 
 
-def test_groups_are_named_by_files() -> None:
-    names = train_results._group_names(["a/train.jsonl.gz", "b/train.jsonl", "c/other.txt"])
-    assert names == {"a/train.jsonl.gz": "a/train.jsonl.gz", "b/train.jsonl": "b/train.jsonl", "other": "c/other.txt"}
-
-
 def test_a_whole_model_is_trained_and_decodes(capsys, place) -> None:
     folder = place / "whole"
     command = ["--config", place / "whole.py", "--folder", folder]
@@ -322,10 +295,7 @@ def test_flags_and_a_first_training(capsys, place, tmp_path) -> None:
     assert configured(train_parser().parse_args([*flags, "--init-from", "x"])).first is None
     code, out, _ = run(capsys, *flags, "--dry-run", "--machine", "t4")
     assert code == 0
-    assert [f"for {tokens} tokens" in line for tokens, line in zip((96, 216), out.splitlines(), strict=True)] == [
-        True,
-        True,
-    ]
+    assert all(f"for {tokens} tokens" in line for tokens, line in zip((96, 216), out.splitlines(), strict=True))
 
 
 @pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
@@ -344,21 +314,8 @@ def test_two_explorers_exit_starts_from_those_that_ship() -> None:
     assert dataclasses.replace(chosen, draft_size=config.exits.draft_size) == config.exits
 
 
-@pytest.mark.slow
-def test_a_mesh_reaches_the_trainer(place, tmp_path) -> None:
-    """In a process of its own: the number of devices is set before JAX starts."""
-    environment = os.environ | {"XLA_FLAGS": flags_for_devices(2), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(PROGRAM), "--config", str(place / "whole.py"), "--folder", str(tmp_path / "mesh")]
-    done = subprocess.run([*command, "--mesh", "2x1", "--batch", "3"], env=environment, text=True, capture_output=True)
-    assert done.returncode == 2
-    assert "2 devices" in done.stderr.splitlines()[-1]
-
-
 CASES = {
     "--config {place}/none.py": "none.py",
-    "--config {place}/number.py": "int",
-    "--config {place}/raises.py": "ZeroDivisionError",
-    "--config {place}/syntax.py": "SyntaxError",
     "--config {place}/refused.py": "refused.py: steps",
     "--config {place}/exits.py --steps 0": "steps",
     "--config {place}/exits.py --recipe layerskip": "--recipe",
@@ -372,9 +329,7 @@ CASES = {
     "--config {place}/whole.py --dry-run --machine t4": "--machine",
     "export {place}/none {place}/x.safetensors": "no folder",
     "export {place} {place}/x.safetensors": "no whole checkpoint",
-    "export {place} {place}/x.bin": ".safetensors",
     "evaluate --exits default --model {place}/model --data x.txt": "no trained exits",
-    "evaluate --exits shared --model {place}/model --data x.txt": "x.txt",
     "evaluate --exits shared --prompts 0 --data x.txt": "--prompts",
 }
 """Arguments -> a word of the sentence that answers them."""
@@ -382,51 +337,16 @@ CASES = {
 
 @pytest.mark.parametrize(("arguments", "keyword"), CASES.items())
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, place, arguments, keyword) -> None:
-    contents = {
-        "empty": "",
-        "number": "config = 3",
-        "raises": "1 / 0",
-        "syntax": "config = (",
-        "refused": "from dex_jax.training.config import TrainConfig\nTrainConfig(steps=0)",
-    }
-    for name, content in contents.items():
-        (place / f"{name}.py").write_text(content, encoding="utf-8")
+    (place / "refused.py").write_text("from dex_jax.training.config import TrainConfig\nTrainConfig(steps=0)")
     code, out, err = run(capsys, *arguments.format(place=place).split())
     assert (code, out) == (2, "")
     assert err.count("error: ") == 1
     assert keyword in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("mesh", ["2", "2x", "0x1", "axb"])
+@pytest.mark.parametrize("mesh", ["2", "0x1"])
 def test_a_bad_mesh_names_the_flag(capsys, mesh) -> None:
     with pytest.raises(SystemExit) as stopped:
         train.main(["--config", "x.py", "--mesh", mesh])
     assert stopped.value.code == 2
     assert "argument --mesh" in capsys.readouterr().err
-
-
-def test_too_little_memory_is_one_sentence(capsys, monkeypatch) -> None:
-    def full(path):
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
-
-    monkeypatch.setattr("dex_jax.cli.train_arguments.read_config", full)
-    code, out, err = run(capsys, "--config", "x.py")
-    assert (code, out) == (2, "")
-    assert "lower --batch" in err.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("command", "flags"),
-    [
-        ([], ["--config", "--init-from", "--recipe", "--mesh", "--dry-run", "export", "evaluate"]),
-        (["export"], ["FOLDER", "--float32"]),
-        (["evaluate"], ["--exits", "--cache", "--max-new-tokens", "--output"]),
-    ],
-)
-def test_help_names_every_flag(capsys, command, flags) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        train.main([*command, "--help"])
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    for flag in flags:
-        assert flag in text

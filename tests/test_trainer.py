@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 import os
 import subprocess
@@ -16,23 +15,14 @@ from reference.training_twin import train_linear_map
 from training_worker import LinearMap
 
 from dex_jax.errors import DexError
-from dex_jax.io.whole_files import plain
 from dex_jax.training.config import MAY_CHANGE, TrainConfig
 from dex_jax.training.journal import FILE_NAME, Journal, read_journal
 from dex_jax.training.optimizer import decayed_by_default, learning_rate
 from dex_jax.training.progress import Progress
 from dex_jax.training.trainer import train
 
-CONFIG = TrainConfig(
-    steps=12,
-    batch=4,
-    learning_rate=0.02,
-    warmup_steps=3,
-    weight_decay=0.1,
-    checkpoint_every=4,
-    eval_every=6,
-    log_every=3,
-)
+EVERY = {"checkpoint_every": 4, "eval_every": 6, "log_every": 3}
+CONFIG = TrainConfig(**EVERY, steps=12, batch=4, learning_rate=0.02, warmup_steps=3, weight_decay=0.1)
 TIMES = ("seconds", "tokens_per_second")
 
 
@@ -57,18 +47,11 @@ def assert_same(one, two):
     ("field", "value"),
     [
         ("steps", 0),
-        ("steps", 2.0),
         ("batch", True),
-        ("tokens", 0),
-        ("eval_every", 0),
         ("seed", -1),
-        ("keep", 0),
-        ("learning_rate", 0.0),
         ("learning_rate", math.nan),
         ("final_rate", 1.5),
-        ("weight_decay", -0.1),
         ("beta2", 1.0),
-        ("clip_norm", 0),
         ("dtype", "float64"),
         ("tensorboard", "yes"),
     ],
@@ -76,18 +59,6 @@ def assert_same(one, two):
 def test_a_field_that_will_not_do_is_named(field, value):
     with pytest.raises(DexError, match=field):
         TrainConfig(**{field: value})
-
-
-def test_flags_replace_fields_and_those_not_given_do_not():
-    changed = TrainConfig().replace({"steps": 7, "batch": None, "learning_rate": 0.5})
-    assert changed == TrainConfig(steps=7, learning_rate=0.5)
-    with pytest.raises(DexError, match="step_count"):
-        TrainConfig().replace({"step_count": 3})
-
-
-def test_every_field_is_documented():
-    for field in dataclasses.fields(TrainConfig):
-        assert field.name in TrainConfig.__doc__.split("Attributes:")[1], field.name
 
 
 # Optimizer
@@ -107,14 +78,9 @@ def test_training_is_the_plain_loop_in_numpy(tmp_path, accumulate, clip_norm):
 
 
 def test_only_matrices_decay_stacked_or_not():
-    params = {
-        "map": np.ones((3, 4, 4)),
-        "norm": np.ones((3, 4)),
-        "previous_norm": np.ones((3, 4)),
-        "rest_bias": np.ones((3, 4)),
-        "context": {"enter": np.ones((4, 8)), "leave": np.ones(4)},
-    }
-    expected = {"map": True, "norm": False, "previous_norm": False, "rest_bias": False}
+    flat = dict.fromkeys(("norm", "previous_norm", "rest_bias"), np.ones((3, 4)))
+    params = {**flat, "map": np.ones((3, 4, 4)), "context": {"enter": np.ones((4, 8)), "leave": np.ones(4)}}
+    expected = {**dict.fromkeys(flat, False), "map": True}
     assert decayed_by_default(params) == {**expected, "context": {"enter": True, "leave": False}}
 
 
@@ -140,7 +106,7 @@ def whole(tmp_path_factory):
 def test_a_run_learns_logs_evaluates_and_traces_once(whole):
     trained, folder, task, told = whole
     assert (trained.step, trained.tokens) == (12, 4 * 12 - 6)
-    assert task.traces == 1
+    assert (task.traces, task.boundaries) == (1, 3)
     assert all(value.dtype == jnp.float32 for value in trained.params.values())
     records = read_journal(folder)
     assert [record["step"] for record in records if record["kind"] == "train"] == [3, 4, 6, 8, 9, 12]
@@ -155,11 +121,7 @@ def test_a_run_learns_logs_evaluates_and_traces_once(whole):
     assert told[-1].seconds_left == 0.0
 
 
-def test_boundaries_are_at_checkpoints(whole):
-    assert whole[2].boundaries == 3
-
-
-@pytest.mark.parametrize("stop", [2, 6, 8])
+@pytest.mark.parametrize("stop", [2, 6])
 def test_a_run_that_stopped_goes_on_to_the_same_end(tmp_path, whole, stop):
     class Stop(Exception):
         pass
@@ -185,8 +147,8 @@ def test_a_run_that_is_done_does_nothing_and_more_steps_go_on(tmp_path):
     again = train(LinearMap(config), config, tmp_path, notify=told.append)
     assert_same(again.params, first.params)
     assert again.evaluation is None
-    assert len(told) == 1
-    assert "nothing is left to do" in told[0]
+    (line,) = told
+    assert "nothing is left to do" in line
     longer = dataclasses.replace(config, steps=6, keep=1, log_every=1)
     assert train(LinearMap(longer), longer, tmp_path, notify=silent).step == 6
 
@@ -293,25 +255,21 @@ def test_another_backbone_warns_and_goes_on(small):
     task, told = LinearMap(config), []
     task.backbone = "backbone-b"
     train(task, config, folder, notify=told.append)
-    assert "warning" in told[0]
-    assert "backbone-a" in told[0]
-    assert "backbone-b" in told[0]
+    assert all(word in told[0] for word in ("warning", "backbone-a", "backbone-b"))
 
 
 # Devices
 
 
-def test_meshes_give_one_devices_result(tmp_path):
+def test_a_mesh_gives_one_devices_result(tmp_path):
     worker = Path(__file__).with_name("training_worker.py")
     flags = {"XLA_FLAGS": flags_for_devices(4), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(worker), str(tmp_path), "--steps", "20", "--width", "8", "--checkpoint-every", "10"]
-    subprocess.run([*command, "--meshes", "", "2x1", "2x2"], env={**os.environ, **flags}, check=True)
-    one = np.load(tmp_path / "result.npz")
-    for mesh, shards in {"2x1": 1, "2x2": 2}.items():
-        many = np.load(tmp_path / mesh / "result.npz")
-        assert many["shards"] == shards
-        for name in ("map", "scale", "bias"):
-            np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=1e-6, err_msg=f"{mesh} {name}")
+    subprocess.run([*command, "--meshes", "", "2x2"], env={**os.environ, **flags}, check=True)
+    one, many = (np.load(tmp_path / mesh / "result.npz") for mesh in ("", "2x2"))
+    assert many["shards"] == 2
+    for name in ("map", "scale", "bias"):
+        np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
@@ -326,7 +284,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 def test_a_resumed_journal_drops_half_lines_and_lines_beyond(tmp_path):
     journal = Journal(tmp_path, 0)
     for step in (1, 2, 3):
-        journal.write("train", step, {"loss": np.float32(0.5), "list": (1, math.inf)})
+        journal.write("train", step, {"loss": np.float32(0.5), "list": (1, math.inf), "deep": {1: jnp.ones(1)}})
     journal.close()
     path = tmp_path / FILE_NAME
     whole_lines = path.read_bytes()
@@ -338,12 +296,8 @@ def test_a_resumed_journal_drops_half_lines_and_lines_beyond(tmp_path):
     journal.write("train", 3, {"loss": 0.25})
     journal.close()
     assert [record["loss"] for record in read_journal(tmp_path)] == [0.5, 0.5, 0.25]
-    assert read_journal(tmp_path)[0]["list"] == [1, None]
-
-
-def test_numbers_become_strict_json():
-    value = {1: jnp.float32(2.0), "a": np.array([1, 2]), "b": [math.nan, (True, None)]}
-    assert json.loads(json.dumps(plain(value), allow_nan=False)) == {"1": 2.0, "a": [1, 2], "b": [None, [True, None]]}
+    first = read_journal(tmp_path)[0]
+    assert (first["list"], first["deep"]) == ([1, None], {"1": [1.0]})
 
 
 def test_tensorboard_is_optional_and_purges_what_is_done_again(tmp_path, monkeypatch):

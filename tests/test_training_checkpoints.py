@@ -77,36 +77,18 @@ def test_what_was_saved_comes_back(three):
 def test_a_save_copies_before_it_returns(tmp_path):
     source = np.ones(1000, np.float32)
     with Checkpoints(tmp_path, 1, silent) as checkpoints:
-        checkpoints.save({"params": source}, record(1))
+        returned = checkpoints.save({"params": source}, record(1, {"pair": (1, 2), "none": None}))
         source[:] = 2.0
-    np.testing.assert_array_equal(read_newest(tmp_path).arrays["params"], np.ones(1000, np.float32))
-
-
-def test_a_cursor_comes_back_as_it_will_after_a_restore(tmp_path):
-    with Checkpoints(tmp_path, 1, silent) as checkpoints:
-        returned = checkpoints.save(state(), record(1, {"pair": (1, 2), "none": None}))
+    # A cursor comes back as it will after a restore.
     assert returned == read_newest(tmp_path).record
     assert returned.cursor == {"pair": [1, 2], "none": None}
-
-
-def test_so_many_are_kept(tmp_path):
-    with Checkpoints(tmp_path, 2, silent) as checkpoints:
-        for step in (1, 2, 3, 4):
-            checkpoints.save(state(), record(step))
-            # The new one is not there yet, so the old ones still are.
-            assert len(steps_in(tmp_path)) <= 3
-    assert steps_in(tmp_path) == [4, 3]
+    np.testing.assert_array_equal(read_newest(tmp_path).arrays["params"], np.ones(1000, np.float32))
 
 
 def flip(path):
     data = bytearray(largest(path).read_bytes())
     data[len(data) // 2] ^= 1
     largest(path).write_bytes(data)
-
-
-def truncate(path):
-    data = largest(path).read_bytes()
-    largest(path).write_bytes(data[: len(data) // 2])
 
 
 def change_record(path):
@@ -120,16 +102,11 @@ def lose_arrays(path):
     shutil.rmtree(path / "state")
 
 
-def lose_everything(path):
-    shutil.rmtree(path)
-    path.mkdir()
-
-
 def largest(path):
     return max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, change_record, lose_arrays, lose_everything])
+@pytest.mark.parametrize("damage", [flip, change_record, lose_arrays])
 def test_a_damaged_checkpoint_is_passed_over(copy, damage):
     damage(copy / "step_00000003")
     told = []
@@ -137,17 +114,16 @@ def test_a_damaged_checkpoint_is_passed_over(copy, damage):
     with Checkpoints(copy, 3, told.append) as checkpoints:
         assert checkpoints.newest().record == record(2)
         assert checkpoints.saved_step == 2
-    assert len(told) == 2
-    assert told[0] == told[1]
-    assert "step_00000003 is damaged" in told[0]
-    assert "\n" not in told[0]
+    line, again = told
+    assert line == again
+    assert "step_00000003 is damaged" in line
     assert steps_in(copy) == [2, 1]
     assert (copy / "step_00000003.damaged").is_dir()
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(copy):
-    truncate(copy / "step_00000003")
-    truncate(copy / "step_00000002")
+    flip(copy / "step_00000003")
+    flip(copy / "step_00000002")
     with Checkpoints(copy, 1, silent) as checkpoints:
         assert checkpoints.newest().record.step == 1
         checkpoints.save(state(5.0), record(2))
@@ -157,7 +133,7 @@ def test_damaged_checkpoints_do_not_count_as_kept(copy):
 
 def test_when_all_are_damaged_training_begins_anew(copy):
     for path in copy.glob("step_*"):
-        truncate(path)
+        flip(path)
     told = []
     with Checkpoints(copy, 3, told.append) as checkpoints:
         assert checkpoints.newest() is None
@@ -207,38 +183,27 @@ def test_what_does_not_fit_is_refused(three, other):
 # Full disks
 
 
-def assert_recovers(folder, told):
-    """After the trouble the run goes on from step 2 to what a run without trouble gives."""
-    resumed = train(LinearMap(CONFIG), CONFIG, folder, notify=told.append)
-    assert "from step 2 " in told[0]
-    clean = train(LinearMap(CONFIG), CONFIG, folder.with_name("clean"), notify=silent)
-    np.testing.assert_array_equal(resumed.params["map"], clean.params["map"])
-
-
-@pytest.mark.parametrize("when", ["at once", "in the background"])
-def test_a_full_disk_is_told_and_nothing_saved_is_lost(tmp_path, monkeypatch, when):
+def test_a_full_disk_is_told_and_nothing_saved_is_lost(tmp_path, monkeypatch):
+    """Told at once; the next test has one that is found out in the background."""
     config = dataclasses.replace(CONFIG, keep=1)
-    manager, broken = ocp.CheckpointManager, []
-    save, wait = manager.save, manager.wait_until_finished
-
-    def full(self, *args, **options):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    save, folder, told = ocp.CheckpointManager.save, tmp_path / "run", []
 
     def failing(self, step, **options):
         if step != 4:
             return save(self, step, **options)
         (self.directory / "step_00000004.orbax-checkpoint-tmp").mkdir()
-        broken.append(step)
-        return full(self) if when == "at once" else True
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(manager, "save", failing)
-        patch.setattr(manager, "wait_until_finished", lambda self: full(self) if broken else wait(self))
+        patch.setattr(ocp.CheckpointManager, "save", failing)
         with pytest.raises(DexError, match=r"step 4 could not be written .*the disk is full\); step 2 is still there"):
-            train(LinearMap(config), config, tmp_path / "run", notify=silent)
-    assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_00000002"]
-    if when == "at once":
-        assert_recovers(tmp_path / "run", [])
+            train(LinearMap(config), config, folder, notify=silent)
+    assert [path.name for path in folder.glob("step_*")] == ["step_00000002"]
+    # After the trouble the run goes on to what a run without trouble gives.
+    resumed = train(LinearMap(CONFIG), CONFIG, folder, notify=told.append)
+    assert "from step 2 " in told[0]
+    clean = train(LinearMap(CONFIG), CONFIG, tmp_path / "clean", notify=silent)
+    np.testing.assert_array_equal(resumed.params["map"], clean.params["map"])
 
 
 def test_a_write_that_the_system_cuts_off(tmp_path):
@@ -263,7 +228,7 @@ def test_a_write_that_the_system_cuts_off(tmp_path):
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_as_if_never_killed(tmp_path):
     """Kills at random moments, one of them for certain during a save, then the end: bit for bit the same."""
-    command = [sys.executable, str(WORKER), str(tmp_path / "killed"), "--steps", "40", "--seconds", "0.02"]
+    command = [sys.executable, str(WORKER), str(tmp_path / "killed"), "--steps", "30", "--seconds", "0.02"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     rng = np.random.default_rng(0)
     in_a_save, resumed = 0, 0
@@ -271,7 +236,7 @@ def test_killed_at_any_moment_it_ends_as_if_never_killed(tmp_path):
     def lines():
         return len(read_journal(tmp_path / "killed"))
 
-    for kill in range(3):
+    for kill in range(2):
         before, more = lines(), int(rng.integers(3, 6))
         with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
             deadline = time.monotonic() + 60
@@ -289,12 +254,11 @@ def test_killed_at_any_moment_it_ends_as_if_never_killed(tmp_path):
         in_a_save += any((tmp_path / "killed").glob("*.orbax-checkpoint-tmp*"))
     last = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=True)
     assert "Resuming from step" in last.stderr
-    assert resumed == 2
+    assert resumed == 1
     assert in_a_save > 0
 
-    subprocess.run(
-        [*command[:2], str(tmp_path / "whole"), "--steps", "40"], env=environment, stderr=subprocess.DEVNULL, check=True
-    )
+    whole = [*command[:2], str(tmp_path / "whole"), "--steps", "30"]
+    subprocess.run(whole, env=environment, stderr=subprocess.DEVNULL, check=True)
     killed, whole = (np.load(tmp_path / name / "result.npz") for name in ("killed", "whole"))
     for name in whole:
         np.testing.assert_array_equal(killed[name], whole[name], err_msg=name)

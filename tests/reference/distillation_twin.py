@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
-from reference.exit_metrics_twin import TRUE, TextTwin
+from reference.exit_metrics_twin import TextTwin
 
 
 class LossTwin(NamedTuple):
@@ -50,60 +49,17 @@ def losses(features, final, weight, unembed, draft, hard, scale) -> LossTwin:
     return LossTwin(loss, agreement, coverage, gradient)
 
 
-@dataclasses.dataclass
 class ItemTwin(TextTwin):
-    """One item of the stream; its tokens are `prompt`, and `answer` is empty.
-
-    `features(depth, at, source)` is the twin's. Where `source` is a depth, the context layer does not see the last
-    `hidden` positions before `at`.
-    """
-
-    hidden: int = 1
+    """One item of the stream; its tokens are `prompt`, and `answer` is empty."""
 
     def with_rest(self, depth: int, at: int, source: int | None, hidden: int) -> np.ndarray:
-        """[D + 1]: features and the logit of all tokens outside the draft vocabulary."""
+        """[D + 1]: features and the logit of all tokens outside the draft vocabulary.
+
+        Where `source` is a depth, the context layer does not see the last `hidden` positions before `at`.
+        """
         self.hidden = hidden
         out, e = self.features(depth, at, source), self.exits.depths.index(depth)
         rest = -np.inf
         if "rest" in self.parameters:
             rest = self.parameters["rest"][e] @ out + self.parameters["rest_bias"][e]
         return np.append(out, rest)
-
-    def context(self, at: int, source: int | None) -> np.ndarray:
-        here = self.context_row(at, source)
-        newest = at - 1 if source is TRUE else at - 1 - self.hidden
-        seen = [self.context_row(j, TRUE) for j in range(max(0, at - self.exits.window), newest + 1)]
-        query, *_ = self.projected(here, at)
-        pairs = [self.projected(row, j)[1:] for j, row in zip(range(max(0, at - self.exits.window), at), seen)]  # noqa: B905
-        pairs.append(self.projected(here, at)[1:])
-        mixed = []
-        for h in range(self.exits.heads):
-            scores = log_softmax(np.array([key[h] @ query[h] for key, _ in pairs]) / np.sqrt(self.exits.head_dim))
-            mixed.append(sum(np.exp(score) * value[h] for score, (_, value) in zip(scores, pairs, strict=True)))
-        layer = self.layer
-        x = here + layer["out"] @ np.concatenate(mixed)
-        gate, up = np.split(layer["gate_up"] @ (self.normed(x) * layer["mlp_norm"]), 2)
-        x = x + layer["down"] @ (gate / (1 + np.exp(-gate)) * up)
-        return self.normed(x) * self.parameters["context.leave"]
-
-    @property
-    def layer(self) -> dict[str, np.ndarray]:
-        start = "context.layer."
-        return {name.removeprefix(start): p for name, p in self.parameters.items() if name.startswith(start)}
-
-    def context_row(self, at: int, source: int | None) -> np.ndarray:
-        both = [self.normed(self.embed[self.inputs[at]]), self.normed(self.previous(at, source))]
-        return self.parameters["context.enter"] @ np.concatenate(both)
-
-    def projected(self, row: np.ndarray, at: int) -> tuple[list, list, list]:
-        """Query, key and value of each head; queries and keys are turned, pair by pair, by the position."""
-        heads, width = self.exits.heads, self.exits.head_dim
-        flat = self.layer["qkv"] @ (self.normed(row) * self.layer["attention_norm"])
-        query, key, value = flat.reshape(3, heads, width)
-        turn = np.exp(1j * at / 10000.0 ** (np.arange(0, width, 2) / width))
-
-        def turned(head: np.ndarray) -> np.ndarray:
-            pairs = (head[: width // 2] + 1j * head[width // 2 :]) * turn
-            return np.concatenate([pairs.real, pairs.imag])
-
-        return [turned(h) for h in query], [turned(h) for h in key], list(value)

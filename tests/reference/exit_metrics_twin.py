@@ -28,6 +28,7 @@ class TextTwin:
     embed: np.ndarray
     unembed: np.ndarray
     vocabulary: list[int]
+    hidden: int = 1  # positions before a node that its context does not see, where its parent has not finished
 
     def __post_init__(self) -> None:
         self.inputs = [*self.prompt, *self.answer[:-1]]
@@ -90,7 +91,7 @@ class TextTwin:
 
         x = entered(at, source)
         query, key, value = projected(x, at)
-        newest = at - 1 if source is TRUE else at - 2
+        newest = at - 1 if source is TRUE else at - 1 - self.hidden
         seen = [projected(entered(j, TRUE), j) for j in range(max(0, at - c.window), newest + 1)]
         keys, values = np.stack([*(k for _, k, _ in seen), key]), np.stack([*(v for *_, v in seen), value])
         mixed = []

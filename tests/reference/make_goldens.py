@@ -95,11 +95,13 @@ def families_golden() -> dict:
 
 def smollm2_golden(count: int = len(PROMPTS)) -> dict:
     """The content of smollm2.json, for the first `count` prompts."""
-    model, tokenizer = smollm2_torch.load_model(), smollm2_torch.Tokenizer()
+    model, tokenizer = smollm2_torch.load_model(), smollm2_torch.load_tokenizer()
     prompts = []
     for prompt in PROMPTS[:count]:
-        result = greedy(model, tokenizer.encode_chat(prompt), SMOLLM2_NEW_TOKENS)
-        prompts.append({"prompt": prompt, "text": tokenizer.decode(result["new_tokens"])} | result)
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        result = greedy(model, ids["input_ids"], SMOLLM2_NEW_TOKENS)
+        text = tokenizer.decode(result["new_tokens"], skip_special_tokens=True)
+        prompts.append({"prompt": prompt, "text": text} | result)
     statistics = [_logit_statistics(model, index, prompts[index]["prompt_ids"]) for index in (0, 1)]
     return _header() | {
         "weights": f"{smollm2_torch.PACKAGE}: {smollm2_torch.FILE}",

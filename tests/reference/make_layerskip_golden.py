@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from transformers.generation.candidate_generator import EarlyExitCandidateGenerator
@@ -27,29 +28,6 @@ SETTINGS = ((18, 2), (24, 4), (27, 6))
 """(exit depth, draft length)."""
 
 
-class Rounds:
-    """While entered, counts what each round drafted and how much of it was accepted."""
-
-    def __init__(self) -> None:
-        self.drafted = self.accepted = self.rounds = 0
-
-    def __enter__(self) -> Rounds:
-        self.real = EarlyExitCandidateGenerator.update_candidate_strategy
-        rounds = self
-
-        def counted(generator, input_ids, scores, num_matches) -> None:
-            rounds.rounds += 1
-            rounds.drafted += scores.shape[1] - 1
-            rounds.accepted += int(num_matches)
-            rounds.real(generator, input_ids, scores, num_matches)
-
-        EarlyExitCandidateGenerator.update_candidate_strategy = counted
-        return self
-
-    def __exit__(self, *error) -> None:
-        EarlyExitCandidateGenerator.update_candidate_strategy = self.real
-
-
 def accepted(model, prompt: list[int], depth: int, draft_length: int) -> dict:
     """Tokens and counts of one prompt, which ends with the answer's first token."""
     config = model.generation_config
@@ -57,17 +35,18 @@ def accepted(model, prompt: list[int], depth: int, draft_length: int) -> dict:
     config.num_assistant_tokens_schedule = "constant"
     config.assistant_confidence_threshold = 0.0
     config.eos_token_id = None
-    ids = torch.tensor([prompt])
-    with Rounds() as rounds:
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS - 1,
-            assistant_early_exit=depth,
-        )
-    tokens = out[0, len(prompt) :].tolist()
-    return {"rounds": rounds.rounds, "drafted": rounds.drafted, "accepted": rounds.accepted, "tokens": tokens}
+    ids, rounds = torch.tensor([prompt]), []
+    update = EarlyExitCandidateGenerator.update_candidate_strategy
+
+    def counted(generator, input_ids, scores, num_matches) -> None:
+        rounds.append((scores.shape[1] - 1, int(num_matches)))
+        update(generator, input_ids, scores, num_matches)
+
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS - 1, "assistant_early_exit": depth}
+    with mock.patch.object(EarlyExitCandidateGenerator, "update_candidate_strategy", counted):
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    drafted, kept = map(sum, zip(*rounds, strict=True))
+    return {"rounds": len(rounds), "drafted": drafted, "accepted": kept, "tokens": out[0, len(prompt) :].tolist()}
 
 
 def golden(settings=SETTINGS, numbers=PROMPT_NUMBERS) -> dict:

@@ -8,9 +8,10 @@ import functools
 import numpy as np
 
 import dex_jax
-from dex_jax.config import ModelConfig
+from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.evaluation.check import compare
 from dex_jax.language_model import LanguageModel
+from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Layout, Unrolled, random_transformer
 
 LLAMA = ModelConfig(
@@ -54,6 +55,15 @@ def small_model(
     """A random language model; equal seeds give equal weights in every layout."""
     model = random_transformer(config, layout or Unrolled(), seed)
     return LanguageModel(model, tokenizer=tokenizer, source="random", fingerprint="0")
+
+
+def random_parameters(config: ExitsConfig, seed: int = 1, spread: float = 0.3) -> dict[str, np.ndarray]:
+    """Parameters of exits that have learnt nothing, but whose every part matters."""
+    rng, made = np.random.default_rng(seed), {}
+    for name, (shape, start) in exit_parameters(config).items():
+        scale = spread / np.sqrt(shape[-1]) if len(shape) > 1 else 0.1
+        made[name] = (rng.standard_normal(shape) * scale + (start in ("norm", "scale"))).astype(np.float32)
+    return made
 
 
 class SmallModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 
 import numpy as np
@@ -43,17 +42,3 @@ def lowest_bound(figures, count: int, resamples: int, level: float, seed: int) -
     low, high = largest[int(place)], largest[min(int(place) + 1, resamples - 1)]
     width = low + (high - low) * (place - int(place))
     return min(value - width * spread for value, spread in zip(found, spreads, strict=True))
-
-
-def kendall(one: list[float], other: list[float]) -> float | None:
-    """Kendall's tau-b by counting pairs; None where one of them ranks nothing."""
-    agree = differ = tied_one = tied_other = 0
-    for i, j in itertools.combinations(range(len(one)), 2):
-        a, b = one[i] - one[j], other[i] - other[j]
-        agree += a * b > 0
-        differ += a * b < 0
-        tied_one += a == 0
-        tied_other += b == 0
-    pairs = len(one) * (len(one) - 1) / 2
-    under = ((pairs - tied_one) * (pairs - tied_other)) ** 0.5
-    return (agree - differ) / under if under else None

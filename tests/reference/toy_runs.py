@@ -79,19 +79,11 @@ def twin_runs(
 ) -> list[twin.Run]:
     """The batch as independent runs of the twin."""
     fields = () if drafts is None else (drafts.widths, drafts.drafted, drafts.lookup, drafts.rungs, drafts.drafting)
+    options = {"stages": stages, "rows": rows, "decs": decs, "eos_ids": case.eos_ids}
+    options["shape"] = twin.Shape(*fields) if fields else None
     return [
-        twin.decode(
-            model,
-            prompt,
-            stages=stages,
-            rows=rows,
-            decs=decs,
-            max_new_tokens=case.max_new_tokens[row],
-            eos_ids=case.eos_ids,
-            draws=twin_draws(case, row, vocab_size),
-            shape=twin.Shape(*fields) if fields else None,
-        )
-        for row, prompt in enumerate(case.prompts)
+        twin.decode(model, prompt, max_new_tokens=limit, draws=twin_draws(case, row, vocab_size), **options)
+        for row, (prompt, limit) in enumerate(zip(case.prompts, case.max_new_tokens, strict=True))
     ]
 
 
@@ -121,6 +113,7 @@ def lattice_contents(ticks: Ticks, tick: int, row: int, stages: int) -> set[twin
     rows = lattice.token.shape[1]
     token, parent = lattice.token.reshape(-1), lattice.parent.reshape(-1)
     contents = set()
+    position, score, born_at = (x.reshape(-1) for x in (lattice.position, lattice.score, lattice.born_at))
     for slot in np.flatnonzero(lattice.live.reshape(-1)).tolist():
         path = [slot]
         while parent[path[-1]] >= 0:
@@ -129,15 +122,8 @@ def lattice_contents(ticks: Ticks, tick: int, row: int, stages: int) -> set[twin
         assert path[-1] == lattice.root, "a live node does not hang under the root"
         seen = np.flatnonzero(lattice.ancestors[slot // rows, slot % rows]).tolist()
         assert seen == sorted(path), "a node attends to something else than its path"
-        contents.add(
-            twin.Seen(
-                path=tuple(int(token[s]) for s in reversed(path)),
-                progress=(tick - slot // rows) % stages,
-                born_at=int(lattice.born_at.reshape(-1)[slot]),
-                position=int(lattice.position.reshape(-1)[slot]),
-                score=float(lattice.score.reshape(-1)[slot]),
-            )
-        )
+        tokens, progress = tuple(int(token[s]) for s in reversed(path)), (tick - slot // rows) % stages
+        contents.add(twin.Seen(tokens, progress, int(born_at[slot]), int(position[slot]), float(score[slot])))
     assert len(contents) == lattice.live.sum(), "two nodes are the same candidate"
     return contents
 
