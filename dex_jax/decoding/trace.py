@@ -14,7 +14,7 @@ import numpy as np
 
 from dex_jax.decoding.generate import prepare
 from dex_jax.decoding.loop import DexState
-from dex_jax.decoding.methods import DEFAULT_EXPLORERS, Dex, Method
+from dex_jax.decoding.methods import Dex, Method
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_NODE, Lattice
@@ -85,7 +85,7 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
     Args:
       lm: from `dex_jax.load`.
       prompt: a string, a list of messages or a list of token ids.
-      method: DEX; None, and Dex() alone, have 5 explorers.
+      method: DEX; None is five explorers without drafts, whose picture can be read.
       **options: the others of `dex_jax.stream`, except ticks_per_update, num_samples and stop.
 
     Raises:
@@ -94,8 +94,7 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
     Examples:
       >>> figure = dex_jax.plot.lattice(dex_jax.trace(lm, "Why is the sky blue?"))   # doctest: +SKIP
     """
-    if lm.mesh is None and (method is None or method == Dex()):
-        method = Dex(explorers=min(DEFAULT_EXPLORERS, lm.config.num_layers))
+    method = Dex(draft=False) if method is None else method
     run = prepare(lm, [prompt], method=method, **options)
     if not run.method.schedule.has_lattice:
         raise DexError("only DEX has a lattice to trace: give method=Dex(explorers=5), say")

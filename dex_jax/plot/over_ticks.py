@@ -6,6 +6,7 @@ from typing import Any
 
 from dex_jax.decoding.trace import Trace, TracedNode
 from dex_jax.errors import DexError
+from dex_jax.lattice import DRAFTED
 from dex_jax.plot.colors import FINAL_HEX, darker, depth_hex
 from dex_jax.plot.figures import FAINT, INK, new_figure, quiet_axes
 
@@ -91,11 +92,12 @@ def _draw_climb(axes: Any, trace: Trace, nodes: list[TracedNode], commits: list[
         axes.plot(across[0], up[0], marker="o", markersize=5, color=color, zorder=4)
         if done == trace.stages:
             axes.plot(across[-1], up[-1], marker="o", markersize=7, color=INK, zorder=5)
-        if node.born < last:
-            _word(axes, trace, node, (node.born, 0), -9)
-    for node in commits:
-        axes.axvline(node.rooted, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
-        _word(axes, trace, node, (node.rooted or 0, top), 9)
+    chosen = [node for node in nodes if node.rooted is not None and node.born < last]
+    for born in sorted({node.born for node in chosen}):
+        _words(axes, trace, [node for node in chosen if node.born == born], (born, 0), -9)
+    for tick in sorted({node.rooted or 0 for node in commits}):
+        axes.axvline(tick, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
+        _words(axes, trace, [node for node in commits if node.rooted == tick], (tick, top), 9)
     axes.set_yticks([-0.16 * top, *heights[1:], 1.16 * top], ["proposed", *map(str, trace.depths), "emitted"])
     axes.set_ylabel("depth (layers)")
     axes.set_ylim(-0.34 * top, 1.36 * top)
@@ -103,10 +105,14 @@ def _draw_climb(axes: Any, trace: Trace, nodes: list[TracedNode], commits: list[
     axes.tick_params(axis="y", length=0)
 
 
-def _word(axes: Any, trace: Trace, node: TracedNode, at: tuple[float, float], above: int) -> None:
-    """A node's token in its colour, so many points above a point, leaning so that neighbours have room."""
+def _words(axes: Any, trace: Trace, path: list[TracedNode], at: tuple[float, float], above: int) -> None:
+    """The tokens of a path in its last one's colour, so many points above a point, leaning so that neighbours have room.
+
+    A path of more than one node is drafts, which begin and land together.
+    """
+    path = sorted(path, key=lambda node: node.position)
     axes.annotate(
-        _label(trace, node.token),
+        " ".join(_label(trace, node.token) for node in path),
         at,
         (0, above),
         textcoords="offset points",
@@ -115,7 +121,7 @@ def _word(axes: Any, trace: Trace, node: TracedNode, at: tuple[float, float], ab
         ha="left" if above > 0 else "right",
         va="bottom" if above > 0 else "top",
         fontsize=11,
-        color=darker(_color(node, trace)),
+        color=darker(_color(path[-1], trace)),
         fontweight="bold",
     )
 
@@ -126,7 +132,9 @@ def _legend(figure: Any, trace: Trace) -> None:
     def line(color: str, name: str, **more: Any) -> Any:
         return Line2D([], [], color=color, label=name, **({"linewidth": 3} | more))
 
+    drafts = any(node.born_at == DRAFTED for node in trace.nodes)
     handles = [
+        *([line(depth_hex(DRAFTED, trace.stages), "drafted")] if drafts else []),
         *(line(depth_hex(k, trace.stages), f"{'given by ' * (k == 1)}exit {k}") for k in range(1, trace.stages)),
         line(FINAL_HEX, "the last layer only"),
         line(_CROSS, "died in a collapse", marker="x", markersize=5, linewidth=1.2),
