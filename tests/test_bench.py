@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -12,13 +13,14 @@ import pytest
 from reference.small_models import LLAMA, LetterTokenizer, small_model
 
 import dex_jax
-from dex_jax.cli import bench
-from dex_jax.cli import report as report_command
-from dex_jax.evaluation.bench import bench as bench_runs
-from dex_jax.evaluation.bench import contenders
-from dex_jax.evaluation.bench.comparison import costs
-from dex_jax.evaluation.bench.results import read_results, to_line
-from dex_jax.evaluation.bench.runs import Run
+from studies.bench import __main__ as bench
+from studies.bench import bench as bench_runs
+from studies.bench import contenders, report
+from studies.bench.comparison import costs
+from studies.bench.plan import Settings
+from studies.bench.results import read_results, to_line
+from studies.bench.runs import Run
+from studies.flags import add_flags
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 PROMPTS = "ABC\nBCDA\nQRSTUV\nZYX\nMNOPQ\nKLM\nEFGHI\nXXYYZ\n"
@@ -126,7 +128,7 @@ def test_the_report_is_made_again_from_the_lines(made, tmp_path, capsys) -> None
     lines.mkdir()
     for name in ("results.jsonl", "study.json"):
         shutil.copy(folder / name, lines / name)
-    assert report_command.main([str(lines), "--output", str(copy)]) == 0
+    assert report.main([str(lines), "--output", str(copy)]) == 0
     again = (copy / "summary.md").read_text(encoding="utf-8")
     assert again == (folder / "summary.md").read_text(encoding="utf-8")
     for name in ("speedup_depth", "speedup_wall", "work", "speedup_by_k", "ead"):
@@ -278,14 +280,16 @@ def test_a_study_of_templates_is_another_report(made, tmp_path, capsys) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     study = json.loads((tmp_path / "copy" / "study.json").read_text())
     (tmp_path / "copy" / "study.json").write_text(json.dumps(study | {"benchmark": "templates"}))
-    assert report_command.main([str(tmp_path / "copy")]) == 2
+    assert report.main([str(tmp_path / "copy")]) == 2
     assert "studies.templates.report makes its page" in capsys.readouterr().err
 
 
 def test_methods_may_be_spelt_as_decode_spells_them() -> None:
-    args = bench.parser().parse_args(
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Settings)
+    args = parser.parse_args(
         ["--methods", "ar,dex-single-exit", "--timed", "dex-serial", "--tasks", "prompts:a-b.txt", "--output", "out"]
     )
-    assert bench.METHODS.split(", ") == list(contenders.METHODS)
     assert (args.methods, args.timed) == (("ar", "dex_single_exit"), ("dex_serial",))
     assert args.tasks == ("prompts:a-b.txt",)
+    assert all(name in parser.format_help().replace("\n", "") for name in contenders.METHODS)

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dex_jax.evaluation.bench import comparison as c
-from dex_jax.evaluation.bench.runs import Run
+from studies.bench import comparison as c
+from studies.bench.runs import Run
 
 PLAIN = Run("depth", "ar", "a", "0", "m", [1] * 11, 3, layer_steps=300, dtype="float32")
 

@@ -12,9 +12,9 @@ from reference.small_models import LLAMA, small_model
 
 import dex_jax
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench import resampling
-from dex_jax.evaluation.bench.results import Results, read_results, to_line
-from dex_jax.evaluation.bench.runs import Run, repeated, run_of
+from studies.bench import resampling
+from studies.bench.results import Results, read_results, to_line
+from studies.bench.runs import Run, repeated, run_of
 
 RUN = Run(
     kind="wall",

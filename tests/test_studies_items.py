@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.tasks import rows_of
 from dex_jax.prompt_files import read_rows
+from studies.bench.tasks import rows_of
 from studies.templates.items import read_items
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

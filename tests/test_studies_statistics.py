@@ -12,9 +12,9 @@ from reference import template_twin as twin
 from scipy import stats
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.resampling import simultaneous
-from dex_jax.evaluation.bench.results import read_results, read_study
-from dex_jax.evaluation.bench.runs import Run
+from studies.bench.resampling import simultaneous
+from studies.bench.results import read_results, read_study
+from studies.bench.runs import Run
 from studies.templates import report as template_report
 from studies.templates import statistics as s
 

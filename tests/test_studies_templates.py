@@ -11,11 +11,11 @@ from reference.small_models import LLAMA, small_model
 
 import dex_jax
 from dex_jax import language_model
-from dex_jax.evaluation.bench.results import read_results
 from dex_jax.forced.asks import dex_asks
 from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.run import force, shared_exits
 from dex_jax.forced.texts import answers
+from studies.bench.results import read_results
 from studies.templates import __main__ as templates
 from studies.templates import report as template_report
 from studies.templates import runs as template_runs

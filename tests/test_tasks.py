@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.tasks import TASKS, read_task, spread, task_file
+from studies.bench.tasks import TASKS, read_task, spread, task_file
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

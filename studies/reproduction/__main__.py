@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dex_jax.cli import bench
 from dex_jax.errors import exit_code
-from dex_jax.evaluation.bench import comparison as c
-from dex_jax.evaluation.bench.contenders import METHODS
-from dex_jax.evaluation.bench.resampling import Interval
-from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
-from dex_jax.evaluation.bench.runs import Run
-from dex_jax.evaluation.bench.tasks import TASKS
 from dex_jax.io.whole_files import write_whole
 from dex_jax.tables import markdown
+from studies.bench import comparison as c
+from studies.bench.contenders import METHODS
+from studies.bench.plan import Settings
+from studies.bench.resampling import Interval
+from studies.bench.results import read_results, read_study, seen_in_training
+from studies.bench.runs import Run
+from studies.bench.tasks import TASKS
 
 FINEST = 8
 """The K up to which the paper finds finer grids better."""
@@ -91,7 +91,7 @@ def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
 
 
 EMPTY = (
-    "python -m dex_jax.cli.bench --model smollm2-135m --data DIR --output RESULTS \\\n"
+    "python -m studies.bench --model smollm2-135m --data DIR --output RESULTS \\\n"
     f"    --methods {CLAIMED} --by-explorers {GRIDS}\n"
     "python -m studies.reproduction RESULTS --output results/reproduction.md"
 )
@@ -206,7 +206,7 @@ def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
     }
     words = [f"--{name} {value}" for name, value in flags.items() if value is not None and value != ""]
     words += [] if study.get("chat", True) else ["--no-chat"]
-    lines = ["python -m dex_jax.cli.bench --data DIR --output RESULTS"]
+    lines = ["python -m studies.bench --data DIR --output RESULTS"]
     for word in words:
         if len(lines[-1]) + len(word) > 100:
             lines.append("   ")
@@ -224,11 +224,11 @@ def _sweeps(runs: Sequence[Run]) -> dict[str, str]:
         "draft-lengths": {setting["draft_length"] for setting in settings if "draft_length" in setting},
         "thresholds": {setting["threshold"] for setting in settings if "threshold" in setting},
     }
-    usual = bench.parser().get_default
+    usual = Settings("")
     return {
         name: ",".join(map(str, sorted(found)))
         for name, found in tried.items()
-        if found != set(usual(name.replace("-", "_")) or ())
+        if found != set(getattr(usual, name.replace("-", "_")))
     }
 
 

@@ -15,17 +15,18 @@ from collections.abc import Sequence
 from dex_jax import language_model
 from dex_jax.cli.common import remember_compilations
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation.bench.results import Results
 from dex_jax.progress import Display
+from studies.bench.results import Results
+from studies.flags import add_flags
 from studies.templates import report
-from studies.templates.plan import Settings, add_flags, choose_cases, plan_of, read, study_of
+from studies.templates.plan import Settings, choose_cases, plan_of, read, study_of
 from studies.templates.runs import TemplateStudy, answers_in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 1 where a loop does not agree with what was counted, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m studies.templates", description=__doc__.splitlines()[0])
-    add_flags(parser)
+    add_flags(parser, Settings)
     parser.add_argument("--no-plots", action="store_true", help="no PNG files, and no need of matplotlib")
     given = vars(parser.parse_args(argv))
     plots = not given.pop("no_plots")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -14,12 +13,13 @@ from dex_jax.cli.common import depths
 from dex_jax.decoding.methods import FULL_ROWS_LIMIT, Dex
 from dex_jax.decoding.resolve import resolve
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.contenders import swept_depths
-from dex_jax.evaluation.bench.forced_runs import exits_at
-from dex_jax.evaluation.bench.results import about_exits
-from dex_jax.evaluation.bench.tasks import rows_of, spread
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.language_model import DTYPES, LanguageModel
+from dex_jax.language_model import LanguageModel
+from studies.bench.contenders import swept_depths
+from studies.bench.forced_runs import exits_at
+from studies.bench.results import about_exits
+from studies.bench.tasks import rows_of, spread
+from studies.flags import dtype_flag, flag, model_flag, names
 from studies.templates.answers import parse_choice
 from studies.templates.formats import (
     DESCRIPTORS,
@@ -36,15 +36,6 @@ from studies.templates.items import Item, read_items
 METHODS = ("ar", "dex", "layerskip")
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _flag(default: Any, help: str, **how: Any) -> Any:
-    """A field that is a flag of its name; `how` it is parsed, by its default unless said."""
-    return dataclasses.field(default=default, metadata={"help": help, "type": type(default), **how})
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What a study is asked for: each field is a flag, described in its help.
@@ -54,26 +45,26 @@ class Settings:
     """
 
     output: str
-    model: str = _flag("smollm2-135m", "alias, Hugging Face directory, hub id or .gguf file")
-    dtype: str | None = _flag(None, "float32 on CPUs, bfloat16 on GPUs and TPUs unless given", type=str, choices=DTYPES)
-    exits: str = _flag("default", 'folder, file, "default" or "shared"')
-    methods: tuple[str, ...] = _flag(METHODS, "of ar,dex,layerskip", type=_names, metavar="NAME,...")
-    explorers: int = _flag(5, "of DEX, with rows that never prune")
-    exit_depths: tuple[int, ...] | None = _flag(None, "LayerSkip's sweep (up to four among the shallower)", type=depths)
-    draft_lengths: tuple[int, ...] = _flag((1, 2, 3, 4, 6), "LayerSkip's sweep", type=depths, metavar="G,...")
-    tasks: tuple[str, ...] = _flag(tuple(DESCRIPTORS), "of hellaswag,mmlu", type=_names, metavar="NAME,...")
-    data: str | None = _flag(None, "folder with a folder for each task; without it tasks come from the hub", type=str)
-    items: int = _flag(100, "of each task, evenly spread")
-    tune_items: int = _flag(6, "further ones to choose settings on")
-    templates: str | None = _flag(None, "FILE[:NAME]: promptsource YAML, FLAN or plain JSON, not the twelve", type=str)
-    formats: int = _flag(0, "formats of the FormatSpread grammar instead")
-    seed: int = _flag(0, "of formats, examples and of where the loops run")
-    longest_prompt: int = _flag(512, "items longer in any template are left out")
-    max_new_tokens: int = _flag(48, "of each answer")
-    batch: int = _flag(64, "answers at a time")
-    loop_share: float = _flag(0.05, "share of answers on which the loops themselves run")
-    second_dtype: str | None = _flag(None, "also answer in this dtype (slow on CPUs)", type=str, choices=DTYPES)
-    second_items: int = _flag(100, "items of each task for that")
+    model: str = model_flag()
+    dtype: str | None = dtype_flag()
+    exits: str = flag("default", 'folder, file, "default" or "shared"')
+    methods: tuple[str, ...] = flag(METHODS, "of ar,dex,layerskip", type=names, metavar="NAME,...")
+    explorers: int = flag(5, "of DEX, with rows that never prune")
+    exit_depths: tuple[int, ...] | None = flag(None, "LayerSkip's sweep (up to four among the shallower)", type=depths)
+    draft_lengths: tuple[int, ...] = flag((1, 2, 3, 4, 6), "LayerSkip's sweep", type=depths, metavar="G,...")
+    tasks: tuple[str, ...] = flag(tuple(DESCRIPTORS), "of hellaswag,mmlu", type=names, metavar="NAME,...")
+    data: str | None = flag(None, "folder with a folder for each task; without it tasks come from the hub", type=str)
+    items: int = flag(100, "of each task, evenly spread")
+    tune_items: int = flag(6, "further ones to choose settings on")
+    templates: str | None = flag(None, "FILE[:NAME]: promptsource YAML, FLAN or plain JSON, not the twelve", type=str)
+    formats: int = flag(0, "formats of the FormatSpread grammar instead")
+    seed: int = flag(0, "of formats, examples and of where the loops run")
+    longest_prompt: int = flag(512, "items longer in any template are left out")
+    max_new_tokens: int = flag(48, "of each answer")
+    batch: int = flag(64, "answers at a time")
+    loop_share: float = flag(0.05, "share of answers on which the loops themselves run")
+    second_dtype: str | None = dtype_flag("also answer in this dtype (slow on CPUs)")
+    second_items: int = flag(100, "items of each task for that")
 
     def __post_init__(self) -> None:
         layerskip = "layerskip" in self.methods
@@ -83,7 +74,7 @@ class Settings:
         for wrong, why in (
             (
                 unknown,
-                f"the template study counts {', '.join(METHODS)}, not {', '.join(unknown)}: dex-bench runs others",
+                f"the template study counts {', '.join(METHODS)}, not {', '.join(unknown)}: studies.bench runs others",
             ),
             ("ar" not in self.methods, "--methods needs ar: all answers are its, and all are compared with it"),
             (not self.tasks, "--tasks must name at least one"),
@@ -106,19 +97,6 @@ class Settings:
         ):
             if wrong:
                 raise DexError(why)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The fields of Settings as flags."""
-    for field in dataclasses.fields(Settings):
-        name = f"--{field.name.replace('_', '-')}"
-        if field.name == "output":
-            parser.add_argument(name, required=True, metavar="DIR", help="folder of the results")
-            continue
-        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        how = dict(field.metadata)
-        how["help"] += "" if default is None else f" ({default})"
-        parser.add_argument(name, default=field.default, **how)
 
 
 class Case(NamedTuple):

@@ -17,10 +17,6 @@ from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.layerskip import LayerSkip
 from dex_jax.decoding.methods import Dex
-from dex_jax.evaluation.bench.contenders import best_setting
-from dex_jax.evaluation.bench.forced_runs import answer_fields, layerskip_run
-from dex_jax.evaluation.bench.results import Results
-from dex_jax.evaluation.bench.runs import Run, compared, run_key, run_of
 from dex_jax.evaluation.check import CLOSE, compare_tokens
 from dex_jax.forced.asks import Ask, dex_asks, layerskip_asks
 from dex_jax.forced.counts import DexCount, LayerSkipCount, dex_counts, layerskip_counts
@@ -28,6 +24,10 @@ from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers, batches
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows
+from studies.bench.contenders import best_setting
+from studies.bench.forced_runs import answer_fields, layerskip_run
+from studies.bench.results import Results
+from studies.bench.runs import Run, compared, run_key, run_of
 from studies.templates.pace import Pace
 from studies.templates.plan import Case, Plan, grade
 from studies.templates.report import place

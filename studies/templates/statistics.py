@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.resampling import LEVEL, RESAMPLES, Interval, bootstrap, ratio_of_sums, simultaneous
-from dex_jax.evaluation.bench.runs import Run
+from studies.bench.resampling import LEVEL, RESAMPLES, Interval, bootstrap, ratio_of_sums, simultaneous
+from studies.bench.runs import Run
 
 WORST_OVER_MEDIAN = 0.85
 """What the worst template must keep of the median one for a gain to hold."""

@@ -15,11 +15,6 @@ import jax.numpy as jnp
 from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.session import PROGRAMS
 from dex_jax.decoding.sizes import prompt_bucket
-from dex_jax.evaluation.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
-from dex_jax.evaluation.bench.forced_runs import answer_fields, exits_at, layerskip_run
-from dex_jax.evaluation.bench.plan import Plan
-from dex_jax.evaluation.bench.results import Results
-from dex_jax.evaluation.bench.runs import Run, compared, run_key, run_of
 from dex_jax.evaluation.check import compare_tokens
 from dex_jax.forced.asks import layerskip_asks
 from dex_jax.forced.counts import layerskip_counts
@@ -28,6 +23,11 @@ from dex_jax.forced.texts import answers
 from dex_jax.language_model import LanguageModel
 from dex_jax.progress import Shown, Standing
 from dex_jax.sampling import Sampling, sampling_keys
+from studies.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
+from studies.bench.forced_runs import answer_fields, exits_at, layerskip_run
+from studies.bench.plan import Plan
+from studies.bench.results import Results
+from studies.bench.runs import Run, compared, run_key, run_of
 
 SHORT = 256
 """Prompts up to here share batches: to pad them costs less than another compilation."""

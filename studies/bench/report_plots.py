@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench import comparison as c
-from dex_jax.evaluation.bench.runs import Run
 from dex_jax.plot.colors import SERIES, depth_hex
 from dex_jax.plot.figures import FAINT, INK, new_figure, quiet_axes
+from studies.bench import comparison as c
+from studies.bench.runs import Run
 
 AXES = {
     "depth": "depth-side speedup over AR (counts)",

@@ -6,48 +6,83 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dex_jax.cli.common import depths
 from dex_jax.decoding.resolve import default_drafter, default_exits, resolve
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.contenders import SWEPT, Contender, contender, sweep, swept_depths
-from dex_jax.evaluation.bench.results import about_exits
 from dex_jax.io.exits_file import load_exits
 from dex_jax.language_model import LanguageModel
+from studies.bench.contenders import METHODS, SWEPT, Contender, check_names, contender, sweep, swept_depths
+from studies.bench.results import about_exits
+from studies.bench.tasks import TASKS
+from studies.flags import dtype_flag, flag, model_flag, names
+
+
+def _methods(default: tuple[str, ...], what: str) -> Any:
+    def read(text: str) -> tuple[str, ...]:
+        return names(text.replace("-", "_"))  # decode.py spells them with hyphens
+
+    return flag(default, f"methods {what}, of {', '.join(METHODS)}", type=read, metavar="NAME,...")
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a benchmark is asked for, beside its prompts.
+    """What a benchmark is asked for: each field is a flag, described in its help.
 
-    Attributes:
-      model: as `dex_jax.load` was given it, for the record.
-      exits, drafter: path, "default" or "shared"; the drafter is that of one explorer.
-      methods: to count.
-      timed: methods whose seconds are measured.
-      explorers: K of DEX and AdaDecode.
-      by_explorers: K of further runs of DEX.
-      max_new_tokens, temperature: of each answer.
-      batch: sequences at a time where only counts matter.
-      rounds: timed runs of every method and prompt; 2 is A B B A.
-      exit_depths: of the sweeps; empty for up to four among the shallower.
-      draft_lengths, thresholds: of LayerSkip's and AdaDecode's sweeps.
-      timed_settings: how many of the best counted settings are also timed.
+    Raises:
+      DexError: naming the first that makes no sense.
     """
 
-    model: str
-    exits: str = "default"
-    drafter: str = "default"
-    methods: tuple[str, ...] = ("ar", "dex", "layerskip", "adadecode", "del")
-    timed: tuple[str, ...] = ("ar", "dex_serial", "layerskip")
-    explorers: int = 5
-    by_explorers: tuple[int, ...] = ()
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    batch: int = 8
-    rounds: int = 2
-    exit_depths: tuple[int, ...] = ()
-    draft_lengths: tuple[int, ...] = (1, 2, 3, 5)
-    thresholds: tuple[float, ...] = (0.2, 0.4, 0.6)
-    timed_settings: int = 3
+    output: str
+    model: str = model_flag()
+    dtype: str | None = dtype_flag()
+    exits: str = flag("default", 'folder, file, "default" or "shared"')
+    drafter: str = flag("default", 'of one explorer: folder, file, "default" or "shared"')
+    methods: tuple[str, ...] = _methods(("ar", "dex", "layerskip", "adadecode", "del"), "to count")
+    timed: tuple[str, ...] = _methods(("ar", "dex_serial", "layerskip"), "whose seconds are measured, or none")
+    explorers: int = flag(5, "of DEX and AdaDecode", metavar="K")
+    by_explorers: tuple[int, ...] = flag((), "also count DEX with these K", type=depths, metavar="K,...")
+    tasks: tuple[str, ...] = flag(
+        ("gsm8k", "humaneval", "spec_bench"), f"of {', '.join(TASKS)}, prompts:FILE", type=names, metavar="NAME,..."
+    )
+    data: str | None = flag(None, "folder with a folder for each task; without it tasks come from the hub", type=str)
+    prompts: int = flag(20, "of each task, evenly spread")
+    tune_prompts: int = flag(4, "further ones to choose settings on")
+    longest_prompt: int = flag(1024, "longer ones, in tokens, are left out")
+    no_chat: bool = flag(False, "use prompts as they are, without the chat template")
+    max_new_tokens: int = flag(64, "of each answer")
+    temperature: float = flag(0.0, "0 is greedy")
+    seed: int = flag(0, "of sampling; each prompt has its own")
+    batch: int = flag(8, "sequences at a time where only counts matter")
+    rounds: int = flag(2, "timed runs of every method and prompt; 2 is A B B A")
+    exit_depths: tuple[int, ...] = flag((), "of the sweeps, up to four among the shallower unless given", type=depths)
+    draft_lengths: tuple[int, ...] = flag((1, 2, 3, 5), "LayerSkip's sweep", type=depths, metavar="G,...")
+    thresholds: tuple[float, ...] = flag((0.2, 0.4, 0.6), "AdaDecode's sweep", type=_shares, metavar="P,...")
+    timed_settings: int = flag(3, "best counted settings that are also timed")
+
+    def __post_init__(self) -> None:
+        check_names((*self.methods, *self.timed))
+        positive = ("explorers", "prompts", "longest_prompt", "max_new_tokens", "batch", "timed_settings")
+        for name, least in (*((name, 1) for name in positive), ("rounds", 0), ("tune_prompts", 0)):
+            if getattr(self, name) < least:
+                raise DexError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        if self.max_new_tokens < 2:
+            raise DexError("--max-new-tokens must be at least 2: the first token comes of the prompt alone")
+        if not self.tasks or not self.methods:
+            raise DexError("--tasks and --methods must each name at least one")
+        if self.swept and self.tune_prompts < 1:
+            raise DexError(
+                f"the setting of {self.swept[0]} is chosen on tuning prompts: --tune-prompts must be above 0"
+            )
+
+    @property
+    def swept(self) -> list[str]:
+        """Methods whose setting is chosen by a sweep."""
+        ran = (*self.methods, *(self.timed if self.rounds else ()))
+        return [name for name in dict.fromkeys(ran) if name in SWEPT]
 
 
 class Plan:
@@ -70,12 +105,11 @@ class Plan:
         self.lm, self.settings, self.notify = lm, settings, notify
         self.exits = self._opened(settings.exits, default_exits, "exits")
         self.drafter = self._opened(settings.drafter, default_drafter, "drafter")
-        swept = [name for name in dict.fromkeys((*settings.methods, *self.timed)) if name in SWEPT]
-        depths: Sequence[int] = settings.exit_depths
-        if swept and not depths:
-            depths = swept_depths(self.exits, lm.config, lm.fingerprint)
-        grid = (settings.explorers, depths, settings.draft_lengths, settings.thresholds, lm.config.num_layers)
-        self.sweeps = {name: sweep(name, *grid) for name in swept}
+        drafting: Sequence[int] = settings.exit_depths
+        if settings.swept and not drafting:
+            drafting = swept_depths(self.exits, lm.config, lm.fingerprint)
+        grid = (settings.explorers, drafting, settings.draft_lengths, settings.thresholds, lm.config.num_layers)
+        self.sweeps = {name: sweep(name, *grid) for name in settings.swept}
         self._check()
 
     @property

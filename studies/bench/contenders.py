@@ -17,7 +17,7 @@ from dex_jax.decoding.oracle import Oracle
 from dex_jax.decoding.resolve import all_depths
 from dex_jax.decoding.single_exit import DexSingleExit
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.runs import Run
+from studies.bench.runs import Run
 
 SWEPT = {"layerskip": ("exit", "draft_length"), "adadecode": ("depths", "threshold")}
 """Method -> the fields that are chosen by a sweep."""

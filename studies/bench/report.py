@@ -1,23 +1,25 @@
-"""summary.md and plots of a benchmark, from its results.jsonl alone."""
+"""`python -m studies.bench.report DIR`: summary.md and plots of a benchmark, from its results.jsonl alone."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dex_jax.errors import DexError
-from dex_jax.evaluation.bench import comparison as c
-from dex_jax.evaluation.bench.comparison import mismatches
-from dex_jax.evaluation.bench.contenders import ON_MANY_DEVICES, SWEPT, by_setting
-from dex_jax.evaluation.bench.resampling import Interval
-from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
-from dex_jax.evaluation.bench.runs import Run
+from dex_jax.errors import DexError, exit_code
 from dex_jax.tables import markdown
+from studies.bench import comparison as c
+from studies.bench.comparison import mismatches
+from studies.bench.contenders import ON_MANY_DEVICES, SWEPT, by_setting
+from studies.bench.resampling import Interval
+from studies.bench.results import read_results, read_study, seen_in_training
+from studies.bench.runs import Run
 
 SUMMARY = "summary.md"
 
@@ -76,7 +78,7 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
         file.write_text(text, encoding="utf-8")
         if not plots:
             return [file]
-        from dex_jax.evaluation.bench.report_plots import draw
+        from studies.bench.report_plots import draw
 
         pictures = draw(runs, output, study.get("explorers"))
         links = [f"![{PICTURES[picture.stem]}]({picture.name})" for picture in pictures]
@@ -84,6 +86,17 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
     except OSError as error:
         raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
     return [file, *pictures]
+
+
+def write_and_tell(folder: str | Path, plots: bool, output: str | Path | None = None) -> int:
+    """Writes as `write` does, prints summary.md, says on stderr what is wrong; returns 1 for wrong tokens, else 0."""
+    files = write(folder, plots, output)
+    print(files[0].read_text(encoding="utf-8"))
+    print("written: " + ", ".join(str(file) for file in files), file=sys.stderr)
+    wrong = mismatches(read_results(folder))
+    for each in wrong:
+        print(f"error: {each}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
@@ -127,7 +140,7 @@ def _about(runs: Sequence[Run], study: dict[str, Any]) -> str:
     lines.append(
         "Speedups are medians over prompts of the ratio on one prompt, with 95% intervals by resampling prompts. The "
         "three kinds of figures below are never mixed. "
-        "`python -m dex_jax.cli.report` makes this page again."
+        "`python -m studies.bench.report` makes this page again."
     )
     return "\n".join(lines)
 
@@ -263,3 +276,17 @@ def _sweeps(runs: Sequence[Run]) -> list[str]:
             markdown(["setting", "layer steps a token", "ms a token"], rows),
         ]
     return parts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 1 where tokens are not AR's, 2 for bad input."""
+    p = argparse.ArgumentParser(prog="python -m studies.bench.report", description=__doc__.splitlines()[0])
+    p.add_argument("folder", help="of a benchmark")
+    p.add_argument("--no-plots", action="store_true", help="summary.md alone")
+    p.add_argument("--output", metavar="DIR", help="another folder to write into")
+    args = p.parse_args(argv)
+    return exit_code(lambda: write_and_tell(args.folder, not args.no_plots, args.output))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,9 +18,9 @@ from typing import Any
 import msgspec
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.runs import COUNTED, KINDS, SPLITS, Run
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import plain
+from studies.bench.runs import COUNTED, KINDS, SPLITS, Run
 
 FILE_NAME = "results.jsonl"
 STUDY_NAME = "study.json"

@@ -10,12 +10,12 @@ import jax
 from dex_jax.decoding.methods import Dex
 from dex_jax.decoding.resolve import resolve
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.runs import Run, repeated, versions
 from dex_jax.forced.counts import LayerSkipCount
 from dex_jax.forced.run import shared_exits
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.sharding import device_name
+from studies.bench.runs import Run, repeated, versions
 
 
 def exits_at(lm: LanguageModel, exits: Any, depths: Sequence[int]) -> tuple[TrainedExits, str]:

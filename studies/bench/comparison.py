@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dex_jax.evaluation.bench.contenders import WITH_DRAFTER
-from dex_jax.evaluation.bench.resampling import Interval, bootstrap, ratios
-from dex_jax.evaluation.bench.runs import Run, reported
+from studies.bench.contenders import WITH_DRAFTER
+from studies.bench.resampling import Interval, bootstrap, ratios
+from studies.bench.runs import Run, reported
 
 TIES_ALLOWED = 0.01
 """In float32: the share of prompts on which any run may part from AR by rounding; more than that is a bug."""
