@@ -17,7 +17,7 @@ from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import cost_model, predictions, workload
 from dex_jax.evaluation.planner.cost_model import Setting
-from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, GridProfile, Profile
+from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile
 from dex_jax.hardware import (
     DEVICES,
     LINKS,
@@ -220,15 +220,14 @@ def _assumed(tmp_path) -> str:
 
 def test_the_command_prints_tables(tmp_path, capsys) -> None:
     arguments = ["--model", "llama-2-70b", "--exits", "linear:8192", "--profile", _assumed(tmp_path)]
-    assert plan.main([*arguments, "--hardware", "h100x8,hosts=8,network=dcn", "--batches"]) == 0
+    assert plan.main([*arguments, "--hardware", "h100x8,hosts=8,network=dcn"]) == 0
     text = capsys.readouterr().out
     assert "EAD assumed, not measured: half of the tokens are there by layer 20" in text
-    assert "B = 64" in text
     assert "Use DEX: DEX-1/" in text
 
 
 def test_the_command_prints_json(tmp_path, capsys) -> None:
-    arguments = ["--model", "llama-2-70b", "--exits", "shared", "--profile", _assumed(tmp_path), "--json", "--batches"]
+    arguments = ["--model", "llama-2-70b", "--exits", "shared", "--profile", _assumed(tmp_path), "--json"]
     assert plan.main([*arguments, "--hardware", "h100x8", "--explorers", "4", "8", "--rows", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["recommendation"].startswith(("Use DEX", "Do not use DEX"))
@@ -237,7 +236,6 @@ def test_the_command_prints_json(tmp_path, capsys) -> None:
     for p in explored:
         assert p["tokens_per_second"] == pytest.approx(p["tokens_a_step"] / sum(p["step"].values()))
         assert p["capacity"] == 2 * p["stages"]
-    assert set(found["by_batch"]) == {str(b) for b in predictions.BATCHES}
 
 
 @pytest.mark.parametrize(
@@ -262,21 +260,6 @@ def test_default_exits_are_those_that_ship() -> None:
     assert plan.exits_of("default", "llama-2-70b").name == "shared"
     with pytest.raises(DexError):
         plan.exits_of("no such folder", "llama-2-70b")
-
-
-def test_costs_by_batch_are_those_of_the_plan() -> None:
-    """LayerSkip stands beside the others."""
-    grid = GridProfile((20, 40, 60, 80), (0.25,) * 4, 2.0, 2.0, 2.0)
-    profile = Profile(80, EARLY.ead, {}, (grid,))
-    # So slow in arithmetic that rows are not free.
-    machine = hardware("h100x4")
-    device = dataclasses.replace(machine.device, flops=1e12)
-    s = dataclasses.replace(_setting("h100x4"), hardware=dataclasses.replace(machine, device=device))
-    chosen = predictions.plan(s, profile)
-    assert chosen.best_dex.method == "dex"
-    costs = predictions.cost_by_batch(s, chosen, profile)
-    assert chosen.best_dex in costs[1]
-    assert all("layerskip" in {p.method for p in each} for each in costs.values())
 
 
 def test_a_batch_is_priced_with_all_its_sequences() -> None:

@@ -278,7 +278,7 @@ def test_other_settings_are_refused_by_name_and_some_may_change(small):
         train(LinearMap(other), other, folder, notify=silent)
     free = {"tokens": 5, "keep": 9, "eval_every": None, "log_every": 1, "steps": 1}
     assert {*free, "tensorboard"} == set(MAY_CHANGE)
-    assert dataclasses.replace(config, **free).conflicts(config.to_json()) == []
+    assert dataclasses.replace(config, **free).conflicts(dataclasses.asdict(config)) == []
 
 
 def test_other_tasks_and_settings_of_tasks_are_refused(small):

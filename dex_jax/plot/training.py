@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dex_jax.errors import DexError
-from dex_jax.plot.figures import new_figure
+from dex_jax.io.whole_files import write_whole
+from dex_jax.plot.figures import new_figure, png
 
 
 def plot_agreement(
@@ -42,11 +42,7 @@ def plot_agreement(
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
-    target = Path(path)
-    try:
-        figure.savefig(target, format="png")
-    except OSError as error:
-        raise DexError(f"the picture cannot be written to {target}: {error.strerror or error}") from error
+    write_whole(path, png(figure))
 
 
 def _points(records: Sequence[Mapping[str, Any]], group: str | None, along: str) -> dict[float, dict[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -227,7 +228,7 @@ class _Run:
             self.step,
             self.tokens,
             self.cursor,
-            self.config.to_json(),
+            dataclasses.asdict(self.config),
             self.task.name,
             _settings(self.task),
             self.task.fingerprint(),

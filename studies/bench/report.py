@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from dex_jax.errors import DexError, exit_code
+from dex_jax.io.whole_files import write_whole
 from dex_jax.tables import markdown
 from studies.bench import comparison as c
-from studies.bench.comparison import mismatches
 from studies.bench.contenders import ON_MANY_DEVICES, SWEPT, by_setting
+from studies.bench.report_plots import draw
 from studies.bench.resampling import Interval
 from studies.bench.results import read_results, read_study, seen_in_training
 from studies.bench.runs import Run
@@ -72,20 +73,13 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
     if study.get("benchmark") != "bench":
         raise DexError(f"{folder} holds a study of templates: python -m studies.templates.report makes its page")
     output = Path(folder if output is None else output)
-    file, text = output / SUMMARY, summary(runs, study)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-        if not plots:
-            return [file]
-        from studies.bench.report_plots import draw
-
+    text, pictures = summary(runs, study), []
+    if plots:
         pictures = draw(runs, output, study.get("explorers"))
         links = [f"![{PICTURES[picture.stem]}]({picture.name})" for picture in pictures]
-        file.write_text("\n\n".join([text.rstrip(), "## Pictures", *links]) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
-    return [file, *pictures]
+        text = "\n\n".join([text.rstrip(), "## Pictures", *links]) + "\n"
+    write_whole(output / SUMMARY, text)
+    return [output / SUMMARY, *pictures]
 
 
 def write_and_tell(folder: str | Path, plots: bool, output: str | Path | None = None) -> int:
@@ -93,7 +87,7 @@ def write_and_tell(folder: str | Path, plots: bool, output: str | Path | None = 
     files = write(folder, plots, output)
     print(files[0].read_text(encoding="utf-8"))
     print("written: " + ", ".join(str(file) for file in files), file=sys.stderr)
-    wrong = mismatches(read_results(folder))
+    wrong = c.mismatches(read_results(folder))
     for each in wrong:
         print(f"error: {each}", file=sys.stderr)
     return 1 if wrong else 0
@@ -146,7 +140,7 @@ def _about(runs: Sequence[Run], study: dict[str, Any]) -> str:
 
 
 def _lossless(runs: Sequence[Run]) -> str:
-    wrong = mismatches(runs)
+    wrong = c.mismatches(runs)
     head = "All tokens are AR's, or part from them by rounding alone." if not wrong else "**NOT LOSSLESS.** "
     lines = ["## Losslessness", head + " ".join(f"{each}." for each in wrong[:5])]
     # Settings of a sweep would fill the page: they are told together.

@@ -88,4 +88,4 @@ def _ead(measured: Forced) -> EAD:
 def _by_exit(texts: Sequence[np.ndarray], stages: int) -> tuple[float, ...]:
     """Share of tokens after the first by exit [K]."""
     found = np.bincount(np.concatenate([exits[1:] for exits in texts]) - 1, minlength=stages)
-    return tuple(float(x) for x in found / max(found.sum(), 1))
+    return tuple((found / max(found.sum(), 1)).tolist())
