@@ -120,12 +120,7 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
 
 
 def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text]]:
-    """Prompts with their answers, by the stems of the files; what the cache holds is not answered again.
-
-    Args:
-      args: data, prompts, cache, max_new_tokens and batch, as of `evaluate`.
-      lm: the model.
-    """
+    """Prompts with their answers, by the stems of the files; what the cache holds is not answered again."""
     from dex_jax.forced.texts import answers
     from dex_jax.io.whole_files import write_json
     from dex_jax.prompt_files import read_prompts

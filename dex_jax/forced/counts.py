@@ -78,12 +78,7 @@ def first_exits(forced: Forced, asks: Sequence[Ask], decs: bool = True) -> tuple
 
 
 def dex_counts(forced: Forced, depths: Sequence[int]) -> list[DexCount]:
-    """DEX with DECS and rows that never prune on each text.
-
-    Args:
-      forced: with the asks of `dex_asks`.
-      depths: x_1 < ... < x_K = L.
-    """
+    """DEX with DECS and rows that never prune on each text, from the asks of `dex_asks` at x_1 < ... < x_K = L."""
     stages, start, counts = len(depths), 0, []
     known: dict[tuple[Ask, ...], tuple[np.ndarray, np.ndarray]] = {}
     for length in forced.lengths:

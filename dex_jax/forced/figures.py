@@ -144,12 +144,7 @@ def mean_figures(figures: Sequence[ExitFigures]) -> ExitFigures:
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error: the mean over bins of equal mass of |mean confidence - share right|.
-
-    Args:
-      confidence: [N] probabilities.
-      right: [N] bool.
-    """
+    """Expected calibration error of probabilities [N]: the mean over bins of equal mass of |their mean - share right|."""
     order = np.argsort(confidence, kind="stable")
     bins = [part for part in np.array_split(order, BINS) if len(part)]
     gaps = [abs(confidence[part].mean(dtype=np.float64) - right[part].mean()) * len(part) for part in bins]

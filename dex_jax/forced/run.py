@@ -90,9 +90,7 @@ class Forced:
 def shared_exits(lm: LanguageModel, depths: tuple[int, ...] | None = None) -> TrainedExits:
     """The model's own final norm and unembedding at some depths, without any training.
 
-    Args:
-      lm: the model.
-      depths: below L; None takes those of the even grids that figures are given for.
+    None takes the depths of the even grids that figures are given for.
     """
     layers = lm.config.num_layers
     if depths is None:

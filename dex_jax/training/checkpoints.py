@@ -72,14 +72,10 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints of one run's folder, which one process writes at a time.
+    """The checkpoints of one run's folder, which one process writes at a time, of which the newest `keep` are kept.
 
-    A context: entering it takes the folder, leaving it waits for the last save.
-
-    Args:
-      folder: of the run; made if need be.
-      keep: how many to keep.
-      notify: told, in one line each, what a person should know.
+    A context: entering it takes the folder, leaving it waits for the last save. `notify` is told what a person should
+    know.
 
     Raises:
       DexError: the folder cannot be written, or another process trains in it (on entering).
@@ -127,9 +123,7 @@ class Checkpoints:
     def save(self, state: Any, record: Record) -> Record:
         """Starts a save and returns as soon as the state has been copied; the one before is waited for.
 
-        Args:
-          state: pytree of arrays, on this process's devices; they may be donated right after.
-          record: what to keep beside it.
+        The state, a pytree of arrays on this process's devices, may be donated right after.
 
         Returns:
           The record as it will be read back: a run that goes on with its cursor is in the state of one that resumes.
@@ -195,10 +189,6 @@ class Checkpoints:
 
 def read_newest(folder: str | Path, notify: Callable[[str], None] = lambda line: None) -> Saved:
     """The newest whole checkpoint of a run, read without touching anything: for use beside a training that goes on.
-
-    Args:
-      folder: of the run.
-      notify: told of damaged checkpoints that are passed over.
 
     Raises:
       DexError: there is none.

@@ -87,10 +87,9 @@ class TrainConfig:
         return dataclasses.replace(self, **given)
 
     def conflicts(self, earlier: Mapping[str, Any]) -> list[str]:
-        """What may not change and has, against the one that a folder was trained with: "name was X, is Y" of each.
+        """What may not change and has, against the fields that a folder was trained with: "name was X, is Y" of each.
 
-        Args:
-          earlier: that one, by field. A field that it lacks counts as its default.
+        A field that they lack counts as its default.
         """
         found = []
         for field in dataclasses.fields(self):

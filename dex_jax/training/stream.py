@@ -138,16 +138,11 @@ def start_rows(memory: cache.Memory, spec: StreamSpec) -> StreamState:
 def produce(
     weights: Any, state: StreamState, scripts: Scripts, waiting: jax.Array, key: jax.Array, *, spec: StreamSpec
 ) -> tuple[StreamState, Activations, Report]:
-    """Runs n steps of all rows.
+    """Runs n steps of all rows; the state is donated.
 
-    Args:
-      weights: of the model.
-      state: donate it.
-      scripts: N of them. Number b < B is what row b is running, where it runs anything; the rest wait, in order.
-      waiting: int32 scalar, how many wait.
-      key: PRNG key. The token at a position of an item is drawn with fold_in(fold_in(key, item number), position), so
-        an item's tokens do not depend on the row or the chunk that it runs in.
-      spec: statics.
+    Of the N scripts number b < B is what row b is running, where it runs anything; the rest wait, in order, `waiting`
+    of them. The token at a position of an item is drawn with fold_in(fold_in(key, item number), position), so an item's
+    tokens do not depend on the row or the chunk that it runs in.
     """
     model = merge_model(spec.config, spec.layout, weights)
     batch = state.rows.slot.shape[0]

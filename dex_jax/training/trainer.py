@@ -119,11 +119,7 @@ def train(
 def make_update(
     task: Task, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """The update of one step, to be jitted.
-
-    Args:
-      task: its loss.
-      optimizer: from `make_optimizer`.
+    """The update of one step, to be jitted, for a task and an optimizer of `make_optimizer`.
 
     Returns:
       (state, constants, batch, learning rate) -> (state, {"loss", "gradient_norm" before clipping, the task's own})

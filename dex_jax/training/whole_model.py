@@ -99,12 +99,7 @@ class WholeModel:
     name = "whole_model"
 
     def __init__(self, config: WholeModelConfig, corpus: Corpus, start_from: LanguageModel | None = None):
-        """Takes what is to be trained.
-
-        Args:
-          config: see there.
-          corpus: tokens below the model's vocabulary size.
-          start_from: a model of the configuration `config.model` to go on from; None starts from random weights.
+        """Takes what is to be trained, from the weights of `start_from`, a model of `config.model`, or from random ones.
 
         Raises:
           DexError: `start_from` is another model, or a part of the text is shorter than a window.
@@ -288,16 +283,9 @@ def transformer(config: ModelConfig, params: Params) -> Transformer:
 
 
 def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, kept: jax.Array | None = None) -> jax.Array:
-    """A causal forward without caches.
+    """A causal forward of tokens [B, S] without caches: hidden states at depth 1 .. L, [L, B, S, D].
 
-    Args:
-      config: shapes.
-      params: by canonical name.
-      tokens: [B, S] int32.
-      kept: [L, B] bool, which layers each sequence runs, the others being the identity; None runs all.
-
-    Returns:
-      Hidden states at depth 1 .. L, [L, B, S, D].
+    `kept` [L, B] bool says which layers each sequence runs, the others being the identity; None runs all.
     """
     batch, length = tokens.shape
     table = rope_table(jnp.broadcast_to(jnp.arange(length), (batch, length)), config)
@@ -323,17 +311,15 @@ def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, kept: 
 def exit_losses(
     config: ModelConfig, params: Params, states: jax.Array, targets: jax.Array, weights: jax.Array | None = None
 ) -> jax.Array:
-    """Mean cross-entropy at each exit through the shared final norm and unembedding.
+    """Mean cross-entropy [X] float32 at each exit through the shared final norm and unembedding, in nats.
+
+    No array of the size [X, B, S, V] ever exists, forwards or backwards.
 
     Args:
-      config: shapes.
-      params: by canonical name.
+      config, params: of the model, by canonical name.
       states: [X, B, S, D].
       targets: [B, S] int32.
       weights: [X]; an exit of weight 0 is not computed and gives 0. None computes all.
-
-    Returns:
-      [X] float32, nats. No array of the size [X, B, S, V] ever exists, forwards or backwards.
     """
     head = transformer(config, params)
     wanted = jnp.ones(states.shape[0], bool) if weights is None else weights > 0

@@ -56,9 +56,7 @@ class Case(NamedTuple):
 class Clock:
     """Counts runs and guesses the time left from what runs of their kind have taken so far.
 
-    Args:
-      planned: kind -> how many runs there will be.
-      notify: told a Standing after every run.
+    `planned` holds how many there will be of each kind; `notify` is told a Standing after every run.
     """
 
     def __init__(self, planned: dict[str, int], notify: Callable[[str | Shown], None]):
@@ -91,15 +89,7 @@ class Clock:
 
 
 class Bench:
-    """A benchmark on its way.
-
-    Args:
-      lm: the model.
-      results: where runs go, and those of earlier calls.
-      cases: all prompts.
-      plan: the methods.
-      notify: told what is going on.
-    """
+    """A benchmark on its way: prompts (`cases`), the methods of a plan, and in `results` the runs of earlier calls."""
 
     def __init__(
         self,

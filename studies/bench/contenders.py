@@ -67,12 +67,7 @@ ON_MANY_DEVICES = ("dex", "dex_drafts", "dex_no_decs", "dex_single_exit")
 
 
 def contender(name: str, explorers: int, **setting: Any) -> Contender:
-    """A method by its name.
-
-    Args:
-      name: of METHODS.
-      explorers: K, of methods on a grid.
-      **setting: other fields.
+    """A method by its name, of METHODS; `explorers` is K of methods on a grid, `setting` holds other fields.
 
     Raises:
       DexError: an unknown name.

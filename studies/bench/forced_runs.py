@@ -19,15 +19,10 @@ from studies.bench.runs import Run, repeated, versions
 
 
 def exits_at(lm: LanguageModel, exits: Any, depths: Sequence[int]) -> tuple[TrainedExits, str]:
-    """(exits at all of these depths, where they are from).
-
-    Args:
-      lm: the model.
-      exits: as `dex_jax.generate` takes them; "shared" are the model's own head.
-      depths: ascending, below L, at least one.
+    """(exits at all of these depths, where they are from); "shared" are the model's own head.
 
     Raises:
-      DexError: exits that cannot be read, or that do not stand at all of these depths.
+      DexError: exits that cannot be read, or that do not stand at all of these depths, ascending and below L.
     """
     method = Dex(depths=(*depths, lm.config.num_layers), draft=False)
     found = resolve(method, exits, lm.config, lm.fingerprint)

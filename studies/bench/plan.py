@@ -88,11 +88,6 @@ class Settings:
 class Plan:
     """The methods of a benchmark.
 
-    Args:
-      lm: the model.
-      settings: what is asked for.
-      notify: told what is worth knowing.
-
     Attributes:
       exits, drafter: as `dex_jax.generate` takes them, read once.
       sweeps: swept method -> all its settings.

@@ -56,15 +56,7 @@ RIVALS = ("layerskip", "adadecode", "del", "dex_single_exit", "dex_no_decs")
 
 
 def write(folder: str | Path, plots: bool = True, output: str | Path | None = None) -> list[Path]:
-    """Writes summary.md and the plots of a folder of results.
-
-    Args:
-      folder: of the results.
-      plots: whether to draw.
-      output: folder to write into; None is that of the results.
-
-    Returns:
-      The files.
+    """Writes summary.md and the plots of a folder of results, there or into the folder `output`; returns the files.
 
     Raises:
       DexError: no or damaged results, no matplotlib, or a folder that cannot be written.

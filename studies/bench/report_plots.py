@@ -24,16 +24,9 @@ OF_DEX, OF_RIVALS = SERIES[0], SERIES[1]
 
 
 def draw(runs: Sequence[Run], folder: str | Path, explorers: int | None = None) -> list[Path]:
-    """Draws what there is to draw as PNG files into a folder.
+    """Draws what there are runs for as PNG files into a folder; returns the files.
 
-    Args:
-      runs: of a study.
-      folder: to write into.
-      explorers: K of the DEX that stands beside its rivals; None is the first.
-
-    Returns:
-      The files: speedup_depth.png, speedup_wall.png, work.png, speedup_by_k.png, ead.png; those without runs are left
-      out.
+    `explorers` is K of the DEX that stands beside its rivals; None is the first.
 
     Raises:
       DexError: no matplotlib, or a folder that cannot be written.

@@ -178,11 +178,7 @@ def _read(path: Path) -> tuple[list[Run], int]:
 
 
 def from_line(line: str, where: str) -> Run:
-    """The run of one line.
-
-    Args:
-      line: JSON.
-      where: of it, for the error.
+    """The run of one line of JSON; `where` it stands is for the error.
 
     Raises:
       DexError: no JSON, a field that is missing, unknown or of another type.

@@ -162,13 +162,9 @@ def versions() -> dict[str, str]:
 
 
 def run_of(output: Output, row: int, *, kind: str, **given: Any) -> Run:
-    """The line of one sequence of an Output.
+    """The line of sequence `row` of an Output, of kind "depth", which keeps counts alone, or "wall".
 
-    Args:
-      output: from `generate`.
-      row: of the sequence.
-      kind: "depth", which keeps counts alone, or "wall".
-      **given: the other fields of Run that an Output does not know: method, task, prompt_id, model, setting, ..
+    `given` are the other fields of Run that an Output does not know: method, task, prompt_id, model, setting, ...
 
     Raises:
       DexError: kind "wall" of a batch.

@@ -62,11 +62,7 @@ CLAIMS = (
 
 
 def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
-    """The page in markdown: a table of claims, a column for each study, and the commands.
-
-    Args:
-      studies: (runs, settings) of each folder; without any, the page says what to run.
-    """
+    """The page in markdown: a table of claims, a column for each (runs, settings) of a folder, and the commands."""
     names = [_name(study) for _, study in studies]
     tables = [c.costs(runs, "depth") for runs, _ in studies]
     rows = []

@@ -12,10 +12,7 @@ from dex_jax.progress import Standing
 class Pace:
     """Shows how far a part of a study has come, and how long the rest takes at this pace.
 
-    Args:
-      notify: told a Standing whenever something was added.
-      total: of the amounts that will be added.
-      what: the part.
+    `notify` is told a Standing whenever something was added; `total` is the sum of all that will be.
     """
 
     def __init__(self, notify: Callable[[Any], None], total: int, what: str):

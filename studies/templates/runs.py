@@ -38,15 +38,7 @@ LOOP_BATCH = 8
 
 
 class TemplateStudy:
-    """Makes the runs of a study that are not there yet.
-
-    Args:
-      lm: the model.
-      results: where lines go, and what is there.
-      cases: items in templates.
-      plan: what to do with them.
-      notify: shown progress, see training.progress.Display.
-    """
+    """Makes the runs of a study that are not in `results` yet: of items in templates (`cases`), as the plan says."""
 
     def __init__(
         self,

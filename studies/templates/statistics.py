@@ -232,11 +232,9 @@ def ranking_agreement(grid: Grid) -> tuple[float, float] | None:
 
 
 def explained(values: np.ndarray, predictors: Sequence[np.ndarray]) -> tuple[float, float]:
-    """(R squared, adjusted for the number of predictors) of a linear fit; NaN where there are too few points.
+    """(R squared, adjusted for the number of predictors) of a linear fit of values [n] by predictors [n].
 
-    Args:
-      values: [n]; NaN are left out.
-      predictors: each [n].
+    NaN values are left out; both are NaN where there are too few points.
     """
     kept = ~np.isnan(values)
     target = values[kept]

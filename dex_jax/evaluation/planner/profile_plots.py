@@ -28,10 +28,7 @@ def figures(profile: Profile) -> dict[str, Any]:
 
 
 def draw(profile: Profile, folder: str | Path) -> list[Path]:
-    """Writes the pictures of a profile as PNG files into a folder.
-
-    Returns:
-      The files.
+    """Writes the pictures of a profile as PNG files into a folder; returns the files.
 
     Raises:
       DexError: no matplotlib, or a folder that cannot be written.
