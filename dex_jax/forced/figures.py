@@ -144,7 +144,7 @@ def mean_figures(figures: Sequence[ExitFigures]) -> ExitFigures:
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error of probabilities [N]: the mean over bins of equal mass of |their mean - share right|."""
+    """Expected calibration error of probabilities [N]: the mean over bins of equal mass of |their mean - right|."""
     order = np.argsort(confidence, kind="stable")
     bins = [part for part in np.array_split(order, BINS) if len(part)]
     gaps = [abs(confidence[part].mean(dtype=np.float64) - right[part].mean()) * len(part) for part in bins]

@@ -93,8 +93,7 @@ class Tokenizer:
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Chat messages, dictionaries with strings "role" and "content", to ids.
 
-        `add_generation_prompt` ends with what opens the assistant's answer. BOS is there once if the template writes it,
-        and not otherwise.
+        `add_generation_prompt` ends with what opens the assistant's answer. BOS is there once if the template writes it.
 
         Raises:
           DexError: no chat template, or messages that it does not accept.

@@ -41,7 +41,7 @@ class Task(Protocol):
         """The place before the first batch."""
 
     def next_batch(self, cursor: Cursor) -> tuple[Any, Cursor, int]:
-        """(the batch at `cursor`, a pytree of arrays of the same shapes every time; the next place; tokens learnt from)."""
+        """(the batch at `cursor`, arrays of the same shapes every time; the next place; tokens learnt from)."""
 
     def loss(
         self, params: Params, constants: Any, batch: Any, key: jax.Array, step: jax.Array

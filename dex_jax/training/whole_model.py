@@ -99,7 +99,7 @@ class WholeModel:
     name = "whole_model"
 
     def __init__(self, config: WholeModelConfig, corpus: Corpus, start_from: LanguageModel | None = None):
-        """Takes what is to be trained, from the weights of `start_from`, a model of `config.model`, or from random ones.
+        """Takes what is to be trained, from the weights of `start_from`, a model of `config.model`, or random ones.
 
         Raises:
           DexError: `start_from` is another model, or a part of the text is shorter than a window.
