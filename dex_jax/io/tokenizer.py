@@ -91,9 +91,9 @@ class Tokenizer:
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Chat messages, dictionaries with strings "role" and "content", to ids.
+        """Chat messages, dictionaries with strings "role" and "content", to ids, with BOS only where the template has it.
 
-        `add_generation_prompt` ends with what opens the assistant's answer. BOS is there once if the template writes it.
+        `add_generation_prompt` ends with what opens the assistant's answer.
 
         Raises:
           DexError: no chat template, or messages that it does not accept.
