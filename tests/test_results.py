@@ -78,12 +78,12 @@ def test_a_line_cut_off_by_a_kill_is_written_again(tmp_path) -> None:
     ("change", "says"),
     [
         ("{", "line 2 of .*results.jsonl is no JSON"),
-        ("[1]", "line 2 of .* is no JSON object"),
-        ({"task": None}, r"line 2 of .*\.task"),
-        ({"tokens": [1, "a"]}, r"line 2 of .*\.tokens"),
-        ({"seconds": True}, r"line 2 of .*\.seconds"),
-        ({"kind": "speed"}, "\"kind\" is 'speed', and not one of depth, wall"),
-        ({"kind": "depth"}, 'line 2 of .* is of kind "depth" and has seconds'),
+        ("[1]", "line 2 of .* is not as it should be"),
+        ({"task": None}, "line 2 of .* at task"),
+        ({"tokens": [1, "a"]}, "line 2 of .* at tokens"),
+        ({"seconds": True}, "line 2 of .* at seconds"),
+        ({"kind": "speed"}, "line 2 of .* at kind .*'speed'"),
+        ({"kind": "depth"}, 'line 2 of .* kind "depth" has no seconds'),
         ({"surprise": 1}, 'a field "surprise" that the schema does not know'),
     ],
 )

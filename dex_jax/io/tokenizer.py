@@ -91,7 +91,7 @@ class Tokenizer:
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Chat messages, dictionaries with strings "role" and "content", to ids, with BOS only where the template has it.
+        """Chat messages, dictionaries with strings "role" and "content", to ids, BOS only where the template has it.
 
         `add_generation_prompt` ends with what opens the assistant's answer.
 

@@ -13,16 +13,14 @@ import json
 import math
 import platform
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from dex_jax.decoding.output import Output
 from dex_jax.errors import DexError
 from dex_jax.evaluation.check import Check
 from dex_jax.io.whole_files import plain
 
-KINDS = ("depth", "wall")
-SPLITS = ("report", "tune")
-COUNTED = ("loop", "forced")
+Kind = Literal["depth", "wall"]
 
 COSTS = {"depth": "layer_steps", "work": "work", "wall": "seconds"}
 """Kind of figure -> the field that holds it."""
@@ -70,7 +68,7 @@ class Run:
       versions: of dex_jax, jax, flax and python.
     """
 
-    kind: str
+    kind: Kind
     method: str
     task: str
     prompt_id: str
@@ -83,8 +81,8 @@ class Run:
     depths: list[int] | None = None
     rows: int | None = None
     template: str = "default"
-    split: str = "report"
-    counted: str = "loop"
+    split: Literal["report", "tune"] = "report"
+    counted: Literal["loop", "forced"] = "loop"
     round: int = 0
     batch: int = 1
     layer_steps: int | None = None
@@ -110,6 +108,10 @@ class Run:
     device: str = ""
     dtype: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind == "depth" and self.seconds is not None:
+            raise DexError('a run of kind "depth" has no seconds: they belong to kind "wall"')
 
     @property
     def new_tokens(self) -> int:
@@ -161,7 +163,7 @@ def versions() -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
-def run_of(output: Output, row: int, *, kind: str, **given: Any) -> Run:
+def run_of(output: Output, row: int, *, kind: Kind, **given: Any) -> Run:
     """The line of sequence `row` of an Output, of kind "depth", which keeps counts alone, or "wall".
 
     `given` are the other fields of Run that an Output does not know: method, task, prompt_id, model, setting, ...

@@ -119,28 +119,17 @@ class Plan:
     """What a study runs.
 
     Attributes:
-      methods: of METHODS.
-      model: as it is loaded, for the record.
+      settings: what is asked for.
       exits: of all depths that are asked; exits_source: where they are from.
       depths: DEX's grid.
-      exit_depths, draft_lengths: LayerSkip's sweep.
-      max_new_tokens: of each answer.
-      batch: prompts at a time.
-      loop_share: of the answers, on which the loops themselves run too.
-      seed: of that choice.
+      exit_depths: of LayerSkip's sweep.
     """
 
-    methods: tuple[str, ...]
-    model: str
+    settings: Settings
     exits: TrainedExits
     exits_source: str
     depths: tuple[int, ...]
     exit_depths: tuple[int, ...]
-    draft_lengths: tuple[int, ...]
-    max_new_tokens: int
-    batch: int
-    loop_share: float
-    seed: int
 
 
 def read(s: Settings) -> dict[str, tuple[list[Item], list[Template]]]:
@@ -215,9 +204,7 @@ def plan_of(lm: LanguageModel, s: Settings) -> Plan:
         raise DexError(f"--exit-depths must lie between 1 and {layers - 1}, not {','.join(map(str, swept))}")
     every = tuple(sorted({*grid[:-1], *swept}))
     exits, source = exits_at(lm, s.exits if resolved.exits is not None else "shared", every)
-    same = ("methods", "model", "draft_lengths", "max_new_tokens", "batch", "loop_share", "seed")
-    given = {name: getattr(s, name) for name in same}
-    return Plan(exits=exits, exits_source=source, depths=grid, exit_depths=tuple(swept), **given)
+    return Plan(s, exits, source, grid, tuple(swept))
 
 
 def study_of(
@@ -235,7 +222,7 @@ def study_of(
         "longest_prompt": s.longest_prompt,
         "too_long": left_out,
         "exit_depths": list(plan.exit_depths),
-        "draft_lengths": list(plan.draft_lengths),
+        "draft_lengths": list(s.draft_lengths),
         "fingerprint": lm.fingerprint,
         "layers": lm.config.num_layers,
         "parameters": sum(int(leaf.size) for leaf in jax.tree.leaves(lm.weights)),
