@@ -1,12 +1,22 @@
-"""The flags of a program, made of the fields of its settings."""
+"""What the programs of studies share: flags made of the fields of their settings, and what they say at the end."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from dex_jax.errors import exit_code
 from dex_jax.language_model import DTYPES
+
+Count = Annotated[int, Meta(ge=1)]
+Several = Annotated[int, Meta(ge=2)]
+NotNegative = Annotated[int, Meta(ge=0)]
 
 
 def flag(default: Any, help: str, **how: Any) -> Any:
@@ -36,6 +46,23 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         how = dict(field.metadata)
         how["help"] += "" if default in (None, False, "") else f" ({default})"
         parser.add_argument(name, default=field.default, **how)
+
+
+def run_study(argv: Sequence[str] | None, package: str, about: str, settings: type, run: Callable[[Any], int]) -> int:
+    """Runs `python -m package`, whose flags are the fields of its settings; the exit code, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=about.splitlines()[0])
+    add_flags(parser, settings)
+    given = vars(parser.parse_args(argv))
+    return exit_code(lambda: run(settings(**given)), "Stopped. The same command goes on from here.")
+
+
+def tell(files: Sequence[Path], wrong: Sequence[str]) -> int:
+    """Prints a summary, and says on stderr what was written and what is wrong; the exit code, 1 if anything is."""
+    print(files[0].read_text(encoding="utf-8"))
+    print("written: " + ", ".join(map(str, files)), file=sys.stderr)
+    for each in wrong:
+        print(f"error: {each}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def names(text: str) -> tuple[str, ...]:

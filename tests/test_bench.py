@@ -213,17 +213,17 @@ def test_sampled_tokens_are_those_of_ar(command, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--methods", "ar,medusa"], "unknown method 'medusa'"),
+        (["--methods", "ar,medusa"], "--methods ar,medusa is not as it should be"),
         (["--tasks", "boolq", "--data", "."], "unknown task 'boolq'"),
         (["--tasks", "gsm8k", "--data", "nowhere"], "there is no folder of data nowhere"),
-        (["--max-new-tokens", "1"], "--max-new-tokens must be at least 2"),
+        (["--max-new-tokens", "1"], "--max-new-tokens 1 is not as it should be (Expected int >= 2)"),
         (["--tune-prompts", "0"], "the setting of layerskip is chosen on tuning prompts"),
         (["--prompts", "8"], "none left for split tune"),
         (["--longest-prompt", "2"], "none left for split report"),
         (["--exit-depths", "2"], "LayerSkip's exit must lie below the model's last layer"),
         (["--by-explorers", "3"], "explorers must be from 1 to the model's 2 layers"),
         (["--exits", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--batch", "0"], "--batch must be at least 1"),
+        (["--batch", "0"], "--batch 0 is not as it should be (Expected int >= 1)"),
     ],
 )
 def test_bad_flags_are_told_in_a_sentence(flags, says, command, tmp_path, capsys) -> None:

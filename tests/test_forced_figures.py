@@ -315,7 +315,7 @@ def test_picture(tmp_path) -> None:
     plot_agreement(_records(), tmp_path / "agreement.png")
     assert (tmp_path / "agreement.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(DexError, match="cannot be written"):
-        plot_agreement(_records(), tmp_path / "none" / "agreement.png")
+        plot_agreement(_records(), tmp_path / "agreement.png" / "below.png")
 
 
 def test_picture_without_matplotlib(tmp_path, monkeypatch) -> None:
@@ -329,7 +329,7 @@ def test_picture_without_matplotlib(tmp_path, monkeypatch) -> None:
 def test_picture_of_nothing_is_refused(tmp_path) -> None:
     with pytest.raises(DexError, match="at least one record"):
         plot_agreement([], tmp_path / "agreement.png")
-    with pytest.raises(DexError, match="record 1 has no figures of 'humaneval'"):
-        plot_agreement(_records(), tmp_path / "agreement.png", group="humaneval")
-    with pytest.raises(DexError, match="'seconds'"):
-        plot_agreement(_records(), tmp_path / "agreement.png", along="seconds")
+    with pytest.raises(DexError, match="record 2 has no step or no figures of 'mean'"):
+        plot_agreement([*_records(1), {"step": 20, "groups": {"humaneval": {}}}], tmp_path / "agreement.png")
+    with pytest.raises(DexError, match="record 1 has no step"):
+        plot_agreement([record | {"step": None} for record in _records()], tmp_path / "agreement.png")

@@ -122,7 +122,7 @@ def test_the_study_runs_goes_on_and_notices_what_is_wrong(command, tmp_path, mon
         (["--items", "9"], "5 are left where 9 are asked"),
         (["--longest-prompt", "10"], "5 of them too long"),
         (["--tasks", "chess"], "chess"),
-        (["--methods", "ar,del"], "not del"),
+        (["--methods", "ar,del"], "--methods ar,del"),
         (["--methods", "dex"], "needs ar"),
         (["--methods", "ar,layerskip", "--explorers", "1"], "--explorers"),
         (["--explorers", "9"], "--explorers"),

@@ -80,7 +80,7 @@ def test_what_the_hub_cannot_give_is_told(monkeypatch) -> None:
         raise OSError("no network")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=unreachable))
-    with pytest.raises(DexError, match=r"datasets cannot load openai/gsm8k .*no network; give --data"):
+    with pytest.raises(DexError, match=r"datasets cannot load openai/gsm8k .*no network; give a file"):
         read_task("gsm8k", None)
 
 

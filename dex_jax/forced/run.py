@@ -263,18 +263,6 @@ def forced_exits(
     return born
 
 
-def forced_ticks(
-    lm: LanguageModel,
-    prompt: list[int],
-    tokens: list[int],
-    schedule: Schedule,
-    sampling: Sampling | None = None,
-    exits: TrainedExits | None = None,
-) -> int:
-    """Ticks of an unpruned run that emits `tokens` after `prompt`; arguments as `forced_exits`."""
-    return ticks_of(forced_exits(lm, prompt, tokens, schedule, sampling, exits), len(tokens), schedule.stages)
-
-
 def _arrays(lm: LanguageModel, exits: TrainedExits) -> tuple[dict[str, jax.Array], jax.Array | None]:
     """(parameters in the model's dtype, draft vocabulary)."""
     draft = None if exits.vocabulary is None else jnp.asarray(exits.vocabulary, jnp.int32)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from dex_jax.errors import DexError
-from dex_jax.foreign import Positive, typed
+from dex_jax.foreign import Positive, check_fields
 
 MAY_CHANGE = ("steps", "tokens", "keep", "eval_every", "log_every", "tensorboard")
 """Fields that a resumed run may set anew: how long it goes on, and what is kept and written on the way."""
@@ -70,9 +70,7 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self):
-        for name, kind in get_type_hints(TrainConfig, include_extras=True).items():
-            value = getattr(self, name)
-            typed(value, kind, f"{name} = {value!r}", "give another value")
+        check_fields(self)
 
     def replace(self, flags: Mapping[str, Any]) -> TrainConfig:
         """A configuration with the given fields changed; None means "as it is", as flags that were not given are None.

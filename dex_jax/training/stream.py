@@ -228,14 +228,10 @@ class Stream:
           lm: the frozen model.
           items: the item of each number from 0, the same at every call; None from some number on ends the stream.
           batch: B.
-          steps: n.
-          history: H.
-          length: S, the longest item.
-          depths: trained depths, ascending, 0..L.
+          steps, history, length, depths: as of StreamSpec.
           seed: of the sampled tokens.
           on_item: called with (item number, tokens run) of each item that has ended, by number within a chunk.
-          mesh: devices with axes "data", which rows are spread over, and "tensor", which weights are split over; None
-            runs where the model is.
+          mesh: devices with axes "data", which rows are spread over, and "tensor", which weights are split over.
 
         Raises:
           DexError: as StreamSpec, a batch without rows, or one that does not divide among the mesh.

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from dex_jax.forced.asks import asks_in_lattice
 from dex_jax.forced.counts import first_exits
 from dex_jax.forced.figures import figures_of
 from dex_jax.forced.run import Forced, measure, shared_exits
+from dex_jax.foreign import Size, check_fields
 from dex_jax.io.save import save_model
 from dex_jax.language_model import LanguageModel, merge_model
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
@@ -34,8 +35,6 @@ from dex_jax.nn.transformer import Transformer, Unrolled, layer_parameters, para
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.corpus import Corpus, read_corpus
 from dex_jax.training.layerskip import LayerSkip, exit_weights, kept_layers
-
-RECIPES = (None, "layerskip")
 
 Params = dict[str, jax.Array]
 """Canonical name ("embed", "layers.3.qkv", ...) -> float32 array: what optax updates and what `save_model` takes."""
@@ -63,20 +62,17 @@ class WholeModelConfig:
     data: str
     window: int = 128
     held_out: float = 0.1
-    recipe: str | None = None
+    recipe: Literal["layerskip"] | None = None
     layerskip: LayerSkip = dataclasses.field(default_factory=LayerSkip)
     explorers: tuple[int, ...] = (2, 3, 4)
-    evaluation_windows: int = 64
+    evaluation_windows: Size = 64
 
     def __post_init__(self):
-        if self.recipe not in RECIPES:
-            raise DexError(f"unknown recipe {self.recipe!r}: the only one is layerskip, and none trains plainly")
+        check_fields(self)
         if not 1 <= self.window <= self.model.context:
             raise DexError(f"a window has from 1 to the context's {self.model.context} tokens, not {self.window}")
         if not self.explorers or not all(1 <= k <= self.model.num_layers for k in self.explorers):
             raise DexError(f"explorers must be from 1 to the model's {self.model.num_layers} layers: {self.explorers}")
-        if self.evaluation_windows < 1:
-            raise DexError(f"evaluation_windows must be at least 1, not {self.evaluation_windows}")
         if self.train.dtype == "float16":
             raise DexError(
                 "a whole model is not trained in float16, where small gradients vanish: use bfloat16 or float32"

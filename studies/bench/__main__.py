@@ -7,7 +7,6 @@ summary.md and plots; the same command goes on where it was stopped. docs/howto_
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -15,28 +14,23 @@ from typing import Any
 
 from dex_jax import language_model
 from dex_jax.cli.common import remember_compilations
-from dex_jax.errors import DexError, exit_code
+from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel
-from dex_jax.progress import Display, phases
+from dex_jax.progress import phases
 from studies.bench import report
 from studies.bench.bench import Bench, Case
 from studies.bench.plan import Plan, Settings
-from studies.bench.results import Results
+from studies.bench.results import writing
 from studies.bench.tasks import Asked, read_task, spread
-from studies.flags import add_flags
+from studies.flags import run_study
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 1 where tokens are not AR's, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m studies.bench", description=__doc__.splitlines()[0])
-    add_flags(parser, Settings)
-    parser.add_argument("--no-plots", action="store_true", help="no PNG files, and no need of matplotlib")
-    given = vars(parser.parse_args(argv))
-    plots = not given.pop("no_plots")
-    return exit_code(lambda: run(Settings(**given), plots), "Stopped. The same command goes on from here.")
+    return run_study(argv, "studies.bench", __doc__, Settings, run)
 
 
-def run(settings: Settings, plots: bool = True) -> int:
+def run(settings: Settings) -> int:
     """Measures and writes, as the settings say; the exit code."""
     asked = [read_task(task, settings.data) for task in settings.tasks]
     called = [items[0].task for items in asked]
@@ -46,17 +40,12 @@ def run(settings: Settings, plots: bool = True) -> int:
     with phases():
         lm = language_model.load(settings.model, settings.dtype)
     cases, left_out = choose_cases(lm, asked, settings)
-    display = Display()
-    plan = Plan(lm, settings, display)
-    results = Results(settings.output, study_of(lm, settings, cases, left_out) | plan.about())
-    try:
+    plan = Plan(lm, settings)
+    with writing(settings.output, study_of(lm, settings, cases, left_out) | plan.about()) as (results, display):
         bench = Bench(lm, results, cases, plan, display)
         bench.count()
         bench.time()
-    finally:
-        display.close()
-        results.close()
-    return report.write_and_tell(settings.output, plots)
+    return report.write_and_tell(settings.output, not settings.no_plots)
 
 
 def choose_cases(

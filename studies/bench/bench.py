@@ -14,15 +14,13 @@ from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.session import PROGRAMS
 from dex_jax.decoding.sizes import prompt_bucket
 from dex_jax.evaluation.check import compare_tokens
-from dex_jax.forced.asks import layerskip_asks
-from dex_jax.forced.counts import layerskip_counts
 from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers
 from dex_jax.language_model import LanguageModel
 from dex_jax.progress import Shown
 from dex_jax.sampling import Sampling, sampling_keys
 from studies.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
-from studies.bench.forced_runs import answer_fields, exits_at, layerskip_run
+from studies.bench.forced_runs import answer_fields, exits_at, layerskip_asks, layerskip_counts, layerskip_run
 from studies.bench.plan import Plan
 from studies.bench.results import Results
 from studies.bench.runs import Run, compared, run_key, run_of

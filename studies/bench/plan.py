@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from dex_jax.cli.common import depths
 from dex_jax.decoding.resolve import default_drafter, default_exits, resolve
 from dex_jax.errors import DexError
+from dex_jax.foreign import check_fields
 from dex_jax.io.exits_file import load_exits
 from dex_jax.language_model import LanguageModel
-from studies.bench.contenders import METHODS, SWEPT, Contender, check_names, contender, sweep, swept_depths
+from studies.bench.contenders import METHODS, SWEPT, Contender, contender, sweep, swept_depths
 from studies.bench.results import about_exits
 from studies.bench.tasks import TASKS
-from studies.flags import dtype_flag, flag, model_flag, names
+from studies.flags import Count, NotNegative, Several, dtype_flag, flag, model_flag, names
+
+Name = Annotated[str, Meta(pattern=f"^({'|'.join(METHODS)})$")]
+
+Names = Annotated[tuple[Name, ...], Meta(min_length=1)]
 
 
-def _methods(default: tuple[str, ...], what: str) -> Any:
-    def read(text: str) -> tuple[str, ...]:
-        return names(text.replace("-", "_"))  # decode.py spells them with hyphens
-
-    return flag(default, f"methods {what}, of {', '.join(METHODS)}", type=read, metavar="NAME,...")
+def _spelt(text: str) -> tuple[str, ...]:
+    return names(text.replace("-", "_"))  # decode.py spells methods with hyphens
 
 
 def _shares(text: str) -> tuple[float, ...]:
@@ -41,38 +46,33 @@ class Settings:
     dtype: str | None = dtype_flag()
     exits: str = flag("default", 'folder, file, "default" or "shared"')
     drafter: str = flag("default", 'of one explorer: folder, file, "default" or "shared"')
-    methods: tuple[str, ...] = _methods(("ar", "dex", "layerskip", "adadecode", "del"), "to count")
-    timed: tuple[str, ...] = _methods(("ar", "dex_serial", "layerskip"), "whose seconds are measured, or none")
-    explorers: int = flag(5, "of DEX and AdaDecode", metavar="K")
+    methods: Names = flag(
+        ("ar", "dex", "layerskip", "adadecode", "del"), f"to count, of {', '.join(METHODS)}", type=_spelt
+    )
+    timed: tuple[Name, ...] = flag(("ar", "dex_serial", "layerskip"), "methods to time, or none", type=_spelt)
+    explorers: Count = flag(5, "of DEX and AdaDecode", metavar="K")
     by_explorers: tuple[int, ...] = flag((), "also count DEX with these K", type=depths, metavar="K,...")
-    tasks: tuple[str, ...] = flag(
+    tasks: Annotated[tuple[str, ...], Meta(min_length=1)] = flag(
         ("gsm8k", "humaneval", "spec_bench"), f"of {', '.join(TASKS)}, prompts:FILE", type=names, metavar="NAME,..."
     )
     data: str | None = flag(None, "folder with a folder for each task; without it tasks come from the hub", type=str)
-    prompts: int = flag(20, "of each task, evenly spread")
-    tune_prompts: int = flag(4, "further ones to choose settings on")
-    longest_prompt: int = flag(1024, "longer ones, in tokens, are left out")
+    prompts: Count = flag(20, "of each task, evenly spread")
+    tune_prompts: NotNegative = flag(4, "further ones to choose settings on")
+    longest_prompt: Count = flag(1024, "longer ones, in tokens, are left out")
     no_chat: bool = flag(False, "use prompts as they are, without the chat template")
-    max_new_tokens: int = flag(64, "of each answer")
+    max_new_tokens: Several = flag(64, "of each answer")
     temperature: float = flag(0.0, "0 is greedy")
     seed: int = flag(0, "of sampling; each prompt has its own")
-    batch: int = flag(8, "sequences at a time where only counts matter")
-    rounds: int = flag(2, "timed runs of every method and prompt; 2 is A B B A")
+    batch: Count = flag(8, "sequences at a time where only counts matter")
+    rounds: NotNegative = flag(2, "timed runs of every method and prompt; 2 is A B B A")
     exit_depths: tuple[int, ...] = flag((), "of the sweeps, up to four among the shallower unless given", type=depths)
     draft_lengths: tuple[int, ...] = flag((1, 2, 3, 5), "LayerSkip's sweep", type=depths, metavar="G,...")
     thresholds: tuple[float, ...] = flag((0.2, 0.4, 0.6), "AdaDecode's sweep", type=_shares, metavar="P,...")
-    timed_settings: int = flag(3, "best counted settings that are also timed")
+    timed_settings: Count = flag(3, "best counted settings that are also timed")
+    no_plots: bool = flag(False, "no PNG files, and no need of matplotlib")
 
     def __post_init__(self) -> None:
-        check_names((*self.methods, *self.timed))
-        positive = ("explorers", "prompts", "longest_prompt", "max_new_tokens", "batch", "timed_settings")
-        for name, least in (*((name, 1) for name in positive), ("rounds", 0), ("tune_prompts", 0)):
-            if getattr(self, name) < least:
-                raise DexError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
-        if self.max_new_tokens < 2:
-            raise DexError("--max-new-tokens must be at least 2: the first token comes of the prompt alone")
-        if not self.tasks or not self.methods:
-            raise DexError("--tasks and --methods must each name at least one")
+        check_fields(self, flags=True)
         if self.swept and self.tune_prompts < 1:
             raise DexError(
                 f"the setting of {self.swept[0]} is chosen on tuning prompts: --tune-prompts must be above 0"
@@ -96,8 +96,8 @@ class Plan:
       DexError: exits that cannot be read, or settings that the model or its exits do not have.
     """
 
-    def __init__(self, lm: LanguageModel, settings: Settings, notify: Callable[[str], Any]):
-        self.lm, self.settings, self.notify = lm, settings, notify
+    def __init__(self, lm: LanguageModel, settings: Settings):
+        self.lm, self.settings = lm, settings
         self.exits = self._opened(settings.exits, default_exits, "exits")
         self.drafter = self._opened(settings.drafter, default_drafter, "drafter")
         drafting: Sequence[int] = settings.exit_depths
@@ -164,6 +164,6 @@ class Plan:
 
     def _opened(self, exits: str, shipped: Callable[[str], Any], what: str) -> Any:
         if exits == "default" and shipped(self.lm.fingerprint) is None:
-            self.notify(f'no trained {what} with this model: "shared" is used')
+            print(f'no trained {what} with this model: "shared" is used', file=sys.stderr)
             return "shared"
         return exits if exits in ("default", "shared") else load_exits(exits)

@@ -21,6 +21,7 @@ from studies.bench.report_plots import draw
 from studies.bench.resampling import Interval
 from studies.bench.results import read_results, read_study, seen_in_training
 from studies.bench.runs import Run
+from studies.flags import tell
 
 SUMMARY = "summary.md"
 
@@ -76,13 +77,7 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
 
 def write_and_tell(folder: str | Path, plots: bool, output: str | Path | None = None) -> int:
     """Writes as `write` does, prints summary.md, says on stderr what is wrong; returns 1 for wrong tokens, else 0."""
-    files = write(folder, plots, output)
-    print(files[0].read_text(encoding="utf-8"))
-    print("written: " + ", ".join(str(file) for file in files), file=sys.stderr)
-    wrong = c.mismatches(read_results(folder))
-    for each in wrong:
-        print(f"error: {each}", file=sys.stderr)
-    return 1 if wrong else 0
+    return tell(write(folder, plots, output), c.mismatches(read_results(folder)))
 
 
 def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:

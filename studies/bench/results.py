@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dex_jax.errors import DexError
 from dex_jax.foreign import parsed, reading, typed
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import plain
+from dex_jax.progress import Display
 from studies.bench.runs import Run
 
 FILE_NAME = "results.jsonl"
@@ -80,6 +82,17 @@ class Results:
         """Ends writing."""
         with contextlib.suppress(OSError):  # what could not be written is in the file's buffer, and `add` has said so
             self._file.close()
+
+
+@contextlib.contextmanager
+def writing(folder: str | Path, study: dict[str, Any]) -> Iterator[tuple[Results, Display]]:
+    """The results of a study while it runs, and what shows how far it has come."""
+    results, display = Results(folder, study), Display()
+    try:
+        yield results, display
+    finally:
+        display.close()
+        results.close()
 
 
 def about_exits(exits: TrainedExits | None) -> dict[str, Any]:

@@ -126,7 +126,8 @@ class Run:
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells a run from all others of its study; a run whose key is there needs not be made again."""
-        return run_key(**{name: getattr(self, name) for name in KEY})
+        flat = json.dumps(plain(self.setting), sort_keys=True)
+        return tuple(flat if name == "setting" else getattr(self, name) for name in KEY)
 
     def cost(self, kind: str) -> float | None:
         """The figure of a kind: "depth", "work" or "wall"; None where the run has none of that kind."""
@@ -139,22 +140,10 @@ class Run:
 KEY = ("kind", "split", "task", "template", "prompt_id", "method", "setting", "counted", "round", "dtype", "seed")
 
 
-def run_key(
-    kind: str,
-    method: str,
-    task: str,
-    prompt_id: str,
-    setting: dict[str, Any],
-    template: str = "default",
-    split: str = "report",
-    counted: str = "loop",
-    round: int = 0,
-    dtype: str = "",
-    seed: int | None = None,
-) -> tuple[Any, ...]:
+def run_key(**fields: Any) -> tuple[Any, ...]:
     """The key of a run that is still to be made; see `Run.key`."""
-    flat = json.dumps(plain(setting), sort_keys=True)
-    return kind, split, task, template, prompt_id, method, flat, counted, round, dtype, seed
+    stub: dict[str, Any] = {"model": "", "tokens": [], "prompt_tokens": 0}
+    return Run(**(stub | fields)).key
 
 
 def versions() -> dict[str, str]:

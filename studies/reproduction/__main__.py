@@ -182,26 +182,20 @@ def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
     timed = [run.method for run in runs if run.kind == "wall" and run.split == "report" and run.method in METHODS]
     main = study.get("explorers")
     grids = sorted({int(run.setting["explorers"]) for run in counted if run.method == "dex"} - {main})
-    flags: dict[str, Any] = {
-        "model": study.get("model"),
-        "dtype": study.get("dtype"),
-        "exits": study.get("exits"),
-        "drafter": study.get("drafter"),
-        "tasks": ",".join(task if task in TASKS else "prompts:FILE" for task in study.get("tasks", [])),
-        "prompts": study.get("prompts"),
-        "tune-prompts": study.get("tune_prompts"),
-        "longest-prompt": study.get("longest_prompt"),
-        "max-new-tokens": study.get("max_new_tokens"),
-        "temperature": study.get("temperature") or None,
-        "seed": study.get("seed") or None,
-        "explorers": main,
-        "by-explorers": ",".join(map(str, grids)),
-        "methods": ",".join(methods),
-        "timed": ",".join(dict.fromkeys(timed)) or "none",
+    usual = Settings("")
+    told = {field.name: study.get(field.name) for field in dataclasses.fields(Settings)} | {
+        "no_chat": not study.get("chat", True),
+        "tasks": tuple(task if task in TASKS else "prompts:FILE" for task in study.get("tasks", [])),
+        "by_explorers": tuple(grids),
+        "methods": tuple(methods),
+        "timed": tuple(dict.fromkeys(timed)) or ("none",),
         **_sweeps(runs),
     }
-    words = [f"--{name} {value}" for name, value in flags.items() if value is not None and value != ""]
-    words += [] if study.get("chat", True) else ["--no-chat"]
+    words = []
+    for name, value in told.items():
+        if value not in (None, (), getattr(usual, name)):
+            shown = "" if value is True else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words.append(f"--{name.replace('_', '-')} {shown}".rstrip())
     lines = ["python -m studies.bench --data DIR --output RESULTS"]
     for word in words:
         if len(lines[-1]) + len(word) > 100:
@@ -210,21 +204,17 @@ def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
     return " \\\n".join(lines)
 
 
-def _sweeps(runs: Sequence[Run]) -> dict[str, str]:
-    """Flags of the settings that were tried on tuning prompts, without those that a benchmark tries anyway."""
+def _sweeps(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
+    """The settings that were tried on tuning prompts."""
     settings = [run.setting for run in runs if run.split == "tune"]
     depths = {setting["exit"] for setting in settings if "exit" in setting}
-    tried = {
-        # Which depths are tried unless told hangs on the model and its exits: they are always told.
-        "exit-depths": depths.union(*(setting["depths"][:-1] for setting in settings if "depths" in setting)),
-        "draft-lengths": {setting["draft_length"] for setting in settings if "draft_length" in setting},
-        "thresholds": {setting["threshold"] for setting in settings if "threshold" in setting},
-    }
-    usual = Settings("")
     return {
-        name: ",".join(map(str, sorted(found)))
-        for name, found in tried.items()
-        if found != set(getattr(usual, name.replace("-", "_")))
+        # Which depths are tried unless told hangs on the model and its exits: they are always told.
+        "exit_depths": tuple(
+            sorted(depths.union(*(setting["depths"][:-1] for setting in settings if "depths" in setting)))
+        ),
+        "draft_lengths": tuple(sorted({each["draft_length"] for each in settings if "draft_length" in each})),
+        "thresholds": tuple(sorted({each["threshold"] for each in settings if "threshold" in each})),
     }
 
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+from msgspec import Meta
 
 from dex_jax.cli.common import depths
 from dex_jax.decoding.methods import FULL_ROWS_LIMIT, Dex
 from dex_jax.decoding.resolve import resolve
 from dex_jax.errors import DexError
+from dex_jax.foreign import check_fields
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from studies.bench.contenders import swept_depths
 from studies.bench.forced_runs import exits_at
 from studies.bench.results import about_exits
 from studies.bench.tasks import rows_of, spread
-from studies.flags import dtype_flag, flag, model_flag, names
+from studies.flags import Count, NotNegative, Several, dtype_flag, flag, model_flag, names
 from studies.templates.answers import parse_choice
 from studies.templates.formats import (
     DESCRIPTORS,
@@ -34,6 +36,10 @@ from studies.templates.formats import (
 from studies.templates.items import Item, read_items
 
 METHODS = ("ar", "dex", "layerskip")
+Method = Literal["ar", "dex", "layerskip"]
+Task = Literal["hellaswag", "mmlu"]
+Tasks = Annotated[tuple[Task, ...], Meta(min_length=1)]
+Lengths = Annotated[tuple[Count, ...], Meta(min_length=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,55 +54,33 @@ class Settings:
     model: str = model_flag()
     dtype: str | None = dtype_flag()
     exits: str = flag("default", 'folder, file, "default" or "shared"')
-    methods: tuple[str, ...] = flag(METHODS, "of ar,dex,layerskip", type=names, metavar="NAME,...")
-    explorers: int = flag(5, "of DEX, with rows that never prune")
+    methods: tuple[Method, ...] = flag(METHODS, "of ar,dex,layerskip", type=names, metavar="NAME,...")
+    explorers: Annotated[int, Meta(ge=2, le=FULL_ROWS_LIMIT)] = flag(5, "of DEX, with rows that never prune")
     exit_depths: tuple[int, ...] | None = flag(None, "LayerSkip's sweep (up to four among the shallower)", type=depths)
-    draft_lengths: tuple[int, ...] = flag((1, 2, 3, 4, 6), "LayerSkip's sweep", type=depths, metavar="G,...")
-    tasks: tuple[str, ...] = flag(tuple(DESCRIPTORS), "of hellaswag,mmlu", type=names, metavar="NAME,...")
+    draft_lengths: Lengths = flag((1, 2, 3, 4, 6), "LayerSkip's sweep", type=depths, metavar="G,...")
+    tasks: Tasks = flag(tuple(DESCRIPTORS), "of hellaswag,mmlu", type=names, metavar="NAME,...")
     data: str | None = flag(None, "folder with a folder for each task; without it tasks come from the hub", type=str)
-    items: int = flag(100, "of each task, evenly spread")
-    tune_items: int = flag(6, "further ones to choose settings on")
+    items: Count = flag(100, "of each task, evenly spread")
+    tune_items: NotNegative = flag(6, "further ones to choose settings on")
     templates: str | None = flag(None, "FILE[:NAME]: promptsource YAML, FLAN or plain JSON, not the twelve", type=str)
-    formats: int = flag(0, "formats of the FormatSpread grammar instead")
+    formats: NotNegative = flag(0, "formats of the FormatSpread grammar instead")
     seed: int = flag(0, "of formats, examples and of where the loops run")
-    longest_prompt: int = flag(512, "items longer in any template are left out")
-    max_new_tokens: int = flag(48, "of each answer")
-    batch: int = flag(64, "answers at a time")
-    loop_share: float = flag(0.05, "share of answers on which the loops themselves run")
+    longest_prompt: Count = flag(512, "items longer in any template are left out")
+    max_new_tokens: Several = flag(48, "of each answer")
+    batch: Count = flag(64, "answers at a time")
+    loop_share: Annotated[float, Meta(ge=0, le=1)] = flag(0.05, "share of answers on which the loops themselves run")
     second_dtype: str | None = dtype_flag("also answer in this dtype (slow on CPUs)")
-    second_items: int = flag(100, "items of each task for that")
+    second_items: Count = flag(100, "items of each task for that")
+    no_plots: bool = flag(False, "no PNG files, and no need of matplotlib")
 
     def __post_init__(self) -> None:
-        layerskip = "layerskip" in self.methods
-        unknown = [name for name in self.methods if name not in METHODS]
-        strange = [task for task in self.tasks if task not in DESCRIPTORS]
-        small = [name for name in ("items", "longest_prompt", "batch", "second_items") if getattr(self, name) < 1]
-        for wrong, why in (
-            (
-                unknown,
-                f"the template study counts {', '.join(METHODS)}, not {', '.join(unknown)}: studies.bench runs others",
-            ),
-            ("ar" not in self.methods, "--methods needs ar: all answers are its, and all are compared with it"),
-            (not self.tasks, "--tasks must name at least one"),
-            (strange, f"unknown task {', '.join(strange)}: templates are for {', '.join(DESCRIPTORS)}"),
-            (small, f"--{', --'.join(small).replace('_', '-')} must be at least 1"),
-            (self.max_new_tokens < 2, "--max-new-tokens must be at least 2: the first token comes of the prompt alone"),
-            (
-                not 2 <= self.explorers <= FULL_ROWS_LIMIT,
-                f"--explorers must lie between 2 and {FULL_ROWS_LIMIT}: counts follow from teacher forcing only where "
-                "an exit stands below the last layer and rows never prune",
-            ),
-            (not self.draft_lengths or min(self.draft_lengths) < 1, "--draft-lengths must be at least 1 each"),
-            (not 0 <= self.loop_share <= 1, f"--loop-share is a share, from 0 to 1, not {self.loop_share}"),
-            (self.formats < 0, "--formats must be at least 0"),
-            (self.formats and self.templates, "choose one of --formats and --templates"),
-            (
-                layerskip and self.tune_items < 1,
-                "--tune-items must be at least 1: LayerSkip's setting is chosen on them",
-            ),
-        ):
-            if wrong:
-                raise DexError(why)
+        check_fields(self, flags=True)
+        if "ar" not in self.methods:
+            raise DexError("--methods needs ar: all answers are its, and all are compared with it")
+        if self.formats and self.templates:
+            raise DexError("choose one of --formats and --templates")
+        if "layerskip" in self.methods and self.tune_items < 1:
+            raise DexError("--tune-items must be at least 1: LayerSkip's setting is chosen on them")
 
 
 class Case(NamedTuple):
@@ -138,7 +122,7 @@ def read(s: Settings) -> dict[str, tuple[list[Item], list[Template]]]:
     Raises:
       DexError: no or bad data or templates.
     """
-    found = {}
+    found: dict[str, tuple[list[Item], list[Template]]] = {}
     for task in s.tasks:
         items = read_items(task, rows_of(task, s.data))
         if s.formats:

@@ -18,14 +18,14 @@ from dex_jax.decoding.generate import generate
 from dex_jax.decoding.layerskip import LayerSkip
 from dex_jax.decoding.methods import Dex
 from dex_jax.evaluation.check import CLOSE, compare_tokens
-from dex_jax.forced.asks import Ask, dex_asks, layerskip_asks
-from dex_jax.forced.counts import DexCount, LayerSkipCount, dex_counts, layerskip_counts
+from dex_jax.forced.asks import Ask, dex_asks
+from dex_jax.forced.counts import DexCount, dex_counts
 from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers, batches
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows
 from studies.bench.contenders import best_setting
-from studies.bench.forced_runs import answer_fields, layerskip_run
+from studies.bench.forced_runs import LayerSkipCount, answer_fields, layerskip_asks, layerskip_counts, layerskip_run
 from studies.bench.results import Results
 from studies.bench.runs import Run, compared, run_key, run_of
 from studies.pace import Pace
@@ -113,12 +113,12 @@ class TemplateStudy:
     def _keys(self, case: Case, dex: bool, settings: dict[str, list[tuple[int, int]]]) -> list[tuple[Any, ...]]:
         """The keys of all lines that an answer makes."""
         where = self._where(case)
-        keys = [run_key("depth", "ar", setting={}, counted="loop", **where)]
+        keys = [run_key(kind="depth", method="ar", setting={}, counted="loop", **where)]
         if dex:
-            keys.append(run_key("depth", "dex", setting=self._grid, counted="forced", **where))
+            keys.append(run_key(kind="depth", method="dex", setting=self._grid, counted="forced", **where))
         for depth, length in settings.get(case.item.task, []):
             setting = {"exit": depth, "draft_length": length}
-            keys.append(run_key("depth", "layerskip", setting=setting, counted="forced", **where))
+            keys.append(run_key(kind="depth", method="layerskip", setting=setting, counted="forced", **where))
         return keys
 
     @property
@@ -199,11 +199,8 @@ class TemplateStudy:
             todo.append(("layerskip", {"exit": depth, "draft_length": length}, LayerSkip(depth, length), ours))
         pace = Pace({"loops": sum(len(cases) for _, _, _, cases in todo)}, self.notify)
         for name, setting, method, cases in todo:
-            missing = [
-                case
-                for case in cases
-                if run_key("depth", name, setting=setting, counted="loop", **self._where(case)) not in self.results.done
-            ]
+            key = {"kind": "depth", "method": name, "setting": setting, "counted": "loop"}
+            missing = [case for case in cases if run_key(**key, **self._where(case)) not in self.results.done]
             pace.skip("loops", len(cases) - len(missing))
             for group in batches([len(case.ids) for case in missing], LOOP_BATCH):
                 members = [missing[i] for i in group]
