@@ -153,7 +153,9 @@ def test_an_interval_covers_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
     covered = 0
     for seed in range(200):
-        interval = resampling.bootstrap(random.normal(3, 1, 40), resampling.mean, resamples=400, seed=seed)
+        interval = resampling.bootstrap(
+            random.normal(3, 1, 40), lambda drawn: drawn.mean(axis=1), resamples=400, seed=seed
+        )
         covered += interval.low <= 3 <= interval.high
     assert 0.88 <= covered / 200 <= 0.99
 
@@ -181,7 +183,7 @@ def test_simultaneous_intervals_are_wider_and_hold_together() -> None:
     together = 0
     for seed in range(100):
         values = random.normal(0, 1, (40, 6))
-        found = resampling.simultaneous(values, resampling.mean, resamples=400, seed=seed)
+        found = resampling.simultaneous(values, lambda drawn: drawn.mean(axis=1), resamples=400, seed=seed)
         together += all(each.low <= 0 <= each.high for each in found)
     alone = resampling.bootstrap(values[:, 0], resampling.mean)
     assert found[0].high - found[0].low > alone.high - alone.low

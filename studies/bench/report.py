@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import sys
 from collections.abc import Sequence
@@ -137,7 +136,7 @@ def _lossless(runs: Sequence[Run]) -> str:
             groups.setdefault(run.method, []).append(run)
     rows = []
     for method, group in groups.items():
-        found = c.lossless([dataclasses.replace(run, setting={}) for run in group]).get(method)
+        found = c.lossless(group)
         if found is not None:
             first = "" if found.first is None else str(found.first)
             margin = "" if found.margin is None else f"{found.margin:.1e}"
