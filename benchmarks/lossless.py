@@ -33,7 +33,7 @@ ROWS: dict[int, str | int] = {6: "full", 10: 8, 30: 8}
 
 def run_batch(lm, explorers: int, prompts: list[dict], new_tokens: int) -> dict:
     """One batch: whether tokens are transformers', and ticks beside the teacher-forced count."""
-    method = dex_jax.Dex(explorers=explorers, rows=ROWS.get(explorers))
+    method = dex_jax.Dex(explorers=explorers, rows=ROWS.get(explorers), draft=False)
     ids = [each["prompt_ids"] for each in prompts]
     out = dex_jax.generate(lm, ids, method=method, exits="shared", max_new_tokens=new_tokens)
     tokens = [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)]
