@@ -19,7 +19,7 @@ from measuring import Figures, arguments, machine
 
 import dex_jax
 from dex_jax.cli.common import remember_compilations
-from dex_jax.decoding.output import ticks_of
+from dex_jax.decoding.counting import ticks_of
 from dex_jax.errors import exit_code
 from dex_jax.forced.run import forced_exits
 from dex_jax.lattice import full_rows

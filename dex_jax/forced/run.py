@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.methods import Schedule, even_depths
 from dex_jax.decoding.record import PREFILL_EXIT
 from dex_jax.errors import DexError
