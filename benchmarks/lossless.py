@@ -19,8 +19,9 @@ from measuring import Figures, arguments, machine
 
 import dex_jax
 from dex_jax.cli.common import remember_compilations
+from dex_jax.decoding.counting import ticks_of
 from dex_jax.errors import exit_code
-from dex_jax.forced.run import forced_ticks
+from dex_jax.forced.run import forced_exits
 from dex_jax.lattice import full_rows
 from dex_jax.tables import markdown
 
@@ -32,17 +33,18 @@ ROWS: dict[int, str | int] = {6: "full", 10: 8, 30: 8}
 
 def run_batch(lm, explorers: int, prompts: list[dict], new_tokens: int) -> dict:
     """One batch: whether tokens are transformers', and ticks beside the teacher-forced count."""
-    method = dex_jax.Dex(explorers=explorers, rows=ROWS.get(explorers))
+    method = dex_jax.Dex(explorers=explorers, rows=ROWS.get(explorers), draft=False)
     ids = [each["prompt_ids"] for each in prompts]
     out = dex_jax.generate(lm, ids, method=method, exits="shared", max_new_tokens=new_tokens)
     tokens = [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)]
     schedule = out.stats.schedule
+    exits = [forced_exits(lm, each, row, schedule) for each, row in zip(ids, tokens, strict=True)]
     return {
         "explorers": explorers,
         "rows": schedule.rows,
         "identical": [row == each["new_tokens"] for row, each in zip(tokens, prompts, strict=True)],
         "ticks": out.stats.ticks.tolist(),
-        "forced_ticks": [forced_ticks(lm, each, row, schedule) for each, row in zip(ids, tokens, strict=True)],
+        "forced_ticks": [ticks_of(each, len(each), explorers) for each in exits],
     }
 
 

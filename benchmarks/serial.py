@@ -56,11 +56,11 @@ def measure(lm: Any, prompts: list[list[int]], methods: dict[str, Any], args: ar
     tokens = int((out["ar"].lengths - 1).sum())
     if outside is not None and tokens:  # asked once, as it takes longest
         seconds["transformers"] = outside.run(prompts[0], tokens + 1)["decode_seconds"] / tokens
-    rounds = {name: found.stats.rounds for name, found in out.items()}
+    ticks = {name: found.stats.ticks for name, found in out.items() if found.stats.schedule.method != "ar"}
     return {
         "tokens": tokens,
         "seconds_a_token": seconds,
-        "tokens_a_round": {name: tokens / int(each.sum()) for name, each in rounds.items() if each is not None},
+        "tokens_a_round": {name: tokens / int(each.sum()) for name, each in ticks.items() if each is not None},
         "identical": all(np.array_equal(out["ar"].tokens, each.tokens) for each in out.values()),
         "choice": str(out["auto"].stats.choice),
     }
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     remember_compilations()
     lm = dex_jax.load(args.model, dtype=args.dtype)
     asked = read_ids(lm, args.data, args.prompts)
-    methods = {"ar": dex_jax.AR(), "serial": dex_jax.Dex(schedule="serial"), "auto": dex_jax.Dex()}
+    methods = {"ar": dex_jax.AR(), "serial": dex_jax.Dex(explorers=1), "auto": dex_jax.Dex()}
     methods |= {f"K = {k}": dex_jax.Dex(explorers=k) for k in args.explorers}
     outside = Outside(args.transformers_python, args.model) if args.transformers_python else None
     kept = ("model", "exits", "prompts", "rounds", "max_new_tokens", "temperature", "explorers")

@@ -59,8 +59,8 @@ def measures(lm: Any, ids: list[int], new_tokens: int, outside: Outside | None) 
     found = {
         READ: stream,
         AR: lambda: step(dex_jax.AR(), "tokens"),
-        ROUND: lambda: step(dex_jax.Dex(schedule="serial"), "rounds"),
-        TICK: lambda: step(dex_jax.Dex(explorers=5), "ticks"),
+        ROUND: lambda: step(dex_jax.Dex(explorers=1), "ticks"),
+        TICK: lambda: step(dex_jax.Dex(explorers=5, draft=False), "ticks"),
     }
     if outside is not None:
         found[OUTSIDE] = lambda: outside.run(ids, new_tokens)["decode_seconds"] / (new_tokens - 1)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -79,6 +79,19 @@ def typed(value: Any, kind: type[T], source: object, advice: str = "get it again
     """
     with reading(source, advice):
         return msgspec.convert(value, kind)
+
+
+def check_fields(settings: Any, flags: bool = False) -> None:
+    """Checks each field of a dataclass, `flags` of a program or not, against its type and bounds.
+
+    Raises:
+      DexError: naming the first field that will not do, with its value.
+    """
+    for name, kind in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+        called = f"--{name.replace('_', '-')} {shown}" if flags else f"{name} = {shown}"
+        typed(value, kind, called, "give another value")
 
 
 def parsed(text: str | bytes, kind: type[T], source: object, advice: str = "get it again") -> T:

@@ -49,21 +49,27 @@ def read_texts(path: str) -> list[str]:
 
 
 def read_dataset(name: str, config: str | None, split: str) -> list[Prompt]:
-    """Prompts of a Hugging Face data set.
+    """Prompts of a Hugging Face data set; errors as of `dataset_rows`, or a row has no prompt."""
+    return _not_empty([prompt_of(row, where) for row, where in dataset_rows(name, config, split)], name)
+
+
+def dataset_rows(name: str, config: str | None, split: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """(row, where it stands, in words) of each row of a Hugging Face data set.
 
     Raises:
-      DexError: the package `datasets` is missing, it cannot load that, or a row has no prompt.
+      DexError: the package `datasets` is missing, or it cannot load that.
     """
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
-        raise DexError(f"datasets:{name} needs the package datasets: pip install datasets, or give a file") from error
+        raise DexError(f"{name} needs the package datasets: pip install datasets, or give a file") from error
     try:
         rows = datasets.load_dataset(name, config, split=split)
     # Its errors come from many packages below it, down to those of the network.
     except Exception as error:
-        raise DexError(f"datasets cannot load {name} (config {config}, split {split}): {error}") from error
-    return _not_empty([prompt_of(dict(row), f"row {i} of {name}") for i, row in enumerate(rows)], name)
+        raise DexError(f"datasets cannot load {name} (config {config}, split {split}): {error}; give a file") from error
+    for number, row in enumerate(rows):
+        yield dict(row), f"row {number} of {name}"
 
 
 def parse_dataset(text: str) -> tuple[str, str | None, str]:

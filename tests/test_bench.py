@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -12,13 +13,14 @@ import pytest
 from reference.small_models import LLAMA, LetterTokenizer, small_model
 
 import dex_jax
-from dex_jax.cli import bench
-from dex_jax.cli import report as report_command
-from dex_jax.evaluation.bench import bench as bench_runs
-from dex_jax.evaluation.bench import contenders
-from dex_jax.evaluation.bench.comparison import costs
-from dex_jax.evaluation.bench.results import read_results, to_line
-from dex_jax.evaluation.bench.runs import Run
+from studies.bench import __main__ as bench
+from studies.bench import bench as bench_runs
+from studies.bench import contenders, report
+from studies.bench.comparison import costs
+from studies.bench.plan import Settings
+from studies.bench.results import read_results, to_line
+from studies.bench.runs import Run
+from studies.flags import add_flags
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 RESULTS = Path(__file__).parents[1] / "results"
@@ -130,7 +132,7 @@ def test_the_report_is_made_again_from_the_lines(made, tmp_path, capsys) -> None
     lines.mkdir()
     for name in ("results.jsonl", "study.json"):
         shutil.copy(folder / name, lines / name)
-    assert report_command.main([str(lines), "--output", str(copy)]) == 0
+    assert report.main([str(lines), "--output", str(copy)]) == 0
     again = (copy / "summary.md").read_text(encoding="utf-8")
     assert again == (folder / "summary.md").read_text(encoding="utf-8")
     for name in ("speedup_depth", "speedup_wall", "work", "speedup_by_k", "ead"):
@@ -206,11 +208,11 @@ def test_sampled_tokens_are_those_of_ar(command, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--methods", "ar,medusa"], "unknown method 'medusa'"),
+        (["--methods", "ar,medusa"], "--methods ar,medusa is not as it should be"),
         (["--tasks", "prompts:{folder}/letters.txt,prompts:{folder}/other/letters.txt"], "two of the tasks are called"),
         (["--tasks", "boolq", "--data", "."], "unknown task 'boolq'"),
         (["--tasks", "gsm8k", "--data", "nowhere"], "there is no folder of data nowhere"),
-        (["--max-new-tokens", "1"], "--max-new-tokens must be at least 2"),
+        (["--max-new-tokens", "1"], "Expected int >= 2"),
         (["--prompts", "8"], "none left for split tune"),
         (["--exit-depths", "2"], "LayerSkip's exit must lie below the model's last layer"),
         (["--by-explorers", "3"], "explorers must be from 1 to the model's 2 layers"),
@@ -255,14 +257,16 @@ def test_real_files_through_a_real_tokenizer(monkeypatch, tmp_path) -> None:
 
 def test_a_study_of_templates_is_another_report(tmp_path, capsys) -> None:
     shutil.copytree(RESULTS / "templates_study", tmp_path / "copy")
-    assert report_command.main([str(tmp_path / "copy")]) == 2
+    assert report.main([str(tmp_path / "copy")]) == 2
     assert "studies.templates.report makes its page" in capsys.readouterr().err
 
 
 def test_methods_may_be_spelt_as_decode_spells_them() -> None:
-    args = bench.parser().parse_args(
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Settings)
+    args = parser.parse_args(
         ["--methods", "ar,dex-single-exit", "--timed", "dex-serial", "--tasks", "prompts:a-b.txt", "--output", "out"]
     )
-    assert bench.METHODS.split(", ") == list(contenders.METHODS)
     assert (args.methods, args.timed) == (("ar", "dex_single_exit"), ("dex_serial",))
     assert args.tasks == ("prompts:a-b.txt",)
+    assert all(name in parser.format_help().replace("\n", "") for name in contenders.METHODS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 import time
 
 import jax
@@ -13,7 +12,6 @@ import pytest
 from reference.small_models import LLAMA
 
 from dex_jax.cli import calibrate as command
-from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import calibrate, timed_programs
 from dex_jax.evaluation.planner.timed_programs import Timer
 from dex_jax.hardware import hardware
@@ -61,32 +59,6 @@ def test_a_timer_times_rounds() -> None:
     assert len(set(seen[2:])) == 1
 
 
-def test_processes_meet_before_they_measure(tmp_path, monkeypatch) -> None:
-    order: list[str] = []
-    first, second = (command.Meeting(str(tmp_path), number, 2) for number in (0, 1))
-
-    def run() -> None:
-        for _ in range(2):
-            first()
-            order.append("first")
-
-    other = threading.Thread(target=run)
-    other.start()
-    time.sleep(0.05)
-    assert order == []
-    second()
-    while not order:
-        time.sleep(0.001)
-    time.sleep(0.05)
-    assert order == ["first"]
-    second()
-    other.join()
-    assert order == ["first", "first"]
-    monkeypatch.setattr(command, "PATIENCE", 0.01)
-    with pytest.raises(DexError, match="another of the processes has stopped"):
-        first()
-
-
 def test_rounds_are_not_optimised_away() -> None:
     """A hundred times the rounds take longer: no round's work is hoisted out of the loop."""
     wide = dataclasses.replace(LLAMA, width=256, num_heads=8, head_dim=32, mlp_width=1024)
@@ -118,7 +90,6 @@ def test_rounds_go_on_from_where_the_last_call_ended() -> None:
     [
         (["--rows", "0"], "--rows must be 1 to 64"),
         (["--model", "no such model"], "names no model"),
-        (["--together", "9999"], "--together 9999 needs as many cores"),
     ],
 )
 def test_bad_calibrations(flags: list[str], message: str, tmp_path, capsys) -> None:

@@ -16,11 +16,8 @@ import dex_jax
 PACKAGE = Path(dex_jax.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("A decoding method", "An exit kind", "A model family")
-STEP = re.compile(
-    r"^(?:Write `(?P<new>[^`]+)`|In `(?P<file>[^`]+)`, (?P<how>after|replace))[^\n]*\n\n```python\n(?P<first>.*?)```"
-    r"(?:\n\n(?:add|with)\b[^\n]*\n\n```python\n(?P<second>.*?)```)?",
-    re.MULTILINE | re.DOTALL,
-)
+FILE = re.compile(r"^Write `([^`]+)`:\n\n```python\n(.*?)```", re.MULTILINE | re.DOTALL)
+DIFF = re.compile(r"^```diff\n(.*?)```", re.MULTILINE | re.DOTALL)
 CHECK = re.compile(r"this holds[^`]*?\n\n```python\n(.*?)```", re.DOTALL)
 
 
@@ -31,17 +28,21 @@ def recipe(title: str) -> str:
 
 def follow(text: str, folder: Path) -> int:
     """Does the steps to the package in `folder`; returns how many there were."""
-    steps = list(STEP.finditer(text))
-    for step in steps:
-        if step["new"]:
-            (folder / step["new"]).write_text(step["first"], encoding="utf-8")
-            continue
-        file = folder / step["file"]
-        before = file.read_text("utf-8")
-        assert before.count(step["first"]) == 1, f"{step['file']} no longer has the line: {step['first']}"
-        after = step["second"] if step["how"] == "replace" else step["first"] + step["second"]
-        file.write_text(before.replace(step["first"], after), encoding="utf-8")
-    return len(steps)
+    new = FILE.findall(text)
+    for name, content in new:
+        (folder / name).write_text(content, encoding="utf-8")
+    changes = 0
+    for diff in DIFF.findall(text):
+        _, *parts = re.split(r"^\+\+\+ (.*)\n", diff, flags=re.MULTILINE)
+        for name, hunks in zip(parts[::2], parts[1::2], strict=True):
+            for hunk in hunks.split("@@\n"):
+                changes += 1
+                lines = hunk.splitlines(keepends=True)
+                before, after = ("".join(line[1:] for line in lines if line[0] in (" ", sign)) for sign in "-+")
+                content = (folder / name).read_text("utf-8")
+                assert content.count(before) == 1, f"{name} no longer has the line: {before}"
+                (folder / name).write_text(content.replace(before, after), encoding="utf-8")
+    return len(new) + changes
 
 
 @pytest.mark.slow

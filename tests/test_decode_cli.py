@@ -331,10 +331,9 @@ def test_a_parting_is_judged_by_the_dtype(capsys) -> None:
 def test_help_and_refusals_come_before_jax() -> None:
     code = """
 import contextlib, io, sys
-from dex_jax.cli import bench, calibrate, decode, plan, profile, report, selfcheck, train
+from dex_jax.cli import calibrate, decode, plan, profile, selfcheck, train
 for program, flags in (
-    (bench, ["--help"]), (calibrate, ["--help"]), (plan, ["--help"]), (profile, ["--help"]), (report, ["--help"]),
-    (selfcheck, ["--help"]),
+    (calibrate, ["--help"]), (plan, ["--help"]), (profile, ["--help"]), (selfcheck, ["--help"]),
     (decode, ["--help"]), (decode, ["--rows", "0"]), (decode, []), (decode, ["--exit-depth", "5", "--prompt", "x"]),
     (decode, ["--prompt-file", "no/such/file"]), (train, ["--help"]), (train, ["evaluate", "--help"]),
     (train, ["--config", "no/such/file"]),

@@ -18,6 +18,7 @@ import pytest
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
+import studies
 from dex_jax.cli.common import INSTALLED
 from dex_jax.language_model import outline
 
@@ -28,9 +29,9 @@ PROGRAMS = {
     "decode.py": "dex_jax.cli.decode",
     "dex-decode": "dex_jax.cli.decode",
     "train_exits.py": "dex_jax.cli.train",
-    "dex-bench": "dex_jax.cli.bench",
     "dex_jax.selfcheck": "dex_jax.cli.selfcheck",
 }
+HOMES = (dex_jax, studies)
 LINUX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios")
 
 
@@ -45,7 +46,7 @@ def run_page(page: str, replace: tuple[str, str] = ("", "")) -> dict:
 
 def test_docstring_examples() -> None:
     attempted = 0
-    for found in pkgutil.walk_packages(dex_jax.__path__, "dex_jax."):
+    for found in (found for home in HOMES for found in pkgutil.walk_packages(home.__path__, f"{home.__name__}.")):
         if found.name.endswith("__main__"):
             continue
         failed, tried = doctest.testmod(importlib.import_module(found.name))
@@ -55,7 +56,8 @@ def test_docstring_examples() -> None:
 
 
 def test_examples_are_sections_that_pages_show_as_code() -> None:
-    sources = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("dex_jax/**/*.py")}
+    paths = [path for home in HOMES for path in ROOT.glob(f"{home.__name__}/**/*.py")]
+    sources = {path: path.read_text(encoding="utf-8") for path in paths}
     assert sum("    Examples:\n" in source for source in sources.values()) >= 5
     # "Example:" is no section of the docstring style: a page shows it as a quotation, flags of doctest and all.
     assert not [str(path) for path, source in sources.items() if re.search(r"^ *Example:$", source, re.MULTILINE)]

@@ -14,11 +14,12 @@ import dex_jax
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.forced import run
-from dex_jax.forced.asks import dex_asks, layerskip_asks
-from dex_jax.forced.counts import dex_counts, layerskip_counts
+from dex_jax.forced.asks import dex_asks
+from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers, batches
 from dex_jax.io.exits_file import TrainedExits
+from studies.bench.forced_runs import layerskip_asks, layerskip_counts
 
 TOKENS = 24
 DEPTHS = (1, 2, 3, 4)

@@ -278,8 +278,8 @@ def test_picture(tmp_path) -> None:
     refused = [
         (_records(), {"path": tmp_path / "none" / "agreement.png"}, "cannot be written"),
         ([], {}, "at least one record"),
-        (_records(), {"group": "humaneval"}, "no figures of 'humaneval'"),
-        (_records(), {"along": "seconds"}, "'seconds'"),
+        ([*_records(1), {"step": 20, "groups": {"humaneval": {}}}], {}, "no figures of 'mean'"),
+        ([record | {"step": None} for record in _records()], {}, "record 1 has no step"),
     ]
     for records, options, message in refused:
         with pytest.raises(DexError, match=message):

@@ -119,8 +119,12 @@ def test_a_model_can_be_a_config_file(tmp_path) -> None:
     file.write_text(json.dumps(sizes | {"model_type": "llama", "intermediate_size": 128}))
     assert workload.config_of(str(file)).num_layers == 3
     assert workload.config_of("Llama-2-70B") is LLAMA_70B
-    with pytest.raises(DexError, match=r"cannot be read as a model's config.json"):
+    with pytest.raises(DexError, match=r"none.json cannot be read"):
         workload.config_of(str(tmp_path / "none.json"))
+    for content in ("[1]", "{", "[" * 10_000, '{"model_type": "llama", "hidden_size": "64"}'):
+        file.write_text(content)
+        with pytest.raises(DexError, match=r"config.json.*: give a model's config.json|config.json of .*hidden_size"):
+            workload.config_of(str(file))
     with pytest.raises(DexError, match="To plan from shapes alone, name one of llama-2-7b"):
         workload.config_of("no such model")
 

@@ -8,28 +8,25 @@ import threading
 
 from rich.console import Console
 
-from dex_jax.progress import Display, listening, notify
-from dex_jax.training.progress import Progress
+from dex_jax.progress import Display, Standing, listening, notify
 
 
 def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is():
-    event = Progress(50, 100, 12_345, 1234.5, 0.4321, 0.5, 3725.0, logged=False)
+    event = Standing("step 50/100, loss 0.4321", 0.5, 3725.0, logged=False)
     lines = io.StringIO()
     display = Display(Console(file=lines, width=200))
     display("a [word] from the trainer")
     display(event)
     display(event._replace(logged=True, seconds_left=65.0))
     display.close()
-    assert lines.getvalue() == (
-        "a [word] from the trainer\nstep 50/100, 12.3k tokens, 1.23k tokens/s, loss 0.4321, 1 min 05 s left\n"
-    )
+    assert lines.getvalue() == ("a [word] from the trainer\nstep 50/100, loss 0.4321, 1 min 05 s left\n")
     bar = io.StringIO()
     display = Display(Console(file=bar, width=200, force_terminal=True))
     display(event)
     display.close()
     assert "50%" in bar.getvalue()
     assert "1 h 02 min left" in bar.getvalue()
-    assert "None" not in event._replace(loss=None, seconds_left=None, tokens_per_second=None).describe()
+    assert event._replace(seconds_left=None).describe() == event.what
 
 
 def test_phases_are_lines_with_seconds_where_there_is_no_terminal() -> None:

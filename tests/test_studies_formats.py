@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.tasks import rows_of
 from dex_jax.prompt_files import read_rows
+from studies.bench.tasks import rows_of
 from studies.templates.answers import parse_choice
 from studies.templates.formats import (
     LABELS,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dex_jax.evaluation.bench.report import summary
-from dex_jax.evaluation.bench.resampling import Interval
-from dex_jax.evaluation.bench.results import to_line
-from dex_jax.evaluation.bench.runs import Run
+from studies.bench.report import summary
+from studies.bench.resampling import Interval
+from studies.bench.results import to_line
+from studies.bench.runs import Run
 from studies.reproduction import __main__ as reproduction
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,7 +96,7 @@ def test_without_results_the_page_says_what_to_run(capsys) -> None:
     assert reproduction.main([]) == 0
     text = capsys.readouterr().out
     assert text.count("not measured here yet") == len(reproduction.CLAIMS)
-    assert "dex_jax.cli.bench" in text
+    assert "studies.bench" in text
     committed = PAGE.read_text(encoding="utf-8")
     # Made by the command: its claims are those of the code.
     assert all(claim.what in committed and claim.paper in committed for claim in reproduction.CLAIMS)

@@ -11,8 +11,8 @@ import pytest
 from reference import template_twin as twin
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.results import read_results, read_study
-from dex_jax.evaluation.bench.runs import Run
+from studies.bench.results import read_results, read_study
+from studies.bench.runs import Run
 from studies.templates import report as template_report
 from studies.templates import statistics as s
 

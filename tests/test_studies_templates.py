@@ -11,11 +11,11 @@ from reference.small_models import LLAMA, small_model
 
 import dex_jax
 from dex_jax import language_model
-from dex_jax.evaluation.bench.results import read_results
 from dex_jax.forced.asks import dex_asks
 from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.run import force, shared_exits
 from dex_jax.forced.texts import answers
+from studies.bench.results import read_results
 from studies.templates import __main__ as templates
 from studies.templates import report as template_report
 from studies.templates import runs as template_runs
@@ -122,7 +122,7 @@ def test_the_study_runs_goes_on_and_notices_what_is_wrong(command, tmp_path, mon
         (["--items", "9"], "5 are left where 9 are asked"),
         (["--longest-prompt", "10"], "5 of them too long"),
         (["--tasks", "chess"], "chess"),
-        (["--methods", "ar,del"], "not del"),
+        (["--methods", "ar,del"], "--methods ar,del"),
         (["--methods", "dex"], "needs ar"),
         (["--explorers", "9"], "--explorers"),
         (["--formats", "3"], "--formats"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.tasks import TASKS, read_task, spread, task_file
+from studies.bench.tasks import TASKS, read_task, spread, task_file
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -75,7 +75,7 @@ def test_what_the_hub_cannot_give_is_told(monkeypatch) -> None:
         raise OSError("no network")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=unreachable))
-    with pytest.raises(DexError, match=r"datasets cannot load openai/gsm8k .*no network; give --data"):
+    with pytest.raises(DexError, match=r"datasets cannot load openai/gsm8k .*no network; give a file"):
         read_task("gsm8k", None)
 
 

@@ -330,7 +330,6 @@ CASES = {
     "export {place}/none {place}/x.safetensors": "no folder",
     "export {place} {place}/x.safetensors": "no whole checkpoint",
     "evaluate --exits default --model {place}/model --data x.txt": "no trained exits",
-    "evaluate --exits shared --prompts 0 --data x.txt": "--prompts",
 }
 """Arguments -> a word of the sentence that answers them."""
 
@@ -344,9 +343,25 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, place, arguments, key
     assert keyword in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("mesh", ["2", "0x1"])
-def test_a_bad_mesh_names_the_flag(capsys, mesh) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(f"--config x.py --mesh {mesh}" for mesh in ("2", "0x1")),
+        *(f"evaluate --exits shared --data x.txt --{flag}" for flag in ("prompts 0", "max-new-tokens x")),
+    ],
+)
+def test_a_value_that_will_not_do_names_the_flag(capsys, arguments) -> None:
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--config", "x.py", "--mesh", mesh])
+        train.main(arguments.split())
     assert stopped.value.code == 2
-    assert "argument --mesh" in capsys.readouterr().err
+    assert f"argument {arguments.split()[-2]}: " in capsys.readouterr().err
+
+
+def test_too_little_memory_is_one_sentence(capsys, monkeypatch) -> None:
+    def full(path):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
+
+    monkeypatch.setattr("dex_jax.cli.train_arguments.read_config", full)
+    code, out, err = run(capsys, "--config", "x.py")
+    assert (code, out) == (2, "")
+    assert "lower --batch" in err.splitlines()[-1]

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
 import types
@@ -18,7 +19,6 @@ from dex_jax.errors import DexError
 from dex_jax.training.config import MAY_CHANGE, TrainConfig
 from dex_jax.training.journal import FILE_NAME, Journal, read_journal
 from dex_jax.training.optimizer import decayed_by_default, learning_rate
-from dex_jax.training.progress import Progress
 from dex_jax.training.trainer import train
 
 EVERY = {"checkpoint_every": 4, "eval_every": 6, "log_every": 3}
@@ -103,6 +103,15 @@ def whole(tmp_path_factory):
     return train(task, CONFIG, folder, notify=told.append), folder, task, told
 
 
+def step_of(event) -> int | None:
+    """The step that a Standing tells of; None for lines of text."""
+    return None if isinstance(event, str) else int(event.what.removeprefix("step ").partition("/")[0])
+
+
+def test_large_numbers_are_told_in_short() -> None:
+    assert [trainer._amount(value) for value in (7, 12_345, 1234.5, 2e7, 3e9)] == ["7", "12.3k", "1.23k", "20M", "3G"]
+
+
 def test_a_run_learns_logs_evaluates_and_traces_once(whole):
     trained, folder, task, told = whole
     assert (trained.step, trained.tokens) == (12, 4 * 12 - 6)
@@ -115,8 +124,9 @@ def test_a_run_learns_logs_evaluates_and_traces_once(whole):
     assert evaluations[1]["distance"] == trained.evaluation["distance"] < evaluations[0]["distance"]
     assert evaluations[1]["undefined"] is None
     assert {"loss", "gradient_norm", "worst", "learning_rate", *TIMES} <= records[0].keys()
-    assert [event.step for event in told] == list(range(1, 13))
-    assert [event.step for event in told if event.logged] == [3, 4, 6, 8, 9, 12]
+    assert [step_of(event) for event in told] == list(range(1, 13))
+    assert [step_of(event) for event in told if event.logged] == [3, 4, 6, 8, 9, 12]
+    assert re.fullmatch(r"step 12/12, 42 tokens, [0-9.]+k? tokens/s, loss [0-9.]+, 0 s left", told[-1].describe())
     assert told[0].seconds_left is None
     assert told[-1].seconds_left == 0.0
 
@@ -127,7 +137,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_end(tmp_path, whole, stop):
         pass
 
     def stopping(event):
-        if isinstance(event, Progress) and event.step == stop:
+        if step_of(event) == stop:
             raise Stop
 
     with pytest.raises(Stop):
@@ -184,7 +194,7 @@ def test_ctrl_c_says_how_to_resume(tmp_path, stop, expected):
 
     def interrupting(event):
         told.append(event)
-        if isinstance(event, Progress) and event.step == stop:
+        if step_of(event) == stop:
             raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as ended:
@@ -229,7 +239,7 @@ def test_other_settings_are_refused_by_name_and_some_may_change(small):
         train(LinearMap(other), other, folder, notify=silent)
     free = {"tokens": 5, "keep": 9, "eval_every": None, "log_every": 1, "steps": 1}
     assert {*free, "tensorboard"} == set(MAY_CHANGE)
-    assert dataclasses.replace(config, **free).conflicts(config.to_json()) == []
+    assert dataclasses.replace(config, **free).conflicts(dataclasses.asdict(config)) == []
 
 
 def test_other_tasks_and_settings_of_tasks_are_refused(small):

@@ -50,12 +50,6 @@ def depths(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 6,12,30") from None
 
 
-def names(text: str) -> tuple[str, ...]:
-    """A list of different names with commas between; "none" for no name."""
-    found = tuple(part.strip() for part in text.split(",") if part.strip())
-    return () if found == ("none",) else tuple(dict.fromkeys(found))
-
-
 def remember_compilations() -> None:
     """Keeps compiled programs on disk between runs, unless the user has chosen a place or switched it off."""
     import jax

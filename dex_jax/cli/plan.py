@@ -46,7 +46,6 @@ def parser() -> argparse.ArgumentParser:
     add("--rows", type=int, nargs="+", metavar="W", help="consider these (all of the profile)")
     add = p.add_argument_group("what is shown").add_argument
     add("--top", type=int, default=12, metavar="N", help="so many of the fastest (%(default)s)")
-    add("--batches", action="store_true", help="also what a token costs from batch 1 to 64")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     return p
 
@@ -65,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
     """
     from dex_jax.evaluation.planner.cost_model import Setting
     from dex_jax.evaluation.planner.ead_profile import read_profile
-    from dex_jax.evaluation.planner.predictions import cost_by_batch, plan
-    from dex_jax.evaluation.planner.tables import costs_table, predictions_table
+    from dex_jax.evaluation.planner.predictions import plan
+    from dex_jax.evaluation.planner.tables import predictions_table
     from dex_jax.evaluation.planner.workload import config_of, work_of
 
     if min(args.batch, args.context, args.top) < 1:
@@ -79,7 +78,6 @@ def run(args: argparse.Namespace) -> None:
     s = Setting(work, exits_of(args.exits, args.model), found, args.batch, args.context, args.layout)
     profile = read_profile(args.profile)
     chosen = plan(s, profile, explorers=args.explorers, rows=args.rows)
-    costs = cost_by_batch(s, chosen, profile) if args.batches else {}
     if args.json:
         report: dict[str, Any] = {
             "model": args.model,
@@ -88,15 +86,12 @@ def run(args: argparse.Namespace) -> None:
             "recommendation": chosen.sentence,
             "predictions": [each.to_json() for each in chosen.predictions],
         }
-        if costs:
-            report["by_batch"] = {str(b): [p.to_json() for p in each] for b, each in costs.items()}
         print(json.dumps(report, allow_nan=False))
         return
     print(f"{s.hardware.name}; batch {s.batch}, context {s.context}, exits {s.exits.name}")
     if profile.assumption is not None:
         print(f"EAD assumed, not measured: {profile.assumption}")
-    tables = [predictions_table(shown(chosen, args.top)), *([costs_table(costs)] if costs else [])]
-    print("\n".join([*(f"\n{table}\n" for table in tables), chosen.sentence]))
+    print(f"\n{predictions_table(shown(chosen, args.top))}\n\n{chosen.sentence}")
 
 
 def shown(chosen: Plan, top: int) -> list[Prediction]:

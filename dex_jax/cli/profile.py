@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dex_jax.cli.common import add_model, depths, remember_compilations
+from dex_jax.cli.common import add_model, depths, remember_compilations, whole
+from dex_jax.cli.train_arguments import add_answers
 from dex_jax.errors import DexError, exit_code
 from dex_jax.progress import phases
 
@@ -24,14 +25,16 @@ def parser() -> argparse.ArgumentParser:
     add("--exits", default="default", help='folder, file, "default" or "shared" (then every layer is an exit)')
     add("--depths", type=depths, metavar="X,...", help="of shared exits (every layer)")
     add_model(add)
-    add("--data", nargs="+", required=True, metavar="FILE", help="prompts: .jsonl, .json or .txt, each a group")
-    add("--prompts", type=int, metavar="N", help="N prompts of each file, evenly spread (all)")
-    add("--max-new-tokens", type=int, default=96, metavar="N", help="of each answer (%(default)s)")
-    add("--batch", type=int, default=8, metavar="B", help="prompts at a time (%(default)s)")
-    add("--cache", metavar="FILE.json", help="keep answers there, as train_exits.py evaluate does")
-    add("--explorers", type=int, nargs="+", default=list(EXPLORERS), metavar="K", help="even grids (%(default)s)")
+    add_answers(add)
+    add("--explorers", type=whole(1, 4096), nargs="+", default=list(EXPLORERS), metavar="K", help="grids (%(default)s)")
     add("--grid", type=depths, nargs="+", default=[], metavar="X,...", help="further grids, as 6,12,30")
-    add("--real-loop", type=int, default=0, metavar="N", help="also run the loop on N prompts of each file (0)")
+    add(
+        "--real-loop",
+        type=whole(0, 2**31),
+        default=0,
+        metavar="N",
+        help="also run the loop on N prompts of each file",
+    )
     add("--output", required=True, metavar="FILE.json", help="where the profile goes")
     add("--plots", metavar="FOLDER", help="also draw it (needs matplotlib)")
     return p
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     """Measures and writes, as the flags say.
 
     Raises:
-      DexError: numbers below 1, or a model, exits, prompts or grids that are not there or do not fit.
+      DexError: a model, exits, prompts or grids that are not there or do not fit.
     """
     from dex_jax.cli.train_results import answered, chosen_exits
     from dex_jax.evaluation.planner.profile import profile_of, with_real_loop
@@ -57,11 +60,6 @@ def run(args: argparse.Namespace) -> None:
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
 
-    for name, least in (("prompts", 1), ("max_new_tokens", 2), ("batch", 1), ("real_loop", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise DexError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    if min(args.explorers) < 1:
-        raise DexError("--explorers must be at least 1 each")
     remember_compilations()
     with phases():
         lm = load(args.model, args.dtype)

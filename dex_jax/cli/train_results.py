@@ -9,12 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from dex_jax.errors import DexError
+from dex_jax.foreign import TokenId, parsed, reading
 
 if TYPE_CHECKING:
     from dex_jax.forced.texts import Text
     from dex_jax.io.exits_file import TrainedExits
     from dex_jax.language_model import LanguageModel
+
+
+class _Answers(Struct):
+    """What --cache keeps."""
+
+    model: str
+    dtype: str
+    max_new_tokens: int
+    answers: list[tuple[list[TokenId], list[TokenId]]]
 
 
 def export(args: argparse.Namespace) -> None:
@@ -76,15 +88,12 @@ def evaluate(args: argparse.Namespace) -> None:
     Raises:
       DexError: a model, exits or prompts that are not there or do not fit.
     """
-
     from dex_jax.cli.common import remember_compilations
     from dex_jax.forced.figures import grouped_figures
     from dex_jax.forced.tables import tables
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
 
-    if args.prompts is not None and args.prompts < 1:
-        raise DexError(f"--prompts must be at least 1, not {args.prompts}")
     remember_compilations()
     lm = load(args.model, args.dtype)
     exits = chosen_exits(args, lm)
@@ -120,12 +129,7 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
 
 
 def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text]]:
-    """Prompts with their answers, by the stems of the files; what the cache holds is not answered again.
-
-    Args:
-      args: data, prompts, cache, max_new_tokens and batch, as of `evaluate`.
-      lm: the model.
-    """
+    """Prompts with their answers, by the stems of the files; what the cache holds is not answered again."""
     from dex_jax.forced.texts import answers
     from dex_jax.io.whole_files import write_json
     from dex_jax.prompt_files import read_prompts
@@ -162,18 +166,13 @@ def _group_names(paths: Sequence[str]) -> dict[str, str]:
 def _read_cache(file: Path, made_by: dict[str, Any]) -> dict[tuple[int, ...], list[int]]:
     if not file.exists():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        other = [name for name, value in made_by.items() if content[name] != value]
-        found = {tuple(prompt): answer for prompt, answer in content["answers"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DexError(f"{file} cannot be read as kept answers ({error}): give another --cache") from error
-    if other:
-        raise DexError(
-            f"{file} keeps answers of another {other[0]} ({content[other[0]]}, now {made_by[other[0]]}): give another "
-            "--cache"
-        )
-    return found
+    advice = "give another --cache"
+    with reading(file, advice):
+        kept = parsed(file.read_bytes(), _Answers, file, advice)
+    for name, value in made_by.items():
+        if getattr(kept, name) != value:
+            raise DexError(f"{file} keeps answers of another {name} ({getattr(kept, name)}, now {value}): {advice}")
+    return {tuple(prompt): answer for prompt, answer in kept.answers}
 
 
 def _warn(line: str) -> None:

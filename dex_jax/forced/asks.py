@@ -46,16 +46,6 @@ def dex_asks(depths: Sequence[int], exits: ExitsConfig) -> tuple[Ask, ...]:
     return _known(found, exits, layers)
 
 
-def layerskip_asks(depth: int, draft_length: int, exits: ExitsConfig, layers: int) -> tuple[Ask, ...]:
-    """All that LayerSkip's exit can be asked: the row of the i-th draft lies i behind the root, at the same depth."""
-    return _known({layerskip_ask(depth, i, layers) for i in range(draft_length)}, exits, layers)
-
-
-def layerskip_ask(depth: int, drafted: int, layers: int) -> Ask:
-    """What LayerSkip's exit is asked behind so many drafts."""
-    return Ask(depth, depth if drafted else layers, drafted + 1)
-
-
 def asks_in_lattice(born: Sequence[int], depths: Sequence[int]) -> tuple[Ask, ...]:
     """What exits 1 .. K-1 are asked under the last node of a path whose nodes were `born` at these exits, 1 .. K."""
     stages, found = len(depths), []

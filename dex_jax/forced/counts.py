@@ -1,4 +1,4 @@
-"""What DEX and LayerSkip would have counted on texts that are known, from what exits say at each of their positions.
+"""What DEX would have counted on texts that are known, from what exits say at each of their positions.
 
 Exact for every kind of exits where rows never prune, if all lags were asked (`Forced.most_lag`).
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dex_jax.decoding.record import PREFILL_EXIT
-from dex_jax.forced.asks import Ask, asks_in_lattice, layerskip_ask
+from dex_jax.forced.asks import Ask, asks_in_lattice
 from dex_jax.forced.run import Forced
 from dex_jax.lattice import NO_TOKEN
 
@@ -27,25 +27,6 @@ class DexCount:
       closest: [n] float, of the proposals that decided a token, how near the nearest was to another choice.
     """
 
-    exits: np.ndarray
-    closest: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSkipCount:
-    """LayerSkip on one text.
-
-    Attributes:
-      rounds: verifications.
-      layer_steps: layers run one after the other. Drafts that follow a wrong one are counted as if none of them were
-        an EOS, which would end the drafting: never less than the loop counts, and with rounds of g tokens nearly always
-        the same.
-      exits: [n] as Stats.exits, 1 for a drafted token and 2 for others.
-      closest: [n] float as of DexCount.
-    """
-
-    rounds: int
-    layer_steps: int
     exits: np.ndarray
     closest: np.ndarray
 
@@ -78,12 +59,7 @@ def first_exits(forced: Forced, asks: Sequence[Ask], decs: bool = True) -> tuple
 
 
 def dex_counts(forced: Forced, depths: Sequence[int]) -> list[DexCount]:
-    """DEX with DECS and rows that never prune on each text.
-
-    Args:
-      forced: with the asks of `dex_asks`.
-      depths: x_1 < ... < x_K = L.
-    """
+    """DEX with DECS and rows that never prune on each text, from the asks of `dex_asks` at x_1 < ... < x_K = L."""
     stages, start, counts = len(depths), 0, []
     known: dict[tuple[Ask, ...], tuple[np.ndarray, np.ndarray]] = {}
     for length in forced.lengths:
@@ -97,48 +73,4 @@ def dex_counts(forced: Forced, depths: Sequence[int]) -> list[DexCount]:
             born.append(int(exits[i]))
         counts.append(DexCount(exits, closest))
         start += length
-    return counts
-
-
-def layerskip_counts(
-    forced: Forced, depth: int, draft_length: int, max_new_tokens: int, eos_ids: Sequence[int]
-) -> list[LayerSkipCount]:
-    """LayerSkip(depth, draft_length) on each text.
-
-    Args:
-      forced: with the asks of `layerskip_asks`.
-      depth, draft_length: d, g.
-      max_new_tokens: of the run: rounds near it draft less.
-      eos_ids: what an exit gives of these is not drafted.
-    """
-    places = [forced.place(layerskip_ask(depth, i, forced.layers)) for i in range(draft_length)]
-    counts, start = [], 0
-    for count in forced.lengths:
-        own = slice(start, start + count)
-        best, gap, text = forced.said.best[own, :, 0], forced.said.gap[own, :, 0], forced.target[own]
-        start += count
-        exits, closest = np.full(count, PREFILL_EXIT, np.int32), np.ones(count)
-        emitted, rounds, steps = 1, 0, 0
-        while emitted < count:
-            rounds += 1
-            room = min(draft_length, max_new_tokens - emitted - 1)
-            drafted = accepted = 0
-            while drafted < room:
-                at, place = emitted + drafted, places[drafted]
-                closest[at] = gap[at, place]
-                if best[at, place] in eos_ids:
-                    break
-                drafted += 1
-                if best[at, place] != text[at]:
-                    drafted = room  # of what follows a wrong draft the text knows nothing
-                    break
-                accepted += 1
-                if at + 1 == count:
-                    drafted = room  # past the text's end likewise
-                    break
-            exits[emitted : emitted + accepted] = 1
-            exits[emitted + accepted : emitted + accepted + 1] = 2
-            emitted += accepted + 1
-            steps += drafted * depth + forced.layers
-        counts.append(LayerSkipCount(rounds, steps, exits, closest))
     return counts

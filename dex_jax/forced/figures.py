@@ -19,6 +19,7 @@ from dex_jax.forced.counts import dex_counts, first_exits
 from dex_jax.forced.run import EXPLORERS, Forced, measure
 from dex_jax.forced.texts import Text
 from dex_jax.io.exits_file import TrainedExits
+from dex_jax.io.whole_files import plain
 from dex_jax.language_model import LanguageModel
 
 BINS = 10
@@ -76,7 +77,7 @@ class ExitFigures:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers; null for what is undefined."""
-        return _jsonable(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
 
 def grouped_figures(
@@ -119,17 +120,17 @@ def figures_of(forced: Forced) -> ExitFigures:
         texts=len(forced.lengths),
         tokens=count,
         depths=forced.depths,
-        agreement=_floats(right[true].mean(axis=1)),
+        agreement=tuple(right[true].mean(axis=1).tolist()),
         agreement_own=tuple(
             (ask.depth, ask.source, float(row.mean()))
             for ask, row in zip(forced.asks, right, strict=True)
             if ask.source != forced.layers
         ),
-        divergence=_floats(said.divergence[:, true].mean(axis=0, dtype=np.float64)),
+        divergence=tuple(said.divergence[:, true].mean(axis=0, dtype=np.float64).tolist()),
         calibration_error=tuple(
             calibration_error(np.exp(said.log_probability[:, place, 0]), right[place]) for place in true
         ),
-        ead=_floats(np.bincount(gives.argmax(axis=0), minlength=len(gives)) / count),
+        ead=tuple((np.bincount(gives.argmax(axis=0), minlength=len(gives)) / count).tolist()),
         draft_share=float(forced.held.mean()),
         off_greedy=float((said.greedy != forced.target).mean()),
         grids=tuple(_grid_figures(forced, grid) for grid in forced.grids),
@@ -143,12 +144,7 @@ def mean_figures(figures: Sequence[ExitFigures]) -> ExitFigures:
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error: the mean over bins of equal mass of |mean confidence - share right|.
-
-    Args:
-      confidence: [N] probabilities.
-      right: [N] bool.
-    """
+    """Expected calibration error of probabilities [N]: the mean over bins of equal mass of |their mean - right|."""
     order = np.argsort(confidence, kind="stable")
     bins = [part for part in np.array_split(order, BINS) if len(part)]
     gaps = [abs(confidence[part].mean(dtype=np.float64) - right[part].mean()) * len(part) for part in bins]
@@ -169,10 +165,6 @@ def _grid_figures(forced: Forced, grid: tuple[int, ...]) -> GridFigures:
     )
 
 
-def _floats(values: np.ndarray) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
-
-
 def _mean(values: Sequence[Any]) -> Any:
     first = values[0]
     if dataclasses.is_dataclass(first):
@@ -181,11 +173,3 @@ def _mean(values: Sequence[Any]) -> Any:
     if isinstance(first, tuple):
         return tuple(_mean(part) for part in zip(*values, strict=True))
     return float(np.mean(values)) if isinstance(first, float) else first
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _jsonable(part) for name, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_jsonable(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.methods import Schedule, even_depths
 from dex_jax.decoding.record import PREFILL_EXIT
 from dex_jax.errors import DexError
@@ -90,9 +89,7 @@ class Forced:
 def shared_exits(lm: LanguageModel, depths: tuple[int, ...] | None = None) -> TrainedExits:
     """The model's own final norm and unembedding at some depths, without any training.
 
-    Args:
-      lm: the model.
-      depths: below L; None takes those of the even grids that figures are given for.
+    None takes the depths of the even grids that figures are given for.
     """
     layers = lm.config.num_layers
     if depths is None:
@@ -263,18 +260,6 @@ def forced_exits(
         right = np.flatnonzero(given[ways.index(of_born[here - 1]), :, i] == token)
         here = born[i] = int(right[0]) + 1 if len(right) else stages
     return born
-
-
-def forced_ticks(
-    lm: LanguageModel,
-    prompt: list[int],
-    tokens: list[int],
-    schedule: Schedule,
-    sampling: Sampling | None = None,
-    exits: TrainedExits | None = None,
-) -> int:
-    """Ticks of an unpruned run that emits `tokens` after `prompt`; arguments as `forced_exits`."""
-    return ticks_of(forced_exits(lm, prompt, tokens, schedule, sampling, exits), len(tokens), schedule.stages)
 
 
 def _arrays(lm: LanguageModel, exits: TrainedExits) -> tuple[dict[str, jax.Array], jax.Array | None]:

@@ -10,11 +10,7 @@ from dex_jax.tables import markdown
 
 
 def tables(groups: Mapping[str, ExitFigures]) -> str:
-    """Markdown, readable as it is: for each group one table by depth, then one by K, then what holds for all exits.
-
-    Args:
-      groups: name -> figures, as `figures.grouped_figures` returns them.
-    """
+    """Figures of groups as markdown, readable as it is: one table by depth, one by K, then what holds for all exits."""
     return "\n\n".join(f"**{name}**\n\n{_group_tables(figures)}" for name, figures in groups.items())
 
 

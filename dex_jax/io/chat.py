@@ -29,17 +29,10 @@ def render(
     variables: dict[str, Any],
     source: str,
 ) -> str:
-    """Renders a chat template.
+    """Renders a chat template, jinja2 text, over messages that are checked; errors name its `source`.
 
-    Args:
-      template: jinja2 text.
-      messages: checked by `check_messages`.
-      add_generation_prompt: end with what opens the assistant's answer.
-      variables: further names, such as bos_token.
-      source: where the template came from, for error messages.
-
-    Returns:
-      The prompt's text.
+    `add_generation_prompt` ends the text with what opens the assistant's answer; `variables` are further names, such as
+    bos_token.
 
     Raises:
       DexError: the template does not compile, refuses the messages, or takes longer or writes more than it may.

@@ -85,13 +85,7 @@ class Checkpoint:
         return {name: stacked_shape(parts) for name, parts in self._parts.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one canonical tensor.
-
-        Args:
-          name: a key of `shapes()`.
-
-        Returns:
-          An array of its own: float32 (quantised weights too), float16 or bfloat16 as stored.
+        """Reads one canonical tensor, a key of `shapes()`: float32 (quantised ones too), float16 or bfloat16 as stored.
 
         Raises:
           DexError: a file went missing or is damaged.

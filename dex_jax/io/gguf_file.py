@@ -61,9 +61,6 @@ class GGUFFile:
     def __init__(self, path: Path):
         """Reads the header.
 
-        Args:
-          path: the file.
-
         Raises:
           DexError: not a GGUF file, a version or byte order that is not known, or a file that ends too early.
         """
@@ -95,16 +92,7 @@ class GGUFFile:
         return self.path
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Reads rows `start` to `stop` of one tensor.
-
-        Args:
-          name: the tensor.
-          start: first row.
-          stop: one past the last row; None for all.
-
-        Returns:
-          An array of its own, [rows, ...], in `dtype(name)`.
-        """
+        """Rows `start` to `stop` of one tensor, an array of its own in `dtype(name)`."""
         tensor = self.tensors[name]
         rows = range(*slice(start, stop).indices(tensor.shape[0]))
         if len(tensor.shape) == 1:

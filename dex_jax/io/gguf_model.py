@@ -47,13 +47,7 @@ class _Model(Struct, kw_only=True):
 
 
 def gguf_config(file: GGUFFile) -> ModelConfig:
-    """Reads a GGUF file's metadata.
-
-    Args:
-      file: the open file.
-
-    Returns:
-      The model's configuration.
+    """The configuration that a GGUF file's metadata describe.
 
     Raises:
       DexError: another architecture, a feature that the model here does not have, or values that no model has.
@@ -118,17 +112,10 @@ class GGUFWeights:
 
 
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's reordering of q and k rows.
+    """Undoes llama.cpp's reordering of the rows [heads * d, ...] of q and k.
 
     llama.cpp rotates neighbours (2i, 2i + 1), Hugging Face and this package rotate halves (i, i + d / 2), so the
     converter interleaves the two halves of every head for architecture "llama".
-
-    Args:
-      array: [heads * d, ...].
-      heads: how many heads the rows hold.
-
-    Returns:
-      The same rows with the two halves of every head one after the other.
     """
     return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 

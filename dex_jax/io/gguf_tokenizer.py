@@ -52,15 +52,9 @@ class _Template(Struct):
 
 
 def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: str) -> Tokenizer | None:
-    """Builds the tokenizer that a GGUF file describes.
+    """The tokenizer that a GGUF file's metadata describe, None when it carries no vocabulary.
 
-    Args:
-      metadata: the file's metadata.
-      eos_ids: ids that end a sequence by the model's configuration.
-      source: the file, for error messages.
-
-    Returns:
-      The tokenizer, or None when the file carries no vocabulary.
+    `eos_ids` end a sequence by the model's configuration; `source` is the file, for errors.
 
     Raises:
       DexError: a vocabulary of another kind than byte-level BPE, or split by rules that are not known.

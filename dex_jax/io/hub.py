@@ -59,13 +59,7 @@ _PATTERNS = (*_DESCRIPTIONS, "model*.safetensors")
 
 
 def packaged_file(target: str) -> Path:
-    """Finds weights that come as a Python package, without importing it.
-
-    Args:
-      target: "package:" and the distribution's name.
-
-    Returns:
-      The file.
+    """The file of weights that come as a Python package ("package:" and its name), which is not imported.
 
     Raises:
       DexError: the package is not installed; the sentence holds the command that installs it.
@@ -90,7 +84,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def download(repo: str, check: Callable[..., object]) -> Directory:
-    """Finds a model in the hub's cache, and downloads what is missing.
+    """The folder of a model in the hub's cache, where what is missing is downloaded to.
 
     A complete copy in the cache is used as it is, without a request. Otherwise one line on stderr says how much comes.
 
@@ -98,9 +92,6 @@ def download(repo: str, check: Callable[..., object]) -> Directory:
       repo: "owner/name".
       check: called with the folder once configuration and tokenizer are there and before the weights come, and with
         `weights`, whether any will; raises DexError for a model that could not be used.
-
-    Returns:
-      The folder that holds configuration, tokenizer and weights.
 
     Raises:
       DexError: no such model, no access to it, no connection, offline mode, or by `check`.

@@ -40,14 +40,9 @@ _TokenizerConfig = defstruct(
 
 
 def open_folder(folder: Folder, source: str) -> Checkpoint:
-    """Opens a folder with config.json, safetensors and a tokenizer, as `save_pretrained` writes it.
+    """The checkpoint in a folder with config.json, safetensors and a tokenizer, as `save_pretrained` writes it.
 
-    Args:
-      folder: the folder.
-      source: what to call it in reports and errors.
-
-    Returns:
-      The checkpoint; the tokenizer's files are read when it is asked for.
+    The tokenizer's files are read when it is asked for; `source` is what reports and errors call the folder.
 
     Raises:
       DexError: files are missing or not covered.
@@ -64,10 +59,7 @@ def open_folder(folder: Folder, source: str) -> Checkpoint:
 def read_config(folder: Folder, source: str, weights: bool | None = None) -> ModelConfig:
     """Reads a folder's configuration; weights need not be there.
 
-    Args:
-      folder: the folder.
-      source: what to call it in reports and errors.
-      weights: whether the model has weights of its own, where they lie elsewhere; None looks for them here.
+    `weights` says whether the model has weights of its own, where they lie elsewhere; None looks for them here.
 
     Raises:
       DexError: files are missing or not covered.

@@ -97,15 +97,7 @@ SCALING_KEYS = {kind: {each.name: each.encode_name for each in fields(read)} for
 
 
 def huggingface_config(config: dict[str, Any], generation: dict[str, Any], source: str) -> ModelConfig:
-    """Reads a Hugging Face configuration.
-
-    Args:
-      config: config.json.
-      generation: generation_config.json, or empty.
-      source: the model, for error messages.
-
-    Returns:
-      The model's configuration.
+    """The configuration that config.json and generation_config.json (or {}) of a model called `source` mean.
 
     Raises:
       DexError: another architecture, a feature that the model here does not have, or values that no model has.

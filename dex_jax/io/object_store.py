@@ -45,9 +45,6 @@ def require_disk(path: str | os.PathLike | None, what: str) -> None:
 class Store:
     """A folder of an object store, see `folders.Folder`.
 
-    Args:
-      url: of the folder.
-
     Raises:
       DexError: a kind of store that is not known, or whose package is missing.
     """
@@ -106,9 +103,7 @@ def open_stored(url: str) -> Checkpoint:
 def on_disk(path: str | os.PathLike, inside: str) -> Iterator[Path]:
     """A path as it is, or a copy of one file of an object store while the context lasts.
 
-    Args:
-      path: of a file or folder.
-      inside: the file that is meant by a folder's URL, one that does not end in .safetensors.
+    `inside` is the file that is meant by a folder's URL, one that does not end in .safetensors.
     """
     if not is_url(path):
         yield local_path(path)

@@ -20,13 +20,9 @@ from dex_jax.io.object_store import is_url, open_stored
 def open_checkpoint(source: str) -> Checkpoint:
     """Opens a model's checkpoint: reads configuration and headers, no weights.
 
-    Args:
-      source: an alias (a key of `ALIASES`), a folder on an object store (gs://...), a `.gguf` file, a Hugging Face
-        directory, or a hub id "owner/name", tried in this order. A hub id that is not in the hub's cache is downloaded,
-        after a line on stderr that says how much.
-
-    Returns:
-      The checkpoint.
+    `source` is an alias (a key of `ALIASES`), a folder on an object store (gs://...), a `.gguf` file, a Hugging Face
+    directory, or a hub id "owner/name", tried in this order. A hub id that is not in the hub's cache is downloaded,
+    after a line on stderr that says how much.
 
     Raises:
       DexError: nothing of that name, an architecture or a quantisation that is not covered, or incomplete files.

@@ -42,9 +42,6 @@ class SafetensorsFiles:
     def __init__(self, folder: Folder):
         """Reads the index, if there is one, and the header of every file.
 
-        Args:
-          folder: holds model.safetensors, or shards and their index.
-
         Raises:
           DexError: a file is absent, truncated or damaged, or lacks a tensor.
         """

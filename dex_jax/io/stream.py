@@ -20,12 +20,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        """Starts an empty stream.
-
-        Args:
-          tokenizer: decodes.
-          skip_special: leave special tokens out.
-        """
+        """Starts an empty stream."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         # Decoded together: at most one settled token and what came after it. The settled one keeps decoders that drop a

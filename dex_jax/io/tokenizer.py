@@ -68,14 +68,9 @@ class Tokenizer:
         return tuple(sorted({*self._config_eos_ids, *self._template_eos_ids()}))
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Text to ids.
+        """Text to ids; names of special tokens in it become those tokens.
 
-        Args:
-          text: any string; names of special tokens in it become those tokens.
-          add_special: add what the tokenizer puts around a sequence, such as BOS.
-
-        Returns:
-          Token ids.
+        `add_special` adds what the tokenizer puts around a sequence, such as BOS.
 
         Raises:
           DexError: the text holds half of a surrogate pair, as text that was read with the wrong encoding does.
@@ -91,27 +86,14 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Ids to text; ids that the tokenizer does not know give nothing.
-
-        Args:
-          ids: token ids.
-          skip_special: leave special tokens out.
-
-        Returns:
-          The text, with U+FFFD where bytes are no UTF-8.
-        """
+        """Ids to text; ids that are not known give nothing, and bytes that are no UTF-8 give U+FFFD."""
         with reading(f"the tokenizer of {self._source}"):
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Chat messages to ids.
+        """Chat messages, dictionaries with strings "role" and "content", to ids, BOS only where the template has it.
 
-        Args:
-          messages: dictionaries with strings "role" and "content".
-          add_generation_prompt: end with what opens the assistant's answer.
-
-        Returns:
-          Token ids. BOS is there once if the template writes it, and not otherwise.
+        `add_generation_prompt` ends with what opens the assistant's answer.
 
         Raises:
           DexError: no chat template, or messages that it does not accept.

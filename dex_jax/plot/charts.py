@@ -35,28 +35,33 @@ def ead_histogram(outputs: Output | Sequence[Output]) -> Any:
         raise DexError("depths can be counted over outputs of DEX with one set of exit depths")
     (grid,) = depths
     drafts = any(out.stats.schedule.drafts is not None for out in outputs)
-    numbers, stages = range(0 if drafts else 1, len(grid) + 1), len(grid)
+    first, stages = 0 if drafts else 1, len(grid)
     grid = (0, *grid) if drafts else grid
     exits = np.concatenate([out.stats.exits.reshape(-1) for out in outputs])
-    counts = np.bincount(exits[exits >= numbers[0]], minlength=stages + 1)[numbers[0] :]
+    counts = np.bincount(exits[exits >= first], minlength=stages + 1)[first:]
     if not counts.sum():
         raise DexError("there is no token to count: every sequence ended with its first token")
     shares = counts / counts.sum()
     figure = new_figure(max(4.5, 1.2 + 0.62 * len(grid)), 3.4)
     axes = figure.add_subplot()
-    quiet_axes(axes)
-    colors = [depth_hex(number, stages) for number in numbers]
-    axes.bar(range(len(grid)), shares, color=colors, width=0.78)
-    for place, share in enumerate(shares):
-        axes.annotate(f"{share:.0%}", (place, share), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_xticks(range(len(grid)), [str(depth) for depth in grid])
+    draw_shares(axes, grid, shares)
     axes.set_xlabel("earliest available depth (layers)")
     axes.set_ylabel("share of tokens")
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.set_title(
-        f"{counts.sum():,} tokens, mean depth {np.dot(shares, grid):.1f} of {grid[-1]}", fontsize=10, color=INK
-    )
+    title = f"{counts.sum():,} tokens, mean depth {np.dot(shares, grid):.1f} of {grid[-1]}"
+    axes.set_title(title, fontsize=10, color=INK)
     return figure
+
+
+def draw_shares(axes: Any, depths: Sequence[int], shares: Sequence[float]) -> None:
+    """A bar for each depth, 0 being that of drafts, as high as its share of tokens."""
+    quiet_axes(axes)
+    first = 0 if depths[0] == 0 else 1
+    colors = [depth_hex(number, len(depths) + first - 1) for number in range(first, len(depths) + first)]
+    axes.bar(range(len(depths)), shares, color=colors, width=0.78)
+    for place, share in enumerate(shares):
+        axes.annotate(f"{share:.0%}", (place, share), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xticks(range(len(depths)), [str(depth) for depth in depths])
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
 
 
 def speedup_by_k(series: Mapping[str, Speedups]) -> Any:

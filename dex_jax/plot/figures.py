@@ -36,11 +36,16 @@ def _figure_class() -> Any:
             FigureCanvasAgg(self)
 
         def _repr_png_(self) -> bytes:
-            file = io.BytesIO()
-            self.savefig(file, format="png")
-            return file.getvalue()
+            return png(self)
 
     return Picture
+
+
+def png(figure: Any, **options: Any) -> bytes:
+    """The figure as a PNG file; options as of its `savefig`."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", **options)
+    return file.getvalue()
 
 
 def quiet_axes(axes: Any) -> None:

@@ -106,7 +106,7 @@ def _draw_climb(axes: Any, trace: Trace, nodes: list[TracedNode], commits: list[
 
 
 def _words(axes: Any, trace: Trace, path: list[TracedNode], at: tuple[float, float], above: int) -> None:
-    """The tokens of a path in its last one's colour, so many points above a point, leaning so that neighbours have room.
+    """The tokens of a path in the colour of its last, so many points above a point, leaning to leave neighbours room.
 
     A path of more than one node is drafts, which begin and land together.
     """

@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dex_jax.errors import DexError
+from dex_jax.foreign import reading, reason
 from dex_jax.io.object_store import require_disk
 from dex_jax.training.task import Cursor
 
@@ -72,14 +73,10 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints of one run's folder, which one process writes at a time.
+    """The checkpoints of one run's folder, which one process writes at a time, of which the newest `keep` are kept.
 
-    A context: entering it takes the folder, leaving it waits for the last save.
-
-    Args:
-      folder: of the run; made if need be.
-      keep: how many to keep.
-      notify: told, in one line each, what a person should know.
+    A context: entering it takes the folder, leaving it waits for the last save. `notify` is told what a person should
+    know.
 
     Raises:
       DexError: the folder cannot be written, or another process trains in it (on entering).
@@ -127,9 +124,7 @@ class Checkpoints:
     def save(self, state: Any, record: Record) -> Record:
         """Starts a save and returns as soon as the state has been copied; the one before is waited for.
 
-        Args:
-          state: pytree of arrays, on this process's devices; they may be donated right after.
-          record: what to keep beside it.
+        The state, a pytree of arrays on this process's devices, may be donated right after.
 
         Returns:
           The record as it will be read back: a run that goes on with its cursor is in the state of one that resumes.
@@ -189,16 +184,12 @@ class Checkpoints:
         whole = list_checkpoints(self.folder)
         kept = f"step {whole[0][0]} is still there" if whole else "there is none before it"
         what = "make room and run the same command again" if full else "run the same command again once that is mended"
-        why = "the disk is full" if full else _reason(error)
+        why = "the disk is full" if full else reason(error)
         return DexError(f"the checkpoint of step {step} could not be written to {self.folder} ({why}); {kept}: {what}")
 
 
 def read_newest(folder: str | Path, notify: Callable[[str], None] = lambda line: None) -> Saved:
     """The newest whole checkpoint of a run, read without touching anything: for use beside a training that goes on.
-
-    Args:
-      folder: of the run.
-      notify: told of damaged checkpoints that are passed over.
 
     Raises:
       DexError: there is none.
@@ -219,12 +210,8 @@ def read_step(folder: str | Path, step: int) -> Saved:
     if step not in kept:
         which = ", ".join(map(str, sorted(kept))) or "none"
         raise DexError(f"{folder} holds no checkpoint of step {step}; those that are kept: {which}")
-    try:
+    with reading(kept[step], "choose another step"):
         return _read(kept[step])
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise DexError(f"{kept[step]} is damaged ({_reason(error)}): choose another step") from error
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -290,7 +277,7 @@ def _newest(folder: Path, notify: Callable[[str], None]) -> tuple[Saved | None, 
         except MemoryError:
             raise
         except Exception as error:
-            notify(f"warning: {path} is damaged and is passed over ({_reason(error)})")
+            notify(f"warning: {path} is damaged and is passed over ({reason(error)})")
             damaged.append(path)
     return None, damaged
 
@@ -305,10 +292,6 @@ def _read(path: Path) -> Saved:
     if about["checksum"] != checksum(about["record"], arrays):
         raise ValueError("its bytes have changed since it was written")
     return Saved(path, Record(**json.loads(about["record"])), arrays)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @contextlib.contextmanager

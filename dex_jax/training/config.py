@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from dex_jax.errors import DexError
-
-DTYPES = ("float32", "bfloat16", "float16")
+from dex_jax.foreign import Positive, check_fields
 
 MAY_CHANGE = ("steps", "tokens", "keep", "eval_every", "log_every", "tensorboard")
 """Fields that a resumed run may set anew: how long it goes on, and what is kept and written on the way."""
+
+
+Count = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+"""With a beta of 1 the optimizer never moves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,48 +49,28 @@ class TrainConfig:
       tensorboard: also write TensorBoard files.
     """
 
-    steps: int = 10_000
-    tokens: int | None = None
-    batch: int = 32
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    final_rate: float = 0.1
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.99
-    epsilon: float = 1e-8
-    clip_norm: float | None = 1.0
-    accumulate: int = 1
-    checkpoint_every: int = 500
-    keep: int = 2
-    eval_every: int | None = 1000
-    log_every: int = 20
-    seed: int = 0
-    dtype: str = "float32"
+    steps: Count = 10_000
+    tokens: Count | None = None
+    batch: Count = 32
+    learning_rate: Positive = 1e-3
+    warmup_steps: NotNegative = 100
+    final_rate: Share = 0.1
+    weight_decay: Annotated[float, Meta(ge=0, le=1e30)] = 0.01
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.99
+    epsilon: Positive = 1e-8
+    clip_norm: Positive | None = 1.0
+    accumulate: Count = 1
+    checkpoint_every: Count = 500
+    keep: Count = 2
+    eval_every: Count | None = 1000
+    log_every: Count = 20
+    seed: NotNegative = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     tensorboard: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "checkpoint_every", "keep", "log_every"):
-            _check_integer(name, getattr(self, name), 1)
-        for name in ("tokens", "eval_every"):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "seed"):
-            _check_integer(name, getattr(self, name), 0)
-        _check_number("learning_rate", self.learning_rate, low=0.0, open_low=True)
-        _check_number("final_rate", self.final_rate, low=0.0, high=1.0)
-        _check_number("weight_decay", self.weight_decay, low=0.0)
-        for name in ("beta1", "beta2"):
-            _check_number(name, getattr(self, name), low=0.0, high=1.0)
-            if getattr(self, name) == 1:
-                raise DexError(f"{name} must be below 1: with 1 the optimizer never moves")
-        _check_number("epsilon", self.epsilon, low=0.0, open_low=True)
-        if self.clip_norm is not None:
-            _check_number("clip_norm", self.clip_norm, low=0.0, open_low=True)
-        if self.dtype not in DTYPES:
-            raise DexError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if not isinstance(self.tensorboard, bool):
-            raise DexError(f"tensorboard must be True or False, not {self.tensorboard!r}")
+        check_fields(self)
 
     def replace(self, flags: Mapping[str, Any]) -> TrainConfig:
         """A configuration with the given fields changed; None means "as it is", as flags that were not given are None.
@@ -97,18 +84,10 @@ class TrainConfig:
             raise DexError(f"TrainConfig has no field {', '.join(unknown)}")
         return dataclasses.replace(self, **given)
 
-    def to_json(self) -> dict[str, Any]:
-        """All fields as plain JSON."""
-        return dataclasses.asdict(self)
-
     def conflicts(self, earlier: Mapping[str, Any]) -> list[str]:
-        """How this configuration differs, in what may not change, from the one that a folder was trained with.
+        """What may not change and has, against the fields that a folder was trained with: "name was X, is Y" of each.
 
-        Args:
-          earlier: that one, from `to_json`. A field that it lacks counts as its default.
-
-        Returns:
-          "name was X, is Y" for each such field.
+        A field that they lack counts as its default.
         """
         found = []
         for field in dataclasses.fields(self):
@@ -116,17 +95,3 @@ class TrainConfig:
             if field.name not in MAY_CHANGE and before != now:
                 found.append(f"{field.name} was {before}, is {now}")
         return found
-
-
-def _check_integer(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise DexError(f"{name} must be a whole number of at least {low}, not {value!r}")
-
-
-def _check_number(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high or (open_low and value == low):
-        bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
-            f" and at most {high:g}" if high < math.inf else ""
-        )
-        raise DexError(f"{name} must be a number {bounds}, not {value!r}")

@@ -209,21 +209,11 @@ def history_for(exits: ExitsConfig) -> int:
 def read_chunk_for_training(
     heads: ExitHeads, batch: Activations, normed: jax.Array, embed: jax.Array, own_outputs: float, key: jax.Array
 ) -> jax.Array:
-    """Features of every exit at every step of a chunk.
+    """Features of every exit at every step of a chunk: [X, B, n, D + 1].
 
-    For a share of the steps one deeper exit's estimate stands for the position before, drawn anew for each step; exits
-    that are not below it see the true final state there. An estimate gets no gradient.
-
-    Args:
-      heads: in training.
-      batch: the chunk.
-      normed: [B, H + n, D], batch.final after the final norm.
-      embed: [V, D], token embeddings.
-      own_outputs: that share.
-      key: of the draws.
-
-    Returns:
-      [X, B, n, D + 1].
+    For a share of the steps (`own_outputs`) one deeper exit's estimate stands for the position before, drawn anew for
+    each step; exits that are not below it see the true final state there. An estimate gets no gradient. `normed`
+    [B, H + n, D] is batch.final after the final norm, `embed` [V, D].
     """
     config = heads.config
     count, rows, steps, width = batch.states.shape
@@ -294,13 +284,9 @@ def _contexts(
 
 
 def draft_vocabulary(lm: LanguageModel, stream: Stream, size: int, tokens: int) -> np.ndarray:
-    """The tokens that the model gives most probability to, on what the stream makes.
+    """The `size` tokens that the model gives most probability to, on so many `tokens` of what the stream makes.
 
-    Args:
-      lm: the model.
-      stream: is restarted where it stood.
-      size: V'.
-      tokens: how many tokens to count on.
+    The stream is restarted where it stood.
 
     Returns:
       [V'] int32, ascending. EOS tokens are always among them; of tokens never expected the lower ids come first.

@@ -20,13 +20,9 @@ from dex_jax.training.stream import Activations
 def read_drafts(
     heads: ExitHeads, batch: Activations, normed: jax.Array, draft_steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Features of every draft step at every step of a chunk.
+    """Features of every draft step at every step of a chunk that has at least one step of history.
 
-    Args:
-      heads: a drafter in training, see ExitsConfig.is_drafter.
-      batch: the chunk, with at least one step of history.
-      normed: [B, H + n, D], batch.final after the final norm.
-      draft_steps: S.
+    `normed` [B, H + n, D] is batch.final after the final norm.
 
     Returns:
       (features [S, B, n, D + 1], valid [S, B, n] bool: whether the item and the chunk reach back far enough).

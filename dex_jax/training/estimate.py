@@ -140,18 +140,10 @@ def training_cost(
     copies: int = 1,
     draft_steps: int = 1,
 ) -> TrainingCost:
-    """Estimates a run of `steps` updates of batch x chunk tokens.
+    """Estimates a run of `steps` updates of `batch` x `chunk` tokens, of items of `length` tokens at most.
 
-    Args:
-      model, exits: shapes.
-      machine: what runs it.
-      batch: B.
-      chunk: n.
-      length: S.
-      steps: updates.
-      dtype: of the model.
-      copies: of the weights and of the exits; the size of a mesh's axis "data".
-      draft_steps: of a drafter.
+    `copies` is how many there are of weights and exits, the size of a mesh's axis "data"; `draft_steps` those of a
+    drafter.
     """
     dtype = jnp.dtype(dtype)
     exits = dataclasses.replace(exits, width=model.width)

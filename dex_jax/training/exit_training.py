@@ -118,7 +118,17 @@ def train_exits(
         raise DexError(f"exit depths must lie below the model's {lm.config.num_layers} layers, not {shapes.depths}")
     initial = _start(initial, shapes, lm, tell)
     mixture = open_mixture(config.data, lm, config.sources, tell)
-    stream = make_stream(config, lm, mixture, shapes, mesh)
+    stream = Stream(
+        lm,
+        mixture.item,
+        batch=config.train.batch,
+        steps=config.chunk,
+        history=history_for(shapes),
+        length=config.sources.length,
+        depths=shapes.depths,
+        seed=config.train.seed,
+        mesh=mesh,
+    )
     # The lock: what another process trains with must not go.
     with Checkpoints(folder, config.train.keep, tell):
         if not list_checkpoints(folder):
@@ -149,23 +159,6 @@ def train_exits(
     exits = task.trained(trained.params, _about(config, initial, trained, folder, time.perf_counter() - begin))
     save_exits(folder / FILE_NAME, exits)
     return dataclasses.replace(exits, source=str(folder))
-
-
-def make_stream(
-    config: ExitTraining, lm: LanguageModel, mixture: Mixture, exits: ExitsConfig, mesh: Mesh | None = None
-) -> Stream:
-    """The stream of activations that a configuration trains on."""
-    return Stream(
-        lm,
-        mixture.item,
-        batch=config.train.batch,
-        steps=config.chunk,
-        history=history_for(exits),
-        length=config.sources.length,
-        depths=exits.depths,
-        seed=config.train.seed,
-        mesh=mesh,
-    )
 
 
 def held_out_texts(

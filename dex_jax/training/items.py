@@ -80,12 +80,7 @@ class Scripts(NamedTuple):
 
 
 def script(item: Item, number: int, length: int) -> Scripts:
-    """One item as arrays without the axis N.
-
-    Args:
-      item: what to run.
-      number: its number.
-      length: S.
+    """One item as arrays without the axis N, for rows of `length` = S.
 
     Raises:
       DexError: no turns or too many, a turn that forces nothing, or an item that may grow longer than S.

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta
 
-from dex_jax.errors import DexError
-
-CURRICULA = ("rotational", "gradual", "all")
+from dex_jax.foreign import Size, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +35,14 @@ class LayerSkip:
       period: R of the rotational curriculum.
     """
 
-    dropout: float = 0.1
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.1
     warm_dropout: bool = True
-    exit_scale: float = 0.2
-    curriculum: str = "rotational"
-    period: int = 4
+    exit_scale: Annotated[float, Meta(ge=0, le=1e30)] = 0.2
+    curriculum: Literal["rotational", "gradual", "all"] = "rotational"
+    period: Size = 4
 
     def __post_init__(self):
-        if not 0 <= self.dropout < 1:
-            raise DexError(f"layer dropout must be from 0 to less than 1, not {self.dropout}")
-        if self.exit_scale < 0:
-            raise DexError(f"exit_scale must be at least 0, not {self.exit_scale}")
-        if self.curriculum not in CURRICULA:
-            raise DexError(f"unknown curriculum {self.curriculum!r}: choose one of {', '.join(CURRICULA)}")
-        if self.period < 1:
-            raise DexError(f"the period of a curriculum must be at least 1, not {self.period}")
+        check_fields(self)
 
 
 def dropout_by_layer(num_layers: int, last: float) -> np.ndarray:

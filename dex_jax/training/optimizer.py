@@ -39,14 +39,7 @@ def make_optimizer(config: TrainConfig, decayed: Any) -> optax.GradientTransform
 
 
 def decayed_by_default(params: Params) -> Any:
-    """Which arrays weight decay applies to: matrices, also stacked ones, but not stacked scales or biases.
-
-    Args:
-      params: pytree of arrays.
-
-    Returns:
-      The same tree of bool.
-    """
+    """Which arrays weight decay applies to, a tree of bool: matrices, also stacked ones, but no scales or biases."""
 
     def matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         name = jax.tree_util.keystr(path[-1:], simple=True)

@@ -59,11 +59,7 @@ def asked(rows: Rows, scripts: Scripts) -> jax.Array:
 def advance(rows: Rows, scripts: Scripts, chosen: jax.Array, end_ids: tuple[int, ...]) -> tuple[Rows, jax.Array]:
     """Moves each row past the step that has just run.
 
-    Args:
-      rows: as they stood at that step.
-      scripts: see `produce`.
-      chosen: [B] int32, the model's choice where a row is `asked` for one.
-      end_ids: tokens that end a free part.
+    `chosen` [B] int32 is the model's choice where a row is `asked` for one; tokens of `end_ids` end a free part.
 
     Returns:
       (rows before the next step, weight [B] float32 of this one).

@@ -138,16 +138,11 @@ def start_rows(memory: cache.Memory, spec: StreamSpec) -> StreamState:
 def produce(
     weights: Any, state: StreamState, scripts: Scripts, waiting: jax.Array, key: jax.Array, *, spec: StreamSpec
 ) -> tuple[StreamState, Activations, Report]:
-    """Runs n steps of all rows.
+    """Runs n steps of all rows; the state is donated.
 
-    Args:
-      weights: of the model.
-      state: donate it.
-      scripts: N of them. Number b < B is what row b is running, where it runs anything; the rest wait, in order.
-      waiting: int32 scalar, how many wait.
-      key: PRNG key. The token at a position of an item is drawn with fold_in(fold_in(key, item number), position), so
-        an item's tokens do not depend on the row or the chunk that it runs in.
-      spec: statics.
+    Of the N scripts number b < B is what row b is running, where it runs anything; the rest wait, in order, `waiting`
+    of them. The token at a position of an item is drawn with fold_in(fold_in(key, item number), position), so an item's
+    tokens do not depend on the row or the chunk that it runs in.
     """
     model = merge_model(spec.config, spec.layout, weights)
     batch = state.rows.slot.shape[0]
@@ -233,14 +228,10 @@ class Stream:
           lm: the frozen model.
           items: the item of each number from 0, the same at every call; None from some number on ends the stream.
           batch: B.
-          steps: n.
-          history: H.
-          length: S, the longest item.
-          depths: trained depths, ascending, 0..L.
+          steps, history, length, depths: as of StreamSpec.
           seed: of the sampled tokens.
           on_item: called with (item number, tokens run) of each item that has ended, by number within a chunk.
-          mesh: devices with axes "data", which rows are spread over, and "tensor", which weights are split over; None
-            runs where the model is.
+          mesh: devices with axes "data", which rows are spread over, and "tensor", which weights are split over.
 
         Raises:
           DexError: as StreamSpec, a batch without rows, or one that does not divide among the mesh.

@@ -41,26 +41,15 @@ class Task(Protocol):
         """The place before the first batch."""
 
     def next_batch(self, cursor: Cursor) -> tuple[Any, Cursor, int]:
-        """The batch at `cursor`, as slow as it must be.
-
-        Returns:
-          (pytree of arrays of the same shapes every time, the place after them, number of tokens learnt from).
-        """
+        """(the batch at `cursor`, arrays of the same shapes every time; the next place; tokens learnt from)."""
 
     def loss(
         self, params: Params, constants: Any, batch: Any, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Traced once under jit.
+        """The mean loss, and scalars to report by name, float32; traced once under jit.
 
-        Args:
-          params: as from `init`.
-          constants: as from `constants`.
-          batch: as from `next_batch`.
-          key: a key of this step's own.
-          step: int32 scalar, from 0.
-
-        Returns:
-          (mean loss, scalars to report by name), float32 scalars.
+        `constants` and `batch` are as from the methods of these names, `key` is this step's own, `step` an int32 scalar
+        from 0.
         """
 
     def evaluate(self, params: Params) -> dict[str, Any]:

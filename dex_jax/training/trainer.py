@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -16,18 +17,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dex_jax.errors import DexError
 from dex_jax.io.whole_files import plain
-from dex_jax.progress import Display
+from dex_jax.progress import Display, Standing
 from dex_jax.training import optimizer as optimizing
 from dex_jax.training.checkpoints import Checkpoints, Record, Saved, restore
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.journal import Journal
-from dex_jax.training.progress import Progress
 from dex_jax.training.task import Params, Task
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
-Notify = Callable[[str | Progress], None]
+Notify = Callable[[str | Standing], None]
 
 
 class TrainState(NamedTuple):
@@ -75,7 +75,7 @@ def train(
       folder: holds checkpoints and metrics.jsonl; made if need be. A training in it goes on.
       mesh: devices with axes "data" and "tensor", all of this process; None trains where JAX puts arrays. The task says
         what lies how; the figures are those of one device up to the order of sums.
-      notify: called with lines of text and with a Progress after each step; None shows them on stderr.
+      notify: called with lines of text and with a Standing after each step; None shows them on stderr.
 
     Returns:
       See Trained. The task's evaluation has been run at the last step.
@@ -119,11 +119,7 @@ def train(
 def make_update(
     task: Task, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """The update of one step, to be jitted.
-
-    Args:
-      task: its loss.
-      optimizer: from `make_optimizer`.
+    """The update of one step, to be jitted, for a task and an optimizer of `make_optimizer`.
 
     Returns:
       (state, constants, batch, learning rate) -> (state, {"loss", "gradient_norm" before clipping, the task's own})
@@ -201,7 +197,7 @@ class _Run:
             self._evaluate()
         if saves:
             self._save()
-        self.notify(self._progress(logs))
+        self.notify(self._standing(logs))
 
     def finish(self) -> None:
         """Waits until everything is on disk."""
@@ -228,7 +224,7 @@ class _Run:
             self.step,
             self.tokens,
             self.cursor,
-            self.config.to_json(),
+            dataclasses.asdict(self.config),
             self.task.name,
             _settings(self.task),
             self.task.fingerprint(),
@@ -272,17 +268,18 @@ class _Run:
                 f"{fingerprint}; going on"
             )
 
-    def _progress(self, logged: bool) -> Progress:
+    def _standing(self, logged: bool) -> Standing:
         now, share = time.perf_counter(), optimizing.progress(self.config, self.step, self.tokens)
-        speed = left = None
+        left, loss = None, self.figures.loss
+        what = f"step {self.step}/{self.config.steps}, {_amount(self.tokens)} tokens"
         if self._begun is None:
             # Not before: the first step compiles.
             self._begun = (now, self.tokens, share)
         else:
             begun, tokens, done = self._begun
-            speed = (self.tokens - tokens) / (now - begun)
+            what += f", {_amount((self.tokens - tokens) / (now - begun))} tokens/s"
             left = (now - begun) * (1 - share) / (share - done)
-        return Progress(self.step, self.config.steps, self.tokens, speed, self.figures.loss, share, left, logged)
+        return Standing(what if loss is None else f"{what}, loss {loss:.4f}", share, left, logged)
 
 
 class _Figures:
@@ -328,6 +325,13 @@ class _Figures:
         means = {name: float(np.mean([values[name] for values in read])) for name in read[0]}
         self.loss = means["loss"]
         return means
+
+
+def _amount(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
 
 
 def _settings(task: Task) -> dict[str, Any]:

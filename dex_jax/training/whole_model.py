@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from dex_jax.forced.asks import asks_in_lattice
 from dex_jax.forced.counts import first_exits
 from dex_jax.forced.figures import figures_of
 from dex_jax.forced.run import Forced, measure, shared_exits
+from dex_jax.foreign import Size, check_fields
 from dex_jax.io.save import save_model
 from dex_jax.language_model import LanguageModel, merge_model
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
@@ -34,8 +35,6 @@ from dex_jax.nn.transformer import Transformer, Unrolled, layer_parameters, para
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.corpus import Corpus, read_corpus
 from dex_jax.training.layerskip import LayerSkip, exit_weights, kept_layers
-
-RECIPES = (None, "layerskip")
 
 Params = dict[str, jax.Array]
 """Canonical name ("embed", "layers.3.qkv", ...) -> float32 array: what optax updates and what `save_model` takes."""
@@ -63,20 +62,17 @@ class WholeModelConfig:
     data: str
     window: int = 128
     held_out: float = 0.1
-    recipe: str | None = None
+    recipe: Literal["layerskip"] | None = None
     layerskip: LayerSkip = dataclasses.field(default_factory=LayerSkip)
     explorers: tuple[int, ...] = (2, 3, 4)
-    evaluation_windows: int = 64
+    evaluation_windows: Size = 64
 
     def __post_init__(self):
-        if self.recipe not in RECIPES:
-            raise DexError(f"unknown recipe {self.recipe!r}: the only one is layerskip, and none trains plainly")
+        check_fields(self)
         if not 1 <= self.window <= self.model.context:
             raise DexError(f"a window has from 1 to the context's {self.model.context} tokens, not {self.window}")
         if not self.explorers or not all(1 <= k <= self.model.num_layers for k in self.explorers):
             raise DexError(f"explorers must be from 1 to the model's {self.model.num_layers} layers: {self.explorers}")
-        if self.evaluation_windows < 1:
-            raise DexError(f"evaluation_windows must be at least 1, not {self.evaluation_windows}")
         if self.train.dtype == "float16":
             raise DexError(
                 "a whole model is not trained in float16, where small gradients vanish: use bfloat16 or float32"
@@ -99,12 +95,7 @@ class WholeModel:
     name = "whole_model"
 
     def __init__(self, config: WholeModelConfig, corpus: Corpus, start_from: LanguageModel | None = None):
-        """Takes what is to be trained.
-
-        Args:
-          config: see there.
-          corpus: tokens below the model's vocabulary size.
-          start_from: a model of the configuration `config.model` to go on from; None starts from random weights.
+        """Takes what is to be trained, from the weights of `start_from`, a model of `config.model`, or random ones.
 
         Raises:
           DexError: `start_from` is another model, or a part of the text is shorter than a window.
@@ -288,16 +279,9 @@ def transformer(config: ModelConfig, params: Params) -> Transformer:
 
 
 def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, kept: jax.Array | None = None) -> jax.Array:
-    """A causal forward without caches.
+    """A causal forward of tokens [B, S] without caches: hidden states at depth 1 .. L, [L, B, S, D].
 
-    Args:
-      config: shapes.
-      params: by canonical name.
-      tokens: [B, S] int32.
-      kept: [L, B] bool, which layers each sequence runs, the others being the identity; None runs all.
-
-    Returns:
-      Hidden states at depth 1 .. L, [L, B, S, D].
+    `kept` [L, B] bool says which layers each sequence runs, the others being the identity; None runs all.
     """
     batch, length = tokens.shape
     table = rope_table(jnp.broadcast_to(jnp.arange(length), (batch, length)), config)
@@ -323,17 +307,15 @@ def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, kept: 
 def exit_losses(
     config: ModelConfig, params: Params, states: jax.Array, targets: jax.Array, weights: jax.Array | None = None
 ) -> jax.Array:
-    """Mean cross-entropy at each exit through the shared final norm and unembedding.
+    """Mean cross-entropy [X] float32 at each exit through the shared final norm and unembedding, in nats.
+
+    No array of the size [X, B, S, V] ever exists, forwards or backwards.
 
     Args:
-      config: shapes.
-      params: by canonical name.
+      config, params: of the model, by canonical name.
       states: [X, B, S, D].
       targets: [B, S] int32.
       weights: [X]; an exit of weight 0 is not computed and gives 0. None computes all.
-
-    Returns:
-      [X] float32, nats. No array of the size [X, B, S, V] ever exists, forwards or backwards.
     """
     head = transformer(config, params)
     wanted = jnp.ones(states.shape[0], bool) if weights is None else weights > 0

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dex_jax.cli import bench
 from dex_jax.errors import exit_code
-from dex_jax.evaluation.bench import comparison as c
-from dex_jax.evaluation.bench.contenders import METHODS
-from dex_jax.evaluation.bench.resampling import Interval
-from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
-from dex_jax.evaluation.bench.runs import Run
-from dex_jax.evaluation.bench.tasks import TASKS
 from dex_jax.io.whole_files import write_whole
 from dex_jax.tables import markdown
+from studies.bench import comparison as c
+from studies.bench.contenders import METHODS
+from studies.bench.plan import Settings
+from studies.bench.resampling import Interval
+from studies.bench.results import read_results, read_study, seen_in_training
+from studies.bench.runs import Run
+from studies.bench.tasks import TASKS
 
 FINEST = 8
 """The K up to which the paper finds finer grids better."""
@@ -62,11 +62,7 @@ CLAIMS = (
 
 
 def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
-    """The page in markdown: a table of claims, a column for each study, and the commands.
-
-    Args:
-      studies: (runs, settings) of each folder; without any, the page says what to run.
-    """
+    """The page in markdown: a table of claims, a column for each (runs, settings) of a folder, and the commands."""
     names = [_name(study) for _, study in studies]
     tables = [c.costs(runs, "depth") for runs, _ in studies]
     rows = []
@@ -91,7 +87,7 @@ def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
 
 
 EMPTY = (
-    "python -m dex_jax.cli.bench --model smollm2-135m --data DIR --output RESULTS \\\n"
+    "python -m studies.bench --model smollm2-135m --data DIR --output RESULTS \\\n"
     f"    --methods {CLAIMED} --by-explorers {GRIDS}\n"
     "python -m studies.reproduction RESULTS --output results/reproduction.md"
 )
@@ -186,27 +182,21 @@ def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
     timed = [run.method for run in runs if run.kind == "wall" and run.split == "report" and run.method in METHODS]
     main = study.get("explorers")
     grids = sorted({int(run.setting["explorers"]) for run in counted if run.method == "dex"} - {main})
-    flags: dict[str, Any] = {
-        "model": study.get("model"),
-        "dtype": study.get("dtype"),
-        "exits": study.get("exits"),
-        "drafter": study.get("drafter"),
-        "tasks": ",".join(task if task in TASKS else "prompts:FILE" for task in study.get("tasks", [])),
-        "prompts": study.get("prompts"),
-        "tune-prompts": study.get("tune_prompts"),
-        "longest-prompt": study.get("longest_prompt"),
-        "max-new-tokens": study.get("max_new_tokens"),
-        "temperature": study.get("temperature") or None,
-        "seed": study.get("seed") or None,
-        "explorers": main,
-        "by-explorers": ",".join(map(str, grids)),
-        "methods": ",".join(methods),
-        "timed": ",".join(dict.fromkeys(timed)) or "none",
+    usual = Settings("")
+    told = {field.name: study.get(field.name) for field in dataclasses.fields(Settings)} | {
+        "no_chat": not study.get("chat", True),
+        "tasks": tuple(task if task in TASKS else "prompts:FILE" for task in study.get("tasks", [])),
+        "by_explorers": tuple(grids),
+        "methods": tuple(methods),
+        "timed": tuple(dict.fromkeys(timed)) or ("none",),
         **_sweeps(runs),
     }
-    words = [f"--{name} {value}" for name, value in flags.items() if value is not None and value != ""]
-    words += [] if study.get("chat", True) else ["--no-chat"]
-    lines = ["python -m dex_jax.cli.bench --data DIR --output RESULTS"]
+    words = []
+    for name, value in told.items():
+        if value not in (None, (), getattr(usual, name)):
+            shown = "" if value is True else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words.append(f"--{name.replace('_', '-')} {shown}".rstrip())
+    lines = ["python -m studies.bench --data DIR --output RESULTS"]
     for word in words:
         if len(lines[-1]) + len(word) > 100:
             lines.append("   ")
@@ -214,21 +204,17 @@ def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
     return " \\\n".join(lines)
 
 
-def _sweeps(runs: Sequence[Run]) -> dict[str, str]:
-    """Flags of the settings that were tried on tuning prompts, without those that a benchmark tries anyway."""
+def _sweeps(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
+    """The settings that were tried on tuning prompts."""
     settings = [run.setting for run in runs if run.split == "tune"]
     depths = {setting["exit"] for setting in settings if "exit" in setting}
-    tried = {
-        # Which depths are tried unless told hangs on the model and its exits: they are always told.
-        "exit-depths": depths.union(*(setting["depths"][:-1] for setting in settings if "depths" in setting)),
-        "draft-lengths": {setting["draft_length"] for setting in settings if "draft_length" in setting},
-        "thresholds": {setting["threshold"] for setting in settings if "threshold" in setting},
-    }
-    usual = bench.parser().get_default
     return {
-        name: ",".join(map(str, sorted(found)))
-        for name, found in tried.items()
-        if found != set(usual(name.replace("-", "_")) or ())
+        # Which depths are tried unless told hangs on the model and its exits: they are always told.
+        "exit_depths": tuple(
+            sorted(depths.union(*(setting["depths"][:-1] for setting in settings if "depths" in setting)))
+        ),
+        "draft_lengths": tuple(sorted({each["draft_length"] for each in settings if "draft_length" in each})),
+        "thresholds": tuple(sorted({each["threshold"] for each in settings if "threshold" in each})),
     }
 
 

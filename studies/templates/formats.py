@@ -94,12 +94,7 @@ def built_in(task: str) -> list[Template]:
 
 
 def render(template: Template, item: Item, examples: Sequence[Item] = ()) -> str:
-    """The prompt of an item.
-
-    Args:
-      template: how.
-      item: what; its answer is never read.
-      examples: solved before it, as many as template.shots; see `choose_examples`.
+    """The prompt of an item, whose answer is never read, after as many solved examples as template.shots.
 
     Raises:
       DexError: the item among its examples, or a template that does not fit the item.

@@ -74,11 +74,7 @@ ROWS: dict[str, type[_Hellaswag | _Mmlu]] = {"hellaswag": _Hellaswag, "mmlu": _M
 
 
 def read_items(task: str, rows: Iterable[tuple[Any, str]]) -> list[Item]:
-    """The items of a task.
-
-    Args:
-      task: hellaswag or mmlu.
-      rows: (row, where it stands) of each, as files and the hub hold them.
+    """The items of a task, hellaswag or mmlu, from (row, where it stands) of each, as files and the hub hold them.
 
     Raises:
       DexError: an unknown task, no items, two of one id, or one that lacks something; says where.

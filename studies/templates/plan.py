@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+from msgspec import Meta
 
 from dex_jax.cli.common import depths
 from dex_jax.decoding.methods import FULL_ROWS_LIMIT, Dex
 from dex_jax.decoding.resolve import resolve
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.contenders import swept_depths
-from dex_jax.evaluation.bench.forced_runs import exits_at
-from dex_jax.evaluation.bench.results import about_exits
-from dex_jax.evaluation.bench.tasks import rows_of, spread
+from dex_jax.foreign import check_fields
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.language_model import DTYPES, LanguageModel
+from dex_jax.language_model import LanguageModel
+from studies.bench.contenders import swept_depths
+from studies.bench.forced_runs import exits_at
+from studies.bench.results import about_exits
+from studies.bench.tasks import rows_of, spread
+from studies.flags import Count, NotNegative, Several, dtype_flag, flag, model_flag, names
 from studies.templates.answers import parse_choice
 from studies.templates.formats import (
     DESCRIPTORS,
@@ -34,15 +36,10 @@ from studies.templates.formats import (
 from studies.templates.items import Item, read_items
 
 METHODS = ("ar", "dex", "layerskip")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _flag(default: Any, help: str, **how: Any) -> Any:
-    """A field that is a flag of its name; `how` it is parsed, by its default unless said."""
-    return dataclasses.field(default=default, metadata={"help": help, "type": type(default), **how})
+Method = Literal["ar", "dex", "layerskip"]
+Task = Literal["hellaswag", "mmlu"]
+Tasks = Annotated[tuple[Task, ...], Meta(min_length=1)]
+Lengths = Annotated[tuple[Count, ...], Meta(min_length=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,71 +51,36 @@ class Settings:
     """
 
     output: str
-    model: str = _flag("smollm2-135m", "alias, Hugging Face directory, hub id or .gguf file")
-    dtype: str | None = _flag(None, "float32 on CPUs, bfloat16 on GPUs and TPUs unless given", type=str, choices=DTYPES)
-    exits: str = _flag("default", 'folder, file, "default" or "shared"')
-    methods: tuple[str, ...] = _flag(METHODS, "of ar,dex,layerskip", type=_names, metavar="NAME,...")
-    explorers: int = _flag(5, "of DEX, with rows that never prune")
-    exit_depths: tuple[int, ...] | None = _flag(None, "LayerSkip's sweep (up to four among the shallower)", type=depths)
-    draft_lengths: tuple[int, ...] = _flag((1, 2, 3, 4, 6), "LayerSkip's sweep", type=depths, metavar="G,...")
-    tasks: tuple[str, ...] = _flag(tuple(DESCRIPTORS), "of hellaswag,mmlu", type=_names, metavar="NAME,...")
-    data: str | None = _flag(None, "folder with a folder for each task; without it tasks come from the hub", type=str)
-    items: int = _flag(100, "of each task, evenly spread")
-    tune_items: int = _flag(6, "further ones to choose settings on")
-    templates: str | None = _flag(None, "FILE[:NAME]: promptsource YAML, FLAN or plain JSON, not the twelve", type=str)
-    formats: int = _flag(0, "formats of the FormatSpread grammar instead")
-    seed: int = _flag(0, "of formats, examples and of where the loops run")
-    longest_prompt: int = _flag(512, "items longer in any template are left out")
-    max_new_tokens: int = _flag(48, "of each answer")
-    batch: int = _flag(64, "answers at a time")
-    loop_share: float = _flag(0.05, "share of answers on which the loops themselves run")
-    second_dtype: str | None = _flag(None, "also answer in this dtype (slow on CPUs)", type=str, choices=DTYPES)
-    second_items: int = _flag(100, "items of each task for that")
+    model: str = model_flag()
+    dtype: str | None = dtype_flag()
+    exits: str = flag("default", 'folder, file, "default" or "shared"')
+    methods: tuple[Method, ...] = flag(METHODS, "of ar,dex,layerskip", type=names, metavar="NAME,...")
+    explorers: Annotated[int, Meta(ge=2, le=FULL_ROWS_LIMIT)] = flag(5, "of DEX, with rows that never prune")
+    exit_depths: tuple[int, ...] | None = flag(None, "LayerSkip's sweep (up to four among the shallower)", type=depths)
+    draft_lengths: Lengths = flag((1, 2, 3, 4, 6), "LayerSkip's sweep", type=depths, metavar="G,...")
+    tasks: Tasks = flag(tuple(DESCRIPTORS), "of hellaswag,mmlu", type=names, metavar="NAME,...")
+    data: str | None = flag(None, "folder with a folder for each task; without it tasks come from the hub", type=str)
+    items: Count = flag(100, "of each task, evenly spread")
+    tune_items: NotNegative = flag(6, "further ones to choose settings on")
+    templates: str | None = flag(None, "FILE[:NAME]: promptsource YAML, FLAN or plain JSON, not the twelve", type=str)
+    formats: NotNegative = flag(0, "formats of the FormatSpread grammar instead")
+    seed: int = flag(0, "of formats, examples and of where the loops run")
+    longest_prompt: Count = flag(512, "items longer in any template are left out")
+    max_new_tokens: Several = flag(48, "of each answer")
+    batch: Count = flag(64, "answers at a time")
+    loop_share: Annotated[float, Meta(ge=0, le=1)] = flag(0.05, "share of answers on which the loops themselves run")
+    second_dtype: str | None = dtype_flag("also answer in this dtype (slow on CPUs)")
+    second_items: Count = flag(100, "items of each task for that")
+    no_plots: bool = flag(False, "no PNG files, and no need of matplotlib")
 
     def __post_init__(self) -> None:
-        layerskip = "layerskip" in self.methods
-        unknown = [name for name in self.methods if name not in METHODS]
-        strange = [task for task in self.tasks if task not in DESCRIPTORS]
-        small = [name for name in ("items", "longest_prompt", "batch", "second_items") if getattr(self, name) < 1]
-        for wrong, why in (
-            (
-                unknown,
-                f"the template study counts {', '.join(METHODS)}, not {', '.join(unknown)}: dex-bench runs others",
-            ),
-            ("ar" not in self.methods, "--methods needs ar: all answers are its, and all are compared with it"),
-            (not self.tasks, "--tasks must name at least one"),
-            (strange, f"unknown task {', '.join(strange)}: templates are for {', '.join(DESCRIPTORS)}"),
-            (small, f"--{', --'.join(small).replace('_', '-')} must be at least 1"),
-            (self.max_new_tokens < 2, "--max-new-tokens must be at least 2: the first token comes of the prompt alone"),
-            (
-                not 2 <= self.explorers <= FULL_ROWS_LIMIT,
-                f"--explorers must lie between 2 and {FULL_ROWS_LIMIT}: counts follow from teacher forcing only where "
-                "an exit stands below the last layer and rows never prune",
-            ),
-            (not self.draft_lengths or min(self.draft_lengths) < 1, "--draft-lengths must be at least 1 each"),
-            (not 0 <= self.loop_share <= 1, f"--loop-share is a share, from 0 to 1, not {self.loop_share}"),
-            (self.formats < 0, "--formats must be at least 0"),
-            (self.formats and self.templates, "choose one of --formats and --templates"),
-            (
-                layerskip and self.tune_items < 1,
-                "--tune-items must be at least 1: LayerSkip's setting is chosen on them",
-            ),
-        ):
-            if wrong:
-                raise DexError(why)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The fields of Settings as flags."""
-    for field in dataclasses.fields(Settings):
-        name = f"--{field.name.replace('_', '-')}"
-        if field.name == "output":
-            parser.add_argument(name, required=True, metavar="DIR", help="folder of the results")
-            continue
-        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        how = dict(field.metadata)
-        how["help"] += "" if default is None else f" ({default})"
-        parser.add_argument(name, default=field.default, **how)
+        check_fields(self, flags=True)
+        if "ar" not in self.methods:
+            raise DexError("--methods needs ar: all answers are its, and all are compared with it")
+        if self.formats and self.templates:
+            raise DexError("choose one of --formats and --templates")
+        if "layerskip" in self.methods and self.tune_items < 1:
+            raise DexError("--tune-items must be at least 1: LayerSkip's setting is chosen on them")
 
 
 class Case(NamedTuple):
@@ -141,28 +103,17 @@ class Plan:
     """What a study runs.
 
     Attributes:
-      methods: of METHODS.
-      model: as it is loaded, for the record.
+      settings: what is asked for.
       exits: of all depths that are asked; exits_source: where they are from.
       depths: DEX's grid.
-      exit_depths, draft_lengths: LayerSkip's sweep.
-      max_new_tokens: of each answer.
-      batch: prompts at a time.
-      loop_share: of the answers, on which the loops themselves run too.
-      seed: of that choice.
+      exit_depths: of LayerSkip's sweep.
     """
 
-    methods: tuple[str, ...]
-    model: str
+    settings: Settings
     exits: TrainedExits
     exits_source: str
     depths: tuple[int, ...]
     exit_depths: tuple[int, ...]
-    draft_lengths: tuple[int, ...]
-    max_new_tokens: int
-    batch: int
-    loop_share: float
-    seed: int
 
 
 def read(s: Settings) -> dict[str, tuple[list[Item], list[Template]]]:
@@ -171,7 +122,7 @@ def read(s: Settings) -> dict[str, tuple[list[Item], list[Template]]]:
     Raises:
       DexError: no or bad data or templates.
     """
-    found = {}
+    found: dict[str, tuple[list[Item], list[Template]]] = {}
     for task in s.tasks:
         items = read_items(task, rows_of(task, s.data))
         if s.formats:
@@ -237,9 +188,7 @@ def plan_of(lm: LanguageModel, s: Settings) -> Plan:
         raise DexError(f"--exit-depths must lie between 1 and {layers - 1}, not {','.join(map(str, swept))}")
     every = tuple(sorted({*grid[:-1], *swept}))
     exits, source = exits_at(lm, s.exits if resolved.exits is not None else "shared", every)
-    same = ("methods", "model", "draft_lengths", "max_new_tokens", "batch", "loop_share", "seed")
-    given = {name: getattr(s, name) for name in same}
-    return Plan(exits=exits, exits_source=source, depths=grid, exit_depths=tuple(swept), **given)
+    return Plan(s, exits, source, grid, tuple(swept))
 
 
 def study_of(
@@ -257,7 +206,7 @@ def study_of(
         "longest_prompt": s.longest_prompt,
         "too_long": left_out,
         "exit_depths": list(plan.exit_depths),
-        "draft_lengths": list(plan.draft_lengths),
+        "draft_lengths": list(s.draft_lengths),
         "fingerprint": lm.fingerprint,
         "layers": lm.config.num_layers,
         "parameters": sum(int(leaf.size) for leaf in jax.tree.leaves(lm.weights)),

@@ -6,7 +6,6 @@ The headline is the median over templates with the least and the most, never the
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from dex_jax.errors import DexError, exit_code
-from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
-from dex_jax.evaluation.bench.runs import Run
 from dex_jax.io.whole_files import write_whole
+from dex_jax.plot.figures import png
 from dex_jax.tables import markdown
+from studies.bench.results import read_results, read_study, seen_in_training
+from studies.bench.runs import Run
 from studies.templates import statistics as s
 
 SUMMARY = "summary.md"
@@ -37,14 +37,12 @@ def write(folder: str | Path, plots: bool = True) -> list[Path]:
     """
     runs, study = read_results(folder), read_study(folder)
     if study.get("benchmark") != "templates":
-        raise DexError(f"{folder} holds no template study: python -m dex_jax.cli.report reads other benchmarks")
+        raise DexError(f"{folder} holds no template study: python -m studies.bench.report reads other benchmarks")
     text, files = summary(runs, study), [Path(folder) / SUMMARY]
     if plots:
-        picture = io.BytesIO()
-        draw(s.grids(runs, study["dtype"])).savefig(picture, format="png")
         text += f"\n![Depth-side speedup over AR by template]({PLOT})\n"
         files.append(Path(folder) / PLOT)
-        write_whole(files[1], picture.getvalue())
+        write_whole(files[1], png(draw(s.grids(runs, study["dtype"]))))
     write_whole(files[0], text)
     return files
 

@@ -17,18 +17,18 @@ from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.layerskip import LayerSkip
 from dex_jax.decoding.methods import Dex
-from dex_jax.evaluation.bench.contenders import best_setting
-from dex_jax.evaluation.bench.forced_runs import answer_fields, layerskip_run
-from dex_jax.evaluation.bench.results import Results
-from dex_jax.evaluation.bench.runs import Run, compared, run_key, run_of
 from dex_jax.evaluation.check import CLOSE, compare_tokens
-from dex_jax.forced.asks import Ask, dex_asks, layerskip_asks
-from dex_jax.forced.counts import DexCount, LayerSkipCount, dex_counts, layerskip_counts
+from dex_jax.forced.asks import Ask, dex_asks
+from dex_jax.forced.counts import DexCount, dex_counts
 from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers, batches
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows
-from studies.templates.pace import Pace
+from studies.bench.contenders import best_setting
+from studies.bench.forced_runs import LayerSkipCount, answer_fields, layerskip_asks, layerskip_counts, layerskip_run
+from studies.bench.results import Results
+from studies.bench.runs import Run, compared, run_key, run_of
+from studies.pace import Pace
 from studies.templates.plan import Case, Plan, grade
 from studies.templates.report import place
 
@@ -38,15 +38,7 @@ LOOP_BATCH = 8
 
 
 class TemplateStudy:
-    """Makes the runs of a study that are not there yet.
-
-    Args:
-      lm: the model.
-      results: where lines go, and what is there.
-      cases: items in templates.
-      plan: what to do with them.
-      notify: shown progress, see training.progress.Display.
-    """
+    """Makes the runs of a study that are not in `results` yet: of items in templates (`cases`), as the plan says."""
 
     def __init__(
         self,
@@ -56,7 +48,8 @@ class TemplateStudy:
         plan: Plan,
         notify: Callable[[Any], None] = lambda event: None,
     ):
-        self.lm, self.results, self.cases, self.plan, self.notify = lm, results, cases, plan, notify
+        self.lm, self.results, self.cases, self.notify = lm, results, cases, notify
+        self.plan, self.settings = plan, plan.settings
         self.known: dict[tuple[str, str, str, str], Run] = {
             (run.split, run.task, run.template, run.prompt_id): run
             for run in results.runs
@@ -65,8 +58,8 @@ class TemplateStudy:
 
     def run(self) -> list[str]:
         """All of it; returns a sentence for each loop that did not agree."""
-        if "layerskip" in self.plan.methods:
-            sweep = [(d, g) for d in self.plan.exit_depths for g in self.plan.draft_lengths]
+        if "layerskip" in self.settings.methods:
+            sweep = [(d, g) for d in self.plan.exit_depths for g in self.settings.draft_lengths]
             self._answers("tune", {case.item.task: sweep for case in self.cases}, "choosing LayerSkip's setting")
         chosen = {task: [setting] for task, setting in self.chosen().items()}
         self._answers("report", chosen, "answers")
@@ -74,7 +67,7 @@ class TemplateStudy:
 
     def chosen(self) -> dict[str, tuple[int, int]]:
         """Task -> LayerSkip's best (exit, draft length) on the items that are not reported; {} without LayerSkip."""
-        if "layerskip" not in self.plan.methods:
+        if "layerskip" not in self.settings.methods:
             return {}
         found = {}
         for task in dict.fromkeys(case.item.task for case in self.cases):
@@ -85,7 +78,7 @@ class TemplateStudy:
     def _answers(self, split: str, settings: dict[str, list[tuple[int, int]]], what: str) -> None:
         """AR's answers of a split, DEX on reported ones, and LayerSkip with the settings of each task."""
         plan, layers = self.plan, self.lm.config.num_layers
-        dex = "dex" in plan.methods and split == "report"
+        dex = "dex" in self.settings.methods and split == "report"
         todo = [
             case
             for case in self.cases
@@ -94,20 +87,20 @@ class TemplateStudy:
         asks: set[Ask] = set(dex_asks(plan.depths, plan.exits.config)) if dex else set()
         for depth, length in {pair for each in settings.values() for pair in each}:
             asks |= set(layerskip_asks(depth, length, plan.exits.config, layers))
-        groups = [[todo[i] for i in group] for group in batches([len(case.ids) for case in todo], plan.batch)]
-        pace = Pace(self.notify, sum(len(case.ids) + plan.max_new_tokens for case in todo), what)
+        groups = [[todo[i] for i in group] for group in batches([len(case.ids) for case in todo], self.settings.batch)]
+        pace = Pace({split: sum(len(case.ids) + self.settings.max_new_tokens for case in todo)}, self.notify)
         for group in groups:
             rows = SMALLEST_BATCH
             while rows < len(group):
                 rows *= 2
-            texts = answers(self.lm, [list(case.ids) for case in group], plan.max_new_tokens, rows)
+            texts = answers(self.lm, [list(case.ids) for case in group], self.settings.max_new_tokens, rows)
             dex_found: list[DexCount] = []
             skipped: dict[tuple[int, int], list[LayerSkipCount]] = {}
             if asks:
                 forced = force(self.lm, plan.exits, texts, sorted(asks), count=max(1, len(plan.depths) - 1), batch=rows)
                 dex_found = dex_counts(forced, plan.depths) if dex else []
                 skipped = {
-                    pair: layerskip_counts(forced, *pair, plan.max_new_tokens, self.lm.eos_ids)
+                    pair: layerskip_counts(forced, *pair, self.settings.max_new_tokens, self.lm.eos_ids)
                     for pair in {pair for each in settings.values() for pair in each}
                 }
             for row, (case, (_, tokens)) in enumerate(zip(group, texts, strict=True)):
@@ -115,17 +108,17 @@ class TemplateStudy:
                 lines = self._lines(case, list(tokens), dex_found[row] if dex else None, wanted, rows)
                 for run in lines:
                     self.results.add(run)
-            pace.add(sum(len(case.ids) + plan.max_new_tokens for case in group))
+            pace.add(split, sum(len(case.ids) + self.settings.max_new_tokens for case in group), what)
 
     def _keys(self, case: Case, dex: bool, settings: dict[str, list[tuple[int, int]]]) -> list[tuple[Any, ...]]:
         """The keys of all lines that an answer makes."""
         where = self._where(case)
-        keys = [run_key("depth", "ar", setting={}, counted="loop", **where)]
+        keys = [run_key(kind="depth", method="ar", setting={}, counted="loop", **where)]
         if dex:
-            keys.append(run_key("depth", "dex", setting=self._grid, counted="forced", **where))
+            keys.append(run_key(kind="depth", method="dex", setting=self._grid, counted="forced", **where))
         for depth, length in settings.get(case.item.task, []):
             setting = {"exit": depth, "draft_length": length}
-            keys.append(run_key("depth", "layerskip", setting=setting, counted="forced", **where))
+            keys.append(run_key(kind="depth", method="layerskip", setting=setting, counted="forced", **where))
         return keys
 
     @property
@@ -153,8 +146,8 @@ class TemplateStudy:
         graded = grade(self.lm, case, tokens)
         shared: dict[str, Any] = {
             **self._where(case),
-            **answer_fields(tokens, len(case.ids), rows, plan.max_new_tokens),
-            "model": plan.model,
+            **answer_fields(tokens, len(case.ids), rows, self.settings.max_new_tokens),
+            "model": self.settings.model,
             **graded,
         }
         plain = Run("depth", "ar", layer_steps=layers * (len(tokens) - 1), depths=[layers], rows=1, **shared)
@@ -189,27 +182,26 @@ class TemplateStudy:
         found = []
         for task in dict.fromkeys(case.item.task for case in self.cases):
             ours = [case for case in self.cases if case.split == "report" and case.item.task == task]
-            count = min(len(ours), max(1, round(self.plan.loop_share * len(ours)))) if self.plan.loop_share else 0
-            found += random.Random(f"{self.plan.seed} {task}").sample(ours, count)
+            count = (
+                min(len(ours), max(1, round(self.settings.loop_share * len(ours)))) if self.settings.loop_share else 0
+            )
+            found += random.Random(f"{self.settings.seed} {task}").sample(ours, count)
         return found
 
     def _loops(self) -> list[str]:
         """Runs the loops on a share of the answers; returns a sentence for each that is not as was counted."""
         sample, chosen = self.sampled(), self.chosen()
         todo: list[tuple[str, dict[str, Any], Any, list[Case]]] = []
-        if "dex" in self.plan.methods and len(self.plan.depths) > 1:
+        if "dex" in self.settings.methods and len(self.plan.depths) > 1:
             todo.append(("dex", self._grid, Dex(depths=self.plan.depths, rows="full", draft=False), sample))
         for depth, length in sorted(set(chosen.values())):
             ours = [case for case in sample if chosen[case.item.task] == (depth, length)]
             todo.append(("layerskip", {"exit": depth, "draft_length": length}, LayerSkip(depth, length), ours))
-        pace = Pace(self.notify, sum(len(cases) for _, _, _, cases in todo), "the loops themselves")
+        pace = Pace({"loops": sum(len(cases) for _, _, _, cases in todo)}, self.notify)
         for name, setting, method, cases in todo:
-            missing = [
-                case
-                for case in cases
-                if run_key("depth", name, setting=setting, counted="loop", **self._where(case)) not in self.results.done
-            ]
-            pace.add(len(cases) - len(missing), made=False)
+            key = {"kind": "depth", "method": name, "setting": setting, "counted": "loop"}
+            missing = [case for case in cases if run_key(**key, **self._where(case)) not in self.results.done]
+            pace.skip("loops", len(cases) - len(missing))
             for group in batches([len(case.ids) for case in missing], LOOP_BATCH):
                 members = [missing[i] for i in group]
                 # A smaller last batch would be another program.
@@ -219,7 +211,7 @@ class TemplateStudy:
                     [list(case.ids) for case in filled],
                     method=method,
                     exits=self.plan.exits,
-                    max_new_tokens=self.plan.max_new_tokens,
+                    max_new_tokens=self.settings.max_new_tokens,
                 )
                 for row, case in enumerate(members):
                     plain = self.known["report", case.item.task, case.template.name, case.item.id]
@@ -230,15 +222,15 @@ class TemplateStudy:
                         method=name,
                         setting=setting,
                         counted="loop",
-                        model=self.plan.model,
-                        max_new_tokens=self.plan.max_new_tokens,
+                        model=self.settings.model,
+                        max_new_tokens=self.settings.max_new_tokens,
                         **self._where(case),
                         **grade(self.lm, case, output.tokens[row, : output.lengths[row]].tolist()),
                     )
                     run = dataclasses.replace(run, exits_source=self.plan.exits_source)
                     check = compare_tokens(self.lm, list(case.ids), run.tokens, plain.tokens)
                     self.results.add(compared(run, check))
-                pace.add(len(members))
+                pace.add("loops", len(members), "the loops themselves")
         return self._disagreements()
 
     def _disagreements(self) -> list[str]:
@@ -276,14 +268,16 @@ class TemplateStudy:
             asks = dex_asks(plan.depths, plan.exits.config)
         else:
             asks = layerskip_asks(depth, length, plan.exits.config, layers)
-        texts = answers(self.lm, [list(case.ids)], plan.max_new_tokens, 1)
+        texts = answers(self.lm, [list(case.ids)], self.settings.max_new_tokens, 1)
         forced = force(self.lm, plan.exits, texts, asks, count=max(1, len(plan.depths) - 1), batch=1)
         if run.method == "dex":
             return float(dex_counts(forced, plan.depths)[0].closest[at])
-        return float(layerskip_counts(forced, depth, length, plan.max_new_tokens, self.lm.eos_ids)[0].closest[at])
+        return float(
+            layerskip_counts(forced, depth, length, self.settings.max_new_tokens, self.lm.eos_ids)[0].closest[at]
+        )
 
 
 def answers_in(lm: LanguageModel, results: Results, cases: Sequence[Case], plan: Plan, notify: Any) -> None:
     """AR's answers alone to reported cases, in another dtype than the study's own."""
-    alone = dataclasses.replace(plan, methods=("ar",), loop_share=0.0)
+    alone = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, methods=("ar",), loop_share=0.0))
     TemplateStudy(lm, results, [case for case in cases if case.split == "report"], alone, notify).run()

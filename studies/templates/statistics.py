@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.resampling import LEVEL, RESAMPLES, Interval, bootstrap, ratio_of_sums, simultaneous
-from dex_jax.evaluation.bench.runs import Run
+from studies.bench.resampling import LEVEL, RESAMPLES, Interval, bootstrap, ratio_of_sums, simultaneous
+from studies.bench.runs import Run
 
 WORST_OVER_MEDIAN = 0.85
 """What the worst template must keep of the median one for a gain to hold."""
@@ -232,11 +232,9 @@ def ranking_agreement(grid: Grid) -> tuple[float, float] | None:
 
 
 def explained(values: np.ndarray, predictors: Sequence[np.ndarray]) -> tuple[float, float]:
-    """(R squared, adjusted for the number of predictors) of a linear fit; NaN where there are too few points.
+    """(R squared, adjusted for the number of predictors) of a linear fit of values [n] by predictors [n].
 
-    Args:
-      values: [n]; NaN are left out.
-      predictors: each [n].
+    NaN values are left out; both are NaN where there are too few points.
     """
     kept = ~np.isnan(values)
     target = values[kept]

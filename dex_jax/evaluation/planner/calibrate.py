@@ -71,8 +71,7 @@ def calibrate(
     """Measures the default device.
 
     Args:
-      config: shapes to measure with: those of the model to plan for.
-      dtype: of weights and caches.
+      config, dtype: of the model to plan for.
       rows: ascending row counts to measure.
       long: the longer of two cache lengths.
       memory: bytes of the device; None asks it.

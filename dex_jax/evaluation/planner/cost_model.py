@@ -106,15 +106,7 @@ class Setting:
 
 
 def tick(s: Setting, depths: Sequence[int], rows: int, ticks: float, tensor: int = 1) -> Parts:
-    """One tick on a mesh of K stages x T devices; with K = 1 it is an AR step.
-
-    Args:
-      s: setting.
-      depths: x_1 < ... < x_K = L.
-      rows: W.
-      ticks: a token, of the profile for these depths and rows.
-      tensor: T.
-    """
+    """One tick on a mesh of K stages x T devices, with W rows and `ticks` a token; with K = 1 it is an AR step."""
     stages = len(depths)
     if stages == 1:
         return ar_step(s, tensor)
@@ -231,13 +223,9 @@ def layerskip_tokens(agreement: float, drafted: int) -> float:
 def bytes_per_device(
     s: Setting, stages: int = 1, tensor: int = 1, *, rows: int = 0, depths: Sequence[int] = ()
 ) -> float:
-    """Weights and caches on the fullest device: its stage, embedding, unembedding and its exit.
+    """Weights and caches on the fullest device of a mesh: its stage, embedding, unembedding and its exit.
 
-    Args:
-      s: setting.
-      stages, tensor: of the mesh.
-      rows: W of DEX; 0 for AR, which has neither lattice nor exits.
-      depths: exit depths; even stages without them.
+    `rows` are W of DEX, 0 for AR, which has neither lattice nor exits; without `depths` stages are even.
     """
     layers = _longest(depths) if depths else -(-s.work.layers // stages)
     size = s.hardware.device.itemsize

@@ -19,9 +19,6 @@ from dex_jax.evaluation.planner.ead_profile import Profile
 from dex_jax.hardware import USABLE
 from dex_jax.lattice import default_rows, full_rows
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
-"""For which `cost_by_batch` tells what a token costs."""
-
 WORTH_IT = 1.05
 """DEX is recommended when it is predicted to be at least this much faster than the fastest other way on the devices."""
 
@@ -171,7 +168,8 @@ def dex(
         ticks = profile.ticks(depths, count)
         if ticks is None:
             continue
-        stages, tokens = len(depths), 1 / ticks
+        stages = len(depths)
+        grid: dict[str, Any] = {"depths": depths, "rows": count, "tokens_a_step": 1 / ticks}
         name = f"DEX-1/{stages}, exits at {' '.join(map(str, depths[:-1]))}, {count} rows"
         for tensor in tensor_axes(s, s.hardware.count // stages):
             if stages * tensor == 1:
@@ -179,35 +177,33 @@ def dex(
             step = cost_model.tick(s, depths, count, ticks, tensor)
             size = cost_model.bytes_per_device(s, stages, tensor, rows=count, depths=depths)
             where = f"stage={stages}" + (f",tensor={tensor}" if tensor > 1 else "")
-            found.append(
-                prediction(s, "dex", (stages, tensor), depths, count, step, tokens, size, f"{name}, mesh {where}")
-            )
+            found.append(prediction(s, "dex", (stages, tensor), step, size, f"{name}, mesh {where}", **grid))
         step = cost_model.tick_on_one_device(s, depths, count, ticks)
         size = cost_model.bytes_per_device(s, 1, 1, rows=stages * count, depths=(s.work.layers,))
         size += (stages - 2) * s.exits.own * s.hardware.device.itemsize
-        found.append(prediction(s, "dex one device", (1, 1), depths, count, step, tokens, size, f"{name}, one device"))
+        found.append(prediction(s, "dex one device", (1, 1), step, size, f"{name}, one device", **grid))
     return found
 
 
 def others(s: Setting, profile: Profile | None = None) -> list[Prediction]:
     """Every other way on the same devices: AR, pipelined, tensor-parallel, replicas, LayerSkip with a profile."""
-    layers, count, found = (s.work.layers,), s.hardware.count, []
+    count, found = s.hardware.count, []
     single = smallest_tensor(s)
     step = cost_model.ar_step(s, single)
     size = cost_model.bytes_per_device(s, 1, single)
     where = "one device" if single == 1 else f"{single} devices that split every layer"
-    found.append(prediction(s, "ar", (1, single), layers, 1, step, 1.0, size, f"AR on {where}"))
+    found.append(prediction(s, "ar", (1, single), step, size, f"AR on {where}"))
     for tensor in tensor_axes(s, count):
         stages = min(count // tensor, s.work.layers)
         if tensor > single:
             step, size = cost_model.ar_step(s, tensor), cost_model.bytes_per_device(s, 1, tensor)
             detail = f"AR, every layer split over {tensor} devices"
-            found.append(prediction(s, "ar tensor", (1, tensor), layers, 1, step, 1.0, size, detail))
+            found.append(prediction(s, "ar tensor", (1, tensor), step, size, detail))
         if stages > 1:
             step = cost_model.pipelined_step(s, stages, tensor)
             size = cost_model.bytes_per_device(s, stages, tensor)
             detail = f"AR, pipeline of {stages} stages" + (f" of {tensor} devices each" if tensor > 1 else "")
-            found.append(prediction(s, "ar pipelined", (stages, tensor), layers, 1, step, 1.0, size, detail))
+            found.append(prediction(s, "ar pipelined", (stages, tensor), step, size, detail))
         if profile is not None:
             found.append(_layerskip(s, profile, tensor))
     copies = count // single
@@ -216,30 +212,7 @@ def others(s: Setting, profile: Profile | None = None) -> list[Prediction]:
         part = dataclasses.replace(s, batch=math.ceil(s.batch / busy))
         step, size = cost_model.ar_step(part, single), cost_model.bytes_per_device(part, 1, single)
         detail = f"AR, {busy} of {copies} replicas busy, {part.batch} sequences each"
-        found.append(
-            dataclasses.replace(
-                prediction(s, "ar replicas", (1, single), layers, 1, step, 1.0, size, detail), devices=busy * single
-            )
-        )
-    return found
-
-
-def cost_by_batch(s: Setting, chosen: Plan, profile: Profile) -> dict[int, list[Prediction]]:
-    """For each batch the best DEX of this plan, with its mesh, grid and rows, beside all other ways that fit."""
-    found = {}
-    for batch in BATCHES:
-        larger = dataclasses.replace(s, batch=batch)
-        rows = [p for p in others(larger, profile) if p.fits]
-        best = chosen.best_dex
-        if best is not None and best.method == "dex":
-            ticks = profile.ticks(best.depths, best.rows)
-            assert ticks is not None  # the plan is of this profile
-            step = cost_model.tick(larger, best.depths, best.rows, ticks, best.tensor)
-            size = cost_model.bytes_per_device(larger, best.stages, best.tensor, rows=best.rows, depths=best.depths)
-            shape = (best.stages, best.tensor)
-            made = prediction(larger, "dex", shape, best.depths, best.rows, step, best.tokens_a_step, size, best.detail)
-            rows += [made] * made.fits
-        found[batch] = sorted(rows, key=lambda p: -p.tokens_per_second)
+        found.append(prediction(s, "ar replicas", (1, single), step, size, detail, devices=busy * single))
     return found
 
 
@@ -257,19 +230,17 @@ def smallest_tensor(s: Setting) -> int:
 
 def _layerskip(s: Setting, profile: Profile, tensor: int) -> Prediction:
     """The best exit and draft length of LayerSkip on one device or T, drafts taken to be right independently."""
-    best: tuple[float, int, int, Parts, float] | None = None
+    size = cost_model.bytes_per_device(s, 1, tensor)
+    where = "" if tensor == 1 else f", every layer split over {tensor} devices"
+    found = []
     for depth in sorted({depth for depth in (*profile.ead.depths, *profile.agreement) if depth < s.work.layers}):
         for drafted in range(1, MOST_DRAFTED + 1):
             step = cost_model.layerskip_round(s, depth, drafted, tensor)
             tokens = cost_model.layerskip_tokens(profile.agreement_at(depth), drafted)
-            if best is None or tokens / step.total > best[0]:
-                best = (tokens / step.total, depth, drafted, step, tokens)
-    assert best is not None
-    _, depth, drafted, step, tokens = best
-    where = "" if tensor == 1 else f", every layer split over {tensor} devices"
-    detail = f"LayerSkip, {drafted} drafted at depth {depth}{where}"
-    size = cost_model.bytes_per_device(s, 1, tensor)
-    return prediction(s, "layerskip", (1, tensor), (depth, s.work.layers), 1, step, tokens, size, detail)
+            detail = f"LayerSkip, {drafted} drafted at depth {depth}{where}"
+            own: dict[str, Any] = {"depths": (depth, s.work.layers), "tokens_a_step": tokens}
+            found.append(prediction(s, "layerskip", (1, tensor), step, size, detail, **own))
+    return max(found, key=lambda each: each.tokens_per_second)
 
 
 def _grids(
@@ -298,30 +269,20 @@ def _grids(
 
 
 def prediction(
-    s: Setting,
-    method: str,
-    mesh: tuple[int, int],
-    depths: tuple[int, ...],
-    rows: int,
-    step: Parts,
-    tokens: float,
-    size: float,
-    detail: str,
+    s: Setting, method: str, mesh: tuple[int, int], step: Parts, size: float, detail: str, **more: Any
 ) -> Prediction:
-    """A prediction of one way, `mesh` being (stages, tensor); the other arguments are the fields of `Prediction`."""
-    device = s.hardware.device
+    """A prediction of one way on a mesh (stages, tensor), which takes `size` bytes a device; `more`: other fields."""
+    device, (stages, tensor) = s.hardware.device, mesh
+    usual: dict[str, Any] = {"depths": (s.work.layers,), "rows": 1, "tokens_a_step": 1.0, "devices": stages * tensor}
     return Prediction(
         method=method,
-        stages=mesh[0],
-        tensor=mesh[1],
-        devices=mesh[0] * mesh[1],
-        depths=depths,
-        rows=rows,
+        stages=stages,
+        tensor=tensor,
         step=step,
-        tokens_a_step=tokens,
         bytes_per_device=size,
         fits=size <= USABLE * device.memory,
         detail=detail,
         batch=s.batch,
         price=device.price,
+        **(usual | more),
     )

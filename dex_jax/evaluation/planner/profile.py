@@ -19,13 +19,7 @@ from dex_jax.language_model import LanguageModel
 
 
 def profile_of(measured: Forced, groups: Mapping[str, Forced], *, about: Mapping[str, Any] | None = None) -> Profile:
-    """The profile of a measurement: when tokens become available, and the ticks of rows that never prune.
-
-    Args:
-      measured: all texts.
-      groups: name -> the texts of each group.
-      about: what to note.
-    """
+    """The profile of a measurement of all texts, with the EAD of each group of them; `about` is noted."""
     figures, ead = figures_of(measured), _ead(measured)
     grids = tuple(
         GridProfile(
@@ -51,14 +45,7 @@ def profile_of(measured: Forced, groups: Mapping[str, Forced], *, about: Mapping
 def with_real_loop(
     profile: Profile, lm: LanguageModel, exits: TrainedExits | str, prompts: Sequence[list[int]], new_tokens: int
 ) -> Profile:
-    """The profile with what the loop itself comes to on prompts, with its default rows, for each grid.
-
-    Args:
-      profile: of this model and these exits.
-      lm, exits: as of `dex_jax.generate`.
-      prompts: token ids.
-      new_tokens: of each answer.
-    """
+    """The profile with what the loop itself comes to on prompts (token ids), with its default rows, for each grid."""
     return dataclasses.replace(
         profile,
         grids=tuple(
@@ -88,4 +75,4 @@ def _ead(measured: Forced) -> EAD:
 def _by_exit(texts: Sequence[np.ndarray], stages: int) -> tuple[float, ...]:
     """Share of tokens after the first by exit [K]."""
     found = np.bincount(np.concatenate([exits[1:] for exits in texts]) - 1, minlength=stages)
-    return tuple(float(x) for x in found / max(found.sum(), 1))
+    return tuple((found / max(found.sum(), 1)).tolist())

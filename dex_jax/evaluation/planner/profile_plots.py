@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dex_jax.errors import DexError
 from dex_jax.evaluation.planner.ead_profile import EAD, GridProfile, Profile
-from dex_jax.plot.figures import new_figure
+from dex_jax.io.whole_files import write_whole
+from dex_jax.plot.charts import speedup_by_k
+from dex_jax.plot.figures import INK, new_figure, png
 
 
 def figures(profile: Profile) -> dict[str, Any]:
@@ -27,23 +28,15 @@ def figures(profile: Profile) -> dict[str, Any]:
 
 
 def draw(profile: Profile, folder: str | Path) -> list[Path]:
-    """Writes the pictures of a profile as PNG files into a folder.
-
-    Returns:
-      The files.
+    """Writes the pictures of a profile as PNG files into a folder; returns the files.
 
     Raises:
       DexError: no matplotlib, or a folder that cannot be written.
     """
     files = []
     for name, figure in figures(profile).items():
-        file = Path(folder) / f"{name}.png"
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(file, format="png")
-        except OSError as error:
-            raise DexError(f"the picture cannot be written to {file}: {error.strerror or error}") from error
-        files.append(file)
+        files.append(Path(folder) / f"{name}.png")
+        write_whole(files[-1], png(figure))
     return files
 
 
@@ -63,16 +56,13 @@ def _ead(groups: dict[str, EAD]) -> Any:
 
 
 def _speedup(ead: EAD, grids: list[GridProfile]) -> Any:
-    figure = new_figure(8, 5)
-    axes = figure.add_subplot()
-    across = [grid.stages for grid in grids]
-    axes.axhline(ead.oracle_speedup, color="grey", linestyle="--", label="oracle: L over mean EAD")
-    axes.plot(across, [grid.resolution_bound for grid in grids], marker=".", label="EAD rounded up to the grid")
-    axes.plot(across, [grid.depth_side_speedup for grid in grids], marker="o", label="teacher-forced ticks, DECS")
-    real = [(grid.stages, grid.real.depth_side_speedup) for grid in grids if grid.real is not None]
-    if real:
-        axes.plot(*zip(*real, strict=True), "x", label="the loop itself")
-    axes.set_xlabel("K")
-    axes.set_ylabel("depth-side speedup")
-    axes.legend()
+    series = {
+        "EAD rounded up to the grid": {grid.stages: grid.resolution_bound for grid in grids},
+        "teacher-forced ticks, DECS": {grid.stages: grid.depth_side_speedup for grid in grids},
+        "the loop itself": {grid.stages: grid.real.depth_side_speedup for grid in grids if grid.real is not None},
+    }
+    figure = speedup_by_k({name: speedups for name, speedups in series.items() if speedups})
+    (axes,) = figure.axes
+    axes.axhline(ead.oracle_speedup, color=INK, linewidth=0.8, linestyle="--", label="oracle: L over mean EAD")
+    axes.legend(frameon=False, fontsize=9)
     return figure

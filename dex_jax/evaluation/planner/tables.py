@@ -1,9 +1,9 @@
-"""What the planner's programs print: profiles, predictions and costs as tables in markdown."""
+"""What the planner's programs print: profiles and predictions as tables in markdown."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -58,21 +58,3 @@ def predictions_table(predictions: Sequence[Prediction]) -> str:
         size = f"{p.bytes_per_device / 1e9:.2f}"
         rows.append([p.detail, speed, f"{p.step.total * 1e3:.3f}", f"{p.tokens_a_step:.2f}", size, *shares, price])
     return markdown(["way", "tok/s", "step ms", "tok/step", "GB/device", *(f"% {n}" for n in parts), "$/M tok"], rows)
-
-
-def costs_table(costs: Mapping[int, Sequence[Prediction]]) -> str:
-    """Speed and cost of a token by batch: latency is bought with throughput."""
-    title = "tokens a second of one sequence, then dollars for a million tokens (or device milliseconds for one)"
-    rows = []
-    for key in dict.fromkeys((p.method, p.stages, p.tensor) for each in costs.values() for p in each):
-        cells = []
-        for each in costs.values():
-            found = next((p for p in each if (p.method, p.stages, p.tensor) == key), None)
-            if found is None:
-                cells.append("-")
-                continue
-            price = found.dollars_per_million
-            cost = f"{found.device_seconds * 1e3:.2f} ms" if price is None else f"${price:.2f}"
-            cells.append(f"{found.tokens_per_second:.0f}, {cost}")
-        rows.append([f"{key[0]}, {key[1]} x {key[2]}", *cells])
-    return f"{title}\n\n" + markdown(["way", *(f"B = {batch}" for batch in costs)], rows)

@@ -37,17 +37,14 @@ class Timer(NamedTuple):
     Attributes:
       repeats: measurements, of which the median counts.
       least: seconds that each of them takes at least.
-      meet: called when a program is compiled and before it is timed.
     """
 
     repeats: int = 7
     least: float = 0.05
-    meet: Callable[[], None] = lambda: None
 
     def __call__(self, run: Callable[[int], Any]) -> float:
         """Seconds of one round of run(n), which makes n rounds one after the other on the device."""
         jax.block_until_ready(run(1))
-        self.meet()
         begin = time.perf_counter()
         jax.block_until_ready(run(2))
         rounds = max(1, round(2 * self.least / max(time.perf_counter() - begin, 1e-9)))

@@ -7,12 +7,12 @@ vocabulary, K stages.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from pathlib import Path
+from typing import Any
 
 from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.errors import DexError
+from dex_jax.foreign import local_path, parsed, reading
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import layer_parameters
 
@@ -159,11 +159,9 @@ def config_of(source: str) -> ModelConfig:
     if source.lower() in SHAPES:
         return SHAPES[source.lower()]
     if source.endswith(".json"):
-        try:
-            content = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DexError(f"{source} cannot be read as a model's config.json: {error}") from error
-        return huggingface_config(content, {}, source)
+        with reading(source, "give a model's config.json"):
+            content = parsed(local_path(source).read_bytes(), dict[str, Any], source, "give a model's config.json")
+            return huggingface_config(content, {}, source)
     try:
         return open_checkpoint(source).config
     except DexError as error:

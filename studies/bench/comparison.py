@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dex_jax.evaluation.bench.contenders import WITH_DRAFTER
-from dex_jax.evaluation.bench.resampling import Interval, bootstrap, ratios
-from dex_jax.evaluation.bench.runs import Run, reported
+from studies.bench.contenders import WITH_DRAFTER
+from studies.bench.resampling import Interval, bootstrap, ratios
+from studies.bench.runs import Run, reported
 
 TIES_ALLOWED = 0.01
 """In float32: the share of prompts on which any run may part from AR by rounding; more than that is a bug."""
@@ -87,28 +87,16 @@ class Lossless(NamedTuple):
     margin: float | None
 
 
-def lossless(runs: Iterable[Run]) -> dict[str, Lossless]:
-    """Method and setting -> comparison, over all runs, tuning ones included."""
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        if run.match is not None:
-            groups[run.name].append(run)
-    return {name: _lossless(group) for name, group in groups.items()}
-
-
-def _lossless(runs: Sequence[Run]) -> Lossless:
-    parted = [run for run in runs if not run.match]
+def lossless(runs: Iterable[Run]) -> Lossless | None:
+    """Comparison of all these runs' tokens, tuning ones included; None where nothing was compared."""
+    compared = [run for run in runs if run.match is not None]
+    parted = [run for run in compared if not run.match]
     ties = sum(bool(run.tie) for run in parted)
-    firsts = [run.first_divergence for run in parted if run.first_divergence is not None]
-    margins = [run.margin for run in parted if run.margin is not None]
-    return Lossless(
-        len(runs),
-        len(runs) - len(parted),
-        ties,
-        len(parted) - ties,
-        min(firsts, default=None),
-        max(margins, default=None),
-    )
+    if not compared:
+        return None
+    first = min((run.first_divergence for run in parted if run.first_divergence is not None), default=None)
+    margin = max((run.margin for run in parted if run.margin is not None), default=None)
+    return Lossless(len(compared), len(compared) - len(parted), ties, len(parted) - ties, first, margin)
 
 
 def mismatches(runs: Sequence[Run]) -> list[str]:

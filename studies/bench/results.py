@@ -12,15 +12,16 @@ import gzip
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.runs import COUNTED, KINDS, SPLITS, Run
+from dex_jax.foreign import parsed, reading, typed
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import plain
+from dex_jax.progress import Display
+from studies.bench.runs import Run
 
 FILE_NAME = "results.jsonl"
 STUDY_NAME = "study.json"
@@ -83,6 +84,17 @@ class Results:
             self._file.close()
 
 
+@contextlib.contextmanager
+def writing(folder: str | Path, study: dict[str, Any]) -> Iterator[tuple[Results, Display]]:
+    """The results of a study while it runs, and what shows how far it has come."""
+    results, display = Results(folder, study), Display()
+    try:
+        yield results, display
+    finally:
+        display.close()
+        results.close()
+
+
 def about_exits(exits: TrainedExits | None) -> dict[str, Any]:
     """What a study says of the exits in use: a digest, and the sources of their training data as folder/file."""
     if exits is None:
@@ -138,12 +150,10 @@ def read_study(folder: str | Path) -> dict[str, Any]:
       DexError: no such file, or a damaged one.
     """
     path = Path(folder) / STUDY_NAME
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DexError(f"there is no {path}: give a folder that a benchmark has written") from error
-    except ValueError as error:
-        raise DexError(f"{path} is no JSON ({error}): remove the folder and run the benchmark again") from error
+    if not path.is_file():
+        raise DexError(f"there is no {path}: give a folder that a benchmark has written")
+    with reading(path, "remove the folder and run the benchmark again"):
+        return parsed(path.read_bytes(), dict[str, Any], path, "remove the folder and run the benchmark again")
 
 
 def _begin_study(path: Path, study: dict[str, Any]) -> None:
@@ -178,31 +188,14 @@ def _read(path: Path) -> tuple[list[Run], int]:
 
 
 def from_line(line: str, where: str) -> Run:
-    """The run of one line.
-
-    Args:
-      line: JSON.
-      where: of it, for the error.
+    """The run of one line of JSON; `where` it stands is for the error.
 
     Raises:
       DexError: no JSON, a field that is missing, unknown or of another type.
     """
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise DexError(f"{where} is no JSON ({error}): remove the line and run the benchmark again") from error
-    if not isinstance(fields, dict):
-        raise DexError(f"{where} is no JSON object: remove the line and run the benchmark again")
+    advice = "remove the line and run the benchmark again"
+    fields = parsed(line, dict[str, Any], where, advice)
     unknown = [name for name in fields if name not in FIELDS]
     if unknown:
         raise DexError(f'{where} has a field "{unknown[0]}" that the schema does not know: was it written by hand?')
-    try:
-        run = msgspec.convert(fields, Run)
-    except msgspec.ValidationError as error:
-        raise DexError(f"{where}: {error}; remove the line and run the benchmark again") from error
-    for name, known in (("kind", KINDS), ("split", SPLITS), ("counted", COUNTED)):
-        if getattr(run, name) not in known:
-            raise DexError(f'{where}: "{name}" is {getattr(run, name)!r}, and not one of {", ".join(known)}')
-    if run.kind == "depth" and run.seconds is not None:
-        raise DexError(f'{where} is of kind "depth" and has seconds: they belong to kind "wall"')
-    return run
+    return typed(fields, Run, where, advice)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,19 +13,18 @@ import jax.numpy as jnp
 from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.session import PROGRAMS
 from dex_jax.decoding.sizes import prompt_bucket
-from dex_jax.evaluation.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
-from dex_jax.evaluation.bench.forced_runs import answer_fields, exits_at, layerskip_run
-from dex_jax.evaluation.bench.plan import Plan
-from dex_jax.evaluation.bench.results import Results
-from dex_jax.evaluation.bench.runs import Run, compared, run_key, run_of
 from dex_jax.evaluation.check import compare_tokens
-from dex_jax.forced.asks import layerskip_asks
-from dex_jax.forced.counts import layerskip_counts
 from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers
 from dex_jax.language_model import LanguageModel
-from dex_jax.progress import Shown, Standing
+from dex_jax.progress import Shown
 from dex_jax.sampling import Sampling, sampling_keys
+from studies.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
+from studies.bench.forced_runs import answer_fields, exits_at, layerskip_asks, layerskip_counts, layerskip_run
+from studies.bench.plan import Plan
+from studies.bench.results import Results
+from studies.bench.runs import Run, compared, run_key, run_of
+from studies.pace import Pace
 
 SHORT = 256
 """Prompts up to here share batches: to pad them costs less than another compilation."""
@@ -53,53 +50,8 @@ class Case(NamedTuple):
     seed: int
 
 
-class Clock:
-    """Counts runs and guesses the time left from what runs of their kind have taken so far.
-
-    Args:
-      planned: kind -> how many runs there will be.
-      notify: told a Standing after every run.
-    """
-
-    def __init__(self, planned: dict[str, int], notify: Callable[[str | Shown], None]):
-        self.planned, self.notify = planned, notify
-        self.finished: dict[str, int] = defaultdict(int)
-        self.measured: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-
-    def skip(self, kind: str, runs: int) -> None:
-        """Runs that an earlier call has made."""
-        self.finished[kind] += runs
-
-    def add(self, kind: str, runs: int, seconds: float, what: str, logged: bool) -> None:
-        """Runs that have just ended."""
-        self.finished[kind] += runs
-        self.measured[kind][0] += seconds
-        self.measured[kind][1] += runs
-        done, total = sum(self.finished.values()), sum(self.planned.values())
-        self.notify(Standing(f"run {done}/{total}: {what}", done / max(total, 1), self.left(), logged))
-
-    def left(self) -> float | None:
-        """Seconds; None before anything was measured."""
-        spent, runs = (sum(each[i] for each in self.measured.values()) for i in (0, 1))
-        if not runs:
-            return None
-        total = 0.0
-        for kind, planned in self.planned.items():
-            seconds, count = self.measured[kind]
-            total += max(0, planned - self.finished[kind]) * (seconds / count if count else spent / runs)
-        return total
-
-
 class Bench:
-    """A benchmark on its way.
-
-    Args:
-      lm: the model.
-      results: where runs go, and those of earlier calls.
-      cases: all prompts.
-      plan: the methods.
-      notify: told what is going on.
-    """
+    """A benchmark on its way: prompts (`cases`), the methods of a plan, and in `results` the runs of earlier calls."""
 
     def __init__(
         self,
@@ -114,7 +66,7 @@ class Bench:
         self.plain: dict[tuple[str, str], list[int]] = {}
         self.said: set[str] = set()
         self.warm: set[tuple[str, int]] = set()
-        self.clock = Clock(plan.runs(len(self.of("report")), len(self.of("tune"))), notify)
+        self.pace = Pace(plan.runs(len(self.of("report")), len(self.of("tune"))), notify)
 
     def of(self, split: str) -> list[Case]:
         """Prompts of a split by length, so that those of one padded length stand together."""
@@ -163,17 +115,16 @@ class Bench:
     def _count(self, entry: Contender, cases: Sequence[Case]) -> None:
         """Counts of one method on prompts, in batches."""
         missing = [case for case in cases if self._key(entry, case, "depth") not in self.results.done]
-        self.clock.skip("depth", len(cases) - len(missing))
+        self.pace.skip("depth", len(cases) - len(missing))
         # DEL's sequences end their drafts in different steps, and each time all exits look at the whole batch.
         for batch in _batches(missing, 1 if entry.name == "del" else self.settings.batch):
-            begin = time.monotonic()
             # Repeats fill the batch up to a size that is compiled anyway.
             filled = [*batch, *[batch[-1]] * (_size(len(batch)) - len(batch))]
             with self._remarks():
                 out = generate(self.lm, [list(case.ids) for case in filled], **self._options(entry, filled))
             for row, case in enumerate(batch):
                 self._keep(entry, case, run_of(out, row, kind="depth", **self._about(entry, case)))
-            self.clock.add("depth", len(batch), time.monotonic() - begin, f"counting {self._words(entry)}", logged=True)
+            self.pace.add("depth", len(batch), f"counting {self._words(entry)}")
             self._forget_some()
         if entry.name == "ar":
             for run in self.results.runs:
@@ -187,14 +138,14 @@ class Bench:
             for case in cases
             if any(self._key(entry, case, "depth", counted="forced") not in self.results.done for entry in entries)
         ]
-        self.clock.skip("depth", (len(cases) - len(missing)) * len(entries))
+        self.pace.skip("depth", (len(cases) - len(missing)) * len(entries))
         settings = [(int(entry.setting["exit"]), int(entry.setting["draft_length"])) for entry in entries]
         layers = self.lm.config.num_layers
         exits, source = exits_at(self.lm, self.plan.exits, sorted({depth for depth, _ in settings}))
         asks = {ask for setting in settings for ask in layerskip_asks(*setting, exits.config, layers)}
         limit = self.settings.max_new_tokens
         for batch in _batches(missing, self.settings.batch):
-            begin, size = time.monotonic(), _size(len(batch))
+            size = _size(len(batch))
             texts = answers(self.lm, [list(case.ids) for case in batch], limit, size)
             forced = force(self.lm, exits, texts, sorted(asks), batch=size)
             counts = [layerskip_counts(forced, *setting, limit, self.lm.eos_ids) for setting in settings]
@@ -211,8 +162,7 @@ class Bench:
                 for entry, setting, count in zip(entries, settings, counts, strict=True):
                     if self._key(entry, case, "depth", counted="forced") not in self.results.done:
                         self._keep(entry, case, layerskip_run(count[row], *setting, layers, **about))
-            runs = len(batch) * len(entries)
-            self.clock.add("depth", runs, time.monotonic() - begin, "counting all settings of layerskip", logged=True)
+            self.pace.add("depth", len(batch) * len(entries), "counting all settings of layerskip")
 
     def _time(self, entries: Sequence[Contender], cases: Sequence[Case]) -> None:
         """Seconds of methods on prompts: A B B A ..., so that what slows the machine down slows all of them."""
@@ -224,16 +174,13 @@ class Bench:
             for number in range(self.settings.rounds):
                 for entry in entries if number % 2 == 0 else entries[::-1]:
                     if self._key(entry, case, "wall", number) in self.results.done:
-                        self.clock.skip("wall", 1)
+                        self.pace.skip("wall", 1)
                         continue
-                    begin = time.monotonic()
                     self._warm_up(entry, case)
                     with self._remarks():
                         out = generate(self.lm, [list(case.ids)], **self._options(entry, [case]))
                     self._keep(entry, case, run_of(out, 0, kind="wall", round=number, **self._about(entry, case)))
-                    last = number == self.settings.rounds - 1 and entry is entries[0 if number % 2 else -1]
-                    what = f"timing {self._words(entry)}"
-                    self.clock.add("wall", 1, time.monotonic() - begin, what, logged=last)
+                    self.pace.add("wall", 1, f"timing {self._words(entry)}")
 
     def _warm_up(self, entry: Contender, case: Case) -> None:
         """Compiles what a run needs and runs its first ticks, once for each padded length."""

@@ -13,16 +13,14 @@ import json
 import math
 import platform
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from dex_jax.decoding.output import Output
 from dex_jax.errors import DexError
 from dex_jax.evaluation.check import Check
 from dex_jax.io.whole_files import plain
 
-KINDS = ("depth", "wall")
-SPLITS = ("report", "tune")
-COUNTED = ("loop", "forced")
+Kind = Literal["depth", "wall"]
 
 COSTS = {"depth": "layer_steps", "work": "work", "wall": "seconds"}
 """Kind of figure -> the field that holds it."""
@@ -70,7 +68,7 @@ class Run:
       versions: of dex_jax, jax, flax and python.
     """
 
-    kind: str
+    kind: Kind
     method: str
     task: str
     prompt_id: str
@@ -83,8 +81,8 @@ class Run:
     depths: list[int] | None = None
     rows: int | None = None
     template: str = "default"
-    split: str = "report"
-    counted: str = "loop"
+    split: Literal["report", "tune"] = "report"
+    counted: Literal["loop", "forced"] = "loop"
     round: int = 0
     batch: int = 1
     layer_steps: int | None = None
@@ -111,6 +109,10 @@ class Run:
     dtype: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.kind == "depth" and self.seconds is not None:
+            raise DexError('a run of kind "depth" has no seconds: they belong to kind "wall"')
+
     @property
     def new_tokens(self) -> int:
         """n."""
@@ -124,7 +126,8 @@ class Run:
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells a run from all others of its study; a run whose key is there needs not be made again."""
-        return run_key(**{name: getattr(self, name) for name in KEY})
+        flat = json.dumps(plain(self.setting), sort_keys=True)
+        return tuple(flat if name == "setting" else getattr(self, name) for name in KEY)
 
     def cost(self, kind: str) -> float | None:
         """The figure of a kind: "depth", "work" or "wall"; None where the run has none of that kind."""
@@ -137,22 +140,10 @@ class Run:
 KEY = ("kind", "split", "task", "template", "prompt_id", "method", "setting", "counted", "round", "dtype", "seed")
 
 
-def run_key(
-    kind: str,
-    method: str,
-    task: str,
-    prompt_id: str,
-    setting: dict[str, Any],
-    template: str = "default",
-    split: str = "report",
-    counted: str = "loop",
-    round: int = 0,
-    dtype: str = "",
-    seed: int | None = None,
-) -> tuple[Any, ...]:
+def run_key(**fields: Any) -> tuple[Any, ...]:
     """The key of a run that is still to be made; see `Run.key`."""
-    flat = json.dumps(plain(setting), sort_keys=True)
-    return kind, split, task, template, prompt_id, method, flat, counted, round, dtype, seed
+    stub: dict[str, Any] = {"model": "", "tokens": [], "prompt_tokens": 0}
+    return Run(**(stub | fields)).key
 
 
 def versions() -> dict[str, str]:
@@ -161,14 +152,10 @@ def versions() -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
-def run_of(output: Output, row: int, *, kind: str, **given: Any) -> Run:
-    """The line of one sequence of an Output.
+def run_of(output: Output, row: int, *, kind: Kind, **given: Any) -> Run:
+    """The line of sequence `row` of an Output, of kind "depth", which keeps counts alone, or "wall".
 
-    Args:
-      output: from `generate`.
-      row: of the sequence.
-      kind: "depth", which keeps counts alone, or "wall".
-      **given: the other fields of Run that an Output does not know: method, task, prompt_id, model, setting, ..
+    `given` are the other fields of Run that an Output does not know: method, task, prompt_id, model, setting, ...
 
     Raises:
       DexError: kind "wall" of a batch.

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dex_jax.errors import DexError
-from dex_jax.evaluation.bench import comparison as c
-from dex_jax.evaluation.bench.runs import Run
-from dex_jax.plot.colors import SERIES, depth_hex
-from dex_jax.plot.figures import FAINT, INK, new_figure, quiet_axes
+from dex_jax.io.whole_files import write_whole
+from dex_jax.plot.charts import draw_shares, speedup_by_k
+from dex_jax.plot.colors import SERIES
+from dex_jax.plot.figures import FAINT, INK, new_figure, png, quiet_axes
+from studies.bench import comparison as c
+from studies.bench.runs import Run
 
 AXES = {
     "depth": "depth-side speedup over AR (counts)",
@@ -23,16 +24,9 @@ OF_DEX, OF_RIVALS = SERIES[0], SERIES[1]
 
 
 def draw(runs: Sequence[Run], folder: str | Path, explorers: int | None = None) -> list[Path]:
-    """Draws what there is to draw as PNG files into a folder.
+    """Draws what there are runs for as PNG files into a folder; returns the files.
 
-    Args:
-      runs: of a study.
-      folder: to write into.
-      explorers: K of the DEX that stands beside its rivals; None is the first.
-
-    Returns:
-      The files: speedup_depth.png, speedup_wall.png, work.png, speedup_by_k.png, ead.png; those without runs are left
-      out.
+    `explorers` is K of the DEX that stands beside its rivals; None is the first.
 
     Raises:
       DexError: no matplotlib, or a folder that cannot be written.
@@ -47,13 +41,9 @@ def draw(runs: Sequence[Run], folder: str | Path, explorers: int | None = None) 
     files = []
     for name, make in plots.items():
         figure, file = make(), Path(folder) / f"{name}.png"
-        if figure is None:
-            continue
-        try:
-            figure.savefig(file, format="png")
-        except OSError as error:
-            raise DexError(f"the picture cannot be written to {file}: {error.strerror or error}") from error
-        files.append(file)
+        if figure is not None:
+            write_whole(file, png(figure))
+            files.append(file)
     return files
 
 
@@ -111,26 +101,9 @@ def against_explorers(runs: Sequence[Run]) -> Any:
     found = c.by_explorers(c.costs(runs, "depth"))
     if len(found) < 2:
         return None
-    figure = new_figure(5.6, 3.6)
-    axes = figure.add_subplot()
-    quiet_axes(axes)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
-    places, values = list(found), [each.value for each in found.values()]
-    axes.fill_between(
-        places,
-        [each.low for each in found.values()],
-        [each.high for each in found.values()],
-        color=SERIES[0],
-        alpha=0.18,
-        linewidth=0,
-    )
-    axes.plot(places, values, marker="o", markersize=5, linewidth=2, color=SERIES[0])
-    for place, value in zip(places, values, strict=True):
-        axes.annotate(f"{value:.2f}", (place, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_xticks(places)
-    axes.set_xlabel("explorers K")
-    axes.set_ylabel(AXES["depth"])
-    axes.margins(y=0.2)
+    figure = speedup_by_k({"DEX": {k: each.value for k, each in found.items()}})
+    low, high = ([getattr(each, end) for each in found.values()] for end in ("low", "high"))
+    figure.axes[0].fill_between(list(found), low, high, color=SERIES[0], alpha=0.18, linewidth=0)
     return figure
 
 
@@ -143,20 +116,10 @@ def available(runs: Sequence[Run], explorers: int | None = None) -> Any:
     figure = new_figure(max(4.5, 1.2 + 0.45 * len(first.depths)), 1.0 + 1.7 * len(found))
     every = figure.subplots(len(found), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (task, each) in zip(every, found.items(), strict=True):
-        quiet_axes(axes)
-        colors = [depth_hex(number, len(each.depths)) for number in range(1, len(each.depths) + 1)]
-        axes.bar(range(len(each.depths)), each.shares, color=colors, width=0.78)
-        for place, share in enumerate(each.shares):
-            axes.annotate(f"{share:.0%}", (place, share), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-        axes.set_title(
-            f"{task}: {each.tokens:,} tokens, mean depth {each.mean:.1f} of {each.depths[-1]}",
-            fontsize=9,
-            color=INK,
-            loc="left",
-        )
-        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        draw_shares(axes, each.depths, each.shares)
+        title = f"{task}: {each.tokens:,} tokens, mean depth {each.mean:.1f} of {each.depths[-1]}"
+        axes.set_title(title, fontsize=9, color=INK, loc="left")
         axes.margins(y=0.15)
-    every[-1].set_xticks(range(len(first.depths)), [str(depth) for depth in first.depths])
     oracle = first.name.startswith("oracle")
     every[-1].set_xlabel(
         "earliest available depth (layers)" if oracle else f"exit that first gave the token ({first.name})"

@@ -6,13 +6,12 @@ All are generative. A task that one letter answers has no decoding to speed up, 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dex_jax.errors import DexError
-from dex_jax.prompt_files import read_prompts, read_rows
+from dex_jax.prompt_files import dataset_rows, read_prompts, read_rows
 from dex_jax.prompts import Prompt
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
@@ -135,7 +134,10 @@ def read_task(name: str, data: str | Path | None) -> list[Asked]:
 
 def rows_of(name: str, data: str | Path | None) -> Iterator[tuple[Any, str]]:
     """(row, where it stands) of each row of a task of TASKS, from a folder of data or the hub."""
-    return read_rows(str(task_file(name, data))) if data is not None else _hub_rows(name, TASKS[name])
+    hub = TASKS[name].hub
+    if data is None and hub is None:
+        raise DexError(f"task {name} is not on the hub in one known form: give --data DIR with {name}/*.jsonl")
+    return dataset_rows(*hub) if data is None and hub is not None else read_rows(str(task_file(name, data or "")))
 
 
 def _asked(name: str, task: Task, row: Any, number: int, where: str) -> Asked:
@@ -167,25 +169,6 @@ def task_file(name: str, data: str | Path) -> Path:
             f"{folder} has no file of task {name}: put one into {folder / name} (.jsonl or .json, gzipped or not)"
         )
     return min(files, key=lambda file: next((at for at, split in enumerate(SPLITS) if split in file.name), len(SPLITS)))
-
-
-def _hub_rows(name: str, task: Task) -> Iterator[tuple[dict[str, Any], str]]:
-    if task.hub is None:
-        raise DexError(f"task {name} is not on the hub in one known form: give --data DIR with {name}/*.jsonl")
-    repository, config, split = task.hub
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise DexError(
-            f"task {name} from the hub needs the package datasets: pip install datasets, or give --data DIR"
-        ) from error
-    try:
-        rows = datasets.load_dataset(repository, config, split=split)
-    # Its errors come from many packages below it, down to those of the network.
-    except Exception as error:
-        raise DexError(f"datasets cannot load {repository} (split {split}): {error}; give --data DIR") from error
-    for number, row in enumerate(rows):
-        yield dict(row), f"row {number} of {repository}"
 
 
 def spread(count: int, wanted: int, taken: Sequence[int] = ()) -> list[int]:

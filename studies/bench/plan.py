@@ -3,60 +3,90 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from dex_jax.cli.common import depths
 from dex_jax.decoding.resolve import default_drafter, default_exits, resolve
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.contenders import SWEPT, Contender, contender, sweep, swept_depths
-from dex_jax.evaluation.bench.results import about_exits
+from dex_jax.foreign import check_fields
 from dex_jax.io.exits_file import load_exits
 from dex_jax.language_model import LanguageModel
+from studies.bench.contenders import METHODS, SWEPT, Contender, contender, sweep, swept_depths
+from studies.bench.results import about_exits
+from studies.bench.tasks import TASKS
+from studies.flags import Count, NotNegative, Several, dtype_flag, flag, model_flag, names
+
+Name = Annotated[str, Meta(pattern=f"^({'|'.join(METHODS)})$")]
+
+Names = Annotated[tuple[Name, ...], Meta(min_length=1)]
+
+
+def _spelt(text: str) -> tuple[str, ...]:
+    return names(text.replace("-", "_"))  # decode.py spells methods with hyphens
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a benchmark is asked for, beside its prompts.
+    """What a benchmark is asked for: each field is a flag, described in its help.
 
-    Attributes:
-      model: as `dex_jax.load` was given it, for the record.
-      exits, drafter: path, "default" or "shared"; the drafter is that of one explorer.
-      methods: to count.
-      timed: methods whose seconds are measured.
-      explorers: K of DEX and AdaDecode.
-      by_explorers: K of further runs of DEX.
-      max_new_tokens, temperature: of each answer.
-      batch: sequences at a time where only counts matter.
-      rounds: timed runs of every method and prompt; 2 is A B B A.
-      exit_depths: of the sweeps; empty for up to four among the shallower.
-      draft_lengths, thresholds: of LayerSkip's and AdaDecode's sweeps.
-      timed_settings: how many of the best counted settings are also timed.
+    Raises:
+      DexError: naming the first that makes no sense.
     """
 
-    model: str
-    exits: str = "default"
-    drafter: str = "default"
-    methods: tuple[str, ...] = ("ar", "dex", "layerskip", "adadecode", "del")
-    timed: tuple[str, ...] = ("ar", "dex_serial", "layerskip")
-    explorers: int = 5
-    by_explorers: tuple[int, ...] = ()
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    batch: int = 8
-    rounds: int = 2
-    exit_depths: tuple[int, ...] = ()
-    draft_lengths: tuple[int, ...] = (1, 2, 3, 5)
-    thresholds: tuple[float, ...] = (0.2, 0.4, 0.6)
-    timed_settings: int = 3
+    output: str
+    model: str = model_flag()
+    dtype: str | None = dtype_flag()
+    exits: str = flag("default", 'folder, file, "default" or "shared"')
+    drafter: str = flag("default", 'of one explorer: folder, file, "default" or "shared"')
+    methods: Names = flag(
+        ("ar", "dex", "layerskip", "adadecode", "del"), f"to count, of {', '.join(METHODS)}", type=_spelt
+    )
+    timed: tuple[Name, ...] = flag(("ar", "dex_serial", "layerskip"), "methods to time, or none", type=_spelt)
+    explorers: Count = flag(5, "of DEX and AdaDecode", metavar="K")
+    by_explorers: tuple[int, ...] = flag((), "also count DEX with these K", type=depths, metavar="K,...")
+    tasks: Annotated[tuple[str, ...], Meta(min_length=1)] = flag(
+        ("gsm8k", "humaneval", "spec_bench"), f"of {', '.join(TASKS)}, prompts:FILE", type=names, metavar="NAME,..."
+    )
+    data: str | None = flag(None, "folder with a folder for each task; without it tasks come from the hub", type=str)
+    prompts: Count = flag(20, "of each task, evenly spread")
+    tune_prompts: NotNegative = flag(4, "further ones to choose settings on")
+    longest_prompt: Count = flag(1024, "longer ones, in tokens, are left out")
+    no_chat: bool = flag(False, "use prompts as they are, without the chat template")
+    max_new_tokens: Several = flag(64, "of each answer")
+    temperature: float = flag(0.0, "0 is greedy")
+    seed: int = flag(0, "of sampling; each prompt has its own")
+    batch: Count = flag(8, "sequences at a time where only counts matter")
+    rounds: NotNegative = flag(2, "timed runs of every method and prompt; 2 is A B B A")
+    exit_depths: tuple[int, ...] = flag((), "of the sweeps, up to four among the shallower unless given", type=depths)
+    draft_lengths: tuple[int, ...] = flag((1, 2, 3, 5), "LayerSkip's sweep", type=depths, metavar="G,...")
+    thresholds: tuple[float, ...] = flag((0.2, 0.4, 0.6), "AdaDecode's sweep", type=_shares, metavar="P,...")
+    timed_settings: Count = flag(3, "best counted settings that are also timed")
+    no_plots: bool = flag(False, "no PNG files, and no need of matplotlib")
+
+    def __post_init__(self) -> None:
+        check_fields(self, flags=True)
+        if self.swept and self.tune_prompts < 1:
+            raise DexError(
+                f"the setting of {self.swept[0]} is chosen on tuning prompts: --tune-prompts must be above 0"
+            )
+
+    @property
+    def swept(self) -> list[str]:
+        """Methods whose setting is chosen by a sweep."""
+        ran = (*self.methods, *(self.timed if self.rounds else ()))
+        return [name for name in dict.fromkeys(ran) if name in SWEPT]
 
 
 class Plan:
     """The methods of a benchmark.
-
-    Args:
-      lm: the model.
-      settings: what is asked for.
-      notify: told what is worth knowing.
 
     Attributes:
       exits, drafter: as `dex_jax.generate` takes them, read once.
@@ -66,16 +96,15 @@ class Plan:
       DexError: exits that cannot be read, or settings that the model or its exits do not have.
     """
 
-    def __init__(self, lm: LanguageModel, settings: Settings, notify: Callable[[str], Any]):
-        self.lm, self.settings, self.notify = lm, settings, notify
+    def __init__(self, lm: LanguageModel, settings: Settings):
+        self.lm, self.settings = lm, settings
         self.exits = self._opened(settings.exits, default_exits, "exits")
         self.drafter = self._opened(settings.drafter, default_drafter, "drafter")
-        swept = [name for name in dict.fromkeys((*settings.methods, *self.timed)) if name in SWEPT]
-        depths: Sequence[int] = settings.exit_depths
-        if swept and not depths:
-            depths = swept_depths(self.exits, lm.config, lm.fingerprint)
-        grid = (settings.explorers, depths, settings.draft_lengths, settings.thresholds, lm.config.num_layers)
-        self.sweeps = {name: sweep(name, *grid) for name in swept}
+        drafting: Sequence[int] = settings.exit_depths
+        if settings.swept and not drafting:
+            drafting = swept_depths(self.exits, lm.config, lm.fingerprint)
+        grid = (settings.explorers, drafting, settings.draft_lengths, settings.thresholds, lm.config.num_layers)
+        self.sweeps = {name: sweep(name, *grid) for name in settings.swept}
         self._check()
 
     @property
@@ -135,6 +164,6 @@ class Plan:
 
     def _opened(self, exits: str, shipped: Callable[[str], Any], what: str) -> Any:
         if exits == "default" and shipped(self.lm.fingerprint) is None:
-            self.notify(f'no trained {what} with this model: "shared" is used')
+            print(f'no trained {what} with this model: "shared" is used', file=sys.stderr)
             return "shared"
         return exits if exits in ("default", "shared") else load_exits(exits)

@@ -17,7 +17,7 @@ from dex_jax.decoding.oracle import Oracle
 from dex_jax.decoding.resolve import all_depths
 from dex_jax.decoding.single_exit import DexSingleExit
 from dex_jax.errors import DexError
-from dex_jax.evaluation.bench.runs import Run
+from studies.bench.runs import Run
 
 SWEPT = {"layerskip": ("exit", "draft_length"), "adadecode": ("depths", "threshold")}
 """Method -> the fields that are chosen by a sweep."""
@@ -67,33 +67,18 @@ ON_MANY_DEVICES = ("dex", "dex_drafts", "dex_no_decs", "dex_single_exit")
 
 
 def contender(name: str, explorers: int, **setting: Any) -> Contender:
-    """A method by its name.
-
-    Args:
-      name: of METHODS.
-      explorers: K, of methods on a grid.
-      **setting: other fields.
+    """A method by its name, of METHODS; `explorers` is K of methods on a grid, `setting` holds other fields.
 
     Raises:
       DexError: an unknown name.
     """
-    check_names([name])
+    if name not in METHODS:
+        raise DexError(f"unknown method {name!r}: choose among {', '.join(METHODS)}")
     make, on_grid = METHODS[name]
     fields = ({"explorers": explorers} if on_grid and "depths" not in setting else {}) | setting
     # Settings are told and read back as JSON, which knows lists alone.
     method = make(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
     return Contender(name, method, fields, name in WITH_DRAFTER)
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Refuses names of no method.
-
-    Raises:
-      DexError: naming the first of them.
-    """
-    for name in names:
-        if name not in METHODS:
-            raise DexError(f"unknown method {name!r}: choose among {', '.join(METHODS)}")
 
 
 def sweep(
@@ -127,16 +112,6 @@ def swept_depths(exits: Any, config: ModelConfig, fingerprint: str) -> tuple[int
     return tuple(sorted({min(standing, key=lambda depth: (abs(depth - want), depth)) for want in wanted}))
 
 
-def a_token(runs: Iterable[Run], kind: str) -> float:
-    """Cost a token after the first over runs together, of a kind of figure; infinite without a token."""
-    cost = tokens = 0.0
-    for run in runs:
-        found = run.cost(kind)
-        if found is not None:
-            cost, tokens = cost + found, tokens + run.new_tokens - 1
-    return cost / tokens if tokens else float("inf")
-
-
 def by_setting(runs: Iterable[Run], name: str, kind: str) -> list[tuple[dict[str, Any], float]]:
     """(setting, cost a token) of each setting of a method among tuning runs, cheapest first."""
     groups: dict[str, list[Run]] = {}
@@ -149,9 +124,7 @@ def by_setting(runs: Iterable[Run], name: str, kind: str) -> list[tuple[dict[str
 
 
 def _typical(runs: list[Run], kind: str) -> float:
-    """Over prompts together; of repeated runs of a prompt, the median."""
-    if kind != "wall":
-        return a_token(runs, kind)
+    """Cost a token after the first, over prompts together; of repeated runs of a prompt, the median."""
     prompts: dict[tuple[str, str], list[float]] = {}
     tokens: dict[tuple[str, str], int] = {}
     for run in runs:

@@ -1,23 +1,26 @@
-"""summary.md and plots of a benchmark, from its results.jsonl alone."""
+"""`python -m studies.bench.report DIR`: summary.md and plots of a benchmark, from its results.jsonl alone."""
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dex_jax.errors import DexError
-from dex_jax.evaluation.bench import comparison as c
-from dex_jax.evaluation.bench.comparison import mismatches
-from dex_jax.evaluation.bench.contenders import ON_MANY_DEVICES, SWEPT, by_setting
-from dex_jax.evaluation.bench.resampling import Interval
-from dex_jax.evaluation.bench.results import read_results, read_study, seen_in_training
-from dex_jax.evaluation.bench.runs import Run
+from dex_jax.errors import DexError, exit_code
+from dex_jax.io.whole_files import write_whole
 from dex_jax.tables import markdown
+from studies.bench import comparison as c
+from studies.bench.contenders import ON_MANY_DEVICES, SWEPT, by_setting
+from studies.bench.report_plots import draw
+from studies.bench.resampling import Interval
+from studies.bench.results import read_results, read_study, seen_in_training
+from studies.bench.runs import Run
+from studies.flags import tell
 
 SUMMARY = "summary.md"
 
@@ -53,15 +56,7 @@ RIVALS = ("layerskip", "adadecode", "del", "dex_single_exit", "dex_no_decs")
 
 
 def write(folder: str | Path, plots: bool = True, output: str | Path | None = None) -> list[Path]:
-    """Writes summary.md and the plots of a folder of results.
-
-    Args:
-      folder: of the results.
-      plots: whether to draw.
-      output: folder to write into; None is that of the results.
-
-    Returns:
-      The files.
+    """Writes summary.md and the plots of a folder of results, there or into the folder `output`; returns the files.
 
     Raises:
       DexError: no or damaged results, no matplotlib, or a folder that cannot be written.
@@ -70,20 +65,18 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
     if study.get("benchmark") != "bench":
         raise DexError(f"{folder} holds a study of templates: python -m studies.templates.report makes its page")
     output = Path(folder if output is None else output)
-    file, text = output / SUMMARY, summary(runs, study)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-        if not plots:
-            return [file]
-        from dex_jax.evaluation.bench.report_plots import draw
-
+    text, pictures = summary(runs, study), []
+    if plots:
         pictures = draw(runs, output, study.get("explorers"))
         links = [f"![{PICTURES[picture.stem]}]({picture.name})" for picture in pictures]
-        file.write_text("\n\n".join([text.rstrip(), "## Pictures", *links]) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
-    return [file, *pictures]
+        text = "\n\n".join([text.rstrip(), "## Pictures", *links]) + "\n"
+    write_whole(output / SUMMARY, text)
+    return [output / SUMMARY, *pictures]
+
+
+def write_and_tell(folder: str | Path, plots: bool, output: str | Path | None = None) -> int:
+    """Writes as `write` does, prints summary.md, says on stderr what is wrong; returns 1 for wrong tokens, else 0."""
+    return tell(write(folder, plots, output), c.mismatches(read_results(folder)))
 
 
 def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
@@ -127,13 +120,13 @@ def _about(runs: Sequence[Run], study: dict[str, Any]) -> str:
     lines.append(
         "Speedups are medians over prompts of the ratio on one prompt, with 95% intervals by resampling prompts. The "
         "three kinds of figures below are never mixed. "
-        "`python -m dex_jax.cli.report` makes this page again."
+        "`python -m studies.bench.report` makes this page again."
     )
     return "\n".join(lines)
 
 
 def _lossless(runs: Sequence[Run]) -> str:
-    wrong = mismatches(runs)
+    wrong = c.mismatches(runs)
     head = "All tokens are AR's, or part from them by rounding alone." if not wrong else "**NOT LOSSLESS.** "
     lines = ["## Losslessness", head + " ".join(f"{each}." for each in wrong[:5])]
     # Settings of a sweep would fill the page: they are told together.
@@ -143,7 +136,7 @@ def _lossless(runs: Sequence[Run]) -> str:
             groups.setdefault(run.method, []).append(run)
     rows = []
     for method, group in groups.items():
-        found = c.lossless([dataclasses.replace(run, setting={}) for run in group]).get(method)
+        found = c.lossless(group)
         if found is not None:
             first = "" if found.first is None else str(found.first)
             margin = "" if found.margin is None else f"{found.margin:.1e}"
@@ -263,3 +256,17 @@ def _sweeps(runs: Sequence[Run]) -> list[str]:
             markdown(["setting", "layer steps a token", "ms a token"], rows),
         ]
     return parts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 1 where tokens are not AR's, 2 for bad input."""
+    p = argparse.ArgumentParser(prog="python -m studies.bench.report", description=__doc__.splitlines()[0])
+    p.add_argument("folder", help="of a benchmark")
+    p.add_argument("--no-plots", action="store_true", help="summary.md alone")
+    p.add_argument("--output", metavar="DIR", help="another folder to write into")
+    args = p.parse_args(argv)
+    return exit_code(lambda: write_and_tell(args.folder, not args.no_plots, args.output))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -43,11 +43,6 @@ def median(values: np.ndarray) -> np.ndarray:
     return np.nanmedian(values, axis=1)
 
 
-def mean(values: np.ndarray) -> np.ndarray:
-    """Mean over items; NaN are left out."""
-    return np.nanmean(values, axis=1)
-
-
 def ratio_of_sums(values: np.ndarray) -> np.ndarray:
     """values[..., 0] over values[..., 1], each summed over items: long answers count for more; NaN over nothing."""
     sums = np.nansum(values, axis=1)

@@ -1,0 +1,106 @@
+"""`python -m studies.bench`: methods against one another on tasks, into a folder that a person can read.
+
+Counts come from batches, seconds from one sequence at a time with methods taking turns (A B B A). The settings of
+static rivals are chosen on other prompts than those reported. The folder holds results.jsonl (one line a run),
+summary.md and plots; the same command goes on where it was stopped. docs/howto_compare.md says what is measured how.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dex_jax import language_model
+from dex_jax.cli.common import remember_compilations
+from dex_jax.errors import DexError
+from dex_jax.language_model import LanguageModel
+from dex_jax.progress import phases
+from studies.bench import report
+from studies.bench.bench import Bench, Case
+from studies.bench.plan import Plan, Settings
+from studies.bench.results import writing
+from studies.bench.tasks import Asked, read_task, spread
+from studies.flags import run_study
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 1 where tokens are not AR's, 2 for bad input."""
+    return run_study(argv, "studies.bench", __doc__, Settings, run)
+
+
+def run(settings: Settings) -> int:
+    """Measures and writes, as the settings say; the exit code."""
+    asked = [read_task(task, settings.data) for task in settings.tasks]
+    called = [items[0].task for items in asked]
+    if len(set(called)) < len(called):
+        raise DexError(f"two of the tasks are called {max(called, key=called.count)}: give their files other names")
+    remember_compilations()
+    with phases():
+        lm = language_model.load(settings.model, settings.dtype)
+    cases, left_out = choose_cases(lm, asked, settings)
+    plan = Plan(lm, settings)
+    with writing(settings.output, study_of(lm, settings, cases, left_out) | plan.about()) as (results, display):
+        bench = Bench(lm, results, cases, plan, display)
+        bench.count()
+        bench.time()
+    return report.write_and_tell(settings.output, not settings.no_plots)
+
+
+def choose_cases(
+    lm: LanguageModel, asked: Sequence[Sequence[Asked]], settings: Settings
+) -> tuple[list[Case], dict[str, int]]:
+    """(prompts to report and to tune on, as token ids; how many of each task were too long)."""
+    longest = min(settings.longest_prompt, lm.config.context - settings.max_new_tokens)
+    tuned = settings.tune_prompts if settings.swept else 0
+    cases: list[Case] = []
+    left_out: dict[str, int] = {}
+    for items in asked:
+        task = items[0].task
+        ids: dict[int, tuple[int, ...]] = {}
+        dropped: list[int] = []
+        for split, wanted in (("report", settings.prompts), ("tune", tuned)):
+            chosen: list[int] = []
+            # What is too long is replaced by others, as evenly spread as they come.
+            while len(chosen) < wanted:
+                fresh = spread(len(items), wanted - len(chosen), (*ids, *dropped))
+                if not fresh:
+                    break
+                for at in fresh:
+                    tokens = tuple(lm.encode(items[at].prompt, chat=not settings.no_chat))
+                    (chosen if len(tokens) <= longest else dropped).append(at)
+                    if len(tokens) <= longest:
+                        ids[at] = tokens
+            if not chosen and wanted:
+                raise DexError(
+                    f"task {task} has {len(items)} prompts, none left for split {split}: lower --prompts or raise "
+                    "--longest-prompt"
+                )
+            cases += [
+                Case(task, items[at].id, ids[at], split, settings.seed + len(cases) + number)
+                for number, at in enumerate(sorted(chosen))
+            ]
+        left_out[task] = len(dropped)
+    return cases, left_out
+
+
+def study_of(lm: LanguageModel, settings: Settings, cases: Sequence[Case], left_out: dict[str, int]) -> dict[str, Any]:
+    """The settings that all lines of a folder share. Methods, rounds and sweeps may grow."""
+    drawn = ("seed", "prompts", "tune_prompts", "longest_prompt")
+    fields = ("model", "exits", "drafter", "explorers", "max_new_tokens", "temperature", *drawn)
+    flat = repr([(case.task, case.id, case.ids, case.split, case.seed) for case in cases])
+    return {name: getattr(settings, name) for name in fields} | {
+        "chat": not settings.no_chat,
+        "benchmark": "bench",
+        "fingerprint": lm.fingerprint,
+        "layers": lm.config.num_layers,
+        "dtype": str(lm.dtype),
+        "tasks": list(dict.fromkeys(case.task for case in cases)),
+        "too_long": left_out,
+        "prompt_digest": hashlib.sha256(flat.encode()).hexdigest()[:16],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
