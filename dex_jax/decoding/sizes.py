@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PIECES = (512, 128, 32)
+PIECES = (512, 192, 48)
 SMALLEST_CACHE, CACHE_STEP = 256, 1024
 BATCH_STEP = 4
 
@@ -10,13 +10,10 @@ BATCH_STEP = 4
 def prompt_pieces(length: int) -> tuple[int, ...]:
     """The chunks in which a prompt is read, the last padded: all prompts share the programs of a few sizes.
 
-    A size that would be filled to less than three quarters leaves the rest to smaller ones.
+    Each chunk reads all weights, and padding costs next to nothing: there are as few chunks as can be.
     """
-    pieces: list[int] = []
-    while sum(pieces) < length:
-        left = length - sum(pieces)
-        pieces.append(next(size for size in PIECES if 4 * left >= 3 * size or size == PIECES[-1]))
-    return tuple(pieces)
+    whole, rest = divmod(length, PIECES[0])
+    return (PIECES[0],) * whole + ((min(size for size in PIECES if size >= rest),) if rest else ())
 
 
 def prompt_bucket(length: int) -> int:
