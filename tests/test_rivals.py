@@ -259,7 +259,7 @@ def test_planned_memory_is_what_is_allocated() -> None:
     lm, schedule = model(), METHODS["del"].schedule_for(4)
     running = session.Session(lm, ragged_prompts(3), Resolved(schedule), NEW_TOKENS, None)
     running.prefill()
-    length = cache_length_for(16, NEW_TOKENS, schedule)
+    length = cache_length_for(16, NEW_TOKENS, schedule, 4)
     assert length == running.cache_length
     plan = footprint(LLAMA, jnp.dtype(jnp.float32), schedule, 4, length, lm.layout)
     memory = running.state.memory

@@ -140,7 +140,7 @@ def check_mesh(mesh: Mesh | None, layout: Layout, schedule: Schedule, sequences:
         check_batch(mesh, sequences)
 
 
-PREFILL = Program(prefill_chunk, static=("spec",), donate=(2, 3))
+PREFILL = Program(prefill_chunk, static=("spec",), donate=(2, 3), light=True)
 START = Program(start_decoding, static=("spec", "capacity"), donate=(2,), light=True)
 RUN = Program(run_ticks, static=("spec",), donate=(2,), light=True)
 PROGRAMS = (PREFILL, START, RUN)
@@ -192,7 +192,7 @@ class Session:
         longest = int(self.lengths.max())
         bucket = prompt_bucket(longest)
         self.chunks = prompt_pieces(longest)
-        self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead)
+        self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead, batch)
         self.capacity = self.cache_length
         self.padded = np.zeros((batch, bucket), np.int32)
         for row, prompt in zip(self.padded, prompts, strict=False):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 PIECES = (512, 192, 48)
 SMALLEST_CACHE, CACHE_STEP = 256, 1024
+ALONE = 1024
+"""S of one sequence at least: its cache is small beside the weights, and all lengths up to this share their programs."""
+
 BATCH_STEP = 4
 
 
@@ -21,14 +24,14 @@ def prompt_bucket(length: int) -> int:
     return sum(prompt_pieces(length))
 
 
-def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int) -> int:
-    """S, cache positions for a longest prompt of so many tokens, the new ones and `ahead` more.
+def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int, batch: int) -> int:
+    """S, cache positions of `batch` sequences for a longest prompt of so many tokens, the new ones and `ahead` more.
 
     A power of two up to CACHE_STEP, then whole steps: what decodes is compiled for S, not for lengths of prompts and
     answers.
     """
     needed = max(prompt_bucket(prompt_length), prompt_length + max_new_tokens + ahead)
-    return _on_ladder(needed, SMALLEST_CACHE, CACHE_STEP)
+    return _on_ladder(needed, ALONE if batch == 1 else SMALLEST_CACHE, CACHE_STEP)
 
 
 def batch_bucket(sequences: int) -> int:
