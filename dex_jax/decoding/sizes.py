@@ -5,7 +5,7 @@ from __future__ import annotations
 PIECES = (512, 192, 48)
 SMALLEST_CACHE, CACHE_STEP = 256, 1024
 ALONE = 1024
-"""S of one sequence at least: its cache is small beside the weights, and all lengths up to this share their programs."""
+"""S of one sequence at least: its cache is small beside the weights, and all lengths up to it share their programs."""
 
 BATCH_STEP = 4
 
@@ -27,8 +27,8 @@ def prompt_bucket(length: int) -> int:
 def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int, batch: int) -> int:
     """S, cache positions of `batch` sequences for a longest prompt of so many tokens, the new ones and `ahead` more.
 
-    A power of two up to CACHE_STEP, then whole steps: what decodes is compiled for S, not for lengths of prompts and
-    answers.
+    A power of two up to CACHE_STEP, ALONE at least for one sequence, then whole steps: what decodes is compiled for S,
+    not for lengths of prompts and answers.
     """
     needed = max(prompt_bucket(prompt_length), prompt_length + max_new_tokens + ahead)
     return _on_ladder(needed, ALONE if batch == 1 else SMALLEST_CACHE, CACHE_STEP)
