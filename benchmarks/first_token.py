@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         ids = np.random.default_rng(length).integers(100, lm.config.vocab_size, length).tolist()
         measures[f"{OURS} {length}"] = functools.partial(ours, lm, ids)
         if outside is not None:
-            measures[f"{OUTSIDE} {length}"] = lambda ids=ids: outside.run(ids, 2)["prefill_seconds"]
+            measures[f"{OUTSIDE} {length}"] = lambda ids=ids: outside.run(ids, 1)["prefill_seconds"]
     times = in_turns(measures, args.rounds)
     if outside is not None:
         outside.close()

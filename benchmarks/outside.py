@@ -53,7 +53,7 @@ class Outside:
         self.versions = self._answer()
 
     def run(self, ids: list[int], new_tokens: int, exit: int | None = None, draft_length: int | None = None) -> Any:
-        """One greedy `generate` of at least two tokens; with an exit, with its `assistant_early_exit`.
+        """One greedy `generate`; with an exit, with its `assistant_early_exit`.
 
         Returns:
           {"tokens", "prefill_seconds", "decode_seconds"}.

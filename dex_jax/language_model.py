@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -224,7 +225,7 @@ def load(
     Args:
       source: an alias ("smollm2-135m"), a .gguf file, a Hugging Face directory (here or at gs://), or a hub id
         "owner/name".
-      dtype: "float32", "bfloat16" or "float16"; None chooses `default_dtype()`.
+      dtype: "float32", "bfloat16" or "float16", which on a CPU is float32; None chooses `default_dtype()`.
       layout: None is Unrolled(), and on a mesh Staged(depths) with the grid that `generate` uses for so many explorers.
       on_tensor: called with (bytes so far, bytes in all) after each tensor, for a progress bar.
       mesh: devices to spread the model over: "stage=5", "stage=2,tensor=3", "data=2,stage=2", the same as a dict, or a
@@ -244,7 +245,7 @@ def _eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...
 
 
 def resolve_dtype(name: str | None) -> jnp.dtype:
-    """The dtype of a name of DTYPES; None is `default_dtype()`.
+    """The dtype of a name of DTYPES; None is `default_dtype()`. On a CPU float16 is float32, and a line says so.
 
     Raises:
       DexError: another name.
@@ -253,6 +254,9 @@ def resolve_dtype(name: str | None) -> jnp.dtype:
         return default_dtype()
     if name not in DTYPES:
         raise DexError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    if name == "float16" and jax.devices()[0].platform == "cpu":
+        print("float16 takes minutes to compile on a CPU and is slow there: float32 is used", file=sys.stderr)
+        return jnp.dtype(jnp.float32)
     return jnp.dtype(DTYPES[name])
 
 

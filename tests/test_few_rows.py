@@ -91,6 +91,31 @@ def test_the_product_and_each_row_alone(rows: int, width: int, outputs: int, kep
 
 
 @needs_compiler
+def test_rows_of_zeros_give_zeros_without_a_look_at_the_kernel() -> None:
+    assert few_rows.ready()
+    x, kernel = random(4, (70, 40), (30, 40))
+    wanted = np.array(few_rows_product(x, kernel))
+    gone = [*range(3, 20), 41, *range(50, 70)]
+    x[gone], wanted[gone] = 0, 0
+    chex.assert_trees_all_equal(np.asarray(few_rows_product(x, kernel)), wanted)
+    assert not np.any(few_rows_product(np.zeros_like(x), np.full_like(kernel, np.nan)))
+
+
+@needs_compiler
+def test_what_lies_beyond_a_prompt_is_not_computed() -> None:
+    config = dataclasses.replace(LLAMA, num_layers=3, head_dim=16, qkv_bias=True)
+    model = random_transformer(config, Unrolled(), 0)
+    memory = cache.allocate(config, Unrolled(), 2, 64, 0, jnp.dtype(jnp.float32))
+    tokens, start = np.random.default_rng(0).integers(config.vocab_size, size=(2, 24)), jnp.asarray([0, 5])
+    lengths = np.array([7, 5 + 19])
+    whole, _ = extend(model, memory, tokens, start)
+    found, _ = extend(model, memory, tokens, start, jnp.asarray(lengths))
+    for row, end in enumerate(lengths - np.asarray(start)):
+        chex.assert_trees_all_equal(found[row, :end], whole[row, :end])
+        assert not np.any(found[row, end:])
+
+
+@needs_compiler
 def test_under_vmap_of_rows_kernels_and_both() -> None:
     x, kernels = random(1, (3, 4, 5, 20), (3, 7, 20))
     for each in (x, x.transpose(1, 0, 2, 3)):

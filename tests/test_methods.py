@@ -115,14 +115,16 @@ def test_buckets_hold_what_they_are_for() -> None:
     assert all(bucket >= length for length, bucket in enumerate(buckets, 1))
     assert buckets == sorted(buckets)
     assert len({size for length in range(1, 3000) for size in prompt_pieces(length)}) == 3
-    assert all(bucket < length + max(32, length / 3 + 1) for length, bucket in enumerate(buckets, 1))
-    lengths = [[cache_length_for(prompt, new, 32) for prompt in range(1, 3000, 7)] for new in (1, 100, 900)]
+    # Each piece reads all weights: there are as few as can be.
+    assert [prompt_pieces(length) for length in (41, 131, 300, 754)] == [(48,), (192,), (512,), (512, 512)]
+    lengths = [[cache_length_for(prompt, new, 32, 2) for prompt in range(1, 3000, 7)] for new in (1, 100, 900)]
     for new, found in zip((1, 100, 900), lengths, strict=True):
         assert all(
             size >= max(p + new + 32, prompt_bucket(p)) for size, p in zip(found, range(1, 3000, 7), strict=True)
         )
         assert found == sorted(found)
     assert len({size for found in lengths for size in found}) <= 6
+    assert len({cache_length_for(prompt, 100, 32, 1) for prompt in range(1, 890)}) == 1
     batches = [batch_bucket(n) for n in range(1, 65)]
     assert all(n <= bucket <= n + 3 for n, bucket in enumerate(batches, 1))
     assert len(set(batches)) == 18

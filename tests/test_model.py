@@ -15,7 +15,7 @@ from flax import nnx
 from reference.small_models import LLAMA, QWEN3, ragged_prompts, small_model
 
 from dex_jax import RopeScaling, Stacked, Unrolled, cache
-from dex_jax.language_model import default_dtype, merge_model
+from dex_jax.language_model import default_dtype, merge_model, resolve_dtype
 from dex_jax.nn import transformer
 from dex_jax.nn.forward import extend_with_states
 from dex_jax.nn.layers import KeyValues, attend, rms_norm, rope_frequencies, rope_table, rotate
@@ -148,6 +148,13 @@ def test_the_default_dtype_of_a_device(platform, capability, expected, monkeypat
     device = SimpleNamespace(platform=platform, compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert default_dtype() == expected
+
+
+def test_float16_on_a_cpu_is_float32(monkeypatch, capsys) -> None:
+    for platform, expected in (("cpu", jnp.float32), ("gpu", jnp.float16)):
+        monkeypatch.setattr(jax, "devices", lambda platform=platform: [SimpleNamespace(platform=platform)])
+        assert resolve_dtype("float16") == expected
+        assert ["float32" in line for line in capsys.readouterr().err.splitlines()] == [True] * (platform == "cpu")
 
 
 def test_arranging_a_language_model_keeps_its_logits() -> None:

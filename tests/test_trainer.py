@@ -16,6 +16,7 @@ from reference.training_twin import train_linear_map
 from training_worker import LinearMap
 
 from dex_jax.errors import DexError
+from dex_jax.training import trainer
 from dex_jax.training.config import MAY_CHANGE, TrainConfig
 from dex_jax.training.journal import FILE_NAME, Journal, read_journal
 from dex_jax.training.optimizer import decayed_by_default, learning_rate

@@ -49,11 +49,11 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     ids = encode_prompts(outline, prompts, not args.no_chat, args.num_samples, args.max_new_tokens)
     batch = len(ids)
     sampling, _ = sampling_of(args.temperature, args.top_k, args.top_p, args.seed, batch, config.vocab_size)
-    length = cache_length_for(max(map(len, ids)), args.max_new_tokens, schedule)
+    compiled_for = batch if mesh is not None else batch_bucket(batch)
+    length = cache_length_for(max(map(len, ids)), args.max_new_tokens, schedule, compiled_for)
     check_mesh(mesh, layout, schedule, batch)
     exits_bytes = sum(trained_bytes(config, dtype, each, mesh) for each in (resolved.exits, resolved.drafter))
     options: dict[str, Any] = {"sampled": sampling is not None, "exits_bytes": exits_bytes, "mesh": mesh}
-    compiled_for = batch if mesh is not None else batch_bucket(batch)
     needed = footprint(config, dtype, schedule, compiled_for, length, layout, **options)
     sentence = verdict(needed, device_memory())
     devices = 1 if mesh is None else mesh.size

@@ -150,9 +150,9 @@ def trained_bytes(config: ModelConfig, dtype: jnp.dtype, exits: TrainedExits | N
     return size + len(exits.vocabulary) * (config.width * kept.itemsize + 4) + 4 * config.vocab_size
 
 
-def cache_length_for(prompt_length: int, max_new_tokens: int, schedule: Schedule) -> int:
-    """S, the cache positions of a generation whose longest prompt has `prompt_length` tokens."""
-    return sizes.cache_length_for(prompt_length, max_new_tokens, schedule.ahead)
+def cache_length_for(prompt_length: int, max_new_tokens: int, schedule: Schedule, batch: int) -> int:
+    """S, the cache positions of `batch` sequences whose longest prompt has `prompt_length` tokens."""
+    return sizes.cache_length_for(prompt_length, max_new_tokens, schedule.ahead, batch)
 
 
 def session_shapes(

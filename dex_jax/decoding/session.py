@@ -6,6 +6,7 @@ Letters: B sequences, S cache length, T capacity for new tokens, D model width, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -74,7 +75,7 @@ def prefill_chunk(
     if spec.mesh is not None:
         return on_mesh.prefill_chunk(weights, heads, memory, last, tokens, start, lengths, spec=spec)
     model = merge_model(spec.config, spec.layout, weights)
-    hidden, memory = extend(model, memory, tokens, jnp.full(tokens.shape[0], start))
+    hidden, memory = extend(model, memory, tokens, jnp.full(tokens.shape[0], start), lengths)
     config, arrays = spec.remembers, spec.remembering(heads)
     if config is not None and arrays is not None:
         taken = read_chunk(model, config, arrays, memory.exits, tokens, hidden, start, lengths)
@@ -139,7 +140,7 @@ def check_mesh(mesh: Mesh | None, layout: Layout, schedule: Schedule, sequences:
         check_batch(mesh, sequences)
 
 
-PREFILL = Program(prefill_chunk, static=("spec",), donate=(2, 3))
+PREFILL = Program(prefill_chunk, static=("spec",), donate=(2, 3), light=True)
 START = Program(start_decoding, static=("spec", "capacity"), donate=(2,), light=True)
 RUN = Program(run_ticks, static=("spec",), donate=(2,), light=True)
 PROGRAMS = (PREFILL, START, RUN)
@@ -191,7 +192,7 @@ class Session:
         longest = int(self.lengths.max())
         bucket = prompt_bucket(longest)
         self.chunks = prompt_pieces(longest)
-        self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead)
+        self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead, batch)
         self.capacity = self.cache_length
         self.padded = np.zeros((batch, bucket), np.int32)
         for row, prompt in zip(self.padded, prompts, strict=False):
@@ -275,10 +276,7 @@ class Session:
         """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
         batch, dtype = len(self.lengths), self.lm.dtype
         shapes = self._memory_shapes()
-        if self.spec.mesh is None:
-            memory = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        else:
-            memory = zeros(shapes, on_mesh.MEMORY, self.spec.mesh)
+        memory = _blank(shapes) if self.spec.mesh is None else zeros(shapes, on_mesh.MEMORY, self.spec.mesh)
         exits = self._put(empty_memory(self.spec.remembers, batch, dtype), BY_SEQUENCE)
         last = self._put(jnp.zeros((batch, self.lm.config.width), dtype), BY_SEQUENCE)
         return memory._replace(exits=exits), last, self._put(jnp.asarray(self.lengths), BY_SEQUENCE)
@@ -351,6 +349,12 @@ class Session:
     def record(self) -> Record:
         """What has been emitted so far, as NumPy arrays."""
         return jax.tree.map(lambda field: field[: self.sequences], to_host(self.state.record))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _blank(shapes: cache.Memory) -> cache.Memory:
+    """Zeros of these shapes, by one program: an array after the other takes as long as a step."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _filled(sampling: Sampling | None, batch: int) -> Sampling | None:

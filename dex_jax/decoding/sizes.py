@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-PIECES = (512, 128, 32)
+PIECES = (512, 192, 48)
 SMALLEST_CACHE, CACHE_STEP = 256, 1024
+ALONE = 1024
+"""S of one sequence at least: its cache is small beside the weights, and all lengths up to it share their programs."""
+
 BATCH_STEP = 4
 
 
 def prompt_pieces(length: int) -> tuple[int, ...]:
     """The chunks in which a prompt is read, the last padded: all prompts share the programs of a few sizes.
 
-    A size that would be filled to less than three quarters leaves the rest to smaller ones.
+    Each chunk reads all weights, and padding costs next to nothing: there are as few chunks as can be.
     """
-    pieces: list[int] = []
-    while sum(pieces) < length:
-        left = length - sum(pieces)
-        pieces.append(next(size for size in PIECES if 4 * left >= 3 * size or size == PIECES[-1]))
-    return tuple(pieces)
+    whole, rest = divmod(length, PIECES[0])
+    return (PIECES[0],) * whole + ((min(size for size in PIECES if size >= rest),) if rest else ())
 
 
 def prompt_bucket(length: int) -> int:
@@ -24,14 +24,14 @@ def prompt_bucket(length: int) -> int:
     return sum(prompt_pieces(length))
 
 
-def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int) -> int:
-    """S, cache positions for a longest prompt of so many tokens, the new ones and `ahead` more.
+def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int, batch: int) -> int:
+    """S, cache positions of `batch` sequences for a longest prompt of so many tokens, the new ones and `ahead` more.
 
-    A power of two up to CACHE_STEP, then whole steps: what decodes is compiled for S, not for lengths of prompts and
-    answers.
+    A power of two up to CACHE_STEP, ALONE at least for one sequence, then whole steps: what decodes is compiled for S,
+    not for lengths of prompts and answers.
     """
     needed = max(prompt_bucket(prompt_length), prompt_length + max_new_tokens + ahead)
-    return _on_ladder(needed, SMALLEST_CACHE, CACHE_STEP)
+    return _on_ladder(needed, ALONE if batch == 1 else SMALLEST_CACHE, CACHE_STEP)
 
 
 def batch_bucket(sequences: int) -> int:

@@ -114,7 +114,7 @@ def search_trees(
         raise DexError(f"sizes must be among {', '.join(map(str, ROWS[1:]))}, not {', '.join(map(str, asked))}")
     if largest is not None and largest <= max(sizes):
         raise DexError(f"the largest tree must have more rows than {max(sizes)}, not {largest}")
-    length = cache_length_for(max(map(len, prompts)), new_tokens, SPARE)
+    length = cache_length_for(max(map(len, prompts)), new_tokens, SPARE, 1)
     costs = step_costs(lm.config, lm.layout, lm.dtype, 1, length, drafter)
     known: dict[TreeShape, TreeFigures] = {}
 

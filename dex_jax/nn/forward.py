@@ -22,7 +22,9 @@ InUse = Sequence[jax.Array | None]
 """By layer, whether it is there at all (bool); None, and what lies beyond the sequence's end: it is."""
 
 
-def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, Memory]:
+def extend(
+    model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
+) -> tuple[jax.Array, Memory]:
     """Runs R consecutive tokens of each sequence through all layers and commits their keys and values.
 
     Args:
@@ -30,11 +32,13 @@ def extend(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Arr
       memory: committed positions 0 .. start - 1 are attended to.
       tokens: [B, R] int32; what lies beyond a sequence's end may be anything, later calls overwrite it.
       start: [B] int32 absolute position of the first; start + R must not pass the cache's end.
+      lengths: [B] int32, where each sequence ends: what lies beyond is then hardly computed, and may come out as
+        anything. None runs all.
 
     Returns:
       (hidden states [B, R, D] at depth L, memory).
     """
-    states, memory = extend_with_states(model, memory, tokens, start)
+    states, memory = extend_with_states(model, memory, tokens, start, lengths)
     return states[-1], memory
 
 
@@ -66,18 +70,24 @@ def states_at(model: Transformer, tokens: jax.Array, states: Any, depths: tuple[
     return [model.embed_tokens(tokens) if depth == 0 else states[depth - 1] for depth in depths]
 
 
-def extend_with_states(model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array) -> tuple[Any, Memory]:
+def extend_with_states(
+    model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
+) -> tuple[Any, Memory]:
     """`extend`, with the states after every layer: L of [B, R, D] (stacked layout: one array [L, B, R, D])."""
     batch, rows = tokens.shape
     positions = start[:, None] + jnp.arange(rows)[None, :]
     table = rope_table(positions, model.config)
     causal = causal_rows(batch, rows)
     x = model.embed_tokens(tokens)
+    committed = jnp.arange(jax.tree.leaves(memory.keys)[0].shape[-2])[None, None, :] < start[:, None, None]
+    if lengths is not None:
+        # A row of zeros that sees nothing stays one through all layers, and on CPUs (nn/cpp) costs nothing there.
+        live = (positions < lengths[:, None])[:, :, None]
+        x, causal, committed = jnp.where(live, x, 0), causal & live, committed & live
 
     def layer_step(
         layer: DecoderLayer, x: jax.Array, keys: jax.Array, values: jax.Array, place: tuple = ()
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        committed = jnp.arange(keys.shape[-2])[None, None, :] < start[:, None, None]
         memory = [KeyValues(keys[place], values[place], committed)]
         x, new_keys, new_values = run_layer(layer, x, table, memory, causal)
         at = after(start, x)

@@ -4,6 +4,8 @@
 #define DEX_JAX_ATTENTION_H_
 
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "product.h"
@@ -15,10 +17,11 @@ namespace dex_jax {
 // Queries that one piece of attention is done for, at most; a multiple of kTileRows.
 constexpr int kQueries = 12;
 static_assert(kQueries % kTileRows == 0);
+// Bytes of keys, or of values, that stay in a core's first cache while all of a piece's queries go by.
+constexpr int64_t kBlock = 16 << 10;
 
 // e to each of a vector's lanes, to about 1e-7 of it, for lanes up to 0; 0 where nothing of it is left in float32.
 inline Vector Exponential(Vector x) {
-  typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
   const Integers gone = x < -87.0f;  // Not so a NaN, which stays one.
   x = x < -87.0f ? Vector{} - 87.0f : x;
   // x = n ln 2 + rest: adding and taking away 1.5 * 2^23 rounds to a whole number.
@@ -58,8 +61,13 @@ struct Source {
     for (int q = 0; q < count; ++q) {
       if (q > 0 && (mask_step == 0 || rows[q] == rows[q - 1])) continue;
       const bool* const own = mask + rows[q] * mask_step;
-      int64_t low = 0, high = length;
-      while (low < begin && !own[low]) ++low;
+      const void* const seen = std::memchr(own, true, begin);
+      const int64_t low = seen ? static_cast<const bool*>(seen) - own : begin;
+      int64_t high = length;
+      for (uint64_t eight = 0; high - 8 >= end && eight == 0;) {
+        std::memcpy(&eight, own + high - 8, sizeof(eight));
+        if (eight == 0) high -= 8;
+      }
       while (high > end && !own[high - 1]) --high;
       begin = std::min(begin, low);
       end = std::max(end, high);
@@ -69,15 +77,15 @@ struct Source {
   }
 };
 
-// Scores of R queries, packed by Pack, with the keys that a piece sees of a source; those of query r begin at
-// scores + r * step.
+// Scores of R queries, packed by Pack, with keys [begin, end) of a source; those of query r begin at scores + r * step.
 template <int R, typename Cached>
-void Score(const Vector* queries, int64_t vectors, const Source<Cached>& source, float* scores, int64_t step) {
+void Score(const Vector* queries, int64_t vectors, const Cached* all_keys, int64_t begin, int64_t end, float* scores,
+           int64_t step) {
   const int64_t width = vectors * kLanes;
-  for (int64_t s = source.first; s < source.last; s += kTileOutputs) {
-    const int64_t here = std::min<int64_t>(kTileOutputs, source.last - s);
+  for (int64_t s = begin; s < end; s += kTileOutputs) {
+    const int64_t here = std::min<int64_t>(kTileOutputs, end - s);
     const Cached* keys[kTileOutputs];
-    for (int64_t k = 0; k < kTileOutputs; ++k) keys[k] = source.keys + (s + std::min(k, here - 1)) * width;
+    for (int64_t k = 0; k < kTileOutputs; ++k) keys[k] = all_keys + (s + std::min(k, here - 1)) * width;
     Vector sums[R][kTileOutputs] = {};
     for (int64_t v = 0; v < vectors; ++v) {
       Vector query[R];
@@ -88,49 +96,48 @@ void Score(const Vector* queries, int64_t vectors, const Source<Cached>& source,
       }
     }
     for (int r = 0; r < R; ++r) {
+      float* const to = scores + r * step + s - begin;
+      if (here == kTileOutputs) {
+        SumsOf(sums[r], to);
+        continue;
+      }
       float four[kTileOutputs];
       SumsOf(sums[r], four);
-      std::copy(four, four + here, scores + r * step + s - source.first);
+      std::copy(four, four + here, to);
     }
   }
 }
 
-// Adds up values, V vectors of each from `first` on, by the weights of R queries, whose results and totals are set.
+// Adds `count` values, V vectors of each, by the weights of R queries, to their results.
 template <int R, int V, typename Cached>
-void Mix(const float* weights, int64_t step, int64_t first, int64_t width, const std::vector<Source<Cached>>& sources,
-         float* const* results, float* totals) {
-  Vector sums[R][V] = {};
-  float total[R] = {};
-  for (const Source<Cached>& source : sources) {
-    const Cached* value = source.values + source.first * width + first * kLanes;
-    for (int64_t s = source.first; s < source.last; ++s, ++weights, value += width) {
-      bool all = true;
-      for (int r = 0; r < R; ++r) all &= weights[r * step] != 0;
-      if (all) {
+void Mix(const float* weights, int64_t step, const Cached* value, int64_t count, int64_t width, float* const* results) {
+  Vector sums[R][V];
+  for (int r = 0; r < R; ++r) std::memcpy(sums[r], results[r], sizeof(sums[r]));
+  for (int64_t s = 0; s < count; s += kLanes) {
+    const int64_t here = std::min<int64_t>(kLanes, count - s);
+    Integers none = {};
+    for (int r = 0; r < R && here == kLanes; ++r) none |= Load(weights + r * step + s) == 0.0f;
+    if (here == kLanes && !AnyOf(none)) {
+      for (int64_t i = s; i < s + kLanes; ++i, value += width) {
         Vector weight[R];
-        for (int r = 0; r < R; ++r) {
-          total[r] += weights[r * step];
-          weight[r] = InRegister(Vector{} + weights[r * step]);
-        }
+        for (int r = 0; r < R; ++r) weight[r] = InRegister(Vector{} + weights[r * step + i]);
         for (int v = 0; v < V; ++v) {
-          const Vector here = InRegister(Load(value + v * kLanes));
-          for (int r = 0; r < R; ++r) sums[r][v] = MultiplyAdd(weight[r], here, sums[r][v]);
+          const Vector one = InRegister(Load(value + v * kLanes));
+          for (int r = 0; r < R; ++r) sums[r][v] = MultiplyAdd(weight[r], one, sums[r][v]);
         }
-        continue;
       }
-      // What a query does not see may be no number.
+      continue;
+    }
+    // What a query does not see may be no number.
+    for (int64_t i = s; i < s + here; ++i, value += width) {
       for (int r = 0; r < R; ++r) {
-        if (weights[r * step] == 0) continue;
-        total[r] += weights[r * step];
-        const Vector weight = Vector{} + weights[r * step];
+        if (weights[r * step + i] == 0) continue;
+        const Vector weight = Vector{} + weights[r * step + i];
         for (int v = 0; v < V; ++v) sums[r][v] = MultiplyAdd(weight, Load(value + v * kLanes), sums[r][v]);
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    std::memcpy(results[r] + first * kLanes, sums[r], sizeof(sums[r]));
-    totals[r] = total[r];
-  }
+  for (int r = 0; r < R; ++r) std::memcpy(results[r], sums[r], sizeof(sums[r]));
 }
 
 // Attention of `count` queries [d] of one group, up to kQueries, over all sources. Query q is one of row rows[q].
@@ -140,50 +147,89 @@ class Attention {
   Attention(const float* const* queries, const int64_t* rows, float* const* results, int count, int64_t width,
             std::vector<Source<Cached>>& sources)
       : queries_(queries), rows_(rows), results_(results), count_(count), width_(width), sources_(sources) {
-    int64_t length = 0;
     for (Source<Cached>& source : sources_) {
       source.Narrow(rows, count);
-      length += source.last - source.first;
+      length_ += source.last - source.first;
     }
-    step_ = VectorsOf(length) * kLanes;
-    packed_ = Scratch(kTileRows * width / kLanes + kTileRows * (step_ / kLanes));
-    scores_ = reinterpret_cast<float*>(packed_ + kTileRows * width / kLanes);
-    length_ = length;
-    for (int first = 0; first < count; first += kTileRows) AtMost<kTileRows>(first);
+    const int64_t vectors = width / kLanes;
+    step_ = VectorsOf(length_) * kLanes;
+    packed_ = Scratch(count * (vectors + step_ / kLanes));
+    scores_ = reinterpret_cast<float*>(packed_ + count * vectors);
+    for (int first = 0; first < count; first += kTileRows) AtMost<kTileRows>(first, [&](auto r) { Pack<r>(first); });
+    EachBlock([&](const Source<Cached>& source, int64_t begin, int64_t end, int64_t at) {
+      for (int first = 0; first < count; first += kTileRows) {
+        AtMost<kTileRows>(first, [&](auto r) {
+          Score<r>(packed_ + first * vectors, vectors, source.keys, begin, end, scores_ + first * step_ + at, step_);
+        });
+      }
+    });
+    bool sees[kQueries];
+    for (int q = 0; q < count; ++q) {
+      sees[q] = Weigh(scores_ + q * step_, rows[q]);
+      std::fill(results[q], results[q] + width, 0.0f);
+    }
+    EachBlock([&](const Source<Cached>& source, int64_t begin, int64_t end, int64_t at) {
+      for (int first = 0; first < count; first += kTileRows) {
+        AtMost<kTileRows>(first, [&](auto r) {
+          MixAll<r>(first, source.values + begin * width, end - begin, scores_ + first * step_ + at);
+        });
+      }
+    });
+    for (int q = 0; q < count; ++q) {
+      const float factor = sees[q] ? 1 / totals_[q] : 0;
+      for (int64_t i = 0; i < width; ++i) results[q][i] *= factor;
+    }
   }
 
  private:
-  template <int R>
-  void AtMost(int first) {
+  // Does `work` with how many queries from `first` on make a tile, known when this is compiled.
+  template <int R, typename Work>
+  void AtMost(int first, const Work& work) {
     if constexpr (R > 1) {
-      if (count_ - first < R) return AtMost<R - 1>(first);
+      if (count_ - first < R) return AtMost<R - 1>(first, work);
     }
-    Tile<R>(first);
+    work(std::integral_constant<int, R>());
+  }
+
+  // Does `work` with blocks of keys that the piece sees, and where their scores are.
+  template <typename Work>
+  void EachBlock(const Work& work) const {
+    const int64_t block = std::max<int64_t>(1, kBlock / (width_ * static_cast<int64_t>(sizeof(Cached))));
+    int64_t at = 0;
+    for (const Source<Cached>& source : sources_) {
+      for (int64_t begin = source.first; begin < source.last; begin += block) {
+        const int64_t end = std::min(begin + block, source.last);
+        work(source, begin, end, at);
+        at += end - begin;
+      }
+    }
   }
 
   template <int R>
-  void Tile(int first) {
+  void Pack(int first) {
     const int64_t vectors = width_ / kLanes;
+    const float factor = 1 / std::sqrt(static_cast<float>(width_));
     for (int64_t v = 0; v < vectors; ++v)
       for (int r = 0; r < R; ++r)
-        packed_[v * R + r] = Load(queries_[first + r] + v * kLanes) * (1 / std::sqrt(static_cast<float>(width_)));
-    int64_t at = 0;
-    for (const Source<Cached>& source : sources_) {
-      Score<R>(packed_, vectors, source, scores_ + at, step_);
-      at += source.last - source.first;
-    }
-    bool sees[R];
-    for (int r = 0; r < R; ++r) sees[r] = Weigh(scores_ + r * step_, rows_[first + r]);
-    float totals[R] = {};
+        packed_[first * vectors + v * R + r] = Load(queries_[first + r] + v * kLanes) * factor;
+  }
+
+  template <int R>
+  void MixAll(int first, const Cached* values, int64_t count, const float* weights) {
     constexpr int kMost = R == 1 ? 8 : 4;  // sums that are in registers, and enough of them to wait for none
+    const int64_t vectors = width_ / kLanes;
+    for (int64_t s = 0; s < count; ++s)
+      for (int r = 0; r < R; ++r) totals_[first + r] += weights[r * step_ + s];
     int64_t v = 0;
-    for (; v + kMost <= vectors; v += kMost)
-      Mix<R, kMost>(scores_, step_, v, width_, sources_, results_ + first, totals);
-    for (; v < vectors; ++v) Mix<R, 1>(scores_, step_, v, width_, sources_, results_ + first, totals);
-    for (int r = 0; r < R; ++r) {
-      const float factor = sees[r] ? 1 / totals[r] : 0;
-      for (int64_t i = 0; i < width_; ++i) results_[first + r][i] *= factor;
-    }
+    const auto mix = [&](auto most) {
+      for (; v + most <= vectors; v += most) {
+        float* results[R];
+        for (int r = 0; r < R; ++r) results[r] = results_[first + r] + v * kLanes;
+        Mix<R, most>(weights, step_, values + v * kLanes, count, width_, results);
+      }
+    };
+    mix(std::integral_constant<int, kMost>());
+    mix(std::integral_constant<int, 1>());
   }
 
   // Turns a query's scores into weights, 0 for keys that its row does not see; whether it sees any.
@@ -192,22 +238,25 @@ class Attention {
     float* own = scores;
     bool sees = false;
     for (const Source<Cached>& source : sources_) {
-      const bool* const mask = source.mask + row * source.mask_step;
-      for (int64_t s = source.first; s < source.last; ++s, ++own) {
-        *own = mask[s] ? *own : -INFINITY;
-        sees |= mask[s];
-      }
+      const bool* const mask = source.mask + row * source.mask_step + source.first;
+      const int64_t here = source.last - source.first;
+      sees |= std::memchr(mask, true, here) != nullptr;
+      // Most rows see all that there is up to themselves.
+      const void* const unseen = std::memchr(mask, false, here);
+      for (int64_t s = unseen ? static_cast<const bool*>(unseen) - mask : here; s < here; ++s)
+        if (!mask[s]) own[s] = -INFINITY;
+      own += here;
     }
     if (!sees) {
       std::fill(scores, scores + step_, 0.0f);
       return false;
     }
-    Vector lanes = Vector{} - INFINITY;
-    for (int64_t s = 0; s < step_; s += kLanes) lanes = lanes < Load(scores + s) ? Load(scores + s) : lanes;
-    float most = -INFINITY;
-    for (int lane = 0; lane < kLanes; ++lane) most = std::max(most, lanes[lane]);
+    Vector most = Vector{} - INFINITY;
+    for (int64_t s = 0; s < step_; s += kLanes) most = most < Load(scores + s) ? Load(scores + s) : most;
+    float largest = -INFINITY;
+    for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, most[lane]);
     for (int64_t s = 0; s < step_; s += kLanes) {
-      const Vector weights = Exponential(Load(scores + s) - most);
+      const Vector weights = Exponential(Load(scores + s) - largest);
       std::memcpy(scores + s, &weights, sizeof(weights));
     }
     return true;
@@ -221,7 +270,8 @@ class Attention {
   std::vector<Source<Cached>>& sources_;
   Vector* packed_;
   float* scores_;
-  int64_t length_, step_;
+  float totals_[kQueries] = {};
+  int64_t length_ = 0, step_;
 };
 
 // What attention is given of one source: arrays as in FewRowsAttention.

@@ -6,6 +6,9 @@
 #ifndef DEX_JAX_PRODUCT_H_
 #define DEX_JAX_PRODUCT_H_
 
+#include <algorithm>
+#include <vector>
+
 #include "share.h"
 #include "vectors.h"
 
@@ -53,21 +56,22 @@ inline Vector InRegister(Vector x) {
   return x;
 }
 
+// Writes a row [in], or zeros for none, as one of N that are multiplied at once: every Nth vector is its own. Columns are
+// padded with zeros.
+template <int N, typename Value>
+void PackRow(const Value* row, int64_t in, Vector* packed) {
+  const int64_t whole = row ? in / kLanes : 0, all = VectorsOf(in);
+  for (int64_t v = 0; v < whole; ++v) packed[v * N] = Load(row + v * kLanes);
+  if (whole == all) return;
+  if (row) packed[whole * N] = LoadSome(row + whole * kLanes, in % kLanes);
+  for (int64_t v = row ? all : 0; v < all; ++v) packed[v * N] = Vector{};
+}
+
 // Writes N rows [in], zeros for those from `count` on, in the order in which they are multiplied: one vector of each in
-// turn. Columns are padded with zeros.
+// turn.
 template <int N, typename Value>
 void Pack(const Value* rows, int64_t count, int64_t in, Vector* packed) {
-  const int64_t whole = in / kLanes, rest = in % kLanes;
-  for (int n = 0; n < N; ++n) {
-    Vector* to = packed + n;
-    if (n >= count) {
-      for (int64_t v = 0; v < VectorsOf(in); ++v, to += N) *to = Vector{};
-      continue;
-    }
-    const Value* from = rows + n * in;
-    for (int64_t v = 0; v < whole; ++v, to += N, from += kLanes) *to = Load(from);
-    if (rest > 0) *to = LoadSome(from, rest);
-  }
+  for (int n = 0; n < N; ++n) PackRow<N>(n < count ? rows + n * in : nullptr, in, packed + n);
 }
 
 // As many rows as there are up to N, the group of so many.
@@ -140,40 +144,42 @@ struct FewRows {
   }
 };
 
-// A product of many rows [count, in].
+// A product of many rows, packed by Pack in tiles of kTileRows, of which index[r] says whose results they give.
 template <typename Weight>
 struct ManyRows {
-  const float* rows;
+  const Vector* rows;
+  const int64_t* index;
   const Weight* kernel;
   float* result;
   int64_t count, in, out;
 
-  // Outputs [begin, end) of rows [first, last).
+  // Outputs [begin, end) of rows [first, last), first a multiple of kTileRows.
   void Outputs(int64_t begin, int64_t end, int64_t first, int64_t last) const {
     const int64_t vectors = VectorsOf(in), panels = Quotient(end - begin, kTileOutputs);
     const int64_t parts = std::max<int64_t>(1, Quotient(vectors, kDepth)), depth = Quotient(vectors, parts);
-    Vector* const weights =
-        Scratch((panels * kTileOutputs + kTilesOfRows * kTileRows) * vectors + panels * kTilesOfRows * kTile);
-    Vector* const values = weights + panels * kTileOutputs * vectors;
-    Vector* const sums = values + kTilesOfRows * kTileRows * vectors;
+    Vector* const weights = Scratch(panels * kTileOutputs * vectors + panels * kTilesOfRows * kTile);
+    Vector* const sums = weights + panels * kTileOutputs * vectors;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t output = begin + p * kTileOutputs;
       Pack<kTileOutputs>(kernel + output * in, end - output, in, weights + p * kTileOutputs * vectors);
     }
     for (int64_t row = first; row < last; row += kTilesOfRows * kTileRows) {
       const int64_t tiles = std::min<int64_t>(kTilesOfRows, Quotient(last - row, kTileRows));
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t at = row + t * kTileRows;
-        Pack<kTileRows>(rows + at * in, last - at, in, values + t * kTileRows * vectors);
-      }
       for (int64_t from = 0; from == 0 || from < vectors; from += std::max<int64_t>(1, depth)) {
         const int64_t here = std::min(depth, vectors - from);
+        const bool begins = from == 0, ends = from + here == vectors;
         for (int64_t p = 0; p < panels; ++p) {
+          const Vector* const panel = weights + (p * vectors + from) * kTileOutputs;
           for (int64_t t = 0; t < tiles; ++t) {
             Vector* const own = sums + (p * kTilesOfRows + t) * kTile;
-            Add(values + (t * vectors + from) * kTileRows, weights + (p * vectors + from) * kTileOutputs, here,
-                from == 0, own);
-            if (from + here == vectors) Finish(own, row + t * kTileRows, last, begin + p * kTileOutputs, end);
+            const int64_t at = row + t * kTileRows, output = begin + p * kTileOutputs;
+            const Vector* const tile = rows + at * vectors + from * kTileRows;
+            const bool whole = at + kTileRows <= last && output + kTileOutputs <= end;
+            float* results[kTileRows];
+            if (ends && whole)
+              for (int64_t r = 0; r < kTileRows; ++r) results[r] = result + index[at + r] * out + output;
+            Add(tile, panel, here, begins, own, ends && whole ? results : nullptr);
+            if (ends && !whole) Finish(own, at, last, output, end);
           }
         }
       }
@@ -181,9 +187,10 @@ struct ManyRows {
   }
 
  private:
-  // Adds products of so many vectors to a tile's sums, or begins these. Inlined, it runs short of registers.
+  // Adds products of so many vectors to a tile's sums, or begins these; writes each row's results if there is a place for
+  // them, else keeps the sums. Inlined, it runs short of registers.
   static __attribute__((noinline)) void Add(const Vector* values, const Vector* weights, int64_t depth, bool begins,
-                                            Vector* kept) {
+                                            Vector* kept, float* const* results) {
     Vector sums[kTileRows][kTileOutputs];
     for (int r = 0; r < kTileRows; ++r)
       for (int o = 0; o < kTileOutputs; ++o) sums[r][o] = begins ? Vector{} : kept[r * kTileOutputs + o];
@@ -195,8 +202,13 @@ struct ManyRows {
         for (int r = 0; r < kTileRows; ++r) sums[r][o] = MultiplyAdd(weight, value[r], sums[r][o]);
       }
     }
-    for (int r = 0; r < kTileRows; ++r)
-      for (int o = 0; o < kTileOutputs; ++o) kept[r * kTileOutputs + o] = sums[r][o];
+    for (int r = 0; r < kTileRows; ++r) {
+      if (results) {
+        SumsOf(sums[r], results[r]);
+      } else {
+        for (int o = 0; o < kTileOutputs; ++o) kept[r * kTileOutputs + o] = sums[r][o];
+      }
+    }
   }
 
   void Finish(const Vector* sums, int64_t row, int64_t last, int64_t output, int64_t end) const {
@@ -205,10 +217,50 @@ struct ManyRows {
     for (int64_t r = 0; r < rows_here; ++r) {
       float four[kTileOutputs];
       SumsOf(sums + r * kTileOutputs, four);
-      std::copy(four, four + outputs, result + (row + r) * out + output);
+      std::copy(four, four + outputs, result + index[row + r] * out + output);
     }
   }
 };
+
+// rows [count, in], kernel [out, in] -> result [count, out] of many rows. Rows of zeros, as those beyond a prompt's end are,
+// give zeros without any work.
+template <typename Threads, typename Weight>
+void MultiplyMany(Threads& threads, const float* rows, const Weight* kernel, float* result, int64_t count, int64_t in,
+                  int64_t out) {
+  std::vector<int64_t> index;
+  for (int64_t r = 0; r < count; ++r) {
+    if (std::any_of(rows + r * in, rows + (r + 1) * in, [](float value) { return value != 0; })) {
+      index.push_back(r);
+    } else {
+      std::fill(result + r * out, result + (r + 1) * out, 0.0f);
+    }
+  }
+  const int64_t live = index.size(), vectors = VectorsOf(in), tiles = Quotient(live, kTileRows);
+  Vector* const packed = Scratch<true>(tiles * kTileRows * vectors);
+  Share(threads, tiles, [&]() -> Pieces::Worker {
+    return [&](int64_t tile) {
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const int64_t at = tile * kTileRows + r;
+        PackRow<kTileRows>(at < live ? rows + index[at] * in : nullptr, in, packed + tile * kTileRows * vectors + r);
+      }
+    };
+  });
+  const int64_t bytes = std::max<int64_t>(1, in * static_cast<int64_t>(sizeof(float)));
+  int64_t outputs = std::max<int64_t>(kTileOutputs, kWeights / bytes);
+  // As much for every thread, and something for all of them.
+  const int64_t workers = std::max<int64_t>(1, threads.num_threads());
+  outputs = Quotient(Quotient(out, Quotient(Quotient(out, outputs), workers) * workers), kTileOutputs) * kTileOutputs;
+  const int64_t pieces = Quotient(out, outputs);
+  const int64_t row_parts = std::clamp<int64_t>(workers / pieces, 1, std::max<int64_t>(1, live / kManyRows));
+  const int64_t rows_a_part = Quotient(Quotient(live, row_parts), kTileRows) * kTileRows;
+  Share(threads, pieces * row_parts, [&]() -> Pieces::Worker {
+    return [&](int64_t piece) {
+      const int64_t begin = piece / row_parts * outputs, first = piece % row_parts * rows_a_part;
+      ManyRows<Weight>{packed, index.data(), kernel, result, live, in, out}.Outputs(
+          begin, std::min(begin + outputs, out), first, std::min(first + rows_a_part, live));
+    };
+  });
+}
 
 // rows [..., R, in], kernel [..., out, in] -> result [..., R, out]. A leading dimension is that of the result, or 1 in an
 // operand that all have in common.
@@ -224,34 +276,27 @@ void Multiply(Threads& threads, const Dimensions& of_rows, const float* rows, co
     count *= SizeOf(of_rows, 0, leading);
     products = 1;
   }
-  const bool few = count <= kFewRows;
-  const int64_t bytes = std::max<int64_t>(1, in * static_cast<int64_t>(few ? sizeof(Weight) : sizeof(float)));
-  int64_t outputs = std::max<int64_t>(kTileOutputs, (few ? kPiece : kWeights) / bytes);
-  int64_t pieces = Quotient(out, outputs), row_parts = 1;
-  if (!few && pieces > 0) {
-    // As much for every thread, and something for all of them.
-    const int64_t workers = std::max<int64_t>(1, threads.num_threads());
-    outputs = Quotient(Quotient(out, Quotient(pieces, workers) * workers), kTileOutputs) * kTileOutputs;
-    pieces = Quotient(out, outputs);
-    row_parts = std::clamp<int64_t>(workers / (pieces * products), 1, Quotient(count, kManyRows));
+  if (count * out == 0) return;
+  const auto rows_of = [&](int64_t index) { return together ? 0 : BlockOf(index, of_rows, shape, leading); };
+  const auto kernel_of = [&](int64_t index) {
+    return kernel + (together ? 0 : BlockOf(index, of_kernel, shape, leading)) * out * in;
+  };
+  if (count > kFewRows) {
+    for (int64_t index = 0; index < products; ++index)
+      MultiplyMany(threads, rows + rows_of(index) * count * in, kernel_of(index), result + index * count * out, count,
+                   in, out);
+    return;
   }
-  const int64_t rows_a_part = Quotient(count, row_parts);
-  Share(threads, products * pieces * row_parts, [&]() -> Pieces::Worker {
-    Vector* const packed = few ? Scratch(count * VectorsOf(in)) : nullptr;
+  const int64_t outputs = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, in * sizeof(Weight)));
+  const int64_t pieces = Quotient(out, outputs);
+  Share(threads, products * pieces, [&]() -> Pieces::Worker {
+    Vector* const packed = Scratch(count * VectorsOf(in));
     return [&, packed, held = int64_t{-1}](int64_t piece) mutable {
-      const int64_t index = piece / (pieces * row_parts), first = piece / pieces % row_parts * rows_a_part;
-      const int64_t begin = piece % pieces * outputs, end = std::min(begin + outputs, out);
-      const int64_t row_set = together ? 0 : BlockOf(index, of_rows, shape, leading);
-      const int64_t block = together ? 0 : BlockOf(index, of_kernel, shape, leading);
-      const float* const own = rows + row_set * count * in;
-      const Weight* const weights = kernel + block * out * in;
-      float* const to = result + index * count * out;
-      if (!few)
-        return ManyRows<Weight>{own, weights, to, count, in, out}.Outputs(begin, end, first,
-                                                                          std::min(first + rows_a_part, count));
-      if (held != row_set) PackGroups(own, count, in, packed);
+      const int64_t index = piece / pieces, begin = piece % pieces * outputs, row_set = rows_of(index);
+      if (held != row_set) PackGroups(rows + row_set * count * in, count, in, packed);
       held = row_set;
-      FewRows<Weight>{packed, weights, to, count, in, out}.Outputs(begin, end);
+      FewRows<Weight>{packed, kernel_of(index), result + index * count * out, count, in, out}.Outputs(
+          begin, std::min(begin + outputs, out));
     };
   });
 }

@@ -20,6 +20,21 @@ constexpr int kLanes = 8;
 #endif
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float))));
 
+// As many integers; what a comparison of vectors gives is -1 or 0 in each lane.
+typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+inline bool AnyOf(Integers lanes) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(lanes), reinterpret_cast<__m512i>(lanes)) != 0;
+#elif defined(__AVX__)
+  return !_mm256_testz_si256(reinterpret_cast<__m256i>(lanes), reinterpret_cast<__m256i>(lanes));
+#else
+  int32_t any = 0;
+  for (int lane = 0; lane < kLanes; ++lane) any |= lanes[lane];
+  return any != 0;
+#endif
+}
+
 // Of a cache, in bytes.
 constexpr int kLine = 64;
 
@@ -39,8 +54,9 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
 }
 
 // This thread's own memory for `count` vectors, until it asks again. It begins with a cache line: to load a vector that
-// lies across two takes twice as long. No other core reads it: what one has read is slow to write to.
-inline Vector* Scratch(int64_t count) {
+// lies across two takes twice as long. What other cores read, which is slow to write to, has a memory of its own.
+template <bool kForOthers = false>
+Vector* Scratch(int64_t count) {
   thread_local std::unique_ptr<char[]> memory;
   thread_local int64_t size = 0;
   const int64_t needed = count * static_cast<int64_t>(sizeof(Vector)) + kLine;
