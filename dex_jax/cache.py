@@ -35,7 +35,7 @@ class Memory(NamedTuple):
       keys, values: committed prefix, [B, G, S, d] a layer.
       lattice_keys, lattice_values: lattice slots, [B, G, K W, d] a layer, K W is 0 outside DEX; one array
         [L, B, G, W, d] in every layout where K = 1 (`with_cohort`).
-      exits: what trained exits remember of the committed prefix (decoding/trained_exits.py), () when nothing.
+      exits: what trained exits remember of the committed prefix (decoding/dex/trained_exits.py), () when nothing.
     """
 
     keys: Leaves

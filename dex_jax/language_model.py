@@ -112,7 +112,7 @@ class LanguageModel:
         """Final logits at every position: tokens [B, T] int32 -> [B, T, V] float32."""
         tokens = jnp.asarray(tokens, jnp.int32)
         if self.mesh is not None:
-            from dex_jax.decoding.mesh import mesh_logits
+            from dex_jax.decoding.mesh.programs import mesh_logits
 
             return mesh_logits(self.config, self.layout, self.mesh, self.weights, tokens)
         return _full_logits(self.config, self.layout, self.weights, tokens)

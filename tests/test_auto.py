@@ -21,8 +21,8 @@ from dex_jax.config import ExitsConfig
 from dex_jax.decoding import auto, costs
 from dex_jax.decoding.auto import SMALLEST_GAIN, candidates, settle
 from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
-from dex_jax.decoding.drafts import TreeShape
-from dex_jax.decoding.known_trees import LOOKUP_TREE, LOOKUP_TREES, KnownTree, known_trees, with_trees
+from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.trees import LOOKUP_TREE, LOOKUP_TREES, KnownTree, known_trees, with_trees
 from dex_jax.decoding.pace import Pace
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.exits import exit_parameters

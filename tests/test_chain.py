@@ -14,11 +14,11 @@ from reference.toy_models import ToyModel, cached_tables, toy_prefill
 from reference.toy_runs import CAPACITY, arrays, emitted, random_case, twin_draws
 from reference.twin import autoregressive
 
-from dex_jax.decoding import chain
-from dex_jax.decoding.adadecode import Sure
+from dex_jax.decoding.chain import loop as chain
+from dex_jax.decoding.chain.adadecode import Sure
+from dex_jax.decoding.chain.dynamic_exit import Dynamic
+from dex_jax.decoding.chain.oracle import Hindsight
 from dex_jax.decoding.counting import bound_of, rounds_of
-from dex_jax.decoding.dynamic_exit import Dynamic
-from dex_jax.decoding.oracle import Hindsight
 
 VOCABULARY, BATCH = 11, 3
 DEPTHS = (2, 3, 5, 9)

@@ -17,7 +17,7 @@ import pytest
 from conftest import slow
 from reference.small_models import LLAMA
 
-from dex_jax.decoding.dynamic_exit import DEL
+from dex_jax.decoding.chain.dynamic_exit import DEL
 from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.session import Spec, prefill_chunk, run_ticks, start_decoding

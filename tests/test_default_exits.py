@@ -9,7 +9,7 @@ import pytest
 
 import dex_jax
 from dex_jax.decoding.costs import ROWS
-from dex_jax.decoding.known_trees import known_trees
+from dex_jax.decoding.dex.trees import known_trees
 from dex_jax.decoding.resolve import DEFAULTS, default_drafter, default_exits, resolve
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "smollm2.json").read_text(encoding="utf-8"))["prompts"]

@@ -17,8 +17,8 @@ from reference.exit_metrics_twin import TRUE
 from reference.small_models import LLAMA, random_parameters, small_model
 
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.interface import StageView
-from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk, trained_exits
+from dex_jax.decoding.dex.interface import StageView
+from dex_jax.decoding.dex.trained_exits import empty_memory, exit_arrays, read_chunk, trained_exits
 from dex_jax.language_model import LanguageModel, merge_model
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.exits import exit_graph, heads_of

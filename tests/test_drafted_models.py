@@ -17,11 +17,11 @@ from dex_jax.config import ExitsConfig
 from dex_jax.decoding import resolve as resolving
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.decoding.counting import ticks_of
-from dex_jax.decoding.drafter import transformer_drafter
-from dex_jax.decoding.drafts import TreeShape
-from dex_jax.decoding.known_trees import LOOKUP_TRUST, KnownTree, known_trees, with_trees
+from dex_jax.decoding.dex.drafter import transformer_drafter
+from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.trained_exits import empty_memory, exit_arrays, read_chunk
+from dex_jax.decoding.dex.trees import LOOKUP_TRUST, KnownTree, known_trees, with_trees
 from dex_jax.decoding.resolve import resolve
-from dex_jax.decoding.trained_exits import empty_memory, exit_arrays, read_chunk
 from dex_jax.evaluation import tree_search
 from dex_jax.evaluation.tree_search import first_tree, large_tree, neighbours, search_trees
 from dex_jax.io.exits_file import TrainedExits

@@ -11,7 +11,7 @@ from conftest import slow
 from reference.small_models import LLAMA
 
 import dex_jax
-from dex_jax.decoding.dynamic_exit import DEL
+from dex_jax.decoding.chain.dynamic_exit import DEL
 from dex_jax.decoding.footprint import Footprint, cache_length_for, device_memory, footprint, nbytes, verdict
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.resolve import Resolved

@@ -21,7 +21,7 @@ from test_io_tokenizer import CHATML, gguf_metadata, with_template, write_tokeni
 from test_trained_exits import random_exits
 
 from dex_jax.cli.train_arguments import read_config
-from dex_jax.decoding.known_trees import known_trees, with_trees
+from dex_jax.decoding.dex.trees import known_trees, with_trees
 from dex_jax.errors import DexError
 from dex_jax.foreign import parsed, reading
 from dex_jax.io import open_checkpoint, templates

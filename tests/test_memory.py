@@ -13,10 +13,10 @@ from conftest import slow
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import program
+from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.record import Limits
 from dex_jax.decoding.session import RUN, Spec, start_decoding
-from dex_jax.decoding.trained_exits import Heads
 from dex_jax.language_model import abstract_weights
 from dex_jax.nn.transformer import Stacked, Unrolled
 

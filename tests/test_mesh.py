@@ -22,7 +22,7 @@ from reference import twin
 from reference.small_models import LLAMA, SmallModel, ragged_prompts, small_model
 from test_generate import noise_of
 
-from dex_jax.decoding.stage import final_first
+from dex_jax.decoding.mesh.stage import final_first
 from dex_jax.errors import DexError
 from dex_jax.forced.run import forced_exits
 from dex_jax.language_model import merge_model

@@ -10,8 +10,8 @@ import pytest
 
 from dex_jax import AR, Dex, DexError
 from dex_jax.decoding.counting import depth_side_speedup, ticks_of
-from dex_jax.decoding.drafts import TreeShape
-from dex_jax.decoding.known_trees import LOOKUP_TREE
+from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.trees import LOOKUP_TREE
 from dex_jax.decoding.methods import even_depths, with_stages
 from dex_jax.decoding.output import cut
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces

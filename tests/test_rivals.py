@@ -30,11 +30,12 @@ from dex_jax.cli.arguments import method_of, parser
 from dex_jax.cli.display import summary
 from dex_jax.cli.records import json_record
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding import loop, session
+from dex_jax.decoding import session
 from dex_jax.decoding.counting import bound_of, rounds_of, ticks_of
+from dex_jax.decoding.dex import loop
+from dex_jax.decoding.dex.trained_exits import Heads, empty_memory, exit_arrays
 from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.resolve import resolve
-from dex_jax.decoding.trained_exits import Heads, empty_memory, exit_arrays
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import merge_model
 

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from reference.small_models import LLAMA
 
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.drafts import TreeShape
+from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.footprint import nbytes, session_shapes
 from dex_jax.decoding.methods import AR, Dex, Schedule
 from dex_jax.decoding.session import PREFILL, RUN, START, Spec

@@ -14,9 +14,9 @@ from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, sm
 
 import dex_jax
 from dex_jax.config import EXIT_KINDS, ExitsConfig
-from dex_jax.decoding.interface import Committed
+from dex_jax.decoding.dex.interface import Committed
+from dex_jax.decoding.dex.trained_exits import commit_exits, empty_memory, exit_arrays, read_chunk
 from dex_jax.decoding.resolve import nearest_depths, resolve
-from dex_jax.decoding.trained_exits import commit_exits, empty_memory, exit_arrays, read_chunk
 from dex_jax.errors import DexError
 from dex_jax.forced.run import forced_exits
 from dex_jax.io.exits_file import TrainedExits, load_exits, quantize, save_exits

@@ -43,7 +43,7 @@ def tree(args: argparse.Namespace) -> None:
     """
     from dex_jax.cli.common import remember_compilations
     from dex_jax.cli.train_results import spread
-    from dex_jax.decoding.known_trees import with_trees
+    from dex_jax.decoding.dex.trees import with_trees
     from dex_jax.evaluation.tree_search import search_trees
     from dex_jax.io.exits_file import check_exits_path, load_exits, save_exits
     from dex_jax.language_model import load

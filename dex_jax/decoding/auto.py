@@ -21,8 +21,8 @@ import numpy as np
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.costs import StepCosts, forget, step_costs
-from dex_jax.decoding.drafts import TreeShape
-from dex_jax.decoding.known_trees import known_trees
+from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.trees import known_trees
 from dex_jax.decoding.methods import AR, Dex, Method
 from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.resolve import find_exits, unmeasured

@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
-from dex_jax.decoding import mesh as on_mesh
 from dex_jax.decoding import session, sizes
-from dex_jax.decoding.heads import HEAD_BLOCK
+from dex_jax.decoding.dex.proposals import HEAD_BLOCK
+from dex_jax.decoding.dex.trained_exits import Heads
+from dex_jax.decoding.mesh import programs as on_mesh
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import Limits
 from dex_jax.decoding.spec import Spec
-from dex_jax.decoding.trained_exits import Heads
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import abstract_weights
 from dex_jax.nn import few_rows

@@ -13,19 +13,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dex_jax import cache
-from dex_jax.decoding import ar, chain, loop, stage
+from dex_jax.decoding import ar
 from dex_jax.decoding.ar import ARState
-from dex_jax.decoding.chain import ChainState
-from dex_jax.decoding.chain_interface import ChainNetwork, Policy
-from dex_jax.decoding.chain_network import chain_network
+from dex_jax.decoding.chain import loop as chain
+from dex_jax.decoding.chain.interface import ChainNetwork, Policy
+from dex_jax.decoding.chain.loop import ChainState
+from dex_jax.decoding.chain.network import chain_network
 from dex_jax.decoding.counting import bound_of, depth_side_speedup, rounds_of, ticks_of
-from dex_jax.decoding.drafts import Drafting, RowCosts
-from dex_jax.decoding.interface import Network
-from dex_jax.decoding.loop import DexState
-from dex_jax.decoding.network import network_of
+from dex_jax.decoding.dex import loop
+from dex_jax.decoding.dex.drafts import Drafting, RowCosts
+from dex_jax.decoding.dex.interface import Network
+from dex_jax.decoding.dex.loop import DexState
+from dex_jax.decoding.dex.network import network_of
+from dex_jax.decoding.dex.trained_exits import Heads
+from dex_jax.decoding.mesh import stage
+from dex_jax.decoding.mesh.stage import StageNetwork
 from dex_jax.decoding.record import Limits
-from dex_jax.decoding.stage import StageNetwork
-from dex_jax.decoding.trained_exits import Heads
 from dex_jax.errors import DexError
 from dex_jax.nn.transformer import Layout, Staged, Transformer, Unrolled
 from dex_jax.sampling import Sampling
@@ -146,7 +149,7 @@ class ARLoop(Loop):
 
 
 class DexLoop(Loop):
-    """DEX, with drafts and without (decoding/loop.py)."""
+    """DEX, with drafts and without (decoding/dex/loop.py)."""
 
     def init(self, what: Running, begun: Prefilled, capacity: int) -> DexState:
         spec, schedule = what.spec, what.spec.schedule
@@ -206,7 +209,7 @@ class DexLoop(Loop):
 
 
 class ChainLoop(Loop):
-    """Methods that draft on a chain (decoding/chain.py)."""
+    """Methods that draft on a chain (decoding/chain/loop.py)."""
 
     def init(self, what: Running, begun: Prefilled, capacity: int) -> ChainState:
         network, policy = _chain(what)

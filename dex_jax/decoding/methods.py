@@ -6,9 +6,9 @@ import dataclasses
 import itertools
 from typing import Protocol
 
-from dex_jax.decoding.chain_interface import Policy
-from dex_jax.decoding.drafts import TreeShape
-from dex_jax.decoding.known_trees import LOOKUP_TREE
+from dex_jax.decoding.chain.interface import Policy
+from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.trees import LOOKUP_TREE
 from dex_jax.decoding.loops import AR_LOOP, DEX_LOOP, Loop
 from dex_jax.errors import DexError, is_whole
 from dex_jax.lattice import default_rows, full_rows
@@ -32,7 +32,7 @@ class Schedule:
       rows: W, rows a stage; on a chain R, rows of a round.
       decs: whether depth-coupled sampling is on.
       drafts: how much exit 0 drafts below a head of a cohort; None for nothing.
-      policy: of methods that draft on a chain (decoding/chain.py); None otherwise.
+      policy: of methods that draft on a chain (decoding/chain/loop.py); None otherwise.
       loop: what runs it.
       proposing: the exits 1..K-1 that propose; None for all.
     """

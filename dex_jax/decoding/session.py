@@ -18,9 +18,16 @@ from jax.sharding import Mesh
 
 from dex_jax import cache
 from dex_jax.decoding import ar
-from dex_jax.decoding import mesh as on_mesh
-from dex_jax.decoding.drafts import RowCosts
+from dex_jax.decoding.dex.drafts import RowCosts
+from dex_jax.decoding.dex.trained_exits import (
+    ExitArrays,
+    Heads,
+    empty_memory,
+    exit_arrays,
+    read_chunk,
+)
 from dex_jax.decoding.loops import Prefilled, Running
+from dex_jax.decoding.mesh import programs as on_mesh
 from dex_jax.decoding.methods import AR, Schedule
 from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.program import Program
@@ -28,13 +35,6 @@ from dex_jax.decoding.record import Limits, Record
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
 from dex_jax.decoding.spec import Spec
-from dex_jax.decoding.trained_exits import (
-    ExitArrays,
-    Heads,
-    empty_memory,
-    exit_arrays,
-    read_chunk,
-)
 from dex_jax.distributed import to_host
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel, Outline, merge_model

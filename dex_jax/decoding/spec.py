@@ -7,8 +7,8 @@ import dataclasses
 from jax.sharding import Mesh
 
 from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.decoding.dex.trained_exits import ExitArrays, Heads
 from dex_jax.decoding.methods import Schedule
-from dex_jax.decoding.trained_exits import ExitArrays, Heads
 from dex_jax.nn.transformer import Layout
 
 

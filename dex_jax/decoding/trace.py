@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from dex_jax.decoding.dex.loop import DexState
 from dex_jax.decoding.generate import prepare
-from dex_jax.decoding.loop import DexState
 from dex_jax.decoding.methods import Dex, Method
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel

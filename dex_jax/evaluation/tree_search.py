@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 
 from dex_jax.decoding.auto import tick_seconds
 from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
-from dex_jax.decoding.drafts import TreeShape
+from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.trees import LOOKUP_TRUST, KnownTree
 from dex_jax.decoding.generate import generate
-from dex_jax.decoding.known_trees import LOOKUP_TRUST, KnownTree
 from dex_jax.decoding.methods import SPARE, Dex
 from dex_jax.decoding.sizes import cache_length_for
 from dex_jax.errors import DexError

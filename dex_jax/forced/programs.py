@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding.heads import mask_columns
+from dex_jax.decoding.dex.proposals import mask_columns
 from dex_jax.forced.asks import Ask
 from dex_jax.language_model import merge_model
 from dex_jax.lattice import NO_TOKEN

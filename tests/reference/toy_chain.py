@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from reference.toy_models import POISON, Tables, ToyMemory, keys_of, moved
 
-from dex_jax.decoding.chain_interface import ChainExits, ChainNetwork, ChainRows
+from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows
 
 
 def chain_toy(tables: Tables, depths: tuple[int, ...]) -> ChainNetwork:

@@ -11,7 +11,7 @@ Assumptions that are no figures of a machine:
 - An all-reduce takes 2 log2(n) messages and sends 2 (n - 1) / n of its bytes, an all-gather half of both; over several
   hosts it is done within each of them and then between them.
 - A tick on a mesh runs one stage a device; the tick takes as long as the stage with most rows in use. Exits are asked
-  before the commit is known, all stages' and the final layer's heads at the same time, as decoding/stage.py does.
+  before the commit is known, all stages' and the final layer's heads at the same time, as decoding/mesh/stage.py does.
 - Embedding and unembedding (or its draft slice) are on every stage; a tensor axis splits the embedding and unembedding
   and gathers logits, and splits trained exits' products as it splits those of the layers.
 - Exits that read the position before get their parents' features from all stages: an all-gather of all nodes' features.
@@ -30,7 +30,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dex_jax.decoding.heads import HEAD_BLOCK
+from dex_jax.decoding.dex.proposals import HEAD_BLOCK
 from dex_jax.evaluation.planner.workload import ExitWork, Work
 from dex_jax.hardware import Hardware, Link, interpolate
 
@@ -119,7 +119,7 @@ def tick(s: Setting, depths: Sequence[int], rows: int, ticks: float, tensor: int
     final = _head(s, s.batch, tensor)
     commits = 1 - (1 - 1 / ticks) ** s.batch
     # Exits and the final layer are asked at the same time, on different devices; or the final layer while the others
-    # still run their layers, where the last stage has fewer of them (`decoding.stage.final_first`).
+    # still run their layers, where the last stage has fewer of them (`decoding.mesh.stage.final_first`).
     asked = _exit_features(s, used) + logits
     spare = (longest - (depths[-1] - depths[-2])) / longest * (found.total + width)
     exits = asked + _committed(s)

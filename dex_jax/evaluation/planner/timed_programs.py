@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
-from dex_jax.decoding import loop
-from dex_jax.decoding.heads import HEAD_BLOCK, Proposers, propose
-from dex_jax.decoding.interface import Exits, Network, StageView
-from dex_jax.decoding.network import transformer_network
+from dex_jax.decoding.dex import loop
+from dex_jax.decoding.dex.interface import Exits, Network, StageView
+from dex_jax.decoding.dex.network import transformer_network
+from dex_jax.decoding.dex.proposals import HEAD_BLOCK, Proposers, propose
 from dex_jax.decoding.record import Limits
 from dex_jax.hardware import Link
 from dex_jax.language_model import abstract_weights, merge_model

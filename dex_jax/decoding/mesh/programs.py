@@ -1,4 +1,4 @@
-"""The programs of a session on a mesh: each is one jax.shard_map over what a device does (decoding/stage.py).
+"""The programs of a session on a mesh: each is one jax.shard_map over what a device does (decoding/mesh/stage.py).
 
 Where things lie: layers, caches and hidden states by stage; heads, mlp and vocabulary by tensor; sequences, with their
 lattice, by data. Embedding and unembedding (or its draft slice) are on every stage: stage 1 embeds what is new, every
@@ -22,13 +22,13 @@ from jax.sharding import Mesh, PartitionSpec
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import ar
-from dex_jax.decoding.drafts import RowCosts
+from dex_jax.decoding.dex.drafts import RowCosts
+from dex_jax.decoding.dex.trained_exits import ExitArrays, Heads, read_chunk
 from dex_jax.decoding.loops import Prefilled
+from dex_jax.decoding.mesh.stage import StageNetwork, extend_stages, from_last_stage, stage_network
 from dex_jax.decoding.methods import AR
 from dex_jax.decoding.record import Limits, until_done
 from dex_jax.decoding.spec import Spec
-from dex_jax.decoding.stage import StageNetwork, extend_stages, from_last_stage, stage_network
-from dex_jax.decoding.trained_exits import ExitArrays, Heads, read_chunk
 from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.nn.forward import last_states
 from dex_jax.nn.placing import device_config, weight_specs

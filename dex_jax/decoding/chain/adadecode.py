@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.chain_interface import Policy
+from dex_jax.decoding.chain.interface import Policy
 from dex_jax.decoding.loops import CHAIN_LOOP
 from dex_jax.decoding.methods import Dex, Schedule
 from dex_jax.errors import DexError, whole_number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dex_jax.decoding.chain_interface import Policy
+from dex_jax.decoding.chain.interface import Policy
 from dex_jax.decoding.loops import CHAIN_LOOP
 from dex_jax.decoding.methods import Schedule
 from dex_jax.errors import DexError, whole_number

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.chain_interface import Policy, Verified
+from dex_jax.decoding.chain.interface import Policy, Verified
 from dex_jax.decoding.loops import ORACLE_LOOP
 from dex_jax.decoding.methods import Dex, Schedule
 from dex_jax.errors import DexError

@@ -1,4 +1,4 @@
-"""The transformer as the decode loop's callables, in the weight layouts of one device (decoding/stage.py: of a mesh).
+"""The transformer as the decode loop's callables, in the weight layouts of one device (mesh/stage.py: of a mesh).
 
 Letters: B sequences, W rows a stage, K stages, l layers in a stage, D width, S cache length, G key-value heads,
 d head width.
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax.cache import Memory, after, commit_slots
-from dex_jax.decoding.drafter import transformer_drafter
-from dex_jax.decoding.interface import Committed, Drafter, Exits, Network, StageView
+from dex_jax.decoding.dex.drafter import transformer_drafter
+from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
+from dex_jax.decoding.dex.trained_exits import Heads, commit_exits, reached_features, trained_exits
 from dex_jax.decoding.ladder import climb, fill
-from dex_jax.decoding.trained_exits import Heads, commit_exits, reached_features, trained_exits
 from dex_jax.nn.forward import InUse, commit_rows, run_layer, run_rows, used_layer
 from dex_jax.nn.layers import KeyValues, rope_table
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges

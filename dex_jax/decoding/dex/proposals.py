@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
-from dex_jax.decoding.interface import Exits, StageView
+from dex_jax.decoding.dex.interface import Exits, StageView
 from dex_jax.decoding.ladder import climb, rungs
 from dex_jax.decoding.noise import Noise
 from dex_jax.lattice import Proposals

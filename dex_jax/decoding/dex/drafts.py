@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
-from dex_jax.decoding.interface import Drafter
+from dex_jax.decoding.dex.interface import Drafter
+from dex_jax.decoding.dex.lookup import LONGEST, continuation
 from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, noise_at
 from dex_jax.decoding.record import Record
-from dex_jax.decoding.suffix import LONGEST, continuation
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_NODE, NO_TOKEN, Candidates, Cohort, Lattice, quantized
 from dex_jax.sampling import Sampling, log_total, scores

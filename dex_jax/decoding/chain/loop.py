@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.chain_interface import ChainExits, ChainNetwork, ChainRows, Path, Policy, Verified
+from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows, Path, Policy, Verified
 from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, emit_path, until_done

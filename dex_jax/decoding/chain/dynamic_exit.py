@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.chain_interface import Policy, Verified
+from dex_jax.decoding.chain.interface import Policy, Verified
 from dex_jax.decoding.loops import CHAIN_LOOP
 from dex_jax.decoding.methods import Dex, Schedule
 from dex_jax.errors import DexError, whole_number

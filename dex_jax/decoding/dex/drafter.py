@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.interface import Drafter, StageView
-from dex_jax.decoding.trained_exits import ExitArrays, exit_heads, shared_columns
+from dex_jax.decoding.dex.interface import Drafter, StageView
+from dex_jax.decoding.dex.trained_exits import ExitArrays, exit_heads, shared_columns
 from dex_jax.nn.transformer import Transformer
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from dex_jax.cache import after
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.interface import Committed, Exits, StageView
+from dex_jax.decoding.dex.interface import Committed, Exits, StageView
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn import few_rows
 from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph, heads_of

@@ -24,11 +24,10 @@ from dex_jax import lattice as lat
 from dex_jax.cache import Memory, after, write_rows
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.ar import ARState, next_token
-from dex_jax.decoding.drafter import transformer_drafter
-from dex_jax.decoding.drafts import TreeShape, charge
-from dex_jax.decoding.heads import Asked, held_below, propose_rows
-from dex_jax.decoding.interface import Committed, Network, StageView
-from dex_jax.decoding.loop import (
+from dex_jax.decoding.dex.drafter import transformer_drafter
+from dex_jax.decoding.dex.drafts import TreeShape, charge
+from dex_jax.decoding.dex.interface import Committed, Network, StageView
+from dex_jax.decoding.dex.loop import (
     DexState,
     children,
     committed,
@@ -39,10 +38,9 @@ from dex_jax.decoding.loop import (
     spawn,
     stage_view,
 )
-from dex_jax.decoding.network import shared_exits, transformer_network
-from dex_jax.decoding.noise import make_noise
-from dex_jax.decoding.record import Limits, emit
-from dex_jax.decoding.trained_exits import (
+from dex_jax.decoding.dex.network import shared_exits, transformer_network
+from dex_jax.decoding.dex.proposals import Asked, held_below, propose_rows
+from dex_jax.decoding.dex.trained_exits import (
     Heads,
     base_features,
     exit_heads,
@@ -51,6 +49,8 @@ from dex_jax.decoding.trained_exits import (
     row_features,
     trained_exits,
 )
+from dex_jax.decoding.noise import make_noise
+from dex_jax.decoding.record import Limits, emit
 from dex_jax.lattice import NO_TOKEN, Proposals
 from dex_jax.nn.forward import InUse, run_rows
 from dex_jax.nn.layers import causal_rows

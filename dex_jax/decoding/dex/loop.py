@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
-from dex_jax.decoding.drafts import (
+from dex_jax.decoding.dex.drafts import (
     HEADS,
     Below,
     Drafting,
@@ -30,8 +30,8 @@ from dex_jax.decoding.drafts import (
     position_before,
     price_of,
 )
-from dex_jax.decoding.heads import Proposers, propose
-from dex_jax.decoding.interface import Committed, Drafter, Network, StageView
+from dex_jax.decoding.dex.interface import Committed, Drafter, Network, StageView
+from dex_jax.decoding.dex.proposals import Proposers, propose
 from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, check_limits, emit_path, until_done

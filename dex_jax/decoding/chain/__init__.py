@@ -1,0 +1,1 @@
+"""The rivals of DEX, which draft on a chain."""

@@ -1,0 +1,1 @@
+"""DEX: the tick, what it asks of a network, and the transformer behind it."""
