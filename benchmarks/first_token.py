@@ -23,7 +23,6 @@ from outside import Outside
 import dex_jax
 from dex_jax.cli.common import remember_compilations
 from dex_jax.errors import exit_code
-from dex_jax.nn.transformer import parameter_bytes
 from dex_jax.tables import markdown
 
 LENGTHS = (20, 41, 131, 300, 754, 1000)
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     for name, found in times.items():
         figures.add(name, {"median": statistics.median(found), "seconds": found})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    apart = (peak - parameter_bytes(dex_jax.language_model.merge_model(lm.config, lm.layout, lm.weights))) / 1e9
+    apart = (peak - lm.parameter_bytes) / 1e9
     figures.add("peak memory without weights, GB", apart)
     figures.publish("# The first token", page(times, args.lengths), f"Peak memory without weights: {apart:.2f} GB.")
 

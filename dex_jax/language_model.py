@@ -33,6 +33,7 @@ from dex_jax.nn.transformer import (
     parameter_shapes,
     relayout,
 )
+from dex_jax.nn.weights import abstract_weights, merge_model
 from dex_jax.progress import notify
 from dex_jax.prompts import Prompt, encode_prompt
 from dex_jax.sharding import STAGE, check_model, check_stages, make_mesh
@@ -273,36 +274,6 @@ def default_dtype() -> jnp.dtype:
     if device.platform == "gpu" and capability[:1].isdigit() and float(capability) < 8:
         return jnp.dtype(jnp.float16)
     return jnp.dtype(jnp.bfloat16)
-
-
-@functools.lru_cache(maxsize=64)
-def graph_of(
-    config: ModelConfig, layout: Layout, tensor_axis: str | None = None, vocabulary_axis: str | None = None
-) -> Any:
-    """The nnx graph definition of a transformer, without any array; arguments as of Transformer."""
-
-    def blank(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
-        return jnp.zeros(shape)
-
-    return nnx.split(nnx.eval_shape(lambda: Transformer(config, layout, blank, tensor_axis, vocabulary_axis)))[0]
-
-
-def merge_model(
-    config: ModelConfig,
-    layout: Layout,
-    weights: Any,
-    tensor_axis: str | None = None,
-    vocabulary_axis: str | None = None,
-) -> Transformer:
-    """The module of (config, layout) over `weights`, under a trace or not."""
-    return nnx.merge(graph_of(config, layout, tensor_axis, vocabulary_axis), weights)
-
-
-def abstract_weights(config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> Any:
-    """Weights as jax.ShapeDtypeStruct, to compile or to plan without loading any."""
-    return nnx.state(
-        nnx.eval_shape(lambda: Transformer(config, layout, lambda name, shape, kind: jnp.zeros(shape, dtype)))
-    )
 
 
 def _reader(checkpoint: Checkpoint, dtype: jnp.dtype, on_tensor: Callable[[int, int], None] | None):

@@ -34,9 +34,10 @@ from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.evaluation.check import CLOSE, compare
 from dex_jax.forced.run import forced_exits
-from dex_jax.language_model import LanguageModel, merge_model
+from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_TOKEN, full_rows
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.nn.weights import merge_model
 from dex_jax.progress import notify
 from dex_jax.sampling import Sampling, sampling_keys
 

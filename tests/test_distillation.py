@@ -19,10 +19,11 @@ from reference.small_models import LLAMA, random_parameters, small_model
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.dex.interface import StageView
 from dex_jax.decoding.dex.trained_exits import empty_memory, exit_arrays, read_chunk, trained_exits
-from dex_jax.language_model import LanguageModel, merge_model
+from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.exits import exit_graph, heads_of
 from dex_jax.nn.forward import depth_states
+from dex_jax.nn.weights import merge_model
 from dex_jax.training.distillation import draft_vocabulary, history_for, read_chunk_for_training
 from dex_jax.training.items import NO_ITEM, Item, Turn
 from dex_jax.training.stream import Activations, Stream

@@ -25,9 +25,9 @@ from dex_jax.decoding.resolve import resolve
 from dex_jax.evaluation import tree_search
 from dex_jax.evaluation.tree_search import first_tree, large_tree, neighbours, search_trees
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.language_model import merge_model
 from dex_jax.nn.exits import exit_parameters, heads_of
 from dex_jax.nn.forward import depth_states
+from dex_jax.nn.weights import merge_model
 from dex_jax.training.drafting import read_drafts
 from dex_jax.training.stream import Activations
 

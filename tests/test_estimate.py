@@ -13,11 +13,11 @@ from reference.small_models import LLAMA, small_model
 
 from dex_jax import cache
 from dex_jax.config import ExitsConfig
-from dex_jax.language_model import merge_model
 from dex_jax.nn import few_rows
 from dex_jax.nn.exits import ExitHeads, exit_graph, initial_heads
 from dex_jax.nn.forward import extend_with_states
 from dex_jax.nn.targets import Vocabulary
+from dex_jax.nn.weights import merge_model
 from dex_jax.training.distillation import history_for, read_chunk_for_training
 from dex_jax.training.estimate import (
     MACHINES,

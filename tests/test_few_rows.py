@@ -24,12 +24,12 @@ from reference.small_models import LLAMA, small_model
 
 import dex_jax
 from dex_jax import cache
-from dex_jax.language_model import merge_model
 from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
 from dex_jax.nn.forward import extend, extend_with_states, run_tree
 from dex_jax.nn.layers import KEY_BLOCK, KeyValues, _attend, _attend_in_blocks, _rms_norm, attend, linear, rms_norm
 from dex_jax.nn.transformer import Stacked, Unrolled, random_transformer
+from dex_jax.nn.weights import merge_model
 
 COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, few_rows.COMPILERS)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")

@@ -23,8 +23,8 @@ from dex_jax.forced.figures import figures_of, grouped_figures
 from dex_jax.forced.run import Forced, forced_exits, measure, shared_exits
 from dex_jax.forced.texts import answers
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.language_model import merge_model
 from dex_jax.nn.forward import depth_states
+from dex_jax.nn.weights import merge_model
 from dex_jax.plot.training import plot_agreement
 
 EOS = 63

@@ -15,8 +15,8 @@ from reference.held_out_prompts import PROMPTS
 import dex_jax
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.evaluation.check import CLOSE, compare
-from dex_jax.language_model import merge_model
 from dex_jax.nn.forward import depth_states
+from dex_jax.nn.weights import merge_model
 
 DEPTHS = (15, 30)
 NEW_TOKENS = 12

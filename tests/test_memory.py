@@ -17,8 +17,8 @@ from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.record import Limits
 from dex_jax.decoding.session import RUN, Spec, start_decoding
-from dex_jax.language_model import abstract_weights
 from dex_jax.nn.transformer import Stacked, Unrolled
+from dex_jax.nn.weights import abstract_weights
 
 # Every size differs from every other, so that a shape names one array.
 CONFIG = ModelConfig("llama", 101, 4, 48, 6, 3, 8, 40, 512)

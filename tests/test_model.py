@@ -15,7 +15,7 @@ from flax import nnx
 from reference.small_models import LLAMA, QWEN3, ragged_prompts, small_model
 
 from dex_jax import RopeScaling, Stacked, Unrolled, cache
-from dex_jax.language_model import default_dtype, merge_model, resolve_dtype
+from dex_jax.language_model import default_dtype, resolve_dtype
 from dex_jax.nn import transformer
 from dex_jax.nn.forward import extend_with_states
 from dex_jax.nn.layers import KeyValues, attend, rms_norm, rope_frequencies, rope_table, rotate
@@ -26,6 +26,7 @@ from dex_jax.nn.transformer import (
     relayout,
     stage_ranges,
 )
+from dex_jax.nn.weights import merge_model
 
 UNEVEN = Stacked((1, 3, 4))
 EVEN = Stacked((2, 4))

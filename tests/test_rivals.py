@@ -37,7 +37,7 @@ from dex_jax.decoding.dex.trained_exits import Heads, empty_memory, exit_arrays
 from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.resolve import resolve
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.language_model import merge_model
+from dex_jax.nn.weights import merge_model
 
 GOLDENS = Path(__file__).parent / "goldens"
 METHODS = {

@@ -20,8 +20,8 @@ from dex_jax.decoding.resolve import nearest_depths, resolve
 from dex_jax.errors import DexError
 from dex_jax.forced.run import forced_exits
 from dex_jax.io.exits_file import TrainedExits, load_exits, quantize, save_exits
-from dex_jax.language_model import merge_model
 from dex_jax.nn.exits import exit_graph, exit_parameters, initial_heads, parameters_of
+from dex_jax.nn.weights import merge_model
 
 WIDTH = LLAMA.width
 WINDOW = 5

@@ -19,9 +19,10 @@ from reference.small_models import LLAMA, small_model
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
-from dex_jax.language_model import LanguageModel, abstract_weights, merge_model
+from dex_jax.language_model import LanguageModel
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.nn.weights import abstract_weights, merge_model
 from dex_jax.training.items import MAX_TURNS, Item, Turn, no_script, script, stack_scripts
 from dex_jax.training.stream import PRODUCE, Activations, Stream, StreamSpec, start_rows
 

@@ -28,10 +28,10 @@ from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import cache_folder, write_whole
-from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.nn import few_rows
 from dex_jax.nn.forward import run_tree
 from dex_jax.nn.transformer import Layout, Stacked, parameter_shapes
+from dex_jax.nn.weights import abstract_weights, merge_model
 from dex_jax.progress import notify
 
 ROWS = (1, 2, 4, 8, 16)

@@ -26,11 +26,11 @@ from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import Limits
 from dex_jax.decoding.spec import Spec
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.language_model import abstract_weights
 from dex_jax.nn import few_rows
 from dex_jax.nn.exits import abstract_parameters
 from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.transformer import Layout, Staged
+from dex_jax.nn.weights import abstract_weights
 from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, place
 

@@ -9,7 +9,7 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,14 @@ from dex_jax.decoding.stopping import StopStrings
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError, whole_number
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.nn.transformer import Staged
 from dex_jax.progress import notify
 from dex_jax.prompts import Prompt
 from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import STAGE, device_name
+
+if TYPE_CHECKING:
+    from dex_jax.language_model import LanguageModel, Outline
 
 TICKS_PER_CALL = 64
 

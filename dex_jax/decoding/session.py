@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +37,17 @@ from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket
 from dex_jax.decoding.spec import Spec
 from dex_jax.distributed import to_host
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.language_model import LanguageModel, Outline, merge_model
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.forward import extend, last_states
 from dex_jax.nn.placing import weight_specs
 from dex_jax.nn.transformer import Layout
+from dex_jax.nn.weights import merge_model
 from dex_jax.progress import notify
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import BY_SEQUENCE, EVERYWHERE, check_batch, place, zeros
+
+if TYPE_CHECKING:
+    from dex_jax.language_model import LanguageModel, Outline
 
 
 def prefill_chunk(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -16,9 +17,11 @@ from dex_jax.decoding.dex.loop import DexState
 from dex_jax.decoding.generate import prepare
 from dex_jax.decoding.methods import Dex, Method
 from dex_jax.errors import DexError
-from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_NODE, Lattice
 from dex_jax.prompts import Prompt
+
+if TYPE_CHECKING:
+    from dex_jax.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,13 +17,13 @@ import numpy as np
 from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.decoding.dex.proposals import mask_columns
 from dex_jax.forced.asks import Ask
-from dex_jax.language_model import merge_model
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.exits import Context, ExitHeads, head_at
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.layers import KeyValues, linear
 from dex_jax.nn.targets import Vocabulary, targets
 from dex_jax.nn.transformer import Layout, Transformer
+from dex_jax.nn.weights import merge_model
 from dex_jax.sampling import Sampling, choose, position_noise
 
 

@@ -24,8 +24,9 @@ from dex_jax.forced.asks import Ask, asks_in_lattice, dex_asks, known_as
 from dex_jax.forced.programs import Said, Statics, answer_rows, ask_exits, chosen_tokens
 from dex_jax.forced.texts import Text, checked_text, padded
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.language_model import LanguageModel, merge_model
+from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import initial_heads, parameters_of, select_exits
+from dex_jax.nn.weights import merge_model
 from dex_jax.sampling import Sampling
 
 EXPLORERS = (2, 3, 5, 6, 10)

@@ -24,9 +24,10 @@ from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.program import Program
 from dex_jax.errors import DexError
-from dex_jax.language_model import LanguageModel, merge_model
+from dex_jax.language_model import LanguageModel
 from dex_jax.nn.forward import extend_with_states, states_at
 from dex_jax.nn.transformer import Layout, Stacked
+from dex_jax.nn.weights import merge_model
 from dex_jax.sampling import sampling_keys
 from dex_jax.training.items import NO_ITEM, Item, Scripts, no_script, script, stack_scripts
 from dex_jax.training.placement import EVERYWHERE, place_weights, rows_spec

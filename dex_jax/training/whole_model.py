@@ -29,9 +29,10 @@ from dex_jax.forced.figures import figures_of
 from dex_jax.forced.run import Forced, measure, shared_exits
 from dex_jax.foreign import Size, check_fields
 from dex_jax.io.save import save_model
-from dex_jax.language_model import LanguageModel, merge_model
+from dex_jax.language_model import LanguageModel
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
 from dex_jax.nn.transformer import Transformer, Unrolled, layer_parameters, parameter_shapes
+from dex_jax.nn.weights import merge_model
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.corpus import Corpus, read_corpus
 from dex_jax.training.layerskip import LayerSkip, exit_weights, kept_layers

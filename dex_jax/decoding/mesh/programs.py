@@ -29,10 +29,10 @@ from dex_jax.decoding.mesh.stage import StageNetwork, extend_stages, from_last_s
 from dex_jax.decoding.methods import AR
 from dex_jax.decoding.record import Limits, until_done
 from dex_jax.decoding.spec import Spec
-from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.nn.forward import last_states
 from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.transformer import Staged, Unrolled
+from dex_jax.nn.weights import abstract_weights, merge_model
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, TENSOR, partition, spec_of
 

@@ -23,11 +23,11 @@ from dex_jax.decoding.dex.network import transformer_network
 from dex_jax.decoding.dex.proposals import HEAD_BLOCK, Proposers, propose
 from dex_jax.decoding.record import Limits
 from dex_jax.hardware import Link
-from dex_jax.language_model import abstract_weights, merge_model
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.forward import extend
 from dex_jax.nn.layers import linear
 from dex_jax.nn.transformer import Layout, Stacked, Transformer, Unrolled
+from dex_jax.nn.weights import abstract_weights, merge_model
 from dex_jax.sampling import choose
 
 
