@@ -32,7 +32,7 @@ from dex_jax.sharding import check_batch, check_model, check_stages, make_mesh
 TESTS = Path(__file__).resolve().parent
 DEVICES = 8
 WIDTH, VOCABULARY = LLAMA.width, LLAMA.vocab_size
-PROMPT, CACHE_LENGTH = 32, 256
+PROMPT, CACHE_LENGTH = 48, 256
 ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
 # Every number of devices, one sequence or four; grids of 2 and 3 stages are uneven.
