@@ -112,7 +112,7 @@ def programs() -> dict[str, dict[str, set[str]]]:
 
 
 COMMANDS = programs()
-assert {"dex_jax.cli.decode", "dex_jax.cli.train tree", "dex_jax.cli.bench"} <= COMMANDS.keys(), "commands on pages"
+assert {"dex_jax.cli.decode", "dex_jax.cli.train tree", "studies.bench"} <= COMMANDS.keys(), "commands on pages"
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def test_picture(tmp_path) -> None:
     plot_agreement(_records(), tmp_path / "agreement.png")
     assert (tmp_path / "agreement.png").read_bytes().startswith(b"\x89PNG")
     refused = [
-        (_records(), {"path": tmp_path / "none" / "agreement.png"}, "cannot be written"),
+        (_records(), {"path": tmp_path / "agreement.png" / "below.png"}, "cannot be written"),
         ([], {}, "at least one record"),
         ([*_records(1), {"step": 20, "groups": {"humaneval": {}}}], {}, "no figures of 'mean'"),
         ([record | {"step": None} for record in _records()], {}, "record 1 has no step"),

@@ -197,7 +197,7 @@ def _assumed(tmp_path) -> str:
 
 
 def test_the_command_prints_json_and_tables(tmp_path, capsys) -> None:
-    arguments = ["--model", "llama-2-70b", "--exits", "shared", "--profile", _assumed(tmp_path), "--json", "--batches"]
+    arguments = ["--model", "llama-2-70b", "--exits", "shared", "--profile", _assumed(tmp_path), "--json"]
     assert plan.main([*arguments, "--hardware", "h100x8", "--explorers", "4", "8", "--rows", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["recommendation"].startswith(("Use DEX", "Do not use DEX"))
@@ -206,11 +206,10 @@ def test_the_command_prints_json_and_tables(tmp_path, capsys) -> None:
     for p in explored:
         assert p["tokens_per_second"] == pytest.approx(p["tokens_a_step"] / sum(p["step"].values()))
         assert p["capacity"] == 2 * p["stages"]
-    assert set(found["by_batch"]) == {str(b) for b in predictions.BATCHES}
     arguments = ["--model", "llama-2-70b", "--exits", "linear:8192", "--profile", _assumed(tmp_path)]
-    assert plan.main([*arguments, "--hardware", "h100x8,hosts=8,network=dcn", "--batches"]) == 0
+    assert plan.main([*arguments, "--hardware", "h100x8,hosts=8,network=dcn"]) == 0
     text = capsys.readouterr().out
-    assert all(words in text for words in ("EAD assumed, not measured", "B = 64", "Use DEX: DEX-1/"))
+    assert all(words in text for words in ("EAD assumed, not measured", "Use DEX: DEX-1/"))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +218,6 @@ def test_the_command_prints_json_and_tables(tmp_path, capsys) -> None:
         ([], "say for what to plan"),
         (["--hardware", "h100"], "ticks follow from an EAD profile"),
         (["--hardware", "h100", "--profile", "none.json"], "cannot be read as an EAD profile"),
-        (["--hardware", "h100", "--profile", "none.json", "--batch", "0"], "--batch, --context and --top"),
     ],
 )
 def test_the_command_refuses_bad_input(flags: list[str], message: str, capsys) -> None:
