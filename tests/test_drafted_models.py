@@ -60,9 +60,9 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
 @pytest.mark.parametrize(
     ("explorers", "exits", "options"),
     [
-        (1, "mlp", {}),
-        (3, "shared", SAMPLED),
         (3, "mlp", {}),
+        slow(1, "mlp", {}),
+        slow(3, "shared", SAMPLED),
         slow(1, "shared", SAMPLED),
         slow(1, "mlp", SAMPLED),
         slow(1, "linear", {}),
@@ -95,7 +95,8 @@ def test_tokens_are_those_of_ar_and_exits_no_later(lm, explorers, exits, options
     assert stats.drafter_source == (None if exits == "shared" else "random")
 
 
-@pytest.mark.parametrize("explorers", [1, slow(3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("explorers", [1, 3])
 def test_the_stacked_layout_gives_the_same(lm, explorers) -> None:
     prompts, method = ragged_prompts(2), dex_jax.Dex(explorers=explorers)
     before = dex_jax.generate(lm, prompts, method=method, exits=drafter(), max_new_tokens=24)
@@ -120,7 +121,7 @@ def test_a_batch_is_its_single_runs(lm, explorers) -> None:
         assert together.stats.ticks[row] == alone.stats.ticks[0]
 
 
-@pytest.mark.parametrize("kind", [slow("attn"), "linear"])
+@pytest.mark.parametrize("kind", [slow("attn"), slow("linear")])
 def test_trained_exits_and_a_drafter_work_together(lm, monkeypatch, kind) -> None:
     monkeypatch.setattr(resolving, "default_drafter", lambda fingerprint: drafter())
     exits, prompts = random_exits(kind, fused=kind == "linear", draft=30), ragged_prompts(2)

@@ -208,6 +208,7 @@ def test_training_changes_every_parameter_and_lowers_the_held_out_loss(text_file
     assert figures["tokens"] == 24 * 24
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_decoded_with_shared_exits(text_file) -> None:
     """Exits predicted by teacher forcing are those of the loop, and AR's text is DEX's."""
     task, _, params, _, _ = trained(str(text_file))

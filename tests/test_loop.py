@@ -249,7 +249,7 @@ def test_drafts_cost_no_token_a_later_exit_where_nothing_is_pruned(stages: int) 
             assert all(now <= before for now, before in zip(exits, plain.exits, strict=True))
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", [False, slow(True)])
 @pytest.mark.parametrize("stages", [1, slow(3)])
 def test_a_cohort_drafts_and_keeps_what_is_worth_its_time(stages: int, sampled: bool) -> None:
     """Alone, as a batch chooses for all its sequences together; the twin says what each cohort drafts and keeps."""

@@ -128,6 +128,7 @@ def test_words_have_the_colours_of_their_own_lines_and_nothing_covers_them(trace
     assert not any(legend.overlaps(text.get_window_extent()) for text in climb.texts)
 
 
+@pytest.mark.slow
 def test_the_program_draws_and_refuses(monkeypatch, capsys, tmp_path) -> None:
     needs_matplotlib()
     model = small_model(tokenizer=LetterTokenizer())

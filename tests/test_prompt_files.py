@@ -154,6 +154,7 @@ def huge():
         standard_library_prompts()
 
 
+@pytest.mark.slow
 def test_this_interpreters_library_is_enough_to_train_on() -> None:
     prompts = standard_library_prompts()
     assert len(prompts) > 1000

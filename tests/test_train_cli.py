@@ -138,6 +138,7 @@ def test_longer_and_from_exits(capsys, trained, place) -> None:
     assert ended.metadata["data"] == [str(place / "prompts.txt")]
 
 
+@pytest.mark.slow
 def test_export_is_small_and_decodes_to_the_same_text(capsys, trained, place) -> None:
     small, large = place / "small.safetensors", place / "large.safetensors"
     code, out, _ = run(capsys, "export", trained, small)

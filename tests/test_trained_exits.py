@@ -86,6 +86,7 @@ def test_sampled_tokens_are_those_of_ar(lm) -> None:
     assert_same_tokens(lm, out, reference, temperature=0.9, top_k=12)
 
 
+@pytest.mark.slow
 def test_a_fused_exit_sees_its_parent_as_deep_as_it_has_got(lm) -> None:
     """Exits that read nothing but the position before: wrong wiring would change which exits are right."""
     exits = random_exits("linear", fused=True)
