@@ -30,7 +30,7 @@ def report(lm):
 @pytest.mark.slow
 def test_every_check_holds(report, lm) -> None:
     assert report.holds, report.text()
-    assert len(report.findings) == 8
+    assert len(report.findings) == 10
     assert lm.layout == Unrolled()
 
 
@@ -47,7 +47,7 @@ def test_block_tells_versions_device_times_and_checks(report) -> None:
     times = [label for label in report.facts if label.endswith(("(ms)", "(s)"))]
     assert len(times) == 7
     assert all(report.facts[label] > 0 for label in times)
-    assert sum(line.startswith("ok   ") for line in lines) == 8
+    assert sum(line.startswith("ok   ") for line in lines) == 10
     read = json.loads(report.json())
     assert (read["holds"], list(read["facts"])) == (True, list(report.facts))
     assert [finding["name"] for finding in read["findings"]] == [finding.name for finding in report.findings]
