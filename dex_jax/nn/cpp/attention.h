@@ -61,7 +61,7 @@ struct Source {
     for (int q = 0; q < count; ++q) {
       if (q > 0 && (mask_step == 0 || rows[q] == rows[q - 1])) continue;
       const bool* const own = mask + rows[q] * mask_step;
-      const void* const seen = std::memchr(own, true, begin);
+      const void* const seen = begin > 0 ? std::memchr(own, true, begin) : nullptr;  // an empty mask may be null
       const int64_t low = seen ? static_cast<const bool*>(seen) - own : begin;
       int64_t high = length;
       for (uint64_t eight = 0; high - 8 >= end && eight == 0;) {
