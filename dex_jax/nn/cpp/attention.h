@@ -240,6 +240,7 @@ class Attention {
     for (const Source<Cached>& source : sources_) {
       const bool* const mask = source.mask + row * source.mask_step + source.first;
       const int64_t here = source.last - source.first;
+      if (here == 0) continue;  // and its mask may be null
       sees |= std::memchr(mask, true, here) != nullptr;
       // Most rows see all that there is up to themselves.
       const void* const unseen = std::memchr(mask, false, here);
