@@ -41,7 +41,7 @@ def exits_at(depths: tuple[int, ...], **metadata) -> TrainedExits:
 
 def costs_of(a_row_more: float) -> StepCosts:
     """A step of one row takes a second, and each further row so much more."""
-    return StepCosts(ROWS, tuple(1 + a_row_more * (rows - 1) for rows in ROWS), 10**12)
+    return StepCosts(ROWS, tuple(1 + a_row_more * (rows - 1) for rows in ROWS))
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_what_was_asked_for_is_not_settled(monkeypatch) -> None:
 def test_cheap_rows_mean_drafts(cheap_rows) -> None:
     method, why = chosen(Dex())
     assert method == Dex(explorers=1, draft=LOOKUP_TREES[0].shape)
-    tokens = LOOKUP_TREES[0].tokens_per_round
+    tokens = LOOKUP_TREES[0].tokens_a_tick
     assert why == (
         f"one explorer with drafts, 8 rows: 8 rows should emit {tokens:.2f} tokens in the time of 1.06 AR steps; AR "
         f"should take {tokens / 1.056:.2f} times as long"
@@ -91,12 +91,12 @@ def test_a_drafter_brings_its_trees() -> None:
     for a_row_more, tree in ((0.008, trees[0]), (0.5, trees[1])):
         plain, drafting = candidates(costs_of(a_row_more), drafter)
         assert plain.method == AR()
-        assert drafting.seconds == pytest.approx((1 + a_row_more * (tree.shape.rows - 1)) / tree.tokens_per_round)
+        assert drafting.seconds == pytest.approx((1 + a_row_more * (tree.shape.rows - 1)) / tree.tokens_a_tick)
         # The larger one is taken where a tick can choose to run less of it.
         assert dataclasses.replace(drafting.method.draft, rungs=(), drafting=0.0) == trees[0].shape
         assert drafting.method.draft.counts == ((4,) if a_row_more == 0.008 else (1, 2, 4))
     # Not where it takes too long.
-    far_dearer = StepCosts(ROWS, (1.0, 1.1, 1.1 + auto.LONGEST_STEP, 9.0, 9.0), 10**12)
+    far_dearer = StepCosts(ROWS, (1.0, 1.1, 1.1 + auto.LONGEST_STEP, 9.0, 9.0))
     _, drafting = candidates(far_dearer, drafter)
     assert dataclasses.replace(drafting.method.draft, rungs=(), drafting=0.0) == trees[1].shape
 
@@ -144,7 +144,7 @@ def test_what_a_tick_takes_beside_its_step_counts() -> None:
     plain, drafting = candidates(slow, None)
     assert plain.seconds == 1.0
     before = candidates(costs, None)[1]
-    assert drafting.seconds - before.seconds > 0.5 / LOOKUP_TREES[0].tokens_per_round - 1e-9
+    assert drafting.seconds - before.seconds > 0.5 / LOOKUP_TREES[0].tokens_a_tick - 1e-9
 
 
 @given(st.floats(0, 2))
@@ -160,7 +160,7 @@ def test_the_choice_is_the_fastest_that_is_worth_it(a_row_more: float) -> None:
 
 @given(st.lists(st.floats(1e-4, 1), min_size=len(ROWS), max_size=len(ROWS)), st.floats(1, 40), st.floats(1, 40))
 def test_more_rows_never_cost_less(seconds: list[float], a: float, b: float) -> None:
-    found = StepCosts(ROWS, tuple(np.maximum.accumulate(seconds).tolist()), 1)
+    found = StepCosts(ROWS, tuple(np.maximum.accumulate(seconds).tolist()))
     assert found.step(min(a, b)) <= found.step(max(a, b)) + 1e-12
     assert [found.step(rows) for rows in ROWS] == list(found.seconds)
 

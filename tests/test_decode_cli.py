@@ -111,7 +111,7 @@ def test_what_was_drafted_is_counted(capsys) -> None:
 
 @pytest.mark.slow
 def test_what_was_chosen_is_said(capsys, monkeypatch) -> None:
-    cheap = StepCosts(ROWS, (1.0, 1.01, 1.02, 1.3, 1.6), 10**12)
+    cheap = StepCosts(ROWS, (1.0, 1.01, 1.02, 1.3, 1.6))
     monkeypatch.setattr(auto, "step_costs", lambda *about: cheap)
     arguments = ["--prompt", SKY, "--max-new-tokens", "8", "--exits", "shared", "--check"]
     record = json.loads(run(capsys, *arguments, "--json")[1])

@@ -225,7 +225,7 @@ def test_trees_around_one() -> None:
 
 @pytest.mark.parametrize("drafted", [slow(True), False])
 def test_the_search_climbs_for_each_size(lm, monkeypatch, drafted) -> None:
-    cheap = StepCosts(ROWS, tuple(1 + 0.01 * (rows - 1) for rows in ROWS), 10**12)
+    cheap = StepCosts(ROWS, tuple(1 + 0.01 * (rows - 1) for rows in ROWS))
     monkeypatch.setattr(tree_search, "step_costs", lambda *about: cheap)
     tried, prompts, given = [], [[3, 4, 5], [9, 8]], drafter() if drafted else None
     options = {"new_tokens": 16, "steps": 1, "tell": tried.append}
@@ -239,7 +239,7 @@ def test_the_search_climbs_for_each_size(lm, monkeypatch, drafted) -> None:
         assert best.speedup == max(each.speedup for each in rivals)
         method = dex_jax.Dex(explorers=1, draft=best.tree.shape)
         out = dex_jax.generate(lm, prompts, method=method, exits=given or "shared", max_new_tokens=16)
-        assert best.tree.tokens_per_round == (out.lengths - 1).sum() / out.stats.ticks.sum()
+        assert best.tree.tokens_a_tick == (out.lengths - 1).sum() / out.stats.ticks.sum()
     kept = with_trees(drafter(), [each.tree for each in found])
     assert known_trees(kept) == tuple(each.tree for each in found)
     assert resolve(ONE, kept, lm.config, "0").schedule.drafts == found[0].tree.shape

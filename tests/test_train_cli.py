@@ -183,7 +183,7 @@ def test_a_tree_is_searched_and_kept(capsys, monkeypatch, place, drafter, tmp_pa
     code, said, told = run(capsys, "tree", *flags, "--output", out, "--prompts", "2", *sizes)
     assert code == 0
     assert said.startswith(f"{out}: rows a level 2, 1, 2 drafted: ")
-    assert told.count("tokens a round") == 2
+    assert told.count("tokens a tick") == 2
     assert load_exits(out).metadata["trees"][0]["widths"] == [2, 1]
     assert list(tmp_path.iterdir()) == [out]
 

@@ -1,4 +1,4 @@
-"""`train_exits.py tree`: the trees of serial rounds that pay on this device, written into a drafter's file."""
+"""`train_exits.py tree`: the trees that pay with one explorer on this device, written into a drafter's file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def tree_parser() -> argparse.ArgumentParser:
     """The parser of `train_exits.py tree`."""
     p = argparse.ArgumentParser(
         prog=program("train_exits.py") + " tree",
-        description="Search for the trees of serial rounds that are fastest on this device, on answers to prompts "
-        "of your choice, and write them into the drafter's file.",
+        description="Search for the trees that are fastest with one explorer on this device, on answers to prompts of "
+        "your choice, and write them into the drafter's file.",
     )
     add = p.add_argument
     add("--exits", required=True, metavar="FROM", help="the drafter: file or folder")
@@ -30,7 +30,7 @@ def tree_parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=96, metavar="N", help="of each answer (%(default)s)")
     add("--steps", type=int, default=4, metavar="N", help="at most so many moves for each of --sizes (%(default)s)")
     add("--sizes", type=int, nargs="+", default=[4, 8], metavar="N", help="rows of a tree (4 8)")
-    add("--largest", type=int, default=16, metavar="N", help="rows of the one that rounds choose from (%(default)s)")
+    add("--largest", type=int, default=16, metavar="N", help="rows of the one that ticks choose from (%(default)s)")
     add("--float32", action="store_true", help="write full precision; otherwise 8-bit matrices")
     return p
 
@@ -73,6 +73,6 @@ def _line(figures: TreeFigures) -> str:
     shape = figures.tree.shape
     return (
         f"rows a level {', '.join(map(str, shape.widths))}, {shape.drafted} drafted: "
-        f"{figures.tree.tokens_per_round:.2f} tokens a round of {1000 * figures.round_seconds:.1f} ms, "
+        f"{figures.tree.tokens_a_tick:.2f} tokens a tick of {1000 * figures.tick_seconds:.1f} ms, "
         f"{figures.speedup:.2f} times AR"
     )

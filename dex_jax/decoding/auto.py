@@ -122,7 +122,7 @@ def candidates(costs: StepCosts, drafter: TrainedExits | None, batch: int = 1) -
     a_step = costs.step(1)
     plain = Candidate(AR(), a_step, "AR", f"a step takes {1e3 * a_step:.1f} ms here")
     trees = known_trees(drafter)
-    best = min(trees, key=lambda tree: tick_seconds(costs, tree.shape) / tree.tokens_per_round)
+    best = min(trees, key=lambda tree: tick_seconds(costs, tree.shape) / tree.tokens_a_tick)
     a_tick = tick_seconds(costs, best.shape)
     # A larger tree whose ticks choose how many rows to run is at least about as good: it holds the smaller one.
     larger = [tree.shape for tree in trees if costs.step(tree.shape.rows) <= LONGEST_STEP * a_step]
@@ -130,9 +130,9 @@ def candidates(costs: StepCosts, drafter: TrainedExits | None, batch: int = 1) -
     shape = largest if largest.rungs else best.shape
     drafting = Candidate(
         Dex(explorers=1, draft=shape),
-        a_tick / best.tokens_per_round * _slowest(batch),
+        a_tick / best.tokens_a_tick * _slowest(batch),
         f"one explorer with drafts, {' or '.join(map(str, shape.counts))} rows",
-        f"{best.shape.rows} rows should emit {best.tokens_per_round:.2f} tokens in the time of "
+        f"{best.shape.rows} rows should emit {best.tokens_a_tick:.2f} tokens in the time of "
         f"{a_tick / a_step:.2f} AR steps",
     )
     return [plain, drafting]

@@ -69,14 +69,12 @@ class StepCosts:
     Attributes:
       rows: N, ascending, 1 the first.
       seconds: for each of them; they never fall.
-      weight_bytes: that a step reads.
       overhead: seconds of a tick with drafts beside its step and its drafting: to look up, to choose rows, to commit.
       drafting: seconds of drafting one level of a tree; 0 without a drafter.
     """
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
-    weight_bytes: int
     overhead: float = 0.0
     drafting: float = 0.0
 
@@ -86,10 +84,6 @@ class StepCosts:
         What lies between is no cheaper everywhere: on CPUs five rows take longer than eight.
         """
         return _at(self.rows, self.seconds, rows)
-
-    def reading(self, size: float) -> float:
-        """Seconds in which a step of one row reads `size` bytes of weights."""
-        return self.seconds[0] * size / self.weight_bytes
 
 
 def step_costs(
@@ -118,7 +112,7 @@ def step_costs(
     drafting = 0.0
     if drafter is not None:
         drafting = DRAFTING * seconds[0] * head_bytes(drafter, config, few_rows.kept_dtype(dtype)) / total
-    return StepCosts(ROWS, rows, total, OVERHEAD * rows[0], drafting)
+    return StepCosts(ROWS, rows, OVERHEAD * rows[0], drafting)
 
 
 def forget(config: ModelConfig, layout: Layout, dtype: Any) -> None:

@@ -153,7 +153,7 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
       num_samples: repeats each prompt n times, one row after the other.
       stop: strings that end a sequence; they are cut from the text.
       chat: whether string prompts go through the chat template.
-      ticks_per_update: how many ticks or rounds run on the device between two yields; `generate` takes 64 unless told.
+      ticks_per_update: how many ticks run on the device between two yields; `generate` takes 64 unless told.
 
     Yields:
       Output, with `finished` telling which rows have ended.

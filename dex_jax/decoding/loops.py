@@ -6,6 +6,7 @@ tokens.
 
 from __future__ import annotations
 
+import abc
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -68,38 +69,24 @@ class Running(NamedTuple):
     spec: Spec
 
 
-class Loop:
-    """One kind of loop; states are its own. What stands here is for loops that count ticks and are for one device."""
+class Loop(abc.ABC):
+    """One kind of loop on one device; states are its own. What it counts here is for loops that count ticks."""
 
+    @abc.abstractmethod
     def init(self, what: Running, begun: Prefilled, capacity: int) -> Any:
         """The state before the first tick, with room for T new tokens."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def run(self, what: Running, state: Any, limits: Limits, sampling: Sampling | None, until_tick: jax.Array) -> Any:
         """Ticks until every sequence is done, or until `until_tick`."""
-        raise NotImplementedError
 
-    def check_mesh(self, schedule: Schedule, mesh: Mesh, layout: Layout) -> None:
-        """Whether it can run on a mesh where a model lies so.
+    def on_mesh(self, schedule: Schedule) -> MeshLoop:
+        """The same loop for a mesh.
 
         Raises:
-          DexError: it cannot.
+          DexError: there is none for this schedule.
         """
         raise DexError(f"method {schedule.method} is for one device: leave the mesh out, or use Dex or AR")
-
-    def init_stage(self, device: StageNetwork, schedule: Schedule, begun: Prefilled, capacity: int) -> Any:
-        """`init` on one device of a mesh, under shard_map."""
-        raise NotImplementedError
-
-    def step_stage(
-        self, device: StageNetwork, schedule: Schedule, state: Any, limits: Limits, sampling: Sampling | None
-    ) -> Any:
-        """One tick there."""
-        raise NotImplementedError
-
-    def state_specs(self, schedule: Schedule, memory: Any) -> Any:
-        """Where the state lies on a mesh: PartitionSpecs, a prefix of it, given those of `memory`."""
-        raise NotImplementedError
 
     def steps(self, exits: np.ndarray, length: int, stages: int) -> int:
         """Ticks or rounds that a sequence of `length` tokens took: exits [T] say so."""
@@ -122,7 +109,37 @@ class Loop:
         return {"ticks": steps, "depth_side_speedup": speedup, "layer_steps": steps * longest}
 
 
-class ARLoop(Loop):
+class MeshLoop(Loop):
+    """A loop that runs on meshes too, on each device under shard_map."""
+
+    def on_mesh(self, schedule: Schedule) -> MeshLoop:
+        """Itself."""
+        return self
+
+    def check_mesh(self, schedule: Schedule, mesh: Mesh, layout: Layout) -> None:
+        """Whether it can run where a model lies so; nothing unless said.
+
+        Raises:
+          DexError: other stages, or other exit depths.
+        """
+        return
+
+    @abc.abstractmethod
+    def init_stage(self, device: StageNetwork, schedule: Schedule, begun: Prefilled, capacity: int) -> Any:
+        """`init` on one device of a mesh."""
+
+    @abc.abstractmethod
+    def step_stage(
+        self, device: StageNetwork, schedule: Schedule, state: Any, limits: Limits, sampling: Sampling | None
+    ) -> Any:
+        """One tick there."""
+
+    @abc.abstractmethod
+    def state_specs(self, schedule: Schedule, memory: Any) -> Any:
+        """Where the state lies on a mesh: PartitionSpecs, a prefix of it, given those of `memory`."""
+
+
+class ARLoop(MeshLoop):
     """AR: a token a tick (decoding/ar.py)."""
 
     def init(self, what: Running, begun: Prefilled, capacity: int) -> ARState:
@@ -132,9 +149,6 @@ class ARLoop(Loop):
         self, what: Running, state: ARState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
     ) -> ARState:
         return ar.run(what.model, state, limits, sampling, until_tick=until_tick)
-
-    def check_mesh(self, schedule: Schedule, mesh: Mesh, layout: Layout) -> None:
-        """It runs wherever a model lies."""
 
     def init_stage(self, device: StageNetwork, schedule: Schedule, begun: Prefilled, capacity: int) -> ARState:
         return ar.init(begun.memory, begun.token, begun.lengths, capacity=capacity, limits=begun.limits)
@@ -148,7 +162,7 @@ class ARLoop(Loop):
         return ARState(EVERYWHERE, BY_SEQUENCE, BY_SEQUENCE, memory, BY_SEQUENCE)
 
 
-class DexLoop(Loop):
+class DexLoop(MeshLoop):
     """DEX, with drafts and without (decoding/dex/loop.py)."""
 
     def init(self, what: Running, begun: Prefilled, capacity: int) -> DexState:
@@ -166,9 +180,10 @@ class DexLoop(Loop):
         options: dict[str, Any] = {"decs": schedule.decs, "proposing": schedule.proposing, "drafts": schedule.drafts}
         return loop.run(network_of(*what), state, limits, sampling, until_tick=until_tick, **options)
 
+    def on_mesh(self, schedule: Schedule) -> MeshLoop:
+        return self if schedule.proposing is None else Loop.on_mesh(self, schedule)
+
     def check_mesh(self, schedule: Schedule, mesh: Mesh, layout: Layout) -> None:
-        if schedule.proposing is not None:
-            super().check_mesh(schedule, mesh, layout)
         assert isinstance(layout, Staged)
         if schedule.stages == 1:  # over several stages a pipeline that runs trees
             return

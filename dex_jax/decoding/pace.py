@@ -1,4 +1,4 @@
-"""What steps and rounds really take: seen chunk by chunk, and held against what was measured or guessed before."""
+"""What steps and ticks really take: seen chunk by chunk, and held against what was measured or guessed before."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def check_mesh(mesh: Mesh | None, layout: Layout, schedule: Schedule, sequences:
       DexError: a method for one device, other exit depths or stages, or sequences that the data axis divides not.
     """
     if mesh is not None:
-        schedule.loop.check_mesh(schedule, mesh, layout)
+        schedule.loop.on_mesh(schedule).check_mesh(schedule, mesh, layout)
         check_batch(mesh, sequences)
 
 

@@ -1,8 +1,8 @@
-"""Which trees pay: tokens a round on some prompts, over what a round should take on the device at hand.
+"""Which trees pay with one explorer: tokens a tick on some prompts, over what a tick should take on this device.
 
-How many tokens a round emits does not depend on the device, so it is counted; what a round takes comes from the costs
-by which Dex() chooses (decoding/auto.py), and is not disturbed by other load. The largest tree is not
-searched for: rounds choose how many of its levels to draft and how many of its rows to run.
+How many tokens a tick emits does not depend on the device, so it is counted; what a tick takes comes from the costs by
+which Dex() chooses (decoding/auto.py), and is not disturbed by other load. The largest tree is not searched for: ticks
+choose how many of its levels to draft and how many of its rows to run.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class TreeFigures:
     """What a tree comes to.
 
     Attributes:
-      tree: with tokens a round, of all prompts together.
-      round_seconds: that a round should take.
+      tree: with tokens a tick, of all prompts together.
+      tick_seconds: that a tick should take.
       speedup: over as many AR steps.
     """
 
     tree: KnownTree
-    round_seconds: float
+    tick_seconds: float
     speedup: float
 
 
@@ -64,7 +64,7 @@ def neighbours(shape: TreeShape, drafts: bool) -> list[TreeShape]:
 
 
 def large_tree(rows: int) -> TreeShape:
-    """A tree for rounds that choose: all levels drafted, each 3/4 as wide as the one above."""
+    """A tree for ticks that choose: all levels drafted, each 3/4 as wide as the one above."""
     widths, left, width = [], rows - 1, rows / 4
     while left:
         widths.append(min(left, max(1, round(width))))
@@ -120,7 +120,7 @@ def search_trees(
 
     def figures(shape: TreeShape) -> TreeFigures:
         if shape not in known:
-            tokens = _tokens_per_round(lm, drafter, prompts, shape, new_tokens)
+            tokens = _tokens_a_tick(lm, drafter, prompts, shape, new_tokens)
             known[shape] = _figures(KnownTree(shape, tokens), costs)
             tell(known[shape])
         return known[shape]
@@ -142,11 +142,11 @@ def search_trees(
 
 
 def _figures(tree: KnownTree, costs: StepCosts) -> TreeFigures:
-    a_round = tick_seconds(costs, tree.shape)
-    return TreeFigures(tree, a_round, tree.tokens_per_round * costs.step(1) / a_round)
+    a_tick = tick_seconds(costs, tree.shape)
+    return TreeFigures(tree, a_tick, tree.tokens_a_tick * costs.step(1) / a_tick)
 
 
-def _tokens_per_round(
+def _tokens_a_tick(
     lm: LanguageModel,
     drafter: TrainedExits | None,
     prompts: Sequence[Sequence[int]],

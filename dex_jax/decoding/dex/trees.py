@@ -24,7 +24,7 @@ class KnownTree:
     """A tree, and how many tokens all ticks of some texts emitted with it, over how many ticks there were."""
 
     shape: TreeShape
-    tokens_per_round: float
+    tokens_a_tick: float
 
 
 def _chain(length: int) -> TreeShape:
@@ -63,7 +63,7 @@ def with_trees(drafter: TrainedExits, trees: Iterable[KnownTree]) -> TrainedExit
             "widths": list(tree.shape.widths),
             "drafted": tree.shape.drafted,
             "lookup": list(tree.shape.lookup),
-            "tokens_per_round": tree.tokens_per_round,
+            "tokens_per_round": tree.tokens_a_tick,
         }
         for tree in trees
     ]

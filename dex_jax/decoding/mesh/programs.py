@@ -84,14 +84,14 @@ def start_decoding(
     capacity: int,
 ) -> Any:
     """`session.start_decoding` on a mesh: every device chooses token 0 for itself, nothing is sent."""
-    schedule = spec.schedule
+    schedule, loop = spec.schedule, spec.schedule.loop.on_mesh(spec.schedule)
 
     def run(weights: Any, heads: Any, memory: Any, last: Any, *others: Any) -> Any:
         lengths, limits, sampling, prompt, costs = others
         device = _device(spec, weights, heads)
         token = ar.next_token(device.model, last, lengths, sampling)
         begun = Prefilled(_own(memory), token, lengths, limits, sampling, prompt, costs)
-        state = schedule.loop.init_stage(device, schedule, begun, capacity)
+        state = loop.init_stage(device, schedule, begun, capacity)
         return state._replace(memory=_stacked(state.memory))
 
     inputs = (
@@ -113,13 +113,13 @@ def run_ticks(
     spec: Spec,
 ) -> Any:
     """`session.run_ticks` on a mesh."""
-    schedule = spec.schedule
+    schedule, loop = spec.schedule, spec.schedule.loop.on_mesh(spec.schedule)
 
     def run(weights: Any, heads: Any, state: Any, limits: Any, sampling: Any, until_tick: Any) -> Any:
         device = _device(spec, weights, heads)
 
         def tick(state: Any) -> Any:
-            return schedule.loop.step_stage(device, schedule, state, limits, sampling)
+            return loop.step_stage(device, schedule, state, limits, sampling)
 
         state = _together(spec, tick, state._replace(memory=_own(state.memory)), until_tick)
         return state._replace(memory=_stacked(state.memory))
@@ -147,7 +147,7 @@ def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, t
 
 def state_specs(spec: Spec) -> Any:
     """Where what the method's loop carries lies: PartitionSpecs, a prefix of it."""
-    return spec.schedule.loop.state_specs(spec.schedule, MEMORY)
+    return spec.schedule.loop.on_mesh(spec.schedule).state_specs(spec.schedule, MEMORY)
 
 
 def sampling_specs(sampling: Sampling | None) -> Any:
