@@ -185,7 +185,6 @@ def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str,
     sampling = case.sampling(range(case.batch))
     method = Resolved(schedule, exits=case.trained, drafter=random_drafter() if case.drafts == "drafter" else None)
     session = Session(lm, ragged_prompts()[: case.batch], method, case.tokens, sampling)
-    known = {program.name: len(program._compiled) for program in (PREFILL, START, RUN)}
     session.prefill()
     # In two calls, so that the state also goes back in.
     session.advance(3)
@@ -194,9 +193,8 @@ def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str,
         assert lm.mesh is not None
         assert_state_of_own_stage(session.state, lm.mesh)
         for program in (PREFILL, START, RUN):
-            new = list(program._compiled.values())[known[program.name] :]
-            if new:
-                (folder / f"{case.name}.{program.name}.hlo").write_text(new[-1].as_text())
+            *_, used_last = program._compiled.values()
+            (folder / f"{case.name}.{program.name}.hlo").write_text(used_last.as_text())
     return [
         {
             "tokens": record.tokens[row, :length].tolist(),
