@@ -24,11 +24,9 @@ from dex_jax.evaluation.check import compare
 from dex_jax.tables import markdown
 
 
-def answer(lm: Any, ids: list[int], method: Any, exits: str, new_tokens: int) -> dict[str, Any]:
-    """One answer's ticks, exits and whether its tokens are AR's."""
-    options: dict[str, Any] = {"exits": exits, "max_new_tokens": new_tokens}
+def answer(lm: Any, ids: list[int], method: Any, plain: Any, **options: Any) -> dict[str, Any]:
+    """One answer's ticks, exits and whether its tokens are those of `plain`."""
     out = dex_jax.generate(lm, [ids], method=method, **options)
-    plain = dex_jax.generate(lm, [ids], method=dex_jax.AR(), **options)
     (check,) = compare(lm, out, plain)
     length, schedule = int(out.lengths[0]), out.stats.schedule
     return {
@@ -46,24 +44,29 @@ def speedup(runs: list[dict[str, Any]], explorers: int) -> float:
 
 
 def table(runs: Mapping[str, dict[str, Any]], explorers: list[int]) -> str:
-    """One line for each K: drafts on, off, their ratio, and over the pipeline that runs trees."""
+    """One line for each K: drafts on, off, their ratio, and over the pipeline that runs trees; empty where none ran."""
     groups: dict[tuple[int, bool, str], list[dict[str, Any]]] = {}
     for name, run in runs.items():
         k, draft, prompt = name.split("; ")
         groups.setdefault((int(k[4:]), draft == "drafts", prompt.split(" ")[0]), []).append(run)
     kinds = sorted({kind for _, _, kind in groups})
 
-    def mean(k: int, draft: bool) -> float:
-        return float(np.mean([speedup(groups[k, draft, kind], k) for kind in kinds]))
+    def cell(k: int, draft: bool, kind: str) -> str:
+        return f"{speedup(groups[k, draft, kind], k):.2f}" if (k, draft, kind) in groups else ""
+
+    def mean(k: int, draft: bool) -> str:
+        found = [cell(k, draft, kind) for kind in kinds]
+        return f"{np.mean([float(each) for each in found]):.2f}" if all(found) else ""
+
+    def over(ours: str, others: str) -> str:
+        return f"{float(ours) / float(others):.2f}" if ours and others else ""
 
     rows = []
-    for k in explorers:
-        if any((k, draft, kind) not in groups for draft in (True, False) for kind in kinds):
-            continue
-        each = [speedup(groups[k, True, kind], k) for kind in kinds]
-        tree = f"{mean(k, True) / mean(1, True):.2f}" if (1, True, kinds[0]) in groups and k > 1 else ""
+    for k in sorted({k for k, _, _ in groups} & set(explorers)):
         with_drafts, without = mean(k, True), mean(k, False)
-        rows.append([str(k), *(f"{x:.2f}" for x in (*each, with_drafts, without, with_drafts / without)), tree])
+        each = [cell(k, True, kind) for kind in kinds]
+        tree = over(with_drafts, mean(1, True)) if k > 1 else ""
+        rows.append([str(k), *each, with_drafts, without, over(with_drafts, without), tree])
     heads = ["K", *kinds, "mean with drafts", "mean without", "drafts over none", "over the pipeline that runs trees"]
     return markdown(heads, rows)
 
@@ -71,6 +74,7 @@ def table(runs: Mapping[str, dict[str, Any]], explorers: list[int]) -> str:
 def parser() -> argparse.ArgumentParser:
     flags = arguments(__doc__, data=None, prompts=40, max_new_tokens=96, exits="default")
     flags.add_argument("--explorers", type=int, nargs="+", default=[1, 2, 5, 10], metavar="K")
+    flags.add_argument("--only-drafts", action="store_true", help="leave out explorers without drafts")
     return flags
 
 
@@ -84,13 +88,17 @@ def run(args: argparse.Namespace) -> int:
     one = dex_jax.Dex(explorers=1)
     # The tree that several explorers take, so that both run the same drafter over the same rows.
     one = dataclasses.replace(one, draft=largest_tree(lm, args.exits))
+    options = {"exits": args.exits, "max_new_tokens": args.max_new_tokens}
     for prompt, ids in asked.items():
+        wanted: dict[str, Any] = {}
         for k in args.explorers:
-            for draft in (True, False):
-                name = f"K = {k}; {'drafts' if draft else 'none'}; {prompt}"
-                if name not in figures.runs:
-                    method = one if k == 1 and draft else dex_jax.Dex(explorers=k, draft=draft)
-                    figures.add(name, answer(lm, ids, method, args.exits, args.max_new_tokens))
+            wanted[f"K = {k}; drafts; {prompt}"] = one if k == 1 else dex_jax.Dex(explorers=k)
+            if not args.only_drafts:
+                wanted[f"K = {k}; none; {prompt}"] = dex_jax.Dex(explorers=k, draft=False)
+        missing = {name: method for name, method in wanted.items() if name not in figures.runs}
+        plain = dex_jax.generate(lm, [ids], method=dex_jax.AR(), **options) if missing else None
+        for name, method in missing.items():
+            figures.add(name, answer(lm, ids, method, plain, **options))
     same = sum(each["identical"] for each in figures.runs.values())
     words = f"Tokens are AR's, ties of floating point apart, in {same} of {len(figures.runs)} answers."
     figures.publish("# Depth-side speedup", table(figures.runs, args.explorers), words)

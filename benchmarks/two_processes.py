@@ -35,7 +35,8 @@ from dex_jax.cli.common import depths
 from dex_jax.errors import DexError, exit_code
 from dex_jax.tables import markdown
 
-FOREVER = 2**30
+FOREVER, CACHE = 2**30, 256
+"""Ticks between two updates; cache positions that trees are chosen for."""
 AR, TREES, SILENT, DEX = "AR", "trees in a pipeline", "explorers without drafts", "explorers with drafts"
 
 
@@ -63,8 +64,8 @@ def work(task: dict[str, Any]) -> None:
 
     import dex_jax
     from dex_jax.cli.common import remember_compilations
+    from dex_jax.decoding.auto import settle
     from dex_jax.decoding.output import Output
-    from dex_jax.decoding.resolve import resolve
     from dex_jax.distributed import is_first, join
 
     join()
@@ -79,17 +80,13 @@ def work(task: dict[str, Any]) -> None:
         if is_first():
             print(json.dumps(what), flush=True)
 
-    methods: dict[str, Any] = {AR: dex_jax.AR(), TREES: dex_jax.Dex(explorers=1, rows=task["rows"])}
+    about = (lm.config, lm.layout, lm.dtype, lm.fingerprint, 1, CACHE)
+    chosen, _ = settle(dex_jax.Dex(), "default", *about, lm.mesh)
+    tree = chosen.draft if isinstance(chosen, dex_jax.Dex) else True
+    # Both draft the same trees, and choose from them by the same costs.
+    methods: dict[str, Any] = {AR: dex_jax.AR(), TREES: dex_jax.Dex(explorers=1, draft=tree)}
     if len(lm.layout.depths) > 1:
-        # Both draft the same trees.
-        tree = resolve(dex_jax.Dex(explorers=2), "default", lm.config, lm.fingerprint).schedule.drafts
-        assert tree is not None
-        methods = {
-            AR: dex_jax.AR(),
-            TREES: dex_jax.Dex(explorers=1, rows=task["rows"], draft=tree),
-            SILENT: dex_jax.Dex(depths=lm.layout.depths, draft=False),
-            DEX: dex_jax.Dex(depths=lm.layout.depths, rows=task["rows"], draft=tree),
-        }
+        methods |= {SILENT: dex_jax.Dex(depths=lm.layout.depths, draft=False), DEX: chosen}
     out: dict[str, Output] = {}
 
     def decode(name: str, prompts: list[list[int]]) -> float:
@@ -170,7 +167,6 @@ def parser() -> argparse.ArgumentParser:
     flags = arguments(__doc__, data=None, prompts=10, rounds=3, max_new_tokens=96)
     flags.add_argument("--mesh", choices=["stage=2", "tensor=2"], default="stage=2", help="(%(default)s)")
     flags.add_argument("--depths", type=depths, metavar="X,...", help="of the two exits; even unless given")
-    flags.add_argument("--rows", type=int, metavar="W", help="rows a stage with drafts; default: as decode.py")
     flags.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="prompts at a time (%(default)s)")
     return flags
 
@@ -186,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     files = [list(read_ids(lm, [path], args.prompts).items()) for path in args.data]
     # Files take turns, so that every batch is of all of them.
     prompts = [each for together in itertools.zip_longest(*files) for each in together if each is not None]
-    kept = ("model", "mesh", "depths", "rows", "max_new_tokens", "rounds")
+    kept = ("model", "mesh", "depths", "max_new_tokens", "rounds")
     settings = {name: getattr(args, name) for name in kept}
     figures = Figures(args.output, machine(data=[Path(path).name for path in args.data], **settings))
     wanted = {}

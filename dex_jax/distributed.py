@@ -112,6 +112,15 @@ def from_first(make: Callable[[], Any]) -> Any:
     return message["value"]
 
 
+def seconds_of_first(seconds: float) -> float:
+    """What process 0 has measured, in all processes: they must not draw different conclusions."""
+    if jax.process_count() == 1:
+        return seconds
+    from jax.experimental import multihost_utils
+
+    return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
+
+
 def to_host(tree: Any) -> Any:
     """Arrays of a mesh as NumPy arrays, whole in every process."""
 

@@ -8,6 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from dex_jax.decoding.dex.trees import LOOKUP_TREE, LOOKUP_TREES, KnownTree, kno
 from dex_jax.decoding.pace import Pace
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.exits import exit_parameters
-from dex_jax.nn.transformer import Stacked, Unrolled
+from dex_jax.nn.transformer import Stacked, Staged, Unrolled
 
 FLOAT32 = np.dtype("float32")
 STAGED = Stacked((2, 4))
@@ -82,6 +83,23 @@ def test_dear_rows_mean_ar(dear_rows) -> None:
     method, why = chosen(Dex())
     assert method == AR()
     assert why.startswith("AR: a step takes 1000.0 ms here; one explorer with drafts, ")
+
+
+@pytest.mark.parametrize(("a_row_more", "rows"), [(0.001, (15,)), (0.2, (1, 2, 4, 8, 15))])
+def test_on_a_mesh_each_stage_has_an_explorer_that_chooses_its_rows(monkeypatch, a_row_more, rows) -> None:
+    asked: list[tuple] = []
+    monkeypatch.setattr(auto, "step_costs", lambda *about: asked.append(about) or costs_of(a_row_more))
+    mesh = jax.sharding.AbstractMesh((2, 5, 1), ("data", "stage", "tensor"))
+    about = (LLAMA, Staged((1, 2, 3, 4, 5)), FLOAT32, "none ships", 7, 128, mesh)
+    method, why = settle(Dex(), "shared", *about)
+    assert method == Dex(depths=(1, 2, 3, 4, 5), draft=method.draft)
+    assert why == f"an explorer with drafts on each stage, {' or '.join(map(str, rows))} rows"
+    assert (method.draft.counts if method.draft.rungs else (15,)) == rows
+    assert method.schedule_for(5).rows == 15
+    ((_, layout, _, batch, *_),) = asked
+    assert layout == Unrolled(), "as a device of it sees its layers"
+    assert batch == 4, "as many sequences as a row of the data axis has"
+    assert settle(Dex(rows=4), "shared", *about) == (Dex(explorers=5, rows=4), None)
 
 
 def test_a_drafter_brings_its_trees() -> None:

@@ -1,4 +1,5 @@
-"""What runs where nothing was asked for, on one device: AR or one explorer with drafts, what should be faster here.
+"""What runs where nothing was asked for: AR or one explorer with drafts, what should be faster here; where a mesh has
+several stages an explorer for each, whose ticks choose their rows.
 
 Seconds a token are what steps take on this device (decoding/costs.py) over how many tokens come of a tick, which is
 known of the drafter's trees:
@@ -6,8 +7,8 @@ known of the drafter's trees:
   AR                   step(1)
   one explorer         (step(N) + overhead + drafted levels * drafting) / tokens a tick * slowest(B)
 
-Explorers side by side are not weighed: on one device their stages all wait for the same memory, and K = 1 with drafts
-runs every layer in one tick.
+On one device, explorers side by side are not weighed: their stages all wait for the same memory, and K = 1 with drafts
+runs every layer in one tick. What more rows take on a mesh is measured on one of its devices.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import os
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.costs import StepCosts, forget, step_costs
 from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.trees import known_trees
-from dex_jax.decoding.methods import AR, Dex, Method
+from dex_jax.decoding.methods import AR, Dex, Method, drafted_rows, with_stages
 from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.resolve import find_exits, unmeasured
+from dex_jax.distributed import from_first
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.nn.transformer import Layout
+from dex_jax.nn.transformer import Layout, Staged, Unrolled
+from dex_jax.sharding import DATA, STAGE
 
 SMALLEST_GAIN = 1.02
 """What is expected to be ahead of AR by less is not worth its compilation, and may well be behind."""
@@ -74,6 +78,7 @@ def settle(
     fingerprint: str,
     batch: int,
     length: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Method, str | None]:
     """The method that runs, and one line that says why if it was chosen here.
 
@@ -83,17 +88,32 @@ def settle(
       config, layout, dtype, fingerprint: of the model.
       batch: B.
       length: S, about as many cache positions as the generation will have.
+      mesh: where the model lies, None on one device.
 
     Raises:
       DexError: exits that cannot be read.
     """
     if not isinstance(method, Dex) or not method.is_free:
-        return method, None
-    given = find_exits(exits, fingerprint)
-    if given.own == "exits":
+        return with_stages(method, None if mesh is None else mesh.shape[STAGE]), None
+    given, stages = find_exits(exits, fingerprint), 1 if mesh is None else mesh.shape[STAGE]
+    if given.own == "exits" and mesh is None:
         why = f"several explorers, which the exits in {given.source} are for"
         return unmeasured(method, exits, fingerprint), why
-    costs = step_costs(config, layout, dtype, batch, length, given.drafter)
+    staged = layout
+    if mesh is not None:  # what one of its devices runs
+        layout, batch = Unrolled(), -(-batch // mesh.shape[DATA])
+
+    about = (config, layout, dtype, batch, length, given.drafter)
+    # Processes of a mesh that went by figures of their own would run different programs.
+    rows, seconds, *others = from_first(lambda: dataclasses.astuple(step_costs(*about)))
+    costs = StepCosts(tuple(rows), tuple(seconds), *others)
+    if stages > 1:
+        tree = _largest(costs, given.drafter)
+        most = drafted_rows(stages, tree)
+        shape = with_rungs(costs, tree, most)
+        rows = " or ".join(map(str, shape.counts if shape.rungs else (most,)))
+        assert isinstance(staged, Staged)
+        return Dex(depths=staged.depths, draft=shape), f"an explorer with drafts on each stage, {rows} rows"
     found = candidates(costs, given.drafter, batch)
     plain = found[0]
     best = min(found, key=lambda each: each.seconds)
@@ -125,8 +145,7 @@ def candidates(costs: StepCosts, drafter: TrainedExits | None, batch: int = 1) -
     best = min(trees, key=lambda tree: tick_seconds(costs, tree.shape) / tree.tokens_a_tick)
     a_tick = tick_seconds(costs, best.shape)
     # A larger tree whose ticks choose how many rows to run is at least about as good: it holds the smaller one.
-    larger = [tree.shape for tree in trees if costs.step(tree.shape.rows) <= LONGEST_STEP * a_step]
-    largest = with_rungs(costs, max([best.shape, *larger], key=lambda shape: shape.rows))
+    largest = with_rungs(costs, max(best.shape, _largest(costs, drafter), key=lambda shape: shape.rows))
     shape = largest if largest.rungs else best.shape
     drafting = Candidate(
         Dex(explorers=1, draft=shape),
@@ -143,17 +162,25 @@ def tick_seconds(costs: StepCosts, shape: TreeShape) -> float:
     return costs.step(shape.rows) + costs.overhead + shape.drafted * costs.drafting
 
 
-def with_rungs(costs: StepCosts, shape: TreeShape) -> TreeShape:
+def _largest(costs: StepCosts, drafter: TrainedExits | None) -> TreeShape:
+    """The largest known tree whose rows do not take too long."""
+    shapes = sorted((tree.shape for tree in known_trees(drafter)), key=lambda shape: shape.rows)
+    return [shapes[0], *(shape for shape in shapes if costs.step(shape.rows) <= LONGEST_STEP * costs.step(1))][-1]
+
+
+def with_rungs(costs: StepCosts, shape: TreeShape, most: int | None = None) -> TreeShape:
     """The shape with the row counts that a tick may choose from: those that cost clearly less than the next larger.
 
-    Costs are in AR steps, with CAUTION, and rounded so that a program compiled for them serves another measurement too.
+    The largest is `most`, the rows of a stage; those of the shape unless given. Costs are in AR steps, with CAUTION,
+    and rounded so that a program compiled for them serves another measurement too.
     """
 
     def parts(more: float) -> int:
         return round(CAUTION * more / costs.step(1) * COST_PARTS)
 
     found: list[tuple[int, int]] = []
-    for rows in sorted({*(rows for rows in costs.rows if rows < shape.rows), shape.rows}, reverse=True):
+    most = most or shape.rows
+    for rows in sorted({*(rows for rows in costs.rows if rows < most), most}, reverse=True):
         cost = COST_PARTS + parts(costs.step(rows) - costs.step(1) + costs.overhead)
         if not found or cost <= found[-1][1] - CLEARLY_LESS:
             found.append((rows, cost))

@@ -163,7 +163,8 @@ def _key(config: ModelConfig, layout: Layout, dtype: np.dtype) -> str:
     """All that figures depend on, in words."""
     device = jax.devices()[0]
     shapes = [size for size in dataclasses.astuple(config) if isinstance(size, int)]
-    about = (device.platform, device.device_kind, os.cpu_count(), jax.__version__, dtype, layout, few_rows.language())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    about = (device.platform, device.device_kind, cores, jax.__version__, dtype, layout, few_rows.language())
     return " ".join(map(str, (*about, *shapes)))
 
 

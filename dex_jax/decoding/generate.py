@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.decoding.auto import reconsider, settle
-from dex_jax.decoding.methods import SPARE, Dex, Method, with_stages
+from dex_jax.decoding.methods import SPARE, Dex, Method
 from dex_jax.decoding.output import Output, Stats, cut
 from dex_jax.decoding.record import Record
 from dex_jax.decoding.resolve import Resolved, resolve
@@ -30,7 +30,7 @@ from dex_jax.nn.transformer import Staged
 from dex_jax.progress import notify
 from dex_jax.prompts import Prompt
 from dex_jax.sampling import Sampling, sampling_keys
-from dex_jax.sharding import STAGE, device_name
+from dex_jax.sharding import device_name
 
 if TYPE_CHECKING:
     from dex_jax.language_model import LanguageModel, Outline
@@ -84,8 +84,7 @@ def prepare(
     batch = batch_bucket(len(ids))
     length = cache_length_for(max(map(len, ids)), max_new_tokens, SPARE, batch)
     model = (lm.config, lm.layout, lm.dtype, lm.fingerprint)
-    method = with_stages(method, None if lm.mesh is None else lm.mesh.shape[STAGE])
-    settled, choice = settle(method, exits, *model, batch, length)
+    settled, choice = settle(Dex() if method is None else method, exits, *model, batch, length, lm.mesh)
     resolved = _resolve(lm, settled, exits)
     session = Session(lm, ids, resolved, max_new_tokens, sampling)
     return Prepared(session, resolved, choice, ids, seeds, StopStrings(stop, lm.tokenizer), ticks_per_update)
@@ -172,8 +171,8 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
         output = _output(run, record, times)
         yield output
         if output.finished.all():
-            if run.choice is not None:
-                session = run.session
+            session = run.session
+            if run.choice is not None and lm.mesh is None:
                 reconsider(session.pace, lm.config, lm.layout, lm.dtype, session.sequences, session.cache_length)
             return
         with _Clock(times, "decode"):

@@ -237,7 +237,7 @@ def with_drafts(
     everything.sort(key=lambda node: -node.score)
     spawned = everything if rows is None else everything[:rows]
     if shape.rungs:
-        worth = [sum(math.exp(n.score) for n in spawned[:size]) - price * cost for size, cost in shape.rungs]
+        worth = [sum(math.exp(n.score) for n in spawned[:size]) - price * cost / stages for size, cost in shape.rungs]
         size = shape.rungs[worth.index(max(worth))][0]
         spawned = spawned[:size]
         for node in spawned:

@@ -311,7 +311,9 @@ def draft(
     drafting = drafting._replace(chosen=drafting.chosen.at[-1].add(levels_drafted))
     if costs is None:
         return cohort, drafting
-    cohort, rung, promised = _most_promising(cohort, below, shape, costs)
+    # Of K cohorts on their way side by side each makes ticks longer by its share alone.
+    share = costs.rows / drafting.rung.shape[0]
+    cohort, rung, promised = _most_promising(cohort, below, shape, share)
     spent = levels_drafted * costs.drafting * jnp.sum(below.going)
     return cohort, drafting._replace(
         rung=drafting.rung.at[ring].set(rung),
@@ -411,7 +413,7 @@ def _promise(cohort: Cohort, going: jax.Array) -> jax.Array:
 
 
 def _most_promising(
-    cohort: Cohort, below: Below, shape: TreeShape, costs: RowCosts
+    cohort: Cohort, below: Below, shape: TreeShape, costs: jax.Array
 ) -> tuple[Cohort, jax.Array, jax.Array]:
     """A sorted cohort without the rows beyond the best rung, the rung, and how many tokens its drafts promise.
 
@@ -420,7 +422,7 @@ def _most_promising(
     """
     counts = jnp.asarray(shape.counts)
     expected = jnp.cumsum(_promise(cohort, below.going))
-    rung = jnp.argmax(expected[counts - 1] - below.price * costs.rows).astype(jnp.int32)
+    rung = jnp.argmax(expected[counts - 1] - below.price * costs).astype(jnp.int32)
     kept = (jnp.arange(cohort.token.shape[1]) < counts[rung])[None]
     drafts = jnp.where(kept & (cohort.above != NO_NODE) & below.going[:, None], jnp.exp(cohort.score), 0)
     return cohort._replace(score=jnp.where(kept, cohort.score, -jnp.inf)), rung, jnp.sum(drafts)
