@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
@@ -211,6 +212,9 @@ def _measure(config: ModelConfig, layout: Layout, dtype: np.dtype, totals: tuple
 
         return _again(steps, step, token)
 
+    # As a device of a mesh runs it, whose products may be others than those of a process with several devices.
+    alone = jax.make_mesh((1,), ("one",), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:1])
+    run = jax.shard_map(run, mesh=alone, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     programs: list[tuple[Any, tuple[Any, ...]]] = []
     for rows in totals:
         token = np.zeros((1, rows), np.int32)

@@ -205,7 +205,10 @@ class DexLoop(MeshLoop):
         self, device: StageNetwork, schedule: Schedule, state: DexState, limits: Limits, sampling: Sampling | None
     ) -> DexState:
         if schedule.stages < device.stages:
-            return loop.step(stage.pipeline(device), state, limits, sampling, drafts=schedule.drafts)
+            assert schedule.drafts is not None
+            return loop.step(
+                stage.pipeline(device, schedule.drafts.counts), state, limits, sampling, drafts=schedule.drafts
+            )
         return stage.step(device, state, limits, sampling, decs=schedule.decs, drafts=schedule.drafts)
 
     def state_specs(self, schedule: Schedule, memory: Any) -> DexState:

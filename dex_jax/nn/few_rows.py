@@ -140,7 +140,7 @@ def kept_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 def language() -> str:
     """What multiplies few rows in float32 here, for reports: "C++" or "XLA"."""
-    return "C++" if ready() else "XLA"
+    return "C++" if _registered() else "XLA"
 
 
 def library(flags: tuple[str, ...] = ()) -> Path:

@@ -49,6 +49,7 @@ from dex_jax.decoding.dex.trained_exits import (
     row_features,
     trained_exits,
 )
+from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.noise import make_noise
 from dex_jax.decoding.record import Limits, emit
 from dex_jax.lattice import NO_TOKEN, Proposals
@@ -292,23 +293,37 @@ def extend_stages(
 
 
 def through_stages(
-    device: StageNetwork, memory: Memory, x: jax.Array, position: jax.Array, among: jax.Array, prefix: jax.Array
+    device: StageNetwork,
+    memory: Memory,
+    x: jax.Array,
+    position: jax.Array,
+    among: jax.Array,
+    prefix: jax.Array,
+    used: jax.Array | None = None,
+    counts: tuple[int, ...] = (),
 ) -> tuple[jax.Array, Any]:
     """`forward.run_rows` over the stages, one after the other: K - 1 permutes; a device computes in its own turn only.
+
+    Of N rows only the first `used` count, of which as many are run as the least of the row counts that holds them.
 
     Returns:
       (hidden states [B, N, D] at depth L on the last stage and nothing of use elsewhere, keys and values of this
       stage's layers).
     """
-    leaf = memory.keys[0]
-    blank = jnp.zeros((*leaf.shape[:2], x.shape[1], leaf.shape[3]), leaf.dtype)
-    fresh: Any = ((blank,) * len(memory.keys),) * 2
+    leaf, rows, layers = memory.keys[0], x.shape[1], range(len(memory.keys))
+    blank = jnp.zeros((*leaf.shape[:2], rows, leaf.shape[3]), leaf.dtype)
+    fresh: Any = ((blank,) * len(layers),) * 2
     for turn in range(device.stages):
 
         def run(x: jax.Array, fresh: Any) -> Any:
-            del fresh
-            layers = range(len(memory.keys))
-            return run_rows(device.model, memory, x, position, among, prefix, layers, device.in_use)
+            def first(width: int) -> Any:
+                if width == 0:
+                    return x, fresh
+                about = (position[:, :width], among[:, :width, :width], prefix, layers, device.in_use)
+                out, found = run_rows(device.model, memory, x[:, :width], *about)
+                return fill(out, 1, rows), jax.tree.map(lambda each: fill(each, 2, rows), found)
+
+            return first(rows) if used is None else climb(used, (0, *counts, rows), first)
 
         # Caches are read here and written by who asked: passed through a conditional they would be copied.
         x, fresh = jax.lax.cond(jax.lax.axis_index(STAGE) == turn, run, lambda x, fresh: (x, fresh), x, fresh)
@@ -317,15 +332,19 @@ def through_stages(
     return x, fresh
 
 
-def pipeline(device: StageNetwork) -> Network:
+def pipeline(device: StageNetwork, counts: tuple[int, ...]) -> Network:
     """One explorer over all stages, for `loop.step`: the pipeline that runs trees, a rival of one explorer a stage.
 
-    In a tick a cohort goes through the stages one after the other, then all devices hear its states at depth L.
+    In a tick a cohort goes through the stages one after the other, then all devices hear its states at depth L. Row
+    counts that are compiled are `counts`, and all.
     """
 
     def advance(memory: Memory, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Memory]:
-        among = view.ancestors[0] | jnp.eye(hidden.shape[2], dtype=bool)[None]
-        x, (keys, values) = through_stages(device, memory, hidden[0], view.position[0], among, view.prefix)
+        rows = hidden.shape[2]
+        among = view.ancestors[0] | jnp.eye(rows, dtype=bool)[None]
+        used = jnp.max(jnp.where(view.live[0], jnp.arange(1, rows + 1)[None], 0))
+        fewer = tuple(count for count in counts if count < rows)
+        x, (keys, values) = through_stages(device, memory, hidden[0], view.position[0], among, view.prefix, used, fewer)
         memory = memory._replace(lattice_keys=keys, lattice_values=values)
         return from_last_stage(x, device.stages)[None], memory
 
