@@ -32,86 +32,53 @@ Curve = tuple[tuple[float, float], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """How two devices exchange data.
+    """How two devices exchange data."""
 
-    Attributes:
-      name: of the link.
-      latency: seconds that a small message takes, from program to program.
-      bandwidth: bytes a second, one way.
-    """
-
-    name: str
-    latency: float
-    bandwidth: float
+    name: str  # of the link
+    latency: float  # seconds that a small message takes, from program to program
+    bandwidth: float  # bytes a second, one way
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What `calibrate` measured with the library's own programs, instead of peaks; seconds per byte, by rows.
+    """What `calibrate` measured with the library's own programs, instead of peaks; seconds per byte, by rows."""
 
-    Attributes:
-      layer: layout or program ("unrolled"; "scan", AR over stacked weights; "stacked", a tick over them) -> time of a
-        layer's products by rows of one stage, per byte of its weights, fixed costs taken off.
-      cache: time of a layer's attention by rows of one sequence, per byte of keys and values.
-      head: time of the final norm, unembedding and choice, per byte of the unembedding.
-      exits: time of asking the exits (mask, choice and probability included), per byte of the draft unembedding.
-      layer_seconds: layout or program -> fixed cost of a layer, whatever its width.
-      tick_seconds: fixed cost of a tick beside its layers and heads.
-    """
-
+    # layout or program ("unrolled"; "scan", AR over stacked weights; "stacked", a tick over them) -> time of a layer's
+    # products by rows of one stage, per byte of its weights, fixed costs taken off
     layer: dict[str, Curve]
-    cache: Curve
-    head: Curve
-    exits: Curve
-    layer_seconds: dict[str, float]
-    tick_seconds: float
+    cache: Curve  # time of a layer's attention by rows of one sequence, per byte of keys and values
+    head: Curve  # time of the final norm, unembedding and choice, per byte of the unembedding
+    exits: Curve  # time of asking the exits (mask, choice and probability included), per byte of the draft unembedding
+    layer_seconds: dict[str, float]  # layout or program -> fixed cost of a layer, whatever its width
+    tick_seconds: float  # fixed cost of a tick beside its layers and heads
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator, or the cores that one process has.
+    """One accelerator, or the cores that one process has."""
 
-    Attributes:
-      name: of the device.
-      flops: operations a second at peak, in the dtype it is meant to be used with.
-      bandwidth: bytes a second from memory, at peak.
-      memory: bytes.
-      kernel_seconds: fixed cost of each kernel of a compiled program.
-      price: US dollars an hour, an assumption; None when there is none.
-      itemsize: bytes of a number of weights and caches.
-      reached_bandwidth, reached_flops: shares of the peaks that are counted on.
-      measured: None for a table's entry.
-    """
-
-    name: str
-    flops: float
-    bandwidth: float
-    memory: float
-    kernel_seconds: float
-    price: float | None = None
-    itemsize: int = 2
+    name: str  # of the device
+    flops: float  # operations a second at peak, in the dtype it is meant to be used with
+    bandwidth: float  # bytes a second from memory, at peak
+    memory: float  # bytes
+    kernel_seconds: float  # fixed cost of each kernel of a compiled program
+    price: float | None = None  # US dollars an hour, an assumption; None when there is none
+    itemsize: int = 2  # bytes of a number of weights and caches
+    # reached_bandwidth, reached_flops: shares of the peaks that are counted on
     reached_bandwidth: float = REACHED_BANDWIDTH
     reached_flops: float = REACHED_FLOPS
-    measured: Measured | None = None
+    measured: Measured | None = None  # None for a table's entry
 
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """Devices of one kind and how they are connected.
+    """Devices of one kind and how they are connected."""
 
-    Attributes:
-      device: each of them.
-      count: how many.
-      hosts: on how many hosts (of TPUs: slices) they sit, equally many on each.
-      link: between devices of a host.
-      network: between hosts.
-    """
-
-    device: Device
-    count: int
-    hosts: int
-    link: Link
-    network: Link
+    device: Device  # each of them
+    count: int  # how many
+    hosts: int  # on how many hosts (of TPUs: slices) they sit, equally many on each
+    link: Link  # between devices of a host
+    network: Link  # between hosts
 
     @property
     def per_host(self) -> int:

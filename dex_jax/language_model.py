@@ -121,18 +121,13 @@ class LanguageModel:
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """All of a model but its weights: enough to check prompts and options, and to compile.
+    """All of a model but its weights: enough to check prompts and options, and to compile."""
 
-    Attributes:
-      checkpoint: opened, nothing read.
-      dtype, layout: that the weights will have.
-      mesh: where they will lie; None for one device.
-    """
-
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint  # opened, nothing read
+    # dtype, layout: that the weights will have
     dtype: jnp.dtype
     layout: Layout
-    mesh: Mesh | None = None
+    mesh: Mesh | None = None  # where they will lie; None for one device
 
     @property
     def config(self) -> ModelConfig:

@@ -64,71 +64,41 @@ class Lattice(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """What the exits 1..K-1 propose in one tick, one candidate child for each node of each cohort.
+    """What the exits 1..K-1 propose in one tick, one candidate child for each node of each cohort."""
 
-    Attributes:
-      token: [K - 1, W] int32.
-      log_probability: [K - 1, W] float32, natural logarithm.
-      valid: [K - 1, W] bool, whether there is a proposal at all.
-    """
-
-    token: jax.Array
-    log_probability: jax.Array
-    valid: jax.Array
+    token: jax.Array  # [K - 1, W] int32
+    log_probability: jax.Array  # [K - 1, W] float32, natural logarithm
+    valid: jax.Array  # [K - 1, W] bool, whether there is a proposal at all
 
 
 class Cohort(NamedTuple):
-    """Nodes on their way into the lattice: heads in the first rows, the drafts below them in the others.
+    """Nodes on their way into the lattice: heads in the first rows, the drafts below them in the others."""
 
-    Attributes:
-      token: [N] int32, NO_TOKEN in rows that are not used.
-      position: [N] int32.
-      parent: [N] int32 slot of a seed's parent in the lattice, NO_NODE for all other rows.
-      above: [N] int32 row of a draft's parent in the cohort, NO_NODE for all other rows.
-      born_at: [N] int32.
-      score: [N] float32 of the path from the root; -inf in rows that are not used.
-      within: [N, N] bool, the rows that each row attends to: itself and its ancestors in the cohort.
-    """
-
-    token: jax.Array
-    position: jax.Array
-    parent: jax.Array
-    above: jax.Array
-    born_at: jax.Array
-    score: jax.Array
-    within: jax.Array
+    token: jax.Array  # [N] int32, NO_TOKEN in rows that are not used
+    position: jax.Array  # [N] int32
+    parent: jax.Array  # [N] int32 slot of a seed's parent in the lattice, NO_NODE for all other rows
+    above: jax.Array  # [N] int32 row of a draft's parent in the cohort, NO_NODE for all other rows
+    born_at: jax.Array  # [N] int32
+    score: jax.Array  # [N] float32 of the path from the root; -inf in rows that are not used
+    within: jax.Array  # [N, N] bool, the rows that each row attends to: itself and its ancestors in the cohort
 
 
 class Candidates(NamedTuple):
-    """Proposed drafts below rows that a cohort has.
+    """Proposed drafts below rows that a cohort has."""
 
-    Attributes:
-      token: [C] int32.
-      above: [C] int32 row.
-      score: [C] float32 of the path with it, -inf for none.
-    """
-
-    token: jax.Array
-    above: jax.Array
-    score: jax.Array
+    token: jax.Array  # [C] int32
+    above: jax.Array  # [C] int32 row
+    score: jax.Array  # [C] float32 of the path with it, -inf for none
 
 
 class Path(NamedTuple):
-    """What the final layer says after the root, and after those of its cohort's nodes that it confirms.
+    """What the final layer says after the root, and after those of its cohort's nodes that it confirms."""
 
-    Attributes:
-      slot: [P] int32, the root first; from `length` on anything.
-      token: [P] int32, the final layer's token after each.
-      born_at: [P] int32, the exit that first gave that token, K if none did.
-      length: int32, how many; 0 while the root has not finished.
-      heir: int32 slot of the node that holds the last of these tokens, NO_NODE if none does.
-    """
-
-    slot: jax.Array
-    token: jax.Array
-    born_at: jax.Array
-    length: jax.Array
-    heir: jax.Array
+    slot: jax.Array  # [P] int32, the root first; from `length` on anything
+    token: jax.Array  # [P] int32, the final layer's token after each
+    born_at: jax.Array  # [P] int32, the exit that first gave that token, K if none did
+    length: jax.Array  # int32, how many; 0 while the root has not finished
+    heir: jax.Array  # int32 slot of the node that holds the last of these tokens, NO_NODE if none does
 
 
 def default_rows(stages: int) -> int:

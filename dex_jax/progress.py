@@ -60,19 +60,12 @@ class Shown(Protocol):
 
 
 class Standing(NamedTuple):
-    """How far something has come, as `Shown`.
+    """How far something has come, as `Shown`."""
 
-    Attributes:
-      what: that goes on.
-      share: 0 to 1.
-      seconds_left: None while there is nothing to go by.
-      logged: whether it is worth a line of a log.
-    """
-
-    what: str
-    share: float
-    seconds_left: float | None
-    logged: bool
+    what: str  # that goes on
+    share: float  # 0 to 1
+    seconds_left: float | None  # None while there is nothing to go by
+    logged: bool  # whether it is worth a line of a log
 
     def describe(self) -> str:
         """One line."""

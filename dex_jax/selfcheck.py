@@ -59,15 +59,10 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a self-check found.
+    """What a self-check found."""
 
-    Attributes:
-      facts: label -> value, in the order in which they are printed.
-      findings: the checks.
-    """
-
-    facts: dict[str, Any]
-    findings: list[Finding]
+    facts: dict[str, Any]  # label -> value, in the order in which they are printed
+    findings: list[Finding]  # the checks
 
     @property
     def holds(self) -> bool:

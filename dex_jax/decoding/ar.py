@@ -18,21 +18,13 @@ from dex_jax.sampling import Sampling, choose, position_noise
 
 
 class ARState(NamedTuple):
-    """All that AR carries from step to step.
+    """All that AR carries from step to step."""
 
-    Attributes:
-      tick: int32, steps since the start.
-      token: [B] int32, the last emitted token, not yet in memory.
-      prefix: [B] int32, its position, and the number of committed positions.
-      memory: committed keys and values.
-      record: what has been emitted; every token has exit 1, as K = 1.
-    """
-
-    tick: jax.Array
-    token: jax.Array
-    prefix: jax.Array
-    memory: Memory
-    record: Record
+    tick: jax.Array  # int32, steps since the start
+    token: jax.Array  # [B] int32, the last emitted token, not yet in memory
+    prefix: jax.Array  # [B] int32, its position, and the number of committed positions
+    memory: Memory  # committed keys and values
+    record: Record  # what has been emitted; every token has exit 1, as K = 1
 
 
 def init(memory: Memory, first_token: jax.Array, position: jax.Array, *, capacity: int, limits: Limits) -> ARState:

@@ -36,30 +36,19 @@ from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, place
 
 
 class SessionShapes(NamedTuple):
-    """Arguments of the decoding programs as jax.ShapeDtypeStruct, to compile ahead of time or to measure.
+    """Arguments of the decoding programs as jax.ShapeDtypeStruct, to compile ahead of time or to measure."""
 
-    Attributes:
-      weights: of the model, in one layout.
-      memory: committed cache, as before the lattice is there.
-      last: [B, D], hidden states of last prompt tokens.
-      lengths: [B] int32, prompt lengths.
-      limits, sampling: as in a session; sampling is None when greedy, and has both filters otherwise.
-      state: what the loop carries, `memory` included.
-      scalar: int32 scalar, a start position or a tick.
-      heads: trained ones; none.
-      prompt: [B, S] int32 with drafts; None otherwise.
-    """
-
-    weights: Any
-    memory: cache.Memory
-    last: jax.ShapeDtypeStruct
-    lengths: jax.ShapeDtypeStruct
+    weights: Any  # of the model, in one layout
+    memory: cache.Memory  # committed cache, as before the lattice is there
+    last: jax.ShapeDtypeStruct  # [B, D], hidden states of last prompt tokens
+    lengths: jax.ShapeDtypeStruct  # [B] int32, prompt lengths
+    # limits, sampling: as in a session; sampling is None when greedy, and has both filters otherwise
     limits: Limits
     sampling: Sampling | None
-    state: Any
-    scalar: jax.ShapeDtypeStruct
-    prompt: jax.ShapeDtypeStruct | None
-    heads: Heads = Heads()
+    state: Any  # what the loop carries, `memory` included
+    scalar: jax.ShapeDtypeStruct  # int32 scalar, a start position or a tick
+    prompt: jax.ShapeDtypeStruct | None  # [B, S] int32 with drafts; None otherwise
+    heads: Heads = Heads()  # trained ones; none
 
     def of_prefill(self, chunk: int) -> tuple[Any, ...]:
         """What `session.prefill_chunk` takes for chunks of so many tokens."""
@@ -79,21 +68,13 @@ class SessionShapes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-    """Bytes that one generation holds on its device.
+    """Bytes that one generation holds on its device."""
 
-    Attributes:
-      weights_bytes: all parameters, a tied embedding once, padding of a stacked layout included.
-      cache_bytes: committed keys and values.
-      lattice_bytes: what the loop carries beside: lattice keys and values, hidden states, nodes, noise, the record.
-      exits_bytes: trained exit heads; 0 for "shared" ones, which are the model's own.
-      workspace_bytes: an estimate of temporaries: the larger of a prefill chunk's and of a tick's.
-    """
-
-    weights_bytes: int
-    cache_bytes: int
-    lattice_bytes: int
-    exits_bytes: int
-    workspace_bytes: int
+    weights_bytes: int  # all parameters, a tied embedding once, padding of a stacked layout included
+    cache_bytes: int  # committed keys and values
+    lattice_bytes: int  # what the loop carries beside: lattice keys and values, hidden states, nodes, noise, the record
+    exits_bytes: int  # trained exit heads; 0 for "shared" ones, which are the model's own
+    workspace_bytes: int  # an estimate of temporaries: the larger of a prefill chunk's and of a tick's
 
     @property
     def total_bytes(self) -> int:

@@ -41,24 +41,16 @@ if TYPE_CHECKING:
 
 
 class Prefilled(NamedTuple):
-    """What a loop begins with.
+    """What a loop begins with."""
 
-    Attributes:
-      memory: the prompts' keys and values, without a lattice.
-      token: [B] int32, token 0.
-      lengths: [B] int32, of the prompts.
-      limits, sampling: of the loop.
-      prompt: [B, S] int32 padded on the right, for drafts; None without.
-      costs: what ticks take, for drafts that choose their rows.
-    """
-
-    memory: Any
-    token: jax.Array
-    lengths: jax.Array
+    memory: Any  # the prompts' keys and values, without a lattice
+    token: jax.Array  # [B] int32, token 0
+    lengths: jax.Array  # [B] int32, of the prompts
+    # limits, sampling: of the loop
     limits: Limits
     sampling: Sampling | None
-    prompt: jax.Array | None = None
-    costs: RowCosts | None = None
+    prompt: jax.Array | None = None  # [B, S] int32 padded on the right, for drafts; None without
+    costs: RowCosts | None = None  # what ticks take, for drafts that choose their rows
 
 
 class Running(NamedTuple):

@@ -14,15 +14,11 @@ from dex_jax.sampling import Sampling, position_noise
 
 
 class Noise(NamedTuple):
-    """Sampling noise, made once a position and kept while any node may need it.
+    """Sampling noise, made once a position and kept while any node may need it."""
 
-    Attributes:
-      ring: [B, M, V] float32; position n stands at n mod M, the most positions that a lattice or chain reaches ahead.
-      made: [B] int32, the last position whose noise has been made.
-    """
-
+    # [B, M, V] float32; position n stands at n mod M, the most positions that a lattice or chain reaches ahead
     ring: jax.Array
-    made: jax.Array
+    made: jax.Array  # [B] int32, the last position whose noise has been made
 
 
 def make_noise(noise: Noise | None, sampling: Sampling | None, frontier: jax.Array, vocab_size: int) -> Noise | None:

@@ -14,22 +14,15 @@ from dex_jax.nn.transformer import Layout
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Statics of the programs.
+    """Statics of the programs."""
 
-    Attributes:
-      config, layout: of the model.
-      schedule: the method.
-      exits: of the exits 1..K-1; None for the model's own, "shared", and for K = 1.
-      drafter: exit 0; None where the text alone drafts, or nothing does.
-      mesh: None for one device; otherwise the layout is Staged.
-    """
-
+    # config, layout: of the model
     config: ModelConfig
     layout: Layout
-    schedule: Schedule
-    exits: ExitsConfig | None = None
-    drafter: ExitsConfig | None = None
-    mesh: Mesh | None = None
+    schedule: Schedule  # the method
+    exits: ExitsConfig | None = None  # of the exits 1..K-1; None for the model's own, "shared", and for K = 1
+    drafter: ExitsConfig | None = None  # exit 0; None where the text alone drafts, or nothing does
+    mesh: Mesh | None = None  # None for one device; otherwise the layout is Staged
 
     @property
     def remembers(self) -> ExitsConfig | None:

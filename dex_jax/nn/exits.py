@@ -171,16 +171,12 @@ class Context(nnx.Module):
 
 
 class ContextMemory(NamedTuple):
-    """Keys and values of the last S committed positions, a ring: position n lives at n mod S.
+    """Keys and values of the last S committed positions, a ring: position n lives at n mod S."""
 
-    Attributes:
-      keys, values: [B, G, S, d].
-      position: [B, S] int32, which position each entry holds, -1 for none.
-    """
-
+    # keys, values: [B, G, S, d]
     keys: jax.Array
     values: jax.Array
-    position: jax.Array
+    position: jax.Array  # [B, S] int32, which position each entry holds, -1 for none
 
 
 def _layer_config(config: ExitsConfig) -> ModelConfig:

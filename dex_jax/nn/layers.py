@@ -28,17 +28,11 @@ KEY_BLOCK = 256
 
 
 class KeyValues(NamedTuple):
-    """Keys (after RoPE) and values that rows may attend to.
+    """Keys (after RoPE) and values that rows may attend to."""
 
-    Attributes:
-      keys: [B, G, S, d].
-      values: [B, G, S, d].
-      mask: [B, R, S] bool, which of them each row sees; broadcasting over R is allowed.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    mask: jax.Array
+    keys: jax.Array  # [B, G, S, d]
+    values: jax.Array  # [B, G, S, d]
+    mask: jax.Array  # [B, R, S] bool, which of them each row sees; broadcasting over R is allowed
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:

@@ -14,33 +14,20 @@ from dex_jax.nn.layers import linear
 
 
 class Vocabulary(NamedTuple):
-    """What turns features into logits.
+    """What turns features into logits."""
 
-    Attributes:
-      unembed: [V, D], the model's own.
-      draft_unembed: [V', D], its rows of the draft vocabulary; None for the full vocabulary.
-      draft: [V'] int32, their token ids, ascending; None for the full vocabulary.
-    """
-
-    unembed: jax.Array
-    draft_unembed: jax.Array | None = None
-    draft: jax.Array | None = None
+    unembed: jax.Array  # [V, D], the model's own
+    draft_unembed: jax.Array | None = None  # [V', D], its rows of the draft vocabulary; None for the full vocabulary
+    draft: jax.Array | None = None  # [V'] int32, their token ids, ascending; None for the full vocabulary
 
 
 class Targets(NamedTuple):
-    """The final distribution of N tokens, as exits see it.
+    """The final distribution of N tokens, as exits see it."""
 
-    Attributes:
-      inside: [N, V'] float32, probabilities of the (draft) vocabulary.
-      outside: [N] float32, of all other tokens together.
-      entropy: [N] float32, of the coarsened distribution, in nats.
-      best: [N] int32, column of the final layer's best token, V' if it has none.
-    """
-
-    inside: jax.Array
-    outside: jax.Array
-    entropy: jax.Array
-    best: jax.Array
+    inside: jax.Array  # [N, V'] float32, probabilities of the (draft) vocabulary
+    outside: jax.Array  # [N] float32, of all other tokens together
+    entropy: jax.Array  # [N] float32, of the coarsened distribution, in nats
+    best: jax.Array  # [N] int32, column of the final layer's best token, V' if it has none
 
 
 def targets(final: jax.Array, vocabulary: Vocabulary, hard: float) -> Targets:

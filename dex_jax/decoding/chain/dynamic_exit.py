@@ -24,24 +24,19 @@ PRIOR = 3.0
 
 
 class Seen(NamedTuple):
-    """What shadow tokens have shown, older rounds counting less, and what follows for the next round.
+    """What shadow tokens have shown, older rounds counting less, and what follows for the next round."""
 
-    Attributes:
-      rows: [B] float32, how many rows were verified.
-      given, right: [B, X, QUARTERS] float32, how many tokens each exit gave, and how many of them were right.
-      open, kept: [B, X] float32, in how many rows it paid to draft, and the token was right as well.
-      exit, length: [B] int32, where to draft next and how many tokens.
-      rate: [B] float32, the tokens a layer that this promises.
-    """
-
-    rows: jax.Array
+    rows: jax.Array  # [B] float32, how many rows were verified
+    # given, right: [B, X, QUARTERS] float32, how many tokens each exit gave, and how many of them were right
     given: jax.Array
     right: jax.Array
+    # open, kept: [B, X] float32, in how many rows it paid to draft, and the token was right as well
     open: jax.Array
     kept: jax.Array
+    # exit, length: [B] int32, where to draft next and how many tokens
     exit: jax.Array
     length: jax.Array
-    rate: jax.Array
+    rate: jax.Array  # [B] float32, the tokens a layer that this promises
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,96 +14,62 @@ import jax
 
 
 class ChainRows(NamedTuple):
-    """The rows of a round.
+    """The rows of a round."""
 
-    Attributes:
-      token: [B, R] int32, row 0 the root: the last token emitted.
-      position: [B, R] int32.
-      progress: [B, R] int32, stages done; 0 for rows that are not there yet.
-      states: [K, B, R, D], hidden states after each stage; anything above a row's progress.
-    """
-
-    token: jax.Array
-    position: jax.Array
-    progress: jax.Array
-    states: jax.Array
+    token: jax.Array  # [B, R] int32, row 0 the root: the last token emitted
+    position: jax.Array  # [B, R] int32
+    progress: jax.Array  # [B, R] int32, stages done; 0 for rows that are not there yet
+    states: jax.Array  # [K, B, R, D], hidden states after each stage; anything above a row's progress
 
 
 class ChainExits(NamedTuple):
-    """The heads of exits 1..K-1.
+    """The heads of exits 1..K-1."""
 
-    Attributes:
-      newest: (memory, ChainRows, row [B], exit [B]) -> features [B, D'] of one row a sequence at one exit each.
-      shadows: (memory, ChainRows) -> [K - 1, B R, D'], every row at every exit, as if the rows had been drafted there.
-      logits, vocabulary, rest: as in `interface.Exits`.
-    """
-
+    # (memory, ChainRows, row [B], exit [B]) -> features [B, D'] of one row a sequence at one exit each
     newest: Callable[..., jax.Array]
+    # (memory, ChainRows) -> [K - 1, B R, D'], every row at every exit, as if the rows had been drafted there
     shadows: Callable[..., jax.Array]
+    # logits, vocabulary, rest: as in `interface.Exits`
     logits: Callable[[jax.Array], jax.Array]
     vocabulary: jax.Array | None = None
     rest: Callable[[jax.Array], jax.Array] | None = None
 
 
 class Path(NamedTuple):
-    """The rows that a round commits; their keys and values stand where they belong already.
+    """The rows that a round commits; their keys and values stand where they belong already."""
 
-    Attributes:
-      token: [B, R] int32.
-      hidden: [B, R, D] at depth L.
-      prefix: [B] int32, position of the first.
-      length: [B] int32, how many; 0 for sequences that commit nothing in this step.
-    """
-
-    token: jax.Array
-    hidden: jax.Array
-    prefix: jax.Array
-    length: jax.Array
+    token: jax.Array  # [B, R] int32
+    hidden: jax.Array  # [B, R, D] at depth L
+    prefix: jax.Array  # [B] int32, position of the first
+    length: jax.Array  # [B] int32, how many; 0 for sequences that commit nothing in this step
 
 
 class ChainNetwork(NamedTuple):
-    """A decoder whose stages run one by one.
+    """A decoder whose stages run one by one."""
 
-    Attributes:
-      vocab_size: V.
-      depths: x_1 < ... < x_K = L.
-      embed: (token [B], position [B]) -> hidden [B, D].
-      run: (memory, stage, hidden [B, n, D], start [B]) -> (hidden, fresh): n rows at consecutive positions through one
-        stage; each sees the positions before `start` and the rows up to itself. Leaves of `fresh` have the rows on the
-        last axis but one.
-      write: (memory, stage, fresh, start [B], where [B] bool) -> memory: the sequences of `where` take up n rows from
-        `start` on; rows that are not there yet may be anything, they are written again before they are read.
-      commit: (memory, Path) -> memory: for what exits remember of the committed prefix.
-      final: hidden [M, D] -> logits [M, V] float32.
-      exits: None for K = 1.
-    """
-
-    vocab_size: int
-    depths: tuple[int, ...]
-    embed: Callable[[jax.Array, jax.Array], jax.Array]
+    vocab_size: int  # V
+    depths: tuple[int, ...]  # x_1 < ... < x_K = L.
+    embed: Callable[[jax.Array, jax.Array], jax.Array]  # (token [B], position [B]) -> hidden [B, D]
+    # (memory, stage, hidden [B, n, D], start [B]) -> (hidden, fresh): n rows at consecutive positions through one
+    # stage; each sees the positions before `start` and the rows up to itself. Leaves of `fresh` have the rows on the
+    # last axis but one.
     run: Callable[..., tuple[jax.Array, Any]]
+    # (memory, stage, fresh, start [B], where [B] bool) -> memory: the sequences of `where` take up n rows from `start`
+    # on; rows that are not there yet may be anything, they are written again before they are read
     write: Callable[..., Any]
-    commit: Callable[[Any, Path], Any]
-    final: Callable[[jax.Array], jax.Array]
-    exits: ChainExits | None
+    commit: Callable[[Any, Path], Any]  # (memory, Path) -> memory: for what exits remember of the committed prefix
+    final: Callable[[jax.Array], jax.Array]  # hidden [M, D] -> logits [M, V] float32
+    exits: ChainExits | None  # None for K = 1
 
 
 class Verified(NamedTuple):
-    """What a round has shown; rows 0 .. length - 1 are those whose prefix is right.
+    """What a round has shown; rows 0 .. length - 1 are those whose prefix is right."""
 
-    Attributes:
-      where: [B] bool, the sequences whose round ends in this step.
-      length: [B] int32.
-      final: [B, R] int32, the last layer's token after each row.
-      shadow: [K - 1, B, R] int32, each exit's; zeros unless the policy has `shadows`.
-      confidence: [K - 1, B, R] float32, the probability that the exit gave it.
-    """
-
-    where: jax.Array
-    length: jax.Array
-    final: jax.Array
-    shadow: jax.Array
-    confidence: jax.Array
+    where: jax.Array  # [B] bool, the sequences whose round ends in this step
+    length: jax.Array  # [B] int32
+    final: jax.Array  # [B, R] int32, the last layer's token after each row
+    shadow: jax.Array  # [K - 1, B, R] int32, each exit's; zeros unless the policy has `shadows`
+    confidence: jax.Array  # [K - 1, B, R] float32, the probability that the exit gave it
 
 
 @dataclasses.dataclass(frozen=True)

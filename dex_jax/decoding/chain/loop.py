@@ -24,37 +24,21 @@ from dex_jax.sampling import Sampling, best_column, choose, log_total, scores
 
 
 class ChainState(NamedTuple):
-    """All that is carried from step to step.
+    """All that is carried from step to step."""
 
-    Attributes:
-      tick: int32, steps since the start, the same for all sequences: a stage of the newest row each.
-      stage: [B] int32, what the newest row runs next.
-      newest: [B] int32 row, and how many tokens the round has drafted.
-      token: [B, R] int32.
-      drafted_at: [B, R] int32, the exit 1..K-1 that gave each row but the root.
-      progress: [B, R] int32.
-      states: [K, B, R, D].
-      prefix: [B] int32, position of the root, and the number of committed positions.
-      spent: [B, 2] int32, layers run one after the other and tokens drafted so far.
-      known: the policy's own.
-      memory: the network's own.
-      noise: None when greedy.
-      record: what has been emitted; its `ticks` are rounds.
-    """
-
-    tick: jax.Array
-    stage: jax.Array
-    newest: jax.Array
-    token: jax.Array
-    drafted_at: jax.Array
-    progress: jax.Array
-    states: jax.Array
-    prefix: jax.Array
-    spent: jax.Array
-    known: Any
-    memory: Any
-    noise: Noise | None
-    record: Record
+    tick: jax.Array  # int32, steps since the start, the same for all sequences: a stage of the newest row each
+    stage: jax.Array  # [B] int32, what the newest row runs next
+    newest: jax.Array  # [B] int32 row, and how many tokens the round has drafted
+    token: jax.Array  # [B, R] int32
+    drafted_at: jax.Array  # [B, R] int32, the exit 1..K-1 that gave each row but the root
+    progress: jax.Array  # [B, R] int32
+    states: jax.Array  # [K, B, R, D]
+    prefix: jax.Array  # [B] int32, position of the root, and the number of committed positions
+    spent: jax.Array  # [B, 2] int32, layers run one after the other and tokens drafted so far
+    known: Any  # the policy's own
+    memory: Any  # the network's own
+    noise: Noise | None  # None when greedy
+    record: Record  # what has been emitted; its `ticks` are rounds
 
     @property
     def rows(self) -> ChainRows:

@@ -28,34 +28,22 @@ ROW_RUNGS = (1, 8)
 
 
 class Proposers(NamedTuple):
-    """The nodes that have just finished stages 1..K-1.
+    """The nodes that have just finished stages 1..K-1."""
 
-    Attributes:
-      live: [K - 1, B, W] bool, which rows propose.
-      score: [K - 1, B, W] float32, path scores.
-      token, parent: [B, K W] int32, of all live nodes by slot; NO_NODE is the parent of all others.
-    """
-
-    live: jax.Array
-    score: jax.Array
+    live: jax.Array  # [K - 1, B, W] bool, which rows propose
+    score: jax.Array  # [K - 1, B, W] float32, path scores
+    # token, parent: [B, K W] int32, of all live nodes by slot; NO_NODE is the parent of all others
     token: jax.Array
     parent: jax.Array
 
 
 class Asked(NamedTuple):
-    """N nodes gathered for the heads.
+    """N nodes gathered for the heads."""
 
-    Attributes:
-      features: [N, D'].
-      held: [N, K W] int32, tokens that each node's children hold, NO_TOKEN elsewhere.
-      position: [N] int32, absolute position of the proposed token.
-      sequence: [N] int32, index into the batch.
-    """
-
-    features: jax.Array
-    held: jax.Array
-    position: jax.Array
-    sequence: jax.Array
+    features: jax.Array  # [N, D']
+    held: jax.Array  # [N, K W] int32, tokens that each node's children hold, NO_TOKEN elsewhere
+    position: jax.Array  # [N] int32, absolute position of the proposed token
+    sequence: jax.Array  # [N] int32, index into the batch
 
 
 def propose(

@@ -28,44 +28,31 @@ EMPTY_ENTRY = -1
 
 
 class ExitArrays(NamedTuple):
-    """What the compiled programs take of trained exits beside the model.
+    """What the compiled programs take of trained exits beside the model."""
 
-    Attributes:
-      parameters: of ExitHeads at depths x_1 .. x_{K-1}, in the model's dtype; a drafter's in what
-        `few_rows.kept_dtype` gives for it.
-      vocabulary, columns: as in Exits; None for the full vocabulary.
-      unembed: [V', D], the model's rows of the draft vocabulary, in what `few_rows.kept_dtype` gives for the model's
-        dtype; None for the full vocabulary.
-    """
-
+    # of ExitHeads at depths x_1 .. x_{K-1}, in the model's dtype; a drafter's in what `few_rows.kept_dtype` gives for
+    # it.
     parameters: Any
+    # vocabulary, columns: as in Exits; None for the full vocabulary
     vocabulary: jax.Array | None
     columns: jax.Array | None
+    # [V', D], the model's rows of the draft vocabulary, in what `few_rows.kept_dtype` gives for the model's dtype; None
+    # for the full vocabulary
     unembed: jax.Array | None
 
 
 class Heads(NamedTuple):
-    """All trained heads of a generation, None where there are none.
+    """All trained heads of a generation, None where there are none."""
 
-    Attributes:
-      exits: of the exits 1..K-1.
-      drafter: exit 0.
-    """
-
-    exits: ExitArrays | None = None
-    drafter: ExitArrays | None = None
+    exits: ExitArrays | None = None  # of the exits 1..K-1
+    drafter: ExitArrays | None = None  # exit 0
 
 
 class ExitMemory(NamedTuple):
-    """The committed prefix as exits see it.
+    """The committed prefix as exits see it."""
 
-    Attributes:
-      previous: [B, D], what the final norm gave at the last committed position; zeros when there is none.
-      context: of the context layer; None unless the kind is "attn".
-    """
-
-    previous: jax.Array
-    context: ContextMemory | None
+    previous: jax.Array  # [B, D], what the final norm gave at the last committed position; zeros when there is none
+    context: ContextMemory | None  # of the context layer; None unless the kind is "attn"
 
 
 def exit_arrays(
