@@ -97,13 +97,9 @@ def after(index: jax.Array, *results: jax.Array) -> jax.Array:
 def write_rows(
     cache: jax.Array, new: jax.Array, start: jax.Array, layer: tuple[int | jax.Array, ...] = ()
 ) -> jax.Array:
-    """Writes R consecutive positions of each sequence into one layer.
+    """Writes new [B, G, R, d] at R consecutive positions from `start` [B] int32 on into one layer.
 
-    Args:
-      cache: [B, G, S, d], or [l, K, B, G, S, d] with `layer` saying which.
-      new: [B, G, R, d].
-      start: [B] int32, the first position of each sequence.
-      layer: () or (index within the stage, stage).
+    The cache is [B, G, S, d], or [l, K, B, G, S, d] with `layer` saying which: (index within the stage, stage).
     """
 
     def write(b: int | jax.Array, cache: jax.Array) -> jax.Array:
@@ -115,15 +111,11 @@ def write_rows(
 
 
 def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array) -> Memory:
-    """Copies lattice slots of each sequence to consecutive committed positions.
+    """Copies lattice slots [B, P] int32 of each sequence to committed positions from `position` [B] int32 on.
 
     Sequences that commit fewer slots, or none, are written too: nobody attends to those positions before their own
-    commit overwrites them, and a plain write needs neither a read nor a choice.
-
-    Args:
-      memory: any layout.
-      slot: [B, P] int32 lattice slots.
-      position: [B] int32, the first position that is not committed yet; position + P must not pass the cache's end.
+    commit overwrites them, and a plain write needs neither a read nor a choice. position + P must not pass the cache's
+    end.
     """
     count = slot.shape[1]
 

@@ -150,13 +150,9 @@ def root_finished(lattice: Lattice, tick: jax.Array) -> jax.Array:
 
 
 def follow(lattice: Lattice, final: jax.Array, tick: jax.Array, levels: int) -> Path:
-    """The path that `tick` commits.
+    """The path of at most P = `levels` nodes that `tick` commits, once the lattice's nodes have run their stages.
 
-    Args:
-      lattice: after its nodes have run their stages.
-      final: [W] int32, the final layer's token after each live row of the cohort that has run its last stage.
-      tick: int32.
-      levels: P.
+    `final` [W] int32 is the final layer's token after each live row of the cohort that has run its last stage.
     """
     stages, rows = lattice.token.shape
     live, parent, token, born_at = (
@@ -197,7 +193,7 @@ def collapse(lattice: Lattice, path: Path) -> Lattice:
         score=lattice.score - lattice.score.reshape(-1)[heir],
         root=path.heir,
     )
-    return _where(path.length > 0, kept, lattice)
+    return jax.tree.map(lambda new, old: jnp.where(path.length > 0, new, old), kept, lattice)
 
 
 def proposers(lattice: Lattice, tick: jax.Array) -> jax.Array:
@@ -311,11 +307,8 @@ def sort_rows(cohort: Cohort) -> Cohort:
 def spawn(lattice: Lattice, tick: jax.Array, cohort: Cohort, fresh: jax.Array) -> Lattice:
     """Puts a cohort's first W rows into the ring row of `tick`, which the collapse of the same tick has emptied.
 
-    Args:
-      lattice: after the collapse.
-      tick: int32.
-      cohort: its best rows first, so that no row comes before the one above it.
-      fresh: bool, whether row 0 is a fresh root.
+    The cohort has its best rows first, so that none comes before the one above it; `fresh` (bool) says whether row 0 is
+    a fresh root.
     """
     stages, rows = lattice.token.shape
     ring = tick % stages
@@ -348,7 +341,3 @@ def quantized(log_probability: jax.Array) -> jax.Array:
     """Log-probabilities clipped to [MIN_LOG_PROBABILITY, 0] and rounded to multiples of SCORE_STEP."""
     clipped = jnp.clip(log_probability, MIN_LOG_PROBABILITY, 0.0)
     return jnp.round(clipped / SCORE_STEP) * SCORE_STEP
-
-
-def _where(condition: jax.Array, yes: Lattice, no: Lattice) -> Lattice:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

@@ -49,15 +49,9 @@ def position_noise(key: jax.Array, position: jax.Array, vocab_size: int) -> jax.
 
 
 def choose(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The token of each row.
+    """The token of each row of logits [N, V] float32, DROPPED where masked, under the noise [N, V] of its position.
 
-    Args:
-      logits: [N, V] float32; DROPPED marks masked tokens.
-      sampling: None for greedy (ties go to the lowest id).
-      noise: [N, V] float32 noise of each row's position; None when greedy.
-
-    Returns:
-      ([N] int32 columns of V, [N] bool whether the row had any token left).
+    Returns ([N] int32 columns of V, [N] bool whether the row had any token left); greedy ties go to the lowest id.
     """
     adjusted = scores(logits, sampling, noise)
     token = best_column(adjusted)
@@ -94,10 +88,8 @@ def scores(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None
 def log_total(adjusted: jax.Array, rest: jax.Array | None, sampling: Sampling | None) -> jax.Array:
     """Log of the summed exponentials of every row: [N] float32.
 
-    Args:
-      adjusted: [N, V'] float32, logits as `scores` or the temperature alone has left them.
-      rest: [N] float32, logit of all tokens that have no column; None where there are none.
-      sampling: whose temperature the rest is divided by too; None when greedy.
+    `adjusted` [N, V'] float32 are logits as `scores` or the temperature alone has left them, `rest` [N] float32 is the
+    logit of all tokens that have no column, which is divided by the temperature here; None where there are none.
     """
     total = jax.nn.logsumexp(adjusted, axis=-1)
     if rest is None:
@@ -113,25 +105,20 @@ def filtered(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None
     """
     # Asked while running, so that one program serves with and without a filter.
     if top_k is not None:
-        logits = jax.lax.cond(
-            jnp.any(top_k < logits.shape[-1]), _most_likely, lambda logits, most: logits, logits, top_k
-        )
+        logits = jax.lax.cond(jnp.any(top_k < logits.shape[-1]), _most_likely, lambda x, _: x, logits, top_k)
     if top_p is not None:
-        logits = jax.lax.cond(jnp.any(top_p < 1), _probable, lambda logits, enough: logits, logits, top_p)
+        logits = jax.lax.cond(jnp.any(top_p < 1), _probable, lambda x, _: x, logits, top_p)
     return logits
 
 
 def _most_likely(logits: jax.Array, most: jax.Array) -> jax.Array:
-    return _cut(logits, _ones_above, jnp.minimum(most, logits.shape[-1]).astype(jnp.int32))
+    most = jnp.minimum(most, logits.shape[-1]).astype(jnp.int32)
+    return _cut(logits, lambda keep: jnp.sum(keep, axis=-1, dtype=jnp.int32), most)
 
 
 def _probable(logits: jax.Array, enough: jax.Array) -> jax.Array:
     probability = jax.nn.softmax(logits, axis=-1)
     return _cut(logits, lambda keep: jnp.sum(jnp.where(keep, probability, 0.0), axis=-1), enough)
-
-
-def _ones_above(keep: jax.Array) -> jax.Array:
-    return jnp.sum(keep, axis=-1, dtype=jnp.int32)
 
 
 def _cut(logits: jax.Array, measure, enough: jax.Array) -> jax.Array:

@@ -76,17 +76,12 @@ class ExitHeads(nnx.Module):
         context: jax.Array | None,
         base: jax.Array | None = None,
     ) -> jax.Array:
-        """All that the unembedding needs to know.
+        """All that the unembedding needs to know of states [X, N, D] at the exits' depths: [X, N, D + 1].
 
-        Args:
-          states: [X, N, D] at the exits' depths.
-          previous: [X, N, D], features after the final norm at the position before (or their estimate); None without
-            `needs_previous`.
-          context: [X, N, D] from `Context.output`; None unless the kind is "attn".
-          base: [X, N, D], `base(states)` where the caller has it already.
-
-        Returns:
-          [X, N, D + 1]: features, and the logit of all tokens outside the draft vocabulary together (-inf without one).
+        That is features, and the logit of all tokens outside the draft vocabulary together (-inf without one).
+        `previous` [X, N, D] are features after the final norm at the position before, or their estimate, None without
+        `needs_previous`; `context` [X, N, D] comes from `Context.output`, None unless the kind is "attn"; `base` is
+        `base(states)` where the caller has it already.
         """
         normed = self._normed(states)
         out = self.base(states) if base is None else base
@@ -154,13 +149,11 @@ class Context(nnx.Module):
         return keys, values
 
     def output(self, entered: jax.Array, position: jax.Array, before: KeyValues | None, among: jax.Array) -> jax.Array:
-        """The layer over rows [B, R, D]: what it gives the exits, [B, R, D].
+        """The layer over rows [B, R, D] from `enter_rows` at positions [B, R] int32: what it gives the exits, [B, R,
+        D].
 
-        Args:
-          entered: from `enter_rows`.
-          position: [B, R] int32.
-          before: keys and values of committed positions with the rows' mask, or None.
-          among: [B, R, R] bool, which rows see which; every row sees itself.
+        `before` are keys and values of committed positions with the rows' mask; `among` [B, R, R] bool says which rows
+        see which, and every row sees itself.
         """
         queries, keys, values = self.layer.project(entered, rope_table(position, self.layer.config))
         sources = [KeyValues(keys, values, among)]
@@ -213,15 +206,11 @@ def exit_parameters(config: ExitsConfig) -> dict[str, tuple[tuple[int, ...], str
 
 
 def initial_heads(config: ExitsConfig, final_norm: np.ndarray | jax.Array, seed: int = 0) -> ExitHeads:
-    """Heads before any training, float32: every exit gives what the model's own final norm would.
+    """Heads before any training, float32: every exit gives what the model's own final norm, of scale [D], would.
 
     At depth 0 that would be the token itself again, with certainty where embeddings are tied, which takes a long
-    training to forget; an exit there starts without an opinion, from zero.
-
-    Args:
-      config: shapes.
-      final_norm: [D], scale of the model's final norm.
-      seed: of the kernels that do not start at zero.
+    training to forget; an exit there starts without an opinion, from zero. `seed` is of the kernels that do not start
+    at zero.
     """
     order = {name: i for i, name in enumerate(exit_parameters(config))}
 
@@ -242,15 +231,7 @@ def initial_heads(config: ExitsConfig, final_norm: np.ndarray | jax.Array, seed:
 def select_exits(
     config: ExitsConfig, parameters: dict[str, np.ndarray], depths: tuple[int, ...]
 ) -> tuple[ExitsConfig, dict[str, np.ndarray]]:
-    """The heads at some of the trained depths.
-
-    Args:
-      config, parameters: of all X exits.
-      depths: some of config.depths, ascending.
-
-    Returns:
-      (config, parameters) of these exits alone; the context layer is theirs too.
-    """
+    """(config, parameters) of the heads at some of the trained depths, ascending; the context layer is theirs too."""
     rows = [config.depths.index(depth) for depth in depths]
     kept = {name: value if name.startswith("context.") else value[rows] for name, value in parameters.items()}
     return dataclasses.replace(config, depths=depths), kept

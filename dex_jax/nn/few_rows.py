@@ -1,6 +1,7 @@
 """What layers do on a CPU, by the C++ files in cpp/, which the machine's compiler makes when first needed.
 
-A row's result is the same to the last bit however many rows are beside it, one or hundreds. Where there is no compiler,
+They may be called in programs of a process in which `ready()` is true. A row's result is the same to the last bit
+however many rows are beside it, one or hundreds. Where there is no compiler,
 or DEX_JAX_NATIVE=0 in the environment, XLA does it. So it does where kernels or caches are cut out of stacked ones, of
 which there would have to be a copy, and where XLA divides a program among several devices.
 """
@@ -41,17 +42,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 @jax.custom_jvp
 def few_rows_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    """rows @ kernel.T on a CPU, in programs of a process in which `ready()` is true.
-
-    A row's result is the same to the last bit however many rows are beside it.
-
-    Args:
-      rows: [R, in], float32 or bfloat16.
-      kernel: [out, in], float32 or bfloat16.
-
-    Returns:
-      [R, out] float32; products and sums are in float32.
-    """
+    """rows [R, in] @ kernel [out, in].T on a CPU, both float32 or bfloat16: [R, out] float32, summed in float32."""
     rows = rows.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
     return jax.ffi.ffi_call(PRODUCT, shape, vmap_method="expand_dims")(rows, kernel)
@@ -67,17 +58,9 @@ def _tangent(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, ja
 
 
 def few_rows_norm(rows: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm on a CPU, in programs of a process in which `ready()` is true; it has no derivative.
+    """Root-mean-square norm on a CPU, computed in float32: rows [..., D] and scale [D], float32 or bfloat16.
 
-    A row's result is the same to the last bit however many rows are beside it.
-
-    Args:
-      rows: [..., D], float32 or bfloat16.
-      scale: [D], float32 or bfloat16.
-      eps: added to the mean square.
-
-    Returns:
-      [..., D] float32, in which everything is computed.
+    Gives [..., D] float32; it has no derivative.
     """
     rows, scale = rows.astype(jnp.float32), scale.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
@@ -85,17 +68,11 @@ def few_rows_norm(rows: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def few_rows_attention(queries: jax.Array, *sources: jax.Array) -> jax.Array:
-    """Grouped-query attention on a CPU, in programs of a process in which `ready()` is true; it has no derivative.
+    """Grouped-query attention on a CPU, computed in float32: queries [B, R, H, d], d a multiple of LANES.
 
-    A row's result is the same to the last bit however many rows are beside it. A row that sees nothing gets zeros.
-
-    Args:
-      queries: [B, R, H, d], float32 or bfloat16, d a multiple of LANES.
-      sources: of each set that rows may attend to, keys [B, G, S, d] and values of that shape, all float32 or all
-        bfloat16, and the mask [B, R, S] or [B, 1, S], bool; a B of 1 is for all sequences.
-
-    Returns:
-      [B, R, H, d] float32, in which everything is computed.
+    `sources` are, of each set that rows may attend to, keys [B, G, S, d], values of that shape, all float32 or all
+    bfloat16, and the mask [B, R, S] or [B, 1, S], bool; a B of 1 is for all sequences. A row that sees nothing gets
+    zeros. Gives [B, R, H, d] float32; it has no derivative.
     """
     queries = queries.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
@@ -144,11 +121,8 @@ def language() -> str:
 
 
 def library(flags: tuple[str, ...] = ()) -> Path:
-    """The C++ files compiled for this machine, among the user's caches.
-
-    Raises:
-      OSError: there is no compiler, or no place to write.
-      subprocess.CalledProcessError: the compiler refuses.
+    """The C++ files compiled for this machine, among the user's caches; errors of OSError or subprocess if they cannot
+    be.
     """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or platform.system() not in ("Linux", "Darwin"):

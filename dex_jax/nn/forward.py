@@ -25,18 +25,12 @@ InUse = Sequence[jax.Array | None]
 def extend(
     model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[jax.Array, Memory]:
-    """Runs R consecutive tokens of each sequence through all layers and commits their keys and values.
+    """Runs R consecutive tokens [B, R] int32 of each sequence through all layers and commits their keys and values.
 
-    Args:
-      model: any layout.
-      memory: committed positions 0 .. start - 1 are attended to.
-      tokens: [B, R] int32; what lies beyond a sequence's end may be anything, later calls overwrite it.
-      start: [B] int32 absolute position of the first; start + R must not pass the cache's end.
-      lengths: [B] int32, where each sequence ends: what lies beyond is then hardly computed, and may come out as
-        anything. None runs all.
-
-    Returns:
-      (hidden states [B, R, D] at depth L, memory).
+    Committed positions 0 .. start - 1 are attended to; `start` [B] int32 is the position of the first token, and start
+    + R must not pass the cache's end. What lies beyond a sequence's end, `lengths` [B] int32 says where, may be
+    anything, is hardly computed and may come out as anything; None runs all. Gives (hidden states [B, R, D] at depth L,
+    memory).
     """
     states, memory = extend_with_states(model, memory, tokens, start, lengths)
     return states[-1], memory
@@ -45,11 +39,8 @@ def extend(
 def last_states(hidden: jax.Array, last: jax.Array, start: jax.Array, lengths: jax.Array) -> jax.Array:
     """The state of each prompt's last token, as far as the chunks of a prefill have come: [B, D].
 
-    Args:
-      hidden: [B, R, D], of a chunk.
-      last: [B, D], as before the chunk.
-      start: int32 scalar, position of the chunk's first token.
-      lengths: [B] int32, prompt lengths.
+    Given the states [B, R, D] of a chunk that begins at position `start` (int32), what was known before it, `last` [B,
+    D], and the prompts' lengths [B] int32.
     """
     index = lengths - 1 - start
     here = (index >= 0) & (index < hidden.shape[1])
@@ -119,17 +110,9 @@ def extend_with_states(
 def run_tree(
     model: Transformer, memory: Memory, token: jax.Array, position: jax.Array, among: jax.Array, prefix: jax.Array
 ) -> tuple[jax.Array, tuple[Any, Any]]:
-    """Runs N rows of each sequence through all layers and commits nothing.
+    """Runs N rows of each sequence through all layers and commits nothing; arguments as of `run_rows`.
 
-    Args:
-      model: any layout.
-      memory: committed positions 0 .. prefix - 1 are attended to.
-      token, position: [B, N] int32.
-      among: [B, N, N] bool, which rows each attends to, itself included.
-      prefix: [B] int32.
-
-    Returns:
-      (hidden states [B, N, D] at depth L, the rows' (keys, values), both [L, B, G, N, d]).
+    Gives (hidden states [B, N, D] at depth L, the rows' (keys, values), both [L, B, G, N, d]).
     """
     hidden = model.embed_tokens(jnp.maximum(token, 0))
     hidden, fresh = run_rows(model, memory, hidden, position, among, prefix, range(model.config.num_layers))
@@ -148,20 +131,12 @@ def run_rows(
     layers: range,
     in_use: InUse = (),
 ) -> tuple[jax.Array, tuple[Any, Any]]:
-    """Runs N rows of each sequence through some consecutive layers and writes nothing.
+    """Runs N rows of each sequence, hidden [B, N, D] at position [B, N], through l consecutive `layers` (0-based).
 
-    Args:
-      model: any layout.
-      memory: positions 0 .. prefix - 1 of these layers are attended to.
-      hidden: [B, N, D] before the first of them.
-      position: [B, N] int32.
-      among: [B, N, N] bool, which rows each attends to, itself included.
-      prefix: [B] int32.
-      layers: 0-based, l of them.
-      in_use: of an unrolled model's layers; those that are not are skipped, and give zeros as keys and values.
-
-    Returns:
-      (hidden states [B, N, D] after the last, the rows' (keys, values): l of [B, G, N, d], stacked [l, B, G, N, d]).
+    Nothing is written. Positions 0 .. prefix - 1 (prefix [B] int32) of these layers are attended to, and the rows that
+    `among` [B, N, N] bool says, itself included. Layers of an unrolled model that are not `in_use` are skipped, and
+    give zeros as keys and values. Gives (hidden states [B, N, D] after the last, the rows' (keys, values): l of [B, G,
+    N, d], stacked [l, B, G, N, d]).
     """
     table = rope_table(position, model.config)
 
@@ -193,15 +168,10 @@ def run_rows(
 def commit_rows(
     model: Transformer, memory: Memory, fresh: tuple[Any, Any], row: jax.Array, prefix: jax.Array, done: jax.Array
 ) -> Memory:
-    """Writes P rows of each sequence at consecutive positions.
+    """Writes the P rows `row` [B, P] of what `run_tree` gave at consecutive positions from `prefix` [B] on.
 
-    Args:
-      model: any layout.
-      memory: is read before this.
-      fresh: from `run_tree`.
-      row: [B, P] int32; those past the path's end may be anything, later commits overwrite them.
-      prefix: [B] int32, the first position; prefix + P must not pass the cache's end.
-      done: any array that is known only after memory has been read.
+    Rows past the path's end may be anything, later commits overwrite them; prefix + P must not pass the cache's end.
+    `done` is any array that is known only after memory has been read.
     """
 
     def chosen(row: jax.Array, *fresh: jax.Array) -> tuple[jax.Array, ...]:

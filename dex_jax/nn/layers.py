@@ -46,17 +46,11 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
 def linear(
     x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, out_dtype=None, whole: bool = True
 ) -> jax.Array:
-    """x @ kernel.T (+ bias).
+    """x [..., in] @ kernel [out, in].T (+ bias [out]): [..., out].
 
-    Args:
-      x: [..., in].
-      kernel: [out, in], the orientation of the checkpoints; x's dtype, or one that `few_rows.kept_dtype` gave.
-      bias: [out] or None.
-      out_dtype: accumulation and result dtype; None keeps x's.
-      whole: False where the kernel is cut out of a larger array, of which C++ would need a copy.
-
-    Returns:
-      [..., out].
+    The kernel has x's dtype, or one that `few_rows.kept_dtype` gave. Products are accumulated in float32 and come out
+    as `out_dtype`, None is x's. `whole` is False where the kernel is cut out of a larger array, of which C++ would need
+    a copy.
     """
     rows = x.reshape(-1, x.shape[-1])
     known = {rows.dtype, kernel.dtype} <= {*few_rows.DTYPES}
@@ -99,16 +93,7 @@ def _kernel_times_columns(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32.
-
-    Args:
-      x: [..., D].
-      scale: [D].
-      eps: added to the mean square.
-
-    Returns:
-      [..., D] in x's dtype.
-    """
+    """Root-mean-square norm over the last axis, computed in float32: x [..., D], scale [D] -> [..., D] in x's dtype."""
     if {x.dtype, scale.dtype} <= {*few_rows.DTYPES} and few_rows.ready():
         norm = functools.partial(_norm_few_rows, eps)
         return jax.lax.platform_dependent(x, scale, cpu=norm, default=functools.partial(_rms_norm, eps=eps))
@@ -177,15 +162,10 @@ def causal_rows(batch: int, rows: int) -> jax.Array:
 
 
 def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True) -> jax.Array:
-    """Grouped-query attention over the union of several key-value sets, softmax in float32.
+    """Grouped-query attention of queries [B, R, H, d] over all sources, which share one softmax in float32.
 
-    Args:
-      queries: [B, R, H, d].
-      sources: sets whose scores share one softmax; every row must see at least one key.
-      whole: as in `linear`, of keys and values.
-
-    Returns:
-      [B, R, H, d] in queries' dtype.
+    Every row must see at least one key; `whole` as in `linear`, of keys and values. Gives [B, R, H, d] in queries'
+    dtype.
     """
     dtypes = {x.dtype for source in sources for x in source[:2]}
     known = len(dtypes) == 1 and dtypes | {queries.dtype} <= {*few_rows.DTYPES}

@@ -65,16 +65,11 @@ def _spread(
 
 
 def tensor_part(config: ModelConfig, field: str, whole: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-    """One device's part of a layer's tensor.
+    """One device's part of a layer's tensor `whole`, which is as the checkpoint has it.
 
     Rows of a fused projection are those of several tensors, one above the other; a device takes its share of each, so
-    that its rows are its own query, key and value heads, or its own gates and ups.
-
-    Args:
-      config: of the whole model.
-      field: the parameter's name.
-      whole: as the checkpoint has it.
-      index: where the part lies in the array on the mesh.
+    that its rows are its own query, key and value heads, or its own gates and ups. `index` says where the part lies in
+    the array on the mesh.
     """
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     split: dict[str, tuple[int, ...]] = {

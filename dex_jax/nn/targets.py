@@ -31,12 +31,9 @@ class Targets(NamedTuple):
 
 
 def targets(final: jax.Array, vocabulary: Vocabulary, hard: float) -> Targets:
-    """The targets of N tokens.
+    """The targets of N tokens, given their features [N, D] after the final norm at depth L.
 
-    Args:
-      final: [N, D], features after the final norm at depth L.
-      vocabulary: of the exits.
-      hard: share, from 0 to 1, of the target that is the best token alone.
+    `hard` is the share, from 0 to 1, of the target that is the best token alone.
     """
     logits = linear(final, vocabulary.unembed, out_dtype=jnp.float32)
     top = jnp.argmax(logits, axis=-1)

@@ -175,13 +175,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def build(config: ModelConfig, layout: Layout, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Transformer:
-    """A transformer whose weights come from `read`, one canonical tensor at a time.
+    """A transformer in `dtype` whose weights come from `read`: canonical name -> array of any float dtype.
 
-    Args:
-      config: shapes.
-      layout: which layout to build; a stacked array is filled on the host, layer by layer, before it is moved.
-      read: canonical name -> array of any float dtype.
-      dtype: dtype of every parameter.
+    A stacked array is filled on the host, layer by layer, before it is moved.
     """
 
     def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
