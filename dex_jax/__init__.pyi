@@ -1,17 +1,14 @@
 from dex_jax import plot
 from dex_jax.config import ExitsConfig, ModelConfig, RopeScaling
-from dex_jax.decoding.chain.adadecode import AdaDecode
 from dex_jax.decoding.chain.dynamic_exit import DEL
-from dex_jax.decoding.chain.layerskip import LayerSkip
-from dex_jax.decoding.chain.oracle import Oracle
 from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.dex.loop import DexState, init, run, step
-from dex_jax.decoding.dex.single_exit import DexSingleExit
 from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.output import Output, Stats
 from dex_jax.decoding.record import Limits, Record
+from dex_jax.decoding.rivals import AdaDecode, DexSingleExit, LayerSkip, Oracle
 from dex_jax.decoding.trace import Trace, TracedNode, trace, watch
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits

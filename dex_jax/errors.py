@@ -30,14 +30,10 @@ class DexError(ValueError):
 
 
 def exit_code(command: Callable[[], int | None], stopped: str = "Stopped.") -> int:
-    """Runs a program's work and says what ended it early.
+    """Runs a program's work and says what ended it early: what `command` returned, 0 for None, is the exit code.
 
-    Args:
-      command: all of the work; bad input is a DexError.
-      stopped: for stderr after Ctrl-C, which ends the process with exit code 130; empty for nothing.
-
-    Returns:
-      What `command` returned, 0 for None; 2 for bad input, 0 when nobody reads stdout any more.
+    It is 2 for bad input, a DexError, and 0 when nobody reads stdout any more. Ctrl-C ends the process with 130, and
+    `stopped` on stderr, if it is not empty.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")  # a file or pipe, which Windows would write in the system's code page
@@ -56,11 +52,7 @@ def exit_code(command: Callable[[], int | None], stopped: str = "Stopped.") -> i
 
 
 def whole_number(**fields: Any) -> None:
-    """Refuses fields that are no whole numbers of at least 1.
-
-    Raises:
-      DexError: naming the first of them.
-    """
+    """A DexError that names the first of the fields that is no whole number of at least 1."""
     for name, value in fields.items():
         if not is_whole(value):
             raise DexError(f"{name} must be a whole number of at least 1, not {value!r}")

@@ -28,14 +28,9 @@ _LONGEST_REASON = 300
 
 @contextmanager
 def reading(source: object, advice: str = "get it again") -> Iterator[None]:
-    """While a foreign thing is read: whatever it raises becomes one sentence that names it.
+    """While a foreign thing, `source`, is read: whatever it raises becomes a DexError that names it, with `advice`.
 
-    Args:
-      source: the file, or what else to call it.
-      advice: what to do about it.
-
-    Raises:
-      DexError: something other than a DexError, Ctrl-C or the end of the program was raised.
+    Only Ctrl-C and the end of the program are not.
     """
     try:
         yield
@@ -72,10 +67,8 @@ def reason(error: BaseException) -> str:
 def typed(value: Any, kind: type[T], source: object, advice: str = "get it again") -> T:
     """`value`, of dictionaries, lists and scalars, as a `kind`: a msgspec.Struct, a dataclass or another type.
 
-    Keys that `kind` does not have are passed over.
-
-    Raises:
-      DexError: a key that is missing, of another type or out of bounds; the sentence names it and `source`.
+    Keys that `kind` does not have are passed over. A DexError names `source` and the key that is missing, of another
+    type or out of bounds.
     """
     with reading(source, advice):
         return msgspec.convert(value, kind)
@@ -84,8 +77,7 @@ def typed(value: Any, kind: type[T], source: object, advice: str = "get it again
 def check_fields(settings: Any, flags: bool = False) -> None:
     """Checks each field of a dataclass, `flags` of a program or not, against its type and bounds.
 
-    Raises:
-      DexError: naming the first field that will not do, with its value.
+    A DexError names the first that will not do, with its value.
     """
     for name, kind in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
@@ -95,11 +87,7 @@ def check_fields(settings: Any, flags: bool = False) -> None:
 
 
 def parsed(text: str | bytes, kind: type[T], source: object, advice: str = "get it again") -> T:
-    """JSON as a `kind`, see `typed`.
-
-    Raises:
-      DexError: no JSON, or as of `typed`.
-    """
+    """JSON as a `kind`, see `typed`; a DexError too if it is no JSON."""
     # Not by msgspec: Python programs write NaN and Infinity, which may stand where nobody looks.
     with reading(source, advice):
         try:
@@ -110,11 +98,7 @@ def parsed(text: str | bytes, kind: type[T], source: object, advice: str = "get 
 
 
 def local_path(path: str | os.PathLike) -> Path:
-    """A path with ~ and ~user put in.
-
-    Raises:
-      DexError: there is no such user, or no home directory.
-    """
+    """A path with ~ and ~user put in; a DexError if there is no such user, or no home directory."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

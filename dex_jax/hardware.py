@@ -152,16 +152,15 @@ def hardware(text: str) -> Hardware:
       DexError: none of these.
     """
     first, *rest = text.split(",")
-    options: dict[str, str] = {}
-    for part in rest:
-        key, _, value = part.partition("=")
+    options = {key: value for key, _, value in (part.partition("=") for part in rest)}
+    for part, (key, value) in zip(rest, options.items(), strict=False):
         if key not in ("count", "hosts", "link", "network", "price") or not value:
             raise DexError(f"--hardware {text}: {part!r} is none of count=N, hosts=N, link=NAME, network=NAME, price=X")
-        options[key] = value
+        if key in ("link", "network") and value not in LINKS:
+            raise DexError(f"--hardware {text}: there is no link {value!r}, choose one of {', '.join(LINKS)}")
     if first.endswith(".json"):
         found = read_hardware(first)
-        count, hosts = found.count, None if "count" in options else found.hosts
-        device, link, network, per_host = found.device, found.link, found.network, found.per_host
+        per_host = found.per_host
     else:
         name, _, number = first.partition("x")
         if name not in DEVICES or (number and not number.isdigit()):
@@ -169,41 +168,34 @@ def hardware(text: str) -> Hardware:
                 f"--hardware {first!r} is unknown: write NAME or NAMExCOUNT with one of {', '.join(DEVICES)}, or the "
                 "path of a .json file that calibrate wrote"
             )
-        device, per_host, link_name, network_name = DEVICES[name]
-        link, network = LINKS[link_name], LINKS[network_name]
-        count, hosts = int(number or 1), None
-    count = _number(options.get("count", count), "count")
-    hosts = _number(options["hosts"], "hosts") if "hosts" in options else hosts or -(-count // per_host)
+        device, per_host, link, network = DEVICES[name]
+        count = _number(number or 1, "count")
+        found = Hardware(device, count, -(-count // per_host), LINKS[link], LINKS[network])
+    count, hosts = found.count, found.hosts
+    if "count" in options:
+        count = _number(options["count"], "count")
+        hosts = -(-count // per_host)
+    if "hosts" in options:
+        hosts = _number(options["hosts"], "hosts")
     if count % hosts:
         raise DexError(f"--hardware {text}: {count} devices do not spread evenly over {hosts} hosts")
-    for key in ("link", "network"):
-        if key in options and options[key] not in LINKS:
-            raise DexError(f"--hardware {text}: there is no link {options[key]!r}, choose one of {', '.join(LINKS)}")
-    link = LINKS[options["link"]] if "link" in options else link
-    network = LINKS[options["network"]] if "network" in options else network
+    links = {key: LINKS[options[key]] for key in ("link", "network") if key in options}
+    device = found.device
     if "price" in options:
         try:
             device = dataclasses.replace(device, price=float(options["price"]))
         except ValueError:
             raise DexError(f"--hardware {text}: the price {options['price']!r} is no number") from None
-    return Hardware(device, count, hosts, link, network)
+    return dataclasses.replace(found, device=device, count=count, hosts=hosts, **links)
 
 
 def write_hardware(path: str | Path, found: Hardware) -> None:
-    """Writes a file that `hardware` reads.
-
-    Raises:
-      DexError: it cannot be written.
-    """
+    """Writes a file that `hardware` reads; a DexError if it cannot be written."""
     write_whole(path, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
 
 
 def read_hardware(path: str | Path) -> Hardware:
-    """Reads a file of `write_hardware`.
-
-    Raises:
-      DexError: no such file, or another content.
-    """
+    """Reads a file of `write_hardware`; a DexError: no such file, or another content."""
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=Hardware)
     except (OSError, ValueError, RecursionError) as error:

@@ -29,10 +29,8 @@ _gentle = threading.Event()
 def heeded(sentence: str = "Stopped.") -> Iterator[None]:
     """Within it Ctrl-C ends the process with exit code 130: at once, or after `gently` what wants to end by itself.
 
-    Files that programs write are whole or not there (io/whole_files.py), so nothing is lost but what was not done.
-
-    Args:
-      sentence: for stderr; empty for nothing.
+    Files that programs write are whole or not there (io/whole_files.py), so nothing is lost but what was not done. The
+    sentence is for stderr; empty for nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -23,16 +23,7 @@ from dex_jax.host_memory import return_free_memory
 from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
 from dex_jax.nn.forward import extend
 from dex_jax.nn.placing import build_on_mesh
-from dex_jax.nn.transformer import (
-    Layout,
-    Staged,
-    Transformer,
-    Unrolled,
-    build,
-    parameter_bytes,
-    parameter_shapes,
-    relayout,
-)
+from dex_jax.nn.transformer import Layout, Staged, Transformer, Unrolled, build, parameter_shapes, relayout
 from dex_jax.nn.weights import abstract_weights, merge_model
 from dex_jax.progress import notify
 from dex_jax.prompts import Prompt, encode_prompt
@@ -87,7 +78,7 @@ class LanguageModel:
     @property
     def parameter_bytes(self) -> int:
         """Bytes of all weights."""
-        return parameter_bytes(merge_model(self.config, self.layout, self.weights))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights))
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -159,10 +150,8 @@ class Outline:
         return encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.checkpoint.source, chat)
 
     def load(self, on_tensor: Callable[[int, int], None] | None = None) -> LanguageModel:
-        """The model, one tensor at a time; on_tensor as in `load`.
-
-        Raises:
-          DexError: a damaged file, or no memory for the weights.
+        """The model, one tensor at a time; on_tensor as in `load`. A DexError: a damaged file, or no memory for the
+        weights.
         """
         notify("loading the model")
         read = _reader(self.checkpoint, self.dtype, on_tensor)
@@ -241,10 +230,9 @@ def _eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...
 
 
 def resolve_dtype(name: str | None) -> jnp.dtype:
-    """The dtype of a name of DTYPES; None is `default_dtype()`. On a CPU float16 is float32, and a line says so.
+    """The dtype of a name of DTYPES, None is `default_dtype()`; a DexError for another name.
 
-    Raises:
-      DexError: another name.
+    On a CPU float16 is float32, and a line says so.
     """
     if name is None:
         return default_dtype()

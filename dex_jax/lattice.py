@@ -193,7 +193,8 @@ def collapse(lattice: Lattice, path: Path) -> Lattice:
         score=lattice.score - lattice.score.reshape(-1)[heir],
         root=path.heir,
     )
-    return jax.tree.map(lambda new, old: jnp.where(path.length > 0, new, old), kept, lattice)
+    moves = path.length > 0
+    return jax.tree.map(lambda new, old: jnp.where(moves, new, old), kept, lattice)
 
 
 def proposers(lattice: Lattice, tick: jax.Array) -> jax.Array:

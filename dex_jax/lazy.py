@@ -12,11 +12,8 @@ from typing import Any
 
 
 def names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package, from the imports of its stub.
-
-    Args:
-      package: its `__name__`.
-      file: its `__file__`; the stub lies beside it.
+    """`__getattr__`, `__dir__` and `__all__` of a package, given its `__name__` and `__file__`, beside which its stub
+    lies.
     """
     stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
     imports = [line for line in stub.body if isinstance(line, ast.ImportFrom)]

@@ -17,7 +17,6 @@ from dex_jax.foreign import local_path, parsed, reading
 Prompt = str | list[dict[str, Any]]
 
 RECOGNISED = '"messages", "prompt", "turns", "instruction", "question" or "text"'
-SUFFIXES = (".jsonl", ".json", ".txt")
 
 SPLIT_NAME = re.compile(r"(train|test|validation|dev|all)\b")
 SHORTEST_DOCSTRING = 60
@@ -28,8 +27,7 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 def read_prompts(path: str) -> list[Prompt]:
     """Prompts of a file: .jsonl, .json (a list) or .txt (one a line), gzipped or not.
 
-    Raises:
-      DexError: no such file, another kind, damaged, or a row without a prompt.
+    A DexError: no such file, another kind, damaged, or a row without a prompt.
     """
     with reading(path, "mend it"):
         return _not_empty([prompt_of(row, where) for row, where in read_rows(path)], path)
@@ -56,8 +54,7 @@ def read_dataset(name: str, config: str | None, split: str) -> list[Prompt]:
 def dataset_rows(name: str, config: str | None, split: str) -> Iterator[tuple[dict[str, Any], str]]:
     """(row, where it stands, in words) of each row of a Hugging Face data set.
 
-    Raises:
-      DexError: the package `datasets` is missing, or it cannot load that.
+    A DexError: the package `datasets` is missing, or it cannot load that.
     """
     try:
         datasets = importlib.import_module("datasets")
@@ -73,11 +70,7 @@ def dataset_rows(name: str, config: str | None, split: str) -> Iterator[tuple[di
 
 
 def parse_dataset(text: str) -> tuple[str, str | None, str]:
-    """NAME[:CONFIG][:SPLIT] -> (name, config, split); "train" if left out; slices, train[:100], are splits too.
-
-    Raises:
-      DexError: another text.
-    """
+    """NAME[:CONFIG][:SPLIT] -> (name, config, split); "train" if left out; slices, train[:100], are splits too."""
     name, *rest = re.split(r":(?![^\[]*\])", text)
     if not name or len(rest) > 2 or not all(rest):
         raise DexError(f"datasets:{text} is not understood: write datasets:NAME, then :CONFIG or :SPLIT or both")
@@ -89,13 +82,9 @@ def parse_dataset(text: str) -> tuple[str, str | None, str]:
 def prompt_of(row: Any, where: str) -> Prompt:
     """The prompt in one row of a data set: text, or messages that end with somebody else's than the assistant's.
 
-    Args:
-      row: text, or a dictionary with "messages", "prompt", "turns" (the first), "instruction" (with "input", or the
-        input of the first of "instances"), "question" (with "choices") or "text"; the first of these that is there.
-      where: of the row, for the error.
-
-    Raises:
-      DexError: none of them, or nothing in it.
+    A row is text, or a dictionary with "messages", "prompt", "turns" (the first), "instruction" (with "input", or the
+    input of the first of "instances"), "question" (with "choices") or "text"; the first of these that is there. A
+    DexError, which says `where` the row is, if there is none of them, or nothing in it.
     """
     prompt = row if isinstance(row, str) else _from_keys(row) if isinstance(row, dict) else None
     if isinstance(prompt, str) and prompt.strip():
@@ -112,10 +101,8 @@ def prompt_of(row: Any, where: str) -> Prompt:
 def standard_library_prompts() -> list[str]:
     """Signature and docstring of functions in the running interpreter's standard library, read and never run.
 
-    What there is depends on the version of Python. The order does not depend on the machine.
-
-    Raises:
-      DexError: an interpreter without its library's source.
+    What there is depends on the version of Python, the order not on the machine. A DexError where the library has no
+    source.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, None] = {}
@@ -155,8 +142,7 @@ def _from_keys(row: dict[str, Any]) -> Any:
     if row.get("turns") and isinstance(row["turns"], list):
         return row["turns"][0]
     if isinstance(row.get("instruction"), str):
-        instances = row.get("instances")
-        given = row.get("input")
+        instances, given = row.get("instances"), row.get("input")
         if isinstance(instances, list) and instances and isinstance(instances[0], dict):
             given = instances[0].get("input")
         return row["instruction"] + (f"\n\n{given}" if isinstance(given, str) and given.strip() else "")
@@ -174,12 +160,10 @@ def _found(row: Any) -> str:
 
 
 def _kind(path: str) -> str:
-    name = path.removesuffix(".gz")
-    for suffix in SUFFIXES:
-        if name.endswith(suffix):
-            return suffix
+    if found := re.search(r"(\.jsonl|\.json|\.txt)(\.gz)?$", path):
+        return found[1]
     raise DexError(
-        f'data "{path}" is not understood: give a {", ".join(SUFFIXES)} file (or .gz of one), text:FILE, '
+        f'data "{path}" is not understood: give a .jsonl, .json, .txt file (or .gz of one), text:FILE, '
         "datasets:NAME, python-stdlib or self"
     )
 

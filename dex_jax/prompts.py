@@ -17,19 +17,14 @@ Prompt = str | Sequence[int] | Sequence[Message]
 def encode_prompt(
     prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, source: str, chat: bool = True
 ) -> list[int]:
-    """Token ids of a prompt.
+    """Token ids, all below vocab_size, of a prompt: a string, a list of messages, or a list of token ids, used as it
+    is.
 
-    Args:
-      prompt: a string (made a user message of the chat template if there is one and `chat`), a list of
-        {"role", "content"} messages, or a list of token ids, which is used as it is.
-      tokenizer: None when the checkpoint has none.
-      vocab_size: V; ids must lie below it.
-      source: the checkpoint, for error messages.
-      chat: whether the chat template is applied to strings.
+    A string is made a user message of the chat template if there is one and `chat`; messages are {"role", "content"}.
+    `source` names the checkpoint in errors.
 
-    Raises:
-      DexError: the prompt is empty, is of another type, has ids outside the vocabulary, or needs a tokenizer or chat
-        template that is missing.
+    A DexError where the prompt is empty, of another type, has ids outside the vocabulary, or needs a tokenizer or chat
+    template that is missing.
     """
 
     def known(ids: list[int]) -> list[int]:

@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax.canaries import CANARIES
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.methods import AR, DEFAULT_EXPLORERS, Dex, Method, Schedule
 from dex_jax.decoding.output import Output
+from dex_jax.decoding.record import Limits
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.evaluation.check import CLOSE, compare
@@ -46,6 +46,30 @@ NEW_TOKENS = 24
 WARM_TICKS, TIMED_TICKS, REPETITIONS = 4, 8, 7
 EXITS_MOVED = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.1}
 """By dtype: the share of exits that rounding may move."""
+
+CANARY_ROWS = 32_769
+"""The least number of float32 rows at which jax 0.10.2 goes wrong."""
+
+
+def _squared_products() -> bool:
+    """Whether a vmapped product of matrix and row, squared and summed, is right in all rows: jax issue 39103."""
+    rows = jnp.zeros((CANARY_ROWS, 3)).at[:, 0].set(jnp.arange(CANARY_ROWS))
+    matrix = jnp.eye(3)
+    found = jax.jit(jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2)))(rows)
+    # The identity leaves the row as it is, so nothing is rounded but the square.
+    return bool(np.array_equal(found, np.arange(CANARY_ROWS, dtype=np.float32) ** 2))
+
+
+def _arctangents() -> bool:
+    """Whether arctan is right at 50 and more numbers: jax issue 39352, which not every CPU shows."""
+    return all(
+        np.allclose(jnp.arctan(x), np.arctan(x), atol=1e-3)
+        for x in (np.linspace(-8, 8, count, dtype=np.float32) for count in (50, 64, 200))
+    )
+
+
+CANARIES = {"39103": _squared_products, "39352": _arctangents}
+"""jax issue -> whether this device computes what some version of JAX has compiled to wrong results, without a word."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,16 +147,14 @@ def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
     again = decode(method, prompts[0], 0.0)
     findings.append(_same_tokens(lm, "both layouts give the same tokens, greedy", [again], greedy[:1], 0.0))
     lm.arrange(Unrolled())
-    facts = _machine(lm) | {
-        "schedule": f"DEX-1/{explorers}, exits at {', '.join(map(str, schedule.depths))}, {schedule.rows} rows",
+    measured = {
         **{f"AR step, {label} (ms)": round(step, 2) for label, (step, _) in times.items()},
         **{f"DEX tick, {label} (ms)": round(tick, 2) for label, (_, tick) in times.items()},
         "final head, 1 row (ms)": round(_head_time(lm, 1), 2),
         f"exit heads, {explorers - 1} rows (ms)": round(_head_time(lm, explorers - 1), 2) if explorers > 1 else None,
         "peak memory (GB)": _peak_memory(),
-        "compile (s)": round(compile_seconds() - before, 1),
     }
-    return Report(facts, findings)
+    return _report(lm, schedule, findings, measured, before)
 
 
 def quick_check(lm: LanguageModel) -> Report:
@@ -156,11 +178,7 @@ def quick_check(lm: LanguageModel) -> Report:
         _same_tokens(lm, "DEX and AR give the same tokens, greedy", explored, plain, 0.0),
         _counted_ticks("greedy", explored, schedule),
     ]
-    facts = _machine(lm) | {
-        "schedule": f"DEX-1/{schedule.stages}, exits at {', '.join(map(str, schedule.depths))}, {schedule.rows} rows",
-        "compile (s)": round(compile_seconds() - before, 1),
-    }
-    return Report(facts, findings)
+    return _report(lm, schedule, findings, {}, before)
 
 
 def _prompts(lm: LanguageModel) -> list[list[int]]:
@@ -227,11 +245,8 @@ def _step_and_tick(
     for schedule in schedules:
         session = Session(lm, [prompt], Resolved(schedule), new_tokens, None)
         # Nothing may end early: a loop that is done takes no time.
-        endless = session.limits._replace(
-            max_new_tokens=jnp.full_like(session.limits.max_new_tokens, session.capacity + 1),
-            eos_ids=jnp.full_like(session.limits.eos_ids, NO_TOKEN),
-        )
-        session.limits = endless
+        most, eos = session.limits
+        session.limits = Limits(jnp.full_like(most, session.capacity + 1), jnp.full_like(eos, NO_TOKEN))
         session.prefill()
         session.advance(WARM_TICKS)
         sessions.append(session)
@@ -258,16 +273,22 @@ def _head_time(lm: LanguageModel, rows: int) -> float:
     return 1e3 * float(np.median(found))
 
 
-def _machine(lm: LanguageModel) -> dict[str, Any]:
+def _report(
+    lm: LanguageModel, schedule: Schedule, findings: list[Finding], measured: dict[str, Any], before: float
+) -> Report:
     devices = jax.devices()
     versions = {name: _version(name) for name in ("dex-jax", "jax", "jaxlib", "flax", "numpy")}
-    return {
+    facts = {
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "model": f"{Path(lm.source).name}, {lm.config.num_layers} layers, {lm.parameter_bytes / 1e9:.3f} GB",
         "dtype": str(lm.dtype),
+        "schedule": f"DEX-1/{schedule.stages}, exits at {', '.join(map(str, schedule.depths))}, {schedule.rows} rows",
+        **measured,
+        "compile (s)": round(compile_seconds() - before, 1),
     }
+    return Report(facts, findings)
 
 
 def _version(package: str) -> str:

@@ -7,6 +7,7 @@ sequences are spread over copies of all that.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +22,9 @@ DATA, STAGE, TENSOR = "data", "stage", "tensor"
 MESH_AXES = (DATA, STAGE, TENSOR)
 """From the slowest link to the fastest: devices of one tensor row are neighbours."""
 
-RULES: dict[str, str] = {
-    "stage": STAGE,
-    "sequence": DATA,
-    "heads": TENSOR,
-    "mlp": TENSOR,
-    "vocabulary": TENSOR,
-}
+AUTOMATIC = (AxisType.Auto,) * len(MESH_AXES)
+
+RULES = {"stage": STAGE, "sequence": DATA, "heads": TENSOR, "mlp": TENSOR, "vocabulary": TENSOR}
 """Logical axis -> mesh axis. All others ("width", "layer", positions, rows) are whole on every device."""
 
 EVERYWHERE: Any = PartitionSpec()
@@ -35,7 +32,7 @@ EVERYWHERE: Any = PartitionSpec()
 
 def spec_of(*axes: str | None) -> PartitionSpec:
     """How an array of these logical axes lies on a mesh whose sizes divide it."""
-    return PartitionSpec(*[None if name is None else RULES.get(name) for name in axes])
+    return PartitionSpec(*(RULES.get(name or "") for name in axes))
 
 
 BY_SEQUENCE: Any = spec_of("sequence")
@@ -46,17 +43,13 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P
     """How an array of these logical axes lies on a mesh; an axis that the devices do not divide is not split."""
     found: list[str | None] = []
     for name, size in zip(axes, shape, strict=True):
-        axis = None if name is None else RULES.get(name)
+        axis = RULES.get(name or "")
         found.append(axis if axis is not None and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None)
     return PartitionSpec(*found)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """ "stage=5,tensor=2" -> axis sizes in the order of MESH_AXES, 1 where nothing is said.
-
-    Raises:
-      DexError: an axis of another name, one given twice, or a size that is no whole number of at least 1.
-    """
+    """Axis sizes of "stage=5,tensor=2", in the order of MESH_AXES, 1 where nothing is said; a DexError for no mesh."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (piece.strip() for piece in part.partition("="))
@@ -94,7 +87,7 @@ def make_mesh(wanted: str | dict[str, int] | Mesh, devices: Sequence[jax.Device]
         order = [axis for axis in MESH_AXES if axis in wanted.shape]
         by_axis = np.transpose(wanted.devices, [wanted.axis_names.index(axis) for axis in order])
         grid = by_axis.reshape([wanted.shape.get(axis, 1) for axis in MESH_AXES])
-        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        return Mesh(grid, MESH_AXES, axis_types=AUTOMATIC)
     if isinstance(wanted, str):
         wanted = parse_mesh(wanted)
     _known(wanted)
@@ -112,18 +105,13 @@ def make_mesh(wanted: str | dict[str, int] | Mesh, devices: Sequence[jax.Device]
             f"the mesh {text} needs {count} devices and there are {len(there)} ({there[0].platform}): ask for a "
             f"smaller one{hint}"
         )
-    automatic = (AxisType.Auto,) * 3
     if devices is None and count == len(there):
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=automatic)
-    return Mesh(np.asarray(there[:count]).reshape(sizes), MESH_AXES, axis_types=automatic)
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=AUTOMATIC)
+    return Mesh(np.asarray(there[:count]).reshape(sizes), MESH_AXES, axis_types=AUTOMATIC)
 
 
 def check_model(mesh: Mesh, config: ModelConfig) -> None:
-    """Whether a model can be cut so.
-
-    Raises:
-      DexError: more stages than layers, or a tensor axis that does not divide heads or mlp.
-    """
+    """A DexError where a model cannot be cut so: more stages than layers, or a tensor axis that divides not."""
     stages, pieces = mesh.shape[STAGE], mesh.shape[TENSOR]
     if stages > config.num_layers:
         raise DexError(f"a mesh of {stages} stages needs as many layers, and the model has {config.num_layers}")
@@ -136,11 +124,7 @@ def check_model(mesh: Mesh, config: ModelConfig) -> None:
 
 
 def check_stages(mesh: Mesh, stages: int) -> None:
-    """Whether a schedule's explorers are as many as the mesh's stages.
-
-    Raises:
-      DexError: they are not.
-    """
+    """A DexError unless a schedule's explorers are as many as the mesh's stages."""
     if mesh.shape[STAGE] != stages:
         raise DexError(
             f"the mesh has stage={mesh.shape[STAGE]} and the schedule {stages} explorers: each runs on a stage of its "
@@ -149,11 +133,7 @@ def check_stages(mesh: Mesh, stages: int) -> None:
 
 
 def check_batch(mesh: Mesh, sequences: int) -> None:
-    """Whether sequences spread evenly over the data axis.
-
-    Raises:
-      DexError: they do not.
-    """
+    """A DexError unless sequences spread evenly over the data axis."""
     if sequences % mesh.shape[DATA]:
         raise DexError(
             f"data={mesh.shape[DATA]} does not divide the {sequences} sequences: give a multiple of it, or a smaller "
@@ -184,10 +164,8 @@ def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
 def zeros(shapes: Any, specs: Any, mesh: Mesh) -> Any:
     """Arrays of zeros like a tree of jax.ShapeDtypeStructs, made where they belong."""
     shardings = map_placed(lambda leaf, sharding: sharding, shapes, specs, mesh)
-    make = jax.jit(
-        lambda: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes), out_shardings=shardings
-    )
-    return make()
+    blank = functools.partial(jax.tree.map, lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.jit(blank, out_shardings=shardings)()
 
 
 def map_placed(function: Any, tree: Any, specs: Any, mesh: Mesh) -> Any:

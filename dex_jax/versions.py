@@ -29,11 +29,7 @@ def conflict(jax: str, flax: str) -> str | None:
 
 
 def check_versions() -> None:
-    """Looks at what is installed and warns of a jax that miscompiles, in one line on stderr.
-
-    Raises:
-      ImportError: jax and flax fail together.
-    """
+    """An ImportError where the installed jax and flax fail together; a jax that miscompiles is a warning on stderr."""
     try:
         jax, flax = (importlib.metadata.version(name) for name in ("jax", "flax"))
     except importlib.metadata.PackageNotFoundError:

@@ -15,10 +15,9 @@ from reference.toy_runs import CAPACITY, arrays, emitted, random_case, twin_draw
 from reference.twin import autoregressive
 
 from dex_jax.decoding.chain import loop as chain
-from dex_jax.decoding.chain.adadecode import Sure
 from dex_jax.decoding.chain.dynamic_exit import Dynamic
-from dex_jax.decoding.chain.oracle import Hindsight
 from dex_jax.decoding.counting import bound_of, rounds_of
+from dex_jax.decoding.rivals import Hindsight, Sure
 
 VOCABULARY, BATCH = 11, 3
 DEPTHS = (2, 3, 5, 9)

@@ -17,9 +17,8 @@ from dex_jax.config import ExitsConfig
 from dex_jax.decoding import resolve as resolving
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.decoding.counting import ticks_of
-from dex_jax.decoding.dex.drafter import transformer_drafter
 from dex_jax.decoding.dex.drafts import TreeShape
-from dex_jax.decoding.dex.trained_exits import empty_memory, exit_arrays, read_chunk
+from dex_jax.decoding.dex.trained_exits import empty_memory, exit_arrays, read_chunk, transformer_drafter
 from dex_jax.decoding.dex.trees import LOOKUP_TRUST, KnownTree, known_trees, with_trees
 from dex_jax.decoding.resolve import resolve
 from dex_jax.evaluation import tree_search

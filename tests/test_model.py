@@ -20,7 +20,6 @@ from dex_jax.nn import transformer
 from dex_jax.nn.forward import extend_with_states
 from dex_jax.nn.layers import KeyValues, attend, rms_norm, rope_frequencies, rope_table, rotate
 from dex_jax.nn.transformer import (
-    parameter_bytes,
     parameter_shapes,
     random_transformer,
     relayout,
@@ -175,7 +174,7 @@ def test_parameters_are_counted_once(config) -> None:
     shapes = parameter_shapes(config)
     assert ("unembed" in shapes) == (not config.tied)
     count = sum(int(np.prod(shape)) for shape in shapes.values())
-    assert parameter_bytes(random_transformer(config, Unrolled(), 0)) == 4 * count
+    assert small_model(config).parameter_bytes == 4 * count
 
 
 def test_sines_are_computed_once_and_not_in_every_layer() -> None:

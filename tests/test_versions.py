@@ -9,7 +9,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from dex_jax import canaries, selfcheck
+from dex_jax import selfcheck
 from dex_jax.versions import check_versions, conflict
 
 # Tried in environments of these versions, on Python 3.13: which pairs can be imported.
@@ -59,9 +59,9 @@ def test_the_check_imports_neither_jax_nor_flax(tmp_path) -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
-@pytest.mark.parametrize("issue", canaries.CANARIES)
+@pytest.mark.parametrize("issue", selfcheck.CANARIES)
 def test_this_jax_computes_what_others_did_not(issue) -> None:
-    assert canaries.CANARIES[issue]()
+    assert selfcheck.CANARIES[issue]()
 
 
 @pytest.mark.parametrize(("name", "issue"), [("arctan", "39352"), ("sum", "39103")])

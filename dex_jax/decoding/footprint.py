@@ -94,18 +94,10 @@ def footprint(
     exits_bytes: int = 0,
     mesh: Mesh | None = None,
 ) -> Footprint:
-    """What decoding `batch` sequences of at most `cache_length` positions needs.
+    """What decoding `batch` sequences of at most `cache_length` positions, as `cache_length_for` gives it, needs.
 
-    Args:
-      config: the model's shapes.
-      dtype: of weights and caches.
-      schedule: method, exit depths and rows.
-      batch: B.
-      cache_length: S, as `cache_length_for` gives it.
-      layout: of the weights and caches.
-      sampled: whether tokens are sampled, which keeps K positions' noise of V float32 numbers for each sequence.
-      exits_bytes: size of trained exit heads.
-      mesh: devices that all is spread over; figures are of one of them. None is one device.
+    `dtype` is of weights and caches; a `sampled` generation keeps K positions' noise of V float32 numbers for each
+    sequence; `exits_bytes` is the size of trained heads. On a mesh figures are of one of its devices.
     """
     shapes = session_shapes(config, dtype, schedule, layout, batch, cache_length, sampled=sampled, mesh=mesh)
     committed = nbytes((shapes.memory.keys, shapes.memory.values))

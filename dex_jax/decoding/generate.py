@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -163,7 +164,7 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
     run = prepare(lm, prompts, **options)
     run.method.say(lm.fingerprint)
     times = dict.fromkeys(("compile", "prefill", "decode"), 0.0)
-    with _Clock(times, "prefill"):
+    with _timed(times, "prefill"):
         run.session.prefill()
     notify("decoding")
     record = run.session.record()
@@ -175,7 +176,7 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
             if run.choice is not None and lm.mesh is None:
                 reconsider(session.pace, lm.config, lm.layout, lm.dtype, session.sequences, session.cache_length)
             return
-        with _Clock(times, "decode"):
+        with _timed(times, "decode"):
             record = run.session.advance(run.ticks_per_update)
 
 
@@ -202,27 +203,25 @@ def _resolve(lm: Outline | LanguageModel, method: Method, exits: str | os.PathLi
     return dataclasses.replace(resolved, schedule=dataclasses.replace(schedule, depths=lm.layout.depths))
 
 
-class _Clock:
+@contextlib.contextmanager
+def _timed(times: dict[str, float], phase: str) -> Iterator[None]:
     """Adds the seconds of a block to times[phase], and what was compilation to times["compile"] instead."""
-
-    def __init__(self, times: dict[str, float], phase: str):
-        self.times, self.phase = times, phase
-
-    def __enter__(self) -> None:
-        self.begin, self.compiled = time.perf_counter(), compile_seconds()
-
-    def __exit__(self, kind, error, traceback) -> None:
-        compiling = compile_seconds() - self.compiled
-        self.times["compile"] += compiling
-        self.times[self.phase] += time.perf_counter() - self.begin - compiling
-        if error is not None and "RESOURCE_EXHAUSTED" in str(error):
+    begin, compiled = time.perf_counter(), compile_seconds()
+    try:
+        yield
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
             raise DexError(
                 "the device ran out of memory: lower the number of prompts or samples, max_new_tokens, rows or "
                 "explorers, or use a smaller dtype (decode.py --dry-run shows what each needs)"
             ) from error
-        lost = lost_processes() if isinstance(error, jax.errors.JaxRuntimeError) else []
-        if lost:
+        if isinstance(error, jax.errors.JaxRuntimeError) and (lost := lost_processes()):
             raise DexError(f"{' and '.join(lost)} no longer answers: start all processes again") from error
+        raise
+    finally:
+        compiling = compile_seconds() - compiled
+        times["compile"] += compiling
+        times[phase] += time.perf_counter() - begin - compiling
 
 
 def encode_prompts(
@@ -230,8 +229,7 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Token ids of every sequence, prompts in their order and each `num_samples` times.
 
-    Raises:
-      DexError: no prompt, one that cannot be encoded, or one that leaves no room for the new tokens.
+    A DexError where there is no prompt, one that cannot be encoded, or one that leaves no room for the new tokens.
     """
     whole_number(max_new_tokens=max_new_tokens, num_samples=num_samples)
     batch: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts or ())
@@ -259,8 +257,7 @@ def sampling_of(
 ) -> tuple[Sampling | None, list[int] | None]:
     """(what the loops sample with, seed of each sequence); None for greedy decoding.
 
-    Raises:
-      DexError: an option out of its range, or seeds of another number than sequences.
+    A DexError names an option out of its range, or seeds of another number than sequences.
     """
     if not (np.isfinite(temperature) and temperature >= 0):
         raise DexError(f"temperature must be 0 (greedy) or above, not {temperature}")

@@ -21,8 +21,22 @@ def rungs(largest: int, smallest: int = 1) -> tuple[int, ...]:
 
 def climb(needed: jax.Array, counts: Sequence[int], run: Callable[[int], Any]) -> Any:
     """run(n) for the smallest n of `counts` (ascending) with n >= needed; all must return the same shapes."""
-    index = jnp.sum(needed > jnp.asarray(counts[:-1]))
-    return choose_rung(index, counts, run)
+    if len(counts) == 1:
+        return run(counts[0])
+    return jax.lax.switch(jnp.sum(needed > jnp.asarray(counts[:-1])), [lambda n=n: run(n) for n in counts])
+
+
+def row_counts(counts: Sequence[int], rows: int) -> tuple[int, ...]:
+    """None, those of `counts` (ascending) that are less than all `rows`, and all of them."""
+    return (0, *(count for count in counts if count < rows), rows)
+
+
+def last_row(live: jax.Array) -> jax.Array:
+    """How many of the rows on the last axis of a bool array are needed to have all that live: int32.
+
+    Survivors of a collapse stand anywhere in a cohort.
+    """
+    return jnp.max(jnp.where(live, jnp.arange(1, live.shape[-1] + 1), 0))
 
 
 def fill(x: jax.Array, axis: int, length: int) -> jax.Array:
@@ -30,10 +44,3 @@ def fill(x: jax.Array, axis: int, length: int) -> jax.Array:
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, length - x.shape[axis])
     return jnp.pad(x, padding)
-
-
-def choose_rung(index: jax.Array, counts: Sequence[int], run: Callable[[int], Any]) -> Any:
-    """run(counts[index]); all must return the same shapes."""
-    if len(counts) == 1:
-        return run(counts[0])
-    return jax.lax.switch(index, [lambda n=n: run(n) for n in counts])

@@ -73,11 +73,7 @@ class Loop(abc.ABC):
         """Ticks until every sequence is done, or until `until_tick`."""
 
     def on_mesh(self, schedule: Schedule) -> MeshLoop:
-        """The same loop for a mesh.
-
-        Raises:
-          DexError: there is none for this schedule.
-        """
+        """The same loop for a mesh; a DexError where there is none for this schedule."""
         raise DexError(f"method {schedule.method} is for one device: leave the mesh out, or use Dex or AR")
 
     def steps(self, exits: np.ndarray, length: int, stages: int) -> int:
@@ -89,12 +85,8 @@ class Loop(abc.ABC):
     ) -> dict[str, Any]:
         """The counts that it has, by their names in Stats, `layer_steps` among them.
 
-        Args:
-          schedule: what ran.
-          exits: [B, T] int32.
-          steps: [B] int32, ticks or rounds.
-          spent: [B, T, 2] as in Record, None without a chain.
-          lengths: [B] int32.
+        Of exits [B, T] int32, `steps` [B] int32 (ticks or rounds), what was `spent` [B, T, 2] as in Record (None
+        without a chain) and lengths [B] int32.
         """
         longest = max(end - start for start, end in zip((0, *schedule.depths), schedule.depths, strict=False))
         speedup = depth_side_speedup(steps, lengths, schedule.stages)
@@ -109,12 +101,7 @@ class MeshLoop(Loop):
         return self
 
     def check_mesh(self, schedule: Schedule, mesh: Mesh, layout: Layout) -> None:
-        """Whether it can run where a model lies so; nothing unless said.
-
-        Raises:
-          DexError: other stages, or other exit depths.
-        """
-        return
+        """Refuses, with a DexError, a mesh of other stages or exit depths than it can run on; nothing unless said."""
 
     @abc.abstractmethod
     def init_stage(self, device: StageNetwork, schedule: Schedule, begun: Prefilled, capacity: int) -> Any:
@@ -223,16 +210,9 @@ class ChainLoop(Loop):
 
     def init(self, what: Running, begun: Prefilled, capacity: int) -> ChainState:
         network, policy = _chain(what)
-        return chain.init(
-            network,
-            begun.memory,
-            begun.token,
-            begun.lengths,
-            policy=policy,
-            capacity=capacity,
-            limits=begun.limits,
-            sampling=begun.sampling,
-        )
+        memory, token, lengths, limits, sampling, *_ = begun
+        options: dict[str, Any] = {"policy": policy, "capacity": capacity, "limits": limits, "sampling": sampling}
+        return chain.init(network, memory, token, lengths, **options)
 
     def run(
         self, what: Running, state: ChainState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
@@ -273,21 +253,11 @@ AR_LOOP, DEX_LOOP, CHAIN_LOOP, ORACLE_LOOP = ARLoop(), DexLoop(), ChainLoop(), O
 
 
 def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int) -> DexState:
-    return loop.init(
-        network,
-        begun.memory,
-        begun.token,
-        begun.lengths,
-        stages=schedule.stages,
-        rows=schedule.rows,
-        capacity=capacity,
-        limits=begun.limits,
-        sampling=begun.sampling,
-        drafts=schedule.drafts,
-        prompt=begun.prompt,
-        length=jax.tree.leaves(begun.memory.keys)[0].shape[-2],
-        costs=begun.costs,
-    )
+    memory, token, lengths, limits, sampling, prompt, costs = begun
+    length = jax.tree.leaves(memory.keys)[0].shape[-2]
+    sizes: dict[str, Any] = {"stages": schedule.stages, "rows": schedule.rows, "capacity": capacity, "length": length}
+    options: dict[str, Any] = {"sampling": sampling, "drafts": schedule.drafts, "prompt": prompt, "costs": costs}
+    return loop.init(network, memory, token, lengths, limits=limits, **sizes, **options)
 
 
 def _chain(what: Running) -> tuple[ChainNetwork, Policy]:

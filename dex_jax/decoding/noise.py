@@ -22,14 +22,7 @@ class Noise(NamedTuple):
 
 
 def make_noise(noise: Noise | None, sampling: Sampling | None, frontier: jax.Array, vocab_size: int) -> Noise | None:
-    """Makes the noise of all positions up to the frontier that have none yet.
-
-    Args:
-      noise: so far; None when greedy.
-      sampling: its keys make the noise.
-      frontier: [B] int32, the furthest position that needs noise.
-      vocab_size: V.
-    """
+    """Makes the noise of all positions up to the frontier [B] int32 that have none yet, from sampling's keys."""
     if noise is None:
         return None
     assert sampling is not None

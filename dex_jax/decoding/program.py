@@ -21,14 +21,9 @@ Where that ends the compiler fails for good."""
 class Program:
     """Compiles `function` ahead of time for each new set of static arguments and shapes, and remembers the latest.
 
-    Args:
-      function: takes positional arrays and keyword statics.
-      donate: positions of arguments whose buffers may be reused.
-      light: whether XLA does little of its time's work on CPUs, where few_rows.cc does the rest: LLVM then unrolls
-        nothing, which takes a third less to compile and runs as fast.
-
-    Attributes:
-      compile_seconds: seconds spent on compiling.
+    It takes positional arrays, those at `donate` reused, and keyword statics. Of `light` ones XLA does little of the
+    time's work on CPUs, where few_rows.cc does the rest: LLVM then unrolls nothing, which takes a third less to compile
+    and runs as fast. `compile_seconds` are those spent on compiling.
     """
 
     def __init__(

@@ -49,11 +49,7 @@ class Record(NamedTuple):
 
 
 def check_limits(limits: Limits, batch: int) -> None:
-    """Whether limits are those of `batch` sequences.
-
-    Raises:
-      DexError: no Limits, or fields of other shapes.
-    """
+    """A DexError unless these are Limits of `batch` sequences."""
     if not isinstance(limits, Limits) or jnp.shape(limits.max_new_tokens) != (batch,) or jnp.ndim(limits.eos_ids) != 1:
         raise DexError(
             f"limits are dex_jax.Limits(max_new_tokens, eos_ids), two int32 arrays: a number for each of the {batch} "
@@ -76,15 +72,7 @@ def begin(first_token: jax.Array, capacity: int, limits: Limits) -> Record:
 
 
 def emit(record: Record, token: jax.Array, born_at: jax.Array, where: jax.Array, limits: Limits) -> Record:
-    """Appends one token to the sequences of `where`, after one tick for all that are not done.
-
-    Args:
-      record: so far.
-      token: [B] int32.
-      born_at: [B] int32.
-      where: [B] bool; must be False for sequences that are done.
-      limits: when a sequence ends.
-    """
+    """Appends token [B] to the sequences of `where` [B], none of which is done, after one tick for all that are not."""
     place = jnp.where(where, record.lengths, record.tokens.shape[1])
     sequences = jnp.arange(record.tokens.shape[0])
     lengths = record.lengths + where
@@ -102,14 +90,8 @@ def emit_path(
 ) -> tuple[Record, jax.Array]:
     """Appends several tokens at once, as `emit` one after the other would, and counts one tick.
 
-    Args:
-      record: so far.
-      tokens, born_at: [B, P] int32.
-      count: [B] int32, how many of each row are meant; what comes after a sequence's end is left out.
-      limits: when a sequence ends.
-
-    Returns:
-      (record, [B, P] int32 where each token went, the capacity T for those that went nowhere).
+    Of tokens and born_at [B, P] the first `count` [B] are meant; what comes after a sequence's end is left out. Gives
+    (record, [B, P] int32 where each token went, the capacity T for those that went nowhere).
     """
     batch, size = tokens.shape
     step = jnp.arange(size)[None]

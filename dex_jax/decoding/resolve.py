@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.chain.layerskip import LayerSkip
 from dex_jax.decoding.dex.trees import known_trees
 from dex_jax.decoding.methods import DEFAULT_EXPLORERS, Dex, Method, Schedule
+from dex_jax.decoding.rivals import LayerSkip
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits
 from dex_jax.nn.exits import select_exits

@@ -31,15 +31,11 @@ def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int, batch:
     not for lengths of prompts and answers.
     """
     needed = max(prompt_bucket(prompt_length), prompt_length + max_new_tokens + ahead)
-    return _on_ladder(needed, ALONE if batch == 1 else SMALLEST_CACHE, CACHE_STEP)
+    if needed > CACHE_STEP:
+        return -(-needed // CACHE_STEP) * CACHE_STEP
+    return max(ALONE if batch == 1 else SMALLEST_CACHE, 1 << (needed - 1).bit_length())
 
 
 def batch_bucket(sequences: int) -> int:
     """B, the sequences that programs are compiled for; those beyond `sequences` are done before they begin."""
     return sequences if sequences <= 2 else -(-sequences // BATCH_STEP) * BATCH_STEP
-
-
-def _on_ladder(size: int, smallest: int, step: int) -> int:
-    if size > step:
-        return -(-size // step) * step
-    return max(smallest, 1 << (size - 1).bit_length())

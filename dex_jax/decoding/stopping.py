@@ -9,14 +9,9 @@ from dex_jax.io import Tokenizer
 
 
 class StopStrings:
-    """Decodes tokens to text and cuts it at the first stop string.
+    """Decodes tokens to text and cuts it at the first stop string; without a tokenizer texts are empty.
 
-    Args:
-      stop: a string, several, or None.
-      tokenizer: None gives empty texts and refuses stop strings.
-
-    Raises:
-      DexError: an empty stop string, or stop strings without a tokenizer.
+    A DexError where a stop string is empty, or there is no tokenizer to find one with.
     """
 
     def __init__(self, stop: str | Sequence[str] | None, tokenizer: Tokenizer | None):

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, linear, rms_norm, rope_table
+from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, linear, names_in, recorded, rms_norm, rope_table
 
 Init = Callable[[str, tuple[int, ...], str], jax.Array]
 
@@ -195,14 +195,7 @@ def _stacked_linear(x: jax.Array, kernel: nnx.Param | None) -> jax.Array:
 
 def exit_parameters(config: ExitsConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name -> (shape, kind) of every parameter."""
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-
-    def record(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
-        found[name] = (shape, kind)
-        return jnp.zeros(shape)
-
-    jax.eval_shape(lambda: nnx.state(ExitHeads(config, record)))
-    return found
+    return recorded(functools.partial(ExitHeads, config))
 
 
 def initial_heads(config: ExitsConfig, final_norm: np.ndarray | jax.Array, seed: int = 0) -> ExitHeads:
@@ -250,15 +243,8 @@ def heads_of(config: ExitsConfig, parameters: dict[str, np.ndarray], dtype: jnp.
 
 def parameters_of(heads: ExitHeads) -> dict[str, np.ndarray]:
     """Name -> float32 array of every parameter, on the host."""
-    order: list[str] = []
-
-    def record(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
-        order.append(name)
-        return jnp.full(shape, len(order) - 1, jnp.float32)
-
-    numbered = nnx.state(ExitHeads(heads.config, record))
-    pairs = zip(jax.tree.leaves(numbered), jax.tree.leaves(nnx.state(heads)), strict=True)
-    return {order[int(np.asarray(number).reshape(-1)[0])]: np.asarray(leaf, np.float32) for number, leaf in pairs}
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(heads))
+    return {".".join(names_in(path)): np.asarray(leaf, np.float32) for path, leaf in leaves}
 
 
 @functools.lru_cache(maxsize=64)

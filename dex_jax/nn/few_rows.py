@@ -85,12 +85,9 @@ def ready() -> bool:
     XLA cannot divide among several devices what it does not know: of several it has to be what one of them does, under
     shard_map.
     """
-    return (jax.device_count() == 1 or _is_what_one_device_does()) and _registered()
-
-
-def _is_what_one_device_does() -> bool:
-    axes = jax.sharding.get_abstract_mesh().axis_types
-    return bool(axes) and all(axis == jax.sharding.AxisType.Manual for axis in axes)
+    axes = jax.sharding.get_abstract_mesh().axis_types if jax.device_count() > 1 else ()
+    one = jax.device_count() == 1 or (bool(axes) and all(axis == jax.sharding.AxisType.Manual for axis in axes))
+    return one and _registered()
 
 
 @functools.cache
@@ -121,8 +118,9 @@ def language() -> str:
 
 
 def library(flags: tuple[str, ...] = ()) -> Path:
-    """The C++ files compiled for this machine, among the user's caches; errors of OSError or subprocess if they cannot
-    be.
+    """The C++ files compiled for this machine, among the user's caches.
+
+    An OSError says that there is no compiler or no place to write, a CalledProcessError that the compiler refuses.
     """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or platform.system() not in ("Linux", "Darwin"):

@@ -7,7 +7,7 @@ D width, S cache length, G key-value heads, d head width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,35 +76,42 @@ def extend_with_states(
         live = (positions < lengths[:, None])[:, :, None]
         x, causal, committed = jnp.where(live, x, 0), causal & live, committed & live
 
-    def layer_step(
-        layer: DecoderLayer, x: jax.Array, keys: jax.Array, values: jax.Array, place: tuple = ()
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        memory = [KeyValues(keys[place], values[place], committed)]
-        x, new_keys, new_values = run_layer(layer, x, table, memory, causal)
-        at = after(start, x)
-        return x, write_rows(keys, new_keys, at, place), write_rows(values, new_values, at, place)
-
-    if not isinstance(model.layout, Stacked):
-        all_keys, all_values = list(memory.keys), list(memory.values)
-        states = []
-        for i, layer in enumerate(model.layers):
-            x, all_keys[i], all_values[i] = layer_step(layer, x, all_keys[i], all_values[i])
-            states.append(x)
-        return states, memory._replace(keys=tuple(all_keys), values=tuple(all_values))
-
-    layout = model.layout
-    graph, weights = nnx.split(model.layers)
-    places = jnp.asarray([layout.place(i) for i in range(model.config.num_layers)])
-
-    def scan_body(carry, place):
+    def layer_step(layer: DecoderLayer, carry: Any, place: Any) -> Any:
         x, keys, values = carry
-        j, k = place[0], place[1]
-        layer = nnx.merge(graph, jax.tree.map(lambda w: w[j, k], weights))
-        x, keys, values = layer_step(layer, x, keys, values, (j, k))
-        return (x, keys, values), x
+        x, new_keys, new_values = run_layer(layer, x, table, [KeyValues(keys[place], values[place], committed)], causal)
+        at = after(start, x)
+        return (x, _write(keys, new_keys, at, place), _write(values, new_values, at, place)), x
 
-    (_, keys, values), states = jax.lax.scan(scan_body, (x, memory.keys, memory.values), places)
+    layers, begun = range(model.config.num_layers), (x, memory.keys, memory.values)
+    (_, keys, values), states = _in_turn(model, layers, layer_step, begun)
     return states, memory._replace(keys=keys, values=values)
+
+
+def _in_turn(model: Transformer, layers: range, step: Callable[[DecoderLayer, Any, Any], Any], carry: Any) -> Any:
+    """(carry, what every layer gave) of step(layer, carry, place) -> (carry, given), place being where caches have it.
+
+    What they gave is a list, and of a stacked model arrays with a leading axis.
+    """
+    if not isinstance(model.layout, Stacked):
+        given = []
+        for i in layers:
+            carry, each = step(model.layers[i], carry, i)
+            given.append(each)
+        return carry, given
+    graph, weights = nnx.split(model.layers)
+
+    def scan_body(carry: Any, place: jax.Array) -> Any:
+        j, k = place[0], place[1]
+        return step(nnx.merge(graph, jax.tree.map(lambda w: w[j, k], weights)), carry, (j, k))
+
+    return jax.lax.scan(scan_body, carry, jnp.asarray([model.layout.place(i) for i in layers]))
+
+
+def _write(caches: Any, rows: jax.Array, start: jax.Array, place: Any) -> Any:
+    """All layers' keys or values after `write_rows` into the layer at `place`."""
+    if isinstance(caches, tuple):
+        return (*caches[:place], write_rows(caches[place], rows, start), *caches[place + 1 :])
+    return write_rows(caches, rows, start, place)
 
 
 def run_tree(
@@ -114,7 +121,13 @@ def run_tree(
 
     Gives (hidden states [B, N, D] at depth L, the rows' (keys, values), both [L, B, G, N, d]).
     """
-    hidden = model.embed_tokens(jnp.maximum(token, 0))
+    return run_all(model, memory, model.embed_tokens(jnp.maximum(token, 0)), position, among, prefix)
+
+
+def run_all(
+    model: Transformer, memory: Memory, hidden: jax.Array, position: jax.Array, among: jax.Array, prefix: jax.Array
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """As `run_tree`, of rows that have been embedded: hidden [B, N, D]."""
     hidden, fresh = run_rows(model, memory, hidden, position, among, prefix, range(model.config.num_layers))
     # One array to choose rows from, not one a layer: each operation costs a device more than these few rows do.
     keys, values = (jnp.stack(each) if isinstance(each, tuple) else each for each in fresh)
@@ -140,29 +153,16 @@ def run_rows(
     """
     table = rope_table(position, model.config)
 
-    def layer_step(
-        layer: DecoderLayer, x: jax.Array, keys: jax.Array, values: jax.Array, used: jax.Array | None = None
-    ) -> Any:
+    def layer_step(layer: DecoderLayer, x: jax.Array, place: Any) -> Any:
+        keys, values = memory.keys[place], memory.values[place]
         committed = jnp.arange(keys.shape[-2])[None, None, :] < prefix[:, None, None]
-        return run_layer(layer, x, table, [KeyValues(keys, values, committed)], among, used)
-
-    if not isinstance(model.layout, Stacked):
-        fresh = []
-        for i in layers:
-            hidden, *rows = layer_step(model.layers[i], hidden, memory.keys[i], memory.values[i], used_layer(in_use, i))
-            fresh.append(rows)
-        return hidden, (tuple(keys for keys, _ in fresh), tuple(values for _, values in fresh))
-
-    layout = model.layout
-    graph, weights = nnx.split(model.layers)
-
-    def scan_body(x: jax.Array, place: jax.Array) -> Any:
-        j, k = place[0], place[1]
-        layer = nnx.merge(graph, jax.tree.map(lambda w: w[j, k], weights))
-        x, *rows = layer_step(layer, x, memory.keys[j, k], memory.values[j, k])
+        used = None if isinstance(place, tuple) else used_layer(in_use, place)
+        x, *rows = run_layer(layer, x, table, [KeyValues(keys, values, committed)], among, used)
         return x, tuple(rows)
 
-    return jax.lax.scan(scan_body, hidden, jnp.asarray([layout.place(i) for i in layers]))
+    hidden, fresh = _in_turn(model, layers, layer_step, hidden)
+    keys, values = zip(*fresh, strict=True) if isinstance(fresh, list) else fresh
+    return hidden, (keys, values)
 
 
 def commit_rows(
@@ -194,21 +194,17 @@ def write_layers(
     layers: range,
     done: jax.Array,
 ) -> Memory:
-    """Writes what `run_rows` gave for `layers` at consecutive positions from `start` [B] on.
+    """Writes P rows of what `run_rows` gave for `layers` at consecutive positions from `start` [B] on.
 
-    Of P rows of each, start + P must not pass the cache's end. `done` is any array that is known only after memory has
-    been read.
+    start + P must not pass the cache's end. `done` is any array that is known only after memory has been read.
     """
     at = after(start, done)
 
     if not isinstance(model.layout, Stacked):
-        written = []
-        for caches, each in zip((memory.keys, memory.values), fresh, strict=True):
-            whole = list(caches)
-            for i, rows in zip(layers, each, strict=True):
-                whole[i] = write_rows(whole[i], rows, at)
-            written.append(tuple(whole))
-        return memory._replace(keys=written[0], values=written[1])
+        keys, values = memory.keys, memory.values
+        for i, own_keys, own_values in zip(layers, *fresh, strict=True):
+            keys, values = _write(keys, own_keys, at, i), _write(values, own_values, at, i)
+        return memory._replace(keys=keys, values=values)
 
     def one_layer(caches: Any, part: Any) -> Any:
         place, *rows = part

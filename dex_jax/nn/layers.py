@@ -7,8 +7,8 @@ G key-value heads, d head width, F mlp width, S keys.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -278,6 +278,23 @@ def _sum_in_float32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     # jaxlib's CPU backend (0.10.2) has no kernel for some batched bfloat16 products with a float32 result, and says so
     # only when it runs them.
     return jax.lax.platform_dependent(a, b, cpu=widened, default=product)
+
+
+def recorded(make: Callable[[Callable[..., jax.Array]], nnx.Module]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, kind) of every parameter that a module asks its `init` for, in its order."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def record(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+        found[name] = (shape, kind)
+        return jnp.zeros(shape)
+
+    jax.eval_shape(lambda: nnx.state(make(record)))
+    return found
+
+
+def names_in(path: Sequence[Any]) -> list[str]:
+    """The names in a path to an array of a module's state."""
+    return [str(entry.key) for entry in path if hasattr(entry, "key")]
 
 
 LAYER_AXES: dict[str, tuple[str, ...]] = {

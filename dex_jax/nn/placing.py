@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dex_jax.config import ModelConfig
+from dex_jax.nn.layers import names_in
 from dex_jax.nn.transformer import PARAMETER_AXES, Staged, Transformer, stage_ranges
 from dex_jax.sharding import TENSOR, partition
 
@@ -93,7 +94,7 @@ def weight_specs(weights: Any, mesh: Mesh | None) -> Any:
     assert mesh is not None
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-        names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+        names = names_in(path)
         field = next(name for name in reversed(names) if name in PARAMETER_AXES)
         lead = ("stage",) if "layers" in names else ()
         return partition((*lead, *PARAMETER_AXES[field]), leaf.shape, mesh)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from dex_jax.config import ModelConfig
-from dex_jax.nn.layers import LAYER_AXES, DecoderLayer, linear, rms_norm
+from dex_jax.nn.layers import LAYER_AXES, DecoderLayer, linear, recorded, rms_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,17 @@ class Unrolled:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stacked:
+class _ByStage:
+    depths: tuple[int, ...]
+
+    @property
+    def stage_layers(self) -> int:
+        """l, the number of layers in the longest stage."""
+        return max(len(stage) for stage in stage_ranges(self.depths))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked(_ByStage):
     """Layers as arrays [l, K, ...], l the longest stage, shorter stages padded with zero layers.
 
     A zero layer adds zero to its input, so padding needs no mask.
@@ -29,13 +39,6 @@ class Stacked:
     Attributes:
       depths: exit depths x_1 < ... < x_K = L.
     """
-
-    depths: tuple[int, ...]
-
-    @property
-    def stage_layers(self) -> int:
-        """l, the number of layers in the longest stage."""
-        return max(len(stage) for stage in stage_ranges(self.depths))
 
     def place(self, layer: int) -> tuple[int, int]:
         """Where a layer (0-based) lives: (index within its stage, 0-based stage)."""
@@ -46,7 +49,7 @@ class Stacked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Staged:
+class Staged(_ByStage):
     """For a mesh: l arrays [K, ...] of each kind, l the longest stage; the j-th holds layer j of every stage.
 
     The first axis is split over the mesh's stages, so that a device sees l layers of its own, one array each, as if it
@@ -55,13 +58,6 @@ class Staged:
     Attributes:
       depths: exit depths x_1 < ... < x_K = L.
     """
-
-    depths: tuple[int, ...]
-
-    @property
-    def stage_layers(self) -> int:
-        """l, the number of layers in the longest stage."""
-        return max(len(stage) for stage in stage_ranges(self.depths))
 
 
 Layout = Unrolled | Stacked | Staged
@@ -153,14 +149,7 @@ class Transformer(nnx.Module):
 
 def layer_parameters(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     """Parameter name within a layer -> (shape, kind), read off the module itself."""
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-
-    def record(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
-        found[name] = (shape, kind)
-        return jnp.zeros(shape)
-
-    jax.eval_shape(lambda: nnx.state(DecoderLayer(config, record)))
-    return found
+    return recorded(functools.partial(DecoderLayer, config))
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -183,7 +172,7 @@ def build(config: ModelConfig, layout: Layout, read: Callable[[str], np.ndarray]
     def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
         del kind
         if ".*." not in name:
-            return _to_device(read(name), dtype)
+            return jnp.asarray(np.asarray(read(name), dtype=dtype))
         assert isinstance(layout, Stacked)
         host = np.zeros(shape, dtype)
         for i in range(config.num_layers):
@@ -261,18 +250,9 @@ def _cut_stacked(model: Transformer, layout: Stacked) -> dict[str, list[jax.Arra
     return cut
 
 
-def parameter_bytes(model: Transformer) -> int:
-    """Bytes of all parameters, a tied embedding counted once."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 def _place(out: jax.Array, layer: jax.Array, place: tuple[int, int]) -> jax.Array:
     return out.at[place].set(layer)
-
-
-def _to_device(host: np.ndarray, dtype: jnp.dtype) -> jax.Array:
-    return jnp.asarray(np.asarray(host, dtype=dtype))
 
 
 def _named(init, prefix: str, lead: tuple[int, ...] = ()):

@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.chain.adadecode import AdaDecode
 from dex_jax.decoding.chain.dynamic_exit import DEL
-from dex_jax.decoding.chain.layerskip import LayerSkip
-from dex_jax.decoding.chain.oracle import Oracle
-from dex_jax.decoding.dex.single_exit import DexSingleExit
 from dex_jax.decoding.methods import AR, Dex, Method
 from dex_jax.decoding.resolve import all_depths
+from dex_jax.decoding.rivals import AdaDecode, DexSingleExit, LayerSkip, Oracle
 from dex_jax.errors import DexError
 from studies.bench.runs import Run
 

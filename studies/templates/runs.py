@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from dex_jax.decoding.chain.layerskip import LayerSkip
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.methods import Dex
+from dex_jax.decoding.rivals import LayerSkip
 from dex_jax.evaluation.check import CLOSE, compare_tokens
 from dex_jax.forced.asks import Ask, dex_asks
 from dex_jax.forced.counts import DexCount, dex_counts

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from dex_jax.decoding.chain.interface import Policy, Verified
 from dex_jax.decoding.loops import CHAIN_LOOP
-from dex_jax.decoding.methods import Dex, Schedule
+from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.rivals import Grid
 from dex_jax.errors import DexError, whole_number
 
 QUARTERS = 4
@@ -129,7 +130,7 @@ def _quarter(confidence: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class DEL:
+class DEL(Grid):
     """LayerSkip whose exit and draft length are chosen anew for every round, by what the exits would have given so far.
 
     Verified rows are asked at every exit ("shadow tokens"). With a the share that an exit had right, its round of g
@@ -150,16 +151,10 @@ class DEL:
       confidence: whether the confidence rule is on.
     """
 
-    explorers: int | None = None
-    depths: tuple[int, ...] | None = None
     draft_length: int = 8
     decay: float = 0.98
     confidence: bool = True
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether the depths are those of the exits."""
-        return self.explorers is None and self.depths is None
+    everywhere_unless_told: ClassVar[bool] = True
 
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers.
@@ -170,9 +165,6 @@ class DEL:
         whole_number(draft_length=self.draft_length)
         if not 0 < self.decay <= 1:
             raise DexError(f"DEL's decay lies above 0 and is at most 1, not {self.decay}")
-        explorers = num_layers if self.everywhere else self.explorers
-        depths = Dex(explorers, self.depths, rows=1, draft=False).schedule_for(num_layers).depths
-        if len(depths) == 1:
-            raise DexError("DEL needs an exit to draft at: give explorers of 2 or more, or depths below the last layer")
+        depths = self.depths_for(num_layers)
         policy = Dynamic(self.draft_length, depths, float(self.decay), self.confidence)
         return Schedule("del", depths, policy.rows, decs=False, policy=policy, loop=CHAIN_LOOP)

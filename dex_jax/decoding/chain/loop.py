@@ -60,15 +60,8 @@ def init(
 ) -> ChainState:
     """The state before the first step.
 
-    Args:
-      network: the callables of one model.
-      memory: what its prefill left, with room for 2 R positions past the last token.
-      first_token: [B] int32, token 0 as the prefill chose it.
-      position: [B] int32, its absolute position (the prompt's length).
-      policy: when to draft.
-      capacity: T.
-      limits: when a sequence ends.
-      sampling: None for greedy.
+    Token 0, first_token [B] int32, stands at `position` [B] int32 (the prompt's length); `memory` is what its prefill
+    left, with room for 2 R positions past the last token; `capacity` is T.
     """
     batch, rows = first_token.shape[0], policy.rows
     hidden = jax.eval_shape(network.embed, first_token, position)
@@ -104,7 +97,8 @@ def step(
     state = state._replace(tick=state.tick + 1, noise=noise)
     for k in range(last + 1):
         state = _run_stage(network, state, k, active & (stage == k))
-    drafting, token = _draft(network, state, active & (stage < last), limits, sampling, policy)
+    fixed = _Fixed(network, limits, sampling, policy)
+    drafting, token = _draft(fixed, state, active & (stage < last))
     verifying = active & (stage == last)
     batch = jnp.arange(stage.shape[0])
     child = jnp.where(drafting, state.newest + 1, state.token.shape[1])
@@ -115,7 +109,7 @@ def step(
         drafted_at=state.drafted_at.at[batch, child].set(stage + 1, mode="drop"),
         spent=state.spent.at[:, 1].add(drafting),
     )
-    return _verify(network, state, verifying, limits, sampling, policy)
+    return _verify(fixed, state, verifying)
 
 
 def run(
@@ -169,15 +163,18 @@ def _run_stage(network: ChainNetwork, state: ChainState, stage: int, where: jax.
     )
 
 
-def _draft(
-    network: ChainNetwork,
-    state: ChainState,
-    where: jax.Array,
-    limits: Limits,
-    sampling: Sampling | None,
-    policy: Policy,
-) -> tuple[jax.Array, jax.Array]:
+class _Fixed(NamedTuple):
+    """What does not change from step to step."""
+
+    network: ChainNetwork
+    limits: Limits
+    sampling: Sampling | None
+    policy: Policy
+
+
+def _draft(fixed: _Fixed, state: ChainState, where: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(which sequences draft [B] bool, the tokens [B] int32)."""
+    network, limits, sampling, policy = fixed
     exits, batch = network.exits, where.shape[0]
     if exits is None or policy.draft_length == 0:
         return jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)
@@ -211,37 +208,23 @@ def _proposed(
     return column if exits.vocabulary is None else exits.vocabulary[column], confidence
 
 
-def _verify(
-    network: ChainNetwork,
-    state: ChainState,
-    where: jax.Array,
-    limits: Limits,
-    sampling: Sampling | None,
-    policy: Policy,
-) -> ChainState:
+def _verify(fixed: _Fixed, state: ChainState, where: jax.Array) -> ChainState:
     """Emits what the last layer confirms and one token more; the sequences of `where` begin a new round."""
     # Memory and states stay outside: a branch that returned them would copy them.
     nothing: Any = ()
     small = state._replace(memory=(), noise=None, states=nothing)
     settled, count = jax.lax.cond(
         jnp.any(where),
-        lambda: _settle(network, state, small, where, limits, sampling, policy),
+        lambda: _settle(fixed, state, small, where),
         lambda: (small, jnp.zeros_like(state.newest)),
     )
-    memory = network.commit(state.memory, Path(state.token, state.states[-1], state.prefix, count))
+    memory = fixed.network.commit(state.memory, Path(state.token, state.states[-1], state.prefix, count))
     return settled._replace(memory=memory, noise=state.noise, states=state.states)
 
 
-def _settle(
-    network: ChainNetwork,
-    state: ChainState,
-    small: ChainState,
-    where: jax.Array,
-    limits: Limits,
-    sampling: Sampling | None,
-    policy: Policy,
-) -> tuple[ChainState, jax.Array]:
+def _settle(fixed: _Fixed, state: ChainState, small: ChainState, where: jax.Array) -> tuple[ChainState, jax.Array]:
     """`_verify` without memory, noise and states, and how many rows [B] to commit."""
+    network, limits, sampling, policy = fixed
     batch, rows = state.token.shape
     place = jnp.arange(rows)[None]
     noise = None if state.noise is None else noise_at(state.noise, state.rows.position + 1)
@@ -257,7 +240,7 @@ def _settle(
     right = (state.token[:, 1:] == final[:, :-1]) & (place[:, 1:] <= state.newest[:, None])
     accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
     count = jnp.where(where, accepted + 1, 0)
-    verified = Verified(where, count, final, *_shadows(network, state, sampling, noise, policy))
+    verified = Verified(where, count, final, *_shadows(fixed, state, noise))
 
     stages = len(network.depths)
     drafted_at = jnp.concatenate([state.drafted_at[:, 1:], jnp.full((batch, 1), stages, jnp.int32)], axis=1)
@@ -281,10 +264,9 @@ def _settle(
     return small, count
 
 
-def _shadows(
-    network: ChainNetwork, state: ChainState, sampling: Sampling | None, noise: jax.Array | None, policy: Policy
-) -> tuple[jax.Array, jax.Array]:
+def _shadows(fixed: _Fixed, state: ChainState, noise: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """What every exit gives for every row: (tokens, confidence), both [K - 1, B, R]."""
+    network, _, sampling, policy = fixed
     exits, stages = network.exits, len(network.depths)
     batch, rows = state.token.shape
     shape = (stages - 1, batch, rows)

@@ -17,19 +17,16 @@ from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows
 from dex_jax.decoding.dex.trained_exits import ExitArrays, context_rows, exit_heads, read_chunk, shared_columns
 from dex_jax.nn.exits import ExitHeads, exit_graph
 from dex_jax.nn.forward import run_rows, write_layers
-from dex_jax.nn.layers import causal_rows
+from dex_jax.nn.layers import causal_rows, names_in
 from dex_jax.nn.transformer import Transformer, stage_ranges
 
 
 def chain_network(
     model: Transformer, depths: tuple[int, ...], config: ExitsConfig | None, arrays: ExitArrays | None
 ) -> ChainNetwork:
-    """The callables of `model`.
+    """The callables of `model`, in any layout, cut at depths x_1 < ... < x_K = L.
 
-    Args:
-      model: any layout, whatever depths it may be stacked for.
-      depths: x_1 < ... < x_K = L.
-      config, arrays: of trained exits at x_1 .. x_{K-1}; None for the model's own final norm and unembedding.
+    config and arrays are of trained exits at x_1 .. x_{K-1}, None for the model's own final norm and unembedding.
     """
     stages = stage_ranges(depths)
 
@@ -133,6 +130,6 @@ def _heads_of(config: ExitsConfig, arrays: ExitArrays, exit_index: jax.Array) ->
     graph = exit_graph(dataclasses.replace(config, depths=tuple(range(1, batch + 1))))
 
     def chosen(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf if getattr(path[0], "key", None) == "context" else leaf[exit_index]
+        return leaf if "context" in names_in(path) else leaf[exit_index]
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(chosen, arrays.parameters))

@@ -13,17 +13,11 @@ LONGEST = 8
 
 
 def continuation(text: jax.Array, length: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The continuation of the longest earlier occurrence of the text's suffix, the latest one of several.
+    """The M = `count` tokens after the longest earlier occurrence of the text's suffix, the latest one of several.
 
-    An occurrence whose continuation runs into the suffix itself is a loop, and goes on as one.
-
-    Args:
-      text: [S] int32, tokens at their absolute positions; what lies beyond `length` may be anything.
-      length: int32, how many there are.
-      count: M.
-
-    Returns:
-      (tokens [M] int32, int32 length of the match, 0 to LONGEST; the tokens mean nothing when it is 0).
+    An occurrence whose continuation runs into the suffix itself is a loop, and goes on as one. text [S] int32 has
+    tokens at their absolute positions; what lies beyond `length` (int32) may be anything. Gives (tokens [M] int32,
+    int32 length of the match, 0 to LONGEST; the tokens mean nothing when it is 0).
     """
     size = text.shape[0]
     at = jnp.arange(size)

@@ -32,7 +32,7 @@ from dex_jax.decoding.dex.drafts import (
 )
 from dex_jax.decoding.dex.interface import Committed, Drafter, Network, StageView
 from dex_jax.decoding.dex.proposals import Proposers, propose
-from dex_jax.decoding.ladder import climb, fill
+from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, check_limits, emit_path, until_done
 from dex_jax.errors import DexError, whole_number
@@ -119,17 +119,16 @@ def init(
         raise DexError("drafts look the text up in the prompt: give init prompt and length too")
     batch = first_token.shape[0]
     record = begin(first_token, capacity, limits)
-    tick, levels = jnp.int32(0), levels_of(drafts)
     blank = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), lat.empty(stages, rows))
     width = jax.eval_shape(network.embed, first_token[:, None], position[:, None])
     noise = None
     if sampling is not None:
-        noise = Noise(jnp.zeros((batch, stages * levels, network.vocab_size), jnp.float32), position)
+        noise = Noise(jnp.zeros((batch, stages * levels_of(drafts), network.vocab_size), jnp.float32), position)
     drafting = None
     if drafts is not None and prompt is not None:
         drafting = begin_drafting(drafts, costs, prompt, first_token, position, length, stages)
     state = DexState(
-        tick=tick,
+        tick=jnp.int32(0),
         lattice=blank,
         hidden=jnp.zeros((stages, batch, rows, width.shape[-1]), width.dtype),
         prefix=position,
@@ -218,11 +217,8 @@ def run(
       network, state, limits, sampling, decs, proposing, drafts: as of `step`.
       until_tick: int32 scalar, the tick after which to stop in any case; None for none.
     """
-
-    def tick(state: DexState) -> DexState:
-        return step(network, state, limits, sampling, decs=decs, proposing=proposing, drafts=drafts)
-
-    return until_done(tick, state, until_tick)
+    options: dict[str, Any] = {"decs": decs, "proposing": proposing, "drafts": drafts}
+    return until_done(lambda state: step(network, state, limits, sampling, **options), state, until_tick)
 
 
 def _advance(network: Network, memory: Any, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Any]:
@@ -238,7 +234,7 @@ def _advance(network: Network, memory: Any, hidden: jax.Array, view: StageView) 
 
 
 def levels_of(drafts: TreeShape | None) -> int:
-    """P: the heads' level, and those that exit 0 drafts below it."""
+    """P."""
     return 1 if drafts is None else drafts.levels
 
 
@@ -249,16 +245,10 @@ def cohort_size(stages: int, rows: int, drafts: TreeShape | None) -> int:
 
 
 def settle(state: DexState, final: jax.Array, limits: Limits, levels: int) -> tuple[DexState, Path]:
-    """Commit and collapse of one tick, all of it bookkeeping.
+    """Commit and collapse of one tick, all of it bookkeeping, once nodes have advanced and the tick is counted.
 
-    Args:
-      state: with its tick counted and its nodes advanced.
-      final: [B, W] int32, the final layer's token after each live row of the last stage.
-      limits: when a sequence ends.
-      levels: P.
-
-    Returns:
-      (the state before proposals, with memory as it was; what is committed).
+    `final` [B, W] int32 is the final layer's token after each live row of the last stage. Gives the state before
+    proposals, with memory as it was, and what is committed.
     """
     path = jax.vmap(lat.follow, (0, 0, None, None))(state.lattice, final, state.tick, levels)
     record, place = emit_path(state.record, path.token, path.born_at, path.length, limits)
@@ -287,13 +277,8 @@ def final_tokens(
 ) -> jax.Array:
     """The final layer's token after the rows of the last stage that a path may hold: [B, W] int32.
 
-    Args:
-      network: the callables of one model.
-      state: with the noise that these rows need, and the lattice as the stages saw it.
-      hidden: [B, W, D] at depth L.
-      view: of all stages.
-      where: [B] bool, sequences whose root has finished.
-      sampling, drafts: as of `step`.
+    The state has the noise that these rows need, and the lattice as the stages saw it; hidden [B, W, D] is at depth L,
+    `where` [B] bool are the sequences whose root has finished.
     """
     batch, rows, width = hidden.shape
     root = jnp.maximum(state.lattice.root, 0)[:, None] % rows
@@ -315,8 +300,7 @@ def final_tokens(
         # Between commits the unembedding is a good part of a tick, for nothing.
         return jax.lax.cond(jnp.any(where), of_roots, lambda: none)
     live = view.live[-1] & where[:, None]
-    used = jnp.max(jnp.where(live, jnp.arange(1, rows + 1)[None], 0))
-    return climb(used, (0, *_counts(drafts, rows)), lambda count: none if count == 0 else of_rows(count))
+    return climb(last_row(live), row_counts(drafts.counts, rows), lambda n: of_rows(n) if n else none)
 
 
 def committed(slot: jax.Array, length: jax.Array, hidden: jax.Array, view: StageView) -> Committed:
@@ -333,15 +317,9 @@ def committed(slot: jax.Array, length: jax.Array, hidden: jax.Array, view: Stage
 
 def stage_view(lattice: Lattice, ring: jax.Array, prefix: jax.Array) -> StageView:
     """The lattice as the stages see it; ring from `lattice.stage_rows`."""
-    return StageView(
-        ring=ring,
-        token=_by_stage(lattice.token, ring),
-        position=_by_stage(lattice.position, ring),
-        live=_by_stage(lattice.live, ring),
-        ancestors=_by_stage(lattice.ancestors, ring),
-        parent=_by_stage(lattice.parent, ring),
-        prefix=prefix,
-    )
+    seen = (lattice.token, lattice.position, lattice.live, lattice.ancestors, lattice.parent)
+    token, position, live, ancestors, parent = (_by_stage(field, ring) for field in seen)
+    return StageView(ring, token, position, live, ancestors, parent, prefix)
 
 
 def spawn(
@@ -355,13 +333,8 @@ def spawn(
 ) -> DexState:
     """Puts the cohort of this tick into the lattice: a fresh root or seeds, and what exit 0 drafts below.
 
-    Args:
-      drafter: exit 0, None to draft from the text alone.
-      state: after the collapse and the commit.
-      path: what was committed.
-      proposals: of the exits 1..K-1, fields [K - 1, B, W]; None where K = 1.
-      reached: [K, B, W, E], what the drafter reads of the nodes that may have children; None where K = 1.
-      sampling, drafts: as of `step`.
+    The state is that after the collapse and the commit of `path`; `proposals` are of the exits 1..K-1, fields [K - 1,
+    B, W], and `reached` [K, B, W, E] what the drafter reads of the nodes that may have children, both None where K = 1.
     """
     size = cohort_size(state.stages, state.rows, drafts)
     fresh = (path.length > 0) & (path.heir == NO_NODE) & ~state.record.done
@@ -369,7 +342,9 @@ def spawn(
     cohort = _roots(last, state.prefix, fresh, state.stages, size)
     if proposals is not None:
         seeds = jax.vmap(lat.seeds, (0, None, 1, None))(state.lattice, state.tick, proposals, size)
-        cohort = _select(fresh, cohort, seeds)
+        cohort = jax.vmap(lambda new, *both: jax.tree.map(lambda a, b: jnp.where(new, a, b), *both))(
+            fresh, cohort, seeds
+        )
     return _enter(drafter, state, cohort, fresh, reached, sampling, drafts)
 
 
@@ -419,15 +394,6 @@ def children(lattice: Lattice) -> tuple[jax.Array, jax.Array]:
     return lattice.token.reshape(batch, -1), parent.reshape(batch, -1)
 
 
-def _counts(drafts: TreeShape, rows: int) -> tuple[int, ...]:
-    """Row counts of the last stage that the final layer is compiled for."""
-    return tuple(sorted({*(count for count in drafts.counts if count < rows), rows}))
-
-
 def _by_stage(field: jax.Array, ring: jax.Array) -> jax.Array:
     """A lattice field [B, K, W, ...] in the order of the stages: [stages, B, W, ...]."""
     return jnp.swapaxes(field[:, ring], 0, 1)
-
-
-def _select(where: jax.Array, yes: Any, no: Any) -> Any:
-    return jax.vmap(lambda w, y, n: jax.tree.map(lambda a, b: jnp.where(w, a, b), y, n))(where, yes, no)

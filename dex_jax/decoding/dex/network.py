@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax.cache import Memory, after, commit_slots
-from dex_jax.decoding.dex.drafter import transformer_drafter
 from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
-from dex_jax.decoding.dex.trained_exits import Heads, commit_exits, reached_features, trained_exits
-from dex_jax.decoding.ladder import climb, fill
-from dex_jax.nn.forward import InUse, commit_rows, run_layer, run_rows, used_layer
+from dex_jax.decoding.dex.trained_exits import Heads, reached_features, read_chunk, trained_exits, transformer_drafter
+from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
+from dex_jax.nn.forward import InUse, commit_rows, run_all, run_layer, used_layer
 from dex_jax.nn.layers import KeyValues, rope_table
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
 
@@ -33,9 +32,14 @@ def network_of(model: Transformer, heads: Heads, spec: Spec) -> Network:
     config, arrays = spec.remembers, spec.remembering(heads)
 
     def remember(memory: Any, done: Committed) -> Any:
-        return memory if config is None or arrays is None else commit_exits(model, config, arrays, memory, done)
+        if config is None or arrays is None:
+            return memory
+        ends = done.position + done.length
+        return read_chunk(model, config, arrays, memory, done.token, done.hidden, done.position, ends)
 
-    reached = functools.partial(reached_features, model, spec.exits, heads.exits)
+    def reached(memory: Any, hidden: jax.Array, view: StageView) -> jax.Array:
+        return reached_features(model, spec.exits, heads.exits, hidden)
+
     drafter = None
     if spec.drafter is not None and heads.drafter is not None:
         drafter = transformer_drafter(model, spec.drafter, heads.drafter, reached if len(depths) > 1 else None)
@@ -83,23 +87,19 @@ def tree_network(
 
     `counts` are the row counts that are compiled. Memory must come from `cache.with_cohort`.
     """
-    layers = range(model.config.num_layers)
 
     def advance(memory: Memory, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Memory]:
         rows = hidden.shape[2]
         among = view.ancestors[0] | jnp.eye(rows, dtype=bool)[None]
-        used = jnp.max(jnp.where(view.live[0], jnp.arange(1, rows + 1)[None], 0))
 
         def run(width: int) -> Any:
             if width == 0:
                 return hidden[0], memory.lattice_keys, memory.lattice_values
             position, seen = view.position[0, :, :width], among[:, :width, :width]
-            x, fresh = run_rows(model, memory, hidden[0, :, :width], position, seen, view.prefix, layers)
-            # One array to commit from, not one a layer: each operation costs a device more than these few rows do.
-            keys, values = (jnp.stack(each) if isinstance(each, tuple) else each for each in fresh)
+            x, (keys, values) = run_all(model, memory, hidden[0, :, :width], position, seen, view.prefix)
             return fill(x, 1, rows), fill(keys, 3, rows), fill(values, 3, rows)
 
-        x, keys, values = climb(used, (0, *(count for count in counts if count < rows), rows), run)
+        x, keys, values = climb(last_row(view.live[0]), row_counts(counts, rows), run)
         return x[None], memory._replace(lattice_keys=keys, lattice_values=values)
 
     def commit(memory: Memory, done: Committed) -> Memory:
@@ -156,8 +156,7 @@ def _advance_unrolled(
     _, batch, rows, _ = hidden.shape
     _, groups, length, head_dim = memory.keys[0].shape
     prefix_mask, ancestor_mask, among = _masks(view, length)
-    # Survivors of a collapse stand anywhere in a cohort: the row count that matters is the last live one.
-    used = jnp.max(jnp.where(view.live, jnp.arange(1, rows + 1)[None, None, :], 0), axis=(1, 2))
+    used = jax.vmap(last_row)(view.live)
     out, lattice_keys, lattice_values = [], list(memory.lattice_keys), list(memory.lattice_values)
 
     for k, stage in enumerate(stage_ranges(depths)):

@@ -57,22 +57,12 @@ def propose(
     *,
     decs: bool,
 ) -> Proposals:
-    """Asks the exits for children, best-scoring nodes first, until no other could win a row.
+    """Asks the exits for children, best-scoring nodes first, until no other could win a row: fields [K - 1, B, W].
 
     A child never scores above its node, so once W proposals score above every node not yet asked, the rest of the heads
-    need not run. What is spawned is the same as if all had.
-
-    Args:
-      exits: heads of exits 1..K-1.
-      memory: the network's own, after this tick's commit.
-      hidden: [K, B, W, D], states at x_1 .. x_K.
-      view: all K stages.
-      nodes: which rows propose, with what they have.
-      sampling, noise: None when greedy.
-      decs: mask what the children hold; otherwise a repeated token is no proposal.
-
-    Returns:
-      Proposals with fields [K - 1, B, W].
+    need not run. What is spawned is the same as if all had. `memory` is the network's after this tick's commit, hidden
+    [K, B, W, D] are the states at x_1 .. x_K. With `decs` what the children hold is masked; otherwise a repeated token
+    is no proposal.
     """
     stages, batch, rows = nodes.live.shape
     count = stages * rows
@@ -139,13 +129,8 @@ def propose_rows(
 ) -> Proposals:
     """Asks the exits for every live one of N rows, a block at a time: Proposals with fields [N].
 
-    Rows that `propose` would not ask are asked too: what is spawned is the same.
-
-    Args:
-      exits: heads, of which `features` is not called.
-      asked: N rows.
-      live: [N] bool; the others propose nothing and, where there are only few live ones, cost nothing.
-      sampling, noise, decs: as of `propose`.
+    Rows that `propose` would not ask are asked too: what is spawned is the same. Rows that are not live, `live` [N]
+    bool, propose nothing and, where there are only few live ones, cost nothing. `features` of the exits is not called.
     """
     count = live.shape[0]
     block = min(count, ROW_BLOCK)
@@ -176,16 +161,9 @@ def propose_rows(
 
 
 def ask_rows(exits: Exits, asked: Asked, sampling: Sampling | None, noise: Noise | None, *, decs: bool) -> Proposals:
-    """The heads of N gathered rows.
+    """The heads of N gathered rows: Proposals with fields [N]; `decs` as of `propose`.
 
-    Args:
-      exits: the heads.
-      asked: rows with their features, sequences, positions and what their children hold.
-      sampling, noise: that the proposals are drawn with; None when greedy.
-      decs: whether what a node's children hold is masked.
-
-    Returns:
-      Proposals with fields [N]; log-probabilities are those of the tempered distribution, without noise.
+    Log-probabilities are those of the tempered distribution, without noise.
     """
     logits = exits.logits(asked.features)
     row_noise, scaled = None, logits

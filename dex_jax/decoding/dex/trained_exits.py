@@ -17,7 +17,7 @@ from flax import nnx
 
 from dex_jax.cache import after
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.dex.interface import Committed, Exits, StageView
+from dex_jax.decoding.dex.interface import Drafter, Exits, StageView
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn import few_rows
 from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph, heads_of
@@ -58,13 +58,7 @@ class ExitMemory(NamedTuple):
 def exit_arrays(
     model: Transformer, config: ExitsConfig, parameters: dict[str, np.ndarray], vocabulary: np.ndarray | None
 ) -> ExitArrays:
-    """Puts trained exits beside the model that they will read.
-
-    Args:
-      model: of the same width.
-      config, parameters: of the exits that the schedule asks for, see `nn.exits.select_exits`.
-      vocabulary: [V'] int32 ascending, or None.
-    """
+    """Puts trained exits (`nn.exits.select_exits`) beside the model that they will read, which is of the same width."""
     kernel = model.embed if model.unembed is None else model.unembed
     kept = few_rows.kept_dtype(kernel[...].dtype)
     # Heads at several depths are stacked, which C++ would need copies of.
@@ -107,16 +101,9 @@ def read_chunk(
 ) -> ExitMemory:
     """Takes in consecutive tokens of each sequence: a chunk of the prompts, or a committed path.
 
-    Args:
-      model, config, arrays: what runs.
-      memory: of the positions before.
-      tokens: [B, R] int32, padded on the right.
-      hidden: [B, R, D] at depth L.
-      start: int32 scalar or [B], position of the first token.
-      lengths: [B] int32, where each sequence ends.
-
-    Returns:
-      The memory, whose `previous` belongs to the last of these tokens before the end, or to an earlier one.
+    `memory` is of the positions before; tokens [B, R] int32 are padded on the right, hidden [B, R, D] is at depth L,
+    `start` (int32 scalar or [B]) is the position of the first, and `lengths` [B] int32 say where each sequence ends.
+    `previous` then belongs to the last of these tokens before the end, or to an earlier one.
     """
     return read_features(model, config, arrays, memory, tokens, model.normed(hidden), start, lengths)
 
@@ -150,14 +137,6 @@ def read_features(
     return ExitMemory(jnp.where(here[:, None], last, memory.previous), context)
 
 
-def commit_exits(
-    model: Transformer, config: ExitsConfig, arrays: ExitArrays, memory: ExitMemory, done: Committed
-) -> ExitMemory:
-    """Takes in a committed path."""
-    ends = done.position + done.length
-    return read_chunk(model, config, arrays, memory, done.token, done.hidden, done.position, ends)
-
-
 def _remember(
     context: ContextMemory, keys: jax.Array, values: jax.Array, position: jax.Array, kept: jax.Array, done: jax.Array
 ) -> ContextMemory:
@@ -184,7 +163,7 @@ def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -
         states = hidden[:-1]
         if not config.needs_previous:
             return row_features(model, heads, states, view.token[:-1], view.position[:-1])
-        reached = reached_features(model, config, arrays, memory, hidden, view)
+        reached = reached_features(model, config, arrays, hidden)
         previous = previous_features(reached, memory.exits.previous, view.parent[:-1], view.ring)
         return row_features(
             model, heads, states, view.token[:-1], view.position[:-1], previous, reached[:-1], memory.exits.context
@@ -210,21 +189,12 @@ def reached_features(
     model: Transformer,
     config: ExitsConfig | None,
     arrays: ExitArrays | None,
-    memory: Any,
     hidden: jax.Array,
-    view: StageView,
 ) -> jax.Array:
     """What the final norm gives for the nodes of the last stage, and what exits estimate of it for all others.
 
-    Args:
-      model, config, arrays: of the exits 1..K-1; None for the model's own.
-      memory, view: of no use here; the loop gives them to every network.
-      hidden: [K, B, W, D].
-
-    Returns:
-      [K, B, W, D].
+    Of hidden states [K, B, W, D], as many; config and arrays are of the exits 1..K-1, None for the model's own.
     """
-    del memory, view
     if config is None or arrays is None:
         return model.normed(hidden)
     estimates = base_features(exit_heads(config, arrays), hidden[:-1])
@@ -246,19 +216,10 @@ def row_features(
     base: jax.Array | None = None,
     context: ContextMemory | None = None,
 ) -> jax.Array:
-    """What X exits give for the nodes that have just reached them.
+    """What X exits give for the nodes, states [X, B, W, D], that have just reached them: [X, B, W, D + 1].
 
-    Args:
-      model: embeds for the context layer.
-      heads: X exits.
-      states: [X, B, W, D].
-      token, position: [X, B, W] int32.
-      previous: [X, B, W, D] from `previous_features`; None without `needs_previous`.
-      base: [X, B, W, D] from `base_features`, where it is known.
-      context: of the context layer; None unless the kind is "attn".
-
-    Returns:
-      [X, B, W, D + 1].
+    `previous` [X, B, W, D] comes from `previous_features`, None without `needs_previous`; `base` [X, B, W, D] from
+    `base_features`, where it is known; `context` is None unless the kind is "attn".
     """
     count, batch, rows, width = states.shape
 
@@ -281,14 +242,9 @@ def row_features(
 def previous_features(reached: jax.Array, committed: jax.Array, parent: jax.Array, ring: jax.Array) -> jax.Array:
     """What nodes of X stages know of the position before: their parents' features, as deep as they have got.
 
-    Args:
-      reached: [K, B, W, D], features of the nodes of every stage: estimates below depth L, true ones at it.
-      committed: [B, D], true features at the last committed position, the root's parent.
-      parent: [X, B, W] int32, as in StageView.
-      ring: [K] int32, as in StageView.
-
-    Returns:
-      [X, B, W, D].
+    `reached` [K, B, W, D] are features of the nodes of every stage, estimates below depth L and true ones at it, and
+    `committed` [B, D] those of the root's parent, at the last committed position; parent [X, B, W] and ring [K] int32
+    as in StageView. Gives [X, B, W, D].
     """
     _, batch, rows, _ = reached.shape
     stage_of_row = jnp.argsort(ring)
@@ -306,16 +262,9 @@ def context_rows(
     token: jax.Array,
     position: jax.Array,
 ) -> jax.Array:
-    """The context layer over rows that see the committed window and themselves, not one another.
+    """The context layer over rows that see the committed window and themselves, not one another: [B, n, D].
 
-    Args:
-      model, layer: what runs.
-      memory: of the committed window.
-      previous: [B, n, D], features of the position before.
-      token, position: [B, n] int32.
-
-    Returns:
-      [B, n, D].
+    `previous` [B, n, D] are features of the position before; token and position are [B, n] int32.
     """
     batch, count = token.shape
     entered = layer.enter_rows(model.embed_tokens(jnp.maximum(token, 0)), previous)
@@ -323,6 +272,31 @@ def context_rows(
     visible = (entries != EMPTY_ENTRY) & (position[:, :, None] - entries <= layer.config.window)
     among = jnp.broadcast_to(jnp.eye(count, dtype=bool)[None], (batch, count, count))
     return layer.output(entered, position, KeyValues(memory.keys, memory.values, visible), among)
+
+
+def transformer_drafter(
+    model: Transformer,
+    config: ExitsConfig,
+    arrays: ExitArrays,
+    reached: Callable[[Any, jax.Array, StageView], jax.Array] | None,
+) -> Drafter:
+    """The callables of a drafter, see ExitsConfig.is_drafter; memory has an ExitMemory as `exits`.
+
+    What it reads of a position before is what the final norm gives there, an exit's estimate of that (`reached`, as of
+    Drafter), or its own.
+    """
+    logits, rest = shared_columns(model, arrays)
+
+    def features(before: jax.Array, token: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        del position
+        batch, rows = token.shape
+        flat = (1, batch * rows, config.width)
+        state = model.embed_tokens(jnp.maximum(token, 0))
+        found = exit_heads(config, arrays).features(state.reshape(flat), before.reshape(flat), None)
+        found = found.reshape(batch, rows, -1)
+        return found, found[..., :-1]
+
+    return Drafter(lambda memory: memory.exits.previous, reached, features, logits, arrays.vocabulary, rest)
 
 
 def exit_heads(config: ExitsConfig, arrays: ExitArrays) -> ExitHeads:

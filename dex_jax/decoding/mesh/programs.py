@@ -22,7 +22,6 @@ from jax.sharding import Mesh, PartitionSpec
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import ar
-from dex_jax.decoding.dex.drafts import RowCosts
 from dex_jax.decoding.dex.trained_exits import ExitArrays, Heads, read_chunk
 from dex_jax.decoding.loops import Prefilled
 from dex_jax.decoding.mesh.stage import StageNetwork, extend_stages, from_last_stage, stage_network
@@ -30,6 +29,7 @@ from dex_jax.decoding.methods import AR
 from dex_jax.decoding.record import Limits, until_done
 from dex_jax.decoding.spec import Spec
 from dex_jax.nn.forward import last_states
+from dex_jax.nn.layers import names_in
 from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.transformer import Staged, Unrolled
 from dex_jax.nn.weights import abstract_weights, merge_model
@@ -41,17 +41,7 @@ LIMITS = Limits(BY_SEQUENCE, EVERYWHERE)
 MEMORY = cache.Memory(_CACHE, _CACHE, _CACHE, _CACHE, BY_SEQUENCE)
 
 
-def prefill_chunk(
-    weights: Any,
-    heads: Heads,
-    memory: Any,
-    last: jax.Array,
-    tokens: jax.Array,
-    start: jax.Array,
-    lengths: jax.Array,
-    *,
-    spec: Spec,
-) -> tuple[Any, jax.Array]:
+def prefill_chunk(*arguments: Any, spec: Spec) -> tuple[Any, jax.Array]:
     """`session.prefill_chunk` on a mesh: K - 1 permutes of [B, R, D], then the last states are shared."""
 
     def run(weights: Any, heads: Any, memory: Any, last: Any, tokens: Any, start: Any, lengths: Any) -> Any:
@@ -65,53 +55,31 @@ def prefill_chunk(
         last, exits = from_last_stage((last_states(hidden, last, start, lengths), exits), device.stages)
         return _stacked(memory._replace(exits=exits)), last
 
-    inputs = (_weights(spec), head_specs(heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE, EVERYWHERE, BY_SEQUENCE)
-    return _mapped(run, spec, inputs, (MEMORY, BY_SEQUENCE))(weights, heads, memory, last, tokens, start, lengths)
+    heads = head_specs(arguments[1])
+    inputs = (_weights(spec), heads, MEMORY, BY_SEQUENCE, BY_SEQUENCE, EVERYWHERE, BY_SEQUENCE)
+    return _mapped(run, spec, inputs, (MEMORY, BY_SEQUENCE))(*arguments)
 
 
-def start_decoding(
-    weights: Any,
-    heads: Heads,
-    memory: Any,
-    last: jax.Array,
-    lengths: jax.Array,
-    limits: Limits,
-    sampling: Sampling | None,
-    prompt: jax.Array | None = None,
-    costs: RowCosts | None = None,
-    *,
-    spec: Spec,
-    capacity: int,
-) -> Any:
+def start_decoding(*arguments: Any, spec: Spec, capacity: int) -> Any:
     """`session.start_decoding` on a mesh: every device chooses token 0 for itself, nothing is sent."""
     schedule, loop = spec.schedule, spec.schedule.loop.on_mesh(spec.schedule)
 
-    def run(weights: Any, heads: Any, memory: Any, last: Any, *others: Any) -> Any:
-        lengths, limits, sampling, prompt, costs = others
+    def run(
+        weights: Any, heads: Any, memory: Any, last: Any, lengths: Any, limits: Any, sampling: Any, *text: Any
+    ) -> Any:
         device = _device(spec, weights, heads)
         token = ar.next_token(device.model, last, lengths, sampling)
-        begun = Prefilled(_own(memory), token, lengths, limits, sampling, prompt, costs)
+        begun = Prefilled(_own(memory), token, lengths, limits, sampling, *text)
         state = loop.init_stage(device, schedule, begun, capacity)
         return state._replace(memory=_stacked(state.memory))
 
-    inputs = (
-        *(_weights(spec), head_specs(heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE),
-        *(LIMITS, sampling_specs(sampling), BY_SEQUENCE, EVERYWHERE),
-    )
-    arguments = (weights, heads, memory, last, lengths, limits, sampling, prompt, costs)
-    return _mapped(run, spec, inputs, state_specs(spec))(*arguments)
+    _, heads, _, _, _, _, sampling, *text = arguments
+    inputs = (_weights(spec), head_specs(heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE, LIMITS, sampling_specs(sampling))
+    about_text = (BY_SEQUENCE, EVERYWHERE)[: len(text)]
+    return _mapped(run, spec, (*inputs, *about_text), state_specs(spec))(*arguments)
 
 
-def run_ticks(
-    weights: Any,
-    heads: Heads,
-    state: Any,
-    limits: Limits,
-    sampling: Sampling | None,
-    until_tick: jax.Array,
-    *,
-    spec: Spec,
-) -> Any:
+def run_ticks(*arguments: Any, spec: Spec) -> Any:
     """`session.run_ticks` on a mesh."""
     schedule, loop = spec.schedule, spec.schedule.loop.on_mesh(spec.schedule)
 
@@ -124,9 +92,10 @@ def run_ticks(
         state = _together(spec, tick, state._replace(memory=_own(state.memory)), until_tick)
         return state._replace(memory=_stacked(state.memory))
 
+    _, heads, _, _, sampling, _ = arguments
     states = state_specs(spec)
     inputs = (_weights(spec), head_specs(heads), states, LIMITS, sampling_specs(sampling), EVERYWHERE)
-    return _mapped(run, spec, inputs, states)(weights, heads, state, limits, sampling, until_tick)
+    return _mapped(run, spec, inputs, states)(*arguments)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -160,8 +129,7 @@ def head_specs(heads: Heads) -> Heads:
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         del leaf
-        names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
-        return EVERYWHERE if "context" in names else spec_of("stage")
+        return EVERYWHERE if "context" in names_in(path) else spec_of("stage")
 
     exits = None
     if heads.exits is not None:
@@ -184,7 +152,7 @@ def _device(spec: Spec, weights: Any, heads: Heads) -> StageNetwork:
     assert spec.mesh is not None
 
     def own(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf[0] if any(getattr(entry, "key", None) == "layers" for entry in path) else leaf
+        return leaf[0] if "layers" in names_in(path) else leaf
 
     config = device_config(spec.config, spec.layout, spec.mesh)
     whole = (spec.config.vocab_size, spec.config.width)

@@ -24,7 +24,6 @@ from dex_jax import lattice as lat
 from dex_jax.cache import Memory, after, write_rows
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.ar import ARState, next_token
-from dex_jax.decoding.dex.drafter import transformer_drafter
 from dex_jax.decoding.dex.drafts import TreeShape, charge
 from dex_jax.decoding.dex.interface import Committed, Network, StageView
 from dex_jax.decoding.dex.loop import (
@@ -48,6 +47,7 @@ from dex_jax.decoding.dex.trained_exits import (
     read_features,
     row_features,
     trained_exits,
+    transformer_drafter,
 )
 from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.noise import make_noise
