@@ -31,11 +31,9 @@ Leaves = Any  # a tuple of L arrays, one array with leading axes [l, K], or a tu
 class Memory(NamedTuple):
     """What a network remembers of a batch."""
 
-    # keys, values: committed prefix, [B, G, S, d] a layer
-    keys: Leaves
-    values: Leaves
-    # lattice_keys, lattice_values: lattice slots, [B, G, K W, d] a layer, K W is 0 outside DEX; one array [L, B, G, W,
-    # d] in every layout where K = 1 (`with_cohort`)
+    keys: Leaves  # of the committed prefix, [B, G, S, d] a layer
+    values: Leaves  # as keys
+    # Lattice slots, [B, G, K W, d] a layer, K W is 0 outside DEX; [L, B, G, W, d] in one where K = 1 (`with_cohort`)
     lattice_keys: Leaves
     lattice_values: Leaves
     # what trained exits remember of the committed prefix (decoding/dex/trained_exits.py), () when nothing

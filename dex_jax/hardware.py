@@ -64,9 +64,8 @@ class Device:
     kernel_seconds: float  # fixed cost of each kernel of a compiled program
     price: float | None = None  # US dollars an hour, an assumption; None when there is none
     itemsize: int = 2  # bytes of a number of weights and caches
-    # reached_bandwidth, reached_flops: shares of the peaks that are counted on
-    reached_bandwidth: float = REACHED_BANDWIDTH
-    reached_flops: float = REACHED_FLOPS
+    reached_bandwidth: float = REACHED_BANDWIDTH  # share of the peak that is counted on
+    reached_flops: float = REACHED_FLOPS  # share of the peak that is counted on
     measured: Measured | None = None  # None for a table's entry
 
 

@@ -115,9 +115,8 @@ class Outline:
     """All of a model but its weights: enough to check prompts and options, and to compile."""
 
     checkpoint: Checkpoint  # opened, nothing read
-    # dtype, layout: that the weights will have
-    dtype: jnp.dtype
-    layout: Layout
+    dtype: jnp.dtype  # that the weights will have
+    layout: Layout  # that the weights will have
     mesh: Mesh | None = None  # where they will lie; None for one device
 
     @property

@@ -46,9 +46,8 @@ class Prefilled(NamedTuple):
     memory: Any  # the prompts' keys and values, without a lattice
     token: jax.Array  # [B] int32, token 0
     lengths: jax.Array  # [B] int32, of the prompts
-    # limits, sampling: of the loop
-    limits: Limits
-    sampling: Sampling | None
+    limits: Limits  # of the loop
+    sampling: Sampling | None  # of the loop
     prompt: jax.Array | None = None  # [B, S] int32 padded on the right, for drafts; None without
     costs: RowCosts | None = None  # what ticks take, for drafts that choose their rows
 

@@ -16,9 +16,8 @@ from dex_jax.nn.transformer import Layout
 class Spec:
     """Statics of the programs."""
 
-    # config, layout: of the model
-    config: ModelConfig
-    layout: Layout
+    config: ModelConfig  # of the model
+    layout: Layout  # of its weights
     schedule: Schedule  # the method
     exits: ExitsConfig | None = None  # of the exits 1..K-1; None for the model's own, "shared", and for K = 1
     drafter: ExitsConfig | None = None  # exit 0; None where the text alone drafts, or nothing does

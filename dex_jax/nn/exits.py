@@ -166,9 +166,8 @@ class Context(nnx.Module):
 class ContextMemory(NamedTuple):
     """Keys and values of the last S committed positions, a ring: position n lives at n mod S."""
 
-    # keys, values: [B, G, S, d]
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array  # [B, G, S, d]
+    values: jax.Array  # [B, G, S, d]
     position: jax.Array  # [B, S] int32, which position each entry holds, -1 for none
 
 

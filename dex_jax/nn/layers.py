@@ -67,29 +67,20 @@ def linear(
 
 
 def _rows_times_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    kernel = kernel.astype(rows.dtype)
-    return jax.lax.dot_general(
-        rows,
-        kernel,
-        (((1,), (1,)), ((), ())),
-        precision=matmul_precision(kernel.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    return _dot(rows, kernel.astype(rows.dtype), ((1,), (1,)))
 
 
 def _kernel_times_columns(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     # On CPUs, few rows: [out, in] @ [in, R] runs 1.2 to 1.6 times as fast as the transposed product, which XLA would
     # turn it back into without the barriers (benchmarks/few_rows.py).
     columns = jax.lax.optimization_barrier(rows.T)
-    kernel = kernel.astype(rows.dtype)
-    out = jax.lax.dot_general(
-        kernel,
-        columns,
-        (((1,), (0,)), ((), ())),
-        precision=matmul_precision(kernel.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return jax.lax.optimization_barrier(out).T
+    return jax.lax.optimization_barrier(_dot(kernel.astype(rows.dtype), columns, ((1,), (0,)))).T
+
+
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
+    """The product over `axes` of two matrices of one dtype, in float32."""
+    precision = matmul_precision(a.dtype)
+    return jax.lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

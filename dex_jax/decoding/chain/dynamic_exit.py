@@ -28,15 +28,12 @@ class Seen(NamedTuple):
     """What shadow tokens have shown, older rounds counting less, and what follows for the next round."""
 
     rows: jax.Array  # [B] float32, how many rows were verified
-    # given, right: [B, X, QUARTERS] float32, how many tokens each exit gave, and how many of them were right
-    given: jax.Array
-    right: jax.Array
-    # open, kept: [B, X] float32, in how many rows it paid to draft, and the token was right as well
-    open: jax.Array
-    kept: jax.Array
-    # exit, length: [B] int32, where to draft next and how many tokens
-    exit: jax.Array
-    length: jax.Array
+    given: jax.Array  # [B, X, QUARTERS] float32, how many tokens each exit gave
+    right: jax.Array  # [B, X, QUARTERS] float32, how many of them were right
+    open: jax.Array  # [B, X] float32, in how many rows it paid to draft
+    kept: jax.Array  # [B, X] float32, in how many of these the token was right as well
+    exit: jax.Array  # [B] int32, where to draft next
+    length: jax.Array  # [B] int32, how many tokens
     rate: jax.Array  # [B] float32, the tokens a layer that this promises
 
 

@@ -32,9 +32,8 @@ class Proposers(NamedTuple):
 
     live: jax.Array  # [K - 1, B, W] bool, which rows propose
     score: jax.Array  # [K - 1, B, W] float32, path scores
-    # token, parent: [B, K W] int32, of all live nodes by slot; NO_NODE is the parent of all others
-    token: jax.Array
-    parent: jax.Array
+    token: jax.Array  # [B, K W] int32, of all live nodes by slot
+    parent: jax.Array  # [B, K W] int32, of all live nodes by slot; NO_NODE for all others
 
 
 class Asked(NamedTuple):

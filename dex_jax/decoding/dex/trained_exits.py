@@ -30,15 +30,11 @@ EMPTY_ENTRY = -1
 class ExitArrays(NamedTuple):
     """What the compiled programs take of trained exits beside the model."""
 
-    # of ExitHeads at depths x_1 .. x_{K-1}, in the model's dtype; a drafter's in what `few_rows.kept_dtype` gives for
-    # it.
+    # of ExitHeads at depths x_1 .. x_{K-1} in the model's dtype; a drafter's in what `few_rows.kept_dtype` gives for it
     parameters: Any
-    # vocabulary, columns: as in Exits; None for the full vocabulary
-    vocabulary: jax.Array | None
-    columns: jax.Array | None
-    # [V', D], the model's rows of the draft vocabulary, in what `few_rows.kept_dtype` gives for the model's dtype; None
-    # for the full vocabulary
-    unembed: jax.Array | None
+    vocabulary: jax.Array | None  # as in Exits; None for the full vocabulary
+    columns: jax.Array | None  # as in Exits; None for the full vocabulary
+    unembed: jax.Array | None  # [V', D], rows of the draft vocabulary in the `kept_dtype`; None for the full vocabulary
 
 
 class Heads(NamedTuple):
