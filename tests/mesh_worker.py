@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from reference.checkpoints import write_checkpoint
-from reference.small_models import LLAMA, ragged_prompts, small_model
+from reference.small_models import LLAMA, ragged_prompts, random_reader, small_model
 from test_drafted_models import drafter as random_drafter
 from test_trained_exits import random_exits
 
@@ -32,7 +32,7 @@ from dex_jax.decoding.session import PREFILL, RUN, START, Session
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.placing import build_on_mesh
-from dex_jax.nn.transformer import Transformer, random_reader, stage_ranges
+from dex_jax.nn.transformer import Transformer, stage_ranges
 from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import STAGE, make_mesh, parse_mesh
 

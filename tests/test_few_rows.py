@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
-from reference.small_models import LLAMA, small_model
+from reference.small_models import LLAMA, random_transformer, small_model
 
 import dex_jax
 from dex_jax import cache
@@ -22,7 +22,7 @@ from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
 from dex_jax.nn.forward import extend, extend_with_states, run_tree
 from dex_jax.nn.layers import KEY_BLOCK, KeyValues, _attend, _attend_in_blocks, _rms_norm, attend, linear, rms_norm
-from dex_jax.nn.transformer import Stacked, Unrolled, random_transformer
+from dex_jax.nn.transformer import Stacked, Unrolled
 from dex_jax.nn.weights import merge_model
 
 COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, few_rows.COMPILERS)), None)

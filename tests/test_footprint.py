@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import slow
-from reference.small_models import LLAMA
+from reference.small_models import LLAMA, random_transformer
 
 import dex_jax
 from dex_jax.decoding.chain.dynamic_exit import DEL
@@ -17,7 +17,7 @@ from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session
 from dex_jax.evaluation.planner.workload import SHAPES
-from dex_jax.nn.transformer import Stacked, Unrolled, random_transformer
+from dex_jax.nn.transformer import Stacked, Unrolled
 from dex_jax.sampling import Sampling, sampling_keys
 
 UNTIED = dataclasses.replace(LLAMA, family="qwen2", num_layers=3, tied=False, qkv_bias=True, eos_ids=(1,))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference.small_models import LLAMA, QWEN3, ragged_prompts, small_model
+from reference.small_models import LLAMA, QWEN3, ragged_prompts, random_transformer, small_model
 
 from dex_jax import RopeScaling, Stacked, Unrolled, cache
 from dex_jax.language_model import default_dtype, resolve_dtype
@@ -21,7 +21,6 @@ from dex_jax.nn.forward import extend_with_states
 from dex_jax.nn.layers import KeyValues, attend, rms_norm, rope_frequencies, rope_table, rotate
 from dex_jax.nn.transformer import (
     parameter_shapes,
-    random_transformer,
     relayout,
     stage_ranges,
 )

@@ -182,29 +182,6 @@ def build(config: ModelConfig, layout: Layout, read: Callable[[str], np.ndarray]
     return Transformer(config, layout, init)
 
 
-def random_transformer(config: ModelConfig, layout: Layout, seed: int, dtype=jnp.float32) -> Transformer:
-    """Random weights (normal kernels of standard deviation 1 / sqrt(in), unit norms), equal in every layout."""
-    return build(config, layout, random_reader(config, seed), dtype)
-
-
-def random_reader(config: ModelConfig, seed: int) -> Callable[[str], np.ndarray]:
-    """Canonical name -> float32 array of `random_transformer`'s weights."""
-    kinds = {"embed": "kernel", "unembed": "kernel", "final_norm": "scale"}
-    kinds |= {name: kind for name, (_, kind) in layer_parameters(config).items()}
-    shapes = parameter_shapes(config)
-    order = {name: i for i, name in enumerate(shapes)}
-
-    def read(name: str) -> np.ndarray:
-        rng = np.random.default_rng([seed, order[name]])
-        shape, kind = shapes[name], kinds[name.split(".")[-1]]
-        if kind == "scale":
-            return np.ones(shape, np.float32)
-        deviation = 0.02 if kind == "bias" else shape[-1] ** -0.5
-        return (rng.standard_normal(shape) * deviation).astype(np.float32)
-
-    return read
-
-
 def relayout(model: Transformer, layout: Layout) -> Transformer:
     """The same weights in another layout.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 
 import dex_jax
@@ -12,7 +14,7 @@ from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.evaluation.check import compare
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import exit_parameters
-from dex_jax.nn.transformer import Layout, Unrolled, random_transformer
+from dex_jax.nn.transformer import Layout, Transformer, Unrolled, build, layer_parameters, parameter_shapes
 
 LLAMA = ModelConfig(
     family="llama",
@@ -47,6 +49,29 @@ class LetterTokenizer:
     @staticmethod
     def letters(token: int) -> str:
         return chr(ord("A") + token) if token < 26 else chr(ord("a") + token - 26) * 2
+
+
+def random_transformer(config: ModelConfig, layout: Layout, seed: int, dtype=jnp.float32) -> Transformer:
+    """Random weights (normal kernels of standard deviation 1 / sqrt(in), unit norms), equal in every layout."""
+    return build(config, layout, random_reader(config, seed), dtype)
+
+
+def random_reader(config: ModelConfig, seed: int) -> Callable[[str], np.ndarray]:
+    """Canonical name -> float32 array of `random_transformer`'s weights."""
+    kinds = {"embed": "kernel", "unembed": "kernel", "final_norm": "scale"}
+    kinds |= {name: kind for name, (_, kind) in layer_parameters(config).items()}
+    shapes = parameter_shapes(config)
+    order = {name: i for i, name in enumerate(shapes)}
+
+    def read(name: str) -> np.ndarray:
+        rng = np.random.default_rng([seed, order[name]])
+        shape, kind = shapes[name], kinds[name.split(".")[-1]]
+        if kind == "scale":
+            return np.ones(shape, np.float32)
+        deviation = 0.02 if kind == "bias" else shape[-1] ** -0.5
+        return (rng.standard_normal(shape) * deviation).astype(np.float32)
+
+    return read
 
 
 def small_model(
