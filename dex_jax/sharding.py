@@ -111,7 +111,7 @@ def make_mesh(wanted: str | dict[str, int] | Mesh, devices: Sequence[jax.Device]
 
 
 def check_model(mesh: Mesh, config: ModelConfig) -> None:
-    """A DexError where a model cannot be cut so: more stages than layers, or a tensor axis that divides not."""
+    """A DexError for more stages than the model has layers, or a tensor axis that does not divide heads or mlp."""
     stages, pieces = mesh.shape[STAGE], mesh.shape[TENSOR]
     if stages > config.num_layers:
         raise DexError(f"a mesh of {stages} stages needs as many layers, and the model has {config.num_layers}")
