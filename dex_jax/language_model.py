@@ -149,9 +149,7 @@ class Outline:
         return encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.checkpoint.source, chat)
 
     def load(self, on_tensor: Callable[[int, int], None] | None = None) -> LanguageModel:
-        """The model, one tensor at a time; on_tensor as in `load`. A DexError: a damaged file, or no memory for the
-        weights.
-        """
+        """The model, one tensor at a time, on_tensor as in `load`; a DexError for a damaged file or no memory."""
         notify("loading the model")
         read = _reader(self.checkpoint, self.dtype, on_tensor)
         try:
