@@ -43,13 +43,13 @@ class Link:
 class Measured:
     """What `calibrate` measured with the library's own programs, instead of peaks; seconds per byte, by rows."""
 
-    # layout or program ("unrolled"; "scan", AR over stacked weights; "stacked", a tick over them) -> time of a layer's
-    # products by rows of one stage, per byte of its weights, fixed costs taken off
+    # "unrolled", the layout -> time of a layer's products by rows of one stage, per byte of its weights, fixed costs
+    # taken off
     layer: dict[str, Curve]
     cache: Curve  # time of a layer's attention by rows of one sequence, per byte of keys and values
     head: Curve  # time of the final norm, unembedding and choice, per byte of the unembedding
     exits: Curve  # time of asking the exits (mask, choice and probability included), per byte of the draft unembedding
-    layer_seconds: dict[str, float]  # layout or program -> fixed cost of a layer, whatever its width
+    layer_seconds: dict[str, float]  # the layout -> fixed cost of a layer, whatever its width
     tick_seconds: float  # fixed cost of a tick beside its layers and heads
 
 

@@ -34,7 +34,7 @@ def machine(tmp_path_factory):
 
 def test_all_that_the_planner_reads_is_measured(machine) -> None:
     measured = machine.device.measured
-    assert set(measured.layer) == set(measured.layer_seconds) == {"unrolled", "scan", "stacked"}
+    assert set(measured.layer) == set(measured.layer_seconds) == {"unrolled"}
     for curve in (*measured.layer.values(), measured.cache, measured.head, measured.exits):
         assert [rows for rows, _ in curve] == [1.0, 4.0]
         assert all(math.isfinite(seconds) and seconds >= 0 for _, seconds in curve)
@@ -71,7 +71,7 @@ def test_rounds_are_not_optimised_away() -> None:
             seconds[rounds] = time.perf_counter() - begin
         return seconds[400]
 
-    timed_programs.rows_seconds(wide, timed_programs.Unrolled(), jnp.dtype(jnp.float32), 2, 64, few_and_many)
+    timed_programs.rows_seconds(wide, jnp.dtype(jnp.float32), 2, 64, few_and_many)
     assert seconds[400] > 3 * seconds[4]
 
 

@@ -131,21 +131,12 @@ def test_one_device_runs_all_rows_of_all_stages() -> None:
     assert found.total == pytest.approx(6 * two + exits + head + (2 * 12 + 200) * 1e-4)
 
 
-def test_the_stacked_layout_runs_everything() -> None:
-    s = setting(layout="stacked")
-    found = cost_model.tick_on_one_device(s, (1, 6), 1, 1.5)
-    # Five layers of the longer stage, twice: the shorter one is padded. Ten kernels for both stages' layers at once.
-    assert found.layers == pytest.approx(10 * (cost_twin.layer(TWIN_MODEL, 1, 1, 52, 1, TWIN_MACHINE) - 1e-3))
-    head = 4 * 1e-4 / 1.5
-    assert found.fixed == pytest.approx(5 * 10e-4 + head + (12 + 200) * 1e-4)
-
-
 MEASURED = Measured(
-    layer=dict.fromkeys(("unrolled", "scan", "stacked"), ((1.0, 0.0001), (4.0, 0.0002))),
+    layer={"unrolled": ((1.0, 0.0001), (4.0, 0.0002))},
     cache=((1.0, 1e-5), (4.0, 3e-5)),
     head=((1.0, 2e-4),),
     exits=((1.0, 3e-4),),
-    layer_seconds={"unrolled": 0.01, "scan": 0.02, "stacked": 0.03},
+    layer_seconds={"unrolled": 0.01},
     tick_seconds=0.5,
 )
 
@@ -157,9 +148,8 @@ def test_a_calibrated_machine_by_hand() -> None:
     assert (step.head, step.fixed) == pytest.approx((1400 * 2e-4, 6 * 0.01))
     four = cost_model.ar_step(dataclasses.replace(s, batch=4))
     assert four.layers == pytest.approx(6 * (2000 * 2e-4 + 4 * 800 * 1e-5))
-    assert cost_model.ar_step(dataclasses.replace(s, layout="stacked")).fixed == pytest.approx(6 * 0.02)
-    tick = cost_model.tick_on_one_device(dataclasses.replace(s, layout="stacked"), (3, 6), 1, 2.0)
-    assert tick.fixed == pytest.approx(3 * 0.03 + 0.5 + 12e-4)
+    tick = cost_model.tick_on_one_device(s, (3, 6), 1, 2.0)
+    assert tick.fixed == pytest.approx(6 * 0.01 + 0.5 + 12e-4)
 
 
 figures = st.floats(0.1, 10)

@@ -16,7 +16,7 @@ from dex_jax.cli import profile as command
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
-from dex_jax.evaluation.planner import profile, profile_plots, tables
+from dex_jax.evaluation.planner import profile
 from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile, read_profile
 from dex_jax.forced.run import Forced, forced_exits, measure, shared_exits
 from dex_jax.forced.texts import answers
@@ -151,7 +151,7 @@ def test_bad_profiles_are_refused(tmp_path, change: dict, message: str) -> None:
 
 def test_tables_show_the_profile() -> None:
     found = _profile()
-    text = tables.profile_table(found)
+    text = profile.profile_table(found)
     assert f"oracle speedup {found.ead.oracle_speedup:.2f}" in text
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     assert ["1", f"{found.ead.share[0]:.3f}"] in [row[:2] for row in cells]
@@ -161,17 +161,17 @@ def test_tables_show_the_profile() -> None:
 
 def test_pictures(tmp_path, monkeypatch) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    files = profile_plots.draw(_profile(), tmp_path / "plots")
+    files = profile.draw(_profile(), tmp_path / "plots")
     assert [file.name for file in files] == ["ead.png", "speedup.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     (tmp_path / "file").write_text("")
     with pytest.raises(DexError, match="cannot be written"):
-        profile_plots.draw(_profile(), tmp_path / "file")
+        profile.draw(_profile(), tmp_path / "file")
     plot_figures._figure_class.cache_clear()
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DexError, match=r"pip install matplotlib"):
-        profile_plots.draw(_profile(), tmp_path)
+        profile.draw(_profile(), tmp_path)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys) -> None:

@@ -37,7 +37,6 @@ def parser() -> argparse.ArgumentParser:
     add("--profile", metavar="FILE", help="of python -m dex_jax.cli.profile, or an assumed one")
     add("--batch", type=int, default=1, metavar="B", help="sequences (%(default)s)")
     add("--context", type=int, default=1024, metavar="S", help="positions attended to, or cache length (%(default)s)")
-    add("--layout", choices=["unrolled", "stacked"], default="unrolled", help="of the weights (%(default)s)")
     add = p.add_argument_group("on what").add_argument
     names = ", ".join(DEVICES)
     add("--hardware", metavar="NAMExCOUNT|FILE", help=f"{names}, or a file of calibrate; then ,hosts=N,link=NAME,...")
@@ -64,8 +63,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from dex_jax.evaluation.planner.cost_model import Setting
     from dex_jax.evaluation.planner.ead_profile import read_profile
-    from dex_jax.evaluation.planner.predictions import plan
-    from dex_jax.evaluation.planner.tables import predictions_table
+    from dex_jax.evaluation.planner.predictions import plan, predictions_table
     from dex_jax.evaluation.planner.workload import config_of, work_of
 
     if min(args.batch, args.context, args.top) < 1:
@@ -75,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     if args.profile is None:
         raise DexError("ticks follow from an EAD profile: give --profile (python -m dex_jax.cli.profile writes one)")
     work, found = work_of(config_of(args.model)), hardware(args.hardware)
-    s = Setting(work, exits_of(args.exits, args.model), found, args.batch, args.context, args.layout)
+    s = Setting(work, exits_of(args.exits, args.model), found, args.batch, args.context)
     profile = read_profile(args.profile)
     chosen = plan(s, profile, explorers=args.explorers, rows=args.rows)
     if args.json:

@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> None:
       DexError: a model, exits, prompts or grids that are not there or do not fit.
     """
     from dex_jax.cli.train_results import answered, chosen_exits
-    from dex_jax.evaluation.planner.profile import profile_of, with_real_loop
-    from dex_jax.evaluation.planner.profile_plots import draw
-    from dex_jax.evaluation.planner.tables import profile_table
+    from dex_jax.evaluation.planner.profile import draw, profile_of, profile_table, with_real_loop
     from dex_jax.forced.run import measure
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load

@@ -1,8 +1,8 @@
 """Measures the device at hand for the planner, with this library's programs.
 
-Random weights of the model's shapes, as many layers as no cache of a processor holds, decode rows in the layouts that
-there are. What comes out are seconds per byte by rows (products of a layer, attention, heads), the fixed cost of a
-layer and of a tick, and plain bandwidth and arithmetic; with several devices the link between them too.
+Random weights of the model's shapes, as many layers as no cache of a processor holds, decode rows. What comes out are
+seconds per byte by rows (products of a layer, attention, heads), the fixed cost of a layer and of a tick, and plain
+bandwidth and arithmetic; with several devices the link between them too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.footprint import device_memory
-from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner.cost_model import KERNELS_A_LAYER
 from dex_jax.evaluation.planner.timed_programs import (
@@ -28,15 +27,13 @@ from dex_jax.evaluation.planner.timed_programs import (
     lattice_seconds,
     link,
     rows_seconds,
-    stages_seconds,
 )
 from dex_jax.evaluation.planner.workload import work_of
-from dex_jax.hardware import LINKS, Curve, Device, Hardware, Measured
-from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.hardware import LINKS, Device, Hardware, Measured
 from dex_jax.sharding import device_name
 
 STAGES = 5
-"""Of the stacked layout that is measured, and of the lattice."""
+"""Of the lattice that is measured."""
 
 UNCACHED = 400e6
 """Bytes of layers that are measured together: more than a processor's caches hold (300 MB on some servers)."""
@@ -87,48 +84,31 @@ def calibrate(
         raise DexError(f"{device_name(device)} does not say how much memory it has: give --memory GB")
     timer = timer or Timer()
     work, size = work_of(config), jnp.dtype(dtype).itemsize
-    stages = min(STAGES, config.num_layers)
-    count = max(2, round(UNCACHED / (work.layer * size)))
-    count = -(-min(config.num_layers, count) // stages) * stages
+    count = min(config.num_layers, max(2, round(UNCACHED / (work.layer * size))))
     part = dataclasses.replace(config, num_layers=count)
     small = dataclasses.replace(config, num_layers=count, **SMALL)
-    layouts: dict[str, Layout] = {
-        "unrolled": Unrolled(),
-        "scan": Stacked(even_depths(stages, count)),
-        "stacked": Stacked(even_depths(stages, count)),
-    }
-    layer: dict[str, Curve] = {}
-    fixed: dict[str, float] = {}
-    attention: Curve = ()
-    for number, (name, layout) in enumerate(layouts.items(), 1):
-        notify(f"{number} of 5: layers, {name}")
-        measure = stages_seconds if name == "stacked" else rows_seconds
-        # A scan over the stacked layout runs all stages' layers of one index at once.
-        at_once = stages if name == "stacked" else 1
-        fixed[name] = measure(small, layout, dtype, 1, SHORT, timer) / count * at_once
-        full = {n: measure(part, layout, dtype, n, SHORT, timer) / count for n in rows}
-        if name == "unrolled":
-            cached = size * work.cached * (long - SHORT)
-            ends = sorted({rows[0], rows[min(3, len(rows) - 1)]})
-            attention = tuple(
-                (n, max(0.0, measure(part, layout, dtype, n, long, timer) / count - full[n]) / cached) for n in ends
-            )
-        per_byte = {n: max(0.0, seconds - fixed[name] / at_once) / (size * work.layer) for n, seconds in full.items()}
-        layer[name] = tuple(sorted(per_byte.items()))
-    notify("4 of 5: heads")
+    notify("1 of 3: layers")
+    fixed = rows_seconds(small, dtype, 1, SHORT, timer) / count
+    full = {n: rows_seconds(part, dtype, n, SHORT, timer) / count for n in rows}
+    layer = tuple((n, max(0.0, seconds - fixed) / (size * work.layer)) for n, seconds in full.items())
+    cached = size * work.cached * (long - SHORT)
+    ends = sorted({rows[0], rows[min(3, len(rows) - 1)]})
+    attention = tuple((n, max(0.0, rows_seconds(part, dtype, n, long, timer) / count - full[n]) / cached) for n in ends)
+    notify("2 of 3: heads")
     unembed = size * work.vocabulary * work.width
     head = tuple((n, head_seconds(config, dtype, n, timer) / unembed) for n in rows)
     columns = min(DRAFT, config.vocab_size)
     asked = tuple((n, exits_seconds(config, dtype, columns, n, timer) / (size * columns * work.width)) for n in rows)
-    notify("5 of 5: a tick alone, bandwidth, arithmetic")
-    measured = Measured(layer, attention, head, asked, fixed, lattice_seconds(stages, timer))
+    notify("3 of 3: a tick alone, bandwidth, arithmetic")
+    tick = lattice_seconds(min(STAGES, config.num_layers), timer)
+    measured = Measured({"unrolled": layer}, attention, head, asked, {"unrolled": fixed}, tick)
     between = link(timer) if jax.device_count() > 1 else LINKS["loopback"]
     found = Device(
         name=device_name(device),
         flops=flops(dtype, timer),
         bandwidth=bandwidth(round(UNCACHED), timer),
         memory=float(memory),
-        kernel_seconds=fixed["unrolled"] / KERNELS_A_LAYER,
+        kernel_seconds=fixed / KERNELS_A_LAYER,
         itemsize=size,
         reached_bandwidth=1.0,
         reached_flops=1.0,
@@ -145,9 +125,8 @@ def summary(found: Hardware) -> str:
         f"{device.name}: {device.bandwidth / 1e9:.1f} GB/s, {device.flops / 1e9:.0f} Gflop/s, "
         f"{device.kernel_seconds * 1e6:.2f} us a kernel, {measured.tick_seconds * 1e6:.0f} us a tick alone"
     ]
-    curves = {f"layer, {name}": curve for name, curve in measured.layer.items()}
-    curves |= {"head": measured.head, "exits": measured.exits, "attention": measured.cache}
-    for name, curve in curves.items():
+    curves = {"layer": measured.layer["unrolled"], "head": measured.head, "exits": measured.exits}
+    for name, curve in (curves | {"attention": measured.cache}).items():
         rates = ", ".join(
             f"{1e-9 / seconds:.1f} at {rows:g}" if seconds else f"- at {rows:g}" for rows, seconds in curve
         )

@@ -94,7 +94,6 @@ class Setting:
       hardware: all of it, though a method may use less.
       batch: B.
       context: S, for caches of fixed length their length.
-      layout: "unrolled" or "stacked"; they differ on calibrated machines only, and in what one device skips.
     """
 
     work: Work
@@ -102,7 +101,6 @@ class Setting:
     hardware: Hardware
     batch: int = 1
     context: int = 1024
-    layout: str = "unrolled"
 
 
 def tick(s: Setting, depths: Sequence[int], rows: int, ticks: float, tensor: int = 1) -> Parts:
@@ -139,32 +137,21 @@ def tick(s: Setting, depths: Sequence[int], rows: int, ticks: float, tensor: int
 def tick_on_one_device(s: Setting, depths: Sequence[int], rows: int, ticks: float) -> Parts:
     """One tick of all stages on one device, side by side.
 
-    Every stage runs all of its rows; in the unrolled layout the loop skips stages without a live row, which is not
-    counted on.
+    Every stage runs all of its rows; that the loop skips stages without a live row is not counted on.
     """
     stages = len(depths)
     if stages == 1:
         return ar_step(s)
-    lengths = np.diff((0, *depths)).tolist()
-    slots = stages * rows
-    found = Parts()
-    if s.layout == "stacked":
-        every = stages * max(lengths)
-        one = _layers(s, every, 1, 1, slots, "stacked")
-        more = _layers(s, every, rows, 1, slots, "stacked").total - one.total
-        # All stages' layers of one index run as one chain of kernels.
-        found += dataclasses.replace(one, width=more, fixed=one.fixed / stages)
-    else:
-        for length in lengths:
-            one = _layers(s, length, 1, 1, slots, "unrolled")
-            more = _layers(s, length, rows, 1, slots, "unrolled").total - one.total
-            found += one + Parts(width=more)
+    found, slots = Parts(), stages * rows
+    for length in np.diff((0, *depths)).tolist():
+        one = _layers(s, length, 1, 1, slots)
+        found += one + Parts(width=_layers(s, length, rows, 1, slots).total - one.total)
     commits = 1 - (1 - 1 / ticks) ** s.batch
     found += _head(s, s.batch, 1).times(commits)
     block = min(rows, HEAD_BLOCK)
     calls = math.ceil((stages - 1) * rows / block)
-    exits = (stages - 1) * _product(s, s.exits.own, s.batch * rows, 1, "stacked")
-    exits += _product(s, s.exits.shared, (stages - 1) * s.batch * rows, 1, "unrolled") + _committed(s)
+    exits = (stages - 1) * _product(s, s.exits.own, s.batch * rows, 1)
+    exits += _product(s, s.exits.shared, (stages - 1) * s.batch * rows, 1) + _committed(s)
     exits += calls * _logits(s, s.exits.columns, s.batch * block, 1, "exits")
     fixed = KERNELS_OF_EXITS * s.hardware.device.kernel_seconds * calls
     return found + Parts(exits=exits, fixed=fixed + _tick_seconds(s))
@@ -172,9 +159,7 @@ def tick_on_one_device(s: Setting, depths: Sequence[int], rows: int, ticks: floa
 
 def ar_step(s: Setting, tensor: int = 1) -> Parts:
     """One AR step on one device, or with every layer split over T devices."""
-    program = "scan" if s.layout == "stacked" and tensor == 1 else "unrolled"
-    found = _layers(s, s.work.layers, 1, tensor, 0, program) + _head(s, s.batch, tensor)
-    return found
+    return _layers(s, s.work.layers, 1, tensor, 0) + _head(s, s.batch, tensor)
 
 
 def pipelined_step(s: Setting, stages: int, tensor: int = 1, most_parts: int | None = None) -> Parts:
@@ -265,15 +250,15 @@ def _between_stages(s: Setting, stages: int, tensor: int) -> Link:
     return s.hardware.between(stages * tensor)
 
 
-def _layers(s: Setting, layers: int, rows: int, tensor: int, slots: int, program: str = "unrolled") -> Parts:
+def _layers(s: Setting, layers: int, rows: int, tensor: int, slots: int) -> Parts:
     """Some layers with `rows` rows of each sequence, `slots` of a lattice beside the context."""
     device = s.hardware.device
     used, size = s.batch * rows, device.itemsize
-    products = _product(s, s.work.layer, used, tensor, program)
+    products = _product(s, s.work.layer, used, tensor)
     numbers = s.batch * (s.context + slots) * s.work.cached
     if device.measured is not None:
         attention = size * numbers / tensor * interpolate(device.measured.cache, rows)
-        fixed = device.measured.layer_seconds[program]
+        fixed = device.measured.layer_seconds["unrolled"]
     else:
         operations = 4 * used * s.work.attention * (s.context + slots)
         attention = _roofline(s, size * numbers / tensor, operations / tensor)
@@ -292,7 +277,7 @@ def _head(s: Setting, rows: int, tensor: int) -> Parts:
 
 def _exit_features(s: Setting, rows: int) -> float:
     """What one exit makes of some rows, short of logits."""
-    return _product(s, s.exits.own + s.exits.shared, rows, 1, "unrolled")
+    return _product(s, s.exits.own + s.exits.shared, rows, 1)
 
 
 def _exit_logits(s: Setting, rows: int, tensor: int) -> tuple[float, float]:
@@ -303,7 +288,7 @@ def _exit_logits(s: Setting, rows: int, tensor: int) -> tuple[float, float]:
 
 def _committed(s: Setting) -> float:
     """Exits that read the position before take in the roots that have finished, in every tick."""
-    return _product(s, s.exits.committed, s.batch, 1, "unrolled")
+    return _product(s, s.exits.committed, s.batch, 1)
 
 
 def _logits(s: Setting, columns: int, rows: int, tensor: int, curve: str) -> float:
@@ -312,15 +297,15 @@ def _logits(s: Setting, columns: int, rows: int, tensor: int, curve: str) -> flo
     if device.measured is not None:
         return device.itemsize * columns * s.work.width / tensor * interpolate(getattr(device.measured, curve), rows)
     passes = LOGIT_PASSES * 4 * rows * columns / tensor
-    return _product(s, columns * s.work.width, rows, tensor, "unrolled") + _roofline(s, passes, 0.0)
+    return _product(s, columns * s.work.width, rows, tensor) + _roofline(s, passes, 0.0)
 
 
-def _product(s: Setting, parameters: float, rows: int, tensor: int, program: str) -> float:
+def _product(s: Setting, parameters: float, rows: int, tensor: int) -> float:
     """Rows times kernels of so many parameters."""
     device = s.hardware.device
     size = device.itemsize * parameters / tensor
     if device.measured is not None:
-        return size * interpolate(device.measured.layer[program], rows)
+        return size * interpolate(device.measured.layer["unrolled"], rows)
     return _roofline(s, size, 2 * rows * parameters / tensor)
 
 

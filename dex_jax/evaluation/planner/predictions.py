@@ -18,6 +18,7 @@ from dex_jax.evaluation.planner.cost_model import Parts, Setting
 from dex_jax.evaluation.planner.ead_profile import Profile
 from dex_jax.hardware import USABLE
 from dex_jax.lattice import default_rows, full_rows
+from dex_jax.tables import markdown
 
 WORTH_IT = 1.05
 """DEX is recommended when it is predicted to be at least this much faster than the fastest other way on the devices."""
@@ -286,3 +287,16 @@ def prediction(
         price=device.price,
         **(usual | more),
     )
+
+
+def predictions_table(predictions: Sequence[Prediction]) -> str:
+    """One line a way: speed, step, and what takes its time."""
+    parts = ["layers", "width", "head", "exits", "comm", "fixed"]
+    rows = []
+    for p in predictions:
+        price = "-" if p.dollars_per_million is None else f"{p.dollars_per_million:.2f}"
+        speed = f"{p.tokens_per_second:.1f}" if p.fits else "too big"
+        shares = [f"{100 * value / p.step.total:.0f}" for value in dataclasses.astuple(p.step)]
+        size = f"{p.bytes_per_device / 1e9:.2f}"
+        rows.append([p.detail, speed, f"{p.step.total * 1e3:.3f}", f"{p.tokens_a_step:.2f}", size, *shares, price])
+    return markdown(["way", "tok/s", "step ms", "tok/step", "GB/device", *(f"% {n}" for n in parts), "$/M tok"], rows)

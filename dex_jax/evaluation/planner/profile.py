@@ -1,9 +1,11 @@
-"""The EAD profile of a model and its exits: from what exits said along texts, and from the decode loop itself."""
+"""The EAD profile of a model and its exits: from what exits said along texts and from the decode loop itself, in tables
+and pictures."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,11 @@ from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.figures import figures_of
 from dex_jax.forced.run import Forced
 from dex_jax.io.exits_file import TrainedExits
+from dex_jax.io.whole_files import write_whole
 from dex_jax.language_model import LanguageModel
+from dex_jax.plot.charts import speedup_by_k
+from dex_jax.plot.figures import INK, new_figure, png
+from dex_jax.tables import markdown
 
 
 def profile_of(measured: Forced, groups: Mapping[str, Forced], *, about: Mapping[str, Any] | None = None) -> Profile:
@@ -53,6 +59,88 @@ def with_real_loop(
             for grid in profile.grids
         ),
     )
+
+
+def profile_table(profile: Profile) -> str:
+    """One table by depth, one by grid."""
+    ead, about = profile.ead, profile.about
+    by_depth = [
+        [
+            str(depth),
+            f"{share:.3f}",
+            f"{total:.3f}",
+            f"{profile.agreement[depth]:.3f}" if depth in profile.agreement else "-",
+        ]
+        for depth, share, total in zip(ead.depths, ead.share, np.cumsum(ead.share), strict=True)
+    ]
+    by_grid = [
+        [
+            str(grid.stages),
+            " ".join(map(str, grid.depths)),
+            f"{grid.resolution_bound:.2f}",
+            f"{grid.depth_side_speedup:.2f}",
+            f"{grid.ticks_per_token:.3f}",
+            "-" if grid.real is None else f"{grid.real.depth_side_speedup:.2f} ({grid.real.rows} rows)",
+            " ".join(f"{share:.2f}" for share in grid.exits),
+        ]
+        for grid in profile.grids
+    ]
+    header = ["K", "depths", "grid's bound", "teacher-forced, DECS", "ticks per token", "real loop", "tokens by exit"]
+    return "\n\n".join(
+        [
+            f"{about['tokens']} tokens of {about['texts']} texts; mean EAD {ead.mean:.2f} of {profile.layers} layers, "
+            f"oracle speedup {ead.oracle_speedup:.2f}",
+            markdown(["depth", "EAD here", "by here", "agreement"], by_depth),
+            markdown(header, by_grid),
+        ]
+    )
+
+
+def figures(profile: Profile) -> dict[str, Any]:
+    """Pictures, matplotlib Figures: "ead", tokens by earliest available depth; "speedup", by K beside what bounds it.
+
+    Raises:
+      DexError: no matplotlib.
+    """
+    grids = sorted(profile.grids, key=lambda grid: grid.stages)
+    return {"ead": _ead_bars(profile.groups or {"all": profile.ead}), "speedup": _speedups(profile.ead, grids)}
+
+
+def draw(profile: Profile, folder: str | Path) -> list[Path]:
+    """Writes the pictures as PNG files into a folder, and returns these; a DexError where that cannot be done."""
+    files = []
+    for name, figure in figures(profile).items():
+        files.append(Path(folder) / f"{name}.png")
+        write_whole(files[-1], png(figure))
+    return files
+
+
+def _ead_bars(groups: dict[str, EAD]) -> Any:
+    figure = new_figure(8, 5)
+    axes = figure.add_subplot()
+    width = 0.8 / len(groups)
+    for number, (name, ead) in enumerate(groups.items()):
+        at = np.arange(len(ead.depths)) + (number - (len(groups) - 1) / 2) * width
+        axes.bar(at, ead.share, width, label=f"{name}, mean {ead.mean:.1f}")
+    depths = next(iter(groups.values())).depths
+    axes.set_xticks(np.arange(len(depths)), [str(depth) for depth in depths])
+    axes.set_xlabel("depth")
+    axes.set_ylabel("share of tokens first available here")
+    axes.legend()
+    return figure
+
+
+def _speedups(ead: EAD, grids: list[GridProfile]) -> Any:
+    series = {
+        "EAD rounded up to the grid": {grid.stages: grid.resolution_bound for grid in grids},
+        "teacher-forced ticks, DECS": {grid.stages: grid.depth_side_speedup for grid in grids},
+        "the loop itself": {grid.stages: grid.real.depth_side_speedup for grid in grids if grid.real is not None},
+    }
+    figure = speedup_by_k({name: speedups for name, speedups in series.items() if speedups})
+    (axes,) = figure.axes
+    axes.axhline(ead.oracle_speedup, color=INK, linewidth=0.8, linestyle="--", label="oracle: L over mean EAD")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
 
 
 def _real_loop(

@@ -19,14 +19,13 @@ from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex import loop
 from dex_jax.decoding.dex.interface import Exits, Network, StageView
-from dex_jax.decoding.dex.network import transformer_network
 from dex_jax.decoding.dex.proposals import HEAD_BLOCK, Proposers, propose
 from dex_jax.decoding.record import Limits
 from dex_jax.hardware import Link
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.forward import extend
 from dex_jax.nn.layers import linear
-from dex_jax.nn.transformer import Layout, Stacked, Transformer, Unrolled
+from dex_jax.nn.transformer import Transformer, Unrolled
 from dex_jax.nn.weights import abstract_weights, merge_model
 from dex_jax.sampling import choose
 
@@ -56,9 +55,10 @@ class Timer(NamedTuple):
         return statistics.median(found)
 
 
-def _weights(config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> Any:
+def _weights(config: ModelConfig, dtype: jnp.dtype) -> Any:
     """Small numbers of the right shapes; their values do not matter, but zeros and subnormals would."""
-    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), abstract_weights(config, layout, dtype))
+    shapes = abstract_weights(config, Unrolled(), dtype)
+    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), shapes)
 
 
 def _repeated(step: Callable[[Any], Any], weights: Any, state: Any) -> Callable[[int], Any]:
@@ -86,12 +86,12 @@ def _moved(tokens: jax.Array, hidden: jax.Array) -> jax.Array:
     return jnp.where(hidden.reshape(-1)[0] > 1e30, tokens, tokens ^ 1)
 
 
-def rows_seconds(config: ModelConfig, layout: Layout, dtype: jnp.dtype, rows: int, length: int, timer: Timer) -> float:
+def rows_seconds(config: ModelConfig, dtype: jnp.dtype, rows: int, length: int, timer: Timer) -> float:
     """Seconds of all layers over `rows` consecutive tokens of one sequence beside a cache of `length` positions."""
-    weights = _weights(config, layout, dtype)
+    weights = _weights(config, dtype)
 
     def step(weights: Any) -> Callable[[Any], Any]:
-        model = merge_model(config, layout, weights)
+        model = merge_model(config, Unrolled(), weights)
 
         def once(state: Any) -> Any:
             tokens, memory = state
@@ -100,53 +100,14 @@ def rows_seconds(config: ModelConfig, layout: Layout, dtype: jnp.dtype, rows: in
 
         return once
 
-    state = (jnp.zeros((1, rows), jnp.int32), cache.allocate(config, layout, 1, length, 0, dtype))
+    state = (jnp.zeros((1, rows), jnp.int32), cache.allocate(config, Unrolled(), 1, length, 0, dtype))
     return timer(_repeated(step, weights, state))
-
-
-def stages_seconds(
-    config: ModelConfig, layout: Layout, dtype: jnp.dtype, rows: int, length: int, timer: Timer
-) -> float:
-    """Seconds of one tick's layers of all stages side by side in the stacked layout, every row live."""
-    assert isinstance(layout, Stacked)
-    stages = len(layout.depths)
-    weights = _weights(config, layout, dtype)
-    slots = stages * rows
-    ring = jnp.arange(stages, dtype=jnp.int32)
-    shape = (stages, 1, rows)
-    itself = jnp.eye(slots, dtype=bool).reshape(stages, 1, rows, slots)
-    view = StageView(
-        ring=ring,
-        token=jnp.zeros(shape, jnp.int32),
-        position=jnp.full(shape, length - 1, jnp.int32),
-        live=jnp.ones(shape, bool),
-        ancestors=itself,
-        parent=jnp.full(shape, NO_NODE, jnp.int32),
-        prefix=jnp.asarray([length - 1], jnp.int32),
-    )
-
-    def step(weights: Any) -> Callable[[Any], Any]:
-        network = transformer_network(merge_model(config, layout, weights), layout.depths, None)
-
-        def once(state: Any) -> Any:
-            hidden, memory = state
-            return network.advance(memory, hidden, view)
-
-        return once
-
-    hidden = jnp.full((*shape, config.width), 0.1, dtype)
-    memory = cache.allocate(config, layout, 1, length, slots, dtype)
-    return timer(_repeated(step, weights, (hidden, memory)))
-
-
-def _only_head(config: ModelConfig, dtype: jnp.dtype) -> tuple[ModelConfig, Any]:
-    bare = dataclasses.replace(config, num_layers=1)
-    return bare, _weights(bare, Unrolled(), dtype)
 
 
 def head_seconds(config: ModelConfig, dtype: jnp.dtype, rows: int, timer: Timer) -> float:
     """Seconds of final norm, unembedding and choice of `rows` rows."""
-    bare, weights = _only_head(config, dtype)
+    bare = dataclasses.replace(config, num_layers=1)
+    weights = _weights(bare, dtype)
 
     def step(weights: Any) -> Callable[[Any], Any]:
         model: Transformer = merge_model(bare, Unrolled(), weights)
