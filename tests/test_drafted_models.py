@@ -27,7 +27,7 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.exits import exit_parameters, heads_of
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.weights import merge_model
-from dex_jax.training.drafting import read_drafts
+from dex_jax.training.distillation import read_drafts
 from dex_jax.training.stream import Activations
 
 CONFIG = ExitsConfig("mlp", (0,), LLAMA.width, fused=True, hidden=12, draft_size=40)

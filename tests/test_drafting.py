@@ -12,7 +12,7 @@ from reference.small_models import random_parameters
 
 from dex_jax.config import ExitsConfig
 from dex_jax.nn.exits import ExitHeads, heads_of, initial_heads
-from dex_jax.training.drafting import read_drafts
+from dex_jax.training.distillation import read_drafts
 from dex_jax.training.items import NO_ITEM
 from dex_jax.training.stream import Activations
 

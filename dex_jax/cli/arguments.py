@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import dex_jax
 from dex_jax.cli.common import add_model, depths, program, whole
-from dex_jax.cli.rivals import METHOD_HELP, RIVALS, add_rival_flags, check_rival_flags, rival_of
 from dex_jax.errors import DexError
 
 if TYPE_CHECKING:
@@ -27,6 +27,27 @@ examples:
 The text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 --check found a difference,
 2 bad input, 130 interrupted.
 """
+
+METHODS: dict[str, tuple[str, dict[str, str]]] = {
+    "dex": ("Dex", {"explorers": "explorers", "depths": "depths", "rows": "rows"}),
+    "ar": ("AR", {}),
+    "layerskip": ("LayerSkip", {"exit_depth": "exit", "draft_length": "draft_length"}),
+    "adadecode": (
+        "AdaDecode",
+        {"explorers": "explorers", "depths": "depths", "threshold": "threshold", "draft_length": "draft_length"},
+    ),
+    "del": ("DEL", {"explorers": "explorers", "depths": "depths", "draft_length": "draft_length"}),
+    "dex-single-exit": ("DexSingleExit", {"explorers": "explorers", "depths": "depths"}),
+    "oracle": ("Oracle", {"explorers": "explorers", "depths": "depths"}),
+}
+"""Name -> (the method's name in dex_jax, flag -> field)."""
+
+METHOD_FLAGS = ("explorers", "depths", "rows", "no_draft", "no_decs", "exit_depth", "draft_length", "threshold")
+"""Flags that not all methods have."""
+
+METHOD_HELP = """dex; ar: all layers for every token; layerskip: drafts at one exit; adadecode: every token exits
+where an exit is sure; del: layerskip that chooses exit and draft length; dex-single-exit: DEX whose first exit alone
+proposes; oracle: no decoder but a bound without DECS (%(default)s)"""
 
 MOST = 4096
 """Rows a stage and continuations a prompt: more is a slip."""
@@ -60,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-chat", action="store_true", help="use prompts as they are, without the chat template")
 
     add = p.add_argument_group("method").add_argument
-    add("--method", choices=["dex", "ar", *RIVALS], default="dex", help=METHOD_HELP)
+    add("--method", choices=[*METHODS], default="dex", help=METHOD_HELP)
     add(
         "--explorers",
         type=int,
@@ -72,7 +93,14 @@ def parser() -> argparse.ArgumentParser:
     add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most; "full", without drafts, never prunes')
     add("--no-draft", action="store_true", help="draft nothing before the first layer: the paper's method")
     add("--no-decs", action="store_true", help="let exits repeat tokens that a node's children already hold")
-    add_rival_flags(add)
+    add("--exit-depth", type=whole(1, 10_000), metavar="D", help="layerskip: layers that draft (12)")
+    add(
+        "--draft-length",
+        type=whole(1, 1024),
+        metavar="G",
+        help="layerskip: tokens drafted a round (4); adadecode, del: at most (8)",
+    )
+    add("--threshold", type=float, metavar="P", help="adadecode: how sure an exit must be (0.75)")
 
     add = p.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=whole(1, MOST_TOKENS), default=128, metavar="N", help="%(default)s")
@@ -97,13 +125,11 @@ def check_flags(args: argparse.Namespace) -> str | None:
     Raises:
       DexError: flags that the method does not have.
     """
-    check_rival_flags(args)
-    given = [name for name in ("explorers", "depths", "rows") if getattr(args, name) is not None]
-    given += [name for name in ("no-draft", "no-decs") if getattr(args, name.replace("-", "_"))]
-    if args.method == "ar" and given:
-        raise DexError(
-            f"--{given[0]} belongs to --method dex and means nothing with --method ar: leave one of them out"
-        )
+    own = {*METHODS[args.method][1], *(("no_draft", "no_decs") if args.method == "dex" else ())}
+    for name in METHOD_FLAGS:
+        if name not in own and getattr(args, name) not in (None, False):
+            flag = "--" + name.replace("_", "-")
+            raise DexError(f"{flag} means nothing with --method {args.method}: leave one of them out")
     filters = [f"--{name}" for name in ("top-k", "top-p") if getattr(args, name.replace("-", "_")) is not None]
     if args.temperature == 0 and filters:
         return f"{' and '.join(filters)} changes nothing at temperature 0, which is greedy: add --temperature 1, say"
@@ -112,15 +138,12 @@ def check_flags(args: argparse.Namespace) -> str | None:
 
 def method_of(args: argparse.Namespace) -> Method:
     """The method that the flags name."""
-    from dex_jax.decoding.methods import AR, Dex
-
-    rival = rival_of(args)
-    if rival is not None:
-        return rival
-    if args.method == "ar":
-        return AR()
-    fields: dict[str, Any] = {name: getattr(args, name) for name in ("explorers", "depths", "rows")}
-    return Dex(**fields, decs=not args.no_decs, draft=not args.no_draft)
+    name, fields = METHODS[args.method]
+    given: dict[str, Any] = {field: getattr(args, flag) for flag, field in fields.items()}
+    given = {field: value for field, value in given.items() if value is not None}
+    if args.method == "dex":
+        given |= {"decs": not args.no_decs, "draft": not args.no_draft}
+    return getattr(dex_jax, name)(**given)
 
 
 def prompts_of(args: argparse.Namespace, stdin: TextIO | None = None) -> list[Prompt]:

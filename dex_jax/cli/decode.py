@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
         notify("importing JAX")
         method = method_of(args)
         if args.dry_run:
-            from dex_jax.cli.dry_run import dry_run
+            from dex_jax.cli.devices import dry_run
 
             return dry_run(args, method)
         if args.distributed:

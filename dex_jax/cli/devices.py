@@ -1,17 +1,27 @@
-"""--mesh and --layout: on which devices a model lies, and how."""
+"""--mesh, --layout and --dry-run: on which devices a model lies, and what it would hold there."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+from typing import Any
 
 from jax.sharding import Mesh
 
+from dex_jax.cli.arguments import prompts_of
+from dex_jax.decoding.footprint import cache_length_for, device_memory, footprint, trained_bytes, verdict
+from dex_jax.decoding.generate import encode_prompts, sampling_of
 from dex_jax.decoding.methods import Method, with_stages
+from dex_jax.decoding.output import title
 from dex_jax.decoding.resolve import resolve, unmeasured
+from dex_jax.decoding.session import check_mesh
+from dex_jax.decoding.sizes import batch_bucket
 from dex_jax.errors import DexError
 from dex_jax.io import open_checkpoint
-from dex_jax.language_model import layout_on_mesh
-from dex_jax.nn.transformer import Layout, Stacked, Staged
+from dex_jax.language_model import Outline, layout_on_mesh, resolve_dtype
+from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled
+from dex_jax.prompts import Prompt
 from dex_jax.sharding import STAGE, make_mesh
 
 
@@ -34,3 +44,48 @@ def layout_of(args: argparse.Namespace, method: Method) -> tuple[Layout | None, 
         return Stacked(schedule.depths), None
     layout = Staged(schedule.depths) if schedule.has_lattice and schedule.stages > 1 else None
     return layout_on_mesh(checkpoint, layout, mesh), mesh
+
+
+def dry_run(args: argparse.Namespace, method: Method) -> int:
+    """Prints GB per device of weights, caches and exits, and whether they fit; returns exit code 0.
+
+    Without a prompt, one short prompt is assumed.
+
+    Raises:
+      DexError: as a real run would, for what can be known without weights.
+    """
+    checkpoint = open_checkpoint(args.model)
+    config, dtype = checkpoint.config, resolve_dtype(args.dtype)
+    layout, mesh = layout_of(args, method)
+    if mesh is not None:
+        method = with_stages(method, mesh.shape[STAGE])
+    # Which of AR and one explorer is chosen is measured on the device; the latter holds no less.
+    method = unmeasured(method, args.exits, checkpoint.fingerprint())
+    resolved = resolve(method, args.exits, config, checkpoint.fingerprint())
+    resolved.say(checkpoint.fingerprint())
+    schedule = resolved.schedule
+    layout = layout or Unrolled()
+    prompts: list[Prompt] = prompts_of(args) if args.prompt or args.prompt_file is not None else [[0]]
+    outline = Outline(checkpoint, dtype, layout, mesh)
+    ids = encode_prompts(outline, prompts, not args.no_chat, args.num_samples, args.max_new_tokens)
+    batch = len(ids)
+    sampling, _ = sampling_of(args.temperature, args.top_k, args.top_p, args.seed, batch, config.vocab_size)
+    compiled_for = batch if mesh is not None else batch_bucket(batch)
+    length = cache_length_for(max(map(len, ids)), args.max_new_tokens, schedule, compiled_for)
+    check_mesh(mesh, layout, schedule, batch)
+    exits_bytes = sum(trained_bytes(config, dtype, each, mesh) for each in (resolved.exits, resolved.drafter))
+    options: dict[str, Any] = {"sampled": sampling is not None, "exits_bytes": exits_bytes, "mesh": mesh}
+    needed = footprint(config, dtype, schedule, compiled_for, length, layout, **options)
+    sentence = verdict(needed, device_memory())
+    devices = 1 if mesh is None else mesh.size
+    if args.json:
+        sizes = dataclasses.asdict(needed) | {"total_bytes": needed.total_bytes}
+        print(json.dumps(sizes | {"devices": devices, "batch": batch, "dtype": str(dtype), "verdict": sentence}))
+        return 0
+    where = "one device" if devices == 1 else f"each of {devices} devices"
+    what = f"{batch} sequence(s) of at most {length} positions in {dtype}, {title(schedule)}"
+    print(f"{checkpoint.source}: {what}, on {where}")
+    for field in dataclasses.fields(needed):
+        print(f"  {field.name.removesuffix('_bytes'):<10} {getattr(needed, field.name) / 1e9:8.3f} GB")
+    print(sentence)
+    return 0

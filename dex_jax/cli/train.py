@@ -18,9 +18,9 @@ from dex_jax.cli.train_arguments import (
     export_parser,
     folder_of,
     train_parser,
+    tree_parser,
 )
-from dex_jax.cli.train_results import evaluate, export
-from dex_jax.cli.train_tree import tree, tree_parser
+from dex_jax.cli.train_results import evaluate, export, tree
 from dex_jax.errors import DexError, exit_code
 from dex_jax.progress import phases
 from dex_jax.tables import markdown

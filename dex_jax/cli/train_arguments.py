@@ -114,6 +114,28 @@ def evaluate_parser() -> argparse.ArgumentParser:
     return p
 
 
+def tree_parser() -> argparse.ArgumentParser:
+    """The parser of `train_exits.py tree`."""
+    p = argparse.ArgumentParser(
+        prog=program("train_exits.py") + " tree",
+        description="Search for the trees that are fastest with one explorer on this device, on answers to prompts of "
+        "your choice, and write them into the drafter's file.",
+    )
+    add = p.add_argument
+    add("--exits", required=True, metavar="FROM", help="the drafter: file or folder")
+    add("--output", required=True, metavar="OUT.safetensors", help="the drafter with its trees")
+    add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
+    add("--data", nargs="+", required=True, metavar="FILE", help="prompts: .jsonl, .json or .txt")
+    add("--prompts", type=int, default=4, metavar="N", help="N prompts of each file, evenly spread (%(default)s)")
+    add("--max-prompt-tokens", type=int, default=256, metavar="N", help="longer prompts are left out (%(default)s)")
+    add("--max-new-tokens", type=int, default=96, metavar="N", help="of each answer (%(default)s)")
+    add("--steps", type=int, default=4, metavar="N", help="at most so many moves for each of --sizes (%(default)s)")
+    add("--sizes", type=int, nargs="+", default=[4, 8], metavar="N", help="rows of a tree (4 8)")
+    add("--largest", type=int, default=16, metavar="N", help="rows of the one that ticks choose from (%(default)s)")
+    add("--float32", action="store_true", help="write full precision; otherwise 8-bit matrices")
+    return p
+
+
 def add_answers(add: Add) -> None:
     """Adds the flags of what `cli.train_results.answered` answers."""
     data = "prompts: .jsonl, .json or .txt, each a group"
@@ -191,7 +213,7 @@ def _configured_exits(config: ExitTraining, args: argparse.Namespace, names: Seq
 
 def folder_of(args: argparse.Namespace) -> Path:
     """The folder of the run that the flags name; a DexError when it is no folder of a disk."""
-    from dex_jax.io.object_store import require_disk
+    from dex_jax.io.folders import require_disk
 
     require_disk(args.folder, "trainings")
     return Path(args.folder) if args.folder is not None else Path("runs") / Path(args.config).stem

@@ -1,4 +1,4 @@
-"""What train_exits.py does with exits that are trained: `export` and `evaluate`."""
+"""What train_exits.py does with exits that are trained: `export`, `evaluate` and `tree`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dex_jax.errors import DexError
 from dex_jax.foreign import TokenId, parsed, reading
 
 if TYPE_CHECKING:
+    from dex_jax.evaluation.tree_search import TreeFigures
     from dex_jax.forced.texts import Text
     from dex_jax.io.exits_file import TrainedExits
     from dex_jax.language_model import LanguageModel
@@ -89,8 +90,7 @@ def evaluate(args: argparse.Namespace) -> None:
       DexError: a model, exits or prompts that are not there or do not fit.
     """
     from dex_jax.cli.common import remember_compilations
-    from dex_jax.forced.figures import grouped_figures
-    from dex_jax.forced.tables import tables
+    from dex_jax.forced.figures import grouped_figures, tables
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
 
@@ -157,6 +157,45 @@ def spread(prompts: list[Any], count: int | None) -> list[Any]:
     return [prompts[at * len(prompts) // count] for at in range(count)]
 
 
+def tree(args: argparse.Namespace) -> None:
+    """Searches, prints every tree tried, and writes the drafter with the best ones.
+
+    Raises:
+      DexError: a model, a drafter or prompts that are not there or do not fit.
+    """
+    from dex_jax.cli.common import remember_compilations
+    from dex_jax.decoding.dex.trees import with_trees
+    from dex_jax.evaluation.tree_search import search_trees
+    from dex_jax.io.exits_file import check_exits_path, load_exits, save_exits
+    from dex_jax.language_model import load
+    from dex_jax.prompt_files import read_prompts
+
+    check_exits_path(args.output)
+    if args.prompts < 1 or args.steps < 0:
+        raise DexError("--prompts must be at least 1 and --steps at least 0")
+    drafter = load_exits(args.exits)
+    chosen = [prompt for path in args.data for prompt in spread(read_prompts(path), args.prompts)]
+    remember_compilations()
+    lm = load(args.model)
+
+    prompts = [ids for ids in map(lm.encode, chosen) if len(ids) <= args.max_prompt_tokens]
+    if not prompts:
+        raise DexError(f"every prompt has more than {args.max_prompt_tokens} tokens: raise --max-prompt-tokens")
+    options = {"sizes": args.sizes, "largest": args.largest, "new_tokens": args.max_new_tokens, "steps": args.steps}
+    found = search_trees(lm, drafter, prompts, **options, tell=lambda tried: _warn(_tree_line(tried)))
+    save_exits(args.output, with_trees(drafter, [each.tree for each in found]), int8=not args.float32)
+    print(f"{args.output}: {_tree_line(found[0])}")
+
+
+def _tree_line(figures: TreeFigures) -> str:
+    shape = figures.tree.shape
+    return (
+        f"rows a level {', '.join(map(str, shape.widths))}, {shape.drafted} drafted: "
+        f"{figures.tree.tokens_a_tick:.2f} tokens a tick of {1000 * figures.tick_seconds:.1f} ms, "
+        f"{figures.speedup:.2f} times AR"
+    )
+
+
 def _group_names(paths: Sequence[str]) -> dict[str, str]:
     """Name of each file's group -> path: the stem, or all of the path where stems are equal."""
     stems = [Path(path).name.split(".")[0] for path in paths]
@@ -176,4 +215,4 @@ def _read_cache(file: Path, made_by: dict[str, Any]) -> dict[tuple[int, ...], li
 
 
 def _warn(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(line, file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from dex_jax.forced.texts import Text
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import plain
 from dex_jax.language_model import LanguageModel
+from dex_jax.tables import markdown
 
 BINS = 10
 
@@ -173,3 +174,45 @@ def _mean(values: Sequence[Any]) -> Any:
     if isinstance(first, tuple):
         return tuple(_mean(part) for part in zip(*values, strict=True))
     return float(np.mean(values)) if isinstance(first, float) else first
+
+
+def tables(groups: Mapping[str, ExitFigures]) -> str:
+    """Figures of groups as markdown, readable as it is: one table by depth, one by K, then what holds for all exits."""
+    return "\n\n".join(f"**{name}**\n\n{_group_tables(figures)}" for name, figures in groups.items())
+
+
+def _group_tables(figures: ExitFigures) -> str:
+    by_depth = [
+        [str(depth), f"{agreement:.3f}", f"{divergence:.3f}", f"{error:.3f}", f"{ead:.3f}"]
+        for depth, agreement, divergence, error, ead in zip(
+            figures.depths,
+            figures.agreement,
+            figures.divergence,
+            figures.calibration_error,
+            figures.ead,
+            strict=False,
+        )
+    ]
+    parts = [markdown(["depth", "agreement", "KL (nats)", "calibration error", "EAD here"], by_depth)]
+    if figures.agreement_own:
+        own = [[str(depth), str(previous), f"{share:.3f}"] for depth, previous, share in figures.agreement_own]
+        parts.append(markdown(["depth", "previous position at depth", "agreement"], own))
+    by_grid = [
+        [
+            str(grid.explorers),
+            _number(grid.depth_side_speedup, 2),
+            _number(grid.ticks_per_token, 2),
+            " ".join(f"{share:.2f}" for share in grid.coverage),
+        ]
+        for grid in figures.grids
+    ]
+    parts.append(markdown(["K", "depth-side speedup", "ticks per token", "coverage with DECS"], by_grid))
+    parts.append(
+        f"{figures.tokens} tokens of {figures.texts} texts; {figures.ead[-1]:.3f} of them no trained depth gives; "
+        f"the draft vocabulary holds {figures.draft_share:.3f}; off greedy {figures.off_greedy:.4f}."
+    )
+    return "\n\n".join(parts)
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"

@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
 from dex_jax.foreign import Positive, Size, parsed, reading, typed
-from dex_jax.io.object_store import on_disk
+from dex_jax.io.folders import on_disk
 from dex_jax.io.whole_files import write_whole
 
 FORMAT = "dex_jax exits 1"

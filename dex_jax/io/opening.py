@@ -8,13 +8,12 @@ from pathlib import Path
 from dex_jax.errors import DexError
 from dex_jax.foreign import local_path, reading
 from dex_jax.io.checkpoint import Checkpoint
-from dex_jax.io.folders import Directory
+from dex_jax.io.folders import Directory, Store, is_url
 from dex_jax.io.gguf_file import GGUFFile
 from dex_jax.io.gguf_model import GGUFWeights, gguf_config
 from dex_jax.io.gguf_tokenizer import gguf_tokenizer
 from dex_jax.io.hub import ALIASES, download, is_hub_id, packaged_file
 from dex_jax.io.huggingface import open_folder, read_config
-from dex_jax.io.object_store import is_url, open_stored
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -36,7 +35,12 @@ def _open(source: str) -> Checkpoint:
     if target.startswith("package:"):
         return _open_gguf(packaged_file(target))
     if is_url(target):
-        return open_stored(target)
+        if target.lower().endswith(".gguf"):
+            raise DexError(f"A .gguf file is read from a disk: copy {target} and give the path of the copy.")
+        store = Store(target)
+        if not store.sizes:
+            raise DexError(f"There is nothing at {target}: check the address.")
+        return open_folder(store, target)
     path = local_path(target)
     if target.lower().endswith(".gguf"):
         if not path.is_file():

@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dex_jax.errors import DexError
-from dex_jax.foreign import reading
-from dex_jax.io import chat
+from dex_jax.foreign import reading, reason
+from dex_jax.io.templates import rendered
 
 # tokenizers, jinja2, gguf, safetensors and huggingface_hub are imported where they are used, here and in the rest of
 # this folder, so that `import dex_jax` costs little more than jax and flax.
@@ -104,8 +104,18 @@ class Tokenizer:
         """The text that `chat` encodes. Arguments and errors as there."""
         if self._template is None:
             raise DexError(f"{self._source} has no chat template: give plain text and turn chat off.")
-        chat.check_messages(messages)
-        return chat.render(self._template, messages, add_generation_prompt, self._variables, self._source)
+        _check_messages(messages)
+        import jinja2
+
+        given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "tools": None}
+        try:
+            return rendered(self._template, given | {"documents": None} | self._variables)
+        except jinja2.TemplateSyntaxError as error:
+            where = f"The chat template of {self._source} is broken at line {error.lineno}"
+            raise DexError(f"{where}: {error.message}.") from error
+        # Whatever a program can raise: templates index, divide and concatenate what they are given.
+        except Exception as error:
+            raise DexError(f"The chat template of {self._source} refuses these messages: {reason(error)}") from error
 
     def _template_eos_ids(self) -> list[int]:
         if self._template is None:
@@ -117,3 +127,15 @@ class Tokenizer:
         after = text.rpartition(_MARK)[2] if _MARK in text else ""
         following = self.encode(after.lstrip(), add_special=False)[:1]
         return [i for i in following if i in self.special_ids]
+
+
+def _check_messages(messages: Sequence[dict[str, Any]]) -> None:
+    """A DexError unless `messages` is a list, not empty, of dictionaries with strings "role" and "content"."""
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
+        raise DexError('A chat is a list of at least one message like {"role": "user", "content": "Hello"}.')
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise DexError(f'Message {number} is not a dictionary like {{"role": "user", "content": "Hello"}}.')
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise DexError(f'Message {number} needs a string under "{key}", and it has {message.get(key)!r:.60}.')

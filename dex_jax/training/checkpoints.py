@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 
 from dex_jax.errors import DexError
 from dex_jax.foreign import reading, reason
-from dex_jax.io.object_store import require_disk
+from dex_jax.io.folders import require_disk
 from dex_jax.training.task import Cursor
 
 _NAMES: dict[str, Any] = {"step_prefix": "step", "step_format_fixed_length": 8}

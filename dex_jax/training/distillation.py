@@ -1,6 +1,6 @@
 """Training exit heads on what a frozen model says: the task that the trainer runs.
 
-Letters: X exits, B rows, n steps of a chunk, H steps of history, D width, S window of the context layer.
+Letters: X exits, B rows, n steps of a chunk, H steps of history, D width, S window of the context layer or draft steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from dex_jax.nn.exits import ExitHeads, abstract_parameters, exit_graph, heads_o
 from dex_jax.nn.layers import KeyValues, rms_norm
 from dex_jax.nn.targets import Vocabulary
 from dex_jax.nn.weights import merge_model
-from dex_jax.training.drafting import read_drafts
 from dex_jax.training.losses import exit_losses
 from dex_jax.training.placement import EVERYWHERE, matrix_spec
 from dex_jax.training.stream import Activations, Stream, activation_specs
@@ -42,7 +41,7 @@ class DistillationOptions:
       own_outputs: share of the steps in which exits that read the position before see an estimate by a deeper exit, as
         in the lattice, instead of the true final state, as at the root.
       draft_steps: above 1, the one exit is a drafter at depth 0, and learns to go on from its own outputs for so many
-        tokens (training/drafting.py); `own_outputs` then says nothing.
+        tokens (`read_drafts`); `own_outputs` then says nothing.
     """
 
     hard: float = 0.0
@@ -232,6 +231,32 @@ def read_chunk_for_training(
         of_truth, of_estimate = _contexts(heads, batch, normed, embed, truth, estimate, key)
         context = jnp.where(below[..., None], of_estimate[None], of_truth[None]).reshape(flat.shape)
     return heads.features(flat, previous, context, base).reshape(count, rows, steps, width + 1)
+
+
+def read_drafts(
+    heads: ExitHeads, batch: Activations, normed: jax.Array, draft_steps: int
+) -> tuple[jax.Array, jax.Array]:
+    """What a drafter, an exit at depth 0, makes of every step of a chunk when it goes on from its own outputs.
+
+    At draft step s the position before is known by the features of draft step s - 1 there, the true final state only at
+    step 1; the tokens in between are right, as those that matter are. (The idea of training on several steps of one's
+    own outputs: EAGLE-3, arXiv 2503.01840, section 3.1.) `normed` [B, H + n, D] is batch.final after the final norm.
+
+    Returns:
+      (features [S, B, n, D + 1], valid [S, B, n] bool: whether the item and the chunk reach back far enough).
+    """
+    _, rows, steps, width = batch.states.shape
+    position = batch.position[:, -steps:]
+    state = batch.states[0].reshape(1, rows * steps, width)
+    previous = jnp.where((position <= 0)[..., None], 0, normed[:, -steps - 1 : -1])
+    found, valid = [], []
+    for step in range(1, draft_steps + 1):
+        features = heads.features(state, previous.reshape(state.shape), None)
+        found.append(features.reshape(rows, steps, width + 1))
+        valid.append((position >= step - 1) & (jnp.arange(steps)[None] >= step - 1))
+        own = found[-1][..., :-1]
+        previous = jnp.concatenate([jnp.zeros_like(own[:, :1]), own[:, :-1]], axis=1)
+    return jnp.stack(found), jnp.stack(valid)
 
 
 def _estimates(base: jax.Array, batch: Activations, own_outputs: float, key: jax.Array) -> tuple[jax.Array, jax.Array]:

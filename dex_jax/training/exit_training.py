@@ -19,11 +19,10 @@ from jax.sharding import Mesh
 
 from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
-from dex_jax.forced.figures import grouped_figures
-from dex_jax.forced.tables import tables
+from dex_jax.forced.figures import grouped_figures, tables
 from dex_jax.forced.texts import Text
 from dex_jax.io.exits_file import FILE_NAME, TrainedExits, save_exits
-from dex_jax.io.object_store import require_disk
+from dex_jax.io.folders import require_disk
 from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import select_exits
