@@ -56,6 +56,15 @@ def run_study(argv: Sequence[str] | None, package: str, about: str, settings: ty
     return exit_code(lambda: run(settings(**given)), "Stopped. The same command goes on from here.")
 
 
+def run_report(argv: Sequence[str] | None, package: str, about: str, run: Callable[[str, bool], int]) -> int:
+    """Runs `python -m package FOLDER`, told the folder and whether to draw; the exit code, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=about.splitlines()[0])
+    parser.add_argument("folder", metavar="DIR", help="of the results")
+    parser.add_argument("--no-plots", action="store_true", help="no PNG files, and no need of matplotlib")
+    args = parser.parse_args(argv)
+    return exit_code(lambda: run(args.folder, not args.no_plots))
+
+
 def tell(files: Sequence[Path], wrong: Sequence[str]) -> int:
     """Prints a summary, and says on stderr what was written and what is wrong; the exit code, 1 if anything is."""
     print(files[0].read_text(encoding="utf-8"))

@@ -128,11 +128,11 @@ def test_settings_count_along_answers_what_their_loops_count(made, small) -> Non
 @pytest.mark.slow
 def test_the_report_is_made_again_from_the_lines(made, tmp_path, capsys) -> None:
     _, folder = made
-    lines, copy = tmp_path / "lines", tmp_path / "copy"
-    lines.mkdir()
+    copy = tmp_path / "copy"
+    copy.mkdir()
     for name in ("results.jsonl", "study.json"):
-        shutil.copy(folder / name, lines / name)
-    assert report.main([str(lines), "--output", str(copy)]) == 0
+        shutil.copy(folder / name, copy / name)
+    assert report.main([str(copy)]) == 0
     again = (copy / "summary.md").read_text(encoding="utf-8")
     assert again == (folder / "summary.md").read_text(encoding="utf-8")
     for name in ("speedup_depth", "speedup_wall", "work", "speedup_by_k", "ead"):

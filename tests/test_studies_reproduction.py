@@ -92,16 +92,6 @@ def test_verdicts(interval, says) -> None:
     assert says in reproduction.verdict(reproduction.CLAIMS[0], interval)
 
 
-def test_without_results_the_page_says_what_to_run(capsys) -> None:
-    assert reproduction.main([]) == 0
-    text = capsys.readouterr().out
-    assert text.count("not measured here yet") == len(reproduction.CLAIMS)
-    assert "studies.bench" in text
-    committed = PAGE.read_text(encoding="utf-8")
-    # Made by the command: its claims are those of the code.
-    assert all(claim.what in committed and claim.paper in committed for claim in reproduction.CLAIMS)
-
-
 def test_the_committed_pages_are_those_of_the_committed_runs() -> None:
     folders = [RESULTS / name for name in ("bench", "bench_layerskip")]
     studies = [(reproduction.read_results(folder), reproduction.read_study(folder)) for folder in folders]

@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import math
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from dex_jax.cli.train_arguments import (
 from dex_jax.cli.train_results import evaluate, export, tree
 from dex_jax.errors import DexError, exit_code
 from dex_jax.progress import phases
-from dex_jax.tables import markdown
 
 if TYPE_CHECKING:
     from dex_jax.io.exits_file import TrainedExits
@@ -107,6 +105,9 @@ def _exits_to_start_from(name: str, config: ExitTraining) -> TrainedExits:
 
 
 def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> None:
+    import msgspec
+
+    from dex_jax.forced.figures import ExitFigures, tables
     from dex_jax.language_model import load
     from dex_jax.training.journal import read_journal
     from dex_jax.training.trainer import train
@@ -120,27 +121,14 @@ def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> No
     saved = task.save(folder / "model", trained.params)
     # A run that was done already has its last evaluation in the journal.
     kept = [record for record in read_journal(folder) if record["kind"] == "evaluation"]
-    print(whole_model_table(trained.evaluation or kept[-1]))
+    found = trained.evaluation or kept[-1]
+    groups = {name: msgspec.convert(each, ExitFigures) for name, each in found["groups"].items()}
+    print(tables(groups))
+    for figures in groups.values():
+        mean = sum(depth * share for depth, share in enumerate(figures.ead, 1))
+        print(f"mean EAD {mean:.2f} of {len(figures.ead)} layers")
+    print(f"held-out loss {found['held_out_loss']:.4f} nats (perplexity {math.exp(found['held_out_loss']):.2f})")
     print(f'The model is in {saved}. Use it: {program("decode.py")} --model {saved} --exits shared --prompt "..."')
-
-
-def whole_model_table(figures: Mapping[str, Any]) -> str:
-    """Markdown of what `WholeModel.evaluate` returns: one table by depth, one by K."""
-    depths = range(1, len(figures["agreement"]) + 1)
-    columns = zip(depths, figures["agreement"], figures["exit_loss"], figures["ead"], strict=True)
-    by_depth = [[str(depth), *(f"{value:.3f}" for value in values)] for depth, *values in columns]
-    by_explorers = [
-        [k, f"{speedup:.2f}", f"{figures['speedup_without_decs'][k]:.2f}"] for k, speedup in figures["speedup"].items()
-    ]
-    loss = figures["held_out_loss"]
-    return "\n\n".join(
-        [
-            markdown(["depth", "agreement", "loss (nats)", "EAD here"], by_depth),
-            markdown(["K", "depth-side speedup", "without DECS"], by_explorers),
-            f"held-out loss {loss:.4f} nats (perplexity {math.exp(loss):.2f}), mean EAD {figures['mean_ead']:.2f} of "
-            f"{len(figures['agreement'])} layers, {figures['tokens']} tokens",
-        ]
-    )
 
 
 def _estimate(config: ExitTraining | WholeModelConfig, args: argparse.Namespace) -> str:

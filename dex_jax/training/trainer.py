@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dex_jax.errors import DexError
+from dex_jax.interrupts import INTERRUPTED
 from dex_jax.io.whole_files import plain
 from dex_jax.progress import Display, Standing
 from dex_jax.training import optimizer as optimizing
@@ -23,9 +24,6 @@ from dex_jax.training.checkpoints import Checkpoints, Record, Saved, restore
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.journal import Journal
 from dex_jax.training.task import Params, Task
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C."""
 
 Notify = Callable[[str | Standing], None]
 

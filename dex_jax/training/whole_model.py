@@ -21,12 +21,9 @@ import numpy as np
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
-from dex_jax.forced.asks import asks_in_lattice
-from dex_jax.forced.counts import first_exits
-from dex_jax.forced.figures import figures_of
-from dex_jax.forced.run import Forced, measure, shared_exits
+from dex_jax.forced.figures import ExitFigures, figures_of
+from dex_jax.forced.run import measure, shared_exits
 from dex_jax.foreign import Size, check_fields
 from dex_jax.io.save import save_model
 from dex_jax.language_model import LanguageModel
@@ -165,40 +162,25 @@ class WholeModel:
         return jnp.dot(weights, losses), {"final_loss": losses[-1]}
 
     def evaluate(self, params: Params) -> dict[str, Any]:
-        """Figures over held-out text, teacher-forced and without dropout; "final token" is the last layer's best.
+        """Figures over held-out text, teacher-forced and without dropout.
 
         Returns:
-          {"tokens": positions, "held_out_loss": of the last layer in nats, "exit_loss": [L] at depth 1 .. L,
-          "agreement": [L] top-1 agreement with the final token at depth 1 .. L, "ead": [L] share of positions whose EAD
-          is 1 .. L, "mean_ead": its mean, "speedup": {K: predicted depth-side speedup with DECS and rows that never
-          prune}, "speedup_without_decs": the same without}.
+          {"held_out_loss": of the last layer in nats, "groups": {"held-out": ExitFigures as JSON}}, of the model's own
+          head at depth 1 .. L-1, for tokens that are the last layer's best and not the text's; none for L = 1.
         """
-        explorers, model = self.config.explorers, self.config.model
-        windows = self._held_out_batches()
-        exit_loss = np.mean([np.asarray(_held_out_losses(model, params, each)) for each in windows], axis=0)
-        forced = self._forced(params, windows) if model.num_layers > 1 else None
-        figures = None if forced is None else figures_of(forced)
-        ead = (1.0,) if figures is None else figures.ead
-        return {
-            "tokens": sum(each[:, 1:].size for each in windows),
-            "held_out_loss": float(exit_loss[-1]),
-            "exit_loss": [float(x) for x in exit_loss],
-            "agreement": [*(() if figures is None else figures.agreement), 1.0],
-            "ead": list(ead),
-            "mean_ead": float(np.dot(range(1, model.num_layers + 1), ead)),
-            "speedup": {str(k): _speedup(forced, k) for k in explorers},
-            "speedup_without_decs": {str(k): _speedup(forced, k, decs=False) for k in explorers},
-        }
+        model, windows = self.config.model, self._held_out_batches()
+        loss = float(np.mean([_held_out_loss(model, params, each) for each in windows]))
+        groups = {"held-out": self._figures(params, windows).to_json()} if model.num_layers > 1 else {}
+        return {"held_out_loss": loss, "groups": groups}
 
-    def _forced(self, params: Params, windows: list[jax.Array]) -> Forced:
-        """What the model's own head says at depth 1 .. L-1 along windows, and whether that is the final token."""
+    def _figures(self, params: Params, windows: list[jax.Array]) -> ExitFigures:
         # Windows go over ends of texts, and may be as long as the context.
         config = dataclasses.replace(self.config.model, eos_ids=(), context=self.config.window + 1)
         lm = LanguageModel(transformer(config, params), None, "the model in training", "")
         texts = [(ids[:1], ids[1:]) for each in windows for ids in each.tolist()]
         exits = shared_exits(lm, tuple(range(1, config.num_layers)))
         forced = measure(lm, exits, texts, explorers=self.config.explorers, batch=len(windows[0]))
-        return dataclasses.replace(forced, target=forced.said.greedy)
+        return figures_of(dataclasses.replace(forced, target=forced.said.greedy))
 
     def boundary(self) -> None:
         """Nothing is kept between batches."""
@@ -333,14 +315,6 @@ def exit_losses(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _held_out_losses(config: ModelConfig, params: Params, windows: jax.Array) -> jax.Array:
-    """Mean cross-entropy [L] at each depth of windows [B, S + 1]."""
-    return exit_losses(config, params, hidden_states(config, params, windows[:, :-1]), windows[:, 1:])
-
-
-def _speedup(forced: Forced | None, explorers: int, decs: bool = True) -> float:
-    """Depth-side speedup that long texts like these tend to: K over the mean first exit of a fresh root."""
-    if explorers == 1 or forced is None:
-        return 1.0
-    asks = asks_in_lattice([explorers], even_depths(explorers, forced.layers))
-    return float(explorers / first_exits(forced, asks, decs)[0].mean())
+def _held_out_loss(config: ModelConfig, params: Params, windows: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the last layer over windows [B, S + 1]."""
+    return exit_losses(config, params, hidden_states(config, params, windows[:, :-1])[-1:], windows[:, 1:])[0]

@@ -7,7 +7,6 @@ summary.md and plots; the same command goes on where it was stopped. docs/howto_
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +19,8 @@ from dex_jax.progress import phases
 from studies.bench import report
 from studies.bench.bench import Bench, Case
 from studies.bench.plan import Plan, Settings
-from studies.bench.results import writing
-from studies.bench.tasks import Asked, read_task, spread
+from studies.bench.results import about_model, writing
+from studies.bench.tasks import Asked, choose, read_task
 from studies.flags import run_study
 
 
@@ -53,35 +52,25 @@ def choose_cases(
 ) -> tuple[list[Case], dict[str, int]]:
     """(prompts to report and to tune on, as token ids; how many of each task were too long)."""
     longest = min(settings.longest_prompt, lm.config.context - settings.max_new_tokens)
-    tuned = settings.tune_prompts if settings.swept else 0
+    wanted = {"report": settings.prompts, "tune": settings.tune_prompts if settings.swept else 0}
     cases: list[Case] = []
     left_out: dict[str, int] = {}
     for items in asked:
         task = items[0].task
-        ids: dict[int, tuple[int, ...]] = {}
-        dropped: list[int] = []
-        for split, wanted in (("report", settings.prompts), ("tune", tuned)):
-            chosen: list[int] = []
-            # What is too long is replaced by others, as evenly spread as they come.
-            while len(chosen) < wanted:
-                fresh = spread(len(items), wanted - len(chosen), (*ids, *dropped))
-                if not fresh:
-                    break
-                for at in fresh:
-                    tokens = tuple(lm.encode(items[at].prompt, chat=not settings.no_chat))
-                    (chosen if len(tokens) <= longest else dropped).append(at)
-                    if len(tokens) <= longest:
-                        ids[at] = tokens
-            if not chosen and wanted:
+
+        def short(at: int, items: Sequence[Asked] = items) -> tuple[int, ...] | None:
+            ids = tuple(lm.encode(items[at].prompt, chat=not settings.no_chat))
+            return ids if len(ids) <= longest else None
+
+        chosen, left_out[task] = choose(len(items), wanted, short)
+        for split, own in chosen.items():
+            if not own and wanted[split]:
                 raise DexError(
                     f"task {task} has {len(items)} prompts, none left for split {split}: lower --prompts or raise "
                     "--longest-prompt"
                 )
-            cases += [
-                Case(task, items[at].id, ids[at], split, settings.seed + len(cases) + number)
-                for number, at in enumerate(sorted(chosen))
-            ]
-        left_out[task] = len(dropped)
+            for at in sorted(own):
+                cases.append(Case(task, items[at].id, own[at], split, settings.seed + len(cases)))
     return cases, left_out
 
 
@@ -89,16 +78,12 @@ def study_of(lm: LanguageModel, settings: Settings, cases: Sequence[Case], left_
     """The settings that all lines of a folder share. Methods, rounds and sweeps may grow."""
     drawn = ("seed", "prompts", "tune_prompts", "longest_prompt")
     fields = ("model", "exits", "drafter", "explorers", "max_new_tokens", "temperature", *drawn)
-    flat = repr([(case.task, case.id, case.ids, case.split, case.seed) for case in cases])
     return {name: getattr(settings, name) for name in fields} | {
         "chat": not settings.no_chat,
         "benchmark": "bench",
-        "fingerprint": lm.fingerprint,
-        "layers": lm.config.num_layers,
-        "dtype": str(lm.dtype),
         "tasks": list(dict.fromkeys(case.task for case in cases)),
         "too_long": left_out,
-        "prompt_digest": hashlib.sha256(flat.encode()).hexdigest()[:16],
+        **about_model(lm, [(case.task, case.id, case.ids, case.split, case.seed) for case in cases]),
     }
 
 

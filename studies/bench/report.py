@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dex_jax.errors import DexError, exit_code
+from dex_jax.errors import DexError
 from dex_jax.io.whole_files import write_whole
 from dex_jax.tables import markdown
 from studies.bench import comparison as c
@@ -20,7 +19,7 @@ from studies.bench.report_plots import draw
 from studies.bench.resampling import Interval
 from studies.bench.results import read_results, read_study, seen_in_training
 from studies.bench.runs import Run
-from studies.flags import tell
+from studies.flags import run_report, tell
 
 SUMMARY = "summary.md"
 
@@ -55,8 +54,8 @@ PICTURES = {
 RIVALS = ("layerskip", "adadecode", "del", "dex_single_exit", "dex_no_decs")
 
 
-def write(folder: str | Path, plots: bool = True, output: str | Path | None = None) -> list[Path]:
-    """Writes summary.md and the plots of a folder of results, there or into the folder `output`; returns the files.
+def write(folder: str | Path, plots: bool = True) -> list[Path]:
+    """Writes summary.md and the plots of a folder of results into it; returns the files.
 
     Raises:
       DexError: no or damaged results, no matplotlib, or a folder that cannot be written.
@@ -64,19 +63,18 @@ def write(folder: str | Path, plots: bool = True, output: str | Path | None = No
     runs, study = read_results(folder), read_study(folder)
     if study.get("benchmark") != "bench":
         raise DexError(f"{folder} holds a study of templates: python -m studies.templates.report makes its page")
-    output = Path(folder if output is None else output)
     text, pictures = summary(runs, study), []
     if plots:
-        pictures = draw(runs, output, study.get("explorers"))
+        pictures = draw(runs, folder, study.get("explorers"))
         links = [f"![{PICTURES[picture.stem]}]({picture.name})" for picture in pictures]
         text = "\n\n".join([text.rstrip(), "## Pictures", *links]) + "\n"
-    write_whole(output / SUMMARY, text)
-    return [output / SUMMARY, *pictures]
+    write_whole(Path(folder) / SUMMARY, text)
+    return [Path(folder) / SUMMARY, *pictures]
 
 
-def write_and_tell(folder: str | Path, plots: bool, output: str | Path | None = None) -> int:
+def write_and_tell(folder: str | Path, plots: bool) -> int:
     """Writes as `write` does, prints summary.md, says on stderr what is wrong; returns 1 for wrong tokens, else 0."""
-    return tell(write(folder, plots, output), c.mismatches(read_results(folder)))
+    return tell(write(folder, plots), c.mismatches(read_results(folder)))
 
 
 def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
@@ -260,12 +258,7 @@ def _sweeps(runs: Sequence[Run]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 1 where tokens are not AR's, 2 for bad input."""
-    p = argparse.ArgumentParser(prog="python -m studies.bench.report", description=__doc__.splitlines()[0])
-    p.add_argument("folder", help="of a benchmark")
-    p.add_argument("--no-plots", action="store_true", help="summary.md alone")
-    p.add_argument("--output", metavar="DIR", help="another folder to write into")
-    args = p.parse_args(argv)
-    return exit_code(lambda: write_and_tell(args.folder, not args.no_plots, args.output))
+    return run_report(argv, "studies.bench.report", __doc__, write_and_tell)
 
 
 if __name__ == "__main__":

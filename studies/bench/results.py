@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dex_jax.errors import DexError
 from dex_jax.foreign import parsed, reading, typed
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import plain
+from dex_jax.language_model import LanguageModel
 from dex_jax.progress import Display
 from studies.bench.runs import Run
 
@@ -93,6 +95,16 @@ def writing(folder: str | Path, study: dict[str, Any]) -> Iterator[tuple[Results
     finally:
         display.close()
         results.close()
+
+
+def about_model(lm: LanguageModel, prompts: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+    """What a study says of its model, and a digest of its prompts."""
+    return {
+        "fingerprint": lm.fingerprint,
+        "layers": lm.config.num_layers,
+        "dtype": str(lm.dtype),
+        "prompt_digest": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
+    }
 
 
 def about_exits(exits: TrainedExits | None) -> dict[str, Any]:

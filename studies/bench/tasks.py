@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from dex_jax.errors import DexError
 from dex_jax.prompt_files import dataset_rows, read_prompts, read_rows
 from dex_jax.prompts import Prompt
+
+T = TypeVar("T")
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 SPLITS = ("test", "val", "dev")
@@ -185,3 +187,17 @@ def spread(count: int, wanted: int, taken: Sequence[int] = ()) -> list[int]:
     free = [index for index in range(count) if index not in gone]
     wanted = min(wanted, len(free))
     return [free[(4 * at + 1) * len(free) // (4 * wanted)] for at in range(wanted)]
+
+
+def choose(count: int, wanted: dict[str, int], make: Callable[[int], T | None]) -> tuple[dict[str, dict[int, T]], int]:
+    """(split -> index -> what `make` gives for it, as many as wanted or fewer; for how many it gave None).
+
+    Indices are evenly spread over 0 .. count - 1, and so are those that stand in for others; none is in two splits.
+    """
+    taken: list[int] = []
+    chosen: dict[str, dict[int, T]] = {split: {} for split in wanted}
+    for split, own in chosen.items():
+        while fresh := spread(count, wanted[split] - len(own), taken):
+            taken += fresh
+            own |= {at: made for at in fresh if (made := make(at)) is not None}
+    return chosen, len(taken) - sum(map(len, chosen.values()))

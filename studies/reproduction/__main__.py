@@ -27,9 +27,6 @@ from studies.bench.tasks import TASKS
 FINEST = 8
 """The K up to which the paper finds finer grids better."""
 
-CLAIMED = "ar,dex,dex_no_decs,dex_single_exit,layerskip,adadecode,del,oracle"
-GRIDS = "2,3,5,6,8,10"
-
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
@@ -68,7 +65,7 @@ def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
     rows = []
     for claim in CLAIMS:
         cells = [_cell(claim, table, study) for table, (_, study) in zip(tables, studies, strict=True)]
-        rows.append([claim.what, claim.paper, *(cells or ["not measured here yet"])])
+        rows.append([claim.what, claim.paper, *cells])
     grids = [c.grids(runs) for runs, _ in studies]
     parts = [
         "# The paper's claims",
@@ -76,21 +73,12 @@ def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
         "same exits, the same prompts. They are counts, not times. Medians over prompts, 95% intervals by resampling "
         "prompts. The claims are those of the abstract of arXiv 2606.29223 and of summaries of it. "
         "This page is made by `python -m studies.reproduction`; no figure is typed in.",
-        markdown(["claim", "paper", *(names or ["measured"])], rows),
+        markdown(["claim", "paper", *names], rows),
     ]
     for name, (runs, study), table, depths in zip(names, studies, tables, grids, strict=True):
         about = f"{_about(runs)} {seen_in_training(study)}".strip()
         parts += [f"## {name}", _words(table, study, depths), about, f"```bash\n{command(runs, study)}\n```"]
-    if not studies:
-        parts.append(f"```bash\n{EMPTY}\n```")
     return "\n\n".join(parts) + "\n"
-
-
-EMPTY = (
-    "python -m studies.bench --model smollm2-135m --data DIR --output RESULTS \\\n"
-    f"    --methods {CLAIMED} --by-explorers {GRIDS}\n"
-    "python -m studies.reproduction RESULTS --output results/reproduction.md"
-)
 
 
 def _name(study: dict[str, Any]) -> str:
@@ -221,7 +209,7 @@ def _sweeps(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for bad input."""
     p = argparse.ArgumentParser(prog="python -m studies.reproduction", description=__doc__.splitlines()[0])
-    p.add_argument("folders", nargs="*", metavar="DIR", help="of benchmarks, a column each; none: what is to be run")
+    p.add_argument("folders", nargs="+", metavar="DIR", help="of benchmarks, a column each")
     p.add_argument("--output", metavar="FILE.md", help="where the page goes (stdout)")
     args = p.parse_args(argv)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -19,8 +18,8 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from studies.bench.contenders import swept_depths
 from studies.bench.forced_runs import exits_at
-from studies.bench.results import about_exits
-from studies.bench.tasks import rows_of, spread
+from studies.bench.results import about_exits, about_model
+from studies.bench.tasks import choose, rows_of
 from studies.flags import Count, NotNegative, Several, dtype_flag, flag, model_flag, names
 from studies.templates.answers import parse_choice
 from studies.templates.formats import (
@@ -142,32 +141,31 @@ def choose_cases(
       DexError: too few items that fit.
     """
     longest = min(s.longest_prompt, lm.config.context - s.max_new_tokens)
-    tuned = s.tune_items if "layerskip" in s.methods else 0
+    wanted = {"report": s.items, "tune": s.tune_items if "layerskip" in s.methods else 0}
     cases: list[Case] = []
-    left_out = dict.fromkeys(asked, 0)
+    left_out: dict[str, int] = {}
     for task, (pool, templates) in asked.items():
         # Examples are the shorter half of the items, so that a prompt with some of them stays a prompt.
         by_length = sorted(pool, key=lambda item: (len(item.question) + sum(map(len, item.options)), item.id))
         examples = by_length[: max(3, len(pool) // 2)]
-        taken: list[int] = []
-        for split, wanted in (("report", s.items), ("tune", tuned)):
-            count = 0
-            while count < wanted and (fresh := spread(len(pool), wanted - count, taken)):
-                taken += fresh
-                for item in (pool[at] for at in fresh):
-                    own = []
-                    for template in templates:
-                        text = render(template, item, choose_examples(template, item, examples, s.seed))
-                        own.append(Case(item, template, tuple(lm.encode(text, chat=template.chat)), split))
-                    fits = max(len(case.ids) for case in own) <= longest
-                    cases += own if fits else []
-                    count += fits
-                    left_out[task] += not fits
-            if count < wanted:
+
+        def short(
+            at: int, pool: list[Item] = pool, templates: list[Template] = templates, examples: list[Item] = examples
+        ) -> list[tuple[int, ...]] | None:
+            texts = [render(each, pool[at], choose_examples(each, pool[at], examples, s.seed)) for each in templates]
+            ids = [tuple(lm.encode(text, chat=t.chat)) for text, t in zip(texts, templates, strict=True)]
+            return ids if max(map(len, ids)) <= longest else None
+
+        chosen, left_out[task] = choose(len(pool), wanted, short)
+        for split, own in chosen.items():
+            if len(own) < wanted[split]:
                 raise DexError(
-                    f"task {task} has {len(pool)} items, {left_out[task]} of them too long, and {count} are left where "
-                    f"{wanted} are asked for split {split}: lower --items or --tune-items, or raise --longest-prompt"
+                    f"task {task} has {len(pool)} items, {left_out[task]} of them too long, and {len(own)} are left "
+                    f"where {wanted[split]} are asked for split {split}: lower --items or --tune-items, or raise "
+                    "--longest-prompt"
                 )
+            for at, ids in own.items():
+                cases += [Case(pool[at], *each, split) for each in zip(templates, ids, strict=True)]
     return cases, left_out
 
 
@@ -196,7 +194,6 @@ def study_of(
 ) -> dict[str, Any]:
     """The settings that all lines of a folder share."""
     names = ("model", "exits", "explorers", "max_new_tokens", "items", "tune_items", "formats", "seed", "loop_share")
-    flat = repr([(case.item.id, case.template.name, case.ids, case.split) for case in cases])
     return {name: getattr(s, name) for name in names} | {
         "benchmark": "templates",
         "exits_used": about_exits(None if plan.exits_source == "shared" else plan.exits),
@@ -207,11 +204,8 @@ def study_of(
         "too_long": left_out,
         "exit_depths": list(plan.exit_depths),
         "draft_lengths": list(s.draft_lengths),
-        "fingerprint": lm.fingerprint,
-        "layers": lm.config.num_layers,
         "parameters": sum(int(leaf.size) for leaf in jax.tree.leaves(lm.weights)),
-        "dtype": str(lm.dtype),
-        "prompt_digest": hashlib.sha256(flat.encode()).hexdigest()[:16],
+        **about_model(lm, [(case.item.id, case.template.name, case.ids, case.split) for case in cases]),
     }
 
 

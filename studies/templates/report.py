@@ -5,7 +5,6 @@ The headline is the median over templates with the least and the most, never the
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from dex_jax.errors import DexError, exit_code
+from dex_jax.errors import DexError
 from dex_jax.io.whole_files import write_whole
 from dex_jax.plot.figures import png
 from dex_jax.tables import markdown
 from studies.bench.results import read_results, read_study, seen_in_training
 from studies.bench.runs import Run
+from studies.flags import run_report, tell
 from studies.templates import statistics as s
 
 SUMMARY = "summary.md"
@@ -281,11 +281,7 @@ def draw(found: Sequence[s.Grid]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for bad input."""
-    p = argparse.ArgumentParser(prog="python -m studies.templates.report", description=__doc__.splitlines()[0])
-    p.add_argument("folder", metavar="DIR", help="that python -m studies.templates has written")
-    p.add_argument("--no-plots", action="store_true", help="no PNG files, and no need of matplotlib")
-    args = p.parse_args(argv)
-    return exit_code(lambda: print(*write(args.folder, not args.no_plots), sep="\n"))
+    return run_report(argv, "studies.templates.report", __doc__, lambda folder, plots: tell(write(folder, plots), ()))
 
 
 if __name__ == "__main__":
