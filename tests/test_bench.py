@@ -110,22 +110,6 @@ def test_tuning_prompts_are_not_reported(made) -> None:
 
 
 @pytest.mark.slow
-def test_settings_count_along_answers_what_their_loops_count(made, small) -> None:
-    _, folder = made
-    tuned = [run for run in read_results(folder) if run.split == "tune" and run.kind == "depth"]
-    for length in (1, 2):
-        setting = {"exit": 1, "draft_length": length}
-        runs = [run for run in tuned if run.method == "layerskip" and run.setting == setting]
-        assert len(runs) == 4
-        assert {run.counted for run in runs} == {"forced"}
-        prompts = [PROMPTS.split()[int(run.prompt_id)] for run in runs]
-        method = dex_jax.LayerSkip(**setting)
-        loop = dex_jax.generate(small, prompts, method=method, exits="shared", max_new_tokens=12)
-        assert [run.layer_steps for run in runs] == loop.stats.layer_steps.tolist()
-        assert [run.rounds for run in runs] == loop.stats.rounds.tolist()
-
-
-@pytest.mark.slow
 def test_the_report_is_made_again_from_the_lines(made, tmp_path, capsys) -> None:
     _, folder = made
     copy = tmp_path / "copy"

@@ -87,7 +87,6 @@ def test_a_pipeline_by_hand() -> None:
     both = cost_model.pipelined_step(setting(batch=2), 2)
     half = 3 * cost_twin.layer(TWIN_MODEL, 1, 1, 50, 1, TWIN_MACHINE) + cost_twin.head(TWIN_MODEL, 1, 1, TWIN_MACHINE)
     assert both.total == pytest.approx(2 * (half + moved))
-    assert cost_model.pipelined_step(setting(batch=2), 2, most_parts=1).total > both.total
     assert cost_model.pipelined_step(s, 1).total == pytest.approx(cost_model.ar_step(s).total)
 
 

@@ -93,14 +93,11 @@ def test_ead_counts_the_first_right_depth() -> None:
 
 def test_what_is_written_is_read(tmp_path) -> None:
     found = _profile()
-    real = dataclasses.replace(found.grids[0], real=profile.RealLoop(1, 1.5, 1.3))
-    found = dataclasses.replace(found, grids=(real, *found.grids[1:]))
     file = tmp_path / "profile.json"
     file.write_text(json.dumps(found.to_json(), allow_nan=False))
     assert read_profile(file) == found
-    # What the loop came to counts first, rows that never prune are exact, and a cap costs what one has cost elsewhere.
+    # Rows that never prune are exact, and a cap costs what one has cost elsewhere.
     five = found.grids[1].ticks_per_token
-    assert found.ticks(even_depths(3, 5), 1) == 1.5
     assert found.ticks(even_depths(5, 5), 16) == five
     assert found.ticks(even_depths(5, 5), 2) == five
     assert dataclasses.replace(found, cap_loss={2: 0.1}).ticks(even_depths(5, 5), 2) == pytest.approx(1.1 * five)
@@ -181,19 +178,17 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     data.write_text("ABC\nDEFGH\nBAD\n")
     arguments = ["--data", str(data), "--exits", "shared", "--max-new-tokens", "12", "--output"]
     output = tmp_path / "profile.json"
-    more = ["--explorers", "2", "--real-loop", "3"]
+    more = ["--explorers", "2"]
     assert command.main([*arguments, str(output), *more]) == 0
     found = read_profile(output)
     assert [grid.depths for grid in found.grids] == [(3, 5)]
     assert found.ead.depths == (1, 2, 3, 4, 5)
     assert found.about["texts"] == 3
-    assert all(grid.real.ticks_per_token == pytest.approx(grid.ticks_per_token) for grid in found.grids)
     assert list(found.groups) == ["prompts"]
     assert "tokens by exit" in capsys.readouterr().out
-    for flags in (["--real-loop", "-1"], ["--prompts", "0"]):
-        with pytest.raises(SystemExit, match="2"):
-            command.main([*arguments, str(tmp_path / "none.json"), *flags])
-        assert f"argument {flags[0]}: {flags[1]!r} is not a whole number" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*arguments, str(tmp_path / "none.json"), "--prompts", "0"])
+    assert "argument --prompts: '0' is not a whole number" in capsys.readouterr().err
     assert command.main([*arguments, str(tmp_path / "none.json"), "--explorers", "7"]) == 2
     assert "serve none of these --explorers" in capsys.readouterr().err
     assert not (tmp_path / "none.json").exists()

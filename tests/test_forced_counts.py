@@ -19,7 +19,7 @@ from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers, batches
 from dex_jax.io.exits_file import TrainedExits
-from studies.bench.forced_runs import layerskip_asks, layerskip_counts
+from studies.templates.forced_runs import layerskip_asks, layerskip_counts
 
 TOKENS = 24
 DEPTHS = (1, 2, 3, 4)

@@ -52,8 +52,6 @@ def test_claims_stand_beside_measured_figures(tmp_path) -> None:
     assert "| DEX over AdaDecode | 1.2 to 1.5 | not measured |" in text
     assert "K = 2: 1.50, K = 5: 2.00, K = 8: 2.14" in text
     assert "as claimed, over K = 2, 5, 8" in text
-    assert "--by-explorers 2,8" in text
-    assert "--methods ar,dex,del,layerskip,dex_no_decs" in text
 
 
 def test_a_coarser_grid_that_wins_or_an_uneven_one_is_said(tmp_path) -> None:

@@ -1,8 +1,7 @@
 """`python -m dex_jax.cli.profile`: the EAD profile of a model and its exits on prompts of your choice.
 
 Lets the model answer prompts greedily, runs the texts once, teacher-forced, and writes when tokens become available,
-what an oracle and each grid could make of it, and the ticks that follow. With --real-loop the decode loop itself runs
-on the same prompts. The planner reads the file.
+what an oracle and each grid could make of it, and the ticks that follow. The planner reads the file.
 """
 
 from __future__ import annotations
@@ -28,13 +27,6 @@ def parser() -> argparse.ArgumentParser:
     add_answers(add)
     add("--explorers", type=whole(1, 4096), nargs="+", default=list(EXPLORERS), metavar="K", help="grids (%(default)s)")
     add("--grid", type=depths, nargs="+", default=[], metavar="X,...", help="further grids, as 6,12,30")
-    add(
-        "--real-loop",
-        type=whole(0, 2**31),
-        default=0,
-        metavar="N",
-        help="also run the loop on N prompts of each file",
-    )
     add("--output", required=True, metavar="FILE.json", help="where the profile goes")
     add("--plots", metavar="FOLDER", help="also draw it (needs matplotlib)")
     return p
@@ -53,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
       DexError: a model, exits, prompts or grids that are not there or do not fit.
     """
     from dex_jax.cli.train_results import answered, chosen_exits
-    from dex_jax.evaluation.planner.profile import draw, profile_of, profile_table, with_real_loop
+    from dex_jax.evaluation.planner.profile import draw, profile_of, profile_table
     from dex_jax.forced.run import measure
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
@@ -76,11 +68,6 @@ def run(args: argparse.Namespace) -> None:
         start += len(group)
     about = {"model": args.model, "exits": str(args.exits), "max_new_tokens": args.max_new_tokens}
     profile = profile_of(measured, groups, about=about)
-    if args.real_loop:
-        chosen = [list(prompt) for group in texts.values() for prompt, _ in group[: args.real_loop]]
-        _say(f"the loop itself: {len(profile.grids)} grids, {len(chosen)} prompts")
-        source = "shared" if args.exits == "shared" else exits
-        profile = with_real_loop(profile, lm, source, chosen, args.max_new_tokens)
     write_json(args.output, profile.to_json())
     print(profile_table(profile))
     if args.plots is not None:

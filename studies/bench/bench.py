@@ -14,13 +14,10 @@ from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.session import PROGRAMS
 from dex_jax.decoding.sizes import prompt_bucket
 from dex_jax.evaluation.check import compare_tokens
-from dex_jax.forced.run import force
-from dex_jax.forced.texts import answers
 from dex_jax.language_model import LanguageModel
 from dex_jax.progress import Shown
 from dex_jax.sampling import Sampling, sampling_keys
 from studies.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
-from studies.bench.forced_runs import answer_fields, exits_at, layerskip_asks, layerskip_counts, layerskip_run
 from studies.bench.plan import Plan
 from studies.bench.results import Results
 from studies.bench.runs import Run, compared, run_key, run_of
@@ -75,12 +72,8 @@ class Bench:
     def count(self) -> None:
         """Counts of AR, of the sweeps and of every method at its best setting."""
         self._count(contender("ar", self.settings.explorers), [*self.of("tune"), *self.of("report")])
-        for name, entries in self.plan.sweeps.items():
-            if name == "layerskip" and self.settings.temperature == 0:
-                self._count_along_answers(entries, self.of("tune"))
-                continue
-            for entry in entries:
-                self._count(entry, self.of("tune"))
+        for entry in (entry for entries in self.plan.sweeps.values() for entry in entries):
+            self._count(entry, self.of("tune"))
         for name in self.plan.counted:
             self._count(self._best(name, "depth"), self.of("report"))
         for explorers in self.plan.other_grids:
@@ -130,39 +123,6 @@ class Bench:
             for run in self.results.runs:
                 if run.method == "ar" and run.kind == "depth":
                     self.plain[run.task, run.prompt_id] = run.tokens
-
-    def _count_along_answers(self, entries: Sequence[Contender], cases: Sequence[Case]) -> None:
-        """What LayerSkip's settings count on greedy answers, without a program for each (see `dex_jax.forced`)."""
-        missing = [
-            case
-            for case in cases
-            if any(self._key(entry, case, "depth", counted="forced") not in self.results.done for entry in entries)
-        ]
-        self.pace.skip("depth", (len(cases) - len(missing)) * len(entries))
-        settings = [(int(entry.setting["exit"]), int(entry.setting["draft_length"])) for entry in entries]
-        layers = self.lm.config.num_layers
-        exits, source = exits_at(self.lm, self.plan.exits, sorted({depth for depth, _ in settings}))
-        asks = {ask for setting in settings for ask in layerskip_asks(*setting, exits.config, layers)}
-        limit = self.settings.max_new_tokens
-        for batch in _batches(missing, self.settings.batch):
-            size = _size(len(batch))
-            texts = answers(self.lm, [list(case.ids) for case in batch], limit, size)
-            forced = force(self.lm, exits, texts, sorted(asks), batch=size)
-            counts = [layerskip_counts(forced, *setting, limit, self.lm.eos_ids) for setting in settings]
-            for row, (case, (_, tokens)) in enumerate(zip(batch, texts, strict=True)):
-                about = {
-                    **answer_fields(list(tokens), len(case.ids), size, limit),
-                    "task": case.task,
-                    "prompt_id": case.id,
-                    "split": case.split,
-                    "model": self.settings.model,
-                    "dtype": str(self.lm.dtype),
-                    "exits_source": source,
-                }
-                for entry, setting, count in zip(entries, settings, counts, strict=True):
-                    if self._key(entry, case, "depth", counted="forced") not in self.results.done:
-                        self._keep(entry, case, layerskip_run(count[row], *setting, layers, **about))
-            self.pace.add("depth", len(batch) * len(entries), "counting all settings of layerskip")
 
     def _time(self, entries: Sequence[Contender], cases: Sequence[Case]) -> None:
         """Seconds of methods on prompts: A B B A ..., so that what slows the machine down slows all of them."""
@@ -225,7 +185,7 @@ class Bench:
             run = compared(run, check)
         self.results.add(run)
 
-    def _key(self, entry: Contender, case: Case, kind: str, number: int = 0, counted: str = "loop") -> tuple[Any, ...]:
+    def _key(self, entry: Contender, case: Case, kind: str, number: int = 0) -> tuple[Any, ...]:
         return run_key(
             kind=kind,
             method=entry.name,
@@ -234,7 +194,6 @@ class Bench:
             setting=entry.setting,
             split=case.split,
             round=number,
-            counted=counted,
             dtype=str(self.lm.dtype),
             seed=case.seed if self.settings.temperature > 0 else None,
         )

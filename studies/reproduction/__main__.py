@@ -17,12 +17,9 @@ from dex_jax.errors import exit_code
 from dex_jax.io.whole_files import write_whole
 from dex_jax.tables import markdown
 from studies.bench import comparison as c
-from studies.bench.contenders import METHODS
-from studies.bench.plan import Settings
 from studies.bench.resampling import Interval
 from studies.bench.results import read_results, read_study, seen_in_training
 from studies.bench.runs import Run
-from studies.bench.tasks import TASKS
 
 FINEST = 8
 """The K up to which the paper finds finer grids better."""
@@ -59,7 +56,7 @@ CLAIMS = (
 
 
 def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
-    """The page in markdown: a table of claims, a column for each (runs, settings) of a folder, and the commands."""
+    """The page in markdown: a table of claims, a column for each (runs, settings) of a folder."""
     names = [_name(study) for _, study in studies]
     tables = [c.costs(runs, "depth") for runs, _ in studies]
     rows = []
@@ -77,7 +74,7 @@ def page(studies: Sequence[tuple[Sequence[Run], dict[str, Any]]]) -> str:
     ]
     for name, (runs, study), table, depths in zip(names, studies, tables, grids, strict=True):
         about = f"{_about(runs)} {seen_in_training(study)}".strip()
-        parts += [f"## {name}", _words(table, study, depths), about, f"```bash\n{command(runs, study)}\n```"]
+        parts += [f"## {name}", _words(table, study, depths), about]
     return "\n\n".join(parts) + "\n"
 
 
@@ -161,49 +158,6 @@ def _about(runs: Sequence[Run]) -> str:
     first = plain[0] if plain else runs[0]
     limits = f"at most {first.max_new_tokens} new tokens each"
     return f"{len(plain)} prompts ({tasks}), {limits}, {first.device}, {first.dtype}."
-
-
-def command(runs: Sequence[Run], study: dict[str, Any]) -> str:
-    """The command that makes such a folder: of its settings and of the methods in it."""
-    counted = [run for run in runs if run.kind == "depth" and run.split == "report"]
-    methods = list(dict.fromkeys(run.method for run in counted))
-    timed = [run.method for run in runs if run.kind == "wall" and run.split == "report" and run.method in METHODS]
-    main = study.get("explorers")
-    grids = sorted({int(run.setting["explorers"]) for run in counted if run.method == "dex"} - {main})
-    usual = Settings("")
-    told = {field.name: study.get(field.name) for field in dataclasses.fields(Settings)} | {
-        "no_chat": not study.get("chat", True),
-        "tasks": tuple(task if task in TASKS else "prompts:FILE" for task in study.get("tasks", [])),
-        "by_explorers": tuple(grids),
-        "methods": tuple(methods),
-        "timed": tuple(dict.fromkeys(timed)) or ("none",),
-        **_sweeps(runs),
-    }
-    words = []
-    for name, value in told.items():
-        if value not in (None, (), getattr(usual, name)):
-            shown = "" if value is True else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words.append(f"--{name.replace('_', '-')} {shown}".rstrip())
-    lines = ["python -m studies.bench --data DIR --output RESULTS"]
-    for word in words:
-        if len(lines[-1]) + len(word) > 100:
-            lines.append("   ")
-        lines[-1] += f" {word}"
-    return " \\\n".join(lines)
-
-
-def _sweeps(runs: Sequence[Run]) -> dict[str, tuple[float, ...]]:
-    """The settings that were tried on tuning prompts."""
-    settings = [run.setting for run in runs if run.split == "tune"]
-    depths = {setting["exit"] for setting in settings if "exit" in setting}
-    return {
-        # Which depths are tried unless told hangs on the model and its exits: they are always told.
-        "exit_depths": tuple(
-            sorted(depths.union(*(setting["depths"][:-1] for setting in settings if "depths" in setting)))
-        ),
-        "draft_lengths": tuple(sorted({each["draft_length"] for each in settings if "draft_length" in each})),
-        "thresholds": tuple(sorted({each["threshold"] for each in settings if "threshold" in each})),
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

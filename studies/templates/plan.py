@@ -17,11 +17,11 @@ from dex_jax.foreign import check_fields
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from studies.bench.contenders import swept_depths
-from studies.bench.forced_runs import exits_at
 from studies.bench.results import about_exits, about_model
 from studies.bench.tasks import choose, rows_of
 from studies.flags import Count, NotNegative, Several, dtype_flag, flag, model_flag, names
 from studies.templates.answers import parse_choice
+from studies.templates.forced_runs import exits_at
 from studies.templates.formats import (
     DESCRIPTORS,
     Template,

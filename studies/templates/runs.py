@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from dex_jax.decoding.counting import ticks_of
@@ -24,11 +25,12 @@ from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers, batches
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import full_rows
+from dex_jax.sharding import device_name
 from studies.bench.contenders import best_setting
-from studies.bench.forced_runs import LayerSkipCount, answer_fields, layerskip_asks, layerskip_counts, layerskip_run
 from studies.bench.results import Results
-from studies.bench.runs import Run, compared, run_key, run_of
+from studies.bench.runs import Run, compared, repeated, run_key, run_of, versions
 from studies.pace import Pace
+from studies.templates.forced_runs import LayerSkipCount, layerskip_asks, layerskip_counts
 from studies.templates.plan import Case, Plan, grade
 from studies.templates.report import place
 
@@ -79,10 +81,9 @@ class TemplateStudy:
         """AR's answers of a split, DEX on reported ones, and LayerSkip with the settings of each task."""
         plan, layers = self.plan, self.lm.config.num_layers
         dex = "dex" in self.settings.methods and split == "report"
+        # Of all lines that an answer makes AR's is written last.
         todo = [
-            case
-            for case in self.cases
-            if case.split == split and any(key not in self.results.done for key in self._keys(case, dex, settings))
+            case for case in self.cases if case.split == split and self._key(case, "ar", {}) not in self.results.done
         ]
         asks: set[Ask] = set(dex_asks(plan.depths, plan.exits.config)) if dex else set()
         for depth, length in {pair for each in settings.values() for pair in each}:
@@ -90,9 +91,7 @@ class TemplateStudy:
         groups = [[todo[i] for i in group] for group in batches([len(case.ids) for case in todo], self.settings.batch)]
         pace = Pace({split: sum(len(case.ids) + self.settings.max_new_tokens for case in todo)}, self.notify)
         for group in groups:
-            rows = SMALLEST_BATCH
-            while rows < len(group):
-                rows *= 2
+            rows = max(SMALLEST_BATCH, 1 << (len(group) - 1).bit_length())
             texts = answers(self.lm, [list(case.ids) for case in group], self.settings.max_new_tokens, rows)
             dex_found: list[DexCount] = []
             skipped: dict[tuple[int, int], list[LayerSkipCount]] = {}
@@ -110,16 +109,8 @@ class TemplateStudy:
                     self.results.add(run)
             pace.add(split, sum(len(case.ids) + self.settings.max_new_tokens for case in group), what)
 
-    def _keys(self, case: Case, dex: bool, settings: dict[str, list[tuple[int, int]]]) -> list[tuple[Any, ...]]:
-        """The keys of all lines that an answer makes."""
-        where = self._where(case)
-        keys = [run_key(kind="depth", method="ar", setting={}, counted="loop", **where)]
-        if dex:
-            keys.append(run_key(kind="depth", method="dex", setting=self._grid, counted="forced", **where))
-        for depth, length in settings.get(case.item.task, []):
-            setting = {"exit": depth, "draft_length": length}
-            keys.append(run_key(kind="depth", method="layerskip", setting=setting, counted="forced", **where))
-        return keys
+    def _key(self, case: Case, method: str, setting: dict[str, Any]) -> tuple[Any, ...]:
+        return run_key(kind="depth", method=method, setting=setting, counted="loop", **self._where(case))
 
     @property
     def _grid(self) -> dict[str, Any]:
@@ -143,39 +134,33 @@ class TemplateStudy:
         rows: int,
     ) -> list[Run]:
         plan, layers = self.plan, self.lm.config.num_layers
-        graded = grade(self.lm, case, tokens)
         shared: dict[str, Any] = {
             **self._where(case),
-            **answer_fields(tokens, len(case.ids), rows, self.settings.max_new_tokens),
+            **grade(self.lm, case, tokens),
             "model": self.settings.model,
-            **graded,
+            "tokens": tokens,
+            "prompt_tokens": len(case.ids),
+            "batch": rows,
+            "max_new_tokens": self.settings.max_new_tokens,
+            "repeated": repeated(tokens),
+            "device": device_name(jax.devices()[0]),
+            "versions": versions(),
         }
+        counted: dict[str, Any] = {"counted": "forced", "exits_source": plan.exits_source} | shared
+        lines = []
+        if dex is not None:
+            ticks = ticks_of(dex.exits, len(dex.exits), len(plan.depths))
+            found: dict[str, Any] = {"ticks": ticks, "layer_steps": ticks * int(max(np.diff((0, *plan.depths))))}
+            found |= {"exits": dex.exits.tolist(), "depths": list(plan.depths), "rows": full_rows(len(plan.depths))}
+            lines.append(Run("depth", "dex", setting=self._grid, **found, **counted))
+        for (depth, length), count in skipped.items():
+            setting = {"exit": depth, "draft_length": length}
+            found = {"exits": count.exits.tolist(), "depths": [depth, layers], "rows": length + 1}
+            found |= {"layer_steps": count.layer_steps, "rounds": count.rounds}
+            lines.append(Run("depth", "layerskip", setting=setting, **found, **counted))
         plain = Run("depth", "ar", layer_steps=layers * (len(tokens) - 1), depths=[layers], rows=1, **shared)
         self.known[plain.split, plain.task, plain.template, plain.prompt_id] = plain
-        lines = [plain]
-        if dex is not None:
-            lines.append(self._dex_line(dex, shared))
-        for (depth, length), count in skipped.items():
-            lines.append(layerskip_run(count, depth, length, layers, exits_source=plan.exits_source, **shared))
-        return lines
-
-    def _dex_line(self, count: DexCount, shared: dict[str, Any]) -> Run:
-        depths, exits = self.plan.depths, count.exits
-        ticks = ticks_of(exits, len(exits), len(depths))
-        longest = max(end - start for start, end in zip((0, *depths), depths, strict=False))
-        return Run(
-            "depth",
-            "dex",
-            setting=self._grid,
-            counted="forced",
-            exits=exits.tolist(),
-            exits_source=self.plan.exits_source,
-            depths=list(depths),
-            rows=full_rows(len(depths)),
-            layer_steps=ticks * longest,
-            ticks=ticks,
-            **shared,
-        )
+        return [*lines, plain]
 
     def sampled(self) -> list[Case]:
         """The cases on which the loops themselves run: a random share of every task, at least one."""
@@ -199,8 +184,7 @@ class TemplateStudy:
             todo.append(("layerskip", {"exit": depth, "draft_length": length}, LayerSkip(depth, length), ours))
         pace = Pace({"loops": sum(len(cases) for _, _, _, cases in todo)}, self.notify)
         for name, setting, method, cases in todo:
-            key = {"kind": "depth", "method": name, "setting": setting, "counted": "loop"}
-            missing = [case for case in cases if run_key(**key, **self._where(case)) not in self.results.done]
+            missing = [case for case in cases if self._key(case, name, setting) not in self.results.done]
             pace.skip("loops", len(cases) - len(missing))
             for group in batches([len(case.ids) for case in missing], LOOP_BATCH):
                 members = [missing[i] for i in group]

@@ -162,15 +162,15 @@ def ar_step(s: Setting, tensor: int = 1) -> Parts:
     return _layers(s, s.work.layers, 1, tensor, 0) + _head(s, s.batch, tensor)
 
 
-def pipelined_step(s: Setting, stages: int, tensor: int = 1, most_parts: int | None = None) -> Parts:
+def pipelined_step(s: Setting, stages: int, tensor: int = 1) -> Parts:
     """One AR step over a pipeline of K stages x T devices, the batch cut into as many parts as is fastest.
 
-    At most `most_parts` of them, None for one a stage; this library's own pipeline cuts nothing. With m parts in flight
-    a step takes what one part needs from the first stage to the last, or m times the slowest stage, if that is longer.
+    This library's own pipeline cuts nothing. With m parts in flight a step takes what one part needs from the first
+    stage to the last, or m times the slowest stage, if that is longer.
     """
     widest = -(-s.work.layers // stages)
-    best = None
-    for parts in range(1, min(s.batch, stages, most_parts or stages) + 1):
+    steps = []
+    for parts in range(1, min(s.batch, stages) + 1):
         part = dataclasses.replace(s, batch=-(-s.batch // parts))
         moved = permute(_between_stages(s, stages, tensor), part.batch * s.work.width * s.hardware.device.itemsize) * (
             stages > 1
@@ -178,11 +178,8 @@ def pipelined_step(s: Setting, stages: int, tensor: int = 1, most_parts: int | N
         through = _layers(part, s.work.layers, 1, tensor, 0) + _head(part, part.batch, tensor)
         through += Parts(communication=stages * moved)
         slowest = _layers(part, widest, 1, tensor, 0) + _head(part, part.batch, tensor) + Parts(communication=moved)
-        step = through if through.total >= parts * slowest.total else slowest.times(parts)
-        if best is None or step.total < best.total:
-            best = step
-    assert best is not None
-    return best
+        steps.append(through if through.total >= parts * slowest.total else slowest.times(parts))
+    return min(steps, key=lambda step: step.total)
 
 
 def layerskip_round(s: Setting, depth: int, drafted: int, tensor: int = 1) -> Parts:

@@ -26,20 +26,6 @@ CAP_LOSS = {8: 0.087, 16: 0.036, 32: 0.016}
 
 
 @dataclasses.dataclass(frozen=True)
-class RealLoop:
-    """What the decode loop itself came to on the same prompts.
-
-    Attributes:
-      rows: W.
-      ticks_per_token, depth_side_speedup: over all texts.
-    """
-
-    rows: int
-    ticks_per_token: float
-    depth_side_speedup: float
-
-
-@dataclasses.dataclass(frozen=True)
 class GridProfile:
     """One grid, with DECS.
 
@@ -50,7 +36,6 @@ class GridProfile:
       depth_side_speedup: K (n - 1) / ticks of that.
       resolution_bound: K over the mean number of stages up to the first grid depth at or above a token's EAD: what the
         grid would come to if each token cost its EAD rounded up to the grid. DECS can do better than this.
-      real: of the loop itself, if it was run.
     """
 
     depths: tuple[int, ...]
@@ -58,7 +43,6 @@ class GridProfile:
     ticks_per_token: float
     depth_side_speedup: float
     resolution_bound: float
-    real: RealLoop | None = None
 
     @property
     def stages(self) -> int:
@@ -131,10 +115,7 @@ class Profile:
         return self.agreement.get(depth, self.ead.by(depth))
 
     def ticks(self, depths: Sequence[int], rows: int) -> float | None:
-        """Ticks a token for a grid and a cap; None for a grid that a measured profile does not hold.
-
-        What the loop itself came to with so many rows counts before what its cap should add.
-        """
+        """Ticks a token for a grid and a cap; None for a grid that a measured profile does not hold."""
         if len(depths) == 1:
             return 1.0
         steps = self.ead.steps(depths)
@@ -143,8 +124,6 @@ class Profile:
             grid = next((grid for grid in self.grids if grid.depths == tuple(depths)), None)
             if grid is None:
                 return None
-            if grid.real is not None and grid.real.rows == rows:
-                return grid.real.ticks_per_token
             if rows >= full_rows(len(depths)):
                 return grid.ticks_per_token
             mean = grid.ticks_per_token

@@ -1,24 +1,18 @@
-"""The EAD profile of a model and its exits: from what exits said along texts and from the decode loop itself, in tables
-and pictures."""
+"""The EAD profile of a model and its exits: from what exits said along texts, with tables and pictures."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dex_jax.decoding.generate import generate
-from dex_jax.decoding.methods import Dex
-from dex_jax.evaluation.planner.ead_profile import CAP_LOSS, EAD, GridProfile, Profile, RealLoop
+from dex_jax.evaluation.planner.ead_profile import CAP_LOSS, EAD, GridProfile, Profile
 from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.figures import figures_of
 from dex_jax.forced.run import Forced
-from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import write_whole
-from dex_jax.language_model import LanguageModel
 from dex_jax.plot.charts import speedup_by_k
 from dex_jax.plot.figures import INK, new_figure, png
 from dex_jax.tables import markdown
@@ -48,19 +42,6 @@ def profile_of(measured: Forced, groups: Mapping[str, Forced], *, about: Mapping
     )
 
 
-def with_real_loop(
-    profile: Profile, lm: LanguageModel, exits: TrainedExits | str, prompts: Sequence[list[int]], new_tokens: int
-) -> Profile:
-    """The profile with what the loop itself comes to on prompts (token ids), with its default rows, for each grid."""
-    return dataclasses.replace(
-        profile,
-        grids=tuple(
-            dataclasses.replace(grid, real=_real_loop(lm, exits, prompts, grid.depths, new_tokens))
-            for grid in profile.grids
-        ),
-    )
-
-
 def profile_table(profile: Profile) -> str:
     """One table by depth, one by grid."""
     ead, about = profile.ead, profile.about
@@ -80,12 +61,11 @@ def profile_table(profile: Profile) -> str:
             f"{grid.resolution_bound:.2f}",
             f"{grid.depth_side_speedup:.2f}",
             f"{grid.ticks_per_token:.3f}",
-            "-" if grid.real is None else f"{grid.real.depth_side_speedup:.2f} ({grid.real.rows} rows)",
             " ".join(f"{share:.2f}" for share in grid.exits),
         ]
         for grid in profile.grids
     ]
-    header = ["K", "depths", "grid's bound", "teacher-forced, DECS", "ticks per token", "real loop", "tokens by exit"]
+    header = ["K", "depths", "grid's bound", "teacher-forced, DECS", "ticks per token", "tokens by exit"]
     return "\n\n".join(
         [
             f"{about['tokens']} tokens of {about['texts']} texts; mean EAD {ead.mean:.2f} of {profile.layers} layers, "
@@ -134,26 +114,12 @@ def _speedups(ead: EAD, grids: list[GridProfile]) -> Any:
     series = {
         "EAD rounded up to the grid": {grid.stages: grid.resolution_bound for grid in grids},
         "teacher-forced ticks, DECS": {grid.stages: grid.depth_side_speedup for grid in grids},
-        "the loop itself": {grid.stages: grid.real.depth_side_speedup for grid in grids if grid.real is not None},
     }
     figure = speedup_by_k({name: speedups for name, speedups in series.items() if speedups})
     (axes,) = figure.axes
     axes.axhline(ead.oracle_speedup, color=INK, linewidth=0.8, linestyle="--", label="oracle: L over mean EAD")
     axes.legend(frameon=False, fontsize=9)
     return figure
-
-
-def _real_loop(
-    lm: LanguageModel, exits: TrainedExits | str, prompts: Sequence[list[int]], depths: tuple[int, ...], new_tokens: int
-) -> RealLoop:
-    ticks = tokens = rows = 0
-    for prompt in prompts:
-        out = generate(lm, [prompt], method=Dex(depths=depths, draft=False), exits=exits, max_new_tokens=new_tokens)
-        assert out.stats.ticks is not None
-        ticks += int(out.stats.ticks[0])
-        tokens += int(out.lengths[0]) - 1
-        rows = out.stats.schedule.rows
-    return RealLoop(rows, ticks / max(tokens, 1), len(depths) * tokens / max(ticks, 1))
 
 
 def _ead(measured: Forced) -> EAD:
