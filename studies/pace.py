@@ -15,7 +15,7 @@ QUIET_SECONDS = 10.0
 class Pace:
     """Tells how far a study has come; `planned` is how much there is of each kind, `notify` is told a Standing.
 
-    The time left follows from what amounts of each kind have taken so far; of kinds that have not begun nothing is known.
+    The time left follows from what amounts of each kind have taken so far; kinds that have not begun are left out.
     """
 
     def __init__(self, planned: dict[str, int], notify: Callable[[Any], None]):

@@ -102,11 +102,7 @@ def shown(chosen: Plan, top: int) -> list[Prediction]:
 
 
 def exits_of(text: str, model: str) -> ExitWork:
-    """Shapes of the exits that the flag names.
-
-    Raises:
-      DexError: no such exits.
-    """
+    """Shapes of the exits that the flag names. DexError: no such exits."""
     from dex_jax.decoding.resolve import default_exits
     from dex_jax.evaluation.planner.workload import SHAPES, config_of, described_exits, exit_work
     from dex_jax.io import open_checkpoint

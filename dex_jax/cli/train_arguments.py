@@ -147,11 +147,7 @@ def add_answers(add: Add) -> None:
 
 
 def read_config(path: str) -> Config:
-    """The `config` of a Python file.
-
-    Raises:
-      DexError: no such file, an error in it, or no configuration in it.
-    """
+    """The `config` of a Python file. DexError: no such file, an error in it, or no configuration in it."""
     if not Path(path).is_file():
         raise DexError(f"there is no configuration file {path}: give one such as configs/smollm2_135m.py")
 

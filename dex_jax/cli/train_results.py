@@ -106,11 +106,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
-    """The exits that --exits names, with --depths for shared ones.
-
-    Raises:
-      DexError: none there, or depths for trained ones.
-    """
+    """The exits that --exits names, with --depths for shared ones. DexError: none there, or depths for trained ones."""
     from dex_jax.decoding.resolve import default_exits
     from dex_jax.io.exits_file import load_exits
 

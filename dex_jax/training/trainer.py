@@ -298,11 +298,7 @@ class _Figures:
         self._waiting = (step, figures)
 
     def check(self) -> None:
-        """Reads what waits.
-
-        Raises:
-          DexError: its loss or gradient is not finite.
-        """
+        """Reads what waits. DexError: its loss or gradient is not finite."""
         if self._waiting is None:
             return
         (step, figures), self._waiting = self._waiting, None

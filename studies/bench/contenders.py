@@ -132,11 +132,7 @@ def _typical(runs: list[Run], kind: str) -> float:
 
 
 def best_setting(runs: Iterable[Run], name: str, kind: str) -> dict[str, Any]:
-    """The cheapest setting of a swept method on tuning prompts, in a kind of figure.
-
-    Raises:
-      DexError: no setting was tried.
-    """
+    """The cheapest setting of a swept method on tuning prompts, in a kind of figure. DexError: no setting was tried."""
     found = by_setting(runs, name, kind)
     if not found:
         raise DexError(f"there is no sweep of {name} among the runs: give at least one setting and one tuning prompt")

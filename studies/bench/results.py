@@ -156,11 +156,7 @@ def read_results(folder: str | Path) -> list[Run]:
 
 
 def read_study(folder: str | Path) -> dict[str, Any]:
-    """The settings of a folder of results.
-
-    Raises:
-      DexError: no such file, or a damaged one.
-    """
+    """The settings of a folder of results. DexError: no such file, or a damaged one."""
     path = Path(folder) / STUDY_NAME
     if not path.is_file():
         raise DexError(f"there is no {path}: give a folder that a benchmark has written")

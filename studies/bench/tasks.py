@@ -51,11 +51,7 @@ class Task:
 
 
 def text_field(row: dict[str, Any], name: str, where: str) -> str:
-    """A text of a row.
-
-    Raises:
-      DexError: there is none.
-    """
+    """A text of a row. DexError: there is none."""
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         held = ", ".join(f'"{key}"' for key in row) or "nothing"

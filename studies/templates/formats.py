@@ -85,11 +85,7 @@ class Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def built_in(task: str) -> list[Template]:
-    """The twelve templates of a task that come with the study.
-
-    Raises:
-      DexError: a task without any.
-    """
+    """The twelve templates of a task that come with the study. DexError: a task without any."""
     return read_templates(str(BUILT_IN), task)
 
 

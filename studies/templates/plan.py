@@ -116,11 +116,7 @@ class Plan:
 
 
 def read(s: Settings) -> dict[str, tuple[list[Item], list[Template]]]:
-    """The items and templates of each task.
-
-    Raises:
-      DexError: no or bad data or templates.
-    """
+    """The items and templates of each task. DexError: no or bad data or templates."""
     found: dict[str, tuple[list[Item], list[Template]]] = {}
     for task in s.tasks:
         items = read_items(task, rows_of(task, s.data))
