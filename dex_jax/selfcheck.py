@@ -33,7 +33,7 @@ from dex_jax.decoding.record import Limits
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.evaluation.check import CLOSE, compare
-from dex_jax.forced.run import forced_exits
+from dex_jax.forced.counts import forced_exits
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_TOKEN, full_rows
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled

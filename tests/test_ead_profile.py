@@ -18,7 +18,8 @@ from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import profile
 from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile, read_profile
-from dex_jax.forced.run import Forced, forced_exits, measure, shared_exits
+from dex_jax.forced.counts import forced_exits
+from dex_jax.forced.run import Forced, measure, shared_exits
 from dex_jax.forced.texts import answers
 from dex_jax.plot import figures as plot_figures
 

@@ -18,9 +18,9 @@ from dex_jax.decoding.counting import ticks_of
 from dex_jax.errors import DexError
 from dex_jax.forced import programs, tables
 from dex_jax.forced.asks import asks_in_lattice
-from dex_jax.forced.counts import dex_counts, first_exits
+from dex_jax.forced.counts import dex_counts, first_exits, forced_exits
 from dex_jax.forced.figures import figures_of, grouped_figures
-from dex_jax.forced.run import Forced, forced_exits, measure, shared_exits
+from dex_jax.forced.run import Forced, measure, shared_exits
 from dex_jax.forced.texts import answers
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.forward import depth_states

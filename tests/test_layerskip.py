@@ -20,7 +20,7 @@ from reference.small_models import LLAMA, QWEN3, small_model
 
 import dex_jax
 from dex_jax import AR, Dex, DexError
-from dex_jax.forced.run import forced_exits
+from dex_jax.forced.counts import forced_exits
 from dex_jax.training import corpus as corpora
 from dex_jax.training import layerskip, whole_model
 from dex_jax.training.config import TrainConfig

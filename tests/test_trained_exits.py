@@ -18,7 +18,7 @@ from dex_jax.decoding.dex.interface import Committed
 from dex_jax.decoding.dex.trained_exits import commit_exits, empty_memory, exit_arrays, read_chunk
 from dex_jax.decoding.resolve import nearest_depths, resolve
 from dex_jax.errors import DexError
-from dex_jax.forced.run import forced_exits
+from dex_jax.forced.counts import forced_exits
 from dex_jax.io.exits_file import TrainedExits, load_exits, quantize, save_exits
 from dex_jax.nn.exits import exit_graph, exit_parameters, initial_heads, parameters_of
 from dex_jax.nn.weights import merge_model
@@ -68,10 +68,6 @@ def test_tokens_are_those_of_ar_and_exits_those_of_teacher_forcing(lm, plain, ki
     assert_same_tokens(lm, out, plain)
     assert out.stats.exits_source == "random"
     assert (out.stats.exits[:, 1:] < 4).any(), "no proposal was ever right: this would test nothing"
-    if kind == "attn":
-        with pytest.raises(DexError, match="attn"):
-            forced_exits(lm, [1], [2, 3], out.stats.schedule, exits=exits)
-        return
     for row, prompt in enumerate(out.prompt_tokens):
         tokens = out.tokens[row, : out.lengths[row]].tolist()
         expected = forced_exits(lm, prompt, tokens, out.stats.schedule, exits=exits)

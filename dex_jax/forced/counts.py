@@ -12,10 +12,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import PREFILL_EXIT
-from dex_jax.forced.asks import Ask, asks_in_lattice
-from dex_jax.forced.run import Forced
+from dex_jax.errors import DexError
+from dex_jax.forced.asks import Ask, asks_in_lattice, dex_asks
+from dex_jax.forced.run import Forced, force, shared_exits
+from dex_jax.io.exits_file import TrainedExits
+from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_TOKEN
+from dex_jax.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +63,8 @@ def first_exits(forced: Forced, asks: Sequence[Ask], decs: bool = True) -> tuple
     return (found + 1).astype(np.int32), np.minimum(closest, 1.0)
 
 
-def dex_counts(forced: Forced, depths: Sequence[int]) -> list[DexCount]:
-    """DEX with DECS and rows that never prune on each text, from the asks of `dex_asks` at x_1 < ... < x_K = L."""
+def dex_counts(forced: Forced, depths: Sequence[int], decs: bool = True) -> list[DexCount]:
+    """DEX with rows that never prune on each text, from the asks of `dex_asks` at x_1 < ... < x_K = L."""
     stages, start, counts = len(depths), 0, []
     known: dict[tuple[Ask, ...], tuple[np.ndarray, np.ndarray]] = {}
     for length in forced.lengths:
@@ -68,9 +73,43 @@ def dex_counts(forced: Forced, depths: Sequence[int]) -> list[DexCount]:
         for i in range(1, length):
             asks = tuple(forced.known(ask) for ask in asks_in_lattice(born, depths))
             if asks and asks not in known:
-                known[asks] = first_exits(forced, asks)
+                known[asks] = first_exits(forced, asks, decs)
             exits[i], closest[i] = (each[start + i] for each in known[asks]) if asks else (stages, 1.0)
             born.append(int(exits[i]))
         counts.append(DexCount(exits, closest))
         start += length
     return counts
+
+
+def forced_exits(
+    lm: LanguageModel,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    schedule: Schedule,
+    sampling: Sampling | None = None,
+    exits: TrainedExits | None = None,
+) -> np.ndarray:
+    """The exit that first gives each of the n tokens emitted after a prompt, teacher-forced: [n] int32 as Stats.exits.
+
+    With rows that never prune, the loop's `exits` and ticks equal these counts exactly; with fewer rows they are never
+    smaller.
+
+    Args:
+      lm: the model.
+      prompt, tokens: token ids.
+      schedule: depths and DECS.
+      sampling: keys of one sequence and a temperature; None for greedy.
+      exits: trained exits, x_1 .. x_{K-1} among their depths; None for the model's own head.
+
+    Raises:
+      DexError: a top_k or top_p: masks of DECS come before filters, so that what is left hangs on what was masked.
+    """
+    if sampling is not None and (sampling.top_k is not None or sampling.top_p is not None):
+        raise DexError("exits are teacher-forced by temperature alone: leave top_k and top_p out")
+    depths, stages = schedule.depths, schedule.stages
+    if len(tokens) < 2 or stages == 1:
+        return np.asarray([PREFILL_EXIT, *[stages] * (len(tokens) - 1)], np.int32)
+    exits = shared_exits(lm, depths[:-1]) if exits is None else exits
+    asks = dex_asks(depths, exits.config)
+    forced = force(lm, exits, [(prompt, tokens)], asks, count=stages - 1, batch=1, sampling=sampling)
+    return dex_counts(forced, depths, schedule.decs)[0].exits

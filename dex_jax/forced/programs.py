@@ -15,16 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding.dex.proposals import mask_columns
 from dex_jax.forced.asks import Ask
-from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.exits import Context, ExitHeads, head_at
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.layers import KeyValues, linear
 from dex_jax.nn.targets import Vocabulary, targets
-from dex_jax.nn.transformer import Layout, Transformer
+from dex_jax.nn.transformer import Layout
 from dex_jax.nn.weights import merge_model
-from dex_jax.sampling import Sampling, choose, position_noise
+from dex_jax.sampling import Sampling, position_noise, scores
 
 
 class Said(NamedTuple):
@@ -138,20 +136,6 @@ def _contexts(
     return jax.lax.map(one_pair, (previous, lags))
 
 
-def _features(
-    statics: Statics, parameters: dict[str, jax.Array], rows: Rows, exit_: Any, pair: Any, block: Any
-) -> jax.Array:
-    """[M, D + 1], what the exit at a place makes of the rows that `block` names, reading a pair."""
-    head = head_at(statics.exits, parameters, exit_)
-    previous = None if rows.previous is None else rows.previous[pair][block][None]
-    context = None if rows.context is None else rows.context[pair][block][None]
-    return head.features(rows.states[exit_][block][None], previous, context)[0]
-
-
-def _unembed(model: Transformer) -> jax.Array:
-    return (model.embed if model.unembed is None else model.unembed)[...]
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def ask_exits(
     statics: Statics,
@@ -160,9 +144,20 @@ def ask_exits(
     draft: jax.Array | None,
     rows: Rows,
     block: jax.Array,
+    sampling: Sampling | None,
+    position: jax.Array,
 ) -> Said:
-    """All asks at the rows that `block` [M] int32 names, one ask's logits at a time; draft: [V'] int32 or None."""
-    unembed = _unembed(merge_model(statics.config, statics.layout, weights))
+    """All asks at the rows that `block` [M] int32 names, one ask's logits at a time.
+
+    `draft` is [V'] int32 or None. When sampling, by the key of one text and without filters, the best tokens are those
+    that would be drawn first, with the noise of `position` [M] int32, that of the token after each row.
+    """
+    model = merge_model(statics.config, statics.layout, weights)
+    unembed = (model.embed if model.unembed is None else model.unembed)[...]
+    noise = None
+    if sampling is not None:
+        noise = jax.vmap(position_noise, (None, 0, None))(sampling.keys[0], position, unembed.shape[0])
+        noise = noise if draft is None else noise[:, draft]
     vocabulary = Vocabulary(unembed, None if draft is None else unembed[draft], draft)
     kernel = unembed if vocabulary.draft_unembed is None else vocabulary.draft_unembed
     final, count = rows.final[block], statics.count
@@ -170,7 +165,11 @@ def ask_exits(
     size = kernel.shape[0]
 
     def one_ask(_: None, place: jax.Array) -> tuple[None, tuple[jax.Array, ...]]:
-        features = _features(statics, parameters, rows, place[0], place[1], block)
+        exit_, pair = place
+        read = (rows.previous, rows.context)
+        previous, context = (None if each is None else each[pair][block][None] for each in read)
+        head = head_at(statics.exits, parameters, exit_)
+        features = head.features(rows.states[exit_][block][None], previous, context)[0]
         logits, rest = linear(features[:, :-1], kernel, out_dtype=jnp.float32), features[:, -1].astype(jnp.float32)
         log_all = jax.nn.logsumexp(logits, axis=-1)
         expected = jnp.sum(goal.inside * logits, axis=-1)
@@ -178,8 +177,9 @@ def ask_exits(
             log_all = jnp.logaddexp(log_all, rest)
             expected = expected + jnp.where(goal.outside > 0, goal.outside * rest, 0.0)
         # Asked for values too, XLA sorts the whole vocabulary on CPUs and the program takes six times as long.
-        column = jax.lax.top_k(logits, min(size, count + 1))[1]
-        kept = jnp.take_along_axis(logits, column, axis=-1)
+        ranked = scores(logits, sampling, noise)
+        column = jax.lax.top_k(ranked, min(size, count + 1))[1]
+        kept = jnp.take_along_axis(ranked, column, axis=-1)
         # Nor where what follows reads the logits too.
         logits, kept, column = jax.lax.optimization_barrier((logits, kept, column))
         below = jnp.pad(kept[:, 1:], [(0, 0), (0, count + 1 - kept.shape[1])], constant_values=-jnp.inf)[:, :count]
@@ -192,41 +192,3 @@ def ask_exits(
     greedy = jnp.argmax(linear(final, unembed, out_dtype=jnp.float32), axis=-1)
     best, log_probability, gap, divergence = (jnp.moveaxis(x, 0, 1) for x in said)
     return Said(best, log_probability, gap, divergence, greedy)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def chosen_tokens(
-    statics: Statics,
-    ways: tuple[tuple[Ask, ...], ...],
-    decs: bool,
-    weights: Any,
-    parameters: dict[str, jax.Array],
-    draft: jax.Array | None,
-    rows: Rows,
-    at: jax.Array,
-    sampling: Sampling | None,
-) -> jax.Array:
-    """What exits 1..K-1 choose one after the other, for each way to ask them: [ways, K - 1, A] int32.
-
-    NO_TOKEN stands where nothing is left. `at` [A] int32 are the positions of one text.
-    """
-    unembed = _unembed(merge_model(statics.config, statics.layout, weights))
-    kernel, noise, columns = unembed if draft is None else unembed[draft], None, None
-    if draft is not None:
-        columns = jnp.full(statics.config.vocab_size, draft.shape[0], jnp.int32)
-        columns = columns.at[draft].set(jnp.arange(draft.shape[0], dtype=jnp.int32))
-    if sampling is not None:
-        noise = jax.vmap(position_noise, (None, 0, None))(sampling.keys[0], at + 1, statics.config.vocab_size)
-        noise = noise if draft is None else noise[:, draft]
-    every = slice(None)
-    found = []
-    for asks in ways:
-        given = jnp.full((len(asks), at.shape[0]), NO_TOKEN, jnp.int32)
-        for k, ask in enumerate(asks):
-            features = _features(statics, parameters, rows, *statics.place(ask), every)
-            logits = linear(features[:, :-1], kernel, out_dtype=jnp.float32)
-            allowed = mask_columns(logits, given[:k].T, columns) if decs and k else logits
-            column, left = choose(allowed, sampling, noise)
-            given = given.at[k].set(jnp.where(left, column if draft is None else draft[column], NO_TOKEN))
-        found.append(given)
-    return jnp.stack(found)

@@ -17,15 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding.methods import Schedule, even_depths
-from dex_jax.decoding.record import PREFILL_EXIT
+from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
-from dex_jax.forced.asks import Ask, asks_in_lattice, dex_asks, known_as
-from dex_jax.forced.programs import Said, Statics, answer_rows, ask_exits, chosen_tokens
+from dex_jax.forced.asks import Ask, dex_asks, known_as
+from dex_jax.forced.programs import Said, Statics, answer_rows, ask_exits
 from dex_jax.forced.texts import Text, checked_text, padded
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
-from dex_jax.nn.exits import initial_heads, parameters_of, select_exits
+from dex_jax.nn.exits import initial_heads, parameters_of
 from dex_jax.nn.weights import merge_model
 from dex_jax.sampling import Sampling
 
@@ -146,6 +145,7 @@ def force(
     grids: Sequence[tuple[int, ...]] = (),
     batch: int = 8,
     most_lag: int = EVERY_LAG,
+    sampling: Sampling | None = None,
 ) -> Forced:
     """Teacher-forces texts and asks exits at every answer position.
 
@@ -158,6 +158,7 @@ def force(
       grids: whose asks are among `asks`.
       batch: B.
       most_lag: asks with a larger lag are asked with this one.
+      sampling: of a single text, by temperature alone; the best tokens are those that would be drawn first.
 
     Raises:
       DexError: exits that do not fit the model, or texts without a prompt or an answer or too long.
@@ -183,11 +184,14 @@ def force(
         ids, at = padded([kept[i] for i in chosen], batch, longest)
         rows = answer_rows(statics, lm.weights, parameters, jnp.asarray(ids), jnp.asarray(at))
         index = np.concatenate([row * longest + np.arange(len(kept[i][1])) for row, i in enumerate(chosen)])
+        position = np.concatenate([len(kept[i][0]) + np.arange(len(kept[i][1])) for i in chosen])
         blocks = []
         for first in range(0, len(index), BLOCK):
             part = index[first : first + BLOCK]
-            block = jnp.asarray(np.pad(part, (0, BLOCK - len(part))))
-            said = jax.device_get(ask_exits(statics, lm.weights, parameters, draft, rows, block))
+            block, after = (
+                jnp.asarray(np.pad(each, (0, BLOCK - len(part)))) for each in (part, position[first : first + BLOCK])
+            )
+            said = jax.device_get(ask_exits(statics, lm.weights, parameters, draft, rows, block, sampling, after))
             blocks.append(Said(*(field[: len(part)] for field in said)))
         joined = _joined(blocks)
         bounds = np.cumsum([0, *(len(kept[i][1]) for i in chosen)])
@@ -207,71 +211,10 @@ def force(
     )
 
 
-def forced_exits(
-    lm: LanguageModel,
-    prompt: list[int],
-    tokens: list[int],
-    schedule: Schedule,
-    sampling: Sampling | None = None,
-    exits: TrainedExits | None = None,
-) -> np.ndarray:
-    """The exit that first gives each emitted token, teacher-forced, in the order and with the masks of DECS.
-
-    With rows that never prune, the loop's `exits` and ticks equal these counts exactly; with fewer rows they are never
-    smaller.
-
-    Args:
-      lm: the model.
-      prompt: token ids.
-      tokens: the N tokens emitted after it.
-      schedule: depths and DECS.
-      sampling: keys of one sequence; None for greedy.
-      exits: trained exits, x_1 .. x_{K-1} among their depths; None for the model's own head.
-
-    Returns:
-      [N] int32 as Stats.exits: -1 for token 0, then 1..K.
-
-    Raises:
-      DexError: exits of kind "attn", which also see which of their other ancestors are committed.
-    """
-    depths, stages = schedule.depths, schedule.stages
-    born = np.full(len(tokens), PREFILL_EXIT, np.int32)
-    if exits is not None and exits.config.kind == "attn":
-        raise DexError('exits of kind "attn" cannot be teacher-forced exactly: run the lattice instead')
-    if len(tokens) < 2 or stages == 1:
-        born[1:] = stages
-        return born
-    exits = shared_exits(lm, depths[:-1]) if exits is None else _at_depths(exits, depths[:-1])
-    layers = lm.config.num_layers
-    of_born = [
-        tuple(known_as(ask, exits.config, layers) for ask in asks_in_lattice((stages, each), depths))
-        for each in range(1, stages + 1)
-    ]
-    statics = Statics(lm.config, lm.layout, exits.config, tuple(sorted({a for each in of_born for a in each})), 1)
-    parameters, draft = _arrays(lm, exits)
-    longest = -(-len(tokens) // 64) * 64
-    ids, at = (jnp.asarray(each) for each in padded([(prompt, tokens)], 1, longest))
-    rows = answer_rows(statics, lm.weights, parameters, ids, at)
-    ways = tuple(dict.fromkeys(of_born))
-    given = np.asarray(
-        chosen_tokens(statics, ways, schedule.decs, lm.weights, parameters, draft, rows, at[0], sampling)
-    )
-    here = stages
-    for i, token in enumerate(tokens[1:], 1):
-        right = np.flatnonzero(given[ways.index(of_born[here - 1]), :, i] == token)
-        here = born[i] = int(right[0]) + 1 if len(right) else stages
-    return born
-
-
 def _arrays(lm: LanguageModel, exits: TrainedExits) -> tuple[dict[str, jax.Array], jax.Array | None]:
     """(parameters in the model's dtype, draft vocabulary)."""
     draft = None if exits.vocabulary is None else jnp.asarray(exits.vocabulary, jnp.int32)
     return {name: jnp.asarray(value, lm.dtype) for name, value in exits.parameters.items()}, draft
-
-
-def _at_depths(exits: TrainedExits, depths: tuple[int, ...]) -> TrainedExits:
-    config, parameters = select_exits(exits.config, exits.parameters, depths)
-    return dataclasses.replace(exits, config=config, parameters=parameters)
 
 
 def _nearer(ask: Ask, most_lag: int) -> Ask:
