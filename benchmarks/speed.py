@@ -1,4 +1,4 @@
-"""What one step takes: a plain read of all weights, AR's step, a serial round, a tick of five stages, transformers.
+"""What one step takes: a plain read of all weights, AR's step, ticks of one and of five explorers, transformers.
 
     python benchmarks/speed.py --rounds 9 --transformers-python PYTHON --output results/speed
 
@@ -26,16 +26,16 @@ from dex_jax.errors import exit_code
 from dex_jax.tables import markdown
 
 PROMPT = "Tell me a short story about a clockmaker who is afraid of silence."
-READ, AR, ROUND, TICK, OUTSIDE = (
+READ, AR, ONE, TICK, OUTSIDE = (
     "read of all weights",
     "AR step",
-    "serial round",
+    "tick of one explorer",
     "DEX-1/5 tick",
     "transformers, a token",
 )
 RATIOS = {
     "AR step over a read of all weights": (AR, READ),
-    "serial round over an AR step": (ROUND, AR),
+    "tick of one explorer over an AR step": (ONE, AR),
     "DEX-1/5 tick over an AR step": (TICK, AR),
     "transformers' token over an AR step": (OUTSIDE, AR),
 }
@@ -59,7 +59,7 @@ def measures(lm: Any, ids: list[int], new_tokens: int, outside: Outside | None) 
     found = {
         READ: stream,
         AR: lambda: step(dex_jax.AR(), "tokens"),
-        ROUND: lambda: step(dex_jax.Dex(explorers=1), "ticks"),
+        ONE: lambda: step(dex_jax.Dex(explorers=1), "ticks"),
         TICK: lambda: step(dex_jax.Dex(explorers=5, draft=False), "ticks"),
     }
     if outside is not None:

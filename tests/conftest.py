@@ -29,7 +29,7 @@ def slow(*values: object) -> object:
 
 
 LONGEST = (
-    "test_mesh", "test_serial_models", "test_default_exits", "test_exit_training", "test_loop", "test_train_cli",
+    "test_mesh", "test_drafted_models", "test_default_exits", "test_exit_training", "test_loop", "test_train_cli",
     "test_forced_counts", "test_bench", "test_distributed", "test_golden", "test_calibrate",
     "test_half_precision", "test_training_checkpoints", "test_studies_templates", "test_rivals", "test_selfcheck",
 )  # fmt: skip

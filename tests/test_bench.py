@@ -250,8 +250,17 @@ def test_methods_may_be_spelt_as_decode_spells_them() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, Settings)
     args = parser.parse_args(
-        ["--methods", "ar,dex-single-exit", "--timed", "dex-serial", "--tasks", "prompts:a-b.txt", "--output", "out"]
+        [
+            "--methods",
+            "ar,dex-single-exit",
+            "--timed",
+            "dex-one-explorer",
+            "--tasks",
+            "prompts:a-b.txt",
+            "--output",
+            "out",
+        ]
     )
-    assert (args.methods, args.timed) == (("ar", "dex_single_exit"), ("dex_serial",))
+    assert (args.methods, args.timed) == (("ar", "dex_single_exit"), ("dex_one_explorer",))
     assert args.tasks == ("prompts:a-b.txt",)
     assert all(name in parser.format_help().replace("\n", "") for name in contenders.METHODS)

@@ -10,8 +10,8 @@ import depth_side
 import few_rows
 import lossless
 import measuring
+import one_explorer
 import pytest
-import serial
 import speed
 import two_processes
 from reference.small_models import LLAMA, LetterTokenizer, small_model
@@ -52,16 +52,16 @@ def test_figures_are_kept_and_those_of_others_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_serial_measures_what_is_missing(model, monkeypatch, capsys):
+def test_one_explorer_measures_what_is_missing(model, monkeypatch, capsys):
     flags = ["--data", "prompts.txt", "--exits", "shared", "--rounds", "1", "--max-new-tokens", "5", "--output", "out"]
-    args = serial.parser().parse_args(flags)
-    assert serial.run(args) == 0
+    args = one_explorer.parser().parse_args(flags)
+    assert one_explorer.run(args) == 0
     page = capsys.readouterr().out
     assert "AR's in 3 of 3 groups" in page
     runs = json.loads(Path("out.json").read_text(encoding="utf-8"))["runs"]
     assert runs["prompts 1, batch 1, context 0"]["tokens"] == 4
-    monkeypatch.setattr(serial, "measure", lambda *_: pytest.fail("measured again"))
-    assert serial.run(args) == 0
+    monkeypatch.setattr(one_explorer, "measure", lambda *_: pytest.fail("measured again"))
+    assert one_explorer.run(args) == 0
     assert capsys.readouterr().out == page
 
 

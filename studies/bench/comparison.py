@@ -32,7 +32,7 @@ ALL = "all"
 def costs(runs: Iterable[Run], kind: str) -> dict[str, dict[Prompt, float]]:
     """Cost a token of every method on every reported prompt, in one kind of figure; medians over repeated runs.
 
-    Serial rounds have no depth-side cost: what drafting takes is no layer of the model.
+    One explorer has no depth-side cost: what drafting takes is no layer of the model.
     """
     found: dict[str, dict[Prompt, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in reported(runs, kind):

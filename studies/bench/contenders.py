@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[Maker, bool]] = {
     "ar": (AR, False),
     "dex": (lambda **fields: Dex(draft=False, **fields), True),
     "dex_drafts": (lambda **fields: Dex(**fields), True),
-    "dex_serial": (lambda **fields: Dex(explorers=1, **fields), False),
+    "dex_one_explorer": (lambda **fields: Dex(explorers=1, **fields), False),
     "dex_auto": (lambda **fields: Dex(**fields), False),
     "dex_no_decs": (lambda **fields: Dex(draft=False, decs=False, **fields), True),
     "dex_single_exit": (DexSingleExit, True),
@@ -55,10 +55,10 @@ METHODS: dict[str, tuple[Maker, bool]] = {
     "del": (DEL, False),
     "oracle": (Oracle, False),
 }
-"""Name -> (what makes the method, whether it takes `explorers`). "dex" is the paper's method, without drafts;
-"dex_drafts" is what users get for several explorers, "dex_serial" for one, "dex_auto" where nothing is asked for."""
+"""Name -> (what makes the method, whether it takes `explorers`). "dex" is the paper's method, without drafts; users get
+"dex_drafts" for several explorers, "dex_one_explorer" for one, "dex_auto" where they ask for nothing."""
 
-WITH_DRAFTER = ("dex_serial", "dex_auto")
+WITH_DRAFTER = ("dex_one_explorer", "dex_auto")
 ON_MANY_DEVICES = ("dex", "dex_drafts", "dex_no_decs", "dex_single_exit")
 """Their stages run side by side, which is for K devices: on one their seconds are told, and mean little."""
 

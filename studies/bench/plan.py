@@ -49,7 +49,7 @@ class Settings:
     methods: Names = flag(
         ("ar", "dex", "layerskip", "adadecode", "del"), f"to count, of {', '.join(METHODS)}", type=_spelt
     )
-    timed: tuple[Name, ...] = flag(("ar", "dex_serial", "layerskip"), "methods to time, or none", type=_spelt)
+    timed: tuple[Name, ...] = flag(("ar", "dex_one_explorer", "layerskip"), "methods to time, or none", type=_spelt)
     explorers: Count = flag(5, "of DEX and AdaDecode", metavar="K")
     by_explorers: tuple[int, ...] = flag((), "also count DEX with these K", type=depths, metavar="K,...")
     tasks: Annotated[tuple[str, ...], Meta(min_length=1)] = flag(

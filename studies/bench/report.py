@@ -37,7 +37,7 @@ KINDS = {
     "wall": (
         "Wall-clock on one device",
         "AR's seconds over the method's, one sequence at a time, methods in turn (A B B A), prefill and compilation "
-        "apart. Serial rounds explore no depths: they draft from a drafter at depth 0 and from what the text said "
+        "apart. One explorer explores no depths: it drafts from a drafter at depth 0 and from what the text said "
         "before, which LayerSkip does not.",
     ),
 }
@@ -107,7 +107,7 @@ def _about(runs: Sequence[Run], study: dict[str, Any]) -> str:
     lines = [
         f"{len(plain)} prompts ({lengths}), {tokens} new tokens of AR, at most {run.max_new_tokens} each, {drawn}; "
         f"{devices}; {versions}.",
-        f"Exits: {study.get('exits')}; drafter of serial rounds: {study.get('drafter')}.",
+        f"Exits: {study.get('exits')}; drafter of one explorer: {study.get('drafter')}.",
         *filter(None, [seen_in_training(study)]),
     ]
     dropped = {task: count for task, count in study.get("too_long", {}).items() if count}
@@ -157,7 +157,7 @@ def _speedups(table: c.Costs, kind: str, explorers: int | None) -> list[str]:
     parts = [f"## {title}", meaning, markdown([f"over AR, {title.lower()}", *tasks], rows)]
     if kind == "work":
         return parts
-    own = [name for name in names if name.split(" ")[0] in ("dex", "dex_serial", "dex_auto")]
+    own = [name for name in names if name.split(" ")[0] in ("dex", "dex_one_explorer", "dex_auto")]
     versus = []
     for name in own:
         for rival in (other for method in RIVALS for other in c.of_method(table, method)):

@@ -32,7 +32,7 @@ class Run:
 
     Attributes:
       kind: "depth" or "wall".
-      method: as on the command line: "ar", "dex", "dex_serial", "layerskip", "adadecode", "del", "oracle", ...
+      method: as on the command line: "ar", "dex", "dex_one_explorer", "layerskip", "adadecode", "del", "oracle", ...
       task: name of the task.
       prompt_id: of the item within the task, the same in every template.
       model: as `dex_jax.load` was given it.

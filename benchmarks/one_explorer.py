@@ -1,12 +1,12 @@
-"""AR, serial rounds, auto and explorers side by side, and transformers' generate: tokens a second on some prompts.
+"""AR, one explorer with drafts, auto and explorers side by side, and transformers: tokens a second on some prompts.
 
-    python benchmarks/serial.py --data HumanEval.jsonl.gz question_240.jsonl --transformers-python PYTHON \\
-        --output results/serial/greedy
-    python benchmarks/serial.py --data question_240.jsonl --batch 1 4 --context 64 400 --explorers 5 \\
-        --output results/serial/auto
+    python benchmarks/one_explorer.py --data HumanEval.jsonl.gz question_240.jsonl --transformers-python PYTHON \\
+        --output results/one_explorer/greedy
+    python benchmarks/one_explorer.py --data question_240.jsonl --batch 1 4 --context 64 400 --explorers 5 \\
+        --output results/one_explorer/auto
 
 Every group of prompts is decoded --rounds times by each, in turns; a first time, which compiles, is not counted.
-"serial" runs all rows of the drafter's tree in every round, "auto" what it chooses for this device. With --context
+"One explorer" runs all rows of the drafter's tree in every tick, "auto" what it chooses for this device. With --context
 prompts are all of one length, each with what stands before it in its file, and nothing ends at an EOS. Tokens must be
 AR's, or the program ends with 1.
 """
@@ -42,7 +42,7 @@ def cut(ids: dict[str, list[int]], length: int) -> dict[str, list[int]]:
 
 
 def measure(lm: Any, prompts: list[list[int]], methods: dict[str, Any], args: argparse.Namespace, outside: Any) -> dict:
-    """One group of prompts: seconds a token of the whole group by method, tokens a round, whether tokens are AR's."""
+    """One group of prompts: seconds a token of the whole group by method, tokens a tick, whether tokens are AR's."""
     out: dict[str, dex_jax.Output] = {}
 
     def decode(name: str) -> float:
@@ -60,7 +60,7 @@ def measure(lm: Any, prompts: list[list[int]], methods: dict[str, Any], args: ar
     return {
         "tokens": tokens,
         "seconds_a_token": seconds,
-        "tokens_a_round": {name: tokens / int(each.sum()) for name, each in ticks.items() if each is not None},
+        "tokens_a_tick": {name: tokens / int(each.sum()) for name, each in ticks.items() if each is not None},
         "identical": all(np.array_equal(out["ar"].tokens, each.tokens) for each in out.values()),
         "choice": str(out["auto"].stats.choice),
     }
@@ -81,7 +81,7 @@ def table(runs: dict[str, dict]) -> str:
                 for other in ("ar", "transformers")
                 if other in group[0]["seconds_a_token"]
             }
-            rounds = [run["tokens_a_round"][name] for run in group if name in run["tokens_a_round"]]
+            a_tick = [run["tokens_a_tick"][name] for run in group if name in run["tokens_a_tick"]]
             rows.append(
                 [
                     name,
@@ -91,10 +91,10 @@ def table(runs: dict[str, dict]) -> str:
                     quartiles(over["ar"]),
                     f"{min(over['ar']):.2f}; {max(over['ar']):.2f}",
                     f"{statistics.median(over['transformers']):.2f}" if "transformers" in over else "-",
-                    f"{statistics.median(rounds):.2f}" if rounds else "-",
+                    f"{statistics.median(a_tick):.2f}" if a_tick else "-",
                 ]
             )
-    header = ["method", "batch", "prompt", "tokens/s", "over AR", "worst; best", "over transformers", "tokens a round"]
+    header = ["method", "batch", "prompt", "tokens/s", "over AR", "worst; best", "over transformers", "tokens a tick"]
     return markdown(header, rows)
 
 
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     remember_compilations()
     lm = dex_jax.load(args.model, dtype=args.dtype)
     asked = read_ids(lm, args.data, args.prompts)
-    methods = {"ar": dex_jax.AR(), "serial": dex_jax.Dex(explorers=1), "auto": dex_jax.Dex()}
+    methods = {"ar": dex_jax.AR(), "one explorer": dex_jax.Dex(explorers=1), "auto": dex_jax.Dex()}
     methods |= {f"K = {k}": dex_jax.Dex(explorers=k) for k in args.explorers}
     outside = Outside(args.transformers_python, args.model) if args.transformers_python else None
     kept = ("model", "exits", "prompts", "rounds", "max_new_tokens", "temperature", "explorers")
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
                 figures.add(name, {"context": context, "batch": len(group)} | found)
     if outside:
         outside.close()
-    figures.publish("# Serial rounds and auto", table(figures.runs), words(figures.runs))
+    figures.publish("# One explorer and auto", table(figures.runs), words(figures.runs))
     return 0 if all(each["identical"] for each in figures.runs.values()) else 1
 
 
