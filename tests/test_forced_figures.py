@@ -16,10 +16,10 @@ import dex_jax
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.errors import DexError
-from dex_jax.forced import programs, tables
+from dex_jax.forced import programs
 from dex_jax.forced.asks import asks_in_lattice
 from dex_jax.forced.counts import dex_counts, first_exits, forced_exits
-from dex_jax.forced.figures import figures_of, grouped_figures
+from dex_jax.forced.figures import figures_of, grouped_figures, tables
 from dex_jax.forced.run import Forced, measure, shared_exits
 from dex_jax.forced.texts import answers
 from dex_jax.io.exits_file import TrainedExits
@@ -261,7 +261,7 @@ def _records(count: int = 3) -> list[dict]:
 
 def test_tables_show_the_figures() -> None:
     figures = figures_of(_measured("linear, fused, draft"))
-    text = tables.tables({"humaneval": figures, "one token": figures_of(_measured("shared").of([2]))})
+    text = tables({"humaneval": figures, "one token": figures_of(_measured("shared").of([2]))})
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     assert text.startswith("**humaneval**\n\n|")
     assert ["2", *(f"{getattr(figures, name)[1]:.3f}" for name in ("agreement", "divergence"))] in [r[:3] for r in rows]
