@@ -210,7 +210,8 @@ def test_training_changes_every_parameter_and_lowers_the_held_out_loss(text_file
 def test_a_trained_model_is_decoded_with_shared_exits(text_file) -> None:
     """Exits predicted by teacher forcing are those of the loop, and AR's text is DEX's."""
     task, _, params, _, _ = trained(str(text_file))
-    lm, prompt = task.language_model(params), task.corpus.held_out[:16].tolist()
+    lm = dex_jax.LanguageModel(whole_model.transformer(task.config.model, params), None, "trained", "")
+    prompt = task.corpus.held_out[:16].tolist()
     options = {"max_new_tokens": 24, "exits": "shared"}
     method = Dex(explorers=3, rows="full", draft=False)
     dex = dex_jax.generate(lm, [prompt], method=method, **options)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dex_jax.decoding.methods import Method
     from dex_jax.decoding.output import Output
     from dex_jax.evaluation.check import Check
-    from dex_jax.language_model import LanguageModel, Outline
+    from dex_jax.language_model import LanguageModel
     from dex_jax.prompts import Prompt
 
 DIFFERENT = 1
@@ -53,8 +53,13 @@ def _run(args: argparse.Namespace) -> int:
             prompts = from_first(lambda: prompts_of(args))
         remember_compilations()
         notify("opening the model")
-        model = _outline(args, method)
-        compile_seconds = _precompile(model, prompts, method, args)
+
+        from dex_jax.cli.devices import layout_of
+        from dex_jax.decoding.generate import precompile
+        from dex_jax.language_model import outline
+
+        model = outline(args.model, args.dtype, *layout_of(args, method))
+        compile_seconds = precompile(model, prompts, method=method, **_options(args))
         lm = model.load(display.part)
         updates = _stream(lm, prompts, method, args)
         output = next(updates)
@@ -69,20 +74,6 @@ def _run(args: argparse.Namespace) -> int:
     if interrupted:
         return INTERRUPTED
     return DIFFERENT if checks and not all(check.is_tie(stats.dtype) for check in checks) else OK
-
-
-def _outline(args: argparse.Namespace, method: Method) -> Outline:
-    from dex_jax.cli.devices import layout_of
-    from dex_jax.language_model import outline
-
-    layout, mesh = layout_of(args, method)
-    return outline(args.model, args.dtype, layout, mesh)
-
-
-def _precompile(model: Outline, prompts: list[Prompt], method: Method, args: argparse.Namespace) -> float:
-    from dex_jax.decoding.generate import precompile
-
-    return precompile(model, prompts, method=method, **_options(args))
 
 
 def _stream(lm: LanguageModel, prompts: list[Prompt], method: Method, args: argparse.Namespace) -> Iterator[Output]:

@@ -8,11 +8,12 @@ choose how many of its levels to draft and how many of its rows to run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
 from dex_jax.decoding.auto import tick_seconds
-from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
+from dex_jax.decoding.costs import ROWS, step_costs
 from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.trees import LOOKUP_TRUST, KnownTree
 from dex_jax.decoding.generate import generate
@@ -116,14 +117,13 @@ def search_trees(
         raise DexError(f"the largest tree must have more rows than {max(sizes)}, not {largest}")
     length = cache_length_for(max(map(len, prompts)), new_tokens, SPARE, 1)
     costs = step_costs(lm.config, lm.layout, lm.dtype, 1, length, drafter)
-    known: dict[TreeShape, TreeFigures] = {}
 
+    @functools.cache
     def figures(shape: TreeShape) -> TreeFigures:
-        if shape not in known:
-            tokens = _tokens_a_tick(lm, drafter, prompts, shape, new_tokens)
-            known[shape] = _figures(KnownTree(shape, tokens), costs)
-            tell(known[shape])
-        return known[shape]
+        tokens, seconds = _tokens_a_tick(lm, drafter, prompts, shape, new_tokens), tick_seconds(costs, shape)
+        tried = TreeFigures(KnownTree(shape, tokens), seconds, tokens * costs.step(1) / seconds)
+        tell(tried)
+        return tried
 
     found = []
     for rows in sizes:
@@ -139,11 +139,6 @@ def search_trees(
     if largest is not None and drafter is not None:
         found.append(figures(large_tree(largest)))
     return found
-
-
-def _figures(tree: KnownTree, costs: StepCosts) -> TreeFigures:
-    a_tick = tick_seconds(costs, tree.shape)
-    return TreeFigures(tree, a_tick, tree.tokens_a_tick * costs.step(1) / a_tick)
 
 
 def _tokens_a_tick(

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from dex_jax.errors import DexError
 from dex_jax.foreign import Positive, check_fields
 
 MAY_CHANGE = ("steps", "tokens", "keep", "eval_every", "log_every", "tensorboard")
@@ -73,16 +72,8 @@ class TrainConfig:
         check_fields(self)
 
     def replace(self, flags: Mapping[str, Any]) -> TrainConfig:
-        """A configuration with the given fields changed; None means "as it is", as flags that were not given are None.
-
-        Raises:
-          DexError: a field that does not exist, or a value that will not do.
-        """
-        given = {name: value for name, value in flags.items() if value is not None}
-        unknown = sorted(given.keys() - {field.name for field in dataclasses.fields(self)})
-        if unknown:
-            raise DexError(f"TrainConfig has no field {', '.join(unknown)}")
-        return dataclasses.replace(self, **given)
+        """A configuration with fields changed, but for those that are None, as flags that were not given are."""
+        return dataclasses.replace(self, **{name: value for name, value in flags.items() if value is not None})
 
     def conflicts(self, earlier: Mapping[str, Any]) -> list[str]:
         """What may not change and has, against the fields that a folder was trained with: "name was X, is Y" of each.

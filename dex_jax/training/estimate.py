@@ -80,8 +80,6 @@ class TrainingCost:
       cache_bytes: keys and values of the rows.
       exits_bytes: parameters in float32, their gradient and two moments.
       activation_bytes: one chunk's states and features with their gradients, and one block of logits.
-      model_flops, exits_flops: operations a token to run the model, and to train the exits.
-      token_bytes: read from memory for each token that the model runs: weights and caches over B.
       tokens: row-steps of the whole run.
       model_seconds, exits_seconds: of the whole run, without compilation and evaluation.
     """
@@ -90,9 +88,6 @@ class TrainingCost:
     cache_bytes: int
     exits_bytes: int
     activation_bytes: int
-    model_flops: float
-    exits_flops: float
-    token_bytes: float
     tokens: int
     model_seconds: float
     exits_seconds: float
@@ -101,11 +96,6 @@ class TrainingCost:
     def total_bytes(self) -> int:
         """All memory together, on all devices."""
         return self.model_bytes + self.cache_bytes + self.exits_bytes + self.activation_bytes
-
-    @property
-    def seconds(self) -> float:
-        """All time together."""
-        return self.model_seconds + self.exits_seconds
 
     def fits(self, machine: Machine) -> bool | None:
         """Whether a machine's memory holds it, spread evenly over its devices; None when its size is unknown."""
@@ -117,14 +107,10 @@ class TrainingCost:
         if machine.memory is not None:
             fits = "fits" if self.fits(machine) else "does not fit"
             memory += f" of {gigabytes(machine.memory)} GB ({fits})"
-        parts = {
-            "model": self.model_bytes,
-            "caches": self.cache_bytes,
-            "exits": self.exits_bytes,
-            "activations": self.activation_bytes,
-        }
-        listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
-        return f"estimate: {duration(self.seconds)} for {self.tokens:,} tokens on {machine.name}, {memory}: {listed}"
+        parts = ("model", self.model_bytes), ("caches", self.cache_bytes), ("exits", self.exits_bytes)
+        listed = [f"{name} {gigabytes(size)}" for name, size in (*parts, ("activations", self.activation_bytes))]
+        time = duration(self.model_seconds + self.exits_seconds)
+        return f"estimate: {time} for {self.tokens:,} tokens on {machine.name}, {memory}: {', '.join(listed)}"
 
 
 def training_cost(
@@ -157,21 +143,17 @@ def training_cost(
     block = min(BLOCK, tokens)
     # States and features in the model's dtype; what lies between, and all gradients, counted as six arrays of float32.
     activations = states * (2 * dtype.itemsize + 6 * 4) + block * (model.vocab_size + 4 * columns) * 4
-    model_flops = model_flops_per_token(model, length)
-    exits_flops = exits_flops_per_token(model, exits, chunk, draft_steps)
     flops, bandwidth = machine.flops * machine.reached, machine.bandwidth * machine.reached
     read = copies * weights + caches
-    step = max(batch * model_flops / flops, read / bandwidth)
+    step = max(batch * model_flops_per_token(model, length) / flops, read / bandwidth)
     # The optimizer reads and writes parameters and two moments, and reads the gradient.
-    learn = max(tokens * exits_flops / flops, copies * 7 * 4 * parameters / bandwidth)
+    exits_flops = tokens * exits_flops_per_token(model, exits, chunk, draft_steps)
+    learn = max(exits_flops / flops, copies * 7 * 4 * parameters / bandwidth)
     return TrainingCost(
         model_bytes=copies * (weights + draft),
         cache_bytes=caches,
         exits_bytes=copies * 16 * parameters,
         activation_bytes=activations,
-        model_flops=model_flops,
-        exits_flops=exits_flops,
-        token_bytes=read / batch,
         tokens=steps * tokens,
         model_seconds=steps * chunk * step,
         exits_seconds=steps * learn,

@@ -99,7 +99,7 @@ def train(
                 while not run.done:
                     run.advance()
                     step = run.step
-                run.finish()
+                checkpoints.wait()
             finally:
                 run.journal.close()
         return Trained(run.state.params, run.step, run.tokens, run.evaluation)
@@ -196,10 +196,6 @@ class _Run:
         if saves:
             self._save()
         self.notify(self._standing(logs))
-
-    def finish(self) -> None:
-        """Waits until everything is on disk."""
-        self.checkpoints.wait()
 
     def _log(self, rate: float) -> None:
         now = time.perf_counter()

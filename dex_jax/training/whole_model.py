@@ -205,11 +205,6 @@ class WholeModel:
         """Writes a directory that `dex_jax.load` reads; see `dex_jax.io.save.save_model`."""
         return save_model(folder, self.config.model, params, self.corpus.tokenizer)
 
-    def language_model(self, params: Params) -> LanguageModel:
-        """The model in its present state, to decode with; its arrays are those of `params`."""
-        model = transformer(self.config.model, params)
-        return LanguageModel(model, self.corpus.tokenizer, "the model in training", self.fingerprint())
-
     def _held_out_batches(self) -> list[jax.Array]:
         """Windows [B, S + 1] that do not overlap, from the start of the held-out text, in batches of one size."""
         window = self.config.window

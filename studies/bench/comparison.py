@@ -102,8 +102,6 @@ def lossless(runs: Iterable[Run]) -> Lossless | None:
 def mismatches(runs: Sequence[Run]) -> list[str]:
     """A sentence for each run whose tokens are wrong, and one if too many in float32 part by rounding."""
     found = []
-    # What another engine makes of the same weights is told, and proves nothing about this one.
-    runs = [run for run in runs if not run.method.startswith("transformers")]
     for run in runs:
         if run.match is False and not run.tie:
             margin = "unknown" if run.margin is None else f"{run.margin:.2g} of max |logit|"

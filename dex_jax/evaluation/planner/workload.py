@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
-from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.config import EXIT_KINDS, ExitsConfig, ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.foreign import local_path, parsed, reading
 from dex_jax.nn.exits import exit_parameters
@@ -41,11 +41,6 @@ class Work:
     cached: int
     vocabulary: int
     embeddings: int
-
-    @property
-    def parameters(self) -> int:
-        """All of them."""
-        return self.layers * self.layer + self.embeddings + self.width
 
     def divisible(self, tensor: int) -> bool:
         """Whether a tensor axis of this size divides the heads."""
@@ -109,7 +104,7 @@ def described_exits(text: str, config: ModelConfig) -> ExitWork | None:
       DexError: a number of columns that is none, or more than the vocabulary.
     """
     kind, _, columns = text.partition(":")
-    if kind not in ("shared", "linear", "lowrank", "mlp", "attn"):
+    if kind not in EXIT_KINDS:
         return None
     if not columns:
         return exit_work(None if kind == "shared" else ExitsConfig(kind, (1,), config.width), config)
