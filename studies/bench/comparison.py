@@ -62,11 +62,15 @@ def of_method(table: Costs, method: str) -> list[str]:
     return [name for name in table if name.split(" ")[0] == method]
 
 
+def main_dex(table: Iterable[str], explorers: int | None = None) -> str | None:
+    """The name of the "dex" that stands beside others: with `explorers`, or the first; None without any."""
+    grids = [name for name in table if name.split(" ")[0] == "dex"]
+    return f"dex explorers={explorers}" if f"dex explorers={explorers}" in grids else next(iter(grids), None)
+
+
 def main_methods(table: Costs, explorers: int | None = None) -> list[str]:
-    """All names but AR's, of "dex" one alone: with `explorers`, or the first; others are of a study of K."""
-    grids = of_method(table, "dex")
-    kept = f"dex explorers={explorers}"
-    main = kept if kept in grids else next(iter(grids), None)
+    """All names but AR's, of "dex" the main one alone; others are of a study of K."""
+    main, grids = main_dex(table, explorers), of_method(table, "dex")
     return [name for name in table if name != "ar" and (name == main or name not in grids)]
 
 
@@ -156,8 +160,7 @@ def availability(runs: Iterable[Run], explorers: int | None = None) -> dict[str,
     pool = oracle or [run for run in chosen if run.method == "dex"]
     if not pool:
         return {}
-    main = f"dex explorers={explorers}"
-    name = main if any(run.name == main for run in pool) else pool[0].name
+    name = main_dex([run.name for run in pool], explorers) or pool[0].name
     pool = [run for run in pool if run.name == name]
     found = {}
     for task in dict.fromkeys(run.task for run in pool):

@@ -85,14 +85,9 @@ def _name(study: dict[str, Any]) -> str:
     return name + ("" if exits == "default" else f", exits {Path(exits).name}")
 
 
-def _main(table: c.Costs, study: dict[str, Any]) -> str | None:
-    name = f"dex explorers={study.get('explorers')}"
-    return name if name in table else next(iter(c.of_method(table, "dex")), None)
-
-
 def _over(claim: Claim, table: c.Costs, study: dict[str, Any]) -> list[tuple[str, Interval]]:
     """(rival, its cost over DEX's), of every setting of the rival that was reported."""
-    dex = _main(table, study)
+    dex = c.main_dex(table, study.get("explorers"))
     if dex is None or claim.rival is None:
         return []
     found = [(rival, c.speedup(table, rival, dex)) for rival in c.of_method(table, claim.rival)]
@@ -108,14 +103,14 @@ def _cell(claim: Claim, table: c.Costs, study: dict[str, Any]) -> str:
 
 def _words(table: c.Costs, study: dict[str, Any], depths: dict[int, tuple[int, ...]]) -> str:
     """A line for each claim: what was measured against what the paper says."""
-    lines = []
+    lines, dex = [], c.main_dex(table, study.get("explorers"))
     for claim in CLAIMS:
         if claim.rival is None:
             lines += _finer(claim, table, depths)
             continue
         for rival, interval in _over(claim, table, study):
             more = "; below 1 it cannot be, as DEX proposes all that the other does" if claim.certain else ""
-            lines.append(f"- {claim.what} ({_main(table, study)} against {rival}): {verdict(claim, interval)}{more}.")
+            lines.append(f"- {claim.what} ({dex} against {rival}): {verdict(claim, interval)}{more}.")
     return "\n".join(lines)
 
 

@@ -117,15 +117,13 @@ class Plan:
 
 def read(s: Settings) -> dict[str, tuple[list[Item], list[Template]]]:
     """The items and templates of each task. DexError: no or bad data or templates."""
-    found: dict[str, tuple[list[Item], list[Template]]] = {}
-    for task in s.tasks:
-        items = read_items(task, rows_of(task, s.data))
+
+    def templates(task: str) -> list[Template]:
         if s.formats:
-            templates = sample_formats(task, s.formats, s.seed)
-        else:
-            templates = built_in(task) if s.templates is None else read_templates(s.templates, task)
-        found[task] = (items, templates)
-    return found
+            return sample_formats(task, s.formats, s.seed)
+        return built_in(task) if s.templates is None else read_templates(s.templates, task)
+
+    return {task: (read_items(task, rows_of(task, s.data)), templates(task)) for task in s.tasks}
 
 
 def choose_cases(

@@ -1,8 +1,4 @@
-"""The runs of the template study: answers in large batches, counts along them, and the loop itself on a few.
-
-Every answer is made once, by AR. What DEX and LayerSkip count on it is teacher-forced (`dex_jax.forced`), which is
-exact where rows never prune; the loops themselves run on a random share of the answers and must agree.
-"""
+"""The runs of the template study: answers in large batches, counts along them, and the loop itself on a few."""
 
 from __future__ import annotations
 
@@ -86,8 +82,9 @@ class TemplateStudy:
             case for case in self.cases if case.split == split and self._key(case, "ar", {}) not in self.results.done
         ]
         asks: set[Ask] = set(dex_asks(plan.depths, plan.exits.config)) if dex else set()
-        for depth, length in {pair for each in settings.values() for pair in each}:
-            asks |= set(layerskip_asks(depth, length, plan.exits.config, layers))
+        pairs = sorted({pair for each in settings.values() for pair in each})
+        for pair in pairs:
+            asks |= set(layerskip_asks(*pair, plan.exits.config, layers))
         groups = [[todo[i] for i in group] for group in batches([len(case.ids) for case in todo], self.settings.batch)]
         pace = Pace({split: sum(len(case.ids) + self.settings.max_new_tokens for case in todo)}, self.notify)
         for group in groups:
@@ -98,14 +95,11 @@ class TemplateStudy:
             if asks:
                 forced = force(self.lm, plan.exits, texts, sorted(asks), count=max(1, len(plan.depths) - 1), batch=rows)
                 dex_found = dex_counts(forced, plan.depths) if dex else []
-                skipped = {
-                    pair: layerskip_counts(forced, *pair, self.settings.max_new_tokens, self.lm.eos_ids)
-                    for pair in {pair for each in settings.values() for pair in each}
-                }
+                limits = (self.settings.max_new_tokens, self.lm.eos_ids)
+                skipped = {pair: layerskip_counts(forced, *pair, *limits) for pair in pairs}
             for row, (case, (_, tokens)) in enumerate(zip(group, texts, strict=True)):
                 wanted = {pair: skipped[pair][row] for pair in settings.get(case.item.task, [])}
-                lines = self._lines(case, list(tokens), dex_found[row] if dex else None, wanted, rows)
-                for run in lines:
+                for run in self._lines(case, list(tokens), dex_found[row] if dex else None, wanted, rows):
                     self.results.add(run)
             pace.add(split, sum(len(case.ids) + self.settings.max_new_tokens for case in group), what)
 
@@ -167,9 +161,8 @@ class TemplateStudy:
         found = []
         for task in dict.fromkeys(case.item.task for case in self.cases):
             ours = [case for case in self.cases if case.split == "report" and case.item.task == task]
-            count = (
-                min(len(ours), max(1, round(self.settings.loop_share * len(ours)))) if self.settings.loop_share else 0
-            )
+            share = self.settings.loop_share
+            count = min(len(ours), max(1, round(share * len(ours)))) if share else 0
             found += random.Random(f"{self.settings.seed} {task}").sample(ours, count)
         return found
 

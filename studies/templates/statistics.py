@@ -128,11 +128,6 @@ def _grid(task: str, runs: Sequence[Run], dtype: str) -> Grid:
     return Grid(task, templates, items, costs, **fields, chance=chance, dtype=dtype)
 
 
-def pairs(base: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """[N, G, 2] of two costs, for `ratio_of_sums`."""
-    return np.stack([base, other], axis=-1)
-
-
 def relative(values: np.ndarray) -> np.ndarray:
     """Each template's ratio of sums over the median of all templates': values [R, N, G, 2] -> [R, G]."""
     ratios = ratio_of_sums(values)
@@ -167,7 +162,7 @@ class Spread:
 
 def spread(grid: Grid, method: str, resamples: int = RESAMPLES) -> Spread:
     """The spread of a method over AR."""
-    values = pairs(grid.costs["ar"], grid.costs[method])
+    values = np.stack([grid.costs["ar"], grid.costs[method]], axis=-1)
     each = simultaneous(values, ratio_of_sums, resamples=resamples)
     worst = bootstrap(values, lambda drawn: np.min(relative(drawn), axis=-1), resamples=resamples)
     found = [interval.value for interval in each]
