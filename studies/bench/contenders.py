@@ -64,11 +64,7 @@ ON_MANY_DEVICES = ("dex", "dex_drafts", "dex_no_decs", "dex_single_exit")
 
 
 def contender(name: str, explorers: int, **setting: Any) -> Contender:
-    """A method by its name, of METHODS; `explorers` is K of methods on a grid, `setting` holds other fields.
-
-    Raises:
-      DexError: an unknown name.
-    """
+    """One of METHODS, or a DexError; `explorers` is K of methods on a grid, `setting` holds other fields."""
     if name not in METHODS:
         raise DexError(f"unknown method {name!r}: choose among {', '.join(METHODS)}")
     make, on_grid = METHODS[name]

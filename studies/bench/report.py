@@ -16,7 +16,6 @@ from dex_jax.tables import markdown
 from studies.bench import comparison as c
 from studies.bench.contenders import ON_MANY_DEVICES, SWEPT, by_setting
 from studies.bench.report_plots import draw
-from studies.bench.resampling import Interval
 from studies.bench.results import read_results, read_study, seen_in_training
 from studies.bench.runs import Run
 from studies.flags import run_report, tell
@@ -89,11 +88,6 @@ def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def told(interval: Interval | None) -> str:
-    """An interval in a cell."""
-    return "" if interval is None else str(interval)
-
-
 def _about(runs: Sequence[Run], study: dict[str, Any]) -> str:
     run = runs[0]
     plain = [each for each in runs if each.method == "ar" and each.kind == "depth" and each.split == "report"]
@@ -151,7 +145,7 @@ def _speedups(table: c.Costs, kind: str, explorers: int | None) -> list[str]:
     rows = []
     for name in names:
         pairs = ("ar", name) if kind != "work" else (name, "ar")
-        rows.append([_label(name, kind), *(told(c.speedup(table, *pairs, task)) for task in tasks)])
+        rows.append([_label(name, kind), *(str(c.speedup(table, *pairs, task) or "") for task in tasks)])
     if kind == "wall":
         rows.insert(0, ["ar, ms a token", *(_milliseconds(table["ar"], task) for task in tasks)])
     parts = [f"## {title}", meaning, markdown([f"over AR, {title.lower()}", *tasks], rows)]
@@ -161,11 +155,11 @@ def _speedups(table: c.Costs, kind: str, explorers: int | None) -> list[str]:
     versus = []
     for name in own:
         for rival in (other for method in RIVALS for other in c.of_method(table, method)):
-            cells = [told(c.speedup(table, rival, name, task)) for task in tasks]
+            cells = [str(c.speedup(table, rival, name, task) or "") for task in tasks]
             versus.append([f"{name} over {rival}", *cells])
     if kind == "depth":  # DEL is at its best where it is about as good as the best static setting
         for name, rival in itertools.product(c.of_method(table, "del"), c.of_method(table, "layerskip")):
-            versus.append([f"{name} over {rival}", *(told(c.speedup(table, rival, name, task)) for task in tasks)])
+            versus.append([f"{name} over {rival}", *(str(c.speedup(table, rival, name, task) or "") for task in tasks)])
     if versus:
         parts += [f"One over another, {title.lower()}:", markdown(["", *tasks], versus)]
     return parts
@@ -205,7 +199,7 @@ def _explorers(runs: Sequence[Run]) -> list[str]:
     grids = c.grids(runs)
     rows = []
     for k in found:
-        cells = [told(c.speedup(table, "ar", f"dex explorers={k}", task)) for task in tasks]
+        cells = [str(c.speedup(table, "ar", f"dex explorers={k}", task) or "") for task in tasks]
         rows.append([str(k), *cells, " ".join(map(str, grids[k]))])
     words = (
         "DEX over AR, depth-side, by the number of explorers. A tick takes as many layers as the longest stage has: "

@@ -63,8 +63,6 @@ def bootstrap(
     statistic: Statistic = median,
     *,
     resamples: int = RESAMPLES,
-    level: float = LEVEL,
-    seed: int = 0,
 ) -> Interval:
     """A percentile interval by resampling items; pairs stay together, as an item's values are one row.
 
@@ -73,8 +71,6 @@ def bootstrap(
         all NaN are dropped.
       statistic: of [R, N, ...] over axis 1.
       resamples: R.
-      level: share of resamples inside.
-      seed: of the resampling.
 
     Raises:
       DexError: no items.
@@ -84,8 +80,8 @@ def bootstrap(
       2.0
     """
     values = _kept(values)
-    tails = ((1 - level) / 2, (1 + level) / 2)
-    low, high = np.quantile(_resampled(values, statistic, resamples, seed), tails)
+    tails = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+    low, high = np.quantile(_resampled(values, statistic, resamples, 0), tails)
     return Interval(float(statistic(values[None])[0]), float(low), float(high), len(values))
 
 
@@ -94,10 +90,9 @@ def simultaneous(
     statistic: Statistic = median,
     *,
     resamples: int = RESAMPLES,
-    level: float = LEVEL,
     seed: int = 0,
 ) -> list[Interval]:
-    """An interval for each column of values [N, G], so wide that all of them hold together with probability `level`.
+    """An interval for each column of values [N, G], so wide that all of them hold together with probability LEVEL.
 
     By the largest deviation over columns, each in units of its own spread over resamples (max-t); items are resampled
     with their values of every column. Where a column does not vary, its interval is its value. With few items they
@@ -111,7 +106,7 @@ def simultaneous(
     drawn = _resampled(values, statistic, resamples, seed)
     spread = np.std(drawn, axis=0)
     scaled = np.abs(drawn - found) / np.where(spread > 0, spread, np.inf)
-    width = np.quantile(np.max(scaled, axis=1), level) * spread
+    width = np.quantile(np.max(scaled, axis=1), LEVEL) * spread
     return [
         Interval(float(value), float(value - half), float(value + half), len(values))
         for value, half in zip(found, width, strict=True)

@@ -115,7 +115,8 @@ def read_task(name: str, data: str | Path | None) -> list[Asked]:
         name = f"prompts:{data if Path(data).is_file() else task_file(name, data)}"
     if name.startswith("prompts:"):
         file = Path(name.removeprefix("prompts:"))
-        return [Asked(task_name(name), str(number), prompt) for number, prompt in enumerate(read_prompts(str(file)))]
+        called = file.name.split(".")[0]
+        return [Asked(called, str(number), prompt) for number, prompt in enumerate(read_prompts(str(file)))]
     if name not in TASKS:
         raise DexError(f"unknown task {name!r}: choose among {', '.join(TASKS)} and prompts:FILE")
     task = TASKS[name]
@@ -143,11 +144,6 @@ def _asked(name: str, task: Task, row: Any, number: int, where: str) -> Asked:
         raise DexError(f"{where} is {type(row).__name__}, not an item: make it an object with named fields")
     given = None if task.id_field is None else row.get(task.id_field)
     return Asked(name, str(number if given is None else given), task.ask(row, where))
-
-
-def task_name(name: str) -> str:
-    """How a task is called in results: "prompts:FILE" by its file, without folder and suffix."""
-    return Path(name.removeprefix("prompts:")).name.split(".")[0] if name.startswith("prompts:") else name
 
 
 def task_file(name: str, data: str | Path) -> Path:

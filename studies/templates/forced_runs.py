@@ -57,11 +57,7 @@ def layerskip_counts(
 ) -> list[LayerSkipCount]:
     """LayerSkip(depth, draft_length) on each text.
 
-    Args:
-      forced: with the asks of `layerskip_asks`.
-      depth, draft_length: d, g.
-      max_new_tokens: of the run: rounds near it draft less.
-      eos_ids: what an exit gives of these is not drafted.
+    `forced` has the asks of `layerskip_asks`. Rounds near `max_new_tokens` draft less; `eos_ids` are never drafted.
     """
     places = [forced.place(layerskip_ask(depth, i, forced.layers)) for i in range(draft_length)]
     counts, start = [], 0
