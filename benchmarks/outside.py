@@ -52,19 +52,15 @@ class Outside:
             raise DexError(f"--transformers-python {python} does not start: {error.strerror or error}") from error
         self.versions = self._answer()
 
-    def run(self, ids: list[int], new_tokens: int, exit: int | None = None, draft_length: int | None = None) -> Any:
-        """One greedy `generate`; with an exit, with its `assistant_early_exit`.
-
-        Returns:
-          {"tokens", "prefill_seconds", "decode_seconds"}.
+    def run(self, ids: list[int], new_tokens: int) -> Any:
+        """One greedy `generate`: {"tokens", "prefill_seconds", "decode_seconds"}.
 
         Raises:
           DexError: the process has ended or says what is wrong.
         """
         assert self.process.stdin is not None
-        asked = {"new_tokens": new_tokens, "ids": list(ids), "exit": exit, "draft_length": draft_length}
         try:
-            self.process.stdin.write(json.dumps(asked) + "\n")
+            self.process.stdin.write(json.dumps({"new_tokens": new_tokens, "ids": list(ids)}) + "\n")
             self.process.stdin.flush()
         except OSError as error:
             raise DexError(f"transformers' process has ended: {error.strerror or error}") from error

@@ -2,9 +2,8 @@
 
     python benchmarks/transformers_ar.py --serve
 
-Every line on stdin, {"new_tokens": N, "ids": [..], "exit": D | null, "draft_length": G | null}, gives one JSON line;
-with an exit, of a generate with `assistant_early_exit`. The process that asks measures in between, so that both see the
-same machine: `dex_jax.evaluation.outside` does. Needs torch and transformers (the `reference` group).
+Every line on stdin, {"new_tokens": N, "ids": [..]}, gives one JSON line. The process that asks measures in between, so
+that both see the same machine: benchmarks/outside.py does. Needs torch and transformers (the `reference` group).
 """
 
 from __future__ import annotations
@@ -23,33 +22,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from reference import smollm2_torch
 
 
-def timed(model: transformers.LlamaForCausalLM, ids: list[int], n: int, **options) -> tuple[float, list[int]]:
+def timed(model: transformers.LlamaForCausalLM, ids: list[int], n: int) -> tuple[float, list[int]]:
     """Seconds and new tokens of one greedy generate."""
     prompt = torch.tensor([ids])
     begin = time.perf_counter()
-    mask = torch.ones_like(prompt)
-    out = model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=n, **options)
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=n)
     return time.perf_counter() - begin, out[0, len(ids) :].tolist()
 
 
-def answer(
-    model: transformers.LlamaForCausalLM,
-    ids: list[int],
-    new_tokens: int,
-    exit: int | None = None,
-    draft_length: int | None = None,
-) -> dict:
+def answer(model: transformers.LlamaForCausalLM, ids: list[int], new_tokens: int) -> dict:
     """One generate; the prefill, which gives the first token, is timed apart by a generate of one token."""
     prefill, tokens = timed(model, ids, 1)
-    options = {}
-    if exit is not None:
-        config = model.generation_config
-        config.num_assistant_tokens, config.num_assistant_tokens_schedule = draft_length, "constant"
-        config.assistant_confidence_threshold = 0.0
-        options = {"assistant_early_exit": exit}
     total = prefill
     if new_tokens > 1:
-        total, tokens = timed(model, ids, new_tokens, **options)
+        total, tokens = timed(model, ids, new_tokens)
     return {"tokens": tokens, "prefill_seconds": prefill, "decode_seconds": total - prefill}
 
 

@@ -17,7 +17,7 @@ for line in sys.stdin:
     if asked["new_tokens"] > 50:
         print(json.dumps({"error": "too many"}), flush=True)
         continue
-    tokens = [asked["exit"] or 0] * asked["new_tokens"]
+    tokens = [7] * asked["new_tokens"]
     print(json.dumps({"tokens": tokens, "prefill_seconds": 0.5, "decode_seconds": 2.0}), flush=True)
 """
 
@@ -26,10 +26,10 @@ def test_it_is_asked_for_tokens_and_gives_a_line(tmp_path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER, encoding="utf-8")
     outside = Outside(sys.executable, "smollm2-135m", worker)
-    answer = outside.run([1, 2], 5, exit=7, draft_length=2)
+    answer = outside.run([1, 2], 5)
     assert (answer["tokens"], answer["prefill_seconds"], answer["decode_seconds"]) == ([7] * 5, 0.5, 2.0)
     assert (outside.versions["torch"], outside.versions["transformers"]) == ("9.9", "8.8")
-    assert outside.run([1], 3)["tokens"] == [0] * 3
+    assert outside.run([1], 3)["tokens"] == [7] * 3
     with pytest.raises(DexError, match="too many"):
         outside.run([1], 51)
     outside.close()
