@@ -18,9 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from reference.checkpoints import write_checkpoint
-from reference.small_models import LLAMA, ragged_prompts, random_reader, small_model
-from test_drafted_models import drafter as random_drafter
-from test_trained_exits import random_exits
+from reference.small_models import LLAMA, ragged_prompts, random_drafter, random_exits, random_reader, small_model
 
 import dex_jax
 from dex_jax import AR, Dex, Stacked, Staged

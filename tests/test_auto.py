@@ -14,30 +14,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference.small_models import LLAMA, ragged_prompts, small_model
+from reference.small_models import LLAMA, ragged_prompts, random_drafter, random_exits, small_model
 
 import dex_jax
 from dex_jax import AR, Dex
-from dex_jax.config import ExitsConfig
 from dex_jax.decoding import auto, costs
 from dex_jax.decoding.auto import SMALLEST_GAIN, candidates, settle
 from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
 from dex_jax.decoding.dex.drafts import TreeShape
-from dex_jax.decoding.dex.trees import LOOKUP_TREE, LOOKUP_TREES, KnownTree, known_trees, with_trees
+from dex_jax.decoding.dex.trees import LOOKUP_TREES, KnownTree, known_trees, with_trees
 from dex_jax.decoding.pace import Pace
-from dex_jax.io.exits_file import TrainedExits
-from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Stacked, Staged, Unrolled
 
 FLOAT32 = np.dtype("float32")
 STAGED = Stacked((2, 4))
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-
-
-def exits_at(depths: tuple[int, ...], **metadata) -> TrainedExits:
-    config = ExitsConfig("mlp", depths, LLAMA.width, fused=True, hidden=12, draft_size=40)
-    parameters = {name: np.zeros(shape, np.float32) for name, (shape, _) in exit_parameters(config).items()}
-    return TrainedExits(config, parameters, np.arange(40, dtype=np.int32), "0", metadata, "somewhere")
 
 
 def costs_of(a_row_more: float) -> StepCosts:
@@ -64,9 +55,9 @@ def test_what_was_asked_for_is_not_settled(monkeypatch) -> None:
     tree = TreeShape((1,), 0, (0.5,) * 8)
     for method in (AR(), Dex(explorers=1), Dex(depths=(2, 4)), Dex(rows=2), Dex(decs=False), Dex(draft=tree)):
         assert chosen(method) == (method, None)
-    method, why = chosen(Dex(), exits_at((1, 2)))
+    method, why = chosen(Dex(), random_exits("mlp", depths=(1, 2)))
     assert method == Dex(explorers=3), "as many as exits of one's own are for"
-    assert "which the exits in somewhere are for" in why
+    assert "which the exits in random are for" in why
 
 
 def test_cheap_rows_mean_drafts(cheap_rows) -> None:
@@ -104,7 +95,7 @@ def test_on_a_mesh_each_stage_has_an_explorer_that_chooses_its_rows(monkeypatch,
 
 def test_a_drafter_brings_its_trees() -> None:
     trees = [KnownTree(TreeShape((2, 1), 2, (0.5,) * 8), 2.5), KnownTree(TreeShape((1,), 1, (0.5,) * 8), 1.7)]
-    drafter = with_trees(exits_at((0,)), trees)
+    drafter = with_trees(random_drafter(), trees)
     assert known_trees(drafter) == tuple(trees)
     for a_row_more, tree in ((0.008, trees[0]), (0.5, trees[1])):
         plain, drafting = candidates(costs_of(a_row_more), drafter)
@@ -206,7 +197,14 @@ def figures(monkeypatch, tmp_path):
 def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path, layout) -> None:
     monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "step_costs.json"))
     monkeypatch.setattr(costs, "_KNOWN", {})
-    first = step_costs(LLAMA, layout, jnp.float32, 1, 100, with_trees(exits_at((0,)), [KnownTree(LOOKUP_TREE, 2.0)]))
+    first = step_costs(
+        LLAMA,
+        layout,
+        jnp.float32,
+        1,
+        100,
+        random_drafter(),
+    )
     assert first.rows == ROWS
     assert 0 < first.seconds[0] <= first.seconds[-1] < 10
     assert 0 < first.overhead < 1

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import slow
-from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, small_model
-from test_trained_exits import random_exits
+from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, random_drafter, random_exits, small_model
 
 import dex_jax
-from dex_jax.config import ExitsConfig
 from dex_jax.decoding import resolve as resolving
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.decoding.counting import ticks_of
@@ -23,29 +20,13 @@ from dex_jax.decoding.dex.trees import LOOKUP_TRUST, KnownTree, known_trees, wit
 from dex_jax.decoding.resolve import resolve
 from dex_jax.evaluation import tree_search
 from dex_jax.evaluation.tree_search import first_tree, large_tree, neighbours, search_trees
-from dex_jax.io.exits_file import TrainedExits
-from dex_jax.nn.exits import exit_parameters, heads_of
+from dex_jax.nn.exits import heads_of
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.weights import merge_model
 from dex_jax.training.distillation import read_drafts
 from dex_jax.training.stream import Activations
 
-CONFIG = ExitsConfig("mlp", (0,), LLAMA.width, fused=True, hidden=12, draft_size=40)
-KINDS = {kind: dataclasses.replace(CONFIG, kind=kind) for kind in ("mlp", "linear")}
 ONE = dex_jax.Dex(explorers=1)
-
-
-@functools.cache
-def drafter(kind: str = "mlp", widths: tuple[int, ...] = (3, 2, 1, 1), drafted: int = 3) -> TrainedExits:
-    """A random drafter, near the model's own head."""
-    rng = np.random.default_rng(1)
-    parameters = {}
-    for name, (shape, start) in exit_parameters(KINDS[kind]).items():
-        scale = 0.3 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.1
-        parameters[name] = (rng.standard_normal(shape) * scale + (start in ("norm", "scale"))).astype(np.float32)
-    vocabulary = np.sort(rng.permutation(LLAMA.vocab_size)[:40]).astype(np.int32)
-    tree = KnownTree(TreeShape(widths, drafted, (0.3, *[0.7] * 7)), 1.5)
-    return with_trees(TrainedExits(KINDS[kind], parameters, vocabulary, "0", {}, "random"), [tree])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +51,7 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
     ],
 )
 def test_tokens_are_those_of_ar_and_exits_no_later(lm, explorers, exits, options) -> None:
-    prompts, given = ragged_prompts(3), exits if exits == "shared" else drafter(exits)
+    prompts, given = ragged_prompts(3), exits if exits == "shared" else random_drafter(exits)
     method = dex_jax.Dex(explorers=explorers, rows=200 if explorers == 4 else 40)  # never pruned
     plain, silent, out = (
         dex_jax.generate(lm, prompts, method=each, exits=of, max_new_tokens=40, **options)
@@ -97,11 +78,11 @@ def test_tokens_are_those_of_ar_and_exits_no_later(lm, explorers, exits, options
 @pytest.mark.parametrize("explorers", [1, 3])
 def test_the_stacked_layout_gives_the_same(lm, explorers) -> None:
     prompts, method = ragged_prompts(2), dex_jax.Dex(explorers=explorers)
-    before = dex_jax.generate(lm, prompts, method=method, exits=drafter(), max_new_tokens=24)
+    before = dex_jax.generate(lm, prompts, method=method, exits=random_drafter(), max_new_tokens=24)
     other = small_model()
     depths = method.schedule_for(LLAMA.num_layers).depths
     other.arrange(dex_jax.Stacked(depths if explorers > 1 else (1, 3, LLAMA.num_layers)))
-    out = dex_jax.generate(other, prompts, method=method, exits=drafter(), max_new_tokens=24)
+    out = dex_jax.generate(other, prompts, method=method, exits=random_drafter(), max_new_tokens=24)
     assert out.tokens.tolist() == before.tokens.tolist()
     assert out.stats.exits.tolist() == before.stats.exits.tolist()
 
@@ -109,7 +90,7 @@ def test_the_stacked_layout_gives_the_same(lm, explorers) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("explorers", [1, 3])
 def test_a_batch_is_its_single_runs(lm, explorers) -> None:
-    prompts, options = ragged_prompts(4), {"method": dex_jax.Dex(explorers=explorers), "exits": drafter()}
+    prompts, options = ragged_prompts(4), {"method": dex_jax.Dex(explorers=explorers), "exits": random_drafter()}
     together = dex_jax.generate(lm, prompts, max_new_tokens=24, **options, **SAMPLED)
     for row, prompt in enumerate(prompts):
         seed = SAMPLED | {"seed": SAMPLED["seed"] + row}
@@ -121,7 +102,7 @@ def test_a_batch_is_its_single_runs(lm, explorers) -> None:
 
 @pytest.mark.parametrize("kind", [slow("attn"), slow("linear")])
 def test_trained_exits_and_a_drafter_work_together(lm, monkeypatch, kind) -> None:
-    monkeypatch.setattr(resolving, "default_drafter", lambda fingerprint: drafter())
+    monkeypatch.setattr(resolving, "default_drafter", lambda fingerprint: random_drafter())
     exits, prompts = random_exits(kind, fused=kind == "linear", draft=30), ragged_prompts(2)
     plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), max_new_tokens=30)
     out = dex_jax.generate(lm, prompts, method=dex_jax.Dex(explorers=4), exits=exits, max_new_tokens=30)
@@ -130,11 +111,12 @@ def test_trained_exits_and_a_drafter_work_together(lm, monkeypatch, kind) -> Non
     assert {0, 4} < set(out.stats.exits[:, 1:].ravel().tolist()), "drafts, and exits beside them"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
 def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> None:
     """A chain of drafts after a prompt, read in two pieces, against `read_drafts` at the same positions."""
     model = merge_model(lm.config, lm.layout, lm.weights)
-    given, config, drafted, prefix = drafter(kind), KINDS[kind], 4, 6
+    given, drafted, prefix = random_drafter(kind), 4, 6
+    config = given.config
     # What bfloat16 holds exactly, as a drafter may be kept in it.
     exact = {name: value.astype(jnp.bfloat16).astype(np.float32) for name, value in given.parameters.items()}
     given = dataclasses.replace(given, parameters=exact)
@@ -174,16 +156,16 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
 
 def test_what_does_not_fit_is_refused(lm) -> None:
     for changes, says in (({"fused": False}, "kind mlp"), ({"kind": "attn"}, "kind attn")):
-        other = dataclasses.replace(drafter(), config=dataclasses.replace(CONFIG, **changes))
+        other = dataclasses.replace(random_drafter(), config=dataclasses.replace(random_drafter().config, **changes))
         with pytest.raises(dex_jax.DexError, match=f"one fused exit at depth 0 .* random has one of {says}"):
             resolve(ONE, other, lm.config, "0")
     with pytest.raises(dex_jax.DexError, match="width 32, and this one has 64"):
-        resolve(ONE, drafter(), dataclasses.replace(LLAMA, width=64), "0")
+        resolve(ONE, random_drafter(), dataclasses.replace(LLAMA, width=64), "0")
     with pytest.raises(dex_jax.DexError, match="random holds exits at depths, and one explorer has none"):
         resolve(ONE, random_exits("linear"), lm.config, "0")
     with pytest.raises(dex_jax.DexError, match="random holds a drafter, and the method has none"):
-        resolve(dex_jax.Dex(explorers=2, draft=False), drafter(), lm.config, "0")
-    resolved = resolve(ONE, drafter(), lm.config, "another")
+        resolve(dex_jax.Dex(explorers=2, draft=False), random_drafter(), lm.config, "0")
+    resolved = resolve(ONE, random_drafter(), lm.config, "another")
     assert "trained on another model" in resolved.remarks[0]
     assert resolved.schedule.drafts == TreeShape((3, 2, 1, 1), 3, (0.3, *[0.7] * 7))
     assert resolve(ONE, "default", lm.config, "none ships").drafter is None
@@ -192,7 +174,7 @@ def test_what_does_not_fit_is_refused(lm) -> None:
 def test_a_tree_of_ones_own_replaces_the_drafters(lm) -> None:
     shape = TreeShape((2, 1), 1, (0.5,) * 8)
     method = dex_jax.Dex(explorers=1, draft=shape)
-    assert resolve(method, drafter(), lm.config, "0").schedule.drafts == shape
+    assert resolve(method, random_drafter(), lm.config, "0").schedule.drafts == shape
     assert resolve(method, "shared", lm.config, "0").schedule.rows == 4
     with pytest.raises(dex_jax.DexError, match="3 of \\(2, 1\\)"):
         dataclasses.replace(shape, drafted=3)
@@ -202,7 +184,7 @@ def test_a_tree_of_ones_own_replaces_the_drafters(lm) -> None:
 
 def test_several_explorers_take_the_largest_tree(lm) -> None:
     small, large = (KnownTree(TreeShape(widths, 1, (0.5,) * 8), 1.5) for widths in ((1,), (4, 3, 2)))
-    given = with_trees(drafter(), [small, large])
+    given = with_trees(random_drafter(), [small, large])
     assert resolve(ONE, given, lm.config, "0").schedule.drafts == small.shape
     assert resolve(dex_jax.Dex(explorers=2), given, lm.config, "0").schedule.drafts == large.shape
 
@@ -226,7 +208,7 @@ def test_trees_around_one() -> None:
 def test_the_search_climbs_for_each_size(lm, monkeypatch, drafted) -> None:
     cheap = StepCosts(ROWS, tuple(1 + 0.01 * (rows - 1) for rows in ROWS))
     monkeypatch.setattr(tree_search, "step_costs", lambda *about: cheap)
-    tried, prompts, given = [], [[3, 4, 5], [9, 8]], drafter() if drafted else None
+    tried, prompts, given = [], [[3, 4, 5], [9, 8]], random_drafter() if drafted else None
     options = {"new_tokens": 16, "steps": 1, "tell": tried.append}
     found = search_trees(lm, given, prompts, sizes=(2, 4), largest=8, **options)
     if drafted:
@@ -239,7 +221,7 @@ def test_the_search_climbs_for_each_size(lm, monkeypatch, drafted) -> None:
         method = dex_jax.Dex(explorers=1, draft=best.tree.shape)
         out = dex_jax.generate(lm, prompts, method=method, exits=given or "shared", max_new_tokens=16)
         assert best.tree.tokens_a_tick == (out.lengths - 1).sum() / out.stats.ticks.sum()
-    kept = with_trees(drafter(), [each.tree for each in found])
+    kept = with_trees(random_drafter(), [each.tree for each in found])
     assert known_trees(kept) == tuple(each.tree for each in found)
     assert resolve(ONE, kept, lm.config, "0").schedule.drafts == found[0].tree.shape
     with pytest.raises(dex_jax.DexError, match="sizes must be among 2, 4, 8, 16, not 3"):

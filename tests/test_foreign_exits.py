@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reference.small_models import random_exits
 from safetensors.numpy import load_file, save
 from test_foreign_files import DAMAGE, DEEP, NASTY, changed, check, damaged, edited, many, places, refused
-from test_trained_exits import random_exits
 
 from dex_jax.decoding.dex.trees import known_trees, with_trees
 from dex_jax.io.exits_file import load_exits, save_exits

@@ -8,7 +8,7 @@ import fsspec
 import numpy as np
 import pytest
 from reference.checkpoints import write_checkpoint
-from test_trained_exits import random_exits
+from reference.small_models import random_exits
 
 import dex_jax
 from dex_jax.cli.decode import main as decode

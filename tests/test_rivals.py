@@ -18,7 +18,7 @@ from reference.small_models import (
     LetterTokenizer,
     assert_same_tokens,
     ragged_prompts,
-    random_parameters,
+    random_exits,
     small_model,
 )
 from reference.toy_models import ToyModel, cached_tables, toy_network, toy_prefill
@@ -50,20 +50,12 @@ METHODS = {
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
 OPTIONS = {"greedy": {}, "sampled": SAMPLED}
 NEW_TOKENS = 32
+EXITS = {"attn": random_exits("attn", draft=40), "linear": random_exits("linear", fused=True, draft=40)}
 
 
 @functools.cache
 def model(config=LLAMA, layout=None):
     return small_model(config, layout)
-
-
-@functools.cache
-def trained(kind: str) -> TrainedExits:
-    """Random exits near the model's own head, at depths 1 to 3."""
-    options = {"hidden": 12, "heads": 2, "head_dim": 8, "window": 5} if kind == "attn" else {"fused": True}
-    config = ExitsConfig(kind, (1, 2, 3), LLAMA.width, draft_size=40, **options)
-    vocabulary = np.sort(np.random.default_rng(1).permutation(LLAMA.vocab_size)[:40]).astype(np.int32)
-    return TrainedExits(config, random_parameters(config), vocabulary, "0", {}, "random")
 
 
 def generated(lm, method, prompts, options, exits="shared", **more):
@@ -127,7 +119,7 @@ def test_tokens_are_those_of_ar(name, how) -> None:
     [("del", "attn"), slow("adadecode", "attn"), slow("adadecode", "linear"), slow("oracle", "linear")],
 )
 def test_trained_exits_draft_as_well(name, kind) -> None:
-    output = generated(model(), METHODS[name], ragged_prompts(3), SAMPLED, exits=trained(kind))
+    output = generated(model(), METHODS[name], ragged_prompts(3), SAMPLED, exits=EXITS[kind])
     assert_same_tokens(model(), output, plain("sampled", 3), **filters(SAMPLED))
     assert_counts(output)
     assert output.stats.exits_source == "random"
@@ -136,7 +128,7 @@ def test_trained_exits_draft_as_well(name, kind) -> None:
 @pytest.mark.slow
 def test_the_stacked_layout_gives_the_same() -> None:
     prompts, stacked = ragged_prompts(2)[:1], model(LLAMA, dex_jax.Stacked((1, 3, 4)))
-    one, other = (generated(lm, METHODS["del"], prompts, SAMPLED, trained("attn")) for lm in (model(), stacked))
+    one, other = (generated(lm, METHODS["del"], prompts, SAMPLED, EXITS["attn"]) for lm in (model(), stacked))
     assert one.tokens.tolist() == other.tokens.tolist()
     for count in ("exits", "layer_steps", "drafted", "accepted"):
         assert getattr(one.stats, count).tolist() == getattr(other.stats, count).tolist()
@@ -146,9 +138,9 @@ def test_the_stacked_layout_gives_the_same() -> None:
 @pytest.mark.slow
 def test_a_batch_is_its_single_runs() -> None:
     prompts = ragged_prompts(3)
-    together = generated(model(), METHODS["del"], prompts, SAMPLED, trained("attn"))
+    together = generated(model(), METHODS["del"], prompts, SAMPLED, EXITS["attn"])
     for row, prompt in enumerate(prompts):
-        alone = generated(model(), METHODS["del"], [prompt], SAMPLED | {"seed": 5 + row}, trained("attn"))
+        alone = generated(model(), METHODS["del"], [prompt], SAMPLED | {"seed": 5 + row}, EXITS["attn"])
         assert alone.tokens[0].tolist() == together.tokens[row].tolist()
         assert alone.stats.exits[0].tolist() == together.stats.exits[row].tolist()
         assert alone.stats.layer_steps[0] == together.stats.layer_steps[row]
@@ -230,7 +222,7 @@ def test_half_precision_keeps_its_dtypes(kind) -> None:
     layout, dtype = dex_jax.Unrolled(), jnp.dtype(jnp.bfloat16)
     schedule = DEL(draft_length=3).schedule_for(4)
     shapes = session_shapes(LLAMA, dtype, schedule, layout, 2, 64, sampled=True)
-    given = trained(kind)
+    given = EXITS[kind]
     spec = session.Spec(LLAMA, layout, schedule, given.config)
 
     def decode(weights, memory, last, lengths, limits, sampling):
@@ -287,8 +279,8 @@ def test_depths_come_from_the_exits_as_those_of_dex() -> None:
     assert resolved(LayerSkip(exit=2), "shared").depths == (2, 4)
     assert resolve(LayerSkip(exit=2), "default", LLAMA, "0").source == "shared"
     # All that are trained, unless depths are given.
-    assert resolved(DEL(), trained("attn")).depths == resolved(Oracle(), trained("attn")).depths == (1, 2, 3, 4)
-    assert resolved(DEL(depths=(2, 4)), trained("attn")).policy.depths == (2, 4)
+    assert resolved(DEL(), EXITS["attn"]).depths == resolved(Oracle(), EXITS["attn"]).depths == (1, 2, 3, 4)
+    assert resolved(DEL(depths=(2, 4)), EXITS["attn"]).policy.depths == (2, 4)
     with pytest.raises(DexError, match="trained at depths 1, 3: choose depths among them"):
         resolved(LayerSkip(exit=2), some)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import slow
 from flax import nnx
-from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, small_model
+from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, random_exits, small_model
 
 import dex_jax
 from dex_jax.config import EXIT_KINDS, ExitsConfig
@@ -25,20 +25,6 @@ from dex_jax.nn.weights import merge_model
 
 WIDTH = LLAMA.width
 WINDOW = 5
-
-
-def random_exits(kind: str, *, fused: bool = False, draft: int | None = None, depths=(1, 2, 3), seed=0) -> TrainedExits:
-    """Exits with random parameters: near the model's own head, so that proposals are sometimes right."""
-    config = ExitsConfig(
-        kind, depths, WIDTH, fused, rank=4, hidden=12, heads=2, head_dim=8, window=WINDOW, draft_size=draft
-    )
-    rng = np.random.default_rng([seed, len(kind)])
-    parameters = {}
-    for name, (shape, start) in exit_parameters(config).items():
-        scale = 0.3 / np.sqrt(shape[-1]) if len(shape) > 1 else 0.1
-        parameters[name] = (rng.standard_normal(shape) * scale + (start in ("norm", "scale"))).astype(np.float32)
-    vocabulary = None if draft is None else np.sort(rng.permutation(LLAMA.vocab_size)[:draft]).astype(np.int32)
-    return TrainedExits(config, parameters, vocabulary, "0", {}, "random")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,10 @@ import numpy as np
 
 import dex_jax
 from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.trees import KnownTree, with_trees
 from dex_jax.evaluation.check import compare
+from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Layout, Transformer, Unrolled, build, layer_parameters, parameter_shapes
@@ -82,13 +85,32 @@ def small_model(
     return LanguageModel(model, tokenizer=tokenizer, source="random", fingerprint="0")
 
 
-def random_parameters(config: ExitsConfig, seed: int = 1, spread: float = 0.3) -> dict[str, np.ndarray]:
+def random_parameters(
+    config: ExitsConfig, seed: int | np.random.Generator = 1, spread: float = 0.3
+) -> dict[str, np.ndarray]:
     """Parameters of exits that have learnt nothing, but whose every part matters."""
     rng, made = np.random.default_rng(seed), {}
     for name, (shape, start) in exit_parameters(config).items():
         scale = spread / np.sqrt(shape[-1]) if len(shape) > 1 else 0.1
         made[name] = (rng.standard_normal(shape) * scale + (start in ("norm", "scale"))).astype(np.float32)
     return made
+
+
+def random_exits(kind: str, *, fused: bool = False, draft: int | None = None, depths=(1, 2, 3), seed=0) -> TrainedExits:
+    """Exits of LLAMA near the model's own head, so that proposals are sometimes right."""
+    sizes = {"rank": 4, "hidden": 12, "heads": 2, "head_dim": 8, "window": 5}
+    config = ExitsConfig(kind, depths, LLAMA.width, fused, **sizes, draft_size=draft)
+    rng = np.random.default_rng([seed, len(kind)])
+    parameters = random_parameters(config, rng)
+    vocabulary = None if draft is None else np.sort(rng.permutation(LLAMA.vocab_size)[:draft]).astype(np.int32)
+    return TrainedExits(config, parameters, vocabulary, "0", {}, "random")
+
+
+@functools.cache
+def random_drafter(kind: str = "mlp") -> TrainedExits:
+    """A drafter that knows a tree of its own."""
+    tree = KnownTree(TreeShape((3, 2, 1, 1), 3, (0.3, *[0.7] * 7)), 1.5)
+    return with_trees(random_exits(kind, fused=True, draft=40, depths=(0,)), [tree])
 
 
 class SmallModel:
