@@ -22,7 +22,6 @@ from studies.bench.results import read_results, to_line
 from studies.bench.runs import Run
 from studies.flags import add_flags
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 RESULTS = Path(__file__).parents[1] / "results"
 PROMPTS = "ABC\nBCDA\nQRSTUV\nZYX\nMNOPQ\nKLM\nEFGHI\nXXYYZ\n"
 
@@ -221,23 +220,6 @@ def test_costs_are_medians_over_rounds_and_kinds_stay_apart() -> None:
     assert costs(runs, "wall") == {"ar": {("t", "default", "1"): 1.0}}
     assert costs(runs, "depth") == {"ar": {("t", "default", "1"): 4.0}}
     assert "99" in to_line(runs[0])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data sets in ../shared/data, which are not committed")
-def test_real_files_through_a_real_tokenizer(monkeypatch, tmp_path) -> None:
-    from dex_jax.language_model import outline
-
-    tokenizer = outline("smollm2-135m").tokenizer
-    lm = small_model(dataclasses.replace(LLAMA, num_layers=1, vocab_size=49152), tokenizer=tokenizer)
-    monkeypatch.setattr("dex_jax.language_model.load", lambda name, dtype: lm)
-    flags = ["--tasks", "gsm8k,humaneval,spec_bench,hellaswag,mmlu", "--data", str(DATA), "--prompts", "1"]
-    flags += ["--tune-prompts", "0", "--longest-prompt", "250", "--max-new-tokens", "4", "--no-chat"]
-    flags += ["--methods", "ar", "--timed", "none", "--no-plots", "--output", str(tmp_path / "out")]
-    assert bench.main(flags) == 0
-    runs = read_results(tmp_path / "out")
-    assert sorted(run.task for run in runs) == ["gsm8k", "hellaswag", "humaneval", "mmlu", "spec_bench"]
-    assert all(4 < run.prompt_tokens <= 250 for run in runs)
 
 
 def test_a_study_of_templates_is_another_report(tmp_path, capsys) -> None:

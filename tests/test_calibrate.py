@@ -27,8 +27,9 @@ def machine(tmp_path_factory):
         patch.setattr(calibrate, "UNCACHED", 1e5)
         patch.setattr("dex_jax.evaluation.planner.workload.config_of", lambda source: LLAMA)
         patch.setattr(calibrate, "STAGES", 2)
+        patch.setattr(calibrate, "device_memory", lambda device: None)
         arguments = ["--rows", "1", "4", "--repeats", "2", "--least", "0.001", "--long", "128", "--output", str(file)]
-        assert command.main(arguments) == 0
+        assert command.main([*arguments, "--memory", "1.5"]) == 0
     return hardware(str(file))
 
 
@@ -40,7 +41,7 @@ def test_all_that_the_planner_reads_is_measured(machine) -> None:
         assert all(math.isfinite(seconds) and seconds >= 0 for _, seconds in curve)
     assert all(seconds > 0 for _, seconds in (*measured.head, *measured.exits))
     assert min(*measured.layer_seconds.values(), measured.tick_seconds) > 0
-    assert machine.device.itemsize == 4
+    assert (machine.device.itemsize, machine.device.memory) == (4, 1.5e9)
     # Bytes and operations a second, not billions of them: more cannot be said of 100 kB on a busy machine.
     assert machine.device.bandwidth > 1e6
     assert machine.device.flops > 1e6
@@ -102,10 +103,5 @@ def test_bad_calibrations(flags: list[str], message: str, tmp_path, capsys) -> N
 def test_memory_that_a_device_keeps_to_itself_is_asked_for(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(calibrate, "device_memory", lambda device: None)
     monkeypatch.setattr("dex_jax.evaluation.planner.workload.config_of", lambda source: LLAMA)
-    monkeypatch.setattr(calibrate, "UNCACHED", 1e5)
-    file = tmp_path / "here.json"
-    assert command.main(["--output", str(file)]) == 2
+    assert command.main(["--output", str(tmp_path / "here.json")]) == 2
     assert "does not say how much memory it has: give --memory GB" in capsys.readouterr().err
-    quick = ["--rows", "1", "--repeats", "1", "--least", "0.001", "--long", "128"]
-    assert command.main([*quick, "--memory", "1.5", "--output", str(file)]) == 0
-    assert hardware(str(file)).device.memory == 1.5e9

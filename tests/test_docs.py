@@ -15,6 +15,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from conftest import slow
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
@@ -37,7 +38,7 @@ LINUX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios")
 
 def run_page(page: str, replace: tuple[str, str] = ("", "")) -> dict:
     """Runs the blocks of Python on a page one after the other; returns the names that they leave."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8").replace(*replace)
+    text = (ROOT / page).read_text(encoding="utf-8").replace(*replace)
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(block, page, "exec"), names)
@@ -63,29 +64,32 @@ def test_examples_are_sections_that_pages_show_as_code() -> None:
     assert not [str(path) for path, source in sources.items() if re.search(r"^ *Example:$", source, re.MULTILINE)]
 
 
-@pytest.mark.slow
-def test_the_start_page_runs(monkeypatch, capsys, tmp_path) -> None:
-    pytest.importorskip("matplotlib", reason="the page draws a picture")
-    generate, trace = dex_jax.generate, dex_jax.trace
+@pytest.mark.parametrize("page", ["README.md", slow("docs/index.md")])
+def test_the_library_examples_run(page, monkeypatch, capsys, tmp_path) -> None:
+    """With a small model, four tokens and two explorers."""
+    pytest.importorskip("matplotlib", reason="a page draws a picture")
+    generate, trace, two = dex_jax.generate, dex_jax.trace, dex_jax.Dex(explorers=2, draft=False)
     tokenizer = outline("smollm2-135m").tokenizer
     lm = small_model(dataclasses.replace(LLAMA, num_layers=2, vocab_size=49152), tokenizer=tokenizer)
 
     def shortened(lm, prompts, method=None, **options):
-        method = method if isinstance(method, dex_jax.AR) else dex_jax.Dex(explorers=2, draft=False)
+        method = method if isinstance(method, dex_jax.AR) else two
         return generate(lm, prompts, method=method, **(options | {"max_new_tokens": 4}))
 
     monkeypatch.setattr(dex_jax, "load", lambda source: lm)
     monkeypatch.setattr(dex_jax, "generate", shortened)
-    two = dex_jax.Dex(explorers=2, draft=False)
     monkeypatch.setattr(dex_jax, "trace", lambda lm, prompt, **_: trace(lm, prompt, method=two, max_new_tokens=4))
     monkeypatch.chdir(tmp_path)
-    run_page("index.md")
-    assert "\x1b[38;5;" in capsys.readouterr().out
-    assert (tmp_path / "lattice.png").read_bytes().startswith(b"\x89PNG")
+    run_page(page)
+    shown = capsys.readouterr().out
+    assert shown.count("\n") >= 2
+    if page != "README.md":
+        assert "\x1b[38;5;" in shown
+        assert (tmp_path / "lattice.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_configuration_of_own_exits_is_one() -> None:
-    assert run_page("howto_own_exits.md")["config"].exits.depths == (7, 14, 21)
+    assert run_page("docs/howto_own_exits.md")["config"].exits.depths == (7, 14, 21)
 
 
 def programs() -> dict[str, dict[str, set[str]]]:
@@ -248,19 +252,3 @@ def test_it_is_short_and_begins_with_what_a_reader_needs() -> None:
     title = "Depth Exploration for LLM Decoding"
     assert title in text.replace("\n", " ")
     assert title in (README.parent / "CITATION.cff").read_text(encoding="utf-8")
-
-
-def test_the_library_example_runs(monkeypatch, capsys) -> None:
-    tokenizer = outline("smollm2-135m").tokenizer
-    lm = small_model(dataclasses.replace(LLAMA, num_layers=2, vocab_size=49152), tokenizer=tokenizer)
-    real = dex_jax.generate
-
-    def shortened(lm, prompts, method=None, **options):
-        method = method if isinstance(method, dex_jax.AR) else dex_jax.Dex(explorers=2, draft=False)
-        return real(lm, prompts, method=method, **(options | {"max_new_tokens": 4}))
-
-    monkeypatch.setattr(dex_jax, "load", lambda source: lm)
-    monkeypatch.setattr(dex_jax, "generate", shortened)
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    exec(compile(example, str(README), "exec"), {})
-    assert capsys.readouterr().out.count("\n") >= 2

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-import signal
 import subprocess
 import sys
 import types
-from pathlib import Path
 
+import exit_training_worker
 import jax
 import numpy as np
 import pytest
@@ -22,22 +22,14 @@ from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits
 from dex_jax.nn.exits import initial_heads, parameters_of
 from dex_jax.training.checkpoints import Checkpoints
-from dex_jax.training.distillation import DistillationOptions
+from dex_jax.training.distillation import Distillation, DistillationOptions
 from dex_jax.training.exit_training import held_out_texts, train_exits
 from dex_jax.training.items import Item, Turn
 from dex_jax.training.journal import read_journal
 
-WORKER = Path(__file__).with_name("exit_training_worker.py")
-
 
 def quiet(line: str) -> None:
     """Tells nobody."""
-
-
-def work(folder: Path, *arguments: str, **environment: str) -> int:
-    """The exit status of a training in a process of its own."""
-    command = [sys.executable, str(WORKER), str(folder), *arguments]
-    return subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu", **environment}).returncode
 
 
 def largest_change(one: TrainedExits, other: dict[str, np.ndarray]) -> float:
@@ -75,12 +67,21 @@ def test_a_run_writes_its_exits_and_figures(whole) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_exits(whole, tmp_path, capfd) -> None:
-    assert work(tmp_path, "--die-before", "5") == -signal.SIGKILL
-    assert not (tmp_path / "one" / "exits.safetensors").exists()
-    exits = train_exits(CONFIG, base_model(), tmp_path / "one", tell=quiet)
+def test_a_run_that_broke_off_goes_on_to_the_same_exits(whole, tmp_path, monkeypatch, capfd) -> None:
+    next_batch, steps = Distillation.next_batch, itertools.count()
+
+    def breaking(self, cursor):
+        if next(steps) == 5:
+            raise RuntimeError("broken off")
+        return next_batch(self, cursor)
+
+    monkeypatch.setattr(Distillation, "next_batch", breaking)
+    with pytest.raises(RuntimeError, match="broken off"):
+        train_exits(CONFIG, base_model(), tmp_path, tell=quiet)
+    assert not (tmp_path / "exits.safetensors").exists()
+    exits = train_exits(CONFIG, base_model(), tmp_path, tell=quiet)
     assert "Resuming from step" in capfd.readouterr().err
-    for found in (exits, load_exits(tmp_path / "one")):
+    for found in (exits, load_exits(tmp_path)):
         assert np.array_equal(found.vocabulary, whole.exits.vocabulary)
         for name, value in whole.exits.parameters.items():
             assert np.array_equal(found.parameters[name], value), name
@@ -226,8 +227,9 @@ def test_held_out_texts_are_prompts_with_answers(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_mesh_gives_one_devices_exits(whole, tmp_path) -> None:
-    assert work(tmp_path, "--evaluation-texts", "0", "--meshes", "2x2", XLA_FLAGS=flags_for_devices(4)) == 0
-    exits = load_exits(tmp_path / "2x2")
+    flags = {"XLA_FLAGS": flags_for_devices(4), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, exit_training_worker.__file__, tmp_path], env=os.environ | flags, check=True)
+    exits = load_exits(tmp_path)
     assert np.array_equal(exits.vocabulary, whole.exits.vocabulary)
     for name, value in whole.exits.parameters.items():
         np.testing.assert_allclose(exits.parameters[name], value, rtol=1e-4, atol=2e-6, err_msg=name)

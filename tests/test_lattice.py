@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import chex
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -81,33 +80,6 @@ def flat(field: jax.Array) -> np.ndarray:
     return np.asarray(field).reshape(STAGES * ROWS, *field.shape[2:])
 
 
-def test_row_numbers() -> None:
-    assert [lat.full_rows(k) for k in range(1, 9)] == [1, 1, 2, 4, 8, 16, 32, 64]
-    assert [lat.default_rows(k) for k in (1, 2, 3, 4, 5, 6, 30)] == [1, 1, 2, 4, 8, 16, 32]
-
-
-def test_stage_k_runs_the_cohort_of_tick_t_minus_k() -> None:
-    for tick in range(1, 12):
-        expected = [(tick - k) % STAGES for k in range(1, STAGES + 1)]
-        assert stage_rows(jnp.int32(tick), stages=STAGES).tolist() == expected
-
-
-def test_a_fresh_root_stands_alone_in_its_cohort() -> None:
-    lattice = rooted(tick=6, token=7, position=5)
-    at = slot(6, 0)
-    assert int(lattice.root) == at
-    assert live_slots(lattice) == {at}
-    assert visible(lattice, at) == {at}
-    assert (flat(lattice.token)[at], flat(lattice.position)[at]) == (7, 5)
-    assert (flat(lattice.parent)[at], flat(lattice.born_at)[at]) == (NO_NODE, STAGES)
-
-
-def test_the_root_finishes_after_k_ticks() -> None:
-    lattice = rooted(tick=2)
-    assert [bool(root_finished(lattice, jnp.int32(tick))) for tick in (3, 4, 5, 6)] == [False, False, False, True]
-    assert not bool(root_finished(empty(), jnp.int32(STAGES)))
-
-
 def test_a_child_knows_its_place() -> None:
     lattice = grown(proposals((1, 0, 11, -1.0)), proposals((1, 0, 21, -0.5), (2, 0, 12, -2.0)))
     root, child, deep, other = slot(0, 0), slot(1, 0), slot(2, 0), slot(2, 1)
@@ -157,15 +129,6 @@ def test_collapse_keeps_the_subtree_of_the_committed_token() -> None:
     assert flat(kept.score)[[root, child]].tolist() == [0.0, -0.25]
 
 
-def test_collapse_without_a_match_leaves_nothing() -> None:
-    lattice = grown(proposals((1, 0, 11, -1.0)), proposals((1, 0, 21, -0.5), (2, 0, 12, -2.0)))
-    # 21 is in the lattice, but as a grandchild.
-    path, kept = commit(lattice, 21)
-    assert (int(path.length), int(path.heir), int(path.born_at[0])) == (1, NO_NODE, STAGES)
-    assert int(kept.root) == NO_NODE
-    assert live_slots(kept) == set()
-
-
 def drafted(*below: tuple[int, int]) -> lat.Cohort:
     """A fresh root with token 7 at position 5, and drafts (row above, token) with one more row each."""
     cohort = fresh_root(7, 5, stages=STAGES, size=ROWS)
@@ -190,26 +153,6 @@ def test_a_path_is_committed_as_far_as_its_cohort_drafted_rightly() -> None:
     for said, length, heir in (((8, 5), 2, NO_NODE), ((5,), 1, NO_NODE), ((9,), 1, NO_NODE)):
         path, kept = commit(lattice, *said, levels=3)
         assert (int(path.length), int(path.heir), live_slots(kept)) == (length, heir, set())
-
-
-def test_a_root_that_has_not_finished_commits_nothing() -> None:
-    lattice = enter(empty(), 0, drafted((0, 8), (1, 9)), True)
-    path = follow(lattice, np.array([8, 9, 11], np.int32), 1, levels=3)
-    assert int(path.length) == 0
-    chex.assert_trees_all_equal(collapsed(lattice, path), lattice)
-
-
-def test_the_best_rows_of_a_cohort_come_first_and_the_rest_is_cut() -> None:
-    cohort = fresh_root(7, 5, stages=STAGES, size=5)
-    found = lat.Candidates(jnp.array([8, 9, 8]), jnp.array([0, 0, 0]), jnp.array([-2.0, -0.5, -1.0]))
-    cohort = lat.grow(cohort, found, 1, 2, 2)
-    assert cohort.token[1:3].tolist() == [9, 8]  # 8 once, with the better of its scores
-    assert cohort.score[1:3].tolist() == [-0.5, -1.0]
-    below = lat.Candidates(jnp.array([3, 4]), jnp.array([1, 2]), jnp.array([-0.75, -4.0]))
-    lattice = enter(empty(), 0, lat.sort_rows(lat.grow(cohort, below, 3, 2, 2)), True)
-    assert flat(lattice.token)[:ROWS].tolist() == [7, 9, 3]
-    assert flat(lattice.parent)[:ROWS].tolist() == [NO_NODE, 0, 1]
-    assert visible(lattice, 2) == {0, 1, 2}
 
 
 def test_a_dead_twin_of_the_committed_token_is_not_taken() -> None:

@@ -145,38 +145,19 @@ def test_every_tick_equals_the_twin(config: Config) -> None:
 
 
 @every_config
-def test_tokens_equal_autoregressive_decoding(config: Config) -> None:
+def test_tokens_are_ars_ticks_follow_from_exits_and_exits_are_the_teacher_forced_count(config: Config) -> None:
     for one in explored(config):
-        for row, (prompt, draws, _, tokens, _) in enumerate(one.rows()):
-            assert tokens == twin.autoregressive(
-                one.model,
-                prompt,
-                stages=config.stages,
-                max_new_tokens=one.case.max_new_tokens[row],
-                eos_ids=one.case.eos_ids,
-                draws=draws,
-            )
-
-
-@every_config
-def test_ticks_follow_from_exits(config: Config) -> None:
-    for one in explored(config):
-        for row, (*_, exits) in enumerate(one.rows()):
+        for row, (prompt, draws, _, tokens, exits) in enumerate(one.rows()):
+            shape, limit = {"stages": config.stages, "draws": draws}, one.case.max_new_tokens[row]
+            plain = twin.autoregressive(one.model, prompt, max_new_tokens=limit, eos_ids=one.case.eos_ids, **shape)
+            assert tokens == plain
             assert one.record.ticks[row] == toy_runs.ticks_identity(exits, config.stages)
-
-
-@every_config
-def test_exits_are_the_teacher_forced_count_and_never_smaller_with_a_cap(config: Config) -> None:
-    for one in explored(config):
-        for prompt, draws, _, tokens, exits in one.rows():
-            count = twin.teacher_forced_exits(
-                one.model, prompt, tokens, stages=config.stages, decs=config.decs, draws=draws
-            )
+            count = twin.teacher_forced_exits(one.model, prompt, tokens, decs=config.decs, **shape)
             if config.never_prunes:
                 assert exits[1:] == count
             elif config.tree is None and (draws is None or draws.top_p == 1.0):
-                # With top-p there is no such order: a token that only one of the two lattices has masked changes
-                # what the rest of the distribution adds up to, and so what the filter leaves.
+                # Never smaller with a cap. With top-p there is no such order: a token that only one of the two
+                # lattices has masked changes what the rest adds up to, and so what the filter leaves.
                 assert all(exit_ >= least for exit_, least in zip(exits[1:], count, strict=True))
 
 
@@ -349,15 +330,8 @@ def test_one_sequence_alone_equals_its_row_of_a_batch() -> None:
     config = Config(4, 2, batch=4, sampled=True)
     one = explored(config)[0]
     for row in range(config.batch):
-        alone = toy_runs.Case(
-            prompts=[one.case.prompts[row]],
-            max_new_tokens=[one.case.max_new_tokens[row]],
-            seeds=[one.case.seeds[row]],
-            eos_ids=one.case.eos_ids,
-            temperature=one.case.temperature,
-            top_k=one.case.top_k,
-            top_p=one.case.top_p,
-        )
+        fields = {name: getattr(one.case, name)[row : row + 1] for name in ("prompts", "max_new_tokens", "seeds")}
+        alone = one.case._replace(**fields)
         first = [one.runs[row].tokens[0]]
         record = toy_runs.finished(tables_of(config, 0), alone, first, stages=4, rows=2, decs=True).record
         chex.assert_trees_all_equal(record, jax.tree.map(lambda field, row=row: field[row : row + 1], one.record))

@@ -180,17 +180,14 @@ def test_histogram_of_other_methods_or_grids_is_refused(out) -> None:
 
 def test_speedups_are_drawn_as_given_or_as_counted(out) -> None:
     needs_matplotlib()
-    (axes,) = plot.speedup_by_k({"given": {2: 1.2, 5: 1.9}, "counted": [out, out]}).axes
+    figure = plot.speedup_by_k({"given": {2: 1.2, 5: 1.9}, "counted": [out, out]})
+    assert figure._repr_png_().startswith(b"\x89PNG"), "what notebooks show"
+    (axes,) = figure.axes
     given, counted = (line for line in axes.lines if not line.get_label().startswith("_"))
     assert given.get_xydata().tolist() == [[2, 1.2], [5, 1.9]]
     assert np.allclose(counted.get_xydata(), [[4, 4 * (out.lengths - 1).sum() / out.stats.ticks.sum()]])
     with pytest.raises(DexError, match="nothing to draw"):
         plot.speedup_by_k({"empty": {}})
-
-
-def test_notebooks_show_a_figure() -> None:
-    needs_matplotlib()
-    assert plot.speedup_by_k({"one": {2: 1.5}})._repr_png_().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_a_sentence_says_what_to_install(trace, monkeypatch) -> None:

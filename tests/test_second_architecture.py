@@ -22,7 +22,7 @@ TOKENS = 20
 @pytest.fixture(scope="module")
 def page() -> SimpleNamespace:
     """What the page defines, for fewer tokens: it compiles anew for every one."""
-    return SimpleNamespace(**run_page("howto_own_model.md", ("2, 20  # K", "2, 12  # K")))
+    return SimpleNamespace(**run_page("docs/howto_own_model.md", ("2, 20  # K", "2, 12  # K")))
 
 
 def prefilled(page: SimpleNamespace) -> tuple[jax.Array, jax.Array, jax.Array]:
