@@ -56,14 +56,6 @@ def test_docstring_examples() -> None:
     assert attempted >= 6
 
 
-def test_examples_are_sections_that_pages_show_as_code() -> None:
-    paths = [path for home in HOMES for path in ROOT.glob(f"{home.__name__}/**/*.py")]
-    sources = {path: path.read_text(encoding="utf-8") for path in paths}
-    assert sum("    Examples:\n" in source for source in sources.values()) >= 5
-    # "Example:" is no section of the docstring style: a page shows it as a quotation, flags of doctest and all.
-    assert not [str(path) for path, source in sources.items() if re.search(r"^ *Example:$", source, re.MULTILINE)]
-
-
 @pytest.mark.parametrize("page", ["README.md", slow("docs/index.md")])
 def test_the_library_examples_run(page, monkeypatch, capsys, tmp_path) -> None:
     """With a small model, four tokens and two explorers."""

@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import json
 import re
-import runpy
-from pathlib import Path
 
 import chex
 import jax
@@ -297,19 +295,3 @@ def test_bad_input_is_refused_in_one_sentence(text_file, tmp_path) -> None:
     task = WholeModel.open(settings(text_file))
     with pytest.raises(DexError, match="no model of the given configuration"):
         WholeModel(task.config, task.corpus, small_model(LLAMA))
-
-
-def test_the_configuration_for_tiny_shakespeare_opens_the_text() -> None:
-    root = Path(__file__).parents[1]
-    config = runpy.run_path(str(root / "configs" / "tinyshakespeare.py"))["config"]
-    assert config.recipe == "layerskip"
-    assert dataclasses.replace(config, recipe=None).recipe is None
-    path = root / config.data
-    if not path.is_file():
-        pytest.skip(f"needs the text of tiny Shakespeare at {config.data}, beside the project")
-    task = WholeModel.open(dataclasses.replace(config, data=str(path)))
-    assert task.corpus.tokenizer.vocab_size == config.model.vocab_size
-    batch, _, learnt = task.next_batch(task.start(0))
-    assert batch.shape == (32, 129)
-    assert learnt == 32 * 128
-    assert "First Citizen:" in task.corpus.tokenizer.decode(task.corpus.train[:20])

@@ -33,48 +33,44 @@ TESTS = Path(__file__).resolve().parent
 DEVICES = 8
 WIDTH, VOCABULARY = LLAMA.width, LLAMA.vocab_size
 PROMPT, CACHE_LENGTH = 48, 256
+AXES = "data=2,stage=2,tensor=2"
 ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
-# Every number of devices, one sequence or four; grids of 2 and 3 stages are uneven.
-STAGES = [
-    Case(f"{stages} {how}", f"stage={stages}", layers, sampled=how == "sampled", batch=batch)
-    for stages, layers, batch, hows in ((1, 1, 1, "s"), (2, 3, 4, "g"), (3, 4, 4, "gs"), (5, 5, 1, "s"), (8, 8, 4, "g"))
-    for how in ("greedy", "sampled")
-    if how[0] in hows
-]
-EXITS = [
-    Case("exits linear", "stage=3", 3, batch=4, exits=("linear", True, 30)),
-    Case("exits attn", "stage=3", 3, batch=4, exits=("attn", False, 30)),
-    Case("exits shared", "stage=2", 2, batch=4, exits=("shared", False, 30)),
-    Case("exits mlp", "stage=2", 2, sampled=True, exits=("mlp", False, None)),
-    # The last stage has time to ask the final layer before it shares its states (stage.final_first).
-    Case("exits attn, short last stage", "stage=2", 8, batch=4, exits=("attn", True, 30), depths=(7, 8)),
-    Case("short last stage", "stage=3", 6, batch=4, sampled=True, depths=(3, 5, 6)),
-]
-AXES = [
-    Case("ar", "stage=3", 4, method="ar", batch=4),
-    Case("tensor", "stage=2,tensor=2", 3, batch=4),
-    Case("tensor of 9 heads", "stage=2,tensor=3", 2, heads=(9, 3), sampled=True, filters=True),
-    Case("data", "data=2,stage=3", 3, batch=4, sampled=True, filters=True),
-    # Of one explorer nothing is offered: an array without elements.
-    Case("data, one explorer", "data=2,stage=1", 2, batch=4),
-    Case("all axes", "data=2,stage=2,tensor=2", 2, batch=4),
-    Case("ar all axes", "data=2,stage=2,tensor=2", 2, method="ar", sampled=True, filters=True, batch=4),
-]
-DRAFTS = [
-    Case("drafts", "stage=3", 4, batch=4, drafts="drafter"),
-    Case("drafts, fused exits", "stage=2", 3, sampled=True, drafts="drafter", exits=("linear", True, 30)),
-    Case("drafts of the text", "stage=2", 3, batch=4, drafts="text", exits=("mlp", False, 20)),
-    Case("a pipeline of trees", "stage=3", 4, batch=2, drafts="drafter", explorers=1),
-    Case("drafts, one stage", "stage=1,tensor=2", 2, batch=2, drafts="drafter"),
-    Case("drafts, all axes", "data=2,stage=2,tensor=2", 2, sampled=True, filters=True, batch=4, drafts="drafter"),
-]
-CASES = {case.name: case for case in (*STAGES, *EXITS, *AXES, *DRAFTS)}
+CASES = {
+    case.name: case
+    for case in (
+        # Two to eight devices, one sequence or four; the grid of two stages is uneven.
+        Case("2 stages", "stage=2", 3, batch=4),
+        Case("5 stages", "stage=5", 5, sampled=True),
+        Case("8 stages", "stage=8", 8, batch=4),
+        Case("exits linear", "stage=3", 3, batch=4, exits=("linear", True, 30)),
+        Case("exits attn", "stage=3", 3, batch=4, exits=("attn", False, 30)),
+        Case("exits shared", "stage=2", 2, batch=4, exits=("shared", False, 30)),
+        # The last stage has time to ask the final layer before it shares its states (stage.final_first).
+        Case("exits attn, short last stage", "stage=2", 8, batch=4, exits=("attn", True, 30), depths=(7, 8)),
+        Case("short last stage", "stage=3", 6, batch=4, sampled=True, depths=(3, 5, 6)),
+        Case("ar", "stage=3", 4, method="ar", batch=4),
+        Case("tensor", "stage=2,tensor=2", 3, batch=4),
+        Case("tensor of 9 heads", "stage=2,tensor=3", 2, heads=(9, 3), sampled=True, filters=True),
+        Case("data", "data=2,stage=3", 3, batch=4, sampled=True, filters=True),
+        # Of one explorer nothing is offered: an array without elements.
+        Case("data, one explorer", "data=2,stage=1", 2, batch=4),
+        Case("ar all axes", AXES, 2, method="ar", sampled=True, filters=True, batch=4),
+        Case("drafts", "stage=3", 4, batch=4, drafts="drafter"),
+        Case("drafts, fused exits", "stage=2", 3, sampled=True, drafts="drafter", exits=("linear", True, 30)),
+        Case("drafts of the text", "stage=2", 3, batch=4, drafts="text", exits=("mlp", False, 20)),
+        Case("a pipeline of trees", "stage=3", 4, batch=2, drafts="drafter", explorers=1),
+        Case("drafts, one stage", "stage=1,tensor=2", 2, batch=2, drafts="drafter"),
+        Case("drafts, all axes", AXES, 2, sampled=True, filters=True, batch=4, drafts="drafter"),
+    )
+}
+LATTICES = [n for n, case in CASES.items() if case.method == "dex" and "," not in case.mesh and case.explorers is None]
+"""Cases of a lattice on an axis of stages alone."""
 IN_CPP = {
     case.name: case
     for case in (
         Case("C++, exits", "stage=2", 3, batch=4, exits=("linear", True, 30), head_dim=16),
-        Case("C++, all axes", "data=2,stage=2,tensor=2", 2, sampled=True, batch=4, head_dim=16),
+        Case("C++, all axes", AXES, 2, sampled=True, batch=4, head_dim=16),
         Case("C++, ar", "stage=2", 3, method="ar", batch=4, head_dim=16),
     )
 }
@@ -212,16 +208,18 @@ def test_checkpoints_are_read_onto_a_mesh(folder: Path, name: str) -> None:
         assert result["made"] == {"device": "6 x cpu:cpu", "depths": [4, 7]}
 
 
-def rows_of(case: Case) -> tuple[int, int]:
-    """(K, W)."""
-    return case.schedule.stages, case.schedule.rows
-
-
-@pytest.mark.parametrize("name", cases(case.name for case in (*STAGES, *EXITS, *DRAFTS[:3])))
+@pytest.mark.parametrize(
+    "name",
+    cases(
+        name
+        for name in CASES
+        if name[0] in "258eds" and "data" not in name and "one" not in name and "axes" not in name
+    ),
+)
 def test_a_tick_sends_a_cohort_to_the_next_stage_and_shares_proposals(folder: Path, name: str) -> None:
     """One permute of [B, W, D], one gather of token and score of each row, and features only where heads need them."""
     case = CASES[name]
-    stages, rows = rows_of(case)
+    stages, rows = case.schedule.stages, case.schedule.rows
     cohort = case.batch * rows * WIDTH * 4
     expected = collections.Counter()
     if stages > 1:
@@ -239,14 +237,14 @@ def test_a_tick_sends_a_cohort_to_the_next_stage_and_shares_proposals(folder: Pa
 @pytest.mark.parametrize("name", ["ar"])
 def test_an_ar_step_goes_from_stage_to_stage(folder: Path, name: str) -> None:
     case = CASES[name]
-    stages, _ = rows_of(case)
+    stages = case.schedule.stages
     found = collectives(hlo(folder, name, "run_ticks"))
     gathered = ("all-gather", stages * case.batch * 4)
     assert found == {("collective-permute", case.batch * WIDTH * 4): stages - 1, gathered: 1}
     assert not collectives(hlo(folder, name, "start_decoding"))
 
 
-@pytest.mark.parametrize("name", cases(["3 greedy", "ar", "exits attn", "data"]))
+@pytest.mark.parametrize("name", cases(["2 stages", "ar", "exits attn", "data"]))
 def test_no_cache_is_copied(folder: Path, name: str) -> None:
     """In the loop or before it: caches are donated and written where they lie."""
     assert "copy" not in what_makes_caches(hlo(folder, name, "run_ticks"), CASES[name])
@@ -297,11 +295,11 @@ def always_runs(text: str, size: int) -> bool:
     return runs(entry)
 
 
-@pytest.mark.parametrize("name", cases(["8 greedy", "exits linear", "exits attn"]))
+@pytest.mark.parametrize("name", cases(["8 stages", "exits linear", "exits attn"]))
 def test_a_prefill_goes_from_stage_to_stage(folder: Path, name: str) -> None:
     """K - 1 permutes of [B, R, D], then one sum that shares the last states and what exits remember of the prompt."""
     case = CASES[name]
-    stages, _ = rows_of(case)
+    stages = case.schedule.stages
     found = collectives(hlo(folder, name, "prefill_chunk"))
     assert found.pop(("collective-permute", case.batch * PROMPT * WIDTH * 4)) == stages - 1
     assert {operation for operation, _ in found} == {"all-reduce"}
@@ -316,7 +314,7 @@ def test_a_prefill_goes_from_stage_to_stage(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", cases(["tensor"]))
 def test_a_tensor_axis_sums_twice_a_layer_and_shares_logits(folder: Path, name: str) -> None:
     case = CASES[name]
-    stages, rows = rows_of(case)
+    stages, rows = case.schedule.stages, case.schedule.rows
     found = collectives(hlo(folder, name, "run_ticks"))
     assert found.pop(("collective-permute", case.batch * rows * WIDTH * 4)) == 1
     assert found.pop(("all-gather", stages * case.batch * rows * 2 * 4)) == 1
@@ -331,7 +329,7 @@ def test_a_tensor_axis_sums_twice_a_layer_and_shares_logits(folder: Path, name: 
 @pytest.mark.parametrize("name", cases(["data"]))
 def test_a_data_axis_shares_one_number(folder: Path, name: str) -> None:
     case = CASES[name]
-    stages, rows = rows_of(case)
+    stages, rows = case.schedule.stages, case.schedule.rows
     batch = case.batch // 2
     found = collectives(hlo(folder, name, "run_ticks"))
     # Whether anyone goes on is asked before the loop and in it.

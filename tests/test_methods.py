@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from dex_jax import AR, Dex, DexError
-from dex_jax.decoding.counting import depth_side_speedup, ticks_of
 from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.trees import LOOKUP_TREE
 from dex_jax.decoding.methods import even_depths, with_stages
-from dex_jax.decoding.output import cut
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
 
 
@@ -92,22 +90,6 @@ def test_what_is_refused(method: Dex, words: str) -> None:
     with pytest.raises(DexError, match=re.escape(words)) as error:
         method.schedule_for(30)
     assert "\n" not in str(error.value)
-
-
-def test_ticks_and_speedup_of_a_record() -> None:
-    exits = np.array([-1, 2, 1, 3, -1])
-    assert ticks_of(exits, 4, 3) == 3 + 2 + 1
-    assert ticks_of(exits, 2, 3) == 3
-    assert ticks_of(exits, 1, 3) == 0
-    speedup = depth_side_speedup(np.array([6, 0]), np.array([4, 1]), 3)
-    assert speedup[0] == 1.5
-    assert np.isnan(speedup[1])
-
-
-def test_cutting_a_record() -> None:
-    tokens, exits = cut(np.array([5, 6, 7, -1]), np.array([-1, 2, 1, -1]), 2)
-    assert tokens.tolist() == [5, 6, -1, -1]
-    assert exits.tolist() == [-1, 2, -1, -1]
 
 
 def test_buckets_hold_what_they_are_for() -> None:

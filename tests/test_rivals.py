@@ -136,17 +136,6 @@ def test_the_stacked_layout_gives_the_same() -> None:
 
 
 @pytest.mark.slow
-def test_a_batch_is_its_single_runs() -> None:
-    prompts = ragged_prompts(3)
-    together = generated(model(), METHODS["del"], prompts, SAMPLED, EXITS["attn"])
-    for row, prompt in enumerate(prompts):
-        alone = generated(model(), METHODS["del"], [prompt], SAMPLED | {"seed": 5 + row}, EXITS["attn"])
-        assert alone.tokens[0].tolist() == together.tokens[row].tolist()
-        assert alone.stats.exits[0].tolist() == together.stats.exits[row].tolist()
-        assert alone.stats.layer_steps[0] == together.stats.layer_steps[row]
-
-
-@pytest.mark.slow
 def test_an_end_of_sequence_ends_rounds_and_is_never_drafted() -> None:
     whole = plain("greedy", 3)
     eos = int(whole.tokens[0, 9])
