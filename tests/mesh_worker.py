@@ -42,7 +42,6 @@ SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
 # Biases, norms of heads, tied and untied embeddings, 9 and 3 heads.
 CHECKPOINTS = {
     "llama_attention_bias": "stage=2,tensor=2",
-    "qwen25_untied": "stage=2,tensor=2",
     "qwen3": "stage=3,tensor=2",
     "smollm2": "stage=2,tensor=3",
 }

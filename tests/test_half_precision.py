@@ -19,7 +19,7 @@ from dex_jax.nn.forward import depth_states
 from dex_jax.nn.weights import merge_model
 
 DEPTHS = (15, 30)
-NEW_TOKENS = 12
+NEW_TOKENS = 10
 LIMIT = float(jnp.finfo(jnp.float16).max)
 
 
@@ -31,8 +31,8 @@ def lm():
 
 @pytest.fixture(scope="module")
 def prompts(lm) -> list[list[int]]:
-    """Three short prompts, ragged."""
-    return sorted((lm.encode(prompt) for prompt in PROMPTS), key=len)[:3]
+    """Two short prompts, ragged."""
+    return sorted((lm.encode(prompt) for prompt in PROMPTS), key=len)[:2]
 
 
 def test_no_layer_overflows(lm) -> None:
