@@ -33,7 +33,6 @@ METHODS = {
 }
 LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
 LOOPS = [case for m in ("ar", "dex", "one") for case in ((m, "unrolled", False), (m, "stacked", True))]
-LOOPS += [slow(m, layout, layout == "unrolled") for m in ("ar", "dex", "one") for layout in LAYOUTS]
 DTYPES = ["bfloat16", slow("float16"), "float32"]
 ON_EVERY_PLATFORM = {
     *("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"),

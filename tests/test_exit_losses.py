@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import distillation_twin
+from reference.jaxprs import arrays_of
 
 from dex_jax.nn.targets import Vocabulary
 from dex_jax.training import losses
@@ -89,22 +92,6 @@ def test_weights_of_zero_alone_are_no_division_by_zero(arrays) -> None:
     assert not gradient.any()
 
 
-def largest_array(function, *arguments) -> int:
-    """Elements of the largest array that a traced function makes, loops and calls included."""
-
-    def of(jaxpr) -> int:
-        sizes = [0]
-        for equation in jaxpr.eqns:
-            sizes += [int(np.prod(variable.aval.shape)) for variable in equation.outvars]
-            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    sizes.append(of(inner))
-        return max(sizes)
-
-    return of(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
 @pytest.mark.parametrize("draft", [None, tuple(range(0, 96, 2))])
 def test_logits_of_all_tokens_never_exist(monkeypatch, draft) -> None:
     monkeypatch.setattr(losses, "BLOCK", 8)
@@ -116,7 +103,7 @@ def test_logits_of_all_tokens_never_exist(monkeypatch, draft) -> None:
     def gradient(features):
         return scaled(exit_losses)(features, final, weight, vocabulary, 0.1)
 
-    assert largest_array(gradient, features) < tokens * columns
+    assert max(map(math.prod, arrays_of(gradient, features))) < tokens * columns
     monkeypatch.setattr(losses, "BLOCK", tokens)  # still one exit at a time
     jax.clear_caches()
-    assert tokens * columns <= largest_array(gradient, features) < EXITS * tokens * columns
+    assert tokens * columns <= max(map(math.prod, arrays_of(gradient, features))) < EXITS * tokens * columns

@@ -34,17 +34,17 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
 
 
 @pytest.mark.parametrize(
-    ("method", "sampled", "dtype"),
+    ("layout", "method", "sampled", "dtype"),
     [
-        (AR(), False, jnp.float32),
-        slow(DEL(depths=(2, 3), draft_length=3), True, jnp.float32),
-        slow(Dex(explorers=2, draft=False), False, jnp.bfloat16),
-        slow(Dex(explorers=2, rows=4, draft=False), True, jnp.float32),
-        (Dex(explorers=1), False, jnp.bfloat16),
-        slow(Dex(explorers=2), True, jnp.float32),
+        (Unrolled(), AR(), False, jnp.float32),
+        slow(Unrolled(), DEL(depths=(2, 3), draft_length=3), True, jnp.float32),
+        slow(Unrolled(), Dex(explorers=2, rows=4, draft=False), True, jnp.float32),
+        (Unrolled(), Dex(explorers=1), False, jnp.bfloat16),
+        slow(Stacked((2, 3)), AR(), True, jnp.float32),
+        slow(Stacked((2, 3)), Dex(explorers=2, draft=False), False, jnp.bfloat16),
+        slow(Stacked((2, 3)), Dex(explorers=2), True, jnp.float32),
     ],
 )
-@pytest.mark.parametrize("layout", [Unrolled(), slow(Stacked((2, 3)))], ids=["unrolled", "stacked"])
 def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:
     session = session_of(layout, method, dtype, sampled)
     schedule = session.spec.schedule

@@ -33,7 +33,7 @@ def prompts(count: int = 6) -> list[list[int]]:
     [
         slow("linear", {"fused": True}, (1, 2, 4), (2, 3)),
         # Four stages: a node can lie three behind the newest committed position. LayerSkip's drafts lie further.
-        ("attn", {"draft": LLAMA.vocab_size // 2}, DEPTHS, (1, 5)),
+        slow("attn", {"draft": LLAMA.vocab_size // 2}, DEPTHS, (1, 5)),
     ],
 )
 def test_counts_are_those_of_the_loops(kind, more, depths, skip):

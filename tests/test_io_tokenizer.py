@@ -241,43 +241,27 @@ def test_malformed_messages(messages, words):
         with_template(CHATML).chat(messages)
 
 
-def chunked(data, ids):
-    """Cuts ids into chunks of any length, empty ones too."""
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids))))
-    return [ids[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(ids)])]
-
-
-def check_stream(tokenizer, ids, data, skip_special):
-    stream = TextStream(tokenizer, skip_special)
-    whole = tokenizer.decode(ids, skip_special)
-    text = ""
-    for chunk in chunked(data, ids):
-        text += stream.push(chunk)
-        assert whole.startswith(text)
-    assert text + stream.flush() == whole
-
-
-@given(data=st.data(), text=st.text(max_size=40), skip_special=st.booleans())
-def test_streamed_text_is_the_decoded_text(smollm2, data, text, skip_special):
-    check_stream(smollm2, smollm2.encode(text), data, skip_special)
-
-
-@given(data=st.data(), ids=st.lists(st.integers(0, 49_200), max_size=30), skip_special=st.booleans())
-def test_streams_of_any_ids(smollm2, data, ids, skip_special):
-    check_stream(smollm2, ids, data, skip_special)
-
-
-@given(data=st.data(), ids=st.lists(st.integers(0, 265), max_size=30), skip_special=st.booleans())
-def test_streams_of_bytes_and_special_tokens(data, ids, skip_special):
-    check_stream(gguf_tokenizer(gguf_metadata(), (), "here"), ids, data, skip_special)
-
-
 SPACES_AND_BYTES = st.one_of(st.integers(0, 2), st.integers(3 + 0x20, 3 + 0xFF), st.integers(259, 266))
 
 
-@given(data=st.data(), ids=st.lists(SPACES_AND_BYTES, max_size=30), skip_special=st.booleans())
-def test_streams_of_a_sentencepiece_vocabulary(data, ids, skip_special):
-    check_stream(Tokenizer(sentencepiece()), ids, data, skip_special)
+@pytest.mark.parametrize("what", ["text", "any ids", "bytes and special tokens", "a sentencepiece vocabulary"])
+@given(data=st.data(), skip_special=st.booleans())
+def test_streamed_text_is_the_decoded_text(smollm2, what, data, skip_special):
+    if what == "text":
+        tokenizer, ids = smollm2, smollm2.encode(data.draw(st.text(max_size=40)))
+    else:
+        tokenizer, some = {
+            "any ids": (smollm2, st.integers(0, 49_200)),
+            "bytes and special tokens": (gguf_tokenizer(gguf_metadata(), (), "here"), st.integers(0, 265)),
+            "a sentencepiece vocabulary": (Tokenizer(sentencepiece()), SPACES_AND_BYTES),
+        }[what]
+        ids = data.draw(st.lists(some, max_size=30))
+    stream, whole, text = TextStream(tokenizer, skip_special), tokenizer.decode(ids, skip_special), ""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids))))
+    for start, stop in itertools.pairwise([0, *cuts, len(ids)]):  # chunks of any length, empty ones too
+        text += stream.push(ids[start:stop])
+        assert whole.startswith(text)
+    assert text + stream.flush() == whole
 
 
 def test_text_comes_as_soon_as_it_is_settled(smollm2):

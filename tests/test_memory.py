@@ -51,17 +51,16 @@ def compiled(method, layout, batch: int):
     return RUN.jitted.lower(weights, Heads(), state, limits, None, ints(), spec=spec).compile(), state
 
 
-@pytest.mark.parametrize("batch", [1, slow(3)])
 @pytest.mark.parametrize(
-    ("method", "layout"),
+    ("method", "layout", "batch"),
     [
-        (AR(), Unrolled()),
-        (Dex(explorers=2, draft=False), Unrolled()),
-        (Dex(explorers=1), Unrolled()),
-        (Dex(explorers=2), Unrolled()),
-        (AR(), Stacked((2, 4))),
-        (Dex(explorers=2, draft=False), Stacked((2, 4))),
-        (Dex(explorers=1), Stacked((2, 4))),
+        (AR(), Unrolled(), 1),
+        (Dex(explorers=2, draft=False), Unrolled(), 3),
+        (Dex(explorers=1), Unrolled(), 1),
+        slow(Dex(explorers=2), Unrolled(), 3),
+        (AR(), Stacked((2, 4)), 3),
+        (Dex(explorers=2, draft=False), Stacked((2, 4)), 1),
+        slow(Dex(explorers=1), Stacked((2, 4)), 3),
     ],
     ids=["ar", "dex", "one", "drafts", "ar-stacked", "dex-stacked", "one-stacked"],
 )

@@ -13,8 +13,6 @@ import pytest
 from dex_jax.errors import DexError
 from studies.bench.tasks import TASKS, read_task, spread, task_file
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-
 ROWS = {
     "gsm8k": {"question": "2 + 2?", "answer": "#### 4"},
     "humaneval": {"task_id": "HumanEval/9", "prompt": "def f():"},
@@ -119,12 +117,3 @@ def test_prompts_are_evenly_spread() -> None:
     assert spread(3, 5) == [0, 1, 2]
     assert set(spread(100, 4)).isdisjoint(spread(100, 50, taken=spread(100, 4)))
     assert spread(4, 2, taken=range(4)) == []
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data sets in ../shared/data, which are not committed")
-@pytest.mark.parametrize(
-    ("task", "count"), [("gsm8k", 7470), ("humaneval", 164), ("spec_bench", 240), ("hellaswag", 500), ("mmlu", 285)]
-)
-def test_real_files(task, count) -> None:
-    asked = read_task(task, DATA)
-    assert len(asked) == len({each.id for each in asked}) == count
