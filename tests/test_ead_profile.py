@@ -17,7 +17,7 @@ from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import profile
 from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile, read_profile
-from dex_jax.forced.counts import forced_exits
+from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.run import Forced, measure, shared_exits
 from dex_jax.forced.texts import answers
 
@@ -49,13 +49,11 @@ def _profile() -> Profile:
     return profile.profile_of(measured, groups, about={"model": "toy"})
 
 
-@pytest.mark.slow
 def test_ticks_are_the_teacher_forced_counts() -> None:
-    found, (_, texts) = _profile(), _measured()
+    found, (measured, _) = _profile(), _measured()
     assert [grid.depths for grid in found.grids] == [*(even_depths(k, 5) for k in EXPLORERS), (1, 4, 5)]
     for grid in found.grids:
-        schedule = dex_jax.Dex(depths=grid.depths, draft=False).schedule_for(5)
-        counts = [forced_exits(_model(), prompt, answer, schedule) for prompt, answer in texts]
+        counts = [count.exits for count in dex_counts(measured, grid.depths)]
         ticks = sum(ticks_of(exits, len(exits), grid.stages) for exits in counts)
         tokens = sum(len(exits) - 1 for exits in counts)
         assert grid.ticks_per_token == pytest.approx(ticks / tokens)

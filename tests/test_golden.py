@@ -22,17 +22,13 @@ SMOLLM2_GOLDEN = json.loads((GOLDENS / "smollm2.json").read_text(encoding="utf-8
 BATCH = 6
 
 
-def greedy_tokens(lm, prompts: list[list[int]], method, max_new_tokens: int) -> list[list[int]]:
-    """The new tokens of each prompt, padding cut off."""
-    out = dex_jax.generate(lm, prompts, method=method, exits="shared", max_new_tokens=max_new_tokens, temperature=0.0)
-    tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
-    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-
-
 def assert_greedy_equals(lm, prompts: list[dict], method, max_new_tokens: int) -> None:
     """One ragged batch decodes to the goldens' tokens, EOS included."""
-    got = greedy_tokens(lm, [prompt["prompt_ids"] for prompt in prompts], method, max_new_tokens)
-    assert got == [prompt["new_tokens"] for prompt in prompts]
+    ids = [prompt["prompt_ids"] for prompt in prompts]
+    out = dex_jax.generate(lm, ids, method=method, exits="shared", max_new_tokens=max_new_tokens)
+    assert [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)] == [
+        prompt["new_tokens"] for prompt in prompts
+    ]
 
 
 def last_logits(lm, prompts: list[dict]) -> tuple[np.ndarray, np.ndarray]:

@@ -17,8 +17,7 @@ from reference.jaxprs import arrays_of
 from reference.small_models import LLAMA, QWEN3, small_model
 
 import dex_jax
-from dex_jax import AR, Dex, DexError
-from dex_jax.forced.counts import forced_exits
+from dex_jax import DexError
 from dex_jax.training import corpus as corpora
 from dex_jax.training import layerskip, whole_model
 from dex_jax.training.config import TrainConfig
@@ -201,21 +200,6 @@ def test_training_changes_every_parameter_and_lowers_the_held_out_loss(text_file
     assert [grid["explorers"] for grid in found["grids"]] == [2, 3, 4]
     assert all(1 <= grid["depth_side_speedup"] <= grid["explorers"] for grid in found["grids"])
     assert (found["tokens"], found["off_greedy"]) == (24 * 24, 0)
-
-
-@pytest.mark.slow
-def test_a_trained_model_is_decoded_with_shared_exits(text_file) -> None:
-    """Exits predicted by teacher forcing are those of the loop, and AR's text is DEX's."""
-    task, _, params, _, _ = trained(str(text_file))
-    lm = dex_jax.LanguageModel(whole_model.transformer(task.config.model, params), None, "trained", "")
-    prompt = task.corpus.held_out[:16].tolist()
-    options = {"max_new_tokens": 24, "exits": "shared"}
-    method = Dex(explorers=3, rows="full", draft=False)
-    dex = dex_jax.generate(lm, [prompt], method=method, **options)
-    ar = dex_jax.generate(lm, [prompt], method=AR(), **options)
-    assert dex.tokens.tolist() == ar.tokens.tolist()
-    tokens, schedule = dex.tokens[0].tolist(), method.schedule_for(4)
-    assert forced_exits(lm, prompt, tokens, schedule).tolist() == dex.stats.exits[0].tolist()
 
 
 def test_training_goes_on_from_a_model(text_file) -> None:

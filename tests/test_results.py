@@ -200,16 +200,10 @@ def test_a_speedup_is_the_median_of_ratios_on_one_prompt() -> None:
     assert c.speedup(table, "ar", "layerskip") is None
     assert c.speedup(table, "ar", "del", "b") is None
     assert c.tasks_of(table) == ["a"]
+    # Neither tuning runs nor answers of one token are part of it.
+    assert c.costs([*runs("ar", [0], tokens=[1]), *runs("ar", [300], split="tune")], "depth") == {}
     both = c.costs([*runs("ar", [300]), *runs("ar", [300], "b")], "depth")
     assert c.tasks_of(both) == ["a", "b", "all"]
-
-
-def test_answers_of_one_token_are_left_out() -> None:
-    assert c.costs(runs("ar", [0], tokens=[1]), "depth") == {}
-
-
-def test_tuning_runs_are_not_reported() -> None:
-    assert c.costs(runs("ar", [300], split="tune"), "depth") == {}
 
 
 @pytest.mark.parametrize(

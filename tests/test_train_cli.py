@@ -254,7 +254,7 @@ def test_a_whole_model_is_trained_and_decodes(capsys, place) -> None:
     assert code == 2
     assert "recipe was layerskip, is None" in err
     arguments = ["--model", str(folder / "model"), "--exits", "shared", "--explorers", "2", "--max-new-tokens", "4"]
-    assert decode.main([*arguments, "--prompt", "the fox"]) == 0
+    assert decode.main([*arguments, "--prompt", "the fox", "--check"]) == 0
 
 
 def test_dry_runs_train_nothing(capsys, place, tmp_path) -> None:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import slow
-from flax import nnx
 from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, random_exits, small_model
 
 import dex_jax
@@ -20,7 +19,7 @@ from dex_jax.decoding.resolve import nearest_depths, resolve
 from dex_jax.errors import DexError
 from dex_jax.forced.counts import forced_exits
 from dex_jax.io.exits_file import TrainedExits, load_exits, quantize, save_exits
-from dex_jax.nn.exits import exit_graph, exit_parameters, initial_heads
+from dex_jax.nn.exits import exit_parameters, initial_heads
 from dex_jax.nn.weights import merge_model
 
 WIDTH = LLAMA.width
@@ -98,25 +97,6 @@ def test_context_memory_after_a_prompt_is_what_commits_one_by_one_make(lm) -> No
     for name in ("keys", "values"):
         both = [np.swapaxes(np.asarray(getattr(m.context, name)), 1, 2)[used] for m in (whole, single)]
         chex.assert_trees_all_close(*both, atol=1e-5)
-
-
-def test_the_context_layer_against_a_prompt_read_at_once(lm) -> None:
-    """What an attn exit gives a node in the lattice: the layer over the committed window and the node itself."""
-    exits = random_exits("attn", depths=(2,))
-    config = exits.config
-    model = merge_model(lm.config, lm.layout, lm.weights)
-    arrays = exit_arrays(model, config, exits.parameters, None)
-    layer = nnx.merge(exit_graph(config), arrays.parameters).context
-    tokens = jnp.asarray([[5, 9, 3, 17, 4, 30, 8]], jnp.int32)
-    previous = jnp.asarray(np.random.default_rng(1).standard_normal((1, 7, WIDTH)), jnp.float32)
-    positions = jnp.arange(7)[None]
-    entered = layer.enter_rows(model.embed_tokens(tokens), previous)
-    distance = positions[0][:, None] - positions[0][None, :]
-    at_once = layer.output(entered, positions, None, ((distance >= 0) & (distance <= WINDOW))[None])
-    keys, values = layer.keys_values(entered, positions)
-    before = dex_jax.nn.layers.KeyValues(keys[:, :, 1:6], values[:, :, 1:6], jnp.ones((1, 1, 5), bool))
-    alone = layer.output(entered[:, 6:], positions[:, 6:], before, jnp.ones((1, 1, 1), bool))
-    chex.assert_trees_all_close(alone[:, 0], at_once[:, 6], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", EXIT_KINDS)

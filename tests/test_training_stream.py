@@ -134,16 +134,6 @@ def test_history_of_none_and_of_more_than_a_chunk(history: int, steps: int) -> N
     np.testing.assert_array_equal(run[-1].token, expected[:, -(history + steps) :])
 
 
-def test_tokens_of_an_item_do_not_depend_on_what_runs_beside_it() -> None:
-    texts: dict[int, dict[int, list[int]]] = {}
-    for batch, steps in ((2, 7), (ROWS, STEPS)):
-        found = texts.setdefault(batch, {})
-        source = stream(some(12), batch=batch, steps=steps, on_item=found.__setitem__)
-        while not source.done:
-            source.next()
-    assert texts[2] == texts[ROWS] == {number: told(number).tokens for number in range(12)}
-
-
 def test_rows_refill_at_once_and_idle_time_is_counted() -> None:
     busy = stream(lambda number: Item((Turn(tuple(range(5 + number % 3)), forced_weight=1.0),)))
     position = joined(chunks(busy, 6), "position")
@@ -164,10 +154,12 @@ def test_rows_refill_at_once_and_idle_time_is_counted() -> None:
 
 
 def test_a_stream_of_few_items_ends() -> None:
-    source = stream(some(3))
+    texts: dict[int, list[int]] = {}
+    source = stream(some(3), on_item=texts.__setitem__)
     seen = 0
     while not source.done:
         seen += source.next()[1]
+    assert texts == {number: told(number).tokens for number in range(3)}
     assert seen == sum(weight > 0 for number in range(3) for weight in told(number).weights)
     assert source.next()[1] == 0
     assert source.cursor["item"] == 3
