@@ -31,7 +31,7 @@ def slow(*values: object) -> object:
 LONGEST = (
     "test_mesh", "test_drafted_models", "test_default_exits", "test_exit_training", "test_loop", "test_train_cli",
     "test_forced_counts", "test_bench", "test_distributed", "test_golden", "test_calibrate",
-    "test_half_precision", "test_training_checkpoints", "test_studies_templates", "test_rivals", "test_selfcheck",
+    "test_training_checkpoints", "test_studies_templates", "test_rivals", "test_selfcheck",
 )  # fmt: skip
 """Files that take minutes begin: one of them at the end would leave the other worker with nothing to do."""
 

@@ -291,22 +291,18 @@ def test_another_request_of_the_same_size_compiles_nothing() -> None:
     try:
         jax.jit(lambda x: x + 1)(np.float32(np.random.default_rng().random()))
         assert counter.count > 0, "compilations are not seen under this name"
-        for method, options in ((AR(), {}), (UNEVEN, SAMPLED)):
-            generate(model(), method, [[1, 2, 3]], seed=0, **options)
-            counter.count = 0
-            longer = {**options, "max_new_tokens": TOKENS + 3}
-            output = generate(model(), method, [[4, 5, 6, 7, 8, 9]], seed=1, **longer)
-            assert output.lengths.tolist() == [TOKENS + 3]
-            assert counter.count == 0, method
-            for other in ({"max_new_tokens": 100}, {"temperature": 0.7, "top_k": None, "top_p": None}):
-                if "max_new_tokens" in other or options:
-                    generate(model(), method, [[1, 2]], **{**options, **other})
-            assert counter.count == 0, method
-            generate(model(), method, [[1, 2, 3], [4], [5]], seed=0, **options)
-            held = RUN.held, START.held
-            generate(model(), method, [[1, 2, 3]] * 4, seed=0, **options)
-            generate(model(), method, [list(range(40)), [4, 5], [6]], seed=0, **options)
-            assert (RUN.held, START.held) == held, "prompts of any length, and three sequences as four"
+        generate(model(), UNEVEN, [[1, 2, 3]], seed=0, **SAMPLED)
+        counter.count = 0
+        output = generate(model(), UNEVEN, [[4, 5, 6, 7, 8, 9]], seed=1, **SAMPLED, max_new_tokens=TOKENS + 3)
+        assert output.lengths.tolist() == [TOKENS + 3]
+        for other in ({"max_new_tokens": 100}, {"temperature": 0.7, "top_k": None, "top_p": None}):
+            generate(model(), UNEVEN, [[1, 2]], **{**SAMPLED, **other})
+        assert counter.count == 0
+        generate(model(), UNEVEN, [[1, 2, 3], [4], [5]], seed=0, **SAMPLED)
+        held = RUN.held, START.held
+        generate(model(), UNEVEN, [[1, 2, 3]] * 4, seed=0, **SAMPLED)
+        generate(model(), UNEVEN, [list(range(40)), [4, 5], [6]], seed=0, **SAMPLED)
+        assert (RUN.held, START.held) == held, "prompts of any length, and three sequences as four"
     finally:
         # jax 0.7 cannot take one listener back; there the counter stays, and counts for nobody.
         if hasattr(jax.monitoring, "unregister_event_duration_listener"):
