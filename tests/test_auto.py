@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from hypothesis import given
 from hypothesis import strategies as st
 from reference.small_models import LLAMA, ragged_prompts, random_drafter, random_exits, small_model
@@ -188,7 +189,7 @@ def figures(monkeypatch, tmp_path):
     return asked
 
 
-@pytest.mark.parametrize("layout", [Unrolled(), STAGED], ids=["unrolled", "stacked"])
+@pytest.mark.parametrize("layout", [Unrolled(), slow(STAGED)], ids=["unrolled", "stacked"])
 def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path, layout) -> None:
     monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "step_costs.json"))
     monkeypatch.setattr(costs, "_KNOWN", {})

@@ -33,6 +33,7 @@ def machine(tmp_path_factory):
     return hardware(str(file))
 
 
+@pytest.mark.slow
 def test_all_that_the_planner_reads_is_measured(machine) -> None:
     measured = machine.device.measured
     assert set(measured.layer) == set(measured.layer_seconds) == {"unrolled"}

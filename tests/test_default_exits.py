@@ -11,10 +11,17 @@ import dex_jax
 from dex_jax.decoding.costs import ROWS
 from dex_jax.decoding.dex.trees import known_trees
 from dex_jax.decoding.resolve import DEFAULTS, default_drafter, default_exits, resolve
+from dex_jax.language_model import outline
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "smollm2.json").read_text(encoding="utf-8"))["prompts"]
 SERVED = (2, 3, 5, 6, 10)
 LARGEST_BYTES = {"exits": 12e6, "drafter": 16e6}
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """Without its weights."""
+    return outline("smollm2-135m")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from flax import nnx
 from reference.distillation_twin import ItemTwin
 from reference.exit_metrics_twin import TRUE
@@ -30,7 +31,7 @@ from dex_jax.training.stream import Activations, Stream
 
 DEPTHS = (1, 2, 3)
 WIDTH, WINDOW, STEPS = LLAMA.width, 5, 8
-KINDS = [("linear", True), ("mlp", True), ("attn", False)]
+KINDS = [("linear", True), slow("mlp", True), ("attn", False)]
 ROWS = ((3, 9, 1, 12), (14, 2, 9))
 """Tokens of the items in each row, one after the other."""
 BEGINS = 9

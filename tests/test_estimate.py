@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from flax import nnx
 from reference.small_models import LLAMA, small_model
 
@@ -35,8 +36,8 @@ from dex_jax.training.stream import Activations
 MODEL = dataclasses.replace(LLAMA, vocab_size=1024, width=128, head_dim=32, mlp_width=256, num_layers=2)
 EXITS = ExitsConfig("linear", (1,), 128, fused=True, rank=32, hidden=256, heads=4, head_dim=32, window=16)
 # The whole vocabulary and a draft vocabulary, every kind once alone and once fused.
-KINDS = [("shared", False, 256), ("linear", True, None), ("lowrank", False, 256), ("mlp", True, 256)]
-KINDS += [("attn", False, 256)]
+KINDS = [slow("shared", False, 256), slow("linear", True, None), slow("lowrank", False, 256), ("mlp", True, 256)]
+KINDS += [slow("attn", False, 256)]
 BATCH, CHUNK, LENGTH = 8, 8, 32
 RUN = {"batch": BATCH, "chunk": CHUNK, "length": LENGTH, "steps": 10, "dtype": jnp.dtype(jnp.float32)}
 

@@ -89,6 +89,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_exits(whole, tmp_path, monkeyp
     assert about[0] == about[1]
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_given_exits_and_warns_of_another_backbone(whole, tmp_path) -> None:
     config = dataclasses.replace(with_steps(1), evaluation_texts=0)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e-9))

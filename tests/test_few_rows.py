@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from hypothesis import example, given, settings
 from reference.small_models import LLAMA, random_transformer, small_model
 
@@ -121,16 +122,6 @@ def test_under_vmap_of_rows_kernels_and_both() -> None:
     chex.assert_trees_all_close(one_set, np.stack([x[0, 0] @ kernel.T for kernel in kernels]), atol=1e-5)
     pairs = jax.vmap(jax.vmap(few_rows_product, (None, 0)), (0, None))(x[0], kernels)
     chex.assert_trees_all_close(pairs, np.stack([[r @ k.T for k in kernels] for r in x[0]]), atol=1e-5)
-
-
-@needs_compiler
-def test_its_gradients_are_those_of_the_product() -> None:
-    x, kernel, weights = random(2, (4, 9), (6, 9), (4, 6))
-
-    def loss(product):
-        return jax.grad(lambda x, kernel: jnp.sum(weights * jnp.tanh(product(x, kernel))), argnums=(0, 1))(x, kernel)
-
-    chex.assert_trees_all_close(loss(few_rows_product), loss(lambda x, kernel: x @ kernel.T), atol=1e-5)
 
 
 @needs_compiler
@@ -342,7 +333,7 @@ def steps_of(dtype: str):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 @given(st.sampled_from([2, 8, 16, 40, 96]), st.integers(1, 30), st.integers(0, 1000))
 @settings(max_examples=10)
 def test_rows_of_a_tree_have_ars_logits_to_the_last_bit(dtype: str, rows: int, prefix: int, seed: int) -> None:

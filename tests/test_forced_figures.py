@@ -9,6 +9,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from reference.exit_metrics_twin import TRUE, TextTwin, calibration_error
 from reference.small_models import LLAMA, random_parameters, small_model
 
@@ -103,7 +104,10 @@ def _positions(name: str) -> list[tuple[TextTwin, int]]:
     return [(twin, i) for twin in _twins(name) for i in range(len(twin.answer))]
 
 
-@pytest.mark.parametrize("name", KINDS)
+every_kind = pytest.mark.parametrize("name", [slow(name) if "lowrank" in name else name for name in KINDS])
+
+
+@every_kind
 def test_every_position_says_what_the_twin_says(name: str) -> None:
     measured, where = _measured(name), _positions(name)
     own = {(1, 2), (1, 3), (2, 3)} if _exits(name).config.needs_previous else set()
@@ -125,7 +129,7 @@ def test_every_position_says_what_the_twin_says(name: str) -> None:
     assert measured.said.greedy.tolist() == [int(twin.final_probabilities(i).argmax()) for twin, i in where]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@every_kind
 def test_predicted_exits_are_the_twins(name: str) -> None:
     measured, twins = _measured(name), _twins(name)
     for grid in GRIDS:
@@ -136,7 +140,7 @@ def test_predicted_exits_are_the_twins(name: str) -> None:
     assert any((other != fresh).any() for other in others) == _exits(name).config.needs_previous
 
 
-@pytest.mark.parametrize("name", KINDS)
+@every_kind
 def test_figures_are_the_twins(name: str) -> None:
     figures, where, twins = figures_of(_measured(name)), _positions(name), _twins(name)
     tokens = len(where)

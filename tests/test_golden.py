@@ -28,6 +28,7 @@ FAMILIES_GOLDEN = json.loads((GOLDENS / "families.json").read_text(encoding="utf
 SMOLLM2_GOLDEN = json.loads((GOLDENS / "smollm2.json").read_text(encoding="utf-8"))
 PROMPTS = [each["prompt"] for each in SMOLLM2_GOLDEN["prompts"]]
 BATCH = 6
+QUICK = ("llama3", "codellama", "qwen2", "qwen3")
 
 
 def assert_greedy_equals(lm, prompts: list[dict], method, max_new_tokens: int) -> None:
@@ -52,7 +53,7 @@ def last_logits(lm, prompts: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     return logits, logits[np.arange(len(prompts)), np.array(lengths) - 1]
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module")
 def family(request, tmp_path_factory):
     """(golden, model) of one family, loaded from one safetensors file."""
     directory = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
@@ -65,6 +66,7 @@ def test_the_goldens_leave_no_close_calls() -> None:
     assert set(FAMILIES_GOLDEN["families"]) == set(FAMILIES)
 
 
+@pytest.mark.parametrize("family", [name if name in QUICK else slow(name) for name in FAMILIES], indirect=["family"])
 def test_family_logits(family) -> None:
     golden, lm = family
     logits, last = last_logits(lm, golden["prompts"])
@@ -76,7 +78,7 @@ def test_family_logits(family) -> None:
 
 
 # Attention of each kind (plain, biased, normalised), and both kinds of stretched positions.
-@pytest.mark.parametrize("family", [slow("llama3"), slow("codellama"), slow("qwen2"), "qwen3"], indirect=["family"])
+@pytest.mark.parametrize("family", [*map(slow, QUICK[:-1]), QUICK[-1]], indirect=["family"])
 def test_family_greedy_ar(family) -> None:
     golden, lm = family
     assert_greedy_equals(lm, golden["prompts"], dex_jax.AR(), FAMILIES_GOLDEN["max_new_tokens"])
@@ -95,10 +97,11 @@ def test_family_greedy_dex(family, explorers) -> None:
 
 def test_smollm2_logits(smollm2) -> None:
     """To 1e-5 of max |logit|: transformers in float32 is itself 2e-6 away from its float64."""
-    for golden in SMOLLM2_GOLDEN["last_logits"]:
-        _, last = last_logits(smollm2, [SMOLLM2_GOLDEN["prompts"][golden["prompt"]]])
+    goldens = SMOLLM2_GOLDEN["last_logits"]
+    _, found = last_logits(smollm2, [SMOLLM2_GOLDEN["prompts"][golden["prompt"]] for golden in goldens])
+    for golden, last in zip(goldens, found, strict=True):
         tolerance = 1e-5 * golden["max_abs"]
-        np.testing.assert_allclose(last[0, golden["ids"]], golden["logits"], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(last[golden["ids"]], golden["logits"], rtol=0, atol=tolerance)
         figures = [last.mean(dtype=np.float64), last.std(dtype=np.float64), np.abs(last).max()]
         expected = [golden["mean"], golden["std"], golden["max_abs"]]
         np.testing.assert_allclose(figures, expected, rtol=0, atol=tolerance)

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from reference.checkpoints import FAMILIES, checkpoint_tensors, write_checkpoint
+from reference.refusals import refusal
 
 from dex_jax.config import RopeScaling
-from dex_jax.errors import DexError
 from dex_jax.io import open_checkpoint
 
 NAMES = {
@@ -87,16 +87,6 @@ def write_gguf(path, family, kind="F32", change=None, extra=(), drop=(), **field
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def refusal(path) -> str:
-    """The sentence with which opening `path` is refused."""
-    with pytest.raises(DexError) as caught:
-        open_checkpoint(str(path))
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert str(path) in sentence
-    return sentence
 
 
 @pytest.mark.parametrize("family", ["llama2", "smollm2", "qwen25_untied", "qwen3", "llama_attention_bias"])

@@ -9,8 +9,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 from reference.checkpoints import write_checkpoint
+from reference.refusals import refusal
 
-from dex_jax.errors import DexError
 from dex_jax.io import ALIASES, open_checkpoint
 from dex_jax.io.hub import is_hub_id
 
@@ -66,16 +66,6 @@ def hub(cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return state
-
-
-def refusal(source) -> str:
-    """The sentence with which opening `source` is refused."""
-    with pytest.raises(DexError) as caught:
-        open_checkpoint(source)
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert sentence.endswith(".")
-    return sentence
 
 
 def test_a_complete_copy_in_the_cache_is_used_without_a_word(cache, capsys):

@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from reference.checkpoints import FAMILIES, checkpoint_tensors, write_checkpoint
+from reference.refusals import refusal
 from safetensors.numpy import load_file, save_file
 
 from dex_jax.config import RopeScaling
-from dex_jax.errors import DexError
 from dex_jax.io import open_checkpoint
 
 
@@ -24,16 +24,6 @@ def edit_json(path, **changes):
         if value is not None:
             content[key] = value
     path.write_text(json.dumps(content))
-
-
-def refusal(source) -> str:
-    """The sentence with which opening `source` is refused."""
-    with pytest.raises(DexError) as caught:
-        open_checkpoint(str(source))
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert sentence.endswith(".")
-    return sentence
 
 
 @pytest.mark.parametrize(("family", "shards"), [*zip(FAMILIES, itertools.cycle([1, 3]))])
@@ -174,7 +164,6 @@ def test_uncovered_configurations_are_refused(tmp_path, changes, words):
     write_checkpoint(tmp_path, "smollm2")
     edit_json(tmp_path / "config.json", **changes)
     sentence = refusal(tmp_path)
-    assert str(tmp_path) in sentence
     assert all(word in sentence for word in words), sentence
 
 

@@ -124,7 +124,7 @@ def test_kinds_are_not_mixed() -> None:
     "method",
     [
         dex_jax.AR(),
-        dex_jax.LayerSkip(exit=1, draft_length=3),
+        slow(dex_jax.LayerSkip(exit=1, draft_length=3)),
         slow(dex_jax.Dex(explorers=2, draft=False)),
         slow(dex_jax.Dex(explorers=1)),
     ],

@@ -205,7 +205,7 @@ def test_a_summary_and_a_record_tell_the_counts_apart() -> None:
     assert json_record(0, bound, "x", None, None)["rounds"] is None
 
 
-@pytest.mark.parametrize("kind", ["attn", "linear"])
+@pytest.mark.parametrize("kind", ["attn", slow("linear")])
 def test_half_precision_keeps_its_dtypes(kind) -> None:
     """The loop's carry must come out as it went in; tracing shows it."""
     layout, dtype = dex_jax.Unrolled(), jnp.dtype(jnp.bfloat16)
@@ -227,7 +227,7 @@ def test_half_precision_keeps_its_dtypes(kind) -> None:
     assert jax.tree.map(lambda leaf: leaf.dtype, begun) == jax.tree.map(lambda leaf: leaf.dtype, after)
 
 
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampled", [slow(False), True], ids=["greedy", "sampled"])
 def test_a_single_exit_is_that_of_the_twin(sampled) -> None:
     stages, vocabulary = 4, 11
     found = set()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from reference import toy_runs
 from reference.small_models import small_model
 from reference.toy_models import ToyModel, random_tables, toy_network, toy_prefill
@@ -16,7 +17,6 @@ import dex_jax
 from dex_jax import DexError, Trace
 
 VOCAB = 12
-SHAPES = [(1, 1), (3, 2), (5, 2)]
 
 
 def record(tables, case, first: list[int], stages: int, rows: int, sequence: int) -> Trace:
@@ -47,7 +47,7 @@ def seen_after(trace: Trace, tick: int) -> set[tuple]:
     return found
 
 
-@pytest.mark.parametrize(("stages", "rows"), SHAPES)
+@pytest.mark.parametrize(("stages", "rows"), [slow(1, 1), (3, 2), slow(5, 2)])
 def test_every_tick_is_the_twin_s(stages: int, rows: int) -> None:
     for seed in range(2):
         tables = random_tables(seed, stages, VOCAB, openness=(0.1, 0.4)[seed])
@@ -68,7 +68,7 @@ def test_every_tick_is_the_twin_s(stages: int, rows: int) -> None:
         assert all(trace.labels[node.token] == f"<{node.token}>" for node in trace.nodes)
 
 
-@pytest.mark.parametrize("draft", [False, True])
+@pytest.mark.parametrize("draft", [slow(False), True])
 def test_a_model_s_trace_says_what_generate_says(draft: bool) -> None:
     lm = small_model()
     options = {"method": dex_jax.Dex(explorers=3, draft=draft), "max_new_tokens": 24, "exits": "shared"}

@@ -224,6 +224,7 @@ def test_evaluate_compares_exits_on_the_same_answers(capsys, monkeypatch, traine
     assert "keeps answers of another max_new_tokens (6, now 7)" in err
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_trained_and_decodes(capsys, place) -> None:
     folder = place / "whole"
     command = ["--config", place / "whole.py", "--folder", folder]

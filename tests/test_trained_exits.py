@@ -40,7 +40,7 @@ def plain(lm):
     ("kind", "fused", "draft"),
     [
         ("linear", True, 30),
-        ("attn", False, 30),
+        slow("attn", False, 30),
         slow("shared", False, 30),
         slow("lowrank", True, None),
         slow("mlp", True, 20),
@@ -62,6 +62,7 @@ def test_tokens_are_those_of_ar_and_exits_those_of_teacher_forcing(lm, plain, ki
         assert expected.tolist() == out.stats.exits[row, : len(tokens)].tolist()
 
 
+@pytest.mark.slow
 def test_sampled_tokens_are_those_of_ar(lm) -> None:
     options = {"temperature": 0.9, "top_k": 12, "max_new_tokens": 16, "seed": 3}
     exits = random_exits("linear", fused=True, draft=30)
@@ -213,6 +214,7 @@ def test_exits_that_do_not_fit_are_refused(lm) -> None:
         ExitsConfig("linear", (2, 1), 8)
 
 
+@pytest.mark.slow
 def test_rest_counts_in_probabilities_only(lm) -> None:
     """With a bucket that outweighs all, paths score worse, and without a cap nothing else changes."""
     exits = random_exits("linear", draft=30)

@@ -266,6 +266,7 @@ def test_another_backbone_warns_and_goes_on(small):
 # Devices
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_one_devices_result(tmp_path):
     worker = Path(__file__).with_name("training_worker.py")
     flags = {"XLA_FLAGS": flags_for_devices(4), "JAX_PLATFORMS": "cpu"}

@@ -1,0 +1,19 @@
+"""What bad input is answered with."""
+
+from __future__ import annotations
+
+import pytest
+
+from dex_jax.errors import DexError
+from dex_jax.io import open_checkpoint
+
+
+def refusal(source) -> str:
+    """The sentence with which opening a model is refused."""
+    with pytest.raises(DexError) as caught:
+        open_checkpoint(str(source))
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    assert str(source) in sentence
+    return sentence
