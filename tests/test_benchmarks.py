@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import depth_side
@@ -14,6 +15,7 @@ import one_explorer
 import pytest
 import speed
 import two_processes
+from outside import Outside
 from reference.small_models import LLAMA, LetterTokenizer, small_model
 
 import dex_jax
@@ -112,3 +114,42 @@ def test_depth_side_table():
     one, two = depth_side.table(runs, [1, 2, 5]).splitlines()[-2:]
     assert [cell.strip() for cell in one.split("|")[1:-1]] == ["1", "2.00", "2.00", "2.00", "1.00", "2.00", ""]
     assert [float(cell) for cell in two.split("|")[1:-1]] == [2, 2.5, 2.5, 2.5, 1.25, 2, 1.25]
+
+
+WORKER = """
+import json, sys
+print(json.dumps({"ready": True, "torch": "9.9", "transformers": "8.8", "threads": 2, "dtype": "float32"}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["new_tokens"] > 50:
+        print(json.dumps({"error": "too many"}), flush=True)
+        continue
+    tokens = [7] * asked["new_tokens"]
+    print(json.dumps({"tokens": tokens, "prefill_seconds": 0.5, "decode_seconds": 2.0}), flush=True)
+"""
+
+
+def test_transformers_is_asked_for_tokens_and_gives_a_line(tmp_path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER, encoding="utf-8")
+    outside = Outside(sys.executable, "smollm2-135m", worker)
+    answer = outside.run([1, 2], 5)
+    assert (answer["tokens"], answer["prefill_seconds"], answer["decode_seconds"]) == ([7] * 5, 0.5, 2.0)
+    assert (outside.versions["torch"], outside.versions["transformers"]) == ("9.9", "8.8")
+    assert outside.run([1], 3)["tokens"] == [7] * 3
+    with pytest.raises(DexError, match="too many"):
+        outside.run([1], 51)
+    outside.close()
+
+
+def test_a_contender_that_cannot_run_is_told(tmp_path) -> None:
+    with pytest.raises(DexError, match="compares with smollm2-135m alone, not with other"):
+        Outside(sys.executable, "other")
+    with pytest.raises(DexError, match="needs a checkout of the repository"):
+        Outside(sys.executable, "smollm2-135m", tmp_path / "none.py")
+    worker = tmp_path / "worker.py"
+    worker.write_text("raise SystemExit(3)", encoding="utf-8")
+    with pytest.raises(DexError, match="ended with code 3: does that Python have torch and transformers"):
+        Outside(sys.executable, "smollm2-135m", worker)
+    with pytest.raises(DexError, match="does not start"):
+        Outside(str(tmp_path / "python"), "smollm2-135m", worker)

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's recipes, followed step by step on a copy of the package."""
+"""CONTRIBUTING.md: its recipes, followed step by step on a copy of the package, its house and its quick tests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import LEFT_OUT
 
 import dex_jax
 
@@ -69,3 +70,9 @@ def test_the_house_is_all_there() -> None:
     assert all(place.exists() for place in places)
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     assert folders <= {place.name for place in places}
+
+
+def test_every_file_has_tests_that_are_not_slow(request) -> None:
+    quick = {item.path for item in request.session.items}
+    slow = {item.path for item in request.config.stash[LEFT_OUT] if item.get_closest_marker("slow")}
+    assert not slow - quick
