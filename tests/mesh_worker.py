@@ -169,11 +169,8 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     assert_own_stage(lm, mesh)
     spoil_padding(model)
     lm = LanguageModel(model, None, "random", "0", mesh)
-    results = {"mesh": decode(lm, case, folder)}
-    if case.drafts is not None or (case.exits is not None and case.exits[0] == "attn"):
-        # Neither the plain-Python twin nor teacher forcing knows these.
-        results["one"] = decode(small_model(case.config, Stacked(layout.depths)), case, None)
-    return results
+    one = small_model(case.config, Stacked(layout.depths))
+    return {"mesh": decode(lm, case, folder), "one": decode(one, case, None)}
 
 
 def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str, Any]]:

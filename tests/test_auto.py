@@ -193,14 +193,7 @@ def figures(monkeypatch, tmp_path):
 def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path, layout) -> None:
     monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "step_costs.json"))
     monkeypatch.setattr(costs, "_KNOWN", {})
-    first = step_costs(
-        LLAMA,
-        layout,
-        jnp.float32,
-        1,
-        100,
-        random_drafter(),
-    )
+    first = step_costs(LLAMA, layout, jnp.float32, 1, 100, random_drafter())
     assert first.rows == ROWS
     assert 0 < first.seconds[0] <= first.seconds[-1] < 10
     assert 0 < first.overhead < 1

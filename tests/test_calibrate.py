@@ -89,10 +89,7 @@ def test_rounds_go_on_from_where_the_last_call_ended() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [
-        (["--rows", "0"], "--rows must be 1 to 64"),
-        (["--model", "no such model"], "names no model"),
-    ],
+    [(["--rows", "0"], "--rows must be 1 to 64"), (["--model", "no such model"], "names no model")],
 )
 def test_bad_calibrations(flags: list[str], message: str, tmp_path, capsys) -> None:
     file = tmp_path / "here.json"

@@ -26,11 +26,7 @@ METHODS = {
     "layerskip": (chain.Policy(3), (4, 9), chain_twin.Fixed),
     "adadecode": (Sure(4, 0.37), DEPTHS, lambda: chain_twin.Sure(0.37)),
     "del": (Dynamic(4, DEPTHS, 0.9, True), DEPTHS, lambda: chain_twin.Dynamic(DEPTHS, 4, 0.9, True)),
-    "del, not so sure": (
-        Dynamic(3, (2, 5, 9), 0.95, False),
-        (2, 5, 9),
-        UNSURE,
-    ),
+    "del, not so sure": (Dynamic(3, (2, 5, 9), 0.95, False), (2, 5, 9), UNSURE),
     "oracle": (Hindsight(), DEPTHS, chain_twin.Fixed),
 }
 

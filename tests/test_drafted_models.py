@@ -39,13 +39,7 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
 
 @pytest.mark.parametrize(
     ("explorers", "exits", "options"),
-    [
-        (3, "mlp", {}),
-        slow(1, "mlp", SAMPLED),
-        slow(1, "linear", {}),
-        slow(2, "shared", SAMPLED),
-        slow(4, "shared", {}),
-    ],
+    [(3, "mlp", {}), slow(1, "mlp", SAMPLED), slow(1, "linear", {}), slow(2, "shared", SAMPLED), slow(4, "shared", {})],
 )
 def test_tokens_are_those_of_ar_and_exits_no_later(lm, explorers, exits, options) -> None:
     prompts, given = ragged_prompts(3), exits if exits == "shared" else random_drafter(exits)
@@ -123,17 +117,9 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
     memory = empty_memory(config, 1, jnp.float32)
     drafter_of = transformer_drafter(model, config, arrays, None)
     for start, end in ((0, 4), (4, prefix)):
-        piece, lengths = slice(start, end), jnp.asarray([end])
-        memory = read_chunk(
-            model,
-            config,
-            arrays,
-            memory,
-            jnp.asarray(tokens[:, piece]),
-            hidden[:, piece],
-            jnp.asarray([start]),
-            lengths,
-        )
+        piece, where = slice(start, end), (jnp.asarray([start]), jnp.asarray([end]))
+        read = jnp.asarray(tokens[:, piece]), hidden[:, piece]
+        memory = read_chunk(model, config, arrays, memory, *read, *where)
     before = memory.previous[:, None]
     found = []
     for row in range(drafted):

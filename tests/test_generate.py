@@ -11,14 +11,7 @@ import jax
 import numpy as np
 import pytest
 from reference import twin
-from reference.small_models import (
-    LLAMA,
-    LetterTokenizer,
-    SmallModel,
-    assert_same_tokens,
-    ragged_prompts,
-    small_model,
-)
+from reference.small_models import LLAMA, LetterTokenizer, SmallModel, assert_same_tokens, ragged_prompts, small_model
 
 import dex_jax
 from dex_jax import AR, Dex, DexError, Stacked
@@ -383,7 +376,6 @@ BAD = {
     "no samples": ({"num_samples": 0}, "num_samples"),
     "negative temperature": ({"temperature": -0.5}, "temperature"),
     "temperature not a number": ({"temperature": float("nan")}, "temperature"),
-    "endless temperature": ({"temperature": float("inf")}, "temperature"),
     "top_k of nothing": ({"temperature": 1.0, "top_k": 0}, "top_k"),
     "top_p of nothing": ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
     "top_p above one": ({"temperature": 1.0, "top_p": 1.5}, "top_p"),
@@ -398,7 +390,6 @@ BAD = {
     "a seed that is no number": ({"seed": ["a"]}, "63 bits"),
     "more samples than memory": ({"num_samples": 10**12}, "4096 sequences"),
     "rows without bound": ({"method": Dex(explorers=4, rows=10**9, draft=False)}, "1 to 4096"),
-    "too many explorers": ({"method": Dex(explorers=5, draft=False)}, "explorers"),
 }
 
 

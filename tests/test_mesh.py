@@ -17,10 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import slow
 from environment import flags_for_devices
-from mesh_worker import CHECKPOINTS, SAMPLED, SEED, TOKENS, Case
-from reference import twin
-from reference.small_models import LLAMA, SmallModel, ragged_prompts, small_model
-from test_generate import noise_of
+from mesh_worker import CHECKPOINTS, Case
+from reference.small_models import LLAMA, small_model
 
 from dex_jax.decoding.mesh.stage import final_first
 from dex_jax.errors import DexError
@@ -148,45 +146,11 @@ def test_so_they_are_in_cpp(in_cpp: Path, name: str) -> None:
 def assert_as_one_device(folder: Path, case: Case) -> None:
     result = json.loads((folder / f"{case.name}.json").read_text())
     assert "error" not in result, result["error"]
-    if "one" not in result:
-        result["one"] = in_plain_python(case) if case.exits is None else teacher_forced(case)
     assert result["mesh"] == result["one"]
     if case.method == "dex" and (case.schedule.stages > 1 or case.drafts is not None):
         exits = {exit for row in result["mesh"] for exit in row["exits"]}
         assert len(exits - {-1}) > 1, "every token came from the same exit: this would test nothing"
         assert (0 in exits) == (case.drafts is not None)
-
-
-def in_plain_python(case: Case) -> list[dict]:
-    """What one device gives, which is what the twin gives (tests/test_generate.py)."""
-    depths = (case.layers,) if case.method == "ar" else case.schedule.depths
-    whole = SmallModel(case.config, depths)
-    found = []
-    for row, prompt in enumerate(ragged_prompts()[: case.batch]):
-        draws = None
-        if case.sampled:
-            filters = (SAMPLED["top_k"], SAMPLED["top_p"]) if case.filters else ()
-            draws = twin.Draws(noise_of(SEED + row), SAMPLED["temperature"], *filters)
-        if case.method == "ar":
-            tokens = twin.autoregressive(whole, prompt, stages=1, max_new_tokens=TOKENS, draws=draws)
-            found.append({"tokens": tokens, "exits": [-1, *[1] * (TOKENS - 1)], "ticks": TOKENS - 1})
-            continue
-        size = {"stages": case.schedule.stages, "rows": case.schedule.rows, "max_new_tokens": TOKENS}
-        run = twin.decode(whole, prompt, **size, draws=draws)
-        found.append({"tokens": run.tokens, "exits": run.exits, "ticks": run.ticks})
-    return found
-
-
-def teacher_forced(case: Case) -> list[dict]:
-    """What one device gives with trained exits and rows that never prune (tests/test_trained_exits.py)."""
-    whole, lm, schedule = SmallModel(case.config, (case.layers,)), small_model(case.config), case.schedule
-    found = []
-    for row, prompt in enumerate(ragged_prompts()[: case.batch]):
-        draws = twin.Draws(noise_of(SEED + row), SAMPLED["temperature"]) if case.sampled else None
-        tokens = twin.autoregressive(whole, prompt, stages=1, max_new_tokens=TOKENS, draws=draws)
-        exits = forced_exits(lm, prompt, tokens, schedule, case.sampling([row]), case.trained).tolist()
-        found.append({"tokens": tokens, "exits": exits, "ticks": schedule.stages + sum(exits[1:-1])})
-    return found
 
 
 def test_a_short_last_stage_asks_the_final_layer_first() -> None:

@@ -18,14 +18,7 @@ from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import cost_model, predictions, workload
 from dex_jax.evaluation.planner.cost_model import Setting
 from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile
-from dex_jax.hardware import (
-    DEVICES,
-    LINKS,
-    Measured,
-    hardware,
-    read_hardware,
-    write_hardware,
-)
+from dex_jax.hardware import DEVICES, LINKS, Measured, hardware, read_hardware, write_hardware
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import parameter_shapes
 

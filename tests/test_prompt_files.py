@@ -10,13 +10,7 @@ import pytest
 
 from dex_jax import prompt_files
 from dex_jax.errors import DexError
-from dex_jax.prompt_files import (
-    parse_dataset,
-    prompt_of,
-    read_prompts,
-    read_texts,
-    standard_library_prompts,
-)
+from dex_jax.prompt_files import parse_dataset, prompt_of, read_prompts, read_texts, standard_library_prompts
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(

@@ -13,14 +13,7 @@ import numpy as np
 import pytest
 from conftest import slow
 from reference import twin
-from reference.small_models import (
-    LLAMA,
-    LetterTokenizer,
-    assert_same_tokens,
-    ragged_prompts,
-    random_exits,
-    small_model,
-)
+from reference.small_models import LLAMA, LetterTokenizer, assert_same_tokens, ragged_prompts, random_exits, small_model
 from reference.toy_models import ToyModel, cached_tables, toy_network, toy_prefill
 from reference.toy_runs import CAPACITY, arrays, emitted, random_case, twin_draws
 

@@ -14,14 +14,7 @@ from dex_jax.errors import DexError
 from dex_jax.language_model import outline
 from dex_jax.training.items import script
 from dex_jax.training.mixture import BLOCK, Mixture
-from dex_jax.training.sources import (
-    SelfSource,
-    SourceOptions,
-    entry_digest,
-    held_out_digests,
-    open_mixture,
-    parse_data,
-)
+from dex_jax.training.sources import SelfSource, SourceOptions, entry_digest, held_out_digests, open_mixture, parse_data
 
 OPTIONS = SourceOptions(length=128, seed=3)
 

@@ -7,6 +7,7 @@ checkpoint keeps, so a run that misses a boundary goes another way.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.trainer import train
+
+EVERY = {"checkpoint_every": 4, "eval_every": 10, "log_every": 3}
+CONFIG = TrainConfig(**EVERY, steps=30, batch=8, accumulate=3, warmup_steps=5, learning_rate=0.02)
+WIDTH = 256
 
 
 class LinearMap:
@@ -96,16 +101,13 @@ def mesh_of(name: str) -> Mesh | None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--checkpoint-every", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=CONFIG.steps)
+    parser.add_argument("--checkpoint-every", type=int, default=CONFIG.checkpoint_every)
+    parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--meshes", nargs="*", default=[""], help='as 2x2 for data x tensor; "" for none')
     args = parser.parse_args()
-    config = TrainConfig(
-        steps=args.steps, checkpoint_every=args.checkpoint_every, batch=8, log_every=3, eval_every=10, accumulate=3,
-        warmup_steps=5, learning_rate=0.02,
-    )  # fmt: skip
+    config = dataclasses.replace(CONFIG, steps=args.steps, checkpoint_every=args.checkpoint_every)
     for name in args.meshes:
         folder = args.folder / name
         task = LinearMap(config, args.width, seconds=args.seconds)
