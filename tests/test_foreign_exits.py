@@ -75,35 +75,28 @@ def test_exits_whose_metadata_lie(exits, key, content) -> None:
         refused(use_exits, exits)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"width": 10**12}, {"width": 63}, {"hidden": 0}, {"hidden": 2**40}, {"window": 2**40}, {"depths": [0] * 2},
-     {"depths": ["x"]},
-     {"depths": list(range(100_000))}, {"kind": 3}, {"fused": "x"}, {"draft_size": 29}, {"draft_size": -1},
-     {"norm_eps": -1.0},
-     {"kind": "attn", "fused": False, "head_dim": 7}],
-    ids=lambda change: str(change)[:40],
-)  # fmt: skip
-def test_exits_whose_shapes_lie(exits, change) -> None:
-    metadata = metadata_of(exits)
-    config = json.dumps(json.loads(metadata["config"]) | change)
-    with changed(exits, exits_with(exits, metadata | {"config": config})):
-        refused(use_exits, exits)
+OF_CONFIGURATIONS = [
+    {"width": 10**12}, {"width": 63}, {"hidden": 0}, {"hidden": 2**40}, {"window": 2**40}, {"depths": [0] * 2},
+    {"depths": ["x"]}, {"depths": list(range(100_000))}, {"kind": 3}, {"fused": "x"}, {"draft_size": 29},
+    {"draft_size": -1}, {"norm_eps": -1.0}, {"kind": "attn", "fused": False, "head_dim": 7},
+]  # fmt: skip
+OF_TREES = [
+    {"widths": []}, {"widths": [10**9]}, {"widths": [100] * 60}, {"widths": [1] * 10**5}, {"widths": "x"},
+    {"drafted": 9}, {"drafted": -1}, {"lookup": [2.0] * 8}, {"lookup": []}, {"tokens_per_round": 0},
+    {"tokens_per_round": "x"}, {"tokens_per_round": float("nan")},
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"widths": []}, {"widths": [10**9]}, {"widths": [100] * 60}, {"widths": [1] * 10**5}, {"widths": "x"},
-     {"drafted": 9}, {"drafted": -1},
-     {"lookup": [2.0] * 8}, {"lookup": []}, {"tokens_per_round": 0}, {"tokens_per_round": "x"},
-     {"tokens_per_round": float("nan")}],
-    ids=lambda change: str(change)[:40],
-)  # fmt: skip
-def test_exits_whose_trees_lie(exits, change) -> None:
+@pytest.mark.parametrize("change", [*OF_CONFIGURATIONS, *OF_TREES], ids=lambda change: str(change)[:40])
+def test_exits_whose_shapes_or_trees_lie(exits, change) -> None:
     metadata = metadata_of(exits)
-    about = json.loads(metadata["about"])
-    about["trees"][0] |= change
-    with changed(exits, exits_with(exits, metadata | {"about": json.dumps(about)})):
+    if change in OF_CONFIGURATIONS:
+        metadata["config"] = json.dumps(json.loads(metadata["config"]) | change)
+    else:
+        about = json.loads(metadata["about"])
+        about["trees"][0] |= change
+        metadata["about"] = json.dumps(about)
+    with changed(exits, exits_with(exits, metadata)):
         refused(use_exits, exits)
 
 

@@ -162,27 +162,41 @@ def test_gguf_files_with_bytes_changed(gguf, damage) -> None:
         check(use_model, gguf)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *(("num_attention_heads", value) for value in ("9", None, [9], 0, -3, True, 1.5, 10**30, {})),
-        *(("rope_scaling", value) for value in ("linear", [1], 3, {"rope_type": 3}, {"type": "linear", "factor": "x"})),
-        ("rope_scaling", {"type": "linear", "factor": 0}),
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
-                          "original_max_position_embeddings": 32}),
-        *(("quantization_config", value) for value in ("gptq", [1], 3, {"quant_method": ["x"]})),
-        *(("architectures", value) for value in ("X", [3], {"a": 1}, 7)),
-        *(("eos_token_id", value) for value in ("2", {"a": 1}, [["2"]], -1, 2**40, True)),
-        *(("model_type", value) for value in (["llama"], {}, 3, "a\nb")),
-        ("num_hidden_layers", 10**9), ("num_hidden_layers", 0), ("vocab_size", 10**15), ("head_dim", 7),
-        ("hidden_size", 1),
-        ("num_key_value_heads", 10**9), ("tie_word_embeddings", "yes"), ("rope_theta", -1.0), ("rms_norm_eps",
-        float("nan")),
-        ("max_position_embeddings", 10**18), ("sliding_window", "x"), ("hidden_act", ["silu"]), ("bos_token_id", "x"),
-    ],
-)  # fmt: skip
-def test_configurations_that_lie(directory, key, value) -> None:
-    refused_with(directory / "config.json", (key,), value)
+OF_CONFIGURATIONS = [
+    *(("num_attention_heads", value) for value in ("9", None, [9], 0, -3, True, 1.5, 10**30, {})),
+    *(("rope_scaling", value) for value in ("linear", [1], 3, {"rope_type": 3}, {"type": "linear", "factor": "x"})),
+    ("rope_scaling", {"type": "linear", "factor": 0}),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
+                      "original_max_position_embeddings": 32}),
+    *(("quantization_config", value) for value in ("gptq", [1], 3, {"quant_method": ["x"]})),
+    *(("architectures", value) for value in ("X", [3], {"a": 1}, 7)),
+    *(("eos_token_id", value) for value in ("2", {"a": 1}, [["2"]], -1, 2**40, True)),
+    *(("model_type", value) for value in (["llama"], {}, 3, "a\nb")),
+    ("num_hidden_layers", 10**9), ("num_hidden_layers", 0), ("vocab_size", 10**15), ("head_dim", 7), ("hidden_size", 1),
+    ("num_key_value_heads", 10**9), ("tie_word_embeddings", "yes"), ("rope_theta", -1.0), ("bos_token_id", "x"),
+    ("rms_norm_eps", float("nan")), ("max_position_embeddings", 10**18), ("sliding_window", "x"),
+    ("hidden_act", ["silu"]),
+]  # fmt: skip
+OF_INDICES = [3, [], "../model-00001-of-00003.safetensors", "/dev/zero", "\ud800", "x" * 9999]
+OF_SETTINGS = {"bos_token": 3, "eos_token": {"content": 3}}
+LIES = [
+    *(("config.json", (key,), value) for key, value in OF_CONFIGURATIONS),
+    *(("model.safetensors.index.json", ("weight_map", "model.norm.weight"), value) for value in OF_INDICES),
+    *(("tokenizer_config.json", (key,), value) for key, value in OF_SETTINGS.items()),
+    *(("tokenizer_config.json", ("chat_template",), value) for value in (3, [{"name": 1}])),
+    ("tokenizer.json", ("model", "merges"), [["no", "such"]]),
+    ("tokenizer.json", ("model", "vocab"), {"x": -1}),
+    ("tokenizer.json", ("model",), 3),
+]
+"""A JSON file of a model, a place in it, and what stands there instead."""
+
+
+@pytest.mark.parametrize(("name", "place", "value"), LIES)
+def test_json_that_lies(directory, name, place, value) -> None:
+    file = directory / name
+    with changed(file, edited(file.read_text(), place, value)):
+        said = refused(use_model, directory)
+    assert not name.startswith("tokenizer") or name in said or place[-1] in said
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, "adapter_config.json"])
@@ -197,32 +211,6 @@ def test_json_that_is_no_description(directory, tmp_path, name, content) -> None
             file.unlink()
     (tmp_path / name).write_bytes(content.encode("latin-1"))
     assert name in refused(use_model, tmp_path)
-
-
-def refused_with(file: Path, place: tuple, value: Any) -> str:
-    """What is said of a directory in which one value of a JSON file is another."""
-    with changed(file, edited(file.read_text(), place, value)):
-        return refused(use_model, file.parent)
-
-
-@pytest.mark.parametrize("value", [3, [], "../model-00001-of-00003.safetensors", "/dev/zero", "\ud800", "x" * 9999])
-def test_an_index_that_names_no_file(directory, value) -> None:
-    refused_with(directory / "model.safetensors.index.json", ("weight_map", "model.norm.weight"), value)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("chat_template", 3), ("chat_template", [{"name": 1}]), ("bos_token", 3), ("eos_token", {"content": 3})],
-)
-def test_tokenizer_settings_of_other_types(directory, key, value) -> None:
-    assert key in refused_with(directory / "tokenizer_config.json", (key,), value)
-
-
-@pytest.mark.parametrize(
-    ("place", "value"), [(("model", "merges"), [["no", "such"]]), (("model", "vocab"), {"x": -1}), (("model",), 3)]
-)
-def test_tokenizers_that_lie(directory, place, value) -> None:
-    assert "tokenizer.json" in refused_with(directory / "tokenizer.json", place, value)
 
 
 @pytest.mark.parametrize(
