@@ -357,7 +357,7 @@ def test_an_output_shows_texts_and_what_they_took() -> None:
     shown = str(dataclasses.replace(many, stats=stats))
     assert "…" in shown
     assert "ticks" not in shown
-    assert "and 2 more" in shown
+    assert "and 8 more" in shown
     assert max(map(len, shown.splitlines())) < 120
 
 
