@@ -39,7 +39,7 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
 
 @pytest.mark.parametrize(
     ("explorers", "exits", "options"),
-    [(3, "mlp", {}), slow(1, "mlp", SAMPLED), slow(1, "linear", {}), slow(2, "shared", SAMPLED), slow(4, "shared", {})],
+    [(1, "mlp", {}), slow(3, "mlp", {}), slow(1, "linear", SAMPLED), slow(2, "shared", SAMPLED), slow(4, "shared", {})],
 )
 def test_tokens_are_those_of_ar_and_exits_no_later(lm, explorers, exits, options) -> None:
     prompts, given = ragged_prompts(3), exits if exits == "shared" else random_drafter(exits)

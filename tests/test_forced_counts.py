@@ -8,19 +8,27 @@ import jax
 import numpy as np
 import pytest
 from conftest import slow
-from reference.small_models import LLAMA, random_exits, small_model
+from reference.small_models import LLAMA, random_parameters, small_model
 
 import dex_jax
+from dex_jax.config import ExitsConfig
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.forced import run
 from dex_jax.forced.asks import dex_asks
 from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers, batches
+from dex_jax.io.exits_file import TrainedExits
 from studies.templates.forced_runs import layerskip_asks, layerskip_counts
 
 TOKENS = 24
 DEPTHS = (1, 2, 3, 4)
+
+
+def random_exits(kind: str, **more) -> TrainedExits:
+    config = ExitsConfig(kind, DEPTHS[:-1], LLAMA.width, heads=2, head_dim=8, hidden=16, rank=4, window=5, **more)
+    vocabulary = None if config.draft_size is None else np.arange(0, LLAMA.vocab_size, 2, dtype=np.int32)
+    return TrainedExits(config, random_parameters(config), vocabulary, "0", {}, "random")
 
 
 def prompts(count: int = 6) -> list[list[int]]:
@@ -33,7 +41,7 @@ def prompts(count: int = 6) -> list[list[int]]:
     [
         slow("linear", {"fused": True}, (1, 2, 4), (2, 3)),
         # Four stages: a node can lie three behind the newest committed position. LayerSkip's drafts lie further.
-        slow("attn", {"draft": LLAMA.vocab_size // 2}, DEPTHS, (1, 5)),
+        slow("attn", {"draft_size": LLAMA.vocab_size // 2}, DEPTHS, (1, 5)),
     ],
 )
 def test_counts_are_those_of_the_loops(kind, more, depths, skip):

@@ -22,7 +22,6 @@ from reference.small_models import LLAMA, small_model
 
 from dex_jax.decoding.mesh.stage import final_first
 from dex_jax.errors import DexError
-from dex_jax.forced.counts import forced_exits
 from dex_jax.nn import few_rows
 from dex_jax.nn.weights import merge_model
 from dex_jax.sharding import check_batch, check_model, check_stages, make_mesh
