@@ -171,6 +171,7 @@ def test_stop_cuts_the_text(capsys) -> None:
     assert out == whole[: whole.index(word)] + "\n"
 
 
+@pytest.mark.slow
 def test_color_depth_colours_early_tokens_on_terminals_only(capsys, monkeypatch) -> None:
     options = ["--prompt", SKY, "--max-new-tokens", "24", "--explorers", "1", *STACKED]
     record = json.loads(run(capsys, *options, "--json")[1])
