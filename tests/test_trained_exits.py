@@ -13,8 +13,7 @@ from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, ra
 
 import dex_jax
 from dex_jax.config import EXIT_KINDS, ExitsConfig
-from dex_jax.decoding.dex.interface import Committed
-from dex_jax.decoding.dex.trained_exits import commit_exits, empty_memory, exit_arrays, read_chunk
+from dex_jax.decoding.dex.trained_exits import empty_memory, exit_arrays, read_chunk
 from dex_jax.decoding.resolve import nearest_depths, resolve
 from dex_jax.errors import DexError
 from dex_jax.forced.counts import forced_exits
@@ -86,11 +85,10 @@ def test_context_memory_after_a_prompt_is_what_commits_one_by_one_make(lm) -> No
             model, exits.config, arrays, whole, tokens[:, part], hidden[:, part], jnp.int32(start), jnp.asarray(lengths)
         )
     single = empty_memory(exits.config, 3, jnp.float32)
-    zeros = jnp.zeros((3, 1), jnp.int32)
     for n in range(12):
-        row = slice(n, n + 1)
-        done = Committed(zeros, tokens[:, row], hidden[:, row], zeros[:, 0] + n, jnp.asarray(n < lengths, jnp.int32))
-        single = commit_exits(model, exits.config, arrays, single, done)
+        row, start = slice(n, n + 1), jnp.full(3, n, jnp.int32)  # as a commit of one position, or of none
+        ends = start + jnp.asarray(n < lengths, jnp.int32)
+        single = read_chunk(model, exits.config, arrays, single, tokens[:, row], hidden[:, row], start, ends)
     used = np.asarray(single.context.position) >= 0
     assert np.array_equal(whole.context.position, single.context.position)
     assert used.sum(axis=1).tolist() == [3, 5, 5]
