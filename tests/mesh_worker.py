@@ -36,6 +36,7 @@ from dex_jax.sharding import STAGE, make_mesh, parse_mesh
 
 TOKENS = 10
 TREE = TreeShape((2, 2, 1), 2, (0.3, *[0.7] * 7))
+CHOSEN = dataclasses.replace(TREE, rungs=((1, 1.0), (3, 1.1), (6, 1.3)), drafting=0.05)
 SEED = 11
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
 
@@ -61,6 +62,7 @@ class Case:
       batch: B.
       exits: (kind, fused, draft vocabulary), None for the model's own.
       drafts: "text" or "drafter", None for no drafts.
+      chosen: ticks choose their rows and drafted levels.
       explorers: K, where it is not one a stage.
       heads: H and G.
       depths: of the exits, where they are not even.
@@ -79,6 +81,7 @@ class Case:
     depths: tuple[int, ...] | None = None
     head_dim: int = LLAMA.head_dim
     drafts: str | None = None
+    chosen: bool = False
     explorers: int | None = None
 
     @property
@@ -90,7 +93,7 @@ class Case:
     @property
     def schedule(self) -> Schedule:
         """Of DEX with one explorer a stage; its depths are those of the mesh for AR too."""
-        draft = False if self.drafts is None else TREE
+        draft = False if self.drafts is None else CHOSEN if self.chosen else TREE
         even = Dex(explorers=self.explorers or parse_mesh(self.mesh)["stage"], draft=draft)
         return (even if self.depths is None else Dex(depths=tuple(self.depths), draft=draft)).schedule_for(self.layers)
 

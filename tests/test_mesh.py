@@ -53,10 +53,10 @@ CASES = {
         # Of one explorer nothing is offered: an array without elements.
         Case("data, one explorer", "data=2,stage=1", 2, batch=4),
         Case("ar all axes", AXES, 2, method="ar", sampled=True, filters=True, batch=4),
-        Case("drafts", "stage=3", 4, batch=4, drafts="drafter"),
+        Case("drafts", "stage=3", 4, batch=4, drafts="drafter", chosen=True),
         Case("drafts, fused exits", "stage=2", 3, sampled=True, drafts="drafter", exits=("linear", True, 30)),
         Case("drafts of the text", "stage=2", 3, batch=4, drafts="text", exits=("mlp", False, 20)),
-        Case("a pipeline of trees", "stage=3", 4, batch=2, drafts="drafter", explorers=1),
+        Case("a pipeline of trees", "stage=3", 4, batch=2, drafts="drafter", chosen=True, explorers=1),
         Case("drafts, one stage", "stage=1,tensor=2", 2, batch=2, drafts="drafter"),
         Case("drafts, all axes", AXES, 2, sampled=True, filters=True, batch=4, drafts="drafter"),
     )
