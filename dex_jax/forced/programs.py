@@ -176,8 +176,8 @@ def ask_exits(
         if draft is not None:
             log_all = jnp.logaddexp(log_all, rest)
             expected = expected + jnp.where(goal.outside > 0, goal.outside * rest, 0.0)
-        # Asked for values too, XLA sorts the whole vocabulary on CPUs and the program takes six times as long.
         ranked = scores(logits, sampling, noise)
+        # Asked for values too, XLA sorts the whole vocabulary on CPUs and the program takes six times as long.
         column = jax.lax.top_k(ranked, min(size, count + 1))[1]
         kept = jnp.take_along_axis(ranked, column, axis=-1)
         # Nor where what follows reads the logits too.
