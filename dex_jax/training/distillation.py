@@ -26,8 +26,7 @@ from dex_jax.nn.layers import KeyValues, rms_norm
 from dex_jax.nn.targets import Vocabulary
 from dex_jax.nn.weights import merge_model
 from dex_jax.training.losses import exit_losses
-from dex_jax.training.placement import EVERYWHERE, matrix_spec
-from dex_jax.training.stream import Activations, Stream, activation_specs
+from dex_jax.training.stream import EVERYWHERE, Activations, Stream, activation_specs, matrix_spec
 
 Evaluate = Callable[[TrainedExits], dict[str, Any]]
 

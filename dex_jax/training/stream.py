@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
@@ -30,8 +30,12 @@ from dex_jax.nn.transformer import Layout, Stacked
 from dex_jax.nn.weights import merge_model
 from dex_jax.sampling import sampling_keys
 from dex_jax.training.items import NO_ITEM, Item, Scripts, no_script, script, stack_scripts
-from dex_jax.training.placement import EVERYWHERE, place_weights, rows_spec
 from dex_jax.training.rows import Rows, advance, choices, take_items
+
+EVERYWHERE = PartitionSpec()
+"""On a mesh with axes "data" and "tensor": a copy on each device. Rows are spread over "data". Matrices [..., out, in],
+embeddings among them, are split by their output axis over "tensor" where it divides, so that every product is local and
+only its results are gathered. An axis that a mesh lacks splits nothing."""
 
 
 class Activations(NamedTuple):
@@ -178,6 +182,30 @@ def produce(
         places = (_state_places(spec, spec.mesh), _chunk_places(spec.mesh))
         state, activations = jax.lax.with_sharding_constraint((state, activations), places)
     return state, activations, report
+
+
+def rows_spec(mesh: Mesh, axis: int = 0) -> PartitionSpec:
+    """Of arrays whose rows lie along `axis`."""
+    return PartitionSpec(*[None] * axis, "data" if "data" in mesh.shape else None)
+
+
+def matrix_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+    """Of a matrix [..., out, in]."""
+    pieces = mesh.shape.get("tensor", 1)
+    if pieces == 1 or shape[-2] % pieces:
+        return EVERYWHERE
+    return PartitionSpec(*[None] * (len(shape) - 2), "tensor")
+
+
+def place_weights(weights: Any, layout: Layout, mesh: Mesh) -> Any:
+    """The weights of a model, as LanguageModel has them, on a mesh."""
+
+    def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        stacked = isinstance(layout, Stacked) and "layers" in jax.tree_util.keystr(path)
+        matrix = leaf.ndim - (2 if stacked else 0) == 2
+        return jax.device_put(leaf, NamedSharding(mesh, matrix_spec(mesh, leaf.shape) if matrix else EVERYWHERE))
+
+    return jax.tree_util.tree_map_with_path(place, weights)
 
 
 def activation_specs(mesh: Mesh) -> Activations:
