@@ -85,7 +85,6 @@ class Sure(Policy):
 
     def drafts(self, known: Any, exit_index: jax.Array, drafted: jax.Array, confidence: jax.Array) -> jax.Array:
         """As of Policy."""
-        del exit_index, drafted
         return confidence >= known
 
 

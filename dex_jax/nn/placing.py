@@ -32,7 +32,6 @@ def build_on_mesh(
     stages = stage_ranges(layout.depths)
 
     def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
-        del kind
         field = name.split(".")[-1]
         axes = PARAMETER_AXES[field]
         if not name.startswith("layers."):

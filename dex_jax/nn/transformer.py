@@ -170,7 +170,6 @@ def build(config: ModelConfig, layout: Layout, read: Callable[[str], np.ndarray]
     """
 
     def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
-        del kind
         if ".*." not in name:
             return jnp.asarray(np.asarray(read(name), dtype=dtype))
         assert isinstance(layout, Stacked)
@@ -197,7 +196,6 @@ def relayout(model: Transformer, layout: Layout) -> Transformer:
     cut = _cut_stacked(model, old) if isinstance(old, Stacked) else {}
 
     def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
-        del kind
         kept = taken.get(name)
         if kept is not None:
             return kept[...]

@@ -93,25 +93,20 @@ class Policy:
 
     def begin(self, batch: int) -> Any:
         """What is known before the first round: a pytree of arrays with a leading axis B."""
-        del batch
         return ()
 
     def asks(self, known: Any, exit_index: jax.Array, drafted: jax.Array) -> jax.Array:
         """[B] bool: whether to ask the exit [B] that the newest row has reached, with `drafted` [B] tokens waiting."""
-        del known, exit_index
         return drafted >= 0
 
     def drafts(self, known: Any, exit_index: jax.Array, drafted: jax.Array, confidence: jax.Array) -> jax.Array:
         """[B] bool: whether to take the token that the exit gives with this confidence [B]; the rest as of `asks`."""
-        del known, exit_index, drafted
         return confidence >= 0
 
     def learn(self, known: Any, verified: Verified) -> Any:
         """What is known after a round; must not change sequences outside `verified.where`."""
-        del verified
         return known
 
     def born_at(self, born_at: jax.Array, verified: Verified) -> jax.Array:
         """`exits` [B, R] of the tokens after each row, given where they were drafted (K where not)."""
-        del verified
         return born_at

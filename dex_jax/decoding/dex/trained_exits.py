@@ -284,7 +284,6 @@ def transformer_drafter(
     logits, rest = shared_columns(model, arrays)
 
     def features(before: jax.Array, token: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        del position
         batch, rows = token.shape
         flat = (1, batch * rows, config.width)
         state = model.embed_tokens(jnp.maximum(token, 0))

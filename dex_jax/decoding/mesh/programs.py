@@ -128,7 +128,6 @@ def head_specs(heads: Heads) -> Heads:
     """Where trained heads lie: each stage's exit on its stage, a drafter and what all share everywhere."""
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-        del leaf
         return EVERYWHERE if "context" in names_in(path) else spec_of("stage")
 
     exits = None
