@@ -87,7 +87,7 @@ def test_family_greedy_ar(family) -> None:
 # Compiling is what takes time here: a family of each attention (plain, biased, normalised) runs a stage for every layer
 # or two; what the other families add, AR and the logits have shown.
 @pytest.mark.parametrize(
-    ("family", "explorers"), [slow("llama3", 2), slow("qwen2", 6), ("qwen3", 5)], indirect=["family"]
+    ("family", "explorers"), [("llama3", 2), slow("qwen2", 6), slow("qwen3", 5)], indirect=["family"]
 )
 def test_family_greedy_dex(family, explorers) -> None:
     golden, lm = family
