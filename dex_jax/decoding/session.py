@@ -235,8 +235,8 @@ class Session:
             prompt = self._put(text, BY_SEQUENCE)
         start = (weights, heads, memory, last, lengths, self.limits, self.sampling, prompt, self.costs)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.capacity}
-        START.compile(*start, **statics)
-        state = jax.eval_shape(lambda *args: start_decoding(*args, **statics), *start)
+        begun = START.compile(*start, **statics).out_info
+        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), begun)
         state = self._put(state, lambda: on_mesh.state_specs(self.spec))
         RUN.compile(weights, heads, state, self.limits, self.sampling, scalar, spec=self.spec)
 
