@@ -199,10 +199,10 @@ def _measure(config: ModelConfig, layout: Layout, dtype: np.dtype, totals: tuple
     size = sum(map(math.prod, layers.values())) * dtype.itemsize
     copies = min(MOST_COPIES, math.ceil(MEASURED_BYTES / size))
     steps = min(TOGETHER, max(1, int(MEASURED_BYTES / size / copies)))
-    # From the host: each shape that a device fills is a program of its own.
-    weights = [jax.tree.map(lambda s: jnp.asarray(np.full(s.shape, 0.01, s.dtype)), abstract) for _ in range(copies)]
+    # From the host, and not by jnp.asarray: each shape that a device fills or copies is a program of its own.
+    weights = [jax.tree.map(lambda s: jax.device_put(np.full(s.shape, 0.01, s.dtype)), abstract) for _ in range(copies)]
     memory = jax.tree.map(
-        lambda s: jnp.asarray(np.zeros(s.shape, s.dtype)), cache.shapes(short, layout, 1, LENGTH, 0, dtype)
+        lambda s: jax.device_put(np.zeros(s.shape, s.dtype)), cache.shapes(short, layout, 1, LENGTH, 0, dtype)
     )
 
     def run(weights: Any, memory: cache.Memory, token: jax.Array, position: jax.Array, among: jax.Array) -> Any:

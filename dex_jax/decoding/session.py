@@ -200,9 +200,9 @@ class Session:
         self.padded = np.zeros((batch, bucket), np.int32)
         for row, prompt in zip(self.padded, prompts, strict=False):
             row[: len(prompt)] = prompt
-        eos = jnp.asarray(lm.eos_ids or (NO_TOKEN,), jnp.int32)
+        eos = np.asarray(lm.eos_ids or (NO_TOKEN,), np.int32)
         most = np.where(np.arange(batch) < self.sequences, max_new_tokens, 0)
-        limits = Limits(jnp.asarray(most, jnp.int32), eos)
+        limits = jax.device_put(Limits(most.astype(np.int32), eos))
         self.limits = self._put(limits, on_mesh.LIMITS)
         self.sampling = self._put(_filled(sampling, batch), on_mesh.sampling_specs(sampling))
         self.tick = 0
@@ -249,7 +249,7 @@ class Session:
         of_prefill, seen = self._of_prefill(self.heads)
         start = 0
         for size in self.chunks:
-            tokens = self._put(jnp.asarray(self.padded[:, start : start + size]), BY_SEQUENCE)
+            tokens = self._put(jax.device_put(self.padded[:, start : start + size]), BY_SEQUENCE)
             at = self._put(jnp.int32(start), EVERYWHERE)
             start += size
             memory, last = PREFILL(self.lm.weights, seen, memory, last, tokens, at, lengths, spec=of_prefill)
@@ -273,7 +273,7 @@ class Session:
         if self.spec.schedule.drafts is None:
             return None
         missing = self.cache_length - self.padded.shape[1]
-        return self._put(jnp.asarray(np.pad(self.padded, ((0, 0), (0, missing)))), BY_SEQUENCE)
+        return self._put(jax.device_put(np.pad(self.padded, ((0, 0), (0, missing)))), BY_SEQUENCE)
 
     def _blank(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
         """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
@@ -282,7 +282,7 @@ class Session:
         memory = _blank(shapes) if self.spec.mesh is None else zeros(shapes, on_mesh.MEMORY, self.spec.mesh)
         exits = self._put(empty_memory(self.spec.remembers, batch, dtype), BY_SEQUENCE)
         last = self._put(jnp.zeros((batch, self.lm.config.width), dtype), BY_SEQUENCE)
-        return memory._replace(exits=exits), last, self._put(jnp.asarray(self.lengths), BY_SEQUENCE)
+        return memory._replace(exits=exits), last, self._put(jax.device_put(self.lengths), BY_SEQUENCE)
 
     def _blank_shapes(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
         """As `_blank`, as jax.ShapeDtypeStruct."""

@@ -171,12 +171,13 @@ def build(config: ModelConfig, layout: Layout, read: Callable[[str], np.ndarray]
 
     def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
         if ".*." not in name:
-            return jnp.asarray(np.asarray(read(name), dtype=dtype))
+            # jnp.asarray would compile a program for each shape, which copies once more.
+            return jax.device_put(np.asarray(read(name), dtype=dtype))
         assert isinstance(layout, Stacked)
         host = np.zeros(shape, dtype)
         for i in range(config.num_layers):
             host[layout.place(i)] = read(name.replace("*", str(i)))
-        return jnp.asarray(host)
+        return jax.device_put(host)
 
     return Transformer(config, layout, init)
 

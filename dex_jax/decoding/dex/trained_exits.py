@@ -61,9 +61,10 @@ def exit_arrays(
     heads = heads_of(config, parameters, kept if config.is_drafter else kernel[...].dtype)
     if vocabulary is None:
         return ExitArrays(nnx.state(heads), None, None, None)
-    draft = jnp.asarray(vocabulary, jnp.int32)
-    size = draft.shape[0]
-    columns = jnp.full(model.config.vocab_size, size, jnp.int32).at[draft].set(jnp.arange(size, dtype=jnp.int32))
+    size = len(vocabulary)
+    columns = np.full(model.config.vocab_size, size, np.int32)
+    columns[vocabulary] = np.arange(size)
+    draft, columns = jax.device_put((np.asarray(vocabulary, np.int32), columns))
     return ExitArrays(nnx.state(heads), draft, columns, _rows(kernel[...], vocabulary, kept))
 
 
