@@ -202,7 +202,7 @@ class Session:
             row[: len(prompt)] = prompt
         eos = np.asarray(lm.eos_ids or (NO_TOKEN,), np.int32)
         most = np.where(np.arange(batch) < self.sequences, max_new_tokens, 0)
-        limits = jax.device_put(Limits(most.astype(np.int32), eos))
+        limits = Limits(*jax.device_put((most.astype(np.int32), eos)))
         self.limits = self._put(limits, on_mesh.LIMITS)
         self.sampling = self._put(_filled(sampling, batch), on_mesh.sampling_specs(sampling))
         self.tick = 0
