@@ -22,6 +22,7 @@ ROWS = {
     "hellaswag": {"ind": 4, "activity_label": "Tea", "ctx": "She pours", "endings": ["tea.", "sand."], "label": 0},
     "mmlu": {"subject": "law", "idx": 3, "question": "Which?", "choices": ["this", "that"], "answer": 1},
 }
+DATA = Path(__file__).parents[2] / "shared" / "data"
 EXPLAIN = "\n\nName the letter and explain your choice."
 ASKED = {
     "gsm8k": ("0", "2 + 2?"),
@@ -117,3 +118,12 @@ def test_prompts_are_evenly_spread() -> None:
     assert spread(3, 5) == [0, 1, 2]
     assert set(spread(100, 4)).isdisjoint(spread(100, 50, taken=spread(100, 4)))
     assert spread(4, 2, taken=range(4)) == []
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data sets in ../shared/data, which are not committed")
+@pytest.mark.parametrize(
+    ("task", "count"), [("gsm8k", 7470), ("humaneval", 164), ("spec_bench", 240), ("hellaswag", 500), ("mmlu", 285)]
+)
+def test_real_files(task, count) -> None:
+    asked = read_task(task, DATA)
+    assert len(asked) == len({each.id for each in asked}) == count
