@@ -111,53 +111,31 @@ class TreeShape:
 
 
 class RowCosts(NamedTuple):
-    """What ticks take, in AR steps; programs do not depend on it.
+    """What ticks take, in AR steps, float32; programs do not depend on it."""
 
-    Attributes:
-      rows: float32, of a step of each of the row counts that a cohort may keep, beside its drafting.
-      drafting: float32, of drafting one level.
-    """
-
-    rows: jax.Array
-    drafting: jax.Array
+    rows: jax.Array  # of a step of each of the row counts that a cohort may keep, beside its drafting
+    drafting: jax.Array  # of drafting one level
 
 
 class Drafting(NamedTuple):
-    """What exit 0 goes by.
+    """What exit 0 goes by; counts are float32."""
 
-    Attributes:
-      text: [B, S] int32, all tokens at their positions.
-      costs: what ticks take; None where every cohort keeps all of its rows.
-      rung: [K] int32, which of the shape's row counts the cohort in each ring row has kept.
-      chosen: float32, how many stages have run each of the row counts, and how many levels were drafted in all.
-      spent: float32, AR steps that the ticks took by the costs in the shape, times the sequences in them.
-      promised: float32, tokens that all drafts should have brought by their probabilities.
-      kept: float32, how many they brought.
-    """
-
-    text: jax.Array
-    costs: RowCosts | None
-    rung: jax.Array
-    chosen: jax.Array
-    spent: jax.Array
-    promised: jax.Array
-    kept: jax.Array
+    text: jax.Array  # [B, S] int32, all tokens at their positions
+    costs: RowCosts | None  # None where every cohort keeps all of its rows
+    rung: jax.Array  # [K] int32, which of the shape's row counts the cohort in each ring row has kept
+    chosen: jax.Array  # how many stages have run each of the row counts, and how many levels were drafted in all
+    spent: jax.Array  # AR steps that the ticks took by the costs, times the sequences in them
+    promised: jax.Array  # tokens that all drafts should have brought by their probabilities
+    kept: jax.Array  # how many they brought
 
 
 class Below(NamedTuple):
-    """What lies below the heads of all sequences: what exit 0 needs to know to draft there.
+    """What exit 0 needs to know to draft below the heads of all sequences."""
 
-    Attributes:
-      before: [B, H, E], what the drafter reads of the position before each head; None without a drafter.
-      prefix: [B] int32, committed positions.
-      going: [B] bool, sequences that are not done.
-      price: float32, promised tokens that an AR step's time is worth.
-    """
-
-    before: jax.Array | None
-    prefix: jax.Array
-    going: jax.Array
-    price: jax.Array
+    before: jax.Array | None  # [B, H, E], what the drafter reads of the position before each head; None without one
+    prefix: jax.Array  # [B] int32, committed positions
+    going: jax.Array  # [B] bool, sequences that are not done
+    price: jax.Array  # float32, promised tokens that an AR step's time is worth
 
 
 def begin_drafting(
@@ -323,19 +301,13 @@ def draft(
 
 
 class _Level(NamedTuple):
-    """A level below the heads, or all of them with a leading axis; int32 but for the last.
-
-    Attributes:
-      first, width: its rows.
-      above, of_above: the rows of the level before that it may hang below.
-      drafted: bool, whether the drafter may propose it.
-    """
+    """A level below the heads, or all of them with a leading axis; int32 but for the last."""
 
     first: jax.Array
     width: jax.Array
-    above: jax.Array
+    above: jax.Array  # the first row of the level before, and how many it has
     of_above: jax.Array
-    drafted: jax.Array
+    drafted: jax.Array  # bool, whether the drafter may propose it
 
 
 def _levels(shape: TreeShape, heads: int, under: int) -> _Level:
