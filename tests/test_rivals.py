@@ -277,7 +277,7 @@ def test_depths_come_from_the_exits_as_those_of_dex() -> None:
         (AdaDecode(depths=(6, 12)), "end at the model's last layer, 30"),
         (AdaDecode(explorers=2, depths=(6, 30)), "not both"),
         (DEL(decay=0.0), "above 0 and is at most 1, not 0"),
-        (DEL(explorers=1), "needs an exit to draft at"),
+        (DEL(explorers=1), "needs an exit"),
         (DexSingleExit(explorers=31), "explorers must be from 1 to the model's 30 layers"),
         (Oracle(depths=(6, 6, 30)), "ascend"),
     ],
