@@ -55,18 +55,12 @@ the 20 prompts of results/serial/greedy_zen3.json). AR is as fast on every text.
 
 
 class Candidate(NamedTuple):
-    """A method, what it should take and why.
-
-    Attributes:
-      seconds: expected of a token of each sequence.
-      what: the method in words.
-      why: what it rests on.
-    """
+    """A method, what it should take and why."""
 
     method: Method
-    seconds: float
-    what: str
-    why: str
+    seconds: float  # expected of a token of each sequence
+    what: str  # the method in words
+    why: str  # what it rests on
 
 
 def settle(

@@ -27,23 +27,14 @@ _SAID: set[tuple[str, str]] = set()
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A method as it runs on a model, with its trained heads.
+    """A method as it runs on a model, with its trained heads."""
 
-    Attributes:
-      schedule: with exit depths that the exits are trained at, and the tree that was found for the drafter.
-      source: where the exits came from, "shared" for the model's own head at every depth; None when K = 1.
-      exits: heads at x_1 .. x_{K-1}; None for "shared" and when K = 1.
-      drafter: the head at depth 0; None where the text alone drafts, or nothing does.
-      drafter_source: where it came from; None without one.
-      remarks: sentences that a user should see.
-    """
-
-    schedule: Schedule
-    source: str | None = None
-    exits: TrainedExits | None = None
-    drafter: TrainedExits | None = None
+    schedule: Schedule  # with exit depths that the exits are trained at, and the tree that was found for the drafter
+    source: str | None = None  # of the exits, "shared" for the model's own head at every depth; None when K = 1
+    exits: TrainedExits | None = None  # heads at x_1 .. x_{K-1}; None for "shared" and when K = 1
+    drafter: TrainedExits | None = None  # the head at depth 0; None where the text alone drafts, or nothing does
     drafter_source: str | None = None
-    remarks: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()  # sentences that a user should see
 
     def say(self, fingerprint: str) -> None:
         """Prints the remarks on stderr, each once in a process for a model."""
@@ -54,21 +45,13 @@ class Resolved:
 
 
 class Found(NamedTuple):
-    """What a user's `exits` names.
+    """What a user's `exits` names."""
 
-    Attributes:
-      exits: heads at depths above 0; None for the model's own.
-      source: "shared", "default" or a path.
-      drafter: the head at depth 0; None for the text alone.
-      drafter_source: "default" or a path, None without one.
-      own: what the user gave himself is "exits", the "drafter", or neither (None).
-    """
-
-    exits: TrainedExits | None
-    source: str
-    drafter: TrainedExits | None
-    drafter_source: str | None
-    own: str | None
+    exits: TrainedExits | None  # heads at depths above 0; None for the model's own
+    source: str  # "shared", "default" or a path
+    drafter: TrainedExits | None  # the head at depth 0; None for the text alone
+    drafter_source: str | None  # "default" or a path, None without one
+    own: str | None  # what the user gave himself is "exits", the "drafter", or neither (None)
 
 
 def find_exits(exits: str | os.PathLike | TrainedExits, fingerprint: str) -> Found:

@@ -64,28 +64,20 @@ if TYPE_CHECKING:
 
 
 class StageNetwork(NamedTuple):
-    """The callables of one device.
+    """The callables of one device."""
 
-    Attributes:
-      model: the layers of this device's stage as an unrolled model, and embedding, final norm and unembedding.
-      depths: x_1 < ... < x_K = L.
-      in_use: by layer of `model`, whether this stage has it: those that pad shorter stages are skipped.
-      network: `advance` runs this one stage, `commit` leaves what exits remember as it is; of its exits only what
-        follows the features is used.
-      share: (hidden [B, W, D] of this stage, index of the stage) -> what all devices must know of it: the features of
-        all stages' cohorts [K, B, W, D], or () where nobody reads the position before.
-      final_first: whether the last stage asks the final layer before it shares, and not after.
-      remember: (Memory.exits, Committed, shared) -> Memory.exits.
-      features: (Memory.exits, hidden [B, W, D], view, shared) -> [B, W, D'], of this stage's exit.
-    """
-
-    model: Transformer
-    depths: tuple[int, ...]
-    in_use: InUse
+    model: Transformer  # the layers of this device's stage, unrolled, and embedding, final norm and unembedding
+    depths: tuple[int, ...]  # x_1 < ... < x_K = L
+    in_use: InUse  # by layer of `model`, whether this stage has it: those that pad shorter stages are skipped
+    # `advance` runs this one stage, `commit` leaves what exits remember as it is; of its exits only what follows the
+    # features is used.
     network: Network
+    # (hidden [B, W, D] of this stage, index of the stage) -> what all devices must know of it: the features of all
+    # stages' cohorts [K, B, W, D], or () where nobody reads the position before.
     share: Callable[[jax.Array, jax.Array], Any]
-    final_first: bool
-    remember: Callable[[Any, Committed, Any], Any]
+    final_first: bool  # whether the last stage asks the final layer before it shares, and not after
+    remember: Callable[[Any, Committed, Any], Any]  # (Memory.exits, Committed, shared) -> Memory.exits
+    # (Memory.exits, hidden [B, W, D], view, shared) -> [B, W, D'], of this stage's exit.
     features: Callable[[Any, jax.Array, StageView, Any], jax.Array]
 
     @property
