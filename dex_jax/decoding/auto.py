@@ -43,10 +43,10 @@ CAUTION = 1.3
 """Ticks take further rows and drafting to cost so many times what was measured. How fast a device reads memory, which
 is all that a step of one row waits for, changes while others use it too; too few rows lose less than too many do."""
 
-LONGEST_STEP = 2.5
+LONGEST_STEP = 3.0
 """AR steps that all rows of a tree may take, for ticks to choose from it. Drafts promise most where they are most
-wrong, so a choice of rows that hardly ever pay does harm: on a CPU, of one sequence 16 rows take 2.2 steps and the tree
-of so many is the fastest, of two they take 3.5 and it is slower than those of 4 and 8."""
+wrong, so a choice of rows that hardly ever pay does harm: on a CPU, of one sequence 16 rows take 2.0 to 2.6 steps and
+the tree of so many is the fastest, of two they take 3.5 and it is slower than those of 4 and 8."""
 
 SPREAD = 0.08
 """A batch ends with its slowest sequence, and how many tokens come of a tick differs from text to text: the slowest of
