@@ -112,13 +112,13 @@ def from_first(make: Callable[[], Any]) -> Any:
     return message["value"]
 
 
-def seconds_of_first(seconds: float) -> float:
-    """What process 0 has measured, in all processes: they must not draw different conclusions."""
+def array_from_first(array: np.ndarray) -> np.ndarray:
+    """What process 0 has for an array, in all processes: float32, of one shape everywhere."""
     if jax.process_count() == 1:
-        return seconds
+        return array
     from jax.experimental import multihost_utils
 
-    return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 def to_host(tree: Any) -> Any:

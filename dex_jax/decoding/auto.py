@@ -96,18 +96,19 @@ def settle(
     staged = layout
     if mesh is not None:  # what one of its devices runs
         layout, batch = Unrolled(), -(-batch // mesh.shape[DATA])
-
     about = (config, layout, dtype, batch, length, given.drafter)
-    # Processes of a mesh that went by figures of their own would run different programs.
-    rows, seconds, *others = from_first(lambda: dataclasses.astuple(step_costs(*about)))
-    costs = StepCosts(tuple(rows), tuple(seconds), *others)
+    if mesh is None:
+        costs = step_costs(*about)
+    else:  # processes that went by figures of their own would run different programs
+        rows, seconds, *others = from_first(lambda: dataclasses.astuple(step_costs(*about)))
+        costs = StepCosts(tuple(rows), tuple(seconds), *others)
     if stages > 1:
         tree = _largest(costs, given.drafter)
         most = drafted_rows(stages, tree)
         shape = with_rungs(costs, tree, most)
-        rows = " or ".join(map(str, shape.counts if shape.rungs else (most,)))
+        counts = " or ".join(map(str, shape.counts if shape.rungs else (most,)))
         assert isinstance(staged, Staged)
-        return Dex(depths=staged.depths, draft=shape), f"an explorer with drafts on each stage, {rows} rows"
+        return Dex(depths=staged.depths, draft=shape), f"an explorer with drafts on each stage, {counts} rows"
     found = candidates(costs, given.drafter, batch)
     plain = found[0]
     best = min(found, key=lambda each: each.seconds)

@@ -35,7 +35,7 @@ from dex_jax.decoding.record import Limits, Record
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
 from dex_jax.decoding.spec import Spec
-from dex_jax.distributed import seconds_of_first, to_host
+from dex_jax.distributed import array_from_first, to_host
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.forward import extend, last_states
@@ -341,10 +341,12 @@ class Session:
         work = record.ticks.max(keepdims=True) if self.costs is None else self.state.drafting.chosen
         self.work = np.asarray(work, np.float64)
         if before.any():  # the first chunk touches memory that is new
-            self.pace.saw(self.work - before, seconds_of_first(time.perf_counter() - begin))
+            self.pace.saw(self.work - before, time.perf_counter() - begin)
             if self.costs is not None:
-                rows, drafting = np.float32(self.pace.costs[:-1]), np.float32(self.pace.costs[-1])
-                costs = self._put(RowCosts(jnp.asarray(rows), jnp.asarray(drafting)), EVERYWHERE)
+                # Devices that share a lattice must choose alike, whatever their processes have seen.
+                found = self.pace.costs.astype(np.float32)
+                found = found if self.spec.mesh is None else array_from_first(found)
+                costs = self._put(RowCosts(*jax.device_put((found[:-1], found[-1]))), EVERYWHERE)
                 known = self.state.drafting._replace(costs=costs)
                 self.state = self.state._replace(drafting=known)
         return record

@@ -49,7 +49,7 @@ from dex_jax.decoding.dex.trained_exits import (
     trained_exits,
     transformer_drafter,
 )
-from dex_jax.decoding.ladder import climb, fill
+from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.noise import make_noise
 from dex_jax.decoding.record import Limits, emit
 from dex_jax.lattice import NO_TOKEN, Proposals
@@ -315,7 +315,7 @@ def through_stages(
                 out, found = run_rows(device.model, memory, x[:, :width], *about)
                 return fill(out, 1, rows), jax.tree.map(lambda each: fill(each, 2, rows), found)
 
-            return first(rows) if used is None else climb(used, (0, *counts, rows), first)
+            return first(rows) if used is None else climb(used, row_counts(counts, rows), first)
 
         # Caches are read here and written by who asked: passed through a conditional they would be copied.
         x, fresh = jax.lax.cond(jax.lax.axis_index(STAGE) == turn, run, lambda x, fresh: (x, fresh), x, fresh)
@@ -332,11 +332,9 @@ def pipeline(device: StageNetwork, counts: tuple[int, ...]) -> Network:
     """
 
     def advance(memory: Memory, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Memory]:
-        rows = hidden.shape[2]
-        among = view.ancestors[0] | jnp.eye(rows, dtype=bool)[None]
-        used = jnp.max(jnp.where(view.live[0], jnp.arange(1, rows + 1)[None], 0))
-        fewer = tuple(count for count in counts if count < rows)
-        x, (keys, values) = through_stages(device, memory, hidden[0], view.position[0], among, view.prefix, used, fewer)
+        among = view.ancestors[0] | jnp.eye(hidden.shape[2], dtype=bool)[None]
+        about = (view.position[0], among, view.prefix, last_row(view.live[0]), counts)
+        x, (keys, values) = through_stages(device, memory, hidden[0], *about)
         memory = memory._replace(lattice_keys=keys, lattice_values=values)
         return from_last_stage(x, device.stages)[None], memory
 
