@@ -43,9 +43,7 @@ COMPILERS = ("c++", "g++", "clang++")
 @jax.custom_jvp
 def few_rows_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """rows [R, in] @ kernel [out, in].T on a CPU, both float32 or bfloat16: [R, out] float32, summed in float32."""
-    rows = rows.astype(jnp.float32)
-    shape = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(PRODUCT, shape, vmap_method="expand_dims")(rows, kernel)
+    return packed_product(rows, kernel, "")
 
 
 @few_rows_product.defjvp
@@ -55,6 +53,16 @@ def _tangent(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, ja
     tangent = jnp.dot(rows_tangent, kernel.T, preferred_element_type=wide)
     tangent += jnp.dot(rows, kernel_tangent.T, preferred_element_type=wide)
     return few_rows_product(rows, kernel), tangent
+
+
+def packed_product(rows: jax.Array, kernel: jax.Array, format: str) -> jax.Array:
+    """As `few_rows_product`, of a kernel [out, bytes] uint8 in a format of GGUF files; "" for numbers, int8 among them.
+
+    To the last bit what a kernel of the numbers that it stands for gives. It has no derivative.
+    """
+    rows = rows.astype(jnp.float32)
+    shape = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(PRODUCT, shape, vmap_method="expand_dims")(rows, kernel, format=format)
 
 
 def few_rows_norm(rows: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

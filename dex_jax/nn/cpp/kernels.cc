@@ -5,6 +5,8 @@
 // one order.
 
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "attention.h"
@@ -27,25 +29,46 @@ bool Leads(Dimensions operand, Dimensions result, size_t leading) {
   return true;
 }
 
+// Calls multiply(Kernel*) with the kernel that a dtype and the name of a format mean; a null pointer tells which.
+template <typename Multiply>
+ffi::Error WithKernel(ffi::DataType type, std::string_view format, const Multiply& multiply) {
+  using namespace dex_jax;
+  if (format.empty()) {
+    if (type == ffi::F32) return multiply(static_cast<Numbers<float>*>(nullptr));
+    if (type == ffi::BF16) return multiply(static_cast<Numbers<BFloat16>*>(nullptr));
+    if (type == ffi::S8) return multiply(static_cast<Numbers<int8_t>*>(nullptr));
+    return Refused("kernels are float32, bfloat16 or int8");
+  }
+  if (type != ffi::U8) return Refused("blocks of weights are uint8");
+  if (format == "Q4_0") return multiply(static_cast<Blocks<Q4_0>*>(nullptr));
+  if (format == "Q4_1") return multiply(static_cast<Blocks<Q4_1>*>(nullptr));
+  if (format == "Q5_0") return multiply(static_cast<Blocks<Q5_0>*>(nullptr));
+  if (format == "Q8_0") return multiply(static_cast<Blocks<Q8_0>*>(nullptr));
+  if (format == "Q4_K") return multiply(static_cast<Blocks<Q4_K>*>(nullptr));
+  if (format == "Q5_K") return multiply(static_cast<Blocks<Q5_K>*>(nullptr));
+  if (format == "Q6_K") return multiply(static_cast<Blocks<Q6_K>*>(nullptr));
+  return Refused("there is no format " + std::string(format));
+}
+
 ffi::Error Product(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::AnyBuffer kernel,
-                   ffi::ResultBuffer<ffi::F32> result) {
+                   ffi::ResultBuffer<ffi::F32> result, std::string_view format) {
   const Dimensions of_rows = rows.dimensions(), of_kernel = kernel.dimensions(), shape = result->dimensions();
   const size_t rank = shape.size();
   if (rank < 2 || of_rows.size() != rank || of_kernel.size() != rank)
     return Refused("rows, kernel and result of a product have the same number of dimensions, at least two");
   if (!Leads(of_rows, shape, rank - 2) || !Leads(of_kernel, shape, rank - 2))
     return Refused("a product's leading dimensions are the result's or 1");
-  if (of_rows[rank - 1] != of_kernel[rank - 1] || of_rows[rank - 2] != shape[rank - 2] ||
-      of_kernel[rank - 2] != shape[rank - 1])
+  if (of_rows[rank - 2] != shape[rank - 2] || of_kernel[rank - 2] != shape[rank - 1])
     return Refused("a product takes rows [R, in] and a kernel [out, in] to [R, out]");
-  const auto multiply = [&](auto weights) {
-    dex_jax::Multiply(threads, of_rows, rows.typed_data(), of_kernel, weights, shape, result->typed_data());
+  return WithKernel(kernel.element_type(), format, [&](auto* which) {
+    using Kernel = std::remove_pointer_t<decltype(which)>;
+    const int64_t in = of_rows[rank - 1], bytes = of_kernel[rank - 1] * ffi::ByteWidth(kernel.element_type());
+    if (!Kernel::Takes(in) || Kernel::BytesOf(in) != bytes)
+      return Refused("a kernel's rows are as long as those that it is multiplied with");
+    dex_jax::Multiply<Kernel>(threads, of_rows, rows.typed_data(), of_kernel,
+                              static_cast<const uint8_t*>(kernel.untyped_data()), shape, result->typed_data());
     return ffi::Error::Success();
-  };
-  const void* const data = kernel.untyped_data();
-  if (kernel.element_type() == ffi::F32) return multiply(static_cast<const float*>(data));
-  if (kernel.element_type() == ffi::BF16) return multiply(static_cast<const dex_jax::BFloat16*>(data));
-  return Refused("kernels are float32 or bfloat16");
+  });
 }
 
 ffi::Error Norm(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Buffer<ffi::F32> scale,
@@ -118,7 +141,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_product, Product,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<std::string_view>("format"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_norm, Norm,
                               ffi::Ffi::Bind()

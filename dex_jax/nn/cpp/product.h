@@ -1,4 +1,4 @@
-// Products of rows with a kernel [out, in], which is read as it lies.
+// Products of rows with a kernel [out, in], which is read as it lies: numbers, or blocks that are taken to pieces on the way.
 //
 // A result is the sum of one vector of lanes, added up from the first column to the last and then over its lanes,
 // however many rows are beside it: few are multiplied while a weight goes by, many in tiles.
@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "blocks.h"
 #include "share.h"
 #include "vectors.h"
 
@@ -17,18 +18,10 @@ namespace dex_jax {
 // Up to so many rows wait for memory, and weights are multiplied as they come from there. More wait for arithmetic.
 constexpr int kFewRows = 16;
 
-// Few rows: those that are multiplied at once, and outputs: there are vector registers for the sums of all pairs of
-// them. A row's vector is loaded once for all outputs, which further rows would otherwise wait for.
+// Few rows that are multiplied at once.
 constexpr int kGroup = 8;
-#if defined(__AVX512F__)
-constexpr int kOutputs = 3;
-#else
-constexpr int kOutputs = 1;
-#endif
-// Up to so many rows are multiplied with one output after another.
-constexpr int kOneByOne = 4;
-// What a thread takes at a time, in bytes of the kernel.
-constexpr int64_t kPiece = 1 << 16;
+// What a thread takes at a time, in weights.
+constexpr int64_t kPiece = 1 << 14;
 // How far ahead of the weight in use memory is asked for, in bytes.
 constexpr int kAhead = 2048;
 
@@ -56,22 +49,70 @@ inline Vector InRegister(Vector x) {
   return x;
 }
 
+// Kernels. Each says what a row of `in` columns takes in bytes and, made of a row and the number of a group of columns,
+// gives these, a vector at a time; how many outputs R rows are multiplied with at once, for whose sums there are vector
+// registers; whether it takes rows of so many columns; and whether these may end within a group, which LastOf(row, in) gives.
+
+template <typename Weight>
+struct Numbers {
+  static constexpr int kVectors = 1;
+  static constexpr bool kMayEnd = true;
+  static constexpr bool Takes(int64_t) { return true; }
+  static constexpr int64_t BytesOf(int64_t in) { return in * static_cast<int64_t>(sizeof(Weight)); }
+  // A few rows wait for memory, which a single stream reads fastest; of more, each vector is loaded once for all outputs.
+  static constexpr int OutputsOf(int rows) {
+#if defined(__AVX512F__)
+    return rows > 4 ? 3 : 1;
+#else
+    return 1;
+#endif
+  }
+  const Weight* const from;
+
+  Numbers(const uint8_t* row, int64_t group) : from(reinterpret_cast<const Weight*>(row) + group * kLanes) {}
+  Vector At(int) const { return Load(from); }
+  static Vector LastOf(const uint8_t* row, int64_t in) {
+    return LoadSome(reinterpret_cast<const Weight*>(row) + in / kLanes * kLanes, in % kLanes);
+  }
+};
+
+template <typename Format>
+struct Blocks : Format {
+  static constexpr int kVectors = kGroupVectors;
+  static constexpr bool kMayEnd = false;
+  static constexpr bool Takes(int64_t in) { return in % Format::kColumns == 0; }
+  static constexpr int64_t BytesOf(int64_t in) { return in / Format::kColumns * Format::kBytes; }
+  // A row's sums are added up one after another, and wait for each other: those of several outputs fill the time.
+  static constexpr int OutputsOf(int rows) { return rows == 1 ? 4 : rows < 4 ? 2 : 1; }
+
+  using Format::Format;
+  static Vector LastOf(const uint8_t*, int64_t) { return Vector{}; }
+};
+
 // Writes a row [in], or zeros for none, as one of N that are multiplied at once: every Nth vector is its own. Columns are
 // padded with zeros.
-template <int N, typename Value>
-void PackRow(const Value* row, int64_t in, Vector* packed) {
-  const int64_t whole = row ? in / kLanes : 0, all = VectorsOf(in);
-  for (int64_t v = 0; v < whole; ++v) packed[v * N] = Load(row + v * kLanes);
-  if (whole == all) return;
-  if (row) packed[whole * N] = LoadSome(row + whole * kLanes, in % kLanes);
-  for (int64_t v = row ? all : 0; v < all; ++v) packed[v * N] = Vector{};
+template <int N, typename Kernel>
+void PackRow(const uint8_t* row, int64_t in, Vector* packed) {
+  constexpr int64_t columns = Kernel::kVectors * kLanes;
+  const int64_t all = VectorsOf(in);
+  if (!row) {
+    for (int64_t v = 0; v < all; ++v) packed[v * N] = Vector{};
+    return;
+  }
+  for (int64_t group = 0; group < in / columns; ++group) {
+    const Kernel kernel(row, group);
+#pragma GCC unroll 4
+    for (int v = 0; v < Kernel::kVectors; ++v, packed += N) *packed = kernel.At(v);
+  }
+  if (Kernel::kMayEnd && in % columns > 0) *packed = Kernel::LastOf(row, in);
 }
 
 // Writes N rows [in], zeros for those from `count` on, in the order in which they are multiplied: one vector of each in
 // turn.
-template <int N, typename Value>
-void Pack(const Value* rows, int64_t count, int64_t in, Vector* packed) {
-  for (int n = 0; n < N; ++n) PackRow<N>(n < count ? rows + n * in : nullptr, in, packed + n);
+template <int N, typename Kernel>
+void Pack(const uint8_t* rows, int64_t count, int64_t in, Vector* packed) {
+  for (int n = 0; n < N; ++n)
+    PackRow<N, Kernel>(n < count ? rows + n * Kernel::BytesOf(in) : nullptr, in, packed + n);
 }
 
 // As many rows as there are up to N, the group of so many.
@@ -80,7 +121,7 @@ void PackGroup(const float* rows, int64_t count, int64_t in, Vector* packed) {
   if constexpr (N > 1) {
     if (count < N) return PackGroup<N - 1>(rows, count, in, packed);
   }
-  Pack<N>(rows, N, in, packed);
+  Pack<N, Numbers<float>>(reinterpret_cast<const uint8_t*>(rows), N, in, packed);
 }
 
 // `count` rows in groups of kGroup or fewer.
@@ -90,10 +131,10 @@ inline void PackGroups(const float* rows, int64_t count, int64_t in, Vector* pac
 }
 
 // A product of `count` rows, of which there are few, packed by PackGroups.
-template <typename Weight>
+template <typename Kernel>
 struct FewRows {
   const Vector* rows;
-  const Weight* kernel;
+  const uint8_t* kernel;
   float* result;
   int64_t count, in, out;
 
@@ -108,32 +149,38 @@ struct FewRows {
     if constexpr (R > 1) {
       if (count - first < R) return AtMost<R - 1>(first, begin, end);
     }
-    // A few rows wait for memory, which a single stream reads fastest.
-    if constexpr (R > kOneByOne && kOutputs > 1) begin = Blocks<R, kOutputs>(first, begin, end);
-    Blocks<R, 1>(first, begin, end);
+    constexpr int outputs = Kernel::OutputsOf(R);
+    if constexpr (outputs > 1) begin = Block<R, outputs>(first, begin, end);
+    Block<R, 1>(first, begin, end);
   }
 
   // Outputs [begin, end) of R rows, O at a time, as far as there are so many; returns the next. Inlined into its callers
   // this loop runs short of registers.
   template <int R, int O>
-  __attribute__((noinline)) int64_t Blocks(int64_t first, int64_t begin, int64_t end) const {
-    const int64_t whole = in / kLanes, rest = in % kLanes, ahead = O > 1 ? O * in : kAhead / sizeof(Weight);
+  __attribute__((noinline)) int64_t Block(int64_t first, int64_t begin, int64_t end) const {
+    constexpr int64_t columns = Kernel::kVectors * kLanes;
+    const int64_t groups = in / columns, bytes = Kernel::BytesOf(in);
     int64_t output = begin;
     for (; output + O <= end; output += O) {
       const Vector* values = rows + first * VectorsOf(in);
-      const Weight* weights = kernel + output * in;
-      const Weight* next = weights + ahead;
+      const uint8_t* const weights = kernel + output * bytes;
+      const uint8_t* next = weights + (O > 1 ? O * bytes : kAhead);
       Vector sums[O][R] = {};
-      for (int64_t v = 0; v < whole; ++v, values += R, weights += kLanes) {
-        for (int o = 0; o < O; ++o, next += kLanes) __builtin_prefetch(next);
+      for (int64_t group = 0; group < groups; ++group, values += R * Kernel::kVectors) {
+#pragma GCC unroll 4
         for (int o = 0; o < O; ++o) {
-          const Vector weight = Load(weights + o * in);
-          for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[r], sums[o][r]);
+          __builtin_prefetch(next + group * Kernel::BytesOf(columns) + o * bytes);
+          const Kernel own(weights + o * bytes, group);
+#pragma GCC unroll 4
+          for (int v = 0; v < Kernel::kVectors; ++v) {
+            const Vector weight = own.At(v);
+            for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[v * R + r], sums[o][r]);
+          }
         }
       }
-      if (rest > 0) {
+      if (Kernel::kMayEnd && in % columns > 0) {
         for (int o = 0; o < O; ++o) {
-          const Vector weight = LoadSome(weights + o * in, rest);
+          const Vector weight = Kernel::LastOf(weights + o * bytes, in);
           for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[r], sums[o][r]);
         }
       }
@@ -145,11 +192,11 @@ struct FewRows {
 };
 
 // A product of many rows, packed by Pack in tiles of kTileRows, of which index[r] says whose results they give.
-template <typename Weight>
+template <typename Kernel>
 struct ManyRows {
   const Vector* rows;
   const int64_t* index;
-  const Weight* kernel;
+  const uint8_t* kernel;
   float* result;
   int64_t count, in, out;
 
@@ -161,7 +208,8 @@ struct ManyRows {
     Vector* const sums = weights + panels * kTileOutputs * vectors;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t output = begin + p * kTileOutputs;
-      Pack<kTileOutputs>(kernel + output * in, end - output, in, weights + p * kTileOutputs * vectors);
+      Pack<kTileOutputs, Kernel>(kernel + output * Kernel::BytesOf(in), end - output, in,
+                                 weights + p * kTileOutputs * vectors);
     }
     for (int64_t row = first; row < last; row += kTilesOfRows * kTileRows) {
       const int64_t tiles = std::min<int64_t>(kTilesOfRows, Quotient(last - row, kTileRows));
@@ -224,8 +272,8 @@ struct ManyRows {
 
 // rows [count, in], kernel [out, in] -> result [count, out] of many rows. Rows of zeros, as those beyond a prompt's end are,
 // give zeros without any work.
-template <typename Threads, typename Weight>
-void MultiplyMany(Threads& threads, const float* rows, const Weight* kernel, float* result, int64_t count, int64_t in,
+template <typename Kernel, typename Threads>
+void MultiplyMany(Threads& threads, const float* rows, const uint8_t* kernel, float* result, int64_t count, int64_t in,
                   int64_t out) {
   std::vector<int64_t> index;
   for (int64_t r = 0; r < count; ++r) {
@@ -241,7 +289,8 @@ void MultiplyMany(Threads& threads, const float* rows, const Weight* kernel, flo
     return [&](int64_t tile) {
       for (int64_t r = 0; r < kTileRows; ++r) {
         const int64_t at = tile * kTileRows + r;
-        PackRow<kTileRows>(at < live ? rows + index[at] * in : nullptr, in, packed + tile * kTileRows * vectors + r);
+        const auto* const row = at < live ? reinterpret_cast<const uint8_t*>(rows + index[at] * in) : nullptr;
+        PackRow<kTileRows, Numbers<float>>(row, in, packed + tile * kTileRows * vectors + r);
       }
     };
   });
@@ -256,17 +305,17 @@ void MultiplyMany(Threads& threads, const float* rows, const Weight* kernel, flo
   Share(threads, pieces * row_parts, [&]() -> Pieces::Worker {
     return [&](int64_t piece) {
       const int64_t begin = piece / row_parts * outputs, first = piece % row_parts * rows_a_part;
-      ManyRows<Weight>{packed, index.data(), kernel, result, live, in, out}.Outputs(
+      ManyRows<Kernel>{packed, index.data(), kernel, result, live, in, out}.Outputs(
           begin, std::min(begin + outputs, out), first, std::min(first + rows_a_part, live));
     };
   });
 }
 
-// rows [..., R, in], kernel [..., out, in] -> result [..., R, out]. A leading dimension is that of the result, or 1 in an
+// rows [..., R, in], kernel [..., out, in] as Kernel packs it -> result [..., R, out]. A leading dimension is that of the result, or 1 in an
 // operand that all have in common.
-template <typename Threads, typename Dimensions, typename Weight>
+template <typename Kernel, typename Threads, typename Dimensions>
 void Multiply(Threads& threads, const Dimensions& of_rows, const float* rows, const Dimensions& of_kernel,
-              const Weight* kernel, const Dimensions& shape, float* result) {
+              const uint8_t* kernel, const Dimensions& shape, float* result) {
   const size_t leading = shape.size() - 2;
   const int64_t in = of_rows[leading + 1], out = shape[leading + 1];
   int64_t count = shape[leading], products = SizeOf(shape, 0, leading);
@@ -279,15 +328,15 @@ void Multiply(Threads& threads, const Dimensions& of_rows, const float* rows, co
   if (count * out == 0) return;
   const auto rows_of = [&](int64_t index) { return together ? 0 : BlockOf(index, of_rows, shape, leading); };
   const auto kernel_of = [&](int64_t index) {
-    return kernel + (together ? 0 : BlockOf(index, of_kernel, shape, leading)) * out * in;
+    return kernel + (together ? 0 : BlockOf(index, of_kernel, shape, leading)) * out * Kernel::BytesOf(in);
   };
   if (count > kFewRows) {
     for (int64_t index = 0; index < products; ++index)
-      MultiplyMany(threads, rows + rows_of(index) * count * in, kernel_of(index), result + index * count * out, count,
-                   in, out);
+      MultiplyMany<Kernel>(threads, rows + rows_of(index) * count * in, kernel_of(index), result + index * count * out,
+                           count, in, out);
     return;
   }
-  const int64_t outputs = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, in * sizeof(Weight)));
+  const int64_t outputs = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, in));
   const int64_t pieces = Quotient(out, outputs);
   Share(threads, products * pieces, [&]() -> Pieces::Worker {
     Vector* const packed = Scratch(count * VectorsOf(in));
@@ -295,7 +344,7 @@ void Multiply(Threads& threads, const Dimensions& of_rows, const float* rows, co
       const int64_t index = piece / pieces, begin = piece % pieces * outputs, row_set = rows_of(index);
       if (held != row_set) PackGroups(rows + row_set * count * in, count, in, packed);
       held = row_set;
-      FewRows<Weight>{packed, kernel_of(index), result + index * count * out, count, in, out}.Outputs(
+      FewRows<Kernel>{packed, kernel_of(index), result + index * count * out, count, in, out}.Outputs(
           begin, std::min(begin + outputs, out));
     };
   });

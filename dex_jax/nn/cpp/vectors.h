@@ -78,6 +78,18 @@ inline Vector Load(const BFloat16* from) {
   return reinterpret_cast<Vector>(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Integers) << 16);
 }
 
+inline Vector Load(const int8_t* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  Vector vector;
+  for (int lane = 0; lane < kLanes; ++lane) vector[lane] = from[lane];
+  return vector;
+#endif
+}
+
 // The first `count` of a vector, then zeros.
 template <typename Weight>
 Vector LoadSome(const Weight* from, int64_t count) {
