@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,16 +23,21 @@ from dex_jax.decoding.resolve import resolve
 from dex_jax.errors import DexError
 from dex_jax.host_memory import return_free_memory
 from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
+from dex_jax.nn import few_rows
 from dex_jax.nn.forward import extend
+from dex_jax.nn.packed import FORMATS, INT8, Packed, joined, to_int8
 from dex_jax.nn.placing import build_on_mesh
-from dex_jax.nn.transformer import Layout, Staged, Transformer, Unrolled, build, parameter_shapes, relayout
-from dex_jax.nn.weights import abstract_weights, merge_model
+from dex_jax.nn.transformer import Layout, Stacked, Staged, Transformer, Unrolled, build, relayout
+from dex_jax.nn.weights import Packing, abstract_weights, merge_model, weight_bytes
 from dex_jax.progress import notify
 from dex_jax.prompts import Prompt, encode_prompt
-from dex_jax.sharding import STAGE, check_model, check_stages, make_mesh
+from dex_jax.sharding import STAGE, TENSOR, check_model, check_stages, make_mesh
 
 LARGE_TENSOR = 2**22
 """Bytes of a tensor after whose reading freed memory is worth giving back."""
+
+WEIGHTS = ("stored", "int8", "dense")
+"""What weights may be kept as."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -43,7 +50,8 @@ class LanguageModel:
       tokenizer: text to ids and back; None when the checkpoint has none (prompts are then token ids).
       source: where the weights came from.
       fingerprint: short hexadecimal digest of the backbone.
-      dtype: dtype of weights and caches.
+      dtype: of hidden states and caches, and of weights that are not packed.
+      packing: which kernels stay packed, () for none; `weights_kind` says it in words.
       layout: Unrolled() or Stacked(depths), see `arrange`; Staged(depths) on a mesh.
       mesh: the devices it is spread over; None for one device.
     """
@@ -55,25 +63,32 @@ class LanguageModel:
         source: str,
         fingerprint: str,
         mesh: Mesh | None = None,
+        packing: Packing = (),
     ):
         self.mesh = mesh
+        self.packing = packing
         self.config = model.config
         self.tokenizer = tokenizer
         self.source = source
         self.fingerprint = fingerprint
-        self.dtype = model.embed[...].dtype
+        self.dtype = model.dtype
         self._adopt(model)
 
     def __repr__(self) -> str:
         c, where = self.config, "" if self.mesh is None else f", on {self.mesh.size} devices"
         return (
             f"LanguageModel({self.source}: {c.num_layers} layers of width {c.width}, vocabulary of {c.vocab_size}, "
-            f"{self.parameter_bytes / 1e6:.1f} MB in {self.dtype}{where})"
+            f"{self.parameter_bytes / 1e6:.1f} MB in {self.weights_kind}{where})"
         )
 
     def _adopt(self, model: Transformer) -> None:
         self.layout = model.layout
         self.weights = nnx.state(model)
+
+    @property
+    def weights_kind(self) -> str:
+        """What weights are kept as: "float32", "Q4_1 and Q8_0", "int8"."""
+        return weights_kind(self.packing, self.dtype)
 
     @property
     def parameter_bytes(self) -> int:
@@ -94,6 +109,7 @@ class LanguageModel:
         if layout != self.layout:
             if self.mesh is not None or isinstance(layout, Staged):
                 raise DexError("a model is spread over a mesh as it is loaded: load it again for another layout")
+            self.packing = ()
             self._adopt(relayout(merge_model(self.config, self.layout, self.weights), layout))
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
@@ -118,6 +134,7 @@ class Outline:
     dtype: jnp.dtype  # that the weights will have
     layout: Layout  # that the weights will have
     mesh: Mesh | None = None  # where they will lie; None for one device
+    packing: Packing = ()  # which kernels stay packed
 
     @property
     def config(self) -> ModelConfig:
@@ -142,7 +159,12 @@ class Outline:
     @property
     def weights(self) -> Any:
         """Weights as jax.ShapeDtypeStruct."""
-        return abstract_weights(self.config, self.layout, self.dtype)
+        return abstract_weights(self.config, self.layout, self.dtype, self.packing)
+
+    @property
+    def weights_kind(self) -> str:
+        """What weights are kept as: "float32", "Q4_1 and Q8_0", "int8"."""
+        return weights_kind(self.packing, self.dtype)
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
         """Token ids of a prompt; see `dex_jax.prompts.encode_prompt`."""
@@ -151,26 +173,31 @@ class Outline:
     def load(self, on_tensor: Callable[[int, int], None] | None = None) -> LanguageModel:
         """The model, one tensor at a time, on_tensor as in `load`; a DexError for a damaged file or no memory."""
         notify("loading the model")
-        read = _reader(self.checkpoint, self.dtype, on_tensor)
+        read = _reader(self.checkpoint, self.dtype, self.packing, on_tensor)
         try:
             if self.mesh is None:
                 model = build(self.config, self.layout, read, self.dtype)
             else:
                 assert isinstance(self.layout, Staged)
-                model = build_on_mesh(self.config, self.layout, read, self.dtype, self.mesh)
+                model = build_on_mesh(self.config, self.layout, read, self.dtype, self.mesh, self.packing)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise DexError(
-                    f"the weights of {self.checkpoint.source} do not fit into memory in {self.dtype}: use a smaller "
-                    "dtype or a smaller model (decode.py --dry-run shows what each needs)"
+                    f"the weights of {self.checkpoint.source} do not fit into memory in {self.weights_kind}: use "
+                    "int8 weights, a smaller dtype or a smaller model (decode.py --dry-run shows what each needs)"
                 ) from error
             raise
         return_free_memory()
-        return LanguageModel(model, self.tokenizer, self.checkpoint.source, self.checkpoint.fingerprint(), self.mesh)
+        source, fingerprint = self.checkpoint.source, self.checkpoint.fingerprint()
+        return LanguageModel(model, self.tokenizer, source, fingerprint, self.mesh, self.packing)
 
 
 def outline(
-    source: str, dtype: str | None = None, layout: Layout | None = None, mesh: str | dict[str, int] | Mesh | None = None
+    source: str,
+    dtype: str | None = None,
+    layout: Layout | None = None,
+    mesh: str | dict[str, int] | Mesh | None = None,
+    weights: str | None = None,
 ) -> Outline:
     """Opens a model without reading its weights; arguments and errors as for `load`."""
     chosen, spread = resolve_dtype(dtype), None if mesh is None else make_mesh(mesh)
@@ -178,8 +205,56 @@ def outline(
     if spread is None:
         if isinstance(layout, Staged):
             raise DexError("layout=Staged(...) spreads a model over a mesh: say which, with mesh=")
-        return Outline(checkpoint, chosen, layout or Unrolled())
-    return Outline(checkpoint, chosen, layout_on_mesh(checkpoint, layout, spread), spread)
+        arranged: Layout = layout or Unrolled()
+    else:
+        arranged = layout_on_mesh(checkpoint, layout, spread)
+    return Outline(checkpoint, chosen, arranged, spread, packing_of(checkpoint, arranged, spread, weights))
+
+
+def packing_of(checkpoint: Checkpoint, layout: Layout, mesh: Mesh | None, weights: str | None) -> Packing:
+    """Which kernels stay packed, for `weights` as of `load`; a line says what does not.
+
+    Raises:
+      DexError: unknown `weights`, or ones that cannot lie so.
+    """
+    if weights not in (None, *WEIGHTS):
+        raise DexError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
+    split = isinstance(layout, Stacked) or (mesh is not None and mesh.shape[TENSOR] > 1)
+    formats = checkpoint.formats()
+    blocks = any(format in FORMATS for parts in formats.values() for format, _ in parts)
+    if weights == "dense" or (weights is None and (split or not blocks or few_rows.language() == "XLA")):
+        return ()
+    if split and (weights == "int8" or blocks):
+        raise DexError(
+            f"weights={weights!r} is for layers that are whole arrays: leave it out with layout=Stacked(...), and on a "
+            "mesh with a tensor axis"
+        )
+    if weights == "int8":
+        return tuple((name, ((INT8, sum(rows for _, rows in parts)),)) for name, parts in formats.items())
+    packed = {name: _runs(parts) for name, parts in formats.items() if all(each in FORMATS for each, _ in parts)}
+    if mesh is not None:  # an array holds a layer of every stage
+        fields = {name.split(".")[-1] for name in formats if name.startswith("layers.")}
+        for field in fields:
+            own = [name for name in formats if name.startswith("layers.") and name.endswith(f".{field}")]
+            if len({packed.get(name) for name in own}) > 1:
+                packed = {name: runs for name, runs in packed.items() if name not in own}
+    dense = sorted({format for name, parts in formats.items() if name not in packed for format, _ in parts})
+    if blocks and dense:
+        notify(f"matrices with parts in {', '.join(dense)} do not stay packed")
+    return tuple(packed.items())
+
+
+def _runs(parts: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """Parts one above the other, neighbours of one format together."""
+    return tuple(
+        (format, sum(rows for _, rows in run)) for format, run in itertools.groupby(parts, key=operator.itemgetter(0))
+    )
+
+
+def weights_kind(packing: Packing, dtype: jnp.dtype) -> str:
+    """What weights are kept as, for people: the dtype, or the formats of packed kernels."""
+    names = sorted({format for _, runs in packing for format, _ in runs})
+    return " and ".join(names) if names else str(dtype)
 
 
 def layout_on_mesh(checkpoint: Checkpoint, layout: Layout | None, mesh: Mesh) -> Staged:
@@ -201,6 +276,7 @@ def load(
     layout: Layout | None = None,
     on_tensor: Callable[[int, int], None] | None = None,
     mesh: str | dict[str, int] | Mesh | None = None,
+    weights: str | None = None,
 ) -> LanguageModel:
     """Loads a model, one tensor at a time.
 
@@ -213,12 +289,15 @@ def load(
       mesh: devices to spread the model over: "stage=5", "stage=2,tensor=3", "data=2,stage=2", the same as a dict, or a
         jax Mesh with axes of these names. Each tensor goes to the devices that own it and passes through no other.
         `generate` then runs there: explorer k on the devices of stage k, and AR and the prompt from stage to stage.
+      weights: what kernels are kept as. "stored" leaves the blocks of 4 to 8 bits of a .gguf file packed: they stand for
+        exactly the numbers that "dense" makes of them, in `dtype`. "int8" is 8 bits a weight and a scale for each
+        output, another model than the checkpoint. None is "stored" on CPUs where a C++ compiler is, else "dense".
 
     Raises:
       DexError: nothing of that name, missing or truncated weights, an architecture or dtype that is not covered, no
         memory for the weights, or a mesh that has more devices than there are or that cannot cut the model.
     """
-    return outline(source, dtype, layout, mesh).load(on_tensor)
+    return outline(source, dtype, layout, mesh, weights).load(on_tensor)
 
 
 def _eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
@@ -256,19 +335,29 @@ def default_dtype() -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16)
 
 
-def _reader(checkpoint: Checkpoint, dtype: jnp.dtype, on_tensor: Callable[[int, int], None] | None):
-    sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in parameter_shapes(checkpoint.config).items()}
+def _reader(
+    checkpoint: Checkpoint, dtype: jnp.dtype, packing: Packing, on_tensor: Callable[[int, int], None] | None
+) -> Callable[[str], np.ndarray | Packed]:
+    """Reads canonical tensors, packed or not; gives memory back after large ones, and says how far it has come."""
+    sizes, runs = weight_bytes(checkpoint.config, dtype, packing), dict(packing)
     total, done = sum(sizes.values()), 0
 
-    def read(name: str) -> np.ndarray:
+    def tensor(name: str) -> np.ndarray | Packed:
+        if name not in runs:
+            return checkpoint.read(name)
+        if runs[name][0][0] == INT8:
+            return to_int8(checkpoint.read(name))
+        return joined(checkpoint.blocks(name), runs[name])
+
+    def read(name: str) -> np.ndarray | Packed:
         nonlocal done
-        tensor = checkpoint.read(name)
+        found = tensor(name)
         done += sizes[name]
         if sizes[name] >= LARGE_TENSOR:
             return_free_memory()
         if on_tensor is not None:
             on_tensor(done, total)
-        return tensor
+        return found
 
     return read
 
@@ -277,6 +366,6 @@ def _reader(checkpoint: Checkpoint, dtype: jnp.dtype, on_tensor: Callable[[int, 
 def _full_logits(config: ModelConfig, layout: Layout, weights: Any, tokens: jax.Array) -> jax.Array:
     model = merge_model(config, layout, weights)
     batch, length = tokens.shape
-    memory = cache.allocate(config, layout, batch, length, 0, model.embed[...].dtype)
+    memory = cache.allocate(config, layout, batch, length, 0, model.dtype)
     hidden, _ = extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
     return model.logits(hidden)

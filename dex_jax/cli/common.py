@@ -12,6 +12,12 @@ from typing import Any
 DTYPES = ("float32", "bfloat16", "float16")
 """As language_model.DTYPES, which would import JAX."""
 
+WEIGHTS = ("stored", "int8", "dense")
+"""As language_model.WEIGHTS."""
+
+WEIGHTS_HELP = """stored: blocks of a .gguf file stay packed, the same numbers as dense ones; int8: 8 bits each, another
+model than the checkpoint; dense: in --dtype (stored on CPUs where a C++ compiler is, else dense)"""
+
 INSTALLED = {"decode.py": "dex-decode", "train_exits.py": "dex-train-exits"}
 """Script of a clone -> the same program as a package installs it."""
 
@@ -25,9 +31,10 @@ def program(script: str) -> str:
 
 
 def add_model(add: Add) -> None:
-    """Adds --model and --dtype."""
+    """Adds --model, --dtype and --weights."""
     add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
     add("--dtype", choices=DTYPES, help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
+    add("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
 
 
 def whole(lowest: int, highest: int) -> Callable[[str], int]:

@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
         from dex_jax.decoding.generate import precompile
         from dex_jax.language_model import outline
 
-        model = outline(args.model, args.dtype, *layout_of(args, method))
+        model = outline(args.model, args.dtype, *layout_of(args, method), args.weights)
         compile_seconds = precompile(model, prompts, method=method, **_options(args))
         lm = model.load(display.part)
         updates = _stream(lm, prompts, method, args)

@@ -19,7 +19,7 @@ from dex_jax.decoding.session import check_mesh
 from dex_jax.decoding.sizes import batch_bucket
 from dex_jax.errors import DexError
 from dex_jax.io import open_checkpoint
-from dex_jax.language_model import Outline, layout_on_mesh, resolve_dtype
+from dex_jax.language_model import Outline, layout_on_mesh, packing_of, resolve_dtype
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled
 from dex_jax.prompts import Prompt
 from dex_jax.sharding import STAGE, make_mesh
@@ -66,24 +66,27 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     schedule = resolved.schedule
     layout = layout or Unrolled()
     prompts: list[Prompt] = prompts_of(args) if args.prompt or args.prompt_file is not None else [[0]]
-    outline = Outline(checkpoint, dtype, layout, mesh)
+    packing = packing_of(checkpoint, layout, mesh, args.weights)
+    outline = Outline(checkpoint, dtype, layout, mesh, packing)
     ids = encode_prompts(outline, prompts, not args.no_chat, args.num_samples, args.max_new_tokens)
     batch = len(ids)
     sampling, _ = sampling_of(args.temperature, args.top_k, args.top_p, args.seed, batch, config.vocab_size)
     compiled_for = batch if mesh is not None else batch_bucket(batch)
     length = cache_length_for(max(map(len, ids)), args.max_new_tokens, schedule, compiled_for)
     check_mesh(mesh, layout, schedule, batch)
-    exits_bytes = sum(trained_bytes(config, dtype, each, mesh) for each in (resolved.exits, resolved.drafter))
+    exits_bytes = sum(trained_bytes(config, dtype, each, mesh, packing) for each in (resolved.exits, resolved.drafter))
     options: dict[str, Any] = {"sampled": sampling is not None, "exits_bytes": exits_bytes, "mesh": mesh}
+    options["packing"] = packing
     needed = footprint(config, dtype, schedule, compiled_for, length, layout, **options)
     sentence = verdict(needed, device_memory())
     devices = 1 if mesh is None else mesh.size
     if args.json:
         sizes = dataclasses.asdict(needed) | {"total_bytes": needed.total_bytes}
-        print(json.dumps(sizes | {"devices": devices, "batch": batch, "dtype": str(dtype), "verdict": sentence}))
+        print(json.dumps(sizes | {"devices": devices, "batch": batch, "dtype": str(dtype), "weights": outline.weights_kind, "verdict": sentence}))
         return 0
     where = "one device" if devices == 1 else f"each of {devices} devices"
     what = f"{batch} sequence(s) of at most {length} positions in {dtype}, {title(schedule)}"
+    what += "" if not packing else f", weights in {outline.weights_kind}"
     print(f"{checkpoint.source}: {what}, on {where}")
     for field in dataclasses.fields(needed):
         print(f"  {field.name.removesuffix('_bytes'):<10} {getattr(needed, field.name) / 1e9:8.3f} GB")

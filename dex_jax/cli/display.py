@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from dex_jax.decoding.output import Output, title
+from dex_jax.decoding.output import Output, title, where_of
 from dex_jax.evaluation.check import Check
 from dex_jax.io import TextStream, Tokenizer
 from dex_jax.plot.colors import depth_style
@@ -100,7 +100,7 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     new_tokens = int(output.lengths.sum())
     after_first = int((output.lengths - 1).sum())
     rate = f"{after_first / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds > 0 and after_first else "n/a"
-    lines = [f"{title(schedule)} on {stats.device}, {stats.dtype}: {new_tokens} tokens"]
+    lines = [f"{title(schedule)} on {where_of(stats)}: {new_tokens} tokens"]
     if stats.choice is not None:
         lines.append(f"chosen: {stats.choice}")
     if stats.rounds is not None:

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
     remember_compilations()
     with phases():
-        lm = load(args.model, args.dtype)
+        lm = load(args.model, args.dtype, weights=args.weights)
     if args.exits == "shared" and args.depths is None:
         args.depths = tuple(range(1, lm.config.num_layers))
     exits = chosen_exits(args, lm)

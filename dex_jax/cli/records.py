@@ -23,7 +23,7 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     draft on a chain: layerskip, adadecode, del, oracle), exits (born_at of each token), depth_side_speedup (null for
     one token and without ticks), rounds, tokens_per_round, drafted and accepted (null but on chains; tokens_per_round
     also for one token), compile_seconds, prefill_seconds and decode_seconds (of the whole batch), tokens_per_second
-    ((n - 1) / decode_seconds of this sequence, null for one token), device, dtype, seed (null when greedy), and check
+    ((n - 1) / decode_seconds of this sequence, null for one token), device, dtype, weights (the dtype, or the formats of packed ones), seed (null when greedy), and check
     when asked for (identical, first_divergence, top2_margin; see evaluation.check).
     """
     stats, length = output.stats, int(output.lengths[row])
@@ -55,6 +55,7 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
         "tokens_per_second": (length - 1) / stats.decode_seconds if length > 1 and stats.decode_seconds > 0 else None,
         "device": stats.device,
         "dtype": stats.dtype,
+        "weights": stats.weights,
         "seed": seed,
     }
     if check is not None:

@@ -35,6 +35,6 @@ def _run(args: argparse.Namespace) -> int:
         from dex_jax.language_model import load
 
         check = selfcheck.quick_check if args.quick else selfcheck.selfcheck
-        report = check(load(args.model, args.dtype))
+        report = check(load(args.model, args.dtype, weights=args.weights))
     print(report.json() if args.json else report.text())
     return 0 if report.holds else 1

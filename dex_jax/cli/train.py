@@ -82,7 +82,7 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
     folder, mesh = folder_of(args), _mesh(args)
     initial = None if args.init_from is None else _exits_to_start_from(args.init_from, config)
     print(_estimate(config, args), flush=True)
-    lm = load(config.model, config.train.dtype)
+    lm = load(config.model, config.train.dtype, weights="dense")
     train_exits(config, lm, folder, mesh=mesh, initial=initial, tell=functools.partial(print, flush=True))
     _draw(folder)
     model = "" if config.model == "smollm2-135m" else f" --model {config.model}"
@@ -114,7 +114,7 @@ def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> No
     from dex_jax.training.whole_model import WholeModel
 
     folder, mesh = folder_of(args), _mesh(args)
-    start = None if args.init_from is None else load(args.init_from, "float32")
+    start = None if args.init_from is None else load(args.init_from, "float32", weights="dense")
     task = WholeModel.open(config, start)
     print(_estimate(task.config, args), flush=True)
     trained = train(task, task.config.train, folder, mesh=mesh)

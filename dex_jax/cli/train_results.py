@@ -95,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from dex_jax.language_model import load
 
     remember_compilations()
-    lm = load(args.model, args.dtype)
+    lm = load(args.model, args.dtype, weights=args.weights)
     exits = chosen_exits(args, lm)
     groups = answered(args, lm)
     figures = grouped_figures(lm, exits, groups, batch=args.batch)

@@ -31,6 +31,7 @@ from dex_jax.decoding.resolve import find_exits, unmeasured
 from dex_jax.distributed import from_first
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.transformer import Layout, Staged, Unrolled
+from dex_jax.nn.weights import Packing
 from dex_jax.sharding import DATA, STAGE
 
 SMALLEST_GAIN = 1.02
@@ -73,6 +74,7 @@ def settle(
     batch: int,
     length: int,
     mesh: Mesh | None = None,
+    packing: Packing = (),
 ) -> tuple[Method, str | None]:
     """The method that runs, and one line that says why if it was chosen here.
 
@@ -83,6 +85,7 @@ def settle(
       batch: B.
       length: S, about as many cache positions as the generation will have.
       mesh: where the model lies, None on one device.
+      packing: which of its weights are packed.
 
     Raises:
       DexError: exits that cannot be read.
@@ -96,7 +99,7 @@ def settle(
     staged = layout
     if mesh is not None:  # what one of its devices runs
         layout, batch = Unrolled(), -(-batch // mesh.shape[DATA])
-    about = (config, layout, dtype, batch, length, given.drafter)
+    about = (config, layout, dtype, batch, length, given.drafter, packing)
     if mesh is None:
         costs = step_costs(*about)
     else:  # processes that went by figures of their own would run different programs
@@ -120,10 +123,14 @@ def settle(
     return best.method, f"{best.what}: {best.why}; {ratio}"
 
 
-def reconsider(pace: Pace, config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int) -> None:
+def reconsider(
+    pace: Pace, config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int, packing: Packing = ()
+) -> None:
     """Forgets costs that were measured beside other load, as the pace of what they chose shows."""
-    if np.isfinite(pace.fastest) and pace.far_off(step_costs(config, layout, dtype, batch, length).step(1)):
-        forget(config, layout, dtype)
+    if not np.isfinite(pace.fastest):
+        return
+    if pace.far_off(step_costs(config, layout, dtype, batch, length, packing=packing).step(1)):
+        forget(config, layout, dtype, packing)
 
 
 def candidates(costs: StepCosts, drafter: TrainedExits | None, batch: int = 1) -> list[Candidate]:

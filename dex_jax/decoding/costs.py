@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import cache_folder, write_whole
 from dex_jax.nn import few_rows
 from dex_jax.nn.forward import run_tree
-from dex_jax.nn.transformer import Layout, Stacked, parameter_shapes
-from dex_jax.nn.weights import abstract_weights, merge_model
+from dex_jax.nn.transformer import Layout, Stacked
+from dex_jax.nn.weights import Packing, abstract_weights, merge_model, weight_bytes
 from dex_jax.progress import notify
 
 ROWS = (1, 2, 4, 8, 16)
@@ -88,23 +89,29 @@ class StepCosts:
 
 
 def step_costs(
-    config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int, drafter: TrainedExits | None = None
+    config: ModelConfig,
+    layout: Layout,
+    dtype: Any,
+    batch: int,
+    length: int,
+    drafter: TrainedExits | None = None,
+    packing: Packing = (),
 ) -> StepCosts:
     """Measures, or remembers, what steps of `batch` sequences with `length` cache positions take on this device.
 
     Args:
       config: the model's shapes.
       layout: of its weights.
-      dtype: of weights and caches.
+      dtype: of caches, and of weights that are not packed.
       batch: B.
       length: S.
       drafter: exit 0, None for the text alone.
+      packing: which weights are packed.
     """
     dtype = jnp.dtype(dtype)
     count = int(np.searchsorted(TOTALS[:-1], batch * ROWS[-1])) + 1
-    kept = _known(config, layout, dtype, count)
-    sizes = [shape for name, shape in parameter_shapes(config).items() if name != "embed" or config.tied]
-    total = sum(map(math.prod, sizes)) * dtype.itemsize
+    kept = _known(config, layout, dtype, packing, count)
+    total = _read_bytes(config, dtype, packing)
     # Fewer rows take no longer: where they did, something else was running.
     seconds = np.minimum.accumulate(kept[::-1])[::-1].tolist()
     position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
@@ -112,24 +119,35 @@ def step_costs(
     rows = tuple(_at(TOTALS[: len(seconds)], seconds, batch * each) + caches for each in ROWS)
     drafting = 0.0
     if drafter is not None:
-        drafting = DRAFTING * seconds[0] * head_bytes(drafter, config, few_rows.kept_dtype(dtype)) / total
+        drafting = DRAFTING * seconds[0] * head_bytes(drafter, config, dtype, packing) / total
     return StepCosts(ROWS, rows, OVERHEAD * rows[0], drafting)
 
 
-def forget(config: ModelConfig, layout: Layout, dtype: Any) -> None:
+def forget(config: ModelConfig, layout: Layout, dtype: Any, packing: Packing = ()) -> None:
     """Lets the next `step_costs` of such a model measure again."""
-    key, file = _key(config, layout, jnp.dtype(dtype)), costs_file()
+    key, file = _key(config, layout, jnp.dtype(dtype), packing), costs_file()
     _KNOWN.pop(key, None)
     kept = _read(file)
     if kept.pop(key, None) is not None:
         _write(file, kept)
 
 
-def head_bytes(exits: TrainedExits, config: ModelConfig, dtype: np.dtype) -> int:
-    """Bytes that all heads together read: their own weights and the unembedding, or the part of it that they know."""
+def head_bytes(exits: TrainedExits, config: ModelConfig, dtype: np.dtype, packing: Packing = ()) -> int:
+    """Bytes that a drafter of a model in `dtype` reads: its weights, and the rows of the unembedding that it knows."""
     own = sum(leaf.size for leaf in exits.parameters.values())
     known = config.vocab_size if exits.vocabulary is None else len(exits.vocabulary)
-    return (own + known * config.width) * dtype.itemsize
+    kept, unembed = few_rows.kept_dtype(dtype), "embed" if config.tied else "unembed"
+    packed = dict(packing).get(unembed)
+    size = known * config.width * kept.itemsize
+    if packed is not None:
+        size = known * weight_bytes(config, dtype, packing)[unembed] // config.vocab_size
+    return own * kept.itemsize + size
+
+
+def _read_bytes(config: ModelConfig, dtype: np.dtype, packing: Packing) -> int:
+    """Bytes of weights that a step reads: all but an embedding that is not tied."""
+    sizes = weight_bytes(config, dtype, packing)
+    return sum(size for name, size in sizes.items() if name != "embed" or config.tied)
 
 
 def costs_file() -> Path:
@@ -144,29 +162,30 @@ def _at(rows: tuple[int, ...], seconds: Any, wanted: float) -> float:
     return seconds[index] if index < len(rows) else seconds[-1] * wanted / rows[-1]
 
 
-def _known(config: ModelConfig, layout: Layout, dtype: np.dtype, count: int) -> list[float]:
+def _known(config: ModelConfig, layout: Layout, dtype: np.dtype, packing: Packing, count: int) -> list[float]:
     """What is kept of such a model, measured first where it is less than the first `count` of TOTALS.
 
     It stays even where other load was there when it was measured: other figures would choose other programs, which take
     longer to compile than they gain. What is far off is forgotten (decoding/auto.py).
     """
-    key, file = _key(config, layout, dtype), costs_file()
+    key, file = _key(config, layout, dtype, packing), costs_file()
     kept = _KNOWN.get(key) or _read(file).get(key)
     if kept is None or len(kept) < count:
         notify("measuring what steps cost here")
-        kept = _measure(config, layout, dtype, TOTALS[:count])
+        kept = _measure(config, layout, dtype, packing, TOTALS[:count])
         _write(file, _read(file) | {key: kept})
     _KNOWN[key] = kept
     return kept
 
 
-def _key(config: ModelConfig, layout: Layout, dtype: np.dtype) -> str:
+def _key(config: ModelConfig, layout: Layout, dtype: np.dtype, packing: Packing) -> str:
     """All that figures depend on, in words."""
     device = jax.devices()[0]
     shapes = [size for size in dataclasses.astuple(config) if isinstance(size, int)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     about = (device.platform, device.device_kind, cores, jax.__version__, dtype, layout, few_rows.language())
-    return " ".join(map(str, (*about, *shapes)))
+    packed = f"packed {zlib.crc32(repr(packing).encode()):x}" if packing else "dense"
+    return " ".join(map(str, (*about, packed, *shapes)))
 
 
 def _read(file: Path) -> dict[str, list[float]]:
@@ -191,16 +210,18 @@ def _write(file: Path, kept: dict[str, list[float]]) -> None:
         write_whole(file, json.dumps(kept, indent=1) + "\n")
 
 
-def _measure(config: ModelConfig, layout: Layout, dtype: np.dtype, totals: tuple[int, ...]) -> list[float]:
+def _measure(
+    config: ModelConfig, layout: Layout, dtype: np.dtype, packing: Packing, totals: tuple[int, ...]
+) -> list[float]:
     """Seconds of a step over L layers and the final logits for each of `totals`."""
-    short, layout, share = _shortened(config, layout)
-    abstract = abstract_weights(short, layout, dtype)
-    layers = {name: shape for name, shape in parameter_shapes(short).items() if name.startswith("layers.")}
-    size = sum(map(math.prod, layers.values())) * dtype.itemsize
+    short, layout = _shortened(config, layout)
+    own = tuple(each for each in packing if each[0] in weight_bytes(short, dtype))
+    abstract = abstract_weights(short, layout, dtype, own)
+    size = sum(size for name, size in weight_bytes(short, dtype, own).items() if name.startswith("layers."))
     copies = min(MOST_COPIES, math.ceil(MEASURED_BYTES / size))
     steps = min(TOGETHER, max(1, int(MEASURED_BYTES / size / copies)))
     # From the host, and not by jnp.asarray: each shape that a device fills or copies is a program of its own.
-    weights = [jax.tree.map(lambda s: jax.device_put(np.full(s.shape, 0.01, s.dtype)), abstract) for _ in range(copies)]
+    weights = [jax.tree.map(_filled, abstract) for _ in range(copies)]
     memory = jax.tree.map(
         lambda s: jax.device_put(np.zeros(s.shape, s.dtype)), cache.shapes(short, layout, 1, LENGTH, 0, dtype)
     )
@@ -221,20 +242,24 @@ def _measure(config: ModelConfig, layout: Layout, dtype: np.dtype, totals: tuple
         arguments = (memory, token, token + LENGTH // 2, np.tril(np.ones((1, rows, rows), bool)))
         programs.append((jax.jit(run).lower(weights[0], *arguments).compile(), arguments))
     of_all = np.asarray(_fastest(programs, weights)) / steps
-    # The final logits are one more product: they take as long as layers of as many bytes.
-    final = config.vocab_size * config.width * dtype.itemsize * share / size
-    return (of_all * (1 + final) / share).tolist()
+    # Other layers, and the final logits, which are one more product, take as long as these for as many bytes.
+    return (of_all * _read_bytes(config, dtype, packing) / size).tolist()
 
 
-def _shortened(config: ModelConfig, layout: Layout) -> tuple[ModelConfig, Layout, float]:
-    """A model of a few layers in the same layout, and the share of all layers' time that they take."""
+def _filled(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Small numbers: packed blocks get a byte that gives them a small scale."""
+    value = 33 if jnp.issubdtype(like.dtype, jnp.integer) else 0.01
+    return jax.device_put(np.full(like.shape, value, like.dtype))
+
+
+def _shortened(config: ModelConfig, layout: Layout) -> tuple[ModelConfig, Layout]:
+    """A model of a few layers in the same layout."""
     if isinstance(layout, Stacked):
         stages = len(layout.depths)
         each = min(layout.stage_layers, LAYERS)
         depths = tuple(range(each, each * stages + 1, each))
-        return dataclasses.replace(config, num_layers=depths[-1]), Stacked(depths), each / layout.stage_layers
-    count = min(config.num_layers, LAYERS)
-    return dataclasses.replace(config, num_layers=count), layout, count / config.num_layers
+        return dataclasses.replace(config, num_layers=depths[-1]), Stacked(depths)
+    return dataclasses.replace(config, num_layers=min(config.num_layers, LAYERS)), layout
 
 
 def _again(steps: int, step: Callable[[Any], Any], start: Any) -> Any:

@@ -30,7 +30,7 @@ from dex_jax.nn import few_rows
 from dex_jax.nn.exits import abstract_parameters
 from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.transformer import Layout, Staged
-from dex_jax.nn.weights import abstract_weights
+from dex_jax.nn.weights import Packing, abstract_weights, weight_bytes
 from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, place
 
@@ -93,13 +93,15 @@ def footprint(
     sampled: bool = False,
     exits_bytes: int = 0,
     mesh: Mesh | None = None,
+    packing: Packing = (),
 ) -> Footprint:
     """What decoding `batch` sequences of at most `cache_length` positions, as `cache_length_for` gives it, needs.
 
-    `dtype` is of weights and caches; a `sampled` generation keeps K positions' noise of V float32 numbers for each
+    `dtype` is of caches, and of weights that are not packed as `packing` says; a `sampled` generation keeps K positions' noise of V float32 numbers for each
     sequence; `exits_bytes` is the size of trained heads. On a mesh figures are of one of its devices.
     """
-    shapes = session_shapes(config, dtype, schedule, layout, batch, cache_length, sampled=sampled, mesh=mesh)
+    about = (config, dtype, schedule, layout, batch, cache_length)
+    shapes = session_shapes(*about, sampled=sampled, mesh=mesh, packing=packing)
     committed = nbytes((shapes.memory.keys, shapes.memory.values))
     return Footprint(
         weights_bytes=nbytes(shapes.weights),
@@ -110,7 +112,13 @@ def footprint(
     )
 
 
-def trained_bytes(config: ModelConfig, dtype: jnp.dtype, exits: TrainedExits | None, mesh: Mesh | None = None) -> int:
+def trained_bytes(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    exits: TrainedExits | None,
+    mesh: Mesh | None = None,
+    packing: Packing = (),
+) -> int:
     """Size on one device of trained exits, with the rows of the unembedding that a draft vocabulary copies."""
     if exits is None:
         return 0
@@ -120,7 +128,9 @@ def trained_bytes(config: ModelConfig, dtype: jnp.dtype, exits: TrainedExits | N
     size = nbytes(abstract_parameters(held, kept if exits.config.is_drafter else jnp.dtype(dtype)))
     if exits.vocabulary is None:
         return size
-    return size + len(exits.vocabulary) * (config.width * kept.itemsize + 4) + 4 * config.vocab_size
+    unembed = "embed" if config.tied else "unembed"
+    sizes = weight_bytes(config, kept, tuple(each for each in packing if each[0] == unembed))
+    return size + len(exits.vocabulary) * (sizes[unembed] // config.vocab_size + 4) + 4 * config.vocab_size
 
 
 def cache_length_for(prompt_length: int, max_new_tokens: int, schedule: Schedule, batch: int) -> int:
@@ -139,13 +149,14 @@ def session_shapes(
     capacity: int | None = None,
     sampled: bool = False,
     mesh: Mesh | None = None,
+    packing: Packing = (),
 ) -> SessionShapes:
     """The shapes of a session's arrays; `capacity` is T, room for new tokens (None: as much as the cache).
 
     On a mesh, whose layout is Staged and whose devices need not be there, they carry their shardings.
     """
     capacity = cache_length if capacity is None else capacity
-    weights = abstract_weights(config, layout, dtype)
+    weights = abstract_weights(config, layout, dtype, packing)
     memory = cache.shapes(config, layout, batch, cache_length, 0, dtype)
     array: Any = jax.ShapeDtypeStruct  # stands where arrays will
     last, lengths, scalar = array((batch, config.width), dtype), array((batch,), jnp.int32), array((), jnp.int32)
@@ -209,7 +220,7 @@ def verdict(needed: Footprint, available: int | None) -> str:
     if needed.total_bytes <= available:
         return f"fits: {need} of the {have} that are free."
     remedies = {
-        "weights_bytes": "use a smaller dtype or a smaller model",
+        "weights_bytes": "use int8 weights, a smaller dtype or a smaller model",
         "cache_bytes": "lower the number of prompts or samples, or max_new_tokens",
         "lattice_bytes": "lower rows, explorers, or the number of prompts or samples",
         "exits_bytes": "use fewer explorers or exits with a smaller vocabulary",

@@ -85,7 +85,7 @@ def prepare(
     batch = batch_bucket(len(ids))
     length = cache_length_for(max(map(len, ids)), max_new_tokens, SPARE, batch)
     model = (lm.config, lm.layout, lm.dtype, lm.fingerprint)
-    settled, choice = settle(Dex() if method is None else method, exits, *model, batch, length, lm.mesh)
+    settled, choice = settle(Dex() if method is None else method, exits, *model, batch, length, lm.mesh, lm.packing)
     resolved = _resolve(lm, settled, exits)
     session = Session(lm, ids, resolved, max_new_tokens, sampling)
     return Prepared(session, resolved, choice, ids, seeds, StopStrings(stop, lm.tokenizer), ticks_per_update)
@@ -174,7 +174,8 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
         if output.finished.all():
             session = run.session
             if run.choice is not None and lm.mesh is None:
-                reconsider(session.pace, lm.config, lm.layout, lm.dtype, session.sequences, session.cache_length)
+                about = (lm.config, lm.layout, lm.dtype, session.sequences, session.cache_length, lm.packing)
+                reconsider(session.pace, *about)
             return
         with _timed(times, "decode"):
             record = run.session.advance(run.ticks_per_update)
@@ -313,5 +314,6 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
         decode_seconds=times["decode"],
         device=many + device_name(device),
         dtype=str(run.session.lm.dtype),
+        weights=run.session.lm.weights_kind,
     )
     return Output(texts, tokens[:, :width], lengths, run.ids, finished, run.seeds, stats, run.session.lm.tokenizer)

@@ -49,6 +49,7 @@ class Stats:
       accepted: [B] int32, how many of them the final layer gave as well, and were emitted; None otherwise.
       compile_seconds, prefill_seconds, decode_seconds: wall-clock of the whole batch, apart from one another.
       device, dtype: where and in what it ran.
+      weights: what weights were kept as: the dtype, or the formats of packed ones.
     """
 
     schedule: Schedule
@@ -62,6 +63,7 @@ class Stats:
     decode_seconds: float
     device: str
     dtype: str
+    weights: str
     ticks: np.ndarray | None = None
     depth_side_speedup: np.ndarray | None = None
     rounds: np.ndarray | None = None
@@ -96,7 +98,7 @@ class Output:
 
     def __repr__(self) -> str:
         stats, new_tokens = self.stats, int(self.lengths.sum())
-        lines = [f"{title(stats.schedule)} on {stats.device}, {stats.dtype}: {new_tokens} tokens"]
+        lines = [f"{title(stats.schedule)} on {where_of(stats)}: {new_tokens} tokens"]
         for row, text in enumerate(self.texts[:SHOWN]):
             took = [f"{self.lengths[row]} tokens"]
             for name, figures in (("ticks", stats.ticks), ("rounds", stats.rounds)):
@@ -131,6 +133,12 @@ class Output:
         pieces = [stream.push([token]) for token in ids]
         pieces[-1] += stream.flush()
         return pieces
+
+
+def where_of(stats: Stats) -> str:
+    """The device and what numbers were kept in, for people."""
+    packed = "" if stats.weights == stats.dtype else f", weights in {stats.weights}"
+    return f"{stats.device}, {stats.dtype}{packed}"
 
 
 def title(schedule: Schedule) -> str:

@@ -216,7 +216,7 @@ class Session:
     def compile(self) -> None:
         """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
         sizes = (self.padded.shape, self.cache_length, self.limits.eos_ids.shape)
-        kind = (self.spec, self.lm.dtype, sizes, self.sampling is None)
+        kind = (self.spec, self.lm.dtype, self.lm.packing, sizes, self.sampling is None)
         if kind in _READY and RUN.held:  # to find out the shapes takes half a second too
             return
         _READY.add(kind)

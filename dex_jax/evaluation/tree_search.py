@@ -116,7 +116,7 @@ def search_trees(
     if largest is not None and largest <= max(sizes):
         raise DexError(f"the largest tree must have more rows than {max(sizes)}, not {largest}")
     length = cache_length_for(max(map(len, prompts)), new_tokens, SPARE, 1)
-    costs = step_costs(lm.config, lm.layout, lm.dtype, 1, length, drafter)
+    costs = step_costs(lm.config, lm.layout, lm.dtype, 1, length, drafter, lm.packing)
 
     @functools.cache
     def figures(shape: TreeShape) -> TreeFigures:

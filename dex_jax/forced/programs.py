@@ -153,7 +153,7 @@ def ask_exits(
     that would be drawn first, with the noise of `position` [M] int32, that of the token after each row.
     """
     model = merge_model(statics.config, statics.layout, weights)
-    unembed = (model.embed if model.unembed is None else model.unembed)[...]
+    unembed = model.vocabulary_kernel
     noise = None
     if sampling is not None:
         noise = jax.vmap(position_noise, (None, 0, None))(sampling.keys[0], position, unembed.shape[0])

@@ -39,6 +39,12 @@ class TensorSource(Protocol):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop`, as an array of its own."""
 
+    def format_of(self, name: str) -> str:
+        """What its numbers are stored as, such as "F32" or "Q4_1"."""
+
+    def blocks(self, name: str) -> np.ndarray:
+        """The rows as they are stored, [rows, bytes] uint8; of formats that pack numbers in blocks."""
+
 
 class Checkpoint:
     """An opened checkpoint: configuration and tokenizer at hand, weights read on request.
@@ -100,6 +106,18 @@ class Checkpoint:
             out[at : at + part.shape[0]] = self._tensors.read(part.name)
             at += part.shape[0]
         return out
+
+    def formats(self) -> dict[str, list[tuple[str, int]]]:
+        """Canonical name -> of each part of every matrix what its numbers are stored as, and its rows."""
+        matrices = {name: parts for name, parts in self._parts.items() if len(parts[0].shape) == 2}
+        return {
+            name: [(self._tensors.format_of(part.name), part.shape[0]) for part in parts]
+            for name, parts in matrices.items()
+        }
+
+    def blocks(self, name: str) -> list[np.ndarray]:
+        """The parts of a canonical tensor that is packed in blocks, as they are stored: [rows, bytes] uint8 each."""
+        return [self._tensors.blocks(part.name) for part in self._parts[name]]
 
     def fingerprint(self) -> str:
         """A short name of the backbone: 16 hex digits, equal for equal weights whatever they are stored in.

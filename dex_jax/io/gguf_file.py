@@ -104,6 +104,16 @@ class GGUFFile:
             out[first:last] = self._read_rows(tensor, rows.start + first, rows.start + last)
         return out
 
+    def format_of(self, name: str) -> str:
+        """ggml's name of a tensor's type, such as "Q4_1"."""
+        return self.tensors[name].kind
+
+    def blocks(self, name: str) -> np.ndarray:
+        """The rows of a tensor as they lie in the file: [rows, bytes] uint8, an array of its own."""
+        tensor = self.tensors[name]
+        shape = (math.prod(tensor.shape[:-1]), tensor.row_bytes)
+        return np.array(np.memmap(self.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=shape))
+
     def _read_rows(self, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
         import gguf
 

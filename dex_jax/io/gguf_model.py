@@ -101,14 +101,22 @@ class GGUFWeights:
         self._file = file
         self._heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.family == "llama" else {}
         self.names = tuple(file.tensors)
-        self.shape, self.dtype, self.file_of = file.shape, file.dtype, file.file_of
+        self.shape, self.dtype, self.file_of, self.format_of = file.shape, file.dtype, file.file_of, file.format_of
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Reads rows `start` to `stop` of one tensor (all rows where q and k rows are reordered)."""
-        heads = self._heads.get(name.split(".")[-2])
+        heads = self._heads_of(name)
         if heads is None:
             return self._file.read(name, start, stop)
         return unpermute(self._file.read(name), heads)[start:stop]
+
+    def blocks(self, name: str) -> np.ndarray:
+        """The rows of a tensor as they are packed: [rows, bytes] uint8."""
+        rows, heads = self._file.blocks(name), self._heads_of(name)
+        return rows if heads is None else unpermute(rows, heads)
+
+    def _heads_of(self, name: str) -> int | None:
+        return self._heads.get(name.split(".")[-2])
 
 
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:

@@ -77,6 +77,14 @@ class SafetensorsFiles:
         """The file that holds a tensor."""
         return self._folder.address(self._entries[name][0])
 
+    def format_of(self, name: str) -> str:
+        """What a tensor's numbers are stored as, such as "BF16"."""
+        return self._entries[name][2].dtype
+
+    def blocks(self, name: str) -> np.ndarray:
+        """Never: no numbers here are packed in blocks."""
+        raise ValueError(name)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of one tensor, an array of its own in `dtype(name)`."""
         file, begin, entry = self._entries[name]

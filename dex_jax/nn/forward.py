@@ -51,7 +51,7 @@ def last_states(hidden: jax.Array, last: jax.Array, start: jax.Array, lengths: j
 def depth_states(model: Transformer, tokens: jax.Array, depths: tuple[int, ...]) -> jax.Array:
     """Hidden states at some depths, without a prefix: tokens [B, R] int32 -> [X, B, R, D]."""
     batch, rows = tokens.shape
-    memory = allocate(model.config, model.layout, batch, rows, 0, model.embed[...].dtype)
+    memory = allocate(model.config, model.layout, batch, rows, 0, model.dtype)
     states, _ = extend_with_states(model, memory, tokens, jnp.zeros(batch, jnp.int32))
     return jnp.stack(states_at(model, tokens, states, depths))
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 from dex_jax.config import ModelConfig
 from dex_jax.nn import few_rows
+from dex_jax.nn.packed import Packed
 
 MASKED_SCORE = -1e30
 
@@ -44,17 +45,18 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
 
 
 def linear(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, out_dtype=None, whole: bool = True
+    x: jax.Array, kernel: jax.Array | Packed, bias: jax.Array | None = None, out_dtype=None, whole: bool = True
 ) -> jax.Array:
     """x [..., in] @ kernel [out, in].T (+ bias [out]): [..., out].
 
-    The kernel has x's dtype, or one that `few_rows.kept_dtype` gave. Products are accumulated in float32 and come out
-    as `out_dtype`, None is x's. `whole` is False where the kernel is cut out of a larger array, of which C++ would need
-    a copy.
+    The kernel is packed, or has x's dtype or one that `few_rows.kept_dtype` gave. Products are accumulated in float32
+    and come out as `out_dtype`, None is x's. `whole` is False where the kernel is cut out of a larger array, of which
+    C++ would need a copy.
     """
     rows = x.reshape(-1, x.shape[-1])
-    known = {rows.dtype, kernel.dtype} <= {*few_rows.DTYPES}
-    if whole and known and few_rows.ready():
+    if isinstance(kernel, Packed):
+        out = kernel.product(rows, whole)
+    elif whole and {rows.dtype, kernel.dtype} <= {*few_rows.DTYPES} and few_rows.ready():
         out = jax.lax.platform_dependent(rows, kernel, cpu=few_rows.few_rows_product, default=_rows_times_kernel)
     elif rows.shape[0] > FEW_ROWS:
         out = _rows_times_kernel(rows, kernel)

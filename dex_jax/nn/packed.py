@@ -78,6 +78,19 @@ class Packed:
         return runs[0] if len(runs) == 1 else jnp.concatenate(runs, axis=-2)
 
 
+def blank_kernel(shape: tuple[int, ...], runs: tuple[tuple[str, int], ...]) -> Packed:
+    """Zeros in the place of a kernel [..., out, in] whose runs of rows are (format, rows)."""
+    lead, width = shape[:-2], shape[-1]
+    parts = [jnp.zeros((*lead, rows, _row_bytes(format, width)), _dtype(format)) for format, rows in runs]
+    scales = [jnp.zeros((*lead, rows), jnp.float32) if format == INT8 else None for format, rows in runs]
+    return Packed(tuple(parts), tuple(scales), tuple(format for format, _ in runs))
+
+
+def kernel_bytes(shape: tuple[int, ...], runs: tuple[tuple[str, int], ...]) -> int:
+    """Bytes of a kernel [out, in] whose runs of rows are (format, rows)."""
+    return sum(rows * (_row_bytes(format, shape[-1]) + (4 if format == INT8 else 0)) for format, rows in runs)
+
+
 def to_int8(kernel: np.ndarray) -> Packed:
     """A kernel [out, in] in 8 bits, with the scale of each output that its largest weight needs; arrays are NumPy's."""
     wide = np.asarray(kernel, np.float32)
@@ -86,18 +99,15 @@ def to_int8(kernel: np.ndarray) -> Packed:
     return Packed((np.rint(wide * inverse[:, None]).astype(np.int8),), (scale,), (INT8,))
 
 
-def joined(kernels: list[Packed]) -> Packed:
-    """Kernels one above the other; neighbours of one format become one run. Arrays are NumPy's."""
-    parts: list[np.ndarray] = []
-    formats: list[str] = []
-    for kernel in kernels:
-        for part, format in zip(kernel.parts, kernel.formats, strict=True):
-            if formats and formats[-1] == format:
-                parts[-1] = np.concatenate([parts[-1], part])
-            else:
-                parts.append(part)
-                formats.append(format)
-    return Packed(tuple(parts), (None,) * len(parts), tuple(formats))
+def joined(blocks: list[np.ndarray], runs: tuple[tuple[str, int], ...]) -> Packed:
+    """The kernel of blocks [rows, bytes] one above the other, whose runs of rows are (format, rows)."""
+    parts, left = [], list(blocks)
+    for _, rows in runs:
+        own = [left.pop(0)]
+        while sum(map(len, own)) < rows:
+            own.append(left.pop(0))
+        parts.append(own[0] if len(own) == 1 else np.concatenate(own))
+    return Packed(tuple(parts), (None,) * len(parts), tuple(format for format, _ in runs))
 
 
 def take_rows(kernel: jax.Array | Packed, index: jax.Array) -> jax.Array:
@@ -105,6 +115,17 @@ def take_rows(kernel: jax.Array | Packed, index: jax.Array) -> jax.Array:
     if isinstance(kernel, Packed):
         return kernel.take(index).dense()
     return jnp.take(kernel, index, axis=0)
+
+
+def _row_bytes(format: str, width: int) -> int:
+    if format == INT8:
+        return width
+    columns, size = FORMATS[format]
+    return width // columns * size
+
+
+def _dtype(format: str) -> jnp.dtype:
+    return jnp.dtype(jnp.int8 if format == INT8 else jnp.uint8)
 
 
 def _columns(part: jax.Array, format: str) -> int:

@@ -17,47 +17,63 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dex_jax.config import ModelConfig
 from dex_jax.nn.layers import names_in
+from dex_jax.nn.packed import Packed
 from dex_jax.nn.transformer import PARAMETER_AXES, Staged, Transformer, stage_ranges
+from dex_jax.nn.weights import Packing, blank_weight
 from dex_jax.sharding import TENSOR, partition
 
 
 def build_on_mesh(
-    config: ModelConfig, layout: Staged, read: Callable[[str], np.ndarray], dtype: jnp.dtype, mesh: Mesh
+    config: ModelConfig,
+    layout: Staged,
+    read: Callable[[str], np.ndarray | Packed],
+    dtype: jnp.dtype,
+    mesh: Mesh,
+    packing: Packing = (),
 ) -> Transformer:
     """As `nn.transformer.build`, every tensor read once and put on the devices that own it.
 
     Only tensors that devices of this process need are read. Rows of fused projections are in another order than in
-    the checkpoint where a tensor axis splits them: see `tensor_part`.
+    the checkpoint where a tensor axis splits them: see `tensor_part`. A tensor axis splits nothing that is packed.
     """
     stages = stage_ranges(layout.depths)
 
-    def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+    def host(name: str) -> list[np.ndarray]:
+        found = read(name)
+        return jax.tree.leaves(found if isinstance(found, Packed) else np.asarray(found, dtype))
+
+    def init(name: str, shape: tuple[int, ...], kind: str) -> Any:
         field = name.split(".")[-1]
         axes = PARAMETER_AXES[field]
+        leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: blank_weight(name, shape, dtype, dict(packing))))
         if not name.startswith("layers."):
-            whole = np.asarray(read(name), dtype)
-            return _spread(shape, NamedSharding(mesh, partition(axes, shape, mesh)), lambda index: whole[index])
+            whole = host(name)
+            placed = [_spread(leaf.shape, axes, mesh, lambda i, own=own: own[i]) for own, leaf in zip(whole, leaves)]
+            return jax.tree.unflatten(tree, placed)
         number = int(name.split(".")[1].lstrip("*"))
 
-        @functools.lru_cache(maxsize=1)
-        def tensor(k: int) -> np.ndarray:
+        @functools.lru_cache(maxsize=len(stages) if len(leaves) > 1 else 1)
+        def tensor(k: int) -> list[np.ndarray]:
             layer = stages[k].start + number
             if layer >= stages[k].stop:
-                return np.zeros(shape[1:], dtype)
-            return np.asarray(read(f"layers.{layer}.{field}"), dtype)
+                return [np.zeros(leaf.shape[1:], leaf.dtype) for leaf in leaves]
+            return host(f"layers.{layer}.{field}")
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            return tensor_part(config, field, tensor(index[0].start or 0), index[1:])[None]
+        def part(leaf: int, index: tuple[slice, ...]) -> np.ndarray:
+            return tensor_part(config, field, tensor(index[0].start or 0)[leaf], index[1:])[None]
 
-        return _spread(shape, NamedSharding(mesh, partition(("stage", *axes), shape, mesh)), part)
+        lead = ("stage", *axes)
+        placed = [_spread(leaf.shape, lead, mesh, functools.partial(part, i)) for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(tree, placed)
 
     return Transformer(config, layout, init)
 
 
 def _spread(
-    shape: tuple[int, ...], sharding: NamedSharding, part: Callable[[tuple[slice, ...]], np.ndarray]
+    shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh, part: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """An array from what `part` gives for each device of this process, in the order of the first axis."""
+    """An array of these logical axes from what `part` gives for each device of this process, along the first axis."""
+    sharding = NamedSharding(mesh, partition(axes[: len(shape)], shape, mesh))
     where: dict[Any, Any] = dict(sharding.addressable_devices_indices_map(shape))
     devices = sorted(where, key=lambda device: where[device][0].start or 0)
     pieces = [jax.device_put(part(where[device]), device) for device in devices]
@@ -96,7 +112,7 @@ def weight_specs(weights: Any, mesh: Mesh | None) -> Any:
         names = names_in(path)
         field = next(name for name in reversed(names) if name in PARAMETER_AXES)
         lead = ("stage",) if "layers" in names else ()
-        return partition((*lead, *PARAMETER_AXES[field]), leaf.shape, mesh)
+        return partition((*lead, *PARAMETER_AXES[field])[: len(leaf.shape)], leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(spec, weights)
 

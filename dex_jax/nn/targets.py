@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.nn.layers import linear
+from dex_jax.nn.packed import Packed
 
 
 class Vocabulary(NamedTuple):
     """What turns features into logits."""
 
-    unembed: jax.Array  # [V, D], the model's own
-    draft_unembed: jax.Array | None = None  # [V', D], its rows of the draft vocabulary; None for the full vocabulary
+    unembed: jax.Array | Packed  # [V, D], the model's own
+    draft_unembed: jax.Array | Packed | None = None  # [V', D], its rows of the draft vocabulary; None for the full vocabulary
     draft: jax.Array | None = None  # [V'] int32, their token ids, ascending; None for the full vocabulary
 
 

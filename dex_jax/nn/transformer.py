@@ -13,6 +13,7 @@ from flax import nnx
 
 from dex_jax.config import ModelConfig
 from dex_jax.nn.layers import LAYER_AXES, DecoderLayer, linear, recorded, rms_norm
+from dex_jax.nn.packed import Packed, take_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Transformer(nnx.Module):
       config: shapes and constants.
       layout: Unrolled() keeps `layers` as a list of L modules, Stacked(depths) as one module with leading axes [l, K],
         Staged(depths) as a list of l modules with a leading axis [K].
-      init: (name, shape, kind) -> array, with canonical names ("embed", "layers.3.qkv"; "layers.*.qkv" when stacked,
-        "layers.*3.qkv" for the fourth layer of every stage when staged).
+      init: (name, shape, kind) -> array, or a Packed where kind is "kernel", with canonical names ("embed",
+        "layers.3.qkv"; "layers.*.qkv" when stacked, "layers.*3.qkv" for the fourth layer of every stage when staged).
       tensor_axis: as of DecoderLayer.
       vocabulary_axis: under shard_map, the mesh axis over which embedding and unembedding are split by tokens.
     """
@@ -120,10 +121,20 @@ class Transformer(nnx.Module):
 
             self.layers = DecoderLayer(config, stacked, whole=False)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What hidden states are kept in, and weights that are not packed."""
+        return self.final_norm[...].dtype
+
+    @property
+    def vocabulary_kernel(self) -> jax.Array | Packed:
+        """What features are unembedded with, [V, D]: the embedding where it is tied."""
+        return (self.embed if self.unembed is None else self.unembed)[...]
+
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """[...] int32 -> [..., D]."""
         if self.vocabulary_axis is None:
-            return jnp.take(self.embed[...], tokens, axis=0)
+            return take_rows(self.embed[...], tokens).astype(self.dtype)
         rows = self.embed[...].shape[0]
         own = tokens - jax.lax.axis_index(self.vocabulary_axis) * rows
         found = jnp.take(self.embed[...], jnp.clip(own, 0, rows - 1), axis=0)
@@ -140,8 +151,7 @@ class Transformer(nnx.Module):
 
     def unembedding(self, features: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32."""
-        kernel = self.embed if self.unembed is None else self.unembed
-        own = linear(features, kernel[...], out_dtype=jnp.float32)
+        own = linear(features, self.vocabulary_kernel, out_dtype=jnp.float32)
         if self.vocabulary_axis is None:
             return own
         return jax.lax.all_gather(own, self.vocabulary_axis, axis=own.ndim - 1, tiled=True)
@@ -163,16 +173,19 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def build(config: ModelConfig, layout: Layout, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Transformer:
-    """A transformer in `dtype` whose weights come from `read`: canonical name -> array of any float dtype.
+def build(
+    config: ModelConfig, layout: Layout, read: Callable[[str], np.ndarray | Packed], dtype: jnp.dtype
+) -> Transformer:
+    """A transformer in `dtype` whose weights come from `read`: canonical name -> array of any float dtype, or a Packed.
 
-    A stacked array is filled on the host, layer by layer, before it is moved.
+    A stacked array is filled on the host, layer by layer, before it is moved; its kernels are not packed.
     """
 
     def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
         if ".*." not in name:
+            found = read(name)
             # jnp.asarray would compile a program for each shape, which copies once more.
-            return jax.device_put(np.asarray(read(name), dtype=dtype))
+            return jax.device_put(found if isinstance(found, Packed) else np.asarray(found, dtype=dtype))
         assert isinstance(layout, Stacked)
         host = np.zeros(shape, dtype)
         for i in range(config.num_layers):
@@ -186,7 +199,8 @@ def relayout(model: Transformer, layout: Layout) -> Transformer:
     """The same weights in another layout.
 
     The old arrays are deleted as they are copied, field by field, so that of one field at most both layouts are
-    resident: `model` must not be used afterwards. Returns `model` itself when nothing changes.
+    resident: `model` must not be used afterwards. Returns `model` itself when nothing changes. Layers that are stacked
+    do not stay packed.
     """
     if model.layout == layout:
         return model
@@ -204,11 +218,12 @@ def relayout(model: Transformer, layout: Layout) -> Transformer:
         if index != "*":
             return cut[field][int(index)]
         assert isinstance(layout, Stacked)
-        out = jnp.zeros(shape, model.embed[...].dtype)
+        out = jnp.zeros(shape, model.dtype)
         for i in range(config.num_layers):
             layer = getattr(model.layers[i], field)[...]
-            out = _place(out, layer, layout.place(i))
-            layer.delete()
+            dense = layer.dense().astype(model.dtype) if isinstance(layer, Packed) else layer
+            out = _place(out, dense, layout.place(i))
+            jax.tree.map(lambda array: array.delete(), layer)
         return out
 
     return Transformer(config, layout, init)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax.config import ModelConfig
-from dex_jax.nn.transformer import Layout, Transformer
+from dex_jax.nn.packed import Packed, blank_kernel, kernel_bytes
+from dex_jax.nn.transformer import Layout, Transformer, parameter_shapes
 
 
 @functools.lru_cache(maxsize=64)
@@ -36,8 +38,30 @@ def merge_model(
     return nnx.merge(graph_of(config, layout, tensor_axis, vocabulary_axis), weights)
 
 
-def abstract_weights(config: ModelConfig, layout: Layout, dtype: jnp.dtype) -> Any:
+Packing = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+"""Which kernels stay packed: their canonical names, and of each its runs of rows, (format, rows). () for none."""
+
+
+def blank_weight(name: str, shape: tuple[int, ...], dtype: jnp.dtype, runs: dict[str, Any]) -> jax.Array | Packed:
+    """Zeros in the place of a parameter, in `dtype` or as `runs`, a dict of a Packing, says."""
+    # All layers that share an array, as on a mesh those of all stages do, are packed alike.
+    found = runs.get(name.replace("*", ""))
+    return jnp.zeros(shape, dtype) if found is None else blank_kernel(shape, found)
+
+
+def abstract_weights(config: ModelConfig, layout: Layout, dtype: jnp.dtype, packing: Packing = ()) -> Any:
     """Weights as jax.ShapeDtypeStruct, to compile or to plan without loading any."""
-    return nnx.state(
-        nnx.eval_shape(lambda: Transformer(config, layout, lambda name, shape, kind: jnp.zeros(shape, dtype)))
-    )
+
+    def blank(name: str, shape: tuple[int, ...], kind: str) -> jax.Array | Packed:
+        return blank_weight(name, shape, dtype, dict(packing))
+
+    return nnx.state(nnx.eval_shape(lambda: Transformer(config, layout, blank)))
+
+
+def weight_bytes(config: ModelConfig, dtype: jnp.dtype, packing: Packing = ()) -> dict[str, int]:
+    """Canonical name -> bytes of every parameter in the unrolled layout."""
+    runs = dict(packing)
+    return {
+        name: kernel_bytes(shape, runs[name]) if name in runs else math.prod(shape) * dtype.itemsize
+        for name, shape in parameter_shapes(config).items()
+    }

@@ -107,7 +107,7 @@ class Distillation:
     def constants(self) -> dict[str, Any]:
         """The frozen arrays that the loss reads: {"embed", "final_norm", "vocabulary"}."""
         model = merge_model(self.lm.config, self.lm.layout, self.stream.weights)
-        kernel = (model.embed if model.unembed is None else model.unembed)[...]
+        kernel = model.vocabulary_kernel
         draft = None if self.vocabulary is None else jnp.asarray(self.vocabulary, jnp.int32)
         vocabulary = Vocabulary(kernel, None if draft is None else kernel[draft], draft)
         return {"embed": model.embed[...], "final_norm": model.final_norm[...], "vocabulary": vocabulary}

@@ -22,6 +22,7 @@ from dex_jax.lattice import NO_NODE
 from dex_jax.nn import few_rows
 from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph, heads_of
 from dex_jax.nn.layers import KeyValues, linear
+from dex_jax.nn.packed import Packed
 from dex_jax.nn.transformer import Transformer
 
 EMPTY_ENTRY = -1
@@ -34,7 +35,8 @@ class ExitArrays(NamedTuple):
     parameters: Any
     vocabulary: jax.Array | None  # as in Exits; None for the full vocabulary
     columns: jax.Array | None  # as in Exits; None for the full vocabulary
-    unembed: jax.Array | None  # [V', D], rows of the draft vocabulary in the `kept_dtype`; None for the full vocabulary
+    # [V', D], rows of the draft vocabulary, packed as the model's or in the `kept_dtype`; None for the full vocabulary
+    unembed: jax.Array | Packed | None
 
 
 class Heads(NamedTuple):
@@ -55,23 +57,22 @@ def exit_arrays(
     model: Transformer, config: ExitsConfig, parameters: dict[str, np.ndarray], vocabulary: np.ndarray | None
 ) -> ExitArrays:
     """Puts trained exits (`nn.exits.select_exits`) beside the model that they will read, which is of the same width."""
-    kernel = model.embed if model.unembed is None else model.unembed
-    kept = few_rows.kept_dtype(kernel[...].dtype)
+    kept = few_rows.kept_dtype(model.dtype)
     # Heads at several depths are stacked, which C++ would need copies of.
-    heads = heads_of(config, parameters, kept if config.is_drafter else kernel[...].dtype)
+    heads = heads_of(config, parameters, kept if config.is_drafter else model.dtype)
     if vocabulary is None:
         return ExitArrays(nnx.state(heads), None, None, None)
     size = len(vocabulary)
     columns = np.full(model.config.vocab_size, size, np.int32)
     columns[vocabulary] = np.arange(size)
     draft, columns = jax.device_put((np.asarray(vocabulary, np.int32), columns))
-    return ExitArrays(nnx.state(heads), draft, columns, _rows(kernel[...], vocabulary, kept))
+    return ExitArrays(nnx.state(heads), draft, columns, _rows(model.vocabulary_kernel, vocabulary, kept))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _rows(kernel: jax.Array, index: jax.Array | np.ndarray, dtype: jnp.dtype) -> jax.Array:
+def _rows(kernel: jax.Array | Packed, index: jax.Array | np.ndarray, dtype: jnp.dtype) -> jax.Array | Packed:
     # Under jit, as a mesh over several hosts wants it.
-    return kernel[index].astype(dtype)
+    return kernel[index] if isinstance(kernel, Packed) else kernel[index].astype(dtype)
 
 
 def empty_memory(config: ExitsConfig | None, batch: int, dtype: jnp.dtype) -> ExitMemory | tuple[()]:

@@ -55,8 +55,8 @@ def prefill_chunk(*arguments: Any, spec: Spec) -> tuple[Any, jax.Array]:
         last, exits = from_last_stage((last_states(hidden, last, start, lengths), exits), device.stages)
         return _stacked(memory._replace(exits=exits)), last
 
-    heads = head_specs(arguments[1])
-    inputs = (_weights(spec), heads, MEMORY, BY_SEQUENCE, BY_SEQUENCE, EVERYWHERE, BY_SEQUENCE)
+    weights, heads = weight_specs(arguments[0], spec.mesh), head_specs(arguments[1])
+    inputs = (weights, heads, MEMORY, BY_SEQUENCE, BY_SEQUENCE, EVERYWHERE, BY_SEQUENCE)
     return _mapped(run, spec, inputs, (MEMORY, BY_SEQUENCE))(*arguments)
 
 
@@ -73,8 +73,9 @@ def start_decoding(*arguments: Any, spec: Spec, capacity: int) -> Any:
         state = loop.init_stage(device, schedule, begun, capacity)
         return state._replace(memory=_stacked(state.memory))
 
-    _, heads, _, _, _, _, sampling, *text = arguments
-    inputs = (_weights(spec), head_specs(heads), MEMORY, BY_SEQUENCE, BY_SEQUENCE, LIMITS, sampling_specs(sampling))
+    weights, heads, _, _, _, _, sampling, *text = arguments
+    models = (weight_specs(weights, spec.mesh), head_specs(heads))
+    inputs = (*models, MEMORY, BY_SEQUENCE, BY_SEQUENCE, LIMITS, sampling_specs(sampling))
     about_text = (BY_SEQUENCE, EVERYWHERE)[: len(text)]
     return _mapped(run, spec, (*inputs, *about_text), state_specs(spec))(*arguments)
 
@@ -92,9 +93,9 @@ def run_ticks(*arguments: Any, spec: Spec) -> Any:
         state = _together(spec, tick, state._replace(memory=_own(state.memory)), until_tick)
         return state._replace(memory=_stacked(state.memory))
 
-    _, heads, _, _, sampling, _ = arguments
+    weights, heads, _, _, sampling, _ = arguments
     states = state_specs(spec)
-    inputs = (_weights(spec), head_specs(heads), states, LIMITS, sampling_specs(sampling), EVERYWHERE)
+    inputs = (weight_specs(weights, spec.mesh), head_specs(heads), states, LIMITS, sampling_specs(sampling), EVERYWHERE)
     return _mapped(run, spec, inputs, states)(*arguments)
 
 
@@ -107,11 +108,11 @@ def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, t
         device = _device(spec, weights, Heads())
         batch, length = tokens.shape
         model = device.model
-        memory = cache.allocate(model.config, Unrolled(), batch, length, 0, model.embed[...].dtype)
+        memory = cache.allocate(model.config, Unrolled(), batch, length, 0, model.dtype)
         hidden, _ = extend_stages(device, memory, tokens, jnp.zeros(batch, jnp.int32))
         return model.logits(from_last_stage(hidden, device.stages))
 
-    return _mapped(run, spec, (_weights(spec), EVERYWHERE), EVERYWHERE)(weights, tokens)
+    return _mapped(run, spec, (weight_specs(weights, mesh), EVERYWHERE), EVERYWHERE)(weights, tokens)
 
 
 def state_specs(spec: Spec) -> Any:
@@ -189,11 +190,6 @@ def _together(spec: Spec, advance: Callable[[Any], Any], state: Any, until_tick:
 
     start = (state, unfinished(state))
     return jax.lax.while_loop(lambda carry: carry[1] & (carry[0].tick < until_tick), body, start)[0]
-
-
-def _weights(spec: Spec) -> Any:
-    assert spec.mesh is not None
-    return weight_specs(abstract_weights(spec.config, spec.layout, jnp.dtype(jnp.float32)), spec.mesh)
 
 
 def _mapped(function: Callable[..., Any], spec: Spec, inputs: Any, outputs: Any) -> Callable[..., Any]:
