@@ -14,20 +14,28 @@
 
 namespace dex_jax {
 
-// Pieces of work that whoever is free takes. The caller works too, and then waits only for pieces that somebody is at
-// work on: it cannot wait for a thread that never comes.
+// Pieces of work, a row of neighbours for each thread, as memory is read fastest from front to back. Who has done its own
+// takes others'. The caller works too, and then waits only for pieces that somebody is at work on: it cannot wait for a
+// thread that never comes.
 class Pieces {
  public:
   using Worker = std::function<void(int64_t)>;
 
-  Pieces(int64_t count, std::function<Worker()> begin) : count_(count), begin_(std::move(begin)) {}
+  Pieces(int64_t count, int64_t threads, std::function<Worker()> begin)
+      : count_(count), threads_(threads), begin_(std::move(begin)), next_(new Next[threads]) {
+    for (int64_t t = 0; t < threads; ++t) next_[t].piece = EndOf(t - 1);
+  }
 
   void Work() {
-    int64_t piece = next_.fetch_add(1);
-    if (piece >= count_) return;
-    for (const Worker work = begin_(); piece < count_; piece = next_.fetch_add(1)) {
-      work(piece);
-      done_.fetch_add(1, std::memory_order_release);
+    const int64_t own = arrived_.fetch_add(1);
+    Worker work;
+    for (int64_t t = own; t < own + threads_; ++t) {
+      const int64_t row = t % threads_, end = EndOf(row);
+      for (int64_t piece; (piece = next_[row].piece.fetch_add(1)) < end;) {
+        if (!work) work = begin_();
+        work(piece);
+        done_.fetch_add(1, std::memory_order_release);
+      }
     }
   }
 
@@ -37,17 +45,25 @@ class Pieces {
   }
 
  private:
-  const int64_t count_;
+  struct alignas(64) Next {  // a cache line each
+    std::atomic<int64_t> piece;
+  };
+
+  int64_t EndOf(int64_t row) const { return (row + 1) * count_ / threads_; }
+
+  const int64_t count_, threads_;
   const std::function<Worker()> begin_;
-  std::atomic<int64_t> next_{0}, done_{0};
+  const std::unique_ptr<Next[]> next_;
+  std::atomic<int64_t> arrived_{0}, done_{0};
 };
 
 // Does pieces 0..count-1 on all threads, each with a worker of its own that begin() gives.
 template <typename Threads, typename Begin>
 void Share(Threads& threads, int64_t count, const Begin& begin) {
-  // A helper that comes late finds no piece left and touches nothing but these, which it shares.
-  const auto pieces = std::make_shared<Pieces>(count, [&begin] { return begin(); });
   const int64_t helpers = std::min<int64_t>(threads.num_threads(), count) - 1;
+  if (helpers < 0) return;
+  // A helper that comes late finds no piece left and touches nothing but these, which it shares.
+  const auto pieces = std::make_shared<Pieces>(count, helpers + 1, [&begin] { return begin(); });
   for (int64_t helper = 0; helper < helpers; ++helper) threads.Schedule([pieces] { pieces->Work(); });
   pieces->Work();
   pieces->Wait();
