@@ -208,11 +208,13 @@ def outline(
         arranged: Layout = layout or Unrolled()
     else:
         arranged = layout_on_mesh(checkpoint, layout, spread)
-    return Outline(checkpoint, chosen, arranged, spread, packing_of(checkpoint, arranged, spread, weights))
+    return Outline(checkpoint, chosen, arranged, spread, packing_of(checkpoint, chosen, arranged, spread, weights))
 
 
-def packing_of(checkpoint: Checkpoint, layout: Layout, mesh: Mesh | None, weights: str | None) -> Packing:
-    """Which kernels stay packed, for `weights` as of `load`; a line says what does not.
+def packing_of(
+    checkpoint: Checkpoint, dtype: jnp.dtype, layout: Layout, mesh: Mesh | None, weights: str | None
+) -> Packing:
+    """Which kernels stay packed, for `weights` as of `load`; a line says which become dense in `dtype`.
 
     Raises:
       DexError: unknown `weights`, or ones that cannot lie so.
@@ -240,7 +242,7 @@ def packing_of(checkpoint: Checkpoint, layout: Layout, mesh: Mesh | None, weight
                 packed = {name: runs for name, runs in packed.items() if name not in own}
     dense = sorted({format for name, parts in formats.items() if name not in packed for format, _ in parts})
     if blocks and dense:
-        notify(f"matrices with parts in {', '.join(dense)} do not stay packed")
+        print(f"matrices with parts in {', '.join(dense)} do not stay packed: they are {dtype}", file=sys.stderr)
     return tuple(packed.items())
 
 
@@ -289,13 +291,14 @@ def load(
       mesh: devices to spread the model over: "stage=5", "stage=2,tensor=3", "data=2,stage=2", the same as a dict, or a
         jax Mesh with axes of these names. Each tensor goes to the devices that own it and passes through no other.
         `generate` then runs there: explorer k on the devices of stage k, and AR and the prompt from stage to stage.
-      weights: what kernels are kept as. "stored" leaves the blocks of 4 to 8 bits of a .gguf file packed: they stand for
-        exactly the numbers that "dense" makes of them, in `dtype`. "int8" is 8 bits a weight and a scale for each
+      weights: what kernels are kept as. "stored" leaves the blocks of 4 to 8 bits of a .gguf file packed: they stand
+        for exactly the numbers that "dense" makes of them, in `dtype`. "int8" is 8 bits a weight and a scale for each
         output, another model than the checkpoint. None is "stored" on CPUs where a C++ compiler is, else "dense".
 
     Raises:
       DexError: nothing of that name, missing or truncated weights, an architecture or dtype that is not covered, no
-        memory for the weights, or a mesh that has more devices than there are or that cannot cut the model.
+        memory for the weights, a mesh that has more devices than there are or that cannot cut the model, or weights
+        that cannot stay packed there.
     """
     return outline(source, dtype, layout, mesh, weights).load(on_tensor)
 

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference.blocks import dequantised, random_blocks
 
 from dex_jax.nn import few_rows
+from dex_jax.nn.packed import FORMATS
 
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
@@ -33,10 +35,21 @@ def products(random: np.random.Generator) -> None:
     for (rows, width, outputs), dtype in zip(sizes, itertools.cycle(few_rows.DTYPES), strict=False):
         x, kernel = random.normal(size=(rows, width)), random.normal(size=(outputs, width)).astype(dtype)
         x = x.astype(np.float32)
-        found = call(few_rows.PRODUCT, (rows, outputs), x, kernel)
+        found = call(few_rows.PRODUCT, (rows, outputs), x, kernel, format="")
         np.testing.assert_allclose(found, x @ kernel.astype(np.float32).T, atol=1e-3)
+    for (rows, blocks, outputs), format in zip(
+        itertools.product([0, 1, 7, 17, 131], [0, 1, 3], [0, 5]), itertools.cycle(FORMATS), strict=False
+    ):
+        columns, size = FORMATS[format]
+        packed = random_blocks(random, format, outputs, blocks)
+        x = random.normal(size=(rows, blocks * columns)).astype(np.float32)
+        found = call(few_rows.PRODUCT, (rows, outputs), x, packed, format=format)
+        assert packed.shape == (outputs, blocks * size)
+        np.testing.assert_allclose(found, x @ dequantised(packed, format).T, rtol=1e-3, atol=1e-2)
+    x, kernel = random.normal(size=(7, 37)).astype("f"), random.integers(-128, 128, (5, 37), np.int8)
+    np.testing.assert_allclose(call(few_rows.PRODUCT, (7, 5), x, kernel, format=""), x @ kernel.T, atol=1e-2)
     x, kernel = random.normal(size=(3, 1, 5, 9)).astype("f"), random.normal(size=(1, 4, 6, 9)).astype("f")
-    found = call(few_rows.PRODUCT, (3, 4, 5, 6), x, kernel)
+    found = call(few_rows.PRODUCT, (3, 4, 5, 6), x, kernel, format="")
     np.testing.assert_allclose(found, x @ kernel.swapaxes(2, 3), atol=1e-4)
 
 
@@ -73,14 +86,18 @@ def refusals() -> None:
         return np.zeros(shape, dtype)
 
     queries, keys, mask = zeros(1, 2, 4, 16), zeros(1, 2, 5, 16), zeros(1, 2, 5, dtype="bool")
-    scale = {"epsilon": np.float32(0)}
+    scale, numbers, blocks = {"epsilon": np.float32(0)}, {"format": ""}, {"format": "Q4_1"}
     misfits = [
-        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 4))),
-        (few_rows.PRODUCT, (4, 3), (zeros(2, 5), zeros(3, 5))),
-        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(1, 3, 5))),
-        (few_rows.PRODUCT, (4, 2, 3), (zeros(3, 2, 5), zeros(1, 3, 5))),
-        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 5, dtype="float16"))),
-        (few_rows.PRODUCT, (2, 3), (zeros(2, 5, dtype="int32"), zeros(3, 5))),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 4)), numbers),
+        (few_rows.PRODUCT, (4, 3), (zeros(2, 5), zeros(3, 5)), numbers),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(1, 3, 5)), numbers),
+        (few_rows.PRODUCT, (4, 2, 3), (zeros(3, 2, 5), zeros(1, 3, 5)), numbers),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 5, dtype="float16")), numbers),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 5, dtype="int32"), zeros(3, 5)), numbers),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 32), zeros(3, 20)), blocks),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 32), zeros(3, 19, dtype="uint8")), blocks),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 40), zeros(3, 25, dtype="uint8")), blocks),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 32), zeros(3, 20, dtype="uint8")), {"format": "Q9_1"}),
         (few_rows.NORM, (2, 5), (zeros(2, 5), zeros(4)), scale),
         (few_rows.NORM, (2, 5), (zeros(3, 5), zeros(5)), scale),
         (few_rows.NORM, (2, 5), (zeros(2, 5), zeros()), scale),

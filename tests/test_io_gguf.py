@@ -43,8 +43,8 @@ def interleave(rows, heads):
     return rows[order]
 
 
-def write_gguf(path, family, kind="F32", change=None, extra=(), drop=(), **fields):
-    """One of the reference families as a GGUF file; matrices stored as `kind`."""
+def write_gguf(path, family, kind="F32", extra=(), drop=(), kinds=None, **fields):
+    """One of the reference families as a GGUF file; matrices stored as `kind`, or as `kinds` has it for their part."""
     config, tensors = FAMILIES[family], checkpoint_tensors(family)
     architecture = fields.pop("architecture", config["model_type"])
     writer = gguf.GGUFWriter(path, architecture)
@@ -77,7 +77,8 @@ def write_gguf(path, family, kind="F32", change=None, extra=(), drop=(), **field
         stem, _, suffix = name.rpartition(".")
         for theirs, ours in NAMES.items():
             stem = stem.replace(theirs, ours)
-        quantised = gguf.GGMLQuantizationType[kind] if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        own = (kinds or {}).get(stem.split(".")[-1], kind)
+        quantised = gguf.GGMLQuantizationType[own] if array.ndim == 2 else gguf.GGMLQuantizationType.F32
         data = gguf.quants.quantize(array, quantised)
         writer.add_tensor(f"{stem.replace('model.layers', 'blk')}.{suffix}", data, raw_dtype=quantised)
     for name, array in dict(extra).items():

@@ -66,7 +66,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     schedule = resolved.schedule
     layout = layout or Unrolled()
     prompts: list[Prompt] = prompts_of(args) if args.prompt or args.prompt_file is not None else [[0]]
-    packing = packing_of(checkpoint, layout, mesh, args.weights)
+    packing = packing_of(checkpoint, dtype, layout, mesh, args.weights)
     outline = Outline(checkpoint, dtype, layout, mesh, packing)
     ids = encode_prompts(outline, prompts, not args.no_chat, args.num_samples, args.max_new_tokens)
     batch = len(ids)
@@ -82,7 +82,18 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     devices = 1 if mesh is None else mesh.size
     if args.json:
         sizes = dataclasses.asdict(needed) | {"total_bytes": needed.total_bytes}
-        print(json.dumps(sizes | {"devices": devices, "batch": batch, "dtype": str(dtype), "weights": outline.weights_kind, "verdict": sentence}))
+        print(
+            json.dumps(
+                sizes
+                | {
+                    "devices": devices,
+                    "batch": batch,
+                    "dtype": str(dtype),
+                    "weights": outline.weights_kind,
+                    "verdict": sentence,
+                }
+            )
+        )
         return 0
     where = "one device" if devices == 1 else f"each of {devices} devices"
     what = f"{batch} sequence(s) of at most {length} positions in {dtype}, {title(schedule)}"

@@ -23,8 +23,9 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     draft on a chain: layerskip, adadecode, del, oracle), exits (born_at of each token), depth_side_speedup (null for
     one token and without ticks), rounds, tokens_per_round, drafted and accepted (null but on chains; tokens_per_round
     also for one token), compile_seconds, prefill_seconds and decode_seconds (of the whole batch), tokens_per_second
-    ((n - 1) / decode_seconds of this sequence, null for one token), device, dtype, weights (the dtype, or the formats of packed ones), seed (null when greedy), and check
-    when asked for (identical, first_divergence, top2_margin; see evaluation.check).
+    ((n - 1) / decode_seconds of this sequence, null for one token), device, dtype, weights (the dtype, or the formats
+    of packed ones), seed (null when greedy), and check when asked for (identical, first_divergence, top2_margin; see
+    evaluation.check).
     """
     stats, length = output.stats, int(output.lengths[row])
     record = {

@@ -97,8 +97,9 @@ def footprint(
 ) -> Footprint:
     """What decoding `batch` sequences of at most `cache_length` positions, as `cache_length_for` gives it, needs.
 
-    `dtype` is of caches, and of weights that are not packed as `packing` says; a `sampled` generation keeps K positions' noise of V float32 numbers for each
-    sequence; `exits_bytes` is the size of trained heads. On a mesh figures are of one of its devices.
+    `dtype` is of caches, and of weights that are not packed as `packing` says; a `sampled` generation keeps K
+    positions' noise of V float32 numbers for each sequence; `exits_bytes` is the size of trained heads. On a mesh
+    figures are of one of its devices.
     """
     about = (config, dtype, schedule, layout, batch, cache_length)
     shapes = session_shapes(*about, sampled=sampled, mesh=mesh, packing=packing)

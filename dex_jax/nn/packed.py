@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,8 @@ class Packed:
       formats: of each run, a key of FORMATS or INT8.
     """
 
-    parts: tuple[jax.Array, ...]
-    scales: tuple[jax.Array | None, ...]
+    parts: tuple[Any, ...]
+    scales: tuple[Any, ...]
     formats: tuple[str, ...]
 
     def __getitem__(self, index: object) -> Packed:
@@ -101,7 +102,8 @@ def to_int8(kernel: np.ndarray) -> Packed:
 
 def joined(blocks: list[np.ndarray], runs: tuple[tuple[str, int], ...]) -> Packed:
     """The kernel of blocks [rows, bytes] one above the other, whose runs of rows are (format, rows)."""
-    parts, left = [], list(blocks)
+    parts: list[Any] = []
+    left = list(blocks)
     for _, rows in runs:
         own = [left.pop(0)]
         while sum(map(len, own)) < rows:
@@ -178,6 +180,13 @@ def _nibbles(codes: jax.Array) -> jax.Array:
     return jnp.concatenate([codes & 15, codes >> 4], axis=-1)
 
 
+def _bits(codes: jax.Array, axis: int, step: int) -> jax.Array:
+    """uint8 codes moved right by 0, `step`, 2 * `step`, ... bits along an axis of size 1."""
+    shape = [1] * codes.ndim
+    shape[axis] = 8 // step
+    return codes >> jnp.arange(0, 8, step, dtype=jnp.uint8).reshape(shape)
+
+
 def _q4_0(blocks: jax.Array) -> jax.Array:
     return _half(blocks, 0) * (_nibbles(blocks[..., 2:]).astype(jnp.float32) - 8)
 
@@ -187,7 +196,7 @@ def _q4_1(blocks: jax.Array) -> jax.Array:
 
 
 def _q5_0(blocks: jax.Array) -> jax.Array:
-    fifth = (blocks[..., 2:6, None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+    fifth = _bits(blocks[..., 2:6, None], -1, 1) & 1
     codes = _nibbles(blocks[..., 6:]) | fifth.reshape(*blocks.shape[:-1], 32) << 4
     return _half(blocks, 0) * (codes.astype(jnp.float32) - 16)
 
@@ -220,14 +229,14 @@ def _q4_k(blocks: jax.Array) -> jax.Array:
 
 def _q5_k(blocks: jax.Array) -> jax.Array:
     scale, least = _k_scales(blocks)
-    fifth = (blocks[..., None, 16:48] >> jnp.arange(8, dtype=jnp.uint8)[:, None]) & 1
+    fifth = _bits(blocks[..., None, 16:48], -2, 1) & 1
     return scale * (_k_codes(blocks[..., 48:]) | fifth << 4).astype(jnp.float32) - least
 
 
 def _q6_k(blocks: jax.Array) -> jax.Array:
     lead = blocks.shape[:-1]
     four = _nibbles(blocks[..., :128].reshape(*lead, 2, 64)).reshape(*lead, 2, 4, 32)
-    two = blocks[..., 128:192].reshape(*lead, 2, 1, 32) >> jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None] & 3
+    two = _bits(blocks[..., 128:192].reshape(*lead, 2, 1, 32), -2, 2) & 3
     codes = (four | two << 4).reshape(*lead, 16, 16).astype(jnp.float32) - 32
     scales = jax.lax.bitcast_convert_type(blocks[..., 192:208], jnp.int8).astype(jnp.float32)
     return (_half(blocks, 208) * scales)[..., None] * codes

@@ -47,8 +47,7 @@ def build_on_mesh(
         axes = PARAMETER_AXES[field]
         leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: blank_weight(name, shape, dtype, dict(packing))))
         if not name.startswith("layers."):
-            whole = host(name)
-            placed = [_spread(leaf.shape, axes, mesh, lambda i, own=own: own[i]) for own, leaf in zip(whole, leaves)]
+            placed = [_spread(own.shape, axes, mesh, own.__getitem__) for own in host(name)]
             return jax.tree.unflatten(tree, placed)
         number = int(name.split(".")[1].lstrip("*"))
 

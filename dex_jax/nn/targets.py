@@ -5,20 +5,19 @@ Letters: N tokens, D width, V vocabulary, V' draft vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dex_jax.nn.layers import linear
-from dex_jax.nn.packed import Packed
 
 
 class Vocabulary(NamedTuple):
     """What turns features into logits."""
 
-    unembed: jax.Array | Packed  # [V, D], the model's own
-    draft_unembed: jax.Array | Packed | None = None  # [V', D], its rows of the draft vocabulary; None for the full vocabulary
+    unembed: Any  # [V, D], the model's own, packed or not
+    draft_unembed: Any = None  # [V', D], its rows of the draft vocabulary; None for the full vocabulary
     draft: jax.Array | None = None  # [V'] int32, their token ids, ascending; None for the full vocabulary
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ class Transformer(nnx.Module):
         self,
         config: ModelConfig,
         layout: Layout,
-        init: Callable[..., jax.Array],
+        init: Callable[..., jax.Array | Packed],
         tensor_axis: str | None = None,
         vocabulary_axis: str | None = None,
     ):
@@ -116,7 +117,7 @@ class Transformer(nnx.Module):
         else:
             lead = (layout.stage_layers, len(layout.depths))
 
-            def stacked(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+            def stacked(name: str, shape: tuple[int, ...], kind: str) -> Any:
                 return init(f"layers.*.{name}", lead + shape, kind)
 
             self.layers = DecoderLayer(config, stacked, whole=False)

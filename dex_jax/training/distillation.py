@@ -83,6 +83,8 @@ class Distillation:
                 "draft steps need one fused exit at depth 0 without attention (kind mlp, for example), not "
                 f"{'fused ' * exits.fused}{exits.kind} at {exits.depths}"
             )
+        if lm.packing:
+            raise DexError(f"exits are trained on dense weights, not {lm.weights_kind}: load {lm.source} with 'dense'")
         self._data, self._evaluate, self._initial = data, evaluate, initial
 
     def settings(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from dex_jax.foreign import Size, check_fields
 from dex_jax.io.save import save_model
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
+from dex_jax.nn.packed import Packed
 from dex_jax.nn.transformer import Transformer, Unrolled, layer_parameters, parameter_shapes
 from dex_jax.nn.weights import merge_model
 from dex_jax.training.config import TrainConfig
@@ -246,7 +247,8 @@ def canonical_weights(lm: LanguageModel) -> Params:
     def read(name: str) -> jax.Array:
         owner, _, field = name.rpartition(".")
         module = model.layers[int(owner.split(".")[1])] if owner else model
-        return jnp.array(getattr(module, field)[...], jnp.float32)
+        found = getattr(module, field)[...]
+        return found.dense() if isinstance(found, Packed) else jnp.array(found, jnp.float32)
 
     return {name: read(name) for name in parameter_shapes(lm.config)}
 

@@ -32,7 +32,7 @@ from dex_jax.nn.forward import last_states
 from dex_jax.nn.layers import names_in
 from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.transformer import Staged, Unrolled
-from dex_jax.nn.weights import abstract_weights, merge_model
+from dex_jax.nn.weights import merge_model
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, TENSOR, partition, spec_of
 

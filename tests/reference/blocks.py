@@ -1,0 +1,28 @@
+"""Random blocks of weights as GGUF files have them, and what the gguf package makes of them."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+
+from dex_jax.nn.packed import FORMATS
+
+SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+"""Bytes of a block at which there is a float16; all others may be anything."""
+
+
+def random_blocks(random: np.random.Generator, format: str, rows: int, blocks: int) -> np.ndarray:
+    """[rows, bytes] uint8 of `blocks` blocks each, whose scales are of a size with those of models."""
+    _, size = FORMATS[format]
+    found = random.integers(0, 256, (rows, blocks, size), np.uint8)
+    for at in SCALES[format]:
+        found[..., at : at + 2] = (0.02 * random.normal(size=(rows, blocks, 1))).astype(np.float16).view(np.uint8)
+    return found.reshape(rows, blocks * size)
+
+
+def dequantised(blocks: np.ndarray, format: str) -> np.ndarray:
+    """[rows, bytes] uint8 -> [rows, in] float32."""
+    columns, size = FORMATS[format]
+    if not blocks.size:
+        return np.zeros((blocks.shape[0], blocks.shape[1] // size * columns), np.float32)
+    return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[format])

@@ -1,0 +1,174 @@
+"""Weights that stay packed: the numbers that they stand for, products with them, and models that run on them."""
+
+from __future__ import annotations
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from reference.blocks import dequantised, random_blocks
+from test_few_rows import needs_compiler
+from test_io_gguf import write_gguf
+
+import dex_jax
+from dex_jax.language_model import outline
+from dex_jax.nn import few_rows
+from dex_jax.nn.few_rows import few_rows_product
+from dex_jax.nn.layers import linear
+from dex_jax.nn.packed import FORMATS, INT8, Packed, joined, take_rows, to_int8
+
+formats = pytest.mark.parametrize("format", FORMATS)
+METHODS = {"ar": dex_jax.AR(), "drafts": dex_jax.Dex(explorers=1), "explorers": dex_jax.Dex(explorers=2)}
+KINDS = {"attn_v": "Q8_0", "token_embd": "Q8_0", "ffn_down": "Q4_0", "attn_output": "F16"}
+"""As files often are: a value projection in other blocks than the query's, some matrices in none."""
+
+
+def packed(format: str, rows: int, blocks: int, seed: int = 0) -> tuple[Packed, np.ndarray]:
+    """Random blocks, and the numbers that they stand for."""
+    found = random_blocks(np.random.default_rng(seed), format, rows, blocks)
+    return Packed((jnp.asarray(found),), (None,), (format,)), dequantised(found, format)
+
+
+@formats
+@settings(max_examples=20)
+@given(rows=st.integers(1, 5), blocks=st.integers(1, 4), seed=st.integers(0, 1000))
+def test_any_bytes_stand_for_what_the_gguf_package_makes_of_them(format, rows, blocks, seed) -> None:
+    """Bytes of scales too: numbers that are not normal, infinite, or none."""
+    columns, size = FORMATS[format]
+    found = np.random.default_rng(seed).integers(0, 256, (rows, blocks * size), np.uint8)
+    kernel = Packed((jnp.asarray(found),), (None,), (format,))
+    assert kernel.shape == (rows, blocks * columns)
+    with np.errstate(all="ignore"):
+        wanted = dequantised(found, format)
+    np.testing.assert_array_equal(np.asarray(kernel.dense()), wanted)
+    np.testing.assert_array_equal(np.asarray(take_rows(kernel, jnp.array([[rows - 1]])))[0, 0], wanted[rows - 1])
+
+
+@needs_compiler
+@formats
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 13, 16, 17, 40, 131])
+def test_a_product_is_that_of_the_numbers_to_the_last_bit(format, rows) -> None:
+    columns, _ = FORMATS[format]
+    kernel, numbers = packed(format, 133, 1536 // columns)
+    x = jnp.asarray(np.random.default_rng(rows).normal(size=(rows, 1536)), jnp.float32)
+    chex.assert_trees_all_equal(kernel.product(x), few_rows_product(x, jnp.asarray(numbers)))
+    half = x.astype(jnp.bfloat16)
+    chex.assert_trees_all_equal(kernel.product(half), few_rows_product(half, jnp.asarray(numbers)))
+
+
+@formats
+def test_without_cpp_xla_takes_blocks_to_pieces(format) -> None:
+    kernel, numbers = packed(format, 9, 2)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, numbers.shape[1])), jnp.float32)
+    assert few_rows.PRODUCT not in str(jax.make_jaxpr(lambda x: linear(x, kernel, whole=False))(x))
+    np.testing.assert_allclose(linear(x, kernel, whole=False), x @ numbers.T, rtol=1e-4, atol=1e-4)
+
+
+def test_runs_of_several_formats_are_one_kernel() -> None:
+    (first, some), (second, more) = packed("Q4_1", 6, 8), packed("Q6_K", 3, 1)
+    blocks = [np.asarray(part) for part in (first.parts[0][:2], first.parts[0][2:], second.parts[0])]
+    kernel = jax.tree.map(jnp.asarray, joined(blocks, (("Q4_1", 6), ("Q6_K", 3))))
+    assert (kernel.shape, kernel.formats, len(kernel.parts)) == ((9, 256), ("Q4_1", "Q6_K"), 2)
+    numbers = np.concatenate([some, more])
+    np.testing.assert_array_equal(kernel.dense(), numbers)
+    x = jnp.ones((2, 3, 256))
+    np.testing.assert_allclose(linear(x, kernel), x @ numbers.T, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_rounds_to_the_nearest_of_255_steps_a_row() -> None:
+    kernel = np.random.default_rng(0).normal(size=(7, 33)).astype(np.float32)
+    kernel[3] = 0
+    found = jax.tree.map(jnp.asarray, to_int8(kernel))
+    step = np.abs(kernel).max(axis=1, keepdims=True) / 127
+    assert np.all(np.abs(np.asarray(found.dense()) - kernel) <= 0.5001 * step)
+    assert np.asarray(found.parts[0]).min() >= -127
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 33)), jnp.float32)
+    for whole in (True, False):
+        np.testing.assert_allclose(found.product(x, whole), x @ found.dense().T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> str:
+    return str(write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", "llama3", "Q4_1", kinds=KINDS))
+
+
+@pytest.fixture(scope="module")
+def models(file) -> dict[str, dex_jax.LanguageModel]:
+    return {kind: dex_jax.load(file, "float32", weights=kind) for kind in ("stored", "dense", "int8")}
+
+
+@needs_compiler
+def test_blocks_stay_packed_unless_one_part_of_a_matrix_has_none(file, models, capsys) -> None:
+    stored = dex_jax.load(file, "float32")
+    assert "F16" in capsys.readouterr().err
+    assert stored.weights_kind == models["stored"].weights_kind == "Q4_0 and Q4_1 and Q8_0"
+    assert models["dense"].weights_kind == "float32"
+    assert stored.parameter_bytes < 0.45 * models["dense"].parameter_bytes
+    fields = {name.split(".")[-1] for name, _ in stored.packing}
+    assert fields == {"embed", "qkv", "gate_up", "down"} | ({"unembed"} if not stored.config.tied else set())
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored.weights)
+    chex.assert_trees_all_equal(shapes, outline(file, "float32").weights)
+
+
+@needs_compiler
+def test_logits_are_those_of_dense_weights_to_the_last_bit(models) -> None:
+    tokens = np.random.default_rng(0).integers(0, models["dense"].config.vocab_size, (2, 21))
+    chex.assert_trees_all_equal(models["stored"].logits(tokens), models["dense"].logits(tokens))
+
+
+@pytest.mark.parametrize("kind", ["stored", "int8"])
+def test_every_method_gives_ars_tokens(models, kind) -> None:
+    prompts = [[1, 5, 9, 3], [7] * 11, [2, 4]]
+    options = {"max_new_tokens": 12, "exits": "shared"}
+    outs = {name: dex_jax.generate(models[kind], prompts, method=each, **options) for name, each in METHODS.items()}
+    for out in outs.values():
+        np.testing.assert_array_equal(out.tokens, outs["ar"].tokens)
+        assert out.stats.weights == models[kind].weights_kind
+    if kind == "stored":
+        dense = dex_jax.generate(models["dense"], prompts, method=METHODS["drafts"], **options)
+        np.testing.assert_array_equal(dense.tokens, outs["ar"].tokens)
+        np.testing.assert_array_equal(dense.stats.exits, outs["drafts"].stats.exits)
+
+
+@needs_compiler
+def test_no_step_makes_a_dense_copy(models) -> None:
+    lm = models["stored"]
+    session = dex_jax.decoding.generate.prepare(lm, [[1, 2]], method=dex_jax.AR(), max_new_tokens=4).session
+    session.prefill()
+    from dex_jax.decoding.session import RUN
+
+    program = RUN.compile(
+        lm.weights, session.heads, session.state, session.limits, None, jnp.int32(0), spec=session.spec
+    )
+    kernels = [np.prod(shape) for shape in map(np.shape, jax.tree.leaves(models["dense"].weights)) if len(shape) == 2]
+    assert program.memory_analysis().temp_size_in_bytes < 4 * min(kernels)
+
+
+def test_stacked_layers_are_dense(file, models) -> None:
+    lm = dex_jax.load(file, "float32", weights="stored")
+    tokens = np.arange(9)[None]
+    before = np.asarray(lm.logits(tokens))
+    lm.arrange(dex_jax.Stacked((1, lm.config.num_layers)))
+    assert lm.weights_kind == "Q8_0" if lm.packing else "float32"
+    np.testing.assert_allclose(lm.logits(tokens), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"weights": "int4"}, "int4"),
+        ({"weights": "int8", "layout": dex_jax.Stacked((1, 2))}, "Stacked"),
+        ({"weights": "stored", "layout": dex_jax.Stacked((1, 2))}, "Stacked"),
+    ],
+)
+def test_what_cannot_be_is_refused(file, options, word) -> None:
+    with pytest.raises(dex_jax.DexError, match=word):
+        dex_jax.load(file, "float32", **options)
+
+
+def test_int8_is_named(models) -> None:
+    assert models["int8"].weights_kind == INT8
+    assert "int8" in repr(models["int8"])
