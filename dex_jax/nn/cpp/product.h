@@ -20,8 +20,9 @@ constexpr int kFewRows = 16;
 
 // Few rows that are multiplied at once.
 constexpr int kGroup = 8;
-// What a thread takes at a time, in weights.
+// What a thread takes at a time, in weights, and a number of outputs that all numbers of outputs at once divide.
 constexpr int64_t kPiece = 1 << 14;
+constexpr int64_t kPieceOutputs = 6;
 // How far ahead of the weight in use memory is asked for, in bytes.
 constexpr int kAhead = 2048;
 
@@ -83,7 +84,7 @@ struct Blocks : Format {
   static constexpr bool Takes(int64_t in) { return in % Format::kColumns == 0; }
   static constexpr int64_t BytesOf(int64_t in) { return in / Format::kColumns * Format::kBytes; }
   // A row's sums are added up one after another, and wait for each other: those of several outputs fill the time.
-  static constexpr int OutputsOf(int rows) { return rows == 1 ? 4 : rows < 4 ? 2 : 1; }
+  static constexpr int OutputsOf(int rows) { return rows == 1 ? 6 : rows == 2 ? 3 : rows < 5 ? 2 : 1; }
 
   using Format::Format;
   static Vector LastOf(const uint8_t*, int64_t) { return Vector{}; }
@@ -336,7 +337,7 @@ void Multiply(Threads& threads, const Dimensions& of_rows, const float* rows, co
                            count, in, out);
     return;
   }
-  const int64_t outputs = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, in));
+  const int64_t outputs = Quotient(kPiece, std::max<int64_t>(1, in) * kPieceOutputs) * kPieceOutputs;
   const int64_t pieces = Quotient(out, outputs);
   Share(threads, products * pieces, [&]() -> Pieces::Worker {
     Vector* const packed = Scratch(count * VectorsOf(in));
