@@ -32,7 +32,7 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import cache_folder, write_whole
 from dex_jax.nn import few_rows
 from dex_jax.nn.forward import run_tree
-from dex_jax.nn.transformer import Layout, Stacked
+from dex_jax.nn.transformer import Layout, Stacked, parameter_shapes
 from dex_jax.nn.weights import Packing, abstract_weights, merge_model, weight_bytes
 from dex_jax.progress import notify
 
@@ -41,9 +41,10 @@ TOTALS = (*ROWS, 32, 64, 128)
 """Rows of all sequences together: products see no more of them. As many are measured as a batch may need."""
 
 LAYERS, LENGTH = 1, 256
-"""What is measured: so many layers with so many cache positions. They take seconds less to compile than all layers."""
+"""What is measured: so many layers, their share of the final logits, and so many cache positions. They take seconds less
+to compile than all layers."""
 
-MEASURED_BYTES, MOST_COPIES = 1e8, 8
+MEASURED_BYTES, MOST_COPIES = 1e8, 16
 """Copies of these layers take turns until they are as large as this, which no processor's cache holds."""
 
 TOGETHER = 16
@@ -214,10 +215,9 @@ def _measure(
     config: ModelConfig, layout: Layout, dtype: np.dtype, packing: Packing, totals: tuple[int, ...]
 ) -> list[float]:
     """Seconds of a step over L layers and the final logits for each of `totals`."""
-    short, layout = _shortened(config, layout)
-    own = tuple(each for each in packing if each[0] in weight_bytes(short, dtype))
+    short, layout, own = _shortened(config, layout, packing)
     abstract = abstract_weights(short, layout, dtype, own)
-    size = sum(size for name, size in weight_bytes(short, dtype, own).items() if name.startswith("layers."))
+    size = _read_bytes(short, dtype, own)
     copies = min(MOST_COPIES, math.ceil(MEASURED_BYTES / size))
     steps = min(TOGETHER, max(1, int(MEASURED_BYTES / size / copies)))
     # From the host, and not by jnp.asarray: each shape that a device fills or copies is a program of its own.
@@ -227,9 +227,11 @@ def _measure(
     )
 
     def run(weights: Any, memory: cache.Memory, token: jax.Array, position: jax.Array, among: jax.Array) -> Any:
+        model = merge_model(short, layout, weights)
+
         def step(token: jax.Array) -> jax.Array:
-            hidden, _ = run_tree(merge_model(short, layout, weights), memory, token, position, among, position[:, 0])
-            return (hidden[..., 0] > 0).astype(jnp.int32)
+            hidden, _ = run_tree(model, memory, token, position, among, position[:, 0])
+            return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
 
         return _again(steps, step, token)
 
@@ -242,7 +244,7 @@ def _measure(
         arguments = (memory, token, token + LENGTH // 2, np.tril(np.ones((1, rows, rows), bool)))
         programs.append((jax.jit(run).lower(weights[0], *arguments).compile(), arguments))
     of_all = np.asarray(_fastest(programs, weights)) / steps
-    # Other layers, and the final logits, which are one more product, take as long as these for as many bytes.
+    # Layers may be packed in different ways: those of as many bytes take as long.
     return (of_all * _read_bytes(config, dtype, packing) / size).tolist()
 
 
@@ -252,14 +254,18 @@ def _filled(like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.device_put(np.full(like.shape, value, like.dtype))
 
 
-def _shortened(config: ModelConfig, layout: Layout) -> tuple[ModelConfig, Layout]:
-    """A model of a few layers in the same layout."""
+def _shortened(config: ModelConfig, layout: Layout, packing: Packing) -> tuple[ModelConfig, Layout, Packing]:
+    """A model of a few layers in the same layout, and of as large a share of the vocabulary, packed as it is."""
+    count = min(config.num_layers, LAYERS)
     if isinstance(layout, Stacked):
         stages = len(layout.depths)
         each = min(layout.stage_layers, LAYERS)
-        depths = tuple(range(each, each * stages + 1, each))
-        return dataclasses.replace(config, num_layers=depths[-1]), Stacked(depths)
-    return dataclasses.replace(config, num_layers=min(config.num_layers, LAYERS)), layout
+        count, layout = each * stages, Stacked(tuple(range(each, each * stages + 1, each)))
+    vocabulary = -(-config.vocab_size * count // config.num_layers)
+    short = dataclasses.replace(config, num_layers=count, vocab_size=vocabulary)
+    kept = parameter_shapes(short)
+    runs = {name: each if name.startswith("layers.") else ((each[0][0], vocabulary),) for name, each in packing}
+    return short, layout, tuple((name, each) for name, each in runs.items() if name in kept)
 
 
 def _again(steps: int, step: Callable[[Any], Any], start: Any) -> Any:
