@@ -13,11 +13,13 @@ from reference import cost_twin
 from dex_jax.decoding.methods import even_depths
 from dex_jax.evaluation.planner import cost_model
 from dex_jax.evaluation.planner.cost_model import Setting
+from dex_jax.evaluation.planner.ead_profile import Ticks
 from dex_jax.evaluation.planner.workload import ExitWork, Work
 from dex_jax.hardware import Device, Hardware, Link, Measured
 
 WORK = Work(layers=6, width=10, heads=4, kv_heads=2, attention=12, layer=1000, cached=8, vocabulary=70, embeddings=700)
 SHARED = ExitWork("shared", 0, 0, 70, previous=False)
+DRAFTER = ExitWork("mlp", 90, 0, 20, previous=True)
 LINK = Link("link", 3e-3, 500.0)
 
 
@@ -31,6 +33,11 @@ def machine(**changes) -> Hardware:
 
 def setting(**changes) -> Setting:
     return Setting(**({"work": WORK, "exits": SHARED, "hardware": machine(), "batch": 1, "context": 50} | changes))
+
+
+def silent(depths: tuple[int, ...], rows: int, ticks: float) -> Ticks:
+    """Without drafts: so many ticks a token, each of which a commit ends."""
+    return Ticks(depths, rows, 1 / ticks, 1 / ticks)
 
 
 TWIN_MODEL = {name: getattr(WORK, name) for name in ("layers", "width", "attention", "layer", "cached", "vocabulary")}
@@ -47,7 +54,7 @@ def test_ar_is_the_twins(batch: int, tensor: int) -> None:
 
 @pytest.mark.parametrize(("batch", "depths", "rows"), [(1, (3, 6), 1), (5, (1, 3, 5, 6), 4), (1, (4, 6), 1)])
 def test_a_tick_is_the_twins(batch: int, depths: tuple[int, ...], rows: int) -> None:
-    found = cost_model.tick(setting(batch=batch), depths, rows, 1.7)
+    found = cost_model.tick(setting(batch=batch), silent(depths, rows, 1.7))
     lengths = np.diff((0, *depths)).tolist()
     longest, stages = max(lengths), len(depths)
     expected = cost_twin.tick(TWIN_MODEL, longest, stages, rows, batch, 50, 1.7, TWIN_MACHINE, lengths[-1])
@@ -59,7 +66,7 @@ def test_the_last_stage_asks_the_final_layer_while_others_still_run(previous: bo
     """With fewer layers than they have it has time to; exits that wait for what it shares gain less from that."""
     work = dataclasses.replace(WORK, vocabulary=160)
     s = setting(work=work, exits=dataclasses.replace(SHARED, columns=7, previous=previous))
-    even, short, shorter = (cost_model.tick(s, depths, 1, 1.0) for depths in ((3, 6), (4, 6), (5, 6)))
+    even, short, shorter = (cost_model.tick(s, silent(depths, 1, 1.0)) for depths in ((3, 6), (4, 6), (5, 6)))
     one = cost_twin.layer(TWIN_MODEL, 1, 1, 50 + 2, 1, TWIN_MACHINE)
     final = cost_twin.logits(TWIN_MODEL, 160, 1, 1, TWIN_MACHINE)
     asked = cost_twin.logits(TWIN_MODEL, 7, 1, 1, TWIN_MACHINE)
@@ -70,7 +77,7 @@ def test_the_last_stage_asks_the_final_layer_while_others_still_run(previous: bo
 
 
 def test_a_tick_splits_a_stage_over_a_tensor_axis() -> None:
-    one, two = (cost_model.tick(setting(), (3, 6), 1, 1.5, tensor) for tensor in (1, 2))
+    one, two = (cost_model.tick(setting(), silent((3, 6), 1, 1.5), tensor) for tensor in (1, 2))
     assert two.layers == pytest.approx(one.layers / 2)
     # Two all-reduces a layer of 20 bytes, one of the embedding, and the gather of 70 logits.
     reduces = (3 * 2 + 1) * cost_twin.all_reduce(20, 2, TWIN_MACHINE)
@@ -90,6 +97,48 @@ def test_a_pipeline_by_hand() -> None:
     assert cost_model.pipelined_step(s, 1).total == pytest.approx(cost_model.ar_step(s).total)
 
 
+TREE = Ticks((6,), 4, 1.9, 1.0, 2)
+
+
+def drafted(rows: int) -> float:
+    """A drafter step for so many rows."""
+    own = cost_twin.read_or_compute(2 * 90, 2 * rows * 90, TWIN_MACHINE)
+    return own + cost_twin.logits(TWIN_MODEL, 20, rows, 1, TWIN_MACHINE) + 12e-4
+
+
+def test_a_tree_by_hand() -> None:
+    """Four rows, all of them asked of the final layer, and two drafted levels: on one device, then over two stages."""
+    s = setting(drafter=DRAFTER)
+    layers = 6 * cost_twin.layer(TWIN_MODEL, 4, 1, 54, 1, TWIN_MACHINE)
+    rest = cost_twin.head(TWIN_MODEL, 4, 1, TWIN_MACHINE) + 2 * drafted(4) + 200e-4
+    found = cost_model.ar_step(s, trees=TREE)
+    assert found.total == pytest.approx(layers + rest)
+    assert found.drafts == pytest.approx(2 * (drafted(4) - 12e-4))
+    assert cost_model.ar_step(setting(), trees=TREE).drafts == 0  # the text alone drafts
+    # One message to the second stage, then a sum of states that all devices hear.
+    moved = 3e-3 + 80 / 500 + cost_twin.all_reduce(80, 2, TWIN_MACHINE)
+    assert cost_model.pipelined_step(s, 2, trees=TREE).total == pytest.approx(layers + rest + moved)
+
+
+def test_a_tick_with_drafts_by_hand() -> None:
+    """Two explorers whose roots finish in half of the ticks: then the final layer is asked about all rows."""
+    s = setting(drafter=DRAFTER, exits=dataclasses.replace(SHARED, columns=7))
+    found = cost_model.tick(s, Ticks((3, 6), 10, 1.3, 0.5, 5))
+    layers = 3 * cost_twin.layer(TWIN_MODEL, 10, 1, 70, 1, TWIN_MACHINE)
+    exits = cost_twin.logits(TWIN_MODEL, 7, 10, 1, TWIN_MACHINE) + 12e-4
+    final = cost_twin.head(TWIN_MODEL, 10, 1, TWIN_MACHINE) - cost_twin.logits(TWIN_MODEL, 7, 10, 1, TWIN_MACHINE)
+    moved = 3e-3 + 200 / 500
+    # Beside what nodes propose, the drafter's parents' features are told.
+    told = cost_twin.all_gather(160, 2, TWIN_MACHINE) + cost_twin.all_gather(400, 2, TWIN_MACHINE)
+    # Below eight heads at most.
+    assert found.total == pytest.approx(layers + exits + final / 2 + moved + told + 5 * drafted(8) + 200e-4)
+
+
+def test_a_drafter_keeps_two_bytes_a_number() -> None:
+    four, two = (setting(hardware=machine(itemsize=size), drafter=DRAFTER) for size in (4, 2))
+    assert cost_model.ar_step(four, trees=TREE).drafts == cost_model.ar_step(two, trees=TREE).drafts
+
+
 def test_layerskip_by_hand() -> None:
     s = setting()
     one = cost_twin.layer(TWIN_MODEL, 1, 1, 50, 1, TWIN_MACHINE)
@@ -107,7 +156,9 @@ def test_memory_by_hand() -> None:
     assert cost_model.bytes_per_device(s, 1, 2) == cost_model.bytes_per_device(s) / 2
     drafting = setting(exits=ExitWork("linear", 100, 30, 20, previous=False), batch=2)
     expected = 2 * (3 * 1000 + 700 + 100 + 30 + 20 * 10 + 3 * 2 * (50 + 3 * 4) * 8)
-    assert cost_model.bytes_per_device(drafting, 3, rows=4, depths=(2, 3, 6)) == expected
+    trees = cost_model.bytes_per_device(setting(drafter=DRAFTER), slots=4, drafts=True)
+    assert trees == 2 * (6 * 1000 + 700 + 90 + 20 * 10 + 6 * 54 * 8)
+    assert cost_model.bytes_per_device(drafting, 3, slots=12, exits=1, depths=(2, 3, 6)) == expected
 
 
 def test_collectives_over_hosts() -> None:
@@ -122,7 +173,7 @@ def test_collectives_over_hosts() -> None:
 
 
 def test_one_device_runs_all_rows_of_all_stages() -> None:
-    found = cost_model.tick_on_one_device(setting(), (2, 4, 6), 2, 2.0)
+    found = cost_model.tick_on_one_device(setting(), silent((2, 4, 6), 2, 2.0))
     two = cost_twin.layer(TWIN_MODEL, 2, 1, 56, 1, TWIN_MACHINE)
     # Two stages' exits are asked two nodes at a time.
     exits = 2 * cost_twin.logits(TWIN_MODEL, 70, 2, 1, TWIN_MACHINE)
@@ -147,7 +198,7 @@ def test_a_calibrated_machine_by_hand() -> None:
     assert (step.head, step.fixed) == pytest.approx((1400 * 2e-4, 6 * 0.01))
     four = cost_model.ar_step(dataclasses.replace(s, batch=4))
     assert four.layers == pytest.approx(6 * (2000 * 2e-4 + 4 * 800 * 1e-5))
-    tick = cost_model.tick_on_one_device(s, (3, 6), 1, 2.0)
+    tick = cost_model.tick_on_one_device(s, silent((3, 6), 1, 2.0))
     assert tick.fixed == pytest.approx(6 * 0.01 + 0.5 + 12e-4)
 
 
@@ -160,6 +211,7 @@ def settings(draw) -> Setting:
     work = dataclasses.replace(WORK, layers=layers, layer=draw(st.integers(1, 5000)))
     columns = draw(st.sampled_from([5, 70]))
     exits = ExitWork("any", draw(st.integers(0, 500)), draw(st.integers(0, 500)), columns, draw(st.booleans()))
+    drafter = draw(st.sampled_from([None, DRAFTER]))
     hardware = machine(
         flops=1e4 * draw(figures),
         bandwidth=1e4 * draw(figures),
@@ -168,18 +220,20 @@ def settings(draw) -> Setting:
         link=Link("a", 1e-3 * draw(figures), 1e3 * draw(figures)),
         network=Link("b", 1e-3 * draw(figures), 1e3 * draw(figures)),
     )
-    return Setting(work, exits, hardware, draw(st.integers(1, 64)), draw(st.integers(1, 2000)))
+    return Setting(work, exits, hardware, draw(st.integers(1, 64)), draw(st.integers(1, 2000)), drafter)
 
 
 def steps(s: Setting, stages: int, rows: int, tensor: int) -> list[float]:
     """Seconds of every kind of step."""
     depths = even_depths(min(stages, s.work.layers), s.work.layers)
-    ticks = 1 + (len(depths) - 1) / 2
+    without = silent(depths, rows, 1 + (len(depths) - 1) / 2)
+    drafts = dataclasses.replace(without, levels=3)
+    trees = Ticks(depths[-1:], rows, 2.0, 1.0, 3)
     return [
-        cost_model.tick(s, depths, rows, ticks, tensor).total,
-        cost_model.tick_on_one_device(s, depths, rows, ticks).total,
-        cost_model.ar_step(s, tensor).total,
-        cost_model.pipelined_step(s, len(depths), tensor).total,
+        *(cost_model.tick(s, counted, tensor).total for counted in (without, drafts)),
+        *(cost_model.tick_on_one_device(s, counted).total for counted in (without, drafts)),
+        *(cost_model.ar_step(s, tensor, counted).total for counted in (None, trees)),
+        *(cost_model.pipelined_step(s, len(depths), tensor, counted).total for counted in (None, trees)),
         cost_model.layerskip_round(s, 1, rows, tensor).total,
     ]
 
@@ -215,6 +269,10 @@ def test_more_work_is_never_faster(s: Setting, shape: tuple[int, int, int]) -> N
 
 @given(settings(), st.sampled_from([1, 2]))
 def test_one_stage_is_ar(s: Setting, tensor: int) -> None:
-    depths = (s.work.layers,)
-    assert cost_model.tick(s, depths, 1, 1.0, tensor) == cost_model.ar_step(s, tensor)
-    assert cost_model.tick_on_one_device(s, depths, 1, 1.0) == cost_model.ar_step(s)
+    one, tree = silent((s.work.layers,), 1, 1.0), Ticks((s.work.layers,), 4, 2.0, 1.0, 3)
+    assert cost_model.tick(s, one, tensor) == cost_model.ar_step(s, tensor)
+    assert cost_model.tick_on_one_device(s, one) == cost_model.ar_step(s)
+    assert cost_model.tick(s, tree, tensor) == cost_model.ar_step(s, tensor, tree)
+    assert cost_model.pipelined_step(dataclasses.replace(s, batch=1), 1, tensor, tree).total == pytest.approx(
+        cost_model.ar_step(dataclasses.replace(s, batch=1), tensor, tree).total
+    )

@@ -13,10 +13,11 @@ from reference.small_models import LLAMA, LetterTokenizer, small_model
 import dex_jax
 from dex_jax.cli import profile as command
 from dex_jax.decoding.counting import ticks_of
+from dex_jax.decoding.dex.trees import LOOKUP_TREES
 from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import profile
-from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile, read_profile
+from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile, Ticks, read_profile
 from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.run import Forced, measure, shared_exits
 from dex_jax.forced.texts import answers
@@ -88,8 +89,33 @@ def test_ead_counts_the_first_right_depth() -> None:
     assert all(grid.resolution_bound <= found.ead.oracle_speedup + 1e-9 for grid in found.grids)
 
 
+def test_ticks_with_drafts_are_those_of_the_loop(monkeypatch) -> None:
+    """Of one explorer and of a grid, all texts together."""
+    lm, (measured, texts), tree = _model(), _measured(), LOOKUP_TREES[1]
+    monkeypatch.setattr(profile, "known_trees", lambda drafter: (tree,))
+    exits, grid = shared_exits(lm, (1, 2, 3, 4)), measured.grids[0]
+    options = {"max_new_tokens": 25, "batch": 3}
+    one, several = profile.ticks_with_drafts(lm, exits, texts[:3], measured.grids[:1], **options)
+    assert (one.depths, one.rows, one.levels) == ((5,), tree.shape.rows, 0)
+    assert (several.depths, several.levels) == (grid, 0)
+    methods = {one: dex_jax.Dex(explorers=1, draft=tree.shape), several: dex_jax.Dex(depths=grid, draft=tree.shape)}
+    for ticks, method in methods.items():
+        chosen = "default" if ticks is one else exits
+        prompts = [prompt for prompt, _ in texts[:3]]
+        out = dex_jax.generate(lm, prompts, method=method, exits=chosen, max_new_tokens=25)
+        total, tokens = int(out.stats.ticks.sum()), int((out.lengths - 1).sum())
+        assert ticks.rows == out.stats.schedule.rows
+        assert ticks.tokens == pytest.approx(tokens / total)
+        assert ticks.depth_side_speedup == pytest.approx(len(ticks.depths) * tokens / total)
+        # Each token but those that exit 0 gave ends a path.
+        drafted = sum(int((out.stats.exits[row, 1:length] == 0).sum()) for row, length in enumerate(out.lengths))
+        assert ticks.commits == pytest.approx((tokens - drafted) / total)
+    # Of one explorer's ticks each commits, but an answer may end within a path.
+    assert one.commits == pytest.approx(1, abs=3 * one.tokens / tokens)
+
+
 def test_what_is_written_is_read(tmp_path) -> None:
-    found = _profile()
+    found = dataclasses.replace(_profile(), drafts=(Ticks((5,), 4, 1.5, 1.0, 2), Ticks((3, 5), 8, 0.9, 0.5, 0)))
     file = tmp_path / "profile.json"
     file.write_text(json.dumps(found.to_json(), allow_nan=False))
     assert read_profile(file) == found
@@ -130,6 +156,8 @@ def test_an_assumed_profile(tmp_path) -> None:
         ({"ead": {"depths": [4, 2], "share": [0.5, 0.5]}}, "must ascend"),
         ({"ead": {"depths": [2]}}, "cannot be read as an EAD profile"),
         ({"assumption": None}, "neither grids nor an assumption"),
+        ({"drafts": [{"depths": [2], "rows": 4, "tokens": 2, "commits": 1}]}, "must end at layer 4"),
+        ({"drafts": [{"depths": [4], "rows": 4, "tokens": 0, "commits": 1}]}, "emit tokens from rows"),
     ],
 )
 def test_bad_profiles_are_refused(tmp_path, change: dict, message: str) -> None:
@@ -166,18 +194,22 @@ def test_pictures(tmp_path) -> None:
 def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("dex_jax.language_model.load", lambda *args, **kwargs: _model())
     monkeypatch.setattr(command, "remember_compilations", lambda: None)
+    monkeypatch.setattr(profile, "known_trees", lambda drafter: LOOKUP_TREES[2:])
     data = tmp_path / "prompts.txt"
     data.write_text("ABC\nDEFGH\nBAD\n")
     arguments = ["--data", str(data), "--exits", "shared", "--max-new-tokens", "12", "--output"]
     output = tmp_path / "profile.json"
-    more = ["--explorers", "2"]
+    more = ["--explorers", "2", "--drafts"]
     assert command.main([*arguments, str(output), *more]) == 0
     found = read_profile(output)
     assert [grid.depths for grid in found.grids] == [(3, 5)]
     assert found.ead.depths == (1, 2, 3, 4, 5)
     assert found.about["texts"] == 3
     assert list(found.groups) == ["prompts"]
-    assert "tokens by exit" in capsys.readouterr().out
+    assert {t.depths for t in found.drafts} == {(5,), (3, 5)}
+    text = capsys.readouterr().out
+    assert "tokens by exit" in text
+    assert "levels drafted" in text
     with pytest.raises(SystemExit, match="2"):
         command.main([*arguments, str(tmp_path / "none.json"), "--prompts", "0"])
     assert "argument --prompts: '0' is not a whole number" in capsys.readouterr().err

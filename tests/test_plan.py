@@ -17,7 +17,7 @@ from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import cost_model, predictions, workload
 from dex_jax.evaluation.planner.cost_model import Setting
-from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile
+from dex_jax.evaluation.planner.ead_profile import EAD, FORMAT, Profile, Ticks
 from dex_jax.hardware import DEVICES, LINKS, Measured, hardware, read_hardware, write_hardware
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import parameter_shapes
@@ -133,7 +133,7 @@ def test_dex_is_recommended_where_it_pays_and_not_where_not() -> None:
     assert predictions.plan(_setting("h100x8"), EARLY).choice.method != "dex"
     late = predictions.plan(_setting(slow), LATE)
     assert not late.choice.method.startswith("dex")
-    assert late.sentence.startswith("Do not use DEX here: ")
+    assert late.sentence.startswith("One explorer or none: ")
     assert late.choice is late.best_other
     nothing = predictions.plan(_setting("t4"), EARLY)
     assert nothing.choice is None
@@ -165,8 +165,58 @@ def test_dex_on_a_mesh_is_the_cost_model() -> None:
     s = _setting("h100x4")
     (found,) = [p for p in predictions.dex(s, EARLY, explorers=[4], rows=[4]) if p.method == "dex" and (p.tensor == 1)]
     ticks = EARLY.ticks(even_depths(4, 80), 4)
-    assert found.step == cost_model.tick(s, even_depths(4, 80), 4, ticks)
+    assert found.step == cost_model.tick(s, Ticks(even_depths(4, 80), 4, 1 / ticks, 1 / ticks))
     assert found.tokens_per_second == pytest.approx(1 / (found.step.total * ticks))
+
+
+DRAFTS = (
+    Ticks((80,), 8, 2.5, 1.0, 2),
+    Ticks((80,), 16, 2.5, 1.0, 8),
+    Ticks(even_depths(4, 80), 16, 0.8, 0.4, 8),
+)
+
+
+def _with_drafts(text: str, **more) -> tuple[Setting, Profile]:
+    s = dataclasses.replace(_setting(text, **more), drafter=workload.described_exits("mlp:8192", LLAMA_70B))
+    return s, dataclasses.replace(EARLY, drafts=DRAFTS)
+
+
+def test_one_explorer_runs_wherever_ar_does_and_explorers_with_drafts_beside_those_without() -> None:
+    s, profile = _with_drafts("h100x8")
+    found = predictions.plan(s, profile).predictions
+    ways = {
+        kind: {(p.method.removeprefix(kind), p.stages, p.tensor) for p in found if p.method.startswith(kind)}
+        for kind in ("ar", "trees")
+    }
+    assert ways["ar"] == ways["trees"]
+    # Both trees bring as much, and the first drafts fewer levels.
+    assert {p.rows for p in found if p.method.startswith("trees")} == {8}
+    (piped,) = [p for p in found if (p.method, p.stages) == ("trees pipelined", 8)]
+    assert piped.step == cost_model.pipelined_step(s, 8, 1, DRAFTS[0])
+    assert piped.tokens_per_second == pytest.approx(2.5 / piped.step.total)
+    assert piped.detail == "trees of 8 rows, pipeline of 8 stages"
+    (explorers,) = [p for p in found if "with drafts" in p.detail and (p.method, p.tensor) == ("dex", 2)]
+    assert explorers.step == cost_model.tick(s, DRAFTS[2], 2)
+    assert explorers.detail == "DEX-1/4 with drafts, exits at 20 40 60, 16 rows, mesh stage=4,tensor=2"
+    assert explorers.tokens_a_step == 0.8
+    assert {p.detail for p in predictions.dex(s, profile, [4], [16])} >= {explorers.detail}
+
+
+def test_the_table_compares_with_both_pipelines() -> None:
+    s, profile = _with_drafts("h100x4")
+    found = predictions.plan(s, profile).predictions
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in predictions.predictions_table(found).splitlines()
+    ]
+    assert cells[0][:4] == ["way", "tok/s", "over AR", "over trees"]
+    best = {
+        kind: max(p.tokens_per_second for p in found if p.method == f"{kind} pipelined") for kind in ("ar", "trees")
+    }
+    for p, row in zip(found, cells[2:], strict=True):
+        assert row[2:4] == [f"{p.tokens_per_second / best[kind]:.2f}" for kind in ("ar", "trees")]
+    without = predictions.predictions_table(predictions.plan(s, EARLY).predictions).splitlines()[2]
+    assert without.split("|")[4].strip() == "-"
 
 
 def test_what_the_profile_lacks_is_refused() -> None:
@@ -197,7 +247,7 @@ def test_the_command_prints_json_and_tables(tmp_path, capsys) -> None:
     arguments = ["--model", "llama-2-70b", "--exits", "shared", "--profile", _assumed(tmp_path), "--json"]
     assert plan.main([*arguments, "--hardware", "h100x8", "--explorers", "4", "8", "--rows", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["recommendation"].startswith(("Use DEX", "Do not use DEX"))
+    assert found["recommendation"].startswith(("Several explorers", "One explorer or none"))
     explored = [p for p in found["predictions"] if p["method"] == "dex"]
     assert {(p["stages"], p["rows"]) for p in explored} == {(4, 2), (8, 2)}
     for p in explored:
@@ -206,7 +256,8 @@ def test_the_command_prints_json_and_tables(tmp_path, capsys) -> None:
     arguments = ["--model", "llama-2-70b", "--exits", "linear:8192", "--profile", _assumed(tmp_path)]
     assert plan.main([*arguments, "--hardware", "h100x8,hosts=8,network=dcn"]) == 0
     text = capsys.readouterr().out
-    assert all(words in text for words in ("EAD assumed, not measured", "Use DEX: DEX-1/"))
+    assert "knows no ticks with drafts" in text
+    assert all(words in text for words in ("EAD assumed, not measured", "Several explorers: DEX-1/"))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +273,14 @@ def test_the_command_refuses_bad_input(flags: list[str], message: str, capsys) -
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_drafter_is_the_one_that_ships_or_is_assumed() -> None:
+    shipped, assumed = plan.drafter_of("smollm2-135m"), plan.drafter_of("llama-2-70b")
+    assert shipped.previous
+    assert assumed.previous
+    assert (shipped.columns, assumed.columns) == (8192, 8192)
+    assert shipped.own < assumed.own
 
 
 def test_default_exits_are_those_that_ship() -> None:

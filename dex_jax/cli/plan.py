@@ -1,4 +1,4 @@
-"""Which K, grid and rows to choose on some hardware, or not to use DEX at all.
+"""Which K, grid and rows to choose on some hardware, with drafts or without, or no explorers at all.
 
     python -m dex_jax.cli.plan --model smollm2-135m --profile profile.json --hardware cpu.json
     python -m dex_jax.cli.plan --model llama-2-70b --exits linear:8192 --profile assumed.json \\
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
     if args.profile is None:
         raise DexError("ticks follow from an EAD profile: give --profile (python -m dex_jax.cli.profile writes one)")
     work, found = work_of(config_of(args.model)), hardware(args.hardware)
-    s = Setting(work, exits_of(args.exits, args.model), found, args.batch, args.context)
+    exits, drafter = exits_of(args.exits, args.model), drafter_of(args.model)
+    s = Setting(work, exits, found, args.batch, args.context, drafter)
     profile = read_profile(args.profile)
     chosen = plan(s, profile, explorers=args.explorers, rows=args.rows)
     if args.json:
@@ -89,6 +90,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{s.hardware.name}; batch {s.batch}, context {s.context}, exits {s.exits.name}")
     if profile.assumption is not None:
         print(f"EAD assumed, not measured: {profile.assumption}")
+    if not profile.drafts:
+        print("The profile knows no ticks with drafts: the pipeline that runs trees, a rival to beat, is left out.")
     print(f"\n{predictions_table(shown(chosen, args.top))}\n\n{chosen.sentence}")
 
 
@@ -121,6 +124,23 @@ def exits_of(text: str, model: str) -> ExitWork:
     if exits.width != config.width:
         raise DexError(f"the exits in {text} are for a model of width {exits.width}, and {model} has {config.width}")
     return exit_work(exits, config)
+
+
+def drafter_of(model: str) -> ExitWork:
+    """Shapes of exit 0: what ships for the model, or a fused mlp with a small vocabulary where nothing does."""
+    from dex_jax.config import ExitsConfig
+    from dex_jax.decoding.resolve import default_drafter
+    from dex_jax.evaluation.planner.calibrate import DRAFT
+    from dex_jax.evaluation.planner.workload import SHAPES, config_of, exit_work
+    from dex_jax.io import open_checkpoint
+
+    config, shipped = config_of(model), None
+    if model.lower() not in SHAPES and not model.endswith(".json"):
+        shipped = default_drafter(open_checkpoint(model).fingerprint())
+    if shipped is not None:
+        return exit_work(shipped.config, config)
+    columns = min(DRAFT, config.vocab_size)
+    return exit_work(ExitsConfig("mlp", (0,), config.width, fused=True, draft_size=columns), config)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
 """`python -m dex_jax.cli.profile`: the EAD profile of a model and its exits on prompts of your choice.
 
 Lets the model answer prompts greedily, runs the texts once, teacher-forced, and writes when tokens become available,
-what an oracle and each grid could make of it, and the ticks that follow. The planner reads the file.
+what an oracle and each grid could make of it, and the ticks that follow; with --drafts it also counts the ticks of
+explorers with drafts, which no text says ahead. The planner reads the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from dex_jax.cli.common import add_model, depths, remember_compilations, whole
 from dex_jax.cli.train_arguments import add_answers
 from dex_jax.errors import DexError, exit_code
 from dex_jax.progress import phases
+
+if TYPE_CHECKING:
+    from dex_jax.evaluation.planner.ead_profile import Ticks
 
 EXPLORERS = (2, 3, 4, 5, 6, 8, 10, 15)
 
@@ -27,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add_answers(add)
     add("--explorers", type=whole(1, 4096), nargs="+", default=list(EXPLORERS), metavar="K", help="grids (%(default)s)")
     add("--grid", type=depths, nargs="+", default=[], metavar="X,...", help="further grids, as 6,12,30")
+    add("--drafts", action="store_true", help="count ticks with drafts too, of one explorer and of each grid")
     add("--output", required=True, metavar="FILE.json", help="where the profile goes")
     add("--plots", metavar="FOLDER", help="also draw it (needs matplotlib)")
     return p
@@ -45,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
       DexError: a model, exits, prompts or grids that are not there or do not fit.
     """
     from dex_jax.cli.train_results import answered, chosen_exits
-    from dex_jax.evaluation.planner.profile import draw, profile_of, profile_table
+    from dex_jax.evaluation.planner.profile import draw, profile_of, profile_table, ticks_with_drafts
     from dex_jax.forced.run import measure
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
@@ -67,7 +73,12 @@ def run(args: argparse.Namespace) -> None:
         groups[name] = measured.of(range(start, start + len(group)))
         start += len(group)
     about = {"model": args.model, "exits": str(args.exits), "max_new_tokens": args.max_new_tokens}
-    profile = profile_of(measured, groups, about=about)
+    drafts: tuple[Ticks, ...] = ()
+    if args.drafts:
+        _say(f"decoding with drafts, {1 + len(measured.grids)} grids")
+        options = {"max_new_tokens": args.max_new_tokens, "batch": args.batch}
+        drafts = ticks_with_drafts(lm, exits, every, measured.grids, **options)
+    profile = profile_of(measured, groups, about=about, drafts=drafts)
     write_json(args.output, profile.to_json())
     print(profile_table(profile))
     if args.plots is not None:

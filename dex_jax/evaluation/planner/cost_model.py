@@ -14,7 +14,10 @@ Assumptions that are no figures of a machine:
   before the commit is known, all stages' and the final layer's heads at the same time, as decoding/mesh/stage.py does.
 - Embedding and unembedding (or its draft slice) are on every stage; a tensor axis splits the embedding and unembedding
   and gathers logits, and splits trained exits' products as it splits those of the layers.
-- Exits that read the position before get their parents' features from all stages: an all-gather of all nodes' features.
+- Exits or a drafter that read the position before get their parents' features from all stages: an all-gather of all
+  nodes' features.
+- Every device drafts for itself, after the tick's exchange: a drafter step a level, for HEADS rows at most.
+- A tree goes through a pipeline's stages one after the other, then all devices hear its states and ask the final layer.
 - Rows are free until arithmetic takes longer than reading; a calibrated machine has measured row costs instead.
 - LayerSkip's drafts are right independently of one another. Runs of right drafts are longer than that in truth, so with
   two drafted tokens or more it is underrated.
@@ -30,7 +33,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dex_jax.decoding.dex.drafts import HEADS
 from dex_jax.decoding.dex.proposals import HEAD_BLOCK
+from dex_jax.evaluation.planner.ead_profile import Ticks
 from dex_jax.evaluation.planner.workload import ExitWork, Work
 from dex_jax.hardware import Hardware, Link, interpolate
 
@@ -47,6 +52,9 @@ KERNELS_OF_LATTICE = 200
 """Assumption: bookkeeping of a tick beside layers and heads. A tick compiled for TPU v5e has some 370 kernels with four
 layers a stage (results/planner.md), of which its layers, compiled for one row and for all, are about a hundred."""
 
+DRAFTER_BYTES = 2
+"""A drafter's numbers have so many bytes at most: it only proposes tokens (`nn.few_rows.kept_dtype`)."""
+
 LOGIT_PASSES = 4
 """Assumption: logits are written once and read for mask, maximum and sum."""
 
@@ -60,6 +68,7 @@ class Parts:
       width: what the further rows of a stage take on top.
       head: final norm and unembedding, as often as they run.
       exits: exit heads.
+      drafts: the drafter, a step a level.
       communication: between devices.
       fixed: kernels, whatever their size.
     """
@@ -68,6 +77,7 @@ class Parts:
     width: float = 0.0
     head: float = 0.0
     exits: float = 0.0
+    drafts: float = 0.0
     communication: float = 0.0
     fixed: float = 0.0
 
@@ -94,6 +104,7 @@ class Setting:
       hardware: all of it, though a method may use less.
       batch: B.
       context: S, for caches of fixed length their length.
+      drafter: exit 0; None where the text alone drafts, which takes no time.
     """
 
     work: Work
@@ -101,21 +112,22 @@ class Setting:
     hardware: Hardware
     batch: int = 1
     context: int = 1024
+    drafter: ExitWork | None = None
 
 
-def tick(s: Setting, depths: Sequence[int], rows: int, ticks: float, tensor: int = 1) -> Parts:
-    """One tick on a mesh of K stages x T devices, with W rows and `ticks` a token; with K = 1 it is an AR step."""
-    stages = len(depths)
+def tick(s: Setting, ticks: Ticks, tensor: int = 1) -> Parts:
+    """One tick on a mesh of K stages x T devices; with K = 1 that of one explorer."""
+    depths, rows, stages = ticks.depths, ticks.rows, len(ticks.depths)
     if stages == 1:
-        return ar_step(s, tensor)
+        return ar_step(s, tensor, ticks)
     device, slots = s.hardware.device, stages * rows
     longest = _longest(depths)
     found = _layers(s, longest, 1, tensor, slots)
     width = _layers(s, longest, rows, tensor, slots).total - found.total
     used = s.batch * rows
     logits, gathered = _exit_logits(s, used, tensor)
-    final = _head(s, s.batch, tensor)
-    commits = 1 - (1 - 1 / ticks) ** s.batch
+    final = _head(s, _final_rows(s, ticks), tensor)
+    commits = 1 - (1 - ticks.commits) ** s.batch
     # Exits and the final layer are asked at the same time, on different devices; or the final layer while the others
     # still run their layers, where the last stage has fewer of them (`decoding.mesh.stage.final_first`).
     asked = _exit_features(s, used) + logits
@@ -127,43 +139,44 @@ def tick(s: Setting, depths: Sequence[int], rows: int, ticks: float, tensor: int
     moved = permute(_between_stages(s, stages, tensor), numbers)
     # A token and a score of every node, and the token that is committed.
     moved += all_gather(s.hardware, 8 * stages * used, stages, tensor)
-    if s.exits.previous:
+    reader = s.drafter if ticks.levels is not None else None
+    if s.exits.previous or (reader is not None and reader.previous):
         moved += all_gather(s.hardware, stages * numbers, stages, tensor)
     moved += all_reduce(s.hardware, numbers, tensor) + gathered
     fixed = KERNELS_OF_EXITS * device.kernel_seconds + _tick_seconds(s)
-    return found + head + Parts(width=width, exits=exits, communication=moved, fixed=fixed)
+    return found + head + _drafts(s, ticks) + Parts(width=width, exits=exits, communication=moved, fixed=fixed)
 
 
-def tick_on_one_device(s: Setting, depths: Sequence[int], rows: int, ticks: float) -> Parts:
+def tick_on_one_device(s: Setting, ticks: Ticks) -> Parts:
     """One tick of all stages on one device, side by side.
 
     Every stage runs all of its rows; that the loop skips stages without a live row is not counted on.
     """
-    stages = len(depths)
+    rows, stages = ticks.rows, len(ticks.depths)
     if stages == 1:
-        return ar_step(s)
+        return ar_step(s, trees=ticks)
     found, slots = Parts(), stages * rows
-    for length in np.diff((0, *depths)).tolist():
-        one = _layers(s, length, 1, 1, slots)
-        found += one + Parts(width=_layers(s, length, rows, 1, slots).total - one.total)
-    commits = 1 - (1 - 1 / ticks) ** s.batch
-    found += _head(s, s.batch, 1).times(commits)
+    for length in np.diff((0, *ticks.depths)).tolist():
+        found += _wide(s, length, rows, 1, slots)
+    commits = 1 - (1 - ticks.commits) ** s.batch
+    found += _head(s, _final_rows(s, ticks), 1).times(commits)
     block = min(rows, HEAD_BLOCK)
     calls = math.ceil((stages - 1) * rows / block)
     exits = (stages - 1) * _product(s, s.exits.own, s.batch * rows, 1)
     exits += _product(s, s.exits.shared, (stages - 1) * s.batch * rows, 1) + _committed(s)
     exits += calls * _logits(s, s.exits.columns, s.batch * block, 1, "exits")
     fixed = KERNELS_OF_EXITS * s.hardware.device.kernel_seconds * calls
-    return found + Parts(exits=exits, fixed=fixed + _tick_seconds(s))
+    return found + _drafts(s, ticks) + Parts(exits=exits, fixed=fixed + _tick_seconds(s))
 
 
-def ar_step(s: Setting, tensor: int = 1) -> Parts:
-    """One AR step on one device, or with every layer split over T devices."""
-    return _layers(s, s.work.layers, 1, tensor, 0) + _head(s, s.batch, tensor)
+def ar_step(s: Setting, tensor: int = 1, trees: Ticks | None = None) -> Parts:
+    """One AR step, or one explorer's tick, on one device, or with every layer split over T devices."""
+    trees = None if trees is None or trees.levels is None else trees
+    return _through(s, s.work.layers, tensor, trees) + _ends(s, tensor, trees)
 
 
-def pipelined_step(s: Setting, stages: int, tensor: int = 1) -> Parts:
-    """One AR step over a pipeline of K stages x T devices, the batch cut into as many parts as is fastest.
+def pipelined_step(s: Setting, stages: int, tensor: int = 1, trees: Ticks | None = None) -> Parts:
+    """An AR step, or one explorer's tick, over a pipeline of K stages x T devices, the batch cut as is fastest.
 
     This library's own pipeline cuts nothing. With m parts in flight a step takes what one part needs from the first
     stage to the last, or m times the slowest stage, if that is longer.
@@ -172,12 +185,14 @@ def pipelined_step(s: Setting, stages: int, tensor: int = 1) -> Parts:
     steps = []
     for parts in range(1, min(s.batch, stages) + 1):
         part = dataclasses.replace(s, batch=-(-s.batch // parts))
-        moved = permute(_between_stages(s, stages, tensor), part.batch * s.work.width * s.hardware.device.itemsize) * (
-            stages > 1
-        )
-        through = _layers(part, s.work.layers, 1, tensor, 0) + _head(part, part.batch, tensor)
-        through += Parts(communication=stages * moved)
-        slowest = _layers(part, widest, 1, tensor, 0) + _head(part, part.batch, tensor) + Parts(communication=moved)
+        numbers = part.batch * (1 if trees is None else trees.rows) * s.work.width * s.hardware.device.itemsize
+        moved = permute(_between_stages(s, stages, tensor), numbers) * (stages > 1)
+        # What all devices hear in the end: AR's token is no more than a message, a tree's states are summed.
+        told = moved if trees is None else 2 * all_gather(s.hardware, numbers, stages, tensor)
+        ends = _ends(part, tensor, trees)
+        through = _through(part, s.work.layers, tensor, trees) + ends
+        through += Parts(communication=(stages - 1) * moved + told)
+        slowest = _through(part, widest, tensor, trees) + ends + Parts(communication=max(moved, told))
         steps.append(through if through.total >= parts * slowest.total else slowest.times(parts))
     return min(steps, key=lambda step: step.total)
 
@@ -203,20 +218,27 @@ def layerskip_tokens(agreement: float, drafted: int) -> float:
 
 
 def bytes_per_device(
-    s: Setting, stages: int = 1, tensor: int = 1, *, rows: int = 0, depths: Sequence[int] = ()
+    s: Setting,
+    stages: int = 1,
+    tensor: int = 1,
+    *,
+    slots: float = 0,
+    exits: int = 0,
+    drafts: bool = False,
+    depths: Sequence[int] = (),
 ) -> float:
-    """Weights and caches on the fullest device of a mesh: its stage, embedding, unembedding and its exit.
+    """Weights and caches on the fullest device of a mesh: its stage, embedding, unembedding, exits and drafter.
 
-    `rows` are W of DEX, 0 for AR, which has neither lattice nor exits; without `depths` stages are even.
+    `slots` are those of a lattice, K W, and `exits` how many the device has; without `depths` stages are even.
     """
     layers = _longest(depths) if depths else -(-s.work.layers // stages)
     size = s.hardware.device.itemsize
     numbers = layers * s.work.layer + s.work.embeddings
-    positions = s.context + stages * rows
-    caches = layers * s.batch * positions * s.work.cached
-    if rows:
-        draft = s.exits.columns * s.work.width if s.exits.columns < s.work.vocabulary else 0
-        numbers += s.exits.own + s.exits.shared + draft
+    caches = layers * s.batch * (s.context + slots) * s.work.cached
+    for heads, count in ((s.exits, exits), (s.drafter, int(drafts))):
+        if heads is not None and count:
+            copied = heads.columns * s.work.width if heads.columns < s.work.vocabulary else 0
+            numbers += count * heads.own + heads.shared + copied
     return float(size * (numbers + caches) / tensor)
 
 
@@ -247,7 +269,42 @@ def _between_stages(s: Setting, stages: int, tensor: int) -> Link:
     return s.hardware.between(stages * tensor)
 
 
-def _layers(s: Setting, layers: int, rows: int, tensor: int, slots: int) -> Parts:
+def _through(s: Setting, layers: int, tensor: int, trees: Ticks | None) -> Parts:
+    """Some layers with AR's one row of each sequence, or with all rows of a tree."""
+    return _layers(s, layers, 1, tensor, 0) if trees is None else _wide(s, layers, trees.rows, tensor, trees.rows)
+
+
+def _wide(s: Setting, layers: int, rows: float, tensor: int, slots: float) -> Parts:
+    """Some layers, what further rows take on top apart."""
+    one = _layers(s, layers, 1, tensor, slots)
+    return one + Parts(width=_layers(s, layers, rows, tensor, slots).total - one.total)
+
+
+def _ends(s: Setting, tensor: int, trees: Ticks | None) -> Parts:
+    """What follows the last layer: the final layer's tokens, and with trees the bookkeeping and the next drafts."""
+    if trees is None:
+        return _head(s, s.batch, tensor)
+    return _head(s, _final_rows(s, trees), tensor) + _drafts(s, trees) + Parts(fixed=_tick_seconds(s))
+
+
+def _final_rows(s: Setting, ticks: Ticks) -> float:
+    """Rows that the final layer is asked about: roots, or with drafts all nodes of their cohorts."""
+    return s.batch * (1 if ticks.levels is None else ticks.rows)
+
+
+def _drafts(s: Setting, ticks: Ticks) -> Parts:
+    """What exit 0 drafts in a tick: a drafter step a level."""
+    if not ticks.levels or s.drafter is None:
+        return Parts()
+    device, rows = s.hardware.device, s.batch * min(ticks.rows, HEADS)
+    kept = dataclasses.replace(device, itemsize=min(device.itemsize, DRAFTER_BYTES))
+    kept_s = dataclasses.replace(s, hardware=dataclasses.replace(s.hardware, device=kept))
+    one = _product(kept_s, s.drafter.own, rows, 1) + _logits(kept_s, s.drafter.columns, rows, 1, "exits")
+    step = Parts(drafts=one, fixed=KERNELS_OF_EXITS * device.kernel_seconds)
+    return step.times(ticks.levels)
+
+
+def _layers(s: Setting, layers: int, rows: float, tensor: int, slots: float) -> Parts:
     """Some layers with `rows` rows of each sequence, `slots` of a lattice beside the context."""
     device = s.hardware.device
     used, size = s.batch * rows, device.itemsize
@@ -264,7 +321,7 @@ def _layers(s: Setting, layers: int, rows: int, tensor: int, slots: int) -> Part
     return Parts(layers=layers * (products + attention), communication=layers * reduced, fixed=layers * fixed)
 
 
-def _head(s: Setting, rows: int, tensor: int) -> Parts:
+def _head(s: Setting, rows: float, tensor: int) -> Parts:
     """Embedding, final norm, unembedding and choice for some rows; a tensor axis gathers logits."""
     shared = all_gather(s.hardware, 4 * rows * s.work.vocabulary, tensor)
     shared += all_reduce(s.hardware, rows * s.work.width * s.hardware.device.itemsize, tensor)
@@ -272,12 +329,12 @@ def _head(s: Setting, rows: int, tensor: int) -> Parts:
     return Parts(head=_logits(s, s.work.vocabulary, rows, tensor, "head"), communication=shared, fixed=fixed)
 
 
-def _exit_features(s: Setting, rows: int) -> float:
+def _exit_features(s: Setting, rows: float) -> float:
     """What one exit makes of some rows, short of logits."""
     return _product(s, s.exits.own + s.exits.shared, rows, 1)
 
 
-def _exit_logits(s: Setting, rows: int, tensor: int) -> tuple[float, float]:
+def _exit_logits(s: Setting, rows: float, tensor: int) -> tuple[float, float]:
     """Seconds of (some rows' logits by one exit, the gather of them where a tensor axis splits the unembedding)."""
     split = tensor if s.exits.columns == s.work.vocabulary else 1
     return _logits(s, s.exits.columns, rows, split, "exits"), all_gather(s.hardware, 4 * rows * s.exits.columns, split)
@@ -288,7 +345,7 @@ def _committed(s: Setting) -> float:
     return _product(s, s.exits.committed, s.batch, 1)
 
 
-def _logits(s: Setting, columns: int, rows: int, tensor: int, curve: str) -> float:
+def _logits(s: Setting, columns: int, rows: float, tensor: int, curve: str) -> float:
     """An unembedding of some columns, with what makes tokens of its logits."""
     device = s.hardware.device
     if device.measured is not None:
@@ -297,7 +354,7 @@ def _logits(s: Setting, columns: int, rows: int, tensor: int, curve: str) -> flo
     return _product(s, columns * s.work.width, rows, tensor) + _roofline(s, passes, 0.0)
 
 
-def _product(s: Setting, parameters: float, rows: int, tensor: int) -> float:
+def _product(s: Setting, parameters: float, rows: float, tensor: int) -> float:
     """Rows times kernels of so many parameters."""
     device = s.hardware.device
     size = device.itemsize * parameters / tensor

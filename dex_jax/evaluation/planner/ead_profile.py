@@ -26,6 +26,30 @@ CAP_LOSS = {8: 0.087, 16: 0.036, 32: 0.016}
 
 
 @dataclasses.dataclass(frozen=True)
+class Ticks:
+    """What the ticks of one grid come to, of one sequence.
+
+    Attributes:
+      depths: x_1 < ... < x_K = L; (L,) for one explorer.
+      rows: W; where ticks choose theirs, those of the stage that runs most, on average.
+      tokens: emitted in a tick.
+      commits: share of ticks whose root has finished; with drafts a commit emits a path of several tokens.
+      levels: that the drafter drafts in a tick; None without drafts.
+    """
+
+    depths: tuple[int, ...]
+    rows: float
+    tokens: float
+    commits: float
+    levels: float | None = None
+
+    @property
+    def depth_side_speedup(self) -> float:
+        """K times the tokens a tick; of one explorer's trees it is what their pipeline over any K devices has."""
+        return len(self.depths) * self.tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class GridProfile:
     """One grid, with DECS.
 
@@ -99,6 +123,7 @@ class Profile:
       cap_loss: W -> share of ticks that a cap of W rows adds; what is left out adds none.
       about: what was measured: model, exits, texts, tokens.
       groups: EAD of each group of prompts.
+      drafts: of one explorer and of grids, each tree that was counted; none where nobody counted.
     """
 
     layers: int
@@ -109,13 +134,14 @@ class Profile:
     cap_loss: dict[int, float] = dataclasses.field(default_factory=dict)
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     groups: dict[str, EAD] = dataclasses.field(default_factory=dict)
+    drafts: tuple[Ticks, ...] = ()
 
     def agreement_at(self, depth: int) -> float:
         """Share of tokens that an exit at this depth gives; if it is not known, the share available by then."""
         return self.agreement.get(depth, self.ead.by(depth))
 
     def ticks(self, depths: Sequence[int], rows: int) -> float | None:
-        """Ticks a token for a grid and a cap; None for a grid that a measured profile does not hold."""
+        """Ticks a token without drafts for a grid and a cap; None for a grid that a measured profile does not hold."""
         if len(depths) == 1:
             return 1.0
         steps = self.ead.steps(depths)
@@ -158,6 +184,8 @@ def read_profile(path: str | Path) -> Profile:
             f"{path}: the depths of its EAD must ascend to the last layer, {profile.layers}, and their shares be "
             "non-negative and add up to 1"
         )
+    if any(t.depths[-1:] != (profile.layers,) or min(t.rows, t.tokens, t.commits) <= 0 for t in profile.drafts):
+        raise DexError(f"{path}: ticks with drafts must end at layer {profile.layers} and emit tokens from rows")
     if profile.assumption is None and not profile.grids:
         raise DexError(f"{path} has neither grids nor an assumption: measure it, or say in a sentence what it assumes")
     return profile

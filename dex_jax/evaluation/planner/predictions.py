@@ -1,6 +1,8 @@
 """What each way of decoding would do on some hardware: candidates, predictions, a recommendation.
 
-Every way is given the same devices. Speeds are tokens a second of one sequence; a batch makes B times as many.
+Every way is given the same devices. Speeds are tokens a second of one sequence; a batch makes B times as many. Where a
+profile knows ticks with drafts, one explorer's trees run wherever AR does, and beside explorers without drafts there
+are those with drafts: the fair rival of these is the pipeline that runs trees.
 Letters: B sequences, W rows a stage, K stages, T devices of a tensor axis.
 """
 
@@ -15,13 +17,14 @@ from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner import cost_model
 from dex_jax.evaluation.planner.cost_model import Parts, Setting
-from dex_jax.evaluation.planner.ead_profile import Profile
+from dex_jax.evaluation.planner.ead_profile import Profile, Ticks
 from dex_jax.hardware import USABLE
 from dex_jax.lattice import default_rows, full_rows
 from dex_jax.tables import markdown
 
 WORTH_IT = 1.05
-"""DEX is recommended when it is predicted to be at least this much faster than the fastest other way on the devices."""
+"""Several explorers are recommended when they are predicted to be at least this much faster than the fastest other way
+on the devices."""
 
 ASSUMED_EXPLORERS = 16
 """Grids of an assumed profile reach from K = 2 to this, or to L."""
@@ -36,9 +39,10 @@ class Prediction:
 
     Attributes:
       method: "ar" (one device, or as few as hold the model, splitting every layer), "ar pipelined", "ar tensor", "ar
-        replicas", "layerskip", "dex" (a stage a device) or "dex one device".
+        replicas", the same four with "trees" for one explorer with drafts, "layerskip", and of several explorers "dex"
+        (a stage a device) or "dex one device".
       stages, tensor, devices: of the mesh, and how many devices it keeps busy.
-      depths, rows: of DEX; depths of LayerSkip are its exit and L.
+      depths, rows: of explorers; depths of LayerSkip are its exit and L.
       step: seconds of a step, tick or round, by what takes them.
       tokens_a_step: of each sequence, on average.
       bytes_per_device: weights and caches on the fullest device.
@@ -53,7 +57,7 @@ class Prediction:
     tensor: int
     devices: int
     depths: tuple[int, ...]
-    rows: int
+    rows: float
     step: Parts
     tokens_a_step: float
     bytes_per_device: float
@@ -63,9 +67,9 @@ class Prediction:
     price: float | None
 
     @property
-    def capacity(self) -> int:
+    def capacity(self) -> float:
         """Slots of the lattice, K W; 0 without one."""
-        return len(self.depths) * self.rows if self.method.startswith("dex") else 0
+        return len(self.depths) * self.rows if self.method.startswith(("dex", "trees")) else 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -95,7 +99,7 @@ class Plan:
     Attributes:
       predictions: fastest first; those that do not fit come last.
       choice: the recommended one; None when nothing fits.
-      best_dex, best_other: the fastest of DEX and of all others that fit; None where there is none.
+      best_dex, best_other: the fastest of several explorers and of all others that fit; None where there is none.
       sentence: the recommendation for people.
     """
 
@@ -144,13 +148,13 @@ def plan(
         best_other is not None and best_dex.tokens_per_second < WORTH_IT * best_other.tokens_per_second
     ):
         assert best_other is not None
-        sentence = f"Do not use DEX here: {best_other.detail} makes {best_other.tokens_per_second:.1f} tokens/s"
+        sentence = f"One explorer or none: {best_other.detail} makes {best_other.tokens_per_second:.1f} tokens/s"
         if best_dex is not None:
-            sentence += f", the best DEX ({best_dex.detail}) {best_dex.tokens_per_second:.1f}"
+            sentence += f", the best of several explorers ({best_dex.detail}) {best_dex.tokens_per_second:.1f}"
             if best_dex.tokens_per_second > best_other.tokens_per_second:
                 sentence += f", which is less than {WORTH_IT - 1:.0%} more"
         return Plan(ordered, best_other, best_dex, best_other, sentence + ".")
-    sentence = f"Use DEX: {best_dex.detail}, {best_dex.tokens_per_second:.1f} tokens/s"
+    sentence = f"Several explorers: {best_dex.detail}, {best_dex.tokens_per_second:.1f} tokens/s"
     if best_other is not None:
         gain = best_dex.tokens_per_second / best_other.tokens_per_second
         sentence += f", {gain:.2f} times the best other way ({best_other.detail})"
@@ -160,60 +164,70 @@ def plan(
 def dex(
     s: Setting, profile: Profile, explorers: Sequence[int] | None = None, rows: Sequence[int] | None = None
 ) -> list[Prediction]:
-    """DEX on every mesh K x T that the devices allow and every grid and cap of the profile, and on one device.
+    """Several explorers on every mesh K x T that the devices allow and every grid and cap of the profile, and on one
+    device.
 
     Arguments and errors as of `plan`.
     """
     found = []
-    for depths, count in _grids(profile, s.work.layers, explorers, rows):
-        ticks = profile.ticks(depths, count)
-        if ticks is None:
-            continue
-        stages = len(depths)
-        grid: dict[str, Any] = {"depths": depths, "rows": count, "tokens_a_step": 1 / ticks}
-        name = f"DEX-1/{stages}, exits at {' '.join(map(str, depths[:-1]))}, {count} rows"
+    for ticks in _grids(profile, s.work.layers, explorers, rows):
+        depths, drafts, stages = ticks.depths, ticks.levels is not None, len(ticks.depths)
+        counts: dict[str, Any] = {"depths": depths, "rows": ticks.rows, "tokens_a_step": ticks.tokens}
+        held: dict[str, Any] = {"slots": stages * ticks.rows, "drafts": drafts}
+        name = f"DEX-1/{stages}{' with drafts' if drafts else ''}, exits at {' '.join(map(str, depths[:-1]))}"
+        name += f", {ticks.rows:g} rows"
         for tensor in tensor_axes(s, s.hardware.count // stages):
-            if stages * tensor == 1:
-                continue
-            step = cost_model.tick(s, depths, count, ticks, tensor)
-            size = cost_model.bytes_per_device(s, stages, tensor, rows=count, depths=depths)
+            step = cost_model.tick(s, ticks, tensor)
+            size = cost_model.bytes_per_device(s, stages, tensor, exits=1, depths=depths, **held)
             where = f"stage={stages}" + (f",tensor={tensor}" if tensor > 1 else "")
-            found.append(prediction(s, "dex", (stages, tensor), step, size, f"{name}, mesh {where}", **grid))
-        step = cost_model.tick_on_one_device(s, depths, count, ticks)
-        size = cost_model.bytes_per_device(s, 1, 1, rows=stages * count, depths=(s.work.layers,))
-        size += (stages - 2) * s.exits.own * s.hardware.device.itemsize
-        found.append(prediction(s, "dex one device", (1, 1), step, size, f"{name}, one device", **grid))
+            found.append(prediction(s, "dex", (stages, tensor), step, size, f"{name}, mesh {where}", **counts))
+        step = cost_model.tick_on_one_device(s, ticks)
+        size = cost_model.bytes_per_device(s, exits=stages - 1, **held)
+        found.append(prediction(s, "dex one device", (1, 1), step, size, f"{name}, one device", **counts))
     return found
 
 
 def others(s: Setting, profile: Profile | None = None) -> list[Prediction]:
-    """Every other way on the same devices: AR, pipelined, tensor-parallel, replicas, LayerSkip with a profile."""
-    count, found = s.hardware.count, []
-    single = smallest_tensor(s)
-    step = cost_model.ar_step(s, single)
-    size = cost_model.bytes_per_device(s, 1, single)
+    """Every other way on the same devices: AR, pipelined, tensor-parallel, replicas; with a profile LayerSkip, and one
+    explorer with that of the trees that is best for each of these ways.
+    """
+    found = _one_explorer(s)
+    if profile is not None:
+        found += [_layerskip(s, profile, tensor) for tensor in tensor_axes(s, s.hardware.count)]
+        trees = [_one_explorer(s, ticks) for ticks in profile.drafts if len(ticks.depths) == 1]
+        found += [max(way, key=lambda p: (p.fits, p.tokens_per_second)) for way in zip(*trees, strict=True)]
+    return found
+
+
+def _one_explorer(s: Setting, trees: Ticks | None = None) -> list[Prediction]:
+    """AR, or one explorer with drafts: on one device, or as few as hold AR, pipelined, tensor-parallel, replicas."""
+    count, single, found = s.hardware.count, smallest_tensor(s), []
+    kind, name = ("ar", "AR") if trees is None else ("trees", f"trees of {trees.rows:g} rows")
+    counts: dict[str, Any] = {} if trees is None else {"rows": trees.rows, "tokens_a_step": trees.tokens}
+    held: dict[str, Any] = {} if trees is None else {"slots": trees.rows, "drafts": True}
+
+    def add(way: str, mesh: tuple[int, int], step: Parts, where: str, part: Setting = s, **more: Any) -> None:
+        size = cost_model.bytes_per_device(part, *mesh, **held)
+        found.append(prediction(s, f"{kind}{way}", mesh, step, size, f"{name}{where}", **counts, **more))
+
     where = "one device" if single == 1 else f"{single} devices that split every layer"
-    found.append(prediction(s, "ar", (1, single), step, size, f"AR on {where}"))
+    add("", (1, single), cost_model.ar_step(s, single, trees), f" on {where}")
     for tensor in tensor_axes(s, count):
         stages = min(count // tensor, s.work.layers)
         if tensor > single:
-            step, size = cost_model.ar_step(s, tensor), cost_model.bytes_per_device(s, 1, tensor)
-            detail = f"AR, every layer split over {tensor} devices"
-            found.append(prediction(s, "ar tensor", (1, tensor), step, size, detail))
+            step = cost_model.ar_step(s, tensor, trees)
+            add(" tensor", (1, tensor), step, f", every layer split over {tensor} devices")
         if stages > 1:
-            step = cost_model.pipelined_step(s, stages, tensor)
-            size = cost_model.bytes_per_device(s, stages, tensor)
-            detail = f"AR, pipeline of {stages} stages" + (f" of {tensor} devices each" if tensor > 1 else "")
-            found.append(prediction(s, "ar pipelined", (stages, tensor), step, size, detail))
-        if profile is not None:
-            found.append(_layerskip(s, profile, tensor))
+            step = cost_model.pipelined_step(s, stages, tensor, trees)
+            each = f" of {tensor} devices each" if tensor > 1 else ""
+            add(" pipelined", (stages, tensor), step, f", pipeline of {stages} stages{each}")
     copies = count // single
     if copies > 1:
         busy = min(copies, s.batch)
         part = dataclasses.replace(s, batch=math.ceil(s.batch / busy))
-        step, size = cost_model.ar_step(part, single), cost_model.bytes_per_device(part, 1, single)
-        detail = f"AR, {busy} of {copies} replicas busy, {part.batch} sequences each"
-        found.append(prediction(s, "ar replicas", (1, single), step, size, detail, devices=busy * single))
+        where = f", {busy} of {copies} replicas busy, {part.batch} sequences each"
+        step = cost_model.ar_step(part, single, trees)
+        add(" replicas", (1, single), step, where, part, devices=busy * single)
     return found
 
 
@@ -244,25 +258,24 @@ def _layerskip(s: Setting, profile: Profile, tensor: int) -> Prediction:
     return max(found, key=lambda each: each.tokens_per_second)
 
 
-def _grids(
-    profile: Profile, layers: int, explorers: Sequence[int] | None, rows: Sequence[int] | None
-) -> list[tuple[tuple[int, ...], int]]:
-    """(depths, rows) to consider."""
+def _grids(profile: Profile, layers: int, explorers: Sequence[int] | None, rows: Sequence[int] | None) -> list[Ticks]:
+    """Ticks of the grids and rows to consider, without drafts and with those that the profile knows."""
     if profile.assumption is None:
         grids = [grid.depths for grid in profile.grids]
     else:
         most = min(layers, max(explorers or (ASSUMED_EXPLORERS,)))
         grids = [even_depths(stages, layers) for stages in range(2, most + 1)]
-    found = []
+    found = [ticks for ticks in profile.drafts if len(ticks.depths) > 1]
     for depths in grids:
         full = full_rows(len(depths))
-        caps = {min(full, cap) for cap in (*(rows or ()), default_rows(len(depths)), *profile.cap_loss)}
-        found += [(depths, cap) for cap in sorted(caps)]
+        for cap in sorted({min(full, cap) for cap in (*(rows or ()), default_rows(len(depths)), *profile.cap_loss)}):
+            ticks = profile.ticks(depths, cap)
+            found += [] if ticks is None else [Ticks(depths, cap, 1 / ticks, 1 / ticks)]
     kept = [
-        (depths, cap)
-        for depths, cap in found
-        if (explorers is None or len(depths) in explorers)
-        and (rows is None or cap in rows or cap == full_rows(len(depths)) < max(rows))
+        ticks
+        for ticks in found
+        if (explorers is None or len(ticks.depths) in explorers)
+        and (rows is None or ticks.rows in rows or ticks.rows == full_rows(len(ticks.depths)) < max(rows))
     ]
     if not kept:
         raise DexError("the profile holds none of these K and rows: measure them, or ask for others")
@@ -290,13 +303,29 @@ def prediction(
 
 
 def predictions_table(predictions: Sequence[Prediction]) -> str:
-    """One line a way: speed, step, and what takes its time."""
-    parts = ["layers", "width", "head", "exits", "comm", "fixed"]
+    """One line a way: speed, over AR's pipeline and the one that runs trees (over one device if it is all there is),
+    step, and what takes its time.
+    """
+    parts = ["layers", "width", "head", "exits", "drafts", "comm", "fixed"]
+    rivals = [_fastest(predictions, kind) for kind in ("ar", "trees")]
     rows = []
     for p in predictions:
         price = "-" if p.dollars_per_million is None else f"{p.dollars_per_million:.2f}"
         speed = f"{p.tokens_per_second:.1f}" if p.fits else "too big"
+        over = ["-" if speed is None else f"{p.tokens_per_second / speed:.2f}" for speed in rivals]
         shares = [f"{100 * value / p.step.total:.0f}" for value in dataclasses.astuple(p.step)]
         size = f"{p.bytes_per_device / 1e9:.2f}"
-        rows.append([p.detail, speed, f"{p.step.total * 1e3:.3f}", f"{p.tokens_a_step:.2f}", size, *shares, price])
-    return markdown(["way", "tok/s", "step ms", "tok/step", "GB/device", *(f"% {n}" for n in parts), "$/M tok"], rows)
+        rows.append(
+            [p.detail, speed, *over, f"{p.step.total * 1e3:.3f}", f"{p.tokens_a_step:.2f}", size, *shares, price]
+        )
+    heads = ["way", "tok/s", "over AR", "over trees", "step ms", "tok/step", "GB/device"]
+    return markdown([*heads, *(f"% {n}" for n in parts), "$/M tok"], rows)
+
+
+def _fastest(predictions: Sequence[Prediction], kind: str) -> float | None:
+    """Tokens a second of the fastest pipeline of a kind, "ar" or "trees", or without any of the kind on one device."""
+    for method in (f"{kind} pipelined", kind):
+        speeds = [p.tokens_per_second for p in predictions if p.method == method]
+        if speeds:
+            return max(speeds)
+    return None

@@ -1,4 +1,7 @@
-"""The EAD profile of a model and its exits: from what exits said along texts, with tables and pictures."""
+"""The EAD profile of a model and its exits: from what exits said along texts, with tables and pictures.
+
+What drafts bring no text says ahead: ticks with them are counted in the loop.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,80 @@ from typing import Any
 
 import numpy as np
 
-from dex_jax.evaluation.planner.ead_profile import CAP_LOSS, EAD, GridProfile, Profile
+from dex_jax.decoding.dex.trees import known_trees
+from dex_jax.decoding.generate import generate
+from dex_jax.decoding.methods import Dex
+from dex_jax.decoding.resolve import find_exits
+from dex_jax.evaluation.planner.ead_profile import CAP_LOSS, EAD, GridProfile, Profile, Ticks
 from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.figures import figures_of
 from dex_jax.forced.run import Forced
+from dex_jax.forced.texts import Text, batches
+from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import write_whole
+from dex_jax.language_model import LanguageModel
 from dex_jax.plot.charts import speedup_by_k
 from dex_jax.plot.figures import INK, new_figure, png
 from dex_jax.tables import markdown
 
 
-def profile_of(measured: Forced, groups: Mapping[str, Forced], *, about: Mapping[str, Any] | None = None) -> Profile:
-    """The profile of a measurement of all texts, with the EAD of each group of them; `about` is noted."""
+def ticks_with_drafts(
+    lm: LanguageModel,
+    exits: TrainedExits,
+    texts: Sequence[Text],
+    grids: Sequence[tuple[int, ...]] = (),
+    *,
+    max_new_tokens: int = 96,
+    batch: int = 8,
+) -> tuple[Ticks, ...]:
+    """What ticks with drafts come to, for one explorer and for each grid, with each tree that is known of exit 0.
+
+    Tokens are the texts', so nothing but ticks is counted, of all texts together.
+
+    Args:
+      lm: the model.
+      exits: at depths below L; exit 0 is what ships for the model.
+      texts: their prompts are answered.
+      grids: depths x_1 < ... < x_K = L each.
+      max_new_tokens: of each answer.
+      batch: prompts of similar length answered at a time.
+
+    Raises:
+      DexError: as `dex_jax.generate`.
+    """
+    drafter, prompts = find_exits(exits, lm.fingerprint).drafter, [list(prompt) for prompt, _ in texts]
+    found = []
+    for depths in ((lm.config.num_layers,), *grids):
+        for tree in known_trees(drafter):
+            one = len(depths) == 1  # which has no exits at depths
+            method = Dex(explorers=1, draft=tree.shape) if one else Dex(depths=depths, draft=tree.shape)
+            options: dict[str, Any] = {"method": method, "exits": "default" if one else exits}
+            tokens = ticks = commits = rows = 0
+            for chosen in batches([len(prompt) for prompt in prompts], batch):
+                asked = [prompts[i] for i in chosen]
+                out = generate(lm, asked, max_new_tokens=max_new_tokens, **options)
+                rows = out.stats.schedule.rows
+                ticks += int(np.sum(out.stats.ticks))
+                tokens += int((out.lengths - 1).sum())
+                # A commit emits a path, of which exit 0 gave all but one token.
+                commits += int((out.stats.exits[:, 1:] > 0).sum())
+            if ticks:
+                levels = tree.shape.drafted if drafter is not None else 0
+                found.append(Ticks(depths, rows, tokens / ticks, commits / ticks, levels))
+    return tuple(found)
+
+
+def profile_of(
+    measured: Forced,
+    groups: Mapping[str, Forced],
+    *,
+    about: Mapping[str, Any] | None = None,
+    drafts: Sequence[Ticks] = (),
+) -> Profile:
+    """The profile of a measurement of all texts, with the EAD of each group of them; `about` is noted.
+
+    `drafts` are of `ticks_with_drafts`.
+    """
     figures, ead = figures_of(measured), _ead(measured)
     grids = tuple(
         GridProfile(
@@ -39,11 +104,12 @@ def profile_of(measured: Forced, groups: Mapping[str, Forced], *, about: Mapping
         cap_loss=CAP_LOSS,
         about={"texts": figures.texts, "tokens": figures.tokens} | dict(about or {}),
         groups={name: _ead(group) for name, group in groups.items()},
+        drafts=tuple(drafts),
     )
 
 
 def profile_table(profile: Profile) -> str:
-    """One table by depth, one by grid."""
+    """One table by depth, one by grid, and one of ticks with drafts."""
     ead, about = profile.ead, profile.about
     by_depth = [
         [
@@ -66,14 +132,27 @@ def profile_table(profile: Profile) -> str:
         for grid in profile.grids
     ]
     header = ["K", "depths", "grid's bound", "teacher-forced, DECS", "ticks per token", "tokens by exit"]
-    return "\n\n".join(
-        [
-            f"{about['tokens']} tokens of {about['texts']} texts; mean EAD {ead.mean:.2f} of {profile.layers} layers, "
-            f"oracle speedup {ead.oracle_speedup:.2f}",
-            markdown(["depth", "EAD here", "by here", "agreement"], by_depth),
-            markdown(header, by_grid),
+    parts = [
+        f"{about['tokens']} tokens of {about['texts']} texts; mean EAD {ead.mean:.2f} of {profile.layers} layers, "
+        f"oracle speedup {ead.oracle_speedup:.2f}",
+        markdown(["depth", "EAD here", "by here", "agreement"], by_depth),
+        markdown(header, by_grid),
+    ]
+    if profile.drafts:
+        by_tree = [
+            [
+                str(len(ticks.depths)),
+                " ".join(map(str, ticks.depths)),
+                f"{ticks.rows:g}",
+                f"{ticks.levels:g}",
+                f"{ticks.tokens:.3f}",
+                f"{ticks.depth_side_speedup:.2f}",
+            ]
+            for ticks in profile.drafts
         ]
-    )
+        header = ["K", "depths", "rows", "levels drafted", "tokens a tick, drafts", "depth-side speedup"]
+        parts.append(markdown(header, by_tree))
+    return "\n\n".join(parts)
 
 
 def figures(profile: Profile) -> dict[str, Any]:
