@@ -51,6 +51,7 @@ class Measured:
     exits: Curve  # time of asking the exits (mask, choice and probability included), per byte of the draft unembedding
     layer_seconds: dict[str, float]  # the layout -> fixed cost of a layer, whatever its width
     tick_seconds: float  # fixed cost of a tick beside its layers and heads
+    drafts_seconds: float = 0.0  # what exit 0 adds to that beside the drafter: to look up, grow and sort cohorts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,7 @@ def test_all_that_the_planner_reads_is_measured(machine) -> None:
         assert all(math.isfinite(seconds) and seconds >= 0 for _, seconds in curve)
     assert all(seconds > 0 for _, seconds in (*measured.head, *measured.exits))
     assert min(*measured.layer_seconds.values(), measured.tick_seconds) > 0
+    assert measured.drafts_seconds >= 0
     assert (machine.device.itemsize, machine.device.memory) == (4, 1.5e9)
     # Bytes and operations a second, not billions of them: more cannot be said of 100 kB on a busy machine.
     assert machine.device.bandwidth > 1e6

@@ -110,7 +110,7 @@ def test_a_tree_by_hand() -> None:
     """Four rows, all of them asked of the final layer, and two drafted levels: on one device, then over two stages."""
     s = setting(drafter=DRAFTER)
     layers = 6 * cost_twin.layer(TWIN_MODEL, 4, 1, 54, 1, TWIN_MACHINE)
-    rest = cost_twin.head(TWIN_MODEL, 4, 1, TWIN_MACHINE) + 2 * drafted(4) + 200e-4
+    rest = cost_twin.head(TWIN_MODEL, 4, 1, TWIN_MACHINE) + 2 * drafted(4) + (200 + 250) * 1e-4
     found = cost_model.ar_step(s, trees=TREE)
     assert found.total == pytest.approx(layers + rest)
     assert found.drafts == pytest.approx(2 * (drafted(4) - 12e-4))
@@ -131,7 +131,7 @@ def test_a_tick_with_drafts_by_hand() -> None:
     # Beside what nodes propose, the drafter's parents' features are told.
     told = cost_twin.all_gather(160, 2, TWIN_MACHINE) + cost_twin.all_gather(400, 2, TWIN_MACHINE)
     # Below eight heads at most.
-    assert found.total == pytest.approx(layers + exits + final / 2 + moved + told + 5 * drafted(8) + 200e-4)
+    assert found.total == pytest.approx(layers + exits + final / 2 + moved + told + 5 * drafted(8) + (200 + 250) * 1e-4)
 
 
 def test_a_drafter_keeps_two_bytes_a_number() -> None:
@@ -188,6 +188,7 @@ MEASURED = Measured(
     exits=((1.0, 3e-4),),
     layer_seconds={"unrolled": 0.01},
     tick_seconds=0.5,
+    drafts_seconds=0.25,
 )
 
 
@@ -200,6 +201,11 @@ def test_a_calibrated_machine_by_hand() -> None:
     assert four.layers == pytest.approx(6 * (2000 * 2e-4 + 4 * 800 * 1e-5))
     tick = cost_model.tick_on_one_device(s, silent((3, 6), 1, 2.0))
     assert tick.fixed == pytest.approx(6 * 0.01 + 0.5 + 12e-4)
+    tree = cost_model.ar_step(s, trees=TREE)
+    assert tree.fixed == pytest.approx(6 * 0.01 + 0.5 + 0.25)
+    # Four rows: of products, attention and the final layer.
+    assert tree.layers + tree.width == pytest.approx(6 * (2000 * 2e-4 + 2 * 54 * 8 * 3e-5))
+    assert tree.head == pytest.approx(1400 * 2e-4)
 
 
 figures = st.floats(0.1, 10)

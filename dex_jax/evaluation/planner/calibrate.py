@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.config import ModelConfig
+from dex_jax.decoding.dex.trees import LOOKUP_TREE
 from dex_jax.decoding.footprint import device_memory
 from dex_jax.errors import DexError
 from dex_jax.evaluation.planner.cost_model import KERNELS_A_LAYER
@@ -100,8 +101,10 @@ def calibrate(
     columns = min(DRAFT, config.vocab_size)
     asked = tuple((n, exits_seconds(config, dtype, columns, n, timer) / (size * columns * work.width)) for n in rows)
     notify("3 of 3: a tick alone, bandwidth, arithmetic")
-    tick = lattice_seconds(min(STAGES, config.num_layers), timer)
-    measured = Measured({"unrolled": layer}, attention, head, asked, {"unrolled": fixed}, tick)
+    stages = min(STAGES, config.num_layers)
+    tick, drafting = (lattice_seconds(stages, timer, drafts) for drafts in (None, LOOKUP_TREE))
+    more = max(0.0, drafting - tick)
+    measured = Measured({"unrolled": layer}, attention, head, asked, {"unrolled": fixed}, tick, more)
     between = link(timer) if jax.device_count() > 1 else LINKS["loopback"]
     found = Device(
         name=device_name(device),
@@ -123,7 +126,8 @@ def summary(found: Hardware) -> str:
     assert measured is not None
     lines = [
         f"{device.name}: {device.bandwidth / 1e9:.1f} GB/s, {device.flops / 1e9:.0f} Gflop/s, "
-        f"{device.kernel_seconds * 1e6:.2f} us a kernel, {measured.tick_seconds * 1e6:.0f} us a tick alone"
+        f"{device.kernel_seconds * 1e6:.2f} us a kernel, {measured.tick_seconds * 1e6:.0f} us a tick alone, "
+        f"{measured.drafts_seconds * 1e6:.0f} more with drafts"
     ]
     curves = {"layer": measured.layer["unrolled"], "head": measured.head, "exits": measured.exits}
     for name, curve in (curves | {"attention": measured.cache}).items():

@@ -55,6 +55,10 @@ layers a stage (results/planner.md), of which its layers, compiled for one row a
 DRAFTER_BYTES = 2
 """A drafter's numbers have so many bytes at most: it only proposes tokens (`nn.few_rows.kept_dtype`)."""
 
+KERNELS_OF_DRAFTS = 250
+"""Assumption: what exit 0 adds to that beside the drafter, to look up the text, grow, sort and follow a cohort. A tick
+compiled for CPUs has 61 kernels more with drafts and runs 27 for each of seven levels."""
+
 LOGIT_PASSES = 4
 """Assumption: logits are written once and read for mask, maximum and sum."""
 
@@ -293,15 +297,19 @@ def _final_rows(s: Setting, ticks: Ticks) -> float:
 
 
 def _drafts(s: Setting, ticks: Ticks) -> Parts:
-    """What exit 0 drafts in a tick: a drafter step a level."""
-    if not ticks.levels or s.drafter is None:
+    """What exit 0 adds to a tick: to look up and grow cohorts, and a drafter step a level."""
+    if ticks.levels is None:
         return Parts()
     device, rows = s.hardware.device, s.batch * min(ticks.rows, HEADS)
+    measured = device.measured
+    found = Parts(fixed=measured.drafts_seconds if measured else KERNELS_OF_DRAFTS * device.kernel_seconds)
+    if s.drafter is None:
+        return found
     kept = dataclasses.replace(device, itemsize=min(device.itemsize, DRAFTER_BYTES))
     kept_s = dataclasses.replace(s, hardware=dataclasses.replace(s.hardware, device=kept))
     one = _product(kept_s, s.drafter.own, rows, 1) + _logits(kept_s, s.drafter.columns, rows, 1, "exits")
     step = Parts(drafts=one, fixed=KERNELS_OF_EXITS * device.kernel_seconds)
-    return step.times(ticks.levels)
+    return found + step.times(ticks.levels)
 
 
 def _layers(s: Setting, layers: int, rows: float, tensor: int, slots: float) -> Parts:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex import loop
+from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.interface import Exits, Network, StageView
 from dex_jax.decoding.dex.proposals import HEAD_BLOCK, Proposers, propose
 from dex_jax.decoding.record import Limits
@@ -28,6 +29,9 @@ from dex_jax.nn.layers import linear
 from dex_jax.nn.transformer import Transformer, Unrolled
 from dex_jax.nn.weights import abstract_weights, merge_model
 from dex_jax.sampling import choose
+
+TEXT = 512
+"""Tokens that drafts are looked up in."""
 
 
 class Timer(NamedTuple):
@@ -157,8 +161,8 @@ def exits_seconds(config: ModelConfig, dtype: jnp.dtype, columns: int, rows: int
     return timer(_repeated(step, kernel, jnp.full((2, batch, width, config.width), 0.1, dtype)))
 
 
-def lattice_seconds(stages: int, timer: Timer) -> float:
-    """Seconds of a tick around a network that computes nothing but a spread of cheap logits."""
+def lattice_seconds(stages: int, timer: Timer, drafts: TreeShape | None = None) -> float:
+    """Seconds of a tick around a network that computes nothing but a spread of cheap logits; `drafts` of the text."""
     width, rows = 64, 8
     table = jnp.arange(width, dtype=jnp.float32)
 
@@ -176,9 +180,12 @@ def lattice_seconds(stages: int, timer: Timer) -> float:
         )
 
     limits = Limits(jnp.asarray([10**9], jnp.int32), jnp.asarray([-1], jnp.int32))
-    start = functools.partial(loop.init, stages=stages, rows=rows, capacity=16, limits=limits)
+    more: dict[str, Any] = {"drafts": drafts}
+    if drafts is not None:
+        more |= {"prompt": jnp.zeros((1, TEXT), jnp.int32), "length": TEXT}
+    start = functools.partial(loop.init, stages=stages, rows=rows, capacity=16, limits=limits, **more)
     state = jax.jit(lambda table: start(network(table), (), jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)))(table)
-    run = jax.jit(lambda table, state, until: loop.run(network(table), state, limits, until_tick=until))
+    run = jax.jit(lambda table, state, until: loop.run(network(table), state, limits, until_tick=until, drafts=drafts))
     return timer(lambda rounds: run(table, state, jnp.int32(rounds)))
 
 
