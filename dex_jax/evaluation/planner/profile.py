@@ -64,7 +64,8 @@ def ticks_with_drafts(
                 asked = [prompts[i] for i in chosen]
                 out = generate(lm, asked, max_new_tokens=max_new_tokens, **options)
                 rows = out.stats.schedule.rows
-                ticks += int(np.sum(out.stats.ticks))
+                assert out.stats.ticks is not None
+                ticks += int(out.stats.ticks.sum())
                 tokens += int((out.lengths - 1).sum())
                 # A commit emits a path, of which exit 0 gave all but one token.
                 commits += int((out.stats.exits[:, 1:] > 0).sum())

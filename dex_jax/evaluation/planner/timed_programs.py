@@ -180,11 +180,15 @@ def lattice_seconds(stages: int, timer: Timer, drafts: TreeShape | None = None) 
         )
 
     limits = Limits(jnp.asarray([10**9], jnp.int32), jnp.asarray([-1], jnp.int32))
-    more: dict[str, Any] = {"drafts": drafts}
-    if drafts is not None:
-        more |= {"prompt": jnp.zeros((1, TEXT), jnp.int32), "length": TEXT}
-    start = functools.partial(loop.init, stages=stages, rows=rows, capacity=16, limits=limits, **more)
-    state = jax.jit(lambda table: start(network(table), (), jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)))(table)
+    prompt = None if drafts is None else jnp.zeros((1, TEXT), jnp.int32)
+
+    @jax.jit
+    def begin(table: jax.Array) -> loop.DexState:
+        at: dict[str, Any] = {"stages": stages, "rows": rows, "capacity": 16, "limits": limits}
+        first, position = jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)
+        return loop.init(network(table), (), first, position, drafts=drafts, prompt=prompt, length=TEXT, **at)
+
+    state = begin(table)
     run = jax.jit(lambda table, state, until: loop.run(network(table), state, limits, until_tick=until, drafts=drafts))
     return timer(lambda rounds: run(table, state, jnp.int32(rounds)))
 
