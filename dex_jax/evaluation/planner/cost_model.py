@@ -108,7 +108,7 @@ class Setting:
       hardware: all of it, though a method may use less.
       batch: B.
       context: S, for caches of fixed length their length.
-      drafter: exit 0; None where the text alone drafts, which takes no time.
+      drafter: exit 0; None where the text alone drafts.
     """
 
     work: Work
@@ -126,8 +126,7 @@ def tick(s: Setting, ticks: Ticks, tensor: int = 1) -> Parts:
         return ar_step(s, tensor, ticks)
     device, slots = s.hardware.device, stages * rows
     longest = _longest(depths)
-    found = _layers(s, longest, 1, tensor, slots)
-    width = _layers(s, longest, rows, tensor, slots).total - found.total
+    found = _wide(s, longest, rows, tensor, slots)
     used = s.batch * rows
     logits, gathered = _exit_logits(s, used, tensor)
     final = _head(s, _final_rows(s, ticks), tensor)
@@ -135,7 +134,7 @@ def tick(s: Setting, ticks: Ticks, tensor: int = 1) -> Parts:
     # Exits and the final layer are asked at the same time, on different devices; or the final layer while the others
     # still run their layers, where the last stage has fewer of them (`decoding.mesh.stage.final_first`).
     asked = _exit_features(s, used) + logits
-    spare = (longest - (depths[-1] - depths[-2])) / longest * (found.total + width)
+    spare = (longest - (depths[-1] - depths[-2])) / longest * found.total
     exits = asked + _committed(s)
     waits = min(final.head - asked, final.head - spare) if s.exits.previous else final.head - asked - spare
     head = Parts(head=commits * max(0.0, waits), fixed=commits * final.fixed)
@@ -143,12 +142,11 @@ def tick(s: Setting, ticks: Ticks, tensor: int = 1) -> Parts:
     moved = permute(_between_stages(s, stages, tensor), numbers)
     # A token and a score of every node, and the token that is committed.
     moved += all_gather(s.hardware, 8 * stages * used, stages, tensor)
-    reader = s.drafter if ticks.levels is not None else None
-    if s.exits.previous or (reader is not None and reader.previous):
+    if s.exits.previous or (ticks.levels is not None and s.drafter is not None and s.drafter.previous):
         moved += all_gather(s.hardware, stages * numbers, stages, tensor)
     moved += all_reduce(s.hardware, numbers, tensor) + gathered
     fixed = KERNELS_OF_EXITS * device.kernel_seconds + _tick_seconds(s)
-    return found + head + _drafts(s, ticks) + Parts(width=width, exits=exits, communication=moved, fixed=fixed)
+    return found + head + _drafts(s, ticks) + Parts(exits=exits, communication=moved, fixed=fixed)
 
 
 def tick_on_one_device(s: Setting, ticks: Ticks) -> Parts:
