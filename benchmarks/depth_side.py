@@ -72,7 +72,7 @@ def table(runs: Mapping[str, dict[str, Any]], explorers: list[int]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = arguments(__doc__, data=None, prompts=40, max_new_tokens=96, exits="default")
+    flags = arguments(__doc__, weights=None, data=None, prompts=40, max_new_tokens=96, exits="default")
     flags.add_argument("--explorers", type=int, nargs="+", default=[1, 2, 5, 10], metavar="K")
     flags.add_argument("--only-drafts", action="store_true", help="leave out explorers without drafts")
     return flags
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Decodes what is missing and writes the page; 1 where tokens are not AR's."""
     remember_compilations()
-    lm = dex_jax.load(args.model, dtype="float32")
+    lm = dex_jax.load(args.model, dtype="float32", weights=args.weights)
     asked = read_ids(lm, args.data, args.prompts)
     kept = {name: getattr(args, name) for name in ("model", "exits", "prompts", "max_new_tokens")}
     figures = Figures(args.output, machine(**kept))

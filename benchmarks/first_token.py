@@ -48,7 +48,7 @@ def page(times: dict[str, list[float]], lengths: list[int]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = arguments(__doc__, rounds=9, transformers_python=None)
+    made = arguments(__doc__, weights=None, rounds=9, transformers_python=None)
     made.add_argument("--lengths", type=int, nargs="+", default=[*LENGTHS], metavar="N", help="of prompts, in tokens")
     return made
 
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Measures and writes."""
     remember_compilations()
-    lm = dex_jax.load(args.model, dtype="float32")
+    lm = dex_jax.load(args.model, dtype="float32", weights=args.weights)
     outside = Outside(args.transformers_python, args.model) if args.transformers_python else None
     figures = Figures(args.output, machine(dtype="float32", rounds=args.rounds) | (outside.versions if outside else {}))
     measures: dict[str, Any] = {}

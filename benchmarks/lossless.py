@@ -73,7 +73,7 @@ def table(runs: dict[str, dict]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = arguments(__doc__, prompts=18)
+    flags = arguments(__doc__, weights=None, prompts=18)
     flags.add_argument("--explorers", type=int, nargs="+", default=[1, 3, 5, 6, 10, 30], metavar="K")
     return flags
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     remember_compilations()
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     prompts = golden["prompts"][: args.prompts]
-    lm = dex_jax.load(args.model, dtype="float32")
+    lm = dex_jax.load(args.model, dtype="float32", weights=args.weights)
     figures = Figures(args.output, machine(dtype="float32"))
     for explorers in args.explorers:
         for at in range(0, len(prompts), BATCH):

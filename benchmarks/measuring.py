@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dex_jax.cli.common import WEIGHTS
 from dex_jax.errors import DexError
 from dex_jax.io.whole_files import write_json
 
@@ -22,13 +23,14 @@ def arguments(doc: str, **defaults: Any) -> argparse.ArgumentParser:
 
     Args:
       doc: the benchmark's docstring, whose first line is shown.
-      defaults: of `data`, `prompts`, `rounds`, `max_new_tokens`, `exits` and `transformers_python`.
+      defaults: of `data`, `prompts`, `rounds`, `max_new_tokens`, `weights`, `exits` and `transformers_python`.
     """
     shared: dict[str, dict[str, Any]] = {
         "data": {"nargs": "+", "metavar": "FILE", "help": "prompts, one file or more"},
         "prompts": {"type": int, "metavar": "N", "help": "of each file, evenly spread (%(default)s)"},
         "rounds": {"type": int, "metavar": "N", "help": "measurements of each, in turns (%(default)s)"},
         "max_new_tokens": {"type": int, "metavar": "N", "help": "of each answer (%(default)s)"},
+        "weights": {"choices": WEIGHTS, "help": "what weights are kept as: as dex_jax.load chooses unless given"},
         "exits": {"help": "default, shared, or a folder or file of exits (%(default)s)"},
         "transformers_python": {"metavar": "PYTHON", "help": "compare with this Python's transformers on torch"},
     }

@@ -112,7 +112,7 @@ def words(runs: dict[str, dict]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     shared = {"prompts": 10, "rounds": 3, "max_new_tokens": 128, "exits": "default", "transformers_python": None}
-    flags = arguments(__doc__, data=None, **shared)
+    flags = arguments(__doc__, weights=None, data=None, **shared)
     flags.add_argument("--dtype", help="of weights and caches (the device's default)")
     flags.add_argument("--temperature", type=float, default=0.0)
     flags.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B")
@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Measures what is missing and writes the page; 1 where tokens are not AR's."""
     remember_compilations()
-    lm = dex_jax.load(args.model, dtype=args.dtype)
+    lm = dex_jax.load(args.model, dtype=args.dtype, weights=args.weights)
     asked = read_ids(lm, args.data, args.prompts)
     methods = {"ar": dex_jax.AR(), "one explorer": dex_jax.Dex(explorers=1), "auto": dex_jax.Dex()}
     methods |= {f"K = {k}": dex_jax.Dex(explorers=k) for k in args.explorers}

@@ -80,13 +80,13 @@ def page(times: dict[str, list[float]]) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    return arguments(__doc__, rounds=9, max_new_tokens=64, transformers_python=None)
+    return arguments(__doc__, weights=None, rounds=9, max_new_tokens=64, transformers_python=None)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures and writes."""
     remember_compilations()
-    lm = dex_jax.load(args.model, dtype="float32")
+    lm = dex_jax.load(args.model, dtype="float32", weights=args.weights)
     ids = lm.encode(PROMPT)
     # A model that knows no EOS: every run does the same work.
     lm.config, lm.tokenizer = dataclasses.replace(lm.config, eos_ids=()), None

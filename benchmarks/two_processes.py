@@ -71,7 +71,7 @@ def work(task: dict[str, Any]) -> None:
     join()
     remember_compilations()
     layout = dex_jax.Staged(tuple(task["depths"])) if task["depths"] else None
-    lm = dex_jax.load(task["model"], "float32", mesh=task["mesh"], layout=layout)
+    lm = dex_jax.load(task["model"], "float32", mesh=task["mesh"], layout=layout, weights=task["weights"])
     assert lm.mesh is not None
     assert isinstance(lm.layout, dex_jax.Staged)
     assert len(jax.local_devices()) == 1
@@ -81,7 +81,7 @@ def work(task: dict[str, Any]) -> None:
             print(json.dumps(what), flush=True)
 
     about = (lm.config, lm.layout, lm.dtype, lm.fingerprint, 1, CACHE)
-    chosen, _ = settle(dex_jax.Dex(), "default", *about, lm.mesh)
+    chosen, _ = settle(dex_jax.Dex(), "default", *about, lm.mesh, lm.packing)
     tree = chosen.draft if isinstance(chosen, dex_jax.Dex) else True
     # Both draft the same trees, and choose from them by the same costs.
     methods: dict[str, Any] = {AR: dex_jax.AR(), TREES: dex_jax.Dex(explorers=1, draft=tree)}
@@ -164,7 +164,7 @@ def page(runs: dict[str, Any], mesh: str) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = arguments(__doc__, data=None, prompts=10, rounds=3, max_new_tokens=96)
+    flags = arguments(__doc__, data=None, prompts=10, rounds=3, max_new_tokens=96, weights=None)
     flags.add_argument("--mesh", choices=["stage=2", "tensor=2"], default="stage=2", help="(%(default)s)")
     flags.add_argument("--depths", type=depths, metavar="X,...", help="of the two exits; even unless given")
     flags.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="prompts at a time (%(default)s)")
@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     files = [list(read_ids(lm, [path], args.prompts).items()) for path in args.data]
     # Files take turns, so that every batch is of all of them.
     prompts = [each for together in itertools.zip_longest(*files) for each in together if each is not None]
-    kept = ("model", "mesh", "depths", "max_new_tokens", "rounds")
+    kept = ("model", "weights", "mesh", "depths", "max_new_tokens", "rounds")
     settings = {name: getattr(args, name) for name in kept}
     figures = Figures(args.output, machine(data=[Path(path).name for path in args.data], **settings))
     wanted = {}

@@ -41,8 +41,8 @@ TOTALS = (*ROWS, 32, 64, 128)
 """Rows of all sequences together: products see no more of them. As many are measured as a batch may need."""
 
 LAYERS, LENGTH = 1, 256
-"""What is measured: so many layers, their share of the final logits, and so many cache positions. They take seconds less
-to compile than all layers."""
+"""What is measured: so many layers, their share of the final logits, and so many cache positions. They take seconds
+less to compile than all layers."""
 
 MEASURED_BYTES, MOST_COPIES = 1e8, 16
 """Copies of these layers take turns until they are as large as this, which no processor's cache holds."""

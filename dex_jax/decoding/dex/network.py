@@ -56,12 +56,14 @@ def transformer_network(
     commit_exits: Callable[[Any, Committed], Any] = lambda memory, done: memory,
     in_use: InUse = (),
     drafter: Drafter | None = None,
+    counts: tuple[int, ...] | None = None,
 ) -> Network:
     """The callables of `model` cut at exit depths x_1 < ... < x_K = L; a stacked model must be stacked for them.
 
     `commit_exits` moves on what exits remember, Memory.exits, in step with the caches. `in_use` as of `run_rows`.
+    `counts` are the row counts that a stage is compiled for, None those of `stage_rungs`.
     """
-    unrolled = functools.partial(_advance_unrolled, in_use=in_use)
+    unrolled = functools.partial(_advance_unrolled, in_use=in_use, counts=counts)
     advance = _advance_stacked if isinstance(model.layout, Stacked) else unrolled
 
     return Network(
@@ -151,9 +153,11 @@ def _advance_unrolled(
     memory: Memory,
     hidden: jax.Array,
     view: StageView,
-    in_use: InUse = (),
+    in_use: InUse,
+    counts: tuple[int, ...] | None,
 ) -> tuple[jax.Array, Memory]:
     _, batch, rows, _ = hidden.shape
+    counts = stage_rungs(batch, rows) if counts is None else row_counts(counts, rows)
     _, groups, length, head_dim = memory.keys[0].shape
     prefix_mask, ancestor_mask, among = _masks(view, length)
     used = jax.vmap(last_row)(view.live)
@@ -177,7 +181,7 @@ def _advance_unrolled(
                 fresh.append((fill(keys, 2, rows), fill(values, 2, rows)))
             return fill(x, 1, rows), tuple(fresh)
 
-        x, fresh = climb(used[k], stage_rungs(batch, rows), run_stage)
+        x, fresh = climb(used[k], counts, run_stage)
         out.append(x)
         start = after(view.ring[k] * rows, x)
         for i, (keys, values) in zip(stage, fresh, strict=True):

@@ -105,7 +105,10 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
     if spec.drafter is not None and heads.drafter is not None:
         # What it reads of nodes is shared by all stages: nobody computes it here.
         drafter = transformer_drafter(model, spec.drafter, heads.drafter, None)
-    network = transformer_network(model, (model.config.num_layers,), exits, in_use=in_use, drafter=drafter)
+    drafts = spec.schedule.drafts
+    counts = None if drafts is None or not drafts.rungs else drafts.counts  # as ticks choose of them
+    whole = (model.config.num_layers,)
+    network = transformer_network(model, whole, exits, in_use=in_use, drafter=drafter, counts=counts)
 
     def share(hidden: jax.Array, stage: jax.Array) -> Any:
         if remembers is None:
