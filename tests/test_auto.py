@@ -181,7 +181,7 @@ def figures(monkeypatch, tmp_path):
     monkeypatch.setattr(costs, "_KNOWN", {})
     asked = []
 
-    def measure(config, layout, dtype, totals):
+    def measure(config, layout, dtype, packing, totals):
         asked.append(totals)
         return [1.0] * len(totals)
 
@@ -209,7 +209,7 @@ def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path,
 
 
 def test_a_batch_has_the_costs_of_all_its_rows(figures) -> None:
-    def measure(config, layout, dtype, totals):
+    def measure(config, layout, dtype, packing, totals):
         figures.append(totals)
         return [float(total) for total in totals]
 
@@ -246,7 +246,7 @@ DAMAGED += [f'{{"KEY": [1, 1, 1, 1, {wrong}]}}' for wrong in WRONG]
 
 @pytest.mark.parametrize("content", DAMAGED, ids=lambda content: ascii(content[:40]))
 def test_a_damaged_file_is_measured_again(figures, content) -> None:
-    key = costs._key(LLAMA, Unrolled(), FLOAT32)
+    key = costs._key(LLAMA, Unrolled(), FLOAT32, ())
     costs.costs_file().write_text(content.replace('"KEY"', json.dumps(key)), encoding="utf-8", errors="surrogateescape")
     assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (1.0,) * len(ROWS)
     assert len(figures) == 1

@@ -48,6 +48,7 @@ JSON_TYPES = {
     "tokens_per_second": float,
     "device": str,
     "dtype": str,
+    "weights": str,
 }
 
 
@@ -292,8 +293,12 @@ def test_dry_run_loads_nothing_and_adds_up(capsys, monkeypatch, lm) -> None:
     assert (code, err.count("\n")) == (0, 1)  # what it imports
     assert "weights" in out
     assert "fits" in out
-    sizes = json.loads(run(capsys, "--dry-run", "--json", "--prompt", SKY)[1])
-    assert sizes["weights_bytes"] == lm.parameter_bytes
+    sizes, packed = (
+        json.loads(run(capsys, "--dry-run", "--json", "--prompt", SKY, "--weights", kind)[1])
+        for kind in ("dense", "stored")
+    )
+    assert sizes["weights_bytes"] == lm.parameter_bytes > 5 * packed["weights_bytes"]
+    assert (sizes["weights"], packed["weights"]) == ("float32", "Q4_1 and Q8_0")
     parts = [sizes[f"{name}_bytes"] for name in ("weights", "cache", "lattice", "exits", "workspace")]
     assert sum(parts) == sizes["total_bytes"]
     assert run(capsys, "--dry-run", "--depths", "40")[0] == 2
@@ -344,6 +349,7 @@ assert not heavy, heavy
 
 def test_choices_are_the_library_s() -> None:
     assert tuple(dex_jax.language_model.DTYPES) == common.DTYPES
+    assert dex_jax.language_model.WEIGHTS == common.WEIGHTS
 
 
 def test_filters_without_sampling_are_told(capsys) -> None:

@@ -97,8 +97,8 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         return 0
     where = "one device" if devices == 1 else f"each of {devices} devices"
     what = f"{batch} sequence(s) of at most {length} positions in {dtype}, {title(schedule)}"
-    what += "" if not packing else f", weights in {outline.weights_kind}"
-    print(f"{checkpoint.source}: {what}, on {where}")
+    kept = f", weights in {outline.weights_kind}" if packing else ""
+    print(f"{checkpoint.source}: {what}, on {where}{kept}")
     for field in dataclasses.fields(needed):
         print(f"  {field.name.removesuffix('_bytes'):<10} {getattr(needed, field.name) / 1e9:8.3f} GB")
     print(sentence)
