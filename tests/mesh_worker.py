@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from reference.checkpoints import write_checkpoint
 from reference.small_models import LLAMA, ragged_prompts, random_drafter, random_exits, random_reader, small_model
+from test_io_gguf import write_gguf
 
 import dex_jax
 from dex_jax import AR, Dex, Stacked, Staged
@@ -139,6 +140,8 @@ def main() -> None:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}
         (folder / f"{case.name}.json").write_text(json.dumps(result))
+    if wanted["packed"]:
+        (folder / "packed.json").write_text(json.dumps(packed(folder)))
     for family in wanted["checkpoints"]:
         (folder / f"{family}.json").write_text(json.dumps(checkpoint(family, CHECKPOINTS[family], folder)))
 
@@ -162,6 +165,28 @@ def checkpoint(family: str, mesh: str, folder: Path) -> dict[str, Any]:
         "made": made,
         "best": theirs.argmax(-1)[:, 3:-1].tolist(),
         "tokens": tokens[:, 4:].tolist(),
+    }
+
+
+def packed(folder: Path) -> dict[str, Any]:
+    """Blocks of a GGUF file on a mesh of uneven stages: what devices hold, and tokens beside dense ones on one device."""
+    path = str(write_gguf(folder / "packed.gguf", "llama3", "Q4_1", kinds={"attn_v": "Q8_0"}))
+    one = dex_jax.load(path, "float32", weights="dense")
+    layers = one.config.num_layers
+    lm = dex_jax.load(path, "float32", mesh="stage=2", layout=Staged((2, layers)), weights="stored")
+    prompts = [[5, 9, 3, 11], [7, 2]]
+    methods = {"AR": dex_jax.AR(), "trees": dex_jax.Dex(explorers=1), "explorers": dex_jax.Dex(depths=(2, layers))}
+    outs = {
+        name: [
+            dex_jax.generate(each, prompts, method=method, exits="shared", max_new_tokens=TOKENS) for each in (lm, one)
+        ]
+        for name, method in methods.items()
+    }
+    parts = jax.tree.leaves(lm.weights["layers"][0]["qkv"])
+    return {
+        "kind": lm.weights_kind,
+        "stages": [[shard.data.shape[0] for shard in part.addressable_shards] for part in parts],
+        "tokens": {name: [out.tokens.tolist() for out in pair] for name, pair in outs.items()},
     }
 
 

@@ -19,6 +19,7 @@ from conftest import slow
 from environment import flags_for_devices
 from mesh_worker import CHECKPOINTS, Case
 from reference.small_models import LLAMA, small_model
+from test_few_rows import needs_compiler
 
 from dex_jax.decoding.mesh.stage import final_first
 from dex_jax.errors import DexError
@@ -88,7 +89,8 @@ def run_worker(found: Path, request: pytest.FixtureRequest, known: dict[str, Cas
     names = found / "cases.json"
     named = [dataclasses.asdict(case) for name, case in known.items() if name in wanted]
     checkpoints = [name for name in CHECKPOINTS if name in wanted] if known is CASES else []
-    names.write_text(json.dumps({"cases": named, "checkpoints": checkpoints}))
+    packed = "packed" in wanted and known is IN_CPP
+    names.write_text(json.dumps({"cases": named, "checkpoints": checkpoints, "packed": packed}))
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_for_devices(DEVICES)}
     command = [sys.executable, str(TESTS / "mesh_worker.py"), names, found]
     subprocess.run(command, env={**os.environ, **flags, **variables}, check=True)
@@ -158,6 +160,16 @@ def test_a_short_last_stage_asks_the_final_layer_first() -> None:
     model = merge_model(lm.config, lm.layout, lm.weights)
     assert final_first(model, case.schedule.depths, case.trained.config)
     assert not final_first(model, (4, 8), case.trained.config)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", cases(["packed"]))
+def test_packed_weights_lie_on_their_stages_and_give_dense_ones_tokens(in_cpp: Path, name: str) -> None:
+    found = json.loads((in_cpp / f"{name}.json").read_text())
+    assert found["kind"] == "Q4_1 and Q8_0"
+    assert found["stages"] == [[1, 1], [1, 1]]
+    for method, (ours, theirs) in found["tokens"].items():
+        assert ours == theirs == found["tokens"]["AR"][1], method
 
 
 @pytest.mark.parametrize("name", cases(CHECKPOINTS))
