@@ -1,7 +1,8 @@
-"""transformers' own `generate`: a process of another Python with torch, on the same weights.
+"""Greedy decoding by another library: a process of another Python that has it, on the same weights.
 
-The process is `benchmarks/transformers_ar.py --serve` of a checkout of this repository, which knows SmolLM2-135M alone.
-It runs in float32 on the CPU and never stops at EOS, so it is asked for as many tokens as AR gave.
+The process is `benchmarks/transformers_ar.py --serve` of a checkout of this repository, which knows SmolLM2-135M alone,
+or `benchmarks/llama_ar.py --serve FILE`. Both run on the CPU, transformers in float32, and never stop at EOS, so they
+are asked for as many tokens as AR gave.
 """
 
 from __future__ import annotations
@@ -34,22 +35,23 @@ class Outside:
     """A worker process, asked for one `generate` at a time.
 
     Args:
-      python: a Python that has torch and transformers.
+      python: a Python that has the library.
       model: of the benchmark.
       worker: the program that it runs.
+      file: what a worker that takes any model is told to open.
 
     Raises:
       DexError: another model than the worker's, no checkout, or a Python that cannot run it.
     """
 
-    def __init__(self, python: str, model: str, worker: Path = WORKER):
-        check_outside(model, worker)
+    def __init__(self, python: str, model: str, worker: Path = WORKER, file: str | None = None):
+        if file is None:
+            check_outside(model, worker)
+        command = [python, str(worker), "--serve", *([] if file is None else [file])]
         try:
-            self.process = subprocess.Popen(
-                [python, str(worker), "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         except OSError as error:
-            raise DexError(f"--transformers-python {python} does not start: {error.strerror or error}") from error
+            raise DexError(f"{python} does not start: {error.strerror or error}") from error
         self.versions = self._answer()
 
     def run(self, ids: list[int], new_tokens: int) -> Any:
@@ -63,7 +65,7 @@ class Outside:
             self.process.stdin.write(json.dumps({"new_tokens": new_tokens, "ids": list(ids)}) + "\n")
             self.process.stdin.flush()
         except OSError as error:
-            raise DexError(f"transformers' process has ended: {error.strerror or error}") from error
+            raise DexError(f"the other Python's process has ended: {error.strerror or error}") from error
         return self._answer()
 
     def close(self) -> None:
@@ -81,13 +83,13 @@ class Outside:
         if not line:
             self.close()
             raise DexError(
-                f"transformers' process ended with code {self.process.returncode}: does that Python have torch and "
-                "transformers?"
+                f"the other Python's process ended with code {self.process.returncode}: does it have what it should "
+                "be compared with?"
             )
         try:
             found = json.loads(line)
         except ValueError as error:
-            raise DexError(f"transformers' process says what is no answer: {line.strip()}") from error
+            raise DexError(f"the other Python's process says what is no answer: {line.strip()}") from error
         if "error" in found:
-            raise DexError(f"transformers' process says: {found['error']}")
+            raise DexError(f"the other Python's process says: {found['error']}")
         return found
