@@ -169,7 +169,7 @@ def checkpoint(family: str, mesh: str, folder: Path) -> dict[str, Any]:
 
 
 def packed(folder: Path) -> dict[str, Any]:
-    """Blocks of a GGUF file on a mesh of uneven stages: what devices hold, and tokens beside one device's dense ones."""
+    """Blocks of a GGUF file on a mesh of uneven stages: what devices hold, and tokens beside dense ones on one."""
     path = str(write_gguf(folder / "packed.gguf", "llama3", "Q4_1", kinds={"attn_v": "Q8_0"}))
     one = dex_jax.load(path, "float32", weights="dense")
     layers = one.config.num_layers
