@@ -5,7 +5,7 @@ Seconds a token are what steps take on this device (decoding/costs.py) over how 
 known of the drafter's trees:
 
   AR                   step(1)
-  one explorer         (step(N) + overhead + drafted levels * drafting) / tokens a tick * slowest(B)
+  one explorer         (step(N) + overhead + drafted levels * drafting) / tokens a tick * slowest(B) / choosing
 
 On one device, explorers side by side are not weighed: their stages all wait for the same memory, and K = 1 with drafts
 runs every layer in one tick. What more rows take on a mesh is measured on one of its devices.
@@ -43,6 +43,10 @@ COST_PARTS, CLEARLY_LESS = 32, 3
 CAUTION = 1.3
 """Ticks take further rows and drafting to cost so many times what was measured. How fast a device reads memory, which
 is all that a step of one row waits for, changes while others use it too; too few rows lose less than too many do."""
+
+CHOOSING = 1.1
+"""Ticks that choose how many rows to run emit so many times the tokens a second of the best tree that always runs: 1.18
+measured on dense weights, 1.07 to 1.16 on packed ones (benchmarks/packed.py)."""
 
 LONGEST_STEP = 3.0
 """AR steps that all rows of a tree may take, for ticks to choose from it. Drafts promise most where they are most
@@ -151,7 +155,7 @@ def candidates(costs: StepCosts, drafter: TrainedExits | None, batch: int = 1) -
     shape = largest if largest.rungs else best.shape
     drafting = Candidate(
         Dex(explorers=1, draft=shape),
-        a_tick / best.tokens_a_tick * _slowest(batch),
+        a_tick / best.tokens_a_tick * _slowest(batch) / (CHOOSING if largest.rungs else 1),
         f"one explorer with drafts, {' or '.join(map(str, shape.counts))} rows",
         f"{best.shape.rows} rows should emit {best.tokens_a_tick:.2f} tokens in the time of "
         f"{a_tick / a_step:.2f} AR steps",

@@ -44,7 +44,7 @@ LAYERS, LENGTH = 1, 256
 """What is measured: so many layers, their share of the final logits, and so many cache positions. They take seconds
 less to compile than all layers."""
 
-MEASURED_BYTES, MOST_COPIES = 1e8, 16
+MEASURED_BYTES, MOST_COPIES = 1e8, 8
 """Copies of these layers take turns until they are as large as this, which no processor's cache holds."""
 
 TOGETHER = 16
