@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import chex
 import hypothesis.strategies as st
 import jax
@@ -88,6 +90,18 @@ def test_int8_rounds_to_the_nearest_of_255_steps_a_row() -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 33)), jnp.float32)
     for whole in (True, False):
         np.testing.assert_allclose(found.product(x, whole), x @ found.dense().T, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_is_made_of_a_few_rows_at_a_time() -> None:
+    kernel = np.random.default_rng(0).normal(size=(8192, 2048)).astype(jnp.bfloat16)
+    tracemalloc.start()
+    made = to_int8(kernel)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * made.nbytes
+    alone = to_int8(kernel[5000:5001])
+    np.testing.assert_array_equal(made.parts[0][5000], alone.parts[0][0])
+    assert made.scales[0][5000] == alone.scales[0][0]
 
 
 @pytest.fixture(scope="module")

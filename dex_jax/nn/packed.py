@@ -30,6 +30,9 @@ FORMATS = {
 INT8 = "int8"
 """The format of 8 bits a weight and one scale for each output."""
 
+_AT_ONCE = 1 << 20
+"""Weights that are rounded to 8 bits at once."""
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts", "scales"], meta_fields=["formats"])
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +96,18 @@ def kernel_bytes(shape: tuple[int, ...], runs: tuple[tuple[str, int], ...]) -> i
 
 
 def to_int8(kernel: np.ndarray) -> Packed:
-    """A kernel [out, in] in 8 bits, with the scale of each output that its largest weight needs; arrays are NumPy's."""
-    wide = np.asarray(kernel, np.float32)
-    scale = np.abs(wide).max(axis=1, initial=0.0) / np.float32(127)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-    return Packed((np.rint(wide * inverse[:, None]).astype(np.int8),), (scale,), (INT8,))
+    """A kernel [out, in] in 8 bits, with the scale of each output that its largest weight needs; arrays are NumPy's.
+
+    It is worked through a few rows at a time, as the largest kernels take much of a model's memory.
+    """
+    values, scales = np.empty(kernel.shape, np.int8), np.empty(kernel.shape[:1], np.float32)
+    step = max(1, _AT_ONCE // kernel.shape[1])
+    for first in range(0, len(kernel), step):
+        wide = np.array(kernel[first : first + step], np.float32)
+        scale = np.abs(wide).max(axis=1) / np.float32(127)
+        wide *= np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)[:, None]
+        values[first : first + step], scales[first : first + step] = np.rint(wide, out=wide), scale
+    return Packed((values,), (scales,), (INT8,))
 
 
 def joined(blocks: list[np.ndarray], runs: tuple[tuple[str, int], ...]) -> Packed:
