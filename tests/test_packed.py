@@ -111,7 +111,8 @@ def file(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def models(file) -> dict[str, dex_jax.LanguageModel]:
-    return {kind: dex_jax.load(file, "float32", weights=kind) for kind in ("stored", "dense", "int8")}
+    found = {kind: dex_jax.load(file, "float32", weights=kind) for kind in ("stored", "dense", "int8")}
+    return found | {"bfloat16": dex_jax.load(file, "bfloat16", weights="stored")}
 
 
 @needs_compiler
@@ -133,7 +134,7 @@ def test_logits_are_those_of_dense_weights_to_the_last_bit(models) -> None:
     chex.assert_trees_all_equal(models["stored"].logits(tokens), models["dense"].logits(tokens))
 
 
-@pytest.mark.parametrize("kind", ["stored", "int8"])
+@pytest.mark.parametrize("kind", ["stored", "int8", "bfloat16"])
 def test_every_method_gives_ars_tokens(models, kind) -> None:
     prompts = [[1, 5, 9, 3], [7] * 11, [2, 4]]
     options = {"max_new_tokens": 12, "exits": "shared"}
