@@ -41,7 +41,8 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
     ("explorers", "exits", "options"),
     [(1, "mlp", {}), slow(3, "mlp", {}), slow(1, "linear", SAMPLED), slow(2, "shared", SAMPLED), slow(4, "shared", {})],
 )
-def test_tokens_are_those_of_ar_and_exits_no_later(lm, explorers, exits, options) -> None:
+def test_tokens_are_those_of_ar_and_exits_no_later(explorers, exits, options) -> None:
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=2 if explorers == 1 else 4))
     prompts, given = ragged_prompts(3), exits if exits == "shared" else random_drafter(exits)
     method = dex_jax.Dex(explorers=explorers, rows=200 if explorers == 4 else 40)  # never pruned
     plain, silent, out = (
@@ -187,7 +188,8 @@ def test_trees_around_one() -> None:
 
 
 @pytest.mark.parametrize(("drafted", "sizes", "largest"), [slow(True, (2,), 4), (False, (2, 4), 8)])
-def test_the_search_climbs_for_each_size(lm, monkeypatch, drafted, sizes, largest) -> None:
+def test_the_search_climbs_for_each_size(monkeypatch, drafted, sizes, largest) -> None:
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=1))  # every tree compiles a program
     cheap = StepCosts(ROWS, tuple(1 + 0.01 * (rows - 1) for rows in ROWS))
     monkeypatch.setattr(tree_search, "step_costs", lambda *about: cheap)
     tried, prompts, given = [], [[3, 4, 5], [9, 8]], random_drafter() if drafted else None

@@ -20,7 +20,8 @@ from dex_jax.plot.colors import FINAL_HEX, darker, depth_hex, depth_style
 
 @pytest.fixture(scope="module")
 def lm():
-    return small_model()
+    """Stacked: of four stages alike one is compiled."""
+    return small_model(layout=dex_jax.Stacked((1, 2, 3, 4)))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ CONFIG = dataclasses.replace(LLAMA, num_layers=3)
 
 @pytest.fixture(scope="module")
 def lm():
-    return small_model(CONFIG)
+    """Stacked: of three stages alike one is compiled. The whole check arranges it as it likes."""
+    return small_model(CONFIG, dex_jax.Stacked((1, 2, 3)))
 
 
 @pytest.fixture(scope="module")
