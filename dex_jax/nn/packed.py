@@ -73,7 +73,7 @@ class Packed:
     def take(self, index: jax.Array) -> Packed:
         """The rows at `index`, an array of any shape [...]: the kernel [..., in] of one format, packed."""
         (part,), (scale,) = self.parts, self.scales
-        return Packed((part[index],), (None if scale is None else scale[index],), self.formats)
+        return Packed((_rows_at(part, index),), (None if scale is None else scale[index],), self.formats)
 
     def dense(self) -> jax.Array:
         """The numbers that this stands for, float32 [..., out, in]."""
@@ -127,6 +127,18 @@ def take_rows(kernel: jax.Array | Packed, index: jax.Array) -> jax.Array:
     if isinstance(kernel, Packed):
         return kernel.take(index).dense()
     return jnp.take(kernel, index, axis=0)
+
+
+def _rows_at(part: jax.Array, index: jax.Array) -> jax.Array:
+    if index.size != 1:
+        return part[index]
+
+    def twice(part: jax.Array, index: jax.Array) -> jax.Array:
+        return part[jnp.tile(index.reshape(1), 2)][0].reshape(*index.shape, -1)
+
+    # A TPU reads one row of bytes out of a copy of the whole kernel, which it makes in every step. Two rows are read
+    # where they lie.
+    return jax.lax.platform_dependent(part, index, tpu=twice, default=lambda part, index: part[index])
 
 
 def _row_bytes(format: str, width: int) -> int:
