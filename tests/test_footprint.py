@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,15 @@ from conftest import slow
 from reference.small_models import LLAMA, random_transformer
 
 import dex_jax
+from dex_jax.cli import decode
 from dex_jax.decoding.chain.dynamic_exit import DEL
 from dex_jax.decoding.footprint import Footprint, cache_length_for, device_memory, footprint, nbytes, verdict
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session
 from dex_jax.evaluation.planner.workload import SHAPES
+from dex_jax.io.save import config_json
+from dex_jax.io.tensor_names import canonical_parts
 from dex_jax.nn.transformer import Stacked, Unrolled
 from dex_jax.sampling import Sampling, sampling_keys
 
@@ -83,6 +88,53 @@ def test_a_large_model_is_planned_without_any_array() -> None:
     assert len(jax.live_arrays()) == before
     assert plan.weights_bytes == pytest.approx(138e9, rel=0.01)
     assert plan.cache_bytes == 80 * 2 * 8 * 128 * 4096 * 2
+
+
+def hollow_checkpoint(folder, config):
+    """A checkpoint in bfloat16 whose weights take no room on the disk: its file is a hole behind the header."""
+    header, at = {}, 0
+    for parts in canonical_parts(config, gguf=False).values():
+        for part in parts:
+            end = at + 2 * math.prod(part.shape)
+            header[part.name] = {"dtype": "BF16", "shape": part.shape, "data_offsets": [at, end]}
+            at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    folder.mkdir()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    (folder / "config.json").write_text(json.dumps(config_json(config)))
+    return folder
+
+
+QWEN3_8B = dataclasses.replace(
+    SHAPES["llama-3-8b"],
+    family="qwen3",
+    vocab_size=151936,
+    num_layers=36,
+    mlp_width=12288,
+    context=40960,
+    qk_norm=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "dense", "int8"), [(SHAPES["llama-3-8b"], 16.06e9, 8.04e9), (QWEN3_8B, 16.38e9, 8.2e9)]
+)
+def test_a_dry_run_says_what_int8_weights_take(config, dense, int8, tmp_path, capsys) -> None:
+    folder = hollow_checkpoint(tmp_path / "model", config)
+    flags = ["--model", str(folder), "--dtype", "bfloat16", "--explorers", "1", "--no-draft", "--dry-run", "--json"]
+    found = {}
+    for kind in ("dense", "int8"):
+        assert decode.main([*flags, "--weights", kind]) == 0
+        found[kind] = json.loads(capsys.readouterr().out)
+    assert found["dense"]["weights_bytes"] == pytest.approx(dense, rel=0.002)
+    assert found["int8"]["weights_bytes"] == pytest.approx(int8, rel=0.002)
+    assert found["int8"]["weights"] == "int8"
+    # Only the weights differ.
+    rest = [each["total_bytes"] - each["weights_bytes"] for each in found.values()]
+    assert rest[0] == rest[1]
 
 
 def test_device_memory_is_plausible_and_may_be_unknown() -> None:
