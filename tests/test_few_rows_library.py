@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,33 @@ def test_sanitizers_find_nothing_in_the_kernels_on_ragged_empty_and_wrong_shapes
     command = [sys.executable, sanitized_kernels.__file__, str(few_rows.library(sanitized_kernels.FLAGS))]
     run = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
     assert (run.returncode, run.stdout.strip()) == (0, "clean"), run.stderr[:4000]
+
+
+PACKED = """
+import sys
+import jax.numpy as jnp, numpy as np
+sys.path.insert(0, sys.argv[1])
+from reference.blocks import dequantised, random_blocks
+from dex_jax.nn import few_rows
+from dex_jax.nn.packed import FORMATS
+assert few_rows.ready()
+random = np.random.default_rng(0)
+for format, (columns, _) in FORMATS.items():
+    blocks = random_blocks(random, format, 65, 768 // columns)
+    rows, numbers = random.normal(size=(19, 768)).astype("f"), jnp.asarray(dequantised(blocks, format))
+    for x in (rows[:1], rows[:4], rows):
+        found = few_rows.packed_product(jnp.asarray(x), jnp.asarray(blocks), format)
+        np.testing.assert_array_equal(found, few_rows.few_rows_product(jnp.asarray(x), numbers), format)
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names instructions of x86")
+def test_blocks_are_read_without_vector_instructions_too(tmp_path) -> None:
+    own = {"XDG_CACHE_HOME": str(tmp_path), "CXX": f"{COMPILER} -mno-avx2 -mno-avx -mno-fma -mno-f16c"}
+    command = [sys.executable, "-c", PACKED, str(Path(__file__).parent)]
+    subprocess.run(command, env=os.environ | own, check=True)
 
 
 def test_without_it_the_product_is_xlas(tmp_path) -> None:
