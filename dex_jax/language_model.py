@@ -103,13 +103,15 @@ class LanguageModel:
     def arrange(self, layout: Layout) -> None:
         """Moves the weights to another layout, in place; the old arrays are freed on the way.
 
+        Layers that are stacked do not stay packed.
+
         Raises:
           DexError: the model lies on a mesh, or would have to.
         """
         if layout != self.layout:
             if self.mesh is not None or isinstance(layout, Staged):
                 raise DexError("a model is spread over a mesh as it is loaded: load it again for another layout")
-            self.packing = ()
+            self.packing = tuple(each for each in self.packing if not each[0].startswith("layers."))
             self._adopt(relayout(merge_model(self.config, self.layout, self.weights), layout))
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:

@@ -1,4 +1,5 @@
-// Products of rows with a kernel [out, in], which is read as it lies: numbers, or blocks that are taken to pieces on the way.
+// Products of rows with a kernel [out, in], which is read as it lies: numbers, or blocks that are taken to pieces on the
+// way.
 //
 // A result is the sum of one vector of lanes, added up from the first column to the last and then over its lanes,
 // however many rows are beside it: few are multiplied while a weight goes by, many in tiles.
@@ -52,7 +53,8 @@ inline Vector InRegister(Vector x) {
 
 // Kernels. Each says what a row of `in` columns takes in bytes and, made of a row and the number of a group of columns,
 // gives these, a vector at a time; how many outputs R rows are multiplied with at once, for whose sums there are vector
-// registers; whether it takes rows of so many columns; and whether these may end within a group, which LastOf(row, in) gives.
+// registers; whether it takes rows of so many columns; and whether these may end within a group, which LastOf(row, in)
+// gives.
 
 template <typename Weight>
 struct Numbers {
@@ -312,8 +314,8 @@ void MultiplyMany(Threads& threads, const float* rows, const uint8_t* kernel, fl
   });
 }
 
-// rows [..., R, in], kernel [..., out, in] as Kernel packs it -> result [..., R, out]. A leading dimension is that of the result, or 1 in an
-// operand that all have in common.
+// rows [..., R, in], kernel [..., out, in] as Kernel packs it -> result [..., R, out]. A leading dimension is that of the
+// result, or 1 in an operand that all have in common.
 template <typename Kernel, typename Threads, typename Dimensions>
 void Multiply(Threads& threads, const Dimensions& of_rows, const float* rows, const Dimensions& of_kernel,
               const uint8_t* kernel, const Dimensions& shape, float* result) {
