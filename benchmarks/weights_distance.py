@@ -72,9 +72,9 @@ def answers_table(runs: Mapping[str, dict[str, Any]], kinds: Sequence[str], prom
         "prompts",
         "tokens",
         "mean KL, nats",
-        "best tokens that agree",
+        "best token agrees",
         "whole answers",
-        "else part at",
+        "others part after",
     ]
     return markdown(header, rows)
 
