@@ -21,8 +21,11 @@ from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.footprint import nbytes, session_shapes
 from dex_jax.decoding.methods import AR, Dex, Schedule
 from dex_jax.decoding.session import PREFILL, RUN, START, Spec
+from dex_jax.evaluation.planner.workload import SHAPES
 from dex_jax.io import open_checkpoint
-from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled
+from dex_jax.nn.packed import INT8
+from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled, parameter_shapes
+from dex_jax.nn.weights import Packing
 from dex_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.tpu
@@ -38,6 +41,9 @@ TREE = TreeShape((2, 2, 1), drafted=0, lookup=(0.5,) * 8, rungs=((1, 1.0), (6, 1
 ONE = Dex(explorers=1, draft=TREE).schedule_for(SMALL.num_layers)
 METHODS = {"ar": AR().schedule_for(SMALL.num_layers), "dex": DEX, "one": ONE}
 BATCH, CACHE_LENGTH, PROMPT, CAPACITY = 4, 16384, 64, 64
+# Two layers as wide as a real model's: no kernel fits the on-chip memory in bfloat16 but one that is square.
+WIDE = dataclasses.replace(SHAPES["llama-3-8b"], num_layers=2)
+CHIP = 16e9
 ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
 
@@ -84,11 +90,11 @@ def compile_program(
     config: ModelConfig = SMALL,
     batch: int = BATCH,
     cache_length: int = CACHE_LENGTH,
+    packing: Packing = (),
 ) -> Compiled:
     """Compiles "run", "start" or "prefill" for the TPU from shapes alone."""
-    shapes = session_shapes(
-        config, jnp.dtype(dtype), schedule, layout, batch, cache_length, capacity=CAPACITY, sampled=sampled
-    )
+    about = (config, jnp.dtype(dtype), schedule, layout, batch, cache_length)
+    shapes = session_shapes(*about, capacity=CAPACITY, sampled=sampled, packing=packing)
     program, args = {
         "run": (RUN, shapes.of_run),
         "start": (START, shapes.of_start),
@@ -145,7 +151,7 @@ def copies_in_loop(hlo: str, at_least: int) -> list[str]:
                 continue
             kind, dims, layout, operation = head.groups()
             if operation == "fusion":
-                (fused,) = re.findall(r"calls=%?([\w.\-]+)", line)
+                (fused,) = fusion_of(line)
                 root = next(inner for inner in found[fused] if "ROOT" in inner)
                 operation = re.match(r"\s+ROOT %?\S+ = .*? ([\w\-]+)\(", root).group(1)
             size = math.prod(map(int, filter(None, dims.split(",")))) * ITEM_BYTES.get(kind, 8)
@@ -153,6 +159,56 @@ def copies_in_loop(hlo: str, at_least: int) -> list[str]:
             if operation in ("copy", "transpose") and size >= at_least and "S(1)" not in layout:
                 offenders.append(line.strip()[:200])
     return offenders
+
+
+def fusion_of(line: str) -> list[str]:
+    """The computation of a fusion."""
+    return re.findall(r"calls=%?([\w.\-]+)", line)
+
+
+def in_int8(config: ModelConfig) -> Packing:
+    """Every kernel of a model in int8."""
+    shapes = parameter_shapes(config).items()
+    return tuple((name, ((INT8, shape[0]),)) for name, shape in shapes if len(shape) == 2)
+
+
+def planned_bytes(config: ModelConfig) -> int:
+    """Weights in int8 and the caches of one sequence of 2048 positions."""
+    schedule = AR().schedule_for(config.num_layers)
+    shapes = session_shapes(
+        config, jnp.dtype(jnp.bfloat16), schedule, Unrolled(), 1, 2048, capacity=CAPACITY, packing=in_int8(config)
+    )
+    return nbytes((shapes.weights, shapes.memory))
+
+
+def kernels_made(hlo: str, at_least: int) -> list[str]:
+    """Instructions that make an array of `at_least` numbers: floating ones anywhere, of int8 in the main memory.
+
+    What lies within a fusion is not made: it passes through registers.
+    """
+    found, _ = computations(hlo)
+    fused = {name for lines in found.values() for line in lines if " fusion(" in line for name in fusion_of(line)}
+    offenders = []
+    for name in found.keys() - fused:
+        for line in found[name]:
+            head = re.match(r"\s+(?:ROOT )?%?\S+ = (.*?) ([a-z][\w\-]*)\(", line)
+            # These hand on what is there. What copy-start and slice-start give has the operand's shape in it.
+            if not head or head.group(2) in ("parameter", "tuple", "get-tuple-element", "while", "bitcast"):
+                continue
+            for kind, dims, layout in re.findall(r"\b(bf16|f32|s8)\[([\d,]*)\](\{\S*\})?", head.group(1)):
+                size = math.prod(map(int, filter(None, dims.split(","))))
+                moved = kind == "s8" and (head.group(2) in ("copy-start", "slice-start") or "S(1)" in layout)
+                if size >= at_least and not moved:
+                    offenders.append(line.strip()[:200])
+    return offenders
+
+
+def read_in_int8(hlo: str) -> set[tuple[int, ...]]:
+    """Shapes of the int8 matrices that fusions read."""
+    found, _ = computations(hlo)
+    fused = {name for lines in found.values() for line in lines if " fusion(" in line for name in fusion_of(line)}
+    lines = [line for name in fused for line in found[name] if " parameter(" in line]
+    return {tuple(map(int, dims.split(","))) for line in lines for dims in re.findall(r"= s8\[(\d+,\d+)\]", line)}
 
 
 def assert_sound(compiled: Compiled, temporaries: float = 0.1) -> None:
@@ -211,6 +267,38 @@ def test_float32_runs_at_the_highest_precision(tpu, name, method, layout) -> Non
     lowered = re.findall(r"dot_general.*", compiled.stablehlo)
     assert lowered
     assert [line[:200] for line in lowered if "precision = [HIGHEST, HIGHEST]" not in line] == []
+
+
+@pytest.mark.parametrize(("method", "tied"), [("ar", False), ("ar", True), ("one", False)])
+def test_int8_kernels_are_read_and_never_made_dense(tpu, method, tied) -> None:
+    """One sequence: an AR step, and ticks of K = 1 with drafts, of one row and of several."""
+    config = dataclasses.replace(WIDE, tied=tied)
+    schedule = {"ar": AR(), "one": Dex(explorers=1, draft=TREE)}[method].schedule_for(config.num_layers)
+    about = {"config": config, "batch": 1, "cache_length": 2048, "packing": in_int8(config)}
+    compiled = compile_program(tpu, "run", schedule, Unrolled(), "bfloat16", **about)
+    kernels = {shape for shape in parameter_shapes(config).values() if len(shape) == 2}
+    assert kernels_made(compiled.hlo, min(map(math.prod, kernels))) == []
+    assert kernels <= read_in_int8(compiled.hlo)
+    # The smallest kernel would be 34 MB in bfloat16, and the largest of a layer 235 MB.
+    assert compiled.memory.temp_size_in_bytes < 20e6
+    # With all layers: what a program holds beside its arguments grows with them, if at all.
+    every = dataclasses.replace(config, num_layers=32)
+    assert planned_bytes(every) + 16 * compiled.memory.temp_size_in_bytes < CHIP
+
+
+@pytest.mark.parametrize("name", ["run", "prefill"])
+def test_llama_3_8b_fits_one_chip_in_int8(tpu, name) -> None:
+    every = SHAPES["llama-3-8b"]
+    assert 2 * sum(map(math.prod, parameter_shapes(every).values())) > CHIP
+    # A prefill compiles for long. Two layers show as much: one layer's temporaries are alive at a time.
+    config = every if name == "run" else WIDE
+    about = {"config": config, "batch": 1, "cache_length": 2048, "packing": in_int8(config)}
+    compiled = compile_program(tpu, name, AR().schedule_for(config.num_layers), Unrolled(), "bfloat16", **about)
+    memory = compiled.memory
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert held == pytest.approx(planned_bytes(config), rel=0.01)
+    assert memory.temp_size_in_bytes < 0.5e9
+    assert planned_bytes(every) + memory.temp_size_in_bytes < 0.6 * CHIP
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
