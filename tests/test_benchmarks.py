@@ -31,7 +31,7 @@ def model(monkeypatch, tmp_path):
     """A small model instead of the one that a benchmark loads, and a file of prompts."""
     config = dataclasses.replace(LLAMA, num_layers=5)
     lm = small_model(config, tokenizer=LetterTokenizer())
-    monkeypatch.setattr(dex_jax, "load", lambda source, dtype=None: lm)
+    monkeypatch.setattr(dex_jax, "load", lambda source, dtype=None, weights=None: lm)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("HELLO\nWORLDS\nDEPTHS\n", encoding="utf-8")
     return lm

@@ -124,7 +124,7 @@ def test_what_was_drafted_is_counted(capsys) -> None:
 @pytest.mark.slow
 def test_what_was_chosen_is_said(capsys, monkeypatch) -> None:
     cheap = StepCosts(ROWS, (1.0, 1.01, 1.02, 1.3, 1.6))
-    monkeypatch.setattr(auto, "step_costs", lambda *about: cheap)
+    monkeypatch.setattr(auto, "step_costs", lambda *about, **more: cheap)
     arguments = ["--prompt", SKY, "--max-new-tokens", "8", "--exits", "shared", "--check", *STACKED]
     record = json.loads(run(capsys, *arguments, "--json")[1])
     assert (record["method"], record["draft"]) == ("dex", True)
@@ -133,7 +133,7 @@ def test_what_was_chosen_is_said(capsys, monkeypatch) -> None:
     assert code == 0
     assert f"\nchosen: {record['choice']}\n" in err
     # A dry run measures nothing: it says what the larger of the two needs.
-    monkeypatch.setattr(auto, "step_costs", lambda *about: pytest.fail("measured"))
+    monkeypatch.setattr(auto, "step_costs", lambda *about, **more: pytest.fail("measured"))
     assert "K = 1 with drafts, on one device" in run(capsys, "--dry-run", "--prompt", SKY)[1]
 
 

@@ -55,7 +55,7 @@ def test_block_tells_versions_device_times_and_checks(report) -> None:
 
 
 def test_the_quick_form_checks_tokens_and_ticks(lm, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("dex_jax.language_model.load", lambda model, dtype: lm)
+    monkeypatch.setattr("dex_jax.language_model.load", lambda model, dtype, weights: lm)
     assert program.main(["--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("ok   ") for line in lines) == 3
@@ -93,7 +93,7 @@ def test_wrong_ticks_and_exits_are_found(lm) -> None:
 
 def test_exit_codes(monkeypatch, capsys) -> None:
     report = selfcheck.Report({"device": "cpu"}, [selfcheck.Finding("tokens", True, "equal")])
-    monkeypatch.setattr("dex_jax.language_model.load", lambda model, dtype: None)
+    monkeypatch.setattr("dex_jax.language_model.load", lambda model, dtype, weights: None)
     monkeypatch.setattr(selfcheck, "selfcheck", lambda lm: report)
     assert program.main([]) == 0
     assert capsys.readouterr().out.rstrip("\n") == report.text()

@@ -58,7 +58,7 @@ def _draw(args: argparse.Namespace) -> None:
 
         if not args.text:
             new_figure(1, 1)  # without matplotlib, say so before the model is loaded
-        lm = dex_jax.language_model.outline(args.model, args.dtype, weights=args.weights).load(display.part)
+        lm = dex_jax.language_model.outline(args.model, args.dtype).load(display.part)
         tokens = args.max_new_tokens or (96 if args.text else 24)
         options = {"exits": args.exits, "max_new_tokens": tokens, "chat": not args.no_chat}
         method = dex_jax.Dex(explorers=args.explorers, draft=not args.no_draft)
