@@ -8,15 +8,13 @@ with decides how fast it is: CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-p
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
+import functools
 import time
 from typing import Any
 
 import llama_cpp
 import numpy as np
+from serving import arguments, serve
 
 
 def answer(model: llama_cpp.Llama, ids: list[int], new_tokens: int) -> dict[str, Any]:
@@ -42,21 +40,12 @@ def best(model: llama_cpp.Llama) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser.add_argument("--threads", type=int, default=cores, help="(all cores there are, %(default)s)")
-    parser.add_argument("--serve", metavar="FILE", required=True, help="the model; answer lines on stdin with lines")
-    args = parser.parse_args()
+    args = arguments(__doc__, metavar="FILE")
     threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
     model = llama_cpp.Llama(args.serve, n_ctx=2048, verbose=False, flash_attn=False, **threads)
     answer(model, [1, 2, 3, 4], 4)
-    print(json.dumps({"llama-cpp-python": llama_cpp.__version__, "threads": args.threads}), flush=True)
-    for line in sys.stdin:
-        try:
-            found = answer(model, **json.loads(line))
-        except (ValueError, TypeError) as error:
-            found = {"error": f"{line.strip()[:80]}: {error}"}
-        print(json.dumps(found), flush=True)
+    about = {"llama-cpp-python": llama_cpp.__version__, "threads": args.threads}
+    serve(about, functools.partial(answer, model))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,14 @@ that both see the same machine: benchmarks/outside.py does. Needs torch and tran
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
+import functools
 import sys
 import time
 from pathlib import Path
 
 import torch
 import transformers
+from serving import arguments, serve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from reference import smollm2_torch
@@ -40,23 +39,13 @@ def answer(model: transformers.LlamaForCausalLM, ids: list[int], new_tokens: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser.add_argument("--threads", type=int, default=cores, help="torch threads (all cores there are, %(default)s)")
-    parser.add_argument("--serve", action="store_true", required=True, help="answer lines on stdin with lines")
-    args = parser.parse_args()
+    args = arguments(__doc__, action="store_true")
     model = smollm2_torch.load_model(args.threads)
     # Every run then does the same work, without the logits processor that min_new_tokens would add to each step.
     model.generation_config.eos_token_id = None
     timed(model, [1, 2, 3, 4], 4)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps({**versions, "threads": torch.get_num_threads(), "dtype": "float32"}), flush=True)
-    for line in sys.stdin:
-        try:
-            found = answer(model, **json.loads(line))
-        except (ValueError, TypeError) as error:
-            found = {"error": f"{line.strip()[:80]}: {error}"}
-        print(json.dumps(found), flush=True)
+    about = {"torch": torch.__version__, "transformers": transformers.__version__}
+    serve({**about, "threads": torch.get_num_threads(), "dtype": "float32"}, functools.partial(answer, model))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from test_few_rows import needs_compiler
 from test_io_gguf import write_gguf
 
 import dex_jax
+from dex_jax.decoding.generate import prepare
+from dex_jax.decoding.session import RUN
 from dex_jax.language_model import outline
 from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import few_rows_product
@@ -155,10 +157,8 @@ def test_every_method_gives_ars_tokens(models, kind, names) -> None:
 @needs_compiler
 def test_no_step_makes_a_dense_copy(models) -> None:
     lm = models["stored"]
-    session = dex_jax.decoding.generate.prepare(lm, [[1, 2]], method=dex_jax.AR(), max_new_tokens=4).session
+    session = prepare(lm, [[1, 2]], method=dex_jax.AR(), max_new_tokens=4).session
     session.prefill()
-    from dex_jax.decoding.session import RUN
-
     program = RUN.compile(
         lm.weights, session.heads, session.state, session.limits, None, jnp.int32(0), spec=session.spec
     )

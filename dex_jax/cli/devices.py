@@ -81,19 +81,9 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     sentence = verdict(needed, device_memory())
     devices = 1 if mesh is None else mesh.size
     if args.json:
+        about = {"devices": devices, "batch": batch, "dtype": str(dtype), "weights": outline.weights_kind}
         sizes = dataclasses.asdict(needed) | {"total_bytes": needed.total_bytes}
-        print(
-            json.dumps(
-                sizes
-                | {
-                    "devices": devices,
-                    "batch": batch,
-                    "dtype": str(dtype),
-                    "weights": outline.weights_kind,
-                    "verdict": sentence,
-                }
-            )
-        )
+        print(json.dumps(sizes | about | {"verdict": sentence}))
         return 0
     where = "one device" if devices == 1 else f"each of {devices} devices"
     what = f"{batch} sequence(s) of at most {length} positions in {dtype}, {title(schedule)}"

@@ -18,6 +18,7 @@ from flax import nnx
 from dex_jax.config import ModelConfig
 from dex_jax.nn import few_rows
 from dex_jax.nn.packed import Packed
+from dex_jax.nn.products import dot, matmul_precision, rows_times_kernel
 
 MASKED_SCORE = -1e30
 
@@ -36,14 +37,6 @@ class KeyValues(NamedTuple):
     mask: jax.Array  # [B, R, S] bool, which of them each row sees; broadcasting over R is allowed
 
 
-def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """The dot precision under which `dtype` means what it says.
-
-    GPUs and TPUs compute float32 products in TF32 or bfloat16 passes unless told otherwise.
-    """
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-
-
 def linear(
     x: jax.Array, kernel: jax.Array | Packed, bias: jax.Array | None = None, out_dtype=None, whole: bool = True
 ) -> jax.Array:
@@ -57,32 +50,22 @@ def linear(
     if isinstance(kernel, Packed):
         out = kernel.product(rows, whole)
     elif whole and {rows.dtype, kernel.dtype} <= {*few_rows.DTYPES} and few_rows.ready():
-        out = jax.lax.platform_dependent(rows, kernel, cpu=few_rows.few_rows_product, default=_rows_times_kernel)
+        out = jax.lax.platform_dependent(rows, kernel, cpu=few_rows.few_rows_product, default=rows_times_kernel)
     elif rows.shape[0] > FEW_ROWS:
-        out = _rows_times_kernel(rows, kernel)
+        out = rows_times_kernel(rows, kernel)
     else:
-        out = jax.lax.platform_dependent(rows, kernel, cpu=_kernel_times_columns, default=_rows_times_kernel)
+        out = jax.lax.platform_dependent(rows, kernel, cpu=_kernel_times_columns, default=rows_times_kernel)
     out = out.astype(out_dtype or x.dtype)
     if bias is not None:
         out = out + bias[None]
     return out.reshape(*x.shape[:-1], kernel.shape[0])
 
 
-def _rows_times_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _dot(rows, kernel.astype(rows.dtype), ((1,), (1,)))
-
-
 def _kernel_times_columns(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     # On CPUs, few rows: [out, in] @ [in, R] runs 1.2 to 1.6 times as fast as the transposed product, which XLA would
     # turn it back into without the barriers (benchmarks/few_rows.py).
     columns = jax.lax.optimization_barrier(rows.T)
-    return jax.lax.optimization_barrier(_dot(kernel.astype(rows.dtype), columns, ((1,), (0,)))).T
-
-
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
-    """The product over `axes` of two matrices of one dtype, in float32."""
-    precision = matmul_precision(a.dtype)
-    return jax.lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(dot(kernel.astype(rows.dtype), columns, ((1,), (0,)))).T
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.nn import few_rows
+from dex_jax.nn.products import rows_times_kernel
 
 FORMATS = {
     "Q4_0": (32, 18),
@@ -170,16 +171,7 @@ def _product(rows: jax.Array, part: jax.Array, scale: jax.Array | None, format: 
 
 
 def _product_by_xla(rows: jax.Array, part: jax.Array, format: str) -> jax.Array:
-    from dex_jax.nn.layers import matmul_precision
-
-    kernel = part if format == INT8 else _dense(part, None, format)
-    return jax.lax.dot_general(
-        rows,
-        kernel.astype(rows.dtype),
-        (((1,), (1,)), ((), ())),
-        precision=matmul_precision(rows.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    return rows_times_kernel(rows, part if format == INT8 else _dense(part, None, format))
 
 
 def _dense(part: jax.Array, scale: jax.Array | None, format: str) -> jax.Array:

@@ -84,7 +84,10 @@ class Distillation:
                 f"{'fused ' * exits.fused}{exits.kind} at {exits.depths}"
             )
         if lm.packing:
-            raise DexError(f"exits are trained on dense weights, not {lm.weights_kind}: load {lm.source} with 'dense'")
+            raise DexError(
+                f"exits are trained on dense weights, and those of {lm.source} are {lm.weights_kind}: load it with "
+                "weights='dense'"
+            )
         self._data, self._evaluate, self._initial = data, evaluate, initial
 
     def settings(self) -> dict[str, Any]:

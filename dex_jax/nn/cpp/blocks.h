@@ -144,7 +144,8 @@ struct Q8_0 {
   Vector At(int v) const { return Load(reinterpret_cast<const int8_t*>(codes) + v * kLanes) * scale; }
 };
 
-// Blocks of 256 columns: eight scales and eight numbers to subtract of 6 bits each, in 12 bytes, and their own two scales.
+// Blocks of 256 columns: eight scales and eight numbers to subtract of 6 bits each, in 12 bytes, and two scales of
+// these.
 struct K {
   Vector scale, least;
 
@@ -169,7 +170,9 @@ struct Q4_K {
   const K k;
 
   Q4_K(const uint8_t* row, int64_t group)
-      : codes(row + group / 8 * kBytes + 16 + group % 8 / 2 * 32), high(group % 2), k(row + group / 8 * kBytes, group % 8) {}
+      : codes(row + group / 8 * kBytes + 16 + group % 8 / 2 * 32),
+        high(group % 2),
+        k(row + group / 8 * kBytes, group % 8) {}
   Vector At(int v) const {
     const Integers both = Codes(codes + v * kLanes);
     return MultiplyAdd(Float(high ? both >> 4 : both & 15), k.scale, k.least);
@@ -190,7 +193,8 @@ struct Q5_K {
   }
 };
 
-// 16 scales of 8 bits for 16 columns each, and their own scale behind them. Of each 128 columns two bits are in 32 bytes.
+// 16 scales of 8 bits for 16 columns each, and a scale of these behind them. Of each 128 columns two bits are in 32
+// bytes.
 struct Q6_K {
   static constexpr int kColumns = 256, kBytes = 210;
   const uint8_t *const block, *const low, *const high;

@@ -1,0 +1,25 @@
+"""Products of matrices as XLA makes them, summed in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """The dot precision under which `dtype` means what it says.
+
+    GPUs and TPUs compute float32 products in TF32 or bfloat16 passes unless told otherwise.
+    """
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def rows_times_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    """rows [R, in] @ kernel [out, in].T, computed in rows' dtype: [R, out] float32."""
+    return dot(rows, kernel.astype(rows.dtype), ((1,), (1,)))
+
+
+def dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
+    """The product over `axes` of two matrices of one dtype, in float32."""
+    precision = matmul_precision(a.dtype)
+    return jax.lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
