@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -17,17 +17,33 @@ class RopeScaling:
     """How rotary frequencies are stretched for longer contexts.
 
     Attributes:
-      kind: "linear" (every frequency divided by `factor`) or "llama3" (only the low ones, with a smooth ramp between
-        `low_freq_factor` and `high_freq_factor` wavelengths of `original_context`).
+      kind: "linear" (every frequency divided by `factor`), "llama3" (only the low ones, with a smooth ramp between
+        `low_freq_factor` and `high_freq_factor` wavelengths of `original_context`), "yarn" (the ramp runs from those
+        that turn `fast` times in `original_context` to those that turn `slow` times, and begins at whole frequencies if
+        `truncate`) or "longrope" (each frequency by a factor of its own).
       factor: the stretch.
-      low_freq_factor, high_freq_factor, original_context: used by "llama3" only.
+      low_freq_factor, high_freq_factor: of "llama3".
+      original_context: positions before any stretch.
+      fast, slow, truncate: of "yarn".
+      magnitude: what sines and cosines are multiplied with, of "yarn" and "longrope".
+      query_growth: queries at position p are multiplied with 1 + query_growth log(1 + floor(p / original_context)).
+      short_factors, long_factors: of "longrope", d' / 2 each: for sequences up to `original_context`, and beyond.
+      long: whether "longrope" takes the long ones; see `ModelConfig.at_length`.
     """
 
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    factor: Positive
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_context: Size = 8192
+    fast: Positive = 32.0
+    slow: Positive = 1.0
+    truncate: bool = True
+    magnitude: Positive = 1.0
+    query_growth: float = 0.0
+    short_factors: tuple[Positive, ...] = ()
+    long_factors: tuple[Positive, ...] = ()
+    long: bool = False
 
     def __post_init__(self) -> None:
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
@@ -37,14 +53,28 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What differs from layer to layer of one model.
+
+    Attributes:
+      window: how many positions a row sees, its own included; None for all.
+      rope: "main" rotates by the model's rope_theta and rope_scaling, "local" by its local_rope_theta and unscaled,
+        "none" not at all.
+    """
+
+    window: Size | None = None
+    rope: Literal["main", "local", "none"] = "main"
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and constants of one Llama-family decoder.
+    """Shapes and constants of one decoder.
 
     Letters follow the rest of the package: D width, H query heads, G key-value heads, d head width, F mlp width,
     V vocabulary, L layers.
 
     Attributes:
-      family: "llama", "qwen2" or "qwen3"; only a name, the switches below say what the layers do.
+      family: a key of `io.families.FAMILIES`; only a name, the switches below say what the layers do.
       vocab_size: V.
       num_layers: L.
       width: D.
@@ -61,9 +91,22 @@ class ModelConfig:
       qk_norm: an RMS norm over d of every query and key head, before RoPE (Qwen3).
       eos_ids: token ids that end a sequence.
       bos_id: the token that begins one, or None.
+      layer_kinds: what differs from layer to layer, L of them; () for layers that are all LayerKind().
+      local_rope_theta: base of the rotary frequencies of layers whose rope is "local"; None is rope_theta.
+      rotated: how many of the d numbers of a head are rotated, the first ones; None for all.
+      qk_norm_whole: `qk_norm` is over all heads together (OLMo 2).
+      norms: whether attention and mlp norm what they read ("before"), what they give ("after"), or "both".
+      norm_offset: what is added to the scale of every norm (Gemma: 1).
+      activation: of the mlp's gate, "silu" or "gelu" (by tanh).
+      embed_scale: what embeddings are multiplied with.
+      residual_scale: what attention and mlp give is multiplied with before it is added.
+      attention_scale: what scores are multiplied with; None is d**-0.5.
+      attention_cap, logit_cap: scores, or logits, become cap tanh(x / cap); None leaves them.
+      logit_divisor: what logits are divided by, before the cap.
 
     Raises:
-      DexError: key-value heads that do not divide the heads, or heads of a width that cannot be rotated.
+      DexError: key-value heads that do not divide the heads, heads of a width that cannot be rotated, or kinds of
+        layers that are not as many as the layers.
     """
 
     family: str
@@ -84,17 +127,59 @@ class ModelConfig:
     qk_norm: bool = False
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    layer_kinds: tuple[LayerKind, ...] = ()
+    local_rope_theta: float | None = None
+    rotated: int | None = None
+    qk_norm_whole: bool = False
+    norms: Literal["before", "after", "both"] = "before"
+    norm_offset: float = 0.0
+    activation: Literal["silu", "gelu"] = "silu"
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: Positive | None = None
+    attention_cap: Positive | None = None
+    logit_cap: Positive | None = None
+    logit_divisor: Positive = 1.0
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise DexError(f"{self.num_heads} heads, which {self.num_kv_heads} key-value heads do not divide")
         if self.head_dim < 2 or self.head_dim % 2:
             raise DexError(f"heads of width {self.head_dim}, which RoPE cannot rotate: it takes pairs")
+        if not 2 <= self.rotated_dim <= self.head_dim or self.rotated_dim % 2:
+            raise DexError(f"RoPE cannot rotate {self.rotated_dim} of {self.head_dim} numbers of a head")
+        if self.layer_kinds and len(self.layer_kinds) != self.num_layers:
+            raise DexError(f"{len(self.layer_kinds)} kinds of layers for {self.num_layers} layers")
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "longrope":
+            for factors in (scaling.short_factors, scaling.long_factors):
+                if len(factors) != self.rotated_dim // 2:
+                    raise DexError(f"{len(factors)} RoPE factors for {self.rotated_dim // 2} frequencies")
 
     @property
     def qkv_width(self) -> int:
         """Rows of the fused query-key-value projection, (H + 2 G) d."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def rotated_dim(self) -> int:
+        """d', how many of the d numbers of a head are rotated."""
+        return self.head_dim if self.rotated is None else self.rotated
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """What differs from layer to layer, L of them."""
+        return self.layer_kinds or (LayerKind(),) * self.num_layers
+
+    def at_length(self, length: int) -> ModelConfig:
+        """The model for sequences of at most `length` tokens: it counts where RoPE has factors for long ones.
+
+        Keys are kept as they were rotated, so that all tokens of a sequence take the factors of its whole length.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "longrope" or scaling.long == (length > scaling.original_context):
+            return self
+        return dataclasses.replace(self, rope_scaling=dataclasses.replace(scaling, long=not scaling.long))
 
 
 _Width = Annotated[int, Meta(ge=1, le=2**20)]

@@ -369,8 +369,9 @@ def _reader(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _full_logits(config: ModelConfig, layout: Layout, weights: Any, tokens: jax.Array) -> jax.Array:
-    model = merge_model(config, layout, weights)
     batch, length = tokens.shape
+    config = config.at_length(length)
+    model = merge_model(config, layout, weights)
     memory = cache.allocate(config, layout, batch, length, 0, model.dtype)
     hidden, _ = extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
     return model.logits(hidden)

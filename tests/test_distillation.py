@@ -252,6 +252,7 @@ def test_training_on_the_truth_is_what_a_root_gets_in_decoding(kind, fused) -> N
             ancestors=jnp.zeros((*shape, shape[0]), bool),
             parent=jnp.full(shape, NO_NODE),
             prefix=jnp.asarray(roots),
+            slots=jnp.broadcast_to(jnp.asarray(roots)[:, None], (len(roots), shape[0])),
         )
         exits = trained_exits(model, config, arrays)
         return exits.features(types.SimpleNamespace(exits=memory), hidden, view)

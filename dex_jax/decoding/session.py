@@ -187,7 +187,6 @@ class Session:
         if drafts is not None:
             schedule = dataclasses.replace(schedule, drafts=drafts.without_costs)
         exits, drafter = (None if each is None else each.config for each in (method.exits, method.drafter))
-        self.spec = Spec(lm.config, lm.layout, schedule, exits, drafter, lm.mesh)
         self.sequences = len(prompts)
         batch = self.sequences if lm.mesh is not None else batch_bucket(self.sequences)
         self.lengths = np.ones(batch, np.int32)
@@ -195,6 +194,8 @@ class Session:
         longest = int(self.lengths.max())
         bucket = prompt_bucket(longest)
         self.chunks = prompt_pieces(longest)
+        config = lm.config.at_length(longest + max_new_tokens)
+        self.spec = Spec(config, lm.layout, schedule, exits, drafter, lm.mesh)
         self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead, batch)
         self.capacity = self.cache_length
         self.padded = np.zeros((batch, bucket), np.int32)

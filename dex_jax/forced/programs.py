@@ -18,7 +18,7 @@ from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.forced.asks import Ask
 from dex_jax.nn.exits import Context, ExitHeads, head_at
 from dex_jax.nn.forward import depth_states
-from dex_jax.nn.layers import KeyValues, linear
+from dex_jax.nn.layers import KeyValues, capped, linear
 from dex_jax.nn.targets import Vocabulary, targets
 from dex_jax.nn.transformer import Layout
 from dex_jax.nn.weights import merge_model
@@ -158,7 +158,8 @@ def ask_exits(
     if sampling is not None:
         noise = jax.vmap(position_noise, (None, 0, None))(sampling.keys[0], position, unembed.shape[0])
         noise = noise if draft is None else noise[:, draft]
-    vocabulary = Vocabulary(unembed, None if draft is None else unembed[draft], draft)
+    cap = statics.config.logit_cap
+    vocabulary = Vocabulary(unembed, None if draft is None else unembed[draft], draft, cap)
     kernel = unembed if vocabulary.draft_unembed is None else vocabulary.draft_unembed
     final, count = rows.final[block], statics.count
     goal = targets(final, vocabulary, hard=0.0)
@@ -170,7 +171,8 @@ def ask_exits(
         previous, context = (None if each is None else each[pair][block][None] for each in read)
         head = head_at(statics.exits, parameters, exit_)
         features = head.features(rows.states[exit_][block][None], previous, context)[0]
-        logits, rest = linear(features[:, :-1], kernel, out_dtype=jnp.float32), features[:, -1].astype(jnp.float32)
+        logits = capped(linear(features[:, :-1], kernel, out_dtype=jnp.float32), cap)
+        rest = features[:, -1].astype(jnp.float32)
         log_all = jax.nn.logsumexp(logits, axis=-1)
         expected = jnp.sum(goal.inside * logits, axis=-1)
         if draft is not None:

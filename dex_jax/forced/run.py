@@ -97,7 +97,7 @@ def shared_exits(lm: LanguageModel, depths: tuple[int, ...] | None = None) -> Tr
     config = ExitsConfig("shared", depths, lm.config.width, norm_eps=lm.config.norm_eps)
     model = merge_model(lm.config, lm.layout, lm.weights)
     return TrainedExits(
-        config, parameters_of(initial_heads(config, model.final_norm[...])), None, lm.fingerprint, {}, "shared"
+        config, parameters_of(initial_heads(config, model.final_scale)), None, lm.fingerprint, {}, "shared"
     )
 
 

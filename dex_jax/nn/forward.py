@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax.cache import Memory, after, allocate, write_rows
-from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, causal_rows, rope_table
+from dex_jax.nn.kinds import Sight, sight_at, sights
+from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, causal_rows
 from dex_jax.nn.transformer import Stacked, Transformer
 
 InUse = Sequence[jax.Array | None]
@@ -67,7 +68,6 @@ def extend_with_states(
     """`extend`, with the states after every layer: L of [B, R, D] (stacked layout: one array [L, B, R, D])."""
     batch, rows = tokens.shape
     positions = start[:, None] + jnp.arange(rows)[None, :]
-    table = rope_table(positions, model.config)
     causal = causal_rows(batch, rows)
     x = model.embed_tokens(tokens)
     committed = jnp.arange(jax.tree.leaves(memory.keys)[0].shape[-2])[None, None, :] < start[:, None, None]
@@ -76,9 +76,12 @@ def extend_with_states(
         live = (positions < lengths[:, None])[:, :, None]
         x, causal, committed = jnp.where(live, x, 0), causal & live, committed & live
 
+    found = sights(model.config, model.kinds, positions, committed, causal)
+
     def layer_step(layer: DecoderLayer, carry: Any, place: Any) -> Any:
         x, keys, values = carry
-        x, new_keys, new_values = run_layer(layer, x, table, [KeyValues(keys[place], values[place], committed)], causal)
+        sight = sight_at(model.kinds, found, place)
+        x, new_keys, new_values = run_layer(layer, x, sight, [(keys[place], values[place])])
         at = after(start, x)
         return (x, _write(keys, new_keys, at, place), _write(values, new_values, at, place)), x
 
@@ -151,13 +154,13 @@ def run_rows(
     give zeros as keys and values. Gives (hidden states [B, N, D] after the last, the rows' (keys, values): l of [B, G,
     N, d], stacked [l, B, G, N, d]).
     """
-    table = rope_table(position, model.config)
+    committed = jnp.arange(jax.tree.leaves(memory.keys)[0].shape[-2])[None, None, :] < prefix[:, None, None]
+    found = sights(model.config, model.kinds, position, committed, among)
 
     def layer_step(layer: DecoderLayer, x: jax.Array, place: Any) -> Any:
-        keys, values = memory.keys[place], memory.values[place]
-        committed = jnp.arange(keys.shape[-2])[None, None, :] < prefix[:, None, None]
         used = None if isinstance(place, tuple) else used_layer(in_use, place)
-        x, *rows = run_layer(layer, x, table, [KeyValues(keys, values, committed)], among, used)
+        sight = sight_at(model.kinds, found, place)
+        x, *rows = run_layer(layer, x, sight, [(memory.keys[place], memory.values[place])], used)
         return x, tuple(rows)
 
     hidden, fresh = _in_turn(model, layers, layer_step, hidden)
@@ -219,23 +222,23 @@ def write_layers(
 def run_layer(
     layer: DecoderLayer,
     x: jax.Array,
-    table,
-    memory: list[KeyValues],
-    among_rows: jax.Array,
+    sight: Sight,
+    memory: list[tuple[jax.Array, jax.Array]],
     used: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer over the rows of each sequence, [B, R, D]: returns (x, keys, values) of the rows.
 
-    Rows attend to `memory` and to one another as `among_rows` [B, R, R] says. Memory is only read: writing first and
-    attending to the result makes XLA copy the whole cache in every step. A layer that is not `used` is skipped.
+    `memory` holds keys and values [B, G, S, d] of the committed prefix and, where there is one, of the lattice. It is
+    only read: writing first and attending to the result makes XLA copy the whole cache in every step. A layer that is
+    not `used` is skipped.
     """
     graph, weights = nnx.split(layer)
 
     def run() -> tuple[jax.Array, jax.Array, jax.Array]:
-        return _layer_rows(graph, weights, x, table, memory, among_rows)
+        return _layer_rows(graph, weights, x, sight, memory)
 
     def skip() -> tuple[jax.Array, jax.Array, jax.Array]:
-        batch, groups, _, head_dim = memory[0].keys.shape
+        batch, groups, _, head_dim = memory[0][0].shape
         nothing = jnp.zeros((batch, groups, x.shape[1], head_dim), x.dtype)
         return x, nothing, nothing
 
@@ -250,9 +253,11 @@ def used_layer(in_use: InUse, layer: int) -> jax.Array | None:
 # Jitted so that a model is traced once per shape of its layers and not once per layer; XLA inlines the calls.
 @functools.partial(jax.jit, static_argnums=0)
 def _layer_rows(
-    graph: Any, weights: Any, x: jax.Array, table: Any, memory: list[KeyValues], among_rows: jax.Array
+    graph: Any, weights: Any, x: jax.Array, sight: Sight, memory: list[tuple[jax.Array, jax.Array]]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     layer = nnx.merge(graph, weights)
-    queries, keys, values = layer.project(x, table)
-    attended = attend(queries, [*memory, KeyValues(keys, values, among_rows)], layer.whole)
+    queries, keys, values = layer.project(x, sight.rotation)
+    sources = [KeyValues(*each, mask) for each, mask in zip(memory, (sight.committed, sight.lattice), strict=False)]
+    sources.append(KeyValues(keys, values, sight.among))
+    attended = attend(queries, sources, layer.whole, layer.config.attention_cap)
     return layer.finish(x, attended), keys, values

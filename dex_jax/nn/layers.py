@@ -1,4 +1,4 @@
-"""One decoder layer of the Llama family: projections, rotary positions, grouped-query attention, gated mlp.
+"""One decoder layer: projections, rotary positions, grouped-query attention, gated mlp, norms before or after them.
 
 Letters: B sequences, R rows a sequence (tokens of a prompt chunk, or lattice nodes), D width, H query heads,
 G key-value heads, d head width, F mlp width, S keys.
@@ -7,6 +7,7 @@ G key-value heads, d head width, F mlp width, S keys.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dex_jax.config import ModelConfig
+from dex_jax.config import LayerKind, ModelConfig, RopeScaling
 from dex_jax.nn import few_rows
 from dex_jax.nn.packed import Packed
 from dex_jax.nn.products import dot, matmul_precision, rows_times_kernel
@@ -93,43 +94,88 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (wide * inverse * weight).astype(x.dtype)
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Rotary angle per position, [d / 2] float32; the "llama3" ramp as in Llama 3.1's release."""
-    half = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = (1.0 / np.float32(config.rope_theta) ** half).astype(np.float32)
+def rope_frequencies(config: ModelConfig, kind: LayerKind = LayerKind()) -> np.ndarray:
+    """Rotary angle per position in layers of a kind, [d' / 2] float32; zeros where nothing is rotated.
+
+    The "llama3" ramp is that of Llama 3.1's release, "yarn" that of arXiv 2309.00071, "longrope" of 2402.13753.
+    """
+    width = config.rotated_dim
+    local = kind.rope == "local" and config.local_rope_theta is not None
+    theta = np.float32(config.local_rope_theta if local else config.rope_theta)
+    frequencies = (1.0 / theta ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))).astype(np.float32)
     scaling = config.rope_scaling
-    if scaling is None:
+    if kind.rope == "none":
+        return np.zeros_like(frequencies)
+    if scaling is None or kind.rope == "local":
         return frequencies
     if scaling.kind == "linear":
         return frequencies / np.float32(scaling.factor)
-    wavelength = 2 * np.pi / frequencies
-    turns = scaling.original_context / wavelength
-    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    ramp = np.clip(ramp, 0.0, 1.0)
-    return ((1 - ramp) * frequencies / scaling.factor + ramp * frequencies).astype(np.float32)
+    if scaling.kind == "longrope":
+        factors = scaling.long_factors if scaling.long else scaling.short_factors
+        return frequencies / np.asarray(factors, np.float32)
+    if scaling.kind == "yarn":
+        kept = 1 - _yarn_ramp(scaling, width, float(theta))
+    else:
+        turns = scaling.original_context * frequencies / (2 * np.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = np.clip(kept, 0.0, 1.0)
+    return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
 
 
-def rope_table(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) at absolute positions: [...] int32 -> two of [..., d / 2] float32."""
-    frequencies = rope_frequencies(config).reshape((1,) * positions.ndim + (-1,))
+def _yarn_ramp(scaling: RopeScaling, width: int, theta: float) -> np.ndarray:
+    """How much of each frequency is stretched, from 0 to 1: [d' / 2]."""
+    turning = [
+        width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (scaling.fast, scaling.slow)
+    ]
+    first, last = (math.floor(turning[0]), math.ceil(turning[1])) if scaling.truncate else turning
+    first, last = max(first, 0), min(last, width - 1)
+    return np.clip((np.arange(width // 2) - first) / max(last - first, 1e-3), 0.0, 1.0)
+
+
+class Rotation(NamedTuple):
+    """How positions turn heads."""
+
+    cos: jax.Array  # [..., d' / 2] float32
+    sin: jax.Array  # [..., d' / 2] float32
+    queries: jax.Array | None = None  # [...] float32, what queries are multiplied with besides; None: nothing
+
+
+def rope_table(positions: jax.Array, config: ModelConfig, kind: LayerKind = LayerKind()) -> Rotation:
+    """The rotation at absolute positions [...] int32 in layers of a kind."""
+    frequencies = rope_frequencies(config, kind).reshape((1,) * positions.ndim + (-1,))
+    scaling = config.rope_scaling if kind.rope == "main" else None
+    magnitude = 1.0 if scaling is None else scaling.magnitude
 
     def table(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         angles = positions[..., None].astype(jnp.float32) * frequencies
-        return jnp.cos(angles), jnp.sin(angles)
+        return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
     def branch(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         # No position is as low as this, which XLA does not know: it leaves branches alone.
         return jax.lax.cond(jnp.any(positions > -(2**30)), table, lambda p: table(jnp.zeros_like(p)), positions)
 
     # Otherwise XLA computes sines and cosines anew in every layer, for every head; on CPUs despite the barrier.
-    return jax.lax.optimization_barrier(jax.lax.platform_dependent(positions, cpu=branch, default=table))
+    made = jax.lax.platform_dependent(positions, cpu=branch, default=table)
+    cos, sin = jax.lax.optimization_barrier(made)
+    if scaling is None or not scaling.query_growth:
+        return Rotation(cos, sin)
+    laps = (positions // scaling.original_context).astype(jnp.float32)
+    return Rotation(cos, sin, 1 + scaling.query_growth * jnp.log1p(laps))
 
 
-def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates heads by their positions: x [..., heads, d], table of [..., d / 2]; pairs are (i, i + d / 2)."""
-    cos, sin = (t[..., None, :] for t in table)
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates the first d' numbers of heads by their positions: x [..., heads, d]; pairs are (i, i + d' / 2)."""
+    cos, sin = (t[..., None, :] for t in rotation[:2])
+    half = cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    left, right, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1).astype(x.dtype)
+
+
+def capped(x: jax.Array, cap: float | jax.Array | None) -> jax.Array:
+    """cap tanh(x / cap), or x without one."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def causal_rows(batch: int, rows: int) -> jax.Array:
@@ -137,19 +183,23 @@ def causal_rows(batch: int, rows: int) -> jax.Array:
     return jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
 
 
-def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True) -> jax.Array:
+def attend(
+    queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True, cap: float | None = None
+) -> jax.Array:
     """Grouped-query attention of queries [B, R, H, d] over all sources, which share one softmax in float32.
 
-    Every row must see at least one key; `whole` as in `linear`, of keys and values. Gives [B, R, H, d] in queries'
-    dtype.
+    Every row must see at least one key; `whole` as in `linear`, of keys and values. `cap` as in `capped`, of scores.
+    Gives [B, R, H, d] in queries' dtype.
     """
     dtypes = {x.dtype for source in sources for x in source[:2]}
     known = len(dtypes) == 1 and dtypes | {queries.dtype} <= {*few_rows.DTYPES}
-    if whole and known and queries.shape[3] % few_rows.LANES == 0 and few_rows.ready():
-        return jax.lax.platform_dependent(queries, list(sources), cpu=_attend_few_rows, default=_attend)
+    if whole and known and cap is None and queries.shape[3] % few_rows.LANES == 0 and few_rows.ready():
+        at_once = functools.partial(_attend, None)
+        return jax.lax.platform_dependent(queries, list(sources), cpu=_attend_few_rows, default=at_once)
     if queries.shape[1] > KEY_BLOCK // 16 and any(source.keys.shape[2] > KEY_BLOCK for source in sources):
-        return jax.lax.platform_dependent(queries, list(sources), cpu=_attend_in_blocks, default=_attend)
-    return _attend(queries, sources)
+        in_blocks, at_once = (functools.partial(each, cap) for each in (_attend_in_blocks, _attend))
+        return jax.lax.platform_dependent(queries, list(sources), cpu=in_blocks, default=at_once)
+    return _attend(cap, queries, sources)
 
 
 @jax.custom_jvp
@@ -157,8 +207,8 @@ def _attend_few_rows(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Ar
     return few_rows.few_rows_attention(queries, *(x for source in sources for x in source)).astype(queries.dtype)
 
 
-@jax.custom_jvp
-def _attend_in_blocks(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend_in_blocks(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
     """As `_attend`, a block of keys at a time up to the last that a row sees: most of a cache is often empty."""
     batch, rows, heads, width = queries.shape
     groups = sources[0].keys.shape[1]
@@ -167,7 +217,7 @@ def _attend_in_blocks(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.A
 
     def add(state: tuple, keys: jax.Array, values: jax.Array, mask: jax.Array) -> tuple:
         most, total, mixed = state
-        scores = _sum_in_float32("bgsd,bgdn->bgsn", keys, columns)
+        scores = capped(_sum_in_float32("bgsd,bgdn->bgsn", keys, columns), cap)
         seen = jnp.repeat(jnp.broadcast_to(mask, (batch, rows, mask.shape[2])), heads // groups, axis=1)
         scores = jnp.where(seen.transpose(0, 2, 1)[:, None], scores, MASKED_SCORE)
         new = jnp.maximum(most, scores.max(axis=2))
@@ -196,20 +246,25 @@ def _attend_in_blocks(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.A
     return out.reshape(batch, rows, heads, width).astype(queries.dtype)
 
 
-def _tangent(attention, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+@_attend_few_rows.defjvp
+def _few_rows_tangent(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return _attend_few_rows(*primals), _tangent(None, primals, tangents)
+
+
+@_attend_in_blocks.defjvp
+def _in_blocks_tangent(cap: float | None, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return _attend_in_blocks(cap, *primals), _tangent(cap, primals, tangents)
+
+
+def _tangent(cap: float | None, primals: tuple, tangents: tuple) -> jax.Array:
     (queries, sources), (queries_tangent, sources_tangent) = primals, tangents
 
     def plain(queries: jax.Array, pairs: list) -> jax.Array:
         both = [KeyValues(keys, values, source.mask) for (keys, values), source in zip(pairs, sources, strict=True)]
-        return _attend(queries, both)
+        return _attend(cap, queries, both)
 
     pairs, pairs_tangent = ([source[:2] for source in each] for each in (sources, sources_tangent))
-    _, tangent = jax.jvp(plain, (queries, pairs), (queries_tangent, pairs_tangent))
-    return attention(queries, sources), tangent
-
-
-for _attention in (_attend_few_rows, _attend_in_blocks):
-    _attention.defjvp(functools.partial(_tangent, _attention))
+    return jax.jvp(plain, (queries, pairs), (queries_tangent, pairs_tangent))[1]
 
 
 def _columns(queries: jax.Array, groups: int) -> jax.Array:
@@ -220,7 +275,7 @@ def _columns(queries: jax.Array, groups: int) -> jax.Array:
     return columns.reshape(batch, groups, width, -1)
 
 
-def _attend(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
+def _attend(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
     batch, rows, heads, width = queries.shape
     groups = sources[0].keys.shape[1]
     dtype = queries.dtype
@@ -228,7 +283,7 @@ def _attend(queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
     # Keys times query columns, so that the cache is read as it lies: the other way round XLA transposes it first.
     scores = [_sum_in_float32("bgsd,bgdn->bgsn", source.keys, columns).transpose(0, 1, 3, 2) for source in sources]
     masks = jnp.concatenate([jnp.broadcast_to(s.mask, (batch, rows, s.mask.shape[2])) for s in sources], axis=2)
-    joined = jnp.concatenate(scores, axis=3).reshape(batch, groups, rows, heads // groups, -1)
+    joined = capped(jnp.concatenate(scores, axis=3), cap).reshape(batch, groups, rows, heads // groups, -1)
     joined = jnp.where(masks[:, None, :, None, :], joined, MASKED_SCORE)
     weights = jax.nn.softmax(joined, axis=-1).astype(dtype).reshape(batch, groups, -1, masks.shape[2])
     bounds = np.cumsum([source.keys.shape[2] for source in sources])[:-1]
@@ -275,6 +330,7 @@ def names_in(path: Sequence[Any]) -> list[str]:
 
 LAYER_AXES: dict[str, tuple[str, ...]] = {
     "attention_norm": ("width",),
+    "attention_out_norm": ("width",),
     "qkv": ("heads", "width"),
     "qkv_bias": ("heads",),
     "q_norm": ("head",),
@@ -282,6 +338,7 @@ LAYER_AXES: dict[str, tuple[str, ...]] = {
     "out": ("width", "heads"),
     "out_bias": ("width",),
     "mlp_norm": ("width",),
+    "mlp_out_norm": ("width",),
     "gate_up": ("mlp", "width"),
     "down": ("width", "mlp"),
 }
@@ -289,12 +346,12 @@ LAYER_AXES: dict[str, tuple[str, ...]] = {
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and gated mlp, with the query-key-value and gate-up projections fused.
+    """Attention and gated mlp, with the query-key-value and gate-up projections fused.
 
     Every parameter may carry leading axes (a stacked layout); the methods work on one layer's slice.
 
     Args:
-      config: shapes.
+      config: shapes and switches.
       init: (name, shape, kind) -> array, kind "kernel", "scale" or "bias".
       tensor_axis: under shard_map, the mesh axis over whose devices heads and mlp are spread; `config` then counts this
         device's own, and the two products that end in D are summed over the axis. None: all is here.
@@ -303,41 +360,68 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, init, tensor_axis: str | None = None, whole: bool = True):
         c = config
-        self.attention_norm = nnx.Param(init("attention_norm", (c.width,), "scale"))
+
+        def parameter(there: bool, name: str, kind: str, *shape: int) -> nnx.Param | None:
+            return nnx.Param(init(name, shape, kind)) if there else None
+
+        before, after = c.norms in ("before", "both"), c.norms in ("after", "both")
+        queries, keys = (c.num_heads, c.num_kv_heads) if c.qk_norm_whole else (1, 1)
+        self.attention_norm = parameter(before, "attention_norm", "scale", c.width)
         self.qkv = nnx.Param(init("qkv", (c.qkv_width, c.width), "kernel"))
-        self.qkv_bias = nnx.Param(init("qkv_bias", (c.qkv_width,), "bias")) if c.qkv_bias else None
-        self.q_norm = nnx.Param(init("q_norm", (c.head_dim,), "scale")) if c.qk_norm else None
-        self.k_norm = nnx.Param(init("k_norm", (c.head_dim,), "scale")) if c.qk_norm else None
+        self.qkv_bias = parameter(c.qkv_bias, "qkv_bias", "bias", c.qkv_width)
+        self.q_norm = parameter(c.qk_norm, "q_norm", "scale", queries * c.head_dim)
+        self.k_norm = parameter(c.qk_norm, "k_norm", "scale", keys * c.head_dim)
         self.out = nnx.Param(init("out", (c.width, c.num_heads * c.head_dim), "kernel"))
-        self.out_bias = nnx.Param(init("out_bias", (c.width,), "bias")) if c.out_bias else None
-        self.mlp_norm = nnx.Param(init("mlp_norm", (c.width,), "scale"))
+        self.out_bias = parameter(c.out_bias, "out_bias", "bias", c.width)
+        self.attention_out_norm = parameter(after, "attention_out_norm", "scale", c.width)
+        self.mlp_norm = parameter(before, "mlp_norm", "scale", c.width)
         self.gate_up = nnx.Param(init("gate_up", (2 * c.mlp_width, c.width), "kernel"))
         self.down = nnx.Param(init("down", (c.width, c.mlp_width), "kernel"))
+        self.mlp_out_norm = parameter(after, "mlp_out_norm", "scale", c.width)
         self.config = config
         self.tensor_axis = tensor_axis
         self.whole = whole
 
-    def project(self, x: jax.Array, table) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Hidden states [B, R, D] -> queries [B, R, H, d], keys and values [B, G, R, d], rotated by `table`."""
+    def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Hidden states [B, R, D] -> queries [B, R, H, d], keys and values [B, G, R, d], rotated by their positions."""
         c = self.config
-        normed = rms_norm(x, self.attention_norm[...], c.norm_eps)
-        qkv = linear(normed, self.qkv[...], _value(self.qkv_bias), whole=self.whole)
-        heads = qkv.reshape(*x.shape[:-1], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        queries, keys, values = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=-2)
-        if self.q_norm is not None and self.k_norm is not None:
-            queries = rms_norm(queries, self.q_norm[...], c.norm_eps)
-            keys = rms_norm(keys, self.k_norm[...], c.norm_eps)
-        rotated = rotate(jnp.concatenate([queries, keys], axis=-2), table)
+        qkv = linear(self._normed(x, self.attention_norm), self.qkv[...], _value(self.qkv_bias), whole=self.whole)
+        bounds = [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
+        queries, keys, values = jnp.split(qkv, bounds, axis=-1)
+        if c.qk_norm_whole:
+            queries, keys = self._normed(queries, self.q_norm), self._normed(keys, self.k_norm)
+        queries, keys, values = (each.reshape(*x.shape[:-1], -1, c.head_dim) for each in (queries, keys, values))
+        if not c.qk_norm_whole:
+            queries, keys = self._normed(queries, self.q_norm), self._normed(keys, self.k_norm)
+        rotated = rotate(jnp.concatenate([queries, keys], axis=-2), rotation)
         queries, keys = jnp.split(rotated, [c.num_heads], axis=-2)
+        # Attention itself multiplies with d**-0.5.
+        scale = 1.0 if c.attention_scale is None else c.attention_scale * c.head_dim**0.5
+        if rotation.queries is not None:
+            queries = (queries * (scale * rotation.queries)[..., None, None]).astype(x.dtype)
+        elif abs(scale - 1) > 1e-12:
+            queries = (queries.astype(jnp.float32) * scale).astype(x.dtype)
         return queries, keys.swapaxes(-2, -3), values.swapaxes(-2, -3)
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Adds the attention output [B, R, H, d] and then the mlp to x [B, R, D]."""
         flat = attended.reshape(*x.shape[:-1], -1)
-        x = _sum(x, self._summed(flat, self.out[...], _value(self.out_bias)))
-        normed = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        gate, up = jnp.split(linear(normed, self.gate_up[...], whole=self.whole), 2, axis=-1)
-        return _sum(x, self._summed(jax.nn.silu(gate) * up, self.down[...]))
+        x = self._added(x, self._summed(flat, self.out[...], _value(self.out_bias)), self.attention_out_norm)
+        gate_up = linear(self._normed(x, self.mlp_norm), self.gate_up[...], whole=self.whole)
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        activated = jax.nn.silu(gate) if self.config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return self._added(x, self._summed(activated * up, self.down[...]), self.mlp_out_norm)
+
+    def _normed(self, x: jax.Array, scale: nnx.Param | None) -> jax.Array:
+        """x after the norm of this scale, if the layer has it."""
+        return x if scale is None else rms_norm(x, offset_scale(scale[...], self.config), self.config.norm_eps)
+
+    def _added(self, x: jax.Array, y: jax.Array, scale: nnx.Param | None) -> jax.Array:
+        """x plus what attention or mlp gave."""
+        y = self._normed(y, scale)
+        if self.config.residual_scale != 1:
+            y = y * np.asarray(self.config.residual_scale, y.dtype)
+        return _sum(x, y)
 
     def _summed(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """`linear` whose inputs are spread over the tensor axis, if there is one."""
@@ -345,6 +429,11 @@ class DecoderLayer(nnx.Module):
             return linear(x, kernel, bias, whole=self.whole)
         total = jax.lax.psum(linear(x, kernel, whole=self.whole), self.tensor_axis)
         return total if bias is None else total + jnp.broadcast_to(bias, total.shape)
+
+
+def offset_scale(scale: jax.Array, config: ModelConfig) -> jax.Array:
+    """The scale of a norm, [D]: float32 where something is added to what a checkpoint holds."""
+    return scale.astype(jnp.float32) + config.norm_offset if config.norm_offset else scale
 
 
 def _sum(x: jax.Array, y: jax.Array) -> jax.Array:

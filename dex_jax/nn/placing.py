@@ -122,6 +122,7 @@ def device_config(config: ModelConfig, layout: Staged, mesh: Mesh) -> ModelConfi
     return dataclasses.replace(
         config,
         num_layers=layout.stage_layers,
+        layer_kinds=(),  # which differ from stage to stage: `kind_table` has them
         num_heads=config.num_heads // pieces,
         num_kv_heads=config.num_kv_heads // pieces,
         mlp_width=config.mlp_width // pieces,

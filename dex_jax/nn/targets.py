@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.nn.layers import linear
+from dex_jax.nn.layers import capped, linear
 
 
 class Vocabulary(NamedTuple):
@@ -19,6 +19,7 @@ class Vocabulary(NamedTuple):
     unembed: Any  # [V, D], the model's own, packed or not
     draft_unembed: Any = None  # [V', D], its rows of the draft vocabulary; None for the full vocabulary
     draft: jax.Array | None = None  # [V'] int32, their token ids, ascending; None for the full vocabulary
+    cap: Any = None  # of logits, ModelConfig.logit_cap
 
 
 class Targets(NamedTuple):
@@ -35,7 +36,7 @@ def targets(final: jax.Array, vocabulary: Vocabulary, hard: float) -> Targets:
 
     `hard` is the share, from 0 to 1, of the target that is the best token alone.
     """
-    logits = linear(final, vocabulary.unembed, out_dtype=jnp.float32)
+    logits = capped(linear(final, vocabulary.unembed, out_dtype=jnp.float32), vocabulary.cap)
     top = jnp.argmax(logits, axis=-1)
     log_all = jax.nn.logsumexp(logits, axis=-1)
     if vocabulary.draft is None:

@@ -1,4 +1,4 @@
-"""The Llama-family decoder as a flax.nnx module, in one of three weight layouts."""
+"""The decoder as a flax.nnx module, in one of three weight layouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 from dex_jax.config import ModelConfig
-from dex_jax.nn.layers import LAYER_AXES, DecoderLayer, linear, recorded, rms_norm
+from dex_jax.nn.kinds import KindTable, kind_table
+from dex_jax.nn.layers import LAYER_AXES, DecoderLayer, capped, linear, offset_scale, recorded, rms_norm
 from dex_jax.nn.packed import Packed, take_rows
 
 
@@ -89,6 +90,7 @@ class Transformer(nnx.Module):
         "layers.3.qkv"; "layers.*.qkv" when stacked, "layers.*3.qkv" for the fourth layer of every stage when staged).
       tensor_axis: as of DecoderLayer.
       vocabulary_axis: under shard_map, the mesh axis over which embedding and unembedding are split by tokens.
+      kinds: of a device's layers on a mesh; None takes them from config and layout.
     """
 
     def __init__(
@@ -98,9 +100,12 @@ class Transformer(nnx.Module):
         init: Callable[..., jax.Array | Packed],
         tensor_axis: str | None = None,
         vocabulary_axis: str | None = None,
+        kinds: KindTable | None = None,
     ):
         self.config = config
         self.layout = layout
+        stages = () if isinstance(layout, Unrolled) else stage_ranges(layout.depths)
+        self.kinds = kinds or kind_table(config, stages)
         self.vocabulary_axis = vocabulary_axis
         self.embed = nnx.Param(init("embed", (config.vocab_size, config.width), "kernel"))
         self.final_norm = nnx.Param(init("final_norm", (config.width,), "scale"))
@@ -135,24 +140,34 @@ class Transformer(nnx.Module):
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """[...] int32 -> [..., D]."""
         if self.vocabulary_axis is None:
-            return take_rows(self.embed[...], tokens).astype(self.dtype)
+            return self._scaled(take_rows(self.embed[...], tokens).astype(self.dtype))
         rows = self.embed[...].shape[0]
         own = tokens - jax.lax.axis_index(self.vocabulary_axis) * rows
         found = jnp.take(self.embed[...], jnp.clip(own, 0, rows - 1), axis=0)
         here = (own >= 0) & (own < rows)
-        return jax.lax.psum(jnp.where(here[..., None], found, 0), self.vocabulary_axis)
+        return self._scaled(jax.lax.psum(jnp.where(here[..., None], found, 0), self.vocabulary_axis))
+
+    def _scaled(self, embedded: jax.Array) -> jax.Array:
+        scale = self.config.embed_scale
+        return embedded if scale == 1 else embedded * np.asarray(scale, embedded.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and unembedding: [..., D] -> [..., V] float32 (exit K, and every exit of kind "shared")."""
         return self.unembedding(self.normed(hidden))
 
     def normed(self, hidden: jax.Array) -> jax.Array:
-        """The final norm: [..., D] -> [..., D]."""
-        return rms_norm(hidden, self.final_norm[...], self.config.norm_eps)
+        """The final norm, with what divides logits: [..., D] -> [..., D]."""
+        return rms_norm(hidden, self.final_scale, self.config.norm_eps)
+
+    @property
+    def final_scale(self) -> jax.Array:
+        """The scale of `normed`, [D]."""
+        scale, divisor = offset_scale(self.final_norm[...], self.config), self.config.logit_divisor
+        return scale if divisor == 1 else scale.astype(jnp.float32) / divisor
 
     def unembedding(self, features: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32."""
-        own = linear(features, self.vocabulary_kernel, out_dtype=jnp.float32)
+        own = capped(linear(features, self.vocabulary_kernel, out_dtype=jnp.float32), self.config.logit_cap)
         if self.vocabulary_axis is None:
             return own
         return jax.lax.all_gather(own, self.vocabulary_axis, axis=own.ndim - 1, tiled=True)

@@ -11,20 +11,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax.config import ModelConfig
+from dex_jax.nn.kinds import KindTable
 from dex_jax.nn.packed import Packed, blank_kernel, kernel_bytes
 from dex_jax.nn.transformer import Layout, Transformer, parameter_shapes
 
 
 @functools.lru_cache(maxsize=64)
 def graph_of(
-    config: ModelConfig, layout: Layout, tensor_axis: str | None = None, vocabulary_axis: str | None = None
+    config: ModelConfig,
+    layout: Layout,
+    tensor_axis: str | None = None,
+    vocabulary_axis: str | None = None,
+    kinds: KindTable | None = None,
 ) -> Any:
     """The nnx graph definition of a transformer, without any array; arguments as of Transformer."""
 
     def blank(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
         return jnp.zeros(shape)
 
-    return nnx.split(nnx.eval_shape(lambda: Transformer(config, layout, blank, tensor_axis, vocabulary_axis)))[0]
+    made = nnx.eval_shape(lambda: Transformer(config, layout, blank, tensor_axis, vocabulary_axis, kinds))
+    return nnx.split(made)[0]
 
 
 def merge_model(
@@ -33,9 +39,10 @@ def merge_model(
     weights: Any,
     tensor_axis: str | None = None,
     vocabulary_axis: str | None = None,
+    kinds: KindTable | None = None,
 ) -> Transformer:
     """The module of (config, layout) over `weights`, under a trace or not."""
-    return nnx.merge(graph_of(config, layout, tensor_axis, vocabulary_axis), weights)
+    return nnx.merge(graph_of(config, layout, tensor_axis, vocabulary_axis, kinds), weights)
 
 
 Packing = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]

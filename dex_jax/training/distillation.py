@@ -107,15 +107,15 @@ class Distillation:
             return nnx.state(heads_of(self.exits, self._initial.parameters, jnp.float32))
         seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
         model = merge_model(self.lm.config, self.lm.layout, self.lm.weights)
-        return nnx.state(initial_heads(self.exits, model.final_norm[...], seed))
+        return nnx.state(initial_heads(self.exits, model.final_scale, seed))
 
     def constants(self) -> dict[str, Any]:
         """The frozen arrays that the loss reads: {"embed", "final_norm", "vocabulary"}."""
         model = merge_model(self.lm.config, self.lm.layout, self.stream.weights)
         kernel = model.vocabulary_kernel
         draft = None if self.vocabulary is None else jnp.asarray(self.vocabulary, jnp.int32)
-        vocabulary = Vocabulary(kernel, None if draft is None else kernel[draft], draft)
-        return {"embed": model.embed[...], "final_norm": model.final_norm[...], "vocabulary": vocabulary}
+        vocabulary = Vocabulary(kernel, None if draft is None else kernel[draft], draft, self.lm.config.logit_cap)
+        return {"embed": model.embed[...], "final_norm": model.final_scale, "vocabulary": vocabulary}
 
     def start(self, seed: int) -> dict[str, int]:
         """The first item."""
@@ -195,7 +195,8 @@ class Distillation:
         c, draft = self.lm.config, self.vocabulary
         whole: Any = matrix_spec(mesh, (c.vocab_size, c.width))
         parts: list[Any] = [] if draft is None else [matrix_spec(mesh, (len(draft), c.width)), EVERYWHERE]
-        return {"embed": whole, "final_norm": EVERYWHERE, "vocabulary": Vocabulary(whole, *parts)}
+        cap = None if c.logit_cap is None else EVERYWHERE
+        return {"embed": whole, "final_norm": EVERYWHERE, "vocabulary": Vocabulary(whole, *parts, cap=cap)}
 
     def trained(self, params: Any, metadata: dict[str, Any] | None = None) -> TrainedExits:
         """Parameters in training as exits to decode with."""

@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dex_jax.nn.layers import linear
+from dex_jax.nn.layers import capped, linear
 from dex_jax.nn.targets import Vocabulary, targets
 
 BLOCK = 512
@@ -75,13 +75,15 @@ def _forward(features: jax.Array, final: jax.Array, weight: jax.Array, vocabular
     def one_exit(_: None, exit: tuple[jax.Array, jax.Array]):
         row, weight = exit
         own, rest = row[:, :-1], row[:, -1].astype(jnp.float32)
-        logits = linear(own, unembed, out_dtype=jnp.float32)
+        logits = capped(linear(own, unembed, out_dtype=jnp.float32), vocabulary.cap)
         log_all = jax.nn.logsumexp(logits, axis=-1)
         if vocabulary.draft is not None:
             log_all = jnp.logaddexp(log_all, rest)
         expected = jnp.sum(target.inside * logits, axis=-1)
         probability = jnp.exp(logits - log_all[:, None])
         slope = (probability - target.inside) * weight[:, None]
+        if vocabulary.cap is not None:
+            slope = slope * (1 - jnp.square(logits / vocabulary.cap))
         gradient = jnp.matmul(slope.astype(unembed.dtype), unembed, preferred_element_type=jnp.float32)
         rest_gradient = jnp.zeros_like(weight)
         if vocabulary.draft is not None:

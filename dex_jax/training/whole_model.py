@@ -27,7 +27,8 @@ from dex_jax.forced.run import measure, shared_exits
 from dex_jax.foreign import Size, check_fields
 from dex_jax.io.save import save_model
 from dex_jax.language_model import LanguageModel
-from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, rope_table
+from dex_jax.nn.kinds import kind_table, sight_at, sights
+from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, causal_rows
 from dex_jax.nn.packed import Packed
 from dex_jax.nn.transformer import Transformer, Unrolled, layer_parameters, parameter_shapes
 from dex_jax.nn.weights import merge_model
@@ -264,24 +265,25 @@ def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, kept: 
     `kept` [L, B] bool says which layers each sequence runs, the others being the identity; None runs all.
     """
     batch, length = tokens.shape
-    table = rope_table(jnp.broadcast_to(jnp.arange(length), (batch, length)), config)
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+    kinds, positions = kind_table(config, [range(config.num_layers)]), jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    found = sights(config, kinds, positions, jnp.zeros((batch, 1, 0), bool), causal_rows(batch, length))
     # One body for all layers: compiling is then as fast for eight layers as for one.
     fields = layer_parameters(config)
     stacked = {name: jnp.stack([params[f"layers.{i}.{name}"] for i in range(config.num_layers)]) for name in fields}
     if kept is None:
         kept = jnp.ones((config.num_layers, batch), bool)
 
-    def run_layer(x: jax.Array, inputs: tuple[Params, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        weights, kept = inputs
-        layer = DecoderLayer(config, lambda name, shape, kind: weights[name])
-        queries, keys, values = layer.project(x, table)
-        done = layer.finish(x, attend(queries, [KeyValues(keys, values, causal)]))
+    def run_layer(x: jax.Array, inputs: tuple[jax.Array, Params, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        i, weights, kept = inputs
+        layer, sight = DecoderLayer(config, lambda name, shape, kind: weights[name]), sight_at(kinds, found, (i, 0))
+        queries, keys, values = layer.project(x, sight.rotation)
+        own = [KeyValues(keys, values, sight.among)]
+        done = layer.finish(x, attend(queries, own, cap=config.attention_cap))
         x = jnp.where(kept[:, None, None], done, x)
         return x, x
 
-    embedded = jnp.take(params["embed"], tokens, axis=0)
-    return jax.lax.scan(run_layer, embedded, (stacked, kept))[1]
+    embedded = transformer(config, params).embed_tokens(tokens)
+    return jax.lax.scan(run_layer, embedded, (jnp.arange(config.num_layers), stacked, kept))[1]
 
 
 def exit_losses(

@@ -26,6 +26,7 @@ class StageView(NamedTuple):
       ancestors: [K, B, W, K W] bool, the slots each row attends to, itself included.
       parent: [K, B, W] int32, slot of each row's parent, NO_NODE for the root.
       prefix: [B] int32, how many committed positions every row of a sequence attends to.
+      slots: [B, K W] int32, the position of what stands in each slot.
     """
 
     ring: jax.Array
@@ -35,6 +36,7 @@ class StageView(NamedTuple):
     ancestors: jax.Array
     parent: jax.Array
     prefix: jax.Array
+    slots: jax.Array
 
 
 class Committed(NamedTuple):

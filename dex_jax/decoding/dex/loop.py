@@ -319,7 +319,8 @@ def stage_view(lattice: Lattice, ring: jax.Array, prefix: jax.Array) -> StageVie
     """The lattice as the stages see it; ring from `lattice.stage_rows`."""
     seen = (lattice.token, lattice.position, lattice.live, lattice.ancestors, lattice.parent)
     token, position, live, ancestors, parent = (_by_stage(field, ring) for field in seen)
-    return StageView(ring, token, position, live, ancestors, parent, prefix)
+    slots = lattice.position.reshape(lattice.position.shape[0], -1)
+    return StageView(ring, token, position, live, ancestors, parent, prefix, slots)
 
 
 def spawn(

@@ -19,7 +19,7 @@ from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, S
 from dex_jax.decoding.dex.trained_exits import Heads, reached_features, read_chunk, trained_exits, transformer_drafter
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.nn.forward import InUse, commit_rows, run_all, run_layer, used_layer
-from dex_jax.nn.layers import KeyValues, rope_table
+from dex_jax.nn.kinds import sight_at, sights
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
 
 if TYPE_CHECKING:
@@ -169,15 +169,14 @@ def _advance_unrolled(
             if width == 0:
                 nothing = jnp.zeros((batch, groups, rows, head_dim), memory.keys[0].dtype)
                 return hidden[k], tuple((nothing, nothing) for _ in stage)
-            x = hidden[k, :, :width]
-            table = rope_table(view.position[k, :, :width], model.config)
+            x, position = hidden[k, :, :width], view.position[k, :, :width]
             ancestors, own = ancestor_mask[k, :, :width], among[k, :, :width, :width]
+            found = sights(model.config, model.kinds, position, prefix_mask, own, ancestors, view.slots)
             fresh = []
             for i in stage:
-                committed = KeyValues(memory.keys[i], memory.values[i], prefix_mask)
-                lattice = KeyValues(memory.lattice_keys[i], memory.lattice_values[i], ancestors)
-                sources = [committed, lattice]
-                x, keys, values = run_layer(model.layers[i], x, table, sources, own, used_layer(in_use, i))
+                sources = [(memory.keys[i], memory.values[i]), (memory.lattice_keys[i], memory.lattice_values[i])]
+                sight = sight_at(model.kinds, found, i)
+                x, keys, values = run_layer(model.layers[i], x, sight, sources, used_layer(in_use, i))
                 fresh.append((fill(keys, 2, rows), fill(values, 2, rows)))
             return fill(x, 1, rows), tuple(fresh)
 
@@ -199,19 +198,25 @@ def _advance_stacked(
     rows = hidden.shape[2]
     prefix_mask, ancestor_mask, among = _masks(view, memory.keys.shape[4])
     graph, weights = nnx.split(model.layers)
-    table = rope_table(view.position, model.config)
 
-    def one_stage(weights, x, table, keys, values, lattice_keys, lattice_values, ancestors, own):
-        committed = KeyValues(keys, values, prefix_mask)
-        lattice = KeyValues(lattice_keys, lattice_values, ancestors)
-        return run_layer(nnx.merge(graph, weights), x, table, [committed, lattice], own)
+    @functools.partial(jax.vmap, in_axes=(0, 0, 0))
+    def found_by_stage(position, own, ancestors):
+        return sights(model.config, model.kinds, position, prefix_mask, own, ancestors, view.slots)
+
+    found = found_by_stage(view.position, among, ancestor_mask)
+
+    def one_stage(j, k, found, weights, x, keys, values, lattice_keys, lattice_values):
+        sources = [(keys, values), (lattice_keys, lattice_values)]
+        return run_layer(nnx.merge(graph, weights), x, sight_at(model.kinds, found, (j, k)), sources)
 
     def scan_body(x, layer):
-        arguments = (layer[0], x, table, *layer[1:], ancestor_mask, among)
-        x, keys, values = jax.vmap(one_stage)(*arguments)
+        j, weights, *caches = layer
+        run = jax.vmap(functools.partial(one_stage, j))
+        x, keys, values = run(jnp.arange(len(depths)), found, weights, x, *caches)
         return x, (keys, values)
 
-    hidden, (keys, values) = jax.lax.scan(scan_body, hidden, (weights, *memory[:4]))
+    places = jnp.arange(model.layout.stage_layers)
+    hidden, (keys, values) = jax.lax.scan(scan_body, hidden, (places, weights, *memory[:4]))
     slot = after(view.ring * rows, hidden)
 
     def write(lattice: jax.Array, fresh: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from dex_jax.decoding.dex.interface import Drafter, Exits, StageView
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn import few_rows
 from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph, heads_of
-from dex_jax.nn.layers import KeyValues, linear
+from dex_jax.nn.layers import KeyValues, capped, linear
 from dex_jax.nn.packed import Packed
 from dex_jax.nn.transformer import Transformer
 
@@ -178,7 +178,9 @@ def shared_columns(
 
     def logits(features: jax.Array) -> jax.Array:
         own = features[:, :-1]
-        return model.unembedding(own) if arrays.unembed is None else linear(own, arrays.unembed, out_dtype=jnp.float32)
+        if arrays.unembed is None:
+            return model.unembedding(own)
+        return capped(linear(own, arrays.unembed, out_dtype=jnp.float32), model.config.logit_cap)
 
     return logits, None if arrays.vocabulary is None else lambda features: features[:, -1].astype(jnp.float32)
 

@@ -29,12 +29,13 @@ from dex_jax.decoding.methods import AR
 from dex_jax.decoding.record import Limits, until_done
 from dex_jax.decoding.spec import Spec
 from dex_jax.nn.forward import last_states
+from dex_jax.nn.kinds import kind_table
 from dex_jax.nn.layers import names_in
 from dex_jax.nn.placing import device_config, weight_specs
-from dex_jax.nn.transformer import Staged, Unrolled
+from dex_jax.nn.transformer import Staged, Unrolled, stage_ranges
 from dex_jax.nn.weights import merge_model
 from dex_jax.sampling import Sampling
-from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, TENSOR, partition, spec_of
+from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, STAGE, TENSOR, partition, spec_of
 
 _CACHE: Any = spec_of(*cache.AXES)
 LIMITS = Limits(BY_SEQUENCE, EVERYWHERE)
@@ -102,6 +103,7 @@ def run_ticks(*arguments: Any, spec: Spec) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, tokens: jax.Array) -> jax.Array:
     """Final logits at every position: tokens [B, T] int32 -> [B, T, V] float32, on every device."""
+    config = config.at_length(tokens.shape[1])
     spec = Spec(config, layout, AR().schedule_for(config.num_layers), mesh=mesh)
 
     def run(weights: Any, tokens: jax.Array) -> jax.Array:
@@ -155,11 +157,12 @@ def _device(spec: Spec, weights: Any, heads: Heads) -> StageNetwork:
         return leaf[0] if "layers" in names_in(path) else leaf
 
     config = device_config(spec.config, spec.layout, spec.mesh)
+    kinds = kind_table(spec.config, stage_ranges(spec.layout.depths), STAGE)
     whole = (spec.config.vocab_size, spec.config.width)
     tensor_axis = TENSOR if spec.mesh.shape[TENSOR] > 1 else None
     vocabulary_axis = partition(("vocabulary", "width"), whole, spec.mesh)[0]
     model = merge_model(
-        config, Unrolled(), jax.tree_util.tree_map_with_path(own, weights), tensor_axis, vocabulary_axis
+        config, Unrolled(), jax.tree_util.tree_map_with_path(own, weights), tensor_axis, vocabulary_axis, kinds
     )
     return stage_network(model, spec, heads)
 

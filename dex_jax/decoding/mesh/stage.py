@@ -374,8 +374,8 @@ def ar_step(device: StageNetwork, state: ARState, limits: Limits, sampling: Samp
 
 def one_stage(view: StageView, stage: jax.Array) -> StageView:
     """The view of a network that has this stage alone."""
-    fields = {name: getattr(view, name)[stage][None] for name in view._fields if name != "prefix"}
-    return StageView(**fields, prefix=view.prefix)
+    whole = {"prefix": view.prefix, "slots": view.slots}
+    return StageView(**whole, **{name: getattr(view, name)[stage][None] for name in view._fields if name not in whole})
 
 
 def to_next_stage(hidden: jax.Array, stages: int) -> jax.Array:

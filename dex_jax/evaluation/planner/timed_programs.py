@@ -140,6 +140,7 @@ def exits_seconds(config: ModelConfig, dtype: jnp.dtype, columns: int, rows: int
         ancestors=jnp.zeros((2, batch, width, 2 * width), bool),
         parent=jnp.full((2, batch, width), NO_NODE, jnp.int32),
         prefix=jnp.zeros(batch, jnp.int32),
+        slots=jnp.zeros((batch, 2 * width), jnp.int32),
     )
     none = jnp.full((batch, 2 * width), NO_NODE, jnp.int32)
     nodes = Proposers(jnp.ones(shape, bool), jnp.zeros(shape), none, none)
