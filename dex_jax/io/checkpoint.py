@@ -20,6 +20,9 @@ from dex_jax.io.tokenizer import Tokenizer
 _SAMPLED_ROWS = 4
 # Facts about the use of a backbone rather than about its function: a changed context length keeps trained exits valid.
 _NOT_BACKBONE = ("family", "context", "eos_ids", "bos_id")
+# They came later, and count only where they are not at their defaults, so that fingerprints stay what they were.
+_FIELDS = dataclasses.fields(ModelConfig)
+_LATER = {each.name: each.default for each in _FIELDS[[each.name for each in _FIELDS].index("layer_kinds") :]}
 
 
 class TensorSource(Protocol):
@@ -127,7 +130,8 @@ class Checkpoint:
         digest = hashlib.sha256()
         fields = dataclasses.asdict(self.config)
         for name in sorted(fields.keys() - set(_NOT_BACKBONE)):
-            digest.update(f"{name}={fields[name]!r};".encode())
+            if name not in _LATER or fields[name] != _LATER[name]:
+                digest.update(f"{name}={fields[name]!r};".encode())
         last = self.config.num_layers - 1
         sampled = [f"layers.{layer}." for layer in sorted({0, last // 2, last})]
         for name in sorted(self._parts):

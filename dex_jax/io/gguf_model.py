@@ -10,13 +10,20 @@ import numpy as np
 from msgspec import Struct, field
 from msgspec.structs import asdict
 
-from dex_jax.config import ModelConfig, RopeScaling
+from dex_jax.config import LayerKind, ModelConfig, RopeScaling
 from dex_jax.errors import DexError
 from dex_jax.foreign import Positive, Size, TokenId, typed
+from dex_jax.io.families import FAMILIES
 from dex_jax.io.gguf_file import GGUFFile
+from dex_jax.io.huggingface_config import yarn_magnitude
 
-_FAMILIES = ("llama", "qwen2", "qwen3")
-_ROPE_FACTORS = "rope_freqs.weight"
+_ARCHITECTURES = {family.gguf: name for name, family in FAMILIES.items() if family.gguf}
+_ROPE_FACTORS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+# What llama.cpp takes where a file does not say it: every n-th layer sees everything.
+_PERIODS = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4, "phi3": 0}
+# Layers of the two models whose scores are scaled by the width of a head as the others have it.
+_WIDE_SCALE = {"gemma2": 46, "gemma3_text": 62}
+_NO_ROPE_PERIOD = {"smollm3": 4}
 
 
 class _File(Struct):
@@ -41,8 +48,24 @@ class _Model(Struct, kw_only=True):
     rotated: Size | None = field(name="rope.dimension_count", default=None)
     norm_eps: Positive = field(name="attention.layer_norm_rms_epsilon")
     rope_theta: Positive = field(name="rope.freq_base", default=10000.0)
+    local_rope_theta: Positive | None = field(name="rope.freq_base_swa", default=None)
     scaling: str = field(name="rope.scaling.type", default="none")
     scaling_factor: Positive = field(name="rope.scaling.factor", default=1.0)
+    original_context: Size | None = field(name="rope.scaling.original_context_length", default=None)
+    magnitude: Positive | None = field(name="rope.scaling.attn_factor", default=None)
+    fast: Positive = field(name="rope.scaling.yarn_beta_fast", default=32.0)
+    slow: Positive = field(name="rope.scaling.yarn_beta_slow", default=1.0)
+    log_multiplier: float = field(name="rope.scaling.yarn_log_multiplier", default=0.0)
+    rotates: bool = field(name="rope.scaling.finetuned", default=True)
+    query_growth: float = field(name="attention.temperature_scale", default=0.0)
+    window: int = field(name="attention.sliding_window", default=0)
+    pattern: list[bool] | int | None = field(name="attention.sliding_window_pattern", default=None)
+    attention_cap: Positive | None = field(name="attn_logit_softcapping", default=None)
+    logit_cap: Positive | None = field(name="final_logit_softcapping", default=None)
+    attention_scale: Positive | None = field(name="attention.scale", default=None)
+    embed_scale: Positive = field(name="embedding_scale", default=1.0)
+    residual_scale: Positive = field(name="residual_scale", default=1.0)
+    logit_divisor: Positive = field(name="logit_scale", default=1.0)
     experts: int = field(name="expert_count", default=0)
 
 
@@ -54,30 +77,49 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     """
     path, tensors = file.path, file.tensors
     about = typed(file.metadata, _File, path, "choose another file")
-    family = about.architecture
-    if family not in _FAMILIES:
+    architecture = about.architecture
+    if architecture not in _ARCHITECTURES:
         raise DexError(
-            f"{path} holds a model of architecture {family!r:.60}, and only {', '.join(_FAMILIES)} are covered: "
-            "choose another file."
+            f"{path} holds a model of architecture {architecture!r:.60}, and only {', '.join(_ARCHITECTURES)} are "
+            "covered: choose another file."
         )
     if about.parts > 1:
         raise DexError(
             f"{path} is one of {about.parts} parts: join them with llama-gguf-split --merge and open that file."
         )
-    prefix = f"{family}."
+    prefix = f"{architecture}."
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    model = typed({key: _same(value, f"{path}: {prefix}{key}") for key, value in own.items()}, _Model, path)
+    listed = "attention.sliding_window_pattern"
+    same = {key: value if key == listed else _same(value, f"{path}: {prefix}{key}") for key, value in own.items()}
+    model = typed(same, _Model, path)
+    family = _ARCHITECTURES[architecture]
+    if family == "olmo2" and model.window > 0:
+        family = "olmo3"  # llama.cpp calls both the same
     head_dim = model.head_dim or model.width // model.num_heads
     if model.experts > 0:
         raise DexError(f"{path} is a mixture of experts, which is not covered: choose a dense model.")
     if model.value_width not in (None, head_dim):
         raise DexError(f"{path} has values of another width than its keys, which is not covered.")
-    if model.rotated not in (None, head_dim):
+    if model.rotated not in (None, head_dim) and not FAMILIES[family].partial:
         raise DexError(f"{path} rotates only part of each head (partial RoPE), which is not covered.")
     if "token_embd.weight" not in tensors:
         raise DexError(f"{path} has no tensor token_embd.weight: it is not a complete model.")
-    found = asdict(model) | {
+    gemma = bool(FAMILIES[family].constants.get("norm_offset"))
+    decimals = ("embed_scale", "residual_scale", "logit_divisor", "attention_scale", "attention_cap", "logit_cap")
+    scales = {name: None if (value := getattr(model, name)) is None else _decimal(value) for name in decimals}
+    if gemma:
+        wide = model.num_layers == _WIDE_SCALE.get(family)
+        scales |= {
+            "embed_scale": model.width**0.5,
+            "attention_scale": (model.width / model.num_heads if wide else head_dim) ** -0.5,
+        }
+    found = asdict(model) | scales | FAMILIES[family].constants
+    found |= {
         "family": family,
+        "rotated": None if model.rotated in (None, head_dim) else model.rotated,
+        "local_rope_theta": model.local_rope_theta or (10000.0 if family == "gemma3_text" else None),
+        "layer_kinds": _layer_kinds(model, family),
+        "activation": "gelu" if gemma else "silu",
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "num_kv_heads": model.num_kv_heads or model.num_heads,
         "head_dim": head_dim,
@@ -86,7 +128,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         "tied": "output.weight" not in tensors,
         "qkv_bias": "blk.0.attn_q.bias" in tensors,
         "out_bias": "blk.0.attn_output.bias" in tensors,
-        "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+        "qk_norm": FAMILIES[family].constants.get("qk_norm", False) or "blk.0.attn_q_norm.weight" in tensors,
         "eos_ids": sorted({token for token in (about.eos, about.end_of_turn) if token is not None}),
         "bos_id": about.bos,
     }
@@ -95,17 +137,21 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
 
 
 class GGUFWeights:
-    """The tensors of a GGUF file, in Hugging Face's row order. The same methods as `GGUFFile`."""
+    """The tensors of a GGUF file as Hugging Face has them. The same methods as `GGUFFile`."""
 
     def __init__(self, file: GGUFFile, config: ModelConfig):
         self._file = file
-        self._heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if config.family == "llama" else {}
+        interleaved = FAMILIES[config.family].interleaved
+        self._heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads} if interleaved else {}
+        self._norm_offset = np.float32(config.norm_offset)
         self.names = tuple(file.tensors)
         self.shape, self.dtype, self.file_of, self.format_of = file.shape, file.dtype, file.file_of, file.format_of
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Reads rows `start` to `stop` of one tensor (all rows where q and k rows are reordered)."""
         heads = self._heads_of(name)
+        if self._norm_offset and name.endswith("norm.weight"):
+            return self._file.read(name, start, stop) - self._norm_offset  # which the converter has added
         if heads is None:
             return self._file.read(name, start, stop)
         return unpermute(self._file.read(name), heads)[start:stop]
@@ -131,8 +177,33 @@ def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
 def _rope_scaling(file: GGUFFile, model: _Model, config: ModelConfig) -> RopeScaling | None:
     if model.scaling == "linear":
         return RopeScaling("linear", _decimal(model.scaling_factor))
+    if model.scaling == "yarn" and model.original_context is not None:
+        factor = _decimal(model.scaling_factor)
+        return RopeScaling(
+            "yarn",
+            factor,
+            original_context=model.original_context,
+            fast=_decimal(model.fast),
+            slow=_decimal(model.slow),
+            # Where the two weights of arXiv 2309.00071 are equal, as with this key, they cancel.
+            magnitude=1.0 if model.log_multiplier else yarn_magnitude(factor),
+            query_growth=_decimal(model.query_growth),
+        )
+    if {_LONG, _SHORT} <= file.tensors.keys() and model.original_context is not None:
+        long, short = (tuple(map(_decimal, file.read(name).tolist())) for name in (_LONG, _SHORT))
+        factor = model.context / model.original_context
+        return RopeScaling(
+            "longrope",
+            factor,
+            original_context=model.original_context,
+            magnitude=_decimal(model.magnitude or 1.0),
+            long_factors=long,
+            short_factors=short,
+        )
     if model.scaling != "none":
-        raise DexError(f"{file.path} scales RoPE by {model.scaling!r:.60}, and only linear and llama3 are covered.")
+        raise DexError(
+            f"{file.path} scales RoPE by {model.scaling!r:.60}, and only linear, llama3, yarn and longrope are covered."
+        )
     shape = file.shape(_ROPE_FACTORS)
     if shape is None:
         return None
@@ -149,6 +220,26 @@ def _rope_scaling(file: GGUFFile, model: _Model, config: ModelConfig) -> RopeSca
             "use the Hugging Face directory of this model."
         )
     return scaling
+
+
+def _layer_kinds(model: _Model, family: str) -> list[dict[str, Any]]:
+    """The kinds of the layers as ModelConfig takes them, [] where all are alike and see everything."""
+    window = model.window if 0 < model.window < model.context else None
+    period = _PERIODS.get(family) if model.pattern is None else model.pattern
+
+    def slides(layer: int) -> bool:
+        if isinstance(period, list):
+            return layer < len(period) and period[layer]
+        return period is not None and (period == 0 or (layer + 1) % period != 0)
+
+    def kind(layer: int) -> LayerKind:
+        here, unrotated = model.window > 0 and slides(layer), _NO_ROPE_PERIOD.get(family)
+        if not model.rotates or (unrotated is not None and (layer + 1) % unrotated == 0):
+            return LayerKind(window if here else None, "none")
+        return LayerKind(window if here else None, "local" if here and FAMILIES[family].local_rope else "main")
+
+    kinds = [kind(layer) for layer in range(min(model.num_layers, 100_000))]
+    return [] if all(each == LayerKind() for each in kinds) else [vars(each) for each in kinds]
 
 
 def llama3_factors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:

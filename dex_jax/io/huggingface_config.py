@@ -2,70 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from msgspec import Struct, field
 from msgspec.structs import asdict, fields
 
-from dex_jax.config import ModelConfig
+from dex_jax.config import LayerKind, ModelConfig
 from dex_jax.errors import DexError
-from dex_jax.foreign import Positive, Size, TokenId, typed
+from dex_jax.foreign import Positive, Size, typed
+from dex_jax.io.families import FAMILIES, WITH_TEXT, Family, Ids, Settings
 
 _QUANTISED = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8"}
-_Ids = TokenId | list[TokenId] | None
-
-
-class _Config(Struct, kw_only=True):
-    """What is read of config.json, with what transformers means by a key that is left out."""
-
-    vocab_size: Size
-    num_layers: Size = field(name="num_hidden_layers")
-    width: Size = field(name="hidden_size")
-    num_heads: Size = field(name="num_attention_heads")
-    num_kv_heads: Size | None = field(name="num_key_value_heads", default=None)
-    head_dim: Size | None = None
-    mlp_width: Size = field(name="intermediate_size")
-    context: Size = field(name="max_position_embeddings", default=32768)
-    norm_eps: Positive = field(name="rms_norm_eps", default=1e-6)
-    rope_theta: Positive | None = None
-    rope_parameters: dict[str, Any] | None = None
-    rope_scaling: dict[str, Any] | None = None
-    partial_rotary_factor: float | None = None
-    tie_word_embeddings: bool | None = None
-    attention_bias: bool | None = None
-    mlp_bias: bool | None = None
-    hidden_act: str = "silu"
-    eos_token_id: _Ids = None
-    bos_token_id: _Ids = None
-    architectures: list[str] | None = None
-    quantization_config: dict[str, Any] | None = None
-    num_experts: int | None = None
-    num_local_experts: int | None = None
-    use_sliding_window: bool | None = None
-    sliding_window: Size | None = None
-    max_window_layers: int | None = 28
-    layer_types: list[str] | None = None
-
-
-class _Llama(_Config):
-    context: Size = field(name="max_position_embeddings", default=2048)
-    eos_token_id: _Ids = 2
-    bos_token_id: _Ids = 1
-
-
-class _Qwen2(_Config):
-    num_kv_heads: Size | None = field(name="num_key_value_heads", default=32)
-
-
-class _Qwen3(_Qwen2):
-    head_dim: Size | None = 128
-
-
-_FAMILIES: dict[str, type[_Config]] = {"llama": _Llama, "qwen2": _Qwen2, "qwen3": _Qwen3}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
+_ATTENTION = ("full_attention", "sliding_attention", "attention")
 
 
 class _Generation(Struct):
-    eos_token_id: _Ids = None
+    eos_token_id: Ids = None
 
 
 class _Rope(Struct):
@@ -73,6 +27,13 @@ class _Rope(Struct):
     type: str | None = None
     rope_theta: Positive | None = None
     partial_rotary_factor: float | None = None
+
+
+class _ByLayerType(Struct):
+    """Two ropes, as transformers 5 writes them for layers of two kinds."""
+
+    full_attention: dict[str, Any] = {}
+    sliding_attention: dict[str, Any] = {}
 
 
 class _Linear(Struct):
@@ -85,52 +46,96 @@ class _Llama3(_Linear):
     original_context: Size = field(name="original_max_position_embeddings")
 
 
-_SCALINGS: dict[str, type[_Linear]] = {"linear": _Linear, "llama3": _Llama3}
+class _Yarn(Struct):
+    original_context: Size = field(name="original_max_position_embeddings")
+    factor: Positive | None = None
+    fast: Positive | None = field(name="beta_fast", default=32.0)
+    slow: Positive | None = field(name="beta_slow", default=1.0)
+    truncate: bool = True
+    magnitude: Positive | None = field(name="attention_factor", default=None)
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    query_growth: float | None = field(name="llama_4_scaling_beta", default=None)
 
 
-_SAME = ModelConfig.__annotations__.keys() - {"rope_scaling"}
-SHARED_KEYS = {each.name: each.encode_name for each in fields(_Config) if each.name in _SAME}
-"""Field of ModelConfig -> key of config.json, where the value is the same in both."""
+class _LongRope(Struct):
+    short_factors: list[Positive] = field(name="short_factor")
+    long_factors: list[Positive] = field(name="long_factor")
+    magnitude: Positive | None = field(name="attention_factor", default=None)
+    original_context: Size | None = field(name="original_max_position_embeddings", default=None)
 
+
+_SCALINGS: dict[str, Any] = {"linear": _Linear, "llama3": _Llama3, "yarn": _Yarn, "longrope": _LongRope}
 SCALING_KEYS = {kind: {each.name: each.encode_name for each in fields(read)} for kind, read in _SCALINGS.items()}
 """Kind of RoPE scaling -> field of RopeScaling -> key in config.json."""
+
+
+def shared_keys(family: Family) -> dict[str, str]:
+    """Field of ModelConfig -> key of a family's config.json, where the value is the same in both."""
+    same = ModelConfig.__annotations__.keys() - {"rope_scaling", "activation"} - family.constants.keys()
+    return {each.name: each.encode_name for each in fields(family.settings) if each.name in same}
 
 
 def huggingface_config(config: dict[str, Any], generation: dict[str, Any], source: str) -> ModelConfig:
     """The configuration that config.json and generation_config.json (or {}) of a model called `source` mean.
 
+    Of a model of images and text, it is that of the text.
+
     Raises:
       DexError: another architecture, a feature that the model here does not have, or values that no model has.
     """
     file = f"config.json of {source}"
-    family = typed(config, dict[str, Any], file).get("model_type")
-    if not isinstance(family, str) or family not in _FAMILIES:
+    name = typed(config, dict[str, Any], file).get("model_type")
+    if name in WITH_TEXT:
+        inner = typed(config.get("text_config"), dict[str, Any], f"text_config in {file}")
+        outer = {key: value for key in ("eos_token_id", "bos_token_id") if (value := config.get(key)) is not None}
+        config, name = outer | inner | {"architectures": None}, inner.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
         raise DexError(
-            f"{source} is of model type {family!r:.60}, and only {', '.join(_FAMILIES)} are covered: choose another "
-            "model."
+            f"{source} is of model type {name!r:.60}, and only {', '.join(FAMILIES)} are covered: choose another model."
         )
-    read = typed(config, _FAMILIES[family], file)
-    _refuse_uncovered(read, family, source)
+    family = FAMILIES[name]
+    read = typed(config, family.settings, file)
+    _refuse_uncovered(read, source)
     stops = typed(generation, _Generation, f"generation_config.json of {source}").eos_token_id
-    bias = bool(read.attention_bias)
-    theta, scaling = _rope(read, source, file)
-    found = asdict(read) | {
-        "family": family,
+    head_dim = read.head_dim or read.width // read.num_heads
+    theta, local_theta, scaling, share = _rope(read, family, source, file)
+    found = asdict(read) | read.switches() | family.constants
+    found |= {
+        "family": name,
         "num_kv_heads": read.num_kv_heads or read.num_heads,
-        "head_dim": read.head_dim or read.width // read.num_heads,
+        "head_dim": head_dim,
         "rope_theta": theta,
+        "local_rope_theta": local_theta,
         "rope_scaling": scaling,
-        "tied": bool(read.tie_word_embeddings),
-        "qkv_bias": family == "qwen2" or bias,
-        "out_bias": family != "qwen2" and bias,
-        "qk_norm": family == "qwen3",
+        "rotated": None if share == 1 else int(head_dim * share),
+        "tied": bool(read.tied),
+        "activation": _ACTIVATIONS[read.activation],
         "eos_ids": sorted({*_ids(read.eos_token_id), *_ids(stops)}),
         "bos_id": next(iter(_ids(read.bos_token_id)), None),
+        "layer_kinds": layer_kinds(read, family.local_rope),
     }
     return typed(found, ModelConfig, file)
 
 
-def _refuse_uncovered(config: _Config, family: str, source: str) -> None:
+def layer_kinds(read: Settings, local_rope: bool) -> list[dict[str, Any]]:
+    """The kinds of the layers as ModelConfig takes them, [] where all are alike and see everything."""
+    # A window as long as the longest sequence hides nothing.
+    window = None if read.sliding_window is None or read.sliding_window >= read.context else read.sliding_window
+
+    def kind(layer: int) -> LayerKind:
+        slides = read.slides(layer) and read.sliding_window is not None
+        rope: Any = "none" if not read.rotates(layer) else "local" if slides and local_rope else "main"
+        return LayerKind(window if slides else None, rope)
+
+    kinds = [kind(layer) for layer in range(min(read.num_layers, _MOST_LAYERS))]
+    return [] if all(each == LayerKind() for each in kinds) else [vars(each) for each in kinds]
+
+
+_MOST_LAYERS = 100_000  # no file holds the tensors of more; that there are too few is said when they are looked for
+
+
+def _refuse_uncovered(config: Settings, source: str) -> None:
     if config.quantization_config:
         method = str(config.quantization_config.get("quant_method", "an unnamed method"))
         raise DexError(
@@ -140,39 +145,68 @@ def _refuse_uncovered(config: _Config, family: str, source: str) -> None:
     classes = config.architectures or []
     if classes and not any(name.endswith("ForCausalLM") for name in classes):
         raise DexError(f"{source} is a {classes[0]:.60}, and only causal language models are covered.")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise DexError(f"{source} attends to what follows, and only causal language models are covered.")
     if config.mlp_bias:
         raise DexError(f"{source} has biases in its MLP (mlp_bias), which are not covered.")
-    if config.hidden_act not in ("silu", "swish"):
-        raise DexError(f"{source} uses the activation {config.hidden_act!r:.60}, and only silu is covered.")
+    if config.activation not in _ACTIVATIONS:
+        raise DexError(
+            f"{source} uses the activation {config.activation!r:.60}, and only {', '.join(_ACTIVATIONS)} are covered."
+        )
     if config.num_experts or config.num_local_experts:
         raise DexError(f"{source} is a mixture of experts, which is not covered: choose a dense model.")
-    if family != "llama" and _slides(config):
-        raise DexError(
-            f"{source} attends through a sliding window of {config.sliding_window} tokens, which is not covered."
-        )
+    others = sorted({each for each in config.layer_types or [] if each not in _ATTENTION})
+    if others:
+        raise DexError(f"{source} has layers of type {others[0]:.60}, and only those with attention are covered.")
 
 
-def _slides(config: _Config) -> bool:
-    window = config.sliding_window
-    if not config.use_sliding_window or window is None or window >= config.context:
-        return False
-    if config.layer_types is not None:
-        return "sliding_attention" in config.layer_types
-    return config.max_window_layers is None or config.max_window_layers < config.num_layers
-
-
-def _rope(config: _Config, source: str, file: str) -> tuple[float, dict[str, Any] | None]:
+def _rope(
+    config: Settings, family: Family, source: str, file: str
+) -> tuple[float, float | None, dict[str, Any] | None, float]:
+    """(theta, theta of layers with a window, fields of RopeScaling, share of each head that is rotated)."""
     given = config.rope_parameters or config.rope_scaling or {}
+    local_theta = getattr(config, "local_rope_theta", None)
+    if given.keys() & _ByLayerType.__annotations__.keys():
+        both = typed(given, _ByLayerType, f"RoPE in {file}")
+        given, local = both.full_attention, typed(both.sliding_attention, _Rope, f"RoPE in {file}")
+        if (local.rope_type or "default") != "default":
+            raise DexError(f"{source} scales RoPE in layers with a sliding window, which is not covered.")
+        local_theta = local.rope_theta or local_theta
     rope = typed(given, _Rope, f"RoPE in {file}")
-    if any(share not in (None, 1.0) for share in (config.partial_rotary_factor, rope.partial_rotary_factor)):
+    share = rope.partial_rotary_factor or config.partial_rotary_factor or 1.0
+    if share != 1 and not family.partial:
         raise DexError(f"{source} rotates only part of each head (partial_rotary_factor), which is not covered.")
     theta = rope.rope_theta or config.rope_theta or 10000.0
     kind = rope.rope_type or rope.type or "default"
+    if family.partial and kind in ("su", "yarn"):
+        kind = "longrope"  # what the first Phi-3 called it
     if kind == "default":
-        return theta, None
+        return theta, local_theta, None, share
     if kind not in _SCALINGS:
-        raise DexError(f"{source} scales RoPE by {kind!r:.60}, and only linear and llama3 scaling are covered.")
-    return theta, {"kind": kind} | asdict(typed(given, _SCALINGS[kind], f"{kind} RoPE in {file}"))
+        raise DexError(f"{source} scales RoPE by {kind!r:.60}, and only {', '.join(_SCALINGS)} scaling are covered.")
+    read = typed(given, _SCALINGS[kind], f"{kind} RoPE in {file}")
+    found = {key: value for key, value in asdict(read).items() if value is not None} | {"kind": kind}
+    if kind == "yarn":
+        found |= _yarn(read, config.context)
+    if kind == "longrope":
+        original = getattr(config, "original_context", None) or read.original_context or config.context
+        factor = config.context / original
+        grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        found |= {"original_context": original, "factor": factor, "magnitude": read.magnitude or grown}
+    return theta, local_theta, found, share
+
+
+def _yarn(read: _Yarn, context: int) -> dict[str, Any]:
+    factor = read.factor or context / read.original_context
+    magnitude = read.magnitude or yarn_magnitude(factor)
+    if read.magnitude is None and read.mscale and read.mscale_all_dim:
+        magnitude = yarn_magnitude(factor, read.mscale) / yarn_magnitude(factor, read.mscale_all_dim)
+    return {"factor": factor, "magnitude": magnitude}
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """What sines and cosines grow by where frequencies are stretched by `factor` (arXiv 2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

@@ -14,11 +14,11 @@ import numpy as np
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.foreign import local_path
-from dex_jax.io.huggingface_config import SCALING_KEYS, SHARED_KEYS, huggingface_config
+from dex_jax.io.families import FAMILIES
+from dex_jax.io.huggingface_config import SCALING_KEYS, huggingface_config, shared_keys
 from dex_jax.io.tensor_names import canonical_parts, stacked_shape
 from dex_jax.io.tokenizer import Tokenizer
 
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _FILES = {"config.json", "model.safetensors", "tokenizer.json"}
 _STORED = ("float32", "float16")
 
@@ -81,13 +81,18 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
     Raises:
       DexError: the configuration has a combination that its family's config.json has no words for.
     """
+    if config.family not in FAMILIES:
+        raise DexError(f"{config.family!r:.60} is no family of models: choose one of {', '.join(FAMILIES)}")
+    family = FAMILIES[config.family]
+    activation = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[config.activation]
     content = {
-        "architectures": [_CLASSES.get(config.family, config.family)],
+        "architectures": [family.class_name],
         "model_type": config.family,
-        "hidden_act": "silu",
-        **{key: getattr(config, name) for name, key in SHARED_KEYS.items()},
+        "hidden_act": activation,
+        "hidden_activation": activation,
+        **{key: getattr(config, name) for name, key in shared_keys(family).items()},
+        **_layer_types(config),
         "rope_scaling": _rope_scaling(config),
-        "tie_word_embeddings": config.tied,
         "attention_bias": config.qkv_bias if config.family == "qwen2" else config.out_bias,
         "mlp_bias": False,
         "bos_token_id": config.bos_id,
@@ -103,12 +108,31 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
     return content
 
 
+def _layer_types(config: ModelConfig) -> dict[str, Any]:
+    """What config.json says of windows and of layers that do not rotate."""
+    windows = {kind.window for kind in config.kinds} - {None}
+    content: dict[str, Any] = {
+        "layer_types": ["full_attention" if kind.window is None else "sliding_attention" for kind in config.kinds],
+        "sliding_window": max(windows, default=None),
+        "use_sliding_window": bool(windows),
+        "max_window_layers": sum(kind.window is None for kind in config.kinds),
+        "no_rope_layers": [int(kind.rope != "none") for kind in config.kinds],
+        "position_embedding_type": None if any(kind.rope == "none" for kind in config.kinds) else "rope",
+        "num_local_experts": 0,
+    }
+    if config.attention_scale is not None:
+        content["query_pre_attn_scalar"] = round(config.attention_scale**-2, 6)
+    return content
+
+
 def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
     scaling = config.rope_scaling
+    share = {} if config.rotated is None else {"partial_rotary_factor": config.rotated / config.head_dim}
     if scaling is None:
-        return None
+        return {"rope_type": "default"} | share if share else None
     keys = SCALING_KEYS[scaling.kind].items()
-    return {"rope_type": scaling.kind} | {key: getattr(scaling, name) for name, key in keys}
+    said = {key: value for name, key in keys if (value := getattr(scaling, name, None)) is not None}
+    return {"rope_type": scaling.kind} | said | share
 
 
 def _file_tensors(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, np.ndarray]:

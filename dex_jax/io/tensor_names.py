@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 from dex_jax.config import ModelConfig
+from dex_jax.io.families import FAMILIES, Names
 
 Shape = tuple[int, ...]
 
-_Names = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
-
 # canonical name: (Hugging Face names, GGUF names). A canonical tensor is its parts, one above the other in this order.
-_TOP: _Names = {
+_TOP: Names = {
     "embed": (("model.embed_tokens.weight",), ("token_embd.weight",)),
     "final_norm": (("model.norm.weight",), ("output_norm.weight",)),
     "unembed": (("lm_head.weight",), ("output.weight",)),
 }
-_LAYER: _Names = {
+_LAYER: Names = {
     "attention_norm": (("input_layernorm.weight",), ("attn_norm.weight",)),
     "qkv": (
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
@@ -30,9 +29,11 @@ _LAYER: _Names = {
     "k_norm": (("self_attn.k_norm.weight",), ("attn_k_norm.weight",)),
     "out": (("self_attn.o_proj.weight",), ("attn_output.weight",)),
     "out_bias": (("self_attn.o_proj.bias",), ("attn_output.bias",)),
+    "attention_out_norm": (("post_attention_layernorm.weight",), ("post_attention_norm.weight",)),
     "mlp_norm": (("post_attention_layernorm.weight",), ("ffn_norm.weight",)),
     "gate_up": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), ("ffn_gate.weight", "ffn_up.weight")),
     "down": (("mlp.down_proj.weight",), ("ffn_down.weight",)),
+    "mlp_out_norm": (("post_feedforward_layernorm.weight",), ("post_ffw_norm.weight",)),
 }
 
 
@@ -56,7 +57,7 @@ def canonical_parts(config: ModelConfig, *, gguf: bool) -> dict[str, tuple[Part,
         if name != "unembed" or not config.tied:
             parts[name] = _parts(names[gguf], "", _part_shapes(name, config))
     for layer in range(config.num_layers):
-        for name, names in _LAYER.items():
+        for name, names in (_LAYER | FAMILIES[config.family].names).items():
             if _has(name, config):
                 prefix = layer_prefix(layer, gguf=gguf)
                 parts[f"layers.{layer}.{name}"] = _parts(names[gguf], prefix, _part_shapes(name, config))
@@ -69,6 +70,8 @@ def stacked_shape(parts: tuple[Part, ...]) -> Shape:
 
 
 def _parts(names: tuple[str, ...], prefix: str, shapes: list[Shape]) -> tuple[Part, ...]:
+    if len(names) == 1:  # what others hold in several tensors
+        shapes = [(sum(shape[0] for shape in shapes), *shapes[0][1:])]
     return tuple(Part(prefix + name, shape) for name, shape in zip(names, shapes, strict=True))
 
 
@@ -78,6 +81,10 @@ def _has(name: str, config: ModelConfig) -> bool:
         "out_bias": config.out_bias,
         "q_norm": config.qk_norm,
         "k_norm": config.qk_norm,
+        "attention_norm": config.norms != "after",
+        "mlp_norm": config.norms != "after",
+        "attention_out_norm": config.norms != "before",
+        "mlp_out_norm": config.norms != "before",
     }
     return optional.get(name, True)
 
@@ -92,8 +99,10 @@ def _part_shapes(name: str, config: ModelConfig) -> list[Shape]:
         "attention_norm": [(D,)],
         "qkv": [(q, D), (kv, D), (kv, D)],
         "qkv_bias": [(q,), (kv,), (kv,)],
-        "q_norm": [(d,)],
-        "k_norm": [(d,)],
+        "q_norm": [(q if config.qk_norm_whole else d,)],
+        "k_norm": [(kv if config.qk_norm_whole else d,)],
+        "attention_out_norm": [(D,)],
+        "mlp_out_norm": [(D,)],
         "out": [(D, q)],
         "out_bias": [(D,)],
         "mlp_norm": [(D,)],

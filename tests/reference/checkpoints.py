@@ -15,6 +15,14 @@ import numpy as np
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "float32"}
 _QWEN2 = _LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
 _QWEN3 = _LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+
+
+def _of(model_type: str, name: str, **more: object) -> dict:
+    return {"architectures": [f"{name}ForCausalLM"], "model_type": model_type, "torch_dtype": "float32"} | more
+
+
+_GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 _SIZES = {"max_position_embeddings": 256, "initializer_range": 0.02, "rms_norm_eps": 1e-5, "bos_token_id": 1}
 # The published models stretch 8192 positions; 32 makes the same rule act on prompts of a few dozen tokens.
 _LLAMA3_ROPE = {
@@ -74,7 +82,77 @@ FAMILIES: dict[str, dict] = {
         _LLAMA, 120, 48, 128, 4, 4, 2, rms_norm_eps=0.02,
         eos_token_id=2, tie_word_embeddings=False, attention_bias=True, mlp_bias=False, rope_theta=10000.0,
     ),
+    # Windows shorter than the prompts, here and below; the caps are low enough to show.
+    "qwen2_sliding": _config(
+        _QWEN2, 131, 48, 96, 4, 4, 2, eos_token_id=2, tie_word_embeddings=True,
+        use_sliding_window=True, sliding_window=9, max_window_layers=2,
+    ),
+    "mistral": _config(
+        _of("mistral", "Mistral"), 127, 48, 112, 3, 4, 2, eos_token_id=2, tie_word_embeddings=False, sliding_window=8,
+    ),
+    "ministral": _config(
+        _of("ministral", "Ministral"), 113, 48, 96, 3, 4, 2, eos_token_id=2, tie_word_embeddings=False, head_dim=16,
+        sliding_window=7, layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    ),
+    "ministral3": _config(
+        _of("ministral3", "Ministral3"), 119, 48, 96, 4, 4, 2, eos_token_id=2, tie_word_embeddings=False, head_dim=16,
+        rope_parameters=_YARN | {
+            "rope_theta": 1e6, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4,
+        },
+    ),
+    "gemma2": _config(
+        _of("gemma2", "Gemma2", **_GELU), 143, 48, 96, 4, 4, 2, eos_token_id=1, tie_word_embeddings=True, head_dim=16,
+        query_pre_attn_scalar=24, sliding_window=8, attn_logit_softcapping=2.0, final_logit_softcapping=0.5,
+    ),
+    "gemma3": _config(
+        _of("gemma3_text", "Gemma3", **_GELU), 157, 48, 96, 7, 4, 1, eos_token_id=[1, 9], tie_word_embeddings=True,
+        head_dim=16, query_pre_attn_scalar=32, sliding_window=6, sliding_window_pattern=3, rope_theta=1e6,
+        rope_local_base_freq=1e4, rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
+    "gemma3_rope_parameters": _config(
+        _of("gemma3_text", "Gemma3", **_GELU), 109, 48, 80, 3, 4, 2, eos_token_id=1, tie_word_embeddings=True,
+        head_dim=16, sliding_window=10, layer_types=["full_attention", "sliding_attention", "full_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e3},
+        },
+    ),
+    "smollm3": _config(
+        _of("smollm3", "SmolLM3"), 133, 48, 96, 5, 4, 2, eos_token_id=2, pad_token_id=0, tie_word_embeddings=True,
+        no_rope_layers=[1, 1, 1, 0, 1], rope_theta=5e6,
+    ),
+    "olmo2": _config(_of("olmo2", "Olmo2"), 141, 48, 96, 4, 4, 2, eos_token_id=2, tie_word_embeddings=False),
+    "olmo3": _config(
+        _of("olmo3", "Olmo3"), 142, 48, 96, 4, 4, None, eos_token_id=2, tie_word_embeddings=False, rope_theta=5e5,
+        sliding_window=8, rope_scaling=_YARN | {"attention_factor": 1.2},
+    ),
+    "granite": _config(
+        _of("granite", "Granite"), 121, 48, 96, 4, 4, 2, eos_token_id=2, tie_word_embeddings=True,
+        embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.2, logits_scaling=0.7,
+    ),
+    "granite4": _config(
+        _of("granitemoehybrid", "GraniteMoeHybrid"), 123, 48, 96, 3, 4, 2, eos_token_id=2, tie_word_embeddings=True,
+        embedding_multiplier=2.0, residual_multiplier=0.5, attention_multiplier=0.3, logits_scaling=0.5,
+        num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=80, layer_types=["attention"] * 3,
+        position_embedding_type="nope", mamba_n_heads=6, mamba_d_head=16,
+    ),
+    "phi3": _config(
+        _of("phi3", "Phi3"), 126, 48, 96, 3, 4, 4, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
+        sliding_window=11,
+    ),
+    # Prompts and what follows them stay below the first 44 positions, or begin beyond them.
+    "phi4": _config(
+        _of("phi3", "Phi3"), 128, 64, 96, 4, 4, 2, eos_token_id=2, pad_token_id=0, tie_word_embeddings=True,
+        partial_rotary_factor=0.75, original_max_position_embeddings=44,
+        rope_scaling={
+            "type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.4, 1.6, 2.0],
+            "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 9.0],
+        },
+    ),
 }  # fmt: skip
+
+# Lengths of prompts, where they are not the usual ones.
+LENGTHS: dict[str, tuple[int, ...]] = {"phi4": (3, 9, 20, 50)}
 
 # What generation_config.json says where a family has one: transformers' generate stops at these ids as well.
 GENERATION_CONFIGS: dict[str, dict] = {"qwen25_untied": {"eos_token_id": [2, 34], "bos_token_id": 1}}
@@ -85,25 +163,39 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     width, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim", width // heads)
     queries, keys = heads * head_dim, config.get("num_key_value_heads", heads) * head_dim
-    qwen2, bias = config["model_type"] == "qwen2", config.get("attention_bias", False)
+    kind, bias = config["model_type"], config.get("attention_bias", False)
+    olmo, gemma = kind.startswith("olmo"), kind.startswith("gemma")
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], width)}
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
-        shapes[layer + "input_layernorm.weight"] = (width,)
-        for name, rows, columns in (
-            ("q", queries, width),
-            ("k", keys, width),
-            ("v", keys, width),
-            ("o", width, queries),
-        ):
-            shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, columns)
-            if bias or (qwen2 and name != "o"):
+        if not olmo:
+            shapes[layer + "input_layernorm.weight"] = (width,)
+        if kind == "phi3":
+            shapes[layer + "self_attn.qkv_proj.weight"] = (queries + 2 * keys, width)
+        for name, rows in () if kind == "phi3" else (("q", queries), ("k", keys), ("v", keys)):
+            shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, width)
+            if bias or kind == "qwen2":
                 shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
-        if config["model_type"] == "qwen3":
+        shapes[layer + "self_attn.o_proj.weight"] = (width, queries)
+        if bias:
+            shapes[layer + "self_attn.o_proj.bias"] = (width,)
+        if kind in ("qwen3", "gemma3_text"):
             shapes[layer + "self_attn.q_norm.weight"] = shapes[layer + "self_attn.k_norm.weight"] = (head_dim,)
-        shapes[layer + "post_attention_layernorm.weight"] = (width,)
-        for name, rows, columns in (("gate", mlp, width), ("up", mlp, width), ("down", width, mlp)):
-            shapes[f"{layer}mlp.{name}_proj.weight"] = (rows, columns)
+        if olmo:
+            shapes[layer + "self_attn.q_norm.weight"] = (queries,)
+            shapes[layer + "self_attn.k_norm.weight"] = (keys,)
+        norms = {"post_attention": True, "pre_feedforward": gemma, "post_feedforward": gemma or olmo}
+        shapes |= {f"{layer}{name}_layernorm.weight": (width,) for name, there in norms.items() if there}
+        if kind == "phi3":
+            shapes[layer + "mlp.gate_up_proj.weight"] = (2 * mlp, width)
+        elif kind == "granitemoehybrid":
+            mlp = config["shared_intermediate_size"]
+            shapes[layer + "shared_mlp.input_linear.weight"] = (2 * mlp, width)
+            shapes[layer + "shared_mlp.output_linear.weight"] = (width, mlp)
+            continue
+        else:
+            shapes |= {f"{layer}mlp.{name}_proj.weight": (mlp, width) for name in ("gate", "up")}
+        shapes[layer + "mlp.down_proj.weight"] = (width, mlp)
     shapes["model.norm.weight"] = (width,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], width)
@@ -130,14 +222,18 @@ def random_tensor(family: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     uniform = ((bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)).reshape(shape)
     unit = uniform * np.float32(3.0**0.5)
     if "norm" in name:
-        return np.float32(1.0) + np.float32(0.2) * unit
+        # Gemma keeps what is added to one.
+        one = 0.0 if FAMILIES[family]["model_type"].startswith("gemma") else 1.0
+        return np.float32(one) + np.float32(0.2) * unit
     if name.endswith(".bias"):
         return np.float32(0.3) * unit
     if "embed_tokens" in name or "lm_head" in name:
         # Layers must outweigh the embedding they add to, or a tied model repeats its last token for ever.
-        return np.float32(0.35 if FAMILIES[family]["tie_word_embeddings"] else 0.5) * unit
+        tied, kind = FAMILIES[family]["tie_word_embeddings"], FAMILIES[family]["model_type"]
+        scaled = 0.1 if kind.startswith("granite") else 0.05  # those of whom a multiple is taken
+        return np.float32(scaled if kind.startswith(("gemma", "granite")) else 0.35 if tied else 0.5) * unit
     # Queries and keys are larger: attention then picks single positions, and an error in RoPE shows.
-    gain = 1.6 if ("q_proj" in name or "k_proj" in name) else 1.3
+    gain = 1.6 if ("q_proj" in name or "k_proj" in name or "qkv_proj" in name) else 1.3
     return np.float32(gain / shape[-1] ** 0.5) * unit
 
 

@@ -20,7 +20,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reference import smollm2_torch
-from reference.checkpoints import FAMILIES, write_checkpoint
+from reference.checkpoints import FAMILIES, LENGTHS, write_checkpoint
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 COMMAND = "python tests/reference/make_goldens.py"
@@ -36,9 +36,10 @@ PROMPTS = [each["prompt"] for each in json.loads((GOLDENS / "smollm2.json").read
 def family_prompts(family: str) -> list[list[int]]:
     """Ragged prompts of random ids; the lowest five ids are left to the special tokens."""
     vocab_size = FAMILIES[family]["vocab_size"]
-    bits = np.random.PCG64(vocab_size).random_raw(sum(FAMILY_LENGTHS))
+    lengths = LENGTHS.get(family, FAMILY_LENGTHS)
+    bits = np.random.PCG64(vocab_size).random_raw(sum(lengths))
     ids = 5 + bits % np.uint64(vocab_size - 5)
-    return [part.tolist() for part in np.split(ids, np.cumsum(FAMILY_LENGTHS)[:-1])]
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
 
 def greedy(model: transformers.PreTrainedModel, prompt: list[int], new_tokens: int) -> dict:
