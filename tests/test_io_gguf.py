@@ -34,6 +34,90 @@ NAMES = {
 }
 
 
+# Where norms stand after what they norm, and where projections are fused.
+AFTER = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+NAMES_OF = {
+    "gemma": AFTER | {"pre_feedforward_layernorm": "ffn_norm"},
+    "olmo": AFTER,
+    "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
+}
+# Of families of the reference: architecture, and what llama.cpp's converter says beside what is said of all.
+GGUF_FIELDS = {
+    "mistral": ("llama", {}),
+    "ministral3": (
+        "mistral3",
+        {
+            "ARCH__rope__scaling__type": "yarn",
+            "ARCH__rope__scaling__factor": 4.0,
+            "ARCH__rope__scaling__original_context_length": 16,
+            "ARCH__rope__scaling__yarn_beta_fast": 4.0,
+            "ARCH__rope__scaling__yarn_log_multiplier": 1.0,
+            "ARCH__attention__temperature_scale": 0.4,
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            "ARCH__attention__sliding_window": 8,
+            "ARCH__attn_logit_softcapping": 2.0,
+            "ARCH__final_logit_softcapping": 0.5,
+        },
+    ),
+    "gemma3": (
+        "gemma3",
+        {
+            "ARCH__attention__sliding_window": 6,
+            "ARCH__attention__sliding_window_pattern": [True, True, False, True, True, False, True],
+            "ARCH__rope__scaling__type": "linear",
+            "ARCH__rope__scaling__factor": 8.0,
+        },
+    ),
+    "smollm3": ("smollm3", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": (
+        "olmo2",
+        {
+            "ARCH__attention__sliding_window": 8,
+            "ARCH__rope__scaling__type": "yarn",
+            "ARCH__rope__scaling__factor": 4.0,
+            "ARCH__rope__scaling__original_context_length": 16,
+            "ARCH__rope__scaling__yarn_beta_fast": 4.0,
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "ARCH__embedding_scale": 3.0,
+            "ARCH__residual_scale": 0.6,
+            "ARCH__attention__scale": 0.2,
+            "ARCH__logit_scale": 0.7,
+        },
+    ),
+    "phi3": ("phi3", {"ARCH__attention__sliding_window": 11}),
+    "phi4": (
+        "phi3",
+        {
+            "ARCH__attention__sliding_window": 0,
+            "ARCH__rope__dimension_count": 12,
+            "ARCH__rope__scaling__original_context_length": 44,
+            "ARCH__rope__scaling__attn_factor": math.sqrt(1 + math.log(256 / 44) / math.log(44)),
+        },
+    ),
+}
+
+
+INTERLEAVED = ("llama", "mistral3", "smollm3", "granite")
+NOTHING_HIDDEN = {"layer_kinds": ()}
+# What such a file cannot say, or says otherwise than the reference's configuration.
+UNSAID = {
+    "mistral": NOTHING_HIDDEN | {"family": "llama"},
+    "ministral3": {},
+    "gemma2": {"attention_scale": 16**-0.5},
+    "gemma3": {"attention_scale": 16**-0.5},
+    "smollm3": {},
+}
+
+
 def interleave(rows, heads):
     """What llama.cpp's converter does to q and k of architecture llama, one row at a time."""
     width = len(rows) // heads
@@ -46,7 +130,11 @@ def interleave(rows, heads):
 def write_gguf(path, family, kind="F32", extra=(), drop=(), kinds=None, **fields):
     """One of the reference families as a GGUF file; matrices stored as `kind`, or as `kinds` has it for their part."""
     config, tensors = FAMILIES[family], checkpoint_tensors(family)
-    architecture = fields.pop("architecture", config["model_type"])
+    architecture, told = GGUF_FIELDS.get(family, (config["model_type"], {}))
+    architecture = fields.pop("architecture", architecture)
+    fields = told | fields
+    names = next((own for start, own in NAMES_OF.items() if config["model_type"].startswith(start)), {})
+    names = NAMES | names
     writer = gguf.GGUFWriter(path, architecture)
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
     head_dim = config.get("head_dim", config["hidden_size"] // heads)
@@ -57,7 +145,12 @@ def write_gguf(path, family, kind="F32", extra=(), drop=(), kinds=None, **fields
     writer.add_head_count(heads)
     if kv_heads != heads:
         writer.add_head_count_kv(kv_heads)
-    writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
+    theta = config.get("rope_theta", config.get("rope_parameters", {}).get("rope_theta", 10000.0))
+    writer.add_rope_freq_base(theta)
+    if "longrope" in str(config.get("rope_scaling")):
+        for length in ("long", "short"):
+            factors = np.array(config["rope_scaling"][f"{length}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{length}.weight", factors)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if head_dim != config["hidden_size"] // heads:
         writer.add_key_length(head_dim)
@@ -72,10 +165,12 @@ def write_gguf(path, family, kind="F32", extra=(), drop=(), kinds=None, **fields
     for name, array in tensors.items():
         if "rotary" in name or name in drop:
             continue
-        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+        if "gemma" in architecture and "norm" in name:
+            array = array + np.float32(1)
+        if architecture in INTERLEAVED and ("q_proj" in name or "k_proj" in name):
             array = interleave(array, heads if "q_proj" in name else kv_heads)
         stem, _, suffix = name.rpartition(".")
-        for theirs, ours in NAMES.items():
+        for theirs, ours in names.items():
             stem = stem.replace(theirs, ours)
         own = (kinds or {}).get(stem.split(".")[-1], kind)
         quantised = gguf.GGMLQuantizationType[own] if array.ndim == 2 else gguf.GGMLQuantizationType.F32
@@ -90,16 +185,28 @@ def write_gguf(path, family, kind="F32", extra=(), drop=(), kinds=None, **fields
     return path
 
 
-@pytest.mark.parametrize("family", ["llama2", "smollm2", "qwen25_untied", "qwen3", "llama_attention_bias"])
+@pytest.mark.parametrize(
+    "family", ["llama2", "smollm2", "qwen25_untied", "qwen3", "llama_attention_bias", *GGUF_FIELDS]
+)
 def test_a_gguf_file_equals_the_directory_it_was_made_from(tmp_path, family):
     ours = open_checkpoint(str(write_gguf(tmp_path / "model.gguf", family)))
     theirs = open_checkpoint(str(write_checkpoint(tmp_path / "directory", family)))
     assert ours.shapes() == theirs.shapes()
     for name in ours.shapes():
-        np.testing.assert_array_equal(ours.read(name), theirs.read(name), err_msg=name)
-    assert ours.fingerprint() == theirs.fingerprint()
-    # A GGUF file names one end of a text; generation_config.json may name more.
-    assert dataclasses.replace(theirs.config, eos_ids=(2,), bos_id=1) == ours.config
+        # 1 was added to Gemma's norms, and rounded.
+        atol = 1e-7 if "norm" in name and ours.config.norm_offset else 0
+        np.testing.assert_allclose(ours.read(name), theirs.read(name), rtol=0, atol=atol, err_msg=name)
+    # A GGUF file names one end of a text; generation_config.json may name more. llama.cpp does not say some things.
+    expected = dataclasses.replace(theirs.config, eos_ids=(2,), bos_id=1, **UNSAID.get(family, {}))
+    if expected.rope_scaling is not None:
+        # Of yarn llama.cpp works it out; the reference's configuration has another one.
+        magnitude = 0.1 * math.log(4) + 1 if family == "olmo3" else expected.rope_scaling.magnitude
+        assert ours.config.rope_scaling.magnitude == pytest.approx(magnitude)
+        scaling = dataclasses.replace(expected.rope_scaling, magnitude=ours.config.rope_scaling.magnitude)
+        expected = dataclasses.replace(expected, rope_scaling=scaling)
+    assert expected == ours.config
+    if expected == theirs.config:
+        assert ours.fingerprint() == theirs.fingerprint()
     assert ours.tokenizer is None
 
 
@@ -176,7 +283,7 @@ def test_linear_scaling(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"architecture": "gemma2"}, ["'gemma2'", "llama, qwen2, qwen3"]),
+        ({"architecture": "gemma3n"}, ["'gemma3n'", "llama, qwen2, qwen3"]),
         ({"ARCH__rope__scaling__type": "yarn"}, ["'yarn'"]),
         ({"ARCH__expert_count": 8}, ["mixture of experts"]),
         ({"ARCH__rope__dimension_count": 4}, ["partial RoPE"]),

@@ -26,6 +26,21 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(content))
 
 
+_AFTER = {"attention_out_norm": ["post_attention_layernorm.weight"]}
+_GEMMA = _AFTER | {"mlp_norm": ["pre_feedforward_layernorm.weight"]}
+OTHER_NAMES = {
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": _AFTER | {"mlp_norm": []},
+    "olmo3": _AFTER | {"mlp_norm": []},
+    "phi3": {"qkv": ["self_attn.qkv_proj.weight"], "gate_up": ["mlp.gate_up_proj.weight"]},
+    "granitemoehybrid": {
+        "gate_up": ["shared_mlp.input_linear.weight"],
+        "down": ["shared_mlp.output_linear.weight"],
+    },
+}
+
+
 @pytest.mark.parametrize(("family", "shards"), [*zip(FAMILIES, itertools.cycle([1, 3]))])
 def test_canonical_tensors_are_the_files_tensors(tmp_path, family, shards):
     checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, family, shards)))
@@ -35,20 +50,23 @@ def test_canonical_tensors_are_the_files_tensors(tmp_path, family, shards):
         assert (got[name].shape, got[name].dtype) == (shape, np.float32), name
         assert not isinstance(got[name].base, np.memmap), name
     used = 0
+    names = {
+        "attention_norm": ["input_layernorm.weight"],
+        "qkv": [f"self_attn.{x}_proj.weight" for x in "qkv"],
+        "qkv_bias": [f"self_attn.{x}_proj.bias" for x in "qkv"],
+        "q_norm": ["self_attn.q_norm.weight"],
+        "k_norm": ["self_attn.k_norm.weight"],
+        "out": ["self_attn.o_proj.weight"],
+        "out_bias": ["self_attn.o_proj.bias"],
+        "attention_out_norm": [],
+        "mlp_norm": ["post_attention_layernorm.weight"],
+        "gate_up": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+        "down": ["mlp.down_proj.weight"],
+        "mlp_out_norm": ["post_feedforward_layernorm.weight"],
+    } | OTHER_NAMES.get(config.family, {})
     for layer in range(config.num_layers):
         ours, theirs = f"layers.{layer}.", f"model.layers.{layer}."
-        for canonical, parts in {
-            "attention_norm": ["input_layernorm.weight"],
-            "qkv": [f"self_attn.{x}_proj.weight" for x in "qkv"],
-            "qkv_bias": [f"self_attn.{x}_proj.bias" for x in "qkv"],
-            "q_norm": ["self_attn.q_norm.weight"],
-            "k_norm": ["self_attn.k_norm.weight"],
-            "out": ["self_attn.o_proj.weight"],
-            "out_bias": ["self_attn.o_proj.bias"],
-            "mlp_norm": ["post_attention_layernorm.weight"],
-            "gate_up": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-            "down": ["mlp.down_proj.weight"],
-        }.items():
+        for canonical, parts in names.items():
             present = [raw[theirs + part] for part in parts if theirs + part in raw]
             assert bool(present) == (ours + canonical in got), canonical
             if present:
@@ -68,11 +86,18 @@ SWITCHES = ("qkv_bias", "out_bias", "qk_norm")
 def test_configurations(tmp_path):
     configs = {family: open_checkpoint(str(write_checkpoint(tmp_path / family, family))).config for family in FAMILIES}
     stretched = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
-    assert {family: config.rope_scaling for family, config in configs.items() if config.rope_scaling} == {
-        "llama3": stretched,
-        "llama32_rope_parameters": stretched,
-        "codellama": RopeScaling("linear", 2.0),
+    scalings = {family: config.rope_scaling for family, config in configs.items() if config.rope_scaling}
+    assert {family: scaling.kind for family, scaling in scalings.items()} == {
+        "llama3": "llama3",
+        "llama32_rope_parameters": "llama3",
+        "codellama": "linear",
+        "ministral3": "yarn",
+        "gemma3": "linear",
+        "olmo3": "yarn",
+        "phi4": "longrope",
     }
+    assert scalings["llama3"] == scalings["llama32_rope_parameters"] == stretched
+    assert scalings["codellama"] == RopeScaling("linear", 2.0)
     assert configs["llama3"].rope_theta == configs["llama32_rope_parameters"].rope_theta == 500000.0
     assert configs["llama2"].num_kv_heads == configs["llama2"].num_heads == 4
     assert configs["llama3"].eos_ids == (7, 150, 203)
@@ -80,9 +105,9 @@ def test_configurations(tmp_path):
     assert configs["smollm2"].bos_id == 1
     switched = {name: {family for family, config in configs.items() if getattr(config, name)} for name in SWITCHES}
     assert switched == {
-        "qkv_bias": {"qwen2", "qwen25_untied", "llama_attention_bias"},
+        "qkv_bias": {"qwen2", "qwen25_untied", "llama_attention_bias", "qwen2_sliding"},
         "out_bias": {"llama_attention_bias"},
-        "qk_norm": {"qwen3"},
+        "qk_norm": {"qwen3", "gemma3", "gemma3_rope_parameters", "olmo2", "olmo3"},
     }
     assert configs["qwen3"].head_dim == 24
     assert configs["qwen3"].qkv_width == (4 + 2 * 2) * 24
@@ -147,8 +172,18 @@ def test_fingerprint_knows_the_weights_and_not_the_files(tmp_path):
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification", "causal"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
         ({"hidden_act": "gelu"}, ["'gelu'", "silu"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["'yarn'", "linear and llama3"]),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["'longrope'"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["'dynamic'", "yarn"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["original_max_position_embeddings"]),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["short_factor"]),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            ["1 RoPE factors"],
+        ),
+        ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, ["sliding window"]),
+        ({"layer_types": ["linear_attention", "full_attention"]}, ["linear_attention"]),
+        ({"use_bidirectional_attention": True, "model_type": "gemma3_text"}, ["causal"]),
+        ({"model_type": "granitemoehybrid", "shared_intermediate_size": 8}, ["mixture of experts"]),
+        ({"model_type": "gemma3"}, ["text_config"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, ["low_freq_factor", "llama3"]),
         ({"num_local_experts": 8}, ["mixture of experts"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
@@ -170,21 +205,35 @@ def test_uncovered_configurations_are_refused(tmp_path, changes, words):
 @pytest.mark.parametrize(
     ("changes", "slides"),
     [
-        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}, True),
-        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 6}, True),
-        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 6}, False),
-        ({"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 3}, False),
-        ({"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 3}, False),
-        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"] * 6}, False),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}, [3, 4, 5]),
+        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 6}, range(6)),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 6}, []),
+        ({"use_sliding_window": True, "sliding_window": 256, "max_window_layers": 3}, []),
+        ({"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 3}, []),
+        ({"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"] * 6}, []),
     ],
 )
-def test_sliding_windows_are_refused_where_they_are_used(tmp_path, changes, slides):
+def test_windows_are_where_the_configuration_means_them(tmp_path, changes, slides):
     write_checkpoint(tmp_path, "qwen2")
     edit_json(tmp_path / "config.json", **changes)
-    if slides:
-        assert "sliding window of 64 tokens" in refusal(tmp_path)
-    else:
-        open_checkpoint(str(tmp_path))
+    kinds = open_checkpoint(str(tmp_path)).config.kinds
+    assert {layer: kind.window for layer, kind in enumerate(kinds) if kind.window} == dict.fromkeys(slides, 64)
+
+
+def test_the_text_of_a_model_of_images_and_text(tmp_path):
+    """Its configuration is one of two, and its tensors have longer names beside those of what reads images."""
+    plain = open_checkpoint(str(write_checkpoint(tmp_path / "plain", "gemma3")))
+    folder = write_checkpoint(tmp_path / "both", "gemma3")
+    text = json.loads((folder / "config.json").read_text())
+    outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 9]}
+    (folder / "config.json").write_text(json.dumps(outer | {"text_config": text, "vision_config": {}}))
+    tensors, sight = load_file(folder / "model.safetensors"), {"vision_tower.patch.weight": np.ones((2, 2), np.float32)}
+    for prefix in ("language_model.model.", "model.language_model."):
+        renamed = {name.replace("model.", prefix, 1): value for name, value in tensors.items()}
+        save_file(renamed | sight, folder / "model.safetensors")
+        both = open_checkpoint(str(folder))
+        assert both.config == plain.config
+        assert both.fingerprint() == plain.fingerprint()
 
 
 def test_directories_of_other_kinds_are_refused(tmp_path):

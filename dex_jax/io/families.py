@@ -207,7 +207,7 @@ class _Granite4(_Granite):
 class _Phi3(Settings):
     context: Size = field(name="max_position_embeddings", default=4096)
     norm_eps: Positive = field(name="rms_norm_eps", default=1e-5)
-    original_context: Size = field(name="original_max_position_embeddings", default=4096)
+    original_context: Size | None = field(name="original_max_position_embeddings", default=None)
     eos_token_id: Ids = 32000
     bos_token_id: Ids = 1
 

@@ -13,7 +13,8 @@ from dex_jax.io.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import tokenizers
 
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_SPACE = "\u2581"  # what SentencePiece writes for a space
 _NAMED = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -38,9 +39,11 @@ class _Vocabulary(Struct):
     tokens: list[str] = []
     merges: list[str] = []
     token_type: list[int] = []
+    scores: list[float] = []
     model: str = ""
     pre: str = ""
     add_bos_token: bool | None = None
+    add_space_prefix: bool = True
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | None = None
     unknown_token_id: TokenId | None = None
@@ -57,7 +60,7 @@ def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: s
     `eos_ids` end a sequence by the model's configuration; `source` is the file, for errors.
 
     Raises:
-      DexError: a vocabulary of another kind than byte-level BPE, or split by rules that are not known.
+      DexError: a vocabulary of another kind than BPE on bytes or SentencePiece's, or split by rules not known.
     """
     prefix = "tokenizer.ggml."
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
@@ -66,22 +69,24 @@ def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: s
     tokens = vocabulary.tokens
     if not tokens:
         return None
-    if vocabulary.model != "gpt2":
+    if vocabulary.model not in ("gpt2", "llama"):
         raise DexError(
-            f"{source} carries a tokenizer of kind {vocabulary.model!r:.60}, and only byte-level BPE ('gpt2') can be "
-            "built from a GGUF file: use the Hugging Face directory of this model."
+            f"{source} carries a tokenizer of kind {vocabulary.model!r:.60}, and only 'gpt2' (BPE on bytes) and 'llama' "
+            "(SentencePiece) can be built from a GGUF file: use the Hugging Face directory of this model."
         )
-    if vocabulary.pre not in _KNOWN:
+    on_bytes = vocabulary.model == "gpt2"
+    if on_bytes and vocabulary.pre not in _KNOWN:
         raise DexError(
             f"{source} splits text by the rules {vocabulary.pre!r:.60}, and only {', '.join(_KNOWN)} are known: use "
             "the Hugging Face directory of this model."
         )
-    if not vocabulary.merges:
-        raise DexError(f"{source} carries a vocabulary without merges: use the Hugging Face directory of this model.")
+    if not (vocabulary.merges if on_bytes else len(vocabulary.scores) == len(tokens)):
+        wanted = "merges" if on_bytes else "scores"
+        raise DexError(f"{source} carries a vocabulary without {wanted}: use the Hugging Face directory of this model.")
     named = {name: getattr(vocabulary, key) for name, key in _NAMED.items()}
     with reading(f"the tokenizer of {source}", "use the Hugging Face directory of this model"):
         return Tokenizer(
-            _byte_level_bpe(vocabulary),
+            _byte_level_bpe(vocabulary) if on_bytes else _sentencepiece(vocabulary),
             template=template,
             variables={name: tokens[i] for name, i in named.items() if i is not None and i < len(tokens)},
             eos_ids=eos_ids,
@@ -90,7 +95,7 @@ def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: s
 
 
 def _byte_level_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokens, pre = vocabulary.tokens, vocabulary.pre
     backend = Tokenizer(
@@ -111,13 +116,43 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre == "smollm")
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
-    kinds = list(zip(tokens, vocabulary.token_type, strict=False))
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in kinds if kind == _CONTROL])
-    backend.add_tokens([AddedToken(t, normalized=False) for t, kind in kinds if kind == _USER_DEFINED])
     # Files older than the flag leave it out for Llama 3, whose tokenizer always begins with BOS.
-    begins = pre == "llama-bpe" if vocabulary.add_bos_token is None else vocabulary.add_bos_token
+    return _with_added(backend, vocabulary, begins=pre == "llama-bpe")
+
+
+def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE: of two neighbours that make a token, those of the best score are joined first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokens = vocabulary.tokens
+    ids = {token: i for i, token in enumerate(tokens)}
+    normal = [i for i, kind in enumerate(vocabulary.token_type) if kind == _NORMAL and i < len(tokens)]
+    normal.sort(key=lambda i: -vocabulary.scores[i])
+    halves = ((tokens[i][:cut], tokens[i][cut:]) for i in normal for cut in range(1, len(tokens[i])))
+    merges = [(left, right) for left, right in halves if left in ids and right in ids]
+    unknown = None if vocabulary.unknown_token_id is None else tokens[vocabulary.unknown_token_id]
+    backend = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if vocabulary.add_space_prefix:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+        steps.append(decoders.Strip(" ", 1, 0))
+    else:
+        backend.normalizer = normalizers.Replace(" ", _SPACE)
+    backend.decoder = decoders.Sequence(steps)
+    return _with_added(backend, vocabulary, begins=True)
+
+
+def _with_added(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary, begins: bool) -> tokenizers.Tokenizer:
+    """The tokenizer with its special tokens, and with BOS in front of texts if the file, or else `begins`, says so."""
+    from tokenizers import AddedToken, processors
+
+    kinds = list(zip(vocabulary.tokens, vocabulary.token_type, strict=False))
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in kinds if kind == _CONTROL])
+    # SentencePiece's are written as normalised text is: with its sign for a space.
+    backend.add_tokens([AddedToken(t, normalized=_SPACE in t) for t, kind in kinds if kind == _USER_DEFINED])
+    begins = begins if vocabulary.add_bos_token is None else vocabulary.add_bos_token
     if begins and vocabulary.bos_token_id is not None:
-        bos = tokens[vocabulary.bos_token_id]
+        bos = vocabulary.tokens[vocabulary.bos_token_id]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary.bos_token_id)]
         )

@@ -189,7 +189,7 @@ def _rope(
     if kind == "yarn":
         found |= _yarn(read, config.context)
     if kind == "longrope":
-        original = getattr(config, "original_context", None) or read.original_context or config.context
+        original = getattr(config, "original_context", None) or read.original_context or 4096
         factor = config.context / original
         grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         found |= {"original_context": original, "factor": factor, "magnitude": read.magnitude or grown}

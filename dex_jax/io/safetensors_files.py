@@ -52,7 +52,7 @@ class SafetensorsFiles:
             if absent := listed - header.keys():
                 where = folder.address(file)
                 raise DexError(f"{where} lacks the tensor {min(absent)}, which the index places there: get it again.")
-            self._entries |= {name: (file, begin, entry) for name, entry in header.items()}
+            self._entries |= {_of_text(name): (file, begin, entry) for name, entry in header.items()}
         self.names = tuple(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -96,6 +96,14 @@ class SafetensorsFiles:
         if data.size != (last - first) * row:
             raise DexError(f"{self.file_of(name)} is truncated: get it again.")
         return data.view(dtype).reshape(last - first, *entry.shape[1:])
+
+
+def _of_text(name: str) -> str:
+    """A tensor's name as a model of text alone has it, where what reads images stands beside that."""
+    for prefix, plain in (("model.language_model.", "model."), ("language_model.", "")):
+        if name.startswith(prefix):
+            return plain + name.removeprefix(prefix)
+    return name
 
 
 def placed_names(index: bytes, source: str) -> dict[str, set[str]]:
