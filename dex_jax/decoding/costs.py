@@ -262,7 +262,7 @@ def _shortened(config: ModelConfig, layout: Layout, packing: Packing) -> tuple[M
         each = min(layout.stage_layers, LAYERS)
         count, layout = each * stages, Stacked(tuple(range(each, each * stages + 1, each)))
     vocabulary = -(-config.vocab_size * count // config.num_layers)
-    short = dataclasses.replace(config, num_layers=count, vocab_size=vocabulary)
+    short = dataclasses.replace(config.with_layers(count), vocab_size=vocabulary)
     kept = parameter_shapes(short)
     runs = {name: each if name.startswith("layers.") else ((each[0][0], vocabulary),) for name, each in packing}
     return short, layout, tuple((name, each) for name, each in runs.items() if name in kept)

@@ -241,6 +241,7 @@ class Family:
 
 
 _GEMMA = {"norms": "both", "norm_offset": 1.0}
+_GEMMA3 = _GEMMA | {"qk_norm": True}
 _GEMMA_NAMES: Names = {"mlp_norm": (("pre_feedforward_layernorm.weight",), ("ffn_norm.weight",))}
 _OLMO = {"norms": "after", "qk_norm": True, "qk_norm_whole": True}
 _SPLIT_GATE_UP = ("ffn_gate.weight", "ffn_up.weight")
@@ -262,7 +263,7 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family("Ministral3ForCausalLM", _Ministral3, "mistral3", True),
     "gemma2": Family("Gemma2ForCausalLM", _Gemma2, "gemma2", constants=_GEMMA, names=_GEMMA_NAMES),
     "gemma3_text": Family(
-        "Gemma3ForCausalLM", _Gemma3, "gemma3", constants=_GEMMA | {"qk_norm": True}, names=_GEMMA_NAMES, local_rope=True
+        "Gemma3ForCausalLM", _Gemma3, "gemma3", constants=_GEMMA3, names=_GEMMA_NAMES, local_rope=True
     ),
     "smollm3": Family("SmolLM3ForCausalLM", _SmolLM3, "smollm3", True),
     "olmo2": Family("Olmo2ForCausalLM", _Olmo2, "olmo2", constants=_OLMO),

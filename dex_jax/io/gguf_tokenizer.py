@@ -71,8 +71,8 @@ def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: s
         return None
     if vocabulary.model not in ("gpt2", "llama"):
         raise DexError(
-            f"{source} carries a tokenizer of kind {vocabulary.model!r:.60}, and only 'gpt2' (BPE on bytes) and 'llama' "
-            "(SentencePiece) can be built from a GGUF file: use the Hugging Face directory of this model."
+            f"{source} carries a tokenizer of kind {vocabulary.model!r:.60}, and only 'gpt2' (BPE on bytes) and "
+            "'llama' (SentencePiece) can be built from a GGUF file: use the Hugging Face directory of this model."
         )
     on_bytes = vocabulary.model == "gpt2"
     if on_bytes and vocabulary.pre not in _KNOWN:

@@ -22,6 +22,8 @@ from dex_jax.nn.packed import Packed
 from dex_jax.nn.products import dot, matmul_precision, rows_times_kernel
 
 MASKED_SCORE = -1e30
+ALIKE = LayerKind()
+"""The kind of layers where a model has but one."""
 
 FEW_ROWS = 64
 """Up to here XLA multiplies faster on a CPU with the rows as columns (benchmarks/few_rows.py)."""
@@ -94,7 +96,7 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (wide * inverse * weight).astype(x.dtype)
 
 
-def rope_frequencies(config: ModelConfig, kind: LayerKind = LayerKind()) -> np.ndarray:
+def rope_frequencies(config: ModelConfig, kind: LayerKind = ALIKE) -> np.ndarray:
     """Rotary angle per position in layers of a kind, [d' / 2] float32; zeros where nothing is rotated.
 
     The "llama3" ramp is that of Llama 3.1's release, "yarn" that of arXiv 2309.00071, "longrope" of 2402.13753.
@@ -141,7 +143,7 @@ class Rotation(NamedTuple):
     queries: jax.Array | None = None  # [...] float32, what queries are multiplied with besides; None: nothing
 
 
-def rope_table(positions: jax.Array, config: ModelConfig, kind: LayerKind = LayerKind()) -> Rotation:
+def rope_table(positions: jax.Array, config: ModelConfig, kind: LayerKind = ALIKE) -> Rotation:
     """The rotation at absolute positions [...] int32 in layers of a kind."""
     frequencies = rope_frequencies(config, kind).reshape((1,) * positions.ndim + (-1,))
     scaling = config.rope_scaling if kind.rope == "main" else None
@@ -183,9 +185,7 @@ def causal_rows(batch: int, rows: int) -> jax.Array:
     return jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
 
 
-def attend(
-    queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True, cap: float | None = None
-) -> jax.Array:
+def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True, cap: float | None = None) -> jax.Array:
     """Grouped-query attention of queries [B, R, H, d] over all sources, which share one softmax in float32.
 
     Every row must see at least one key; `whole` as in `linear`, of keys and values. `cap` as in `capped`, of scores.

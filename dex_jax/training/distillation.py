@@ -194,9 +194,11 @@ class Distillation:
         """Embedding and unembedding are split by the vocabulary."""
         c, draft = self.lm.config, self.vocabulary
         whole: Any = matrix_spec(mesh, (c.vocab_size, c.width))
-        parts: list[Any] = [] if draft is None else [matrix_spec(mesh, (len(draft), c.width)), EVERYWHERE]
+        parts: tuple[Any, Any] = (
+            (None, None) if draft is None else (matrix_spec(mesh, (len(draft), c.width)), EVERYWHERE)
+        )
         cap = None if c.logit_cap is None else EVERYWHERE
-        return {"embed": whole, "final_norm": EVERYWHERE, "vocabulary": Vocabulary(whole, *parts, cap=cap)}
+        return {"embed": whole, "final_norm": EVERYWHERE, "vocabulary": Vocabulary(whole, *parts, cap)}
 
     def trained(self, params: Any, metadata: dict[str, Any] | None = None) -> TrainedExits:
         """Parameters in training as exits to decode with."""

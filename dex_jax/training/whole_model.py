@@ -265,7 +265,8 @@ def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, kept: 
     `kept` [L, B] bool says which layers each sequence runs, the others being the identity; None runs all.
     """
     batch, length = tokens.shape
-    kinds, positions = kind_table(config, [range(config.num_layers)]), jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    kinds = kind_table(config, [range(config.num_layers)])
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     found = sights(config, kinds, positions, jnp.zeros((batch, 1, 0), bool), causal_rows(batch, length))
     # One body for all layers: compiling is then as fast for eight layers as for one.
     fields = layer_parameters(config)

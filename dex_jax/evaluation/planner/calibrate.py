@@ -86,8 +86,8 @@ def calibrate(
     timer = timer or Timer()
     work, size = work_of(config), jnp.dtype(dtype).itemsize
     count = min(config.num_layers, max(2, round(UNCACHED / (work.layer * size))))
-    part = dataclasses.replace(config, num_layers=count)
-    small = dataclasses.replace(config, num_layers=count, **SMALL)
+    part = config.with_layers(count)
+    small = dataclasses.replace(part, **SMALL)
     notify("1 of 3: layers")
     fixed = rows_seconds(small, dtype, 1, SHORT, timer) / count
     full = {n: rows_seconds(part, dtype, n, SHORT, timer) / count for n in rows}

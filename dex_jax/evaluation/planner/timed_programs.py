@@ -5,7 +5,6 @@ Letters: B sequences, W rows a stage, K stages, D width, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import statistics
 import time
@@ -110,7 +109,7 @@ def rows_seconds(config: ModelConfig, dtype: jnp.dtype, rows: int, length: int, 
 
 def head_seconds(config: ModelConfig, dtype: jnp.dtype, rows: int, timer: Timer) -> float:
     """Seconds of final norm, unembedding and choice of `rows` rows."""
-    bare = dataclasses.replace(config, num_layers=1)
+    bare = config.with_layers(1)
     weights = _weights(bare, dtype)
 
     def step(weights: Any) -> Callable[[Any], Any]:
