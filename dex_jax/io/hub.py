@@ -37,6 +37,18 @@ ALIASES = {
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
     "qwen3-1.7b": "Qwen/Qwen3-1.7B",
     "qwen3-8b": "Qwen/Qwen3-8B",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "ministral-3-3b": "mistralai/Ministral-3-3B-Instruct-2512-BF16",
+    "gemma-2-2b": "google/gemma-2-2b-it",
+    "gemma-3-270m": "google/gemma-3-270m-it",
+    "gemma-3-1b": "google/gemma-3-1b-it",
+    "gemma-3-4b": "google/gemma-3-4b-it",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+    "olmo-2-1b": "allenai/OLMo-2-0425-1B-Instruct",
+    "olmo-3-7b": "allenai/Olmo-3-7B-Instruct",
+    "granite-3.3-2b": "ibm-granite/granite-3.3-2b-instruct",
+    "granite-4-micro": "ibm-granite/granite-4.0-micro",
+    "phi-4-mini": "microsoft/Phi-4-mini-instruct",
 }
 """Short names: a hub id, or "package:" and a distribution whose files hold the weights."""
 
