@@ -121,6 +121,8 @@ def check_model(mesh: Mesh, config: ModelConfig) -> None:
             f"tensor={pieces} must divide the model's {heads} heads, {groups} key-value heads and mlp width {mlp}: "
             "choose another size"
         )
+    if config.qk_norm_whole and pieces > 1:
+        raise DexError("a model that norms all heads together is not split over a tensor axis: use stage= instead")
 
 
 def check_stages(mesh: Mesh, stages: int) -> None:

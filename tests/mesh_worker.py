@@ -41,11 +41,12 @@ CHOSEN = dataclasses.replace(TREE, rungs=((1, 1.0), (3, 1.1), (6, 1.3)), draftin
 SEED = 11
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
 
-# Biases, norms of heads, tied and untied embeddings, 9 and 3 heads.
+# Biases, norms of heads, tied and untied embeddings, 9 and 3 heads, windows that differ from stage to stage.
 CHECKPOINTS = {
     "llama_attention_bias": "stage=2,tensor=2",
     "qwen3": "stage=3,tensor=2",
     "smollm2": "stage=2,tensor=3",
+    "gemma3": "stage=3",
 }
 
 
@@ -154,7 +155,7 @@ def checkpoint(family: str, mesh: str, folder: Path) -> dict[str, Any]:
     one = dex_jax.load(directory, "float32")
     tokens = np.arange(2, 22).reshape(2, 10)
     made = None
-    if family == "smollm2":
+    if family in ("smollm2", "gemma3"):
         output = dex_jax.generate(lm, tokens[:, :4].tolist(), max_new_tokens=6)
         tokens[:, 4:] = output.tokens
         made = {"device": output.stats.device, "depths": output.stats.schedule.depths}

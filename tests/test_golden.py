@@ -56,7 +56,7 @@ def last_logits(lm, prompts: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batches(lm, golden: dict) -> list[list[dict]]:
-    """The prompts that may stand in one batch: all, unless RoPE has factors for long ones, which all of it would take."""
+    """The prompts that may stand in one batch: all, unless RoPE has factors for long ones, which all would take."""
     prompts = golden["prompts"]
     return [prompts] if lm.config.at_length(lm.config.context) == lm.config else [prompts[:3], prompts[3:]]
 
