@@ -1,23 +1,25 @@
 """Keys and values: of the committed prefix, and of the lattice.
 
 The committed cache holds absolute positions; the lattice cache holds the K W slots of the ring of cohorts, which are
-written once and never move. Both come per layer in the unrolled layout (tuples of L arrays) and with leading axes
-[l, K] in the stacked one; every function here maps over whichever it is given. On a mesh they are tuples of l arrays
-with a leading axis [K], of which a device sees its own part, which is what an unrolled model of l layers has.
+written once and never move. Layers with a window keep the positions that are still seen, in a ring (nn/kinds.py). Both
+caches come per layer in the unrolled layout (tuples of L arrays) and with leading axes [l, K] in the stacked one; every
+function here maps over whichever it is given. On a mesh they are tuples of l arrays with a leading axis [K], of which a
+device sees its own part, which is what an unrolled model of l layers has.
 
 Letters: B sequences, S cache length, K stages, W rows a stage, l layers per stage, G key-value heads, d head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dex_jax.config import ModelConfig
-from dex_jax.nn.transformer import Layout, Stacked, Staged
+from dex_jax.config import LayerKind, ModelConfig
+from dex_jax.nn.kinds import MOST_WRITTEN, KindTable, kind_table, ring_length, ring_of
+from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled, stage_ranges
 
 UNROLLED_WRITES = 2
 """Larger batches write in a loop: unrolled, the writes of all layers would be most of the program to compile."""
@@ -45,19 +47,46 @@ def allocate(config: ModelConfig, layout: Layout, batch: int, length: int, slots
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes(config, layout, batch, length, slots, dtype))
 
 
-def shapes(config: ModelConfig, layout: Layout, batch: int, length: int, slots: int, dtype: jnp.dtype) -> Memory:
-    """As `allocate`, as jax.ShapeDtypeStruct and without any array."""
+def shapes(
+    config: ModelConfig,
+    layout: Layout,
+    batch: int,
+    length: int,
+    slots: int,
+    dtype: jnp.dtype,
+    rings: bool = False,
+) -> Memory:
+    """As `allocate`, as jax.ShapeDtypeStruct and without any array.
 
-    def leaves(positions: int) -> Leaves:
-        leaf = (batch, config.num_kv_heads, positions, config.head_dim)
-        if isinstance(layout, Stacked):
-            return jax.ShapeDtypeStruct((layout.stage_layers, len(layout.depths), *leaf), dtype)
-        if isinstance(layout, Staged):
-            staged = jax.ShapeDtypeStruct((len(layout.depths), *leaf), dtype)
-            return (staged,) * layout.stage_layers
-        return tuple(jax.ShapeDtypeStruct(leaf, dtype) for _ in range(config.num_layers))
+    With `rings`, for those who write no more than MOST_WRITTEN positions at a time, layers with a window keep no more
+    than that needs, where all that share an array have the same one.
+    """
+    stages = () if isinstance(layout, Unrolled) else stage_ranges(layout.depths)
+    rows = kind_table(config, stages).rows
 
-    return Memory(leaves(length), leaves(length), leaves(slots), leaves(slots))
+    def positions(kinds: tuple[LayerKind, ...]) -> int:
+        windows = {kind.window for kind in kinds}
+        window = windows.pop() if len(windows) == 1 else None
+        return length if window is None or not rings else min(length, ring_length(window))
+
+    def leaf(positions: int, *lead: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lead, batch, config.num_kv_heads, positions, config.head_dim), dtype)
+
+    committed: Leaves
+    lattice: Leaves
+    if isinstance(layout, Stacked):
+        lead = (layout.stage_layers, len(layout.depths))
+        committed, lattice = leaf(positions(sum(rows, ())), *lead), leaf(slots, *lead)
+    else:
+        first = (len(layout.depths),) if isinstance(layout, Staged) else ()
+        committed = tuple(leaf(positions(row), *first) for row in rows)
+        lattice = (leaf(slots, *first),) * len(rows)
+    return Memory(committed, committed, lattice, lattice)
+
+
+def lengths_of(memory: Memory) -> tuple[int, ...]:
+    """The lengths of the arrays that hold committed positions, each once."""
+    return tuple(sorted({leaf.shape[-2] for leaf in jax.tree.leaves(memory.keys)}))
 
 
 def with_lattice(memory: Memory, config: ModelConfig, layout: Layout, slots: int) -> Memory:
@@ -92,23 +121,33 @@ def after(index: jax.Array, *results: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(index, *results, tpu=lambda index, *results: index, default=wait)
 
 
-def write_rows(
-    cache: jax.Array, new: jax.Array, start: jax.Array, layer: tuple[int | jax.Array, ...] = ()
-) -> jax.Array:
-    """Writes new [B, G, R, d] at R consecutive positions from `start` [B] int32 on into one layer.
+NOWHERE = -1
+"""A position that belongs to nobody: what is written there is not read."""
 
-    The cache is [B, G, S, d], or [l, K, B, G, S, d] with `layer` saying which: (index within the stage, stage).
+
+def write_rows(
+    cache: jax.Array,
+    new: jax.Array,
+    start: jax.Array,
+    layer: tuple[int | jax.Array, ...] = (),
+    kinds: Sequence[LayerKind] = (),
+) -> jax.Array:
+    """Writes new [B, G, R, d] at R consecutive positions from `start` [B] int32 on, or NOWHERE, into one layer.
+
+    The cache is [B, G, S, d], or [l, K, B, G, S, d] with `layer` saying which: (index within the stage, stage). `kinds`
+    are those of the layers that share it.
     """
+    ring = ring_of(kinds, cache.shape[-2])
 
     def write(b: int | jax.Array, cache: jax.Array) -> jax.Array:
         row = jax.lax.dynamic_slice_in_dim(new, b, 1, axis=0)
         row = row.reshape((1,) * len(layer) + row.shape)
-        return _put(cache, row, (*layer, b, 0, start[b], 0))
+        return _put_at(cache, row, (*layer, b), start[b], ring)
 
     return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))
 
 
-def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array) -> Memory:
+def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array, kinds: KindTable) -> Memory:
     """Copies lattice slots [B, P] int32 of each sequence to committed positions from `position` [B] int32 on.
 
     Sequences that commit fewer slots, or none, are written too: nobody attends to those positions before their own
@@ -117,14 +156,16 @@ def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array) -> Memory
     """
     count = slot.shape[1]
 
-    def leaf(cache: jax.Array, lattice: jax.Array) -> jax.Array:
+    def leaf(cache: jax.Array, lattice: jax.Array, own: Sequence[LayerKind]) -> jax.Array:
+        ring = ring_of(own, cache.shape[-2])
+
         def copy(cache: jax.Array, *layer: jax.Array) -> jax.Array:
             size = (1,) * len(layer) + (1, cache.shape[-3], 1, cache.shape[-1])
 
             def write(b: int | jax.Array, cache: jax.Array) -> jax.Array:
                 each = [jax.lax.dynamic_slice(lattice, (*layer, b, 0, slot[b, i], 0), size) for i in range(count)]
                 new = each[0] if count == 1 else jnp.concatenate(each, axis=-2)
-                return _put(cache, new, (*layer, b, 0, after(position[b], new), 0))
+                return _put_at(cache, new, (*layer, b), after(position[b], new), ring)
 
             return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))
 
@@ -134,10 +175,29 @@ def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array) -> Memory
         layers, stages = cache.shape[:2]
         return jax.lax.fori_loop(0, layers * stages, lambda i, c: copy(c, i // stages, i % stages), cache)
 
+    def leaves(caches: Leaves, lattices: Leaves) -> Leaves:
+        if not isinstance(caches, tuple):
+            return leaf(caches, lattices, kinds.distinct)
+        return tuple(map(leaf, caches, lattices, kinds.rows))
+
     return memory._replace(
-        keys=jax.tree.map(leaf, memory.keys, memory.lattice_keys),
-        values=jax.tree.map(leaf, memory.values, memory.lattice_values),
+        keys=leaves(memory.keys, memory.lattice_keys), values=leaves(memory.values, memory.lattice_values)
     )
+
+
+def _put_at(
+    cache: jax.Array, rows: jax.Array, where: tuple[int | jax.Array, ...], position: jax.Array, ring: int
+) -> jax.Array:
+    """The cache with `rows` [..., 1, G, R, d] from a position on, in an array of one place a position or a ring."""
+    if not ring:
+        end = cache.shape[-2] - rows.shape[-2]
+        return _put(cache, rows, (*where, 0, jnp.where(position < 0, end, position), 0))
+    # A run that passes the ring's end goes on in the margin behind it; once more a turn before, it begins in the margin
+    # in front and ends where it belongs. One that does not lies in that margin alone.
+    place = jnp.where(position < 0, 0, MOST_WRITTEN + position % ring)
+    for at in (place, jnp.maximum(place - ring, 0)):
+        cache = _put(cache, rows, (*where, 0, at, 0))
+    return cache
 
 
 def _put(cache: jax.Array, rows: jax.Array, at: tuple[int | jax.Array, ...]) -> jax.Array:

@@ -158,7 +158,7 @@ def session_shapes(
     """
     capacity = cache_length if capacity is None else capacity
     weights = abstract_weights(config, layout, dtype, packing)
-    memory = cache.shapes(config, layout, batch, cache_length, 0, dtype)
+    memory = cache.shapes(config, layout, batch, cache_length, 0, dtype, rings=True)
     array: Any = jax.ShapeDtypeStruct  # stands where arrays will
     last, lengths, scalar = array((batch, config.width), dtype), array((batch,), jnp.int32), array((), jnp.int32)
     limits = Limits(lengths, array((max(len(config.eos_ids), 1),), jnp.int32))

@@ -253,7 +253,7 @@ AR_LOOP, DEX_LOOP, CHAIN_LOOP, ORACLE_LOOP = ARLoop(), DexLoop(), ChainLoop(), O
 
 def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int) -> DexState:
     memory, token, lengths, limits, sampling, prompt, costs = begun
-    length = jax.tree.leaves(memory.keys)[0].shape[-2]
+    length = 0 if prompt is None else prompt.shape[1]
     sizes: dict[str, Any] = {"stages": schedule.stages, "rows": schedule.rows, "capacity": capacity, "length": length}
     options: dict[str, Any] = {"sampling": sampling, "drafts": schedule.drafts, "prompt": prompt, "costs": costs}
     return loop.init(network, memory, token, lengths, limits=limits, **sizes, **options)

@@ -299,7 +299,8 @@ class Session:
 
     def _memory_shapes(self) -> cache.Memory:
         """Of a committed cache without lattice and without what exits remember."""
-        memory = cache.shapes(self.lm.config, self.lm.layout, len(self.lengths), self.cache_length, 0, self.lm.dtype)
+        sizes = (len(self.lengths), self.cache_length, 0)
+        memory = cache.shapes(self.lm.config, self.lm.layout, *sizes, self.lm.dtype, rings=True)
         # An array without elements is copied everywhere, whatever its sharding says.
         return memory if self.spec.mesh is None else memory._replace(lattice_keys=(), lattice_values=())
 

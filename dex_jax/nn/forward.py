@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dex_jax.cache import Memory, after, allocate, write_rows
+from dex_jax.cache import NOWHERE, Memory, after, allocate, lengths_of, write_rows
 from dex_jax.nn.kinds import Sight, sight_at, sights
 from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, causal_rows
 from dex_jax.nn.transformer import Stacked, Transformer
@@ -70,20 +70,23 @@ def extend_with_states(
     positions = start[:, None] + jnp.arange(rows)[None, :]
     causal = causal_rows(batch, rows)
     x = model.embed_tokens(tokens)
-    committed = jnp.arange(jax.tree.leaves(memory.keys)[0].shape[-2])[None, None, :] < start[:, None, None]
+    live, first = None, start
     if lengths is not None:
         # A row of zeros that sees nothing stays one through all layers, and on CPUs (nn/cpp) costs nothing there.
         live = (positions < lengths[:, None])[:, :, None]
-        x, causal, committed = jnp.where(live, x, 0), causal & live, committed & live
-
-    found = sights(model.config, model.kinds, positions, committed, causal)
+        x, causal = jnp.where(live, x, 0), causal & live
+        if model.config.layer_kinds:
+            first = jnp.where(start < lengths, start, NOWHERE)
+    sizes = lengths_of(memory)
+    found = sights(model.config, model.kinds, positions, start, sizes, causal, live=live)
 
     def layer_step(layer: DecoderLayer, carry: Any, place: Any) -> Any:
         x, keys, values = carry
-        sight = sight_at(model.kinds, found, place)
+        sight = sight_at(model.kinds, found, place, sizes.index(keys[place].shape[-2]))
         x, new_keys, new_values = run_layer(layer, x, sight, [(keys[place], values[place])])
-        at = after(start, x)
-        return (x, _write(keys, new_keys, at, place), _write(values, new_values, at, place)), x
+        at = after(first, x)
+        keys, values = (_write(model, *each, at, place) for each in ((keys, new_keys), (values, new_values)))
+        return (x, keys, values), x
 
     layers, begun = range(model.config.num_layers), (x, memory.keys, memory.values)
     (_, keys, values), states = _in_turn(model, layers, layer_step, begun)
@@ -110,11 +113,12 @@ def _in_turn(model: Transformer, layers: range, step: Callable[[DecoderLayer, An
     return jax.lax.scan(scan_body, carry, jnp.asarray([model.layout.place(i) for i in layers]))
 
 
-def _write(caches: Any, rows: jax.Array, start: jax.Array, place: Any) -> Any:
+def _write(model: Transformer, caches: Any, rows: jax.Array, start: jax.Array, place: Any) -> Any:
     """All layers' keys or values after `write_rows` into the layer at `place`."""
+    kinds = model.kinds.kinds_at(place)
     if isinstance(caches, tuple):
-        return (*caches[:place], write_rows(caches[place], rows, start), *caches[place + 1 :])
-    return write_rows(caches, rows, start, place)
+        return (*caches[:place], write_rows(caches[place], rows, start, kinds=kinds), *caches[place + 1 :])
+    return write_rows(caches, rows, start, place, kinds)
 
 
 def run_tree(
@@ -154,12 +158,12 @@ def run_rows(
     give zeros as keys and values. Gives (hidden states [B, N, D] after the last, the rows' (keys, values): l of [B, G,
     N, d], stacked [l, B, G, N, d]).
     """
-    committed = jnp.arange(jax.tree.leaves(memory.keys)[0].shape[-2])[None, None, :] < prefix[:, None, None]
-    found = sights(model.config, model.kinds, position, committed, among)
+    sizes = lengths_of(memory)
+    found = sights(model.config, model.kinds, position, prefix, sizes, among)
 
     def layer_step(layer: DecoderLayer, x: jax.Array, place: Any) -> Any:
         used = None if isinstance(place, tuple) else used_layer(in_use, place)
-        sight = sight_at(model.kinds, found, place)
+        sight = sight_at(model.kinds, found, place, sizes.index(memory.keys[place].shape[-2]))
         x, *rows = run_layer(layer, x, sight, [(memory.keys[place], memory.values[place])], used)
         return x, tuple(rows)
 
@@ -197,7 +201,7 @@ def write_layers(
     layers: range,
     done: jax.Array,
 ) -> Memory:
-    """Writes P rows of what `run_rows` gave for `layers` at consecutive positions from `start` [B] on.
+    """Writes P rows of what `run_rows` gave for `layers` at consecutive positions from `start` [B] on, or NOWHERE.
 
     start + P must not pass the cache's end. `done` is any array that is known only after memory has been read.
     """
@@ -206,13 +210,13 @@ def write_layers(
     if not isinstance(model.layout, Stacked):
         keys, values = memory.keys, memory.values
         for i, own_keys, own_values in zip(layers, *fresh, strict=True):
-            keys, values = _write(keys, own_keys, at, i), _write(values, own_values, at, i)
+            keys, values = _write(model, keys, own_keys, at, i), _write(model, values, own_values, at, i)
         return memory._replace(keys=keys, values=values)
 
     def one_layer(caches: Any, part: Any) -> Any:
         place, *rows = part
         where = (place[0], place[1])
-        return tuple(write_rows(c, r, at, where) for c, r in zip(caches, rows, strict=True)), None
+        return tuple(_write(model, c, r, at, where) for c, r in zip(caches, rows, strict=True)), None
 
     places = jnp.asarray([model.layout.place(i) for i in layers])
     (keys, values), _ = jax.lax.scan(one_layer, (memory.keys, memory.values), (places, *fresh))

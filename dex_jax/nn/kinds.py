@@ -18,6 +18,29 @@ from dex_jax.nn.layers import Rotation, rope_table
 
 Index = int | jax.Array
 
+MOST_WRITTEN = 512
+"""Positions that are written to a ring in one call, at most."""
+
+
+def ring_size(window: int) -> int:
+    """Of the ring that layers with a window keep their committed positions in: position p is in place p mod ring_size.
+
+    What one call writes beyond a sequence's end takes the place of positions that no row sees any more.
+    """
+    return -(-window // MOST_WRITTEN) * MOST_WRITTEN + MOST_WRITTEN
+
+
+def ring_length(window: int) -> int:
+    """Of the array that holds a ring, with a margin at both ends: a run of positions is written without being cut."""
+    return ring_size(window) + 2 * MOST_WRITTEN
+
+
+def ring_of(kinds: Sequence[LayerKind], length: int) -> int:
+    """The size of the ring that an array of `length` for layers of these kinds is; 0 for one place a position."""
+    windows = {kind.window for kind in kinds}
+    window = windows.pop() if len(windows) == 1 else None
+    return ring_size(window) if window is not None and length == ring_length(window) else 0
+
 
 @dataclasses.dataclass(frozen=True)
 class KindTable:
@@ -31,6 +54,10 @@ class KindTable:
 
     rows: tuple[tuple[LayerKind, ...], ...]
     stage_axis: str | None = None
+
+    def kinds_at(self, place: Any) -> tuple[LayerKind, ...]:
+        """The kinds that share an array of caches: all of a stacked model, else those of a place in every stage."""
+        return self.distinct if isinstance(place, tuple) else self.rows[place]
 
     @property
     def distinct(self) -> tuple[LayerKind, ...]:
@@ -74,45 +101,54 @@ def sights(
     config: ModelConfig,
     table: KindTable,
     position: jax.Array,
-    committed: jax.Array,
+    prefix: jax.Array,
+    lengths: Sequence[int],
     among: jax.Array,
     lattice: jax.Array | None = None,
     slots: jax.Array | None = None,
-) -> list[Sight]:
-    """What rows see in layers of each kind, in the order of `table.distinct`, given what they would without windows.
+    live: jax.Array | None = None,
+) -> list[list[Sight]]:
+    """What rows see in layers of each kind, in the order of `table.distinct`, by the length of their caches' arrays.
 
     Args:
       config, table: of the model.
       position: [B, R] int32, absolute positions of the rows.
-      committed: [B, R or 1, S] bool, of committed positions 0 .. S - 1.
-      among: [B, R, R] bool, of one another.
-      lattice: [B, R, slots] bool, of lattice slots, whose positions are `slots` [B, slots] int32; None for none.
+      prefix: [B] int32, how many positions are committed.
+      lengths: of the arrays that hold them, each once.
+      among: [B, R, R] bool, what rows see of one another if there is no window.
+      lattice: [B, R, slots] bool, and of lattice slots, whose positions are `slots` [B, slots] int32; None for none.
+      live: [B, R, 1] bool, rows that see anything committed; None for all.
     """
 
-    def within(seen: jax.Array, keys: jax.Array, window: int) -> jax.Array:
-        return seen & (position[:, :, None] - keys[:, None, :] < window)
+    def within(seen: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
+        return seen if window is None else seen & (position[:, :, None] - keys[:, None, :] < window)
 
-    def sight(kind: LayerKind) -> Sight:
-        rotation = rotations[kind.rope]
-        if kind.window is None:
-            return Sight(rotation, committed, among, lattice)
-        everywhere = jnp.arange(committed.shape[2])[None]
+    def committed(kind: LayerKind, length: int) -> jax.Array:
+        held = jnp.broadcast_to(jnp.arange(length)[None], (prefix.shape[0], length))
+        if ring := ring_of([kind], length):
+            place, newest = held - MOST_WRITTEN, prefix[:, None] - 1
+            inside = (place >= 0) & (place < ring)
+            held = jnp.where(inside, newest - (newest - place) % ring, -1)
+        seen = within(((held >= 0) & (held < prefix[:, None]))[:, None], held, kind.window)
+        return seen if live is None else seen & live
+
+    def sight(kind: LayerKind, length: int) -> Sight:
+        own = within(among, position, kind.window)
         of_lattice = None if lattice is None or slots is None else within(lattice, slots, kind.window)
-        seen, own = within(committed, everywhere, kind.window), within(among, position, kind.window)
-        return Sight(rotation, seen, own, of_lattice)
+        return Sight(rotations[kind.rope], committed(kind, length), own, of_lattice)
 
     rotations = {kind.rope: rope_table(position, config, kind) for kind in table.distinct}
-    return [sight(kind) for kind in table.distinct]
+    return [[sight(kind, length) for length in lengths] for kind in table.distinct]
 
 
-def sight_at(table: KindTable, found: list[Sight], place: Any) -> Sight:
-    """What `sights` found for a layer, by its place."""
+def sight_at(table: KindTable, found: list[list[Sight]], place: Any, which: int = 0) -> Sight:
+    """What `sights` found for a layer by its place; its caches' arrays have the length number `which`."""
     index = table.index(place)
     if isinstance(index, int):
-        return found[index]
+        return found[index][which]
 
     def chosen(*each: jax.Array) -> jax.Array:
         shape = np.broadcast_shapes(*(x.shape for x in each))
         return jax.lax.select_n(index, *(jnp.broadcast_to(x, shape) for x in each))
 
-    return jax.tree.map(chosen, *found)
+    return jax.tree.map(chosen, *(by_length[which] for by_length in found))

@@ -267,7 +267,7 @@ def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, kept: 
     batch, length = tokens.shape
     kinds = kind_table(config, [range(config.num_layers)])
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    found = sights(config, kinds, positions, jnp.zeros((batch, 1, 0), bool), causal_rows(batch, length))
+    found = sights(config, kinds, positions, jnp.zeros(batch, jnp.int32), [0], causal_rows(batch, length))
     # One body for all layers: compiling is then as fast for eight layers as for one.
     fields = layer_parameters(config)
     stacked = {name: jnp.stack([params[f"layers.{i}.{name}"] for i in range(config.num_layers)]) for name in fields}

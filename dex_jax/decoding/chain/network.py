@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dex_jax.cache import NOWHERE
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows, Path
 from dex_jax.decoding.dex.trained_exits import ExitArrays, context_rows, exit_heads, read_chunk, shared_columns
@@ -36,11 +37,9 @@ def chain_network(
         return run_rows(model, memory, hidden, position, causal_rows(batch, rows), start, stages[stage])
 
     def write(memory: Any, stage: int, fresh: Any, start: jax.Array, where: jax.Array) -> Any:
-        rows = jax.tree.leaves(fresh)[0].shape[-2]
-        nowhere = jax.tree.leaves(memory.keys)[0].shape[-2] - rows  # the cache's end belongs to nobody
         # A write may be known to come last only once every row has read.
         read = jax.tree.leaves(fresh)[-1]
-        return write_layers(model, memory, fresh, jnp.where(where, start, nowhere), stages[stage], read)
+        return write_layers(model, memory, fresh, jnp.where(where, start, NOWHERE), stages[stage], read)
 
     def commit(memory: Any, path: Path) -> Any:
         if config is None or arrays is None or not config.needs_previous:

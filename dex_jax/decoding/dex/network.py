@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dex_jax.cache import Memory, after, commit_slots
+from dex_jax.cache import Memory, after, commit_slots, lengths_of
 from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.dex.trained_exits import Heads, reached_features, read_chunk, trained_exits, transformer_drafter
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
@@ -71,7 +71,7 @@ def transformer_network(
         embed=lambda tokens, positions: model.embed_tokens(jnp.maximum(tokens, 0)),
         advance=lambda memory, hidden, view: advance(model, depths, memory, hidden, view),
         drafter=drafter,
-        commit=lambda memory, done: commit_slots(memory, done.slot, done.position)._replace(
+        commit=lambda memory, done: commit_slots(memory, done.slot, done.position, model.kinds)._replace(
             exits=commit_exits(memory.exits, done)
         ),
         final=model.logits,
@@ -134,17 +134,16 @@ def stage_rungs(batch: int, rows: int) -> tuple[int, ...]:
     return tuple(sorted({0, 1, rows} | between))
 
 
-def _masks(view: StageView, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(committed [B, 1, S], ancestors in older cohorts [K, B, W, K W], the cohort's own [K, B, W, W]).
+def _masks(view: StageView) -> tuple[jax.Array, jax.Array]:
+    """(ancestors in older cohorts [K, B, W, K W], the cohort's own [K, B, W, W]).
 
     Older cohorts have run a stage in earlier ticks and are in memory; a cohort's own nodes run it together.
     """
     stages, batch, rows, slots = view.ancestors.shape
-    prefix = (jnp.arange(length)[None, :] < view.prefix[:, None])[:, None, :]
     elsewhere = (jnp.arange(slots)[None] // rows != view.ring[:, None])[:, None, None]
     by_ring = view.ancestors.reshape(stages, batch, rows, slots // rows, rows)
     own = jnp.take_along_axis(by_ring, view.ring[:, None, None, None, None], axis=3)[:, :, :, 0]
-    return prefix, view.ancestors & elsewhere, own | jnp.eye(rows, dtype=bool)[None, None]
+    return view.ancestors & elsewhere, own | jnp.eye(rows, dtype=bool)[None, None]
 
 
 def _advance_unrolled(
@@ -158,8 +157,9 @@ def _advance_unrolled(
 ) -> tuple[jax.Array, Memory]:
     _, batch, rows, _ = hidden.shape
     counts = stage_rungs(batch, rows) if counts is None else row_counts(counts, rows)
-    _, groups, length, head_dim = memory.keys[0].shape
-    prefix_mask, ancestor_mask, among = _masks(view, length)
+    _, groups, _, head_dim = memory.keys[0].shape
+    ancestor_mask, among = _masks(view)
+    sizes = lengths_of(memory)
     used = jax.vmap(last_row)(view.live)
     out, lattice_keys, lattice_values = [], list(memory.lattice_keys), list(memory.lattice_values)
 
@@ -171,11 +171,11 @@ def _advance_unrolled(
                 return hidden[k], tuple((nothing, nothing) for _ in stage)
             x, position = hidden[k, :, :width], view.position[k, :, :width]
             ancestors, own = ancestor_mask[k, :, :width], among[k, :, :width, :width]
-            found = sights(model.config, model.kinds, position, prefix_mask, own, ancestors, view.slots)
+            found = sights(model.config, model.kinds, position, view.prefix, sizes, own, ancestors, view.slots)
             fresh = []
             for i in stage:
                 sources = [(memory.keys[i], memory.values[i]), (memory.lattice_keys[i], memory.lattice_values[i])]
-                sight = sight_at(model.kinds, found, i)
+                sight = sight_at(model.kinds, found, i, sizes.index(memory.keys[i].shape[-2]))
                 x, keys, values = run_layer(model.layers[i], x, sight, sources, used_layer(in_use, i))
                 fresh.append((fill(keys, 2, rows), fill(values, 2, rows)))
             return fill(x, 1, rows), tuple(fresh)
@@ -196,12 +196,12 @@ def _advance_stacked(
     assert isinstance(model.layout, Stacked)
     assert model.layout.depths == depths
     rows = hidden.shape[2]
-    prefix_mask, ancestor_mask, among = _masks(view, memory.keys.shape[4])
+    ancestor_mask, among = _masks(view)
     graph, weights = nnx.split(model.layers)
 
     @functools.partial(jax.vmap, in_axes=(0, 0, 0))
     def found_by_stage(position, own, ancestors):
-        return sights(model.config, model.kinds, position, prefix_mask, own, ancestors, view.slots)
+        return sights(model.config, model.kinds, position, view.prefix, lengths_of(memory), own, ancestors, view.slots)
 
     found = found_by_stage(view.position, among, ancestor_mask)
 

@@ -47,7 +47,8 @@ def prefill_chunk(*arguments: Any, spec: Spec) -> tuple[Any, jax.Array]:
 
     def run(weights: Any, heads: Any, memory: Any, last: Any, tokens: Any, start: Any, lengths: Any) -> Any:
         device, memory = _device(spec, weights, heads), _own(memory)
-        hidden, memory = extend_stages(device, memory, tokens, jnp.full(tokens.shape[0], start))
+        ends = lengths if spec.config.layer_kinds else None
+        hidden, memory = extend_stages(device, memory, tokens, jnp.full(tokens.shape[0], start), ends)
         exits = memory.exits
         config, arrays = spec.remembers, spec.remembering(heads)
         if config is not None and arrays is not None:

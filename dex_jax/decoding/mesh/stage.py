@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax import lattice as lat
-from dex_jax.cache import Memory, after, write_rows
+from dex_jax.cache import NOWHERE, Memory, after, write_rows
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.ar import ARState, next_token
 from dex_jax.decoding.dex.drafts import TreeShape, charge
@@ -261,7 +261,7 @@ def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, 
 
 
 def extend_stages(
-    device: StageNetwork, memory: Memory, tokens: jax.Array, start: jax.Array
+    device: StageNetwork, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[jax.Array, Memory]:
     """`network.extend` over the stages, one after the other: K - 1 permutes; a device computes in its own turn only.
 
@@ -270,6 +270,7 @@ def extend_stages(
       memory: committed positions 0 .. start - 1 are attended to.
       tokens: [B, R] int32.
       start: [B] int32, absolute position of the first.
+      lengths: [B] int32, where sequences end; of those that end before `start` nothing is kept. None keeps all.
 
     Returns:
       (hidden states [B, R, D] at depth L on the last stage and nothing of use elsewhere, memory).
@@ -279,9 +280,10 @@ def extend_stages(
     x, fresh = through_stages(
         device, memory, device.model.embed_tokens(tokens), positions, causal_rows(batch, rows), start
     )
-    at = after(start, x, fresh[0][-1])
+    at = after(start if lengths is None else jnp.where(start < lengths, start, NOWHERE), x, fresh[0][-1])
+    kinds = device.model.kinds.rows
     keys, values = (
-        tuple(write_rows(cache, rows, at) for cache, rows in zip(caches, each, strict=True))
+        tuple(write_rows(cache, rows, at, kinds=own) for cache, rows, own in zip(caches, each, kinds, strict=True))
         for caches, each in zip((memory.keys, memory.values), fresh, strict=True)
     )
     return x, memory._replace(keys=keys, values=values)
