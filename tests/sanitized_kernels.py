@@ -1,8 +1,9 @@
 """Runs the C++ kernels, compiled with sanitizers, on ragged and empty shapes and on operands that do not fit.
 
-    LD_PRELOAD=libasan.so:libstdc++.so ASAN_OPTIONS=detect_leaks=0 python tests/sanitized_kernels.py LIBRARY
+    LD_PRELOAD=libasan.so:libstdc++.so ASAN_OPTIONS=detect_leaks=0 python tests/sanitized_kernels.py LIBRARY ...
 
-LIBRARY is what `few_rows.library(FLAGS)` has made in another process: the compiler, too, would be watched in this one.
+Each LIBRARY is what `few_rows.library(part, FLAGS)` has made of one of PARTS in another process: the compiler, too,
+would be watched in this one.
 A sanitizer that finds something ends the process; results that differ from NumPy's do, too.
 """
 
@@ -21,6 +22,7 @@ from reference.blocks import dequantised, random_blocks
 from dex_jax.nn import few_rows
 from dex_jax.nn.packed import FORMATS
 
+PARTS = ("", *few_rows.NUMBERS, *FORMATS)
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
 
@@ -117,8 +119,11 @@ def refusals() -> None:
 
 
 if __name__ == "__main__":
-    few_rows.library = lambda: Path(sys.argv[1])
+    built = dict(zip(PARTS, map(Path, sys.argv[1:]), strict=True))
+    few_rows.library = lambda part="": built[part]
     assert few_rows.ready(), "the library cannot be loaded"
+    for part in PARTS[1:]:
+        few_rows._load(part)
     for check in (products, norms, attentions):
         check(np.random.default_rng(0))
     refusals()

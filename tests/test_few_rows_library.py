@@ -16,6 +16,7 @@ import pytest
 import sanitized_kernels
 from test_few_rows import COMPILER, needs_compiler
 
+from dex_jax.errors import DexError
 from dex_jax.nn import few_rows
 
 SAYS = """
@@ -41,23 +42,25 @@ def says(tmp_path, **variables: str) -> tuple[bool, str]:
 
 @pytest.mark.slow
 @needs_compiler
-def test_it_is_compiled_once_and_kept_and_what_others_may_have_written_is_not_loaded(tmp_path) -> None:
+def test_what_is_needed_is_compiled_once_and_kept_and_what_others_may_have_written_is_not_loaded(tmp_path) -> None:
     compiler = tmp_path / "compiler"  # fast code is nothing to three rows
     compiler.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
     compiler.chmod(0o700)
     own = {"CXX": str(compiler)}
     assert says(tmp_path, **own) == (True, "bfloat16")
-    (kept,) = (tmp_path / "dex_jax" / "native").iterdir()
-    made = kept.stat().st_mtime_ns
+    built = sorted((tmp_path / "dex_jax" / "native").iterdir())
+    assert [file.name.split("-")[0] for file in built] == ["float32", "kernels"]  # and no other format
+    made = [file.stat().st_mtime_ns for file in built]
     # Two devices have to propose what one does.
     assert says(tmp_path, **own, XLA_FLAGS=environment.flags_for_devices(2)) == (False, "bfloat16")
-    assert [file.stat().st_mtime_ns for file in kept.parent.iterdir()] == [made]
-    kept.unlink()  # what this process may have loaded stays whole
-    kept.write_bytes(b"not a library")
-    kept.chmod(0o666)
-    kept.parent.chmod(0o777)
+    assert [file.stat().st_mtime_ns for file in sorted(built[0].parent.iterdir())] == made
+    for file in built:
+        file.unlink()  # what this process may have loaded stays whole
+        file.write_bytes(b"not a library")
+        file.chmod(0o666)
+    built[0].parent.chmod(0o777)
     assert says(tmp_path, **own) == (True, "bfloat16")
-    assert kept.stat().st_mode & 0o022 == kept.parent.stat().st_mode & 0o022 == 0
+    assert not any(path.stat().st_mode & 0o022 for path in (*built, built[0].parent))
 
 
 @pytest.mark.slow
@@ -70,7 +73,8 @@ def test_sanitizers_find_nothing_in_the_kernels_on_ragged_empty_and_wrong_shapes
     if not all(runtime.is_file() for runtime in runtimes):
         pytest.skip(f"{COMPILER} has no address sanitizer")
     own = {"LD_PRELOAD": ":".join(map(str, runtimes)), "ASAN_OPTIONS": "detect_leaks=0", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, sanitized_kernels.__file__, str(few_rows.library(sanitized_kernels.FLAGS))]
+    built = [str(few_rows.library(part, sanitized_kernels.FLAGS)) for part in sanitized_kernels.PARTS]
+    command = [sys.executable, sanitized_kernels.__file__, *built]
     run = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
     assert (run.returncode, run.stdout.strip()) == (0, "clean"), run.stderr[:4000]
 
@@ -100,6 +104,16 @@ def test_blocks_are_read_without_vector_instructions_too(tmp_path) -> None:
     own = {"XDG_CACHE_HOME": str(tmp_path), "CXX": f"{COMPILER} -mno-avx2 -mno-avx -mno-fma -mno-f16c"}
     command = [sys.executable, "-c", PACKED, str(Path(__file__).parent)]
     subprocess.run(command, env=os.environ | own, check=True)
+
+
+@needs_compiler
+def test_a_format_that_cannot_be_built_is_one_sentence(tmp_path, monkeypatch) -> None:
+    assert few_rows.ready()
+    monkeypatch.setattr(few_rows, "_compiler", lambda: ((shutil.which("false"),), b""))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    few_rows._load.cache_clear()
+    with pytest.raises(DexError, match="DEX_JAX_NATIVE=0"):
+        few_rows.packed_product(np.zeros((1, 32)), np.zeros((1, 18), np.uint8), "Q4_0")
 
 
 def test_without_it_the_product_is_xlas(tmp_path) -> None:

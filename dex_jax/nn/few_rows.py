@@ -1,4 +1,5 @@
-"""What layers do on a CPU, by the C++ files in cpp/, which the machine's compiler makes when first needed.
+"""What layers do on a CPU, by the C++ files in cpp/, which the machine's compiler makes when first needed: what all
+models need, and each format of kernels alone.
 
 They may be called in programs of a process in which `ready()` is true. A row's result is the same to the last bit
 however many rows are beside it, one or hundreds. Where there is no compiler, or DEX_JAX_NATIVE=0 in the environment,
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
+from dex_jax.errors import DexError
 from dex_jax.io.whole_files import cache_folder
 from dex_jax.progress import notify
 
@@ -38,6 +40,8 @@ LANES = 16
 NORM, PRODUCT, ATTENTION = "dex_jax_norm", "dex_jax_product", "dex_jax_attention"
 SOURCES = Path(__file__).with_name("cpp")
 COMPILERS = ("c++", "g++", "clang++")
+NUMBERS = {"float32": "float", "bfloat16": "BFloat16", "int8": "int8_t"}
+"""Dtype of a kernel that is no blocks -> its C++ type."""
 
 
 @jax.custom_jvp
@@ -60,6 +64,7 @@ def packed_product(rows: jax.Array, kernel: jax.Array, format: str) -> jax.Array
 
     To the last bit what a kernel of the numbers that it stands for gives. It has no derivative.
     """
+    _load(format or str(kernel.dtype))
     rows = rows.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
     return jax.ffi.ffi_call(PRODUCT, shape, vmap_method="expand_dims")(rows, kernel, format=format)
@@ -95,21 +100,35 @@ def ready() -> bool:
     """
     axes = jax.sharding.get_abstract_mesh().axis_types if jax.device_count() > 1 else ()
     one = jax.device_count() == 1 or (bool(axes) and all(axis == jax.sharding.AxisType.Manual for axis in axes))
-    return one and _registered()
+    return one and _registered() is not None
 
 
 @functools.cache
-def _registered() -> bool:
-    """Whether this process's programs for CPUs know the C++ files."""
+def _registered() -> ctypes.CDLL | None:
+    """What this process's programs for CPUs know of the C++ files; None if they do not."""
     if os.environ.get("DEX_JAX_NATIVE") == "0" or jax.default_backend() != "cpu":
-        return False
+        return None
     # Only speed is at stake: whatever is missing here, XLA does it as well.
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         compiled = ctypes.CDLL(str(library()))
         for target in (NORM, PRODUCT, ATTENTION):
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(compiled, target)), platform="cpu")
-        return True
-    return False
+        return compiled
+    return None
+
+
+@functools.cache
+def _load(format: str) -> None:
+    """Makes products know a format of kernels, one of NUMBERS or of GGUF files, before a program that has it runs."""
+    known = _registered()
+    if known is None:
+        return
+    try:
+        compiled = ctypes.CDLL(str(library(format)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        what = f"the C++ kernels for {format} cannot be built, though others were"
+        raise DexError(f"{what}: {error} (DEX_JAX_NATIVE=0 in the environment does without them)") from error
+    known.dex_jax_load(format.encode(), ctypes.byref(ctypes.c_char.in_dll(compiled, "dex_jax_format")))
 
 
 def kept_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -117,41 +136,50 @@ def kept_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
     The same for one device and for many, which have to propose the same.
     """
-    return jnp.dtype(jnp.bfloat16) if dtype == jnp.float32 and _registered() else dtype
+    return jnp.dtype(jnp.bfloat16) if dtype == jnp.float32 and _registered() is not None else dtype
 
 
 def language() -> str:
     """What multiplies few rows in float32 here, for reports: "C++" or "XLA"."""
-    return "C++" if _registered() else "XLA"
+    return "XLA" if _registered() is None else "C++"
 
 
-def library(flags: tuple[str, ...] = ()) -> Path:
-    """The C++ files compiled for this machine, among the user's caches.
+def library(format: str = "", flags: tuple[str, ...] = ()) -> Path:
+    """What all models need of the C++ files, or a format of kernels, compiled for this machine and kept for the user.
 
     An OSError says that there is no compiler or no place to write, a CalledProcessError that the compiler refuses.
     """
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None or platform.system() not in ("Linux", "Darwin"):
-        raise OSError("no C++ compiler")
-    native = [*shlex.split(compiler), "-march=native"]
-    # What "native" means here: a home directory may belong to machines of several kinds.
-    instructions = subprocess.run([*native, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True)
+    native, instructions = _compiler()
     options = ("-std=c++17", "-O3", "-shared", "-fPIC", "-w", f"-I{jax.ffi.include_dir()}")
-    command = [*native, *options, *flags, str(SOURCES / "kernels.cc")]
+    kernel = f"Numbers<{NUMBERS[format]}>" if format in NUMBERS else f"Blocks<{format}>"
+    what = (f"-DDEX_JAX_FORMAT={kernel}", str(SOURCES / "format.cc")) if format else (str(SOURCES / "kernels.cc"),)
+    command = [*native, *options, *flags, *what]
     sources = [source.read_bytes() for source in sorted(SOURCES.iterdir()) if source.suffix in (".cc", ".h")]
-    made_of = (*sources, instructions.stdout, " ".join(command).encode(), jaxlib.__version__.encode())
+    made_of = (*sources, instructions, " ".join(command).encode(), jaxlib.__version__.encode())
     name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
-    kept = cache_folder() / "native" / f"kernels-{name}.so"
+    kept = cache_folder() / "native" / f"{format or 'kernels'}-{name}.so"
     kept.parent.mkdir(mode=0o700, exist_ok=True)
     kept.parent.chmod(0o700)
     if not _only_the_user_wrote(kept):
-        notify("building the C++ kernels, once")
+        notify(f"building the C++ kernels{format and f' for {format}'}, once")
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             made = Path(folder) / kept.name
             subprocess.run([*command, "-o", str(made)], capture_output=True, check=True)
             made.chmod(0o600)
             made.replace(kept)
     return kept
+
+
+@functools.cache
+def _compiler() -> tuple[tuple[str, ...], bytes]:
+    """The command that compiles for this machine, and what it knows of it; errors as of `library`."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None or platform.system() not in ("Linux", "Darwin"):
+        raise OSError("no C++ compiler")
+    native = (*shlex.split(compiler), "-march=native")
+    # What "native" means here: a home directory may belong to machines of several kinds.
+    asked = [*native, "-dM", "-E", "-x", "c++", os.devnull]
+    return native, subprocess.run(asked, capture_output=True, check=True).stdout
 
 
 def _only_the_user_wrote(file: Path) -> bool:

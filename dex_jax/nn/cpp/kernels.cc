@@ -4,9 +4,11 @@
 // What comes out for a row does not depend on the rows beside it, nor on how many threads work: sums are added up in
 // one order.
 
+#include <functional>
+#include <map>
+#include <mutex>
 #include <string>
 #include <string_view>
-#include <type_traits>
 #include <vector>
 
 #include "attention.h"
@@ -29,25 +31,22 @@ bool Leads(Dimensions operand, Dimensions result, size_t leading) {
   return true;
 }
 
-// Calls multiply(Kernel*) with the kernel that a dtype and the name of a format mean; a null pointer tells which.
-template <typename Multiply>
-ffi::Error WithKernel(ffi::DataType type, std::string_view format, const Multiply& multiply) {
-  using namespace dex_jax;
-  if (format.empty()) {
-    if (type == ffi::F32) return multiply(static_cast<Numbers<float>*>(nullptr));
-    if (type == ffi::BF16) return multiply(static_cast<Numbers<BFloat16>*>(nullptr));
-    if (type == ffi::S8) return multiply(static_cast<Numbers<int8_t>*>(nullptr));
-    return Refused("kernels are float32, bfloat16 or int8");
-  }
-  if (type != ffi::U8) return Refused("blocks of weights are uint8");
-  if (format == "Q4_0") return multiply(static_cast<Blocks<Q4_0>*>(nullptr));
-  if (format == "Q4_1") return multiply(static_cast<Blocks<Q4_1>*>(nullptr));
-  if (format == "Q5_0") return multiply(static_cast<Blocks<Q5_0>*>(nullptr));
-  if (format == "Q8_0") return multiply(static_cast<Blocks<Q8_0>*>(nullptr));
-  if (format == "Q4_K") return multiply(static_cast<Blocks<Q4_K>*>(nullptr));
-  if (format == "Q5_K") return multiply(static_cast<Blocks<Q5_K>*>(nullptr));
-  if (format == "Q6_K") return multiply(static_cast<Blocks<Q6_K>*>(nullptr));
-  return Refused("there is no format " + std::string(format));
+// The formats that have been loaded, by name.
+std::mutex loading;
+std::map<std::string, const dex_jax::Format*, std::less<>> loaded;
+
+// The format of a kernel: what a program calls it, and numbers of a dtype where it does not.
+std::string_view NameOf(ffi::DataType type, std::string_view format) {
+  if (!format.empty()) return type == ffi::U8 ? format : "blocks of another dtype than uint8";
+  if (type == ffi::F32) return "float32";
+  if (type == ffi::BF16) return "bfloat16";
+  return type == ffi::S8 ? "int8" : "numbers of another dtype";
+}
+
+const dex_jax::Format* Loaded(std::string_view name) {
+  const std::lock_guard<std::mutex> lock(loading);
+  const auto found = loaded.find(name);
+  return found == loaded.end() ? nullptr : found->second;
 }
 
 ffi::Error Product(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::AnyBuffer kernel,
@@ -60,15 +59,15 @@ ffi::Error Product(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Any
     return Refused("a product's leading dimensions are the result's or 1");
   if (of_rows[rank - 2] != shape[rank - 2] || of_kernel[rank - 2] != shape[rank - 1])
     return Refused("a product takes rows [R, in] and a kernel [out, in] to [R, out]");
-  return WithKernel(kernel.element_type(), format, [&](auto* which) {
-    using Kernel = std::remove_pointer_t<decltype(which)>;
-    const int64_t in = of_rows[rank - 1], bytes = of_kernel[rank - 1] * ffi::ByteWidth(kernel.element_type());
-    if (!Kernel::Takes(in) || Kernel::BytesOf(in) != bytes)
-      return Refused("a kernel's rows are as long as those that it is multiplied with");
-    dex_jax::Multiply<Kernel>(threads, of_rows, rows.typed_data(), of_kernel,
-                              static_cast<const uint8_t*>(kernel.untyped_data()), shape, result->typed_data());
-    return ffi::Error::Success();
-  });
+  const std::string_view name = NameOf(kernel.element_type(), format);
+  const dex_jax::Format* const known = Loaded(name);
+  if (!known) return Refused("kernels in " + std::string(name) + " have not been loaded");
+  const int64_t in = of_rows[rank - 1], bytes = of_kernel[rank - 1] * ffi::ByteWidth(kernel.element_type());
+  if (!known->takes(in) || known->bytes_of(in) != bytes)
+    return Refused("a kernel's rows are as long as those that it is multiplied with");
+  dex_jax::Multiply(threads, *known, of_rows, rows.typed_data(), of_kernel,
+                    static_cast<const uint8_t*>(kernel.untyped_data()), shape, result->typed_data());
+  return ffi::Error::Success();
 }
 
 ffi::Error Norm(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Buffer<ffi::F32> scale,
@@ -135,6 +134,12 @@ ffi::Error Attention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries, ffi
 }
 
 }  // namespace
+
+// Makes a format known that format.cc has been compiled for; it stays loaded.
+extern "C" void dex_jax_load(const char* name, const dex_jax::Format* format) {
+  const std::lock_guard<std::mutex> lock(loading);
+  loaded[name] = format;
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_product, Product,
                               ffi::Ffi::Bind()

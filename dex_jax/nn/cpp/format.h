@@ -1,0 +1,170 @@
+// How kernels [out, in] are kept: as numbers, or in blocks that are taken to pieces on the way. What is here is compiled for
+// each format alone (format.cc), when a model needs it.
+
+#ifndef DEX_JAX_FORMAT_H_
+#define DEX_JAX_FORMAT_H_
+
+#include <cstdint>
+
+#include "blocks.h"
+#include "vectors.h"
+
+namespace dex_jax {
+
+// Few rows that are multiplied at once.
+constexpr int kGroup = 8;
+// How far ahead of the weight in use memory is asked for, in bytes.
+constexpr int kAhead = 2048;
+// Outputs of a tile of many rows.
+constexpr int kTileOutputs = 4;
+
+// Kernels. Each says what a row of `in` columns takes in bytes and, made of a row and the number of a group of columns,
+// gives these, a vector at a time; how many outputs R rows are multiplied with at once, for whose sums there are vector
+// registers; whether it takes rows of so many columns; and whether these may end within a group, which LastOf(row, in)
+// gives.
+
+template <typename Weight>
+struct Numbers {
+  static constexpr int kVectors = 1;
+  static constexpr bool kMayEnd = true;
+  static constexpr bool Takes(int64_t) { return true; }
+  static constexpr int64_t BytesOf(int64_t in) { return in * static_cast<int64_t>(sizeof(Weight)); }
+  // A few rows wait for memory, which a single stream reads fastest; of more, each vector is loaded once for all outputs.
+  static constexpr int OutputsOf(int rows) {
+#if defined(__AVX512F__)
+    return rows > 4 ? 3 : 1;
+#else
+    return 1;
+#endif
+  }
+  const Weight* const from;
+
+  Numbers(const uint8_t* row, int64_t group) : from(reinterpret_cast<const Weight*>(row) + group * kLanes) {}
+  Vector At(int) const { return Load(from); }
+  static Vector LastOf(const uint8_t* row, int64_t in) {
+    return LoadSome(reinterpret_cast<const Weight*>(row) + in / kLanes * kLanes, in % kLanes);
+  }
+};
+
+template <typename Format>
+struct Blocks : Format {
+  static constexpr int kVectors = kGroupVectors;
+  static constexpr bool kMayEnd = false;
+  static constexpr bool Takes(int64_t in) { return in % Format::kColumns == 0; }
+  static constexpr int64_t BytesOf(int64_t in) { return in / Format::kColumns * Format::kBytes; }
+  // A row's sums are added up one after another, and wait for each other: those of several outputs fill the time.
+  static constexpr int OutputsOf(int rows) { return rows == 1 ? 6 : rows == 2 ? 3 : rows < 5 ? 2 : 1; }
+
+  using Format::Format;
+  static Vector LastOf(const uint8_t*, int64_t) { return Vector{}; }
+};
+
+// Writes a row [in], or zeros for none, as one of N that are multiplied at once: every Nth vector is its own. Columns are
+// padded with zeros.
+template <int N, typename Kernel>
+void PackRow(const uint8_t* row, int64_t in, Vector* packed) {
+  constexpr int64_t columns = Kernel::kVectors * kLanes;
+  const int64_t all = VectorsOf(in);
+  if (!row) {
+    for (int64_t v = 0; v < all; ++v) packed[v * N] = Vector{};
+    return;
+  }
+  for (int64_t group = 0; group < in / columns; ++group) {
+    const Kernel kernel(row, group);
+#pragma GCC unroll 4
+    for (int v = 0; v < Kernel::kVectors; ++v, packed += N) *packed = kernel.At(v);
+  }
+  if (Kernel::kMayEnd && in % columns > 0) *packed = Kernel::LastOf(row, in);
+}
+
+// Writes N rows [in], zeros for those from `count` on, in the order in which they are multiplied: one vector of each in
+// turn.
+template <int N, typename Kernel>
+void Pack(const uint8_t* rows, int64_t count, int64_t in, Vector* packed) {
+  for (int n = 0; n < N; ++n)
+    PackRow<N, Kernel>(n < count ? rows + n * Kernel::BytesOf(in) : nullptr, in, packed + n);
+}
+
+// A product of `count` rows, of which there are few, packed by PackGroups.
+struct FewRows {
+  const Vector* rows;
+  const uint8_t* kernel;
+  float* result;
+  int64_t count, in, out;
+};
+
+template <typename Kernel>
+struct FewRowsOf : FewRows {
+  // Outputs [begin, end) of all rows.
+  void Outputs(int64_t begin, int64_t end) const {
+    for (int64_t first = 0; first < count; first += kGroup) AtMost<kGroup>(first, begin, end);
+  }
+
+ private:
+  template <int R>
+  void AtMost(int64_t first, int64_t begin, int64_t end) const {
+    if constexpr (R > 1) {
+      if (count - first < R) return AtMost<R - 1>(first, begin, end);
+    }
+    constexpr int outputs = Kernel::OutputsOf(R);
+    if constexpr (outputs > 1) begin = Block<R, outputs>(first, begin, end);
+    Block<R, 1>(first, begin, end);
+  }
+
+  // Outputs [begin, end) of R rows, O at a time, as far as there are so many; returns the next. Inlined into its callers
+  // this loop runs short of registers.
+  template <int R, int O>
+  __attribute__((noinline)) int64_t Block(int64_t first, int64_t begin, int64_t end) const {
+    constexpr int64_t columns = Kernel::kVectors * kLanes;
+    const int64_t groups = in / columns, bytes = Kernel::BytesOf(in);
+    int64_t output = begin;
+    for (; output + O <= end; output += O) {
+      const Vector* values = rows + first * VectorsOf(in);
+      const uint8_t* const weights = kernel + output * bytes;
+      const uint8_t* next = weights + (O > 1 ? O * bytes : kAhead);
+      Vector sums[O][R] = {};
+      for (int64_t group = 0; group < groups; ++group, values += R * Kernel::kVectors) {
+#pragma GCC unroll 4
+        for (int o = 0; o < O; ++o) {
+          __builtin_prefetch(next + group * Kernel::BytesOf(columns) + o * bytes);
+          const Kernel own(weights + o * bytes, group);
+#pragma GCC unroll 4
+          for (int v = 0; v < Kernel::kVectors; ++v) {
+            const Vector weight = own.At(v);
+            for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[v * R + r], sums[o][r]);
+          }
+        }
+      }
+      if (Kernel::kMayEnd && in % columns > 0) {
+        for (int o = 0; o < O; ++o) {
+          const Vector weight = Kernel::LastOf(weights + o * bytes, in);
+          for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[r], sums[o][r]);
+        }
+      }
+      for (int r = 0; r < R; ++r)
+        for (int o = 0; o < O; ++o) result[(first + r) * out + output + o] = SumOf(sums[o][r]);
+    }
+    return output;
+  }
+};
+
+// What products know of a format: whether it takes rows of so many columns, and their bytes; how few rows are multiplied
+// with outputs [begin, end); and Pack of a tile's outputs.
+struct Format {
+  bool (*takes)(int64_t in);
+  int64_t (*bytes_of)(int64_t in);
+  void (*multiply)(const FewRows& rows, int64_t begin, int64_t end);
+  void (*pack)(const uint8_t* kernel, int64_t count, int64_t in, Vector* packed);
+};
+
+template <typename Kernel>
+constexpr Format FormatOf() {
+  const auto multiply = [](const FewRows& rows, int64_t begin, int64_t end) {
+    FewRowsOf<Kernel>{rows}.Outputs(begin, end);
+  };
+  return {Kernel::Takes, Kernel::BytesOf, multiply, Pack<kTileOutputs, Kernel>};
+}
+
+}  // namespace dex_jax
+
+#endif  // DEX_JAX_FORMAT_H_
