@@ -27,6 +27,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
+from dex_jax.decoding.program import compiler_options
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import cache_folder, write_whole
@@ -242,7 +243,7 @@ def _measure(
     for rows in totals:
         token = np.zeros((1, rows), np.int32)
         arguments = (memory, token, token + LENGTH // 2, np.tril(np.ones((1, rows, rows), bool)))
-        programs.append((jax.jit(run).lower(weights[0], *arguments).compile(), arguments))
+        programs.append((jax.jit(run).lower(weights[0], *arguments).compile(compiler_options()), arguments))
     of_all = np.asarray(_fastest(programs, weights)) / steps
     # Layers may be packed in different ways: those of as many bytes take as long.
     return (of_all * _read_bytes(config, dtype, packing) / size).tolist()

@@ -18,12 +18,20 @@ HELD = 24
 Where that ends the compiler fails for good."""
 
 
+def compiler_options(level: int | None = 1) -> dict[str, str | bool] | None:
+    """What XLA is told of programs that do most of their work in C++ (nn/few_rows.py), where that is.
+
+    At level 1 LLVM unrolls nothing, which takes a third less to compile and runs as fast; at level 0 it optimises
+    nothing, which takes another third less and is for what runs once.
+    """
+    return None if level is None or not few_rows.ready() else {"xla_backend_optimization_level": str(level)}
+
+
 class Program:
     """Compiles `function` ahead of time for each new set of static arguments and shapes, and remembers the latest.
 
-    It takes positional arrays, those at `donate` reused, and keyword statics. Of `light` ones XLA does little of the
-    time's work on CPUs, where few_rows.cc does the rest: LLVM then unrolls nothing, which takes a third less to compile
-    and runs as fast. `compile_seconds` are those spent on compiling.
+    It takes positional arrays, those at `donate` reused, and keyword statics. `level` as of `compiler_options`, None
+    for what XLA does by itself. `compile_seconds` are those spent on compiling.
     """
 
     def __init__(
@@ -31,10 +39,10 @@ class Program:
         function: Callable[..., Any],
         static: tuple[str, ...] = (),
         donate: tuple[int, ...] = (),
-        light: bool = False,
+        level: int | None = None,
     ):
         self.name = function.__name__
-        self.light = light
+        self.level = level
         self.jitted: Any = jax.jit(function, static_argnames=static, donate_argnums=donate)
         self.compile_seconds = 0.0
         self._compiled: dict[Any, Any] = {}
@@ -63,8 +71,7 @@ class Program:
             begin = time.perf_counter()
             while len(self._compiled) >= HELD:  # the first is the one that was used longest ago
                 del self._compiled[next(iter(self._compiled))]
-            options = {"xla_backend_optimization_level": 1} if self.light and few_rows.ready() else None
-            found = self.jitted.lower(*args, **static).compile(compiler_options=options)
+            found = self.jitted.lower(*args, **static).compile(compiler_options=compiler_options(self.level))
             # What the trace leaves behind is never used again, and weighs as much as the program itself.
             self.jitted.clear_cache()
             gc.collect()

@@ -143,9 +143,9 @@ def check_mesh(mesh: Mesh | None, layout: Layout, schedule: Schedule, sequences:
         check_batch(mesh, sequences)
 
 
-PREFILL = Program(prefill_chunk, static=("spec",), donate=(2, 3), light=True)
-START = Program(start_decoding, static=("spec", "capacity"), donate=(2,), light=True)
-RUN = Program(run_ticks, static=("spec",), donate=(2,), light=True)
+PREFILL = Program(prefill_chunk, static=("spec",), donate=(2, 3), level=1)
+START = Program(start_decoding, static=("spec", "capacity"), donate=(2,), level=0)
+RUN = Program(run_ticks, static=("spec",), donate=(2,), level=1)
 PROGRAMS = (PREFILL, START, RUN)
 
 
