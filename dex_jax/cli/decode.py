@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -58,6 +59,8 @@ def _run(args: argparse.Namespace) -> int:
         from dex_jax.decoding.generate import precompile
         from dex_jax.language_model import outline
 
+        # What has been imported stays: to look through it anew while programs are compiled takes half a second.
+        gc.freeze()
         model = outline(args.model, args.dtype, *layout_of(args, method), args.weights)
         compile_seconds = precompile(model, prompts, method=method, **_options(args))
         lm = model.load(display.part)
