@@ -1,6 +1,6 @@
 // Weights as GGUF files pack them: blocks of a row's columns, which share a scale, and how they become floats again.
 //
-// A format says how many columns and bytes a block has. Made of a row and the number of a group of 32 columns, it gives
+// A format says how many columns and bytes a block has. Made of a row and the number of a group of columns, it gives
 // these columns, a vector at a time: to the last bit what the gguf package makes of them, since of all that is
 // multiplied and added here no more than one operation rounds.
 
@@ -14,9 +14,8 @@
 
 namespace dex_jax {
 
-// Columns that are taken to pieces at once.
-constexpr int kGroupColumns = 32;
-constexpr int kGroupVectors = kGroupColumns / kLanes;
+// Columns that are taken to pieces at once: a block of 32, or of one of 256 the two times 32 whose codes share bytes.
+constexpr int kShort = 32, kLong = 64;
 
 inline Vector Float(Integers codes) { return __builtin_convertvector(codes, Vector); }
 
@@ -78,34 +77,39 @@ struct Pair {
 inline Integers Low(const uint8_t* from) { return Codes(from) & 15; }
 inline Integers High(const uint8_t* from) { return Codes(from) & 240; }
 
-// Bit `bit` of as many bytes as there are lanes, worth 16.
-inline Integers Sixteen(const uint8_t* from, int bit) { return (Codes(from) >> bit & 1) << 4; }
-
-// Bits `first` and those that follow of a word, one in each lane, worth 16.
-inline Integers Sixteen(uint32_t word, int first) {
-  Integers lanes;
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
-  return ((Integers{} + static_cast<int32_t>(word >> first)) >> lanes & 1) << 4;
+// Of the 4 bytes at `from` bit `first` in the first lane, the next one in the second, and so on: each worth `value`, a power
+// of two that lies lower than all of them.
+inline Integers Bits(const uint8_t* from, int first, int value) {
+  int32_t word;
+  std::memcpy(&word, from, sizeof(word));
+  Integers by;
+  for (int lane = 0; lane < kLanes; ++lane) by[lane] = lane + first - __builtin_ctz(value);
+  return (Integers{} + word) >> by & value;
 }
 
-// The formats. `row` is where a row begins, columns 32 * group and those after it are given: by At(v) the vth vector. In
-// blocks of 32 columns the first 16 have the low codes of 16 bytes, the others the high ones.
+// The formats. `row` is where a row begins, columns kGroupColumns * group and those after it are given: by At(v) the vth
+// vector. In blocks of 32 columns the first 16 have the low codes of 16 bytes, the others the high ones. What a code is
+// less than is multiplied first: (code - 8) * scale has so few digits that nothing is rounded in either way.
 
 struct Q4_0 {
-  static constexpr int kColumns = 32, kBytes = 18;
+  static constexpr int kColumns = 32, kBytes = 18, kGroupColumns = kShort;
   const uint8_t* const codes;
-  const Vector scale, high_scale;
+  const Vector scale, high_scale, least;
 
   Q4_0(const uint8_t* row, int64_t group)
-      : codes(row + group * kBytes + 2), scale(All(HalfAt(codes - 2))), high_scale(scale * 0.0625f) {}
+      : codes(row + group * kBytes + 2),
+        scale(All(HalfAt(codes - 2))),
+        high_scale(scale * 0.0625f),
+        least(scale * -8.0f) {}
   Vector At(int v) const {
     const int at = v * kLanes;
-    return at < 16 ? Float(Low(codes + at) - 8) * scale : Float(High(codes + at - 16) - 128) * high_scale;
+    return at < 16 ? MultiplyAdd(Float(Low(codes + at)), scale, least)
+                   : MultiplyAdd(Float(High(codes + at - 16)), high_scale, least);
   }
 };
 
 struct Q4_1 {
-  static constexpr int kColumns = 32, kBytes = 20;
+  static constexpr int kColumns = 32, kBytes = 20, kGroupColumns = kShort;
   const uint8_t* const codes;
   const Pair pair;
   const Vector high_scale;
@@ -120,23 +124,26 @@ struct Q4_1 {
 };
 
 struct Q5_0 {
-  static constexpr int kColumns = 32, kBytes = 22;
+  static constexpr int kColumns = 32, kBytes = 22, kGroupColumns = kShort;
   const uint8_t* const codes;
-  const Vector scale;
-  uint32_t fifth;
+  const Vector scale, high_scale, least;
 
-  Q5_0(const uint8_t* row, int64_t group) : codes(row + group * kBytes + 6), scale(All(HalfAt(codes - 6))) {
-    std::memcpy(&fifth, codes - 4, sizeof(fifth));
-  }
+  Q5_0(const uint8_t* row, int64_t group)
+      : codes(row + group * kBytes + 6),
+        scale(All(HalfAt(codes - 6))),
+        high_scale(scale * 0.0625f),
+        least(scale * -16.0f) {}
+  // The fifth bits are in the 4 bytes before the codes. Those of low codes are looked for from a byte further in front, and
+  // lie higher than where they are wanted.
   Vector At(int v) const {
     const int at = v * kLanes;
-    const Integers four = at < 16 ? Low(codes + at) : High(codes + at - 16) >> 4;
-    return Float((four | Sixteen(fifth, at)) - 16) * scale;
+    return at < 16 ? MultiplyAdd(Float(Low(codes + at) | Bits(codes - 5, at + 8, 16)), scale, least)
+                   : MultiplyAdd(Float(High(codes + at - 16) | Bits(codes - 4, at, 256)), high_scale, least);
   }
 };
 
 struct Q8_0 {
-  static constexpr int kColumns = 32, kBytes = 34;
+  static constexpr int kColumns = 32, kBytes = 34, kGroupColumns = kShort;
   const uint8_t* const codes;
   const Vector scale;
 
@@ -145,75 +152,86 @@ struct Q8_0 {
 };
 
 // Blocks of 256 columns: eight scales and eight numbers to subtract of 6 bits each, in 12 bytes, and two scales of
-// these.
+// these. A group's first 32 columns have the low codes of 32 bytes, the others the high ones.
 struct K {
-  Vector scale, least;
+  Vector scales[2], least[2];
 
-  K(const uint8_t* block, int group) {
+  K(const uint8_t* block, int pair) {
     const Pair both(block);
-    const uint8_t* const six = block + 4;
-    int multiple, less;
-    if (group < 4) {
-      multiple = six[group] & 63, less = six[group + 4] & 63;
-    } else {
-      multiple = (six[group + 4] & 15) | (six[group - 4] >> 6) << 4;
-      less = six[group + 4] >> 4 | (six[group] >> 6) << 4;
+    uint32_t words[3];
+    std::memcpy(words, block + 4, sizeof(words));
+    uint32_t multiples = words[0] & 0x3f3f3f3f, less = words[1] & 0x3f3f3f3f;
+    if (pair >= 2) {
+      multiples = (words[2] & 0x0f0f0f0f) | (words[0] >> 2 & 0x30303030);
+      less = (words[2] >> 4 & 0x0f0f0f0f) | (words[1] >> 2 & 0x30303030);
     }
-    scale = both.first * static_cast<float>(multiple), least = both.second * static_cast<float>(-less);
+    const int first = pair % 2 * 16;
+    for (int half = 0; half < 2; ++half) {
+      scales[half] = both.first * static_cast<float>(static_cast<int32_t>(multiples >> (first + 8 * half) & 63));
+      least[half] = both.second * static_cast<float>(-static_cast<int32_t>(less >> (first + 8 * half) & 63));
+    }
   }
 };
 
 struct Q4_K {
-  static constexpr int kColumns = 256, kBytes = 144;
+  static constexpr int kColumns = 256, kBytes = 144, kGroupColumns = kLong;
   const uint8_t* const codes;
-  const bool high;
   const K k;
+  const Vector high_scale;
 
   Q4_K(const uint8_t* row, int64_t group)
-      : codes(row + group / 8 * kBytes + 16 + group % 8 / 2 * 32),
-        high(group % 2),
-        k(row + group / 8 * kBytes, group % 8) {}
+      : codes(row + group / 4 * kBytes + 16 + group % 4 * 32),
+        k(row + group / 4 * kBytes, group % 4),
+        high_scale(k.scales[1] * 0.0625f) {}
   Vector At(int v) const {
-    const Integers both = Codes(codes + v * kLanes);
-    return MultiplyAdd(Float(high ? both >> 4 : both & 15), k.scale, k.least);
+    const int at = v * kLanes;
+    return at < 32 ? MultiplyAdd(Float(Low(codes + at)), k.scales[0], k.least[0])
+                   : MultiplyAdd(Float(High(codes + at - 32)), high_scale, k.least[1]);
   }
 };
 
+// The fifth bits of all columns are in 32 bytes, two of each for every group.
 struct Q5_K {
-  static constexpr int kColumns = 256, kBytes = 176;
-  const uint8_t *const block, *const codes;
-  const int group;
+  static constexpr int kColumns = 256, kBytes = 176, kGroupColumns = kLong;
+  const uint8_t *const fifth, *const codes;
+  const int shift;
   const K k;
 
-  Q5_K(const uint8_t* row, int64_t at)
-      : block(row + at / 8 * kBytes), codes(block + 48 + at % 8 / 2 * 32), group(at % 8), k(block, group) {}
+  Q5_K(const uint8_t* row, int64_t group)
+      : fifth(row + group / 4 * kBytes + 16),
+        codes(fifth + 32 + group % 4 * 32),
+        shift(static_cast<int>(group % 4) * 2),
+        k(fifth - 16, group % 4) {}
   Vector At(int v) const {
-    const Integers both = Codes(codes + v * kLanes), four = group % 2 ? both >> 4 : both & 15;
-    return MultiplyAdd(Float(four | Sixteen(block + 16 + v * kLanes, group)), k.scale, k.least);
+    const int half = v * kLanes / 32, at = v * kLanes % 32;
+    const Integers both = Codes(codes + at), bits = Codes(fifth + at) >> shift;
+    const Integers code = half ? both >> 4 | (bits & 2) << 3 : (both & 15) | (bits & 1) << 4;
+    return MultiplyAdd(Float(code), k.scales[half], k.least[half]);
   }
 };
 
-// 16 scales of 8 bits for 16 columns each, and a scale of these behind them. Of each 128 columns two bits are in 32
-// bytes.
+// 16 scales of 8 bits for 16 columns each, and a scale of these behind them. Of each 128 columns the first 64 have the low
+// codes of 64 bytes, the others the high ones, and two bits more are in 32 bytes.
 struct Q6_K {
-  static constexpr int kColumns = 256, kBytes = 210;
+  static constexpr int kColumns = 256, kBytes = 210, kGroupColumns = kLong;
   const uint8_t *const block, *const low, *const high;
-  const int group;
-  Vector scales[2];
+  const int shift;
+  Vector scales[4];
 
-  Q6_K(const uint8_t* row, int64_t at)
-      : block(row + at / 8 * kBytes),
-        low(block + at % 8 / 4 * 64 + at % 2 * 32),
-        high(block + 128 + at % 8 / 4 * 32),
-        group(at % 4) {
+  Q6_K(const uint8_t* row, int64_t group)
+      : block(row + group / 4 * kBytes),
+        low(block + group % 4 / 2 * 64),
+        high(block + 128 + group % 4 / 2 * 32),
+        shift(static_cast<int>(group % 2) * 4) {
     const float scale = HalfAt(block + 208);
-    const auto* const eight = reinterpret_cast<const int8_t*>(block + 192) + at % 8 * 2;
-    for (int half = 0; half < 2; ++half) scales[half] = All(scale * eight[half]);
+    const auto* const eight = reinterpret_cast<const int8_t*>(block + 192) + group % 4 * 4;
+    for (int part = 0; part < 4; ++part) scales[part] = All(scale * eight[part]);
   }
   Vector At(int v) const {
-    const Integers both = Codes(low + v * kLanes), four = group < 2 ? both & 15 : both >> 4;
-    const Integers two = Codes(high + v * kLanes) >> 2 * group & 3;
-    return Float((four | two << 4) - 32) * scales[v * kLanes / 16];
+    const int at = v * kLanes;
+    const Integers four = Codes(low + at) >> shift & 15, bits = Codes(high + at % 32) >> shift;
+    const Integers two = at < 32 ? (bits & 3) << 4 : (bits & 12) << 2;
+    return Float((four | two) - 32) * scales[at / 16];
   }
 };
 

@@ -19,13 +19,14 @@ constexpr int kAhead = 2048;
 constexpr int kTileOutputs = 4;
 
 // Kernels. Each says what a row of `in` columns takes in bytes and, made of a row and the number of a group of columns,
-// gives these, a vector at a time; how many outputs R rows are multiplied with at once, for whose sums there are vector
+// gives these, a vector at a time; about how many bytes these are; how many outputs R rows are multiplied with at once, for whose sums there are vector
 // registers; whether it takes rows of so many columns; and whether these may end within a group, which LastOf(row, in)
 // gives.
 
 template <typename Weight>
 struct Numbers {
   static constexpr int kVectors = 1;
+  static constexpr int64_t kGroupBytes = kLanes * sizeof(Weight);
   static constexpr bool kMayEnd = true;
   static constexpr bool Takes(int64_t) { return true; }
   static constexpr int64_t BytesOf(int64_t in) { return in * static_cast<int64_t>(sizeof(Weight)); }
@@ -48,7 +49,8 @@ struct Numbers {
 
 template <typename Format>
 struct Blocks : Format {
-  static constexpr int kVectors = kGroupVectors;
+  static constexpr int kVectors = Format::kGroupColumns / kLanes;
+  static constexpr int64_t kGroupBytes = Format::kGroupColumns * Format::kBytes / Format::kColumns;
   static constexpr bool kMayEnd = false;
   static constexpr bool Takes(int64_t in) { return in % Format::kColumns == 0; }
   static constexpr int64_t BytesOf(int64_t in) { return in / Format::kColumns * Format::kBytes; }
@@ -71,7 +73,7 @@ void PackRow(const uint8_t* row, int64_t in, Vector* packed) {
   }
   for (int64_t group = 0; group < in / columns; ++group) {
     const Kernel kernel(row, group);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < Kernel::kVectors; ++v, packed += N) *packed = kernel.At(v);
   }
   if (Kernel::kMayEnd && in % columns > 0) *packed = Kernel::LastOf(row, in);
@@ -126,9 +128,9 @@ struct FewRowsOf : FewRows {
       for (int64_t group = 0; group < groups; ++group, values += R * Kernel::kVectors) {
 #pragma GCC unroll 4
         for (int o = 0; o < O; ++o) {
-          __builtin_prefetch(next + group * Kernel::BytesOf(columns) + o * bytes);
+          __builtin_prefetch(next + group * Kernel::kGroupBytes + o * bytes);
           const Kernel own(weights + o * bytes, group);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int v = 0; v < Kernel::kVectors; ++v) {
             const Vector weight = own.At(v);
             for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[v * R + r], sums[o][r]);
