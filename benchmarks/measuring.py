@@ -46,11 +46,12 @@ def read_ids(lm: Any, files: Sequence[str], count: int) -> dict[str, list[int]]:
     """Name of a prompt -> its token ids: `count` prompts evenly spread over each file."""
     from dex_jax.prompt_files import read_prompts
 
-    found = {}
+    found, chat = {}, lm.tokenizer.has_chat_template
     for path in files:
         prompts = read_prompts(path)
         chosen = range(len(prompts)) if count >= len(prompts) else [at * len(prompts) // count for at in range(count)]
-        found |= {f"{Path(path).name.split('.')[0]} {at + 1}": lm.encode(prompts[at]) for at in chosen}
+        name = Path(path).name.split(".")[0]
+        found |= {f"{name} {at + 1}": lm.encode(prompts[at], chat=chat) for at in chosen}
     return found
 
 

@@ -138,7 +138,8 @@ def run(args: argparse.Namespace) -> int:
     models = {kind: dex_jax.load(args.model, dtype="float32", weights=kind) for kind in KINDS}
     prompts = read_ids(models["dense"], args.data, args.prompts)
     outside = Outside(args.llama_python, args.model, WORKER, models["dense"].source) if args.llama_python else None
-    settings = {name: getattr(args, name) for name in ("model", "rounds", "max_new_tokens")}
+    settings = {name: getattr(args, name) for name in ("rounds", "max_new_tokens")}
+    settings["model"] = Path(args.model).name if args.model.endswith(".gguf") else args.model
     about = machine(dtype="float32", data=[Path(path).name for path in args.data], **settings)
     figures = Figures(args.output, about | (outside.versions if outside else {}))
     for name, ids in prompts.items():

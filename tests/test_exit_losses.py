@@ -45,13 +45,13 @@ def scaled(loss_of):
 
 
 @pytest.mark.parametrize("hard", [0.0, 0.3])
-@pytest.mark.parametrize("draft", [None, DRAFT])
-def test_values_and_gradients_are_those_of_the_twin(arrays, monkeypatch, draft, hard) -> None:
+@pytest.mark.parametrize(("draft", "cap"), [(None, None), (DRAFT, None), (DRAFT, 1.5)])
+def test_values_and_gradients_are_those_of_the_twin(arrays, monkeypatch, draft, cap, hard) -> None:
     monkeypatch.setattr(losses, "BLOCK", 4)  # 11 tokens: two blocks and a part of one
     features, final, weight, unembed = arrays
-    vocabulary = vocabulary_of(unembed, draft)
+    vocabulary = vocabulary_of(unembed, draft)._replace(cap=cap)
     (_, found), gradient = scaled(exit_losses)(features, final, weight, vocabulary, hard)
-    twin = distillation_twin.losses(features, final, weight, unembed, draft, hard, SCALE)
+    twin = distillation_twin.losses(features, final, weight, unembed, draft, hard, SCALE, cap)
     np.testing.assert_allclose(found[0], twin.loss, rtol=1e-5)
     np.testing.assert_allclose(found[1], twin.agreement, rtol=1e-5)
     np.testing.assert_allclose(found[2], twin.coverage, rtol=1e-5)

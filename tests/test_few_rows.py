@@ -20,9 +20,10 @@ from reference.small_models import LLAMA, random_transformer, small_model
 import dex_jax
 from dex_jax import cache
 from dex_jax.nn import few_rows
+from dex_jax.nn.attention import KEY_BLOCK, KeyValues, _attend, _attend_in_blocks, attend
 from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
 from dex_jax.nn.forward import extend, extend_with_states, run_tree
-from dex_jax.nn.layers import KEY_BLOCK, KeyValues, _attend, _attend_in_blocks, _rms_norm, attend, linear, rms_norm
+from dex_jax.nn.layers import _rms_norm, linear, rms_norm
 from dex_jax.nn.transformer import Stacked, Unrolled
 from dex_jax.nn.weights import merge_model
 
@@ -160,7 +161,7 @@ def attention_of(seed: int, rows: int, heads: int, groups: int, width: int, leng
     return queries, sources
 
 
-def plain_attention(queries: np.ndarray, sources: list[KeyValues]) -> np.ndarray:
+def plain_attention(queries: np.ndarray, sources: list[KeyValues], cap: float | None) -> np.ndarray:
     """One row and head after another, in float64."""
     out = np.zeros(queries.shape)
     batch, rows, heads, width = queries.shape
@@ -170,25 +171,27 @@ def plain_attention(queries: np.ndarray, sources: list[KeyValues]) -> np.ndarray
         keys = np.concatenate([source.keys[b, g][mask] for source, mask in zip(sources, seen, strict=True)])
         values = np.concatenate([source.values[b, g][mask] for source, mask in zip(sources, seen, strict=True)])
         scores = keys.astype(np.float64) @ queries[b, r, h] / np.sqrt(width)
+        scores = scores if cap is None else cap * np.tanh(scores / cap)
         weights = np.exp(scores - scores.max())
         out[b, r, h] = weights @ values / weights.sum()
     return out
 
 
-SIZES = [(1, 9, 3, 16), (2, 4, 4, 48), (5, 6, 1, 144), (8, 9, 3, 64), (70, 4, 2, 16)]
+SIZES = [(1, 9, 3, 16, None), (2, 4, 4, 48, 0.7), (5, 6, 1, 144, None), (8, 9, 3, 64, None), (70, 4, 2, 16, 50.0)]
 
 
 @needs_compiler
-@pytest.mark.parametrize(("rows", "heads", "groups", "width"), SIZES)
-def test_attention_and_each_row_alone(rows: int, heads: int, groups: int, width: int) -> None:
+@pytest.mark.parametrize(("rows", "heads", "groups", "width", "cap"), SIZES)
+def test_attention_and_each_row_alone(rows: int, heads: int, groups: int, width: int, cap: float | None) -> None:
     queries, sources = attention_of(rows, rows, heads, groups, width, [37, 5, rows])
-    assert few_rows.ATTENTION in str(jax.make_jaxpr(attend)(queries, sources))
-    found = jax.jit(attend)(queries, sources)
-    for each in (found, _attend(None, queries, sources)):
-        chex.assert_trees_all_close(each, plain_attention(queries, sources), atol=3e-6, rtol=0)
+    capped = functools.partial(attend, cap=cap)
+    assert few_rows.ATTENTION in str(jax.make_jaxpr(capped)(queries, sources))
+    found = jax.jit(capped)(queries, sources)
+    for each in (found, _attend(cap, queries, sources)):
+        chex.assert_trees_all_close(each, plain_attention(queries, sources, cap), atol=3e-6, rtol=0)
     for r in range(rows):
         own = [source._replace(mask=source.mask[:, min(r, source.mask.shape[1] - 1)][:, None]) for source in sources]
-        chex.assert_trees_all_equal(attend(queries[:, r : r + 1], own), found[:, r : r + 1])
+        chex.assert_trees_all_equal(capped(queries[:, r : r + 1], own), found[:, r : r + 1])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -236,12 +239,14 @@ def test_attention_over_caches_in_bfloat16() -> None:
 def test_attention_with_scores_far_apart_and_with_nothing_to_see() -> None:
     queries, (source,) = attention_of(3, 4, 2, 1, 32, [50], batch=1)
     source = source._replace(mask=np.ones((1, 4, 50), bool))
-    chex.assert_trees_all_close(attend(300 * queries, [source]), plain_attention(300 * queries, [source]), atol=1e-4)
+    chex.assert_trees_all_close(
+        attend(300 * queries, [source]), plain_attention(300 * queries, [source], None), atol=1e-4
+    )
     source.mask[0, 2] = False
     found = np.asarray(attend(queries, [source]))
     assert not found[0, 2].any()
     seeing = np.array([0, 1, 3])
-    wanted = plain_attention(queries[:, seeing], [source._replace(mask=source.mask[:, seeing])])
+    wanted = plain_attention(queries[:, seeing], [source._replace(mask=source.mask[:, seeing])], None)
     chex.assert_trees_all_close(found[:, seeing], wanted, atol=3e-6)
 
 

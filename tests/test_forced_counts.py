@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import slow
-from reference.small_models import LLAMA, random_parameters, small_model
+from reference.small_models import GEMMA, LLAMA, random_parameters, small_model
 
 import dex_jax
 from dex_jax.config import ExitsConfig
@@ -37,15 +37,15 @@ def prompts(count: int = 6) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "more", "depths", "skip"),
+    ("config", "kind", "more", "depths", "skip"),
     [
-        slow("linear", {"fused": True}, (1, 2, 4), (2, 3)),
+        slow(GEMMA, "linear", {"fused": True}, (1, 2, 4), (2, 3)),
         # Four stages: a node can lie three behind the newest committed position. LayerSkip's drafts lie further.
-        slow("attn", {"draft_size": LLAMA.vocab_size // 2}, DEPTHS, (1, 5)),
+        slow(LLAMA, "attn", {"draft_size": LLAMA.vocab_size // 2}, DEPTHS, (1, 5)),
     ],
 )
-def test_counts_are_those_of_the_loops(kind, more, depths, skip):
-    lm, exits, ids = small_model(), random_exits(kind, **more), prompts()
+def test_counts_are_those_of_the_loops(config, kind, more, depths, skip):
+    lm, exits, ids = small_model(config), random_exits(kind, **more), prompts()
     asks = {*dex_asks(depths, exits.config), *layerskip_asks(*skip, exits.config, depths[-1])}
     if kind == "attn":
         assert max(ask.lag for ask in dex_asks(depths, exits.config)) == 3

@@ -14,10 +14,11 @@ import optax
 import pytest
 from reference import layerskip_twin as twin
 from reference.jaxprs import arrays_of
-from reference.small_models import LLAMA, QWEN3, small_model
+from reference.small_models import GEMMA, LLAMA, QWEN3, small_model
 
 import dex_jax
 from dex_jax import DexError
+from dex_jax.nn.forward import depth_states
 from dex_jax.training import corpus as corpora
 from dex_jax.training import layerskip, whole_model
 from dex_jax.training.config import TrainConfig
@@ -113,6 +114,13 @@ def test_hidden_states_and_losses_are_the_twins(config) -> None:
     losses = whole_model.exit_losses(config, params, states, batch[:, 1:], jnp.array([0.5, 0.0, 0.25, 0.25]))
     wanted = [twin.exit_loss(config, params, hidden, batch[:, 1:]) for hidden in expected]
     np.testing.assert_allclose(losses, [wanted[0], 0.0, wanted[2], wanted[3]], rtol=1e-4)
+
+
+def test_layers_of_different_kinds_are_trained_as_they_decode() -> None:
+    params, batch = random_model_and_batch(GEMMA)
+    model = whole_model.transformer(GEMMA, params)
+    states = whole_model.hidden_states(GEMMA, params, batch)
+    chex.assert_trees_all_close(states, depth_states(model, jnp.asarray(batch), (1, 2, 3, 4)), atol=1e-4)
 
 
 def test_without_a_recipe_the_loss_is_plain_cross_entropy_whatever_ends_a_text() -> None:

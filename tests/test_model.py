@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference.small_models import LLAMA, QWEN3, ragged_prompts, random_transformer, small_model
+from reference.small_models import GEMMA, LLAMA, QWEN3, ragged_prompts, random_transformer, small_model
 
 from dex_jax import RopeScaling, Stacked, Unrolled, cache
 from dex_jax.language_model import default_dtype, resolve_dtype
 from dex_jax.nn import transformer
 from dex_jax.nn.forward import extend_with_states
-from dex_jax.nn.layers import rms_norm, rope_frequencies, rope_table, rotate
+from dex_jax.nn.layers import rms_norm
+from dex_jax.nn.rotary import rope_frequencies, rope_table, rotate
 from dex_jax.nn.transformer import (
     parameter_shapes,
     relayout,
@@ -62,7 +63,7 @@ def test_linear_scaling_divides_every_frequency_and_llama3s_the_low_ones() -> No
     assert ((after < before) & (after > before / 8))[between].all()
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("config", [LLAMA, QWEN3, GEMMA], ids=["llama", "qwen3", "gemma"])
 def test_layouts_give_the_same_logits(config) -> None:
     tokens = np.array([prompt[:6] for prompt in ragged_prompts() if len(prompt) >= 6][:3])
     unrolled = np.asarray(small_model(config).logits(tokens))

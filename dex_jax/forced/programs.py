@@ -16,9 +16,10 @@ import numpy as np
 
 from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.forced.asks import Ask
+from dex_jax.nn.attention import KeyValues, capped
 from dex_jax.nn.exits import Context, ExitHeads, head_at
 from dex_jax.nn.forward import depth_states
-from dex_jax.nn.layers import KeyValues, capped, linear
+from dex_jax.nn.layers import linear
 from dex_jax.nn.targets import Vocabulary, targets
 from dex_jax.nn.transformer import Layout
 from dex_jax.nn.weights import merge_model

@@ -17,7 +17,9 @@ import numpy as np
 from flax import nnx
 
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, linear, names_in, recorded, rms_norm, rope_table
+from dex_jax.nn.attention import KeyValues, attend
+from dex_jax.nn.layers import DecoderLayer, linear, names_in, recorded, rms_norm
+from dex_jax.nn.rotary import rope_table
 
 Init = Callable[[str, tuple[int, ...], str], jax.Array]
 

@@ -80,16 +80,17 @@ def few_rows_norm(rows: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return jax.ffi.ffi_call(NORM, shape, vmap_method="expand_dims")(rows, scale, epsilon=np.float32(eps))
 
 
-def few_rows_attention(queries: jax.Array, *sources: jax.Array) -> jax.Array:
+def few_rows_attention(queries: jax.Array, *sources: jax.Array, cap: float | None = None) -> jax.Array:
     """Grouped-query attention on a CPU, computed in float32: queries [B, R, H, d], d a multiple of LANES.
 
     `sources` are, of each set that rows may attend to, keys [B, G, S, d], values of that shape, all float32 or all
     bfloat16, and the mask [B, R, S] or [B, 1, S], bool; a B of 1 is for all sequences. A row that sees nothing gets
-    zeros. Gives [B, R, H, d] float32; it has no derivative.
+    zeros. Scores become cap tanh(score / cap) where there is a `cap`. Gives [B, R, H, d] float32; it has no derivative.
     """
     queries = queries.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
-    return jax.ffi.ffi_call(ATTENTION, shape, vmap_method="expand_dims")(queries, *sources)
+    call = jax.ffi.ffi_call(ATTENTION, shape, vmap_method="expand_dims")
+    return call(queries, *sources, cap=np.float32(cap or 0))
 
 
 def ready() -> bool:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax.cache import NOWHERE, Memory, after, allocate, lengths_of, write_rows
+from dex_jax.nn.attention import KeyValues, attend, causal_rows
 from dex_jax.nn.kinds import Sight, sight_at, sights
-from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, causal_rows
+from dex_jax.nn.layers import DecoderLayer
 from dex_jax.nn.transformer import Stacked, Transformer
 
 InUse = Sequence[jax.Array | None]

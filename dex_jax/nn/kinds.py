@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.config import LayerKind, ModelConfig
-from dex_jax.nn.layers import Rotation, rope_table
+from dex_jax.nn.rotary import Rotation, rope_table
 
 Index = int | jax.Array
 

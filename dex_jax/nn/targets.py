@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.nn.layers import capped, linear
+from dex_jax.nn.attention import capped
+from dex_jax.nn.layers import linear
 
 
 class Vocabulary(NamedTuple):

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 from dex_jax.config import ModelConfig
+from dex_jax.nn.attention import capped
 from dex_jax.nn.kinds import KindTable, kind_table
-from dex_jax.nn.layers import LAYER_AXES, DecoderLayer, capped, linear, offset_scale, recorded, rms_norm
+from dex_jax.nn.layers import LAYER_AXES, DecoderLayer, linear, offset_scale, recorded, rms_norm
 from dex_jax.nn.packed import Packed, take_rows
 
 

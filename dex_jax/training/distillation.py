@@ -21,8 +21,9 @@ from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
+from dex_jax.nn.attention import KeyValues
 from dex_jax.nn.exits import ExitHeads, abstract_parameters, exit_graph, heads_of, initial_heads, parameters_of
-from dex_jax.nn.layers import KeyValues, rms_norm
+from dex_jax.nn.layers import rms_norm
 from dex_jax.nn.targets import Vocabulary
 from dex_jax.nn.weights import merge_model
 from dex_jax.training.losses import exit_losses

@@ -12,7 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dex_jax.nn.layers import capped, linear
+from dex_jax.nn.attention import capped
+from dex_jax.nn.layers import linear
 from dex_jax.nn.targets import Vocabulary, targets
 
 BLOCK = 512

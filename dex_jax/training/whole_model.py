@@ -27,8 +27,9 @@ from dex_jax.forced.run import measure, shared_exits
 from dex_jax.foreign import Size, check_fields
 from dex_jax.io.save import save_model
 from dex_jax.language_model import LanguageModel
+from dex_jax.nn.attention import KeyValues, attend, causal_rows
 from dex_jax.nn.kinds import kind_table, sight_at, sights
-from dex_jax.nn.layers import DecoderLayer, KeyValues, attend, causal_rows
+from dex_jax.nn.layers import DecoderLayer
 from dex_jax.nn.packed import Packed
 from dex_jax.nn.transformer import Transformer, Unrolled, layer_parameters, parameter_shapes
 from dex_jax.nn.weights import merge_model

@@ -22,8 +22,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def losses(features, final, weight, unembed, draft, hard, scale) -> LossTwin:
+def losses(features, final, weight, unembed, draft, hard, scale, cap=None) -> LossTwin:
     """One token and one exit at a time; `draft` is a list of token ids, or None for the full vocabulary."""
+
+    def capped(logits: np.ndarray) -> np.ndarray:
+        return logits if cap is None else cap * np.tanh(logits / cap)
+
     features, final, weight, unembed = (np.asarray(x, np.float64) for x in (features, final, weight, unembed))
     exits, tokens, _ = features.shape
     kept = list(range(len(unembed))) if draft is None else list(draft)
@@ -31,20 +35,21 @@ def losses(features, final, weight, unembed, draft, hard, scale) -> LossTwin:
     loss, agreement, coverage, gradient = np.zeros(exits), np.zeros(exits), 0.0, np.zeros_like(features)
     for n in range(tokens):
         best = int(np.argmax(unembed @ final[n]))
-        wanted = (1 - hard) * np.exp(log_softmax(unembed @ final[n]))
+        wanted = (1 - hard) * np.exp(log_softmax(capped(unembed @ final[n])))
         wanted[best] += hard
         others = sum(wanted[token] for token in range(len(unembed)) if token not in kept)
         target = np.array([*(wanted[token] for token in kept), others])
         coverage += weight[n] / total * (best in kept)
         for x in range(exits):
             own, rest = features[x, n, :-1], features[x, n, -1]
-            logits = unembed[kept] @ own
+            logits = capped(unembed[kept] @ own)
             said = log_softmax(np.array([*logits, -np.inf if draft is None else rest]))
             some = target > 0
             loss[x] += weight[n] / total * np.sum(target[some] * (np.log(target[some]) - said[some]))
             agreement[x] += weight[n] / total * (kept[int(np.argmax(logits))] == best)
             slope = scale[x] * weight[n] / total * (np.exp(said) - target)
-            gradient[x, n, :-1] = slope[:-1] @ unembed[kept]
+            steep = 1 if cap is None else np.cosh(unembed[kept] @ own / cap) ** -2.0
+            gradient[x, n, :-1] = (slope[:-1] * steep) @ unembed[kept]
             gradient[x, n, -1] = slope[-1]
     return LossTwin(loss, agreement, coverage, gradient)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dex_jax
-from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.config import ExitsConfig, LayerKind, ModelConfig
 from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.trees import KnownTree, with_trees
 from dex_jax.evaluation.check import compare
@@ -32,6 +32,19 @@ LLAMA = ModelConfig(
     tied=True,
 )
 QWEN3 = dataclasses.replace(LLAMA, family="qwen3", tied=False, qkv_bias=True, qk_norm=True, head_dim=12)
+# Every switch that a Gemma 2 has, a window shorter than the prompts among them.
+GEMMA = dataclasses.replace(
+    LLAMA,
+    family="gemma2",
+    layer_kinds=(LayerKind(5), LayerKind()) * 2,
+    norms="both",
+    norm_offset=1.0,
+    activation="gelu",
+    embed_scale=2.0,
+    attention_scale=0.3,
+    attention_cap=4.0,
+    logit_cap=2.0,
+)
 TWIN_LENGTH = 64
 
 

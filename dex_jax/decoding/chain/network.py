@@ -16,9 +16,10 @@ from dex_jax.cache import NOWHERE
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows, Path
 from dex_jax.decoding.dex.trained_exits import ExitArrays, context_rows, exit_heads, read_chunk, shared_columns
+from dex_jax.nn.attention import causal_rows
 from dex_jax.nn.exits import ExitHeads, exit_graph
 from dex_jax.nn.forward import run_rows, write_layers
-from dex_jax.nn.layers import causal_rows, names_in
+from dex_jax.nn.layers import names_in
 from dex_jax.nn.transformer import Transformer, stage_ranges
 
 

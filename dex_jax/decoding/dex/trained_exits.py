@@ -20,8 +20,9 @@ from dex_jax.config import ExitsConfig
 from dex_jax.decoding.dex.interface import Drafter, Exits, StageView
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn import few_rows
+from dex_jax.nn.attention import KeyValues, capped
 from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph, heads_of
-from dex_jax.nn.layers import KeyValues, capped, linear
+from dex_jax.nn.layers import linear
 from dex_jax.nn.packed import Packed
 from dex_jax.nn.transformer import Transformer
 

@@ -53,8 +53,8 @@ from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.noise import make_noise
 from dex_jax.decoding.record import Limits, emit
 from dex_jax.lattice import NO_TOKEN, Proposals
+from dex_jax.nn.attention import causal_rows
 from dex_jax.nn.forward import InUse, run_rows
-from dex_jax.nn.layers import causal_rows
 from dex_jax.nn.transformer import Staged, Transformer, stage_ranges
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import STAGE

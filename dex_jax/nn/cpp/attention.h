@@ -46,6 +46,14 @@ inline Vector Exponential(Vector x) {
   return power * scale;
 }
 
+// cap tanh(x / cap) of each lane, to about 1e-7 of cap.
+inline Vector Capped(Vector x, float cap) {
+  const Integers negative = x < 0.0f;
+  const Vector power = Exponential((negative ? x : -x) * (2 / cap));
+  const Vector capped = (1.0f - power) / (1.0f + power) * cap;
+  return negative ? -capped : capped;
+}
+
 // Keys and values [S, d] of one group, and which keys each row sees: mask [R, S], or [1, S] for all rows.
 template <typename Cached>
 struct Source {
@@ -140,13 +148,14 @@ void Mix(const float* weights, int64_t step, const Cached* value, int64_t count,
   for (int r = 0; r < R; ++r) std::memcpy(results[r], sums[r], sizeof(sums[r]));
 }
 
-// Attention of `count` queries [d] of one group, up to kQueries, over all sources. Query q is one of row rows[q].
+// Attention of `count` queries [d] of one group, up to kQueries, over all sources. Query q is one of row rows[q]. Scores
+// are capped, unless cap is 0.
 template <typename Cached>
 class Attention {
  public:
-  Attention(const float* const* queries, const int64_t* rows, float* const* results, int count, int64_t width,
+  Attention(const float* const* queries, const int64_t* rows, float* const* results, int count, int64_t width, float cap,
             std::vector<Source<Cached>>& sources)
-      : queries_(queries), rows_(rows), results_(results), count_(count), width_(width), sources_(sources) {
+      : queries_(queries), rows_(rows), results_(results), count_(count), width_(width), cap_(cap), sources_(sources) {
     for (Source<Cached>& source : sources_) {
       source.Narrow(rows, count);
       length_ += source.last - source.first;
@@ -234,6 +243,10 @@ class Attention {
 
   // Turns a query's scores into weights, 0 for keys that its row does not see; whether it sees any.
   bool Weigh(float* scores, int64_t row) const {
+    for (int64_t s = 0; s < step_ && cap_ > 0; s += kLanes) {
+      const Vector capped = Capped(Load(scores + s), cap_);
+      std::memcpy(scores + s, &capped, sizeof(capped));
+    }
     std::fill(scores + length_, scores + step_, -INFINITY);
     float* own = scores;
     bool sees = false;
@@ -268,6 +281,7 @@ class Attention {
   float* const* results_;
   const int count_;
   const int64_t width_;
+  const float cap_;
   std::vector<Source<Cached>>& sources_;
   Vector* packed_;
   float* scores_;
@@ -287,7 +301,7 @@ struct Operand {
 // queries [..., R, H, d], of each source keys and values [..., G, S, d] and mask [..., R or 1, S] -> [..., R, H, d].
 template <typename Cached, typename Threads, typename Dimensions>
 void AttendAll(Threads& threads, const Dimensions& of_queries, const float* queries,
-               const std::vector<Operand<Dimensions>>& operands, const Dimensions& shape, float* result) {
+               const std::vector<Operand<Dimensions>>& operands, const Dimensions& shape, float cap, float* result) {
   const size_t leading = shape.size() - 3;
   const int64_t rows = shape[leading], heads = shape[leading + 1], width = shape[leading + 2];
   const int64_t groups = operands[0].of_keys[leading];
@@ -319,7 +333,7 @@ void AttendAll(Threads& threads, const Dimensions& of_queries, const float* quer
       inputs[q] = own_queries + at;
       outputs[q] = result + index * rows * heads * width + at;
     }
-    Attention<Cached>(inputs, row, outputs, here, width, sources);
+    Attention<Cached>(inputs, row, outputs, here, width, cap, sources);
   };
   Share(threads, SizeOf(shape, 0, leading) * groups * parts, [&]() -> Pieces::Worker { return attend_part; });
 }

@@ -88,7 +88,7 @@ ffi::Error Norm(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Buffer
 
 // Of each source keys and values [..., G, S, d] and mask [..., R or 1, S].
 ffi::Error Attention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries, ffi::RemainingArgs rest,
-                     ffi::ResultBuffer<ffi::F32> result) {
+                     ffi::ResultBuffer<ffi::F32> result, float cap) {
   const Dimensions of_queries = queries.dimensions(), shape = result->dimensions();
   if (shape.size() < 3 || of_queries.size() != shape.size() || rest.size() == 0 || rest.size() % 3 != 0)
     return Refused("attention takes queries [..., R, H, d] and of each source keys, values and a mask");
@@ -129,7 +129,7 @@ ffi::Error Attention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries, ffi
   if (groups < 1 || shape[leading + 1] % groups != 0) return Refused("groups divide the heads of queries");
   const auto attend = cached == ffi::F32 ? dex_jax::AttendAll<float, ffi::ThreadPool, Dimensions>
                                          : dex_jax::AttendAll<dex_jax::BFloat16, ffi::ThreadPool, Dimensions>;
-  attend(threads, of_queries, queries.typed_data(), operands, shape, result->typed_data());
+  attend(threads, of_queries, queries.typed_data(), operands, shape, cap, result->typed_data());
   return ffi::Error::Success();
 }
 
@@ -162,4 +162,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_attention, Attention,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .RemainingArgs()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("cap"));

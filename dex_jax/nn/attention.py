@@ -1,0 +1,162 @@
+"""Grouped-query attention over several sets of keys, in C++ or by XLA.
+
+Letters: B sequences, R rows a sequence (tokens of a prompt chunk, or lattice nodes), H query heads, G key-value heads,
+d head width, S keys.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax.nn import few_rows
+from dex_jax.nn.products import matmul_precision
+
+MASKED_SCORE = -1e30
+
+KEY_BLOCK = 256
+"""Keys that many rows are scored with at once where XLA attends on a CPU."""
+
+
+class KeyValues(NamedTuple):
+    """Keys (after RoPE) and values that rows may attend to."""
+
+    keys: jax.Array  # [B, G, S, d]
+    values: jax.Array  # [B, G, S, d]
+    mask: jax.Array  # [B, R, S] bool, which of them each row sees; broadcasting over R is allowed
+
+
+def capped(x: jax.Array, cap: float | jax.Array | None) -> jax.Array:
+    """cap tanh(x / cap), or x without one."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def causal_rows(batch: int, rows: int) -> jax.Array:
+    """What rows in a line see of one another, those before and themselves: [B, R, R] bool."""
+    return jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
+
+
+def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True, cap: float | None = None) -> jax.Array:
+    """Grouped-query attention of queries [B, R, H, d] over all sources, which share one softmax in float32.
+
+    Every row must see at least one key; `whole` as in `linear`, of keys and values. `cap` as in `capped`, of scores.
+    Gives [B, R, H, d] in queries' dtype.
+    """
+    dtypes = {x.dtype for source in sources for x in source[:2]}
+    known = len(dtypes) == 1 and dtypes | {queries.dtype} <= {*few_rows.DTYPES}
+    in_cpp, in_blocks, at_once = (functools.partial(f, cap) for f in (_attend_few_rows, _attend_in_blocks, _attend))
+    if whole and known and queries.shape[3] % few_rows.LANES == 0 and few_rows.ready():
+        return jax.lax.platform_dependent(queries, list(sources), cpu=in_cpp, default=at_once)
+    if queries.shape[1] > KEY_BLOCK // 16 and any(source.keys.shape[2] > KEY_BLOCK for source in sources):
+        return jax.lax.platform_dependent(queries, list(sources), cpu=in_blocks, default=at_once)
+    return at_once(queries, sources)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend_few_rows(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
+    flat = (x for source in sources for x in source)
+    return few_rows.few_rows_attention(queries, *flat, cap=cap).astype(queries.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend_in_blocks(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
+    """As `_attend`, a block of keys at a time up to the last that a row sees: most of a cache is often empty."""
+    batch, rows, heads, width = queries.shape
+    groups = sources[0].keys.shape[1]
+    columns = _columns(queries, groups)
+    count = columns.shape[3]
+
+    def add(state: tuple, keys: jax.Array, values: jax.Array, mask: jax.Array) -> tuple:
+        most, total, mixed = state
+        scores = capped(_sum_in_float32("bgsd,bgdn->bgsn", keys, columns), cap)
+        seen = jnp.repeat(jnp.broadcast_to(mask, (batch, rows, mask.shape[2])), heads // groups, axis=1)
+        scores = jnp.where(seen.transpose(0, 2, 1)[:, None], scores, MASKED_SCORE)
+        new = jnp.maximum(most, scores.max(axis=2))
+        weights, kept = jnp.exp(scores - new[:, :, None]), jnp.exp(most - new)
+        part = _sum_in_float32("bgsn,bgsd->bgnd", weights.astype(values.dtype), values)
+        return new, total * kept + weights.sum(axis=2), mixed * kept[..., None] + part
+
+    shape = (batch, groups, count)
+    state = (jnp.full(shape, MASKED_SCORE), jnp.zeros(shape), jnp.zeros((*shape, width)))
+    # Rows see themselves in the last source: what has been added for rows that saw nothing before is then weighed 0.
+    for source in sources:
+        length = source.keys.shape[2]
+        if length <= KEY_BLOCK:
+            state = add(state, *source)
+            continue
+
+        def block(i: jax.Array, state: tuple, source: KeyValues = source, length: int = length) -> tuple:
+            at = jnp.minimum(i * KEY_BLOCK, length - KEY_BLOCK)
+            keys, values, mask = (jax.lax.dynamic_slice_in_dim(x, at, KEY_BLOCK, axis=2) for x in source)
+            return add(state, keys, values, mask & (at + jnp.arange(KEY_BLOCK) >= i * KEY_BLOCK)[None, None])
+
+        last = jnp.max(jnp.where(source.mask, jnp.arange(1, length + 1)[None, None], 0))
+        state = jax.lax.fori_loop(0, (last + KEY_BLOCK - 1) // KEY_BLOCK, block, state)
+    _, total, mixed = state
+    out = (mixed / total[..., None]).reshape(batch, groups, rows, heads // groups, width).transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, rows, heads, width).astype(queries.dtype)
+
+
+def _tangent(attention, cap: float | None, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (queries, sources), (queries_tangent, sources_tangent) = primals, tangents
+
+    def plain(queries: jax.Array, pairs: list) -> jax.Array:
+        both = [KeyValues(keys, values, source.mask) for (keys, values), source in zip(pairs, sources, strict=True)]
+        return _attend(cap, queries, both)
+
+    pairs, pairs_tangent = ([source[:2] for source in each] for each in (sources, sources_tangent))
+    _, tangent = jax.jvp(plain, (queries, pairs), (queries_tangent, pairs_tangent))
+    return attention(cap, queries, sources), tangent
+
+
+for _attention in (_attend_few_rows, _attend_in_blocks):
+    _attention.defjvp(functools.partial(_tangent, _attention))
+
+
+def _columns(queries: jax.Array, groups: int) -> jax.Array:
+    """Queries [B, R, H, d] as keys are multiplied with them, scaled: [B, G, d, R H / G]."""
+    batch, rows, heads, width = queries.shape
+    scaled = queries * np.float32(width**-0.5).astype(queries.dtype)
+    columns = scaled.reshape(batch, rows, groups, heads // groups, width).transpose(0, 2, 4, 1, 3)
+    return columns.reshape(batch, groups, width, -1)
+
+
+def _attend(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
+    batch, rows, heads, width = queries.shape
+    groups = sources[0].keys.shape[1]
+    dtype = queries.dtype
+    columns = _columns(queries, groups)
+    # Keys times query columns, so that the cache is read as it lies: the other way round XLA transposes it first.
+    scores = [_sum_in_float32("bgsd,bgdn->bgsn", source.keys, columns).transpose(0, 1, 3, 2) for source in sources]
+    masks = jnp.concatenate([jnp.broadcast_to(s.mask, (batch, rows, s.mask.shape[2])) for s in sources], axis=2)
+    joined = capped(jnp.concatenate(scores, axis=3), cap).reshape(batch, groups, rows, heads // groups, -1)
+    joined = jnp.where(masks[:, None, :, None, :], joined, MASKED_SCORE)
+    weights = jax.nn.softmax(joined, axis=-1).astype(dtype).reshape(batch, groups, -1, masks.shape[2])
+    bounds = np.cumsum([source.keys.shape[2] for source in sources])[:-1]
+    parts = [
+        _sum_in_float32("bgns,bgsd->bgnd", part, source.values)
+        for part, source in zip(jnp.split(weights, bounds, axis=-1), sources, strict=True)
+    ]
+    out = functools.reduce(jnp.add, parts).reshape(batch, groups, rows, heads // groups, width).transpose(0, 2, 1, 3, 4)
+    return out.reshape(batch, rows, heads, width).astype(dtype)
+
+
+def _sum_in_float32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """einsum of two arrays of one dtype with a float32 result."""
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(subscripts, a, b, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
+
+    def widened(a: jax.Array, b: jax.Array) -> jax.Array:
+        return product(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    if a.dtype != jnp.bfloat16:
+        return product(a, b)
+    # jaxlib's CPU backend (0.10.2) has no kernel for some batched bfloat16 products with a float32 result, and says so
+    # only when it runs them.
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=product)

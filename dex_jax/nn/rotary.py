@@ -1,0 +1,97 @@
+"""Rotary positions, stretched or not, of all of a head or of a part.
+
+Letters: d head width, d' how much of it is rotated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax.config import LayerKind, ModelConfig, RopeScaling
+
+ALIKE = LayerKind()
+"""The kind of layers where a model has but one."""
+
+
+def rope_frequencies(config: ModelConfig, kind: LayerKind = ALIKE) -> np.ndarray:
+    """Rotary angle per position in layers of a kind, [d' / 2] float32; zeros where nothing is rotated.
+
+    The "llama3" ramp is that of Llama 3.1's release, "yarn" that of arXiv 2309.00071, "longrope" of 2402.13753.
+    """
+    width = config.rotated_dim
+    local = kind.rope == "local" and config.local_rope_theta is not None
+    theta = np.float32(config.local_rope_theta if local else config.rope_theta)
+    frequencies = (1.0 / theta ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))).astype(np.float32)
+    scaling = config.rope_scaling
+    if kind.rope == "none":
+        return np.zeros_like(frequencies)
+    if scaling is None or kind.rope == "local":
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / np.float32(scaling.factor)
+    if scaling.kind == "longrope":
+        factors = scaling.long_factors if scaling.long else scaling.short_factors
+        return frequencies / np.asarray(factors, np.float32)
+    if scaling.kind == "yarn":
+        kept = 1 - _yarn_ramp(scaling, width, float(theta))
+    else:
+        turns = scaling.original_context * frequencies / (2 * np.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = np.clip(kept, 0.0, 1.0)
+    return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
+
+
+def _yarn_ramp(scaling: RopeScaling, width: int, theta: float) -> np.ndarray:
+    """How much of each frequency is stretched, from 0 to 1: [d' / 2]."""
+    turning = [
+        width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (scaling.fast, scaling.slow)
+    ]
+    first, last = (math.floor(turning[0]), math.ceil(turning[1])) if scaling.truncate else turning
+    first, last = max(first, 0), min(last, width - 1)
+    return np.clip((np.arange(width // 2) - first) / max(last - first, 1e-3), 0.0, 1.0)
+
+
+class Rotation(NamedTuple):
+    """How positions turn heads."""
+
+    cos: jax.Array  # [..., d' / 2] float32
+    sin: jax.Array  # [..., d' / 2] float32
+    queries: jax.Array | None = None  # [...] float32, what queries are multiplied with besides; None: nothing
+
+
+def rope_table(positions: jax.Array, config: ModelConfig, kind: LayerKind = ALIKE) -> Rotation:
+    """The rotation at absolute positions [...] int32 in layers of a kind."""
+    frequencies = rope_frequencies(config, kind).reshape((1,) * positions.ndim + (-1,))
+    scaling = config.rope_scaling if kind.rope == "main" else None
+    magnitude = 1.0 if scaling is None else scaling.magnitude
+
+    def table(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        angles = positions[..., None].astype(jnp.float32) * frequencies
+        return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+
+    def branch(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # No position is as low as this, which XLA does not know: it leaves branches alone.
+        return jax.lax.cond(jnp.any(positions > -(2**30)), table, lambda p: table(jnp.zeros_like(p)), positions)
+
+    # Otherwise XLA computes sines and cosines anew in every layer, for every head; on CPUs despite the barrier.
+    made = jax.lax.platform_dependent(positions, cpu=branch, default=table)
+    cos, sin = jax.lax.optimization_barrier(made)
+    if scaling is None or not scaling.query_growth:
+        return Rotation(cos, sin)
+    laps = (positions // scaling.original_context).astype(jnp.float32)
+    return Rotation(cos, sin, 1 + scaling.query_growth * jnp.log1p(laps))
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates the first d' numbers of heads by their positions: x [..., heads, d]; pairs are (i, i + d' / 2)."""
+    cos, sin = (t[..., None, :] for t in rotation[:2])
+    half = cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    left, right, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1).astype(x.dtype)
