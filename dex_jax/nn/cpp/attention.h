@@ -300,7 +300,7 @@ struct Operand {
 
 // queries [..., R, H, d], of each source keys and values [..., G, S, d] and mask [..., R or 1, S] -> [..., R, H, d].
 template <typename Cached, typename Threads, typename Dimensions>
-void AttendAll(Threads& threads, const Dimensions& of_queries, const float* queries,
+void AttendAll(const Threads& threads, const Dimensions& of_queries, const float* queries,
                const std::vector<Operand<Dimensions>>& operands, const Dimensions& shape, float cap, float* result) {
   const size_t leading = shape.size() - 3;
   const int64_t rows = shape[leading], heads = shape[leading + 1], width = shape[leading + 2];

@@ -14,15 +14,17 @@
 #include "attention.h"
 #include "norm.h"
 #include "product.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "xla.h"
 
 namespace {
 
-using Dimensions = ffi::Span<const int64_t>;
+using namespace dex_jax;
 
-ffi::Error Refused(const std::string& why) { return ffi::Error::InvalidArgument("dex_jax: " + why); }
+constexpr XLA_FFI_DataType kFloat32 = XLA_FFI_DataType_F32, kBFloat16 = XLA_FFI_DataType_BF16,
+                           kInt8 = XLA_FFI_DataType_S8, kUint8 = XLA_FFI_DataType_U8, kBool = XLA_FFI_DataType_PRED;
+
+// What handlers return: why they refuse a call, "" where they have done it.
+using Refusal = std::string;
 
 // Whether the first `leading` dimensions of an operand are those of the result, or 1.
 bool Leads(Dimensions operand, Dimensions result, size_t leading) {
@@ -33,134 +35,113 @@ bool Leads(Dimensions operand, Dimensions result, size_t leading) {
 
 // The formats that have been loaded, by name.
 std::mutex loading;
-std::map<std::string, const dex_jax::Format*, std::less<>> loaded;
+std::map<std::string, const Format*, std::less<>> loaded;
 
 // The format of a kernel: what a program calls it, and numbers of a dtype where it does not.
-std::string_view NameOf(ffi::DataType type, std::string_view format) {
-  if (!format.empty()) return type == ffi::U8 ? format : "blocks of another dtype than uint8";
-  if (type == ffi::F32) return "float32";
-  if (type == ffi::BF16) return "bfloat16";
-  return type == ffi::S8 ? "int8" : "numbers of another dtype";
+std::string_view NameOf(XLA_FFI_DataType type, std::string_view format) {
+  if (!format.empty()) return type == kUint8 ? format : "blocks of another dtype than uint8";
+  if (type == kFloat32) return "float32";
+  if (type == kBFloat16) return "bfloat16";
+  return type == kInt8 ? "int8" : "numbers of another dtype";
 }
 
-const dex_jax::Format* Loaded(std::string_view name) {
+const Format* Loaded(std::string_view name) {
   const std::lock_guard<std::mutex> lock(loading);
   const auto found = loaded.find(name);
   return found == loaded.end() ? nullptr : found->second;
 }
 
-ffi::Error Product(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::AnyBuffer kernel,
-                   ffi::ResultBuffer<ffi::F32> result, std::string_view format) {
-  const Dimensions of_rows = rows.dimensions(), of_kernel = kernel.dimensions(), shape = result->dimensions();
+Refusal Product(const Call& call) {
+  if (call.size() != 2 || call[0].type != kFloat32 || call.result().type != kFloat32)
+    return "a product takes rows and a kernel, and gives float32 for float32";
+  const Array rows = call[0], kernel = call[1], result = call.result();
+  const Dimensions of_rows = rows.dimensions, of_kernel = kernel.dimensions, shape = result.dimensions;
   const size_t rank = shape.size();
   if (rank < 2 || of_rows.size() != rank || of_kernel.size() != rank)
-    return Refused("rows, kernel and result of a product have the same number of dimensions, at least two");
+    return "rows, kernel and result of a product have the same number of dimensions, at least two";
   if (!Leads(of_rows, shape, rank - 2) || !Leads(of_kernel, shape, rank - 2))
-    return Refused("a product's leading dimensions are the result's or 1");
+    return "a product's leading dimensions are the result's or 1";
   if (of_rows[rank - 2] != shape[rank - 2] || of_kernel[rank - 2] != shape[rank - 1])
-    return Refused("a product takes rows [R, in] and a kernel [out, in] to [R, out]");
-  const std::string_view name = NameOf(kernel.element_type(), format);
-  const dex_jax::Format* const known = Loaded(name);
-  if (!known) return Refused("kernels in " + std::string(name) + " have not been loaded");
-  const int64_t in = of_rows[rank - 1], bytes = of_kernel[rank - 1] * ffi::ByteWidth(kernel.element_type());
-  if (!known->takes(in) || known->bytes_of(in) != bytes)
-    return Refused("a kernel's rows are as long as those that it is multiplied with");
-  dex_jax::Multiply(threads, *known, of_rows, rows.typed_data(), of_kernel,
-                    static_cast<const uint8_t*>(kernel.untyped_data()), shape, result->typed_data());
-  return ffi::Error::Success();
+    return "a product takes rows [R, in] and a kernel [out, in] to [R, out]";
+  const std::string_view name = NameOf(kernel.type, call.String("format"));
+  const Format* const format = Loaded(name);
+  if (!format) return "kernels in " + std::string(name) + " have not been loaded";
+  // Of numbers a row has as many as it has columns, of blocks as many bytes as they take.
+  const int64_t in = of_rows[rank - 1], width = kernel.type == kUint8 ? format->bytes_of(in) : in;
+  if (!format->takes(in) || of_kernel[rank - 1] != width)
+    return "a kernel's rows are as long as those that it is multiplied with";
+  Multiply(call.threads(), *format, of_rows, rows.As<float>(), of_kernel, kernel.As<uint8_t>(), shape,
+           result.As<float>());
+  return "";
 }
 
-ffi::Error Norm(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> rows, ffi::Buffer<ffi::F32> scale,
-                ffi::ResultBuffer<ffi::F32> result, float epsilon) {
-  const Dimensions of_rows = rows.dimensions(), of_scale = scale.dimensions(), shape = result->dimensions();
+Refusal Norm(const Call& call) {
+  if (call.size() != 2) return "a norm takes rows and their scale";
+  const Array rows = call[0], scale = call[1], result = call.result();
+  if (rows.type != kFloat32 || scale.type != kFloat32 || result.type != kFloat32) return "norms are float32";
+  const Dimensions of_rows = rows.dimensions, of_scale = scale.dimensions, shape = result.dimensions;
   const size_t rank = shape.size(), leading = of_scale.size() - 1;
   if (of_scale.size() < 1 || rank < of_scale.size() || of_rows.size() != rank)
-    return Refused("rows and result of a norm have the same number of dimensions, its scale one or more");
+    return "rows and result of a norm have the same number of dimensions, its scale one or more";
   if (!Leads(of_rows, shape, leading) || !Leads(of_scale, shape, leading))
-    return Refused("a norm's leading dimensions are the result's or 1");
+    return "a norm's leading dimensions are the result's or 1";
   for (size_t d = leading; d < rank; ++d)
-    if (of_rows[d] != shape[d]) return Refused("rows and result of a norm are of one shape");
-  if (of_scale[leading] != shape[rank - 1]) return Refused("a norm's scale is as wide as its rows");
-  dex_jax::Normalise(threads, of_rows, rows.typed_data(), of_scale, scale.typed_data(), shape, epsilon,
-                     result->typed_data());
-  return ffi::Error::Success();
+    if (of_rows[d] != shape[d]) return "rows and result of a norm are of one shape";
+  if (of_scale[leading] != shape[rank - 1]) return "a norm's scale is as wide as its rows";
+  Normalise(call.threads(), of_rows, rows.As<float>(), of_scale, scale.As<float>(), shape, call.Float("epsilon"),
+            result.As<float>());
+  return "";
 }
 
 // Of each source keys and values [..., G, S, d] and mask [..., R or 1, S].
-ffi::Error Attention(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> queries, ffi::RemainingArgs rest,
-                     ffi::ResultBuffer<ffi::F32> result, float cap) {
-  const Dimensions of_queries = queries.dimensions(), shape = result->dimensions();
-  if (shape.size() < 3 || of_queries.size() != shape.size() || rest.size() == 0 || rest.size() % 3 != 0)
-    return Refused("attention takes queries [..., R, H, d] and of each source keys, values and a mask");
+Refusal Attention(const Call& call) {
+  if (call.size() < 4 || call.size() % 3 != 1 || call[0].type != kFloat32 || call.result().type != kFloat32)
+    return "attention takes queries in float32 and of each source keys, values and a mask";
+  const Array queries = call[0], result = call.result();
+  const Dimensions of_queries = queries.dimensions, shape = result.dimensions;
+  if (shape.size() < 3 || of_queries.size() != shape.size()) return "queries of attention are [..., R, H, d]";
   const size_t leading = shape.size() - 3;
   for (size_t d = leading; d < shape.size(); ++d)
-    if (of_queries[d] != shape[d]) return Refused("queries and result of attention are of one shape");
-  if (shape[leading + 2] % dex_jax::kLanes != 0) return Refused("the width of heads is a multiple of 16");
-  std::vector<ffi::AnyBuffer> buffers;
-  for (size_t i = 0; i < rest.size(); ++i) {
-    const auto buffer = rest.get<ffi::AnyBuffer>(i);
-    if (!buffer.has_value()) return buffer.error();
-    buffers.push_back(*buffer);
-  }
-  const ffi::DataType cached = buffers[0].element_type();
-  if (cached != ffi::F32 && cached != ffi::BF16) return Refused("keys and values are float32 or bfloat16");
-  std::vector<dex_jax::Operand<Dimensions>> operands;
+    if (of_queries[d] != shape[d]) return "queries and result of attention are of one shape";
+  if (shape[leading + 2] % kLanes != 0) return "the width of heads is a multiple of 16";
+  const XLA_FFI_DataType cached = call[1].type;
+  if (cached != kFloat32 && cached != kBFloat16) return "keys and values are float32 or bfloat16";
+  std::vector<Operand<Dimensions>> operands;
   int64_t groups = -1;
-  for (size_t i = 0; i < buffers.size(); i += 3) {
-    const ffi::AnyBuffer &keys = buffers[i], &values = buffers[i + 1], &mask = buffers[i + 2];
-    const Dimensions of_keys = keys.dimensions(), of_values = values.dimensions(), of_mask = mask.dimensions();
-    if (keys.element_type() != cached || values.element_type() != cached || mask.element_type() != ffi::PRED)
-      return Refused("keys and values of all sources are of one dtype, masks are bool");
+  for (int64_t i = 1; i < call.size(); i += 3) {
+    const Array keys = call[i], values = call[i + 1], mask = call[i + 2];
+    const Dimensions of_keys = keys.dimensions, of_values = values.dimensions, of_mask = mask.dimensions;
+    if (keys.type != cached || values.type != cached || mask.type != kBool)
+      return "keys and values of all sources are of one dtype, masks are bool";
     if (of_keys.size() != shape.size() || of_values.size() != shape.size() || of_mask.size() + 1 != shape.size())
-      return Refused("keys and values have as many dimensions as queries, masks one less");
+      return "keys and values have as many dimensions as queries, masks one less";
     if (!Leads(of_queries, shape, leading) || !Leads(of_keys, shape, leading) || !Leads(of_values, shape, leading) ||
         !Leads(of_mask, shape, leading))
-      return Refused("leading dimensions of attention are the result's or 1");
+      return "leading dimensions of attention are the result's or 1";
     if (groups == -1) groups = of_keys[leading];
     const int64_t length = of_keys[leading + 1], width = shape[leading + 2];
     if (of_keys[leading] != groups || of_keys[leading + 2] != width || of_values[leading] != groups ||
         of_values[leading + 1] != length || of_values[leading + 2] != width)
-      return Refused("keys and values are of one shape [..., G, S, d]");
+      return "keys and values are of one shape [..., G, S, d]";
     if (of_mask[leading + 1] != length || (of_mask[leading] != 1 && of_mask[leading] != shape[leading]))
-      return Refused("a mask is [..., R, S] or [..., 1, S]");
-    operands.push_back({keys.untyped_data(), values.untyped_data(), static_cast<const bool*>(mask.untyped_data()),
-                        of_keys, of_values, of_mask});
+      return "a mask is [..., R, S] or [..., 1, S]";
+    operands.push_back({keys.data, values.data, mask.As<bool>(), of_keys, of_values, of_mask});
   }
-  if (groups < 1 || shape[leading + 1] % groups != 0) return Refused("groups divide the heads of queries");
-  const auto attend = cached == ffi::F32 ? dex_jax::AttendAll<float, ffi::ThreadPool, Dimensions>
-                                         : dex_jax::AttendAll<dex_jax::BFloat16, ffi::ThreadPool, Dimensions>;
-  attend(threads, of_queries, queries.typed_data(), operands, shape, cap, result->typed_data());
-  return ffi::Error::Success();
+  if (groups < 1 || shape[leading + 1] % groups != 0) return "groups divide the heads of queries";
+  const auto attend = cached == kFloat32 ? AttendAll<float, Threads, Dimensions>
+                                         : AttendAll<BFloat16, Threads, Dimensions>;
+  attend(call.threads(), of_queries, queries.As<float>(), operands, shape, call.Float("cap"), result.As<float>());
+  return "";
 }
 
 }  // namespace
 
 // Makes a format known that format.cc has been compiled for; it stays loaded.
-extern "C" void dex_jax_load(const char* name, const dex_jax::Format* format) {
+extern "C" void dex_jax_load(const char* name, const Format* format) {
   const std::lock_guard<std::mutex> lock(loading);
   loaded[name] = format;
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_product, Product,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<std::string_view>("format"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_norm, Norm,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<float>("epsilon"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dex_jax_attention, Attention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .RemainingArgs()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<float>("cap"));
+extern "C" XLA_FFI_Error* dex_jax_product(XLA_FFI_CallFrame* frame) { return Handle(frame, Product); }
+extern "C" XLA_FFI_Error* dex_jax_norm(XLA_FFI_CallFrame* frame) { return Handle(frame, Norm); }
+extern "C" XLA_FFI_Error* dex_jax_attention(XLA_FFI_CallFrame* frame) { return Handle(frame, ::Attention); }

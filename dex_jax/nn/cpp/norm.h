@@ -31,7 +31,7 @@ inline void NormRow(const float* row, const float* scale, int64_t width, float e
 // rows [..., R, width], scale [..., width] -> rows over their root mean square, times the scale. Leading dimensions as in
 // Multiply: all but the scale's last.
 template <typename Threads, typename Dimensions>
-void Normalise(Threads& threads, const Dimensions& of_rows, const float* rows, const Dimensions& of_scale,
+void Normalise(const Threads& threads, const Dimensions& of_rows, const float* rows, const Dimensions& of_scale,
                const float* scale, const Dimensions& shape, float epsilon, float* result) {
   const size_t leading = of_scale.size() - 1;
   const int64_t width = of_scale[leading], count = SizeOf(shape, leading, shape.size() - 1);

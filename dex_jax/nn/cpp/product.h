@@ -141,7 +141,7 @@ struct ManyRows {
 // rows [count, in], kernel [out, in] -> result [count, out] of many rows. Rows of zeros, as those beyond a prompt's end are,
 // give zeros without any work.
 template <typename Threads>
-void MultiplyMany(Threads& threads, const Format& format, const float* rows, const uint8_t* kernel, float* result,
+void MultiplyMany(const Threads& threads, const Format& format, const float* rows, const uint8_t* kernel, float* result,
                   int64_t count, int64_t in, int64_t out) {
   std::vector<int64_t> index;
   for (int64_t r = 0; r < count; ++r) {
@@ -182,7 +182,7 @@ void MultiplyMany(Threads& threads, const Format& format, const float* rows, con
 // rows [..., R, in], kernel [..., out, in] of a format -> result [..., R, out]. A leading dimension is that of the
 // result, or 1 in an operand that all have in common.
 template <typename Threads, typename Dimensions>
-void Multiply(Threads& threads, const Format& format, const Dimensions& of_rows, const float* rows,
+void Multiply(const Threads& threads, const Format& format, const Dimensions& of_rows, const float* rows,
               const Dimensions& of_kernel, const uint8_t* kernel, const Dimensions& shape, float* result) {
   const size_t leading = shape.size() - 2;
   const int64_t in = of_rows[leading + 1], out = shape[leading + 1];

@@ -59,7 +59,7 @@ class Pieces {
 
 // Does pieces 0..count-1 on all threads, each with a worker of its own that begin() gives.
 template <typename Threads>
-void Share(Threads& threads, int64_t count, const std::function<Pieces::Worker()>& begin) {
+void Share(const Threads& threads, int64_t count, const std::function<Pieces::Worker()>& begin) {
   const int64_t helpers = std::min<int64_t>(threads.num_threads(), count) - 1;
   if (helpers < 0) return;
   // A helper that comes late finds no piece left and touches nothing but these, which it shares.
