@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import json
@@ -16,14 +15,10 @@ from reference.small_models import LLAMA, LetterTokenizer, small_model
 import dex_jax
 from studies.bench import __main__ as bench
 from studies.bench import bench as bench_runs
-from studies.bench import contenders, report
-from studies.bench.comparison import costs
-from studies.bench.plan import Settings
-from studies.bench.results import read_results, to_line
+from studies.bench import report
+from studies.bench.results import read_results
 from studies.bench.runs import Run
-from studies.flags import add_flags
 
-RESULTS = Path(__file__).parents[1] / "results"
 PROMPTS = "ABC\nBCDA\nQRSTUV\nZYX\nMNOPQ\nKLM\nEFGHI\nXXYYZ\n"
 
 
@@ -169,17 +164,6 @@ def test_wrong_tokens_fail_the_run(command, small, monkeypatch, tmp_path, capsys
     assert "NOT LOSSLESS" in captured.out
 
 
-@pytest.mark.slow
-def test_sampled_tokens_are_those_of_ar(command, tmp_path) -> None:
-    output = tmp_path / "out"
-    flags = [*command, "--methods", "dex", "--timed", "none", "--temperature", "0.8", "--seed", "7"]
-    assert bench.main([*flags, "--output", str(output)]) == 0
-    runs = read_results(output)
-    assert {run.method for run in runs if run.match} == {"dex"}
-    assert all(run.match or run.tie for run in runs if run.match is not None)
-    assert len({run.seed for run in runs if run.split == "report"}) == 4
-
-
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -200,40 +184,3 @@ def test_bad_flags_are_told_in_a_sentence(flags, says, command, tmp_path, capsys
     assert bench.main([*command, *flags, "--output", str(tmp_path / "out")]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_costs_are_medians_over_rounds_and_kinds_stay_apart() -> None:
-    def run(kind: str, number: int, seconds: float | None, steps: int) -> Run:
-        given = {"kind": kind, "method": "ar", "task": "t", "prompt_id": "1", "model": "m", "tokens": [1, 2, 3]}
-        return Run(**given, prompt_tokens=1, round=number, seconds=seconds, layer_steps=steps)
-
-    runs = [run("wall", 0, 1.0, 99), run("wall", 1, 9.0, 99), run("wall", 2, 2.0, 99), run("depth", 0, None, 8)]
-    assert costs(runs, "wall") == {"ar": {("t", "default", "1"): 1.0}}
-    assert costs(runs, "depth") == {"ar": {("t", "default", "1"): 4.0}}
-    assert "99" in to_line(runs[0])
-
-
-def test_a_study_of_templates_is_another_report(tmp_path, capsys) -> None:
-    shutil.copytree(RESULTS / "templates_study", tmp_path / "copy")
-    assert report.main([str(tmp_path / "copy")]) == 2
-    assert "studies.templates.report makes its page" in capsys.readouterr().err
-
-
-def test_methods_may_be_spelt_as_decode_spells_them() -> None:
-    parser = argparse.ArgumentParser()
-    add_flags(parser, Settings)
-    args = parser.parse_args(
-        [
-            "--methods",
-            "ar,dex-single-exit",
-            "--timed",
-            "dex-one-explorer",
-            "--tasks",
-            "prompts:a-b.txt",
-            "--output",
-            "out",
-        ]
-    )
-    assert (args.methods, args.timed) == (("ar", "dex_single_exit"), ("dex_one_explorer",))
-    assert args.tasks == ("prompts:a-b.txt",)
-    assert all(name in parser.format_help().replace("\n", "") for name in contenders.METHODS)

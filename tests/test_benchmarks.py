@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import depth_side
 import few_rows
 import lossless
 import measuring
@@ -15,7 +14,6 @@ import numpy as np
 import one_explorer
 import pytest
 import speed
-import two_processes
 import weights_distance
 from outside import Outside
 from reference.small_models import LLAMA, LetterTokenizer, small_model
@@ -101,25 +99,6 @@ def test_lossless_holds(change, holds):
     assert f"{sum(run['identical'])} of 2" in lossless.table({"one": run})
 
 
-def test_two_processes_page():
-    names = (two_processes.AR, two_processes.TREES)
-    group = {"batch": 1, "tokens": 20, "identical": True}
-    group |= {key: dict(zip(names, pair, strict=True)) for key, pair in (("seconds", (1.0, 0.5)), ("ticks", (20, 10)))}
-    page = "\n".join(two_processes.page({"one": group | {"rows": dict.fromkeys(names, 8)}}, "stage=2"))
-    for cell in ("2.00 (2.00 - 2.00)", "0.50 (0.50 - 0.50)", "0.50", "50.0", "1 of 1"):
-        assert cell in page
-
-
-def test_depth_side_table():
-    runs = {}
-    for k, draft, ticks in ((1, "drafts", 10), (1, "none", 20), (2, "drafts", 16), (2, "none", 32)):
-        for prompt in ("HumanEval 1", "HumanEval 2", "question_240 1"):
-            runs[f"K = {k}; {draft}; {prompt}"] = {"tokens": 21, "ticks": ticks, "identical": True}
-    one, two = depth_side.table(runs, [1, 2, 5]).splitlines()[-2:]
-    assert [cell.strip() for cell in one.split("|")[1:-1]] == ["1", "2.00", "2.00", "2.00", "1.00", "2.00", ""]
-    assert [float(cell) for cell in two.split("|")[1:-1]] == [2, 2.5, 2.5, 2.5, 1.25, 2, 1.25]
-
-
 def test_weights_distance(monkeypatch, tmp_path, capsys):
     """Stored weights are the dense model; int8 ones are another, and AR on them parts where the figures say."""
     load, file = dex_jax.load, str(write_gguf(tmp_path / "model.gguf", "llama3", "Q4_1"))
@@ -194,16 +173,3 @@ def test_transformers_is_asked_for_tokens_and_gives_a_line(tmp_path) -> None:
     with pytest.raises(DexError, match="too many"):
         outside.run([1], 51)
     outside.close()
-
-
-def test_a_contender_that_cannot_run_is_told(tmp_path) -> None:
-    with pytest.raises(DexError, match="compares with smollm2-135m alone, not with other"):
-        Outside(sys.executable, "other")
-    with pytest.raises(DexError, match="needs a checkout of the repository"):
-        Outside(sys.executable, "smollm2-135m", tmp_path / "none.py")
-    worker = tmp_path / "worker.py"
-    worker.write_text("raise SystemExit(3)", encoding="utf-8")
-    with pytest.raises(DexError, match="ended with code 3: does it have what"):
-        Outside(sys.executable, "smollm2-135m", worker)
-    with pytest.raises(DexError, match="does not start"):
-        Outside(str(tmp_path / "python"), "smollm2-135m", worker)

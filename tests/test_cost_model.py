@@ -134,11 +134,6 @@ def test_a_tick_with_drafts_by_hand() -> None:
     assert found.total == pytest.approx(layers + exits + final / 2 + moved + told + 5 * drafted(8) + (200 + 250) * 1e-4)
 
 
-def test_a_drafter_keeps_two_bytes_a_number() -> None:
-    four, two = (setting(hardware=machine(itemsize=size), drafter=DRAFTER) for size in (4, 2))
-    assert cost_model.ar_step(four, trees=TREE).drafts == cost_model.ar_step(two, trees=TREE).drafts
-
-
 def test_layerskip_by_hand() -> None:
     s = setting()
     one = cost_twin.layer(TWIN_MODEL, 1, 1, 50, 1, TWIN_MACHINE)

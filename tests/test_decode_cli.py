@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from reference.small_models import LLAMA, small_model
 
 import dex_jax
 from dex_jax.cli import common, decode
@@ -18,13 +22,18 @@ from dex_jax.cli.display import _check_lines
 from dex_jax.decoding import auto
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.evaluation.check import Check
+from dex_jax.io.save import save_model
+from dex_jax.language_model import outline
+from dex_jax.nn.transformer import parameter_shapes
+from dex_jax.training.corpus import train_tokenizer
+from dex_jax.training.whole_model import canonical_weights
 
 PROGRAM = Path(__file__).resolve().parents[1] / "decode.py"
-# Two stages of one row each, stacked, compile fastest; every run below shares the compiled programs of this process.
+# Two stages of one layer and one row each, stacked, compile fastest; all runs below share the compiled programs.
 STACKED = ["--layout", "stacked"]
 COMMON = ["--explorers", "2", "--no-draft", "--max-new-tokens", "8", "--exits", "shared", *STACKED]
 SKY = "Why is the sky blue?"
-FINGERPRINT = "268a3187a3ebf69e"
+SMOLLM2, FINGERPRINT = "smollm2-135m", "268a3187a3ebf69e"
 
 JSON_TYPES = {
     "prompt": str,
@@ -53,44 +62,44 @@ JSON_TYPES = {
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return dex_jax.load("smollm2-135m", dtype="float32", layout=dex_jax.Stacked((15, 30)))
+def folder(tmp_path_factory) -> Path:
+    """A model of two layers that says printable characters alone."""
+    config, tokenizer = dataclasses.replace(LLAMA, num_layers=2, vocab_size=300), train_tokenizer(SKY * 40, 300)
+    weights = canonical_weights(small_model(config))
+    said = [tokenizer.decode([token]) for token in range(300)]
+    shown = np.array([[text.isascii() and text.isprintable()] for text in said])
+    weights["embed"] = np.where(shown, weights["embed"], 0)
+    return save_model(tmp_path_factory.mktemp("model") / "small", config, weights, tokenizer)
 
 
-@pytest.fixture(autouse=True)
-def one_model(monkeypatch, lm):
-    """One model, arranged as asked for, instead of loading it for every call; no compilation cache on disk."""
-
-    def arranged(outline, *args, **options):
-        lm.arrange(outline.layout)
-        return lm
-
-    monkeypatch.setattr(dex_jax.language_model.Outline, "load", arranged)
+@pytest.fixture
+def run(capsys, monkeypatch, folder):
+    """(arguments of decode.py) -> (exit code, stdout, stderr), with the small model if no other is named."""
     monkeypatch.setattr(decode, "remember_compilations", lambda: None)
 
+    def run(*arguments: str, model: str = str(folder)) -> tuple[int, str, str]:
+        code = decode.main([*arguments, "--model", model])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of decode.py."""
-    code = decode.main(list(arguments))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return run
 
 
-def test_text_then_summary(capsys, lm) -> None:
-    code, out, err = run(capsys, "--prompt", SKY, *COMMON)
-    expected = dex_jax.generate(lm, [SKY], method=dex_jax.AR(), max_new_tokens=8)
+def test_text_then_summary(run, folder) -> None:
+    code, out, err = run("--prompt", SKY, *COMMON)
+    lm = dex_jax.load(folder, "float32", layout=dex_jax.Stacked((1, 2)))
     assert code == 0
-    assert out == expected.texts[0] + "\n"
+    assert out == dex_jax.generate(lm, [SKY], method=dex_jax.AR(), max_new_tokens=8).texts[0] + "\n"
     assert "DEX, K = 2" in err
     assert "8 tokens" in err
     assert "ticks, depth-side speedup" in err
     assert "wall-clock:" in err
-    assert "exit 1 (depth  15)" in err
-    assert "final layer (depth  30)" in err
+    assert "exit 1 (depth   1)" in err
+    assert "final layer (depth   2)" in err
 
 
-def test_json_is_typed_and_consistent(capsys) -> None:
-    code, out, err = run(capsys, "--prompt", SKY, "--json", "--check", *COMMON)
+def test_json_is_typed_and_consistent(run) -> None:
+    code, out, err = run("--prompt", SKY, "--json", "--check", *COMMON)
     assert code == 0
     assert "decoding" in err
     record = json.loads(out)
@@ -98,7 +107,7 @@ def test_json_is_typed_and_consistent(capsys) -> None:
     others = ("choice", "drafter_source", "rounds", "tokens_per_round", "drafted", "accepted")
     assert set(record) == {*JSON_TYPES, "seed", "check", *others}
     assert [record[key] for key in others] == [None] * len(others)
-    assert record["layer_steps"] == 15 * record["ticks"]
+    assert record["layer_steps"] == record["ticks"]
     assert record["seed"] is None
     assert record["check"] == {"identical": True, "first_divergence": None, "top2_margin": None}
     assert record["new_tokens"] == len(record["tokens"]) == len(record["exits"])
@@ -107,14 +116,14 @@ def test_json_is_typed_and_consistent(capsys) -> None:
 
 
 @pytest.mark.slow
-def test_what_was_drafted_is_counted(capsys) -> None:
+def test_what_was_drafted_is_counted(run) -> None:
     arguments = ["--prompt", SKY, "--explorers", "1", "--exits", "shared", "--max-new-tokens", "8", "--check", *STACKED]
-    record = json.loads(run(capsys, *arguments, "--json")[1])
+    record = json.loads(run(*arguments, "--json")[1])
     assert (record["draft"], record["exits_source"], record["drafter_source"]) == (True, None, None)
     assert record["check"]["identical"]
     assert record["ticks"] == record["exits"][:-1].count(1) + 1
     assert record["depth_side_speedup"] == 7 / record["ticks"]
-    code, _, err = run(capsys, *arguments)
+    code, _, err = run(*arguments)
     assert code == 0
     assert f"DEX, K = 1 with drafts on cpu:cpu, float32: 8 tokens, {record['ticks']} ticks" in err
     assert "8 rows; drafts from the text\n" in err
@@ -122,24 +131,24 @@ def test_what_was_drafted_is_counted(capsys) -> None:
 
 
 @pytest.mark.slow
-def test_what_was_chosen_is_said(capsys, monkeypatch) -> None:
+def test_what_was_chosen_is_said(run, monkeypatch) -> None:
     cheap = StepCosts(ROWS, (1.0, 1.01, 1.02, 1.3, 1.6))
     monkeypatch.setattr(auto, "step_costs", lambda *about, **more: cheap)
     arguments = ["--prompt", SKY, "--max-new-tokens", "8", "--exits", "shared", "--check", *STACKED]
-    record = json.loads(run(capsys, *arguments, "--json")[1])
+    record = json.loads(run(*arguments, "--json")[1])
     assert (record["method"], record["draft"]) == ("dex", True)
     assert record["check"]["identical"]
-    code, _, err = run(capsys, *arguments)
+    code, _, err = run(*arguments)
     assert code == 0
     assert f"\nchosen: {record['choice']}\n" in err
     # A dry run measures nothing: it says what the larger of the two needs.
     monkeypatch.setattr(auto, "step_costs", lambda *about, **more: pytest.fail("measured"))
-    assert "K = 1 with drafts, on one device" in run(capsys, "--dry-run", "--prompt", SKY)[1]
+    assert "K = 1 with drafts, on one device" in run("--dry-run", "--prompt", SKY)[1]
 
 
-def test_json_of_one_token_has_nulls(capsys) -> None:
+def test_json_of_one_token_has_nulls(run) -> None:
     arguments = ["--prompt", SKY, "--json", "--method", "ar", "--max-new-tokens", "1", "--temperature", "1"]
-    _, out, _ = run(capsys, *arguments, "--seed", "5", *STACKED)
+    _, out, _ = run(*arguments, "--seed", "5", *STACKED)
     record = json.loads(out)
     undefined = ("exits_source", "drafter_source", "depth_side_speedup", "tokens_per_second")
     assert [record[key] for key in undefined] == [None] * len(undefined)
@@ -147,41 +156,41 @@ def test_json_of_one_token_has_nulls(capsys) -> None:
 
 
 @pytest.mark.slow
-def test_samples_are_headed_and_checked(capsys) -> None:
+def test_samples_are_headed_and_checked(run) -> None:
     sampled = ["--temperature", "1", "--num-samples", "2", "--check"]
-    code, out, err = run(capsys, "--prompt", SKY, *COMMON, *sampled)
+    code, out, err = run("--prompt", SKY, *COMMON, *sampled)
     assert code == 0
     assert f"[1] {SKY}\n" in out
     assert f"\n[2] {SKY}\n" in out
     assert err.count("identical to plain AR decoding") == 2
 
 
-def test_a_difference_is_told_and_changes_the_exit_code(capsys, monkeypatch) -> None:
+def test_a_difference_is_told_and_changes_the_exit_code(run, monkeypatch) -> None:
     from dex_jax.evaluation import check
 
     monkeypatch.setattr(check, "compare", lambda *args: [check.Check(False, 3, 0.25)])
-    code, _, err = run(capsys, "--prompt", SKY, "--check", *COMMON)
+    code, _, err = run("--prompt", SKY, "--check", *COMMON)
     assert code == 1
     assert "differs from plain AR decoding at token 3, top-2 margin 2.50e-01 (NOT a tie" in err
 
 
-def test_stop_cuts_the_text(capsys) -> None:
-    _, whole, _ = run(capsys, "--prompt", SKY, *COMMON)
-    word = whole.split()[3]
-    _, out, _ = run(capsys, "--prompt", SKY, "--stop", word, *COMMON)
-    assert out == whole[: whole.index(word)] + "\n"
+def test_stop_cuts_the_text(run) -> None:
+    _, whole, _ = run("--prompt", SKY, *COMMON)
+    at = next(at for at in range(1, len(whole) - 2) if whole.index(whole[at : at + 2]) == at)
+    _, out, _ = run("--prompt", SKY, "--stop", whole[at : at + 2], *COMMON)
+    assert out == whole[:at] + "\n"
 
 
 @pytest.mark.slow
-def test_color_depth_colours_early_tokens_on_terminals_only(capsys, monkeypatch) -> None:
+def test_color_depth_colours_early_tokens_on_terminals_only(run, monkeypatch) -> None:
     options = ["--prompt", SKY, "--max-new-tokens", "24", "--explorers", "1", *STACKED]
-    record = json.loads(run(capsys, *options, "--json")[1])
+    record = json.loads(run(*options, "--json")[1])
     assert 0 < record["exits"].count(0) < 23
     for terminal in (False, True):
         if terminal:
             monkeypatch.setenv("TERM", "xterm-256color")
             monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-        code, out, err = run(capsys, *options, "--color-depth")
+        code, out, err = run(*options, "--color-depth")
         assert code == 0
         assert out.count("\x1b[38;5;") == record["exits"].count(0) * terminal
         assert ("\x1b" in out) is terminal
@@ -191,8 +200,19 @@ def test_color_depth_colours_early_tokens_on_terminals_only(capsys, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_closed_pipe_ends_quietly() -> None:
-    command = [sys.executable, str(PROGRAM), "--prompt", SKY, "--method", "ar", "--max-new-tokens", "40"]
+def test_a_closed_pipe_ends_quietly(folder) -> None:
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        "--prompt",
+        SKY,
+        "--method",
+        "ar",
+        "--max-new-tokens",
+        "40",
+        "--model",
+        folder,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ, text=True)
     assert process.stdout is not None
     process.stdout.close()
@@ -204,12 +224,12 @@ def test_a_closed_pipe_ends_quietly() -> None:
 
 
 BAD_INPUT = {
-    "--explorers 31": "30 layers",
-    "--explorers 2 --depths 15,30": "not both",
-    "--depths 20,10,30": "ascend",
+    "--explorers 3": "2 layers",
+    "--explorers 2 --depths 1,2": "not both",
+    "--depths 2,1": "ascend",
     "--mesh rows=2": "rows=2",
     "--mesh stage=500": "500 devices",
-    "--mesh stage=1 --explorers 5": "5 explorers",
+    "--mesh stage=1 --explorers 2": "2 explorers",
     "--mesh stage=1 --layout stacked": "one device",
     "--temperature -1": "temperature",
     "--temperature 1 --top-p 0": "top_p",
@@ -220,8 +240,8 @@ BAD_INPUT = {
     "--method ar --threshold 0.5": "--threshold",
     "--exit-depth 5": "--exit-depth",
     "--method del --exit-depth 5": "--exit-depth",
-    "--method layerskip --depths 5,30": "--depths",
-    "--method layerskip --exit-depth 30": "last layer",
+    "--method layerskip --depths 1,2": "--depths",
+    "--method layerskip --exit-depth 2": "last layer",
     "--method oracle --rows 2": "--rows",
     "--method adadecode --no-decs": "--no-decs",
     "--method adadecode --threshold 2": "probability",
@@ -232,14 +252,14 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize(("flags", "keyword"), BAD_INPUT.items())
-def test_bad_input_is_one_sentence_and_exit_code_2(capsys, flags, keyword) -> None:
-    refused(run(capsys, "--prompt", SKY, *flags.split()), keyword)
+def test_bad_input_is_one_sentence_and_exit_code_2(run, flags, keyword) -> None:
+    refused(run("--prompt", SKY, *flags.split()), keyword)
 
 
-def test_empty_texts_are_refused(capsys) -> None:
-    refused(run(capsys), "--prompt-file -")
-    refused(run(capsys, "--prompt", "  "), "empty")
-    refused(run(capsys, "--prompt", SKY, "--stop", ""), "stop")
+def test_empty_texts_are_refused(run) -> None:
+    refused(run(), "--prompt-file -")
+    refused(run("--prompt", "  "), "empty")
+    refused(run("--prompt", SKY, "--stop", ""), "stop")
 
 
 def refused(found: tuple[int, str, str], keyword: str) -> None:
@@ -287,39 +307,40 @@ def test_prompt_files(tmp_path) -> None:
     assert prompts_of(stdin, io.StringIO("four\nfive\n")) == ["four", "five"]
 
 
-def test_dry_run_loads_nothing_and_adds_up(capsys, monkeypatch, lm) -> None:
+def test_dry_run_loads_nothing_and_adds_up(run, monkeypatch) -> None:
     monkeypatch.setattr(dex_jax.io.Checkpoint, "read", None)
-    code, out, err = run(capsys, "--dry-run", "--prompt", SKY)
+    code, out, err = run("--dry-run", "--prompt", SKY)
     assert (code, err.count("\n")) == (0, 1)  # what it imports
     assert "weights" in out
     assert "fits" in out
     sizes, packed = (
-        json.loads(run(capsys, "--dry-run", "--json", "--prompt", SKY, "--weights", kind)[1])
+        json.loads(run("--dry-run", "--json", "--prompt", SKY, "--weights", kind, model=SMOLLM2)[1])
         for kind in ("dense", "stored")
     )
-    assert sizes["weights_bytes"] == lm.parameter_bytes > 5 * packed["weights_bytes"]
+    numbers = sum(map(math.prod, parameter_shapes(outline(SMOLLM2).config).values()))
+    assert sizes["weights_bytes"] == 4 * numbers > 5 * packed["weights_bytes"]
     assert (sizes["weights"], packed["weights"]) == ("float32", "Q4_1 and Q8_0")
     parts = [sizes[f"{name}_bytes"] for name in ("weights", "cache", "lattice", "exits", "workspace")]
     assert sum(parts) == sizes["total_bytes"]
-    assert run(capsys, "--dry-run", "--depths", "40")[0] == 2
+    assert run("--dry-run", "--depths", "40")[0] == 2
 
 
-def test_a_dry_run_takes_and_refuses_what_a_real_run_does(capsys) -> None:
+def test_a_dry_run_takes_and_refuses_what_a_real_run_does(run) -> None:
     shipped = Path(dex_jax.__file__).parent / "default_exits"
     at_depths, drafter = shipped / f"{FINGERPRINT}.safetensors", shipped / f"{FINGERPRINT}.drafter.safetensors"
     for exits, method in ((at_depths, "DEX, K = 5 with drafts"), (drafter, "DEX, K = 1 with drafts")):
-        assert f"float32, {method}, on one device" in run(capsys, "--dry-run", "--exits", str(exits))[1]
-    assert run(capsys, "--dry-run", "--layout", "stacked", "--exits", str(drafter))[0] == 0
+        assert f"float32, {method}, on one device" in run("--dry-run", "--exits", str(exits), model=SMOLLM2)[1]
+    assert run("--dry-run", "--layout", "stacked", "--exits", str(drafter), model=SMOLLM2)[0] == 0
     for flags, keyword in (
         ("--max-new-tokens 100000", "context"),
         ("--temperature -1", "temperature"),
         ("--temperature 1 --top-p 7", "top_p"),
         (f"--explorers 5 --no-draft --exits {drafter}", "drafter"),
     ):
-        refused(run(capsys, "--dry-run", "--prompt", "Hi", *flags.split()), keyword)
+        refused(run("--dry-run", "--prompt", "Hi", *flags.split(), model=SMOLLM2), keyword)
 
 
-def test_a_parting_is_judged_by_the_dtype(capsys) -> None:
+def test_a_parting_is_judged_by_the_dtype() -> None:
     close = Check(False, 3, 5e-3)
     assert close.is_tie("bfloat16")
     assert not close.is_tie("float32")
@@ -352,8 +373,8 @@ def test_choices_are_the_library_s() -> None:
     assert dex_jax.language_model.WEIGHTS == common.WEIGHTS
 
 
-def test_filters_without_sampling_are_told(capsys) -> None:
-    _, _, err = run(capsys, "--prompt", SKY, "--top-p", "0.9", "--dry-run")
+def test_filters_without_sampling_are_told(run) -> None:
+    _, _, err = run("--prompt", SKY, "--top-p", "0.9", "--dry-run")
     assert err.splitlines()[0].startswith("--top-p changes nothing at temperature 0")
 
 

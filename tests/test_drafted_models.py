@@ -39,12 +39,12 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
 
 @pytest.mark.parametrize(
     ("explorers", "exits", "options"),
-    [(1, "mlp", {}), slow(3, "mlp", {}), slow(1, "linear", SAMPLED), slow(2, "shared", SAMPLED), slow(4, "shared", {})],
+    [(1, "mlp", {}), slow(3, "mlp", {}), slow(1, "linear", SAMPLED), slow(2, "shared", SAMPLED)],
 )
 def test_tokens_are_those_of_ar_and_exits_no_later(explorers, exits, options) -> None:
     lm = small_model(dataclasses.replace(LLAMA, num_layers=2 if explorers == 1 else 4))
     prompts, given = ragged_prompts(3), exits if exits == "shared" else random_drafter(exits)
-    method = dex_jax.Dex(explorers=explorers, rows=200 if explorers == 4 else 40)  # never pruned
+    method = dex_jax.Dex(explorers=explorers, rows=40)  # never pruned
     plain, silent, out = (
         dex_jax.generate(lm, prompts, method=each, exits=of, max_new_tokens=40, **options)
         for each, of in (
@@ -67,34 +67,20 @@ def test_tokens_are_those_of_ar_and_exits_no_later(explorers, exits, options) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("explorers", [1, 3])
-def test_the_stacked_layout_gives_the_same(lm, explorers) -> None:
-    prompts, method = ragged_prompts(2), dex_jax.Dex(explorers=explorers)
+def test_the_stacked_layout_gives_the_same(lm) -> None:
+    prompts, method = ragged_prompts(2), dex_jax.Dex(explorers=3)
     before = dex_jax.generate(lm, prompts, method=method, exits=random_drafter(), max_new_tokens=24)
     other = small_model()
-    depths = method.schedule_for(LLAMA.num_layers).depths
-    other.arrange(dex_jax.Stacked(depths if explorers > 1 else (1, 3, LLAMA.num_layers)))
+    other.arrange(dex_jax.Stacked(method.schedule_for(LLAMA.num_layers).depths))
     out = dex_jax.generate(other, prompts, method=method, exits=random_drafter(), max_new_tokens=24)
     assert out.tokens.tolist() == before.tokens.tolist()
     assert out.stats.exits.tolist() == before.stats.exits.tolist()
 
 
 @pytest.mark.slow
-def test_a_batch_is_its_single_runs(lm) -> None:
-    prompts, options = ragged_prompts(3), {"method": dex_jax.Dex(explorers=3), "exits": random_drafter()}
-    together = dex_jax.generate(lm, prompts, max_new_tokens=24, **options, **SAMPLED)
-    for row, prompt in enumerate(prompts):
-        seed = SAMPLED | {"seed": SAMPLED["seed"] + row}
-        alone = dex_jax.generate(lm, [prompt], max_new_tokens=24, **options, **seed)
-        length = int(alone.lengths[0])
-        assert together.tokens[row, :length].tolist() == alone.tokens[0].tolist()
-        assert together.stats.ticks[row] == alone.stats.ticks[0]
-
-
-@pytest.mark.parametrize("kind", [slow("attn"), slow("linear")])
-def test_trained_exits_and_a_drafter_work_together(lm, monkeypatch, kind) -> None:
+def test_trained_exits_and_a_drafter_work_together(lm, monkeypatch) -> None:
     monkeypatch.setattr(resolving, "default_drafter", lambda fingerprint: random_drafter())
-    exits, prompts = random_exits(kind, fused=kind == "linear", draft=30), ragged_prompts(2)
+    exits, prompts = random_exits("attn", draft=30), ragged_prompts(2)
     plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), max_new_tokens=30)
     out = dex_jax.generate(lm, prompts, method=dex_jax.Dex(explorers=4), exits=exits, max_new_tokens=30)
     assert_same_tokens(lm, out, plain)

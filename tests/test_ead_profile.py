@@ -171,16 +171,6 @@ def test_bad_profiles_are_refused(tmp_path, change: dict, message: str) -> None:
         measure(_model(), shared_exits(_model(), (1, 3)), [([1], [2])], depths=[(2, 5)])
 
 
-def test_tables_show_the_profile() -> None:
-    found = _profile()
-    text = profile.profile_table(found)
-    assert f"oracle speedup {found.ead.oracle_speedup:.2f}" in text
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
-    assert ["1", f"{found.ead.share[0]:.3f}"] in [row[:2] for row in cells]
-    figures = (found.grids[1].resolution_bound, found.grids[1].depth_side_speedup)
-    assert ["5", "1 2 3 4 5", *(f"{figure:.2f}" for figure in figures)] in [row[:4] for row in cells]
-
-
 def test_pictures(tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     files = profile.draw(_profile(), tmp_path / "plots")

@@ -43,10 +43,7 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
     [
         (Unrolled(), AR(), False, jnp.float32),
         slow(Unrolled(), DEL(depths=(1, 2), draft_length=3), True, jnp.float32),
-        slow(Unrolled(), Dex(explorers=2, rows=4, draft=False), True, jnp.float32),
         (Unrolled(), Dex(explorers=1), False, jnp.bfloat16),
-        slow(Stacked((1, 2)), AR(), True, jnp.float32),
-        slow(Stacked((1, 2)), Dex(explorers=2, draft=False), False, jnp.bfloat16),
         slow(Stacked((1, 2)), Dex(explorers=2), True, jnp.float32),
     ],
 )

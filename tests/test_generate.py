@@ -120,14 +120,6 @@ def test_ar_reports_one_stage() -> None:
     np.testing.assert_array_equal(stats.depth_side_speedup, 1.0)
 
 
-def test_one_token_takes_no_tick() -> None:
-    output = generate(model(), UNEVEN, max_new_tokens=1)
-    np.testing.assert_array_equal(output.tokens, autoregressive(False).tokens[:, :1])
-    np.testing.assert_array_equal(output.stats.ticks, 0)
-    np.testing.assert_array_equal(output.stats.exits, -1)
-    assert np.isnan(output.stats.depth_side_speedup).all()
-
-
 @pytest.mark.parametrize("sampled", [slow(False), True], ids=["greedy unrolled", "sampled stacked"])
 def test_a_ragged_batch_equals_single_runs(sampled: bool) -> None:
     options = SAMPLED if sampled else {}
@@ -153,11 +145,6 @@ def test_layouts_agree(sampled: bool) -> None:
     assert_same_tokens(model(), output, explored("K3 uneven", sampled), **options)
     # Without pruning, exits depend on nothing but which token is best: no rounding of scores.
     np.testing.assert_array_equal(output.stats.exits, explored("K3 uneven", sampled).stats.exits)
-
-
-@pytest.mark.slow
-def test_ar_in_the_stacked_layout() -> None:
-    assert_same_tokens(model(), generate(stacked((1, 3, 4)), AR()), autoregressive(False))
 
 
 def test_samples_take_consecutive_seeds() -> None:

@@ -331,18 +331,6 @@ def test_while_loop_equals_stepping() -> None:
         chex.assert_trees_all_equal(record, one.record)
 
 
-def test_one_sequence_alone_equals_its_row_of_a_batch() -> None:
-    """The twin runs sequences one by one already; here the library does, in its own while_loop."""
-    config = Config(4, 2, batch=4, sampled=True)
-    one = explored(config)[0]
-    for row in range(config.batch):
-        fields = {name: getattr(one.case, name)[row : row + 1] for name in ("prompts", "max_new_tokens", "seeds")}
-        alone = one.case._replace(**fields)
-        first = [one.runs[row].tokens[0]]
-        record = toy_runs.finished(tables_of(config, 0), alone, first, stages=4, rows=2, decs=True).record
-        chex.assert_trees_all_equal(record, jax.tree.map(lambda field, row=row: field[row : row + 1], one.record))
-
-
 def test_step_composes_with_vmap() -> None:
     """Two models side by side, the whole loop under one more batch axis."""
     config = Config(3, 1, batch=4)

@@ -163,14 +163,6 @@ def test_every_way_is_there() -> None:
     assert all(stages * tensor <= 8 and tensor in (1, 2, 4, 8) for stages, tensor in meshes)
 
 
-def test_dex_on_a_mesh_is_the_cost_model() -> None:
-    s = _setting("h100x4")
-    (found,) = [p for p in predictions.dex(s, EARLY, explorers=[4], rows=[4]) if p.method == "dex" and (p.tensor == 1)]
-    ticks = EARLY.ticks(even_depths(4, 80), 4)
-    assert found.step == cost_model.tick(s, Ticks(even_depths(4, 80), 4, 1 / ticks, 1 / ticks))
-    assert found.tokens_per_second == pytest.approx(1 / (found.step.total * ticks))
-
-
 DRAFTS = (
     Ticks((80,), 8, 2.5, 1.0, 2),
     Ticks((80,), 16, 2.5, 1.0, 8),
@@ -202,23 +194,6 @@ def test_one_explorer_runs_wherever_ar_does_and_explorers_with_drafts_beside_tho
     assert explorers.detail == "DEX-1/4 with drafts, exits at 20 40 60, 16 rows, mesh stage=4,tensor=2"
     assert explorers.tokens_a_step == 0.8
     assert {p.detail for p in predictions.dex(s, profile, [4], [16])} >= {explorers.detail}
-
-
-def test_the_table_compares_with_both_pipelines() -> None:
-    s, profile = _with_drafts("h100x4")
-    found = predictions.plan(s, profile).predictions
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in predictions.predictions_table(found).splitlines()
-    ]
-    assert cells[0][:4] == ["way", "tok/s", "over AR", "over trees"]
-    best = {
-        kind: max(p.tokens_per_second for p in found if p.method == f"{kind} pipelined") for kind in ("ar", "trees")
-    }
-    for p, row in zip(found, cells[2:], strict=True):
-        assert row[2:4] == [f"{p.tokens_per_second / best[kind]:.2f}" for kind in ("ar", "trees")]
-    without = predictions.predictions_table(predictions.plan(s, EARLY).predictions).splitlines()[2]
-    assert without.split("|")[4].strip() == "-"
 
 
 STEPS = ((1.0, 43.65e-3), (2.0, 43.68e-3), (4.0, 54.09e-3), (8.0, 66.11e-3), (16.0, 104.14e-3))
@@ -320,10 +295,3 @@ def test_the_drafter_is_the_one_that_ships_or_is_assumed() -> None:
     assert assumed.previous
     assert (shipped.columns, assumed.columns) == (8192, 8192)
     assert shipped.own < assumed.own
-
-
-def test_default_exits_are_those_that_ship() -> None:
-    assert plan.exits_of("default", "smollm2-135m").name == "attn"
-    assert plan.exits_of("default", "llama-2-70b").name == "shared"
-    with pytest.raises(DexError):
-        plan.exits_of("no such folder", "llama-2-70b")

@@ -67,19 +67,6 @@ def test_a_packed_file_is_read_as_well(tmp_path) -> None:
         read_results(tmp_path)
 
 
-def test_a_line_cut_off_by_a_kill_is_written_again(tmp_path) -> None:
-    results = Results(tmp_path, {})
-    results.add(RUN)
-    results.close()
-    with results.path.open("ab") as file:
-        file.write(to_line(dataclasses.replace(RUN, round=1))[:50].encode())
-    assert read_results(tmp_path) == [RUN]
-    again = Results(tmp_path, {})
-    again.add(dataclasses.replace(RUN, round=2))
-    again.close()
-    assert [run.round for run in read_results(tmp_path)] == [0, 2]
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -153,15 +140,6 @@ def test_repeated_grams() -> None:
     assert repeated([7] * 13) == 0.9
 
 
-def test_pairs_stay_together() -> None:
-    # Costs differ a hundredfold between prompts, but their ratio is always 2.
-    cost = 10.0 ** np.random.default_rng(1).uniform(-1, 1, 30)
-    interval = resampling.bootstrap(resampling.ratios(2 * cost, cost))
-    assert (interval.low, interval.value, interval.high) == (2, 2, 2)
-    both = np.stack([2 * cost, cost], axis=1)
-    assert resampling.bootstrap(both, resampling.ratio_of_sums).low == pytest.approx(2)
-
-
 def test_simultaneous_intervals_are_wider_and_hold_together() -> None:
     random = np.random.default_rng(3)
     together = 0
@@ -226,23 +204,3 @@ def test_one_prompt_may_part_by_rounding() -> None:
     assert c.mismatches(made) == []
     assert c.lossless(run for run in made if run.method == "dex") == (21, 20, 1, 0, 4, 1e-6)
     assert c.lossless(runs("ar", [1])) is None
-
-
-def test_availability_is_the_oracles_where_there_is_one() -> None:
-    exits = {"exits": [-1, 1, 1, 2, 3], "tokens": [1] * 5, "depths": [2, 4, 6]}
-    made = runs("dex", [1], **(exits | {"exits": [-1, 3, 3, 3, 3]}))
-    assert c.availability(made)["a"].shares == (0, 0, 1)
-    found = c.availability([*made, *runs("oracle", [1, 1], **exits)])["a"]
-    assert found.shares == (0.5, 0.25, 0.25)
-    assert found.tokens == 8
-    assert found.mean == pytest.approx(np.mean([2, 2, 4, 6]))
-
-
-def test_explorers_in_their_order() -> None:
-    made = [*runs("ar", [300, 300]), *runs("dex", [100, 100], setting={"explorers": 10})]
-    made += runs("dex", [150, 150], setting={"explorers": 2})
-    found = c.by_explorers(c.costs(made, "depth"))
-    assert {k: each.value for k, each in found.items()} == {2: 2, 10: 3}
-    assert list(found) == [2, 10]
-    assert c.main_methods(c.costs(made, "depth"), 2) == ["dex explorers=2"]
-    assert c.main_methods(c.costs(made, "depth")) == ["dex explorers=10"]

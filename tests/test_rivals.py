@@ -129,33 +129,6 @@ def test_the_stacked_layout_gives_the_same() -> None:
 
 
 @pytest.mark.slow
-def test_an_end_of_sequence_ends_rounds_and_is_never_drafted() -> None:
-    whole = plain("greedy", 3)
-    eos = int(whole.tokens[0, 9])
-    lm = small_model(tokenizer=LetterTokenizer((eos,)))
-    reference = generated(lm, AR(), ragged_prompts(3), {})
-    for name in ("layerskip", "adadecode", "del", "oracle"):
-        output = generated(lm, METHODS[name], ragged_prompts(3), {})
-        assert output.tokens.tolist() == reference.tokens.tolist()
-        assert output.lengths.tolist() == reference.lengths.tolist()
-        assert_counts(output)
-        if name != "oracle":
-            ended = [row for row, n in enumerate(output.lengths) if output.tokens[row, n - 1] == eos]
-            assert ended
-            final = output.stats.schedule.stages
-            assert all(output.stats.exits[row, output.lengths[row] - 1] in (-1, final) for row in ended)
-
-
-@pytest.mark.parametrize(("limit", "drafted", "layer_steps"), [(1, 0, {0}), (2, 0, {4}), (3, 1, {4 + 3, 4 + 4 + 3})])
-def test_nothing_is_drafted_beyond_a_limit(limit, drafted, layer_steps) -> None:
-    method = METHODS["layerskip"]
-    output = dex_jax.generate(model(), ragged_prompts(3), method=method, exits="shared", max_new_tokens=limit)
-    assert output.tokens.tolist() == plain("greedy", 3).tokens[:, :limit].tolist()
-    assert set(output.stats.drafted.tolist()) == {drafted}
-    assert set(output.stats.layer_steps.tolist()) <= layer_steps
-
-
-@pytest.mark.slow
 def test_a_stop_string_counts_what_was_spent_up_to_it() -> None:
     lm = small_model(tokenizer=LetterTokenizer())
     for name in ("layerskip", "adadecode", "oracle"):
@@ -198,13 +171,12 @@ def test_a_summary_and_a_record_tell_the_counts_apart() -> None:
     assert json_record(0, bound, "x", None, None)["rounds"] is None
 
 
-@pytest.mark.parametrize("kind", ["attn", slow("linear")])
-def test_half_precision_keeps_its_dtypes(kind) -> None:
+def test_half_precision_keeps_its_dtypes() -> None:
     """The loop's carry must come out as it went in; tracing shows it."""
     layout, dtype = dex_jax.Unrolled(), jnp.dtype(jnp.bfloat16)
     schedule = DEL(draft_length=3).schedule_for(4)
     shapes = session_shapes(LLAMA, dtype, schedule, layout, 2, 64, sampled=True)
-    given = EXITS[kind]
+    given = EXITS["attn"]
     spec = session.Spec(LLAMA, layout, schedule, given.config)
 
     def decode(weights, memory, last, lengths, limits, sampling):

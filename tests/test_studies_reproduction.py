@@ -67,15 +67,6 @@ def test_a_coarser_grid_that_wins_or_an_uneven_one_is_said(tmp_path) -> None:
     assert "K = 8 is left out, as its exits leave a stage of 5 layers" in text
 
 
-def test_what_exits_were_trained_on_is_said(tmp_path) -> None:
-    folder = study(tmp_path / "a", {"ar": 300, "dex explorers=5": 150})
-    runs, about = reproduction.read_results(folder), reproduction.read_study(folder)
-    assert "were trained on" not in reproduction.page([(runs, about)])
-    used = {"digest": "0", "trained_on": ["self", "gsm8k/train.jsonl", "mmlu/mmlu_dev.jsonl"]}
-    text = reproduction.page([(runs, about | {"exits_used": used})])
-    assert "trained on answers to self, gsm8k/train.jsonl, mmlu/mmlu_dev.jsonl: on gsm8k they may know" in text
-
-
 @pytest.mark.parametrize(
     ("interval", "says"),
     [

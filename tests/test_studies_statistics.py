@@ -100,25 +100,6 @@ def test_a_gain_holds_or_not(found, holds, keeps, beats):
     assert f"{spread.median:.2f} [{spread.lowest:.2f}, {spread.highest:.2f}]" in headline
 
 
-def test_templates_without_decoding_are_told_apart():
-    found = grid()
-    costs = {name: cost.copy() for name, cost in found.costs.items()}
-    for cost in costs.values():
-        cost[:33, 1] = np.nan  # 7 of 40 answers are left
-        cost[:30, 2] = np.nan
-    found = dataclasses.replace(found, costs=costs)
-    assert found.decoding.tolist() == [True, False, True, True, True]
-    some = found.only(found.decoding)
-    assert some.templates == ("t0", "t2", "t3", "t4")
-    assert not np.isnan([interval.low for interval in s.spread(some, "dex", 100).each]).any()
-    text = template_report.summary(runs_of(found), STUDY)
-    assert "Left out of all speedups: t1" in text
-    assert "Holds across templates" not in text
-    looping = found.repeated > s.LOOPING
-    for cost in found.without(looping).costs.values():
-        assert np.isnan(cost[looping]).all()
-
-
 def test_grids_are_made_of_runs():
     found = grid(items=5, templates=3)
     runs = runs_of(found)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
-import numpy as np
 import pytest
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
 from dex_jax import language_model
-from dex_jax.forced.asks import dex_asks
-from dex_jax.forced.counts import dex_counts
-from dex_jax.forced.run import force, shared_exits
-from dex_jax.forced.texts import answers
 from studies.bench.results import read_results
 from studies.templates import __main__ as templates
 from studies.templates import report as template_report
@@ -137,14 +131,3 @@ def test_bad_flags_are_refused_and_nothing_is_written(command, tmp_path, capsys,
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert template_report.main([str(tmp_path)]) == 2
-
-
-def test_a_tie_of_an_exit_is_no_error(lm):
-    """A disagreement counts only where the exit was sure."""
-    exits = shared_exits(lm, (2,))
-    forced = force(lm, exits, answers(lm, [[1, 2, 3]], 12, batch=4), dex_asks((2, 4), exits.config))
-    even = dataclasses.replace(forced, said=forced.said._replace(gap=forced.said.gap * 0 + 0.25))
-    assert set(dex_counts(even, (2, 4))[0].closest[1:]) == {0.25}
-    run = dex_counts(forced, (2, 4))[0]
-    assert run.closest.shape == run.exits.shape
-    assert np.all((run.closest[1:] >= 0) & (run.closest[1:] <= 1))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dex_jax.errors import DexError
-from studies.bench.tasks import TASKS, read_task, spread, task_file
+from studies.bench.tasks import TASKS, read_task, spread
 
 ROWS = {
     "gsm8k": {"question": "2 + 2?", "answer": "#### 4"},
@@ -22,7 +22,6 @@ ROWS = {
     "hellaswag": {"ind": 4, "activity_label": "Tea", "ctx": "She pours", "endings": ["tea.", "sand."], "label": 0},
     "mmlu": {"subject": "law", "idx": 3, "question": "Which?", "choices": ["this", "that"], "answer": 1},
 }
-DATA = Path(__file__).parents[2] / "shared" / "data"
 EXPLAIN = "\n\nName the letter and explain your choice."
 ASKED = {
     "gsm8k": ("0", "2 + 2?"),
@@ -105,25 +104,8 @@ def test_any_file_of_prompts_is_a_task(tmp_path) -> None:
         read_task(f"prompts:{tmp_path / 'other.txt'}", None)
 
 
-def test_the_test_split_comes_first(tmp_path) -> None:
-    for name in ("train.jsonl", "validation.jsonl", "a_test.jsonl"):
-        write(tmp_path, f"gsm8k/{name}", "")
-    assert task_file("gsm8k", tmp_path).name == "a_test.jsonl"
-    with pytest.raises(DexError, match="has no file of task xsum: put one into"):
-        task_file("xsum", tmp_path)
-
-
 def test_prompts_are_evenly_spread() -> None:
     assert spread(100, 4) == [6, 31, 56, 81]
     assert spread(3, 5) == [0, 1, 2]
     assert set(spread(100, 4)).isdisjoint(spread(100, 50, taken=spread(100, 4)))
     assert spread(4, 2, taken=range(4)) == []
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data sets in ../shared/data, which are not committed")
-@pytest.mark.parametrize(
-    ("task", "count"), [("gsm8k", 7470), ("humaneval", 164), ("spec_bench", 240), ("hellaswag", 500), ("mmlu", 285)]
-)
-def test_real_files(task, count) -> None:
-    asked = read_task(task, DATA)
-    assert len(asked) == len({each.id for each in asked}) == count

@@ -40,8 +40,6 @@ def plain(lm):
     [
         ("linear", True, 30),
         slow("attn", False, 30),
-        slow("shared", False, 30),
-        slow("lowrank", True, None),
         slow("mlp", True, 20),
         slow("linear, of the position before alone", True, None),
     ],
