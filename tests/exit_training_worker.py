@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+import jax
+from jax.sharding import AxisType
 from reference.small_models import LLAMA, small_model
-from training_worker import mesh_of
 
 from dex_jax.config import ExitsConfig
 from dex_jax.language_model import LanguageModel
@@ -39,4 +40,5 @@ def with_steps(steps: int) -> ExitTraining:
 
 if __name__ == "__main__":
     config = dataclasses.replace(CONFIG, evaluation_texts=0)
-    train_exits(config, base_model(), sys.argv[1], mesh=mesh_of("2x2"))
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    train_exits(config, base_model(), sys.argv[1], mesh=mesh)

@@ -248,7 +248,7 @@ def test_the_stop_string_that_is_complete_first_decides() -> None:
 
 
 def test_a_prompt_longer_than_a_chunk_of_the_prefill() -> None:
-    lm = small_model(dataclasses.replace(LLAMA, num_layers=2))
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=1))
     prompt = np.random.default_rng(3).integers(0, LLAMA.vocab_size, 700).tolist()
     output = generate(lm, AR(), [prompt], max_new_tokens=2)
     logits = np.asarray(lm.logits([[*prompt, int(output.tokens[0, 0])]]))[0]
@@ -266,22 +266,22 @@ class CompileCounter:
 
 
 def test_another_request_of_the_same_size_compiles_nothing() -> None:
-    counter = CompileCounter()
+    lm, counter = small_model(dataclasses.replace(LLAMA, num_layers=1)), CompileCounter()
     jax.monitoring.register_event_duration_secs_listener(counter)
     try:
         jax.jit(lambda x: x + 1)(np.float32(np.random.default_rng().random()))
         assert counter.count > 0, "compilations are not seen under this name"
-        generate(model(), AR(), [[1, 2, 3]], seed=0, **SAMPLED)
+        generate(lm, AR(), [[1, 2, 3]], seed=0, **SAMPLED)
         counter.count = 0
-        output = generate(model(), AR(), [[4, 5, 6, 7, 8, 9]], seed=1, **SAMPLED, max_new_tokens=TOKENS + 3)
+        output = generate(lm, AR(), [[4, 5, 6, 7, 8, 9]], seed=1, **SAMPLED, max_new_tokens=TOKENS + 3)
         assert output.lengths.tolist() == [TOKENS + 3]
         for other in ({"max_new_tokens": 100}, {"temperature": 0.7, "top_k": None, "top_p": None}):
-            generate(model(), AR(), [[1, 2]], **{**SAMPLED, **other})
+            generate(lm, AR(), [[1, 2]], **{**SAMPLED, **other})
         assert counter.count == 0
-        generate(model(), AR(), [[1, 2, 3], [4], [5]], seed=0, **SAMPLED)
+        generate(lm, AR(), [[1, 2, 3], [4], [5]], seed=0, **SAMPLED)
         held = RUN.held, START.held
-        generate(model(), AR(), [[1, 2, 3]] * 4, seed=0, **SAMPLED)
-        generate(model(), AR(), [list(range(40)), [4, 5], [6]], seed=0, **SAMPLED)
+        generate(lm, AR(), [[1, 2, 3]] * 4, seed=0, **SAMPLED)
+        generate(lm, AR(), [list(range(40)), [4, 5], [6]], seed=0, **SAMPLED)
         assert (RUN.held, START.held) == held, "prompts of any length, and three sequences as four"
     finally:
         # jax 0.7 cannot take one listener back; there the counter stays, and counts for nobody.

@@ -58,15 +58,6 @@ def test_a_stored_checkpoint_is_the_same(store, tmp_path, monkeypatch):
     assert there.read("layers.1.down").nbytes == sum(fetched)
 
 
-def test_a_stored_adapter_and_what_it_was_merged_into(store, tmp_path):
-    put(store, write_checkpoint(tmp_path, "llama2"), "bucket/merged")
-    store.pipe_file("/bucket/merged/adapter_config.json", b"{}")
-    assert open_checkpoint("memory://bucket/merged").config.width == 64
-    store.mv("/bucket/merged/model.safetensors", "/bucket/merged/adapter_model.safetensors")
-    with pytest.raises(DexError, match="LoRA adapter"):
-        open_checkpoint("memory://bucket/merged")
-
-
 def test_a_stored_model_and_stored_exits_are_loaded(store, tmp_path):
     directory = write_checkpoint(tmp_path / "model", "llama2")
     put(store, directory, "bucket/model")

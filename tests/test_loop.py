@@ -57,19 +57,15 @@ class Config:
 LOOKUP = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9)
 NO_LOOKUP = (0.0,) * 8
 CONFIGS = [
-    Config(1, 1, batch=2),
-    Config(2, 2, batch=3),
     Config(3, 1, batch=4),
     Config(4, 4),
     Config(4, 4, decs=False),
-    Config(5, 2),
     Config(5, 8, draft=3),
     Config(6, 16, vocab=30),
     Config(1, 1, batch=3, sampled=True),
     Config(3, 2, decs=False, sampled=True),
     Config(4, 2, batch=4, sampled=True),
     Config(4, 4, batch=4, sampled=True, draft=5),
-    Config(5, 8, sampled=True, vocab=30),
     Config(1, 10, batch=3, tree=TreeShape((3, 2, 2, 1, 1), 4, LOOKUP)),
     Config(1, 4, batch=3, tree=TreeShape((1, 1, 1), 0, LOOKUP)),
     Config(1, 6, batch=3, sampled=True, draft=7, tree=TreeShape((2, 2, 1), 3, LOOKUP)),
@@ -79,15 +75,15 @@ CONFIGS = [
     Config(5, 8, batch=4, sampled=True, tree=TreeShape((2, 1), 1, LOOKUP)),
 ]
 PAPER = [config for config in CONFIGS if config.tree is None]
-LARGE = (
-    Config(5, 8, draft=3),
-    Config(6, 16, vocab=30),
-    Config(5, 8, sampled=True, vocab=30),
-    Config(1, 10, batch=3, tree=TreeShape((3, 2, 2, 1, 1), 4, LOOKUP)),
-    *CONFIGS[-3:],
-)
-"""Those that take seconds to compile; smaller ones do the same."""
-every_config = pytest.mark.parametrize("config", [slow(each) if each in LARGE else each for each in CONFIGS], ids=str)
+QUICK = [CONFIGS[number] for number in (0, 1, 2, 5, 8, 10, 12)]
+
+
+def configs(chosen: list[Config]) -> pytest.MarkDecorator:
+    """As parameters: those outside QUICK take seconds to compile, and smaller ones do the same."""
+    return pytest.mark.parametrize("config", [each if each in QUICK else slow(each) for each in chosen], ids=str)
+
+
+every_config = configs(CONFIGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +163,7 @@ def test_tokens_are_ars_ticks_follow_from_exits_and_exits_are_the_teacher_forced
                 assert all(exit_ >= least for exit_, least in zip(exits[1:], count, strict=True))
 
 
-@pytest.mark.parametrize("config", [slow(each) if each in LARGE else each for each in PAPER], ids=str)
+@configs(PAPER)
 def test_lattice_stays_within_its_bounds(config: Config) -> None:
     nodes = max(int(one.ticks.lattice.live.sum(axis=(2, 3)).max()) for one in explored(config))
     cohort = max(int(one.ticks.lattice.live.sum(axis=3).max()) for one in explored(config))

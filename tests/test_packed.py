@@ -5,13 +5,11 @@ from __future__ import annotations
 import tracemalloc
 
 import chex
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import slow
-from hypothesis import given, settings
 from reference.blocks import dequantised, random_blocks
 from test_few_rows import needs_compiler
 from test_io_gguf import write_gguf
@@ -38,12 +36,10 @@ def packed(format: str, rows: int, blocks: int, seed: int = 0) -> tuple[Packed, 
 
 
 @formats
-@settings(max_examples=20)
-@given(rows=st.integers(1, 5), blocks=st.integers(1, 4), seed=st.integers(0, 1000))
-def test_any_bytes_stand_for_what_the_gguf_package_makes_of_them(format, rows, blocks, seed) -> None:
+def test_any_bytes_stand_for_what_the_gguf_package_makes_of_them(format) -> None:
     """Bytes of scales too: numbers that are not normal, infinite, or none."""
-    columns, size = FORMATS[format]
-    found = np.random.default_rng(seed).integers(0, 256, (rows, blocks * size), np.uint8)
+    (columns, size), rows, blocks = FORMATS[format], 300, 3
+    found = np.random.default_rng(0).integers(0, 256, (rows, blocks * size), np.uint8)
     kernel = Packed((jnp.asarray(found),), (None,), (format,))
     assert kernel.shape == (rows, blocks * columns)
     with np.errstate(all="ignore"):

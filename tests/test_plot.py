@@ -155,11 +155,6 @@ def test_the_program_draws_and_refuses(monkeypatch, capsys, tmp_path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.svg", "text.svg"]
 
 
-def test_lattice_without_ticks_is_refused(trace) -> None:
-    with pytest.raises(DexError, match="nothing to draw from tick 5 to 5"):
-        plot.lattice(trace, ticks=(5, 5))
-
-
 def test_histogram_counts_every_token_but_the_first(out) -> None:
     needs_matplotlib()
     (axes,) = plot.ead_histogram([out, out]).axes
@@ -167,16 +162,6 @@ def test_histogram_counts_every_token_but_the_first(out) -> None:
     heights = [bar.get_height() for bar in axes.patches]
     assert np.allclose(heights, np.bincount(exits, minlength=5)[1:] / len(exits))
     assert axes.get_title().startswith(f"{2 * len(exits)} tokens")
-
-
-def test_histogram_of_other_methods_or_grids_is_refused(out) -> None:
-    plain, other = (
-        dataclasses.replace(out, stats=dataclasses.replace(out.stats, schedule=method.schedule_for(4)))
-        for method in (dex_jax.AR(), dex_jax.Dex(explorers=2, draft=False))
-    )
-    for outputs in (plain, [out, plain], [out, other], []):
-        with pytest.raises(DexError, match="one set of exit depths"):
-            plot.ead_histogram(outputs)
 
 
 def test_speedups_are_drawn_as_given_or_as_counted(out) -> None:

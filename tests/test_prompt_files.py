@@ -148,14 +148,6 @@ def huge():
         standard_library_prompts()
 
 
-@pytest.mark.slow
-def test_this_interpreters_library_is_enough_to_train_on() -> None:
-    prompts = standard_library_prompts()
-    assert len(prompts) > 1000
-    assert len(set(prompts)) == len(prompts)
-    assert all(60 < len(prompt) < 1500 and prompt.startswith(("def ", "async def ")) for prompt in prompts)
-
-
 @needs_data
 def test_the_shared_prompts_are_all_understood() -> None:
     files = {

@@ -15,15 +15,12 @@ from dex_jax.errors import DexError
 from dex_jax.prompt_files import read_rows
 from studies.templates.answers import parse_choice
 from studies.templates.formats import (
-    LABELS,
-    WRAPPERS,
     Template,
     built_in,
     choose_examples,
     read_templates,
     render,
     same_item,
-    sample_formats,
     shown_options,
 )
 from studies.templates.items import Item, read_items
@@ -108,16 +105,6 @@ def test_promptsource_yaml_is_read():
         text = render(template, item())
         assert "|||" not in text
         assert all(option in text for option in shown_options(template, item()))
-
-
-def test_formats_are_drawn_from_the_grammar():
-    found = sample_formats("mmlu", 20, seed=3)
-    assert found == sample_formats("mmlu", 20, seed=3)
-    assert found != sample_formats("mmlu", 20, seed=4)
-    assert len({render(template, item()) for template in found}) == 20
-    assert all(template.options in LABELS and template.wrapper in WRAPPERS for template in found)
-    with pytest.raises(DexError, match="at least 1"):
-        sample_formats("mmlu", 0)
 
 
 YAML = """templates:
@@ -217,12 +204,3 @@ def test_every_field_is_read(tmp_path):
 def test_bad_items_are_named_by_file_and_line(tmp_path, task, change, said):
     with pytest.raises(DexError, match=rf"line 2 of .*bad\.jsonl.*{said}"):
         items_in(task, written(tmp_path / "bad.jsonl", ROWS[task], ROWS[task] | change))
-
-
-def test_bad_files(tmp_path):
-    with pytest.raises(DexError, match="unknown task 'chess'"):
-        read_items("chess", [])
-    with pytest.raises(DexError, match="no item"):
-        items_in("mmlu", written(tmp_path / "list.jsonl", "[1]"))
-    with pytest.raises(DexError, match=r"line 2 of .* is another item with the id mmlu-logic-3"):
-        items_in("mmlu", written(tmp_path / "twice.jsonl", MMLU, MMLU))

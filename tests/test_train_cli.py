@@ -125,20 +125,6 @@ def test_the_same_command_again_finds_nothing_left_to_do(capsys, trained, place)
 
 
 @pytest.mark.slow
-def test_longer_and_from_exits(capsys, trained, place) -> None:
-    folder = place / "longer"
-    flags = ["--init-from", trained, "--steps", "1", "--batch", "2", "--seed", "5", "--data", place / "prompts.txt"]
-    code, out, _ = run(capsys, "--config", place / "exits.py", "--folder", folder, *flags)
-    assert code == 0
-    assert "for 8 tokens" in out
-    begun, ended = load_exits(trained), load_exits(folder)
-    np.testing.assert_array_equal(ended.vocabulary, begun.vocabulary)
-    # One step of Adam moves a number by the learning rate at most.
-    assert 0 < np.abs(ended.parameters["map"] - begun.parameters["map"]).max() < 2e-3
-    assert ended.metadata["data"] == [str(place / "prompts.txt")]
-
-
-@pytest.mark.slow
 def test_export_is_small_and_decodes_to_the_same_text(capsys, trained, place) -> None:
     small, large = place / "small.safetensors", place / "large.safetensors"
     code, out, _ = run(capsys, "export", trained, small)

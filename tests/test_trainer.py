@@ -1,8 +1,6 @@
 import dataclasses
 import math
-import os
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from environment import flags_for_devices
 from reference.training_twin import train_linear_map
 from training_worker import LinearMap
 
 from dex_jax.errors import DexError
-from dex_jax.training import trainer
 from dex_jax.training.config import MAY_CHANGE, TrainConfig
 from dex_jax.training.journal import FILE_NAME, Journal, read_journal
 from dex_jax.training.optimizer import decayed_by_default, learning_rate
@@ -107,10 +103,6 @@ def whole(tmp_path_factory):
 def step_of(event) -> int | None:
     """The step that a Standing tells of; None for lines of text."""
     return None if isinstance(event, str) else int(event.what.removeprefix("step ").partition("/")[0])
-
-
-def test_large_numbers_are_told_in_short() -> None:
-    assert [trainer._amount(value) for value in (7, 12_345, 1234.5, 2e7, 3e9)] == ["7", "12.3k", "1.23k", "20M", "3G"]
 
 
 def test_a_run_learns_logs_evaluates_and_traces_once(whole):
@@ -264,18 +256,6 @@ def test_another_backbone_warns_and_goes_on(small):
 
 
 # Devices
-
-
-@pytest.mark.slow
-def test_a_mesh_gives_one_devices_result(tmp_path):
-    worker = Path(__file__).with_name("training_worker.py")
-    flags = {"XLA_FLAGS": flags_for_devices(4), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(worker), str(tmp_path), "--steps", "20", "--width", "8", "--checkpoint-every", "10"]
-    subprocess.run([*command, "--meshes", "", "2x2"], env={**os.environ, **flags}, check=True)
-    one, many = (np.load(tmp_path / mesh / "result.npz") for mesh in ("", "2x2"))
-    assert many["shards"] == 2
-    for name in ("map", "scale", "bias"):
-        np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):

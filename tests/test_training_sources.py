@@ -14,7 +14,7 @@ from dex_jax.errors import DexError
 from dex_jax.language_model import outline
 from dex_jax.training.items import script
 from dex_jax.training.mixture import BLOCK, Mixture
-from dex_jax.training.sources import SelfSource, SourceOptions, entry_digest, held_out_digests, open_mixture, parse_data
+from dex_jax.training.sources import SelfSource, SourceOptions, open_mixture, parse_data
 
 OPTIONS = SourceOptions(length=128, seed=3)
 
@@ -134,17 +134,6 @@ def test_held_out_prompts_are_never_trained_on_in_any_source(tmp_path: Path, smo
     trained = {source.item(number).turns[0].forced for source in mixture.sources for number in range(2000)}
     assert not held_out & trained
     assert len(held_out | trained) == 2000
-
-
-def test_the_split_hangs_on_the_prompts_alone() -> None:
-    prompts = [f"prompt {i}" for i in range(1000)]
-    held_out = held_out_digests(prompts, 0.1, 1)
-    assert len(held_out) == 100
-    assert held_out_digests([*prompts[::-1], *prompts], 0.1, 1) == held_out
-    assert len(held_out_digests(prompts, 0.02, 32)) == 32
-    assert len(held_out_digests(prompts[:10], 0.02, 32)) == 5
-    assert held_out_digests(prompts[:1], 0.02, 32) == []
-    assert set(held_out) < {entry_digest(prompt) for prompt in prompts}
 
 
 def test_long_prompts_are_skipped_and_that_is_said_once(tmp_path: Path, smol) -> None:

@@ -124,16 +124,6 @@ def test_history_is_the_end_of_the_chunk_before_and_seeds_differ() -> None:
             np.testing.assert_array_equal(getattr(before, field)[:, -HISTORY:], getattr(after, field)[:, :HISTORY])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("history", "steps"), [(0, STEPS), (7, 3)])
-def test_history_of_none_and_of_more_than_a_chunk(history: int, steps: int) -> None:
-    source = stream(history=history, steps=steps)
-    run = chunks(source, 4)
-    twin = stream_twin.run_rows(told, ROWS, steps, 4, waiting=2 * ROWS)
-    expected = np.concatenate([np.full((ROWS, history), -1), twin.token], axis=1)
-    np.testing.assert_array_equal(run[-1].token, expected[:, -(history + steps) :])
-
-
 def test_rows_refill_at_once_and_idle_time_is_counted() -> None:
     busy = stream(lambda number: Item((Turn(tuple(range(5 + number % 3)), forced_weight=1.0),)))
     position = joined(chunks(busy, 6), "position")

@@ -7,14 +7,13 @@ checkpoint keeps, so a run that misses a boundary goes another way.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.trainer import train
@@ -85,35 +84,14 @@ class LinearMap:
     def batch_sharding(self, mesh):
         return PartitionSpec("data")
 
-    def param_sharding(self, mesh):
-        return {"map": PartitionSpec(None, "tensor"), "scale": PartitionSpec("tensor"), "bias": PartitionSpec("tensor")}
-
-
-def mesh_of(name: str) -> Mesh | None:
-    """ "2x1": two devices along "data", one along "tensor"; "" is no mesh."""
-    if not name:
-        return None
-    shape = tuple(int(size) for size in name.split("x"))
-    devices = jax.devices()[: shape[0] * shape[1]]
-    return jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=CONFIG.steps)
-    parser.add_argument("--checkpoint-every", type=int, default=CONFIG.checkpoint_every)
-    parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--seconds", type=float, default=0.0)
-    parser.add_argument("--meshes", nargs="*", default=[""], help='as 2x2 for data x tensor; "" for none')
     args = parser.parse_args()
-    config = dataclasses.replace(CONFIG, steps=args.steps, checkpoint_every=args.checkpoint_every)
-    for name in args.meshes:
-        folder = args.folder / name
-        task = LinearMap(config, args.width, seconds=args.seconds)
-        trained = train(task, config, folder, mesh=mesh_of(name))
-        shards = len({str(shard.index) for shard in trained.params["map"].addressable_shards})
-        np.savez(folder / "result.npz", shards=shards, **trained.params)
+    trained = train(LinearMap(CONFIG, WIDTH, seconds=args.seconds), CONFIG, args.folder)
+    np.savez(args.folder / "result.npz", **trained.params)
 
 
 if __name__ == "__main__":
