@@ -69,7 +69,7 @@ at_end() {
     "$python" -c 'import dex_jax, flax, jax, sys; print(dex_jax.__file__, jax.__version__, flax.__version__); sys.exit("site-packages" not in dex_jax.__file__)'
     "$work/$name/bin/dex-decode" --prompt "Why is the sky blue?" --max-new-tokens 8 --explorers 2
     "$work/$name/bin/dex-train-exits" --help >/dev/null
-    "$python" -m pytest --slow "$@"
+    "$python" -m pytest "$@"
   )
 }
 

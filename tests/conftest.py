@@ -52,13 +52,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Longest files first; leaves out what needs an environment of its own, unless -m says what to run, and what is
-    slow, unless it is asked for: all of it by --slow, or one test by its name."""
+    slow, unless it is asked for: all of it by --slow, or tests by their names alone."""
     order = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     config.stash[LEFT_OUT] = left_out = []
     if config.getoption("markexpr"):
         return
-    all_slow = config.getoption("slow") or any("::" in argument for argument in config.args)
+    all_slow = config.getoption("slow") or all("::" in argument for argument in config.args)
     leave_out = {*OPTIONAL_MARKERS, *(() if all_slow else ("slow",))}
     left_out += [item for item in items if any(item.get_closest_marker(name) for name in leave_out)]
     if left_out:

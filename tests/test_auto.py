@@ -70,12 +70,6 @@ def test_cheap_rows_mean_drafts(cheap_rows) -> None:
     )
 
 
-def test_dear_rows_mean_ar(dear_rows) -> None:
-    method, why = chosen(Dex())
-    assert method == AR()
-    assert why.startswith("AR: a step takes 1000.0 ms here; one explorer with drafts, ")
-
-
 @pytest.mark.parametrize(("a_row_more", "rows"), [(0.001, (15,)), (0.2, (1, 2, 4, 8, 15))])
 def test_on_a_mesh_each_stage_has_an_explorer_that_chooses_its_rows(monkeypatch, a_row_more, rows) -> None:
     asked: list[tuple] = []
@@ -109,12 +103,6 @@ def test_a_drafter_brings_its_trees() -> None:
     far_dearer = StepCosts(ROWS, (1.0, 1.1, 1.1 + auto.LONGEST_STEP, 9.0, 9.0))
     _, drafting = candidates(far_dearer, drafter)
     assert dataclasses.replace(drafting.method.draft, rungs=(), drafting=0.0) == trees[1].shape
-
-
-def test_a_batch_waits_for_its_slowest_sequence() -> None:
-    alone, eight = (candidates(costs_of(0.008), None, batch) for batch in (1, 8))
-    assert eight[0].seconds == alone[0].seconds
-    assert eight[1].seconds == pytest.approx(1.24 * alone[1].seconds)
 
 
 def test_the_slowest_of_a_batch_is_as_slow_as_measured() -> None:
@@ -301,14 +289,6 @@ def test_costs_that_are_right_stay() -> None:
             pace.saw(pieces, seconds)
         np.testing.assert_allclose(pace.costs[:-1], true[:-1], rtol=0.1)
         assert pace.fastest == pytest.approx(step, rel=0.15)
-
-
-def test_one_kind_of_work_and_none_say_nothing_of_others() -> None:
-    pace = Pace(np.array([1.0, 1.2]))
-    pace.saw(np.array([0, 0]), 5.0)
-    assert pace.fastest == np.inf
-    pace.saw(np.array([4, 0]), 4.0)
-    np.testing.assert_allclose(pace.costs, [1.0, 1.2], rtol=1e-6)
 
 
 def test_far_off_is_faster_than_measured() -> None:

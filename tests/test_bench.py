@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import shutil
@@ -78,20 +77,6 @@ def test_a_benchmark_writes_every_run_once_and_timed_methods_take_turns(made, sm
             row = whole.tokens[int(run.prompt_id)], whole.stats.ticks[int(run.prompt_id)]
             assert (run.tokens, run.ticks) == (row[0].tolist(), int(row[1]))
             assert run.layer_steps == run.ticks * 2 // run.setting["explorers"]
-
-
-@pytest.mark.slow
-def test_tuning_prompts_are_not_reported(made) -> None:
-    _, folder = made
-    runs = read_results(folder)
-    tuned, reported = ([run for run in runs if run.split == split] for split in ("tune", "report"))
-    assert {run.prompt_id for run in tuned}.isdisjoint(run.prompt_id for run in reported)
-    steps = collections.Counter()
-    for run in tuned:
-        if run.method == "layerskip" and run.kind == "depth":
-            steps[run.name] += run.layer_steps
-    (chosen,) = {run.name for run in reported if run.method == "layerskip" and run.kind == "depth"}
-    assert steps[chosen] == min(steps.values())
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import few_rows
@@ -15,7 +14,6 @@ import one_explorer
 import pytest
 import speed
 import weights_distance
-from outside import Outside
 from reference.small_models import LLAMA, LetterTokenizer, small_model
 from test_io_gguf import write_gguf
 
@@ -33,15 +31,6 @@ def model(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("HELLO\nWORLDS\nDEPTHS\n", encoding="utf-8")
     return lm
-
-
-def test_measures_take_turns():
-    calls = []
-    measures = {name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}
-    found = measuring.in_turns(measures, 2)
-    assert "".join(calls) == "baabba"
-    assert found == {"a": [3, 6], "b": [4, 5]}
-    assert measuring.quartiles([1, 2, 3, 4, 5]) == "3.00 (2.00 - 4.00)"
 
 
 def test_figures_are_kept_and_those_of_others_refused(tmp_path, capsys):
@@ -147,29 +136,3 @@ def test_weights_distance_counts():
     assert (found["tokens"], found["agree"], found["first"]) == (2, 1, 0)
     assert found["nats"] == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3) + np.log(2), abs=1e-6)
     assert weights_distance.distance(dense, dense, [0, 0]) == {"tokens": 2, "nats": 0, "agree": 2, "first": None}
-
-
-WORKER = """
-import json, sys
-print(json.dumps({"ready": True, "torch": "9.9", "transformers": "8.8", "threads": 2, "dtype": "float32"}), flush=True)
-for line in sys.stdin:
-    asked = json.loads(line)
-    if asked["new_tokens"] > 50:
-        print(json.dumps({"error": "too many"}), flush=True)
-        continue
-    tokens = [7] * asked["new_tokens"]
-    print(json.dumps({"tokens": tokens, "prefill_seconds": 0.5, "decode_seconds": 2.0}), flush=True)
-"""
-
-
-def test_transformers_is_asked_for_tokens_and_gives_a_line(tmp_path) -> None:
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER, encoding="utf-8")
-    outside = Outside(sys.executable, "smollm2-135m", worker)
-    answer = outside.run([1, 2], 5)
-    assert (answer["tokens"], answer["prefill_seconds"], answer["decode_seconds"]) == ([7] * 5, 0.5, 2.0)
-    assert (outside.versions["torch"], outside.versions["transformers"]) == ("9.9", "8.8")
-    assert outside.run([1], 3)["tokens"] == [7] * 3
-    with pytest.raises(DexError, match="too many"):
-        outside.run([1], 51)
-    outside.close()

@@ -134,17 +134,6 @@ def test_a_tick_with_drafts_by_hand() -> None:
     assert found.total == pytest.approx(layers + exits + final / 2 + moved + told + 5 * drafted(8) + (200 + 250) * 1e-4)
 
 
-def test_layerskip_by_hand() -> None:
-    s = setting()
-    one = cost_twin.layer(TWIN_MODEL, 1, 1, 50, 1, TWIN_MACHINE)
-    three = cost_twin.layer(TWIN_MODEL, 3, 1, 50, 1, TWIN_MACHINE)
-    drafts = 2 * (cost_twin.logits(TWIN_MODEL, 70, 1, 1, TWIN_MACHINE) + 12e-4)
-    heads = drafts + cost_twin.head(TWIN_MODEL, 3, 1, TWIN_MACHINE)
-    assert cost_model.layerskip_round(s, 2, 2).total == pytest.approx(3 * 2 * one + 4 * three + heads)
-    # Both right, the first alone, or none: 3, 2 or 1 tokens.
-    assert cost_model.layerskip_tokens(0.6, 2) == pytest.approx(3 * 0.36 + 2 * 0.24 + 1 * 0.4)
-
-
 def test_memory_by_hand() -> None:
     s = setting(batch=2)
     assert cost_model.bytes_per_device(s) == 2 * (6 * 1000 + 700 + 6 * 2 * 50 * 8)
@@ -165,15 +154,6 @@ def test_collectives_over_hosts() -> None:
     # Two stages of two devices each: the stages are a host apart.
     assert cost_model.all_gather(hardware, 100, 2, spacing=2) == pytest.approx(0.5 + 50 / 50)
     assert cost_model.all_reduce(hardware, 100, 1) == 0
-
-
-def test_one_device_runs_all_rows_of_all_stages() -> None:
-    found = cost_model.tick_on_one_device(setting(), silent((2, 4, 6), 2, 2.0))
-    two = cost_twin.layer(TWIN_MODEL, 2, 1, 56, 1, TWIN_MACHINE)
-    # Two stages' exits are asked two nodes at a time.
-    exits = 2 * cost_twin.logits(TWIN_MODEL, 70, 2, 1, TWIN_MACHINE)
-    head = 0.5 * cost_twin.head(TWIN_MODEL, 1, 1, TWIN_MACHINE)
-    assert found.total == pytest.approx(6 * two + exits + head + (2 * 12 + 200) * 1e-4)
 
 
 MEASURED = Measured(

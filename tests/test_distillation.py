@@ -170,24 +170,6 @@ def test_every_exit_reads_at_every_step_what_the_twin_reads(kind, fused, own_out
     assert (estimated >= 3) == (own_outputs > 0)
 
 
-def test_idle_steps_and_other_items_reach_no_step() -> None:
-    """Whatever stands at them."""
-    key = jax.random.key(5)
-    kept = read("attn", False, 0.6, key)
-    batch = chunk(exits_config("attn", False))
-    steps = len(batch.position[0])
-    of_item = [[None if s is None else s[0] for s in row.steps[BEGINS + STEPS - steps :]] for row in rows_of_items()]
-    mine = np.array([[item == of_item[b][-1] for item in of_item[b][:steps]] for b in range(len(ROWS))])
-    final = np.where(mine[..., None], batch.final, 7.0).astype(np.float32)
-    token = np.where(mine, batch.token, 1).astype(np.int32)
-    states = np.where(mine[None, :, -STEPS:, None], batch.states, -3.0).astype(np.float32)
-    found = read("attn", False, 0.6, key, batch._replace(final=final, token=token, states=states))
-    same = mine[:, -STEPS:]
-    assert 2 <= same.sum() < same.size
-    chex.assert_trees_all_close(found[:, same], kept[:, same], atol=1e-6)
-    assert np.abs(found[:, ~same] - kept[:, ~same]).max() > 0.1
-
-
 @pytest.mark.parametrize(("kind", "fused"), KINDS)
 def test_estimates_get_no_gradient(kind, fused) -> None:
     """What exit 1 reads of deeper exits does not teach these."""

@@ -20,7 +20,6 @@ from reference.small_models import LLAMA, small_model
 
 import dex_jax
 import studies
-from dex_jax.cli.common import INSTALLED
 from dex_jax.language_model import outline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,19 +184,6 @@ def test_versions_agree() -> None:
     cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
     assert cited is not None
     assert PROJECT["version"] == dex_jax.__version__ == cited[1]
-
-
-@pytest.mark.parametrize(("script", "installed"), INSTALLED.items())
-def test_a_program_says_how_it_was_called(script: str, installed: str, monkeypatch, capsys) -> None:
-    module, function = PROJECT["scripts"][installed].split(":")
-    for path, name, other in ((f"/usr/bin/{installed}", installed, script), (script, script, installed)):
-        monkeypatch.setattr(sys, "argv", [path])
-        with pytest.raises(SystemExit):
-            getattr(importlib.import_module(module), function)(["--help"])
-        text = capsys.readouterr().out
-        assert text.startswith(f"usage: {name} ")
-        assert f"  {name} --" in text
-        assert other not in text
 
 
 def test_nothing_needs_linux() -> None:

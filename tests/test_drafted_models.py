@@ -16,10 +16,10 @@ from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.trained_exits import empty_memory, exit_arrays, read_chunk, transformer_drafter
-from dex_jax.decoding.dex.trees import LOOKUP_TRUST, KnownTree, known_trees, with_trees
+from dex_jax.decoding.dex.trees import KnownTree, known_trees, with_trees
 from dex_jax.decoding.resolve import resolve
 from dex_jax.evaluation import tree_search
-from dex_jax.evaluation.tree_search import first_tree, large_tree, neighbours, search_trees
+from dex_jax.evaluation.tree_search import large_tree, search_trees
 from dex_jax.nn.exits import heads_of
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.weights import merge_model
@@ -156,21 +156,6 @@ def test_several_explorers_take_the_largest_tree(lm) -> None:
     given = with_trees(random_drafter(), [small, large])
     assert resolve(ONE, given, lm.config, "0").schedule.drafts == small.shape
     assert resolve(dex_jax.Dex(explorers=2), given, lm.config, "0").schedule.drafts == large.shape
-
-
-def test_trees_around_one() -> None:
-    around = neighbours(TreeShape((2, 1), 1, (0.5,) * 8), drafts=True)
-    found = {(each.widths, each.drafted) for each in around}
-    assert found == {((3,), 1), ((1, 1, 1), 1), ((2, 1), 2)}
-    assert all(each.rows == 4 for each in around)
-    assert neighbours(TreeShape((1, 1), 0, (0.5,) * 8), drafts=False) == []
-    assert [first_tree(rows, True).rows for rows in ROWS[1:4]] == list(ROWS[1:4])
-    assert first_tree(4, False) == TreeShape((1, 1, 1), 0, LOOKUP_TRUST)
-    for rows in ROWS[1:]:
-        large = large_tree(rows)
-        assert large.rows == rows
-        assert large.drafted == len(large.widths)
-    assert large_tree(16).widths == (4, 3, 2, 2, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(("drafted", "sizes", "largest"), [slow(True, (2,), 4), (False, (2, 4), 8)])

@@ -90,25 +90,3 @@ def test_each_draft_step_reads_what_a_chain_of_nodes_reads(kind) -> None:
                     np.testing.assert_allclose(found[drafted - 1, row, step], want, rtol=2e-5, atol=2e-5)
                     compared += 1
     assert compared > 30
-
-
-@pytest.mark.parametrize(("what", "kind"), [("final", "linear"), ("states", "mlp")])
-def test_other_items_and_idle_steps_reach_no_draft(what, kind) -> None:
-    """Row 1 holds three items: what the first two and the idle step hold changes nothing of the third."""
-    batch, normed = chunk()
-    position = np.array(batch.position)
-    third = HISTORY + STEPS - 2
-    assert position[1, third] == 0
-    states = np.array(batch.states)
-    if what == "states":
-        states[0, 1, : STEPS - 2] += 1
-    else:
-        normed = normed.copy()
-        normed[1, :third] += 1
-    changed = batch._replace(states=jnp.asarray(states))
-    read = jax.jit(read_drafts, static_argnums=3)
-    one, valid = read(heads(kind), batch, chunk()[1], 3)
-    other, _ = read(heads(kind), changed, normed, 3)
-    same = np.array(valid)[:, 1, -2:]
-    np.testing.assert_array_equal(np.array(one)[:, 1, -2:][same], np.array(other)[:, 1, -2:][same])
-    assert not np.array_equal(one[0, 1, : STEPS - 2], other[0, 1, : STEPS - 2])

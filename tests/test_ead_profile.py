@@ -171,16 +171,6 @@ def test_bad_profiles_are_refused(tmp_path, change: dict, message: str) -> None:
         measure(_model(), shared_exits(_model(), (1, 3)), [([1], [2])], depths=[(2, 5)])
 
 
-def test_pictures(tmp_path) -> None:
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    files = profile.draw(_profile(), tmp_path / "plots")
-    assert [file.name for file in files] == ["ead.png", "speedup.png"]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DexError, match="cannot be written"):
-        profile.draw(_profile(), tmp_path / "file")
-
-
 def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("dex_jax.language_model.load", lambda *args, **kwargs: _model())
     monkeypatch.setattr(command, "remember_compilations", lambda: None)

@@ -20,7 +20,7 @@ from dex_jax.errors import DexError
 from dex_jax.forced import programs
 from dex_jax.forced.asks import asks_in_lattice
 from dex_jax.forced.counts import dex_counts, first_exits, forced_exits
-from dex_jax.forced.figures import figures_of, grouped_figures, tables
+from dex_jax.forced.figures import figures_of, grouped_figures
 from dex_jax.forced.run import Forced, measure, shared_exits
 from dex_jax.forced.texts import answers
 from dex_jax.io.exits_file import TrainedExits
@@ -222,13 +222,6 @@ def test_groups_and_their_mean() -> None:
     assert json.loads(json.dumps(mean.to_json()))["grids"][2]["coverage"] == list(mean.grids[2].coverage)
 
 
-def test_one_token_has_no_speedup() -> None:
-    figures = figures_of(_measured("shared").of([2]))
-    assert figures.tokens == 1
-    json = figures.to_json()
-    assert json["grids"][0]["ticks_per_token"] is json["grids"][0]["depth_side_speedup"] is None
-
-
 def test_measuring_again_compiles_nothing() -> None:
     _measured("shared")
     sizes = [f._cache_size() for f in (programs.answer_rows, programs.ask_exits)]
@@ -261,18 +254,6 @@ def test_bad_input_is_refused(change: dict, message: str) -> None:
 def _records(count: int = 3) -> list[dict]:
     figures = figures_of(_measured("shared")).to_json()
     return [{"step": 10 * step, "tokens": 7, "groups": {"mean": figures}} for step in range(count)]
-
-
-def test_tables_show_the_figures() -> None:
-    figures = figures_of(_measured("linear, fused, draft"))
-    text = tables({"humaneval": figures, "one token": figures_of(_measured("shared").of([2]))})
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
-    assert text.startswith("**humaneval**\n\n|")
-    assert ["2", *(f"{getattr(figures, name)[1]:.3f}" for name in ("agreement", "divergence"))] in [r[:3] for r in rows]
-    assert [f"{x}" for x in (1, 3)] + [f"{figures.agreement_own[1][2]:.3f}"] in rows
-    assert [str(figures.grids[2].explorers), f"{figures.grids[2].depth_side_speedup:.2f}"] in [r[:2] for r in rows]
-    assert ["4", "-", "-"] in [row[:3] for row in rows]
-    assert "60 tokens of 5 texts" in text
 
 
 def test_picture(tmp_path) -> None:

@@ -12,7 +12,6 @@ from reference.checkpoints import FAMILIES, checkpoint_tensors, write_checkpoint
 from reference.refusals import refusal
 from safetensors.numpy import load_file, save_file
 
-from dex_jax.config import RopeScaling
 from dex_jax.io import open_checkpoint
 
 
@@ -78,41 +77,6 @@ def test_canonical_tensors_are_the_files_tensors(tmp_path, family, shards):
     if not config.tied:
         np.testing.assert_array_equal(got["unembed"], raw["lm_head.weight"])
     assert used + 3 - config.tied == sum("rotary" not in name for name in raw)
-
-
-SWITCHES = ("qkv_bias", "out_bias", "qk_norm")
-
-
-def test_configurations(tmp_path):
-    configs = {family: open_checkpoint(str(write_checkpoint(tmp_path / family, family))).config for family in FAMILIES}
-    stretched = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
-    scalings = {family: config.rope_scaling for family, config in configs.items() if config.rope_scaling}
-    assert {family: scaling.kind for family, scaling in scalings.items()} == {
-        "llama3": "llama3",
-        "llama32_rope_parameters": "llama3",
-        "codellama": "linear",
-        "ministral3": "yarn",
-        "gemma3": "linear",
-        "olmo3": "yarn",
-        "phi4": "longrope",
-    }
-    assert scalings["llama3"] == scalings["llama32_rope_parameters"] == stretched
-    assert scalings["codellama"] == RopeScaling("linear", 2.0)
-    assert configs["llama3"].rope_theta == configs["llama32_rope_parameters"].rope_theta == 500000.0
-    assert configs["llama2"].num_kv_heads == configs["llama2"].num_heads == 4
-    assert configs["llama3"].eos_ids == (7, 150, 203)
-    assert configs["qwen25_untied"].eos_ids == (2, 34)
-    assert configs["smollm2"].bos_id == 1
-    switched = {name: {family for family, config in configs.items() if getattr(config, name)} for name in SWITCHES}
-    assert switched == {
-        "qkv_bias": {"qwen2", "qwen25_untied", "llama_attention_bias", "qwen2_sliding"},
-        "out_bias": {"llama_attention_bias"},
-        "qk_norm": {"qwen3", "gemma3", "gemma3_rope_parameters", "olmo2", "olmo3"},
-    }
-    assert configs["qwen3"].head_dim == 24
-    assert configs["qwen3"].qkv_width == (4 + 2 * 2) * 24
-    assert configs["llama_attention_bias"].norm_eps == 0.02
-    assert configs["qwen2"].context == 256
 
 
 def test_left_out_keys_mean_the_familys_defaults(tmp_path):

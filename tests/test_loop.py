@@ -232,7 +232,7 @@ def test_drafts_cost_no_token_a_later_exit_where_nothing_is_pruned(stages: int) 
             assert all(now <= before for now, before in zip(exits, plain.exits, strict=True))
 
 
-@pytest.mark.parametrize(("stages", "sampled"), [(1, False), slow(3, True)])
+@pytest.mark.parametrize(("stages", "sampled"), [(1, False), slow(2, True)])
 def test_a_cohort_drafts_and_keeps_what_is_worth_its_time(stages: int, sampled: bool) -> None:
     """Alone, as a batch chooses for all its sequences together; the twin says what each cohort drafts and keeps."""
     rows_chosen: set[int] = set()

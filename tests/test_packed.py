@@ -135,7 +135,12 @@ def test_logits_are_those_of_dense_weights_to_the_last_bit(models) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "names"),
-    [("stored", ("ar", "drafts")), slow("stored", METHODS), slow("int8", METHODS), slow("bfloat16", METHODS)],
+    [
+        ("stored", ("ar", "drafts")),
+        slow("stored", METHODS),
+        slow("int8", METHODS),
+        slow("bfloat16", ("ar", "explorers")),
+    ],
 )
 def test_every_method_gives_ars_tokens(models, kind, names) -> None:
     prompts = [[1, 5, 9, 3], [7] * 11]

@@ -233,14 +233,6 @@ def test_it_predicts_what_two_processes_measured() -> None:
         assert pace * plain / step.total == pytest.approx(median, rel=0.15), name
 
 
-def test_what_the_profile_lacks_is_refused() -> None:
-    with pytest.raises(DexError, match="holds none of these K and rows"):
-        predictions.plan(_setting("h100x8"), EARLY, explorers=[1])
-    other = dataclasses.replace(EARLY, layers=40)
-    with pytest.raises(DexError, match="of 40 layers, and this one has 80"):
-        predictions.plan(_setting("h100x8"), other)
-
-
 @given(st.floats(0.0, 1.0), st.sampled_from(["h100x8", "h100x8,hosts=8,network=dcn", "v6ex16"]))
 def test_earlier_tokens_never_make_dex_slower(share: float, text: str) -> None:
     def best(early: float) -> float:
@@ -287,11 +279,3 @@ def test_the_command_refuses_bad_input(flags: list[str], message: str, capsys) -
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-
-
-def test_the_drafter_is_the_one_that_ships_or_is_assumed() -> None:
-    shipped, assumed = plan.drafter_of("smollm2-135m"), plan.drafter_of("llama-2-70b")
-    assert shipped.previous
-    assert assumed.previous
-    assert (shipped.columns, assumed.columns) == (8192, 8192)
-    assert shipped.own < assumed.own

@@ -15,7 +15,7 @@ from dex_jax import DexError, plot
 from dex_jax.language_model import outline
 from dex_jax.plot import __main__ as program
 from dex_jax.plot import figures
-from dex_jax.plot.colors import FINAL_HEX, darker, depth_hex, depth_style
+from dex_jax.plot.colors import darker, depth_hex
 
 
 @pytest.fixture(scope="module")
@@ -69,27 +69,12 @@ def test_depth_text_holds_every_token_in_its_colour(out) -> None:
         assert page.count(f"background:{depth_hex(number, 4)}66") == given + 1
 
 
-def test_a_notebook_s_terminal_text_is_text(out, monkeypatch) -> None:
-    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    assert "exit 1 (depth 1)" in plot.depth_text(out).terminal
-
-
 def test_text_is_escaped(out) -> None:
 
     shown = dataclasses.replace(out, tokenizer=None)
     object.__setattr__(shown, "pieces", lambda row: ["<b>&"] * int(out.lengths[row]))
     assert "<b>" not in plot.depth_text(shown).html
     assert "&lt;b&gt;&amp;" in plot.depth_text(shown).html
-
-
-def test_colours_go_from_green_to_red_and_the_final_layer_has_none() -> None:
-    assert depth_style(1, 5) == "color(46)"
-    assert depth_style(4, 5) == "color(196)"
-    assert depth_style(5, 5) == depth_style(-1, 5) == "default"
-    assert depth_hex(5, 5) == FINAL_HEX
-    green, red = ([int(depth_hex(k, 5)[i : i + 2], 16) for i in (1, 3, 5)] for k in (1, 4))
-    assert green[1] == max(green)
-    assert red[0] == max(red)
 
 
 def words(axes, at: int) -> list:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 
 import numpy as np
@@ -54,17 +53,6 @@ def test_every_field_survives_the_file(tmp_path) -> None:
     assert RUN.key in again.done
     assert dataclasses.replace(RUN, setting={"exit": 6, "draft_length": 4}).key not in again.done
     again.close()
-
-
-def test_a_packed_file_is_read_as_well(tmp_path) -> None:
-    packed = tmp_path / "results.jsonl.gz"
-    packed.write_bytes(gzip.compress((to_line(RUN) + "\n").encode()))
-    assert read_results(tmp_path) == [RUN]
-    with pytest.raises(DexError, match=r"results\.jsonl\.gz holds the runs there are: unpack it"):
-        Results(tmp_path, {})
-    packed.write_bytes(packed.read_bytes()[:-9])
-    with pytest.raises(DexError, match=r"results.jsonl.gz is no whole gzip file \(.*\): pack results.jsonl again"):
-        read_results(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -151,13 +139,6 @@ def test_simultaneous_intervals_are_wider_and_hold_together() -> None:
     assert found[0].high - found[0].low > alone.high - alone.low
     assert together >= 86
     assert resampling.simultaneous(np.ones((5, 2)))[0] == (1, 1, 1, 5)
-
-
-def test_nothing_to_resample_is_told() -> None:
-    with pytest.raises(DexError, match="no item has a value"):
-        resampling.bootstrap(resampling.ratios(np.array([1.0]), np.array([0.0])))
-    with pytest.raises(DexError, match="one of each for every item"):
-        resampling.ratios(np.ones(2), np.ones(3))
 
 
 PLAIN = Run("depth", "ar", "a", "0", "m", [1] * 11, 3, layer_steps=300, dtype="float32")

@@ -79,25 +79,6 @@ def _assert_top_p(logits: np.ndarray, top_k: int | None, top_p: float) -> None:
             assert row[here].min() > row[~here].max(), (row, kept)
 
 
-def test_documented_semantics() -> None:
-    """Top-k keeps ties with the k-th; top-p the smallest set that reaches p, and ties with its last."""
-    logits = np.log(np.array([[0.4, 0.2, 0.2, 0.1, 0.1]], np.float32))
-
-    def kept(top_k=None, top_p=None) -> list[int]:
-        top_k = None if top_k is None else jnp.int32(top_k)
-        top_p = None if top_p is None else jnp.float32(top_p)
-        out = np.asarray(by_threshold(logits, top_k, top_p))
-        np.testing.assert_array_equal(out[np.isfinite(out)], logits[np.isfinite(out)])  # what stays is untouched
-        return np.flatnonzero(np.isfinite(out[0])).tolist()
-
-    assert kept() == kept(top_k=99) == kept(top_p=0.85) == kept(top_p=1.0) == [0, 1, 2, 3, 4]
-    assert kept(top_k=1) == kept(top_p=0.3) == kept(top_p=1e-6) == [0]
-    assert kept(top_k=2) == kept(top_p=0.41) == [0, 1, 2]
-    # Of the three that top-k leaves, the first holds half: 0.4 of 0.8.
-    assert kept(top_k=3, top_p=0.45) == [0]
-    assert kept(top_k=3, top_p=0.55) == [0, 1, 2]
-
-
 def test_a_row_with_nothing_left_says_so_and_of_equals_the_lowest_id_is_taken() -> None:
     logits = np.array([[DROPPED] * 3, [DROPPED, 0.0, DROPPED]], np.float32)
     assert chosen(logits, None, None)[1].tolist() == [False, True]
@@ -107,22 +88,6 @@ def test_a_row_with_nothing_left_says_so_and_of_equals_the_lowest_id_is_taken() 
     token, left = chosen(logits, sampling, np.full((2, 3), 5.0, np.float32))
     assert left.tolist() == [False, True]
     assert int(token[1]) == 1
-
-
-def test_the_mask_comes_before_the_filter() -> None:
-    """With its best token masked, top_k = 1 leaves a row its second best rather than nothing."""
-    logits = np.array([[DROPPED, 2.0, 1.0]], np.float32)
-    sampling = Sampling(sampling_keys([0]), jnp.float32(1.0), jnp.int32(1))
-    token, left = chosen(logits, sampling, np.array([[0.0, 0.0, 50.0]], np.float32))
-    assert (token.tolist(), left.tolist()) == ([1], [True])
-
-
-def test_temperature_divides_the_logits_and_not_the_noise() -> None:
-    logits, noise = np.array([[1.0, 0.0]], np.float32), np.array([[0.0, 1.5]], np.float32)
-    cold = Sampling(sampling_keys([0]), jnp.float32(0.5))
-    warm = Sampling(sampling_keys([0]), jnp.float32(1.0))
-    assert chosen(logits, cold, noise)[0].tolist() == [0]
-    assert chosen(logits, warm, noise)[0].tolist() == [1]
 
 
 def test_noise_belongs_to_seed_and_position() -> None:

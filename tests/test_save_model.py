@@ -67,14 +67,6 @@ def test_dtypes_are_kept_or_widened(tmp_path) -> None:
         assert json.loads((folder / "config.json").read_text())["torch_dtype"] == expected
 
 
-def test_a_model_is_replaced_by_the_next_one(tmp_path) -> None:
-    folder = save_model(tmp_path / "m", LLAMA, weights_of(LLAMA, 0), train_tokenizer(TEXT, 256))
-    save_model(folder, LLAMA, weights_of(LLAMA, 1))
-    assert sorted(contents(folder)) == ["config.json", "model.safetensors"]
-    np.testing.assert_array_equal(open_checkpoint(str(folder)).read("embed"), weights_of(LLAMA, 1)["embed"])
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
-
-
 @pytest.mark.parametrize("failing", ["tensors", "rename"])
 def test_a_failure_leaves_what_was_there(failing: str, tmp_path, monkeypatch) -> None:
     folder = save_model(tmp_path / "m", LLAMA, weights_of(LLAMA, 0))

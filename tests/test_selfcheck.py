@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 
 import pytest
 from reference.small_models import LLAMA, small_model
@@ -102,8 +101,3 @@ def test_exit_codes(monkeypatch, capsys) -> None:
     broken = selfcheck.Report({}, [selfcheck.Finding("tokens", False, "differ")])
     monkeypatch.setattr(selfcheck, "selfcheck", lambda lm: broken)
     assert program.main([]) == 1
-
-
-def test_without_resource_the_peak_is_unknown(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "resource", None)
-    assert selfcheck._peak_memory() is None

@@ -6,10 +6,7 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
 from studies.bench.report import summary
-from studies.bench.resampling import Interval
 from studies.bench.results import to_line
 from studies.bench.runs import Run
 from studies.reproduction import __main__ as reproduction
@@ -52,33 +49,6 @@ def test_claims_stand_beside_measured_figures(tmp_path) -> None:
     assert "| DEX over AdaDecode | 1.2 to 1.5 | not measured |" in text
     assert "K = 2: 1.50, K = 5: 2.00, K = 8: 2.14" in text
     assert "as claimed, over K = 2, 5, 8" in text
-
-
-def test_a_coarser_grid_that_wins_or_an_uneven_one_is_said(tmp_path) -> None:
-    folder = study(tmp_path / "a", {"ar": 300, "dex explorers=2": 150, "dex explorers=5": 160})
-    text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])
-    assert "not so here, over the grid before gained less than 1: K = 5 (0.94 [0.94, 0.94])" in text
-    folder = study(tmp_path / "b", {"ar": 300, "dex explorers=2": 150, "dex explorers=5": 150})
-    text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])
-    assert "as claimed, over K = 2, 5, though K = 5 cannot be told from the grid before" in text
-    costs = {"ar": 300, "dex explorers=2": 160, "dex explorers=5": 150, "dex explorers=8": 155}
-    folder = study(tmp_path / "c", costs, GRIDS | {8: [5, 9, 12, 15, 20, 24, 27, 30]})
-    text = reproduction.page([(reproduction.read_results(folder), reproduction.read_study(folder))])
-    assert "K = 8 is left out, as its exits leave a stage of 5 layers" in text
-
-
-@pytest.mark.parametrize(
-    ("interval", "says"),
-    [
-        (Interval(1.4, 1.35, 1.5, 9), "as claimed"),
-        (Interval(1.4, 1.1, 1.5, 9), "though not all of its interval"),
-        (Interval(1.2, 1.1, 1.35, 9), "below the claim, within its interval"),
-        (Interval(1.2, 1.1, 1.25, 9), "below the claim: "),
-        (Interval(1.8, 1.7, 1.9, 9), "above the claim: "),
-    ],
-)
-def test_verdicts(interval, says) -> None:
-    assert says in reproduction.verdict(reproduction.CLAIMS[0], interval)
 
 
 def test_the_committed_pages_are_those_of_the_committed_runs() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dex_jax.errors import DexError
 from studies.bench.results import read_results, read_study
 from studies.bench.runs import Run
 from studies.templates import report as template_report
@@ -98,30 +97,6 @@ def test_a_gain_holds_or_not(found, holds, keeps, beats):
     spread = s.spread(found, "dex", 10)
     headline = next(line for line in said.split("\n") if line.startswith("- **DEX over AR"))
     assert f"{spread.median:.2f} [{spread.lowest:.2f}, {spread.highest:.2f}]" in headline
-
-
-def test_grids_are_made_of_runs():
-    found = grid(items=5, templates=3)
-    runs = runs_of(found)
-    # Neither the loops' own counts nor tuning runs nor other dtypes belong to the figures.
-    stray = [
-        dataclasses.replace(next(r for r in runs if r.method == "dex"), counted="loop", layer_steps=1),
-        dataclasses.replace(runs[0], split="tune", layer_steps=1),
-        dataclasses.replace(runs[0], dtype="bfloat16", layer_steps=1),
-    ]
-    (again,) = s.grids([*runs, *stray], "float32")
-    assert again.templates == found.templates
-    assert again.items == found.items
-    for name in found.costs:
-        np.testing.assert_allclose(again.costs[name], found.costs[name])
-    for name in ("prompt_tokens", "new_tokens", "repeated", "correct"):
-        np.testing.assert_allclose(getattr(again, name), getattr(found, name))
-    # What is missing in one method is missing in all.
-    found.costs["dex"][3, 1] = np.nan
-    (again,) = s.grids(runs_of(found), "float32")
-    assert [np.flatnonzero(np.isnan(cost)).tolist() for cost in again.costs.values()] == [[3 * 3 + 1]] * 3
-    with pytest.raises(DexError, match="no answers of AR"):
-        s.grids([run for run in runs if run.method != "ar"])
 
 
 def test_the_committed_page_is_that_of_the_committed_runs():

@@ -14,17 +14,15 @@ from reference.small_models import LLAMA, small_model
 from dex_jax.cli import decode, train
 from dex_jax.cli.train_arguments import configured, folder_of, train_parser
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.resolve import default_exits
 from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
 from dex_jax.io.save import save_model
-from dex_jax.nn.exits import initial_heads, parameters_of, select_exits
+from dex_jax.nn.exits import initial_heads, parameters_of
 from dex_jax.training.corpus import train_tokenizer
 from dex_jax.training.journal import read_journal
 from dex_jax.training.whole_model import canonical_weights
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_exits.py"
 CONFIGURATIONS = sorted((PROGRAM.parent / "configs").glob("*.py"))
-SMOLLM2 = "268a3187a3ebf69e"
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
 MODEL = dataclasses.replace(LLAMA, vocab_size=270, width=128, head_dim=32, context=128, eos_ids=(3,), bos_id=4)
 
@@ -185,20 +183,6 @@ def test_a_search_that_cannot_be(capsys, place, drafter, tmp_path, output, more,
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unfinished_run_is_exported_from_its_newest_checkpoint(capsys, trained, place, tmp_path) -> None:
-    unfinished = tmp_path / "unfinished"
-    unfinished.mkdir()
-    for name in ("step_00000004", "draft_vocabulary.json"):
-        (unfinished / name).symlink_to(trained / name)
-    code, _, _ = run(capsys, "export", unfinished, tmp_path / "out.safetensors", "--float32")
-    assert code == 0
-    found, ended = load_exits(tmp_path / "out.safetensors"), load_exits(trained)
-    assert (found.config, found.fingerprint) == (ended.config, ended.fingerprint)
-    np.testing.assert_array_equal(found.vocabulary, ended.vocabulary)
-    for name, value in ended.parameters.items():
-        np.testing.assert_array_equal(found.parameters[name], value)
-
-
 def test_evaluate_compares_exits_on_the_same_answers(capsys, monkeypatch, trained, place, tmp_path) -> None:
     output, cache = tmp_path / "figures.json", tmp_path / "answers.json"
     common = ["--model", place / "model", "--data", place / "prompts.txt", "--prompts", "3", "--max-new-tokens", "6"]
@@ -292,14 +276,6 @@ def test_configurations_of_the_repository_are_read(file) -> None:
     config = configured(args)
     assert config.train.steps > config.train.warmup_steps
     assert folder_of(args) == Path("runs") / file.stem
-
-
-def test_two_explorers_exit_starts_from_those_that_ship() -> None:
-    config = configured(train_parser().parse_args(["--config", str(PROGRAM.parent / "configs/smollm2_135m_k2.py")]))
-    shipped = default_exits(SMOLLM2)
-    chosen, _ = select_exits(shipped.config, shipped.parameters, config.exits.depths)
-    assert chosen.draft_size > config.exits.draft_size
-    assert dataclasses.replace(chosen, draft_size=config.exits.draft_size) == config.exits
 
 
 CASES = {

@@ -13,7 +13,6 @@ from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, ra
 
 import dex_jax
 from dex_jax.config import EXIT_KINDS, ExitsConfig
-from dex_jax.decoding.dex.trained_exits import empty_memory, exit_arrays, read_chunk
 from dex_jax.decoding.resolve import nearest_depths, resolve
 from dex_jax.errors import DexError
 from dex_jax.forced.counts import forced_exits
@@ -22,7 +21,6 @@ from dex_jax.nn.exits import exit_parameters, initial_heads
 from dex_jax.nn.weights import merge_model
 
 WIDTH = LLAMA.width
-WINDOW = 5
 
 
 @pytest.fixture(scope="module")
@@ -68,34 +66,6 @@ def test_sampled_tokens_are_those_of_ar(lm) -> None:
     assert_same_tokens(lm, out, reference, temperature=0.9, top_k=12)
 
 
-def test_context_memory_after_a_prompt_is_what_commits_one_by_one_make(lm) -> None:
-    exits = random_exits("attn")
-    model = merge_model(lm.config, lm.layout, lm.weights)
-    arrays = exit_arrays(model, exits.config, exits.parameters, None)
-    rng = np.random.default_rng(0)
-    lengths = np.array([3, 7, 12])
-    tokens = jnp.asarray(rng.integers(0, LLAMA.vocab_size, (3, 12)), jnp.int32)
-    hidden = jnp.asarray(rng.standard_normal((3, 12, WIDTH)), jnp.float32)
-    whole = empty_memory(exits.config, 3, jnp.float32)
-    for start in (0, 4, 8):
-        part = slice(start, start + 4)
-        whole = read_chunk(
-            model, exits.config, arrays, whole, tokens[:, part], hidden[:, part], jnp.int32(start), jnp.asarray(lengths)
-        )
-    single = empty_memory(exits.config, 3, jnp.float32)
-    for n in range(12):
-        row, start = slice(n, n + 1), jnp.full(3, n, jnp.int32)  # as a commit of one position, or of none
-        ends = start + jnp.asarray(n < lengths, jnp.int32)
-        single = read_chunk(model, exits.config, arrays, single, tokens[:, row], hidden[:, row], start, ends)
-    used = np.asarray(single.context.position) >= 0
-    assert np.array_equal(whole.context.position, single.context.position)
-    assert used.sum(axis=1).tolist() == [3, 5, 5]
-    chex.assert_trees_all_close(whole.previous, single.previous, atol=1e-5)
-    for name in ("keys", "values"):
-        both = [np.swapaxes(np.asarray(getattr(m.context, name)), 1, 2)[used] for m in (whole, single)]
-        chex.assert_trees_all_close(*both, atol=1e-5)
-
-
 @pytest.mark.parametrize("kind", EXIT_KINDS)
 def test_untrained_heads_are_the_models_own(lm, kind) -> None:
     model = merge_model(lm.config, lm.layout, lm.weights)
@@ -126,12 +96,6 @@ def test_a_file_gives_back_what_was_saved(tmp_path, int8) -> None:
     whole, steps = quantize(large["map"])
     assert whole.dtype == np.int8
     assert (np.abs(whole * steps - large["map"]) <= steps * 0.5001).all()
-
-
-def test_exits_are_written_under_their_own_ending(tmp_path) -> None:
-    with pytest.raises(DexError, match=r"written to a \.safetensors file, not to .*x\.bin"):
-        save_exits(tmp_path / "x.bin", random_exits("linear"))
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_loaded_and_nothing_is_refused_clearly(tmp_path) -> None:

@@ -124,18 +124,11 @@ def test_history_is_the_end_of_the_chunk_before_and_seeds_differ() -> None:
             np.testing.assert_array_equal(getattr(before, field)[:, -HISTORY:], getattr(after, field)[:, :HISTORY])
 
 
-def test_rows_refill_at_once_and_idle_time_is_counted() -> None:
-    busy = stream(lambda number: Item((Turn(tuple(range(5 + number % 3)), forced_weight=1.0),)))
-    position = joined(chunks(busy, 6), "position")
-    assert np.all(position >= 0)
-    assert np.all(np.sum(position == 0, axis=1) > 6)
-
-    # More items end in a chunk than wait at its start.
+def test_when_more_items_end_in_a_chunk_than_wait_rows_idle_without_weight() -> None:
     def tiny(number: int) -> Item:
         return Item((Turn((number % 48, 5)[: 1 + number % 2], forced_weight=1.0),))
 
-    short = stream(tiny)
-    run = chunks(short, 3)
+    run = chunks(stream(tiny), 3)
     tell = functools.cache(lambda number: stream_twin.run_item(model(), tiny(number), number, SEED, LENGTH))
     twin = stream_twin.run_rows(tell, ROWS, STEPS, 3, waiting=2 * ROWS)
     np.testing.assert_array_equal(joined(run, "token"), twin.token)
