@@ -13,10 +13,7 @@ from reference.small_models import LLAMA
 
 from dex_jax.cli import calibrate as command
 from dex_jax.evaluation.planner import calibrate, timed_programs
-from dex_jax.evaluation.planner.timed_programs import Timer
 from dex_jax.hardware import hardware
-
-QUICK = Timer(repeats=2, least=0.001)
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +44,6 @@ def test_all_that_the_planner_reads_is_measured(machine) -> None:
     # Bytes and operations a second, not billions of them: more cannot be said of 100 kB on a busy machine.
     assert machine.device.bandwidth > 1e6
     assert machine.device.flops > 1e6
-
-
-def test_a_timer_times_rounds() -> None:
-    seen = []
-
-    def run(rounds: int) -> jnp.ndarray:
-        seen.append(rounds)
-        return jnp.zeros(1)
-
-    assert Timer(3, 1e-3)(run) > 0
-    assert seen[:2] == [1, 2]
-    assert len(seen) == 5
-    assert len(set(seen[2:])) == 1
 
 
 def test_rounds_are_not_optimised_away() -> None:

@@ -89,6 +89,7 @@ def test_ead_counts_the_first_right_depth() -> None:
     assert all(grid.resolution_bound <= found.ead.oracle_speedup + 1e-9 for grid in found.grids)
 
 
+@pytest.mark.slow
 def test_ticks_with_drafts_are_those_of_the_loop(monkeypatch) -> None:
     """Of one explorer and of a grid, all texts together."""
     lm, (measured, texts), tree = _model(), _measured(), LOOKUP_TREES[1]

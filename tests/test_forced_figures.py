@@ -17,7 +17,6 @@ import dex_jax
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.errors import DexError
-from dex_jax.forced import programs
 from dex_jax.forced.asks import asks_in_lattice
 from dex_jax.forced.counts import dex_counts, first_exits, forced_exits
 from dex_jax.forced.figures import figures_of, grouped_figures
@@ -220,13 +219,6 @@ def test_groups_and_their_mean() -> None:
     assert mean.grids[2].depth_side_speedup == pytest.approx(np.mean(speedups))
     assert mean.grids[2].explorers == 4
     assert json.loads(json.dumps(mean.to_json()))["grids"][2]["coverage"] == list(mean.grids[2].coverage)
-
-
-def test_measuring_again_compiles_nothing() -> None:
-    _measured("shared")
-    sizes = [f._cache_size() for f in (programs.answer_rows, programs.ask_exits)]
-    measure(_model(), _exits("shared"), _texts()[1:], explorers=EXPLORERS, batch=2)
-    assert sizes == [f._cache_size() for f in (programs.answer_rows, programs.ask_exits)]
 
 
 @pytest.mark.parametrize(

@@ -160,14 +160,6 @@ def test_samples_take_consecutive_seeds() -> None:
     np.testing.assert_array_equal(same.tokens[0], output.tokens[2])
 
 
-def test_neutral_filters_change_nothing() -> None:
-    """Nor do they compile another program: they are as good as none."""
-    plain = generate(model(), AR(), seed=SEED, temperature=1.0)
-    neutral = generate(model(), AR(), seed=SEED, temperature=1.0, top_k=LLAMA.vocab_size, top_p=1.0)
-    assert neutral.stats.compile_seconds == 0
-    np.testing.assert_array_equal(neutral.tokens, plain.tokens)
-
-
 def test_eos_ends_its_row_and_is_kept() -> None:
     whole = autoregressive(False).tokens
     eos = int(whole[1, 5])
@@ -287,14 +279,6 @@ def test_another_request_of_the_same_size_compiles_nothing() -> None:
         # jax 0.7 cannot take one listener back; there the counter stays, and counts for nobody.
         if hasattr(jax.monitoring, "unregister_event_duration_listener"):
             jax.monitoring.unregister_event_duration_listener(counter)
-
-
-def test_strings_go_through_the_tokenizer() -> None:
-    lm = small_model(tokenizer=LetterTokenizer())
-    text = generate(lm, AR(), "BCD")
-    ids = generate(lm, AR(), [[1, 2, 3]])
-    assert text.prompt_tokens == ids.prompt_tokens == [[1, 2, 3]]
-    assert text.texts == ids.texts
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_told() -> None:

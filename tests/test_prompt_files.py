@@ -47,21 +47,6 @@ def test_prompt_of_a_row(row, prompt) -> None:
     assert prompt_of(row, "here") == prompt
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ({"ctx": "a", "label": 3}, 'line 7 of f has no prompt, only "ctx", "label"'),
-        ({}, "no keys at all"),
-        ({"prompt": " "}, "no prompt"),
-        ({"prompt": ["a", "b"]}, "no prompt"),
-        (5, "it is int '5'"),
-    ],
-)
-def test_rows_without_a_prompt_are_named(row, says) -> None:
-    with pytest.raises(DexError, match=says):
-        prompt_of(row, "line 7 of f")
-
-
 def test_files_of_every_kind(tmp_path: Path) -> None:
     rows = [{"prompt": "one\u2028still one"}, {"question": "two"}]
     jsonl = write(tmp_path / "a.jsonl", rows)

@@ -73,20 +73,6 @@ def test_a_damaged_line_is_named(change, says, tmp_path) -> None:
         read_results(tmp_path)
 
 
-def test_a_missing_field_a_missing_file_and_an_empty_one_are_named(tmp_path) -> None:
-    with pytest.raises(DexError, match=r"there is no .*results\.jsonl"):
-        read_results(tmp_path)
-    file = tmp_path / "results.jsonl"
-    file.write_text("", encoding="utf-8")
-    with pytest.raises(DexError, match=r"results\.jsonl is empty"):
-        read_results(tmp_path)
-    fields = dataclasses.asdict(RUN)
-    del fields["prompt_id"]
-    file.write_text(json.dumps(fields) + "\n", encoding="utf-8")
-    with pytest.raises(DexError, match=r"line 1 of .*prompt_id"):
-        read_results(tmp_path)
-
-
 def test_kinds_are_not_mixed() -> None:
     counted = dataclasses.replace(RUN, kind="depth", seconds=None, layer_steps=60, work=90)
     assert (counted.cost("depth"), counted.cost("work"), counted.cost("wall")) == (60, 90, None)

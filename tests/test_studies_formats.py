@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import msgspec
@@ -12,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dex_jax.errors import DexError
-from dex_jax.prompt_files import read_rows
 from studies.templates.answers import parse_choice
 from studies.templates.formats import (
     Template,
@@ -23,7 +21,7 @@ from studies.templates.formats import (
     same_item,
     shown_options,
 )
-from studies.templates.items import Item, read_items
+from studies.templates.items import Item
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "prompt_templates"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
@@ -164,43 +162,3 @@ FOX = ("red fox", "blue owl", "green eel", "grey cat")
 )
 def test_answers_name_an_option_or_none(text, labels, options, found):
     assert parse_choice(text, tuple(labels), options) == found
-
-
-HELLASWAG = {"ind": 7, "activity_label": "Rowing", "ctx": "They row. they", "endings": ["sink", "win"], "label": 1}
-MMLU = {"subject": "logic", "idx": 3, "question": "What follows?", "choices": ["A", "B", "C", "D"], "answer": 2}
-ROWS = {"hellaswag": HELLASWAG, "mmlu": MMLU}
-
-
-def written(path: Path, *rows) -> Path:
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
-    return path
-
-
-def items_in(task: str, file: Path):
-    return read_items(task, read_rows(str(file)))
-
-
-def test_every_field_is_read(tmp_path):
-    (item,) = items_in("hellaswag", written(tmp_path / "a.jsonl", HELLASWAG))
-    assert (item.id, item.subject, item.question) == ("hellaswag-7", "Rowing", "They row. they")
-    assert (item.options, item.answer, item.chance) == (("sink", "win"), 1, 0.5)
-    (item,) = items_in("mmlu", written(tmp_path / "b.jsonl", MMLU))
-    assert (item.id, item.question, item.answer, item.chance) == ("mmlu-logic-3", "What follows?", 2, 0.25)
-    (item,) = items_in("hellaswag", written(tmp_path / "c.jsonl", HELLASWAG | {"label": "0"}))
-    assert item.answer == 0
-
-
-@pytest.mark.parametrize(
-    ("task", "change", "said"),
-    [
-        ("hellaswag", {"endings": None}, "endings"),
-        ("hellaswag", {"endings": ["one"]}, "endings"),
-        ("hellaswag", {"label": 2}, "2 of 2 options"),
-        ("mmlu", {"answer": "C"}, "answer"),
-        ("mmlu", {"answer": -1}, "-1 of 4 options"),
-        ("mmlu", {"question": " "}, "question"),
-    ],
-)
-def test_bad_items_are_named_by_file_and_line(tmp_path, task, change, said):
-    with pytest.raises(DexError, match=rf"line 2 of .*bad\.jsonl.*{said}"):
-        items_in(task, written(tmp_path / "bad.jsonl", ROWS[task], ROWS[task] | change))
