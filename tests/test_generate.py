@@ -86,7 +86,7 @@ def test_autoregressive_decoding_is_the_argmax_after_every_prefix(sampled: bool)
         assert emitted(autoregressive(sampled), row)[0] == expected
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["K1", "K3 uneven", slow("K4 two rows")])
 def test_dex_equals_ar_and_counts_follow_from_exits(name: str) -> None:
     output = explored(name)
     assert_same_tokens(model(), output, autoregressive(False))
@@ -100,7 +100,7 @@ def test_dex_equals_ar_and_counts_follow_from_exits(name: str) -> None:
         assert not np.array_equal(sampled.tokens, output.tokens)
 
 
-@pytest.mark.parametrize("name", ["K3 uneven", "K4 two rows"])
+@pytest.mark.parametrize("name", ["K3 uneven", slow("K4 two rows")])
 def test_exits_and_ticks_are_those_of_the_twin(name: str) -> None:
     output = explored(name)
     schedule = output.stats.schedule
