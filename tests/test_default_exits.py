@@ -64,7 +64,7 @@ def test_even_grids_need_no_other_depths(smollm2, exits, explorers) -> None:
 @pytest.mark.slow
 def test_a_text_is_that_of_ar_in_fewer_ticks_than_without_training() -> None:
     """In the stacked layout, which compiles in a fraction of the time."""
-    goldens, method, count = [GOLDEN[i] for i in (0, 4, 6)], dex_jax.Dex(explorers=10, draft=False), 24
+    goldens, method, count = [GOLDEN[i] for i in (0, 4, 6)], dex_jax.Dex(draft=False), 24
     lm = dex_jax.load("smollm2-135m", dtype="float32", layout=dex_jax.Stacked(method.schedule_for(30).depths))
     prompts, plain = [golden["prompt"] for golden in goldens], [golden["new_tokens"][:count] for golden in goldens]
     runs = {
@@ -74,7 +74,7 @@ def test_a_text_is_that_of_ar_in_fewer_ticks_than_without_training() -> None:
     for out in runs.values():
         assert [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)] == plain
     assert runs["default"].stats.exits_source == "default"
-    # A loose bound, as three prompts are few.
+    # About 1.2 against 2 on average; a loose bound, as three prompts are few.
     assert runs["default"].stats.ticks.sum() < 0.8 * runs["shared"].stats.ticks.sum()
 
 

@@ -131,7 +131,7 @@ def drawn(key: jax.Array, own_outputs: float) -> tuple[np.ndarray, np.ndarray, n
     return np.asarray(may), np.asarray(jax.random.randint(which, shape, 0, len(DEPTHS))), np.asarray(hidden)
 
 
-@pytest.mark.parametrize("own_outputs", [0.0, 0.6])
+@pytest.mark.parametrize("own_outputs", [0.0, 0.9])
 @pytest.mark.parametrize(("kind", "fused"), KINDS)
 def test_every_exit_reads_at_every_step_what_the_twin_reads(kind, fused, own_outputs) -> None:
     key = jax.random.key(5)
