@@ -7,9 +7,10 @@ import itertools
 import json
 import pathlib
 
+import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference.checkpoints import write_checkpoint
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -131,11 +132,53 @@ def test_gguf_special_tokens():
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"), [({"model": "llama"}, "'llama'"), ({"pre": "tekken"}, "'tekken'"), ({"merges": []}, "merges")]
+    ("changes", "words"),
+    [
+        ({"model": "t5"}, "'t5'"),
+        ({"pre": "tekken"}, "'tekken'"),
+        ({"merges": []}, "merges"),
+        ({"model": "llama", "scores": [0.0]}, "scores"),
+    ],
 )
 def test_other_gguf_tokenizers_are_refused(changes, words):
     with pytest.raises(DexError, match=words):
         gguf_tokenizer(gguf_metadata(**changes), (), "here")
+
+
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+PIECES = ["▁", "a", "b", "c", "▁a", "ab", "bc", "abc", "▁ab", "▁▁", "ca", "cab"]
+
+
+def sentencepiece_file(*worse: float, prefix: bool) -> Tokenizer:
+    """Of the pieces above, each of which scores so much worse than the one before."""
+    tokens = ["<unk>", "<s>", "</s>", *BYTES, *PIECES, "<tool>"]
+    scores = [0.0] * 259 + (-np.cumsum(worse)).tolist() + [0.0]
+    own = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": [2, 3, 3] + [6] * 256 + [1] * 12 + [4]}
+    own |= {"bos_token_id": 1, "unknown_token_id": 0, "add_space_prefix": prefix}
+    return gguf_tokenizer({f"tokenizer.ggml.{key}": value for key, value in own.items()}, (2,), "here")
+
+
+@settings(deadline=None)
+@given(
+    text=st.text("abc dé", min_size=1, max_size=12),
+    worse=st.lists(st.integers(0, 3), min_size=12, max_size=12),
+    prefix=st.booleans(),
+)
+def test_sentencepiece_joins_what_scores_best(text: str, worse: list[int], prefix: bool) -> None:
+    tokenizer = sentencepiece_file(*map(float, worse), prefix=prefix)
+    scores = dict(zip(PIECES, -np.cumsum(worse), strict=True))
+    parts = list(("▁" if prefix else "") + text.replace(" ", "▁"))
+    while joined := [(scores[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in scores]:
+        # Which of two that score alike is joined first is nobody's promise.
+        assume(len({parts[-i] + parts[1 - i] for score, i in joined if score == max(joined)[0]}) == 1)
+        at = -max(joined)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    ids = [1]
+    for part in parts:
+        ids += [259 + PIECES.index(part)] if part in scores else [3 + byte for byte in part.encode()]
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode(f"{text}<tool>", add_special=False)[-1] == 271
 
 
 def write_tokenizer(directory, template=None, **settings):

@@ -122,7 +122,7 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
 
 def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     """SentencePiece's BPE: of two neighbours that make a token, those of the best score are joined first."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     tokens = vocabulary.tokens
     ids = {token: i for i, token in enumerate(tokens)}
@@ -133,11 +133,10 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     unknown = None if vocabulary.unknown_token_id is None else tokens[vocabulary.unknown_token_id]
     backend = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.normalizer = normalizers.Replace(" ", _SPACE)
     if vocabulary.add_space_prefix:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), backend.normalizer])
         steps.append(decoders.Strip(" ", 1, 0))
-    else:
-        backend.normalizer = normalizers.Replace(" ", _SPACE)
     backend.decoder = decoders.Sequence(steps)
     return _with_added(backend, vocabulary, begins=True)
 
