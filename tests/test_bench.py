@@ -430,3 +430,16 @@ def test_prompts_are_evenly_spread() -> None:
     assert spread(3, 5) == [0, 1, 2]
     assert set(spread(100, 4)).isdisjoint(spread(100, 50, taken=spread(100, 4)))
     assert spread(4, 2, taken=range(4)) == []
+
+
+def test_a_line_cut_off_by_a_kill_is_written_again(tmp_path) -> None:
+    results = Results(tmp_path, {})
+    results.add(RUN)
+    results.close()
+    with results.path.open("ab") as file:
+        file.write(to_line(dataclasses.replace(RUN, round=1))[:50].encode())
+    assert read_results(tmp_path) == [RUN]
+    again = Results(tmp_path, {})
+    again.add(dataclasses.replace(RUN, round=2))
+    again.close()
+    assert [run.round for run in read_results(tmp_path)] == [0, 2]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 from conftest import slow
@@ -10,6 +13,7 @@ from reference.small_models import GEMMA, LLAMA, random_parameters, small_model
 import dex_jax
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.counting import ticks_of
+from dex_jax.forced import run
 from dex_jax.forced.asks import dex_asks
 from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.run import force
@@ -83,3 +87,22 @@ def test_batches_are_full_and_by_length():
     found = list(batches(lengths, 3))
     assert sorted(i for members in found for i in members) == list(range(len(lengths)))
     assert [[lengths[i] for i in members] for members in found] == [[2, 5, 16], [16, 17, 31], [200, 300]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA makes of top_k is another matter elsewhere")
+def test_no_vocabulary_is_sorted(monkeypatch):
+    """A sort of the vocabulary in place of its best few takes ten times as long as all else that is asked."""
+    seen = []
+
+    def compiled(*args):
+        seen.append(forced_ask.lower(*args).compile().as_text())
+        return forced_ask(*args)
+
+    forced_ask = run.ask_exits
+    monkeypatch.setattr(run, "ask_exits", compiled)
+    lm = small_model(dataclasses.replace(LLAMA, vocab_size=4096))
+    exits = dataclasses.replace(random_exits("attn"), vocabulary=None)
+    force(lm, exits, [(prompt, prompt) for prompt in prompts()], dex_asks(DEPTHS, exits.config), count=3)
+    assert 'custom_call_target="TopK"' in seen[0]
+    assert " sort(" not in seen[0]

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from reference import layerskip_twin as twin
+from reference.jaxprs import arrays_of
 from reference.small_models import GEMMA, LLAMA, QWEN3, small_model
 
 import dex_jax
@@ -275,3 +276,13 @@ def test_bad_input_is_refused_in_one_sentence(text_file, tmp_path) -> None:
     task = WholeModel.open(settings(text_file))
     with pytest.raises(DexError, match="no model of the given configuration"):
         WholeModel(task.config, task.corpus, small_model(LLAMA))
+
+
+def test_no_array_holds_the_logits_of_several_exits() -> None:
+    config = dataclasses.replace(LLAMA, vocab_size=47)  # a width that nothing else has
+    task = task_for(config, recipe="layerskip", layerskip=LayerSkip(curriculum="all"))
+    params, batch = random_model_and_batch(config)
+    shapes = arrays_of(jax.grad(task.loss, has_aux=True), params, (), batch, jax.random.key(0), jnp.int32(0))
+    vocabulary_wide = {shape for shape in shapes if 47 in shape and 32 not in shape}
+    assert (3, 8, 47) in vocabulary_wide
+    assert max(map(np.prod, vocabulary_wide)) == 3 * 8 * 47

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import chex
@@ -13,14 +14,17 @@ import pytest
 from flax import nnx
 from reference.small_models import GEMMA, LLAMA, QWEN3, ragged_prompts, random_transformer, small_model
 
-from dex_jax import RopeScaling, Stacked, Unrolled
+from dex_jax import RopeScaling, Stacked, Unrolled, cache
 from dex_jax.language_model import default_dtype, resolve_dtype
+from dex_jax.nn import transformer
+from dex_jax.nn.forward import extend_with_states
 from dex_jax.nn.layers import rms_norm
 from dex_jax.nn.rotary import rope_frequencies, rope_table, rotate
 from dex_jax.nn.transformer import (
     relayout,
     stage_ranges,
 )
+from dex_jax.nn.weights import merge_model
 
 UNEVEN = Stacked((1, 3, 4))
 EVEN = Stacked((2, 4))
@@ -111,3 +115,29 @@ def test_float16_on_a_cpu_is_float32(monkeypatch, capsys) -> None:
         monkeypatch.setattr(jax, "devices", lambda platform=platform: [SimpleNamespace(platform=platform)])
         assert resolve_dtype("float16") == expected
         assert ["float32" in line for line in capsys.readouterr().err.splitlines()] == [True] * (platform == "cpu")
+
+
+def test_stacked_layers_are_gone_before_a_model_is_made_of_their_copies(monkeypatch) -> None:
+    model = random_transformer(LLAMA, UNEVEN, 0)
+    old = jax.tree.leaves(nnx.state(model.layers))
+    made, gone = transformer.Transformer, []
+
+    def make(*arguments):
+        gone.append(all(leaf.is_deleted() for leaf in old))
+        return made(*arguments)
+
+    monkeypatch.setattr(transformer, "Transformer", make)
+    relayout(model, Unrolled())
+    assert gone == [True]
+
+
+def test_sines_are_computed_once_and_not_in_every_layer() -> None:
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=3))
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    memory = cache.allocate(lm.config, lm.layout, 1, 8, 0, jnp.dtype(jnp.float32))
+
+    def one_step(weights, tokens, start):
+        return extend_with_states(merge_model(lm.config, lm.layout, weights), memory, tokens, start)[0]
+
+    compiled = jax.jit(one_step).lower(lm.weights, tokens, jnp.zeros(1, jnp.int32)).compile().as_text()
+    assert [len(re.findall(rf" {name}\(", compiled)) for name in ("cosine", "sine")] == [1, 1]

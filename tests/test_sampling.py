@@ -187,3 +187,11 @@ def test_chi_square_finds_a_wrong_distribution() -> None:
     assert p_value(*chi_square(rng.multinomial(SEQUENCES, biased), expected)) < 1e-3
     assert p_value(67.5, 49) == pytest.approx(0.0409, abs=0.002)
     assert math.isclose(p_value(0.0, 3), 1.0)
+
+
+def test_the_mask_comes_before_the_filter() -> None:
+    """With its best token masked, top_k = 1 leaves a row its second best rather than nothing."""
+    logits = np.array([[DROPPED, 2.0, 1.0]], np.float32)
+    sampling = Sampling(sampling_keys([0]), jnp.float32(1.0), jnp.int32(1))
+    token, left = chosen(logits, sampling, np.array([[0.0, 0.0, 50.0]], np.float32))
+    assert (token.tolist(), left.tolist()) == ([1], [True])

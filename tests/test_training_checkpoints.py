@@ -262,3 +262,11 @@ def test_killed_at_any_moment_it_ends_as_if_never_killed(tmp_path):
     ]
     assert journals[0] == journals[1]
     assert read_newest(tmp_path / "killed").record == read_newest(tmp_path / "whole").record
+
+
+def test_what_a_kill_left_half_written_is_cleared_away(copy):
+    half = copy / "step_00000004.orbax-checkpoint-tmp"
+    (half / "state").mkdir(parents=True)
+    with Checkpoints(copy, 3, silent) as checkpoints:
+        assert checkpoints.newest().record.step == 3
+    assert not half.exists()
