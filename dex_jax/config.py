@@ -151,6 +151,8 @@ class ModelConfig:
         if self.layer_kinds and len(self.layer_kinds) != self.num_layers:
             raise DexError(f"{len(self.layer_kinds)} kinds of layers for {self.num_layers} layers")
         scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise DexError(f"YaRN cannot stretch frequencies of the base {self.rope_theta}")
         if scaling is not None and scaling.kind == "longrope":
             for factors in (scaling.short_factors, scaling.long_factors):
                 if len(factors) != self.rotated_dim // 2:

@@ -145,6 +145,8 @@ def test_fingerprint_knows_the_weights_and_not_the_files(tmp_path):
         ),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, ["sliding window"]),
         ({"layer_types": ["linear_attention", "full_attention"]}, ["linear_attention"]),
+        ({"partial_rotary_factor": float("inf"), "model_type": "phi3"}, ["partial_rotary_factor"]),
+        ({"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "original_max_position_embeddings": 8}}, ["YaRN"]),
         ({"use_bidirectional_attention": True, "model_type": "gemma3_text"}, ["causal"]),
         ({"model_type": "granitemoehybrid", "shared_intermediate_size": 8}, ["mixture of experts"]),
         ({"model_type": "gemma3"}, ["text_config"]),

@@ -32,7 +32,7 @@ class Settings(Struct, kw_only=True):
     rope_theta: Positive | None = None
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
-    partial_rotary_factor: float | None = None
+    partial_rotary_factor: Positive | None = None
     tied: bool | None = field(name="tie_word_embeddings", default=None)
     attention_bias: bool | None = None
     mlp_bias: bool | None = None

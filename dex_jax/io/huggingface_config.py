@@ -26,7 +26,7 @@ class _Rope(Struct):
     rope_type: str | None = None
     type: str | None = None
     rope_theta: Positive | None = None
-    partial_rotary_factor: float | None = None
+    partial_rotary_factor: Positive | None = None
 
 
 class _ByLayerType(Struct):
