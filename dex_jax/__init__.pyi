@@ -1,5 +1,5 @@
 from dex_jax import plot
-from dex_jax.config import ExitsConfig, ModelConfig, RopeScaling
+from dex_jax.config import ExitsConfig, LayerKind, ModelConfig, RopeScaling
 from dex_jax.decoding.chain.dynamic_exit import DEL
 from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
@@ -33,6 +33,7 @@ __all__ = [
     "ExitsConfig",
     "LanguageModel",
     "Lattice",
+    "LayerKind",
     "LayerSkip",
     "Limits",
     "ModelConfig",
