@@ -192,6 +192,7 @@ def _put_at(
     if not ring:
         end = cache.shape[-2] - rows.shape[-2]
         return _put(cache, rows, (*where, 0, jnp.where(position < 0, end, position), 0))
+    assert rows.shape[-2] <= MOST_WRITTEN, "who writes more at a time allocates no rings"
     # A run that passes the ring's end goes on in the margin behind it; once more a turn before, it begins in the margin
     # in front and ends where it belongs. One that does not lies in that margin alone.
     place = jnp.where(position < 0, 0, MOST_WRITTEN + position % ring)
