@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from dex_jax.config import ModelConfig
@@ -168,9 +167,9 @@ class DecoderLayer(nnx.Module):
         # Attention itself multiplies with d**-0.5.
         scale = 1.0 if c.attention_scale is None else c.attention_scale * c.head_dim**0.5
         if rotation.queries is not None:
-            queries = (queries * (scale * rotation.queries)[..., None, None]).astype(x.dtype)
-        elif abs(scale - 1) > 1e-12:
-            queries = (queries.astype(jnp.float32) * scale).astype(x.dtype)
+            scale = scale * rotation.queries[..., None, None]
+        if rotation.queries is not None or abs(scale - 1) > 1e-12:
+            queries = rounded(lambda queries: queries * scale, queries)
         return queries, keys.swapaxes(-2, -3), values.swapaxes(-2, -3)
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
@@ -179,8 +178,9 @@ class DecoderLayer(nnx.Module):
         x = self._added(x, self._summed(flat, self.out[...], _value(self.out_bias)), self.attention_out_norm)
         gate_up = linear(self._normed(x, self.mlp_norm), self.gate_up[...], whole=self.whole)
         gate, up = jnp.split(gate_up, 2, axis=-1)
-        activated = jax.nn.silu(gate) if self.config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return self._added(x, self._summed(activated * up, self.down[...]), self.mlp_out_norm)
+        activation = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu
+        gated = rounded(lambda gate, up: activation(gate) * up, gate, up)
+        return self._added(x, self._summed(gated, self.down[...]), self.mlp_out_norm)
 
     def _normed(self, x: jax.Array, scale: nnx.Param | None) -> jax.Array:
         """x after the norm of this scale, if the layer has it."""
@@ -188,10 +188,10 @@ class DecoderLayer(nnx.Module):
 
     def _added(self, x: jax.Array, y: jax.Array, scale: nnx.Param | None) -> jax.Array:
         """x plus what attention or mlp gave."""
-        y = self._normed(y, scale)
-        if self.config.residual_scale != 1:
-            y = y * np.asarray(self.config.residual_scale, y.dtype)
-        return _sum(x, y)
+        factor = self.config.residual_scale
+        if factor == 1:
+            return rounded(jnp.add, x, self._normed(y, scale))
+        return rounded(lambda x, y: x + y * factor, x, self._normed(y, scale))
 
     def _summed(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """`linear` whose inputs are spread over the tensor axis, if there is one."""
@@ -206,17 +206,23 @@ def offset_scale(scale: jax.Array, config: ModelConfig) -> jax.Array:
     return scale.astype(jnp.float32) + config.norm_offset if config.norm_offset else scale
 
 
-def _sum(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x + y, rounded in any case: on CPUs XLA keeps a sum in float32, in programs for one row and not in others."""
+def rounded(function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """function(*operands), element by element, in the operands' dtype, which it is rounded to in any case.
 
-    def in_float32(x: jax.Array, y: jax.Array) -> jax.Array:
-        info = jnp.finfo(x.dtype)
-        wide = x.astype(jnp.float32) + y.astype(jnp.float32)
-        return jax.lax.reduce_precision(wide, info.nexp, info.nmant).astype(x.dtype)
+    On CPUs XLA leaves out roundings between operations that it fuses, in programs for one row and not in others.
+    """
+    dtype = operands[0].dtype
+    if dtype == jnp.float32:
+        return function(*operands)
+    info = jnp.finfo(dtype)
 
-    if x.dtype == jnp.float32:
-        return x + y
-    return jax.lax.platform_dependent(x, y, cpu=in_float32, default=jnp.add)
+    def cut(x: jax.Array) -> jax.Array:
+        return jax.lax.reduce_precision(x.astype(jnp.float32), info.nexp, info.nmant)
+
+    def in_float32(*operands: jax.Array) -> jax.Array:
+        return cut(function(*map(cut, operands))).astype(dtype)
+
+    return jax.lax.platform_dependent(*operands, cpu=in_float32, default=lambda *x: function(*x).astype(dtype))
 
 
 def _value(param):

@@ -15,7 +15,7 @@ from flax import nnx
 from dex_jax.config import ModelConfig
 from dex_jax.nn.attention import capped
 from dex_jax.nn.kinds import KindTable, kind_table
-from dex_jax.nn.layers import LAYER_AXES, DecoderLayer, linear, offset_scale, recorded, rms_norm
+from dex_jax.nn.layers import LAYER_AXES, DecoderLayer, linear, offset_scale, recorded, rms_norm, rounded
 from dex_jax.nn.packed import Packed, take_rows
 
 
@@ -150,7 +150,7 @@ class Transformer(nnx.Module):
 
     def _scaled(self, embedded: jax.Array) -> jax.Array:
         scale = self.config.embed_scale
-        return embedded if scale == 1 else embedded * np.asarray(scale, embedded.dtype)
+        return embedded if scale == 1 else rounded(lambda embedded: embedded * scale, embedded)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final norm and unembedding: [..., D] -> [..., V] float32 (exit K, and every exit of kind "shared")."""
