@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.config import LayerKind, ModelConfig
-from dex_jax.nn.kinds import MOST_WRITTEN, KindTable, kind_table, ring_length, ring_of
+from dex_jax.nn.kinds import MOST_WRITTEN, KindTable, common_window, kind_table, ring_length, ring_of
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled, stage_ranges
 
 UNROLLED_WRITES = 2
@@ -65,9 +65,8 @@ def shapes(
     rows = kind_table(config, stages).rows
 
     def positions(kinds: tuple[LayerKind, ...]) -> int:
-        windows = {kind.window for kind in kinds}
-        window = windows.pop() if len(windows) == 1 else None
-        return length if window is None or not rings else min(length, ring_length(window))
+        window = common_window(kinds) if rings else None
+        return length if window is None else min(length, ring_length(window))
 
     def leaf(positions: int, *lead: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*lead, batch, config.num_kv_heads, positions, config.head_dim), dtype)
@@ -152,7 +151,7 @@ def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array, kinds: Ki
 
     Sequences that commit fewer slots, or none, are written too: nobody attends to those positions before their own
     commit overwrites them, and a plain write needs neither a read nor a choice. position + P must not pass the cache's
-    end.
+    end. `kinds` are the model's.
     """
     count = slot.shape[1]
 

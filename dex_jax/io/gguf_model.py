@@ -10,18 +10,18 @@ import numpy as np
 from msgspec import Struct, field
 from msgspec.structs import asdict
 
-from dex_jax.config import LayerKind, ModelConfig, RopeScaling
+from dex_jax.config import ModelConfig, RopeScaling
 from dex_jax.errors import DexError
 from dex_jax.foreign import Positive, Size, TokenId, typed
-from dex_jax.io.families import FAMILIES
+from dex_jax.io.families import FAMILIES, layer_kinds
 from dex_jax.io.gguf_file import GGUFFile
 from dex_jax.io.huggingface_config import yarn_magnitude
 
 _ARCHITECTURES = {family.gguf: name for name, family in FAMILIES.items() if family.gguf}
 _ROPE_FACTORS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-# What llama.cpp takes where a file does not say it: every n-th layer sees everything.
+# What llama.cpp takes where a file does not say it: every n-th layer sees everything; 0: none does.
 _PERIODS = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4, "phi3": 0}
-# Layers of the two models whose scores are scaled by the width of a head as the others have it.
+# How many layers the two models have whose scores are divided by the root of D / H and not of d: no file says it.
 _WIDE_SCALE = {"gemma2": 46, "gemma3_text": 62}
 _NO_ROPE_PERIOD = {"smollm3": 4}
 
@@ -223,23 +223,22 @@ def _rope_scaling(file: GGUFFile, model: _Model, config: ModelConfig) -> RopeSca
 
 
 def _layer_kinds(model: _Model, family: str) -> list[dict[str, Any]]:
-    """The kinds of the layers as ModelConfig takes them, [] where all are alike and see everything."""
+    """The kinds of the layers as ModelConfig takes them."""
     window = model.window if 0 < model.window < model.context else None
     period = _PERIODS.get(family) if model.pattern is None else model.pattern
+    unrotated = _NO_ROPE_PERIOD.get(family)
 
     def slides(layer: int) -> bool:
+        if model.window <= 0 or period is None:
+            return False
         if isinstance(period, list):
             return layer < len(period) and period[layer]
-        return period is not None and (period == 0 or (layer + 1) % period != 0)
+        return period == 0 or (layer + 1) % period != 0
 
-    def kind(layer: int) -> LayerKind:
-        here, unrotated = model.window > 0 and slides(layer), _NO_ROPE_PERIOD.get(family)
-        if not model.rotates or (unrotated is not None and (layer + 1) % unrotated == 0):
-            return LayerKind(window if here else None, "none")
-        return LayerKind(window if here else None, "local" if here and FAMILIES[family].local_rope else "main")
+    def rotates(layer: int) -> bool:
+        return model.rotates and (unrotated is None or (layer + 1) % unrotated != 0)
 
-    kinds = [kind(layer) for layer in range(min(model.num_layers, 100_000))]
-    return [] if all(each == LayerKind() for each in kinds) else [vars(each) for each in kinds]
+    return layer_kinds(model.num_layers, window, slides, rotates, FAMILIES[family].local_rope)
 
 
 def llama3_factors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:

@@ -8,10 +8,10 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import asdict, fields
 
-from dex_jax.config import LayerKind, ModelConfig
+from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.foreign import Positive, Size, typed
-from dex_jax.io.families import FAMILIES, WITH_TEXT, Family, Ids, Settings
+from dex_jax.io.families import FAMILIES, WITH_TEXT, Family, Ids, Settings, layer_kinds
 
 _QUANTISED = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8"}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
@@ -113,26 +113,16 @@ def huggingface_config(config: dict[str, Any], generation: dict[str, Any], sourc
         "activation": _ACTIVATIONS[read.activation],
         "eos_ids": sorted({*_ids(read.eos_token_id), *_ids(stops)}),
         "bos_id": next(iter(_ids(read.bos_token_id)), None),
-        "layer_kinds": layer_kinds(read, family.local_rope),
+        "layer_kinds": layer_kinds(
+            read.num_layers,
+            # A window as long as the longest sequence hides nothing.
+            read.sliding_window if read.sliding_window and read.sliding_window < read.context else None,
+            lambda layer: read.sliding_window is not None and read.slides(layer),
+            read.rotates,
+            family.local_rope,
+        ),
     }
     return typed(found, ModelConfig, file)
-
-
-def layer_kinds(read: Settings, local_rope: bool) -> list[dict[str, Any]]:
-    """The kinds of the layers as ModelConfig takes them, [] where all are alike and see everything."""
-    # A window as long as the longest sequence hides nothing.
-    window = None if read.sliding_window is None or read.sliding_window >= read.context else read.sliding_window
-
-    def kind(layer: int) -> LayerKind:
-        slides = read.slides(layer) and read.sliding_window is not None
-        rope: Any = "none" if not read.rotates(layer) else "local" if slides and local_rope else "main"
-        return LayerKind(window if slides else None, rope)
-
-    kinds = [kind(layer) for layer in range(min(read.num_layers, _MOST_LAYERS))]
-    return [] if all(each == LayerKind() for each in kinds) else [vars(each) for each in kinds]
-
-
-_MOST_LAYERS = 100_000  # no file holds the tensors of more; that there are too few is said when they are looked for
 
 
 def _refuse_uncovered(config: Settings, source: str) -> None:

@@ -77,6 +77,7 @@ def extend_with_states(
         live = (positions < lengths[:, None])[:, :, None]
         x, causal = jnp.where(live, x, 0), causal & live
         if model.config.layer_kinds:
+            # What comes long after a sequence's end would take the place of what its rows still see in a ring.
             first = jnp.where(start < lengths, start, NOWHERE)
     sizes = lengths_of(memory)
     found = sights(model.config, model.kinds, positions, start, sizes, causal, live=live)

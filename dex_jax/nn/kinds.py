@@ -35,10 +35,15 @@ def ring_length(window: int) -> int:
     return ring_size(window) + 2 * MOST_WRITTEN
 
 
+def common_window(kinds: Sequence[LayerKind]) -> int | None:
+    """The window that layers which share an array all have; None where one of them sees everything, or another."""
+    windows = {kind.window for kind in kinds}
+    return windows.pop() if len(windows) == 1 else None
+
+
 def ring_of(kinds: Sequence[LayerKind], length: int) -> int:
     """The size of the ring that an array of `length` for layers of these kinds is; 0 for one place a position."""
-    windows = {kind.window for kind in kinds}
-    window = windows.pop() if len(windows) == 1 else None
+    window = common_window(kinds)
     return ring_size(window) if window is not None and length == ring_length(window) else 0
 
 
