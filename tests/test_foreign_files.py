@@ -14,20 +14,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference.checkpoints import write_checkpoint
-from reference.small_models import LLAMA, random_exits
-from safetensors.numpy import load_file, save
+from reference.small_models import LLAMA
 from test_io_gguf import write_gguf
-from test_io_tokenizer import CHATML, gguf_metadata, with_template, write_tokenizer
+from test_io_tokenizer import CHATML, gguf_metadata, write_tokenizer
 
-from dex_jax.cli.train_arguments import read_config
-from dex_jax.decoding.dex.trees import known_trees, with_trees
 from dex_jax.errors import DexError
 from dex_jax.foreign import parsed, reading
-from dex_jax.io import open_checkpoint, templates
-from dex_jax.io.exits_file import load_exits, save_exits
+from dex_jax.io import open_checkpoint
+from dex_jax.io.exits_file import load_exits
 from dex_jax.io.gguf_tokenizer import gguf_tokenizer
 from dex_jax.io.save import save_model
-from dex_jax.prompt_files import read_prompts, read_texts
+from dex_jax.prompt_files import read_prompts
 
 SECONDS = 8.0
 DEEP = 200_000
@@ -49,11 +46,6 @@ def use_model(path: Path) -> None:
         tokenizer.decode(tokenizer.encode("a 12 <s> é"))
         if tokenizer.has_chat_template:
             tokenizer.chat([{"role": "user", "content": "a"}])
-
-
-def use_prompts(path: Path) -> None:
-    for read in (read_prompts, read_texts):
-        read(str(path))
 
 
 def check(use: Any, path: Path) -> str:
@@ -306,195 +298,3 @@ def test_what_reading_lets_through() -> None:
     with pytest.raises(DexError, match=r"^here: no\.$"), reading("here"):
         raise DexError("no.")
     assert parsed("[1, NaN]", list[float], "here")[0] == 1
-
-
-ROWS = [{"prompt": "one"}, {"messages": [{"role": "user", "content": "a"}]}, {"question": "q", "choices": [1]}]
-
-
-@many
-@given(data=st.data(), value=st.sampled_from(NASTY), damage=DAMAGE, suffix=st.sampled_from([".jsonl", ".json", ".txt"]))
-def test_prompt_files(tmp_path, data, value, damage, suffix) -> None:
-    text = edited(json.dumps(ROWS), data.draw(st.sampled_from(places(ROWS))), value)
-    text = text if suffix == ".json" else "\n".join(map(json.dumps, json.loads(text)))
-    file = tmp_path / f"prompts{suffix}"
-    for content in (text.encode(), damaged(text.encode(), damage)):
-        file.write_bytes(content)
-        check(use_prompts, file)
-
-
-PIECES = st.sampled_from(
-    ["{{", "}}", "{%", "%}", " for m in messages ", " endfor ", " if ", " endif ", "messages", "[0]", "['content']",
-     " ~ ", " * ",
-     " ** ", " / ", "0", "10", "99999999", "-1", "'x'", "'%9d'", " % ", " | ", "join", "center(9)", "length",
-     "range(99999)",
-     " set x = ", "x", "x.y", "(", ")", " recursive ", "loop(messages)", "namespace(a=1)", " macro f() ",
-     " endmacro ", "f()",
-     "raise_exception('no')", "strftime_now('%Y')", "''.__class__", "<|im_end|>", "\n", "tojson(indent=9)", "\ud800"]
-)  # fmt: skip
-
-
-@settings(max_examples=150)
-@given(pieces=st.lists(PIECES, max_size=14))
-def test_templates_of_any_pieces(pieces) -> None:
-    said = check(lambda _: with_template("".join(pieces)).chat([{"role": "user", "content": "x"}]), Path("here"))
-    assert "Traceback" not in said
-
-
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-DOUBLED = (
-    "{%% set n = namespace(x='x') %%}{%% for a in range(99) %%}{%% set n.x = n.x %s n.x %%}{%% endfor %%}{{ n.x }}"
-)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ 1 / 0 }}", "{{ 1 % 0 }}", "{{ '%c' % 99999999999 }}", "{{ 10 ** 10 ** 10 }}", "{{ 'x' * 10 ** 12 }}",
-        ENDLESS,
-        DOUBLED % "~", DOUBLED % "+", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ '%999999999d' % 1 }}",
-        "{{ 'x'.ljust(999999999) }}", "{{ 'x' | center(999999999) }}", "{{ '{:999999999}'.format(1) }}",
-        "{{ range(10 ** 9) }}",
-        "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "{% if x %}" * 3000 + "{% endif %}" * 3000,
-        "{{ strftime_now(3) }}",
-        "{% set n = namespace(x=99) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
-        "{% include 'x' %}", "{{ '%999999999d' | format(1) }}", "{{ lipsum(n=99999) }}",
-        "{{ messages[0].content.x.y }}",
-    ],
-    ids=lambda template: template[:30],
-)  # fmt: skip
-def test_templates_that_fail_in_their_own_ways(template, monkeypatch) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 0.2)
-    assert refused(lambda _: with_template(template).chat([{"role": "user", "content": "x"}]), Path("here"))
-
-
-@pytest.mark.parametrize(
-    ("suffix", "content"),
-    [(".jsonl", "[" * DEEP), (".json", "[" * DEEP), (".jsonl", '{"prompt":' + "[" * 900 + "]" * 900 + "}"),
-     (".jsonl", "\xff"),
-     (".json", '[{"prompt": 3}]'), (".json", "3"), (".jsonl", '{"messages": [3]}'), (".jsonl.gz", "x"), (".txt", "")],
-    ids=lambda text: text[:12],
-)  # fmt: skip
-def test_prompt_files_that_hold_no_prompts(tmp_path, suffix, content) -> None:
-    file = tmp_path / f"prompts{suffix}"
-    file.write_bytes(content.encode("latin-1"))
-    refused(use_prompts, file)
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "config = 3", "(" * 9999,
-     "config = (", "raise SystemExit(1)", "def f(): f()\nf()", "1 / 0", "\xff", "x = '\0'",
-     "import dex_jax.config as c; config = c.ModelConfig('llama', 9, 1, 8, 2, 0, 4, 8, 8)",
-     "raise ValueError('a\\nb')"],
-    ids=lambda text: text[:20],
-)  # fmt: skip
-def test_training_configurations_that_are_none(tmp_path, content) -> None:
-    file = tmp_path / "config.py"
-    file.write_bytes(content.encode("latin-1"))
-    refused(lambda path: read_config(str(path)), file)
-
-
-def use_exits(path: Path) -> None:
-    exits = load_exits(path)
-    known_trees(exits)
-    assert exits.digest
-
-
-@pytest.fixture(scope="module")
-def exits(tmp_path_factory) -> Path:
-    """A drafter with a draft vocabulary and trees."""
-    path = tmp_path_factory.mktemp("exits") / "exits.safetensors"
-    drafter = random_exits("mlp", fused=True, draft=30, depths=(0,))
-    about = {"data": ["a=1"], "held_out": {"mean": {"grids": [{"explorers": 2, "depth_side_speedup": 1.5}]}}}
-    drafter = with_trees(drafter, known_trees(drafter))
-    drafter.metadata.update(about)
-    save_exits(path, drafter)
-    return path
-
-
-def exits_with(path: Path, metadata: dict[str, str], **tensors: np.ndarray) -> bytes:
-    return save(load_file(path) | tensors, metadata)
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    size = int.from_bytes(path.read_bytes()[:8], "little")
-    return json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]
-
-
-@many
-@given(data=st.data(), key=st.sampled_from(["config", "about"]), value=st.sampled_from(NASTY))
-def test_metadata_of_exits_with_one_value_changed(exits, data, key, value) -> None:
-    metadata = metadata_of(exits)
-    place = data.draw(st.sampled_from(places(json.loads(metadata[key]))))
-    with changed(exits, exits_with(exits, metadata | {key: edited(metadata[key], place, value)})):
-        check(use_exits, exits)
-
-
-@many
-@given(damage=DAMAGE)
-def test_exits_with_bytes_changed(exits, damage) -> None:
-    with changed(exits, damaged(exits.read_bytes(), damage, within=3000)):
-        check(use_exits, exits)
-
-
-@pytest.mark.parametrize(
-    ("key", "content"),
-    [
-        *(("config", content) for content in ("", "[]", "{", "[" * DEEP, '{"kind": "mlp", "depths": 3, "width": 64}')),
-        *(("about", content) for content in ("", "[]", "[" * DEEP, '{"trees": 3}', '{"held_out": 3}', '{"data": 3}')),
-        ("about", '{"held_out": {"mean": {"grids": [{"explorers": 2, "depth_side_speedup": -1}]}}}'),
-        ("about", '{"held_out": {"mean": []}}'), ("format", "other"),
-    ],
-    ids=lambda text: text[:30],
-)  # fmt: skip
-def test_exits_whose_metadata_lie(exits, key, content) -> None:
-    with changed(exits, exits_with(exits, metadata_of(exits) | {key: content})):
-        refused(use_exits, exits)
-
-
-OF_EXITS = [
-    {"width": 10**12}, {"width": 63}, {"hidden": 0}, {"hidden": 2**40}, {"window": 2**40}, {"depths": [0] * 2},
-    {"depths": ["x"]}, {"depths": list(range(100_000))}, {"kind": 3}, {"fused": "x"}, {"draft_size": 29},
-    {"draft_size": -1}, {"norm_eps": -1.0}, {"kind": "attn", "fused": False, "head_dim": 7},
-]  # fmt: skip
-OF_TREES = [
-    {"widths": []}, {"widths": [10**9]}, {"widths": [100] * 60}, {"widths": [1] * 10**5}, {"widths": "x"},
-    {"drafted": 9}, {"drafted": -1}, {"lookup": [2.0] * 8}, {"lookup": []}, {"tokens_per_round": 0},
-    {"tokens_per_round": "x"}, {"tokens_per_round": float("nan")},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", [*OF_EXITS, *OF_TREES], ids=lambda change: str(change)[:40])
-def test_exits_whose_shapes_or_trees_lie(exits, change) -> None:
-    metadata = metadata_of(exits)
-    if change in OF_EXITS:
-        metadata["config"] = json.dumps(json.loads(metadata["config"]) | change)
-    else:
-        about = json.loads(metadata["about"])
-        about["trees"][0] |= change
-        metadata["about"] = json.dumps(about)
-    with changed(exits, exits_with(exits, metadata)):
-        refused(use_exits, exits)
-
-
-def test_exits_whose_tensors_lie(exits) -> None:
-    metadata, tensors = metadata_of(exits), load_file(exits)
-    vocabulary, gate_up = tensors["draft_vocabulary"], tensors["gate_up"]
-    spoilt = gate_up.copy()
-    spoilt.flat[0] = np.nan
-    for change in (
-        # Integers and steps that would multiply to 231 GiB.
-        {"gate_up": np.zeros((310_000, 1), np.int8), "gate_up.steps": np.zeros((1, 200_000), np.float32)},
-        {"gate_up": gate_up.astype(np.int8), "gate_up.steps": np.ones(gate_up.shape, np.float32)},
-        {"gate_up": gate_up.astype(np.int8)},
-        {"gate_up": gate_up.astype(np.float64)},
-        {"gate_up": gate_up[:, :-1].copy()},
-        {"gate_up": spoilt},
-        {"draft_vocabulary": vocabulary[::-1].copy()},
-        {"draft_vocabulary": vocabulary - 1000},
-        {"draft_vocabulary": vocabulary.astype(np.float32)},
-        {"draft_vocabulary": np.zeros_like(vocabulary)},
-        {"draft_vocabulary": vocabulary[:, None].copy()},
-    ):
-        with changed(exits, exits_with(exits, metadata, **change)):
-            refused(use_exits, exits)
