@@ -17,6 +17,7 @@ from dex_jax.foreign import Positive, Size, TokenId
 
 Ids = TokenId | list[TokenId] | None
 Names = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
+_SLIDES = ["sliding_attention"]
 
 
 class Settings(Struct, kw_only=True):
@@ -68,7 +69,7 @@ class _Typed(Settings):
 
     def slides(self, layer: int) -> bool:
         if self.layer_types is not None:
-            return layer < len(self.layer_types) and self.layer_types[layer] == "sliding_attention"
+            return self.layer_types[layer : layer + 1] == _SLIDES
         return self.period is None or (layer + 1) % self.period != 0
 
 
@@ -87,7 +88,7 @@ class _Qwen2(Settings):
         if not self.use_sliding_window:
             return False
         if self.layer_types is not None:
-            return layer < len(self.layer_types) and self.layer_types[layer] == "sliding_attention"
+            return self.layer_types[layer : layer + 1] == _SLIDES
         return self.max_window_layers is None or layer >= self.max_window_layers
 
     def switches(self) -> dict[str, Any]:
@@ -167,10 +168,11 @@ class _SmolLM3(Settings):
     no_rope_layer_interval: Size = 4
 
     def slides(self, layer: int) -> bool:
-        types = self.layer_types
         if not self.use_sliding_window:
             return False
-        return not self.rotates(layer) if types is None else types[layer : layer + 1] == ["sliding_attention"]
+        if self.layer_types is not None:
+            return self.layer_types[layer : layer + 1] == _SLIDES
+        return not self.rotates(layer)
 
     def rotates(self, layer: int) -> bool:
         if self.no_rope_layers is not None:
