@@ -2,7 +2,7 @@ from dex_jax import plot
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig, RopeScaling
 from dex_jax.decoding.chain.dynamic_exit import DEL
 from dex_jax.decoding.dex.drafts import TreeShape
-from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
+from dex_jax.decoding.dex.interface import Committed, Drafter, DraftRows, Exits, Network, StageView
 from dex_jax.decoding.dex.loop import DexState, init, run, step
 from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.methods import AR, Dex
@@ -11,6 +11,7 @@ from dex_jax.decoding.record import Limits, Record
 from dex_jax.decoding.rivals import AdaDecode, DexSingleExit, LayerSkip, Oracle
 from dex_jax.decoding.trace import Trace, TracedNode, trace, watch
 from dex_jax.errors import DexError
+from dex_jax.io.eagle import EagleHead, load_eagle
 from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
 from dex_jax.language_model import LanguageModel, load
 from dex_jax.lattice import Lattice
@@ -28,7 +29,9 @@ __all__ = [
     "DexError",
     "DexSingleExit",
     "DexState",
+    "DraftRows",
     "Drafter",
+    "EagleHead",
     "Exits",
     "ExitsConfig",
     "LanguageModel",
@@ -56,6 +59,7 @@ __all__ = [
     "generate",
     "init",
     "load",
+    "load_eagle",
     "load_exits",
     "plot",
     "run",

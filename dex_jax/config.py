@@ -189,6 +189,31 @@ class ModelConfig:
         return dataclasses.replace(self, rope_scaling=dataclasses.replace(scaling, long=not scaling.long))
 
 
+@dataclasses.dataclass(frozen=True)
+class EagleConfig:
+    """Shapes and switches of an EAGLE-3 head (arXiv 2503.01840), a drafter that reads what a model's layers say.
+
+    Attributes:
+      layer: its one layer, and the vocabulary of the tokens that it reads.
+      reads: depths of the model, 0..L, whose states it reads side by side.
+      state_width: D of the model, of each of them.
+      draft_size: V', how many tokens it knows to draft.
+      own_embedding: whether it embeds tokens itself, or as the model does.
+      norm_before_residual: whether its layer adds to the normed features, and not to those before the norm.
+      norm_states: whether states are normed before they are joined, "each" by itself or "all" together.
+      norm_output: whether it goes on from its features after the last norm, and not from those before.
+    """
+
+    layer: ModelConfig
+    reads: tuple[int, ...]
+    state_width: int
+    draft_size: int
+    own_embedding: bool = False
+    norm_before_residual: bool = False
+    norm_states: Literal["each", "all"] | None = None
+    norm_output: bool = False
+
+
 _Width = Annotated[int, Meta(ge=1, le=2**20)]
 
 EXIT_KINDS = ("shared", "linear", "lowrank", "mlp", "attn")

@@ -15,11 +15,13 @@ from dex_jax.decoding import resolve as resolving
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.dex.drafts import TreeShape
-from dex_jax.decoding.dex.trained_exits import empty_memory, exit_arrays, read_chunk, transformer_drafter
+from dex_jax.decoding.dex.interface import DraftRows
+from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
 from dex_jax.decoding.dex.trees import KnownTree, known_trees, with_trees
 from dex_jax.decoding.resolve import resolve
 from dex_jax.evaluation import tree_search
 from dex_jax.evaluation.tree_search import large_tree, search_trees
+from dex_jax.lattice import NO_NODE
 from dex_jax.nn.exits import heads_of
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.weights import merge_model
@@ -101,17 +103,18 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
     tokens = np.random.default_rng(3).integers(0, LLAMA.vocab_size, (1, prefix + drafted)).astype(np.int32)
     hidden = depth_states(model, jnp.asarray(tokens), (LLAMA.num_layers,))[0]
 
-    memory = empty_memory(config, 1, jnp.float32)
-    drafter_of = transformer_drafter(model, config, arrays, None)
+    heads = TrainedHeads(config)
+    memory, drafter_of = heads.empty(1, 16, jnp.float32), heads.drafter(model, arrays, None)
     for start, end in ((0, 4), (4, prefix)):
         piece, where = slice(start, end), (jnp.asarray([start]), jnp.asarray([end]))
         read = jnp.asarray(tokens[:, piece]), hidden[:, piece]
-        memory = read_chunk(model, config, arrays, memory, *read, *where)
+        memory = heads.read(model, arrays, memory, *read, *where)
     before = memory.previous[:, None]
     found = []
     for row in range(drafted):
         at = slice(prefix + row, prefix + row + 1)
-        features, before = drafter_of.features(before, jnp.asarray(tokens[:, at]), jnp.asarray([[prefix + row]]))
+        rows = DraftRows(jnp.asarray(tokens[:, at]), jnp.asarray([[prefix + row]]), jnp.asarray([[NO_NODE]]), before)
+        features, before = drafter_of.features(None, drafter_of.blank(1, 1), rows)
         found.append(np.array(features[0, 0]))
 
     position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]

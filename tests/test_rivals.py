@@ -26,7 +26,7 @@ from dex_jax.config import ExitsConfig
 from dex_jax.decoding import session
 from dex_jax.decoding.counting import bound_of, rounds_of, ticks_of
 from dex_jax.decoding.dex import loop
-from dex_jax.decoding.dex.trained_exits import Heads, empty_memory, exit_arrays
+from dex_jax.decoding.dex.trained_exits import Heads, TrainedHeads, exit_arrays
 from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.resolve import resolve
 from dex_jax.io.exits_file import TrainedExits
@@ -182,7 +182,7 @@ def test_half_precision_keeps_its_dtypes() -> None:
     def decode(weights, memory, last, lengths, limits, sampling):
         lm = merge_model(LLAMA, layout, weights)
         heads = Heads(exit_arrays(lm, given.config, given.parameters, given.vocabulary))
-        memory = memory._replace(exits=empty_memory(given.config, 2, dtype))
+        memory = memory._replace(exits=TrainedHeads(given.config).empty(2, 0, dtype))
         begun = session.start_decoding(weights, heads, memory, last, lengths, limits, sampling, spec=spec, capacity=16)
         return begun, session.run_ticks(weights, heads, begun, limits, sampling, jnp.int32(9), spec=spec)
 

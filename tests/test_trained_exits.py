@@ -13,7 +13,7 @@ from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, ra
 
 import dex_jax
 from dex_jax.config import EXIT_KINDS, ExitsConfig
-from dex_jax.decoding.dex.trained_exits import empty_memory, exit_arrays, read_chunk
+from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
 from dex_jax.decoding.resolve import nearest_depths, resolve
 from dex_jax.errors import DexError
 from dex_jax.forced.counts import forced_exits
@@ -190,23 +190,22 @@ def test_rest_counts_in_probabilities_only(lm) -> None:
 
 def test_context_memory_after_a_prompt_is_what_commits_one_by_one_make(lm) -> None:
     exits = random_exits("attn")
-    model = merge_model(lm.config, lm.layout, lm.weights)
+    model, heads = merge_model(lm.config, lm.layout, lm.weights), TrainedHeads(exits.config)
     arrays = exit_arrays(model, exits.config, exits.parameters, None)
     rng = np.random.default_rng(0)
     lengths = np.array([3, 7, 12])
     tokens = jnp.asarray(rng.integers(0, LLAMA.vocab_size, (3, 12)), jnp.int32)
     hidden = jnp.asarray(rng.standard_normal((3, 12, WIDTH)), jnp.float32)
-    whole = empty_memory(exits.config, 3, jnp.float32)
+    whole = heads.empty(3, 0, jnp.float32)
     for start in (0, 4, 8):
         part = slice(start, start + 4)
-        whole = read_chunk(
-            model, exits.config, arrays, whole, tokens[:, part], hidden[:, part], jnp.int32(start), jnp.asarray(lengths)
-        )
-    single = empty_memory(exits.config, 3, jnp.float32)
+        read = tokens[:, part], hidden[:, part], jnp.int32(start), jnp.asarray(lengths)
+        whole = heads.read(model, arrays, whole, *read)
+    single = heads.empty(3, 0, jnp.float32)
     for n in range(12):
         row, start = slice(n, n + 1), jnp.full(3, n, jnp.int32)  # as a commit of one position, or of none
         ends = start + jnp.asarray(n < lengths, jnp.int32)
-        single = read_chunk(model, exits.config, arrays, single, tokens[:, row], hidden[:, row], start, ends)
+        single = heads.read(model, arrays, single, tokens[:, row], hidden[:, row], start, ends)
     used = np.asarray(single.context.position) >= 0
     assert np.array_equal(whole.context.position, single.context.position)
     assert used.sum(axis=1).tolist() == [3, 5, 5]

@@ -55,7 +55,8 @@ MOST = 4096
 MOST_TOKENS, MOST_SEEDS = 2**24, 2**63 - 1
 
 EXITS_HELP = """exit heads: "default" (what ships for the model), "shared" (the model's own head at every depth; no
-drafter), a .safetensors file or a folder of {train}; they change how fast text comes, never the text (%(default)s)"""
+drafter), a .safetensors file or a folder of {train}, a folder or hub id of an EAGLE-3 head; they change how fast text
+comes, never the text (%(default)s)"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--mesh", metavar="AXIS=N,...", help="spread over devices: stage=5, stage=2,tensor=3, data=2,stage=2")
     add("--distributed", action="store_true", help="one of several processes, each started with the same arguments")
     add("--exits", default="default", metavar="EXITS", help=EXITS_HELP.format(train=program("train_exits.py")))
+    add("--draft-model", metavar="NAME", help="a small model of the same vocabulary that drafts, instead of exits")
 
     add = p.add_argument_group("prompts").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")

@@ -56,22 +56,28 @@ def _run(args: argparse.Namespace) -> int:
         notify("opening the model")
 
         from dex_jax.cli.devices import layout_of
+        from dex_jax.decoding.dex.drafters import draft_model
         from dex_jax.decoding.generate import precompile
         from dex_jax.language_model import outline
 
         # What has been imported stays: to look through it anew while programs are compiled takes half a second.
         gc.freeze()
         model = outline(args.model, args.dtype, *layout_of(args, method), args.weights)
-        compile_seconds = precompile(model, prompts, method=method, **_options(args))
+        options = _options(args)
+        if args.draft_model is not None:
+            small = outline(args.draft_model, args.dtype, weights=args.weights)
+            draft_model(model, small)
+            options["draft_model"] = small.load(display.part)
+        compile_seconds = precompile(model, prompts, method=method, **options)
         lm = model.load(display.part)
-        updates = _stream(lm, prompts, method, args)
+        updates = _stream(lm, prompts, method, args.json, options)
         output = next(updates)
     output, interrupted = _follow(lm, output, updates, prompts, args)
     checks = None
     if args.check and not interrupted:
         with phases():
             notify("decoding with plain AR, to compare")
-            checks = _check(lm, output, prompts, args)
+            checks = _check(lm, output, prompts, args, options)
     stats = dataclasses.replace(output.stats, compile_seconds=output.stats.compile_seconds + compile_seconds)
     _finish(dataclasses.replace(output, stats=stats), prompts, checks, args)
     if interrupted:
@@ -79,11 +85,12 @@ def _run(args: argparse.Namespace) -> int:
     return DIFFERENT if checks and not all(check.is_tie(stats.dtype) for check in checks) else OK
 
 
-def _stream(lm: LanguageModel, prompts: list[Prompt], method: Method, args: argparse.Namespace) -> Iterator[Output]:
+def _stream(
+    lm: LanguageModel, prompts: list[Prompt], method: Method, at_once: bool, options: dict[str, Any]
+) -> Iterator[Output]:
     from dex_jax.decoding.generate import TICKS_PER_CALL, stream
 
-    ticks = TICKS_PER_CALL if args.json else 4
-    return stream(lm, prompts, method=method, ticks_per_update=ticks, **_options(args))
+    return stream(lm, prompts, method=method, ticks_per_update=TICKS_PER_CALL if at_once else 4, **options)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -114,11 +121,13 @@ def _follow(
     return output, interrupted
 
 
-def _check(lm: LanguageModel, output: Output, prompts: list[Prompt], args: argparse.Namespace) -> list[Check]:
+def _check(
+    lm: LanguageModel, output: Output, prompts: list[Prompt], args: argparse.Namespace, options: dict[str, Any]
+) -> list[Check]:
     from dex_jax.decoding.methods import AR
     from dex_jax.evaluation.check import compare
 
-    (reference,) = collections.deque(_stream(lm, prompts, AR(), args), maxlen=1)
+    (reference,) = collections.deque(_stream(lm, prompts, AR(), args.json, options), maxlen=1)
     return compare(lm, output, reference, args.temperature, args.top_k, args.top_p)
 
 

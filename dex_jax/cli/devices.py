@@ -10,7 +10,15 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dex_jax.cli.arguments import prompts_of
-from dex_jax.decoding.footprint import cache_length_for, device_memory, footprint, trained_bytes, verdict
+from dex_jax.decoding.dex.drafters import draft_model
+from dex_jax.decoding.footprint import (
+    cache_length_for,
+    device_memory,
+    footprint,
+    remembered_bytes,
+    trained_bytes,
+    verdict,
+)
 from dex_jax.decoding.generate import encode_prompts, sampling_of
 from dex_jax.decoding.methods import Method, with_stages
 from dex_jax.decoding.output import title
@@ -20,6 +28,7 @@ from dex_jax.decoding.sizes import batch_bucket
 from dex_jax.errors import DexError
 from dex_jax.io import open_checkpoint
 from dex_jax.language_model import Outline, layout_on_mesh, packing_of, resolve_dtype
+from dex_jax.language_model import outline as open_outline
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled
 from dex_jax.prompts import Prompt
 from dex_jax.sharding import STAGE, make_mesh
@@ -59,22 +68,26 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     layout, mesh = layout_of(args, method)
     if mesh is not None:
         method = with_stages(method, mesh.shape[STAGE])
-    # Which of AR and one explorer is chosen is measured on the device; the latter holds no less.
-    method = unmeasured(method, args.exits, checkpoint.fingerprint())
-    resolved = resolve(method, args.exits, config, checkpoint.fingerprint())
-    resolved.say(checkpoint.fingerprint())
-    schedule = resolved.schedule
     layout = layout or Unrolled()
-    prompts: list[Prompt] = prompts_of(args) if args.prompt or args.prompt_file is not None else [[0]]
     packing = packing_of(checkpoint, dtype, layout, mesh, args.weights)
     outline = Outline(checkpoint, dtype, layout, mesh, packing)
+    exits = args.exits
+    if args.draft_model is not None:
+        exits = draft_model(outline, open_outline(args.draft_model, args.dtype, weights=args.weights))
+    # Which of AR and one explorer is chosen is measured on the device; the latter holds no less.
+    method = unmeasured(method, exits, checkpoint.fingerprint())
+    resolved = resolve(method, exits, config, checkpoint.fingerprint())
+    resolved.say(checkpoint.fingerprint())
+    schedule = resolved.schedule
+    prompts: list[Prompt] = prompts_of(args) if args.prompt or args.prompt_file is not None else [[0]]
     ids = encode_prompts(outline, prompts, not args.no_chat, args.num_samples, args.max_new_tokens)
     batch = len(ids)
     sampling, _ = sampling_of(args.temperature, args.top_k, args.top_p, args.seed, batch, config.vocab_size)
     compiled_for = batch if mesh is not None else batch_bucket(batch)
     length = cache_length_for(max(map(len, ids)), args.max_new_tokens, schedule, compiled_for)
-    check_mesh(mesh, layout, schedule, batch)
+    check_mesh(mesh, layout, resolved, batch)
     exits_bytes = sum(trained_bytes(config, dtype, each, mesh, packing) for each in (resolved.exits, resolved.drafter))
+    exits_bytes += remembered_bytes(resolved.drafter, dtype, compiled_for, length)
     options: dict[str, Any] = {"sampled": sampling is not None, "exits_bytes": exits_bytes, "mesh": mesh}
     options["packing"] = packing
     needed = footprint(config, dtype, schedule, compiled_for, length, layout, **options)

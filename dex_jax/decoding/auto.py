@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +22,13 @@ from jax.sharding import Mesh
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.costs import StepCosts, forget, step_costs
+from dex_jax.decoding.dex.drafters import GivenDrafter
 from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.trees import known_trees
 from dex_jax.decoding.methods import AR, Dex, Method, drafted_rows, with_stages
 from dex_jax.decoding.pace import Pace
-from dex_jax.decoding.resolve import find_exits, unmeasured
+from dex_jax.decoding.resolve import GivenExits, find_exits, unmeasured
 from dex_jax.distributed import from_first
-from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.transformer import Layout, Staged, Unrolled
 from dex_jax.nn.weights import Packing
 from dex_jax.sharding import DATA, STAGE
@@ -71,7 +70,7 @@ class Candidate(NamedTuple):
 
 def settle(
     method: Method,
-    exits: str | os.PathLike | TrainedExits,
+    exits: GivenExits,
     config: ModelConfig,
     layout: Layout,
     dtype: Any,
@@ -138,7 +137,7 @@ def reconsider(
         forget(config, layout, dtype, packing)
 
 
-def candidates(costs: StepCosts, drafter: TrainedExits | None, batch: int = 1) -> list[Candidate]:
+def candidates(costs: StepCosts, drafter: GivenDrafter | None, batch: int = 1) -> list[Candidate]:
     """AR first, then one explorer with the best of the known trees.
 
     Args:
@@ -169,7 +168,7 @@ def tick_seconds(costs: StepCosts, shape: TreeShape) -> float:
     return costs.step(shape.rows) + costs.overhead + shape.drafted * costs.drafting
 
 
-def _largest(costs: StepCosts, drafter: TrainedExits | None) -> TreeShape:
+def _largest(costs: StepCosts, drafter: GivenDrafter | None) -> TreeShape:
     """The largest known tree whose rows do not take too long."""
     shapes = sorted((tree.shape for tree in known_trees(drafter)), key=lambda shape: shape.rows)
     return [shapes[0], *(shape for shape in shapes if costs.step(shape.rows) <= LONGEST_STEP * costs.step(1))][-1]

@@ -27,9 +27,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
+from dex_jax.decoding.dex.drafters import GivenDrafter, read_bytes
 from dex_jax.decoding.program import compiler_options
 from dex_jax.errors import DexError
-from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import cache_folder, write_whole
 from dex_jax.nn import few_rows
 from dex_jax.nn.forward import run_tree
@@ -96,7 +96,7 @@ def step_costs(
     dtype: Any,
     batch: int,
     length: int,
-    drafter: TrainedExits | None = None,
+    drafter: GivenDrafter | None = None,
     packing: Packing = (),
 ) -> StepCosts:
     """Measures, or remembers, what steps of `batch` sequences with `length` cache positions take on this device.
@@ -121,7 +121,7 @@ def step_costs(
     rows = tuple(_at(TOTALS[: len(seconds)], seconds, batch * each) + caches for each in ROWS)
     drafting = 0.0
     if drafter is not None:
-        drafting = DRAFTING * seconds[0] * head_bytes(drafter, config, dtype, packing) / total
+        drafting = DRAFTING * seconds[0] * read_bytes(drafter, config, dtype, packing) / total
     return StepCosts(ROWS, rows, OVERHEAD * rows[0], drafting)
 
 
@@ -132,18 +132,6 @@ def forget(config: ModelConfig, layout: Layout, dtype: Any, packing: Packing = (
     kept = _read(file)
     if kept.pop(key, None) is not None:
         _write(file, kept)
-
-
-def head_bytes(exits: TrainedExits, config: ModelConfig, dtype: np.dtype, packing: Packing = ()) -> int:
-    """Bytes that a drafter of a model in `dtype` reads: its weights, and the rows of the unembedding that it knows."""
-    own = sum(leaf.size for leaf in exits.parameters.values())
-    known = config.vocab_size if exits.vocabulary is None else len(exits.vocabulary)
-    kept, unembed = few_rows.kept_dtype(dtype), "embed" if config.tied else "unembed"
-    packed = dict(packing).get(unembed)
-    size = known * config.width * kept.itemsize
-    if packed is not None:
-        size = known * weight_bytes(config, dtype, packing)[unembed] // config.vocab_size
-    return own * kept.itemsize + size
 
 
 def _read_bytes(config: ModelConfig, dtype: np.dtype, packing: Packing) -> int:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import session, sizes
+from dex_jax.decoding.dex.drafters import GivenDrafter, exit_zero, own_bytes
 from dex_jax.decoding.dex.proposals import HEAD_BLOCK
 from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.mesh import programs as on_mesh
@@ -116,13 +117,15 @@ def footprint(
 def trained_bytes(
     config: ModelConfig,
     dtype: jnp.dtype,
-    exits: TrainedExits | None,
+    exits: GivenDrafter | None,
     mesh: Mesh | None = None,
     packing: Packing = (),
 ) -> int:
-    """Size on one device of trained exits, with the rows of the unembedding that a draft vocabulary copies."""
+    """Size on one device of exits or a drafter, with the rows of the unembedding that a draft vocabulary copies."""
     if exits is None:
         return 0
+    if not isinstance(exits, TrainedExits):
+        return own_bytes(exits, dtype)
     # On a mesh a device holds the head of its own stage, and what all heads share.
     held = exits.config if mesh is None else dataclasses.replace(exits.config, depths=exits.config.depths[:1])
     kept = few_rows.kept_dtype(jnp.dtype(dtype))
@@ -132,6 +135,13 @@ def trained_bytes(
     unembed = "embed" if config.tied else "unembed"
     sizes = weight_bytes(config, kept, tuple(each for each in packing if each[0] == unembed))
     return size + len(exits.vocabulary) * (sizes[unembed] // config.vocab_size + 4) + 4 * config.vocab_size
+
+
+def remembered_bytes(drafter: GivenDrafter | None, dtype: jnp.dtype, batch: int, cache_length: int) -> int:
+    """Size of what a drafter remembers of `batch` sequences of at most `cache_length` positions."""
+    if drafter is None:
+        return 0
+    return nbytes(jax.eval_shape(lambda: exit_zero(drafter, cache_length).empty(batch, cache_length, dtype)))
 
 
 def cache_length_for(prompt_length: int, max_new_tokens: int, schedule: Schedule, batch: int) -> int:

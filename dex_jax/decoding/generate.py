@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -17,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.decoding.auto import reconsider, settle
+from dex_jax.decoding.dex.drafters import draft_model as as_drafter
 from dex_jax.decoding.methods import SPARE, Dex, Method
 from dex_jax.decoding.output import Output, Stats, cut
 from dex_jax.decoding.record import Record
-from dex_jax.decoding.resolve import Resolved, resolve
+from dex_jax.decoding.resolve import GivenExits, Resolved, resolve
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError, whole_number
-from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.transformer import Staged
 from dex_jax.progress import notify
 from dex_jax.prompts import Prompt
@@ -67,7 +66,8 @@ def prepare(
     *,
     method: Method | None = None,
     max_new_tokens: int = 128,
-    exits: str | os.PathLike | TrainedExits = "default",
+    exits: GivenExits = "default",
+    draft_model: LanguageModel | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -79,6 +79,10 @@ def prepare(
 ) -> Prepared:
     """Checks prompts and options, which `stream` explains, and builds the session that runs them."""
     whole_number(ticks_per_update=ticks_per_update)
+    if draft_model is not None:
+        if exits != "default":
+            raise DexError("a draft model stands at depth 0, and exits are given too: leave one of them out")
+        exits = as_drafter(lm, draft_model)
     encode = functools.partial(encode_prompts, lm, prompts, chat, num_samples, max_new_tokens)
     ids = encode() if lm.mesh is None else from_first(encode)
     sampling, seeds = sampling_of(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
@@ -145,7 +149,9 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
       max_new_tokens: at most so many tokens per sequence, the first one of the prefill included.
       exits: "shared" (the model's own final norm and unembedding at every depth, and no drafter), "default" (what ships
         for the model), a path, or what `load_exits` gave: a drafter or exits at depths, the other of which is the
-        default one then. Exits never change tokens.
+        default one then. Also an EAGLE-3 head as drafter: its folder, its hub id, or what `load_eagle` gave. Exits
+        never change tokens.
+      draft_model: a small model of the same vocabulary that drafts, instead of exits; on one device.
       temperature: 0 is greedy; above, tokens are sampled with noise that belongs to their positions.
       top_k: keep the k most likely tokens; None keeps all.
       top_p: keep the smallest set that holds this probability, in (0, 1]; None keeps all.
@@ -194,7 +200,7 @@ def precompile(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], 
     return compile_seconds() - before
 
 
-def _resolve(lm: Outline | LanguageModel, method: Method, exits: str | os.PathLike | TrainedExits) -> Resolved:
+def _resolve(lm: Outline | LanguageModel, method: Method, exits: GivenExits) -> Resolved:
     """`resolve`; on a mesh, whose stages hold layers already, a grid that nothing else settles is theirs."""
     resolved = resolve(method, exits, lm.config, lm.fingerprint)
     schedule, given = resolved.schedule, isinstance(method, Dex) and method.depths is not None

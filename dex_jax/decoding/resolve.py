@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from dex_jax.config import ModelConfig
+from dex_jax.decoding.dex.drafters import GivenDrafter, fitted
 from dex_jax.decoding.dex.trees import known_trees
 from dex_jax.decoding.methods import DEFAULT_EXPLORERS, Dex, Method, Schedule
 from dex_jax.decoding.rivals import LayerSkip
 from dex_jax.errors import DexError
+from dex_jax.io.eagle import EagleHead, eagle_folder, read_eagle
 from dex_jax.io.exits_file import TrainedExits, load_exits
 from dex_jax.nn.exits import select_exits
 
 DEFAULTS = Path(__file__).resolve().parents[1] / "default_exits"
 """One file for each model that trained exits ship for."""
 
+
+GivenExits = str | os.PathLike | GivenDrafter
+"""What users give as `exits`."""
 
 _SAID: set[tuple[str, str]] = set()
 """Models, by their fingerprint, and remarks."""
@@ -32,7 +37,7 @@ class Resolved:
     schedule: Schedule  # with exit depths that the exits are trained at, and the tree that was found for the drafter
     source: str | None = None  # of the exits, "shared" for the model's own head at every depth; None when K = 1
     exits: TrainedExits | None = None  # heads at x_1 .. x_{K-1}; None for "shared" and when K = 1
-    drafter: TrainedExits | None = None  # the head at depth 0; None where the text alone drafts, or nothing does
+    drafter: GivenDrafter | None = None  # exit 0; None where the text alone drafts, or nothing does
     drafter_source: str | None = None
     remarks: tuple[str, ...] = ()  # sentences that a user should see
 
@@ -49,15 +54,15 @@ class Found(NamedTuple):
 
     exits: TrainedExits | None  # heads at depths above 0; None for the model's own
     source: str  # "shared", "default" or a path
-    drafter: TrainedExits | None  # the head at depth 0; None for the text alone
+    drafter: GivenDrafter | None  # exit 0; None for the text alone
     drafter_source: str | None  # "default" or a path, None without one
     own: str | None  # what the user gave himself is "exits", the "drafter", or neither (None)
 
 
-def find_exits(exits: str | os.PathLike | TrainedExits, fingerprint: str) -> Found:
-    """What `exits` means for a model: "shared", "default", a path, or what `load_exits` gave.
+def find_exits(exits: GivenExits, fingerprint: str) -> Found:
+    """What `exits` means for a model: "shared", "default", a path, a hub id, or what was loaded from one.
 
-    A file with nothing but a drafter leaves the exits to what ships for the model, and one with exits the drafter.
+    A drafter alone leaves the exits to what ships for the model, and exits the drafter.
 
     Raises:
       DexError: a file that cannot be read.
@@ -68,13 +73,18 @@ def find_exits(exits: str | os.PathLike | TrainedExits, fingerprint: str) -> Fou
     shipped = Found(at_depths, "default", drafter, None if drafter is None else "default", None)
     if isinstance(exits, str) and exits == "default":
         return shipped
-    given = exits if isinstance(exits, TrainedExits) else load_exits(exits)
-    if given.config.depths == (0,):
+    given = _opened(exits) if isinstance(exits, (str, os.PathLike)) else exits
+    if not isinstance(given, TrainedExits) or given.config.depths == (0,):
         return shipped._replace(drafter=given, drafter_source=given.source, own="drafter")
     return shipped._replace(exits=given, source=given.source, own="exits")
 
 
-def unmeasured(method: Method, exits: str | os.PathLike | TrainedExits, fingerprint: str) -> Method:
+def _opened(path: str | os.PathLike) -> TrainedExits | EagleHead:
+    folder = eagle_folder(path)
+    return load_exits(path) if folder is None else read_eagle(folder, str(path))
+
+
+def unmeasured(method: Method, exits: GivenExits, fingerprint: str) -> Method:
     """The method for one device where nothing measures which is the fastest: exits of one's own have explorers."""
     if not isinstance(method, Dex) or not method.is_free:
         return method
@@ -84,7 +94,7 @@ def unmeasured(method: Method, exits: str | os.PathLike | TrainedExits, fingerpr
     return Dex(explorers=min(DEFAULT_EXPLORERS, found.exits.count + 1))
 
 
-def resolve(method: Method, exits: str | os.PathLike | TrainedExits, config: ModelConfig, fingerprint: str) -> Resolved:
+def resolve(method: Method, exits: GivenExits, config: ModelConfig, fingerprint: str) -> Resolved:
     """The schedule of a method, and its heads.
 
     Where an even grid asks for depths that are not trained, the nearest ones are taken. A method that is to run
@@ -154,33 +164,44 @@ def _with_exits(
 
 
 def _with_drafter(resolved: Resolved, method: Method, found: Found, config: ModelConfig, fingerprint: str) -> Resolved:
-    drafter, remarks = found.drafter, list(resolved.remarks)
-    if drafter is None:
+    if found.drafter is None:
         return resolved
-    if not drafter.config.is_drafter:
-        raise DexError(
-            f"a drafter is one fused exit at depth 0 without attention (kind mlp, for example), and "
-            f"{found.drafter_source} has one of kind {drafter.config.kind}: train one "
-            "(configs/smollm2_135m_drafter.py), or leave it out"
-        )
-    _check_fit(drafter, config)
-    if drafter.fingerprint != fingerprint:
-        remarks.append(
-            f"the drafter in {found.drafter_source} was trained on another model: tokens stay the same, ticks may be "
-            "more"
-        )
+    drafter, remark = _checked_drafter(found.drafter, found.drafter_source, resolved.schedule, config, fingerprint)
     schedule = resolved.schedule
     if isinstance(method, Dex) and method.draft is True:
         # With one explorer every row takes time; several wait for their layers, and ticks are what counts.
         trees = [tree.shape for tree in known_trees(drafter)]
         drafts = trees[0] if schedule.stages == 1 else max(trees, key=lambda tree: tree.rows)
         schedule = dataclasses.replace(schedule, drafts=drafts, rows=method.rows_of(schedule.stages, drafts))
+    remarks = (*resolved.remarks, *remark)
     return dataclasses.replace(
-        resolved, schedule=schedule, drafter=drafter, drafter_source=found.drafter_source, remarks=tuple(remarks)
+        resolved, schedule=schedule, drafter=drafter, drafter_source=found.drafter_source, remarks=remarks
     )
 
 
-def all_depths(exits: str | os.PathLike | TrainedExits, config: ModelConfig, fingerprint: str) -> tuple[int, ...]:
+def _checked_drafter(
+    drafter: GivenDrafter, source: str | None, schedule: Schedule, config: ModelConfig, fingerprint: str
+) -> tuple[GivenDrafter, tuple[str, ...]]:
+    """(the drafter as it fits the model, remarks)."""
+    if not isinstance(drafter, TrainedExits):
+        if schedule.stages > 1:
+            raise DexError(
+                f"{source} has layers of its own and drafts for one explorer: leave explorers, depths and mesh out"
+            )
+        return fitted(drafter, config), ()
+    if not drafter.config.is_drafter:
+        raise DexError(
+            f"a drafter is one fused exit at depth 0 without attention (kind mlp, for example), and {source} has one "
+            f"of kind {drafter.config.kind}: train one (configs/smollm2_135m_drafter.py), or leave it out"
+        )
+    _check_fit(drafter, config)
+    if drafter.fingerprint == fingerprint:
+        return drafter, ()
+    remark = f"the drafter in {source} was trained on another model: tokens stay the same, ticks may be more"
+    return drafter, (remark,)
+
+
+def all_depths(exits: GivenExits, config: ModelConfig, fingerprint: str) -> tuple[int, ...]:
     """Every depth above 0 that `exits` stand at, and L; for the model's own all depths."""
     trained = find_exits(exits, fingerprint).exits
     if trained is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,17 +17,12 @@ from jax.sharding import Mesh
 
 from dex_jax import cache
 from dex_jax.decoding import ar
+from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero, has_own_layers
 from dex_jax.decoding.dex.drafts import RowCosts
-from dex_jax.decoding.dex.trained_exits import (
-    ExitArrays,
-    Heads,
-    empty_memory,
-    exit_arrays,
-    read_chunk,
-)
+from dex_jax.decoding.dex.trained_exits import Heads, exit_arrays
 from dex_jax.decoding.loops import Prefilled, Running
 from dex_jax.decoding.mesh import programs as on_mesh
-from dex_jax.decoding.methods import AR, Schedule
+from dex_jax.decoding.methods import AR
 from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.record import Limits, Record
@@ -36,9 +30,9 @@ from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
 from dex_jax.decoding.spec import Spec
 from dex_jax.distributed import array_from_first, to_host
-from dex_jax.io.exits_file import TrainedExits
+from dex_jax.errors import DexError
 from dex_jax.lattice import NO_TOKEN
-from dex_jax.nn.forward import extend, last_states
+from dex_jax.nn.forward import extend_with_states, last_states, states_at
 from dex_jax.nn.placing import weight_specs
 from dex_jax.nn.transformer import Layout
 from dex_jax.nn.weights import merge_model
@@ -78,10 +72,12 @@ def prefill_chunk(
     if spec.mesh is not None:
         return on_mesh.prefill_chunk(weights, heads, memory, last, tokens, start, lengths, spec=spec)
     model = merge_model(spec.config, spec.layout, weights)
-    hidden, memory = extend(model, memory, tokens, jnp.full(tokens.shape[0], start), lengths)
-    config, arrays = spec.remembers, spec.remembering(heads)
-    if config is not None and arrays is not None:
-        taken = read_chunk(model, config, arrays, memory.exits, tokens, hidden, start, lengths)
+    states, memory = extend_with_states(model, memory, tokens, jnp.full(tokens.shape[0], start), lengths)
+    hidden = states[-1]
+    remembers, arrays = spec.remembers, spec.remembering(heads)
+    if remembers is not None and arrays is not None:
+        read = jnp.concatenate([hidden, *states_at(model, tokens, states, remembers.reads)], axis=-1)
+        taken = remembers.read(model, arrays, memory.exits, tokens, read, start, lengths)
         memory = memory._replace(exits=taken)
     return memory, last_states(hidden, last, start, lengths)
 
@@ -132,13 +128,17 @@ def run_ticks(
     return spec.schedule.loop.run(Running(model, heads, spec), state, limits, sampling, until_tick)
 
 
-def check_mesh(mesh: Mesh | None, layout: Layout, schedule: Schedule, sequences: int) -> None:
-    """Whether a model that lies so on a mesh can run a schedule; nothing to check without a mesh.
+def check_mesh(mesh: Mesh | None, layout: Layout, method: Resolved, sequences: int) -> None:
+    """Whether a model that lies so on a mesh can run a method; nothing to check without a mesh.
 
     Raises:
-      DexError: a method for one device, other exit depths or stages, or sequences that the data axis divides not.
+      DexError: a method or a drafter for one device, other exit depths or stages, or sequences that the data axis
+        divides not.
     """
     if mesh is not None:
+        schedule = method.schedule
+        if has_own_layers(method.drafter):
+            raise DexError(f"{method.drafter_source} drafts on one device: leave the mesh out, or this drafter")
         schedule.loop.on_mesh(schedule).check_mesh(schedule, mesh, layout)
         check_batch(mesh, sequences)
 
@@ -179,14 +179,13 @@ class Session:
         sampling: Sampling | None,
     ):
         schedule = method.schedule
-        check_mesh(lm.mesh, lm.layout, schedule, len(prompts))
+        check_mesh(lm.mesh, lm.layout, method, len(prompts))
         self.lm = lm
         self.method = method
         drafts = schedule.drafts
         self.costs = None if drafts is None else drafts.costs
         if drafts is not None:
             schedule = dataclasses.replace(schedule, drafts=drafts.without_costs)
-        exits, drafter = (None if each is None else each.config for each in (method.exits, method.drafter))
         self.sequences = len(prompts)
         batch = self.sequences if lm.mesh is not None else batch_bucket(self.sequences)
         self.lengths = np.ones(batch, np.int32)
@@ -195,6 +194,8 @@ class Session:
         bucket = prompt_bucket(longest)
         self.chunks = prompt_pieces(longest)
         config = lm.config.at_length(longest + max_new_tokens)
+        exits = None if method.exits is None else method.exits.config
+        drafter = None if method.drafter is None else exit_zero(method.drafter, longest + max_new_tokens)
         self.spec = Spec(config, lm.layout, schedule, exits, drafter, lm.mesh)
         self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead, batch)
         self.capacity = self.cache_length
@@ -281,7 +282,7 @@ class Session:
         batch, dtype = len(self.lengths), self.lm.dtype
         shapes = self._memory_shapes()
         memory = _blank(shapes) if self.spec.mesh is None else zeros(shapes, on_mesh.MEMORY, self.spec.mesh)
-        exits = self._put(empty_memory(self.spec.remembers, batch, dtype), BY_SEQUENCE)
+        exits = self._put(self._empty_exits(), BY_SEQUENCE)
         last = self._put(jnp.zeros((batch, self.lm.config.width), dtype), BY_SEQUENCE)
         return memory._replace(exits=exits), last, self._put(jax.device_put(self.lengths), BY_SEQUENCE)
 
@@ -289,13 +290,18 @@ class Session:
         """As `_blank`, as jax.ShapeDtypeStruct."""
         batch, dtype = len(self.lengths), self.lm.dtype
         array: Any = jax.ShapeDtypeStruct
-        exits = jax.eval_shape(lambda: empty_memory(self.spec.remembers, batch, dtype))
+        exits = jax.eval_shape(self._empty_exits)
         last, lengths = array((batch, self.lm.config.width), dtype), array((batch,), jnp.int32)
         return (
             self._put(self._memory_shapes()._replace(exits=exits), on_mesh.MEMORY),
             self._put(last, BY_SEQUENCE),
             self._put(lengths, BY_SEQUENCE),
         )
+
+    def _empty_exits(self) -> Any:
+        """What exits remember before the prompts, () for nothing."""
+        remembers = self.spec.remembers
+        return () if remembers is None else remembers.empty(len(self.lengths), self.cache_length, self.lm.dtype)
 
     def _memory_shapes(self) -> cache.Memory:
         """Of a committed cache without lattice and without what exits remember."""
@@ -324,14 +330,12 @@ class Session:
     def _heads(self, weights: Any) -> Heads:
         """The trained heads as the programs take them; under jax.eval_shape, their shapes."""
         model = merge_model(self.lm.config, self.lm.layout, weights)
-        pad = on_mesh.pad_heads if self.spec.mesh is not None else lambda parameters: parameters
-
-        def arrays(trained: TrainedExits | None, parameters: Callable[[Any], Any]) -> ExitArrays | None:
-            if trained is None:
-                return None
-            return exit_arrays(model, trained.config, parameters(trained.parameters), trained.vocabulary)
-
-        return Heads(arrays(self.method.exits, pad), arrays(self.method.drafter, lambda parameters: parameters))
+        trained, drafter, exits = self.method.exits, self.method.drafter, None
+        if trained is not None:
+            parameters = trained.parameters
+            padded = parameters if self.spec.mesh is None else on_mesh.pad_heads(parameters)
+            exits = exit_arrays(model, trained.config, padded, trained.vocabulary)
+        return Heads(exits, None if drafter is None else drafter_arrays(drafter, model))
 
     def advance(self, ticks: int) -> Record:
         """Runs at most `ticks` more ticks and returns the record on the host."""

@@ -18,6 +18,8 @@ from dex_jax.io.folders import Folder, content_of
 
 INDEX = "model.safetensors.index.json"
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_INTEGERS: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
+_NUMBERS = DTYPES | _INTEGERS
 _HEADER_LIMIT = 100 << 20
 _Count = Annotated[int, Meta(ge=0, le=2**62)]
 
@@ -87,8 +89,17 @@ class SafetensorsFiles:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of one tensor, an array of its own in `dtype(name)`."""
+        return self._rows(name, self.dtype(name), start, stop)
+
+    def integers(self, name: str) -> np.ndarray:
+        """One tensor of integers."""
+        code = self._entries[name][2].dtype
+        if code not in _INTEGERS:
+            raise DexError(f"{self.file_of(name)} stores {name} as {code:.60}, and not as integers: get it again.")
+        return self._rows(name, np.dtype(_INTEGERS[code]), 0, None)
+
+    def _rows(self, name: str, dtype: np.dtype, start: int, stop: int | None) -> np.ndarray:
         file, begin, entry = self._entries[name]
-        dtype = self.dtype(name)
         first, last, _ = slice(start, stop).indices(entry.shape[0])
         row = math.prod(entry.shape[1:]) * dtype.itemsize
         begin += entry.data_offsets[0]
@@ -144,7 +155,7 @@ def _header(folder: Folder, file: str) -> tuple[int, dict[str, _Entry]]:
         first, last = entry.data_offsets
         if begin + last > size:
             raise DexError(f"{source} is truncated: {name} ends beyond its {size:,} bytes: get it again.")
-        bytes_wanted = math.prod(entry.shape) * np.dtype(DTYPES.get(entry.dtype, np.uint8)).itemsize
-        if entry.dtype in DTYPES and last - first != bytes_wanted:
+        bytes_wanted = math.prod(entry.shape) * np.dtype(_NUMBERS.get(entry.dtype, np.uint8)).itemsize
+        if entry.dtype in _NUMBERS and last - first != bytes_wanted:
             raise DexError(f"{source} is damaged: {name} takes {last - first:,} bytes and {bytes_wanted:,} are needed.")
     return begin, entries

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,16 @@ from dex_jax.nn.attention import KeyValues, attend, causal_rows
 from dex_jax.nn.kinds import Sight, sight_at, sights
 from dex_jax.nn.layers import DecoderLayer
 from dex_jax.nn.transformer import Stacked, Transformer
+
+
+class Beside(NamedTuple):
+    """M rows of each sequence that have run before and are in no cache."""
+
+    keys: Sequence[jax.Array]  # by layer, [B, G, M, d]
+    values: Sequence[jax.Array]
+    seen: jax.Array  # [B, N, M] bool, which of them each row sees
+    position: jax.Array  # [B, M] int32
+
 
 InUse = Sequence[jax.Array | None]
 """By layer, whether it is there at all (bool); None, and what lies beyond the sequence's end: it is."""
@@ -67,10 +77,26 @@ def extend_with_states(
     model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[Any, Memory]:
     """`extend`, with the states after every layer: L of [B, R, D] (stacked layout: one array [L, B, R, D])."""
-    batch, rows = tokens.shape
+    return extend_rows(model, memory, model.embed_tokens(tokens), start, lengths)
+
+
+def extend_rows(
+    model: Any,
+    memory: Memory,
+    x: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array | None = None,
+    begin: int = 0,
+) -> tuple[Any, Memory]:
+    """`extend_with_states` of rows [B, R, ...] as the first layer reads them.
+
+    `model` needs config, layout, kinds and layers alone. Positions before `begin` are seen by themselves only.
+    """
+    batch, rows = x.shape[:2]
     positions = start[:, None] + jnp.arange(rows)[None, :]
     causal = causal_rows(batch, rows)
-    x = model.embed_tokens(tokens)
+    if begin:
+        causal &= (positions >= begin)[:, None] | jnp.eye(rows, dtype=bool)[None]
     live, first = None, start
     if lengths is not None:
         # A row of zeros that sees nothing stays one through all layers, and on CPUs (nn/cpp) costs nothing there.
@@ -80,7 +106,7 @@ def extend_with_states(
             # What comes long after a sequence's end would take the place of what its rows still see in a ring.
             first = jnp.where(start < lengths, start, NOWHERE)
     sizes = lengths_of(memory)
-    found = sights(model.config, model.kinds, positions, start, sizes, causal, live=live)
+    found = sights(model.config, model.kinds, positions, start, sizes, causal, live=live, begin=begin)
 
     def layer_step(layer: DecoderLayer, carry: Any, place: Any) -> Any:
         x, keys, values = carry
@@ -134,17 +160,27 @@ def run_tree(
 
 
 def run_all(
-    model: Transformer, memory: Memory, hidden: jax.Array, position: jax.Array, among: jax.Array, prefix: jax.Array
+    model: Transformer,
+    memory: Memory,
+    hidden: jax.Array,
+    position: jax.Array,
+    among: jax.Array,
+    prefix: jax.Array,
+    reads: tuple[int, ...] = (),
 ) -> tuple[jax.Array, tuple[Any, Any]]:
-    """As `run_tree`, of rows that have been embedded: hidden [B, N, D]."""
-    hidden, fresh = run_rows(model, memory, hidden, position, among, prefix, range(model.config.num_layers))
+    """As `run_tree`, of rows that have been embedded: hidden [B, N, D].
+
+    The states come with those at depths `reads` behind them, [B, N, (1 + reads) D].
+    """
+    layers = range(model.config.num_layers)
+    hidden, fresh = run_rows(model, memory, hidden, position, among, prefix, layers, reads=reads)
     # One array to choose rows from, not one a layer: each operation costs a device more than these few rows do.
     keys, values = (jnp.stack(each) if isinstance(each, tuple) else each for each in fresh)
     return hidden, (keys, values)
 
 
 def run_rows(
-    model: Transformer,
+    model: Any,
     memory: Memory,
     hidden: jax.Array,
     position: jax.Array,
@@ -152,6 +188,9 @@ def run_rows(
     prefix: jax.Array,
     layers: range,
     in_use: InUse = (),
+    reads: tuple[int, ...] = (),
+    beside: Beside | None = None,
+    begin: int = 0,
 ) -> tuple[jax.Array, tuple[Any, Any]]:
     """Runs N rows of each sequence, hidden [B, N, D] at position [B, N], through l consecutive `layers` (0-based).
 
@@ -159,18 +198,29 @@ def run_rows(
     `among` [B, N, N] bool says, itself included. Layers of an unrolled model that are not `in_use` are skipped, and
     give zeros as keys and values. Gives (hidden states [B, N, D] after the last, the rows' (keys, values): l of [B, G,
     N, d], stacked [l, B, G, N, d]).
+
+    Of all layers, states at depths `reads` can come with the last ones, [B, N, (1 + reads) D]. Of an unrolled model
+    rows can see others `beside` them; `model` and `begin` are as of `extend_rows`.
     """
     sizes = lengths_of(memory)
-    found = sights(model.config, model.kinds, position, prefix, sizes, among)
+    seen, places = (None, None) if beside is None else (beside.seen, beside.position)
+    found = sights(model.config, model.kinds, position, prefix, sizes, among, seen, places, begin=begin)
 
     def layer_step(layer: DecoderLayer, x: jax.Array, place: Any) -> Any:
         used = None if isinstance(place, tuple) else used_layer(in_use, place)
         sight = sight_at(model.kinds, found, place, sizes.index(memory.keys[place].shape[-2]))
-        x, *rows = run_layer(layer, x, sight, [(memory.keys[place], memory.values[place])], used)
-        return x, tuple(rows)
+        sources = [(memory.keys[place], memory.values[place])]
+        if beside is not None:
+            sources.append((beside.keys[place], beside.values[place]))
+        x, *rows = run_layer(layer, x, sight, sources, used)
+        return x, (*rows, x) if reads else tuple(rows)
 
-    hidden, fresh = _in_turn(model, layers, layer_step, hidden)
-    keys, values = zip(*fresh, strict=True) if isinstance(fresh, list) else fresh
+    entered = hidden
+    hidden, given = _in_turn(model, layers, layer_step, hidden)
+    keys, values, *states = zip(*given, strict=True) if isinstance(given, list) else given
+    if reads:
+        read = [entered if depth == 0 else states[0][depth - 1] for depth in reads]
+        hidden = jnp.concatenate([hidden, *read], axis=-1)
     return hidden, (keys, values)
 
 

@@ -112,6 +112,7 @@ def sights(
     lattice: jax.Array | None = None,
     slots: jax.Array | None = None,
     live: jax.Array | None = None,
+    begin: int = 0,
 ) -> list[list[Sight]]:
     """What rows see in layers of each kind, in the order of `table.distinct`, by the length of their caches' arrays.
 
@@ -123,6 +124,7 @@ def sights(
       among: [B, R, R] bool, what rows see of one another if there is no window.
       lattice: [B, R, slots] bool, and of lattice slots, whose positions are `slots` [B, slots] int32; None for none.
       live: [B, R, 1] bool, rows that see anything committed; None for all.
+      begin: the first committed position that is seen.
     """
 
     def within(seen: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
@@ -134,7 +136,7 @@ def sights(
             place, newest = held - MOST_WRITTEN, prefix[:, None] - 1
             inside = (place >= 0) & (place < ring)
             held = jnp.where(inside, newest - (newest - place) % ring, -1)
-        seen = within(((held >= 0) & (held < prefix[:, None]))[:, None], held, kind.window)
+        seen = within(((held >= begin) & (held < prefix[:, None]))[:, None], held, kind.window)
         return seen if live is None else seen & live
 
     def sight(kind: LayerKind, length: int) -> Sight:

@@ -154,7 +154,7 @@ class DecoderLayer(nnx.Module):
     def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states [B, R, D] -> queries [B, R, H, d], keys and values [B, G, R, d], rotated by their positions."""
         c = self.config
-        qkv = linear(self._normed(x, self.attention_norm), self.qkv[...], _value(self.qkv_bias), whole=self.whole)
+        qkv = linear(self.entered(x), self.qkv[...], _value(self.qkv_bias), whole=self.whole)
         bounds = [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
         queries, keys, values = jnp.split(qkv, bounds, axis=-1)
         if c.qk_norm_whole:
@@ -175,12 +175,21 @@ class DecoderLayer(nnx.Module):
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Adds the attention output [B, R, H, d] and then the mlp to x [B, R, D]."""
         flat = attended.reshape(*x.shape[:-1], -1)
-        x = self._added(x, self._summed(flat, self.out[...], _value(self.out_bias)), self.attention_out_norm)
+        attended = self._summed(flat, self.out[...], _value(self.out_bias))
+        x = self._added(self.residual(x), attended, self.attention_out_norm)
         gate_up = linear(self._normed(x, self.mlp_norm), self.gate_up[...], whole=self.whole)
         gate, up = jnp.split(gate_up, 2, axis=-1)
         activation = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu
         gated = rounded(lambda gate, up: activation(gate) * up, gate, up)
         return self._added(x, self._summed(gated, self.down[...]), self.mlp_out_norm)
+
+    def entered(self, x: jax.Array) -> jax.Array:
+        """What the attention projects of what the layer is given."""
+        return self._normed(x, self.attention_norm)
+
+    def residual(self, x: jax.Array) -> jax.Array:
+        """What attention and mlp are added to of what the layer is given."""
+        return x
 
     def _normed(self, x: jax.Array, scale: nnx.Param | None) -> jax.Array:
         """x after the norm of this scale, if the layer has it."""

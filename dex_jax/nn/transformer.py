@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -112,12 +112,12 @@ class Transformer(nnx.Module):
         self.final_norm = nnx.Param(init("final_norm", (config.width,), "scale"))
         self.unembed = None if config.tied else nnx.Param(init("unembed", (config.vocab_size, config.width), "kernel"))
         if isinstance(layout, Unrolled):
-            self.layers = _module_list(
+            self.layers = module_list(
                 DecoderLayer(config, _named(init, f"layers.{i}"), tensor_axis) for i in range(config.num_layers)
             )
         elif isinstance(layout, Staged):
             count = (len(layout.depths),)
-            self.layers = _module_list(
+            self.layers = module_list(
                 DecoderLayer(config, _named(init, f"layers.*{j}", count)) for j in range(layout.stage_layers)
             )
         else:
@@ -267,6 +267,7 @@ def _named(init, prefix: str, lead: tuple[int, ...] = ()):
     return lambda name, shape, kind: init(f"{prefix}.{name}", lead + shape, kind)
 
 
-def _module_list(modules: Iterator[nnx.Module]):
+def module_list(modules: Iterable[nnx.Module]):
+    """Modules as a field of another one."""
     # flax 0.11 has no nnx.List and takes a plain list; later ones refuse one.
     return nnx.List(modules) if hasattr(nnx, "List") else list(modules)

@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax import Committed, Drafter, Exits, Network, StageView
+from dex_jax import Committed, Drafter, DraftRows, Exits, Network, StageView
+from dex_jax.decoding.dex.interface import before_rows
 
 P = 31
 GATES = 8
@@ -210,8 +211,8 @@ def toy_network(tables: Tables) -> Network:
         number, h = features[:, 0].astype(jnp.int32), features[:, 1].astype(jnp.int32)
         return tables.exit_heads[number, h]
 
-    def drafted(before: jax.Array, token: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        state = jnp.mod(before + (token + position)[..., None], float(P))
+    def drafted(memory: ToyMemory, states: jax.Array, asked: DraftRows) -> tuple[jax.Array, jax.Array]:
+        state = jnp.mod(before_rows(states, asked) + (asked.token + asked.position)[..., None], float(P))
         return state, state
 
     columns = None
@@ -228,6 +229,7 @@ def toy_network(tables: Tables) -> Network:
         drafter=Drafter(
             committed=lambda memory: memory.last[:, None],
             reached=lambda memory, hidden, view: hidden,
+            blank=lambda batch, rows: jnp.zeros((batch, rows, 1)),
             features=drafted,
             logits=lambda features: tables.draft_head[features[:, 0].astype(jnp.int32)],
             vocabulary=tables.draft,

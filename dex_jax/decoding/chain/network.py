@@ -15,7 +15,7 @@ from flax import nnx
 from dex_jax.cache import NOWHERE
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows, Path
-from dex_jax.decoding.dex.trained_exits import ExitArrays, context_rows, exit_heads, read_chunk, shared_columns
+from dex_jax.decoding.dex.trained_exits import ExitArrays, TrainedHeads, context_rows, exit_heads, shared_columns
 from dex_jax.nn.attention import causal_rows
 from dex_jax.nn.exits import ExitHeads, exit_graph
 from dex_jax.nn.forward import run_rows, write_layers
@@ -48,7 +48,7 @@ def chain_network(
         ends = path.prefix + path.length
         taken = jax.lax.cond(
             jnp.any(path.length > 0),
-            lambda: read_chunk(model, config, arrays, memory.exits, path.token, path.hidden, path.prefix, ends),
+            lambda: TrainedHeads(config).read(model, arrays, memory.exits, path.token, path.hidden, path.prefix, ends),
             lambda: memory.exits,
         )
         return memory._replace(exits=taken)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
-from dex_jax.decoding.dex.interface import Drafter
+from dex_jax.decoding.dex.interface import Drafter, DraftRows
 from dex_jax.decoding.dex.lookup import LONGEST, continuation
 from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, noise_at
@@ -132,6 +132,7 @@ class Drafting(NamedTuple):
 class Below(NamedTuple):
     """What exit 0 needs to know to draft below the heads of all sequences."""
 
+    memory: Any  # the network's
     before: jax.Array | None  # [B, H, E], what the drafter reads of the position before each head; None without one
     prefix: jax.Array  # [B] int32, committed positions
     going: jax.Array  # [B] bool, sequences that are not done
@@ -249,9 +250,7 @@ def draft(
     alive = cohort.score[:, :under] > -jnp.inf
     # The row that each head's continuation has got to.
     at = jnp.where((trusted > -jnp.inf) & alive, jnp.arange(under)[None], NO_NODE)
-    known = (
-        None if below.before is None else jnp.zeros((batch, size + most, below.before.shape[-1]), below.before.dtype)
-    )
+    known = None if drafter is None else drafter.blank(batch, size + most)
     costs = drafting.costs
 
     def one_level(carry: tuple[Any, ...], parts: tuple[_Level, jax.Array]) -> tuple[tuple[Any, ...], None]:
@@ -267,10 +266,10 @@ def draft(
                 hope = HOPE * (jnp.sum(jnp.where(jnp.arange(most) < level.of_above, above, 0)) - claimed)
                 asked &= hope > below.price * costs.drafting
 
-            def drafted(known: jax.Array) -> tuple[Candidates, jax.Array]:
+            def drafted(known: Any) -> tuple[Candidates, Any]:
                 return _drafted(drafter, below, known, cohort, sampling, noise, level, most)
 
-            def skipped(known: jax.Array) -> tuple[Candidates, jax.Array]:
+            def skipped(known: Any) -> tuple[Candidates, Any]:
                 none = jnp.full((batch, most * most), NO_NODE, jnp.int32)
                 return Candidates(none, none, jnp.full(none.shape, -jnp.inf)), known
 
@@ -334,30 +333,33 @@ def _texts(text: jax.Array, lattice: Lattice, cohort: Cohort, prefix: jax.Array,
 def _drafted(
     drafter: Drafter,
     below: Below,
-    known: jax.Array,
+    known: Any,
     cohort: Cohort,
     sampling: Sampling | None,
     noise: Noise | None,
     level: _Level,
     most: int,
-) -> tuple[Candidates, jax.Array]:
+) -> tuple[Candidates, Any]:
     """The drafter's best children of each row above a level, as many as the level has rows, in `most` places each.
 
-    `known` [B, N, E] holds what it made of the rows so far.
+    `known` are its states of the rows so far, [B, N, ...].
     """
-    batch = known.shape[0]
+    batch = cohort.token.shape[0]
 
     def above(field: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(field, level.above, most, axis=1)
 
-    token, position, parent = above(cohort.token), above(cohort.position), above(cohort.above)
+    token, position = above(cohort.token), above(cohort.position)
     assert below.before is not None
     of_heads = jnp.pad(below.before, ((0, 0), (0, most - below.before.shape[1]), (0, 0)))
-    of_parent = jnp.take_along_axis(known, jnp.maximum(parent, 0)[:, :, None], axis=1)
-    features, own = drafter.features(jnp.where((parent == NO_NODE)[..., None], of_heads, of_parent), token, position)
+    features, own = drafter.features(below.memory, known, DraftRows(token, position, above(cohort.above), of_heads))
     inside = jnp.arange(most) < level.of_above
-    own = jnp.where(inside[None, :, None], own.astype(known.dtype), above(known))
-    known = jax.lax.dynamic_update_slice_in_dim(known, own, level.above, axis=1)
+
+    def put(states: jax.Array, new: jax.Array) -> jax.Array:
+        kept = jnp.where(inside.reshape(1, -1, *[1] * (new.ndim - 2)), new.astype(states.dtype), above(states))
+        return jax.lax.dynamic_update_slice_in_dim(states, kept, level.above, axis=1)
+
+    known = jax.tree.map(put, known, own)
     flat = features.reshape(batch * most, -1)
     columns = drafter.vocabulary
     row_noise = None
@@ -366,7 +368,7 @@ def _drafted(
         row_noise = row_noise if columns is None else row_noise[:, columns]
     adjusted = scores(drafter.logits(flat), sampling, row_noise)
     log_all = log_total(adjusted, None if drafter.rest is None else drafter.rest(flat), sampling)
-    # Asked for values too, XLA sorts the whole vocabulary on CPUs.
+    # DraftRows for values too, XLA sorts the whole vocabulary on CPUs.
     places = min(most, adjusted.shape[1])
     best = jax.lax.top_k(adjusted, places)[1]
     adjusted = jnp.take_along_axis(adjusted, best, axis=1)

@@ -10,9 +10,12 @@ gathered rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+
+from dex_jax.lattice import NO_NODE
 
 
 class StageView(NamedTuple):
@@ -77,26 +80,81 @@ class Exits(NamedTuple):
     rest: Callable[[jax.Array], jax.Array] | None = None
 
 
+class DraftRows(NamedTuple):
+    """Rows of a cohort that exit 0 drafts below, n of each sequence, one level of the N rows.
+
+    Attributes:
+      token, position: [B, n] int32.
+      parent: [B, n] int32, the row of the cohort that each hangs below, NO_NODE for a head.
+      before: [B, n, E], what is known of the position before a head; of other rows anything.
+    """
+
+    token: jax.Array
+    position: jax.Array
+    parent: jax.Array
+    before: jax.Array
+
+
 class Drafter(NamedTuple):
     """Exit 0: what proposes tokens before any layer has run.
 
-    What it reads of a position before is E numbers: the true ones at the last committed position, estimates above.
+    It keeps a state of each row that it has drafted below, from which it goes on below that row's children.
 
     Attributes:
-      committed: memory -> [B, E], at the last committed position.
-      reached: (memory, hidden [K, B, W, D], StageView) -> [K, B, W, E], of the nodes of every stage, as deep as they
-        have got; None where K = 1.
-      features: (before [B, n, E], token [B, n], position [B, n]) -> (features [B, n, D'], [B, n, E] for what is drafted
-        below).
+      committed: memory -> [B, E], what it reads of the last committed position.
+      reached: (memory, hidden [K, B, W, D], StageView) -> [K, B, W, E], estimates of that at the nodes of every stage,
+        as deep as they have got; None where K = 1.
+      blank: (B, N) -> states of the N rows of a cohort before any is known: arrays [B, N, ...].
+      features: (memory, states, DraftRows) -> (features [B, n, D'], the rows' own states [B, n, ...]).
       logits, vocabulary, rest: as of Exits.
     """
 
     committed: Callable[[Any], jax.Array]
     reached: Callable[[Any, jax.Array, StageView], jax.Array] | None
-    features: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    blank: Callable[[int, int], Any]
+    features: Callable[[Any, Any, DraftRows], tuple[jax.Array, Any]]
     logits: Callable[[jax.Array], jax.Array]
     vocabulary: jax.Array | None = None
     rest: Callable[[jax.Array], jax.Array] | None = None
+
+
+def before_rows(states: jax.Array, asked: DraftRows) -> jax.Array:
+    """What is known of the position before each row, [B, n, E], where a state [B, N, E] is what is known of its own."""
+    of_parent = jnp.take_along_axis(states, jnp.maximum(asked.parent, 0)[:, :, None], axis=1)
+    return jnp.where((asked.parent == NO_NODE)[..., None], asked.before.astype(states.dtype), of_parent)
+
+
+class ExitZero(Protocol):
+    """What drafts for a transformer, as compiled programs depend on it; they take its arrays beside it."""
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Depths 0..L whose states at committed positions it reads beside those at L."""
+
+    def empty(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
+        """What it remembers (Memory.exits) before any position is committed, of at most `length`."""
+
+    def read(
+        self,
+        model: Any,
+        arrays: Any,
+        memory: Any,
+        tokens: jax.Array,
+        hidden: jax.Array,
+        start: jax.Array,
+        lengths: jax.Array,
+    ) -> Any:
+        """What it remembers after consecutive tokens of each sequence: a chunk of the prompts, or a committed path.
+
+        tokens [B, R] int32 are padded on the right; hidden [B, R, (1 + reads) D] holds the states at depth L and at
+        `reads`; `start` (int32 scalar or [B]) is the position of the first, and `lengths` [B] int32 say where each
+        sequence ends.
+        """
+
+    def drafter(
+        self, model: Any, arrays: Any, reached: Callable[[Any, jax.Array, StageView], jax.Array] | None
+    ) -> Drafter:
+        """The loop's callables, `reached` as of Drafter."""
 
 
 class Network(NamedTuple):

@@ -370,7 +370,7 @@ def _enter(
         furthest = jnp.max(jnp.where(cohort.score > -jnp.inf, cohort.position, -1), axis=1)
         if noise is not None:
             noise = make_noise(noise, sampling, furthest + drafts.levels - 1, noise.ring.shape[-1])
-        below = Below(before, state.prefix, ~state.record.done, price_of(drafting, state.record))
+        below = Below(state.memory, before, state.prefix, ~state.record.done, price_of(drafting, state.record))
         ring = state.tick % stages
         cohort, drafting = draft(drafter, drafting, state.lattice, cohort, below, sampling, noise, drafts, ring, heads)
     lattice = jax.vmap(lat.spawn, (0, None, 0, 0))(state.lattice, state.tick, cohort, fresh)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from dex_jax.cache import Memory, after, commit_slots, lengths_of
 from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
-from dex_jax.decoding.dex.trained_exits import Heads, reached_features, read_chunk, trained_exits, transformer_drafter
+from dex_jax.decoding.dex.trained_exits import Heads, reached_features, trained_exits
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.nn.forward import InUse, commit_rows, run_all, run_layer, used_layer
 from dex_jax.nn.kinds import sight_at, sights
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 def network_of(model: Transformer, heads: Heads, spec: Spec) -> Network:
     """The loop's network for a model, its trained heads if there are any, and a schedule."""
     depths, drafts = spec.schedule.depths, spec.schedule.drafts
-    config, arrays = spec.remembers, spec.remembering(heads)
+    remembers, arrays = spec.remembers, spec.remembering(heads)
 
     def remember(memory: Any, done: Committed) -> Any:
-        if config is None or arrays is None:
+        if remembers is None or arrays is None:
             return memory
         ends = done.position + done.length
-        return read_chunk(model, config, arrays, memory, done.token, done.hidden, done.position, ends)
+        return remembers.read(model, arrays, memory, done.token, done.hidden, done.position, ends)
 
     def reached(memory: Any, hidden: jax.Array, view: StageView) -> jax.Array:
         return reached_features(model, spec.exits, heads.exits, hidden)
 
     drafter = None
     if spec.drafter is not None and heads.drafter is not None:
-        drafter = transformer_drafter(model, spec.drafter, heads.drafter, reached if len(depths) > 1 else None)
+        drafter = spec.drafter.drafter(model, heads.drafter, reached if len(depths) > 1 else None)
     if len(depths) == 1:
-        return tree_network(model, (1,) if drafts is None else drafts.counts, drafter, remember)
+        return tree_network(model, (1,) if drafts is None else drafts.counts, drafter, remember, spec.reads)
     trained = None if spec.exits is None or heads.exits is None else trained_exits(model, spec.exits, heads.exits)
     return transformer_network(model, depths, trained or shared_exits(model), remember, drafter=drafter)
 
@@ -84,11 +84,18 @@ def tree_network(
     counts: tuple[int, ...],
     drafter: Drafter | None,
     commit_exits: Callable[[Any, Committed], Any] = lambda memory, done: memory,
+    reads: tuple[int, ...] = (),
 ) -> Network:
     """The callables of `model` in any layout for K = 1: a cohort runs through all layers in one tick.
 
-    `counts` are the row counts that are compiled. Memory must come from `cache.with_cohort`.
+    `counts` are the row counts that are compiled. Memory must come from `cache.with_cohort`. Hidden states are [K, B,
+    W, (1 + reads) D]: those at depth L with those at `reads` behind.
     """
+    size = model.config.width
+
+    def embed(tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        embedded = model.embed_tokens(jnp.maximum(tokens, 0))
+        return jnp.pad(embedded, ((0, 0), (0, 0), (0, len(reads) * size)))
 
     def advance(memory: Memory, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Memory]:
         rows = hidden.shape[2]
@@ -98,7 +105,8 @@ def tree_network(
             if width == 0:
                 return hidden[0], memory.lattice_keys, memory.lattice_values
             position, seen = view.position[0, :, :width], among[:, :width, :width]
-            x, (keys, values) = run_all(model, memory, hidden[0, :, :width], position, seen, view.prefix)
+            entered = hidden[0, :, :width, :size]
+            x, (keys, values) = run_all(model, memory, entered, position, seen, view.prefix, reads)
             return fill(x, 1, rows), fill(keys, 3, rows), fill(values, 3, rows)
 
         x, keys, values = climb(last_row(view.live[0]), row_counts(counts, rows), run)
@@ -111,10 +119,10 @@ def tree_network(
 
     return Network(
         vocab_size=model.config.vocab_size,
-        embed=lambda tokens, positions: model.embed_tokens(jnp.maximum(tokens, 0)),
+        embed=embed,
         advance=advance,
         commit=commit,
-        final=model.logits,
+        final=lambda hidden: model.logits(hidden[:, :size]),
         drafter=drafter,
     )
 

@@ -6,6 +6,7 @@ S window of the context layer, G heads and d head width there.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from flax import nnx
 
 from dex_jax.cache import after
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.dex.interface import Drafter, Exits, StageView
+from dex_jax.decoding.dex.interface import Drafter, DraftRows, Exits, StageView, before_rows
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn import few_rows
 from dex_jax.nn.attention import KeyValues, capped
@@ -44,7 +45,7 @@ class Heads(NamedTuple):
     """All trained heads of a generation, None where there are none."""
 
     exits: ExitArrays | None = None  # of the exits 1..K-1
-    drafter: ExitArrays | None = None  # exit 0
+    drafter: Any = None  # of exit 0, as its ExitZero takes them
 
 
 class ExitMemory(NamedTuple):
@@ -76,35 +77,48 @@ def _rows(kernel: jax.Array | Packed, index: jax.Array | np.ndarray, dtype: jnp.
     return kernel[index] if isinstance(kernel, Packed) else kernel[index].astype(dtype)
 
 
-def empty_memory(config: ExitsConfig | None, batch: int, dtype: jnp.dtype) -> ExitMemory | tuple[()]:
-    """Before any position is committed; () for exits that remember nothing."""
-    if config is None or not config.needs_previous:
+@dataclasses.dataclass(frozen=True)
+class TrainedHeads:
+    """Trained exits or a trained drafter by what they remember, see ExitZero."""
+
+    config: ExitsConfig
+
+    @property
+    def reads(self) -> tuple[int, ...]:
         return ()
-    context = None
-    if config.kind == "attn":
-        leaf = (batch, config.heads, config.window, config.head_dim)
-        position = jnp.full((batch, config.window), EMPTY_ENTRY, jnp.int32)
-        context = ContextMemory(jnp.zeros(leaf, dtype), jnp.zeros(leaf, dtype), position)
-    return ExitMemory(jnp.zeros((batch, config.width), dtype), context)
 
+    def empty(self, batch: int, length: int, dtype: jnp.dtype) -> ExitMemory | tuple[()]:
+        """() for exits that remember nothing."""
+        config = self.config
+        if not config.needs_previous:
+            return ()
+        context = None
+        if config.kind == "attn":
+            leaf = (batch, config.heads, config.window, config.head_dim)
+            position = jnp.full((batch, config.window), EMPTY_ENTRY, jnp.int32)
+            context = ContextMemory(jnp.zeros(leaf, dtype), jnp.zeros(leaf, dtype), position)
+        return ExitMemory(jnp.zeros((batch, config.width), dtype), context)
 
-def read_chunk(
-    model: Transformer,
-    config: ExitsConfig,
-    arrays: ExitArrays,
-    memory: ExitMemory,
-    tokens: jax.Array,
-    hidden: jax.Array,
-    start: jax.Array,
-    lengths: jax.Array,
-) -> ExitMemory:
-    """Takes in consecutive tokens of each sequence: a chunk of the prompts, or a committed path.
+    def read(
+        self,
+        model: Transformer,
+        arrays: ExitArrays,
+        memory: ExitMemory,
+        tokens: jax.Array,
+        hidden: jax.Array,
+        start: jax.Array,
+        lengths: jax.Array,
+    ) -> ExitMemory:
+        """`previous` then belongs to the last of these tokens before the end, or to an earlier one."""
+        return read_features(model, self.config, arrays, memory, tokens, model.normed(hidden), start, lengths)
 
-    `memory` is of the positions before; tokens [B, R] int32 are padded on the right, hidden [B, R, D] is at depth L,
-    `start` (int32 scalar or [B]) is the position of the first, and `lengths` [B] int32 say where each sequence ends.
-    `previous` then belongs to the last of these tokens before the end, or to an earlier one.
-    """
-    return read_features(model, config, arrays, memory, tokens, model.normed(hidden), start, lengths)
+    def drafter(
+        self,
+        model: Transformer,
+        arrays: ExitArrays,
+        reached: Callable[[Any, jax.Array, StageView], jax.Array] | None,
+    ) -> Drafter:
+        return transformer_drafter(model, self.config, arrays, reached)
 
 
 def read_features(
@@ -117,7 +131,7 @@ def read_features(
     start: jax.Array,
     lengths: jax.Array,
 ) -> ExitMemory:
-    """As `read_chunk`, given what the final norm makes of the states: `features` [B, R, D]."""
+    """`TrainedHeads.read`, given what the final norm makes of the states: `features` [B, R, D]."""
     size = tokens.shape[1]
     start = jnp.broadcast_to(start, tokens.shape[:1])
     ends = jnp.minimum(lengths, start + size)  # positions before it are committed
@@ -288,15 +302,18 @@ def transformer_drafter(
     """
     logits, rest = shared_columns(model, arrays)
 
-    def features(before: jax.Array, token: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        batch, rows = token.shape
+    def blank(batch: int, rows: int) -> jax.Array:
+        return jnp.zeros((batch, rows, config.width), model.dtype)
+
+    def features(memory: Any, states: jax.Array, asked: DraftRows) -> tuple[jax.Array, jax.Array]:
+        batch, rows = asked.token.shape
         flat = (1, batch * rows, config.width)
-        state = model.embed_tokens(jnp.maximum(token, 0))
-        found = exit_heads(config, arrays).features(state.reshape(flat), before.reshape(flat), None)
+        embedded, before = model.embed_tokens(jnp.maximum(asked.token, 0)), before_rows(states, asked)
+        found = exit_heads(config, arrays).features(embedded.reshape(flat), before.reshape(flat), None)
         found = found.reshape(batch, rows, -1)
         return found, found[..., :-1]
 
-    return Drafter(lambda memory: memory.exits.previous, reached, features, logits, arrays.vocabulary, rest)
+    return Drafter(lambda memory: memory.exits.previous, reached, blank, features, logits, arrays.vocabulary, rest)
 
 
 def exit_heads(config: ExitsConfig, arrays: ExitArrays) -> ExitHeads:

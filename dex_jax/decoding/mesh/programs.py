@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import ar
-from dex_jax.decoding.dex.trained_exits import ExitArrays, Heads, read_chunk
+from dex_jax.decoding.dex.trained_exits import ExitArrays, Heads
 from dex_jax.decoding.loops import Prefilled
 from dex_jax.decoding.mesh.stage import StageNetwork, extend_stages, from_last_stage, stage_network
 from dex_jax.decoding.methods import AR
@@ -50,9 +50,9 @@ def prefill_chunk(*arguments: Any, spec: Spec) -> tuple[Any, jax.Array]:
         ends = lengths if spec.config.layer_kinds else None
         hidden, memory = extend_stages(device, memory, tokens, jnp.full(tokens.shape[0], start), ends)
         exits = memory.exits
-        config, arrays = spec.remembers, spec.remembering(heads)
-        if config is not None and arrays is not None:
-            exits = read_chunk(device.model, config, arrays, exits, tokens, hidden, start, lengths)
+        remembers, arrays = spec.remembers, spec.remembering(heads)
+        if remembers is not None and arrays is not None:
+            exits = remembers.read(device.model, arrays, exits, tokens, hidden, start, lengths)
         # Only now is what the last stage has seen known to all.
         last, exits = from_last_stage((last_states(hidden, last, start, lengths), exits), device.stages)
         return _stacked(memory._replace(exits=exits)), last

@@ -41,13 +41,13 @@ from dex_jax.decoding.dex.network import shared_exits, transformer_network
 from dex_jax.decoding.dex.proposals import Asked, held_below, propose_rows
 from dex_jax.decoding.dex.trained_exits import (
     Heads,
+    TrainedHeads,
     base_features,
     exit_heads,
     previous_features,
     read_features,
     row_features,
     trained_exits,
-    transformer_drafter,
 )
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.noise import make_noise
@@ -104,7 +104,7 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
     drafter = None
     if spec.drafter is not None and heads.drafter is not None:
         # What it reads of nodes is shared by all stages: nobody computes it here.
-        drafter = transformer_drafter(model, spec.drafter, heads.drafter, None)
+        drafter = spec.drafter.drafter(model, heads.drafter, None)
     drafts = spec.schedule.drafts
     counts = None if drafts is None or not drafts.rungs else drafts.counts  # as ticks choose of them
     whole = (model.config.num_layers,)
@@ -124,7 +124,8 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
         row = (done.slot % shared.shape[2])[:, :, None]
         features = jnp.take_along_axis(shared[-1], row, axis=1)
         ends = done.position + done.length
-        return read_features(model, remembers, remembering, memory, done.token, features, done.position, ends)
+        assert isinstance(remembers, TrainedHeads)
+        return read_features(model, remembers.config, remembering, memory, done.token, features, done.position, ends)
 
     def features(memory: Any, hidden: jax.Array, view: StageView, shared: Any) -> jax.Array:
         if own is None or spec.exits is None:

@@ -1,0 +1,137 @@
+"""What a user may put at depth 0: a trained drafter, an EAGLE-3 head, or a small model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax.config import ModelConfig
+from dex_jax.decoding.dex.interface import ExitZero
+from dex_jax.decoding.dex.own_layers import EagleDrafter, ModelDrafter, OwnArrays, eagle_arrays
+from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
+from dex_jax.errors import DexError
+from dex_jax.io.eagle import EagleHead, fit_eagle
+from dex_jax.io.exits_file import TrainedExits
+from dex_jax.nn import few_rows
+from dex_jax.nn.transformer import Layout, Transformer, Unrolled
+from dex_jax.nn.weights import Packing, weight_bytes
+
+if TYPE_CHECKING:
+    from dex_jax.language_model import LanguageModel, Outline
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DraftModel:
+    """A small model that drafts for another one of the same vocabulary."""
+
+    config: ModelConfig
+    layout: Layout
+    weights: Any  # as of LanguageModel, or their shapes
+    dtype: jnp.dtype
+    packing: Packing
+    source: str
+    vocab_size: int  # of the model that it drafts for
+
+
+GivenDrafter = TrainedExits | EagleHead | DraftModel
+
+
+def draft_model(lm: LanguageModel | Outline, small: LanguageModel | Outline) -> DraftModel:
+    """`small` as the drafter of `lm`.
+
+    Raises:
+      DexError: another vocabulary, or a layout or a mesh that a drafter cannot have.
+    """
+    name = getattr(small, "source", "the draft model")
+    if small.mesh is not None or not isinstance(small.layout, Unrolled):
+        raise DexError(f"{name} drafts on one device with unrolled layers: load it without mesh and layout")
+    sizes = lm.config.vocab_size, small.config.vocab_size
+    known = [_tokens(each.tokenizer, min(sizes)) for each in (lm, small)]
+    if (None in known and sizes[0] != sizes[1]) or (None not in known and known[0] != known[1]):
+        raise DexError(
+            f"{name} has another vocabulary than the model ({sizes[1]} and {sizes[0]} tokens): a draft model must know "
+            "the same tokens by the same numbers"
+        )
+    return DraftModel(small.config, small.layout, small.weights, small.dtype, small.packing, name, sizes[0])
+
+
+def _tokens(tokenizer: Any, size: int) -> dict[str, int] | None:
+    if tokenizer is None:
+        return None
+    return {token: i for token, i in tokenizer.backend.get_vocab(with_added_tokens=True).items() if i < size}
+
+
+def fitted(given: EagleHead | DraftModel, config: ModelConfig) -> EagleHead | DraftModel:
+    """A drafter with layers of its own as it drafts for a model; a DexError for one of another model."""
+    return _fitted(given, config) if isinstance(given, EagleHead) else given
+
+
+@functools.lru_cache(maxsize=1)
+def _fitted(head: EagleHead, config: ModelConfig) -> EagleHead:
+    return fit_eagle(head, config)
+
+
+def has_own_layers(given: GivenDrafter | None) -> bool:
+    """Whether a drafter has layers and a cache of its own, and so drafts for one explorer on one device alone."""
+    return given is not None and not isinstance(given, TrainedExits)
+
+
+def exit_zero(given: GivenDrafter, length: int) -> ExitZero:
+    """What compiled programs for sequences of at most `length` tokens depend on.
+
+    Raises:
+      DexError: a small model whose context is shorter.
+    """
+    if isinstance(given, TrainedExits):
+        return TrainedHeads(given.config)
+    if isinstance(given, EagleHead):
+        return EagleDrafter(dataclasses.replace(given.config, layer=given.config.layer.at_length(length)))
+    if length > given.config.context:
+        raise DexError(
+            f"the draft model {given.source} has a context of {given.config.context} tokens, and prompt and new tokens "
+            f"are {length}: leave it out"
+        )
+    return ModelDrafter(given.config.at_length(length), given.layout, given.vocab_size)
+
+
+def drafter_arrays(given: GivenDrafter, model: Transformer) -> Any:
+    """What the compiled programs take of a drafter beside the model."""
+    if isinstance(given, TrainedExits):
+        return exit_arrays(model, given.config, given.parameters, given.vocabulary)
+    if isinstance(given, EagleHead):
+        return _on_device(given, few_rows.kept_dtype(model.dtype))
+    return OwnArrays(given.weights)
+
+
+@functools.lru_cache(maxsize=1)
+def _on_device(head: EagleHead, dtype: jnp.dtype) -> OwnArrays:
+    with jax.ensure_compile_time_eval():
+        return eagle_arrays(head, dtype)
+
+
+def own_bytes(given: EagleHead | DraftModel, dtype: jnp.dtype) -> int:
+    """Size of the weights of a drafter with layers of its own, for a model in `dtype`."""
+    if isinstance(given, DraftModel):
+        return sum(weight_bytes(given.config, given.dtype, given.packing).values())
+    return sum(each.size for each in given.parameters.values()) * few_rows.kept_dtype(jnp.dtype(dtype)).itemsize
+
+
+def read_bytes(given: GivenDrafter, config: ModelConfig, dtype: np.dtype, packing: Packing = ()) -> int:
+    """Bytes that drafting a level reads for a model in `dtype`: weights, and rows of the unembedding that it knows."""
+    kept, unembed = few_rows.kept_dtype(dtype), "embed" if config.tied else "unembed"
+    if isinstance(given, DraftModel):
+        sizes = weight_bytes(given.config, given.dtype, given.packing)
+        return sum(size for name, size in sizes.items() if name != "embed" or given.config.tied)
+    own = sum(leaf.size for name, leaf in given.parameters.items() if name != "embed") * kept.itemsize
+    if isinstance(given, EagleHead):
+        return own
+    known = config.vocab_size if given.vocabulary is None else len(given.vocabulary)
+    size = known * config.width * kept.itemsize
+    if unembed in dict(packing):
+        size = known * weight_bytes(config, dtype, packing)[unembed] // config.vocab_size
+    return own + size

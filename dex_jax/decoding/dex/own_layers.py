@@ -1,0 +1,237 @@
+"""Drafters with layers of their own, which see what has been committed: EAGLE-3 heads and small models.
+
+Their keys and values of committed positions lie in a cache beside the model's, and those of drafted rows among the
+states of the rows. They draft below one head, the root: K = 1, on one device.
+
+Letters: B sequences, R rows of a chunk, N rows of a cohort, n rows of a level, P rows of a path, S cache length,
+l layers, G key-value heads, d head width, D width of the model, E width of a drafter's features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dex_jax import cache
+from dex_jax.config import EagleConfig, ModelConfig
+from dex_jax.decoding.dex.interface import Drafter, DraftRows, StageView, before_rows
+from dex_jax.io.eagle import EagleHead
+from dex_jax.lattice import NO_NODE
+from dex_jax.nn.eagle import Eagle, eagle_graph, eagle_of
+from dex_jax.nn.forward import Beside, extend_rows, run_rows
+from dex_jax.nn.transformer import Layout, Transformer, Unrolled
+from dex_jax.nn.weights import merge_model
+
+
+class OwnMemory(NamedTuple):
+    """The committed prefix as such a drafter sees it."""
+
+    caches: cache.Memory
+    end: jax.Array  # [B] int32, how many positions are committed
+    previous: jax.Array  # [B, E], features of the last of them, E = 0 for a model
+
+
+class Drafted(NamedTuple):
+    """States of the N rows of a cohort."""
+
+    features: jax.Array  # [B, N, E]
+    keys: jax.Array  # [B, N, l, G, d]
+    values: jax.Array
+    position: jax.Array  # [B, N] int32
+    path: jax.Array  # [B, N, N] bool, the rows that each descends from
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleDrafter:
+    """An EAGLE-3 head, as compiled programs depend on it (decoding/dex/interface.py: ExitZero)."""
+
+    config: EagleConfig
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return self.config.reads
+
+    def empty(self, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
+        return _empty(self.config.layer, Unrolled(), batch, length, dtype, self.config.layer.width)
+
+    def read(
+        self,
+        model: Transformer,
+        arrays: Any,
+        memory: OwnMemory,
+        tokens: jax.Array,
+        hidden: jax.Array,
+        start: jax.Array,
+        lengths: jax.Array,
+    ) -> OwnMemory:
+        head = nnx.merge(eagle_graph(self.config), arrays.parameters)
+        start = jnp.broadcast_to(start, lengths.shape)
+        joined = head.joined(hidden[..., model.config.width :])
+        before = jnp.concatenate([memory.previous[:, None], joined[:, :-1]], axis=1)
+        x = jnp.concatenate([_embedded(model, head, tokens), before], axis=-1)
+        # Before the first token there are no features.
+        _, caches = extend_rows(head, memory.caches, x, start, lengths, begin=1)
+        ends, here = _ends(start, lengths, tokens.shape[1])
+        last = jnp.take_along_axis(joined, jnp.maximum(ends - start - 1, 0)[:, None, None], axis=1)[:, 0]
+        previous = jnp.where(here[:, None], last, memory.previous)
+        return OwnMemory(caches, jnp.where(here, ends, memory.end), previous)
+
+    def drafter(
+        self,
+        model: Transformer,
+        arrays: Any,
+        reached: Callable[[Any, jax.Array, StageView], jax.Array] | None,
+    ) -> Drafter:
+        head = nnx.merge(eagle_graph(self.config), arrays.parameters)
+
+        def rows(states: Drafted, asked: DraftRows) -> jax.Array:
+            return jnp.concatenate([_embedded(model, head, asked.token), before_rows(states.features, asked)], axis=-1)
+
+        def given(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+            normed = head.normed(hidden)
+            return normed, normed if self.config.norm_output else hidden
+
+        return _drafter(head, model.dtype, rows, given, head.logits, arrays.vocabulary, self.config.layer.width, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDrafter:
+    """A small model, as compiled programs depend on it (decoding/dex/interface.py: ExitZero)."""
+
+    config: ModelConfig
+    layout: Layout
+    vocab_size: int  # of the model that it drafts for
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return ()
+
+    def empty(self, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
+        return _empty(self.config, self.layout, batch, length, dtype, 0)
+
+    def read(
+        self,
+        model: Transformer,
+        arrays: Any,
+        memory: OwnMemory,
+        tokens: jax.Array,
+        hidden: jax.Array,
+        start: jax.Array,
+        lengths: jax.Array,
+    ) -> OwnMemory:
+        small, start = merge_model(self.config, self.layout, arrays.parameters), jnp.broadcast_to(start, lengths.shape)
+        _, caches = extend_rows(small, memory.caches, _known(small, tokens), start, lengths)
+        ends, here = _ends(start, lengths, tokens.shape[1])
+        return memory._replace(caches=caches, end=jnp.where(here, ends, memory.end))
+
+    def drafter(
+        self,
+        model: Transformer,
+        arrays: Any,
+        reached: Callable[[Any, jax.Array, StageView], jax.Array] | None,
+    ) -> Drafter:
+        small = merge_model(self.config, self.layout, arrays.parameters)
+        known = min(self.vocab_size, self.config.vocab_size)
+        vocabulary = None if known == self.vocab_size else jnp.arange(known, dtype=jnp.int32)
+
+        def given(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return small.normed(hidden), hidden[..., :0]
+
+        return _drafter(
+            small,
+            small.dtype,
+            lambda states, asked: _known(small, asked.token),
+            given,
+            lambda normed: small.unembedding(normed)[:, :known],
+            vocabulary,
+            0,
+            0,
+        )
+
+
+class OwnArrays(NamedTuple):
+    """What the compiled programs take of such a drafter beside the model."""
+
+    parameters: Any
+    vocabulary: jax.Array | None = None  # [V'] int32, as in Drafter
+
+
+def eagle_arrays(head: EagleHead, dtype: jnp.dtype) -> OwnArrays:
+    """An EAGLE-3 head for compiled programs, in `dtype`."""
+    vocabulary = None if head.vocabulary is None else jax.device_put(head.vocabulary.astype(np.int32))
+    return OwnArrays(nnx.state(eagle_of(head.config, head.parameters, dtype)), vocabulary)
+
+
+def _empty(config: ModelConfig, layout: Layout, batch: int, length: int, dtype: jnp.dtype, width: int) -> OwnMemory:
+    shapes = cache.shapes(config, layout, batch, length, 0, dtype, rings=True)
+    shapes = shapes._replace(lattice_keys=(), lattice_values=())
+    caches = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return OwnMemory(caches, jnp.zeros(batch, jnp.int32), jnp.zeros((batch, width), dtype))
+
+
+def _ends(start: jax.Array, lengths: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """(where each sequence ends after `size` rows from `start` on, whether any of them is its own), [B] each."""
+    ends = jnp.minimum(lengths, start + size)
+    return ends, ends > start
+
+
+def _embedded(model: Transformer, head: Eagle, tokens: jax.Array) -> jax.Array:
+    tokens = jnp.maximum(tokens, 0)
+    if head.embed is None:
+        return model.embed_tokens(tokens)
+    return jnp.take(head.embed[...], tokens, axis=0).astype(model.dtype)
+
+
+def _known(small: Transformer, tokens: jax.Array) -> jax.Array:
+    """Embeddings of a small model, whose vocabulary may be padded less than that of the tokens."""
+    return small.embed_tokens(jnp.clip(tokens, 0, small.config.vocab_size - 1))
+
+
+def _drafter(
+    model: Any,
+    dtype: jnp.dtype,
+    rows: Callable[[Drafted, DraftRows], jax.Array],
+    given: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    logits: Callable[[jax.Array], jax.Array],
+    vocabulary: jax.Array | None,
+    width: int,
+    begin: int,
+) -> Drafter:
+    """The loop's callables of a `model` over caches (config, layout, kinds and layers, as nn/forward.py takes them).
+
+    `rows` are what its first layer reads; `given` says what its last states [B, n, ...] come to, (what `logits` takes,
+    features [B, n, E]).
+    """
+    c = model.config
+
+    def blank(batch: int, count: int) -> Drafted:
+        keys = jnp.zeros((batch, count, c.num_layers, c.num_kv_heads, c.head_dim), dtype)
+        position, path = jnp.zeros((batch, count), jnp.int32), jnp.zeros((batch, count, count), bool)
+        return Drafted(jnp.zeros((batch, count, width), dtype), keys, keys, position, path)
+
+    def features(memory: Any, states: Drafted, asked: DraftRows) -> tuple[jax.Array, Drafted]:
+        own: OwnMemory = memory.exits
+        parent = jnp.maximum(asked.parent, 0)
+        above = jnp.take_along_axis(states.path, parent[:, :, None], axis=1)
+        path = above | (parent[:, :, None] == jnp.arange(states.path.shape[2])[None, None])
+        path &= (asked.parent != NO_NODE)[:, :, None]
+        keys, values = (jnp.moveaxis(x, (2, 3), (0, 2)) for x in (states.keys, states.values))
+        batch, count = asked.token.shape
+        # Rows of one level are no ancestors of each other.
+        among = jnp.broadcast_to(jnp.eye(count, dtype=bool)[None], (batch, count, count))
+        beside = Beside(tuple(keys), tuple(values), path, states.position)
+        layers = range(c.num_layers)
+        hidden, fresh = run_rows(
+            model, own.caches, rows(states, asked), asked.position, among, own.end, layers, beside=beside, begin=begin
+        )
+        found, passed = given(hidden)
+        keys, values = (jnp.moveaxis(jnp.stack(x), (0, 2), (2, 3)) for x in fresh)
+        return found, Drafted(passed, keys, values, asked.position, path)
+
+    return Drafter(lambda memory: memory.exits.previous, None, blank, features, logits, vocabulary)

@@ -1,0 +1,108 @@
+"""EAGLE-3 heads (Li et al., arXiv 2503.01840): one decoder layer over tokens and what a model's layers said before.
+
+Letters: B sequences, R rows of each, D width of the model, D' width of the head, V' draft vocabulary, n states.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dex_jax.config import EagleConfig
+from dex_jax.nn.kinds import kind_table
+from dex_jax.nn.layers import DecoderLayer, linear, recorded, rms_norm
+from dex_jax.nn.transformer import Unrolled, module_list
+
+Init = Callable[[str, tuple[int, ...], str], jax.Array]
+
+
+class EagleLayer(DecoderLayer):
+    """A decoder layer over rows [B, R, 2 D'], tokens' embeddings with features behind, that gives features [B, R, D'].
+
+    Args:
+      config: shapes and switches.
+      init: as of DecoderLayer.
+    """
+
+    def __init__(self, config: EagleConfig, init: Init):
+        width = config.layer.width
+
+        def wider(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+            return init(name, (shape[0], 2 * width) if name == "qkv" else shape, kind)
+
+        super().__init__(config.layer, wider)
+        self.token_norm = nnx.Param(init("token_norm", (width,), "scale"))
+        self.norm_before_residual = config.norm_before_residual
+
+    def entered(self, x: jax.Array) -> jax.Array:
+        token, features = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([self._normed(token, self.token_norm), self._normed(features, self.attention_norm)], -1)
+
+    def residual(self, x: jax.Array) -> jax.Array:
+        features = jnp.split(x, 2, axis=-1)[1]
+        return self._normed(features, self.attention_norm) if self.norm_before_residual else features
+
+
+class Eagle(nnx.Module):
+    """An EAGLE-3 head; `config`, `layout`, `kinds` and `layers` are those of a model of one layer (nn/forward.py).
+
+    Args:
+      config: shapes and switches.
+      init: (name, shape, kind) -> array, kind "kernel", "scale" or "bias".
+    """
+
+    def __init__(self, config: EagleConfig, init: Init):
+        layer, states = config.layer, len(config.reads) * config.state_width
+        self.eagle, self.config = config, layer
+        self.layout, self.kinds = Unrolled(), kind_table(layer)
+        self.fc = nnx.Param(init("fc", (layer.width, states), "kernel"))
+        self.layers = module_list([EagleLayer(config, lambda name, *rest: init(f"layer.{name}", *rest))])
+        self.norm = nnx.Param(init("norm", (layer.width,), "scale"))
+        self.unembed = nnx.Param(init("unembed", (config.draft_size, layer.width), "kernel"))
+        own = config.own_embedding
+        self.embed = nnx.Param(init("embed", (layer.vocab_size, layer.width), "kernel")) if own else None
+        normed = config.norm_states is not None
+        self.states_norm = nnx.Param(init("states_norm", (states,), "scale")) if normed else None
+
+    def joined(self, states: jax.Array) -> jax.Array:
+        """The features that states of the model at `reads`, side by side, come to: [..., n D] -> [..., D']."""
+        if self.states_norm is not None:
+            count = len(self.eagle.reads) if self.eagle.norm_states == "each" else 1
+            parts = zip(jnp.split(states, count, -1), jnp.split(self.states_norm[...], count), strict=True)
+            states = jnp.concatenate([rms_norm(part, scale, self.config.norm_eps) for part, scale in parts], axis=-1)
+        return linear(states, self.fc[...])
+
+    def normed(self, features: jax.Array) -> jax.Array:
+        """The last norm: [..., D'] -> [..., D']."""
+        return rms_norm(features, self.norm[...], self.config.norm_eps)
+
+    def logits(self, normed: jax.Array) -> jax.Array:
+        """[..., D'] -> [..., V'] float32."""
+        return linear(normed, self.unembed[...], out_dtype=jnp.float32)
+
+
+def eagle_parameters(config: EagleConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, kind) of every parameter."""
+    return recorded(functools.partial(Eagle, config))
+
+
+def eagle_of(config: EagleConfig, parameters: dict[str, np.ndarray], dtype: jnp.dtype) -> Eagle:
+    """The head over given parameters (name -> array), in `dtype`."""
+    return Eagle(config, lambda name, shape, kind: jax.device_put(np.asarray(parameters[name], dtype)))
+
+
+@functools.lru_cache(maxsize=16)
+def eagle_graph(config: EagleConfig) -> Any:
+    """The nnx graph definition of a head, without any array."""
+    return nnx.split(nnx.eval_shape(lambda: Eagle(config, lambda name, shape, kind: jnp.zeros(shape))))[0]
+
+
+def abstract_eagle(config: EagleConfig, dtype: jnp.dtype) -> Any:
+    """A head's parameters as jax.ShapeDtypeStruct."""
+    return nnx.state(nnx.eval_shape(lambda: Eagle(config, lambda name, shape, kind: jnp.zeros(shape, dtype))))
