@@ -23,6 +23,7 @@ from dex_jax.decoding.resolve import resolve
 from dex_jax.errors import DexError
 from dex_jax.host_memory import return_free_memory
 from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
+from dex_jax.io.known_drafters import say_known_drafters
 from dex_jax.nn import few_rows
 from dex_jax.nn.forward import extend
 from dex_jax.nn.packed import FORMATS, INT8, Packed, joined, to_int8
@@ -142,6 +143,11 @@ class Outline:
     def config(self) -> ModelConfig:
         """Shapes and constants."""
         return self.checkpoint.config
+
+    @property
+    def source(self) -> str:
+        """Where the weights will come from."""
+        return self.checkpoint.source
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -282,7 +288,7 @@ def load(
     mesh: str | dict[str, int] | Mesh | None = None,
     weights: str | None = None,
 ) -> LanguageModel:
-    """Loads a model, one tensor at a time.
+    """Loads a model, one tensor at a time. A line says what is known to draft for it, if anything is.
 
     Args:
       source: an alias ("smollm2-135m"), a .gguf file, a Hugging Face directory (here or at gs://), or a hub id
@@ -302,7 +308,9 @@ def load(
         memory for the weights, a mesh that has more devices than there are or that cannot cut the model, or weights
         that cannot stay packed there.
     """
-    return outline(source, dtype, layout, mesh, weights).load(on_tensor)
+    found = outline(source, dtype, layout, mesh, weights)
+    say_known_drafters(source)
+    return found.load(on_tensor)
 
 
 def _eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -131,6 +131,21 @@ def test_what_was_drafted_is_counted(run) -> None:
 
 
 @pytest.mark.slow
+def test_a_draft_model_is_said_and_counted(run, folder) -> None:
+    """The model itself, which is always right."""
+    arguments = ["--prompt", SKY, "--explorers", "1", "--draft-model", str(folder), "--max-new-tokens", "13"]
+    record = json.loads(run(*arguments, "--json", "--check")[1])
+    assert record["drafter_source"] == str(folder)
+    assert record["check"]["identical"]
+    assert record["exits"].count(0) > 4
+    sizes = [
+        json.loads(run("--dry-run", "--json", *each, model=SMOLLM2)[1])["exits_bytes"]
+        for each in (["--exits", "shared"], ["--draft-model", SMOLLM2])
+    ]
+    assert sizes[1] - sizes[0] > 90e6, "weights and cache of the small model"
+
+
+@pytest.mark.slow
 def test_what_was_chosen_is_said(run, monkeypatch) -> None:
     cheap = StepCosts(ROWS, (1.0, 1.01, 1.02, 1.3, 1.6))
     monkeypatch.setattr(auto, "step_costs", lambda *about, **more: cheap)
@@ -246,6 +261,11 @@ BAD_INPUT = {
     "--method adadecode --no-decs": "--no-decs",
     "--method adadecode --threshold 2": "probability",
     "--exits no/such/exits": "no/such/exits",
+    "--draft-model no/such/model/": "no/such/model",
+    "--draft-model smollm2-135m": "another vocabulary",
+    "--draft-model smollm2-135m --exits shared": "--exits",
+    "--draft-model smollm2-135m --method ar": "--draft-model",
+    "--draft-model smollm2-135m --dry-run": "another vocabulary",
     "--prompt-file no/such/file.txt": "no/such/file.txt",
 }
 """Flags -> a word of the sentence that answers them."""

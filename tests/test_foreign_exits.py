@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reference.checkpoints import FAMILIES
+from reference.eagle_heads import MODEL, VARIANTS, head_tensors, write_head
 from reference.small_models import random_exits
 from safetensors.numpy import load_file, save
 from test_foreign_files import DAMAGE, DEEP, NASTY, changed, check, damaged, edited, many, places, refused
 
 from dex_jax.decoding.dex.trees import known_trees, with_trees
+from dex_jax.io.eagle import fit_eagle, load_eagle
 from dex_jax.io.exits_file import load_exits, save_exits
+from dex_jax.io.huggingface_config import huggingface_config
+
+EAGLE_MODEL = huggingface_config(FAMILIES[MODEL], {}, "model")
 
 
 def use_exits(path: Path) -> None:
@@ -121,3 +127,56 @@ def test_exits_whose_tensors_lie(exits) -> None:
     ):
         with changed(exits, exits_with(exits, metadata, **change)):
             refused(use_exits, exits)
+
+
+def use_head(folder: Path) -> None:
+    fit_eagle(load_eagle(folder), EAGLE_MODEL)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory) -> Path:
+    return write_head(tmp_path_factory.mktemp("head"), "safeailab")
+
+
+@many
+@given(data=st.data(), value=st.sampled_from(NASTY), variant=st.sampled_from(["safeailab", "all_normed"]))
+def test_the_configuration_of_an_eagle_head_with_one_value_changed(head, data, value, variant) -> None:
+    whole = json.dumps(VARIANTS[variant])
+    place = data.draw(st.sampled_from(places(VARIANTS[variant])))
+    with changed(head / "config.json", edited(whole, place, value)):
+        check(use_head, head)
+
+
+@many
+@given(damage=DAMAGE)
+def test_an_eagle_head_with_bytes_changed(head, damage) -> None:
+    file = head / "model.safetensors"
+    with changed(file, damaged(file.read_bytes(), damage, within=3000)):
+        check(use_head, head)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"d2t": np.zeros(60, np.float32)},
+        {"d2t": np.zeros(59, np.int64)},
+        {"d2t": np.full(60, 211)},
+        {"d2t": np.full(60, -1)},
+        {"lm_head.weight": np.zeros((60, 95), np.float32)},
+        {"fc.weight": np.zeros(96, np.float32)},
+        {"fc.weight": np.full((96, 288), np.nan, np.float32)},
+        {"midlayer.mlp.up_proj.weight": np.zeros((159, 96), np.float32)},
+    ],
+    ids=lambda lie: f"{next(iter(lie))} {next(iter(lie.values())).shape}",
+)
+def test_tensors_of_an_eagle_head_that_lie(head, lie) -> None:
+    file = head / "model.safetensors"
+    with changed(file, save(head_tensors("safeailab") | lie)):
+        refused(use_head, head)
+
+
+@pytest.mark.parametrize("name", ["d2t", "fc.weight", "lm_head.weight", "midlayer.self_attn.k_proj.weight"])
+def test_an_eagle_head_without_a_tensor(head, name) -> None:
+    kept = {each: value for each, value in head_tensors("safeailab").items() if each != name}
+    with changed(head / "model.safetensors", save(kept)):
+        assert name in refused(use_head, head)

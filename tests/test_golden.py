@@ -87,6 +87,17 @@ def test_family_logits(family) -> None:
             np.testing.assert_allclose(logits[0, : len(first)], first, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", [name if name == "gemma3" else slow(name) for name in FAMILIES])
+def test_family_logits_in_bfloat16(name, tmp_path) -> None:
+    """As far from float32 as transformers' own, within half as much again."""
+    golden, directory = FAMILIES_GOLDEN["families"][name], write_checkpoint(tmp_path, name)
+    whole, half = (dex_jax.load(str(directory), dtype=dtype) for dtype in ("float32", "bfloat16"))
+    of_all = [(lm.logits([prompt["prompt_ids"]])[0] for prompt in golden["prompts"]) for lm in (whole, half)]
+    expected, rounded = (np.concatenate([*each]) for each in of_all)
+    error = np.sqrt(np.mean((rounded - expected) ** 2) / np.mean(expected**2))
+    assert error < 1.5 * golden["bfloat16_error"]
+
+
 # What DEX decodes below, every way in which positions are stretched, and every switch of the layers.
 AR_FAMILIES = ("codellama", "qwen3", *list(FAMILIES)[9:])
 

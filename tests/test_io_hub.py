@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants, errors
 from reference.checkpoints import write_checkpoint
+from reference.eagle_heads import write_head
 from reference.refusals import refusal
 from reference.small_models import random_exits
 
@@ -19,7 +20,7 @@ import dex_jax
 from dex_jax.cli.decode import main as decode
 from dex_jax.cli.train import main as train
 from dex_jax.errors import DexError
-from dex_jax.io import ALIASES, open_checkpoint
+from dex_jax.io import ALIASES, known_drafters, open_checkpoint
 from dex_jax.io.exits_file import FILE_NAME, load_exits, save_exits
 from dex_jax.io.hub import is_hub_id
 
@@ -113,6 +114,38 @@ def test_an_adapter_alone_is_refused_before_it_comes(hub):
     hub.files = {"adapter_config.json": 1_000, "adapter_model.safetensors": 5_000, "epoch-1/model.safetensors": 5_000}
     assert "LoRA adapter" in refusal(REPO)
     assert len(hub.asked) == 1
+
+
+def test_an_eagle_head_comes_from_the_hub_and_other_models_do_not(hub, cache, monkeypatch):
+    found = huggingface_hub.snapshot_download
+
+    def with_head(repo, **options):
+        path = found(repo, **options)
+        if not options.get("local_files_only"):
+            write_head(cache, "safeailab")
+        return path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", with_head)
+    assert dex_jax.load_eagle(REPO).source == REPO
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", found)
+    write_checkpoint(cache, "smollm2")
+    with pytest.raises(DexError, match="no EAGLE-3 head"):
+        dex_jax.load_eagle(REPO)
+
+
+def test_a_model_of_the_hub_comes_with_a_line_on_what_drafts_for_it(hub, monkeypatch, capsys):
+    monkeypatch.setitem(known_drafters.KNOWN, REPO, {"eagle3": "owner/head", "model": "owner/small"})
+    for _ in range(2):
+        dex_jax.load(REPO)
+    said = capsys.readouterr().err
+    assert said.count("owner/head") == said.count("--draft-model") == 1
+    assert known_drafters.known_drafters("qwen3-8b") != known_drafters.known_drafters("smollm2-135m")
+
+
+@pytest.mark.parametrize("kinds", known_drafters.KNOWN.values(), ids=known_drafters.KNOWN)
+def test_known_drafters_are_of_known_kinds(kinds):
+    assert all(kind == "shared" or is_hub_id(repository) for kind, repository in kinds.items())
+    assert kinds.keys() <= {"eagle3", "model", "shared"}
 
 
 def test_an_interrupted_download_goes_on(hub, cache):

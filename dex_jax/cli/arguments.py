@@ -42,7 +42,8 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
 }
 """Name -> (the method's name in dex_jax, flag -> field)."""
 
-METHOD_FLAGS = ("explorers", "depths", "rows", "no_draft", "no_decs", "exit_depth", "draft_length", "threshold")
+OF_DEX = ("no_draft", "no_decs", "draft_model")
+METHOD_FLAGS = ("explorers", "depths", "rows", *OF_DEX, "exit_depth", "draft_length", "threshold")
 """Flags that not all methods have."""
 
 METHOD_HELP = """dex; ar: all layers for every token; layerskip: drafts at one exit; adadecode: every token exits
@@ -127,11 +128,13 @@ def check_flags(args: argparse.Namespace) -> str | None:
     Raises:
       DexError: flags that the method does not have.
     """
-    own = {*METHODS[args.method][1], *(("no_draft", "no_decs") if args.method == "dex" else ())}
+    own = {*METHODS[args.method][1], *(OF_DEX if args.method == "dex" else ())}
     for name in METHOD_FLAGS:
         if name not in own and getattr(args, name) not in (None, False):
             flag = "--" + name.replace("_", "-")
             raise DexError(f"{flag} means nothing with --method {args.method}: leave one of them out")
+    if args.draft_model is not None and args.exits != "default":
+        raise DexError("--draft-model stands in the place of --exits: leave one of them out")
     filters = [f"--{name}" for name in ("top-k", "top-p") if getattr(args, name.replace("-", "_")) is not None]
     if args.temperature == 0 and filters:
         return f"{' and '.join(filters)} changes nothing at temperature 0, which is greedy: add --temperature 1, say"

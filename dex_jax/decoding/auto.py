@@ -22,13 +22,14 @@ from jax.sharding import Mesh
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.costs import StepCosts, forget, step_costs
-from dex_jax.decoding.dex.drafters import GivenDrafter
+from dex_jax.decoding.dex.drafters import GivenDrafter, fitted
 from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.trees import known_trees
 from dex_jax.decoding.methods import AR, Dex, Method, drafted_rows, with_stages
 from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.resolve import GivenExits, find_exits, unmeasured
 from dex_jax.distributed import from_first
+from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.transformer import Layout, Staged, Unrolled
 from dex_jax.nn.weights import Packing
 from dex_jax.sharding import DATA, STAGE
@@ -97,26 +98,29 @@ def settle(
     if not isinstance(method, Dex) or not method.is_free:
         return with_stages(method, None if mesh is None else mesh.shape[STAGE]), None
     given, stages = find_exits(exits, fingerprint), 1 if mesh is None else mesh.shape[STAGE]
+    drafter = given.drafter
+    if drafter is not None and not isinstance(drafter, TrainedExits):
+        drafter = fitted(drafter, config)  # before anything is measured
     if given.own == "exits" and mesh is None:
         why = f"several explorers, which the exits in {given.source} are for"
         return unmeasured(method, exits, fingerprint), why
     staged = layout
     if mesh is not None:  # what one of its devices runs
         layout, batch = Unrolled(), -(-batch // mesh.shape[DATA])
-    about = (config, layout, dtype, batch, length, given.drafter, packing)
+    about = (config, layout, dtype, batch, length, drafter, packing)
     if mesh is None:
         costs = step_costs(*about)
     else:  # processes that went by figures of their own would run different programs
         rows, seconds, *others = from_first(lambda: dataclasses.astuple(step_costs(*about)))
         costs = StepCosts(tuple(rows), tuple(seconds), *others)
     if stages > 1:
-        tree = _largest(costs, given.drafter)
+        tree = _largest(costs, drafter)
         most = drafted_rows(stages, tree)
         shape = with_rungs(costs, tree, most)
         counts = " or ".join(map(str, shape.counts if shape.rungs else (most,)))
         assert isinstance(staged, Staged)
         return Dex(depths=staged.depths, draft=shape), f"an explorer with drafts on each stage, {counts} rows"
-    found = candidates(costs, given.drafter, batch)
+    found = candidates(costs, drafter, batch)
     plain = found[0]
     best = min(found, key=lambda each: each.seconds)
     gain = plain.seconds / best.seconds

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
-
 from reference.checkpoints import FAMILIES, random_tensor
+from safetensors.numpy import save_file
 
 MODEL = "llama3"
 VOCABULARY, WIDTH, LAYERS = (FAMILIES[MODEL][key] for key in ("vocab_size", "hidden_size", "num_hidden_layers"))

@@ -71,14 +71,17 @@ def greedy(model: transformers.PreTrainedModel, prompt: list[int], new_tokens: i
 @torch.no_grad()
 def all_logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
     """Logits [T, V] after each of T tokens."""
-    return model(torch.tensor([ids])).logits[0].numpy()
+    return model(torch.tensor([ids])).logits[0].float().numpy()
 
 
 def family_golden(family: str) -> dict:
     """Logits and greedy tokens of one random checkpoint."""
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(directory, family)
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        model, half = (
+            transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+            for dtype in (torch.float32, torch.bfloat16)
+        )
     prompts = []
     for prompt in family_prompts(family):
         last = all_logits(model, prompt)[-1]
@@ -90,7 +93,16 @@ def family_golden(family: str) -> dict:
         "min_margin": min(prompt["min_margin"] for prompt in prompts),
         "prompts": prompts,
         "all_logits_of_prompt_0": shortest,
+        "bfloat16_error": _short(bfloat16_error(model, half, prompts), 3),
     }
+
+
+def bfloat16_error(model: transformers.PreTrainedModel, half: transformers.PreTrainedModel, prompts: list) -> float:
+    """How far bfloat16 is from float32: the root mean square of what logits differ by, as a share of theirs."""
+    whole, rounded = (
+        np.concatenate([all_logits(each, prompt["prompt_ids"]) for prompt in prompts]) for each in (model, half)
+    )
+    return float(np.sqrt(np.mean((rounded - whole) ** 2) / np.mean(whole**2)))
 
 
 def families_golden() -> dict:

@@ -47,7 +47,7 @@ def draft_model(lm: LanguageModel | Outline, small: LanguageModel | Outline) -> 
     Raises:
       DexError: another vocabulary, or a layout or a mesh that a drafter cannot have.
     """
-    name = getattr(small, "source", "the draft model")
+    name = small.source
     if small.mesh is not None or not isinstance(small.layout, Unrolled):
         raise DexError(f"{name} drafts on one device with unrolled layers: load it without mesh and layout")
     sizes = lm.config.vocab_size, small.config.vocab_size
