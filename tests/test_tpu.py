@@ -16,16 +16,20 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from reference.small_models import LLAMA
 
-from dex_jax.config import ModelConfig
+from dex_jax.config import EagleConfig, ModelConfig
 from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.interface import ExitZero
+from dex_jax.decoding.dex.own_layers import EagleDrafter, ModelDrafter, OwnArrays
+from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.footprint import nbytes, session_shapes
 from dex_jax.decoding.methods import AR, Dex, Schedule
 from dex_jax.decoding.session import PREFILL, RUN, START, Spec
 from dex_jax.evaluation.planner.workload import SHAPES
 from dex_jax.io import open_checkpoint
+from dex_jax.nn.eagle import abstract_eagle
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled, parameter_shapes
-from dex_jax.nn.weights import Packing
+from dex_jax.nn.weights import Packing, abstract_weights
 from dex_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.tpu
@@ -91,17 +95,22 @@ def compile_program(
     batch: int = BATCH,
     cache_length: int = CACHE_LENGTH,
     packing: Packing = (),
+    drafter: ExitZero | None = None,
+    heads: Heads | None = None,
 ) -> Compiled:
     """Compiles "run", "start" or "prefill" for the TPU from shapes alone."""
     about = (config, jnp.dtype(dtype), schedule, layout, batch, cache_length)
-    shapes = session_shapes(*about, capacity=CAPACITY, sampled=sampled, packing=packing)
+    drafts = {"drafter": drafter, "heads": heads}
+    shapes = session_shapes(*about, capacity=CAPACITY, sampled=sampled, packing=packing, **drafts)
     program, args = {
         "run": (RUN, shapes.of_run),
         "start": (START, shapes.of_start),
         "prefill": (PREFILL, shapes.of_prefill(PROMPT)),
     }[name]
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=tpu), args)
-    static = {"spec": Spec(config, layout, schedule)} | ({"capacity": CAPACITY} if name == "start" else {})
+    static = {"spec": Spec(config, layout, schedule, drafter=drafter)} | (
+        {"capacity": CAPACITY} if name == "start" else {}
+    )
     lowered = program.jitted.lower(*placed, **static)
     compiled = lowered.compile()
     return Compiled((shapes, args), lowered.as_text(), compiled.as_text(), compiled.memory_analysis())
@@ -254,6 +263,37 @@ def test_loop_in_bfloat16(tpu, method, layout, sampled) -> None:
     # Two filters wherever a token is chosen: for each row count that the final layer and the exits are compiled for.
     chosen = {"ar": 1, "dex": 1 + 4, "one": 2}[method]
     assert compiled.hlo.count(" conditional(") <= allowed + 2 * chosen * sampled
+
+
+EAGLE = EagleConfig(dataclasses.replace(SMALL, num_layers=1), (1, 2, 3), SMALL.width, draft_size=512)
+HALF = dataclasses.replace(SMALL, num_layers=2)
+OWN_LAYERS = {
+    "eagle": (
+        EagleDrafter(EAGLE),
+        OwnArrays(abstract_eagle(EAGLE, jnp.bfloat16), jax.ShapeDtypeStruct((512,), jnp.int32)),
+    ),
+    "model": (
+        ModelDrafter(HALF, Unrolled(), SMALL.vocab_size),
+        OwnArrays(abstract_weights(HALF, Unrolled(), jnp.dtype(jnp.bfloat16))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["run", "prefill"])
+@pytest.mark.parametrize("kind", OWN_LAYERS)
+def test_drafters_with_layers_of_their_own(tpu, kind, name) -> None:
+    """Their caches are read where they lie, as the model's are."""
+    drafter, arrays = OWN_LAYERS[kind]
+    shape = dataclasses.replace(TREE, drafted=3, drafting=0.1)
+    schedule = Dex(explorers=1, draft=shape).schedule_for(SMALL.num_layers)
+    compiled = compile_program(
+        tpu, name, schedule, Unrolled(), "bfloat16", drafter=drafter, heads=Heads(drafter=arrays)
+    )
+    # A prefill holds the scores of the chunk against two caches at once.
+    assert_sound(compiled, temporaries=0.3 if name == "prefill" else 0.1)
+    shapes, _ = compiled.shapes
+    if name == "run":
+        assert copies_in_loop(compiled.hlo, nbytes(shapes.memory.keys) // SMALL.num_layers // 2) == []
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

@@ -20,6 +20,7 @@ from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import session, sizes
 from dex_jax.decoding.dex.drafters import GivenDrafter, exit_zero, own_bytes
+from dex_jax.decoding.dex.interface import ExitZero
 from dex_jax.decoding.dex.proposals import HEAD_BLOCK
 from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.mesh import programs as on_mesh
@@ -161,10 +162,13 @@ def session_shapes(
     sampled: bool = False,
     mesh: Mesh | None = None,
     packing: Packing = (),
+    drafter: ExitZero | None = None,
+    heads: Heads | None = None,
 ) -> SessionShapes:
     """The shapes of a session's arrays; `capacity` is T, room for new tokens (None: as much as the cache).
 
-    On a mesh, whose layout is Staged and whose devices need not be there, they carry their shardings.
+    On a mesh, whose layout is Staged and whose devices need not be there, they carry their shardings. `heads` hold the
+    shapes of a drafter's arrays.
     """
     capacity = cache_length if capacity is None else capacity
     weights = abstract_weights(config, layout, dtype, packing)
@@ -176,12 +180,14 @@ def session_shapes(
     if sampled:
         real = array((), jnp.float32)
         sampling = Sampling(jax.eval_shape(lambda: sampling_keys([0] * batch)), real, scalar, real)
-    spec = Spec(config, layout, schedule, mesh=mesh)
+    spec = Spec(config, layout, schedule, drafter=drafter, mesh=mesh)
+    if drafter is not None:
+        memory = memory._replace(exits=jax.eval_shape(lambda: drafter.empty(batch, cache_length, dtype)))
     if mesh is not None:
         memory = memory._replace(lattice_keys=(), lattice_values=())
     start = functools.partial(session.start_decoding, spec=spec, capacity=capacity)
     prompt = None if schedule.drafts is None else array((batch, cache_length), jnp.int32)
-    shapes = SessionShapes(weights, memory, last, lengths, limits, sampling, None, scalar, prompt)
+    shapes = SessionShapes(weights, memory, last, lengths, limits, sampling, None, scalar, prompt, heads or Heads())
     shapes = shapes._replace(state=jax.eval_shape(start, *shapes.of_start))
     return shapes if mesh is None else SessionShapes(*place(shapes, _specs(spec, shapes), mesh))
 
