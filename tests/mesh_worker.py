@@ -24,6 +24,7 @@ from test_io_gguf import write_gguf
 import dex_jax
 from dex_jax import AR, Dex, Stacked, Staged
 from dex_jax.config import ModelConfig
+from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.methods import Schedule, even_depths
 from dex_jax.decoding.resolve import Resolved
@@ -63,7 +64,7 @@ class Case:
       filters: top-k and top-p.
       batch: B.
       exits: (kind, fused, draft vocabulary), None for the model's own.
-      drafts: "text" or "drafter", None for no drafts.
+      drafts: "text", "drafter" or "model", None for no drafts.
       chosen: ticks choose their rows and drafted levels.
       explorers: K, where it is not one a stage.
       heads: H and G.
@@ -206,7 +207,10 @@ def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str,
     """Tokens, exits and ticks of each sequence; the optimised HLO of the programs goes to the folder."""
     schedule = AR().schedule_for(case.layers) if case.method == "ar" else case.schedule
     sampling = case.sampling(range(case.batch))
-    method = Resolved(schedule, exits=case.trained, drafter=random_drafter() if case.drafts == "drafter" else None)
+    drafter: Any = random_drafter() if case.drafts == "drafter" else None
+    if case.drafts == "model":
+        drafter = draft_model(lm, small_model(case.config))  # the same, which is always right
+    method = Resolved(schedule, exits=case.trained, drafter=drafter)
     session = Session(lm, ragged_prompts()[: case.batch], method, case.tokens, sampling)
     session.prefill()
     # In two calls, so that the state also goes back in.

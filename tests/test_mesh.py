@@ -53,6 +53,8 @@ CASES = {
         Case("drafts, exits linear", "stage=3", 3, batch=4, sampled=True, drafts="drafter", exits=("linear", True, 30)),
         Case("drafts of the text", "stage=2", 3, batch=4, drafts="text", exits=("mlp", False, 20)),
         Case("a pipeline of trees", "stage=3", 4, batch=2, drafts="drafter", chosen=True, explorers=1),
+        Case("a model drafts for a pipeline", "stage=2", 4, batch=2, drafts="model", explorers=1),
+        Case("a model drafts on all axes", AXES, 2, sampled=True, batch=4, drafts="model", explorers=1),
         Case("drafts, all axes", AXES, 2, sampled=True, filters=True, batch=4, drafts="drafter"),
     )
 }

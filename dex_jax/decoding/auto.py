@@ -113,6 +113,9 @@ def settle(
     else:  # processes that went by figures of their own would run different programs
         rows, seconds, *others = from_first(lambda: dataclasses.astuple(step_costs(*about)))
         costs = StepCosts(tuple(rows), tuple(seconds), *others)
+    if stages > 1 and drafter is not None and not isinstance(drafter, TrainedExits):
+        shape = known_trees(drafter)[0].shape
+        return Dex(explorers=1, draft=shape), f"one explorer over all stages, as {given.drafter_source} drafts for one"
     if stages > 1:
         tree = _largest(costs, drafter)
         most = drafted_rows(stages, tree)

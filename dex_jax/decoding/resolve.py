@@ -185,9 +185,7 @@ def _checked_drafter(
     """(the drafter as it fits the model, remarks)."""
     if not isinstance(drafter, TrainedExits):
         if schedule.stages > 1:
-            raise DexError(
-                f"{source} has layers of its own and drafts for one explorer: leave explorers, depths and mesh out"
-            )
+            raise DexError(f"{source} has layers of its own and drafts for one explorer: give explorers=1")
         return fitted(drafter, config), ()
     if not drafter.config.is_drafter:
         raise DexError(

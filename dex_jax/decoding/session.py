@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from dex_jax import cache
 from dex_jax.decoding import ar
-from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero, has_own_layers
+from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero
 from dex_jax.decoding.dex.drafts import RowCosts
 from dex_jax.decoding.dex.trained_exits import Heads, exit_arrays
 from dex_jax.decoding.loops import Prefilled, Running
@@ -31,6 +31,7 @@ from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket
 from dex_jax.decoding.spec import Spec
 from dex_jax.distributed import array_from_first, to_host
 from dex_jax.errors import DexError
+from dex_jax.io.eagle import EagleHead
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.forward import extend_with_states, last_states, states_at
 from dex_jax.nn.placing import weight_specs
@@ -137,8 +138,8 @@ def check_mesh(mesh: Mesh | None, layout: Layout, method: Resolved, sequences: i
     """
     if mesh is not None:
         schedule = method.schedule
-        if has_own_layers(method.drafter):
-            raise DexError(f"{method.drafter_source} drafts on one device: leave the mesh out, or this drafter")
+        if isinstance(method.drafter, EagleHead):
+            raise DexError(f"the EAGLE-3 head {method.drafter_source} drafts on one device: leave it or the mesh out")
         schedule.loop.on_mesh(schedule).check_mesh(schedule, mesh, layout)
         check_batch(mesh, sequences)
 

@@ -76,11 +76,6 @@ def _fitted(head: EagleHead, config: ModelConfig) -> EagleHead:
     return fit_eagle(head, config)
 
 
-def has_own_layers(given: GivenDrafter | None) -> bool:
-    """Whether a drafter has layers and a cache of its own, and so drafts for one explorer on one device alone."""
-    return given is not None and not isinstance(given, TrainedExits)
-
-
 def exit_zero(given: GivenDrafter, length: int) -> ExitZero:
     """What compiled programs for sequences of at most `length` tokens depend on.
 

@@ -131,6 +131,10 @@ class ExitZero(Protocol):
     def reads(self) -> tuple[int, ...]:
         """Depths 0..L whose states at committed positions it reads beside those at L."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether it reads nothing of the model's states, so that every device of a mesh can do all of it."""
+
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
         """What it remembers (Memory.exits) before any position is committed, of at most `length`."""
 

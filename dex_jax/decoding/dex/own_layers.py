@@ -1,7 +1,7 @@
 """Drafters with layers of their own, which see what has been committed: EAGLE-3 heads and small models.
 
 Their keys and values of committed positions lie in a cache beside the model's, and those of drafted rows among the
-states of the rows. They draft below one head, the root: K = 1, on one device.
+states of the rows. They draft below one head, the root: K = 1.
 
 Letters: B sequences, R rows of a chunk, N rows of a cohort, n rows of a level, P rows of a path, S cache length,
 l layers, G key-value heads, d head width, D width of the model, E width of a drafter's features.
@@ -34,7 +34,7 @@ class OwnMemory(NamedTuple):
 
     caches: cache.Memory
     end: jax.Array  # [B] int32, how many positions are committed
-    previous: jax.Array  # [B, E], features of the last of them, E = 0 for a model
+    previous: Any = ()  # [B, E], features of the last of them; () for a model
 
 
 class Drafted(NamedTuple):
@@ -57,8 +57,13 @@ class EagleDrafter:
     def reads(self) -> tuple[int, ...]:
         return self.config.reads
 
+    @property
+    def alone(self) -> bool:
+        return False
+
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
-        return _empty(self.config.layer, Unrolled(), batch, length, dtype, self.config.layer.width)
+        empty = _empty(self.config.layer, Unrolled(), batch, length, dtype)
+        return empty._replace(previous=jnp.zeros((batch, self.config.layer.width), dtype))
 
     def read(
         self,
@@ -112,8 +117,12 @@ class ModelDrafter:
     def reads(self) -> tuple[int, ...]:
         return ()
 
+    @property
+    def alone(self) -> bool:
+        return True
+
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
-        return _empty(self.config, self.layout, batch, length, dtype, 0)
+        return _empty(self.config, self.layout, batch, length, dtype)
 
     def read(
         self,
@@ -168,11 +177,11 @@ def eagle_arrays(head: EagleHead, dtype: jnp.dtype) -> OwnArrays:
     return OwnArrays(nnx.state(eagle_of(head.config, head.parameters, dtype)), vocabulary)
 
 
-def _empty(config: ModelConfig, layout: Layout, batch: int, length: int, dtype: jnp.dtype, width: int) -> OwnMemory:
+def _empty(config: ModelConfig, layout: Layout, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
     shapes = cache.shapes(config, layout, batch, length, 0, dtype, rings=True)
     shapes = shapes._replace(lattice_keys=(), lattice_values=())
     caches = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return OwnMemory(caches, jnp.zeros(batch, jnp.int32), jnp.zeros((batch, width), dtype))
+    return OwnMemory(caches, jnp.zeros(batch, jnp.int32))
 
 
 def _ends(start: jax.Array, lengths: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -234,4 +243,8 @@ def _drafter(
         keys, values = (jnp.moveaxis(jnp.stack(x), (0, 2), (2, 3)) for x in fresh)
         return found, Drafted(passed, keys, values, asked.position, path)
 
-    return Drafter(lambda memory: memory.exits.previous, None, blank, features, logits, vocabulary)
+    def committed(memory: Any) -> jax.Array:
+        own: OwnMemory = memory.exits
+        return jnp.zeros((own.end.shape[0], 0), dtype) if isinstance(own.previous, tuple) else own.previous
+
+    return Drafter(committed, None, blank, features, logits, vocabulary)

@@ -87,6 +87,10 @@ class TrainedHeads:
     def reads(self) -> tuple[int, ...]:
         return ()
 
+    @property
+    def alone(self) -> bool:
+        return False
+
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> ExitMemory | tuple[()]:
         """() for exits that remember nothing."""
         config = self.config

@@ -54,7 +54,9 @@ def prefill_chunk(*arguments: Any, spec: Spec) -> tuple[Any, jax.Array]:
         if remembers is not None and arrays is not None:
             exits = remembers.read(device.model, arrays, exits, tokens, hidden, start, lengths)
         # Only now is what the last stage has seen known to all.
-        last, exits = from_last_stage((last_states(hidden, last, start, lengths), exits), device.stages)
+        last = from_last_stage(last_states(hidden, last, start, lengths), device.stages)
+        if remembers is not None and not remembers.alone:
+            exits = from_last_stage(exits, device.stages)
         return _stacked(memory._replace(exits=exits)), last
 
     weights, heads = weight_specs(arguments[0], spec.mesh), head_specs(arguments[1])

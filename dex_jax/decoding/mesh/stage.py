@@ -111,7 +111,7 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
     network = transformer_network(model, whole, exits, in_use=in_use, drafter=drafter, counts=counts)
 
     def share(hidden: jax.Array, stage: jax.Array) -> Any:
-        if remembers is None:
+        if remembers is None or remembers.alone:
             return ()
         features = model.normed(hidden)
         if own is not None:
@@ -121,9 +121,11 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
     def remember(memory: Any, done: Committed, shared: Any) -> Any:
         if remembers is None or remembering is None:
             return memory
+        ends = done.position + done.length
+        if remembers.alone:
+            return remembers.read(model, remembering, memory, done.token, done.hidden, done.position, ends)
         row = (done.slot % shared.shape[2])[:, :, None]
         features = jnp.take_along_axis(shared[-1], row, axis=1)
-        ends = done.position + done.length
         assert isinstance(remembers, TrainedHeads)
         return read_features(model, remembers.config, remembering, memory, done.token, features, done.position, ends)
 
