@@ -134,7 +134,7 @@ HEADS = {
     "layers": ({"num_hidden_layers": 2}, "more than one layer"),
     "type": ({"model_type": "mistral"}, "mistral"),
     "window": ({"draft_vocab_size": "many"}, "draft_vocab_size"),
-    "no head": ({"architectures": ["LlamaForCausalLM"]}, "no EAGLE-3 head"),
+    "no head": ({"draft_vocab_size": None}, "no EAGLE-3 head"),
     "last layer": ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
     "heads": ({"num_attention_heads": 4}, "do not belong together"),
 }

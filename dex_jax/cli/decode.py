@@ -58,11 +58,13 @@ def _run(args: argparse.Namespace) -> int:
         from dex_jax.cli.devices import layout_of
         from dex_jax.decoding.dex.drafters import draft_model
         from dex_jax.decoding.generate import precompile
+        from dex_jax.decoding.resolve import opened
         from dex_jax.io.known_drafters import say_known_drafters
         from dex_jax.language_model import outline
 
         # What has been imported stays: to look through it anew while programs are compiled takes half a second.
         gc.freeze()
+        args.exits = opened(args.exits)
         model = outline(args.model, args.dtype, *layout_of(args, method), args.weights)
         options = _options(args)
         if args.draft_model is not None:

@@ -20,9 +20,9 @@ from dex_jax.decoding.footprint import (
     verdict,
 )
 from dex_jax.decoding.generate import encode_prompts, sampling_of
-from dex_jax.decoding.methods import Method, with_stages
+from dex_jax.decoding.methods import Dex, Method, with_stages
 from dex_jax.decoding.output import title
-from dex_jax.decoding.resolve import resolve, unmeasured
+from dex_jax.decoding.resolve import GivenExits, opened, resolve, unmeasured
 from dex_jax.decoding.session import check_mesh
 from dex_jax.decoding.sizes import batch_bucket
 from dex_jax.errors import DexError
@@ -66,12 +66,14 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     checkpoint = open_checkpoint(args.model)
     config, dtype = checkpoint.config, resolve_dtype(args.dtype)
     layout, mesh = layout_of(args, method)
+    if args.draft_model is not None and method == Dex():
+        method = Dex(explorers=1)
     if mesh is not None:
         method = with_stages(method, mesh.shape[STAGE])
     layout = layout or Unrolled()
     packing = packing_of(checkpoint, dtype, layout, mesh, args.weights)
     outline = Outline(checkpoint, dtype, layout, mesh, packing)
-    exits = args.exits
+    exits: GivenExits = opened(args.exits)
     if args.draft_model is not None:
         exits = draft_model(outline, open_outline(args.draft_model, args.dtype, weights=args.weights))
     # Which of AR and one explorer is chosen is measured on the device; the latter holds no less.

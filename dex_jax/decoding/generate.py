@@ -20,7 +20,7 @@ from dex_jax.decoding.dex.drafters import draft_model as as_drafter
 from dex_jax.decoding.methods import SPARE, Dex, Method
 from dex_jax.decoding.output import Output, Stats, cut
 from dex_jax.decoding.record import Record
-from dex_jax.decoding.resolve import GivenExits, Resolved, resolve
+from dex_jax.decoding.resolve import GivenExits, Resolved, opened, resolve
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for
 from dex_jax.decoding.stopping import StopStrings
@@ -83,6 +83,7 @@ def prepare(
         if exits != "default":
             raise DexError("a draft model stands at depth 0, and exits are given too: leave one of them out")
         exits = as_drafter(lm, draft_model)
+    exits = opened(exits)
     encode = functools.partial(encode_prompts, lm, prompts, chat, num_samples, max_new_tokens)
     ids = encode() if lm.mesh is None else from_first(encode)
     sampling, seeds = sampling_of(temperature, top_k, top_p, seed, len(ids), lm.config.vocab_size)
@@ -151,7 +152,7 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
         for the model), a path, or what `load_exits` gave: a drafter or exits at depths, the other of which is the
         default one then. Also an EAGLE-3 head as drafter: its folder, its hub id, or what `load_eagle` gave. Exits
         never change tokens.
-      draft_model: a small model of the same vocabulary that drafts, instead of exits; on one device.
+      draft_model: a small model of the same vocabulary, on one device, that drafts instead of exits.
       temperature: 0 is greedy; above, tokens are sampled with noise that belongs to their positions.
       top_k: keep the k most likely tokens; None keeps all.
       top_p: keep the smallest set that holds this probability, in (0, 1]; None keeps all.

@@ -15,7 +15,7 @@ from dex_jax.decoding.dex.trees import known_trees
 from dex_jax.decoding.methods import DEFAULT_EXPLORERS, Dex, Method, Schedule
 from dex_jax.decoding.rivals import LayerSkip
 from dex_jax.errors import DexError
-from dex_jax.io.eagle import EagleHead, eagle_folder, read_eagle
+from dex_jax.io.eagle import eagle_folder, load_eagle
 from dex_jax.io.exits_file import TrainedExits, load_exits
 from dex_jax.nn.exits import select_exits
 
@@ -73,15 +73,18 @@ def find_exits(exits: GivenExits, fingerprint: str) -> Found:
     shipped = Found(at_depths, "default", drafter, None if drafter is None else "default", None)
     if isinstance(exits, str) and exits == "default":
         return shipped
-    given = _opened(exits) if isinstance(exits, (str, os.PathLike)) else exits
+    given = opened(exits)
+    given = load_exits(given) if isinstance(given, (str, os.PathLike)) else given
     if not isinstance(given, TrainedExits) or given.config.depths == (0,):
         return shipped._replace(drafter=given, drafter_source=given.source, own="drafter")
     return shipped._replace(exits=given, source=given.source, own="exits")
 
 
-def _opened(path: str | os.PathLike) -> TrainedExits | EagleHead:
-    folder = eagle_folder(path)
-    return load_exits(path) if folder is None else read_eagle(folder, str(path))
+def opened(exits: GivenExits) -> GivenExits:
+    """The EAGLE-3 head that a path or a hub id names, which is large and read once; all else as it is."""
+    if not isinstance(exits, (str, os.PathLike)) or exits in ("shared", "default") or eagle_folder(exits) is None:
+        return exits
+    return load_eagle(exits)
 
 
 def unmeasured(method: Method, exits: GivenExits, fingerprint: str) -> Method:

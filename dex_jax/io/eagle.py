@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from msgspec import Struct
@@ -106,32 +106,9 @@ def load_eagle(path: str | os.PathLike) -> EagleHead:
     Raises:
       DexError: no EAGLE-3 head, a kind that is not covered, or files that are missing or damaged.
     """
-    folder = eagle_folder(path)
+    folder, source = eagle_folder(path), str(path)
     if folder is None:
         raise DexError(f"there is no EAGLE-3 head at {path}: give a folder with config.json, or a hub id")
-    return read_eagle(folder, str(path))
-
-
-def read_eagle(folder: Folder, source: str) -> EagleHead:
-    """The head in a folder, see `load_eagle`; read once while the folder stays as it is."""
-    return _read(_Opened(folder, source, tuple(sorted(folder.sizes.items()))))
-
-
-class _Opened(NamedTuple):
-    folder: Folder
-    source: str
-    sizes: tuple[tuple[str, int], ...]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Opened) and self[1:] == other[1:]
-
-    def __hash__(self) -> int:
-        return hash(self[1:])
-
-
-@functools.lru_cache(maxsize=1)
-def _read(opened: _Opened) -> EagleHead:
-    folder, source, _ = opened
     head, raw = _check(folder, source, names_weights(folder.sizes))
     with reading(source):
         files = SafetensorsFiles(folder)
@@ -146,7 +123,8 @@ def _check(folder: Folder, source: str, weights: bool = True) -> tuple[_Head, di
     raw = parsed(content_of(folder, "config.json"), dict[str, Any], file) if "config.json" in folder.sizes else {}
     head = typed(raw, _Head, file)
     kinds = [*filter(None, [head.speculators_model_type, *(head.architectures or [])])]
-    if not any("eagle3" in kind.lower().replace("-", "") for kind in kinds):
+    # SafeAILab's own heads are called what their layer is called.
+    if head.draft_vocab_size is None and not any("eagle3" in kind.lower().replace("-", "") for kind in kinds):
         raise DexError(
             f"{source} holds no EAGLE-3 head and no exits (config.json says {', '.join(kinds) or 'nothing':.60}): give "
             "an EAGLE-3 folder, exits of train_exits.py, or a small model with --draft-model."
@@ -226,7 +204,7 @@ def _parameters(config: EagleConfig, files: SafetensorsFiles, prefix: str, sourc
                 f"{source} holds {parts[0]} in the shape {list(shapes[0])}, which its configuration does not mean: "
                 "weights and configuration do not belong together."
             )
-        value = np.concatenate([np.asarray(files.read(part), np.float32) for part in parts])
+        value = np.concatenate([files.read(part) for part in parts])
         if not np.isfinite(value).all():
             raise DexError(f"{parts[0]} of {source} is not finite: get it again.")
         found[name] = value

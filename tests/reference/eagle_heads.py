@@ -55,7 +55,7 @@ def _speculators(layer: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 # SafeAILab's form is what vLLM reads too; the depths are 2, L // 2 and L - 3 where none stand there.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "safeailab": _LAYER | {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 60},
+    "safeailab": _LAYER | {"architectures": ["LlamaForCausalLM"], "draft_vocab_size": 60},
     "residual": _speculators(_LAYER, norm_before_residual=True, eagle_aux_hidden_state_layer_ids=[1, 3, 5]),
     "qwen3": _speculators(_QWEN3, draft_vocab_size=VOCABULARY, norm_output=True, norm_before_residual=True),
     "each_normed": _speculators(_LAYER, fc_norm=True, norm_output=True, eagle_aux_hidden_state_layer_ids=[0, 2, 4, 6]),
