@@ -25,6 +25,7 @@ from dex_jax.progress import phases
 
 if TYPE_CHECKING:
     from dex_jax.io.exits_file import TrainedExits
+    from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
     from dex_jax.training.whole_model import WholeModelConfig
 
@@ -66,10 +67,13 @@ def _train(args: argparse.Namespace) -> None:
         return
     remember_compilations()
 
+    from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
 
     if isinstance(config, ExitTraining):
         _train_exits(config, args)
+    elif isinstance(config, EagleTraining):
+        _train_eagle(config, args)
     else:
         _train_whole_model(config, args)
 
@@ -88,6 +92,20 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
     model = "" if config.model == "smollm2-135m" else f" --model {config.model}"
     decode = program("decode.py")
     print(f'The exits are in {folder / FILE_NAME}. Use them: {decode}{model} --exits {folder} --prompt "..."')
+
+
+def _train_eagle(config: EagleTraining, args: argparse.Namespace) -> None:
+    from dex_jax.language_model import load
+    from dex_jax.training.eagle_training import train_eagle
+
+    for name in ("init_from", "mesh"):
+        if getattr(args, name) is not None:
+            raise DexError(f"--{name.replace('_', '-')} is not for the training of an EAGLE-3 head: leave it out")
+    print(_estimate(config, args), flush=True)
+    lm = load(config.model, config.train.dtype, weights="dense")
+    head = train_eagle(config, lm, folder_of(args), tell=functools.partial(print, flush=True))
+    decode = program("decode.py")
+    print(f'The head is in {head.source}. Use it: {decode} --model {config.model} --exits {head.source} --prompt "..."')
 
 
 def _exits_to_start_from(name: str, config: ExitTraining) -> TrainedExits:
@@ -131,12 +149,15 @@ def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> No
     print(f'The model is in {saved}. Use it: {program("decode.py")} --model {saved} --exits shared --prompt "..."')
 
 
-def _estimate(config: ExitTraining | WholeModelConfig, args: argparse.Namespace) -> str:
+def _estimate(config: ExitTraining | EagleTraining | WholeModelConfig, args: argparse.Namespace) -> str:
     """Time and memory from shapes alone, a line for each training."""
     from dex_jax.nn.transformer import parameter_shapes
+    from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.estimate import gigabytes
     from dex_jax.training.whole_model import WholeModelConfig
 
+    if isinstance(config, EagleTraining):
+        return f"{config.train.steps * config.train.batch * config.chunk:,} tokens"
     if isinstance(config, WholeModelConfig):
         if args.machine is not None:
             raise DexError("--machine estimates the training of exits, and this configuration trains a whole model")

@@ -14,10 +14,12 @@ from dex_jax.errors import DexError
 from dex_jax.progress import notify
 
 if TYPE_CHECKING:
+    from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
     from dex_jax.training.whole_model import WholeModelConfig
 
-    Config = ExitTraining | WholeModelConfig
+    Heads = ExitTraining | EagleTraining
+    Config = Heads | WholeModelConfig
 
 OF_EVERY_TRAINING = ("batch", "dtype", "tensorboard")
 OF_THE_LAST_TRAINING = ("steps", "tokens", "learning_rate", "seed")
@@ -152,6 +154,7 @@ def read_config(path: str) -> Config:
         raise DexError(f"there is no configuration file {path}: give one such as configs/smollm2_135m.py")
 
     notify("importing JAX")
+    from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
     from dex_jax.training.whole_model import WholeModelConfig
 
@@ -163,9 +166,9 @@ def read_config(path: str) -> Config:
     except (Exception, SystemExit) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise DexError(f"{path} cannot be run as a configuration ({why}): mend it") from error
-    if not isinstance(found, ExitTraining | WholeModelConfig):
+    if not isinstance(found, ExitTraining | EagleTraining | WholeModelConfig):
         has = "defines no `config`" if found is None else f"defines `config` as {type(found).__name__}"
-        raise DexError(f"{path} {has}: make it an ExitTraining or a WholeModelConfig")
+        raise DexError(f"{path} {has}: make it an ExitTraining, an EagleTraining or a WholeModelConfig")
     return found
 
 
@@ -177,11 +180,12 @@ def configured(args: argparse.Namespace) -> Config:
     """
     config = read_config(args.config)
 
+    from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
 
     if args.machine is not None and not args.dry_run:
         raise DexError("--machine is for estimates: add --dry-run")
-    if isinstance(config, ExitTraining):
+    if isinstance(config, ExitTraining | EagleTraining):
         if args.recipe is not None:
             raise DexError(f"--recipe is for training a whole model, and {args.config} trains exits: leave it out")
         return _configured_exits(config, args, (*OF_EVERY_TRAINING, *OF_THE_LAST_TRAINING))
@@ -196,15 +200,15 @@ def configured(args: argparse.Namespace) -> Config:
     return dataclasses.replace(config, train=train, **whole)
 
 
-def _configured_exits(config: ExitTraining, args: argparse.Namespace, names: Sequence[str]) -> ExitTraining:
+def _configured_exits(config: Heads, args: argparse.Namespace, names: Sequence[str]) -> Heads:
     changes: dict[str, Any] = {"model": args.model, "data": None if args.data is None else tuple(args.data)}
     given = {name: value for name, value in changes.items() if value is not None}
-    first = config.first
+    given["train"] = config.train.replace({name: getattr(args, name) for name in names})
+    first = getattr(config, "first", None)
     if first is not None:
         # What one starts from takes the place of a first training.
-        first = None if args.init_from is not None else _configured_exits(first, args, OF_EVERY_TRAINING)
-    train = config.train.replace({name: getattr(args, name) for name in names})
-    return dataclasses.replace(config, train=train, first=first, **given)
+        given["first"] = None if args.init_from is not None else _configured_exits(first, args, OF_EVERY_TRAINING)
+    return dataclasses.replace(config, **given)
 
 
 def folder_of(args: argparse.Namespace) -> Path:

@@ -1,10 +1,11 @@
-"""EAGLE-3 heads as SafeAILab, vLLM and speculators write them: folders or hub ids with config.json and safetensors."""
+"""EAGLE-3 heads as SafeAILab, vLLM and speculators read and write them: folders with config.json and safetensors."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from dex_jax.io.hub import download, is_hub_id
 from dex_jax.io.huggingface import names_weights
 from dex_jax.io.huggingface_config import huggingface_config
 from dex_jax.io.safetensors_files import SafetensorsFiles
+from dex_jax.io.whole_files import write_json, write_whole
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
@@ -250,3 +252,50 @@ def fit_eagle(head: EagleHead, model: ModelConfig) -> EagleHead:
                 f"of width {model.width} and {model.vocab_size} tokens"
             )
     return dataclasses.replace(head, config=dataclasses.replace(config, reads=reads))
+
+
+def save_eagle(folder: str | os.PathLike, head: EagleHead) -> None:
+    """Writes a head as SafeAILab's are, which vLLM reads too: config.json and model.safetensors, float32.
+
+    Raises:
+      DexError: a head with norms or a residual that this form has no word for, or a folder that cannot be written.
+    """
+    from safetensors.numpy import save
+
+    config, layer = head.config, head.config.layer
+    if config.norm_states is not None or config.norm_before_residual or config.norm_output:
+        raise DexError(f"{head.source} has norms that SafeAILab's form of EAGLE-3 lacks: keep the form that it came in")
+    about = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "vocab_size": layer.vocab_size,
+        "draft_vocab_size": config.draft_size,
+        "hidden_size": layer.width,
+        "intermediate_size": layer.mlp_width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": layer.num_heads,
+        "num_key_value_heads": layer.num_kv_heads,
+        "head_dim": layer.head_dim,
+        "max_position_embeddings": layer.context,
+        "rms_norm_eps": layer.norm_eps,
+        "rope_theta": layer.rope_theta,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "eagle_aux_hidden_state_layer_ids": list(config.reads),
+    }
+    size = layer.head_dim
+    parts = {"qkv": [layer.num_heads * size, layer.num_kv_heads * size], "gate_up": [layer.mlp_width]}
+    tensors: dict[str, np.ndarray] = {}
+    for name, value in head.parameters.items():
+        own = name.removeprefix("layer.")
+        names = (_TOP[name],) if name in _TOP else tuple("midlayer." + part for part in _LAYER[own])
+        bounds = np.cumsum(parts.get(own, []), dtype=int).tolist()
+        tensors |= dict(zip(names, np.split(np.asarray(value, np.float32), bounds), strict=True))
+    if head.vocabulary is not None:
+        tensors["d2t"] = head.vocabulary.astype(np.int64) - np.arange(len(head.vocabulary))
+        tensors["t2d"] = np.isin(np.arange(layer.vocab_size), head.vocabulary)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    write_whole(Path(folder) / "model.safetensors", save(whole, {"format": "pt"}))
+    write_json(Path(folder) / "config.json", about)

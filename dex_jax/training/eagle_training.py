@@ -1,0 +1,290 @@
+"""Training an EAGLE-3 head for a frozen model, on the stream that exits learn from.
+
+The head sees what lies in one chunk of the stream, as if texts began there. It learns to go on from its own outputs for
+several tokens (EAGLE-3, arXiv 2503.01840, section 3.1), whose tokens in between are right, as those that matter are.
+
+Letters: B rows, n steps of a chunk, N = B n, D width, V' draft vocabulary, s draft steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dex_jax.config import EagleConfig, ModelConfig
+from dex_jax.errors import DexError
+from dex_jax.io.eagle import EagleHead, save_eagle
+from dex_jax.io.folders import require_disk
+from dex_jax.io.whole_files import write_json
+from dex_jax.language_model import LanguageModel
+from dex_jax.nn.attention import KeyValues, attend
+from dex_jax.nn.eagle import Eagle, eagle_graph, eagle_parameters
+from dex_jax.nn.layers import names_in, rms_norm
+from dex_jax.nn.rotary import rope_table
+from dex_jax.nn.targets import Vocabulary, targets
+from dex_jax.nn.weights import merge_model
+from dex_jax.training.config import TrainConfig
+from dex_jax.training.distillation import draft_vocabulary
+from dex_jax.training.sources import SourceOptions, open_mixture
+from dex_jax.training.stream import Activations, Stream
+from dex_jax.training.trainer import train
+
+VOCABULARY = "draft_vocabulary.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleTraining:
+    """What `train_exits.py` reads from a configuration file, as its `config`, to train an EAGLE-3 head.
+
+    Attributes:
+      train: optimizer, batch (rows), length, checkpoints.
+      model: as `dex_jax.load` takes it.
+      reads: depths whose states the head reads; None for those of EAGLE-3, 2, L // 2 and L - 3.
+      mlp_width: of its layer; heads are the model's.
+      draft_size: V'.
+      draft_steps: how many tokens it learns to go on for.
+      data, sources, draft_tokens: as of ExitTraining.
+      chunk: n, tokens of each row between two updates, and as far as the head sees in training.
+    """
+
+    train: TrainConfig
+    model: str = "smollm2-135m"
+    reads: tuple[int, ...] | None = None
+    mlp_width: int = 1536
+    draft_size: int = 8192
+    draft_steps: int = 3
+    data: tuple[str, ...] = ("self",)
+    sources: SourceOptions = dataclasses.field(default_factory=lambda: SourceOptions(length=256))
+    draft_tokens: int = 20_000
+    chunk: int = 32
+
+
+class EagleTask:
+    """The task that the trainer runs.
+
+    Args:
+      lm: the model; never changed.
+      config: of the head.
+      vocabulary: [V'] int32, ascending token ids.
+      stream: of lm's activations at config.reads, without history.
+      data: names the data, for checkpoints.
+      draft_steps: s.
+    """
+
+    name = "eagle3"
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        config: EagleConfig,
+        vocabulary: np.ndarray,
+        stream: Stream,
+        *,
+        data: str,
+        draft_steps: int,
+    ):
+        self.lm, self.config, self.vocabulary, self.stream = lm, config, vocabulary, stream
+        self._data, self._draft_steps = data, draft_steps
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the training beside TrainConfig."""
+        return {
+            "head": dataclasses.asdict(self.config),
+            "stream": {"batch": self.stream.batch, "steps": self.stream.spec.steps, "length": self.stream.spec.length},
+            "data": self._data,
+            "draft_steps": self._draft_steps,
+            "vocabulary": hashlib.sha256(repr(self.vocabulary.tolist()).encode()).hexdigest()[:16],
+        }
+
+    def init(self, key: jax.Array) -> Any:
+        """The head's parameters, float32: at the start it says what the deepest state that it reads would."""
+        model = merge_model(self.lm.config, self.lm.layout, self.lm.weights)
+        seed, width = int(jax.random.randint(key, (), 0, 2**31 - 1)), self.lm.config.width
+        order = {name: i for i, name in enumerate(eagle_parameters(self.config))}
+
+        def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+            if name == "fc":
+                return jnp.eye(width, shape[1], shape[1] - width)
+            if name == "norm":
+                return model.final_scale.astype(jnp.float32)
+            if name == "unembed":
+                kernel: Any = model.vocabulary_kernel  # never packed, see `train_eagle`
+                return kernel[jnp.asarray(self.vocabulary)].astype(jnp.float32)
+            if kind == "scale":
+                return jnp.ones(shape)
+            if name in ("layer.out", "layer.down"):
+                return jnp.zeros(shape)
+            rng = np.random.default_rng([seed, order[name]])
+            return jnp.asarray(rng.standard_normal(shape) * shape[-1] ** -0.5, jnp.float32)
+
+        return nnx.state(Eagle(self.config, init))
+
+    def constants(self) -> dict[str, Any]:
+        """The frozen arrays that the loss reads: {"embed", "final_norm", "vocabulary"}."""
+        model = merge_model(self.lm.config, self.lm.layout, self.stream.weights)
+        kernel, draft = model.vocabulary_kernel, jnp.asarray(self.vocabulary, jnp.int32)
+        vocabulary = Vocabulary(kernel, kernel[draft], draft, self.lm.config.logit_cap)
+        return {"embed": model.embed[...], "final_norm": model.final_scale, "vocabulary": vocabulary}
+
+    def start(self, seed: int) -> dict[str, int]:
+        """The first item."""
+        return {"item": 0, "seed": seed}
+
+    def next_batch(self, cursor: dict[str, int]) -> tuple[Activations, dict[str, int], int]:
+        """The next chunk of the stream."""
+        if cursor != self.stream.cursor:
+            self.stream.restart(cursor)
+        activations, learnt = self.stream.next()
+        return activations, self.stream.cursor, learnt
+
+    def loss(
+        self, params: Any, constants: dict[str, Any], batch: Activations, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean cross-entropy over draft steps, with each one's agreement. The unembedding stays the model's."""
+        del key, step
+        head = nnx.merge(eagle_graph(self.config), params)
+        normed = rms_norm(batch.final, constants["final_norm"], self.lm.config.norm_eps)
+        flat = normed.reshape(-1, normed.shape[-1])
+        target = jax.lax.stop_gradient(targets(flat, constants["vocabulary"], 0.0))
+        embedded = jnp.take(constants["embed"], jnp.maximum(batch.token, 0), axis=0)
+        features, valid = read_chains(head, batch, embedded * self.lm.config.embed_scale, self._draft_steps)
+        head.unembed = nnx.Param(jax.lax.stop_gradient(head.unembed[...]))
+        losses, figures, size = [], {}, normed.shape[1]
+        for number in range(self._draft_steps):
+            logits = jax.nn.log_softmax(head.logits(features[number]).reshape(flat.shape[0], -1))
+            inside, best = (
+                later(x.reshape(-1, size, *x.shape[1:]), number).reshape(x.shape) for x in (target.inside, target.best)
+            )
+            weight = (later(batch.weight, number) * valid[number]).reshape(-1)
+            total = jnp.maximum(jnp.sum(weight), 1e-6)
+            losses.append(-jnp.sum(weight * jnp.sum(inside * logits, axis=-1)) / total)
+            agree = jnp.argmax(logits, axis=-1) == best
+            figures[f"agreement_draft_{number + 1}"] = jnp.sum(weight * agree) / total
+        return jnp.mean(jnp.stack(losses)), figures
+
+    def evaluate(self, params: Any) -> dict[str, Any]:
+        """Nothing: what a head is worth, decoding shows."""
+        return {}
+
+    def boundary(self) -> None:
+        """Half-done items are dropped: their caches are in no checkpoint."""
+        self.stream.restart()
+
+    def fingerprint(self) -> str:
+        """Of the model."""
+        return self.lm.fingerprint
+
+    def decayed(self, params: Any) -> Any:
+        """Matrices, but for the unembedding."""
+
+        def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+            return leaf.ndim >= 2 and "unembed" not in names_in(path)
+
+        return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def read_chains(
+    head: Eagle, batch: Activations, embedded: jax.Array, draft_steps: int
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """What a head makes of every step of a chunk, and goes on from for further ones.
+
+    Of step i and draft step s it is what is said below token i + s, s tokens below the root i: as in decoding it sees
+    the true states before the root, and its own outputs after that. `embedded` [B, n, D] are of the tokens.
+
+    Returns:
+      (features after the last norm, s of [B, n, D]; whether the chunk and the item reach so far, s of [B, n] bool).
+    """
+    layer, config = head.layers[0], head.config
+    _, rows, steps, _ = batch.states.shape
+    states = jnp.moveaxis(batch.states, 0, 2).reshape(rows, steps, -1)
+    before = jnp.pad(head.joined(states)[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    step, position = jnp.arange(steps), batch.position
+    apart = step[:, None] - step[None]
+    together = (position[:, None] >= 0) & (position[:, :, None] - position[:, None] == apart[None])
+    known = (position >= 1) & (step >= 1)[None] & (position - jnp.roll(position, 1, axis=1) == 1)
+    seen = together & (apart >= 0)[None] & known[:, None] | jnp.eye(steps, dtype=bool)[None]
+    sources: list[KeyValues] = []
+    found, valid = [], []
+    for number in range(draft_steps):
+        at = later(position, number)
+        x = jnp.concatenate([later(embedded, number), before], axis=-1)
+        queries, keys, values = layer.project(x, rope_table(jnp.maximum(at, 0), config))
+        own = jnp.broadcast_to(jnp.eye(steps, dtype=bool)[None], seen.shape)
+        sources = [*sources, KeyValues(keys, values, own if sources else seen)]
+        hidden = layer.finish(x, attend(queries, sources))
+        found.append(head.normed(hidden))
+        valid.append(known & (step < steps - number)[None] & (at == position + number))
+        before = found[-1] if head.eagle.norm_output else hidden
+    return found, valid
+
+
+def later(x: jax.Array, steps: int) -> jax.Array:
+    """What stands `steps` further on along the second axis, and zeros at its end: [B, n, ...]."""
+    return jnp.pad(x[:, steps:], ((0, 0), (0, steps), *[(0, 0)] * (x.ndim - 2)))
+
+
+def train_eagle(
+    config: EagleTraining, lm: LanguageModel, folder: str | Path, *, tell: Callable[[str], None] = print
+) -> EagleHead:
+    """Trains a head, or goes on where the folder has got to, and writes it to the folder "head" within it.
+
+    Args:
+      config: what and how.
+      lm: the model, with dense weights.
+      folder: of the run.
+      tell: called with lines that users should see.
+
+    Raises:
+      DexError: data, depths or a folder that do not fit.
+    """
+    require_disk(folder, "trainings")
+    folder, layers = Path(folder), lm.config.num_layers
+    reads = config.reads or (2, layers // 2, layers - 3)
+    if not all(0 <= depth <= layers for depth in reads) or len(set(reads)) < len(reads):
+        raise DexError(f"an EAGLE-3 head cannot read depths {reads} of {layers} layers: give others as `reads`")
+    if lm.packing:
+        raise DexError(f"heads are trained on dense weights, and those of {lm.source} are {lm.weights_kind}")
+    mixture = open_mixture(config.data, lm, config.sources, tell)
+    sizes: dict[str, Any] = {"batch": config.train.batch, "steps": config.chunk, "length": config.sources.length}
+    stream = Stream(lm, mixture.item, history=0, depths=tuple(reads), seed=config.train.seed, **sizes)
+    file = folder / VOCABULARY
+    if not file.is_file():
+        tell(f"counting the draft vocabulary on {config.draft_tokens} tokens")
+        write_json(file, draft_vocabulary(lm, stream, config.draft_size, config.draft_tokens).tolist())
+    vocabulary = np.asarray(json.loads(file.read_text()), np.int32)
+    shapes = EagleConfig(_layer(lm.config, config.mlp_width), tuple(reads), lm.config.width, len(vocabulary))
+    task = EagleTask(lm, shapes, vocabulary, stream, data=mixture.fingerprint(), draft_steps=config.draft_steps)
+    trained = train(task, config.train, folder)
+    leaves = jax.tree_util.tree_leaves_with_path(trained.params)
+    named = {".".join(names_in(path)).replace("layers.0.", "layer."): leaf for path, leaf in leaves}
+    parameters = {name: np.asarray(named[name], np.float32) for name in eagle_parameters(shapes)}
+    head = EagleHead(shapes, parameters, vocabulary, str(folder / "head"))
+    save_eagle(folder / "head", head)
+    return head
+
+
+def _layer(model: ModelConfig, mlp_width: int) -> ModelConfig:
+    """One plain layer with the heads of a model."""
+    return ModelConfig(
+        family="llama",
+        vocab_size=model.vocab_size,
+        num_layers=1,
+        width=model.width,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        mlp_width=mlp_width,
+        context=model.context,
+        rope_theta=model.rope_theta,
+        norm_eps=model.norm_eps,
+        tied=True,
+    )

@@ -1,0 +1,147 @@
+"""Training an EAGLE-3 head: it reads what it reads in decoding, learns, and is written so that others read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference.checkpoints import write_checkpoint
+from reference.eagle_heads import VARIANTS, head_tensors, write_head
+from reference.small_models import LLAMA, random_transformer, small_model
+from safetensors.numpy import load_file
+from test_own_layers import Memory
+
+import dex_jax
+from dex_jax.cli.train import main as train_exits
+from dex_jax.config import EagleConfig
+from dex_jax.decoding.dex.interface import DraftRows
+from dex_jax.decoding.dex.own_layers import EagleDrafter, OwnArrays
+from dex_jax.errors import DexError
+from dex_jax.io.eagle import load_eagle, save_eagle
+from dex_jax.lattice import NO_NODE
+from dex_jax.nn.eagle import Eagle, eagle_parameters
+from dex_jax.nn.forward import depth_states
+from dex_jax.nn.transformer import Unrolled
+from dex_jax.training.config import TrainConfig
+from dex_jax.training.eagle_training import EagleTraining, read_chains, train_eagle
+from dex_jax.training.sources import SourceOptions
+from dex_jax.training.stream import Activations
+
+STEPS, READS = 3, (1, 2, 3)
+LAYER = dataclasses.replace(LLAMA, num_layers=1)
+
+
+def random_head(norm_output: bool) -> Eagle:
+    config = EagleConfig(LAYER, READS, LLAMA.width, 40, norm_output=norm_output, norm_before_residual=norm_output)
+    order = {name: i for i, name in enumerate(eagle_parameters(config))}
+
+    def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+        made = np.random.default_rng([7, order[name]]).standard_normal(shape)
+        return jnp.asarray(1 + 0.1 * made if kind == "scale" else made * shape[-1] ** -0.5, jnp.float32)
+
+    return Eagle(config, init)
+
+
+@pytest.mark.parametrize("norm_output", [False, True])
+def test_training_reads_what_decoding_does(norm_output) -> None:
+    """A chunk that holds the end of one text and the beginning of the next, against chains below every root."""
+    model, head = random_transformer(LLAMA, Unrolled(), 0), random_head(norm_output)
+    lengths, rng = (5, 6), np.random.default_rng(0)
+    texts = [rng.integers(0, LLAMA.vocab_size, (1, length)).astype(np.int32) for length in lengths]
+    states = [depth_states(model, jnp.asarray(text), READS)[:, 0] for text in texts]
+    token = jnp.asarray(np.concatenate(texts, axis=1))
+    position = jnp.concatenate([jnp.arange(length) for length in lengths])[None]
+    both = jnp.concatenate(states, axis=1)[:, None]
+    batch = Activations(both, both[0], token, position, jnp.ones(token.shape))
+    found, valid = read_chains(head, batch, model.embed_tokens(token), STEPS)
+
+    drafter, arrays = EagleDrafter(head.eagle), OwnArrays(nnx.state(head))
+    reading, checked = drafter.drafter(model, arrays, None), 0
+    for text, of_text, offset in zip(texts, states, (0, lengths[0]), strict=True):
+        size = text.shape[1]
+        hidden = jnp.concatenate([of_text[0] * 0, *of_text], axis=-1)[None]
+        for root in range(1, size):
+            memory = drafter.empty(1, 16, jnp.float32)
+            read = jnp.asarray(text[:, :root]), hidden[:, :root], jnp.int32(0), jnp.asarray([root])
+            memory = drafter.read(model, arrays, memory, *read)
+            rows = reading.blank(1, STEPS)
+            for step in range(STEPS):
+                there = root + step < size
+                assert bool(valid[step][0, offset + root]) == there
+                if not there:
+                    break
+                parent = jnp.asarray([[NO_NODE if step == 0 else step - 1]])
+                at = jnp.asarray(text[:, root + step : root + step + 1]), jnp.asarray([[root + step]])
+                features, own = reading.features(Memory(memory), rows, DraftRows(*at, parent, memory.previous[:, None]))
+                rows = type(rows)(*(old.at[:, step].set(new[:, 0]) for old, new in zip(rows, own, strict=True)))
+                np.testing.assert_allclose(found[step][0, offset + root], features[0, 0], atol=2e-5)
+                checked += 1
+        assert not valid[0][0, offset], "nothing is known before the first token"
+    assert checked == sum(sum(min(STEPS, size - root) for root in range(1, size)) for size in lengths)
+
+
+def test_a_head_learns_and_drafts(tmp_path) -> None:
+    lm = small_model(dataclasses.replace(LLAMA, bos_id=1))
+    train = TrainConfig(steps=150, batch=8, learning_rate=1e-2, warmup_steps=5, checkpoint_every=75, log_every=5)
+    config = EagleTraining(
+        train, reads=READS, mlp_width=48, draft_size=40, draft_tokens=400, sources=SourceOptions(length=24), chunk=12
+    )
+    head = train_eagle(config, lm, tmp_path, tell=lambda line: None)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
+    # A run that is done gives the same head again.
+    again = train_eagle(config, lm, tmp_path, tell=lambda line: None)
+    assert all(np.array_equal(value, again.parameters[name]) for name, value in head.parameters.items())
+    unembed = np.asarray(lm.weights["embed"][...])[head.vocabulary]
+    assert np.array_equal(head.parameters["unembed"], unembed), "the model's own"
+    prompts = [[1, 5, 9], [1]]
+    plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), max_new_tokens=24)
+    method = dex_jax.Dex(explorers=1, draft=dex_jax.TreeShape((2, 1), drafted=2, lookup=(0.0,) * 8))
+    out = dex_jax.generate(lm, prompts, method=method, exits=str(tmp_path / "head"), max_new_tokens=24)
+    assert out.tokens.tolist() == plain.tokens.tolist()
+    assert (out.stats.exits[:, 1:] == 0).any()
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path) -> None:
+    lm, train = small_model(dataclasses.replace(LLAMA, bos_id=1)), TrainConfig(steps=1)
+    with pytest.raises(DexError, match="depths"):
+        train_eagle(EagleTraining(train, reads=(1, 2, 9)), lm, tmp_path)
+
+
+def test_heads_are_written_as_they_were_read(tmp_path) -> None:
+    head = load_eagle(write_head(tmp_path / "one", "safeailab", eagle_aux_hidden_state_layer_ids=[2, 3, 4]))
+    save_eagle(tmp_path / "two", head)
+    tensors = load_file(tmp_path / "two" / "model.safetensors")
+    assert tensors.keys() == head_tensors("safeailab").keys()
+    assert all(np.array_equal(value, tensors[name]) for name, value in head_tensors("safeailab").items())
+    assert load_eagle(tmp_path / "two").config == head.config
+    for variant in VARIANTS.keys() - {"safeailab"}:
+        with pytest.raises(DexError, match="norms"):
+            save_eagle(tmp_path / "three", load_eagle(write_head(tmp_path / variant, variant)))
+
+
+def test_the_program_trains_a_head_and_says_how_to_use_it(tmp_path, capsys) -> None:
+    model = write_checkpoint(tmp_path / "model", "llama3")
+    config = tmp_path / "mine.py"
+    config.write_text(
+        "from dex_jax.training.config import TrainConfig\n"
+        "from dex_jax.training.eagle_training import EagleTraining\n"
+        "from dex_jax.training.sources import SourceOptions\n"
+        "config = EagleTraining(TrainConfig(steps=2, batch=2, checkpoint_every=2), mlp_width=48, draft_size=50,\n"
+        f"    reads=(1, 3, 5), draft_tokens=60, sources=SourceOptions(length=16), chunk=8, model={str(model)!r})\n"
+    )
+    arguments = ["--config", str(config), "--folder", str(tmp_path / "run")]
+    assert train_exits([*arguments, "--dry-run"]) == 0
+    assert "32 tokens" in capsys.readouterr().out
+    assert train_exits(arguments) == 0
+    assert f"--exits {tmp_path / 'run' / 'head'}" in capsys.readouterr().out
+    assert train_exits([*arguments, "--init-from", "default"]) == 2
+    assert "--init-from" in capsys.readouterr().err
+    head = load_eagle(tmp_path / "run" / "head")
+    assert (head.config.reads, head.config.draft_size) == ((1, 3, 5), 50)
