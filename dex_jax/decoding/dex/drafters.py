@@ -22,6 +22,7 @@ from dex_jax.nn.transformer import Layout, Transformer, Unrolled
 from dex_jax.nn.weights import Packing, weight_bytes
 
 if TYPE_CHECKING:
+    from dex_jax.io.tokenizer import Tokenizer
     from dex_jax.language_model import LanguageModel, Outline
 
 
@@ -51,8 +52,7 @@ def draft_model(lm: LanguageModel | Outline, small: LanguageModel | Outline) -> 
     if small.mesh is not None or not isinstance(small.layout, Unrolled):
         raise DexError(f"{name} drafts on one device with unrolled layers: load it without mesh and layout")
     sizes = lm.config.vocab_size, small.config.vocab_size
-    known = [_tokens(each.tokenizer, min(sizes)) for each in (lm, small)]
-    if (None in known and sizes[0] != sizes[1]) or (None not in known and known[0] != known[1]):
+    if not _same_tokens(lm.tokenizer, small.tokenizer, *sizes):
         raise DexError(
             f"{name} has another vocabulary than the model ({sizes[1]} and {sizes[0]} tokens): a draft model must know "
             "the same tokens by the same numbers"
@@ -60,10 +60,16 @@ def draft_model(lm: LanguageModel | Outline, small: LanguageModel | Outline) -> 
     return DraftModel(small.config, small.layout, small.weights, small.dtype, small.packing, name, sizes[0])
 
 
-def _tokens(tokenizer: Any, size: int) -> dict[str, int] | None:
-    if tokenizer is None:
-        return None
-    return {token: i for token, i in tokenizer.backend.get_vocab(with_added_tokens=True).items() if i < size}
+@functools.lru_cache(maxsize=4)
+def _same_tokens(one: Tokenizer | None, other: Tokenizer | None, size: int, other_size: int) -> bool:
+    """Whether numbers below both sizes name the same tokens; what pads a vocabulary beyond that names none."""
+    if one is None or other is None:
+        return size == other_size
+    known, others = (
+        {token: i for token, i in each.backend.get_vocab(with_added_tokens=True).items() if i < min(size, other_size)}
+        for each in (one, other)
+    )
+    return known == others
 
 
 def fitted(given: EagleHead | DraftModel, config: ModelConfig) -> EagleHead | DraftModel:
