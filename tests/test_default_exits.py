@@ -1,4 +1,4 @@
-"""The exits that ship for the default model."""
+"""The exits that ship, for the default model and for Gemma 3 270M."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import dex_jax
 from dex_jax.decoding.costs import ROWS
 from dex_jax.decoding.dex.trees import known_trees
 from dex_jax.decoding.resolve import DEFAULTS, default_drafter, default_exits, resolve
+from dex_jax.io.exits_file import load_exits
 from dex_jax.language_model import outline
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "smollm2.json").read_text(encoding="utf-8"))["prompts"]
 SERVED = (2, 3, 5, 6, 10)
-LARGEST_BYTES = {"exits": 12e6, "drafter": 16e6}
+GEMMA3 = "51143bf1cbb82a82"  # the fingerprint of the file on PyPI
+LARGEST_BYTES = {GEMMA3: 6e6, "others": 12e6}
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +33,26 @@ def exits(smollm2):
     return found
 
 
-def test_they_are_small_and_say_what_made_them(exits) -> None:
-    drafter = default_drafter(exits.fingerprint)
-    assert drafter is not None
-    sizes = dict.fromkeys(LARGEST_BYTES, 0)
-    for file in DEFAULTS.glob("*.safetensors"):
-        sizes["drafter" if file.stem.endswith(".drafter") else "exits"] += file.stat().st_size
-    assert all(0 < size <= LARGEST_BYTES[name] for name, size in sizes.items())
-    for shipped in (exits, drafter):
-        assert shipped.fingerprint == exits.fingerprint
+def test_they_are_small_and_say_what_made_them() -> None:
+    files = [*DEFAULTS.glob("*.safetensors")]
+    assert len(files) == 4
+    for file in files:
+        shipped, fingerprint = load_exits(file), file.name.split(".")[0]
+        assert file.stat().st_size <= LARGEST_BYTES.get(fingerprint, LARGEST_BYTES["others"])
+        assert shipped.fingerprint == fingerprint
+        assert shipped.config.is_drafter == file.stem.endswith(".drafter")
         assert shipped.metadata["tokens"] > 0
         assert shipped.metadata["minutes"] > 0
         assert shipped.metadata["data"]
 
 
-def test_the_drafter_brings_trees_that_auto_can_choose_from(exits) -> None:
-    drafter = default_drafter(exits.fingerprint)
+def test_those_trained_on_gemma_come_with_its_terms() -> None:
+    assert "ai.google.dev/gemma/terms" in (DEFAULTS / "NOTICE.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("fingerprint", [GEMMA3, None])
+def test_the_drafter_brings_trees_that_auto_can_choose_from(smollm2, fingerprint) -> None:
+    drafter = default_drafter(fingerprint or smollm2.fingerprint)
     assert drafter.config.is_drafter
     assert [tree.shape.rows in ROWS for tree in known_trees(drafter)] == [True] * len(known_trees(drafter))
     assert "trees" in drafter.metadata
