@@ -11,7 +11,7 @@ import pytest
 from conftest import slow
 from reference.checkpoints import write_checkpoint
 from reference.eagle_heads import MODEL, ROOTS, STEPS, VARIANTS, example, write_head
-from reference.small_models import GEMMA, LLAMA, assert_same_tokens, ragged_prompts, small_model
+from reference.small_models import GEMMA, LLAMA, assert_same_tokens, ragged_prompts, random_transformer, small_model
 
 import dex_jax
 from dex_jax.decoding.dex.drafters import draft_model
@@ -19,7 +19,9 @@ from dex_jax.decoding.dex.interface import DraftRows
 from dex_jax.decoding.dex.own_layers import EagleDrafter, eagle_arrays
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import fit_eagle
+from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_NODE
+from dex_jax.nn.transformer import Unrolled
 from dex_jax.nn.weights import merge_model
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "eagle3.json").read_text(encoding="utf-8"))
@@ -110,8 +112,9 @@ def test_a_model_that_drafts_for_itself_is_always_right(config, options, shape) 
 
 
 @pytest.mark.slow
-def test_another_model_drafts_in_the_stacked_layout_too() -> None:
-    lm, small, prompts = small_model(), small_model(seed=1), ragged_prompts(2)
+def test_another_model_drafts_in_its_own_dtype_and_for_the_stacked_layout() -> None:
+    half = random_transformer(LLAMA, Unrolled(), 1, jnp.bfloat16)
+    lm, small, prompts = small_model(), LanguageModel(half, None, "half", "1"), ragged_prompts(2)
     plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), max_new_tokens=24)
     lm.arrange(dex_jax.Stacked((2, 4)))
     method = dex_jax.Dex(explorers=1, draft=TREE)

@@ -273,7 +273,7 @@ OWN_LAYERS = {
         OwnArrays(abstract_eagle(EAGLE, jnp.bfloat16), jax.ShapeDtypeStruct((512,), jnp.int32)),
     ),
     "model": (
-        ModelDrafter(HALF, Unrolled(), SMALL.vocab_size),
+        ModelDrafter(HALF, Unrolled(), jnp.dtype(jnp.bfloat16), SMALL.vocab_size),
         OwnArrays(abstract_weights(HALF, Unrolled(), jnp.dtype(jnp.bfloat16))),
     ),
 }

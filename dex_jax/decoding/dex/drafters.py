@@ -97,7 +97,7 @@ def exit_zero(given: GivenDrafter, length: int) -> ExitZero:
             f"the draft model {given.source} has a context of {given.config.context} tokens, and prompt and new tokens "
             f"are {length}: leave it out"
         )
-    return ModelDrafter(given.config.at_length(length), given.layout, given.vocab_size)
+    return ModelDrafter(given.config.at_length(length), given.layout, jnp.dtype(given.dtype), given.vocab_size)
 
 
 def drafter_arrays(given: GivenDrafter, model: Transformer) -> Any:

@@ -368,7 +368,7 @@ def _drafted(
         row_noise = row_noise if columns is None else row_noise[:, columns]
     adjusted = scores(drafter.logits(flat), sampling, row_noise)
     log_all = log_total(adjusted, None if drafter.rest is None else drafter.rest(flat), sampling)
-    # DraftRows for values too, XLA sorts the whole vocabulary on CPUs.
+    # Asked for values too, XLA sorts the whole vocabulary on CPUs.
     places = min(most, adjusted.shape[1])
     best = jax.lax.top_k(adjusted, places)[1]
     adjusted = jnp.take_along_axis(adjusted, best, axis=1)

@@ -111,6 +111,7 @@ class ModelDrafter:
 
     config: ModelConfig
     layout: Layout
+    dtype: jnp.dtype  # its own
     vocab_size: int  # of the model that it drafts for
 
     @property
@@ -122,7 +123,7 @@ class ModelDrafter:
         return True
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
-        return _empty(self.config, self.layout, batch, length, dtype)
+        return _empty(self.config, self.layout, batch, length, self.dtype)
 
     def read(
         self,
