@@ -85,6 +85,7 @@ def test_training_reads_what_decoding_does(norm_output) -> None:
     assert checked == sum(sum(min(STEPS, size - root) for root in range(1, size)) for size in lengths)
 
 
+@pytest.mark.slow
 def test_a_head_learns_and_drafts(tmp_path) -> None:
     lm = small_model(dataclasses.replace(LLAMA, bos_id=1))
     train = TrainConfig(steps=150, batch=8, learning_rate=1e-2, warmup_steps=5, checkpoint_every=75, log_every=5)
