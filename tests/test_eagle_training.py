@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from flax import nnx
 from reference.checkpoints import write_checkpoint
 from reference.eagle_heads import VARIANTS, head_tensors, write_head
@@ -47,7 +48,7 @@ def random_head(norm_output: bool) -> Eagle:
     return Eagle(config, init)
 
 
-@pytest.mark.parametrize("norm_output", [False, True])
+@pytest.mark.parametrize("norm_output", [slow(False), True])
 def test_training_reads_what_decoding_does(norm_output) -> None:
     """A chunk that holds the end of one text and the beginning of the next, against chains below every root."""
     model, head = random_transformer(LLAMA, Unrolled(), 0), random_head(norm_output)
