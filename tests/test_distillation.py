@@ -18,7 +18,7 @@ from reference.exit_metrics_twin import TRUE
 from reference.small_models import LLAMA, random_parameters, small_model
 
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.dex.interface import StageView
+from dex_jax.decoding.dex.interface import Chunk, StageView
 from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays, trained_exits
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_NODE
@@ -225,7 +225,8 @@ def test_training_on_the_truth_is_what_a_root_gets_in_decoding(kind, fused) -> N
     def decode(tokens, final, hidden) -> jax.Array:
         arrays = exit_arrays(model, config, parameters(kind, fused), np.arange(config.draft_size, dtype=np.int32))
         memory = TrainedHeads(config).empty(len(roots), 0, jnp.float32)
-        memory = TrainedHeads(config).read(model, arrays, memory, tokens, final, jnp.int32(0), jnp.asarray(roots))
+        chunk = Chunk(tokens, final, jnp.int32(0), jnp.asarray(roots))
+        memory = TrainedHeads(config).read(model, arrays, memory, chunk)
         view = StageView(
             ring=jnp.arange(shape[0]),
             token=jnp.broadcast_to(tokens[0, roots][None, :, None], shape),

@@ -15,7 +15,7 @@ from dex_jax.decoding import resolve as resolving
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.dex.drafts import TreeShape
-from dex_jax.decoding.dex.interface import DraftRows
+from dex_jax.decoding.dex.interface import Chunk, DraftRows
 from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
 from dex_jax.decoding.dex.trees import KnownTree, known_trees, with_trees
 from dex_jax.decoding.resolve import resolve
@@ -108,7 +108,7 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
     for start, end in ((0, 4), (4, prefix)):
         piece, where = slice(start, end), (jnp.asarray([start]), jnp.asarray([end]))
         read = jnp.asarray(tokens[:, piece]), hidden[:, piece]
-        memory = heads.read(model, arrays, memory, *read, *where)
+        memory = heads.read(model, arrays, memory, Chunk(*read, *where))
     before = memory.previous[:, None]
     found = []
     for row in range(drafted):

@@ -20,7 +20,7 @@ from test_own_layers import Memory
 import dex_jax
 from dex_jax.cli.train import main as train_exits
 from dex_jax.config import EagleConfig
-from dex_jax.decoding.dex.interface import DraftRows
+from dex_jax.decoding.dex.interface import Chunk, DraftRows
 from dex_jax.decoding.dex.own_layers import EagleDrafter, OwnArrays
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import load_eagle, save_eagle
@@ -69,7 +69,7 @@ def test_training_reads_what_decoding_does(norm_output) -> None:
         for root in range(1, size):
             memory = drafter.empty(1, 16, jnp.float32)
             read = jnp.asarray(text[:, :root]), hidden[:, :root], jnp.int32(0), jnp.asarray([root])
-            memory = drafter.read(model, arrays, memory, *read)
+            memory = drafter.read(model, arrays, memory, Chunk(*read))
             rows = reading.blank(1, STEPS)
             for step in range(STEPS):
                 there = root + step < size

@@ -15,7 +15,7 @@ from reference.small_models import GEMMA, LLAMA, assert_same_tokens, ragged_prom
 
 import dex_jax
 from dex_jax.decoding.dex.drafters import draft_model
-from dex_jax.decoding.dex.interface import DraftRows
+from dex_jax.decoding.dex.interface import Chunk, DraftRows
 from dex_jax.decoding.dex.own_layers import EagleDrafter, eagle_arrays
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import fit_eagle
@@ -61,7 +61,7 @@ def test_an_eagle_head_computes_what_speculators_does(variant, target, tmp_path)
         for start, stop in ((0, cut), (cut, root + 1)):
             if start < stop:
                 read = jnp.asarray(tokens[None, start:stop]), hidden[:, start:stop]
-                memory = drafter.read(model, arrays, memory, *read, jnp.int32(start), end)
+                memory = drafter.read(model, arrays, memory, Chunk(*read, jnp.int32(start), end))
         rows = reading.blank(1, STEPS)
         for step in range(STEPS):
             parent = jnp.asarray([[NO_NODE if step == 0 else step - 1]])

@@ -13,6 +13,7 @@ from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, ra
 
 import dex_jax
 from dex_jax.config import EXIT_KINDS, ExitsConfig
+from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
 from dex_jax.decoding.resolve import nearest_depths, resolve
 from dex_jax.errors import DexError
@@ -200,12 +201,12 @@ def test_context_memory_after_a_prompt_is_what_commits_one_by_one_make(lm) -> No
     for start in (0, 4, 8):
         part = slice(start, start + 4)
         read = tokens[:, part], hidden[:, part], jnp.int32(start), jnp.asarray(lengths)
-        whole = heads.read(model, arrays, whole, *read)
+        whole = heads.read(model, arrays, whole, Chunk(*read))
     single = heads.empty(3, 0, jnp.float32)
     for n in range(12):
         row, start = slice(n, n + 1), jnp.full(3, n, jnp.int32)  # as a commit of one position, or of none
         ends = start + jnp.asarray(n < lengths, jnp.int32)
-        single = heads.read(model, arrays, single, tokens[:, row], hidden[:, row], start, ends)
+        single = heads.read(model, arrays, single, Chunk(tokens[:, row], hidden[:, row], start, ends))
     used = np.asarray(single.context.position) >= 0
     assert np.array_equal(whole.context.position, single.context.position)
     assert used.sum(axis=1).tolist() == [3, 5, 5]

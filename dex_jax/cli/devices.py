@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dex_jax.cli.arguments import prompts_of
-from dex_jax.decoding.dex.drafters import draft_model
+from dex_jax.decoding.dex.drafters import draft_model, exit_zero
 from dex_jax.decoding.footprint import (
     cache_length_for,
     device_memory,
@@ -86,10 +86,13 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     batch = len(ids)
     sampling, _ = sampling_of(args.temperature, args.top_k, args.top_p, args.seed, batch, config.vocab_size)
     compiled_for = batch if mesh is not None else batch_bucket(batch)
-    length = cache_length_for(max(map(len, ids)), args.max_new_tokens, schedule, compiled_for)
+    longest = max(map(len, ids))
+    length = cache_length_for(longest, args.max_new_tokens, schedule, compiled_for)
     check_mesh(mesh, layout, resolved, batch)
     exits_bytes = sum(trained_bytes(config, dtype, each, mesh, packing) for each in (resolved.exits, resolved.drafter))
-    exits_bytes += remembered_bytes(resolved.drafter, dtype, compiled_for, length)
+    if resolved.drafter is not None:
+        drafter = exit_zero(resolved.drafter, longest + args.max_new_tokens)
+        exits_bytes += remembered_bytes(drafter, dtype, compiled_for, length)
     options: dict[str, Any] = {"sampled": sampling is not None, "exits_bytes": exits_bytes, "mesh": mesh}
     options["packing"] = packing
     needed = footprint(config, dtype, schedule, compiled_for, length, layout, **options)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import session, sizes
-from dex_jax.decoding.dex.drafters import GivenDrafter, exit_zero, own_bytes
+from dex_jax.decoding.dex.drafters import GivenDrafter, own_bytes
 from dex_jax.decoding.dex.interface import ExitZero
 from dex_jax.decoding.dex.proposals import HEAD_BLOCK
 from dex_jax.decoding.dex.trained_exits import Heads
@@ -138,11 +138,9 @@ def trained_bytes(
     return size + len(exits.vocabulary) * (sizes[unembed] // config.vocab_size + 4) + 4 * config.vocab_size
 
 
-def remembered_bytes(drafter: GivenDrafter | None, dtype: jnp.dtype, batch: int, cache_length: int) -> int:
+def remembered_bytes(drafter: ExitZero, dtype: jnp.dtype, batch: int, cache_length: int) -> int:
     """Size of what a drafter remembers of `batch` sequences of at most `cache_length` positions."""
-    if drafter is None:
-        return 0
-    return nbytes(jax.eval_shape(lambda: exit_zero(drafter, cache_length).empty(batch, cache_length, dtype)))
+    return nbytes(jax.eval_shape(lambda: drafter.empty(batch, cache_length, dtype)))
 
 
 def cache_length_for(prompt_length: int, max_new_tokens: int, schedule: Schedule, batch: int) -> int:

@@ -19,6 +19,7 @@ from dex_jax import cache
 from dex_jax.decoding import ar
 from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero
 from dex_jax.decoding.dex.drafts import RowCosts
+from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.trained_exits import Heads, exit_arrays
 from dex_jax.decoding.loops import Prefilled, Running
 from dex_jax.decoding.mesh import programs as on_mesh
@@ -78,7 +79,7 @@ def prefill_chunk(
     remembers, arrays = spec.remembers, spec.remembering(heads)
     if remembers is not None and arrays is not None:
         read = jnp.concatenate([hidden, *states_at(model, tokens, states, remembers.reads)], axis=-1)
-        taken = remembers.read(model, arrays, memory.exits, tokens, read, start, lengths)
+        taken = remembers.read(model, arrays, memory.exits, Chunk(tokens, read, start, lengths))
         memory = memory._replace(exits=taken)
     return memory, last_states(hidden, last, start, lengths)
 

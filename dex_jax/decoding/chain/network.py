@@ -15,6 +15,7 @@ from flax import nnx
 from dex_jax.cache import NOWHERE
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows, Path
+from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.trained_exits import ExitArrays, TrainedHeads, context_rows, exit_heads, shared_columns
 from dex_jax.nn.attention import causal_rows
 from dex_jax.nn.exits import ExitHeads, exit_graph
@@ -48,7 +49,9 @@ def chain_network(
         ends = path.prefix + path.length
         taken = jax.lax.cond(
             jnp.any(path.length > 0),
-            lambda: TrainedHeads(config).read(model, arrays, memory.exits, path.token, path.hidden, path.prefix, ends),
+            lambda: TrainedHeads(config).read(
+                model, arrays, memory.exits, Chunk(path.token, path.hidden, path.prefix, ends)
+            ),
             lambda: memory.exits,
         )
         return memory._replace(exits=taken)

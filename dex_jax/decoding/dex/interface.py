@@ -124,6 +124,19 @@ def before_rows(states: jax.Array, asked: DraftRows) -> jax.Array:
     return jnp.where((asked.parent == NO_NODE)[..., None], asked.before.astype(states.dtype), of_parent)
 
 
+Reached = Callable[[Any, jax.Array, StageView], jax.Array]
+"""As of Drafter."""
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of each sequence, once they have run: a piece of the prompts, or a committed path."""
+
+    tokens: jax.Array  # [B, R] int32, padded on the right
+    hidden: jax.Array  # [B, R, (1 + reads) D], at depth L and behind that at what ExitZero `reads`
+    start: jax.Array  # int32 scalar or [B], the position of the first
+    lengths: jax.Array  # [B] int32, where each sequence ends
+
+
 class ExitZero(Protocol):
     """What drafts for a transformer, as compiled programs depend on it; they take its arrays beside it."""
 
@@ -138,27 +151,11 @@ class ExitZero(Protocol):
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
         """What it remembers (Memory.exits) before any position is committed, of at most `length`."""
 
-    def read(
-        self,
-        model: Any,
-        arrays: Any,
-        memory: Any,
-        tokens: jax.Array,
-        hidden: jax.Array,
-        start: jax.Array,
-        lengths: jax.Array,
-    ) -> Any:
-        """What it remembers after consecutive tokens of each sequence: a chunk of the prompts, or a committed path.
+    def read(self, model: Any, arrays: Any, memory: Any, chunk: Chunk) -> Any:
+        """What it remembers after a chunk, given what it remembers of the positions before."""
 
-        tokens [B, R] int32 are padded on the right; hidden [B, R, (1 + reads) D] holds the states at depth L and at
-        `reads`; `start` (int32 scalar or [B]) is the position of the first, and `lengths` [B] int32 say where each
-        sequence ends.
-        """
-
-    def drafter(
-        self, model: Any, arrays: Any, reached: Callable[[Any, jax.Array, StageView], jax.Array] | None
-    ) -> Drafter:
-        """The loop's callables, `reached` as of Drafter."""
+    def drafter(self, model: Any, arrays: Any, reached: Reached | None) -> Drafter:
+        """The loop's callables."""
 
 
 class Network(NamedTuple):

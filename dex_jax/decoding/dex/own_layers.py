@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from flax import nnx
 
 from dex_jax import cache
 from dex_jax.config import EagleConfig, ModelConfig
-from dex_jax.decoding.dex.interface import Drafter, DraftRows, StageView, before_rows
+from dex_jax.decoding.dex.interface import Chunk, Drafter, DraftRows, Reached, before_rows
 from dex_jax.io.eagle import EagleHead
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.eagle import Eagle, eagle_graph, eagle_of
@@ -52,47 +52,27 @@ class EagleDrafter:
     """An EAGLE-3 head, as compiled programs depend on it (decoding/dex/interface.py: ExitZero)."""
 
     config: EagleConfig
+    alone: ClassVar[bool] = False
 
     @property
     def reads(self) -> tuple[int, ...]:
         return self.config.reads
 
-    @property
-    def alone(self) -> bool:
-        return False
-
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
         empty = _empty(self.config.layer, Unrolled(), batch, length, dtype)
         return empty._replace(previous=jnp.zeros((batch, self.config.layer.width), dtype))
 
-    def read(
-        self,
-        model: Transformer,
-        arrays: Any,
-        memory: OwnMemory,
-        tokens: jax.Array,
-        hidden: jax.Array,
-        start: jax.Array,
-        lengths: jax.Array,
-    ) -> OwnMemory:
+    def read(self, model: Transformer, arrays: OwnArrays, memory: OwnMemory, chunk: Chunk) -> OwnMemory:
         head = nnx.merge(eagle_graph(self.config), arrays.parameters)
-        start = jnp.broadcast_to(start, lengths.shape)
-        joined = head.joined(hidden[..., model.config.width :])
+        joined = head.joined(chunk.hidden[..., model.config.width :])
         before = jnp.concatenate([memory.previous[:, None], joined[:, :-1]], axis=1)
-        x = jnp.concatenate([_embedded(model, head, tokens), before], axis=-1)
-        # Before the first token there are no features.
-        _, caches = extend_rows(head, memory.caches, x, start, lengths, begin=1)
-        ends, here = _ends(start, lengths, tokens.shape[1])
-        last = jnp.take_along_axis(joined, jnp.maximum(ends - start - 1, 0)[:, None, None], axis=1)[:, 0]
-        previous = jnp.where(here[:, None], last, memory.previous)
-        return OwnMemory(caches, jnp.where(here, ends, memory.end), previous)
+        x = jnp.concatenate([_embedded(model, head, chunk.tokens), before], axis=-1)
+        read = _extended(head, memory, x, chunk, begin=1)  # before the first token there are no features
+        at = jnp.maximum(read.end - chunk.start - 1, 0)[:, None, None]
+        last, here = jnp.take_along_axis(joined, at, axis=1)[:, 0], (read.end > memory.end)[:, None]
+        return read._replace(previous=jnp.where(here, last, memory.previous))
 
-    def drafter(
-        self,
-        model: Transformer,
-        arrays: Any,
-        reached: Callable[[Any, jax.Array, StageView], jax.Array] | None,
-    ) -> Drafter:
+    def drafter(self, model: Transformer, arrays: OwnArrays, reached: Reached | None) -> Drafter:
         head = nnx.merge(eagle_graph(self.config), arrays.parameters)
 
         def rows(states: Drafted, asked: DraftRows) -> jax.Array:
@@ -113,39 +93,17 @@ class ModelDrafter:
     layout: Layout
     dtype: jnp.dtype  # its own
     vocab_size: int  # of the model that it drafts for
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        return ()
-
-    @property
-    def alone(self) -> bool:
-        return True
+    reads: ClassVar[tuple[int, ...]] = ()
+    alone: ClassVar[bool] = True
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
         return _empty(self.config, self.layout, batch, length, self.dtype)
 
-    def read(
-        self,
-        model: Transformer,
-        arrays: Any,
-        memory: OwnMemory,
-        tokens: jax.Array,
-        hidden: jax.Array,
-        start: jax.Array,
-        lengths: jax.Array,
-    ) -> OwnMemory:
-        small, start = merge_model(self.config, self.layout, arrays.parameters), jnp.broadcast_to(start, lengths.shape)
-        _, caches = extend_rows(small, memory.caches, _known(small, tokens), start, lengths)
-        ends, here = _ends(start, lengths, tokens.shape[1])
-        return memory._replace(caches=caches, end=jnp.where(here, ends, memory.end))
+    def read(self, model: Transformer, arrays: OwnArrays, memory: OwnMemory, chunk: Chunk) -> OwnMemory:
+        small = merge_model(self.config, self.layout, arrays.parameters)
+        return _extended(small, memory, _known(small, chunk.tokens), chunk)
 
-    def drafter(
-        self,
-        model: Transformer,
-        arrays: Any,
-        reached: Callable[[Any, jax.Array, StageView], jax.Array] | None,
-    ) -> Drafter:
+    def drafter(self, model: Transformer, arrays: OwnArrays, reached: Reached | None) -> Drafter:
         small = merge_model(self.config, self.layout, arrays.parameters)
         known = min(self.vocab_size, self.config.vocab_size)
         vocabulary = None if known == self.vocab_size else jnp.arange(known, dtype=jnp.int32)
@@ -185,10 +143,12 @@ def _empty(config: ModelConfig, layout: Layout, batch: int, length: int, dtype: 
     return OwnMemory(caches, jnp.zeros(batch, jnp.int32))
 
 
-def _ends(start: jax.Array, lengths: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """(where each sequence ends after `size` rows from `start` on, whether any of them is its own), [B] each."""
-    ends = jnp.minimum(lengths, start + size)
-    return ends, ends > start
+def _extended(model: Any, memory: OwnMemory, x: jax.Array, chunk: Chunk, begin: int = 0) -> OwnMemory:
+    """The memory after a chunk of which the first layer reads `x` [B, R, ...]; `previous` stays as it is."""
+    start = jnp.broadcast_to(chunk.start, chunk.lengths.shape)
+    _, caches = extend_rows(model, memory.caches, x, start, chunk.lengths, begin)
+    ends = jnp.minimum(chunk.lengths, start + x.shape[1])
+    return memory._replace(caches=caches, end=jnp.where(ends > start, ends, memory.end))
 
 
 def _embedded(model: Transformer, head: Eagle, tokens: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from flax import nnx
 
 from dex_jax.cache import after
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.dex.interface import Drafter, DraftRows, Exits, StageView, before_rows
+from dex_jax.decoding.dex.interface import Chunk, Drafter, DraftRows, Exits, Reached, StageView, before_rows
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn import few_rows
 from dex_jax.nn.attention import KeyValues, capped
@@ -82,14 +82,8 @@ class TrainedHeads:
     """Trained exits or a trained drafter by what they remember, see ExitZero."""
 
     config: ExitsConfig
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        return ()
-
-    @property
-    def alone(self) -> bool:
-        return False
+    reads: ClassVar[tuple[int, ...]] = ()
+    alone: ClassVar[bool] = False
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> ExitMemory | tuple[()]:
         """() for exits that remember nothing."""
@@ -103,25 +97,12 @@ class TrainedHeads:
             context = ContextMemory(jnp.zeros(leaf, dtype), jnp.zeros(leaf, dtype), position)
         return ExitMemory(jnp.zeros((batch, config.width), dtype), context)
 
-    def read(
-        self,
-        model: Transformer,
-        arrays: ExitArrays,
-        memory: ExitMemory,
-        tokens: jax.Array,
-        hidden: jax.Array,
-        start: jax.Array,
-        lengths: jax.Array,
-    ) -> ExitMemory:
+    def read(self, model: Transformer, arrays: ExitArrays, memory: ExitMemory, chunk: Chunk) -> ExitMemory:
         """`previous` then belongs to the last of these tokens before the end, or to an earlier one."""
+        tokens, hidden, start, lengths = chunk
         return read_features(model, self.config, arrays, memory, tokens, model.normed(hidden), start, lengths)
 
-    def drafter(
-        self,
-        model: Transformer,
-        arrays: ExitArrays,
-        reached: Callable[[Any, jax.Array, StageView], jax.Array] | None,
-    ) -> Drafter:
+    def drafter(self, model: Transformer, arrays: ExitArrays, reached: Reached | None) -> Drafter:
         return transformer_drafter(model, self.config, arrays, reached)
 
 
@@ -297,7 +278,7 @@ def transformer_drafter(
     model: Transformer,
     config: ExitsConfig,
     arrays: ExitArrays,
-    reached: Callable[[Any, jax.Array, StageView], jax.Array] | None,
+    reached: Reached | None,
 ) -> Drafter:
     """The callables of a drafter, see ExitsConfig.is_drafter; memory has an ExitMemory as `exits`.
 

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import ar
+from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.trained_exits import ExitArrays, Heads
 from dex_jax.decoding.loops import Prefilled
 from dex_jax.decoding.mesh.stage import StageNetwork, extend_stages, from_last_stage, stage_network
@@ -52,7 +53,7 @@ def prefill_chunk(*arguments: Any, spec: Spec) -> tuple[Any, jax.Array]:
         exits = memory.exits
         remembers, arrays = spec.remembers, spec.remembering(heads)
         if remembers is not None and arrays is not None:
-            exits = remembers.read(device.model, arrays, exits, tokens, hidden, start, lengths)
+            exits = remembers.read(device.model, arrays, exits, Chunk(tokens, hidden, start, lengths))
         # Only now is what the last stage has seen known to all.
         last = from_last_stage(last_states(hidden, last, start, lengths), device.stages)
         if remembers is not None and not remembers.alone:

@@ -25,7 +25,7 @@ from dex_jax.cache import NOWHERE, Memory, after, write_rows
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.ar import ARState, next_token
 from dex_jax.decoding.dex.drafts import TreeShape, charge
-from dex_jax.decoding.dex.interface import Committed, Network, StageView
+from dex_jax.decoding.dex.interface import Chunk, Committed, Network, StageView
 from dex_jax.decoding.dex.loop import (
     DexState,
     children,
@@ -123,7 +123,7 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
             return memory
         ends = done.position + done.length
         if remembers.alone:
-            return remembers.read(model, remembering, memory, done.token, done.hidden, done.position, ends)
+            return remembers.read(model, remembering, memory, Chunk(done.token, done.hidden, done.position, ends))
         row = (done.slot % shared.shape[2])[:, :, None]
         features = jnp.take_along_axis(shared[-1], row, axis=1)
         assert isinstance(remembers, TrainedHeads)
