@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +27,7 @@ from dex_jax.nn.targets import Vocabulary
 from dex_jax.nn.weights import merge_model
 from dex_jax.training.losses import exit_losses
 from dex_jax.training.stream import EVERYWHERE, Activations, Stream, activation_specs, matrix_spec
+from dex_jax.training.stream_task import StreamTask
 
 Evaluate = Callable[[TrainedExits], dict[str, Any]]
 
@@ -49,7 +49,7 @@ class DistillationOptions:
     draft_steps: int = 1
 
 
-class Distillation:
+class Distillation(StreamTask):
     """The task: exits of one frozen model, learnt from a stream of its activations.
 
     Args:
@@ -77,7 +77,8 @@ class Distillation:
         evaluate: Evaluate | None = None,
         initial: TrainedExits | None = None,
     ):
-        self.lm, self.exits, self.vocabulary, self.stream = lm, exits, vocabulary, stream
+        super().__init__(lm, vocabulary, stream)
+        self.exits = exits
         self.options = DistillationOptions() if options is None else options
         if self.options.draft_steps > 1 and not exits.is_drafter:
             raise DexError(
@@ -93,13 +94,12 @@ class Distillation:
 
     def settings(self) -> dict[str, Any]:
         """What decides the training beside TrainConfig."""
-        words = () if self.vocabulary is None else self.vocabulary.tolist()
         return {
             "exits": dataclasses.asdict(self.exits),
             "options": dataclasses.asdict(self.options),
             "stream": {"batch": self.stream.batch, "steps": self.stream.spec.steps, "length": self.stream.spec.length},
             "data": self._data,
-            "vocabulary": hashlib.sha256(repr(words).encode()).hexdigest()[:16],
+            "vocabulary": self.vocabulary_digest,
         }
 
     def init(self, key: jax.Array) -> Any:
@@ -109,25 +109,6 @@ class Distillation:
         seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
         model = merge_model(self.lm.config, self.lm.layout, self.lm.weights)
         return nnx.state(initial_heads(self.exits, model.final_scale, seed))
-
-    def constants(self) -> dict[str, Any]:
-        """The frozen arrays that the loss reads: {"embed", "final_norm", "vocabulary"}."""
-        model = merge_model(self.lm.config, self.lm.layout, self.stream.weights)
-        kernel = model.vocabulary_kernel
-        draft = None if self.vocabulary is None else jnp.asarray(self.vocabulary, jnp.int32)
-        vocabulary = Vocabulary(kernel, None if draft is None else kernel[draft], draft, self.lm.config.logit_cap)
-        return {"embed": model.embed[...], "final_norm": model.final_scale, "vocabulary": vocabulary}
-
-    def start(self, seed: int) -> dict[str, int]:
-        """The first item."""
-        return {"item": 0, "seed": seed}
-
-    def next_batch(self, cursor: dict[str, int]) -> tuple[Activations, dict[str, int], int]:
-        """The next chunk of the stream."""
-        if cursor != self.stream.cursor:
-            self.stream.restart(cursor)
-        activations, learnt = self.stream.next()
-        return activations, self.stream.cursor, learnt
 
     def loss(
         self, params: Any, constants: dict[str, Any], batch: Activations, key: jax.Array, step: jax.Array
@@ -159,14 +140,6 @@ class Distillation:
     def evaluate(self, params: Any) -> dict[str, Any]:
         """Figures on held-out data, {} without any."""
         return {} if self._evaluate is None else self._evaluate(self.trained(params))
-
-    def boundary(self) -> None:
-        """Half-done items are dropped: their caches are in no checkpoint."""
-        self.stream.restart()
-
-    def fingerprint(self) -> str:
-        """Of the model."""
-        return self.lm.fingerprint
 
     def decayed(self, params: Any) -> Any:
         """Weight decay pulls maps towards zero, which is the model's own head; nothing else decays."""

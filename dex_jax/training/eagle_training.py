@@ -9,8 +9,6 @@ Letters: B rows, n steps of a chunk, N = B n, D width, V' draft vocabulary, s dr
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,21 +22,19 @@ from dex_jax.config import EagleConfig, ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import EagleHead, save_eagle
 from dex_jax.io.folders import require_disk
-from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.eagle import Eagle, eagle_graph, eagle_parameters
 from dex_jax.nn.layers import names_in, rms_norm
 from dex_jax.nn.rotary import rope_table
-from dex_jax.nn.targets import Vocabulary, targets
+from dex_jax.nn.targets import targets
 from dex_jax.nn.weights import merge_model
 from dex_jax.training.config import TrainConfig
-from dex_jax.training.distillation import draft_vocabulary
+from dex_jax.training.exit_training import forget_unstarted, kept_vocabulary
 from dex_jax.training.sources import SourceOptions, open_mixture
 from dex_jax.training.stream import Activations, Stream
+from dex_jax.training.stream_task import StreamTask
 from dex_jax.training.trainer import train
-
-VOCABULARY = "draft_vocabulary.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +64,7 @@ class EagleTraining:
     chunk: int = 32
 
 
-class EagleTask:
+class EagleTask(StreamTask):
     """The task that the trainer runs.
 
     Args:
@@ -92,7 +88,8 @@ class EagleTask:
         data: str,
         draft_steps: int,
     ):
-        self.lm, self.config, self.vocabulary, self.stream = lm, config, vocabulary, stream
+        super().__init__(lm, vocabulary, stream)
+        self.config = config
         self._data, self._draft_steps = data, draft_steps
 
     def settings(self) -> dict[str, Any]:
@@ -102,7 +99,7 @@ class EagleTask:
             "stream": {"batch": self.stream.batch, "steps": self.stream.spec.steps, "length": self.stream.spec.length},
             "data": self._data,
             "draft_steps": self._draft_steps,
-            "vocabulary": hashlib.sha256(repr(self.vocabulary.tolist()).encode()).hexdigest()[:16],
+            "vocabulary": self.vocabulary_digest,
         }
 
     def init(self, key: jax.Array) -> Any:
@@ -127,24 +124,6 @@ class EagleTask:
             return jnp.asarray(rng.standard_normal(shape) * shape[-1] ** -0.5, jnp.float32)
 
         return nnx.state(Eagle(self.config, init))
-
-    def constants(self) -> dict[str, Any]:
-        """The frozen arrays that the loss reads: {"embed", "final_norm", "vocabulary"}."""
-        model = merge_model(self.lm.config, self.lm.layout, self.stream.weights)
-        kernel, draft = model.vocabulary_kernel, jnp.asarray(self.vocabulary, jnp.int32)
-        vocabulary = Vocabulary(kernel, kernel[draft], draft, self.lm.config.logit_cap)
-        return {"embed": model.embed[...], "final_norm": model.final_scale, "vocabulary": vocabulary}
-
-    def start(self, seed: int) -> dict[str, int]:
-        """The first item."""
-        return {"item": 0, "seed": seed}
-
-    def next_batch(self, cursor: dict[str, int]) -> tuple[Activations, dict[str, int], int]:
-        """The next chunk of the stream."""
-        if cursor != self.stream.cursor:
-            self.stream.restart(cursor)
-        activations, learnt = self.stream.next()
-        return activations, self.stream.cursor, learnt
 
     def loss(
         self, params: Any, constants: dict[str, Any], batch: Activations, key: jax.Array, step: jax.Array
@@ -174,14 +153,6 @@ class EagleTask:
     def evaluate(self, params: Any) -> dict[str, Any]:
         """Nothing: what a head is worth, decoding shows."""
         return {}
-
-    def boundary(self) -> None:
-        """Half-done items are dropped: their caches are in no checkpoint."""
-        self.stream.restart()
-
-    def fingerprint(self) -> str:
-        """Of the model."""
-        return self.lm.fingerprint
 
     def decayed(self, params: Any) -> Any:
         """Matrices, but for the unembedding."""
@@ -251,17 +222,16 @@ def train_eagle(
     reads = config.reads or (2, layers // 2, layers - 3)
     if not all(0 <= depth <= layers for depth in reads) or len(set(reads)) < len(reads):
         raise DexError(f"an EAGLE-3 head cannot read depths {reads} of {layers} layers: give others as `reads`")
+    if config.draft_size > lm.config.vocab_size:
+        raise DexError(f"a draft vocabulary of {config.draft_size} of {lm.config.vocab_size} tokens: lower draft_size")
     if lm.packing:
         raise DexError(f"heads are trained on dense weights, and those of {lm.source} are {lm.weights_kind}")
     mixture = open_mixture(config.data, lm, config.sources, tell)
     sizes: dict[str, Any] = {"batch": config.train.batch, "steps": config.chunk, "length": config.sources.length}
     stream = Stream(lm, mixture.item, history=0, depths=tuple(reads), seed=config.train.seed, **sizes)
-    file = folder / VOCABULARY
-    if not file.is_file():
-        tell(f"counting the draft vocabulary on {config.draft_tokens} tokens")
-        write_json(file, draft_vocabulary(lm, stream, config.draft_size, config.draft_tokens).tolist())
-    vocabulary = np.asarray(json.loads(file.read_text()), np.int32)
-    shapes = EagleConfig(_layer(lm.config, config.mlp_width), tuple(reads), lm.config.width, len(vocabulary))
+    forget_unstarted(folder, config.train.keep, tell)
+    vocabulary = kept_vocabulary(lm, stream, config.draft_size, config.draft_tokens, folder, tell)
+    shapes = EagleConfig(_layer(lm.config, config.mlp_width), tuple(reads), lm.config.width, config.draft_size)
     task = EagleTask(lm, shapes, vocabulary, stream, data=mixture.fingerprint(), draft_steps=config.draft_steps)
     trained = train(task, config.train, folder)
     leaves = jax.tree_util.tree_leaves_with_path(trained.params)

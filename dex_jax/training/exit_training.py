@@ -128,12 +128,7 @@ def train_exits(
         seed=config.train.seed,
         mesh=mesh,
     )
-    # The lock: what another process trains with must not go.
-    with Checkpoints(folder, config.train.keep, tell):
-        if not list_checkpoints(folder):
-            # A run that stopped so early has left nothing that tells its model and its data from this one's.
-            for name in (VOCABULARY, HELD_OUT):
-                (folder / name).unlink(missing_ok=True)
+    forget_unstarted(folder, config.train.keep, tell)
     vocabulary = _vocabulary(config, lm, stream, shapes, folder, initial, tell)
     groups = held_out_texts(config, lm, mixture, folder, tell)
 
@@ -231,9 +226,24 @@ def _vocabulary(
     if initial is not None and initial.vocabulary is not None and len(initial.vocabulary) == exits.draft_size:
         write_json(file, initial.vocabulary.tolist())
         return initial.vocabulary
+    return kept_vocabulary(lm, stream, exits.draft_size, config.draft_tokens, folder, tell)
+
+
+def forget_unstarted(folder: Path, keep: int, tell: Tell) -> None:
+    """Removes what a run has written before its first checkpoint: nothing tells its model and its data from others'."""
+    # The lock: what another process trains with must not go.
+    with Checkpoints(folder, keep, tell):
+        if not list_checkpoints(folder):
+            for name in (VOCABULARY, HELD_OUT):
+                (folder / name).unlink(missing_ok=True)
+
+
+def kept_vocabulary(lm: LanguageModel, stream: Stream, size: int, tokens: int, folder: Path, tell: Tell) -> np.ndarray:
+    """`draft_vocabulary`, [V'] int32, counted once and kept in the folder."""
+    file = folder / VOCABULARY
     if not file.is_file():
-        tell(f"counting the draft vocabulary on {config.draft_tokens} tokens")
-        write_json(file, draft_vocabulary(lm, stream, exits.draft_size, config.draft_tokens).tolist())
+        tell(f"counting the draft vocabulary on {tokens} tokens")
+        write_json(file, draft_vocabulary(lm, stream, size, tokens).tolist())
     return np.asarray(json.loads(file.read_text()), np.int32)
 
 
