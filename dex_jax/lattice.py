@@ -155,24 +155,23 @@ def follow(lattice: Lattice, final: jax.Array, tick: jax.Array, levels: int) -> 
     `final` [W] int32 is the final layer's token after each live row of the cohort that has run its last stage.
     """
     stages, rows = lattice.token.shape
-    live, parent, token, born_at = (
-        f.reshape(-1) for f in (lattice.live, lattice.parent, lattice.token, lattice.born_at)
-    )
-
-    def one_level(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-        slot, going = carry
-        said = final[slot % rows]
-        held = live & (parent == slot) & (token == said)
-        matched = jnp.any(held) & going
-        child = jnp.argmax(held).astype(jnp.int32)
-        on = matched & (child // rows == tick % stages)
-        step = (slot, said, jnp.where(matched, born_at[child], stages), going, jnp.where(matched, child, NO_NODE))
-        return (jnp.where(on, child, slot), on), step
-
-    start = (jnp.maximum(lattice.root, 0), root_finished(lattice, tick))
-    _, (slot, said, born, going, child) = jax.lax.scan(one_level, start, None, length=levels)
-    length = jnp.sum(going, dtype=jnp.int32)
-    return Path(slot, said, born, length, child[jnp.maximum(length - 1, 0)])
+    ring = tick % stages
+    live, parent, token, born_at = (f.reshape(-1) for f in (lattice.live, lattice.parent, lattice.token, lattice.born_at))
+    # All at once, and not level by level: on GPUs each turn of a loop would be several kernels. The finished cohort
+    # holds the root and its drafts alone, and a node is on the path if the final layer gave all tokens down to it.
+    above = parent[ring * rows + jnp.arange(rows)]
+    right = (above == NO_NODE) | (lattice.token[ring] == final[above % rows])
+    within = jax.lax.dynamic_slice_in_dim(lattice.ancestors[ring], ring * rows, rows, axis=1)
+    on_path = lattice.live[ring] & jnp.all(right[None] | ~within, axis=1) & root_finished(lattice, tick)
+    at = on_path[None] & (jnp.sum(within, axis=1)[None] == jnp.arange(1, levels + 1)[:, None])
+    slot = ring * rows + jnp.argmax(at, axis=1).astype(jnp.int32)
+    length = jnp.sum(jnp.any(at, axis=1), dtype=jnp.int32)
+    said = final[slot % rows]
+    last = jnp.maximum(length - 1, 0)
+    held = live & (parent == slot[last]) & (token == said[last])
+    heir = jnp.where(jnp.any(held) & (length > 0), jnp.argmax(held), NO_NODE).astype(jnp.int32)
+    child = jnp.where(jnp.arange(levels) == last, heir, jnp.roll(slot, -1))
+    return Path(slot, said, jnp.where(child == NO_NODE, stages, born_at[child]), length, heir)
 
 
 def collapse(lattice: Lattice, path: Path) -> Lattice:
@@ -257,7 +256,7 @@ def grow(cohort: Cohort, candidates: Candidates, first: jax.Array, width: jax.Ar
     """Puts the best `width` candidates into the rows from `first` on, ties by the order in which they come.
 
     Candidates below one row with one token are one candidate, with the better of their scores. Rows up to
-    first + `most`, which is at least `width`, must be there and not be used yet.
+    first + `most`, which is at least `width`, must be there and not be used yet; their `born_at` is DRAFTED.
     """
     missing = max(0, most - candidates.token.shape[0])
     token, above, score = (
@@ -282,7 +281,6 @@ def grow(cohort: Cohort, candidates: Candidates, first: jax.Array, width: jax.Ar
         token=put(cohort.token, jnp.where(found, token[chosen], NO_TOKEN)),
         position=put(cohort.position, jnp.where(found, cohort.position[jnp.maximum(above, 0)] + 1, 0)),
         above=put(cohort.above, above),
-        born_at=put(cohort.born_at, jnp.full(most, DRAFTED)),
         score=put(cohort.score, jnp.where(found, score[chosen], -jnp.inf)),
         within=put(cohort.within, seen | itself),
     )

@@ -20,7 +20,7 @@ from reference.small_models import LLAMA, random_transformer, small_model
 import dex_jax
 from dex_jax import cache
 from dex_jax.nn import few_rows
-from dex_jax.nn.attention import KEY_BLOCK, KeyValues, _attend, _attend_in_blocks, attend
+from dex_jax.nn.attention import KEY_BLOCK, KeyValues, _attend, _attend_fused, _attend_in_blocks, attend
 from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
 from dex_jax.nn.forward import extend, extend_with_states, run_tree
 from dex_jax.nn.layers import _rms_norm, linear, rms_norm
@@ -187,7 +187,10 @@ def test_attention_and_each_row_alone(rows: int, heads: int, groups: int, width:
     capped = functools.partial(attend, cap=cap)
     assert few_rows.ATTENTION in str(jax.make_jaxpr(capped)(queries, sources))
     found = jax.jit(capped)(queries, sources)
-    for each in (found, _attend(cap, queries, sources)):
+    by_xla = [_attend(cap, queries, sources, on_gpu=on_gpu) for on_gpu in (False, True)]
+    # What GPUs ask cuDNN for, asked of XLA.
+    fused = [] if cap else [_attend_fused(cap, queries, sources, by="xla")]
+    for each in (found, *by_xla, *fused):
         chex.assert_trees_all_close(each, plain_attention(queries, sources, cap), atol=3e-6, rtol=0)
     for r in range(rows):
         own = [source._replace(mask=source.mask[:, min(r, source.mask.shape[1] - 1)][:, None]) for source in sources]

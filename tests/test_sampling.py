@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import slow
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from reference.filters import filter_logits
@@ -18,7 +18,16 @@ from reference.toy_models import ToyModel, random_tables, toy_network, toy_prefi
 
 from dex_jax import Limits, Sampling, init, run
 from dex_jax.decoding.record import Record
-from dex_jax.sampling import BLOCKS, DROPPED, best_column, choose, filtered, position_noise, sampling_keys
+from dex_jax.sampling import (
+    BLOCKS,
+    DROPPED,
+    best_column,
+    choose,
+    filtered,
+    position_noise,
+    sampling_keys,
+    threshold,
+)
 
 ROWS, VOCAB = 3, 7
 
@@ -131,6 +140,15 @@ def _sampled_by_dex(tables, first: jax.Array, sampling: Sampling) -> Record:
     shape = {"stages": CHI_STAGES, "rows": CHI_ROWS, "capacity": LENGTH}
     state = init(toy_network(tables), memory, first, lengths, limits=limits, sampling=sampling, **shape)
     return run(toy_network(tables), state, limits, sampling).record
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40), st.integers(1, 50))
+def test_the_cut_of_gpus_and_tpus_is_the_one_of_cpus(values: list[int], enough: int) -> None:
+    ordered = jnp.asarray([values], jnp.uint32)
+    weight = jnp.ones((1, 1, len(values)), jnp.int32)
+    found = [int(threshold(bits, ordered, weight, jnp.int32(enough))[0]) for bits in (1, 2, 4)]
+    assert found == [sorted(values)[-enough] if enough <= len(values) else 0] * 3
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [slow(CHI_VOCAB, 1.0), (12, 0.9)], ids=["all", "filtered"])

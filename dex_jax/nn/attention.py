@@ -1,4 +1,4 @@
-"""Grouped-query attention over several sets of keys, in C++ or by XLA.
+"""Grouped-query attention over several sets of keys: in C++ on CPUs, by cuDNN on GPUs that have it, else by XLA.
 
 Letters: B sequences, R rows a sequence (tokens of a prompt chunk, or lattice nodes), H query heads, G key-value heads,
 d head width, S keys.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
@@ -19,8 +20,17 @@ from dex_jax.nn.products import matmul_precision
 
 MASKED_SCORE = -1e30
 
-KEY_BLOCK = 256
-"""Keys that many rows are scored with at once where XLA attends on a CPU."""
+KEY_BLOCK = 512
+"""Keys that many rows are scored with at once."""
+
+MANY_ROWS = 16
+"""More than so many rows are scored with a block of keys at a time."""
+
+FEW_KEYS = 16
+"""Keys that GPUs score with sums of products, which are part of what comes before and after, instead of a product."""
+
+CAPABILITY: ContextVar[float | None] = ContextVar("CAPABILITY", default=None)
+"""Compute capability of the GPU that programs are compiled for, where that is not the one at hand."""
 
 
 class KeyValues(NamedTuple):
@@ -47,14 +57,35 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True,
     Every row must see at least one key; `whole` as in `linear`, of keys and values. `cap` as in `capped`, of scores.
     Gives [B, R, H, d] in queries' dtype.
     """
-    dtypes = {x.dtype for source in sources for x in source[:2]}
-    known = len(dtypes) == 1 and dtypes | {queries.dtype} <= {*few_rows.DTYPES}
-    in_cpp, in_blocks, at_once = (functools.partial(f, cap) for f in (_attend_few_rows, _attend_in_blocks, _attend))
+    stored = {x.dtype for source in sources for x in source[:2]}
+    many = queries.shape[1] > MANY_ROWS and any(source.keys.shape[2] > KEY_BLOCK for source in sources)
+    ways = {"default": _attend_in_blocks if many else _attend}
+    known = len(stored) == 1 and stored | {queries.dtype} <= {*few_rows.DTYPES}
     if whole and known and queries.shape[3] % few_rows.LANES == 0 and few_rows.ready():
-        return jax.lax.platform_dependent(queries, list(sources), cpu=in_cpp, default=at_once)
-    if queries.shape[1] > KEY_BLOCK // 16 and any(source.keys.shape[2] > KEY_BLOCK for source in sources):
-        return jax.lax.platform_dependent(queries, list(sources), cpu=in_blocks, default=at_once)
-    return at_once(queries, sources)
+        ways["cpu"] = _attend_few_rows
+    if not many:
+        ways["cuda"] = functools.partial(_attend, on_gpu=True)
+    elif cap is None and stored == {queries.dtype} != {jnp.dtype(jnp.float32)} and _fused_width(queries.shape[3]):
+        ways["cuda"] = _attend_fused
+    ways = {platform: functools.partial(way, cap) for platform, way in ways.items()}
+    return jax.lax.platform_dependent(queries, list(sources), **ways)
+
+
+def _fused_width(width: int) -> bool:
+    """Whether cuDNN attends with heads of this width on the GPU that is compiled for."""
+    capability = CAPABILITY.get()
+    if capability is None:
+        device = jax.devices()[0]
+        capability = float(device.compute_capability) if device.platform == "gpu" else 0.0
+    return capability >= 8 and width % 8 == 0 and width <= (256 if capability >= 9 else 128)
+
+
+def _attend_fused(cap: None, queries: jax.Array, sources: Sequence[KeyValues], by: str = "cudnn") -> jax.Array:
+    """As `_attend`, without any score in the main memory; `by` as jax.nn.dot_product_attention's implementation."""
+    mask = [jnp.broadcast_to(s.mask, (*queries.shape[:2], s.keys.shape[2])) for s in sources]
+    keys, values = (jnp.concatenate(each, axis=2).swapaxes(1, 2) for each in zip(*(s[:2] for s in sources), strict=True))
+    joined = jnp.concatenate(mask, axis=2)[:, None]
+    return jax.nn.dot_product_attention(queries, keys, values, mask=joined, implementation=by)  # type: ignore[arg-type]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -126,24 +157,35 @@ def _columns(queries: jax.Array, groups: int) -> jax.Array:
     return columns.reshape(batch, groups, width, -1)
 
 
-def _attend(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
+def _attend(
+    cap: float | None, queries: jax.Array, sources: Sequence[KeyValues], on_gpu: bool = False
+) -> jax.Array:
     batch, rows, heads, width = queries.shape
     groups = sources[0].keys.shape[1]
-    dtype = queries.dtype
     columns = _columns(queries, groups)
-    # Keys times query columns, so that the cache is read as it lies: the other way round XLA transposes it first.
-    scores = [_sum_in_float32("bgsd,bgdn->bgsn", source.keys, columns).transpose(0, 1, 3, 2) for source in sources]
+
+    def scored(source: KeyValues) -> jax.Array:
+        if not on_gpu:
+            # Keys times query columns, so that the cache is read as it lies: the other way round XLA transposes it.
+            return _sum_in_float32("bgsd,bgdn->bgsn", source.keys, columns).transpose(0, 1, 3, 2)
+        if source.keys.shape[2] > FEW_KEYS:  # as softmax wants scores, which then is one kernel
+            return _sum_in_float32("bgdn,bgsd->bgns", columns, source.keys)
+        each = columns.swapaxes(2, 3)[:, :, :, None].astype(jnp.float32)
+        return jnp.sum(each * source.keys[:, :, None].astype(jnp.float32), axis=-1)
+
+    def mixed(weights: jax.Array, source: KeyValues) -> jax.Array:
+        if not on_gpu or source.keys.shape[2] > FEW_KEYS:
+            return _sum_in_float32("bgns,bgsd->bgnd", weights, source.values)
+        return jnp.sum(weights[..., None].astype(jnp.float32) * source.values[:, :, None].astype(jnp.float32), axis=-2)
+
     masks = jnp.concatenate([jnp.broadcast_to(s.mask, (batch, rows, s.mask.shape[2])) for s in sources], axis=2)
-    joined = capped(jnp.concatenate(scores, axis=3), cap).reshape(batch, groups, rows, heads // groups, -1)
-    joined = jnp.where(masks[:, None, :, None, :], joined, MASKED_SCORE)
-    weights = jax.nn.softmax(joined, axis=-1).astype(dtype).reshape(batch, groups, -1, masks.shape[2])
+    joined = capped(jnp.concatenate([scored(each) for each in sources], axis=3), cap)
+    joined = jnp.where(masks[:, None, :, None, :], joined.reshape(batch, groups, rows, heads // groups, -1), MASKED_SCORE)
+    weights = jax.nn.softmax(joined, axis=-1).astype(queries.dtype).reshape(batch, groups, -1, masks.shape[2])
     bounds = np.cumsum([source.keys.shape[2] for source in sources])[:-1]
-    parts = [
-        _sum_in_float32("bgns,bgsd->bgnd", part, source.values)
-        for part, source in zip(jnp.split(weights, bounds, axis=-1), sources, strict=True)
-    ]
+    parts = [mixed(part, source) for part, source in zip(jnp.split(weights, bounds, axis=-1), sources, strict=True)]
     out = functools.reduce(jnp.add, parts).reshape(batch, groups, rows, heads // groups, width).transpose(0, 2, 1, 3, 4)
-    return out.reshape(batch, rows, heads, width).astype(dtype)
+    return out.reshape(batch, rows, heads, width).astype(queries.dtype)
 
 
 def _sum_in_float32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
