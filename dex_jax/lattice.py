@@ -156,7 +156,8 @@ def follow(lattice: Lattice, final: jax.Array, tick: jax.Array, levels: int) -> 
     """
     stages, rows = lattice.token.shape
     ring = tick % stages
-    live, parent, token, born_at = (f.reshape(-1) for f in (lattice.live, lattice.parent, lattice.token, lattice.born_at))
+    fields = (lattice.live, lattice.parent, lattice.token, lattice.born_at)
+    live, parent, token, born_at = (field.reshape(-1) for field in fields)
     # All at once, and not level by level: on GPUs each turn of a loop would be several kernels. The finished cohort
     # holds the root and its drafts alone, and a node is on the path if the final layer gave all tokens down to it.
     above = parent[ring * rows + jnp.arange(rows)]

@@ -83,7 +83,8 @@ def _fused_width(width: int) -> bool:
 def _attend_fused(cap: None, queries: jax.Array, sources: Sequence[KeyValues], by: str = "cudnn") -> jax.Array:
     """As `_attend`, without any score in the main memory; `by` as jax.nn.dot_product_attention's implementation."""
     mask = [jnp.broadcast_to(s.mask, (*queries.shape[:2], s.keys.shape[2])) for s in sources]
-    keys, values = (jnp.concatenate(each, axis=2).swapaxes(1, 2) for each in zip(*(s[:2] for s in sources), strict=True))
+    pairs = zip(*(source[:2] for source in sources), strict=True)
+    keys, values = (jnp.concatenate(each, axis=2).swapaxes(1, 2) for each in pairs)
     joined = jnp.concatenate(mask, axis=2)[:, None]
     return jax.nn.dot_product_attention(queries, keys, values, mask=joined, implementation=by)  # type: ignore[arg-type]
 
@@ -157,9 +158,7 @@ def _columns(queries: jax.Array, groups: int) -> jax.Array:
     return columns.reshape(batch, groups, width, -1)
 
 
-def _attend(
-    cap: float | None, queries: jax.Array, sources: Sequence[KeyValues], on_gpu: bool = False
-) -> jax.Array:
+def _attend(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues], on_gpu: bool = False) -> jax.Array:
     batch, rows, heads, width = queries.shape
     groups = sources[0].keys.shape[1]
     columns = _columns(queries, groups)
@@ -180,7 +179,8 @@ def _attend(
 
     masks = jnp.concatenate([jnp.broadcast_to(s.mask, (batch, rows, s.mask.shape[2])) for s in sources], axis=2)
     joined = capped(jnp.concatenate([scored(each) for each in sources], axis=3), cap)
-    joined = jnp.where(masks[:, None, :, None, :], joined.reshape(batch, groups, rows, heads // groups, -1), MASKED_SCORE)
+    joined = joined.reshape(batch, groups, rows, heads // groups, -1)
+    joined = jnp.where(masks[:, None, :, None, :], joined, MASKED_SCORE)
     weights = jax.nn.softmax(joined, axis=-1).astype(queries.dtype).reshape(batch, groups, -1, masks.shape[2])
     bounds = np.cumsum([source.keys.shape[2] for source in sources])[:-1]
     parts = [mixed(part, source) for part, source in zip(jnp.split(weights, bounds, axis=-1), sources, strict=True)]
