@@ -84,4 +84,11 @@ make_environments() {
   "$work/reference/bin/pip" install --quiet -e . --group dev --group reference --group gemma
   uv venv --quiet --python "$python" "$work/tpu"
   UV_PROJECT_ENVIRONMENT="$work/tpu" uv sync --quiet --group tpu
+  # Compilers for GPUs that are not there, without the libraries that running needs.
+  uv venv --quiet --python "$python" "$work/cuda"
+  UV_PROJECT_ENVIRONMENT="$work/cuda" uv sync --quiet
+  local jax
+  jax=$("$work/cuda/bin/python" -c "import jax; print(jax.__version__)")
+  uv pip install --quiet --python "$work/cuda/bin/python" --no-deps "jax-cuda12-plugin==$jax" "jax-cuda12-pjrt==$jax" \
+    nvidia-cudnn-cu12
 }

@@ -128,6 +128,8 @@ DEVICES = {
     "h200": (Device("h200", 989e12, 4.8e12, 141e9, 3e-6, 5.0), 8, "nvlink4", "infiniband"),
     # NVIDIA A100 80GB data sheet, SXM: 312 TFLOPS, 2,039 GB/s, 80 GB.
     "a100": (Device("a100", 312e12, 2.039e12, 80e9, 4e-6, 3.0), 8, "nvlink3", "infiniband"),
+    # NVIDIA A100 40GB data sheet, SXM: 1,555 GB/s, 40 GB.
+    "a100-40": (Device("a100-40", 312e12, 1.555e12, 40e9, 4e-6, 2.0), 8, "nvlink3", "infiniband"),
     # NVIDIA T4 data sheet: 65 TFLOPS float16, 320 GB/s ("320+" there), 16 GB, PCI Express 3 x16.
     "t4": (Device("t4", 65e12, 320e9, 16e9, 5e-6, 0.35), 4, "pcie3", "dcn"),
     # Google Cloud TPU documentation, pages "TPU v5e", "TPU v5p" and "TPU v6e".

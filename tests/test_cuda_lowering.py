@@ -21,7 +21,7 @@ from dex_jax.decoding.chain.dynamic_exit import DEL
 from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.session import Spec, prefill_chunk, run_ticks, start_decoding
-from dex_jax.nn.transformer import Stacked, Unrolled
+from dex_jax.nn.transformer import Unrolled
 
 CONFIG = dataclasses.replace(LLAMA, family="qwen3", tied=False, qk_norm=True, eos_ids=(2,))
 DEX = Dex(explorers=3, draft=False).schedule_for(CONFIG.num_layers)
@@ -31,21 +31,19 @@ METHODS = {
     "one": Dex(explorers=1).schedule_for(CONFIG.num_layers),
     "del": DEL(depths=(2, 4), draft_length=2).schedule_for(CONFIG.num_layers),
 }
-LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
 HALF = {"ar": "bfloat16", "dex": "float16", "one": "bfloat16"}
-LOOPS = [case for m in HALF for case in ((m, "unrolled", False, "float32"), (m, "stacked", True, HALF[m]))]
-LOOPS += [slow(*case) for m in HALF for case in ((m, "unrolled", False, HALF[m]), (m, "stacked", True, "float32"))]
+LOOPS = [case for m in HALF for case in ((m, False, "float32"), slow(m, True, HALF[m]))]
 ON_EVERY_PLATFORM = {
     *("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"),
     "mhlo.topk",  # jax.lax.top_k as jax 0.7 exports it
 }
 
 
-def exported(name: str, method: str, layout: str, dtype: str, *, sampled: bool) -> str:
+def exported(name: str, method: str, dtype: str, *, sampled: bool) -> str:
     """StableHLO of "run", "start" or "prefill" for CUDA."""
-    schedule, arrangement, batch = METHODS[method], LAYOUTS[layout], 2
-    shapes = session_shapes(CONFIG, jnp.dtype(dtype), schedule, arrangement, batch, 96, capacity=64, sampled=sampled)
-    spec = Spec(CONFIG, arrangement, schedule)
+    schedule = METHODS[method]
+    shapes = session_shapes(CONFIG, jnp.dtype(dtype), schedule, Unrolled(), 2, 96, capacity=64, sampled=sampled)
+    spec = Spec(CONFIG, Unrolled(), schedule)
     function, args = {
         "run": (run_ticks, shapes.of_run),
         "start": (functools.partial(start_decoding, capacity=64), shapes.of_start),
@@ -74,20 +72,15 @@ def assert_fit_for_cuda(text: str, dtype: str) -> None:
     assert all("contracting_dims = [1] x [1]" in line for line in plain)
 
 
-@pytest.mark.parametrize(("method", "layout", "sampled", "dtype"), LOOPS)
-def test_loop(method, sampled, layout, dtype) -> None:
-    assert_fit_for_cuda(exported("run", method, layout, dtype, sampled=sampled), dtype)
+@pytest.mark.parametrize(("method", "sampled", "dtype"), LOOPS)
+def test_loop(method, sampled, dtype) -> None:
+    assert_fit_for_cuda(exported("run", method, dtype, sampled=sampled), dtype)
 
 
-@pytest.mark.parametrize(("layout", "dtype"), [("unrolled", "bfloat16"), ("stacked", "float32")])
-@pytest.mark.parametrize(("name", "method"), [("prefill", "dex"), ("start", "dex"), ("start", "one")])
-def test_prefill_and_start(name, method, layout, dtype) -> None:
-    assert_fit_for_cuda(exported(name, method, layout, dtype, sampled=True), dtype)
-
-
-@pytest.mark.parametrize(("layout", "dtype"), [("unrolled", "bfloat16"), ("stacked", "float32")])
-def test_chains(layout, dtype) -> None:
-    assert_fit_for_cuda(exported("run", "del", layout, dtype, sampled=True), dtype)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("name", "method"), [("prefill", "dex"), ("start", "dex"), ("start", "one"), ("run", "del")])
+def test_prefill_start_and_chains(name, method, dtype) -> None:
+    assert_fit_for_cuda(exported(name, method, dtype, sampled=True), dtype)
 
 
 def test_the_check_sees_what_it_looks_for() -> None:

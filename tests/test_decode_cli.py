@@ -21,6 +21,7 @@ from dex_jax.cli.arguments import parser, prompts_of
 from dex_jax.cli.display import _check_lines
 from dex_jax.decoding import auto
 from dex_jax.decoding.costs import ROWS, StepCosts
+from dex_jax.evaluation import targets
 from dex_jax.evaluation.check import Check
 from dex_jax.io.save import save_model
 from dex_jax.language_model import outline
@@ -358,6 +359,17 @@ def test_a_dry_run_takes_and_refuses_what_a_real_run_does(run) -> None:
         (f"--explorers 5 --no-draft --exits {drafter}", "drafter"),
     ):
         refused(run("--dry-run", "--prompt", "Hi", *flags.split(), model=SMOLLM2), keyword)
+
+
+def test_a_dry_run_judges_a_device_that_is_not_here(run, monkeypatch) -> None:
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", None)
+    code, out, err = run("--dry-run", "--hardware", "h100", "--prompt", SKY)
+    assert (code, "bfloat16" in out, "on one h100" in out, "73.60 GB" in out) == (0, True, True, True)
+    assert "jax-cuda12-plugin" in err
+    assert "float16" in run("--dry-run", "--hardware", "t4")[1]
+    for flags, keyword in (("--hardware h100", "--dry-run"), ("--dry-run --hardware abacus", "abacus")):
+        refused(run("--prompt", "Hi", *flags.split()), keyword)
+    refused(run("--dry-run", "--hardware", "h100", "--mesh", "stage=2"), "--mesh")
 
 
 def test_a_parting_is_judged_by_the_dtype() -> None:

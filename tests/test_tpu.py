@@ -13,7 +13,6 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import SingleDeviceSharding
 from reference.small_models import LLAMA
 
 from dex_jax.config import EagleConfig, ModelConfig
@@ -23,8 +22,11 @@ from dex_jax.decoding.dex.own_layers import EagleDrafter, ModelDrafter, OwnArray
 from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.footprint import nbytes, session_shapes
 from dex_jax.decoding.methods import AR, Dex, Schedule
-from dex_jax.decoding.session import PREFILL, RUN, START, Spec
+from dex_jax.decoding.session import RUN
+from dex_jax.decoding.spec import Spec
+from dex_jax.evaluation.compiled import Program, read
 from dex_jax.evaluation.planner.workload import SHAPES
+from dex_jax.evaluation.targets import lower, target
 from dex_jax.io import open_checkpoint
 from dex_jax.nn.eagle import abstract_eagle
 from dex_jax.nn.packed import INT8
@@ -48,7 +50,6 @@ BATCH, CACHE_LENGTH, PROMPT, CAPACITY = 4, 16384, 64, 64
 # Two layers as wide as a real model's: a dense copy of any kernel would stand out among the temporaries.
 WIDE = dataclasses.replace(SHAPES["llama-3-8b"], num_layers=2)
 CHIP = 16e9
-ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,27 +61,23 @@ class Compiled:
     hlo: str
     memory: object
 
+    @property
+    def program(self) -> Program:
+        return read(self.hlo)
+
 
 @pytest.fixture(scope="module")
 def topology():
     """A v5e slice of four chips that need not be there."""
     pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    with pytest.MonkeyPatch.context() as patch:
-        # Without these libtpu looks for a metadata server and complains that there is none.
-        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
-        patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-        patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-        # Workers compile side by side.
-        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    with target("v5e") as devices:
+        yield devices
 
 
 @pytest.fixture(scope="module")
 def tpu(topology):
-    """A sharding on one of its chips."""
-    return SingleDeviceSharding(topology.devices[0])
+    """One of its chips."""
+    return topology[0]
 
 
 def compile_program(
@@ -102,77 +99,21 @@ def compile_program(
     about = (config, jnp.dtype(dtype), schedule, layout, batch, cache_length)
     drafts = {"drafter": drafter, "heads": heads}
     shapes = session_shapes(*about, capacity=CAPACITY, sampled=sampled, packing=packing, **drafts)
-    program, args = {
-        "run": (RUN, shapes.of_run),
-        "start": (START, shapes.of_start),
-        "prefill": (PREFILL, shapes.of_prefill(PROMPT)),
-    }[name]
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=tpu), args)
-    static = {"spec": Spec(config, layout, schedule, drafter=drafter)} | (
-        {"capacity": CAPACITY} if name == "start" else {}
-    )
-    lowered = program.jitted.lower(*placed, **static)
+    lowered = lower(name, shapes, Spec(config, layout, schedule, drafter=drafter), tpu, PROMPT, CAPACITY)
     compiled = lowered.compile()
+    args = {"run": shapes.of_run, "start": shapes.of_start, "prefill": shapes.of_prefill(PROMPT)}[name]
     return Compiled((shapes, args), lowered.as_text(), compiled.as_text(), compiled.memory_analysis())
 
 
-def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """(name -> instruction lines of every computation, name of the entry)."""
-    found: dict[str, list[str]] = {}
-    entry = current = ""
-    for line in hlo.splitlines():
-        header = re.match(r"(ENTRY )?%?(\S+) \(.*\) -> .* \{\s*$", line)
-        if header:
-            current = header.group(2)
-            found[current] = []
-            entry = current if header.group(1) else entry
-        elif line.startswith(" ") and current:
-            found[current].append(line)
-    return found, entry
+def copies_in_loop(program: Program, at_least: int) -> list[str]:
+    """Instructions under the program's loops that copy or transpose `at_least` bytes within the main memory.
 
-
-def callees(line: str) -> list[str]:
-    """Computations that an instruction runs; those of a fusion are part of it and left out."""
-    if " fusion(" in line:
-        return []
-    names = re.findall(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)", line)
-    for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
-        names += [name.strip().lstrip("%") for name in group.split(",")]
-    return names
-
-
-def copies_in_loop(hlo: str, at_least: int) -> list[str]:
-    """Instructions under the program's loops that copy or transpose `at_least` bytes within the main memory."""
-    found, entry = computations(hlo)
-    todo = [body for line in found[entry] if " while(" in line for body in re.findall(r"body=%?([\w.\-]+)", line)]
-    assert todo, "the program has no loop"
-    seen: set[str] = set()
-    offenders = []
-    while todo:
-        name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for line in found[name]:
-            todo += callees(line)
-            head = re.match(r"\s+(?:ROOT )?%?\S+ = (\w+)\[([\d,]*)\](\S*) ([\w\-]+)\(", line)
-            if not head:
-                continue
-            kind, dims, layout, operation = head.groups()
-            if operation == "fusion":
-                (fused,) = fusion_of(line)
-                root = next(inner for inner in found[fused] if "ROOT" in inner)
-                operation = re.match(r"\s+ROOT %?\S+ = .*? ([\w\-]+)\(", root).group(1)
-            size = math.prod(map(int, filter(None, dims.split(",")))) * ITEM_BYTES.get(kind, 8)
-            # S(1) is on-chip memory: what is brought there is about to be read.
-            if operation in ("copy", "transpose") and size >= at_least and "S(1)" not in layout:
-                offenders.append(line.strip()[:200])
-    return offenders
-
-
-def fusion_of(line: str) -> list[str]:
-    """The computation of a fusion."""
-    return re.findall(r"calls=%?([\w.\-]+)", line)
+    What is brought into on-chip memory is about to be read.
+    """
+    assert program.loops
+    inside = program.within(*program.loops)
+    moves = (each for each in inside if program.operation_of(each) in ("copy", "transpose"))
+    return [each.line[:200] for each in moves if each.nbytes >= at_least]
 
 
 def in_int8(config: ModelConfig) -> Packing:
@@ -190,34 +131,26 @@ def planned_bytes(config: ModelConfig) -> int:
     return nbytes((shapes.weights, shapes.memory))
 
 
-def kernels_made(hlo: str, at_least: int) -> list[str]:
-    """Instructions that make an array of `at_least` numbers: floating ones anywhere, of int8 in the main memory.
-
-    What lies within a fusion is not made: it passes through registers.
-    """
-    found, _ = computations(hlo)
-    fused = {name for lines in found.values() for line in lines if " fusion(" in line for name in fusion_of(line)}
+def kernels_made(program: Program, at_least: int) -> list[str]:
+    """Instructions that make an array of `at_least` numbers: floating ones anywhere, of int8 in the main memory."""
     offenders = []
-    for name in found.keys() - fused:
-        for line in found[name]:
-            head = re.match(r"\s+(?:ROOT )?%?\S+ = (.*?) ([a-z][\w\-]*)\(", line)
-            # These hand on what is there. What copy-start and slice-start give has the operand's shape in it.
-            if not head or head.group(2) in ("parameter", "tuple", "get-tuple-element", "while", "bitcast"):
-                continue
-            for kind, dims, layout in re.findall(r"\b(bf16|f32|s8)\[([\d,]*)\](\{\S*\})?", head.group(1)):
-                size = math.prod(map(int, filter(None, dims.split(","))))
-                moved = kind == "s8" and (head.group(2) in ("copy-start", "slice-start") or "S(1)" in layout)
-                if size >= at_least and not moved:
-                    offenders.append(line.strip()[:200])
+    for each in program.within(program.entry):
+        # What starts a copy hands on its operand too.
+        moves = each.operation in ("copy-start", "slice-start")
+        for array in each.results if each.works and each.operation != "while" else ():
+            made = array.kind in ("bf16", "f32") or (array.kind == "s8" and not (moves or array.on_chip))
+            if made and array.size >= at_least:
+                offenders.append(each.line[:200])
     return offenders
 
 
-def read_in_int8(hlo: str) -> set[tuple[int, ...]]:
+def read_in_int8(program: Program) -> set[tuple[int, ...]]:
     """Shapes of the int8 matrices that fusions read."""
-    found, _ = computations(hlo)
-    fused = {name for lines in found.values() for line in lines if " fusion(" in line for name in fusion_of(line)}
-    lines = [line for name in fused for line in found[name] if " parameter(" in line]
-    return {tuple(map(int, dims.split(","))) for line in lines for dims in re.findall(r"= s8\[(\d+,\d+)\]", line)}
+    fused = [
+        program.computations[each.calls[0]] for each in program.within(program.entry) if each.operation == "fusion"
+    ]
+    parameters = (each for inside in fused for each in inside.values() if each.operation == "parameter")
+    return {array.dims for each in parameters for array in each.results if array.kind == "s8" and len(array.dims) == 2}
 
 
 def assert_sound(compiled: Compiled, temporaries: float = 0.1) -> None:
@@ -257,7 +190,7 @@ def test_loop_in_bfloat16(tpu, method, layout, sampled) -> None:
     assert_sound(compiled)
     shapes, _ = compiled.shapes
     one_layer = nbytes(shapes.memory.keys) // SMALL.num_layers
-    assert copies_in_loop(compiled.hlo, one_layer // 2) == []
+    assert copies_in_loop(compiled.program, one_layer // 2) == []
     # Those of the loop itself: a stage's rows, the final head's, the exits'. None chooses a platform.
     allowed = {"ar": 0, "dex": DEX.stages + 2, "one": 2}[method]
     # Two filters wherever a token is chosen: for each row count that the final layer and the exits are compiled for.
@@ -293,7 +226,7 @@ def test_drafters_with_layers_of_their_own(tpu, kind, name) -> None:
     assert_sound(compiled, temporaries=0.3 if name == "prefill" else 0.1)
     shapes, _ = compiled.shapes
     if name == "run":
-        assert copies_in_loop(compiled.hlo, nbytes(shapes.memory.keys) // SMALL.num_layers // 2) == []
+        assert copies_in_loop(compiled.program, nbytes(shapes.memory.keys) // SMALL.num_layers // 2) == []
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -337,8 +270,8 @@ def test_int8_kernels_are_read_and_never_made_dense(tpu, method, tied) -> None:
     about = {"config": config, "batch": 1, "cache_length": 2048, "packing": in_int8(config)}
     compiled = compile_program(tpu, "run", schedule, Unrolled(), "bfloat16", **about)
     kernels = {shape for shape in parameter_shapes(config).values() if len(shape) == 2}
-    assert kernels_made(compiled.hlo, min(map(math.prod, kernels))) == []
-    assert kernels <= read_in_int8(compiled.hlo)
+    assert kernels_made(compiled.program, min(map(math.prod, kernels))) == []
+    assert kernels <= read_in_int8(compiled.program)
     # The smallest kernel would be 34 MB in bfloat16, and the largest of a layer 235 MB.
     assert compiled.memory.temp_size_in_bytes < 20e6
     # With all layers: what a program holds beside its arguments grows with them, if at all.
@@ -373,13 +306,13 @@ def test_smollm2_depth_exploration_compiles(tpu, layout) -> None:
     # Widths that are no multiple of 128 (576, 960) make libtpu before 0.0.52 lay weights out anew once a call; in the
     # loop no weight is moved.
     assert_sound(compiled, temporaries=1.0)
-    assert copies_in_loop(compiled.hlo, nbytes(compiled.shapes[0].weights) // 200) == []
+    assert copies_in_loop(compiled.program, nbytes(compiled.shapes[0].weights) // 200) == []
 
 
 @pytest.mark.parametrize(("wanted", "method"), [("stage=4", "dex"), ("stage=2,tensor=2", "dex"), ("stage=4", "ar")])
 def test_stages_on_four_chips(topology, wanted, method) -> None:
     """A tick reads one stage on each chip, sends one cohort to the next and gathers proposals once."""
-    mesh = make_mesh(wanted, topology.devices)
+    mesh = make_mesh(wanted, topology)
     stages, pieces = mesh.shape["stage"], mesh.shape["tensor"]
     grid = Dex(explorers=stages, draft=False).schedule_for(SMALL.num_layers)
     schedule, layout = grid if method == "dex" else METHODS["ar"], Staged(grid.depths)
@@ -391,7 +324,7 @@ def test_stages_on_four_chips(topology, wanted, method) -> None:
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
 
     one_layer = nbytes(shapes.memory.keys[0])
-    assert copies_in_loop(hlo, one_layer // 2) == []
+    assert copies_in_loop(read(hlo), one_layer // 2) == []
     assert memory.argument_size_in_bytes >= nbytes(args)
     assert memory.alias_size_in_bytes >= nbytes(shapes.memory)
     assert memory.temp_size_in_bytes < 0.1 * nbytes((shapes.weights, shapes.memory))

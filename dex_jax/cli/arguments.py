@@ -119,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
     add("--color-depth", action="store_true", help="colour each token by the exit that first gave it")
     add("--check", action="store_true", help="decode with plain AR too and compare token by token")
     add("--dry-run", action="store_true", help="print what would be needed of memory, load nothing")
+    add("--hardware", metavar="NAME", help="with --dry-run: of one such device, t4, a100-40, h100 or v5e, say")
     return p
 
 
@@ -128,6 +129,8 @@ def check_flags(args: argparse.Namespace) -> str | None:
     Raises:
       DexError: flags that the method does not have.
     """
+    if args.hardware is not None and not args.dry_run:
+        raise DexError("--hardware is for estimates: add --dry-run")
     own = {*METHODS[args.method][1], *(OF_DEX if args.method == "dex" else ())}
     for name in METHOD_FLAGS:
         if name not in own and getattr(args, name) not in (None, False):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dex_jax.cli.arguments import prompts_of
 from dex_jax.decoding.dex.drafters import draft_model, exit_zero
 from dex_jax.decoding.footprint import (
+    Footprint,
     cache_length_for,
     device_memory,
     footprint,
@@ -23,9 +26,11 @@ from dex_jax.decoding.generate import encode_prompts, sampling_of
 from dex_jax.decoding.methods import Dex, Method, with_stages
 from dex_jax.decoding.output import title
 from dex_jax.decoding.resolve import GivenExits, opened, resolve, unmeasured
-from dex_jax.decoding.session import check_mesh
+from dex_jax.decoding.session import Session, check_layout
 from dex_jax.decoding.sizes import batch_bucket
 from dex_jax.errors import DexError
+from dex_jax.evaluation.targets import TARGETS, target, temporaries
+from dex_jax.hardware import USABLE, Device, hardware
 from dex_jax.io import open_checkpoint
 from dex_jax.language_model import Outline, layout_on_mesh, packing_of, resolve_dtype
 from dex_jax.language_model import outline as open_outline
@@ -58,20 +63,25 @@ def layout_of(args: argparse.Namespace, method: Method) -> tuple[Layout | None, 
 def dry_run(args: argparse.Namespace, method: Method) -> int:
     """Prints GB per device of weights, caches and exits, and whether they fit; returns exit code 0.
 
-    Without a prompt, one short prompt is assumed.
+    Without a prompt, one short prompt is assumed. With --hardware they are those of a device that need not be here, and
+    if its compiler is, its temporaries are what the compiled programs hold.
 
     Raises:
       DexError: as a real run would, for what can be known without weights.
     """
     checkpoint = open_checkpoint(args.model)
-    config, dtype = checkpoint.config, resolve_dtype(args.dtype)
+    elsewhere = None if args.hardware is None else hardware(args.hardware).device
+    if elsewhere is not None and args.mesh is not None:
+        raise DexError("--hardware judges one device: leave --mesh out")
+    config, dtype = checkpoint.config, _dtype_of(args, elsewhere)
     layout, mesh = layout_of(args, method)
     if args.draft_model is not None and method == Dex():
         method = Dex(explorers=1)
     if mesh is not None:
         method = with_stages(method, mesh.shape[STAGE])
     layout = layout or Unrolled()
-    packing = packing_of(checkpoint, dtype, layout, mesh, args.weights)
+    weights = args.weights or (None if elsewhere is None or elsewhere.name == "cpu" else "dense")
+    packing = packing_of(checkpoint, dtype, layout, mesh, weights)
     outline = Outline(checkpoint, dtype, layout, mesh, packing)
     exits: GivenExits = opened(args.exits)
     if args.draft_model is not None:
@@ -88,7 +98,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     compiled_for = batch if mesh is not None else batch_bucket(batch)
     longest = max(map(len, ids))
     length = cache_length_for(longest, args.max_new_tokens, schedule, compiled_for)
-    check_mesh(mesh, layout, resolved, batch)
+    check_layout(mesh, layout, resolved, batch)
     exits_bytes = sum(trained_bytes(config, dtype, each, mesh, packing) for each in (resolved.exits, resolved.drafter))
     if resolved.drafter is not None:
         drafter = exit_zero(resolved.drafter, longest + args.max_new_tokens)
@@ -96,7 +106,9 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     options: dict[str, Any] = {"sampled": sampling is not None, "exits_bytes": exits_bytes, "mesh": mesh}
     options["packing"] = packing
     needed = footprint(config, dtype, schedule, compiled_for, length, layout, **options)
-    sentence = verdict(needed, device_memory())
+    if elsewhere is not None and elsewhere.name in TARGETS:
+        needed = _compiled(needed, Session(outline, ids, resolved, args.max_new_tokens, sampling), elsewhere.name)
+    sentence = verdict(needed, device_memory() if elsewhere is None else int(USABLE * elsewhere.memory))
     devices = 1 if mesh is None else mesh.size
     if args.json:
         about = {"devices": devices, "batch": batch, "dtype": str(dtype), "weights": outline.weights_kind}
@@ -104,6 +116,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         print(json.dumps(sizes | about | {"verdict": sentence}))
         return 0
     where = "one device" if devices == 1 else f"each of {devices} devices"
+    where = where if elsewhere is None else f"one {elsewhere.name}"
     what = f"{batch} sequence(s) of at most {length} positions in {dtype}, {title(schedule)}"
     kept = f", weights in {outline.weights_kind}" if packing else ""
     print(f"{checkpoint.source}: {what}, on {where}{kept}")
@@ -111,3 +124,20 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         print(f"  {field.name.removesuffix('_bytes'):<10} {getattr(needed, field.name) / 1e9:8.3f} GB")
     print(sentence)
     return 0
+
+
+def _dtype_of(args: argparse.Namespace, elsewhere: Device | None) -> jnp.dtype:
+    """--dtype, or what is the default on the device at hand or elsewhere."""
+    if elsewhere is None or elsewhere.name == "cpu":
+        return resolve_dtype(args.dtype)
+    return jnp.dtype(args.dtype or ("float16" if elsewhere.name == "t4" else "bfloat16"))
+
+
+def _compiled(needed: Footprint, session: Session, name: str) -> Footprint:
+    """What is needed, with the temporaries of programs that are compiled for a device of that name."""
+    try:
+        with target(name) as devices:
+            return dataclasses.replace(needed, workspace_bytes=temporaries(session, devices[0]))
+    except DexError as error:
+        print(f"its temporaries are estimated: {error}", file=sys.stderr)
+        return needed

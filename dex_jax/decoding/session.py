@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -36,7 +37,7 @@ from dex_jax.io.eagle import EagleHead
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.forward import extend_with_states, last_states, states_at
 from dex_jax.nn.placing import weight_specs
-from dex_jax.nn.transformer import Layout
+from dex_jax.nn.transformer import Layout, Stacked
 from dex_jax.nn.weights import merge_model
 from dex_jax.progress import notify
 from dex_jax.sampling import Sampling
@@ -130,13 +131,16 @@ def run_ticks(
     return spec.schedule.loop.run(Running(model, heads, spec), state, limits, sampling, until_tick)
 
 
-def check_mesh(mesh: Mesh | None, layout: Layout, method: Resolved, sequences: int) -> None:
-    """Whether a model that lies so on a mesh can run a method; nothing to check without a mesh.
+def check_layout(mesh: Mesh | None, layout: Layout, method: Resolved, sequences: int) -> None:
+    """Whether a model that lies so, on a mesh or on one device, can run a method.
 
     Raises:
-      DexError: a method or a drafter for one device, other exit depths or stages, or sequences that the data axis
-        divides not.
+      DexError: stacked layers on a GPU; on a mesh a method or a drafter for one device, other exit depths or stages, or
+        sequences that the data axis divides not.
     """
+    if isinstance(layout, Stacked) and jax.default_backend() == "gpu":
+        # 8 layers of Llama 3 8B's width, four explorers: 12.8 GB a tick instead of 5.7 (benchmarks/compiled.py).
+        raise DexError("on GPUs XLA copies every stacked layer in every step: leave the stacked layout out")
     if mesh is not None:
         schedule = method.schedule
         if isinstance(method.drafter, EagleHead):
@@ -181,7 +185,7 @@ class Session:
         sampling: Sampling | None,
     ):
         schedule = method.schedule
-        check_mesh(lm.mesh, lm.layout, method, len(prompts))
+        check_layout(lm.mesh, lm.layout, method, len(prompts))
         self.lm = lm
         self.method = method
         drafts = schedule.drafts
@@ -217,13 +221,17 @@ class Session:
         if self.costs is not None:
             self.costs = self._put(self.costs, EVERYWHERE)
 
-    def compile(self) -> None:
-        """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
+    def compile(self, by: Callable[..., Any] = Program.compile) -> None:
+        """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract.
+
+        `by` takes what Program.compile takes, to compile for another device.
+        """
         sizes = (self.padded.shape, self.cache_length, self.limits.eos_ids.shape)
         kind = (self.spec, self.lm.dtype, self.lm.packing, sizes, self.sampling is None)
-        if kind in _READY and RUN.held:  # to find out the shapes takes half a second too
-            return
-        _READY.add(kind)
+        if by is Program.compile:
+            if kind in _READY and RUN.held:  # to find out the shapes takes half a second too
+                return
+            _READY.add(kind)
         weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.lm.weights)
         heads = self._put_heads(jax.eval_shape(self._heads, weights))
         weights = self._put(weights, lambda: weight_specs(weights, self.spec.mesh))
@@ -232,17 +240,17 @@ class Session:
         of_prefill, seen = self._of_prefill(heads)
         for size in sorted({*self.chunks}):
             tokens = self._put(jax.ShapeDtypeStruct((len(self.lengths), size), jnp.int32), BY_SEQUENCE)
-            PREFILL.compile(weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
+            by(PREFILL, weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
         prompt = None
         if self.spec.schedule.drafts is not None:
             text = jax.ShapeDtypeStruct((len(self.lengths), self.cache_length), jnp.int32)
             prompt = self._put(text, BY_SEQUENCE)
         start = (weights, heads, memory, last, lengths, self.limits, self.sampling, prompt, self.costs)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.capacity}
-        begun = START.compile(*start, **statics).out_info
+        begun = by(START, *start, **statics).out_info
         state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), begun)
         state = self._put(state, lambda: on_mesh.state_specs(self.spec))
-        RUN.compile(weights, heads, state, self.limits, self.sampling, scalar, spec=self.spec)
+        by(RUN, weights, heads, state, self.limits, self.sampling, scalar, spec=self.spec)
 
     def prefill(self) -> None:
         """Runs the prompts and chooses token 0 of each."""

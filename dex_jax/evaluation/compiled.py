@@ -96,9 +96,18 @@ class Program:
         loops = [each for each in self.computations[self.entry].values() if each.operation == "while"]
         return tuple(each.calls[0] for each in sorted(loops, key=lambda each: -each.nbytes))
 
-    def moved(self, computation: str) -> int:
-        """Bytes that one run of a computation moves; of a choice, those of the branch that moves most."""
-        return int(self._total(computation, self._moved))
+    def moved(self, computation: str, scope: str = "") -> int:
+        """Bytes that one run of a computation moves; of a choice, those of the branch that moves most.
+
+        Only for what is named after a scope (`jax.named_scope`), if one is given.
+        """
+
+        def of(each: Instruction, known: Known) -> int:
+            name = re.search(r'op_name="([^"]*)"', each.line)
+            inside = not scope or (name is not None and scope in name.group(1))
+            return self._moved(each, known) if inside else 0
+
+        return int(self._total(computation, of))
 
     def kernels(self, computation: str) -> int:
         """Operations that one run of a computation launches; of a choice, of the branch that launches most."""

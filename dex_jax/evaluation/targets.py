@@ -9,10 +9,16 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
+from dex_jax.decoding.footprint import SessionShapes
+from dex_jax.decoding.program import Program
+from dex_jax.decoding.session import PREFILL, RUN, START, Session
+from dex_jax.decoding.spec import Spec
 from dex_jax.errors import DexError
 from dex_jax.nn.attention import CAPABILITY
 
@@ -59,6 +65,9 @@ GPUS = {
     "a100-40": Gpu(
         "NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 1.41, 1.555e12, 42_400_000_000, 40 * MIB, 164 * KIB, 163 * KIB, 2048
     ),
+    "a100": Gpu(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 2.039e12, 85_000_000_000, 40 * MIB, 164 * KIB, 163 * KIB, 2048
+    ),
     "h100": Gpu(
         "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 3.35e12, 84_900_000_000, 50 * MIB, 228 * KIB, 227 * KIB, 2048
     ),
@@ -77,8 +86,8 @@ def target(name: str) -> Iterator[list[jax.Device]]:
       DexError: another name, or its compiler is not installed.
 
     Examples:
-      >>> with target("h100") as (device,):   # doctest: +SKIP
-      ...     sharding = jax.sharding.SingleDeviceSharding(device)
+      >>> with target("h100") as devices:   # doctest: +SKIP
+      ...     compiled = lower("run", shapes, spec, devices[0]).compile()
     """
     if name not in TARGETS:
         raise DexError(f"there is no compiler for {name!r}: choose one of {', '.join(TARGETS)}")
@@ -104,3 +113,39 @@ def target(name: str) -> Iterator[list[jax.Device]]:
         yield devices
     finally:
         CAPABILITY.reset(before)
+
+
+def lower(name: str, shapes: SessionShapes, spec: Spec, device: jax.Device, chunk: int = 512, capacity=64) -> Any:
+    """One of the programs of decoding, lowered for a device, to be compiled.
+
+    Args:
+      name: "prefill", of `chunk` tokens, "start", with room for `capacity` new tokens, or "run".
+      shapes: as `session_shapes` gives them.
+      spec: what they were made for.
+      device: within a `target`, or one at hand.
+    """
+    programs: dict[str, Any] = {
+        "prefill": (PREFILL, shapes.of_prefill(chunk), {}),
+        "start": (START, shapes.of_start, {"capacity": capacity}),
+        "run": (RUN, shapes.of_run, {}),
+    }
+    program, arguments, statics = programs[name]
+    return program.jitted.lower(*_placed(arguments, device), spec=spec, **statics)
+
+
+def temporaries(session: Session, device: jax.Device) -> int:
+    """Bytes of the most that a program of a session holds beside its arguments, on a device of a `target`."""
+    most = [0]
+
+    def compiled(program: Program, *arguments: Any, **statics: Any) -> Any:
+        found = program.jitted.lower(*_placed(arguments, device), **statics).compile()
+        most.append(found.memory_analysis().temp_size_in_bytes)
+        return found
+
+    session.compile(compiled)
+    return max(most)
+
+
+def _placed(arguments: Any, device: jax.Device) -> Any:
+    here = SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)

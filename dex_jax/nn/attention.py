@@ -29,6 +29,9 @@ MANY_ROWS = 16
 FEW_KEYS = 16
 """Keys that GPUs score with sums of products, which are part of what comes before and after, instead of a product."""
 
+SCOPE = "attention"
+"""What compiled programs and profiles call what is done here."""
+
 CAPABILITY: ContextVar[float | None] = ContextVar("CAPABILITY", default=None)
 """Compute capability of the GPU that programs are compiled for, where that is not the one at hand."""
 
@@ -68,7 +71,8 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True,
     elif cap is None and stored == {queries.dtype} != {jnp.dtype(jnp.float32)} and _fused_width(queries.shape[3]):
         ways["cuda"] = _attend_fused
     ways = {platform: functools.partial(way, cap) for platform, way in ways.items()}
-    return jax.lax.platform_dependent(queries, list(sources), **ways)
+    with jax.named_scope(SCOPE):
+        return jax.lax.platform_dependent(queries, list(sources), **ways)
 
 
 def _fused_width(width: int) -> bool:
@@ -168,7 +172,9 @@ def _attend(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues],
             # Keys times query columns, so that the cache is read as it lies: the other way round XLA transposes it.
             return _sum_in_float32("bgsd,bgdn->bgsn", source.keys, columns).transpose(0, 1, 3, 2)
         if source.keys.shape[2] > FEW_KEYS:  # as softmax wants scores, which then is one kernel
-            return _sum_in_float32("bgdn,bgsd->bgns", columns, source.keys)
+            # Of products of the same queries with two sources XLA would make one, with a copy of all keys.
+            own = columns if source is sources[0] else jax.lax.optimization_barrier(columns)
+            return _sum_in_float32("bgdn,bgsd->bgns", own, source.keys)
         each = columns.swapaxes(2, 3)[:, :, :, None].astype(jnp.float32)
         return jnp.sum(each * source.keys[:, :, None].astype(jnp.float32), axis=-1)
 
