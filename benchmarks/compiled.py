@@ -1,8 +1,8 @@
 """What XLA's compilers make of decoding on GPUs and TPUs that are not here, from shapes alone.
 
 Needs what docs/howto_gpu_tpu.md installs to compile for NVIDIA GPUs and for TPUs; lines whose compiler is missing are
-left out. Cycles are libtpu's own estimate. Wide models are compiled with two and with four layers, and the figures go on
-as these do.
+left out. Cycles are libtpu's own estimate. Wide models are compiled with two and with four layers, and the figures go
+on as these do.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ CLOCK = {"v5e": 1.5e9}
 
 BANDWIDTH = {"v5e": 819e9}
 CHUNK, PROMPT = 512, 8192
+UNROLLED = Unrolled()
 
 
 class Figures(NamedTuple):
@@ -49,12 +50,11 @@ class Figures(NamedTuple):
 
 
 def of_layers(
-    name: str, config: ModelConfig, layers: int, method: Method, dtype: str, layout: Layout | None, cache: int
+    name: str, config: ModelConfig, layers: int, method: Method, dtype: str, layout: Layout, cache: int
 ) -> Figures:
     """A program of `config` with so many layers: a step, or where the cache holds a long prompt, a chunk of it."""
     config = dataclasses.replace(config, num_layers=layers)
     schedule = method.schedule_for(layers)
-    layout = Unrolled() if layout is None else Stacked(schedule.depths)
     shapes = session_shapes(config, jnp.dtype(dtype), schedule, layout, 1, cache, capacity=256)
     with target(name) as devices:
         which = "prefill" if cache > PROMPT else "run"
@@ -71,11 +71,11 @@ def figures(
     config: ModelConfig,
     method: Method,
     dtype: str = "bfloat16",
-    layout: Layout | None = None,
+    layout: Layout = UNROLLED,
     cache: int = 1024,
 ) -> Figures:
     """Those of the whole model."""
-    if layout is not None or config.width < 1024:
+    if config.num_layers <= 8 or config.width < 1024:
         return of_layers(name, config, config.num_layers, method, dtype, layout, cache)
     few, more = (of_layers(name, config, layers, method, dtype, layout, cache) for layers in (2, 4))
     turns = (config.num_layers - 2) / 2
@@ -104,7 +104,7 @@ def rows() -> list[tuple[str, str, str]]:
     def megacycles(method: Method) -> str:
         return f"{figures('v5e', small, method).cycles / 1e6:.2f}"
 
-    def over_weights(name: str, config: ModelConfig, method: Method, dtype: str, layout: Layout | None = None) -> str:
+    def over_weights(name: str, config: ModelConfig, method: Method, dtype: str, layout: Layout = UNROLLED) -> str:
         step = figures(name, config, method, dtype, layout)
         return f"{step.moved / step.read:.2f}"
 
@@ -119,7 +119,7 @@ def rows() -> list[tuple[str, str, str]]:
     add(
         "H100, 8 layers of 8B, four explorers, over reading their weights",
         "bytes",
-        lambda: over_weights("h100", short, Dex(explorers=4, draft=False), "bfloat16", None),
+        lambda: over_weights("h100", short, Dex(explorers=4, draft=False), "bfloat16"),
     )
     add(
         "H100, the same with stacked layers, which are refused",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from dex_jax.errors import DexError
+from dex_jax.evaluation import targets
 from dex_jax.evaluation.compiled import read
-from dex_jax.evaluation.targets import TARGETS, target
 from dex_jax.nn.attention import CAPABILITY
 
 # A loop of 3 turns within a loop: a product by a library, rows cut out of a cache and rows written into it, a choice.
@@ -121,13 +123,12 @@ def test_what_runs_within_loops() -> None:
     assert (near.nbytes, near.results[0].nbytes, near.works) == (0, KERNEL, False)
 
 
-def test_targets_are_told_and_nothing_stays_assumed() -> None:
-    with pytest.raises(DexError, match="t4"), target("abacus"):
-        pass
-    for name in TARGETS:
-        try:
-            with target(name):
-                assert CAPABILITY.get() is not None
-        except DexError as error:
-            assert "pip install" in str(error)
+def test_a_target_without_a_compiler_is_told_and_nothing_stays_assumed(monkeypatch) -> None:
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", None)
+    for name, keyword in (("abacus", "t4"), ("h100", "jax-cuda12-pjrt"), ("v5e", "libtpu")):
+        with pytest.raises(DexError, match=keyword), targets.target(name):
+            pass
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", lambda **about: SimpleNamespace(devices=["it"]))
+    with targets.target("h100") as devices:
+        assert (devices, CAPABILITY.get()) == (["it"], 9.0)
     assert CAPABILITY.get() is None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True,
     """
     stored = {x.dtype for source in sources for x in source[:2]}
     many = queries.shape[1] > MANY_ROWS and any(source.keys.shape[2] > KEY_BLOCK for source in sources)
-    ways = {"default": _attend_in_blocks if many else _attend}
+    ways: dict[str, Any] = {"default": _attend_in_blocks if many else _attend}
     known = len(stored) == 1 and stored | {queries.dtype} <= {*few_rows.DTYPES}
     if whole and known and queries.shape[3] % few_rows.LANES == 0 and few_rows.ready():
         ways["cpu"] = _attend_few_rows
@@ -84,13 +84,15 @@ def _fused_width(width: int) -> bool:
     return capability >= 8 and width % 8 == 0 and width <= (256 if capability >= 9 else 128)
 
 
-def _attend_fused(cap: None, queries: jax.Array, sources: Sequence[KeyValues], by: str = "cudnn") -> jax.Array:
+def _attend_fused(
+    cap: None, queries: jax.Array, sources: Sequence[KeyValues], by: Literal["cudnn", "xla"] = "cudnn"
+) -> jax.Array:
     """As `_attend`, without any score in the main memory; `by` as jax.nn.dot_product_attention's implementation."""
     mask = [jnp.broadcast_to(s.mask, (*queries.shape[:2], s.keys.shape[2])) for s in sources]
     pairs = zip(*(source[:2] for source in sources), strict=True)
     keys, values = (jnp.concatenate(each, axis=2).swapaxes(1, 2) for each in pairs)
     joined = jnp.concatenate(mask, axis=2)[:, None]
-    return jax.nn.dot_product_attention(queries, keys, values, mask=joined, implementation=by)  # type: ignore[arg-type]
+    return jax.nn.dot_product_attention(queries, keys, values, mask=joined, implementation=by)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
