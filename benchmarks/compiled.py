@@ -7,6 +7,7 @@ on as these do.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from typing import NamedTuple
@@ -134,6 +135,7 @@ def rows() -> list[tuple[str, str, str]]:
 
 def main() -> None:
     """Prints the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     print(markdown(["what", "unit", "figure"], rows()))
