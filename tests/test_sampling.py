@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import slow
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from reference.filters import filter_logits
@@ -142,7 +142,6 @@ def _sampled_by_dex(tables, first: jax.Array, sampling: Sampling) -> Record:
     return run(toy_network(tables), state, limits, sampling).record
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40), st.integers(1, 50))
 def test_the_cut_of_gpus_and_tpus_is_the_one_of_cpus(values: list[int], enough: int) -> None:
     ordered = jnp.asarray([values], jnp.uint32)

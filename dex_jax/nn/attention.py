@@ -66,22 +66,27 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True,
     known = len(stored) == 1 and stored | {queries.dtype} <= {*few_rows.DTYPES}
     if whole and known and queries.shape[3] % few_rows.LANES == 0 and few_rows.ready():
         ways["cpu"] = _attend_few_rows
-    if not many:
+    capability = _capability()
+    if capability and not many:
         ways["cuda"] = functools.partial(_attend, on_gpu=True)
-    elif cap is None and stored == {queries.dtype} != {jnp.dtype(jnp.float32)} and _fused_width(queries.shape[3]):
-        ways["cuda"] = _attend_fused
+    elif capability >= 8 and cap is None and stored == {queries.dtype} != {jnp.dtype(jnp.float32)}:
+        widest = 256 if capability >= 9 else 128
+        if queries.shape[3] % 8 == 0 and queries.shape[3] <= widest:
+            ways["cuda"] = _attend_fused
     ways = {platform: functools.partial(way, cap) for platform, way in ways.items()}
     with jax.named_scope(SCOPE):
+        if len(ways) == 1:
+            return ways["default"](queries, sources)
         return jax.lax.platform_dependent(queries, list(sources), **ways)
 
 
-def _fused_width(width: int) -> bool:
-    """Whether cuDNN attends with heads of this width on the GPU that is compiled for."""
-    capability = CAPABILITY.get()
-    if capability is None:
-        device = jax.devices()[0]
-        capability = float(device.compute_capability) if device.platform == "gpu" else 0.0
-    return capability >= 8 and width % 8 == 0 and width <= (256 if capability >= 9 else 128)
+def _capability() -> float:
+    """Compute capability of the GPU that is compiled for, 0 without one."""
+    assumed = CAPABILITY.get()
+    if assumed is not None:
+        return assumed
+    device = jax.devices()[0]
+    return float(device.compute_capability) if device.platform == "gpu" else 0.0
 
 
 def _attend_fused(
