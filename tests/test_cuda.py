@@ -92,7 +92,7 @@ def test_a_prompt_never_has_all_of_its_scores_in_memory(gpu: str) -> None:
 
 
 def test_a_dry_run_measures_temporaries(capsys) -> None:
-    main(["--dry-run", "--json", "--hardware", "h100", "--prompt", "Hi", "--max-new-tokens", "8"])
+    main(["--dry-run", "--json", "--hardware", "h100", "--method", "ar", "--prompt", "Hi"])
     out, err = capsys.readouterr()
     assert "estimated" not in err
     assert json.loads(out)["workspace_bytes"] < 20e6
