@@ -86,7 +86,10 @@ def _capability() -> float:
     if assumed is not None:
         return assumed
     device = jax.devices()[0]
-    return float(device.compute_capability) if device.platform == "gpu" else 0.0
+    try:
+        return float(device.compute_capability) if device.platform == "gpu" else 0.0
+    except ValueError:  # of AMD's, whose names are no numbers
+        return 0.0
 
 
 def _attend_fused(
