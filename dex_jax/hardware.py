@@ -143,6 +143,18 @@ DEVICES = {
 }
 
 
+KINDS = {
+    **{"H100": "h100", "H200": "h200", "A100-SXM4-40GB": "a100-40", "A100-PCIE-40GB": "a100-40", "A100": "a100"},
+    **{"T4": "t4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"},
+}
+"""What JAX's `device_kind` has in it -> key of DEVICES, the longer names first."""
+
+
+def published(kind: str) -> Device | None:
+    """The device that JAX calls so, from DEVICES; None for one that is not there."""
+    return next((DEVICES[name][0] for part, name in KINDS.items() if part in kind), None)
+
+
 def hardware(text: str) -> Hardware:
     """Hardware from a name such as "h100", "h100x8" or "v5ex16,hosts=4,network=dcn", or from a file of `calibrate`.
 

@@ -34,10 +34,11 @@ from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.evaluation.check import CLOSE, compare
 from dex_jax.forced.counts import forced_exits
+from dex_jax.hardware import published
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_TOKEN, full_rows
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled
-from dex_jax.nn.weights import merge_model
+from dex_jax.nn.weights import merge_model, weight_bytes
 from dex_jax.progress import notify
 from dex_jax.sampling import Sampling, sampling_keys
 
@@ -152,6 +153,7 @@ def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
     measured = {
         **{f"AR step, {label} (ms)": round(step, 2) for label, (step, _) in times.items()},
         **{f"DEX tick, {label} (ms)": round(tick, 2) for label, (_, tick) in times.items()},
+        "weights read in an AR step": _reading(lm, times["unrolled"][0]),
         "final head, 1 row (ms)": round(_head_time(lm, 1), 2),
         f"exit heads, {explorers - 1} rows (ms)": round(_head_time(lm, explorers - 1), 2) if explorers > 1 else None,
         "peak memory (GB)": _peak_memory(),
@@ -260,6 +262,17 @@ def _step_and_tick(
             found.append((time.perf_counter() - begin) / TIMED_TICKS)
     step, tick = (1e3 * float(np.median(found)) for found in seconds)
     return step, tick
+
+
+def _reading(lm: LanguageModel, milliseconds: float) -> str:
+    """How fast a step that takes so long reads the weights; of devices that are known, as a share of their peak."""
+    sizes = weight_bytes(lm.config, lm.dtype, lm.packing)
+    rate = (sum(sizes.values()) - (0 if lm.config.tied else sizes["embed"])) / milliseconds * 1e3
+    device = published(jax.devices()[0].device_kind)
+    share = (
+        "" if device is None else f", {rate / device.bandwidth:.0%} of {device.name}'s {device.bandwidth / 1e9:,.0f}"
+    )
+    return f"{rate / 1e9:,.1f} GB/s{share}"
 
 
 def _head_time(lm: LanguageModel, rows: int) -> float:

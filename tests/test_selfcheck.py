@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 from reference.small_models import LLAMA, small_model
@@ -65,6 +66,26 @@ def test_wrong_ticks_and_exits_are_found(lm) -> None:
     failed = selfcheck.Report({}, [selfcheck._counted_ticks("greedy", explored, schedule)])
     assert not failed.holds
     assert failed.text().splitlines()[-1] == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("cpu", "GB/s"),
+        ("NVIDIA A100-SXM4-40GB", "of a100-40's 1,555"),
+        ("NVIDIA A100-SXM4-80GB", "of a100's 2,039"),
+        ("Tesla T4", "of t4's 320"),
+        ("TPU v5 lite", "of v5e's 819"),
+        ("TPU v5p", "of v5p's 2,765"),
+    ],
+)
+def test_a_step_is_measured_by_what_memory_gives(monkeypatch, kind: str, said: str) -> None:
+    lm = small_model(dataclasses.replace(CONFIG, tied=False))
+    monkeypatch.setattr(selfcheck.jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    found = selfcheck._reading(lm, 0.5)
+    read = lm.parameter_bytes - lm.config.vocab_size * lm.config.width * lm.dtype.itemsize
+    assert found.startswith(f"{read / 0.5e-3 / 1e9:,.1f} GB/s")
+    assert found.endswith(said)
 
 
 def test_exit_codes(monkeypatch, capsys) -> None:
