@@ -269,10 +269,10 @@ def _reading(lm: LanguageModel, milliseconds: float) -> str:
     sizes = weight_bytes(lm.config, lm.dtype, lm.packing)
     rate = (sum(sizes.values()) - (0 if lm.config.tied else sizes["embed"])) / milliseconds * 1e3
     device = published(jax.devices()[0].device_kind)
-    share = (
-        "" if device is None else f", {rate / device.bandwidth:.0%} of {device.name}'s {device.bandwidth / 1e9:,.0f}"
-    )
-    return f"{rate / 1e9:,.1f} GB/s{share}"
+    if device is None:
+        return f"{rate / 1e9:,.1f} GB/s"
+    peak = f"{rate / device.bandwidth:.0%} of {device.name}'s {device.bandwidth / 1e9:,.0f}"
+    return f"{rate / 1e9:,.1f} GB/s, {peak}"
 
 
 def _head_time(lm: LanguageModel, rows: int) -> float:
