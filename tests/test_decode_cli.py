@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,16 @@ def test_a_draft_model_is_said_and_counted(run, folder) -> None:
         for each in (["--exits", "shared"], ["--draft-model", SMOLLM2])
     ]
     assert sizes[1] - sizes[0] > 90e6, "weights and cache of the small model"
+
+
+def test_a_draft_model_of_little_context_need_hold_no_more_than_the_text(run, folder, tmp_path) -> None:
+    """Caches are rounded up to more than it has."""
+    short = Path(shutil.copytree(folder, tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    arguments = ["--dry-run", "--prompt", SKY, "--draft-model", str(short)]
+    assert run(*arguments, "--max-new-tokens", "13")[0] == 0
+    refused(run(*arguments, "--max-new-tokens", "128"), "a context of 128")
 
 
 @pytest.mark.slow
