@@ -138,8 +138,9 @@ def _cut(logits: jax.Array, weight: jax.Array, enough: jax.Array) -> jax.Array:
 def threshold(bits: int, ordered: jax.Array, weight: jax.Array, enough: jax.Array) -> jax.Array:
     """The largest t of each row for which what is at least t weighs `enough`, found `bits` bits a turn: [N] uint32.
 
-    Of ordered [N, V] uint32 that weigh `weight` [N, 1, V]; 0 where even all weigh less.
+    Of ordered [N, V] uint32 that weigh `weight` [N, 1, V]; `enough` is a scalar or [N]; 0 where even all weigh less.
     """
+    enough = jnp.broadcast_to(enough, ordered.shape[:1])[:, None]
 
     def turn(i: jax.Array, found: jax.Array) -> jax.Array:
         shift = (32 - bits * (i + 1)).astype(jnp.uint32)

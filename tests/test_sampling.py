@@ -148,6 +148,8 @@ def test_the_cut_of_gpus_and_tpus_is_the_one_of_cpus(values: list[int], enough: 
     weight = jnp.ones((1, 1, len(values)), jnp.int32)
     found = [int(threshold(bits, ordered, weight, jnp.int32(enough))[0]) for bits in (1, 2, 4)]
     assert found == [sorted(values)[-enough] if enough <= len(values) else 0] * 3
+    two = threshold(4, jnp.tile(ordered, (2, 1)), jnp.tile(weight, (2, 1, 1)), jnp.asarray([enough, len(values)]))
+    assert two.tolist() == [found[0], min(values)], "each row its own"
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [slow(CHI_VOCAB, 1.0), (12, 0.9)], ids=["all", "filtered"])
