@@ -24,18 +24,18 @@ from dex_jax.errors import DexError
 from dex_jax.evaluation.compiled import read
 from dex_jax.evaluation.planner.workload import SHAPES
 from dex_jax.evaluation.targets import lower, target
+from dex_jax.hardware import DEVICES
 from dex_jax.io import open_checkpoint
 from dex_jax.nn.attention import SCOPE
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled
 from dex_jax.tables import markdown
 
-ROUND = Dex(explorers=1, draft=TreeShape((2, 2, 1, 1, 1), drafted=0, lookup=(0.5,) * 8))
-"""A round of eight rows, always all of them, drafted from the text."""
+TREE = Dex(explorers=1, draft=TreeShape((2, 2, 1, 1, 1), drafted=0, lookup=(0.5,) * 8))
+"""Ticks of eight rows, always all of them, drafted from the text."""
 
-CLOCK = {"v5e": 1.5e9}
-"""Cycles a second that libtpu's estimates are in: what a step that only reads its weights should take says so."""
+V5E_CLOCK = 1.5e9
+"""Cycles a second; with the bandwidth it says how many cycles the reading of so many bytes takes."""
 
-BANDWIDTH = {"v5e": 819e9}
 CHUNK, PROMPT = 512, 8192
 UNROLLED = Unrolled()
 
@@ -100,7 +100,7 @@ def rows() -> list[tuple[str, str, str]]:
 
     def over_bytes() -> str:
         ar = figures("v5e", eight, AR())
-        return f"{ar.cycles / CLOCK['v5e'] * BANDWIDTH['v5e'] / ar.read:.2f}"
+        return f"{ar.cycles / V5E_CLOCK * DEVICES['v5e'][0].bandwidth / ar.read:.2f}"
 
     def megacycles(method: Method) -> str:
         return f"{figures('v5e', small, method).cycles / 1e6:.2f}"
@@ -115,7 +115,7 @@ def rows() -> list[tuple[str, str, str]]:
 
     add("v5e, Llama 3 8B, AR step over reading its weights", "cycles", over_bytes)
     add("v5e, SmolLM2, AR step", "Mcycles", lambda: megacycles(AR()))
-    add("v5e, SmolLM2, round of 8 rows", "Mcycles", lambda: megacycles(ROUND))
+    add("v5e, SmolLM2, tick of one explorer, 8 rows", "Mcycles", lambda: megacycles(TREE))
     add("T4, Llama 3.2 1B, AR step over reading its weights", "bytes", lambda: over_weights("t4", one, AR(), "float16"))
     add(
         "H100, 8 layers of 8B, four explorers, over reading their weights",
@@ -129,7 +129,7 @@ def rows() -> list[tuple[str, str, str]]:
     )
     add("H100, Llama 3 8B, attention of a prompt of 8,192 tokens", "TB", prefill)
     add("H100, SmolLM2, AR step", "kernels", lambda: f"{figures('h100', small, AR()).kernels:.0f}")
-    add("H100, SmolLM2, round of 8 rows", "kernels", lambda: f"{figures('h100', small, ROUND).kernels:.0f}")
+    add("H100, SmolLM2, tick of one explorer, 8 rows", "kernels", lambda: f"{figures('h100', small, TREE).kernels:.0f}")
     return found
 
 

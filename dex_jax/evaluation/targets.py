@@ -1,6 +1,7 @@
 """Devices to compile for that are not here: their compilers run on any machine.
 
-NVIDIA GPUs need jax-cuda12-plugin and jax-cuda12-pjrt of JAX's own version, without what these depend on; TPUs libtpu.
+NVIDIA GPUs need jax-cuda12-plugin and jax-cuda12-pjrt of JAX's own version, and cuDNN, without what these depend on;
+TPUs libtpu.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ def target(name: str) -> Iterator[list[jax.Device]]:
         config = GPUS[name].configuration
         options = {"platform": "cuda", "topology_name": "", "target_config": config, "topology": "1x1x1"}
         install = " ".join(f"jax-cuda12-{part}=={jax.__version__}" for part in ("plugin", "pjrt"))
+        install += " nvidia-cudnn-cu12"
     try:
         devices = topologies.get_topology_desc(**options).devices
     except Exception as error:  # each compiler has errors of its own
@@ -134,7 +136,11 @@ def lower(name: str, shapes: SessionShapes, spec: Spec, device: jax.Device, chun
 
 
 def temporaries(session: Session, device: jax.Device) -> int:
-    """Bytes of the most that a program of a session holds beside its arguments, on a device of a `target`."""
+    """Bytes of the most that a program of a session holds beside its arguments, on a device of a `target`.
+
+    Raises:
+      DexError: a program that the compiler refuses: without cuDNN, say, or as the device's memory cannot hold it.
+    """
     most = [0]
 
     def compiled(program: Program, *arguments: Any, **statics: Any) -> Any:
@@ -142,7 +148,10 @@ def temporaries(session: Session, device: jax.Device) -> int:
         most.append(found.memory_analysis().temp_size_in_bytes)
         return found
 
-    session.compile(compiled)
+    try:
+        session.compile(compiled)
+    except RuntimeError as error:  # what compilers raise
+        raise DexError(f"the compiler refuses a program: {str(error).strip().splitlines()[0]}") from error
     return max(most)
 
 
