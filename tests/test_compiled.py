@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dex_jax.errors import DexError
 from dex_jax.evaluation import targets
 from dex_jax.evaluation.compiled import read
-from dex_jax.nn.attention import CAPABILITY
+from dex_jax.nn.attention import CAPABILITY, KeyValues, attend
 
 # A loop of 3 turns within a loop: a product by a library, rows cut out of a cache and rows written into it, a choice.
 PROGRAM = """\
@@ -132,3 +134,16 @@ def test_a_target_without_a_compiler_is_told_and_nothing_stays_assumed(monkeypat
     with targets.target("h100") as devices:
         assert (devices, CAPABILITY.get()) == (["it"], 9.0)
     assert CAPABILITY.get() is None
+
+
+def test_what_was_traced_for_one_target_is_not_used_for_another(monkeypatch) -> None:
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", lambda **about: SimpleNamespace(devices=["it"]))
+    keys = jnp.ones((1, 1, 30, 20))  # of a width that C++ does not take
+    source = KeyValues(keys, keys, jnp.ones((1, 4, 30), bool))
+    attention = jax.jit(lambda queries: attend(queries, [source]))
+
+    def has_ways(name: str) -> bool:
+        with targets.target(name):
+            return "platform_index" in str(attention.trace(jnp.ones((1, 4, 1, 20))).jaxpr)
+
+    assert [has_ways(name) for name in ("v5e", "h100", "v5e", "t4")] == [False, True, False, True]

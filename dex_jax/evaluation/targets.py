@@ -111,10 +111,12 @@ def target(name: str) -> Iterator[list[jax.Device]]:
         raise DexError(f"nothing here compiles for {name}: pip install --no-deps {install} ({error})") from error
     capability = ".".join(map(str, GPUS[name].capability)) if name in GPUS else "0"
     before = CAPABILITY.set(float(capability))
+    jax.clear_caches()  # what was traced for one device is not for another
     try:
         yield devices
     finally:
         CAPABILITY.reset(before)
+        jax.clear_caches()
 
 
 def lower(name: str, shapes: SessionShapes, spec: Spec, device: jax.Device, chunk: int = 512, capacity=64) -> Any:
