@@ -8,6 +8,7 @@ import itertools
 import operator
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,12 +25,13 @@ from dex_jax.errors import DexError
 from dex_jax.host_memory import return_free_memory
 from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
 from dex_jax.io.known_drafters import say_known_drafters
+from dex_jax.io.save import save_model
 from dex_jax.nn import few_rows
 from dex_jax.nn.forward import extend
 from dex_jax.nn.packed import FORMATS, INT8, Packed, joined, to_int8
 from dex_jax.nn.placing import build_on_mesh
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Transformer, Unrolled, build, relayout
-from dex_jax.nn.weights import Packing, abstract_weights, merge_model, weight_bytes
+from dex_jax.nn.weights import Packing, abstract_weights, canonical_weights, merge_model, weight_bytes
 from dex_jax.progress import notify
 from dex_jax.prompts import Prompt, encode_prompt
 from dex_jax.sharding import STAGE, TENSOR, check_model, check_stages, make_mesh
@@ -114,6 +116,17 @@ class LanguageModel:
                 raise DexError("a model is spread over a mesh as it is loaded: load it again for another layout")
             self.packing = tuple(each for each in self.packing if not each[0].startswith("layers."))
             self._adopt(relayout(merge_model(self.config, self.layout, self.weights), layout))
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes a Hugging Face directory with dense weights; see `dex_jax.io.save.save_model`, errors too.
+
+        Raises:
+          DexError: the weights are not in the unrolled layout.
+        """
+        if not isinstance(self.layout, Unrolled):
+            raise DexError(f"{self.source} is not in the unrolled layout: to save it, load it without layout and mesh")
+        weights = canonical_weights(self.config, self.layout, self.weights)
+        return save_model(folder, self.config, weights, self.tokenizer)
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
         """Token ids of a prompt; see `dex_jax.prompts.encode_prompt`."""

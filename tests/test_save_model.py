@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from reference.checkpoints import FAMILIES, tensor_shapes, write_checkpoint
-from reference.small_models import LLAMA, small_model
+from reference.small_models import LLAMA, small_model, train_tokenizer, weights_of
 
 import dex_jax
 from dex_jax import DexError
 from dex_jax.io import open_checkpoint, save
 from dex_jax.io.save import config_json, save_model
-from dex_jax.training.corpus import train_tokenizer
-from dex_jax.training.whole_model import canonical_weights
+from dex_jax.nn.transformer import Stacked
 
 TEXT = "Whereof one cannot speak, thereof one must be silent.\n" * 4
 
 
-def weights_of(config, seed: int = 0) -> dict:
-    return canonical_weights(small_model(config, seed=seed))
+def random_weights(config, seed: int = 0) -> dict:
+    return weights_of(small_model(config, seed=seed))
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -46,8 +45,9 @@ def test_every_family_comes_back(family: str, tmp_path) -> None:
 
 def test_load_gives_the_same_model_and_tokenizer(tmp_path) -> None:
     config = dataclasses.replace(LLAMA, vocab_size=270, eos_ids=(3, 5), bos_id=4)
-    lm, tokenizer = small_model(config), train_tokenizer(TEXT, 270)
-    loaded = dex_jax.load(str(save_model(tmp_path / "runs" / "model", config, canonical_weights(lm), tokenizer)))
+    tokenizer = train_tokenizer(TEXT, 270)
+    lm = small_model(config, tokenizer=tokenizer)
+    loaded = dex_jax.load(str(lm.save(tmp_path / "runs" / "model")))
     tokens = loaded.encode(TEXT, chat=False)
     assert loaded.tokenizer is not None
     assert loaded.tokenizer.decode(tokens) == TEXT
@@ -59,7 +59,7 @@ def test_load_gives_the_same_model_and_tokenizer(tmp_path) -> None:
 def test_dtypes_are_kept_or_widened(tmp_path) -> None:
     stored = {"float32": "float32", "float16": "float16", "bfloat16": "float32"}
     for name, expected in stored.items():
-        weights = {key: value.astype(name) for key, value in weights_of(LLAMA).items()}
+        weights = {key: value.astype(name) for key, value in random_weights(LLAMA).items()}
         folder = save_model(tmp_path / name, LLAMA, weights)
         checkpoint = open_checkpoint(str(folder))
         assert checkpoint.read("embed").dtype == expected
@@ -69,7 +69,7 @@ def test_dtypes_are_kept_or_widened(tmp_path) -> None:
 
 @pytest.mark.parametrize("failing", ["tensors", "rename"])
 def test_a_failure_leaves_what_was_there(failing: str, tmp_path, monkeypatch) -> None:
-    folder = save_model(tmp_path / "m", LLAMA, weights_of(LLAMA, 0))
+    folder = save_model(tmp_path / "m", LLAMA, random_weights(LLAMA, 0))
     before = contents(folder)
 
     def full(*arguments, **options):
@@ -84,7 +84,7 @@ def test_a_failure_leaves_what_was_there(failing: str, tmp_path, monkeypatch) ->
         )
     for target in (folder, tmp_path / "other"):
         with pytest.raises(DexError, match=r"No space left on device.*make room"):
-            save_model(target, LLAMA, weights_of(LLAMA, 1))
+            save_model(target, LLAMA, random_weights(LLAMA, 1))
     assert contents(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
@@ -92,24 +92,24 @@ def test_a_failure_leaves_what_was_there(failing: str, tmp_path, monkeypatch) ->
 def test_files_are_flushed_as_windows_wants_it(tmp_path, monkeypatch) -> None:
     # There a descriptor that may not be written to cannot be flushed: writing nothing refuses it everywhere.
     monkeypatch.setattr(os, "fsync", lambda descriptor: os.write(descriptor, b""))
-    assert open_checkpoint(str(save_model(tmp_path / "m", LLAMA, weights_of(LLAMA)))).config == LLAMA
+    assert open_checkpoint(str(save_model(tmp_path / "m", LLAMA, random_weights(LLAMA)))).config == LLAMA
 
 
 def test_nothing_but_a_model_is_replaced(tmp_path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(DexError, match="is a file"):
-        save_model(tmp_path / "file", LLAMA, weights_of(LLAMA))
-    folder = save_model(tmp_path / "m", LLAMA, weights_of(LLAMA))
+        save_model(tmp_path / "file", LLAMA, random_weights(LLAMA))
+    folder = save_model(tmp_path / "m", LLAMA, random_weights(LLAMA))
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(DexError, match=r"also holds notes\.txt"):
-        save_model(folder, LLAMA, weights_of(LLAMA))
+        save_model(folder, LLAMA, random_weights(LLAMA))
     assert (folder / "notes.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    assert len(contents(save_model(tmp_path / "empty", LLAMA, weights_of(LLAMA)))) == 2
+    assert len(contents(save_model(tmp_path / "empty", LLAMA, random_weights(LLAMA)))) == 2
 
 
 def test_weights_and_configurations_that_do_not_fit_are_refused(tmp_path) -> None:
-    weights = weights_of(LLAMA)
+    weights = random_weights(LLAMA)
     cases = [
         ({name: value for name, value in weights.items() if name != "layers.3.out"}, "lack layers.3.out"),
         ({**weights, "layers.3.out": jnp.zeros((32, 31))}, r"layers.3.out has the shape \[32, 31\].*\[32, 32\]"),
@@ -118,6 +118,8 @@ def test_weights_and_configurations_that_do_not_fit_are_refused(tmp_path) -> Non
     for wrong, sentence in cases:
         with pytest.raises(DexError, match=sentence):
             save_model(tmp_path / "m", LLAMA, wrong)
+    with pytest.raises(DexError, match="unrolled"):
+        small_model(LLAMA, layout=Stacked((2, 4))).save(tmp_path / "m")
     assert not list(tmp_path.iterdir())
     for family, change in (("llama", {"qk_norm": True}), ("mamba", {})):
         with pytest.raises(DexError, match=family):
@@ -130,8 +132,9 @@ def test_transformers_reads_a_saved_model(tmp_path) -> None:
     import transformers
 
     config = dataclasses.replace(LLAMA, vocab_size=270, rope_theta=5e4)
-    lm, tokenizer = small_model(config), train_tokenizer(TEXT, 270)
-    folder = save_model(tmp_path / "m", config, canonical_weights(lm), tokenizer)
+    tokenizer = train_tokenizer(TEXT, 270)
+    lm = small_model(config, tokenizer=tokenizer)
+    folder = lm.save(tmp_path / "m")
     tokens = transformers.AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
     assert tokens == tokenizer.encode(TEXT)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")

@@ -9,17 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference.small_models import LLAMA, small_model
+from reference.small_models import LLAMA, small_model, train_tokenizer
 
 from dex_jax.cli import decode, train
 from dex_jax.cli.train_arguments import configured, folder_of, train_parser
 from dex_jax.config import ExitsConfig
 from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
-from dex_jax.io.save import save_model
 from dex_jax.nn.exits import initial_heads, parameters_of
-from dex_jax.training.corpus import train_tokenizer
 from dex_jax.training.journal import read_journal
-from dex_jax.training.whole_model import canonical_weights
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_exits.py"
 CONFIGURATIONS = sorted((PROGRAM.parent / "configs").glob("*.py"))
@@ -45,24 +42,6 @@ config = ExitTraining(
 )
 """
 
-WHOLE = """
-from dex_jax.config import ModelConfig
-from dex_jax.training.config import TrainConfig
-from dex_jax.training.whole_model import WholeModelConfig
-
-config = WholeModelConfig(
-    model=ModelConfig(
-        family="llama", vocab_size=260, num_layers=2, width=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=16,
-        context=64, tied=True,
-    ),
-    data={text!r},
-    window=16,
-    explorers=(2,),
-    recipe="layerskip",
-    train=TrainConfig(steps=2, batch=2, warmup_steps=1),
-)
-"""
-
 
 @pytest.fixture(autouse=True)
 def nothing_kept_on_disk(monkeypatch) -> None:
@@ -72,14 +51,12 @@ def nothing_kept_on_disk(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a tiny model, prompts, a text, and a configuration of each type."""
+    """A folder with a tiny model, prompts, and a configuration."""
     place = tmp_path_factory.mktemp("place")
-    model, prompts, text = place / "model", place / "prompts.txt", place / "text.txt"
-    save_model(model, MODEL, canonical_weights(small_model(MODEL)), train_tokenizer(TEXT, 270))
+    model, prompts = place / "model", place / "prompts.txt"
+    small_model(MODEL, tokenizer=train_tokenizer(TEXT, 270)).save(model)
     prompts.write_text("\n".join(f"fox number {i} jumps" for i in range(8)), encoding="utf-8")
-    text.write_text(TEXT, encoding="utf-8")
     (place / "exits.py").write_text(EXITS.format(model=str(model), prompts=str(prompts)), encoding="utf-8")
-    (place / "whole.py").write_text(WHOLE.format(text=str(text)), encoding="utf-8")
     return place
 
 
@@ -208,35 +185,12 @@ def test_evaluate_compares_exits_on_the_same_answers(capsys, monkeypatch, traine
     assert "keeps answers of another max_new_tokens (6, now 7)" in err
 
 
-@pytest.mark.slow
-def test_a_whole_model_is_trained_and_decodes(capsys, place) -> None:
-    folder = place / "whole"
-    command = ["--config", place / "whole.py", "--folder", folder]
-    code, out, _ = run(capsys, *command)
-    assert code == 0
-    assert "mean EAD" in out
-    assert "| depth-side speedup |" in out
-    assert f"decode.py --model {folder / 'model'} --exits shared" in out
-    code, again, err = run(capsys, *command)
-    assert code == 0
-    assert "nothing is left to do" in err
-    assert again == out
-    code, _, err = run(capsys, *command, "--recipe", "none")
-    assert code == 2
-    assert "recipe was layerskip, is None" in err
-    arguments = ["--model", str(folder / "model"), "--exits", "shared", "--explorers", "2", "--max-new-tokens", "4"]
-    assert decode.main([*arguments, "--prompt", "the fox", "--check"]) == 0
-
-
 def test_dry_runs_train_nothing(capsys, place, tmp_path) -> None:
     folder = tmp_path / "none"
     code, out, _ = run(capsys, "--config", place / "exits.py", "--folder", folder, "--dry-run", "--machine", "t4")
     assert code == 0
     assert "on one T4" in out
     assert "of 16.0 GB (fits)" in out
-    code, out, _ = run(capsys, "--config", place / "whole.py", "--folder", folder, "--dry-run", "--tokens", "40")
-    assert code == 0
-    assert "64 tokens; " in out  # two batches of two windows of 16
     assert not folder.exists()
 
 
@@ -249,8 +203,6 @@ def test_flags_change_the_configuration(place) -> None:
     assert changed == (9, 0.5, "bfloat16", True)
     assert config.train.steps == 4
     assert folder_of(args) == Path("runs/exits")
-    whole = train_parser().parse_args(["--config", str(place / "whole.py"), "--recipe", "none", "--data", "other.txt"])
-    assert (configured(whole).recipe, configured(whole).data) == (None, "other.txt")
 
 
 def test_flags_and_a_first_training(capsys, place, tmp_path) -> None:
@@ -282,15 +234,11 @@ CASES = {
     "--config {place}/none.py": "none.py",
     "--config {place}/refused.py": "refused.py: steps",
     "--config {place}/exits.py --steps 0": "steps",
-    "--config {place}/exits.py --recipe layerskip": "--recipe",
     "--config {place}/exits.py --machine t4": "--dry-run",
     "--config {place}/exits.py --dry-run --machine abacus": "abacus",
     "--config {place}/exits.py --mesh 64x2": "128 devices",
     "--config {place}/exits.py --init-from {place}/none": "no exits",
     "--config {place}/exits.py --init-from default": "--init-from",
-    "--config {place}/whole.py --model x": "--init-from",
-    "--config {place}/whole.py --data a b": "not 2",
-    "--config {place}/whole.py --dry-run --machine t4": "--machine",
     "export {place}/none {place}/x.safetensors": "no folder",
     "export {place} {place}/x.safetensors": "no whole checkpoint",
     "evaluate --exits default --model {place}/model --data x.txt": "no trained exits",

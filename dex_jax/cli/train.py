@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from dex_jax.io.exits_file import TrainedExits
     from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
-    from dex_jax.training.whole_model import WholeModelConfig
 
 COMMANDS = {
     "export": (export_parser, export),
@@ -67,15 +65,12 @@ def _train(args: argparse.Namespace) -> None:
         return
     remember_compilations()
 
-    from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
 
     if isinstance(config, ExitTraining):
         _train_exits(config, args)
-    elif isinstance(config, EagleTraining):
-        _train_eagle(config, args)
     else:
-        _train_whole_model(config, args)
+        _train_eagle(config, args)
 
 
 def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
@@ -122,51 +117,12 @@ def _exits_to_start_from(name: str, config: ExitTraining) -> TrainedExits:
     return shipped
 
 
-def _train_whole_model(config: WholeModelConfig, args: argparse.Namespace) -> None:
-    import msgspec
-
-    from dex_jax.forced.figures import ExitFigures, tables
-    from dex_jax.language_model import load
-    from dex_jax.training.journal import read_journal
-    from dex_jax.training.trainer import train
-    from dex_jax.training.whole_model import WholeModel
-
-    folder, mesh = folder_of(args), _mesh(args)
-    start = None if args.init_from is None else load(args.init_from, "float32", weights="dense")
-    task = WholeModel.open(config, start)
-    print(_estimate(task.config, args), flush=True)
-    trained = train(task, task.config.train, folder, mesh=mesh)
-    saved = task.save(folder / "model", trained.params)
-    # A run that was done already has its last evaluation in the journal.
-    kept = [record for record in read_journal(folder) if record["kind"] == "evaluation"]
-    found = trained.evaluation or kept[-1]
-    groups = {name: msgspec.convert(each, ExitFigures) for name, each in found["groups"].items()}
-    print(tables(groups))
-    for figures in groups.values():
-        mean = sum(depth * share for depth, share in enumerate(figures.ead, 1))
-        print(f"mean EAD {mean:.2f} of {len(figures.ead)} layers")
-    print(f"held-out loss {found['held_out_loss']:.4f} nats (perplexity {math.exp(found['held_out_loss']):.2f})")
-    print(f'The model is in {saved}. Use it: {program("decode.py")} --model {saved} --exits shared --prompt "..."')
-
-
-def _estimate(config: ExitTraining | EagleTraining | WholeModelConfig, args: argparse.Namespace) -> str:
+def _estimate(config: ExitTraining | EagleTraining, args: argparse.Namespace) -> str:
     """Time and memory from shapes alone, a line for each training."""
-    from dex_jax.nn.transformer import parameter_shapes
     from dex_jax.training.eagle_training import EagleTraining
-    from dex_jax.training.estimate import gigabytes
-    from dex_jax.training.whole_model import WholeModelConfig
 
     if isinstance(config, EagleTraining):
         return f"{config.train.steps * config.train.batch * config.chunk:,} tokens"
-    if isinstance(config, WholeModelConfig):
-        if args.machine is not None:
-            raise DexError("--machine estimates the training of exits, and this configuration trains a whole model")
-        parameters = sum(math.prod(shape) for shape in parameter_shapes(config.model).values())
-        tokens = config.total_steps * config.train.batch * config.window
-        return (
-            f"estimate: {tokens:,} tokens; {parameters:,} parameters, with gradient and two moments "
-            f"{gigabytes(16 * parameters)} GB beside activations"
-        )
     return "\n".join(_estimate_exits(each, args) for each in config.trainings)
 
 

@@ -16,10 +16,8 @@ from dex_jax.progress import notify
 if TYPE_CHECKING:
     from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
-    from dex_jax.training.whole_model import WholeModelConfig
 
-    Heads = ExitTraining | EagleTraining
-    Config = Heads | WholeModelConfig
+    Config = ExitTraining | EagleTraining
 
 OF_EVERY_TRAINING = ("batch", "dtype", "tensorboard")
 OF_THE_LAST_TRAINING = ("steps", "tokens", "learning_rate", "seed")
@@ -34,7 +32,6 @@ further commands, each with --help:
 examples:
   %(prog)s --config configs/smollm2_135m.py
   %(prog)s --config configs/smollm2_135m.py --folder runs/mine --data self prompts.jsonl=2 --steps 2000
-  %(prog)s --config configs/tinyshakespeare.py --recipe none --folder runs/plain
   %(prog)s --config configs/llama3_8b.py --dry-run --machine a100
 
 A run that was stopped or killed goes on when the same command is given again. Exit codes: 0 done, 2 bad input,
@@ -46,8 +43,8 @@ def train_parser() -> argparse.ArgumentParser:
     """The parser of train_exits.py without a command."""
     p = argparse.ArgumentParser(
         prog=program("train_exits.py"),
-        description="Train the exit heads of a frozen model, or a whole model by the LayerSkip recipe, as a "
-        "configuration file says. Flags change what stands there.",
+        description="Train the exit heads of a frozen model as a configuration file says. Flags change what stands "
+        "there.",
         epilog=TRAIN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,16 +57,13 @@ def train_parser() -> argparse.ArgumentParser:
         "--data",
         nargs="+",
         metavar="SRC[=W]",
-        help="exits: self, python-stdlib, FILE (.jsonl, .json, .txt), text:FILE, datasets:NAME, each with a weight; "
-        "a whole model: one text file",
+        help="self, python-stdlib, FILE (.jsonl, .json, .txt), text:FILE, datasets:NAME, each with a weight",
     )
     add(
         "--init-from",
         metavar="FROM",
-        help="start from these exits (file, folder, or default: those that ship; they may have further depths); "
-        "a whole model: from this model",
+        help="start from these exits (file, folder, or default: those that ship; they may have further depths)",
     )
-    add("--recipe", choices=["layerskip", "none"], help="of a whole model's training")
 
     add = p.add_argument_group("how long and how").add_argument
     add("--steps", type=int, metavar="N", help="updates in all")
@@ -156,7 +150,6 @@ def read_config(path: str) -> Config:
     notify("importing JAX")
     from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
-    from dex_jax.training.whole_model import WholeModelConfig
 
     try:
         found = runpy.run_path(path).get("config")
@@ -166,9 +159,9 @@ def read_config(path: str) -> Config:
     except (Exception, SystemExit) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise DexError(f"{path} cannot be run as a configuration ({why}): mend it") from error
-    if not isinstance(found, ExitTraining | EagleTraining | WholeModelConfig):
+    if not isinstance(found, ExitTraining | EagleTraining):
         has = "defines no `config`" if found is None else f"defines `config` as {type(found).__name__}"
-        raise DexError(f"{path} {has}: make it an ExitTraining, an EagleTraining or a WholeModelConfig")
+        raise DexError(f"{path} {has}: make it an ExitTraining or an EagleTraining")
     return found
 
 
@@ -179,35 +172,19 @@ def configured(args: argparse.Namespace) -> Config:
       DexError: as `read_config`, or flags that do not fit the configuration.
     """
     config = read_config(args.config)
-
-    from dex_jax.training.eagle_training import EagleTraining
-    from dex_jax.training.exit_training import ExitTraining
-
     if args.machine is not None and not args.dry_run:
         raise DexError("--machine is for estimates: add --dry-run")
-    if isinstance(config, ExitTraining | EagleTraining):
-        if args.recipe is not None:
-            raise DexError(f"--recipe is for training a whole model, and {args.config} trains exits: leave it out")
-        return _configured_exits(config, args, (*OF_EVERY_TRAINING, *OF_THE_LAST_TRAINING))
-    train = config.train.replace({name: getattr(args, name) for name in (*OF_EVERY_TRAINING, *OF_THE_LAST_TRAINING)})
-    if args.model is not None:
-        raise DexError(f"{args.config} describes the model that it trains: use --init-from to start from another")
-    if args.data is not None and len(args.data) != 1:
-        raise DexError(f"a whole model is trained on one text file, not {len(args.data)}: give one with --data")
-    whole: dict[str, Any] = {} if args.data is None else {"data": args.data[0]}
-    if args.recipe is not None:
-        whole["recipe"] = None if args.recipe == "none" else args.recipe
-    return dataclasses.replace(config, train=train, **whole)
+    return _configured(config, args, (*OF_EVERY_TRAINING, *OF_THE_LAST_TRAINING))
 
 
-def _configured_exits(config: Heads, args: argparse.Namespace, names: Sequence[str]) -> Heads:
+def _configured(config: Config, args: argparse.Namespace, names: Sequence[str]) -> Config:
     changes: dict[str, Any] = {"model": args.model, "data": None if args.data is None else tuple(args.data)}
     given = {name: value for name, value in changes.items() if value is not None}
     given["train"] = config.train.replace({name: getattr(args, name) for name in names})
     first = getattr(config, "first", None)
     if first is not None:
         # What one starts from takes the place of a first training.
-        given["first"] = None if args.init_from is not None else _configured_exits(first, args, OF_EVERY_TRAINING)
+        given["first"] = None if args.init_from is not None else _configured(first, args, OF_EVERY_TRAINING)
     return dataclasses.replace(config, **given)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dex_jax.config import ModelConfig
@@ -63,6 +64,19 @@ def abstract_weights(config: ModelConfig, layout: Layout, dtype: jnp.dtype, pack
         return blank_weight(name, shape, dtype, dict(packing))
 
     return nnx.state(nnx.eval_shape(lambda: Transformer(config, layout, blank)))
+
+
+def canonical_weights(config: ModelConfig, layout: Layout, weights: Any) -> dict[str, np.ndarray]:
+    """Canonical name ("embed", "layers.0.qkv", ...) -> dense array on the host, of weights in the unrolled layout."""
+    model = merge_model(config, layout, weights)
+
+    def read(name: str) -> np.ndarray:
+        owner, _, field = name.rpartition(".")
+        module = model.layers[int(owner.split(".")[1])] if owner else model
+        found = getattr(module, field)[...]
+        return np.asarray(found.dense() if isinstance(found, Packed) else found)
+
+    return {name: read(name) for name in parameter_shapes(config)}
 
 
 def weight_bytes(config: ModelConfig, dtype: jnp.dtype, packing: Packing = ()) -> dict[str, int]:

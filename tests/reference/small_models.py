@@ -8,16 +8,20 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import dex_jax
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig
 from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.trees import KnownTree, with_trees
 from dex_jax.evaluation.check import compare
+from dex_jax.io import Tokenizer
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Layout, Transformer, Unrolled, build, layer_parameters, parameter_shapes
+from dex_jax.nn.weights import canonical_weights
 
 LLAMA = ModelConfig(
     family="llama",
@@ -46,6 +50,22 @@ GEMMA = dataclasses.replace(
     logit_cap=2.0,
 )
 TWIN_LENGTH = 64
+
+
+def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+    """A byte-level byte-pair tokenizer learnt from a text, of at most `vocab_size` ids."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([text], trainer)
+    return Tokenizer(backend, source="the text")
+
+
+def weights_of(lm: LanguageModel) -> dict[str, np.ndarray]:
+    """Weights by canonical name."""
+    return canonical_weights(lm.config, lm.layout, lm.weights)
 
 
 class LetterTokenizer:
@@ -91,7 +111,10 @@ def random_reader(config: ModelConfig, seed: int) -> Callable[[str], np.ndarray]
 
 
 def small_model(
-    config: ModelConfig = LLAMA, layout: Layout | None = None, seed: int = 0, tokenizer: LetterTokenizer | None = None
+    config: ModelConfig = LLAMA,
+    layout: Layout | None = None,
+    seed: int = 0,
+    tokenizer: LetterTokenizer | Tokenizer | None = None,
 ) -> LanguageModel:
     """A random language model; equal seeds give equal weights in every layout."""
     model = random_transformer(config, layout or Unrolled(), seed)
