@@ -1,6 +1,7 @@
 """Runs the C++ kernels, compiled with sanitizers, on ragged and empty shapes and on operands that do not fit.
 
-    LD_PRELOAD=libasan.so:libstdc++.so ASAN_OPTIONS=detect_leaks=0 python tests/sanitized_kernels.py LIBRARY ...
+    LD_PRELOAD=libasan.so:libstdc++.so ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
+        python tests/sanitized_kernels.py LIBRARY ...
 
 Each LIBRARY is what `few_rows.library(part, FLAGS)` has made of one of PARTS in another process: the compiler, too,
 would be watched in this one.

@@ -72,7 +72,9 @@ def test_sanitizers_find_nothing_in_the_kernels_on_ragged_empty_and_wrong_shapes
     ]
     if not all(runtime.is_file() for runtime in runtimes):
         pytest.skip(f"{COMPILER} has no address sanitizer")
-    own = {"LD_PRELOAD": ":".join(map(str, runtimes)), "ASAN_OPTIONS": "detect_leaks=0", "JAX_PLATFORMS": "cpu"}
+    # The stacks on which GCC 12 watches returned frames are aligned to less than AVX-512's vectors: it crashes there.
+    options = "detect_leaks=0:detect_stack_use_after_return=0"
+    own = {"LD_PRELOAD": ":".join(map(str, runtimes)), "ASAN_OPTIONS": options, "JAX_PLATFORMS": "cpu"}
     built = [str(few_rows.library(part, sanitized_kernels.FLAGS)) for part in sanitized_kernels.PARTS]
     command = [sys.executable, sanitized_kernels.__file__, *built]
     run = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
