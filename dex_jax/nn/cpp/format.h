@@ -33,7 +33,7 @@ struct Numbers {
   // A few rows wait for memory, which a single stream reads fastest; of more, each vector is loaded once for all outputs.
   static constexpr int OutputsOf(int rows) {
 #if defined(__AVX512F__)
-    return rows > 4 ? 3 : 1;
+    return sizeof(Weight) == sizeof(float) ? (rows > 2 ? 4 : 1) : (rows > 4 ? 3 : 1);
 #else
     return 1;
 #endif
@@ -55,7 +55,13 @@ struct Blocks : Format {
   static constexpr bool Takes(int64_t in) { return in % Format::kColumns == 0; }
   static constexpr int64_t BytesOf(int64_t in) { return in / Format::kColumns * Format::kBytes; }
   // A row's sums are added up one after another, and wait for each other: those of several outputs fill the time.
-  static constexpr int OutputsOf(int rows) { return rows == 1 ? 6 : rows == 2 ? 3 : rows < 5 ? 2 : 1; }
+  static constexpr int OutputsOf(int rows) {
+#if defined(__AVX512F__)
+    return rows < 3 ? 6 : rows < 5 ? 4 : 2;
+#else
+    return rows == 1 ? 6 : rows == 2 ? 3 : rows < 5 ? 2 : 1;
+#endif
+  }
 
   using Format::Format;
   static Vector LastOf(const uint8_t*, int64_t) { return Vector{}; }

@@ -20,7 +20,7 @@ constexpr int kFewRows = 16;
 
 // What a thread takes at a time, in weights, and a number of outputs that all numbers of outputs at once divide.
 constexpr int64_t kPiece = 1 << 14;
-constexpr int64_t kPieceOutputs = 6;
+constexpr int64_t kPieceOutputs = 12;
 
 // Many rows: a tile of rows and outputs, whose sums stay in registers while a vector of each row is loaded once.
 #if defined(__AVX512F__)
