@@ -29,7 +29,7 @@ from dex_jax.sampling import Sampling, log_total, scores
 HEADS = 8
 """Under so many heads of a cohort, the best ones, exit 0 drafts."""
 
-HOPE = 0.25
+HOPE = 0.4
 """The share of what a level promises, and the lookup does not below it, that drafting there is taken to add: how often
 a child turns out worth running, and right. Below what drafters agree, as much of what they draft is not worth
 running."""
