@@ -100,7 +100,8 @@ def test_what_asked_for_a_second_is_ended_after_it() -> None:
 
 
 def test_a_training_says_how_to_go_on(tmp_path) -> None:
-    command = [sys.executable, str(ROOT / "train_exits.py"), "--config", str(ROOT / "configs" / "tinyshakespeare.py")]
+    config = ROOT / "configs" / "smollm2_135m_quick.py"
+    command = [sys.executable, str(ROOT / "train_exits.py"), "--config", str(config)]
     found = interrupt([*command, "--folder", str(tmp_path / "run")], 2.0)
     ended_well(found)
     assert "run the same command again" in found[2]
