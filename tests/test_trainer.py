@@ -15,7 +15,7 @@ from training_worker import LinearMap
 from dex_jax.errors import DexError
 from dex_jax.training.config import MAY_CHANGE, TrainConfig
 from dex_jax.training.journal import FILE_NAME, Journal, read_journal
-from dex_jax.training.optimizer import decayed_by_default, learning_rate
+from dex_jax.training.optimizer import learning_rate
 from dex_jax.training.trainer import train
 
 EVERY = {"checkpoint_every": 4, "eval_every": 6, "log_every": 3}
@@ -72,13 +72,6 @@ def test_training_is_the_plain_loop_in_numpy(tmp_path, accumulate, clip_norm):
     np.testing.assert_allclose(logged, losses, rtol=1e-4)
     for name, value in params.items():
         np.testing.assert_allclose(trained.params[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-
-
-def test_only_matrices_decay_stacked_or_not():
-    flat = dict.fromkeys(("norm", "previous_norm", "rest_bias"), np.ones((3, 4)))
-    params = {**flat, "map": np.ones((3, 4, 4)), "context": {"enter": np.ones((4, 8)), "leave": np.ones(4)}}
-    expected = {**dict.fromkeys(flat, False), "map": True}
-    assert decayed_by_default(params) == {**expected, "context": {"enter": True, "leave": False}}
 
 
 def test_the_learning_rate_rises_then_follows_steps_or_tokens():

@@ -5,13 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import optax
 
 from dex_jax.training.config import TrainConfig
-from dex_jax.training.task import Params
-
-_NEVER_DECAYED = ("norm", "scale", "bias")
 
 
 def make_optimizer(config: TrainConfig, decayed: Any) -> optax.GradientTransformation:
@@ -22,7 +18,7 @@ def make_optimizer(config: TrainConfig, decayed: Any) -> optax.GradientTransform
 
     Args:
       config: betas, decay, clipping, accumulation.
-      decayed: pytree of bool like the parameters; see `decayed_by_default`.
+      decayed: pytree of bool like the parameters, which of them weight decay applies to.
 
     Returns:
       A transformation. With accumulation it gives zeros on all but the last of `config.accumulate` calls, and there the
@@ -36,16 +32,6 @@ def make_optimizer(config: TrainConfig, decayed: Any) -> optax.GradientTransform
     if config.accumulate == 1:
         return optimizer
     return optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
-
-
-def decayed_by_default(params: Params) -> Any:
-    """Which arrays weight decay applies to, a tree of bool: matrices, also stacked ones, but no scales or biases."""
-
-    def matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        return leaf.ndim >= 2 and not any(word in name for word in _NEVER_DECAYED)
-
-    return jax.tree_util.tree_map_with_path(matrix, params)
 
 
 def progress(config: TrainConfig, step: int, tokens: int) -> float:

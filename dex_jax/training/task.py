@@ -20,8 +20,6 @@ class Task(Protocol):
 
       settings() -> dict: plain JSON, what decides the training beside TrainConfig. A folder is only resumed with equal
         settings.
-      decayed(params) -> pytree of bool like params: which arrays weight decay applies to; without it, all of two or
-        more axes whose name holds none of "norm", "scale", "bias".
       batch_sharding(mesh), param_sharding(mesh), constant_sharding(mesh) -> PartitionSpec, or a pytree of them that is
         a prefix of the batch, the parameters or the constants: how they lie on a mesh; without it, a copy everywhere.
 
@@ -54,6 +52,9 @@ class Task(Protocol):
 
     def evaluate(self, params: Params) -> dict[str, Any]:
         """Figures on held-out data, plain JSON. `params` lie where training keeps them. It must not move any cursor."""
+
+    def decayed(self, params: Params) -> Any:
+        """Which arrays weight decay applies to: a pytree of bool like `params`."""
 
     def boundary(self) -> None:
         """Forget all that no checkpoint holds.

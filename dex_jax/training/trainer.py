@@ -153,8 +153,7 @@ class _Run:
         # Copies: the update gives its buffers away, and these may be somebody's weights.
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), task.init(init_key))
         params = _place(params, task, "param_sharding", mesh)
-        decayed = getattr(task, "decayed", optimizing.decayed_by_default)(params)
-        optimizer = optimizing.make_optimizer(config, decayed)
+        optimizer = optimizing.make_optimizer(config, task.decayed(params))
         self.state = TrainState(params, _place_like(optimizer, params, mesh), jnp.int32(0), key)
         if mesh is not None:
             everywhere = NamedSharding(mesh, PartitionSpec())
