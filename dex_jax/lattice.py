@@ -287,6 +287,23 @@ def grow(cohort: Cohort, candidates: Candidates, first: jax.Array, width: jax.Ar
     )
 
 
+def lengthen(cohort: Cohort, row: jax.Array, token: jax.Array, score: jax.Array, first: int) -> Cohort:
+    """Puts a chain of M drafts below `row` into the rows from `first` on, which are not used; nothing below NO_NODE.
+
+    token [M] int32; score [M] float32 of the paths down to each, -inf where the row is NO_NODE.
+    """
+    own = jnp.arange(token.shape[0])
+    used, rows = score > -jnp.inf, slice(first, first + own.shape[0])
+    seen = jnp.broadcast_to(cohort.within[jnp.maximum(row, 0)], (own.shape[0], cohort.within.shape[1]))
+    return cohort._replace(
+        token=cohort.token.at[rows].set(jnp.where(used, token, NO_TOKEN)),
+        position=cohort.position.at[rows].set(jnp.where(used, cohort.position[jnp.maximum(row, 0)] + 1 + own, 0)),
+        above=cohort.above.at[rows].set(jnp.where(used, jnp.where(own == 0, row, first + own - 1), NO_NODE)),
+        score=cohort.score.at[rows].set(score),
+        within=cohort.within.at[rows].set(seen.at[:, rows].set(own[:, None] >= own[None])),
+    )
+
+
 def child_of(cohort: Cohort, row: jax.Array, token: jax.Array) -> jax.Array:
     """The draft right below `row` that holds `token`, as int32 row, NO_NODE when there is none."""
     here = (cohort.above == row) & (cohort.token == token) & (row != NO_NODE)

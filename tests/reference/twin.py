@@ -23,7 +23,7 @@ from reference.filters import filter_logits
 
 SCORE_STEP = 2.0**-10
 LOWEST_LOG_PROBABILITY = -64.0
-LONGEST = 8
+COMPARED, LONGEST = 16, 64
 HEADS = 8
 HOPE = 0.4
 PRIOR = 16
@@ -205,19 +205,19 @@ def with_drafts(
     """A cohort's heads with what exit 0 drafts below them, best first, as many as are worth it; none hangs yet."""
     price = run.price
     asked = heads[:HEADS]
-    follows: dict[Node, tuple[Node, list[int], float]] = {}
+    follows: dict[Node, tuple[Node, list[int], list[float]]] = {}
     for head in asked:
-        said, matched = continuation(head.tokens, len(shape.widths))
-        trust = shape.lookup[matched - 1] if matched else 0.0
-        if trust > 0:
-            follows[head] = (head, said, quantized(math.log(trust)))
+        said, matched = continuation(head.tokens, sum(shape.widths))
+        logs = [trust(shape, matched + i) for i in range(len(said))]
+        if matched and logs[0] > -math.inf:
+            follows[head] = (head, said, logs)
     everything, above, levels = list(heads), asked, 0
     for level, width in enumerate(shape.widths, 1):
         found: list[tuple[Node, int, float]] = []
         for head in asked:
             if head in follows:
-                at, said, log = follows[head]
-                found.append((at, said[level - 1], at.score + log))
+                at, said, logs = follows[head]
+                found.append((at, said[level - 1], at.score + logs[level - 1]))
         hope = HOPE * (sum(math.exp(node.score) for node in above) - sum(math.exp(score) for *_, score in found))
         if level <= shape.drafted and (not (shape.rungs and shape.drafting) or hope > price * shape.drafting):
             levels += 1
@@ -230,10 +230,15 @@ def with_drafts(
         above = [Node(token, node, (*node.tokens, token), born_at=0, score=score) for (node, token), score in best]
         everything += above
         for head in list(follows):
-            at, said, log = follows.pop(head)
+            at, said, logs = follows.pop(head)
             on = next((node for node in above if node.parent is at and node.token == said[level - 1]), None)
             if on is not None:
-                follows[head] = (on, said, log)
+                follows[head] = (on, said, logs)
+    if follows:
+        node, said, logs = max(follows.values(), key=lambda each: each[0].score)
+        for token, log in list(zip(said, logs, strict=True))[len(shape.widths) :]:
+            node = Node(token, node, (*node.tokens, token), born_at=0, score=node.score + log)
+            everything.append(node)
     everything.sort(key=lambda node: -node.score)
     spawned = everything if rows is None else everything[:rows]
     if shape.rungs:
@@ -271,19 +276,28 @@ def drafted_below(model, node: Node, count: int, stages: int, draws: Draws | Non
 
 def continuation(text: Sequence[int], count: int) -> tuple[list[int], int]:
     """(what followed the latest of the longest earlier occurrences of the text's suffix, length of the match)."""
-    best, end = 0, None
+    best, longest, end = 0, 0, None
     for at in range(len(text) - 1):
         length = 0
         while length < LONGEST and at - length >= 0 and text[at - length] == text[len(text) - 1 - length]:
             length += 1
-        if length > 0 and length >= best:
-            best, end = length, at
+        if length > 0 and min(length, COMPARED) >= best:
+            best, longest, end = min(length, COMPARED), length, at
     if end is None:
         return [], 0
     grown = list(text)
     for i in range(count):
         grown.append(grown[end + 1 + i])
-    return grown[len(text) :], best
+    return grown[len(text) :], longest
+
+
+def trust(shape: Shape, matched: int) -> float:
+    """How probable the next token of a continuation is after so many that were the same: log, quantized."""
+    known = len(shape.lookup)
+    wrong = 1 - shape.lookup[min(matched, known) - 1]
+    if wrong == 1:
+        return -math.inf
+    return quantized(math.log(1 - wrong * known / max(known, min(matched, LONGEST))))
 
 
 def proposal(model, node: Node, decs: bool, draws: Draws | None) -> Node | None:

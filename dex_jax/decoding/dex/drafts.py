@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dex_jax import lattice as lat
 from dex_jax.decoding.dex.interface import Drafter, DraftRows
@@ -23,7 +24,16 @@ from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, noise_at
 from dex_jax.decoding.record import Record
 from dex_jax.errors import DexError
-from dex_jax.lattice import NO_NODE, NO_TOKEN, Candidates, Cohort, Lattice, quantized
+from dex_jax.lattice import (
+    MIN_LOG_PROBABILITY,
+    NO_NODE,
+    NO_TOKEN,
+    SCORE_STEP,
+    Candidates,
+    Cohort,
+    Lattice,
+    quantized,
+)
 from dex_jax.sampling import Sampling, log_total, scores
 
 HEADS = 8
@@ -33,6 +43,9 @@ HOPE = 0.4
 """The share of what a level promises, and the lookup does not below it, that drafting there is taken to add: how often
 a child turns out worth running, and right. Below what drafters agree, as much of what they draft is not worth
 running."""
+
+TRUSTED = 8
+"""Lengths of match that a tree's lookup has a probability for."""
 
 PRIOR = 16.0
 """AR steps that every sequence is taken to have decoded at AR's pace before its first tick, and tokens that drafts are
@@ -46,8 +59,8 @@ class TreeShape:
     Attributes:
       widths: rows of the levels below the heads.
       drafted: on how many levels the drafter proposes; deeper ones only go on with what the text said before.
-      lookup: probability that the continuation of a suffix match is right, by the length of the match: 8 numbers, for
-        1 to 8 tokens or more; all 0 switches it off.
+      lookup: probability that the next token after a suffix match is right, by the length of the match: 8 numbers, for
+        1 to 8 tokens (longer ones: `trust`); all 0 switches it off.
       rungs: (rows, AR steps that a step of so many takes), ascending: exit 0 drafts as many levels and a cohort keeps
         as many of its most probable rows as are worth their time. Empty for all of them always.
       drafting: AR steps that drafting one level takes; only asked for with rungs.
@@ -73,8 +86,8 @@ class TreeShape:
                 f"a tree needs at least one row on each of its levels and as many of them drafted at most, not "
                 f"{self.drafted} of {self.widths}"
             )
-        if len(self.lookup) != LONGEST or not all(0 <= share <= 1 for share in self.lookup):
-            raise DexError(f"a tree's lookup is {LONGEST} probabilities, one for each length of match: {self.lookup}")
+        if len(self.lookup) != TRUSTED or not all(0 <= share <= 1 for share in self.lookup):
+            raise DexError(f"a tree's lookup is {TRUSTED} probabilities, one for each length of match: {self.lookup}")
         ascending = all(a < b and s <= t for (a, s), (b, t) in itertools.pairwise(((0, 0.0), *self.rungs)))
         if not ascending or (self.rungs and self.rungs[0][1] <= 0):
             raise DexError(f"a tree's rungs ascend, with costs above 0, not {self.rungs}")
@@ -107,7 +120,23 @@ class TreeShape:
     @property
     def levels(self) -> int:
         """P."""
-        return 1 + len(self.widths)
+        return 1 + len(self.widths) + self.tail
+
+    @property
+    def tail(self) -> int:
+        """Further levels of a row each, on which only the text goes on: it may fill all rows with one chain."""
+        return sum(self.widths) - len(self.widths) if any(self.lookup) else 0
+
+    @property
+    def trust(self) -> np.ndarray:
+        """Logarithms of the probability that the token after a match is right, by its length, 0 to LONGEST: float32.
+
+        Beyond `lookup` the share that is wrong falls as 1 / length (docs/results_speed.md).
+        """
+        longer = 1 - (1 - self.lookup[-1]) * TRUSTED / np.arange(TRUSTED + 1, LONGEST + 1)
+        share = np.array([0.0, *self.lookup, *longer * (self.lookup[-1] > 0)])
+        steps = np.round(np.log(share, where=share > 0, out=np.zeros_like(share)) / SCORE_STEP) * SCORE_STEP
+        return np.where(share > 0, np.maximum(steps, MIN_LOG_PROBABILITY), -np.inf).astype(np.float32)
 
 
 class RowCosts(NamedTuple):
@@ -244,19 +273,20 @@ def draft(
     cohort = jax.vmap(lat.widen, (0, None))(cohort, size + most)  # so that `most` rows can be cut out from any one on
     text = jax.vmap(_texts, (0, 0, 0, 0, None))(drafting.text, lattice, cohort, below.prefix, under)
     ends = cohort.position[:, :under] + 1
-    said, matched = jax.vmap(jax.vmap(continuation, (0, 0, None)), (0, 0, None))(text, ends, len(shape.widths))
-    trust = jnp.asarray((0.0, *shape.lookup), jnp.float32)
-    trusted = jnp.where(trust > 0, quantized(jnp.log(trust)), -jnp.inf)[jnp.minimum(matched, LONGEST)]
+    said, matched = jax.vmap(jax.vmap(continuation, (0, 0, None)), (0, 0, None))(text, ends, shape.levels - 1)
+    # With every token that is right a match is longer.
+    lengths = matched[..., None] + jnp.arange(shape.levels - 1)[None, None]
+    trusted = jnp.asarray(shape.trust)[jnp.where(matched[..., None] > 0, jnp.minimum(lengths, LONGEST), 0)]
     alive = cohort.score[:, :under] > -jnp.inf
     # The row that each head's continuation has got to.
-    at = jnp.where((trusted > -jnp.inf) & alive, jnp.arange(under)[None], NO_NODE)
+    at = jnp.where((trusted[..., 0] > -jnp.inf) & alive, jnp.arange(under)[None], NO_NODE)
     known = None if drafter is None else drafter.blank(batch, size + most)
     costs = drafting.costs
 
-    def one_level(carry: tuple[Any, ...], parts: tuple[_Level, jax.Array]) -> tuple[tuple[Any, ...], None]:
+    def one_level(carry: tuple[Any, ...], parts: tuple[_Level, jax.Array, jax.Array]) -> tuple[tuple[Any, ...], None]:
         cohort, known, at, levels_drafted = carry
-        level, token = parts
-        score = jnp.where(at == NO_NODE, -jnp.inf, jnp.take_along_axis(cohort.score, jnp.maximum(at, 0), 1) + trusted)
+        level, token, more_trust = parts
+        score = jax.vmap(_score_at)(cohort, at) + more_trust
         candidates = Candidates(token, at, score)
         if drafter is not None and shape.drafted:
             asked = level.drafted
@@ -282,8 +312,12 @@ def draft(
 
     # In a loop: the levels, one by one, would be most of the program to compile.
     begun = (cohort, known, at, jnp.int32(0))
-    levels = (_levels(shape, heads, under), jnp.moveaxis(said, 2, 0))
-    (cohort, _, _, levels_drafted), _ = jax.lax.scan(one_level, begun, levels)
+    down = len(shape.widths)
+    levels = (_levels(shape, heads, under), *(jnp.moveaxis(each[..., :down], 2, 0) for each in (said, trusted)))
+    (cohort, _, at, levels_drafted), _ = jax.lax.scan(one_level, begun, levels)
+    if shape.tail:
+        first = heads + sum(shape.widths)
+        cohort = jax.vmap(_go_on, (0, 0, 0, 0, None))(cohort, at, said[..., down:], trusted[..., down:], first)
     cohort = jax.vmap(lat.sort_rows)(cohort)
     drafting = drafting._replace(chosen=drafting.chosen.at[-1].add(levels_drafted))
     if costs is None:
@@ -314,6 +348,21 @@ def _levels(shape: TreeShape, heads: int, under: int) -> _Level:
     widths = jnp.asarray((under, *shape.widths), jnp.int32)
     drafted = jnp.arange(len(shape.widths)) < shape.drafted
     return _Level(starts[1:-1], widths[1:], starts[:-2], widths[:-1], drafted)
+
+
+def _score_at(cohort: Cohort, at: jax.Array) -> jax.Array:
+    return jnp.where(at == NO_NODE, -jnp.inf, cohort.score[jnp.maximum(at, 0)])
+
+
+def _go_on(cohort: Cohort, at: jax.Array, said: jax.Array, trusted: jax.Array, first: int) -> Cohort:
+    """One sequence's cohort with more of what the text says below the most probable of its continuations.
+
+    at [under] int32 are the rows that they have got to; said and trusted [under, M] go on from there, in the rows from
+    `first` on.
+    """
+    score = _score_at(cohort, at)
+    best = jnp.argmax(score)
+    return lat.lengthen(cohort, at[best], said[best], score[best] + jnp.cumsum(trusted[best]), first)
 
 
 def _texts(text: jax.Array, lattice: Lattice, cohort: Cohort, prefix: jax.Array, heads: int) -> jax.Array:

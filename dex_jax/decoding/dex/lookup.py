@@ -8,8 +8,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-LONGEST = 8
-"""Suffixes are compared up to this many tokens."""
+COMPARED = 16
+"""Of several occurrences those are the longest that agree on so many tokens: then the latest is more often right."""
+
+LONGEST = 64
+"""Lengths of matches are told apart up to this."""
 
 
 def continuation(text: jax.Array, length: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -24,7 +27,7 @@ def continuation(text: jax.Array, length: jax.Array, count: int) -> tuple[jax.Ar
     last = length - 1
 
     # Shifts are static: a loop over them would cost more than the comparisons.
-    same = [(jnp.roll(text, i) == text[jnp.maximum(last - i, 0)]) & (at >= i) & (last >= i) for i in range(LONGEST)]
+    same = [(jnp.roll(text, i) == text[jnp.maximum(last - i, 0)]) & (at >= i) & (last >= i) for i in range(COMPARED)]
     going = at < last
     matched = jnp.zeros(size, jnp.int32)
     for each in same:
@@ -32,5 +35,8 @@ def continuation(text: jax.Array, length: jax.Array, count: int) -> tuple[jax.Ar
         matched += going
     best = jnp.max(matched)
     end = jnp.max(jnp.where(matched == best, at, -1))
+    back = jnp.arange(LONGEST)
+    agree = (text[jnp.maximum(end - back, 0)] == text[jnp.maximum(last - back, 0)]) & (end >= back)
+    length = jnp.where(best > 0, jnp.sum(jnp.cumprod(agree)), 0)
     period = jnp.maximum(last - end, 1)
-    return text[jnp.clip(end + 1 + jnp.arange(count) % period, 0, size - 1)], best
+    return text[jnp.clip(end + 1 + jnp.arange(count) % period, 0, size - 1)], length

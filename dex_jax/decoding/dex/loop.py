@@ -240,7 +240,7 @@ def levels_of(drafts: TreeShape | None) -> int:
 
 def cohort_size(stages: int, rows: int, drafts: TreeShape | None) -> int:
     """N: rows of a cohort while it grows, of which the best W are spawned."""
-    below = 0 if drafts is None else sum(drafts.widths)
+    below = 0 if drafts is None else sum(drafts.widths) + drafts.tail
     return max(rows, (1 if stages == 1 else rows) + below)
 
 
@@ -369,7 +369,7 @@ def _enter(
             before = position_before(drafter.committed(state.memory), reached, ring, parents)
         furthest = jnp.max(jnp.where(cohort.score > -jnp.inf, cohort.position, -1), axis=1)
         if noise is not None:
-            noise = make_noise(noise, sampling, furthest + drafts.levels - 1, noise.ring.shape[-1])
+            noise = make_noise(noise, sampling, furthest + len(drafts.widths), noise.ring.shape[-1])
         below = Below(state.memory, before, state.prefix, ~state.record.done, price_of(drafting, state.record))
         ring = state.tick % stages
         cohort, drafting = draft(drafter, drafting, state.lattice, cohort, below, sampling, noise, drafts, ring, heads)
