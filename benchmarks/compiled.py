@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.footprint import nbytes, session_shapes
 from dex_jax.decoding.methods import AR, Dex, Method
 from dex_jax.decoding.spec import Spec

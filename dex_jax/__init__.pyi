@@ -1,14 +1,15 @@
 from dex_jax import plot
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig, RopeScaling
 from dex_jax.decoding.chain.dynamic_exit import DEL
-from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.interface import Committed, Drafter, DraftRows, Exits, Network, StageView
 from dex_jax.decoding.dex.loop import DexState, init, run, step
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.output import Output, Stats
 from dex_jax.decoding.record import Limits, Record
 from dex_jax.decoding.rivals import AdaDecode, DexSingleExit, LayerSkip, Oracle
+from dex_jax.decoding.text_store import TextStore
 from dex_jax.decoding.trace import Trace, TracedNode, trace, watch
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import EagleHead, load_eagle
@@ -50,6 +51,7 @@ __all__ = [
     "StageView",
     "Staged",
     "Stats",
+    "TextStore",
     "Trace",
     "TracedNode",
     "TrainedExits",

@@ -25,7 +25,7 @@ import dex_jax
 from dex_jax import AR, Dex, Stacked, Staged
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex.drafters import draft_model
-from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.methods import Schedule, even_depths
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import PREFILL, RUN, START, Session

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from dex_jax.cli.decode import main
-from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.footprint import nbytes, session_shapes
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.spec import Spec

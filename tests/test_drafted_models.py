@@ -14,8 +14,8 @@ import dex_jax
 from dex_jax.decoding import resolve as resolving
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.decoding.counting import ticks_of
-from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.interface import Chunk, DraftRows
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
 from dex_jax.decoding.dex.trees import KnownTree, known_trees, with_trees
 from dex_jax.decoding.resolve import resolve

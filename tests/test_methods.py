@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dex_jax import AR, Dex, DexError
-from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trees import LOOKUP_TREE
 from dex_jax.decoding.methods import even_depths, with_stages
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces

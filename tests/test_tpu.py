@@ -16,9 +16,9 @@ import pytest
 from reference.small_models import LLAMA
 
 from dex_jax.config import EagleConfig, ModelConfig
-from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.interface import ExitZero
 from dex_jax.decoding.dex.own_layers import EagleDrafter, ModelDrafter, OwnArrays
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.footprint import nbytes, session_shapes
 from dex_jax.decoding.methods import AR, Dex, Schedule

@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--depths", type=depths, metavar="X,...,L", help="the exit depths themselves, ending at the last layer")
     add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most; "full", without drafts, never prunes')
+    add("--store", metavar="FILE", help="draft from earlier prompts and answers too, which FILE keeps with this one's")
     add("--no-draft", action="store_true", help="draft nothing before the first layer: the paper's method")
     add("--no-decs", action="store_true", help="let exits repeat tokens that a node's children already hold")
     add("--exit-depth", type=whole(1, 10_000), metavar="D", help="layerskip: layers that draft (12)")

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.costs import StepCosts, forget, step_costs
 from dex_jax.decoding.dex.drafters import GivenDrafter, fitted
-from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trees import known_trees
 from dex_jax.decoding.methods import AR, Dex, Method, drafted_rows, with_stages
 from dex_jax.decoding.pace import Pace

@@ -22,10 +22,12 @@ from dex_jax.decoding.chain.loop import ChainState
 from dex_jax.decoding.chain.network import chain_network
 from dex_jax.decoding.counting import bound_of, depth_side_speedup, rounds_of, ticks_of
 from dex_jax.decoding.dex import loop
-from dex_jax.decoding.dex.drafts import Drafting, RowCosts
+from dex_jax.decoding.dex.drafts import Drafting
 from dex_jax.decoding.dex.interface import Network
+from dex_jax.decoding.dex.lookup import StoredTexts
 from dex_jax.decoding.dex.loop import DexState
 from dex_jax.decoding.dex.network import network_of
+from dex_jax.decoding.dex.shape import RowCosts
 from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.mesh import stage
 from dex_jax.decoding.mesh.stage import StageNetwork
@@ -50,6 +52,7 @@ class Prefilled(NamedTuple):
     sampling: Sampling | None  # of the loop
     prompt: jax.Array | None = None  # [B, S] int32 padded on the right, for drafts; None without
     costs: RowCosts | None = None  # what ticks take, for drafts that choose their rows
+    stored: StoredTexts | None = None  # texts of earlier generations, for drafts
 
 
 class Running(NamedTuple):
@@ -191,7 +194,7 @@ class DexLoop(MeshLoop):
 
     def state_specs(self, schedule: Schedule, memory: Any) -> DexState:
         # Each row of the data axis chooses and counts its drafts for itself, on all of its devices alike.
-        drafting = None if schedule.drafts is None else Drafting(BY_SEQUENCE, *(EVERYWHERE,) * 6)
+        drafting = None if schedule.drafts is None else Drafting(BY_SEQUENCE, *(EVERYWHERE,) * 7)
         return DexState(
             tick=EVERYWHERE,
             lattice=BY_SEQUENCE,
@@ -252,11 +255,11 @@ AR_LOOP, DEX_LOOP, CHAIN_LOOP, ORACLE_LOOP = ARLoop(), DexLoop(), ChainLoop(), O
 
 
 def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int) -> DexState:
-    memory, token, lengths, limits, sampling, prompt, costs = begun
+    memory, token, lengths, limits, sampling, prompt, costs, stored = begun
     length = 0 if prompt is None else prompt.shape[1]
     sizes: dict[str, Any] = {"stages": schedule.stages, "rows": schedule.rows, "capacity": capacity, "length": length}
     options: dict[str, Any] = {"sampling": sampling, "drafts": schedule.drafts, "prompt": prompt, "costs": costs}
-    return loop.init(network, memory, token, lengths, limits=limits, **sizes, **options)
+    return loop.init(network, memory, token, lengths, limits=limits, stored=stored, **sizes, **options)
 
 
 def _chain(what: Running) -> tuple[ChainNetwork, Policy]:

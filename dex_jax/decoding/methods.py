@@ -7,7 +7,7 @@ import itertools
 from typing import Protocol
 
 from dex_jax.decoding.chain.interface import Policy
-from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trees import LOOKUP_TREE
 from dex_jax.decoding.loops import AR_LOOP, DEX_LOOP, Loop
 from dex_jax.errors import DexError, is_whole

@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 from dex_jax import cache
 from dex_jax.decoding import ar
 from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero
-from dex_jax.decoding.dex.drafts import RowCosts
 from dex_jax.decoding.dex.interface import Chunk
+from dex_jax.decoding.dex.lookup import StoredTexts
+from dex_jax.decoding.dex.shape import RowCosts
 from dex_jax.decoding.dex.trained_exits import Heads, exit_arrays
 from dex_jax.decoding.loops import Prefilled, Running
 from dex_jax.decoding.mesh import programs as on_mesh
@@ -95,22 +96,23 @@ def start_decoding(
     sampling: Sampling | None,
     prompt: jax.Array | None = None,
     costs: RowCosts | None = None,
+    stored: StoredTexts | None = None,
     *,
     spec: Spec,
     capacity: int,
 ) -> Any:
     """Chooses token 0 and returns the state of the method's loop before its first tick.
 
-    `memory` has no lattice yet; drafts need the `prompt` [B, S] int32, padded on the right, and where they choose rows
-    their `costs`.
+    `memory` has no lattice yet. Drafts need the `prompt` [B, S] int32, padded on the right, and where they choose rows
+    their `costs`; `stored` texts they look up too.
     """
     if spec.mesh is not None:
         return on_mesh.start_decoding(
-            weights, heads, memory, last, lengths, limits, sampling, prompt, costs, spec=spec, capacity=capacity
+            weights, heads, memory, last, lengths, limits, sampling, prompt, costs, stored, spec=spec, capacity=capacity
         )
     model = merge_model(spec.config, spec.layout, weights)
     token = ar.next_token(model, last, lengths, sampling)
-    begun = Prefilled(memory, token, lengths, limits, sampling, prompt, costs)
+    begun = Prefilled(memory, token, lengths, limits, sampling, prompt, costs, stored)
     return spec.schedule.loop.init(Running(model, heads, spec), begun, capacity)
 
 
@@ -174,6 +176,7 @@ class Session:
       method: the schedule and its heads.
       max_new_tokens: at most this many per sequence.
       sampling: None for greedy; keys [B].
+      stored: texts of earlier generations, as NumPy arrays.
     """
 
     def __init__(
@@ -183,6 +186,7 @@ class Session:
         method: Resolved,
         max_new_tokens: int,
         sampling: Sampling | None,
+        stored: StoredTexts | None = None,
     ):
         schedule = method.schedule
         check_layout(lm.mesh, lm.layout, method, len(prompts))
@@ -216,6 +220,7 @@ class Session:
         self.tick = 0
         self.work = np.zeros(1)  # how often each kind of work that `pace` knows has been done so far
         self.pace = Pace(np.ones(1) if self.costs is None else np.append(self.costs.rows, self.costs.drafting))
+        self.stored = None if drafts is None else stored
         self.heads = Heads()
         self.state: Any = None
         if self.costs is not None:
@@ -227,7 +232,7 @@ class Session:
         `by` takes what Program.compile takes, to compile for another device.
         """
         sizes = (self.padded.shape, self.cache_length, self.limits.eos_ids.shape)
-        kind = (self.spec, self.lm.dtype, self.lm.packing, sizes, self.sampling is None)
+        kind = (self.spec, self.lm.dtype, self.lm.packing, sizes, self.sampling is None, self.stored is None)
         if by is Program.compile:
             if kind in _READY and RUN.held:  # to find out the shapes takes half a second too
                 return
@@ -245,7 +250,9 @@ class Session:
         if self.spec.schedule.drafts is not None:
             text = jax.ShapeDtypeStruct((len(self.lengths), self.cache_length), jnp.int32)
             prompt = self._put(text, BY_SEQUENCE)
-        start = (weights, heads, memory, last, lengths, self.limits, self.sampling, prompt, self.costs)
+        stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.stored)
+        stored = self._put(stored, EVERYWHERE)
+        start = (weights, heads, memory, last, lengths, self.limits, self.sampling, prompt, self.costs, stored)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.capacity}
         begun = by(START, *start, **statics).out_info
         state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), begun)
@@ -275,6 +282,7 @@ class Session:
             self.sampling,
             self._text(),
             self.costs,
+            self._put(jax.device_put(self.stored), EVERYWHERE),
             spec=self.spec,
             capacity=self.capacity,
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from dex_jax.decoding.auto import tick_seconds
 from dex_jax.decoding.costs import ROWS, step_costs
-from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trees import LOOKUP_TRUST, KnownTree
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.methods import SPARE, Dex

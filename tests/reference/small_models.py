@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import dex_jax
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig
-from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trees import KnownTree, with_trees
 from dex_jax.evaluation.check import compare
 from dex_jax.io import Tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -76,10 +77,11 @@ def twin_runs(
     decs: bool,
     vocab_size: int,
     drafts: TreeShape | None = None,
+    stored: Sequence[Sequence[int]] = (),
 ) -> list[twin.Run]:
     """The batch as independent runs of the twin."""
     fields = () if drafts is None else (drafts.widths, drafts.drafted, drafts.lookup, drafts.rungs, drafts.drafting)
-    options = {"stages": stages, "rows": rows, "decs": decs, "eos_ids": case.eos_ids}
+    options = {"stages": stages, "rows": rows, "decs": decs, "eos_ids": case.eos_ids, "stored": stored}
     options["shape"] = twin.Shape(*fields) if fields else None
     return [
         twin.decode(model, prompt, max_new_tokens=limit, draws=twin_draws(case, row, vocab_size), **options)
@@ -153,7 +155,7 @@ def arrays(case: Case, first: list[int]):
 
 
 def watch(
-    tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool, drafts=None
+    tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool, drafts=None, stored=None
 ) -> Ticks:
     """All ticks of the library's loop, to be traced."""
 
@@ -161,11 +163,11 @@ def watch(
         state = step(toy_network(tables), state, limits, sampling, decs=decs, drafts=drafts)
         return state, Ticks(state.lattice, state.prefix, state.record)
 
-    state = _begin(tables, prompts, lengths, first, limits, sampling, stages, rows, drafts)
+    state = _begin(tables, prompts, lengths, first, limits, sampling, stages, rows, drafts, stored)
     return jax.lax.scan(tick, state, length=stages * (CAPACITY - 1))[1]
 
 
-def _begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows: int, drafts) -> DexState:
+def _begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows: int, drafts, stored=None) -> DexState:
     room = CAPACITY + (0 if drafts is None else drafts.levels)
     memory = toy_prefill(tables, prompts, lengths, capacity=room, slots=stages * rows)
     return init(
@@ -181,6 +183,7 @@ def _begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows:
         drafts=drafts,
         prompt=prompts,
         length=PROMPT_WIDTH + CAPACITY + 60,
+        stored=stored,
     )
 
 

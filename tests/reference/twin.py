@@ -23,7 +23,7 @@ from reference.filters import filter_logits
 
 SCORE_STEP = 2.0**-10
 LOWEST_LOG_PROBABILITY = -64.0
-COMPARED, LONGEST = 16, 64
+COMPARED, LONGEST, STORED = 16, 64, 4
 HEADS = 8
 HOPE = 0.4
 PRIOR = 16
@@ -123,8 +123,12 @@ def decode(
     eos_ids: Sequence[int] = (),
     draws: Draws | None = None,
     shape: Shape | None = None,
+    stored: Sequence[Sequence[int]] = (),
 ) -> Run:
-    """The whole loop; rows=None never prunes, asked=None asks every exit, shape=None drafts nothing."""
+    """The whole loop; rows=None never prunes, asked=None asks every exit, shape=None drafts nothing.
+
+    `stored` are earlier texts, the latest last.
+    """
     committed = tuple(prompt)
     first = final_token(model, committed, stages, draws)
     run = Run([first], [-1], 0, [], 0, 0)
@@ -139,7 +143,7 @@ def decode(
         spawned = heads if rows is None else heads[:rows]
         run.pruned += len(heads) - len(spawned)
         if shape is not None:
-            spawned = with_drafts(model, run, spawned, stages, rows, shape, draws)
+            spawned = with_drafts(model, run, spawned, stages, rows, shape, draws, stored)
         for node in spawned:
             if node.parent is not None:
                 node.parent.children.append(node)
@@ -200,16 +204,28 @@ def decode(
 
 
 def with_drafts(
-    model, run: Run, heads: list[Node], stages: int, rows: int | None, shape: Shape, draws: Draws | None
+    model,
+    run: Run,
+    heads: list[Node],
+    stages: int,
+    rows: int | None,
+    shape: Shape,
+    draws: Draws | None,
+    stored: Sequence[Sequence[int]],
 ) -> list[Node]:
     """A cohort's heads with what exit 0 drafts below them, best first, as many as are worth it; none hangs yet."""
     price = run.price
     asked = heads[:HEADS]
     follows: dict[Node, tuple[Node, list[int], list[float]]] = {}
     for head in asked:
-        said, matched = continuation(head.tokens, sum(shape.widths))
-        logs = [trust(shape, matched + i) for i in range(len(said))]
-        if matched and logs[0] > -math.inf:
+        count = sum(shape.widths)
+        said, matched = continuation(head.tokens, count)
+        lengths = [matched + i for i in range(count)]
+        theirs, agreed, often = stored_continuation(stored, head.tokens, count)
+        if agreed and (1 + agreed // STORED) * (1 + often) > matched:
+            said, lengths = theirs, [(1 + (agreed + i) // STORED) * (1 + often) for i in range(count)]
+        logs = [-math.inf if token is None else trust(shape, lengths[i]) for i, token in enumerate(said)]
+        if said and logs[0] > -math.inf:
             follows[head] = (head, said, logs)
     everything, above, levels = list(heads), asked, 0
     for level, width in enumerate(shape.widths, 1):
@@ -217,7 +233,8 @@ def with_drafts(
         for head in asked:
             if head in follows:
                 at, said, logs = follows[head]
-                found.append((at, said[level - 1], at.score + logs[level - 1]))
+                if said[level - 1] is not None:
+                    found.append((at, said[level - 1], at.score + logs[level - 1]))
         hope = HOPE * (sum(math.exp(node.score) for node in above) - sum(math.exp(score) for *_, score in found))
         if level <= shape.drafted and (not (shape.rungs and shape.drafting) or hope > price * shape.drafting):
             levels += 1
@@ -237,6 +254,8 @@ def with_drafts(
     if follows:
         node, said, logs = max(follows.values(), key=lambda each: each[0].score)
         for token, log in list(zip(said, logs, strict=True))[len(shape.widths) :]:
+            if token is None:
+                break
             node = Node(token, node, (*node.tokens, token), born_at=0, score=node.score + log)
             everything.append(node)
     everything.sort(key=lambda node: -node.score)
@@ -289,6 +308,34 @@ def continuation(text: Sequence[int], count: int) -> tuple[list[int], int]:
     for i in range(count):
         grown.append(grown[end + 1 + i])
     return grown[len(text) :], longest
+
+
+def stored_continuation(
+    stored: Sequence[Sequence[int]], text: Sequence[int], count: int
+) -> tuple[list[int | None], int, int]:
+    """What followed the text's suffix in earlier texts, length of the match, how many texts before went on likewise.
+
+    Of the latest places of its last 16, 8, 4 and 2 tokens, but those at a text's end, that with the longest match.
+    """
+    best: tuple[list[int | None], int, int] = ([], 0, 0)
+    for gram in (16, 8, 4, 2):
+        suffix, place, row = list(text[-gram:]), None, 0
+        for other in stored:
+            ends = [at for at in range(gram - 1, len(other) - 1) if list(other[at - gram + 1 : at + 1]) == suffix]
+            if ends and len(text) >= gram:
+                # A text counts once, by the last of its places.
+                row = row + 1 if place is not None and place[0][place[1] + 1] == other[ends[-1] + 1] else 0
+                place = (other, ends[-1])
+        if place is None:
+            continue
+        other, end = place
+        length = 0
+        while length < min(LONGEST, end + 1, len(text)) and other[end - length] == text[len(text) - 1 - length]:
+            length += 1
+        if length > best[1]:
+            following = list(other[end + 1 : end + 1 + count])
+            best = (following + [None] * (count - len(following)), length, row)
+    return best
 
 
 def trust(shape: Shape, matched: int) -> float:

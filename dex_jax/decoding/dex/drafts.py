@@ -1,7 +1,7 @@
 """Exit 0: what it drafts below the heads of a cohort, and how many of a cohort's rows are worth their time.
 
-Drafts come from the text itself (what followed the same suffix before) and from a drafter, a head at depth 0. Neither
-ever changes a token: what is emitted is the final layer's.
+Drafts come from the text itself (what followed the same suffix before), from stored texts likewise, and from a drafter,
+a head at depth 0. None of them ever changes a token: what is emitted is the final layer's.
 
 Letters: B sequences, W rows a cohort, N rows of a cohort while it grows, P levels with the heads', H heads that are
 drafted under, w rows of a level, E numbers that a drafter reads of the position before, S text length, V vocabulary.
@@ -9,26 +9,22 @@ drafted under, w rows of a level, E numbers that a drafter reads of the position
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dex_jax import lattice as lat
 from dex_jax.decoding.dex.interface import Drafter, DraftRows
-from dex_jax.decoding.dex.lookup import LONGEST, continuation
+from dex_jax.decoding.dex.lookup import StoredTexts, said_next
+from dex_jax.decoding.dex.shape import RowCosts, TreeShape
 from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, noise_at
 from dex_jax.decoding.record import Record
-from dex_jax.errors import DexError
 from dex_jax.lattice import (
-    MIN_LOG_PROBABILITY,
     NO_NODE,
     NO_TOKEN,
-    SCORE_STEP,
     Candidates,
     Cohort,
     Lattice,
@@ -44,106 +40,9 @@ HOPE = 0.4
 a child turns out worth running, and right. Below what drafters agree, as much of what they draft is not worth
 running."""
 
-TRUSTED = 8
-"""Lengths of match that a tree's lookup has a probability for."""
-
 PRIOR = 16.0
 """AR steps that every sequence is taken to have decoded at AR's pace before its first tick, and tokens that drafts are
 taken to have promised and kept."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TreeShape:
-    """How much exit 0 drafts below the heads of a cohort.
-
-    Attributes:
-      widths: rows of the levels below the heads.
-      drafted: on how many levels the drafter proposes; deeper ones only go on with what the text said before.
-      lookup: probability that the next token after a suffix match is right, by the length of the match: 8 numbers, for
-        1 to 8 tokens (longer ones: `trust`); all 0 switches it off.
-      rungs: (rows, AR steps that a step of so many takes), ascending: exit 0 drafts as many levels and a cohort keeps
-        as many of its most probable rows as are worth their time. Empty for all of them always.
-      drafting: AR steps that drafting one level takes; only asked for with rungs.
-
-    Raises:
-      DexError: no level, a level without rows, more drafted levels than there are, trust that is no probability,
-        rungs that do not ascend, or a negative cost.
-
-    Examples:
-      >>> TreeShape((3, 2, 1), drafted=2, lookup=(0.0,) * 8).rows
-      7
-    """
-
-    widths: tuple[int, ...]
-    drafted: int
-    lookup: tuple[float, ...]
-    rungs: tuple[tuple[int, float], ...] = ()
-    drafting: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1 or not 0 <= self.drafted <= len(self.widths):
-            raise DexError(
-                f"a tree needs at least one row on each of its levels and as many of them drafted at most, not "
-                f"{self.drafted} of {self.widths}"
-            )
-        if len(self.lookup) != TRUSTED or not all(0 <= share <= 1 for share in self.lookup):
-            raise DexError(f"a tree's lookup is {TRUSTED} probabilities, one for each length of match: {self.lookup}")
-        ascending = all(a < b and s <= t for (a, s), (b, t) in itertools.pairwise(((0, 0.0), *self.rungs)))
-        if not ascending or (self.rungs and self.rungs[0][1] <= 0):
-            raise DexError(f"a tree's rungs ascend, with costs above 0, not {self.rungs}")
-        if self.drafting < 0:
-            raise DexError(f"drafting a level cannot take {self.drafting} AR steps")
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """The row counts that a cohort of one fresh root may keep."""
-        return tuple(rows for rows, _ in self.rungs) or (self.rows,)
-
-    @property
-    def costs(self) -> RowCosts | None:
-        """What `rungs` and `drafting` say, as arrays; None without rungs."""
-        if not self.rungs:
-            return None
-        return RowCosts(jnp.asarray([cost for _, cost in self.rungs], jnp.float32), jnp.float32(self.drafting))
-
-    @property
-    def without_costs(self) -> TreeShape:
-        """What programs depend on: the row counts, and whether levels are chosen, without the figures."""
-        rungs = tuple((rows, float(place)) for place, (rows, _) in enumerate(self.rungs, 1))
-        return dataclasses.replace(self, rungs=rungs, drafting=float(self.drafting > 0))
-
-    @property
-    def rows(self) -> int:
-        """Rows of the whole tree below one head, the head included."""
-        return 1 + sum(self.widths)
-
-    @property
-    def levels(self) -> int:
-        """P."""
-        return 1 + len(self.widths) + self.tail
-
-    @property
-    def tail(self) -> int:
-        """Further levels of a row each, on which only the text goes on: it may fill all rows with one chain."""
-        return sum(self.widths) - len(self.widths) if any(self.lookup) else 0
-
-    @property
-    def trust(self) -> np.ndarray:
-        """Logarithms of the probability that the token after a match is right, by its length, 0 to LONGEST: float32.
-
-        Beyond `lookup` the share that is wrong falls as 1 / length (docs/results_speed.md).
-        """
-        longer = 1 - (1 - self.lookup[-1]) * TRUSTED / np.arange(TRUSTED + 1, LONGEST + 1)
-        share = np.array([0.0, *self.lookup, *longer * (self.lookup[-1] > 0)])
-        steps = np.round(np.log(share, where=share > 0, out=np.zeros_like(share)) / SCORE_STEP) * SCORE_STEP
-        return np.where(share > 0, np.maximum(steps, MIN_LOG_PROBABILITY), -np.inf).astype(np.float32)
-
-
-class RowCosts(NamedTuple):
-    """What ticks take, in AR steps, float32; programs do not depend on it."""
-
-    rows: jax.Array  # of a step of each of the row counts that a cohort may keep, beside its drafting
-    drafting: jax.Array  # of drafting one level
 
 
 class Drafting(NamedTuple):
@@ -156,6 +55,7 @@ class Drafting(NamedTuple):
     spent: jax.Array  # AR steps that the ticks took by the costs, times the sequences in them
     promised: jax.Array  # tokens that all drafts should have brought by their probabilities
     kept: jax.Array  # how many they brought
+    stored: StoredTexts | None = None  # texts of earlier generations; None without
 
 
 class Below(NamedTuple):
@@ -176,6 +76,7 @@ def begin_drafting(
     position: jax.Array,
     length: int,
     stages: int,
+    stored: StoredTexts | None = None,
 ) -> Drafting:
     """Before the first cohort.
 
@@ -185,13 +86,15 @@ def begin_drafting(
       first_token, position: [B] int32, token 0 and where it stands.
       length: S.
       stages: K.
+      stored: texts of earlier generations; None without.
     """
     batch, size = prompt.shape
     text = jnp.full((batch, length), NO_TOKEN, jnp.int32).at[:, :size].set(prompt)
     text = text.at[jnp.arange(batch), position].set(first_token)
     costs = shape.costs if costs is None else costs
     none = jnp.float32(0)
-    return Drafting(text, costs, jnp.zeros(stages, jnp.int32), jnp.zeros(len(shape.counts) + 1), none, none, none)
+    rung, chosen = jnp.zeros(stages, jnp.int32), jnp.zeros(len(shape.counts) + 1)
+    return Drafting(text, costs, rung, chosen, none, none, none, stored)
 
 
 def charge(drafting: Drafting, live: jax.Array, going: jax.Array) -> Drafting:
@@ -273,10 +176,10 @@ def draft(
     cohort = jax.vmap(lat.widen, (0, None))(cohort, size + most)  # so that `most` rows can be cut out from any one on
     text = jax.vmap(_texts, (0, 0, 0, 0, None))(drafting.text, lattice, cohort, below.prefix, under)
     ends = cohort.position[:, :under] + 1
-    said, matched = jax.vmap(jax.vmap(continuation, (0, 0, None)), (0, 0, None))(text, ends, shape.levels - 1)
-    # With every token that is right a match is longer.
-    lengths = matched[..., None] + jnp.arange(shape.levels - 1)[None, None]
-    trusted = jnp.asarray(shape.trust)[jnp.where(matched[..., None] > 0, jnp.minimum(lengths, LONGEST), 0)]
+    axes = (None, 0, 0, None, None)
+    said, trusted = jax.vmap(jax.vmap(said_next, axes), axes)(
+        drafting.stored, text, ends, jnp.asarray(shape.trust), shape.levels - 1
+    )
     alive = cohort.score[:, :under] > -jnp.inf
     # The row that each head's continuation has got to.
     at = jnp.where((trusted[..., 0] > -jnp.inf) & alive, jnp.arange(under)[None], NO_NODE)
@@ -313,7 +216,7 @@ def draft(
     # In a loop: the levels, one by one, would be most of the program to compile.
     begun = (cohort, known, at, jnp.int32(0))
     down = len(shape.widths)
-    levels = (_levels(shape, heads, under), *(jnp.moveaxis(each[..., :down], 2, 0) for each in (said, trusted)))
+    levels: Any = (_levels(shape, heads, under), *(jnp.moveaxis(each[..., :down], 2, 0) for each in (said, trusted)))
     (cohort, _, at, levels_drafted), _ = jax.lax.scan(one_level, begun, levels)
     if shape.tail:
         first = heads + sum(shape.widths)

@@ -22,8 +22,6 @@ from dex_jax.decoding.dex.drafts import (
     HEADS,
     Below,
     Drafting,
-    RowCosts,
-    TreeShape,
     begin_drafting,
     charge,
     draft,
@@ -31,7 +29,9 @@ from dex_jax.decoding.dex.drafts import (
     price_of,
 )
 from dex_jax.decoding.dex.interface import Committed, Drafter, Network, StageView
+from dex_jax.decoding.dex.lookup import StoredTexts
 from dex_jax.decoding.dex.proposals import Proposers, propose
+from dex_jax.decoding.dex.shape import RowCosts, TreeShape
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, check_limits, emit_path, until_done
@@ -89,6 +89,7 @@ def init(
     prompt: jax.Array | None = None,
     length: int = 0,
     costs: RowCosts | None = None,
+    stored: StoredTexts | None = None,
 ) -> DexState:
     """The state before the first tick.
 
@@ -107,6 +108,7 @@ def init(
       prompt: [B, R] int32 padded on the right, which drafts look the text up in.
       length: S, at least R and the positions of all new tokens; only asked for with drafts.
       costs: what ticks take, for drafts that choose their rows; None for what `drafts` says.
+      stored: texts of earlier generations that drafts are looked up in too.
 
     Raises:
       DexError: stages or rows that are no whole numbers of at least 1, more stages than one without exits, drafts
@@ -126,7 +128,7 @@ def init(
         noise = Noise(jnp.zeros((batch, stages * levels_of(drafts), network.vocab_size), jnp.float32), position)
     drafting = None
     if drafts is not None and prompt is not None:
-        drafting = begin_drafting(drafts, costs, prompt, first_token, position, length, stages)
+        drafting = begin_drafting(drafts, costs, prompt, first_token, position, length, stages, stored)
     state = DexState(
         tick=jnp.int32(0),
         lattice=blank,

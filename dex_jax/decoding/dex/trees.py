@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dex_jax.decoding.dex.drafters import GivenDrafter
-from dex_jax.decoding.dex.drafts import TreeShape
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.io.exits_file import TrainedExits
 
 LOOKUP_TRUST = (0.25, 0.6, 0.65, 0.73, 0.79, 0.79, 0.82, 0.9)

@@ -24,7 +24,7 @@ from dex_jax import lattice as lat
 from dex_jax.cache import NOWHERE, Memory, after, write_rows
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.ar import ARState, next_token
-from dex_jax.decoding.dex.drafts import TreeShape, charge
+from dex_jax.decoding.dex.drafts import charge
 from dex_jax.decoding.dex.interface import Chunk, Committed, Network, StageView
 from dex_jax.decoding.dex.loop import (
     DexState,
@@ -39,6 +39,7 @@ from dex_jax.decoding.dex.loop import (
 )
 from dex_jax.decoding.dex.network import shared_exits, transformer_network
 from dex_jax.decoding.dex.proposals import Asked, held_below, propose_rows
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trained_exits import (
     Heads,
     TrainedHeads,

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex import loop
-from dex_jax.decoding.dex.drafts import TreeShape
 from dex_jax.decoding.dex.interface import Exits, Network, StageView
 from dex_jax.decoding.dex.proposals import HEAD_BLOCK, Proposers, propose
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.record import Limits
 from dex_jax.hardware import Link
 from dex_jax.lattice import NO_NODE
