@@ -9,7 +9,6 @@ Letters: N capacity in tokens, G lengths of gram, H places for grams.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import struct
 import zlib
@@ -199,9 +198,8 @@ def opened_store(store: TextStore | str | os.PathLike | None, lm: LanguageModel 
 
 
 def tokenizer_of(lm: LanguageModel | Outline) -> bytes:
-    """What tells tokenizers apart: 32 hexadecimal digits. Without one, ids are the model's own."""
-    content = lm.fingerprint if lm.tokenizer is None else lm.tokenizer.backend.to_str()
-    return hashlib.sha256(content.encode()).hexdigest()[:DIGITS].encode()
+    """What tells tokenizers apart, DIGITS bytes. Without one, ids are the model's own."""
+    return (lm.fingerprint if lm.tokenizer is None else lm.tokenizer.fingerprint).rjust(DIGITS).encode()
 
 
 def _lock(file: BinaryIO) -> None:

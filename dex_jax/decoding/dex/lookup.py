@@ -94,19 +94,17 @@ def stored_continuation(
     went on likewise).
     """
     last, size = length - 1, stored.tokens.shape[0]
-    ends, often = [], []
-    for end, count_of, gram in zip(stored.ends, stored.often, GRAMS, strict=True):
-        suffix = jax.lax.dynamic_slice_in_dim(text, last - gram + 1, gram)
-        place = hashed(suffix.astype(jnp.uint32), end.shape[0])
-        ends.append(jnp.where(last >= gram - 1, end[place], NO_TOKEN))
-        often.append(count_of[place].astype(jnp.int32))
+    suffixes = [jax.lax.dynamic_slice_in_dim(text, last - gram + 1, gram).astype(jnp.uint32) for gram in GRAMS]
+    places = jnp.stack([hashed(suffix, stored.ends.shape[1]) for suffix in suffixes])
+    whole = last >= jnp.asarray(GRAMS) - 1
+    ends = jnp.where(whole, stored.ends[jnp.arange(len(GRAMS)), places], NO_TOKEN)
     # A gram of the same hash may be another one.
-    lengths = jax.vmap(_agreement, (None, None, None, 0))(text, last, stored.tokens, jnp.stack(ends))
+    lengths = jax.vmap(_agreement, (None, None, None, 0))(text, last, stored.tokens, ends)
     best = jnp.argmax(lengths)
-    after = jnp.stack(ends)[best] + 1 + jnp.arange(count)
+    after = ends[best] + 1 + jnp.arange(count)
     said = jnp.where(after < size, stored.tokens[jnp.clip(after, 0, size - 1)], NO_TOKEN)
     ended = jnp.cumsum(said == NO_TOKEN) > 0
-    return jnp.where(ended, NO_TOKEN, said), lengths[best], jnp.stack(often)[best]
+    return jnp.where(ended, NO_TOKEN, said), lengths[best], stored.often[best, places[best]].astype(jnp.int32)
 
 
 def hashed(grams: Any, size: int) -> Any:

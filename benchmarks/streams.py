@@ -1,0 +1,141 @@
+"""One user's prompts in a row: what a store of the earlier ones brings, quarter by quarter.
+
+    python benchmarks/streams.py --humaneval HumanEval.jsonl.gz --spec-bench question_240.jsonl --output results/streams
+
+Every prompt is answered by AR, by the default method and by the default method with a store, in turns, and the tokens
+are compared. Times are those of whole calls without the prompt, so that looking up, choosing and storing are in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from measuring import Figures, arguments, machine
+
+import dex_jax
+from dex_jax.cli.common import remember_compilations
+from dex_jax.errors import exit_code
+from dex_jax.evaluation.check import compare
+from dex_jax.prompt_files import read_prompts
+from dex_jax.tables import markdown
+
+CODE = """from typing import List
+
+
+def has_close_elements(numbers: List[float], threshold: float) -> bool:
+    for i, first in enumerate(numbers):
+        for j, second in enumerate(numbers):
+            if i != j and abs(first - second) < threshold:
+                return True
+    return False
+
+
+def mean_absolute_deviation(numbers: List[float]) -> float:
+    mean = sum(numbers) / len(numbers)
+    return sum(abs(each - mean) for each in numbers) / len(numbers)
+
+
+def longest(strings: List[str]) -> str:
+    best = ""
+    for each in strings:
+        if len(each) > len(best):
+            best = each
+    return best
+"""
+EDITS = (
+    "Rename the function longest to longest_string.",
+    "Add a docstring to every function.",
+    "Rename the parameter threshold to limit.",
+    "Make mean_absolute_deviation return 0.0 for an empty list.",
+    "Add a comment above every loop.",
+    "Replace List by the built-in list.",
+    "Make longest return None for an empty list.",
+    "Add a function median below mean_absolute_deviation.",
+    "Rename each to item.",
+    "Add a main block that prints longest(['a', 'bb']).",
+)
+LONG = "Write a very long story about a lighthouse keeper, chapter by chapter."
+AR, PLAIN, STORED = "AR", "default", "with a store"
+
+
+def streams(humaneval: Sequence[Any], spec_bench: Sequence[Any]) -> dict[str, tuple[list[Any], int]]:
+    """Name -> (prompts in their order, new tokens of each answer)."""
+    edits = [f"Here is a Python file:\n\n```python\n{CODE}```\n\n{edit} Answer with the whole file." for edit in EDITS]
+    mixed = list(spec_bench[:: max(1, len(spec_bench) // 40)][:40])
+    return {
+        "60 of HumanEval": (list(humaneval[:60]), 128),
+        "ten edits of a file": (edits, 384),
+        "40 of Spec-Bench": (mixed, 128),
+        "one long answer": ([LONG], 4000),
+        "20 of HumanEval, then 20 of Spec-Bench": ([*humaneval[60:80], *mixed[1::2]], 128),
+    }
+
+
+def answers(lm: Any, prompt: Any, new_tokens: int, store: dex_jax.TextStore) -> dict[str, dict[str, Any]]:
+    """What each way took for one prompt."""
+    ways = {AR: {"method": dex_jax.AR()}, PLAIN: {}, STORED: {"store": store}}
+    outputs, found = {}, {}
+    for way, options in ways.items():
+        begin = time.perf_counter()
+        output = outputs[way] = dex_jax.generate(lm, [prompt], max_new_tokens=new_tokens, **options)
+        seconds = time.perf_counter() - begin - output.stats.prefill_seconds - output.stats.compile_seconds
+        (check,) = compare(lm, output, outputs[AR])
+        ticks = None if output.stats.ticks is None else int(output.stats.ticks[0])
+        same = bool(check.identical or check.is_tie(str(lm.dtype)))
+        found[way] = {"tokens": int(output.lengths[0]), "ticks": ticks, "seconds": seconds, "identical": same}
+    return found
+
+
+def table(runs: dict[str, Any], name: str) -> str:
+    """One line a quarter of the stream: tokens a tick, and times over AR's and over those without a store."""
+    of_stream = [run for key, run in runs.items() if key.startswith(f"{name};")]
+    lines = []
+    for number, part in enumerate(np.array_split(np.arange(len(of_stream)), min(4, len(of_stream))), 1):
+        total: dict[str, dict[str, float]] = {}
+        for way in (AR, PLAIN, STORED):
+            chosen = [of_stream[at][way] for at in part]
+            # A row for each way, and of AR a tick a token.
+            total[way] = {
+                "tokens": sum(run["tokens"] - 1 for run in chosen),
+                "ticks": sum(run["ticks"] or run["tokens"] - 1 for run in chosen),
+                "seconds": sum(run["seconds"] for run in chosen),
+            }
+        a_tick = [total[way]["tokens"] / total[way]["ticks"] for way in (PLAIN, STORED)]
+        over = [total[a]["seconds"] / total[b]["seconds"] for a, b in ((AR, PLAIN), (AR, STORED), (PLAIN, STORED))]
+        label = f"{number} of {min(4, len(of_stream))}"
+        lines.append([label, *(f"{each:.2f}" for each in (*a_tick, *over))])
+    header = ["quarter", "tokens a tick", "with a store", "over AR", "with a store", "store over default"]
+    return f"{name}\n\n{markdown(header, lines)}"
+
+
+def parser() -> argparse.ArgumentParser:
+    found = arguments(__doc__, weights=None)
+    found.add_argument("--humaneval", required=True, metavar="FILE", help="the prompts of HumanEval")
+    found.add_argument("--spec-bench", required=True, metavar="FILE", help="the questions of Spec-Bench")
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answers all streams and writes."""
+    remember_compilations()
+    lm = dex_jax.load(args.model, weights=args.weights)
+    found = streams(read_prompts(args.humaneval), read_prompts(args.spec_bench))
+    figures = Figures(args.output, machine(model=args.model, dtype=str(lm.dtype), weights=lm.weights_kind))
+    for name, (prompts, new_tokens) in found.items():
+        answers(lm, prompts[0], new_tokens, dex_jax.TextStore())  # compiles
+        store = dex_jax.TextStore()
+        for number, prompt in enumerate(prompts, 1):
+            figures.add(f"{name}; {number}", answers(lm, prompt, new_tokens, store))
+    wrong = sum(not each["identical"] for run in figures.runs.values() for each in run.values())
+    pages = [table(figures.runs, name) for name in found]
+    figures.publish("# Streams", *pages, f"Answers with other tokens than AR's: {wrong}.")
+
+
+if __name__ == "__main__":
+    args = parser().parse_args()
+    sys.exit(exit_code(lambda: run(args)))
