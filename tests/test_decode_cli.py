@@ -23,6 +23,7 @@ from dex_jax.cli.arguments import parser, prompts_of
 from dex_jax.cli.display import _check_lines
 from dex_jax.decoding import auto
 from dex_jax.decoding.costs import ROWS, StepCosts
+from dex_jax.decoding.text_store import HEADER, RECORD
 from dex_jax.evaluation import targets
 from dex_jax.evaluation.check import Check
 from dex_jax.io.save import save_model
@@ -144,6 +145,22 @@ def test_a_draft_model_is_said_and_counted(run, folder) -> None:
         for each in (["--exits", "shared"], ["--draft-model", SMOLLM2])
     ]
     assert sizes[1] - sizes[0] > 90e6, "weights and cache of the small model"
+
+
+def test_a_store_serves_later_runs(run, tmp_path) -> None:
+    """--check decodes the same prompts again, which the store hears once."""
+    arguments = ["--prompt", SKY, "--explorers", "1", "--max-new-tokens", "24", "--exits", "shared"]
+    kept, other = tmp_path / "texts", tmp_path / "other"
+    first, second = (json.loads(run(*arguments, "--json", "--check", "--store", str(kept))[1]) for _ in range(2))
+    assert first["tokens"] == second["tokens"]
+    assert first["check"]["identical"]
+    assert second["check"]["identical"]
+    assert second["ticks"] < first["ticks"]
+    texts = kept.stat().st_size - HEADER
+    assert texts == 2 * (RECORD.size + 4 * (first["prompt_tokens"] + first["new_tokens"]))
+    other.write_text("not a store")
+    refused(run(*arguments, "--store", str(other)), "no store")
+    assert other.read_text() == "not a store"
 
 
 def test_a_draft_model_of_little_context_need_hold_no_more_than_the_text(run, folder, tmp_path) -> None:
