@@ -12,7 +12,7 @@ import measuring
 import numpy as np
 import one_explorer
 import pytest
-import speed
+import streams
 import weights_distance
 from reference.small_models import LLAMA, LetterTokenizer, small_model
 from test_io_gguf import write_gguf
@@ -59,10 +59,17 @@ def test_one_explorer_measures_what_is_missing(model, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_speed(model, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "PROMPT", "HELLO")
-    speed.run(speed.parser().parse_args(["--rounds", "1", "--max-new-tokens", "4"]))
-    assert "DEX-1/5 tick over an AR step" in capsys.readouterr().out
+def test_streams(model, monkeypatch, capsys):
+    """A prompt that comes again takes fewer ticks with a store, and its matches there are counted as right."""
+    monkeypatch.setattr(streams, "streams", lambda *_: {"words": (["HELLO", "WORLDS", "HELLO"], 24)})
+    flags = ["--humaneval", "prompts.txt", "--spec-bench", "prompts.txt", "--output", "out"]
+    streams.run(streams.parser().parse_args(flags))
+    page = capsys.readouterr().out
+    assert "| 3 of 3 " in page
+    assert "Answers with other tokens than AR's: 0." in page
+    again = json.loads(Path("out.json").read_text(encoding="utf-8"))["runs"]["words; 3"]
+    right, count = np.sum([*again[streams.OTHER].values()], axis=0)
+    assert right == count > 10
 
 
 def test_few_rows(monkeypatch, capsys):

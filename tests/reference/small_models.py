@@ -73,6 +73,8 @@ class LetterTokenizer:
 
     has_chat_template = False
 
+    fingerprint = "letters"
+
     def __init__(self, eos_ids: tuple[int, ...] = ()):
         self.eos_ids = eos_ids
 
