@@ -292,15 +292,19 @@ def lengthen(cohort: Cohort, row: jax.Array, token: jax.Array, score: jax.Array,
 
     token [M] int32; score [M] float32 of the paths down to each, -inf where the row is NO_NODE.
     """
-    own = jnp.arange(token.shape[0])
-    used, rows = score > -jnp.inf, slice(first, first + own.shape[0])
-    seen = jnp.broadcast_to(cohort.within[jnp.maximum(row, 0)], (own.shape[0], cohort.within.shape[1]))
+    own, used = jnp.arange(token.shape[0]), score > -jnp.inf
+    column = jnp.arange(cohort.token.shape[0])[None]
+    down = (column >= first) & (column <= first + own[:, None])
+
+    def put(field: jax.Array, rows: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(field, rows.astype(field.dtype), first, axis=0)
+
     return cohort._replace(
-        token=cohort.token.at[rows].set(jnp.where(used, token, NO_TOKEN)),
-        position=cohort.position.at[rows].set(jnp.where(used, cohort.position[jnp.maximum(row, 0)] + 1 + own, 0)),
-        above=cohort.above.at[rows].set(jnp.where(used, jnp.where(own == 0, row, first + own - 1), NO_NODE)),
-        score=cohort.score.at[rows].set(score),
-        within=cohort.within.at[rows].set(seen.at[:, rows].set(own[:, None] >= own[None])),
+        token=put(cohort.token, jnp.where(used, token, NO_TOKEN)),
+        position=put(cohort.position, jnp.where(used, cohort.position[jnp.maximum(row, 0)] + 1 + own, 0)),
+        above=put(cohort.above, jnp.where(used, jnp.where(own == 0, row, first + own - 1), NO_NODE)),
+        score=put(cohort.score, score),
+        within=put(cohort.within, cohort.within[jnp.maximum(row, 0)][None] | down),
     )
 
 

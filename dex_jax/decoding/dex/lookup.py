@@ -103,8 +103,12 @@ def stored_continuation(
     best = jnp.argmax(lengths)
     after = ends[best] + 1 + jnp.arange(count)
     said = jnp.where(after < size, stored.tokens[jnp.clip(after, 0, size - 1)], NO_TOKEN)
-    ended = jnp.cumsum(said == NO_TOKEN) > 0
-    return jnp.where(ended, NO_TOKEN, said), lengths[best], stored.often[best, places[best]].astype(jnp.int32)
+    length = jnp.min(jnp.where(said == NO_TOKEN, jnp.arange(count), count))  # what follows is another text
+    return (
+        jnp.where(jnp.arange(count) < length, said, NO_TOKEN),
+        lengths[best],
+        stored.often[best, places[best]].astype(jnp.int32),
+    )
 
 
 def hashed(grams: Any, size: int) -> Any:
@@ -119,4 +123,4 @@ def _agreement(text: jax.Array, last: jax.Array, other: jax.Array, end: jax.Arra
     back = jnp.arange(LONGEST)
     inside = (end >= back) & (last >= back)
     same = text[jnp.maximum(last - back, 0)] == other[jnp.maximum(end - back, 0)]
-    return jnp.sum(jnp.cumprod(same & inside))
+    return jnp.min(jnp.where(same & inside, LONGEST, back))
