@@ -22,14 +22,7 @@ from dex_jax.decoding.dex.shape import RowCosts, TreeShape
 from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, noise_at
 from dex_jax.decoding.record import Record
-from dex_jax.lattice import (
-    NO_NODE,
-    NO_TOKEN,
-    Candidates,
-    Cohort,
-    Lattice,
-    quantized,
-)
+from dex_jax.lattice import NO_NODE, NO_TOKEN, Candidates, Cohort, Lattice, quantized
 from dex_jax.sampling import Sampling, log_total, scores
 
 HEADS = 8
