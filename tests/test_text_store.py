@@ -161,8 +161,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         TextStore("texts").add([[1]])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("dtype", "temperature"), [("float32", 1.0), ("bfloat16", 0.0)])
 def test_tokens_stay_and_a_prompt_that_comes_again_takes_fewer_ticks(dtype: str, temperature: float) -> None:
     model, store = random_transformer(LLAMA, Unrolled(), 0, jnp.dtype(dtype)), TextStore(capacity=2**14)
     lm = LanguageModel(model, tokenizer=None, source="random", fingerprint="0")
