@@ -128,7 +128,6 @@ def table(runs: dict[str, Any], name: str) -> str:
         total: dict[str, dict[str, float]] = {}
         for way in (AR, PLAIN, STORED):
             chosen = [of_stream[at][way] for at in part]
-            # A row for each way, and of AR a tick a token.
             total[way] = {
                 "tokens": sum(run["tokens"] - 1 for run in chosen),
                 "ticks": sum(run["ticks"] or run["tokens"] - 1 for run in chosen),
@@ -138,7 +137,7 @@ def table(runs: dict[str, Any], name: str) -> str:
         over = [total[a]["seconds"] / total[b]["seconds"] for a, b in ((AR, PLAIN), (AR, STORED), (PLAIN, STORED))]
         label = f"{number} of {min(4, len(of_stream))}"
         lines.append([label, *(f"{each:.2f}" for each in (*a_tick, *over))])
-    header = ["quarter", "tokens a tick", "with a store", "over AR", "with a store", "store over default"]
+    header = ["quarter", "tokens a tick", "the same, store", "over AR", "the same, store", "store over default"]
     return f"{name}\n\n{markdown(header, lines)}"
 
 

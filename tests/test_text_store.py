@@ -93,6 +93,15 @@ def test_a_kill_loses_only_what_was_being_written(tmp_path: Path) -> None:
         assert texts_of(opened(path)) == [*written[:left], [9, 9]]
 
 
+def test_a_file_that_was_removed_meanwhile_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "texts"
+    store = opened(path)
+    store.add([[1, 2, 3]])
+    path.unlink()
+    store.add([[4, 5]])
+    assert texts_of(opened(path)) == [[4, 5]]
+
+
 def _write(path: Path, number: int) -> None:
     store = opened(path)
     for each in range(30):

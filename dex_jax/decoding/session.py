@@ -232,7 +232,8 @@ class Session:
         `by` takes what Program.compile takes, to compile for another device.
         """
         sizes = (self.padded.shape, self.cache_length, self.limits.eos_ids.shape)
-        kind = (self.spec, self.lm.dtype, self.lm.packing, sizes, self.sampling is None, self.stored is None)
+        stored = None if self.stored is None else self.stored.tokens.shape
+        kind = (self.spec, self.lm.dtype, self.lm.packing, sizes, self.sampling is None, stored)
         if by is Program.compile:
             if kind in _READY and RUN.held:  # to find out the shapes takes half a second too
                 return
@@ -250,9 +251,9 @@ class Session:
         if self.spec.schedule.drafts is not None:
             text = jax.ShapeDtypeStruct((len(self.lengths), self.cache_length), jnp.int32)
             prompt = self._put(text, BY_SEQUENCE)
-        stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.stored)
-        stored = self._put(stored, EVERYWHERE)
-        start = (weights, heads, memory, last, lengths, self.limits, self.sampling, prompt, self.costs, stored)
+        texts = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.stored)
+        texts = self._put(texts, EVERYWHERE)
+        start = (weights, heads, memory, last, lengths, self.limits, self.sampling, prompt, self.costs, texts)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.capacity}
         begun = by(START, *start, **statics).out_info
         state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), begun)

@@ -20,6 +20,7 @@ import numpy as np
 
 from dex_jax.decoding.dex.lookup import GRAMS, StoredTexts, hashed
 from dex_jax.errors import DexError, whole_number
+from dex_jax.io.whole_files import lock
 from dex_jax.lattice import NO_TOKEN
 
 if TYPE_CHECKING:
@@ -119,11 +120,12 @@ class TextStore:
         header = MAGIC + self._tokenizer + b"\n"
         try:
             with os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-                _lock(file)
+                lock(file, wait=True)
                 found = file.read(HEADER)
-                if header.startswith(found):  # new, or its writer was killed
+                if len(found) < HEADER and header.startswith(found):  # new, or its writer was killed
                     file.seek(0)
                     file.write(header)
+                    file.flush()
                 elif not found.startswith(MAGIC):
                     raise DexError(f"{self.path} is no store of texts: name another file")
                 elif found != header:
@@ -134,6 +136,8 @@ class TextStore:
 
     def _catch_up(self, file: BinaryIO) -> None:
         """Takes in the texts that the file has beyond what is known of it, up to one that is not finished."""
+        if os.fstat(file.fileno()).st_size < self._read:  # the user has removed it meanwhile
+            self._read = HEADER
         file.seek(self._read)
         content, at = file.read(), 0
         while at + RECORD.size <= len(content):
@@ -200,11 +204,3 @@ def opened_store(store: TextStore | str | os.PathLike | None, lm: LanguageModel 
 def tokenizer_of(lm: LanguageModel | Outline) -> bytes:
     """What tells tokenizers apart, DIGITS bytes. Without one, ids are the model's own."""
     return (lm.fingerprint if lm.tokenizer is None else lm.tokenizer.fingerprint).rjust(DIGITS).encode()
-
-
-def _lock(file: BinaryIO) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two processes with one store are then the user's to avoid.
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dex_jax.errors import DexError
 
@@ -33,6 +33,19 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def lock(file: IO[Any], wait: bool) -> None:
+    """Locks an open file against other processes until it is closed.
+
+    Raises:
+      BlockingIOError: another one has locked it, and `wait` is False.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: two processes with one file are then the user's to avoid.
+        return
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def plain(value: Any) -> Any:

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from dex_jax.errors import DexError
 from dex_jax.foreign import reading, reason
 from dex_jax.io.folders import require_disk
+from dex_jax.io.whole_files import lock
 from dex_jax.training.task import Cursor
 
 _NAMES: dict[str, Any] = {"step_prefix": "step", "step_format_fixed_length": 8}
@@ -99,7 +100,7 @@ class Checkpoints:
         with contextlib.ExitStack() as opened:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _lock(opened.enter_context((self.folder / "lock").open("w")))
+                lock(opened.enter_context((self.folder / "lock").open("w")), wait=False)
             except BlockingIOError:
                 raise DexError(
                     f"another process trains in {self.folder}: let it end, or train in another folder"
@@ -303,11 +304,3 @@ def _muted() -> Iterator[None]:
         yield
     finally:
         logging.getLogger("absl").setLevel(level)
-
-
-def _lock(file: Any) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two processes in one folder are then the user's to avoid.
-        return
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
