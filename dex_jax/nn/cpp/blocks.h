@@ -87,40 +87,59 @@ inline Integers Bits(const uint8_t* from, int first, int value) {
   return (Integers{} + word) >> by & value;
 }
 
+// What the 16 codes of 4 bits stand for: scale * code + least. A register that holds as many numbers is a table of them.
+struct Sixteen {
+#if defined(__AVX512F__)
+  const Vector table;
+
+  Sixteen(Vector scale, Vector least)
+      : table(MultiplyAdd(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), scale, least)) {}
+  // Only the last 4 bits of an index count.
+  Vector At(Integers index) const { return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), table); }
+  Vector OfLow(const uint8_t* from) const { return At(Codes(from)); }
+  Vector OfHigh(const uint8_t* from) const { return At(Codes(from) >> 4); }
+#else
+  const Vector scale, high_scale, least;
+
+  Sixteen(Vector scale, Vector least) : scale(scale), high_scale(scale * 0.0625f), least(least) {}
+  Vector OfLow(const uint8_t* from) const { return MultiplyAdd(Float(Low(from)), scale, least); }
+  Vector OfHigh(const uint8_t* from) const { return MultiplyAdd(Float(High(from)), high_scale, least); }
+#endif
+};
+
 // The formats. `row` is where a row begins, columns kGroupColumns * group and those after it are given: by At(v) the vth
 // vector. In blocks of 32 columns the first 16 have the low codes of 16 bytes, the others the high ones. What a code is
 // less than is multiplied first: (code - 8) * scale has so few digits that nothing is rounded in either way.
 
-struct Q4_0 {
-  static constexpr int kColumns = 32, kBytes = 18, kGroupColumns = kShort;
+struct Nibbles {
+  static constexpr int kColumns = 32, kGroupColumns = kShort;
   const uint8_t* const codes;
-  const Vector scale, high_scale, least;
+  const Sixteen numbers;
 
-  Q4_0(const uint8_t* row, int64_t group)
-      : codes(row + group * kBytes + 2),
-        scale(All(HalfAt(codes - 2))),
-        high_scale(scale * 0.0625f),
-        least(scale * -8.0f) {}
+  Nibbles(const uint8_t* codes, Vector scale, Vector least) : codes(codes), numbers(scale, least) {}
   Vector At(int v) const {
     const int at = v * kLanes;
-    return at < 16 ? MultiplyAdd(Float(Low(codes + at)), scale, least)
-                   : MultiplyAdd(Float(High(codes + at - 16)), high_scale, least);
+    return at < 16 ? numbers.OfLow(codes + at) : numbers.OfHigh(codes + at - 16);
   }
 };
 
-struct Q4_1 {
-  static constexpr int kColumns = 32, kBytes = 20, kGroupColumns = kShort;
-  const uint8_t* const codes;
-  const Pair pair;
-  const Vector high_scale;
+struct Q4_0 : Nibbles {
+  static constexpr int kBytes = 18;
 
-  Q4_1(const uint8_t* row, int64_t group)
-      : codes(row + group * kBytes + 4), pair(codes - 4), high_scale(pair.first * 0.0625f) {}
-  Vector At(int v) const {
-    const int at = v * kLanes;
-    return at < 16 ? MultiplyAdd(Float(Low(codes + at)), pair.first, pair.second)
-                   : MultiplyAdd(Float(High(codes + at - 16)), high_scale, pair.second);
-  }
+  Q4_0(const uint8_t* row, int64_t group) : Q4_0(row + group * kBytes) {}
+
+ private:
+  explicit Q4_0(const uint8_t* block) : Q4_0(block, All(HalfAt(block))) {}
+  Q4_0(const uint8_t* block, Vector scale) : Nibbles(block + 2, scale, scale * -8.0f) {}
+};
+
+struct Q4_1 : Nibbles {
+  static constexpr int kBytes = 20;
+
+  Q4_1(const uint8_t* row, int64_t group) : Q4_1(row + group * kBytes, Pair(row + group * kBytes)) {}
+
+ private:
+  Q4_1(const uint8_t* block, Pair pair) : Nibbles(block + 4, pair.first, pair.second) {}
 };
 
 struct Q5_0 {
@@ -176,18 +195,18 @@ struct K {
 struct Q4_K {
   static constexpr int kColumns = 256, kBytes = 144, kGroupColumns = kLong;
   const uint8_t* const codes;
-  const K k;
-  const Vector high_scale;
+  const Sixteen first, second;
 
   Q4_K(const uint8_t* row, int64_t group)
-      : codes(row + group / 4 * kBytes + 16 + group % 4 * 32),
-        k(row + group / 4 * kBytes, group % 4),
-        high_scale(k.scales[1] * 0.0625f) {}
+      : Q4_K(row + group / 4 * kBytes + 16 + group % 4 * 32, K(row + group / 4 * kBytes, group % 4)) {}
   Vector At(int v) const {
     const int at = v * kLanes;
-    return at < 32 ? MultiplyAdd(Float(Low(codes + at)), k.scales[0], k.least[0])
-                   : MultiplyAdd(Float(High(codes + at - 32)), high_scale, k.least[1]);
+    return at < 32 ? first.OfLow(codes + at) : second.OfHigh(codes + at - 32);
   }
+
+ private:
+  Q4_K(const uint8_t* codes, const K& k)
+      : codes(codes), first(k.scales[0], k.least[0]), second(k.scales[1], k.least[1]) {}
 };
 
 // The fifth bits of all columns are in 32 bytes, two of each for every group.

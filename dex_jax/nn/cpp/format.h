@@ -4,7 +4,9 @@
 #ifndef DEX_JAX_FORMAT_H_
 #define DEX_JAX_FORMAT_H_
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "blocks.h"
 #include "vectors.h"
@@ -57,9 +59,9 @@ struct Blocks : Format {
   // A row's sums are added up one after another, and wait for each other: those of several outputs fill the time.
   static constexpr int OutputsOf(int rows) {
 #if defined(__AVX512F__)
-    return rows < 3 ? 6 : rows < 5 ? 4 : 2;
+    return rows < 3 ? 3 : rows < 5 ? 4 : rows < 7 ? 3 : 2;
 #else
-    return rows == 1 ? 6 : rows == 2 ? 3 : rows < 5 ? 2 : 1;
+    return rows < 3 ? 3 : rows < 5 ? 2 : 1;
 #endif
   }
 
@@ -103,6 +105,8 @@ struct FewRows {
 
 template <typename Kernel>
 struct FewRowsOf : FewRows {
+  static constexpr int64_t kColumns = Kernel::kVectors * kLanes;
+
   // Outputs [begin, end) of all rows.
   void Outputs(int64_t begin, int64_t end) const {
     for (int64_t first = 0; first < count; first += kGroup) AtMost<kGroup>(first, begin, end);
@@ -123,27 +127,19 @@ struct FewRowsOf : FewRows {
   // this loop runs short of registers.
   template <int R, int O>
   __attribute__((noinline)) int64_t Block(int64_t first, int64_t begin, int64_t end) const {
-    constexpr int64_t columns = Kernel::kVectors * kLanes;
-    const int64_t groups = in / columns, bytes = Kernel::BytesOf(in);
+    const int64_t groups = in / kColumns, bytes = Kernel::BytesOf(in);
     int64_t output = begin;
     for (; output + O <= end; output += O) {
       const Vector* values = rows + first * VectorsOf(in);
       const uint8_t* const weights = kernel + output * bytes;
-      const uint8_t* next = weights + (O > 1 ? O * bytes : kAhead);
+      // Outputs lie one behind another: what comes next is asked for from front to back, whichever of it is used first.
+      const uint8_t* next = weights + std::max<int64_t>(O * bytes, kAhead);
       Vector sums[O][R] = {};
       for (int64_t group = 0; group < groups; ++group, values += R * Kernel::kVectors) {
-#pragma GCC unroll 4
-        for (int o = 0; o < O; ++o) {
-          __builtin_prefetch(next + group * Kernel::kGroupBytes + o * bytes);
-          const Kernel own(weights + o * bytes, group);
-#pragma GCC unroll 8
-          for (int v = 0; v < Kernel::kVectors; ++v) {
-            const Vector weight = own.At(v);
-            for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[v * R + r], sums[o][r]);
-          }
-        }
+        for (int o = 0; o < O; ++o, next += Kernel::kGroupBytes) __builtin_prefetch(next);
+        Add<R, O>(weights, bytes, group, values, sums, std::make_integer_sequence<int, O>());
       }
-      if (Kernel::kMayEnd && in % columns > 0) {
+      if (Kernel::kMayEnd && in % kColumns > 0) {
         for (int o = 0; o < O; ++o) {
           const Vector weight = Kernel::LastOf(weights + o * bytes, in);
           for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[r], sums[o][r]);
@@ -153,6 +149,23 @@ struct FewRowsOf : FewRows {
         for (int o = 0; o < O; ++o) result[(first + r) * out + output + o] = SumOf(sums[o][r]);
     }
     return output;
+  }
+
+  // A group of columns. A row's vector is loaded once for all outputs.
+  template <int R, int O, int... I>
+  static __attribute__((always_inline)) void Add(const uint8_t* weights, int64_t bytes, int64_t group,
+                                                 const Vector* values, Vector (&sums)[O][R],
+                                                 std::integer_sequence<int, I...>) {
+    const Kernel kernels[O] = {Kernel(weights + I * bytes, group)...};
+#pragma GCC unroll 8
+    for (int v = 0; v < Kernel::kVectors; ++v) {
+      const Vector own[O] = {kernels[I].At(v)...};
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vector value = InRegister(values[v * R + r]);
+        ((sums[I][r] = MultiplyAdd(own[I], value, sums[I][r])), ...);
+      }
+    }
   }
 };
 

@@ -37,14 +37,6 @@ constexpr int64_t kWeights = 192 << 10;
 // Rows that weights are widened for at least.
 constexpr int64_t kManyRows = 64;
 
-// The same, which the compiler keeps in a register: it would load it anew for every product otherwise.
-inline Vector InRegister(Vector x) {
-#if defined(__AVX__)
-  asm("" : "+v"(x));
-#endif
-  return x;
-}
-
 // As many rows as there are up to N, the group of so many.
 template <int N>
 void PackGroup(const float* rows, int64_t count, int64_t in, Vector* packed) {

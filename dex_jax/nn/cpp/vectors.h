@@ -53,6 +53,14 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
 #endif
 }
 
+// The same, which the compiler keeps in a register: it would load it anew for every product otherwise.
+inline Vector InRegister(Vector x) {
+#if defined(__AVX__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 // This thread's own memory for `count` vectors, until it asks again. It begins with a cache line: to load a vector that
 // lies across two takes twice as long. What other cores read, which is slow to write to, has a memory of its own.
 template <bool kForOthers = false>
