@@ -1,1 +1,1 @@
-"""What is run from the repository alone: `python -m studies.templates` and `python -m studies.reproduction`."""
+"""What is run from the repository alone: `python -m studies.bench`."""

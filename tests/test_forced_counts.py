@@ -19,7 +19,6 @@ from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers, batches
 from dex_jax.io.exits_file import TrainedExits
-from studies.templates.forced_runs import layerskip_asks, layerskip_counts
 
 TOKENS = 24
 DEPTHS = (1, 2, 3, 4)
@@ -37,18 +36,18 @@ def prompts(count: int = 6) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("config", "kind", "more", "depths", "skip"),
+    ("config", "kind", "more", "depths"),
     [
-        slow(GEMMA, "linear", {"fused": True}, (1, 2, 4), (2, 3)),
-        # Four stages: a node can lie three behind the newest committed position. LayerSkip's drafts lie further.
-        slow(LLAMA, "attn", {"draft_size": LLAMA.vocab_size // 2}, DEPTHS, (1, 5)),
+        slow(GEMMA, "linear", {"fused": True}, (1, 2, 4)),
+        # Four stages: a node can lie three behind the newest committed position.
+        slow(LLAMA, "attn", {"draft_size": LLAMA.vocab_size // 2}, DEPTHS),
     ],
 )
-def test_counts_are_those_of_the_loops(config, kind, more, depths, skip):
+def test_counts_are_those_of_the_loops(config, kind, more, depths):
     lm, exits, ids = small_model(config), random_exits(kind, **more), prompts()
-    asks = {*dex_asks(depths, exits.config), *layerskip_asks(*skip, exits.config, depths[-1])}
+    asks = dex_asks(depths, exits.config)
     if kind == "attn":
-        assert max(ask.lag for ask in dex_asks(depths, exits.config)) == 3
+        assert max(ask.lag for ask in asks) == 3
     texts = answers(lm, ids, TOKENS, batch=8)
     forced = force(lm, exits, texts, sorted(asks), count=len(depths) - 1)
     plain = dex_jax.generate(lm, ids, method=dex_jax.AR(), max_new_tokens=TOKENS)
@@ -62,24 +61,6 @@ def test_counts_are_those_of_the_loops(config, kind, more, depths, skip):
         assert ticks_of(count.exits, len(count.exits), len(depths)) == dex.stats.ticks[row]
         early += int((count.exits[1:] < len(depths)).sum())
     assert early > 5
-    drafted = dex_jax.generate(lm, ids, method=dex_jax.LayerSkip(*skip), **options)
-    for row, count in enumerate(layerskip_counts(forced, *skip, TOKENS, lm.eos_ids)):
-        assert count.rounds == drafted.stats.rounds[row]
-        assert count.layer_steps == drafted.stats.layer_steps[row]
-        assert count.exits.tolist() == drafted.stats.exits[row, : drafted.lengths[row]].tolist()
-    assert drafted.stats.accepted.sum() > 5
-
-
-def test_an_end_of_text_is_never_drafted():
-    lm = small_model()
-    exits = random_exits("shared")
-    asks = layerskip_asks(2, 3, exits.config, DEPTHS[-1])
-    free = force(lm, exits, answers(lm, prompts(1), TOKENS, batch=1), asks)
-    (drafted,) = layerskip_counts(free, 2, 3, TOKENS, ())
-    at = int(np.flatnonzero(drafted.exits == 1)[0])
-    (none,) = layerskip_counts(free, 2, 3, TOKENS, (int(free.target[at]),))
-    assert none.exits[at] == 2
-    assert none.rounds >= drafted.rounds
 
 
 def test_batches_are_full_and_by_length():

@@ -61,7 +61,7 @@ def write(folder: str | Path, plots: bool = True) -> list[Path]:
     """
     runs, study = read_results(folder), read_study(folder)
     if study.get("benchmark") != "bench":
-        raise DexError(f"{folder} holds a study of templates: python -m studies.templates.report makes its page")
+        raise DexError(f"{folder} holds no results of methods compared")
     text, pictures = summary(runs, study), []
     if plots:
         pictures = draw(runs, folder, study.get("explorers"))

@@ -1,1 +1,0 @@
-"""The page that sets the claims of the paper beside what was measured."""

@@ -1,1 +1,0 @@
-"""The prompt-template study: do gains hold across prompt templates?"""
