@@ -18,6 +18,8 @@ from exit_training_worker import CONFIG, EXITS, base_model, with_steps
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
+from dex_jax.decoding.dex.shape import TreeShape
+from dex_jax.decoding.dex.trees import LOOKUP_TRUST, KnownTree, known_trees, with_trees
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits
 from dex_jax.nn.exits import initial_heads, parameters_of
@@ -153,6 +155,12 @@ def test_a_drafter_is_trained_and_drafts(tmp_path) -> None:
     options = {"max_new_tokens": 12}
     out = dex_jax.generate(lm, [[1, 5, 7]], method=method, exits=trained, **options)
     assert out.tokens.tolist() == dex_jax.generate(lm, [[1, 5, 7]], method=dex_jax.AR(), **options).tokens.tolist()
+    # Who goes on from it keeps its trees.
+    tree = KnownTree(TreeShape((2, 1), 2, LOOKUP_TRUST), 1.5)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
+    later = train_exits(config, lm, tmp_path / "later", initial=with_trees(trained, [tree]), tell=quiet)
+    assert known_trees(later) == (tree,)
+    assert "trees" not in later.metadata["before"]
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,7 @@ def opened(path: Path, tokenizer: bytes = TOKENIZER, **options) -> TextStore:
 
 
 def texts_of(store: TextStore) -> list[list[int]]:
-    """What a store searches, text by text."""
-    tokens, found = store.arrays().tokens[: len(store)], [[]]
-    for token in tokens.tolist():
-        found.append([]) if token < 0 else found[-1].append(token)
-    return found[:-1]
+    return [text.tolist() for text in store.texts()]
 
 
 @settings(max_examples=60)

@@ -90,6 +90,11 @@ class TextStore:
         """What drafts search, as NumPy arrays that the next `add` changes."""
         return StoredTexts(self._tokens, self._ends, self._often)
 
+    def texts(self) -> list[np.ndarray]:
+        """The texts that are searched, oldest first, each as its token ids [T] int32."""
+        borders = np.flatnonzero(self._tokens[: self._used] == NO_TOKEN)
+        return [text[text != NO_TOKEN] for text in np.split(self._tokens[: self._used].copy(), borders + 1)[:-1]]
+
     def add(self, texts: Sequence[Sequence[int]]) -> None:
         """Keeps texts, each as its token ids, in the file too if there is one.
 

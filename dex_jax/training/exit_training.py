@@ -287,4 +287,10 @@ def _about(
         "minutes": round(max(spent, seconds) / 60, 1),
         "device": f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}",
         "held_out": last[0]["groups"] if last else {},
-    } | ({} if initial is None else {"before": {k: v for k, v in initial.metadata.items() if k != "held_out"}})
+    } | ({} if initial is None else _inherited(initial.metadata))
+
+
+def _inherited(before: dict[str, Any]) -> dict[str, Any]:
+    """Trees pay as they did, until others are searched for."""
+    trees = {"trees": before["trees"]} if "trees" in before else {}
+    return trees | {"before": {key: value for key, value in before.items() if key not in ("held_out", "trees")}}

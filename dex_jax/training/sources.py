@@ -13,10 +13,12 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dex_jax.decoding.text_store import opened_store
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.prompt_files import (
@@ -193,7 +195,8 @@ def open_mixture(
 
     Args:
       data: of each source "self", FILE (.jsonl, .json, .txt, also with .gz: prompts), "text:FILE" (given texts),
-        "datasets:NAME[:CONFIG][:SPLIT]" or "python-stdlib", with "=WEIGHT" after it or the weight 1.
+        "store:FILE" (what decoding with --store has kept), "datasets:NAME[:CONFIG][:SPLIT]" or "python-stdlib", with
+        "=WEIGHT" after it or the weight 1.
       model: its tokenizer and chat template make tokens.
       options: how.
       tell: called with sentences that users should see; None prints them to stderr.
@@ -216,7 +219,7 @@ def open_mixture(
         if name == "self":
             sources.append(SelfSource(model, options))
             continue
-        make = functools.partial(_given_item if name.startswith("text:") else _prompt_item, model, options)
+        make = functools.partial(_given_item if name.startswith(("text:", "store:")) else _prompt_item, model, options)
         sources.append(ListSource(name, read[name], make, held_out, options.seed, say))
     mixture = Mixture(sources, [weight for _, weight in specs], options.seed)
     for source in sources:
@@ -247,20 +250,33 @@ def _read_entries(name: str, model: Model, options: SourceOptions) -> Sequence[A
     if name.startswith("datasets:"):
         return read_dataset(*parse_dataset(name.removeprefix("datasets:")))
     if name.startswith("text:"):
-        return _windows(read_texts(name.removeprefix("text:")), model, options.length)
+        return _windows(_encoded(read_texts(name.removeprefix("text:")), model), model, options.length)
+    if name.startswith("store:"):
+        return _windows(_stored(name.removeprefix("store:"), model), model, options.length)
     return read_prompts(name)
 
 
-def _windows(texts: Sequence[str], model: Model, length: int) -> list[tuple[int, ...]]:
-    """Token windows of at most `length` that cover all texts, each after what the tokenizer puts before a sequence."""
-    tokenizer = model.tokenizer
-    if tokenizer is None:
+def _encoded(texts: Sequence[str], model: Model) -> list[list[int]]:
+    if model.tokenizer is None:
         raise DexError(f"{_name(model)} has no tokenizer, so texts cannot be used: use self")
-    before = tuple(tokenizer.encode(""))
+    return [model.tokenizer.encode(text, add_special=False) for text in texts]
+
+
+def _stored(path: str, model: Model) -> list[list[int]]:
+    if not Path(path).is_file():
+        raise DexError(f"there is no store of texts at {path}: decode.py --store {path} writes one")
+    store = opened_store(path, model)
+    assert store is not None
+    return [text.tolist() for text in store.texts()]
+
+
+def _windows(texts: Sequence[list[int]], model: Model, length: int) -> list[tuple[int, ...]]:
+    """Windows of at most `length` tokens that cover all texts, each after what the tokenizer puts before a sequence."""
+    before = [] if model.tokenizer is None else model.tokenizer.encode("")
     room = length - len(before)
     windows = []
     for text in texts:
-        tokens = tokenizer.encode(text, add_special=False)
+        tokens = text[len(before) :] if text[: len(before)] == before else text
         windows += [(*before, *tokens[at : at + room]) for at in range(0, len(tokens), room)]
     return windows
 
