@@ -6,7 +6,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import few_rows
 import lossless
 import measuring
 import numpy as np
@@ -70,13 +69,6 @@ def test_streams(model, monkeypatch, capsys):
     again = json.loads(Path("out.json").read_text(encoding="utf-8"))["runs"]["words; 3"]
     right, count = np.sum([*again[streams.OTHER].values()], axis=0)
     assert right == count > 10
-
-
-def test_few_rows(monkeypatch, capsys):
-    monkeypatch.setattr(few_rows, "LAYERS", 1)
-    monkeypatch.setattr(few_rows, "ROWS", (1, 2))
-    few_rows.run(few_rows.parser().parse_args(["--rounds", "1"]))
-    assert "| weights x columns, kept " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def trained_bytes(
     # On a mesh a device holds the head of its own stage, and what all heads share.
     held = exits.config if mesh is None else dataclasses.replace(exits.config, depths=exits.config.depths[:1])
     kept = few_rows.kept_dtype(jnp.dtype(dtype))
-    size = nbytes(abstract_parameters(held, kept if exits.config.is_drafter else jnp.dtype(dtype)))
+    size = own_bytes(exits, dtype) if held.is_drafter else nbytes(abstract_parameters(held, jnp.dtype(dtype)))
     if exits.vocabulary is None:
         return size
     unembed = "embed" if config.tied else "unembed"

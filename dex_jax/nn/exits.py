@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from flax import nnx
 from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.layers import DecoderLayer, linear, names_in, recorded, rms_norm
+from dex_jax.nn.packed import Packed, to_int8
 from dex_jax.nn.rotary import rope_table
 
 Init = Callable[[str, tuple[int, ...], str], jax.Array]
@@ -237,9 +238,22 @@ def head_at(config: ExitsConfig, parameters: dict[str, jax.Array], place: jax.Ar
     return ExitHeads(dataclasses.replace(config, depths=(1,)), lambda name, shape, kind: own[name])
 
 
-def heads_of(config: ExitsConfig, parameters: dict[str, np.ndarray], dtype: jnp.dtype) -> ExitHeads:
-    """The module over given parameters (name -> array), in `dtype`."""
-    return ExitHeads(config, lambda name, shape, kind: jnp.asarray(parameters[name], dtype))
+def heads_of(config: ExitsConfig, parameters: Mapping[str, np.ndarray | Packed], dtype: jnp.dtype) -> ExitHeads:
+    """The module over given parameters (name -> array), in `dtype` where they are not packed."""
+
+    def given(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
+        found = parameters[name]
+        return jax.tree.map(jnp.asarray, found) if isinstance(found, Packed) else jnp.asarray(found, dtype)
+
+    return ExitHeads(config, given)
+
+
+def in_int8(parameters: dict[str, np.ndarray]) -> Mapping[str, np.ndarray | Packed]:
+    """Parameters of a drafter whose kernels [1, out, in] are in 8 bits."""
+    return {
+        name: jax.tree.map(lambda part: part[None], to_int8(value[0])) if value.ndim == 3 else value
+        for name, value in parameters.items()
+    }
 
 
 def parameters_of(heads: ExitHeads) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -33,7 +33,8 @@ EMPTY_ENTRY = -1
 class ExitArrays(NamedTuple):
     """What the compiled programs take of trained exits beside the model."""
 
-    # of ExitHeads at depths x_1 .. x_{K-1} in the model's dtype; a drafter's in what `few_rows.kept_dtype` gives for it
+    # of ExitHeads at depths x_1 .. x_{K-1} in the model's dtype; a drafter's in what `few_rows.kept_dtype` gives for
+    # it, or packed
     parameters: Any
     vocabulary: jax.Array | None  # as in Exits; None for the full vocabulary
     columns: jax.Array | None  # as in Exits; None for the full vocabulary
@@ -56,7 +57,10 @@ class ExitMemory(NamedTuple):
 
 
 def exit_arrays(
-    model: Transformer, config: ExitsConfig, parameters: dict[str, np.ndarray], vocabulary: np.ndarray | None
+    model: Transformer,
+    config: ExitsConfig,
+    parameters: Mapping[str, np.ndarray | Packed],
+    vocabulary: np.ndarray | None,
 ) -> ExitArrays:
     """Puts trained exits (`nn.exits.select_exits`) beside the model that they will read, which is of the same width."""
     kept = few_rows.kept_dtype(model.dtype)

@@ -17,8 +17,12 @@ namespace dex_jax {
 constexpr int kGroup = 8;
 // How far ahead of the weight in use memory is asked for, in bytes.
 constexpr int kAhead = 2048;
+// Of memory, in bytes.
+constexpr int kPage = 4096;
 // Outputs of a tile of many rows.
 constexpr int kTileOutputs = 4;
+// 32 of them, not 16.
+constexpr bool kManyRegisters = kLanes == 16;
 
 // Kernels. Each says what a row of `in` columns takes in bytes and, made of a row and the number of a group of columns,
 // gives these, a vector at a time; about how many bytes these are; how many outputs R rows are multiplied with at once, for whose sums there are vector
@@ -32,13 +36,12 @@ struct Numbers {
   static constexpr bool kMayEnd = true;
   static constexpr bool Takes(int64_t) { return true; }
   static constexpr int64_t BytesOf(int64_t in) { return in * static_cast<int64_t>(sizeof(Weight)); }
-  // A few rows wait for memory, which a single stream reads fastest; of more, each vector is loaded once for all outputs.
+  // One or two rows of floats wait for memory, which is read fastest one output after another; else a row's vector is loaded
+  // once for all outputs, and sums do not wait for each other.
   static constexpr int OutputsOf(int rows) {
-#if defined(__AVX512F__)
-    return sizeof(Weight) == sizeof(float) ? (rows > 2 ? 4 : 1) : (rows > 4 ? 3 : 1);
-#else
-    return 1;
-#endif
+    if (sizeof(Weight) == 4) return rows < 3 ? 1 : kManyRegisters ? 4 : 2;
+    if (sizeof(Weight) == 2) return kManyRegisters && rows > 4 ? 4 : 2;
+    return kManyRegisters || rows < 3 ? 3 : 2;
   }
   const Weight* const from;
 
@@ -58,11 +61,8 @@ struct Blocks : Format {
   static constexpr int64_t BytesOf(int64_t in) { return in / Format::kColumns * Format::kBytes; }
   // A row's sums are added up one after another, and wait for each other: those of several outputs fill the time.
   static constexpr int OutputsOf(int rows) {
-#if defined(__AVX512F__)
-    return rows < 3 ? 3 : rows < 5 ? 4 : rows < 7 ? 3 : 2;
-#else
+    if (kManyRegisters) return rows < 5 ? 4 : rows < 7 ? 3 : 2;
     return rows < 3 ? 3 : rows < 5 ? 2 : 1;
-#endif
   }
 
   using Format::Format;
@@ -128,15 +128,18 @@ struct FewRowsOf : FewRows {
   template <int R, int O>
   __attribute__((noinline)) int64_t Block(int64_t first, int64_t begin, int64_t end) const {
     const int64_t groups = in / kColumns, bytes = Kernel::BytesOf(in);
+    // Memory is asked for from front to back, but for rows of whole pages, which the CPU itself follows side by side.
+    const bool follows = bytes >= kPage;
+    const int64_t output_step = follows ? bytes : Kernel::kGroupBytes;
+    const int64_t group_step = (follows ? 1 : O) * Kernel::kGroupBytes;
     int64_t output = begin;
     for (; output + O <= end; output += O) {
       const Vector* values = rows + first * VectorsOf(in);
       const uint8_t* const weights = kernel + output * bytes;
-      // Outputs lie one behind another: what comes next is asked for from front to back, whichever of it is used first.
-      const uint8_t* next = weights + std::max<int64_t>(O * bytes, kAhead);
+      const uint8_t* const next = weights + (O > 1 ? std::max<int64_t>(O * bytes, kAhead) : kAhead);
       Vector sums[O][R] = {};
       for (int64_t group = 0; group < groups; ++group, values += R * Kernel::kVectors) {
-        for (int o = 0; o < O; ++o, next += Kernel::kGroupBytes) __builtin_prefetch(next);
+        for (int o = 0; o < O; ++o) __builtin_prefetch(next + group * group_step + o * output_step);
         Add<R, O>(weights, bytes, group, values, sums, std::make_integer_sequence<int, O>());
       }
       if (Kernel::kMayEnd && in % kColumns > 0) {
