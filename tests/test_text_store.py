@@ -18,6 +18,7 @@ from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, ra
 
 import dex_jax
 from dex_jax import Dex, DexError, LanguageModel, TextStore, TreeShape, Unrolled
+from dex_jax.decoding import text_store
 from dex_jax.decoding.dex.lookup import stored_continuation
 from dex_jax.decoding.text_store import HEADER, tokenizer_of
 
@@ -65,6 +66,22 @@ def test_the_oldest_texts_are_forgotten_and_the_newest_are_found() -> None:
         if len(text) > 20:
             tokens, length, _ = lookup(store.arrays(), padded, len(text) - 1, 2)
             assert (tokens[0], length) == (text[-1], len(text) - 1)
+
+
+def test_room_grows_with_the_texts_and_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_store, "FEW", 64)
+    random = np.random.default_rng(0)
+    store, sizes, written = TextStore(capacity=2**12), set(), []
+    for _ in range(60):
+        written.append(random.integers(0, 5, random.integers(1, 40)).tolist())
+        store.add(written[-1:])
+        sizes.add(len(store.arrays().tokens))
+        assert texts_of(store) == written
+    assert sizes == {64, 256, 1024, 4096}
+    monkeypatch.setattr(text_store, "FEW", 2**12)
+    whole = TextStore(capacity=2**12)
+    whole.add(written)
+    assert all(np.array_equal(one, other) for one, other in zip(store.arrays(), whole.arrays(), strict=True))
 
 
 def test_a_text_longer_than_the_store_keeps_its_end() -> None:

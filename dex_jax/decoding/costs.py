@@ -173,7 +173,7 @@ def _key(config: ModelConfig, layout: Layout, dtype: np.dtype, packing: Packing)
     device = jax.devices()[0]
     shapes = [size for size in dataclasses.astuple(config) if isinstance(size, int)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    about = (device.platform, device.device_kind, cores, jax.__version__, dtype, layout, few_rows.language())
+    about = (device.platform, device.device_kind, cores, jax.__version__, dtype, layout, few_rows.version())
     packed = f"packed {zlib.crc32(repr(packing).encode()):x}" if packing else "dense"
     return " ".join(map(str, (*about, packed, *shapes)))
 

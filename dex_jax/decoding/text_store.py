@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 CAPACITY = 2**20
 """Tokens that are searched unless told otherwise: with where their grams ended 24 MB."""
 
+FEW, STEP = 2**16, 4
+"""Room begins with so many tokens and grows by this factor: every generation copies all arrays, and programs are compiled
+for each size."""
+
 MOST = 255
 """Texts that are counted as going on alike."""
 
@@ -61,11 +65,8 @@ class TextStore:
         if capacity < 4 * max(GRAMS):
             raise DexError(f"a store of {capacity} tokens holds no text: give it at least {4 * max(GRAMS)}")
         self.path = None if path is None else Path(path)
-        places = 1 << (capacity - 1).bit_length()
-        self._tokens = np.full(capacity, NO_TOKEN, np.int32)
-        self._ends = np.full((len(GRAMS), places), NO_TOKEN, np.int32)
-        self._often = np.zeros((len(GRAMS), places), np.uint8)
-        self._used = 0
+        self._capacity = capacity
+        self._hold(np.zeros(0, np.int32), min(capacity, FEW))
         self._tokenizer: bytes | None = None
         self._read = HEADER  # the file is known up to here
 
@@ -157,9 +158,14 @@ class TextStore:
         self._read += at
 
     def _take(self, text: np.ndarray) -> None:
-        text = text[-(len(self._tokens) // 2) :]
-        if self._used + len(text) + 1 > len(self._tokens):
+        text = text[-(self._capacity // 2) :]
+        size, wanted = len(self._tokens), self._used + len(text) + 1
+        if wanted > self._capacity:
             self._forget()
+        elif wanted > size:
+            while wanted > size:
+                size *= STEP
+            self._hold(self._tokens[: self._used], min(size, self._capacity))
         end = self._used + len(text)
         self._tokens[self._used : end] = text
         self._index(self._used, end)
@@ -167,11 +173,16 @@ class TextStore:
 
     def _forget(self) -> None:
         """Keeps the newest texts that fill less than half."""
-        kept = self._tokens[self._used - len(self._tokens) // 2 + 1 : self._used].copy()
+        kept = self._tokens[self._used - self._capacity // 2 + 1 : self._used]
         borders = np.flatnonzero(kept == NO_TOKEN)
-        kept = kept[borders[0] + 1 :] if len(borders) else kept[:0]
-        self._tokens[:] = self._ends[:] = NO_TOKEN
-        self._often[:] = 0
+        self._hold(kept[borders[0] + 1 :] if len(borders) else kept[:0], self._capacity)
+
+    def _hold(self, kept: np.ndarray, size: int) -> None:
+        """Begins anew with room for `size` tokens and with texts, each with NO_TOKEN behind it."""
+        places = 1 << (size - 1).bit_length()
+        self._tokens = np.full(size, NO_TOKEN, np.int32)
+        self._ends = np.full((len(GRAMS), places), NO_TOKEN, np.int32)
+        self._often = np.zeros((len(GRAMS), places), np.uint8)
         self._tokens[: len(kept)] = kept
         self._used, start = len(kept), 0
         for border in np.flatnonzero(kept == NO_TOKEN).tolist():

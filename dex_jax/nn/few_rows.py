@@ -145,6 +145,12 @@ def language() -> str:
     return "XLA" if _registered() is None else "C++"
 
 
+def version() -> str:
+    """As `language`, but for C++ the name of what was compiled, another one for other sources."""
+    known = _registered()
+    return "XLA" if known is None else Path(known._name).stem
+
+
 def library(format: str = "", flags: tuple[str, ...] = ()) -> Path:
     """What all models need of the C++ files, or a format of kernels, compiled for this machine and kept for the user.
 
