@@ -184,7 +184,8 @@ class TextStore:
         self._ends = np.full((len(GRAMS), places), NO_TOKEN, np.int32)
         self._often = np.zeros((len(GRAMS), places), np.uint8)
         self._tokens[: len(kept)] = kept
-        self._used, start = len(kept), 0
+        self._used: int = len(kept)
+        start = 0
         for border in np.flatnonzero(kept == NO_TOKEN).tolist():
             self._index(start, border)
             start = border + 1
