@@ -65,7 +65,7 @@ class TextStore:
         if capacity < 4 * max(GRAMS):
             raise DexError(f"a store of {capacity} tokens holds no text: give it at least {4 * max(GRAMS)}")
         self.path = None if path is None else Path(path)
-        self._capacity = capacity
+        self._capacity, self._used = capacity, 0
         self._hold(np.zeros(0, np.int32), min(capacity, FEW))
         self._tokenizer: bytes | None = None
         self._read = HEADER  # the file is known up to here
@@ -184,7 +184,7 @@ class TextStore:
         self._ends = np.full((len(GRAMS), places), NO_TOKEN, np.int32)
         self._often = np.zeros((len(GRAMS), places), np.uint8)
         self._tokens[: len(kept)] = kept
-        self._used: int = len(kept)
+        self._used = len(kept)
         start = 0
         for border in np.flatnonzero(kept == NO_TOKEN).tolist():
             self._index(start, border)
