@@ -18,9 +18,8 @@ from reference import toy_runs, twin
 from reference.toy_models import Tables, ToyModel, random_tables, toy_network, toy_prefill
 
 from dex_jax import DexError, Limits, TreeShape, init, step
-from dex_jax.decoding import record
+from dex_jax.decoding import record, text_store
 from dex_jax.decoding.dex.lookup import continuation
-from dex_jax.decoding import text_store
 from dex_jax.decoding.text_store import TextStore
 from dex_jax.lattice import full_rows
 
