@@ -30,8 +30,8 @@ CAPACITY = 2**20
 """Tokens that are searched unless told otherwise: with where their grams ended 24 MB."""
 
 FEW, STEP = 2**16, 4
-"""Room begins with so many tokens and grows by this factor: every generation copies all arrays, and each size has its own
-programs."""
+"""Room begins with so many tokens and grows by this factor: every generation copies all arrays, and each size has
+its own programs."""
 
 MOST = 255
 """Texts that are counted as going on alike."""
