@@ -111,6 +111,7 @@ struct Sixteen {
 // vector. In blocks of 32 columns the first 16 have the low codes of 16 bytes, the others the high ones. What a code is
 // less than is multiplied first: (code - 8) * scale has so few digits that nothing is rounded in either way.
 
+// What Q4_0 and Q4_1 have in common.
 struct Nibbles {
   static constexpr int kColumns = 32, kGroupColumns = kShort;
   const uint8_t* const codes;

@@ -21,7 +21,7 @@ constexpr int kAhead = 2048;
 constexpr int kPage = 4096;
 // Outputs of a tile of many rows.
 constexpr int kTileOutputs = 4;
-// 32 of them, not 16.
+// Whether there are 32 vector registers, and not 16.
 constexpr bool kManyRegisters = kLanes == 16;
 
 // Kernels. Each says what a row of `in` columns takes in bytes and, made of a row and the number of a group of columns,
