@@ -307,8 +307,11 @@ void AttendAll(const Threads& threads, const Dimensions& of_queries, const float
   const int64_t groups = operands[0].of_keys[leading];
   if (SizeOf(shape, 0, shape.size()) == 0) return;
   const int64_t of_group = heads / groups, count = rows * of_group;
-  // Of each group's queries so many at a time that there is something to do for several threads.
-  const int64_t some = std::clamp<int64_t>(count / 4, 1, kQueries), parts = Quotient(count, some);
+  // Of each group's queries so many at a time that threads end together, and three where that leaves something to do for
+  // each: three take little longer than one.
+  const int64_t all = SizeOf(shape, 0, leading) * groups * count, each = all / std::max<int64_t>(1, threads.num_threads());
+  const int64_t some = std::min(count, std::clamp<int64_t>(each / 6, std::clamp<int64_t>(each, 1, 3), kQueries));
+  const int64_t parts = Quotient(count, some);
   const auto attend_part = [&](int64_t piece) {
     const int64_t index = piece / (groups * parts), group = piece / parts % groups, first = piece % parts * some;
     std::vector<Source<Cached>> sources;

@@ -1,8 +1,9 @@
 // Weights as GGUF files pack them: blocks of a row's columns, which share a scale, and how they become floats again.
 //
-// A format says how many columns and bytes a block has. Made of a row and the number of a group of columns, it gives
-// these columns, a vector at a time: to the last bit what the gguf package makes of them, since of all that is
-// multiplied and added here no more than one operation rounds.
+// A format says how many columns and bytes a block has, and writes down the scales of a group of columns, and what goes with
+// them. Made of the row, the number of the group, and these numbers, it gives the columns, a vector at a time: to the last
+// bit what the gguf package makes of them, since of all that is multiplied and added here no more than one operation
+// rounds.
 
 #ifndef DEX_JAX_BLOCKS_H_
 #define DEX_JAX_BLOCKS_H_
@@ -32,7 +33,23 @@ inline Integers Codes(const uint8_t* from) {
 #endif
 }
 
-inline Vector All(float value) { return Vector{} + value; }
+// What goes with a block's codes, on its way to all lanes of a register. Where a vector has 16 lanes it is written to memory
+// and read from there into all of them, which costs what takes codes to pieces nothing.
+#if defined(__AVX512F__)
+using Number = float;
+inline Number NumberOf(float value) { return value; }
+inline Vector All(Number number) { return _mm512_set1_ps(number); }
+#else
+using Number = Vector;
+inline Number NumberOf(float value) { return Vector{} + value; }
+inline Vector All(Number number) { return number; }
+#endif
+
+inline uint32_t WordAt(const uint8_t* from) {
+  uint32_t word;
+  std::memcpy(&word, from, sizeof(word));
+  return word;
+}
 
 // A float16 as float32.
 inline float HalfAt(const uint8_t* from) {
@@ -52,26 +69,17 @@ inline float HalfAt(const uint8_t* from) {
 #endif
 }
 
-// Two float16 that lie side by side, each in all lanes.
-struct Pair {
-  Vector first, second;
-
-  explicit Pair(const uint8_t* from) {
-#if defined(__F16C__) && defined(__AVX2__)
-    int32_t both;
-    std::memcpy(&both, from, sizeof(both));
+// Two float16 that lie side by side.
+inline void HalvesAt(const uint8_t* from, Number* two) {
 #if defined(__AVX512F__)
-    const __m512 floats = _mm512_cvtph_ps(_mm256_set1_epi32(both));
-    first = _mm512_moveldup_ps(floats), second = _mm512_movehdup_ps(floats);
+  _mm_storel_pi(reinterpret_cast<__m64*>(two), _mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(WordAt(from)))));
+#elif defined(__F16C__) && defined(__AVX2__)
+  const __m256 floats = _mm256_cvtph_ps(_mm_set1_epi32(static_cast<int>(WordAt(from))));
+  two[0] = _mm256_moveldup_ps(floats), two[1] = _mm256_movehdup_ps(floats);
 #else
-    const __m256 floats = _mm256_cvtph_ps(_mm_set1_epi32(both));
-    first = _mm256_moveldup_ps(floats), second = _mm256_movehdup_ps(floats);
+  two[0] = NumberOf(HalfAt(from)), two[1] = NumberOf(HalfAt(from + 2));
 #endif
-#else
-    first = All(HalfAt(from)), second = All(HalfAt(from + 2));
-#endif
-  }
-};
+}
 
 // Of two codes of 4 bits in a byte the low one, and the high one where it is: 16 times too large.
 inline Integers Low(const uint8_t* from) { return Codes(from) & 15; }
@@ -80,8 +88,7 @@ inline Integers High(const uint8_t* from) { return Codes(from) & 240; }
 // Of the 4 bytes at `from` bit `first` in the first lane, the next one in the second, and so on: each worth `value`, a power
 // of two that lies lower than all of them.
 inline Integers Bits(const uint8_t* from, int first, int value) {
-  int32_t word;
-  std::memcpy(&word, from, sizeof(word));
+  const auto word = static_cast<int32_t>(WordAt(from));
   Integers by;
   for (int lane = 0; lane < kLanes; ++lane) by[lane] = lane + first - __builtin_ctz(value);
   return (Integers{} + word) >> by & value;
@@ -111,48 +118,46 @@ struct Sixteen {
 // vector. In blocks of 32 columns the first 16 have the low codes of 16 bytes, the others the high ones. What a code is
 // less than is multiplied first: (code - 8) * scale has so few digits that nothing is rounded in either way.
 
-// What Q4_0 and Q4_1 have in common.
+// What Q4_0 and Q4_1 have in common: a scale and what is added, then codes.
+template <int HeaderBytes>
 struct Nibbles {
-  static constexpr int kColumns = 32, kGroupColumns = kShort;
+  static constexpr int kColumns = 32, kGroupColumns = kShort, kBytes = HeaderBytes + 16, kNumbers = 2;
   const uint8_t* const codes;
   const Sixteen numbers;
 
-  Nibbles(const uint8_t* codes, Vector scale, Vector least) : codes(codes), numbers(scale, least) {}
+  Nibbles(const uint8_t* row, int64_t group, const Number* numbers)
+      : codes(row + group * kBytes + HeaderBytes), numbers(All(numbers[0]), All(numbers[1])) {}
   Vector At(int v) const {
     const int at = v * kLanes;
     return at < 16 ? numbers.OfLow(codes + at) : numbers.OfHigh(codes + at - 16);
   }
 };
 
-struct Q4_0 : Nibbles {
-  static constexpr int kBytes = 18;
-
-  Q4_0(const uint8_t* row, int64_t group) : Q4_0(row + group * kBytes) {}
-
- private:
-  explicit Q4_0(const uint8_t* block) : Q4_0(block, All(HalfAt(block))) {}
-  Q4_0(const uint8_t* block, Vector scale) : Nibbles(block + 2, scale, scale * -8.0f) {}
+struct Q4_0 : Nibbles<2> {
+  using Nibbles::Nibbles;
+  static void Write(const uint8_t* row, int64_t group, Number* numbers) {
+    numbers[0] = NumberOf(HalfAt(row + group * kBytes));
+    numbers[1] = numbers[0] * -8.0f;
+  }
 };
 
-struct Q4_1 : Nibbles {
-  static constexpr int kBytes = 20;
-
-  Q4_1(const uint8_t* row, int64_t group) : Q4_1(row + group * kBytes, Pair(row + group * kBytes)) {}
-
- private:
-  Q4_1(const uint8_t* block, Pair pair) : Nibbles(block + 4, pair.first, pair.second) {}
+struct Q4_1 : Nibbles<4> {
+  using Nibbles::Nibbles;
+  static void Write(const uint8_t* row, int64_t group, Number* numbers) { HalvesAt(row + group * kBytes, numbers); }
 };
 
 struct Q5_0 {
-  static constexpr int kColumns = 32, kBytes = 22, kGroupColumns = kShort;
+  static constexpr int kColumns = 32, kBytes = 22, kGroupColumns = kShort, kNumbers = 3;
   const uint8_t* const codes;
   const Vector scale, high_scale, least;
 
-  Q5_0(const uint8_t* row, int64_t group)
-      : codes(row + group * kBytes + 6),
-        scale(All(HalfAt(codes - 6))),
-        high_scale(scale * 0.0625f),
-        least(scale * -16.0f) {}
+  static void Write(const uint8_t* row, int64_t group, Number* numbers) {
+    numbers[0] = NumberOf(HalfAt(row + group * kBytes));
+    numbers[1] = numbers[0] * 0.0625f;
+    numbers[2] = numbers[0] * -16.0f;
+  }
+  Q5_0(const uint8_t* row, int64_t group, const Number* numbers)
+      : codes(row + group * kBytes + 6), scale(All(numbers[0])), high_scale(All(numbers[1])), least(All(numbers[2])) {}
   // The fifth bits are in the 4 bytes before the codes. Those of low codes are looked for from a byte further in front, and
   // lie higher than where they are wanted.
   Vector At(int v) const {
@@ -163,90 +168,95 @@ struct Q5_0 {
 };
 
 struct Q8_0 {
-  static constexpr int kColumns = 32, kBytes = 34, kGroupColumns = kShort;
+  static constexpr int kColumns = 32, kBytes = 34, kGroupColumns = kShort, kNumbers = 1;
   const uint8_t* const codes;
   const Vector scale;
 
-  Q8_0(const uint8_t* row, int64_t group) : codes(row + group * kBytes + 2), scale(All(HalfAt(codes - 2))) {}
+  static void Write(const uint8_t* row, int64_t group, Number* numbers) { *numbers = NumberOf(HalfAt(row + group * kBytes)); }
+  Q8_0(const uint8_t* row, int64_t group, const Number* numbers)
+      : codes(row + group * kBytes + 2), scale(All(*numbers)) {}
   Vector At(int v) const { return Load(reinterpret_cast<const int8_t*>(codes) + v * kLanes) * scale; }
 };
 
 // Blocks of 256 columns: eight scales and eight numbers to subtract of 6 bits each, in 12 bytes, and two scales of
 // these. A group's first 32 columns have the low codes of 32 bytes, the others the high ones.
+template <int Bytes>
 struct K {
-  Vector scales[2], least[2];
+  static constexpr int kColumns = 256, kBytes = Bytes, kGroupColumns = kLong, kNumbers = 4;
 
-  K(const uint8_t* block, int pair) {
-    const Pair both(block);
+  // Two scales, and what is added to the columns of each.
+  static void Write(const uint8_t* row, int64_t group, Number* numbers) {
+    const uint8_t* const block = row + group / 4 * kBytes;
+    Number both[2];
+    HalvesAt(block, both);
     uint32_t words[3];
     std::memcpy(words, block + 4, sizeof(words));
     uint32_t multiples = words[0] & 0x3f3f3f3f, less = words[1] & 0x3f3f3f3f;
-    if (pair >= 2) {
+    if (group % 4 >= 2) {
       multiples = (words[2] & 0x0f0f0f0f) | (words[0] >> 2 & 0x30303030);
       less = (words[2] >> 4 & 0x0f0f0f0f) | (words[1] >> 2 & 0x30303030);
     }
-    const int first = pair % 2 * 16;
+    const int first = group % 2 * 16;
     for (int half = 0; half < 2; ++half) {
-      scales[half] = both.first * static_cast<float>(static_cast<int32_t>(multiples >> (first + 8 * half) & 63));
-      least[half] = both.second * static_cast<float>(-static_cast<int32_t>(less >> (first + 8 * half) & 63));
+      numbers[half] = both[0] * static_cast<float>(static_cast<int32_t>(multiples >> (first + 8 * half) & 63));
+      numbers[2 + half] = both[1] * static_cast<float>(-static_cast<int32_t>(less >> (first + 8 * half) & 63));
     }
   }
 };
 
-struct Q4_K {
-  static constexpr int kColumns = 256, kBytes = 144, kGroupColumns = kLong;
+struct Q4_K : K<144> {
   const uint8_t* const codes;
   const Sixteen first, second;
 
-  Q4_K(const uint8_t* row, int64_t group)
-      : Q4_K(row + group / 4 * kBytes + 16 + group % 4 * 32, K(row + group / 4 * kBytes, group % 4)) {}
+  Q4_K(const uint8_t* row, int64_t group, const Number* numbers)
+      : codes(row + group / 4 * kBytes + 16 + group % 4 * 32),
+        first(All(numbers[0]), All(numbers[2])),
+        second(All(numbers[1]), All(numbers[3])) {}
   Vector At(int v) const {
     const int at = v * kLanes;
     return at < 32 ? first.OfLow(codes + at) : second.OfHigh(codes + at - 32);
   }
-
- private:
-  Q4_K(const uint8_t* codes, const K& k)
-      : codes(codes), first(k.scales[0], k.least[0]), second(k.scales[1], k.least[1]) {}
 };
 
 // The fifth bits of all columns are in 32 bytes, two of each for every group.
-struct Q5_K {
-  static constexpr int kColumns = 256, kBytes = 176, kGroupColumns = kLong;
+struct Q5_K : K<176> {
   const uint8_t *const fifth, *const codes;
   const int shift;
-  const K k;
+  const Vector scales[2], least[2];
 
-  Q5_K(const uint8_t* row, int64_t group)
+  Q5_K(const uint8_t* row, int64_t group, const Number* numbers)
       : fifth(row + group / 4 * kBytes + 16),
         codes(fifth + 32 + group % 4 * 32),
         shift(static_cast<int>(group % 4) * 2),
-        k(fifth - 16, group % 4) {}
+        scales{All(numbers[0]), All(numbers[1])},
+        least{All(numbers[2]), All(numbers[3])} {}
   Vector At(int v) const {
     const int half = v * kLanes / 32, at = v * kLanes % 32;
     const Integers both = Codes(codes + at), bits = Codes(fifth + at) >> shift;
     const Integers code = half ? both >> 4 | (bits & 2) << 3 : (both & 15) | (bits & 1) << 4;
-    return MultiplyAdd(Float(code), k.scales[half], k.least[half]);
+    return MultiplyAdd(Float(code), scales[half], least[half]);
   }
 };
 
 // 16 scales of 8 bits for 16 columns each, and a scale of these behind them. Of each 128 columns the first 64 have the low
 // codes of 64 bytes, the others the high ones, and two bits more are in 32 bytes.
 struct Q6_K {
-  static constexpr int kColumns = 256, kBytes = 210, kGroupColumns = kLong;
-  const uint8_t *const block, *const low, *const high;
+  static constexpr int kColumns = 256, kBytes = 210, kGroupColumns = kLong, kNumbers = 4;
+  const uint8_t *const low, *const high;
   const int shift;
-  Vector scales[4];
+  const Vector scales[4];
 
-  Q6_K(const uint8_t* row, int64_t group)
-      : block(row + group / 4 * kBytes),
-        low(block + group % 4 / 2 * 64),
-        high(block + 128 + group % 4 / 2 * 32),
-        shift(static_cast<int>(group % 2) * 4) {
+  static void Write(const uint8_t* row, int64_t group, Number* numbers) {
+    const uint8_t* const block = row + group / 4 * kBytes;
     const float scale = HalfAt(block + 208);
     const auto* const eight = reinterpret_cast<const int8_t*>(block + 192) + group % 4 * 4;
-    for (int part = 0; part < 4; ++part) scales[part] = All(scale * eight[part]);
+    for (int part = 0; part < 4; ++part) numbers[part] = NumberOf(scale * eight[part]);
   }
+  Q6_K(const uint8_t* row, int64_t group, const Number* numbers)
+      : low(row + group / 4 * kBytes + group % 4 / 2 * 64),
+        high(row + group / 4 * kBytes + 128 + group % 4 / 2 * 32),
+        shift(static_cast<int>(group % 2) * 4),
+        scales{All(numbers[0]), All(numbers[1]), All(numbers[2]), All(numbers[3])} {}
   Vector At(int v) const {
     const int at = v * kLanes;
     const Integers four = Codes(low + at) >> shift & 15, bits = Codes(high + at % 32) >> shift;

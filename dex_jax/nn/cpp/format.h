@@ -24,10 +24,10 @@ constexpr int kTileOutputs = 4;
 // Whether there are 32 vector registers, and not 16.
 constexpr bool kManyRegisters = kLanes == 16;
 
-// Kernels. Each says what a row of `in` columns takes in bytes and, made of a row and the number of a group of columns,
-// gives these, a vector at a time; about how many bytes these are; how many outputs R rows are multiplied with at once, for whose sums there are vector
-// registers; whether it takes rows of so many columns; and whether these may end within a group, which LastOf(row, in)
-// gives.
+// Kernels. Each says what a row of `in` columns takes in bytes; about how many bytes a group of columns is; how many outputs
+// R rows are multiplied with at once, for whose sums there are vector registers; whether it takes rows of so many columns;
+// and whether these may end within a group, which LastOf(row, in) gives. Made of a row, the number of a group, and what
+// Write has written of it, it gives the group's columns, a vector at a time.
 
 template <typename Weight>
 struct Numbers {
@@ -43,9 +43,11 @@ struct Numbers {
     if (sizeof(Weight) == 2) return kManyRegisters && rows > 4 ? 4 : 2;
     return kManyRegisters || rows < 3 ? 3 : 2;
   }
+  static constexpr int kNumbers = 0;
   const Weight* const from;
 
-  Numbers(const uint8_t* row, int64_t group) : from(reinterpret_cast<const Weight*>(row) + group * kLanes) {}
+  static void Write(const uint8_t*, int64_t, Number*) {}
+  Numbers(const uint8_t* row, int64_t group, const Number*) : from(reinterpret_cast<const Weight*>(row) + group * kLanes) {}
   Vector At(int) const { return Load(from); }
   static Vector LastOf(const uint8_t* row, int64_t in) {
     return LoadSome(reinterpret_cast<const Weight*>(row) + in / kLanes * kLanes, in % kLanes);
@@ -80,7 +82,9 @@ void PackRow(const uint8_t* row, int64_t in, Vector* packed) {
     return;
   }
   for (int64_t group = 0; group < in / columns; ++group) {
-    const Kernel kernel(row, group);
+    Number numbers[Kernel::kNumbers + 1];
+    Kernel::Write(row, group, numbers);
+    const Kernel kernel(row, group, numbers);
 #pragma GCC unroll 8
     for (int v = 0; v < Kernel::kVectors; ++v, packed += N) *packed = kernel.At(v);
   }
@@ -148,8 +152,15 @@ struct FewRowsOf : FewRows {
           for (int r = 0; r < R; ++r) sums[o][r] = MultiplyAdd(weight, values[r], sums[o][r]);
         }
       }
-      for (int r = 0; r < R; ++r)
-        for (int o = 0; o < O; ++o) result[(first + r) * out + output + o] = SumOf(sums[o][r]);
+      for (int r = 0; r < R; ++r) {
+        float* const to = result + (first + r) * out + output;
+        if constexpr (O == 4) {
+          const Vector four[] = {sums[0][r], sums[1][r], sums[2][r], sums[3][r]};
+          SumsOf(four, to);
+        } else {
+          for (int o = 0; o < O; ++o) to[o] = SumOf(sums[o][r]);
+        }
+      }
     }
     return output;
   }
@@ -159,7 +170,9 @@ struct FewRowsOf : FewRows {
   static __attribute__((always_inline)) void Add(const uint8_t* weights, int64_t bytes, int64_t group,
                                                  const Vector* values, Vector (&sums)[O][R],
                                                  std::integer_sequence<int, I...>) {
-    const Kernel kernels[O] = {Kernel(weights + I * bytes, group)...};
+    Number numbers[O][Kernel::kNumbers + 1];
+    (Kernel::Write(weights + I * bytes, group, numbers[I]), ...);
+    const Kernel kernels[O] = {Kernel(weights + I * bytes, group, numbers[I])...};
 #pragma GCC unroll 8
     for (int v = 0; v < Kernel::kVectors; ++v) {
       const Vector own[O] = {kernels[I].At(v)...};
