@@ -69,9 +69,8 @@ def test_even_grids_need_no_other_depths(smollm2, exits, explorers) -> None:
 
 @pytest.mark.slow
 def test_a_text_is_that_of_ar_in_fewer_ticks_than_without_training() -> None:
-    """In the stacked layout, which compiles in a fraction of the time."""
     goldens, method, count = [GOLDEN[i] for i in (0, 4, 6)], dex_jax.Dex(draft=False), 24
-    lm = dex_jax.load("smollm2-135m", dtype="float32", layout=dex_jax.Stacked(method.schedule_for(30).depths))
+    lm = dex_jax.load("smollm2-135m", dtype="float32")
     prompts, plain = [golden["prompt"] for golden in goldens], [golden["new_tokens"][:count] for golden in goldens]
     runs = {
         name: dex_jax.generate(lm, prompts, exits=name, method=method, max_new_tokens=count)

@@ -79,9 +79,6 @@ def test_an_eagle_head_computes_what_speculators_does(variant, target, tmp_path)
         ("safeailab", {}, "float32"),
         slow("safeailab", {}, "bfloat16"),
         slow("residual", SAMPLED, "float32"),
-        slow("qwen3", {}, "float32"),
-        slow("each_normed", SAMPLED, "float32"),
-        slow("all_normed", {}, "float32"),
     ],
 )
 def test_tokens_with_an_eagle_head_are_those_of_ar(variant, options, dtype, checkpoint, tmp_path) -> None:
@@ -96,18 +93,16 @@ def test_tokens_with_an_eagle_head_are_those_of_ar(variant, options, dtype, chec
     assert out.stats.drafter_source == path
 
 
-@pytest.mark.parametrize(
-    ("config", "options", "shape"), [(GEMMA, {}, CHAIN), slow(GEMMA, SAMPLED, CHAIN), slow(LLAMA, SAMPLED, CHAIN)]
-)
-def test_a_model_that_drafts_for_itself_is_always_right(config, options, shape) -> None:
+@pytest.mark.parametrize(("config", "options"), [(GEMMA, {}), slow(LLAMA, SAMPLED)])
+def test_a_model_that_drafts_for_itself_is_always_right(config, options) -> None:
     """So that every tick but the last emits a whole path, which only right keys and values can do."""
     lm, prompts, new = small_model(config), ragged_prompts(3), 21
     about = {"max_new_tokens": new, **options}
     plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), **about)
-    method = dex_jax.Dex(explorers=1, draft=shape)
+    method = dex_jax.Dex(explorers=1, draft=CHAIN)
     out = dex_jax.generate(lm, prompts, method=method, draft_model=lm, **about)
     assert out.tokens.tolist() == plain.tokens.tolist()
-    assert out.stats.ticks.tolist() == [-(-(new - 1) // (len(shape.widths) + 1))] * 3
+    assert out.stats.ticks.tolist() == [-(-(new - 1) // (len(CHAIN.widths) + 1))] * 3
     assert out.stats.drafter_source == "random"
 
 
