@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -81,6 +82,18 @@ inline void HalvesAt(const uint8_t* from, Number* two) {
 #endif
 }
 
+// Four bytes, the first one lowest, times a factor of each.
+template <typename Byte>
+void FourOf(uint32_t bytes, const float (&factors)[4], Number* four) {
+#if defined(__AVX512F__)
+  const __m128i packed = _mm_cvtsi32_si128(static_cast<int>(bytes));
+  const __m128i wide = std::is_signed<Byte>() ? _mm_cvtepi8_epi32(packed) : _mm_cvtepu8_epi32(packed);
+  _mm_storeu_ps(four, _mm_mul_ps(_mm_cvtepi32_ps(wide), _mm_loadu_ps(factors)));
+#else
+  for (int i = 0; i < 4; ++i) four[i] = NumberOf(static_cast<Byte>(bytes >> 8 * i) * factors[i]);
+#endif
+}
+
 // Of two codes of 4 bits in a byte the low one, and the high one where it is: 16 times too large.
 inline Integers Low(const uint8_t* from) { return Codes(from) & 15; }
 inline Integers High(const uint8_t* from) { return Codes(from) & 240; }
@@ -94,17 +107,33 @@ inline Integers Bits(const uint8_t* from, int first, int value) {
   return (Integers{} + word) >> by & value;
 }
 
-// What the 16 codes of 4 bits stand for: scale * code + least. A register that holds as many numbers is a table of them.
+#if defined(__AVX512F__)
+// A register of 16 numbers is a table of them: what codes stand for is looked up. Of a code only its last 4 bits count.
+template <typename Number>
+Vector TableOf(Number number) {
+  Vector table;
+  for (int code = 0; code < 16; ++code) table[code] = number(code);
+  return table;
+}
+
+inline Vector LookUp(Vector table, Integers codes) {
+  return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(codes), table);
+}
+
+// The code itself.
+inline Vector Last4(Integers codes) {
+  return LookUp(TableOf([](int code) { return code; }), codes);
+}
+#endif
+
+// What the 16 codes of 4 bits stand for: scale * code + least.
 struct Sixteen {
 #if defined(__AVX512F__)
   const Vector table;
 
-  Sixteen(Vector scale, Vector least)
-      : table(MultiplyAdd(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), scale, least)) {}
-  // Only the last 4 bits of an index count.
-  Vector At(Integers index) const { return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), table); }
-  Vector OfLow(const uint8_t* from) const { return At(Codes(from)); }
-  Vector OfHigh(const uint8_t* from) const { return At(Codes(from) >> 4); }
+  Sixteen(Vector scale, Vector least) : table(MultiplyAdd(TableOf([](int code) { return code; }), scale, least)) {}
+  Vector OfLow(const uint8_t* from) const { return LookUp(table, Codes(from)); }
+  Vector OfHigh(const uint8_t* from) const { return LookUp(table, Codes(from) >> 4); }
 #else
   const Vector scale, high_scale, least;
 
@@ -162,8 +191,15 @@ struct Q5_0 {
   // lie higher than where they are wanted.
   Vector At(int v) const {
     const int at = v * kLanes;
+#if defined(__AVX512F__)
+    const Integers both = Codes(codes);
+    const Vector four = Last4(at < 16 ? both : both >> 4);
+    const auto fifth = static_cast<__mmask16>(WordAt(codes - 4) >> at);
+    return MultiplyAdd(_mm512_mask_add_ps(four, fifth, four, All(16)), scale, least);
+#else
     return at < 16 ? MultiplyAdd(Float(Low(codes + at) | Bits(codes - 5, at + 8, 16)), scale, least)
                    : MultiplyAdd(Float(High(codes + at - 16) | Bits(codes - 4, at, 256)), high_scale, least);
+#endif
   }
 };
 
@@ -172,7 +208,9 @@ struct Q8_0 {
   const uint8_t* const codes;
   const Vector scale;
 
-  static void Write(const uint8_t* row, int64_t group, Number* numbers) { *numbers = NumberOf(HalfAt(row + group * kBytes)); }
+  static void Write(const uint8_t* row, int64_t group, Number* numbers) {
+    *numbers = NumberOf(HalfAt(row + group * kBytes));
+  }
   Q8_0(const uint8_t* row, int64_t group, const Number* numbers)
       : codes(row + group * kBytes + 2), scale(All(*numbers)) {}
   Vector At(int v) const { return Load(reinterpret_cast<const int8_t*>(codes) + v * kLanes) * scale; }
@@ -187,20 +225,16 @@ struct K {
   // Two scales, and what is added to the columns of each.
   static void Write(const uint8_t* row, int64_t group, Number* numbers) {
     const uint8_t* const block = row + group / 4 * kBytes;
-    Number both[2];
-    HalvesAt(block, both);
-    uint32_t words[3];
-    std::memcpy(words, block + 4, sizeof(words));
-    uint32_t multiples = words[0] & 0x3f3f3f3f, less = words[1] & 0x3f3f3f3f;
+    const uint32_t low = WordAt(block + 4), high = WordAt(block + 8), last = WordAt(block + 12);
+    uint32_t multiples = low & 0x3f3f3f3f, less = high & 0x3f3f3f3f;
     if (group % 4 >= 2) {
-      multiples = (words[2] & 0x0f0f0f0f) | (words[0] >> 2 & 0x30303030);
-      less = (words[2] >> 4 & 0x0f0f0f0f) | (words[1] >> 2 & 0x30303030);
+      multiples = (last & 0x0f0f0f0f) | (low >> 2 & 0x30303030);
+      less = (last >> 4 & 0x0f0f0f0f) | (high >> 2 & 0x30303030);
     }
     const int first = group % 2 * 16;
-    for (int half = 0; half < 2; ++half) {
-      numbers[half] = both[0] * static_cast<float>(static_cast<int32_t>(multiples >> (first + 8 * half) & 63));
-      numbers[2 + half] = both[1] * static_cast<float>(-static_cast<int32_t>(less >> (first + 8 * half) & 63));
-    }
+    const float scale = HalfAt(block), least = -HalfAt(block + 2);
+    const float factors[] = {scale, scale, least, least};
+    FourOf<uint8_t>((multiples >> first & 0xffff) | less >> first << 16, factors, numbers);
   }
 };
 
@@ -233,8 +267,13 @@ struct Q5_K : K<176> {
   Vector At(int v) const {
     const int half = v * kLanes / 32, at = v * kLanes % 32;
     const Integers both = Codes(codes + at), bits = Codes(fifth + at) >> shift;
-    const Integers code = half ? both >> 4 | (bits & 2) << 3 : (both & 15) | (bits & 1) << 4;
-    return MultiplyAdd(Float(code), scales[half], least[half]);
+#if defined(__AVX512F__)
+    const Vector fifth = LookUp(TableOf([half](int code) { return code >> half & 1 ? 16 : 0; }), bits);
+    const Vector code = Last4(half ? both >> 4 : both) + fifth;
+#else
+    const Vector code = Float(half ? both >> 4 | (bits & 2) << 3 : (both & 15) | (bits & 1) << 4);
+#endif
+    return MultiplyAdd(code, scales[half], least[half]);
   }
 };
 
@@ -249,8 +288,8 @@ struct Q6_K {
   static void Write(const uint8_t* row, int64_t group, Number* numbers) {
     const uint8_t* const block = row + group / 4 * kBytes;
     const float scale = HalfAt(block + 208);
-    const auto* const eight = reinterpret_cast<const int8_t*>(block + 192) + group % 4 * 4;
-    for (int part = 0; part < 4; ++part) numbers[part] = NumberOf(scale * eight[part]);
+    const float factors[] = {scale, scale, scale, scale};
+    FourOf<int8_t>(WordAt(block + 192 + group % 4 * 4), factors, numbers);
   }
   Q6_K(const uint8_t* row, int64_t group, const Number* numbers)
       : low(row + group / 4 * kBytes + group % 4 / 2 * 64),
@@ -259,9 +298,15 @@ struct Q6_K {
         scales{All(numbers[0]), All(numbers[1]), All(numbers[2]), All(numbers[3])} {}
   Vector At(int v) const {
     const int at = v * kLanes;
-    const Integers four = Codes(low + at) >> shift & 15, bits = Codes(high + at % 32) >> shift;
-    const Integers two = at < 32 ? (bits & 3) << 4 : (bits & 12) << 2;
-    return Float((four | two) - 32) * scales[at / 16];
+    const int half = at / 32;
+    const Integers four = Codes(low + at) >> shift, bits = Codes(high + at % 32) >> shift;
+#if defined(__AVX512F__)
+    const Vector two = LookUp(TableOf([half](int code) { return (code >> 2 * half & 3) * 16 - 32; }), bits);
+    return (Last4(four) + two) * scales[at / 16];
+#else
+    const Integers two = half ? (bits & 12) << 2 : (bits & 3) << 4;
+    return Float(((four & 15) | two) - 32) * scales[at / 16];
+#endif
   }
 };
 
