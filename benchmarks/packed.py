@@ -28,6 +28,7 @@ from dex_jax.cli.common import remember_compilations
 from dex_jax.errors import exit_code
 from dex_jax.nn.forward import run_tree
 from dex_jax.nn.weights import merge_model
+from dex_jax.sampling import best_column
 from dex_jax.tables import markdown
 
 WORKER = Path(__file__).with_name("llama_ar.py")
@@ -49,7 +50,7 @@ def steps(models: dict[str, Any], rounds: int) -> dict[str, list[float]]:
             )
             position = token + LENGTH // 2
             hidden, _ = run_tree(model, memory, token, position, among, position[:, 0])
-            return jnp.argmax(model.logits(hidden), axis=-1)
+            return best_column(model.logits(hidden)[0])
 
         for rows in ROWS:
             token = jnp.zeros((1, rows), jnp.int32)
