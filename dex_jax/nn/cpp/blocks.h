@@ -34,8 +34,8 @@ inline Integers Codes(const uint8_t* from) {
 #endif
 }
 
-// What goes with a block's codes, on its way to all lanes of a register. Where a vector has 16 lanes it is written to memory
-// and read from there into all of them, which costs what takes codes to pieces nothing.
+// A scale, or what else goes with a block's codes, on its way to all lanes of a register. On CPUs with 16 lanes it is written
+// to memory and loaded from there into all of them: shuffling it there would take turns with the codes.
 #if defined(__AVX512F__)
 using Number = float;
 inline Number NumberOf(float value) { return value; }
@@ -109,10 +109,10 @@ inline Integers Bits(const uint8_t* from, int first, int value) {
 
 #if defined(__AVX512F__)
 // A register of 16 numbers is a table of them: what codes stand for is looked up. Of a code only its last 4 bits count.
-template <typename Number>
-Vector TableOf(Number number) {
+template <typename Function>
+Vector TableOf(Function number_of) {
   Vector table;
-  for (int code = 0; code < 16; ++code) table[code] = number(code);
+  for (int code = 0; code < 16; ++code) table[code] = number_of(code);
   return table;
 }
 
