@@ -34,7 +34,7 @@ inline Integers Codes(const uint8_t* from) {
 #endif
 }
 
-// A scale, or what else goes with a block's codes, on its way to all lanes of a register. On CPUs with 16 lanes it is written
+// A scale, or what else goes with a block's codes, on its way to all lanes of a register. Where there are 16 it is written
 // to memory and loaded from there into all of them: shuffling it there would take turns with the codes.
 #if defined(__AVX512F__)
 using Number = float;

@@ -27,7 +27,7 @@ constexpr bool kManyRegisters = kLanes == 16;
 // Kernels. Each says what a row of `in` columns takes in bytes; about how many bytes a group of columns is; how many outputs
 // R rows are multiplied with at once, for whose sums there are vector registers; whether it takes rows of so many columns;
 // and whether these may end within a group, which LastOf(row, in) gives. Made of a row, the number of a group, and what
-// Write has written of it, it gives the group's columns, a vector at a time.
+// Write has written of it, kNumbers of them, it gives the group's columns, a vector at a time.
 
 template <typename Weight>
 struct Numbers {
@@ -82,7 +82,7 @@ void PackRow(const uint8_t* row, int64_t in, Vector* packed) {
     return;
   }
   for (int64_t group = 0; group < in / columns; ++group) {
-    Number numbers[Kernel::kNumbers + 1];
+    Number numbers[Kernel::kNumbers + 1];  // an array cannot be empty
     Kernel::Write(row, group, numbers);
     const Kernel kernel(row, group, numbers);
 #pragma GCC unroll 8
