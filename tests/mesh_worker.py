@@ -220,7 +220,7 @@ def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str,
         assert lm.mesh is not None
         assert_state_of_own_stage(session.state, lm.mesh)
         for program in (PREFILL, START, RUN):
-            *_, used_last = program._compiled.values()
+            *_, used_last = (pending.result() for pending in program._compiled.values())
             (folder / f"{case.name}.{program.name}.hlo").write_text(used_last.as_text())
     return [
         {

@@ -390,7 +390,7 @@ def test_a_dry_run_judges_a_device_that_is_not_here(run, monkeypatch) -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: too large\nand so on")
 
     monkeypatch.setattr(targets.topologies, "get_topology_desc", lambda **about: SimpleNamespace(devices=[None]))
-    monkeypatch.setattr(targets.Session, "compile", refuses)
+    monkeypatch.setattr(targets.Session, "compile_by", refuses)
     code, out, err = run("--dry-run", "--hardware", "v5e", "--prompt", SKY)
     assert (code, "on one v5e" in out) == (0, True)
     assert err.endswith(

@@ -25,9 +25,10 @@ from dex_jax.decoding.dex import loop
 from dex_jax.decoding.dex.drafts import Drafting
 from dex_jax.decoding.dex.interface import Network
 from dex_jax.decoding.dex.lookup import StoredTexts
-from dex_jax.decoding.dex.loop import DexState
 from dex_jax.decoding.dex.network import network_of
 from dex_jax.decoding.dex.shape import RowCosts
+from dex_jax.decoding.dex.spawning import enter
+from dex_jax.decoding.dex.state import DexState
 from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.mesh import stage
 from dex_jax.decoding.mesh.stage import StageNetwork
@@ -185,12 +186,12 @@ class DexLoop(MeshLoop):
     def step_stage(
         self, device: StageNetwork, schedule: Schedule, state: DexState, limits: Limits, sampling: Sampling | None
     ) -> DexState:
+        drafts = schedule.drafts
+        state = enter(device.network.drafter, state, sampling, drafts)
         if schedule.stages < device.stages:
-            assert schedule.drafts is not None
-            return loop.step(
-                stage.pipeline(device, schedule.drafts.counts), state, limits, sampling, drafts=schedule.drafts
-            )
-        return stage.step(device, state, limits, sampling, decs=schedule.decs, drafts=schedule.drafts)
+            assert drafts is not None
+            return loop.advance(stage.pipeline(device, drafts.counts), state, limits, sampling, drafts=drafts)
+        return stage.advance(device, state, limits, sampling, decs=schedule.decs, drafts=drafts)
 
     def state_specs(self, schedule: Schedule, memory: Any) -> DexState:
         # Each row of the data axis chooses and counts its drafts for itself, on all of its devices alike.
@@ -204,6 +205,7 @@ class DexLoop(MeshLoop):
             noise=BY_SEQUENCE,
             record=BY_SEQUENCE,
             drafting=drafting,
+            waiting=BY_SEQUENCE,
         )
 
 
@@ -259,7 +261,7 @@ def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int
     length = 0 if prompt is None else prompt.shape[1]
     sizes: dict[str, Any] = {"stages": schedule.stages, "rows": schedule.rows, "capacity": capacity, "length": length}
     options: dict[str, Any] = {"sampling": sampling, "drafts": schedule.drafts, "prompt": prompt, "costs": costs}
-    return loop.init(network, memory, token, lengths, limits=limits, stored=stored, **sizes, **options)
+    return loop.init(network, memory, token, lengths, limits=limits, stored=stored, waiting=True, **sizes, **options)
 
 
 def _chain(what: Running) -> tuple[ChainNetwork, Policy]:

@@ -1,10 +1,13 @@
-"""A jitted function whose compilations are explicit and timed."""
+"""Jitted functions whose compilations are explicit, timed, and beside one another."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -27,11 +30,49 @@ def compiler_options(level: int | None = 1) -> dict[str, str | bool] | None:
     return None if level is None or not few_rows.ready() else {"xla_backend_optimization_level": str(level)}
 
 
+class Pending:
+    """A program that has been traced, and is compiled in a thread of its own.
+
+    Attributes:
+      out_info: the shapes that it gives.
+    """
+
+    def __init__(self, program: Program, lowered: Any):
+        self.out_info = lowered.out_info
+        self._program = program
+        self._future: Future[Any] = Future()
+        self._waited = False
+
+        def compile() -> None:
+            try:
+                self._future.set_result(lowered.compile(compiler_options=compiler_options(program.level)))
+            except BaseException as error:
+                self._future.set_exception(error)
+
+        threading.Thread(target=compile, name=f"compiling {program.name}").start()
+
+    def result(self) -> Any:
+        """The compiled program, once it is there."""
+        self.wait()
+        return self._future.result()
+
+    def wait(self) -> bool:
+        """Waits until the compiler is done or has failed; whether nobody has before."""
+        if self._waited:
+            return False
+        begin = time.perf_counter()
+        notify(f"compiling {self._program.name}")
+        self._future.exception()
+        self._waited = True
+        self._program.compile_seconds += time.perf_counter() - begin
+        return True
+
+
 class Program:
     """Compiles `function` ahead of time for each new set of static arguments and shapes, and remembers the latest.
 
     It takes positional arrays, those at `donate` reused, and keyword statics. `level` as of `compiler_options`, None
-    for what XLA does by itself. `compile_seconds` are those spent on compiling.
+    for what XLA does by itself. `compile_seconds` are those in which callers waited for compilations.
     """
 
     def __init__(
@@ -45,7 +86,7 @@ class Program:
         self.level = level
         self.jitted: Any = jax.jit(function, static_argnames=static, donate_argnums=donate)
         self.compile_seconds = 0.0
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Any, Pending] = {}
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         """Runs the function; compiles it first when these shapes and statics are new."""
@@ -62,20 +103,58 @@ class Program:
 
     def compile(self, *args: Any, **static: Any) -> Any:
         """The program for these shapes; arguments may be jax.ShapeDtypeStruct."""
+        with side_by_side() as begin:
+            found = begin(self, *args, **static)
+        return found.result()
+
+    def begin(self, *args: Any, **static: Any) -> Pending:
+        """As `compile`, without waiting for the compiler."""
         leaves, tree = jax.tree.flatten(args)
         shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves)
         key = (tree, shapes, tuple(sorted(static.items())))
         found = self._compiled.pop(key, None)
         if found is None:
-            notify(f"compiling {self.name}")
+            notify(f"tracing {self.name}")
             begin = time.perf_counter()
             while len(self._compiled) >= HELD:  # the first is the one that was used longest ago
                 del self._compiled[next(iter(self._compiled))]
-            found = self.jitted.lower(*args, **static).compile(compiler_options=compiler_options(self.level))
-            # What the trace leaves behind is never used again, and weighs as much as the program itself.
+            with _uncollected():
+                found = Pending(self, self.jitted.lower(*args, **static))
             self.jitted.clear_cache()
-            gc.collect()
-            return_free_memory()
             self.compile_seconds += time.perf_counter() - begin
         self._compiled[key] = found
         return found
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[Callable[..., Pending]]:
+    """Within it the given function begins programs, one with what Program.begin takes; all are there at the end."""
+    begun: list[Pending] = []
+
+    def begin(program: Program, *args: Any, **static: Any) -> Pending:
+        begun.append(program.begin(*args, **static))
+        return begun[-1]
+
+    try:
+        yield begin
+    finally:
+        # A process that ends while a compiler runs crashes.
+        new = [each.wait() for each in begun]
+    for each in begun:
+        each.result()
+    if any(new):
+        # What traces leave behind is never used again, and weighs as much as the programs themselves.
+        gc.collect()
+        return_free_memory()
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within it Python looks for no garbage: of what is traced there is little, and a lot to look through."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -27,7 +27,7 @@ from dex_jax.decoding.loops import Prefilled, Running
 from dex_jax.decoding.mesh import programs as on_mesh
 from dex_jax.decoding.methods import AR
 from dex_jax.decoding.pace import Pace
-from dex_jax.decoding.program import Program
+from dex_jax.decoding.program import Program, side_by_side
 from dex_jax.decoding.record import Limits, Record
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
@@ -226,27 +226,24 @@ class Session:
         if self.costs is not None:
             self.costs = self._put(self.costs, EVERYWHERE)
 
-    def compile(self, by: Callable[..., Any] = Program.compile) -> None:
-        """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract.
-
-        `by` takes what Program.compile takes, to compile for another device.
-        """
+    def compile(self) -> None:
+        """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
         sizes = (self.padded.shape, self.cache_length, self.limits.eos_ids.shape)
         stored = None if self.stored is None else self.stored.tokens.shape
         kind = (self.spec, self.lm.dtype, self.lm.packing, sizes, self.sampling is None, stored)
-        if by is Program.compile:
-            if kind in _READY and RUN.held:  # to find out the shapes takes half a second too
-                return
-            _READY.add(kind)
+        if kind in _READY and RUN.held:  # to find out the shapes takes half a second too
+            return
+        _READY.add(kind)
+        with side_by_side() as begin:
+            self.compile_by(begin)
+
+    def compile_by(self, by: Callable[..., Any]) -> None:
+        """As `compile`, by what takes a program and its arguments, as Program.begin does, and has `out_info` too."""
         weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.lm.weights)
         heads = self._put_heads(jax.eval_shape(self._heads, weights))
         weights = self._put(weights, lambda: weight_specs(weights, self.spec.mesh))
         memory, last, lengths = self._blank_shapes()
         scalar = self._put(jax.ShapeDtypeStruct((), jnp.int32), EVERYWHERE)
-        of_prefill, seen = self._of_prefill(heads)
-        for size in sorted({*self.chunks}):
-            tokens = self._put(jax.ShapeDtypeStruct((len(self.lengths), size), jnp.int32), BY_SEQUENCE)
-            by(PREFILL, weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
         prompt = None
         if self.spec.schedule.drafts is not None:
             text = jax.ShapeDtypeStruct((len(self.lengths), self.cache_length), jnp.int32)
@@ -258,7 +255,12 @@ class Session:
         begun = by(START, *start, **statics).out_info
         state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), begun)
         state = self._put(state, lambda: on_mesh.state_specs(self.spec))
+        # The largest is compiled while the others are traced.
         by(RUN, weights, heads, state, self.limits, self.sampling, scalar, spec=self.spec)
+        of_prefill, seen = self._of_prefill(heads)
+        for size in sorted({*self.chunks}):
+            tokens = self._put(jax.ShapeDtypeStruct((len(self.lengths), size), jnp.int32), BY_SEQUENCE)
+            by(PREFILL, weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
 
     def prefill(self) -> None:
         """Runs the prompts and chooses token 0 of each."""

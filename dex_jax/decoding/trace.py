@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from dex_jax.decoding.dex.loop import DexState
+from dex_jax.decoding.dex.network import network_of
+from dex_jax.decoding.dex.spawning import enter
+from dex_jax.decoding.dex.state import DexState
+from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.generate import prepare
 from dex_jax.decoding.methods import Dex, Method
+from dex_jax.decoding.program import Program
+from dex_jax.decoding.spec import Spec
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_NODE, Lattice
+from dex_jax.nn.weights import merge_model
 from dex_jax.prompts import Prompt
+from dex_jax.sampling import Sampling
 
 if TYPE_CHECKING:
     from dex_jax.language_model import LanguageModel
@@ -82,6 +89,15 @@ class Trace:
         return tuple(i for i, node in enumerate(self.nodes) if node.born <= tick < node.ended)
 
 
+def enter_waiting(weights: Any, heads: Heads, state: DexState, sampling: Sampling | None, *, spec: Spec) -> Lattice:
+    """A session's lattice with the cohort that waits for its next tick; fields have a leading axis B."""
+    network = network_of(merge_model(spec.config, spec.layout, weights), heads, spec)
+    return enter(network.drafter, state, sampling, spec.schedule.drafts).lattice
+
+
+ENTER = Program(enter_waiting, static=("spec",), level=0)
+
+
 def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **options) -> Trace:
     """Decodes one prompt and records its lattice.
 
@@ -92,7 +108,7 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
       **options: the others of `dex_jax.stream`, except ticks_per_update, num_samples and stop.
 
     Raises:
-      DexError: bad options, or a method that has no lattice (AR, those that draft on a chain).
+      DexError: bad options, a model on a mesh, or a method without a lattice (AR, those that draft on a chain).
 
     Examples:
       >>> figure = dex_jax.plot.lattice(dex_jax.trace(lm, "Why is the sky blue?"))   # doctest: +SKIP
@@ -101,17 +117,23 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
     run = prepare(lm, [prompt], method=method, **options)
     if not run.method.schedule.has_lattice:
         raise DexError("only DEX has a lattice to trace: give method=Dex(explorers=5), say")
+    if lm.mesh is not None:
+        raise DexError("a lattice is traced on one device: load the model without a mesh")
     run.method.say(lm.fingerprint)
     session = run.session
     session.prefill()
 
     def tick(_: DexState) -> DexState:
         session.advance(1)
-        return session.state
+        return entered()
+
+    def entered() -> DexState:
+        lattice = ENTER(session.lm.weights, session.heads, session.state, session.sampling, spec=session.spec)
+        return session.state._replace(lattice=lattice)
 
     tokenizer = lm.tokenizer
     text = str if tokenizer is None else lambda token: tokenizer.decode([token], skip_special=False)
-    return watch(tick, session.state, depths=run.method.schedule.depths, text=text)
+    return watch(tick, entered(), depths=run.method.schedule.depths, text=text)
 
 
 def watch(

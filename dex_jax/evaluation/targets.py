@@ -151,7 +151,7 @@ def temporaries(session: Session, device: jax.Device) -> int:
         return found
 
     try:
-        session.compile(compiled)
+        session.compile_by(compiled)
     except RuntimeError as error:  # what compilers raise
         raise DexError(f"the compiler refuses a program: {str(error).strip().splitlines()[0]}") from error
     return max(most)

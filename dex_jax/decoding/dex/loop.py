@@ -12,66 +12,28 @@ tokens, S text length.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
 from dex_jax.decoding.dex.drafts import (
-    HEADS,
-    Below,
-    Drafting,
     begin_drafting,
     charge,
-    draft,
-    position_before,
-    price_of,
 )
-from dex_jax.decoding.dex.interface import Committed, Drafter, Network, StageView
+from dex_jax.decoding.dex.interface import Committed, Network, StageView
 from dex_jax.decoding.dex.lookup import StoredTexts
 from dex_jax.decoding.dex.proposals import Proposers, propose
 from dex_jax.decoding.dex.shape import RowCosts, TreeShape
+from dex_jax.decoding.dex.spawning import as_waiting, cohort_size, enter, roots_of, wait
+from dex_jax.decoding.dex.state import DexState
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
-from dex_jax.decoding.record import Limits, Record, begin, check_limits, emit_path, until_done
+from dex_jax.decoding.record import Limits, begin, check_limits, emit_path, until_done
 from dex_jax.errors import DexError, whole_number
-from dex_jax.lattice import NO_NODE, Cohort, Lattice, Path, Proposals
+from dex_jax.lattice import NO_NODE, Lattice, Path
 from dex_jax.sampling import Sampling, choose
-
-
-class DexState(NamedTuple):
-    """All that one decoding carries from tick to tick.
-
-    Attributes:
-      tick: int32, ticks since the start, the same for all sequences.
-      lattice: every field with a leading axis B.
-      hidden: [K, B, W, D], states of the cohorts by the stage they have just run.
-      prefix: [B] int32, committed positions.
-      memory: the network's own.
-      noise: None when greedy.
-      record: what has been emitted.
-      drafting: what exit 0 goes by, None when it is silent.
-    """
-
-    tick: jax.Array
-    lattice: Lattice
-    hidden: jax.Array
-    prefix: jax.Array
-    memory: Any
-    noise: Noise | None
-    record: Record
-    drafting: Drafting | None = None
-
-    @property
-    def stages(self) -> int:
-        """K."""
-        return self.lattice.token.shape[1]
-
-    @property
-    def rows(self) -> int:
-        """W."""
-        return self.lattice.token.shape[2]
 
 
 def init(
@@ -90,6 +52,7 @@ def init(
     length: int = 0,
     costs: RowCosts | None = None,
     stored: StoredTexts | None = None,
+    waiting: bool = False,
 ) -> DexState:
     """The state before the first tick.
 
@@ -109,6 +72,7 @@ def init(
       length: S, at least R and the positions of all new tokens; only asked for with drafts.
       costs: what ticks take, for drafts that choose their rows; None for what `drafts` says.
       stored: texts of earlier generations that drafts are looked up in too.
+      waiting: leaves the first cohort to `enter`; `run` then enters each at the beginning of a tick.
 
     Raises:
       DexError: stages or rows that are no whole numbers of at least 1, more stages than one without exits, drafts
@@ -139,8 +103,9 @@ def init(
         record=record,
         drafting=drafting,
     )
-    roots = _roots(first_token, position, ~record.done, stages, cohort_size(stages, rows, drafts))
-    return _enter(network.drafter, state, roots, ~record.done, None, sampling, drafts)
+    roots = roots_of(first_token, position, ~record.done, stages, cohort_size(stages, rows, drafts))
+    state = state._replace(waiting=as_waiting(network.drafter, state, roots, ~record.done, None, drafts))
+    return state if waiting else enter(network.drafter, state, sampling, drafts)
 
 
 def step(
@@ -153,7 +118,7 @@ def step(
     proposing: tuple[int, ...] | None = None,
     drafts: TreeShape | None = None,
 ) -> DexState:
-    """One tick: advance, commit, collapse, propose. Sequences that are done are left as they are.
+    """One tick: advance, commit, collapse, propose, draft. Sequences that are done are left as they are.
 
     Args:
       network: the callables of one model.
@@ -167,6 +132,21 @@ def step(
     Raises:
       DexError: a network of other stages than the state has, or without exits, or limits of other shapes.
     """
+    options: dict[str, Any] = {"decs": decs, "proposing": proposing, "drafts": drafts}
+    return enter(network.drafter, advance(network, state, limits, sampling, **options), sampling, drafts)
+
+
+def advance(
+    network: Network,
+    state: DexState,
+    limits: Limits,
+    sampling: Sampling | None = None,
+    *,
+    decs: bool = True,
+    proposing: tuple[int, ...] | None = None,
+    drafts: TreeShape | None = None,
+) -> DexState:
+    """As `step`, with the next cohort still waiting."""
     stages, exits = state.stages, network.exits
     check_limits(limits, state.prefix.shape[0])
     if stages > 1 and exits is None:
@@ -199,7 +179,7 @@ def step(
     reached = None
     if drafts is not None and network.drafter is not None and network.drafter.reached is not None:
         reached = network.drafter.reached(state.memory, hidden, view)
-    return spawn(network.drafter, state, path, proposals, reached, sampling, drafts)
+    return wait(network.drafter, state, path, proposals, reached, drafts)
 
 
 def run(
@@ -220,7 +200,13 @@ def run(
       until_tick: int32 scalar, the tick after which to stop in any case; None for none.
     """
     options: dict[str, Any] = {"decs": decs, "proposing": proposing, "drafts": drafts}
-    return until_done(lambda state: step(network, state, limits, sampling, **options), state, until_tick)
+
+    def go_on(state: DexState) -> DexState:
+        if state.waiting is None:
+            return step(network, state, limits, sampling, **options)
+        return advance(network, enter(network.drafter, state, sampling, drafts), limits, sampling, **options)
+
+    return until_done(go_on, state, until_tick)
 
 
 def _advance(network: Network, memory: Any, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Any]:
@@ -238,12 +224,6 @@ def _advance(network: Network, memory: Any, hidden: jax.Array, view: StageView) 
 def levels_of(drafts: TreeShape | None) -> int:
     """P."""
     return 1 if drafts is None else drafts.levels
-
-
-def cohort_size(stages: int, rows: int, drafts: TreeShape | None) -> int:
-    """N: rows of a cohort while it grows, of which the best W are spawned."""
-    below = 0 if drafts is None else sum(drafts.widths) + drafts.tail
-    return max(rows, (1 if stages == 1 else rows) + below)
 
 
 def settle(state: DexState, final: jax.Array, limits: Limits, levels: int) -> tuple[DexState, Path]:
@@ -323,66 +303,6 @@ def stage_view(lattice: Lattice, ring: jax.Array, prefix: jax.Array) -> StageVie
     token, position, live, ancestors, parent = (_by_stage(field, ring) for field in seen)
     slots = lattice.position.reshape(lattice.position.shape[0], -1)
     return StageView(ring, token, position, live, ancestors, parent, prefix, slots)
-
-
-def spawn(
-    drafter: Drafter | None,
-    state: DexState,
-    path: Path,
-    proposals: Proposals | None,
-    reached: jax.Array | None,
-    sampling: Sampling | None,
-    drafts: TreeShape | None,
-) -> DexState:
-    """Puts the cohort of this tick into the lattice: a fresh root or seeds, and what exit 0 drafts below.
-
-    The state is that after the collapse and the commit of `path`; `proposals` are of the exits 1..K-1, fields [K - 1,
-    B, W], and `reached` [K, B, W, E] what the drafter reads of the nodes that may have children, both None where K = 1.
-    """
-    size = cohort_size(state.stages, state.rows, drafts)
-    fresh = (path.length > 0) & (path.heir == NO_NODE) & ~state.record.done
-    last = jnp.take_along_axis(path.token, jnp.maximum(path.length - 1, 0)[:, None], axis=1)[:, 0]
-    cohort = _roots(last, state.prefix, fresh, state.stages, size)
-    if proposals is not None:
-        seeds = jax.vmap(lat.seeds, (0, None, 1, None))(state.lattice, state.tick, proposals, size)
-        cohort = jax.vmap(lambda new, *both: jax.tree.map(lambda a, b: jnp.where(new, a, b), *both))(
-            fresh, cohort, seeds
-        )
-    return _enter(drafter, state, cohort, fresh, reached, sampling, drafts)
-
-
-def _enter(
-    drafter: Drafter | None,
-    state: DexState,
-    cohort: Cohort,
-    fresh: jax.Array,
-    reached: jax.Array | None,
-    sampling: Sampling | None,
-    drafts: TreeShape | None,
-) -> DexState:
-    """The state with a cohort, and what exit 0 drafts below its heads; `fresh` [B] says which are a fresh root."""
-    noise, drafting, stages = state.noise, state.drafting, state.stages
-    heads = 1 if stages == 1 else state.rows
-    if drafts is not None and drafting is not None:
-        before = None
-        if drafter is not None:
-            parents = cohort.parent[:, : min(heads, HEADS)]
-            ring = lat.stage_rows(state.tick, stages)
-            before = position_before(drafter.committed(state.memory), reached, ring, parents)
-        furthest = jnp.max(jnp.where(cohort.score > -jnp.inf, cohort.position, -1), axis=1)
-        if noise is not None:
-            noise = make_noise(noise, sampling, furthest + len(drafts.widths), noise.ring.shape[-1])
-        below = Below(state.memory, before, state.prefix, ~state.record.done, price_of(drafting, state.record))
-        ring = state.tick % stages
-        cohort, drafting = draft(drafter, drafting, state.lattice, cohort, below, sampling, noise, drafts, ring, heads)
-    lattice = jax.vmap(lat.spawn, (0, None, 0, 0))(state.lattice, state.tick, cohort, fresh)
-    return state._replace(lattice=lattice, noise=noise, drafting=drafting)
-
-
-def _roots(token: jax.Array, position: jax.Array, where: jax.Array, stages: int, size: int) -> Cohort:
-    """Cohorts of a fresh root for the sequences of `where`, and without any node for the others."""
-    cohort = jax.vmap(lat.fresh_root, (0, 0, None, None))(token, position, stages, size)
-    return cohort._replace(score=jnp.where(where[:, None], cohort.score, -jnp.inf))
 
 
 def furthest(lattice: Lattice) -> jax.Array:
