@@ -65,6 +65,25 @@ def norms(random: np.random.Generator) -> None:
             np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def heads_and_gates(random: np.random.Generator) -> None:
+    for rows, (heads, groups), width, half in itertools.product([0, 1, 90], [(6, 2), (1, 1)], [7, 48], [0, 3]):
+        x = random.normal(size=(2, rows, (heads + 2 * groups) * width)).astype("f")
+        cos, sin = random.normal(size=(2, 1, rows, half)).astype("f")
+        of_queries, of_keys = (2, rows, heads, width), (2, groups, rows, width)
+        give = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (of_queries, of_keys, of_keys)]
+        queries, _, values = jax.ffi.ffi_call(few_rows.TURN, give)(*(jnp.array(each) for each in (x, cos, sin)))
+        each = x.reshape(2, rows, heads + 2 * groups, width)
+        left, right = each[:, :, :heads, :half], each[:, :, :heads, half : 2 * half]
+        turned = left * cos[:, :, None] - right * sin[:, :, None]
+        np.testing.assert_allclose(queries[..., :half], turned, atol=1e-5)
+        np.testing.assert_array_equal(queries[..., 2 * half :], each[:, :, :heads, 2 * half :])
+        np.testing.assert_array_equal(values, each[:, :, heads + groups :].swapaxes(1, 2))
+    for rows, width in itertools.product([0, 1, 200], [0, 7, 77]):
+        x = random.normal(size=(rows, 2 * width)).astype("f")
+        found = call(few_rows.GATE, (rows, width), x, activation="silu")
+        np.testing.assert_allclose(found, x[:, :width] / (1 + np.exp(-x[:, :width])) * x[:, width:], atol=1e-5)
+
+
 def attentions(random: np.random.Generator) -> None:
     sizes = itertools.product([0, 1, 33], [(6, 2), (3, 3)], [48], [0, 70])
     for (rows, (heads, groups), width, length), dtype in zip(sizes, itertools.cycle(few_rows.DTYPES), strict=False):
@@ -106,6 +125,10 @@ def refusals() -> None:
         (few_rows.NORM, (2, 5), (zeros(2, 5), zeros(4)), scale),
         (few_rows.NORM, (2, 5), (zeros(3, 5), zeros(5)), scale),
         (few_rows.NORM, (2, 5), (zeros(2, 5), zeros()), scale),
+        (few_rows.GATE, (2, 3), (zeros(2, 5),), {"activation": "silu"}),
+        (few_rows.GATE, (2, 3), (zeros(1, 6),), {"activation": "silu"}),
+        (few_rows.GATE, (2, 3), (zeros(2, 6),), {"activation": "tanh"}),
+        (few_rows.TURN, (2, 3, 4), (zeros(2, 12), zeros(2, 2), zeros(2, 2))),
         (few_rows.ATTENTION, queries.shape, (queries, keys, keys)),
         (few_rows.ATTENTION, queries.shape, (queries,)),
         (few_rows.ATTENTION, queries.shape, (queries, keys, zeros(1, 2, 4, 16), mask)),
@@ -128,7 +151,7 @@ if __name__ == "__main__":
     assert few_rows.ready(), "the library cannot be loaded"
     for part in PARTS[1:]:
         few_rows._load(part)
-    for check in (products, norms, attentions):
+    for check in (products, norms, attentions, heads_and_gates):
         check(np.random.default_rng(0))
     refusals()
     print("clean")

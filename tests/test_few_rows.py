@@ -23,7 +23,8 @@ from dex_jax.nn import few_rows
 from dex_jax.nn.attention import KEY_BLOCK, KeyValues, _attend, _attend_fused, _attend_in_blocks, attend
 from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
 from dex_jax.nn.forward import extend, extend_with_states, run_tree
-from dex_jax.nn.layers import _rms_norm, linear, rms_norm
+from dex_jax.nn.layers import _rms_norm, gated, linear, rms_norm
+from dex_jax.nn.rotary import Rotation, rotate, turned
 from dex_jax.nn.transformer import Stacked, Unrolled
 from dex_jax.nn.weights import merge_model
 
@@ -293,14 +294,79 @@ def test_attention_under_vmap_and_its_gradients() -> None:
 @given(st.integers(1, 20), st.integers(1, 60), st.sampled_from(few_rows.DTYPES), st.integers(0, 100))
 @example(rows=16, width=576, kept=few_rows.DTYPES[0], seed=0)
 def test_the_norm_and_each_row_alone(rows: int, width: int, kept: np.dtype, seed: int) -> None:
-    x, scale = (each.astype(kept) for each in random(seed, (rows, width), (width,)))
+    narrow, kept_scale = (each.astype(kept) for each in random(seed, (rows, width), (width,)))
+    x, scale = narrow.astype(np.float32), kept_scale.astype(np.float32)
     found = few_rows_norm(x, scale, 1e-5)
-    wide, scale = x.astype(np.float64), scale.astype(np.float64)
-    wanted = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + 1e-5) * scale
+    wanted = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True) + 1e-5) * scale
     chex.assert_trees_all_close(found, wanted, rtol=1e-6, atol=1e-6)
-    alone = jnp.concatenate([few_rows_norm(row[None], scale.astype(kept), 1e-5) for row in x])
+    alone = jnp.concatenate([few_rows_norm(row[None], scale, 1e-5) for row in x])
     chex.assert_trees_all_equal(alone, found)
-    chex.assert_trees_all_equal(rms_norm(x, scale.astype(kept), 1e-5), found.astype(kept))
+    chex.assert_trees_all_equal(rms_norm(narrow, kept_scale, 1e-5), found.astype(kept))
+
+
+@needs_compiler
+@given(st.integers(1, 40), st.integers(1, 90), st.sampled_from(["silu", "gelu"]), st.integers(0, 100))
+@example(rows=16, width=1536, activation="silu", seed=0)
+def test_the_gate_and_each_row_alone(rows: int, width: int, activation: str, seed: int) -> None:
+    (x,) = random(seed, (rows, 2 * width))
+    x *= np.float32(10) ** np.random.default_rng(seed).integers(-3, 3, x.shape)
+    found = gated(jnp.asarray(x), activation)
+    gate, up = np.split(x.astype(np.float64), 2, axis=-1)
+    with np.errstate(over="ignore"):
+        tanh = np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))
+        wanted = (gate / (1 + np.exp(-gate)) if activation == "silu" else gate * (1 + tanh) / 2) * up
+    magnitude = np.abs(gate * up) if activation == "gelu" else np.abs(wanted)
+    assert np.all(np.abs(found - wanted) <= 1e-6 * magnitude + 1e-30)
+    alone = jnp.concatenate([gated(row[None], activation) for row in x])
+    chex.assert_trees_all_equal(alone, found)
+    narrow = jnp.asarray(x, jnp.bfloat16)
+    chex.assert_trees_all_equal(
+        gated(narrow, activation), gated(narrow.astype(jnp.float32), activation).astype(jnp.bfloat16)
+    )
+
+
+@needs_compiler
+@given(st.sampled_from([(4, 2, 16, 8), (3, 3, 10, 3), (9, 3, 64, 32)]), st.integers(1, 20), st.integers(0, 100))
+def test_turned_heads_and_each_row_alone(sizes: tuple[int, ...], rows: int, seed: int) -> None:
+    heads, groups, width, half = sizes
+    x, angles = random(seed, (2, rows, (heads + 2 * groups) * width), (2, rows, half))
+    rotation = Rotation(np.cos(angles), np.sin(angles))
+    found = turned(jnp.asarray(x), rotation, groups, width)
+    each = x.reshape(2, rows, -1, width)
+    wanted = [rotate(part, rotation) for part in (each[:, :, :heads], each[:, :, heads : heads + groups])]
+    wanted = [wanted[0], wanted[1].swapaxes(1, 2), each[:, :, heads + groups :].swapaxes(1, 2)]
+    chex.assert_trees_all_close(found, tuple(wanted), atol=1e-6)
+    for row in {0, rows - 1}:
+        cut = Rotation(*(part[:, row : row + 1] for part in rotation[:2]))
+        alone = turned(jnp.asarray(x[:, row : row + 1]), cut, groups, width)
+        chex.assert_trees_all_equal(alone[0], found[0][:, row : row + 1])
+        chex.assert_trees_all_equal(alone[1:], tuple(part[:, :, row : row + 1] for part in found[1:]))
+    half_precision = turned(jnp.asarray(x, jnp.bfloat16), rotation, groups, width)
+    exact = turned(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), rotation, groups, width)
+    chex.assert_trees_all_equal(half_precision, jax.tree.map(lambda part: part.astype(jnp.bfloat16), exact))
+
+
+@needs_compiler
+def test_gates_and_turned_heads_under_vmap_and_their_gradients(monkeypatch) -> None:
+    x, angles = random(8, (3, 2, 4, 48), (3, 2, 4, 4))
+    jaxpr = str(jax.make_jaxpr(lambda x: gated(turned(x, Rotation(angles, angles), 1, 8)[0], "silu"))(x))
+    assert few_rows.TURN in jaxpr
+    assert few_rows.GATE in jaxpr
+
+    def of(x: jax.Array, cos: jax.Array) -> jax.Array:
+        queries, keys, values = turned(x, Rotation(cos, cos), 1, 8)
+        return gated(queries, "gelu") + jnp.sum(keys) * values.swapaxes(1, 2)[..., :4]
+
+    apart = jnp.stack([of(x[i], angles[0]) for i in range(3)])
+    chex.assert_trees_all_close(jax.jit(jax.vmap(of, (0, None)))(x, angles[0]), apart, rtol=1e-6)
+    chex.assert_trees_all_close(jax.vmap(of, (None, 0))(x[0], angles)[2], of(x[0], angles[2]), rtol=1e-6)
+
+    def gradient() -> jax.Array:
+        return jax.grad(lambda x, cos: jnp.sum(jnp.sin(of(x, cos))), argnums=(0, 1))(x[0], angles[0])
+
+    in_cpp = gradient()
+    monkeypatch.setattr(few_rows, "ready", lambda: False)
+    chex.assert_trees_all_close(in_cpp, gradient(), atol=1e-4)
 
 
 @needs_compiler

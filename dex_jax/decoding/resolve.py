@@ -52,11 +52,17 @@ class Resolved:
 class Found(NamedTuple):
     """What a user's `exits` names."""
 
-    exits: TrainedExits | None  # heads at depths above 0; None for the model's own
-    source: str  # "shared", "default" or a path
+    fingerprint: str  # of the model
+    source: str  # of heads at depths above 0: "shared", "default" or a path
     drafter: GivenDrafter | None  # exit 0; None for the text alone
     drafter_source: str | None  # "default" or a path, None without one
-    own: str | None  # what the user gave himself is "exits", the "drafter", or neither (None)
+    own: str | None = None  # what the user gave himself is "exits", the "drafter", or neither (None)
+    given: TrainedExits | None = None  # by the user, heads at depths above 0
+
+    @property
+    def exits(self) -> TrainedExits | None:
+        """Heads at depths above 0, None for the model's own; those that ship are large, and read when asked for."""
+        return default_exits(self.fingerprint) if self.source == "default" else self.given
 
 
 def find_exits(exits: GivenExits, fingerprint: str) -> Found:
@@ -68,16 +74,16 @@ def find_exits(exits: GivenExits, fingerprint: str) -> Found:
       DexError: a file that cannot be read.
     """
     if isinstance(exits, str) and exits == "shared":
-        return Found(None, "shared", None, None, None)
-    at_depths, drafter = default_exits(fingerprint), default_drafter(fingerprint)
-    shipped = Found(at_depths, "default", drafter, None if drafter is None else "default", None)
+        return Found(fingerprint, "shared", None, None)
+    drafter = default_drafter(fingerprint)
+    shipped = Found(fingerprint, "default", drafter, None if drafter is None else "default")
     if isinstance(exits, str) and exits == "default":
         return shipped
     given = opened(exits)
     given = load_exits(given) if isinstance(given, (str, os.PathLike)) else given
     if not isinstance(given, TrainedExits) or given.config.depths == (0,):
         return shipped._replace(drafter=given, drafter_source=given.source, own="drafter")
-    return shipped._replace(exits=given, source=given.source, own="exits")
+    return shipped._replace(given=given, source=given.source, own="exits")
 
 
 def opened(exits: GivenExits) -> GivenExits:
@@ -92,7 +98,7 @@ def unmeasured(method: Method, exits: GivenExits, fingerprint: str) -> Method:
     if not isinstance(method, Dex) or not method.is_free:
         return method
     found = find_exits(exits, fingerprint)
-    if found.exits is None or found.own != "exits":
+    if found.own != "exits" or found.exits is None:
         return Dex(explorers=1)
     return Dex(explorers=min(DEFAULT_EXPLORERS, found.exits.count + 1))
 

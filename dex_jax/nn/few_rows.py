@@ -20,7 +20,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,7 @@ LANES = 16
 """The width of attention's heads must be a multiple of it."""
 
 NORM, PRODUCT, ATTENTION = "dex_jax_norm", "dex_jax_product", "dex_jax_attention"
+TURN, GATE = "dex_jax_turn", "dex_jax_gate"
 SOURCES = Path(__file__).with_name("cpp")
 COMPILERS = ("c++", "g++", "clang++")
 NUMBERS = {"float32": "float", "bfloat16": "BFloat16", "int8": "int8_t"}
@@ -70,14 +73,53 @@ def packed_product(rows: jax.Array, kernel: jax.Array, format: str) -> jax.Array
     return jax.ffi.ffi_call(PRODUCT, shape, vmap_method="expand_dims")(rows, kernel, format=format)
 
 
-def few_rows_norm(rows: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm on a CPU, computed in float32: rows [..., D] and scale [D], float32 or bfloat16.
+def in_cpp(cpp: Callable[..., Any], plain: Callable[..., Any], *operands: jax.Array) -> Any:
+    """plain(*operands), on CPUs by `cpp`, which computes the same in float32 and rounds once to plain's dtypes.
 
-    Gives [..., D] float32; it has no derivative.
+    Operands are float32 or bfloat16 for that; derivatives are those of `plain`.
     """
-    rows, scale = rows.astype(jnp.float32), scale.astype(jnp.float32)
+    if not {operand.dtype for operand in operands} <= {*DTYPES} or not ready():
+        return plain(*operands)
+    wanted = jax.eval_shape(plain, *operands)
+
+    @jax.custom_jvp
+    def run(*operands: jax.Array) -> Any:
+        return jax.tree.map(_rounded, cpp(*(x.astype(jnp.float32) for x in operands)), wanted)
+
+    @run.defjvp
+    def tangent(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        return run(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return jax.lax.platform_dependent(*operands, cpu=run, default=plain)
+
+
+def _rounded(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    # XLA leaves out roundings to a narrower dtype and back, in some programs and not in others.
+    info = jnp.finfo(like.dtype)
+    return x if like.dtype == x.dtype else jax.lax.reduce_precision(x, info.nexp, info.nmant).astype(like.dtype)
+
+
+def few_rows_norm(rows: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm on a CPU: rows [..., D] and scale [D] -> [..., D], all float32. It has no derivative."""
     shape = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
     return jax.ffi.ffi_call(NORM, shape, vmap_method="expand_dims")(rows, scale, epsilon=np.float32(eps))
+
+
+def few_rows_turn(
+    heads: jax.Array, cos: jax.Array, sin: jax.Array, groups: int, width: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`rotary.turned` on a CPU, all float32. It has no derivative."""
+    *lead, rows, numbers = heads.shape
+    shapes = ((*lead, rows, numbers // width - 2 * groups, width), *((*lead, groups, rows, width),) * 2)
+    give = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    queries, keys, values = jax.ffi.ffi_call(TURN, give, vmap_method="expand_dims")(heads, cos, sin)
+    return queries, keys, values
+
+
+def few_rows_gate(gate_up: jax.Array, activation: str) -> jax.Array:
+    """`layers.gated` on a CPU, all float32. It has no derivative."""
+    shape = jax.ShapeDtypeStruct((*gate_up.shape[:-1], gate_up.shape[-1] // 2), jnp.float32)
+    return jax.ffi.ffi_call(GATE, shape, vmap_method="expand_dims")(gate_up, activation=activation)
 
 
 def few_rows_attention(queries: jax.Array, *sources: jax.Array, cap: float | None = None) -> jax.Array:
@@ -112,7 +154,7 @@ def _registered() -> ctypes.CDLL | None:
     # Only speed is at stake: whatever is missing here, XLA does it as well.
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         compiled = ctypes.CDLL(str(library()))
-        for target in (NORM, PRODUCT, ATTENTION):
+        for target in (NORM, PRODUCT, ATTENTION, TURN, GATE):
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(compiled, target)), platform="cpu")
         return compiled
     return None

@@ -18,7 +18,7 @@ from dex_jax.config import ModelConfig
 from dex_jax.nn import few_rows
 from dex_jax.nn.packed import Packed
 from dex_jax.nn.products import dot, rows_times_kernel
-from dex_jax.nn.rotary import Rotation, rotate
+from dex_jax.nn.rotary import Rotation, turned
 
 FEW_ROWS = 64
 """Up to here XLA multiplies faster on a CPU with the rows as columns (benchmarks/few_rows.py)."""
@@ -57,20 +57,8 @@ def _kernel_times_columns(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, computed in float32: x [..., D], scale [D] -> [..., D] in x's dtype."""
-    if {x.dtype, scale.dtype} <= {*few_rows.DTYPES} and few_rows.ready():
-        norm = functools.partial(_norm_few_rows, eps)
-        return jax.lax.platform_dependent(x, scale, cpu=norm, default=functools.partial(_rms_norm, eps=eps))
-    return _rms_norm(x, scale, eps)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _norm_few_rows(eps: float, x: jax.Array, scale: jax.Array) -> jax.Array:
-    return few_rows.few_rows_norm(x, scale, eps).astype(x.dtype)
-
-
-@_norm_few_rows.defjvp
-def _norm_tangent(eps: float, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    return _norm_few_rows(eps, *primals), jax.jvp(functools.partial(_rms_norm, eps=eps), primals, tangents)[1]
+    norm, plain = (functools.partial(each, eps=eps) for each in (few_rows.few_rows_norm, _rms_norm))
+    return few_rows.in_cpp(norm, plain, x, scale)
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -78,6 +66,17 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     weight = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return (wide * inverse * weight).astype(x.dtype)
+
+
+def gated(gate_up: jax.Array, activation: str) -> jax.Array:
+    """The first half of the last axis, activated ("silu" or "gelu"), times the second: [..., 2 F] -> [..., F]."""
+
+    def plain(gate_up: jax.Array) -> jax.Array:
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        activate = jax.nn.silu if activation == "silu" else jax.nn.gelu
+        return rounded(lambda gate, up: activate(gate) * up, gate, up)
+
+    return few_rows.in_cpp(functools.partial(few_rows.few_rows_gate, activation=activation), plain, gate_up)
 
 
 def recorded(make: Callable[[Callable[..., jax.Array]], nnx.Module]) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -156,21 +155,19 @@ class DecoderLayer(nnx.Module):
         c = self.config
         qkv = linear(self.entered(x), self.qkv[...], _value(self.qkv_bias), whole=self.whole)
         bounds = [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
-        queries, keys, values = jnp.split(qkv, bounds, axis=-1)
-        if c.qk_norm_whole:
-            queries, keys = self._normed(queries, self.q_norm), self._normed(keys, self.k_norm)
-        queries, keys, values = (each.reshape(*x.shape[:-1], -1, c.head_dim) for each in (queries, keys, values))
-        if not c.qk_norm_whole:
-            queries, keys = self._normed(queries, self.q_norm), self._normed(keys, self.k_norm)
-        rotated = rotate(jnp.concatenate([queries, keys], axis=-2), rotation)
-        queries, keys = jnp.split(rotated, [c.num_heads], axis=-2)
+        if c.qk_norm:
+            parts = jnp.split(qkv, bounds, axis=-1)
+            own = [each if c.qk_norm_whole else each.reshape(*x.shape[:-1], -1, c.head_dim) for each in parts[:2]]
+            normed = [self._normed(each, scale) for each, scale in zip(own, (self.q_norm, self.k_norm), strict=True)]
+            qkv = jnp.concatenate([*(each.reshape(*x.shape[:-1], -1) for each in normed), parts[2]], axis=-1)
+        queries, keys, values = turned(qkv, rotation, c.num_kv_heads, c.head_dim)
         # Attention itself multiplies with d**-0.5.
         scale = 1.0 if c.attention_scale is None else c.attention_scale * c.head_dim**0.5
         if rotation.queries is not None:
             scale = scale * rotation.queries[..., None, None]
         if rotation.queries is not None or abs(scale - 1) > 1e-12:
             queries = rounded(lambda queries: queries * scale, queries)
-        return queries, keys.swapaxes(-2, -3), values.swapaxes(-2, -3)
+        return queries, keys, values
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Adds the attention output [B, R, H, d] and then the mlp to x [B, R, D]."""
@@ -178,10 +175,8 @@ class DecoderLayer(nnx.Module):
         attended = self._summed(flat, self.out[...], _value(self.out_bias))
         x = self._added(self.residual(x), attended, self.attention_out_norm)
         gate_up = linear(self._normed(x, self.mlp_norm), self.gate_up[...], whole=self.whole)
-        gate, up = jnp.split(gate_up, 2, axis=-1)
-        activation = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu
-        gated = rounded(lambda gate, up: activation(gate) * up, gate, up)
-        return self._added(x, self._summed(gated, self.down[...]), self.mlp_out_norm)
+        down = self._summed(gated(gate_up, self.config.activation), self.down[...])
+        return self._added(x, down, self.mlp_out_norm)
 
     def entered(self, x: jax.Array) -> jax.Array:
         """What the attention projects of what the layer is given."""

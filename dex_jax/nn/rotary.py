@@ -1,10 +1,11 @@
 """Rotary positions, stretched or not, of all of a head or of a part.
 
-Letters: d head width, d' how much of it is rotated.
+Letters: R rows, H query heads, G key-value heads, d head width, d' how much of it is rotated.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.config import LayerKind, ModelConfig, RopeScaling
+from dex_jax.nn import few_rows
 
 ALIKE = LayerKind()
 """The kind of layers where a model has but one."""
@@ -95,3 +97,19 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     wide = x.astype(jnp.float32)
     left, right, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1).astype(x.dtype)
+
+
+def turned(heads: jax.Array, rotation: Rotation, groups: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Heads of queries, keys and values side by side [..., R, (H + 2 G) d]: all apart, queries and keys rotated.
+
+    Gives queries [..., R, H, d], keys and values [..., G, R, d].
+    """
+
+    def plain(heads: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        each = heads.reshape(*heads.shape[:-1], -1, width)
+        *both, values = jnp.split(each, [each.shape[-2] - 2 * groups, each.shape[-2] - groups], axis=-2)
+        queries, keys = (rotate(x, Rotation(cos, sin)) for x in both)
+        return queries, keys.swapaxes(-2, -3), values.swapaxes(-2, -3)
+
+    cpp = functools.partial(few_rows.few_rows_turn, groups=groups, width=width)
+    return few_rows.in_cpp(cpp, plain, heads, *rotation[:2])

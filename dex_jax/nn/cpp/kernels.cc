@@ -1,5 +1,5 @@
-// What the model's layers do on a CPU in float32, over kernels and caches that may be kept in bfloat16: norms, products
-// and attention, as XLA calls them. Here shapes and dtypes are checked; the headers do the work.
+// What the model's layers do on a CPU in float32, over kernels and caches that may be kept in bfloat16: norms, products,
+// attention, turned heads and gates, as XLA calls them. Here shapes and dtypes are checked; the headers do the work.
 //
 // What comes out for a row does not depend on the rows beside it, nor on how many threads work: sums are added up in
 // one order.
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "elements.h"
 #include "norm.h"
 #include "product.h"
 #include "xla.h"
@@ -134,6 +135,50 @@ Refusal Attention(const Call& call) {
   return "";
 }
 
+// Heads side by side, their cosines and sines -> queries, keys and values.
+Refusal Turn(const Call& call) {
+  if (call.size() != 3 || call.results() != 3) return "heads come with cosines and sines, and become three arrays";
+  const Array heads = call[0], cos = call[1], sin = call[2], queries = call.result(0), keys = call.result(1);
+  for (const Array& array : {heads, cos, sin, queries, keys, call.result(2)})
+    if (array.type != kFloat32) return "heads are turned in float32";
+  const Dimensions of_heads = heads.dimensions, of_angles = cos.dimensions, of_sines = sin.dimensions;
+  const Dimensions of_queries = queries.dimensions, of_keys = keys.dimensions, of_values = call.result(2).dimensions;
+  const size_t rank = of_heads.size(), leading = rank - 2;
+  if (rank < 2 || of_angles.size() != rank || of_sines.size() != rank || of_queries.size() != rank + 1 ||
+      of_keys.size() != rank + 1 || of_values.size() != rank + 1)
+    return "heads, cosines and sines are [..., R, numbers], queries [..., R, H, d], keys and values [..., G, R, d]";
+  for (size_t d = 0; d <= rank; ++d)
+    if (of_values[d] != of_keys[d] || (d < rank && of_sines[d] != of_angles[d]))
+      return "keys and values are of one shape, and cosines and sines";
+  for (size_t d = 0; d < leading; ++d)
+    if (of_keys[d] != of_queries[d]) return "queries and keys have the same leading dimensions";
+  const int64_t rows = of_heads[leading], width = of_queries[rank];
+  if (!Leads(of_heads, of_queries, leading) || !Leads(of_angles, of_queries, leading) || of_angles[leading] != rows ||
+      of_queries[leading] != rows || of_keys[leading + 1] != rows || of_keys[rank] != width ||
+      of_heads[leading + 1] != (of_queries[leading + 1] + 2 * of_keys[leading]) * width ||
+      2 * of_angles[leading + 1] > width)
+    return "queries, keys and values are as many numbers as the heads, of which at most all are turned";
+  dex_jax::Turn(call.threads(), of_heads, heads.As<float>(), of_angles, cos.As<float>(), sin.As<float>(), of_queries,
+                of_keys, queries.As<float>(), keys.As<float>(), call.result(2).As<float>());
+  return "";
+}
+
+Refusal Gate(const Call& call) {
+  if (call.size() != 1 || call[0].type != kFloat32 || call.result().type != kFloat32)
+    return "a gate takes rows, and gives float32 for float32";
+  const Dimensions of_rows = call[0].dimensions, shape = call.result().dimensions;
+  const size_t last = shape.size() - 1;
+  if (shape.size() < 1 || of_rows.size() != shape.size() || of_rows[last] != 2 * shape[last])
+    return "a gate's rows are twice as wide as its result";
+  for (size_t d = 0; d < last; ++d)
+    if (of_rows[d] != shape[d]) return "a gate has as many rows as its result";
+  const std::string_view name = call.String("activation");
+  if (name != "silu" && name != "gelu") return "a gate is activated by silu or gelu";
+  dex_jax::Gate(call.threads(), call[0].As<float>(), SizeOf(shape, 0, last), shape[last],
+                name == "silu" ? Silu : Gelu, call.result().As<float>());
+  return "";
+}
+
 }  // namespace
 
 // Makes a format known that format.cc has been compiled for; it stays loaded.
@@ -144,4 +189,6 @@ extern "C" void dex_jax_load(const char* name, const Format* format) {
 
 extern "C" XLA_FFI_Error* dex_jax_product(XLA_FFI_CallFrame* frame) { return Handle(frame, Product); }
 extern "C" XLA_FFI_Error* dex_jax_norm(XLA_FFI_CallFrame* frame) { return Handle(frame, Norm); }
+extern "C" XLA_FFI_Error* dex_jax_turn(XLA_FFI_CallFrame* frame) { return Handle(frame, ::Turn); }
+extern "C" XLA_FFI_Error* dex_jax_gate(XLA_FFI_CallFrame* frame) { return Handle(frame, ::Gate); }
 extern "C" XLA_FFI_Error* dex_jax_attention(XLA_FFI_CallFrame* frame) { return Handle(frame, ::Attention); }

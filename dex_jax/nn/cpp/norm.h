@@ -5,13 +5,10 @@
 
 #include <cmath>
 
-#include "share.h"
+#include "elements.h"
 #include "vectors.h"
 
 namespace dex_jax {
-
-// Rows' values that are work enough to wake another thread for.
-constexpr int64_t kNormed = 1 << 15;
 
 inline void NormRow(const float* row, const float* scale, int64_t width, float epsilon, float* normed) {
   const int64_t whole = width / kLanes, rest = width % kLanes;
@@ -35,16 +32,11 @@ void Normalise(const Threads& threads, const Dimensions& of_rows, const float* r
                const float* scale, const Dimensions& shape, float epsilon, float* result) {
   const size_t leading = of_scale.size() - 1;
   const int64_t width = of_scale[leading], count = SizeOf(shape, leading, shape.size() - 1);
-  const int64_t all = SizeOf(shape, 0, leading) * count;
-  const int64_t some = std::max<int64_t>(1, kNormed / std::max<int64_t>(1, width));
-  const auto norm_part = [&](int64_t piece) {
-    for (int64_t r = piece * some; r < std::min(all, (piece + 1) * some); ++r) {
-      const int64_t index = r / count, within = r % count;
-      NormRow(rows + (BlockOf(index, of_rows, shape, leading) * count + within) * width,
-              scale + BlockOf(index, of_scale, shape, leading) * width, width, epsilon, result + r * width);
-    }
-  };
-  Share(threads, Quotient(all, some), [&]() -> Pieces::Worker { return norm_part; });
+  EachRow(threads, SizeOf(shape, 0, leading) * count, width, [=, &of_rows, &of_scale, &shape](int64_t r) {
+    const int64_t index = r / count, within = r % count;
+    NormRow(rows + (BlockOf(index, of_rows, shape, leading) * count + within) * width,
+            scale + BlockOf(index, of_scale, shape, leading) * width, width, epsilon, result + r * width);
+  });
 }
 
 }  // namespace dex_jax

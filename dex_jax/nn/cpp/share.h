@@ -62,6 +62,11 @@ template <typename Threads>
 void Share(const Threads& threads, int64_t count, const std::function<Pieces::Worker()>& begin) {
   const int64_t helpers = std::min<int64_t>(threads.num_threads(), count) - 1;
   if (helpers < 0) return;
+  if (helpers == 0) {
+    const Pieces::Worker work = begin();
+    for (int64_t piece = 0; piece < count; ++piece) work(piece);
+    return;
+  }
   // A helper that comes late finds no piece left and touches nothing but these, which it shares.
   const auto pieces = std::make_shared<Pieces>(count, helpers + 1, [&begin] { return begin(); });
   for (int64_t helper = 0; helper < helpers; ++helper) threads.Schedule([pieces] { pieces->Work(); });

@@ -76,14 +76,15 @@ class Threads {
   XLA_FFI_ExecutionContext* const context_;
 };
 
-// One call: arrays in, one array out, and attributes.
+// One call: arrays in, arrays out, and attributes.
 class Call {
  public:
   explicit Call(const XLA_FFI_CallFrame* frame) : frame_(frame) {}
 
   int64_t size() const { return frame_->args.size; }
   Array operator[](int64_t index) const { return Array(frame_->args.args[index]); }
-  Array result() const { return Array(frame_->rets.rets[0]); }
+  int64_t results() const { return frame_->rets.size; }
+  Array result(int64_t index = 0) const { return Array(frame_->rets.rets[index]); }
   Threads threads() const { return Threads(frame_); }
 
   std::string_view String(std::string_view name) const {
