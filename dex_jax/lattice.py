@@ -212,8 +212,8 @@ def fresh_root(token: jax.Array, position: jax.Array, stages: int, size: int) ->
         position=jnp.where(first, position, 0),
         parent=none,
         above=none,
-        born_at=jnp.where(first, stages, 0),
-        score=jnp.where(first, 0.0, -jnp.inf),
+        born_at=jnp.where(first, jnp.int32(stages), 0),
+        score=jnp.where(first, jnp.float32(0), -jnp.inf),
         within=jnp.eye(size, dtype=bool),
     )
 

@@ -281,6 +281,14 @@ def test_another_request_of_the_same_size_compiles_nothing() -> None:
             jax.monitoring.unregister_event_duration_listener(counter)
 
 
+@pytest.mark.parametrize("method", [AR(), Dex(explorers=1), Dex(explorers=3)], ids=["ar", "one", "three"])
+def test_all_ticks_of_a_generation_are_run_by_one_program(method) -> None:
+    RUN.forget()
+    options = {"exits": "shared", "max_new_tokens": 12, "ticks_per_update": 2}
+    assert len(list(dex_jax.stream(small_model(), [[1, 2, 3]], method=method, **options))) > 2
+    assert RUN.held == 1
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_told() -> None:
     lm = small_model(tokenizer=LetterTokenizer())
     with pytest.raises(DexError, match="writes token 25, and its model knows 0 to 19"):
