@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +62,23 @@ class _About(Struct):
     data: list[str] = []
 
 
+class StoredParameters(Mapping[str, np.ndarray]):
+    """Float32 parameters by name, kept as a file has them: those in 8 bits are unpacked when they are asked for."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], steps: dict[str, np.ndarray]):
+        self._arrays, self._steps = arrays, steps
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array = self._arrays[name]
+        return array.astype(np.float32) * self._steps[name] if name in self._steps else array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedExits:
     """Exits ready to be used with the model that they were trained for.
@@ -75,7 +93,7 @@ class TrainedExits:
     """
 
     config: ExitsConfig
-    parameters: dict[str, np.ndarray]
+    parameters: Mapping[str, np.ndarray]
     vocabulary: np.ndarray | None
     fingerprint: str
     metadata: dict[str, Any]
@@ -184,15 +202,14 @@ def _read(file: Path, path: str | os.PathLike) -> TrainedExits:
         vocabulary = None if size is None else opened.get_tensor(_VOCABULARY)
         if vocabulary is not None and not (vocabulary[0] >= 0 and (np.diff(vocabulary) > 0).all()):
             raise DexError(f"the draft vocabulary in {file} does not ascend: {advice}")
-        parameters = {}
-        for name in expected:
-            value = opened.get_tensor(name)
-            if name + _STEPS in stored:
-                value = value.astype(np.float32) * opened.get_tensor(name + _STEPS)
+        arrays = {name: opened.get_tensor(name) for name in expected}
+        by_row = {name: opened.get_tensor(name + _STEPS) for name in expected if name + _STEPS in stored}
+        for name, value in (arrays | by_row).items():
             if not np.isfinite(value).all():
                 raise DexError(f"{name} in {file} is not finite: {advice}")
-            parameters[name] = value
-    return TrainedExits(config, parameters, vocabulary, metadata.get("fingerprint", ""), about, str(path))
+    return TrainedExits(
+        config, StoredParameters(arrays, by_row), vocabulary, metadata.get("fingerprint", ""), about, str(path)
+    )
 
 
 def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -224,7 +224,7 @@ def initial_heads(config: ExitsConfig, final_norm: np.ndarray | jax.Array, seed:
 
 
 def select_exits(
-    config: ExitsConfig, parameters: dict[str, np.ndarray], depths: tuple[int, ...]
+    config: ExitsConfig, parameters: Mapping[str, np.ndarray], depths: tuple[int, ...]
 ) -> tuple[ExitsConfig, dict[str, np.ndarray]]:
     """(config, parameters) of the heads at some of the trained depths, ascending; the context layer is theirs too."""
     rows = [config.depths.index(depth) for depth in depths]
@@ -248,7 +248,7 @@ def heads_of(config: ExitsConfig, parameters: Mapping[str, np.ndarray | Packed],
     return ExitHeads(config, given)
 
 
-def in_int8(parameters: dict[str, np.ndarray]) -> Mapping[str, np.ndarray | Packed]:
+def in_int8(parameters: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray | Packed]:
     """Parameters of a drafter whose kernels [1, out, in] are in 8 bits."""
     return {
         name: jax.tree.map(lambda part: part[None], to_int8(value[0])) if value.ndim == 3 else value

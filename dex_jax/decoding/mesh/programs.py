@@ -11,7 +11,7 @@ Letters: B sequences, R prompt tokens, K stages, W rows a stage, D width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -144,7 +144,7 @@ def head_specs(heads: Heads) -> Heads:
     return Heads(exits, None if heads.drafter is None else EVERYWHERE)
 
 
-def pad_heads(parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def pad_heads(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Exit parameters with zeros for the last stage, which has no exit: [K - 1, ...] -> [K, ...]."""
     return {
         name: value if name.startswith("context.") else np.concatenate([value, np.zeros_like(value[:1])])
