@@ -233,15 +233,18 @@ def commit_rows(
     `done` is any array that is known only after memory has been read.
     """
 
-    def chosen(row: jax.Array, *fresh: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jnp.take_along_axis(each, row[None, :, None, :, None], axis=3, mode="clip") for each in fresh)
+    def chosen(row: jax.Array, done: jax.Array, *fresh: jax.Array) -> tuple[jax.Array, ...]:
+        rows = (jnp.take_along_axis(each, row[None, :, None, :, None], axis=3, mode="clip") for each in fresh)
+        return done.reshape(-1)[:1], *rows
 
-    def branch(row: jax.Array, *fresh: jax.Array) -> tuple[jax.Array, ...]:
+    def branch(row: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
         # No row is as low as this, which XLA does not know: it leaves branches alone.
-        return jax.lax.cond(jnp.any(row > -(2**30)), chosen, lambda row, *fresh: chosen(0 * row, *fresh), row, *fresh)
+        return jax.lax.cond(
+            jnp.any(row > -(2**30)), chosen, lambda row, *others: chosen(0 * row, *others), row, *others
+        )
 
     # Otherwise XLA chooses all layers' rows anew for every layer that it writes, and compiles that six times as long.
-    keys_values = jax.lax.platform_dependent(row, *fresh, cpu=branch, default=chosen)
+    done, *keys_values = jax.lax.platform_dependent(row, done, *fresh, cpu=branch, default=chosen)
     return write_layers(model, memory, keys_values, prefix, range(model.config.num_layers), done)
 
 

@@ -263,7 +263,7 @@ def final_tokens(
     `where` [B] bool are the sequences whose root has finished.
     """
     batch, rows, width = hidden.shape
-    root = jnp.maximum(state.lattice.root, 0)[:, None] % rows
+    root = lat.row_in_cohort(jnp.maximum(state.lattice.root, 0)[:, None], state.stages, rows)
 
     def ask(states: jax.Array, position: jax.Array) -> jax.Array:
         count = states.shape[1]
@@ -287,7 +287,7 @@ def final_tokens(
 
 def committed(slot: jax.Array, length: jax.Array, hidden: jax.Array, view: StageView) -> Committed:
     """A path of nodes in slots [B, P], of length [B], as the network commits it: hidden [B, W, D] of the last stage."""
-    row = slot % hidden.shape[1]
+    row = lat.row_in_cohort(slot, len(view.ring), hidden.shape[1])
     return Committed(
         slot=slot,
         token=jnp.take_along_axis(view.token[-1], row, axis=1),

@@ -83,7 +83,7 @@ def enter(drafter: Drafter | None, state: DexState, sampling: Sampling | None, d
         if noise is not None:
             noise = make_noise(noise, sampling, furthest + len(drafts.widths), noise.ring.shape[-1])
         below = Below(state.memory, before, state.prefix, ~state.record.done, price_of(drafting, state.record))
-        ring, heads = state.tick % state.stages, _heads(state)
+        ring, heads = lat.ring_row(state.tick, state.stages), _heads(state)
         cohort, drafting = draft(drafter, drafting, state.lattice, cohort, below, sampling, noise, drafts, ring, heads)
     lattice = jax.vmap(lat.spawn, (0, None, 0, 0))(state.lattice, state.tick, cohort, fresh)
     return state._replace(lattice=lattice, noise=noise, drafting=drafting, waiting=None)
