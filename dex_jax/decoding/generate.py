@@ -23,11 +23,12 @@ from dex_jax.decoding.output import Output, Stats, cut
 from dex_jax.decoding.record import Record
 from dex_jax.decoding.resolve import GivenExits, Resolved, opened, resolve
 from dex_jax.decoding.session import Session, compile_seconds
-from dex_jax.decoding.sizes import batch_bucket, cache_length_for
+from dex_jax.decoding.sizes import ALONE, batch_bucket, cache_length_for
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.decoding.text_store import TextStore, opened_store
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError, whole_number
+from dex_jax.host_memory import return_free_memory
 from dex_jax.nn.transformer import Staged
 from dex_jax.progress import notify
 from dex_jax.prompts import Prompt
@@ -201,6 +202,9 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
     if run.choice is not None and lm.mesh is None:
         about = (lm.config, lm.layout, lm.dtype, session.sequences, session.cache_length, lm.packing)
         reconsider(session.pace, *about)
+    if session.cache_length > ALONE:
+        del run, session  # what they held of a long text would stay with the process
+        return_free_memory()
 
 
 @_takes_what(prepare)
