@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -88,3 +89,8 @@ def test_a_model_s_trace_says_what_generate_says(draft: bool) -> None:
 def test_methods_without_a_lattice_are_refused(method) -> None:
     with pytest.raises(DexError, match="has a lattice to trace"):
         dex_jax.trace(small_model(), [1, 2], method=method, exits="shared", max_new_tokens=4)
+
+
+def test_a_model_on_a_mesh_is_refused() -> None:
+    with pytest.raises(DexError, match="on one device"):
+        dex_jax.trace(SimpleNamespace(mesh="stage=2"), [1, 2])

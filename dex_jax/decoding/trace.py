@@ -113,12 +113,12 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
     Examples:
       >>> figure = dex_jax.plot.lattice(dex_jax.trace(lm, "Why is the sky blue?"))   # doctest: +SKIP
     """
+    if lm.mesh is not None:
+        raise DexError("a lattice is traced on one device: load the model without a mesh")
     method = Dex(draft=False) if method is None else method
     run = prepare(lm, [prompt], method=method, **options)
     if not run.method.schedule.has_lattice:
         raise DexError("only DEX has a lattice to trace: give method=Dex(explorers=5), say")
-    if lm.mesh is not None:
-        raise DexError("a lattice is traced on one device: load the model without a mesh")
     run.method.say(lm.fingerprint)
     session = run.session
     session.prefill()
