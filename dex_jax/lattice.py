@@ -140,19 +140,13 @@ def empty(stages: int, rows: int) -> Lattice:
 
 def stage_rows(tick: jax.Array, stages: int) -> jax.Array:
     """The ring row that each stage runs in `tick`: [K] int32, stage 1 first."""
-    before = tick - 1 - jnp.arange(stages, dtype=jnp.int32)
-    return jnp.zeros_like(before) if stages == 1 else before % stages
+    return (tick - 1 - jnp.arange(stages, dtype=jnp.int32)) % stages
 
 
 def ring_row(tick: jax.Array, stages: int) -> jax.Array:
     """The ring row of the cohort that is spawned in `tick`, int32."""
-    # XLA computes what is 0 anyway, and jnp reckons with negative numbers.
+    # jnp's own % takes ten operations, as it reckons with negative numbers.
     return jnp.zeros_like(tick) if stages == 1 else jax.lax.rem(tick, jnp.int32(stages))
-
-
-def row_in_cohort(slot: jax.Array, stages: int, rows: int) -> jax.Array:
-    """Where in its cohort of W = `rows` rows a slot [...] int32 stands; of NO_NODE anything."""
-    return slot if stages == 1 else slot % rows
 
 
 def root_finished(lattice: Lattice, tick: jax.Array) -> jax.Array:
@@ -173,13 +167,13 @@ def follow(lattice: Lattice, final: jax.Array, tick: jax.Array, levels: int) -> 
     # All at once, and not level by level: on GPUs each turn of a loop would be several kernels. The finished cohort
     # holds the root and its drafts alone, and a node is on the path if the final layer gave all tokens down to it.
     above = parent[ring * rows + jnp.arange(rows)]
-    right = (above == NO_NODE) | (lattice.token[ring] == final[row_in_cohort(above, stages, rows)])
+    right = (above == NO_NODE) | (lattice.token[ring] == final[above % rows])
     within = jax.lax.dynamic_slice_in_dim(lattice.ancestors[ring], ring * rows, rows, axis=1)
     on_path = lattice.live[ring] & jnp.all(right[None] | ~within, axis=1) & root_finished(lattice, tick)
     at = on_path[None] & (jnp.sum(within, axis=1)[None] == jnp.arange(1, levels + 1)[:, None])
     slot = ring * rows + jnp.argmax(at, axis=1).astype(jnp.int32)
     length = jnp.sum(jnp.any(at, axis=1), dtype=jnp.int32)
-    said = final[row_in_cohort(slot, stages, rows)]
+    said = final[slot % rows]
     last = jnp.maximum(length - 1, 0)
     held = live & (parent == slot[last]) & (token == said[last])
     heir = jnp.where(jnp.any(held) & (length > 0), jnp.argmax(held), NO_NODE).astype(jnp.int32)

@@ -153,7 +153,7 @@ class DexLoop(MeshLoop):
             memory = cache.with_cohort(begun.memory, spec.config, schedule.rows)
         else:
             memory = cache.with_lattice(begun.memory, spec.config, spec.layout, schedule.stages * schedule.rows)
-        return _begin(network_of(*what), schedule, begun._replace(memory=memory), capacity)
+        return _begin(network_of(*what), schedule, begun._replace(memory=memory), capacity, spec.waits)
 
     def run(
         self, what: Running, state: DexState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
@@ -187,11 +187,11 @@ class DexLoop(MeshLoop):
         self, device: StageNetwork, schedule: Schedule, state: DexState, limits: Limits, sampling: Sampling | None
     ) -> DexState:
         drafts = schedule.drafts
-        state = enter(device.network.drafter, state, sampling, drafts)
         if schedule.stages < device.stages:
             assert drafts is not None
-            return loop.advance(stage.pipeline(device, drafts.counts), state, limits, sampling, drafts=drafts)
-        return stage.advance(device, state, limits, sampling, decs=schedule.decs, drafts=drafts)
+            return loop.step(stage.pipeline(device, drafts.counts), state, limits, sampling, drafts=drafts)
+        state = stage.advance(device, state, limits, sampling, decs=schedule.decs, drafts=drafts)
+        return enter(device.network.drafter, state, sampling, drafts)
 
     def state_specs(self, schedule: Schedule, memory: Any) -> DexState:
         # Each row of the data axis chooses and counts its drafts for itself, on all of its devices alike.
@@ -205,7 +205,6 @@ class DexLoop(MeshLoop):
             noise=BY_SEQUENCE,
             record=BY_SEQUENCE,
             drafting=drafting,
-            waiting=BY_SEQUENCE,
         )
 
 
@@ -256,12 +255,22 @@ class OracleLoop(ChainLoop):
 AR_LOOP, DEX_LOOP, CHAIN_LOOP, ORACLE_LOOP = ARLoop(), DexLoop(), ChainLoop(), OracleLoop()
 
 
-def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int) -> DexState:
+def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int, waiting: bool = False) -> DexState:
     memory, token, lengths, limits, sampling, prompt, costs, stored = begun
     length = 0 if prompt is None else prompt.shape[1]
     sizes: dict[str, Any] = {"stages": schedule.stages, "rows": schedule.rows, "capacity": capacity, "length": length}
     options: dict[str, Any] = {"sampling": sampling, "drafts": schedule.drafts, "prompt": prompt, "costs": costs}
-    return loop.init(network, memory, token, lengths, limits=limits, stored=stored, waiting=True, **sizes, **options)
+    return loop.init(
+        network,
+        memory,
+        token,
+        lengths,
+        limits=limits,
+        stored=stored,
+        waiting=waiting,
+        **sizes,
+        **options,
+    )
 
 
 def _chain(what: Running) -> tuple[ChainNetwork, Policy]:

@@ -206,7 +206,8 @@ class Session:
         config = lm.config.at_length(longest + max_new_tokens)
         exits = None if method.exits is None else method.exits.config
         drafter = None if method.drafter is None else exit_zero(method.drafter, longest + max_new_tokens)
-        self.spec = Spec(config, lm.layout, schedule, exits, drafter, lm.mesh)
+        waits = drafts is not None and lm.mesh is None and jax.default_backend() == "cpu"
+        self.spec = Spec(config, lm.layout, schedule, exits, drafter, lm.mesh, waits)
         self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead, batch)
         self.capacity = self.cache_length
         self.padded = np.zeros((batch, bucket), np.int32)
@@ -343,7 +344,7 @@ class Session:
     def _of_prefill(self, heads: Heads) -> tuple[Spec, Heads]:
         """Prefill is the same for every method, so its programs are shared, unless heads read the prompt too."""
         plain = AR().schedule_for(self.spec.config.num_layers)
-        spec = dataclasses.replace(self.spec, schedule=plain)
+        spec = dataclasses.replace(self.spec, schedule=plain, waits=False)
         if spec.remembers is spec.drafter:
             return dataclasses.replace(spec, exits=None), Heads(drafter=heads.drafter)
         return dataclasses.replace(spec, drafter=None), Heads(exits=heads.exits)

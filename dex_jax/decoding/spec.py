@@ -24,6 +24,9 @@ class Spec:
     exits: ExitsConfig | None = None  # of the exits 1..K-1; None for the model's own, "shared", and for K = 1
     drafter: ExitZero | None = None  # exit 0; None where the text alone drafts, or nothing does
     mesh: Mesh | None = None  # None for one device; otherwise the layout is Staged
+    # Whether cohorts wait for the next tick, so that only what runs ticks drafts: one thing less to compile, but GPUs
+    # run some kernels more.
+    waits: bool = False
 
     @property
     def remembers(self) -> ExitZero | None:

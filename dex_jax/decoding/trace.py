@@ -128,6 +128,8 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
         return entered()
 
     def entered() -> DexState:
+        if session.state.waiting is None:
+            return session.state
         lattice = ENTER(session.lm.weights, session.heads, session.state, session.sampling, spec=session.spec)
         return session.state._replace(lattice=lattice)
 

@@ -106,9 +106,12 @@ def turned(heads: jax.Array, rotation: Rotation, groups: int, width: int) -> tup
     """
 
     def plain(heads: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        each = heads.reshape(*heads.shape[:-1], -1, width)
-        *both, values = jnp.split(each, [each.shape[-2] - 2 * groups, each.shape[-2] - groups], axis=-2)
-        queries, keys = (rotate(x, Rotation(cos, sin)) for x in both)
+        count = heads.shape[-1] // width - 2 * groups
+        apart = jnp.split(heads, [count * width, (count + groups) * width], axis=-1)
+        queries, keys, values = (each.reshape(*heads.shape[:-1], -1, width) for each in apart)
+        # Both at once: on GPUs that is a kernel less.
+        both = rotate(jnp.concatenate([queries, keys], axis=-2), Rotation(cos, sin))
+        queries, keys = jnp.split(both, [count], axis=-2)
         return queries, keys.swapaxes(-2, -3), values.swapaxes(-2, -3)
 
     cpp = functools.partial(few_rows.few_rows_turn, groups=groups, width=width)

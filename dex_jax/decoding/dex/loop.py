@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
+from dex_jax.decoding.dex import spawning
 from dex_jax.decoding.dex.drafts import (
     begin_drafting,
     charge,
@@ -26,7 +27,7 @@ from dex_jax.decoding.dex.interface import Committed, Network, StageView
 from dex_jax.decoding.dex.lookup import StoredTexts
 from dex_jax.decoding.dex.proposals import Proposers, propose
 from dex_jax.decoding.dex.shape import RowCosts, TreeShape
-from dex_jax.decoding.dex.spawning import as_waiting, cohort_size, enter, roots_of, wait
+from dex_jax.decoding.dex.spawning import enter, wait
 from dex_jax.decoding.dex.state import DexState
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
@@ -103,8 +104,8 @@ def init(
         record=record,
         drafting=drafting,
     )
-    roots = roots_of(first_token, position, ~record.done, stages, cohort_size(stages, rows, drafts))
-    state = state._replace(waiting=as_waiting(network.drafter, state, roots, ~record.done, None, drafts))
+    first = spawning.waiting(network.drafter, state, ~record.done, first_token, None, None, drafts)
+    state = state._replace(waiting=first)
     return state if waiting else enter(network.drafter, state, sampling, drafts)
 
 
@@ -263,7 +264,7 @@ def final_tokens(
     `where` [B] bool are the sequences whose root has finished.
     """
     batch, rows, width = hidden.shape
-    root = lat.row_in_cohort(jnp.maximum(state.lattice.root, 0)[:, None], state.stages, rows)
+    root = jnp.maximum(state.lattice.root, 0)[:, None] % rows
 
     def ask(states: jax.Array, position: jax.Array) -> jax.Array:
         count = states.shape[1]
@@ -287,7 +288,7 @@ def final_tokens(
 
 def committed(slot: jax.Array, length: jax.Array, hidden: jax.Array, view: StageView) -> Committed:
     """A path of nodes in slots [B, P], of length [B], as the network commits it: hidden [B, W, D] of the last stage."""
-    row = lat.row_in_cohort(slot, len(view.ring), hidden.shape[1])
+    row = slot % hidden.shape[1]
     return Committed(
         slot=slot,
         token=jnp.take_along_axis(view.token[-1], row, axis=1),

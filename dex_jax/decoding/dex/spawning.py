@@ -13,7 +13,7 @@ from dex_jax import lattice as lat
 from dex_jax.decoding.dex.drafts import HEADS, Below, draft, position_before, price_of
 from dex_jax.decoding.dex.interface import Drafter
 from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.dex.state import DexState, Waiting
+from dex_jax.decoding.dex.state import DexState, Seeds, Waiting
 from dex_jax.decoding.noise import make_noise
 from dex_jax.lattice import NO_NODE, Cohort, Path, Proposals
 from dex_jax.sampling import Sampling
@@ -44,40 +44,50 @@ def wait(
     The state is that after the collapse and the commit of `path`; `proposals` are of the exits 1..K-1, fields [K - 1,
     B, W], and `reached` [K, B, W, E] what the drafter reads of the nodes that may have children, both None where K = 1.
     """
-    size = cohort_size(state.stages, state.rows, drafts)
     fresh = (path.length > 0) & (path.heir == NO_NODE) & ~state.record.done
     last = jnp.take_along_axis(path.token, jnp.maximum(path.length - 1, 0)[:, None], axis=1)[:, 0]
-    cohort = roots_of(last, state.prefix, fresh, state.stages, size)
+    return state._replace(waiting=waiting(drafter, state, fresh, last, proposals, reached, drafts))
+
+
+def waiting(
+    drafter: Drafter | None,
+    state: DexState,
+    fresh: jax.Array,
+    token: jax.Array,
+    proposals: Proposals | None,
+    reached: jax.Array | None,
+    drafts: TreeShape | None,
+) -> Waiting:
+    """What waits: `token` [B] int32 as a fresh root where `fresh` [B] says so, else seeds; the others as of `wait`."""
+    if state.stages == 1:
+        return Waiting(fresh, token)
+    size = cohort_size(state.stages, state.rows, drafts)
+    cohort = roots_of(token, state.prefix, fresh, state.stages, size)
     if proposals is not None:
         seeds = jax.vmap(lat.seeds, (0, None, 1, None))(state.lattice, state.tick, proposals, size)
         cohort = jax.vmap(lambda new, *both: jax.tree.map(lambda a, b: jnp.where(new, a, b), *both))(
             fresh, cohort, seeds
         )
-    return state._replace(waiting=as_waiting(drafter, state, cohort, fresh, reached, drafts))
-
-
-def as_waiting(
-    drafter: Drafter | None,
-    state: DexState,
-    cohort: Cohort,
-    fresh: jax.Array,
-    reached: jax.Array | None,
-    drafts: TreeShape | None,
-) -> Waiting:
-    """A cohort of heads as it waits, in the state of `wait` or before the first tick, where `reached` is None too."""
-    before = None
-    if drafter is not None and drafts is not None:
-        parents = cohort.parent[:, : min(_heads(state), HEADS)]
-        ring = lat.stage_rows(state.tick, state.stages)
-        before = position_before(drafter.committed(state.memory), reached, ring, parents)
-    return Waiting(cohort, fresh, before)
+    before = _before(drafter, state, cohort.parent, reached, drafts)
+    heads = Seeds(cohort.token, cohort.position, cohort.parent, cohort.born_at, cohort.score)
+    return Waiting(fresh, seeds=heads, before=before)
 
 
 def enter(drafter: Drafter | None, state: DexState, sampling: Sampling | None, drafts: TreeShape | None) -> DexState:
     """The state with the cohort that waited in the lattice, and with what exit 0 drafts below its heads."""
     assert state.waiting is not None
-    cohort, fresh, before = state.waiting
     noise, drafting = state.noise, state.drafting
+    fresh, root, seeds, before = state.waiting
+    if root is not None:
+        cohort = roots_of(root, state.prefix, fresh, 1, cohort_size(1, state.rows, drafts))
+        before = _before(drafter, state, cohort.parent, None, drafts)
+    else:
+        assert seeds is not None
+        token, position, parent, born_at, score = seeds
+        batch, size = score.shape
+        above = jnp.full((batch, size), NO_NODE, jnp.int32)
+        within = jnp.broadcast_to(jnp.eye(size, dtype=bool)[None], (batch, size, size))
+        cohort = Cohort(token, position, parent, above, born_at, score, within)
     if drafts is not None and drafting is not None:
         furthest = jnp.max(jnp.where(cohort.score > -jnp.inf, cohort.position, -1), axis=1)
         if noise is not None:
@@ -87,6 +97,17 @@ def enter(drafter: Drafter | None, state: DexState, sampling: Sampling | None, d
         cohort, drafting = draft(drafter, drafting, state.lattice, cohort, below, sampling, noise, drafts, ring, heads)
     lattice = jax.vmap(lat.spawn, (0, None, 0, 0))(state.lattice, state.tick, cohort, fresh)
     return state._replace(lattice=lattice, noise=noise, drafting=drafting, waiting=None)
+
+
+def _before(
+    drafter: Drafter | None, state: DexState, parent: jax.Array, reached: jax.Array | None, drafts: TreeShape | None
+) -> jax.Array | None:
+    """What the drafter reads of the position before each head, [B, H, E]; None without one."""
+    if drafter is None or drafts is None:
+        return None
+    ring = lat.stage_rows(state.tick, state.stages)
+    heads = parent[:, : min(_heads(state), HEADS)]
+    return position_before(drafter.committed(state.memory), reached, ring, heads)
 
 
 def _heads(state: DexState) -> int:

@@ -13,15 +13,26 @@ import jax
 from dex_jax.decoding.dex.drafts import Drafting
 from dex_jax.decoding.noise import Noise
 from dex_jax.decoding.record import Record
-from dex_jax.lattice import Cohort, Lattice
+from dex_jax.lattice import Lattice
+
+
+class Seeds(NamedTuple):
+    """A cohort's heads, fields [B, N] as in Cohort."""
+
+    token: jax.Array
+    position: jax.Array
+    parent: jax.Array
+    born_at: jax.Array
+    score: jax.Array
 
 
 class Waiting(NamedTuple):
-    """A cohort that is not in the lattice yet."""
+    """A cohort that is not in the lattice yet; with K = 1 a fresh root, as the rest of the state says."""
 
-    cohort: Cohort  # [B, N], its heads alone
-    fresh: jax.Array  # [B] bool, whether its head is a fresh root
-    before: jax.Array | None  # [B, H, E], what the drafter reads of the position before each head; None without one
+    fresh: jax.Array  # [B] bool, whether it is a fresh root
+    token: jax.Array | None = None  # [B] int32, of the fresh root where K = 1
+    seeds: Seeds | None = None  # where K > 1, a fresh root among them
+    before: jax.Array | None = None  # [B, H, E], what a drafter reads of the position before each head, where K > 1
 
 
 class DexState(NamedTuple):
