@@ -31,7 +31,7 @@ from dex_jax.decoding.program import Program, side_by_side
 from dex_jax.decoding.record import Limits, Record
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
-from dex_jax.decoding.spec import Spec
+from dex_jax.decoding.spec import Spec, cohorts_wait
 from dex_jax.distributed import array_from_first, to_host
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import EagleHead
@@ -206,8 +206,7 @@ class Session:
         config = lm.config.at_length(longest + max_new_tokens)
         exits = None if method.exits is None else method.exits.config
         drafter = None if method.drafter is None else exit_zero(method.drafter, longest + max_new_tokens)
-        waits = drafts is not None and lm.mesh is None and jax.default_backend() == "cpu"
-        self.spec = Spec(config, lm.layout, schedule, exits, drafter, lm.mesh, waits)
+        self.spec = Spec(config, lm.layout, schedule, exits, drafter, lm.mesh, cohorts_wait(schedule, lm.mesh))
         self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead, batch)
         self.capacity = self.cache_length
         self.padded = np.zeros((batch, bucket), np.int32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from dex_jax.config import ExitsConfig, ModelConfig
@@ -42,3 +43,8 @@ class Spec:
     def remembering(self, heads: Heads) -> Any:
         """The arrays of what `remembers`."""
         return heads.drafter if self.remembers is self.drafter else heads.exits
+
+
+def cohorts_wait(schedule: Schedule, mesh: Mesh | None) -> bool:
+    """`Spec.waits` of sessions on the device at hand."""
+    return schedule.drafts is not None and mesh is None and jax.default_backend() == "cpu"
