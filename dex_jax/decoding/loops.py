@@ -27,7 +27,6 @@ from dex_jax.decoding.dex.interface import Network
 from dex_jax.decoding.dex.lookup import StoredTexts
 from dex_jax.decoding.dex.network import network_of
 from dex_jax.decoding.dex.shape import RowCosts
-from dex_jax.decoding.dex.spawning import enter
 from dex_jax.decoding.dex.state import DexState
 from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.mesh import stage
@@ -186,12 +185,12 @@ class DexLoop(MeshLoop):
     def step_stage(
         self, device: StageNetwork, schedule: Schedule, state: DexState, limits: Limits, sampling: Sampling | None
     ) -> DexState:
-        drafts = schedule.drafts
         if schedule.stages < device.stages:
-            assert drafts is not None
-            return loop.step(stage.pipeline(device, drafts.counts), state, limits, sampling, drafts=drafts)
-        state = stage.advance(device, state, limits, sampling, decs=schedule.decs, drafts=drafts)
-        return enter(device.network.drafter, state, sampling, drafts)
+            assert schedule.drafts is not None
+            return loop.step(
+                stage.pipeline(device, schedule.drafts.counts), state, limits, sampling, drafts=schedule.drafts
+            )
+        return stage.step(device, state, limits, sampling, decs=schedule.decs, drafts=schedule.drafts)
 
     def state_specs(self, schedule: Schedule, memory: Any) -> DexState:
         # Each row of the data axis chooses and counts its drafts for itself, on all of its devices alike.
@@ -259,18 +258,9 @@ def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int
     memory, token, lengths, limits, sampling, prompt, costs, stored = begun
     length = 0 if prompt is None else prompt.shape[1]
     sizes: dict[str, Any] = {"stages": schedule.stages, "rows": schedule.rows, "capacity": capacity, "length": length}
-    options: dict[str, Any] = {"sampling": sampling, "drafts": schedule.drafts, "prompt": prompt, "costs": costs}
-    return loop.init(
-        network,
-        memory,
-        token,
-        lengths,
-        limits=limits,
-        stored=stored,
-        waiting=waiting,
-        **sizes,
-        **options,
-    )
+    of_drafts: dict[str, Any] = {"drafts": schedule.drafts, "prompt": prompt, "costs": costs, "stored": stored}
+    options: dict[str, Any] = {"limits": limits, "sampling": sampling, "waiting": waiting}
+    return loop.init(network, memory, token, lengths, **sizes, **of_drafts, **options)
 
 
 def _chain(what: Running) -> tuple[ChainNetwork, Policy]:

@@ -73,7 +73,7 @@ def init(
       length: S, at least R and the positions of all new tokens; only asked for with drafts.
       costs: what ticks take, for drafts that choose their rows; None for what `drafts` says.
       stored: texts of earlier generations that drafts are looked up in too.
-      waiting: leaves the first cohort to `enter`; `run` then enters each at the beginning of a tick.
+      waiting: leaves the first cohort waiting, so that only ticks draft.
 
     Raises:
       DexError: stages or rows that are no whole numbers of at least 1, more stages than one without exits, drafts
@@ -121,6 +121,8 @@ def step(
 ) -> DexState:
     """One tick: advance, commit, collapse, propose, draft. Sequences that are done are left as they are.
 
+    Of a state in which a cohort waits it drafts first, and leaves the next one waiting.
+
     Args:
       network: the callables of one model.
       state: before the tick.
@@ -133,25 +135,13 @@ def step(
     Raises:
       DexError: a network of other stages than the state has, or without exits, or limits of other shapes.
     """
-    options: dict[str, Any] = {"decs": decs, "proposing": proposing, "drafts": drafts}
-    return enter(network.drafter, advance(network, state, limits, sampling, **options), sampling, drafts)
-
-
-def advance(
-    network: Network,
-    state: DexState,
-    limits: Limits,
-    sampling: Sampling | None = None,
-    *,
-    decs: bool = True,
-    proposing: tuple[int, ...] | None = None,
-    drafts: TreeShape | None = None,
-) -> DexState:
-    """As `step`, with the next cohort still waiting."""
     stages, exits = state.stages, network.exits
     check_limits(limits, state.prefix.shape[0])
     if stages > 1 and exits is None:
         raise DexError(f"a network without exits has one stage, and the state has {stages}: give the network exits")
+    waits = state.waiting is not None
+    if waits:
+        state = enter(network.drafter, state, sampling, drafts)
     state = state._replace(tick=state.tick + 1)
     tick, ring = state.tick, lat.stage_rows(state.tick, stages)
     view = stage_view(state.lattice, ring, state.prefix)
@@ -180,7 +170,8 @@ def advance(
     reached = None
     if drafts is not None and network.drafter is not None and network.drafter.reached is not None:
         reached = network.drafter.reached(state.memory, hidden, view)
-    return wait(network.drafter, state, path, proposals, reached, drafts)
+    state = wait(network.drafter, state, path, proposals, reached, drafts)
+    return state if waits else enter(network.drafter, state, sampling, drafts)
 
 
 def run(
@@ -201,13 +192,7 @@ def run(
       until_tick: int32 scalar, the tick after which to stop in any case; None for none.
     """
     options: dict[str, Any] = {"decs": decs, "proposing": proposing, "drafts": drafts}
-
-    def go_on(state: DexState) -> DexState:
-        if state.waiting is None:
-            return step(network, state, limits, sampling, **options)
-        return advance(network, enter(network.drafter, state, sampling, drafts), limits, sampling, **options)
-
-    return until_done(go_on, state, until_tick)
+    return until_done(lambda state: step(network, state, limits, sampling, **options), state, until_tick)
 
 
 def _advance(network: Network, memory: Any, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Any]:

@@ -27,7 +27,7 @@ class Seeds(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """A cohort that is not in the lattice yet; with K = 1 a fresh root, as the rest of the state says."""
+    """A cohort of heads that is not in the lattice yet."""
 
     fresh: jax.Array  # [B] bool, whether it is a fresh root
     token: jax.Array | None = None  # [B] int32, of the fresh root where K = 1
@@ -47,7 +47,7 @@ class DexState(NamedTuple):
       noise: None when greedy.
       record: what has been emitted.
       drafting: what exit 0 goes by, None when it is silent.
-      waiting: what `enter` puts into the lattice; None in what `init` and `step` give, where it has.
+      waiting: the cohort that the next tick begins with, None where it is in the lattice already.
     """
 
     tick: jax.Array

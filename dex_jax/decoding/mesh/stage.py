@@ -30,7 +30,7 @@ from dex_jax.decoding.dex.loop import children, committed, final_tokens, furthes
 from dex_jax.decoding.dex.network import shared_exits, transformer_network
 from dex_jax.decoding.dex.proposals import Asked, held_below, propose_rows
 from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.dex.spawning import wait
+from dex_jax.decoding.dex.spawning import enter, wait
 from dex_jax.decoding.dex.state import DexState
 from dex_jax.decoding.dex.trained_exits import (
     Heads,
@@ -159,7 +159,7 @@ def layers_in_use(depths: tuple[int, ...]) -> InUse:
     return [None if layer < min(lengths) else layer < own for layer in range(max(lengths))]
 
 
-def advance(
+def step(
     device: StageNetwork,
     state: DexState,
     limits: Limits,
@@ -168,7 +168,7 @@ def advance(
     decs: bool = True,
     drafts: TreeShape | None = None,
 ) -> DexState:
-    """`loop.advance` on one device of a mesh.
+    """One tick, as `loop.step`.
 
     Exits are asked before the commit is known, all stages and the final layer at once, and what nodes propose that the
     collapse then buries is dropped: one exchange instead of two, and no head waits for another. Of a path that is
@@ -176,8 +176,8 @@ def advance(
 
     Args:
       device: of this device.
-      state: as in `loop.advance`, with `hidden` [1, B, W, D] and caches of this stage alone.
-      limits, sampling, decs, drafts: as in `loop.advance`.
+      state: as in `loop.step`, with `hidden` [1, B, W, D] and caches of this stage alone.
+      limits, sampling, decs, drafts: as in `loop.step`.
     """
     network, stages = device.network, device.stages
     stage = jax.lax.axis_index(STAGE)
@@ -233,7 +233,8 @@ def advance(
         survives = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(state.lattice, tick), 0, 1)
         proposals = proposals._replace(valid=proposals.valid & survives)
     reached = shared if drafts is not None and network.drafter is not None and stages > 1 else None
-    return wait(network.drafter, state, path, proposals, reached, drafts)
+    state = wait(network.drafter, state, path, proposals, reached, drafts)
+    return enter(network.drafter, state, sampling, drafts)
 
 
 def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, jax.Array]:
@@ -326,7 +327,7 @@ def through_stages(
 
 
 def pipeline(device: StageNetwork, counts: tuple[int, ...]) -> Network:
-    """One explorer over all stages, for `loop.advance`: the pipeline that runs trees, a rival of one explorer a stage.
+    """One explorer over all stages, for `loop.step`: the pipeline that runs trees, a rival of one explorer a stage.
 
     In a tick a cohort goes through the stages one after the other, then all devices hear its states at depth L. Row
     counts that are compiled are `counts`, and all.
