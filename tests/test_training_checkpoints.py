@@ -229,24 +229,34 @@ def test_killed_at_any_moment_it_ends_as_if_never_killed(tmp_path):
     def lines():
         return len(read_journal(tmp_path / "killed"))
 
+    def half_written():
+        return any((tmp_path / "killed").glob("*.orbax-checkpoint-tmp*"))
+
+    def stopped_in_a_later_save(process):
+        """Whether the process, held still, has one whole checkpoint and half of another; else it goes on."""
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if half_written() and steps_in(tmp_path / "killed"):
+            return True
+        process.send_signal(signal.SIGCONT)
+        return False
+
     for kill in range(2):
         before, more = lines(), int(rng.integers(3, 6))
         with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
             deadline = time.monotonic() + 300
             # The journal shrinks when a run resumes; what counts is that it grew from there.
             while process.poll() is None and time.monotonic() < deadline:
-                half_written = any((tmp_path / "killed").glob("*.orbax-checkpoint-tmp*"))
                 before = min(before, lines())
-                # One is whole, however slow the disk: the next run resumes.
-                in_a_later_save = half_written and steps_in(tmp_path / "killed")
-                if lines() >= before + more and (in_a_later_save or kill > 0):
+                far_enough = lines() >= before + more
+                if far_enough and (kill > 0 or half_written() and stopped_in_a_later_save(process)):
                     break
                 time.sleep(0.001)
             time.sleep(0.0 if kill == 0 else float(rng.uniform(0, 0.1)))
             process.kill()
             resumed += "Resuming from step" in process.stderr.read()
         assert process.returncode == -signal.SIGKILL
-        in_a_save += any((tmp_path / "killed").glob("*.orbax-checkpoint-tmp*"))
+        in_a_save += half_written()
     last = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=True)
     assert "Resuming from step" in last.stderr
     assert resumed == 1
