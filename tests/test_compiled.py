@@ -11,7 +11,8 @@ import pytest
 from dex_jax.errors import DexError
 from dex_jax.evaluation import targets
 from dex_jax.evaluation.compiled import read
-from dex_jax.nn.attention import CAPABILITY, KeyValues, attend
+from dex_jax.nn.attention import KeyValues, attend
+from dex_jax.nn.products import CAPABILITY
 
 # A loop of 3 turns within a loop: a product by a library, rows cut out of a cache and rows written into it, a choice.
 PROGRAM = """\

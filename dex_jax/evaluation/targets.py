@@ -21,7 +21,7 @@ from dex_jax.decoding.program import Program
 from dex_jax.decoding.session import PREFILL, RUN, START, Session
 from dex_jax.decoding.spec import Spec
 from dex_jax.errors import DexError
-from dex_jax.nn.attention import CAPABILITY
+from dex_jax.nn.products import CAPABILITY
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.nn import few_rows
-from dex_jax.nn.products import matmul_precision
+from dex_jax.nn.products import CAPABILITY, matmul_precision
 
 MASKED_SCORE = -1e30
 
@@ -32,15 +31,12 @@ FEW_KEYS = 16
 SCOPE = "attention"
 """What compiled programs and profiles call what is done here."""
 
-CAPABILITY: ContextVar[float | None] = ContextVar("CAPABILITY", default=None)
-"""Compute capability of the GPU that programs are compiled for, where that is not the one at hand."""
-
 
 class KeyValues(NamedTuple):
     """Keys (after RoPE) and values that rows may attend to."""
 
-    keys: jax.Array  # [B, G, S, d]
-    values: jax.Array  # [B, G, S, d]
+    keys: Any  # [B, G, S, d]; of the first set a few_rows.OneOf where layers are a loop
+    values: Any  # as keys
     mask: jax.Array  # [B, R, S] bool, which of them each row sees; broadcasting over R is allowed
 
 
@@ -60,6 +56,8 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True,
     Every row must see at least one key; `whole` as in `linear`, of keys and values. `cap` as in `capped`, of scores.
     Gives [B, R, H, d] in queries' dtype.
     """
+    if isinstance(sources[0].keys, few_rows.OneOf):
+        return _attend_few_rows(cap, queries, list(sources))
     stored = {x.dtype for source in sources for x in source[:2]}
     many = queries.shape[1] > MANY_ROWS and any(source.keys.shape[2] > KEY_BLOCK for source in sources)
     ways: dict[str, Any] = {"default": _attend_in_blocks if many else _attend}
@@ -152,7 +150,8 @@ def _tangent(attention, cap: float | None, primals: tuple, tangents: tuple) -> t
     (queries, sources), (queries_tangent, sources_tangent) = primals, tangents
 
     def plain(queries: jax.Array, pairs: list) -> jax.Array:
-        both = [KeyValues(keys, values, source.mask) for (keys, values), source in zip(pairs, sources, strict=True)]
+        arrays = [map(few_rows.cut_out, pair) for pair in pairs]
+        both = [KeyValues(*pair, source.mask) for pair, source in zip(arrays, sources, strict=True)]
         return _attend(cap, queries, both)
 
     pairs, pairs_tangent = ([source[:2] for source in each] for each in (sources, sources_tangent))

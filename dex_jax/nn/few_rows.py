@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import os
@@ -31,6 +32,7 @@ import numpy as np
 
 from dex_jax.errors import DexError
 from dex_jax.io.whole_files import cache_folder
+from dex_jax.nn.products import CAPABILITY
 from dex_jax.progress import notify
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -40,15 +42,53 @@ LANES = 16
 """The width of attention's heads must be a multiple of it."""
 
 NORM, PRODUCT, ATTENTION = "dex_jax_norm", "dex_jax_product", "dex_jax_attention"
-TURN, GATE = "dex_jax_turn", "dex_jax_gate"
+TURN, GATE, WRITE = "dex_jax_turn", "dex_jax_gate", "dex_jax_write"
 SOURCES = Path(__file__).with_name("cpp")
 COMPILERS = ("c++", "g++", "clang++")
 NUMBERS = {"float32": "float", "bfloat16": "BFloat16", "int8": "int8_t"}
 """Dtype of a kernel that is no blocks -> its C++ type."""
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays", "number"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """The array of a layer whose number only the program knows: C++ reads it where it lies.
+
+    Attributes:
+      arrays: of all layers, alike.
+      number: int32.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    number: jax.Array
+
+    def __getitem__(self, index: object) -> OneOf:
+        """All of it, as a parameter is asked for its value."""
+        assert index is Ellipsis
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of every array."""
+        return self.arrays[0].shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of every array."""
+        return self.arrays[0].dtype
+
+
+def cut_out(array: jax.Array | OneOf) -> jax.Array:
+    """The array itself, a copy where it is one of several."""
+    return jnp.stack(array.arrays)[array.number] if isinstance(array, OneOf) else array
+
+
+def _operands(array: jax.Array | OneOf) -> tuple[jax.Array, ...]:
+    return (*array.arrays, array.number) if isinstance(array, OneOf) else (array,)
+
+
 @jax.custom_jvp
-def few_rows_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+def few_rows_product(rows: jax.Array, kernel: jax.Array | OneOf) -> jax.Array:
     """rows [R, in] @ kernel [out, in].T on a CPU, both float32 or bfloat16: [R, out] float32, summed in float32."""
     return packed_product(rows, kernel, "")
 
@@ -56,13 +96,16 @@ def few_rows_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 @few_rows_product.defjvp
 def _tangent(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple:
     (rows, kernel), (rows_tangent, kernel_tangent) = primals, tangents
-    wide = jnp.float32
-    tangent = jnp.dot(rows_tangent, kernel.T, preferred_element_type=wide)
-    tangent += jnp.dot(rows, kernel_tangent.T, preferred_element_type=wide)
-    return few_rows_product(rows, kernel), tangent
+
+    def product(rows: jax.Array, kernel: jax.Array | OneOf) -> jax.Array:
+        return jnp.dot(rows, cut_out(kernel).T, preferred_element_type=jnp.float32)
+
+    if isinstance(kernel, OneOf):
+        kernel_tangent = dataclasses.replace(kernel_tangent, number=kernel.number)
+    return few_rows_product(rows, kernel), product(rows_tangent, kernel) + product(rows, kernel_tangent)
 
 
-def packed_product(rows: jax.Array, kernel: jax.Array, format: str) -> jax.Array:
+def packed_product(rows: jax.Array, kernel: jax.Array | OneOf, format: str) -> jax.Array:
     """As `few_rows_product`, of a kernel [out, bytes] uint8 in a format of GGUF files; "" for numbers, int8 among them.
 
     To the last bit what a kernel of the numbers that it stands for gives. It has no derivative.
@@ -70,7 +113,7 @@ def packed_product(rows: jax.Array, kernel: jax.Array, format: str) -> jax.Array
     _load(format or str(kernel.dtype))
     rows = rows.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(PRODUCT, shape, vmap_method="expand_dims")(rows, kernel, format=format)
+    return jax.ffi.ffi_call(PRODUCT, shape, vmap_method="expand_dims")(rows, *_operands(kernel), format=format)
 
 
 def in_cpp(cpp: Callable[..., Any], plain: Callable[..., Any], *operands: jax.Array) -> Any:
@@ -122,7 +165,7 @@ def few_rows_gate(gate_up: jax.Array, activation: str) -> jax.Array:
     return jax.ffi.ffi_call(GATE, shape, vmap_method="expand_dims")(gate_up, activation=activation)
 
 
-def few_rows_attention(queries: jax.Array, *sources: jax.Array, cap: float | None = None) -> jax.Array:
+def few_rows_attention(queries: jax.Array, *sources: jax.Array | OneOf, cap: float | None = None) -> jax.Array:
     """Grouped-query attention on a CPU, computed in float32: queries [B, R, H, d], d a multiple of LANES.
 
     `sources` are, of each set that rows may attend to, keys [B, G, S, d], values of that shape, all float32 or all
@@ -132,7 +175,29 @@ def few_rows_attention(queries: jax.Array, *sources: jax.Array, cap: float | Non
     queries = queries.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
     call = jax.ffi.ffi_call(ATTENTION, shape, vmap_method="expand_dims")
-    return call(queries, *sources, cap=np.float32(cap or 0))
+    choices = 1
+    if isinstance(sources[0], OneOf):
+        keys, values, *others = sources
+        choices, sources = len(keys.arrays), (*keys.arrays, *_operands(values), *others)
+    return call(queries, *sources, cap=np.float32(cap or 0), choices=np.int64(choices))
+
+
+def write(
+    caches: tuple[jax.Array, ...], fresh: tuple[jax.Array, jax.Array], row: jax.Array, start: jax.Array, rings: list[int], margin: int
+) -> tuple[jax.Array, ...]:
+    """Writes rows into all layers' caches where they lie, on a CPU.
+
+    Args:
+      caches: keys of L layers, then values, [B, G, S, d] each; they are used up.
+      fresh: the keys and values [L, B, G, N, d] to choose from, of the caches' dtype.
+      row: [B, P] int32, which of N; the first or last where there is none of the number.
+      start: [B] int32, the first of P consecutive positions, or less than 0: nothing is written.
+      rings, margin: of each layer, the size of the ring that it keeps positions in, or 0; and what is at both its ends
+        (nn/kinds.py).
+    """
+    shapes = [jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches]
+    call = jax.ffi.ffi_call(WRITE, shapes, input_output_aliases={4 + i: i for i in range(len(caches))})
+    return tuple(call(start, row, *fresh, *caches, rings=np.asarray(rings, np.int64), margin=np.int64(margin)))
 
 
 def ready() -> bool:
@@ -141,6 +206,8 @@ def ready() -> bool:
     XLA cannot divide among several devices what it does not know: of several it has to be what one of them does, under
     shard_map.
     """
+    if CAPABILITY.get() is not None:
+        return False
     axes = jax.sharding.get_abstract_mesh().axis_types if jax.device_count() > 1 else ()
     one = jax.device_count() == 1 or (bool(axes) and all(axis == jax.sharding.AxisType.Manual for axis in axes))
     return one and _registered() is not None
@@ -154,7 +221,7 @@ def _registered() -> ctypes.CDLL | None:
     # Only speed is at stake: whatever is missing here, XLA does it as well.
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         compiled = ctypes.CDLL(str(library()))
-        for target in (NORM, PRODUCT, ATTENTION, TURN, GATE):
+        for target in (NORM, PRODUCT, ATTENTION, TURN, GATE, WRITE):
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(compiled, target)), platform="cpu")
         return compiled
     return None

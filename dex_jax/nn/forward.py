@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax.cache import NOWHERE, Memory, after, allocate, lengths_of, write_rows
+from dex_jax.nn import few_rows
 from dex_jax.nn.attention import KeyValues, attend, causal_rows
-from dex_jax.nn.kinds import Sight, sight_at, sights
+from dex_jax.nn.in_turn import Place, cached, in_turn, is_loop
+from dex_jax.nn.kinds import MOST_WRITTEN, Sight, ring_of, sight_at, sights
 from dex_jax.nn.layers import DecoderLayer
-from dex_jax.nn.transformer import Stacked, Transformer
+from dex_jax.nn.transformer import Stacked, Transformer, Unrolled
 
 
 class Beside(NamedTuple):
@@ -76,7 +78,7 @@ def states_at(model: Transformer, tokens: jax.Array, states: Any, depths: tuple[
 def extend_with_states(
     model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[Any, Memory]:
-    """`extend`, with the states after every layer: L of [B, R, D] (stacked layout: one array [L, B, R, D])."""
+    """`extend`, with the states after every layer: L of [B, R, D], or one array [L, B, R, D]."""
     return extend_rows(model, memory, model.embed_tokens(tokens), start, lengths)
 
 
@@ -108,37 +110,27 @@ def extend_rows(
     sizes = lengths_of(memory)
     found = sights(model.config, model.kinds, positions, start, sizes, causal, live=live, begin=begin)
 
-    def layer_step(layer: DecoderLayer, carry: Any, place: Any) -> Any:
-        x, keys, values = carry
-        sight = sight_at(model.kinds, found, place, sizes.index(keys[place].shape[-2]))
-        x, new_keys, new_values = run_layer(layer, x, sight, [(keys[place], values[place])])
+    def run(layer: DecoderLayer, x: jax.Array, place: Place, keys: Any, values: Any) -> tuple[jax.Array, ...]:
+        own = cached(keys, place), cached(values, place)
+        sight = sight_at(model.kinds, found, place, sizes.index(own[0].shape[-2]))
+        return run_layer(layer, x, sight, [own])
+
+    def run_only(layer: DecoderLayer, x: jax.Array, place: Place) -> Any:
+        x, *fresh = run(layer, x, place, memory.keys, memory.values)
+        return x, (x, *fresh)
+
+    def run_and_write(layer: DecoderLayer, carry: Any, place: Place) -> Any:
+        x, *caches = carry
+        x, *fresh = run(layer, x, place, *caches)
         at = after(first, x)
-        keys, values = (_write(model, *each, at, place) for each in ((keys, new_keys), (values, new_values)))
-        return (x, keys, values), x
+        return (x, *(_write(model, *each, at, place) for each in zip(caches, fresh, strict=True))), x
 
-    layers, begun = range(model.config.num_layers), (x, memory.keys, memory.values)
-    (_, keys, values), states = _in_turn(model, layers, layer_step, begun)
+    layers = range(model.config.num_layers)
+    if is_loop(model):
+        x, (states, *new) = in_turn(model, layers, run_only, x, loop=True)
+        return states, write_layers(model, memory, (new[0], new[1]), first, layers, x)
+    (_, keys, values), states = in_turn(model, layers, run_and_write, (x, memory.keys, memory.values))
     return states, memory._replace(keys=keys, values=values)
-
-
-def _in_turn(model: Transformer, layers: range, step: Callable[[DecoderLayer, Any, Any], Any], carry: Any) -> Any:
-    """(carry, what every layer gave) of step(layer, carry, place) -> (carry, given), place being where caches have it.
-
-    What they gave is a list, and of a stacked model arrays with a leading axis.
-    """
-    if not isinstance(model.layout, Stacked):
-        given = []
-        for i in layers:
-            carry, each = step(model.layers[i], carry, i)
-            given.append(each)
-        return carry, given
-    graph, weights = nnx.split(model.layers)
-
-    def scan_body(carry: Any, place: jax.Array) -> Any:
-        j, k = place[0], place[1]
-        return step(nnx.merge(graph, jax.tree.map(lambda w: w[j, k], weights)), carry, (j, k))
-
-    return jax.lax.scan(scan_body, carry, jnp.asarray([model.layout.place(i) for i in layers]))
 
 
 def _write(model: Transformer, caches: Any, rows: jax.Array, start: jax.Array, place: Any) -> Any:
@@ -197,7 +189,7 @@ def run_rows(
     Nothing is written. Positions 0 .. prefix - 1 (prefix [B] int32) of these layers are attended to, and the rows that
     `among` [B, N, N] bool says, itself included. Layers of an unrolled model that are not `in_use` are skipped, and
     give zeros as keys and values. Gives (hidden states [B, N, D] after the last, the rows' (keys, values): l of [B, G,
-    N, d], stacked [l, B, G, N, d]).
+    N, d], or one array [l, B, G, N, d]).
 
     Of all layers, states at depths `reads` can come with the last ones, [B, N, (1 + reads) D]. Of an unrolled model
     rows can see others `beside` them; `model` and `begin` are as of `extend_rows`.
@@ -206,17 +198,19 @@ def run_rows(
     seen, places = (None, None) if beside is None else (beside.seen, beside.position)
     found = sights(model.config, model.kinds, position, prefix, sizes, among, seen, places, begin=begin)
 
-    def layer_step(layer: DecoderLayer, x: jax.Array, place: Any) -> Any:
-        used = None if isinstance(place, tuple) else used_layer(in_use, place)
-        sight = sight_at(model.kinds, found, place, sizes.index(memory.keys[place].shape[-2]))
-        sources = [(memory.keys[place], memory.values[place])]
+    def layer_step(layer: DecoderLayer, x: jax.Array, place: Place) -> Any:
+        used = used_layer(in_use, place) if isinstance(place, int) else None
+        own = cached(memory.keys, place), cached(memory.values, place)
+        sight = sight_at(model.kinds, found, place, sizes.index(own[0].shape[-2]))
+        sources = [own]
         if beside is not None:
             sources.append((beside.keys[place], beside.values[place]))
         x, *rows = run_layer(layer, x, sight, sources, used)
         return x, (*rows, x) if reads else tuple(rows)
 
     entered = hidden
-    hidden, given = _in_turn(model, layers, layer_step, hidden)
+    loop = not in_use and beside is None and is_loop(model)
+    hidden, given = in_turn(model, layers, layer_step, hidden, loop)
     keys, values, *states = zip(*given, strict=True) if isinstance(given, list) else given
     if reads:
         read = [entered if depth == 0 else states[0][depth - 1] for depth in reads]
@@ -233,6 +227,10 @@ def commit_rows(
     `done` is any array that is known only after memory has been read.
     """
 
+    layers = range(model.config.num_layers)
+    if _in_place(model, memory, fresh):
+        return _write_in_place(model, memory, fresh, row, after(prefix, done), layers)
+
     def chosen(row: jax.Array, done: jax.Array, *fresh: jax.Array) -> tuple[jax.Array, ...]:
         rows = (jnp.take_along_axis(each, row[None, :, None, :, None], axis=3, mode="clip") for each in fresh)
         return done.reshape(-1)[:1], *rows
@@ -245,7 +243,7 @@ def commit_rows(
 
     # Otherwise XLA chooses all layers' rows anew for every layer that it writes, and compiles that six times as long.
     done, *keys_values = jax.lax.platform_dependent(row, done, *fresh, cpu=branch, default=chosen)
-    return write_layers(model, memory, keys_values, prefix, range(model.config.num_layers), done)
+    return write_layers(model, memory, keys_values, prefix, layers, done)
 
 
 def write_layers(
@@ -261,6 +259,9 @@ def write_layers(
     start + P must not pass the cache's end. `done` is any array that is known only after memory has been read.
     """
     at = after(start, done)
+    if _in_place(model, memory, fresh):
+        row = jnp.broadcast_to(jnp.arange(fresh[0].shape[-2]), (fresh[0].shape[1], fresh[0].shape[-2]))
+        return _write_in_place(model, memory, fresh, row, at, layers)
 
     if not isinstance(model.layout, Stacked):
         keys, values = memory.keys, memory.values
@@ -278,17 +279,36 @@ def write_layers(
     return memory._replace(keys=keys, values=values)
 
 
+def _in_place(model: Transformer, memory: Memory, fresh: tuple[Any, Any]) -> bool:
+    """Whether C++ writes rows of one array for all layers."""
+    known = isinstance(model.layout, Unrolled) and isinstance(fresh[0], jax.Array) and few_rows.ready()
+    return known and memory.keys[0].ndim == 4 and fresh[0].dtype in few_rows.DTYPES
+
+
+def _write_in_place(
+    model: Transformer, memory: Memory, fresh: tuple[Any, Any], row: jax.Array, at: jax.Array, layers: range
+) -> Memory:
+    rings = [ring_of(model.kinds.kinds_at(i), memory.keys[i].shape[-2]) for i in layers]
+    old = [[caches[i] for i in layers] for caches in (memory.keys, memory.values)]
+    new = few_rows.write((*old[0], *old[1]), fresh, row, at, rings, MOST_WRITTEN)
+    keys, values = (
+        (*caches[: layers.start], *each, *caches[layers.stop :])
+        for caches, each in zip(memory[:2], (new[: len(layers)], new[len(layers) :]), strict=True)
+    )
+    return memory._replace(keys=keys, values=values)
+
+
 def run_layer(
     layer: DecoderLayer,
     x: jax.Array,
     sight: Sight,
-    memory: list[tuple[jax.Array, jax.Array]],
+    memory: list[tuple[Any, Any]],
     used: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer over the rows of each sequence, [B, R, D]: returns (x, keys, values) of the rows.
 
-    `memory` holds keys and values [B, G, S, d] of the committed prefix and, where there is one, of the lattice. It is
-    only read: writing first and attending to the result makes XLA copy the whole cache in every step. A layer that is
+    `memory` holds keys and values [B, G, S, d], or a few_rows.OneOf, of the committed prefix and, where there is one, of
+    the lattice. It is only read: writing first and attending to the result makes XLA copy the whole cache in every step. A layer that is
     not `used` is skipped.
     """
     graph, weights = nnx.split(layer)
@@ -312,7 +332,7 @@ def used_layer(in_use: InUse, layer: int) -> jax.Array | None:
 # Jitted so that a model is traced once per shape of its layers and not once per layer; XLA inlines the calls.
 @functools.partial(jax.jit, static_argnums=0)
 def _layer_rows(
-    graph: Any, weights: Any, x: jax.Array, sight: Sight, memory: list[tuple[jax.Array, jax.Array]]
+    graph: Any, weights: Any, x: jax.Array, sight: Sight, memory: list[tuple[Any, Any]]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     layer = nnx.merge(graph, weights)
     queries, keys, values = layer.project(x, sight.rotation)

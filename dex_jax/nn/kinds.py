@@ -62,7 +62,7 @@ class KindTable:
 
     def kinds_at(self, place: Any) -> tuple[LayerKind, ...]:
         """The kinds that share an array of caches: all of a stacked model, else those of a place in every stage."""
-        return self.distinct if isinstance(place, tuple) else self.rows[place]
+        return self.rows[place] if isinstance(place, int) else self.distinct
 
     @property
     def distinct(self) -> tuple[LayerKind, ...]:
@@ -72,9 +72,11 @@ class KindTable:
     def index(self, place: Any) -> Index:
         """Which of `distinct` a layer is: at place i of an unrolled model, or at (index within the stage, stage)."""
         order = {kind: i for i, kind in enumerate(self.distinct)}
+        if len(order) == 1:
+            return 0
         table = np.asarray([[order[kind] for kind in row] for row in self.rows], np.int32)
         if isinstance(place, tuple):
-            return jnp.asarray(table)[place] if len(order) > 1 else 0
+            return jnp.asarray(table)[place]
         row = table[place]
         if self.stage_axis is None or (row == row[0]).all():
             return int(row[0])

@@ -36,6 +36,8 @@ def linear(
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(kernel, Packed):
         out = kernel.product(rows, whole)
+    elif isinstance(kernel, few_rows.OneOf):
+        out = few_rows.few_rows_product(rows, kernel)
     elif whole and {rows.dtype, kernel.dtype} <= {*few_rows.DTYPES} and few_rows.ready():
         out = jax.lax.platform_dependent(rows, kernel, cpu=few_rows.few_rows_product, default=rows_times_kernel)
     elif rows.shape[0] > FEW_ROWS:

@@ -164,7 +164,8 @@ def _product(rows: jax.Array, part: jax.Array, scale: jax.Array | None, format: 
     by_xla = functools.partial(_product_by_xla, format=format)
     if whole and rows.dtype in few_rows.DTYPES and few_rows.ready():
         in_cpp = functools.partial(few_rows.packed_product, format="" if format == INT8 else format)
-        out = jax.lax.platform_dependent(rows, part, cpu=in_cpp, default=by_xla)
+        one_of = isinstance(part, few_rows.OneOf)
+        out = in_cpp(rows, part) if one_of else jax.lax.platform_dependent(rows, part, cpu=in_cpp, default=by_xla)
     else:
         out = by_xla(rows, part)
     return out if scale is None else out * scale[None]

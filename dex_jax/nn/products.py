@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import jax
 import jax.numpy as jnp
+
+CAPABILITY: ContextVar[float | None] = ContextVar("CAPABILITY", default=None)
+"""Compute capability of the GPU that programs are compiled for where that is not the device at hand; 0 for others."""
 
 FEWEST = 8
 """Rows of a product on GPUs and TPUs: of fewer, compilers make sums of products beside the matrix units, which take

@@ -4,11 +4,13 @@
 // What comes out for a row does not depend on the rows beside it, nor on how many threads work: sums are added up in
 // one order.
 
+#include <cstring>
 #include <functional>
 #include <map>
 #include <mutex>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -22,7 +24,7 @@ namespace {
 using namespace dex_jax;
 
 constexpr XLA_FFI_DataType kFloat32 = XLA_FFI_DataType_F32, kBFloat16 = XLA_FFI_DataType_BF16,
-                           kInt8 = XLA_FFI_DataType_S8, kUint8 = XLA_FFI_DataType_U8, kBool = XLA_FFI_DataType_PRED;
+                           kInt8 = XLA_FFI_DataType_S8, kUint8 = XLA_FFI_DataType_U8, kInt32 = XLA_FFI_DataType_S32, kBool = XLA_FFI_DataType_PRED;
 
 // What handlers return: why they refuse a call, "" where they have done it.
 using Refusal = std::string;
@@ -52,10 +54,22 @@ const Format* Loaded(std::string_view name) {
   return found == loaded.end() ? nullptr : found->second;
 }
 
+// The one of `count` operands from `first` on whose number the operand behind them holds; a single one stands alone.
+// None where there is no such number.
+const XLA_FFI_Buffer* OneOf(const Call& call, int64_t first, int64_t count, const Array& number) {
+  if (count == 1) return call.buffer(first);
+  if (number.type != kInt32 || SizeOf(number.dimensions, 0, number.dimensions.size()) != 1) return nullptr;
+  const int64_t index = *number.As<int32_t>();
+  return index < 0 || index >= count ? nullptr : call.buffer(first + index);
+}
+
 Refusal Product(const Call& call) {
-  if (call.size() != 2 || call[0].type != kFloat32 || call.result().type != kFloat32)
-    return "a product takes rows and a kernel, and gives float32 for float32";
-  const Array rows = call[0], kernel = call[1], result = call.result();
+  if (call.size() < 2 || call.size() == 3 || call[0].type != kFloat32 || call.result().type != kFloat32)
+    return "a product takes rows and kernels, and gives float32 for float32";
+  const int64_t last = call.size() - 1;
+  const XLA_FFI_Buffer* const chosen = OneOf(call, 1, std::max<int64_t>(1, last - 1), call[last]);
+  if (!chosen) return "of several kernels a number says which";
+  const Array rows = call[0], kernel(*chosen), result = call.result();
   const Dimensions of_rows = rows.dimensions, of_kernel = kernel.dimensions, shape = result.dimensions;
   const size_t rank = shape.size();
   if (rank < 2 || of_rows.size() != rank || of_kernel.size() != rank)
@@ -94,23 +108,30 @@ Refusal Norm(const Call& call) {
   return "";
 }
 
-// Of each source keys and values [..., G, S, d] and mask [..., R or 1, S].
+// Of each source keys and values [..., G, S, d] and mask [..., R or 1, S]. Those of the first are one of several, whose
+// number stands behind all that are to choose from.
 Refusal Attention(const Call& call) {
-  if (call.size() < 4 || call.size() % 3 != 1 || call[0].type != kFloat32 || call.result().type != kFloat32)
+  const int64_t choices = std::max<int64_t>(1, call.Integer("choices")), begin = choices == 1 ? 3 : 2 * choices + 2;
+  if (call.size() <= begin || (call.size() - begin) % 3 != 1 || call[0].type != kFloat32 ||
+      call.result().type != kFloat32)
     return "attention takes queries in float32 and of each source keys, values and a mask";
-  const Array queries = call[0], result = call.result();
+  const Array queries = call[0], result = call.result(), number = call[begin - 1];
+  const XLA_FFI_Buffer* const first[] = {OneOf(call, 1, choices, number), OneOf(call, 1 + choices, choices, number)};
+  if (!first[0]) return "of several caches a number says which";
   const Dimensions of_queries = queries.dimensions, shape = result.dimensions;
   if (shape.size() < 3 || of_queries.size() != shape.size()) return "queries of attention are [..., R, H, d]";
   const size_t leading = shape.size() - 3;
   for (size_t d = leading; d < shape.size(); ++d)
     if (of_queries[d] != shape[d]) return "queries and result of attention are of one shape";
   if (shape[leading + 2] % kLanes != 0) return "the width of heads is a multiple of 16";
-  const XLA_FFI_DataType cached = call[1].type;
+  const XLA_FFI_DataType cached = first[0]->dtype;
   if (cached != kFloat32 && cached != kBFloat16) return "keys and values are float32 or bfloat16";
   std::vector<Operand<Dimensions>> operands;
   int64_t groups = -1;
-  for (int64_t i = 1; i < call.size(); i += 3) {
-    const Array keys = call[i], values = call[i + 1], mask = call[i + 2];
+  for (int64_t i = begin - 2; i < call.size(); i += 3) {
+    const bool later = i >= begin;
+    const Array keys(later ? *call.buffer(i) : *first[0]), values(later ? *call.buffer(i + 1) : *first[1]);
+    const Array mask = call[i + 2];
     const Dimensions of_keys = keys.dimensions, of_values = values.dimensions, of_mask = mask.dimensions;
     if (keys.type != cached || values.type != cached || mask.type != kBool)
       return "keys and values of all sources are of one dtype, masks are bool";
@@ -179,6 +200,53 @@ Refusal Gate(const Call& call) {
   return "";
 }
 
+// From which position on, which rows, of which keys and values, into which layers' keys and values, in place.
+Refusal Write(const Call& call) {
+  const int64_t caches = call.results(), layers = caches / 2, margin = call.Integer("margin");
+  const std::pair<const int64_t*, int64_t> rings = call.Integers("rings");
+  if (caches == 0 || caches % 2 != 0 || call.size() != 4 + caches || rings.second != layers)
+    return "rows are written into the keys and values of layers that each have a ring or none";
+  const Array start = call[0], row = call[1], fresh[] = {call[2], call[3]};
+  const Dimensions of_start = start.dimensions, of_row = row.dimensions, of_fresh = fresh[0].dimensions;
+  if (start.type != kInt32 || row.type != kInt32 || of_start.size() != 1 || of_row.size() != 2 || of_fresh.size() != 5 ||
+      of_fresh[0] != layers || of_fresh[1] != of_start[0] || of_fresh[1] != of_row[0])
+    return "positions are [B], rows to choose [B, P], and those to choose from [L, B, G, N, d]";
+  const int64_t count = of_row[1], number = fresh[0].type == kFloat32 ? 4 : 2;
+  if (fresh[0].type != kFloat32 && fresh[0].type != kBFloat16) return "keys and values are float32 or bfloat16";
+  if (count > 0 && of_fresh[3] == 0) return "there is no row to choose";
+  for (int64_t c = 0; c < caches; ++c) {
+    const Array cache = call[4 + c], result = call.result(c);
+    const Dimensions shape = cache.dimensions, of_own = fresh[c / layers].dimensions;
+    bool fits = shape.size() == 4 && of_own.size() == 5 && cache.type == fresh[c / layers].type &&
+                cache.type == fresh[0].type && cache.data == result.data;
+    for (size_t d = 0; d < 5 && fits; ++d) fits = of_own[d] == of_fresh[d] && (d == 0 || d == 3 || of_fresh[d] == shape[d - 1]);
+    const int64_t ring = rings.first[c % layers];
+    if (!fits || count > (ring ? margin : shape[2]) || (ring && shape[2] != ring + 2 * margin))
+      return "caches are [B, G, S, d], of the rows' dtype, with room for what is written in place";
+  }
+  const int64_t batch = of_fresh[1], groups = of_fresh[2], bytes = of_fresh[4] * number;
+  EachRow(call.threads(), caches * batch * groups, count * of_fresh[4], [&](int64_t index) {
+    const int64_t c = index / (batch * groups), within = index % (batch * groups), sequence = within / groups;
+    const int64_t ring = rings.first[c % layers], position = start.As<int32_t>()[sequence];
+    if (position < 0) return;
+    const int64_t length = call[4 + c].dimensions[2];
+    char* const cache = call.result(c).As<char>() + within * length * bytes;
+    const char* const from =
+        fresh[c / layers].As<char>() + (c % layers * batch * groups + within) * of_fresh[3] * bytes;
+    const auto put = [&](int64_t at) {
+      for (int64_t p = 0; p < count; ++p) {
+        const int64_t chosen = std::clamp<int64_t>(row.As<int32_t>()[sequence * count + p], 0, of_fresh[3] - 1);
+        std::memcpy(cache + (at + p) * bytes, from + chosen * bytes, bytes);
+      }
+    };
+    const int64_t place = ring ? margin + position % ring : std::min(position, length - count);
+    put(place);
+    // A run that passes the ring's end goes on in the margin behind it, and belongs where the ring begins.
+    if (ring && place >= ring) put(place - ring);
+  });
+  return "";
+}
+
 }  // namespace
 
 // Makes a format known that format.cc has been compiled for; it stays loaded.
@@ -191,4 +259,5 @@ extern "C" XLA_FFI_Error* dex_jax_product(XLA_FFI_CallFrame* frame) { return Han
 extern "C" XLA_FFI_Error* dex_jax_norm(XLA_FFI_CallFrame* frame) { return Handle(frame, Norm); }
 extern "C" XLA_FFI_Error* dex_jax_turn(XLA_FFI_CallFrame* frame) { return Handle(frame, ::Turn); }
 extern "C" XLA_FFI_Error* dex_jax_gate(XLA_FFI_CallFrame* frame) { return Handle(frame, ::Gate); }
+extern "C" XLA_FFI_Error* dex_jax_write(XLA_FFI_CallFrame* frame) { return Handle(frame, Write); }
 extern "C" XLA_FFI_Error* dex_jax_attention(XLA_FFI_CallFrame* frame) { return Handle(frame, ::Attention); }

@@ -82,7 +82,8 @@ class Call {
   explicit Call(const XLA_FFI_CallFrame* frame) : frame_(frame) {}
 
   int64_t size() const { return frame_->args.size; }
-  Array operator[](int64_t index) const { return Array(frame_->args.args[index]); }
+  const XLA_FFI_Buffer* buffer(int64_t index) const { return static_cast<XLA_FFI_Buffer*>(frame_->args.args[index]); }
+  Array operator[](int64_t index) const { return Array(*buffer(index)); }
   int64_t results() const { return frame_->rets.size; }
   Array result(int64_t index = 0) const { return Array(frame_->rets.rets[index]); }
   Threads threads() const { return Threads(frame_); }
@@ -92,12 +93,23 @@ class Call {
     return found ? std::string_view(found->ptr, found->len) : std::string_view();
   }
 
-  float Float(std::string_view name) const {
-    const auto* const found = static_cast<const XLA_FFI_Scalar*>(Attribute(name, XLA_FFI_AttrType_SCALAR));
-    return found && found->dtype == XLA_FFI_DataType_F32 ? *static_cast<const float*>(found->value) : 0;
+  float Float(std::string_view name) const { return Number<float>(name, XLA_FFI_DataType_F32); }
+  int64_t Integer(std::string_view name) const { return Number<int64_t>(name, XLA_FFI_DataType_S64); }
+
+  // Where they are, and how many.
+  std::pair<const int64_t*, int64_t> Integers(std::string_view name) const {
+    const auto* const found = static_cast<const XLA_FFI_Array*>(Attribute(name, XLA_FFI_AttrType_ARRAY));
+    if (!found || found->dtype != XLA_FFI_DataType_S64) return {nullptr, 0};
+    return {static_cast<const int64_t*>(found->data), static_cast<int64_t>(found->size)};
   }
 
  private:
+  template <typename Value>
+  Value Number(std::string_view name, XLA_FFI_DataType type) const {
+    const auto* const found = static_cast<const XLA_FFI_Scalar*>(Attribute(name, XLA_FFI_AttrType_SCALAR));
+    return found && found->dtype == type ? *static_cast<const Value*>(found->value) : 0;
+  }
+
   const void* Attribute(std::string_view name, XLA_FFI_AttrType type) const {
     for (int64_t i = 0; i < frame_->attrs.size; ++i) {
       const XLA_FFI_ByteSpan& own = *frame_->attrs.names[i];
