@@ -132,6 +132,8 @@ DEVICES = {
     "a100-40": (Device("a100-40", 312e12, 1.555e12, 40e9, 4e-6, 2.0), 8, "nvlink3", "infiniband"),
     # NVIDIA T4 data sheet: 65 TFLOPS float16, 320 GB/s ("320+" there), 16 GB, PCI Express 3 x16.
     "t4": (Device("t4", 65e12, 320e9, 16e9, 5e-6, 0.35), 4, "pcie3", "dcn"),
+    # NVIDIA L4 data sheet: 121 TFLOPS without sparsity, 300 GB/s, 24 GB, PCI Express 4 x16.
+    "l4": (Device("l4", 121e12, 300e9, 24e9, 4e-6, 0.7), 8, "pcie4", "dcn"),
     # Google Cloud TPU documentation, pages "TPU v5e", "TPU v5p" and "TPU v6e".
     # ICI joins the hosts of a slice: what counts as a host here is a slice, of up to 256 chips (a v5p's may be larger).
     "v5e": (Device("v5e", 197e12, 819e9, 16e9, 1e-6, 1.2), 256, "ici-v5e", "dcn"),

@@ -242,16 +242,15 @@ def packing_of(
     """
     if weights not in (None, *WEIGHTS):
         raise DexError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
-    split = isinstance(layout, Stacked) or (mesh is not None and mesh.shape[TENSOR] > 1)
+    stacked, split = isinstance(layout, Stacked), mesh is not None and mesh.shape[TENSOR] > 1
     formats = checkpoint.formats()
     blocks = any(format in FORMATS for parts in formats.values() for format, _ in parts)
-    if weights == "dense" or (weights is None and (split or not blocks or few_rows.language() == "XLA")):
+    if weights == "dense" or (weights is None and (stacked or split or not blocks or few_rows.language() == "XLA")):
         return ()
-    if split and (weights == "int8" or blocks):
-        raise DexError(
-            f"weights={weights!r} is for layers that are whole arrays: leave it out with layout=Stacked(...), and on a "
-            "mesh with a tensor axis"
-        )
+    if stacked and (weights == "int8" or blocks):
+        raise DexError(f"weights={weights!r} is for layers that are whole arrays: leave it out with layout=Stacked(...)")
+    if split and weights == "stored" and blocks:
+        raise DexError("a tensor axis cannot cut a file's blocks: take weights='int8' or 'dense' there")
     if weights == "int8":
         return tuple((name, ((INT8, sum(rows for _, rows in parts)),)) for name, parts in formats.items())
     packed = {name: _runs(parts) for name, parts in formats.items() if all(each in FORMATS for each, _ in parts)}

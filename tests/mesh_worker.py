@@ -171,7 +171,11 @@ def checkpoint(family: str, mesh: str, folder: Path) -> dict[str, Any]:
 
 
 def packed(folder: Path) -> dict[str, Any]:
-    """Blocks of a GGUF file on a mesh of uneven stages: what devices hold, and tokens beside dense ones on one."""
+    """Packed weights on meshes, and on one device.
+
+    Blocks of a GGUF file on uneven stages: what devices hold, and tokens beside dense ones. 8 bits on a tensor axis:
+    shapes of a device's part of two kernels, and tokens and logits of both.
+    """
     path = str(write_gguf(folder / "packed.gguf", "llama3", "Q4_1", kinds={"attn_v": "Q8_0"}))
     one = dex_jax.load(path, "float32", weights="dense")
     layers = one.config.num_layers
@@ -185,7 +189,16 @@ def packed(folder: Path) -> dict[str, Any]:
         for name, method in methods.items()
     }
     parts = jax.tree.leaves(lm.weights["layers"][0]["qkv"])
+    both = [dex_jax.load(path, "float32", mesh=mesh, weights="int8") for mesh in ("stage=2,tensor=2", None)]
+    split = [dex_jax.generate(each, prompts, method=methods["trees"], max_new_tokens=TOKENS) for each in both]
+    kernels = [leaf for name in ("gate_up", "down") for leaf in jax.tree.leaves(both[0].weights["layers"][0][name])]
+    given, wanted = (np.asarray(each.logits(np.arange(20).reshape(2, 10))) for each in both)
     return {
+        "int8": {
+            "shapes": [leaf.addressable_shards[0].data.shape[1:] for leaf in kernels],
+            "tokens": [out.tokens.tolist() for out in split],
+            "error": float(np.abs(given - wanted).max() / np.abs(wanted).max()),
+        },
         "kind": lm.weights_kind,
         "stages": [[shard.data.shape[0] for shard in part.addressable_shards] for part in parts],
         "tokens": {name: [out.tokens.tolist() for out in pair] for name, pair in outs.items()},

@@ -51,6 +51,9 @@ def products(random: np.random.Generator) -> None:
         np.testing.assert_allclose(found, x @ dequantised(packed, format).T, rtol=1e-3, atol=1e-2)
     x, kernel = random.normal(size=(7, 37)).astype("f"), random.integers(-128, 128, (5, 37), np.int8)
     np.testing.assert_allclose(call(few_rows.PRODUCT, (7, 5), x, kernel, format=""), x @ kernel.T, atol=1e-2)
+    kernels = random.normal(size=(3, 5, 37)).astype("f")
+    found = call(few_rows.PRODUCT, (7, 5), x, *kernels, np.int32(2), format="")
+    np.testing.assert_allclose(found, x @ kernels[2].T, atol=1e-3)
     x, kernel = random.normal(size=(3, 1, 5, 9)).astype("f"), random.normal(size=(1, 4, 6, 9)).astype("f")
     found = call(few_rows.PRODUCT, (3, 4, 5, 6), x, kernel, format="")
     np.testing.assert_allclose(found, x @ kernel.swapaxes(2, 3), atol=1e-4)
@@ -95,6 +98,9 @@ def attentions(random: np.random.Generator) -> None:
         causal = np.broadcast_to(np.tril(np.ones((rows, rows), bool)), (2, rows, rows))
         sources = (keys, values, seen, own_keys, own_values, causal)
         found = call(few_rows.ATTENTION, queries.shape, queries, *sources, cap=np.float32(cap))
+        several = (keys + 1, keys, keys, values, values, values + 1, np.int32(1), *sources[2:])
+        same = call(few_rows.ATTENTION, queries.shape, queries, *several, cap=np.float32(cap), choices=np.int64(3))
+        np.testing.assert_array_equal(same, found)
         both = [np.concatenate(pair, axis=2).astype("f") for pair in ((keys, own_keys), (values, own_values))]
         keys, values = (np.repeat(each, heads // groups, axis=1) for each in both)
         scores = np.einsum("brhd,bhsd->bhrs", queries, keys) / np.sqrt(width)
@@ -105,12 +111,41 @@ def attentions(random: np.random.Generator) -> None:
         np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+def writes(random: np.random.Generator) -> None:
+    batch, groups, rows, width, margin = 3, 2, 5, 6, 4
+    start, row = np.array([-1, 2, 9], np.int32), np.array([[0, 1, 2], [4, 0, 9], [-1, 1, 3]], np.int32)
+    for dtype, length, ring in ((few_rows.DTYPES[0], 14, 0), (few_rows.DTYPES[1], 16, 8)):
+        fresh = random.normal(size=(2, 1, batch, groups, rows, width)).astype(dtype)
+        caches = random.normal(size=(2, batch, groups, length, width)).astype(dtype)
+        own = [jnp.array(each) for each in caches]
+        attributes = {"rings": np.array([ring]), "margin": np.int64(margin)}
+        shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in own]
+        operands = [jnp.array(each) for each in (start, row, *fresh)]
+        found = jax.ffi.ffi_call(few_rows.WRITE, shapes, input_output_aliases={4: 0, 5: 1})(
+            *operands, *own, **attributes
+        )
+        for b, first in enumerate(start):
+            place = margin + first % ring if ring else first
+            for p, chosen in enumerate(np.clip(row[b], 0, rows - 1)):
+                if first >= 0:
+                    caches[:, b, :, place + p] = fresh[:, 0, b, :, chosen]
+        np.testing.assert_array_equal(np.stack(found), caches)
+    # One that passes the end of a ring of 8 goes on where that begins.
+    own = [jnp.zeros((1, 1, 16, 1)) for _ in range(2)]
+    operands = [jnp.array([7]), jnp.arange(3)[None], *jnp.arange(1.0, 4).reshape(1, 1, 1, 1, 3, 1).repeat(2, 0)]
+    write = jax.ffi.ffi_call(few_rows.WRITE, own, input_output_aliases={4: 0, 5: 1})
+    keys, _ = write(*operands, *own, rings=np.array([8]), margin=np.int64(4))
+    np.testing.assert_array_equal(keys[0, 0, 4:12, 0], [2, 3, 0, 0, 0, 0, 0, 1])
+
+
 def refusals() -> None:
     def zeros(*shape: int, dtype: str = "float32") -> np.ndarray:
         return np.zeros(shape, dtype)
 
     queries, keys, mask = zeros(1, 2, 4, 16), zeros(1, 2, 5, 16), zeros(1, 2, 5, dtype="bool")
     scale, numbers, blocks = {"epsilon": np.float32(0)}, {"format": ""}, {"format": "Q4_1"}
+    several, ring = {"cap": np.float32(0), "choices": np.int64(2)}, {"rings": np.array([0]), "margin": np.int64(4)}
+    cache, fresh = zeros(1, 2, 5, 16), zeros(1, 1, 2, 3, 16)
     misfits = [
         (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 4)), numbers),
         (few_rows.PRODUCT, (4, 3), (zeros(2, 5), zeros(3, 5)), numbers),
@@ -118,6 +153,10 @@ def refusals() -> None:
         (few_rows.PRODUCT, (4, 2, 3), (zeros(3, 2, 5), zeros(1, 3, 5)), numbers),
         (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 5, dtype="float16")), numbers),
         (few_rows.PRODUCT, (2, 3), (zeros(2, 5, dtype="int32"), zeros(3, 5)), numbers),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 5), zeros(3, 5), zeros(1)), numbers),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 5), zeros(3, 5), np.int32(2)), numbers),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 5), np.int32(0)), numbers),
+        (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 4), zeros(3, 5), np.int32(0)), numbers),
         (few_rows.PRODUCT, (2, 3), (zeros(2, 32), zeros(3, 20)), blocks),
         (few_rows.PRODUCT, (2, 3), (zeros(2, 32), zeros(3, 19, dtype="uint8")), blocks),
         (few_rows.PRODUCT, (2, 3), (zeros(2, 40), zeros(3, 25, dtype="uint8")), blocks),
@@ -132,6 +171,10 @@ def refusals() -> None:
         (few_rows.ATTENTION, queries.shape, (queries, keys, keys)),
         (few_rows.ATTENTION, queries.shape, (queries,)),
         (few_rows.ATTENTION, queries.shape, (queries, keys, zeros(1, 2, 4, 16), mask)),
+        (few_rows.ATTENTION, queries.shape, (queries, *[keys] * 4, np.int32(2), mask), several),
+        (few_rows.ATTENTION, queries.shape, (queries, *[keys] * 4, mask), several),
+        (few_rows.WRITE, cache.shape, (np.zeros(1, "i"), np.zeros((1, 1), "i"), fresh, cache), ring),
+        (few_rows.WRITE, cache.shape, (np.zeros(1, "i"), np.zeros((1, 1), "i"), fresh, fresh, cache, cache), ring),
         (few_rows.ATTENTION, queries.shape, (queries, keys, keys, zeros(1, 3, 5, dtype="bool"))),
         (few_rows.ATTENTION, queries.shape, (queries, keys, keys, zeros(1, 2, 5))),
         (few_rows.ATTENTION, queries.shape, (queries, zeros(1, 3, 5, 16), zeros(1, 3, 5, 16), mask)),
@@ -151,7 +194,7 @@ if __name__ == "__main__":
     assert few_rows.ready(), "the library cannot be loaded"
     for part in PARTS[1:]:
         few_rows._load(part)
-    for check in (products, norms, attentions, heads_and_gates):
+    for check in (products, norms, attentions, heads_and_gates, writes):
         check(np.random.default_rng(0))
     refusals()
     print("clean")

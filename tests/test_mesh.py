@@ -163,6 +163,10 @@ def test_packed_weights_lie_on_their_stages_and_give_dense_ones_tokens(in_cpp: P
     assert found["stages"] == [[1, 1], [1, 1]]
     for method, (ours, theirs) in found["tokens"].items():
         assert ours == theirs == found["tokens"]["AR"][1], method
+    in_8_bits = found["int8"]
+    assert in_8_bits["tokens"][0] == in_8_bits["tokens"][1]
+    assert in_8_bits["error"] < 1e-5
+    assert in_8_bits["shapes"] == [[192, 96], [192], [96, 96], [96]], "half of 2 x 192 outputs, half of 192 inputs"
 
 
 @pytest.mark.parametrize("name", cases(CHECKPOINTS))

@@ -48,7 +48,7 @@ def test_names_of_hardware() -> None:
     assert (apart.hosts, apart.network, apart.link) == (8, LINKS["dcn"], LINKS["pcie4"])
     assert apart.device.price == 1.5
     assert hardware("h100,count=4").count == 4
-    assert set(DEVICES) == {"h100", "h200", "a100", "a100-40", "t4", "v5e", "v5p", "v6e", "cpu"}
+    assert set(DEVICES) == {"h100", "h200", "a100", "a100-40", "t4", "l4", "v5e", "v5p", "v6e", "cpu"}
 
 
 @pytest.mark.parametrize(

@@ -335,3 +335,22 @@ def test_stages_on_four_chips(topology, wanted, method) -> None:
     if pieces == 1:
         assert (gathers, sums) == ((1, 0) if method == "dex" else (0, 1))
     assert " all-to-all(" not in hlo
+
+
+def test_int8_kernels_are_split_over_a_tensor_axis(topology) -> None:
+    """Each of four chips reads its own quarter of every kernel, and makes nothing dense."""
+    mesh, layout = make_mesh("tensor=4", topology), Staged((WIDE.num_layers,))
+    schedule = Dex(explorers=1, draft=TREE).schedule_for(WIDE.num_layers)
+    about = (WIDE, jnp.dtype(jnp.bfloat16), schedule, layout, 1, 2048)
+    shapes = session_shapes(*about, capacity=CAPACITY, packing=in_int8(WIDE), mesh=mesh)
+    compiled = RUN.jitted.lower(*shapes.of_run, spec=Spec(WIDE, layout, schedule, mesh=mesh)).compile()
+    program, memory = read(compiled.as_text()), compiled.memory_analysis()
+    split = {"out": 1, "down": 1}
+    quarters = set()
+    for name, shape in parameter_shapes(WIDE).items():
+        if len(shape) == 2:
+            axis = split.get(name.split(".")[-1], 0)
+            quarters.add(tuple(size // 4 if i == axis else size for i, size in enumerate(shape)))
+    assert kernels_made(program, min(map(math.prod, quarters))) == []
+    assert quarters <= read_in_int8(program)
+    assert memory.argument_size_in_bytes < 0.27 * sum(map(math.prod, parameter_shapes(WIDE).values()))

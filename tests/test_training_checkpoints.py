@@ -249,7 +249,7 @@ def test_killed_at_any_moment_it_ends_as_if_never_killed(tmp_path):
             while process.poll() is None and time.monotonic() < deadline:
                 before = min(before, lines())
                 far_enough = lines() >= before + more
-                if far_enough and (kill > 0 or half_written() and stopped_in_a_later_save(process)):
+                if far_enough and (kill > 0 or (half_written() and stopped_in_a_later_save(process))):
                     break
                 time.sleep(0.001)
             time.sleep(0.0 if kill == 0 else float(rng.uniform(0, 0.1)))

@@ -150,8 +150,8 @@ def _tangent(attention, cap: float | None, primals: tuple, tangents: tuple) -> t
     (queries, sources), (queries_tangent, sources_tangent) = primals, tangents
 
     def plain(queries: jax.Array, pairs: list) -> jax.Array:
-        arrays = [map(few_rows.cut_out, pair) for pair in pairs]
-        both = [KeyValues(*pair, source.mask) for pair, source in zip(arrays, sources, strict=True)]
+        cut = few_rows.cut_out
+        both = [KeyValues(cut(k), cut(v), source.mask) for (k, v), source in zip(pairs, sources, strict=True)]
         return _attend(cap, queries, both)
 
     pairs, pairs_tangent = ([source[:2] for source in each] for each in (sources, sources_tangent))

@@ -175,15 +175,20 @@ def few_rows_attention(queries: jax.Array, *sources: jax.Array | OneOf, cap: flo
     queries = queries.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
     call = jax.ffi.ffi_call(ATTENTION, shape, vmap_method="expand_dims")
+    keys, values, *others = sources
     choices = 1
-    if isinstance(sources[0], OneOf):
-        keys, values, *others = sources
+    if isinstance(keys, OneOf):
         choices, sources = len(keys.arrays), (*keys.arrays, *_operands(values), *others)
     return call(queries, *sources, cap=np.float32(cap or 0), choices=np.int64(choices))
 
 
 def write(
-    caches: tuple[jax.Array, ...], fresh: tuple[jax.Array, jax.Array], row: jax.Array, start: jax.Array, rings: list[int], margin: int
+    caches: tuple[jax.Array, ...],
+    fresh: tuple[jax.Array, jax.Array],
+    row: jax.Array,
+    start: jax.Array,
+    rings: list[int],
+    margin: int,
 ) -> tuple[jax.Array, ...]:
     """Writes rows into all layers' caches where they lie, on a CPU.
 

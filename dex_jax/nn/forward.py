@@ -7,7 +7,7 @@ D width, S cache length, G key-value heads, d head width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -307,9 +307,9 @@ def run_layer(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer over the rows of each sequence, [B, R, D]: returns (x, keys, values) of the rows.
 
-    `memory` holds keys and values [B, G, S, d], or a few_rows.OneOf, of the committed prefix and, where there is one, of
-    the lattice. It is only read: writing first and attending to the result makes XLA copy the whole cache in every step. A layer that is
-    not `used` is skipped.
+    `memory` holds keys and values [B, G, S, d], or a few_rows.OneOf, of the committed prefix and, where there is one,
+    of the lattice. It is only read: writing first and attending to the result makes XLA copy the whole cache in every
+    step. A layer that is not `used` is skipped.
     """
     graph, weights = nnx.split(layer)
 

@@ -18,7 +18,7 @@ from dex_jax.nn.layers import DecoderLayer
 from dex_jax.nn.transformer import Stacked, Unrolled
 
 Place = Any
-"""Where a layer's caches are: its number, known to Python or to the program alone, or (index within the stage, stage)."""
+"""Where a layer's caches are: its number, which Python knows or the program alone, or (index in the stage, stage)."""
 
 Step = Callable[[DecoderLayer, Any, Place], Any]
 

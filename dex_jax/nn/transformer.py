@@ -144,7 +144,7 @@ class Transformer(nnx.Module):
             return self._scaled(take_rows(self.embed[...], tokens).astype(self.dtype))
         rows = self.embed[...].shape[0]
         own = tokens - jax.lax.axis_index(self.vocabulary_axis) * rows
-        found = jnp.take(self.embed[...], jnp.clip(own, 0, rows - 1), axis=0)
+        found = take_rows(self.embed[...], jnp.clip(own, 0, rows - 1)).astype(self.dtype)
         here = (own >= 0) & (own < rows)
         return self._scaled(jax.lax.psum(jnp.where(here[..., None], found, 0), self.vocabulary_axis))
 
