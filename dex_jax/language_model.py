@@ -248,7 +248,9 @@ def packing_of(
     if weights == "dense" or (weights is None and (stacked or split or not blocks or few_rows.language() == "XLA")):
         return ()
     if stacked and (weights == "int8" or blocks):
-        raise DexError(f"weights={weights!r} is for layers that are whole arrays: leave it out with layout=Stacked(...)")
+        raise DexError(
+            f"weights={weights!r} is for layers that are whole arrays: leave it out with layout=Stacked(...)"
+        )
     if split and weights == "stored" and blocks:
         raise DexError("a tensor axis cannot cut a file's blocks: take weights='int8' or 'dense' there")
     if weights == "int8":

@@ -21,6 +21,7 @@ from dex_jax.decoding.chain.dynamic_exit import DEL
 from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.session import Spec, prefill_chunk, run_ticks, start_decoding
+from dex_jax.nn.products import CAPABILITY
 from dex_jax.nn.transformer import Unrolled
 
 CONFIG = dataclasses.replace(LLAMA, family="qwen3", tied=False, qk_norm=True, eos_ids=(2,))
@@ -37,6 +38,14 @@ ON_EVERY_PLATFORM = {
     *("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement"),
     "mhlo.topk",  # jax.lax.top_k as jax 0.7 exports it
 }
+
+
+@pytest.fixture(autouse=True)
+def for_a_gpu():
+    """Programs are not for the device at hand, as within `evaluation.targets.target`."""
+    before = CAPABILITY.set(8.0)
+    yield
+    CAPABILITY.reset(before)
 
 
 def exported(name: str, method: str, dtype: str, *, sampled: bool) -> str:

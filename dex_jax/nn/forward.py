@@ -288,13 +288,27 @@ def _in_place(model: Transformer, memory: Memory, fresh: tuple[Any, Any]) -> boo
 def _write_in_place(
     model: Transformer, memory: Memory, fresh: tuple[Any, Any], row: jax.Array, at: jax.Array, layers: range
 ) -> Memory:
+    """Memory with the rows `row` [B, P] of what `run_rows` gave for `layers`, from positions `at` [B] on."""
+    kinds = [model.kinds.kinds_at(i) for i in layers] * 2
     rings = [ring_of(model.kinds.kinds_at(i), memory.keys[i].shape[-2]) for i in layers]
-    old = [[caches[i] for i in layers] for caches in (memory.keys, memory.values)]
-    new = few_rows.write((*old[0], *old[1]), fresh, row, at, rings, MOST_WRITTEN)
-    keys, values = (
-        (*caches[: layers.start], *each, *caches[layers.stop :])
-        for caches, each in zip(memory[:2], (new[: len(layers)], new[len(layers) :]), strict=True)
-    )
+
+    def plain(caches: tuple[jax.Array, ...], fresh: tuple[Any, Any], row: jax.Array, at: jax.Array) -> Any:
+        rows = [jnp.take_along_axis(each, row[None, :, None, :, None], axis=3, mode="clip") for each in fresh]
+        each = zip(caches, [*rows[0], *rows[1]], kinds, strict=True)
+        return tuple(write_rows(cache, new, at, kinds=own) for cache, new, own in each)
+
+    @jax.custom_jvp
+    def write(caches: tuple[jax.Array, ...], fresh: tuple[Any, Any], row: jax.Array, at: jax.Array) -> Any:
+        return few_rows.write(caches, fresh, row, at, rings, MOST_WRITTEN)
+
+    @write.defjvp
+    def tangent(primals: Any, tangents: Any) -> Any:
+        return write(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    old = tuple(caches[i] for caches in (memory.keys, memory.values) for i in layers)
+    new = write(old, fresh, row, at)
+    parts = zip(memory[:2], (new[: len(layers)], new[len(layers) :]), strict=True)
+    keys, values = ((*caches[: layers.start], *own, *caches[layers.stop :]) for caches, own in parts)
     return memory._replace(keys=keys, values=values)
 
 
