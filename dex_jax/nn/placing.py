@@ -34,7 +34,7 @@ def build_on_mesh(
     """As `nn.transformer.build`, every tensor read once and put on the devices that own it.
 
     Only tensors that devices of this process need are read. Rows of fused projections are in another order than in
-    the checkpoint where a tensor axis splits them: see `tensor_part`. Of what is packed a tensor axis splits int8 alone.
+    the checkpoint where a tensor axis splits them: see `tensor_part`. It splits int8 too, but no blocks.
     """
     stages = stage_ranges(layout.depths)
 
