@@ -61,9 +61,11 @@ def remember_compilations() -> None:
     """Keeps compiled programs on disk between runs, unless the user has chosen a place or switched it off."""
     import jax
 
+    from dex_jax.decoding import program_store
     from dex_jax.io.whole_files import cache_folder
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
+    program_store.keep_in(cache_folder() / "programs")
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

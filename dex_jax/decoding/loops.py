@@ -66,6 +66,10 @@ class Running(NamedTuple):
 class Loop(abc.ABC):
     """One kind of loop on one device; states are its own. What it counts here is for loops that count ticks."""
 
+    def __repr__(self) -> str:
+        """Without an address: programs are told apart by what they say of themselves (program_store.py)."""
+        return f"{type(self).__name__}()"
+
     @abc.abstractmethod
     def init(self, what: Running, begun: Prefilled, capacity: int) -> Any:
         """The state before the first tick, with room for T new tokens."""

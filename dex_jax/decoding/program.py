@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from dex_jax.decoding import program_store
 from dex_jax.host_memory import return_free_memory
 from dex_jax.nn import few_rows
 from dex_jax.progress import notify
@@ -31,25 +32,25 @@ def compiler_options(level: int | None = 1) -> dict[str, str | bool] | None:
 
 
 class Pending:
-    """A program that has been traced, and is compiled in a thread of its own.
+    """A program that `make` compiles or reads, in a thread of its own.
 
     Attributes:
       out_info: the shapes that it gives.
     """
 
-    def __init__(self, program: Program, lowered: Any):
-        self.out_info = lowered.out_info
+    def __init__(self, program: Program, out_info: Any, make: Callable[[], Any]):
+        self.out_info = out_info
         self._program = program
         self._future: Future[Any] = Future()
         self._waited = False
 
-        def compile() -> None:
+        def work() -> None:
             try:
-                self._future.set_result(lowered.compile(compiler_options=compiler_options(program.level)))
+                self._future.set_result(make())
             except BaseException as error:
                 self._future.set_exception(error)
 
-        threading.Thread(target=compile, name=f"compiling {program.name}").start()
+        threading.Thread(target=work, name=f"compiling {program.name}").start()
 
     def result(self) -> Any:
         """The compiled program, once it is there."""
@@ -114,16 +115,39 @@ class Program:
         key = (tree, shapes, tuple(sorted(static.items())))
         found = self._compiled.pop(key, None)
         if found is None:
-            notify(f"tracing {self.name}")
             begin = time.perf_counter()
             while len(self._compiled) >= HELD:  # the first is the one that was used longest ago
                 del self._compiled[next(iter(self._compiled))]
-            with _uncollected():
-                found = Pending(self, self.jitted.lower(*args, **static))
-            self.jitted.clear_cache()
+            name = program_store.name_of(self.name, tree, shapes, static, self.level)
+            kept = program_store.find(name)
+            if kept is None:
+                notify(f"tracing {self.name}")
+                lowered = self._lowered(*args, **static)
+                found = Pending(self, lowered.out_info, lambda: self._made(lowered, name))
+            else:
+
+                def read() -> Any:
+                    # XLA may refuse what it wrote, on another processor say.
+                    with contextlib.suppress(Exception):
+                        return kept.read()
+                    return self._made(self._lowered(*args, **static), None)
+
+                found = Pending(self, kept.out_info, read)
             self.compile_seconds += time.perf_counter() - begin
         self._compiled[key] = found
         return found
+
+    def _lowered(self, *args: Any, **static: Any) -> Any:
+        with _uncollected():
+            lowered = self.jitted.lower(*args, **static)
+        self.jitted.clear_cache()
+        return lowered
+
+    def _made(self, lowered: Any, name: str | None) -> Any:
+        """Compiles what was traced, and keeps it under a name."""
+        compiled = lowered.compile(compiler_options=compiler_options(self.level))
+        program_store.keep(name, compiled, lowered.out_info)
+        return compiled
 
 
 @contextlib.contextmanager
@@ -135,11 +159,12 @@ def side_by_side() -> Iterator[Callable[..., Pending]]:
         begun.append(program.begin(*args, **static))
         return begun[-1]
 
-    try:
-        yield begin
-    finally:
-        # A process that ends while a compiler runs crashes.
-        new = [each.wait() for each in begun]
+    with program_store.in_place_of_jax():
+        try:
+            yield begin
+        finally:
+            # A process that ends while a compiler runs crashes.
+            new = [each.wait() for each in begun]
     for each in begun:
         each.result()
     if any(new):

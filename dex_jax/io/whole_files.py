@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -78,6 +79,15 @@ def cache_folder() -> Path:
     # RuntimeError: there is no home directory.
     except (OSError, RuntimeError) as error:
         return _temporary_folder(str(error))
+
+
+def only_the_user_wrote(file: Path) -> bool:
+    """Whether a file is there, is the user's own, and nobody else may write to it: what is loaded runs as the user."""
+    try:
+        about = file.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o022
 
 
 @functools.cache

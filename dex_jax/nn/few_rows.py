@@ -18,7 +18,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -31,7 +30,7 @@ import jaxlib
 import numpy as np
 
 from dex_jax.errors import DexError
-from dex_jax.io.whole_files import cache_folder
+from dex_jax.io.whole_files import cache_folder, only_the_user_wrote
 from dex_jax.nn.products import CAPABILITY
 from dex_jax.progress import notify
 
@@ -45,6 +44,7 @@ NORM, PRODUCT, ATTENTION = "dex_jax_norm", "dex_jax_product", "dex_jax_attention
 TURN, GATE, WRITE = "dex_jax_turn", "dex_jax_gate", "dex_jax_write"
 SOURCES = Path(__file__).with_name("cpp")
 COMPILERS = ("c++", "g++", "clang++")
+_formats: set[str] = set()
 NUMBERS = {"float32": "float", "bfloat16": "BFloat16", "int8": "int8_t"}
 """Dtype of a kernel that is no blocks -> its C++ type."""
 
@@ -244,6 +244,19 @@ def _load(format: str) -> None:
         what = f"the C++ kernels for {format} cannot be built, though others were"
         raise DexError(f"{what}: {error} (DEX_JAX_NATIVE=0 in the environment does without them)") from error
     known.dex_jax_load(format.encode(), ctypes.byref(ctypes.c_char.in_dll(compiled, "dex_jax_format")))
+    _formats.add(format)
+
+
+def loaded() -> list[str]:
+    """The formats of kernels that products know."""
+    return sorted(_formats)
+
+
+def load(formats: list[str]) -> None:
+    """Makes what is here ready for programs that have been traced by another process, with these formats of kernels."""
+    ready()
+    for format in formats:
+        _load(format)
 
 
 def kept_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -281,7 +294,7 @@ def library(format: str = "", flags: tuple[str, ...] = ()) -> Path:
     kept = cache_folder() / "native" / f"{format or 'kernels'}-{name}.so"
     kept.parent.mkdir(mode=0o700, exist_ok=True)
     kept.parent.chmod(0o700)
-    if not _only_the_user_wrote(kept):
+    if not only_the_user_wrote(kept):
         notify(f"building the C++ kernels{format and f' for {format}'}, once")
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             made = Path(folder) / kept.name
@@ -301,12 +314,3 @@ def _compiler() -> tuple[tuple[str, ...], bytes]:
     # What "native" means here: a home directory may belong to machines of several kinds.
     asked = [*native, "-dM", "-E", "-x", "c++", os.devnull]
     return native, subprocess.run(asked, capture_output=True, check=True).stdout
-
-
-def _only_the_user_wrote(file: Path) -> bool:
-    """Whether a file is there, is the user's own, and nobody else may write to it: what is loaded runs as the user."""
-    try:
-        about = file.lstat()
-    except FileNotFoundError:
-        return False
-    return stat.S_ISREG(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o022
