@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.config import LayerKind, ModelConfig
+from dex_jax.nn import few_rows
 from dex_jax.nn.kinds import MOST_WRITTEN, KindTable, common_window, kind_table, ring_length, ring_of
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled, stage_ranges
 
@@ -146,6 +147,49 @@ def write_rows(
     return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))
 
 
+def written_in_place(caches: Leaves) -> bool:
+    """Whether C++ writes into all of these at once: on a CPU, keys or values of layers apart."""
+    apart = isinstance(caches, tuple) and len(caches) > 0 and caches[0].ndim == 4
+    return apart and caches[0].dtype in few_rows.DTYPES and few_rows.ready()
+
+
+def write_in_place(
+    keys: Sequence[jax.Array],
+    values: Sequence[jax.Array],
+    fresh: tuple[Any, Any],
+    row: jax.Array | None,
+    at: jax.Array,
+    kinds: Sequence[Sequence[LayerKind]],
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Keys and values of layers, [B, G, S, d], with rows of others at P consecutive positions from `at` [B] int32 on.
+
+    Rows `row` [B, P] of keys and values `fresh`, which are arrays [L, B, G, N, d] or L of [B, G, N, d]; None for all.
+    `kinds` are those of each layer, as of `write_rows`.
+    """
+    together = isinstance(fresh[0], jax.Array)
+    given = tuple(fresh) if together else (*fresh[0], *fresh[1])
+    count, batch, rows = len(keys), keys[0].shape[0], given[0].shape[-2]
+    row = jnp.broadcast_to(jnp.arange(rows), (batch, rows)) if row is None else row
+    rings = [ring_of(own, cache.shape[-2]) for own, cache in zip(kinds, keys, strict=True)]
+
+    def plain(caches: tuple[jax.Array, ...], given: tuple[jax.Array, ...], row: jax.Array, at: jax.Array) -> Any:
+        apart = [*given[0], *given[1]] if together else given
+        chosen = [jnp.take_along_axis(each, row[:, None, :, None], axis=2, mode="clip") for each in apart]
+        each = zip(caches, chosen, [*kinds, *kinds], strict=True)
+        return tuple(write_rows(cache, new, at, kinds=own) for cache, new, own in each)
+
+    @jax.custom_jvp
+    def write(caches: tuple[jax.Array, ...], given: tuple[jax.Array, ...], row: jax.Array, at: jax.Array) -> Any:
+        return few_rows.write(caches, given, row, at, rings, MOST_WRITTEN)
+
+    @write.defjvp
+    def tangent(primals: Any, tangents: Any) -> Any:
+        return write(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    written = write((*keys, *values), given, row, at)
+    return written[:count], written[count:]
+
+
 def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array, kinds: KindTable) -> Memory:
     """Copies lattice slots [B, P] int32 of each sequence to committed positions from `position` [B] int32 on.
 
@@ -173,6 +217,11 @@ def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array, kinds: Ki
         # One layer at a time: a write across all of them makes TPUs lay the whole cache out anew, twice a call.
         layers, stages = cache.shape[:2]
         return jax.lax.fori_loop(0, layers * stages, lambda i, c: copy(c, i // stages, i % stages), cache)
+
+    if written_in_place(memory.keys):
+        fresh = (memory.lattice_keys, memory.lattice_values)
+        keys, values = write_in_place(memory.keys, memory.values, fresh, slot, position, kinds.rows)
+        return memory._replace(keys=keys, values=values)
 
     def leaves(caches: Leaves, lattices: Leaves) -> Leaves:
         if not isinstance(caches, tuple):

@@ -98,8 +98,9 @@ def attentions(random: np.random.Generator) -> None:
         causal = np.broadcast_to(np.tril(np.ones((rows, rows), bool)), (2, rows, rows))
         sources = (keys, values, seen, own_keys, own_values, causal)
         found = call(few_rows.ATTENTION, queries.shape, queries, *sources, cap=np.float32(cap))
-        several = (keys + 1, keys, keys, values, values, values + 1, np.int32(1), *sources[2:])
-        same = call(few_rows.ATTENTION, queries.shape, queries, *several, cap=np.float32(cap), choices=np.int64(3))
+        several = (keys + 1, keys, keys, values, values, values + 1, *sources[2:])
+        attributes = {"cap": np.float32(cap), "choices": np.array([3, 1])}
+        same = call(few_rows.ATTENTION, queries.shape, queries, np.int32(1), *several, **attributes)
         np.testing.assert_array_equal(same, found)
         both = [np.concatenate(pair, axis=2).astype("f") for pair in ((keys, own_keys), (values, own_values))]
         keys, values = (np.repeat(each, heads // groups, axis=1) for each in both)
@@ -130,6 +131,11 @@ def writes(random: np.random.Generator) -> None:
                 if first >= 0:
                     caches[:, b, :, place + p] = fresh[:, 0, b, :, chosen]
         np.testing.assert_array_equal(np.stack(found), caches)
+        apart = [own for together in fresh for own in together]
+        own = [jnp.array(each) for each in caches]
+        write = jax.ffi.ffi_call(few_rows.WRITE, shapes, input_output_aliases={4: 0, 5: 1})
+        found = write(start, row, *(jnp.array(each) for each in apart), *own, **attributes)
+        np.testing.assert_array_equal(np.stack(found), caches)
     # One that passes the end of a ring of 8 goes on where that begins.
     own = [jnp.zeros((1, 1, 16, 1)) for _ in range(2)]
     operands = [jnp.array([7]), jnp.arange(3)[None], *jnp.arange(1.0, 4).reshape(1, 1, 1, 1, 3, 1).repeat(2, 0)]
@@ -144,7 +150,7 @@ def refusals() -> None:
 
     queries, keys, mask = zeros(1, 2, 4, 16), zeros(1, 2, 5, 16), zeros(1, 2, 5, dtype="bool")
     scale, numbers, blocks = {"epsilon": np.float32(0)}, {"format": ""}, {"format": "Q4_1"}
-    several, ring = {"cap": np.float32(0), "choices": np.int64(2)}, {"rings": np.array([0]), "margin": np.int64(4)}
+    several, ring = {"cap": np.float32(0), "choices": np.array([2])}, {"rings": np.array([0]), "margin": np.int64(4)}
     cache, fresh = zeros(1, 2, 5, 16), zeros(1, 1, 2, 3, 16)
     misfits = [
         (few_rows.PRODUCT, (2, 3), (zeros(2, 5), zeros(3, 4)), numbers),
@@ -171,8 +177,9 @@ def refusals() -> None:
         (few_rows.ATTENTION, queries.shape, (queries, keys, keys)),
         (few_rows.ATTENTION, queries.shape, (queries,)),
         (few_rows.ATTENTION, queries.shape, (queries, keys, zeros(1, 2, 4, 16), mask)),
-        (few_rows.ATTENTION, queries.shape, (queries, *[keys] * 4, np.int32(2), mask), several),
+        (few_rows.ATTENTION, queries.shape, (queries, np.int32(2), *[keys] * 4, mask), several),
         (few_rows.ATTENTION, queries.shape, (queries, *[keys] * 4, mask), several),
+        (few_rows.ATTENTION, queries.shape, (queries, np.int32(0), *[keys] * 3, mask), several),
         (few_rows.WRITE, cache.shape, (np.zeros(1, "i"), np.zeros((1, 1), "i"), fresh, cache), ring),
         (few_rows.WRITE, cache.shape, (np.zeros(1, "i"), np.zeros((1, 1), "i"), fresh, fresh, cache, cache), ring),
         (few_rows.ATTENTION, queries.shape, (queries, keys, keys, zeros(1, 3, 5, dtype="bool"))),

@@ -35,7 +35,7 @@ SCOPE = "attention"
 class KeyValues(NamedTuple):
     """Keys (after RoPE) and values that rows may attend to."""
 
-    keys: Any  # [B, G, S, d]; of the first set a few_rows.OneOf where layers are a loop
+    keys: Any  # [B, G, S, d]; a few_rows.OneOf where layers are a loop
     values: Any  # as keys
     mask: jax.Array  # [B, R, S] bool, which of them each row sees; broadcasting over R is allowed
 

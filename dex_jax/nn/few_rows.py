@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -169,22 +170,22 @@ def few_rows_attention(queries: jax.Array, *sources: jax.Array | OneOf, cap: flo
     """Grouped-query attention on a CPU, computed in float32: queries [B, R, H, d], d a multiple of LANES.
 
     `sources` are, of each set that rows may attend to, keys [B, G, S, d], values of that shape, all float32 or all
-    bfloat16, and the mask [B, R, S] or [B, 1, S], bool; a B of 1 is for all sequences. A row that sees nothing gets
-    zeros. Scores become cap tanh(score / cap) where there is a `cap`. Gives [B, R, H, d] float32; it has no derivative.
+    bfloat16, and the mask [B, R, S] or [B, 1, S], bool; a B of 1 is for all sequences. All that are one of several are
+    so by the same number. A row that sees nothing gets zeros. Scores become cap tanh(score / cap) where there is a
+    `cap`. Gives [B, R, H, d] float32; it has no derivative.
     """
     queries = queries.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
     call = jax.ffi.ffi_call(ATTENTION, shape, vmap_method="expand_dims")
-    keys, values, *others = sources
-    choices = 1
-    if isinstance(keys, OneOf):
-        choices, sources = len(keys.arrays), (*keys.arrays, *_operands(values), *others)
-    return call(queries, *sources, cap=np.float32(cap or 0), choices=np.int64(choices))
+    numbers = [array.number for array in sources if isinstance(array, OneOf)][:1]
+    arrays = [array.arrays if isinstance(array, OneOf) else (array,) for array in sources]
+    about = {"choices": np.asarray([*map(len, arrays[::3])], np.int64)} if numbers else {}
+    return call(queries, *numbers, *itertools.chain(*arrays), cap=np.float32(cap or 0), **about)
 
 
 def write(
     caches: tuple[jax.Array, ...],
-    fresh: tuple[jax.Array, jax.Array],
+    fresh: tuple[jax.Array, ...],
     row: jax.Array,
     start: jax.Array,
     rings: list[int],
@@ -194,14 +195,15 @@ def write(
 
     Args:
       caches: keys of L layers, then values, [B, G, S, d] each; they are used up.
-      fresh: the keys and values [L, B, G, N, d] to choose from, of the caches' dtype.
+      fresh: rows to choose from, of the caches' dtype: keys and values [L, B, G, N, d], or L of [B, G, N, d] each.
       row: [B, P] int32, which of N; the first or last where there is none of the number.
       start: [B] int32, the first of P consecutive positions, or less than 0: nothing is written.
       rings, margin: of each layer, the size of the ring that it keeps positions in, or 0; and what is at both its ends
         (nn/kinds.py).
     """
     shapes = [jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches]
-    call = jax.ffi.ffi_call(WRITE, shapes, input_output_aliases={4 + i: i for i in range(len(caches))})
+    aliases = {2 + len(fresh) + i: i for i in range(len(caches))}
+    call = jax.ffi.ffi_call(WRITE, shapes, input_output_aliases=aliases)
     return tuple(call(start, row, *fresh, *caches, rings=np.asarray(rings, np.int64), margin=np.int64(margin)))
 
 

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dex_jax.cache import NOWHERE, Memory, after, allocate, lengths_of, write_rows
-from dex_jax.nn import few_rows
+from dex_jax.cache import NOWHERE, Memory, after, allocate, lengths_of, write_in_place, write_rows, written_in_place
 from dex_jax.nn.attention import KeyValues, attend, causal_rows
 from dex_jax.nn.in_turn import Place, cached, in_turn, is_loop
-from dex_jax.nn.kinds import MOST_WRITTEN, Sight, ring_of, sight_at, sights
+from dex_jax.nn.kinds import Sight, sight_at, sights
 from dex_jax.nn.layers import DecoderLayer
-from dex_jax.nn.transformer import Stacked, Transformer, Unrolled
+from dex_jax.nn.transformer import Stacked, Transformer
 
 
 class Beside(NamedTuple):
@@ -228,8 +227,8 @@ def commit_rows(
     """
 
     layers = range(model.config.num_layers)
-    if _in_place(model, memory, fresh):
-        return _write_in_place(model, memory, fresh, row, after(prefix, done), layers)
+    if written_in_place(memory.keys):
+        return write_layers(model, memory, fresh, prefix, layers, done, row)
 
     def chosen(row: jax.Array, done: jax.Array, *fresh: jax.Array) -> tuple[jax.Array, ...]:
         rows = (jnp.take_along_axis(each, row[None, :, None, :, None], axis=3, mode="clip") for each in fresh)
@@ -253,15 +252,20 @@ def write_layers(
     start: jax.Array,
     layers: range,
     done: jax.Array,
+    row: jax.Array | None = None,
 ) -> Memory:
     """Writes P rows of what `run_rows` gave for `layers` at consecutive positions from `start` [B] on, or NOWHERE.
 
-    start + P must not pass the cache's end. `done` is any array that is known only after memory has been read.
+    start + P must not pass the cache's end. `done` is any array that is known only after memory has been read. All rows
+    are written, and where memory is written in place those that `row` [B, P] chooses.
     """
     at = after(start, done)
-    if _in_place(model, memory, fresh):
-        row = jnp.broadcast_to(jnp.arange(fresh[0].shape[-2]), (fresh[0].shape[1], fresh[0].shape[-2]))
-        return _write_in_place(model, memory, fresh, row, at, layers)
+    if written_in_place(memory.keys):
+        here = slice(layers.start, layers.stop)
+        old, kinds = (memory.keys[here], memory.values[here]), model.kinds.rows[here]
+        pairs = zip(memory[:2], write_in_place(*old, fresh, row, at, kinds), strict=True)
+        keys, values = ((*each[: here.start], *new, *each[here.stop :]) for each, new in pairs)
+        return memory._replace(keys=keys, values=values)
 
     if not isinstance(model.layout, Stacked):
         keys, values = memory.keys, memory.values
@@ -276,39 +280,6 @@ def write_layers(
 
     places = jnp.asarray([model.layout.place(i) for i in layers])
     (keys, values), _ = jax.lax.scan(one_layer, (memory.keys, memory.values), (places, *fresh))
-    return memory._replace(keys=keys, values=values)
-
-
-def _in_place(model: Transformer, memory: Memory, fresh: tuple[Any, Any]) -> bool:
-    """Whether C++ writes rows of one array for all layers."""
-    known = isinstance(model.layout, Unrolled) and isinstance(fresh[0], jax.Array) and few_rows.ready()
-    return known and memory.keys[0].ndim == 4 and fresh[0].dtype in few_rows.DTYPES
-
-
-def _write_in_place(
-    model: Transformer, memory: Memory, fresh: tuple[Any, Any], row: jax.Array, at: jax.Array, layers: range
-) -> Memory:
-    """Memory with the rows `row` [B, P] of what `run_rows` gave for `layers`, from positions `at` [B] on."""
-    kinds = [model.kinds.kinds_at(i) for i in layers] * 2
-    rings = [ring_of(model.kinds.kinds_at(i), memory.keys[i].shape[-2]) for i in layers]
-
-    def plain(caches: tuple[jax.Array, ...], fresh: tuple[Any, Any], row: jax.Array, at: jax.Array) -> Any:
-        rows = [jnp.take_along_axis(each, row[None, :, None, :, None], axis=3, mode="clip") for each in fresh]
-        each = zip(caches, [*rows[0], *rows[1]], kinds, strict=True)
-        return tuple(write_rows(cache, new, at, kinds=own) for cache, new, own in each)
-
-    @jax.custom_jvp
-    def write(caches: tuple[jax.Array, ...], fresh: tuple[Any, Any], row: jax.Array, at: jax.Array) -> Any:
-        return few_rows.write(caches, fresh, row, at, rings, MOST_WRITTEN)
-
-    @write.defjvp
-    def tangent(primals: Any, tangents: Any) -> Any:
-        return write(*primals), jax.jvp(plain, primals, tangents)[1]
-
-    old = tuple(caches[i] for caches in (memory.keys, memory.values) for i in layers)
-    new = write(old, fresh, row, at)
-    parts = zip(memory[:2], (new[: len(layers)], new[len(layers) :]), strict=True)
-    keys, values = ((*caches[: layers.start], *own, *caches[layers.stop :]) for caches, own in parts)
     return memory._replace(keys=keys, values=values)
 
 

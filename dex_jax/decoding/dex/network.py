@@ -7,19 +7,21 @@ d head width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dex_jax.cache import Memory, after, commit_slots, lengths_of
+from dex_jax.cache import Memory, after, commit_slots, lengths_of, write_in_place, written_in_place
 from dex_jax.decoding.dex.interface import Chunk, Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.dex.trained_exits import Heads, reached_features, trained_exits
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.nn.forward import InUse, commit_rows, run_all, run_layer, used_layer
+from dex_jax.nn.in_turn import Place, cached, in_turn, is_loop
 from dex_jax.nn.kinds import sight_at, sights
+from dex_jax.nn.layers import DecoderLayer
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
 
 if TYPE_CHECKING:
@@ -167,35 +169,39 @@ def _advance_unrolled(
     counts = stage_rungs(batch, rows) if counts is None else row_counts(counts, rows)
     _, groups, _, head_dim = memory.keys[0].shape
     ancestor_mask, among = _masks(view)
-    sizes = lengths_of(memory)
+    sizes, loop = lengths_of(memory), not in_use and is_loop(model)
     used = jax.vmap(last_row)(view.live)
-    out, lattice_keys, lattice_values = [], list(memory.lattice_keys), list(memory.lattice_values)
+    out, lattice = [], [list(memory.lattice_keys), list(memory.lattice_values)]
 
     for k, stage in enumerate(stage_ranges(depths)):
 
         def run_stage(width: int, k: int = k, stage: range = stage) -> Any:
             if width == 0:
                 nothing = jnp.zeros((batch, groups, rows, head_dim), memory.keys[0].dtype)
-                return hidden[k], tuple((nothing, nothing) for _ in stage)
+                each = jnp.stack([nothing] * len(stage)) if loop else (nothing,) * len(stage)
+                return hidden[k], (each, each)
             x, position = hidden[k, :, :width], view.position[k, :, :width]
             ancestors, own = ancestor_mask[k, :, :width], among[k, :, :width, :width]
             found = sights(model.config, model.kinds, position, view.prefix, sizes, own, ancestors, view.slots)
-            fresh = []
-            for i in stage:
-                sources = [(memory.keys[i], memory.values[i]), (memory.lattice_keys[i], memory.lattice_values[i])]
-                sight = sight_at(model.kinds, found, i, sizes.index(memory.keys[i].shape[-2]))
-                x, keys, values = run_layer(model.layers[i], x, sight, sources, used_layer(in_use, i))
-                fresh.append((fill(keys, 2, rows), fill(values, 2, rows)))
-            return fill(x, 1, rows), tuple(fresh)
+
+            def run(layer: DecoderLayer, x: jax.Array, place: Place) -> Any:
+                own, older = (tuple(cached(each, place) for each in pair) for pair in (memory[:2], memory[2:4]))
+                sight = sight_at(model.kinds, found, place, sizes.index(own[0].shape[-2]))
+                used = used_layer(in_use, place) if isinstance(place, int) else None
+                x, keys, values = run_layer(layer, x, sight, [own, older], used)
+                return x, (fill(keys, 2, rows), fill(values, 2, rows))
+
+            x, given = in_turn(model, stage, run, x, loop)
+            return fill(x, 1, rows), given if loop else tuple(zip(*given, strict=True))
 
         x, fresh = climb(used[k], counts, run_stage)
         out.append(x)
         start = after(view.ring[k] * rows, x)
-        for i, (keys, values) in zip(stage, fresh, strict=True):
-            lattice_keys[i] = _write_cohort(lattice_keys[i], keys, start)
-            lattice_values[i] = _write_cohort(lattice_values[i], values, start)
-    memory = memory._replace(lattice_keys=tuple(lattice_keys), lattice_values=tuple(lattice_values))
-    return jnp.stack(out), memory
+        old = [each[stage.start : stage.stop] for each in lattice]
+        for each, new in zip(lattice, _with_cohort(old, fresh, start), strict=True):
+            each[stage.start : stage.stop] = new
+    keys, values = map(tuple, lattice)
+    return jnp.stack(out), memory._replace(lattice_keys=keys, lattice_values=values)
 
 
 def _advance_stacked(
@@ -234,6 +240,16 @@ def _advance_stacked(
         lattice_keys=write(memory.lattice_keys, keys), lattice_values=write(memory.lattice_values, values)
     )
     return hidden, memory
+
+
+def _with_cohort(lattice: list[list[jax.Array]], fresh: Any, start: jax.Array) -> list[Sequence[jax.Array]]:
+    """Keys and values of a stage's lattice slots with those of a cohort, `fresh`, from slot `start` on."""
+    if written_in_place(tuple(lattice[0])):
+        keys, values = lattice
+        at = jnp.broadcast_to(start, keys[0].shape[0])
+        return [*write_in_place(keys, values, fresh, None, at, [()] * len(keys))]
+    pairs = (zip(old, new, strict=True) for old, new in zip(lattice, fresh, strict=True))
+    return [[_write_cohort(*pair, start) for pair in each] for each in pairs]
 
 
 def _write_cohort(lattice: jax.Array, fresh: jax.Array, start: jax.Array) -> jax.Array:

@@ -24,7 +24,8 @@ namespace {
 using namespace dex_jax;
 
 constexpr XLA_FFI_DataType kFloat32 = XLA_FFI_DataType_F32, kBFloat16 = XLA_FFI_DataType_BF16,
-                           kInt8 = XLA_FFI_DataType_S8, kUint8 = XLA_FFI_DataType_U8, kInt32 = XLA_FFI_DataType_S32, kBool = XLA_FFI_DataType_PRED;
+                           kInt8 = XLA_FFI_DataType_S8, kUint8 = XLA_FFI_DataType_U8, kInt32 = XLA_FFI_DataType_S32,
+                           kBool = XLA_FFI_DataType_PRED;
 
 // What handlers return: why they refuse a call, "" where they have done it.
 using Refusal = std::string;
@@ -108,30 +109,31 @@ Refusal Norm(const Call& call) {
   return "";
 }
 
-// Of each source keys and values [..., G, S, d] and mask [..., R or 1, S]. Those of the first are one of several, whose
-// number stands behind all that are to choose from.
+// Of each source keys and values [..., G, S, d] and mask [..., R or 1, S]. `choices` says how many keys and values there
+// are of each source, of which the number behind the queries says which are meant; without it there is one of each.
 Refusal Attention(const Call& call) {
-  const int64_t choices = std::max<int64_t>(1, call.Integer("choices")), begin = choices == 1 ? 3 : 2 * choices + 2;
-  if (call.size() <= begin || (call.size() - begin) % 3 != 1 || call[0].type != kFloat32 ||
-      call.result().type != kFloat32)
+  const std::pair<const int64_t*, int64_t> choices = call.Integers("choices");
+  const int64_t begin = choices.second > 0 ? 2 : 1;
+  if (call.size() <= begin || call[0].type != kFloat32 || call.result().type != kFloat32)
     return "attention takes queries in float32 and of each source keys, values and a mask";
-  const Array queries = call[0], result = call.result(), number = call[begin - 1];
-  const XLA_FFI_Buffer* const first[] = {OneOf(call, 1, choices, number), OneOf(call, 1 + choices, choices, number)};
-  if (!first[0]) return "of several caches a number says which";
+  const Array queries = call[0], result = call.result();
   const Dimensions of_queries = queries.dimensions, shape = result.dimensions;
   if (shape.size() < 3 || of_queries.size() != shape.size()) return "queries of attention are [..., R, H, d]";
   const size_t leading = shape.size() - 3;
   for (size_t d = leading; d < shape.size(); ++d)
     if (of_queries[d] != shape[d]) return "queries and result of attention are of one shape";
   if (shape[leading + 2] % kLanes != 0) return "the width of heads is a multiple of 16";
-  const XLA_FFI_DataType cached = first[0]->dtype;
+  const XLA_FFI_DataType cached = call[begin].type;
   if (cached != kFloat32 && cached != kBFloat16) return "keys and values are float32 or bfloat16";
   std::vector<Operand<Dimensions>> operands;
   int64_t groups = -1;
-  for (int64_t i = begin - 2; i < call.size(); i += 3) {
-    const bool later = i >= begin;
-    const Array keys(later ? *call.buffer(i) : *first[0]), values(later ? *call.buffer(i + 1) : *first[1]);
-    const Array mask = call[i + 2];
+  for (int64_t i = begin, source = 0; i < call.size(); ++source) {
+    const int64_t several = begin == 1 ? 1 : source < choices.second ? choices.first[source] : 0;
+    if (several < 1 || call.size() - i <= 2 * several) return "of each source there are keys, values and a mask";
+    const XLA_FFI_Buffer* const own[] = {OneOf(call, i, several, call[1]), OneOf(call, i + several, several, call[1])};
+    if (!own[0]) return "of several keys and values a number says which";
+    const Array keys(*own[0]), values(*own[1]), mask = call[i + 2 * several];
+    i += 2 * several + 1;
     const Dimensions of_keys = keys.dimensions, of_values = values.dimensions, of_mask = mask.dimensions;
     if (keys.type != cached || values.type != cached || mask.type != kBool)
       return "keys and values of all sources are of one dtype, masks are bool";
@@ -200,43 +202,49 @@ Refusal Gate(const Call& call) {
   return "";
 }
 
-// From which position on, which rows, of which keys and values, into which layers' keys and values, in place.
+// From which position on [B], which rows [B, P], of which keys and values, into which layers' keys and values, in place.
+// Those to choose from are keys and values of all layers, [L, B, G, N, d], or of each, [B, G, N, d].
 Refusal Write(const Call& call) {
   const int64_t caches = call.results(), layers = caches / 2, margin = call.Integer("margin");
+  const int64_t given = call.size() - 2 - caches;
   const std::pair<const int64_t*, int64_t> rings = call.Integers("rings");
-  if (caches == 0 || caches % 2 != 0 || call.size() != 4 + caches || rings.second != layers)
+  if (caches == 0 || caches % 2 != 0 || (given != 2 && given != caches) || rings.second != layers)
     return "rows are written into the keys and values of layers that each have a ring or none";
-  const Array start = call[0], row = call[1], fresh[] = {call[2], call[3]};
-  const Dimensions of_start = start.dimensions, of_row = row.dimensions, of_fresh = fresh[0].dimensions;
-  if (start.type != kInt32 || row.type != kInt32 || of_start.size() != 1 || of_row.size() != 2 || of_fresh.size() != 5 ||
-      of_fresh[0] != layers || of_fresh[1] != of_start[0] || of_fresh[1] != of_row[0])
-    return "positions are [B], rows to choose [B, P], and those to choose from [L, B, G, N, d]";
-  const int64_t count = of_row[1], number = fresh[0].type == kFloat32 ? 4 : 2;
-  if (fresh[0].type != kFloat32 && fresh[0].type != kBFloat16) return "keys and values are float32 or bfloat16";
-  if (count > 0 && of_fresh[3] == 0) return "there is no row to choose";
+  const Array start = call[0], row = call[1];
+  const Dimensions of_start = start.dimensions, of_row = row.dimensions;
+  const size_t lead = call[2].dimensions.size() == 5 ? 1 : 0;
+  if (start.type != kInt32 || row.type != kInt32 || of_start.size() != 1 || of_row.size() != 2 ||
+      of_row[0] != of_start[0] || (lead == 0 && given != caches) || (lead == 1 && given != 2))
+    return "positions are [B], rows to choose [B, P], and those to choose from [L, B, G, N, d] or of each layer";
+  const auto fresh = [&](int64_t c) { return call[2 + (lead ? c / layers : c)]; };
+  const Dimensions first = fresh(0).dimensions;
+  const XLA_FFI_DataType type = fresh(0).type;
+  if (first.size() != 4 + lead || (type != kFloat32 && type != kBFloat16)) return "keys are float32 or bfloat16";
+  const int64_t batch = first[lead], groups = first[lead + 1], from = first[lead + 2], width = first[lead + 3];
+  const int64_t count = of_row[1], bytes = width * (type == kFloat32 ? 4 : 2);
+  if (batch != of_row[0] || (count > 0 && from == 0)) return "each sequence has rows to choose from";
   for (int64_t c = 0; c < caches; ++c) {
-    const Array cache = call[4 + c], result = call.result(c);
-    const Dimensions shape = cache.dimensions, of_own = fresh[c / layers].dimensions;
-    bool fits = shape.size() == 4 && of_own.size() == 5 && cache.type == fresh[c / layers].type &&
-                cache.type == fresh[0].type && cache.data == result.data;
-    for (size_t d = 0; d < 5 && fits; ++d) fits = of_own[d] == of_fresh[d] && (d == 0 || d == 3 || of_fresh[d] == shape[d - 1]);
+    const Array own = fresh(c), cache = call[2 + given + c];
+    const Dimensions of_own = own.dimensions, shape = cache.dimensions;
+    bool fits = of_own.size() == first.size() && shape.size() == 4 && own.type == type && cache.type == type &&
+                cache.data == call.result(c).data && (lead == 0 || of_own[0] == layers);
+    for (size_t d = lead; d < first.size() && fits; ++d) fits = of_own[d] == first[d];
     const int64_t ring = rings.first[c % layers];
-    if (!fits || count > (ring ? margin : shape[2]) || (ring && shape[2] != ring + 2 * margin))
+    if (!fits || shape[0] != batch || shape[1] != groups || shape[3] != width || count > (ring ? margin : shape[2]) ||
+        (ring && shape[2] != ring + 2 * margin))
       return "caches are [B, G, S, d], of the rows' dtype, with room for what is written in place";
   }
-  const int64_t batch = of_fresh[1], groups = of_fresh[2], bytes = of_fresh[4] * number;
-  EachRow(call.threads(), caches * batch * groups, count * of_fresh[4], [&](int64_t index) {
+  EachRow(call.threads(), caches * batch * groups, count * width, [&](int64_t index) {
     const int64_t c = index / (batch * groups), within = index % (batch * groups), sequence = within / groups;
     const int64_t ring = rings.first[c % layers], position = start.As<int32_t>()[sequence];
     if (position < 0) return;
-    const int64_t length = call[4 + c].dimensions[2];
+    const int64_t length = call[2 + given + c].dimensions[2], block = (lead ? c % layers : 0) * batch * groups + within;
     char* const cache = call.result(c).As<char>() + within * length * bytes;
-    const char* const from =
-        fresh[c / layers].As<char>() + (c % layers * batch * groups + within) * of_fresh[3] * bytes;
+    const char* const rows = fresh(c).As<char>() + block * from * bytes;
     const auto put = [&](int64_t at) {
       for (int64_t p = 0; p < count; ++p) {
-        const int64_t chosen = std::clamp<int64_t>(row.As<int32_t>()[sequence * count + p], 0, of_fresh[3] - 1);
-        std::memcpy(cache + (at + p) * bytes, from + chosen * bytes, bytes);
+        const int64_t chosen = std::clamp<int64_t>(row.As<int32_t>()[sequence * count + p], 0, from - 1);
+        std::memcpy(cache + (at + p) * bytes, rows + chosen * bytes, bytes);
       }
     };
     const int64_t place = ring ? margin + position % ring : std::min(position, length - count);
