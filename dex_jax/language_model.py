@@ -223,6 +223,9 @@ def outline(
     """Opens a model without reading its weights; arguments and errors as for `load`."""
     chosen, spread = resolve_dtype(dtype), None if mesh is None else make_mesh(mesh)
     checkpoint = open_checkpoint(source)
+    stored = {format for parts in checkpoint.formats().values() for format, _ in parts} & FORMATS.keys()
+    # Drafters are kept in 8 bits.
+    few_rows.begin({INT8, *(stored if stored and weights in (None, "stored") else (str(chosen),))})
     if spread is None:
         if isinstance(layout, Staged):
             raise DexError("layout=Staged(...) spreads a model over a mesh: say which, with mesh=")

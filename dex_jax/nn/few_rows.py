@@ -21,7 +21,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ NORM, PRODUCT, ATTENTION = "dex_jax_norm", "dex_jax_product", "dex_jax_attention
 TURN, GATE, WRITE = "dex_jax_turn", "dex_jax_gate", "dex_jax_write"
 SOURCES = Path(__file__).with_name("cpp")
 COMPILERS = ("c++", "g++", "clang++")
+_builds: dict[str, Future[Path]] = {}
 _formats: set[str] = set()
 NUMBERS = {"float32": "float", "bfloat16": "BFloat16", "int8": "int8_t"}
 """Dtype of a kernel that is no blocks -> its C++ type."""
@@ -220,14 +223,39 @@ def ready() -> bool:
     return one and _registered() is not None
 
 
+def begin(formats: Iterable[str]) -> None:
+    """Builds what all models need and these formats of kernels, as far as it is not there, side by side in threads."""
+
+    def build(format: str, made: Future[Path]) -> None:
+        try:
+            made.set_result(library(format))
+        except BaseException as error:
+            made.set_exception(error)
+
+    for format in ("", *sorted(formats)) if _wanted() else ():
+        if format not in _builds:
+            _builds[format] = Future()
+            threading.Thread(target=build, args=(format, _builds[format]), daemon=True).start()
+
+
+def _wanted() -> bool:
+    return os.environ.get("DEX_JAX_NATIVE") != "0" and jax.default_backend() == "cpu"
+
+
+def _built(format: str = "") -> ctypes.CDLL:
+    """What `library` gives, loaded; errors as there."""
+    begin([format] if format else [])
+    return ctypes.CDLL(str(_builds[format].result()))
+
+
 @functools.cache
 def _registered() -> ctypes.CDLL | None:
     """What this process's programs for CPUs know of the C++ files; None if they do not."""
-    if os.environ.get("DEX_JAX_NATIVE") == "0" or jax.default_backend() != "cpu":
+    if not _wanted():
         return None
     # Only speed is at stake: whatever is missing here, XLA does it as well.
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        compiled = ctypes.CDLL(str(library()))
+        compiled = _built()
         for target in (NORM, PRODUCT, ATTENTION, TURN, GATE, WRITE):
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(compiled, target)), platform="cpu")
         return compiled
@@ -241,7 +269,7 @@ def _load(format: str) -> None:
     if known is None:
         return
     try:
-        compiled = ctypes.CDLL(str(library(format)))
+        compiled = _built(format)
     except (OSError, subprocess.CalledProcessError) as error:
         what = f"the C++ kernels for {format} cannot be built, though others were"
         raise DexError(f"{what}: {error} (DEX_JAX_NATIVE=0 in the environment does without them)") from error
