@@ -123,10 +123,14 @@ def test_the_oldest_files_go_and_a_full_disk_is_no_error(folder, monkeypatch) ->
     assert made(exponent=7).traced == 1
 
 
-def test_jaxs_own_cache_goes_on_afterwards(folder) -> None:
-    before = jax.config.values["jax_enable_compilation_cache"]
+def test_jaxs_own_cache_goes_on_afterwards_and_where_it_is_off_nothing_is_kept(folder) -> None:
     made(exponent=2)
-    assert jax.config.values["jax_enable_compilation_cache"] == before
+    assert jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        assert made(exponent=2).traced == made(exponent=2).traced == 1
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.mark.slow

@@ -145,7 +145,11 @@ class Program:
 
     def _made(self, lowered: Any, name: str | None) -> Any:
         """Compiles what was traced, and keeps it under a name."""
-        compiled = lowered.compile(compiler_options=compiler_options(self.level))
+        options = compiler_options(self.level)
+        if name is None:
+            return lowered.compile(compiler_options=options)
+        with program_store.in_place_of_jax():
+            compiled = lowered.compile(compiler_options=options)
         program_store.keep(name, compiled, lowered.out_info)
         return compiled
 
@@ -159,12 +163,11 @@ def side_by_side() -> Iterator[Callable[..., Pending]]:
         begun.append(program.begin(*args, **static))
         return begun[-1]
 
-    with program_store.in_place_of_jax():
-        try:
-            yield begin
-        finally:
-            # A process that ends while a compiler runs crashes.
-            new = [each.wait() for each in begun]
+    try:
+        yield begin
+    finally:
+        # A process that ends while a compiler runs crashes.
+        new = [each.wait() for each in begun]
     for each in begun:
         each.result()
     if any(new):

@@ -12,6 +12,7 @@ import hashlib
 import os
 import pickle
 import platform
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ MOST = 64
 """Files that are kept, those that were used last."""
 
 _folder: Path | None = None
+_turn, _compiling = threading.Lock(), 0
 
 
 class Kept(NamedTuple):
@@ -49,8 +51,10 @@ def keep_in(folder: Path | None) -> None:
 
 def name_of(program: str, tree: Any, shapes: Any, static: Mapping[str, Any], level: int | None) -> str | None:
     """The file of a program for arguments of that tree and shapes; None where it is not kept."""
-    known = _folder is not None and jax.default_backend() == "cpu" and jax.device_count() == 1
-    if not known or not all(map(_tells_all, static.values())):
+    here = _folder is not None and jax.default_backend() == "cpu" and jax.device_count() == 1
+    # Whoever switches JAX's cache off wants none.
+    wanted = _compiling > 0 or jax.config.values["jax_enable_compilation_cache"]
+    if not here or not wanted or not all(map(_tells_all, static.values())):
         return None
     told = repr((str(tree), shapes, sorted(static.items()), level))
     return f"{program}-{hashlib.sha256(f'{told}{_here()}'.encode()).hexdigest()[:24]}"
@@ -88,15 +92,19 @@ def keep(name: str | None, compiled: Any, out_info: Any) -> None:
 
 @contextlib.contextmanager
 def in_place_of_jax() -> Iterator[None]:
-    """Within it JAX keeps nothing itself, where programs are kept here: what it has read cannot be written again."""
-    if _folder is None or not jax.config.values["jax_enable_compilation_cache"]:
-        yield
-        return
+    """Within it, in any thread, JAX keeps nothing itself: what it has read cannot be written again."""
+    global _compiling
+    with _turn:
+        _compiling += 1
+        if _compiling == 1:
+            _jax_keeps(False)
     try:
-        _jax_keeps(False)
         yield
     finally:
-        _jax_keeps(True)
+        with _turn:
+            _compiling -= 1
+            if _compiling == 0:
+                _jax_keeps(True)
 
 
 def _jax_keeps(whether: bool) -> None:
