@@ -11,6 +11,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from test_tpu import in_int8
 
 from dex_jax.cli.decode import main
 from dex_jax.decoding.dex.shape import TreeShape
@@ -37,12 +38,13 @@ LAYERS = 5
 MODELS = {"smollm2": open_checkpoint("smollm2-135m").config, "8b": SHAPES["llama-3-8b"]}
 
 
-def compiled(gpu: str, model: str, method: str, name: str = "run", cache: int = CACHE):
+def compiled(gpu: str, model: str, method: str, name: str = "run", cache: int = CACHE, int8: bool = False):
     """(program, its memory figures, the shapes that went in) of "run" or "prefill" with a few layers, one sequence."""
     config = dataclasses.replace(MODELS[model], num_layers=LAYERS)
     dtype = jnp.dtype(jnp.float16 if gpu == "t4" else jnp.bfloat16)
     schedule = METHODS[method].schedule_for(config.num_layers)
-    shapes = session_shapes(config, dtype, schedule, Unrolled(), 1, cache, capacity=256)
+    packing = in_int8(config) if int8 else ()
+    shapes = session_shapes(config, dtype, schedule, Unrolled(), 1, cache, capacity=256, packing=packing)
     with target(gpu) as (device,):
         found = lower(name, shapes, Spec(config, Unrolled(), schedule), device, CHUNK).compile()
     return read(found.as_text()), found.memory_analysis(), shapes
@@ -78,6 +80,19 @@ def test_loop(gpu: str, model: str, method: str) -> None:
     assert program.moved(loop) / 1e6 <= megabytes
     assert memory.temp_size_in_bytes < 40e6
     assert memory.alias_size_in_bytes >= nbytes(shapes.state)
+
+
+@pytest.mark.parametrize(("gpu", "method"), [("t4", "ar"), ("t4", "one"), ("h100", "one")])
+def test_8_bits_are_read_where_they_lie(gpu: str, method: str) -> None:
+    """A step reads little more than its weights, and holds nothing dense."""
+    program, memory, shapes = compiled(gpu, "8b", method, int8=True)
+    smallest = min(leaf.size for leaf in jax.tree.leaves(shapes.weights) if leaf.dtype == jnp.int8)
+    (loop, *_) = program.loops
+    for each in program.within(*program.loops):
+        for array in each.results if each.works and each.operation != "while" else ():
+            assert array.kind == "s8" or array.size < smallest, each.line[:300]
+    assert program.moved(loop) < 1.15 * nbytes([shapes.weights[name] for name in ("layers", "unembed")])
+    assert memory.temp_size_in_bytes < 40e6
 
 
 @pytest.mark.parametrize("gpu", ["t4", "h100"])

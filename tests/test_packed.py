@@ -22,6 +22,7 @@ from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import few_rows_product
 from dex_jax.nn.layers import linear
 from dex_jax.nn.packed import FORMATS, INT8, Packed, joined, take_rows, to_int8
+from dex_jax.nn.products import CAPABILITY, rows_times_int8
 
 formats = pytest.mark.parametrize("format", FORMATS)
 METHODS = {"ar": dex_jax.AR(), "drafts": dex_jax.Dex(explorers=1), "explorers": dex_jax.Dex(explorers=2)}
@@ -89,6 +90,20 @@ def test_int8_rounds_to_the_nearest_of_255_steps_a_row() -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 33)), jnp.float32)
     for whole in (True, False):
         np.testing.assert_allclose(found.product(x, whole), x @ found.dense().T, rtol=1e-4, atol=1e-4)
+
+
+def test_gpus_that_widen_int8_first_sum_up_few_rows() -> None:
+    x, kernel = np.random.default_rng(0).normal(size=(5, 96)), to_int8(np.random.default_rng(1).normal(size=(7, 96)))
+    rows, part = jnp.asarray(x, jnp.float16), jnp.asarray(kernel.parts[0])
+    wide = np.tile(np.asarray(rows, np.float64), (4, 1)) @ kernel.parts[0].T
+    for capability, count, wanted in ((7.5, 5, False), (7.5, 20, True), (8.0, 5, True), (0.0, 5, True)):
+        before = CAPABILITY.set(capability)
+        some = jnp.tile(rows, (4, 1))[:count]
+        as_dot = "dot_general" in str(jax.make_jaxpr(lambda rows, part: rows_times_int8(rows, part))(some, part))
+        found = rows_times_int8(some, part)
+        CAPABILITY.reset(before)
+        assert as_dot == wanted
+        np.testing.assert_allclose(found, wide[:count], rtol=2e-3, atol=0.5)
 
 
 def test_int8_is_made_of_a_few_rows_at_a_time() -> None:

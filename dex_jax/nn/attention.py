@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.nn import few_rows
-from dex_jax.nn.products import CAPABILITY, matmul_precision
+from dex_jax.nn.products import gpu_capability, matmul_precision
 
 MASKED_SCORE = -1e30
 
@@ -64,7 +64,7 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True,
     known = len(stored) == 1 and stored | {queries.dtype} <= {*few_rows.DTYPES}
     if whole and known and queries.shape[3] % few_rows.LANES == 0 and few_rows.ready():
         ways["cpu"] = _attend_few_rows
-    capability = _capability()
+    capability = gpu_capability()
     if capability and not many:
         ways["cuda"] = functools.partial(_attend, on_gpu=True)
     elif capability >= 8 and cap is None and stored == {queries.dtype} != {jnp.dtype(jnp.float32)}:
@@ -76,18 +76,6 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True,
         if len(ways) == 1:
             return ways["default"](queries, sources)
         return jax.lax.platform_dependent(queries, list(sources), **ways)
-
-
-def _capability() -> float:
-    """Compute capability of the GPU that is compiled for, 0 without one."""
-    assumed = CAPABILITY.get()
-    if assumed is not None:
-        return assumed
-    device = jax.devices()[0]
-    try:
-        return float(device.compute_capability) if device.platform == "gpu" else 0.0
-    except ValueError:  # of AMD's, whose names are no numbers
-        return 0.0
 
 
 def _attend_fused(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.nn import few_rows
-from dex_jax.nn.products import rows_times_kernel
+from dex_jax.nn.products import rows_times_int8, rows_times_kernel
 
 FORMATS = {
     "Q4_0": (32, 18),
@@ -172,7 +172,7 @@ def _product(rows: jax.Array, part: jax.Array, scale: jax.Array | None, format: 
 
 
 def _product_by_xla(rows: jax.Array, part: jax.Array, format: str) -> jax.Array:
-    return rows_times_kernel(rows, part if format == INT8 else _dense(part, None, format))
+    return rows_times_int8(rows, part) if format == INT8 else rows_times_kernel(rows, _dense(part, None, format))
 
 
 def _dense(part: jax.Array, scale: jax.Array | None, format: str) -> jax.Array:
