@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
 import pytest
-from test_tpu import in_int8
 
 from dex_jax.cli.decode import main
 from dex_jax.decoding.dex.shape import TreeShape
@@ -22,7 +22,8 @@ from dex_jax.evaluation.compiled import read
 from dex_jax.evaluation.planner.workload import SHAPES
 from dex_jax.evaluation.targets import lower, target
 from dex_jax.io import open_checkpoint
-from dex_jax.nn.transformer import Unrolled
+from dex_jax.nn.packed import INT8
+from dex_jax.nn.transformer import Unrolled, parameter_shapes
 
 pytestmark = pytest.mark.cuda
 
@@ -38,12 +39,13 @@ LAYERS = 5
 MODELS = {"smollm2": open_checkpoint("smollm2-135m").config, "8b": SHAPES["llama-3-8b"]}
 
 
-def compiled(gpu: str, model: str, method: str, name: str = "run", cache: int = CACHE, int8: bool = False):
+def compiled(gpu: str, model: str, method: str, name: str = "run", cache: int = CACHE, format: str | None = None):
     """(program, its memory figures, the shapes that went in) of "run" or "prefill" with a few layers, one sequence."""
     config = dataclasses.replace(MODELS[model], num_layers=LAYERS)
     dtype = jnp.dtype(jnp.float16 if gpu == "t4" else jnp.bfloat16)
     schedule = METHODS[method].schedule_for(config.num_layers)
-    packing = in_int8(config) if int8 else ()
+    matrices = {name: shape for name, shape in parameter_shapes(config).items() if len(shape) == 2}
+    packing = () if format is None else tuple((name, ((format, shape[0]),)) for name, shape in matrices.items())
     shapes = session_shapes(config, dtype, schedule, Unrolled(), 1, cache, capacity=256, packing=packing)
     with target(gpu) as (device,):
         found = lower(name, shapes, Spec(config, Unrolled(), schedule), device, CHUNK).compile()
@@ -82,17 +84,22 @@ def test_loop(gpu: str, model: str, method: str) -> None:
     assert memory.alias_size_in_bytes >= nbytes(shapes.state)
 
 
-@pytest.mark.parametrize(("gpu", "method"), [("t4", "ar"), ("t4", "one"), ("h100", "one")])
-def test_8_bits_are_read_where_they_lie(gpu: str, method: str) -> None:
-    """A step reads little more than its weights, and holds nothing dense."""
-    program, memory, shapes = compiled(gpu, "8b", method, int8=True)
-    smallest = min(leaf.size for leaf in jax.tree.leaves(shapes.weights) if leaf.dtype == jnp.int8)
+@pytest.mark.parametrize(
+    ("gpu", "method", "format"),
+    [("t4", "ar", INT8), ("t4", "one", INT8), ("h100", "one", INT8), ("t4", "one", "Q4_K"), ("h100", "ar", "Q4_K")],
+)
+def test_packed_kernels_are_read_where_they_lie(gpu: str, method: str, format: str) -> None:
+    """Nothing dense is made of them, and a step in int8 moves little more than its weights."""
+    program, memory, shapes = compiled(gpu, "8b", method, format=format)
+    smallest = min(math.prod(shape) for shape in parameter_shapes(MODELS["8b"]).values() if len(shape) == 2)
     (loop, *_) = program.loops
     for each in program.within(*program.loops):
         for array in each.results if each.works and each.operation != "while" else ():
-            assert array.kind == "s8" or array.size < smallest, each.line[:300]
-    assert program.moved(loop) < 1.15 * nbytes([shapes.weights[name] for name in ("layers", "unembed")])
-    assert memory.temp_size_in_bytes < 40e6
+            assert array.kind in ("s8", "u8") or array.size < smallest, each.line[:300]
+    # Blocks are read piece by piece, each of which counts as a reading of all.
+    if format == INT8:
+        assert program.moved(loop) < 1.12 * nbytes([shapes.weights[name] for name in ("layers", "unembed")])
+    assert memory.temp_size_in_bytes < 80e6
 
 
 @pytest.mark.parametrize("gpu", ["t4", "h100"])

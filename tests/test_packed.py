@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import slow
 from reference.blocks import dequantised, random_blocks
-from test_few_rows import needs_compiler
+from test_few_rows import needs_compiler, random
 from test_io_gguf import write_gguf
 
 import dex_jax
@@ -22,7 +22,7 @@ from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import few_rows_product
 from dex_jax.nn.layers import linear
 from dex_jax.nn.packed import FORMATS, INT8, Packed, joined, take_rows, to_int8
-from dex_jax.nn.products import CAPABILITY, rows_times_int8
+from dex_jax.nn.products import CAPABILITY
 
 formats = pytest.mark.parametrize("format", FORMATS)
 METHODS = {"ar": dex_jax.AR(), "drafts": dex_jax.Dex(explorers=1), "explorers": dex_jax.Dex(explorers=2)}
@@ -92,18 +92,18 @@ def test_int8_rounds_to_the_nearest_of_255_steps_a_row() -> None:
         np.testing.assert_allclose(found.product(x, whole), x @ found.dense().T, rtol=1e-4, atol=1e-4)
 
 
-def test_gpus_that_widen_int8_first_sum_up_few_rows() -> None:
-    x, kernel = np.random.default_rng(0).normal(size=(5, 96)), to_int8(np.random.default_rng(1).normal(size=(7, 96)))
-    rows, part = jnp.asarray(x, jnp.float16), jnp.asarray(kernel.parts[0])
-    wide = np.tile(np.asarray(rows, np.float64), (4, 1)) @ kernel.parts[0].T
-    for capability, count, wanted in ((7.5, 5, False), (7.5, 20, True), (8.0, 5, True), (0.0, 5, True)):
+@pytest.mark.parametrize("format", ["Q4_1", INT8])
+def test_gpus_sum_up_few_rows_where_a_product_would_copy_the_kernel(format) -> None:
+    generator = np.random.default_rng(0)
+    kernel = packed("Q4_1", 7, 3)[0] if format == "Q4_1" else jax.tree.map(jnp.asarray, to_int8(random(1, (7, 96))[0]))
+    rows, dense = jnp.asarray(generator.normal(size=(20, 96)), jnp.float16), np.asarray(kernel.dense(), np.float64)
+    for capability, count in ((7.5, 5), (7.5, 20), (8.0, 5), (0.0, 5)):
         before = CAPABILITY.set(capability)
-        some = jnp.tile(rows, (4, 1))[:count]
-        as_dot = "dot_general" in str(jax.make_jaxpr(lambda rows, part: rows_times_int8(rows, part))(some, part))
-        found = rows_times_int8(some, part)
+        as_sums = "dot_general" not in str(jax.make_jaxpr(lambda rows: kernel.product(rows))(rows[:count]))
+        found = kernel.product(rows[:count])
         CAPABILITY.reset(before)
-        assert as_dot == wanted
-        np.testing.assert_allclose(found, wide[:count], rtol=2e-3, atol=0.5)
+        assert as_sums == (count == 5 and (capability == 7.5 or (capability == 8 and format != INT8)))
+        np.testing.assert_allclose(found, np.asarray(rows[:count], np.float64) @ dense.T, rtol=2e-3, atol=0.02)
 
 
 def test_int8_is_made_of_a_few_rows_at_a_time() -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.nn import few_rows
-from dex_jax.nn.products import rows_times_int8, rows_times_kernel
+from dex_jax.nn.products import FEWEST, gpu_capability, rows_times_kernel, sums_over_kernel
 
 FORMATS = {
     "Q4_0": (32, 18),
@@ -30,6 +30,9 @@ FORMATS = {
 
 INT8 = "int8"
 """The format of 8 bits a weight and one scale for each output."""
+
+_SUMMED_UP = 8192
+"""Rows of blocks that are summed up at once: XLA holds what it has unpacked of more."""
 
 _AT_ONCE = 1 << 20
 """Weights that are rounded to 8 bits at once."""
@@ -172,7 +175,12 @@ def _product(rows: jax.Array, part: jax.Array, scale: jax.Array | None, format: 
 
 
 def _product_by_xla(rows: jax.Array, part: jax.Array, format: str) -> jax.Array:
-    return rows_times_int8(rows, part) if format == INT8 else rows_times_kernel(rows, _dense(part, None, format))
+    # For products XLA makes a dense copy of blocks, and on older GPUs of int8; for sums it reads them where they lie.
+    if rows.shape[0] <= FEWEST and (gpu_capability() if format != INT8 else 0 < gpu_capability() < 8):
+        step = part.shape[0] if format == INT8 else _SUMMED_UP
+        pieces = (part[first : first + step] for first in range(0, part.shape[0], step))
+        return jnp.concatenate([sums_over_kernel(rows, _dense(piece, None, format)) for piece in pieces], axis=-1)
+    return rows_times_kernel(rows, part if format == INT8 else _dense(part, None, format))
 
 
 def _dense(part: jax.Array, scale: jax.Array | None, format: str) -> jax.Array:
@@ -192,7 +200,7 @@ def _half(blocks: jax.Array, at: int) -> jax.Array:
 
 def _nibbles(codes: jax.Array) -> jax.Array:
     """The low codes of 4 bits, then the high ones: [..., n] uint8 -> [..., 2 n]."""
-    return jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+    return (_bits(codes[..., None, :], -2, 4) & 15).reshape(*codes.shape[:-1], -1)
 
 
 def _bits(codes: jax.Array, axis: int, step: int) -> jax.Array:

@@ -15,10 +15,6 @@ FEWEST = 8
 several times as long."""
 
 
-MOST_SUMS = 16
-"""Rows of a product with int8 that older GPUs make as sums, which one kernel does."""
-
-
 def gpu_capability() -> float:
     """Compute capability of the GPU that is compiled for, 0 without one."""
     assumed = CAPABILITY.get()
@@ -45,16 +41,10 @@ def rows_times_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     return dot(jnp.pad(rows, padding), kernel.astype(rows.dtype), ((1,), (1,)))[: rows.shape[0]]
 
 
-def rows_times_int8(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    """As `rows_times_kernel`, of an int8 kernel.
-
-    For GPUs before compute capability 8 XLA would first make a wide copy of it: there few rows are sums, for which it
-    reads the 8 bits once.
-    """
-    if rows.shape[0] > MOST_SUMS or not 0 < gpu_capability() < 8:
-        return rows_times_kernel(rows, kernel)
-    wide, columns = kernel.astype(jnp.float32), rows.astype(jnp.float32)
-    return jnp.stack([jnp.sum(wide * columns[r][None], axis=-1) for r in range(rows.shape[0])])
+def sums_over_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    """As `rows_times_kernel`, of few rows, as sums over a float32 kernel that XLA need not hold: it is read once."""
+    wide = rows.astype(jnp.float32)
+    return jnp.stack([jnp.sum(kernel * wide[r][None], axis=-1) for r in range(rows.shape[0])])
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
