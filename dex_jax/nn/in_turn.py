@@ -53,7 +53,8 @@ def is_loop(model: Any) -> bool:
         return False
     if len(model.kinds.distinct) > 1 or model.config.head_dim % few_rows.LANES or model.dtype not in few_rows.DTYPES:
         return False
-    first, *others = (jax.tree.map(lambda x: (x.shape, x.dtype), nnx.state(layer)) for layer in model.layers)
+    found = [jax.tree.flatten(nnx.state(layer)) for layer in model.layers]
+    first, *others = [(tree, [(leaf.shape, leaf.dtype) for leaf in leaves]) for leaves, tree in found]
     return all(each == first for each in others)
 
 
