@@ -145,6 +145,19 @@ def test_memory_by_hand() -> None:
     assert cost_model.bytes_per_device(drafting, 3, slots=12, exits=1, depths=(2, 3, 6)) == expected
 
 
+def test_packed_kernels_are_read_in_fewer_bytes() -> None:
+    dense, packed = setting(), setting(packed=0.5)
+    assert cost_model.bytes_per_device(packed) == 0.5 * (6 * 1000 + 700) + 2 * 6 * 50 * 8
+    # A row's arithmetic takes less than reading: layers wait for bytes, of which caches keep theirs.
+    read = cost_model.Setting.kernel_bytes.fget
+    assert (read(dense), read(packed)) == (2, 0.5)
+    for step in (cost_model.ar_step(dense), cost_model.ar_step(packed)):
+        assert step.total > 0
+    assert cost_model.ar_step(packed).total < cost_model.ar_step(dense).total
+    exits = setting(exits=ExitWork("linear", 100, 30, 20, previous=False), packed=0.5)
+    assert cost_model._exit_features(exits, 1) == cost_model._exit_features(dataclasses.replace(exits, packed=None), 1)
+
+
 def test_collectives_over_hosts() -> None:
     """Four devices on two hosts: within each host, then between them."""
     slow = Link("slow", 0.5, 50.0)

@@ -28,6 +28,7 @@ from dex_jax.hardware import DEVICES, LINKS, Measured, hardware, read_hardware, 
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import parameter_shapes
 
+ASSUMED = "a profile"
 LLAMA_70B = workload.SHAPES["llama-2-70b"]
 EARLY = Profile(80, EAD((10, 40, 80), (0.6, 0.2, 0.2)), {}, assumption="most tokens are there early")
 LATE = Profile(80, EAD((79, 80), (0.05, 0.95)), {}, assumption="hardly any token is there early")
@@ -270,16 +271,43 @@ def test_the_command_prints_json_and_tables(tmp_path, capsys) -> None:
     assert all(words in text for words in ("EAD assumed, not measured", "Several explorers: DEX-1/"))
 
 
+def test_packed_weights_take_fewer_bytes(tmp_path, capsys) -> None:
+    arguments = ["--model", "llama-2-70b", "--exits", "shared", "--profile", _assumed(tmp_path), "--json"]
+
+    def ar(weights: str) -> dict:
+        assert plan.main([*arguments, "--hardware", "h200x1", "--weights", weights]) == 0
+        return next(p for p in json.loads(capsys.readouterr().out)["predictions"] if p["method"] == "ar")
+
+    dense, packed = ar("dense"), ar("int8")
+    assert (dense["fits"], packed["fits"]) == (False, True)
+    assert packed["bytes_per_device"] < 0.51 * dense["bytes_per_device"]
+    assert packed["step"]["layers"] < 0.51 * dense["step"]["layers"]
+    assert packed["tokens_per_second"] > 1.8 * dense["tokens_per_second"]
+    curve = ((1.0, 1e-9), (8.0, 2e-9))
+    measured = dataclasses.replace(
+        hardware("cpu").device, measured=Measured({"unrolled": curve}, *[curve] * 3, {}, 0.0)
+    )
+    write_hardware(tmp_path / "here.json", dataclasses.replace(hardware("cpu"), device=measured))
+    assert plan.main([*arguments, "--hardware", str(tmp_path / "here.json"), "--weights", "int8"]) == 2
+    assert "calibrated with dense weights" in capsys.readouterr().err
+    # The file's 4 and 8 bits.
+    assert 0.6 < workload.packed_bytes("smollm2-135m", "stored") < 0.8
+    assert 1 < workload.packed_bytes("smollm2-135m", "int8") < 1.01
+    assert workload.packed_bytes("smollm2-135m", "dense") is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "say for what to plan"),
         (["--hardware", "h100"], "ticks follow from an EAD profile"),
+        (["--hardware", "h100", "--profile", ASSUMED, "--weights", "stored"], "does not say how weights are stored"),
         (["--hardware", "h100", "--profile", "none.json"], "cannot be read as an EAD profile"),
     ],
 )
-def test_the_command_refuses_bad_input(flags: list[str], message: str, capsys) -> None:
-    assert plan.main(["--model", "llama-2-70b", *flags]) == 2
+def test_the_command_refuses_bad_input(flags: list[str], message: str, tmp_path, capsys) -> None:
+    given = [_assumed(tmp_path) if flag == ASSUMED else flag for flag in flags]
+    assert plan.main(["--model", "llama-2-70b", *given]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help="alias, directory, file, hub id, config.json, or as llama-2-70b")
     add("--exits", default="default", help='file, folder, "default", or a description: KIND or KIND:DRAFT VOCABULARY')
     add("--profile", metavar="FILE", help="of python -m dex_jax.cli.profile, or an assumed one")
+    add("--weights", choices=["stored", "int8", "dense"], help="what the model's weights are kept as (dense)")
     add("--batch", type=int, default=1, metavar="B", help="sequences (%(default)s)")
     add("--context", type=int, default=1024, metavar="S", help="positions attended to, or cache length (%(default)s)")
     add = p.add_argument_group("on what").add_argument
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from dex_jax.evaluation.planner.cost_model import Setting
     from dex_jax.evaluation.planner.ead_profile import read_profile
     from dex_jax.evaluation.planner.predictions import plan, predictions_table
-    from dex_jax.evaluation.planner.workload import config_of, work_of
+    from dex_jax.evaluation.planner.workload import config_of, packed_bytes, work_of
 
     if min(args.batch, args.context, args.top) < 1:
         raise DexError("--batch, --context and --top must be at least 1")
@@ -74,7 +75,10 @@ def run(args: argparse.Namespace) -> None:
         raise DexError("ticks follow from an EAD profile: give --profile (python -m dex_jax.cli.profile writes one)")
     work, found = work_of(config_of(args.model)), hardware(args.hardware)
     exits, drafter = exits_of(args.exits, args.model), drafter_of(args.model)
-    s = Setting(work, exits, found, args.batch, args.context, drafter)
+    packed = packed_bytes(args.model, args.weights)
+    if packed is not None and found.device.measured is not None:
+        raise DexError(f"{args.hardware} was calibrated with dense weights: leave --weights out, or name a device")
+    s = Setting(work, exits, found, args.batch, args.context, drafter, packed)
     profile = read_profile(args.profile)
     chosen = plan(s, profile, explorers=args.explorers, rows=args.rows)
     if args.json:

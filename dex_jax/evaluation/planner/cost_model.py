@@ -109,6 +109,7 @@ class Setting:
       batch: B.
       context: S, for caches of fixed length their length.
       drafter: exit 0; None where the text alone drafts.
+      packed: bytes of a number of the model's kernels where these are packed; None is the device's itemsize.
     """
 
     work: Work
@@ -117,6 +118,12 @@ class Setting:
     batch: int = 1
     context: int = 1024
     drafter: ExitWork | None = None
+    packed: float | None = None
+
+    @property
+    def kernel_bytes(self) -> float:
+        """Of a number of the model's kernels."""
+        return self.hardware.device.itemsize if self.packed is None else self.packed
 
 
 def tick(s: Setting, ticks: Ticks, tensor: int = 1) -> Parts:
@@ -235,13 +242,13 @@ def bytes_per_device(
     """
     layers = _longest(depths) if depths else -(-s.work.layers // stages)
     size = s.hardware.device.itemsize
-    numbers = layers * s.work.layer + s.work.embeddings
-    caches = layers * s.batch * (s.context + slots) * s.work.cached
+    kernels = s.kernel_bytes * (layers * s.work.layer + s.work.embeddings)
+    numbers = layers * s.batch * (s.context + slots) * s.work.cached
     for heads, count in ((s.exits, exits), (s.drafter, int(drafts))):
         if heads is not None and count:
             copied = heads.columns * s.work.width if heads.columns < s.work.vocabulary else 0
             numbers += count * heads.own + heads.shared + copied
-    return float(size * (numbers + caches) / tensor)
+    return float((kernels + size * numbers) / tensor)
 
 
 def permute(link: Link, size: float) -> float:
@@ -314,7 +321,7 @@ def _layers(s: Setting, layers: int, rows: float, tensor: int, slots: float) -> 
     """Some layers with `rows` rows of each sequence, `slots` of a lattice beside the context."""
     device = s.hardware.device
     used, size = s.batch * rows, device.itemsize
-    products = _product(s, s.work.layer, used, tensor)
+    products = _product(s, s.work.layer, used, tensor, s.kernel_bytes)
     numbers = s.batch * (s.context + slots) * s.work.cached
     if device.measured is not None:
         attention = size * numbers / tensor * interpolate(device.measured.cache, rows)
@@ -357,13 +364,14 @@ def _logits(s: Setting, columns: int, rows: float, tensor: int, curve: str) -> f
     if device.measured is not None:
         return device.itemsize * columns * s.work.width / tensor * interpolate(getattr(device.measured, curve), rows)
     passes = LOGIT_PASSES * 4 * rows * columns / tensor
-    return _product(s, columns * s.work.width, rows, tensor) + _roofline(s, passes, 0.0)
+    size = s.kernel_bytes if curve == "head" else device.itemsize
+    return _product(s, columns * s.work.width, rows, tensor, size) + _roofline(s, passes, 0.0)
 
 
-def _product(s: Setting, parameters: float, rows: float, tensor: int) -> float:
-    """Rows times kernels of so many parameters."""
+def _product(s: Setting, parameters: float, rows: float, tensor: int, size: float | None = None) -> float:
+    """Rows times kernels of so many parameters, of `size` bytes each; None is the device's itemsize."""
     device = s.hardware.device
-    size = device.itemsize * parameters / tensor
+    size = (device.itemsize if size is None else size) * parameters / tensor
     if device.measured is not None:
         return size * interpolate(device.measured.layer["unrolled"], rows)
     return _roofline(s, size, 2 * rows * parameters / tensor)

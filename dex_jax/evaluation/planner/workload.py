@@ -14,7 +14,7 @@ from dex_jax.config import EXIT_KINDS, ExitsConfig, ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.foreign import local_path, parsed, reading
 from dex_jax.nn.exits import exit_parameters
-from dex_jax.nn.transformer import layer_parameters
+from dex_jax.nn.transformer import Unrolled, layer_parameters, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,30 @@ def work_of(config: ModelConfig) -> Work:
         vocabulary=config.vocab_size,
         embeddings=table if config.tied else 2 * table,
     )
+
+
+def packed_bytes(source: str, weights: str | None) -> float | None:
+    """Bytes of a number of a model, `source` as of `config_of`, for `weights` as of `load`; None where they are dense.
+
+    Raises:
+      DexError: "stored" of what is only described.
+    """
+    if weights in (None, "dense"):
+        return None
+    if source.lower() in SHAPES or source.endswith(".json"):
+        if weights == "stored":
+            raise DexError(f"{source} does not say how weights are stored: plan for int8, or name a model's file")
+        return 1.0
+    import jax.numpy as jnp
+
+    from dex_jax.io import open_checkpoint
+    from dex_jax.language_model import packing_of
+    from dex_jax.nn.weights import weight_bytes
+
+    checkpoint, dtype = open_checkpoint(source), jnp.dtype(jnp.bfloat16)
+    packing = packing_of(checkpoint, dtype, Unrolled(), None, weights)
+    numbers = sum(map(math.prod, parameter_shapes(checkpoint.config).values()))
+    return sum(weight_bytes(checkpoint.config, dtype, packing).values()) / numbers
 
 
 def exit_work(exits: ExitsConfig | None, config: ModelConfig) -> ExitWork:
