@@ -113,6 +113,7 @@ def test_a_format_that_cannot_be_built_is_one_sentence(tmp_path, monkeypatch) ->
     assert few_rows.ready()
     monkeypatch.setattr(few_rows, "_compiler", lambda: ((shutil.which("false"),), b""))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(few_rows, "_builds", {})
     few_rows._load.cache_clear()
     with pytest.raises(DexError, match="DEX_JAX_NATIVE=0"):
         few_rows.packed_product(np.zeros((1, 32)), np.zeros((1, 18), np.uint8), "Q4_0")

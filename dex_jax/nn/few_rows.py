@@ -245,7 +245,11 @@ def _wanted() -> bool:
 def _built(format: str = "") -> ctypes.CDLL:
     """What `library` gives, loaded; errors as there."""
     begin([format] if format else [])
-    return ctypes.CDLL(str(_builds[format].result()))
+    try:
+        return ctypes.CDLL(str(_builds[format].result()))
+    except BaseException:
+        _builds.pop(format, None)  # whoever asks again tries again
+        raise
 
 
 @functools.cache
