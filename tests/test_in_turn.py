@@ -61,7 +61,11 @@ def test_states_and_caches_are_those_of_layers_apart(make, monkeypatch) -> None:
     loop = compiled()
     monkeypatch.setattr(in_turn, "FEWEST_LAYERS", 99)
     apart = compiled()
-    chex.assert_trees_all_equal(loop(weights, tokens), apart(weights, tokens))
+    found, wanted = loop(weights, tokens), apart(weights, tokens)
+    if make == "int8":  # XLA multiplies with the scales, and may do so together with what comes next
+        chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
+    else:
+        chex.assert_trees_all_equal(found, wanted)
     products = [each.as_text().count(few_rows.PRODUCT) for each in (loop, apart)]
     assert products == [4 + 4, (4 + 2) * 4], "one layer of four products for each loop, in place of six layers"
 
