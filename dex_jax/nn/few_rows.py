@@ -47,10 +47,11 @@ NORM, PRODUCT, ATTENTION = "dex_jax_norm", "dex_jax_product", "dex_jax_attention
 TURN, GATE, WRITE = "dex_jax_turn", "dex_jax_gate", "dex_jax_write"
 SOURCES = Path(__file__).with_name("cpp")
 COMPILERS = ("c++", "g++", "clang++")
-_builds: dict[str, Future[Path]] = {}
-_formats: set[str] = set()
 NUMBERS = {"float32": "float", "bfloat16": "BFloat16", "int8": "int8_t"}
 """Dtype of a kernel that is no blocks -> its C++ type."""
+
+_builds: dict[str, Future[Path]] = {}  # of what `library` makes, by its format
+_formats: set[str] = set()  # that products know
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays", "number"], meta_fields=[])

@@ -225,7 +225,6 @@ def commit_rows(
     Rows past the path's end may be anything, later commits overwrite them; prefix + P must not pass the cache's end.
     `done` is any array that is known only after memory has been read.
     """
-
     layers = range(model.config.num_layers)
     if written_in_place(memory.keys):
         return write_layers(model, memory, fresh, prefix, layers, done, row)
