@@ -19,18 +19,6 @@ WORKER = Path(__file__).with_name("transformers_ar.py")
 MODEL = "smollm2-135m"
 
 
-def check_outside(model: str, worker: Path = WORKER) -> None:
-    """Whether transformers can be asked at all.
-
-    Raises:
-      DexError: another model than the worker's, or no checkout.
-    """
-    if model != MODEL:
-        raise DexError(f"--transformers-python compares with {MODEL} alone, not with {model}: leave it out")
-    if not worker.is_file():
-        raise DexError(f"--transformers-python needs a checkout of the repository: there is no {worker}")
-
-
 class Outside:
     """A worker process, asked for one `generate` at a time.
 
@@ -41,12 +29,12 @@ class Outside:
       file: what a worker that takes any model is told to open.
 
     Raises:
-      DexError: another model than the worker's, no checkout, or a Python that cannot run it.
+      DexError: another model than the worker's, or a Python that cannot run it.
     """
 
     def __init__(self, python: str, model: str, worker: Path = WORKER, file: str | None = None):
-        if file is None:
-            check_outside(model, worker)
+        if file is None and model != MODEL:
+            raise DexError(f"--transformers-python compares with {MODEL} alone, not with {model}: leave it out")
         command = [python, str(worker), "--serve", *([] if file is None else [file])]
         try:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -1,13 +1,14 @@
 """Drafts and explorers on two processes with a core each, the smallest real mesh there is, against AR on the same.
 
-    python benchmarks/two_processes.py --data HumanEval.jsonl.gz question_240.jsonl --depths 20,30 \\
+    python benchmarks/two_processes.py --data HumanEval.jsonl.gz question_240.jsonl --depths 18,30 \\
         --output results/two_processes
     python benchmarks/two_processes.py --data HumanEval.jsonl.gz question_240.jsonl --mesh tensor=2 \\
         --output results/two_tensor
 
 On `stage=2` these are AR in a pipeline, one explorer's trees in the same pipeline, and two explorers without and with
-drafts; on `tensor=2` AR and one explorer. All decode the same prompts in turns, and must give the same tokens. A run
-that was stopped goes on. Nothing else should run meanwhile.
+drafts; on `tensor=2` AR and one explorer, of a model that gets heads of zeros where two devices cannot share its own.
+All decode the same prompts in turns, and must give the same tokens. A run that was stopped goes on. Nothing else should
+run meanwhile.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import itertools
+import dataclasses
 import json
 import os
 import signal
@@ -33,11 +34,12 @@ from measuring import Figures, arguments, in_turns, machine, quartiles, read_ids
 
 from dex_jax.cli.common import depths
 from dex_jax.errors import DexError, exit_code
+from dex_jax.io.save import save_model
 from dex_jax.tables import markdown
 
 FOREVER, CACHE = 2**30, 256
 """Ticks between two updates; cache positions that trees are chosen for."""
-AR, TREES, SILENT, DEX = "AR", "trees in a pipeline", "explorers without drafts", "explorers with drafts"
+AR, TREES, SILENT, DEX = "AR", "one explorer's trees", "explorers without drafts", "explorers with drafts"
 
 
 def pinned(core: int, arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
@@ -59,7 +61,7 @@ def pinned(core: int, arguments: list[str], env: dict[str, str]) -> subprocess.P
 
 
 def work(task: dict[str, Any]) -> None:
-    """What each of the two does: measures every group of prompts; process 0 prints a line for each."""
+    """What each of the two does: measures every prompt; process 0 prints a line for each."""
     import jax
 
     import dex_jax
@@ -81,7 +83,7 @@ def work(task: dict[str, Any]) -> None:
             print(json.dumps(what), flush=True)
 
     about = (lm.config, lm.layout, lm.dtype, lm.fingerprint, 1, CACHE)
-    chosen, _ = settle(dex_jax.Dex(), "default", *about, lm.mesh, lm.packing)
+    chosen, _ = settle(dex_jax.Dex(), task["exits"], *about, lm.mesh, lm.packing)
     tree = chosen.draft if isinstance(chosen, dex_jax.Dex) else True
     # Both draft the same trees, and choose from them by the same costs.
     methods: dict[str, Any] = {AR: dex_jax.AR(), TREES: dex_jax.Dex(explorers=1, draft=tree)}
@@ -89,16 +91,15 @@ def work(task: dict[str, Any]) -> None:
         methods |= {SILENT: dex_jax.Dex(depths=lm.layout.depths, draft=False), DEX: chosen}
     out: dict[str, Output] = {}
 
-    def decode(name: str, prompts: list[list[int]]) -> float:
-        options = {"method": methods[name], "max_new_tokens": task["max_new_tokens"]}
-        (out[name],) = collections.deque(dex_jax.stream(lm, prompts, ticks_per_update=FOREVER, **options), maxlen=1)
+    def decode(name: str, ids: list[int]) -> float:
+        options = {"method": methods[name]} | {each: task[each] for each in ("max_new_tokens", "exits")}
+        (out[name],) = collections.deque(dex_jax.stream(lm, [ids], ticks_per_update=FOREVER, **options), maxlen=1)
         return out[name].stats.decode_seconds
 
-    for prompts in task["groups"]:
-        times = in_turns({name: lambda name=name, p=prompts: decode(name, p) for name in methods}, task["rounds"])
+    for ids in task["prompts"]:
+        times = in_turns({name: lambda name=name, ids=ids: decode(name, ids) for name in methods}, task["rounds"])
         say(
             {
-                "batch": len(prompts),
                 "tokens": int((out[AR].lengths - 1).sum()),
                 "seconds": {name: statistics.median(found) for name, found in times.items()},
                 "ticks": {name: int(each.stats.ticks.sum()) for name, each in out.items()},
@@ -139,35 +140,51 @@ def both(task: dict[str, Any], cores: list[int]) -> Iterator[dict[str, Any]]:
             raise DexError("one of the two processes has failed; what was measured before is kept")
 
 
+def with_even_heads(model: str, exits: str, folder: str) -> dict[str, str]:
+    """Writes a model with one more group of heads, all zeros, which changes no number; its name and its exits'."""
+    import dex_jax
+    from dex_jax.decoding.resolve import DEFAULTS
+    from dex_jax.nn.weights import canonical_weights
+
+    lm = dex_jax.load(model, "float32", weights="dense")
+    groups, width = lm.config.num_kv_heads, lm.config.head_dim
+    share = lm.config.num_heads // groups
+    weights = canonical_weights(lm.config, lm.layout, lm.weights)
+    for name, kernel in weights.items():
+        if name.endswith(".qkv"):
+            parts = np.split(kernel, [share * groups * width, (share + 1) * groups * width])
+            more = [np.pad(x, ((0, n * width), (0, 0))) for x, n in zip(parts, (share, 1, 1), strict=True)]
+            weights[name] = np.concatenate(more)
+        elif name.endswith(".out"):
+            weights[name] = np.pad(kernel, ((0, 0), (0, share * width)))
+    config = dataclasses.replace(lm.config, num_heads=share * (groups + 1), num_kv_heads=groups + 1)
+    save_model(folder, config, weights)
+    drafter = DEFAULTS / f"{lm.fingerprint}.drafter.safetensors"
+    return {"model": folder, "exits": str(drafter) if exits == "default" else exits}
+
+
 def page(runs: dict[str, Any], mesh: str) -> list[str]:
     """Each method's time over AR's and over the pipeline that runs trees, for the same tokens."""
-    cells = []
-    for batch in sorted({run["batch"] for run in runs.values()}):
-        groups = [run for run in runs.values() if run["batch"] == batch]
-        for name in groups[0]["seconds"]:
-
-            def gain(over: str, name: str = name, groups: list[dict[str, Any]] = groups) -> str:
-                return quartiles(each["seconds"][over] / each["seconds"][name] for each in groups)
-
-            ticks, tokens = (sum(each["ticks"][name] for each in groups), sum(each["tokens"] for each in groups))
-            tick = 1e3 * sum(each["seconds"][name] for each in groups) / ticks
-            same = f"{sum(each['identical'] for each in groups)} of {len(groups)}"
-            rows = str(groups[0]["rows"][name])
-            cells.append([str(batch), name, rows, gain(AR), gain(TREES), f"{ticks / tokens:.2f}", f"{tick:.1f}", same])
-    header = ["batch", "method", "rows", "speed over AR", f"over {TREES}", "ticks a token", "ms a tick", "identical"]
+    each, cells = list(runs.values()), []
+    tokens, same = sum(run["tokens"] for run in each), sum(run["identical"] for run in each)
+    for name in each[0]["seconds"]:
+        gains = [quartiles(run["seconds"][over] / run["seconds"][name] for run in each) for over in (AR, TREES)]
+        ticks = sum(run["ticks"][name] for run in each)
+        tick = 1e3 * sum(run["seconds"][name] for run in each) / ticks
+        cells.append([name, str(each[0]["rows"][name]), *gains, f"{ticks / tokens:.2f}", f"{tick:.1f}"])
+    header = ["method", "rows", "speed over AR", f"over {TREES}", "ticks a token", "ms a tick"]
     return [
         f"# Two processes, {mesh}",
         "Two processes on a core each, float32, greedy. Speeds are wall-clock: medians over prompts, quartiles in "
-        "brackets.",
+        f"brackets. Tokens are AR's in {same} of {len(each)} answers.",
         markdown(header, cells),
     ]
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = arguments(__doc__, data=None, prompts=10, rounds=3, max_new_tokens=96, weights=None)
+    flags = arguments(__doc__, data=None, prompts=10, rounds=3, max_new_tokens=96, weights=None, exits="default")
     flags.add_argument("--mesh", choices=["stage=2", "tensor=2"], default="stage=2", help="(%(default)s)")
     flags.add_argument("--depths", type=depths, metavar="X,...", help="of the two exits; even unless given")
-    flags.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="prompts at a time (%(default)s)")
     return flags
 
 
@@ -179,23 +196,17 @@ def run(args: argparse.Namespace) -> int:
         raise DexError("this needs two cores, and a system that pins processes to them, such as Linux")
     cores = sorted(os.sched_getaffinity(0))
     lm = outline(args.model, "float32")
-    files = [list(read_ids(lm, [path], args.prompts).items()) for path in args.data]
-    # Files take turns, so that every batch is of all of them.
-    prompts = [each for together in itertools.zip_longest(*files) for each in together if each is not None]
-    kept = ("model", "weights", "mesh", "depths", "max_new_tokens", "rounds")
+    kept = ("model", "weights", "exits", "mesh", "depths", "max_new_tokens", "rounds")
     settings = {name: getattr(args, name) for name in kept}
     figures = Figures(args.output, machine(data=[Path(path).name for path in args.data], **settings))
-    wanted = {}
-    for batch in args.batch:
-        for start in range(0, len(prompts) - batch + 1, batch):
-            name = f"{prompts[start][0]}, batch {batch}"
-            wanted |= {} if name in figures.runs else {name: [ids for _, ids in prompts[start : start + batch]]}
-    if wanted:
-        told = both(settings | {"groups": list(wanted.values())}, cores)
+    asked = read_ids(lm, args.data, args.prompts)
+    wanted = {name: ids for name, ids in asked.items() if name not in figures.runs}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.mesh == "tensor=2" and lm.config.num_kv_heads % 2:
+            settings |= with_even_heads(args.model, args.exits, f"{folder}/model")
+        told = both(settings | {"prompts": list(wanted.values())}, cores) if wanted else []
         for name, said in zip(wanted, told, strict=True):
             figures.add(name, said)
-    if not figures.runs:
-        raise DexError("there are fewer prompts than --batch asks for: raise --prompts")
     figures.publish(*page(figures.runs, args.mesh))
     return 0 if all(each["identical"] for each in figures.runs.values()) else 1
 
