@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.config import LayerKind, ModelConfig
-from dex_jax.nn import few_rows
+from dex_jax.nn import few_rows, gpu_writes
 from dex_jax.nn.kinds import MOST_WRITTEN, KindTable, common_window, kind_table, ring_length, ring_of
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled, stage_ranges
 
@@ -147,10 +147,11 @@ def write_rows(
     return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))
 
 
-def written_in_place(caches: Leaves) -> bool:
-    """Whether C++ writes into all of these at once: on a CPU, keys or values of layers apart."""
-    apart = isinstance(caches, tuple) and len(caches) > 0 and caches[0].ndim == 4
-    return apart and caches[0].dtype in few_rows.DTYPES and few_rows.ready()
+def written_in_place(caches: Leaves, rows: int) -> bool:
+    """Whether one call writes `rows` into all of these, keys or values of layers apart: on CPUs, and on newer GPUs."""
+    if not isinstance(caches, tuple) or not caches or caches[0].ndim != 4:
+        return False
+    return (caches[0].dtype in few_rows.DTYPES and few_rows.ready()) or gpu_writes.fits(caches[0], rows)
 
 
 def write_in_place(
@@ -180,7 +181,14 @@ def write_in_place(
 
     @jax.custom_jvp
     def write(caches: tuple[jax.Array, ...], given: tuple[jax.Array, ...], row: jax.Array, at: jax.Array) -> Any:
-        return few_rows.write(caches, given, row, at, rings, MOST_WRITTEN)
+        if few_rows.ready():
+            return few_rows.write(caches, given, row, at, rings, MOST_WRITTEN)
+
+        def by_triton(caches: Any, given: Any, row: jax.Array, at: jax.Array) -> Any:
+            pair = given if together else (jnp.stack(given[:count]), jnp.stack(given[count:]))
+            return gpu_writes.write(caches, pair, row, at, rings, MOST_WRITTEN)
+
+        return jax.lax.platform_dependent(caches, given, row, at, cuda=by_triton, default=plain)
 
     @write.defjvp
     def tangent(primals: Any, tangents: Any) -> Any:
@@ -218,7 +226,7 @@ def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array, kinds: Ki
         layers, stages = cache.shape[:2]
         return jax.lax.fori_loop(0, layers * stages, lambda i, c: copy(c, i // stages, i % stages), cache)
 
-    if written_in_place(memory.keys):
+    if written_in_place(memory.keys, count):
         fresh = (memory.lattice_keys, memory.lattice_values)
         keys, values = write_in_place(memory.keys, memory.values, fresh, slot, position, kinds.rows)
         return memory._replace(keys=keys, values=values)

@@ -21,7 +21,7 @@ from dex_jax.decoding.chain.dynamic_exit import DEL
 from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.session import Spec, prefill_chunk, run_ticks, start_decoding
-from dex_jax.nn.products import CAPABILITY
+from dex_jax.evaluation.targets import GPUS, assumed
 from dex_jax.nn.transformer import Unrolled
 
 CONFIG = dataclasses.replace(LLAMA, family="qwen3", tied=False, qk_norm=True, eos_ids=(2,))
@@ -43,9 +43,8 @@ ON_EVERY_PLATFORM = {
 @pytest.fixture(autouse=True)
 def for_a_gpu():
     """Programs are not for the device at hand, as within `evaluation.targets.target`."""
-    before = CAPABILITY.set(8.0)
-    yield
-    CAPABILITY.reset(before)
+    with assumed(GPUS["a100"]):
+        yield
 
 
 def exported(name: str, method: str, dtype: str, *, sampled: bool) -> str:

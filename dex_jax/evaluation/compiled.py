@@ -161,8 +161,16 @@ class Program:
             return 2 * operands[INSERTS[each.operation]].nbytes
         if each.operation.endswith("-start"):
             return operands[0].nbytes * (1 if each.results[0].on_chip else 2)
-        # What a library's kernel gives beside its result is room to work in.
-        given = each.results[:1] if each.operation == "custom-call" else each.results
+        given = each.results
+        if each.operation == "custom-call":
+            # Bytes that a library's kernel gives beside its result are room to work in.
+            given = tuple(x for place, x in enumerate(given) if place == 0 or x.kind not in ("s8", "u8"))
+            found = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", each.line)
+            if found:  # what lies there is written where it lies: no more than comes in beside it
+                there = {int(number) for number in re.findall(r"\((\d+), ", found.group(1))}
+                kept = sum(operands[place].nbytes for place in there)
+                read = sum(x.nbytes for place, x in enumerate(operands) if place not in there)
+                return read + min(read, kept)
         return sum(x.nbytes for x in given if not x.on_chip) + sum(x.nbytes for x in operands)
 
     def _moved_by_fusion(self, fusion: Instruction, operands: list[Instruction]) -> int:

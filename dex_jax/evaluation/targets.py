@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
 from dex_jax.decoding.footprint import SessionShapes
 from dex_jax.decoding.program import Program
@@ -109,14 +109,29 @@ def target(name: str) -> Iterator[list[jax.Device]]:
         devices = topologies.get_topology_desc(**options).devices
     except Exception as error:  # each compiler has errors of its own
         raise DexError(f"nothing here compiles for {name}: pip install --no-deps {install} ({error})") from error
-    capability = ".".join(map(str, GPUS[name].capability)) if name in GPUS else "0"
-    before = CAPABILITY.set(float(capability))
+    with assumed(GPUS.get(name)):
+        yield devices
+
+
+@contextlib.contextmanager
+def assumed(gpu: Gpu | None) -> Iterator[None]:
+    """Within the block what is traced is for a GPU that is not at hand, or for no GPU."""
+    before = CAPABILITY.set(0.0 if gpu is None else float(".".join(map(str, gpu.capability))))
     jax.clear_caches()  # what was traced for one device is not for another
     try:
-        yield devices
+        with contextlib.nullcontext() if gpu is None else jax.sharding.use_abstract_mesh(_mesh_of(gpu)):
+            yield
     finally:
         CAPABILITY.reset(before)
         jax.clear_caches()
+
+
+def _mesh_of(gpu: Gpu) -> AbstractMesh:
+    """What jax 0.12 asks about a GPU when it lowers kernels for Triton."""
+    about = {"device_kind": gpu.name, "num_cores": gpu.cores, "platform": "gpu"}
+    asked = {field.name for field in dataclasses.fields(AbstractDevice)}  # jax 0.7 has no platform
+    device = AbstractDevice(**{name: each for name, each in about.items() if name in asked})
+    return AbstractMesh((1,), ("here",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
 def lower(name: str, shapes: SessionShapes, spec: Spec, device: jax.Device, chunk: int = 512, capacity=64) -> Any:

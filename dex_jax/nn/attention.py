@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax.nn import few_rows
+from dex_jax.nn import few_rows, gpu_attention
 from dex_jax.nn.products import gpu_capability, matmul_precision
 
 MASKED_SCORE = -1e30
@@ -65,7 +65,9 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True,
     if whole and known and queries.shape[3] % few_rows.LANES == 0 and few_rows.ready():
         ways["cpu"] = _attend_few_rows
     capability = gpu_capability()
-    if capability and not many:
+    if not many and cap is None and gpu_attention.fits(queries, sources):
+        ways["cuda"] = _attend_in_one_kernel
+    elif capability and not many:
         ways["cuda"] = functools.partial(_attend, on_gpu=True)
     elif capability >= 8 and cap is None and stored == {queries.dtype} != {jnp.dtype(jnp.float32)}:
         widest = 256 if capability >= 9 else 128
@@ -93,6 +95,11 @@ def _attend_fused(
 def _attend_few_rows(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
     flat = (x for source in sources for x in source)
     return few_rows.few_rows_attention(queries, *flat, cap=cap).astype(queries.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend_in_one_kernel(cap: None, queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
+    return gpu_attention.attend_in_one_kernel(queries, sources)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -147,7 +154,7 @@ def _tangent(attention, cap: float | None, primals: tuple, tangents: tuple) -> t
     return attention(cap, queries, sources), tangent
 
 
-for _attention in (_attend_few_rows, _attend_in_blocks):
+for _attention in (_attend_few_rows, _attend_in_blocks, _attend_in_one_kernel):
     _attention.defjvp(functools.partial(_tangent, _attention))
 
 

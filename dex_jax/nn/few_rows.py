@@ -34,7 +34,7 @@ import numpy as np
 
 from dex_jax.errors import DexError
 from dex_jax.io.whole_files import cache_folder, only_the_user_wrote
-from dex_jax.nn.products import CAPABILITY
+from dex_jax.nn.products import CAPABILITY, for_one_device
 from dex_jax.progress import notify
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -212,16 +212,8 @@ def write(
 
 
 def ready() -> bool:
-    """Whether what is traced now can use what is here; compiles it if it has to.
-
-    XLA cannot divide among several devices what it does not know: of several it has to be what one of them does, under
-    shard_map.
-    """
-    if CAPABILITY.get() is not None:
-        return False
-    axes = jax.sharding.get_abstract_mesh().axis_types if jax.device_count() > 1 else ()
-    one = jax.device_count() == 1 or (bool(axes) and all(axis == jax.sharding.AxisType.Manual for axis in axes))
-    return one and _registered() is not None
+    """Whether what is traced now can use what is here; compiles it if it has to."""
+    return CAPABILITY.get() is None and for_one_device() and _registered() is not None
 
 
 def begin(formats: Iterable[str]) -> None:

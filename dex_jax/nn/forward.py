@@ -16,6 +16,7 @@ from flax import nnx
 
 from dex_jax.cache import NOWHERE, Memory, after, allocate, lengths_of, write_in_place, write_rows, written_in_place
 from dex_jax.nn.attention import KeyValues, attend, causal_rows
+from dex_jax.nn.gpu_writes import MOST_ROWS
 from dex_jax.nn.in_turn import Place, cached, in_turn, is_loop
 from dex_jax.nn.kinds import Sight, sight_at, sights
 from dex_jax.nn.layers import DecoderLayer
@@ -128,6 +129,10 @@ def extend_rows(
     if is_loop(model):
         x, (states, *new) = in_turn(model, layers, run_only, x, loop=True)
         return states, write_layers(model, memory, (new[0], new[1]), first, layers, x)
+    if rows <= MOST_ROWS and written_in_place(memory.keys, rows):
+        x, given = in_turn(model, layers, run_only, x)
+        states, *new = zip(*given, strict=True)
+        return states, write_layers(model, memory, (new[0], new[1]), first, layers, x)
     (_, keys, values), states = in_turn(model, layers, run_and_write, (x, memory.keys, memory.values))
     return states, memory._replace(keys=keys, values=values)
 
@@ -226,7 +231,7 @@ def commit_rows(
     `done` is any array that is known only after memory has been read.
     """
     layers = range(model.config.num_layers)
-    if written_in_place(memory.keys):
+    if written_in_place(memory.keys, row.shape[1]):
         return write_layers(model, memory, fresh, prefix, layers, done, row)
 
     def chosen(row: jax.Array, done: jax.Array, *fresh: jax.Array) -> tuple[jax.Array, ...]:
@@ -259,7 +264,8 @@ def write_layers(
     are written, and where memory is written in place those that `row` [B, P] chooses.
     """
     at = after(start, done)
-    if written_in_place(memory.keys):
+    rows = jax.tree.leaves(fresh)[0].shape[-2] if row is None else row.shape[1]
+    if written_in_place(memory.keys, rows):
         here = slice(layers.start, layers.stop)
         old, kinds = (memory.keys[here], memory.values[here]), model.kinds.rows[here]
         pairs = zip(memory[:2], write_in_place(*old, fresh, row, at, kinds), strict=True)

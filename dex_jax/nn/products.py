@@ -27,6 +27,17 @@ def gpu_capability() -> float:
         return 0.0
 
 
+def for_one_device() -> bool:
+    """Whether what is traced is what one device does: XLA cannot divide among several what it does not know."""
+    axes = jax.sharding.get_abstract_mesh().axis_types if jax.device_count() > 1 else ()
+    return jax.device_count() == 1 or (bool(axes) and all(axis == jax.sharding.AxisType.Manual for axis in axes))
+
+
+def for_triton() -> bool:
+    """Whether what is traced may have kernels of Triton's: for one NVIDIA GPU, of Ampere or newer."""
+    return gpu_capability() >= 8 and for_one_device()
+
+
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
     """The dot precision under which `dtype` means what it says.
 

@@ -244,7 +244,7 @@ def _advance_stacked(
 
 def _with_cohort(lattice: list[list[jax.Array]], fresh: Any, start: jax.Array) -> list[Sequence[jax.Array]]:
     """Keys and values of a stage's lattice slots with those of a cohort, `fresh`, from slot `start` on."""
-    if written_in_place(tuple(lattice[0])):
+    if written_in_place(tuple(lattice[0]), jax.tree.leaves(fresh)[0].shape[-2]):
         keys, values = lattice
         at = jnp.broadcast_to(start, keys[0].shape[0])
         return [*write_in_place(keys, values, fresh, None, at, [()] * len(keys))]

@@ -1,0 +1,148 @@
+"""Kernels for newer GPUs: what they compute, as XLA computes it in their place, and where programs have them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from jax.experimental import pallas as pl
+from reference.small_models import LLAMA, random_transformer
+from test_few_rows import attention_of, plain_attention
+
+from dex_jax import cache
+from dex_jax.cache import MOST_WRITTEN, write_rows
+from dex_jax.config import LayerKind
+from dex_jax.decoding.footprint import session_shapes
+from dex_jax.decoding.methods import AR, Dex
+from dex_jax.decoding.session import run_ticks
+from dex_jax.decoding.spec import Spec
+from dex_jax.evaluation.targets import GPUS, assumed
+from dex_jax.nn import few_rows, gpu_attention, gpu_writes
+from dex_jax.nn.attention import KeyValues, _attend
+from dex_jax.nn.forward import commit_rows, extend, run_tree
+from dex_jax.nn.kinds import ring_length, ring_of
+from dex_jax.nn.transformer import Unrolled
+
+KERNEL = "__gpu$xla.gpu.triton"
+WIDE = dataclasses.replace(LLAMA, head_dim=16)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@settings(max_examples=5)
+@given(st.integers(0, 99), st.integers(1, 16), st.sampled_from([(9, 3), (4, 4), (6, 1)]), st.integers(1, 300))
+def test_attention(dtype: str, seed: int, rows: int, heads: tuple[int, int], length: int) -> None:
+    queries, sources = attention_of(seed, rows, *heads, 16, [length, 70, rows])
+    rounded = jax.tree.map(lambda x: jnp.asarray(x, dtype), (queries, [source[:2] for source in sources]))
+    queries, sources = rounded[0], [KeyValues(*two, s.mask) for two, s in zip(rounded[1], sources, strict=True)]
+    found = gpu_attention.attend_in_one_kernel(queries, sources, interpret=True)
+    assert found.dtype == queries.dtype
+    exact = jax.tree.map(lambda x: np.asarray(x, np.float64) if x.dtype == queries.dtype else x, (queries, sources))
+    tolerance = 0.03 if dtype == "bfloat16" else 0.004
+    chex.assert_trees_all_close(np.asarray(found, np.float64), plain_attention(*exact, None), atol=tolerance)
+
+
+def test_attention_reads_no_more_than_what_is_seen_and_the_same_whatever_is_beside() -> None:
+    queries, (cached, own) = attention_of(3, 4, 4, 2, 16, [300, 4])
+    seen = np.broadcast_to(np.arange(300) < np.array([70, 3])[:, None, None], (2, 4, 300))
+    queries, *pairs = (jnp.asarray(x, jnp.bfloat16) for x in (queries, *cached[:2], *own[:2]))
+    sources = [KeyValues(*pairs[:2], seen), KeyValues(*pairs[2:], np.broadcast_to(np.eye(4, dtype=bool), (2, 4, 4)))]
+    run = functools.partial(gpu_attention.attend_in_one_kernel, interpret=True)
+    found = run(queries, sources)
+    bad = sources[0]._replace(values=sources[0].values.at[:, :, 128:].set(jnp.nan))
+    chex.assert_trees_all_equal(run(queries, [bad, sources[1]]), found)
+    one_mask = sources[0]._replace(mask=seen[:, :1])
+    chex.assert_trees_all_equal(run(queries, [one_mask, sources[1]]), found)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 99), st.integers(1, 9), st.integers(1, 9), st.sampled_from([None, 10]), st.integers(-1, 90))
+def test_writes(seed: int, count: int, rows: int, window: int | None, start: int) -> None:
+    generator = np.random.default_rng(seed)
+    length = 128 if window is None else ring_length(window)
+    kinds = [() if window is None else (LayerKind(window=window),)] * 2
+
+    def random(*shape: int) -> jax.Array:
+        return jnp.asarray(generator.normal(size=shape), jnp.bfloat16)
+
+    caches, fresh = tuple(random(2, 3, length, 16) for _ in range(4)), (random(2, 2, 3, rows, 16),) * 2
+    row = jnp.asarray(generator.integers(rows, size=(2, count)), jnp.int32)
+    at = jnp.asarray([start, 5], jnp.int32)
+    rings = [ring_of(each, length) for each in kinds]
+    written = gpu_writes.write(caches, fresh, row, at, rings, MOST_WRITTEN, interpret=True)
+    for number, (before, after) in enumerate(zip(caches, written, strict=True)):
+        chosen = jnp.take_along_axis(fresh[0][number % 2], row[:, None, :, None], axis=2)
+        wanted = write_rows(before, chosen, jnp.maximum(at, 0), kinds=kinds[0])
+        wanted = wanted if start >= 0 else wanted.at[0].set(before[0])  # to nowhere
+        chex.assert_trees_all_equal(after, wanted)
+
+
+def test_a_transformer_over_caches_computes_with_them_what_it_does_without(monkeypatch) -> None:
+    """A prompt, a token, a tree and its commit, with kernels as XLA computes them in the place of Triton."""
+    model = random_transformer(WIDE, Unrolled(), 0, jnp.dtype(jnp.bfloat16))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(WIDE.vocab_size, size=(2, 9)))
+    among, position = jnp.tril(jnp.ones((2, 3, 3), bool)), jnp.asarray([[10, 11, 11]] * 2)
+
+    def run() -> object:
+        memory = cache.allocate(WIDE, Unrolled(), 2, 64, 0, model.dtype)
+        hidden, memory = extend(model, memory, tokens, jnp.zeros(2, jnp.int32))
+        last, memory = extend(model, memory, tokens[:, :1], jnp.full(2, 9))
+        rows, fresh = run_tree(model, memory, tokens[:, :3], position, among, jnp.full(2, 10))
+        chosen = jnp.asarray([[0, 2], [0, 1]])
+        memory = commit_rows(model, memory, fresh, chosen, jnp.full(2, 10), rows)
+        return jax.tree.map(lambda x: np.asarray(x, np.float32), (hidden, last, rows, memory.keys, memory.values))
+
+    monkeypatch.setattr(few_rows, "ready", lambda: False)
+    wanted = run()
+    calls = []
+
+    def interpreted(kernel, **options):
+        calls.append(options["name"])
+        return pallas_call(kernel, **options | {"interpret": True})
+
+    def on_a_gpu(*arguments, default, **others):
+        return others.get("cuda", default)(*arguments)
+
+    pallas_call = pl.pallas_call
+    monkeypatch.setattr(pl, "pallas_call", interpreted)
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_a_gpu)
+    for module in (gpu_attention, gpu_writes):
+        monkeypatch.setattr(module, "for_triton", lambda: True)
+    jax.clear_caches()
+    found = run()
+    jax.clear_caches()
+    assert calls.count("write_rows") == 3
+    assert calls.count("few_rows_attention") >= 3
+    chex.assert_trees_all_close(found, wanted, atol=0.15, rtol=0.05)
+
+
+@pytest.mark.parametrize("method", ["ar", "one", "dex"])
+def test_programs_for_newer_gpus_have_one_for_each_layers_attention_and_one_for_all_writes(method: str) -> None:
+    """Lowered, without a GPU or its compiler."""
+    methods = {"ar": AR(), "one": Dex(explorers=1), "dex": Dex(explorers=2, draft=False)}
+    schedule = methods[method].schedule_for(WIDE.num_layers)
+    for name, dtype, few in (("a100", "bfloat16", True), ("a100", "float32", False), ("t4", "float16", False)):
+        with assumed(GPUS[name]):
+            shapes = session_shapes(WIDE, jnp.dtype(dtype), schedule, Unrolled(), 2, 96, capacity=64)
+            program = jax.jit(functools.partial(run_ticks, spec=Spec(WIDE, Unrolled(), schedule)))
+            text = program.trace(*shapes.of_run).lower(lowering_platforms=("cuda",)).as_text()
+        assert (text.count(KERNEL) >= 2) == few
+        assert few or KERNEL not in text
+
+
+def test_what_does_not_fit_is_left_to_xla() -> None:
+    queries, sources = attention_of(0, 2, 4, 2, 48, [40, 2])
+    narrow = [KeyValues(*(x.astype(jnp.bfloat16) for x in source[:2]), source.mask) for source in sources]
+    with assumed(GPUS["h100"]):
+        assert not gpu_attention.fits(queries.astype(jnp.bfloat16), narrow)  # 48 is no power of two
+        assert not gpu_writes.fits(jnp.zeros((1, 1, 8, 16)), 1)
+        assert not gpu_writes.fits(jnp.zeros((1, 1, 8, 16), jnp.bfloat16), gpu_writes.MOST_ROWS + 1)
+        assert gpu_writes.fits(jnp.zeros((1, 1, 8, 16), jnp.bfloat16), 1)
+    assert not gpu_writes.fits(jnp.zeros((1, 1, 8, 16), jnp.bfloat16), 1)
+    chex.assert_trees_all_close(_attend(None, queries, sources), plain_attention(queries, sources, None), atol=3e-6)
