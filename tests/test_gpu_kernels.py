@@ -83,19 +83,20 @@ def test_writes(seed: int, count: int, rows: int, window: int | None, start: int
         chex.assert_trees_all_equal(after, wanted)
 
 
-def test_a_transformer_over_caches_computes_with_them_what_it_does_without(monkeypatch) -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_transformer_over_caches_computes_with_them_what_it_does_without(batch: int, monkeypatch) -> None:
     """A prompt, a token, a tree and its commit, with kernels as XLA computes them in the place of Triton."""
     model = random_transformer(WIDE, Unrolled(), 0, jnp.dtype(jnp.bfloat16))
-    tokens = jnp.asarray(np.random.default_rng(0).integers(WIDE.vocab_size, size=(2, 9)))
-    among, position = jnp.tril(jnp.ones((2, 3, 3), bool)), jnp.asarray([[10, 11, 11]] * 2)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(WIDE.vocab_size, size=(batch, 9)))
+    among, position = jnp.tril(jnp.ones((batch, 3, 3), bool)), jnp.asarray([[10, 11, 11]] * batch)
 
     def run() -> object:
-        memory = cache.allocate(WIDE, Unrolled(), 2, 64, 0, model.dtype)
-        hidden, memory = extend(model, memory, tokens, jnp.zeros(2, jnp.int32))
-        last, memory = extend(model, memory, tokens[:, :1], jnp.full(2, 9))
-        rows, fresh = run_tree(model, memory, tokens[:, :3], position, among, jnp.full(2, 10))
-        chosen = jnp.asarray([[0, 2], [0, 1]])
-        memory = commit_rows(model, memory, fresh, chosen, jnp.full(2, 10), rows)
+        memory = cache.allocate(WIDE, Unrolled(), batch, 64, 0, model.dtype)
+        hidden, memory = extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
+        last, memory = extend(model, memory, tokens[:, :1], jnp.full(batch, 9))
+        rows, fresh = run_tree(model, memory, tokens[:, :3], position, among, jnp.full(batch, 10))
+        chosen = jnp.asarray([[0, 2], [0, 1]])[:batch]
+        memory = commit_rows(model, memory, fresh, chosen, jnp.full(batch, 10), rows)
         return jax.tree.map(lambda x: np.asarray(x, np.float32), (hidden, last, rows, memory.keys, memory.values))
 
     monkeypatch.setattr(few_rows, "ready", lambda: False)

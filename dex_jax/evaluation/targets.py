@@ -128,7 +128,7 @@ def assumed(gpu: Gpu | None) -> Iterator[None]:
 
 def _mesh_of(gpu: Gpu) -> AbstractMesh:
     """What jax 0.12 asks about a GPU when it lowers kernels for Triton."""
-    about = {"device_kind": gpu.name, "num_cores": gpu.cores, "platform": "gpu"}
+    about: dict[str, Any] = {"device_kind": gpu.name, "num_cores": gpu.cores, "platform": "gpu"}
     asked = {field.name for field in dataclasses.fields(AbstractDevice)}  # jax 0.7 has no platform
     device = AbstractDevice(**{name: each for name, each in about.items() if name in asked})
     return AbstractMesh((1,), ("here",), axis_types=(AxisType.Auto,), abstract_device=device)

@@ -20,6 +20,7 @@ from dex_jax.nn.gpu_writes import MOST_ROWS
 from dex_jax.nn.in_turn import Place, cached, in_turn, is_loop
 from dex_jax.nn.kinds import Sight, sight_at, sights
 from dex_jax.nn.layers import DecoderLayer
+from dex_jax.nn.products import FEWEST, for_triton
 from dex_jax.nn.transformer import Stacked, Transformer
 
 
@@ -94,7 +95,12 @@ def extend_rows(
 
     `model` needs config, layout, kinds and layers alone. Positions before `begin` are seen by themselves only.
     """
-    batch, rows = x.shape[:2]
+    batch, count = x.shape[:2]
+    loop = is_loop(model)
+    at_once = not loop and count <= MOST_ROWS and written_in_place(memory.keys, count)
+    # Of as many rows as a matrix unit takes, no layer has to fill up its own.
+    rows = max(count, FEWEST) if at_once and batch == 1 and for_triton() else count
+    x = jnp.pad(x, ((0, 0), (0, rows - count), (0, 0)))
     positions = start[:, None] + jnp.arange(rows)[None, :]
     causal = causal_rows(batch, rows)
     if begin:
@@ -126,13 +132,15 @@ def extend_rows(
         return (x, *(_write(model, *each, at, place) for each in zip(caches, fresh, strict=True))), x
 
     layers = range(model.config.num_layers)
-    if is_loop(model):
+    if loop:
         x, (states, *new) = in_turn(model, layers, run_only, x, loop=True)
         return states, write_layers(model, memory, (new[0], new[1]), first, layers, x)
-    if rows <= MOST_ROWS and written_in_place(memory.keys, rows):
+    if at_once:
         x, given = in_turn(model, layers, run_only, x)
         states, *new = zip(*given, strict=True)
-        return states, write_layers(model, memory, (new[0], new[1]), first, layers, x)
+        row = jnp.broadcast_to(jnp.arange(count), (batch, count))
+        memory = write_layers(model, memory, (new[0], new[1]), first, layers, x, row)
+        return [each[:, :count] for each in states], memory
     (_, keys, values), states = in_turn(model, layers, run_and_write, (x, memory.keys, memory.values))
     return states, memory._replace(keys=keys, values=values)
 

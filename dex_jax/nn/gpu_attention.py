@@ -111,9 +111,9 @@ def _kernel(entered: Any, among: Any, *refs: Any, shares: int, size: int) -> Non
     *caches, highest, total, mixed = refs
     share, width = pl.program_id(2), entered.shape[1]
     queries = entered[pl.ds(0, size), :]
-    own = (entered[pl.ds(size + at, FEWEST), :] for at in (0, FEWEST))
+    keys, values = (entered[pl.ds(size + at, FEWEST), :] for at in (0, FEWEST))
     state = jnp.full(size, NOTHING), jnp.zeros(size), jnp.zeros((size, width))
-    state = _add(state, queries, *own, (among[...] != 0) & (share == 0))
+    state = _add(state, queries, keys, values, (among[...] != 0) & (share == 0))
     for at in range(0, len(caches), 4):
         keys, values, mask, end = caches[at : at + 4]
 
@@ -122,8 +122,8 @@ def _kernel(entered: Any, among: Any, *refs: Any, shares: int, size: int) -> Non
             inside = columns.start + jnp.arange(BLOCK) < keys.shape[0]
             there = jnp.broadcast_to(inside, (mask.shape[0], BLOCK))
             seen = triton.load(mask.at[:, columns], mask=there, other=0) != 0
-            found = (triton.load(each.at[columns, :], mask=inside[:, None], other=0.0) for each in (keys, values))
-            return _add(state, queries, *found, seen)
+            new = [triton.load(each.at[columns, :], mask=inside[:, None], other=0.0) for each in (keys, values)]
+            return _add(state, queries, new[0], new[1], seen)
 
         blocks = pl.cdiv(end[0], BLOCK)
         state = jax.lax.fori_loop(0, pl.cdiv(jnp.maximum(blocks - share, 0), shares), of_block, state)
