@@ -17,9 +17,10 @@ import importlib.metadata
 import json
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
         layouts[1] = layouts[0]
     before = compile_seconds()
     findings = [_canaries()]
-    times: dict[str, tuple[float, float]] = {}
+    times: dict[str, Timed] = {}
     greedy: list[Output] = []
 
     def decode(chosen: Method, prompt: list[int], temperature: float) -> Output:
@@ -151,9 +152,10 @@ def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
     findings.append(_same_tokens(lm, f"{label} the tokens are the first run's, greedy", [again], greedy[:1], 0.0))
     lm.arrange(Unrolled())
     measured = {
-        **{f"AR step, {label} (ms)": round(step, 2) for label, (step, _) in times.items()},
-        **{f"DEX tick, {label} (ms)": round(tick, 2) for label, (_, tick) in times.items()},
-        "weights read in an AR step": _reading(lm, times["unrolled"][0]),
+        **{f"AR step, {label} (ms)": round(found.step, 2) for label, found in times.items()},
+        **{f"DEX tick, {label} (ms)": round(found.tick, 2) for label, found in times.items()},
+        "weights read in an AR step": _reading(lm, times["unrolled"].step),
+        "kernels of an AR step, of a DEX tick": times["unrolled"].kernels,
         "final head, 1 row (ms)": round(_head_time(lm, 1), 2),
         f"exit heads, {explorers - 1} rows (ms)": round(_head_time(lm, explorers - 1), 2) if explorers > 1 else None,
         "peak memory (GB)": _peak_memory(),
@@ -241,10 +243,18 @@ def _forced_exits(
     )
 
 
+class Timed(NamedTuple):
+    """What an AR step and a DEX tick take."""
+
+    step: float  # milliseconds
+    tick: float
+    kernels: str | None  # launched by each; None without a profiler that sees them
+
+
 def _step_and_tick(
     lm: LanguageModel, prompt: list[int], schedules: tuple[Schedule, Schedule], new_tokens: int
-) -> tuple[float, float]:
-    """Median milliseconds of (an AR step, a DEX tick), in turns so that both see the same machine."""
+) -> Timed:
+    """Medians of an AR step and of a DEX tick, in turns so that both see the same machine."""
     sessions = []
     for schedule in schedules:
         session = Session(lm, [prompt], Resolved(schedule), new_tokens, None)
@@ -261,7 +271,23 @@ def _step_and_tick(
             session.advance(TIMED_TICKS)
             found.append((time.perf_counter() - begin) / TIMED_TICKS)
     step, tick = (1e3 * float(np.median(found)) for found in seconds)
-    return step, tick
+    seen = [_launched(session) for session in sessions] if jax.default_backend() != "cpu" else [0]
+    return Timed(step, tick, ", ".join(f"{each:.0f}" for each in seen) if all(seen) else None)
+
+
+def _launched(session: Session) -> float:
+    """Kernels that a tick launches, as JAX's profiler sees them; 0 where it sees none."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            session.advance(TIMED_TICKS)
+        profiles = map(jax.profiler.ProfileData.from_file, map(str, Path(folder).rglob("*.xplane.pb")))
+        return sum(map(_kernels, profiles)) / TIMED_TICKS
+
+
+def _kernels(profile: Any) -> int:
+    """Those in a jax.profiler.ProfileData: GPUs have a line for each stream, TPUs one for all operations."""
+    lines = [line for plane in profile.planes if plane.name.startswith("/device:") for line in plane.lines]
+    return sum(len(list(line.events)) for line in lines if line.name.startswith("Stream") or line.name == "XLA Ops")
 
 
 def _reading(lm: LanguageModel, milliseconds: float) -> str:

@@ -5,6 +5,7 @@ Their files are written as shapes alone: what they would hold is a hole, which t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -12,15 +13,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import gguf
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.checkpoints import tensor_shapes
 from test_io_gguf import NAMES, NAMES_OF
 
+from dex_jax import cache
 from dex_jax.cli.decode import main
 from dex_jax.evaluation import targets
+from dex_jax.evaluation.planner.workload import SHAPES
 from dex_jax.hardware import DEVICES, USABLE
+from dex_jax.nn.forward import extend_rows
+from dex_jax.nn.transformer import Unrolled, build, parameter_shapes
 
 
 def llama(vocabulary: int, width: int, layers: int, heads: int, groups: int, mlp: int, **more: object) -> dict:
@@ -182,3 +189,28 @@ def test_loading_into_8_bits_holds_little_more_than_these(tmp_path) -> None:
     most, packed = map(int, run.stdout.split())
     assert packed == pytest.approx(1.5e9, rel=0.05)
     assert most < 1.2 * packed
+
+
+def test_a_layer_of_8b_in_float16_holds_activations_as_large_as_real_ones() -> None:
+    """A few channels of the residual stream grow to tens of thousands: SmolLM2's to 24,912 (tests/test_golden.py)."""
+    config = dataclasses.replace(SHAPES["llama-3-8b"], num_layers=1, vocab_size=64)
+    tile = np.random.default_rng(0).standard_normal((512, 512)).astype(np.float16)
+
+    def read(name: str) -> np.ndarray:
+        shape = parameter_shapes(config)[name]
+        if len(shape) == 1:
+            return np.ones(shape, np.float16)
+        return np.tile(tile, (-(-shape[0] // 512), shape[1] // 512))[: shape[0]] * np.float16(shape[1] ** -0.5)
+
+    rows = np.random.default_rng(1).standard_normal((1, 4, config.width)).astype(np.float16)
+    rows[..., [17, 1000, 3210]] = [24_912, -30_000, 9_000]
+    found = {}
+    for dtype in (jnp.float16, jnp.float32):
+        model = build(config, Unrolled(), read, dtype)
+        memory = cache.allocate(config, Unrolled(), 1, 16, 0, dtype)
+        states, memory = extend_rows(model, memory, jnp.asarray(rows, dtype), jnp.zeros(1, jnp.int32))
+        found[str(jnp.dtype(dtype))] = np.asarray(states[0], np.float32)
+    half, wide = found["float16"], found["float32"]
+    assert np.isfinite(half).all()
+    # Numbers as large as these are 16 apart in float16.
+    chex.assert_trees_all_close(half, wide, atol=0.05, rtol=2**-10)

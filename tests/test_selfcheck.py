@@ -12,6 +12,8 @@ from reference.small_models import LLAMA, small_model
 import dex_jax
 from dex_jax import selfcheck
 from dex_jax.cli import selfcheck as program
+from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.session import Session
 from dex_jax.nn.transformer import Unrolled
 
 CONFIG = dataclasses.replace(LLAMA, num_layers=3)
@@ -86,6 +88,23 @@ def test_a_step_is_measured_by_what_memory_gives(monkeypatch, kind: str, said: s
     read = lm.parameter_bytes - lm.config.vocab_size * lm.config.width * lm.dtype.itemsize
     assert found.startswith(f"{read / 0.5e-3 / 1e9:,.1f} GB/s")
     assert found.endswith(said)
+
+
+def test_kernels_are_counted_on_devices_alone() -> None:
+    def plane(name: str, **lines: int) -> SimpleNamespace:
+        found = [SimpleNamespace(name=line.replace("_", " "), events=iter(range(n))) for line, n in lines.items()]
+        return SimpleNamespace(name=name, lines=found)
+
+    gpu, tpu = plane("/device:GPU:0", Stream_7=5, Stream_13=2, Source=9), plane("/device:TPU:0", XLA_Ops=3, Steps=1)
+    assert selfcheck._kernels(SimpleNamespace(planes=[gpu, plane("/host:CPU", Stream_1=4)])) == 7
+    assert selfcheck._kernels(SimpleNamespace(planes=[tpu])) == 3
+
+
+def test_a_tick_is_seen_by_the_profiler(lm) -> None:
+    schedule = dex_jax.AR().schedule_for(CONFIG.num_layers)
+    session = Session(lm, [[1, 2, 3]], Resolved(schedule), 24, None)
+    session.prefill()
+    assert selfcheck._launched(session) == 0  # a CPU is no device of its own
 
 
 def test_exit_codes(monkeypatch, capsys) -> None:
