@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import importlib
+import importlib.util
 import json
 import pkgutil
 import re
@@ -141,6 +142,20 @@ def test_a_notebook_begins_as_all_do(path: Path) -> None:
     assert "%pip install" in "".join(code[0]["source"])
     assert path.name in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert any(cell["outputs"] for cell in code), "run it: CONTRIBUTING.md says how"
+
+
+@pytest.mark.parametrize("wheel", [None, "dex_jax-0.1.0-py3-none-any.whl"])
+def test_a_notebook_installs_a_wheel_beside_it_or_the_repository(wheel: str | None, tmp_path, monkeypatch) -> None:
+    code = next(cell for cell in json.loads(NOTEBOOKS[0].read_text())["cells"] if cell["cell_type"] == "code")
+    called: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    if wheel is not None:
+        (tmp_path / wheel).touch()
+    text = re.sub(r"%(pip .*)", r"called.append(f'\1')", "".join(code["source"]))
+    with pytest.raises(RuntimeError, match="could not be installed"):
+        exec(text, {"called": called})
+    assert f"{wheel}[plot]" in called[0] if wheel else PROJECT["urls"]["Repository"] in called[0]
 
 
 def test_the_menu_is_short_and_has_every_page() -> None:
