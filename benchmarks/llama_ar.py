@@ -27,11 +27,7 @@ def answer(model: llama_cpp.Llama, ids: list[int], new_tokens: int) -> dict[str,
     while len(tokens) < new_tokens:
         model.eval(tokens[-1:])
         tokens.append(best(model))
-    return {
-        "tokens": tokens,
-        "prefill_seconds": first - begin,
-        "decode_seconds": time.perf_counter() - first,
-    }
+    return {"tokens": tokens, "prefill_seconds": first - begin, "decode_seconds": time.perf_counter() - first}
 
 
 def best(model: llama_cpp.Llama) -> int:

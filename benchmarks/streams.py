@@ -14,14 +14,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from measuring import Figures, arguments, machine
 
 import dex_jax
 from dex_jax.cli.common import remember_compilations
-from dex_jax.decoding.dex.lookup import continuation, stored_continuation
 from dex_jax.errors import exit_code
 from dex_jax.evaluation.check import compare
 from dex_jax.prompt_files import read_prompts
@@ -54,8 +51,6 @@ Rename each to item.
 Add a main block that prints longest(['a', 'bb']).""".splitlines()
 LONG = "Write a very long story about a lighthouse keeper, chapter by chapter."
 AR, PLAIN, STORED = "AR", "default", "with a store"
-LENGTHS, OFTEN = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), (0, 1, 2, 4)
-OWN, OTHER = "matches in the text", "matches in earlier texts"
 
 
 def streams(humaneval: Sequence[Any], spec_bench: Sequence[Any]) -> dict[str, tuple[list[Any], int]]:
@@ -71,45 +66,12 @@ def streams(humaneval: Sequence[Any], spec_bench: Sequence[Any]) -> dict[str, tu
     }
 
 
-def matches(prompt: list[int], answer: list[int], store: dex_jax.TextStore) -> dict[str, dict[str, list[int]]]:
-    """Where the next token stood -> length of the match (and how many texts went on alike) -> [right, all].
-
-    Earlier texts are asked for where the text itself has nothing as long.
-    """
-    text = jnp.asarray([*prompt, *answer], jnp.int32)
-    after = jnp.arange(len(prompt) + 1, len(text))
-    own, length = (np.asarray(each) for each in in_text(text, after, 1))
-    other, agreed, often = (np.asarray(each) for each in in_store(store.arrays(), text, after, 1))
-    found: dict[str, dict[str, list[int]]] = {OWN: {}, OTHER: {}}
-    for at, token in enumerate(np.asarray(text[after]).tolist()):
-        keys = [(OWN, longest_of(LENGTHS, length[at]), own[at, 0])] if length[at] else []
-        if agreed[at] > length[at]:
-            keys.append((OTHER, f"{longest_of(LENGTHS, agreed[at])}, {longest_of(OFTEN, often[at])}", other[at, 0]))
-        for where, key, said in keys:
-            counts = found[where].setdefault(str(key), [0, 0])
-            counts[0] += int(said == token)
-            counts[1] += 1
-    return found
-
-
-in_text = jax.jit(jax.vmap(continuation, (None, 0, None)), static_argnums=2)
-in_store = jax.jit(jax.vmap(stored_continuation, (None, None, 0, None)), static_argnums=3)
-
-
-def longest_of(bounds: Sequence[int], value: Any) -> int:
-    """The last of the ascending bounds that is no more than the value."""
-    return max(bound for bound in bounds if bound <= value)
-
-
 def answers(lm: Any, prompt: Any, new_tokens: int, store: dex_jax.TextStore) -> dict[str, dict[str, Any]]:
     """What each way took for one prompt."""
     ways = {AR: {"method": dex_jax.AR()}, PLAIN: {}, STORED: {"store": store}}
     outputs: dict[str, dex_jax.Output] = {}
     found: dict[str, dict[str, Any]] = {}
     for way, options in ways.items():
-        if way == STORED:
-            plain = outputs[AR]
-            found |= matches(plain.prompt_tokens[0], plain.tokens[0, : plain.lengths[0]].tolist(), store)
         begin = time.perf_counter()
         output = outputs[way] = dex_jax.generate(lm, [prompt], max_new_tokens=new_tokens, **options)
         seconds = time.perf_counter() - begin - output.stats.prefill_seconds - output.stats.compile_seconds
@@ -141,17 +103,6 @@ def table(runs: dict[str, Any], name: str) -> str:
     return f"{name}\n\n{markdown(header, lines)}"
 
 
-def shares(runs: dict[str, Any], where: str, columns: str) -> str:
-    """How often the next token was right, by the key of `matches`, over all streams."""
-    total: dict[str, np.ndarray] = {}
-    for run in runs.values():
-        for key, counts in run[where].items():
-            total[key] = total.get(key, np.zeros(2, int)) + counts
-    order = sorted(total, key=lambda key: [int(part) for part in key.split(", ")])
-    lines = [[key, f"{total[key][0] / total[key][1]:.3f}", str(total[key][1])] for key in order]
-    return f"{where.capitalize()}\n\n{markdown([columns, 'right', 'of'], lines)}"
-
-
 def parser() -> argparse.ArgumentParser:
     found = arguments(__doc__, weights=None)
     found.add_argument("--humaneval", required=True, metavar="FILE", help="the prompts of HumanEval")
@@ -172,8 +123,6 @@ def run(args: argparse.Namespace) -> None:
             figures.add(f"{name}; {number}", answers(lm, prompt, new_tokens, store))
     wrong = sum(not run[way]["identical"] for run in figures.runs.values() for way in (AR, PLAIN, STORED))
     pages = [table(figures.runs, name) for name in found]
-    pages.append(shares(figures.runs, OWN, "at least so many tokens"))
-    pages.append(shares(figures.runs, OTHER, "at least so many tokens, so many texts alike before"))
     figures.publish("# Streams", *pages, f"Answers with other tokens than AR's: {wrong}.")
 
 
