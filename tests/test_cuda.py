@@ -22,6 +22,7 @@ from dex_jax.evaluation.compiled import read
 from dex_jax.evaluation.planner.workload import SHAPES
 from dex_jax.evaluation.targets import lower, target
 from dex_jax.io import open_checkpoint
+from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.transformer import Unrolled, parameter_shapes
 
@@ -100,6 +101,22 @@ def test_packed_kernels_are_read_where_they_lie(gpu: str, method: str, format: s
     if format == INT8:
         assert program.moved(loop) < 1.12 * nbytes([shapes.weights[name] for name in ("layers", "unembed")])
     assert memory.temp_size_in_bytes < 80e6
+
+
+@pytest.mark.parametrize(("rows", "heads", "groups", "width"), [(1, 32, 8, 128), (16, 32, 8, 128), (16, 4, 1, 256)])
+def test_attention_fits_into_the_shared_memory_of_small_cores(rows: int, heads: int, groups: int, width: int) -> None:
+    with target("l4") as (device,):
+        here = jax.sharding.SingleDeviceSharding(device)
+
+        def shape(*dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(dims, dtype, sharding=here)
+
+        cached, own = (
+            KeyValues(*[shape(1, groups, length, width)] * 2, shape(1, rows, length, dtype=bool))
+            for length in (CACHE, rows)
+        )
+        found = jax.jit(attend).lower(shape(1, rows, heads, width), [cached, own]).compile().as_text()
+    assert "few_rows_attention" in found
 
 
 @pytest.mark.parametrize("gpu", ["t4", "h100"])

@@ -20,8 +20,11 @@ from jax.experimental.pallas import triton
 
 from dex_jax.nn.products import for_triton
 
-BLOCK = 64
-"""Keys that a program scores at once."""
+BLOCK, HALF_BLOCK = 64, 32
+"""Keys that a program scores at once: fewer of heads wider than 128, for GPUs with 100 KB of shared memory a core."""
+
+MOST_NUMBERS, MANY_NUMBERS = 16_384, 4_096
+"""Of the queries that a program holds, at most; and so many that it takes eight warps."""
 
 FEWEST = 16
 """Rows, and keys, of the smallest product that a matrix unit takes."""
@@ -39,7 +42,8 @@ def fits(queries: jax.Array, sources: Sequence[Any]) -> bool:
     width = queries.shape[3]
     half = kinds in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)})
     few = queries.shape[1] <= FEWEST and sources[-1].keys.shape[2] <= FEWEST
-    return for_triton() and half and few and FEWEST <= width <= 256 and width & (width - 1) == 0
+    shaped = FEWEST <= width <= 256 and width & (width - 1) == 0
+    return for_triton() and half and few and shaped and _size(queries, sources) * width <= MOST_NUMBERS
 
 
 def attend_in_one_kernel(queries: jax.Array, sources: Sequence[Any], interpret: bool = False) -> jax.Array:
@@ -50,8 +54,8 @@ def attend_in_one_kernel(queries: jax.Array, sources: Sequence[Any], interpret: 
     batch, rows, heads, width = queries.shape
     groups = sources[0].keys.shape[1]
     count = rows * heads // groups
-    size = max(FEWEST, pl.next_power_of_2(count))
-    shares = pl.cdiv(max(source.keys.shape[2] for source in sources), BLOCK)
+    size, block = _size(queries, sources), BLOCK if width <= 128 else HALF_BLOCK
+    shares = pl.cdiv(max(source.keys.shape[2] for source in sources), block)
     shares = max(1, min(MOST_SHARES, PROGRAMS // (batch * groups), shares))
 
     def of_heads(*shape: int) -> pl.BlockSpec:
@@ -84,12 +88,12 @@ def attend_in_one_kernel(queries: jax.Array, sources: Sequence[Any], interpret: 
         specs += [of_heads(length, width), of_heads(length, width), of_sequence(*seen.shape[1:]), of_sequence(1)]
     lead = (shares, batch, groups, size)
     highest, total, mixed = pl.pallas_call(
-        functools.partial(_kernel, shares=shares, size=size),
+        functools.partial(_kernel, shares=shares, size=size, block=block),
         grid=(batch, groups, shares),
         in_specs=specs,
         out_specs=[of_shares(size), of_shares(size), of_shares(size, width)],
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (lead, lead, (*lead, width))],
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=8 if size * width > MANY_NUMBERS else 4, num_stages=2),
         interpret=interpret,
         name="few_rows_attention",
     )(*arguments)
@@ -102,11 +106,16 @@ def attend_in_one_kernel(queries: jax.Array, sources: Sequence[Any], interpret: 
     return out.reshape(batch, rows, heads, width).astype(queries.dtype)
 
 
+def _size(queries: jax.Array, sources: Sequence[Any]) -> int:
+    """N."""
+    return max(FEWEST, pl.next_power_of_2(queries.shape[1] * queries.shape[2] // sources[0].keys.shape[1]))
+
+
 def _filled(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
 
 
-def _kernel(entered: Any, among: Any, *refs: Any, shares: int, size: int) -> None:
+def _kernel(entered: Any, among: Any, *refs: Any, shares: int, size: int, block: int) -> None:
     """A share of the keys of one sequence and one head; refs are four of each cache, then the three results."""
     *caches, highest, total, mixed = refs
     share, width = pl.program_id(2), entered.shape[1]
@@ -118,14 +127,14 @@ def _kernel(entered: Any, among: Any, *refs: Any, shares: int, size: int) -> Non
         keys, values, mask, end = caches[at : at + 4]
 
         def of_block(turn: jax.Array, state: Any, keys: Any = keys, values: Any = values, mask: Any = mask) -> Any:
-            columns = pl.ds((share + turn * shares) * BLOCK, BLOCK)
-            inside = columns.start + jnp.arange(BLOCK) < keys.shape[0]
-            there = jnp.broadcast_to(inside, (mask.shape[0], BLOCK))
+            columns = pl.ds((share + turn * shares) * block, block)
+            inside = columns.start + jnp.arange(block) < keys.shape[0]
+            there = jnp.broadcast_to(inside, (mask.shape[0], block))
             seen = triton.load(mask.at[:, columns], mask=there, other=0) != 0
             new = [triton.load(each.at[columns, :], mask=inside[:, None], other=0.0) for each in (keys, values)]
             return _add(state, queries, new[0], new[1], seen)
 
-        blocks = pl.cdiv(end[0], BLOCK)
+        blocks = pl.cdiv(end[0], block)
         state = jax.lax.fori_loop(0, pl.cdiv(jnp.maximum(blocks - share, 0), shares), of_block, state)
     highest[...], total[...], mixed[...] = state
 
