@@ -21,6 +21,9 @@ import dex_jax
 from dex_jax.cli.common import remember_compilations
 from dex_jax.errors import exit_code
 from dex_jax.evaluation.check import compare
+from dex_jax.io.whole_files import write_whole
+from dex_jax.plot.colors import SERIES
+from dex_jax.plot.figures import new_figure, png, quiet_axes
 from dex_jax.prompt_files import read_prompts
 from dex_jax.tables import markdown
 
@@ -82,11 +85,11 @@ def answers(lm: Any, prompt: Any, new_tokens: int, store: dex_jax.TextStore) -> 
     return found
 
 
-def table(runs: dict[str, Any], name: str) -> str:
-    """One line a quarter of the stream: tokens a tick, and times over AR's and over those without a store."""
+def quarters(runs: dict[str, Any], name: str) -> dict[str, tuple[float, ...]]:
+    """Figures of each quarter of a stream: tokens a tick and times over AR's, of both ways; times over each other."""
     of_stream = [run for key, run in runs.items() if key.startswith(f"{name};")]
-    lines = []
-    for number, part in enumerate(np.array_split(np.arange(len(of_stream)), min(4, len(of_stream))), 1):
+    parts, found = min(4, len(of_stream)), {}
+    for number, part in enumerate(np.array_split(np.arange(len(of_stream)), parts), 1):
         total: dict[str, dict[str, float]] = {}
         for way in (AR, PLAIN, STORED):
             chosen = [of_stream[at][way] for at in part]
@@ -97,10 +100,29 @@ def table(runs: dict[str, Any], name: str) -> str:
             }
         a_tick = [total[way]["tokens"] / total[way]["ticks"] for way in (PLAIN, STORED)]
         over = [total[a]["seconds"] / total[b]["seconds"] for a, b in ((AR, PLAIN), (AR, STORED), (PLAIN, STORED))]
-        label = f"{number} of {min(4, len(of_stream))}"
-        lines.append([label, *(f"{each:.2f}" for each in (*a_tick, *over))])
+        found[f"{number} of {parts}"] = (*a_tick, *over)
+    return found
+
+
+def table(of_stream: dict[str, tuple[float, ...]], name: str) -> str:
+    """One line a quarter."""
     header = ["quarter", "tokens a tick", "the same, store", "over AR", "the same, store", "store over default"]
+    lines = [[label, *(f"{each:.2f}" for each in figures)] for label, figures in of_stream.items()]
     return f"{name}\n\n{markdown(header, lines)}"
+
+
+def draw(of_streams: dict[str, dict[str, tuple[float, ...]]], path: str) -> None:
+    """Tokens a tick, default and with a store, quarter by quarter, a panel a stream."""
+    figure = new_figure(2.6 * len(of_streams), 2.6)
+    for axes, (name, found) in zip(np.ravel(figure.subplots(1, len(of_streams))), of_streams.items(), strict=True):
+        quiet_axes(axes)
+        for way, label in enumerate((PLAIN, STORED)):
+            axes.plot(list(found), [figures[way] for figures in found.values()], "o-", color=SERIES[way], label=label)
+        axes.set_title(name, fontsize=8)
+        axes.set_ylim(bottom=0)
+    figure.axes[0].set_ylabel("tokens a tick")
+    figure.axes[0].legend(fontsize="small")
+    write_whole(path, png(figure))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -122,7 +144,10 @@ def run(args: argparse.Namespace) -> None:
         for number, prompt in enumerate(prompts, 1):
             figures.add(f"{name}; {number}", answers(lm, prompt, new_tokens, store))
     wrong = sum(not run[way]["identical"] for run in figures.runs.values() for way in (AR, PLAIN, STORED))
-    pages = [table(figures.runs, name) for name in found]
+    of_streams = {name: quarters(figures.runs, name) for name in found}
+    if args.output is not None:
+        draw(of_streams, f"{args.output}.png")
+    pages = [table(each, name) for name, each in of_streams.items()]
     figures.publish("# Streams", *pages, f"Answers with other tokens than AR's: {wrong}.")
 
 

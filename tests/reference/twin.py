@@ -216,26 +216,28 @@ def with_drafts(
     """A cohort's heads with what exit 0 drafts below them, best first, as many as are worth it; none hangs yet."""
     price = run.price
     asked = heads[:HEADS]
-    follows: dict[Node, tuple[Node, list[int], list[float]]] = {}
+    follows: dict[tuple[Node, int], tuple[Node, list[int | None], list[float]]] = {}
     for head in asked:
         count = sum(shape.widths)
         said, matched = continuation(head.tokens, count)
-        lengths = [matched + i for i in range(count)]
         theirs, agreed, often = stored_continuation(stored, head.tokens, count)
-        if agreed and (1 + agreed // STORED) * (1 + often) > matched:
-            said, lengths = theirs, [(1 + (agreed + i) // STORED) * (1 + often) for i in range(count)]
-        logs = [-math.inf if token is None else trust(shape, lengths[i]) for i, token in enumerate(said)]
-        if said and logs[0] > -math.inf:
-            follows[head] = (head, said, logs)
+        as_long = (
+            [matched + i for i in range(count)],
+            [(1 + (agreed + i) // STORED) * (1 + often) for i in range(count)],
+        )
+        for source, (tokens, lengths) in enumerate(zip((said, theirs), as_long, strict=True)):
+            logs = [-math.inf if token is None else trust(shape, lengths[i]) for i, token in enumerate(tokens)]
+            if tokens and logs[0] > -math.inf:
+                follows[head, source] = (head, tokens, logs)
     everything, above, levels = list(heads), asked, 0
     for level, width in enumerate(shape.widths, 1):
         found: list[tuple[Node, int, float]] = []
-        for head in asked:
-            if head in follows:
-                at, said, logs = follows[head]
-                if said[level - 1] is not None:
-                    found.append((at, said[level - 1], at.score + logs[level - 1]))
-        hope = HOPE * (sum(math.exp(node.score) for node in above) - sum(math.exp(score) for *_, score in found))
+        claimed: dict[Node, float] = {}
+        for (head, _), (at, said, logs) in follows.items():
+            if said[level - 1] is not None:
+                found.append((at, said[level - 1], at.score + logs[level - 1]))
+                claimed[head] = max(claimed.get(head, 0), math.exp(found[-1][2]))
+        hope = HOPE * (sum(math.exp(node.score) for node in above) - sum(claimed.values()))
         if level <= shape.drafted and (not (shape.rungs and shape.drafting) or hope > price * shape.drafting):
             levels += 1
             for node in above:
@@ -246,14 +248,15 @@ def with_drafts(
         best = sorted(merged.items(), key=lambda each: -each[1])[:width]
         above = [Node(token, node, (*node.tokens, token), born_at=0, score=score) for (node, token), score in best]
         everything += above
-        for head in list(follows):
-            at, said, logs = follows.pop(head)
+        for key in list(follows):
+            at, said, logs = follows.pop(key)
             on = next((node for node in above if node.parent is at and node.token == said[level - 1]), None)
             if on is not None:
-                follows[head] = (on, said, logs)
-    if follows:
-        node, said, logs = max(follows.values(), key=lambda each: each[0].score)
-        for token, log in list(zip(said, logs, strict=True))[len(shape.widths) :]:
+                follows[key] = (on, said, logs)
+    depth = len(shape.widths)
+    if follows and sum(shape.widths) > depth:
+        node, said, logs = max(follows.values(), key=lambda each: each[0].score + each[2][depth])
+        for token, log in list(zip(said, logs, strict=True))[depth:]:
             if token is None:
                 break
             node = Node(token, node, (*node.tokens, token), born_at=0, score=node.score + log)

@@ -173,9 +173,12 @@ def draft(
     said, trusted = jax.vmap(jax.vmap(said_next, axes), axes)(
         drafting.stored, text, ends, jnp.asarray(shape.trust), shape.levels - 1
     )
-    alive = cohort.score[:, :under] > -jnp.inf
-    # The row that each head's continuation has got to.
-    at = jnp.where((trusted[..., 0] > -jnp.inf) & alive, jnp.arange(under)[None], NO_NODE)
+    several = said.shape[2]
+    said, trusted = (each.reshape(batch, under * several, -1) for each in (said, trusted))
+    alive = jnp.repeat(cohort.score[:, :under] > -jnp.inf, several, axis=1)
+    # The row that each continuation has got to.
+    own = jnp.repeat(jnp.arange(under), several)
+    at = jnp.where((trusted[..., 0] > -jnp.inf) & alive, own[None], NO_NODE)
     known = None if drafter is None else drafter.blank(batch, size + most)
     costs = drafting.costs
 
@@ -187,7 +190,8 @@ def draft(
         if drafter is not None and shape.drafted:
             asked = level.drafted
             if costs is not None and shape.drafting > 0:
-                claimed = jnp.sum(jnp.where(below.going[:, None], jnp.exp(score), 0))  # by the lookup
+                lookup = jnp.max(jnp.exp(score).reshape(batch, under, several), axis=-1)
+                claimed = jnp.sum(jnp.where(below.going[:, None], lookup, 0))
                 above = jax.lax.dynamic_slice_in_dim(_promise(cohort, below.going), level.above, most)
                 hope = HOPE * (jnp.sum(jnp.where(jnp.arange(most) < level.of_above, above, 0)) - claimed)
                 asked &= hope > below.price * costs.drafting
@@ -251,13 +255,13 @@ def _score_at(cohort: Cohort, at: jax.Array) -> jax.Array:
 
 
 def _go_on(cohort: Cohort, at: jax.Array, said: jax.Array, trusted: jax.Array, first: int) -> Cohort:
-    """One sequence's cohort with more of what the text says below the most probable of its continuations.
+    """One sequence's cohort with more of the continuation that is most probable to go on.
 
-    at [under] int32 are the rows that they have got to; said and trusted [under, M] go on from there, in the rows from
+    at [n] int32 are the rows that continuations have got to; said and trusted [n, M] go on from there, in the rows from
     `first` on.
     """
     score = _score_at(cohort, at)
-    best = jnp.argmax(score)
+    best = jnp.argmax(score + trusted[:, 0])
     # Not by cumsum, which is several kernels on GPUs; scores are exact in any order.
     down = jnp.tril(jnp.ones((said.shape[1],) * 2, bool))
     more = jnp.sum(jnp.where(down, trusted[best][None], 0), axis=1)

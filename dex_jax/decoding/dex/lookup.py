@@ -1,6 +1,7 @@
 """Proposals that cost nothing: what followed the longest suffix of the text where it stood before.
 
-Letters: S length of the buffer, M proposed tokens, N stored tokens, G lengths of gram, n tokens of one.
+Letters: S length of the buffer, C continuations, M proposed tokens, N stored tokens, G lengths of gram, n
+tokens of one.
 """
 
 from __future__ import annotations
@@ -41,23 +42,22 @@ class StoredTexts(NamedTuple):
 def said_next(
     stored: StoredTexts | None, text: jax.Array, length: jax.Array, trust: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The M = `count` tokens that earlier text gives after a text [S] of some `length`.
+    """The M = `count` tokens that earlier text gives after a text [S] of some `length`: what the text itself does, and,
+    where there are `stored` ones, what they do.
 
     `trust` [LONGEST + 1] float32 as TreeShape.trust. With every token that is right a match is longer.
 
     Returns:
-      (tokens [M] int32, log-probability [M] float32 of each that it is right if those before it are).
+      (tokens [C, M] int32, log-probability [C, M] float32 of each that it is right if those before it are).
     """
     more = jnp.arange(count)
     said, matched = continuation(text, length, count)
-    lengths = jnp.where(matched > 0, matched + more, 0)
+    found = [(said, jnp.where(matched > 0, matched + more, 0))]
     if stored is not None:
-        theirs, agreed, often = stored_continuation(stored, text, length, count)
-        others = jnp.where(agreed > 0, (1 + (agreed + more) // STORED) * (1 + often), 0)
-        better = others[0] > lengths[0]
-        said, lengths = jnp.where(better, theirs, said), jnp.where(better, others, lengths)
-    trusted = trust[jnp.minimum(lengths, LONGEST)]
-    return said, jnp.where(said == NO_TOKEN, -jnp.inf, trusted)
+        said, agreed, often = stored_continuation(stored, text, length, count)
+        found.append((said, jnp.where(agreed > 0, (1 + (agreed + more) // STORED) * (1 + often), 0)))
+    tokens, lengths = (jnp.stack(each) for each in zip(*found, strict=True))
+    return tokens, jnp.where(tokens == NO_TOKEN, -jnp.inf, trust[jnp.minimum(lengths, LONGEST)])
 
 
 def continuation(text: jax.Array, length: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
