@@ -285,6 +285,7 @@ BAD_INPUT = {
     "--draft-model smollm2-135m --exits shared": "--exits",
     "--draft-model smollm2-135m --method ar": "--draft-model",
     "--draft-model smollm2-135m --dry-run": "another vocabulary",
+    "--learn": "--store",
     "--prompt-file no/such/file.txt": "no/such/file.txt",
 }
 """Flags -> a word of the sentence that answers them."""

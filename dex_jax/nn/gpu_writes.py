@@ -73,7 +73,7 @@ def write(
 
 def _kernel(
     start: Any, row: Any, keys: Any, values: Any, *caches: Any, count: int, rings: tuple[int, ...], margin: int
-):
+) -> None:
     """Writes the rows of one layer, sequence and head; `caches` are those that came, then those that go."""
     size, first, layers = pl.next_power_of_2(count), start[0], len(rings)
     written = jnp.arange(size)
