@@ -55,9 +55,10 @@ MOST = 4096
 
 MOST_TOKENS, MOST_SEEDS = 2**24, 2**63 - 1
 
-LEARN = """--learn: to learn while decoding takes minutes here and saves about 3% of the ticks, which come back after ten
-thousand answers (docs/results_speed.md). Keep answers with --store FILE and train between two sessions with
-{train} --config configs/smollm2_135m_learn.py""".replace("\n", " ")
+LEARN = """--learn: on a CPU to learn takes minutes and saves about 3% of the ticks, so the time comes back after ten
+thousand answers (docs/results_speed.md): keep answers with --store FILE, and train between two sessions with
+{train} --config configs/smollm2_135m_learn.py --init-from default""".replace("\n", " ")
+"""What is said to those who ask for learning while decoding."""
 
 EXITS_HELP = """exit heads: "default" (what ships for the model), "shared" (the model's own head at every depth; no
 drafter), a .safetensors file or a folder of {train}, a folder or hub id of an EAGLE-3 head; they change how fast text
