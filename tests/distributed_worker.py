@@ -13,7 +13,6 @@ import sys
 import jax
 
 import dex_jax
-from dex_jax import distributed
 from dex_jax.distributed import is_first, join, name
 
 PROMPTS = [[5, 9, 30], [7, 40, 41, 3, 8]]
@@ -21,8 +20,6 @@ OPTIONS = {"max_new_tokens": 12, "temperature": 0.9, "top_k": 20, "seed": 3}
 
 
 def main() -> None:
-    if "--die" in sys.argv:
-        distributed.HEARTBEAT_SECONDS = 8  # of which the test waits for several
     join()
     assert jax.process_count() == 2
     read: list[tuple[int, int]] = []
