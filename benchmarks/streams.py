@@ -53,7 +53,7 @@ Add a function shortest below longest.
 Rename each to item.
 Add a main block that prints longest(['a', 'bb']).""".splitlines()
 LONG = "Write a very long story about a lighthouse keeper, chapter by chapter."
-AR, PLAIN, STORED = "AR", "default", "with a store"
+AR, PLAIN, STORED, ALL = "AR", "default", "with a store", "all"
 
 
 def streams(humaneval: Sequence[Any], spec_bench: Sequence[Any]) -> dict[str, tuple[list[Any], int]]:
@@ -86,10 +86,11 @@ def answers(lm: Any, prompt: Any, new_tokens: int, store: dex_jax.TextStore) -> 
 
 
 def quarters(runs: dict[str, Any], name: str) -> dict[str, tuple[float, ...]]:
-    """Figures of each quarter of a stream: tokens a tick and times over AR's, of both ways; times over each other."""
+    """Of a stream's quarters and of ALL: tokens a tick and times over AR's, both ways, and times over each other."""
     of_stream = [run for key, run in runs.items() if key.startswith(f"{name};")]
-    parts, found = min(4, len(of_stream)), {}
-    for number, part in enumerate(np.array_split(np.arange(len(of_stream)), parts), 1):
+    found, every = {}, np.arange(len(of_stream))
+    parts = np.array_split(every, min(4, len(of_stream)))
+    for label, part in [*((f"{n} of {len(parts)}", part) for n, part in enumerate(parts, 1)), (ALL, every)]:
         total: dict[str, dict[str, float]] = {}
         for way in (AR, PLAIN, STORED):
             chosen = [of_stream[at][way] for at in part]
@@ -100,7 +101,7 @@ def quarters(runs: dict[str, Any], name: str) -> dict[str, tuple[float, ...]]:
             }
         a_tick = [total[way]["tokens"] / total[way]["ticks"] for way in (PLAIN, STORED)]
         over = [total[a]["seconds"] / total[b]["seconds"] for a, b in ((AR, PLAIN), (AR, STORED), (PLAIN, STORED))]
-        found[f"{number} of {parts}"] = (*a_tick, *over)
+        found[label] = (*a_tick, *over)
     return found
 
 
@@ -117,7 +118,8 @@ def draw(of_streams: dict[str, dict[str, tuple[float, ...]]], path: str) -> None
     for axes, (name, found) in zip(np.ravel(figure.subplots(1, len(of_streams))), of_streams.items(), strict=True):
         quiet_axes(axes)
         for way, label in enumerate((PLAIN, STORED)):
-            axes.plot(list(found), [figures[way] for figures in found.values()], "o-", color=SERIES[way], label=label)
+            shown = {part: figures[way] for part, figures in found.items() if part != ALL}
+            axes.plot(list(shown), list(shown.values()), "o-", color=SERIES[way], label=label)
         axes.set_title(name, fontsize=8)
         axes.set_ylim(bottom=0)
     figure.axes[0].set_ylabel("tokens a tick")

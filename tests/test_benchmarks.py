@@ -65,6 +65,7 @@ def test_streams(model, monkeypatch, capsys):
     streams.run(streams.parser().parse_args(flags))
     page = capsys.readouterr().out
     assert "| 3 of 3 " in page
+    assert "| all " in page
     assert "Answers with other tokens than AR's: 0." in page
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
     again = json.loads(Path("out.json").read_text(encoding="utf-8"))["runs"]["words; 3"]

@@ -26,7 +26,7 @@ BLOCK, HALF_BLOCK = 64, 32
 MOST_NUMBERS, MANY_NUMBERS = 16_384, 4_096
 """Of the queries that a program holds, at most; and so many that it takes eight warps."""
 
-FEWEST = 16
+SMALLEST = 16
 """Rows, and keys, of the smallest product that a matrix unit takes."""
 
 PROGRAMS, MOST_SHARES = 128, 8
@@ -41,15 +41,15 @@ def fits(queries: jax.Array, sources: Sequence[Any]) -> bool:
     kinds = {queries.dtype, *(x.dtype for source in sources for x in source[:2])}
     width = queries.shape[3]
     half = kinds in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)})
-    few = queries.shape[1] <= FEWEST and sources[-1].keys.shape[2] <= FEWEST
-    shaped = FEWEST <= width <= 256 and width & (width - 1) == 0
+    few = queries.shape[1] <= SMALLEST and sources[-1].keys.shape[2] <= SMALLEST
+    shaped = SMALLEST <= width <= 256 and width & (width - 1) == 0
     return for_triton() and half and few and shaped and _size(queries, sources) * width <= MOST_NUMBERS
 
 
 def attend_in_one_kernel(queries: jax.Array, sources: Sequence[Any], interpret: bool = False) -> jax.Array:
     """`attention.attend` without a cap: queries [B, R, H, d], sources of keys and values [B, G, S, d] and masks.
 
-    The last source has no more than FEWEST keys. `interpret` computes with XLA what the kernel would, for tests.
+    The last source has no more than SMALLEST keys. `interpret` computes with XLA what the kernel would, for tests.
     """
     batch, rows, heads, width = queries.shape
     groups = sources[0].keys.shape[1]
@@ -77,8 +77,8 @@ def attend_in_one_kernel(queries: jax.Array, sources: Sequence[Any], interpret: 
     by_group = scaled.reshape(batch, rows, groups, -1, width).swapaxes(1, 2).reshape(batch, groups, count, width)
     *caches, own = sources
     # What comes from this layer's products is one array: each would be a kernel of its own.
-    parts = (_filled(by_group, 2, size), *(_filled(each, 2, FEWEST) for each in own[:2]))
-    entered, among = jnp.concatenate(parts, axis=2), _filled(seen_by_heads(own.mask), 2, FEWEST)
+    parts = (_filled(by_group, 2, size), *(_filled(each, 2, SMALLEST) for each in own[:2]))
+    entered, among = jnp.concatenate(parts, axis=2), _filled(seen_by_heads(own.mask), 2, SMALLEST)
     arguments, specs = [entered, among], [of_heads(*entered.shape[2:]), of_sequence(*among.shape[1:])]
     for keys, values, mask in caches:
         length = keys.shape[2]
@@ -108,7 +108,7 @@ def attend_in_one_kernel(queries: jax.Array, sources: Sequence[Any], interpret: 
 
 def _size(queries: jax.Array, sources: Sequence[Any]) -> int:
     """N."""
-    return max(FEWEST, pl.next_power_of_2(queries.shape[1] * queries.shape[2] // sources[0].keys.shape[1]))
+    return max(SMALLEST, pl.next_power_of_2(queries.shape[1] * queries.shape[2] // sources[0].keys.shape[1]))
 
 
 def _filled(x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -120,7 +120,7 @@ def _kernel(entered: Any, among: Any, *refs: Any, shares: int, size: int, block:
     *caches, highest, total, mixed = refs
     share, width = pl.program_id(2), entered.shape[1]
     queries = entered[pl.ds(0, size), :]
-    keys, values = (entered[pl.ds(size + at, FEWEST), :] for at in (0, FEWEST))
+    keys, values = (entered[pl.ds(size + at, SMALLEST), :] for at in (0, SMALLEST))
     state = jnp.full(size, NOTHING), jnp.zeros(size), jnp.zeros((size, width))
     state = _add(state, queries, keys, values, (among[...] != 0) & (share == 0))
     for at in range(0, len(caches), 4):

@@ -190,6 +190,7 @@ def draft(
         if drafter is not None and shape.drafted:
             asked = level.drafted
             if costs is not None and shape.drafting > 0:
+                # Below one head at most one continuation is right.
                 lookup = jnp.max(jnp.exp(score).reshape(batch, under, several), axis=-1)
                 claimed = jnp.sum(jnp.where(below.going[:, None], lookup, 0))
                 above = jax.lax.dynamic_slice_in_dim(_promise(cohort, below.going), level.above, most)

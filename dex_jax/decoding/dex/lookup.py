@@ -1,7 +1,7 @@
 """Proposals that cost nothing: what followed the longest suffix of the text where it stood before.
 
-Letters: S length of the buffer, C continuations, M proposed tokens, N stored tokens, G lengths of gram, n
-tokens of one.
+Letters: S length of the buffer, C continuations (the text's own and, where texts are stored, theirs), M proposed
+tokens, N stored tokens, G lengths of gram, n tokens of one.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ class StoredTexts(NamedTuple):
 def said_next(
     stored: StoredTexts | None, text: jax.Array, length: jax.Array, trust: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The M = `count` tokens that earlier text gives after a text [S] of some `length`: what the text itself does, and,
-    where there are `stored` ones, what they do.
+    """How a text [S] of some `length` may go on, M = `count` tokens: as it did before, and as `stored` texts did.
 
     `trust` [LONGEST + 1] float32 as TreeShape.trust. With every token that is right a match is longer.
 
