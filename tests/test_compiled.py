@@ -12,7 +12,7 @@ from dex_jax.errors import DexError
 from dex_jax.evaluation import targets
 from dex_jax.evaluation.compiled import read
 from dex_jax.nn.attention import KeyValues, attend
-from dex_jax.nn.products import CAPABILITY
+from dex_jax.nn.products import ASSUMED, Device
 
 # A loop of 3 turns within a loop: a product by a library, rows cut out of a cache and rows written into it, a choice.
 PROGRAM = """\
@@ -66,6 +66,8 @@ HloModule jit_run, is_scheduled=true
   %rows = bf16[8,64]{1,0} fusion(%cache, %at), kind=kLoop, calls=%fused_rows
   %start = (bf16[64,64]{1,0:S(1)}, bf16[64,64]{1,0}, u32[]) copy-start(%kernel)
   %near = bf16[64,64]{1,0:S(1)} copy-done(%start)
+  %quarter = ((bf16[64,64]{1,0}), bf16[16,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%kernel), slice={[0:16], [0:64]}
+  %brought = bf16[16,64]{1,0:S(1)} slice-done(%quarter)
   %gemm = (bf16[8,64]{1,0}, s8[4194304]{0}) custom-call(%rows, %near), custom_call_target="__cublas$gemm", \
 backend_config={"estimated_cycles":"70"}
   %product = bf16[8,64]{1,0} get-tuple-element(%gemm), index=0
@@ -99,11 +101,12 @@ ROWS, KERNEL, NUMBER = 8 * 64 * 2, 64 * 64 * 2, 4
 def test_what_a_step_moves_launches_and_takes() -> None:
     program = read(PROGRAM)
     assert program.loops == ("body",)
-    # Of caches what is cut out and what is written, once each; the kernel as it is brought onto the chip; a library's
-    # room to work in not at all; of the choice the branch that copies.
+    # Of caches what is cut out and what is written, once each; the kernel and a quarter as they are brought onto the
+    # chip; a library's room to work in not at all; of the choice the branch that copies.
     by_hand = {
         "rows": ROWS + NUMBER + ROWS,
         "start": KERNEL,
+        "quarter": KERNEL // 4,
         "gemm": ROWS + ROWS,
         "turns": 3 * (2 * ROWS + (NUMBER + NUMBER + 1)),
         "chosen": 2 * ROWS,
@@ -111,7 +114,7 @@ def test_what_a_step_moves_launches_and_takes() -> None:
     }
     assert program.moved("body") == sum(by_hand.values())
     assert program.moved("body", "attention") == 3 * 2 * ROWS
-    assert program.kernels("body") == 1 + 1 + 1 + 3 * 2 + 1 + 1
+    assert program.kernels("body") == 1 + 2 + 1 + 3 * 2 + 1 + 1
     assert program.cycles("body") == 70
 
 
@@ -133,8 +136,8 @@ def test_a_target_without_a_compiler_is_told_and_nothing_stays_assumed(monkeypat
             pass
     monkeypatch.setattr(targets.topologies, "get_topology_desc", lambda **about: SimpleNamespace(devices=["it"]))
     with targets.target("h100") as devices:
-        assert (devices, CAPABILITY.get()) == (["it"], 9.0)
-    assert CAPABILITY.get() is None
+        assert (devices, ASSUMED.get()) == (["it"], Device("gpu", 9.0))
+    assert ASSUMED.get() is None
 
 
 def test_what_was_traced_for_one_target_is_not_used_for_another(monkeypatch) -> None:

@@ -18,7 +18,7 @@ from dex_jax.config import LayerKind
 from dex_jax.nn import few_rows, in_turn
 from dex_jax.nn.forward import extend_with_states, run_rows
 from dex_jax.nn.packed import to_int8
-from dex_jax.nn.products import CAPABILITY
+from dex_jax.nn.products import ASSUMED, Device
 from dex_jax.nn.transformer import Transformer, Unrolled, build
 from dex_jax.nn.weights import merge_model
 
@@ -93,6 +93,6 @@ def test_layers_that_differ_and_programs_for_other_devices_have_none() -> None:
     assert not in_turn.is_loop(random_transformer(dataclasses.replace(ALIKE, head_dim=8), Unrolled(), 0))
     assert not in_turn.is_loop(random_transformer(ALIKE, Unrolled(), 0, jnp.float16))
     assert not in_turn.is_loop(int8_model("layers.1.down"))
-    before = CAPABILITY.set(0.0)
+    before = ASSUMED.set(Device("tpu"))
     assert not in_turn.is_loop(random_transformer(ALIKE, Unrolled(), 0))
-    CAPABILITY.reset(before)
+    ASSUMED.reset(before)

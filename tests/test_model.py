@@ -15,9 +15,10 @@ from flax import nnx
 from reference.small_models import GEMMA, LLAMA, QWEN3, ragged_prompts, random_transformer, small_model
 
 from dex_jax import RopeScaling, Stacked, Unrolled, cache
+from dex_jax.evaluation.targets import assumed
 from dex_jax.language_model import default_dtype, resolve_dtype
-from dex_jax.nn import transformer
-from dex_jax.nn.forward import extend_with_states
+from dex_jax.nn import rotary, transformer
+from dex_jax.nn.forward import extend, extend_with_states, run_tree
 from dex_jax.nn.layers import rms_norm
 from dex_jax.nn.rotary import rope_frequencies, rope_table, rotate
 from dex_jax.nn.transformer import (
@@ -44,6 +45,39 @@ def test_rotation_is_multiplication_of_complex_numbers() -> None:
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)[:, :, None, :]
     expected = np.concatenate([turned.real, turned.imag], axis=-1).astype(np.float32)
     chex.assert_trees_all_close(rotate(x, rope_table(jnp.asarray(positions), LLAMA)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("half", [4, 3])
+def test_rotation_by_a_product_as_on_tpus_is_exact(dtype: str, half: int) -> None:
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(2, 3, 5, 8)), dtype)
+    cos, sin = jnp.asarray(rng.uniform(-1, 1, (2, 2, 1, 5, half)), jnp.float32)
+    halves, product = rotary._by_halves(x, cos, sin), rotary._by_product(x, cos, sin)
+    assert product.dtype == halves.dtype == dtype
+    # XLA may add without rounding what it multiplies.
+    chex.assert_trees_all_close(product, halves, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
+
+
+def test_a_step_on_a_tpu_runs_the_eight_rows_of_a_tree_and_gives_the_same_bits() -> None:
+    """With XLA's own products, on this CPU: a token alone, and as the root of a tree of eight."""
+    model = random_transformer(LLAMA, Unrolled(), 0, jnp.dtype(jnp.bfloat16))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(LLAMA.vocab_size, size=(1, 17)))
+    empty = cache.allocate(LLAMA, Unrolled(), 1, 64, 0, model.dtype)
+    with assumed(None):
+        _, memory = extend(model, empty, tokens[:, :9], jnp.zeros(1, jnp.int32))
+        step = jax.jit(lambda memory, token: extend(model, memory, token, jnp.full(1, 9)))
+        assert f"[1,8,{LLAMA.width}]" in str(jax.make_jaxpr(step)(memory, tokens[:, 9:10]))
+        alone, after = step(memory, tokens[:, 9:10])
+        among, position = jnp.tril(jnp.ones((1, 8, 8), bool)), jnp.arange(9, 17)[None]
+        tree = jax.jit(lambda memory, token: run_tree(model, memory, token, position, among, jnp.full(1, 9)))
+        rows, (keys, values) = tree(memory, tokens[:, 9:])
+    chex.assert_trees_all_equal(alone[:, 0], rows[:, 0])
+    for i in range(LLAMA.num_layers):
+        chex.assert_trees_all_equal(
+            (after.keys[i][:, :, 9], after.values[i][:, :, 9]), (keys[i, :, :, 0], values[i, :, :, 0])
+        )
+        chex.assert_trees_all_equal(after.keys[i][:, :, 10:], memory.keys[i][:, :, 10:])
 
 
 def test_linear_scaling_divides_every_frequency_and_llama3s_the_low_ones() -> None:

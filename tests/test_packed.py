@@ -22,7 +22,7 @@ from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import few_rows_product
 from dex_jax.nn.layers import linear
 from dex_jax.nn.packed import FORMATS, INT8, Packed, joined, take_rows, to_int8
-from dex_jax.nn.products import CAPABILITY
+from dex_jax.nn.products import ASSUMED, Device
 
 formats = pytest.mark.parametrize("format", FORMATS)
 METHODS = {"ar": dex_jax.AR(), "drafts": dex_jax.Dex(explorers=1), "explorers": dex_jax.Dex(explorers=2)}
@@ -98,10 +98,10 @@ def test_gpus_sum_up_few_rows_where_a_product_would_copy_the_kernel(format) -> N
     kernel = packed("Q4_1", 7, 3)[0] if format == "Q4_1" else jax.tree.map(jnp.asarray, to_int8(random(1, (7, 96))[0]))
     rows, dense = jnp.asarray(generator.normal(size=(20, 96)), jnp.float16), np.asarray(kernel.dense(), np.float64)
     for capability, count in ((7.5, 5), (7.5, 20), (8.0, 5), (0.0, 5)):
-        before = CAPABILITY.set(capability)
+        before = ASSUMED.set(Device("gpu", capability))
         as_sums = "dot_general" not in str(jax.make_jaxpr(lambda rows: kernel.product(rows))(rows[:count]))
         found = kernel.product(rows[:count])
-        CAPABILITY.reset(before)
+        ASSUMED.reset(before)
         assert as_sums == (count == 5 and (capability == 7.5 or (capability == 8 and format != INT8)))
         np.testing.assert_allclose(found, np.asarray(rows[:count], np.float64) @ dense.T, rtol=2e-3, atol=0.02)
 

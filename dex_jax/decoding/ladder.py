@@ -26,9 +26,9 @@ def climb(needed: jax.Array, counts: Sequence[int], run: Callable[[int], Any]) -
     return jax.lax.switch(jnp.sum(needed > jnp.asarray(counts[:-1])), [lambda n=n: run(n) for n in counts])
 
 
-def row_counts(counts: Sequence[int], rows: int) -> tuple[int, ...]:
-    """None, those of `counts` (ascending) that are less than all `rows`, and all of them."""
-    return (0, *(count for count in counts if count < rows), rows)
+def row_counts(counts: Sequence[int], rows: int, empty: bool = True) -> tuple[int, ...]:
+    """None, where it may be `empty`, those of `counts` (ascending) that are less than all `rows`, and all of them."""
+    return (*(0,) * empty, *(count for count in counts if count < rows), rows)
 
 
 def last_row(live: jax.Array) -> jax.Array:

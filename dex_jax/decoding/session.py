@@ -39,7 +39,7 @@ from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.forward import extend_with_states, last_states, states_at
 from dex_jax.nn.placing import weight_specs
 from dex_jax.nn.transformer import Layout, Stacked
-from dex_jax.nn.weights import merge_model
+from dex_jax.nn.weights import merge_model, with_wide_scales
 from dex_jax.progress import notify
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import BY_SEQUENCE, EVERYWHERE, check_batch, place, zeros
@@ -129,7 +129,7 @@ def run_ticks(
     """The method's loop up to `until_tick`."""
     if spec.mesh is not None:
         return on_mesh.run_ticks(weights, heads, state, limits, sampling, until_tick, spec=spec)
-    model = merge_model(spec.config, spec.layout, weights)
+    model = merge_model(spec.config, spec.layout, with_wide_scales(weights))
     return spec.schedule.loop.run(Running(model, heads, spec), state, limits, sampling, until_tick)
 
 

@@ -160,7 +160,9 @@ class Program:
         if each.operation in INSERTS:
             return 2 * operands[INSERTS[each.operation]].nbytes
         if each.operation.endswith("-start"):
-            return operands[0].nbytes * (1 if each.results[0].on_chip else 2)
+            # What arrives there: the first result of a copy, and of a slice the one behind what is cut.
+            arrives = each.results[each.operation == "slice-start"]
+            return arrives.nbytes * sum(not end.on_chip for end in (operands[0].results[0], arrives))
         given = each.results
         if each.operation == "custom-call":
             # Bytes that a library's kernel gives beside its result are room to work in.

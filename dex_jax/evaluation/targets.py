@@ -21,7 +21,7 @@ from dex_jax.decoding.program import Program
 from dex_jax.decoding.session import PREFILL, RUN, START, Session
 from dex_jax.decoding.spec import Spec
 from dex_jax.errors import DexError
-from dex_jax.nn.products import CAPABILITY
+from dex_jax.nn.products import ASSUMED, Device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +116,14 @@ def target(name: str) -> Iterator[list[jax.Device]]:
 
 @contextlib.contextmanager
 def assumed(gpu: Gpu | None) -> Iterator[None]:
-    """Within the block what is traced is for a GPU that is not at hand, or for no GPU."""
-    before = CAPABILITY.set(0.0 if gpu is None else float(".".join(map(str, gpu.capability))))
+    """Within the block what is traced is for a GPU that is not at hand, or for a TPU."""
+    before = ASSUMED.set(Device("tpu") if gpu is None else Device("gpu", float(".".join(map(str, gpu.capability)))))
     jax.clear_caches()  # what was traced for one device is not for another
     try:
         with contextlib.nullcontext() if gpu is None else jax.sharding.use_abstract_mesh(_mesh_of(gpu)):
             yield
     finally:
-        CAPABILITY.reset(before)
+        ASSUMED.reset(before)
         jax.clear_caches()
 
 

@@ -107,14 +107,14 @@ def _attend_in_blocks(cap: float | None, queries: jax.Array, sources: Sequence[K
     """As `_attend`, a block of keys at a time up to the last that a row sees: most of a cache is often empty."""
     batch, rows, heads, width = queries.shape
     groups = sources[0].keys.shape[1]
-    columns = _columns(queries, groups)
-    count = columns.shape[3]
+    own = _by_group(queries, groups)
+    count = own.shape[2]
 
     def add(state: tuple, keys: jax.Array, values: jax.Array, mask: jax.Array) -> tuple:
         most, total, mixed = state
-        scores = capped(_sum_in_float32("bgsd,bgdn->bgsn", keys, columns), cap)
-        seen = jnp.repeat(jnp.broadcast_to(mask, (batch, rows, mask.shape[2])), heads // groups, axis=1)
-        scores = jnp.where(seen.transpose(0, 2, 1)[:, None], scores, MASKED_SCORE)
+        scores = capped(_sum_in_float32("bgsd,bgnd->bgsn", keys, own) * width**-0.5, cap)
+        seen = _seen_by_group(mask, rows, heads // groups)
+        scores = jnp.where(seen.swapaxes(1, 2)[:, None], scores, MASKED_SCORE)
         new = jnp.maximum(most, scores.max(axis=2))
         weights, kept = jnp.exp(scores - new[:, :, None]), jnp.exp(most - new)
         part = _sum_in_float32("bgsn,bgsd->bgnd", weights.astype(values.dtype), values)
@@ -137,8 +137,7 @@ def _attend_in_blocks(cap: float | None, queries: jax.Array, sources: Sequence[K
         last = jnp.max(jnp.where(source.mask, jnp.arange(1, length + 1)[None, None], 0))
         state = jax.lax.fori_loop(0, (last + KEY_BLOCK - 1) // KEY_BLOCK, block, state)
     _, total, mixed = state
-    out = (mixed / total[..., None]).reshape(batch, groups, rows, heads // groups, width).transpose(0, 2, 1, 3, 4)
-    return out.reshape(batch, rows, heads, width).astype(queries.dtype)
+    return _by_row(mixed / total[..., None], rows).astype(queries.dtype)
 
 
 def _tangent(attention, cap: float | None, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
@@ -158,44 +157,53 @@ for _attention in (_attend_few_rows, _attend_in_blocks, _attend_in_one_kernel):
     _attention.defjvp(functools.partial(_tangent, _attention))
 
 
-def _columns(queries: jax.Array, groups: int) -> jax.Array:
-    """Queries [B, R, H, d] as keys are multiplied with them, scaled: [B, G, d, R H / G]."""
-    batch, rows, heads, width = queries.shape
-    scaled = queries * np.float32(width**-0.5).astype(queries.dtype)
-    columns = scaled.reshape(batch, rows, groups, heads // groups, width).transpose(0, 2, 4, 1, 3)
-    return columns.reshape(batch, groups, width, -1)
+def _by_group(queries: jax.Array, groups: int) -> jax.Array:
+    """Queries [B, R, H, d] by the keys that they share: [B, G, n, d], n = H R / G, head by head."""
+    return queries.swapaxes(1, 2).reshape(queries.shape[0], groups, -1, queries.shape[3])
+
+
+def _by_row(attended: jax.Array, rows: int) -> jax.Array:
+    """As `_by_group`, back again: [B, G, n, d] -> [B, R, H, d]."""
+    return attended.reshape(attended.shape[0], -1, rows, attended.shape[3]).swapaxes(1, 2)
+
+
+def _seen_by_group(mask: jax.Array, rows: int, share: int) -> jax.Array:
+    """A mask [B, R, S], or [B, 1, S] for all rows, for `share` heads: [B, n, S], or [B, 1, S]."""
+    return mask if mask.shape[1] < rows else jnp.tile(mask, (1, share, 1))
 
 
 def _attend(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues], on_gpu: bool = False) -> jax.Array:
-    batch, rows, heads, width = queries.shape
+    rows, heads, width = queries.shape[1:]
     groups = sources[0].keys.shape[1]
-    columns = _columns(queries, groups)
+    by_group = _by_group(queries, groups)
+
+    def product(source: KeyValues) -> jax.Array:
+        if not on_gpu:
+            # Keys times queries, so that the cache is read as it lies: the other way round XLA transposes it.
+            return _sum_in_float32("bgsd,bgnd->bgsn", source.keys, by_group).swapaxes(2, 3)
+        if source.keys.shape[2] > FEW_KEYS:
+            # Of products of the same queries with two sources XLA would make one, with a copy of all keys.
+            own = by_group if source is sources[0] else jax.lax.optimization_barrier(by_group)
+            return _sum_in_float32("bgnd,bgsd->bgns", own, source.keys)
+        each = by_group[:, :, :, None].astype(jnp.float32)
+        return jnp.sum(each * source.keys[:, :, None].astype(jnp.float32), axis=-1)
 
     def scored(source: KeyValues) -> jax.Array:
-        if not on_gpu:
-            # Keys times query columns, so that the cache is read as it lies: the other way round XLA transposes it.
-            return _sum_in_float32("bgsd,bgdn->bgsn", source.keys, columns).transpose(0, 1, 3, 2)
-        if source.keys.shape[2] > FEW_KEYS:  # as softmax wants scores, which then is one kernel
-            # Of products of the same queries with two sources XLA would make one, with a copy of all keys.
-            own = columns if source is sources[0] else jax.lax.optimization_barrier(columns)
-            return _sum_in_float32("bgdn,bgsd->bgns", own, source.keys)
-        each = columns.swapaxes(2, 3)[:, :, :, None].astype(jnp.float32)
-        return jnp.sum(each * source.keys[:, :, None].astype(jnp.float32), axis=-1)
+        seen = _seen_by_group(source.mask, rows, heads // groups)
+        return jnp.where(seen[:, None], capped(product(source) * width**-0.5, cap), MASKED_SCORE)
 
     def mixed(weights: jax.Array, source: KeyValues) -> jax.Array:
         if not on_gpu or source.keys.shape[2] > FEW_KEYS:
             return _sum_in_float32("bgns,bgsd->bgnd", weights, source.values)
         return jnp.sum(weights[..., None].astype(jnp.float32) * source.values[:, :, None].astype(jnp.float32), axis=-2)
 
-    masks = jnp.concatenate([jnp.broadcast_to(s.mask, (batch, rows, s.mask.shape[2])) for s in sources], axis=2)
-    joined = capped(jnp.concatenate([scored(each) for each in sources], axis=3), cap)
-    joined = joined.reshape(batch, groups, rows, heads // groups, -1)
-    joined = jnp.where(masks[:, None, :, None, :], joined, MASKED_SCORE)
-    weights = jax.nn.softmax(joined, axis=-1).astype(queries.dtype).reshape(batch, groups, -1, masks.shape[2])
+    scores = jnp.concatenate([scored(each) for each in sources], axis=-1)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
     bounds = np.cumsum([source.keys.shape[2] for source in sources])[:-1]
-    parts = [mixed(part, source) for part, source in zip(jnp.split(weights, bounds, axis=-1), sources, strict=True)]
-    out = functools.reduce(jnp.add, parts).reshape(batch, groups, rows, heads // groups, width).transpose(0, 2, 1, 3, 4)
-    return out.reshape(batch, rows, heads, width).astype(queries.dtype)
+    each_own = jnp.split(weights.astype(queries.dtype), bounds, axis=-1)
+    parts = [mixed(own, source) for own, source in zip(each_own, sources, strict=True)]
+    return _by_row(functools.reduce(jnp.add, parts) / total, rows).astype(queries.dtype)
 
 
 def _sum_in_float32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

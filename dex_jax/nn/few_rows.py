@@ -34,7 +34,7 @@ import numpy as np
 
 from dex_jax.errors import DexError
 from dex_jax.io.whole_files import cache_folder, only_the_user_wrote
-from dex_jax.nn.products import CAPABILITY, for_one_device
+from dex_jax.nn.products import ASSUMED, for_one_device
 from dex_jax.progress import notify
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -213,7 +213,7 @@ def write(
 
 def ready() -> bool:
     """Whether what is traced now can use what is here; compiles it if it has to."""
-    return CAPABILITY.get() is None and for_one_device() and _registered() is not None
+    return ASSUMED.get() is None and for_one_device() and _registered() is not None
 
 
 def begin(formats: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from dex_jax.nn.gpu_writes import MOST_ROWS
 from dex_jax.nn.in_turn import Place, cached, in_turn, is_loop
 from dex_jax.nn.kinds import Sight, sight_at, sights
 from dex_jax.nn.layers import DecoderLayer
-from dex_jax.nn.products import FEWEST, for_triton
+from dex_jax.nn.products import FEWEST, fills_rows
 from dex_jax.nn.transformer import Stacked, Transformer
 
 
@@ -98,8 +98,7 @@ def extend_rows(
     batch, count = x.shape[:2]
     loop = is_loop(model)
     at_once = not loop and count <= MOST_ROWS and written_in_place(memory.keys, count)
-    # Of as many rows as a matrix unit takes, no layer has to fill up its own.
-    rows = max(count, FEWEST) if at_once and batch == 1 and for_triton() else count
+    rows = max(count, FEWEST) if batch == 1 and fills_rows() else count
     x = jnp.pad(x, ((0, 0), (0, rows - count), (0, 0)))
     positions = start[:, None] + jnp.arange(rows)[None, :]
     causal = causal_rows(batch, rows)
@@ -129,7 +128,8 @@ def extend_rows(
         x, *caches = carry
         x, *fresh = run(layer, x, place, *caches)
         at = after(first, x)
-        return (x, *(_write(model, *each, at, place) for each in zip(caches, fresh, strict=True))), x
+        own = (each[:, :, :count] for each in fresh)
+        return (x, *(_write(model, *each, at, place) for each in zip(caches, own, strict=True))), x[:, :count]
 
     layers = range(model.config.num_layers)
     if loop:

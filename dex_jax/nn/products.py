@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-CAPABILITY: ContextVar[float | None] = ContextVar("CAPABILITY", default=None)
-"""Compute capability of the GPU that programs are compiled for where that is not the device at hand; 0 for others."""
+
+class Device(NamedTuple):
+    """What programs are compiled for."""
+
+    platform: str  # as jax.Device.platform
+    capability: float = 0.0  # compute capability of an NVIDIA GPU
+
+
+ASSUMED: ContextVar[Device | None] = ContextVar("ASSUMED", default=None)
+"""Where that is not the device at hand."""
 
 FEWEST = 8
 """Rows of a product on GPUs and TPUs: of fewer, compilers make sums of products beside the matrix units, which take
 several times as long."""
 
 
-def gpu_capability() -> float:
-    """Compute capability of the GPU that is compiled for, 0 without one."""
-    assumed = CAPABILITY.get()
+def compiled_for() -> Device:
+    """What the programs are for that are traced now."""
+    assumed = ASSUMED.get()
     if assumed is not None:
         return assumed
     device = jax.devices()[0]
     try:
-        return float(device.compute_capability) if device.platform == "gpu" else 0.0
+        return Device(device.platform, float(device.compute_capability) if device.platform == "gpu" else 0.0)
     except ValueError:  # of AMD's, whose names are no numbers
-        return 0.0
+        return Device(device.platform)
+
+
+def gpu_capability() -> float:
+    """Compute capability of the NVIDIA GPU that is compiled for, 0 without one."""
+    return compiled_for().capability
 
 
 def for_one_device() -> bool:
@@ -36,6 +50,11 @@ def for_one_device() -> bool:
 def for_triton() -> bool:
     """Whether what is traced may have kernels of Triton's: for one NVIDIA GPU, of Ampere or newer."""
     return gpu_capability() >= 8 and for_one_device()
+
+
+def fills_rows() -> bool:
+    """Whether a step of fewer than FEWEST rows runs as many from the first layer to the last: it takes no longer."""
+    return compiled_for().platform == "tpu" or for_triton()
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:

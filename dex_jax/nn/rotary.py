@@ -15,6 +15,7 @@ import numpy as np
 
 from dex_jax.config import LayerKind, ModelConfig, RopeScaling
 from dex_jax.nn import few_rows
+from dex_jax.nn.products import matmul_precision
 
 ALIKE = LayerKind()
 """The kind of layers where a model has but one."""
@@ -92,11 +93,7 @@ def rope_table(positions: jax.Array, config: ModelConfig, kind: LayerKind = ALIK
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotates the first d' numbers of heads by their positions: x [..., heads, d]; pairs are (i, i + d' / 2)."""
-    cos, sin = (t[..., None, :] for t in rotation[:2])
-    half = cos.shape[-1]
-    wide = x.astype(jnp.float32)
-    left, right, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1).astype(x.dtype)
+    return _rotated(x, *(table[..., None, :] for table in rotation[:2]))
 
 
 def turned(heads: jax.Array, rotation: Rotation, groups: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -106,13 +103,43 @@ def turned(heads: jax.Array, rotation: Rotation, groups: int, width: int) -> tup
     """
 
     def plain(heads: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        count = heads.shape[-1] // width - 2 * groups
-        apart = jnp.split(heads, [count * width, (count + groups) * width], axis=-1)
-        queries, keys, values = (each.reshape(*heads.shape[:-1], -1, width) for each in apart)
-        # Both at once: on GPUs that is a kernel less.
-        both = rotate(jnp.concatenate([queries, keys], axis=-2), Rotation(cos, sin))
-        queries, keys = jnp.split(both, [count], axis=-2)
-        return queries, keys.swapaxes(-2, -3), values.swapaxes(-2, -3)
+        apart = heads.reshape(*heads.shape[:-1], -1, width).swapaxes(-2, -3)
+        first = apart.shape[-3] - groups
+        # Queries and keys at once: that is a kernel less.
+        both = _rotated(apart[..., :first, :, :], *(table[..., None, :, :] for table in (cos, sin)))
+        queries, keys = jnp.split(both, [first - groups], axis=-3)
+        return queries.swapaxes(-2, -3), keys, apart[..., first:, :, :]
 
     cpp = functools.partial(few_rows.few_rows_turn, groups=groups, width=width)
     return few_rows.in_cpp(cpp, plain, heads, *rotation[:2])
+
+
+def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Heads [..., d] turned by tables [..., d' / 2] that broadcast against them."""
+    # What is cut and joined along the last axis takes a TPU four programs, a product one.
+    return jax.lax.platform_dependent(x, cos, sin, tpu=_by_product, default=_by_halves)
+
+
+def _by_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    half = cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    left, right, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1).astype(x.dtype)
+
+
+def _by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    half = cos.shape[-1]
+    across = np.zeros((x.shape[-1],) * 2, np.float32)  # the other one of each pair, with its sign: exact in any dtype
+    place = np.arange(half)
+    across[place + half, place], across[place, place + half] = -1, 1
+    other = jnp.einsum(
+        "...i,ij->...j",
+        x,
+        jnp.asarray(across, x.dtype),
+        precision=matmul_precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    padding = [(0, 0)] * (cos.ndim - 1) + [(0, x.shape[-1] - 2 * half)]
+    cos, sin = (jnp.concatenate([table, table], axis=-1) for table in (cos, sin))
+    cos, sin = jnp.pad(cos, padding, constant_values=1), jnp.pad(sin, padding)
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)

@@ -13,7 +13,9 @@ from flax import nnx
 
 from dex_jax.config import ModelConfig
 from dex_jax.nn.kinds import KindTable
+from dex_jax.nn.layers import names_in
 from dex_jax.nn.packed import Packed, blank_kernel, kernel_bytes
+from dex_jax.nn.products import compiled_for
 from dex_jax.nn.transformer import Layout, Transformer, parameter_shapes
 
 
@@ -44,6 +46,21 @@ def merge_model(
 ) -> Transformer:
     """The module of (config, layout) over `weights`, under a trace or not."""
     return nnx.merge(graph_of(config, layout, tensor_axis, vocabulary_axis, kinds), weights)
+
+
+def with_wide_scales(weights: Any) -> Any:
+    """Weights for a loop: on TPUs with the scales of layers' norms in float32.
+
+    They are computed with in float32, and a TPU would widen each of them by a program of its own, in every step.
+    """
+    if compiled_for().platform != "tpu":
+        return weights
+
+    def wide(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        names = names_in(path)
+        return leaf.astype(jnp.float32) if "layers" in names and any(name.endswith("norm") for name in names) else leaf
+
+    return jax.tree_util.tree_map_with_path(wide, weights)
 
 
 Packing = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]

@@ -267,8 +267,9 @@ def final_tokens(
     if drafts is None:
         # Between commits the unembedding is a good part of a tick, for nothing.
         return jax.lax.cond(jnp.any(where), of_roots, lambda: none)
+    counts = row_counts(drafts.counts, rows, empty=state.stages > 1)
     live = view.live[-1] & where[:, None]
-    return climb(last_row(live), row_counts(drafts.counts, rows), lambda n: of_rows(n) if n else none)
+    return climb(last_row(live), counts, lambda n: of_rows(n) if n else none)
 
 
 def committed(slot: jax.Array, length: jax.Array, hidden: jax.Array, view: StageView) -> Committed:

@@ -34,7 +34,7 @@ from dex_jax.nn.kinds import kind_table
 from dex_jax.nn.layers import names_in
 from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.transformer import Staged, Unrolled, stage_ranges
-from dex_jax.nn.weights import merge_model
+from dex_jax.nn.weights import merge_model, with_wide_scales
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, STAGE, TENSOR, partition, spec_of
 
@@ -90,7 +90,7 @@ def run_ticks(*arguments: Any, spec: Spec) -> Any:
     schedule, loop = spec.schedule, spec.schedule.loop.on_mesh(spec.schedule)
 
     def run(weights: Any, heads: Any, state: Any, limits: Any, sampling: Any, until_tick: Any) -> Any:
-        device = _device(spec, weights, heads)
+        device = _device(spec, with_wide_scales(weights), heads)
 
         def tick(state: Any) -> Any:
             return loop.step_stage(device, schedule, state, limits, sampling)
