@@ -311,12 +311,13 @@ def library(format: str = "", flags: tuple[str, ...] = ()) -> Path:
     An OSError says that there is no compiler or no place to write, a CalledProcessError that the compiler refuses.
     """
     native, instructions = _compiler()
-    options = ("-std=c++17", "-O3", "-shared", "-fPIC", "-w", f"-I{jax.ffi.include_dir()}")
     kernel = f"Numbers<{NUMBERS[format]}>" if format in NUMBERS else f"Blocks<{format}>"
-    what = (f"-DDEX_JAX_FORMAT={kernel}", str(SOURCES / "format.cc")) if format else (str(SOURCES / "kernels.cc"),)
-    command = [*native, *options, *flags, *what]
+    chosen = (f"-DDEX_JAX_FORMAT={kernel}",) if format else ()
+    options = [*native, "-std=c++17", "-O3", "-shared", "-fPIC", "-w", *flags, *chosen]
+    command = [*options, f"-I{jax.ffi.include_dir()}", str(SOURCES / ("format.cc" if format else "kernels.cc"))]
     sources = [source.read_bytes() for source in sorted(SOURCES.iterdir()) if source.suffix in (".cc", ".h")]
-    made_of = (*sources, instructions, " ".join(command).encode(), jaxlib.__version__.encode())
+    # Not where they lie: one build serves all environments.
+    made_of = (*sources, instructions, " ".join(options).encode(), jaxlib.__version__.encode())
     name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     kept = cache_folder() / "native" / f"{format or 'kernels'}-{name}.so"
     kept.parent.mkdir(mode=0o700, exist_ok=True)
