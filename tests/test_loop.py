@@ -62,7 +62,6 @@ CONFIGS = [
     Config(4, 4),
     Config(4, 4, decs=False),
     Config(5, 8, draft=3),
-    Config(6, 16, vocab=30),
     Config(1, 1, batch=3, sampled=True),
     Config(3, 2, decs=False, sampled=True),
     Config(4, 2, batch=4, sampled=True),
@@ -70,13 +69,12 @@ CONFIGS = [
     Config(1, 10, batch=3, tree=TreeShape((3, 2, 2, 1, 1), 4, LOOKUP)),
     Config(1, 4, batch=3, tree=TreeShape((1, 1, 1), 0, LOOKUP)),
     Config(1, 6, batch=3, sampled=True, draft=7, tree=TreeShape((2, 2, 1), 3, LOOKUP)),
-    Config(2, 6, tree=TreeShape((2, 1), 2, LOOKUP)),
+    Config(2, 12, tree=TreeShape((2, 1), 2, LOOKUP)),
     Config(3, 4, decs=False, tree=TreeShape((2, 2), 2, NO_LOOKUP)),
-    Config(4, 6, batch=4, draft=5, tree=TreeShape((2, 1, 1), 2, LOOKUP)),
-    Config(5, 8, batch=4, sampled=True, tree=TreeShape((2, 1), 1, LOOKUP)),
+    Config(4, 6, batch=4, sampled=True, draft=5, tree=TreeShape((2, 1, 1), 2, LOOKUP)),
 ]
 PAPER = [config for config in CONFIGS if config.tree is None]
-QUICK = [CONFIGS[number] for number in (0, 1, 2, 5, 8, 10, 12)]
+QUICK = [CONFIGS[number] for number in (0, 1, 2, 4, 7, 9, 11)]
 
 
 def configs(chosen: list[Config]) -> pytest.MarkDecorator:
@@ -213,22 +211,14 @@ def test_the_cases_are_not_easy() -> None:
         assert stopped, config
 
 
-@pytest.mark.parametrize("stages", [2, slow(3)])
-def test_drafts_cost_no_token_a_later_exit_where_nothing_is_pruned(stages: int) -> None:
+def test_drafts_cost_no_token_a_later_exit_where_nothing_is_pruned() -> None:
     """What exit 0 holds is there at once, and what it does not the exits give when they would without it."""
-    config = Config(stages, 64, batch=6, tree=TreeShape((4, 4), 2, LOOKUP))
-    for number in range(3):
-        tables, case = (
-            tables_of(config, number),
-            toy_runs.random_case(number, config.batch, config.vocab, sampled=False),
-        )
-        shape = {"stages": stages, "decs": True, "vocab_size": config.vocab}
-        without = toy_runs.twin_runs(ToyModel(tables), case, rows=None, **shape)
-        runs = toy_runs.twin_runs(ToyModel(tables), case, rows=64, drafts=config.tree, **shape)
-        assert sum(run.pruned for run in runs) == 0
-        state = toy_runs.finished(tables, case, [run.tokens[0] for run in runs], **config.shape)
-        for row, plain in enumerate(without):
-            tokens, exits = toy_runs.emitted(state.record, row)
+    config = Config(2, 12, tree=TreeShape((2, 1), 2, LOOKUP))
+    for number, one in enumerate(explored(config)):
+        model, shape = ToyModel(tables_of(config, number)), {"stages": 2, "decs": True, "vocab_size": config.vocab}
+        without = toy_runs.twin_runs(model, one.case, rows=None, **shape)
+        assert max(run.largest_cohort for run in one.runs) < config.rows
+        for (*_, tokens, exits), plain in zip(one.rows(), without, strict=True):
             assert tokens == plain.tokens
             assert all(now <= before for now, before in zip(exits, plain.exits, strict=True))
 
@@ -258,12 +248,13 @@ def test_a_cohort_drafts_and_keeps_what_is_worth_its_time(stages: int, sampled: 
 
 def test_a_batch_spends_time_for_all_of_it() -> None:
     """What a tick takes is counted once for every sequence that is still going."""
-    rungs = ((1, 1.0), (4, 1.5), (10, 2.0))
-    config = Config(1, 10, 3, tree=TreeShape((3, 2, 2, 1, 1), 4, LOOKUP, rungs, 1 / 16))
+    rungs = tuple((rows, 1 + (rows - 1) / 4) for rows in (1, 3, 7))
+    config = Config(1, 7, 3, tree=TreeShape((3, 2, 1), 2, LOOKUP, rungs, 3 / 16))
     case = toy_runs.random_case(5, 3, config.vocab, sampled=False)._replace(max_new_tokens=[12, 7, 1], eos_ids=())
     state = toy_runs.finished(tables_of(config, 3), case, [1, 2, 3], **config.shape)
     assert state.record.ticks[2] == 0
-    assert state.record.ticks.sum() <= state.drafting.spent <= (state.record.ticks.sum() + 2) * (2.0 + 4 / 16)
+    most = 2.5 + 2 * 3 / 16
+    assert state.record.ticks.sum() <= state.drafting.spent <= (state.record.ticks.sum() + 2) * most
 
 
 def test_a_tree_that_means_nothing_is_refused() -> None:
@@ -274,11 +265,11 @@ def test_a_tree_that_means_nothing_is_refused() -> None:
         TreeShape((1,), 0, LOOKUP, ((1, 1.0), (2, 2.0)), -1)
 
 
-@pytest.mark.parametrize("stages", [1, slow(2)])
-def test_earlier_texts_are_drafted_as_the_twin_says(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_earlier_texts_are_drafted_as_the_twin_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers to some prompts, stored, and then the same model's other answers: fewer ticks, and the same tokens."""
     monkeypatch.setattr(text_store, "FEW", 2**20)  # so that no two grams share a place, which the twin has none of
-    config = Config(stages, 8, batch=3, vocab=30, tree=TreeShape((2, 1, 1), 1, LOOKUP))
+    config = Config(2, 8, batch=3, vocab=30, tree=TreeShape((2, 1, 1), 1, LOOKUP))
     saved = 0
     for number in range(3):
         tables = tables_of(config, number)
@@ -296,16 +287,19 @@ def test_earlier_texts_are_drafted_as_the_twin_says(stages: int, monkeypatch: py
             assert run.tokens == plain[row].tokens
             assert toy_runs.emitted(record, row) == (run.tokens, run.exits)
             for tick, contents in enumerate(run.lattices, 1):
-                assert toy_runs.lattice_contents(ticks, tick, row, stages) == contents, f"tick {tick}"
+                assert toy_runs.lattice_contents(ticks, tick, row, config.stages) == contents, f"tick {tick}"
             saved += plain[row].ticks - run.ticks
     assert saved > 0
 
 
-@settings(max_examples=60)
+after = jax.jit(continuation, static_argnums=2)
+emit, emit_path = jax.jit(record.emit), jax.jit(record.emit_path)
+
+
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=30))
 def test_the_continuation_is_that_of_the_longest_latest_match(text: list[int]) -> None:
     padded = np.array([*text, *[1] * (30 - len(text))], np.int32)
-    tokens, matched = jax.jit(continuation, static_argnums=2)(padded, len(text), 5)
+    tokens, matched = after(padded, len(text), 5)
     wanted, length = twin.continuation(text, 5)
     assert int(matched) == length
     if length:
@@ -319,7 +313,6 @@ def test_a_path_is_emitted_as_its_tokens_would_be_one_by_one(seed: int) -> None:
     rng = np.random.default_rng(seed)
     limits = Limits(rng.integers(1, capacity + 1, batch).astype(np.int32), np.array([3], np.int32))
     at_once = singly = record.begin(rng.integers(0, 6, batch).astype(np.int32), capacity, limits)
-    emit, emit_path = jax.jit(record.emit), jax.jit(record.emit_path)
     for _ in range(3):
         tokens = rng.integers(0, 6, (batch, size)).astype(np.int32)
         born_at = rng.integers(0, 2, (batch, size)).astype(np.int32)
@@ -347,28 +340,16 @@ def test_decs_saves_ticks() -> None:
     assert np.mean(saved) > 0.2
 
 
-def test_while_loop_equals_stepping() -> None:
-    config = Config(3, 1, batch=4)
-    for number, one in enumerate(explored(config)):
-        first = [run.tokens[0] for run in one.runs]
-        record = toy_runs.finished(tables_of(config, number), one.case, first, stages=3, rows=1, decs=True).record
-        chex.assert_trees_all_equal(record, one.record)
-
-
-def test_step_composes_with_vmap() -> None:
+def test_the_while_loop_equals_stepping_also_under_vmap() -> None:
     """Two models side by side, the whole loop under one more batch axis."""
     config = Config(3, 1, batch=4)
-    one, other = explored(config)[:2]
-    shape = {"stages": 3, "rows": 1, "decs": True}
-    pairs = []
-    for number, run in enumerate((one, other)):
-        arrays = toy_runs.arrays(run.case, [r.tokens[0] for r in run.runs])
-        pairs.append((tables_of(config, number), *arrays))
-    stacked = jax.tree.map(lambda a, b: np.stack([a, b]), *pairs)
-    both = jax.jit(jax.vmap(functools.partial(toy_runs.watch, **shape)))(*stacked)
-    for number, run in enumerate((one, other)):
-        record = jax.tree.map(lambda field, n=number: np.asarray(field[n, -1]), both.record)
-        chex.assert_trees_all_equal(record, run.record)
+    pair = explored(config)[:2]
+    cases = [toy_runs.arrays(one.case, [run.tokens[0] for run in one.runs]) for one in pair]
+    arguments = [(tables_of(config, number), *arrays) for number, arrays in enumerate(cases)]
+    stacked = jax.tree.map(lambda a, b: np.stack([a, b]), *arguments)
+    both = jax.jit(jax.vmap(functools.partial(toy_runs.finish, **config.shape)))(*stacked).record
+    for number, one in enumerate(pair):
+        chex.assert_trees_all_equal(jax.tree.map(lambda field, n=number: np.asarray(field[n]), both), one.record)
 
 
 def test_what_does_not_fit_is_one_sentence() -> None:

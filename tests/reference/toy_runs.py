@@ -154,10 +154,10 @@ def arrays(case: Case, first: list[int]):
     return prompts, lengths, np.array(first, np.int32), limits, sampling
 
 
-def watch(
+def _watch(
     tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool, drafts=None, stored=None
 ) -> Ticks:
-    """All ticks of the library's loop, to be traced."""
+    """All ticks of the library's loop."""
 
     def tick(state: DexState, _):
         state = step(toy_network(tables), state, limits, sampling, decs=decs, drafts=drafts)
@@ -187,15 +187,16 @@ def _begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("stages", "rows", "decs", "drafts"))
-def _finished(
+def finish(
     tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool, drafts=None
 ) -> DexState:
+    """The library's own while_loop, to be traced."""
     state = _begin(tables, prompts, lengths, first, limits, sampling, stages, rows, drafts)
     return run(toy_network(tables), state, limits, sampling, decs=decs, drafts=drafts)
 
 
-_watched = jax.jit(watch, static_argnames=("stages", "rows", "decs", "drafts"))
+_finished = jax.jit(finish, static_argnames=("stages", "rows", "decs", "drafts"))
+_watched = jax.jit(_watch, static_argnames=("stages", "rows", "decs", "drafts"))
 
 
 @functools.cache
