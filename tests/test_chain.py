@@ -45,7 +45,6 @@ def decode(tables, prompts, lengths, first, limits, sampling, *, policy, depths)
     ("name", "sampled"),
     [
         ("layerskip", False),
-        slow("adadecode", False),
         ("adadecode", True),
         slow("del", False),
         ("del", True),

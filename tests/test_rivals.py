@@ -60,6 +60,11 @@ def plain(how: str, count: int, config=LLAMA):
     return generated(model(config), AR(), ragged_prompts(count), OPTIONS[how])
 
 
+@functools.cache
+def with_trained_exits(lm, name: str, kind: str):
+    return generated(lm, METHODS[name], ragged_prompts(3), SAMPLED, exits=EXITS[kind])
+
+
 def filters(options: dict) -> dict:
     return {name: options[name] for name in ("temperature", "top_p") if name in options}
 
@@ -93,11 +98,8 @@ def assert_counts(output: dex_jax.Output) -> None:
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [
-        ("layerskip", "greedy"), ("oracle", "greedy"),
-        slow("del", "greedy"), slow("adadecode", "greedy"), slow("dex-single-exit", "sampled"),
-    ],
-)  # fmt: skip
+    [("layerskip", "greedy"), ("oracle", "greedy"), slow("adadecode", "greedy"), slow("dex-single-exit", "sampled")],
+)
 def test_tokens_are_those_of_ar(name, how) -> None:
     output = generated(model(), METHODS[name], ragged_prompts(3), OPTIONS[how])
     assert_same_tokens(model(), output, plain(how, 3), **filters(OPTIONS[how]))
@@ -109,10 +111,10 @@ def test_tokens_are_those_of_ar(name, how) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("del", "attn"), slow("adadecode", "attn"), slow("adadecode", "linear"), slow("oracle", "linear")],
+    [("del", "attn"), slow("adadecode", "linear"), slow("oracle", "linear")],
 )
 def test_trained_exits_draft_as_well(name, kind) -> None:
-    output = generated(model(), METHODS[name], ragged_prompts(3), SAMPLED, exits=EXITS[kind])
+    output = with_trained_exits(model(), name, kind)
     assert_same_tokens(model(), output, plain("sampled", 3), **filters(SAMPLED))
     assert_counts(output)
     assert output.stats.exits_source == "random"
@@ -120,12 +122,12 @@ def test_trained_exits_draft_as_well(name, kind) -> None:
 
 @pytest.mark.slow
 def test_the_stacked_layout_gives_the_same() -> None:
-    prompts, stacked = ragged_prompts(2)[:1], model(LLAMA, dex_jax.Stacked((1, 3, 4)))
-    one, other = (generated(lm, METHODS["del"], prompts, SAMPLED, EXITS["attn"]) for lm in (model(), stacked))
+    stacked = model(LLAMA, dex_jax.Stacked((1, 3, 4)))
+    one, other = (with_trained_exits(lm, "del", "attn") for lm in (model(), stacked))
     assert one.tokens.tolist() == other.tokens.tolist()
     for count in ("exits", "layer_steps", "drafted", "accepted"):
         assert getattr(one.stats, count).tolist() == getattr(other.stats, count).tolist()
-    assert one.stats.accepted[0] > 0
+    assert one.stats.accepted.sum() > 0
 
 
 @pytest.mark.slow
@@ -192,8 +194,7 @@ def test_half_precision_keeps_its_dtypes() -> None:
     assert jax.tree.map(lambda leaf: leaf.dtype, begun) == jax.tree.map(lambda leaf: leaf.dtype, after)
 
 
-@pytest.mark.parametrize("sampled", [slow(False), True], ids=["greedy", "sampled"])
-def test_a_single_exit_is_that_of_the_twin(sampled) -> None:
+def test_a_single_exit_is_that_of_the_twin() -> None:
     stages, vocabulary = 4, 11
     found = set()
 
@@ -206,7 +207,7 @@ def test_a_single_exit_is_that_of_the_twin(sampled) -> None:
 
     for seed in range(3):
         tables = cached_tables(seed, stages, vocabulary, openness=0.2)
-        toy, case = ToyModel(tables), random_case(seed, 3, vocabulary, sampled=sampled)
+        toy, case = ToyModel(tables), random_case(seed, 3, vocabulary, sampled=True)
         options = {"stages": stages, "rows": None, "asked": (1,), "eos_ids": case.eos_ids}
         runs = [
             twin.decode(toy, prompt, **options, max_new_tokens=limit, draws=twin_draws(case, row, vocabulary))

@@ -23,6 +23,7 @@ from dex_jax.nn.exits import exit_parameters, initial_heads
 from dex_jax.nn.weights import merge_model
 
 WIDTH = LLAMA.width
+UNPRUNED = dex_jax.Dex(explorers=4, rows="full", draft=False)
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +41,15 @@ def plain(lm):
     [
         ("linear", True, 30),
         slow("attn", False, 30),
-        slow("mlp", True, 20),
-        slow("linear, of the position before alone", True, None),
+        slow("mlp", True, None),
+        ("linear, of the position before alone", True, 30),
     ],
 )
 def test_tokens_are_those_of_ar_and_exits_those_of_teacher_forcing(lm, plain, kind, fused, draft) -> None:
     exits = random_exits(kind.split(",")[0], fused=fused, draft=draft)
     if "alone" in kind:  # wrong wiring of the position before would change which exits are right
         exits = dataclasses.replace(exits, parameters=exits.parameters | {"norm": np.zeros((3, WIDTH), np.float32)})
-    method = dex_jax.Dex(explorers=4, rows="full", draft=False)
-    out = dex_jax.generate(lm, ragged_prompts(3), method=method, exits=exits, max_new_tokens=20)
+    out = dex_jax.generate(lm, ragged_prompts(3), method=UNPRUNED, exits=exits, max_new_tokens=20)
     assert_same_tokens(lm, out, plain)
     assert out.stats.exits_source == "random"
     assert (out.stats.exits[:, 1:] < 4).any(), "no proposal was ever right: this would test nothing"
@@ -176,14 +176,12 @@ def test_exits_that_do_not_fit_are_refused(lm) -> None:
         ExitsConfig("linear", (2, 1), 8)
 
 
-@pytest.mark.slow
 def test_rest_counts_in_probabilities_only(lm) -> None:
     """With a bucket that outweighs all, paths score worse, and without a cap nothing else changes."""
-    exits = random_exits("linear", draft=30)
+    exits = random_exits("linear", fused=True, draft=30)
     heavy = exits.parameters | {"rest_bias": np.full(3, 50.0, np.float32)}
-    method = dex_jax.Dex(explorers=4, rows="full", draft=False)
     runs = [
-        dex_jax.generate(lm, ragged_prompts(2), method=method, exits=each, max_new_tokens=12)
+        dex_jax.generate(lm, ragged_prompts(3), method=UNPRUNED, exits=each, max_new_tokens=20)
         for each in (exits, dataclasses.replace(exits, parameters=heavy))
     ]
     assert np.array_equal(runs[0].stats.exits, runs[1].stats.exits)
