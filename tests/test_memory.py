@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ CONFIG = ModelConfig("llama", 101, 4, 48, 6, 3, 8, 40, 512)
 CACHE_LENGTH = 197
 
 
+@functools.cache
 def compiled(method, layout, batch: int):
     """(optimised program, bytes of one committed cache) of the loop, from abstract shapes."""
     spec = Spec(CONFIG, layout, method.schedule_for(CONFIG.num_layers))
@@ -74,7 +76,7 @@ def test_no_step_copies_a_committed_cache(method, layout, batch) -> None:
 
 
 def test_donated_caches_are_updated_in_place() -> None:
-    program, state = compiled(Dex(explorers=2, draft=False), Unrolled(), 2)
+    program, state = compiled(Dex(explorers=2, draft=False), Unrolled(), 3)
     caches = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.memory))
     analysis = program.memory_analysis()
     assert analysis.alias_size_in_bytes >= caches

@@ -48,7 +48,7 @@ def seen_after(trace: Trace, tick: int) -> set[tuple]:
     return found
 
 
-@pytest.mark.parametrize(("stages", "rows"), [slow(1, 1), (3, 2), slow(5, 2)])
+@pytest.mark.parametrize(("stages", "rows"), [slow(1, 1), (3, 2)])
 def test_every_tick_is_the_twin_s(stages: int, rows: int) -> None:
     for seed in range(2):
         tables = random_tables(seed, stages, VOCAB, openness=(0.1, 0.4)[seed])
@@ -69,10 +69,9 @@ def test_every_tick_is_the_twin_s(stages: int, rows: int) -> None:
         assert all(trace.labels[node.token] == f"<{node.token}>" for node in trace.nodes)
 
 
-@pytest.mark.parametrize("draft", [slow(False), True])
-def test_a_model_s_trace_says_what_generate_says(draft: bool) -> None:
+def test_a_model_s_trace_says_what_generate_says() -> None:
     lm = small_model(dataclasses.replace(LLAMA, num_layers=2))
-    options = {"method": dex_jax.Dex(explorers=2, draft=draft), "max_new_tokens": 24, "exits": "shared"}
+    options = {"method": dex_jax.Dex(explorers=2), "max_new_tokens": 24, "exits": "shared"}
     out = dex_jax.generate(lm, [[1, 2, 3]], **options)
     trace = dex_jax.trace(lm, [1, 2, 3], **options)
     assert np.array_equal(out.tokens[0], trace.tokens)
@@ -81,7 +80,7 @@ def test_a_model_s_trace_says_what_generate_says(draft: bool) -> None:
     assert trace.depths == (1, 2)
     assert trace.labels[trace.tokens[0]] == str(trace.tokens[0])
     assert [node.token for node in trace.roots] == list(trace.tokens[:-1])
-    assert any(node.born_at == 0 for node in trace.roots) == draft, "paths of drafts are committed"
+    assert any(node.born_at == 0 for node in trace.roots), "paths of drafts are committed"
     assert dataclasses.is_dataclass(trace.nodes[0])
 
 
