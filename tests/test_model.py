@@ -21,10 +21,7 @@ from dex_jax.nn import rotary, transformer
 from dex_jax.nn.forward import extend, extend_with_states, run_tree
 from dex_jax.nn.layers import rms_norm
 from dex_jax.nn.rotary import rope_frequencies, rope_table, rotate
-from dex_jax.nn.transformer import (
-    relayout,
-    stage_ranges,
-)
+from dex_jax.nn.transformer import relayout, stage_ranges
 from dex_jax.nn.weights import merge_model
 
 UNEVEN = Stacked((1, 3, 4))
@@ -106,27 +103,21 @@ def test_layouts_give_the_same_logits(config) -> None:
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
-def test_there_and_back_is_bit_exact(config) -> None:
+def test_there_and_back_is_bit_exact_and_one_layout_is_resident_at_a_time(config) -> None:
     original = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(random_transformer(config, Unrolled(), 3))))
     model = random_transformer(config, Unrolled(), 3)
     for layout in (UNEVEN, EVEN, Unrolled()):
+        old = jax.tree.leaves(nnx.state(model.layers))
         model = relayout(model, layout)
         assert model.layout == layout
+        assert all(leaf.is_deleted() for leaf in old)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
+    assert relayout(model, Unrolled()) is model
     assert UNEVEN.stage_layers == 2
     assert [UNEVEN.place(i) for i in range(4)] == [(0, 0), (0, 1), (1, 1), (0, 2)]
     assert stage_ranges((1, 3, 4)) == [range(0, 1), range(1, 3), range(3, 4)]
     back = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
     chex.assert_trees_all_equal(back, original)
-
-
-def test_one_layout_is_resident_at_a_time() -> None:
-    model = random_transformer(LLAMA, Unrolled(), 0)
-    for layout in (UNEVEN, EVEN, Unrolled()):
-        old = jax.tree.leaves(nnx.state(model.layers))
-        model = relayout(model, layout)
-        assert all(leaf.is_deleted() for leaf in old)
-        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
-    assert relayout(model, Unrolled()) is model
 
 
 @pytest.mark.parametrize(
