@@ -32,6 +32,12 @@ COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, few_rows
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
 
 
+# Called as they are, these would be compiled anew at every call.
+gated_once = jax.jit(gated, static_argnums=1)
+turned_once = jax.jit(turned, static_argnums=(2, 3))
+norm_once = jax.jit(rms_norm, static_argnums=2)
+
+
 def random(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     generator = np.random.default_rng(seed)
     return [generator.normal(size=shape).astype(np.float32) for shape in shapes]
@@ -207,8 +213,8 @@ def test_xla_scores_no_more_of_a_cache_than_rows_see(dtype: str) -> None:
     causal = np.tril(np.ones((2, 40, 40), bool))
     sources = [KeyValues(*pairs[:2], seen), KeyValues(*pairs[2:], causal)]
     cap = 2.0 if dtype == "float32" else None
-    in_blocks, at_once = (functools.partial(each, cap) for each in (_attend_in_blocks, _attend))
-    found = jax.jit(in_blocks)(queries, sources)
+    in_blocks, at_once = (jax.jit(functools.partial(each, cap)) for each in (_attend_in_blocks, _attend))
+    found = in_blocks(queries, sources)
     assert found.dtype == queries.dtype
     chex.assert_trees_all_close(found, at_once(queries, sources), atol=2e-6 if dtype == "float32" else 0.03)
     with pytest.MonkeyPatch.context() as patch:
@@ -216,9 +222,11 @@ def test_xla_scores_no_more_of_a_cache_than_rows_see(dtype: str) -> None:
         assert "while" in str(jax.make_jaxpr(attend)(queries, sources))
     # Nothing is read beyond the block that holds the last key that is seen.
     unread = sources[0]._replace(values=sources[0].values.at[:, :, 2 * KEY_BLOCK :].set(jnp.nan))
-    chex.assert_trees_all_equal(jax.jit(in_blocks)(queries, [unread, sources[1]]), found)
-    gradient = jax.grad(lambda queries: jnp.sum(in_blocks(queries, sources).astype(jnp.float32)))(queries)
-    wanted = jax.grad(lambda queries: jnp.sum(at_once(queries, sources).astype(jnp.float32)))(queries)
+    chex.assert_trees_all_equal(in_blocks(queries, [unread, sources[1]]), found)
+    gradient, wanted = (
+        jax.jit(jax.grad(lambda queries, each=each: jnp.sum(each(queries, sources).astype(jnp.float32))))(queries)
+        for each in (in_blocks, at_once)
+    )
     chex.assert_trees_all_close(gradient, wanted, atol=1e-5 if dtype == "float32" else 0.1)
 
 
@@ -285,12 +293,13 @@ def test_attention_under_vmap_and_its_gradients() -> None:
             both = [KeyValues(*pair, source.mask) for pair, source in zip(pairs, sources, strict=True)]
             return jnp.sum(jnp.sin(attention(queries, both)))
 
-        return jax.grad(of, argnums=(0, 1))(queries, [source[:2] for source in sources])
+        return jax.jit(jax.grad(of, argnums=(0, 1)))(queries, [source[:2] for source in sources])
 
     chex.assert_trees_all_close(loss(attend), loss(functools.partial(_attend, None)), atol=1e-5)
 
 
 @needs_compiler
+@settings(max_examples=30)
 @given(st.integers(1, 20), st.integers(1, 60), st.sampled_from(few_rows.DTYPES), st.integers(0, 100))
 @example(rows=16, width=576, kept=few_rows.DTYPES[0], seed=0)
 def test_the_norm_and_each_row_alone(rows: int, width: int, kept: np.dtype, seed: int) -> None:
@@ -299,51 +308,56 @@ def test_the_norm_and_each_row_alone(rows: int, width: int, kept: np.dtype, seed
     found = few_rows_norm(x, scale, 1e-5)
     wanted = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True) + 1e-5) * scale
     chex.assert_trees_all_close(found, wanted, rtol=1e-6, atol=1e-6)
-    alone = jnp.concatenate([few_rows_norm(row[None], scale, 1e-5) for row in x])
-    chex.assert_trees_all_equal(alone, found)
-    chex.assert_trees_all_equal(rms_norm(narrow, kept_scale, 1e-5), found.astype(kept))
+    alone = np.concatenate([few_rows_norm(row[None], scale, 1e-5) for row in x])
+    chex.assert_trees_all_equal(alone, np.asarray(found))
+    chex.assert_trees_all_equal(np.asarray(norm_once(narrow, kept_scale, 1e-5)), np.asarray(found).astype(kept))
 
 
 @needs_compiler
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 90), st.sampled_from(["silu", "gelu"]), st.integers(0, 100))
 @example(rows=16, width=1536, activation="silu", seed=0)
 def test_the_gate_and_each_row_alone(rows: int, width: int, activation: str, seed: int) -> None:
     (x,) = random(seed, (rows, 2 * width))
     x *= np.float32(10) ** np.random.default_rng(seed).integers(-3, 3, x.shape)
-    found = gated(jnp.asarray(x), activation)
+    found = np.asarray(gated_once(x, activation))
     gate, up = np.split(x.astype(np.float64), 2, axis=-1)
     with np.errstate(over="ignore"):
         tanh = np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))
         wanted = (gate / (1 + np.exp(-gate)) if activation == "silu" else gate * (1 + tanh) / 2) * up
     magnitude = np.abs(gate * up) if activation == "gelu" else np.abs(wanted)
     assert np.all(np.abs(found - wanted) <= 1e-6 * magnitude + 1e-30)
-    alone = jnp.concatenate([gated(row[None], activation) for row in x])
+    alone = np.concatenate([gated_once(row[None], activation) for row in x])
     chex.assert_trees_all_equal(alone, found)
-    narrow = jnp.asarray(x, jnp.bfloat16)
-    chex.assert_trees_all_equal(
-        gated(narrow, activation), gated(narrow.astype(jnp.float32), activation).astype(jnp.bfloat16)
-    )
+    narrow = x.astype(few_rows.DTYPES[1])
+    exact = np.asarray(gated_once(narrow.astype(np.float32), activation))
+    chex.assert_trees_all_equal(np.asarray(gated_once(narrow, activation)), exact.astype(narrow.dtype))
 
 
 @needs_compiler
+@settings(max_examples=30)
 @given(st.sampled_from([(4, 2, 16, 8), (3, 3, 10, 3), (9, 3, 64, 32)]), st.integers(1, 20), st.integers(0, 100))
 def test_turned_heads_and_each_row_alone(sizes: tuple[int, ...], rows: int, seed: int) -> None:
     heads, groups, width, half = sizes
     x, angles = random(seed, (2, rows, (heads + 2 * groups) * width), (2, rows, half))
     rotation = Rotation(np.cos(angles), np.sin(angles))
-    found = turned(jnp.asarray(x), rotation, groups, width)
+    found = jax.tree.map(np.asarray, turned_once(x, rotation, groups, width))
     each = x.reshape(2, rows, -1, width)
-    wanted = [rotate(part, rotation) for part in (each[:, :, :heads], each[:, :, heads : heads + groups])]
-    wanted = [wanted[0], wanted[1].swapaxes(1, 2), each[:, :, heads + groups :].swapaxes(1, 2)]
+    both = np.asarray(jax.jit(rotate)(each[:, :, : heads + groups], rotation))
+    wanted = [both[:, :, :heads], both[:, :, heads:].swapaxes(1, 2), each[:, :, heads + groups :].swapaxes(1, 2)]
     chex.assert_trees_all_close(found, tuple(wanted), atol=1e-6)
     for row in {0, rows - 1}:
         cut = Rotation(*(part[:, row : row + 1] for part in rotation[:2]))
-        alone = turned(jnp.asarray(x[:, row : row + 1]), cut, groups, width)
+        alone = jax.tree.map(np.asarray, turned_once(x[:, row : row + 1], cut, groups, width))
         chex.assert_trees_all_equal(alone[0], found[0][:, row : row + 1])
         chex.assert_trees_all_equal(alone[1:], tuple(part[:, :, row : row + 1] for part in found[1:]))
-    half_precision = turned(jnp.asarray(x, jnp.bfloat16), rotation, groups, width)
-    exact = turned(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), rotation, groups, width)
-    chex.assert_trees_all_equal(half_precision, jax.tree.map(lambda part: part.astype(jnp.bfloat16), exact))
+    narrow = x.astype(few_rows.DTYPES[1])
+    half_precision = turned_once(narrow, rotation, groups, width)
+    exact = turned_once(narrow.astype(np.float32), rotation, groups, width)
+    chex.assert_trees_all_equal(
+        jax.tree.map(np.asarray, half_precision),
+        jax.tree.map(lambda part: np.asarray(part).astype(narrow.dtype), exact),
+    )
 
 
 @needs_compiler
@@ -357,12 +371,14 @@ def test_gates_and_turned_heads_under_vmap_and_their_gradients(monkeypatch) -> N
         queries, keys, values = turned(x, Rotation(cos, cos), 1, 8)
         return gated(queries, "gelu") + jnp.mean(keys) * values.swapaxes(1, 2)[..., :4]
 
-    apart = jnp.stack([of(x[i], angles[0]) for i in range(3)])
+    one = jax.jit(of)
+    apart = np.stack([one(x[i], angles[0]) for i in range(3)])
     chex.assert_trees_all_close(jax.jit(jax.vmap(of, (0, None)))(x, angles[0]), apart, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(jax.vmap(of, (None, 0))(x[0], angles)[2], of(x[0], angles[2]), rtol=1e-5, atol=1e-6)
+    by_angle = jax.jit(jax.vmap(of, (None, 0)))(x[0], angles)
+    chex.assert_trees_all_close(by_angle[2], one(x[0], angles[2]), rtol=1e-5, atol=1e-6)
 
     def gradient() -> jax.Array:
-        return jax.grad(lambda x, cos: jnp.sum(weights * of(x, cos)), argnums=(0, 1))(x[0], angles[0])
+        return jax.jit(jax.grad(lambda x, cos: jnp.sum(weights * of(x, cos)), argnums=(0, 1)))(x[0], angles[0])
 
     in_cpp = gradient()
     monkeypatch.setattr(few_rows, "ready", lambda: False)
@@ -376,13 +392,13 @@ def test_the_norm_under_vmap_and_its_gradients() -> None:
         sets, scale = x if of_x == 0 else x[1], scales if of_scale == 0 else scales[1]
         found = jax.jit(jax.vmap(lambda x, scale: rms_norm(x, scale, 1e-5), (of_x, of_scale)))(sets, scale)
         wanted = np.stack(
-            [rms_norm(x[i if of_x == 0 else 1], scales[i if of_scale == 0 else 1], 1e-5) for i in range(3)]
+            [norm_once(x[i if of_x == 0 else 1], scales[i if of_scale == 0 else 1], 1e-5) for i in range(3)]
         )
         chex.assert_trees_all_equal(np.asarray(found), wanted)
     assert few_rows.NORM in str(jax.make_jaxpr(lambda x: rms_norm(x, scales[0], 1e-5))(x))
 
     def loss(norm):
-        return jax.grad(lambda x, scale: jnp.sum(jnp.sin(norm(x, scale, 1e-5))), argnums=(0, 1))(x, scales[0])
+        return jax.jit(jax.grad(lambda x, scale: jnp.sum(jnp.sin(norm(x, scale, 1e-5))), (0, 1)))(x, scales[0])
 
     chex.assert_trees_all_close(loss(rms_norm), loss(_rms_norm), atol=1e-5)
 

@@ -40,13 +40,18 @@ def says(tmp_path, **variables: str) -> tuple[bool, str]:
     return ready, kept
 
 
+def quick_compiler(tmp_path, *flags: str) -> str:
+    """A compiler that takes no time to make fast code, which is nothing to a few rows."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" {" ".join(flags)} -O0\n')
+    compiler.chmod(0o700)
+    return str(compiler)
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_what_is_needed_is_compiled_once_and_kept_and_what_others_may_have_written_is_not_loaded(tmp_path) -> None:
-    compiler = tmp_path / "compiler"  # fast code is nothing to three rows
-    compiler.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
-    compiler.chmod(0o700)
-    own = {"CXX": str(compiler)}
+    own = {"CXX": quick_compiler(tmp_path)}
     assert says(tmp_path, **own) == (True, "bfloat16")
     built = sorted((tmp_path / "dex_jax" / "native").iterdir())
     assert [file.name.split("-")[0] for file in built] == ["float32", "kernels"]  # and no other format
@@ -103,7 +108,8 @@ for format, (columns, _) in FORMATS.items():
 @needs_compiler
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names instructions of x86")
 def test_blocks_are_read_without_vector_instructions_too(tmp_path) -> None:
-    own = {"XDG_CACHE_HOME": str(tmp_path), "CXX": f"{COMPILER} -mno-avx2 -mno-avx -mno-fma -mno-f16c"}
+    compiler = quick_compiler(tmp_path, "-mno-avx2", "-mno-avx", "-mno-fma", "-mno-f16c")
+    own = {"XDG_CACHE_HOME": str(tmp_path), "CXX": compiler}
     command = [sys.executable, "-c", PACKED, str(Path(__file__).parent)]
     subprocess.run(command, env=os.environ | own, check=True)
 
