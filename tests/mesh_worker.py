@@ -37,17 +37,18 @@ from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import STAGE, make_mesh, parse_mesh
 
 TOKENS = 10
-TREE = TreeShape((2, 2, 1), 2, (0.3, *[0.7] * 7))
-CHOSEN = dataclasses.replace(TREE, rungs=((1, 1.0), (3, 1.1), (6, 1.3)), drafting=0.05)
+TREE = TreeShape((2, 1), 2, (0.3, *[0.7] * 7))
+CHOSEN = dataclasses.replace(TREE, rungs=((1, 1.0), (3, 1.2)), drafting=0.05)
 SEED = 11
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
 
-# Biases, norms of heads, tied and untied embeddings, 9 and 3 heads, windows that differ from stage to stage.
+# Biases, norms of heads, tied and untied embeddings, 9 and 3 heads, windows that differ from stage to stage: their
+# meshes, and methods where tokens are made. The default measures what rows cost, and chooses.
 CHECKPOINTS = {
-    "llama_attention_bias": "stage=2,tensor=2",
-    "qwen3": "stage=3,tensor=2",
-    "smollm2": "stage=2,tensor=3",
-    "gemma3": "stage=3",
+    "llama_attention_bias": ("stage=2,tensor=2", Dex()),
+    "qwen3": ("stage=3,tensor=2", None),
+    "smollm2": ("stage=2,tensor=3", Dex(draft=False)),
+    "gemma3": ("stage=3", Dex(draft=TREE)),
 }
 
 
@@ -145,10 +146,10 @@ def main() -> None:
     if wanted["packed"]:
         (folder / "packed.json").write_text(json.dumps(packed(folder)))
     for family in wanted["checkpoints"]:
-        (folder / f"{family}.json").write_text(json.dumps(checkpoint(family, CHECKPOINTS[family], folder)))
+        (folder / f"{family}.json").write_text(json.dumps(checkpoint(family, *CHECKPOINTS[family], folder)))
 
 
-def checkpoint(family: str, mesh: str, folder: Path) -> dict[str, Any]:
+def checkpoint(family: str, mesh: str, method: Dex | None, folder: Path) -> dict[str, Any]:
     """A checkpoint read straight onto a mesh, and by one device: how far their logits are apart, relatively."""
     directory = write_checkpoint(folder / family, family)
     progress: list[tuple[int, int]] = []
@@ -156,8 +157,8 @@ def checkpoint(family: str, mesh: str, folder: Path) -> dict[str, Any]:
     one = dex_jax.load(directory, "float32")
     tokens = np.arange(2, 22).reshape(2, 10)
     made = None
-    if family in ("smollm2", "gemma3"):
-        output = dex_jax.generate(lm, tokens[:, :4].tolist(), max_new_tokens=6)
+    if method is not None:
+        output = dex_jax.generate(lm, tokens[:, :4].tolist(), method=method, max_new_tokens=6)
         tokens[:, 4:] = output.tokens
         made = {"device": output.stats.device, "depths": output.stats.schedule.depths}
     ours, theirs = np.asarray(lm.logits(tokens)), np.asarray(one.logits(tokens))
@@ -176,21 +177,16 @@ def packed(folder: Path) -> dict[str, Any]:
     Blocks of a GGUF file on uneven stages: what devices hold, and tokens beside dense ones. 8 bits on a tensor axis:
     shapes of a device's part of two kernels, and tokens and logits of both.
     """
-    path = str(write_gguf(folder / "packed.gguf", "llama3", "Q4_1", kinds={"attn_v": "Q8_0"}))
+    path = str(write_gguf(folder / "packed.gguf", "llama2", "Q4_1", kinds={"attn_v": "Q8_0"}))
     one = dex_jax.load(path, "float32", weights="dense")
-    layers = one.config.num_layers
-    lm = dex_jax.load(path, "float32", mesh="stage=2", layout=Staged((2, layers)), weights="stored")
-    prompts = [[5, 9, 3, 11], [7, 2]]
-    methods = {"AR": dex_jax.AR(), "trees": dex_jax.Dex(explorers=1), "explorers": dex_jax.Dex(depths=(2, layers))}
-    outs = {
-        name: [
-            dex_jax.generate(each, prompts, method=method, exits="shared", max_new_tokens=TOKENS) for each in (lm, one)
-        ]
-        for name, method in methods.items()
-    }
+    depths = (1, one.config.num_layers)
+    lm = dex_jax.load(path, "float32", mesh="stage=2", layout=Staged(depths), weights="stored")
+    prompts, options = [[5, 9, 3, 11], [7, 2]], {"exits": "shared", "max_new_tokens": TOKENS}
+    methods = {"AR": AR(), "trees": Dex(explorers=1, draft=TREE), "explorers": Dex(depths=depths, draft=False)}
+    outs = {name: dex_jax.generate(lm, prompts, method=method, **options) for name, method in methods.items()}
     parts = jax.tree.leaves(lm.weights["layers"][0]["qkv"])
     both = [dex_jax.load(path, "float32", mesh=mesh, weights="int8") for mesh in ("stage=2,tensor=2", None)]
-    split = [dex_jax.generate(each, prompts, method=methods["trees"], max_new_tokens=TOKENS) for each in both]
+    split = [dex_jax.generate(each, prompts, method=methods["trees"], **options) for each in both]
     kernels = [leaf for name in ("gate_up", "down") for leaf in jax.tree.leaves(both[0].weights["layers"][0][name])]
     given, wanted = (np.asarray(each.logits(np.arange(20).reshape(2, 10))) for each in both)
     return {
@@ -201,7 +197,8 @@ def packed(folder: Path) -> dict[str, Any]:
         },
         "kind": lm.weights_kind,
         "stages": [[shard.data.shape[0] for shard in part.addressable_shards] for part in parts],
-        "tokens": {name: [out.tokens.tolist() for out in pair] for name, pair in outs.items()},
+        "tokens": {name: out.tokens.tolist() for name, out in outs.items()},
+        "dense": dex_jax.generate(one, prompts, method=AR(), **options).tokens.tolist(),
     }
 
 
