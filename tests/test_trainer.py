@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -85,11 +86,19 @@ def test_the_learning_rate_rises_then_follows_steps_or_tokens():
 # The loop
 
 
+class Given(LinearMap):
+    """Keeps the weights that training starts from."""
+
+    def init(self, key):
+        self.given = super().init(key)
+        return self.given
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing interrupts: (what it gives, its folder, its task, what it told)."""
     folder, told = tmp_path_factory.mktemp("whole"), []
-    task = LinearMap(CONFIG)
+    task = Given(CONFIG)
     return train(task, CONFIG, folder, notify=told.append), folder, task, told
 
 
@@ -117,36 +126,43 @@ def test_a_run_learns_logs_evaluates_and_traces_once(whole):
     assert told[-1].seconds_left == 0.0
 
 
-@pytest.mark.parametrize("stop", [2, 6])
-def test_a_run_that_stopped_goes_on_to_the_same_end(tmp_path, whole, stop):
-    class Stop(Exception):
-        pass
+def test_constants_and_weights_that_training_starts_from_are_left_alone(whole):
+    _, _, task, _ = whole
+    np.testing.assert_array_equal(task.target, LinearMap(CONFIG).target)
+    assert all(not value.is_deleted() for value in task.given.values())
 
-    def stopping(event):
+
+@pytest.mark.parametrize(("stop", "expected"), [(3, "begins anew"), (6, "goes on from step 4")])
+def test_ctrl_c_says_how_to_resume_and_a_resumed_run_comes_to_the_same_end(tmp_path, whole, stop, expected):
+    told, again = [], []
+
+    def interrupting(event):
+        told.append(event)
         if step_of(event) == stop:
-            raise Stop
+            raise KeyboardInterrupt
 
-    with pytest.raises(Stop):
-        train(LinearMap(CONFIG), CONFIG, tmp_path, notify=stopping)
-    told = []
-    resumed = train(LinearMap(CONFIG), CONFIG, tmp_path, notify=told.append)
+    with pytest.raises(SystemExit) as ended:
+        train(LinearMap(CONFIG), CONFIG, tmp_path, notify=interrupting)
+    assert ended.value.code == 130
+    assert f"Stopped at step {stop}." in told[-1] or f"Stopped at step {stop - 1}." in told[-1]
+    assert "run the same command again" in told[-1]
+    assert expected in told[-1]
+    assert "\n" not in told[-1]
+    resumed = train(LinearMap(CONFIG), CONFIG, tmp_path, notify=again.append)
     assert_same(resumed.params, whole[0].params)
     assert resumed.tokens == whole[0].tokens
     assert without_times(read_journal(tmp_path)) == without_times(read_journal(whole[1]))
-    assert isinstance(told[0], str) == (stop >= 4)
+    assert isinstance(again[0], str) == (stop >= 4)
 
 
-def test_a_run_that_is_done_does_nothing_and_more_steps_go_on(tmp_path):
-    config = dataclasses.replace(CONFIG, steps=4)
-    first = train(LinearMap(config), config, tmp_path, notify=silent)
+def test_a_run_that_is_done_does_nothing(whole):
+    trained, folder, _, _ = whole
     told = []
-    again = train(LinearMap(config), config, tmp_path, notify=told.append)
-    assert_same(again.params, first.params)
+    again = train(LinearMap(CONFIG), CONFIG, folder, notify=told.append)
+    assert_same(again.params, trained.params)
     assert again.evaluation is None
     (line,) = told
     assert "nothing is left to do" in line
-    longer = dataclasses.replace(config, steps=6, keep=1, log_every=1)
-    assert train(LinearMap(longer), longer, tmp_path, notify=silent).step == 6
 
 
 def test_a_budget_of_tokens_ends_training(tmp_path):
@@ -174,77 +190,36 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
     assert not list(tmp_path.glob("step_*"))
 
 
-@pytest.mark.parametrize(("stop", "expected"), [(3, "begins anew"), (6, "goes on from step 4")])
-def test_ctrl_c_says_how_to_resume(tmp_path, stop, expected):
-    told = []
-
-    def interrupting(event):
-        told.append(event)
-        if step_of(event) == stop:
-            raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as ended:
-        train(LinearMap(CONFIG), CONFIG, tmp_path, notify=interrupting)
-    assert ended.value.code == 130
-    assert f"Stopped at step {stop}." in told[-1] or f"Stopped at step {stop - 1}." in told[-1]
-    assert "run the same command again" in told[-1]
-    assert expected in told[-1]
-    assert "\n" not in told[-1]
-
-
-def test_constants_and_weights_that_training_starts_from_are_left_alone(tmp_path):
-    class Given(LinearMap):
-        given = None
-
-        def init(self, key):
-            self.given = super().init(key)
-            return self.given
-
-    task = Given(CONFIG)
-    before = np.array(task.target)
-    train(task, CONFIG, tmp_path, notify=silent)
-    np.testing.assert_array_equal(task.target, before)
-    assert all(not value.is_deleted() for value in task.given.values())
-
-
 # What a folder refuses
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    config = dataclasses.replace(CONFIG, steps=2, checkpoint_every=2)
-    folder = tmp_path_factory.mktemp("small")
-    train(LinearMap(config), config, folder, notify=silent)
-    return config, folder
-
-
-def test_other_settings_are_refused_by_name_and_some_may_change(small):
-    config, folder = small
-    other = dataclasses.replace(config, seed=3, learning_rate=0.5, log_every=1)
+def test_other_settings_are_refused_by_name_and_some_may_change(whole):
+    other = dataclasses.replace(CONFIG, seed=3, learning_rate=0.5, log_every=1)
     with pytest.raises(DexError, match=r"learning_rate was 0.02, is 0.5; seed was 0, is 3\)"):
-        train(LinearMap(other), other, folder, notify=silent)
+        train(LinearMap(other), other, whole[1], notify=silent)
     free = {"tokens": 5, "keep": 9, "eval_every": None, "log_every": 1, "steps": 1}
     assert {*free, "tensorboard"} == set(MAY_CHANGE)
-    assert dataclasses.replace(config, **free).conflicts(dataclasses.asdict(config)) == []
+    assert dataclasses.replace(CONFIG, **free).conflicts(dataclasses.asdict(CONFIG)) == []
 
 
-def test_other_tasks_and_settings_of_tasks_are_refused(small):
-    config, folder = small
-    task = LinearMap(config)
+def test_other_tasks_and_settings_of_tasks_are_refused(whole):
+    task = LinearMap(CONFIG)
     task.settings = lambda: {"kind": "linear"}
     with pytest.raises(DexError, match="kind was None, is linear"):
-        train(task, config, folder, notify=silent)
-    task = LinearMap(config)
+        train(task, CONFIG, whole[1], notify=silent)
+    task = LinearMap(CONFIG)
     task.name = "another"
     with pytest.raises(DexError, match="training of linear_map, not another"):
-        train(task, config, folder, notify=silent)
+        train(task, CONFIG, whole[1], notify=silent)
 
 
-def test_another_backbone_warns_and_goes_on(small):
-    config, folder = small
-    task, told = LinearMap(config), []
+def test_another_backbone_warns_and_more_steps_go_on(tmp_path, whole):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole[1], folder)
+    longer, told = dataclasses.replace(CONFIG, steps=14, keep=1, log_every=1), []
+    task = LinearMap(longer)
     task.backbone = "backbone-b"
-    train(task, config, folder, notify=told.append)
+    assert train(task, longer, folder, notify=told.append).step == 14
     assert all(word in told[0] for word in ("warning", "backbone-a", "backbone-b"))
 
 
