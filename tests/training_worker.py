@@ -93,8 +93,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=0.0)
     args = parser.parse_args()
-    trained = train(LinearMap(CONFIG, WIDTH, seconds=args.seconds), CONFIG, args.folder)
-    np.savez(args.folder / "result.npz", **trained.params)
+    train(LinearMap(CONFIG, WIDTH, seconds=args.seconds), CONFIG, args.folder)
 
 
 if __name__ == "__main__":
