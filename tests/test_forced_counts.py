@@ -7,27 +7,18 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import slow
-from reference.small_models import GEMMA, LLAMA, random_parameters, small_model
+from reference.small_models import GEMMA, LLAMA, random_exits, small_model
 
 import dex_jax
-from dex_jax.config import ExitsConfig
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.forced import run
 from dex_jax.forced.asks import dex_asks
 from dex_jax.forced.counts import dex_counts
 from dex_jax.forced.run import force
 from dex_jax.forced.texts import answers, batches
-from dex_jax.io.exits_file import TrainedExits
 
 TOKENS = 24
 DEPTHS = (1, 2, 3, 4)
-
-
-def random_exits(kind: str, **more) -> TrainedExits:
-    config = ExitsConfig(kind, DEPTHS[:-1], LLAMA.width, heads=2, head_dim=8, hidden=16, rank=4, window=5, **more)
-    vocabulary = None if config.draft_size is None else np.arange(0, LLAMA.vocab_size, 2, dtype=np.int32)
-    return TrainedExits(config, random_parameters(config), vocabulary, "0", {}, "random")
 
 
 def prompts(count: int = 6) -> list[list[int]]:
@@ -35,31 +26,22 @@ def prompts(count: int = 6) -> list[list[int]]:
     return [rng.integers(0, LLAMA.vocab_size, length).tolist() for length in rng.integers(2, 14, count)]
 
 
-@pytest.mark.parametrize(
-    ("config", "kind", "more", "depths"),
-    [
-        slow(GEMMA, "linear", {"fused": True}, (1, 2, 4)),
-        # Four stages: a node can lie three behind the newest committed position.
-        slow(LLAMA, "attn", {"draft_size": LLAMA.vocab_size // 2}, DEPTHS),
-    ],
-)
-def test_counts_are_those_of_the_loops(config, kind, more, depths):
-    lm, exits, ids = small_model(config), random_exits(kind, **more), prompts()
-    asks = dex_asks(depths, exits.config)
-    if kind == "attn":
-        assert max(ask.lag for ask in asks) == 3
-    texts = answers(lm, ids, TOKENS, batch=8)
-    forced = force(lm, exits, texts, sorted(asks), count=len(depths) - 1)
-    plain = dex_jax.generate(lm, ids, method=dex_jax.AR(), max_new_tokens=TOKENS)
-    for row, (_, tokens) in enumerate(texts):
-        assert tokens == plain.tokens[row, : plain.lengths[row]].tolist()
-    options = {"max_new_tokens": TOKENS, "exits": exits}
-    dex = dex_jax.generate(lm, ids, method=dex_jax.Dex(depths=depths, rows="full", draft=False), **options)
+@pytest.mark.slow
+def test_counts_are_those_of_the_loops():
+    lm, exits, ids = small_model(GEMMA), random_exits("attn", draft=LLAMA.vocab_size // 2), prompts()
+    asks = dex_asks(DEPTHS, exits.config)
+    # Four stages: a node can lie three behind the newest committed position.
+    assert max(ask.lag for ask in asks) == 3
+    texts = answers(lm, ids, TOKENS, batch=len(ids))
+    forced = force(lm, exits, texts, sorted(asks), count=len(DEPTHS) - 1)
+    method = dex_jax.Dex(depths=DEPTHS, rows="full", draft=False)
+    dex = dex_jax.generate(lm, ids, method=method, max_new_tokens=TOKENS, exits=exits)
     early = 0
-    for row, count in enumerate(dex_counts(forced, depths)):
+    for row, count in enumerate(dex_counts(forced, DEPTHS)):
+        assert texts[row][1] == dex.tokens[row, : dex.lengths[row]].tolist()
         assert count.exits.tolist() == dex.stats.exits[row, : dex.lengths[row]].tolist()
-        assert ticks_of(count.exits, len(count.exits), len(depths)) == dex.stats.ticks[row]
-        early += int((count.exits[1:] < len(depths)).sum())
+        assert ticks_of(count.exits, len(count.exits), len(DEPTHS)) == dex.stats.ticks[row]
+        early += int((count.exits[1:] < len(DEPTHS)).sum())
     assert early > 5
 
 
@@ -74,16 +56,17 @@ def test_batches_are_full_and_by_length():
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA makes of top_k is another matter elsewhere")
 def test_no_vocabulary_is_sorted(monkeypatch):
     """A sort of the vocabulary in place of its best few takes ten times as long as all else that is asked."""
-    seen = []
+
+    class Seen(Exception):
+        """Holds the compiled program, which need not run."""
 
     def compiled(*args):
-        seen.append(forced_ask.lower(*args).compile().as_text())
-        return forced_ask(*args)
+        raise Seen(forced_ask.lower(*args).compile().as_text())
 
     forced_ask = run.ask_exits
     monkeypatch.setattr(run, "ask_exits", compiled)
-    lm = small_model(dataclasses.replace(LLAMA, vocab_size=4096))
-    exits = dataclasses.replace(random_exits("attn"), vocabulary=None)
-    force(lm, exits, [(prompt, prompt) for prompt in prompts()], dex_asks(DEPTHS, exits.config), count=3)
-    assert 'custom_call_target="TopK"' in seen[0]
-    assert " sort(" not in seen[0]
+    lm, exits = small_model(dataclasses.replace(LLAMA, vocab_size=4096)), random_exits("attn")
+    with pytest.raises(Seen) as seen:
+        force(lm, exits, [(prompt, prompt) for prompt in prompts()], dex_asks(DEPTHS, exits.config), count=3)
+    assert 'custom_call_target="TopK"' in str(seen.value)
+    assert " sort(" not in str(seen.value)
