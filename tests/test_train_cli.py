@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from reference.small_models import LLAMA, small_model, train_tokenizer
 
-from dex_jax.cli import decode, train
+from dex_jax.cli import common, decode, train
 from dex_jax.cli.train_arguments import configured, folder_of, train_parser
 from dex_jax.config import ExitsConfig
+from dex_jax.decoding import costs
 from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
 from dex_jax.nn.exits import initial_heads, parameters_of
 from dex_jax.training.journal import read_journal
@@ -21,7 +22,8 @@ from dex_jax.training.journal import read_journal
 PROGRAM = Path(__file__).resolve().parents[1] / "train_exits.py"
 CONFIGURATIONS = sorted((PROGRAM.parent / "configs").glob("*.py"))
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 60
-MODEL = dataclasses.replace(LLAMA, vocab_size=270, width=128, head_dim=32, context=128, eos_ids=(3,), bos_id=4)
+SIZES = {"vocab_size": 270, "num_layers": 3, "width": 128, "head_dim": 32, "context": 128}
+MODEL = dataclasses.replace(LLAMA, **SIZES, eos_ids=(3,), bos_id=4)
 
 EXITS = """
 from dex_jax.config import ExitsConfig
@@ -43,10 +45,12 @@ config = ExitTraining(
 """
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept_on_disk(monkeypatch) -> None:
-    for module in (decode, train):
-        monkeypatch.setattr(module, "remember_compilations", lambda: None)
+@pytest.fixture(autouse=True, scope="module")
+def nothing_kept_on_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (common, decode, train):
+            patch.setattr(module, "remember_compilations", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +67,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(place) -> Path:
     """The folder of a finished training of exits."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "remember_compilations", lambda: None)
-        assert train.main(["--config", str(place / "exits.py"), "--folder", str(place / "run")]) == 0
+    assert train.main(["--config", str(place / "exits.py"), "--folder", str(place / "run")]) == 0
     return place / "run"
 
 
@@ -117,8 +119,8 @@ def test_export_is_small_and_decodes_to_the_same_text(capsys, trained, place) ->
         np.testing.assert_array_equal(whole.parameters[name], value)
         np.testing.assert_allclose(rounded.parameters[name], value, atol=np.abs(value).max() / 250 + 1e-9)
     for source in (trained, small):
-        common = ["--model", str(place / "model"), "--exits", str(source), "--prompt", "the fox", "--no-chat"]
-        assert decode.main([*common, "--explorers", "2", "--max-new-tokens", "8", "--check", "--json"]) == 0
+        flags = ["--model", str(place / "model"), "--exits", str(source), "--prompt", "the fox", "--no-chat"]
+        assert decode.main([*flags, "--explorers", "2", "--max-new-tokens", "8", "--check", "--json"]) == 0
         record = json.loads(capsys.readouterr().out)
         assert record["check"]["identical"]
         assert record["exits_source"] == str(source)
@@ -137,7 +139,7 @@ def drafter(place) -> Path:
 
 @pytest.mark.slow
 def test_a_tree_is_searched_and_kept(capsys, monkeypatch, place, drafter, tmp_path) -> None:
-    monkeypatch.setattr("dex_jax.cli.common.remember_compilations", lambda: None)
+    monkeypatch.setattr(costs, "_measure", lambda *about: [1 + 0.01 * rows for rows in about[-1]])
     out = tmp_path / "with_tree.safetensors"
     flags = ["--exits", drafter, "--model", place / "model", "--data", place / "prompts.txt", "--max-new-tokens", "8"]
     sizes = ["--sizes", "4", "--largest", "8", "--steps", "0"]
@@ -162,9 +164,9 @@ def test_a_search_that_cannot_be(capsys, place, drafter, tmp_path, output, more,
 
 def test_evaluate_compares_exits_on_the_same_answers(capsys, monkeypatch, trained, place, tmp_path) -> None:
     output, cache = tmp_path / "figures.json", tmp_path / "answers.json"
-    common = ["--model", place / "model", "--data", place / "prompts.txt", "--prompts", "3", "--max-new-tokens", "6"]
+    flags = ["--model", place / "model", "--data", place / "prompts.txt", "--prompts", "3", "--max-new-tokens", "6"]
     kept = ["--batch", "2", "--cache", cache, "--output", output]
-    code, out, err = run(capsys, "evaluate", "--exits", trained, *common, *kept)
+    code, out, err = run(capsys, "evaluate", "--exits", trained, *flags, *kept)
     assert code == 0
     assert "**prompts**" in out
     assert "answering 3 prompts of prompts" in err
@@ -174,13 +176,14 @@ def test_evaluate_compares_exits_on_the_same_answers(capsys, monkeypatch, traine
     assert figures["groups"]["prompts"]["depths"] == [1, 2]
 
     monkeypatch.setattr("dex_jax.forced.texts.answers", None)
-    code, out, err = run(capsys, "evaluate", "--exits", "shared", *common, *kept)
+    code, out, err = run(capsys, "evaluate", "--exits", "shared", *flags, *kept)
     assert (code, err) == (0, "")
     shared = json.loads(output.read_text())
     assert shared["exits"] == "shared"
-    assert shared["groups"]["prompts"]["depths"] == [2, 3]  # of a model of 4 layers, K = 2 and 3
+    assert shared["groups"]["prompts"]["depths"] == [1, 2]  # of a model of 3 layers, K = 2 and 3
     assert shared["groups"]["prompts"]["tokens"] == figures["groups"]["prompts"]["tokens"]
-    code, _, err = run(capsys, "evaluate", "--exits", "shared", *common, "--cache", cache, "--max-new-tokens", "7")
+    assert shared["groups"]["prompts"]["divergence"] != figures["groups"]["prompts"]["divergence"]
+    code, _, err = run(capsys, "evaluate", "--exits", "shared", *flags, "--cache", cache, "--max-new-tokens", "7")
     assert code == 2
     assert "keeps answers of another max_new_tokens (6, now 7)" in err
 
