@@ -34,10 +34,6 @@ def base_model() -> LanguageModel:
     return small_model(dataclasses.replace(LLAMA, num_layers=3, bos_id=1, eos_ids=(0,)))
 
 
-def with_steps(steps: int) -> ExitTraining:
-    return dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=steps))
-
-
 if __name__ == "__main__":
     config = dataclasses.replace(CONFIG, evaluation_texts=0)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)

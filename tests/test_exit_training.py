@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 from environment import flags_for_devices
-from exit_training_worker import CONFIG, EXITS, base_model, with_steps
+from exit_training_worker import CONFIG, EXITS, base_model
+from reference.greedy import is_greedy
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
@@ -70,6 +71,9 @@ def test_a_run_writes_its_exits_and_figures(whole) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_broke_off_goes_on_to_the_same_exits(whole, tmp_path, monkeypatch, capfd) -> None:
+    """In a folder with files of a run that stopped before its first checkpoint, which are no others' to use."""
+    (tmp_path / "draft_vocabulary.json").write_text("[5]")
+    (tmp_path / "held_out.json").write_text('{"another": [[[1], [2]]]}')
     next_batch, steps = Distillation.next_batch, itertools.count()
 
     def breaking(self, cursor):
@@ -89,12 +93,15 @@ def test_a_run_that_broke_off_goes_on_to_the_same_exits(whole, tmp_path, monkeyp
             assert np.array_equal(found.parameters[name], value), name
     about = [{**each.metadata, "minutes": None} for each in (exits, whole.exits)]
     assert about[0] == about[1]
+    for name in ("draft_vocabulary.json", "held_out.json"):
+        assert (tmp_path / name).read_text() == (whole.folder / name).read_text()
 
 
 @pytest.mark.slow
 def test_a_run_starts_from_some_of_the_given_exits_and_warns_of_another_backbone(whole, tmp_path) -> None:
-    config = dataclasses.replace(with_steps(1), evaluation_texts=0, exits=dataclasses.replace(EXITS, depths=(2,)))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e-9))
+    train = dataclasses.replace(CONFIG.train, steps=1, learning_rate=1e-9)
+    shapes = dataclasses.replace(EXITS, depths=(2,))
+    config = dataclasses.replace(CONFIG, train=train, evaluation_texts=0, exits=shapes)
     told: list[str] = []
     given = dataclasses.replace(whole.exits, fingerprint="another")
     exits = train_exits(config, base_model(), tmp_path, initial=given, tell=told.append)
@@ -110,30 +117,19 @@ def test_a_run_starts_from_some_of_the_given_exits_and_warns_of_another_backbone
     assert not any("draft vocabulary" in line for line in told), "they bring their own"
 
 
-@pytest.mark.slow
-def test_a_run_that_stopped_before_its_first_checkpoint_leaves_no_files_to_others(whole, tmp_path) -> None:
-    (tmp_path / "draft_vocabulary.json").write_text("[5]")
-    (tmp_path / "held_out.json").write_text('{"another": [[[1], [2]]]}')
-    exits = train_exits(with_steps(1), base_model(), tmp_path, tell=quiet)
-    assert np.array_equal(exits.vocabulary, whole.exits.vocabulary)
-    assert list(exits.metadata["held_out"]) == ["self"]
-    for name in ("draft_vocabulary.json", "held_out.json"):
-        assert (tmp_path / name).read_text() == (whole.folder / name).read_text()
-
-
 def test_files_of_a_run_that_goes_on_elsewhere_stay(tmp_path) -> None:
     (tmp_path / "held_out.json").write_text("{}")
     with Checkpoints(tmp_path, 1, quiet), pytest.raises(DexError, match="another process trains in"):
-        train_exits(with_steps(1), base_model(), tmp_path, tell=quiet)
+        train_exits(CONFIG, base_model(), tmp_path, tell=quiet)
     assert (tmp_path / "held_out.json").read_text() == "{}"
 
 
 @pytest.mark.slow
 def test_a_first_training_comes_before_and_its_heads_go_on_with_more_tokens(whole, tmp_path) -> None:
     """Killed anywhere it goes on: each of the two has a folder that can resume."""
-    config = dataclasses.replace(with_steps(1), evaluation_texts=0)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e-9))
-    config = dataclasses.replace(config, exits=dataclasses.replace(config.exits, draft_size=30), first=CONFIG)
+    before = dataclasses.replace(CONFIG, evaluation_texts=0)
+    train = dataclasses.replace(CONFIG.train, steps=1, learning_rate=1e-9)
+    config = dataclasses.replace(before, train=train, exits=dataclasses.replace(EXITS, draft_size=30), first=before)
     exits = train_exits(config, base_model(), tmp_path, tell=quiet)
     first = load_exits(tmp_path / "first")
     for name, value in whole.exits.parameters.items():
@@ -151,14 +147,13 @@ def test_a_drafter_is_trained_and_drafts(tmp_path) -> None:
     names = {name for record in read_journal(tmp_path) for name in record if name.startswith("agreement")}
     assert names == {"agreement_draft_1", "agreement_draft_2", "agreement_draft_3"}
     assert len(trained.metadata["held_out"]["self"]["agreement"]) == 1
-    lm, method = base_model(), dex_jax.Dex(explorers=1)
-    options = {"max_new_tokens": 12}
-    out = dex_jax.generate(lm, [[1, 5, 7]], method=method, exits=trained, **options)
-    assert out.tokens.tolist() == dex_jax.generate(lm, [[1, 5, 7]], method=dex_jax.AR(), **options).tokens.tolist()
+    lm, prompt, tree = base_model(), [1, 5, 7], KnownTree(TreeShape((2, 1), 2, LOOKUP_TRUST), 1.5)
+    trained = with_trees(trained, [tree])
+    out = dex_jax.generate(lm, [prompt], method=dex_jax.Dex(explorers=1), exits=trained, max_new_tokens=12)
+    assert is_greedy(lm, prompt, out.tokens[0, : out.lengths[0]].tolist())
     # Who goes on from it keeps its trees.
-    tree = KnownTree(TreeShape((2, 1), 2, LOOKUP_TRUST), 1.5)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
-    later = train_exits(config, lm, tmp_path / "later", initial=with_trees(trained, [tree]), tell=quiet)
+    later = train_exits(config, lm, tmp_path / "later", initial=trained, tell=quiet)
     assert known_trees(later) == (tree,)
     assert "trees" not in later.metadata["before"]
 
@@ -172,9 +167,8 @@ def test_a_drafter_is_trained_and_drafts(tmp_path) -> None:
     ],
 )
 def test_draft_steps_are_refused_to_exits_that_cannot_draft(changes, says, tmp_path) -> None:
-    config = dataclasses.replace(
-        CONFIG, exits=dataclasses.replace(EXITS, **changes), options=DistillationOptions(draft_steps=3)
-    )
+    exits, options = dataclasses.replace(EXITS, draft_size=None, **changes), DistillationOptions(draft_steps=3)
+    config = dataclasses.replace(CONFIG, exits=exits, options=options, evaluation_texts=0)
     with pytest.raises(DexError, match=says):
         train_exits(config, base_model(), tmp_path / "none", tell=quiet)
 
