@@ -44,8 +44,7 @@ def scaled(loss_of):
     return jax.value_and_grad(total, has_aux=True)
 
 
-@pytest.mark.parametrize("hard", [0.0, 0.3])
-@pytest.mark.parametrize(("draft", "cap"), [(None, None), (DRAFT, None), (DRAFT, 1.5)])
+@pytest.mark.parametrize(("draft", "cap", "hard"), [(None, None, 0.3), (DRAFT, None, 0.0), (DRAFT, 1.5, 0.3)])
 def test_values_and_gradients_are_those_of_the_twin(arrays, monkeypatch, draft, cap, hard) -> None:
     monkeypatch.setattr(losses, "BLOCK", 4)  # 11 tokens: two blocks and a part of one
     features, final, weight, unembed = arrays

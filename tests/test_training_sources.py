@@ -143,13 +143,13 @@ def test_every_epoch_holds_every_prompt_once_in_an_order_of_its_own(tmp_path: Pa
 
 def test_held_out_prompts_are_never_trained_on_in_any_source(tmp_path: Path, smol) -> None:
     small = questions(tmp_path / "small.jsonl", 10)
-    large = questions(tmp_path / "large.jsonl", 2000)
-    mixture = quiet([small, large], smol, OPTIONS)
+    large = questions(tmp_path / "large.jsonl", 500)
+    mixture = quiet([small, large], smol, SourceOptions(length=128, seed=3, held_out_share=0.08))
     held_out = {item.turns[0].forced for items in mixture.held_out.values() for item in items}
     assert {name: len(items) for name, items in mixture.held_out.items()} == {small: 5, large: 45}
-    trained = {source.item(number).turns[0].forced for source in mixture.sources for number in range(2000)}
+    trained = {source.item(number).turns[0].forced for source in mixture.sources for number in range(500)}
     assert not held_out & trained
-    assert len(held_out | trained) == 2000
+    assert len(held_out | trained) == 500
 
 
 def test_long_prompts_are_skipped_and_that_is_said_once(tmp_path: Path, smol) -> None:
