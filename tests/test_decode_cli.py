@@ -38,29 +38,15 @@ SKY = "Why is the sky blue?"
 SMOLLM2, FINGERPRINT = "smollm2-135m", "268a3187a3ebf69e"
 
 JSON_TYPES = {
-    "prompt": str,
-    "text": str,
-    "tokens": list,
-    "prompt_tokens": int,
-    "new_tokens": int,
-    "finished": bool,
-    "method": str,
-    "draft": bool,
-    "depths": list,
-    "rows": int,
-    "exits_source": str,
-    "layer_steps": int,
-    "ticks": int,
-    "exits": list,
-    "depth_side_speedup": float,
-    "compile_seconds": float,
-    "prefill_seconds": float,
-    "decode_seconds": float,
-    "tokens_per_second": float,
-    "device": str,
-    "dtype": str,
-    "weights": str,
+    str: ("prompt", "text", "method", "exits_source", "device", "dtype", "weights"),
+    list: ("tokens", "depths", "exits"),
+    int: ("prompt_tokens", "new_tokens", "rows", "layer_steps", "ticks"),
+    float: ("depth_side_speedup", "compile_seconds", "prefill_seconds", "decode_seconds", "tokens_per_second"),
+    bool: ("finished", "draft"),
+    type(None): ("choice", "drafter_source", "rounds", "tokens_per_round", "drafted", "accepted", "seed"),
+    dict: ("check",),
 }
+"""Of one greedy sequence that explorers without drafts have decoded."""
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +91,9 @@ def test_json_is_typed_and_consistent(run) -> None:
     assert code == 0
     assert "decoding" in err
     record = json.loads(out)
-    assert {key: type(record[key]) for key in JSON_TYPES} == JSON_TYPES
-    others = ("choice", "drafter_source", "rounds", "tokens_per_round", "drafted", "accepted")
-    assert set(record) == {*JSON_TYPES, "seed", "check", *others}
-    assert [record[key] for key in others] == [None] * len(others)
+    expected = {name: kind for kind, names in JSON_TYPES.items() for name in names}
+    assert {name: type(value) for name, value in record.items()} == expected
     assert record["layer_steps"] == record["ticks"]
-    assert record["seed"] is None
     assert record["check"] == {"identical": True, "first_divergence": None, "top2_margin": None}
     assert record["new_tokens"] == len(record["tokens"]) == len(record["exits"])
     assert record["ticks"] == 2 + sum(record["exits"][1:-1])
@@ -118,18 +101,28 @@ def test_json_is_typed_and_consistent(run) -> None:
 
 
 @pytest.mark.slow
-def test_what_was_drafted_is_counted(run) -> None:
-    arguments = ["--prompt", SKY, "--explorers", "1", "--exits", "shared", "--max-new-tokens", "8", "--check", *STACKED]
-    record = json.loads(run(*arguments, "--json")[1])
+def test_what_was_drafted_is_counted_and_coloured_on_terminals_only(run, monkeypatch) -> None:
+    options = ["--prompt", SKY, "--explorers", "1", "--exits", "shared", "--max-new-tokens", "24", *STACKED]
+    record = json.loads(run(*options, "--json", "--check")[1])
     assert (record["draft"], record["exits_source"], record["drafter_source"]) == (True, None, None)
     assert record["check"]["identical"]
     assert record["ticks"] == record["exits"][:-1].count(1) + 1
-    assert record["depth_side_speedup"] == 7 / record["ticks"]
-    code, _, err = run(*arguments)
-    assert code == 0
-    assert f"DEX, K = 1 with drafts on cpu:cpu, float32: 8 tokens, {record['ticks']} ticks" in err
-    assert "8 rows; drafts from the text\n" in err
-    assert "drafted (depth   0)" in err
+    assert record["depth_side_speedup"] == 23 / record["ticks"]
+    assert 0 < record["exits"].count(0) < 23
+    for terminal in (False, True):
+        if terminal:
+            monkeypatch.setenv("TERM", "xterm-256color")
+            monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        code, out, err = run(*options, "--color-depth")
+        assert code == 0
+        assert out.count("\x1b[38;5;") == record["exits"].count(0) * terminal
+        assert ("\x1b" in out) is terminal
+        assert f"DEX, K = 1 with drafts on cpu:cpu, float32: 24 tokens, {record['ticks']} ticks" in err
+        assert "8 rows; drafts from the text\n" in err
+        # What the colours mean, above the bars.
+        assert "drafted  last layer" in err
+        assert "drafted (depth   0)" in err
+        assert ("terminals only" in err) is not terminal
 
 
 @pytest.mark.slow
@@ -140,11 +133,12 @@ def test_a_draft_model_is_said_and_counted(run, folder) -> None:
     assert record["drafter_source"] == str(folder)
     assert record["check"]["identical"]
     assert record["exits"].count(0) > 4
-    sizes = [
-        json.loads(run("--dry-run", "--json", *each, model=SMOLLM2)[1])["exits_bytes"]
-        for each in (["--exits", "shared"], ["--draft-model", SMOLLM2])
-    ]
-    assert sizes[1] - sizes[0] > 90e6, "weights and cache of the small model"
+    without, drafting = (
+        json.loads(run("--dry-run", "--json", *each)[1])
+        for each in (["--exits", "shared"], ["--draft-model", str(folder)])
+    )
+    more = drafting["exits_bytes"] - without["exits_bytes"]
+    assert more > without["weights_bytes"], "weights and cache of the small model"
 
 
 def test_a_store_serves_later_runs(run, tmp_path) -> None:
@@ -177,8 +171,8 @@ def test_a_draft_model_of_little_context_need_hold_no_more_than_the_text(run, fo
 def test_what_was_chosen_is_said(run, monkeypatch) -> None:
     cheap = StepCosts(ROWS, (1.0, 1.01, 1.02, 1.3, 1.6))
     monkeypatch.setattr(auto, "step_costs", lambda *about, **more: cheap)
-    arguments = ["--prompt", SKY, "--max-new-tokens", "8", "--exits", "shared", "--check", *STACKED]
-    record = json.loads(run(*arguments, "--json")[1])
+    arguments = ["--prompt", SKY, "--max-new-tokens", "8", "--exits", "shared", *STACKED]
+    record = json.loads(run(*arguments, "--json", "--check")[1])
     assert (record["method"], record["draft"]) == ("dex", True)
     assert record["check"]["identical"]
     code, _, err = run(*arguments)
@@ -191,11 +185,13 @@ def test_what_was_chosen_is_said(run, monkeypatch) -> None:
 
 def test_json_of_one_token_has_nulls(run) -> None:
     arguments = ["--prompt", SKY, "--json", "--method", "ar", "--max-new-tokens", "1", "--temperature", "1"]
-    _, out, _ = run(*arguments, "--seed", "5", *STACKED)
-    record = json.loads(out)
+    # Two, as below, so that programs are shared.
+    _, out, _ = run(*arguments, "--seed", "5", "--num-samples", "2", *STACKED)
+    record, other = map(json.loads, out.splitlines())
     undefined = ("exits_source", "drafter_source", "depth_side_speedup", "tokens_per_second")
     assert [record[key] for key in undefined] == [None] * len(undefined)
     assert (record["method"], record["ticks"], record["exits"], record["seed"]) == ("ar", 0, [-1], 5)
+    assert other["seed"] == 6
 
 
 @pytest.mark.slow
@@ -222,24 +218,6 @@ def test_stop_cuts_the_text(run) -> None:
     at = next(at for at in range(1, len(whole) - 2) if whole.index(whole[at : at + 2]) == at)
     _, out, _ = run("--prompt", SKY, "--stop", whole[at : at + 2], *COMMON)
     assert out == whole[:at] + "\n"
-
-
-@pytest.mark.slow
-def test_color_depth_colours_early_tokens_on_terminals_only(run, monkeypatch) -> None:
-    options = ["--prompt", SKY, "--max-new-tokens", "24", "--explorers", "1", *STACKED]
-    record = json.loads(run(*options, "--json")[1])
-    assert 0 < record["exits"].count(0) < 23
-    for terminal in (False, True):
-        if terminal:
-            monkeypatch.setenv("TERM", "xterm-256color")
-            monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-        code, out, err = run(*options, "--color-depth")
-        assert code == 0
-        assert out.count("\x1b[38;5;") == record["exits"].count(0) * terminal
-        assert ("\x1b" in out) is terminal
-        # What the colours mean.
-        assert "drafted" in err
-        assert ("terminals only" in err) is not terminal
 
 
 @pytest.mark.slow
@@ -299,7 +277,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, flags, keyword) -> None:
 def test_empty_texts_are_refused(run) -> None:
     refused(run(), "--prompt-file -")
     refused(run("--prompt", "  "), "empty")
-    refused(run("--prompt", SKY, "--stop", ""), "stop")
+    refused(run("--prompt", SKY, "--stop", "", *COMMON), "stop")
 
 
 def refused(found: tuple[int, str, str], keyword: str) -> None:
@@ -371,13 +349,13 @@ def test_a_dry_run_takes_and_refuses_what_a_real_run_does(run) -> None:
     for exits, method in ((at_depths, "DEX, K = 5 with drafts"), (drafter, "DEX, K = 1 with drafts")):
         assert f"float32, {method}, on one device" in run("--dry-run", "--exits", str(exits), model=SMOLLM2)[1]
     assert run("--dry-run", "--layout", "stacked", "--exits", str(drafter), model=SMOLLM2)[0] == 0
+    refused(run("--dry-run", "--explorers", "5", "--no-draft", "--exits", str(drafter), model=SMOLLM2), "drafter")
     for flags, keyword in (
         ("--max-new-tokens 100000", "context"),
         ("--temperature -1", "temperature"),
         ("--temperature 1 --top-p 7", "top_p"),
-        (f"--explorers 5 --no-draft --exits {drafter}", "drafter"),
     ):
-        refused(run("--dry-run", "--prompt", "Hi", *flags.split(), model=SMOLLM2), keyword)
+        refused(run("--dry-run", "--prompt", "Hi", *flags.split()), keyword)
 
 
 def test_a_dry_run_judges_a_device_that_is_not_here(run, monkeypatch) -> None:
