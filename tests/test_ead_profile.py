@@ -25,6 +25,8 @@ from dex_jax.forced.texts import answers
 SMALL = {"vocab_size": 12, "num_layers": 5, "width": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 24}
 MODEL = dataclasses.replace(LLAMA, **SMALL, tied=False, context=256)
 EXPLORERS = (3, 5)
+# As many sequences at a time and new tokens as in the command's run, which shares programs with the tests before it.
+BATCH, NEW = 8, 25
 
 
 @functools.cache
@@ -37,9 +39,9 @@ def _measured() -> tuple[Forced, list]:
     """The own head at every layer, on greedy answers; among 12 tokens it is often right."""
     lm = _model()
     rng = np.random.default_rng(1)
-    texts = answers(lm, [rng.integers(0, 12, n).tolist() for n in (1, 7, 4, 9, 3)], 25, batch=5)
+    texts = answers(lm, [rng.integers(0, 12, n).tolist() for n in (1, 7, 4, 9, 3)], NEW, batch=BATCH)
     exits = shared_exits(lm, (1, 2, 3, 4))
-    measured = measure(lm, exits, texts, explorers=EXPLORERS, depths=[(1, 4, 5)], batch=5)
+    measured = measure(lm, exits, texts, explorers=EXPLORERS, depths=[(1, 4, 5)], batch=BATCH)
     return measured, texts
 
 
@@ -95,7 +97,7 @@ def test_ticks_with_drafts_are_those_of_the_loop(monkeypatch) -> None:
     lm, (measured, texts), tree = _model(), _measured(), LOOKUP_TREES[1]
     monkeypatch.setattr(profile, "known_trees", lambda drafter: (tree,))
     exits, grid = shared_exits(lm, (1, 2, 3, 4)), measured.grids[0]
-    options = {"max_new_tokens": 25, "batch": 3}
+    options = {"max_new_tokens": NEW, "batch": 3}
     one, several = profile.ticks_with_drafts(lm, exits, texts[:3], measured.grids[:1], **options)
     assert (one.depths, one.rows, one.levels) == ((5,), tree.shape.rows, 0)
     assert (several.depths, several.levels) == (grid, 0)
@@ -103,7 +105,7 @@ def test_ticks_with_drafts_are_those_of_the_loop(monkeypatch) -> None:
     for ticks, method in methods.items():
         chosen = "default" if ticks is one else exits
         prompts = [prompt for prompt, _ in texts[:3]]
-        out = dex_jax.generate(lm, prompts, method=method, exits=chosen, max_new_tokens=25)
+        out = dex_jax.generate(lm, prompts, method=method, exits=chosen, max_new_tokens=NEW)
         total, tokens = int(out.stats.ticks.sum()), int((out.lengths - 1).sum())
         assert ticks.rows == out.stats.schedule.rows
         assert ticks.tokens == pytest.approx(tokens / total)
@@ -175,19 +177,19 @@ def test_bad_profiles_are_refused(tmp_path, change: dict, message: str) -> None:
 def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("dex_jax.language_model.load", lambda *args, **kwargs: _model())
     monkeypatch.setattr(command, "remember_compilations", lambda: None)
-    monkeypatch.setattr(profile, "known_trees", lambda drafter: LOOKUP_TREES[2:])
+    monkeypatch.setattr(profile, "known_trees", lambda drafter: LOOKUP_TREES[1:2])
     data = tmp_path / "prompts.txt"
     data.write_text("ABC\nDEFGH\nBAD\n")
-    arguments = ["--data", str(data), "--exits", "shared", "--max-new-tokens", "12", "--output"]
+    arguments = ["--data", str(data), "--exits", "shared", "--max-new-tokens", str(NEW), "--output"]
     output = tmp_path / "profile.json"
-    more = ["--explorers", "2", "--drafts"]
+    more = ["--explorers", "3", "--drafts"]
     assert command.main([*arguments, str(output), *more]) == 0
     found = read_profile(output)
-    assert [grid.depths for grid in found.grids] == [(3, 5)]
+    assert [grid.depths for grid in found.grids] == [(2, 4, 5)]
     assert found.ead.depths == (1, 2, 3, 4, 5)
     assert found.about["texts"] == 3
     assert list(found.groups) == ["prompts"]
-    assert {t.depths for t in found.drafts} == {(5,), (3, 5)}
+    assert {t.depths for t in found.drafts} == {(5,), (2, 4, 5)}
     text = capsys.readouterr().out
     assert "tokens by exit" in text
     assert "levels drafted" in text
