@@ -95,29 +95,15 @@ def hollow_checkpoint(folder, config):
     return folder
 
 
-QWEN3_8B = dataclasses.replace(
-    SHAPES["llama-3-8b"],
-    family="qwen3",
-    vocab_size=151936,
-    num_layers=36,
-    mlp_width=12288,
-    context=40960,
-    qk_norm=True,
-)
-
-
-@pytest.mark.parametrize(
-    ("config", "dense", "int8"), [(SHAPES["llama-3-8b"], 16.06e9, 8.04e9), (QWEN3_8B, 16.38e9, 8.2e9)]
-)
-def test_a_dry_run_says_what_int8_weights_take(config, dense, int8, tmp_path, capsys) -> None:
-    folder = hollow_checkpoint(tmp_path / "model", config)
+def test_a_dry_run_says_what_int8_weights_take(tmp_path, capsys) -> None:
+    folder = hollow_checkpoint(tmp_path / "model", SHAPES["llama-3-8b"])
     flags = ["--model", str(folder), "--dtype", "bfloat16", "--explorers", "1", "--no-draft", "--dry-run", "--json"]
     found = {}
     for kind in ("dense", "int8"):
         assert decode.main([*flags, "--weights", kind]) == 0
         found[kind] = json.loads(capsys.readouterr().out)
-    assert found["dense"]["weights_bytes"] == pytest.approx(dense, rel=0.002)
-    assert found["int8"]["weights_bytes"] == pytest.approx(int8, rel=0.002)
+    assert found["dense"]["weights_bytes"] == pytest.approx(16.06e9, rel=0.002)
+    assert found["int8"]["weights_bytes"] == pytest.approx(8.04e9, rel=0.002)
     assert found["int8"]["weights"] == "int8"
     # Only the weights differ.
     rest = [each["total_bytes"] - each["weights_bytes"] for each in found.values()]

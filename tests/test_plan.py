@@ -168,11 +168,7 @@ def test_every_way_is_there() -> None:
     assert all(stages * tensor <= 8 and tensor in (1, 2, 4, 8) for stages, tensor in meshes)
 
 
-DRAFTS = (
-    Ticks((80,), 8, 2.5, 1.0, 2),
-    Ticks((80,), 16, 2.5, 1.0, 8),
-    Ticks(even_depths(4, 80), 16, 0.8, 0.4, 8),
-)
+DRAFTS = (Ticks((80,), 8, 2.5, 1.0, 2), Ticks((80,), 16, 2.5, 1.0, 8), Ticks(even_depths(4, 80), 16, 0.8, 0.4, 8))
 
 
 def _with_drafts(text: str, **more) -> tuple[Setting, Profile]:
@@ -313,22 +309,17 @@ def test_the_command_refuses_bad_input(flags: list[str], message: str, tmp_path,
     assert error.count("\n") == 1
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    """This machine, measured in no time, as the command writes and reads it."""
-    file = tmp_path_factory.mktemp("machine") / "here.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "UNCACHED", 1e5)
-        patch.setattr("dex_jax.evaluation.planner.workload.config_of", lambda source: LLAMA)
-        patch.setattr(calibrate, "STAGES", 2)
-        patch.setattr(calibrate, "device_memory", lambda device: None)
-        arguments = ["--rows", "1", "4", "--repeats", "2", "--least", "0.001", "--long", "128", "--output", str(file)]
-        assert command.main([*arguments, "--memory", "1.5"]) == 0
-    return hardware(str(file))
-
-
 @pytest.mark.slow
-def test_all_that_the_planner_reads_is_measured(machine) -> None:
+def test_all_that_the_planner_reads_is_measured(tmp_path, monkeypatch) -> None:
+    """In no time, as the command writes and reads it."""
+    file = tmp_path / "here.json"
+    monkeypatch.setattr(calibrate, "UNCACHED", 1e5)
+    two = dataclasses.replace(LLAMA, num_layers=2)
+    monkeypatch.setattr("dex_jax.evaluation.planner.workload.config_of", lambda source: two)
+    monkeypatch.setattr(calibrate, "device_memory", lambda device: None)
+    arguments = ["--rows", "1", "4", "--repeats", "2", "--least", "0.001", "--long", "128", "--output", str(file)]
+    assert command.main([*arguments, "--memory", "1.5"]) == 0
+    machine = hardware(str(file))
     measured = machine.device.measured
     assert set(measured.layer) == set(measured.layer_seconds) == {"unrolled"}
     for curve in (*measured.layer.values(), measured.cache, measured.head, measured.exits):
