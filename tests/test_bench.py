@@ -71,12 +71,20 @@ def test_a_benchmark_writes_every_run_once_and_timed_methods_take_turns(made, sm
     turns = [(run.method, run.round) for run in reported if run.prompt_id == reported[0].prompt_id]
     assert turns == [("ar", 0), ("layerskip", 0), ("layerskip", 1), ("ar", 1)]
     method = dex_jax.Dex(explorers=2, draft=False)
-    whole = dex_jax.generate(small, PROMPTS.split(), method=method, exits="shared", max_new_tokens=12)
+    explored = [run for run in counted if run.name == "dex explorers=2"]
+    asked = [PROMPTS.split()[int(run.prompt_id)] for run in explored]
+    whole = dex_jax.generate(small, asked, method=method, exits="shared", max_new_tokens=12)
+    assert len(explored) == 4
+    for row, run in enumerate(explored):
+        assert (run.tokens, run.ticks) == (whole.tokens[row].tolist(), int(whole.stats.ticks[row]))
+        assert run.layer_steps == run.ticks * 2 // run.setting["explorers"]
+        assert run.work == 2 * run.ticks
     for run in counted:
-        if run.name == "dex explorers=2":
-            row = whole.tokens[int(run.prompt_id)], whole.stats.ticks[int(run.prompt_id)]
-            assert (run.tokens, run.ticks) == (row[0].tolist(), int(row[1]))
-            assert run.layer_steps == run.ticks * 2 // run.setting["explorers"]
+        assert run.work is None if run.method == "oracle" else run.work >= 2 * 11
+        if run.method == "layerskip":
+            # Every round runs its drafts and its root through all layers.
+            assert run.work == 2 * (run.drafted + run.rounds)
+            assert run.accepted + run.rounds == 11
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import pytest
-from conftest import slow
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
@@ -15,7 +14,7 @@ from dex_jax.errors import DexError
 from studies.bench import comparison as c
 from studies.bench import resampling
 from studies.bench.results import Results, read_results, to_line
-from studies.bench.runs import Run, repeated, run_of
+from studies.bench.runs import Run, repeated, run_of, work_of
 
 RUN = Run(
     kind="wall",
@@ -82,39 +81,28 @@ def test_a_line_cut_off_by_a_kill_is_written_again(tmp_path) -> None:
     assert [run.round for run in read_results(tmp_path)] == [0, 2]
 
 
-def test_kinds_are_not_mixed() -> None:
+@pytest.fixture(scope="module")
+def plain():
+    """AR on two prompts, which end where they are told to."""
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=2, eos_ids=()))
+    return dex_jax.generate(lm, [[3, 1, 4], [1, 5]], method=dex_jax.AR(), max_new_tokens=10)
+
+
+def test_kinds_are_not_mixed(plain) -> None:
     counted = dataclasses.replace(RUN, kind="depth", seconds=None, layer_steps=60, work=90)
     assert (counted.cost("depth"), counted.cost("work"), counted.cost("wall")) == (60, 90, None)
-    both = dex_jax.generate(small_model(), [[1], [2]], method=dex_jax.AR(), max_new_tokens=2)
     with pytest.raises(DexError, match="time them one at a time"):
-        run_of(both, 0, kind="wall")
+        run_of(plain, 0, kind="wall")
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        dex_jax.AR(),
-        slow(dex_jax.LayerSkip(exit=1, draft_length=3)),
-        slow(dex_jax.Dex(explorers=2, draft=False)),
-        slow(dex_jax.Dex(explorers=1)),
-    ],
-    ids=lambda method: type(method).__name__,
-)
-def test_work_is_at_least_that_of_ar(method) -> None:
-    lm = small_model(dataclasses.replace(LLAMA, num_layers=2, eos_ids=()))
-    layers = lm.config.num_layers
-    out = dex_jax.generate(lm, [[3, 1, 4], [1, 5]], method=method, max_new_tokens=10, exits="shared")
-    about = {"method": "m", "task": "t", "prompt_id": "1", "model": "random"}
+def test_work_is_that_of_all_rows_in_all_layers(plain) -> None:
+    """Of the other methods as test_bench.py has run them."""
     for row in range(2):
-        run = run_of(out, row, kind="depth", **about)
-        assert run.tokens == out.tokens[row].tolist()
-        assert run.work >= layers * 9
-        if isinstance(method, dex_jax.AR):
-            assert run.work == run.layer_steps == layers * 9
-        if isinstance(method, dex_jax.LayerSkip):
-            # Every round runs its drafts and its root through all layers.
-            assert run.work == layers * (run.drafted + run.rounds)
-            assert run.accepted + run.rounds == 9
+        run = run_of(plain, row, kind="depth", method="m", task="t", prompt_id="1", model="random")
+        assert run.tokens == plain.tokens[row].tolist()
+        assert run.work == run.layer_steps == 2 * 9
+    schedule = dex_jax.Dex(explorers=1).schedule_for(2)
+    assert work_of(schedule, 10, {"ticks": 5}) == 2 * schedule.rows * 5 > 2 * 5
 
 
 def test_repeated_grams() -> None:
