@@ -15,7 +15,7 @@ import numpy as np
 
 from dex_jax.config import LayerKind, ModelConfig, RopeScaling
 from dex_jax.nn import few_rows
-from dex_jax.nn.products import matmul_precision
+from dex_jax.nn.products import dot
 
 ALIKE = LayerKind()
 """The kind of layers where a model has but one."""
@@ -116,8 +116,10 @@ def turned(heads: jax.Array, rotation: Rotation, groups: int, width: int) -> tup
 
 def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Heads [..., d] turned by tables [..., d' / 2] that broadcast against them."""
-    # What is cut and joined along the last axis takes a TPU four programs, a product one.
-    return jax.lax.platform_dependent(x, cos, sin, tpu=_by_product, default=_by_halves)
+    # What is cut and joined along the last axis takes a TPU four programs, a product one. For single rows of several
+    # sequences it would lay stacked caches out as the product's result, a copy of all in every step.
+    by_tpu = _by_product if x.shape[-2] > 1 else _by_halves
+    return jax.lax.platform_dependent(x, cos, sin, tpu=by_tpu, default=_by_halves)
 
 
 def _by_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -128,18 +130,12 @@ def _by_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    half = cos.shape[-1]
-    across = np.zeros((x.shape[-1],) * 2, np.float32)  # the other one of each pair, with its sign: exact in any dtype
+    half, width = cos.shape[-1], x.shape[-1]
+    across = np.zeros((width, width), np.float32)  # gives each number's partner, with its sign: exact in any dtype
     place = np.arange(half)
-    across[place + half, place], across[place, place + half] = -1, 1
-    other = jnp.einsum(
-        "...i,ij->...j",
-        x,
-        jnp.asarray(across, x.dtype),
-        precision=matmul_precision(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    padding = [(0, 0)] * (cos.ndim - 1) + [(0, x.shape[-1] - 2 * half)]
+    across[place, place + half], across[place + half, place] = -1, 1
+    partner = dot(x.reshape(-1, width), jnp.asarray(across, x.dtype), ((1,), (1,))).reshape(x.shape)
+    padding = [(0, 0)] * (cos.ndim - 1) + [(0, width - 2 * half)]
     cos, sin = (jnp.concatenate([table, table], axis=-1) for table in (cos, sin))
     cos, sin = jnp.pad(cos, padding, constant_values=1), jnp.pad(sin, padding)
-    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+    return (x.astype(jnp.float32) * cos + partner * sin).astype(x.dtype)
