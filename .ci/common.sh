@@ -4,6 +4,8 @@ work=$(mktemp -d)
 trap 'jobs -p | xargs -r kill 2>/dev/null || true; rm -rf "$work"' EXIT
 # What the parts have in common is compiled once.
 export JAX_COMPILATION_CACHE_DIR="$work/compiled" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+# Processes that tests start would compile all that they import, every time.
+unset PYTHONDONTWRITEBYTECODE
 step() { printf '\n== %s\n' "$*"; }
 
 step "uv"
