@@ -42,7 +42,7 @@ JSON_TYPES = {
     list: ("tokens", "depths", "exits"),
     int: ("prompt_tokens", "new_tokens", "rows", "layer_steps", "ticks"),
     float: ("depth_side_speedup", "compile_seconds", "prefill_seconds", "decode_seconds", "tokens_per_second"),
-    bool: ("finished", "draft"),
+    bool: ("finished", "draft", "stored"),
     type(None): ("choice", "drafter_source", "rounds", "tokens_per_round", "drafted", "accepted", "seed"),
     dict: ("check",),
 }
@@ -150,8 +150,10 @@ def test_a_store_serves_later_runs(run, tmp_path) -> None:
     assert first["check"]["identical"]
     assert second["check"]["identical"]
     assert second["ticks"] < first["ticks"]
+    assert first["stored"]
     texts = kept.stat().st_size - HEADER
     assert texts == 2 * (RECORD.size + 4 * (first["prompt_tokens"] + first["new_tokens"]))
+    assert "drafts from the text and stored texts\n" in run(*arguments, "--store", str(kept))[2]
     other.write_text("not a store")
     refused(run(*arguments, "--store", str(other)), "no store")
     assert other.read_text() == "not a store"

@@ -109,7 +109,9 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     where = f"depths {', '.join(map(str, schedule.depths))}; {schedule.rows} rows"
     where += "" if stats.exits_source is None else f"; exits: {stats.exits_source}"
     if schedule.drafts is not None:
-        where += f"; drafts from the text{f' and the drafter ({stats.drafter_source})' if stats.drafter_source else ''}"
+        texts = ["the text", *["stored texts"] * stats.stored]
+        drafter = f" and the drafter ({stats.drafter_source})" if stats.drafter_source else ""
+        where += f"; drafts from {', '.join(texts) if drafter else ' and '.join(texts)}{drafter}"
     if stats.rounds is not None:
         total, num_layers = int(stats.layer_steps.sum()), schedule.depths[-1]
         a_token = total / after_first if after_first else float("nan")

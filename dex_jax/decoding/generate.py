@@ -333,6 +333,7 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
         choice=run.choice,
         exits_source=run.method.source,
         drafter_source=run.method.drafter_source,
+        stored=run.session.stored is not None,
         exits=exits[:, :width],
         **schedule.loop.counts(schedule, exits, steps, spent, lengths),
         compile_seconds=times["compile"],
