@@ -56,8 +56,8 @@ def test_rotation_by_a_product_as_on_tpus_is_exact(dtype: str, half: int) -> Non
     chex.assert_trees_all_close(product, halves, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
 
 
-def test_a_step_on_a_tpu_runs_the_eight_rows_of_a_tree_and_gives_the_same_bits() -> None:
-    """With XLA's own products, on this CPU: a token alone, and as the root of a tree of eight."""
+def test_steps_of_few_rows_on_a_tpu_run_eight_and_give_the_same_bits() -> None:
+    """With XLA's own products, on this CPU: a token alone, and as the root of a tree of eight and of three."""
     model = random_transformer(LLAMA, Unrolled(), 0, jnp.dtype(jnp.bfloat16))
     tokens = jnp.asarray(np.random.default_rng(0).integers(LLAMA.vocab_size, size=(1, 17)))
     empty = cache.allocate(LLAMA, Unrolled(), 1, 64, 0, model.dtype)
@@ -67,9 +67,16 @@ def test_a_step_on_a_tpu_runs_the_eight_rows_of_a_tree_and_gives_the_same_bits()
         assert f"[1,8,{LLAMA.width}]" in str(jax.make_jaxpr(step)(memory, tokens[:, 9:10]))
         alone, after = step(memory, tokens[:, 9:10])
         among, position = jnp.tril(jnp.ones((1, 8, 8), bool)), jnp.arange(9, 17)[None]
-        tree = jax.jit(lambda memory, token: run_tree(model, memory, token, position, among, jnp.full(1, 9)))
+
+        @jax.jit
+        def tree(memory: cache.Memory, token: jax.Array) -> object:
+            size = token.shape[1]
+            return run_tree(model, memory, token, position[:, :size], among[:, :size, :size], jnp.full(1, 9))
+
         rows, (keys, values) = tree(memory, tokens[:, 9:])
+        few, fresh = tree(memory, tokens[:, 9:12])
     chex.assert_trees_all_equal(alone[:, 0], rows[:, 0])
+    chex.assert_trees_all_equal((few, *fresh), (rows[:, :3], keys[:, :, :, :3], values[:, :, :, :3]))
     for i in range(LLAMA.num_layers):
         chex.assert_trees_all_equal(
             (after.keys[i][:, :, 9], after.values[i][:, :, 9]), (keys[i, :, :, 0], values[i, :, :, 0])

@@ -53,7 +53,7 @@ def for_triton() -> bool:
 
 
 def fills_rows() -> bool:
-    """Whether a step of fewer than FEWEST rows runs as many from the first layer to the last: it takes no longer."""
+    """Whether a step of fewer rows than FEWEST runs that many from the first layer to the last: it takes no longer."""
     return compiled_for().platform == "tpu" or for_triton()
 
 
