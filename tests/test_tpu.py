@@ -324,7 +324,7 @@ def test_smollm2_depth_exploration_compiles(tpu, layout) -> None:
     assert copies_in_loop(compiled.program, 2 * config.width**2) == []
 
 
-@pytest.mark.parametrize(("method", "most"), [(AR(), 1.3e6), (AT_ONCE, 1.55e6)])
+@pytest.mark.parametrize(("method", "most"), [(AR(), 1.4e6), (AT_ONCE, 1.6e6)])
 def test_cycles_of_a_step(tpu, method, most) -> None:
     """Of SmolLM2-135M, as libtpu estimates them: both run eight rows, and neither chooses how many."""
     config = open_checkpoint("smollm2-135m").config

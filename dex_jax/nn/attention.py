@@ -105,14 +105,13 @@ def _attend_in_one_kernel(cap: None, queries: jax.Array, sources: Sequence[KeyVa
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend_in_blocks(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
     """As `_attend`, a block of keys at a time up to the last that a row sees: most of a cache is often empty."""
-    batch, rows, heads, width = queries.shape
+    rows, heads, width = queries.shape[1:]
     groups = sources[0].keys.shape[1]
-    own = _by_group(queries, groups)
-    count = own.shape[2]
+    by_group = _by_group(queries, groups)
 
     def add(state: tuple, keys: jax.Array, values: jax.Array, mask: jax.Array) -> tuple:
         most, total, mixed = state
-        scores = capped(_sum_in_float32("bgsd,bgnd->bgsn", keys, own) * width**-0.5, cap)
+        scores = capped(_sum_in_float32("bgsd,bgnd->bgsn", keys, by_group) * width**-0.5, cap)
         seen = _seen_by_group(mask, rows, heads // groups)
         scores = jnp.where(seen.swapaxes(1, 2)[:, None], scores, MASKED_SCORE)
         new = jnp.maximum(most, scores.max(axis=2))
@@ -120,7 +119,7 @@ def _attend_in_blocks(cap: float | None, queries: jax.Array, sources: Sequence[K
         part = _sum_in_float32("bgsn,bgsd->bgnd", weights.astype(values.dtype), values)
         return new, total * kept + weights.sum(axis=2), mixed * kept[..., None] + part
 
-    shape = (batch, groups, count)
+    shape = by_group.shape[:3]
     state = (jnp.full(shape, MASKED_SCORE), jnp.zeros(shape), jnp.zeros((*shape, width)))
     # Rows see themselves in the last source: what has been added for rows that saw nothing before is then weighed 0.
     for source in sources:
@@ -201,8 +200,8 @@ def _attend(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues],
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
     bounds = np.cumsum([source.keys.shape[2] for source in sources])[:-1]
-    each_own = jnp.split(weights.astype(queries.dtype), bounds, axis=-1)
-    parts = [mixed(own, source) for own, source in zip(each_own, sources, strict=True)]
+    shares = jnp.split(weights.astype(queries.dtype), bounds, axis=-1)
+    parts = [mixed(share, source) for share, source in zip(shares, sources, strict=True)]
     return _by_row(functools.reduce(jnp.add, parts) / total, rows).astype(queries.dtype)
 
 
