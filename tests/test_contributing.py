@@ -16,8 +16,7 @@ import dex_jax
 
 PACKAGE = Path(dex_jax.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = {"A decoding method": 2, "An exit kind": 3, "A model family": 3}
-"""Title -> steps."""
+RECIPES = ("A decoding method", "An exit kind", "A model family")
 FILE = re.compile(r"^Write `([^`]+)`:\n\n```python\n(.*?)```", re.MULTILINE | re.DOTALL)
 DIFF = re.compile(r"^```diff\n(.*?)```", re.MULTILINE | re.DOTALL)
 CHECK = re.compile(r"this holds[^`]*?\n\n```python\n(.*?)```", re.DOTALL)
@@ -48,20 +47,16 @@ def follow(text: str, folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_the_recipes_work_as_they_are_written(tmp_path) -> None:
-    """One after the other on one copy, so that one process checks all."""
+@pytest.mark.parametrize(("title", "count"), [*zip(RECIPES, (2, 3, 3), strict=True)])
+def test_a_recipe_works_as_it_is_written(title: str, count: int, tmp_path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "default_exits")
     shutil.copytree(PACKAGE, tmp_path / "dex_jax", ignore=ignored)
-    program = ""
-    for title, count in RECIPES.items():
-        text = recipe(title)
-        assert follow(text, tmp_path) == count
-        (check,) = CHECK.findall(text)
-        assert check.count("assert ") >= 3
-        program += f"exec(compile({check!r}, {title!r}, 'exec'), {{}})\n"
-    program += f"import dex_jax\nassert dex_jax.__file__.startswith({str(tmp_path)!r})"
+    text = recipe(title)
+    assert follow(text, tmp_path) == count
+    (check,) = CHECK.findall(text)
+    assert check.count("assert ") >= 3
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests")])}
-    command = [sys.executable, "-P", "-c", program]
+    command = [sys.executable, "-P", "-c", f"{check}\nassert dex_jax.__file__.startswith({str(tmp_path)!r})"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

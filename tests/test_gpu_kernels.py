@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from jax.experimental import pallas as pl
 from reference.small_models import LLAMA, random_transformer
-from test_few_rows import attention_of, plain_attention
+from test_few_rows_attention import attention_of, plain_attention
 
 from dex_jax import cache
 from dex_jax.cache import MOST_WRITTEN, write_rows

@@ -161,7 +161,7 @@ class Program:
             return 2 * operands[INSERTS[each.operation]].nbytes
         if each.operation.endswith("-start"):
             # What arrives there: the first result of a copy, and of a slice the one behind what is cut.
-            arrives = each.results[each.operation == "slice-start"]
+            arrives = each.results[1 if each.operation == "slice-start" else 0]
             return arrives.nbytes * sum(not end.on_chip for end in (operands[0].results[0], arrives))
         given = each.results
         if each.operation == "custom-call":

@@ -98,7 +98,7 @@ def extend_rows(
     batch, count = x.shape[:2]
     loop = is_loop(model)
     at_once = not loop and count <= MOST_ROWS and written_in_place(memory.keys, count)
-    rows = _rows_that_run(batch, count)
+    rows = _rows_that_run(x)
     x = jnp.pad(x, ((0, 0), (0, rows - count), (0, 0)))
     positions = start[:, None] + jnp.arange(rows)[None, :]
     causal = causal_rows(batch, rows)
@@ -177,7 +177,7 @@ def run_all(
     The states come with those at depths `reads` behind them, [B, N, (1 + reads) D].
     """
     layers, count = range(model.config.num_layers), hidden.shape[1]
-    more = _rows_that_run(*hidden.shape[:2]) - count
+    more = _rows_that_run(hidden) - count
     hidden = jnp.pad(hidden, ((0, 0), (0, more), (0, 0)))
     position, among = jnp.pad(position, ((0, 0), (0, more))), jnp.pad(among, ((0, 0), (0, more), (0, more)))
     hidden, fresh = run_rows(model, memory, hidden, position, among, prefix, layers, reads=reads)
@@ -186,9 +186,10 @@ def run_all(
     return hidden[:, :count], (keys[:, :, :, :count], values[:, :, :, :count])
 
 
-def _rows_that_run(batch: int, rows: int) -> int:
-    """How many rows of each sequence a step of so many computes: where it takes no longer, as many as a tree's."""
-    return max(rows, FEWEST) if batch == 1 and fills_rows() else rows
+def _rows_that_run(x: jax.Array) -> int:
+    """How many rows of each sequence a step of x [B, R, D] computes: FEWEST at least where that takes no longer."""
+    batch, rows = x.shape[:2]
+    return max(rows, FEWEST) if batch == 1 and fills_rows(x.dtype) else rows
 
 
 def run_rows(

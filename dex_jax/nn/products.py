@@ -52,9 +52,12 @@ def for_triton() -> bool:
     return gpu_capability() >= 8 and for_one_device()
 
 
-def fills_rows() -> bool:
-    """Whether a step of fewer rows than FEWEST runs that many from the first layer to the last: it takes no longer."""
-    return compiled_for().platform == "tpu" or for_triton()
+def fills_rows(dtype: jnp.dtype) -> bool:
+    """Whether a step of fewer rows than FEWEST runs that many from the first layer to the last: it takes no longer.
+
+    In float32 GPUs have no attention of few rows as one kernel, and would move more bytes for eight.
+    """
+    return compiled_for().platform == "tpu" or (for_triton() and dtype.itemsize == 2)
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:

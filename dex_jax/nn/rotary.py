@@ -116,7 +116,7 @@ def turned(heads: jax.Array, rotation: Rotation, groups: int, width: int) -> tup
 
 def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Heads [..., d] turned by tables [..., d' / 2] that broadcast against them."""
-    # What is cut and joined along the last axis takes a TPU four programs, a product one. For single rows of several
+    # What is cut and joined along the last axis takes a TPU several programs, a product one. For single rows of several
     # sequences it would lay stacked caches out as the product's result, a copy of all in every step.
     by_tpu = _by_product if x.shape[-2] > 1 else _by_halves
     return jax.lax.platform_dependent(x, cos, sin, tpu=by_tpu, default=_by_halves)
