@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.footprint import nbytes, session_shapes
+from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex, Method
 from dex_jax.decoding.spec import Spec
 from dex_jax.errors import DexError
@@ -28,6 +28,7 @@ from dex_jax.hardware import DEVICES
 from dex_jax.io import open_checkpoint
 from dex_jax.nn.attention import SCOPE
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.sharding import nbytes
 from dex_jax.tables import markdown
 
 TREE = Dex(explorers=1, draft=TreeShape((2, 2, 1, 1, 1), drafted=0, lookup=(0.5,) * 8))

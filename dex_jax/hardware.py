@@ -152,6 +152,12 @@ KINDS = {
 """What JAX's `device_kind` has in it -> key of DEVICES, the longer names first."""
 
 
+def platform_of(name: str) -> str:
+    """What JAX calls the platform of a key of DEVICES: "cpu", "gpu" or "tpu"."""
+    tpus = {known for kind, known in KINDS.items() if kind.startswith("TPU")}
+    return "tpu" if name in tpus else "cpu" if name == "cpu" else "gpu"
+
+
 def published(kind: str) -> Device | None:
     """The device that JAX calls so, from DEVICES; None for one that is not there."""
     return next((DEVICES[name][0] for part, name in KINDS.items() if part in kind), None)

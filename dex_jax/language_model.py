@@ -27,14 +27,17 @@ from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
 from dex_jax.io.known_drafters import say_known_drafters
 from dex_jax.io.save import save_model
 from dex_jax.nn import few_rows
+from dex_jax.nn.blocks import FORMATS
 from dex_jax.nn.forward import extend
-from dex_jax.nn.packed import FORMATS, INT8, Packed, joined, to_int8
+from dex_jax.nn.packed import INT8, Packed, joined, to_int8
 from dex_jax.nn.placing import build_on_mesh
+from dex_jax.nn.planes import PLANES
+from dex_jax.nn.products import compiled_for
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Transformer, Unrolled, build, relayout
 from dex_jax.nn.weights import Packing, abstract_weights, canonical_weights, merge_model, weight_bytes
 from dex_jax.progress import notify
 from dex_jax.prompts import Prompt, encode_prompt
-from dex_jax.sharding import STAGE, TENSOR, check_model, check_stages, make_mesh
+from dex_jax.sharding import STAGE, TENSOR, bits_of, check_model, check_stages, make_mesh
 
 LARGE_TENSOR = 2**22
 """Bytes of a tensor after whose reading freed memory is worth giving back."""
@@ -96,7 +99,7 @@ class LanguageModel:
     @property
     def parameter_bytes(self) -> int:
         """Bytes of all weights."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights))
+        return sum(leaf.size * bits_of(leaf.dtype) // 8 for leaf in jax.tree.leaves(self.weights))
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -236,9 +239,16 @@ def outline(
 
 
 def packing_of(
-    checkpoint: Checkpoint, dtype: jnp.dtype, layout: Layout, mesh: Mesh | None, weights: str | None
+    checkpoint: Checkpoint,
+    dtype: jnp.dtype,
+    layout: Layout,
+    mesh: Mesh | None,
+    weights: str | None,
+    platform: str | None = None,
 ) -> Packing:
     """Which kernels stay packed, for `weights` as of `load`; a line says which become dense in `dtype`.
+
+    On a TPU, which `platform` says where that is not the one at hand, blocks lie in planes (nn/planes.py).
 
     Raises:
       DexError: unknown `weights`, or ones that cannot lie so.
@@ -258,7 +268,12 @@ def packing_of(
         raise DexError("a tensor axis cannot cut a file's blocks: take weights='int8' or 'dense' there")
     if weights == "int8":
         return tuple((name, ((INT8, sum(rows for _, rows in parts)),)) for name, parts in formats.items())
-    packed = {name: _runs(parts) for name, parts in formats.items() if all(each in FORMATS for each, _ in parts)}
+    suffix = PLANES if (platform or compiled_for().platform) == "tpu" else ""
+    packed = {
+        name: tuple((format + suffix, rows) for format, rows in _runs(parts))
+        for name, parts in formats.items()
+        if all(each in FORMATS for each, _ in parts)
+    }
     if mesh is not None:  # an array holds a layer of every stage
         fields = {name.split(".")[-1] for name in formats if name.startswith("layers.")}
         for field in fields:

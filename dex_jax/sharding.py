@@ -8,10 +8,12 @@ sequences are spread over copies of all that.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -46,6 +48,22 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P
         axis = RULES.get(name or "")
         found.append(axis if axis is not None and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None)
     return PartitionSpec(*found)
+
+
+def bits_of(dtype: jnp.dtype) -> int:
+    """Of a number in an array on a device, where two of 4 bits share a byte."""
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes that one device holds of all arrays or ShapeDtypeStructs of a tree."""
+
+    def size(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * bits_of(leaf.dtype) // 8
+
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -21,7 +21,7 @@ import pytest
 from reference.blocks import dequantised, random_blocks
 
 from dex_jax.nn import few_rows
-from dex_jax.nn.packed import FORMATS
+from dex_jax.nn.blocks import FORMATS
 
 PARTS = ("", *few_rows.NUMBERS, *FORMATS)
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")

@@ -15,7 +15,7 @@ import pytest
 
 from dex_jax.cli.decode import main
 from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.footprint import nbytes, session_shapes
+from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.spec import Spec
 from dex_jax.evaluation.compiled import read
@@ -25,6 +25,7 @@ from dex_jax.io import open_checkpoint
 from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.transformer import Unrolled, parameter_shapes
+from dex_jax.sharding import nbytes
 
 pytestmark = pytest.mark.cuda
 

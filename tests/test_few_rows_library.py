@@ -92,7 +92,7 @@ import jax.numpy as jnp, numpy as np
 sys.path.insert(0, sys.argv[1])
 from reference.blocks import dequantised, random_blocks
 from dex_jax.nn import few_rows
-from dex_jax.nn.packed import FORMATS
+from dex_jax.nn.blocks import FORMATS
 assert few_rows.ready()
 random = np.random.default_rng(0)
 for format, (columns, _) in FORMATS.items():

@@ -15,7 +15,7 @@ from reference.small_models import LLAMA, random_transformer
 import dex_jax
 from dex_jax.cli import decode
 from dex_jax.decoding.chain.dynamic_exit import DEL
-from dex_jax.decoding.footprint import Footprint, cache_length_for, device_memory, footprint, nbytes, verdict
+from dex_jax.decoding.footprint import Footprint, cache_length_for, device_memory, footprint, verdict
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session
@@ -24,6 +24,7 @@ from dex_jax.io.save import config_json
 from dex_jax.io.tensor_names import canonical_parts
 from dex_jax.nn.transformer import Stacked, Unrolled
 from dex_jax.sampling import Sampling, sampling_keys
+from dex_jax.sharding import nbytes
 
 UNTIED = dataclasses.replace(LLAMA, family="qwen2", num_layers=2, tied=False, qkv_bias=True, eos_ids=(1,))
 

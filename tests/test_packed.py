@@ -19,9 +19,10 @@ from dex_jax.decoding.generate import prepare
 from dex_jax.decoding.session import RUN
 from dex_jax.language_model import outline
 from dex_jax.nn import few_rows
+from dex_jax.nn.blocks import FORMATS
 from dex_jax.nn.few_rows import few_rows_product
 from dex_jax.nn.layers import linear
-from dex_jax.nn.packed import FORMATS, INT8, Packed, joined, take_rows, to_int8
+from dex_jax.nn.packed import INT8, Packed, joined, take_rows, to_int8
 from dex_jax.nn.products import ASSUMED, Device
 
 formats = pytest.mark.parametrize("format", FORMATS)

@@ -287,9 +287,9 @@ def test_packed_weights_take_fewer_bytes(tmp_path, capsys) -> None:
     assert plan.main([*arguments, "--hardware", str(tmp_path / "here.json"), "--weights", "int8"]) == 2
     assert "calibrated with dense weights" in capsys.readouterr().err
     # The file's 4 and 8 bits.
-    assert 0.6 < workload.packed_bytes("smollm2-135m", "stored") < 0.8
-    assert 1 < workload.packed_bytes("smollm2-135m", "int8") < 1.01
-    assert workload.packed_bytes("smollm2-135m", "dense") is None
+    assert 0.6 < workload.packed_bytes("smollm2-135m", "stored", "gpu") < 0.8
+    assert 1 < workload.packed_bytes("smollm2-135m", "int8", "tpu") < 1.01
+    assert workload.packed_bytes("smollm2-135m", "dense", "gpu") is None
 
 
 @pytest.mark.parametrize(

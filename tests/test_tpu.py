@@ -20,7 +20,7 @@ from dex_jax.decoding.dex.interface import ExitZero
 from dex_jax.decoding.dex.own_layers import EagleDrafter, ModelDrafter, OwnArrays
 from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trained_exits import Heads
-from dex_jax.decoding.footprint import nbytes, session_shapes
+from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex, Schedule
 from dex_jax.decoding.session import RUN
 from dex_jax.decoding.spec import Spec
@@ -30,9 +30,10 @@ from dex_jax.evaluation.targets import lower, target
 from dex_jax.io import open_checkpoint
 from dex_jax.nn.eagle import abstract_eagle
 from dex_jax.nn.packed import INT8
+from dex_jax.nn.planes import PLANES
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled, parameter_shapes
 from dex_jax.nn.weights import Packing, abstract_weights
-from dex_jax.sharding import make_mesh
+from dex_jax.sharding import make_mesh, nbytes
 
 pytestmark = pytest.mark.tpu
 
@@ -123,10 +124,15 @@ def copies_in_loop(program: Program, at_least: int) -> list[str]:
     return [each.line[:200] for each in moves if each.nbytes >= at_least]
 
 
+def in_format(config: ModelConfig, format: str) -> Packing:
+    """Every kernel of a model in one format."""
+    shapes = parameter_shapes(config).items()
+    return tuple((name, ((format, shape[0]),)) for name, shape in shapes if len(shape) == 2)
+
+
 def in_int8(config: ModelConfig) -> Packing:
     """Every kernel of a model in int8."""
-    shapes = parameter_shapes(config).items()
-    return tuple((name, ((INT8, shape[0]),)) for name, shape in shapes if len(shape) == 2)
+    return in_format(config, INT8)
 
 
 def planned_bytes(config: ModelConfig) -> int:
@@ -289,6 +295,19 @@ def test_int8_kernels_are_read_and_never_made_dense(tpu, method, tied) -> None:
     # With all layers: what a program holds beside its arguments grows with them, if at all.
     every = dataclasses.replace(config, num_layers=32)
     assert planned_bytes(every) + 16 * compiled.memory.temp_size_in_bytes < CHIP
+
+
+@pytest.mark.parametrize(("method", "format"), [("ar", "Q4_K"), ("one", "Q6_K")])
+def test_blocks_lie_in_planes_and_are_never_made_dense(tpu, method, format) -> None:
+    """One sequence; a step reads little more than the planes, and a prompt's chunk holds one kernel at most."""
+    schedule = {"ar": AR(), "one": Dex(explorers=1, draft=TREE)}[method].schedule_for(WIDE.num_layers)
+    about = {"config": WIDE, "batch": 1, "cache_length": 2048, "packing": in_format(WIDE, format + PLANES)}
+    compiled = compile_program(tpu, "run", schedule, Unrolled(), "bfloat16", **about)
+    program, weights = compiled.program, compiled.shapes[0].weights
+    kernels = [math.prod(shape) for shape in parameter_shapes(WIDE).values() if len(shape) == 2]
+    assert kernels_made(program, min(kernels)) == []
+    assert compiled.memory.temp_size_in_bytes < 20e6
+    assert program.moved(program.loops[0]) < 1.1 * (nbytes(weights) - nbytes(weights["embed"]))
 
 
 @pytest.mark.parametrize("name", ["run", "prefill"])

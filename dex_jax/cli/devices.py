@@ -30,7 +30,7 @@ from dex_jax.decoding.session import Session, check_layout
 from dex_jax.decoding.sizes import batch_bucket
 from dex_jax.errors import DexError
 from dex_jax.evaluation.targets import TARGETS, target, temporaries
-from dex_jax.hardware import USABLE, Device, hardware
+from dex_jax.hardware import USABLE, Device, hardware, platform_of
 from dex_jax.io import open_checkpoint
 from dex_jax.language_model import Outline, layout_on_mesh, packing_of, resolve_dtype
 from dex_jax.language_model import outline as open_outline
@@ -81,7 +81,8 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         method = with_stages(method, mesh.shape[STAGE])
     layout = layout or Unrolled()
     weights = args.weights or (None if elsewhere is None or elsewhere.name == "cpu" else "dense")
-    packing = packing_of(checkpoint, dtype, layout, mesh, weights)
+    platform = None if elsewhere is None else platform_of(elsewhere.name)
+    packing = packing_of(checkpoint, dtype, layout, mesh, weights, platform)
     outline = Outline(checkpoint, dtype, layout, mesh, packing)
     exits: GivenExits = opened(args.exits)
     if args.draft_model is not None:

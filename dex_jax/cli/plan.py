@@ -17,7 +17,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from dex_jax.errors import DexError, exit_code
-from dex_jax.hardware import DEVICES, hardware
+from dex_jax.hardware import DEVICES, hardware, platform_of
 
 if TYPE_CHECKING:
     from dex_jax.evaluation.planner.predictions import Plan, Prediction
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         raise DexError("ticks follow from an EAD profile: give --profile (python -m dex_jax.cli.profile writes one)")
     work, found = work_of(config_of(args.model)), hardware(args.hardware)
     exits, drafter = exits_of(args.exits, args.model), drafter_of(args.model)
-    packed = packed_bytes(args.model, args.weights)
+    packed = packed_bytes(args.model, args.weights, platform_of(found.device.name))
     if packed is not None and found.device.measured is not None:
         raise DexError(f"{args.hardware} was calibrated with dense weights: leave --weights out, or name a device")
     s = Setting(work, exits, found, args.batch, args.context, drafter, packed)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from typing import Any, NamedTuple
 
@@ -34,7 +33,7 @@ from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.transformer import Layout, Staged
 from dex_jax.nn.weights import Packing, abstract_weights, weight_bytes
 from dex_jax.sampling import Sampling, sampling_keys
-from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, place
+from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, nbytes, place
 
 
 class SessionShapes(NamedTuple):
@@ -206,17 +205,6 @@ def _specs(spec: Spec, shapes: SessionShapes) -> SessionShapes:
         prompt=each,
         heads=EVERYWHERE,
     )
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes that one device holds of all arrays or ShapeDtypeStructs of a tree."""
-
-    def size(leaf: Any) -> int:
-        sharding = getattr(leaf, "sharding", None)
-        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        return math.prod(shape) * leaf.dtype.itemsize
-
-    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def device_memory(device: jax.Device | None = None) -> int | None:

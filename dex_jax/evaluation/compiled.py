@@ -179,12 +179,14 @@ class Program:
         inside = self.computations[fusion.calls[0]]
 
         def origin(name: str) -> str:
-            """What a chain of bitcasts names."""
-            return origin(inside[name].operands[0]) if inside[name].operation == "bitcast" else name
+            """What a chain of bitcasts names, or of fusions whose results lie where their operands do."""
+            each = inside[name]
+            stays = each.operation == "fusion" and "output_to_operand_aliasing" in each.line
+            return origin(each.operands[0]) if each.operation == "bitcast" or stays else name
 
         read: dict[str, int] = {}
         for each in inside.values():
-            for place, name in enumerate(each.operands if each.operation != "bitcast" else ()):
+            for place, name in enumerate(each.operands if origin(each.name) == each.name else ()):
                 source = origin(name)
                 whole = place > 0 or each.operation not in (*PARTS, *INSERTS)
                 size = inside[source].nbytes if whole else each.nbytes if each.operation in PARTS else 0

@@ -68,10 +68,14 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
+def filled_up(rows: jax.Array) -> jax.Array:
+    """rows [R, in] with zeros behind them, as many as a product has at least."""
+    return jnp.pad(rows, ((0, max(0, FEWEST - rows.shape[0])), (0, 0)))
+
+
 def rows_times_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """rows [R, in] @ kernel [out, in].T, computed in rows' dtype: [R, out] float32."""
-    padding = ((0, max(0, FEWEST - rows.shape[0])), (0, 0))
-    return dot(jnp.pad(rows, padding), kernel.astype(rows.dtype), ((1,), (1,)))[: rows.shape[0]]
+    return dot(filled_up(rows), kernel.astype(rows.dtype), ((1,), (1,)))[: rows.shape[0]]
 
 
 def sums_over_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -80,7 +84,7 @@ def sums_over_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(kernel * wide[r][None], axis=-1) for r in range(rows.shape[0])])
 
 
-def dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
-    """The product over `axes` of two matrices of one dtype, in float32."""
+def dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+    """The product over `axes` of two arrays of one dtype, in float32."""
     precision = matmul_precision(a.dtype)
     return jax.lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -16,12 +16,13 @@ import numpy as np
 
 from dex_jax import cache
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding.footprint import device_memory, nbytes
+from dex_jax.decoding.footprint import device_memory
 from dex_jax.hardware import DEVICES, USABLE
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Unrolled
 from dex_jax.nn.weights import abstract_weights
 from dex_jax.progress import duration
+from dex_jax.sharding import nbytes
 from dex_jax.training.distillation import history_for
 from dex_jax.training.losses import BLOCK
 

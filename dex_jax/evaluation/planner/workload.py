@@ -85,7 +85,7 @@ def work_of(config: ModelConfig) -> Work:
     )
 
 
-def packed_bytes(source: str, weights: str | None) -> float | None:
+def packed_bytes(source: str, weights: str | None, platform: str) -> float | None:
     """Bytes of a number of a model, `source` as of `config_of`, for `weights` as of `load`; None where they are dense.
 
     Raises:
@@ -104,7 +104,7 @@ def packed_bytes(source: str, weights: str | None) -> float | None:
     from dex_jax.nn.weights import weight_bytes
 
     checkpoint, dtype = open_checkpoint(source), jnp.dtype(jnp.bfloat16)
-    packing = packing_of(checkpoint, dtype, Unrolled(), None, weights)
+    packing = packing_of(checkpoint, dtype, Unrolled(), None, weights, platform)
     numbers = sum(map(math.prod, parameter_shapes(checkpoint.config).values()))
     return sum(weight_bytes(checkpoint.config, dtype, packing).values()) / numbers
 

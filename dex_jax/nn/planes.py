@@ -1,0 +1,109 @@
+"""GGUF's blocks as TPUs want them: codes in planes, which XLA widens on their way into the matrix units.
+
+A TPU takes bytes to pieces slowly, and keeps a dense copy of a matrix in blocks for each product. Here the codes of a
+group are n planes apart and its scale is in a plane of its own, so that a number is made of what lies at one place in
+each of them, and XLA makes it where it is multiplied.
+
+Letters: R rows, in and out the widths of a product, n columns of a group, V rows of a kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax.nn.blocks import FORMATS, Pieces, pieces
+from dex_jax.nn.products import dot, filled_up
+
+PLANES = " planes"
+"""What the name of a format in planes ends with."""
+
+_FOUR_BITS = {"Q4_0", "Q4_1", "Q4_K"}
+
+_LANES = 128
+"""Numbers that lie side by side in a TPU's registers."""
+
+_AT_ONCE = 1 << 24
+"""Weights that are taken to pieces at once: a TPU's compiler holds 8 bytes of each."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "least"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Planes:
+    """A kernel [out, in]; a number is scale * code + least.
+
+    Attributes:
+      codes: [..., n, in / n, out], int4 or uint4, or in 8 bits where a format's codes have more than 4.
+      scale: [..., 1, in / n, out] float32.
+      least: as the scale; None for 0.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    least: jax.Array | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., out, in]."""
+        *lead, n, groups, out = self.codes.shape
+        return (*lead, out, n * groups)
+
+    def dense(self) -> jax.Array:
+        """The numbers, to the last bit as the gguf package has them: float32 [..., out, in]."""
+        return jnp.moveaxis(self._numbers(), (-1, -2), (-3, -2)).reshape(self.shape)
+
+    def product(self, rows: jax.Array) -> jax.Array:
+        """rows [R, in] @ kernel.T, computed in rows' dtype: [R, out] float32."""
+        n, groups, _ = self.codes.shape
+        columns = filled_up(rows).reshape(-1, groups, n).transpose(0, 2, 1)
+        return dot(columns, self._numbers().astype(rows.dtype), ((1, 2), (0, 1)))[: rows.shape[0]]
+
+    def take(self, index: jax.Array | np.ndarray) -> Planes:
+        """The rows at `index` [V']."""
+        return jax.tree.map(lambda plane: plane[..., index], self)
+
+    def rows_at(self, index: jax.Array) -> jax.Array:
+        """The rows at `index` [...], dense: float32 [..., in].
+
+        Each is picked out of the lanes beside it: to gather lanes a TPU would copy all planes.
+        """
+        width, out = min(_LANES, self.codes.shape[-1]), self.codes.shape[-1]
+
+        def one(at: jax.Array) -> jax.Array:
+            first = jnp.minimum(at // width * width, out - width)
+            beside = jax.tree.map(lambda plane: jax.lax.dynamic_slice_in_dim(plane, first, width, -1), self)
+            picked = jnp.where(jnp.arange(width) == at - first, beside._numbers(), 0)
+            return jnp.sum(picked, axis=-1).T.reshape(-1)
+
+        return jax.lax.map(one, index.reshape(-1)).reshape(*index.shape, -1)
+
+    def _numbers(self) -> jax.Array:
+        return Pieces(self.codes, self.scale, self.least).numbers()
+
+
+def blank_planes(shape: tuple[int, ...], format: str) -> Planes:
+    """Zeros in the place of a kernel [..., out, in] in a format, one of FORMATS."""
+    *lead, out, width = shape
+    columns, size = FORMATS[format]
+    found = jax.eval_shape(lambda: _in_planes(jnp.zeros((out, width // columns * size), jnp.uint8), format))
+    return jax.tree.map(lambda plane: jnp.zeros((*lead, *plane.shape), plane.dtype), found)
+
+
+def in_planes(blocks: np.ndarray, format: str) -> Planes:
+    """Rows [out, bytes] uint8 of one of FORMATS, taken to pieces on the default device, some of them at a time."""
+    columns, size = FORMATS[format]
+    step = max(1, _AT_ONCE // (blocks.shape[1] // size * columns))
+    parts = [_in_planes(blocks[first : first + step], format) for first in range(0, len(blocks), step)]
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *each: jnp.concatenate(each, axis=-1), *parts)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _in_planes(blocks: jax.Array, format: str) -> Planes:
+    codes, scale, least = jax.tree.map(lambda x: x.transpose(2, 1, 0), pieces(blocks, format))
+    if format in _FOUR_BITS:
+        codes = codes.astype(jnp.int4 if codes.dtype == jnp.int8 else jnp.uint4)
+    return Planes(codes, scale, least)
