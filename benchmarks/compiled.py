@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from typing import NamedTuple
 
@@ -27,7 +28,9 @@ from dex_jax.evaluation.targets import lower, target
 from dex_jax.hardware import DEVICES
 from dex_jax.io import open_checkpoint
 from dex_jax.nn.attention import SCOPE
-from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.nn.packed import INT8
+from dex_jax.nn.planes import PLANES
+from dex_jax.nn.transformer import Layout, Stacked, Unrolled, parameter_shapes
 from dex_jax.sharding import nbytes
 from dex_jax.tables import markdown
 
@@ -52,12 +55,14 @@ class Figures(NamedTuple):
 
 
 def of_layers(
-    name: str, config: ModelConfig, layers: int, method: Method, dtype: str, layout: Layout, cache: int
+    name: str, config: ModelConfig, layers: int, method: Method, dtype: str, layout: Layout, cache: int, format: str
 ) -> Figures:
     """A program of `config` with so many layers: a step, or where the cache holds a long prompt, a chunk of it."""
     config = dataclasses.replace(config, num_layers=layers)
     schedule = method.schedule_for(layers)
-    shapes = session_shapes(config, jnp.dtype(dtype), schedule, layout, 1, cache, capacity=256)
+    matrices = ((name, shape[0]) for name, shape in parameter_shapes(config).items() if len(shape) == 2)
+    packing = tuple((name, ((format, rows),)) for name, rows in matrices) if format else ()
+    shapes = session_shapes(config, jnp.dtype(dtype), schedule, layout, 1, cache, capacity=256, packing=packing)
     with target(name) as devices:
         which = "prefill" if cache > PROMPT else "run"
         program = read(lower(which, shapes, Spec(config, layout, schedule), devices[0], CHUNK).compile().as_text())
@@ -75,11 +80,12 @@ def figures(
     dtype: str = "bfloat16",
     layout: Layout = UNROLLED,
     cache: int = 1024,
+    format: str = "",
 ) -> Figures:
-    """Those of the whole model."""
+    """Those of the whole model, whose kernels are in a format of packed weights, or dense."""
     if config.num_layers <= 8 or config.width < 1024:
-        return of_layers(name, config, config.num_layers, method, dtype, layout, cache)
-    few, more = (of_layers(name, config, layers, method, dtype, layout, cache) for layers in (2, 4))
+        return of_layers(name, config, config.num_layers, method, dtype, layout, cache, format)
+    few, more = (of_layers(name, config, layers, method, dtype, layout, cache, format) for layers in (2, 4))
     turns = (config.num_layers - 2) / 2
     return Figures(*(a + turns * (b - a) for a, b in zip(few, more, strict=True)))
 
@@ -106,6 +112,9 @@ def rows() -> list[tuple[str, str, str]]:
     def megacycles(method: Method) -> str:
         return f"{figures('v5e', small, method).cycles / 1e6:.2f}"
 
+    def packed(format: str) -> str:
+        return f"{figures('v5e', eight, AR(), format=format).cycles / 1e6:.1f}"
+
     def over_weights(name: str, config: ModelConfig, method: Method, dtype: str, layout: Layout = UNROLLED) -> str:
         step = figures(name, config, method, dtype, layout)
         return f"{step.moved / step.read:.2f}"
@@ -115,6 +124,8 @@ def rows() -> list[tuple[str, str, str]]:
         return f"{chunks * figures('h100', eight, AR(), cache=PROMPT + 1024).attention / 1e12:.3f}"
 
     add("v5e, Llama 3 8B, AR step over reading its weights", "cycles", over_bytes)
+    for format in ("", INT8, "Q4_K" + PLANES):
+        add(f"v5e, Llama 3 8B, AR step, {format or 'dense'}", "Mcycles", functools.partial(packed, format))
     add("v5e, SmolLM2, AR step", "Mcycles", lambda: megacycles(AR()))
     add("v5e, SmolLM2, tick of one explorer, 8 rows", "Mcycles", lambda: megacycles(TREE))
     add("T4, Llama 3.2 1B, AR step over reading its weights", "bytes", lambda: over_weights("t4", one, AR(), "float16"))

@@ -248,7 +248,8 @@ def packing_of(
 ) -> Packing:
     """Which kernels stay packed, for `weights` as of `load`; a line says which become dense in `dtype`.
 
-    On a TPU, which `platform` says where that is not the one at hand, blocks lie in planes (nn/planes.py).
+    On one TPU, which `platform` says where that is not the one at hand, blocks lie in planes (nn/planes.py). On a mesh
+    they do not: jax 0.10 takes no arrays of 4 bits that are spread over devices.
 
     Raises:
       DexError: unknown `weights`, or ones that cannot lie so.
@@ -268,7 +269,7 @@ def packing_of(
         raise DexError("a tensor axis cannot cut a file's blocks: take weights='int8' or 'dense' there")
     if weights == "int8":
         return tuple((name, ((INT8, sum(rows for _, rows in parts)),)) for name, parts in formats.items())
-    suffix = PLANES if (platform or compiled_for().platform) == "tpu" else ""
+    suffix = PLANES if mesh is None and (platform or compiled_for().platform) == "tpu" else ""
     packed = {
         name: tuple((format + suffix, rows) for format, rows in _runs(parts))
         for name, parts in formats.items()
@@ -295,8 +296,9 @@ def _runs(parts: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
 
 def weights_kind(packing: Packing, dtype: jnp.dtype) -> str:
     """What weights are kept as, for people: the dtype, or the formats of packed kernels."""
-    names = sorted({format for _, runs in packing for format, _ in runs})
-    return " and ".join(names) if names else str(dtype)
+    names = {format for _, runs in packing for format, _ in runs}
+    kinds = " and ".join(sorted(name.removesuffix(PLANES) for name in names))
+    return kinds + PLANES * any(name.endswith(PLANES) for name in names) if names else str(dtype)
 
 
 def layout_on_mesh(checkpoint: Checkpoint, layout: Layout | None, mesh: Mesh) -> Staged:

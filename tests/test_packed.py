@@ -23,7 +23,10 @@ from dex_jax.nn.blocks import FORMATS
 from dex_jax.nn.few_rows import few_rows_product
 from dex_jax.nn.layers import linear
 from dex_jax.nn.packed import INT8, Packed, joined, take_rows, to_int8
+from dex_jax.nn.planes import blank_planes, in_planes
 from dex_jax.nn.products import ASSUMED, Device
+from dex_jax.nn.weights import weight_bytes
+from dex_jax.sharding import nbytes
 
 formats = pytest.mark.parametrize("format", FORMATS)
 METHODS = {"ar": dex_jax.AR(), "drafts": dex_jax.Dex(explorers=1), "explorers": dex_jax.Dex(explorers=2)}
@@ -48,6 +51,12 @@ def test_any_bytes_stand_for_what_the_gguf_package_makes_of_them(format) -> None
         wanted = dequantised(found, format)
     np.testing.assert_array_equal(np.asarray(kernel.dense()), wanted)
     np.testing.assert_array_equal(np.asarray(take_rows(kernel, jnp.array([[rows - 1]])))[0, 0], wanted[rows - 1])
+    planes = in_planes(found, format)
+    assert planes.shape == kernel.shape
+    np.testing.assert_array_equal(np.asarray(planes.dense()), wanted)
+    some = np.array([[rows - 1, 0], [128, 127]])
+    np.testing.assert_array_equal(np.asarray(planes.rows_at(jnp.asarray(some))), wanted[some])
+    np.testing.assert_array_equal(np.asarray(planes.take(some[0]).dense()), wanted[some[0]])
 
 
 @needs_compiler
@@ -68,6 +77,16 @@ def test_without_cpp_xla_takes_blocks_to_pieces(format) -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, numbers.shape[1])), jnp.float32)
     assert few_rows.PRODUCT not in str(jax.make_jaxpr(lambda x: linear(x, kernel, whole=False))(x))
     np.testing.assert_allclose(linear(x, kernel, whole=False), x @ numbers.T, rtol=1e-4, atol=1e-4)
+    planes = in_planes(np.asarray(kernel.parts[0]), format)
+    np.testing.assert_allclose(planes.product(x), x @ numbers.T, rtol=1e-4, atol=1e-4)
+    like = jax.tree.map(lambda plane: jax.ShapeDtypeStruct(plane.shape, plane.dtype), planes)
+    assert like == jax.eval_shape(lambda: blank_planes(numbers.shape, format))
+
+
+def test_planes_of_many_rows_are_made_some_at_a_time(monkeypatch) -> None:
+    kernel, numbers = packed("Q5_K", 9, 2)
+    monkeypatch.setattr("dex_jax.nn.planes._AT_ONCE", 4 * 512)
+    np.testing.assert_array_equal(in_planes(np.asarray(kernel.parts[0]), "Q5_K").dense(), numbers)
 
 
 def test_runs_of_several_formats_are_one_kernel() -> None:
@@ -181,6 +200,22 @@ def test_no_step_makes_a_dense_copy(models) -> None:
     )
     kernels = [np.prod(shape) for shape in map(np.shape, jax.tree.leaves(models["dense"].weights)) if len(shape) == 2]
     assert program.memory_analysis().temp_size_in_bytes < 4 * min(kernels)
+
+
+def test_a_model_on_planes_is_the_dense_one(file, models, monkeypatch) -> None:
+    """As on a TPU, which has no kernels in C++."""
+    monkeypatch.setattr(few_rows, "ready", lambda: False)
+    monkeypatch.setattr("dex_jax.language_model.compiled_for", lambda: Device("tpu"))
+    lm = dex_jax.load(file, "float32", weights="stored")
+    assert lm.weights_kind == "Q4_0 and Q4_1 and Q8_0 in planes"
+    held = sum(leaf.size for leaf in jax.tree.leaves(lm.weights) if leaf.dtype == jnp.uint4)
+    assert held > 0
+    assert lm.parameter_bytes == nbytes(lm.weights) == sum(weight_bytes(lm.config, lm.dtype, lm.packing).values())
+    tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size, (2, 21))
+    np.testing.assert_allclose(lm.logits(tokens), models["dense"].logits(tokens), rtol=1e-4, atol=1e-4)
+    options = {"max_new_tokens": 12, "exits": "shared"}
+    ar, drafts = (dex_jax.generate(lm, [[1, 5, 9, 3]], method=METHODS[name], **options) for name in ("ar", "drafts"))
+    np.testing.assert_array_equal(drafts.tokens, ar.tokens)
 
 
 def test_stacked_layers_are_dense(file, models) -> None:

@@ -239,7 +239,7 @@ def _measure(
 
 def _filled(like: jax.ShapeDtypeStruct) -> jax.Array:
     """Small numbers: packed blocks get a byte that gives them a small scale."""
-    value = 33 if jnp.issubdtype(like.dtype, jnp.integer) else 0.01
+    value = min(33, jnp.iinfo(like.dtype).max) if jnp.issubdtype(like.dtype, jnp.integer) else 0.01
     return jax.device_put(np.full(like.shape, value, like.dtype))
 
 

@@ -88,7 +88,7 @@ def blank_kernel(shape: tuple[int, ...], runs: tuple[tuple[str, int], ...]) -> P
 
     def part(format: str, rows: int) -> Any:
         if format.endswith(PLANES):
-            return blank_planes((*lead, rows, width), format.removesuffix(PLANES))
+            return blank_planes((rows, width), format.removesuffix(PLANES))
         if format == INT8:
             return jnp.zeros((*lead, rows, width), jnp.int8)
         columns, size = FORMATS[format]

@@ -47,7 +47,7 @@ def build_on_mesh(
         axes = PARAMETER_AXES[field]
         leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: blank_weight(name, shape, dtype, dict(packing))))
         if not name.startswith("layers."):
-            placed = [_spread(own.shape, axes_of(axes, own.ndim), mesh, own.__getitem__) for own in host(name)]
+            placed = [_spread(own.shape, axes, mesh, own.__getitem__) for own in host(name)]
             return jax.tree.unflatten(tree, placed)
         number = int(name.split(".")[1].lstrip("*"))
 
@@ -61,29 +61,22 @@ def build_on_mesh(
         def part(leaf: int, index: tuple[slice, ...]) -> np.ndarray:
             return tensor_part(config, field, tensor(index[0].start or 0)[leaf], index[1:])[None]
 
-        placed = [
-            _spread(leaf.shape, ("stage", *axes_of(axes, leaf.ndim - 1)), mesh, functools.partial(part, i))
-            for i, leaf in enumerate(leaves)
-        ]
+        lead = ("stage", *axes)
+        placed = [_spread(leaf.shape, lead, mesh, functools.partial(part, i)) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(tree, placed)
 
     return Transformer(config, layout, init)
 
 
 def _spread(
-    shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, part: Callable[[tuple[slice, ...]], np.ndarray]
+    shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh, part: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
     """An array of these logical axes from what `part` gives for each device of this process, along the first axis."""
-    sharding = NamedSharding(mesh, partition(axes, shape, mesh))
+    sharding = NamedSharding(mesh, partition(axes[: len(shape)], shape, mesh))
     where: dict[Any, Any] = dict(sharding.addressable_devices_indices_map(shape))
     devices = sorted(where, key=lambda device: where[device][0].start or 0)
     pieces = [jax.device_put(part(where[device]), device) for device in devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
-
-
-def axes_of(axes: tuple[str, ...], ndim: int) -> tuple[str | None, ...]:
-    """Logical axes of an array that stands for a parameter of these: itself, the scales of its rows, or planes."""
-    return (None, None, axes[0]) if ndim > len(axes) else axes[:ndim]
 
 
 def tensor_part(config: ModelConfig, field: str, whole: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
@@ -118,8 +111,7 @@ def weight_specs(weights: Any, mesh: Mesh | None) -> Any:
         names = names_in(path)
         field = next(name for name in reversed(names) if name in PARAMETER_AXES)
         lead = ("stage",) if "layers" in names else ()
-        axes = axes_of(PARAMETER_AXES[field], len(leaf.shape) - len(lead))
-        return partition((*lead, *axes), leaf.shape, mesh)
+        return partition((*lead, *PARAMETER_AXES[field])[: len(leaf.shape)], leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(spec, weights)
 

@@ -19,7 +19,7 @@ import numpy as np
 from dex_jax.nn.blocks import FORMATS, Pieces, pieces
 from dex_jax.nn.products import dot, filled_up
 
-PLANES = " planes"
+PLANES = " in planes"
 """What the name of a format in planes ends with."""
 
 _FOUR_BITS = {"Q4_0", "Q4_1", "Q4_K"}
@@ -37,8 +37,8 @@ class Planes:
     """A kernel [out, in]; a number is scale * code + least.
 
     Attributes:
-      codes: [..., n, in / n, out], int4 or uint4, or in 8 bits where a format's codes have more than 4.
-      scale: [..., 1, in / n, out] float32.
+      codes: [n, in / n, out], int4 or uint4, or in 8 bits where a format's codes have more than 4.
+      scale: [1, in / n, out] float32.
       least: as the scale; None for 0.
     """
 
@@ -47,14 +47,14 @@ class Planes:
     least: jax.Array | None
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """[..., out, in]."""
-        *lead, n, groups, out = self.codes.shape
-        return (*lead, out, n * groups)
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        n, groups, out = self.codes.shape
+        return out, n * groups
 
     def dense(self) -> jax.Array:
-        """The numbers, to the last bit as the gguf package has them: float32 [..., out, in]."""
-        return jnp.moveaxis(self._numbers(), (-1, -2), (-3, -2)).reshape(self.shape)
+        """The numbers, to the last bit as the gguf package has them: float32 [out, in]."""
+        return self._numbers().transpose(2, 1, 0).reshape(self.shape)
 
     def product(self, rows: jax.Array) -> jax.Array:
         """rows [R, in] @ kernel.T, computed in rows' dtype: [R, out] float32."""
@@ -86,24 +86,31 @@ class Planes:
 
 
 def blank_planes(shape: tuple[int, ...], format: str) -> Planes:
-    """Zeros in the place of a kernel [..., out, in] in a format, one of FORMATS."""
-    *lead, out, width = shape
+    """Zeros in the place of a kernel [out, in] in a format, one of FORMATS."""
+    out, width = shape
     columns, size = FORMATS[format]
-    found = jax.eval_shape(lambda: _in_planes(jnp.zeros((out, width // columns * size), jnp.uint8), format))
-    return jax.tree.map(lambda plane: jnp.zeros((*lead, *plane.shape), plane.dtype), found)
+    found = jax.eval_shape(
+        lambda: _narrow(_split(jnp.zeros((out, width // columns * size), jnp.uint8), format), format)
+    )
+    return jax.tree.map(lambda plane: jnp.zeros(plane.shape, plane.dtype), found)
 
 
 def in_planes(blocks: np.ndarray, format: str) -> Planes:
     """Rows [out, bytes] uint8 of one of FORMATS, taken to pieces on the default device, some of them at a time."""
     columns, size = FORMATS[format]
     step = max(1, _AT_ONCE // (blocks.shape[1] // size * columns))
-    parts = [_in_planes(blocks[first : first + step], format) for first in range(0, len(blocks), step)]
+    parts = [_narrow(_split(blocks[first : first + step], format), format) for first in range(0, len(blocks), step)]
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *each: jnp.concatenate(each, axis=-1), *parts)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _in_planes(blocks: jax.Array, format: str) -> Planes:
-    codes, scale, least = jax.tree.map(lambda x: x.transpose(2, 1, 0), pieces(blocks, format))
+def _split(blocks: jax.Array, format: str) -> Pieces:
+    return jax.tree.map(lambda x: x.transpose(2, 1, 0), pieces(blocks, format))
+
+
+def _narrow(found: Pieces, format: str) -> Planes:
+    # In a program of its own: jaxlib 0.7.2 aborts on CPUs where one gives 4 bits beside other numbers.
+    codes, scale, least = found
     if format in _FOUR_BITS:
         codes = codes.astype(jnp.int4 if codes.dtype == jnp.int8 else jnp.uint4)
     return Planes(codes, scale, least)
