@@ -169,8 +169,10 @@ def test_a_drafter_is_trained_and_drafts(tmp_path) -> None:
 def test_draft_steps_are_refused_to_exits_that_cannot_draft(changes, says, tmp_path) -> None:
     exits, options = dataclasses.replace(EXITS, draft_size=None, **changes), DistillationOptions(draft_steps=3)
     config = dataclasses.replace(CONFIG, exits=exits, options=options, evaluation_texts=0)
+    told: list[str] = []
     with pytest.raises(DexError, match=says):
-        train_exits(config, base_model(), tmp_path / "none", tell=quiet)
+        train_exits(config, base_model(), tmp_path / "none", tell=told.append)
+    assert not told, "before any data is read"
 
 
 @pytest.mark.parametrize(

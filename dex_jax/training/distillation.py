@@ -49,6 +49,20 @@ class DistillationOptions:
     draft_steps: int = 1
 
 
+def check_fit(lm: LanguageModel, exits: ExitsConfig, options: DistillationOptions) -> None:
+    """Refuses a model or exits that cannot be trained so, with a DexError."""
+    if options.draft_steps > 1 and not exits.is_drafter:
+        raise DexError(
+            "draft steps need one fused exit at depth 0 without attention (kind mlp, for example), not "
+            f"{'fused ' * exits.fused}{exits.kind} at {exits.depths}"
+        )
+    if lm.packing:
+        raise DexError(
+            f"exits are trained on dense weights, and those of {lm.source} are {lm.weights_kind}: load it with "
+            "weights='dense'"
+        )
+
+
 class Distillation(StreamTask):
     """The task: exits of one frozen model, learnt from a stream of its activations.
 
@@ -80,16 +94,7 @@ class Distillation(StreamTask):
         super().__init__(lm, vocabulary, stream)
         self.exits = exits
         self.options = DistillationOptions() if options is None else options
-        if self.options.draft_steps > 1 and not exits.is_drafter:
-            raise DexError(
-                "draft steps need one fused exit at depth 0 without attention (kind mlp, for example), not "
-                f"{'fused ' * exits.fused}{exits.kind} at {exits.depths}"
-            )
-        if lm.packing:
-            raise DexError(
-                f"exits are trained on dense weights, and those of {lm.source} are {lm.weights_kind}: load it with "
-                "weights='dense'"
-            )
+        check_fit(lm, exits, self.options)
         self._data, self._evaluate, self._initial = data, evaluate, initial
 
     def settings(self) -> dict[str, Any]:

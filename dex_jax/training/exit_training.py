@@ -28,7 +28,7 @@ from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import select_exits
 from dex_jax.training.checkpoints import Checkpoints, list_checkpoints
 from dex_jax.training.config import TrainConfig
-from dex_jax.training.distillation import Distillation, DistillationOptions, draft_vocabulary, history_for
+from dex_jax.training.distillation import Distillation, DistillationOptions, check_fit, draft_vocabulary, history_for
 from dex_jax.training.items import Item
 from dex_jax.training.journal import read_journal
 from dex_jax.training.mixture import Mixture
@@ -115,6 +115,7 @@ def train_exits(
     shapes = dataclasses.replace(config.exits, width=lm.config.width, norm_eps=lm.config.norm_eps)
     if shapes.depths[-1] >= lm.config.num_layers:
         raise DexError(f"exit depths must lie below the model's {lm.config.num_layers} layers, not {shapes.depths}")
+    check_fit(lm, shapes, config.options)
     initial = _start(initial, shapes, lm, tell)
     mixture = open_mixture(config.data, lm, config.sources, tell)
     stream = Stream(
