@@ -75,6 +75,16 @@ at_end() {
   )
 }
 
+# The longest two begin.
+notebooks() {
+  uv pip install --quiet --python "$work/colab/bin/python" nbmake ipykernel
+  (
+    cd "$work/elsewhere/notebooks"
+    "$work/colab/bin/python" -m pytest -n 2 --dist worksteal --nbmake --nbmake-timeout=600 --durations=0 \
+      train_exits.ipynb which_k.ipynb own_model.ipynb dex_in_five_minutes.ipynb
+  )
+}
+
 # Both ends, and the environments of the checks that need one of their own.
 make_environments() {
   make_end colab "${colab[@]}"
