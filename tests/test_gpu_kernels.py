@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import chex
 import hypothesis.strategies as st
@@ -91,17 +92,17 @@ def test_a_transformer_over_caches_computes_with_them_what_it_does_without(batch
     tokens = jnp.asarray(np.random.default_rng(0).integers(config.vocab_size, size=(batch, 9)))
     among, position = jnp.tril(jnp.ones((batch, 3, 3), bool)), jnp.asarray([[10, 11, 11]] * batch)
 
-    def run() -> object:
+    def run() -> Any:
         memory = cache.allocate(config, Unrolled(), batch, 64, 0, model.dtype)
         hidden, memory = extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
         last, memory = extend(model, memory, tokens[:, :1], jnp.full(batch, 9))
         rows, fresh = run_tree(model, memory, tokens[:, :3], position, among, jnp.full(batch, 10))
         chosen = jnp.asarray([[0, 2], [0, 1]])[:batch]
         memory = commit_rows(model, memory, fresh, chosen, jnp.full(batch, 10), rows)
-        return jax.tree.map(lambda x: np.asarray(x, np.float32), (hidden, last, rows, memory.keys, memory.values))
+        return jax.tree.map(lambda x: x.astype(jnp.float32), (hidden, last, rows, memory.keys, memory.values))
 
     monkeypatch.setattr(few_rows, "ready", lambda: False)
-    wanted = run()
+    wanted = jax.jit(run)()
     calls = []
 
     def interpreted(kernel, **options):
@@ -117,7 +118,7 @@ def test_a_transformer_over_caches_computes_with_them_what_it_does_without(batch
     for module in (gpu_attention, gpu_writes):
         monkeypatch.setattr(module, "for_triton", lambda: True)
     jax.clear_caches()
-    found = run()
+    found = jax.jit(run)()
     jax.clear_caches()
     assert calls.count("write_rows") == 3
     assert calls.count("few_rows_attention") >= 3

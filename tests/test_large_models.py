@@ -139,14 +139,14 @@ def test_a_dry_run_says_what_holds_them(name, tmp_path, capsys, monkeypatch) -> 
     dense = directory(tmp_path / "model", config)
     files = {"dense": dense, "int8": dense, "stored": q4_k_file(tmp_path / "model.gguf", config)}
     numbers = sum(map(math.prod, tensor_shapes(config).values()))
-    per_weight = {"dense": (2.0, 2.0), "int8": (1.0, 1.005), "stored": (0.5625, 0.57)}
+    per_weight = {"dense": (2.0, 2.0), "int8": (1.0, 1.005), "stored": (0.5625, 0.57), "in planes": (0.75, 0.76)}
     for kind, file in files.items():
         fits = []
         for device in BY_MEMORY:
             flags = ["--method", "ar", "--max-new-tokens", "2000", "--weights", kind]
             assert main(["--model", str(file), "--dry-run", "--json", "--hardware", device, *flags]) == 0
             said = json.loads(capsys.readouterr().out)
-            least, most = per_weight[kind]
+            least, most = per_weight["in planes" if (kind, device) == ("stored", "v5e") else kind]
             assert least * numbers <= said["weights_bytes"] <= most * numbers
             fits.append(said["verdict"].startswith("fits"))
             assert fits[-1] == (said["total_bytes"] < USABLE * DEVICES[device][0].memory)
