@@ -142,13 +142,22 @@ def _sampled_by_dex(tables, first: jax.Array, sampling: Sampling) -> Record:
     return run(toy_network(tables), state, limits, sampling).record
 
 
-@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40), st.integers(1, 50))
+CUT = jax.jit(threshold, static_argnums=0)
+
+
+@given(
+    # A few lengths, each of which is compiled for.
+    st.sampled_from([1, 2, 9, 40]).flatmap(
+        lambda size: st.lists(st.integers(0, 2**32 - 1), min_size=size, max_size=size)
+    ),
+    st.integers(1, 50),
+)
 def test_the_cut_of_gpus_and_tpus_is_the_one_of_cpus(values: list[int], enough: int) -> None:
     ordered = jnp.asarray([values], jnp.uint32)
     weight = jnp.ones((1, 1, len(values)), jnp.int32)
-    found = [int(threshold(bits, ordered, weight, jnp.int32(enough))[0]) for bits in (1, 2, 4)]
+    found = [int(CUT(bits, ordered, weight, jnp.int32(enough))[0]) for bits in (1, 2, 4)]
     assert found == [sorted(values)[-enough] if enough <= len(values) else 0] * 3
-    two = threshold(4, jnp.tile(ordered, (2, 1)), jnp.tile(weight, (2, 1, 1)), jnp.asarray([enough, len(values)]))
+    two = CUT(4, jnp.tile(ordered, (2, 1)), jnp.tile(weight, (2, 1, 1)), jnp.asarray([enough, len(values)]))
     assert two.tolist() == [found[0], min(values)], "each row its own"
 
 
