@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -93,15 +93,13 @@ def figures(
 def rows() -> list[tuple[str, str, str]]:
     """(what, unit, figure) of every line of the table whose compiler is here."""
     eight, small = SHAPES["llama-3-8b"], open_checkpoint("smollm2-135m").config
-    one = dataclasses.replace(
-        eight, width=2048, num_layers=16, mlp_width=8192, head_dim=64, tied=True
-    )  # Llama 3.2 1B's shapes
-    short = dataclasses.replace(eight, num_layers=8)
+    one = dataclasses.replace(eight, width=2048, num_layers=16, mlp_width=8192, head_dim=64, tied=True)  # Llama 3.2 1B
+    short, four = dataclasses.replace(eight, num_layers=8), Dex(explorers=4, draft=False)
     found = []
 
-    def add(what: str, unit: str, figure) -> None:
+    def add(what: str, unit: str, figure: Callable[..., str], *arguments) -> None:
         try:
-            found.append((what, unit, figure()))
+            found.append((what, unit, figure(*arguments)))
         except DexError as error:
             print(error, file=sys.stderr)
 
@@ -109,13 +107,12 @@ def rows() -> list[tuple[str, str, str]]:
         ar = figures("v5e", eight, AR())
         return f"{ar.cycles / V5E_CLOCK * DEVICES['v5e'][0].bandwidth / ar.read:.2f}"
 
-    def megacycles(method: Method) -> str:
-        return f"{figures('v5e', small, method).cycles / 1e6:.2f}"
+    def megacycles(config: ModelConfig, method: Method, format: str = "") -> str:
+        return f"{figures('v5e', config, method, format=format).cycles / 1e6:.2f}"
 
-    def packed(format: str) -> str:
-        return f"{figures('v5e', eight, AR(), format=format).cycles / 1e6:.1f}"
-
-    def over_weights(name: str, config: ModelConfig, method: Method, dtype: str, layout: Layout = UNROLLED) -> str:
+    def over_weights(
+        name: str, config: ModelConfig, method: Method, dtype: str = "bfloat16", layout: Layout = UNROLLED
+    ) -> str:
         step = figures(name, config, method, dtype, layout)
         return f"{step.moved / step.read:.2f}"
 
@@ -123,25 +120,21 @@ def rows() -> list[tuple[str, str, str]]:
         chunks = PROMPT // CHUNK
         return f"{chunks * figures('h100', eight, AR(), cache=PROMPT + 1024).attention / 1e12:.3f}"
 
+    def kernels(method: Method) -> str:
+        return f"{figures('h100', small, method).kernels:.0f}"
+
     add("v5e, Llama 3 8B, AR step over reading its weights", "cycles", over_bytes)
     for format in ("", INT8, "Q4_K" + PLANES):
-        add(f"v5e, Llama 3 8B, AR step, {format or 'dense'}", "Mcycles", functools.partial(packed, format))
-    add("v5e, SmolLM2, AR step", "Mcycles", lambda: megacycles(AR()))
-    add("v5e, SmolLM2, tick of one explorer, 8 rows", "Mcycles", lambda: megacycles(TREE))
-    add("T4, Llama 3.2 1B, AR step over reading its weights", "bytes", lambda: over_weights("t4", one, AR(), "float16"))
-    add(
-        "H100, 8 layers of 8B, four explorers, over reading their weights",
-        "bytes",
-        lambda: over_weights("h100", short, Dex(explorers=4, draft=False), "bfloat16"),
-    )
-    add(
-        "H100, the same with stacked layers, which are refused",
-        "bytes",
-        lambda: over_weights("h100", short, Dex(explorers=4, draft=False), "bfloat16", Stacked((2, 4, 6, 8))),
-    )
+        add(f"v5e, Llama 3 8B, AR step, {format or 'dense'}", "Mcycles", megacycles, eight, AR(), format)
+    add("v5e, SmolLM2, AR step", "Mcycles", megacycles, small, AR())
+    add("v5e, SmolLM2, tick of one explorer, 8 rows", "Mcycles", megacycles, small, TREE)
+    add("T4, Llama 3.2 1B, AR step over reading its weights", "bytes", over_weights, "t4", one, AR(), "float16")
+    add("H100, 8 layers of 8B, four explorers, over their weights", "bytes", over_weights, "h100", short, four)
+    stacked = Stacked((2, 4, 6, 8))
+    add("H100, the same stacked, which is refused", "bytes", over_weights, "h100", short, four, "bfloat16", stacked)
     add("H100, Llama 3 8B, attention of a prompt of 8,192 tokens", "TB", prefill)
-    add("H100, SmolLM2, AR step", "kernels", lambda: f"{figures('h100', small, AR()).kernels:.0f}")
-    add("H100, SmolLM2, tick of one explorer, 8 rows", "kernels", lambda: f"{figures('h100', small, TREE).kernels:.0f}")
+    add("H100, SmolLM2, AR step", "kernels", kernels, AR())
+    add("H100, SmolLM2, tick of one explorer, 8 rows", "kernels", kernels, TREE)
     return found
 
 
