@@ -30,7 +30,8 @@ from dex_jax.io import open_checkpoint
 from dex_jax.nn.attention import SCOPE
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES
-from dex_jax.nn.transformer import Layout, Stacked, Unrolled, parameter_shapes
+from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.nn.weights import packed_alike
 from dex_jax.sharding import nbytes
 from dex_jax.tables import markdown
 
@@ -60,8 +61,7 @@ def of_layers(
     """A program of `config` with so many layers: a step, or where the cache holds a long prompt, a chunk of it."""
     config = dataclasses.replace(config, num_layers=layers)
     schedule = method.schedule_for(layers)
-    matrices = ((name, shape[0]) for name, shape in parameter_shapes(config).items() if len(shape) == 2)
-    packing = tuple((name, ((format, rows),)) for name, rows in matrices) if format else ()
+    packing = packed_alike(config, format) if format else ()
     shapes = session_shapes(config, jnp.dtype(dtype), schedule, layout, 1, cache, capacity=256, packing=packing)
     with target(name) as devices:
         which = "prefill" if cache > PROMPT else "run"

@@ -25,6 +25,7 @@ from dex_jax.io import open_checkpoint
 from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.transformer import Unrolled, parameter_shapes
+from dex_jax.nn.weights import packed_alike
 from dex_jax.sharding import nbytes
 
 pytestmark = pytest.mark.cuda
@@ -46,8 +47,7 @@ def compiled(gpu: str, model: str, method: str, name: str = "run", cache: int = 
     config = dataclasses.replace(MODELS[model], num_layers=LAYERS)
     dtype = jnp.dtype(jnp.float16 if gpu == "t4" else jnp.bfloat16)
     schedule = METHODS[method].schedule_for(config.num_layers)
-    matrices = {name: shape for name, shape in parameter_shapes(config).items() if len(shape) == 2}
-    packing = () if format is None else tuple((name, ((format, shape[0]),)) for name, shape in matrices.items())
+    packing = () if format is None else packed_alike(config, format)
     shapes = session_shapes(config, dtype, schedule, Unrolled(), 1, cache, capacity=256, packing=packing)
     with target(gpu) as (device,):
         found = lower(name, shapes, Spec(config, Unrolled(), schedule), device, CHUNK).compile()

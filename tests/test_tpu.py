@@ -32,7 +32,7 @@ from dex_jax.nn.eagle import abstract_eagle
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled, parameter_shapes
-from dex_jax.nn.weights import Packing, abstract_weights
+from dex_jax.nn.weights import Packing, abstract_weights, packed_alike
 from dex_jax.sharding import make_mesh, nbytes
 
 pytestmark = pytest.mark.tpu
@@ -124,22 +124,18 @@ def copies_in_loop(program: Program, at_least: int) -> list[str]:
     return [each.line[:200] for each in moves if each.nbytes >= at_least]
 
 
-def in_format(config: ModelConfig, format: str) -> Packing:
-    """Every kernel of a model in one format."""
-    shapes = parameter_shapes(config).items()
-    return tuple((name, ((format, shape[0]),)) for name, shape in shapes if len(shape) == 2)
-
-
-def in_int8(config: ModelConfig) -> Packing:
-    """Every kernel of a model in int8."""
-    return in_format(config, INT8)
-
-
 def planned_bytes(config: ModelConfig) -> int:
     """Weights in int8 and the caches of one sequence of 2048 positions."""
     schedule = AR().schedule_for(config.num_layers)
     shapes = session_shapes(
-        config, jnp.dtype(jnp.bfloat16), schedule, Unrolled(), 1, 2048, capacity=CAPACITY, packing=in_int8(config)
+        config,
+        jnp.dtype(jnp.bfloat16),
+        schedule,
+        Unrolled(),
+        1,
+        2048,
+        capacity=CAPACITY,
+        packing=packed_alike(config, INT8),
     )
     return nbytes((shapes.weights, shapes.memory))
 
@@ -287,7 +283,7 @@ def test_int8_kernels_are_read_and_never_made_dense(tpu, method, tied) -> None:
     """One sequence: an AR step, which is untied below, and ticks of K = 1 with drafts, of one row and of several."""
     config = dataclasses.replace(WIDE, tied=tied)
     schedule = {"ar": AR(), "one": Dex(explorers=1, draft=TREE)}[method].schedule_for(config.num_layers)
-    about = {"config": config, "batch": 1, "cache_length": 2048, "packing": in_int8(config)}
+    about = {"config": config, "batch": 1, "cache_length": 2048, "packing": packed_alike(config, INT8)}
     compiled = compile_program(tpu, "run", schedule, Unrolled(), "bfloat16", **about)
     assert_read_in_int8(compiled, config)
     # The smallest kernel would be 34 MB in bfloat16, and the largest of a layer 235 MB.
@@ -299,9 +295,9 @@ def test_int8_kernels_are_read_and_never_made_dense(tpu, method, tied) -> None:
 
 @pytest.mark.parametrize(("method", "format"), [("ar", "Q4_K"), ("one", "Q6_K")])
 def test_blocks_lie_in_planes_and_are_never_made_dense(tpu, method, format) -> None:
-    """One sequence; a step reads little more than the planes, and a prompt's chunk holds one kernel at most."""
+    """One sequence: a step moves little more than the planes."""
     schedule = {"ar": AR(), "one": Dex(explorers=1, draft=TREE)}[method].schedule_for(WIDE.num_layers)
-    about = {"config": WIDE, "batch": 1, "cache_length": 2048, "packing": in_format(WIDE, format + PLANES)}
+    about = {"config": WIDE, "batch": 1, "cache_length": 2048, "packing": packed_alike(WIDE, format + PLANES)}
     compiled = compile_program(tpu, "run", schedule, Unrolled(), "bfloat16", **about)
     program, weights = compiled.program, compiled.shapes[0].weights
     kernels = [math.prod(shape) for shape in parameter_shapes(WIDE).values() if len(shape) == 2]
@@ -317,7 +313,7 @@ def test_llama_3_8b_fits_one_chip_in_int8(tpu, name) -> None:
     # A prefill is compiled with two layers, and what it holds beside its arguments is taken to be that of all: layers
     # run in turn. With 512 tokens, which take minutes to compile, that is 0.3 GB.
     config = every if name == "run" else WIDE
-    about = {"config": config, "batch": 1, "cache_length": 2048, "packing": in_int8(config)}
+    about = {"config": config, "batch": 1, "cache_length": 2048, "packing": packed_alike(config, INT8)}
     compiled = compile_program(tpu, name, AR().schedule_for(config.num_layers), Unrolled(), "bfloat16", **about)
     memory = compiled.memory
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -387,7 +383,7 @@ def test_int8_kernels_are_split_over_a_tensor_axis(topology) -> None:
     mesh, layout = make_mesh("tensor=4", topology), Staged((WIDE.num_layers,))
     schedule = Dex(explorers=1, draft=TREE).schedule_for(WIDE.num_layers)
     about = (WIDE, jnp.dtype(jnp.bfloat16), schedule, layout, 1, 2048)
-    shapes = session_shapes(*about, capacity=CAPACITY, packing=in_int8(WIDE), mesh=mesh)
+    shapes = session_shapes(*about, capacity=CAPACITY, packing=packed_alike(WIDE, INT8), mesh=mesh)
     compiled = RUN.jitted.lower(*shapes.of_run, spec=Spec(WIDE, layout, schedule, mesh=mesh)).compile()
     program, memory = read(compiled.as_text()), compiled.memory_analysis()
     split = {"out": 1, "down": 1}

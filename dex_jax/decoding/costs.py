@@ -238,7 +238,7 @@ def _measure(
 
 
 def _filled(like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Small numbers: packed blocks get a byte that gives them a small scale."""
+    """Small numbers: packed blocks get a byte that gives them a small scale, codes of 4 bits their largest."""
     value = min(33, jnp.iinfo(like.dtype).max) if jnp.issubdtype(like.dtype, jnp.integer) else 0.01
     return jax.device_put(np.full(like.shape, value, like.dtype))
 

@@ -1,8 +1,8 @@
 """GGUF's blocks as TPUs want them: codes in planes, which XLA widens on their way into the matrix units.
 
-A TPU takes bytes to pieces slowly, and keeps a dense copy of a matrix in blocks for each product. Here the codes of a
-group are n planes apart and its scale is in a plane of its own, so that a number is made of what lies at one place in
-each of them, and XLA makes it where it is multiplied.
+Of blocks as a file has them XLA makes a dense copy for each product on a TPU, and slowly. Here each code of a group is
+in a plane of its own, and so is the scale. A number is made of what lies at one place in two or three planes, and XLA
+makes it inside the product.
 
 Letters: R rows, in and out the widths of a product, n columns of a group, V rows of a kernel.
 """

@@ -88,6 +88,8 @@ def work_of(config: ModelConfig) -> Work:
 def packed_bytes(source: str, weights: str | None, platform: str) -> float | None:
     """Bytes of a number of a model, `source` as of `config_of`, for `weights` as of `load`; None where they are dense.
 
+    Blocks take other bytes on a TPU: `platform` as `hardware.platform_of` says it.
+
     Raises:
       DexError: "stored" of what is only described.
     """
