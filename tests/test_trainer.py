@@ -116,7 +116,7 @@ def test_a_run_learns_logs_evaluates_and_traces_once(whole):
     assert [record["step"] for record in records if record["kind"] == "train"] == [3, 4, 6, 8, 9, 12]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     assert [record["step"] for record in evaluations] == [6, 12]
-    assert evaluations[1]["distance"] == trained.evaluation["distance"] < evaluations[0]["distance"]
+    assert evaluations[1]["distance"] == task.evaluate(trained.params)["distance"] < evaluations[0]["distance"]
     assert evaluations[1]["undefined"] is None
     assert {"loss", "gradient_norm", "worst", "learning_rate", *TIMES} <= records[0].keys()
     assert [step_of(event) for event in told] == list(range(1, 13))
@@ -157,10 +157,10 @@ def test_ctrl_c_says_how_to_resume_and_a_resumed_run_comes_to_the_same_end(tmp_p
 
 def test_a_run_that_is_done_does_nothing(whole):
     trained, folder, _, _ = whole
-    told = []
+    told, before = [], read_journal(folder)
     again = train(LinearMap(CONFIG), CONFIG, folder, notify=told.append)
     assert_same(again.params, trained.params)
-    assert again.evaluation is None
+    assert read_journal(folder) == before
     (line,) = told
     assert "nothing is left to do" in line
 
@@ -169,7 +169,7 @@ def test_a_budget_of_tokens_ends_training(tmp_path):
     config = dataclasses.replace(CONFIG, tokens=11)
     trained = train(LinearMap(config), config, tmp_path, notify=silent)
     assert (trained.step, trained.tokens) == (3, 11)
-    assert trained.evaluation is not None
+    assert [record["step"] for record in read_journal(tmp_path) if record["kind"] == "evaluation"] == [3]
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_was_saved(tmp_path):
@@ -221,15 +221,6 @@ def test_another_backbone_warns_and_more_steps_go_on(tmp_path, whole):
     task.backbone = "backbone-b"
     assert train(task, longer, folder, notify=told.append).step == 14
     assert all(word in told[0] for word in ("warning", "backbone-a", "backbone-b"))
-
-
-# Devices
-
-
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    mesh = types.SimpleNamespace(shape={"data": 3, "tensor": 1})
-    with pytest.raises(DexError, match="4 rows does not divide among 3"):
-        train(LinearMap(CONFIG), CONFIG, tmp_path, mesh=mesh, notify=silent)
 
 
 # Journal

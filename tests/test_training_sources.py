@@ -14,8 +14,7 @@ from dex_jax.decoding.text_store import opened_store
 from dex_jax.errors import DexError
 from dex_jax.language_model import outline
 from dex_jax.training.items import script
-from dex_jax.training.mixture import BLOCK, Mixture
-from dex_jax.training.sources import SelfSource, SourceOptions, open_mixture, parse_data
+from dex_jax.training.sources import BLOCK, Mixture, SelfSource, SourceOptions, open_mixture, parse_data
 
 OPTIONS = SourceOptions(length=128, seed=3)
 
@@ -40,7 +39,7 @@ class PlainTokenizer:
 def base_model(**changes):
     config = types.SimpleNamespace(bos_id=1, vocab_size=256)
     fields = {"tokenizer": PlainTokenizer(), "config": config, "eos_ids": (2,)} | changes
-    model = types.SimpleNamespace(**fields, checkpoint=types.SimpleNamespace(source="base"))
+    model = types.SimpleNamespace(**fields, source="base")
     model.encode = lambda prompt, chat: model.tokenizer.encode(prompt)
     return model
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +191,7 @@ def test_wrong_items_are_refused(wrong: Item, says: str) -> None:
         ({"depths": (5,)}, "from 0 to 4"),
         ({"length": 4096}, "2048"),
         ({"steps": 0}, "at least 1 step"),
-        ({"batch": 0}, "at least one row"),
+        ({"mesh": types.SimpleNamespace(shape={"data": 3})}, "4 rows do not divide among 3"),
     ],
 )
 def test_wrong_sizes_are_refused(changes: dict, says: str) -> None:

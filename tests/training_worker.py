@@ -45,6 +45,9 @@ class LinearMap:
         self.boundaries = self.traces = 0
         self.backbone = "backbone-a"
 
+    def settings(self):
+        return {}
+
     def init(self, key):
         shape = (self.width, self.width)
         return {"map": 0.1 * jax.random.normal(key, shape), "scale": jnp.ones(self.width), "bias": jnp.ones(self.width)}

@@ -178,14 +178,17 @@ def configured(args: argparse.Namespace) -> Config:
 
 
 def _configured(config: Config, args: argparse.Namespace, names: Sequence[str]) -> Config:
-    changes: dict[str, Any] = {"model": args.model, "data": None if args.data is None else tuple(args.data)}
-    given = {name: value for name, value in changes.items() if value is not None}
-    given["train"] = config.train.replace({name: getattr(args, name) for name in names})
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+    changes = given("model") | {"train": dataclasses.replace(config.train, **given(*names))}
+    if args.data is not None:
+        changes["data"] = tuple(args.data)
     first = getattr(config, "first", None)
     if first is not None:
         # What one starts from takes the place of a first training.
-        given["first"] = None if args.init_from is not None else _configured(first, args, OF_EVERY_TRAINING)
-    return dataclasses.replace(config, **given)
+        changes["first"] = None if args.init_from is not None else _configured(first, args, OF_EVERY_TRAINING)
+    return dataclasses.replace(config, **changes)
 
 
 def folder_of(args: argparse.Namespace) -> Path:

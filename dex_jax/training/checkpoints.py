@@ -27,7 +27,7 @@ from dex_jax.errors import DexError
 from dex_jax.foreign import reading, reason
 from dex_jax.io.folders import require_disk
 from dex_jax.io.whole_files import lock
-from dex_jax.training.task import Cursor
+from dex_jax.training.stream import Cursor
 
 _NAMES: dict[str, Any] = {"step_prefix": "step", "step_format_fixed_length": 8}
 _UNFINISHED = "step_*.orbax-checkpoint-tmp*"
@@ -37,40 +37,24 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a checkpoint says beside its arrays.
+    """What a checkpoint says beside its arrays."""
 
-    Attributes:
-      step: steps done.
-      tokens: learnt from so far.
-      cursor: the place in the data.
-      config: of the run, as JSON.
-      task: name of the task.
-      settings: of the task, as JSON.
-      fingerprint: of the backbone.
-    """
-
-    step: int
-    tokens: int
-    cursor: Cursor
-    config: dict[str, Any]
-    task: str
-    settings: dict[str, Any]
-    fingerprint: str
+    step: int  # steps done
+    tokens: int  # learnt from so far
+    cursor: Cursor  # the place in the data
+    config: dict[str, Any]  # of the run, as JSON
+    task: str  # name of the task
+    settings: dict[str, Any]  # of the task, as JSON
+    fingerprint: str  # of the backbone
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was read and found whole.
+    """A checkpoint that was read and found whole."""
 
-    Attributes:
-      path: its folder.
-      record: see there.
-      arrays: path in the training state, as "params.map" or "opt_state.1.mu.map", -> array on the host.
-    """
-
-    path: Path
+    path: Path  # its folder
     record: Record
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]  # path in the training state, such as "opt_state.1.mu.map" -> on the host
 
 
 class Checkpoints:
@@ -102,9 +86,8 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 lock(opened.enter_context((self.folder / "lock").open("w")), wait=False)
             except BlockingIOError:
-                raise DexError(
-                    f"another process trains in {self.folder}: let it end, or train in another folder"
-                ) from None
+                why = f"another process trains in {self.folder}: let it end, or train in another folder"
+                raise DexError(why) from None
             except OSError as error:
                 raise DexError(f"{self.folder} cannot be written: {error.strerror or error}") from error
             opened.enter_context(_muted())
@@ -135,7 +118,8 @@ class Checkpoints:
         """
         self.wait()
         # Orbax takes no arrays without elements, and there is nothing to keep of them.
-        arrays = {name: np.array(value) for name, value in named_leaves(state).items() if value.size}
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        arrays = {_name(path): np.array(value) for path, value in leaves if value.size}
         text = json.dumps(dataclasses.asdict(record))
         about = {"record": text, "checksum": checksum(text, arrays)}
         try:
@@ -224,9 +208,8 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def restore(saved: Saved, state: Any) -> Any:
     """The saved training state, placed as `state` is, none of whose values is used; DexError as `saved_arrays`."""
     # Copies: the update donates what it is given.
-    return jax.tree.map(
-        lambda array, leaf: jax.device_put(jnp.array(array), leaf.sharding), saved_arrays(saved, state), state
-    )
+    arrays = saved_arrays(saved, state)
+    return jax.tree.map(lambda array, leaf: jax.device_put(jnp.array(array), leaf.sharding), arrays, state)
 
 
 def saved_arrays(saved: Saved, like: Any, prefix: str = "") -> Any:
@@ -247,11 +230,6 @@ def saved_arrays(saved: Saved, like: Any, prefix: str = "") -> Any:
         return found
 
     return jax.tree_util.tree_map_with_path(pick, like)
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Path with dots -> leaf."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def checksum(text: str, arrays: dict[str, np.ndarray]) -> int:

@@ -71,10 +71,6 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(self)
 
-    def replace(self, flags: Mapping[str, Any]) -> TrainConfig:
-        """A configuration with fields changed, but for those that are None, as flags that were not given are."""
-        return dataclasses.replace(self, **{name: value for name, value in flags.items() if value is not None})
-
     def conflicts(self, earlier: Mapping[str, Any]) -> list[str]:
         """What may not change and has, against the fields that a folder was trained with: "name was X, is Y" of each.
 

@@ -25,11 +25,10 @@ from dex_jax.nn.exits import ExitHeads, abstract_parameters, exit_graph, heads_o
 from dex_jax.nn.layers import rms_norm
 from dex_jax.nn.targets import Vocabulary
 from dex_jax.nn.weights import merge_model
+from dex_jax.sharding import EVERYWHERE
 from dex_jax.training.losses import exit_losses
-from dex_jax.training.stream import EVERYWHERE, Activations, Stream, activation_specs, matrix_spec
-from dex_jax.training.stream_task import StreamTask
-
-Evaluate = Callable[[TrainedExits], dict[str, Any]]
+from dex_jax.training.stream import Activations, Stream, activation_specs, matrix_spec
+from dex_jax.training.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +62,14 @@ def check_fit(lm: LanguageModel, exits: ExitsConfig, options: DistillationOption
         )
 
 
-class Distillation(StreamTask):
+class Distillation(Task):
     """The task: exits of one frozen model, learnt from a stream of its activations.
 
     Args:
-      lm: the model; never changed.
-      exits: shapes of the heads.
-      vocabulary: [V'] int32 ascending token ids of the draft vocabulary; None for the full one.
+      lm, vocabulary, data: as of Task.
+      exits: shapes of the heads, and
+      options: how they learn, as `check_fit` lets them.
       stream: of lm's activations at exits.depths, with at least `history_for(exits)` steps of history.
-      data: names the data, for checkpoints.
-      options: how exits learn.
       evaluate: figures of exits on held-out data; None evaluates nothing.
       initial: exits to start from; None starts from the model's own head.
     """
@@ -85,27 +82,14 @@ class Distillation(StreamTask):
         exits: ExitsConfig,
         vocabulary: np.ndarray | None,
         stream: Stream,
-        *,
         data: str,
-        options: DistillationOptions | None = None,
-        evaluate: Evaluate | None = None,
-        initial: TrainedExits | None = None,
+        options: DistillationOptions,
+        evaluate: Callable[[TrainedExits], dict[str, Any]] | None,
+        initial: TrainedExits | None,
     ):
-        super().__init__(lm, vocabulary, stream)
-        self.exits = exits
-        self.options = DistillationOptions() if options is None else options
-        check_fit(lm, exits, self.options)
-        self._data, self._evaluate, self._initial = data, evaluate, initial
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the training beside TrainConfig."""
-        return {
-            "exits": dataclasses.asdict(self.exits),
-            "options": dataclasses.asdict(self.options),
-            "stream": {"batch": self.stream.batch, "steps": self.stream.spec.steps, "length": self.stream.spec.length},
-            "data": self._data,
-            "vocabulary": self.vocabulary_digest,
-        }
+        settings = {"exits": dataclasses.asdict(exits), "options": dataclasses.asdict(options)}
+        super().__init__(lm, vocabulary, stream, data, settings)
+        self.exits, self.options, self._evaluate, self._initial = exits, options, evaluate, initial
 
     def init(self, key: jax.Array) -> Any:
         """The heads' parameters, float32."""
@@ -130,10 +114,9 @@ class Distillation(StreamTask):
             names = [f"agreement_draft_{step}" for step in range(1, len(features) + 1)]
         else:
             features = read_chunk_for_training(heads, batch, normed, constants["embed"], self.options.own_outputs, key)
-        count = features.shape[0]
         now = normed[:, -batch.weight.shape[1] :]
         losses, agreement, coverage = exit_losses(
-            features.reshape(count, -1, features.shape[-1]),
+            features.reshape(len(features), -1, features.shape[-1]),
             now.reshape(-1, now.shape[-1]),
             weight.reshape(*weight.shape[:-2], -1),
             constants["vocabulary"],
@@ -148,11 +131,10 @@ class Distillation(StreamTask):
 
     def decayed(self, params: Any) -> Any:
         """Weight decay pulls maps towards zero, which is the model's own head; nothing else decays."""
-        names = ("map", "up", "down", "kernel")
 
         def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
             text = jax.tree_util.keystr(path)
-            return leaf.ndim >= 2 and "norm" not in text and any(name in text for name in names)
+            return leaf.ndim >= 2 and "norm" not in text and any(n in text for n in ("map", "up", "down", "kernel"))
 
         return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -172,7 +154,7 @@ class Distillation(StreamTask):
     def constant_sharding(self, mesh: Mesh) -> dict[str, Any]:
         """Embedding and unembedding are split by the vocabulary."""
         c, draft = self.lm.config, self.vocabulary
-        whole: Any = matrix_spec(mesh, (c.vocab_size, c.width))
+        whole = matrix_spec(mesh, (c.vocab_size, c.width))
         parts: tuple[Any, Any] = (
             (None, None) if draft is None else (matrix_spec(mesh, (len(draft), c.width)), EVERYWHERE)
         )

@@ -33,7 +33,7 @@ from dex_jax.training.config import TrainConfig
 from dex_jax.training.exit_training import forget_unstarted, kept_vocabulary
 from dex_jax.training.sources import SourceOptions, open_mixture
 from dex_jax.training.stream import Activations, Stream
-from dex_jax.training.stream_task import StreamTask
+from dex_jax.training.task import Task
 from dex_jax.training.trainer import train
 
 
@@ -64,16 +64,10 @@ class EagleTraining:
     chunk: int = 32
 
 
-class EagleTask(StreamTask):
-    """The task that the trainer runs.
+class EagleTask(Task):
+    """The task that the trainer runs, of a head with a draft vocabulary.
 
-    Args:
-      lm: the model; never changed.
-      config: of the head.
-      vocabulary: [V'] int32, ascending token ids.
-      stream: of lm's activations at config.reads, without history.
-      data: names the data, for checkpoints.
-      draft_steps: s.
+    `stream` is of lm's activations at config.reads, without history; `draft_steps` is s.
     """
 
     name = "eagle3"
@@ -84,23 +78,12 @@ class EagleTask(StreamTask):
         config: EagleConfig,
         vocabulary: np.ndarray,
         stream: Stream,
-        *,
         data: str,
         draft_steps: int,
     ):
-        super().__init__(lm, vocabulary, stream)
-        self.config = config
-        self._data, self._draft_steps = data, draft_steps
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the training beside TrainConfig."""
-        return {
-            "head": dataclasses.asdict(self.config),
-            "stream": {"batch": self.stream.batch, "steps": self.stream.spec.steps, "length": self.stream.spec.length},
-            "data": self._data,
-            "draft_steps": self._draft_steps,
-            "vocabulary": self.vocabulary_digest,
-        }
+        settings = {"head": dataclasses.asdict(config), "draft_steps": draft_steps}
+        super().__init__(lm, vocabulary, stream, data, settings)
+        self.config, self._draft_steps = config, draft_steps
 
     def init(self, key: jax.Array) -> Any:
         """The head's parameters, float32: at the start it says what the deepest state that it reads would."""
@@ -149,10 +132,6 @@ class EagleTask(StreamTask):
             agree = jnp.argmax(logits, axis=-1) == best
             figures[f"agreement_draft_{number + 1}"] = jnp.sum(weight * agree) / total
         return jnp.mean(jnp.stack(losses)), figures
-
-    def evaluate(self, params: Any) -> dict[str, Any]:
-        """Nothing: what a head is worth, decoding shows."""
-        return {}
 
     def decayed(self, params: Any) -> Any:
         """Matrices, but for the unembedding."""
@@ -232,7 +211,7 @@ def train_eagle(
     forget_unstarted(folder, config.train.keep, tell)
     vocabulary = kept_vocabulary(lm, stream, config.draft_size, config.draft_tokens, folder, tell)
     shapes = EagleConfig(_layer(lm.config, config.mlp_width), tuple(reads), lm.config.width, config.draft_size)
-    task = EagleTask(lm, shapes, vocabulary, stream, data=mixture.fingerprint(), draft_steps=config.draft_steps)
+    task = EagleTask(lm, shapes, vocabulary, stream, mixture.fingerprint(), config.draft_steps)
     trained = train(task, config.train, folder)
     leaves = jax.tree_util.tree_leaves_with_path(trained.params)
     named = {".".join(names_in(path)).replace("layers.0.", "layer."): leaf for path, leaf in leaves}

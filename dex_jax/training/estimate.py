@@ -38,29 +38,19 @@ FROZEN_INPUTS = ("map", "map_down", "context.enter")
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a run computes with, all of its devices together.
-
-    Attributes:
-      name: of the machine.
-      flops: operations a second at its peak, in the dtype of the model.
-      bandwidth: bytes a second from its memory, at its peak.
-      memory: bytes, None when unknown.
-      devices: how many.
-      reached: share of these peaks that is counted on.
-    """
+    """What a run computes with, all of its devices together."""
 
     name: str
-    flops: float
-    bandwidth: float
-    memory: float | None
-    devices: int = 1
-    reached: float = REACHED
+    flops: float  # operations a second at its peak, in the dtype of the model
+    bandwidth: float  # bytes a second from its memory, at its peak
+    memory: float | None  # bytes, None when unknown
+    reached: float = REACHED  # share of these peaks that is counted on
 
 
 def _published(name: str, device: str, devices: int = 1) -> Machine:
     """So many devices of the planner's table."""
     peak = DEVICES[device][0]
-    return Machine(name, devices * peak.flops, devices * peak.bandwidth, devices * peak.memory, devices)
+    return Machine(name, devices * peak.flops, devices * peak.bandwidth, devices * peak.memory)
 
 
 MACHINES = {
@@ -74,22 +64,14 @@ MACHINES = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainingCost:
-    """An estimate.
+    """An estimate."""
 
-    Attributes:
-      model_bytes: weights of the frozen model and its rows of the draft vocabulary.
-      cache_bytes: keys and values of the rows.
-      exits_bytes: parameters in float32, their gradient and two moments.
-      activation_bytes: one chunk's states and features with their gradients, and one block of logits.
-      tokens: row-steps of the whole run.
-      model_seconds, exits_seconds: of the whole run, without compilation and evaluation.
-    """
-
-    model_bytes: int
-    cache_bytes: int
-    exits_bytes: int
-    activation_bytes: int
-    tokens: int
+    model_bytes: int  # weights of the frozen model and its rows of the draft vocabulary
+    cache_bytes: int  # keys and values of the rows
+    exits_bytes: int  # parameters in float32, their gradient and two moments
+    activation_bytes: int  # one chunk's states and features with their gradients, and one block of logits
+    tokens: int  # row-steps of the whole run
+    # of the whole run, without compilation and evaluation
     model_seconds: float
     exits_seconds: float
 
@@ -164,8 +146,7 @@ def training_cost(
 def model_flops_per_token(model: ModelConfig, length: int) -> float:
     """Operations that run one token through all layers and the unembedding, over a cache of `length` positions."""
     weights = abstract_weights(model, Unrolled(), jnp.dtype(jnp.float32))
-    embedding = model.vocab_size * model.width
-    looked_up = 0 if model.tied else embedding
+    looked_up = 0 if model.tied else model.vocab_size * model.width
     products = sum(leaf.size for leaf in jax.tree.leaves(weights)) - looked_up
     return 2 * products + 2 * 2 * model.num_layers * model.num_heads * model.head_dim * length
 
@@ -201,7 +182,7 @@ def this_machine(dtype: jnp.dtype, devices: int = 1) -> Machine:
     times = 1 if cpu else devices
     name = device.device_kind if devices == 1 else f"{devices} x {device.device_kind}"
     total = None if memory is None else times * memory
-    return Machine(name, times * flops, times * bandwidth, total, devices, REACHED_OF_MEASURED)
+    return Machine(name, times * flops, times * bandwidth, total, REACHED_OF_MEASURED)
 
 
 def gigabytes(size: float) -> str:

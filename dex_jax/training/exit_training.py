@@ -26,13 +26,13 @@ from dex_jax.io.folders import require_disk
 from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import select_exits
+from dex_jax.sharding import device_name
 from dex_jax.training.checkpoints import Checkpoints, list_checkpoints
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.distillation import Distillation, DistillationOptions, check_fit, draft_vocabulary, history_for
 from dex_jax.training.items import Item
 from dex_jax.training.journal import read_journal
-from dex_jax.training.mixture import Mixture
-from dex_jax.training.sources import SourceOptions, open_mixture
+from dex_jax.training.sources import Mixture, SourceOptions, open_mixture
 from dex_jax.training.stream import Stream
 from dex_jax.training.trainer import Trained, train
 
@@ -73,8 +73,7 @@ class ExitTraining:
     first: ExitTraining | None = None
 
     def __post_init__(self) -> None:
-        changed = [] if self.first is None else _differences(self.first.exits, self.exits)
-        if changed:
+        if self.first is not None and (changed := _differences(self.first.exits, self.exits)):
             raise DexError(f"a training cannot go on from the first one: {'; '.join(changed)}")
 
     @property
@@ -130,25 +129,20 @@ def train_exits(
         mesh=mesh,
     )
     forget_unstarted(folder, config.train.keep, tell)
-    vocabulary = _vocabulary(config, lm, stream, shapes, folder, initial, tell)
+    vocabulary = None
+    if shapes.draft_size is not None:
+        given = None if initial is None else initial.vocabulary
+        vocabulary = kept_vocabulary(lm, stream, shapes.draft_size, config.draft_tokens, folder, tell, given)
     groups = held_out_texts(config, lm, mixture, folder, tell)
 
     def evaluate(exits: TrainedExits) -> dict[str, Any]:
         figures = grouped_figures(lm, exits, groups)
-        shown = {name: figures[name] for name in ([*figures][-1],)}
-        tell(tables(shown))
+        last = [*figures][-1]
+        tell(tables({last: figures[last]}))
         return {"groups": {name: each.to_json() for name, each in figures.items()}}
 
-    task = Distillation(
-        lm,
-        shapes,
-        vocabulary,
-        stream,
-        data=mixture.fingerprint(),
-        options=config.options,
-        evaluate=evaluate if groups else None,
-        initial=initial,
-    )
+    evaluates = evaluate if groups else None
+    task = Distillation(lm, shapes, vocabulary, stream, mixture.fingerprint(), config.options, evaluates, initial)
     begin = time.perf_counter()
     trained = train(task, config.train, folder, mesh=mesh)
     exits = task.trained(trained.params, _about(config, initial, trained, folder, time.perf_counter() - begin))
@@ -169,8 +163,7 @@ def held_out_texts(
         greedy = [_greedy(item, config.evaluation_tokens) for item in items[: config.evaluation_texts]]
         texts = _run_items(lm, greedy, config) if greedy else []
         # An answer that is nothing but an EOS says nothing about exits.
-        answered = [(prompt, answer) for prompt, answer in texts if answer]
-        if answered:
+        if answered := [(prompt, answer) for prompt, answer in texts if answer]:
             groups[name] = answered
     write_json(file, groups)
     return groups
@@ -195,39 +188,23 @@ def _run_items(lm: LanguageModel, items: Sequence[Item], config: ExitTraining) -
         depths=(lm.config.num_layers,),
         # Not the seed of the training: what a model writes itself is held out by being sampled otherwise.
         seed=config.train.seed + 1_000_003,
-        on_item=lambda number, found: tokens.__setitem__(number, found),
+        on_item=tokens.__setitem__,
     )
     while not stream.done:
         stream.next()
-    return [_split(items[number].turns[-1].forced, items[number], found) for number, found in sorted(tokens.items())]
+    return [_split(items[number], found) for number, found in sorted(tokens.items())]
 
 
-def _split(forced: tuple[int, ...], item: Item, tokens: list[int]) -> Text:
+def _split(item: Item, tokens: list[int]) -> Text:
+    forced = item.turns[-1].forced
     if item.turns[-1].limit == 0:
-        return tokens[:1], tokens[1:]
-    if len(item.turns) == 1:
-        return tokens[: len(forced)], tokens[len(forced) :]
-    starts = range(len(tokens) - len(forced), -1, -1)
-    end = next(start for start in starts if tuple(tokens[start : start + len(forced)]) == forced) + len(forced)
+        end = 1
+    elif len(item.turns) == 1:
+        end = len(forced)
+    else:
+        starts = range(len(tokens) - len(forced), -1, -1)
+        end = next(start for start in starts if tuple(tokens[start : start + len(forced)]) == forced) + len(forced)
     return tokens[:end], tokens[end:]
-
-
-def _vocabulary(
-    config: ExitTraining,
-    lm: LanguageModel,
-    stream: Stream,
-    exits: ExitsConfig,
-    folder: Path,
-    initial: TrainedExits | None,
-    tell: Tell,
-) -> np.ndarray | None:
-    if exits.draft_size is None:
-        return None
-    file = folder / VOCABULARY
-    if initial is not None and initial.vocabulary is not None and len(initial.vocabulary) == exits.draft_size:
-        write_json(file, initial.vocabulary.tolist())
-        return initial.vocabulary
-    return kept_vocabulary(lm, stream, exits.draft_size, config.draft_tokens, folder, tell)
 
 
 def forget_unstarted(folder: Path, keep: int, tell: Tell) -> None:
@@ -239,10 +216,20 @@ def forget_unstarted(folder: Path, keep: int, tell: Tell) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-def kept_vocabulary(lm: LanguageModel, stream: Stream, size: int, tokens: int, folder: Path, tell: Tell) -> np.ndarray:
-    """`draft_vocabulary`, [V'] int32, counted once and kept in the folder."""
+def kept_vocabulary(
+    lm: LanguageModel,
+    stream: Stream,
+    size: int,
+    tokens: int,
+    folder: Path,
+    tell: Tell,
+    given: np.ndarray | None = None,
+) -> np.ndarray:
+    """`draft_vocabulary`, [V'] int32, counted once, or the `given` one if it is as large; kept in the folder."""
     file = folder / VOCABULARY
-    if not file.is_file():
+    if given is not None and len(given) == size:
+        write_json(file, given.tolist())
+    elif not file.is_file():
         tell(f"counting the draft vocabulary on {tokens} tokens")
         write_json(file, draft_vocabulary(lm, stream, size, tokens).tolist())
     return np.asarray(json.loads(file.read_text()), np.int32)
@@ -254,8 +241,7 @@ def _start(initial: TrainedExits | None, exits: ExitsConfig, lm: LanguageModel, 
     if set(exits.depths) < set(initial.config.depths):
         shapes, parameters = select_exits(initial.config, initial.parameters, exits.depths)
         initial = dataclasses.replace(initial, config=shapes, parameters=parameters)
-    changed = _differences(initial.config, exits)
-    if changed:
+    if changed := _differences(initial.config, exits):
         raise DexError(f"training cannot start from {initial.source}: {'; '.join(changed)}")
     if initial.fingerprint != lm.fingerprint:
         tell(
@@ -279,15 +265,15 @@ def _about(
 ) -> dict[str, Any]:
     records = read_journal(folder)
     spent = sum(record.get("seconds", 0.0) for record in records)
-    last = [record for record in records if "groups" in record][-1:]
+    held_out = [record["groups"] for record in records if "groups" in record]
     return {
         "model": config.model,
         "data": list(config.data),
         "tokens": trained.tokens,
         "steps": trained.step,
         "minutes": round(max(spent, seconds) / 60, 1),
-        "device": f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}",
-        "held_out": last[0]["groups"] if last else {},
+        "device": device_name(jax.devices()[0]),
+        "held_out": held_out[-1] if held_out else {},
     } | ({} if initial is None else _inherited(initial.metadata))
 
 

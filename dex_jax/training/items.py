@@ -9,6 +9,7 @@ Letters: N scripts, S longest item, G turns a script.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,20 +30,13 @@ class Turn:
 
     A free part ends at its limit or where the model chooses an end token. That token is never run: what follows is the
     next turn's first forced token, or the next item.
-
-    Attributes:
-      forced: token ids, at least one.
-      limit: most free tokens after them; 0 for none.
-      temperature: of the free part; 0 is greedy.
-      top_p: of the free part, in (0, 1]; 1 keeps every token. Unused when greedy.
-      forced_weight: how much a step counts whose next token this turn forces. Steps whose next token is free count 1.
     """
 
-    forced: tuple[int, ...]
-    limit: int = 0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    forced_weight: float = 0.0
+    forced: tuple[int, ...]  # token ids, at least one
+    limit: int = 0  # most free tokens after them; 0 for none
+    temperature: float = 0.0  # of the free part; 0 is greedy
+    top_p: float = 1.0  # of the free part, in (0, 1]; 1 keeps every token. Unused when greedy
+    forced_weight: float = 0.0  # how much a step counts whose next token this turn forces; where it is free, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +52,16 @@ class Item:
 
 
 class Scripts(NamedTuple):
-    """N items as arrays.
+    """N items as arrays."""
 
-    Attributes:
-      forced: [N, S] int32, forced tokens of all turns one after another.
-      end: [N, G] int32, where in `forced` each turn's tokens end.
-      limit: [N, G] int32.
-      temperature, top_p, forced_weight: [N, G] float32.
-      turns: [N] int32, how many turns there are.
-      number: [N] int32, the item's number in its sequence; NO_ITEM where there is no item.
-    """
-
-    forced: np.ndarray
-    end: np.ndarray
-    limit: np.ndarray
-    temperature: np.ndarray
+    forced: np.ndarray  # [N, S] int32, forced tokens of all turns one after another
+    end: np.ndarray  # [N, G] int32, where in `forced` each turn's tokens end
+    limit: np.ndarray  # [N, G] int32
+    temperature: np.ndarray  # [N, G] float32, as the next two
     top_p: np.ndarray
     forced_weight: np.ndarray
-    turns: np.ndarray
-    number: np.ndarray
+    turns: np.ndarray  # [N] int32, how many turns there are
+    number: np.ndarray  # [N] int32, the item's number in its sequence; NO_ITEM where there is no item
 
 
 def script(item: Item, number: int, length: int) -> Scripts:
@@ -93,22 +78,18 @@ def script(item: Item, number: int, length: int) -> Scripts:
         raise DexError(f"item {number} needs limits and temperatures of at least 0 and top_p above 0, at most 1")
     if item.longest > length:
         raise DexError(f"item {number} may grow to {item.longest} tokens and rows hold {length}: lower its limits")
-    forced = np.zeros(length, np.int32)
-    tokens = [token for turn in item.turns for token in turn.forced]
-    forced[: len(tokens)] = tokens
+    forced = [token for turn in item.turns for token in turn.forced]
 
-    def per_turn(values: Sequence[float], dtype: type) -> np.ndarray:
-        out: np.ndarray = np.zeros(MAX_TURNS, dtype)
-        out[: len(values)] = values
-        return out
+    def padded(values: Sequence[float], dtype: type, size: int = MAX_TURNS) -> np.ndarray:
+        return np.pad(np.array(values, dtype), (0, size - len(values)))
 
     return Scripts(
-        forced=forced,
-        end=per_turn(np.cumsum([len(turn.forced) for turn in item.turns]).tolist(), np.int32),
-        limit=per_turn([turn.limit for turn in item.turns], np.int32),
-        temperature=per_turn([turn.temperature for turn in item.turns], np.float32),
-        top_p=per_turn([turn.top_p for turn in item.turns], np.float32),
-        forced_weight=per_turn([turn.forced_weight for turn in item.turns], np.float32),
+        forced=padded(forced, np.int32, length),
+        end=padded([*itertools.accumulate(len(turn.forced) for turn in item.turns)], np.int32),
+        limit=padded([turn.limit for turn in item.turns], np.int32),
+        temperature=padded([turn.temperature for turn in item.turns], np.float32),
+        top_p=padded([turn.top_p for turn in item.turns], np.float32),
+        forced_weight=padded([turn.forced_weight for turn in item.turns], np.float32),
         turns=np.asarray(len(item.turns), np.int32),
         number=np.asarray(number, np.int32),
     )
@@ -121,4 +102,4 @@ def no_script(length: int) -> Scripts:
 
 def stack_scripts(scripts: Sequence[Scripts]) -> Scripts:
     """N scripts of one S, along a new first axis."""
-    return Scripts(*(np.stack(field) for field in zip(*scripts, strict=True)))
+    return Scripts(*map(np.stack, zip(*scripts, strict=True)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +69,18 @@ def read_journal(folder: str | Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     data = path.read_bytes()
-    return [json.loads(line) for line in data[: _end_of_lines(data, None)].splitlines()]
+    return [json.loads(line) for line in data[: _end_of_lines(data, math.inf)].splitlines()]
 
 
-def _end_of_lines(data: bytes, step: int | None) -> int:
-    """Length in bytes of the whole lines up to and including `step` (None: of all whole lines)."""
+def _end_of_lines(data: bytes, step: float) -> int:
+    """Length in bytes of the whole lines up to and including `step`."""
     end = 0
     for line in data.splitlines(keepends=True):
         try:
             record = json.loads(line)
         except ValueError:
             break
-        if not line.endswith(b"\n") or not isinstance(record, dict):
-            break
-        if step is not None and record.get("step", 0) > step:
+        if not line.endswith(b"\n") or not isinstance(record, dict) or record.get("step", 0) > step:
             break
         end += len(line)
     return end

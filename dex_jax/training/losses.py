@@ -100,15 +100,9 @@ def _forward(features: jax.Array, final: jax.Array, weight: jax.Array, vocabular
     return (loss, agree, covered), gradient
 
 
-def _block_forward(features, final, weight, vocabulary, hard):
-    found, gradient = _forward(features, final, weight, vocabulary, hard)
-    return found, gradient
-
-
 def _block_backward(hard, kept, cotangent):
     del hard
-    scaled = kept * cotangent[0][:, None, None].astype(kept.dtype)
-    return scaled, None, None, None
+    return kept * cotangent[0][:, None, None].astype(kept.dtype), None, None, None
 
 
-_block_losses.defvjp(_block_forward, _block_backward)
+_block_losses.defvjp(_forward, _block_backward)

@@ -18,23 +18,14 @@ from dex_jax.training.items import NO_ITEM, Scripts
 
 
 class Rows(NamedTuple):
-    """Where each row stands before a step; all [B] int32.
+    """Where each row stands before a step; all [B] int32."""
 
-    Attributes:
-      slot: its item's place among the scripts, NO_ITEM when it has none.
-      turn: of that item.
-      position: of the token that the step runs.
-      token: that token.
-      forced: forced tokens of the item taken so far, `token` included.
-      free: free tokens of the turn taken so far, `token` included.
-    """
-
-    slot: jax.Array
-    turn: jax.Array
-    position: jax.Array
-    token: jax.Array
-    forced: jax.Array
-    free: jax.Array
+    slot: jax.Array  # its item's place among the scripts, NO_ITEM when it has none
+    turn: jax.Array  # of that item
+    position: jax.Array  # of the token that the step runs
+    token: jax.Array  # that token
+    forced: jax.Array  # forced tokens of the item taken so far, `token` included
+    free: jax.Array  # free tokens of the turn taken so far, `token` included
 
 
 def take_items(rows: Rows, scripts: Scripts, taken: jax.Array, waiting: jax.Array) -> tuple[Rows, jax.Array]:

@@ -1,4 +1,4 @@
-"""Where the training stream's items come from: what the model writes itself, prompts, given texts.
+"""Where the training stream's items come from: what the model writes itself, prompts, given texts, and mixtures.
 
 Every source is a sequence without end that is the same in every run: item i follows from i and a seed alone, so a
 position in the data is one number. Letters: S longest item.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from dex_jax.prompt_files import (
     standard_library_prompts,
 )
 from dex_jax.training.items import Item, Turn
-from dex_jax.training.mixture import Mixture, Source, digest_of
 
 Model = LanguageModel | Outline
 
@@ -38,6 +37,9 @@ SHORTEST_ANSWER = 16
 """A prompt that leaves no room for this many tokens of answer is skipped."""
 
 _MARK = "dexmarker"
+
+BLOCK = 256
+"""A mixture keeps its shares in every BLOCK items."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ class SelfSource:
             return
         parts = tokenizer.render([{"role": "user", "content": _MARK}]).split(_MARK)
         if len(parts) != 2:
-            raise DexError(f"the chat template of {_name(model)} does not show the user's text once: turn chat off")
+            raise DexError(f"the chat template of {model.source} does not show the user's text once: turn chat off")
         rest = tuple(tokenizer.encode(parts[1], add_special=False))
         headers = [tuple(tokenizer.encode(parts[0] + start, add_special=False)) for start in options.starts or ("",)]
         self._scripts = [self._chat_script(header, rest) for header in headers]
@@ -129,7 +131,7 @@ class ListSource:
     """Entries of a list, each once an epoch, shuffled anew for every epoch.
 
     Args:
-      name: see Source.
+      name: what users write.
       entries: prompts or windows of tokens.
       make: (entry, item number) -> item, or None when it is too long.
       held_out: digests (`entry_digest`) of entries never to be trained on.
@@ -188,9 +190,55 @@ class ListSource:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._entries))
 
 
-def open_mixture(
-    data: Sequence[str], model: Model, options: SourceOptions, tell: Callable[[str], None] | None = None
-) -> Mixture:
+class Mixture:
+    """Several sources in given shares of the items; itself a sequence of items without end.
+
+    `weights` are relative shares, one a source; `seed` is of the order in which sources take turns.
+
+    Raises:
+      DexError: no sources, equal names, or weights that are missing or not above 0.
+    """
+
+    def __init__(self, sources: Sequence[SelfSource | ListSource], weights: Sequence[float], seed: int = 0):
+        if not 1 <= len(sources) <= BLOCK or len(weights) != len(sources):
+            raise DexError(f"a mixture takes 1 to {BLOCK} sources with a weight each, not {len(sources)}")
+        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise DexError(f"the weights of data must be above 0, not {', '.join(map(str, weights))}")
+        names = [source.name for source in sources]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise DexError(f"{twice[0]} is given twice: give it once, with a larger weight")
+        self.sources, self._seed = tuple(sources), seed
+        self._counts = _shares(weights)
+        self._block = functools.lru_cache(maxsize=4)(self._make_block)
+
+    def item(self, number: int) -> Item:
+        """The item of any number from 0; the same at every call."""
+        block, within = divmod(number, BLOCK)
+        turns, ranks = self._block(block)
+        source = int(turns[within])
+        return self.sources[source].item(block * self._counts[source] + int(ranks[within]))
+
+    @property
+    def held_out(self) -> dict[str, list[Item]]:
+        """Items never trained on, by the name of their source."""
+        return {source.name: source.held_out for source in self.sources}
+
+    def fingerprint(self) -> str:
+        """Short hexadecimal digest of the data, their shares and their order."""
+        parts = [(source.name, source.digest, count) for source, count in zip(self.sources, self._counts, strict=True)]
+        return digest_of(json.dumps([parts, self._seed]))[:16]
+
+    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        turns = np.repeat(np.arange(len(self._counts)), self._counts)
+        turns = np.random.default_rng([self._seed, block]).permutation(turns)
+        ranks = np.zeros(BLOCK, np.int64)
+        for source in range(len(self._counts)):
+            ranks[turns == source] = np.arange(self._counts[source])
+        return turns, ranks
+
+
+def open_mixture(data: Sequence[str], model: Model, options: SourceOptions, tell: Callable[[str], None]) -> Mixture:
     """The mixture that users ask for with --data.
 
     Args:
@@ -199,14 +247,13 @@ def open_mixture(
         "=WEIGHT" after it or the weight 1.
       model: its tokenizer and chat template make tokens.
       options: how.
-      tell: called with sentences that users should see; None prints them to stderr.
+      tell: called with sentences that users should see.
 
     Prompts held out of one source are held out of all.
 
     Raises:
       DexError: data that are not understood, cannot be read, or do not fit.
     """
-    say = tell or functools.partial(print, file=sys.stderr)
     specs = [parse_data(text) for text in data]
     read = {name: _read_entries(name, model, options) for name, _ in specs if name != "self"}
     held_out = frozenset(
@@ -214,13 +261,14 @@ def open_mixture(
         for entries in read.values()
         for digest in held_out_digests(entries, options.held_out_share, options.held_out_least)
     )
-    sources: list[Source] = []
+    sources: list[SelfSource | ListSource] = []
     for name, _ in specs:
         if name == "self":
             sources.append(SelfSource(model, options))
             continue
-        make = functools.partial(_given_item if name.startswith(("text:", "store:")) else _prompt_item, model, options)
-        sources.append(ListSource(name, read[name], make, held_out, options.seed, say))
+        given = name.startswith(("text:", "store:"))
+        make = _given_item if given else functools.partial(_prompt_item, model, options)
+        sources.append(ListSource(name, read[name], make, held_out, options.seed, tell))
     mixture = Mixture(sources, [weight for _, weight in specs], options.seed)
     for source in sources:
         source.item(0)  # what cannot be encoded at all is better said now
@@ -258,7 +306,7 @@ def _read_entries(name: str, model: Model, options: SourceOptions) -> Sequence[A
 
 def _encoded(texts: Sequence[str], model: Model) -> list[list[int]]:
     if model.tokenizer is None:
-        raise DexError(f"{_name(model)} has no tokenizer, so texts cannot be used: use self")
+        raise DexError(f"{model.source} has no tokenizer, so texts cannot be used: use self")
     return [model.tokenizer.encode(text, add_special=False) for text in texts]
 
 
@@ -281,8 +329,8 @@ def _windows(texts: Sequence[list[int]], model: Model, length: int) -> list[tupl
     return windows
 
 
-def _given_item(model: Model, options: SourceOptions, window: tuple[int, ...], number: int) -> Item:
-    del model, options, number
+def _given_item(window: tuple[int, ...], number: int) -> Item:
+    del number
     return Item((Turn(window, forced_weight=1.0),))
 
 
@@ -304,7 +352,7 @@ def _sampled_or_not(answer: Turn, options: SourceOptions, number: int) -> Turn:
 def _text_script(model: Model, options: SourceOptions) -> tuple[Turn, ...]:
     begins = model.config.bos_id if model.config.bos_id is not None else next(iter(model.eos_ids), None)
     if begins is None:
-        raise DexError(f"{_name(model)} has no BOS and no EOS to begin a text with: give prompts with --data")
+        raise DexError(f"{model.source} has no BOS and no EOS to begin a text with: give prompts with --data")
     return (Turn((begins,), options.length - 1, options.prompt_temperature, options.prompt_top_p),)
 
 
@@ -313,5 +361,17 @@ def _random(options: SourceOptions, number: int, purpose: str) -> float:
     return int(digest_of(f"{options.seed} {number} {purpose}")[:13], 16) / 16**13
 
 
-def _name(model: Model) -> str:
-    return model.source if isinstance(model, LanguageModel) else model.checkpoint.source
+def digest_of(text: str) -> str:
+    """Hexadecimal SHA-256."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _shares(weights: Sequence[float]) -> list[int]:
+    """How many of BLOCK items each source gives, at least one: the largest remainders are rounded up."""
+    spare = BLOCK - len(weights)
+    exact = [spare * weight / sum(weights) for weight in weights]
+    counts = [1 + math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda i: math.floor(exact[i]) - exact[i])
+    for i in by_remainder[: BLOCK - sum(counts)]:
+        counts[i] += 1
+    return counts

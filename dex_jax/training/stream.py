@@ -5,12 +5,17 @@ elsewhere it is the model's own choice, so reading a prompt and answering it are
 starts the next waiting item in the very next step: what the old one left in the cache lies beyond the new one's
 positions, masked until it is overwritten.
 
+On a mesh with axes "data" and "tensor" rows are spread over "data". Matrices [..., out, in], embeddings among them, are
+split by their output axis over "tensor" where it divides, so that every product is local and only its results are
+gathered. An axis that a mesh lacks splits nothing.
+
 Letters: B rows, n steps of a chunk, H steps of history, X trained depths, L depths, D width, S longest item, N scripts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,93 +34,62 @@ from dex_jax.nn.forward import extend_with_states, states_at
 from dex_jax.nn.transformer import Layout, Stacked
 from dex_jax.nn.weights import merge_model
 from dex_jax.sampling import sampling_keys
+from dex_jax.sharding import EVERYWHERE
 from dex_jax.training.items import NO_ITEM, Item, Scripts, no_script, script, stack_scripts
 from dex_jax.training.rows import Rows, advance, choices, take_items
-
-EVERYWHERE = PartitionSpec()
-"""On a mesh with axes "data" and "tensor": a copy on each device. Rows are spread over "data". Matrices [..., out, in],
-embeddings among them, are split by their output axis over "tensor" where it divides, so that every product is local and
-only its results are gathered. An axis that a mesh lacks splits nothing."""
 
 
 class Activations(NamedTuple):
     """One chunk of the stream.
 
     Step i and an earlier step j belong to the same item iff position[j] >= 0 and position[j] == position[i] - (i - j).
-
-    Attributes:
-      states: [X, B, n, D], hidden states at the trained depths, in the model's dtype.
-      final: [B, H + n, D], hidden state at depth L before the final norm; the first H steps are history.
-      token: [B, H + n] int32, input token of each step; NO_ITEM where there is none.
-      position: [B, H + n] int32, its position within its item, from 0; NO_ITEM where there is none.
-      weight: [B, n] float32, how much a step counts: 1 where the model chose the next token, its turn's forced_weight
-        where the script did, 0 where the row was idle. An item's last step counts as the part that it stands in.
     """
 
-    states: jax.Array
-    final: jax.Array
-    token: jax.Array
-    position: jax.Array
+    states: jax.Array  # [X, B, n, D], hidden states at the trained depths, in the model's dtype
+    final: jax.Array  # [B, H + n, D], hidden state at depth L before the final norm; the first H steps are history
+    token: jax.Array  # [B, H + n] int32, input token of each step; NO_ITEM where there is none
+    position: jax.Array  # [B, H + n] int32, its position within its item, from 0; NO_ITEM where there is none
+    # [B, n] float32, how much a step counts: 1 where the model chose the next token, its turn's forced_weight where the
+    # script did, 0 where the row was idle. An item's last step counts as the part that it stands in.
     weight: jax.Array
 
 
 class StreamState(NamedTuple):
-    """All that the device carries from chunk to chunk.
+    """All that the device carries from chunk to chunk."""
 
-    Attributes:
-      memory: keys and values of S positions a row.
-      rows: where the rows stand.
-      final, token, position: the last H steps as in Activations, [B, H, D] and [B, H].
-    """
-
-    memory: cache.Memory
-    rows: Rows
+    memory: cache.Memory  # keys and values of S positions a row
+    rows: Rows  # where the rows stand
+    # the last H steps as in Activations, [B, H, D] and [B, H]
     final: jax.Array
     token: jax.Array
     position: jax.Array
 
 
 class Report(NamedTuple):
-    """What the host learns of a chunk.
+    """What the host learns of a chunk."""
 
-    Attributes:
-      slot: [B] int32, each row's item when the chunk ended, as in Rows.
-      taken: int32, how many waiting scripts have been started.
-      learnt: int32, steps of weight above 0.
-      number: [B, n] int32, the item number of each step.
-    """
-
-    slot: jax.Array
-    taken: jax.Array
-    learnt: jax.Array
-    number: jax.Array
+    slot: jax.Array  # [B] int32, each row's item when the chunk ended, as in Rows
+    taken: jax.Array  # int32, how many waiting scripts have been started
+    learnt: jax.Array  # int32, steps of weight above 0
+    number: jax.Array  # [B, n] int32, the item number of each step
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamSpec:
     """What the compiled program depends on beside shapes.
 
-    Attributes:
-      config, layout: of the model.
-      depths: the X trained depths, ascending, 0..L.
-      steps: n.
-      history: H.
-      length: S.
-      end_ids: tokens that end a free part.
-      mesh: over whose axis "data" rows are spread; None leaves all where JAX puts it.
-
     Raises:
       DexError: depths that the model does not have, or sizes that make no stream.
     """
 
-    config: ModelConfig
+    config: ModelConfig  # of the model, as the layout
     layout: Layout
-    depths: tuple[int, ...]
-    steps: int
-    history: int
-    length: int
-    end_ids: tuple[int, ...]
-    mesh: Mesh | None = None
+    depths: tuple[int, ...]  # the X trained depths, ascending, 0..L
+    steps: int  # n
+    history: int  # H
+    length: int  # S
+    end_ids: tuple[int, ...]  # tokens that end a free part
+    mesh: Mesh | None = None  # over whose axis "data" rows are spread; None leaves all where JAX puts it
 
     def __post_init__(self) -> None:
         layers = self.config.num_layers
@@ -169,8 +143,7 @@ def produce(
 
     carry = (state.memory, state.rows._replace(slot=slot), jnp.int32(0))
     (memory, rows, taken), out = jax.lax.scan(step, carry, None, length=spec.steps)
-    states, *by_row = (jnp.moveaxis(x, 0, -2 if x.ndim > 2 else -1) for x in out)
-    final, token, position, weight, number = by_row
+    states, final, token, position, weight, number = (jnp.moveaxis(x, 0, -2 if x.ndim > 2 else -1) for x in out)
     final = jnp.concatenate([state.final, final], axis=1)
     token = jnp.concatenate([state.token, token], axis=1)
     position = jnp.concatenate([state.position, position], axis=1)
@@ -179,57 +152,53 @@ def produce(
     report = Report(rows.slot, taken, jnp.sum(weight > 0), number)
     if spec.mesh is not None:
         # The next call takes the state as it took this one.
-        places = (_state_places(spec, spec.mesh), _chunk_places(spec.mesh))
+        places = shardings(spec.mesh, (_state_specs(spec, spec.mesh), activation_specs(spec.mesh)))
         state, activations = jax.lax.with_sharding_constraint((state, activations), places)
     return state, activations, report
 
 
-def rows_spec(mesh: Mesh, axis: int = 0) -> PartitionSpec:
-    """Of arrays whose rows lie along `axis`."""
+def rows_spec(mesh: Mesh, axis: int = 0) -> Any:
+    """PartitionSpec of arrays whose rows lie along `axis`."""
     return PartitionSpec(*[None] * axis, "data" if "data" in mesh.shape else None)
 
 
-def matrix_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
-    """Of a matrix [..., out, in]."""
+def matrix_spec(mesh: Mesh, shape: tuple[int, ...]) -> Any:
+    """PartitionSpec of a matrix [..., out, in]."""
     pieces = mesh.shape.get("tensor", 1)
     if pieces == 1 or shape[-2] % pieces:
         return EVERYWHERE
     return PartitionSpec(*[None] * (len(shape) - 2), "tensor")
 
 
-def place_weights(weights: Any, layout: Layout, mesh: Mesh) -> Any:
-    """The weights of a model, as LanguageModel has them, on a mesh."""
-
-    def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        stacked = isinstance(layout, Stacked) and "layers" in jax.tree_util.keystr(path)
-        matrix = leaf.ndim - (2 if stacked else 0) == 2
-        return jax.device_put(leaf, NamedSharding(mesh, matrix_spec(mesh, leaf.shape) if matrix else EVERYWHERE))
-
-    return jax.tree_util.tree_map_with_path(place, weights)
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """A tree of PartitionSpecs as NamedShardings."""
+    # Some versions of JAX take a PartitionSpec for a tuple.
+    return jax.tree.map(functools.partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def activation_specs(mesh: Mesh) -> Activations:
     """How a chunk lies on a mesh: a PartitionSpec for each field."""
-    states: Any = rows_spec(mesh, 1)
-    rows: Any = rows_spec(mesh)
-    return Activations(states, rows, rows, rows, rows)
+    return Activations(rows_spec(mesh, 1), *[rows_spec(mesh)] * 4)
 
 
-def _chunk_places(mesh: Mesh) -> Activations:
-    specs: Any = activation_specs(mesh)
-    places: list[Any] = [NamedSharding(mesh, spec) for spec in specs]
-    return Activations(*places)
+def _state_specs(spec: StreamSpec, mesh: Mesh) -> StreamState:
+    rows = rows_spec(mesh)
+    caches = rows_spec(mesh, 2) if isinstance(spec.layout, Stacked) else rows
+    # There is no lattice, and XLA does not split an empty array.
+    return StreamState(cache.Memory(caches, caches, EVERYWHERE, EVERYWHERE), rows, rows, rows, rows)
 
 
-def _state_places(spec: StreamSpec, mesh: Mesh) -> StreamState:
-    rows: Any = NamedSharding(mesh, rows_spec(mesh))
-    caches = NamedSharding(mesh, rows_spec(mesh, 2)) if isinstance(spec.layout, Stacked) else rows
-    nothing = NamedSharding(mesh, EVERYWHERE)  # there is no lattice, and XLA does not split an empty array
-    return StreamState(cache.Memory(caches, caches, nothing, nothing), rows, rows, rows, rows)
+def _place_weights(weights: Any, layout: Layout, mesh: Mesh) -> Any:
+    """The weights of a model, as LanguageModel has them, on a mesh."""
+
+    def spec(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        stacked = isinstance(layout, Stacked) and "layers" in jax.tree_util.keystr(path)
+        return matrix_spec(mesh, leaf.shape) if leaf.ndim == (4 if stacked else 2) else EVERYWHERE
+
+    return jax.device_put(weights, shardings(mesh, jax.tree_util.tree_map_with_path(spec, weights)))
 
 
 PRODUCE = Program(produce, static=("spec",), donate=(1,))
-
 
 Cursor = dict[str, int]
 
@@ -256,31 +225,26 @@ class Stream:
         Args:
           lm: the frozen model.
           items: the item of each number from 0, the same at every call; None from some number on ends the stream.
-          batch: B.
+          batch: B, at least 1.
           steps, history, length, depths: as of StreamSpec.
           seed: of the sampled tokens.
           on_item: called with (item number, tokens run) of each item that has ended, by number within a chunk.
           mesh: devices with axes "data", which rows are spread over, and "tensor", which weights are split over.
 
         Raises:
-          DexError: as StreamSpec, a batch without rows, or one that does not divide among the mesh.
+          DexError: as StreamSpec, or a batch that does not divide among the mesh.
         """
-        if batch < 1:
-            raise DexError(f"a stream needs at least one row, not {batch}")
         if mesh is not None and batch % mesh.shape.get("data", 1):
             raise DexError(f"{batch} rows do not divide among {mesh.shape['data']} devices: change the batch")
         self.spec = StreamSpec(lm.config, lm.layout, tuple(depths), steps, history, length, lm.eos_ids, mesh)
         self.batch = batch
         self._lm, self._items, self._on_item = lm, items, on_item
-        self._placed = None if mesh is None else place_weights(lm.weights, lm.layout, mesh)
+        self._placed = None if mesh is None else _place_weights(lm.weights, lm.layout, mesh)
         # How many items are at hand in each chunk beside those that run; rows idle when they are used up.
         self._places = 2 * batch
         self._no_script = no_script(length)
         self._running: list[Scripts | None]
-        self._waiting: deque[Scripts]
-        self._texts: dict[int, list[int]]
-        memory = cache.allocate(lm.config, lm.layout, batch, length, 0, lm.dtype)
-        self._state = self._idle(memory)
+        self._state = self._idle(cache.allocate(lm.config, lm.layout, batch, length, 0, lm.dtype))
         self._begin({"item": 0, "seed": seed})
 
     @property
@@ -310,8 +274,7 @@ class Stream:
     def next(self) -> tuple[Activations, int]:
         """(one chunk, how many of its steps are learnt from); idle throughout once the stream is done."""
         self._fill()
-        missing = self._places - len(self._waiting)
-        places = [*self._running, *self._waiting, *[None] * missing]
+        places = [*self._running, *self._waiting, *[None] * (self._places - len(self._waiting))]
         scripts = stack_scripts([self._no_script if place is None else place for place in places])
         asked = self._everywhere((jax.tree.map(jnp.asarray, scripts), jnp.int32(len(self._waiting)), self._key))
         self._state, activations, report = PRODUCE(self.weights, self._state, *asked, spec=self.spec)
@@ -326,7 +289,7 @@ class Stream:
     def _idle(self, memory: cache.Memory) -> StreamState:
         state = start_rows(memory, self.spec)
         mesh = self.spec.mesh
-        return state if mesh is None else jax.device_put(state, _state_places(self.spec, mesh))
+        return state if mesh is None else jax.device_put(state, shardings(mesh, _state_specs(self.spec, mesh)))
 
     def _everywhere(self, tree: Any) -> Any:
         mesh = self.spec.mesh
@@ -336,9 +299,9 @@ class Stream:
         self._next_item, self._seed = int(cursor["item"]), int(cursor["seed"])
         self._key = sampling_keys([self._seed])[0]
         self._running = [None] * self.batch
-        self._waiting = deque()
+        self._waiting: deque[Scripts] = deque()
         self._ended = False
-        self._texts = {}
+        self._texts: dict[int, list[int]] = {}
 
     def _fill(self) -> None:
         while len(self._waiting) < self._places and not self._ended:
@@ -351,9 +314,8 @@ class Stream:
 
     def _collect(self, token: np.ndarray, number: np.ndarray) -> None:
         for row, numbers in zip(token, number, strict=True):
-            for at in range(len(numbers)):
-                if numbers[at] != NO_ITEM:
-                    self._texts.setdefault(int(numbers[at]), []).append(int(row[at]))
+            for at in np.flatnonzero(numbers != NO_ITEM):
+                self._texts.setdefault(int(numbers[at]), []).append(int(row[at]))
         running = {int(script.number) for script in self._running if script is not None}
         assert self._on_item is not None
         for ended in sorted(self._texts.keys() - running):

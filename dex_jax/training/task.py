@@ -1,67 +1,101 @@
-"""What can be trained: the interface between the trainer and the thing that it knows nothing about."""
+"""What can be trained on the stream of a frozen model: all that the trainer asks of it."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax.language_model import LanguageModel
+from dex_jax.nn.targets import Vocabulary
+from dex_jax.nn.weights import merge_model
+from dex_jax.training.sources import digest_of
+from dex_jax.training.stream import Activations, Cursor, Stream
 
 Params = Any
 """A pytree of float32 arrays: what the optimizer updates."""
 
-Cursor = dict[str, Any]
-"""A place in the data: plain JSON (dicts with string keys, lists, strings, numbers, booleans, None)."""
 
+class Task:
+    """One thing to train; the trainer knows of it what is here.
 
-class Task(Protocol):
-    """One thing to train.
+    A task may also have the methods batch_sharding(mesh), param_sharding(mesh) and constant_sharding(mesh): a
+    PartitionSpec, or a pytree of them that is a prefix of the batch, the parameters or the constants, says how they lie
+    on a mesh. Without them a copy lies everywhere.
 
-    A task may also have these methods; the trainer does well without:
-
-      settings() -> dict: plain JSON, what decides the training beside TrainConfig. A folder is only resumed with equal
-        settings.
-      batch_sharding(mesh), param_sharding(mesh), constant_sharding(mesh) -> PartitionSpec, or a pytree of them that is
-        a prefix of the batch, the parameters or the constants: how they lie on a mesh; without it, a copy everywhere.
-
-    Attributes:
-      name: of the kind of task, kept in every checkpoint.
+    Args:
+      lm: the model; never changed.
+      vocabulary: [V'] int32 ascending token ids of the draft vocabulary; None for the full one.
+      stream: of lm's activations.
+      data: names the data, for checkpoints.
+      settings: plain JSON, what else decides the training beside TrainConfig.
     """
 
     name: str
+    """Of the kind of task, kept in every checkpoint."""
+
+    def __init__(
+        self, lm: LanguageModel, vocabulary: np.ndarray | None, stream: Stream, data: str, settings: dict[str, Any]
+    ):
+        self.lm, self.vocabulary, self.stream, self._data, self._settings = lm, vocabulary, stream, data, settings
+
+    def settings(self) -> dict[str, Any]:
+        """Plain JSON, what decides the training beside TrainConfig: a folder is only resumed with equal settings."""
+        spec, words = self.stream.spec, () if self.vocabulary is None else self.vocabulary.tolist()
+        stream = {"batch": self.stream.batch, "steps": spec.steps, "length": spec.length}
+        return self._settings | {"stream": stream, "data": self._data, "vocabulary": digest_of(repr(words))[:16]}
 
     def init(self, key: jax.Array) -> Params:
         """The parameters before the first step."""
+        raise NotImplementedError
 
-    def constants(self) -> Any:
-        """A pytree of arrays that training never changes: an argument of the compiled update, so no part of it."""
+    def constants(self) -> dict[str, Any]:
+        """Frozen arrays that the loss reads, an argument of the update: {"embed", "final_norm", "vocabulary"}."""
+        model = merge_model(self.lm.config, self.lm.layout, self.stream.weights)
+        kernel = model.vocabulary_kernel
+        draft = None if self.vocabulary is None else jnp.asarray(self.vocabulary, jnp.int32)
+        vocabulary = Vocabulary(kernel, None if draft is None else kernel[draft], draft, self.lm.config.logit_cap)
+        return {"embed": model.embed[...], "final_norm": model.final_scale, "vocabulary": vocabulary}
 
     def start(self, seed: int) -> Cursor:
-        """The place before the first batch."""
+        """The place before the first batch; places are plain JSON."""
+        return {"item": 0, "seed": seed}
 
-    def next_batch(self, cursor: Cursor) -> tuple[Any, Cursor, int]:
-        """(the batch at `cursor`, arrays of the same shapes every time; the next place; tokens learnt from)."""
+    def next_batch(self, cursor: Cursor) -> tuple[Activations, Cursor, int]:
+        """(the chunk at `cursor`, of the same shapes every time; the next place; tokens learnt from)."""
+        if cursor != self.stream.cursor:
+            self.stream.restart(cursor)
+        activations, learnt = self.stream.next()
+        return activations, self.stream.cursor, learnt
 
     def loss(
-        self, params: Params, constants: Any, batch: Any, key: jax.Array, step: jax.Array
+        self, params: Params, constants: dict[str, Any], batch: Activations, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The mean loss, and scalars to report by name, float32; traced once under jit.
 
         `constants` and `batch` are as from the methods of these names, `key` is this step's own, `step` an int32 scalar
         from 0.
         """
+        raise NotImplementedError
 
     def evaluate(self, params: Params) -> dict[str, Any]:
         """Figures on held-out data, plain JSON. `params` lie where training keeps them. It must not move any cursor."""
+        return {}
 
     def decayed(self, params: Params) -> Any:
         """Which arrays weight decay applies to: a pytree of bool like `params`."""
+        raise NotImplementedError
 
     def boundary(self) -> None:
-        """Forget all that no checkpoint holds.
+        """Half-done items are dropped: their caches are in no checkpoint.
 
         Called right after a checkpoint has been saved and right after one has been restored, so that a run that goes on
         and a run that was killed and resumed are in the same state from here.
         """
+        self.stream.restart()
 
     def fingerprint(self) -> str:
-        """Names what is trained on top of (the backbone): checkpoints of another one are used with a warning."""
+        """Names the frozen model: checkpoints of another one are used with a warning."""
+        return self.lm.fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -13,51 +14,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from dex_jax.errors import DexError
 from dex_jax.interrupts import INTERRUPTED
 from dex_jax.io.whole_files import plain
 from dex_jax.progress import Display, Standing
+from dex_jax.sharding import EVERYWHERE
 from dex_jax.training import optimizer as optimizing
 from dex_jax.training.checkpoints import Checkpoints, Record, Saved, restore
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.journal import Journal
+from dex_jax.training.stream import shardings
 from dex_jax.training.task import Params, Task
 
 Notify = Callable[[str | Standing], None]
 
 
 class TrainState(NamedTuple):
-    """What an update changes.
+    """What an update changes."""
 
-    Attributes:
-      params: of the task, float32.
-      opt_state: of the optimizer.
-      step: int32 scalar, steps done.
-      key: of the run; step i uses fold_in(key, i).
-    """
-
-    params: Params
-    opt_state: Any
-    step: jax.Array
-    key: jax.Array
+    params: Params  # of the task, float32
+    opt_state: Any  # of the optimizer
+    step: jax.Array  # int32 scalar, steps done
+    key: jax.Array  # of the run; step i uses fold_in(key, i)
 
 
 class Trained(NamedTuple):
-    """What training gives.
+    """What training gives."""
 
-    Attributes:
-      params: the last ones.
-      step: steps done.
-      tokens: learnt from.
-      evaluation: figures at the last step; None if this process found the training done already.
-    """
-
-    params: Params
-    step: int
-    tokens: int
-    evaluation: dict[str, Any] | None
+    params: Params  # the last ones
+    step: int  # steps done
+    tokens: int  # learnt from
 
 
 def train(
@@ -76,42 +64,29 @@ def train(
       notify: called with lines of text and with a Standing after each step; None shows them on stderr.
 
     Returns:
-      See Trained. The task's evaluation has been run at the last step.
+      See Trained. The task's evaluation is in the journal, that of the last step too.
 
     Raises:
       DexError: the folder is another training's, the loss is no longer finite, the disk is full.
       SystemExit: with status 130, after Ctrl-C.
     """
-    display = Display() if notify is None else None
-    tell = notify or display
-    assert tell is not None
-    if mesh is not None and config.batch % mesh.shape.get("data", 1):
-        raise DexError(
-            f"a batch of {config.batch} rows does not divide among {mesh.shape['data']} devices: change batch"
-        )
-    checkpoints = Checkpoints(folder, config.keep, tell)
-    step = 0
-    try:
-        with checkpoints:
-            run = _Run(task, config, checkpoints, mesh, tell)
-            step = run.step
-            try:
-                while not run.done:
-                    run.advance()
-                    step = run.step
-                checkpoints.wait()
-            finally:
-                run.journal.close()
-        return Trained(run.state.params, run.step, run.tokens, run.evaluation)
-    except KeyboardInterrupt:
-        # No checkpoint here: one at a step of its own would change what comes after it.
-        saved = checkpoints.saved_step
-        where = "nothing was saved yet, so it begins anew" if saved is None else f"it goes on from step {saved}"
-        tell(f"Stopped at step {step}. To resume, run the same command again: {where} ({folder}).")
-        raise SystemExit(INTERRUPTED) from None
-    finally:
-        if display is not None:
-            display.close()
+    with contextlib.closing(Display()) as display:
+        tell = notify or display
+        checkpoints, run = Checkpoints(folder, config.keep, tell), None
+        try:
+            with checkpoints:
+                run = _Run(task, config, checkpoints, mesh, tell)
+                with contextlib.closing(run.journal):
+                    while not run.done:
+                        run.advance()
+                    checkpoints.wait()
+            return Trained(run.state.params, run.step, run.tokens)
+        except KeyboardInterrupt:
+            # No checkpoint here: one at a step of its own would change what comes after it.
+            step, saved = 0 if run is None else run.step, checkpoints.saved_step
+            where = "nothing was saved yet, so it begins anew" if saved is None else f"it goes on from step {saved}"
+            tell(f"Stopped at step {step}. To resume, run the same command again: {where} ({folder}).")
+            raise SystemExit(INTERRUPTED) from None
 
 
 def make_update(
@@ -144,7 +119,6 @@ class _Run:
     def __init__(self, task: Task, config: TrainConfig, checkpoints: Checkpoints, mesh: Mesh | None, notify: Notify):
         self.task, self.config, self.checkpoints, self.mesh, self.notify = task, config, checkpoints, mesh, notify
         self.step = self.tokens = 0
-        self.evaluation: dict[str, Any] | None = None
         saved = checkpoints.newest()
         if saved is not None:
             self._check(saved)
@@ -154,17 +128,15 @@ class _Run:
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), task.init(init_key))
         params = _place(params, task, "param_sharding", mesh)
         optimizer = optimizing.make_optimizer(config, task.decayed(params))
-        self.state = TrainState(params, _place_like(optimizer, params, mesh), jnp.int32(0), key)
+        begin = (jnp.int32(0), key)
         if mesh is not None:
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            self.state = self.state._replace(
-                step=jax.device_put(self.state.step, everywhere), key=jax.device_put(key, everywhere)
-            )
+            begin = jax.device_put(begin, NamedSharding(mesh, EVERYWHERE))
+        self.state = TrainState(params, _place_like(optimizer, params, mesh), *begin)
         if saved is not None:
             self._restore(saved)
         self.constants = _place(task.constants(), task, "constant_sharding", mesh)
-        shardings = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, self.state), None)
-        self.update = jax.jit(make_update(task, optimizer), donate_argnums=0, out_shardings=shardings)
+        places = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, self.state), None)
+        self.update = jax.jit(make_update(task, optimizer), donate_argnums=0, out_shardings=places)
         self.journal = Journal(checkpoints.folder, self.step, config.tensorboard)
         self.figures = _Figures()
         self._logged = (time.perf_counter(), self.tokens)
@@ -208,27 +180,19 @@ class _Run:
     def _evaluate(self) -> None:
         # What follows could spoil hours of work, and a step that went wrong spoils the figures.
         self.figures.check()
-        self.evaluation = plain(self.task.evaluate(self.state.params))
-        self.journal.write("evaluation", self.step, {"tokens": self.tokens, **self.evaluation})
+        figures = self.task.evaluate(self.state.params)
+        self.journal.write("evaluation", self.step, {"tokens": self.tokens, **figures})
 
     def _save(self) -> None:
         self.figures.check()
-        record = Record(
-            self.step,
-            self.tokens,
-            self.cursor,
-            dataclasses.asdict(self.config),
-            self.task.name,
-            _settings(self.task),
-            self.task.fingerprint(),
-        )
+        config, settings = dataclasses.asdict(self.config), plain(self.task.settings())
+        record = Record(self.step, self.tokens, self.cursor, config, self.task.name, settings, self.task.fingerprint())
         self.cursor = self.checkpoints.save(self._storable(), record).cursor
         self.task.boundary()
 
     def _restore(self, saved: Saved) -> None:
         stored = restore(saved, self._storable())
-        key = jax.random.wrap_key_data(stored.key)
-        self.state = stored._replace(key=key)
+        self.state = stored._replace(key=jax.random.wrap_key_data(stored.key))
         self.step, self.tokens, self.cursor = saved.record.step, saved.record.tokens, saved.record.cursor
         self.task.boundary()
         end = " That is all of it: nothing is left to do." if self.done else ""
@@ -243,7 +207,7 @@ class _Run:
             raise DexError(
                 f"{self.checkpoints.folder} holds a training of {record.task}, not {self.task.name}: use another folder"
             )
-        settings = _settings(self.task)
+        settings = plain(self.task.settings())
         changed = self.config.conflicts(record.config) + [
             f"{name} was {record.settings.get(name)}, is {settings.get(name)}"
             for name in sorted(settings.keys() | record.settings.keys())
@@ -323,22 +287,11 @@ def _amount(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _settings(task: Task) -> dict[str, Any]:
-    """Settings of the task as they come back from JSON."""
-    method = getattr(task, "settings", None)
-    return {} if method is None else plain(method())
-
-
 def _place(tree: Any, task: Task, method: str, mesh: Mesh | None) -> Any:
     """Puts a tree on the mesh as the task says, or as a copy everywhere; without a mesh, leaves it where it is."""
     if mesh is None:
         return tree
-    specs = getattr(task, method)(mesh) if hasattr(task, method) else PartitionSpec()
-    # Some versions of JAX take a PartitionSpec for a tuple.
-    shardings = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
-    )
-    return jax.device_put(tree, shardings)
+    return jax.device_put(tree, shardings(mesh, getattr(task, method)(mesh) if hasattr(task, method) else EVERYWHERE))
 
 
 def _place_like(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh | None) -> Any:
@@ -346,11 +299,8 @@ def _place_like(optimizer: optax.GradientTransformation, params: Params, mesh: M
     opt_state = optimizer.init(params)
     if mesh is None:
         return opt_state
-    shardings = optax.tree_map_params(
-        optimizer,
-        lambda _, param: param.sharding,
-        opt_state,
-        params,
-        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+    everywhere = NamedSharding(mesh, EVERYWHERE)
+    places = optax.tree_map_params(
+        optimizer, lambda _, param: param.sharding, opt_state, params, transform_non_params=lambda _: everywhere
     )
-    return jax.device_put(opt_state, shardings)
+    return jax.device_put(opt_state, places)
