@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dex_jax.cli.common import program, remember_compilations
-from dex_jax.cli.train_arguments import (
-    configured,
-    evaluate_parser,
-    export_parser,
-    folder_of,
-    train_parser,
-    tree_parser,
-)
+from dex_jax.cli.train_arguments import configured, evaluate_parser, export_parser, folder_of, train_parser, tree_parser
 from dex_jax.cli.train_results import evaluate, export, tree
 from dex_jax.errors import DexError, exit_code
 from dex_jax.progress import phases
@@ -27,19 +20,11 @@ if TYPE_CHECKING:
     from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
 
-COMMANDS = {
-    "export": (export_parser, export),
-    "evaluate": (evaluate_parser, evaluate),
-    "tree": (tree_parser, tree),
-}
+COMMANDS = {"export": (export_parser, export), "evaluate": (evaluate_parser, evaluate), "tree": (tree_parser, tree)}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs train_exits.py with command-line arguments; returns the exit code.
-
-    Raises:
-      SystemExit: with status 2, for unknown flags.
-    """
+    """Runs train_exits.py with command-line arguments; returns the exit code. SystemExit: 2, for unknown flags."""
     argv = sys.argv[1:] if argv is None else argv
     parser, command = COMMANDS.get(argv[0] if argv else "", (train_parser, _train))
     args = parser().parse_args(argv if command is _train else argv[1:])

@@ -166,11 +166,7 @@ def read_config(path: str) -> Config:
 
 
 def configured(args: argparse.Namespace) -> Config:
-    """The configuration of --config with what the flags change.
-
-    Raises:
-      DexError: as `read_config`, or flags that do not fit the configuration.
-    """
+    """The configuration of --config with what flags change. DexError: as `read_config`, or flags that do not fit it."""
     config = read_config(args.config)
     if args.machine is not None and not args.dry_run:
         raise DexError("--machine is for estimates: add --dry-run")

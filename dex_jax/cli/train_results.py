@@ -31,11 +31,7 @@ class _Answers(Struct):
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes a run's exits to one file and says how large it is.
-
-    Raises:
-      DexError: no exits there, or a file that cannot be written.
-    """
+    """Writes a run's exits to one file and says how large it is. DexError: no exits there, or it cannot be written."""
     from dex_jax.io.exits_file import FILE_NAME, check_exits_path, load_exits, save_exits
 
     folder, output = Path(args.folder), Path(args.output)
@@ -51,11 +47,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def exits_of_checkpoint(folder: Path, step: int | None = None) -> TrainedExits:
-    """The exits in the checkpoint of a run after `step` updates, the newest one for None.
-
-    Raises:
-      DexError: no such checkpoint, or one of another training than of exits.
-    """
+    """The exits of a checkpoint after `step` updates, None: the newest. DexError: there is none, or it has no exits."""
     import jax.numpy as jnp
     import numpy as np
     from flax import nnx
@@ -84,11 +76,7 @@ def exits_of_checkpoint(folder: Path, step: int | None = None) -> TrainedExits:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measures exits on the model's greedy answers to files of prompts, and prints tables.
-
-    Raises:
-      DexError: a model, exits or prompts that are not there or do not fit.
-    """
+    """Measures exits on the model's greedy answers, and prints tables. DexError: what is not there or does not fit."""
     from dex_jax.cli.common import remember_compilations
     from dex_jax.forced.figures import grouped_figures, tables
     from dex_jax.io.whole_files import write_json
@@ -154,11 +142,7 @@ def spread(prompts: list[Any], count: int | None) -> list[Any]:
 
 
 def tree(args: argparse.Namespace) -> None:
-    """Searches, prints every tree tried, and writes the drafter with the best ones.
-
-    Raises:
-      DexError: a model, a drafter or prompts that are not there or do not fit.
-    """
+    """Searches, prints every tree tried, keeps the best in the drafter. DexError: what is not there or does not fit."""
     from dex_jax.cli.common import remember_compilations
     from dex_jax.decoding.dex.trees import with_trees
     from dex_jax.evaluation.tree_search import search_trees

@@ -30,8 +30,6 @@ from dex_jax.io.whole_files import lock
 from dex_jax.training.stream import Cursor
 
 _NAMES: dict[str, Any] = {"step_prefix": "step", "step_format_fixed_length": 8}
-_UNFINISHED = "step_*.orbax-checkpoint-tmp*"
-_DAMAGED = ".damaged"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -131,11 +129,7 @@ class Checkpoints:
         return Record(**json.loads(text))
 
     def wait(self) -> None:
-        """Waits until what `save` started is on disk; orbax then deletes checkpoints that are too old.
-
-        Raises:
-          DexError: as `save`.
-        """
+        """Waits until what `save` started is on disk and orbax has deleted old checkpoints. DexError: as `save`."""
         if self._pending is None:
             return
         step, self._pending = self._pending, None
@@ -149,7 +143,7 @@ class Checkpoints:
         """The newest checkpoint that is whole, or None; damaged ones on the way are renamed and told of."""
         found, damaged = _newest(self.folder, self.notify)
         for path in damaged:
-            aside = path.with_name(path.name + _DAMAGED)
+            aside = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
         self._manager.reload()
@@ -161,7 +155,7 @@ class Checkpoints:
             self._manager.close()
 
     def _failure(self, step: int, error: Exception) -> DexError:
-        for path in self.folder.glob(_UNFINISHED):
+        for path in self.folder.glob("step_*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
         full = getattr(error, "errno", None) in _FULL or re.search(
             "No space left|quota exceeded|File too large", str(error), re.IGNORECASE
@@ -174,11 +168,7 @@ class Checkpoints:
 
 
 def read_newest(folder: str | Path, notify: Callable[[str], None] = lambda line: None) -> Saved:
-    """The newest whole checkpoint of a run, read without touching anything: for use beside a training that goes on.
-
-    Raises:
-      DexError: there is none.
-    """
+    """The newest whole checkpoint of a run, which may be going on: nothing is touched. DexError: there is none."""
     found, _ = _newest(Path(folder).absolute(), notify)
     if found is None:
         raise DexError(f"{folder} holds no whole checkpoint: train there first, or name another folder")
@@ -186,11 +176,7 @@ def read_newest(folder: str | Path, notify: Callable[[str], None] = lambda line:
 
 
 def read_step(folder: str | Path, step: int) -> Saved:
-    """The checkpoint of a run after `step` updates, read as by `read_newest`.
-
-    Raises:
-      DexError: there is none, or it is damaged.
-    """
+    """A run's checkpoint after `step` updates, read as by `read_newest`. DexError: there is none, or it is damaged."""
     kept = dict(list_checkpoints(Path(folder).absolute()))
     if step not in kept:
         which = ", ".join(map(str, sorted(kept))) or "none"

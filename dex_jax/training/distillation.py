@@ -105,8 +105,7 @@ class Distillation(Task):
         """Mean divergence over exits, with each exit's agreement."""
         del step
         heads = nnx.merge(exit_graph(self.exits), params)
-        final_norm, eps = constants["final_norm"], self.lm.config.norm_eps
-        normed = rms_norm(batch.final, final_norm, eps)
+        normed = rms_norm(batch.final, constants["final_norm"], self.lm.config.norm_eps)
         weight, names = batch.weight, [f"agreement_{depth}" for depth in self.exits.depths]
         if self.options.draft_steps > 1:
             features, valid = read_drafts(heads, batch, normed, self.options.draft_steps)
@@ -122,8 +121,7 @@ class Distillation(Task):
             constants["vocabulary"],
             self.options.hard,
         )
-        metrics = dict(zip(names, agreement, strict=True))
-        return jnp.mean(losses), metrics | {"coverage": coverage}
+        return jnp.mean(losses), dict(zip(names, agreement, strict=True)) | {"coverage": coverage}
 
     def evaluate(self, params: Any) -> dict[str, Any]:
         """Figures on held-out data, {} without any."""

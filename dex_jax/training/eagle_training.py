@@ -223,17 +223,6 @@ def train_eagle(
 
 def _layer(model: ModelConfig, mlp_width: int) -> ModelConfig:
     """One plain layer with the heads of a model."""
-    return ModelConfig(
-        family="llama",
-        vocab_size=model.vocab_size,
-        num_layers=1,
-        width=model.width,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        mlp_width=mlp_width,
-        context=model.context,
-        rope_theta=model.rope_theta,
-        norm_eps=model.norm_eps,
-        tied=True,
-    )
+    names = ("vocab_size", "width", "num_heads", "num_kv_heads", "head_dim", "context", "rope_theta", "norm_eps")
+    same: dict[str, Any] = {name: getattr(model, name) for name in names}
+    return ModelConfig(family="llama", num_layers=1, mlp_width=mlp_width, tied=True, **same)

@@ -129,10 +129,11 @@ def train_exits(
         mesh=mesh,
     )
     forget_unstarted(folder, config.train.keep, tell)
-    vocabulary = None
+    given, vocabulary = None if initial is None else initial.vocabulary, None
+    if given is not None and len(given) == shapes.draft_size:
+        write_json(folder / VOCABULARY, given.tolist())
     if shapes.draft_size is not None:
-        given = None if initial is None else initial.vocabulary
-        vocabulary = kept_vocabulary(lm, stream, shapes.draft_size, config.draft_tokens, folder, tell, given)
+        vocabulary = kept_vocabulary(lm, stream, shapes.draft_size, config.draft_tokens, folder, tell)
     groups = held_out_texts(config, lm, mixture, folder, tell)
 
     def evaluate(exits: TrainedExits) -> dict[str, Any]:
@@ -216,20 +217,10 @@ def forget_unstarted(folder: Path, keep: int, tell: Tell) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-def kept_vocabulary(
-    lm: LanguageModel,
-    stream: Stream,
-    size: int,
-    tokens: int,
-    folder: Path,
-    tell: Tell,
-    given: np.ndarray | None = None,
-) -> np.ndarray:
-    """`draft_vocabulary`, [V'] int32, counted once, or the `given` one if it is as large; kept in the folder."""
+def kept_vocabulary(lm: LanguageModel, stream: Stream, size: int, tokens: int, folder: Path, tell: Tell) -> np.ndarray:
+    """`draft_vocabulary`, [V'] int32, counted once and kept in the folder."""
     file = folder / VOCABULARY
-    if given is not None and len(given) == size:
-        write_json(file, given.tolist())
-    elif not file.is_file():
+    if not file.is_file():
         tell(f"counting the draft vocabulary on {tokens} tokens")
         write_json(file, draft_vocabulary(lm, stream, size, tokens).tolist())
     return np.asarray(json.loads(file.read_text()), np.int32)

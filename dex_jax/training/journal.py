@@ -37,11 +37,7 @@ class Journal:
             raise DexError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
     def write(self, kind: str, step: int, figures: dict[str, Any]) -> None:
-        """Appends {"kind", "step", **figures}; numbers that are not finite become null.
-
-        Raises:
-          DexError: the disk is full, or writing fails for another reason.
-        """
+        """Appends {"kind", "step", **figures}, null where not finite. DexError: writing fails, as on a full disk."""
         line = json.dumps(plain({"kind": kind, "step": step, **figures}), allow_nan=False) + "\n"
         try:
             self._file.write(line.encode())

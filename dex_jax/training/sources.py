@@ -21,14 +21,7 @@ import numpy as np
 from dex_jax.decoding.text_store import opened_store
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel, Outline
-from dex_jax.prompt_files import (
-    Prompt,
-    parse_dataset,
-    read_dataset,
-    read_prompts,
-    read_texts,
-    standard_library_prompts,
-)
+from dex_jax.prompt_files import Prompt, parse_dataset, read_dataset, read_prompts, read_texts, standard_library_prompts
 from dex_jax.training.items import Item, Turn
 
 Model = LanguageModel | Outline
@@ -162,11 +155,7 @@ class ListSource:
             raise DexError(f"{name} has nothing left to train on beside what is held out: give it more prompts")
 
     def item(self, number: int) -> Item:
-        """The entry of that place in the shuffled epochs; where it is too long, the next one that is not.
-
-        Raises:
-          DexError: all are too long.
-        """
+        """The entry of that place in the shuffled epochs, or the next not too long. DexError: all are too long."""
         count = len(self._entries)
         epoch, place = divmod(number, count)
         order = self._order(epoch)
@@ -205,8 +194,7 @@ class Mixture:
         if not all(math.isfinite(weight) and weight > 0 for weight in weights):
             raise DexError(f"the weights of data must be above 0, not {', '.join(map(str, weights))}")
         names = [source.name for source in sources]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
+        if twice := [name for name in names if names.count(name) > 1]:
             raise DexError(f"{twice[0]} is given twice: give it once, with a larger weight")
         self.sources, self._seed = tuple(sources), seed
         self._counts = _shares(weights)

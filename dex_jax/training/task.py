@@ -19,7 +19,7 @@ Params = Any
 
 
 class Task:
-    """One thing to train; the trainer knows of it what is here.
+    """One thing to train: all that the trainer knows of it.
 
     A task may also have the methods batch_sharding(mesh), param_sharding(mesh) and constant_sharding(mesh): a
     PartitionSpec, or a pytree of them that is a prefix of the batch, the parameters or the constants, says how they lie

@@ -79,7 +79,6 @@ def train(
                 with contextlib.closing(run.journal):
                     while not run.done:
                         run.advance()
-                    checkpoints.wait()
             return Trained(run.state.params, run.step, run.tokens)
         except KeyboardInterrupt:
             # No checkpoint here: one at a step of its own would change what comes after it.
@@ -87,30 +86,6 @@ def train(
             where = "nothing was saved yet, so it begins anew" if saved is None else f"it goes on from step {saved}"
             tell(f"Stopped at step {step}. To resume, run the same command again: {where} ({folder}).")
             raise SystemExit(INTERRUPTED) from None
-
-
-def make_update(
-    task: Task, optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """The update of one step, to be jitted, for a task and an optimizer of `make_optimizer`.
-
-    Returns:
-      (state, constants, batch, learning rate) -> (state, {"loss", "gradient_norm" before clipping, the task's own})
-    """
-
-    def update(
-        state: TrainState, constants: Any, batch: Any, rate: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(state.key, state.step)
-        losses = jax.value_and_grad(task.loss, has_aux=True)
-        (loss, figures), gradients = losses(state.params, constants, batch, key, state.step)
-        directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = jax.tree.map(lambda param, direction: param - rate * direction, state.params, directions)
-        norm = jnp.sqrt(sum(jnp.vdot(gradient, gradient) for gradient in jax.tree.leaves(gradients)))
-        figures = {**figures, "loss": loss, "gradient_norm": norm}
-        return TrainState(params, opt_state, state.step + 1, state.key), figures
-
-    return update
 
 
 class _Run:
@@ -127,16 +102,16 @@ class _Run:
         # Copies: the update gives its buffers away, and these may be somebody's weights.
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), task.init(init_key))
         params = _place(params, task, "param_sharding", mesh)
-        optimizer = optimizing.make_optimizer(config, task.decayed(params))
+        self.optimizer = optimizing.make_optimizer(config, task.decayed(params))
         begin = (jnp.int32(0), key)
         if mesh is not None:
             begin = jax.device_put(begin, NamedSharding(mesh, EVERYWHERE))
-        self.state = TrainState(params, _place_like(optimizer, params, mesh), *begin)
+        self.state = TrainState(params, _place_like(self.optimizer, params, mesh), *begin)
         if saved is not None:
             self._restore(saved)
         self.constants = _place(task.constants(), task, "constant_sharding", mesh)
         places = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, self.state), None)
-        self.update = jax.jit(make_update(task, optimizer), donate_argnums=0, out_shardings=places)
+        self.update = jax.jit(self._update, donate_argnums=0, out_shardings=places)
         self.journal = Journal(checkpoints.folder, self.step, config.tensorboard)
         self.figures = _Figures()
         self._logged = (time.perf_counter(), self.tokens)
@@ -167,6 +142,19 @@ class _Run:
         if saves:
             self._save()
         self.notify(self._standing(logs))
+
+    def _update(
+        self, state: TrainState, constants: Any, batch: Any, rate: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The next state, and {"loss", "gradient_norm" before clipping, the task's own}."""
+        key = jax.random.fold_in(state.key, state.step)
+        losses = jax.value_and_grad(self.task.loss, has_aux=True)
+        (loss, figures), gradients = losses(state.params, constants, batch, key, state.step)
+        directions, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        params = jax.tree.map(lambda param, direction: param - rate * direction, state.params, directions)
+        norm = jnp.sqrt(sum(jnp.vdot(gradient, gradient) for gradient in jax.tree.leaves(gradients)))
+        figures = {**figures, "loss": loss, "gradient_norm": norm}
+        return TrainState(params, opt_state, state.step + 1, state.key), figures
 
     def _log(self, rate: float) -> None:
         now = time.perf_counter()
