@@ -39,29 +39,18 @@ from dex_jax.training.trainer import train
 
 @dataclasses.dataclass(frozen=True)
 class EagleTraining:
-    """What `train_exits.py` reads from a configuration file, as its `config`, to train an EAGLE-3 head.
+    """What `train_exits.py` reads from a configuration file, as its `config`, to train an EAGLE-3 head."""
 
-    Attributes:
-      train: optimizer, batch (rows), length, checkpoints.
-      model: as `dex_jax.load` takes it.
-      reads: depths whose states the head reads; None for those of EAGLE-3, 2, L // 2 and L - 3.
-      mlp_width: of its layer; heads are the model's.
-      draft_size: V'.
-      draft_steps: how many tokens it learns to go on for.
-      data, sources, draft_tokens: as of ExitTraining.
-      chunk: n, tokens of each row between two updates, and as far as the head sees in training.
-    """
-
-    train: TrainConfig
-    model: str = "smollm2-135m"
-    reads: tuple[int, ...] | None = None
-    mlp_width: int = 1536
-    draft_size: int = 8192
-    draft_steps: int = 3
-    data: tuple[str, ...] = ("self",)
+    train: TrainConfig  # optimizer, batch (rows), length, checkpoints
+    model: str = "smollm2-135m"  # as `dex_jax.load` takes it
+    reads: tuple[int, ...] | None = None  # depths whose states the head reads; None: those of EAGLE-3, 2, L // 2, L - 3
+    mlp_width: int = 1536  # of its layer; heads are the model's
+    draft_size: int = 8192  # V'
+    draft_steps: int = 3  # how many tokens it learns to go on for
+    data: tuple[str, ...] = ("self",)  # as of ExitTraining, like the next two
     sources: SourceOptions = dataclasses.field(default_factory=lambda: SourceOptions(length=256))
     draft_tokens: int = 20_000
-    chunk: int = 32
+    chunk: int = 32  # n, tokens of each row between two updates, and as far as the head sees in training
 
 
 class EagleTask(Task):
