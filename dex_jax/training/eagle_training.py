@@ -174,16 +174,9 @@ def later(x: jax.Array, steps: int) -> jax.Array:
 def train_eagle(
     config: EagleTraining, lm: LanguageModel, folder: str | Path, *, tell: Callable[[str], None] = print
 ) -> EagleHead:
-    """Trains a head, or goes on where the folder has got to, and writes it to the folder "head" within it.
+    """Trains a head, or goes on where the folder of the run has got to, and writes it to the folder "head" within it.
 
-    Args:
-      config: what and how.
-      lm: the model, with dense weights.
-      folder: of the run.
-      tell: called with lines that users should see.
-
-    Raises:
-      DexError: data, depths or a folder that do not fit.
+    `tell` is called with lines that users should see. DexError: weights, data, depths or a folder that do not fit.
     """
     require_disk(folder, "trainings")
     folder, layers = Path(folder), lm.config.num_layers

@@ -16,13 +16,9 @@ def make_optimizer(config: TrainConfig, decayed: Any) -> optax.GradientTransform
     The learning rate stays outside: with a budget of tokens it follows what the data turn out to be, which no count of
     steps inside the optimizer could tell.
 
-    Args:
-      config: betas, decay, clipping, accumulation.
-      decayed: pytree of bool like the parameters, which of them weight decay applies to.
-
-    Returns:
-      A transformation. With accumulation it gives zeros on all but the last of `config.accumulate` calls, and there the
-      direction for the mean of their gradients, clipped once.
+    `decayed`, a pytree of bool like the parameters, says which of them weight decay applies to. With accumulation there
+    are zeros on all but the last of `config.accumulate` calls, and there the direction for the mean of their gradients,
+    clipped once.
     """
     optimizer = optax.chain(
         optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),

@@ -227,17 +227,11 @@ class Mixture:
 
 
 def open_mixture(data: Sequence[str], model: Model, options: SourceOptions, tell: Callable[[str], None]) -> Mixture:
-    """The mixture that users ask for with --data.
+    """The mixture that users ask for with --data, in the tokens of a model; `tell` hears what they should know.
 
-    Args:
-      data: of each source "self", FILE (.jsonl, .json, .txt, also with .gz: prompts), "text:FILE" (given texts),
-        "store:FILE" (what decoding with --store has kept), "datasets:NAME[:CONFIG][:SPLIT]" or "python-stdlib", with
-        "=WEIGHT" after it or the weight 1.
-      model: its tokenizer and chat template make tokens.
-      options: how.
-      tell: called with sentences that users should see.
-
-    Prompts held out of one source are held out of all.
+    `data` has of each source "self", FILE (.jsonl, .json, .txt, also with .gz: prompts), "text:FILE" (given texts),
+    "store:FILE" (what decoding with --store has kept), "datasets:NAME[:CONFIG][:SPLIT]" or "python-stdlib", with
+    "=WEIGHT" after it or the weight 1. Prompts held out of one source are held out of all.
 
     Raises:
       DexError: data that are not understood, cannot be read, or do not fit.

@@ -63,9 +63,6 @@ def train(
         what lies how; the figures are those of one device up to the order of sums.
       notify: called with lines of text and with a Standing after each step; None shows them on stderr.
 
-    Returns:
-      See Trained. The task's evaluation is in the journal, that of the last step too.
-
     Raises:
       DexError: the folder is another training's, the loss is no longer finite, the disk is full.
       SystemExit: with status 130, after Ctrl-C.
