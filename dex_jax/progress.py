@@ -10,7 +10,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,20 +47,8 @@ def listening(tell: Notify) -> Iterator[None]:
         _LISTENERS.remove(tell)
 
 
-class Shown(Protocol):
-    """How far something has come: a share of the whole, 0 to 1, one line, and whether it is worth a line of a log."""
-
-    @property
-    def share(self) -> float: ...  # noqa: D102
-
-    @property
-    def logged(self) -> bool: ...  # noqa: D102
-
-    def describe(self) -> str: ...  # noqa: D102
-
-
 class Standing(NamedTuple):
-    """How far something has come, as `Shown`."""
+    """How far something has come."""
 
     what: str  # that goes on
     share: float  # 0 to 1
@@ -88,7 +76,7 @@ class Display:
         self._bars: Progress | None = None
         self._phase: str | None = None
 
-    def __call__(self, event: str | Shown) -> None:
+    def __call__(self, event: str | Standing) -> None:
         """Shows a line that stays, or how far something has come."""
         if isinstance(event, str):
             self.console.print(event, markup=False)
@@ -140,26 +128,18 @@ def phases() -> Iterator[Display]:
 
 
 def _bars(console: Console) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        SpinnerColumn,
-        Task,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+    from rich import progress
     from rich.text import Text
 
-    class BarOfAShare(BarColumn):
+    class BarOfAShare(progress.BarColumn):
         """No bar where nobody knows how far it is."""
 
-        def render(self, task: Task):
+        def render(self, task: progress.Task):
             return super().render(task) if task.total else Text()
 
-    description = TextColumn("{task.description}", markup=False)
-    columns = (SpinnerColumn(), BarOfAShare(), TaskProgressColumn(), description, TimeElapsedColumn())
-    return Progress(*columns, console=console, refresh_per_second=4, redirect_stdout=False)
+    description, elapsed = progress.TextColumn("{task.description}", markup=False), progress.TimeElapsedColumn()
+    columns = (progress.SpinnerColumn(), BarOfAShare(), progress.TaskProgressColumn(), description, elapsed)
+    return progress.Progress(*columns, console=console, refresh_per_second=4, redirect_stdout=False)
 
 
 def duration(seconds: float) -> str:

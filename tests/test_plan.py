@@ -218,7 +218,7 @@ def test_it_predicts_what_two_processes_measured() -> None:
     measured = Measured({"unrolled": curve}, curve[:1], curve, curve, {"unrolled": 0.0}, 5e-5, 2e-3)
     core = dataclasses.replace(DEVICES["cpu"][0], measured=measured)
     two = dataclasses.replace(hardware("cpu,count=2"), device=core)
-    exits, drafter = plan.exits_of("default", "smollm2-135m"), plan.drafter_of("smollm2-135m")
+    exits, drafter = workload.exits_of("default", "smollm2-135m"), workload.drafter_of("smollm2-135m")
     s = Setting(work, exits, two, context=256, drafter=drafter)
     plain, tokens = cost_model.pipelined_step(s, 2).total, sum(run["tokens"] for run in runs)
     for name, counted in names.items():

@@ -21,7 +21,6 @@ from dex_jax.hardware import DEVICES, hardware, platform_of
 
 if TYPE_CHECKING:
     from dex_jax.evaluation.planner.predictions import Plan, Prediction
-    from dex_jax.evaluation.planner.workload import ExitWork
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     from dex_jax.evaluation.planner.cost_model import Setting
     from dex_jax.evaluation.planner.ead_profile import read_profile
     from dex_jax.evaluation.planner.predictions import plan, predictions_table
-    from dex_jax.evaluation.planner.workload import config_of, packed_bytes, work_of
+    from dex_jax.evaluation.planner.workload import config_of, drafter_of, exits_of, packed_bytes, work_of
 
     if min(args.batch, args.context, args.top) < 1:
         raise DexError("--batch, --context and --top must be at least 1")
@@ -106,45 +105,6 @@ def shown(chosen: Plan, top: int) -> list[Prediction]:
         if each.method not in {p.method for p in found}:
             found.append(each)
     return found
-
-
-def exits_of(text: str, model: str) -> ExitWork:
-    """Shapes of the exits that the flag names. DexError: no such exits."""
-    from dex_jax.decoding.resolve import default_exits
-    from dex_jax.evaluation.planner.workload import SHAPES, config_of, described_exits, exit_work
-    from dex_jax.io import open_checkpoint
-    from dex_jax.io.exits_file import load_exits
-
-    config = config_of(model)
-    described = described_exits(text, config)
-    if described is not None:
-        return described
-    if text == "default":
-        if model.lower() in SHAPES or model.endswith(".json"):
-            return exit_work(None, config)
-        shipped = default_exits(open_checkpoint(model).fingerprint())
-        return exit_work(None if shipped is None else shipped.config, config)
-    exits = load_exits(text).config
-    if exits.width != config.width:
-        raise DexError(f"the exits in {text} are for a model of width {exits.width}, and {model} has {config.width}")
-    return exit_work(exits, config)
-
-
-def drafter_of(model: str) -> ExitWork:
-    """Shapes of exit 0: what ships for the model, or a fused mlp with a small vocabulary where nothing does."""
-    from dex_jax.config import ExitsConfig
-    from dex_jax.decoding.resolve import default_drafter
-    from dex_jax.evaluation.planner.calibrate import DRAFT
-    from dex_jax.evaluation.planner.workload import SHAPES, config_of, exit_work
-    from dex_jax.io import open_checkpoint
-
-    config, shipped = config_of(model), None
-    if model.lower() not in SHAPES and not model.endswith(".json"):
-        shipped = default_drafter(open_checkpoint(model).fingerprint())
-    if shipped is not None:
-        return exit_work(shipped.config, config)
-    columns = min(DRAFT, config.vocab_size)
-    return exit_work(ExitsConfig("mlp", (0,), config.width, fused=True, draft_size=columns), config)
 
 
 if __name__ == "__main__":

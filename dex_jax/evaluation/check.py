@@ -11,9 +11,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from dex_jax.decoding.generate import sampling_of
 from dex_jax.decoding.output import Output
 from dex_jax.language_model import LanguageModel
-from dex_jax.sampling import Sampling, position_noise, sampling_keys, scores
+from dex_jax.sampling import Sampling, position_noise, scores
 
 CLOSE = {"float32": 1e-4, "float16": 2.0**-8, "bfloat16": 2.0**-5}
 """By dtype: two scores closer than this share of the largest |logit| may change places by rounding alone."""
@@ -58,20 +59,14 @@ def compare(
     Returns:
       One Check for each of the B sequences.
     """
-    checks = []
-    for row, prompt in enumerate(output.prompt_tokens):
-        sampling = None
-        if temperature > 0:
-            assert output.seeds is not None
-            sampling = Sampling(
-                sampling_keys([output.seeds[row]]),
-                jnp.float32(temperature),
-                None if top_k is None else jnp.int32(top_k),
-                None if top_p is None else jnp.float32(top_p),
-            )
+    assert temperature == 0 or output.seeds is not None
+    checks, prompts = [], output.prompt_tokens
+    sampling, _ = sampling_of(temperature, top_k, top_p, output.seeds or 0, len(prompts), lm.config.vocab_size)
+    for row, prompt in enumerate(prompts):
+        own = None if sampling is None else sampling._replace(keys=sampling.keys[row : row + 1])
         ours = output.tokens[row, : output.lengths[row]].tolist()
         theirs = reference.tokens[row, : reference.lengths[row]].tolist()
-        checks.append(compare_tokens(lm, prompt, ours, theirs, sampling))
+        checks.append(compare_tokens(lm, prompt, ours, theirs, own))
     return checks
 
 

@@ -70,8 +70,12 @@ class Instruction:
     @property
     def turns(self) -> int:
         """Of a loop; 1 where the compiler does not know it."""
-        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.line)
-        return int(found.group(1)) if found else 1
+        return int(self.told(r'"known_trip_count":\{"n":"(\d+)"') or 1)
+
+    def told(self, pattern: str) -> str:
+        """What the group of a pattern finds in the line; empty where it finds nothing."""
+        found = re.search(pattern, self.line)
+        return found.group(1) if found else ""
 
 
 Known = dict[str, Instruction]
@@ -103,9 +107,7 @@ class Program:
         """
 
         def of(each: Instruction, known: Known) -> int:
-            name = re.search(r'op_name="([^"]*)"', each.line)
-            inside = not scope or (name is not None and scope in name.group(1))
-            return self._moved(each, known) if inside else 0
+            return self._moved(each, known) if scope in each.told(r'op_name="([^"]*)"') else 0
 
         return int(self._total(computation, of))
 
@@ -115,12 +117,7 @@ class Program:
 
     def cycles(self, computation: str) -> float:
         """Cycles that libtpu estimates for one run of a computation; of a choice, of the longest branch."""
-
-        def of(each: Instruction, known: Known) -> float:
-            found = re.search(r'"estimated_cycles":"(\d+)"', each.line)
-            return float(found.group(1)) if found else 0.0
-
-        return self._total(computation, of)
+        return self._total(computation, lambda each, known: float(each.told(r'"estimated_cycles":"(\d+)"') or 0))
 
     def within(self, *computations: str) -> Iterator[Instruction]:
         """All instructions that computations run, but for the inside of fusions, whose numbers stay in registers."""
@@ -167,9 +164,9 @@ class Program:
         if each.operation == "custom-call":
             # Bytes that a library's kernel gives beside its result are room to work in.
             given = tuple(x for place, x in enumerate(given) if place == 0 or x.kind not in ("s8", "u8"))
-            found = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", each.line)
-            if found:  # what lies there is written where it lies: no more than comes in beside it
-                there = {int(number) for number in re.findall(r"\((\d+), ", found.group(1))}
+            aliasing = each.told(r"output_to_operand_aliasing=\{(.*?\))\}")
+            if aliasing:  # what lies there is written where it lies: no more than comes in beside it
+                there = {int(number) for number in re.findall(r"\((\d+), ", aliasing)}
                 kept = sum(operands[place].nbytes for place in there)
                 read = sum(x.nbytes for place, x in enumerate(operands) if place not in there)
                 return read + min(read, kept)
@@ -194,7 +191,7 @@ class Program:
         total = 0
         for each in inside.values():
             if each.operation == "parameter":
-                operand = operands[int(re.search(r"parameter\((\d+)\)", each.line).group(1))]  # type: ignore[union-attr]
+                operand = operands[int(each.told(r"parameter\((\d+)\)"))]
                 total += min(read.get(each.name, operand.nbytes), operand.nbytes)
         root = self._root(fusion.calls[0])
         ends = root.operands if root.operation == "tuple" else (root.name,)

@@ -28,17 +28,11 @@ LONGEST_CHAIN = 12
 
 @dataclasses.dataclass(frozen=True)
 class TreeFigures:
-    """What a tree comes to.
+    """What a tree comes to."""
 
-    Attributes:
-      tree: with tokens a tick, of all prompts together.
-      tick_seconds: that a tick should take.
-      speedup: over as many AR steps.
-    """
-
-    tree: KnownTree
-    tick_seconds: float
-    speedup: float
+    tree: KnownTree  # with tokens a tick, of all prompts together
+    tick_seconds: float  # that a tick should take
+    speedup: float  # over as many AR steps
 
 
 def neighbours(shape: TreeShape, drafts: bool) -> list[TreeShape]:
@@ -142,11 +136,7 @@ def search_trees(
 
 
 def _tokens_a_tick(
-    lm: LanguageModel,
-    drafter: TrainedExits | None,
-    prompts: Sequence[Sequence[int]],
-    shape: TreeShape,
-    new_tokens: int,
+    lm: LanguageModel, drafter: TrainedExits | None, prompts: Sequence[Sequence[int]], shape: TreeShape, new_tokens: int
 ) -> float:
     method, exits = Dex(explorers=1, draft=shape), "shared" if drafter is None else drafter
     out = generate(lm, [list(prompt) for prompt in prompts], method=method, exits=exits, max_new_tokens=new_tokens)

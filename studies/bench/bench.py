@@ -15,7 +15,7 @@ from dex_jax.decoding.session import PROGRAMS
 from dex_jax.decoding.sizes import prompt_bucket
 from dex_jax.evaluation.check import compare_tokens
 from dex_jax.language_model import LanguageModel
-from dex_jax.progress import Shown
+from dex_jax.progress import Standing
 from dex_jax.sampling import Sampling, sampling_keys
 from studies.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
 from studies.bench.plan import Plan
@@ -56,7 +56,7 @@ class Bench:
         results: Results,
         cases: Sequence[Case],
         plan: Plan,
-        notify: Callable[[str | Shown], None],
+        notify: Callable[[str | Standing], None],
     ):
         self.lm, self.results, self.cases, self.plan, self.notify = lm, results, list(cases), plan, notify
         self.settings = plan.settings

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ from dex_jax.evaluation.planner.timed_programs import (
     link,
     rows_seconds,
 )
-from dex_jax.evaluation.planner.workload import work_of
+from dex_jax.evaluation.planner.workload import DRAFT, work_of
 from dex_jax.hardware import LINKS, Device, Hardware, Measured
 from dex_jax.sharding import device_name
 
@@ -42,19 +41,6 @@ UNCACHED = 400e6
 SHORT = 64
 """The shorter of two cache lengths, whose difference is what attention costs."""
 
-DRAFT = 8192
-"""Columns that exits are asked with."""
-
-SMALL: dict[str, Any] = {
-    "width": 32,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "head_dim": 16,
-    "mlp_width": 32,
-    "vocab_size": 64,
-}
-"""A model whose layers cost nothing but their kernels."""
-
 
 def calibrate(
     config: ModelConfig,
@@ -62,9 +48,9 @@ def calibrate(
     *,
     rows: Sequence[int],
     long: int,
-    memory: float | None = None,
-    timer: Timer | None = None,
-    notify: Callable[[str], None] = lambda line: None,
+    memory: float | None,
+    timer: Timer,
+    notify: Callable[[str], None],
 ) -> Hardware:
     """Measures the default device.
 
@@ -73,7 +59,7 @@ def calibrate(
       rows: ascending row counts to measure.
       long: the longer of two cache lengths.
       memory: bytes of the device; None asks it.
-      timer: how long; None for the usual.
+      timer: how long.
       notify: told what is going on.
 
     Raises:
@@ -83,11 +69,11 @@ def calibrate(
     memory = device_memory(device) if memory is None else memory
     if memory is None:
         raise DexError(f"{device_name(device)} does not say how much memory it has: give --memory GB")
-    timer = timer or Timer()
     work, size = work_of(config), jnp.dtype(dtype).itemsize
     count = min(config.num_layers, max(2, round(UNCACHED / (work.layer * size))))
     part = config.with_layers(count)
-    small = dataclasses.replace(part, **SMALL)
+    # A model whose layers cost nothing but their kernels.
+    small = dataclasses.replace(part, width=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=32, vocab_size=64)
     notify("1 of 3: layers")
     fixed = rows_seconds(small, dtype, 1, SHORT, timer) / count
     full = {n: rows_seconds(part, dtype, n, SHORT, timer) / count for n in rows}

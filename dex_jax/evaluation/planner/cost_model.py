@@ -65,25 +65,15 @@ LOGIT_PASSES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Seconds of one step, by what takes them.
+    """Seconds of one step, by what takes them."""
 
-    Attributes:
-      layers: weights, caches and arithmetic of one row a sequence.
-      width: what the further rows of a stage take on top.
-      head: final norm and unembedding, as often as they run.
-      exits: exit heads.
-      drafts: the drafter, a step a level.
-      communication: between devices.
-      fixed: kernels, whatever their size.
-    """
-
-    layers: float = 0.0
-    width: float = 0.0
-    head: float = 0.0
-    exits: float = 0.0
-    drafts: float = 0.0
-    communication: float = 0.0
-    fixed: float = 0.0
+    layers: float = 0.0  # weights, caches and arithmetic of one row a sequence
+    width: float = 0.0  # what the further rows of a stage take on top
+    head: float = 0.0  # final norm and unembedding, as often as they run
+    exits: float = 0.0  # exit heads
+    drafts: float = 0.0  # the drafter, a step a level
+    communication: float = 0.0  # between devices
+    fixed: float = 0.0  # kernels, whatever their size
 
     @property
     def total(self) -> float:
@@ -146,7 +136,7 @@ def tick(s: Setting, ticks: Ticks, tensor: int = 1) -> Parts:
     waits = min(final.head - asked, final.head - spare) if s.exits.previous else final.head - asked - spare
     head = Parts(head=commits * max(0.0, waits), fixed=commits * final.fixed)
     numbers = used * s.work.width * device.itemsize
-    moved = permute(_between_stages(s, stages, tensor), numbers)
+    moved = permute(s.hardware.between(stages * tensor), numbers)
     # A token and a score of every node, and the token that is committed.
     moved += all_gather(s.hardware, 8 * stages * used, stages, tensor)
     if s.exits.previous or (ticks.levels is not None and s.drafter is not None and s.drafter.previous):
@@ -195,7 +185,7 @@ def pipelined_step(s: Setting, stages: int, tensor: int = 1, trees: Ticks | None
     for parts in range(1, min(s.batch, stages) + 1):
         part = dataclasses.replace(s, batch=-(-s.batch // parts))
         numbers = part.batch * (1 if trees is None else trees.rows) * s.work.width * s.hardware.device.itemsize
-        moved = permute(_between_stages(s, stages, tensor), numbers) * (stages > 1)
+        moved = permute(s.hardware.between(stages * tensor), numbers) * (stages > 1)
         # What all devices hear in the end: AR's token is no more than a message, a tree's states are summed.
         told = moved if trees is None else 2 * all_gather(s.hardware, numbers, stages, tensor)
         ends = _ends(part, tensor, trees)
@@ -272,10 +262,6 @@ def _gather(link: Link, size: float, devices: int) -> float:
     if devices == 1:
         return 0.0
     return math.ceil(math.log2(devices)) * link.latency + (devices - 1) / devices * size / link.bandwidth
-
-
-def _between_stages(s: Setting, stages: int, tensor: int) -> Link:
-    return s.hardware.between(stages * tensor)
 
 
 def _through(s: Setting, layers: int, tensor: int, trees: Ticks | None) -> Parts:

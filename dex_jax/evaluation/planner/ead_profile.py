@@ -51,22 +51,13 @@ class Ticks:
 
 @dataclasses.dataclass(frozen=True)
 class GridProfile:
-    """One grid, with DECS.
+    """One grid, with DECS, teacher-forced and uncapped."""
 
-    Attributes:
-      depths: x_1 < ... < x_K = L.
-      exits: [K], share of tokens by the exit that first gives them, teacher-forced and uncapped.
-      ticks_per_token: teacher-forced and uncapped.
-      depth_side_speedup: K (n - 1) / ticks of that.
-      resolution_bound: K over the mean number of stages up to the first grid depth at or above a token's EAD: what the
-        grid would come to if each token cost its EAD rounded up to the grid. DECS can do better than this.
-    """
-
-    depths: tuple[int, ...]
-    exits: tuple[float, ...]
+    depths: tuple[int, ...]  # x_1 < ... < x_K = L
+    exits: tuple[float, ...]  # [K], share of tokens by the exit that first gives them
     ticks_per_token: float
-    depth_side_speedup: float
-    resolution_bound: float
+    depth_side_speedup: float  # K (n - 1) / ticks
+    resolution_bound: float  # of `EAD.resolution_bound`
 
     @property
     def stages(self) -> int:
@@ -76,15 +67,10 @@ class GridProfile:
 
 @dataclasses.dataclass(frozen=True)
 class EAD:
-    """When tokens become available, without DECS.
+    """When tokens become available, without DECS."""
 
-    Attributes:
-      depths: ascending, ending at L.
-      share: of tokens whose EAD is each depth; adds up to 1.
-    """
-
-    depths: tuple[int, ...]
-    share: tuple[float, ...]
+    depths: tuple[int, ...]  # ascending, ending at L
+    share: tuple[float, ...]  # of tokens whose EAD is each depth; adds up to 1
 
     @property
     def mean(self) -> float:
@@ -105,7 +91,10 @@ class EAD:
         return tuple(float(x) for x in np.diff([0.0, *(self.by(depth) for depth in grid)]))
 
     def resolution_bound(self, grid: Sequence[int]) -> float:
-        """K over the mean step of the grid."""
+        """K over the mean step of the grid: what it would come to if each token cost its EAD rounded up to the grid.
+
+        DECS can do better than this.
+        """
         steps = self.steps(grid)
         return len(steps) / float(np.dot(range(1, len(steps) + 1), steps))
 

@@ -111,11 +111,7 @@ class Plan:
 
 
 def plan(
-    s: Setting,
-    profile: Profile,
-    *,
-    explorers: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
+    s: Setting, profile: Profile, *, explorers: Sequence[int] | None = None, rows: Sequence[int] | None = None
 ) -> Plan:
     """Predicts every way of decoding and recommends one.
 
@@ -187,16 +183,14 @@ def dex(
     return found
 
 
-def others(s: Setting, profile: Profile | None = None) -> list[Prediction]:
-    """Every other way on the same devices: AR, pipelined, tensor-parallel, replicas; with a profile LayerSkip, and one
-    explorer with that of the trees that is best for each of these ways.
+def others(s: Setting, profile: Profile) -> list[Prediction]:
+    """Every other way on the same devices: AR, pipelined, tensor-parallel, replicas; LayerSkip; and one explorer with
+    that of the trees that is best for each of AR's ways.
     """
-    found = _one_explorer(s)
-    if profile is not None:
-        found += [_layerskip(s, profile, tensor) for tensor in tensor_axes(s, s.hardware.count)]
-        trees = [_one_explorer(s, ticks) for ticks in profile.drafts if len(ticks.depths) == 1]
-        found += [max(way, key=lambda p: (p.fits, p.tokens_per_second)) for way in zip(*trees, strict=True)]
-    return found
+    trees = [_one_explorer(s, ticks) for ticks in profile.drafts if len(ticks.depths) == 1]
+    best = [max(way, key=lambda p: (p.fits, p.tokens_per_second)) for way in zip(*trees, strict=True)]
+    layerskip = [_layerskip(s, profile, tensor) for tensor in tensor_axes(s, s.hardware.count)]
+    return [*_one_explorer(s), *layerskip, *best]
 
 
 def _one_explorer(s: Setting, trees: Ticks | None = None) -> list[Prediction]:

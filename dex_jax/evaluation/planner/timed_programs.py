@@ -34,15 +34,10 @@ TEXT = 512
 
 
 class Timer(NamedTuple):
-    """How long each figure is measured.
+    """How long each figure is measured."""
 
-    Attributes:
-      repeats: measurements, of which the median counts.
-      least: seconds that each of them takes at least.
-    """
-
-    repeats: int = 7
-    least: float = 0.05
+    repeats: int  # measurements, of which the median counts
+    least: float  # seconds that each of them takes at least
 
     def __call__(self, run: Callable[[int], Any]) -> float:
         """Seconds of one round of run(n), which makes n rounds one after the other on the device."""

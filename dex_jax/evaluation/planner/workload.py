@@ -10,37 +10,37 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
 from dex_jax.config import EXIT_KINDS, ExitsConfig, ModelConfig
+from dex_jax.decoding.resolve import default_drafter, default_exits
 from dex_jax.errors import DexError
 from dex_jax.foreign import local_path, parsed, reading
+from dex_jax.io import open_checkpoint
+from dex_jax.io.exits_file import load_exits
+from dex_jax.io.huggingface_config import huggingface_config
+from dex_jax.language_model import packing_of
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Unrolled, layer_parameters, parameter_shapes
+from dex_jax.nn.weights import weight_bytes
+
+DRAFT = 8192
+"""Columns that exits are asked with."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A model.
+    """A model."""
 
-    Attributes:
-      layers: L.
-      width: D.
-      heads, kv_heads: H, G.
-      attention: H d, numbers of a row's queries.
-      layer: parameters of one layer.
-      cached: 2 G d, numbers that a layer keeps of one position.
-      vocabulary: V.
-      embeddings: V D, twice that when the unembedding is not the embedding.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    attention: int
-    layer: int
-    cached: int
-    vocabulary: int
-    embeddings: int
+    layers: int  # L
+    width: int  # D
+    heads: int  # H
+    kv_heads: int  # G
+    attention: int  # H d, numbers of a row's queries
+    layer: int  # parameters of one layer
+    cached: int  # 2 G d, numbers that a layer keeps of one position
+    vocabulary: int  # V
+    embeddings: int  # V D, twice that when the unembedding is not the embedding
 
     def divisible(self, tensor: int) -> bool:
         """Whether a tensor axis of this size divides the heads."""
@@ -49,39 +49,28 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class ExitWork:
-    """Exits of one kind.
+    """Exits of one kind."""
 
-    Attributes:
-      name: for people.
-      own: parameters that each exit has alone.
-      shared: parameters that all exits read, the unembedding apart.
-      committed: those of them that a committed position is read with.
-      columns: V', of the unembedding that they are asked with.
-      previous: whether they read the features of the position before.
-    """
-
-    name: str
-    own: int
-    shared: int
-    columns: int
-    previous: bool
-    committed: int = 0
+    name: str  # for people
+    own: int  # parameters that each exit has alone
+    shared: int  # parameters that all exits read, the unembedding apart
+    columns: int  # V', of the unembedding that they are asked with
+    previous: bool  # whether they read the features of the position before
+    committed: int = 0  # of the shared parameters, those that a committed position is read with
 
 
 def work_of(config: ModelConfig) -> Work:
     """Counts a model."""
-    layer = sum(math.prod(shape) for shape, _ in layer_parameters(config).values())
-    table = config.vocab_size * config.width
     return Work(
         layers=config.num_layers,
         width=config.width,
         heads=config.num_heads,
         kv_heads=config.num_kv_heads,
         attention=config.num_heads * config.head_dim,
-        layer=layer,
+        layer=sum(math.prod(shape) for shape, _ in layer_parameters(config).values()),
         cached=2 * config.num_kv_heads * config.head_dim,
         vocabulary=config.vocab_size,
-        embeddings=table if config.tied else 2 * table,
+        embeddings=config.vocab_size * config.width * (1 if config.tied else 2),
     )
 
 
@@ -95,16 +84,10 @@ def packed_bytes(source: str, weights: str | None, platform: str) -> float | Non
     """
     if weights in (None, "dense"):
         return None
-    if source.lower() in SHAPES or source.endswith(".json"):
+    if _described(source):
         if weights == "stored":
             raise DexError(f"{source} does not say how weights are stored: plan for int8, or name a model's file")
         return 1.0
-    import jax.numpy as jnp
-
-    from dex_jax.io import open_checkpoint
-    from dex_jax.language_model import packing_of
-    from dex_jax.nn.weights import weight_bytes
-
     checkpoint, dtype = open_checkpoint(source), jnp.dtype(jnp.bfloat16)
     packing = packing_of(checkpoint, dtype, Unrolled(), None, weights, platform)
     numbers = sum(map(math.prod, parameter_shapes(checkpoint.config).values()))
@@ -140,6 +123,29 @@ def described_exits(text: str, config: ModelConfig) -> ExitWork | None:
     return dataclasses.replace(found, name=f"{kind}, draft vocabulary of {int(columns):,}")
 
 
+def exits_of(text: str, model: str) -> ExitWork:
+    """Shapes of the exits that the flag names. DexError: no such exits."""
+    config = config_of(model)
+    found = described_exits(text, config)
+    if found is not None:
+        return found
+    if text == "default":
+        shipped = None if _described(model) else default_exits(open_checkpoint(model).fingerprint())
+        return exit_work(None if shipped is None else shipped.config, config)
+    exits = load_exits(text).config
+    if exits.width != config.width:
+        raise DexError(f"the exits in {text} are for a model of width {exits.width}, and {model} has {config.width}")
+    return exit_work(exits, config)
+
+
+def drafter_of(model: str) -> ExitWork:
+    """Shapes of exit 0: what ships for the model, or a fused mlp with a small vocabulary where nothing does."""
+    config = config_of(model)
+    shipped = None if _described(model) else default_drafter(open_checkpoint(model).fingerprint())
+    small = ExitsConfig("mlp", (0,), config.width, fused=True, draft_size=min(DRAFT, config.vocab_size))
+    return exit_work(small if shipped is None else shipped.config, config)
+
+
 def _shape(
     family: str, vocabulary: int, layers: int, width: int, heads: int, groups: int, mlp: int, **more
 ) -> ModelConfig:
@@ -168,15 +174,17 @@ SHAPES = {
 """Shapes to plan for without any weights."""
 
 
+def _described(model: str) -> bool:
+    """Whether there is no more of a model than its shapes."""
+    return model.lower() in SHAPES or model.endswith(".json")
+
+
 def config_of(source: str) -> ModelConfig:
     """The shapes of a model: a name of SHAPES, a config.json, or whatever `open_checkpoint` opens; no weights are read.
 
     Raises:
       DexError: none of these.
     """
-    from dex_jax.io import open_checkpoint
-    from dex_jax.io.huggingface_config import huggingface_config
-
     if source.lower() in SHAPES:
         return SHAPES[source.lower()]
     if source.endswith(".json"):
