@@ -315,7 +315,7 @@ def test_bad_flags_name_the_flag(capsys, flag) -> None:
     assert f"argument {flag.split()[0]}" in capsys.readouterr().err
 
 
-def test_prompt_files(tmp_path) -> None:
+def test_prompt_files(tmp_path, monkeypatch) -> None:
     text, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
     text.write_text("one\n\n two \n", encoding="utf-8")
     arguments = parser().parse_args(["--prompt", "zero", "--prompt-file", str(text)])
@@ -323,8 +323,8 @@ def test_prompt_files(tmp_path) -> None:
     odd = "what str.splitlines() cuts: \u2028 \x85 \x0c"
     lines.write_bytes("\ufeff".encode() + json.dumps({"prompt": odd}, ensure_ascii=False).encode() + b"\r\n")
     assert prompts_of(parser().parse_args(["--prompt-file", str(lines)])) == [odd]
-    stdin = parser().parse_args(["--prompt-file", "-"])
-    assert prompts_of(stdin, io.StringIO("four\nfive\n")) == ["four", "five"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("four\nfive\n"))
+    assert prompts_of(parser().parse_args(["--prompt-file", "-"])) == ["four", "five"]
 
 
 def test_dry_run_loads_nothing_and_adds_up(run, monkeypatch) -> None:

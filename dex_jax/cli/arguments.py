@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import dex_jax
 from dex_jax.cli.common import add_model, depths, program, whole
@@ -28,19 +28,16 @@ The text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 --chec
 2 bad input, 130 interrupted.
 """
 
-METHODS: dict[str, tuple[str, dict[str, str]]] = {
-    "dex": ("Dex", {"explorers": "explorers", "depths": "depths", "rows": "rows"}),
-    "ar": ("AR", {}),
-    "layerskip": ("LayerSkip", {"exit_depth": "exit", "draft_length": "draft_length"}),
-    "adadecode": (
-        "AdaDecode",
-        {"explorers": "explorers", "depths": "depths", "threshold": "threshold", "draft_length": "draft_length"},
-    ),
-    "del": ("DEL", {"explorers": "explorers", "depths": "depths", "draft_length": "draft_length"}),
-    "dex-single-exit": ("DexSingleExit", {"explorers": "explorers", "depths": "depths"}),
-    "oracle": ("Oracle", {"explorers": "explorers", "depths": "depths"}),
+METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dex": ("Dex", ("explorers", "depths", "rows")),
+    "ar": ("AR", ()),
+    "layerskip": ("LayerSkip", ("exit_depth", "draft_length")),
+    "adadecode": ("AdaDecode", ("explorers", "depths", "threshold", "draft_length")),
+    "del": ("DEL", ("explorers", "depths", "draft_length")),
+    "dex-single-exit": ("DexSingleExit", ("explorers", "depths")),
+    "oracle": ("Oracle", ("explorers", "depths")),
 }
-"""Name -> (the method's name in dex_jax, flag -> field)."""
+"""Name -> (the method's name in dex_jax, its flags, which are called as its fields are but for `exit`)."""
 
 OF_DEX = ("no_draft", "no_decs", "draft_model")
 METHOD_FLAGS = ("explorers", "depths", "rows", *OF_DEX, "exit_depth", "draft_length", "threshold")
@@ -130,8 +127,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def check_flags(args: argparse.Namespace) -> str | None:
-    """Whether the flags go together; one line about flags without effect, None where there are none.
+def check_flags(args: argparse.Namespace) -> None:
+    """Whether the flags go together; a line on stderr says which of them are without effect.
 
     Raises:
       DexError: flags that the method does not have.
@@ -149,21 +146,22 @@ def check_flags(args: argparse.Namespace) -> str | None:
         raise DexError("--draft-model stands in the place of --exits: leave one of them out")
     filters = [f"--{name}" for name in ("top-k", "top-p") if getattr(args, name.replace("-", "_")) is not None]
     if args.temperature == 0 and filters:
-        return f"{' and '.join(filters)} changes nothing at temperature 0, which is greedy: add --temperature 1, say"
-    return None
+        words = "changes nothing at temperature 0, which is greedy: add --temperature 1, say"
+        print(f"{' and '.join(filters)} {words}", file=sys.stderr)
 
 
 def method_of(args: argparse.Namespace) -> Method:
     """The method that the flags name."""
-    name, fields = METHODS[args.method]
-    given: dict[str, Any] = {field: getattr(args, flag) for flag, field in fields.items()}
-    given = {field: value for field, value in given.items() if value is not None}
+    name, flags = METHODS[args.method]
+    given: dict[str, Any] = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
+    if "exit_depth" in given:
+        given["exit"] = given.pop("exit_depth")
     if args.method == "dex":
         given |= {"decs": not args.no_decs, "draft": not args.no_draft}
     return getattr(dex_jax, name)(**given)
 
 
-def prompts_of(args: argparse.Namespace, stdin: TextIO | None = None) -> list[Prompt]:
+def prompts_of(args: argparse.Namespace) -> list[Prompt]:
     """All prompts: those of --prompt first, then those of --prompt-file.
 
     Raises:
@@ -171,17 +169,17 @@ def prompts_of(args: argparse.Namespace, stdin: TextIO | None = None) -> list[Pr
     """
     prompts: list[Prompt] = list(args.prompt)
     if args.prompt_file is not None:
-        prompts += _read_prompts(args.prompt_file, stdin or sys.stdin)
+        prompts += _read_prompts(args.prompt_file)
     if not prompts:
         raise DexError('there is no prompt: give --prompt "...", --prompt-file FILE, or --prompt-file - for stdin')
     return prompts
 
 
-def _read_prompts(name: str, stdin: TextIO | None) -> list[Prompt]:
-    if name == "-" and stdin is None:
+def _read_prompts(name: str) -> list[Prompt]:
+    if name == "-" and sys.stdin is None:
         raise DexError("--prompt-file - reads stdin, and stdin is closed: pipe prompts into it, or name a file")
     try:
-        text = stdin.read() if name == "-" and stdin else Path(name).read_text(encoding="utf-8-sig")
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # no file, no text, or no name
         raise DexError(f"cannot read the prompt file {name}: {error}") from error
     # JSON strings may hold what str.splitlines() also takes for an end of line.

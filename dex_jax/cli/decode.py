@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import gc
 import json
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    without_effect = check_flags(args)
-    if without_effect is not None:
-        print(without_effect, file=sys.stderr)
+    check_flags(args)
     # What can be wrong with prompts is told before JAX is imported, which takes seconds.
     prompts = [] if args.distributed or args.dry_run else prompts_of(args)
     with phases() as display:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import numpy as np
@@ -97,15 +98,11 @@ def show(output: Output, checks: list[Check] | None, colors: bool) -> None:
 def summary(output: Output, checks: list[Check] | None) -> str:
     """The lines after the text: counts, times, and a bar for each exit."""
     stats, schedule = output.stats, output.stats.schedule
-    new_tokens = int(output.lengths.sum())
     after_first = int((output.lengths - 1).sum())
     rate = f"{after_first / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds > 0 and after_first else "n/a"
-    lines = [f"{title(schedule)} on {where_of(stats)}: {new_tokens} tokens"]
+    lines = [f"{title(schedule)} on {where_of(stats)}: {int(output.lengths.sum())} tokens"]
     if stats.choice is not None:
         lines.append(f"chosen: {stats.choice}")
-    if stats.rounds is not None:
-        ratio = after_first / stats.rounds.sum() if stats.rounds.sum() else float("nan")
-        lines[0] += f", {int(stats.rounds.sum())} rounds, {ratio:.2f} tokens a round"
     where = f"depths {', '.join(map(str, schedule.depths))}; {schedule.rows} rows"
     where += "" if stats.exits_source is None else f"; exits: {stats.exits_source}"
     if schedule.drafts is not None:
@@ -113,15 +110,16 @@ def summary(output: Output, checks: list[Check] | None) -> str:
         drafter = f" and the drafter ({stats.drafter_source})" if stats.drafter_source else ""
         where += f"; drafts from {', '.join(texts) if drafter else ' and '.join(texts)}{drafter}"
     if stats.rounds is not None:
-        total, num_layers = int(stats.layer_steps.sum()), schedule.depths[-1]
-        a_token = total / after_first if after_first else float("nan")
-        lines.append(f"{total} layers one after the other, {a_token:.1f} a token (AR: {num_layers})")
+        rounds, total = int(stats.rounds.sum()), int(stats.layer_steps.sum())
+        lines[0] += f", {rounds} rounds, {_over(after_first, rounds):.2f} tokens a round"
+        a_token = f"{_over(total, after_first):.1f} a token (AR: {schedule.depths[-1]})"
+        lines.append(f"{total} layers one after the other, {a_token}")
         if stats.drafted is not None and stats.accepted is not None:
             lines[-1] += f"; {int(stats.drafted.sum())} tokens drafted, {int(stats.accepted.sum())} of them accepted"
         lines.append(where)
     if schedule.has_lattice and stats.ticks is not None:
-        ratio = schedule.stages * after_first / stats.ticks.sum() if stats.ticks.sum() else float("nan")
-        lines[0] += f", {int(stats.ticks.sum())} ticks, depth-side speedup {ratio:.2f}"
+        ticks = int(stats.ticks.sum())
+        lines[0] += f", {ticks} ticks, depth-side speedup {_over(schedule.stages * after_first, ticks):.2f}"
         lines.append(where)
     lines.append(
         f"wall-clock: {rate} in {stats.decode_seconds:.2f} s of decoding, prefill {stats.prefill_seconds:.2f} s, "
@@ -131,6 +129,10 @@ def summary(output: Output, checks: list[Check] | None) -> str:
         lines += _bars(output)
     lines += _check_lines(checks, stats.dtype)
     return "\n".join(lines)
+
+
+def _over(count: int, other: int) -> float:
+    return count / other if other else math.nan
 
 
 def _bars(output: Output) -> list[str]:

@@ -52,12 +52,14 @@ def depth_hex(exit_number: int, stages: int) -> str:
     if code is None:
         return FINAL_HEX
     hue, _, _ = colorsys.rgb_to_hls(*Color.from_ansi(code).get_truecolor().normalized)
-    red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, *PAGE))
-    return f"#{red:02x}{green:02x}{blue:02x}"
+    return _hex(hue, *PAGE)
 
 
 def darker(color: str) -> str:
     """The colour of words on white, where that of lines would be pale: "#rrggbb" -> "#rrggbb"."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*(int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)))
-    red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.72 * lightness, saturation))
-    return f"#{red:02x}{green:02x}{blue:02x}"
+    return _hex(hue, 0.72 * lightness, saturation)
+
+
+def _hex(*color: float) -> str:
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(*color))

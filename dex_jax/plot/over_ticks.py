@@ -18,6 +18,9 @@ _CLIMB = 3.6  # inches
 _LANE = 0.15  # inches
 _TICK = 0.4  # inches
 
+_Nodes = dict[int, TracedNode]
+"""By their places among the trace's nodes."""
+
 
 def lattice(trace: Trace, ticks: tuple[int, int] | None = None, *, candidates: bool = True) -> Any:
     """Draws which nodes there were, how deep they got, and what commits and collapses did, tick by tick.
@@ -43,12 +46,12 @@ def lattice(trace: Trace, ticks: tuple[int, int] | None = None, *, candidates: b
     last = min(last, trace.ticks)
     if not 0 <= first < last:
         raise DexError(f"there is nothing to draw from tick {first} to {last}: the trace has {trace.ticks} ticks")
-    nodes = [node for node in trace.nodes if node.born <= last and node.ended >= first]
+    nodes = {i: node for i, node in enumerate(trace.nodes) if node.born <= last and node.ended >= first}
     commits = [node for node in trace.roots if node.rooted is not None and first < node.rooted <= last]
     if trace.ticks <= last and len(trace.tokens) > 1:
         commits = [*commits, _final(trace)]
-    lanes, places = _lanes(nodes)
-    heights = (_CLIMB, lanes * _LANE) if candidates else (_CLIMB,)
+    lanes = _lanes(nodes)
+    heights = (_CLIMB, (max(lanes.values()) + 1) * _LANE) if candidates else (_CLIMB,)
     figure = new_figure(1.8 + (last - first) * _TICK, sum(heights) + 0.9)
     climb, *bars = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     _draw_climb(climb, trace, nodes, commits, last)
@@ -56,7 +59,7 @@ def lattice(trace: Trace, ticks: tuple[int, int] | None = None, *, candidates: b
     if bars:
         climb.tick_params(axis="x", labelbottom=False, length=0)
         climb.spines["bottom"].set_visible(False)
-        _draw_bars(bars[0], trace, nodes, places, lanes, commits, first, last)
+        _draw_bars(bars[0], trace, nodes, lanes, commits, first, last)
     lowest = figure.axes[-1]
     lowest.set_xlim(first - 0.9, last + 1.1)
     lowest.set_xlabel("tick")
@@ -74,12 +77,12 @@ def _color(node: TracedNode, trace: Trace) -> str:
     return FINAL_HEX if node.born == 0 else depth_hex(node.born_at, trace.stages)
 
 
-def _draw_climb(axes: Any, trace: Trace, nodes: list[TracedNode], commits: list[TracedNode], last: int) -> None:
+def _draw_climb(axes: Any, trace: Trace, nodes: _Nodes, commits: list[TracedNode], last: int) -> None:
     quiet_axes(axes)
     heights, top = (0, *trace.depths), trace.depths[-1]
     for depth in trace.depths:
         axes.axhline(depth, color=FAINT, linewidth=0.6, zorder=0)
-    for node in sorted(nodes, key=lambda node: node.rooted is not None):
+    for node in sorted(nodes.values(), key=lambda node: node.rooted is not None):
         done = node.ended - node.born
         across = [node.born + stage for stage in range(done + 1)]
         up = heights[: done + 1]
@@ -92,7 +95,7 @@ def _draw_climb(axes: Any, trace: Trace, nodes: list[TracedNode], commits: list[
         axes.plot(across[0], up[0], marker="o", markersize=5, color=color, zorder=4)
         if done == trace.stages:
             axes.plot(across[-1], up[-1], marker="o", markersize=7, color=INK, zorder=5)
-    chosen = [node for node in nodes if node.rooted is not None and node.born < last]
+    chosen = [node for node in nodes.values() if node.rooted is not None and node.born < last]
     for born in sorted({node.born for node in chosen}):
         _words(axes, trace, [node for node in chosen if node.born == born], (born, 0), -9)
     for tick in sorted({node.rooted or 0 for node in commits}):
@@ -111,19 +114,10 @@ def _words(axes: Any, trace: Trace, path: list[TracedNode], at: tuple[float, flo
     A path of more than one node is drafts, which begin and land together.
     """
     path = sorted(path, key=lambda node: node.position)
-    axes.annotate(
-        " ".join(_label(trace, node.token) for node in path),
-        at,
-        (0, above),
-        textcoords="offset points",
-        rotation=35,
-        rotation_mode="anchor",
-        ha="left" if above > 0 else "right",
-        va="bottom" if above > 0 else "top",
-        fontsize=11,
-        color=darker(_color(path[-1], trace)),
-        fontweight="bold",
-    )
+    words, color = " ".join(_label(trace, node.token) for node in path), darker(_color(path[-1], trace))
+    leaning: dict[str, Any] = {"ha": "left", "va": "bottom"} if above > 0 else {"ha": "right", "va": "top"}
+    style = leaning | {"rotation": 35, "rotation_mode": "anchor", "color": color, "fontsize": 11, "fontweight": "bold"}
+    axes.annotate(words, at, (0, above), textcoords="offset points", **style)
 
 
 def _legend(figure: Any, trace: Trace) -> None:
@@ -146,75 +140,47 @@ def _legend(figure: Any, trace: Trace) -> None:
 
 
 def _draw_bars(
-    axes: Any,
-    trace: Trace,
-    nodes: list[TracedNode],
-    places: list[int],
-    lanes: int,
-    commits: list[TracedNode],
-    first: int,
-    last: int,
+    axes: Any, trace: Trace, nodes: _Nodes, lanes: dict[int, int], commits: list[TracedNode], first: int, last: int
 ) -> None:
     quiet_axes(axes)
-    at = {id(node): place for node, place in zip(nodes, places, strict=True)}
-    for node, place in zip(nodes, places, strict=True):
-        strong = node.rooted is not None
-        axes.barh(
-            place,
-            min(node.ended, last + 0.5) - max(node.born, first - 0.4),
-            left=max(node.born, first - 0.4),
-            height=0.86,
-            color=_color(node, trace) if strong else _DEAD,
-            linewidth=0,
-        )
-        text = axes.text(
-            max(node.born, first - 0.4) + 0.12,
-            place + 0.04,
-            _label(trace, node.token),
-            va="center",
-            fontsize=6.6,
-            color="white" if strong else "#6b7380",
-            fontweight="bold" if strong else "normal",
-            clip_on=True,
-        )
+    positions: dict[int, list[int]] = {}  # -> lanes
+    for index, node in nodes.items():
+        lane, left, strong = lanes[index], max(node.born, first - 0.4), node.rooted is not None
+        positions.setdefault(node.position, []).append(lane)
+        color = _color(node, trace) if strong else _DEAD
+        axes.barh(lane, min(node.ended, last + 0.5) - left, left=left, height=0.86, color=color, linewidth=0)
+        style: dict[str, Any] = {"color": "white", "fontweight": "bold"} if strong else {"color": "#6b7380"}
+        style |= {"fontsize": 6.6, "va": "center"}
+        text = axes.text(left + 0.12, lane + 0.04, _label(trace, node.token), clip_on=True, **style)
         text.set_clip_path(axes.patches[-1])
-        parent = None if node.parent is None else trace.nodes[node.parent]
-        if strong and parent is not None and id(parent) in at:
-            axes.plot([node.born] * 2, [at[id(parent)] + 0.43, place - 0.43], color=INK, linewidth=0.7, zorder=0.9)
+        if strong and node.parent in lanes:
+            ends = [lanes[node.parent] + 0.43, lane - 0.43]
+            axes.plot([node.born] * 2, ends, color=INK, linewidth=0.7, zorder=0.9)
     for node in commits:
         axes.axvline(node.rooted, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
-    positions: dict[int, list[int]] = {}
-    for node, place in zip(nodes, places, strict=True):
-        positions.setdefault(node.position, []).append(place)
-    origin = trace.nodes[0].position
-    for number, (_, taken) in enumerate(sorted(positions.items())):
-        low, high = min(taken) - 0.5, max(taken) + 0.5
-        if number % 2:
-            axes.axhspan(low, high, color="#f7f8fa", zorder=0, linewidth=0)
-    axes.set_yticks(
-        [(min(taken) + max(taken)) / 2 for taken in positions.values()],
-        [str(position - origin) for position in positions],
-    )
+    for _, taken in sorted(positions.items())[1::2]:
+        axes.axhspan(min(taken) - 0.5, max(taken) + 0.5, color="#f7f8fa", zorder=0, linewidth=0)
+    middles = [(min(taken) + max(taken)) / 2 for taken in positions.values()]
+    axes.set_yticks(middles, [str(position - trace.nodes[0].position) for position in positions])
     axes.set_ylabel("position of the token")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_ylim(lanes - 0.3, -0.7)
+    axes.set_ylim(max(lanes.values()) + 0.7, -0.7)
 
 
-def _lanes(nodes: list[TracedNode]) -> tuple[int, list[int]]:
-    """How many lanes the bars need, and the lane of each: positions downwards, the nodes that lived on first."""
-    places = [0] * len(nodes)
+def _lanes(nodes: _Nodes) -> dict[int, int]:
+    """The lane of each node's bar: positions downwards, the nodes that lived on first."""
+    lanes: dict[int, int] = {}
     used = 0
-    for position in sorted({node.position for node in nodes}):
+    for position in sorted({node.position for node in nodes.values()}):
         ends: list[float] = []  # of the last bar in each lane
-        group = [i for i, node in enumerate(nodes) if node.position == position]
-        for i in sorted(group, key=lambda i: (nodes[i].rooted is None, nodes[i].born)):
-            node = nodes[i]
+        group = [(index, node) for index, node in nodes.items() if node.position == position]
+        for index, node in sorted(group, key=lambda pair: (pair[1].rooted is None, pair[1].born)):
             lane = next((lane for lane, end in enumerate(ends) if end <= node.born), len(ends))
             ends[lane : lane + 1] = [node.ended + 0.1]
-            places[i] = used + lane
+            lanes[index] = used + lane
         used += len(ends)
-    return used, places
+    return lanes
 
 
 def _label(trace: Trace, token: int) -> str:
