@@ -14,7 +14,6 @@ import functools
 import resource
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,7 +28,6 @@ from dex_jax.tables import markdown
 
 LENGTHS = (20, 41, 131, 300, 754, 1000)
 OURS, TRANSFORMERS, LLAMA = "dex_jax", "transformers", "llama.cpp"
-LLAMA_WORKER = Path(__file__).with_name("llama_ar.py")
 
 
 def ours(lm: Any, ids: list[int]) -> float:
@@ -51,8 +49,7 @@ def page(times: dict[str, list[float]], lengths: list[int], others: list[str]) -
 
 
 def parser() -> argparse.ArgumentParser:
-    made = arguments(__doc__, weights=None, rounds=9, transformers_python=None)
-    made.add_argument("--llama-python", metavar="PYTHON", help="compare with this Python's llama-cpp-python, too")
+    made = arguments(__doc__, weights=None, rounds=9, transformers_python=None, llama_python=None)
     made.add_argument("--lengths", type=int, nargs="+", default=[*LENGTHS], metavar="N", help="of prompts, in tokens")
     return made
 
@@ -65,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if args.transformers_python:
         others[TRANSFORMERS] = Outside(args.transformers_python, args.model)
     if args.llama_python:
-        others[LLAMA] = Outside(args.llama_python, args.model, LLAMA_WORKER, lm.source)
+        others[LLAMA] = Outside(args.llama_python, args.model, lm.source)
     about = machine(dtype="float32", weights=lm.weights_kind, rounds=args.rounds)
     for other in others.values():
         about |= other.versions

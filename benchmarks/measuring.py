@@ -23,7 +23,8 @@ def arguments(doc: str, **defaults: Any) -> argparse.ArgumentParser:
 
     Args:
       doc: the benchmark's docstring, whose first line is shown.
-      defaults: of `data`, `prompts`, `rounds`, `max_new_tokens`, `weights`, `exits` and `transformers_python`.
+      defaults: of `data`, `prompts`, `rounds`, `max_new_tokens`, `weights`, `exits`, `llama_python` and
+        `transformers_python`.
     """
     shared: dict[str, dict[str, Any]] = {
         "data": {"nargs": "+", "metavar": "FILE", "help": "prompts, one file or more"},
@@ -32,6 +33,7 @@ def arguments(doc: str, **defaults: Any) -> argparse.ArgumentParser:
         "max_new_tokens": {"type": int, "metavar": "N", "help": "of each answer (%(default)s)"},
         "weights": {"choices": WEIGHTS, "help": "what weights are kept as: as dex_jax.load chooses unless given"},
         "exits": {"help": "default, shared, or a folder or file of exits (%(default)s)"},
+        "llama_python": {"metavar": "PYTHON", "help": "compare with this Python's llama-cpp-python"},
         "transformers_python": {"metavar": "PYTHON", "help": "compare with this Python's transformers on torch"},
     }
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])

@@ -15,7 +15,6 @@ from typing import Any
 
 from dex_jax.errors import DexError
 
-WORKER = Path(__file__).with_name("transformers_ar.py")
 MODEL = "smollm2-135m"
 
 
@@ -25,16 +24,16 @@ class Outside:
     Args:
       python: a Python that has the library.
       model: of the benchmark.
-      worker: the program that it runs.
-      file: what a worker that takes any model is told to open.
+      file: what llama.cpp is told to open; None for transformers.
 
     Raises:
-      DexError: another model than the worker's, or a Python that cannot run it.
+      DexError: another model than transformers' here, or a Python that cannot run it.
     """
 
-    def __init__(self, python: str, model: str, worker: Path = WORKER, file: str | None = None):
+    def __init__(self, python: str, model: str, file: str | None = None):
         if file is None and model != MODEL:
             raise DexError(f"--transformers-python compares with {MODEL} alone, not with {model}: leave it out")
+        worker = Path(__file__).with_name("transformers_ar.py" if file is None else "llama_ar.py")
         command = [python, str(worker), "--serve", *([] if file is None else [file])]
         try:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

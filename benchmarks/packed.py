@@ -31,7 +31,6 @@ from dex_jax.nn.weights import merge_model
 from dex_jax.sampling import best_column
 from dex_jax.tables import markdown
 
-WORKER = Path(__file__).with_name("llama_ar.py")
 ROWS, LENGTH = (1, 2, 4, 8, 16), 256
 KINDS = ("dense", "stored")
 PLAIN, CHOSEN, LLAMA, READ = "AR", "what is chosen", "llama.cpp", "read of all weights"
@@ -128,9 +127,7 @@ def page(runs: dict[str, Any], times: dict[str, list[float]]) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = arguments(__doc__, data=None, prompts=6, rounds=3, max_new_tokens=128)
-    flags.add_argument("--llama-python", metavar="PYTHON", help="compare with this Python's llama-cpp-python")
-    return flags
+    return arguments(__doc__, data=None, prompts=6, rounds=3, max_new_tokens=128, llama_python=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -138,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     remember_compilations()
     models = {kind: dex_jax.load(args.model, dtype="float32", weights=kind) for kind in KINDS}
     prompts = read_ids(models["dense"], args.data, args.prompts)
-    outside = Outside(args.llama_python, args.model, WORKER, models["dense"].source) if args.llama_python else None
+    outside = Outside(args.llama_python, args.model, models["dense"].source) if args.llama_python else None
     settings = {name: getattr(args, name) for name in ("rounds", "max_new_tokens")}
     settings["model"] = Path(args.model).name if args.model.endswith(".gguf") else args.model
     about = machine(dtype="float32", data=[Path(path).name for path in args.data], **settings)

@@ -353,7 +353,7 @@ def test_rounds_are_not_optimised_away() -> None:
 def test_rounds_go_on_from_where_the_last_call_ended() -> None:
     """The program is given the state and keeps no copy of it; what the caller has stays the caller's."""
     start = jnp.zeros(3)
-    again = timed_programs._repeated(lambda step: lambda x: x + step, jnp.float32(2), start)
+    again = timed_programs._repeated(lambda step, x: x + step, jnp.float32(2), start)
     first = again(2)
     assert again(3).tolist() == [10.0] * 3
     assert first.is_deleted()

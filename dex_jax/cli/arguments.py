@@ -128,11 +128,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Whether the flags go together; a line on stderr says which of them are without effect.
-
-    Raises:
-      DexError: flags that the method does not have.
-    """
+    """Says on stderr which flags are without effect. DexError: flags that do not go together."""
     if args.hardware is not None and not args.dry_run:
         raise DexError("--hardware is for estimates: add --dry-run")
     if args.learn:
@@ -162,11 +158,7 @@ def method_of(args: argparse.Namespace) -> Method:
 
 
 def prompts_of(args: argparse.Namespace) -> list[Prompt]:
-    """All prompts: those of --prompt first, then those of --prompt-file.
-
-    Raises:
-      DexError: no prompt, an unreadable file, or a line that does not parse (with file and line).
-    """
+    """Prompts of --prompt, then those of --prompt-file. DexError: none, no such file, or a line that does not parse."""
     prompts: list[Prompt] = list(args.prompt)
     if args.prompt_file is not None:
         prompts += _read_prompts(args.prompt_file)

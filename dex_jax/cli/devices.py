@@ -105,8 +105,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         drafter = exit_zero(resolved.drafter, longest + args.max_new_tokens)
         exits_bytes += remembered_bytes(drafter, dtype, compiled_for, length)
     options: dict[str, Any] = {"sampled": sampling is not None, "exits_bytes": exits_bytes, "mesh": mesh}
-    options["packing"] = packing
-    needed = footprint(config, dtype, schedule, compiled_for, length, layout, **options)
+    needed = footprint(config, dtype, schedule, compiled_for, length, layout, packing=packing, **options)
     if elsewhere is not None and elsewhere.name in TARGETS:
         needed = _compiled(needed, Session(outline, ids, resolved, args.max_new_tokens, sampling), elsewhere.name)
     sentence = verdict(needed, device_memory() if elsewhere is None else int(USABLE * elsewhere.memory))
@@ -118,8 +117,8 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         return 0
     where = "one device" if devices == 1 else f"each of {devices} devices"
     where = where if elsewhere is None else f"one {elsewhere.name}"
-    what = f"{batch} sequence(s) of at most {length} positions in {dtype}, {title(schedule)}"
     kept = f", weights in {outline.weights_kind}" if packing else ""
+    what = f"{batch} sequence(s) of at most {length} positions in {dtype}, {title(schedule)}"
     print(f"{checkpoint.source}: {what}, on {where}{kept}")
     for field in dataclasses.fields(needed):
         print(f"  {field.name.removesuffix('_bytes'):<10} {getattr(needed, field.name) / 1e9:8.3f} GB")

@@ -47,8 +47,9 @@ class TextPrinter:
                 self._write(output.texts[self.row])
             else:
                 for at in range(self.printed, length):
-                    exit_number = int(output.stats.exits[self.row, at])
-                    self._token(int(output.tokens[self.row, at]), exit_number, output.stats.schedule.stages)
+                    token = int(output.tokens[self.row, at])
+                    text = f"{token} " if self.stream is None else self.stream.push([token])
+                    self._write(text, depth_style(int(output.stats.exits[self.row, at]), output.stats.schedule.stages))
                 self.printed = length
             if not finished:
                 return
@@ -65,10 +66,6 @@ class TextPrinter:
         if len(self.prompts) > 1:
             self._write(f"{'' if self.row == 0 else chr(10)}[{self.row + 1}] {self.prompts[self.row]}\n")
         return None if self.tokenizer is None else TextStream(self.tokenizer)
-
-    def _token(self, token: int, exit_number: int, stages: int) -> None:
-        text = f"{token} " if self.stream is None else self.stream.push([token])
-        self._write(text, depth_style(exit_number, stages))
 
     def _write(self, text: str, style: str = "default") -> None:
         if not text:

@@ -56,11 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Plans as the flags say and prints it.
-
-    Raises:
-      DexError: flags that do not go together, or what they name cannot be read.
-    """
+    """Plans as the flags say and prints it. DexError: they do not go together, or name what cannot be read."""
     from dex_jax.evaluation.planner.cost_model import Setting
     from dex_jax.evaluation.planner.ead_profile import read_profile
     from dex_jax.evaluation.planner.predictions import plan, predictions_table

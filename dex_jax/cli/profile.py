@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
 from dex_jax.cli.common import add_model, depths, remember_compilations, whole
 from dex_jax.cli.train_arguments import add_answers
 from dex_jax.errors import DexError, exit_code
 from dex_jax.progress import phases
-
-if TYPE_CHECKING:
-    from dex_jax.evaluation.planner.ead_profile import Ticks
 
 EXPLORERS = (2, 3, 4, 5, 6, 8, 10, 15)
 
@@ -45,11 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures and writes, as the flags say.
-
-    Raises:
-      DexError: a model, exits, prompts or grids that are not there or do not fit.
-    """
+    """Measures and writes, as the flags say. DexError: a model, exits, prompts or grids are not there or do not fit."""
     from dex_jax.cli.train_results import answered, chosen_exits
     from dex_jax.evaluation.planner.profile import draw, profile_of, profile_table, ticks_with_drafts
     from dex_jax.forced.run import measure
@@ -73,11 +65,10 @@ def run(args: argparse.Namespace) -> None:
         groups[name] = measured.of(range(start, start + len(group)))
         start += len(group)
     about = {"model": args.model, "exits": str(args.exits), "max_new_tokens": args.max_new_tokens}
-    drafts: tuple[Ticks, ...] = ()
     if args.drafts:
         _say(f"decoding with drafts, {1 + len(measured.grids)} grids")
-        options = {"max_new_tokens": args.max_new_tokens, "batch": args.batch}
-        drafts = ticks_with_drafts(lm, exits, every, measured.grids, **options)
+    options = {"max_new_tokens": args.max_new_tokens, "batch": args.batch}
+    drafts = ticks_with_drafts(lm, exits, every, measured.grids, **options) if args.drafts else ()
     profile = profile_of(measured, groups, about=about, drafts=drafts)
     write_json(args.output, profile.to_json())
     print(profile_table(profile))

@@ -28,6 +28,9 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     first_divergence, top2_margin; see evaluation.check).
     """
     stats, length = output.stats, int(output.lengths[row])
+    of_all = ("choice", "exits_source", "drafter_source", "stored", "device", "dtype", "weights")
+    times = ("compile_seconds", "prefill_seconds", "decode_seconds")
+    of_each = ("layer_steps", "ticks", "depth_side_speedup", "rounds", "tokens_per_round", "drafted", "accepted")
     record = {
         "prompt": prompt,
         "text": output.texts[row],
@@ -37,29 +40,14 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
         "finished": bool(output.finished[row]),
         "method": stats.schedule.method,
         "draft": stats.schedule.drafts is not None,
-        "choice": stats.choice,
         "depths": list(stats.schedule.depths),
         "rows": stats.schedule.rows,
-        "exits_source": stats.exits_source,
-        "drafter_source": stats.drafter_source,
-        "stored": stats.stored,
-        "layer_steps": _at(stats.layer_steps, row),
-        "ticks": _at(stats.ticks, row),
         "exits": stats.exits[row, :length].tolist(),
-        "depth_side_speedup": _at(stats.depth_side_speedup, row),
-        "rounds": _at(stats.rounds, row),
-        "tokens_per_round": _at(stats.tokens_per_round, row),
-        "drafted": _at(stats.drafted, row),
-        "accepted": _at(stats.accepted, row),
-        "compile_seconds": stats.compile_seconds,
-        "prefill_seconds": stats.prefill_seconds,
-        "decode_seconds": stats.decode_seconds,
         "tokens_per_second": (length - 1) / stats.decode_seconds if length > 1 and stats.decode_seconds > 0 else None,
-        "device": stats.device,
-        "dtype": stats.dtype,
-        "weights": stats.weights,
         "seed": seed,
     }
+    record |= {name: getattr(stats, name) for name in (*of_all, *times)}
+    record |= {name: _at(getattr(stats, name), row) for name in of_each}
     if check is not None:
         record["check"] = dataclasses.asdict(check)
     return record

@@ -229,7 +229,7 @@ def _instruction(line: str) -> Instruction | None:
         depth += {"(": 1, ")": -1}.get(line[end], 0)
         end += 1
     inside, rest = line[head.end() : end - 1], line[end:]
-    arrays = re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", result)
+    arrays = re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", result)  # kind, dimensions, layout
     calls: list[str] = []
     if operation in RUN_BY:
         for key in ("body", "condition", "calls", "to_apply", "true_computation", "false_computation"):
@@ -239,13 +239,9 @@ def _instruction(line: str) -> Instruction | None:
     return Instruction(
         name=name,
         operation=operation,
-        results=tuple(Array(kind, _dims(dims), "S(" in layout) for kind, dims, layout in arrays),
+        results=tuple(Array(kind, tuple(map(int, re.findall(r"\d+", dims))), "S(" in at) for kind, dims, at in arrays),
         operands=tuple(re.findall(r"%([\w.\-]+)", inside)) if operation != "constant" else (),
         calls=tuple(calls),
         root=bool(root),
         line=line.strip(),
     )
-
-
-def _dims(text: str) -> tuple[int, ...]:
-    return tuple(map(int, filter(None, text.split(","))))

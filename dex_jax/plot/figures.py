@@ -12,11 +12,7 @@ INK, FAINT = "#22262e", "#c9ced6"
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib Figure of so many inches; no pyplot, so nothing to close and no backend to choose.
-
-    Raises:
-      DexError: no matplotlib.
-    """
+    """An empty matplotlib Figure, in inches: no pyplot, so nothing to close. DexError: matplotlib is not installed."""
     return _figure_class()(figsize=(width, height), layout="constrained", facecolor="white", dpi=110)
 
 

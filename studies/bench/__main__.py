@@ -7,13 +7,14 @@ summary.md and plots; the same command goes on where it was stopped. docs/howto_
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from dex_jax import language_model
 from dex_jax.cli.common import remember_compilations
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 from dex_jax.language_model import LanguageModel
 from dex_jax.progress import phases
 from studies.bench import report
@@ -21,12 +22,15 @@ from studies.bench.bench import Bench, Case
 from studies.bench.plan import Plan, Settings
 from studies.bench.results import about_model, writing
 from studies.bench.tasks import Asked, choose, read_task
-from studies.flags import run_study
+from studies.flags import add_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 1 where tokens are not AR's, 2 for bad input."""
-    return run_study(argv, "studies.bench", __doc__, Settings, run)
+    parser = argparse.ArgumentParser(prog="python -m studies.bench", description=__doc__.splitlines()[0])
+    add_flags(parser, Settings)
+    given = vars(parser.parse_args(argv))
+    return exit_code(lambda: run(Settings(**given)), "Stopped. The same command goes on from here.")
 
 
 def run(settings: Settings) -> int:

@@ -20,7 +20,7 @@ from dex_jax.sampling import Sampling, sampling_keys
 from studies.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
 from studies.bench.plan import Plan
 from studies.bench.results import Results
-from studies.bench.runs import Run, compared, run_key, run_of
+from studies.bench.runs import Run, compared, name_of, run_key, run_of
 from studies.pace import Pace
 
 SHORT = 256
@@ -31,20 +31,13 @@ PROGRAMS_HELD = 60
 
 
 class Case(NamedTuple):
-    """One prompt.
-
-    Attributes:
-      task, id: of the item.
-      ids: token ids.
-      split: "report" or "tune".
-      seed: of sampling.
-    """
+    """One prompt."""
 
     task: str
-    id: str
-    ids: tuple[int, ...]
-    split: str
-    seed: int
+    id: str  # of the item in the task
+    ids: tuple[int, ...]  # of tokens
+    split: str  # "report" or "tune"
+    seed: int  # of sampling
 
 
 class Bench:
@@ -117,7 +110,7 @@ class Bench:
                 out = generate(self.lm, [list(case.ids) for case in filled], **self._options(entry, filled))
             for row, case in enumerate(batch):
                 self._keep(entry, case, run_of(out, row, kind="depth", **self._about(entry, case)))
-            self.pace.add("depth", len(batch), f"counting {self._words(entry)}")
+            self.pace.add("depth", len(batch), f"counting {name_of(entry.name, entry.setting)}")
             self._forget_some()
         if entry.name == "ar":
             for run in self.results.runs:
@@ -140,11 +133,11 @@ class Bench:
                     with self._remarks():
                         out = generate(self.lm, [list(case.ids)], **self._options(entry, [case]))
                     self._keep(entry, case, run_of(out, 0, kind="wall", round=number, **self._about(entry, case)))
-                    self.pace.add("wall", 1, f"timing {self._words(entry)}")
+                    self.pace.add("wall", 1, f"timing {name_of(entry.name, entry.setting)}")
 
     def _warm_up(self, entry: Contender, case: Case) -> None:
         """Compiles what a run needs and runs its first ticks, once for each padded length."""
-        key = (self._words(entry), _bucket(case))
+        key = (name_of(entry.name, entry.setting), _bucket(case))
         if key in self.warm:
             return
         with self._remarks():
@@ -217,10 +210,6 @@ class Bench:
             for program in PROGRAMS:
                 program.forget()
             self.warm.clear()
-
-    @staticmethod
-    def _words(entry: Contender) -> str:
-        return " ".join([entry.name, *(f"{name}={value}" for name, value in sorted(entry.setting.items()))])
 
 
 def _bucket(case: Case) -> int:

@@ -75,20 +75,14 @@ def main_methods(table: Costs, explorers: int | None = None) -> list[str]:
 
 
 class Lossless(NamedTuple):
-    """Comparison of a method's tokens with AR's.
-
-    Attributes:
-      compared, identical, ties, wrong: runs; `wrong` part from AR where rounding cannot be the reason.
-      first: the earliest first divergence; None for none.
-      margin: the largest top-2 margin at one; None for none.
-    """
+    """Comparison of a method's tokens with AR's, in runs."""
 
     compared: int
     identical: int
     ties: int
-    wrong: int
-    first: int | None
-    margin: float | None
+    wrong: int  # part from AR where rounding cannot be the reason
+    first: int | None  # the earliest first divergence
+    margin: float | None  # the largest top-2 margin at one
 
 
 def lossless(runs: Iterable[Run]) -> Lossless | None:
@@ -125,19 +119,12 @@ def mismatches(runs: Sequence[Run]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Availability:
-    """At which depth tokens were first available.
+    """At which depth tokens were first available."""
 
-    Attributes:
-      name: of the method whose `exits` say so.
-      depths: ascending, ending at L.
-      shares: of tokens after the first, by depth.
-      tokens: how many there are.
-    """
-
-    name: str
-    depths: tuple[int, ...]
-    shares: tuple[float, ...]
-    tokens: int
+    name: str  # of the method whose `exits` say so
+    depths: tuple[int, ...]  # ascending, ending at L
+    shares: tuple[float, ...]  # of tokens after the first, by depth
+    tokens: int  # how many there are
 
     @property
     def mean(self) -> float:

@@ -25,19 +25,12 @@ EXIT_SHARES = (0.1, 0.2, 0.3, 0.4)
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A method with all its fields.
+    """A method with all its fields."""
 
-    Attributes:
-      name: on the command line and in results.
-      method: what `dex_jax.generate` takes.
-      setting: fields that are not its defaults.
-      drafter: whether it is drafted for by a drafter instead of exits at depths.
-    """
-
-    name: str
-    method: Method
-    setting: dict[str, Any] = dataclasses.field(default_factory=dict)
-    drafter: bool = False
+    name: str  # on the command line and in results
+    method: Method  # what `dex_jax.generate` takes
+    setting: dict[str, Any]  # fields that are not its defaults
+    drafter: bool  # whether it is drafted for by a drafter instead of exits at depths
 
 
 Maker = Callable[..., Method]

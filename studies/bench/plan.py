@@ -14,11 +14,11 @@ from dex_jax.decoding.resolve import default_drafter, default_exits, resolve
 from dex_jax.errors import DexError
 from dex_jax.foreign import check_fields
 from dex_jax.io.exits_file import load_exits
-from dex_jax.language_model import LanguageModel
+from dex_jax.language_model import DTYPES, LanguageModel
 from studies.bench.contenders import METHODS, SWEPT, Contender, contender, sweep, swept_depths
 from studies.bench.results import about_exits
 from studies.bench.tasks import TASKS
-from studies.flags import Count, NotNegative, Several, dtype_flag, flag, model_flag, names
+from studies.flags import Count, NotNegative, Several, flag, names
 
 Name = Annotated[str, Meta(pattern=f"^({'|'.join(METHODS)})$")]
 
@@ -42,8 +42,8 @@ class Settings:
     """
 
     output: str
-    model: str = model_flag()
-    dtype: str | None = dtype_flag()
+    model: str = flag("smollm2-135m", "alias, Hugging Face directory, hub id or .gguf file")
+    dtype: str | None = flag(None, "float32 on CPUs, bfloat16 on GPUs and TPUs unless given", type=str, choices=DTYPES)
     exits: str = flag("default", 'folder, file, "default" or "shared"')
     drafter: str = flag("default", 'of one explorer: folder, file, "default" or "shared"')
     methods: Names = flag(

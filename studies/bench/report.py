@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 from dex_jax.io.whole_files import write_whole
 from dex_jax.tables import markdown
 from studies.bench import comparison as c
@@ -18,7 +19,6 @@ from studies.bench.contenders import ON_MANY_DEVICES, SWEPT, by_setting
 from studies.bench.report_plots import draw
 from studies.bench.results import read_results, read_study, seen_in_training
 from studies.bench.runs import Run
-from studies.flags import run_report, tell
 
 SUMMARY = "summary.md"
 
@@ -73,7 +73,12 @@ def write(folder: str | Path, plots: bool = True) -> list[Path]:
 
 def write_and_tell(folder: str | Path, plots: bool) -> int:
     """Writes as `write` does, prints summary.md, says on stderr what is wrong; returns 1 for wrong tokens, else 0."""
-    return tell(write(folder, plots), c.mismatches(read_results(folder)))
+    files, wrong = write(folder, plots), c.mismatches(read_results(folder))
+    print(files[0].read_text(encoding="utf-8"))
+    print("written: " + ", ".join(map(str, files)), file=sys.stderr)
+    for each in wrong:
+        print(f"error: {each}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def summary(runs: Sequence[Run], study: dict[str, Any]) -> str:
@@ -142,25 +147,22 @@ def _speedups(table: c.Costs, kind: str, explorers: int | None) -> list[str]:
     title, meaning = KINDS[kind]
     tasks = c.tasks_of(table)
     names = c.main_methods(table, explorers)
-    rows = []
-    for name in names:
-        pairs = ("ar", name) if kind != "work" else (name, "ar")
-        rows.append([_label(name, kind), *(str(c.speedup(table, *pairs, task) or "") for task in tasks)])
+
+    def cells(base: str, other: str) -> list[str]:
+        return [str(c.speedup(table, base, other, task) or "") for task in tasks]
+
+    rows = [[_label(name, kind), *(cells(name, "ar") if kind == "work" else cells("ar", name))] for name in names]
     if kind == "wall":
         rows.insert(0, ["ar, ms a token", *(_milliseconds(table["ar"], task) for task in tasks)])
     parts = [f"## {title}", meaning, markdown([f"over AR, {title.lower()}", *tasks], rows)]
     if kind == "work":
         return parts
     own = [name for name in names if name.split(" ")[0] in ("dex", "dex_one_explorer", "dex_auto")]
-    versus = []
-    for name in own:
-        for rival in (other for method in RIVALS for other in c.of_method(table, method)):
-            cells = [str(c.speedup(table, rival, name, task) or "") for task in tasks]
-            versus.append([f"{name} over {rival}", *cells])
+    pairs = [(name, rival) for name in own for method in RIVALS for rival in c.of_method(table, method)]
     if kind == "depth":  # DEL is at its best where it is about as good as the best static setting
-        for name, rival in itertools.product(c.of_method(table, "del"), c.of_method(table, "layerskip")):
-            versus.append([f"{name} over {rival}", *(str(c.speedup(table, rival, name, task) or "") for task in tasks)])
-    if versus:
+        pairs += itertools.product(c.of_method(table, "del"), c.of_method(table, "layerskip"))
+    if pairs:
+        versus = [[f"{name} over {rival}", *cells(rival, name)] for name, rival in pairs]
         parts += [f"One over another, {title.lower()}:", markdown(["", *tasks], versus)]
     return parts
 
@@ -191,12 +193,10 @@ def _times(runs: Sequence[Run]) -> list[str]:
 
 
 def _explorers(runs: Sequence[Run]) -> list[str]:
-    found = c.by_explorers(c.costs(runs, "depth"))
+    table, grids = c.costs(runs, "depth"), c.grids(runs)
+    found, tasks = c.by_explorers(table), c.tasks_of(table)
     if len(found) < 2:
         return []
-    table = c.costs(runs, "depth")
-    tasks = c.tasks_of(table)
-    grids = c.grids(runs)
     rows = []
     for k in found:
         cells = [str(c.speedup(table, "ar", f"dex explorers={k}", task) or "") for task in tasks]
@@ -252,7 +252,11 @@ def _sweeps(runs: Sequence[Run]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 1 where tokens are not AR's, 2 for bad input."""
-    return run_report(argv, "studies.bench.report", __doc__, write_and_tell)
+    parser = argparse.ArgumentParser(prog="python -m studies.bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", metavar="DIR", help="of the results")
+    parser.add_argument("--no-plots", action="store_true", help="no PNG files, and no need of matplotlib")
+    args = parser.parse_args(argv)
+    return exit_code(lambda: write_and_tell(args.folder, not args.no_plots))
 
 
 if __name__ == "__main__":

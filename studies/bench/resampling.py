@@ -14,18 +14,12 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A figure and where it may lie.
+    """A figure and where it may lie."""
 
-    Attributes:
-      value: of the items themselves.
-      low, high: of the interval.
-      items: N.
-    """
-
-    value: float
+    value: float  # of the items themselves
     low: float
     high: float
-    items: int
+    items: int  # N
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"

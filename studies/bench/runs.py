@@ -120,8 +120,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Method and setting in words: "layerskip exit=12 draft_length=4"."""
-        return " ".join([self.method, *(f"{name}={value}" for name, value in sorted(self.setting.items()))])
+        """As `name_of` has it."""
+        return name_of(self.method, self.setting)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -138,6 +138,11 @@ class Run:
 
 
 KEY = ("kind", "split", "task", "template", "prompt_id", "method", "setting", "counted", "round", "dtype", "seed")
+
+
+def name_of(method: str, setting: dict[str, Any]) -> str:
+    """Method and setting in words: "layerskip exit=12 draft_length=4"."""
+    return " ".join([method, *(f"{name}={value}" for name, value in sorted(setting.items()))])
 
 
 def run_key(**fields: Any) -> tuple[Any, ...]:

@@ -22,32 +22,20 @@ SPLITS = ("test", "val", "dev")
 
 
 class Asked(NamedTuple):
-    """One prompt of a task.
+    """One prompt of a task."""
 
-    Attributes:
-      task: its name.
-      id: of the item in the task.
-      prompt: text or messages.
-    """
-
-    task: str
-    id: str
-    prompt: Any
+    task: str  # its name
+    id: str  # of the item in the task
+    prompt: Any  # text or messages
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Where a task's items are and how they are asked.
+    """Where a task's items are and how they are asked."""
 
-    Attributes:
-      hub: (name, config, split) for the package `datasets`; None where the hub has none.
-      id_field: of a row; None numbers the rows.
-      ask: (row, where it stands) -> the prompt.
-    """
-
-    hub: tuple[str, str | None, str] | None
-    id_field: str | None
-    ask: Callable[[dict[str, Any], str], Prompt]
+    hub: tuple[str, str | None, str] | None  # (name, config, split) for the package `datasets`; None where it has none
+    id_field: str | None  # of a row; None numbers the rows
+    ask: Callable[[dict[str, Any], str], Prompt]  # (row, where it stands) -> the prompt
 
 
 def text_field(row: dict[str, Any], name: str, where: str) -> str:

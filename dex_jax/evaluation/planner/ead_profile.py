@@ -151,11 +151,7 @@ class Profile:
 
 
 def read_profile(path: str | Path) -> Profile:
-    """Reads a profile that was measured or assumed.
-
-    Raises:
-      DexError: no such file, another content, or shares that do not add up.
-    """
+    """Reads a profile that was measured or assumed. DexError: no such file, or what it says cannot be."""
     try:
         content = Path(path).read_bytes()
         found = msgspec.json.decode(content, type=dict[str, Any]).get("format")

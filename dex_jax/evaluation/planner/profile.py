@@ -112,13 +112,9 @@ def profile_of(
 def profile_table(profile: Profile) -> str:
     """One table by depth, one by grid, and one of ticks with drafts."""
     ead, about = profile.ead, profile.about
+    agreement = {depth: f"{share:.3f}" for depth, share in profile.agreement.items()}
     by_depth = [
-        [
-            str(depth),
-            f"{share:.3f}",
-            f"{total:.3f}",
-            f"{profile.agreement[depth]:.3f}" if depth in profile.agreement else "-",
-        ]
+        [str(depth), f"{share:.3f}", f"{total:.3f}", agreement.get(depth, "-")]
         for depth, share, total in zip(ead.depths, ead.share, np.cumsum(ead.share), strict=True)
     ]
     by_grid = [

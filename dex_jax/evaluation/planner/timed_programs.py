@@ -59,15 +59,15 @@ def _weights(config: ModelConfig, dtype: jnp.dtype) -> Any:
     return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), shapes)
 
 
-def _repeated(step: Callable[[Any], Any], weights: Any, state: Any) -> Callable[[int], Any]:
-    """n -> state after n times more step(weights)(state), under jit.
+def _repeated(step: Callable[[Any, Any], Any], weights: Any, state: Any) -> Callable[[int], Any]:
+    """n -> state after n times more step(weights, state), under jit.
 
     The state is given away to the program, as decoding does: caches that it had to keep would be copied in every call.
     """
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(weights: Any, state: Any, rounds: Any) -> Any:
-        return jax.lax.fori_loop(0, rounds, lambda i, state: step(weights)(state), state)
+        return jax.lax.fori_loop(0, rounds, lambda i, state: step(weights, state), state)
 
     held = jax.tree.map(jnp.copy, state)
 
@@ -79,24 +79,16 @@ def _repeated(step: Callable[[Any], Any], weights: Any, state: Any) -> Callable[
     return again
 
 
-def _moved(tokens: jax.Array, hidden: jax.Array) -> jax.Array:
-    """Other tokens, known only when `hidden` is."""
-    return jnp.where(hidden.reshape(-1)[0] > 1e30, tokens, tokens ^ 1)
-
-
 def rows_seconds(config: ModelConfig, dtype: jnp.dtype, rows: int, length: int, timer: Timer) -> float:
     """Seconds of all layers over `rows` consecutive tokens of one sequence beside a cache of `length` positions."""
     weights = _weights(config, dtype)
 
-    def step(weights: Any) -> Callable[[Any], Any]:
+    def step(weights: Any, state: Any) -> Any:
+        tokens, memory = state
         model = merge_model(config, Unrolled(), weights)
-
-        def once(state: Any) -> Any:
-            tokens, memory = state
-            hidden, memory = extend(model, memory, tokens, jnp.asarray([length - rows], jnp.int32))
-            return _moved(tokens, hidden), memory
-
-        return once
+        hidden, memory = extend(model, memory, tokens, jnp.asarray([length - rows], jnp.int32))
+        # Other tokens, known only when `hidden` is.
+        return jnp.where(hidden.reshape(-1)[0] > 1e30, tokens, tokens ^ 1), memory
 
     state = (jnp.zeros((1, rows), jnp.int32), cache.allocate(config, Unrolled(), 1, length, 0, dtype))
     return timer(_repeated(step, weights, state))
@@ -107,14 +99,10 @@ def head_seconds(config: ModelConfig, dtype: jnp.dtype, rows: int, timer: Timer)
     bare = config.with_layers(1)
     weights = _weights(bare, dtype)
 
-    def step(weights: Any) -> Callable[[Any], Any]:
+    def step(weights: Any, hidden: jax.Array) -> jax.Array:
         model: Transformer = merge_model(bare, Unrolled(), weights)
-
-        def once(hidden: jax.Array) -> jax.Array:
-            token = choose(model.logits(hidden), None, None)[0]
-            return hidden + (token[:, None] % 2).astype(hidden.dtype)
-
-        return once
+        token = choose(model.logits(hidden), None, None)[0]
+        return hidden + (token[:, None] % 2).astype(hidden.dtype)
 
     return timer(_repeated(step, weights, jnp.full((rows, config.width), 0.1, dtype)))
 
@@ -139,19 +127,15 @@ def exits_seconds(config: ModelConfig, dtype: jnp.dtype, columns: int, rows: int
     none = jnp.full((batch, 2 * width), NO_NODE, jnp.int32)
     nodes = Proposers(jnp.ones(shape, bool), jnp.zeros(shape), none, none)
 
-    def step(kernel: jax.Array) -> Callable[[Any], Any]:
+    def step(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
         exits = Exits(
             features=lambda memory, hidden, view: hidden[:-1],
             logits=lambda features: linear(features, kernel, out_dtype=jnp.float32),
             vocabulary=jnp.arange(columns, dtype=jnp.int32),
             columns=jnp.minimum(jnp.arange(config.vocab_size, dtype=jnp.int32), columns),
         )
-
-        def once(hidden: jax.Array) -> jax.Array:
-            found = propose(exits, (), hidden, view, nodes, None, None, decs=True)
-            return hidden + (found.token.sum() % 2).astype(hidden.dtype)
-
-        return once
+        found = propose(exits, (), hidden, view, nodes, None, None, decs=True)
+        return hidden + (found.token.sum() % 2).astype(hidden.dtype)
 
     return timer(_repeated(step, kernel, jnp.full((2, batch, width, config.width), 0.1, dtype)))
 
@@ -192,7 +176,7 @@ def bandwidth(size: int, timer: Timer) -> float:
     """Bytes a second of reading about `size` bytes once: more than caches hold."""
     large = jnp.ones((size // 4 // 1024, 1024), jnp.float32)
     # A maximum, the fastest of the reads tried.
-    read = _repeated(lambda large: lambda least: jnp.minimum(jnp.max(large + least), least), large, jnp.float32(0))
+    read = _repeated(lambda large, least: jnp.minimum(jnp.max(large + least), least), large, jnp.float32(0))
     return large.nbytes / timer(read)
 
 
@@ -200,7 +184,7 @@ def flops(dtype: jnp.dtype, timer: Timer) -> float:
     """Operations a second of a large square product."""
     side = 1024 if jax.devices()[0].platform == "cpu" else 8192
     left = jnp.full((side, side), 1.0 / side, dtype)
-    return 2 * side**3 / timer(_repeated(lambda kernel: lambda x: x @ kernel, left, left))
+    return 2 * side**3 / timer(_repeated(lambda kernel, x: x @ kernel, left, left))
 
 
 def link(timer: Timer) -> Link:

@@ -107,11 +107,7 @@ def exit_work(exits: ExitsConfig | None, config: ModelConfig) -> ExitWork:
 
 
 def described_exits(text: str, config: ModelConfig) -> ExitWork | None:
-    """Exits that are only described: KIND or KIND:COLUMNS, as "linear:8192" or "shared"; None for other texts.
-
-    Raises:
-      DexError: a number of columns that is none, or more than the vocabulary.
-    """
+    """Exits that are only described, as "shared" or "linear:8192"; None for other texts. DexError: no such columns."""
     kind, _, columns = text.partition(":")
     if kind not in EXIT_KINDS:
         return None
