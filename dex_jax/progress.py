@@ -61,11 +61,7 @@ class Standing(NamedTuple):
 
 
 class Display:
-    """Shows phases, progress and lines of text on stderr: live on a terminal, else a line for each.
-
-    Args:
-      console: where to; None is stderr.
-    """
+    """Shows phases, progress and lines of text: live on a terminal, else a line for each; no console is stderr."""
 
     def __init__(self, console: Console | None = None):
         if console is None:

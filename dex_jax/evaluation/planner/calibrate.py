@@ -52,18 +52,9 @@ def calibrate(
     timer: Timer,
     notify: Callable[[str], None],
 ) -> Hardware:
-    """Measures the default device.
+    """Measures the default device for a model in `dtype`, with `rows`, ascending, and caches up to `long` positions.
 
-    Args:
-      config, dtype: of the model to plan for.
-      rows: ascending row counts to measure.
-      long: the longer of two cache lengths.
-      memory: bytes of the device; None asks it.
-      timer: how long.
-      notify: told what is going on.
-
-    Raises:
-      DexError: a device that does not say how much memory it has.
+    `memory` is the device's, in bytes; None asks it, and a DexError says that it does not tell.
     """
     device = jax.devices()[0]
     memory = device_memory(device) if memory is None else memory

@@ -142,30 +142,15 @@ def drafter_of(model: str) -> ExitWork:
     return exit_work(small if shipped is None else shipped.config, config)
 
 
-def _shape(
-    family: str, vocabulary: int, layers: int, width: int, heads: int, groups: int, mlp: int, **more
-) -> ModelConfig:
-    fields = {"head_dim": width // heads, "context": 4096} | more
-    return ModelConfig(
-        family=family,
-        vocab_size=vocabulary,
-        num_layers=layers,
-        width=width,
-        num_heads=heads,
-        num_kv_heads=groups,
-        mlp_width=mlp,
-        **fields,
-    )
-
-
-# From the config.json of each model's release.
+# From the config.json of each model's release: family, vocabulary, layers, width, heads, key-value heads, their width,
+# width of the MLP, context.
 SHAPES = {
-    "llama-2-7b": _shape("llama", 32000, 32, 4096, 32, 32, 11008),
-    "llama-2-13b": _shape("llama", 32000, 40, 5120, 40, 40, 13824),
-    "llama-2-70b": _shape("llama", 32000, 80, 8192, 64, 8, 28672),
-    "llama-3-8b": _shape("llama", 128256, 32, 4096, 32, 8, 14336, context=8192),
-    "codellama-34b": _shape("llama", 32000, 48, 8192, 64, 8, 22016, context=16384),
-    "qwen3-32b": _shape("qwen3", 151936, 64, 5120, 64, 8, 25600, head_dim=128, context=40960, qk_norm=True),
+    "llama-2-7b": ModelConfig("llama", 32000, 32, 4096, 32, 32, 128, 11008, 4096),
+    "llama-2-13b": ModelConfig("llama", 32000, 40, 5120, 40, 40, 128, 13824, 4096),
+    "llama-2-70b": ModelConfig("llama", 32000, 80, 8192, 64, 8, 128, 28672, 4096),
+    "llama-3-8b": ModelConfig("llama", 128256, 32, 4096, 32, 8, 128, 14336, 8192),
+    "codellama-34b": ModelConfig("llama", 32000, 48, 8192, 64, 8, 128, 22016, 16384),
+    "qwen3-32b": ModelConfig("qwen3", 151936, 64, 5120, 64, 8, 128, 25600, 40960, qk_norm=True),
 }
 """Shapes to plan for without any weights."""
 
