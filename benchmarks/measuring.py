@@ -57,16 +57,15 @@ def read_ids(lm: Any, files: Sequence[str], count: int) -> dict[str, list[int]]:
     return found
 
 
-def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int, warm: bool = True) -> dict[str, list[float]]:
+def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """What each measure gives, one after the other in every round, so that all see the same machine.
 
     Args:
       measures: name -> what measures once, in seconds.
-      rounds: how many values of each are kept.
-      warm: whether a first round, which compiles, is thrown away.
+      rounds: how many values of each are kept; a first round, which compiles, is thrown away.
     """
     found: dict[str, list[float]] = {name: [] for name in measures}
-    for number in range(-warm, rounds):
+    for number in range(-1, rounds):
         # Every other round goes backwards: nobody always follows the same neighbour.
         for name in list(measures)[:: 1 if number % 2 == 0 else -1]:
             value = measures[name]()

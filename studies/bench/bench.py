@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
-from dex_jax.decoding.generate import generate, stream
+from dex_jax.decoding.generate import generate, sampling_of, stream
 from dex_jax.decoding.session import PROGRAMS
 from dex_jax.decoding.sizes import prompt_bucket
 from dex_jax.evaluation.check import compare_tokens
 from dex_jax.language_model import LanguageModel
 from dex_jax.progress import Standing
-from dex_jax.sampling import Sampling, sampling_keys
 from studies.bench.contenders import SWEPT, Contender, best_setting, by_setting, contender
 from studies.bench.plan import Plan
 from studies.bench.results import Results
@@ -89,13 +85,13 @@ class Bench:
         if name not in SWEPT:
             return contender(name, self.settings.explorers)
         # A folder may hold settings of an earlier, wider sweep.
-        entries = {_flat(entry.name, entry.setting): entry for entry in self.plan.sweeps[name]}
-        tried = [run for run in self.results.runs if _flat(run.method, run.setting) in entries]
-        return entries[_flat(name, best_setting(tried, name, kind))]
+        entries = {entry.words: entry for entry in self.plan.sweeps[name]}
+        tried = [run for run in self.results.runs if run.name in entries]
+        return entries[name_of(name, best_setting(tried, name, kind))]
 
     def _finalists(self, name: str) -> list[Contender]:
-        order = [_flat(name, setting) for setting, _ in by_setting(self.results.runs, name, "depth")]
-        entries = sorted(self.plan.sweeps[name], key=lambda entry: order.index(_flat(name, entry.setting)))
+        order = [name_of(name, setting) for setting, _ in by_setting(self.results.runs, name, "depth")]
+        entries = sorted(self.plan.sweeps[name], key=lambda entry: order.index(entry.words))
         return entries[: self.settings.timed_settings]
 
     def _count(self, entry: Contender, cases: Sequence[Case]) -> None:
@@ -110,7 +106,7 @@ class Bench:
                 out = generate(self.lm, [list(case.ids) for case in filled], **self._options(entry, filled))
             for row, case in enumerate(batch):
                 self._keep(entry, case, run_of(out, row, kind="depth", **self._about(entry, case)))
-            self.pace.add("depth", len(batch), f"counting {name_of(entry.name, entry.setting)}")
+            self.pace.add("depth", len(batch), f"counting {entry.words}")
             self._forget_some()
         if entry.name == "ar":
             for run in self.results.runs:
@@ -133,11 +129,11 @@ class Bench:
                     with self._remarks():
                         out = generate(self.lm, [list(case.ids)], **self._options(entry, [case]))
                     self._keep(entry, case, run_of(out, 0, kind="wall", round=number, **self._about(entry, case)))
-                    self.pace.add("wall", 1, f"timing {name_of(entry.name, entry.setting)}")
+                    self.pace.add("wall", 1, f"timing {entry.words}")
 
     def _warm_up(self, entry: Contender, case: Case) -> None:
         """Compiles what a run needs and runs its first ticks, once for each padded length."""
-        key = (name_of(entry.name, entry.setting), _bucket(case))
+        key = (entry.words, _bucket(case))
         if key in self.warm:
             return
         with self._remarks():
@@ -171,9 +167,8 @@ class Bench:
         """Compares with AR's tokens and appends."""
         reference = self.plain.get((case.task, case.id))
         if reference is not None:
-            sampling = None
-            if self.settings.temperature > 0:
-                sampling = Sampling(sampling_keys([case.seed]), jnp.float32(self.settings.temperature), None, None)
+            vocab_size = self.lm.config.vocab_size
+            sampling, _ = sampling_of(self.settings.temperature, None, None, case.seed, 1, vocab_size)
             check = compare_tokens(self.lm, list(case.ids), run.tokens, reference, sampling)
             run = compared(run, check)
         self.results.add(run)
@@ -229,7 +224,3 @@ def _batches(cases: Sequence[Case], size: int) -> Iterator[list[Case]]:
     for group in groups.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]
-
-
-def _flat(name: str, setting: dict[str, Any]) -> tuple[str, str]:
-    return name, json.dumps(setting, sort_keys=True)

@@ -14,7 +14,7 @@ from dex_jax.decoding.methods import AR, Dex, Method
 from dex_jax.decoding.resolve import all_depths
 from dex_jax.decoding.rivals import AdaDecode, DexSingleExit, LayerSkip, Oracle
 from dex_jax.errors import DexError
-from studies.bench.runs import Run
+from studies.bench.runs import Run, name_of
 
 SWEPT = {"layerskip": ("exit", "draft_length"), "adadecode": ("depths", "threshold")}
 """Method -> the fields that are chosen by a sweep."""
@@ -31,6 +31,11 @@ class Contender:
     method: Method  # what `dex_jax.generate` takes
     setting: dict[str, Any]  # fields that are not its defaults
     drafter: bool  # whether it is drafted for by a drafter instead of exits at depths
+
+    @property
+    def words(self) -> str:
+        """As the `name` of its runs."""
+        return name_of(self.name, self.setting)
 
 
 Maker = Callable[..., Method]
