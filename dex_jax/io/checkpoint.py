@@ -50,11 +50,9 @@ class TensorSource(Protocol):
 
 
 class Checkpoint:
-    """An opened checkpoint: configuration and tokenizer at hand, weights read on request.
+    """An opened checkpoint: `config` and `tokenizer` at hand, weights read on request.
 
-    Attributes:
-      config: the model's configuration.
-      source: what was opened, for reports: a path or a hub id.
+    `source` is what was opened, for reports: a path or a hub id.
     """
 
     def __init__(
@@ -112,10 +110,10 @@ class Checkpoint:
 
     def formats(self) -> dict[str, list[tuple[str, int]]]:
         """Canonical name -> of each part of every matrix what its numbers are stored as, and its rows."""
-        matrices = {name: parts for name, parts in self._parts.items() if len(parts[0].shape) == 2}
         return {
             name: [(self._tensors.format_of(part.name), part.shape[0]) for part in parts]
-            for name, parts in matrices.items()
+            for name, parts in self._parts.items()
+            if len(parts[0].shape) == 2
         }
 
     def blocks(self, name: str) -> list[np.ndarray]:

@@ -17,7 +17,6 @@ from dex_jax.foreign import Positive, Size, TokenId
 
 Ids = TokenId | list[TokenId] | None
 Names = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
-_SLIDES = ["sliding_attention"]
 
 
 class Settings(Struct, kw_only=True):
@@ -53,6 +52,10 @@ class Settings(Struct, kw_only=True):
         """Whether a layer (0-based) sees no further than `sliding_window`; it counts where there is a window."""
         return False
 
+    def said_to_slide(self, layer: int, otherwise: bool) -> bool:
+        """What `layer_types` says of a layer, and `otherwise` where it is left out."""
+        return otherwise if self.layer_types is None else self.layer_types[layer : layer + 1] == ["sliding_attention"]
+
     def rotates(self, layer: int) -> bool:
         """Whether a layer knows positions."""
         return True
@@ -68,9 +71,7 @@ class _Typed(Settings):
     period: Size | None = field(name="sliding_window_pattern", default=None)
 
     def slides(self, layer: int) -> bool:
-        if self.layer_types is not None:
-            return self.layer_types[layer : layer + 1] == _SLIDES
-        return self.period is None or (layer + 1) % self.period != 0
+        return self.said_to_slide(layer, self.period is None or (layer + 1) % self.period != 0)
 
 
 class _Llama(Settings):
@@ -85,11 +86,8 @@ class _Qwen2(Settings):
     max_window_layers: int | None = 28
 
     def slides(self, layer: int) -> bool:
-        if not self.use_sliding_window:
-            return False
-        if self.layer_types is not None:
-            return self.layer_types[layer : layer + 1] == _SLIDES
-        return self.max_window_layers is None or layer >= self.max_window_layers
+        above = self.max_window_layers is None or layer >= self.max_window_layers
+        return bool(self.use_sliding_window) and self.said_to_slide(layer, above)
 
     def switches(self) -> dict[str, Any]:
         return {"qkv_bias": True}
@@ -168,11 +166,7 @@ class _SmolLM3(Settings):
     no_rope_layer_interval: Size = 4
 
     def slides(self, layer: int) -> bool:
-        if not self.use_sliding_window:
-            return False
-        if self.layer_types is not None:
-            return self.layer_types[layer : layer + 1] == _SLIDES
-        return not self.rotates(layer)
+        return bool(self.use_sliding_window) and self.said_to_slide(layer, not self.rotates(layer))
 
     def rotates(self, layer: int) -> bool:
         if self.no_rope_layers is not None:
@@ -221,27 +215,17 @@ class _Phi3(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What sets a family apart.
+    """What sets a family apart."""
 
-    Attributes:
-      class_name: the model's class in transformers.
-      settings: its config.json.
-      gguf: its architecture in GGUF files; None where llama.cpp has none, or calls it a "llama".
-      interleaved: whether GGUF files hold the rows of q and k in llama.cpp's order.
-      constants: fields of ModelConfig that all its models share.
-      names: canonical tensor -> (Hugging Face's names, GGUF's), where they are not those of `tensor_names`.
-      local_rope: whether layers with a window rotate unscaled.
-      partial: whether heads may be rotated in part.
-    """
-
-    class_name: str
-    settings: type[Settings]
-    gguf: str | None = None
-    interleaved: bool = False
-    constants: dict[str, Any] = dataclasses.field(default_factory=dict)
+    class_name: str  # the model's class in transformers
+    settings: type[Settings]  # its config.json
+    gguf: str | None = None  # its architecture in GGUF files; None where llama.cpp has none, or calls it a "llama"
+    interleaved: bool = False  # whether GGUF files hold the rows of q and k in llama.cpp's order
+    constants: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of ModelConfig that all models share
+    # Canonical tensor -> (Hugging Face's names, GGUF's), where they are not those of `tensor_names`.
     names: Names = dataclasses.field(default_factory=dict)
-    local_rope: bool = False
-    partial: bool = False
+    local_rope: bool = False  # whether layers with a window rotate unscaled
+    partial: bool = False  # whether heads may be rotated in part
 
 
 _GEMMA = {"norms": "both", "norm_offset": 1.0}
@@ -286,19 +270,11 @@ MOST_LAYERS = 100_000
 
 
 def layer_kinds(
-    count: int,
-    window: int | None,
-    slides: Callable[[int], bool],
-    rotates: Callable[[int], bool],
-    local_rope: bool,
+    count: int, window: int | None, slides: Callable[[int], bool], rotates: Callable[[int], bool], local_rope: bool
 ) -> list[dict[str, Any]]:
     """The kinds of `count` layers as ModelConfig takes them, [] where all are alike and see everything.
 
-    Args:
-      count: L.
-      window: of the layers that slide; None where that is no shorter than the longest sequence.
-      slides, rotates: whether a layer (0-based) has the window, and whether it knows positions.
-      local_rope: as of Family.
+    Layers (0-based) that slide have the `window`, None where that is no shorter than the longest sequence.
     """
 
     def kind(layer: int) -> LayerKind:

@@ -29,19 +29,12 @@ _WIDE = 64
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
-    """Where one tensor lies.
+    """Where one tensor lies."""
 
-    Attributes:
-      kind: ggml's name of its type, such as "Q4_1".
-      shape: rows first.
-      row_bytes: bytes of one row, the last axis.
-      offset: its first byte in the file.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    row_bytes: int
-    offset: int
+    kind: str  # ggml's name of its type, such as "Q4_1"
+    shape: tuple[int, ...]  # rows first
+    row_bytes: int  # of one row, the last axis
+    offset: int  # of its first byte in the file
 
     @property
     def dtype(self) -> np.dtype:
@@ -50,13 +43,7 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """One open GGUF file.
-
-    Attributes:
-      path: the file.
-      metadata: key -> number, string, bool or list.
-      tensors: name -> GGUFTensor.
-    """
+    """One open GGUF file: its `metadata`, key -> number, string, bool or list, and its `tensors` by name."""
 
     def __init__(self, path: Path):
         """Reads the header.
@@ -111,21 +98,18 @@ class GGUFFile:
     def blocks(self, name: str) -> np.ndarray:
         """The rows of a tensor as they lie in the file: [rows, bytes] uint8, an array of its own."""
         tensor = self.tensors[name]
-        shape = (math.prod(tensor.shape[:-1]), tensor.row_bytes)
-        return np.array(np.memmap(self.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=shape))
+        return np.array(self._stored_rows(tensor, 0, math.prod(tensor.shape[:-1])))
+
+    def _stored_rows(self, tensor: GGUFTensor, start: int, stop: int) -> np.memmap:
+        # A map of its own for every read: the pages leave this process with it, so that reading a whole model never
+        # holds the file as well as the arrays.
+        offset = tensor.offset + start * tensor.row_bytes
+        return np.memmap(self.path, np.uint8, "r", offset, shape=(stop - start, tensor.row_bytes))
 
     def _read_rows(self, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
         import gguf
 
-        # A map of its own for every read: the pages leave this process with it, so that reading a whole model never
-        # holds the file as well as the arrays.
-        raw = np.memmap(
-            self.path,
-            dtype=np.uint8,
-            mode="r",
-            offset=tensor.offset + start * tensor.row_bytes,
-            shape=(stop - start, tensor.row_bytes),
-        )
+        raw = self._stored_rows(tensor, start, stop)
         if tensor.kind in ("F32", "F16", "BF16"):
             return raw.view(tensor.dtype)
         kind = gguf.GGMLQuantizationType[tensor.kind]

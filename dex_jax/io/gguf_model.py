@@ -91,7 +91,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     listed = "attention.sliding_window_pattern"
     same = {key: value if key == listed else _same(value, f"{path}: {prefix}{key}") for key, value in own.items()}
-    model = typed(same, _Model, path)
+    model = typed({key: _decimal(value) for key, value in same.items()}, _Model, path)
     family = _ARCHITECTURES[architecture]
     if family == "olmo2" and model.window > 0:
         family = "olmo3"  # llama.cpp calls both the same
@@ -105,15 +105,11 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     if "token_embd.weight" not in tensors:
         raise DexError(f"{path} has no tensor token_embd.weight: it is not a complete model.")
     gemma = bool(FAMILIES[family].constants.get("norm_offset"))
-    decimals = ("embed_scale", "residual_scale", "logit_divisor", "attention_scale", "attention_cap", "logit_cap")
-    scales = {name: None if (value := getattr(model, name)) is None else _decimal(value) for name in decimals}
+    found = asdict(model) | FAMILIES[family].constants
     if gemma:
+        found["embed_scale"] = model.width**0.5
         wide = model.num_layers == _WIDE_SCALE.get(family)
-        scales |= {
-            "embed_scale": model.width**0.5,
-            "attention_scale": (model.width / model.num_heads if wide else head_dim) ** -0.5,
-        }
-    found = asdict(model) | scales | FAMILIES[family].constants
+        found["attention_scale"] = (model.width / model.num_heads if wide else head_dim) ** -0.5
     found |= {
         "family": family,
         "rotated": None if model.rotated in (None, head_dim) else model.rotated,
@@ -123,8 +119,6 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "num_kv_heads": model.num_kv_heads or model.num_heads,
         "head_dim": head_dim,
-        "rope_theta": _decimal(model.rope_theta),
-        "norm_eps": _decimal(model.norm_eps),
         "tied": "output.weight" not in tensors,
         "qkv_bias": "blk.0.attn_q.bias" in tensors,
         "out_bias": "blk.0.attn_output.bias" in tensors,
@@ -149,12 +143,11 @@ class GGUFWeights:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Reads rows `start` to `stop` of one tensor (all rows where q and k rows are reordered)."""
-        heads = self._heads_of(name)
-        if self._norm_offset and name.endswith("norm.weight"):
-            return self._file.read(name, start, stop) - self._norm_offset  # which the converter has added
-        if heads is None:
-            return self._file.read(name, start, stop)
-        return unpermute(self._file.read(name), heads)[start:stop]
+        if (heads := self._heads_of(name)) is not None:
+            return unpermute(self._file.read(name), heads)[start:stop]
+        rows = self._file.read(name, start, stop)
+        # The converter has added the offset.
+        return rows - self._norm_offset if self._norm_offset and name.endswith("norm.weight") else rows
 
     def blocks(self, name: str) -> np.ndarray:
         """The rows of a tensor as they are packed: [rows, bytes] uint8."""
@@ -176,27 +169,25 @@ def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
 
 def _rope_scaling(file: GGUFFile, model: _Model, config: ModelConfig) -> RopeScaling | None:
     if model.scaling == "linear":
-        return RopeScaling("linear", _decimal(model.scaling_factor))
+        return RopeScaling("linear", model.scaling_factor)
     if model.scaling == "yarn" and model.original_context is not None:
-        factor = _decimal(model.scaling_factor)
         return RopeScaling(
             "yarn",
-            factor,
+            model.scaling_factor,
             original_context=model.original_context,
-            fast=_decimal(model.fast),
-            slow=_decimal(model.slow),
+            fast=model.fast,
+            slow=model.slow,
             # Where the two weights of arXiv 2309.00071 are equal, as with this key, they cancel.
-            magnitude=1.0 if model.log_multiplier else yarn_magnitude(factor),
-            query_growth=_decimal(model.query_growth),
+            magnitude=1.0 if model.log_multiplier else yarn_magnitude(model.scaling_factor),
+            query_growth=model.query_growth,
         )
     if {_LONG, _SHORT} <= file.tensors.keys() and model.original_context is not None:
         long, short = (tuple(map(_decimal, file.read(name).tolist())) for name in (_LONG, _SHORT))
-        factor = model.context / model.original_context
         return RopeScaling(
             "longrope",
-            factor,
+            factor=model.context / model.original_context,
             original_context=model.original_context,
-            magnitude=_decimal(model.magnitude or 1.0),
+            magnitude=model.magnitude or 1.0,
             long_factors=long,
             short_factors=short,
         )
@@ -250,9 +241,9 @@ def llama3_factors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndar
     return 1 / ((1 - smooth) / scaling.factor + smooth)
 
 
-def _decimal(value: float) -> float:
-    """The shortest decimal that rounds to a float32: 1e-05, where the file holds 9.99999975e-06."""
-    return float(str(np.float32(value)))
+def _decimal(value: Any) -> Any:
+    """The shortest decimal that rounds to a float32: 1e-05, where the file holds 9.99999975e-06; else the value."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _same(value: Any, where: str) -> Any:

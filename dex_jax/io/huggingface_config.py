@@ -99,16 +99,11 @@ def huggingface_config(config: dict[str, Any], generation: dict[str, Any], sourc
     _refuse_uncovered(read, source)
     stops = typed(generation, _Generation, f"generation_config.json of {source}").eos_token_id
     head_dim = read.head_dim or read.width // read.num_heads
-    theta, local_theta, scaling, share = _rope(read, family, source, file)
-    found = asdict(read) | read.switches() | family.constants
+    found = asdict(read) | read.switches() | family.constants | _rope(read, family, head_dim, source, file)
     found |= {
         "family": name,
         "num_kv_heads": read.num_kv_heads or read.num_heads,
         "head_dim": head_dim,
-        "rope_theta": theta,
-        "local_rope_theta": local_theta,
-        "rope_scaling": scaling,
-        "rotated": None if share == 1 else int(head_dim * share),
         "tied": bool(read.tied),
         "activation": _ACTIVATIONS[read.activation],
         "eos_ids": sorted({*_ids(read.eos_token_id), *_ids(stops)}),
@@ -150,10 +145,8 @@ def _refuse_uncovered(config: Settings, source: str) -> None:
         raise DexError(f"{source} has layers of type {others[0]:.60}, and only those with attention are covered.")
 
 
-def _rope(
-    config: Settings, family: Family, source: str, file: str
-) -> tuple[float, float | None, dict[str, Any] | None, float]:
-    """(theta, theta of layers with a window, fields of RopeScaling, share of each head that is rotated)."""
+def _rope(config: Settings, family: Family, head_dim: int, source: str, file: str) -> dict[str, Any]:
+    """The fields of ModelConfig that say how heads are rotated."""
     given = config.rope_parameters or config.rope_scaling or {}
     local_theta = getattr(config, "local_rope_theta", None)
     if given.keys() & _ByLayerType.__annotations__.keys():
@@ -166,32 +159,33 @@ def _rope(
     share = rope.partial_rotary_factor or config.partial_rotary_factor or 1.0
     if share != 1 and not family.partial:
         raise DexError(f"{source} rotates only part of each head (partial_rotary_factor), which is not covered.")
-    theta = rope.rope_theta or config.rope_theta or 10000.0
+    found = {
+        "rope_theta": rope.rope_theta or config.rope_theta or 10000.0,
+        "local_rope_theta": local_theta,
+        "rotated": None if share == 1 else int(head_dim * share),
+        "rope_scaling": None,
+    }
     kind = rope.rope_type or rope.type or "default"
     if family.partial and kind in ("su", "yarn"):
         kind = "longrope"  # what the first Phi-3 called it
     if kind == "default":
-        return theta, local_theta, None, share
+        return found
     if kind not in _SCALINGS:
         raise DexError(f"{source} scales RoPE by {kind!r:.60}, and only {', '.join(_SCALINGS)} scaling are covered.")
     read = typed(given, _SCALINGS[kind], f"{kind} RoPE in {file}")
-    found = {key: value for key, value in asdict(read).items() if value is not None} | {"kind": kind}
+    scaling = {key: value for key, value in asdict(read).items() if value is not None} | {"kind": kind}
     if kind == "yarn":
-        found |= _yarn(read, config.context)
+        factor = read.factor or config.context / read.original_context
+        magnitude = read.magnitude or yarn_magnitude(factor)
+        if read.magnitude is None and read.mscale and read.mscale_all_dim:
+            magnitude = yarn_magnitude(factor, read.mscale) / yarn_magnitude(factor, read.mscale_all_dim)
+        scaling |= {"factor": factor, "magnitude": magnitude}
     if kind == "longrope":
         original = getattr(config, "original_context", None) or read.original_context or 4096
         factor = config.context / original
         grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        found |= {"original_context": original, "factor": factor, "magnitude": read.magnitude or grown}
-    return theta, local_theta, found, share
-
-
-def _yarn(read: _Yarn, context: int) -> dict[str, Any]:
-    factor = read.factor or context / read.original_context
-    magnitude = read.magnitude or yarn_magnitude(factor)
-    if read.magnitude is None and read.mscale and read.mscale_all_dim:
-        magnitude = yarn_magnitude(factor, read.mscale) / yarn_magnitude(factor, read.mscale_all_dim)
-    return {"factor": factor, "magnitude": magnitude}
+        scaling |= {"original_context": original, "factor": factor, "magnitude": read.magnitude or grown}
+    return found | {"rope_scaling": scaling}
 
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:

@@ -52,16 +52,16 @@ def layer_prefix(layer: int, *, gguf: bool) -> str:
 
 def canonical_parts(config: ModelConfig, *, gguf: bool) -> dict[str, tuple[Part, ...]]:
     """Maps every canonical tensor of the model to the file's tensors that it is stacked from."""
-    parts = {}
-    for name, names in _TOP.items():
-        if name != "unembed" or not config.tied:
-            parts[name] = _parts(names[gguf], "", _part_shapes(name, config))
-    for layer in range(config.num_layers):
-        for name, names in (_LAYER | FAMILIES[config.family].names).items():
-            if _has(name, config):
-                prefix = layer_prefix(layer, gguf=gguf)
-                parts[f"layers.{layer}.{name}"] = _parts(names[gguf], prefix, _part_shapes(name, config))
-    return parts
+    shapes = _part_shapes(config)
+    in_layer = _LAYER | FAMILIES[config.family].names
+    places = [("", "", _TOP)]
+    places += [(f"layers.{i}.", layer_prefix(i, gguf=gguf), in_layer) for i in range(config.num_layers)]
+    return {
+        ours + name: _parts(names[gguf], theirs, shapes[name])
+        for ours, theirs, table in places
+        for name, names in table.items()
+        if name in shapes
+    }
 
 
 def stacked_shape(parts: tuple[Part, ...]) -> Shape:
@@ -75,21 +75,8 @@ def _parts(names: tuple[str, ...], prefix: str, shapes: list[Shape]) -> tuple[Pa
     return tuple(Part(prefix + name, shape) for name, shape in zip(names, shapes, strict=True))
 
 
-def _has(name: str, config: ModelConfig) -> bool:
-    optional = {
-        "qkv_bias": config.qkv_bias,
-        "out_bias": config.out_bias,
-        "q_norm": config.qk_norm,
-        "k_norm": config.qk_norm,
-        "attention_norm": config.norms != "after",
-        "mlp_norm": config.norms != "after",
-        "attention_out_norm": config.norms != "before",
-        "mlp_out_norm": config.norms != "before",
-    }
-    return optional.get(name, True)
-
-
-def _part_shapes(name: str, config: ModelConfig) -> list[Shape]:
+def _part_shapes(config: ModelConfig) -> dict[str, list[Shape]]:
+    """The shapes of the parts of every kind of canonical tensor that the model has."""
     D, F, V, d = config.width, config.mlp_width, config.vocab_size, config.head_dim
     q, kv = config.num_heads * d, config.num_kv_heads * d
     shapes: dict[str, list[Shape]] = {
@@ -109,4 +96,15 @@ def _part_shapes(name: str, config: ModelConfig) -> list[Shape]:
         "gate_up": [(F, D), (F, D)],
         "down": [(D, F)],
     }
-    return shapes[name]
+    optional = {
+        "unembed": not config.tied,
+        "qkv_bias": config.qkv_bias,
+        "out_bias": config.out_bias,
+        "q_norm": config.qk_norm,
+        "k_norm": config.qk_norm,
+        "attention_norm": config.norms != "after",
+        "mlp_norm": config.norms != "after",
+        "attention_out_norm": config.norms != "before",
+        "mlp_out_norm": config.norms != "before",
+    }
+    return {name: parts for name, parts in shapes.items() if optional.get(name, True)}
