@@ -75,13 +75,9 @@ class ModelConfig:
 
     Attributes:
       family: a key of `io.families.FAMILIES`; only a name, the switches below say what the layers do.
-      vocab_size: V.
-      num_layers: L.
-      width: D.
-      num_heads: H.
+      vocab_size, num_layers, width, num_heads, mlp_width: V, L, D, H and F.
       num_kv_heads: G; divides H.
       head_dim: d; independent of D / H.
-      mlp_width: F.
       context: the longest sequence (prompt and new tokens) in tokens.
       rope_theta: base of the rotary frequencies.
       rope_scaling: None, or how frequencies are stretched.
@@ -89,8 +85,7 @@ class ModelConfig:
       tied: the unembedding is the embedding.
       qkv_bias, out_bias: biases of the attention projections.
       qk_norm: an RMS norm over d of every query and key head, before RoPE (Qwen3).
-      eos_ids: token ids that end a sequence.
-      bos_id: the token that begins one, or None.
+      eos_ids, bos_id: tokens that end a sequence, and the one that begins it, or None.
       layer_kinds: what differs from layer to layer, L of them; () for layers that are all LayerKind().
       local_rope_theta: base of the rotary frequencies of layers whose rope is "local"; None is rope_theta.
       rotated: how many of the d numbers of a head are rotated, the first ones; None for all.
@@ -191,27 +186,16 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EagleConfig:
-    """Shapes and switches of an EAGLE-3 head (arXiv 2503.01840), a drafter that reads what a model's layers say.
+    """Shapes and switches of an EAGLE-3 head (arXiv 2503.01840), a drafter that reads what a model's layers say."""
 
-    Attributes:
-      layer: its one layer, and the vocabulary of the tokens that it reads.
-      reads: depths of the model, 0..L, whose states it reads side by side.
-      state_width: D of the model, of each of them.
-      draft_size: V', how many tokens it knows to draft.
-      own_embedding: whether it embeds tokens itself, or as the model does.
-      norm_before_residual: whether its layer adds to the normed features, and not to those before the norm.
-      norm_states: whether states are normed before they are joined, "each" by itself or "all" together.
-      norm_output: whether it goes on from its features after the last norm, and not from those before.
-    """
-
-    layer: ModelConfig
-    reads: tuple[int, ...]
-    state_width: int
-    draft_size: int
-    own_embedding: bool = False
-    norm_before_residual: bool = False
-    norm_states: Literal["each", "all"] | None = None
-    norm_output: bool = False
+    layer: ModelConfig  # its one layer, and the vocabulary of the tokens that it reads
+    reads: tuple[int, ...]  # depths of the model, 0..L, whose states it reads side by side
+    state_width: int  # D of the model, of each of them
+    draft_size: int  # V', how many tokens it knows to draft
+    own_embedding: bool = False  # whether it embeds tokens itself, or as the model does
+    norm_before_residual: bool = False  # whether its layer adds to the normed features, not to those before the norm
+    norm_states: Literal["each", "all"] | None = None  # normed before they are joined, each by itself or all together
+    norm_output: bool = False  # whether it goes on from its features after the last norm, and not from those before
 
 
 _Width = Annotated[int, Meta(ge=1, le=2**20)]

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import distributed as jax_distributed
+from jax.experimental import multihost_utils
 
 from dex_jax.errors import DexError
 
@@ -93,8 +94,6 @@ def from_first(make: Callable[[], Any]) -> Any:
     """What `make` gives on process 0 (as JSON can hold it), in all processes; a DexError there is raised in all."""
     if jax.process_count() == 1:
         return make()
-    from jax.experimental import multihost_utils
-
     message: dict[str, Any] = {}
     if is_first():
         try:
@@ -103,10 +102,9 @@ def from_first(make: Callable[[], Any]) -> Any:
             message["error"] = str(error)
     data = np.frombuffer(json.dumps(message).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    text = np.zeros(size, np.uint8)
-    if is_first():
-        text[:] = data
-    message = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).astype(np.uint8).tobytes())
+    # Only what process 0 holds counts, and there `resize` changes nothing.
+    text = np.asarray(multihost_utils.broadcast_one_to_all(np.resize(data, size)))
+    message = json.loads(text.astype(np.uint8).tobytes())
     if "error" in message:
         raise DexError(message["error"])
     return message["value"]
@@ -114,10 +112,6 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 def array_from_first(array: np.ndarray) -> np.ndarray:
     """What process 0 has for an array, in all processes: float32, of one shape everywhere."""
-    if jax.process_count() == 1:
-        return array
-    from jax.experimental import multihost_utils
-
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
@@ -127,8 +121,6 @@ def to_host(tree: Any) -> Any:
     def one(leaf: Any) -> np.ndarray:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return np.asarray(leaf)
-        from jax.experimental import multihost_utils
-
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
     return jax.tree.map(one, tree)

@@ -17,8 +17,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 def encode_prompt(
     prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, source: str, chat: bool = True
 ) -> list[int]:
-    """Token ids, all below vocab_size, of a prompt: a string, a list of messages, or a list of token ids, used as it
-    is.
+    """Token ids, all below vocab_size, of a prompt: a string, a list of messages, or a list of token ids, used as is.
 
     A string is made a user message of the chat template if there is one and `chat`; messages are {"role", "content"}.
     `source` names the checkpoint in errors.
@@ -26,40 +25,33 @@ def encode_prompt(
     A DexError where the prompt is empty, of another type, has ids outside the vocabulary, or needs a tokenizer or chat
     template that is missing.
     """
-
-    def known(ids: list[int]) -> list[int]:
-        if max(ids, default=0) >= vocab_size:
-            raise DexError(
-                f"the tokenizer of {source} writes token {max(ids)}, and its model knows 0 to {vocab_size - 1}: they "
-                "belong to different models, or the embedding was not enlarged when tokens were added"
-            )
-        return ids
-
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise DexError("the prompt is empty: give it at least one word")
-        tokenizer = _require(tokenizer, source)
-        if chat and tokenizer.has_chat_template:
-            return known(tokenizer.chat([{"role": "user", "content": prompt}]))
-        return known(tokenizer.encode(prompt))
-    items: list[Any] = list(prompt)
+    items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     if not items:
         raise DexError("the prompt is empty: give it at least one token or message")
-    if all(isinstance(item, dict) for item in items):
-        tokenizer = _require(tokenizer, source)
-        if not tokenizer.has_chat_template:
-            raise DexError(f"{source} has no chat template, so messages cannot be rendered: pass a string")
-        return known(tokenizer.chat(items))
     if all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in items):
         ids = [int(item) for item in items]
         wrong = [i for i in ids if not 0 <= i < vocab_size]
         if wrong:
             raise DexError(f"token id {wrong[0]} is outside the vocabulary: ids go from 0 to {vocab_size - 1}")
         return ids
-    raise DexError("a prompt is a string, a list of messages or a list of token ids, not a mixture")
-
-
-def _require(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise DexError("the prompt is empty: give it at least one word")
+    elif not all(isinstance(item, dict) for item in items):
+        raise DexError("a prompt is a string, a list of messages or a list of token ids, not a mixture")
     if tokenizer is None:
         raise DexError(f"{source} has no tokenizer: pass prompts as lists of token ids")
-    return tokenizer
+    if not isinstance(prompt, str):
+        if not tokenizer.has_chat_template:
+            raise DexError(f"{source} has no chat template, so messages cannot be rendered: pass a string")
+        ids = tokenizer.chat(items)
+    elif chat and tokenizer.has_chat_template:
+        ids = tokenizer.chat([{"role": "user", "content": prompt}])
+    else:
+        ids = tokenizer.encode(prompt)
+    if max(ids, default=0) >= vocab_size:
+        raise DexError(
+            f"the tokenizer of {source} writes token {max(ids)}, and its model knows 0 to {vocab_size - 1}: they "
+            "belong to different models, or the embedding was not enlarged when tokens were added"
+        )
+    return ids

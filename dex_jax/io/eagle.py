@@ -28,20 +28,23 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What transformers means by keys that speculators leaves out of its config.json."""
 
-_LAYER = {
-    "token_norm": ("input_layernorm.weight",),
-    "attention_norm": ("hidden_norm.weight",),
-    "qkv": tuple(f"self_attn.{each}_proj.weight" for each in "qkv"),
-    "qkv_bias": tuple(f"self_attn.{each}_proj.bias" for each in "qkv"),
-    "q_norm": ("self_attn.q_norm.weight",),
-    "k_norm": ("self_attn.k_norm.weight",),
-    "out": ("self_attn.o_proj.weight",),
-    "out_bias": ("self_attn.o_proj.bias",),
-    "mlp_norm": ("post_attention_layernorm.weight",),
-    "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "down": ("mlp.down_proj.weight",),
+_NAMES = {
+    "fc": ("fc.weight",),
+    "norm": ("norm.weight",),
+    "unembed": ("lm_head.weight",),
+    "embed": ("embed_tokens.weight",),
+    "layer.token_norm": ("input_layernorm.weight",),
+    "layer.attention_norm": ("hidden_norm.weight",),
+    "layer.qkv": tuple(f"self_attn.{each}_proj.weight" for each in "qkv"),
+    "layer.qkv_bias": tuple(f"self_attn.{each}_proj.bias" for each in "qkv"),
+    "layer.q_norm": ("self_attn.q_norm.weight",),
+    "layer.k_norm": ("self_attn.k_norm.weight",),
+    "layer.out": ("self_attn.o_proj.weight",),
+    "layer.out_bias": ("self_attn.o_proj.bias",),
+    "layer.mlp_norm": ("post_attention_layernorm.weight",),
+    "layer.gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "layer.down": ("mlp.down_proj.weight",),
 }
-_TOP = {"fc": "fc.weight", "norm": "norm.weight", "unembed": "lm_head.weight", "embed": "embed_tokens.weight"}
 
 
 class _Aux(Struct):
@@ -86,8 +89,7 @@ class EagleHead:
 def eagle_folder(path: str | os.PathLike) -> Folder | None:
     """The folder of an EAGLE-3 head by its path or hub id; None where the path names exits of this package.
 
-    Raises:
-      DexError: a hub id of something else, or one that cannot be had.
+    A DexError: a hub id of something else, or one that cannot be had.
     """
     if is_url(path):
         folder: Folder = Store(str(path))
@@ -180,22 +182,20 @@ def _config(head: _Head, raw: dict[str, Any], files: SafetensorsFiles, source: s
     )
 
 
+def _parts(name: str, prefix: str) -> list[str]:
+    """The tensors that a parameter is stacked from; what belongs to the layer begins with `prefix`."""
+    return [prefix + part if name.startswith("layer.") else part for part in _NAMES[name]]
+
+
 def _parameters(config: EagleConfig, files: SafetensorsFiles, prefix: str, source: str) -> dict[str, np.ndarray]:
     from dex_jax.nn.eagle import eagle_parameters
 
-    def parts_of(name: str) -> tuple[str, ...]:
-        if name == "states_norm":
-            each = tuple(f"fc_norm.{i}.weight" for i in range(len(config.reads) or 3))
-            return each if config.norm_states == "each" else ("input_norm.weight",)
-        if name in _TOP:
-            return (_TOP[name],)
-        return tuple(prefix + part for part in _LAYER[name.removeprefix("layer.")])
-
     found = {}
     # While it is not known which depths are read, they are three.
-    shapes_of = config if config.reads else dataclasses.replace(config, reads=(0, 0, 0))
-    for name, (shape, _) in eagle_parameters(shapes_of).items():
-        parts = parts_of(name)
+    reads = config.reads or (0, 0, 0)
+    norms = ["input_norm.weight"] if config.norm_states == "all" else [f"fc_norm.{i}.weight" for i in range(len(reads))]
+    for name, (shape, _) in eagle_parameters(dataclasses.replace(config, reads=reads)).items():
+        parts = norms if name == "states_norm" else _parts(name, prefix)
         for part in parts:
             if files.shape(part) is None:
                 raise DexError(f"{source} lacks the tensor {part} of an EAGLE-3 head: this variant is not covered.")
@@ -231,8 +231,7 @@ def _vocabulary(config: EagleConfig, files: SafetensorsFiles, source: str) -> np
 def fit_eagle(head: EagleHead, model: ModelConfig) -> EagleHead:
     """The head as a model's drafter: where it does not say which depths it reads, those of EAGLE-3.
 
-    Raises:
-      DexError: a head of another model.
+    A DexError: a head of another model.
     """
     config, layers = head.config, model.num_layers
     reads = config.reads or (2, layers // 2, layers - 3)
@@ -257,8 +256,7 @@ def fit_eagle(head: EagleHead, model: ModelConfig) -> EagleHead:
 def save_eagle(folder: str | os.PathLike, head: EagleHead) -> None:
     """Writes a head as SafeAILab's are, which vLLM reads too: config.json and model.safetensors, float32.
 
-    Raises:
-      DexError: a head with norms or a residual that this form has no word for, or a folder that cannot be written.
+    A DexError: a head with norms or a residual that this form has no word for, or a folder that cannot be written.
     """
     from safetensors.numpy import save
 
@@ -285,13 +283,11 @@ def save_eagle(folder: str | os.PathLike, head: EagleHead) -> None:
         "eagle_aux_hidden_state_layer_ids": list(config.reads),
     }
     size = layer.head_dim
-    parts = {"qkv": [layer.num_heads * size, layer.num_kv_heads * size], "gate_up": [layer.mlp_width]}
+    rows = {"layer.qkv": [layer.num_heads * size, layer.num_kv_heads * size], "layer.gate_up": [layer.mlp_width]}
     tensors: dict[str, np.ndarray] = {}
     for name, value in head.parameters.items():
-        own = name.removeprefix("layer.")
-        names = (_TOP[name],) if name in _TOP else tuple("midlayer." + part for part in _LAYER[own])
-        bounds = np.cumsum(parts.get(own, []), dtype=int).tolist()
-        tensors |= dict(zip(names, np.split(np.asarray(value, np.float32), bounds), strict=True))
+        bounds = np.cumsum(rows.get(name, []), dtype=int).tolist()
+        tensors |= zip(_parts(name, "midlayer."), np.split(np.asarray(value, np.float32), bounds), strict=True)
     if head.vocabulary is not None:
         tensors["d2t"] = head.vocabulary.astype(np.int64) - np.arange(len(head.vocabulary))
         tensors["t2d"] = np.isin(np.arange(layer.vocab_size), head.vocabulary)
