@@ -34,7 +34,7 @@ class TensorSource(Protocol):
         """The shape, or None when there is no such tensor."""
 
     def dtype(self, name: str) -> np.dtype:
-        """The float type that `read` returns."""
+        """The float type that `read` returns; a DexError for a type that is not covered."""
 
     def file_of(self, name: str) -> Path | str:
         """The file to name in an error."""
@@ -64,11 +64,7 @@ class Checkpoint:
         gguf: bool,
         build_tokenizer: Callable[[], Tokenizer | None],
     ):
-        """Checks that every tensor is there in its shape; reads none. Made by `open_checkpoint`.
-
-        Raises:
-          DexError: a tensor is missing, has another shape, or is one that the model does not use.
-        """
+        """Reads nothing; a DexError if a tensor is missing, of another shape, or one that the model does not use."""
         self.config = config
         self.source = source
         self._tensors = tensors
@@ -80,11 +76,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The checkpoint's tokenizer, built when first asked for; None when it has none.
-
-        Raises:
-          DexError: it has one of a kind that is not covered.
-        """
+        """Built when first asked for; None when there is none, a DexError for one of a kind that is not covered."""
         return self._build_tokenizer()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -92,11 +84,7 @@ class Checkpoint:
         return {name: stacked_shape(parts) for name, parts in self._parts.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one canonical tensor, a key of `shapes()`: float32 (quantised ones too), float16 or bfloat16 as stored.
-
-        Raises:
-          DexError: a file went missing or is damaged.
-        """
+        """One canonical tensor, a key of `shapes()`: float32 (quantised ones too), float16 or bfloat16 as stored."""
         parts = self._parts[name]
         if len(parts) == 1:
             return self._tensors.read(parts[0].name)

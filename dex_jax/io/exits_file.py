@@ -29,7 +29,6 @@ FILE_NAME = "exits.safetensors"
 _VOCABULARY = "draft_vocabulary"
 _STEPS = ".steps"
 
-
 _Rows = Annotated[int, Meta(ge=1, le=512)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
 
@@ -115,11 +114,7 @@ class TrainedExits:
 
 
 def check_exits_path(path: str | os.PathLike) -> None:
-    """Refuses to write exits under another ending than the one that `load_exits` asks for.
-
-    Raises:
-      DexError: `path` does not end in .safetensors.
-    """
+    """A DexError for exits to be written under another ending than .safetensors, which `load_exits` asks for."""
     if Path(path).suffix != ".safetensors":
         raise DexError(f"exits are written to a .safetensors file, not to {path}: name it so")
 
@@ -140,8 +135,7 @@ def save_exits(path: str | os.PathLike, exits: TrainedExits, *, int8: bool = Fal
     check_exits_path(path)
     tensors: dict[str, np.ndarray] = {}
     for name, value in exits.parameters.items():
-        matrix = int8 and value.ndim >= 2 and value.shape[-1] > 1 and value.size >= 2**14
-        if matrix:
+        if int8 and value.ndim >= 2 and value.shape[-1] > 1 and value.size >= 2**14:
             tensors[name], tensors[name + _STEPS] = quantize(value)
         else:
             tensors[name] = np.ascontiguousarray(value, np.float32)

@@ -4,6 +4,8 @@ fsspec reads object stores, which comes with huggingface_hub; each kind of store
 s3fs). Of the weights only the bytes that are asked for are fetched, so that a host of many reads its own layers alone.
 """
 
+# ruff: noqa: D102 (`Folder` says what each method gives)
+
 from __future__ import annotations
 
 import os
@@ -28,43 +30,36 @@ class Folder(Protocol):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes, of every file."""
+        """Name -> bytes, of every file; empty where a store has no such folder."""
 
     def address(self, name: str) -> str:
-        """What to call a file in an error."""
+        """The file's path or URL."""
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Bytes `start` to `stop` of a file, uint8, fewer where it ends."""
 
 
 class Directory:
-    """A folder on a disk, see `Folder`."""
+    """A folder on a disk."""
 
     def __init__(self, path: Path):
         self._path = path
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes, of every file."""
         with reading(self._path):
             return {file.name: file.stat().st_size for file in self._path.iterdir() if file.is_file()}
 
     def address(self, name: str) -> str:
-        """The file's path."""
         return str(self._path / name)
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Bytes `start` to `stop` of a file."""
         with reading(self.address(name)):
             return np.fromfile(self._path / name, np.uint8, stop - start, offset=start)
 
 
 class Store:
-    """A folder of an object store, see `Folder`.
-
-    Raises:
-      DexError: a kind of store that is not known, or whose package is missing.
-    """
+    """A folder of an object store; a DexError for a kind of store that is not known, or whose package is missing."""
 
     def __init__(self, url: str):
         import fsspec
@@ -84,22 +79,18 @@ class Store:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes, of the files in the folder; empty when there is no such folder."""
         with self._reading(), suppress(FileNotFoundError):
             listed = self._files.ls(self._root, detail=True)
             return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] or 0 for entry in listed}
         return {}
 
     def address(self, name: str) -> str:
-        """The file's URL."""
         return f"{self.url}/{name}"
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Bytes `start` to `stop` of a file."""
         with self._reading():
-            return np.frombuffer(
-                bytearray(self._files.cat_file(f"{self._root}/{name}", start=start, end=stop)), np.uint8
-            )
+            content = self._files.cat_file(f"{self._root}/{name}", start=start, end=stop)
+            return np.frombuffer(bytearray(content), np.uint8)
 
 
 def content_of(folder: Folder, name: str) -> bytes:
@@ -113,11 +104,7 @@ def is_url(path: str | os.PathLike | None) -> bool:
 
 
 def require_disk(path: str | os.PathLike | None, what: str) -> None:
-    """Refuses a URL where files are locked, renamed and replaced.
-
-    Raises:
-      DexError: `path` is a URL; `what` says what would lie there.
-    """
+    """A DexError for a URL where files are locked, renamed and replaced; `what` says what would lie there."""
     if is_url(path):
         raise DexError(
             f"{what} need a disk, and {path} is on an object store: name a folder here and copy it there after"

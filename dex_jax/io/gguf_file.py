@@ -4,6 +4,8 @@ The `gguf` package dequantises. Its reader is not used: it makes several NumPy a
 and takes 5 seconds to open the default model, where walking the same bytes with `struct` takes a fifth of one.
 """
 
+# ruff: noqa: D102 (`checkpoint.TensorSource` says what each method gives)
+
 from __future__ import annotations
 
 import dataclasses
@@ -46,11 +48,7 @@ class GGUFFile:
     """One open GGUF file: its `metadata`, key -> number, string, bool or list, and its `tensors` by name."""
 
     def __init__(self, path: Path):
-        """Reads the header.
-
-        Raises:
-          DexError: not a GGUF file, a version or byte order that is not known, or a file that ends too early.
-        """
+        """A DexError: not a GGUF file, a version or byte order that is not known, or a file that ends too early."""
         self.path = path
         with reading(path, "download it again"), open(path, "rb") as file:
             if file.read(4) != _MAGIC:
@@ -67,19 +65,15 @@ class GGUFFile:
                 )
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a tensor, rows first, or None when there is no such tensor."""
         return self.tensors[name].shape if name in self.tensors else None
 
     def dtype(self, name: str) -> np.dtype:
-        """The type that `read` returns for this tensor."""
         return self.tensors[name].dtype
 
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
         return self.path
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start` to `stop` of one tensor, an array of its own in `dtype(name)`."""
         tensor = self.tensors[name]
         rows = range(*slice(start, stop).indices(tensor.shape[0]))
         if len(tensor.shape) == 1:
@@ -92,11 +86,9 @@ class GGUFFile:
         return out
 
     def format_of(self, name: str) -> str:
-        """ggml's name of a tensor's type, such as "Q4_1"."""
         return self.tensors[name].kind
 
     def blocks(self, name: str) -> np.ndarray:
-        """The rows of a tensor as they lie in the file: [rows, bytes] uint8, an array of its own."""
         tensor = self.tensors[name]
         return np.array(self._stored_rows(tensor, 0, math.prod(tensor.shape[:-1])))
 

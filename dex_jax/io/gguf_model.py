@@ -72,8 +72,7 @@ class _Model(Struct, kw_only=True):
 def gguf_config(file: GGUFFile) -> ModelConfig:
     """The configuration that a GGUF file's metadata describe.
 
-    Raises:
-      DexError: another architecture, a feature that the model here does not have, or values that no model has.
+    A DexError: another architecture, a feature that the model here does not have, or values that no model has.
     """
     path, tensors = file.path, file.tensors
     about = typed(file.metadata, _File, path, "choose another file")

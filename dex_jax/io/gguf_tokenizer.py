@@ -26,10 +26,7 @@ _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PATTERNS = {
-    "llama-bpe": _PATTERN.format(digits=r"\p{N}{1,3}"),
-    "qwen2": _PATTERN.format(digits=r"\p{N}"),
-}
+_PATTERNS = {"llama-bpe": _PATTERN.format(digits=r"\p{N}{1,3}"), "qwen2": _PATTERN.format(digits=r"\p{N}")}
 _KNOWN = ("smollm", *_PATTERNS)
 
 
@@ -57,10 +54,8 @@ class _Template(Struct):
 def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: str) -> Tokenizer | None:
     """The tokenizer that a GGUF file's metadata describe, None when it carries no vocabulary.
 
-    `eos_ids` end a sequence by the model's configuration; `source` is the file, for errors.
-
-    Raises:
-      DexError: a vocabulary of another kind than BPE on bytes or SentencePiece's, or split by rules not known.
+    `eos_ids` end a sequence by the model's configuration; `source` is the file, for errors. A DexError: a vocabulary of
+    another kind than BPE on bytes or SentencePiece's, or split by rules not known.
     """
     prefix = "tokenizer.ggml."
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}

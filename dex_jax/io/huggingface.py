@@ -42,27 +42,23 @@ _TokenizerConfig = defstruct(
 def open_folder(folder: Folder, source: str) -> Checkpoint:
     """The checkpoint in a folder with config.json, safetensors and a tokenizer, as `save_pretrained` writes it.
 
-    The tokenizer's files are read when it is asked for; `source` is what reports and errors call the folder.
-
-    Raises:
-      DexError: files are missing or not covered.
+    The tokenizer's files are read when it is asked for; `source` is what reports and errors call the folder. A
+    DexError where files are missing or not covered.
     """
     config = read_config(folder, source)
     if not names_weights(folder.sizes):
         other = sorted(name for name in folder.sizes if name.endswith((".bin", ".pt", ".pth", ".gguf")))
         found = f" (only {other[0]})" if other else ""
         raise DexError(f"{source} holds no safetensors weights{found}: convert or get them as model.safetensors.")
-    build = partial(_tokenizer, folder, config.eos_ids, source)
-    return Checkpoint(config, source, SafetensorsFiles(folder), gguf=False, build_tokenizer=build)
+    tokenizer = partial(_tokenizer, folder, config.eos_ids, source)
+    return Checkpoint(config, source, SafetensorsFiles(folder), gguf=False, build_tokenizer=tokenizer)
 
 
 def read_config(folder: Folder, source: str, weights: bool | None = None) -> ModelConfig:
     """Reads a folder's configuration; weights need not be there.
 
-    `weights` says whether the model has weights of its own, where they lie elsewhere; None looks for them here.
-
-    Raises:
-      DexError: files are missing or not covered.
+    `weights` says whether the model has weights of its own, where they lie elsewhere; None looks for them here. A
+    DexError where files are missing or not covered.
     """
     # A merged model may have kept its adapter's description.
     if "adapter_config.json" in folder.sizes and not (names_weights(folder.sizes) if weights is None else weights):

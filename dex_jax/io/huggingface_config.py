@@ -79,10 +79,8 @@ def shared_keys(family: Family) -> dict[str, str]:
 def huggingface_config(config: dict[str, Any], generation: dict[str, Any], source: str) -> ModelConfig:
     """The configuration that config.json and generation_config.json (or {}) of a model called `source` mean.
 
-    Of a model of images and text, it is that of the text.
-
-    Raises:
-      DexError: another architecture, a feature that the model here does not have, or values that no model has.
+    Of a model of images and text, it is that of the text. A DexError: another architecture, a feature that the model
+    here does not have, or values that no model has.
     """
     file = f"config.json of {source}"
     name = typed(config, dict[str, Any], file).get("model_type")

@@ -23,8 +23,7 @@ def open_checkpoint(source: str) -> Checkpoint:
     directory, or a hub id "owner/name", tried in this order. A hub id that is not in the hub's cache is downloaded,
     after a line on stderr that says how much.
 
-    Raises:
-      DexError: nothing of that name, an architecture or a quantisation that is not covered, or incomplete files.
+    A DexError: nothing of that name, an architecture or a quantisation that is not covered, or incomplete files.
     """
     with reading(source):
         return _open(str(source))

@@ -3,6 +3,8 @@
 The `safetensors` package reads from disks alone, and maps whole files; here the bytes of a tensor are all that is read.
 """
 
+# ruff: noqa: D102 (`checkpoint.TensorSource` says what each method gives)
+
 from __future__ import annotations
 
 import math
@@ -35,18 +37,10 @@ class _Entry(Struct):
 
 
 class SafetensorsFiles:
-    """The tensors of a folder's safetensors files.
-
-    Attributes:
-      names: every tensor's name.
-    """
+    """The tensors of a folder's safetensors files."""
 
     def __init__(self, folder: Folder):
-        """Reads the index, if there is one, and the header of every file.
-
-        Raises:
-          DexError: a file is absent, truncated or damaged, or lacks a tensor.
-        """
+        """Reads index and headers; a DexError if a file is absent, truncated or damaged, or lacks a tensor."""
         self._folder = folder
         self._entries: dict[str, tuple[str, int, _Entry]] = {}
         for file, listed in sorted(_files(folder).items()):
@@ -58,15 +52,9 @@ class SafetensorsFiles:
         self.names = tuple(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a tensor, or None when there is no such tensor."""
         return tuple(self._entries[name][2].shape) if name in self._entries else None
 
     def dtype(self, name: str) -> np.dtype:
-        """The type that `read` returns: float32, float16 or bfloat16.
-
-        Raises:
-          DexError: the tensor is stored in another type.
-        """
         code = self._entries[name][2].dtype
         if code not in DTYPES:
             raise DexError(
@@ -76,19 +64,15 @@ class SafetensorsFiles:
         return np.dtype(DTYPES[code])
 
     def file_of(self, name: str) -> str:
-        """The file that holds a tensor."""
         return self._folder.address(self._entries[name][0])
 
     def format_of(self, name: str) -> str:
-        """What a tensor's numbers are stored as, such as "BF16"."""
         return self._entries[name][2].dtype
 
     def blocks(self, name: str) -> np.ndarray:
-        """Never: no numbers here are packed in blocks."""
-        raise ValueError(name)
+        raise ValueError(f"{name} is not packed in blocks")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start` to `stop` of one tensor, an array of its own in `dtype(name)`."""
         return self._rows(name, self.dtype(name), start, stop)
 
     def integers(self, name: str) -> np.ndarray:

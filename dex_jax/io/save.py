@@ -26,17 +26,14 @@ _STORED = ("float32", "float16")
 def save_model(
     folder: str | Path, config: ModelConfig, weights: Mapping[str, Any], tokenizer: Tokenizer | None = None
 ) -> Path:
-    """Writes config.json, model.safetensors and tokenizer.json, all of them or nothing.
+    """Writes config.json, model.safetensors and tokenizer.json, all of them or nothing, and returns the folder.
 
     Args:
       folder: made; a model that is already there is replaced once the new one is complete.
       config: of one of the families that `load` reads.
       weights: canonical name ("embed", "layers.0.qkv", ...) -> array of the shape that `config` means. float32 and
         float16 are stored as they are, other floats as float32.
-      tokenizer: None writes none; a chat template is not written.
-
-    Returns:
-      The folder.
+      tokenizer: a chat template is not written.
 
     Raises:
       DexError: a weight is missing, misshapen or unknown, a configuration that config.json cannot say, a folder that
@@ -76,11 +73,7 @@ def _refuse_other_content(folder: Path) -> None:
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """The content of config.json; reading it with `huggingface_config` gives `config` back.
-
-    Raises:
-      DexError: the configuration has a combination that its family's config.json has no words for.
-    """
+    """The content of config.json, which `huggingface_config` reads as `config`; a DexError where it cannot say that."""
     if config.family not in FAMILIES:
         raise DexError(f"{config.family!r:.60} is no family of models: choose one of {', '.join(FAMILIES)}")
     family = FAMILIES[config.family]

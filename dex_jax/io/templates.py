@@ -22,11 +22,9 @@ _deadline: ContextVar[float] = ContextVar("_deadline")
 
 
 def rendered(template: str, names: dict[str, Any]) -> str:
-    """What a template writes, given some names.
+    """What a template writes, given some names; a jinja2.TemplateSyntaxError where it does not compile.
 
-    Raises:
-      jinja2.TemplateSyntaxError: it does not compile.
-      Exception: whatever a program can raise; TimeoutError and OverflowError where it leaves its bounds.
+    Otherwise whatever a program can raise; TimeoutError and OverflowError where it leaves its bounds.
     """
     _deadline.set(time.monotonic() + SECONDS)
     pieces, size = [], 0

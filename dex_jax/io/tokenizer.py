@@ -31,14 +31,9 @@ class Tokenizer:
         eos_ids: Sequence[int] = (),
         source: str = "this tokenizer",
     ):
-        """Wraps a ready tokenizer.
+        """`template` is jinja2 text and may use the names in `variables`, such as bos_token, too.
 
-        Args:
-          backend: does the work.
-          template: the chat template, jinja2 text.
-          variables: further names that the template may use, such as bos_token.
-          eos_ids: ids that end a sequence by the model's own configuration.
-          source: where it came from, for error messages.
+        `eos_ids` end a sequence by the model's own configuration; `source` is where it came from, for error messages.
         """
         self.backend = backend
         self._template = template
@@ -76,10 +71,8 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Text to ids; names of special tokens in it become those tokens.
 
-        `add_special` adds what the tokenizer puts around a sequence, such as BOS.
-
-        Raises:
-          DexError: the text holds half of a surrogate pair, as text that was read with the wrong encoding does.
+        `add_special` adds what the tokenizer puts around a sequence, such as BOS. A DexError where the text holds half
+        of a surrogate pair, as text that was read with the wrong encoding does.
         """
         try:
             text.encode()
@@ -99,10 +92,8 @@ class Tokenizer:
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Chat messages, dictionaries with strings "role" and "content", to ids, BOS only where the template has it.
 
-        `add_generation_prompt` ends with what opens the assistant's answer.
-
-        Raises:
-          DexError: no chat template, or messages that it does not accept.
+        `add_generation_prompt` ends with what opens the assistant's answer. A DexError: no chat template, or messages
+        that it does not accept.
         """
         return self.encode(self.render(messages, add_generation_prompt), add_special=False)
 

@@ -19,11 +19,7 @@ from dex_jax.errors import DexError
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file, text as UTF-8, and the folders that it lies in.
-
-    Raises:
-      DexError: it cannot be written; what was there before is still there.
-    """
+    """Writes a file, text as UTF-8, and the folders that it lies in; after a DexError what was there is still there."""
     file = Path(path)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # its own, where two processes write one file
     try:
@@ -39,8 +35,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
 def lock(file: IO[Any], wait: bool) -> None:
     """Locks an open file against other processes until it is closed.
 
-    Raises:
-      BlockingIOError: another one has locked it, and `wait` is False.
+    A BlockingIOError where another one has locked it and `wait` is False.
     """
     try:
         import fcntl
@@ -99,10 +94,5 @@ def _temporary_folder(why: str) -> Path:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a value as JSON on one line.
-
-    Raises:
-      DexError: it cannot be written.
-      ValueError: it holds a NaN or an infinity, which JSON lacks.
-    """
+    """Writes a value as JSON on one line, see `write_whole`; a ValueError for NaN and infinities, which JSON lacks."""
     write_whole(path, json.dumps(value, allow_nan=False))
