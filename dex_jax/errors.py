@@ -12,8 +12,6 @@ from typing import Any
 from dex_jax import interrupts
 
 OK, BAD_INPUT = 0, 2
-
-
 _LONGEST = 1200
 
 

@@ -89,15 +89,9 @@ class _Qwen2(Settings):
         above = self.max_window_layers is None or layer >= self.max_window_layers
         return bool(self.use_sliding_window) and self.said_to_slide(layer, above)
 
-    def switches(self) -> dict[str, Any]:
-        return {"qkv_bias": True}
-
 
 class _Qwen3(_Qwen2):
     head_dim: Size | None = 128
-
-    def switches(self) -> dict[str, Any]:
-        return Settings.switches(self)
 
 
 class _Mistral(Settings):
@@ -244,7 +238,7 @@ _SHARED_MLP: Names = {
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", _Llama, "llama", True),
-    "qwen2": Family("Qwen2ForCausalLM", _Qwen2, "qwen2"),
+    "qwen2": Family("Qwen2ForCausalLM", _Qwen2, "qwen2", constants={"qkv_bias": True, "out_bias": False}),
     "qwen3": Family("Qwen3ForCausalLM", _Qwen3, "qwen3", constants={"qk_norm": True}),
     "mistral": Family("MistralForCausalLM", _Mistral),
     "ministral": Family("MinistralForCausalLM", _Ministral),

@@ -8,6 +8,7 @@ The `safetensors` package reads from disks alone, and maps whole files; here the
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any
 
 import ml_dtypes
@@ -95,10 +96,7 @@ class SafetensorsFiles:
 
 def _of_text(name: str) -> str:
     """A tensor's name as a model of text alone has it, where what reads images stands beside that."""
-    for prefix, plain in (("model.language_model.", "model."), ("language_model.", "")):
-        if name.startswith(prefix):
-            return plain + name.removeprefix(prefix)
-    return name
+    return re.sub(r"^(model\.)?language_model\.", r"\1", name)
 
 
 def placed_names(index: bytes, source: str) -> dict[str, set[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -67,12 +68,8 @@ class TextStream:
         """
         if not self._byte_fallback:
             return 0
-        count = 0
-        for token_id in reversed(self._window):
-            if not _BYTE.fullmatch(self._tokenizer.backend.id_to_token(token_id) or ""):
-                break
-            count += 1
-        return count
+        backwards = (self._tokenizer.backend.id_to_token(token_id) or "" for token_id in reversed(self._window))
+        return sum(1 for _ in itertools.takewhile(_BYTE.fullmatch, backwards))
 
     @cached_property
     def _byte_fallback(self) -> bool:

@@ -115,8 +115,6 @@ class Tokenizer:
             raise DexError(f"The chat template of {self._source} refuses these messages: {reason(error)}") from error
 
     def _template_eos_ids(self) -> list[int]:
-        if self._template is None:
-            return []
         try:
             text = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}], False)
         except DexError:
