@@ -170,7 +170,7 @@ class ModelConfig:
 
     def with_layers(self, count: int) -> ModelConfig:
         """The model with `count` layers, of the same kinds in turn."""
-        kinds = tuple(itertools.islice(itertools.cycle(self.layer_kinds), count)) if self.layer_kinds else ()
+        kinds = tuple(itertools.islice(itertools.cycle(self.layer_kinds), count))
         return dataclasses.replace(self, num_layers=count, layer_kinds=kinds)
 
     def at_length(self, length: int) -> ModelConfig:
@@ -240,8 +240,7 @@ class ExitsConfig:
     def __post_init__(self) -> None:
         if self.kind not in EXIT_KINDS:
             raise DexError(f"unknown kind of exits {self.kind!r}: choose one of {', '.join(EXIT_KINDS)}")
-        ascending = all(a < b for a, b in itertools.pairwise((-1, *self.depths)))
-        if not self.depths or not ascending:
+        if not self.depths or any(a >= b for a, b in itertools.pairwise((-1, *self.depths))):
             raise DexError(f"exit depths must ascend from 0 or above without repeats, not {self.depths}")
 
     @property

@@ -13,10 +13,10 @@ from msgspec import Struct
 
 from dex_jax.config import EagleConfig, ModelConfig
 from dex_jax.errors import DexError
-from dex_jax.foreign import Size, TokenId, local_path, parsed, reading, typed
-from dex_jax.io.folders import Directory, Folder, Store, content_of, is_url
+from dex_jax.foreign import Size, TokenId, local_path, reading, typed
+from dex_jax.io.folders import Directory, Folder, Store, is_url
 from dex_jax.io.hub import download, is_hub_id
-from dex_jax.io.huggingface import names_weights
+from dex_jax.io.huggingface import json_of, names_weights
 from dex_jax.io.huggingface_config import huggingface_config
 from dex_jax.io.safetensors_files import SafetensorsFiles
 from dex_jax.io.whole_files import write_json, write_whole
@@ -123,9 +123,8 @@ def load_eagle(path: str | os.PathLike) -> EagleHead:
 
 def _check(folder: Folder, source: str, weights: bool = True) -> tuple[_Head, dict[str, Any]]:
     """config.json of a folder, as what is read of it and whole; a DexError unless it is of an EAGLE-3 head."""
-    file = folder.address("config.json")
-    raw = parsed(content_of(folder, "config.json"), dict[str, Any], file) if "config.json" in folder.sizes else {}
-    head = typed(raw, _Head, file)
+    raw = json_of(folder, "config.json")
+    head = typed(raw, _Head, folder.address("config.json"))
     kinds = [*filter(None, [head.speculators_model_type, *(head.architectures or [])])]
     # SafeAILab's own heads are called what their layer is called.
     if head.draft_vocab_size is None and not any("eagle3" in kind.lower().replace("-", "") for kind in kinds):

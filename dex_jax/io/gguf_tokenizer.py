@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _SPACE = "\u2581"  # what SentencePiece writes for a space
-_NAMED = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
-}
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 # The patterns that Llama 3 and Qwen2 publish in their tokenizer.json; they differ in how many digits make one word.
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
@@ -41,10 +36,10 @@ class _Vocabulary(Struct):
     pre: str = ""
     add_bos_token: bool | None = None
     add_space_prefix: bool = True
-    bos_token_id: TokenId | None = None
-    eos_token_id: TokenId | None = None
-    unknown_token_id: TokenId | None = None
-    padding_token_id: TokenId | None = None
+    bos_token: TokenId | None = field(name="bos_token_id", default=None)
+    eos_token: TokenId | None = field(name="eos_token_id", default=None)
+    unk_token: TokenId | None = field(name="unknown_token_id", default=None)
+    pad_token: TokenId | None = field(name="padding_token_id", default=None)
 
 
 class _Template(Struct):
@@ -78,7 +73,7 @@ def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: s
     if not (vocabulary.merges if on_bytes else len(vocabulary.scores) == len(tokens)):
         wanted = "merges" if on_bytes else "scores"
         raise DexError(f"{source} carries a vocabulary without {wanted}: use the Hugging Face directory of this model.")
-    named = {name: getattr(vocabulary, key) for name, key in _NAMED.items()}
+    named = {name: getattr(vocabulary, name) for name in _NAMED}
     with reading(f"the tokenizer of {source}", "use the Hugging Face directory of this model"):
         return Tokenizer(
             _byte_level_bpe(vocabulary) if on_bytes else _sentencepiece(vocabulary),
@@ -125,7 +120,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     normal.sort(key=lambda i: -vocabulary.scores[i])
     halves = ((tokens[i][:cut], tokens[i][cut:]) for i in normal for cut in range(1, len(tokens[i])))
     merges = [(left, right) for left, right in halves if left in ids and right in ids]
-    unknown = None if vocabulary.unknown_token_id is None else tokens[vocabulary.unknown_token_id]
+    unknown = None if vocabulary.unk_token is None else tokens[vocabulary.unk_token]
     backend = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.normalizer = normalizers.Replace(" ", _SPACE)
@@ -145,9 +140,9 @@ def _with_added(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary, begins: 
     # SentencePiece's are written as normalised text is: with its sign for a space.
     backend.add_tokens([AddedToken(t, normalized=_SPACE in t) for t, kind in kinds if kind == _USER_DEFINED])
     begins = begins if vocabulary.add_bos_token is None else vocabulary.add_bos_token
-    if begins and vocabulary.bos_token_id is not None:
-        bos = vocabulary.tokens[vocabulary.bos_token_id]
+    if begins and vocabulary.bos_token is not None:
+        bos = vocabulary.tokens[vocabulary.bos_token]
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary.bos_token_id)]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary.bos_token)]
         )
     return backend

@@ -62,7 +62,7 @@ def read_config(folder: Folder, source: str, weights: bool | None = None) -> Mod
     """
     # A merged model may have kept its adapter's description.
     if "adapter_config.json" in folder.sizes and not (names_weights(folder.sizes) if weights is None else weights):
-        base = str(_json(folder, "adapter_config.json").get("base_model_name_or_path", "its base model"))
+        base = str(json_of(folder, "adapter_config.json").get("base_model_name_or_path", "its base model"))
         raise DexError(
             f"{source} holds a LoRA adapter and no model of its own: merge it into {base:.100} (merge_and_unload in "
             "peft), save that and open the result."
@@ -74,10 +74,10 @@ def read_config(folder: Folder, source: str, weights: bool | None = None) -> Mod
             raise DexError(
                 f"{source} is quantised by {method}, which is not covered: use the unquantised model or a GGUF."
             )
-    return huggingface_config(_json(folder, "config.json"), _json(folder, "generation_config.json"), source)
+    return huggingface_config(json_of(folder, "config.json"), json_of(folder, "generation_config.json"), source)
 
 
-def _json(folder: Folder, name: str) -> dict[str, Any]:
+def json_of(folder: Folder, name: str) -> dict[str, Any]:
     """A JSON object; an absent file is an empty one."""
     return parsed(content_of(folder, name), dict[str, Any], folder.address(name)) if name in folder.sizes else {}
 
@@ -100,8 +100,8 @@ def _tokenizer(folder: Folder, eos_ids: tuple[int, ...], source: str) -> Tokeniz
 
     with reading(folder.address("tokenizer.json"), "get it again, or update tokenizers"):
         backend = tokenizers.Tokenizer.from_buffer(content_of(folder, "tokenizer.json"))
-    settings = _json(folder, "tokenizer_config.json")
-    read: Any = typed(settings, _TokenizerConfig, folder.address("tokenizer_config.json"))
+    described = "tokenizer_config.json"
+    read: Any = typed(json_of(folder, described), _TokenizerConfig, folder.address(described))
     special = {name: token for name in _SPECIAL_NAMES if (token := getattr(read, name))}
     return Tokenizer(
         backend,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 
 from dex_jax.io.tokenizer import Tokenizer
 
@@ -21,9 +21,9 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        """Starts an empty stream."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._decode = partial(tokenizer.decode, skip_special=skip_special)
         # Decoded together: at most one settled token and what came after it. The settled one keeps decoders that drop a
         # leading space from dropping it in mid-text.
         self._window: list[int] = []
@@ -38,7 +38,10 @@ class TextStream:
         new = stable[self._emitted :]
         self._emitted = max(self._emitted, len(stable))
         if settled == len(self._window) and stable == text:
-            self._forget()
+            # Only the last token is kept, if that token alone shows where its text ends.
+            alone = self._decode(self._window[-1:])
+            if alone and not alone.endswith(_REPLACEMENT):
+                self._window, self._emitted = self._window[-1:], len(alone)
         return new
 
     def flush(self) -> str:
@@ -47,19 +50,10 @@ class TextStream:
         self._window, self._emitted = [], 0
         return new
 
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, self._skip_special)
-
     def _visible(self, token_id: int) -> bool:
         if self._skip_special and token_id in self._tokenizer.special_ids:
             return False
         return self._tokenizer.backend.id_to_token(token_id) is not None
-
-    def _forget(self) -> None:
-        """Keeps only the last token once all text is out, if that token alone shows where its text ends."""
-        alone = self._decode(self._window[-1:])
-        if alone and not alone.endswith(_REPLACEMENT):
-            self._window, self._emitted = self._window[-1:], len(alone)
 
     def _open_bytes(self) -> int:
         """How many tokens at the end are single bytes of a SentencePiece vocabulary.

@@ -66,7 +66,14 @@ class Tokenizer:
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end a chat turn, ascending: the configuration's and the one that the template writes there."""
-        return tuple(sorted({*self._config_eos_ids, *self._template_eos_ids()}))
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+        try:
+            text = self.render(turn, add_generation_prompt=False)
+        except DexError:
+            text = ""
+        after = text.rpartition(_MARK)[2] if _MARK in text else ""
+        following = self.encode(after.lstrip(), add_special=False)[:1]
+        return tuple(sorted({*self._config_eos_ids, *self.special_ids.intersection(following)}))
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Text to ids; names of special tokens in it become those tokens.
@@ -113,15 +120,6 @@ class Tokenizer:
         # Whatever a program can raise: templates index, divide and concatenate what they are given.
         except Exception as error:
             raise DexError(f"The chat template of {self._source} refuses these messages: {reason(error)}") from error
-
-    def _template_eos_ids(self) -> list[int]:
-        try:
-            text = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}], False)
-        except DexError:
-            return []
-        after = text.rpartition(_MARK)[2] if _MARK in text else ""
-        following = self.encode(after.lstrip(), add_special=False)[:1]
-        return [i for i in following if i in self.special_ids]
 
 
 def _check_messages(messages: Sequence[dict[str, Any]]) -> None:
