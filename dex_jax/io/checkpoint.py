@@ -88,8 +88,7 @@ class Checkpoint:
         parts = self._parts[name]
         if len(parts) == 1:
             return self._tensors.read(parts[0].name)
-        dtypes = {self._tensors.dtype(part.name) for part in parts}
-        out = np.empty(stacked_shape(parts), dtypes.pop() if len(dtypes) == 1 else np.float32)
+        out = np.empty(stacked_shape(parts), np.result_type(*(self._tensors.dtype(part.name) for part in parts)))
         at = 0
         for part in parts:
             out[at : at + part.shape[0]] = self._tensors.read(part.name)

@@ -19,6 +19,7 @@ from dex_jax.io.hub import download, is_hub_id
 from dex_jax.io.huggingface import json_of, names_weights
 from dex_jax.io.huggingface_config import huggingface_config
 from dex_jax.io.safetensors_files import SafetensorsFiles
+from dex_jax.io.tensor_names import LAYER_NAMES
 from dex_jax.io.whole_files import write_json, write_whole
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -28,22 +29,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What transformers means by keys that speculators leaves out of its config.json."""
 
-_NAMES = {
+_NAMES = {f"layer.{name}": huggingface for name, (huggingface, _) in LAYER_NAMES.items()} | {
+    "layer.token_norm": ("input_layernorm.weight",),
+    "layer.attention_norm": ("hidden_norm.weight",),
     "fc": ("fc.weight",),
     "norm": ("norm.weight",),
     "unembed": ("lm_head.weight",),
     "embed": ("embed_tokens.weight",),
-    "layer.token_norm": ("input_layernorm.weight",),
-    "layer.attention_norm": ("hidden_norm.weight",),
-    "layer.qkv": tuple(f"self_attn.{each}_proj.weight" for each in "qkv"),
-    "layer.qkv_bias": tuple(f"self_attn.{each}_proj.bias" for each in "qkv"),
-    "layer.q_norm": ("self_attn.q_norm.weight",),
-    "layer.k_norm": ("self_attn.k_norm.weight",),
-    "layer.out": ("self_attn.o_proj.weight",),
-    "layer.out_bias": ("self_attn.o_proj.bias",),
-    "layer.mlp_norm": ("post_attention_layernorm.weight",),
-    "layer.gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "layer.down": ("mlp.down_proj.weight",),
 }
 
 

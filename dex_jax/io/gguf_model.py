@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -197,13 +196,16 @@ def _rope_scaling(file: GGUFFile, model: _Model, config: ModelConfig) -> RopeSca
     shape = file.shape(_ROPE_FACTORS)
     if shape is None:
         return None
-    factors = file.read(_ROPE_FACTORS).astype(np.float64) if shape == (config.head_dim // 2,) else np.zeros(1)
+    from dex_jax.nn.rotary import rope_frequencies
+
+    factors = file.read(_ROPE_FACTORS).astype(np.float64) if shape == (config.rotated_dim // 2,) else np.zeros(1)
     # The other constants are lost in the file; those of every published Llama 3.x must lead to the same factors.
     scaling = RopeScaling(
         "llama3", _decimal(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192
     )
+    stretched = dataclasses.replace(config, rope_scaling=scaling)
     if scaling.factor <= 0 or not np.allclose(
-        factors, llama3_factors(scaling, config.head_dim, config.rope_theta), rtol=1e-4
+        factors, rope_frequencies(config) / rope_frequencies(stretched), rtol=1e-4
     ):
         raise DexError(
             f"{file.path} holds RoPE factors ({_ROPE_FACTORS}) other than those of Llama 3.x, which are not covered: "
@@ -229,15 +231,6 @@ def _layer_kinds(model: _Model, family: str) -> list[dict[str, Any]]:
         return model.rotates and (unrotated is None or (layer + 1) % unrotated != 0)
 
     return layer_kinds(model.num_layers, window, slides, rotates, FAMILIES[family].local_rope)
-
-
-def llama3_factors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
-    """By what each of the d / 2 rotary frequencies is divided under llama3 scaling, float64 [d / 2]."""
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling.original_context * frequencies / (2 * math.pi)
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = np.clip(smooth, 0.0, 1.0)
-    return 1 / ((1 - smooth) / scaling.factor + smooth)
 
 
 def _decimal(value: Any) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from dex_jax.errors import DexError
 from dex_jax.foreign import reason
 from dex_jax.io.folders import Directory, content_of
-from dex_jax.io.huggingface import names_weights
+from dex_jax.io.huggingface import QUANTISED, names_weights
 from dex_jax.io.safetensors_files import INDEX, placed_names
 
 ALIASES = {
@@ -64,8 +64,7 @@ _DESCRIPTIONS = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "adapter_config.json",
-    "quantize_config.json",
-    "quant_config.json",
+    *QUANTISED,
 )
 _PATTERNS = (*_DESCRIPTIONS, "model*.safetensors")
 

@@ -17,7 +17,8 @@ from dex_jax.io.huggingface_config import huggingface_config
 from dex_jax.io.safetensors_files import SafetensorsFiles
 from dex_jax.io.tokenizer import Tokenizer
 
-_QUANTISED = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
+QUANTISED = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
+"""File that stands beside quantised weights -> the method."""
 
 
 class _Special(Struct):
@@ -69,7 +70,7 @@ def read_config(folder: Folder, source: str, weights: bool | None = None) -> Mod
         )
     if "config.json" not in folder.sizes:
         raise DexError(f"{source} has no config.json: it is not a Hugging Face model directory.")
-    for name, method in _QUANTISED.items():
+    for name, method in QUANTISED.items():
         if name in folder.sizes:
             raise DexError(
                 f"{source} is quantised by {method}, which is not covered: use the unquantised model or a GGUF."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable
-from functools import cached_property, partial
+from functools import partial
 
 from dex_jax.io.tokenizer import Tokenizer
 
@@ -24,6 +24,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._decode = partial(tokenizer.decode, skip_special=skip_special)
+        self._byte_fallback = tokenizer.backend.token_to_id("<0x00>") is not None
         # Decoded together: at most one settled token and what came after it. The settled one keeps decoders that drop a
         # leading space from dropping it in mid-text.
         self._window: list[int] = []
@@ -64,7 +65,3 @@ class TextStream:
             return 0
         backwards = (self._tokenizer.backend.id_to_token(token_id) or "" for token_id in reversed(self._window))
         return sum(1 for _ in itertools.takewhile(_BYTE.fullmatch, backwards))
-
-    @cached_property
-    def _byte_fallback(self) -> bool:
-        return self._tokenizer.backend.token_to_id("<0x00>") is not None

@@ -15,16 +15,10 @@ _TOP: Names = {
     "final_norm": (("model.norm.weight",), ("output_norm.weight",)),
     "unembed": (("lm_head.weight",), ("output.weight",)),
 }
-_LAYER: Names = {
+LAYER_NAMES: Names = {
     "attention_norm": (("input_layernorm.weight",), ("attn_norm.weight",)),
-    "qkv": (
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        ("attn_q.weight", "attn_k.weight", "attn_v.weight"),
-    ),
-    "qkv_bias": (
-        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-        ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
-    ),
+    "qkv": (tuple(f"self_attn.{each}_proj.weight" for each in "qkv"), tuple(f"attn_{each}.weight" for each in "qkv")),
+    "qkv_bias": (tuple(f"self_attn.{each}_proj.bias" for each in "qkv"), tuple(f"attn_{each}.bias" for each in "qkv")),
     "q_norm": (("self_attn.q_norm.weight",), ("attn_q_norm.weight",)),
     "k_norm": (("self_attn.k_norm.weight",), ("attn_k_norm.weight",)),
     "out": (("self_attn.o_proj.weight",), ("attn_output.weight",)),
@@ -53,7 +47,7 @@ def layer_prefix(layer: int, *, gguf: bool) -> str:
 def canonical_parts(config: ModelConfig, *, gguf: bool) -> dict[str, tuple[Part, ...]]:
     """Maps every canonical tensor of the model to the file's tensors that it is stacked from."""
     shapes = _part_shapes(config)
-    in_layer = _LAYER | FAMILIES[config.family].names
+    in_layer = LAYER_NAMES | FAMILIES[config.family].names
     places = [("", "", _TOP)]
     places += [(f"layers.{i}.", layer_prefix(i, gguf=gguf), in_layer) for i in range(config.num_layers)]
     return {
