@@ -33,6 +33,7 @@ PROGRAMS = {
     "dex_jax.selfcheck": "dex_jax.cli.selfcheck",
 }
 HOMES = (dex_jax, studies)
+SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 7}
 LINUX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios")
 
 
@@ -58,15 +59,16 @@ def test_docstring_examples() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", slow("docs/index.md")])
 def test_the_library_examples_run(page, monkeypatch, capsys, tmp_path) -> None:
-    """With a small model, four tokens and two explorers."""
+    """With a small model, four tokens and two explorers, always sampled: that is one program."""
     pytest.importorskip("matplotlib", reason="a page draws a picture")
     generate, trace, two = dex_jax.generate, dex_jax.trace, dex_jax.Dex(explorers=2, draft=False)
     tokenizer = outline("smollm2-135m").tokenizer
-    lm = small_model(dataclasses.replace(LLAMA, num_layers=2, vocab_size=49152), tokenizer=tokenizer)
+    config, stacked = dataclasses.replace(LLAMA, num_layers=2, vocab_size=49152), dex_jax.Stacked((1, 2))
+    lm = small_model(config, stacked, tokenizer=tokenizer)
 
     def shortened(lm, prompts, method=None, **options):
         method = method if isinstance(method, dex_jax.AR) else two
-        return generate(lm, prompts, method=method, **(options | {"max_new_tokens": 4}))
+        return generate(lm, prompts, method=method, **(SAMPLED | options | {"max_new_tokens": 4}))
 
     monkeypatch.setattr(dex_jax, "load", lambda source: lm)
     monkeypatch.setattr(dex_jax, "generate", shortened)

@@ -36,12 +36,14 @@ def vocabulary_of(unembed, draft) -> Vocabulary:
     return Vocabulary(unembed, unembed[np.array(draft)], jnp.asarray(draft, jnp.int32))
 
 
-def scaled(loss_of):
-    def total(features, *rest):
-        found = loss_of(features, *rest)
-        return jnp.dot(SCALE, found[0] if isinstance(found, tuple) else found), found
+def losses_and_gradient(vocabulary: Vocabulary, hard: float):
+    """(features, final, weight) -> ((the losses' sum by SCALE, what `exit_losses` gives), the sum's gradient)."""
 
-    return jax.value_and_grad(total, has_aux=True)
+    def total(features, final, weight):
+        found = exit_losses(features, final, weight, vocabulary, hard)
+        return jnp.dot(SCALE, found[0]), found
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
 @pytest.mark.parametrize(("draft", "cap", "hard"), [(None, None, 0.3), (DRAFT, None, 0.0), (DRAFT, 1.5, 0.3)])
@@ -49,7 +51,8 @@ def test_values_and_gradients_are_those_of_the_twin(arrays, monkeypatch, draft, 
     monkeypatch.setattr(losses, "BLOCK", 4)  # 11 tokens: two blocks and a part of one
     features, final, weight, unembed = arrays
     vocabulary = vocabulary_of(unembed, draft)._replace(cap=cap)
-    (_, found), gradient = scaled(exit_losses)(features, final, weight, vocabulary, hard)
+    compute = losses_and_gradient(vocabulary, hard)
+    (_, found), gradient = compute(features, final, weight)
     twin = distillation_twin.losses(features, final, weight, unembed, draft, hard, SCALE, cap)
     np.testing.assert_allclose(found[0], twin.loss, rtol=1e-5)
     np.testing.assert_allclose(found[1], twin.agreement, rtol=1e-5)
@@ -57,6 +60,10 @@ def test_values_and_gradients_are_those_of_the_twin(arrays, monkeypatch, draft, 
     assert 0 < twin.coverage < 1 or draft is None
     np.testing.assert_allclose(gradient, twin.gradient, atol=1e-6)
     assert not gradient[:, weight == 0].any()
+    # Weights of zero alone are no division by zero.
+    (_, found), gradient = compute(features, final, 0 * weight)
+    assert [float(np.abs(x).max()) for x in found] == [0, 0, 0]
+    assert not gradient.any()
 
 
 def saying_the_same(final, unembed, draft) -> np.ndarray:
@@ -83,26 +90,17 @@ def test_only_equal_distributions_diverge_by_nothing_and_none_by_less(draft) -> 
         assert other.max() > 3 * rounding
 
 
-def test_weights_of_zero_alone_are_no_division_by_zero(arrays) -> None:
-    features, final, _, unembed = arrays
-    nothing = np.zeros(TOKENS, np.float32)
-    (_, found), gradient = scaled(exit_losses)(features, final, nothing, vocabulary_of(unembed, DRAFT), 0.0)
-    assert [float(np.abs(x).max()) for x in found] == [0, 0, 0]
-    assert not gradient.any()
-
-
 @pytest.mark.parametrize("draft", [None, tuple(range(0, 96, 2))])
 def test_logits_of_all_tokens_never_exist(monkeypatch, draft) -> None:
     monkeypatch.setattr(losses, "BLOCK", 8)
     tokens, words = 64, 96
     columns = words if draft is None else len(draft)
-    features, final, weight = jnp.ones((EXITS, tokens, WIDTH + 1)), jnp.ones((tokens, WIDTH)), jnp.ones(tokens)
+    features, final, weight = np.ones((EXITS, tokens, WIDTH + 1)), np.ones((tokens, WIDTH)), np.ones(tokens)
     vocabulary = vocabulary_of(np.ones((words, WIDTH), np.float32), draft)
 
-    def gradient(features):
-        return scaled(exit_losses)(features, final, weight, vocabulary, 0.1)
+    def largest() -> int:
+        return max(map(math.prod, arrays_of(losses_and_gradient(vocabulary, 0.1), features, final, weight)))
 
-    assert max(map(math.prod, arrays_of(gradient, features))) < tokens * columns
+    assert largest() < tokens * columns
     monkeypatch.setattr(losses, "BLOCK", tokens)  # still one exit at a time
-    jax.clear_caches()
-    assert tokens * columns <= max(map(math.prod, arrays_of(gradient, features))) < EXITS * tokens * columns
+    assert tokens * columns <= largest() < EXITS * tokens * columns

@@ -16,7 +16,7 @@ import pytest
 from environment import flags_for_devices
 from exit_training_worker import CONFIG, EXITS, base_model
 from reference.greedy import is_greedy
-from reference.small_models import LLAMA, small_model
+from reference.small_models import LLAMA, random_exits, small_model
 
 import dex_jax
 from dex_jax.decoding.dex.shape import TreeShape
@@ -49,6 +49,7 @@ def whole(tmp_path_factory):
     return types.SimpleNamespace(folder=folder, exits=exits, before=before, after=lm.weights)
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_exits_and_figures(whole) -> None:
     exits = load_exits(whole.folder)
     assert exits.config == dataclasses.replace(EXITS, norm_eps=LLAMA.norm_eps)
@@ -184,10 +185,11 @@ def test_draft_steps_are_refused_to_exits_that_cannot_draft(changes, says, tmp_p
         ({"depths": (1, 3)}, "below the model's 3 layers"),
     ],
 )
-def test_exits_that_do_not_fit_are_refused(whole, tmp_path, changes, says) -> None:
+def test_exits_that_do_not_fit_are_refused(tmp_path, changes, says) -> None:
+    initial = dataclasses.replace(random_exits("attn", draft=24, depths=(1, 2)), config=EXITS)
     config = dataclasses.replace(CONFIG, exits=dataclasses.replace(EXITS, **changes))
     with pytest.raises(DexError, match=says):
-        train_exits(config, base_model(), tmp_path / "new", initial=whole.exits, tell=quiet)
+        train_exits(config, base_model(), tmp_path / "new", initial=initial, tell=quiet)
     assert not (tmp_path / "new").exists()
     with pytest.raises(DexError, match="kind is linear there and attn here"):
         dataclasses.replace(CONFIG, first=dataclasses.replace(CONFIG, exits=dataclasses.replace(EXITS, kind="linear")))

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -52,8 +52,8 @@ def test_load_gives_the_same_model_and_tokenizer(tmp_path) -> None:
     assert loaded.tokenizer is not None
     assert loaded.tokenizer.decode(tokens) == TEXT
     assert tokens == tokenizer.encode(TEXT)
-    assert loaded.eos_ids == (3, 5)
-    assert (loaded.logits([tokens]) == lm.logits([tokens])).all()
+    assert loaded.config == lm.config
+    jax.tree.map(np.testing.assert_array_equal, weights_of(loaded), weights_of(lm))
 
 
 def test_dtypes_are_kept_or_widened(tmp_path) -> None:
@@ -112,7 +112,7 @@ def test_weights_and_configurations_that_do_not_fit_are_refused(tmp_path) -> Non
     weights = random_weights(LLAMA)
     cases = [
         ({name: value for name, value in weights.items() if name != "layers.3.out"}, "lack layers.3.out"),
-        ({**weights, "layers.3.out": jnp.zeros((32, 31))}, r"layers.3.out has the shape \[32, 31\].*\[32, 32\]"),
+        ({**weights, "layers.3.out": np.zeros((32, 31))}, r"layers.3.out has the shape \[32, 31\].*\[32, 32\]"),
         ({**weights, "unembed": weights["embed"]}, "hold unembed"),
     ]
     for wrong, sentence in cases:
