@@ -294,20 +294,9 @@ def refused(found: tuple[int, str, str], keyword: str) -> None:
 
 @pytest.mark.parametrize(
     "flag",
-    [
-        "--dtype float8",
-        "--depths 6;x",
-        "--rows many",
-        "--rows 0",
-        "--rows 1000000000000",
-        "--method magic",
-        "--top-k 0",
-        "--max-new-tokens 0",
-        "--seed 9223372036854775808",
-        "--num-samples 0",
-        "--num-samples 1000000000000",
-    ],
-)
+    ["--dtype float8", "--depths 6;x", "--rows many", "--rows 0", "--rows 1000000000000", "--method magic", "--top-k 0",
+     "--max-new-tokens 0", "--seed 9223372036854775808", "--num-samples 0", "--num-samples 1000000000000"],
+)  # fmt: skip
 def test_bad_flags_name_the_flag(capsys, flag) -> None:
     with pytest.raises(SystemExit) as stopped:
         decode.main(["--prompt", SKY, *flag.split()])

@@ -227,23 +227,13 @@ return_free_memory()
     assert done.returncode == 0, done.stderr
 
 
-README = ROOT / "README.md"
-
-
 def test_it_is_short_and_begins_with_what_a_reader_needs() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = text.splitlines()
     assert len(lines) <= 150
     first = "\n".join(lines[:60])
-    for needed in (
-        "](docs/figures/",
-        "pip install uv",
-        "uv run decode.py --prompt",
-        "uv run pytest",
-        "```python",
-        "tok/s",
-    ):
-        assert needed in first, needed
+    needed = ("](docs/figures/", "pip install uv", "uv run decode.py --prompt", "uv run pytest", "```python", "tok/s")
+    assert [words for words in needed if words not in first] == []
     title = "Depth Exploration for LLM Decoding"
     assert title in text.replace("\n", " ")
-    assert title in (README.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert title in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

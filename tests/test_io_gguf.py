@@ -41,68 +41,43 @@ NAMES_OF = {
     "olmo": AFTER,
     "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
 }
-# Of families of the reference: architecture, and what llama.cpp's converter says beside what is said of all.
+_YARN = {
+    "rope__scaling__type": "yarn",
+    "rope__scaling__factor": 4.0,
+    "rope__scaling__original_context_length": 16,
+    "rope__scaling__yarn_beta_fast": 4.0,
+}
+_LONGROPE = {
+    "rope__dimension_count": 12,
+    "rope__scaling__original_context_length": 44,
+    "rope__scaling__attn_factor": math.sqrt(1 + math.log(256 / 44) / math.log(44)),
+}
+_LOCAL = {"attention__sliding_window_pattern": [True, True, False, True, True, False, True]}
+# Of families of the reference: architecture, and what llama.cpp's converter says of it beside what is said of all.
 GGUF_FIELDS = {
+    "codellama": ("llama", {"rope__scaling__type": "linear", "rope__scaling__factor": 2.0}),
     "mistral": ("llama", {}),
     "ministral3": (
         "mistral3",
-        {
-            "ARCH__rope__scaling__type": "yarn",
-            "ARCH__rope__scaling__factor": 4.0,
-            "ARCH__rope__scaling__original_context_length": 16,
-            "ARCH__rope__scaling__yarn_beta_fast": 4.0,
-            "ARCH__rope__scaling__yarn_log_multiplier": 1.0,
-            "ARCH__attention__temperature_scale": 0.4,
-        },
+        _YARN | {"rope__scaling__yarn_log_multiplier": 1.0, "attention__temperature_scale": 0.4},
     ),
     "gemma2": (
         "gemma2",
-        {
-            "ARCH__attention__sliding_window": 8,
-            "ARCH__attn_logit_softcapping": 2.0,
-            "ARCH__final_logit_softcapping": 0.5,
-        },
+        {"attention__sliding_window": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 0.5},
     ),
     "gemma3": (
         "gemma3",
-        {
-            "ARCH__attention__sliding_window": 6,
-            "ARCH__attention__sliding_window_pattern": [True, True, False, True, True, False, True],
-            "ARCH__rope__scaling__type": "linear",
-            "ARCH__rope__scaling__factor": 8.0,
-        },
+        _LOCAL | {"attention__sliding_window": 6, "rope__scaling__type": "linear", "rope__scaling__factor": 8.0},
     ),
     "smollm3": ("smollm3", {}),
     "olmo2": ("olmo2", {}),
-    "olmo3": (
-        "olmo2",
-        {
-            "ARCH__attention__sliding_window": 8,
-            "ARCH__rope__scaling__type": "yarn",
-            "ARCH__rope__scaling__factor": 4.0,
-            "ARCH__rope__scaling__original_context_length": 16,
-            "ARCH__rope__scaling__yarn_beta_fast": 4.0,
-        },
-    ),
+    "olmo3": ("olmo2", _YARN | {"attention__sliding_window": 8}),
     "granite": (
         "granite",
-        {
-            "ARCH__embedding_scale": 3.0,
-            "ARCH__residual_scale": 0.6,
-            "ARCH__attention__scale": 0.2,
-            "ARCH__logit_scale": 0.7,
-        },
+        {"embedding_scale": 3.0, "residual_scale": 0.6, "attention__scale": 0.2, "logit_scale": 0.7},
     ),
-    "phi3": ("phi3", {"ARCH__attention__sliding_window": 11}),
-    "phi4": (
-        "phi3",
-        {
-            "ARCH__attention__sliding_window": 0,
-            "ARCH__rope__dimension_count": 12,
-            "ARCH__rope__scaling__original_context_length": 44,
-            "ARCH__rope__scaling__attn_factor": math.sqrt(1 + math.log(256 / 44) / math.log(44)),
-        },
-    ),
+    "phi3": ("phi3", {"attention__sliding_window": 11}),
+    "phi4": ("phi3", _LONGROPE | {"attention__sliding_window": 0}),
 }
 
 
@@ -132,7 +107,7 @@ def write_gguf(path, family, kind="F32", extra=(), drop=(), kinds=None, **fields
     config, tensors = FAMILIES[family], checkpoint_tensors(family)
     architecture, told = GGUF_FIELDS.get(family, (config["model_type"], {}))
     architecture = fields.pop("architecture", architecture)
-    fields = told | fields
+    fields = {f"ARCH__{key}": value for key, value in told.items()} | fields
     names = next((own for start, own in NAMES_OF.items() if config["model_type"].startswith(start)), {})
     names = NAMES | names
     writer = gguf.GGUFWriter(path, architecture)
@@ -272,12 +247,6 @@ def test_llama3_scaling_is_found_from_its_factors_and_others_are_refused(tmp_pat
     factors[3] = 2.0
     path = write_gguf(tmp_path / "model.gguf", "llama3", extra={"rope_freqs.weight": factors})
     assert "RoPE factors" in refusal(path)
-
-
-def test_linear_scaling(tmp_path):
-    fields = {"ARCH__rope__scaling__type": "linear", "ARCH__rope__scaling__factor": 2.0}
-    path = write_gguf(tmp_path / "model.gguf", "codellama", **fields)
-    assert open_checkpoint(str(path)).config.rope_scaling == RopeScaling("linear", 2.0)
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,7 @@ OTHER_NAMES = {
     "olmo2": _AFTER | {"mlp_norm": []},
     "olmo3": _AFTER | {"mlp_norm": []},
     "phi3": {"qkv": ["self_attn.qkv_proj.weight"], "gate_up": ["mlp.gate_up_proj.weight"]},
-    "granitemoehybrid": {
-        "gate_up": ["shared_mlp.input_linear.weight"],
-        "down": ["shared_mlp.output_linear.weight"],
-    },
+    "granitemoehybrid": {"gate_up": ["shared_mlp.input_linear.weight"], "down": ["shared_mlp.output_linear.weight"]},
 }
 
 
