@@ -15,6 +15,8 @@ from dex_jax.io.exits_file import load_exits
 from dex_jax.language_model import outline
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "smollm2.json").read_text(encoding="utf-8"))["prompts"]
+SHARED_TICKS = 289
+"""What the same answers take with exits="shared"."""
 SERVED = (2, 3, 5, 6, 10)
 GEMMA3 = "51143bf1cbb82a82"  # the fingerprint of the file on PyPI
 LARGEST_BYTES = {GEMMA3: 6e6, "others": 12e6}
@@ -68,19 +70,14 @@ def test_even_grids_need_no_other_depths(smollm2, exits, explorers) -> None:
 
 
 @pytest.mark.slow
-def test_a_text_is_that_of_ar_in_fewer_ticks_than_without_training() -> None:
+def test_texts_are_those_of_ar_in_fewer_ticks_than_without_training() -> None:
     goldens, method, count = [GOLDEN[i] for i in (0, 4, 6)], dex_jax.Dex(draft=False), 24
     lm = dex_jax.load("smollm2-135m", dtype="float32")
     prompts, plain = [golden["prompt"] for golden in goldens], [golden["new_tokens"][:count] for golden in goldens]
-    runs = {
-        name: dex_jax.generate(lm, prompts, exits=name, method=method, max_new_tokens=count)
-        for name in ("default", "shared")
-    }
-    for out in runs.values():
-        assert [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)] == plain
-    assert runs["default"].stats.exits_source == "default"
-    # About 1.2 against 2 on average; a loose bound, as three prompts are few.
-    assert runs["default"].stats.ticks.sum() < 0.8 * runs["shared"].stats.ticks.sum()
+    out = dex_jax.generate(lm, prompts, exits="default", method=method, max_new_tokens=count)
+    assert [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)] == plain
+    assert out.stats.exits_source == "default"
+    assert out.stats.ticks.sum() < 0.8 * SHARED_TICKS
 
 
 def test_an_uneven_grid_moves_to_trained_depths_or_says_why_not(smollm2) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +30,7 @@ from dex_jax.nn.forward import depth_states
 from dex_jax.nn.transformer import Unrolled
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.eagle_training import EagleTraining, read_chains, train_eagle
+from dex_jax.training.journal import read_journal
 from dex_jax.training.sources import SourceOptions
 from dex_jax.training.stream import Activations
 
@@ -100,12 +101,11 @@ def test_a_head_learns_and_drafts(tmp_path) -> None:
     sizes = {"mlp_width": 48, "draft_size": 40, "draft_tokens": 400, "chunk": 12}
     config = EagleTraining(train, reads=(0, 1, 2), sources=SourceOptions(length=24), **sizes)
     head = train_eagle(config, lm, tmp_path, tell=lambda line: None)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = [record["loss"] for record in read_journal(tmp_path) if "loss" in record]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
     # A run that is done gives the same head again.
     again = train_eagle(config, lm, tmp_path, tell=lambda line: None)
-    assert all(np.array_equal(value, again.parameters[name]) for name, value in head.parameters.items())
+    chex.assert_trees_all_equal(again.parameters, head.parameters)
     unembed = np.asarray(lm.weights["embed"][...])[head.vocabulary]
     assert np.array_equal(head.parameters["unembed"], unembed), "the model's own"
     prompts = [[1, 5, 9], [1]]
@@ -126,8 +126,7 @@ def test_heads_are_written_as_they_were_read(tmp_path) -> None:
     head = load_eagle(write_head(tmp_path / "one", "safeailab", eagle_aux_hidden_state_layer_ids=[2, 3, 4]))
     save_eagle(tmp_path / "two", head)
     tensors = load_file(tmp_path / "two" / "model.safetensors")
-    assert tensors.keys() == head_tensors("safeailab").keys()
-    assert all(np.array_equal(value, tensors[name]) for name, value in head_tensors("safeailab").items())
+    chex.assert_trees_all_equal(tensors, head_tensors("safeailab"))
     assert load_eagle(tmp_path / "two").config == head.config
     for variant in VARIANTS.keys() - {"safeailab"}:
         with pytest.raises(DexError, match="norms"):

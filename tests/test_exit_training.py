@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import chex
 import exit_training_worker
 import jax
 import numpy as np
@@ -90,8 +91,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_exits(whole, tmp_path, monkeyp
     assert "Resuming from step" in capfd.readouterr().err
     for found in (exits, load_exits(tmp_path)):
         assert np.array_equal(found.vocabulary, whole.exits.vocabulary)
-        for name, value in whole.exits.parameters.items():
-            assert np.array_equal(found.parameters[name], value), name
+        chex.assert_trees_all_equal(found.parameters, whole.exits.parameters)
     about = [{**each.metadata, "minutes": None} for each in (exits, whole.exits)]
     assert about[0] == about[1]
     for name in ("draft_vocabulary.json", "held_out.json"):
@@ -133,8 +133,7 @@ def test_a_first_training_comes_before_and_its_heads_go_on_with_more_tokens(whol
     config = dataclasses.replace(before, train=train, exits=dataclasses.replace(EXITS, draft_size=30), first=before)
     exits = train_exits(config, base_model(), tmp_path, tell=quiet)
     first = load_exits(tmp_path / "first")
-    for name, value in whole.exits.parameters.items():
-        assert np.array_equal(first.parameters[name], value), name
+    chex.assert_trees_all_equal(first.parameters, whole.exits.parameters)
     assert largest_change(exits, first.parameters) < 1e-6
     assert (len(first.vocabulary), len(exits.vocabulary)) == (24, 30)
     assert load_exits(tmp_path).metadata["before"]["tokens"] == first.metadata["tokens"]
@@ -229,5 +228,4 @@ def test_a_mesh_gives_one_devices_exits(whole, tmp_path) -> None:
     subprocess.run([sys.executable, exit_training_worker.__file__, tmp_path], env=os.environ | flags, check=True)
     exits = load_exits(tmp_path)
     assert np.array_equal(exits.vocabulary, whole.exits.vocabulary)
-    for name, value in whole.exits.parameters.items():
-        np.testing.assert_allclose(exits.parameters[name], value, rtol=1e-4, atol=2e-6, err_msg=name)
+    chex.assert_trees_all_close(exits.parameters, whole.exits.parameters, rtol=1e-4, atol=2e-6)

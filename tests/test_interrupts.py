@@ -22,7 +22,7 @@ pty = pytest.importorskip("pty", reason="pseudo terminals are POSIX's")
 termios = pytest.importorskip("termios")
 
 ROOT = Path(__file__).resolve().parents[1]
-MOMENTS = int(os.environ.get("DEX_JAX_INTERRUPTS", "6"))
+MOMENTS = int(os.environ.get("DEX_JAX_INTERRUPTS", "4"))
 LAST = float(os.environ.get("DEX_JAX_LAST_INTERRUPT", "8"))
 DECODE = [sys.executable, str(ROOT / "decode.py"), "--prompt", "Why is the sky blue?", "--max-new-tokens", "400"]
 

@@ -48,13 +48,14 @@ def test_prompt_of_a_row(row, prompt) -> None:
 
 
 def test_files_of_every_kind(tmp_path: Path) -> None:
-    rows = [{"prompt": "one\u2028still one"}, {"question": "two"}]
-    jsonl = write(tmp_path / "a.jsonl", rows)
+    one = "one\u2028 what \x85 str.splitlines() \x0c cuts"
+    rows = [{"prompt": one}, {"question": "two"}]
+    jsonl = write(tmp_path / "a.jsonl", "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     zipped = tmp_path / "a.jsonl.gz"
     zipped.write_bytes(gzip.compress(Path(jsonl).read_bytes()))
     array = write(tmp_path / "a.json", json.dumps(rows))
     lines = write(tmp_path / "a.txt", "\ufeffone\r\n\n  two \n")
-    assert read_prompts(jsonl) == read_prompts(str(zipped)) == read_prompts(array) == ["one\u2028still one", "two"]
+    assert read_prompts(jsonl) == read_prompts(str(zipped)) == read_prompts(array) == [one, "two"]
     assert read_prompts(lines) == ["one", "two"]
     assert read_texts(lines) == ["one\r\n\n  two \n"]
     assert read_texts(write(tmp_path / "t.jsonl", [{"text": "one"}, "two"])) == ["one", "two"]

@@ -7,6 +7,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 from reference.small_models import LLAMA, small_model, train_tokenizer
@@ -96,9 +97,7 @@ def test_the_same_command_again_finds_nothing_left_to_do(capsys, trained, place)
     assert "nothing is left to do" in err
     assert out.startswith("estimate: ")
     assert f"decode.py --model {place / 'model'} --exits {trained}" in out
-    after = load_exits(trained)
-    for name, value in before.parameters.items():
-        np.testing.assert_array_equal(after.parameters[name], value)
+    chex.assert_trees_all_equal(load_exits(trained).parameters, before.parameters)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,12 +31,6 @@ def silent(event):
 
 def without_times(records):
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
-
-
-def assert_same(one, two):
-    assert one.keys() == two.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
 
 
 # Configuration
@@ -135,7 +130,7 @@ def test_ctrl_c_says_how_to_resume_and_a_resumed_run_comes_to_the_same_end(tmp_p
     assert expected in told[-1]
     assert "\n" not in told[-1]
     resumed = train(LinearMap(CONFIG), CONFIG, tmp_path, notify=again.append)
-    assert_same(resumed.params, whole[0].params)
+    chex.assert_trees_all_equal(resumed.params, whole[0].params)
     assert resumed.tokens == whole[0].tokens
     assert without_times(read_journal(tmp_path)) == without_times(read_journal(whole[1]))
     assert isinstance(again[0], str) == (stop >= 4)
@@ -145,7 +140,7 @@ def test_a_run_that_is_done_does_nothing(whole):
     trained, folder, _, _ = whole
     told, before = [], read_journal(folder)
     again = train(LinearMap(CONFIG), CONFIG, folder, notify=told.append)
-    assert_same(again.params, trained.params)
+    chex.assert_trees_all_equal(again.params, trained.params)
     assert read_journal(folder) == before
     (line,) = told
     assert "nothing is left to do" in line

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -266,8 +267,7 @@ def test_killed_at_any_moment_it_ends_as_if_never_killed(tmp_path):
 
     task = LinearMap(training_worker.CONFIG, training_worker.WIDTH)
     whole = train(task, training_worker.CONFIG, tmp_path / "whole", notify=silent)
-    for name, value in whole.params.items():
-        np.testing.assert_array_equal(killed.params[name], value, err_msg=name)
+    chex.assert_trees_all_equal(killed.params, whole.params)
     assert without_times(read_journal(tmp_path / "killed")) == without_times(read_journal(tmp_path / "whole"))
     assert read_newest(tmp_path / "killed").record == read_newest(tmp_path / "whole").record
 

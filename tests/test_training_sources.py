@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import types
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from test_prompt_files import write
 
 from dex_jax.decoding.text_store import opened_store
 from dex_jax.errors import DexError
@@ -42,11 +42,6 @@ def base_model(**changes):
     model = types.SimpleNamespace(**fields, source="base")
     model.encode = lambda prompt, chat: model.tokenizer.encode(prompt)
     return model
-
-
-def write(path: Path, rows) -> str:
-    path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return str(path)
 
 
 def questions(path: Path, count: int) -> str:
