@@ -143,7 +143,7 @@ def test_a_draft_model_is_said_and_counted(run, folder) -> None:
 
 def test_a_store_serves_later_runs(run, tmp_path) -> None:
     """--check decodes the same prompts again, which the store hears once."""
-    arguments = ["--prompt", SKY, "--explorers", "1", "--max-new-tokens", "24", "--exits", "shared"]
+    arguments = ["--prompt", SKY, "--explorers", "1", "--max-new-tokens", "24", "--exits", "shared", *STACKED]
     kept, other = tmp_path / "texts", tmp_path / "other"
     first, second = (json.loads(run(*arguments, "--json", "--check", "--store", str(kept))[1]) for _ in range(2))
     assert first["tokens"] == second["tokens"]
