@@ -41,10 +41,6 @@ BATCH, CHUNK, LENGTH = 8, 8, 32
 RUN = {"batch": BATCH, "chunk": CHUNK, "length": LENGTH, "steps": 10, "dtype": jnp.dtype(jnp.float32)}
 
 
-def exits_of(kind: str, fused: bool, draft: int | None) -> ExitsConfig:
-    return dataclasses.replace(EXITS, kind=kind, fused=fused, draft_size=draft)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def all_of_it_is_xlas():
     """XLA counts what it does itself."""
@@ -75,7 +71,7 @@ def test_the_models_arithmetic_is_what_xla_counts() -> None:
 
 @pytest.mark.parametrize(("kind", "fused", "draft"), KINDS)
 def test_the_exits_arithmetic_is_what_xla_counts(kind: str, fused: bool, draft: int | None) -> None:
-    config = exits_of(kind, fused, draft)
+    config = dataclasses.replace(EXITS, kind=kind, fused=fused, draft_size=draft)
     history, width = history_for(config), MODEL.width
     embed = jnp.ones((MODEL.vocab_size, width))
     words = None if draft is None else jnp.arange(draft)
@@ -102,7 +98,7 @@ def test_the_exits_arithmetic_is_what_xla_counts(kind: str, fused: bool, draft: 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_bytes_are_those_of_the_arrays(dtype) -> None:
     lm = small_model(MODEL)
-    config = exits_of("attn", False, 256)
+    config = dataclasses.replace(EXITS, kind="attn", fused=False, draft_size=256)
     cost = training_cost(MODEL, config, MACHINES["t4"], **RUN | {"dtype": dtype})
     weights = jax.tree.leaves(lm.weights)
     size = jnp.dtype(dtype).itemsize

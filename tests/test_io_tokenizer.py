@@ -9,11 +9,10 @@ import pathlib
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference.checkpoints import write_checkpoint
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import pre_tokenizers
 
 from dex_jax.errors import DexError
 from dex_jax.io import TextStream, Tokenizer, open_checkpoint
@@ -34,13 +33,18 @@ def smollm2() -> Tokenizer:
     return tokenizer
 
 
-def byte_alphabet() -> list[str]:
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
 def gguf_metadata(pre="llama-bpe", **changes):
     """A vocabulary of bytes, two words and three special tokens, as GGUF metadata."""
-    tokens = [*byte_alphabet(), "Ġa", "12", "123", "<s>", "<|im_start|>", "<|im_end|>", "<tool>"]
+    tokens = [
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "Ġa",
+        "12",
+        "123",
+        "<s>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<tool>",
+    ]
     meta = {
         "model": "gpt2",
         "pre": pre,
@@ -51,21 +55,6 @@ def gguf_metadata(pre="llama-bpe", **changes):
         "eos_token_id": 259,
     } | changes
     return {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
-
-
-def sentencepiece() -> tokenizers.Tokenizer:
-    """A Llama 2 kind of tokenizer: U+2581 for spaces, bytes for what it does not know."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "é", "▁▁", "中"]
-    backend = tokenizers.Tokenizer(
-        models.BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "a"), ("▁", "▁")], byte_fallback=True)
-    )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens(["<s>", "</s>"])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return backend
 
 
 @pytest.mark.parametrize("entry", GOLDEN["texts"], ids=lambda entry: repr(entry["text"])[:30])
@@ -296,7 +285,7 @@ def test_streamed_text_is_the_decoded_text(smollm2, what, data, skip_special):
         tokenizer, some = {
             "any ids": (smollm2, st.integers(0, 49_200)),
             "bytes and special tokens": (gguf_tokenizer(gguf_metadata(), (), "here"), st.integers(0, 265)),
-            "a sentencepiece vocabulary": (Tokenizer(sentencepiece()), SPACES_AND_BYTES),
+            "a sentencepiece vocabulary": (sentencepiece_file(*[1.0] * 12, prefix=True), SPACES_AND_BYTES),
         }[what]
         ids = data.draw(st.lists(some, max_size=30))
     stream, whole, text = TextStream(tokenizer, skip_special), tokenizer.decode(ids, skip_special), ""

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.small_models import LLAMA
 
@@ -234,6 +234,7 @@ def test_it_predicts_what_two_processes_measured() -> None:
         assert pace * plain / step.total == pytest.approx(median, rel=0.15), name
 
 
+@settings(max_examples=20)
 @given(st.floats(0.0, 1.0), st.sampled_from(["h100x8", "h100x8,hosts=8,network=dcn", "v6ex16"]))
 def test_earlier_tokens_never_make_dex_slower(share: float, text: str) -> None:
     def best(early: float) -> float:

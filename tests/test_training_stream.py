@@ -60,11 +60,6 @@ def told(number: int) -> stream_twin.Told:
     return stream_twin.run_item(model(), item(number), number, SEED, LENGTH)
 
 
-def some(count: int):
-    """The first `count` items."""
-    return lambda number: item(number) if number < count else None
-
-
 def stream(items=item, lm: LanguageModel | None = None, **changes) -> Stream:
     options = {"batch": ROWS, "steps": STEPS, "history": HISTORY, "length": LENGTH, "depths": DEPTHS, "seed": SEED}
     return Stream(lm or model(), items, **(options | changes))
@@ -139,7 +134,7 @@ def test_when_more_items_end_in_a_chunk_than_wait_rows_idle_without_weight() -> 
 
 def test_a_stream_of_few_items_ends() -> None:
     texts: dict[int, list[int]] = {}
-    source = stream(some(3), on_item=texts.__setitem__)
+    source = stream(lambda number: item(number) if number < 3 else None, on_item=texts.__setitem__)
     seen = 0
     while not source.done:
         seen += source.next()[1]
