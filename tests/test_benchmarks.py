@@ -24,8 +24,7 @@ from dex_jax.nn.few_rows import language
 @pytest.fixture
 def model(monkeypatch, tmp_path):
     """A small model instead of the one that a benchmark loads, and a file of prompts."""
-    config = dataclasses.replace(LLAMA, num_layers=5)
-    lm = small_model(config, tokenizer=LetterTokenizer())
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=2), tokenizer=LetterTokenizer())
     monkeypatch.setattr(dex_jax, "load", lambda source, dtype=None, weights=None: lm)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("HELLO\nWORLDS\nDEPTHS\n", encoding="utf-8")

@@ -46,9 +46,7 @@ def test_they_are_small_and_say_what_made_them() -> None:
         assert shipped.metadata["tokens"] > 0
         assert shipped.metadata["minutes"] > 0
         assert shipped.metadata["data"]
-
-
-def test_those_trained_on_gemma_come_with_its_terms() -> None:
+    # Those trained on Gemma come with its terms.
     assert "ai.google.dev/gemma/terms" in (DEFAULTS / "NOTICE.txt").read_text(encoding="utf-8")
 
 

@@ -35,16 +35,8 @@ def smollm2() -> Tokenizer:
 
 def gguf_metadata(pre="llama-bpe", **changes):
     """A vocabulary of bytes, two words and three special tokens, as GGUF metadata."""
-    tokens = [
-        *sorted(pre_tokenizers.ByteLevel.alphabet()),
-        "Ġa",
-        "12",
-        "123",
-        "<s>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<tool>",
-    ]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, "Ġa", "12", "123", "<s>", "<|im_start|>", "<|im_end|>", "<tool>"]
     meta = {
         "model": "gpt2",
         "pre": pre,

@@ -363,17 +363,16 @@ def test_rounds_go_on_from_where_the_last_call_ended() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--rows", "0"], "--rows must be 1 to 64"), (["--model", "no such model"], "names no model")],
+    [
+        (["--rows", "0"], "--rows must be 1 to 64"),
+        (["--model", "no such model"], "names no model"),
+        ([], "does not say how much memory it has: give --memory GB"),
+    ],
 )
-def test_bad_calibrations(flags: list[str], message: str, tmp_path, capsys) -> None:
+def test_bad_calibrations(flags: list[str], message: str, tmp_path, monkeypatch, capsys) -> None:
+    """On a device that keeps its memory to itself."""
+    monkeypatch.setattr(calibrate, "device_memory", lambda device: None)
     file = tmp_path / "here.json"
     assert command.main([*flags, "--output", str(file)]) == 2
     assert message in capsys.readouterr().err
     assert not file.exists()
-
-
-def test_memory_that_a_device_keeps_to_itself_is_asked_for(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(calibrate, "device_memory", lambda device: None)
-    monkeypatch.setattr("dex_jax.evaluation.planner.workload.config_of", lambda source: LLAMA)
-    assert command.main(["--output", str(tmp_path / "here.json")]) == 2
-    assert "does not say how much memory it has: give --memory GB" in capsys.readouterr().err
