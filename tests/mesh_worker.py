@@ -1,6 +1,6 @@
 """Decodes on meshes of forced host devices, as a process of its own: one result a case, for tests/test_mesh.py.
 
-python mesh_worker.py CASES.json FOLDER     (XLA_FLAGS=--xla_force_host_platform_device_count=8)
+python mesh_worker.py FOLDER NAME ...     (XLA_FLAGS=--xla_force_host_platform_device_count=8)
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -40,66 +40,47 @@ TOKENS = 10
 TREE = TreeShape((2, 1), 2, (0.3, *[0.7] * 7))
 CHOSEN = dataclasses.replace(TREE, rungs=((1, 1.0), (3, 1.2)), drafting=0.05)
 SEED = 11
-SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
+AXES = "data=2,stage=2,tensor=2"
 
 # Biases, norms of heads, tied and untied embeddings, 9 and 3 heads, windows that differ from stage to stage: their
 # meshes, and methods where tokens are made. The default measures what rows cost, and chooses.
 CHECKPOINTS = {
     "llama_attention_bias": ("stage=2,tensor=2", Dex()),
     "qwen3": ("stage=3,tensor=2", None),
-    "smollm2": ("stage=2,tensor=3", Dex(draft=False)),
+    "smollm2": ("stage=2,tensor=3", None),
     "gemma3": ("stage=3", Dex(draft=TREE)),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One decoding on a mesh, and on one device.
+    """One decoding on a mesh, and on one device."""
 
-    Attributes:
-      name: of the result.
-      mesh: as for make_mesh.
-      layers: L.
-      method: "dex" or "ar".
-      sampled: with a temperature, or greedy.
-      filters: top-k and top-p.
-      batch: B.
-      exits: (kind, fused, draft vocabulary), None for the model's own.
-      drafts: "text", "drafter" or "model", None for no drafts.
-      chosen: ticks choose their rows and drafted levels.
-      explorers: K, where it is not one a stage.
-      heads: H and G.
-      depths: of the exits, where they are not even.
-      head_dim: d.
-    """
-
-    name: str
-    mesh: str
+    name: str  # of the result
+    mesh: str  # as for make_mesh
     layers: int
-    method: str = "dex"
+    method: str = "dex"  # or "ar"
     sampled: bool = False
     batch: int = 1
-    exits: tuple[str, bool, int | None] | None = None
-    heads: tuple[int, int] = (4, 2)
-    filters: bool = False
-    depths: tuple[int, ...] | None = None
+    exits: tuple[str, bool, int | None] | None = None  # (kind, fused, draft vocabulary), None for the model's own
+    filters: bool = False  # top-k and top-p
+    depths: tuple[int, ...] | None = None  # of the exits, where they are not even
     head_dim: int = LLAMA.head_dim
-    drafts: str | None = None
-    chosen: bool = False
-    explorers: int | None = None
+    drafts: str | None = None  # "text", "drafter" or "model"
+    chosen: bool = False  # whether ticks choose their rows and drafted levels
+    explorers: int | None = None  # K, where it is not one a stage
 
     @property
     def config(self) -> ModelConfig:
         """Of the model."""
-        heads = {"num_heads": self.heads[0], "num_kv_heads": self.heads[1], "head_dim": self.head_dim}
-        return dataclasses.replace(LLAMA, num_layers=self.layers, **heads)
+        return dataclasses.replace(LLAMA, num_layers=self.layers, head_dim=self.head_dim)
 
     @property
     def schedule(self) -> Schedule:
         """Of DEX with one explorer a stage; its depths are those of the mesh for AR too."""
         draft = False if self.drafts is None else CHOSEN if self.chosen else TREE
         even = Dex(explorers=self.explorers or parse_mesh(self.mesh)["stage"], draft=draft)
-        return (even if self.depths is None else Dex(depths=tuple(self.depths), draft=draft)).schedule_for(self.layers)
+        return (even if self.depths is None else Dex(depths=self.depths, draft=draft)).schedule_for(self.layers)
 
     @property
     def layout(self) -> Staged:
@@ -120,37 +101,60 @@ class Case:
         kind, fused, draft = self.exits
         return random_exits(kind, fused=fused, draft=draft, depths=self.schedule.depths[:-1])
 
-    def sampling(self, rows: Iterable[int]) -> Sampling | None:
-        """For some rows of the batch; None when greedy."""
+    @property
+    def sampling(self) -> Sampling | None:
+        """Of the batch; None when greedy."""
         if not self.sampled:
             return None
-        keys = sampling_keys([SEED + row for row in rows])
-        filters = (jnp.int32(SAMPLED["top_k"]), jnp.float32(SAMPLED["top_p"])) if self.filters else ()
-        return Sampling(keys, jnp.float32(SAMPLED["temperature"]), *filters)
+        filters = (jnp.int32(20), jnp.float32(0.95)) if self.filters else ()
+        return Sampling(sampling_keys([SEED + row for row in range(self.batch)]), jnp.float32(0.9), *filters)
+
+
+def named(*cases: Case) -> dict[str, Case]:
+    return {case.name: case for case in cases}
+
+
+CASES = named(
+    Case("exits attn", "stage=3", 3, batch=4, exits=("attn", False, 30)),
+    # The last stage has time to ask the final layer before it shares its states (stage.final_first).
+    Case("exits attn, short last stage", "stage=2", 3, batch=4, exits=("attn", True, 30), depths=(2, 3)),
+    Case("ar", "stage=3", 4, method="ar", batch=4),
+    Case("all axes", AXES, 3, batch=4, sampled=True, filters=True),
+    Case("drafts, exits mlp", "stage=3", 3, batch=4, drafts="drafter", chosen=True, exits=("mlp", True, 30)),
+    # Of one explorer nothing is offered: an array without elements.
+    Case("drafts of the text, one explorer", "data=2,stage=1", 1, batch=4, drafts="text"),
+    Case("a pipeline of trees", "stage=2", 3, batch=2, drafts="drafter", chosen=True, explorers=1),
+    Case("a model drafts on all axes", AXES, 2, sampled=True, batch=4, drafts="model", explorers=1),
+    Case("drafts, all axes", AXES, 2, sampled=True, batch=4, drafts="drafter"),
+)
+IN_CPP = named(
+    Case("C++, exits", AXES, 3, sampled=True, batch=4, exits=("linear", True, 30), head_dim=16),
+    Case("C++, ar", AXES, 3, method="ar", sampled=True, filters=True, batch=4, head_dim=16),
+)
 
 
 def main() -> None:
-    wanted, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    folder = Path(sys.argv[1])
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    for fields in wanted["cases"]:
-        case = Case(**fields)
+    for name in sys.argv[2:]:
         try:
-            result = run(case, folder)
+            result = result_of(name, folder)
         except Exception as error:
             # The others are worth knowing too; the test fails on this one.
-            import traceback
-
             traceback.print_exc()
-            result = {"error": f"{type(error).__name__}: {error}"}
-        (folder / f"{case.name}.json").write_text(json.dumps(result))
-    if wanted["packed"]:
-        (folder / "packed.json").write_text(json.dumps(packed(folder)))
-    for family in wanted["checkpoints"]:
-        (folder / f"{family}.json").write_text(json.dumps(checkpoint(family, *CHECKPOINTS[family], folder)))
+            result = {"failed": f"{type(error).__name__}: {error}"}
+        (folder / f"{name}.json").write_text(json.dumps(result))
 
 
-def checkpoint(family: str, mesh: str, method: Dex | None, folder: Path) -> dict[str, Any]:
+def result_of(name: str, folder: Path) -> dict[str, Any]:
+    if name == "packed":
+        return packed(folder)
+    return checkpoint(name, folder) if name in CHECKPOINTS else run((CASES | IN_CPP)[name], folder)
+
+
+def checkpoint(family: str, folder: Path) -> dict[str, Any]:
     """A checkpoint read straight onto a mesh, and by one device: how far their logits are apart, relatively."""
+    mesh, method = CHECKPOINTS[family]
     directory = write_checkpoint(folder / family, family)
     progress: list[tuple[int, int]] = []
     lm = dex_jax.load(directory, "float32", mesh=mesh, on_tensor=lambda *done: progress.append(done))
@@ -160,7 +164,7 @@ def checkpoint(family: str, mesh: str, method: Dex | None, folder: Path) -> dict
     if method is not None:
         output = dex_jax.generate(lm, tokens[:, :4].tolist(), method=method, max_new_tokens=6)
         tokens[:, 4:] = output.tokens
-        made = {"device": output.stats.device, "depths": output.stats.schedule.depths}
+        made = [output.stats.device, [*output.stats.schedule.depths]]
     ours, theirs = np.asarray(lm.logits(tokens)), np.asarray(one.logits(tokens))
     return {
         "error": float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
@@ -182,11 +186,14 @@ def packed(folder: Path) -> dict[str, Any]:
     depths = (1, one.config.num_layers)
     lm = dex_jax.load(path, "float32", mesh="stage=2", layout=Staged(depths), weights="stored")
     prompts, options = [[5, 9, 3, 11], [7, 2]], {"exits": "shared", "max_new_tokens": TOKENS}
-    methods = {"AR": AR(), "trees": Dex(explorers=1, draft=TREE), "explorers": Dex(depths=depths, draft=False)}
+    methods = {"AR": AR(), "explorers": Dex(depths=depths, draft=False)}
     outs = {name: dex_jax.generate(lm, prompts, method=method, **options) for name, method in methods.items()}
     parts = jax.tree.leaves(lm.weights["layers"][0]["qkv"])
     both = [dex_jax.load(path, "float32", mesh=mesh, weights="int8") for mesh in ("stage=2,tensor=2", None)]
-    split = [dex_jax.generate(each, prompts, method=methods["trees"], **options) for each in both]
+    trees = Dex(explorers=1, draft=TREE)
+    split = [
+        dex_jax.generate(each, prompts, method=how, **options) for each, how in zip(both, (trees, AR()), strict=True)
+    ]
     kernels = [leaf for name in ("gate_up", "down") for leaf in jax.tree.leaves(both[0].weights["layers"][0][name])]
     given, wanted = (np.asarray(each.logits(np.arange(20).reshape(2, 10))) for each in both)
     return {
@@ -216,12 +223,11 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
 def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str, Any]]:
     """Tokens, exits and ticks of each sequence; the optimised HLO of the programs goes to the folder."""
     schedule = AR().schedule_for(case.layers) if case.method == "ar" else case.schedule
-    sampling = case.sampling(range(case.batch))
     drafter: Any = random_drafter() if case.drafts == "drafter" else None
     if case.drafts == "model":
         drafter = draft_model(lm, small_model(case.config))  # the same, which is always right
     method = Resolved(schedule, exits=case.trained, drafter=drafter)
-    session = Session(lm, ragged_prompts()[: case.batch], method, case.tokens, sampling)
+    session = Session(lm, ragged_prompts()[: case.batch], method, case.tokens, case.sampling)
     session.prefill()
     # In two calls, so that the state also goes back in.
     session.advance(3)
@@ -280,14 +286,12 @@ def spoil_padding(model: Transformer) -> None:
     assert isinstance(model.layout, Staged)
     lengths = [len(stage) for stage in stage_ranges(model.layout.depths)]
     for number in range(min(lengths), max(lengths)):
-        spoilt = jnp.asarray([number >= length for length in lengths])
+        spoilt = np.array([number >= length for length in lengths])
 
-        def spoil(leaf: jax.Array, spoilt: jax.Array = spoilt) -> jax.Array:
-            change = jax.jit(
-                lambda leaf: jnp.where(spoilt.reshape(-1, *(1,) * (leaf.ndim - 1)), jnp.nan, leaf),
-                out_shardings=leaf.sharding,
+        def spoil(leaf: jax.Array, spoilt: np.ndarray = spoilt) -> jax.Array:
+            return jax.device_put(
+                np.where(spoilt.reshape(-1, *(1,) * (leaf.ndim - 1)), np.float32(np.nan), leaf), leaf.sharding
             )
-            return change(leaf)
 
         layer = model.layers[number]
         nnx.update(layer, jax.tree.map(spoil, nnx.state(layer)))

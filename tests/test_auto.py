@@ -27,23 +27,12 @@ from dex_jax.decoding.pace import FAR_OFF, Pace
 from dex_jax.nn.transformer import Stacked, Staged, Unrolled
 
 FLOAT32 = np.dtype("float32")
-STAGED = Stacked((2, 4))
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def costs_of(a_row_more: float) -> StepCosts:
     """A step of one row takes a second, and each further row so much more."""
     return StepCosts(ROWS, tuple(1 + a_row_more * (rows - 1) for rows in ROWS))
-
-
-@pytest.fixture
-def cheap_rows(monkeypatch):
-    monkeypatch.setattr(auto, "step_costs", lambda *about: costs_of(0.008))
-
-
-@pytest.fixture
-def dear_rows(monkeypatch):
-    monkeypatch.setattr(auto, "step_costs", lambda *about: costs_of(1.0))
 
 
 def chosen(method: Dex | AR, exits="shared") -> tuple[Dex | AR, str | None]:
@@ -60,7 +49,8 @@ def test_what_was_asked_for_is_not_settled(monkeypatch) -> None:
     assert "which the exits in random are for" in why
 
 
-def test_cheap_rows_mean_drafts(cheap_rows) -> None:
+def test_cheap_rows_mean_drafts(monkeypatch) -> None:
+    monkeypatch.setattr(auto, "step_costs", lambda *about: costs_of(0.008))
     method, why = chosen(Dex())
     assert method == Dex(explorers=1, draft=LOOKUP_TREES[0].shape)
     tokens = LOOKUP_TREES[0].tokens_a_tick
@@ -178,7 +168,7 @@ def figures(monkeypatch, tmp_path):
     return asked
 
 
-@pytest.mark.parametrize("layout", [Unrolled(), slow(STAGED)], ids=["unrolled", "stacked"])
+@pytest.mark.parametrize("layout", [Unrolled(), slow(Stacked((2, 4)))], ids=["unrolled", "stacked"])
 def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path, layout) -> None:
     monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "step_costs.json"))
     monkeypatch.setattr(costs, "_KNOWN", {})
@@ -250,16 +240,16 @@ def test_without_a_place_to_write_costs_are_those_of_the_process(figures, monkey
     assert len(figures) == 1
 
 
-@pytest.mark.parametrize("rows", ["cheap_rows", "dear_rows"])
-def test_what_is_chosen_gives_the_tokens_of_ar(request, rows) -> None:
-    request.getfixturevalue(rows)
-    lm, prompts = small_model(dataclasses.replace(LLAMA, num_layers=2)), ragged_prompts(2)
+def test_what_is_chosen_gives_the_tokens_of_ar(monkeypatch) -> None:
+    lm, prompts = small_model(dataclasses.replace(LLAMA, num_layers=1)), ragged_prompts(2)
     plain = dex_jax.generate(lm, prompts, method=AR(), max_new_tokens=20)
-    out = dex_jax.generate(lm, prompts, max_new_tokens=20)
-    assert np.array_equal(out.tokens, plain.tokens)
     assert plain.stats.choice is None
-    assert out.stats.schedule.has_lattice == (rows == "cheap_rows")
-    assert out.stats.choice.startswith("one explorer" if rows == "cheap_rows" else "AR")
+    for a_row_more, chosen in ((0.008, "one explorer"), (1.0, "AR")):
+        monkeypatch.setattr(auto, "step_costs", lambda *about, more=a_row_more: costs_of(more))
+        out = dex_jax.generate(lm, prompts, max_new_tokens=20)
+        assert np.array_equal(out.tokens, plain.tokens)
+        assert out.stats.schedule.has_lattice == (chosen != "AR")
+        assert out.stats.choice.startswith(chosen)
 
 
 def chunks(true: np.ndarray, count: int, step: float = 0.03, noise: float = 0.02):

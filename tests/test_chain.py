@@ -20,13 +20,12 @@ from dex_jax.decoding.counting import bound_of, rounds_of
 from dex_jax.decoding.rivals import Hindsight, Sure
 
 VOCABULARY, BATCH = 11, 3
-DEPTHS = (2, 3, 5, 9)
-UNSURE = functools.partial(chain_twin.Dynamic, (2, 5, 9), 3, 0.95, False)
+DEPTHS, UNSURE = (2, 3, 5, 9), (2, 5, 9)
 METHODS = {
     "layerskip": (chain.Policy(3), (4, 9), chain_twin.Fixed),
     "adadecode": (Sure(4, 0.37), DEPTHS, lambda: chain_twin.Sure(0.37)),
     "del": (Dynamic(4, DEPTHS, 0.9, True), DEPTHS, lambda: chain_twin.Dynamic(DEPTHS, 4, 0.9, True)),
-    "del, not so sure": (Dynamic(3, (2, 5, 9), 0.95, False), (2, 5, 9), UNSURE),
+    "del, not so sure": (Dynamic(3, UNSURE, 0.95, False), UNSURE, lambda: chain_twin.Dynamic(UNSURE, 3, 0.95, False)),
     "oracle": (Hindsight(), DEPTHS, chain_twin.Fixed),
 }
 
@@ -43,14 +42,7 @@ def decode(tables, prompts, lengths, first, limits, sampling, *, policy, depths)
 
 @pytest.mark.parametrize(
     ("name", "sampled"),
-    [
-        ("layerskip", False),
-        ("adadecode", True),
-        slow("del", False),
-        ("del", True),
-        slow("del, not so sure", True),
-        ("oracle", True),
-    ],
+    [("layerskip", False), ("adadecode", True), ("del", True), slow("del, not so sure", True), ("oracle", True)],
 )
 def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, sampled) -> None:
     policy, depths, make = METHODS[name]

@@ -74,7 +74,12 @@ def test_what_is_cut_out_of_stacked_arrays_is_left_to_xla(layout) -> None:
     assert [target in jaxpr for target in (few_rows.PRODUCT, few_rows.ATTENTION)] == [layout == Unrolled()] * 2
 
 
+# Other sizes are other programs: a few examples.
+few_examples = settings(max_examples=12)
+
+
 @needs_compiler
+@few_examples
 @given(
     st.integers(0, 80), st.integers(0, 70), st.integers(0, 90), st.sampled_from(few_rows.DTYPES), st.integers(0, 100)
 )
@@ -155,6 +160,7 @@ def test_in_bfloat16_and_against_a_kernel_kept_in_it() -> None:
 
 
 @needs_compiler
+@few_examples
 @given(st.integers(1, 20), st.integers(1, 60), st.sampled_from(few_rows.DTYPES), st.integers(0, 100))
 @example(rows=16, width=576, kept=few_rows.DTYPES[0], seed=0)
 def test_the_norm_and_each_row_alone(rows: int, width: int, kept: np.dtype, seed: int) -> None:
@@ -169,6 +175,7 @@ def test_the_norm_and_each_row_alone(rows: int, width: int, kept: np.dtype, seed
 
 
 @needs_compiler
+@few_examples
 @given(st.integers(1, 40), st.integers(1, 90), st.sampled_from(["silu", "gelu"]), st.integers(0, 100))
 @example(rows=16, width=1536, activation="silu", seed=0)
 def test_the_gate_and_each_row_alone(rows: int, width: int, activation: str, seed: int) -> None:
@@ -189,6 +196,7 @@ def test_the_gate_and_each_row_alone(rows: int, width: int, activation: str, see
 
 
 @needs_compiler
+@few_examples
 @given(st.sampled_from([(4, 2, 16, 8), (3, 3, 10, 3), (9, 3, 64, 32)]), st.integers(1, 20), st.integers(0, 100))
 def test_turned_heads_and_each_row_alone(sizes: tuple[int, ...], rows: int, seed: int) -> None:
     heads, groups, width, half = sizes
@@ -279,8 +287,8 @@ def steps_of(dtype: str):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
-@given(st.sampled_from([2, 8, 16, 40, 96]), st.integers(1, 30), st.integers(0, 1000))
-@settings(max_examples=10)
+@given(st.sampled_from([2, 16, 96]), st.integers(1, 30), st.integers(0, 1000))
+@few_examples
 def test_rows_of_a_tree_have_ars_logits_to_the_last_bit(dtype: str, rows: int, prefix: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     memory, one, tree = steps_of(dtype)
@@ -301,18 +309,3 @@ def test_rows_of_a_tree_have_ars_logits_to_the_last_bit(dtype: str, rows: int, p
         wanted.append(logits)
     found = tree(memory, jnp.asarray(token), jnp.asarray(prefix + depth), jnp.asarray(ancestors), prefix)
     chex.assert_trees_all_equal(found, jnp.stack(wanted))
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_one_explorer_with_drafts_in_bfloat16_gives_ars_tokens() -> None:
-    """A random model's best tokens are close calls, and in bfloat16 any other last bit would decide some of them."""
-    config = dataclasses.replace(LLAMA, width=128, head_dim=16)
-    model = random_transformer(config, Unrolled(), 3, jnp.bfloat16)
-    lm = dex_jax.LanguageModel(model, None, "random", "0")
-    for seed in range(4):
-        prompt = np.random.default_rng(seed).integers(LLAMA.vocab_size, size=20).tolist()
-        options = {"max_new_tokens": 60, "exits": "shared", "temperature": 0.5 * (seed % 2)}
-        wanted = dex_jax.generate(lm, [prompt], method=dex_jax.AR(), **options)
-        found = dex_jax.generate(lm, [prompt], method=dex_jax.Dex(explorers=1), **options)
-        chex.assert_trees_all_equal(found.tokens, wanted.tokens)

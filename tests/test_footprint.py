@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,12 @@ from conftest import slow
 from reference.small_models import LLAMA, random_transformer
 
 import dex_jax
-from dex_jax.cli import decode
 from dex_jax.decoding.chain.dynamic_exit import DEL
-from dex_jax.decoding.footprint import Footprint, cache_length_for, device_memory, footprint, verdict
+from dex_jax.decoding.footprint import Footprint, device_memory, footprint, session_shapes, verdict
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.resolve import Resolved
-from dex_jax.decoding.session import Session
-from dex_jax.evaluation.planner.workload import SHAPES
-from dex_jax.io.save import config_json
-from dex_jax.io.tensor_names import canonical_parts
+from dex_jax.decoding.session import PREFILL, RUN, Session, Spec
+from dex_jax.decoding.sizes import cache_length_for
 from dex_jax.nn.transformer import Stacked, Unrolled
 from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import nbytes
@@ -64,9 +60,6 @@ def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:
 
 @pytest.mark.parametrize("method", [AR(), Dex(explorers=2, draft=False)])
 def test_workspace_is_of_the_size_that_the_compiler_reports(method) -> None:
-    from dex_jax.decoding.footprint import session_shapes
-    from dex_jax.decoding.session import PREFILL, RUN, Spec
-
     config, batch, length, layout = UNTIED, 8, 384, Unrolled()
     schedule = method.schedule_for(config.num_layers)
     shapes = session_shapes(config, jnp.dtype(jnp.float32), schedule, layout, batch, length)
@@ -78,54 +71,13 @@ def test_workspace_is_of_the_size_that_the_compiler_reports(method) -> None:
     assert reported / 2 < planned < 3 * reported
 
 
-def hollow_checkpoint(folder, config):
-    """A checkpoint in bfloat16 whose weights take no room on the disk: its file is a hole behind the header."""
-    header, at = {}, 0
-    for parts in canonical_parts(config, gguf=False).values():
-        for part in parts:
-            end = at + 2 * math.prod(part.shape)
-            header[part.name] = {"dtype": "BF16", "shape": part.shape, "data_offsets": [at, end]}
-            at = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    folder.mkdir()
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + at)
-    (folder / "config.json").write_text(json.dumps(config_json(config)))
-    return folder
-
-
-def test_a_dry_run_says_what_int8_weights_take(tmp_path, capsys) -> None:
-    folder = hollow_checkpoint(tmp_path / "model", SHAPES["llama-3-8b"])
-    flags = ["--model", str(folder), "--dtype", "bfloat16", "--explorers", "1", "--no-draft", "--dry-run", "--json"]
-    found = {}
-    for kind in ("dense", "int8"):
-        assert decode.main([*flags, "--weights", kind]) == 0
-        found[kind] = json.loads(capsys.readouterr().out)
-    assert found["dense"]["weights_bytes"] == pytest.approx(16.06e9, rel=0.002)
-    assert found["int8"]["weights_bytes"] == pytest.approx(8.04e9, rel=0.002)
-    assert found["int8"]["weights"] == "int8"
-    # Only the weights differ.
-    rest = [each["total_bytes"] - each["weights_bytes"] for each in found.values()]
-    assert rest[0] == rest[1]
-
-
 def test_device_memory_is_plausible_and_may_be_unknown() -> None:
     free = device_memory()
     assert free is None or 10**7 < free < 10**15
 
-    class Accelerator:
-        platform = "tpu"
-
-        def __init__(self, stats):
-            self.stats = stats
-
-        def memory_stats(self):
-            return self.stats
-
-    assert device_memory(Accelerator({"bytes_limit": 1000, "bytes_in_use": 10})) == 990
-    assert device_memory(Accelerator(None)) is None
+    for stats, left in (({"bytes_limit": 1000, "bytes_in_use": 10}, 990), (None, None)):
+        accelerator = SimpleNamespace(platform="tpu", memory_stats=lambda stats=stats: stats)
+        assert device_memory(accelerator) == left
 
 
 def test_without_linux_files_all_physical_memory_counts(monkeypatch) -> None:

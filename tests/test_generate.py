@@ -13,6 +13,7 @@ import pytest
 from conftest import slow
 from reference import twin
 from reference.small_models import LLAMA, LetterTokenizer, SmallModel, assert_same_tokens, ragged_prompts, small_model
+from reference.toy_runs import noise_table
 
 import dex_jax
 from dex_jax import AR, Dex, DexError, Stacked
@@ -20,7 +21,6 @@ from dex_jax.decoding import resolve
 from dex_jax.decoding.session import RUN, START
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.prompts import encode_prompt
-from dex_jax.sampling import position_noise, sampling_keys
 
 TOKENS = 14
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
@@ -28,7 +28,6 @@ SEED = 11
 UNEVEN = Dex(depths=(1, 3, 4), draft=False)
 OPTIONS = {"method": UNEVEN, "max_new_tokens": TOKENS, "exits": "shared"}
 METHODS = {
-    "K1": Dex(explorers=1, draft=False),
     "K3 uneven": UNEVEN,
     "K4 two rows": Dex(explorers=4, rows=2, draft=False),
 }
@@ -66,28 +65,22 @@ def emitted(output: dex_jax.Output, row: int) -> tuple[list[int], list[int]]:
     return output.tokens[row, :length].tolist(), output.stats.exits[row, :length].tolist()
 
 
-def noise_of(seed: int):
-    return lambda position: _noise(seed)[position]
-
-
-@functools.cache
-def _noise(seed: int) -> np.ndarray:
-    rows = jax.vmap(lambda n: position_noise(sampling_keys([seed])[0], n, LLAMA.vocab_size))
-    return np.asarray(rows(np.arange(64)))
-
-
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 def test_autoregressive_decoding_is_the_argmax_after_every_prefix(sampled: bool) -> None:
     """With the noise of the position, where it is sampled."""
     whole, draws = SmallModel(LLAMA, (4,)), None
     for row, prompt in enumerate(ragged_prompts()):
         if sampled:
-            draws = twin.Draws(noise_of(SEED + row), SAMPLED["temperature"], SAMPLED["top_k"], SAMPLED["top_p"])
+            draws = twin.Draws(noise_table(SEED + row, LLAMA.vocab_size).__getitem__, **SAMPLED)
         expected = twin.autoregressive(whole, prompt, stages=1, max_new_tokens=TOKENS, draws=draws)
         assert emitted(autoregressive(sampled), row)[0] == expected
+    stats = autoregressive(sampled).stats
+    assert (stats.schedule.stages, stats.exits_source) == (1, None)
+    np.testing.assert_array_equal(stats.ticks, TOKENS - 1)
+    np.testing.assert_array_equal(stats.depth_side_speedup, 1.0)
 
 
-@pytest.mark.parametrize("name", ["K1", "K3 uneven", slow("K4 two rows")])
+@pytest.mark.parametrize("name", ["K3 uneven", slow("K4 two rows")])
 def test_dex_equals_ar_and_counts_follow_from_exits(name: str) -> None:
     output = explored(name)
     assert_same_tokens(model(), output, autoregressive(False))
@@ -114,13 +107,6 @@ def test_exits_and_ticks_are_those_of_the_twin(name: str) -> None:
     assert used == set(range(1, schedule.stages + 1))
 
 
-def test_ar_reports_one_stage() -> None:
-    stats = autoregressive(False).stats
-    assert (stats.schedule.stages, stats.exits_source) == (1, None)
-    np.testing.assert_array_equal(stats.ticks, TOKENS - 1)
-    np.testing.assert_array_equal(stats.depth_side_speedup, 1.0)
-
-
 def test_a_ragged_batch_equals_single_runs_in_another_layout() -> None:
     lm, batch = stacked(), explored("K3 uneven", sampled=True)
     for row, prompt in enumerate(ragged_prompts()):
@@ -133,13 +119,9 @@ def test_a_ragged_batch_equals_single_runs_in_another_layout() -> None:
             seeds=batch.seeds[row : row + 1],
         )
         assert_same_tokens(lm, alone, one_row, **SAMPLED)
-
-
-def test_layouts_agree() -> None:
-    output, other = generate(stacked(), UNEVEN), explored("K3 uneven")
-    assert_same_tokens(model(), output, other)
-    # Without pruning, exits depend on nothing but which token is best: no rounding of scores.
-    np.testing.assert_array_equal(output.stats.exits, other.stats.exits)
+        # Without pruning, exits depend on nothing but which token is best: no rounding of scores.
+        if np.array_equal(alone.tokens, one_row.tokens):
+            np.testing.assert_array_equal(alone.stats.exits[0], batch.stats.exits[row])
 
 
 def test_samples_take_consecutive_seeds() -> None:
@@ -174,7 +156,7 @@ def test_eos_ends_its_row_and_is_kept() -> None:
 
 def test_streaming_yields_prefixes_of_the_same_output() -> None:
     lm = small_model(tokenizer=LetterTokenizer())
-    whole = generate(lm, UNEVEN)
+    whole, held = generate(lm, UNEVEN), RUN.held
     for ticks_per_update in (1, 3, 64):
         updates = list(dex_jax.stream(lm, ragged_prompts(), **OPTIONS, ticks_per_update=ticks_per_update))
         before = [0] * len(ragged_prompts())
@@ -193,6 +175,7 @@ def test_streaming_yields_prefixes_of_the_same_output() -> None:
         assert all(not update.finished.all() for update in updates[:-1])
         if ticks_per_update == 1:
             assert len(updates) == whole.stats.ticks.max() + 1
+    assert RUN.held == held, "one program runs all ticks"
 
 
 def test_stop_strings_do_not_depend_on_the_chunk() -> None:
@@ -276,11 +259,10 @@ def test_another_request_of_the_same_size_compiles_nothing() -> None:
             jax.monitoring.unregister_event_duration_listener(counter)
 
 
-@pytest.mark.parametrize("method", [AR(), Dex(explorers=1), Dex(explorers=2)], ids=["ar", "one", "two"])
-def test_all_ticks_of_a_generation_are_run_by_one_program(method) -> None:
-    lm, held = small_model(dataclasses.replace(LLAMA, num_layers=2)), RUN.held
+def test_all_ticks_of_a_generation_are_run_by_one_program() -> None:
+    lm, held = small_model(dataclasses.replace(LLAMA, num_layers=1)), RUN.held
     options = {"exits": "shared", "max_new_tokens": 12, "ticks_per_update": 2}
-    assert len(list(dex_jax.stream(lm, [[1, 2, 3]], method=method, **options))) > 2
+    assert len(list(dex_jax.stream(lm, [[1, 2, 3]], method=Dex(explorers=1), **options))) > 2
     assert RUN.held == held + 1
 
 

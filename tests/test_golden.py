@@ -21,7 +21,7 @@ from reference.checkpoints import FAMILIES, write_checkpoint
 
 import dex_jax
 from dex_jax.decoding.counting import ticks_of
-from dex_jax.evaluation.check import CLOSE, compare
+from dex_jax.evaluation.check import compare
 from dex_jax.nn import few_rows
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.weights import merge_model
@@ -31,7 +31,7 @@ FAMILIES_GOLDEN = json.loads((GOLDENS / "families.json").read_text(encoding="utf
 SMOLLM2_GOLDEN = json.loads((GOLDENS / "smollm2.json").read_text(encoding="utf-8"))
 GEMMA3_GOLDEN = json.loads((GOLDENS / "gemma3_270m.json").read_text(encoding="utf-8"))
 PROMPTS = [each["prompt"] for each in SMOLLM2_GOLDEN["prompts"]]
-QUICK = ("llama3", "codellama", "qwen2", "qwen3", "gemma3", "olmo3", "phi4")
+QUICK = ("llama3", "qwen3", "gemma3", "olmo3", "phi4")
 
 
 def assert_greedy_equals(lm, prompts: list[dict], method, max_new_tokens: int) -> None:
@@ -112,24 +112,20 @@ def test_family_logits(checkpoint, family) -> None:
     assert error < 1.5 * golden["bfloat16_error"]
 
 
-# Every way in which positions are stretched, and every switch of the layers, but for those that DEX decodes below.
-AR_FAMILIES = ("qwen3", "codellama", "qwen2_sliding", "mistral", "ministral3", "gemma2", "olmo3", "granite", "phi4")
-
-
-@families(AR_FAMILIES, quick=["qwen3"])
+# What depends on how far a text has come: scaled queries, windows and caps, YaRN, factors for long texts. What does not
+# the logits have shown.
+@families(("qwen3", "ministral3", "gemma2", "olmo3", "phi4"), quick=["qwen3"])
 def test_family_greedy_ar(family) -> None:
     golden, lm = family
     for batch in batches(lm, golden):
         assert_greedy_equals(lm, batch, dex_jax.AR(), FAMILIES_GOLDEN["max_new_tokens"])
 
 
-# Compiling is what takes time here: a family of each attention (plain, biased, normalised) runs a stage for every layer
-# or two; what the other families add, AR and the logits have shown.
+# Compiling is what takes time here; what the other families add, AR and the logits have shown.
 @pytest.mark.parametrize(
     ("checkpoint", "explorers", "draft"),
     [
         ("llama3", 2, False),
-        slow("qwen2", 6, False),
         # Windows that end within prompts, and trees that straddle their edges.
         ("gemma3", 1, True),
         slow("smollm3", 2, True),
@@ -205,9 +201,9 @@ def test_no_layer_overflows() -> None:
 
 
 @pytest.mark.slow
-def test_depth_exploration_parts_from_ar_only_at_close_calls(tmp_path, record_property) -> None:
-    """In half precision XLA rounds a row differently among other rows, so tokens need not be equal: the match rate, the
-    first divergence and its margin are reported, and a divergence with a wide margin is a bug."""
+def test_depth_exploration_parts_from_ar_only_at_close_calls(tmp_path) -> None:
+    """In half precision XLA rounds a row differently among other rows, so tokens need not be equal, but a divergence
+    with a wide margin is a bug."""
     layout, directory = dex_jax.Stacked((3, 6)), str(write_checkpoint(tmp_path, "llama3"))
     half = dex_jax.load(directory, dtype="bfloat16", layout=layout)
     prompts = [prompt["prompt_ids"] for prompt in FAMILIES_GOLDEN["families"]["llama3"]["prompts"]]
@@ -215,12 +211,7 @@ def test_depth_exploration_parts_from_ar_only_at_close_calls(tmp_path, record_pr
     explored = dex_jax.generate(half, prompts, method=dex_jax.Dex(depths=layout.depths, draft=False), **options)
     plain = dex_jax.generate(half, prompts, method=dex_jax.AR(), **options)
     checks = compare(half, explored, plain)
-    rate = sum(check.identical for check in checks) / len(checks)
-    partings = [(check.first_divergence, check.top2_margin) for check in checks if not check.identical]
-    record_property("match_rate", rate)
-    record_property("first_divergence_and_margin", partings)
-    told = f"{rate:.0%} of rows equal in {half.dtype}; first divergences and top-2 margins: {partings}"
-    assert all(margin < CLOSE[str(half.dtype)] for _, margin in partings), told
+    assert all(check.is_tie(str(half.dtype)) for check in checks), checks
     # The rule that ticks follow from exits holds in any arithmetic.
     expected = [
         ticks_of(exits, int(length), 2) for exits, length in zip(explored.stats.exits, explored.lengths, strict=True)

@@ -140,6 +140,7 @@ def test_a_dry_run_says_what_holds_them(name, tmp_path, capsys, monkeypatch) -> 
     files = {"dense": dense, "int8": dense, "stored": q4_k_file(tmp_path / "model.gguf", config)}
     numbers = sum(map(math.prod, tensor_shapes(config).values()))
     per_weight = {"dense": (2.0, 2.0), "int8": (1.0, 1.005), "stored": (0.5625, 0.57), "in planes": (0.75, 0.76)}
+    beside: dict[str, int] = {}
     for kind, file in files.items():
         fits = []
         for device in BY_MEMORY:
@@ -148,6 +149,8 @@ def test_a_dry_run_says_what_holds_them(name, tmp_path, capsys, monkeypatch) -> 
             said = json.loads(capsys.readouterr().out)
             least, most = per_weight["in planes" if (kind, device) == ("stored", "v5e") else kind]
             assert least * numbers <= said["weights_bytes"] <= most * numbers
+            rest = said["total_bytes"] - said["weights_bytes"]
+            assert beside.setdefault(device, rest) == rest, "only the weights differ"
             fits.append(said["verdict"].startswith("fits"))
             assert fits[-1] == (said["total_bytes"] < USABLE * DEVICES[device][0].memory)
         assert BY_MEMORY[fits.index(True)] == SMALLEST[name][kind]

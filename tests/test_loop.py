@@ -19,6 +19,7 @@ from reference.toy_models import Tables, ToyModel, random_tables, toy_network, t
 
 from dex_jax import DexError, Limits, TreeShape, init, step
 from dex_jax.decoding import record, text_store
+from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.dex.lookup import continuation
 from dex_jax.decoding.text_store import TextStore
 from dex_jax.lattice import full_rows
@@ -61,20 +62,17 @@ CONFIGS = [
     Config(3, 1, batch=4),
     Config(4, 4),
     Config(4, 4, decs=False),
-    Config(5, 8, draft=3),
     Config(1, 1, batch=3, sampled=True),
     Config(3, 2, decs=False, sampled=True),
-    Config(4, 2, batch=4, sampled=True),
     Config(4, 4, batch=4, sampled=True, draft=5),
-    Config(1, 10, batch=3, tree=TreeShape((3, 2, 2, 1, 1), 4, LOOKUP)),
     Config(1, 4, batch=3, tree=TreeShape((1, 1, 1), 0, LOOKUP)),
     Config(1, 6, batch=3, sampled=True, draft=7, tree=TreeShape((2, 2, 1), 3, LOOKUP)),
     Config(2, 12, tree=TreeShape((2, 1), 2, LOOKUP)),
     Config(3, 4, decs=False, tree=TreeShape((2, 2), 2, NO_LOOKUP)),
-    Config(4, 6, batch=4, sampled=True, draft=5, tree=TreeShape((2, 1, 1), 2, LOOKUP)),
+    Config(4, 6, batch=4, sampled=True, draft=5, tree=TreeShape((2, 1), 2, LOOKUP)),
 ]
 PAPER = [config for config in CONFIGS if config.tree is None]
-QUICK = [CONFIGS[number] for number in (0, 1, 2, 4, 7, 9, 11)]
+QUICK = [CONFIGS[number] for number in (0, 1, 2, 3, 5, 6, 8)]
 
 
 def configs(chosen: list[Config]) -> pytest.MarkDecorator:
@@ -152,7 +150,7 @@ def test_tokens_are_ars_ticks_follow_from_exits_and_exits_are_the_teacher_forced
             shape, limit = {"stages": config.stages, "draws": draws}, one.case.max_new_tokens[row]
             plain = twin.autoregressive(one.model, prompt, max_new_tokens=limit, eos_ids=one.case.eos_ids, **shape)
             assert tokens == plain
-            assert one.record.ticks[row] == toy_runs.ticks_identity(exits, config.stages)
+            assert one.record.ticks[row] == ticks_of(np.array(exits), len(exits), config.stages)
             count = twin.teacher_forced_exits(one.model, prompt, tokens, decs=config.decs, **shape)
             if config.never_prunes:
                 assert exits[1:] == count
@@ -228,10 +226,9 @@ def test_a_cohort_drafts_and_keeps_what_is_worth_its_time(stages: int, sampled: 
     """Alone, as a batch chooses for all its sequences together; the twin says what each cohort drafts and keeps."""
     rows_chosen: set[int] = set()
     levels_chosen: set[int] = set()
-    for seed, costs in enumerate([(2, 1), (8, 6)] * 3):
-        a_row_more, drafting = (cost / 32 for cost in costs)
-        rungs = tuple((rows, 1 + a_row_more * (rows - 1)) for rows in (1, 3, 6, 10))
-        config = Config(stages, 10, 1, tree=TreeShape((3, 2, 2, 1, 1), 4, LOOKUP, rungs, drafting), sampled=sampled)
+    tree = TreeShape((2, 2, 1), 2, LOOKUP, tuple((rows, 1 + 3 / 16 * (rows - 1)) for rows in (1, 3, 6)), 1 / 8)
+    config = Config(stages, 6, 1, tree=tree, sampled=sampled)
+    for seed in range(6):
         tables = tables_of(config, seed)
         case = toy_runs.random_case(seed, 1, config.vocab, sampled=sampled)
         case = case._replace(max_new_tokens=[toy_runs.CAPACITY], eos_ids=())
@@ -248,12 +245,12 @@ def test_a_cohort_drafts_and_keeps_what_is_worth_its_time(stages: int, sampled: 
 
 def test_a_batch_spends_time_for_all_of_it() -> None:
     """What a tick takes is counted once for every sequence that is still going."""
-    rungs = tuple((rows, 1 + (rows - 1) / 4) for rows in (1, 3, 7))
-    config = Config(1, 7, 3, tree=TreeShape((3, 2, 1), 2, LOOKUP, rungs, 3 / 16))
+    rungs = tuple((rows, 1 + (rows - 1) / 4) for rows in (1, 2, 4))
+    config = Config(1, 4, 3, tree=TreeShape((2, 1), 2, LOOKUP, rungs, 3 / 16))
     case = toy_runs.random_case(5, 3, config.vocab, sampled=False)._replace(max_new_tokens=[12, 7, 1], eos_ids=())
     state = toy_runs.finished(tables_of(config, 3), case, [1, 2, 3], **config.shape)
     assert state.record.ticks[2] == 0
-    most = 2.5 + 2 * 3 / 16
+    most = 1.75 + 2 * 3 / 16
     assert state.record.ticks.sum() <= state.drafting.spent <= (state.record.ticks.sum() + 2) * most
 
 
@@ -335,7 +332,7 @@ def test_decs_saves_ticks() -> None:
         runs = toy_runs.twin_runs(model, one.case, stages=4, rows=4, decs=True, vocab_size=plain.vocab)
         for (*_, tokens, exits), run in zip(one.rows(), runs, strict=True):
             assert tokens == run.tokens
-            saved.append(toy_runs.ticks_identity(exits, 4) - run.ticks)
+            saved.append(ticks_of(np.array(exits), len(exits), 4) - run.ticks)
     assert min(saved) >= 0
     assert np.mean(saved) > 0.2
 
@@ -357,11 +354,13 @@ def test_what_does_not_fit_is_one_sentence() -> None:
     one = explored(config)[0]
     prompts, lengths, first, limits, _ = toy_runs.arrays(one.case, [run.tokens[0] for run in one.runs])
     tables = jax.tree.map(jnp.asarray, tables_of(config, 0))
-    network, memory = toy_network(tables), toy_prefill(tables, prompts, lengths, capacity=toy_runs.CAPACITY, slots=3)
+    network = toy_network(tables)
+    prefill = functools.partial(toy_prefill, capacity=toy_runs.CAPACITY, slots=3)
+    memory = jax.eval_shape(prefill, tables, prompts, lengths)
 
     def begun(network=network, **changed):
         sizes = {"stages": 3, "rows": 1, "capacity": toy_runs.CAPACITY, "limits": limits}
-        return init(network, memory, first, lengths, **(sizes | changed))
+        return jax.eval_shape(lambda memory: init(network, memory, first, lengths, **(sizes | changed)), memory)
 
     one_for_all = limits._replace(max_new_tokens=5)
     for changed in ({"stages": 0}, {"rows": 1.5}, {"limits": 5}, {"limits": one_for_all}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from types import SimpleNamespace
@@ -22,17 +23,19 @@ from dex_jax.nn.transformer import Stacked, Unrolled
 from dex_jax.nn.weights import abstract_weights
 
 # Every size differs from every other, so that a shape names one array.
-CONFIG = ModelConfig("llama", 101, 4, 48, 6, 3, 8, 40, 512)
+CONFIG = ModelConfig("llama", 101, 2, 48, 6, 3, 8, 40, 512)
 CACHE_LENGTH = 197
 
 
 @functools.cache
 def compiled(method, layout, batch: int):
     """(optimised program, bytes of one committed cache) of the loop, from abstract shapes."""
-    spec = Spec(CONFIG, layout, method.schedule_for(CONFIG.num_layers))
-    weights = abstract_weights(CONFIG, layout, jnp.float32)
+    # Stacked layers are compiled as one, but a stage of one layer would be no stack.
+    config = CONFIG if isinstance(layout, Unrolled) else dataclasses.replace(CONFIG, num_layers=4)
+    spec = Spec(config, layout, method.schedule_for(config.num_layers))
+    weights = abstract_weights(config, layout, jnp.float32)
     slots = spec.schedule.stages * spec.schedule.rows if spec.schedule.stages > 1 else 0
-    memory = cache.shapes(CONFIG, layout, batch, CACHE_LENGTH, slots, jnp.float32)
+    memory = cache.shapes(config, layout, batch, CACHE_LENGTH, slots, jnp.float32)
 
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -59,12 +62,11 @@ def compiled(method, layout, batch: int):
         (AR(), Unrolled(), 1),
         (Dex(explorers=2, draft=False), Unrolled(), 3),
         (Dex(explorers=1), Unrolled(), 1),
-        slow(Dex(explorers=2), Unrolled(), 3),
         (AR(), Stacked((2, 4)), 3),
         (Dex(explorers=2, draft=False), Stacked((2, 4)), 1),
         slow(Dex(explorers=1), Stacked((2, 4)), 3),
     ],
-    ids=["ar", "dex", "one", "drafts", "ar-stacked", "dex-stacked", "one-stacked"],
+    ids=["ar", "dex", "one", "ar-stacked", "dex-stacked", "one-stacked"],
 )
 def test_no_step_copies_a_committed_cache(method, layout, batch) -> None:
     program, state = compiled(method, layout, batch)

@@ -62,7 +62,7 @@ def test_steps_of_few_rows_on_a_tpu_run_eight_and_give_the_same_bits() -> None:
     tokens = jnp.asarray(np.random.default_rng(0).integers(LLAMA.vocab_size, size=(1, 17)))
     empty = cache.allocate(LLAMA, Unrolled(), 1, 64, 0, model.dtype)
     with assumed(None):
-        _, memory = extend(model, empty, tokens[:, :9], jnp.zeros(1, jnp.int32))
+        _, memory = jax.jit(lambda memory: extend(model, memory, tokens[:, :9], jnp.zeros(1, jnp.int32)))(empty)
         step = jax.jit(lambda memory, token: extend(model, memory, token, jnp.full(1, 9)))
         assert f"[1,8,{LLAMA.width}]" in str(jax.make_jaxpr(step)(memory, tokens[:, 9:10]))
         alone, after = step(memory, tokens[:, 9:10])
@@ -105,8 +105,7 @@ def test_layouts_give_the_same_logits(config) -> None:
     tokens = np.array([prompt[:6] for prompt in ragged_prompts() if len(prompt) >= 6][:3])
     unrolled = np.asarray(small_model(config).logits(tokens))
     assert np.abs(unrolled).max() > 1
-    for layout in (UNEVEN, EVEN):
-        chex.assert_trees_all_close(small_model(config, layout).logits(tokens), unrolled, atol=1e-4)
+    chex.assert_trees_all_close(small_model(config, UNEVEN).logits(tokens), unrolled, atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import slow
-from reference import twin
 from reference.small_models import LLAMA, LetterTokenizer, assert_same_tokens, ragged_prompts, random_exits, small_model
-from reference.toy_models import ToyModel, cached_tables, toy_network, toy_prefill
-from reference.toy_runs import CAPACITY, arrays, emitted, random_case, twin_draws
+from reference.toy_models import ToyModel, cached_tables, toy_network
+from reference.toy_runs import arrays, begin, emitted, random_case, twin_runs
 
 import dex_jax
 from dex_jax import AR, DEL, AdaDecode, DexError, DexSingleExit, LayerSkip, Oracle
@@ -34,6 +33,7 @@ from dex_jax.nn.weights import merge_model
 
 GOLDENS = Path(__file__).parent / "goldens"
 METHODS = {
+    "ar": AR(),
     "layerskip": LayerSkip(exit=3, draft_length=3),
     "adadecode": AdaDecode(depths=(1, 3, 4), threshold=0.2, draft_length=3),
     "del": DEL(depths=(1, 3, 4), draft_length=3),
@@ -47,26 +47,18 @@ EXITS = {"attn": random_exits("attn", draft=40), "linear": random_exits("linear"
 
 
 @functools.cache
-def model(config=LLAMA, layout=None):
-    return small_model(config, layout)
+def model(layout=None):
+    return small_model(layout=layout)
 
 
-def generated(lm, method, prompts, options, exits="shared", **more):
-    return dex_jax.generate(lm, prompts, method=method, exits=exits, max_new_tokens=NEW_TOKENS, **options, **more)
-
-
-@functools.cache
-def plain(how: str, count: int, config=LLAMA):
-    return generated(model(config), AR(), ragged_prompts(count), OPTIONS[how])
+def generated(lm, name: str, **options) -> dex_jax.Output:
+    options = {"exits": "shared", "max_new_tokens": NEW_TOKENS, **options}
+    return dex_jax.generate(lm, ragged_prompts(3), method=METHODS[name], **options)
 
 
 @functools.cache
-def with_trained_exits(lm, name: str, kind: str):
-    return generated(lm, METHODS[name], ragged_prompts(3), SAMPLED, exits=EXITS[kind])
-
-
-def filters(options: dict) -> dict:
-    return {name: options[name] for name in ("temperature", "top_p") if name in options}
+def run(name: str, how: str = "greedy", kind: str | None = None, layout=None) -> dex_jax.Output:
+    return generated(model(layout), name, exits=EXITS.get(kind, "shared"), **OPTIONS[how])
 
 
 def assert_counts(output: dex_jax.Output) -> None:
@@ -101,29 +93,25 @@ def assert_counts(output: dex_jax.Output) -> None:
     [("layerskip", "greedy"), ("oracle", "greedy"), slow("adadecode", "greedy"), slow("dex-single-exit", "sampled")],
 )
 def test_tokens_are_those_of_ar(name, how) -> None:
-    output = generated(model(), METHODS[name], ragged_prompts(3), OPTIONS[how])
-    assert_same_tokens(model(), output, plain(how, 3), **filters(OPTIONS[how]))
+    output = run(name, how)
+    assert_same_tokens(model(), output, run("ar", how), **OPTIONS[how])
     assert_counts(output)
     stats = output.stats
     if stats.drafted is not None:
         assert 0 < stats.accepted.sum() < stats.drafted.sum(), "all drafts or none were right: this would test nothing"
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("del", "attn"), slow("adadecode", "linear"), slow("oracle", "linear")],
-)
+@pytest.mark.parametrize(("name", "kind"), [("del", "attn"), slow("adadecode", "linear")])
 def test_trained_exits_draft_as_well(name, kind) -> None:
-    output = with_trained_exits(model(), name, kind)
-    assert_same_tokens(model(), output, plain("sampled", 3), **filters(SAMPLED))
+    output = run(name, "sampled", kind)
+    assert_same_tokens(model(), output, run("ar", "sampled"), **SAMPLED)
     assert_counts(output)
     assert output.stats.exits_source == "random"
 
 
 @pytest.mark.slow
 def test_the_stacked_layout_gives_the_same() -> None:
-    stacked = model(LLAMA, dex_jax.Stacked((1, 3, 4)))
-    one, other = (with_trained_exits(lm, "del", "attn") for lm in (model(), stacked))
+    one, other = (run("del", "sampled", "attn", layout) for layout in (None, dex_jax.Stacked((1, 3, 4))))
     assert one.tokens.tolist() == other.tokens.tolist()
     for count in ("exits", "layer_steps", "drafted", "accepted"):
         assert getattr(one.stats, count).tolist() == getattr(other.stats, count).tolist()
@@ -134,9 +122,8 @@ def test_the_stacked_layout_gives_the_same() -> None:
 def test_a_stop_string_counts_what_was_spent_up_to_it() -> None:
     lm = small_model(tokenizer=LetterTokenizer())
     for name in ("layerskip", "adadecode", "oracle"):
-        whole = generated(lm, METHODS[name], ragged_prompts(3), {})
-        stop = LetterTokenizer.letters(int(whole.tokens[0, 7]))
-        cut = generated(lm, METHODS[name], ragged_prompts(3), {}, stop=stop)
+        whole = run(name)
+        cut = generated(lm, name, stop=LetterTokenizer.letters(int(whole.tokens[0, 7])))
         length = int(cut.lengths[0])
         assert length <= 8
         assert cut.tokens[0, :length].tolist() == whole.tokens[0, :length].tolist()
@@ -157,7 +144,7 @@ def test_the_flags_name_the_methods() -> None:
 
 
 def test_a_summary_and_a_record_tell_the_counts_apart() -> None:
-    output = generated(model(), METHODS["layerskip"], ragged_prompts(3), {})
+    output, bound = run("layerskip"), run("oracle")
     stats, text = output.stats, summary(output, None)
     assert text.startswith(f"LayerSkip on cpu:cpu, float32: {output.lengths.sum()} tokens, {stats.rounds.sum()} rounds")
     assert f"{stats.layer_steps.sum()} layers one after the other" in text
@@ -168,7 +155,6 @@ def test_a_summary_and_a_record_tell_the_counts_apart() -> None:
     assert record["depth_side_speedup"] is None
     for name in ("layer_steps", "rounds", "drafted", "accepted"):
         assert record[name] == getattr(stats, name)[1]
-    bound = generated(model(), METHODS["oracle"], ragged_prompts(3), {})
     assert summary(bound, None).startswith("EAD oracle (a bound, not a decoder) on cpu:cpu")
     assert json_record(0, bound, "x", None, None)["rounds"] is None
 
@@ -199,20 +185,15 @@ def test_a_single_exit_is_that_of_the_twin() -> None:
     found = set()
 
     @jax.jit
-    def decode(tables, prompts, lengths, first, limits, sampling):
-        memory = toy_prefill(tables, prompts, lengths, capacity=CAPACITY, slots=stages)
-        network, options = toy_network(tables), {"limits": limits, "sampling": sampling}
-        state = loop.init(network, memory, first, lengths, stages=stages, rows=1, capacity=CAPACITY, **options)
-        return loop.run(network, state, limits, sampling, proposing=(1,)).record
+    def decode(tables, *case):
+        *_, limits, sampling = case
+        state = begin(tables, *case, stages=stages, rows=1)
+        return loop.run(toy_network(tables), state, limits, sampling, proposing=(1,)).record
 
     for seed in range(3):
         tables = cached_tables(seed, stages, vocabulary, openness=0.2)
         toy, case = ToyModel(tables), random_case(seed, 3, vocabulary, sampled=True)
-        options = {"stages": stages, "rows": None, "asked": (1,), "eos_ids": case.eos_ids}
-        runs = [
-            twin.decode(toy, prompt, **options, max_new_tokens=limit, draws=twin_draws(case, row, vocabulary))
-            for row, (prompt, limit) in enumerate(zip(case.prompts, case.max_new_tokens, strict=True))
-        ]
+        runs = twin_runs(toy, case, vocab_size=vocabulary, stages=stages, rows=None, asked=(1,))
         record = jax.tree.map(np.asarray, decode(tables, *arrays(case, [run.tokens[0] for run in runs])))
         for row, run in enumerate(runs):
             assert emitted(record, row) == (run.tokens, run.exits)

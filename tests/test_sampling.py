@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import slow
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -18,16 +17,7 @@ from reference.toy_models import ToyModel, random_tables, toy_network, toy_prefi
 
 from dex_jax import Limits, Sampling, init, run
 from dex_jax.decoding.record import Record
-from dex_jax.sampling import (
-    BLOCKS,
-    DROPPED,
-    best_column,
-    choose,
-    filtered,
-    position_noise,
-    sampling_keys,
-    threshold,
-)
+from dex_jax.sampling import BLOCKS, DROPPED, best_column, choose, filtered, position_noise, sampling_keys, threshold
 
 ROWS, VOCAB = 3, 7
 
@@ -147,9 +137,7 @@ CUT = jax.jit(threshold, static_argnums=0)
 
 @given(
     # A few lengths, each of which is compiled for.
-    st.sampled_from([1, 2, 9, 40]).flatmap(
-        lambda size: st.lists(st.integers(0, 2**32 - 1), min_size=size, max_size=size)
-    ),
+    st.sampled_from([1, 40]).flatmap(lambda size: st.lists(st.integers(0, 2**32 - 1), min_size=size, max_size=size)),
     st.integers(1, 50),
 )
 def test_the_cut_of_gpus_and_tpus_is_the_one_of_cpus(values: list[int], enough: int) -> None:
@@ -161,10 +149,9 @@ def test_the_cut_of_gpus_and_tpus_is_the_one_of_cpus(values: list[int], enough: 
     assert two.tolist() == [found[0], min(values)], "each row its own"
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [slow(CHI_VOCAB, 1.0), (12, 0.9)], ids=["all", "filtered"])
-def test_dex_samples_from_the_model_s_own_distribution(top_k: int, top_p: float) -> None:
+def test_dex_samples_from_the_model_s_own_distribution() -> None:
     """Tokens 2 and 3 (token 0 is given), each against the softmax after its own prefix."""
-    temperature = 0.8
+    temperature, top_k, top_p = 0.8, 12, 0.9
     tables = random_tables(5, CHI_STAGES, CHI_VOCAB, openness=0.2, spread=6, disagreement=1)
     model = ToyModel(tables)
     make_keys = jax.jit(jax.vmap(functools.partial(jax.random.key, impl="threefry2x32")))

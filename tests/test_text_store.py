@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import stat
@@ -133,11 +134,8 @@ def test_processes_may_share_a_file(tmp_path: Path) -> None:
         assert writer.exitcode == 0
     first.add([[5]])
     found = texts_of(opened(path))
-    assert sorted(texts_of(first)) == sorted(found) == sorted([*_written(0), *_written(1), [5]])
-
-
-def _written(number: int) -> list[list[int]]:
-    return [[number, each, *range(each)] for each in range(30)]
+    written = [[number, each, *range(each)] for number in range(2) for each in range(30)]
+    assert sorted(texts_of(first)) == sorted(found) == [*written, [5]]
 
 
 def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
@@ -185,25 +183,27 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 @pytest.mark.parametrize(("dtype", "temperature"), [("float32", 1.0), ("bfloat16", 0.0)])
 def test_tokens_stay_and_a_prompt_that_comes_again_takes_fewer_ticks(dtype: str, temperature: float) -> None:
-    model, store = random_transformer(LLAMA, Unrolled(), 0, jnp.dtype(dtype)), TextStore(capacity=2**14)
+    config = dataclasses.replace(LLAMA, num_layers=2)
+    model, store = random_transformer(config, Unrolled(), 0, jnp.dtype(dtype)), TextStore(capacity=2**14)
     lm = LanguageModel(model, tokenizer=None, source="random", fingerprint="0")
     options = {"max_new_tokens": 40, "temperature": temperature, "seed": 3, "exits": "shared"}
-    prompts, sampling = ragged_prompts(4), {"temperature": temperature, "top_k": None, "top_p": None}
+    prompts = ragged_prompts(4)
     plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), **options)
     first, second = (
         dex_jax.generate(lm, prompts, method=Dex(explorers=1, draft=TREE), store=store, **options) for _ in range(2)
     )
     for output in (first, second):
-        assert_same_tokens(lm, output, plain, **sampling)
+        assert_same_tokens(lm, output, plain, **options)
     assert len(store) == 2 * sum(len(prompt) + 41 for prompt in prompts)
     assert second.stats.ticks.sum() < 0.6 * first.stats.ticks.sum()
-    several = dex_jax.generate(lm, prompts, method=Dex(explorers=2, draft=TREE), store=store, **options)
-    assert_same_tokens(lm, several, plain, **sampling)
-    assert several.stats.ticks.sum() < first.stats.ticks.sum()
+    if dtype == "float32":
+        several = dex_jax.generate(lm, prompts, method=Dex(explorers=2, draft=TREE), store=store, **options)
+        assert_same_tokens(lm, several, plain, **options)
+        assert several.stats.ticks.sum() < first.stats.ticks.sum()
 
 
 def test_a_path_keeps_texts_from_run_to_run_also_of_one_that_is_stopped(tmp_path: Path) -> None:
-    lm, path = small_model(), tmp_path / "texts"
+    lm, path = small_model(dataclasses.replace(LLAMA, num_layers=1)), tmp_path / "texts"
     options = {"max_new_tokens": 30, "method": Dex(explorers=1, draft=TREE), "exits": "shared", "store": path}
     updates = dex_jax.stream(lm, [[3, 4, 5]], ticks_per_update=3, **options)
     next(updates)

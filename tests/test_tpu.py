@@ -126,17 +126,8 @@ def copies_in_loop(program: Program, at_least: int) -> list[str]:
 
 def planned_bytes(config: ModelConfig) -> int:
     """Weights in int8 and the caches of one sequence of 2048 positions."""
-    schedule = AR().schedule_for(config.num_layers)
-    shapes = session_shapes(
-        config,
-        jnp.dtype(jnp.bfloat16),
-        schedule,
-        Unrolled(),
-        1,
-        2048,
-        capacity=CAPACITY,
-        packing=packed_alike(config, INT8),
-    )
+    about = (config, jnp.dtype(jnp.bfloat16), AR().schedule_for(config.num_layers), Unrolled(), 1, 2048)
+    shapes = session_shapes(*about, capacity=CAPACITY, packing=packed_alike(config, INT8))
     return nbytes((shapes.weights, shapes.memory))
 
 

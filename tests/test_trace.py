@@ -12,7 +12,7 @@ import pytest
 from conftest import slow
 from reference import toy_runs
 from reference.small_models import LLAMA, small_model
-from reference.toy_models import ToyModel, random_tables, toy_network, toy_prefill
+from reference.toy_models import ToyModel, random_tables, toy_network
 
 import dex_jax
 from dex_jax import DexError, Trace
@@ -21,16 +21,11 @@ VOCAB = 12
 
 
 def record(tables, case, first: list[int], stages: int, rows: int, sequence: int) -> Trace:
-    tables = jax.tree.map(jnp.asarray, tables)
-    arrays = toy_runs.arrays(case, first)
-    prompts, lengths, first_token, limits, sampling = jax.tree.map(jnp.asarray, arrays)
-    memory = toy_prefill(tables, prompts, lengths, capacity=toy_runs.CAPACITY, slots=stages * rows)
-    network = toy_network(tables)
-    shape = {"stages": stages, "rows": rows, "capacity": toy_runs.CAPACITY}
-    state = dex_jax.init(network, memory, first_token, lengths, limits=limits, sampling=sampling, **shape)
+    tables, arrays = jax.tree.map(jnp.asarray, (tables, toy_runs.arrays(case, first)))
+    *_, limits, sampling = arrays
+    state = jax.jit(toy_runs.begin, static_argnames=("stages", "rows"))(tables, *arrays, stages=stages, rows=rows)
     # A step that takes its state's memory: a trace must have copied what it keeps.
-    tick = jax.jit(lambda state: dex_jax.step(network, state, limits, sampling), donate_argnums=0)
-    state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    tick = jax.jit(lambda state: dex_jax.step(toy_network(tables), state, limits, sampling), donate_argnums=0)
     return dex_jax.watch(tick, state, text=lambda token: f"<{token}>", sequence=sequence)
 
 
@@ -53,7 +48,7 @@ def test_every_tick_is_the_twin_s(stages: int, rows: int) -> None:
     for seed in range(2):
         tables = random_tables(seed, stages, VOCAB, openness=(0.1, 0.4)[seed])
         case = toy_runs.random_case(seed, 2, VOCAB, sampled=seed == 1)
-        runs = toy_runs.twin_runs(ToyModel(tables), case, stages=stages, rows=rows, decs=True, vocab_size=VOCAB)
+        runs = toy_runs.twin_runs(ToyModel(tables), case, stages=stages, rows=rows, vocab_size=VOCAB)
         first = [run.tokens[0] for run in runs]
         trace, run = record(tables, case, first, stages, rows, sequence=1), runs[1]
         assert (list(trace.tokens), list(trace.exits), trace.ticks) == (run.tokens, run.exits, run.ticks)

@@ -238,14 +238,7 @@ def random_tensor(family: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def write_checkpoint(directory: str | Path, family: str, shards: int = 1, dtype: str = "float32") -> Path:
-    """Write one family's checkpoint and return its directory.
-
-    Args:
-      directory: Made if it is absent.
-      family: A key of `FAMILIES`.
-      shards: Number of safetensors files; more than one comes with model.safetensors.index.json.
-      dtype: "float32", "float16" or "bfloat16".
-    """
+    """Write one family's checkpoint, with an index if it is in several shards, and return its directory."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = FAMILIES[family]

@@ -45,10 +45,7 @@ def logits_of(variant: str) -> list[list[list[float]]]:
     tokens, states = example(variant)
     ids = torch.from_numpy(tokens[1:].astype("int64"))[None]
     head(
-        hidden_states=torch.from_numpy(states)[None],
-        input_ids=ids,
-        document_ids=torch.zeros_like(ids),
-        ttt_steps=STEPS,
+        hidden_states=torch.from_numpy(states)[None], input_ids=ids, document_ids=torch.zeros_like(ids), ttt_steps=STEPS
     )
     return [[[float(f"{x:.7g}") for x in step[root].tolist()] for root in ROOTS] for step in found]
 

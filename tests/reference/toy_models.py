@@ -37,26 +37,16 @@ POISON = np.float32(np.nan)
 
 
 class Tables(NamedTuple):
-    """One random model of K stages over V tokens.
+    """One random model of K stages over V tokens: float32 integers, those of the first three below P."""
 
-    Attributes:
-      embedding: [V] float32 below P.
-      scale, shift: [K] float32 below P.
-      gate: [K, GATES] float32, 0 or 1.
-      exit_heads: [K - 1, P, V'] float32 integers.
-      final_head: [P, V] float32 integers.
-      draft_head: [P, V'] float32 integers, of exit 0.
-      draft: [V'] int32 token ids of the exits' columns, or None when they have all V.
-    """
-
-    embedding: jax.Array
-    scale: jax.Array
-    shift: jax.Array
-    gate: jax.Array
-    exit_heads: jax.Array
-    final_head: jax.Array
-    draft_head: jax.Array
-    draft: jax.Array | None = None
+    embedding: jax.Array  # [V]
+    scale: jax.Array  # [K]
+    shift: jax.Array  # [K]
+    gate: jax.Array  # [K, GATES], 0 or 1
+    exit_heads: jax.Array  # [K - 1, P, V']
+    final_head: jax.Array  # [P, V]
+    draft_head: jax.Array  # [P, V'], of exit 0
+    draft: jax.Array | None = None  # [V'] int32 token ids of the exits' columns, None when they have all V
 
 
 class ToyMemory(NamedTuple):
@@ -77,16 +67,11 @@ def random_tables(
     disagreement: int = 2,
     draft_size: int | None = None,
 ) -> Tables:
-    """Random tables.
+    """Random tables; draft_size is V', when the exits know a part of the vocabulary only.
 
-    Args:
-      seed: of everything.
-      stages: K.
-      vocab_size: V.
-      openness: share of gates that move the state: 0 makes exits agree as often as their heads do.
-      spread: logits are integers from 0 to `spread`; small values make ties.
-      disagreement: how far an exit's logits stray from the last layer's.
-      draft_size: V', when the exits know a part of the vocabulary only.
+    `openness` is the share of gates that move the state: 0 makes exits agree as often as their heads do. Logits are
+    integers from 0 to `spread`, of which small values make ties; an exit's stray as far as `disagreement` from the last
+    layer's.
     """
     rng = np.random.default_rng(seed)
     final_head = rng.integers(0, spread + 1, (P, vocab_size))

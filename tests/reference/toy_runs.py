@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -64,25 +63,15 @@ def twin_draws(case: Case, row: int, vocab_size: int) -> twin.Draws | None:
     """The same draws for the twin: noise as a table by position."""
     if case.temperature is None:
         return None
-    table = _noise_table(case.seeds[row], vocab_size)
-    return twin.Draws(lambda position: table[position], case.temperature, case.top_k, case.top_p)
+    noise = noise_table(case.seeds[row], vocab_size).__getitem__
+    return twin.Draws(noise, case.temperature, case.top_k, case.top_p)
 
 
 def twin_runs(
-    model: ToyModel,
-    case: Case,
-    *,
-    stages: int,
-    rows: int | None,
-    decs: bool,
-    vocab_size: int,
-    drafts: TreeShape | None = None,
-    stored: Sequence[Sequence[int]] = (),
+    model: ToyModel, case: Case, *, vocab_size: int, drafts: TreeShape | None = None, **options
 ) -> list[twin.Run]:
-    """The batch as independent runs of the twin."""
-    fields = () if drafts is None else (drafts.widths, drafts.drafted, drafts.lookup, drafts.rungs, drafts.drafting)
-    options = {"stages": stages, "rows": rows, "decs": decs, "eos_ids": case.eos_ids, "stored": stored}
-    options["shape"] = twin.Shape(*fields) if fields else None
+    """The batch as independent runs of the twin; options as of `twin.decode`."""
+    options |= {"shape": drafts, "eos_ids": case.eos_ids}
     return [
         twin.decode(model, prompt, max_new_tokens=limit, draws=twin_draws(case, row, vocab_size), **options)
         for row, (prompt, limit) in enumerate(zip(case.prompts, case.max_new_tokens, strict=True))
@@ -91,8 +80,7 @@ def twin_runs(
 
 def watched(tables: Tables, case: Case, first: list[int], **shape) -> Ticks:
     """Every tick of the library's loop, until even the slowest sequence must have ended."""
-    ticks = _watched(tables, *arrays(case, first), **shape)
-    return jax.tree.map(np.asarray, ticks)
+    return jax.tree.map(np.asarray, _watched(tables, *arrays(case, first), **shape))
 
 
 def finished(tables: Tables, case: Case, first: list[int], **shape) -> DexState:
@@ -130,11 +118,6 @@ def lattice_contents(ticks: Ticks, tick: int, row: int, stages: int) -> set[twin
     return contents
 
 
-def ticks_identity(exits: list[int], stages: int) -> int:
-    """K + sum(exits[1 : n - 1]), 0 for one token."""
-    return 0 if len(exits) < 2 else stages + sum(exits[1:-1])
-
-
 def arrays(case: Case, first: list[int]):
     """Padded prompts [B, R], lengths [B], first tokens [B], Limits and Sampling of a case."""
     prompts = np.zeros((len(case.prompts), PROMPT_WIDTH), np.int32)
@@ -154,20 +137,21 @@ def arrays(case: Case, first: list[int]):
     return prompts, lengths, np.array(first, np.int32), limits, sampling
 
 
-def _watch(
-    tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool, drafts=None, stored=None
-) -> Ticks:
-    """All ticks of the library's loop."""
+def _watch(tables, *case, decs: bool, **shape) -> Ticks:
+    """All ticks of the library's loop; `case` as `arrays` gives it."""
+    *_, limits, sampling = case
 
     def tick(state: DexState, _):
-        state = step(toy_network(tables), state, limits, sampling, decs=decs, drafts=drafts)
+        state = step(toy_network(tables), state, limits, sampling, decs=decs, drafts=shape["drafts"])
         return state, Ticks(state.lattice, state.prefix, state.record)
 
-    state = _begin(tables, prompts, lengths, first, limits, sampling, stages, rows, drafts, stored)
-    return jax.lax.scan(tick, state, length=stages * (CAPACITY - 1))[1]
+    return jax.lax.scan(tick, begin(tables, *case, **shape), length=shape["stages"] * (CAPACITY - 1))[1]
 
 
-def _begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows: int, drafts, stored=None) -> DexState:
+def begin(
+    tables, prompts, lengths, first, limits, sampling, stages: int, rows: int, drafts=None, stored=None
+) -> DexState:
+    """The state after the prompts."""
     room = CAPACITY + (0 if drafts is None else drafts.levels)
     memory = toy_prefill(tables, prompts, lengths, capacity=room, slots=stages * rows)
     return init(
@@ -187,12 +171,10 @@ def _begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows:
     )
 
 
-def finish(
-    tables, prompts, lengths, first, limits, sampling, *, stages: int, rows: int, decs: bool, drafts=None
-) -> DexState:
+def finish(tables, *case, decs: bool, **shape) -> DexState:
     """The library's own while_loop, to be traced."""
-    state = _begin(tables, prompts, lengths, first, limits, sampling, stages, rows, drafts)
-    return run(toy_network(tables), state, limits, sampling, decs=decs, drafts=drafts)
+    *_, limits, sampling = case
+    return run(toy_network(tables), begin(tables, *case, **shape), limits, sampling, decs=decs, drafts=shape["drafts"])
 
 
 _finished = jax.jit(finish, static_argnames=("stages", "rows", "decs", "drafts"))
@@ -200,7 +182,8 @@ _watched = jax.jit(_watch, static_argnames=("stages", "rows", "decs", "drafts"))
 
 
 @functools.cache
-def _noise_table(seed: int, vocab_size: int) -> np.ndarray:
+def noise_table(seed: int, vocab_size: int) -> np.ndarray:
+    """[positions, V] float32."""
     return np.asarray(_noise(sampling_keys([seed])[0], vocab_size))
 
 

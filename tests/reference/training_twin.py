@@ -9,16 +9,10 @@ import numpy as np
 
 
 def train_linear_map(task, config, params, key):
-    """All steps of a run that is never interrupted.
+    """(params, losses of all steps) of a run that is never interrupted.
 
-    Args:
-      task: a LinearMap, for its batches; a second one, not that of the run in question.
-      config: TrainConfig without `tokens`.
-      params: {"map" [D, D], "scale" [D], "bias" [D]} before the first step.
-      key: of the run; what an input loses at a step is drawn from it.
-
-    Returns:
-      (params, losses of all steps).
+    `task` is a second LinearMap, not that of the run in question; `params` are {"map" [D, D], "scale" [D], "bias" [D]}
+    before the first step; what an input loses at a step is drawn from `key`, the run's own.
     """
     params = {name: np.asarray(value, np.float64) for name, value in params.items()}
     first = {name: np.zeros_like(value) for name, value in params.items()}

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from reference.filters import filter_logits
 
+from dex_jax import TreeShape
+
 SCORE_STEP = 2.0**-10
 LOWEST_LOG_PROBABILITY = -64.0
 COMPARED, LONGEST, STORED = 16, 64, 4
@@ -37,20 +39,6 @@ class Draws:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What exit 0 drafts: rows of the levels below the heads, how many of them are the drafter's, trust in the text.
-
-    `rungs` and `drafting` say what rows and drafted levels cost; without rungs everything is kept.
-    """
-
-    widths: tuple[int, ...]
-    drafted: int
-    lookup: tuple[float, ...]
-    rungs: tuple[tuple[int, float], ...] = ()
-    drafting: float = 0.0
 
 
 @dataclasses.dataclass(eq=False)
@@ -122,7 +110,7 @@ def decode(
     asked: Sequence[int] | None = None,
     eos_ids: Sequence[int] = (),
     draws: Draws | None = None,
-    shape: Shape | None = None,
+    shape: TreeShape | None = None,
     stored: Sequence[Sequence[int]] = (),
 ) -> Run:
     """The whole loop; rows=None never prunes, asked=None asks every exit, shape=None drafts nothing.
@@ -209,7 +197,7 @@ def with_drafts(
     heads: list[Node],
     stages: int,
     rows: int | None,
-    shape: Shape,
+    shape: TreeShape,
     draws: Draws | None,
     stored: Sequence[Sequence[int]],
 ) -> list[Node]:
@@ -341,7 +329,7 @@ def stored_continuation(
     return best
 
 
-def trust(shape: Shape, matched: int) -> float:
+def trust(shape: TreeShape, matched: int) -> float:
     """How probable the next token of a continuation is after so many that were the same: log, quantized."""
     known = len(shape.lookup)
     wrong = 1 - shape.lookup[min(matched, known) - 1]
