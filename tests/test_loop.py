@@ -375,4 +375,4 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         (network, begun(), one_for_all, "limits"),
     ):
         with pytest.raises(DexError, match=word):
-            step(other, state, unlike)
+            jax.eval_shape(functools.partial(step, other, limits=unlike), state)
