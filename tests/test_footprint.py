@@ -47,7 +47,7 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
 def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:
     session = session_of(layout, method, dtype, sampled)
     schedule = session.spec.schedule
-    length = cache_length_for(20, 70, schedule, 2)
+    length = cache_length_for(20, 70, schedule.ahead, 2)
     assert length == session.cache_length
     plan = footprint(UNTIED, jnp.dtype(dtype), schedule, 2, length, layout, sampled=sampled)
     state, memory = session.state, session.state.memory

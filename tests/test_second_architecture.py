@@ -22,7 +22,7 @@ TOKENS = 10
 @pytest.fixture(scope="module")
 def page() -> SimpleNamespace:
     """What the page defines, for fewer tokens: it compiles anew for every one."""
-    return SimpleNamespace(**run_page("docs/howto_own_model.md", ("2, 20  # K", "2, 7  # K")))
+    return SimpleNamespace(**run_page("docs/howto_own_model.md", ("2, 20  # K", "2, 10  # K")))
 
 
 def prefilled(page: SimpleNamespace) -> tuple[jax.Array, jax.Array]:
@@ -57,7 +57,7 @@ def autoregressive(page: SimpleNamespace) -> list[list[int]]:
 def test_the_page_runs(page) -> None:
     tokens = page.done.record.tokens[0].tolist()
     assert tokens == page.said[page.length :]
-    assert len(tokens) == page.NEW == 7
+    assert len(tokens) == page.NEW == 10
     assert len(set(tokens)) > 1
     assert 0 < int(page.done.record.ticks[0]) < len(page.DEPTHS) * (page.NEW - 1)
 

@@ -203,7 +203,7 @@ def test_tokens_stay_and_a_prompt_that_comes_again_takes_fewer_ticks(dtype: str,
 
 
 def test_a_path_keeps_texts_from_run_to_run_also_of_one_that_is_stopped(tmp_path: Path) -> None:
-    lm, path = small_model(dataclasses.replace(LLAMA, num_layers=1)), tmp_path / "texts"
+    lm, path = small_model(), tmp_path / "texts"
     options = {"max_new_tokens": 30, "method": Dex(explorers=1, draft=TREE), "exits": "shared", "store": path}
     updates = dex_jax.stream(lm, [[3, 4, 5]], ticks_per_update=3, **options)
     next(updates)
