@@ -30,6 +30,7 @@ from dex_jax.training.distillation import Distillation, DistillationOptions
 from dex_jax.training.exit_training import held_out_texts, train_exits
 from dex_jax.training.items import Item, Turn
 from dex_jax.training.journal import read_journal
+from dex_jax.training.stream import Stream
 
 
 def quiet(line: str) -> None:
@@ -91,7 +92,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_exits(whole, tmp_path, monkeyp
     assert "Resuming from step" in capfd.readouterr().err
     for found in (exits, load_exits(tmp_path)):
         assert np.array_equal(found.vocabulary, whole.exits.vocabulary)
-        chex.assert_trees_all_equal(found.parameters, whole.exits.parameters)
+        chex.assert_trees_all_equal(dict(found.parameters), whole.exits.parameters)
     about = [{**each.metadata, "minutes": None} for each in (exits, whole.exits)]
     assert about[0] == about[1]
     for name in ("draft_vocabulary.json", "held_out.json"):
@@ -133,7 +134,7 @@ def test_a_first_training_comes_before_and_its_heads_go_on_with_more_tokens(whol
     config = dataclasses.replace(before, train=train, exits=dataclasses.replace(EXITS, draft_size=30), first=before)
     exits = train_exits(config, base_model(), tmp_path, tell=quiet)
     first = load_exits(tmp_path / "first")
-    chex.assert_trees_all_equal(first.parameters, whole.exits.parameters)
+    chex.assert_trees_all_equal(dict(first.parameters), whole.exits.parameters)
     assert largest_change(exits, first.parameters) < 1e-6
     assert (len(first.vocabulary), len(exits.vocabulary)) == (24, 30)
     assert load_exits(tmp_path).metadata["before"]["tokens"] == first.metadata["tokens"]
@@ -207,7 +208,8 @@ def test_held_out_texts_are_prompts_with_answers(tmp_path) -> None:
         "texts": [Item((Turn((3, 4, 5)),))],
         "none": [],
     }
-    groups = held_out_texts(CONFIG, lm, types.SimpleNamespace(held_out=sources), tmp_path, quiet)
+    stream = Stream(lm, lambda number: None, batch=2, steps=4, history=1, length=16, depths=(0,))
+    groups = held_out_texts(CONFIG, stream, types.SimpleNamespace(held_out=sources), tmp_path, quiet)
     assert list(groups) == ["prompts", "two turns", "texts"]
     ((prompt, answer),) = groups["prompts"]
     assert prompt == [again]
@@ -218,7 +220,7 @@ def test_held_out_texts_are_prompts_with_answers(tmp_path) -> None:
     assert prompt[-2:] == [ends, 9]
     assert 1 <= len(answer) <= CONFIG.evaluation_tokens
     assert groups["texts"] == [([3], [4, 5])]
-    kept = held_out_texts(CONFIG, lm, types.SimpleNamespace(held_out={}), tmp_path, quiet)
+    kept = held_out_texts(CONFIG, stream, types.SimpleNamespace(held_out={}), tmp_path, quiet)
     assert kept == groups, "made once, kept in the folder"
 
 
@@ -228,4 +230,4 @@ def test_a_mesh_gives_one_devices_exits(whole, tmp_path) -> None:
     subprocess.run([sys.executable, exit_training_worker.__file__, tmp_path], env=os.environ | flags, check=True)
     exits = load_exits(tmp_path)
     assert np.array_equal(exits.vocabulary, whole.exits.vocabulary)
-    chex.assert_trees_all_close(exits.parameters, whole.exits.parameters, rtol=1e-4, atol=2e-6)
+    chex.assert_trees_all_close(dict(exits.parameters), whole.exits.parameters, rtol=1e-4, atol=2e-6)

@@ -133,15 +133,24 @@ def test_when_more_items_end_in_a_chunk_than_wait_rows_idle_without_weight() -> 
 
 
 def test_a_stream_of_few_items_ends() -> None:
-    texts: dict[int, list[int]] = {}
-    source = stream(lambda number: item(number) if number < 3 else None, on_item=texts.__setitem__)
+    source = stream(lambda number: item(number) if number < 3 else None)
     seen = 0
     while not source.done:
         seen += source.next()[1]
-    assert texts == {number: told(number).tokens for number in range(3)}
     assert seen == sum(weight > 0 for number in range(3) for weight in told(number).weights)
     assert source.next()[1] == 0
     assert source.cursor["item"] == 3
+
+
+def test_a_stream_reads_other_items_and_is_where_it_was() -> None:
+    source, never_asked = stream(seed=SEED + 1), stream(seed=SEED + 1)
+    for each in (source, never_asked):
+        chunks(each, 2)
+        each.restart()
+    assert source.read([], SEED) == []
+    assert source.read([item(number) for number in range(3)], SEED) == [told(number).tokens for number in range(3)]
+    assert source.cursor == never_asked.cursor
+    jax.tree.map(np.testing.assert_array_equal, chunks(source, 1)[0], chunks(never_asked, 1)[0])
 
 
 def test_going_on_from_a_cursor_is_bitwise_the_uninterrupted_run() -> None:

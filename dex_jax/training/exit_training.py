@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def train_exits(
         write_json(folder / VOCABULARY, given.tolist())
     if shapes.draft_size is not None:
         vocabulary = kept_vocabulary(lm, stream, shapes.draft_size, config.draft_tokens, folder, tell)
-    groups = held_out_texts(config, lm, mixture, folder, tell)
+    groups = held_out_texts(config, stream, mixture, folder, tell)
 
     def evaluate(exits: TrainedExits) -> dict[str, Any]:
         figures = grouped_figures(lm, exits, groups)
@@ -152,9 +152,12 @@ def train_exits(
 
 
 def held_out_texts(
-    config: ExitTraining, lm: LanguageModel, mixture: Mixture, folder: Path, tell: Tell
+    config: ExitTraining, stream: Stream, mixture: Mixture, folder: Path, tell: Tell
 ) -> dict[str, list[Text]]:
-    """Prompts never trained on with the model's greedy answers, by source; made once and kept in the folder."""
+    """Prompts never trained on with the model's greedy answers, by source; made once and kept in the folder.
+
+    The stream of the training makes them, as another one would be another program.
+    """
     file = folder / HELD_OUT
     if file.is_file():
         return {name: [(p, a) for p, a in texts] for name, texts in json.loads(file.read_text()).items()}
@@ -162,7 +165,9 @@ def held_out_texts(
     groups: dict[str, list[Text]] = {}
     for name, items in mixture.held_out.items():
         greedy = [_greedy(item, config.evaluation_tokens) for item in items[: config.evaluation_texts]]
-        texts = _run_items(lm, greedy, config) if greedy else []
+        # Not the seed of the training: what a model writes itself is held out by being sampled otherwise.
+        tokens = stream.read(greedy, config.train.seed + 1_000_003)
+        texts = [_split(item, found) for item, found in zip(greedy, tokens, strict=True)]
         # An answer that is nothing but an EOS says nothing about exits.
         if answered := [(prompt, answer) for prompt, answer in texts if answer]:
             groups[name] = answered
@@ -176,27 +181,8 @@ def _greedy(item: Item, limit: int) -> Item:
     return Item((*item.turns[:-1], dataclasses.replace(last, limit=min(limit, last.limit), temperature=0.0)))
 
 
-def _run_items(lm: LanguageModel, items: Sequence[Item], config: ExitTraining) -> list[Text]:
-    """(prompt, answer) of each item; a text that is given is all answer but its first token."""
-    tokens: dict[int, list[int]] = {}
-    stream = Stream(
-        lm,
-        lambda number: items[number] if number < len(items) else None,
-        batch=min(len(items), config.train.batch),
-        steps=16,
-        history=1,
-        length=config.sources.length,
-        depths=(lm.config.num_layers,),
-        # Not the seed of the training: what a model writes itself is held out by being sampled otherwise.
-        seed=config.train.seed + 1_000_003,
-        on_item=tokens.__setitem__,
-    )
-    while not stream.done:
-        stream.next()
-    return [_split(items[number], found) for number, found in sorted(tokens.items())]
-
-
 def _split(item: Item, tokens: list[int]) -> Text:
+    """(prompt, answer) of an item; a text that is given is all answer but its first token."""
     forced = item.turns[-1].forced
     if item.turns[-1].limit == 0:
         end = 1

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -217,7 +217,6 @@ class Stream:
         length: int,
         depths: tuple[int, ...],
         seed: int = 0,
-        on_item: Callable[[int, list[int]], None] | None = None,
         mesh: Mesh | None = None,
     ):
         """A stream that starts with item 0; `restart` with a cursor starts it elsewhere.
@@ -228,7 +227,6 @@ class Stream:
           batch: B, at least 1.
           steps, history, length, depths: as of StreamSpec.
           seed: of the sampled tokens.
-          on_item: called with (item number, tokens run) of each item that has ended, by number within a chunk.
           mesh: devices with axes "data", which rows are spread over, and "tensor", which weights are split over.
 
         Raises:
@@ -238,7 +236,8 @@ class Stream:
             raise DexError(f"{batch} rows do not divide among {mesh.shape['data']} devices: change the batch")
         self.spec = StreamSpec(lm.config, lm.layout, tuple(depths), steps, history, length, lm.eos_ids, mesh)
         self.batch = batch
-        self._lm, self._items, self._on_item = lm, items, on_item
+        self._lm, self._items = lm, items
+        self._texts: list[list[int]] | None = None  # of `read`
         self._placed = None if mesh is None else _place_weights(lm.weights, lm.layout, mesh)
         # How many items are at hand in each chunk beside those that run; rows idle when they are used up.
         self._places = 2 * batch
@@ -282,9 +281,24 @@ class Stream:
         self._running = [None if slot == NO_ITEM else places[slot] for slot in report.slot]
         for _ in range(int(report.taken)):
             self._waiting.popleft()
-        if self._on_item is not None:
-            self._collect(np.asarray(activations.token)[:, self.spec.history :], report.number)
+        if self._texts is not None:
+            token, run = np.asarray(activations.token)[:, self.spec.history :], report.number != NO_ITEM
+            for number, each in zip(report.number[run], token[run], strict=True):
+                self._texts[number].append(int(each))
         return activations, int(report.learnt)
+
+    def read(self, items: Sequence[Item], seed: int) -> list[list[int]]:
+        """The tokens of some other items, each run to its end; the stream is restarted where it stood."""
+        begin, own = self.cursor, self._items
+        texts: list[list[int]] = [[] for _ in items]
+        self._items = lambda number: items[number] if number < len(items) else None
+        self._texts = texts
+        self.restart({"item": 0, "seed": seed})
+        while not self.done:
+            self.next()
+        self._items, self._texts = own, None
+        self.restart(begin)
+        return texts
 
     def _idle(self, memory: cache.Memory) -> StreamState:
         state = start_rows(memory, self.spec)
@@ -301,7 +315,6 @@ class Stream:
         self._running = [None] * self.batch
         self._waiting: deque[Scripts] = deque()
         self._ended = False
-        self._texts: dict[int, list[int]] = {}
 
     def _fill(self) -> None:
         while len(self._waiting) < self._places and not self._ended:
@@ -311,12 +324,3 @@ class Stream:
                 return
             self._waiting.append(script(item, self._next_item, self.spec.length))
             self._next_item += 1
-
-    def _collect(self, token: np.ndarray, number: np.ndarray) -> None:
-        for row, numbers in zip(token, number, strict=True):
-            for at in np.flatnonzero(numbers != NO_ITEM):
-                self._texts.setdefault(int(numbers[at]), []).append(int(row[at]))
-        running = {int(script.number) for script in self._running if script is not None}
-        assert self._on_item is not None
-        for ended in sorted(self._texts.keys() - running):
-            self._on_item(ended, self._texts.pop(ended))
