@@ -48,7 +48,34 @@ WEIGHTS = ("stored", "int8", "dense")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-class LanguageModel:
+class Described:
+    """What prompts and reports need of a model, before its weights are there too."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    source: str
+    dtype: jnp.dtype
+    packing: Packing
+
+    @property
+    def weights_kind(self) -> str:
+        """What weights are kept as: "float32", "Q4_1 and Q8_0", "int8"."""
+        names = {format for _, runs in self.packing for format, _ in runs}
+        kinds = " and ".join(sorted(name.removesuffix(PLANES) for name in names))
+        return kinds + PLANES * any(name.endswith(PLANES) for name in names) if names else str(self.dtype)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Token ids that end a sequence: of the configuration and of the chat template, ascending."""
+        from_template = () if self.tokenizer is None else self.tokenizer.eos_ids
+        return tuple(sorted({*self.config.eos_ids, *from_template}))
+
+    def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
+        """Token ids of a prompt; see `dex_jax.prompts.encode_prompt`."""
+        return encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.source, chat)
+
+
+class LanguageModel(Described):
     """A transformer ready to decode.
 
     Attributes:
@@ -92,19 +119,9 @@ class LanguageModel:
         self.weights = nnx.state(model)
 
     @property
-    def weights_kind(self) -> str:
-        """What weights are kept as: "float32", "Q4_1 and Q8_0", "int8"."""
-        return weights_kind(self.packing, self.dtype)
-
-    @property
     def parameter_bytes(self) -> int:
         """Bytes of all weights."""
         return sum(leaf.size * bits_of(leaf.dtype) // 8 for leaf in jax.tree.leaves(self.weights))
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Token ids that end a sequence: of the configuration and of the chat template, ascending."""
-        return _eos_ids(self.config, self.tokenizer)
 
     def arrange(self, layout: Layout) -> None:
         """Moves the weights to another layout, in place; the old arrays are freed on the way.
@@ -131,10 +148,6 @@ class LanguageModel:
         weights = canonical_weights(self.config, self.layout, self.weights)
         return save_model(folder, self.config, weights, self.tokenizer)
 
-    def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
-        """Token ids of a prompt; see `dex_jax.prompts.encode_prompt`."""
-        return encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.source, chat)
-
     def logits(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
         """Final logits at every position: tokens [B, T] int32 -> [B, T, V] float32."""
         tokens = jnp.asarray(tokens, jnp.int32)
@@ -145,8 +158,8 @@ class LanguageModel:
         return _full_logits(self.config, self.layout, self.weights, tokens)
 
 
-@dataclasses.dataclass(frozen=True)
-class Outline:
+@dataclasses.dataclass(eq=False)
+class Outline(Described):
     """All of a model but its weights: enough to check prompts and options, and to compile."""
 
     checkpoint: Checkpoint  # opened, nothing read
@@ -155,25 +168,9 @@ class Outline:
     mesh: Mesh | None = None  # where they will lie; None for one device
     packing: Packing = ()  # which kernels stay packed
 
-    @property
-    def config(self) -> ModelConfig:
-        """Shapes and constants."""
-        return self.checkpoint.config
-
-    @property
-    def source(self) -> str:
-        """Where the weights will come from."""
-        return self.checkpoint.source
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The checkpoint's tokenizer."""
-        return self.checkpoint.tokenizer
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Token ids that end a sequence."""
-        return _eos_ids(self.config, self.tokenizer)
+    def __post_init__(self) -> None:
+        self.config, self.source = self.checkpoint.config, self.checkpoint.source
+        self.tokenizer = self.checkpoint.tokenizer
 
     @property
     def fingerprint(self) -> str:
@@ -184,15 +181,6 @@ class Outline:
     def weights(self) -> Any:
         """Weights as jax.ShapeDtypeStruct."""
         return abstract_weights(self.config, self.layout, self.dtype, self.packing)
-
-    @property
-    def weights_kind(self) -> str:
-        """What weights are kept as: "float32", "Q4_1 and Q8_0", "int8"."""
-        return weights_kind(self.packing, self.dtype)
-
-    def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
-        """Token ids of a prompt; see `dex_jax.prompts.encode_prompt`."""
-        return encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.checkpoint.source, chat)
 
     def load(self, on_tensor: Callable[[int, int], None] | None = None) -> LanguageModel:
         """The model, one tensor at a time, on_tensor as in `load`; a DexError for a damaged file or no memory."""
@@ -207,13 +195,12 @@ class Outline:
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise DexError(
-                    f"the weights of {self.checkpoint.source} do not fit into memory in {self.weights_kind}: use "
+                    f"the weights of {self.source} do not fit into memory in {self.weights_kind}: use "
                     "int8 weights, a smaller dtype or a smaller model (decode.py --dry-run shows what each needs)"
                 ) from error
             raise
         return_free_memory()
-        source, fingerprint = self.checkpoint.source, self.checkpoint.fingerprint()
-        return LanguageModel(model, self.tokenizer, source, fingerprint, self.mesh, self.packing)
+        return LanguageModel(model, self.tokenizer, self.source, self.fingerprint, self.mesh, self.packing)
 
 
 def outline(
@@ -294,13 +281,6 @@ def _runs(parts: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
     )
 
 
-def weights_kind(packing: Packing, dtype: jnp.dtype) -> str:
-    """What weights are kept as, for people: the dtype, or the formats of packed kernels."""
-    names = {format for _, runs in packing for format, _ in runs}
-    kinds = " and ".join(sorted(name.removesuffix(PLANES) for name in names))
-    return kinds + PLANES * any(name.endswith(PLANES) for name in names) if names else str(dtype)
-
-
 def layout_on_mesh(checkpoint: Checkpoint, layout: Layout | None, mesh: Mesh) -> Staged:
     """The layout given, or the grid that the model's default exits have for so many stages; errors as of `load`."""
     config = checkpoint.config
@@ -345,11 +325,6 @@ def load(
     found = outline(source, dtype, layout, mesh, weights)
     say_known_drafters(source)
     return found.load(on_tensor)
-
-
-def _eos_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    from_template = () if tokenizer is None else tokenizer.eos_ids
-    return tuple(sorted({*config.eos_ids, *from_template}))
 
 
 def resolve_dtype(name: str | None) -> jnp.dtype:

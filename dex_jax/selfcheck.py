@@ -260,7 +260,7 @@ def _step_and_tick(
         session = Session(lm, [prompt], Resolved(schedule), new_tokens, None)
         # Nothing may end early: a loop that is done takes no time.
         most, eos = session.limits
-        session.limits = Limits(jnp.full_like(most, session.capacity + 1), jnp.full_like(eos, NO_TOKEN))
+        session.limits = Limits(jnp.full_like(most, session.cache_length + 1), jnp.full_like(eos, NO_TOKEN))
         session.prefill()
         session.advance(WARM_TICKS)
         sessions.append(session)

@@ -51,7 +51,7 @@ def test_rows_and_drafts_as_given() -> None:
 
 
 def test_on_a_mesh_each_explorer_has_a_stage() -> None:
-    assert with_stages(None, 3) == Dex(explorers=3)
+    assert with_stages(Dex(), 3) == Dex(explorers=3)
     assert with_stages(Dex(draft=False), 3) == Dex(explorers=3, draft=False)
     assert with_stages(Dex(depths=(2, 4)), 3) == Dex(depths=(2, 4))
     assert with_stages(AR(), 3) == AR()

@@ -15,7 +15,6 @@ from dex_jax.cli.arguments import prompts_of
 from dex_jax.decoding.dex.drafters import draft_model, exit_zero
 from dex_jax.decoding.footprint import (
     Footprint,
-    cache_length_for,
     device_memory,
     footprint,
     remembered_bytes,
@@ -27,7 +26,7 @@ from dex_jax.decoding.methods import Dex, Method, with_stages
 from dex_jax.decoding.output import title
 from dex_jax.decoding.resolve import GivenExits, opened, resolve, unmeasured
 from dex_jax.decoding.session import Session, check_layout
-from dex_jax.decoding.sizes import batch_bucket
+from dex_jax.decoding.sizes import batch_bucket, cache_length_for
 from dex_jax.errors import DexError
 from dex_jax.evaluation.targets import TARGETS, target, temporaries
 from dex_jax.hardware import USABLE, Device, hardware, platform_of
@@ -98,7 +97,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     sampling, _ = sampling_of(args.temperature, args.top_k, args.top_p, args.seed, batch, config.vocab_size)
     compiled_for = batch if mesh is not None else batch_bucket(batch)
     longest = max(map(len, ids))
-    length = cache_length_for(longest, args.max_new_tokens, schedule, compiled_for)
+    length = cache_length_for(longest, args.max_new_tokens, schedule.ahead, compiled_for)
     check_layout(mesh, layout, resolved, batch)
     exits_bytes = sum(trained_bytes(config, dtype, each, mesh, packing) for each in (resolved.exits, resolved.drafter))
     if resolved.drafter is not None:

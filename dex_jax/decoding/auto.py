@@ -83,14 +83,8 @@ def settle(
 ) -> tuple[Method, str | None]:
     """The method that runs, and one line that says why if it was chosen here.
 
-    Args:
-      method: as the user gave it; only Dex() without any field is replaced.
-      exits: as the user gave them; exits at depths, which only several explorers can use, settle it.
-      config, layout, dtype, fingerprint: of the model.
-      batch: B.
-      length: S, about as many cache positions as the generation will have.
-      mesh: where the model lies, None on one device.
-      packing: which of its weights are packed.
+    Of what the user gave as `method` only Dex() without any field is replaced. Exits at depths, which only several
+    explorers can use, settle it. `batch` is B, `length` S, about as many cache positions as the generation will have.
 
     Raises:
       DexError: exits that cannot be read.
@@ -145,13 +139,7 @@ def reconsider(
 
 
 def candidates(costs: StepCosts, drafter: GivenDrafter | None, batch: int = 1) -> list[Candidate]:
-    """AR first, then one explorer with the best of the known trees.
-
-    Args:
-      costs: of steps on this device.
-      drafter: exit 0, None for the text alone.
-      batch: B.
-    """
+    """AR first, then one explorer with the best of the trees known for a drafter, None for the text alone."""
     a_step = costs.step(1)
     plain = Candidate(AR(), a_step, "AR", f"a step takes {1e3 * a_step:.1f} ms here")
     trees = known_trees(drafter)

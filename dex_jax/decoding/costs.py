@@ -16,7 +16,6 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +67,12 @@ _KNOWN: dict[str, list[float]] = {}
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """Seconds of one step over all layers and the final logits, and of what else a method does, for some B and S.
+    """Seconds of one step over all layers and the final logits, and of what else a method does, for some B and S."""
 
-    Attributes:
-      rows: N, ascending, 1 the first.
-      seconds: for each of them; they never fall.
-      overhead: seconds of a tick with drafts beside its step and its drafting: to look up, to choose rows, to commit.
-      drafting: seconds of drafting one level of a tree; 0 without a drafter.
-    """
-
-    rows: tuple[int, ...]
-    seconds: tuple[float, ...]
-    overhead: float = 0.0
-    drafting: float = 0.0
+    rows: tuple[int, ...]  # N, ascending, 1 the first
+    seconds: tuple[float, ...]  # for each of them; they never fall
+    overhead: float = 0.0  # of a tick with drafts beside its step and its drafting: to look up, choose rows, commit
+    drafting: float = 0.0  # of drafting one level of a tree; 0 without a drafter
 
     def step(self, rows: float) -> float:
         """Seconds of a step with so many rows a sequence: what the next larger measured number takes.
@@ -101,14 +93,7 @@ def step_costs(
 ) -> StepCosts:
     """Measures, or remembers, what steps of `batch` sequences with `length` cache positions take on this device.
 
-    Args:
-      config: the model's shapes.
-      layout: of its weights.
-      dtype: of caches, and of weights that are not packed.
-      batch: B.
-      length: S.
-      drafter: exit 0, None for the text alone.
-      packing: which weights are packed.
+    `dtype` is of caches, and of weights that are not packed as `packing` says. Without a `drafter` the text drafts.
     """
     dtype = jnp.dtype(dtype)
     count = int(np.searchsorted(TOTALS[:-1], batch * ROWS[-1])) + 1
@@ -222,7 +207,7 @@ def _measure(
             hidden, _ = run_tree(model, memory, token, position, among, position[:, 0])
             return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
 
-        return _again(steps, step, token)
+        return step(token) if steps == 1 else jax.lax.fori_loop(0, steps, lambda _, last: step(last), token)
 
     # As a device of a mesh runs it, whose products may be others than those of a process with several devices.
     alone = jax.make_mesh((1,), ("one",), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:1])
@@ -255,11 +240,6 @@ def _shortened(config: ModelConfig, layout: Layout, packing: Packing) -> tuple[M
     kept = parameter_shapes(short)
     runs = {name: each if name.startswith("layers.") else ((each[0][0], vocabulary),) for name, each in packing}
     return short, layout, tuple((name, each) for name, each in runs.items() if name in kept)
-
-
-def _again(steps: int, step: Callable[[Any], Any], start: Any) -> Any:
-    """`steps` of them, each on what the one before has left."""
-    return step(start) if steps == 1 else jax.lax.fori_loop(0, steps, lambda _, carry: step(carry), start)
 
 
 def _fastest(programs: list[tuple[Any, tuple[Any, ...]]], weights: list[Any]) -> list[float]:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
-from dex_jax.decoding import session, sizes
+from dex_jax.decoding import session
 from dex_jax.decoding.dex.drafters import GivenDrafter, own_bytes
 from dex_jax.decoding.dex.interface import ExitZero
 from dex_jax.decoding.dex.proposals import HEAD_BLOCK
@@ -25,6 +25,7 @@ from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.mesh import programs as on_mesh
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import Limits
+from dex_jax.decoding.sizes import PIECES
 from dex_jax.decoding.spec import Spec, cohorts_wait
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn import few_rows
@@ -116,11 +117,7 @@ def footprint(
 
 
 def trained_bytes(
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    exits: GivenDrafter | None,
-    mesh: Mesh | None = None,
-    packing: Packing = (),
+    config: ModelConfig, dtype: jnp.dtype, exits: GivenDrafter | None, mesh: Mesh | None = None, packing: Packing = ()
 ) -> int:
     """Size on one device of exits or a drafter, with the rows of the unembedding that a draft vocabulary copies."""
     if exits is None:
@@ -141,11 +138,6 @@ def trained_bytes(
 def remembered_bytes(drafter: ExitZero, dtype: jnp.dtype, batch: int, cache_length: int) -> int:
     """Size of what a drafter remembers of `batch` sequences of at most `cache_length` positions."""
     return nbytes(jax.eval_shape(lambda: drafter.empty(batch, cache_length, dtype)))
-
-
-def cache_length_for(prompt_length: int, max_new_tokens: int, schedule: Schedule, batch: int) -> int:
-    """S, the cache positions of `batch` sequences whose longest prompt has `prompt_length` tokens."""
-    return sizes.cache_length_for(prompt_length, max_new_tokens, schedule.ahead, batch)
 
 
 def session_shapes(
@@ -261,7 +253,7 @@ def _workspace(
         # Logits, their masked copy and its probabilities; sampling adds noise and filtered scores.
         return rows * config.vocab_size * real * (5 if sampled else 3)
 
-    chunk = min(cache_length, sizes.PIECES[0])
+    chunk = min(cache_length, PIECES[0])
     prefill = layer(batch * chunk, cache_length)
     slots = schedule.rows * (schedule.stages if schedule.has_lattice else 1)
     rows = batch * schedule.rows

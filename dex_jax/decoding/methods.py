@@ -24,27 +24,16 @@ order in a cache of another length: where methods would begin with other last bi
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A method made concrete.
+    """A method made concrete."""
 
-    Attributes:
-      method: "ar", "dex", or a rival's name.
-      depths: exit depths x_1 < ... < x_K = L.
-      rows: W, rows a stage; on a chain R, rows of a round.
-      decs: whether depth-coupled sampling is on.
-      drafts: how much exit 0 drafts below a head of a cohort; None for nothing.
-      policy: of methods that draft on a chain (decoding/chain/loop.py); None otherwise.
-      loop: what runs it.
-      proposing: the exits 1..K-1 that propose; None for all.
-    """
-
-    method: str
-    depths: tuple[int, ...]
-    rows: int
-    decs: bool
-    drafts: TreeShape | None = None
-    policy: Policy | None = None
-    proposing: tuple[int, ...] | None = None
-    loop: Loop = DEX_LOOP
+    method: str  # "ar", "dex", or a rival's name
+    depths: tuple[int, ...]  # exit depths x_1 < ... < x_K = L
+    rows: int  # W, rows a stage; on a chain R, rows of a round
+    decs: bool  # whether depth-coupled sampling is on
+    drafts: TreeShape | None = None  # how much exit 0 drafts below a head of a cohort; None for nothing
+    policy: Policy | None = None  # of methods that draft on a chain (decoding/chain/loop.py); None otherwise
+    proposing: tuple[int, ...] | None = None  # the exits 1..K-1 that propose; None for all
+    loop: Loop = DEX_LOOP  # what runs it
 
     @property
     def has_lattice(self) -> bool:
@@ -169,9 +158,8 @@ class Method(Protocol):
         ...
 
 
-def with_stages(method: Method | None, stages: int | None) -> Method:
+def with_stages(method: Method, stages: int | None) -> Method:
     """The method on a mesh of `stages`, None on one device: on a mesh each explorer has a stage."""
-    method = Dex() if method is None else method
     if not hasattr(method, "schedule_for") or isinstance(method, type):
         raise DexError(f"a method is an object such as dex_jax.Dex() or dex_jax.AR(), not {method!r}")
     if stages is None or not isinstance(method, Dex) or method.explorers is not None or method.depths is not None:

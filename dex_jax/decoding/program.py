@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -21,6 +20,9 @@ HELD = 24
 """Programs of one function that are remembered: a process may hold only so many mappings of memory, and they take many.
 Where that ends the compiler fails for good."""
 
+COMPILERS = ThreadPoolExecutor(thread_name_prefix="compiling")
+"""Threads that compile or read programs, for all that a decoding needs at once."""
+
 
 def compiler_options(level: int | None = 1) -> dict[str, str | bool] | None:
     """What XLA is told of programs that do most of their work in C++ (nn/few_rows.py), where that is.
@@ -32,25 +34,13 @@ def compiler_options(level: int | None = 1) -> dict[str, str | bool] | None:
 
 
 class Pending:
-    """A program that `make` compiles or reads, in a thread of its own.
-
-    Attributes:
-      out_info: the shapes that it gives.
-    """
+    """A program that `make` compiles or reads, in a thread beside this one."""
 
     def __init__(self, program: Program, out_info: Any, make: Callable[[], Any]):
-        self.out_info = out_info
+        self.out_info = out_info  # the shapes that it gives
         self._program = program
-        self._future: Future[Any] = Future()
+        self._future = COMPILERS.submit(make)
         self._waited = False
-
-        def work() -> None:
-            try:
-                self._future.set_result(make())
-            except BaseException as error:
-                self._future.set_exception(error)
-
-        threading.Thread(target=work, name=f"compiling {program.name}").start()
 
     def result(self) -> Any:
         """The compiled program, once it is there."""

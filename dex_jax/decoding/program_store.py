@@ -76,9 +76,9 @@ def find(name: str | None) -> Kept | None:
     return None
 
 
-def keep(name: str | None, compiled: Any, out_info: Any) -> None:
+def keep(name: str, compiled: Any, out_info: Any) -> None:
     """Keeps a program under a name of `name_of`, if it can be written."""
-    if _folder is None or name is None:
+    if _folder is None:
         return
     executable, *trees = serialize_executable.serialize(compiled)
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(out_info)]

@@ -121,13 +121,13 @@ def resolve(method: Method, exits: GivenExits, config: ModelConfig, fingerprint:
     if getattr(method, "everywhere", False):
         method = dataclasses.replace(cast(Any, method), depths=all_depths(exits, config, fingerprint))
     schedule = method.schedule_for(config.num_layers)
-    if schedule.stages == 1 and schedule.drafts is None:
-        return Resolved(schedule)
-    found = find_exits(exits, fingerprint)
     resolved = Resolved(schedule)
+    if schedule.stages == 1 and schedule.drafts is None:
+        return resolved
+    found = find_exits(exits, fingerprint)
     if schedule.stages > 1:
         given_depths = getattr(method, "depths", None) is not None or isinstance(method, LayerSkip)
-        resolved = _with_exits(schedule, found, config, fingerprint, given_depths)
+        resolved = _with_exits(schedule, found, config, given_depths)
     elif found.own == "exits":
         raise DexError(
             f"{found.source} holds exits at depths, and one explorer has none: give more explorers, or leave it out"
@@ -136,12 +136,10 @@ def resolve(method: Method, exits: GivenExits, config: ModelConfig, fingerprint:
         if found.own == "drafter":
             raise DexError(f"{found.drafter_source} holds a drafter, and the method has none: leave it out")
         return resolved
-    return _with_drafter(resolved, method, found, config, fingerprint)
+    return _with_drafter(resolved, method, found, config)
 
 
-def _with_exits(
-    schedule: Schedule, found: Found, config: ModelConfig, fingerprint: str, given_depths: bool
-) -> Resolved:
+def _with_exits(schedule: Schedule, found: Found, config: ModelConfig, given_depths: bool) -> Resolved:
     trained, source, depths = found.exits, found.source, schedule.depths
     if found.own != "exits" and source == "default":
         why = None
@@ -157,7 +155,7 @@ def _with_exits(
         return Resolved(schedule, "shared")
     _check_fit(trained, config)
     remarks = []
-    if trained.fingerprint != fingerprint:
+    if trained.fingerprint != found.fingerprint:
         remarks.append(f"the exits in {source} were trained on another model: tokens stay the same, ticks may be more")
     reached = tuple(depth for depth in trained.config.depths if depth > 0)
     if not set(depths[:-1]) <= set(reached):
@@ -172,40 +170,30 @@ def _with_exits(
     return Resolved(dataclasses.replace(schedule, depths=depths), source, trained, remarks=tuple(remarks))
 
 
-def _with_drafter(resolved: Resolved, method: Method, found: Found, config: ModelConfig, fingerprint: str) -> Resolved:
-    if found.drafter is None:
+def _with_drafter(resolved: Resolved, method: Method, found: Found, config: ModelConfig) -> Resolved:
+    drafter, source, schedule, remarks = found.drafter, found.drafter_source, resolved.schedule, resolved.remarks
+    if drafter is None:
         return resolved
-    drafter, remark = _checked_drafter(found.drafter, found.drafter_source, resolved.schedule, config, fingerprint)
-    schedule = resolved.schedule
+    if isinstance(drafter, TrainedExits):
+        if not drafter.config.is_drafter:
+            raise DexError(
+                f"a drafter is one fused exit at depth 0 without attention (kind mlp, for example), and {source} has "
+                f"one of kind {drafter.config.kind}: train one (configs/smollm2_135m_drafter.py), or leave it out"
+            )
+        _check_fit(drafter, config)
+        if drafter.fingerprint != found.fingerprint:
+            what = f"the drafter in {source} was trained on another model"
+            remarks = (*remarks, f"{what}: tokens stay the same, ticks may be more")
+    elif schedule.stages > 1:
+        raise DexError(f"{source} has layers of its own and drafts for one explorer: give explorers=1")
+    else:
+        drafter = fitted(drafter, config)
     if isinstance(method, Dex) and method.draft is True:
         # With one explorer every row takes time; several wait for their layers, and ticks are what counts.
         trees = [tree.shape for tree in known_trees(drafter)]
         drafts = trees[0] if schedule.stages == 1 else max(trees, key=lambda tree: tree.rows)
         schedule = dataclasses.replace(schedule, drafts=drafts, rows=method.rows_of(schedule.stages, drafts))
-    remarks = (*resolved.remarks, *remark)
-    return dataclasses.replace(
-        resolved, schedule=schedule, drafter=drafter, drafter_source=found.drafter_source, remarks=remarks
-    )
-
-
-def _checked_drafter(
-    drafter: GivenDrafter, source: str | None, schedule: Schedule, config: ModelConfig, fingerprint: str
-) -> tuple[GivenDrafter, tuple[str, ...]]:
-    """(the drafter as it fits the model, remarks)."""
-    if not isinstance(drafter, TrainedExits):
-        if schedule.stages > 1:
-            raise DexError(f"{source} has layers of its own and drafts for one explorer: give explorers=1")
-        return fitted(drafter, config), ()
-    if not drafter.config.is_drafter:
-        raise DexError(
-            f"a drafter is one fused exit at depth 0 without attention (kind mlp, for example), and {source} has one "
-            f"of kind {drafter.config.kind}: train one (configs/smollm2_135m_drafter.py), or leave it out"
-        )
-    _check_fit(drafter, config)
-    if drafter.fingerprint == fingerprint:
-        return drafter, ()
-    remark = f"the drafter in {source} was trained on another model: tokens stay the same, ticks may be more"
-    return drafter, (remark,)
+    return dataclasses.replace(resolved, schedule=schedule, drafter=drafter, drafter_source=source, remarks=remarks)
 
 
 def all_depths(exits: GivenExits, config: ModelConfig, fingerprint: str) -> tuple[int, ...]:

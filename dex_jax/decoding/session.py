@@ -59,19 +59,10 @@ def prefill_chunk(
     *,
     spec: Spec,
 ) -> tuple[Any, jax.Array]:
-    """Runs one chunk of the prompts and keeps the hidden state of each prompt's last token.
+    """Runs one chunk of the prompts and keeps the hidden state of each prompt's last token: (memory, last).
 
-    Args:
-      weights, heads: of the model and of what remembers the prompt.
-      memory: committed positions before the chunk.
-      last: [B, D], states of last tokens found so far.
-      tokens: [B, R] int32, padded on the right.
-      start: int32 scalar, position of the chunk's first token.
-      lengths: [B] int32, prompt lengths.
-      spec: statics.
-
-    Returns:
-      (memory, last).
+    `heads` are of what remembers the prompt, `last` [B, D] the states of last tokens found so far, `tokens` [B, R]
+    int32 are padded on the right and begin at position `start`, and `lengths` [B] int32 are those of whole prompts.
     """
     if spec.mesh is not None:
         return on_mesh.prefill_chunk(weights, heads, memory, last, tokens, start, lengths, spec=spec)
@@ -208,7 +199,6 @@ class Session:
         drafter = None if method.drafter is None else exit_zero(method.drafter, longest + max_new_tokens)
         self.spec = Spec(config, lm.layout, schedule, exits, drafter, lm.mesh, cohorts_wait(schedule, lm.mesh))
         self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead, batch)
-        self.capacity = self.cache_length
         self.padded = np.zeros((batch, bucket), np.int32)
         for row, prompt in zip(self.padded, prompts, strict=False):
             row[: len(prompt)] = prompt
@@ -239,7 +229,7 @@ class Session:
 
     def compile_by(self, by: Callable[..., Any]) -> None:
         """As `compile`, by what takes a program and its arguments, as Program.begin does, and has `out_info` too."""
-        weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.lm.weights)
+        weights = _shapes(self.lm.weights)
         heads = self._put_heads(jax.eval_shape(self._heads, weights))
         weights = self._put(weights, lambda: weight_specs(weights, self.spec.mesh))
         memory, last, lengths = self._blank_shapes()
@@ -248,13 +238,10 @@ class Session:
         if self.spec.schedule.drafts is not None:
             text = jax.ShapeDtypeStruct((len(self.lengths), self.cache_length), jnp.int32)
             prompt = self._put(text, BY_SEQUENCE)
-        texts = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.stored)
-        texts = self._put(texts, EVERYWHERE)
-        start = (weights, heads, memory, last, lengths, self.limits, self.sampling, prompt, self.costs, texts)
-        statics: dict[str, Any] = {"spec": self.spec, "capacity": self.capacity}
-        begun = by(START, *start, **statics).out_info
-        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), begun)
-        state = self._put(state, lambda: on_mesh.state_specs(self.spec))
+        about = (self.limits, self.sampling, prompt, self.costs, self._put(_shapes(self.stored), EVERYWHERE))
+        statics: dict[str, Any] = {"spec": self.spec, "capacity": self.cache_length}
+        begun = by(START, weights, heads, memory, last, lengths, *about, **statics).out_info
+        state = self._put(_shapes(begun), lambda: on_mesh.state_specs(self.spec))
         # The largest is compiled while the others are traced.
         by(RUN, weights, heads, state, self.limits, self.sampling, scalar, spec=self.spec)
         of_prefill, seen = self._of_prefill(heads)
@@ -275,61 +262,39 @@ class Session:
             at = self._put(jnp.int32(start), EVERYWHERE)
             start += size
             memory, last = PREFILL(self.lm.weights, seen, memory, last, tokens, at, lengths, spec=of_prefill)
-        self.state = START(
-            self.lm.weights,
-            self.heads,
-            memory,
-            last,
-            lengths,
-            self.limits,
-            self.sampling,
-            self._text(),
-            self.costs,
-            self._put(jax.device_put(self.stored), EVERYWHERE),
-            spec=self.spec,
-            capacity=self.capacity,
-        )
+        prompt = None
+        if self.spec.schedule.drafts is not None:
+            missing = self.cache_length - self.padded.shape[1]
+            prompt = self._put(jax.device_put(np.pad(self.padded, ((0, 0), (0, missing)))), BY_SEQUENCE)
+        stored = self._put(jax.device_put(self.stored), EVERYWHERE)
+        about = (self.limits, self.sampling, prompt, self.costs, stored)
+        statics: dict[str, Any] = {"spec": self.spec, "capacity": self.cache_length}
+        self.state = START(self.lm.weights, self.heads, memory, last, lengths, *about, **statics)
         jax.block_until_ready(self.state)
-
-    def _text(self) -> jax.Array | None:
-        """[B, S] int32, the prompts, for methods that read what the text said before."""
-        if self.spec.schedule.drafts is None:
-            return None
-        missing = self.cache_length - self.padded.shape[1]
-        return self._put(jax.device_put(np.pad(self.padded, ((0, 0), (0, missing)))), BY_SEQUENCE)
 
     def _blank(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
         """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
-        batch, dtype = len(self.lengths), self.lm.dtype
-        shapes = self._memory_shapes()
-        memory = _blank(shapes) if self.spec.mesh is None else zeros(shapes, on_mesh.MEMORY, self.spec.mesh)
+        memory, last, _ = self._blank_shapes()
+        shapes, mesh = (memory._replace(exits=()), last), self.spec.mesh
+        memory, last = _zeros(shapes) if mesh is None else zeros(shapes, (on_mesh.MEMORY, BY_SEQUENCE), mesh)
         exits = self._put(self._empty_exits(), BY_SEQUENCE)
-        last = self._put(jnp.zeros((batch, self.lm.config.width), dtype), BY_SEQUENCE)
         return memory._replace(exits=exits), last, self._put(jax.device_put(self.lengths), BY_SEQUENCE)
 
     def _blank_shapes(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
-        """As `_blank`, as jax.ShapeDtypeStruct."""
-        batch, dtype = len(self.lengths), self.lm.dtype
+        """As `_blank`, as jax.ShapeDtypeStruct; the cache has no lattice yet."""
+        batch, config, dtype = len(self.lengths), self.lm.config, self.lm.dtype
         array: Any = jax.ShapeDtypeStruct
-        exits = jax.eval_shape(self._empty_exits)
-        last, lengths = array((batch, self.lm.config.width), dtype), array((batch,), jnp.int32)
-        return (
-            self._put(self._memory_shapes()._replace(exits=exits), on_mesh.MEMORY),
-            self._put(last, BY_SEQUENCE),
-            self._put(lengths, BY_SEQUENCE),
-        )
+        memory = cache.shapes(config, self.lm.layout, batch, self.cache_length, 0, dtype, rings=True)
+        if self.spec.mesh is not None:  # an array without elements is copied everywhere, whatever its sharding says
+            memory = memory._replace(lattice_keys=(), lattice_values=())
+        memory = memory._replace(exits=jax.eval_shape(self._empty_exits))
+        shapes = (memory, array((batch, config.width), dtype), array((batch,), jnp.int32))
+        return self._put(shapes, (on_mesh.MEMORY, BY_SEQUENCE, BY_SEQUENCE))
 
     def _empty_exits(self) -> Any:
         """What exits remember before the prompts, () for nothing."""
         remembers = self.spec.remembers
         return () if remembers is None else remembers.empty(len(self.lengths), self.cache_length, self.lm.dtype)
-
-    def _memory_shapes(self) -> cache.Memory:
-        """Of a committed cache without lattice and without what exits remember."""
-        sizes = (len(self.lengths), self.cache_length, 0)
-        memory = cache.shapes(self.lm.config, self.lm.layout, *sizes, self.lm.dtype, rings=True)
-        # An array without elements is copied everywhere, whatever its sharding says.
-        return memory if self.spec.mesh is None else memory._replace(lattice_keys=(), lattice_values=())
 
     def _put(self, tree: Any, specs: Any) -> Any:
         """Arrays or shapes where the programs want them on a mesh: `specs`, or a function that gives them."""
@@ -383,8 +348,13 @@ class Session:
         return jax.tree.map(lambda field: field[: self.sequences], to_host(self.state.record))
 
 
+def _shapes(tree: Any) -> Any:
+    """Its arrays as jax.ShapeDtypeStruct, wherever they lie."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _blank(shapes: cache.Memory) -> cache.Memory:
+def _zeros(shapes: Any) -> Any:
     """Zeros of these shapes, by one program: an array after the other takes as long as a step."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 

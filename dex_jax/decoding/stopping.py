@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 from dex_jax.errors import DexError
@@ -33,15 +34,11 @@ class StopStrings:
         text = self.tokenizer.decode(tokens)
         if self._first(text) is None:
             return text, None
-        low, high = 1, len(tokens)
-        while low < high:
-            middle = (low + high) // 2
-            if self._first(self.tokenizer.decode(tokens[:middle])) is None:
-                low = middle + 1
-            else:
-                high = middle
-        text = self.tokenizer.decode(tokens[:low])
-        return text[: self._first(text)], low
+        decode = self.tokenizer.decode
+        sizes = range(1, len(tokens))  # and if none of these completes it, all of them do
+        kept = 1 + bisect.bisect_left(sizes, True, key=lambda size: self._first(decode(tokens[:size])) is not None)
+        text = decode(tokens[:kept])
+        return text[: self._first(text)], kept
 
     def _first(self, text: str) -> int | None:
         found = [at for at in (text.find(string) for string in self.strings) if at >= 0]

@@ -8,24 +8,18 @@ Letters: K stages, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dex_jax.config import ExitsConfig
 
 
 class Ask(NamedTuple):
-    """What an exit reads beside the state of its own position.
+    """What an exit reads beside the state of its own position."""
 
-    Attributes:
-      depth: of the exit.
-      source: depth whose features of the position before it reads; L: the true final ones.
-      lag: how far back the newest committed position is.
-    """
-
-    depth: int
-    source: int
-    lag: int
+    depth: int  # of the exit
+    source: int  # depth whose features of the position before it reads; L: the true final ones
+    lag: int  # how far back the newest committed position is
 
 
 def known_as(ask: Ask, exits: ExitsConfig, layers: int) -> Ask:
@@ -43,7 +37,7 @@ def dex_asks(depths: Sequence[int], exits: ExitsConfig) -> tuple[Ask, ...]:
         # A parent that has done p < K stages has uncommitted ancestors itself, each at least one stage ahead.
         for p in range(k + 1, stages):
             found |= {Ask(depths[k - 1], depths[p - 1], lag) for lag in range(2, stages - p + 2)}
-    return _known(found, exits, layers)
+    return tuple(sorted({known_as(ask, exits, layers) for ask in found}))
 
 
 def asks_in_lattice(born: Sequence[int], depths: Sequence[int]) -> tuple[Ask, ...]:
@@ -57,7 +51,3 @@ def asks_in_lattice(born: Sequence[int], depths: Sequence[int]) -> tuple[Ask, ..
             done += born[-lag]
         found.append(Ask(depths[k - 1], source, lag))
     return tuple(found)
-
-
-def _known(asks: Iterable[Ask], exits: ExitsConfig, layers: int) -> tuple[Ask, ...]:
-    return tuple(sorted({known_as(ask, exits, layers) for ask in asks}))

@@ -25,28 +25,17 @@ from dex_jax.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class DexCount:
-    """DEX on one text.
+    """DEX on one text."""
 
-    Attributes:
-      exits: [n] as Stats.exits.
-      closest: [n] float, of the proposals that decided a token, how near the nearest was to another choice.
-    """
-
-    exits: np.ndarray
-    closest: np.ndarray
+    exits: np.ndarray  # [n] as Stats.exits
+    closest: np.ndarray  # [n] float, of the proposals that decided a token, how near the nearest was to another choice
 
 
 def first_exits(forced: Forced, asks: Sequence[Ask], decs: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The first of exits 1 .. K-1, asked one after the other, that gives each next token.
+    """The first of exits 1 .. K-1 that gives each next token, of which each is asked what `asks_in_lattice` gives.
 
-    Args:
-      forced: N positions.
-      asks: what each of them is asked, as `asks_in_lattice` gives it.
-      decs: whether an exit passes over what the exits before it proposed.
-
-    Returns:
-      ([N] int32: 1..K, K where none gives it; [N] float, how near the nearest proposal up to there was to another
-      choice).
+    With `decs` an exit passes over what the exits before it proposed. Gives ([N] int32: 1..K, K where none gives it;
+    [N] float, how near the nearest proposal up to there was to another choice).
     """
     right, gaps, held = [], [], np.full((len(forced.target), len(asks)), NO_TOKEN, np.int32)
     for k, ask in enumerate(asks):

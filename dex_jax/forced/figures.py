@@ -28,19 +28,12 @@ BINS = 10
 
 @dataclasses.dataclass(frozen=True)
 class GridFigures:
-    """What the exits of one even grid come to, with DECS and rows that never prune.
+    """What the exits of one even grid come to, with DECS and rows that never prune."""
 
-    Attributes:
-      explorers: K.
-      coverage: share of tokens that one of the first m exits of a fresh root gives, m = 1..K-1.
-      ticks_per_token: ticks over tokens after the first; NaN where no text has two tokens.
-      depth_side_speedup: sum of K (n - 1) over sum of ticks; NaN likewise.
-    """
-
-    explorers: int
-    coverage: tuple[float, ...]
-    ticks_per_token: float
-    depth_side_speedup: float
+    explorers: int  # K
+    coverage: tuple[float, ...]  # share of tokens that one of the first m exits of a fresh root gives, m = 1..K-1
+    ticks_per_token: float  # ticks over tokens after the first; NaN where no text has two tokens
+    depth_side_speedup: float  # sum of K (n - 1) over sum of ticks; NaN likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,33 +41,27 @@ class ExitFigures:
     """Figures of trained exits over a set of texts; shares lie between 0 and 1, a token counts once.
 
     "True" means that exits that read the position before were given its final features.
-
-    Attributes:
-      texts, tokens: how many texts, and answer tokens in them up to the first EOS.
-      depths: the X trained depths.
-      agreement: [X], share of answer tokens that are the exit's best token, true.
-      agreement_own: (depth, previous depth, share): the same where `ExitHeads.base` at the previous depth stands in for
-        the final features; those that the grids use, none for exits that do not read the position before.
-      divergence: [X], mean KL from the final distribution over draft vocabulary and rest, in nats, true.
-      calibration_error: [X], expected calibration error of the best token's probability, 10 bins of equal mass, true.
-      ead: [X + 1], share of tokens by the first trained depth that gives them, the last for none (L), true, no DECS.
-      draft_share: share of answer tokens that the draft vocabulary holds, 1 for the full one.
-      off_greedy: share of answer tokens that are not the final layer's best token here; above the odd tie, the answers
-        were not this model's greedy ones.
-      grids: one for each K whose even grid the trained depths hold.
     """
 
     texts: int
-    tokens: int
-    depths: tuple[int, ...]
-    agreement: tuple[float, ...]
+    tokens: int  # of all answers, up to the first EOS
+    depths: tuple[int, ...]  # the X trained ones
+    agreement: tuple[float, ...]  # [X], share of answer tokens that are the exit's best token, true
+    # (depth, previous depth, share): the same where `ExitHeads.base` at the previous depth stands in for the final
+    # features; those that the grids use, none for exits that do not read the position before.
     agreement_own: tuple[tuple[int, int, float], ...]
-    divergence: tuple[float, ...]
+    divergence: tuple[
+        float, ...
+    ]  # [X], mean KL from the final distribution over draft vocabulary and rest, in nats, true
+    # [X], expected calibration error of the best token's probability, 10 bins of equal mass, true
     calibration_error: tuple[float, ...]
+    # [X + 1], share of tokens by the first trained depth that gives them, the last for none (L), true, no DECS
     ead: tuple[float, ...]
-    draft_share: float
+    draft_share: float  # share of answer tokens that the draft vocabulary holds, 1 for the full one
+    # share of answer tokens that are not the final layer's best token here; above the odd tie, the answers were not this
+    # model's greedy ones
     off_greedy: float
-    grids: tuple[GridFigures, ...]
+    grids: tuple[GridFigures, ...]  # one for each K whose even grid the trained depths hold
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers; null for what is undefined."""
@@ -182,16 +169,10 @@ def tables(groups: Mapping[str, ExitFigures]) -> str:
 
 
 def _group_tables(figures: ExitFigures) -> str:
+    columns = (figures.agreement, figures.divergence, figures.calibration_error, figures.ead)
     by_depth = [
-        [str(depth), f"{agreement:.3f}", f"{divergence:.3f}", f"{error:.3f}", f"{ead:.3f}"]
-        for depth, agreement, divergence, error, ead in zip(
-            figures.depths,
-            figures.agreement,
-            figures.divergence,
-            figures.calibration_error,
-            figures.ead,
-            strict=False,
-        )
+        [str(depth), *(f"{share:.3f}" for share in shares)]
+        for depth, *shares in zip(figures.depths, *columns, strict=False)
     ]
     parts = [markdown(["depth", "agreement", "KL (nats)", "calibration error", "EAD here"], by_depth)]
     if figures.agreement_own:
@@ -200,8 +181,8 @@ def _group_tables(figures: ExitFigures) -> str:
     by_grid = [
         [
             str(grid.explorers),
-            _number(grid.depth_side_speedup, 2),
-            _number(grid.ticks_per_token, 2),
+            _number(grid.depth_side_speedup),
+            _number(grid.ticks_per_token),
             " ".join(f"{share:.2f}" for share in grid.coverage),
         ]
         for grid in figures.grids
@@ -214,5 +195,5 @@ def _group_tables(figures: ExitFigures) -> str:
     return "\n\n".join(parts)
 
 
-def _number(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"

@@ -27,21 +27,13 @@ from dex_jax.sampling import Sampling, position_noise, scores
 
 
 class Said(NamedTuple):
-    """What exits say at N positions.
+    """What exits say at N positions."""
 
-    Attributes:
-      best: [N, P, C] int32, full ids of the best tokens, best first.
-      log_probability: [N, P, C] float32, of these, in nats.
-      gap: [N, P, C] float32, how far each is ahead of the next, over the largest |logit|.
-      divergence: [N, P] float32, KL from the final distribution over draft vocabulary and rest, in nats.
-      greedy: [N] int32, the final layer's best token.
-    """
-
-    best: Any
-    log_probability: Any
-    gap: Any
-    divergence: Any
-    greedy: Any
+    best: Any  # [N, P, C] int32, full ids of the best tokens, best first
+    log_probability: Any  # [N, P, C] float32, of these, in nats
+    gap: Any  # [N, P, C] float32, how far each is ahead of the next, over the largest |logit|
+    divergence: Any  # [N, P] float32, KL from the final distribution over draft vocabulary and rest, in nats
+    greedy: Any  # [N] int32, the final layer's best token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +57,12 @@ class Statics:
 
 
 class Rows(NamedTuple):
-    """What exits read at the answer positions of a batch, [.., B A, D] each.
+    """What exits read at the answer positions of a batch."""
 
-    Attributes:
-      states: [X, B A, D], hidden states at the trained depths.
-      final: [B A, D], features after the final norm at depth L.
-      previous: [Q, B A, D], features of the position before; None for exits that do not read them.
-      context: [Q, B A, D], from the context layer; None but for kind "attn".
-    """
-
-    states: jax.Array
-    final: jax.Array
-    previous: jax.Array | None
-    context: jax.Array | None
+    states: jax.Array  # [X, B A, D], hidden states at the trained depths
+    final: jax.Array  # [B A, D], features after the final norm at depth L
+    previous: jax.Array | None  # [Q, B A, D], features of the position before; None for exits that do not read them
+    context: jax.Array | None  # [Q, B A, D], from the context layer; None but for kind "attn"
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -113,14 +98,10 @@ def answer_rows(
 def _contexts(
     context: Context, embedded: jax.Array, true: jax.Array, previous: jax.Array, at: jax.Array, lags: jax.Array
 ) -> jax.Array:
-    """The context layer at positions `at` [B, A] for each pair: [Q, B, A, D].
+    """The context layer at positions `at` [B, A] for each pair, whose features are `previous`: [Q, B, A, D].
 
-    Args:
-      context: the layer.
-      embedded, true: [B, R, D], token embeddings, and the true features before each position.
-      previous: [Q, B, A, D].
-      at: [B, A] int32.
-      lags: [Q] int32, how far back the newest committed position is.
+    `embedded` and `true` [B, R, D] are token embeddings and the true features before each position, `lags` [Q] int32
+    say how far back the newest committed position is.
     """
     batch, length, _ = embedded.shape
     everywhere = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))

@@ -21,7 +21,7 @@ from dex_jax.decoding.methods import even_depths
 from dex_jax.errors import DexError
 from dex_jax.forced.asks import Ask, dex_asks, known_as
 from dex_jax.forced.programs import Said, Statics, answer_rows, ask_exits
-from dex_jax.forced.texts import Text, checked_text, padded
+from dex_jax.forced.texts import Text, batches, checked_text, padded
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import initial_heads, parameters_of
@@ -36,29 +36,17 @@ BLOCK = 256
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Forced:
-    """What exits said at every answer position of some texts, one text after the other, N positions in all.
+    """What exits said at every answer position of some texts, one text after the other, N positions in all."""
 
-    Attributes:
-      layers: L.
-      exits: of which kind they are, at X depths.
-      asks: P, in the order of the arrays.
-      most_lag: lags above it were asked as this one.
-      grids: depths x_1 < ... < x_K = L of the grids whose asks are all there.
-      said: arrays on the host; C >= K - 1 for every grid unless V' is smaller.
-      target: [N] int32, the answers' tokens.
-      held: [N] bool, whether the draft vocabulary holds the target.
-      lengths: how many positions each text has.
-    """
-
-    layers: int
-    exits: ExitsConfig
-    asks: tuple[Ask, ...]
-    most_lag: int
-    grids: tuple[tuple[int, ...], ...]
-    said: Said
-    target: np.ndarray
-    held: np.ndarray
-    lengths: tuple[int, ...]
+    layers: int  # L
+    exits: ExitsConfig  # of which kind they are, at X depths
+    asks: tuple[Ask, ...]  # P, in the order of the arrays
+    most_lag: int  # lags above it were asked as this one
+    grids: tuple[tuple[int, ...], ...]  # depths x_1 < ... < x_K = L of the grids whose asks are all there
+    said: Said  # arrays on the host; C >= K - 1 for every grid unless V' is smaller
+    target: np.ndarray  # [N] int32, the answers' tokens
+    held: np.ndarray  # [N] bool, whether the draft vocabulary holds the target
+    lengths: tuple[int, ...]  # how many positions each text has
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -96,9 +84,8 @@ def shared_exits(lm: LanguageModel, depths: tuple[int, ...] | None = None) -> Tr
         depths = tuple(sorted({x for k in EXPLORERS if k <= layers for x in even_depths(k, layers)} - {layers}))
     config = ExitsConfig("shared", depths, lm.config.width, norm_eps=lm.config.norm_eps)
     model = merge_model(lm.config, lm.layout, lm.weights)
-    return TrainedExits(
-        config, parameters_of(initial_heads(config, model.final_scale)), None, lm.fingerprint, {}, "shared"
-    )
+    parameters = parameters_of(initial_heads(config, model.final_scale))
+    return TrainedExits(config, parameters, None, lm.fingerprint, {}, "shared")
 
 
 def measure(
@@ -174,13 +161,12 @@ def force(
     size = lm.config.vocab_size if exits.vocabulary is None else len(exits.vocabulary)
     count = min(size, max([count, *(len(grid) - 1 for grid in grids)]))
     statics = Statics(lm.config, lm.layout, exits.config, tuple(sorted(known)), count)
-    parameters, draft = _arrays(lm, exits)
+    parameters = {name: jnp.asarray(value, lm.dtype) for name, value in exits.parameters.items()}
+    draft = None if exits.vocabulary is None else jnp.asarray(exits.vocabulary, jnp.int32)
 
     longest = max(len(answer) for _, answer in kept)
-    order = sorted(range(len(kept)), key=lambda i: len(kept[i][0]) + len(kept[i][1]))
     found: dict[int, Said] = {}
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
+    for chosen in batches([len(prompt) + len(answer) for prompt, answer in kept], batch):
         ids, at = padded([kept[i] for i in chosen], batch, longest)
         rows = answer_rows(statics, lm.weights, parameters, jnp.asarray(ids), jnp.asarray(at))
         index = np.concatenate([row * longest + np.arange(len(kept[i][1])) for row, i in enumerate(chosen)])
@@ -209,12 +195,6 @@ def force(
         held=np.ones(len(target), bool) if exits.vocabulary is None else np.isin(target, exits.vocabulary),
         lengths=tuple(len(answer) for _, answer in kept),
     )
-
-
-def _arrays(lm: LanguageModel, exits: TrainedExits) -> tuple[dict[str, jax.Array], jax.Array | None]:
-    """(parameters in the model's dtype, draft vocabulary)."""
-    draft = None if exits.vocabulary is None else jnp.asarray(exits.vocabulary, jnp.int32)
-    return {name: jnp.asarray(value, lm.dtype) for name, value in exits.parameters.items()}, draft
 
 
 def _nearer(ask: Ask, most_lag: int) -> Ask:
