@@ -324,6 +324,7 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
             steps[row] = schedule.loop.steps(exits[row], kept, schedule.stages)
         texts.append(text)
     width = int(lengths.max())
+    spent = None if record.spent is None else np.asarray(record.spent)
     mesh = run.session.lm.mesh
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     many = "" if mesh is None else f"{mesh.size} x "
@@ -334,7 +335,7 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
         drafter_source=run.method.drafter_source,
         stored=run.session.stored is not None,
         exits=exits[:, :width],
-        **schedule.loop.counts(schedule, exits, steps, record.spent, lengths),
+        **schedule.loop.counts(schedule, exits, steps, spent, lengths),
         compile_seconds=times["compile"],
         prefill_seconds=times["prefill"],
         decode_seconds=times["decode"],

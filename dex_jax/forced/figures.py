@@ -50,16 +50,15 @@ class ExitFigures:
     # (depth, previous depth, share): the same where `ExitHeads.base` at the previous depth stands in for the final
     # features; those that the grids use, none for exits that do not read the position before.
     agreement_own: tuple[tuple[int, int, float], ...]
-    divergence: tuple[
-        float, ...
-    ]  # [X], mean KL from the final distribution over draft vocabulary and rest, in nats, true
+    # [X], mean KL from the final distribution over draft vocabulary and rest, in nats, true
+    divergence: tuple[float, ...]
     # [X], expected calibration error of the best token's probability, 10 bins of equal mass, true
     calibration_error: tuple[float, ...]
     # [X + 1], share of tokens by the first trained depth that gives them, the last for none (L), true, no DECS
     ead: tuple[float, ...]
     draft_share: float  # share of answer tokens that the draft vocabulary holds, 1 for the full one
-    # share of answer tokens that are not the final layer's best token here; above the odd tie, the answers were not this
-    # model's greedy ones
+    # share of answer tokens that are not the final layer's best token here; above the odd tie, the answers were not
+    # this model's greedy ones
     off_greedy: float
     grids: tuple[GridFigures, ...]  # one for each K whose even grid the trained depths hold
 
