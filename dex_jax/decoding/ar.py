@@ -1,4 +1,4 @@
-"""Autoregressive decoding: one token a step through all layers, under one lax.while_loop.
+"""Autoregressive decoding: one token a step through all layers.
 
 Letters: B sequences, T capacity for new tokens, V vocabulary.
 """
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.cache import Memory
-from dex_jax.decoding.record import Limits, Record, begin, emit, until_done
+from dex_jax.decoding.record import Limits, Record, begin, emit
 from dex_jax.nn.forward import extend
 from dex_jax.nn.transformer import Transformer
 from dex_jax.sampling import Sampling, choose, position_noise
@@ -32,7 +32,7 @@ def init(memory: Memory, first_token: jax.Array, position: jax.Array, *, capacit
     return ARState(jnp.int32(0), first_token, position, memory, begin(first_token, capacity, limits))
 
 
-def step(model: Transformer, state: ARState, limits: Limits, sampling: Sampling | None = None) -> ARState:
+def step(model: Transformer, state: ARState, limits: Limits, sampling: Sampling | None) -> ARState:
     """One token for every sequence that is not done."""
     hidden, memory = extend(model, state.memory, state.token[:, None], state.prefix)
     active = ~state.record.done
@@ -45,18 +45,6 @@ def step(model: Transformer, state: ARState, limits: Limits, sampling: Sampling 
         memory=memory,
         record=record,
     )
-
-
-def run(
-    model: Transformer,
-    state: ARState,
-    limits: Limits,
-    sampling: Sampling | None = None,
-    *,
-    until_tick: jax.Array | None = None,
-) -> ARState:
-    """Steps until every sequence is done, or until `until_tick` (int32 scalar)."""
-    return until_done(lambda s: step(model, s, limits, sampling), state, until_tick)
 
 
 def next_token(model: Transformer, hidden: jax.Array, position: jax.Array, sampling: Sampling | None) -> jax.Array:

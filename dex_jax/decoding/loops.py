@@ -31,7 +31,7 @@ from dex_jax.decoding.dex.state import DexState
 from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.mesh import stage
 from dex_jax.decoding.mesh.stage import StageNetwork
-from dex_jax.decoding.record import Limits
+from dex_jax.decoding.record import Limits, until_done
 from dex_jax.errors import DexError
 from dex_jax.nn.transformer import Layout, Staged, Transformer, Unrolled
 from dex_jax.sampling import Sampling
@@ -133,7 +133,7 @@ class ARLoop(MeshLoop):
     def run(
         self, what: Running, state: ARState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
     ) -> ARState:
-        return ar.run(what.model, state, limits, sampling, until_tick=until_tick)
+        return until_done(lambda state: ar.step(what.model, state, limits, sampling), state, until_tick)
 
     def init_stage(self, device: StageNetwork, schedule: Schedule, begun: Prefilled, capacity: int) -> ARState:
         return ar.init(begun.memory, begun.token, begun.lengths, capacity=capacity, limits=begun.limits)

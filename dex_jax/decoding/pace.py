@@ -18,18 +18,13 @@ are measured on one layer, have been seen to be half as large again as steps."""
 class Pace:
     """Costs of the kinds of work that chunks consist of, corrected by the seconds that chunks take.
 
-    Args:
-      costs: [n], in AR steps, above 0, of one piece of each kind. That of the first kind stays as it is: seconds say
-        how the others compare with it.
-
-    Attributes:
-      costs: [n] float64, as corrected so far.
-      fastest: seconds of an AR step in the fastest chunk.
+    They are [n], in AR steps, above 0, of one piece of each kind. That of the first kind stays as it is: seconds say
+    how the others compare with it.
     """
 
     def __init__(self, costs: np.ndarray):
-        self.given = self.costs = np.asarray(costs, np.float64)
-        self.fastest = np.inf
+        self.given = self.costs = np.asarray(costs, np.float64)  # `costs` as corrected so far
+        self.fastest = np.inf  # seconds of an AR step in the fastest chunk
         self._seen: list[tuple[np.ndarray, float]] = []
 
     def saw(self, pieces: np.ndarray, seconds: float) -> None:

@@ -104,15 +104,10 @@ def unmeasured(method: Method, exits: GivenExits, fingerprint: str) -> Method:
 
 
 def resolve(method: Method, exits: GivenExits, config: ModelConfig, fingerprint: str) -> Resolved:
-    """The schedule of a method, and its heads.
+    """The schedule of a method, and its heads, for `exits` as of `find_exits`.
 
     Where an even grid asks for depths that are not trained, the nearest ones are taken. A method that is to run
     `everywhere` and names no depths takes all of those at which the exits are trained.
-
-    Args:
-      method: as the user gave it.
-      exits: as of `find_exits`.
-      config, fingerprint: of the model.
 
     Raises:
       DexError: as `method.schedule_for` and `find_exits`; heads of another width, vocabulary or number of layers,

@@ -159,15 +159,9 @@ def compile_seconds() -> float:
 
 
 class Session:
-    """One batch on its way: built from token ids, prefilled once, then advanced chunk by chunk.
+    """One batch on its way: built from B lists of token ids, prefilled once, then advanced chunk by chunk.
 
-    Args:
-      lm: the model; its layout is the one that runs. With an Outline the session can only compile.
-      prompts: B lists of token ids.
-      method: the schedule and its heads.
-      max_new_tokens: at most this many per sequence.
-      sampling: None for greedy; keys [B].
-      stored: texts of earlier generations, as NumPy arrays.
+    With an Outline it can only compile. `stored` are texts of earlier generations, as NumPy arrays.
     """
 
     def __init__(
@@ -210,6 +204,8 @@ class Session:
         self.tick = 0
         self.work = np.zeros(1)  # how often each kind of work that `pace` knows has been done so far
         self.pace = Pace(np.ones(1) if self.costs is None else np.append(self.costs.rows, self.costs.drafting))
+        # Drafts read what texts said before, [B, S] int32 the prompts among them.
+        self.prompt = None if drafts is None else np.pad(self.padded, ((0, 0), (0, self.cache_length - bucket)))
         self.stored = None if drafts is None else stored
         self.heads = Heads()
         self.state: Any = None
@@ -234,10 +230,7 @@ class Session:
         weights = self._put(weights, lambda: weight_specs(weights, self.spec.mesh))
         memory, last, lengths = self._blank_shapes()
         scalar = self._put(jax.ShapeDtypeStruct((), jnp.int32), EVERYWHERE)
-        prompt = None
-        if self.spec.schedule.drafts is not None:
-            text = jax.ShapeDtypeStruct((len(self.lengths), self.cache_length), jnp.int32)
-            prompt = self._put(text, BY_SEQUENCE)
+        prompt = self._put(_shapes(self.prompt), BY_SEQUENCE)
         about = (self.limits, self.sampling, prompt, self.costs, self._put(_shapes(self.stored), EVERYWHERE))
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.cache_length}
         begun = by(START, weights, heads, memory, last, lengths, *about, **statics).out_info
@@ -262,10 +255,7 @@ class Session:
             at = self._put(jnp.int32(start), EVERYWHERE)
             start += size
             memory, last = PREFILL(self.lm.weights, seen, memory, last, tokens, at, lengths, spec=of_prefill)
-        prompt = None
-        if self.spec.schedule.drafts is not None:
-            missing = self.cache_length - self.padded.shape[1]
-            prompt = self._put(jax.device_put(np.pad(self.padded, ((0, 0), (0, missing)))), BY_SEQUENCE)
+        prompt = self._put(jax.device_put(self.prompt), BY_SEQUENCE)
         stored = self._put(jax.device_put(self.stored), EVERYWHERE)
         about = (self.limits, self.sampling, prompt, self.costs, stored)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.cache_length}

@@ -32,7 +32,7 @@ class DexCount:
 
 
 def first_exits(forced: Forced, asks: Sequence[Ask], decs: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The first of exits 1 .. K-1 that gives each next token, of which each is asked what `asks_in_lattice` gives.
+    """The first of exits 1 .. K-1, asked one after the other what `asks_in_lattice` gives, that gives each next token.
 
     With `decs` an exit passes over what the exits before it proposed. Gives ([N] int32: 1..K, K where none gives it;
     [N] float, how near the nearest proposal up to there was to another choice).

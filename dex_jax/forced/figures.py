@@ -41,26 +41,33 @@ class ExitFigures:
     """Figures of trained exits over a set of texts; shares lie between 0 and 1, a token counts once.
 
     "True" means that exits that read the position before were given its final features.
+
+    Attributes:
+      texts, tokens: how many texts, and answer tokens in them up to the first EOS.
+      depths: the X trained depths.
+      agreement: [X], share of answer tokens that are the exit's best token, true.
+      agreement_own: (depth, previous depth, share): the same where `ExitHeads.base` at the previous depth stands in for
+        the final features; those that the grids use, none for exits that do not read the position before.
+      divergence: [X], mean KL from the final distribution over draft vocabulary and rest, in nats, true.
+      calibration_error: [X], expected calibration error of the best token's probability, 10 bins of equal mass, true.
+      ead: [X + 1], share of tokens by the first trained depth that gives them, the last for none (L), true, no DECS.
+      draft_share: share of answer tokens that the draft vocabulary holds, 1 for the full one.
+      off_greedy: share of answer tokens that are not the final layer's best token here; above the odd tie, the answers
+        were not this model's greedy ones.
+      grids: one for each K whose even grid the trained depths hold.
     """
 
     texts: int
-    tokens: int  # of all answers, up to the first EOS
-    depths: tuple[int, ...]  # the X trained ones
-    agreement: tuple[float, ...]  # [X], share of answer tokens that are the exit's best token, true
-    # (depth, previous depth, share): the same where `ExitHeads.base` at the previous depth stands in for the final
-    # features; those that the grids use, none for exits that do not read the position before.
+    tokens: int
+    depths: tuple[int, ...]
+    agreement: tuple[float, ...]
     agreement_own: tuple[tuple[int, int, float], ...]
-    # [X], mean KL from the final distribution over draft vocabulary and rest, in nats, true
     divergence: tuple[float, ...]
-    # [X], expected calibration error of the best token's probability, 10 bins of equal mass, true
     calibration_error: tuple[float, ...]
-    # [X + 1], share of tokens by the first trained depth that gives them, the last for none (L), true, no DECS
     ead: tuple[float, ...]
-    draft_share: float  # share of answer tokens that the draft vocabulary holds, 1 for the full one
-    # share of answer tokens that are not the final layer's best token here; above the odd tie, the answers were not
-    # this model's greedy ones
+    draft_share: float
     off_greedy: float
-    grids: tuple[GridFigures, ...]  # one for each K whose even grid the trained depths hold
+    grids: tuple[GridFigures, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers; null for what is undefined."""

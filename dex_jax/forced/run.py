@@ -134,18 +134,11 @@ def force(
     most_lag: int = EVERY_LAG,
     sampling: Sampling | None = None,
 ) -> Forced:
-    """Teacher-forces texts and asks exits at every answer position.
+    """Teacher-forces texts and asks exits at every answer position; nothing counts after an EOS.
 
-    Args:
-      lm: the model.
-      exits: at depths below L; cast to the model's dtype.
-      texts: (prompt, answer) of token ids; nothing counts after an EOS.
-      asks: P of them, at depths that the exits have.
-      count: C at least.
-      grids: whose asks are among `asks`.
-      batch: B.
-      most_lag: asks with a larger lag are asked with this one.
-      sampling: of a single text, by temperature alone; the best tokens are those that would be drawn first.
+    The P `asks` are at depths that the exits have, those of all `grids` among them; larger lags than `most_lag` are
+    asked with that one. The exits are cast to the model's dtype. At least `count` best tokens are kept; with the
+    `sampling` of a single text, by temperature alone, they are those that would be drawn first.
 
     Raises:
       DexError: exits that do not fit the model, or texts without a prompt or an answer or too long.
