@@ -236,10 +236,8 @@ def packing_of(
     """Which kernels stay packed, for `weights` as of `load`; a line says which become dense in `dtype`.
 
     On one TPU, which `platform` says where that is not the one at hand, blocks lie in planes (nn/planes.py). On a mesh
-    they do not: jax 0.10 takes no arrays of 4 bits that are spread over devices.
-
-    Raises:
-      DexError: unknown `weights`, or ones that cannot lie so.
+    they do not: jax 0.10 takes no arrays of 4 bits that are spread over devices. A DexError for unknown `weights`, or
+    ones that cannot lie so.
     """
     if weights not in (None, *WEIGHTS):
         raise DexError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")

@@ -84,10 +84,8 @@ def settle(
     """The method that runs, and one line that says why if it was chosen here.
 
     Of what the user gave as `method` only Dex() without any field is replaced. Exits at depths, which only several
-    explorers can use, settle it. `batch` is B, `length` S, about as many cache positions as the generation will have.
-
-    Raises:
-      DexError: exits that cannot be read.
+    explorers can use, settle it. `batch` is B, `length` S, about as many cache positions as the generation will have. A
+    DexError for exits that cannot be read.
     """
     if not isinstance(method, Dex) or not method.is_free:
         return with_stages(method, None if mesh is None else mesh.shape[STAGE]), None
@@ -117,13 +115,9 @@ def settle(
         counts = " or ".join(map(str, shape.counts if shape.rungs else (most,)))
         assert isinstance(staged, Staged)
         return Dex(depths=staged.depths, draft=shape), f"an explorer with drafts on each stage, {counts} rows"
-    found = candidates(costs, drafter, batch)
-    plain = found[0]
-    best = min(found, key=lambda each: each.seconds)
-    gain = plain.seconds / best.seconds
-    if gain < SMALLEST_GAIN:
-        best = plain
-    second = min((each for each in found if each is not best), key=lambda each: each.seconds)
+    plain, drafting = candidates(costs, drafter, batch)
+    gain = plain.seconds / drafting.seconds
+    best, second = (plain, drafting) if gain < SMALLEST_GAIN else (drafting, plain)
     ratio = f"{second.what} should take {second.seconds / best.seconds:.2f} times as long"
     return best.method, f"{best.what}: {best.why}; {ratio}"
 
@@ -138,7 +132,7 @@ def reconsider(
         forget(config, layout, dtype, packing)
 
 
-def candidates(costs: StepCosts, drafter: GivenDrafter | None, batch: int = 1) -> list[Candidate]:
+def candidates(costs: StepCosts, drafter: GivenDrafter | None, batch: int = 1) -> tuple[Candidate, Candidate]:
     """AR first, then one explorer with the best of the trees known for a drafter, None for the text alone."""
     a_step = costs.step(1)
     plain = Candidate(AR(), a_step, "AR", f"a step takes {1e3 * a_step:.1f} ms here")
@@ -155,7 +149,7 @@ def candidates(costs: StepCosts, drafter: GivenDrafter | None, batch: int = 1) -
         f"{best.shape.rows} rows should emit {best.tokens_a_tick:.2f} tokens in the time of "
         f"{a_tick / a_step:.2f} AR steps",
     )
-    return [plain, drafting]
+    return plain, drafting
 
 
 def tick_seconds(costs: StepCosts, shape: TreeShape) -> float:

@@ -19,8 +19,8 @@ import numpy as np
 from dex_jax.decoding.auto import reconsider, settle
 from dex_jax.decoding.dex.drafters import draft_model as as_drafter
 from dex_jax.decoding.methods import SPARE, Dex, Method
-from dex_jax.decoding.output import Output, Stats, cut
-from dex_jax.decoding.record import Record
+from dex_jax.decoding.output import Output, Stats
+from dex_jax.decoding.record import PREFILL_EXIT, Record
 from dex_jax.decoding.resolve import GivenExits, Resolved, opened, resolve
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.decoding.sizes import ALONE, batch_bucket, cache_length_for
@@ -29,6 +29,7 @@ from dex_jax.decoding.text_store import TextStore, opened_store
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError, whole_number
 from dex_jax.host_memory import return_free_memory
+from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.transformer import Staged
 from dex_jax.progress import notify
 from dex_jax.prompts import Prompt
@@ -320,7 +321,7 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
         text, kept = run.stops.apply(tokens[row, : lengths[row]].tolist())
         if kept is not None:
             lengths[row], finished[row] = kept, True
-            tokens[row], exits[row] = cut(tokens[row], exits[row], kept)
+            tokens[row, kept:], exits[row, kept:] = NO_TOKEN, PREFILL_EXIT
             steps[row] = schedule.loop.steps(exits[row], kept, schedule.stages)
         texts.append(text)
     width = int(lengths.max())

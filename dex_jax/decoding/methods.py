@@ -168,11 +168,7 @@ def with_stages(method: Method, stages: int | None) -> Method:
 
 
 def check_depths(depths: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """Exit depths that a user gave, as whole numbers.
-
-    Raises:
-      DexError: none, out of range, not ascending or not ending at L.
-    """
+    """Exit depths that a user gave, as whole numbers; a DexError for none, or other than x_1 < ... < x_K = L."""
     depths = tuple(int(x) for x in depths)
     text = ",".join(map(str, depths))
     if not depths or depths[0] < 1 or depths[-1] > num_layers:

@@ -7,9 +7,7 @@ import dataclasses
 import numpy as np
 
 from dex_jax.decoding.methods import Schedule
-from dex_jax.decoding.record import PREFILL_EXIT
 from dex_jax.io import TextStream, Tokenizer
-from dex_jax.lattice import NO_TOKEN
 
 NAMES = {
     "ar": "AR",
@@ -148,9 +146,3 @@ def title(schedule: Schedule) -> str:
     if schedule.method in NAMES:
         return NAMES[schedule.method]
     return f"DEX, K = {schedule.stages}{'' if schedule.drafts is None else ' with drafts'}"
-
-
-def cut(tokens: np.ndarray, exits: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `length` tokens of a row, the rest blank."""
-    beyond = np.arange(tokens.shape[0]) >= length
-    return np.where(beyond, NO_TOKEN, tokens), np.where(beyond, PREFILL_EXIT, exits)

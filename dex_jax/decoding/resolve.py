@@ -68,10 +68,8 @@ class Found(NamedTuple):
 def find_exits(exits: GivenExits, fingerprint: str) -> Found:
     """What `exits` means for a model: "shared", "default", a path, a hub id, or what was loaded from one.
 
-    A drafter alone leaves the exits to what ships for the model, and exits the drafter.
-
-    Raises:
-      DexError: a file that cannot be read.
+    A drafter alone leaves the exits to what ships for the model, and exits the drafter. A DexError for a file that
+    cannot be read.
     """
     if isinstance(exits, str) and exits == "shared":
         return Found(fingerprint, "shared", None, None)
@@ -220,10 +218,8 @@ def _shipped(name: str) -> TrainedExits | None:
 def nearest_depths(wanted: tuple[int, ...], trained: tuple[int, ...], layers: int, source: str) -> tuple[int, ...]:
     """As many different trained depths, ascending, with the least sum of distances to the wanted ones.
 
-    Of several such choices the one whose longest stage, that up to `layers` among them, has the fewest layers.
-
-    Raises:
-      DexError: fewer trained than wanted.
+    Of several such choices the one whose longest stage, that up to `layers` among them, has the fewest layers. A
+    DexError for fewer trained than wanted.
     """
     if len(wanted) > len(trained):
         raise DexError(

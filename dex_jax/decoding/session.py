@@ -125,11 +125,10 @@ def run_ticks(
 
 
 def check_layout(mesh: Mesh | None, layout: Layout, method: Resolved, sequences: int) -> None:
-    """Whether a model that lies so, on a mesh or on one device, can run a method.
+    """A DexError where a model that lies so cannot run a method.
 
-    Raises:
-      DexError: stacked layers on a GPU; on a mesh a method or a drafter for one device, other exit depths or stages, or
-        sequences that the data axis divides not.
+    That is one of stacked layers on a GPU, and on a mesh a method or a drafter for one device, other exit depths or
+    stages, or sequences that the data axis divides not.
     """
     if isinstance(layout, Stacked) and jax.default_backend() == "gpu":
         # A tick of four explorers moves 2.8 times the bytes of the weights then, and else 1.3 (benchmarks/compiled.py).

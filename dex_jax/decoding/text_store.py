@@ -204,11 +204,7 @@ class TextStore:
 
 
 def opened_store(store: TextStore | str | os.PathLike | None, lm: LanguageModel | Outline) -> TextStore | None:
-    """The store that a user gave, open for a model.
-
-    Raises:
-      DexError: neither a store nor a path, or as `TextStore.open`.
-    """
+    """The store that a user gave, open for a model; a DexError for what is none, and as of `TextStore.open`."""
     if store is None:
         return None
     if not isinstance(store, (TextStore, str, os.PathLike)):

@@ -61,8 +61,7 @@ def batches(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
 def checked_text(lm: LanguageModel, number: int, prompt: Sequence[int], answer: Sequence[int]) -> Text:
     """The text up to the answer's first EOS.
 
-    Raises:
-      DexError: no prompt or no answer, too many tokens for the model, or ids that it does not have.
+    A DexError for no prompt or no answer, too many tokens for the model, or ids that it does not have.
     """
     end = next((i + 1 for i, token in enumerate(answer) if token in lm.eos_ids), len(answer))
     if not len(prompt) or not end:
