@@ -73,11 +73,7 @@ class ExitHeads(nnx.Module):
         return scaled + self._own_map(normed)
 
     def features(
-        self,
-        states: jax.Array,
-        previous: jax.Array | None,
-        context: jax.Array | None,
-        base: jax.Array | None = None,
+        self, states: jax.Array, previous: jax.Array | None, context: jax.Array | None, base: jax.Array | None = None
     ) -> jax.Array:
         """All that the unembedding needs to know of states [X, N, D] at the exits' depths: [X, N, D + 1].
 

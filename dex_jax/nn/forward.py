@@ -79,17 +79,12 @@ def states_at(model: Transformer, tokens: jax.Array, states: Any, depths: tuple[
 def extend_with_states(
     model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[Any, Memory]:
-    """`extend`, with the states after every layer: L of [B, R, D], or one array [L, B, R, D]."""
+    """`extend`, with the states after every layer: a tuple of L [B, R, D], or one array [L, B, R, D]."""
     return extend_rows(model, memory, model.embed_tokens(tokens), start, lengths)
 
 
 def extend_rows(
-    model: Any,
-    memory: Memory,
-    x: jax.Array,
-    start: jax.Array,
-    lengths: jax.Array | None = None,
-    begin: int = 0,
+    model: Any, memory: Memory, x: jax.Array, start: jax.Array, lengths: jax.Array | None = None, begin: int = 0
 ) -> tuple[Any, Memory]:
     """`extend_with_states` of rows [B, R, ...] as the first layer reads them.
 
@@ -97,7 +92,7 @@ def extend_rows(
     """
     batch, count = x.shape[:2]
     loop = is_loop(model)
-    at_once = not loop and count <= MOST_ROWS and written_in_place(memory.keys, count)
+    at_once = loop or (count <= MOST_ROWS and written_in_place(memory.keys, count))
     rows = _rows_that_run(x)
     x = jnp.pad(x, ((0, 0), (0, rows - count), (0, 0)))
     positions = start[:, None] + jnp.arange(rows)[None, :]
@@ -132,15 +127,11 @@ def extend_rows(
         return (x, *(_write(model, *each, at, place) for each in zip(caches, own, strict=True))), x[:, :count]
 
     layers = range(model.config.num_layers)
-    if loop:
-        x, (states, *new) = in_turn(model, layers, run_only, x, loop=True)
-        return states, write_layers(model, memory, (new[0], new[1]), first, layers, x)
     if at_once:
-        x, given = in_turn(model, layers, run_only, x)
-        states, *new = zip(*given, strict=True)
+        x, (states, *fresh) = in_turn(model, layers, run_only, x, loop)
         row = jnp.broadcast_to(jnp.arange(count), (batch, count))
-        memory = write_layers(model, memory, (new[0], new[1]), first, layers, x, row)
-        return [each[:, :count] for each in states], memory
+        memory = write_layers(model, memory, fresh, first, layers, x, row)
+        return jax.tree.map(lambda each: each[..., :count, :], states), memory
     (_, keys, values), states = in_turn(model, layers, run_and_write, (x, memory.keys, memory.values))
     return states, memory._replace(keys=keys, values=values)
 
@@ -231,8 +222,7 @@ def run_rows(
 
     entered = hidden
     loop = not in_use and beside is None and is_loop(model)
-    hidden, given = in_turn(model, layers, layer_step, hidden, loop)
-    keys, values, *states = zip(*given, strict=True) if isinstance(given, list) else given
+    hidden, (keys, values, *states) = in_turn(model, layers, layer_step, hidden, loop)
     if reads:
         read = [entered if depth == 0 else states[0][depth - 1] for depth in reads]
         hidden = jnp.concatenate([hidden, *read], axis=-1)
@@ -306,11 +296,7 @@ def write_layers(
 
 
 def run_layer(
-    layer: DecoderLayer,
-    x: jax.Array,
-    sight: Sight,
-    memory: list[tuple[Any, Any]],
-    used: jax.Array | None = None,
+    layer: DecoderLayer, x: jax.Array, sight: Sight, memory: list[tuple[Any, Any]], used: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer over the rows of each sequence, [B, R, D]: returns (x, keys, values) of the rows.
 

@@ -29,8 +29,8 @@ FEWEST_LAYERS = 3
 def in_turn(model: Any, layers: range, step: Step, carry: Any, loop: bool = False) -> Any:
     """(carry, what every layer gave) of step(layer, carry, place) -> (carry, given).
 
-    What they gave is a list of l; where layers are stacked or a `loop` arrays with a leading axis [l]. Only a model for
-    which `is_loop` is true can be one.
+    Each array that they gave is a tuple of l; where layers are stacked or a `loop` one array with a leading axis [l].
+    Only a model for which `is_loop` is true can be one.
     """
     if isinstance(model.layout, Stacked):
         return _stacked(model, layers, step, carry)
@@ -40,7 +40,7 @@ def in_turn(model: Any, layers: range, step: Step, carry: Any, loop: bool = Fals
     for i in layers:
         carry, each = step(model.layers[i], carry, i)
         given.append(each)
-    return carry, given
+    return carry, jax.tree.map(lambda *each: each, *given)
 
 
 def is_loop(model: Any) -> bool:

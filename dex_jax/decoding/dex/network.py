@@ -191,7 +191,7 @@ def _advance_unrolled(
                 return x, (fill(keys, 2, rows), fill(values, 2, rows))
 
             x, given = in_turn(model, stage, run, x, loop)
-            return fill(x, 1, rows), given if loop else tuple(zip(*given, strict=True))
+            return fill(x, 1, rows), given
 
         x, fresh = climb(used[k], counts, run_stage)
         out.append(x)
