@@ -23,7 +23,7 @@ from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
 from dex_jax.nn.forward import extend, extend_with_states, run_tree
 from dex_jax.nn.layers import _rms_norm, gated, linear, rms_norm
-from dex_jax.nn.rotary import Rotation, rotate, turned
+from dex_jax.nn.rotary import Rotation, _rotated, turned
 from dex_jax.nn.transformer import Stacked, Unrolled
 from dex_jax.nn.weights import merge_model
 
@@ -204,7 +204,8 @@ def test_turned_heads_and_each_row_alone(sizes: tuple[int, ...], rows: int, seed
     rotation = Rotation(np.cos(angles), np.sin(angles))
     found = jax.tree.map(np.asarray, turned_once(x, rotation, groups, width))
     each = x.reshape(2, rows, -1, width)
-    both = np.asarray(jax.jit(rotate)(each[:, :, : heads + groups], rotation))
+    tables = (table[..., None, :] for table in rotation[:2])
+    both = np.asarray(jax.jit(_rotated)(each[:, :, : heads + groups], *tables))
     wanted = [both[:, :, :heads], both[:, :, heads:].swapaxes(1, 2), each[:, :, heads + groups :].swapaxes(1, 2)]
     chex.assert_trees_all_close(found, tuple(wanted), atol=1e-6)
     for row in {0, rows - 1}:

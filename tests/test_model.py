@@ -20,7 +20,7 @@ from dex_jax.language_model import default_dtype, resolve_dtype
 from dex_jax.nn import rotary, transformer
 from dex_jax.nn.forward import extend, extend_with_states, run_tree
 from dex_jax.nn.layers import rms_norm
-from dex_jax.nn.rotary import rope_frequencies, rope_table, rotate
+from dex_jax.nn.rotary import rope_frequencies, rope_table
 from dex_jax.nn.transformer import relayout, stage_ranges
 from dex_jax.nn.weights import merge_model
 
@@ -41,7 +41,8 @@ def test_rotation_is_multiplication_of_complex_numbers() -> None:
     angles = positions[:, :, None] * LLAMA.rope_theta ** (-np.arange(0, 8, 2) / 8)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)[:, :, None, :]
     expected = np.concatenate([turned.real, turned.imag], axis=-1).astype(np.float32)
-    chex.assert_trees_all_close(rotate(x, rope_table(jnp.asarray(positions), LLAMA)), expected, atol=1e-4)
+    tables = (table[..., None, :] for table in rope_table(jnp.asarray(positions), LLAMA)[:2])
+    chex.assert_trees_all_close(rotary._rotated(x, *tables), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

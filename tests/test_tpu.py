@@ -13,6 +13,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from reference.small_models import LLAMA
 
 from dex_jax.config import EagleConfig, ModelConfig
@@ -28,7 +29,7 @@ from dex_jax.evaluation.compiled import Program, read
 from dex_jax.evaluation.planner.workload import SHAPES
 from dex_jax.evaluation.targets import lower, target
 from dex_jax.io import open_checkpoint
-from dex_jax.nn.eagle import abstract_eagle
+from dex_jax.nn.eagle import Eagle
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled, parameter_shapes
@@ -206,11 +207,12 @@ def test_loop_in_bfloat16(tpu, method, layout, sampled) -> None:
 
 
 EAGLE = EagleConfig(dataclasses.replace(SMALL, num_layers=1), (1, 2, 3), SMALL.width, draft_size=512)
+HEAD = nnx.eval_shape(lambda: Eagle(EAGLE, lambda name, shape, kind: jnp.zeros(shape, jnp.bfloat16)))
 HALF = dataclasses.replace(SMALL, num_layers=2)
 OWN_LAYERS = {
     "eagle": (
         EagleDrafter(EAGLE),
-        OwnArrays(abstract_eagle(EAGLE, jnp.bfloat16), jax.ShapeDtypeStruct((512,), jnp.int32)),
+        OwnArrays(nnx.state(HEAD), jax.ShapeDtypeStruct((512,), jnp.int32)),
     ),
     "model": (
         ModelDrafter(HALF, Unrolled(), jnp.dtype(jnp.bfloat16), SMALL.vocab_size),

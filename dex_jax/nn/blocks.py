@@ -24,20 +24,14 @@ FORMATS = {
 
 
 class Pieces(NamedTuple):
-    """Blocks taken to pieces; a number is scale * code + least.
+    """Blocks taken to pieces; a number is scale * code + least."""
 
-    Attributes:
-      codes: [..., groups, n] int8 or uint8.
-      scale: [..., groups, 1] float32.
-      least: as the scale; None for 0.
-    """
-
-    codes: jax.Array
-    scale: jax.Array
-    least: jax.Array | None = None
+    codes: jax.Array  # [..., groups, n] int8 or uint8
+    scale: jax.Array  # [..., groups, 1] float32
+    least: jax.Array | None = None  # as the scale; None for 0
 
     def numbers(self) -> jax.Array:
-        """To the last bit as the gguf package has them: float32 [..., groups, n]."""
+        """To the last bit as the gguf package has them: float32, of the codes' shape."""
         scaled = self.scale * self.codes.astype(jnp.float32)
         return scaled if self.least is None else scaled + self.least
 

@@ -6,7 +6,6 @@ Letters: B sequences, R rows of each, D width of the model, D' width of the head
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +15,8 @@ from flax import nnx
 
 from dex_jax.config import EagleConfig
 from dex_jax.nn.kinds import kind_table
-from dex_jax.nn.layers import DecoderLayer, linear, recorded, rms_norm
+from dex_jax.nn.layers import DecoderLayer, Init, linear, recorded, rms_norm
 from dex_jax.nn.transformer import Unrolled, module_list
-
-Init = Callable[[str, tuple[int, ...], str], jax.Array]
 
 
 class EagleLayer(DecoderLayer):
@@ -101,8 +98,3 @@ def eagle_of(config: EagleConfig, parameters: dict[str, np.ndarray], dtype: jnp.
 def eagle_graph(config: EagleConfig) -> Any:
     """The nnx graph definition of a head, without any array."""
     return nnx.split(nnx.eval_shape(lambda: Eagle(config, lambda name, shape, kind: jnp.zeros(shape))))[0]
-
-
-def abstract_eagle(config: EagleConfig, dtype: jnp.dtype) -> Any:
-    """A head's parameters as jax.ShapeDtypeStruct."""
-    return nnx.state(nnx.eval_shape(lambda: Eagle(config, lambda name, shape, kind: jnp.zeros(shape, dtype))))

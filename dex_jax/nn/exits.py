@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +18,9 @@ from flax import nnx
 
 from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.nn.attention import KeyValues, attend
-from dex_jax.nn.layers import DecoderLayer, linear, names_in, recorded, rms_norm
+from dex_jax.nn.layers import DecoderLayer, Init, linear, names_in, recorded, rms_norm
 from dex_jax.nn.packed import Packed, to_int8
 from dex_jax.nn.rotary import rope_table
-
-Init = Callable[[str, tuple[int, ...], str], jax.Array]
 
 
 class ExitHeads(nnx.Module):
@@ -87,7 +85,7 @@ class ExitHeads(nnx.Module):
         inputs = normed
         if self.previous_norm is not None:
             assert previous is not None
-            before = self._previous_normed(previous)
+            before = self._normed(previous) * self.previous_norm[...][:, None].astype(previous.dtype)
             if self.previous_map is not None:
                 out = out + _stacked_linear(before, self.previous_map)
             if self.previous_down is not None:
@@ -109,10 +107,6 @@ class ExitHeads(nnx.Module):
         if self.map_down is not None:
             return _stacked_linear(_stacked_linear(normed, self.map_down), self.map_up)
         return jnp.zeros_like(normed)
-
-    def _previous_normed(self, previous: jax.Array) -> jax.Array:
-        assert self.previous_norm is not None
-        return self._normed(previous) * self.previous_norm[...][:, None].astype(previous.dtype)
 
     def _rest(self, features: jax.Array) -> jax.Array:
         if self.rest is None or self.rest_bias is None:

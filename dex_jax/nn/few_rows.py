@@ -57,15 +57,10 @@ _formats: set[str] = set()  # that products know
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays", "number"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """The array of a layer whose number only the program knows: C++ reads it where it lies.
+    """The array of a layer whose number only the program knows: C++ reads it where it lies."""
 
-    Attributes:
-      arrays: of all layers, alike.
-      number: int32.
-    """
-
-    arrays: tuple[jax.Array, ...]
-    number: jax.Array
+    arrays: tuple[jax.Array, ...]  # of all layers, alike
+    number: jax.Array  # int32
 
     def __getitem__(self, index: object) -> OneOf:
         """All of it, as a parameter is asked for its value."""
@@ -86,10 +81,6 @@ class OneOf:
 def cut_out(array: jax.Array | OneOf) -> jax.Array:
     """The array itself, a copy where it is one of several."""
     return jnp.stack(array.arrays)[array.number] if isinstance(array, OneOf) else array
-
-
-def _operands(array: jax.Array | OneOf) -> tuple[jax.Array, ...]:
-    return (*array.arrays, array.number) if isinstance(array, OneOf) else (array,)
 
 
 @jax.custom_jvp
@@ -118,7 +109,8 @@ def packed_product(rows: jax.Array, kernel: jax.Array | OneOf, format: str) -> j
     _load(format or str(kernel.dtype))
     rows = rows.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(PRODUCT, shape, vmap_method="expand_dims")(rows, *_operands(kernel), format=format)
+    operands = (*kernel.arrays, kernel.number) if isinstance(kernel, OneOf) else (kernel,)
+    return jax.ffi.ffi_call(PRODUCT, shape, vmap_method="expand_dims")(rows, *operands, format=format)
 
 
 def in_cpp(cpp: Callable[..., Any], plain: Callable[..., Any], *operands: jax.Array) -> Any:

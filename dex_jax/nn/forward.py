@@ -20,7 +20,7 @@ from dex_jax.nn.gpu_writes import MOST_ROWS
 from dex_jax.nn.in_turn import Place, cached, in_turn, is_loop
 from dex_jax.nn.kinds import Sight, sight_at, sights
 from dex_jax.nn.layers import DecoderLayer
-from dex_jax.nn.products import FEWEST, fills_rows
+from dex_jax.nn.products import FEWEST, computed_once, fills_rows
 from dex_jax.nn.transformer import Stacked, Transformer
 
 
@@ -245,14 +245,8 @@ def commit_rows(
         rows = (jnp.take_along_axis(each, row[None, :, None, :, None], axis=3, mode="clip") for each in fresh)
         return done.reshape(-1)[:1], *rows
 
-    def branch(row: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-        # No row is as low as this, which XLA does not know: it leaves branches alone.
-        return jax.lax.cond(
-            jnp.any(row > -(2**30)), chosen, lambda row, *others: chosen(0 * row, *others), row, *others
-        )
-
     # Otherwise XLA chooses all layers' rows anew for every layer that it writes, and compiles that six times as long.
-    done, *keys_values = jax.lax.platform_dependent(row, done, *fresh, cpu=branch, default=chosen)
+    done, *keys_values = computed_once(chosen, row, done, *fresh)
     return write_layers(model, memory, keys_values, prefix, layers, done)
 
 

@@ -35,16 +35,9 @@ def write(
     margin: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """Caches with rows of others, as `few_rows.write`.
+    """Caches with rows of others, arguments as of `few_rows.write`; `fresh` are keys and values [L, B, G, N, d].
 
-    Args:
-      caches: keys of L layers, then values, [B, G, S, d] each; they are used up.
-      fresh: keys and values [L, B, G, N, d] to choose from, of the caches' dtype.
-      row: [B, P] int32, which of N.
-      start: [B] int32, the first of P consecutive positions, or less than 0: nothing is written.
-      rings, margin: of each layer, the size of the ring that it keeps positions in, or 0; and what is at both its ends
-        (nn/kinds.py).
-      interpret: whether XLA computes what the kernel would, for tests.
+    `interpret` computes with XLA what the kernel would, for tests.
     """
     layers, batch, groups, rows, width = fresh[0].shape
     count = row.shape[1]

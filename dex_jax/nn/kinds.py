@@ -16,8 +16,6 @@ import numpy as np
 from dex_jax.config import LayerKind, ModelConfig
 from dex_jax.nn.rotary import Rotation, rope_table
 
-Index = int | jax.Array
-
 MOST_WRITTEN = 512
 """Positions that are written to a ring in one call, at most."""
 
@@ -49,15 +47,11 @@ def ring_of(kinds: Sequence[LayerKind], length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class KindTable:
-    """The kinds of a model's layers, by place.
+    """The kinds of a model's layers, by place."""
 
-    Attributes:
-      rows: of each of l places in a stage the kinds that stand there, one for every stage; of an unrolled model one for
-        every layer.
-      stage_axis: under shard_map, the mesh axis whose devices are the stages; None: a place says its stage itself.
-    """
-
+    # of each of l places in a stage the kinds that stand there, one a stage; of an unrolled model one for every layer
     rows: tuple[tuple[LayerKind, ...], ...]
+    # under shard_map, the mesh axis whose devices are the stages; None: a place says its stage itself
     stage_axis: str | None = None
 
     def kinds_at(self, place: Any) -> tuple[LayerKind, ...]:
@@ -69,7 +63,7 @@ class KindTable:
         """Every kind once."""
         return tuple(dict.fromkeys(kind for row in self.rows for kind in row))
 
-    def index(self, place: Any) -> Index:
+    def index(self, place: Any) -> int | jax.Array:
         """Which of `distinct` a layer is: at place i of an unrolled model, or at (index within the stage, stage)."""
         order = {kind: i for i, kind in enumerate(self.distinct)}
         if len(order) == 1:

@@ -24,6 +24,10 @@ FEW_ROWS = 64
 """Up to here XLA multiplies faster on a CPU with the rows as columns (benchmarks/few_rows.py)."""
 
 
+Init = Callable[[str, tuple[int, ...], str], jax.Array]
+"""(name, shape, kind) -> a parameter."""
+
+
 def linear(
     x: jax.Array, kernel: jax.Array | Packed, bias: jax.Array | None = None, out_dtype=None, whole: bool = True
 ) -> jax.Array:
@@ -81,7 +85,7 @@ def gated(gate_up: jax.Array, activation: str) -> jax.Array:
     return few_rows.in_cpp(functools.partial(few_rows.few_rows_gate, activation=activation), plain, gate_up)
 
 
-def recorded(make: Callable[[Callable[..., jax.Array]], nnx.Module]) -> dict[str, tuple[tuple[int, ...], str]]:
+def recorded(make: Callable[[Init], nnx.Module]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name -> (shape, kind) of every parameter that a module asks its `init` for, in its order."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
 

@@ -32,17 +32,11 @@ _AT_ONCE = 1 << 20
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts", "scales"], meta_fields=["formats"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A kernel [out, in] whose rows are packed; those of a fused kernel may be of several formats.
+    """A kernel [out, in] whose rows are packed; those of a fused kernel may be of several formats."""
 
-    Attributes:
-      parts: of each run of rows in one format, uint8 [..., rows, bytes], of INT8 int8 [..., rows, in], and Planes.
-      scales: of each run float32 [..., rows], by which products are multiplied; None but for INT8.
-      formats: of each run, a key of FORMATS, that with PLANES behind it, or INT8.
-    """
-
-    parts: tuple[Any, ...]
-    scales: tuple[Any, ...]
-    formats: tuple[str, ...]
+    parts: tuple[Any, ...]  # of each run of rows in one format uint8 [..., rows, bytes], int8 [..., rows, in] or Planes
+    scales: tuple[Any, ...]  # of each run float32 [..., rows], by which products are multiplied; None but for INT8
+    formats: tuple[str, ...]  # of each run, a key of FORMATS, that with PLANES behind it, or INT8
 
     def __getitem__(self, index: object) -> Packed:
         """Every array at an index of its leading axes, which a stacked kernel has."""
@@ -66,8 +60,7 @@ class Packed:
     def product(self, rows: jax.Array, whole: bool = True) -> jax.Array:
         """rows [R, in] @ kernel.T: [R, out] float32; `whole` as of `layers.linear`."""
         each = zip(self.parts, self.scales, self.formats, strict=True)
-        outs = [_product(rows, *part, whole) for part in each]
-        return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=-1)
+        return jnp.concatenate([_product(rows, *part, whole) for part in each], axis=-1)
 
     def take(self, index: jax.Array | np.ndarray) -> Packed:
         """The rows at `index` [V']: the kernel [V', in] of one format, packed."""
@@ -78,8 +71,7 @@ class Packed:
     def dense(self) -> jax.Array:
         """The numbers that this stands for, float32 [..., out, in]."""
         each = zip(self.parts, self.scales, self.formats, strict=True)
-        runs = [_dense(*part) for part in each]
-        return runs[0] if len(runs) == 1 else jnp.concatenate(runs, axis=-2)
+        return jnp.concatenate([_dense(*part) for part in each], axis=-2)
 
 
 def blank_kernel(shape: tuple[int, ...], runs: tuple[tuple[str, int], ...]) -> Packed:

@@ -45,7 +45,7 @@ def build_on_mesh(
     def init(name: str, shape: tuple[int, ...], kind: str) -> Any:
         field = name.split(".")[-1]
         axes = PARAMETER_AXES[field]
-        leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: blank_weight(name, shape, dtype, dict(packing))))
+        leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: blank_weight(name, shape, dtype, packing)))
         if not name.startswith("layers."):
             placed = [_spread(own.shape, axes, mesh, own.__getitem__) for own in host(name)]
             return jax.tree.unflatten(tree, placed)

@@ -9,7 +9,6 @@ Letters: R rows, in and out the widths of a product, n columns of a group, V row
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -31,20 +30,8 @@ _AT_ONCE = 1 << 24
 """Weights that are taken to pieces at once: a TPU's compiler holds 8 bytes of each."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "least"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Planes:
-    """A kernel [out, in]; a number is scale * code + least.
-
-    Attributes:
-      codes: [n, in / n, out], int4 or uint4, or in 8 bits where a format's codes have more than 4.
-      scale: [1, in / n, out] float32.
-      least: as the scale; None for 0.
-    """
-
-    codes: jax.Array
-    scale: jax.Array
-    least: jax.Array | None
+class Planes(Pieces):
+    """A kernel [out, in]: codes [n, in / n, out], those of 4 bits as int4 or uint4, the rest [1, in / n, out]."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,13 +41,13 @@ class Planes:
 
     def dense(self) -> jax.Array:
         """The numbers, to the last bit as the gguf package has them: float32 [out, in]."""
-        return self._numbers().transpose(2, 1, 0).reshape(self.shape)
+        return self.numbers().transpose(2, 1, 0).reshape(self.shape)
 
     def product(self, rows: jax.Array) -> jax.Array:
         """rows [R, in] @ kernel.T, computed in rows' dtype: [R, out] float32."""
         n, groups, _ = self.codes.shape
         columns = filled_up(rows).reshape(-1, groups, n).transpose(0, 2, 1)
-        return dot(columns, self._numbers().astype(rows.dtype), ((1, 2), (0, 1)))[: rows.shape[0]]
+        return dot(columns, self.numbers().astype(rows.dtype), ((1, 2), (0, 1)))[: rows.shape[0]]
 
     def take(self, index: jax.Array | np.ndarray) -> Planes:
         """The rows at `index` [V']."""
@@ -76,13 +63,10 @@ class Planes:
         def one(at: jax.Array) -> jax.Array:
             first = jnp.minimum(at // width * width, out - width)
             beside = jax.tree.map(lambda plane: jax.lax.dynamic_slice_in_dim(plane, first, width, -1), self)
-            picked = jnp.where(jnp.arange(width) == at - first, beside._numbers(), 0)
+            picked = jnp.where(jnp.arange(width) == at - first, beside.numbers(), 0)
             return jnp.sum(picked, axis=-1).T.reshape(-1)
 
         return jax.lax.map(one, index.reshape(-1)).reshape(*index.shape, -1)
-
-    def _numbers(self) -> jax.Array:
-        return Pieces(self.codes, self.scale, self.least).numbers()
 
 
 def blank_planes(shape: tuple[int, ...], format: str) -> Planes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,17 @@ def sums_over_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """As `rows_times_kernel`, of few rows, as sums over a float32 kernel that XLA need not hold: it is read once."""
     wide = rows.astype(jnp.float32)
     return jnp.stack([jnp.sum(kernel * wide[r][None], axis=-1) for r in range(rows.shape[0])])
+
+
+def computed_once(function: Callable[..., Any], first: jax.Array, *others: jax.Array) -> Any:
+    """function(first, *others), of which CPUs compute nothing anew for each use; `first` is int32, above -2^30."""
+
+    def branch(first: jax.Array, *others: jax.Array) -> Any:
+        # That `first` is above XLA does not know: it leaves branches alone.
+        above = jnp.any(first > -(2**30))
+        return jax.lax.cond(above, function, lambda first, *others: function(0 * first, *others), first, *others)
+
+    return jax.lax.platform_dependent(first, *others, cpu=branch, default=function)
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dex_jax.config import LayerKind, ModelConfig, RopeScaling
 from dex_jax.nn import few_rows
-from dex_jax.nn.products import dot
+from dex_jax.nn.products import computed_once, dot
 
 ALIKE = LayerKind()
 """The kind of layers where a model has but one."""
@@ -78,22 +78,12 @@ def rope_table(positions: jax.Array, config: ModelConfig, kind: LayerKind = ALIK
         angles = positions[..., None].astype(jnp.float32) * frequencies
         return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
-    def branch(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # No position is as low as this, which XLA does not know: it leaves branches alone.
-        return jax.lax.cond(jnp.any(positions > -(2**30)), table, lambda p: table(jnp.zeros_like(p)), positions)
-
     # Otherwise XLA computes sines and cosines anew in every layer, for every head; on CPUs despite the barrier.
-    made = jax.lax.platform_dependent(positions, cpu=branch, default=table)
-    cos, sin = jax.lax.optimization_barrier(made)
+    cos, sin = jax.lax.optimization_barrier(computed_once(table, positions))
     if scaling is None or not scaling.query_growth:
         return Rotation(cos, sin)
     laps = (positions // scaling.original_context).astype(jnp.float32)
     return Rotation(cos, sin, 1 + scaling.query_growth * jnp.log1p(laps))
-
-
-def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates the first d' numbers of heads by their positions: x [..., heads, d]; pairs are (i, i + d' / 2)."""
-    return _rotated(x, *(table[..., None, :] for table in rotation[:2]))
 
 
 def turned(heads: jax.Array, rotation: Rotation, groups: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -115,7 +105,7 @@ def turned(heads: jax.Array, rotation: Rotation, groups: int, width: int) -> tup
 
 
 def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Heads [..., d] turned by tables [..., d' / 2] that broadcast against them."""
+    """Heads [..., d] turned by tables [..., d' / 2] that broadcast against them; pairs are (i, i + d' / 2)."""
     # What is cut and joined along the last axis takes a TPU several programs, a product one. For single rows of several
     # sequences it would lay stacked caches out as the product's result, a copy of all in every step.
     by_tpu = _by_product if x.shape[-2] > 1 else _by_halves

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ class Unrolled:
 
 @dataclasses.dataclass(frozen=True)
 class _ByStage:
-    depths: tuple[int, ...]
+    depths: tuple[int, ...]  # exit depths x_1 < ... < x_K = L
 
     @property
     def stage_layers(self) -> int:
@@ -39,9 +38,6 @@ class Stacked(_ByStage):
     """Layers as arrays [l, K, ...], l the longest stage, shorter stages padded with zero layers.
 
     A zero layer adds zero to its input, so padding needs no mask.
-
-    Attributes:
-      depths: exit depths x_1 < ... < x_K = L.
     """
 
     def place(self, layer: int) -> tuple[int, int]:
@@ -58,9 +54,6 @@ class Staged(_ByStage):
 
     The first axis is split over the mesh's stages, so that a device sees l layers of its own, one array each, as if it
     had a small unrolled model. Shorter stages are padded with zero layers, which are skipped.
-
-    Attributes:
-      depths: exit depths x_1 < ... < x_K = L.
     """
 
 
@@ -122,11 +115,7 @@ class Transformer(nnx.Module):
             )
         else:
             lead = (layout.stage_layers, len(layout.depths))
-
-            def stacked(name: str, shape: tuple[int, ...], kind: str) -> Any:
-                return init(f"layers.*.{name}", lead + shape, kind)
-
-            self.layers = DecoderLayer(config, stacked, whole=False)
+            self.layers = DecoderLayer(config, _named(init, "layers.*", lead), whole=False)
 
     @property
     def dtype(self) -> jnp.dtype:

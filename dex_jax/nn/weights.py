@@ -19,23 +19,6 @@ from dex_jax.nn.products import compiled_for
 from dex_jax.nn.transformer import Layout, Transformer, parameter_shapes
 
 
-@functools.lru_cache(maxsize=64)
-def graph_of(
-    config: ModelConfig,
-    layout: Layout,
-    tensor_axis: str | None = None,
-    vocabulary_axis: str | None = None,
-    kinds: KindTable | None = None,
-) -> Any:
-    """The nnx graph definition of a transformer, without any array; arguments as of Transformer."""
-
-    def blank(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
-        return jnp.zeros(shape)
-
-    made = nnx.eval_shape(lambda: Transformer(config, layout, blank, tensor_axis, vocabulary_axis, kinds))
-    return nnx.split(made)[0]
-
-
 def merge_model(
     config: ModelConfig,
     layout: Layout,
@@ -44,8 +27,15 @@ def merge_model(
     vocabulary_axis: str | None = None,
     kinds: KindTable | None = None,
 ) -> Transformer:
-    """The module of (config, layout) over `weights`, under a trace or not."""
-    return nnx.merge(graph_of(config, layout, tensor_axis, vocabulary_axis, kinds), weights)
+    """The module of (config, layout) over `weights`, under a trace or not; other arguments as of Transformer."""
+    return nnx.merge(_graph_of(config, layout, tensor_axis, vocabulary_axis, kinds), weights)
+
+
+@functools.lru_cache(maxsize=64)
+def _graph_of(config: ModelConfig, layout: Layout, *about_mesh: Any) -> Any:
+    """The nnx graph definition of a transformer, without any array."""
+    made = nnx.eval_shape(lambda: Transformer(config, layout, lambda name, shape, kind: jnp.zeros(shape), *about_mesh))
+    return nnx.split(made)[0]
 
 
 def with_wide_scales(weights: Any) -> Any:
@@ -73,10 +63,10 @@ def packed_alike(config: ModelConfig, format: str) -> Packing:
     return tuple((name, ((format, shape[0]),)) for name, shape in shapes if len(shape) == 2)
 
 
-def blank_weight(name: str, shape: tuple[int, ...], dtype: jnp.dtype, runs: dict[str, Any]) -> jax.Array | Packed:
-    """Zeros in the place of a parameter, in `dtype` or as `runs`, a dict of a Packing, says."""
+def blank_weight(name: str, shape: tuple[int, ...], dtype: jnp.dtype, packing: Packing) -> jax.Array | Packed:
+    """Zeros in the place of a parameter, in `dtype` or as `packing` says."""
     # All layers that share an array, as on a mesh those of all stages do, are packed alike.
-    found = runs.get(name.replace("*", ""))
+    found = dict(packing).get(name.replace("*", ""))
     return jnp.zeros(shape, dtype) if found is None else blank_kernel(shape, found)
 
 
@@ -84,7 +74,7 @@ def abstract_weights(config: ModelConfig, layout: Layout, dtype: jnp.dtype, pack
     """Weights as jax.ShapeDtypeStruct, to compile or to plan without loading any."""
 
     def blank(name: str, shape: tuple[int, ...], kind: str) -> jax.Array | Packed:
-        return blank_weight(name, shape, dtype, dict(packing))
+        return blank_weight(name, shape, dtype, packing)
 
     return nnx.state(nnx.eval_shape(lambda: Transformer(config, layout, blank)))
 
