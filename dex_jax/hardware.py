@@ -166,12 +166,8 @@ def published(kind: str) -> Device | None:
 def hardware(text: str) -> Hardware:
     """Hardware from a name such as "h100", "h100x8" or "v5ex16,hosts=4,network=dcn", or from a file of `calibrate`.
 
-    Args:
-      text: a key of DEVICES with how many, or the path of a .json file; then, each after a comma, count=N, hosts=N,
-        link=NAME, network=NAME (keys of LINKS) or price=DOLLARS.
-
-    Raises:
-      DexError: none of these.
+    `text` is a key of DEVICES with how many, or the path of a .json file; then, each after a comma, count=N, hosts=N,
+    link=NAME, network=NAME (keys of LINKS) or price=DOLLARS. A DexError where it is none of these.
     """
     first, *rest = text.split(",")
     options = {key: value for key, _, value in (part.partition("=") for part in rest)}
@@ -197,8 +193,7 @@ def hardware(text: str) -> Hardware:
     if "count" in options:
         count = _number(options["count"], "count")
         hosts = -(-count // per_host)
-    if "hosts" in options:
-        hosts = _number(options["hosts"], "hosts")
+    hosts = _number(options.get("hosts", hosts), "hosts")
     if count % hosts:
         raise DexError(f"--hardware {text}: {count} devices do not spread evenly over {hosts} hosts")
     links = {key: LINKS[options[key]] for key in ("link", "network") if key in options}
