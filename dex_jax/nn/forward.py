@@ -25,7 +25,7 @@ from dex_jax.nn.transformer import Stacked, Transformer
 
 
 class Beside(NamedTuple):
-    """M rows of each sequence that have run before and are in no cache."""
+    """M rows of each sequence that have run before and are not in the committed cache."""
 
     keys: Sequence[jax.Array]  # by layer, [B, G, M, d]
     values: Sequence[jax.Array]
@@ -211,18 +211,15 @@ def run_rows(
     found = sights(model.config, model.kinds, position, prefix, sizes, among, seen, places, begin=begin)
 
     def layer_step(layer: DecoderLayer, x: jax.Array, place: Place) -> Any:
-        used = used_layer(in_use, place) if isinstance(place, int) else None
-        own = cached(memory.keys, place), cached(memory.values, place)
-        sight = sight_at(model.kinds, found, place, sizes.index(own[0].shape[-2]))
-        sources = [own]
-        if beside is not None:
-            sources.append((beside.keys[place], beside.values[place]))
+        used = in_use[place] if isinstance(place, int) and place < len(in_use) else None
+        pairs = [memory[:2]] if beside is None else [memory[:2], beside[:2]]
+        sources = [(cached(keys, place), cached(values, place)) for keys, values in pairs]
+        sight = sight_at(model.kinds, found, place, sizes.index(sources[0][0].shape[-2]))
         x, *rows = run_layer(layer, x, sight, sources, used)
         return x, (*rows, x) if reads else tuple(rows)
 
     entered = hidden
-    loop = not in_use and beside is None and is_loop(model)
-    hidden, (keys, values, *states) = in_turn(model, layers, layer_step, hidden, loop)
+    hidden, (keys, values, *states) = in_turn(model, layers, layer_step, hidden, not in_use and is_loop(model))
     if reads:
         read = [entered if depth == 0 else states[0][depth - 1] for depth in reads]
         hidden = jnp.concatenate([hidden, *read], axis=-1)
@@ -309,11 +306,6 @@ def run_layer(
         return x, nothing, nothing
 
     return run() if used is None else jax.lax.cond(used, run, skip)
-
-
-def used_layer(in_use: InUse, layer: int) -> jax.Array | None:
-    """Whether a layer is there, bool; None where it always is."""
-    return in_use[layer] if layer < len(in_use) else None
 
 
 # Jitted so that a model is traced once per shape of its layers and not once per layer; XLA inlines the calls.

@@ -18,10 +18,9 @@ from dex_jax.cache import Memory, after, commit_slots, lengths_of, write_in_plac
 from dex_jax.decoding.dex.interface import Chunk, Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.dex.trained_exits import Heads, reached_features, trained_exits
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
-from dex_jax.nn.forward import InUse, commit_rows, run_all, run_layer, used_layer
-from dex_jax.nn.in_turn import Place, cached, in_turn, is_loop
+from dex_jax.nn.forward import Beside, InUse, commit_rows, run_all, run_layer, run_rows
+from dex_jax.nn.in_turn import is_loop
 from dex_jax.nn.kinds import sight_at, sights
-from dex_jax.nn.layers import DecoderLayer
 from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
 
 if TYPE_CHECKING:
@@ -168,7 +167,7 @@ def _advance_unrolled(
     counts = stage_rungs(batch, rows) if counts is None else row_counts(counts, rows)
     _, groups, _, head_dim = memory.keys[0].shape
     ancestor_mask, among = _masks(view)
-    sizes, loop = lengths_of(memory), not in_use and is_loop(model)
+    loop = not in_use and is_loop(model)
     used = jax.vmap(last_row)(view.live)
     out, lattice = [], [list(memory.lattice_keys), list(memory.lattice_values)]
 
@@ -180,18 +179,10 @@ def _advance_unrolled(
                 each = jnp.stack([nothing] * len(stage)) if loop else (nothing,) * len(stage)
                 return hidden[k], (each, each)
             x, position = hidden[k, :, :width], view.position[k, :, :width]
-            ancestors, own = ancestor_mask[k, :, :width], among[k, :, :width, :width]
-            found = sights(model.config, model.kinds, position, view.prefix, sizes, own, ancestors, view.slots)
-
-            def run(layer: DecoderLayer, x: jax.Array, place: Place) -> Any:
-                own, older = (tuple(cached(each, place) for each in pair) for pair in (memory[:2], memory[2:4]))
-                sight = sight_at(model.kinds, found, place, sizes.index(own[0].shape[-2]))
-                used = used_layer(in_use, place) if isinstance(place, int) else None
-                x, keys, values = run_layer(layer, x, sight, [own, older], used)
-                return x, (fill(keys, 2, rows), fill(values, 2, rows))
-
-            x, given = in_turn(model, stage, run, x, loop)
-            return fill(x, 1, rows), given
+            own = among[k, :, :width, :width]
+            older = Beside(memory.lattice_keys, memory.lattice_values, ancestor_mask[k, :, :width], view.slots)
+            x, fresh = run_rows(model, memory, x, position, own, view.prefix, stage, in_use, beside=older)
+            return fill(x, 1, rows), jax.tree.map(lambda each: fill(each, -2, rows), fresh)
 
         x, fresh = climb(used[k], counts, run_stage)
         out.append(x)
