@@ -20,12 +20,7 @@ from dex_jax.nn.transformer import Unrolled, module_list
 
 
 class EagleLayer(DecoderLayer):
-    """A decoder layer over rows [B, R, 2 D'], tokens' embeddings with features behind, that gives features [B, R, D'].
-
-    Args:
-      config: shapes and switches.
-      init: as of DecoderLayer.
-    """
+    """A decoder layer over rows [B, R, 2 D'], tokens' embeddings, then features; it gives features [B, R, D']."""
 
     def __init__(self, config: EagleConfig, init: Init):
         width = config.layer.width
@@ -47,12 +42,7 @@ class EagleLayer(DecoderLayer):
 
 
 class Eagle(nnx.Module):
-    """An EAGLE-3 head; `config`, `layout`, `kinds` and `layers` are those of a model of one layer (nn/forward.py).
-
-    Args:
-      config: shapes and switches.
-      init: (name, shape, kind) -> array, kind "kernel", "scale" or "bias".
-    """
+    """An EAGLE-3 head; `config`, `layout`, `kinds` and `layers` are those of a model of one layer (nn/forward.py)."""
 
     def __init__(self, config: EagleConfig, init: Init):
         layer, states = config.layer, len(config.reads) * config.state_width

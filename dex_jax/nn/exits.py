@@ -47,11 +47,9 @@ class ExitHeads(nnx.Module):
         self.map_down = stacked("map_down", c.rank, c.width, kind="kernel") if low else None
         self.map_up = stacked("map_up", c.width, c.rank) if low else None
         self.previous_norm = stacked("previous_norm", c.width, kind="scale") if c.fused else None
-        fused = c.fused and not low
-        self.previous_map = stacked("previous_map", c.width, c.width) if fused else None
-        low = c.fused and low
-        self.previous_down = stacked("previous_down", c.rank, c.width, kind="kernel") if low else None
-        self.previous_up = stacked("previous_up", c.width, c.rank) if low else None
+        self.previous_map = stacked("previous_map", c.width, c.width) if c.fused and not low else None
+        self.previous_down = stacked("previous_down", c.rank, c.width, kind="kernel") if c.fused and low else None
+        self.previous_up = stacked("previous_up", c.width, c.rank) if c.fused and low else None
         inputs = c.width * (2 if c.fused else 1)
         mlp = c.kind == "mlp"
         self.gate_up = stacked("gate_up", 2 * c.hidden, inputs, kind="kernel") if mlp else None
@@ -116,11 +114,9 @@ class ExitHeads(nnx.Module):
 
 
 class Context(nnx.Module):
-    """One light decoder layer that reads (token embedding, previous position's features) and feeds every exit.
+    """One light decoder layer that reads (token embedding, previous position's features), for exits of kind "attn".
 
-    Args:
-      config: shapes; the kind is "attn".
-      init: as of ExitHeads, names beginning with "context.".
+    The names that `init` is asked for begin with "context.".
     """
 
     def __init__(self, config: ExitsConfig, init: Init):

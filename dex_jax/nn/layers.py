@@ -25,7 +25,7 @@ FEW_ROWS = 64
 
 
 Init = Callable[[str, tuple[int, ...], str], jax.Array]
-"""(name, shape, kind) -> a parameter."""
+"""(name, shape, kind) -> a parameter; kind is "kernel", "scale" or "bias" where nothing else is said."""
 
 
 def linear(
@@ -126,13 +126,13 @@ class DecoderLayer(nnx.Module):
 
     Args:
       config: shapes and switches.
-      init: (name, shape, kind) -> array, kind "kernel", "scale" or "bias".
+      init: gives each parameter.
       tensor_axis: under shard_map, the mesh axis over whose devices heads and mlp are spread; `config` then counts this
         device's own, and the two products that end in D are summed over the axis. None: all is here.
       whole: False where the methods are given parameters cut out of stacked ones (see `linear`).
     """
 
-    def __init__(self, config: ModelConfig, init, tensor_axis: str | None = None, whole: bool = True):
+    def __init__(self, config: ModelConfig, init: Init, tensor_axis: str | None = None, whole: bool = True):
         c = config
 
         def parameter(there: bool, name: str, kind: str, *shape: int) -> nnx.Param | None:

@@ -73,9 +73,7 @@ def blank_planes(shape: tuple[int, ...], format: str) -> Planes:
     """Zeros in the place of a kernel [out, in] in a format, one of FORMATS."""
     out, width = shape
     columns, size = FORMATS[format]
-    found = jax.eval_shape(
-        lambda: _narrow(_split(jnp.zeros((out, width // columns * size), jnp.uint8), format), format)
-    )
+    found = jax.eval_shape(lambda: _planes(jnp.zeros((out, width // columns * size), jnp.uint8), format))
     return jax.tree.map(lambda plane: jnp.zeros(plane.shape, plane.dtype), found)
 
 
@@ -83,8 +81,8 @@ def in_planes(blocks: np.ndarray, format: str) -> Planes:
     """Rows [out, bytes] uint8 of one of FORMATS, taken to pieces on the default device, some of them at a time."""
     columns, size = FORMATS[format]
     step = max(1, _AT_ONCE // (blocks.shape[1] // size * columns))
-    parts = [_narrow(_split(blocks[first : first + step], format), format) for first in range(0, len(blocks), step)]
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *each: jnp.concatenate(each, axis=-1), *parts)
+    parts = [_planes(blocks[first : first + step], format) for first in range(0, len(blocks), step)]
+    return jax.tree.map(lambda *each: jnp.concatenate(each, axis=-1), *parts)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -92,9 +90,9 @@ def _split(blocks: jax.Array, format: str) -> Pieces:
     return jax.tree.map(lambda x: x.transpose(2, 1, 0), pieces(blocks, format))
 
 
-def _narrow(found: Pieces, format: str) -> Planes:
-    # In a program of its own: jaxlib 0.7.2 aborts on CPUs where one gives 4 bits beside other numbers.
-    codes, scale, least = found
+def _planes(blocks: jax.Array | np.ndarray, format: str) -> Planes:
+    codes, scale, least = _split(blocks, format)
+    # Not in the same program: jaxlib 0.7.2 aborts on CPUs where one gives 4 bits beside other numbers.
     if format in _FOUR_BITS:
         codes = codes.astype(jnp.int4 if codes.dtype == jnp.int8 else jnp.uint4)
     return Planes(codes, scale, least)
