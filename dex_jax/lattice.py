@@ -72,7 +72,7 @@ class Proposals(NamedTuple):
 
 
 class Cohort(NamedTuple):
-    """Nodes on their way into the lattice: heads in the first rows, the drafts below them in the others."""
+    """Nodes on their way into the lattice: heads in the first rows, then the drafts below them."""
 
     token: jax.Array  # [N] int32, NO_TOKEN in rows that are not used
     position: jax.Array  # [N] int32
@@ -203,29 +203,22 @@ def collapse(lattice: Lattice, path: Path) -> Lattice:
     return jax.tree.map(lambda new, old: jnp.where(moves, new, old), kept, lattice)
 
 
-def proposers(lattice: Lattice, tick: jax.Array) -> jax.Array:
-    """Which nodes have just finished a stage k < K and may propose: [K - 1, W] bool, exit 1 first."""
-    stages, _ = lattice.token.shape
-    return lattice.live[stage_rows(tick, stages)[:-1]]
-
-
-def fresh_root(token: jax.Array, position: jax.Array, stages: int, size: int) -> Cohort:
-    """A cohort of N = `size` rows that holds nothing but a root, `token` at `position` (int32 scalars)."""
-    first = jnp.arange(size) == 0
-    none = jnp.full(size, NO_NODE, jnp.int32)
+def fresh_root(token: jax.Array, position: jax.Array, stages: int) -> Cohort:
+    """A cohort of a root alone, `token` at `position` (int32 scalars)."""
+    none = jnp.full(1, NO_NODE, jnp.int32)
     return Cohort(
-        token=jnp.where(first, token, NO_TOKEN),
-        position=jnp.where(first, position, 0),
+        token=jnp.full(1, token, jnp.int32),
+        position=jnp.full(1, position, jnp.int32),
         parent=none,
         above=none,
-        born_at=jnp.where(first, jnp.int32(stages), 0),
-        score=jnp.where(first, jnp.float32(0), -jnp.inf),
-        within=jnp.eye(size, dtype=bool),
+        born_at=jnp.full(1, stages, jnp.int32),
+        score=jnp.zeros(1, jnp.float32),
+        within=jnp.ones((1, 1), bool),
     )
 
 
-def seeds(lattice: Lattice, tick: jax.Array, proposals: Proposals, size: int) -> Cohort:
-    """A cohort of N = `size` rows with the best-scoring proposals of `tick` in the first W; the others are pruned.
+def seeds(lattice: Lattice, tick: jax.Array, proposals: Proposals) -> Cohort:
+    """A cohort of the W best-scoring proposals of `tick`; the others are pruned.
 
     Equal scores go to the earlier exit, then to the earlier row.
     """
@@ -237,26 +230,24 @@ def seeds(lattice: Lattice, tick: jax.Array, proposals: Proposals, size: int) ->
     spawned = best > -jnp.inf
     exit_index, row = pick // rows, pick % rows
     parent = (from_rows[exit_index] * rows + row).astype(jnp.int32)
-    blank = fresh_root(jnp.int32(NO_TOKEN), jnp.int32(0), stages, size)
-    return blank._replace(
-        token=blank.token.at[:rows].set(jnp.where(spawned, proposals.token.reshape(-1)[pick], NO_TOKEN)),
-        position=blank.position.at[:rows].set(jnp.where(spawned, lattice.position.reshape(-1)[parent] + 1, 0)),
-        parent=blank.parent.at[:rows].set(jnp.where(spawned, parent, NO_NODE)),
-        born_at=blank.born_at.at[:rows].set(jnp.where(spawned, exit_index.astype(jnp.int32) + 1, 0)),
-        score=blank.score.at[:rows].set(best),
+    return Cohort(
+        token=jnp.where(spawned, proposals.token.reshape(-1)[pick], NO_TOKEN),
+        position=jnp.where(spawned, lattice.position.reshape(-1)[parent] + 1, 0),
+        parent=jnp.where(spawned, parent, NO_NODE),
+        above=jnp.full(rows, NO_NODE, jnp.int32),
+        born_at=jnp.where(spawned, exit_index.astype(jnp.int32) + 1, 0),
+        score=best,
+        within=jnp.eye(rows, dtype=bool),
     )
 
 
 def widen(cohort: Cohort, size: int) -> Cohort:
     """The same cohort with unused rows at its end, `size` in all."""
-    blank = fresh_root(jnp.int32(NO_TOKEN), jnp.int32(0), 0, size)
-    blank = blank._replace(score=jnp.full(size, -jnp.inf))
-    old = cohort.score.shape[0]
-
-    def put(rows: jax.Array, own: jax.Array) -> jax.Array:
-        return rows.at[:old].set(own) if rows.ndim == 1 else rows.at[:old, :old].set(own)
-
-    return jax.tree.map(put, blank, cohort)
+    more = size - cohort.score.shape[0]
+    blanks = (NO_TOKEN, 0, NO_NODE, NO_NODE, 0, -jnp.inf, False)
+    pairs = zip(cohort, blanks, strict=True)
+    wide = Cohort(*(jnp.pad(field, [(0, more)] * field.ndim, constant_values=blank) for field, blank in pairs))
+    return wide._replace(within=wide.within | jnp.eye(size, dtype=bool))
 
 
 def grow(cohort: Cohort, candidates: Candidates, first: jax.Array, width: jax.Array, most: int) -> Cohort:
@@ -280,16 +271,12 @@ def grow(cohort: Cohort, candidates: Candidates, first: jax.Array, width: jax.Ar
     above = jnp.where(found, above[chosen], NO_NODE)
     itself = first + jnp.arange(most)[:, None] == jnp.arange(cohort.token.shape[0])[None]
     seen = cohort.within[jnp.maximum(above, 0)] & found[:, None]
-
-    def put(field: jax.Array, rows: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(field, rows.astype(field.dtype), first, axis=0)
-
     return cohort._replace(
-        token=put(cohort.token, jnp.where(found, token[chosen], NO_TOKEN)),
-        position=put(cohort.position, jnp.where(found, cohort.position[jnp.maximum(above, 0)] + 1, 0)),
-        above=put(cohort.above, above),
-        score=put(cohort.score, jnp.where(found, score[chosen], -jnp.inf)),
-        within=put(cohort.within, seen | itself),
+        token=_put(cohort.token, jnp.where(found, token[chosen], NO_TOKEN), first),
+        position=_put(cohort.position, jnp.where(found, cohort.position[jnp.maximum(above, 0)] + 1, 0), first),
+        above=_put(cohort.above, above, first),
+        score=_put(cohort.score, jnp.where(found, score[chosen], -jnp.inf), first),
+        within=_put(cohort.within, seen | itself, first),
     )
 
 
@@ -301,17 +288,20 @@ def lengthen(cohort: Cohort, row: jax.Array, token: jax.Array, score: jax.Array,
     own, used = jnp.arange(token.shape[0]), score > -jnp.inf
     column = jnp.arange(cohort.token.shape[0])[None]
     down = (column >= first) & (column <= first + own[:, None])
-
-    def put(field: jax.Array, rows: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(field, rows.astype(field.dtype), first, axis=0)
-
+    position = cohort.position[jnp.maximum(row, 0)] + 1 + own
+    above = jnp.where(own == 0, row, first + own - 1)
     return cohort._replace(
-        token=put(cohort.token, jnp.where(used, token, NO_TOKEN)),
-        position=put(cohort.position, jnp.where(used, cohort.position[jnp.maximum(row, 0)] + 1 + own, 0)),
-        above=put(cohort.above, jnp.where(used, jnp.where(own == 0, row, first + own - 1), NO_NODE)),
-        score=put(cohort.score, score),
-        within=put(cohort.within, cohort.within[jnp.maximum(row, 0)][None] | down),
+        token=_put(cohort.token, jnp.where(used, token, NO_TOKEN), first),
+        position=_put(cohort.position, jnp.where(used, position, 0), first),
+        above=_put(cohort.above, jnp.where(used, above, NO_NODE), first),
+        score=_put(cohort.score, score, first),
+        within=_put(cohort.within, cohort.within[jnp.maximum(row, 0)][None] | down, first),
     )
+
+
+def _put(field: jax.Array, rows: jax.Array, first: jax.Array | int) -> jax.Array:
+    """A cohort's field with `rows` from row `first` on."""
+    return jax.lax.dynamic_update_slice_in_dim(field, rows.astype(field.dtype), first, axis=0)
 
 
 def child_of(cohort: Cohort, row: jax.Array, token: jax.Array) -> jax.Array:

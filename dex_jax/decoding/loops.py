@@ -22,12 +22,11 @@ from dex_jax.decoding.chain.loop import ChainState
 from dex_jax.decoding.chain.network import chain_network
 from dex_jax.decoding.counting import bound_of, depth_side_speedup, rounds_of, ticks_of
 from dex_jax.decoding.dex import loop
-from dex_jax.decoding.dex.drafts import Drafting
 from dex_jax.decoding.dex.interface import Network
 from dex_jax.decoding.dex.lookup import StoredTexts
 from dex_jax.decoding.dex.network import network_of
 from dex_jax.decoding.dex.shape import RowCosts
-from dex_jax.decoding.dex.state import DexState
+from dex_jax.decoding.dex.state import DexState, Drafting
 from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.mesh import stage
 from dex_jax.decoding.mesh.stage import StageNetwork

@@ -21,7 +21,7 @@ class Noise(NamedTuple):
     made: jax.Array  # [B] int32, the last position whose noise has been made
 
 
-def make_noise(noise: Noise | None, sampling: Sampling | None, frontier: jax.Array, vocab_size: int) -> Noise | None:
+def make_noise(noise: Noise | None, sampling: Sampling | None, frontier: jax.Array) -> Noise | None:
     """Makes the noise of all positions up to the frontier [B] int32 that have none yet, from sampling's keys."""
     if noise is None:
         return None
@@ -30,7 +30,7 @@ def make_noise(noise: Noise | None, sampling: Sampling | None, frontier: jax.Arr
     def one_more(noise: Noise) -> Noise:
         wanted = frontier > noise.made
         position = noise.made + 1
-        made = jax.vmap(position_noise, (0, 0, None))(sampling.keys, position, vocab_size)
+        made = jax.vmap(position_noise, (0, 0, None))(sampling.keys, position, noise.ring.shape[2])
         at = jnp.where(wanted, position % noise.ring.shape[1], noise.ring.shape[1])
         ring = noise.ring.at[jnp.arange(at.shape[0]), at].set(made, mode="drop")
         return Noise(ring, noise.made + wanted)

@@ -93,7 +93,7 @@ def step(
     """The newest row of every sequence that is not done runs one stage, and drafts, climbs on or is verified."""
     last = len(network.depths) - 1
     active, stage = ~state.record.done, state.stage
-    noise = make_noise(state.noise, sampling, state.prefix + state.newest + 1, network.vocab_size)
+    noise = make_noise(state.noise, sampling, state.prefix + state.newest + 1)
     state = state._replace(tick=state.tick + 1, noise=noise)
     for k in range(last + 1):
         state = _run_stage(network, state, k, active & (stage == k))

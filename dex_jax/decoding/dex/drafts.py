@@ -19,8 +19,9 @@ from dex_jax import lattice as lat
 from dex_jax.decoding.dex.interface import Drafter, DraftRows
 from dex_jax.decoding.dex.lookup import StoredTexts, said_next
 from dex_jax.decoding.dex.shape import RowCosts, TreeShape
+from dex_jax.decoding.dex.state import DexState, Drafting
 from dex_jax.decoding.ladder import fill
-from dex_jax.decoding.noise import Noise, noise_at
+from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Record
 from dex_jax.lattice import NO_NODE, NO_TOKEN, Candidates, Cohort, Lattice, quantized
 from dex_jax.sampling import Sampling, log_total, scores
@@ -38,29 +39,6 @@ PRIOR = 16.0
 taken to have promised and kept."""
 
 
-class Drafting(NamedTuple):
-    """What exit 0 goes by; counts are float32."""
-
-    text: jax.Array  # [B, S] int32, all tokens at their positions
-    costs: RowCosts | None  # None where every cohort keeps all of its rows
-    rung: jax.Array  # [K] int32, which of the shape's row counts the cohort in each ring row has kept
-    chosen: jax.Array  # how many stages have run each of the row counts, and how many levels were drafted in all
-    spent: jax.Array  # AR steps that the ticks took by the costs, times the sequences in them
-    promised: jax.Array  # tokens that all drafts should have brought by their probabilities
-    kept: jax.Array  # how many they brought
-    stored: StoredTexts | None = None  # texts of earlier generations; None without
-
-
-class Below(NamedTuple):
-    """What exit 0 needs to know to draft below the heads of all sequences."""
-
-    memory: Any  # the network's
-    before: jax.Array | None  # [B, H, E], what the drafter reads of the position before each head; None without one
-    prefix: jax.Array  # [B] int32, committed positions
-    going: jax.Array  # [B] bool, sequences that are not done
-    price: jax.Array  # float32, promised tokens that an AR step's time is worth
-
-
 def begin_drafting(
     shape: TreeShape,
     costs: RowCosts | None,
@@ -69,18 +47,9 @@ def begin_drafting(
     position: jax.Array,
     length: int,
     stages: int,
-    stored: StoredTexts | None = None,
+    stored: StoredTexts | None,
 ) -> Drafting:
-    """Before the first cohort.
-
-    Args:
-      shape, costs: how much is drafted and what it takes; None for what the shape says.
-      prompt: [B, R] int32, padded on the right.
-      first_token, position: [B] int32, token 0 and where it stands.
-      length: S.
-      stages: K.
-      stored: texts of earlier generations; None without.
-    """
+    """Before the first cohort, with room for a text of S = `length`; the others as of `loop.init`."""
     batch, size = prompt.shape
     text = jnp.full((batch, length), NO_TOKEN, jnp.int32).at[:, :size].set(prompt)
     text = text.at[jnp.arange(batch), position].set(first_token)
@@ -90,20 +59,18 @@ def begin_drafting(
     return Drafting(text, costs, rung, chosen, none, none, none, stored)
 
 
-def charge(drafting: Drafting, live: jax.Array, going: jax.Array) -> Drafting:
-    """Counts what a tick takes: its K stages go on side by side, and the one with the most rows is waited for.
-
-    Args:
-      drafting: before the tick.
-      live: [K] bool, which ring rows hold any node.
-      going: [B] bool, sequences that take part.
-    """
+def charge(state: DexState) -> DexState:
+    """Counts what a tick takes: its K stages go on side by side, and the one with the most rows is waited for."""
+    drafting = state.drafting
+    if drafting is None:
+        return state
+    live = jnp.any(state.lattice.live, axis=(0, 2))
     counts = jnp.zeros_like(drafting.chosen).at[drafting.rung].add(live)
     drafting = drafting._replace(chosen=drafting.chosen + counts)
-    if drafting.costs is None:
-        return drafting
-    cost = jnp.max(jnp.where(live, drafting.costs.rows[drafting.rung], 0)) / live.shape[0]
-    return drafting._replace(spent=drafting.spent + cost * jnp.sum(going))
+    if drafting.costs is not None:
+        cost = jnp.max(jnp.where(live, drafting.costs.rows[drafting.rung], 0)) / live.shape[0]
+        drafting = drafting._replace(spent=drafting.spent + cost * jnp.sum(~state.record.done))
+    return state._replace(drafting=drafting)
 
 
 def price_of(drafting: Drafting, record: Record) -> jax.Array:
@@ -118,56 +85,30 @@ def price_of(drafting: Drafting, record: Record) -> jax.Array:
     return pace / jnp.minimum(1, (before + drafting.kept) / (before + drafting.promised))
 
 
-def position_before(committed: jax.Array, reached: jax.Array | None, ring: jax.Array, parent: jax.Array) -> jax.Array:
-    """What the drafter reads of the position before each head: [B, H, E].
-
-    Args:
-      committed: [B, E], at the last committed position: the one before a fresh root.
-      reached: [K, B, W, E], of the nodes of every stage; None where every head is a fresh root.
-      ring: [K] int32, the ring row of each stage.
-      parent: [B, H] int32 slots, NO_NODE for a fresh root.
-    """
-    if reached is None:
-        return jnp.broadcast_to(committed[:, None], (*parent.shape, committed.shape[1]))
-    rows, place = reached.shape[2], jnp.maximum(parent, 0)
-    sequence = jnp.arange(parent.shape[0])[:, None]
-    estimate = reached[jnp.argsort(ring)[place // rows], sequence, place % rows]
-    return jnp.where((parent == NO_NODE)[..., None], committed[:, None], estimate)
-
-
 def draft(
     drafter: Drafter | None,
-    drafting: Drafting,
-    lattice: Lattice,
-    cohort: Cohort,
-    below: Below,
+    state: DexState,
+    waiting: Cohort,
+    before: jax.Array | None,
     sampling: Sampling | None,
-    noise: Noise | None,
     shape: TreeShape,
-    ring: jax.Array,
-    heads: int,
-) -> tuple[Cohort, Drafting]:
-    """Drafts below a cohort's heads, and keeps the rows that are worth their time.
+) -> tuple[Cohort, DexState]:
+    """Drafts below the first HEADS of the heads that were `waiting`, and keeps the rows that are worth their time.
 
-    Args:
-      drafter: None to go by the text alone.
-      drafting: what it goes by.
-      lattice: after the collapse; every field with a leading axis B.
-      cohort: heads in the first rows and the rest unused, N rows of each sequence.
-      below: what lies below them.
-      sampling, noise: None when greedy.
-      shape: how much is drafted.
-      ring: int32, the ring row that the cohort gets.
-      heads: how many of the first rows may be heads; the first HEADS of them are drafted under.
-
-    Returns:
-      (the cohort, best rows first, those beyond the chosen rung cut off; what it goes by next).
+    `drafter` and `before`, as of Waiting, are None to go by the text alone. Gives (N rows of each sequence, best ones
+    first, those beyond the chosen rung cut off; the state with what was drafted by and for).
     """
-    batch, size = cohort.token.shape
+    drafting, going = state.drafting, ~state.record.done
+    assert drafting is not None
+    batch, heads = waiting.token.shape
     under = min(heads, HEADS)
     most = max(under, *shape.widths)
-    cohort = jax.vmap(lat.widen, (0, None))(cohort, size + most)  # so that `most` rows can be cut out from any one on
-    text = jax.vmap(_texts, (0, 0, 0, 0, None))(drafting.text, lattice, cohort, below.prefix, under)
+    size = max(state.rows, heads + sum(shape.widths) + shape.tail) + most  # so that `most` rows can be cut out anywhere
+    cohort = jax.vmap(lat.widen, (0, None))(waiting, size)
+    furthest = jnp.max(jnp.where(cohort.score > -jnp.inf, cohort.position, -1), axis=1)
+    noise = make_noise(state.noise, sampling, furthest + len(shape.widths))
+    price = price_of(drafting, state.record)
+    text = jax.vmap(_texts, (0, 0, 0, 0, None))(drafting.text, state.lattice, cohort, state.prefix, under)
     ends = cohort.position[:, :under] + 1
     axes = (None, 0, 0, None, None)
     said, trusted = jax.vmap(jax.vmap(said_next, axes), axes)(
@@ -179,7 +120,7 @@ def draft(
     # The row that each continuation has got to.
     own = jnp.repeat(jnp.arange(under), several)
     at = jnp.where((trusted[..., 0] > -jnp.inf) & alive, own[None], NO_NODE)
-    known = None if drafter is None else drafter.blank(batch, size + most)
+    known = None if drafter is None else drafter.blank(batch, size)
     costs = drafting.costs
 
     def one_level(carry: tuple[Any, ...], parts: tuple[_Level, jax.Array, jax.Array]) -> tuple[tuple[Any, ...], None]:
@@ -192,13 +133,13 @@ def draft(
             if costs is not None and shape.drafting > 0:
                 # Below one head at most one continuation is right.
                 lookup = jnp.max(jnp.exp(score).reshape(batch, under, several), axis=-1)
-                claimed = jnp.sum(jnp.where(below.going[:, None], lookup, 0))
-                above = jax.lax.dynamic_slice_in_dim(_promise(cohort, below.going), level.above, most)
+                claimed = jnp.sum(jnp.where(going[:, None], lookup, 0))
+                above = jax.lax.dynamic_slice_in_dim(_promise(cohort, going), level.above, most)
                 hope = HOPE * (jnp.sum(jnp.where(jnp.arange(most) < level.of_above, above, 0)) - claimed)
-                asked &= hope > below.price * costs.drafting
+                asked &= hope > price * costs.drafting
 
             def drafted(known: Any) -> tuple[Candidates, Any]:
-                return _drafted(drafter, below, known, cohort, sampling, noise, level, most)
+                return _drafted(drafter, state.memory, before, known, cohort, sampling, noise, level, most)
 
             def skipped(known: Any) -> tuple[Candidates, Any]:
                 none = jnp.full((batch, most * most), NO_NODE, jnp.int32)
@@ -221,17 +162,15 @@ def draft(
         cohort = jax.vmap(_go_on, (0, 0, 0, 0, None))(cohort, at, said[..., down:], trusted[..., down:], first)
     cohort = jax.vmap(lat.sort_rows)(cohort)
     drafting = drafting._replace(chosen=drafting.chosen.at[-1].add(levels_drafted))
-    if costs is None:
-        return cohort, drafting
-    # Of K cohorts on their way side by side each makes ticks longer by its share alone.
-    share = costs.rows / drafting.rung.shape[0]
-    cohort, rung, promised = _most_promising(cohort, below, shape, share)
-    spent = levels_drafted * costs.drafting * jnp.sum(below.going)
-    return cohort, drafting._replace(
-        rung=drafting.rung.at[ring].set(rung),
-        spent=drafting.spent + spent,
-        promised=drafting.promised + promised,
-    )
+    if costs is not None:
+        # Of K cohorts on their way side by side each makes ticks longer by its share alone.
+        cohort, rung, promised = _most_promising(cohort, going, shape, price * (costs.rows / state.stages))
+        drafting = drafting._replace(
+            rung=drafting.rung.at[lat.ring_row(state.tick, state.stages)].set(rung),
+            spent=drafting.spent + levels_drafted * costs.drafting * jnp.sum(going),
+            promised=drafting.promised + promised,
+        )
+    return cohort, state._replace(noise=noise, drafting=drafting)
 
 
 class _Level(NamedTuple):
@@ -285,7 +224,8 @@ def _texts(text: jax.Array, lattice: Lattice, cohort: Cohort, prefix: jax.Array,
 
 def _drafted(
     drafter: Drafter,
-    below: Below,
+    memory: Any,
+    before: jax.Array | None,
     known: Any,
     cohort: Cohort,
     sampling: Sampling | None,
@@ -303,9 +243,9 @@ def _drafted(
         return jax.lax.dynamic_slice_in_dim(field, level.above, most, axis=1)
 
     token, position = above(cohort.token), above(cohort.position)
-    assert below.before is not None
-    of_heads = jnp.pad(below.before, ((0, 0), (0, most - below.before.shape[1]), (0, 0)))
-    features, own = drafter.features(below.memory, known, DraftRows(token, position, above(cohort.above), of_heads))
+    assert before is not None
+    rows = DraftRows(token, position, above(cohort.above), fill(before, 1, most))
+    features, own = drafter.features(memory, known, rows)
     inside = jnp.arange(most) < level.of_above
 
     def put(states: jax.Array, new: jax.Array) -> jax.Array:
@@ -340,7 +280,7 @@ def _promise(cohort: Cohort, going: jax.Array) -> jax.Array:
 
 
 def _most_promising(
-    cohort: Cohort, below: Below, shape: TreeShape, costs: jax.Array
+    cohort: Cohort, going: jax.Array, shape: TreeShape, prices: jax.Array
 ) -> tuple[Cohort, jax.Array, jax.Array]:
     """A sorted cohort without the rows beyond the best rung, the rung, and how many tokens its drafts promise.
 
@@ -348,8 +288,8 @@ def _most_promising(
     ticks, not of this one: that makes the most of all of them together (the rule of renewal reward).
     """
     counts = jnp.asarray(shape.counts)
-    expected = jnp.cumsum(_promise(cohort, below.going))
-    rung = jnp.argmax(expected[counts - 1] - below.price * costs).astype(jnp.int32)
+    expected = jnp.cumsum(_promise(cohort, going))
+    rung = jnp.argmax(expected[counts - 1] - prices).astype(jnp.int32)
     kept = (jnp.arange(cohort.token.shape[1]) < counts[rung])[None]
-    drafts = jnp.where(kept & (cohort.above != NO_NODE) & below.going[:, None], jnp.exp(cohort.score), 0)
+    drafts = jnp.where(kept & (cohort.above != NO_NODE) & going[:, None], jnp.exp(cohort.score), 0)
     return cohort._replace(score=jnp.where(kept, cohort.score, -jnp.inf)), rung, jnp.sum(drafts)

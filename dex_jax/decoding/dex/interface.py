@@ -59,6 +59,11 @@ class Committed(NamedTuple):
     position: jax.Array
     length: jax.Array
 
+    @property
+    def chunk(self) -> Chunk:
+        """The same as a piece of text."""
+        return Chunk(self.token, self.hidden, self.position, self.position + self.length)
+
 
 class Exits(NamedTuple):
     """The heads of exits 1..K-1.
@@ -122,6 +127,18 @@ def before_rows(states: jax.Array, asked: DraftRows) -> jax.Array:
     """What is known of the position before each row, [B, n, E], where a state [B, N, E] is what is known of its own."""
     of_parent = jnp.take_along_axis(states, jnp.maximum(asked.parent, 0)[:, :, None], axis=1)
     return jnp.where((asked.parent == NO_NODE)[..., None], asked.before.astype(states.dtype), of_parent)
+
+
+def before_nodes(reached: jax.Array, committed: jax.Array, parent: jax.Array, ring: jax.Array) -> jax.Array:
+    """What is known of the position before nodes of X stages, whose parents are [X, B, n] slots: [X, B, n, E].
+
+    That is what is known of their parents, as deep as they have got: `reached` [K, B, W, E] of the nodes of every
+    stage, and `committed` [B, E], of the last committed position, for a root; ring [K] int32 as in StageView.
+    """
+    rows, place = reached.shape[2], jnp.maximum(parent, 0)
+    sequence = jnp.arange(parent.shape[1])[None, :, None]
+    of_parent = reached[jnp.argsort(ring)[place // rows], sequence, place % rows]
+    return jnp.where((parent == NO_NODE)[..., None], committed[None, :, None], of_parent)
 
 
 Reached = Callable[[Any, jax.Array, StageView], jax.Array]

@@ -18,11 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
-from dex_jax.decoding.dex import spawning
-from dex_jax.decoding.dex.drafts import (
-    begin_drafting,
-    charge,
-)
+from dex_jax.decoding.dex.drafts import begin_drafting, charge
 from dex_jax.decoding.dex.interface import Committed, Network, StageView
 from dex_jax.decoding.dex.lookup import StoredTexts
 from dex_jax.decoding.dex.proposals import Proposers, propose
@@ -104,8 +100,10 @@ def init(
         record=record,
         drafting=drafting,
     )
-    first = spawning.waiting(network.drafter, state, ~record.done, first_token, None, None, drafts)
-    state = state._replace(waiting=first)
+    # As after a commit of token 0 that no node goes on from.
+    token, none = first_token[:, None], jnp.full(batch, NO_NODE)
+    path = Path(slot=none[:, None], token=token, born_at=none[:, None], length=jnp.ones(batch, jnp.int32), heir=none)
+    state = wait(network.drafter, state, path, None, None, drafts)
     return state if waiting else enter(network.drafter, state, sampling, drafts)
 
 
@@ -142,31 +140,23 @@ def step(
     waits = state.waiting is not None
     if waits:
         state = enter(network.drafter, state, sampling, drafts)
-    state = state._replace(tick=state.tick + 1)
-    tick, ring = state.tick, lat.stage_rows(state.tick, stages)
-    view = stage_view(state.lattice, ring, state.prefix)
-    if state.drafting is not None:
-        live = jnp.any(state.lattice.live, axis=(0, 2))
-        state = state._replace(drafting=charge(state.drafting, live, ~state.record.done))
-
+    state, view = begin_tick(state, sampling)
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
     hidden = jnp.concatenate([entering[None], state.hidden[:-1]])
     hidden, memory = _advance(network, state.memory, hidden, view)
-
-    noise = make_noise(state.noise, sampling, furthest(state.lattice) + 1, network.vocab_size)
-    state = state._replace(hidden=hidden, memory=memory, noise=noise)
-    finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, tick)
+    state = state._replace(hidden=hidden, memory=memory)
+    finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, state.tick)
     final = final_tokens(network, state, hidden[-1], view, finished, sampling, drafts)
-    state, path = settle(state, final, limits, levels_of(drafts))
+    state, path = settle(state, final, limits, drafts)
     state = state._replace(memory=network.commit(memory, committed(path.slot, path.length, hidden[-1], view)))
 
     proposals = None
     if exits is not None and stages > 1:
-        live = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(state.lattice, tick), 0, 1)
+        live = proposers(state)
         if proposing is not None:
             live = live & jnp.asarray([k in proposing for k in range(1, stages)])[:, None, None]
-        nodes = Proposers(live, _by_stage(state.lattice.score, ring[:-1]), *children(state.lattice))
-        proposals = propose(exits, state.memory, hidden, view, nodes, sampling, noise, decs=decs)
+        nodes = Proposers(live, _by_stage(state.lattice.score, view.ring[:-1]), *children(state.lattice))
+        proposals = propose(exits, state.memory, hidden, view, nodes, sampling, state.noise, decs=decs)
     reached = None
     if drafts is not None and network.drafter is not None and network.drafter.reached is not None:
         reached = network.drafter.reached(state.memory, hidden, view)
@@ -195,6 +185,19 @@ def run(
     return until_done(lambda state: step(network, state, limits, sampling, **options), state, until_tick)
 
 
+def begin_tick(state: DexState, sampling: Sampling | None) -> tuple[DexState, StageView]:
+    """The state with the tick counted and the noise that its nodes need, and the lattice as the stages see it."""
+    lattice, tick = state.lattice, state.tick + 1
+    furthest = jnp.max(jnp.where(lattice.live, lattice.position, -1), axis=(1, 2))
+    noise = make_noise(state.noise, sampling, furthest + 1)
+    ring = lat.stage_rows(tick, state.stages)
+    seen = (lattice.token, lattice.position, lattice.live, lattice.ancestors, lattice.parent)
+    token, position, live, ancestors, parent = (_by_stage(field, ring) for field in seen)
+    slots = lattice.position.reshape(lattice.position.shape[0], -1)
+    view = StageView(ring, token, position, live, ancestors, parent, state.prefix, slots)
+    return charge(state)._replace(tick=tick, noise=noise), view
+
+
 def _advance(network: Network, memory: Any, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Any]:
     stages = hidden.shape[0]
     says = f"the network does not run the {stages} stages of {hidden.shape[2]} rows that the state has: give both alike"
@@ -212,12 +215,13 @@ def levels_of(drafts: TreeShape | None) -> int:
     return 1 if drafts is None else drafts.levels
 
 
-def settle(state: DexState, final: jax.Array, limits: Limits, levels: int) -> tuple[DexState, Path]:
+def settle(state: DexState, final: jax.Array, limits: Limits, drafts: TreeShape | None) -> tuple[DexState, Path]:
     """Commit and collapse of one tick, all of it bookkeeping, once nodes have advanced and the tick is counted.
 
     `final` [B, W] int32 is the final layer's token after each live row of the last stage. Gives the state before
     proposals, with memory as it was, and what is committed.
     """
+    levels = levels_of(drafts)
     path = jax.vmap(lat.follow, (0, 0, None, None))(state.lattice, final, state.tick, levels)
     record, place = emit_path(state.record, path.token, path.born_at, path.length, limits)
     lattice = jax.vmap(lat.collapse)(state.lattice, path)
@@ -284,17 +288,9 @@ def committed(slot: jax.Array, length: jax.Array, hidden: jax.Array, view: Stage
     )
 
 
-def stage_view(lattice: Lattice, ring: jax.Array, prefix: jax.Array) -> StageView:
-    """The lattice as the stages see it; ring from `lattice.stage_rows`."""
-    seen = (lattice.token, lattice.position, lattice.live, lattice.ancestors, lattice.parent)
-    token, position, live, ancestors, parent = (_by_stage(field, ring) for field in seen)
-    slots = lattice.position.reshape(lattice.position.shape[0], -1)
-    return StageView(ring, token, position, live, ancestors, parent, prefix, slots)
-
-
-def furthest(lattice: Lattice) -> jax.Array:
-    """[B] int32, the last position that any live node stands at."""
-    return jnp.max(jnp.where(lattice.live, lattice.position, -1), axis=(1, 2))
+def proposers(state: DexState) -> jax.Array:
+    """Which nodes have just finished a stage k < K and may propose: [K - 1, B, W] bool, exit 1 first."""
+    return _by_stage(state.lattice.live, lat.stage_rows(state.tick, state.stages)[:-1])
 
 
 def children(lattice: Lattice) -> tuple[jax.Array, jax.Array]:

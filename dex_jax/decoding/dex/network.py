@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax.cache import Memory, after, commit_slots, lengths_of, write_in_place, written_in_place
-from dex_jax.decoding.dex.interface import Chunk, Committed, Drafter, Exits, Network, StageView
+from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.dex.trained_exits import Heads, reached_features, trained_exits
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.nn.forward import Beside, InUse, commit_rows, run_all, run_layer, run_rows
@@ -35,8 +35,7 @@ def network_of(model: Transformer, heads: Heads, spec: Spec) -> Network:
     def remember(memory: Any, done: Committed) -> Any:
         if remembers is None or arrays is None:
             return memory
-        ends = done.position + done.length
-        return remembers.read(model, arrays, memory, Chunk(done.token, done.hidden, done.position, ends))
+        return remembers.read(model, arrays, memory, done.chunk)
 
     def reached(memory: Any, hidden: jax.Array, view: StageView) -> jax.Array:
         return reached_features(model, spec.exits, heads.exits, hidden)

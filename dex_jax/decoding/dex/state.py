@@ -1,7 +1,7 @@
 """What one decoding by the lattice carries from tick to tick.
 
-Letters: B sequences, W rows a cohort, N rows of one while it grows, K stages, H heads, E numbers that a drafter reads
-of the position before, D model width.
+Letters: B sequences, W rows a cohort, K stages, H heads, E numbers that a drafter reads of the position before, S text
+length, D model width.
 """
 
 from __future__ import annotations
@@ -10,29 +10,32 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dex_jax.decoding.dex.drafts import Drafting
+from dex_jax.decoding.dex.lookup import StoredTexts
+from dex_jax.decoding.dex.shape import RowCosts
 from dex_jax.decoding.noise import Noise
 from dex_jax.decoding.record import Record
-from dex_jax.lattice import Lattice
+from dex_jax.lattice import Cohort, Lattice
 
 
-class Seeds(NamedTuple):
-    """A cohort's heads, fields [B, N] as in Cohort."""
+class Drafting(NamedTuple):
+    """What exit 0 goes by; counts are float32."""
 
-    token: jax.Array
-    position: jax.Array
-    parent: jax.Array
-    born_at: jax.Array
-    score: jax.Array
+    text: jax.Array  # [B, S] int32, all tokens at their positions
+    costs: RowCosts | None  # None where every cohort keeps all of its rows
+    rung: jax.Array  # [K] int32, which of the shape's row counts the cohort in each ring row has kept
+    chosen: jax.Array  # how many stages have run each of the row counts, and how many levels were drafted in all
+    spent: jax.Array  # AR steps that the ticks took by the costs, times the sequences in them
+    promised: jax.Array  # tokens that all drafts should have brought by their probabilities
+    kept: jax.Array  # how many they brought
+    stored: StoredTexts | None = None  # texts of earlier generations; None without
 
 
 class Waiting(NamedTuple):
-    """A cohort of heads that is not in the lattice yet."""
+    """Heads that are not in the lattice yet."""
 
-    fresh: jax.Array  # [B] bool, whether it is a fresh root
-    token: jax.Array | None = None  # [B] int32, of the fresh root where K = 1
-    seeds: Seeds | None = None  # where K > 1, a fresh root among them
-    before: jax.Array | None = None  # [B, H, E], what a drafter reads of the position before each head, where K > 1
+    heads: Cohort  # fields [B, H, ...]
+    fresh: jax.Array  # [B] bool, whether they are a fresh root
+    before: jax.Array | None  # [B, H, E], what a drafter reads of the position before each; None without one
 
 
 class DexState(NamedTuple):
@@ -69,3 +72,8 @@ class DexState(NamedTuple):
     def rows(self) -> int:
         """W."""
         return self.lattice.token.shape[2]
+
+    @property
+    def heads(self) -> int:
+        """How many of a cohort's first rows may be heads."""
+        return 1 if self.stages == 1 else self.rows

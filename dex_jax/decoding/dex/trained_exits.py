@@ -18,8 +18,16 @@ from flax import nnx
 
 from dex_jax.cache import after
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.dex.interface import Chunk, Drafter, DraftRows, Exits, Reached, StageView, before_rows
-from dex_jax.lattice import NO_NODE
+from dex_jax.decoding.dex.interface import (
+    Chunk,
+    Drafter,
+    DraftRows,
+    Exits,
+    Reached,
+    StageView,
+    before_nodes,
+    before_rows,
+)
 from dex_jax.nn import few_rows
 from dex_jax.nn.attention import KeyValues, capped
 from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph, heads_of
@@ -103,24 +111,17 @@ class TrainedHeads:
 
     def read(self, model: Transformer, arrays: ExitArrays, memory: ExitMemory, chunk: Chunk) -> ExitMemory:
         """`previous` then belongs to the last of these tokens before the end, or to an earlier one."""
-        tokens, hidden, start, lengths = chunk
-        return read_features(model, self.config, arrays, memory, tokens, model.normed(hidden), start, lengths)
+        return read_features(model, self.config, arrays, memory, chunk._replace(hidden=model.normed(chunk.hidden)))
 
     def drafter(self, model: Transformer, arrays: ExitArrays, reached: Reached | None) -> Drafter:
         return transformer_drafter(model, self.config, arrays, reached)
 
 
 def read_features(
-    model: Transformer,
-    config: ExitsConfig,
-    arrays: ExitArrays,
-    memory: ExitMemory,
-    tokens: jax.Array,
-    features: jax.Array,
-    start: jax.Array,
-    lengths: jax.Array,
+    model: Transformer, config: ExitsConfig, arrays: ExitArrays, memory: ExitMemory, chunk: Chunk
 ) -> ExitMemory:
-    """`TrainedHeads.read`, given what the final norm makes of the states: `features` [B, R, D]."""
+    """`TrainedHeads.read` of a chunk that holds what the final norm makes of the states, [B, R, D], as `hidden`."""
+    tokens, features, start, lengths = chunk
     size = tokens.shape[1]
     start = jnp.broadcast_to(start, tokens.shape[:1])
     ends = jnp.minimum(lengths, start + size)  # positions before it are committed
@@ -166,7 +167,7 @@ def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -
         if not config.needs_previous:
             return row_features(model, heads, states, view.token[:-1], view.position[:-1])
         reached = reached_features(model, config, arrays, hidden)
-        previous = previous_features(reached, memory.exits.previous, view.parent[:-1], view.ring)
+        previous = before_nodes(reached, memory.exits.previous, view.parent[:-1], view.ring)
         return row_features(
             model, heads, states, view.token[:-1], view.position[:-1], previous, reached[:-1], memory.exits.context
         )
@@ -222,7 +223,7 @@ def row_features(
 ) -> jax.Array:
     """What X exits give for the nodes, states [X, B, W, D], that have just reached them: [X, B, W, D + 1].
 
-    `previous` [X, B, W, D] comes from `previous_features`, None without `needs_previous`; `base` [X, B, W, D] from
+    `previous` [X, B, W, D] comes from `before_nodes`, None without `needs_previous`; `base` [X, B, W, D] from
     `base_features`, where it is known; `context` is None unless the kind is "attn".
     """
     count, batch, rows, width = states.shape
@@ -241,21 +242,6 @@ def row_features(
         read = jnp.swapaxes(read.reshape(batch, count, rows, width), 0, 1)
     features = heads.features(states.reshape(count, batch * rows, width), flat(previous), flat(read), flat(base))
     return features.reshape(count, batch, rows, width + 1)
-
-
-def previous_features(reached: jax.Array, committed: jax.Array, parent: jax.Array, ring: jax.Array) -> jax.Array:
-    """What nodes of X stages know of the position before: their parents' features, as deep as they have got.
-
-    `reached` [K, B, W, D] are features of the nodes of every stage, estimates below depth L and true ones at it, and
-    `committed` [B, D] those of the root's parent, at the last committed position; parent [X, B, W] and ring [K] int32
-    as in StageView. Gives [X, B, W, D].
-    """
-    _, batch, rows, _ = reached.shape
-    stage_of_row = jnp.argsort(ring)
-    place = jnp.maximum(parent, 0)
-    sequence = jnp.arange(batch)[None, :, None]
-    of_parent = reached[stage_of_row[place // rows], sequence, place % rows]
-    return jnp.where((parent == NO_NODE)[..., None], committed[None, :, None], of_parent)
 
 
 def context_rows(

@@ -24,9 +24,8 @@ from dex_jax import lattice as lat
 from dex_jax.cache import NOWHERE, Memory, after, write_rows
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.ar import ARState, next_token
-from dex_jax.decoding.dex.drafts import charge
-from dex_jax.decoding.dex.interface import Chunk, Committed, Network, StageView
-from dex_jax.decoding.dex.loop import children, committed, final_tokens, furthest, levels_of, settle, stage_view
+from dex_jax.decoding.dex.interface import Committed, Network, StageView, before_nodes
+from dex_jax.decoding.dex.loop import begin_tick, children, committed, final_tokens, proposers, settle
 from dex_jax.decoding.dex.network import shared_exits, transformer_network
 from dex_jax.decoding.dex.proposals import Asked, held_below, propose_rows
 from dex_jax.decoding.dex.shape import TreeShape
@@ -37,13 +36,11 @@ from dex_jax.decoding.dex.trained_exits import (
     TrainedHeads,
     base_features,
     exit_heads,
-    previous_features,
     read_features,
     row_features,
     trained_exits,
 )
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
-from dex_jax.decoding.noise import make_noise
 from dex_jax.decoding.record import Limits, emit
 from dex_jax.lattice import NO_TOKEN, Proposals
 from dex_jax.nn.attention import causal_rows
@@ -114,13 +111,12 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
     def remember(memory: Any, done: Committed, shared: Any) -> Any:
         if remembers is None or remembering is None:
             return memory
-        ends = done.position + done.length
         if remembers.alone:
-            return remembers.read(model, remembering, memory, Chunk(done.token, done.hidden, done.position, ends))
+            return remembers.read(model, remembering, memory, done.chunk)
         row = (done.slot % shared.shape[2])[:, :, None]
         features = jnp.take_along_axis(shared[-1], row, axis=1)
         assert isinstance(remembers, TrainedHeads)
-        return read_features(model, remembers.config, remembering, memory, done.token, features, done.position, ends)
+        return read_features(model, remembers.config, remembering, memory, done._replace(hidden=features).chunk)
 
     def features(memory: Any, hidden: jax.Array, view: StageView, shared: Any) -> jax.Array:
         if own is None or spec.exits is None:
@@ -129,7 +125,7 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
         token, position, parent = (field[stage][None] for field in (view.token, view.position, view.parent))
         if not spec.exits.needs_previous:
             return row_features(model, own, hidden[None], token, position)[0]
-        before = previous_features(shared, memory.previous, parent, view.ring)
+        before = before_nodes(shared, memory.previous, parent, view.ring)
         return row_features(model, own, hidden[None], token, position, before, shared[stage][None], memory.context)[0]
 
     waits = spec.exits is not None and spec.exits.needs_previous and stages > 1
@@ -182,21 +178,16 @@ def step(
     network, stages = device.network, device.stages
     stage = jax.lax.axis_index(STAGE)
     batch, _, rows = state.lattice.token.shape
-    tick, before = state.tick + 1, state.memory.exits
-    view = stage_view(state.lattice, lat.stage_rows(tick, stages), state.prefix)
+    before = state.memory.exits
+    state, view = begin_tick(state, sampling)
     own = one_stage(view, stage)
-    if state.drafting is not None:
-        live = jnp.any(state.lattice.live, axis=(0, 2))
-        state = state._replace(drafting=charge(state.drafting, live, ~state.record.done))
-
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
     arrived = to_next_stage(state.hidden, stages)
     advanced, memory = network.advance(state.memory, jnp.where(stage == 0, entering[None], arrived), own)
     (hidden,) = advanced
 
-    finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, tick)
-    noise = make_noise(state.noise, sampling, furthest(state.lattice) + 1, network.vocab_size)
-    state = state._replace(tick=tick, hidden=advanced, noise=noise)
+    finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, state.tick)
+    state = state._replace(hidden=advanced)
     last = stage == stages - 1
     final = final_tokens(network, state, hidden, view, finished & last, sampling, drafts)
     shared = device.share(hidden, after(stage, final.astype(jnp.float32)) if device.final_first else stage)
@@ -223,15 +214,14 @@ def step(
             position=own.position.reshape(-1) + 1,
             sequence=sequence,
         )
-        proposals = propose_rows(network.exits, asked, asking, sampling, noise, decs=decs)
+        proposals = propose_rows(network.exits, asked, asking, sampling, state.noise, decs=decs)
         proposals, final = exchange(jax.tree.map(lambda x: x.reshape(batch, rows), proposals), final, stages)
-    state, path = settle(state, final, limits, levels_of(drafts))
+    state, path = settle(state, final, limits, drafts)
     done = committed(path.slot, path.length, hidden, view)
     memory = network.commit(memory, done)._replace(exits=device.remember(before, done, shared))
     state = state._replace(memory=memory)
     if proposals is not None:
-        survives = jnp.swapaxes(jax.vmap(lat.proposers, (0, None))(state.lattice, tick), 0, 1)
-        proposals = proposals._replace(valid=proposals.valid & survives)
+        proposals = proposals._replace(valid=proposals.valid & proposers(state))
     reached = shared if drafts is not None and network.drafter is not None and stages > 1 else None
     state = wait(network.drafter, state, path, proposals, reached, drafts)
     return enter(network.drafter, state, sampling, drafts)
