@@ -43,9 +43,22 @@ class Memory(NamedTuple):
     exits: Any = ()
 
 
-def allocate(config: ModelConfig, layout: Layout, batch: int, length: int, slots: int, dtype: jnp.dtype) -> Memory:
-    """Empty memory for `batch` sequences of at most `length` committed positions and `slots` = K W lattice slots."""
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes(config, layout, batch, length, slots, dtype))
+def allocate(
+    config: ModelConfig,
+    layout: Layout,
+    batch: int,
+    length: int,
+    slots: int,
+    dtype: jnp.dtype,
+    rings: bool = False,
+) -> Memory:
+    """Empty memory for `batch` sequences of at most `length` committed positions and `slots` = K W lattice slots.
+
+    With `rings`, for those who write no more than MOST_WRITTEN positions at a time, layers with a window keep no more
+    than that needs, where all that share an array have the same one.
+    """
+    about = shapes(config, layout, batch, length, slots, dtype, rings)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), about)
 
 
 def shapes(
@@ -57,11 +70,7 @@ def shapes(
     dtype: jnp.dtype,
     rings: bool = False,
 ) -> Memory:
-    """As `allocate`, as jax.ShapeDtypeStruct and without any array.
-
-    With `rings`, for those who write no more than MOST_WRITTEN positions at a time, layers with a window keep no more
-    than that needs, where all that share an array have the same one.
-    """
+    """As `allocate`, as jax.ShapeDtypeStruct and without any array."""
     stages = () if isinstance(layout, Unrolled) else stage_ranges(layout.depths)
     rows = kind_table(config, stages).rows
 

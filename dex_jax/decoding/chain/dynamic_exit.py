@@ -81,15 +81,12 @@ class Dynamic(Policy):
         def more(old: jax.Array, what: jax.Array) -> jax.Array:
             return self.decay * old + jnp.sum(what, axis=2, dtype=jnp.float32)
 
-        seen = Seen(
+        seen = known._replace(
             rows=self.decay * known.rows + verified.length,
             given=more(known.given, of_quarter & true[..., None]),
             right=more(known.right, of_quarter & right[..., None]),
             open=more(known.open, pays),
             kept=more(known.kept, pays & right),
-            exit=known.exit,
-            length=known.length,
-            rate=known.rate,
         )
         seen = self._best(seen)
 

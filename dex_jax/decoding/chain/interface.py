@@ -12,6 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
+from dex_jax.decoding.dex.interface import Chunk
+
 
 class ChainRows(NamedTuple):
     """The rows of a round."""
@@ -35,15 +37,6 @@ class ChainExits(NamedTuple):
     rest: Callable[[jax.Array], jax.Array] | None = None
 
 
-class Path(NamedTuple):
-    """The rows that a round commits; their keys and values stand where they belong already."""
-
-    token: jax.Array  # [B, R] int32
-    hidden: jax.Array  # [B, R, D] at depth L
-    prefix: jax.Array  # [B] int32, position of the first
-    length: jax.Array  # [B] int32, how many; 0 for sequences that commit nothing in this step
-
-
 class ChainNetwork(NamedTuple):
     """A decoder whose stages run one by one."""
 
@@ -57,7 +50,10 @@ class ChainNetwork(NamedTuple):
     # (memory, stage, fresh, start [B], where [B] bool) -> memory: the sequences of `where` take up n rows from `start`
     # on; rows that are not there yet may be anything, they are written again before they are read
     write: Callable[..., Any]
-    commit: Callable[[Any, Path], Any]  # (memory, Path) -> memory: for what exits remember of the committed prefix
+    # (memory, Chunk) -> memory: for what exits remember of the committed prefix. The chunk is the rows that a round
+    # commits, whose keys and values stand where they belong already; it ends where it starts for sequences that commit
+    # nothing in this step.
+    commit: Callable[[Any, Chunk], Any]
     final: Callable[[jax.Array], jax.Array]  # hidden [M, D] -> logits [M, V] float32
     exits: ChainExits | None  # None for K = 1
 

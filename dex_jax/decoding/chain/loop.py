@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows, Path, Policy, Verified
+from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows, Policy, Verified
+from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, emit_path, until_done
@@ -218,7 +219,8 @@ def _verify(fixed: _Fixed, state: ChainState, where: jax.Array) -> ChainState:
         lambda: _settle(fixed, state, small, where),
         lambda: (small, jnp.zeros_like(state.newest)),
     )
-    memory = fixed.network.commit(state.memory, Path(state.token, state.states[-1], state.prefix, count))
+    done = Chunk(state.token, state.states[-1], state.prefix, state.prefix + count)
+    memory = fixed.network.commit(state.memory, done)
     return settled._replace(memory=memory, noise=state.noise, states=state.states)
 
 

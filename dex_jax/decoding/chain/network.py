@@ -14,7 +14,7 @@ from flax import nnx
 
 from dex_jax.cache import NOWHERE
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows, Path
+from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.trained_exits import ExitArrays, TrainedHeads, context_rows, exit_heads, shared_columns
 from dex_jax.nn.attention import causal_rows
@@ -43,15 +43,12 @@ def chain_network(
         read = jax.tree.leaves(fresh)[-1]
         return write_layers(model, memory, fresh, jnp.where(where, start, NOWHERE), stages[stage], read)
 
-    def commit(memory: Any, path: Path) -> Any:
+    def commit(memory: Any, done: Chunk) -> Any:
         if config is None or arrays is None or not config.needs_previous:
             return memory
-        ends = path.prefix + path.length
         taken = jax.lax.cond(
-            jnp.any(path.length > 0),
-            lambda: TrainedHeads(config).read(
-                model, arrays, memory.exits, Chunk(path.token, path.hidden, path.prefix, ends)
-            ),
+            jnp.any(done.lengths > done.start),
+            lambda: TrainedHeads(config).read(model, arrays, memory.exits, done),
             lambda: memory.exits,
         )
         return memory._replace(exits=taken)

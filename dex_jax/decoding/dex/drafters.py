@@ -75,14 +75,12 @@ def _same_tokens(one: Tokenizer | None, other: Tokenizer | None, size: int, othe
     return known == others
 
 
+_fitted = functools.lru_cache(maxsize=1)(fit_eagle)
+
+
 def fitted(given: EagleHead | DraftModel, config: ModelConfig) -> EagleHead | DraftModel:
     """A drafter with layers of its own as it drafts for a model; a DexError for one of another model."""
     return _fitted(given, config) if isinstance(given, EagleHead) else given
-
-
-@functools.lru_cache(maxsize=1)
-def _fitted(head: EagleHead, config: ModelConfig) -> EagleHead:
-    return fit_eagle(head, config)
 
 
 def exit_zero(given: GivenDrafter, length: int) -> ExitZero:

@@ -111,16 +111,13 @@ class ModelDrafter:
         def given(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
             return small.normed(hidden), hidden[..., :0]
 
-        return _drafter(
-            small,
-            small.dtype,
-            lambda states, asked: _known(small, asked.token),
-            given,
-            lambda normed: small.unembedding(normed)[:, :known],
-            vocabulary,
-            0,
-            0,
-        )
+        def logits(normed: jax.Array) -> jax.Array:
+            return small.unembedding(normed)[:, :known]
+
+        def rows(states: Drafted, asked: DraftRows) -> jax.Array:
+            return _known(small, asked.token)
+
+        return _drafter(small, small.dtype, rows, given, logits, vocabulary, 0, 0)
 
 
 class OwnArrays(NamedTuple):
@@ -137,10 +134,8 @@ def eagle_arrays(head: EagleHead, dtype: jnp.dtype) -> OwnArrays:
 
 
 def _empty(config: ModelConfig, layout: Layout, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
-    shapes = cache.shapes(config, layout, batch, length, 0, dtype, rings=True)
-    shapes = shapes._replace(lattice_keys=(), lattice_values=())
-    caches = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return OwnMemory(caches, jnp.zeros(batch, jnp.int32))
+    caches = cache.allocate(config, layout, batch, length, 0, dtype, rings=True)
+    return OwnMemory(caches._replace(lattice_keys=(), lattice_values=()), jnp.zeros(batch, jnp.int32))
 
 
 def _extended(model: Any, memory: OwnMemory, x: jax.Array, chunk: Chunk, begin: int = 0) -> OwnMemory:
@@ -196,10 +191,8 @@ def _drafter(
         # Rows of one level are no ancestors of each other.
         among = jnp.broadcast_to(jnp.eye(count, dtype=bool)[None], (batch, count, count))
         beside = Beside(tuple(keys), tuple(values), path, states.position)
-        layers = range(c.num_layers)
-        hidden, fresh = run_rows(
-            model, own.caches, rows(states, asked), asked.position, among, own.end, layers, beside=beside, begin=begin
-        )
+        about = (asked.position, among, own.end, range(c.num_layers))
+        hidden, fresh = run_rows(model, own.caches, rows(states, asked), *about, beside=beside, begin=begin)
         found, passed = given(hidden)
         keys, values = (jnp.moveaxis(jnp.stack(x), (0, 2), (2, 3)) for x in fresh)
         return found, Drafted(passed, keys, values, asked.position, path)

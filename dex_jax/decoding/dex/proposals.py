@@ -5,6 +5,7 @@ Letters: B sequences, W rows a stage, K stages, D' exit features, N gathered nod
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from dex_jax import lattice as lat
 from dex_jax.decoding.dex.interface import Exits, StageView
-from dex_jax.decoding.ladder import climb, rungs
+from dex_jax.decoding.ladder import climb, fill, rungs
 from dex_jax.decoding.noise import Noise
 from dex_jax.lattice import Proposals
 from dex_jax.sampling import DROPPED, Sampling, choose, log_total
@@ -87,39 +88,24 @@ def propose(
     def ask(carry: tuple[jax.Array, Proposals, jax.Array]) -> tuple[jax.Array, Proposals, jax.Array]:
         i, proposals, total = carry
         node, worth = asked_next(i, total)
-        flat = (jnp.arange(batch)[:, None] * count + node).reshape(-1)
-        chosen = jnp.nonzero(worth.reshape(-1), size=batch * block, fill_value=batch * block)[0]
+        flat = jnp.append(jnp.arange(batch)[:, None] * count + node, batch * count)
+        index = flat[jnp.nonzero(worth.reshape(-1), size=batch * block, fill_value=batch * block)[0]]
 
-        def heads(size: int) -> tuple[jax.Array, Proposals]:
-            index = jnp.where(chosen[:size] < batch * block, flat[jnp.minimum(chosen[:size], batch * block - 1)], -1)
-            row = jnp.maximum(index, 0)
+        def heads(row: jax.Array) -> Proposals:
             sequence, node = row // count, row % count
             held = held_below(nodes.token[sequence], nodes.parent[sequence], slot[sequence, node])
             asked = Asked(features[sequence, node], held, position[sequence, node], sequence)
-            found = ask_rows(exits, asked, sampling, noise, decs=decs)
-            padding = (0, batch * block - size)
-            return jnp.pad(index, padding, constant_values=-1), jax.tree.map(lambda x: jnp.pad(x, padding), found)
+            return ask_rows(exits, asked, sampling, noise, decs=decs)
 
-        index, found = climb(jnp.sum(worth), rungs(batch * block), heads)
-        place = jnp.where(index < 0, batch * count, index)
-        proposals = jax.tree.map(
-            lambda whole, part: whole.reshape(-1).at[place].set(part, mode="drop").reshape(whole.shape),
-            proposals,
-            found,
-        )
-        total = jnp.where(proposals.valid, score + lat.quantized(proposals.log_probability), -jnp.inf)
-        return i + 1, proposals, total
+        proposals = _with_asked(proposals, heads, index, jnp.sum(worth), rungs(batch * block))
+        valid, step = (x.reshape(batch, count) for x in (proposals.valid, proposals.log_probability))
+        return i + 1, proposals, jnp.where(valid, score + lat.quantized(step), -jnp.inf)
 
     def more(carry: tuple[jax.Array, Proposals, jax.Array]) -> jax.Array:
         return (carry[0] < blocks) & jnp.any(asked_next(carry[0], carry[2])[1])
 
-    nothing = Proposals(
-        jnp.full((batch, count), lat.NO_TOKEN, jnp.int32),
-        jnp.zeros((batch, count), jnp.float32),
-        jnp.zeros((batch, count), bool),
-    )
     unasked = jnp.full((batch, count), -jnp.inf)
-    _, proposals, _ = jax.lax.while_loop(more, ask, (jnp.int32(0), nothing, unasked))
+    _, proposals, _ = jax.lax.while_loop(more, ask, (jnp.int32(0), _nothing(batch * count), unasked))
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(batch, stages, rows), 0, 1), proposals)
 
 
@@ -142,21 +128,41 @@ def propose_rows(
         i, proposals = carry
         index = jax.lax.dynamic_slice_in_dim(chosen, i * block, block)
 
-        def heads(size: int) -> Proposals:
-            rows = jnp.minimum(index[:size], count - 1)
-            found = ask_rows(exits, jax.tree.map(lambda x: x[rows], asked), sampling, noise, decs=decs)
-            return jax.tree.map(lambda x: jnp.pad(x, (0, block - size)), found)
+        def heads(row: jax.Array) -> Proposals:
+            return ask_rows(exits, jax.tree.map(lambda x: x[row], asked), sampling, noise, decs=decs)
 
-        found = climb(needed - i * block, counts, heads)
-        return i + 1, jax.tree.map(lambda whole, part: whole.at[index].set(part, mode="drop"), proposals, found)
+        return i + 1, _with_asked(proposals, heads, index, needed - i * block, counts)
 
-    nothing = Proposals(jnp.full(count, lat.NO_TOKEN, jnp.int32), jnp.zeros(count, jnp.float32), jnp.zeros(count, bool))
-    start = (jnp.int32(0), nothing)
+    start = (jnp.int32(0), _nothing(count))
     if blocks == 1:
         # Of a loop of one turn XLA takes out what no turn changes, and so the heads would run without any live row.
         return ask(start)[1]
     _, proposals = jax.lax.while_loop(lambda carry: carry[0] * block < needed, ask, start)
     return proposals
+
+
+def _nothing(count: int) -> Proposals:
+    return Proposals(jnp.full(count, lat.NO_TOKEN, jnp.int32), jnp.zeros(count, jnp.float32), jnp.zeros(count, bool))
+
+
+def _with_asked(
+    proposals: Proposals,
+    heads: Callable[[jax.Array], Proposals],
+    index: jax.Array,
+    needed: jax.Array,
+    counts: Sequence[int],
+) -> Proposals:
+    """Proposals with those of the first `needed` rows of `index` [n] int32; what lies beyond the end is left out.
+
+    `heads` is asked for as many rows at once as the least of `counts` that is enough.
+    """
+
+    def ask(count: int) -> Proposals:
+        found = heads(jnp.minimum(index[:count], proposals.token.shape[0] - 1))
+        return jax.tree.map(lambda x: fill(x, 0, index.shape[0]), found)
+
+    found = climb(needed, counts, ask)
+    return jax.tree.map(lambda whole, part: whole.at[index].set(part, mode="drop"), proposals, found)
 
 
 def ask_rows(exits: Exits, asked: Asked, sampling: Sampling | None, noise: Noise | None, *, decs: bool) -> Proposals:

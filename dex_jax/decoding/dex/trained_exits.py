@@ -114,7 +114,22 @@ class TrainedHeads:
         return read_features(model, self.config, arrays, memory, chunk._replace(hidden=model.normed(chunk.hidden)))
 
     def drafter(self, model: Transformer, arrays: ExitArrays, reached: Reached | None) -> Drafter:
-        return transformer_drafter(model, self.config, arrays, reached)
+        """Of a position before it reads what the final norm gives there, an exit's estimate of that, or its own."""
+        logits, rest = shared_columns(model, arrays)
+        width = self.config.width
+
+        def blank(batch: int, rows: int) -> jax.Array:
+            return jnp.zeros((batch, rows, width), model.dtype)
+
+        def features(memory: Any, states: jax.Array, asked: DraftRows) -> tuple[jax.Array, jax.Array]:
+            batch, rows = asked.token.shape
+            flat = (1, batch * rows, width)
+            embedded, before = model.embed_tokens(jnp.maximum(asked.token, 0)), before_rows(states, asked)
+            found = exit_heads(self.config, arrays).features(embedded.reshape(flat), before.reshape(flat), None)
+            found = found.reshape(batch, rows, -1)
+            return found, found[..., :-1]
+
+        return Drafter(lambda memory: memory.exits.previous, reached, blank, features, logits, arrays.vocabulary, rest)
 
 
 def read_features(
@@ -262,33 +277,6 @@ def context_rows(
     visible = (entries != EMPTY_ENTRY) & (position[:, :, None] - entries <= layer.config.window)
     among = jnp.broadcast_to(jnp.eye(count, dtype=bool)[None], (batch, count, count))
     return layer.output(entered, position, KeyValues(memory.keys, memory.values, visible), among)
-
-
-def transformer_drafter(
-    model: Transformer,
-    config: ExitsConfig,
-    arrays: ExitArrays,
-    reached: Reached | None,
-) -> Drafter:
-    """The callables of a drafter, see ExitsConfig.is_drafter; memory has an ExitMemory as `exits`.
-
-    What it reads of a position before is what the final norm gives there, an exit's estimate of that (`reached`, as of
-    Drafter), or its own.
-    """
-    logits, rest = shared_columns(model, arrays)
-
-    def blank(batch: int, rows: int) -> jax.Array:
-        return jnp.zeros((batch, rows, config.width), model.dtype)
-
-    def features(memory: Any, states: jax.Array, asked: DraftRows) -> tuple[jax.Array, jax.Array]:
-        batch, rows = asked.token.shape
-        flat = (1, batch * rows, config.width)
-        embedded, before = model.embed_tokens(jnp.maximum(asked.token, 0)), before_rows(states, asked)
-        found = exit_heads(config, arrays).features(embedded.reshape(flat), before.reshape(flat), None)
-        found = found.reshape(batch, rows, -1)
-        return found, found[..., :-1]
-
-    return Drafter(lambda memory: memory.exits.previous, reached, blank, features, logits, arrays.vocabulary, rest)
 
 
 def exit_heads(config: ExitsConfig, arrays: ExitArrays) -> ExitHeads:

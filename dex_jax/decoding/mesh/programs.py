@@ -173,13 +173,11 @@ def _device(spec: Spec, weights: Any, heads: Heads) -> StageNetwork:
 
 def _own(memory: cache.Memory) -> cache.Memory:
     """A device's caches without the axis of stages, of which it has one."""
-    keys, values, lattice_keys, lattice_values = jax.tree.map(lambda x: x[0], memory[:4])
-    return cache.Memory(keys, values, lattice_keys, lattice_values, memory.exits)
+    return jax.tree.map(lambda x: x[0], memory._replace(exits=()))._replace(exits=memory.exits)
 
 
 def _stacked(memory: cache.Memory) -> cache.Memory:
-    keys, values, lattice_keys, lattice_values = jax.tree.map(lambda x: x[None], memory[:4])
-    return cache.Memory(keys, values, lattice_keys, lattice_values, memory.exits)
+    return jax.tree.map(lambda x: x[None], memory._replace(exits=()))._replace(exits=memory.exits)
 
 
 def _together(spec: Spec, advance: Callable[[Any], Any], state: Any, until_tick: jax.Array) -> Any:

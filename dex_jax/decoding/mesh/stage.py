@@ -363,8 +363,8 @@ def ar_step(device: StageNetwork, state: ARState, limits: Limits, sampling: Samp
 
 def one_stage(view: StageView, stage: jax.Array) -> StageView:
     """The view of a network that has this stage alone."""
-    whole = {"prefix": view.prefix, "slots": view.slots}
-    return StageView(**whole, **{name: getattr(view, name)[stage][None] for name in view._fields if name not in whole})
+    own = jax.tree.map(lambda field: field[stage][None], view)
+    return own._replace(prefix=view.prefix, slots=view.slots)
 
 
 def to_next_stage(hidden: jax.Array, stages: int) -> jax.Array:
