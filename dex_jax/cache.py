@@ -44,13 +44,7 @@ class Memory(NamedTuple):
 
 
 def allocate(
-    config: ModelConfig,
-    layout: Layout,
-    batch: int,
-    length: int,
-    slots: int,
-    dtype: jnp.dtype,
-    rings: bool = False,
+    config: ModelConfig, layout: Layout, batch: int, length: int, slots: int, dtype: jnp.dtype, rings: bool = False
 ) -> Memory:
     """Empty memory for `batch` sequences of at most `length` committed positions and `slots` = K W lattice slots.
 
@@ -62,13 +56,7 @@ def allocate(
 
 
 def shapes(
-    config: ModelConfig,
-    layout: Layout,
-    batch: int,
-    length: int,
-    slots: int,
-    dtype: jnp.dtype,
-    rings: bool = False,
+    config: ModelConfig, layout: Layout, batch: int, length: int, slots: int, dtype: jnp.dtype, rings: bool = False
 ) -> Memory:
     """As `allocate`, as jax.ShapeDtypeStruct and without any array."""
     stages = () if isinstance(layout, Unrolled) else stage_ranges(layout.depths)

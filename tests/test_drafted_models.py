@@ -88,7 +88,7 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
     hidden = jax.jit(lambda tokens: depth_states(model, tokens, (LLAMA.num_layers,))[0])(tokens)
 
     heads = TrainedHeads(config)
-    memory, drafter_of = heads.empty(1, 16, jnp.float32), heads.drafter(model, arrays, None)
+    memory, drafter_of = heads.empty(1, 16, jnp.float32), heads.drafter(model, arrays)
     read = jax.jit(lambda memory, *chunk: heads.read(model, arrays, memory, Chunk(*chunk)))
     draft = jax.jit(lambda *asked: drafter_of.features(None, drafter_of.blank(1, 1), DraftRows(*asked)))
     for start in (0, 4):

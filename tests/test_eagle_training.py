@@ -63,7 +63,7 @@ def test_training_reads_what_decoding_does(norm_output) -> None:
     both = jnp.concatenate([states[:, i, :length] for i, length in enumerate(lengths)], axis=1)[:, None]
     batch = Activations(both, both[0], token, position, jnp.ones(token.shape))
     found, valid = jax.jit(lambda: read_chains(head, batch, model.embed_tokens(token), STEPS))()
-    reading, checked = drafter.drafter(model, arrays, None), 0
+    reading, checked = drafter.drafter(model, arrays), 0
 
     @jax.jit
     def read(text, hidden, root):

@@ -51,7 +51,7 @@ def test_an_eagle_head_computes_what_speculators_does(variant, target, tmp_path)
     arrays, drafter = eagle_arrays(head, jnp.float32), EagleDrafter(head.config)
     tokens, states = example(variant)
     hidden = jnp.pad(jnp.asarray(states), ((0, 0), (target.config.width, 0)))[None]
-    reading = drafter.drafter(model, arrays, None)
+    reading = drafter.drafter(model, arrays)
     read = jax.jit(lambda memory, *chunk: drafter.read(model, arrays, memory, Chunk(*chunk)))
 
     @jax.jit

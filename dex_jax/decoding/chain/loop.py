@@ -215,9 +215,7 @@ def _verify(fixed: _Fixed, state: ChainState, where: jax.Array) -> ChainState:
     nothing: Any = ()
     small = state._replace(memory=(), noise=None, states=nothing)
     settled, count = jax.lax.cond(
-        jnp.any(where),
-        lambda: _settle(fixed, state, small, where),
-        lambda: (small, jnp.zeros_like(state.newest)),
+        jnp.any(where), lambda: _settle(fixed, state, small, where), lambda: (small, jnp.zeros_like(state.newest))
     )
     done = Chunk(state.token, state.states[-1], state.prefix, state.prefix + count)
     memory = fixed.network.commit(state.memory, done)

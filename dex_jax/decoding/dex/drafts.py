@@ -17,13 +17,13 @@ import jax.numpy as jnp
 
 from dex_jax import lattice as lat
 from dex_jax.decoding.dex.interface import Drafter, DraftRows
-from dex_jax.decoding.dex.lookup import StoredTexts, said_next
-from dex_jax.decoding.dex.shape import RowCosts, TreeShape
+from dex_jax.decoding.dex.lookup import said_next
+from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.state import DexState, Drafting
 from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Record
-from dex_jax.lattice import NO_NODE, NO_TOKEN, Candidates, Cohort, Lattice, quantized
+from dex_jax.lattice import NO_NODE, Candidates, Cohort, Lattice, quantized
 from dex_jax.sampling import Sampling, log_total, scores
 
 HEADS = 8
@@ -37,26 +37,6 @@ running."""
 PRIOR = 16.0
 """AR steps that every sequence is taken to have decoded at AR's pace before its first tick, and tokens that drafts are
 taken to have promised and kept."""
-
-
-def begin_drafting(
-    shape: TreeShape,
-    costs: RowCosts | None,
-    prompt: jax.Array,
-    first_token: jax.Array,
-    position: jax.Array,
-    length: int,
-    stages: int,
-    stored: StoredTexts | None,
-) -> Drafting:
-    """Before the first cohort, with room for a text of S = `length`; the others as of `loop.init`."""
-    batch, size = prompt.shape
-    text = jnp.full((batch, length), NO_TOKEN, jnp.int32).at[:, :size].set(prompt)
-    text = text.at[jnp.arange(batch), position].set(first_token)
-    costs = shape.costs if costs is None else costs
-    none = jnp.float32(0)
-    rung, chosen = jnp.zeros(stages, jnp.int32), jnp.zeros(len(shape.counts) + 1)
-    return Drafting(text, costs, rung, chosen, none, none, none, stored)
 
 
 def charge(state: DexState) -> DexState:

@@ -141,10 +141,6 @@ def before_nodes(reached: jax.Array, committed: jax.Array, parent: jax.Array, ri
     return jnp.where((parent == NO_NODE)[..., None], committed[None, :, None], of_parent)
 
 
-Reached = Callable[[Any, jax.Array, StageView], jax.Array]
-"""As of Drafter."""
-
-
 class Chunk(NamedTuple):
     """Consecutive tokens of each sequence, once they have run: a piece of the prompts, or a committed path."""
 
@@ -171,8 +167,8 @@ class ExitZero(Protocol):
     def read(self, model: Any, arrays: Any, memory: Any, chunk: Chunk) -> Any:
         """What it remembers after a chunk, given what it remembers of the positions before."""
 
-    def drafter(self, model: Any, arrays: Any, reached: Reached | None) -> Drafter:
-        """The loop's callables."""
+    def drafter(self, model: Any, arrays: Any) -> Drafter:
+        """The loop's callables, but for what nodes have `reached`."""
 
 
 class Network(NamedTuple):

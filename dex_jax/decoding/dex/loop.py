@@ -18,18 +18,18 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
-from dex_jax.decoding.dex.drafts import begin_drafting, charge
+from dex_jax.decoding.dex.drafts import charge
 from dex_jax.decoding.dex.interface import Committed, Network, StageView
 from dex_jax.decoding.dex.lookup import StoredTexts
 from dex_jax.decoding.dex.proposals import Proposers, propose
 from dex_jax.decoding.dex.shape import RowCosts, TreeShape
 from dex_jax.decoding.dex.spawning import enter, wait
-from dex_jax.decoding.dex.state import DexState
+from dex_jax.decoding.dex.state import DexState, Drafting
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, begin, check_limits, emit_path, until_done
 from dex_jax.errors import DexError, whole_number
-from dex_jax.lattice import NO_NODE, Lattice, Path
+from dex_jax.lattice import NO_NODE, NO_TOKEN, Lattice, Path
 from dex_jax.sampling import Sampling, choose
 
 
@@ -89,7 +89,18 @@ def init(
         noise = Noise(jnp.zeros((batch, stages * levels_of(drafts), network.vocab_size), jnp.float32), position)
     drafting = None
     if drafts is not None and prompt is not None:
-        drafting = begin_drafting(drafts, costs, prompt, first_token, position, length, stages, stored)
+        text = jnp.full((batch, length), NO_TOKEN, jnp.int32).at[:, : prompt.shape[1]].set(prompt)
+        none = jnp.float32(0)
+        drafting = Drafting(
+            text=text.at[jnp.arange(batch), position].set(first_token),
+            costs=drafts.costs if costs is None else costs,
+            rung=jnp.zeros(stages, jnp.int32),
+            chosen=jnp.zeros(len(drafts.counts) + 1),
+            spent=none,
+            promised=none,
+            kept=none,
+            stored=stored,
+        )
     state = DexState(
         tick=jnp.int32(0),
         lattice=blank,
@@ -101,8 +112,8 @@ def init(
         drafting=drafting,
     )
     # As after a commit of token 0 that no node goes on from.
-    token, none = first_token[:, None], jnp.full(batch, NO_NODE)
-    path = Path(slot=none[:, None], token=token, born_at=none[:, None], length=jnp.ones(batch, jnp.int32), heir=none)
+    nowhere, one = jnp.full(batch, NO_NODE), jnp.ones(batch, jnp.int32)
+    path = Path(nowhere[:, None], first_token[:, None], one[:, None] * stages, length=one, heir=nowhere)
     state = wait(network.drafter, state, path, None, None, drafts)
     return state if waiting else enter(network.drafter, state, sampling, drafts)
 
@@ -146,9 +157,9 @@ def step(
     hidden, memory = _advance(network, state.memory, hidden, view)
     state = state._replace(hidden=hidden, memory=memory)
     finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, state.tick)
-    final = final_tokens(network, state, hidden[-1], view, finished, sampling, drafts)
+    final = final_tokens(network, state, view, finished, sampling, drafts)
     state, path = settle(state, final, limits, drafts)
-    state = state._replace(memory=network.commit(memory, committed(path.slot, path.length, hidden[-1], view)))
+    state = state._replace(memory=network.commit(memory, committed(state, view, path.slot, path.length)))
 
     proposals = None
     if exits is not None and stages > 1:
@@ -241,7 +252,6 @@ def settle(state: DexState, final: jax.Array, limits: Limits, drafts: TreeShape 
 def final_tokens(
     network: Network,
     state: DexState,
-    hidden: jax.Array,
     view: StageView,
     where: jax.Array,
     sampling: Sampling | None,
@@ -249,9 +259,10 @@ def final_tokens(
 ) -> jax.Array:
     """The final layer's token after the rows of the last stage that a path may hold: [B, W] int32.
 
-    The state has the noise that these rows need, and the lattice as the stages saw it; hidden [B, W, D] is at depth L,
-    `where` [B] bool are the sequences whose root has finished.
+    The state has the noise that these rows need, and the lattice as the stages saw it; `where` [B] bool are the
+    sequences whose root has finished.
     """
+    hidden = state.hidden[-1]
     batch, rows, width = hidden.shape
     root = jnp.maximum(state.lattice.root, 0)[:, None] % rows
 
@@ -276,8 +287,9 @@ def final_tokens(
     return climb(last_row(live), counts, lambda n: of_rows(n) if n else none)
 
 
-def committed(slot: jax.Array, length: jax.Array, hidden: jax.Array, view: StageView) -> Committed:
-    """A path of nodes in slots [B, P], of length [B], as the network commits it: hidden [B, W, D] of the last stage."""
+def committed(state: DexState, view: StageView, slot: jax.Array, length: jax.Array) -> Committed:
+    """A path of nodes in slots [B, P], of length [B], as the network commits it."""
+    hidden = state.hidden[-1]
     row = slot % hidden.shape[1]
     return Committed(
         slot=slot,

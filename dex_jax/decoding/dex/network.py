@@ -37,14 +37,16 @@ def network_of(model: Transformer, heads: Heads, spec: Spec) -> Network:
             return memory
         return remembers.read(model, arrays, memory, done.chunk)
 
+    drafter = None
+    if spec.drafter is not None and heads.drafter is not None:
+        drafter = spec.drafter.drafter(model, heads.drafter)
+    if len(depths) == 1:
+        return tree_network(model, (1,) if drafts is None else drafts.counts, drafter, remember, spec.reads)
+
     def reached(memory: Any, hidden: jax.Array, view: StageView) -> jax.Array:
         return reached_features(model, spec.exits, heads.exits, hidden)
 
-    drafter = None
-    if spec.drafter is not None and heads.drafter is not None:
-        drafter = spec.drafter.drafter(model, heads.drafter, reached if len(depths) > 1 else None)
-    if len(depths) == 1:
-        return tree_network(model, (1,) if drafts is None else drafts.counts, drafter, remember, spec.reads)
+    drafter = None if drafter is None else drafter._replace(reached=reached)
     trained = None if spec.exits is None or heads.exits is None else trained_exits(model, spec.exits, heads.exits)
     return transformer_network(model, depths, trained or shared_exits(model), remember, drafter=drafter)
 
@@ -83,8 +85,8 @@ def tree_network(
     model: Transformer,
     counts: tuple[int, ...],
     drafter: Drafter | None,
-    commit_exits: Callable[[Any, Committed], Any] = lambda memory, done: memory,
-    reads: tuple[int, ...] = (),
+    commit_exits: Callable[[Any, Committed], Any],
+    reads: tuple[int, ...],
 ) -> Network:
     """The callables of `model` in any layout for K = 1: a cohort runs through all layers in one tick.
 

@@ -20,7 +20,7 @@ from flax import nnx
 
 from dex_jax import cache
 from dex_jax.config import EagleConfig, ModelConfig
-from dex_jax.decoding.dex.interface import Chunk, Drafter, DraftRows, Reached, before_rows
+from dex_jax.decoding.dex.interface import Chunk, Drafter, DraftRows, before_rows
 from dex_jax.io.eagle import EagleHead
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.eagle import Eagle, eagle_graph, eagle_of
@@ -72,7 +72,7 @@ class EagleDrafter:
         last, here = jnp.take_along_axis(joined, at, axis=1)[:, 0], (read.end > memory.end)[:, None]
         return read._replace(previous=jnp.where(here, last, memory.previous))
 
-    def drafter(self, model: Transformer, arrays: OwnArrays, reached: Reached | None) -> Drafter:
+    def drafter(self, model: Transformer, arrays: OwnArrays) -> Drafter:
         head = nnx.merge(eagle_graph(self.config), arrays.parameters)
 
         def rows(states: Drafted, asked: DraftRows) -> jax.Array:
@@ -103,7 +103,7 @@ class ModelDrafter:
         small = merge_model(self.config, self.layout, arrays.parameters)
         return _extended(small, memory, _known(small, chunk.tokens), chunk)
 
-    def drafter(self, model: Transformer, arrays: OwnArrays, reached: Reached | None) -> Drafter:
+    def drafter(self, model: Transformer, arrays: OwnArrays) -> Drafter:
         small = merge_model(self.config, self.layout, arrays.parameters)
         known = min(self.vocab_size, self.config.vocab_size)
         vocabulary = None if known == self.vocab_size else jnp.arange(known, dtype=jnp.int32)

@@ -23,7 +23,6 @@ from dex_jax.decoding.dex.interface import (
     Drafter,
     DraftRows,
     Exits,
-    Reached,
     StageView,
     before_nodes,
     before_rows,
@@ -113,7 +112,7 @@ class TrainedHeads:
         """`previous` then belongs to the last of these tokens before the end, or to an earlier one."""
         return read_features(model, self.config, arrays, memory, chunk._replace(hidden=model.normed(chunk.hidden)))
 
-    def drafter(self, model: Transformer, arrays: ExitArrays, reached: Reached | None) -> Drafter:
+    def drafter(self, model: Transformer, arrays: ExitArrays) -> Drafter:
         """Of a position before it reads what the final norm gives there, an exit's estimate of that, or its own."""
         logits, rest = shared_columns(model, arrays)
         width = self.config.width
@@ -129,7 +128,7 @@ class TrainedHeads:
             found = found.reshape(batch, rows, -1)
             return found, found[..., :-1]
 
-        return Drafter(lambda memory: memory.exits.previous, reached, blank, features, logits, arrays.vocabulary, rest)
+        return Drafter(lambda memory: memory.exits.previous, None, blank, features, logits, arrays.vocabulary, rest)
 
 
 def read_features(
@@ -178,14 +177,12 @@ def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -
     heads = exit_heads(config, arrays)
 
     def features(memory: Any, hidden: jax.Array, view: StageView) -> jax.Array:
-        states = hidden[:-1]
+        states, token, position = hidden[:-1], view.token[:-1], view.position[:-1]
         if not config.needs_previous:
-            return row_features(model, heads, states, view.token[:-1], view.position[:-1])
+            return row_features(model, heads, states, token, position)
         reached = reached_features(model, config, arrays, hidden)
         previous = before_nodes(reached, memory.exits.previous, view.parent[:-1], view.ring)
-        return row_features(
-            model, heads, states, view.token[:-1], view.position[:-1], previous, reached[:-1], memory.exits.context
-        )
+        return row_features(model, heads, states, token, position, previous, reached[:-1], memory.exits.context)
 
     logits, rest = shared_columns(model, arrays)
     return Exits(features, logits, arrays.vocabulary, arrays.columns, rest)
@@ -206,10 +203,7 @@ def shared_columns(
 
 
 def reached_features(
-    model: Transformer,
-    config: ExitsConfig | None,
-    arrays: ExitArrays | None,
-    hidden: jax.Array,
+    model: Transformer, config: ExitsConfig | None, arrays: ExitArrays | None, hidden: jax.Array
 ) -> jax.Array:
     """What the final norm gives for the nodes of the last stage, and what exits estimate of it for all others.
 

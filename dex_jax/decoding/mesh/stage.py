@@ -79,10 +79,8 @@ class StageNetwork(NamedTuple):
 def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
     """The callables of the device that this is traced for.
 
-    Args:
-      model: its layers, unrolled.
-      spec: of the whole generation; depths are those of its layout.
-      heads: of the exits this stage's head alone (the last stage has none, and zeros in its place).
+    The model has its layers, unrolled; spec is of the whole generation, its layout gives the depths; heads have of the
+    exits this stage's alone (the last stage has none, and zeros in its place).
     """
     assert isinstance(spec.layout, Staged)
     depths = spec.layout.depths
@@ -93,8 +91,8 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
         exits, own = trained_exits(model, spec.exits, heads.exits), exit_heads(spec.exits, heads.exits)
     drafter = None
     if spec.drafter is not None and heads.drafter is not None:
-        # What it reads of nodes is shared by all stages: nobody computes it here.
-        drafter = spec.drafter.drafter(model, heads.drafter, None)
+        # What nodes have reached is shared by all stages: nobody computes it here.
+        drafter = spec.drafter.drafter(model, heads.drafter)
     drafts = spec.schedule.drafts
     counts = None if drafts is None or not drafts.rungs else drafts.counts  # as ticks choose of them
     whole = (model.config.num_layers,)
@@ -168,12 +166,8 @@ def step(
 
     Exits are asked before the commit is known, all stages and the final layer at once, and what nodes propose that the
     collapse then buries is dropped: one exchange instead of two, and no head waits for another. Of a path that is
-    committed in one tick, a context layer of the exits sees the root alone before the next one.
-
-    Args:
-      device: of this device.
-      state: as in `loop.step`, with `hidden` [1, B, W, D] and caches of this stage alone.
-      limits, sampling, decs, drafts: as in `loop.step`.
+    committed in one tick, a context layer of the exits sees the root alone before the next one. The state's `hidden`,
+    [1, B, W, D], and caches are of this stage alone.
     """
     network, stages = device.network, device.stages
     stage = jax.lax.axis_index(STAGE)
@@ -189,14 +183,14 @@ def step(
     finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, state.tick)
     state = state._replace(hidden=advanced)
     last = stage == stages - 1
-    final = final_tokens(network, state, hidden, view, finished & last, sampling, drafts)
+    final = final_tokens(network, state, view, finished & last, sampling, drafts)
     shared = device.share(hidden, after(stage, final.astype(jnp.float32)) if device.final_first else stage)
 
     proposals = None
     if stages > 1:
         assert network.exits is not None
         slot = jnp.maximum(state.lattice.root, 0)[:, None]
-        root = committed(slot, finished.astype(jnp.int32), hidden, view)
+        root = committed(state, view, slot, finished.astype(jnp.int32))
         remembered = device.remember(before, root, shared)
         token, parent = children(state.lattice)
         sequence = jnp.repeat(jnp.arange(batch), rows)
@@ -217,7 +211,7 @@ def step(
         proposals = propose_rows(network.exits, asked, asking, sampling, state.noise, decs=decs)
         proposals, final = exchange(jax.tree.map(lambda x: x.reshape(batch, rows), proposals), final, stages)
     state, path = settle(state, final, limits, drafts)
-    done = committed(path.slot, path.length, hidden, view)
+    done = committed(state, view, path.slot, path.length)
     memory = network.commit(memory, done)._replace(exits=device.remember(before, done, shared))
     state = state._replace(memory=memory)
     if proposals is not None:
@@ -230,13 +224,8 @@ def step(
 def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, jax.Array]:
     """What every stage proposes and what the last one has chosen, on all devices: one gather of [B, W, 2] int32.
 
-    Args:
-      own: this stage's, fields [B, W]; nothing valid on the last stage.
-      token: [B, W] int32, of the final layer; counts on the last stage alone.
-      stages: K, at least 2.
-
-    Returns:
-      (fields [K - 1, B, W], token [B, W]).
+    Of this stage's `own` proposals, fields [B, W] and none of them valid on the last stage, and the final layer's
+    `token` [B, W] int32, which counts there alone: gives (fields [K - 1, B, W], token [B, W]). K is at least 2.
     """
     word = jnp.where(own.valid, own.token, NO_TOKEN)
     word = jnp.where(jax.lax.axis_index(STAGE) == stages - 1, token, word)
@@ -250,17 +239,10 @@ def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, 
 def extend_stages(
     device: StageNetwork, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[jax.Array, Memory]:
-    """`network.extend` over the stages, one after the other: K - 1 permutes; a device computes in its own turn only.
+    """`forward.extend` over the stages, one after the other: K - 1 permutes; a device computes in its own turn only.
 
-    Args:
-      device: of this device.
-      memory: committed positions 0 .. start - 1 are attended to.
-      tokens: [B, R] int32.
-      start: [B] int32, absolute position of the first.
-      lengths: [B] int32, where sequences end; of those that end before `start` nothing is kept. None keeps all.
-
-    Returns:
-      (hidden states [B, R, D] at depth L on the last stage and nothing of use elsewhere, memory).
+    Of sequences that end, `lengths` says where, before `start` nothing is kept; None keeps all. Hidden states are those
+    at depth L on the last stage and nothing of use elsewhere.
     """
     batch, rows = tokens.shape
     positions = start[:, None] + jnp.arange(rows)[None, :]
@@ -289,10 +271,7 @@ def through_stages(
     """`forward.run_rows` over the stages, one after the other: K - 1 permutes; a device computes in its own turn only.
 
     Of N rows only the first `used` count, of which as many are run as the least of the row counts that holds them.
-
-    Returns:
-      (hidden states [B, N, D] at depth L on the last stage and nothing of use elsewhere, keys and values of this
-      stage's layers).
+    Gives (hidden states as `extend_stages`, keys and values of this stage's layers).
     """
     leaf, rows, layers = memory.keys[0], x.shape[1], range(len(memory.keys))
     blank = jnp.zeros((*leaf.shape[:2], rows, leaf.shape[3]), leaf.dtype)
