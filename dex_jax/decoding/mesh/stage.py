@@ -57,7 +57,7 @@ class StageNetwork(NamedTuple):
     """The callables of one device."""
 
     model: Transformer  # the layers of this device's stage, unrolled, and embedding, final norm and unembedding
-    depths: tuple[int, ...]  # x_1 < ... < x_K = L
+    stages: int  # K
     in_use: InUse  # by layer of `model`, whether this stage has it: those that pad shorter stages are skipped
     # `advance` runs this one stage, `commit` leaves what exits remember as it is; of its exits only what follows the
     # features is used.
@@ -69,11 +69,6 @@ class StageNetwork(NamedTuple):
     remember: Callable[[Any, Committed, Any], Any]  # (Memory.exits, Committed, shared) -> Memory.exits
     # (Memory.exits, hidden [B, W, D], view, shared) -> [B, W, D'], of this stage's exit.
     features: Callable[[Any, jax.Array, StageView, Any], jax.Array]
-
-    @property
-    def stages(self) -> int:
-        """K."""
-        return len(self.depths)
 
 
 def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
@@ -128,7 +123,7 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
 
     waits = spec.exits is not None and spec.exits.needs_previous and stages > 1
     first = spec.exits is not None and waits and final_first(model, depths, spec.exits)
-    return StageNetwork(model, depths, in_use, network, share, first, remember, features)
+    return StageNetwork(model, stages, in_use, network, share, first, remember, features)
 
 
 def final_first(model: Transformer, depths: tuple[int, ...], config: ExitsConfig) -> bool:
@@ -157,10 +152,9 @@ def step(
     device: StageNetwork,
     state: DexState,
     limits: Limits,
-    sampling: Sampling | None = None,
-    *,
-    decs: bool = True,
-    drafts: TreeShape | None = None,
+    sampling: Sampling | None,
+    decs: bool,
+    drafts: TreeShape | None,
 ) -> DexState:
     """One tick, as `loop.step`.
 
