@@ -38,6 +38,19 @@ def make_noise(noise: Noise | None, sampling: Sampling | None, frontier: jax.Arr
     return jax.lax.while_loop(lambda noise: jnp.any(frontier > noise.made), one_more, noise)
 
 
-def noise_at(noise: Noise, position: jax.Array) -> jax.Array:
-    """Rows of noise at positions [B, n]: [B, n, V]."""
-    return noise.ring[jnp.arange(position.shape[0])[:, None], position % noise.ring.shape[1]]
+def noise_at(
+    noise: Noise | None,
+    position: jax.Array,
+    columns: jax.Array | None = None,
+    sequence: jax.Array | None = None,
+) -> jax.Array | None:
+    """Rows of noise at positions [B, n], or at [N] of as many sequences: [B n, V], or [N, V]; None when greedy.
+
+    Of `columns` [V'] alone, where they are given.
+    """
+    if noise is None:
+        return None
+    if sequence is None:
+        sequence = jnp.arange(position.shape[0])[:, None]
+    rows = noise.ring[sequence, position % noise.ring.shape[1]].reshape(-1, noise.ring.shape[2])
+    return rows if columns is None else rows[:, columns]

@@ -186,7 +186,7 @@ def _draft(fixed: _Fixed, state: ChainState, where: jax.Array) -> tuple[jax.Arra
 
     def ask() -> tuple[jax.Array, jax.Array]:
         features = exits.newest(state.memory, state.rows, newest, exit_index)
-        noise = None if state.noise is None else noise_at(state.noise, (state.prefix + newest + 1)[:, None])[:, 0]
+        noise = noise_at(state.noise, (state.prefix + newest + 1)[:, None], exits.vocabulary)
         return _proposed(exits, features, sampling, noise)
 
     nothing = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
@@ -199,9 +199,7 @@ def _draft(fixed: _Fixed, state: ChainState, where: jax.Array) -> tuple[jax.Arra
 def _proposed(
     exits: ChainExits, features: jax.Array, sampling: Sampling | None, noise: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """What exits give for features [N, D'] under noise [N, V]: (tokens [N] int32, their confidence [N] float32)."""
-    if noise is not None and exits.vocabulary is not None:
-        noise = noise[:, exits.vocabulary]
+    """What exits give for features [N, D'] under noise [N, V']: (tokens [N] int32, their confidence [N] float32)."""
     adjusted = scores(exits.logits(features), sampling, noise)
     column = best_column(adjusted)
     log_all = log_total(adjusted, None if exits.rest is None else exits.rest(features), sampling)
@@ -227,20 +225,18 @@ def _settle(fixed: _Fixed, state: ChainState, small: ChainState, where: jax.Arra
     network, limits, sampling, policy = fixed
     batch, rows = state.token.shape
     place = jnp.arange(rows)[None]
-    noise = None if state.noise is None else noise_at(state.noise, state.rows.position + 1)
 
     def last_layer(width: int) -> jax.Array:
         hidden = state.states[-1][:, :width].reshape(batch * width, -1)
-        of_rows = None if noise is None else noise[:, :width].reshape(batch * width, -1)
-        token = choose(network.final(hidden), sampling, of_rows)[0].reshape(batch, width)
-        return jnp.pad(token, [(0, 0), (0, rows - width)])
+        noise = noise_at(state.noise, state.rows.position[:, :width] + 1)
+        return fill(choose(network.final(hidden), sampling, noise)[0].reshape(batch, width), 1, rows)
 
     used = jnp.max(jnp.where(where, state.newest + 1, 1))
     final = climb(used, sorted({1, rows}), last_layer)
     right = (state.token[:, 1:] == final[:, :-1]) & (place[:, 1:] <= state.newest[:, None])
     accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
     count = jnp.where(where, accepted + 1, 0)
-    verified = Verified(where, count, final, *_shadows(fixed, state, noise))
+    verified = Verified(where, count, final, *_shadows(fixed, state))
 
     stages = len(network.depths)
     drafted_at = jnp.concatenate([state.drafted_at[:, 1:], jnp.full((batch, 1), stages, jnp.int32)], axis=1)
@@ -264,7 +260,7 @@ def _settle(fixed: _Fixed, state: ChainState, small: ChainState, where: jax.Arra
     return small, count
 
 
-def _shadows(fixed: _Fixed, state: ChainState, noise: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _shadows(fixed: _Fixed, state: ChainState) -> tuple[jax.Array, jax.Array]:
     """What every exit gives for every row: (tokens, confidence), both [K - 1, B, R]."""
     network, _, sampling, policy = fixed
     exits, stages = network.exits, len(network.depths)
@@ -272,9 +268,9 @@ def _shadows(fixed: _Fixed, state: ChainState, noise: jax.Array | None) -> tuple
     shape = (stages - 1, batch, rows)
     if exits is None or not policy.shadows:
         return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-    of_rows = None if noise is None else noise.reshape(batch * rows, -1)
+    noise = noise_at(state.noise, state.rows.position + 1, exits.vocabulary)
     # One exit at a time: the logits of all would be by far the largest array here.
     found = jax.lax.map(
-        lambda features: _proposed(exits, features, sampling, of_rows), exits.shadows(state.memory, state.rows)
+        lambda features: _proposed(exits, features, sampling, noise), exits.shadows(state.memory, state.rows)
     )
     return found[0].reshape(shape), found[1].reshape(shape)

@@ -235,11 +235,7 @@ def _drafted(
     known = jax.tree.map(put, known, own)
     flat = features.reshape(batch * most, -1)
     columns = drafter.vocabulary
-    row_noise = None
-    if noise is not None:
-        row_noise = noise_at(noise, position + 1).reshape(batch * most, -1)
-        row_noise = row_noise if columns is None else row_noise[:, columns]
-    adjusted = scores(drafter.logits(flat), sampling, row_noise)
+    adjusted = scores(drafter.logits(flat), sampling, noise_at(noise, position + 1, columns))
     log_all = log_total(adjusted, None if drafter.rest is None else drafter.rest(flat), sampling)
     # Asked for values too, XLA sorts the whole vocabulary on CPUs.
     places = min(most, adjusted.shape[1])

@@ -169,7 +169,7 @@ def step(
         nodes = Proposers(live, _by_stage(state.lattice.score, view.ring[:-1]), *children(state.lattice))
         proposals = propose(exits, state.memory, hidden, view, nodes, sampling, state.noise, decs=decs)
     reached = None
-    if drafts is not None and network.drafter is not None and network.drafter.reached is not None:
+    if network.drafter is not None and network.drafter.reached is not None:
         reached = network.drafter.reached(state.memory, hidden, view)
     state = wait(network.drafter, state, path, proposals, reached, drafts)
     return state if waits else enter(network.drafter, state, sampling, drafts)
@@ -268,8 +268,8 @@ def final_tokens(
 
     def ask(states: jax.Array, position: jax.Array) -> jax.Array:
         count = states.shape[1]
-        noise = None if state.noise is None else noise_at(state.noise, position + 1).reshape(batch * count, -1)
-        return choose(network.final(states.reshape(batch * count, width)), sampling, noise)[0].reshape(batch, count)
+        logits = network.final(states.reshape(batch * count, width))
+        return choose(logits, sampling, noise_at(state.noise, position + 1))[0].reshape(batch, count)
 
     def of_roots() -> jax.Array:
         token = ask(jnp.take_along_axis(hidden, root[:, :, None], axis=1), state.prefix[:, None])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dex_jax import lattice as lat
 from dex_jax.decoding.dex.interface import Exits, StageView
 from dex_jax.decoding.ladder import climb, fill, rungs
-from dex_jax.decoding.noise import Noise
+from dex_jax.decoding.noise import Noise, noise_at
 from dex_jax.lattice import Proposals
 from dex_jax.sampling import DROPPED, Sampling, choose, log_total
 
@@ -171,13 +171,8 @@ def ask_rows(exits: Exits, asked: Asked, sampling: Sampling | None, noise: Noise
     Log-probabilities are those of the tempered distribution, without noise.
     """
     logits = exits.logits(asked.features)
-    row_noise, scaled = None, logits
-    if sampling is not None:
-        assert noise is not None
-        row_noise = noise.ring[asked.sequence, asked.position % noise.ring.shape[1]]
-        if exits.vocabulary is not None:
-            row_noise = row_noise[:, exits.vocabulary]
-        scaled = logits / sampling.temperature
+    row_noise = noise_at(noise, asked.position, exits.vocabulary, asked.sequence)
+    scaled = logits if sampling is None else logits / sampling.temperature
     allowed = mask_columns(logits, asked.held, exits.columns) if decs else logits
     column, left = choose(allowed, sampling, row_noise)
     token = column if exits.vocabulary is None else exits.vocabulary[column]

@@ -210,8 +210,7 @@ def step(
     state = state._replace(memory=memory)
     if proposals is not None:
         proposals = proposals._replace(valid=proposals.valid & proposers(state))
-    reached = shared if drafts is not None and network.drafter is not None and stages > 1 else None
-    state = wait(network.drafter, state, path, proposals, reached, drafts)
+    state = wait(network.drafter, state, path, proposals, shared if stages > 1 else None, drafts)
     return enter(network.drafter, state, sampling, drafts)
 
 
