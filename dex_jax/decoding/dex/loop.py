@@ -78,8 +78,6 @@ def init(
     whole_number(stages=stages, rows=rows, capacity=capacity)
     if stages > 1 and network.exits is None:
         raise DexError(f"a network without exits has one stage, and not {stages}: give it exits, or stages=1")
-    if drafts is not None and prompt is None:
-        raise DexError("drafts look the text up in the prompt: give init prompt and length too")
     batch = first_token.shape[0]
     record = begin(first_token, capacity, limits)
     blank = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), lat.empty(stages, rows))
@@ -88,7 +86,9 @@ def init(
     if sampling is not None:
         noise = Noise(jnp.zeros((batch, stages * levels_of(drafts), network.vocab_size), jnp.float32), position)
     drafting = None
-    if drafts is not None and prompt is not None:
+    if drafts is not None:
+        if prompt is None:
+            raise DexError("drafts look the text up in the prompt: give init prompt and length too")
         text = jnp.full((batch, length), NO_TOKEN, jnp.int32).at[:, : prompt.shape[1]].set(prompt)
         none = jnp.float32(0)
         drafting = Drafting(
@@ -169,7 +169,7 @@ def step(
         nodes = Proposers(live, _by_stage(state.lattice.score, view.ring[:-1]), *children(state.lattice))
         proposals = propose(exits, state.memory, hidden, view, nodes, sampling, state.noise, decs=decs)
     reached = None
-    if network.drafter is not None and network.drafter.reached is not None:
+    if drafts is not None and network.drafter is not None and network.drafter.reached is not None:
         reached = network.drafter.reached(state.memory, hidden, view)
     state = wait(network.drafter, state, path, proposals, reached, drafts)
     return state if waits else enter(network.drafter, state, sampling, drafts)
