@@ -39,10 +39,7 @@ def make_noise(noise: Noise | None, sampling: Sampling | None, frontier: jax.Arr
 
 
 def noise_at(
-    noise: Noise | None,
-    position: jax.Array,
-    columns: jax.Array | None = None,
-    sequence: jax.Array | None = None,
+    noise: Noise | None, position: jax.Array, columns: jax.Array | None = None, sequence: jax.Array | None = None
 ) -> jax.Array | None:
     """Rows of noise at positions [B, n], or at [N] of as many sequences: [B n, V], or [N, V]; None when greedy.
 
