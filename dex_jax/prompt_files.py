@@ -24,13 +24,13 @@ LONGEST_CODE = 1500
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-def read_prompts(path: str) -> list[Prompt]:
-    """Prompts of a file: .jsonl, .json (a list) or .txt (one a line), gzipped or not.
+def read_prompts(path: str, other: str | None = None) -> list[Prompt]:
+    """Prompts of a file: .jsonl, .json (a list) or .txt (one a line), gzipped or not; `other` is what others are.
 
     A DexError: no such file, another kind, damaged, or a row without a prompt.
     """
     with reading(path, "mend it"):
-        return _not_empty([prompt_of(row, where) for row, where in read_rows(path)], path)
+        return _not_empty([prompt_of(row, where) for row, where in read_rows(path, other)], path)
 
 
 def read_texts(path: str) -> list[str]:
@@ -159,9 +159,11 @@ def _found(row: Any) -> str:
     return f"it is {type(row).__name__} {str(row)[:40]!r}"
 
 
-def _kind(path: str) -> str:
+def _kind(path: str, other: str | None = None) -> str:
     if found := re.search(r"(\.jsonl|\.json|\.txt)(\.gz)?$", path):
         return found[1]
+    if other is not None:
+        return other
     raise DexError(
         f'data "{path}" is not understood: give a .jsonl, .json, .txt file (or .gz of one), text:FILE, '
         "datasets:NAME, python-stdlib or self"
@@ -174,18 +176,22 @@ def _read(path: str) -> str:
         return (gzip.decompress(data) if path.endswith(".gz") else data).decode("utf-8-sig")
 
 
-def read_rows(path: str) -> Iterator[tuple[Any, str]]:
-    """(row, where it stands, in words) of each row of a .jsonl, .json or .txt file; errors as for `read_prompts`."""
-    kind, text = _kind(path), _read(path)
+def read_rows(path: str, other: str | None = None) -> Iterator[tuple[Any, str]]:
+    """(row, where it stands, in words) of each row of a file as `read_prompts` takes it; errors as there."""
+    kind, text = _kind(path, other), _read(path)
     if kind == ".json":
         rows = parsed(text, list[Any], path, "make it a list of rows")
         yield from ((row, f"row {number} of {path}") for number, row in enumerate(rows, 1))
         return
+    for number, line in lines_of(text):
+        where = f"line {number} of {path}"
+        yield (line if kind == ".txt" else parsed(line, Any, where, "mend or remove it")), where
+
+
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """(number, from 1, and line) of each line with anything in it."""
     # Not splitlines: JSON strings may hold line separators that are no line feeds.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"line {number} of {path}"
-            yield (line.strip() if kind == ".txt" else parsed(line, Any, where, "mend or remove it")), where
+    return ((number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 def _not_empty(rows: list[Any], path: str) -> list[Any]:

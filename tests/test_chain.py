@@ -17,6 +17,7 @@ from reference.twin import autoregressive
 from dex_jax.decoding.chain import loop as chain
 from dex_jax.decoding.chain.dynamic_exit import Dynamic
 from dex_jax.decoding.counting import bound_of, rounds_of
+from dex_jax.decoding.record import until_done
 from dex_jax.decoding.rivals import Hindsight, Sure
 
 VOCABULARY, BATCH = 11, 3
@@ -37,7 +38,7 @@ def decode(tables, prompts, lengths, first, limits, sampling, *, policy, depths)
     network = chain_toy(tables, depths)
     options = {"policy": policy, "limits": limits, "sampling": sampling}
     state = chain.init(network, memory, first, lengths, capacity=CAPACITY, **options)
-    return chain.run(network, state, limits, sampling, policy=policy).record
+    return until_done(lambda state: chain.step(network, state, **options), state, None).record
 
 
 @pytest.mark.parametrize(

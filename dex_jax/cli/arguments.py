@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import dex_jax
 from dex_jax.cli.common import add_model, depths, program, whole
 from dex_jax.errors import DexError
+from dex_jax.foreign import reading
+from dex_jax.prompt_files import lines_of, read_prompts
 
 if TYPE_CHECKING:
     from dex_jax.decoding.methods import Method
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = p.add_argument_group("prompts").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
-    add("--prompt-file", metavar="FILE", help='.txt: one a line; .jsonl: "prompt" or "messages"; -: lines of stdin')
+    add("--prompt-file", metavar="FILE", help="one a line; .jsonl or .json: rows of a data set; -: lines of stdin")
     add("--no-chat", action="store_true", help="use prompts as they are, without the chat template")
 
     add = p.add_argument_group("method").add_argument
@@ -158,7 +159,7 @@ def method_of(args: argparse.Namespace) -> Method:
 
 
 def prompts_of(args: argparse.Namespace) -> list[Prompt]:
-    """Prompts of --prompt, then those of --prompt-file. DexError: none, no such file, or a line that does not parse."""
+    """Prompts of --prompt, then those of --prompt-file. DexError: there are none, or as of `read_prompts`."""
     prompts: list[Prompt] = list(args.prompt)
     if args.prompt_file is not None:
         prompts += _read_prompts(args.prompt_file)
@@ -167,32 +168,13 @@ def prompts_of(args: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
-def _read_prompts(name: str) -> list[Prompt]:
-    if name == "-" and sys.stdin is None:
+def _read_prompts(name: str) -> Sequence[Prompt]:
+    if name != "-":
+        return read_prompts(name, other=".txt")
+    if sys.stdin is None:
         raise DexError("--prompt-file - reads stdin, and stdin is closed: pipe prompts into it, or name a file")
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # no file, no text, or no name
-        raise DexError(f"cannot read the prompt file {name}: {error}") from error
-    # JSON strings may hold what str.splitlines() also takes for an end of line.
-    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not numbered:
-        raise DexError(f"the prompt file {name} holds no prompt: write one a line")
-    if name.endswith(".jsonl"):
-        return [_json_prompt(name, number, line) for number, line in numbered]
-    return [line for _, line in numbered]
-
-
-def _json_prompt(name: str, number: int, line: str) -> Prompt:
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DexError(f"{name}, line {number}: not valid JSON ({error})") from error
-    if isinstance(item, dict) and isinstance(item.get("messages"), list) and item["messages"]:
-        return item["messages"]
-    if isinstance(item, dict) and isinstance(item.get("prompt"), str):
-        return item["prompt"]
-    raise DexError(f'{name}, line {number}: needs an object with "prompt" (a string) or "messages" (a list)')
+    with reading("stdin", "pipe UTF-8 into it"):
+        return [line for _, line in lines_of(sys.stdin.read())]
 
 
 def _rows(text: str) -> int | str:

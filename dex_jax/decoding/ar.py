@@ -35,8 +35,12 @@ def init(memory: Memory, first_token: jax.Array, position: jax.Array, *, capacit
 def step(model: Transformer, state: ARState, limits: Limits, sampling: Sampling | None) -> ARState:
     """One token for every sequence that is not done."""
     hidden, memory = extend(model, state.memory, state.token[:, None], state.prefix)
+    return emitted(state, memory, next_token(model, hidden[:, 0], state.prefix + 1, sampling), limits)
+
+
+def emitted(state: ARState, memory: Memory, token: jax.Array, limits: Limits) -> ARState:
+    """The state after a step with the token [B] that it gives each sequence; those that are done take none."""
     active = ~state.record.done
-    token = next_token(model, hidden[:, 0], state.prefix + 1, sampling)
     record = emit(state.record, token, jnp.ones_like(token), active, limits)
     return ARState(
         tick=state.tick + 1,

@@ -223,7 +223,7 @@ class ChainLoop(Loop):
         self, what: Running, state: ChainState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
     ) -> ChainState:
         network, policy = _chain(what)
-        return chain.run(network, state, limits, sampling, policy=policy, until_tick=until_tick)
+        return until_done(lambda s: chain.step(network, s, limits, sampling, policy=policy), state, until_tick)
 
     def steps(self, exits: np.ndarray, length: int, stages: int) -> int:
         return rounds_of(exits, length, stages)

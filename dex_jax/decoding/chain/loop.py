@@ -20,7 +20,7 @@ from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
-from dex_jax.decoding.record import Limits, Record, begin, emit_path, until_done
+from dex_jax.decoding.record import Limits, Record, begin, emit_path
 from dex_jax.sampling import Sampling, best_column, choose, log_total, scores
 
 
@@ -111,19 +111,6 @@ def step(
         spent=state.spent.at[:, 1].add(drafting),
     )
     return _verify(fixed, state, verifying)
-
-
-def run(
-    network: ChainNetwork,
-    state: ChainState,
-    limits: Limits,
-    sampling: Sampling | None = None,
-    *,
-    policy: Policy,
-    until_tick: jax.Array | None = None,
-) -> ChainState:
-    """Steps under one lax.while_loop until every sequence is done, or until `until_tick` (int32 scalar)."""
-    return until_done(lambda s: step(network, s, limits, sampling, policy=policy), state, until_tick)
 
 
 def _run_stage(network: ChainNetwork, state: ChainState, stage: int, where: jax.Array) -> ChainState:

@@ -23,7 +23,7 @@ from flax import nnx
 from dex_jax import lattice as lat
 from dex_jax.cache import NOWHERE, Memory, after, write_rows
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.ar import ARState, next_token
+from dex_jax.decoding.ar import ARState, emitted, next_token
 from dex_jax.decoding.dex.interface import Committed, Network, StageView, before_nodes
 from dex_jax.decoding.dex.loop import begin_tick, children, committed, final_tokens, proposers, settle
 from dex_jax.decoding.dex.network import shared_exits, transformer_network
@@ -41,7 +41,7 @@ from dex_jax.decoding.dex.trained_exits import (
     trained_exits,
 )
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
-from dex_jax.decoding.record import Limits, emit
+from dex_jax.decoding.record import Limits
 from dex_jax.lattice import NO_TOKEN, Proposals
 from dex_jax.nn.attention import causal_rows
 from dex_jax.nn.forward import InUse, run_rows
@@ -314,7 +314,6 @@ def pipeline(device: StageNetwork, counts: tuple[int, ...]) -> Network:
 def ar_step(device: StageNetwork, state: ARState, limits: Limits, sampling: Sampling | None = None) -> ARState:
     """One token for every sequence that is not done: `ar.step` over the stages, K - 1 permutes and one gather."""
     hidden, memory = extend_stages(device, state.memory, state.token[:, None], state.prefix)
-    active = ~state.record.done
     token = jax.lax.cond(
         jax.lax.axis_index(STAGE) == device.stages - 1,
         lambda: next_token(device.model, hidden[:, 0], state.prefix + 1, sampling),
@@ -323,14 +322,7 @@ def ar_step(device: StageNetwork, state: ARState, limits: Limits, sampling: Samp
     if device.stages > 1:
         # A gather takes half the messages of a sum, and of this there is next to nothing to send.
         token = jax.lax.all_gather(token, STAGE)[-1]
-    record = emit(state.record, token, jnp.ones_like(token), active, limits)
-    return ARState(
-        tick=state.tick + 1,
-        token=jnp.where(active, token, state.token),
-        prefix=state.prefix + active,
-        memory=memory,
-        record=record,
-    )
+    return emitted(state, memory, token, limits)
 
 
 def one_stage(view: StageView, stage: jax.Array) -> StageView:
