@@ -133,12 +133,14 @@ def test_a_draft_model_is_said_and_counted(run, folder) -> None:
     assert record["drafter_source"] == str(folder)
     assert record["check"]["identical"]
     assert record["exits"].count(0) > 4
-    without, drafting = (
+    drafts = ["--draft-model", str(folder)]
+    without, drafting, halved = (
         json.loads(run("--dry-run", "--json", *each)[1])
-        for each in (["--exits", "shared"], ["--draft-model", str(folder)])
+        for each in (["--exits", "shared"], drafts, [*drafts, "--hardware", "h100"])
     )
     more = drafting["exits_bytes"] - without["exits_bytes"]
     assert more > without["weights_bytes"], "weights and cache of the small model"
+    assert halved["exits_bytes"] < 0.6 * drafting["exits_bytes"], "in bfloat16 there"
 
 
 def test_a_store_serves_later_runs(run, tmp_path) -> None:

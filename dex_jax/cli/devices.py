@@ -32,7 +32,6 @@ from dex_jax.evaluation.targets import TARGETS, target, temporaries
 from dex_jax.hardware import USABLE, Device, hardware, platform_of
 from dex_jax.io import open_checkpoint
 from dex_jax.language_model import Outline, layout_on_mesh, packing_of, resolve_dtype
-from dex_jax.language_model import outline as open_outline
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled
 from dex_jax.prompts import Prompt
 from dex_jax.sharding import STAGE, make_mesh
@@ -85,7 +84,9 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     outline = Outline(checkpoint, dtype, layout, mesh, packing)
     exits: GivenExits = opened(args.exits)
     if args.draft_model is not None:
-        exits = draft_model(outline, open_outline(args.draft_model, args.dtype, weights=args.weights))
+        small = open_checkpoint(args.draft_model)
+        kept = packing_of(small, dtype, Unrolled(), None, weights, platform)
+        exits = draft_model(outline, Outline(small, dtype, Unrolled(), None, kept))
     # Which of AR and one explorer is chosen is measured on the device; the latter holds no less.
     method = unmeasured(method, exits, checkpoint.fingerprint())
     resolved = resolve(method, exits, config, checkpoint.fingerprint())
@@ -116,9 +117,9 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         return 0
     where = "one device" if devices == 1 else f"each of {devices} devices"
     where = where if elsewhere is None else f"one {elsewhere.name}"
-    kept = f", weights in {outline.weights_kind}" if packing else ""
+    packed = f", weights in {outline.weights_kind}" if packing else ""
     what = f"{batch} sequence(s) of at most {length} positions in {dtype}, {title(schedule)}"
-    print(f"{checkpoint.source}: {what}, on {where}{kept}")
+    print(f"{checkpoint.source}: {what}, on {where}{packed}")
     for field in dataclasses.fields(needed):
         print(f"  {field.name.removesuffix('_bytes'):<10} {getattr(needed, field.name) / 1e9:8.3f} GB")
     print(sentence)
