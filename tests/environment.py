@@ -14,6 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Compiling is most of what tests cost, and fast code is nothing to small models. An empty XLA_FLAGS compiles as usual.
 QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+# Two workers keep two cores busy: parts of a program that are compiled side by side only cost more in all.
+QUICK.append("--xla_cpu_parallel_codegen_split_count=1")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # The level alone leaves LLVM's passes where they are, a third of what is spent: this skips all that can be skipped.
     QUICK.append("--xla_backend_extra_options=-opt-bisect-limit=0,-opt-bisect-verbose=false")
