@@ -73,7 +73,16 @@ def begin(first_token: jax.Array, capacity: int, limits: Limits) -> Record:
 
 def emit(record: Record, token: jax.Array, born_at: jax.Array, where: jax.Array, limits: Limits) -> Record:
     """Appends token [B] to the sequences of `where` [B], none of which is done, after one tick for all that are not."""
-    return emit_path(record, token[:, None], born_at[:, None], where.astype(jnp.int32), limits)[0]
+    place = jnp.where(where, record.lengths, record.tokens.shape[1])
+    sequences = jnp.arange(record.tokens.shape[0])
+    lengths = record.lengths + where
+    return record._replace(
+        tokens=record.tokens.at[sequences, place].set(token, mode="drop"),
+        exits=record.exits.at[sequences, place].set(born_at, mode="drop"),
+        lengths=lengths,
+        ticks=record.ticks + ~record.done,
+        done=record.done | (where & _ends(token, lengths, limits)),
+    )
 
 
 def emit_path(
