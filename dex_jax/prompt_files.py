@@ -25,9 +25,10 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 
 def read_prompts(path: str, other: str | None = None) -> list[Prompt]:
-    """Prompts of a file: .jsonl, .json (a list) or .txt (one a line), gzipped or not; `other` is what others are.
+    """Prompts of a file: .jsonl, .json (a list) or .txt (one a line), gzipped or not.
 
-    A DexError: no such file, another kind, damaged, or a row without a prompt.
+    A file with another name is read as one that ends in `other`; None refuses it. A DexError: no such file, another
+    kind, damaged, or a row without a prompt.
     """
     with reading(path, "mend it"):
         return _not_empty([prompt_of(row, where) for row, where in read_rows(path, other)], path)

@@ -206,6 +206,14 @@ def test_stored_types(tmp_path, kind):
     assert checkpoint.read("layers.1.mlp_norm").dtype == np.float32
 
 
+def test_parts_in_two_narrow_types_are_widened(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", "llama3", "F16", kinds={"attn_k": "BF16"})
+    got, raw = open_checkpoint(str(path)).read("layers.1.qkv"), checkpoint_tensors("llama3")
+    wanted = [raw[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"]
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, np.concatenate(wanted), rtol=2.0**-7)
+
+
 def test_large_tensors_are_read_in_pieces_and_within_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("dex_jax.io.gguf_file._CHUNK_ELEMENTS", 7 * 96)
     path = write_gguf(tmp_path / "model.gguf", "llama3", "Q8_0")

@@ -88,7 +88,9 @@ class Checkpoint:
         parts = self._parts[name]
         if len(parts) == 1:
             return self._tensors.read(parts[0].name)
-        out = np.empty(stacked_shape(parts), np.result_type(*(self._tensors.dtype(part.name) for part in parts)))
+        dtypes = {self._tensors.dtype(part.name) for part in parts}
+        # Not by np.result_type: of float16 and bfloat16 it knows no common type.
+        out = np.empty(stacked_shape(parts), dtypes.pop() if len(dtypes) == 1 else np.float32)
         at = 0
         for part in parts:
             out[at : at + part.shape[0]] = self._tensors.read(part.name)

@@ -235,7 +235,10 @@ def _layer_kinds(model: _Model, family: str) -> list[dict[str, Any]]:
 
 def _decimal(value: Any) -> Any:
     """The shortest decimal that rounds to a float32: 1e-05, where the file holds 9.99999975e-06; else the value."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    with np.errstate(over="ignore"):  # a double that no float32 holds is refused as infinite
+        return float(str(np.float32(value)))
 
 
 def _same(value: Any, where: str) -> Any:

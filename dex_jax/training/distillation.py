@@ -67,8 +67,8 @@ class Distillation(Task):
 
     Args:
       lm, vocabulary, data: as of Task.
-      exits: shapes of the heads, and
-      options: how they learn, as `check_fit` lets them.
+      exits: shapes of the heads; model, exits and options have passed `check_fit`.
+      options: how exits learn.
       stream: of lm's activations at exits.depths, with at least `history_for(exits)` steps of history.
       evaluate: figures of exits on held-out data; None evaluates nothing.
       initial: exits to start from; None starts from the model's own head.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ Params = Any
 """A pytree of float32 arrays: what the optimizer updates."""
 
 
-class Task:
+class Task(ABC):
     """One thing to train: all that the trainer knows of it.
 
     A task may also have the methods batch_sharding(mesh), param_sharding(mesh) and constant_sharding(mesh): a
@@ -47,9 +48,9 @@ class Task:
         stream = {"batch": self.stream.batch, "steps": spec.steps, "length": spec.length}
         return self._settings | {"stream": stream, "data": self._data, "vocabulary": digest_of(repr(words))[:16]}
 
+    @abstractmethod
     def init(self, key: jax.Array) -> Params:
         """The parameters before the first step."""
-        raise NotImplementedError
 
     def constants(self) -> dict[str, Any]:
         """Frozen arrays that the loss reads, an argument of the update: {"embed", "final_norm", "vocabulary"}."""
@@ -70,6 +71,7 @@ class Task:
         activations, learnt = self.stream.next()
         return activations, self.stream.cursor, learnt
 
+    @abstractmethod
     def loss(
         self, params: Params, constants: dict[str, Any], batch: Activations, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -78,15 +80,14 @@ class Task:
         `constants` and `batch` are as from the methods of these names, `key` is this step's own, `step` an int32 scalar
         from 0.
         """
-        raise NotImplementedError
 
     def evaluate(self, params: Params) -> dict[str, Any]:
         """Figures on held-out data, plain JSON. `params` lie where training keeps them. It must not move any cursor."""
         return {}
 
+    @abstractmethod
     def decayed(self, params: Params) -> Any:
         """Which arrays weight decay applies to: a pytree of bool like `params`."""
-        raise NotImplementedError
 
     def boundary(self) -> None:
         """Half-done items are dropped: their caches are in no checkpoint.
