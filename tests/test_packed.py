@@ -214,8 +214,9 @@ def test_a_model_on_planes_is_the_dense_one(file, models, monkeypatch) -> None:
     assert lm.parameter_bytes == nbytes(lm.weights) == sum(weight_bytes(lm.config, lm.dtype, lm.packing).values())
     tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size, (2, 21))
     np.testing.assert_allclose(lm.logits(tokens), models["dense"].logits(tokens), rtol=1e-4, atol=1e-4)
-    found = dex_jax.generate(lm, PROMPTS, method=METHODS["ar"], **OPTIONS)
-    np.testing.assert_array_equal(found.tokens, stored.tokens)
+    for name in ("ar", "drafts"):
+        found = dex_jax.generate(lm, PROMPTS, method=METHODS[name], **OPTIONS)
+        np.testing.assert_array_equal(found.tokens, stored.tokens, err_msg=name)
 
 
 def test_stacked_layers_are_dense(file, models) -> None:
