@@ -133,6 +133,7 @@ def test_heads_are_written_as_they_were_read(tmp_path) -> None:
             save_eagle(tmp_path / "three", load_eagle(write_head(tmp_path / variant, variant)))
 
 
+@pytest.mark.slow
 def test_the_program_trains_a_head_and_says_how_to_use_it(tmp_path, capsys) -> None:
     model = small_model(SHALLOW).save(tmp_path / "model")
     config = tmp_path / "mine.py"

@@ -125,6 +125,7 @@ def test_a_format_that_cannot_be_built_is_one_sentence(tmp_path, monkeypatch) ->
         few_rows.packed_product(np.zeros((1, 32)), np.zeros((1, 18), np.uint8), "Q4_0")
 
 
+@pytest.mark.slow
 def test_without_it_the_product_is_xlas(tmp_path) -> None:
     assert says(tmp_path, DEX_JAX_NATIVE="0") == (False, "float32")
     assert says(tmp_path, CXX=shutil.which("false") or "false") == (False, "float32")

@@ -107,6 +107,7 @@ def test_exits_and_ticks_are_those_of_the_twin(name: str) -> None:
     assert used == set(range(1, schedule.stages + 1))
 
 
+@pytest.mark.slow
 def test_a_ragged_batch_equals_single_runs_in_another_layout() -> None:
     lm, batch = stacked(), explored("K3 uneven", sampled=True)
     for row, prompt in enumerate(ragged_prompts()):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from hypothesis import given, settings
 from jax.experimental import pallas as pl
 from reference.small_models import LLAMA, random_transformer
@@ -90,7 +91,7 @@ def test_writes(seed: int, count: int, rows: int, window: int | None, start: int
         chex.assert_trees_all_equal(after, wanted)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [slow(1), 2])
 def test_a_transformer_over_caches_computes_with_them_what_it_does_without(batch: int, monkeypatch) -> None:
     """A prompt, a token, a tree and its commit, with kernels as XLA computes them in the place of Triton."""
     model = random_transformer(WIDE, Unrolled(), 0, jnp.dtype(jnp.bfloat16))

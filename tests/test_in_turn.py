@@ -70,6 +70,7 @@ def test_states_and_caches_are_those_of_layers_apart(make, monkeypatch) -> None:
     assert products == [4 + 4, (4 + 2) * 4], "one layer of four products for each loop, in place of six layers"
 
 
+@pytest.mark.slow
 def test_gradients_pass_through_it(monkeypatch) -> None:
     model = random_transformer(ALIKE, Unrolled(), 0)
     graph, weights = (ALIKE, Unrolled()), dex_jax.LanguageModel(model, None, "random", "0").weights

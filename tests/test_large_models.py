@@ -18,6 +18,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from reference.checkpoints import tensor_shapes
 from test_io_gguf import NAMES, NAMES_OF
 
@@ -131,7 +132,7 @@ def q4_k_file(path: Path, config: dict) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["Gemma 3 4B", slow("Llama 3 8B"), slow("Qwen3 8B")])
 def test_a_dry_run_says_what_holds_them(name, tmp_path, capsys, monkeypatch) -> None:
     # Without the compilers, wherever this runs: temporaries are estimated.
     monkeypatch.setattr(targets.topologies, "get_topology_desc", None)
@@ -194,6 +195,7 @@ def test_loading_into_8_bits_holds_little_more_than_these(tmp_path) -> None:
     assert most < 1.2 * packed
 
 
+@pytest.mark.slow
 def test_a_layer_of_8b_in_float16_holds_activations_as_large_as_real_ones() -> None:
     """A few channels of the residual stream grow to tens of thousands: SmolLM2's to 24,912 (tests/test_golden.py)."""
     config = dataclasses.replace(SHAPES["llama-3-8b"], num_layers=1, vocab_size=64)

@@ -37,8 +37,8 @@ MADE = {"llama_attention_bias": ["4 x cpu:cpu", [2, 4]], "gemma3": ["3 x cpu:cpu
 """Devices that a checkpoint's tokens were made on, and the depths of its stages."""
 LATTICES = [n for n, case in CASES.items() if case.method == "dex" and "," not in case.mesh and case.explorers is None]
 """Cases of a lattice on an axis of stages alone."""
-QUICK = ("exits attn", "ar", "drafts, all axes")
-"""Cases whose tests are not slow: a minute of a core. Exits and no drafts, a pipeline, and drafts on every axis."""
+QUICK = ("ar", "drafts, all axes")
+"""Cases whose tests are not slow: AR in a pipeline, and drafts on every axis."""
 
 
 def cases(names: Iterable[str]) -> list[object]:

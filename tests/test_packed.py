@@ -202,6 +202,7 @@ def test_no_step_makes_a_dense_copy(models) -> None:
     assert program.memory_analysis().temp_size_in_bytes < 4 * min(kernels)
 
 
+@pytest.mark.slow
 def test_a_model_on_planes_is_the_dense_one(file, models, monkeypatch) -> None:
     """As on a TPU, which has no kernels in C++."""
     stored = dex_jax.generate(models["stored"], PROMPTS, method=METHODS["ar"], **OPTIONS)

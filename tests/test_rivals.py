@@ -101,7 +101,8 @@ def test_tokens_are_those_of_ar(name, how) -> None:
         assert 0 < stats.accepted.sum() < stats.drafted.sum(), "all drafts or none were right: this would test nothing"
 
 
-@pytest.mark.parametrize(("name", "kind"), [("del", "attn"), slow("adadecode", "linear")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), [("del", "attn"), ("adadecode", "linear")])
 def test_trained_exits_draft_as_well(name, kind) -> None:
     output = run(name, "sampled", kind)
     assert_same_tokens(model(), output, run("ar", "sampled"), **SAMPLED)

@@ -149,6 +149,7 @@ def test_the_cut_of_gpus_and_tpus_is_the_one_of_cpus(values: list[int], enough: 
     assert two.tolist() == [found[0], min(values)], "each row its own"
 
 
+@pytest.mark.slow
 def test_dex_samples_from_the_model_s_own_distribution() -> None:
     """Tokens 2 and 3 (token 0 is given), each against the softmax after its own prefix."""
     temperature, top_k, top_p = 0.8, 12, 0.9

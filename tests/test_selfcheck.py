@@ -34,6 +34,7 @@ def test_every_check_holds() -> None:
     assert lm.layout == Unrolled()
 
 
+@pytest.mark.slow
 def test_the_quick_form_checks_tokens_and_ticks(lm, capsys, monkeypatch) -> None:
     monkeypatch.setattr("dex_jax.language_model.load", lambda model, dtype, weights: lm)
     assert program.main(["--quick"]) == 0

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import twin
@@ -122,6 +123,7 @@ def _write(path: Path, number: int) -> None:
         store.add([[number, each, *range(each)]])
 
 
+@pytest.mark.slow
 def test_processes_may_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "texts"
     first = opened(path)
@@ -181,7 +183,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         TextStore("texts").add([[1]])
 
 
-@pytest.mark.parametrize(("dtype", "temperature"), [("float32", 1.0), ("bfloat16", 0.0)])
+@pytest.mark.parametrize(("dtype", "temperature"), [slow("float32", 1.0), ("bfloat16", 0.0)])
 def test_tokens_stay_and_a_prompt_that_comes_again_takes_fewer_ticks(dtype: str, temperature: float) -> None:
     config = dataclasses.replace(LLAMA, num_layers=2)
     model, store = random_transformer(config, Unrolled(), 0, jnp.dtype(dtype)), TextStore(capacity=2**14)

@@ -62,6 +62,7 @@ def test_every_tick_is_the_twin_s() -> None:
     assert all(trace.labels[node.token] == f"<{node.token}>" for node in trace.nodes)
 
 
+@pytest.mark.slow
 def test_a_model_s_trace_says_what_generate_says() -> None:
     lm = small_model(dataclasses.replace(LLAMA, num_layers=2))
     tree = dex_jax.TreeShape((1, 1), 0, (0.7,) * 8)

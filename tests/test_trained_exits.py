@@ -40,7 +40,7 @@ def plain(lm):
 @pytest.mark.parametrize(
     ("kind", "fused", "draft"),
     [
-        ("linear", True, 30),
+        slow("linear", True, 30),
         slow("attn", False, 30),
         ("linear, of the position before alone", True, 30),
     ],

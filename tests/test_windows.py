@@ -7,7 +7,6 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.small_models import LLAMA, small_model
@@ -80,13 +79,14 @@ def plain():
     return prompts, out.tokens.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
         dex_jax.Dex(explorers=1),
-        slow(dex_jax.AR()),
-        slow(dex_jax.Dex(explorers=3, rows=8)),
-        slow(dex_jax.LayerSkip(exit=2, draft_length=4)),
+        dex_jax.AR(),
+        dex_jax.Dex(explorers=3, rows=8),
+        dex_jax.LayerSkip(exit=2, draft_length=4),
     ],
     ids=lambda method: type(method).__name__,
 )
