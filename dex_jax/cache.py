@@ -51,8 +51,7 @@ def allocate(
     With `rings`, for those who write no more than MOST_WRITTEN positions at a time, layers with a window keep no more
     than that needs, where all that share an array have the same one.
     """
-    about = shapes(config, layout, batch, length, slots, dtype, rings)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), about)
+    return jax.tree.map(jnp.zeros_like, shapes(config, layout, batch, length, slots, dtype, rings))
 
 
 def shapes(

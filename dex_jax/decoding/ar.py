@@ -1,6 +1,6 @@
 """Autoregressive decoding: one token a step through all layers.
 
-Letters: B sequences, T capacity for new tokens, V vocabulary.
+Letters: B sequences.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Nothing of it depends on the values of weights, on how many sequences there are 
 measurement serves all, kept on disk in one file for all models and devices. Ticks correct it by what they really take
 (decoding/pace.py).
 
-Letters: B sequences, N rows of each, S cache length, V vocabulary, D model width, L layers.
+Letters: B sequences, N rows of each, S cache length, L layers.
 """
 
 from __future__ import annotations

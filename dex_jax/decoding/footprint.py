@@ -1,7 +1,6 @@
 """How much memory a generation needs, from shapes alone: nothing is loaded and nothing is compiled.
 
-Letters: B sequences, S cache length, R prompt tokens in a prefill chunk, K stages, W rows a stage, D width, H query
-heads, F mlp width, V vocabulary. Sizes are bytes on one device; a GB is 1e9 bytes.
+Letters: B sequences, S cache length, K stages, D width, V vocabulary. Sizes are bytes on one device; a GB is 1e9 bytes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sampling noise of the positions that the lattice may reach, made once each.
 
-Letters: B sequences, K stages, V vocabulary.
+Letters: B sequences, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The device side of one generation: prefill in buckets, then the loop in chunks of ticks.
 
-Letters: B sequences, S cache length, T capacity for new tokens, D model width, K stages, W rows a stage.
+Letters: B sequences, S cache length, D model width.
 """
 
 from __future__ import annotations
@@ -228,6 +228,7 @@ class Session:
         heads = self._put_heads(jax.eval_shape(self._heads, weights))
         weights = self._put(weights, lambda: weight_specs(weights, self.spec.mesh))
         memory, last, lengths = self._blank_shapes()
+        memory = memory._replace(exits=self._put(jax.eval_shape(self._empty_exits), BY_SEQUENCE))
         scalar = self._put(jax.ShapeDtypeStruct((), jnp.int32), EVERYWHERE)
         prompt = self._put(_shapes(self.prompt), BY_SEQUENCE)
         about = (self.limits, self.sampling, prompt, self.costs, self._put(_shapes(self.stored), EVERYWHERE))
@@ -264,19 +265,18 @@ class Session:
     def _blank(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
         """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
         memory, last, _ = self._blank_shapes()
-        shapes, mesh = (memory._replace(exits=()), last), self.spec.mesh
+        shapes, mesh = (memory, last), self.spec.mesh
         memory, last = _zeros(shapes) if mesh is None else zeros(shapes, (on_mesh.MEMORY, BY_SEQUENCE), mesh)
         exits = self._put(self._empty_exits(), BY_SEQUENCE)
         return memory._replace(exits=exits), last, self._put(jax.device_put(self.lengths), BY_SEQUENCE)
 
     def _blank_shapes(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
-        """As `_blank`, as jax.ShapeDtypeStruct; the cache has no lattice yet."""
+        """As `_blank`, as jax.ShapeDtypeStruct, without what exits remember; the cache has no lattice yet."""
         batch, config, dtype = len(self.lengths), self.lm.config, self.lm.dtype
         array: Any = jax.ShapeDtypeStruct
         memory = cache.shapes(config, self.lm.layout, batch, self.cache_length, 0, dtype, rings=True)
         if self.spec.mesh is not None:  # an array without elements is copied everywhere, whatever its sharding says
             memory = memory._replace(lattice_keys=(), lattice_values=())
-        memory = memory._replace(exits=jax.eval_shape(self._empty_exits))
         shapes = (memory, array((batch, config.width), dtype), array((batch,), jnp.int32))
         return self._put(shapes, (on_mesh.MEMORY, BY_SEQUENCE, BY_SEQUENCE))
 

@@ -2,8 +2,6 @@
 
 In memory it is a row of tokens and, for a few lengths of gram, where each gram ended last. In a file it is one record a
 text, appended under a lock, so that several processes may share it and one that is killed loses what it was writing.
-
-Letters: N capacity in tokens, G lengths of gram, H places for grams.
 """
 
 from __future__ import annotations

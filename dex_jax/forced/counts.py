@@ -2,7 +2,7 @@
 
 Exact for every kind of exits where rows never prune, if all lags were asked (`Forced.most_lag`).
 
-Letters: N positions, n tokens of a text, K stages, L layers, C best tokens of each ask.
+Letters: N positions, n tokens of a text, K stages, L layers.
 """
 
 from __future__ import annotations

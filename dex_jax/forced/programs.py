@@ -1,7 +1,7 @@
 """The compiled programs of teacher forcing: texts through the model, then exits over rows of what that gave.
 
 Letters: B texts of a batch, R padded length, A longest answer, X trained depths, P asks, Q pairs (source, lag) of
-theirs, C best tokens kept, D width, L layers, K stages, M rows of a block, V' draft vocabulary.
+theirs, C best tokens kept, D width, L layers, M rows of a block, V' draft vocabulary.
 """
 
 from __future__ import annotations

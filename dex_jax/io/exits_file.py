@@ -1,6 +1,6 @@
 """Trained exits as one safetensors file: parameters, draft vocabulary and what they were trained on.
 
-Letters: X exits, D width, V' draft vocabulary.
+Letters: X exits, V' draft vocabulary.
 """
 
 from __future__ import annotations

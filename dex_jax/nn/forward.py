@@ -1,7 +1,7 @@
 """The transformer over caches, in the weight layouts of one device: rows go through layers, keys and values are kept.
 
-Letters: B sequences, R consecutive tokens, N rows of each sequence, P rows of a path, K stages, l layers in a stage,
-D width, S cache length, G key-value heads, d head width.
+Letters: B sequences, R consecutive tokens, N rows of each sequence, P rows of a path, l layers in a stage, D width,
+S cache length, G key-value heads, d head width.
 """
 
 from __future__ import annotations

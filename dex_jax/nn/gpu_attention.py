@@ -3,8 +3,8 @@
 A cache is cut into blocks of keys, which several programs share, as one sequence has too few heads for all of a GPU.
 Each sums up what it has seen as FlashAttention does (arXiv 2205.14135, algorithm 1), and XLA adds up their sums.
 
-Letters: B sequences, R rows of each, H query heads, G key-value heads, n = R H / G rows of queries for each of them,
-N those and what fills them up, d head width, S keys.
+Letters: B sequences, R rows of each, H query heads, G key-value heads, N = R H / G rows of queries for each
+of them and what fills these up, d head width, S keys.
 """
 
 from __future__ import annotations

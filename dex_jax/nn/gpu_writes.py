@@ -2,7 +2,7 @@
 
 XLA would launch a kernel for the keys and one for the values of each layer.
 
-Letters: L layers, B sequences, G key-value heads, S cache length, d head width, N rows to choose from, P written ones.
+Letters: L layers, B sequences, G key-value heads, d head width, N rows to choose from.
 """
 
 from __future__ import annotations

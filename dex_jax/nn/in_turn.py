@@ -1,6 +1,6 @@
 """A model's layers one after the other: a program for each, or one loop over all of them.
 
-Letters: L layers, l layers of a stage, K stages.
+Letters: l layers of a stage.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What rows see in layers of different kinds: windows and rotations, by where a layer stands.
 
-Letters: B sequences, R rows of each, S keys, K stages, l layers in the longest.
+Letters: B sequences, R rows of each, S keys, l layers in the longest.
 """
 
 from __future__ import annotations

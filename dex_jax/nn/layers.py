@@ -1,7 +1,7 @@
 """One decoder layer: projections, gated mlp, norms before or after; and what they are made of.
 
 Letters: B sequences, R rows a sequence (tokens of a prompt chunk, or lattice nodes), D width, H query heads,
-G key-value heads, d head width, F mlp width, S keys.
+G key-value heads, d head width, F mlp width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dex_jax.nn.products import dot, rows_times_kernel
 from dex_jax.nn.rotary import Rotation, turned
 
 FEW_ROWS = 64
-"""Up to here XLA multiplies faster on a CPU with the rows as columns (benchmarks/few_rows.py)."""
+"""Up to here XLA multiplies faster on a CPU with the rows as columns (benchmarks/few_rows.py of commit 67cc4e4)."""
 
 
 Init = Callable[[str, tuple[int, ...], str], jax.Array]

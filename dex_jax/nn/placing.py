@@ -1,7 +1,4 @@
-"""A transformer's weights on a mesh: which devices hold what, and how they get it without passing through another one.
-
-Letters: K stages, l layers in the longest, H query heads, G key-value heads, d head width, D width, F mlp width.
-"""
+"""A transformer's weights on a mesh: which devices hold what, and how they get it without passing through another."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ Of blocks as a file has them XLA makes a dense copy for each product on a TPU, a
 in a plane of its own, and so is the scale. A number is made of what lies at one place in two or three planes, and XLA
 makes it inside the product.
 
-Letters: R rows, in and out the widths of a product, n columns of a group, V rows of a kernel.
+Letters: R rows, in and out the widths of a product, n columns of a group.
 """
 
 from __future__ import annotations

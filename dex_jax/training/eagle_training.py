@@ -3,7 +3,7 @@
 The head sees what lies in one chunk of the stream, as if texts began there. It learns to go on from its own outputs for
 several tokens (EAGLE-3, arXiv 2503.01840, section 3.1), whose tokens in between are right, as those that matter are.
 
-Letters: B rows, n steps of a chunk, N = B n, D width, V' draft vocabulary, s draft steps.
+Letters: B rows, n steps of a chunk, D width, V' draft vocabulary, s draft steps.
 """
 
 from __future__ import annotations

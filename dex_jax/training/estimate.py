@@ -1,7 +1,6 @@
 """What training exits will take, from shapes alone: memory, arithmetic and time.
 
-Letters: B rows, n steps of a chunk, H steps of history, S longest item, X exits, D width, V' columns of the (draft)
-vocabulary. Sizes are bytes, a GB is 1e9 bytes; a product of p parameters with a row is 2 p operations.
+Sizes are bytes, a GB is 1e9 bytes; a product of p parameters with a row is 2 p operations.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rows of the training stream: where each stands in its item's script, and what it runs next. Pure functions.
 
-Letters: B rows, N scripts, D width.
+Letters: B rows, D width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """DEL, dynamic exit layer (Entezari Zarch et al., COLM 2025, arXiv 2504.05598): LayerSkip that chooses (d, g) itself.
 
-Letters: B sequences, X = K - 1 exits, R rows, g draft length.
+Letters: B sequences, X = K - 1 exits, g draft length.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ old one waits there. Rows that wait run along with the newest when it passes the
 for a row, and row i never stands above row i - 1. When the newest row reaches depth L, so have all others, and the last
 layer's tokens decide which of them stay. A policy says at which exits to draft; nothing it says changes a token.
 
-Letters: B sequences, R rows of a chain, K stages, D model width, V vocabulary, T capacity for new tokens. Stages and
-exits are counted from 0 in code, as array indices, and from 1 in what is reported.
+Letters: B sequences, R rows of a chain, K stages, D model width, T capacity for new tokens. Stages and exits are
+counted from 0 in code, as array indices, and from 1 in what is reported.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The transformer and its exits as the callables of chains.
 
-Letters: B sequences, R rows of a chain, n of them at a time, K stages, D model width.
+Letters: B sequences, K stages, D model width.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 Drafts come from the text itself (what followed the same suffix before), from stored texts likewise, and from a drafter,
 a head at depth 0. None of them ever changes a token: what is emitted is the final layer's.
 
-Letters: B sequences, W rows a cohort, N rows of a cohort while it grows, P levels with the heads', H heads that are
-drafted under, w rows of a level, E numbers that a drafter reads of the position before, S text length, V vocabulary.
+Letters: B sequences, N rows of a cohort while it grows, S text length.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ surviving nodes propose children, below which exit 0 drafts (arXiv 2606.29223). 
 through all layers and commits a path of it. `init` and `step` are pure and compose with a caller's own jit; `run` is
 one lax.while_loop over `step`.
 
-Letters: B sequences, W rows a cohort, K stages, P levels of a cohort, D model width, V vocabulary, T capacity for new
-tokens, S text length.
+Letters: B sequences, W rows a cohort, K stages, P levels of a cohort, T capacity for new tokens, S text length.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The transformer as the decode loop's callables, in the weight layouts of one device (mesh/stage.py: of a mesh).
 
-Letters: B sequences, W rows a stage, K stages, l layers in a stage, D width, S cache length, G key-value heads,
-d head width.
+Letters: B sequences, W rows a stage, K stages, D width, G key-value heads, d head width.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Their keys and values of committed positions lie in a cache beside the model's, and those of drafted rows among the
 states of the rows. They draft below one head, the root: K = 1.
 
-Letters: B sequences, R rows of a chunk, N rows of a cohort, n rows of a level, P rows of a path, S cache length,
-l layers, G key-value heads, d head width, D width of the model, E width of a drafter's features.
+Letters: B sequences, R rows of a chunk, N rows of a cohort, n rows of a level, l layers, G key-value heads, d head
+width, E width of a drafter's features.
 """
 
 from __future__ import annotations
@@ -134,8 +134,9 @@ def eagle_arrays(head: EagleHead, dtype: jnp.dtype) -> OwnArrays:
 
 
 def _empty(config: ModelConfig, layout: Layout, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
-    caches = cache.allocate(config, layout, batch, length, 0, dtype, rings=True)
-    return OwnMemory(caches._replace(lattice_keys=(), lattice_values=()), jnp.zeros(batch, jnp.int32))
+    caches = cache.shapes(config, layout, batch, length, 0, dtype, rings=True)
+    caches = caches._replace(lattice_keys=(), lattice_values=())
+    return OwnMemory(jax.tree.map(jnp.zeros_like, caches), jnp.zeros(batch, jnp.int32))
 
 
 def _extended(model: Any, memory: OwnMemory, x: jax.Array, chunk: Chunk, begin: int = 0) -> OwnMemory:

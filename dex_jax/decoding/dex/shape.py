@@ -1,6 +1,6 @@
 """How much exit 0 drafts below the heads of a cohort, and what the rows of a cohort cost.
 
-Letters: P levels of a cohort with its heads, V vocabulary.
+Letters: P levels of a cohort with its heads.
 """
 
 from __future__ import annotations

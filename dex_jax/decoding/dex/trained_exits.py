@@ -1,7 +1,7 @@
 """Trained exit heads as the loop's callables, and what they remember of the committed prefix.
 
-Letters: B sequences, W rows a stage, K stages, R rows of a prefill chunk, D width, V vocabulary, V' draft vocabulary,
-S window of the context layer, G heads and d head width there.
+Letters: B sequences, W rows a stage, K stages, R rows of a prefill chunk, D width, V' draft vocabulary, G heads and
+d head width there.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ lattice, by data. Embedding and unembedding (or its draft slice) are on every st
 exit asks the unembedding about its own rows, and the last stage does for the final token, all at the same time. That is
 K copies of V D numbers, split over a tensor axis. The lattice is on every device, where all keep the same books.
 
-Letters: B sequences, R prompt tokens, K stages, W rows a stage, D width.
+Letters: B sequences, R prompt tokens, K stages, D width.
 """
 
 from __future__ import annotations

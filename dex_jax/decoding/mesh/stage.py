@@ -7,8 +7,7 @@ each stage's cohort, one more gather.
 
 A device sees its layers as a small unrolled model, so that the functions of nn/forward.py run here unchanged.
 
-Letters: B sequences (of this device's share of the data axis), W rows a stage, K stages, R tokens of a prefill chunk,
-D width, V vocabulary, X exits.
+Letters: B sequences (of this device's share of the data axis), W rows a stage, K stages, D width.
 """
 
 from __future__ import annotations

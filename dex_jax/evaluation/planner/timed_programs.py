@@ -1,7 +1,4 @@
-"""The programs that `calibrate` times: the library's own layers, heads and lattice, and what a device does at best.
-
-Letters: B sequences, W rows a stage, K stages, D width, V vocabulary.
-"""
+"""The programs that `calibrate` times: the library's own layers, heads and lattice, and what a device does at best."""
 
 from __future__ import annotations
 
