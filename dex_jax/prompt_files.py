@@ -190,9 +190,10 @@ def read_rows(path: str, other: str | None = None) -> Iterator[tuple[Any, str]]:
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """(number, from 1, and line) of each line with anything in it."""
-    # Not splitlines: JSON strings may hold line separators that are no line feeds.
-    return ((number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    """(number, from 1, and line without the blanks at its ends) of each line with anything in it."""
+    # Not splitlines: JSON strings may hold line separators that end no line of a file.
+    lines = enumerate(map(str.strip, re.split(r"\r\n?|\n", text)), 1)
+    return ((number, line) for number, line in lines if line)
 
 
 def _not_empty(rows: list[Any], path: str) -> list[Any]:

@@ -24,6 +24,7 @@ from dex_jax.cli.display import _check_lines
 from dex_jax.decoding import auto
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.decoding.text_store import HEADER, RECORD
+from dex_jax.errors import DexError
 from dex_jax.evaluation import targets
 from dex_jax.evaluation.check import Check
 from dex_jax.io.save import save_model
@@ -310,11 +311,13 @@ def test_prompt_files(tmp_path, monkeypatch) -> None:
     text, lines = tmp_path / "prompts", tmp_path / "b.jsonl"
     text.write_text("one\n\n two \n", encoding="utf-8")
     arguments = parser().parse_args(["--prompt", "zero", "--prompt-file", str(text)])
-    assert prompts_of(arguments) == ["zero", "one", " two "]
+    assert prompts_of(arguments) == ["zero", "one", "two"]
     lines.write_text('{"question": "three"}', encoding="utf-8")
     assert prompts_of(parser().parse_args(["--prompt-file", str(lines)])) == ["three"]
     monkeypatch.setattr("sys.stdin", io.StringIO("four\nfive\n"))
     assert prompts_of(parser().parse_args(["--prompt-file", "-"])) == ["four", "five"]
+    with pytest.raises(DexError, match="stdin holds no prompt"):
+        prompts_of(parser().parse_args(["--prompt", "zero", "--prompt-file", "-"]))
 
 
 def test_dry_run_loads_nothing_and_adds_up(run, monkeypatch) -> None:

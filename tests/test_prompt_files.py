@@ -56,7 +56,8 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
     array = write(tmp_path / "a.json", json.dumps(rows))
     lines = write(tmp_path / "a.txt", "\ufeffone\r\n\n  two \n")
     assert read_prompts(jsonl) == read_prompts(str(zipped)) == read_prompts(array) == [one, "two"]
-    assert read_prompts(lines) == ["one", "  two "]
+    assert read_prompts(lines) == ["one", "two"]
+    assert read_prompts(write(tmp_path / "b.txt", "one \r two\r")) == ["one", "two"]
     assert read_prompts(write(tmp_path / "a.jsonlines", "one"), other=".txt") == ["one"]
     assert read_texts(lines) == ["one\r\n\n  two \n"]
     assert read_texts(write(tmp_path / "t.jsonl", [{"text": "one"}, "two"])) == ["one", "two"]

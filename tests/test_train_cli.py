@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import chex
@@ -189,10 +190,14 @@ def test_evaluate_compares_exits_on_the_same_answers(capsys, monkeypatch, traine
 
 def test_dry_runs_train_nothing(capsys, place, tmp_path) -> None:
     folder = tmp_path / "none"
-    code, out, _ = run(capsys, "--config", place / "exits.py", "--folder", folder, "--dry-run", "--machine", "t4")
+    command = ["--config", place / "exits.py", "--folder", folder, "--dry-run", "--machine", "t4"]
+    code, out, _ = run(capsys, *command)
     assert code == 0
     assert "on one T4" in out
     assert "of 16.0 GB (fits)" in out
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")  # which an estimate does not read
+    assert run(capsys, *command, "--model", model)[:2] == (0, out)
     assert not folder.exists()
 
 

@@ -174,7 +174,10 @@ def _read_prompts(name: str) -> Sequence[Prompt]:
     if sys.stdin is None:
         raise DexError("--prompt-file - reads stdin, and stdin is closed: pipe prompts into it, or name a file")
     with reading("stdin", "pipe UTF-8 into it"):
-        return [line for _, line in lines_of(sys.stdin.read())]
+        prompts = [line for _, line in lines_of(sys.stdin.read())]
+    if not prompts:
+        raise DexError("stdin holds no prompt: pipe a line for each into it")
+    return prompts
 
 
 def _rows(text: str) -> int | str:

@@ -112,7 +112,8 @@ def _estimate(config: ExitTraining | EagleTraining, args: argparse.Namespace) ->
 
 
 def _estimate_exits(config: ExitTraining, args: argparse.Namespace) -> str:
-    from dex_jax.language_model import outline, resolve_dtype
+    from dex_jax.io import open_checkpoint
+    from dex_jax.language_model import resolve_dtype
     from dex_jax.training.estimate import MACHINES, this_machine, training_cost
 
     train = config.train
@@ -124,7 +125,7 @@ def _estimate_exits(config: ExitTraining, args: argparse.Namespace) -> str:
     a_step = train.batch * config.chunk
     steps = train.steps if train.tokens is None else min(train.steps, -(-train.tokens // a_step))
     cost = training_cost(
-        outline(config.model, train.dtype).config,
+        open_checkpoint(config.model).config,
         config.exits,
         machine,
         batch=train.batch,
