@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import numbers
 import os
@@ -30,9 +31,12 @@ class DexError(ValueError):
 def exit_code(command: Callable[[], int | None], stopped: str = "Stopped.") -> int:
     """Runs a program's work and says what ended it early: what `command` returned, 0 for None, is the exit code.
 
-    It is 2 for bad input, a DexError, and 0 when nobody reads stdout any more. Ctrl-C ends the process with 130, and
-    `stopped` on stderr, if it is not empty.
+    It is 2 for bad input, a DexError, for a full disk and for a stdout that is closed, and 0 when nobody reads stdout
+    any more. Ctrl-C ends the process with 130, and `stopped` on stderr, if it is not empty.
     """
+    if sys.stdout is None:
+        print("error: stdout is closed, where all is written: leave it open", file=sys.stderr)
+        return BAD_INPUT
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")  # a file or pipe, which Windows would write in the system's code page
     try:
@@ -43,10 +47,16 @@ def exit_code(command: Callable[[], int | None], stopped: str = "Stopped.") -> i
     except DexError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except BrokenPipeError:
-        # The reader is gone; nothing more may be written, not even by the interpreter's own flush at exit.
+    except OSError as error:
+        unread = isinstance(error, BrokenPipeError)
+        if not unread and error.errno != errno.ENOSPC:
+            raise
+        # Nothing more may be written, not even by the interpreter's own flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+        if unread:
+            return OK
+        print(f"error: nothing more can be written ({error.strerror}): make room on the disk", file=sys.stderr)
+        return BAD_INPUT
 
 
 def whole_number(**fields: Any) -> None:

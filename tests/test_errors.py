@@ -53,6 +53,16 @@ def test_a_reader_that_leaves_is_no_error(command: str, read: int) -> None:
     assert process.wait(60) == OK
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a Linux device that is always full")
+@pytest.mark.parametrize(("where", "told"), [("> /dev/full", "No space left on device"), (">&-", "stdout is closed")])
+def test_a_stdout_that_cannot_be_written_is_told(where: str, told: str) -> None:
+    program = "import sys; from dex_jax.errors import exit_code; sys.exit(exit_code(lambda: print('text')))"
+    found = subprocess.run(f'"{sys.executable}" -c "{program}" {where}', shell=True, stderr=subprocess.PIPE, text=True)
+    assert found.returncode == BAD_INPUT
+    assert told in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
 def test_what_is_piped_is_utf_8() -> None:
     program = "import sys; from dex_jax.errors import exit_code; sys.exit(exit_code(lambda: print('\u2588 \u65e5')))"
     found = subprocess.run(
