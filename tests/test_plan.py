@@ -299,7 +299,7 @@ def test_packed_weights_take_fewer_bytes(tmp_path, capsys) -> None:
         ([], "say for what to plan"),
         (["--hardware", "h100"], "ticks follow from an EAD profile"),
         (["--hardware", "h100", "--profile", ASSUMED, "--weights", "stored"], "does not say how weights are stored"),
-        (["--hardware", "h100", "--profile", "none.json"], "cannot be read as an EAD profile"),
+        (["--hardware", "h100", "--profile", "none.json"], "none.json cannot be read"),
     ],
 )
 def test_the_command_refuses_bad_input(flags: list[str], message: str, tmp_path, capsys) -> None:

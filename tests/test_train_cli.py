@@ -248,13 +248,14 @@ CASES = {
     "--config {place}/exits.py --init-from default": "--init-from",
     "export {place}/none {place}/x.safetensors": "no folder",
     "export {place} {place}/x.safetensors": "no whole checkpoint",
+    "tree --exits {place}/run --data {place}/prompts.txt --output {place}/x.safetensors": "at depth 0",
     "evaluate --exits default --model {place}/model --data x.txt": "no trained exits",
 }
 """Arguments -> a word of the sentence that answers them."""
 
 
 @pytest.mark.parametrize(("arguments", "keyword"), CASES.items())
-def test_bad_input_is_one_sentence_and_exit_code_2(capsys, place, arguments, keyword) -> None:
+def test_bad_input_is_one_sentence_and_exit_code_2(capsys, place, trained, arguments, keyword) -> None:
     (place / "refused.py").write_text("from dex_jax.training.config import TrainConfig\nTrainConfig(steps=0)")
     code, out, err = run(capsys, *arguments.format(place=place).split())
     assert (code, out) == (2, "")

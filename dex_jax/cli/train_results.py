@@ -154,6 +154,8 @@ def tree(args: argparse.Namespace) -> None:
     if args.prompts < 1 or args.steps < 0:
         raise DexError("--prompts must be at least 1 and --steps at least 0")
     drafter = load_exits(args.exits)
+    if not drafter.config.is_drafter:
+        raise DexError(f"{args.exits} holds exits at depths, and a tree is drafted at depth 0: name a drafter's file")
     chosen = [prompt for path in args.data for prompt in spread(read_prompts(path), args.prompts)]
     remember_compilations()
     lm = load(args.model)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,12 +62,11 @@ the 20 prompts of results/serial/greedy_zen3.json). AR is as fast on every text.
 
 
 class Candidate(NamedTuple):
-    """A method, what it should take and why."""
+    """A method and what it should take."""
 
     method: Method
     seconds: float  # expected of a token of each sequence
     what: str  # the method in words
-    why: str  # what it rests on
 
 
 def settle(
@@ -112,14 +112,13 @@ def settle(
         tree = _largest(costs, drafter)
         most = drafted_rows(stages, tree)
         shape = with_rungs(costs, tree, most)
-        counts = " or ".join(map(str, shape.counts if shape.rungs else (most,)))
+        rows = _rows_a_tick(shape.counts if shape.rungs else (most,))
         assert isinstance(staged, Staged)
-        return Dex(depths=staged.depths, draft=shape), f"an explorer with drafts on each stage, {counts} rows"
+        return Dex(depths=staged.depths, draft=shape), f"an explorer with drafts on each stage ({rows})"
     plain, drafting = candidates(costs, drafter, batch)
     gain = plain.seconds / drafting.seconds
     best, second = (plain, drafting) if gain < SMALLEST_GAIN else (drafting, plain)
-    ratio = f"{second.what} should take {second.seconds / best.seconds:.2f} times as long"
-    return best.method, f"{best.what}: {best.why}; {ratio}"
+    return best.method, f"{best.what}; {second.what} should take {second.seconds / best.seconds:.2f} times as long"
 
 
 def reconsider(
@@ -134,8 +133,7 @@ def reconsider(
 
 def candidates(costs: StepCosts, drafter: GivenDrafter | None, batch: int = 1) -> tuple[Candidate, Candidate]:
     """AR first, then one explorer with the best of the trees known for a drafter, None for the text alone."""
-    a_step = costs.step(1)
-    plain = Candidate(AR(), a_step, "AR", f"a step takes {1e3 * a_step:.1f} ms here")
+    plain = Candidate(AR(), costs.step(1), "AR")
     trees = known_trees(drafter)
     best = min(trees, key=lambda tree: tick_seconds(costs, tree.shape) / tree.tokens_a_tick)
     a_tick = tick_seconds(costs, best.shape)
@@ -145,11 +143,14 @@ def candidates(costs: StepCosts, drafter: GivenDrafter | None, batch: int = 1) -
     drafting = Candidate(
         Dex(explorers=1, draft=shape),
         a_tick / best.tokens_a_tick * _slowest(batch) / (CHOOSING if largest.rungs else 1),
-        f"one explorer with drafts, {' or '.join(map(str, shape.counts))} rows",
-        f"{best.shape.rows} rows should emit {best.tokens_a_tick:.2f} tokens in the time of "
-        f"{a_tick / a_step:.2f} AR steps",
+        f"one explorer with drafts ({_rows_a_tick(shape.counts)})",
     )
     return plain, drafting
+
+
+def _rows_a_tick(counts: Sequence[int]) -> str:
+    *some, most = map(str, counts)
+    return f"{', '.join(some)}{' or ' if some else ''}{most} rows a tick"
 
 
 def tick_seconds(costs: StepCosts, shape: TreeShape) -> float:

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from dex_jax.errors import DexError
+from dex_jax.foreign import reading
 from dex_jax.lattice import full_rows
 
 FORMAT = "dex_jax EAD profile 1"
@@ -152,16 +153,12 @@ class Profile:
 
 def read_profile(path: str | Path) -> Profile:
     """Reads a profile that was measured or assumed. DexError: no such file, or what it says cannot be."""
-    try:
+    with reading(path, "let python -m dex_jax.cli.profile write one"):
         content = Path(path).read_bytes()
         found = msgspec.json.decode(content, type=dict[str, Any]).get("format")
         if found != FORMAT:
             raise DexError(f"{path} is of format {found!r}, not {FORMAT!r}: write it anew")
         profile = msgspec.json.decode(content, type=Profile)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DexError(
-            f"{path} cannot be read as an EAD profile ({error}): let python -m dex_jax.cli.profile write one"
-        ) from error
     ascending = all(a < b for a, b in zip((0, *profile.ead.depths), profile.ead.depths, strict=False))
     fits = len(profile.ead.depths) == len(profile.ead.share) and profile.ead.depths[-1:] == (profile.layers,)
     if not ascending or not fits or abs(sum(profile.ead.share) - 1) > 1e-3 or min(profile.ead.share) < 0:
