@@ -144,7 +144,8 @@ def test_several_explorers_take_the_largest_tree(lm) -> None:
     assert resolve(dex_jax.Dex(explorers=2), given, lm.config, "0").schedule.drafts == large.shape
 
 
-@pytest.mark.parametrize(("drafted", "sizes", "largest"), [slow(True, (2,), 4), (False, (2, 4), 8)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("drafted", "sizes", "largest"), [(True, (2,), 4), (False, (2, 4), 8)])
 def test_the_search_climbs_for_each_size(monkeypatch, drafted, sizes, largest) -> None:
     lm = small_model(dataclasses.replace(LLAMA, num_layers=1))  # every tree compiles a program
     cheap = StepCosts(ROWS, tuple(1 + 0.01 * (rows - 1) for rows in ROWS))

@@ -57,6 +57,7 @@ def test_rotation_by_a_product_as_on_tpus_is_exact(dtype: str, half: int) -> Non
     chex.assert_trees_all_close(product, halves, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_of_few_rows_on_a_tpu_run_eight_and_give_the_same_bits() -> None:
     """With XLA's own products, on this CPU: a token alone, and as the root of a tree of eight and of three."""
     model = random_transformer(LLAMA, Unrolled(), 0, jnp.dtype(jnp.bfloat16))

@@ -204,6 +204,7 @@ def test_tokens_stay_and_a_prompt_that_comes_again_takes_fewer_ticks(dtype: str,
         assert several.stats.ticks.sum() < first.stats.ticks.sum()
 
 
+@pytest.mark.slow
 def test_a_path_keeps_texts_from_run_to_run_also_of_one_that_is_stopped(tmp_path: Path) -> None:
     lm, path = small_model(), tmp_path / "texts"
     options = {"max_new_tokens": 30, "method": Dex(explorers=1, draft=TREE), "exits": "shared", "store": path}
