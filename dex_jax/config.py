@@ -252,6 +252,6 @@ class ExitsConfig:
     def is_drafter(self) -> bool:
         """Whether exit 0 can draft with it: one fused exit at depth 0, without attention.
 
-        Attention brings a drafter nothing that could be told from noise (results/serial.md).
+        Attention brings a drafter nothing that could be told from noise.
         """
         return self.fused and self.kind != "attn" and self.depths == (0,)

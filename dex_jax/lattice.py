@@ -104,7 +104,7 @@ class Path(NamedTuple):
 def default_rows(stages: int) -> int:
     """Rows a stage when the user does not say: what never prunes, at most 32.
 
-    With 32, K = 10 takes 1.6% more ticks than rows that never prune; with 16, 3.6% (results/rows.md).
+    With 32, K = 10 took 1.6% more ticks than rows that never prune; with 16, 3.6%.
 
     Examples:
       >>> [default_rows(stages) for stages in (4, 5, 6, 30)]

@@ -58,7 +58,7 @@ the tree of so many is the fastest, of two they take 3.5 and it is slower than t
 SPREAD = 0.08
 """A batch ends with its slowest sequence, and how many tokens come of a tick differs from text to text: the slowest of
 B takes 1 + SPREAD * log2(B) times as many ticks as one does on average (1.10, 1.18 and 1.24 of 2, 4 and 8, drawn from
-the 20 prompts of results/serial/greedy_zen3.json). AR is as fast on every text."""
+20 prompts). AR is as fast on every text."""
 
 
 class Candidate(NamedTuple):

@@ -26,7 +26,7 @@ GRAMS = (16, 8, 4, 2)
 STORED = 4
 """A match in another text is right about as often as one of 1 + length / STORED tokens in the text itself, and so many
 times that where n texts before went on alike: 0.42, 0.73 and 0.94 for 4 or 5 tokens where 0, 1 and 4 or more did, and
-0.49, 0.77 and 0.99 for 8 to 11 (results/matches.md)."""
+0.49, 0.77 and 0.99 for 8 to 11."""
 
 FACTORS = np.array([pow(0x9E3779B1, i + 1, 2**32) for i in range(max(GRAMS))], np.uint32)
 

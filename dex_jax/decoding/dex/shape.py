@@ -100,7 +100,7 @@ class TreeShape:
     def trust(self) -> np.ndarray:
         """Logarithms of the probability that the token after a match is right, by its length, 0 to LONGEST: float32.
 
-        Beyond `lookup` the share that is wrong falls as 1 / length (results/matches.md).
+        Beyond `lookup` the share that is wrong falls as 1 / length.
         """
         longer = 1 - (1 - self.lookup[-1]) * TRUSTED / np.arange(TRUSTED + 1, LONGEST + 1)
         share = np.array([0.0, *self.lookup, *longer * (self.lookup[-1] > 0)])
