@@ -10,7 +10,6 @@ from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.output import Output, Stats
 from dex_jax.decoding.record import Limits, Record
 from dex_jax.decoding.rivals import AdaDecode, DexSingleExit, LayerSkip, Oracle
-from dex_jax.decoding.text_store import TextStore
 from dex_jax.decoding.trace import Trace, TracedNode, trace, watch
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import EagleHead, load_eagle
@@ -52,7 +51,6 @@ __all__ = [
     "StageView",
     "Staged",
     "Stats",
-    "TextStore",
     "Trace",
     "TracedNode",
     "TrainedExits",

@@ -11,7 +11,6 @@ import measuring
 import numpy as np
 import one_explorer
 import pytest
-import streams
 import weights_distance
 from reference.small_models import LLAMA, LetterTokenizer, small_model
 from test_io_gguf import write_gguf
@@ -54,21 +53,6 @@ def test_one_explorer_measures_what_is_missing(model, monkeypatch, capsys):
     monkeypatch.setattr(one_explorer, "measure", lambda *_: pytest.fail("measured again"))
     assert one_explorer.run(args) == 0
     assert capsys.readouterr().out == page
-
-
-@pytest.mark.slow
-def test_streams(model, monkeypatch, capsys):
-    """A prompt that comes again takes fewer ticks with a store."""
-    monkeypatch.setattr(streams, "streams", lambda *_: {"words": (["HELLO", "WORLDS", "HELLO"], 24)})
-    flags = ["--humaneval", "prompts.txt", "--spec-bench", "prompts.txt", "--output", "out"]
-    streams.run(streams.parser().parse_args(flags))
-    page = capsys.readouterr().out
-    assert "| 3 of 3 " in page
-    assert "| all " in page
-    assert "Answers with other tokens than AR's: 0." in page
-    assert Path("out.png").read_bytes().startswith(b"\x89PNG")
-    again = json.loads(Path("out.json").read_text(encoding="utf-8"))["runs"]["words; 3"]
-    assert again[streams.STORED]["ticks"] < again[streams.PLAIN]["ticks"]
 
 
 @pytest.mark.parametrize(

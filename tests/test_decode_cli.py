@@ -23,7 +23,6 @@ from dex_jax.cli.arguments import parser, prompts_of
 from dex_jax.cli.display import _check_lines
 from dex_jax.decoding import auto
 from dex_jax.decoding.costs import ROWS, StepCosts
-from dex_jax.decoding.text_store import HEADER, RECORD
 from dex_jax.errors import DexError
 from dex_jax.evaluation import targets
 from dex_jax.evaluation.check import Check
@@ -43,7 +42,7 @@ JSON_TYPES = {
     list: ("tokens", "depths", "exits"),
     int: ("prompt_tokens", "new_tokens", "rows", "layer_steps", "ticks"),
     float: ("depth_side_speedup", "compile_seconds", "prefill_seconds", "decode_seconds", "tokens_per_second"),
-    bool: ("finished", "draft", "stored"),
+    bool: ("finished", "draft"),
     type(None): ("choice", "drafter_source", "rounds", "tokens_per_round", "drafted", "accepted", "seed"),
     dict: ("check",),
 }
@@ -142,24 +141,6 @@ def test_a_draft_model_is_said_and_counted(run, folder) -> None:
     more = drafting["exits_bytes"] - without["exits_bytes"]
     assert more > without["weights_bytes"], "weights and cache of the small model"
     assert halved["exits_bytes"] < 0.6 * drafting["exits_bytes"], "in bfloat16 there"
-
-
-def test_a_store_serves_later_runs(run, tmp_path) -> None:
-    """--check decodes the same prompts again, which the store hears once."""
-    arguments = ["--prompt", SKY, "--explorers", "1", "--max-new-tokens", "24", "--exits", "shared", *STACKED]
-    kept, other = tmp_path / "texts", tmp_path / "other"
-    first, second = (json.loads(run(*arguments, "--json", "--check", "--store", str(kept))[1]) for _ in range(2))
-    assert first["tokens"] == second["tokens"]
-    assert first["check"]["identical"]
-    assert second["check"]["identical"]
-    assert second["ticks"] < first["ticks"]
-    assert first["stored"]
-    texts = kept.stat().st_size - HEADER
-    assert texts == 2 * (RECORD.size + 4 * (first["prompt_tokens"] + first["new_tokens"]))
-    assert "drafts from the text and stored texts\n" in run(*arguments, "--store", str(kept))[2]
-    other.write_text("not a store")
-    refused(run(*arguments, "--store", str(other)), "no store")
-    assert other.read_text() == "not a store"
 
 
 def test_a_draft_model_of_little_context_need_hold_no_more_than_the_text(run, folder, tmp_path) -> None:
@@ -268,7 +249,6 @@ BAD_INPUT = {
     "--draft-model smollm2-135m --exits shared": "--exits",
     "--draft-model smollm2-135m --method ar": "--draft-model",
     "--draft-model smollm2-135m --dry-run": "another vocabulary",
-    "--learn": "--store",
     "--prompt-file no/such/file.txt": "no/such/file.txt",
 }
 """Flags -> a word of the sentence that answers them."""

@@ -18,10 +18,9 @@ from reference import toy_runs, twin
 from reference.toy_models import Tables, ToyModel, random_tables, toy_network, toy_prefill
 
 from dex_jax import DexError, Limits, TreeShape, init, step
-from dex_jax.decoding import record, text_store
+from dex_jax.decoding import record
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.dex.lookup import continuation
-from dex_jax.decoding.text_store import TextStore
 from dex_jax.lattice import full_rows
 
 MODELS_PER_CONFIG = 6
@@ -260,33 +259,6 @@ def test_a_tree_that_means_nothing_is_refused() -> None:
             TreeShape((1,), 0, LOOKUP, rungs)
     with pytest.raises(DexError, match="cannot take -1"):
         TreeShape((1,), 0, LOOKUP, ((1, 1.0), (2, 2.0)), -1)
-
-
-@pytest.mark.slow
-def test_earlier_texts_are_drafted_as_the_twin_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers to some prompts, stored, and then the same model's other answers: fewer ticks, and the same tokens."""
-    monkeypatch.setattr(text_store, "FEW", 2**20)  # so that no two grams share a place, which the twin has none of
-    config = Config(2, 8, batch=3, vocab=30, tree=TreeShape((2, 1, 1), 1, LOOKUP))
-    saved = 0
-    for number in range(3):
-        tables = tables_of(config, number)
-        case = toy_runs.random_case(number, config.batch, config.vocab, sampled=False)._replace(eos_ids=())
-        case, options = case._replace(max_new_tokens=[toy_runs.CAPACITY] * 3), {"vocab_size": 30, **config.shape}
-        plain = toy_runs.twin_runs(ToyModel(tables), case, **options)
-        texts = [[*prompt, *run.tokens] for prompt, run in zip(case.prompts, plain, strict=True)]
-        stored = [texts[0], texts[1][3:], texts[0][:-4], texts[1]]
-        store = TextStore()
-        store.add(stored)
-        runs = toy_runs.twin_runs(ToyModel(tables), case, stored=stored, **options)
-        ticks = toy_runs.watched(tables, case, [run.tokens[0] for run in runs], **config.shape, stored=store.arrays())
-        record = jax.tree.map(lambda field: field[-1], ticks.record)
-        for row, run in enumerate(runs):
-            assert run.tokens == plain[row].tokens
-            assert toy_runs.emitted(record, row) == (run.tokens, run.exits)
-            for tick, contents in enumerate(run.lattices, 1):
-                assert toy_runs.lattice_contents(ticks, tick, row, config.stages) == contents, f"tick {tick}"
-            saved += plain[row].ticks - run.ticks
-    assert saved > 0
 
 
 after = jax.jit(continuation, static_argnums=2)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from test_prompt_files import write
 
-from dex_jax.decoding.text_store import opened_store
 from dex_jax.errors import DexError
 from dex_jax.language_model import outline
 from dex_jax.training.items import script
@@ -105,20 +104,6 @@ def test_texts_are_cut_into_windows_that_cover_them(tmp_path: Path) -> None:
     assert all(turn.limit == 0 and turn.forced_weight == 1.0 for item in items for turn in item.turns)
     assert all(window[0] == 9 and len(window) <= 17 for window in windows)
     assert Counter(token for window in windows for token in window[1:]) == Counter(map(ord, text))
-
-
-def test_stored_texts_are_cut_into_windows_that_cover_them(tmp_path: Path) -> None:
-    model, path = base_model(), tmp_path / "texts"
-    store = opened_store(path, model)
-    store.add([[9, *range(10, 10 + count)] for count in (40, 16, 3)])
-    options = SourceOptions(length=17, held_out_share=0.1, held_out_least=1)
-    mixture = quiet([f"store:{path}"], model, options)
-    (held_out,) = mixture.held_out.values()
-    items = [mixture.item(number) for number in range(5 - len(held_out))]
-    windows = {turn.forced for item in [*items, *held_out] for turn in item.turns}
-    assert windows == {(9, *range(10 + at, min(10 + at + 16, 50))) for at in (0, 16, 32)} | {(9, 10, 11, 12)}
-    with pytest.raises(DexError, match="no store of texts at"):
-        quiet([f"store:{tmp_path / 'none'}"], model, options)
 
 
 def test_every_epoch_holds_every_prompt_once_in_an_order_of_its_own(tmp_path: Path, smol) -> None:

@@ -53,11 +53,6 @@ MOST = 4096
 
 MOST_TOKENS, MOST_SEEDS = 2**24, 2**63 - 1
 
-LEARN = """--learn: on a CPU to learn takes minutes and saves about 3% of the ticks, so the time comes back after ten
-thousand answers (docs/results_speed.md): keep answers with --store FILE, and train between two sessions with
-{train} --config configs/smollm2_135m_learn.py --init-from default""".replace("\n", " ")
-"""What is said to those who ask for learning while decoding."""
-
 EXITS_HELP = """exit heads: "default" (what ships for the model), "shared" (the model's own head at every depth; no
 drafter), a .safetensors file or a folder of {train}, a folder or hub id of an EAGLE-3 head; they change how fast text
 comes, never the text (%(default)s)"""
@@ -97,8 +92,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--depths", type=depths, metavar="X,...,L", help="the exit depths themselves, ending at the last layer")
     add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most; "full", without drafts, never prunes')
-    add("--store", metavar="FILE", help="draft from earlier prompts and answers too, which FILE keeps with this one's")
-    add("--learn", action="store_true", help=argparse.SUPPRESS)
     add("--no-draft", action="store_true", help="draft nothing before the first layer: the paper's method")
     add("--no-decs", action="store_true", help="let exits repeat tokens that a node's children already hold")
     add("--exit-depth", type=whole(1, 10_000), metavar="D", help="layerskip: layers that draft (12)")
@@ -132,8 +125,6 @@ def check_flags(args: argparse.Namespace) -> None:
     """Says on stderr which flags are without effect. DexError: flags that do not go together."""
     if args.hardware is not None and not args.dry_run:
         raise DexError("--hardware is for estimates: add --dry-run")
-    if args.learn:
-        raise DexError(LEARN.format(train=program("train_exits.py")))
     own = {*METHODS[args.method][1], *(OF_DEX if args.method == "dex" else ())}
     for name in METHOD_FLAGS:
         if name not in own and getattr(args, name) not in (None, False):

@@ -64,10 +64,6 @@ def _run(args: argparse.Namespace) -> int:
         args.exits = opened(args.exits)
         model = outline(args.model, args.dtype, *layout_of(args, method), args.weights)
         options = _options(args)
-        if args.store is not None:
-            from dex_jax.decoding.text_store import opened_store
-
-            options["store"] = opened_store(args.store, model)
         if args.draft_model is not None:
             small = outline(args.draft_model, args.dtype, weights=args.weights)
             draft_model(model, small)  # before its weights are read
@@ -133,7 +129,6 @@ def _check(
     from dex_jax.decoding.methods import AR
     from dex_jax.evaluation.check import compare
 
-    options = options | {"store": None}
     (reference,) = collections.deque(_stream(lm, prompts, AR(), args.json, options), maxlen=1)
     return compare(lm, output, reference, args.temperature, args.top_k, args.top_p)
 

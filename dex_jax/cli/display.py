@@ -103,9 +103,8 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     where = f"depths {', '.join(map(str, schedule.depths))}; {schedule.rows} rows"
     where += "" if stats.exits_source is None else f"; exits: {stats.exits_source}"
     if schedule.drafts is not None:
-        texts = ["the text", *["stored texts"] * stats.stored]
         drafter = f" and the drafter ({stats.drafter_source})" if stats.drafter_source else ""
-        where += f"; drafts from {', '.join(texts) if drafter else ' and '.join(texts)}{drafter}"
+        where += f"; drafts from the text{drafter}"
     if stats.rounds is not None:
         rounds, total = int(stats.rounds.sum()), int(stats.layer_steps.sum())
         lines[0] += f", {rounds} rounds, {_over(after_first, rounds):.2f} tokens a round"

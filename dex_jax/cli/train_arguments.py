@@ -57,7 +57,7 @@ def train_parser() -> argparse.ArgumentParser:
         "--data",
         nargs="+",
         metavar="SRC[=W]",
-        help="self, python-stdlib, FILE (.jsonl, .json, .txt), text:FILE, store:FILE, datasets:NAME, with weights",
+        help="self, python-stdlib, FILE (.jsonl, .json, .txt), text:FILE, datasets:NAME, with weights",
     )
     add(
         "--init-from",

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -25,7 +24,6 @@ from dex_jax.decoding.resolve import GivenExits, Resolved, opened, resolve
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.decoding.sizes import ALONE, batch_bucket, cache_length_for
 from dex_jax.decoding.stopping import StopStrings
-from dex_jax.decoding.text_store import TextStore, opened_store
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError, whole_number
 from dex_jax.host_memory import return_free_memory
@@ -56,7 +54,6 @@ class Prepared:
     """A checked request: what to run, and what its Output repeats."""
 
     session: Session
-    store: TextStore | None
     method: Resolved
     choice: str | None
     ids: list[list[int]]
@@ -80,7 +77,6 @@ def prepare(
     num_samples: int = 1,
     stop: str | Sequence[str] | None = None,
     chat: bool = True,
-    store: TextStore | str | os.PathLike | None = None,
     ticks_per_update: int = 4,
 ) -> Prepared:
     """Checks prompts and options, which `stream` explains, and builds the session that runs them."""
@@ -98,13 +94,8 @@ def prepare(
     model = (lm.config, lm.layout, lm.dtype, lm.fingerprint)
     settled, choice = settle(Dex() if method is None else method, exits, *model, batch, length, lm.mesh, lm.packing)
     resolved = _resolve(lm, settled, exits)
-    if store is not None and jax.process_count() > 1:
-        raise DexError(
-            "a store is for one process, and several that search different texts would run different programs"
-        )
-    store = opened_store(store, lm)
-    session = Session(lm, ids, resolved, max_new_tokens, sampling, None if store is None else store.arrays())
-    return Prepared(session, store, resolved, choice, ids, seeds, StopStrings(stop, lm.tokenizer), ticks_per_update)
+    session = Session(lm, ids, resolved, max_new_tokens, sampling)
+    return Prepared(session, resolved, choice, ids, seeds, StopStrings(stop, lm.tokenizer), ticks_per_update)
 
 
 P = ParamSpec("P")
@@ -171,8 +162,6 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
       num_samples: repeats each prompt n times, one row after the other.
       stop: strings that end a sequence; they are cut from the text.
       chat: whether string prompts go through the chat template.
-      store: a TextStore, or the path of one: texts of earlier generations, which are drafted from too. This one's are
-        added when it ends.
       ticks_per_update: how many ticks run on the device between two yields; `generate` takes 64 unless told.
 
     Yields:
@@ -188,17 +177,12 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
         run.session.prefill()
     notify("decoding")
     output = _output(run, run.session.record(), times)
-    try:
+    yield output
+    while not output.finished.all():
+        with _timed(times, "decode"):
+            record = run.session.advance(run.ticks_per_update)
+        output = _output(run, record, times)
         yield output
-        while not output.finished.all():
-            with _timed(times, "decode"):
-                record = run.session.advance(run.ticks_per_update)
-            output = _output(run, record, times)
-            yield output
-    finally:
-        if run.store is not None:
-            rows = zip(run.ids, output.tokens, output.lengths, strict=True)
-            run.store.add([[*prompt, *tokens[:length].tolist()] for prompt, tokens, length in rows])
     session = run.session
     if run.choice is not None and lm.mesh is None:
         about = (lm.config, lm.layout, lm.dtype, session.sequences, session.cache_length, lm.packing)
@@ -334,7 +318,6 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
         choice=run.choice,
         exits_source=run.method.source,
         drafter_source=run.method.drafter_source,
-        stored=run.session.stored is not None,
         exits=exits[:, :width],
         **schedule.loop.counts(schedule, exits, steps, spent, lengths),
         compile_seconds=times["compile"],

@@ -23,7 +23,6 @@ from dex_jax.decoding.chain.network import chain_network
 from dex_jax.decoding.counting import bound_of, depth_side_speedup, rounds_of, ticks_of
 from dex_jax.decoding.dex import loop
 from dex_jax.decoding.dex.interface import Network
-from dex_jax.decoding.dex.lookup import StoredTexts
 from dex_jax.decoding.dex.network import network_of
 from dex_jax.decoding.dex.shape import RowCosts
 from dex_jax.decoding.dex.state import DexState, Drafting
@@ -51,7 +50,6 @@ class Prefilled(NamedTuple):
     sampling: Sampling | None  # of the loop
     prompt: jax.Array | None = None  # [B, S] int32 padded on the right, for drafts; None without
     costs: RowCosts | None = None  # what ticks take, for drafts that choose their rows
-    stored: StoredTexts | None = None  # texts of earlier generations, for drafts
 
 
 class Running(NamedTuple):
@@ -197,7 +195,7 @@ class DexLoop(MeshLoop):
 
     def state_specs(self, schedule: Schedule, memory: Any) -> DexState:
         # Each row of the data axis chooses and counts its drafts for itself, on all of its devices alike.
-        drafting = None if schedule.drafts is None else Drafting(BY_SEQUENCE, *(EVERYWHERE,) * 7)
+        drafting = None if schedule.drafts is None else Drafting(BY_SEQUENCE, *(EVERYWHERE,) * 6)
         return DexState(
             tick=EVERYWHERE,
             lattice=BY_SEQUENCE,
@@ -258,10 +256,10 @@ AR_LOOP, DEX_LOOP, CHAIN_LOOP, ORACLE_LOOP = ARLoop(), DexLoop(), ChainLoop(), O
 
 
 def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int, waiting: bool = False) -> DexState:
-    memory, token, lengths, limits, sampling, prompt, costs, stored = begun
+    memory, token, lengths, limits, sampling, prompt, costs = begun
     length = 0 if prompt is None else prompt.shape[1]
     sizes: dict[str, Any] = {"stages": schedule.stages, "rows": schedule.rows, "capacity": capacity, "length": length}
-    of_drafts: dict[str, Any] = {"drafts": schedule.drafts, "prompt": prompt, "costs": costs, "stored": stored}
+    of_drafts: dict[str, Any] = {"drafts": schedule.drafts, "prompt": prompt, "costs": costs}
     options: dict[str, Any] = {"limits": limits, "sampling": sampling, "waiting": waiting}
     return loop.init(network, memory, token, lengths, **sizes, **of_drafts, **options)
 

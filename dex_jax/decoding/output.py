@@ -32,7 +32,6 @@ class Stats:
       choice: one line that says why it was chosen, where nothing was asked for; None otherwise.
       exits_source: which exits 1..K-1 proposed: "shared", "default", a path, or None when K = 1.
       drafter_source: which drafter stood at depth 0: "default", a path, or None for none.
-      stored: whether drafts came from a store of earlier texts too.
       layer_steps: [B] int32, how many layers were run one after the other since the prefill, however many rows ran in
         each of them and heads apart. The one figure of depth that all methods have: AR L (n - 1); DEX ticks times the
         longest stage, on as many devices as there are stages; LayerSkip g d + L a round, and so on. No time: it says
@@ -55,7 +54,6 @@ class Stats:
     choice: str | None
     exits_source: str | None
     drafter_source: str | None
-    stored: bool
     exits: np.ndarray
     layer_steps: np.ndarray
     compile_seconds: float

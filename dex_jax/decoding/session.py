@@ -20,7 +20,6 @@ from dex_jax import cache
 from dex_jax.decoding import ar
 from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero
 from dex_jax.decoding.dex.interface import Chunk
-from dex_jax.decoding.dex.lookup import StoredTexts
 from dex_jax.decoding.dex.shape import RowCosts
 from dex_jax.decoding.dex.trained_exits import Heads, exit_arrays
 from dex_jax.decoding.loops import Prefilled, Running
@@ -87,7 +86,6 @@ def start_decoding(
     sampling: Sampling | None,
     prompt: jax.Array | None = None,
     costs: RowCosts | None = None,
-    stored: StoredTexts | None = None,
     *,
     spec: Spec,
     capacity: int,
@@ -95,15 +93,15 @@ def start_decoding(
     """Chooses token 0 and returns the state of the method's loop before its first tick.
 
     `memory` has no lattice yet. Drafts need the `prompt` [B, S] int32, padded on the right, and where they choose rows
-    their `costs`; `stored` texts they look up too.
+    their `costs`.
     """
     if spec.mesh is not None:
         return on_mesh.start_decoding(
-            weights, heads, memory, last, lengths, limits, sampling, prompt, costs, stored, spec=spec, capacity=capacity
+            weights, heads, memory, last, lengths, limits, sampling, prompt, costs, spec=spec, capacity=capacity
         )
     model = merge_model(spec.config, spec.layout, weights)
     token = ar.next_token(model, last, lengths, sampling)
-    begun = Prefilled(memory, token, lengths, limits, sampling, prompt, costs, stored)
+    begun = Prefilled(memory, token, lengths, limits, sampling, prompt, costs)
     return spec.schedule.loop.init(Running(model, heads, spec), begun, capacity)
 
 
@@ -160,7 +158,7 @@ def compile_seconds() -> float:
 class Session:
     """One batch on its way: built from B lists of token ids, prefilled once, then advanced chunk by chunk.
 
-    With an Outline it can only compile. `stored` are texts of earlier generations, as NumPy arrays.
+    With an Outline it can only compile.
     """
 
     def __init__(
@@ -170,7 +168,6 @@ class Session:
         method: Resolved,
         max_new_tokens: int,
         sampling: Sampling | None,
-        stored: StoredTexts | None = None,
     ):
         schedule = method.schedule
         check_layout(lm.mesh, lm.layout, method, len(prompts))
@@ -205,7 +202,6 @@ class Session:
         self.pace = Pace(np.ones(1) if self.costs is None else np.append(self.costs.rows, self.costs.drafting))
         # Drafts read what texts said before, [B, S] int32 the prompts among them.
         self.prompt = None if drafts is None else np.pad(self.padded, ((0, 0), (0, self.cache_length - bucket)))
-        self.stored = None if drafts is None else stored
         self.heads = Heads()
         self.state: Any = None
         if self.costs is not None:
@@ -214,8 +210,7 @@ class Session:
     def compile(self) -> None:
         """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
         sizes = (self.padded.shape, self.cache_length, self.limits.eos_ids.shape)
-        stored = None if self.stored is None else self.stored.tokens.shape
-        kind = (self.spec, self.lm.dtype, self.lm.packing, sizes, self.sampling is None, stored)
+        kind = (self.spec, self.lm.dtype, self.lm.packing, sizes, self.sampling is None)
         if kind in _READY and RUN.held:  # to find out the shapes takes half a second too
             return
         _READY.add(kind)
@@ -231,7 +226,7 @@ class Session:
         memory = memory._replace(exits=self._put(jax.eval_shape(self._empty_exits), BY_SEQUENCE))
         scalar = self._put(jax.ShapeDtypeStruct((), jnp.int32), EVERYWHERE)
         prompt = self._put(_shapes(self.prompt), BY_SEQUENCE)
-        about = (self.limits, self.sampling, prompt, self.costs, self._put(_shapes(self.stored), EVERYWHERE))
+        about = (self.limits, self.sampling, prompt, self.costs)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.cache_length}
         begun = by(START, weights, heads, memory, last, lengths, *about, **statics).out_info
         state = self._put(_shapes(begun), lambda: on_mesh.state_specs(self.spec))
@@ -256,8 +251,7 @@ class Session:
             start += size
             memory, last = PREFILL(self.lm.weights, seen, memory, last, tokens, at, lengths, spec=of_prefill)
         prompt = self._put(jax.device_put(self.prompt), BY_SEQUENCE)
-        stored = self._put(jax.device_put(self.stored), EVERYWHERE)
-        about = (self.limits, self.sampling, prompt, self.costs, stored)
+        about = (self.limits, self.sampling, prompt, self.costs)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.cache_length}
         self.state = START(self.lm.weights, self.heads, memory, last, lengths, *about, **statics)
         jax.block_until_ready(self.state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -52,11 +51,6 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether `chat` works."""
         return self._template is not None
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """32 hexadecimal digits that tell tokenizers apart."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:32]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

@@ -32,16 +32,13 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         raise DexError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
-def lock(file: IO[Any], wait: bool) -> None:
-    """Locks an open file against other processes until it is closed.
-
-    A BlockingIOError where another one has locked it and `wait` is False.
-    """
+def lock(file: IO[Any]) -> None:
+    """Locks an open file against other processes until it is closed; a BlockingIOError where another one has."""
     try:
         import fcntl
     except ImportError:  # Windows: two processes with one file are then the user's to avoid.
         return
-    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def plain(value: Any) -> Any:

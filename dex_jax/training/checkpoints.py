@@ -82,7 +82,7 @@ class Checkpoints:
         with contextlib.ExitStack() as opened:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                lock(opened.enter_context((self.folder / "lock").open("w")), wait=False)
+                lock(opened.enter_context((self.folder / "lock").open("w")))
             except BlockingIOError:
                 why = f"another process trains in {self.folder}: let it end, or train in another folder"
                 raise DexError(why) from None

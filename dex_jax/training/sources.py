@@ -13,12 +13,10 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dex_jax.decoding.text_store import opened_store
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.prompt_files import Prompt, parse_dataset, read_dataset, read_prompts, read_texts, standard_library_prompts
@@ -230,7 +228,7 @@ def open_mixture(data: Sequence[str], model: Model, options: SourceOptions, tell
     """The mixture that users ask for with --data, in the tokens of a model; `tell` hears what they should know.
 
     `data` has of each source "self", FILE (.jsonl, .json, .txt, also with .gz: prompts), "text:FILE" (given texts),
-    "store:FILE" (what decoding with --store has kept), "datasets:NAME[:CONFIG][:SPLIT]" or "python-stdlib", with
+    "datasets:NAME[:CONFIG][:SPLIT]" or "python-stdlib", with
     "=WEIGHT" after it or the weight 1. Prompts held out of one source are held out of all.
 
     Raises:
@@ -248,7 +246,7 @@ def open_mixture(data: Sequence[str], model: Model, options: SourceOptions, tell
         if name == "self":
             sources.append(SelfSource(model, options))
             continue
-        given = name.startswith(("text:", "store:"))
+        given = name.startswith("text:")
         make = _given_item if given else functools.partial(_prompt_item, model, options)
         sources.append(ListSource(name, read[name], make, held_out, options.seed, tell))
     mixture = Mixture(sources, [weight for _, weight in specs], options.seed)
@@ -281,8 +279,6 @@ def _read_entries(name: str, model: Model, options: SourceOptions) -> Sequence[A
         return read_dataset(*parse_dataset(name.removeprefix("datasets:")))
     if name.startswith("text:"):
         return _windows(_encoded(read_texts(name.removeprefix("text:")), model), model, options.length)
-    if name.startswith("store:"):
-        return _windows(_stored(name.removeprefix("store:"), model), model, options.length)
     return read_prompts(name)
 
 
@@ -290,14 +286,6 @@ def _encoded(texts: Sequence[str], model: Model) -> list[list[int]]:
     if model.tokenizer is None:
         raise DexError(f"{model.source} has no tokenizer, so texts cannot be used: use self")
     return [model.tokenizer.encode(text, add_special=False) for text in texts]
-
-
-def _stored(path: str, model: Model) -> list[list[int]]:
-    if not Path(path).is_file():
-        raise DexError(f"there is no store of texts at {path}: decode.py --store {path} writes one")
-    store = opened_store(path, model)
-    assert store is not None
-    return [text.tolist() for text in store.texts()]
 
 
 def _windows(texts: Sequence[list[int]], model: Model, length: int) -> list[tuple[int, ...]]:

@@ -148,9 +148,7 @@ def _watch(tables, *case, decs: bool, **shape) -> Ticks:
     return jax.lax.scan(tick, begin(tables, *case, **shape), length=shape["stages"] * (CAPACITY - 1))[1]
 
 
-def begin(
-    tables, prompts, lengths, first, limits, sampling, stages: int, rows: int, drafts=None, stored=None
-) -> DexState:
+def begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows: int, drafts=None) -> DexState:
     """The state after the prompts."""
     room = CAPACITY + (0 if drafts is None else drafts.levels)
     memory = toy_prefill(tables, prompts, lengths, capacity=room, slots=stages * rows)
@@ -167,7 +165,6 @@ def begin(
         drafts=drafts,
         prompt=prompts,
         length=PROMPT_WIDTH + CAPACITY + 60,
-        stored=stored,
     )
 
 

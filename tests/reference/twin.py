@@ -25,7 +25,7 @@ from dex_jax import TreeShape
 
 SCORE_STEP = 2.0**-10
 LOWEST_LOG_PROBABILITY = -64.0
-COMPARED, LONGEST, STORED = 16, 64, 4
+COMPARED, LONGEST = 16, 64
 HEADS = 8
 HOPE = 0.4
 PRIOR = 16
@@ -111,12 +111,8 @@ def decode(
     eos_ids: Sequence[int] = (),
     draws: Draws | None = None,
     shape: TreeShape | None = None,
-    stored: Sequence[Sequence[int]] = (),
 ) -> Run:
-    """The whole loop; rows=None never prunes, asked=None asks every exit, shape=None drafts nothing.
-
-    `stored` are earlier texts, the latest last.
-    """
+    """The whole loop; rows=None never prunes, asked=None asks every exit, shape=None drafts nothing."""
     committed = tuple(prompt)
     first = final_token(model, committed, stages, draws)
     run = Run([first], [-1], 0, [], 0, 0)
@@ -131,7 +127,7 @@ def decode(
         spawned = heads if rows is None else heads[:rows]
         run.pruned += len(heads) - len(spawned)
         if shape is not None:
-            spawned = with_drafts(model, run, spawned, stages, rows, shape, draws, stored)
+            spawned = with_drafts(model, run, spawned, stages, rows, shape, draws)
         for node in spawned:
             if node.parent is not None:
                 node.parent.children.append(node)
@@ -199,32 +195,24 @@ def with_drafts(
     rows: int | None,
     shape: TreeShape,
     draws: Draws | None,
-    stored: Sequence[Sequence[int]],
 ) -> list[Node]:
     """A cohort's heads with what exit 0 drafts below them, best first, as many as are worth it; none hangs yet."""
     price = run.price
     asked = heads[:HEADS]
-    follows: dict[tuple[Node, int], tuple[Node, list[int | None], list[float]]] = {}
+    follows: dict[Node, tuple[Node, list[int], list[float]]] = {}
     for head in asked:
         count = sum(shape.widths)
         said, matched = continuation(head.tokens, count)
-        theirs, agreed, often = stored_continuation(stored, head.tokens, count)
-        as_long = (
-            [matched + i for i in range(count)],
-            [(1 + (agreed + i) // STORED) * (1 + often) for i in range(count)],
-        )
-        for source, (tokens, lengths) in enumerate(zip((said, theirs), as_long, strict=True)):
-            logs = [-math.inf if token is None else trust(shape, lengths[i]) for i, token in enumerate(tokens)]
-            if tokens and logs[0] > -math.inf:
-                follows[head, source] = (head, tokens, logs)
+        logs = [trust(shape, matched + i) for i in range(len(said))]
+        if said and logs[0] > -math.inf:
+            follows[head] = (head, said, logs)
     everything, above, levels = list(heads), asked, 0
     for level, width in enumerate(shape.widths, 1):
         found: list[tuple[Node, int, float]] = []
         claimed: dict[Node, float] = {}
-        for (head, _), (at, said, logs) in follows.items():
-            if said[level - 1] is not None:
-                found.append((at, said[level - 1], at.score + logs[level - 1]))
-                claimed[head] = max(claimed.get(head, 0), math.exp(found[-1][2]))
+        for head, (at, said, logs) in follows.items():
+            found.append((at, said[level - 1], at.score + logs[level - 1]))
+            claimed[head] = math.exp(found[-1][2])
         hope = HOPE * (sum(math.exp(node.score) for node in above) - sum(claimed.values()))
         if level <= shape.drafted and (not (shape.rungs and shape.drafting) or hope > price * shape.drafting):
             levels += 1
@@ -236,17 +224,15 @@ def with_drafts(
         best = sorted(merged.items(), key=lambda each: -each[1])[:width]
         above = [Node(token, node, (*node.tokens, token), born_at=0, score=score) for (node, token), score in best]
         everything += above
-        for key in list(follows):
-            at, said, logs = follows.pop(key)
+        for head in list(follows):
+            at, said, logs = follows.pop(head)
             on = next((node for node in above if node.parent is at and node.token == said[level - 1]), None)
             if on is not None:
-                follows[key] = (on, said, logs)
+                follows[head] = (on, said, logs)
     depth = len(shape.widths)
     if follows and sum(shape.widths) > depth:
         node, said, logs = max(follows.values(), key=lambda each: each[0].score + each[2][depth])
         for token, log in list(zip(said, logs, strict=True))[depth:]:
-            if token is None:
-                break
             node = Node(token, node, (*node.tokens, token), born_at=0, score=node.score + log)
             everything.append(node)
     everything.sort(key=lambda node: -node.score)
@@ -299,34 +285,6 @@ def continuation(text: Sequence[int], count: int) -> tuple[list[int], int]:
     for i in range(count):
         grown.append(grown[end + 1 + i])
     return grown[len(text) :], longest
-
-
-def stored_continuation(
-    stored: Sequence[Sequence[int]], text: Sequence[int], count: int
-) -> tuple[list[int | None], int, int]:
-    """What followed the text's suffix in earlier texts, length of the match, how many texts before went on likewise.
-
-    Of the latest places of its last 16, 8, 4 and 2 tokens, but those at a text's end, that with the longest match.
-    """
-    best: tuple[list[int | None], int, int] = ([], 0, 0)
-    for gram in (16, 8, 4, 2):
-        suffix, place, row = list(text[-gram:]), None, 0
-        for other in stored:
-            ends = [at for at in range(gram - 1, len(other) - 1) if list(other[at - gram + 1 : at + 1]) == suffix]
-            if ends and len(text) >= gram:
-                # A text counts once, by the last of its places.
-                row = row + 1 if place is not None and place[0][place[1] + 1] == other[ends[-1] + 1] else 0
-                place = (other, ends[-1])
-        if place is None:
-            continue
-        other, end = place
-        length = 0
-        while length < min(LONGEST, end + 1, len(text)) and other[end - length] == text[len(text) - 1 - length]:
-            length += 1
-        if length > best[1]:
-            following = list(other[end + 1 : end + 1 + count])
-            best = (following + [None] * (count - len(following)), length, row)
-    return best
 
 
 def trust(shape: TreeShape, matched: int) -> float:

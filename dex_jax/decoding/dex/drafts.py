@@ -1,7 +1,7 @@
 """Exit 0: what it drafts below the heads of a cohort, and how many of a cohort's rows are worth their time.
 
-Drafts come from the text itself (what followed the same suffix before), from stored texts likewise, and from a drafter,
-a head at depth 0. None of them ever changes a token: what is emitted is the final layer's.
+Drafts come from the text itself (what followed the same suffix before) and from a drafter, a head at depth 0. None of
+them ever changes a token: what is emitted is the final layer's.
 
 Letters: B sequences, N rows of a cohort while it grows, S text length.
 """
@@ -89,16 +89,11 @@ def draft(
     price = price_of(drafting, state.record)
     text = jax.vmap(_texts, (0, 0, 0, 0, None))(drafting.text, state.lattice, cohort, state.prefix, under)
     ends = cohort.position[:, :under] + 1
-    axes = (None, 0, 0, None, None)
-    said, trusted = jax.vmap(jax.vmap(said_next, axes), axes)(
-        drafting.stored, text, ends, jnp.asarray(shape.trust), shape.levels - 1
-    )
-    several = said.shape[2]
-    said, trusted = (each.reshape(batch, under * several, -1) for each in (said, trusted))
-    alive = jnp.repeat(cohort.score[:, :under] > -jnp.inf, several, axis=1)
+    axes = (0, 0, None, None)
+    said, trusted = jax.vmap(jax.vmap(said_next, axes), axes)(text, ends, jnp.asarray(shape.trust), shape.levels - 1)
+    alive = cohort.score[:, :under] > -jnp.inf
     # The row that each continuation has got to.
-    own = jnp.repeat(jnp.arange(under), several)
-    at = jnp.where((trusted[..., 0] > -jnp.inf) & alive, own[None], NO_NODE)
+    at = jnp.where((trusted[..., 0] > -jnp.inf) & alive, jnp.arange(under)[None], NO_NODE)
     known = None if drafter is None else drafter.blank(batch, size)
     costs = drafting.costs
 
@@ -110,9 +105,7 @@ def draft(
         if drafter is not None and shape.drafted:
             asked = level.drafted
             if costs is not None and shape.drafting > 0:
-                # Below one head at most one continuation is right.
-                lookup = jnp.max(jnp.exp(score).reshape(batch, under, several), axis=-1)
-                claimed = jnp.sum(jnp.where(going[:, None], lookup, 0))
+                claimed = jnp.sum(jnp.where(going[:, None], jnp.exp(score), 0))
                 above = jax.lax.dynamic_slice_in_dim(_promise(cohort, going), level.above, most)
                 hope = HOPE * (jnp.sum(jnp.where(jnp.arange(most) < level.of_above, above, 0)) - claimed)
                 asked &= hope > price * costs.drafting

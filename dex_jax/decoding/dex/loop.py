@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from dex_jax import lattice as lat
 from dex_jax.decoding.dex.drafts import charge
 from dex_jax.decoding.dex.interface import Committed, Network, StageView
-from dex_jax.decoding.dex.lookup import StoredTexts
 from dex_jax.decoding.dex.proposals import Proposers, propose
 from dex_jax.decoding.dex.shape import RowCosts, TreeShape
 from dex_jax.decoding.dex.spawning import enter, wait
@@ -47,7 +46,6 @@ def init(
     prompt: jax.Array | None = None,
     length: int = 0,
     costs: RowCosts | None = None,
-    stored: StoredTexts | None = None,
     waiting: bool = False,
 ) -> DexState:
     """The state before the first tick.
@@ -67,7 +65,6 @@ def init(
       prompt: [B, R] int32 padded on the right, which drafts look the text up in.
       length: S, at least R and the positions of all new tokens; only asked for with drafts.
       costs: what ticks take, for drafts that choose their rows; None for what `drafts` says.
-      stored: texts of earlier generations that drafts are looked up in too.
       waiting: leaves the first cohort waiting, so that only ticks draft.
 
     Raises:
@@ -98,7 +95,6 @@ def init(
             spent=none,
             promised=none,
             kept=none,
-            stored=stored,
         )
     state = DexState(
         tick=jnp.int32(0),

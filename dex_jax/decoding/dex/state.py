@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dex_jax.decoding.dex.lookup import StoredTexts
 from dex_jax.decoding.dex.shape import RowCosts
 from dex_jax.decoding.noise import Noise
 from dex_jax.decoding.record import Record
@@ -27,7 +26,6 @@ class Drafting(NamedTuple):
     spent: jax.Array  # AR steps that the ticks took by the costs, times the sequences in them
     promised: jax.Array  # tokens that all drafts should have brought by their probabilities
     kept: jax.Array  # how many they brought
-    stored: StoredTexts | None = None  # texts of earlier generations; None without
 
 
 class Waiting(NamedTuple):

@@ -81,7 +81,7 @@ def start_decoding(*arguments: Any, spec: Spec, capacity: int) -> Any:
     weights, heads, _, _, _, _, sampling, *text = arguments
     models = (weight_specs(weights, spec.mesh), head_specs(heads))
     inputs = (*models, MEMORY, BY_SEQUENCE, BY_SEQUENCE, LIMITS, sampling_specs(sampling))
-    about_text = (BY_SEQUENCE, EVERYWHERE, EVERYWHERE)[: len(text)]
+    about_text = (BY_SEQUENCE, EVERYWHERE)[: len(text)]
     return _mapped(run, spec, (*inputs, *about_text), state_specs(spec))(*arguments)
 
 
