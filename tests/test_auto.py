@@ -22,7 +22,7 @@ from dex_jax.decoding import auto, costs
 from dex_jax.decoding.auto import SMALLEST_GAIN, candidates, settle
 from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
 from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.dex.trees import LOOKUP_TREES, KnownTree, known_trees, with_trees
+from dex_jax.decoding.dex.trees import LOOKUP_TREES, KnownTree
 from dex_jax.decoding.pace import FAR_OFF, Pace
 from dex_jax.nn.transformer import Stacked, Staged, Unrolled
 
@@ -75,10 +75,10 @@ def test_on_a_mesh_each_stage_has_an_explorer_that_chooses_its_rows(monkeypatch,
     assert settle(Dex(rows=4), "shared", *about) == (Dex(explorers=5, rows=4), None)
 
 
-def test_a_drafter_brings_its_trees() -> None:
+def test_of_a_drafters_trees_the_fastest_is_taken(monkeypatch) -> None:
     trees = [KnownTree(TreeShape((2, 1), 2, (0.5,) * 8), 2.5), KnownTree(TreeShape((1,), 1, (0.5,) * 8), 1.7)]
-    drafter = with_trees(random_drafter(), trees)
-    assert known_trees(drafter) == tuple(trees)
+    monkeypatch.setattr(auto, "known_trees", lambda drafter: trees)
+    drafter = random_drafter()
     for a_row_more, tree in ((0.008, trees[0]), (0.5, trees[1])):
         plain, drafting = candidates(costs_of(a_row_more), drafter)
         assert plain.method == AR()

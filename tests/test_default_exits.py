@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 import dex_jax
-from dex_jax.decoding.costs import ROWS
-from dex_jax.decoding.dex.trees import known_trees
-from dex_jax.decoding.resolve import DEFAULTS, default_drafter, default_exits, resolve
+from dex_jax.decoding.resolve import DEFAULTS, default_exits, resolve
 from dex_jax.io.exits_file import load_exits
 from dex_jax.language_model import outline
 
@@ -48,14 +46,6 @@ def test_they_are_small_and_say_what_made_them() -> None:
         assert shipped.metadata["data"]
     # Those trained on Gemma come with its terms.
     assert "ai.google.dev/gemma/terms" in (DEFAULTS / "NOTICE.txt").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("fingerprint", [GEMMA3, None])
-def test_the_drafter_brings_trees_that_auto_can_choose_from(smollm2, fingerprint) -> None:
-    drafter = default_drafter(fingerprint or smollm2.fingerprint)
-    assert drafter.config.is_drafter
-    assert [tree.shape.rows in ROWS for tree in known_trees(drafter)] == [True] * len(known_trees(drafter))
-    assert "trees" in drafter.metadata
 
 
 @pytest.mark.parametrize("explorers", SERVED)

@@ -100,7 +100,7 @@ def programs() -> dict[str, dict[str, set[str]]]:
                 if at is None or "pytest" in words:
                     continue
                 name = words[at + 1] if words[at] == "-m" else PROGRAMS.get(words[at], words[at])
-                if name == PROGRAMS["train_exits.py"] and words[at + 1] in ("export", "evaluate", "tree"):
+                if name == PROGRAMS["train_exits.py"] and words[at + 1] in ("export", "evaluate"):
                     name += f" {words[at + 1]}"
                 flags = called.setdefault(name, {})
                 for word in words[at + 1 :]:
@@ -110,7 +110,7 @@ def programs() -> dict[str, dict[str, set[str]]]:
 
 
 COMMANDS = programs()
-assert {"dex_jax.cli.decode", "dex_jax.cli.train tree", "studies.bench"} <= COMMANDS.keys(), "commands on pages"
+assert {"dex_jax.cli.decode", "dex_jax.cli.train evaluate", "studies.bench"} <= COMMANDS.keys(), "commands on pages"
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,12 @@ from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, ra
 
 import dex_jax
 from dex_jax.decoding import resolve as resolving
-from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.dex.interface import Chunk, DraftRows
 from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
-from dex_jax.decoding.dex.trees import KnownTree, known_trees, with_trees
+from dex_jax.decoding.dex.trees import DRAFTED_TREES
 from dex_jax.decoding.resolve import resolve
-from dex_jax.evaluation import tree_search
-from dex_jax.evaluation.tree_search import large_tree, search_trees
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.exits import heads_of
 from dex_jax.nn.forward import depth_states
@@ -122,7 +119,7 @@ def test_what_does_not_fit_is_refused(lm) -> None:
         resolve(dex_jax.Dex(explorers=2, draft=False), random_drafter(), lm.config, "0")
     resolved = resolve(ONE, random_drafter(), lm.config, "another")
     assert "trained on another model" in resolved.remarks[0]
-    assert resolved.schedule.drafts == TreeShape((3, 2, 1, 1), 3, (0.3, *[0.7] * 7))
+    assert resolved.schedule.drafts == DRAFTED_TREES[0].shape
     assert resolve(ONE, "default", lm.config, "none ships").drafter is None
 
 
@@ -138,35 +135,6 @@ def test_a_tree_of_ones_own_replaces_the_drafters(lm) -> None:
 
 
 def test_several_explorers_take_the_largest_tree(lm) -> None:
-    small, large = (KnownTree(TreeShape(widths, 1, (0.5,) * 8), 1.5) for widths in ((1,), (4, 3, 2)))
-    given = with_trees(random_drafter(), [small, large])
-    assert resolve(ONE, given, lm.config, "0").schedule.drafts == small.shape
-    assert resolve(dex_jax.Dex(explorers=2), given, lm.config, "0").schedule.drafts == large.shape
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("drafted", "sizes", "largest"), [(True, (2,), 4), (False, (2, 4), 8)])
-def test_the_search_climbs_for_each_size(monkeypatch, drafted, sizes, largest) -> None:
-    lm = small_model(dataclasses.replace(LLAMA, num_layers=1))  # every tree compiles a program
-    cheap = StepCosts(ROWS, tuple(1 + 0.01 * (rows - 1) for rows in ROWS))
-    monkeypatch.setattr(tree_search, "step_costs", lambda *about: cheap)
-    tried, prompts, given = [], [[3, 4, 5], [9, 8]], random_drafter() if drafted else None
-    options = {"new_tokens": 16, "steps": 1, "tell": tried.append}
-    found = search_trees(lm, given, prompts, sizes=sizes, largest=largest, **options)
-    if drafted:
-        assert found.pop().tree.shape == large_tree(largest)
-    assert sorted(each.tree.shape.rows for each in found) == list(sizes)
-    assert found == sorted(found, key=lambda each: -each.speedup)
-    for best in found:
-        rivals = [each for each in tried if each.tree.shape.rows == best.tree.shape.rows]
-        assert best.speedup == max(each.speedup for each in rivals)
-        method = dex_jax.Dex(explorers=1, draft=best.tree.shape)
-        out = dex_jax.generate(lm, prompts, method=method, exits=given or "shared", max_new_tokens=16)
-        assert best.tree.tokens_a_tick == (out.lengths - 1).sum() / out.stats.ticks.sum()
-    kept = with_trees(random_drafter(), [each.tree for each in found])
-    assert known_trees(kept) == tuple(each.tree for each in found)
-    assert resolve(ONE, kept, lm.config, "0").schedule.drafts == found[0].tree.shape
-    with pytest.raises(dex_jax.DexError, match="sizes must be among 2, 4, 8, 16, not 3"):
-        search_trees(lm, given, prompts, sizes=(3,), largest=None)
-    with pytest.raises(dex_jax.DexError, match="more rows than 4, not 4"):
-        search_trees(lm, given, prompts, sizes=(4,), largest=4)
+    for explorers, tree in ((1, DRAFTED_TREES[0]), (2, DRAFTED_TREES[-1])):
+        resolved = resolve(dex_jax.Dex(explorers=explorers), random_drafter(), lm.config, "0")
+        assert resolved.schedule.drafts == tree.shape

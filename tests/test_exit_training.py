@@ -20,8 +20,6 @@ from reference.greedy import is_greedy
 from reference.small_models import LLAMA, random_exits, small_model
 
 import dex_jax
-from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.dex.trees import LOOKUP_TRUST, KnownTree, known_trees, with_trees
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits, load_exits
 from dex_jax.nn.exits import initial_heads, parameters_of
@@ -148,15 +146,9 @@ def test_a_drafter_is_trained_and_drafts(tmp_path) -> None:
     names = {name for record in read_journal(tmp_path) for name in record if name.startswith("agreement")}
     assert names == {"agreement_draft_1", "agreement_draft_2", "agreement_draft_3"}
     assert len(trained.metadata["held_out"]["self"]["agreement"]) == 1
-    lm, prompt, tree = base_model(), [1, 5, 7], KnownTree(TreeShape((2, 1), 2, LOOKUP_TRUST), 1.5)
-    trained = with_trees(trained, [tree])
+    lm, prompt = base_model(), [1, 5, 7]
     out = dex_jax.generate(lm, [prompt], method=dex_jax.Dex(explorers=1), exits=trained, max_new_tokens=12)
     assert is_greedy(lm, prompt, out.tokens[0, : out.lengths[0]].tolist())
-    # Who goes on from it keeps its trees.
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
-    later = train_exits(config, lm, tmp_path / "later", initial=trained, tell=quiet)
-    assert known_trees(later) == (tree,)
-    assert "trees" not in later.metadata["before"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from reference.small_models import random_exits
 from safetensors.numpy import load_file, save
 from test_foreign_files import DAMAGE, DEEP, NASTY, changed, check, damaged, edited, many, places, refused
 
-from dex_jax.decoding.dex.trees import known_trees, with_trees
 from dex_jax.io.eagle import fit_eagle, load_eagle
 from dex_jax.io.exits_file import load_exits, save_exits
 from dex_jax.io.huggingface_config import huggingface_config
@@ -24,18 +23,15 @@ EAGLE_MODEL = huggingface_config(FAMILIES[MODEL], {}, "model")
 
 
 def use_exits(path: Path) -> None:
-    exits = load_exits(path)
-    known_trees(exits)
-    assert exits.digest
+    assert load_exits(path).digest
 
 
 @pytest.fixture(scope="module")
 def exits(tmp_path_factory) -> Path:
-    """A drafter with a draft vocabulary and trees."""
+    """A drafter with a draft vocabulary."""
     path = tmp_path_factory.mktemp("exits") / "exits.safetensors"
     drafter = random_exits("mlp", fused=True, draft=30, depths=(0,))
     about = {"data": ["a=1"], "held_out": {"mean": {"grids": [{"explorers": 2, "depth_side_speedup": 1.5}]}}}
-    drafter = with_trees(drafter, known_trees(drafter))
     drafter.metadata.update(about)
     save_exits(path, drafter)
     return path
@@ -70,7 +66,7 @@ def test_exits_with_bytes_changed(exits, damage) -> None:
     ("key", "content"),
     [
         *(("config", content) for content in ("", "[]", "{", "[" * DEEP, '{"kind": "mlp", "depths": 3, "width": 64}')),
-        *(("about", content) for content in ("", "[]", "[" * DEEP, '{"trees": 3}', '{"held_out": 3}', '{"data": 3}')),
+        *(("about", content) for content in ("", "[]", "[" * DEEP, '{"held_out": 3}', '{"data": 3}')),
         ("about", '{"held_out": {"mean": {"grids": [{"explorers": 2, "depth_side_speedup": -1}]}}}'),
         ("about", '{"held_out": {"mean": []}}'), ("format", "other"),
     ],
@@ -86,22 +82,12 @@ OF_EXITS = [
     {"depths": ["x"]}, {"depths": list(range(100_000))}, {"kind": 3}, {"fused": "x"}, {"draft_size": 29},
     {"draft_size": -1}, {"norm_eps": -1.0}, {"kind": "attn", "fused": False, "head_dim": 7},
 ]  # fmt: skip
-OF_TREES = [
-    {"widths": []}, {"widths": [10**9]}, {"widths": [100] * 60}, {"widths": [1] * 10**5}, {"widths": "x"},
-    {"drafted": 9}, {"drafted": -1}, {"lookup": [2.0] * 8}, {"lookup": []}, {"tokens_per_round": 0},
-    {"tokens_per_round": "x"}, {"tokens_per_round": float("nan")},
-]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [*OF_EXITS, *OF_TREES], ids=lambda change: str(change)[:40])
-def test_exits_whose_shapes_or_trees_lie(exits, change) -> None:
+@pytest.mark.parametrize("change", OF_EXITS, ids=lambda change: str(change)[:40])
+def test_exits_whose_shapes_lie(exits, change) -> None:
     metadata = metadata_of(exits)
-    if change in OF_EXITS:
-        metadata["config"] = json.dumps(json.loads(metadata["config"]) | change)
-    else:
-        about = json.loads(metadata["about"])
-        about["trees"][0] |= change
-        metadata["about"] = json.dumps(about)
+    metadata["config"] = json.dumps(json.loads(metadata["config"]) | change)
     with changed(exits, exits_with(exits, metadata)):
         refused(use_exits, exits)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dex_jax.cli.common import program, remember_compilations
-from dex_jax.cli.train_arguments import configured, evaluate_parser, export_parser, folder_of, train_parser, tree_parser
-from dex_jax.cli.train_results import evaluate, export, tree
+from dex_jax.cli.train_arguments import configured, evaluate_parser, export_parser, folder_of, train_parser
+from dex_jax.cli.train_results import evaluate, export
 from dex_jax.errors import DexError, exit_code
 from dex_jax.progress import phases
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
 
-COMMANDS = {"export": (export_parser, export), "evaluate": (evaluate_parser, evaluate), "tree": (tree_parser, tree)}
+COMMANDS = {"export": (export_parser, export), "evaluate": (evaluate_parser, evaluate)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,9 +45,6 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> None:
     with phases():
         config = configured(args)
-    if args.dry_run:
-        print(_estimate(config, args))
-        return
     remember_compilations()
 
     from dex_jax.training.exit_training import ExitTraining
@@ -65,7 +62,6 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
 
     folder, mesh = folder_of(args), _mesh(args)
     initial = None if args.init_from is None else _exits_to_start_from(args.init_from, config)
-    print(_estimate(config, args), flush=True)
     lm = load(config.model, config.train.dtype, weights="dense")
     train_exits(config, lm, folder, mesh=mesh, initial=initial, tell=functools.partial(print, flush=True))
     _draw(folder)
@@ -81,7 +77,6 @@ def _train_eagle(config: EagleTraining, args: argparse.Namespace) -> None:
     for name in ("init_from", "mesh"):
         if getattr(args, name) is not None:
             raise DexError(f"--{name.replace('_', '-')} is not for the training of an EAGLE-3 head: leave it out")
-    print(_estimate(config, args), flush=True)
     lm = load(config.model, config.train.dtype, weights="dense")
     head = train_eagle(config, lm, folder_of(args), tell=functools.partial(print, flush=True))
     decode = program("decode.py")
@@ -100,43 +95,6 @@ def _exits_to_start_from(name: str, config: ExitTraining) -> TrainedExits:
     if shipped is None:
         raise DexError(f"--init-from default: no exits ship for {config.model}; leave it out, or name others")
     return shipped
-
-
-def _estimate(config: ExitTraining | EagleTraining, args: argparse.Namespace) -> str:
-    """Time and memory from shapes alone, a line for each training."""
-    from dex_jax.training.eagle_training import EagleTraining
-
-    if isinstance(config, EagleTraining):
-        return f"{config.train.steps * config.train.batch * config.chunk:,} tokens"
-    return "\n".join(_estimate_exits(each, args) for each in config.trainings)
-
-
-def _estimate_exits(config: ExitTraining, args: argparse.Namespace) -> str:
-    from dex_jax.io import open_checkpoint
-    from dex_jax.language_model import resolve_dtype
-    from dex_jax.training.estimate import MACHINES, this_machine, training_cost
-
-    train = config.train
-    dtype = resolve_dtype(train.dtype)
-    data, tensor = args.mesh or (1, 1)
-    if args.machine is not None and args.machine not in MACHINES:
-        raise DexError(f"--machine knows {', '.join(MACHINES)}, and not {args.machine}: name one of them")
-    machine = this_machine(dtype, data * tensor) if args.machine is None else MACHINES[args.machine]
-    a_step = train.batch * config.chunk
-    steps = train.steps if train.tokens is None else min(train.steps, -(-train.tokens // a_step))
-    cost = training_cost(
-        open_checkpoint(config.model).config,
-        config.exits,
-        machine,
-        batch=train.batch,
-        chunk=config.chunk,
-        length=config.sources.length,
-        steps=steps,
-        dtype=dtype,
-        copies=data,
-        draft_steps=config.options.draft_steps,
-    )
-    return cost.sentence(machine)
 
 
 def _mesh(args: argparse.Namespace) -> Any:

@@ -27,12 +27,10 @@ TRAIN_EPILOG = """\
 further commands, each with --help:
   %(prog)s export FOLDER OUT.safetensors     one small file of a run's exits
   %(prog)s evaluate --exits ... --data ...   agreement and predicted speedups on prompts of your choice
-  %(prog)s tree --exits ... --data ... --output ...   the token tree that pays on this device
 
 examples:
   %(prog)s --config configs/smollm2_135m.py
   %(prog)s --config configs/smollm2_135m.py --folder runs/mine --data self prompts.jsonl=2 --steps 2000
-  %(prog)s --config configs/llama3_8b.py --dry-run --machine a100
 
 A run that was stopped or killed goes on when the same command is given again. Exit codes: 0 done, 2 bad input,
 130 interrupted.
@@ -73,8 +71,6 @@ def train_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="of parameters, order of data and dropout")
     add("--mesh", type=_mesh, metavar="DATAxTENSOR", help="devices to train on, such as 2x1")
     add("--tensorboard", action="store_true", default=None, help="also write TensorBoard files into the folder")
-    add("--dry-run", action="store_true", help="say what time and memory it would take, and train nothing")
-    add("--machine", metavar="NAME", help="with --dry-run: on this machine (a100, say) instead of the one at hand")
     return p
 
 
@@ -107,28 +103,6 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add_model(add)
     add_answers(add)
     add("--output", metavar="FILE.json", help="write the figures there too")
-    return p
-
-
-def tree_parser() -> argparse.ArgumentParser:
-    """The parser of `train_exits.py tree`."""
-    p = argparse.ArgumentParser(
-        prog=program("train_exits.py") + " tree",
-        description="Search for the trees that are fastest with one explorer on this device, on answers to prompts of "
-        "your choice, and write them into the drafter's file.",
-    )
-    add = p.add_argument
-    add("--exits", required=True, metavar="FROM", help="the drafter: file or folder")
-    add("--output", required=True, metavar="OUT.safetensors", help="the drafter with its trees")
-    add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
-    add("--data", nargs="+", required=True, metavar="FILE", help="prompts: .jsonl, .json or .txt")
-    add("--prompts", type=int, default=4, metavar="N", help="N prompts of each file, evenly spread (%(default)s)")
-    add("--max-prompt-tokens", type=int, default=256, metavar="N", help="longer prompts are left out (%(default)s)")
-    add("--max-new-tokens", type=int, default=96, metavar="N", help="of each answer (%(default)s)")
-    add("--steps", type=int, default=4, metavar="N", help="at most so many moves for each of --sizes (%(default)s)")
-    add("--sizes", type=int, nargs="+", default=[4, 8], metavar="N", help="rows of a tree (4 8)")
-    add("--largest", type=int, default=16, metavar="N", help="rows of the one that ticks choose from (%(default)s)")
-    add("--float32", action="store_true", help="write full precision; otherwise 8-bit matrices")
     return p
 
 
@@ -168,8 +142,6 @@ def read_config(path: str) -> Config:
 def configured(args: argparse.Namespace) -> Config:
     """The configuration of --config with what flags change. DexError: as `read_config`, or flags that do not fit it."""
     config = read_config(args.config)
-    if args.machine is not None and not args.dry_run:
-        raise DexError("--machine is for estimates: add --dry-run")
     return _configured(config, args, (*OF_EVERY_TRAINING, *OF_THE_LAST_TRAINING))
 
 

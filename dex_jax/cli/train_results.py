@@ -1,4 +1,4 @@
-"""What train_exits.py does with exits that are trained: `export`, `evaluate` and `tree`."""
+"""What train_exits.py does with exits that are trained: `export` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from dex_jax.errors import DexError
 from dex_jax.foreign import TokenId, parsed, reading
 
 if TYPE_CHECKING:
-    from dex_jax.evaluation.tree_search import TreeFigures
     from dex_jax.forced.texts import Text
     from dex_jax.io.exits_file import TrainedExits
     from dex_jax.language_model import LanguageModel
@@ -139,43 +138,6 @@ def spread(prompts: list[Any], count: int | None) -> list[Any]:
     if count is None or count >= len(prompts):
         return prompts
     return [prompts[at * len(prompts) // count] for at in range(count)]
-
-
-def tree(args: argparse.Namespace) -> None:
-    """Searches, prints every tree tried, keeps the best in the drafter. DexError: what is not there or does not fit."""
-    from dex_jax.cli.common import remember_compilations
-    from dex_jax.decoding.dex.trees import with_trees
-    from dex_jax.evaluation.tree_search import search_trees
-    from dex_jax.io.exits_file import check_exits_path, load_exits, save_exits
-    from dex_jax.language_model import load
-    from dex_jax.prompt_files import read_prompts
-
-    check_exits_path(args.output)
-    if args.prompts < 1 or args.steps < 0:
-        raise DexError("--prompts must be at least 1 and --steps at least 0")
-    drafter = load_exits(args.exits)
-    if not drafter.config.is_drafter:
-        raise DexError(f"{args.exits} holds exits at depths, and a tree is drafted at depth 0: name a drafter's file")
-    chosen = [prompt for path in args.data for prompt in spread(read_prompts(path), args.prompts)]
-    remember_compilations()
-    lm = load(args.model)
-
-    prompts = [ids for ids in map(lm.encode, chosen) if len(ids) <= args.max_prompt_tokens]
-    if not prompts:
-        raise DexError(f"every prompt has more than {args.max_prompt_tokens} tokens: raise --max-prompt-tokens")
-    options = {"sizes": args.sizes, "largest": args.largest, "new_tokens": args.max_new_tokens, "steps": args.steps}
-    found = search_trees(lm, drafter, prompts, **options, tell=lambda tried: _warn(_tree_line(tried)))
-    save_exits(args.output, with_trees(drafter, [each.tree for each in found]), int8=not args.float32)
-    print(f"{args.output}: {_tree_line(found[0])}")
-
-
-def _tree_line(figures: TreeFigures) -> str:
-    shape = figures.tree.shape
-    return (
-        f"rows a level {', '.join(map(str, shape.widths))}, {shape.drafted} drafted: "
-        f"{figures.tree.tokens_a_tick:.2f} tokens a tick of {1000 * figures.tick_seconds:.1f} ms, "
-        f"{figures.speedup:.2f} times AR"
-    )
 
 
 def _group_names(paths: Sequence[str]) -> dict[str, str]:

@@ -11,10 +11,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
@@ -29,20 +29,6 @@ FILE_NAME = "exits.safetensors"
 _VOCABULARY = "draft_vocabulary"
 _STEPS = ".steps"
 
-_Rows = Annotated[int, Meta(ge=1, le=512)]
-_Share = Annotated[float, Meta(ge=0, le=1)]
-
-
-class _Tree(Struct):
-    widths: Annotated[list[_Rows], Meta(min_length=1, max_length=64)]
-    drafted: Annotated[int, Meta(ge=0, le=64)]
-    lookup: Annotated[list[_Share], Meta(min_length=8, max_length=8)]
-    tokens_per_round: Positive
-
-    def __post_init__(self) -> None:
-        if self.drafted > len(self.widths) or sum(self.widths) > 512:
-            raise ValueError(f"a tree of {sum(self.widths)} rows on {len(self.widths)} levels, {self.drafted} drafted")
-
 
 class _Grid(Struct):
     explorers: Size
@@ -56,7 +42,6 @@ class _Group(Struct):
 class _About(Struct):
     """What of the metadata is used, and not only shown."""
 
-    trees: list[_Tree] = []
     held_out: dict[str, _Group] = {}
     data: list[str] = []
 

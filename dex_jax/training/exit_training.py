@@ -76,11 +76,6 @@ class ExitTraining:
         if self.first is not None and (changed := _differences(self.first.exits, self.exits)):
             raise DexError(f"a training cannot go on from the first one: {'; '.join(changed)}")
 
-    @property
-    def trainings(self) -> tuple[ExitTraining, ...]:
-        """Those that come first, and this one."""
-        return (self,) if self.first is None else (*self.first.trainings, self)
-
 
 def train_exits(
     config: ExitTraining,
@@ -251,10 +246,4 @@ def _about(
         "minutes": round(max(spent, seconds) / 60, 1),
         "device": device_name(jax.devices()[0]),
         "held_out": held_out[-1] if held_out else {},
-    } | ({} if initial is None else _inherited(initial.metadata))
-
-
-def _inherited(before: dict[str, Any]) -> dict[str, Any]:
-    """Trees pay as they did, until others are searched for."""
-    trees = {"trees": before["trees"]} if "trees" in before else {}
-    return trees | {"before": {key: value for key, value in before.items() if key not in ("held_out", "trees")}}
+    } | ({} if initial is None else {"before": {k: v for k, v in initial.metadata.items() if k != "held_out"}})

@@ -30,6 +30,9 @@ from dex_jax.training.task import Params, Task
 
 Notify = Callable[[str | Standing], None]
 
+FIRST_WORD = 20
+"""After so many steps a line says how fast training goes and how long it will take, however rarely lines are due."""
+
 
 class TrainState(NamedTuple):
     """What an update changes."""
@@ -138,7 +141,7 @@ class _Run:
             self._evaluate()
         if saves:
             self._save()
-        self.notify(self._standing(logs))
+        self.notify(self._standing(logs or self.step == FIRST_WORD))
 
     def _update(
         self, state: TrainState, constants: Any, batch: Any, rate: jax.Array

@@ -156,7 +156,7 @@ def task_file(name: str, data: str | Path) -> Path:
 def spread(count: int, wanted: int, taken: Sequence[int] = ()) -> list[int]:
     """`wanted` indices evenly spread over 0 .. count - 1, those in `taken` left out; fewer if there are fewer.
 
-    They begin a quarter of a step in: what one explorer's trees were fitted on (train_exits.py tree) begins at 0,
+    They begin a quarter of a step in: what one explorer's trees were fitted on begins at 0,
     and is to be no part of what is reported.
 
     Examples:

@@ -13,8 +13,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import dex_jax
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig
-from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.dex.trees import KnownTree, with_trees
 from dex_jax.evaluation.check import compare
 from dex_jax.io import Tokenizer
 from dex_jax.io.exits_file import TrainedExits
@@ -146,9 +144,8 @@ def random_exits(kind: str, *, fused: bool = False, draft: int | None = None, de
 
 @functools.cache
 def random_drafter(kind: str = "mlp") -> TrainedExits:
-    """A drafter that knows a tree of its own."""
-    tree = KnownTree(TreeShape((3, 2, 1, 1), 3, (0.3, *[0.7] * 7)), 1.5)
-    return with_trees(random_exits(kind, fused=True, draft=40, depths=(0,)), [tree])
+    """An exit at depth 0."""
+    return random_exits(kind, fused=True, draft=40, depths=(0,))
 
 
 class SmallModel:
