@@ -1,6 +1,5 @@
 from dex_jax import plot
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig, RopeScaling
-from dex_jax.decoding.chain.dynamic_exit import DEL
 from dex_jax.decoding.dex.interface import Committed, Drafter, DraftRows, Exits, Network, StageView
 from dex_jax.decoding.dex.loop import init, run, step
 from dex_jax.decoding.dex.shape import TreeShape
@@ -9,7 +8,6 @@ from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.output import Output, Stats
 from dex_jax.decoding.record import Limits, Record
-from dex_jax.decoding.rivals import AdaDecode, DexSingleExit, LayerSkip, Oracle
 from dex_jax.decoding.trace import Trace, TracedNode, trace, watch
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import EagleHead, load_eagle
@@ -23,12 +21,9 @@ __version__: str
 
 __all__ = [
     "AR",
-    "DEL",
-    "AdaDecode",
     "Committed",
     "Dex",
     "DexError",
-    "DexSingleExit",
     "DexState",
     "DraftRows",
     "Drafter",
@@ -38,11 +33,9 @@ __all__ = [
     "LanguageModel",
     "Lattice",
     "LayerKind",
-    "LayerSkip",
     "Limits",
     "ModelConfig",
     "Network",
-    "Oracle",
     "Output",
     "Record",
     "RopeScaling",

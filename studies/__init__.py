@@ -1,1 +1,1 @@
-"""What is run from the repository alone: `python -m studies.bench`."""
+"""What is run from the repository alone: the rivals of DEX."""

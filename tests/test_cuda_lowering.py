@@ -17,7 +17,6 @@ import pytest
 from conftest import slow
 from reference.small_models import LLAMA
 
-from dex_jax.decoding.chain.dynamic_exit import DEL
 from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.session import Spec, prefill_chunk, run_ticks, start_decoding
@@ -30,7 +29,6 @@ METHODS = {
     "ar": AR().schedule_for(CONFIG.num_layers),
     "dex": DEX,
     "one": Dex(explorers=1).schedule_for(CONFIG.num_layers),
-    "del": DEL(depths=(2, 3), draft_length=2).schedule_for(CONFIG.num_layers),
 }
 HALF = {"ar": "bfloat16", "dex": "float16", "one": "bfloat16"}
 LOOPS = [case for m in HALF for case in ((m, False, "float32"), slow(m, True, HALF[m]))]
@@ -92,11 +90,9 @@ def test_loop(method, sampled, dtype) -> None:
         ("prefill", "dex", "float32"),
         ("start", "dex", "float32"),
         ("start", "one", "bfloat16"),
-        ("run", "del", "bfloat16"),
-        ("run", "del", "float32"),
     ],
 )
-def test_prefill_start_and_chains(name, method, dtype) -> None:
+def test_prefill_and_start(name, method, dtype) -> None:
     assert_fit_for_cuda(exported(name, method, dtype, sampled=True), dtype)
 
 

@@ -12,7 +12,6 @@ from conftest import slow
 from reference.small_models import LLAMA, random_transformer
 
 import dex_jax
-from dex_jax.decoding.chain.dynamic_exit import DEL
 from dex_jax.decoding.footprint import Footprint, device_memory, footprint, session_shapes, verdict
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.resolve import Resolved
@@ -39,7 +38,6 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
     ("layout", "method", "sampled", "dtype"),
     [
         (Unrolled(), AR(), False, jnp.float32),
-        slow(Unrolled(), DEL(depths=(1, 2), draft_length=3), True, jnp.float32),
         (Unrolled(), Dex(explorers=1), False, jnp.bfloat16),
         slow(Stacked((1, 2)), Dex(explorers=2), True, jnp.float32),
     ],

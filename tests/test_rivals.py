@@ -1,4 +1,4 @@
-"""The methods that DEX is compared with, on small transformers: tokens of AR, exits of DEX, honest counts."""
+"""The rivals of DEX in studies/: rounds of the slow twin in exact arithmetic, tokens of AR, honest counts."""
 
 from __future__ import annotations
 
@@ -6,220 +6,114 @@ import functools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import slow
-from reference.small_models import LLAMA, LetterTokenizer, assert_same_tokens, ragged_prompts, random_exits, small_model
-from reference.toy_models import ToyModel, cached_tables, toy_network
-from reference.toy_runs import arrays, begin, emitted, random_case, twin_runs
+from reference import chain_twin
+from reference.small_models import LetterTokenizer, assert_same_tokens, ragged_prompts, random_exits, small_model
+from reference.toy_chain import chain_toy
+from reference.toy_models import ToyModel, cached_tables, toy_prefill
+from reference.toy_runs import CAPACITY, arrays, emitted, random_case, twin_draws
+from reference.twin import autoregressive
 
 import dex_jax
-from dex_jax import AR, DEL, AdaDecode, DexError, DexSingleExit, LayerSkip, Oracle
-from dex_jax.cli.arguments import method_of, parser
-from dex_jax.cli.display import summary
-from dex_jax.cli.records import json_record
-from dex_jax.config import ExitsConfig
-from dex_jax.decoding import session
-from dex_jax.decoding.counting import bound_of, rounds_of, ticks_of
-from dex_jax.decoding.dex import loop
-from dex_jax.decoding.dex.trained_exits import Heads, TrainedHeads, exit_arrays
-from dex_jax.decoding.footprint import session_shapes
-from dex_jax.decoding.resolve import resolve
-from dex_jax.io.exits_file import TrainedExits
-from dex_jax.nn.weights import merge_model
+from dex_jax import DexError
+from dex_jax.decoding.record import until_done
+from dex_jax.decoding.session import check_layout
+from dex_jax.nn.transformer import Staged
+from studies.rivals import DEL, AdaDecode, LayerSkip, layer_steps, loop
+from studies.rivals.dynamic import Dynamic
+from studies.rivals.interface import Policy
+from studies.rivals.methods import Sure
 
 GOLDENS = Path(__file__).parent / "goldens"
-METHODS = {
-    "ar": AR(),
-    "layerskip": LayerSkip(exit=3, draft_length=3),
-    "adadecode": AdaDecode(depths=(1, 3, 4), threshold=0.2, draft_length=3),
-    "del": DEL(depths=(1, 3, 4), draft_length=3),
-    "oracle": Oracle(),
-    "dex-single-exit": DexSingleExit(explorers=4),
+VOCABULARY, BATCH = 11, 3
+DEPTHS, UNSURE = (2, 3, 5, 9), (2, 5, 9)
+POLICIES = {
+    "layerskip": (Policy(3), (4, 9), chain_twin.Fixed),
+    "adadecode": (Sure(4, 0.37), DEPTHS, lambda: chain_twin.Sure(0.37)),
+    "del": (Dynamic(4, DEPTHS, 0.9, True), DEPTHS, lambda: chain_twin.Dynamic(DEPTHS, 4, 0.9, True)),
+    "del, not so sure": (Dynamic(3, UNSURE, 0.95, False), UNSURE, lambda: chain_twin.Dynamic(UNSURE, 3, 0.95, False)),
 }
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
-OPTIONS = {"greedy": {}, "sampled": SAMPLED}
-NEW_TOKENS = 32
-EXITS = {"attn": random_exits("attn", draft=40), "linear": random_exits("linear", fused=True, draft=40)}
 
 
-@functools.cache
-def model(layout=None):
-    return small_model(layout=layout)
-
-
-def generated(lm, name: str, **options) -> dex_jax.Output:
-    options = {"exits": "shared", "max_new_tokens": NEW_TOKENS, **options}
-    return dex_jax.generate(lm, ragged_prompts(3), method=METHODS[name], **options)
-
-
-@functools.cache
-def run(name: str, how: str = "greedy", kind: str | None = None, layout=None) -> dex_jax.Output:
-    return generated(model(layout), name, exits=EXITS.get(kind, "shared"), **OPTIONS[how])
-
-
-def assert_counts(output: dex_jax.Output) -> None:
-    """What the statistics say about one another."""
-    stats, schedule = output.stats, output.stats.schedule
-    for row, length in enumerate(output.lengths.tolist()):
-        exits = stats.exits[row]
-        if schedule.method == "dex-single-exit":
-            assert set(exits[1:length]) <= {1, schedule.stages}
-            assert stats.ticks[row] == ticks_of(exits, length, schedule.stages)
-            longest = max(np.diff((0, *schedule.depths)))
-            assert stats.layer_steps[row] == stats.ticks[row] * longest
-            assert stats.rounds is stats.drafted is None
-            continue
-        assert stats.ticks is stats.depth_side_speedup is None
-        bound = bound_of(exits, length, schedule.depths)
-        if schedule.method == "oracle":
-            assert stats.layer_steps[row] == bound
-            assert stats.rounds is stats.drafted is stats.accepted is None
-            continue
-        assert stats.rounds[row] == rounds_of(exits, length, schedule.stages)
-        assert stats.tokens_per_round[row] == pytest.approx((length - 1) / stats.rounds[row])
-        assert stats.accepted[row] == np.sum((exits[1:length] > 0) & (exits[1:length] < schedule.stages))
-        assert stats.layer_steps[row] >= bound
-        if schedule.method == "layerskip":
-            depth, num_layers = schedule.depths
-            assert stats.layer_steps[row] == stats.rounds[row] * num_layers + stats.drafted[row] * depth
+@functools.partial(jax.jit, static_argnames=("policy", "depths"))
+def decode(tables, prompts, lengths, first, limits, sampling, *, policy, depths):
+    """The record after the loop."""
+    memory = toy_prefill(tables, prompts, lengths, capacity=CAPACITY + 2 * policy.rows, slots=0)
+    network, options = chain_toy(tables, depths), {"policy": policy, "limits": limits, "sampling": sampling}
+    state = loop.init(network, memory, first, lengths, capacity=CAPACITY, **options)
+    return until_done(lambda state: loop.step(network, state, **options), state, None).record
 
 
 @pytest.mark.parametrize(
-    ("name", "how"),
-    [("layerskip", "greedy"), ("oracle", "greedy"), slow("adadecode", "greedy"), slow("dex-single-exit", "sampled")],
+    ("name", "sampled"), [("layerskip", False), ("adadecode", True), ("del", True), slow("del, not so sure", True)]
 )
-def test_tokens_are_those_of_ar(name, how) -> None:
-    output = run(name, how)
-    assert_same_tokens(model(), output, run("ar", how), **OPTIONS[how])
-    assert_counts(output)
-    stats = output.stats
-    if stats.drafted is not None:
-        assert 0 < stats.accepted.sum() < stats.drafted.sum(), "all drafts or none were right: this would test nothing"
+def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, sampled) -> None:
+    policy, depths, make = POLICIES[name]
+    stages = len(depths)
+    drafted = accepted = rejected = 0
+    for seed in range(6):
+        tables = cached_tables(seed, stages, VOCABULARY, openness=0.2, draft_size=9 if sampled else None)
+        model, case = ToyModel(tables), random_case(seed, BATCH, VOCABULARY, sampled=sampled)
+        draws = [twin_draws(case, row, VOCABULARY) for row in range(BATCH)]
+        limits, shape = case.max_new_tokens, {"eos_ids": case.eos_ids, "stages": stages}
+        plain = [
+            autoregressive(model, prompt, **shape, max_new_tokens=limits[row], draws=draws[row])
+            for row, prompt in enumerate(case.prompts)
+        ]
+        record = decode(tables, *arrays(case, [tokens[0] for tokens in plain]), policy=policy, depths=depths)
+        record = jax.tree.map(np.asarray, record)
+        for row, prompt in enumerate(case.prompts):
+            given = {"depths": depths, "policy": make(), "draft_length": policy.draft_length, "eos": case.eos_ids}
+            twin = chain_twin.chain_run(model, prompt, plain[row][0], limit=limits[row], draws=draws[row], **given)
+            assert twin.closest > 1e-6, "rounding decides here: choose another threshold"
+            assert emitted(record, row) == (twin.tokens, twin.exits)
+            assert twin.tokens == plain[row]
+            assert record.ticks[row] == twin.rounds
+            assert record.counts[row, len(twin.tokens) - 1].tolist() == [twin.layer_steps, twin.drafted]
+            right = sum(0 < exit_number < stages for exit_number in twin.exits)
+            drafted, accepted, rejected = drafted + twin.drafted, accepted + right, rejected + (twin.drafted > right)
+    assert drafted > accepted > 10, "nothing was right, or nothing wrong: this would test nothing"
+    assert rejected > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), [("del", "attn"), ("adadecode", "linear")])
-def test_trained_exits_draft_as_well(name, kind) -> None:
-    output = run(name, "sampled", kind)
-    assert_same_tokens(model(), output, run("ar", "sampled"), **SAMPLED)
-    assert_counts(output)
-    assert output.stats.exits_source == "random"
-
-
-@pytest.mark.slow
-def test_the_stacked_layout_gives_the_same() -> None:
-    one, other = (run("del", "sampled", "attn", layout) for layout in (None, dex_jax.Stacked((1, 3, 4))))
-    assert one.tokens.tolist() == other.tokens.tolist()
-    for count in ("exits", "layer_steps", "drafted", "accepted"):
-        assert getattr(one.stats, count).tolist() == getattr(other.stats, count).tolist()
-    assert one.stats.accepted.sum() > 0
-
-
-@pytest.mark.slow
-def test_a_stop_string_counts_what_was_spent_up_to_it() -> None:
+@pytest.mark.parametrize(
+    ("method", "exits", "options"),
+    [
+        (LayerSkip(exit=3, draft_length=3), "shared", {}),
+        slow(AdaDecode(None, (1, 3, 4), 0.2, 3), random_exits("linear", fused=True, draft=40), SAMPLED),
+        slow(DEL(depths=(1, 3, 4), draft_length=3), random_exits("attn", draft=40), SAMPLED),
+    ],
+    ids=["layerskip", "adadecode", "del"],
+)
+def test_transformers_give_the_tokens_of_ar_and_counts_fit_together(method, exits, options) -> None:
     lm = small_model(tokenizer=LetterTokenizer())
-    for name in ("layerskip", "adadecode", "oracle"):
-        whole = run(name)
-        cut = generated(lm, name, stop=LetterTokenizer.letters(int(whole.tokens[0, 7])))
-        length = int(cut.lengths[0])
-        assert length <= 8
-        assert cut.tokens[0, :length].tolist() == whole.tokens[0, :length].tolist()
-        assert_counts(cut)
-        assert cut.stats.layer_steps[0] < whole.stats.layer_steps[0]
-
-
-def test_the_flags_name_the_methods() -> None:
-    def method(*arguments: str):
-        return method_of(parser().parse_args(list(arguments)))
-
-    assert method("--method", "layerskip") == LayerSkip()
-    assert method("--method", "layerskip", "--exit-depth", "3", "--draft-length", "2") == LayerSkip(3, 2)
-    assert method("--method", "adadecode", "--explorers", "3", "--threshold", "0.5") == AdaDecode(3, threshold=0.5)
-    assert method("--method", "del", "--depths", "6,30", "--draft-length", "4") == DEL(depths=(6, 30), draft_length=4)
-    assert method("--method", "oracle") == Oracle()
-    assert method("--method", "dex-single-exit", "--explorers", "3") == DexSingleExit(3)
-
-
-def test_a_summary_and_a_record_tell_the_counts_apart() -> None:
-    output, bound = run("layerskip"), run("oracle")
-    stats, text = output.stats, summary(output, None)
-    assert text.startswith(f"LayerSkip on cpu:cpu, float32: {output.lengths.sum()} tokens, {stats.rounds.sum()} rounds")
-    assert f"{stats.layer_steps.sum()} layers one after the other" in text
-    assert f"{stats.drafted.sum()} tokens drafted, {stats.accepted.sum()} of them accepted" in text
-    assert not any(word in text for word in ("tick", "depth-side"))
-    record = json_record(1, output, "x", None, None)
-    assert (record["method"], record["draft"], record["ticks"]) == ("layerskip", False, None)
-    assert record["depth_side_speedup"] is None
-    for name in ("layer_steps", "rounds", "drafted", "accepted"):
-        assert record[name] == getattr(stats, name)[1]
-    assert summary(bound, None).startswith("EAD oracle (a bound, not a decoder) on cpu:cpu")
-    assert json_record(0, bound, "x", None, None)["rounds"] is None
-
-
-def test_half_precision_keeps_its_dtypes() -> None:
-    """The loop's carry must come out as it went in; tracing shows it."""
-    layout, dtype = dex_jax.Unrolled(), jnp.dtype(jnp.bfloat16)
-    schedule = DEL(draft_length=3).schedule_for(4)
-    shapes = session_shapes(LLAMA, dtype, schedule, layout, 2, 64, sampled=True)
-    given = EXITS["attn"]
-    spec = session.Spec(LLAMA, layout, schedule, given.config)
-
-    def decode(weights, memory, last, lengths, limits, sampling):
-        lm = merge_model(LLAMA, layout, weights)
-        heads = Heads(exit_arrays(lm, given.config, given.parameters, given.vocabulary))
-        memory = memory._replace(exits=TrainedHeads(given.config).empty(2, 0, dtype))
-        begun = session.start_decoding(weights, heads, memory, last, lengths, limits, sampling, spec=spec, capacity=16)
-        return begun, session.run_ticks(weights, heads, begun, limits, sampling, jnp.int32(9), spec=spec)
-
-    arguments = (shapes.weights, shapes.memory, shapes.last, shapes.lengths, shapes.limits, shapes.sampling)
-    begun, after = jax.eval_shape(decode, *arguments)
-    assert begun.states.dtype == dtype
-    assert jax.tree.map(lambda leaf: leaf.dtype, begun) == jax.tree.map(lambda leaf: leaf.dtype, after)
-
-
-def test_a_single_exit_is_that_of_the_twin() -> None:
-    stages, vocabulary = 4, 11
-    found = set()
-
-    @jax.jit
-    def decode(tables, *case):
-        *_, limits, sampling = case
-        state = begin(tables, *case, stages=stages, rows=1)
-        return loop.run(toy_network(tables), state, limits, sampling, proposing=(1,)).record
-
-    for seed in range(3):
-        tables = cached_tables(seed, stages, vocabulary, openness=0.2)
-        toy, case = ToyModel(tables), random_case(seed, 3, vocabulary, sampled=True)
-        runs = twin_runs(toy, case, vocab_size=vocabulary, stages=stages, rows=None, asked=(1,))
-        record = jax.tree.map(np.asarray, decode(tables, *arrays(case, [run.tokens[0] for run in runs])))
-        for row, run in enumerate(runs):
-            assert emitted(record, row) == (run.tokens, run.exits)
-            assert record.ticks[row] == run.ticks
-            assert run.largest_cohort <= 1
-            found |= set(run.exits)
-    assert found == {-1, 1, stages}
-
-
-def test_depths_come_from_the_exits_as_those_of_dex() -> None:
-    def resolved(method, exits):
-        return resolve(method, exits, LLAMA, "0").schedule
-
-    assert resolved(Oracle(), "shared").depths == (1, 2, 3, 4)
-    assert resolved(DEL(), "shared").depths == (1, 2, 3, 4)
-    some = TrainedExits(ExitsConfig("shared", (1, 3), LLAMA.width), {}, None, "0", {}, "some")
-    assert resolved(Oracle(explorers=2), "shared").depths == (2, 4)
-    assert resolved(AdaDecode(explorers=2), "shared").depths == (2, 4)
-    assert resolved(LayerSkip(exit=2), "shared").depths == (2, 4)
-    assert resolve(LayerSkip(exit=2), "default", LLAMA, "0").source == "shared"
-    # All that are trained, unless depths are given.
-    assert resolved(DEL(), EXITS["attn"]).depths == resolved(Oracle(), EXITS["attn"]).depths == (1, 2, 3, 4)
-    assert resolved(DEL(depths=(2, 4)), EXITS["attn"]).policy.depths == (2, 4)
-    with pytest.raises(DexError, match="trained at depths 1, 3: choose depths among them"):
-        resolved(LayerSkip(exit=2), some)
+    run = functools.partial(dex_jax.generate, lm, ragged_prompts(3), exits=exits, max_new_tokens=32, **options)
+    output, plain = run(method=method), run(method=dex_jax.AR())
+    assert_same_tokens(lm, output, plain, **options)
+    assert layer_steps(plain.stats).tolist() == (4 * (plain.lengths - 1)).tolist()
+    cut = run(method=method, stop=LetterTokenizer.letters(int(output.tokens[0, 7])))
+    assert cut.lengths[0] <= 8
+    assert cut.tokens[0, : cut.lengths[0]].tolist() == output.tokens[0, : cut.lengths[0]].tolist()
+    assert layer_steps(cut.stats)[0] < layer_steps(output.stats)[0]
+    for out in (output, cut):
+        stats, stages = out.stats, out.stats.schedule.stages
+        assert stats.ticks is stats.depth_side_speedup is None
+        for row, length in enumerate(out.lengths):
+            given = stats.exits[row, 1:length]
+            rounds = np.sum(given == stages) + (given[-1] != stages)
+            drafted, layers = stats.counts["drafted"][row], stats.counts["layer_steps"][row]
+            assert stats.counts["rounds"][row] == rounds
+            assert stats.counts["accepted"][row] == np.sum(given < stages)
+            assert 4 * rounds + drafted <= layers <= 4 * rounds + 3 * drafted
+            if stats.schedule.method == "layerskip":
+                assert layers == 4 * rounds + 3 * drafted
+    assert 0 < output.stats.counts["accepted"].sum() < output.stats.counts["drafted"].sum()
 
 
 @pytest.mark.parametrize(
@@ -227,42 +121,37 @@ def test_depths_come_from_the_exits_as_those_of_dex() -> None:
     [
         (LayerSkip(exit=0), "exit must be a whole number of at least 1, not 0"),
         (LayerSkip(exit=30), "must lie below the model's last layer, 30, and not at 30"),
-        (AdaDecode(threshold=1.5), "a probability, from 0 to 1, and not 1.5"),
+        (LayerSkip(draft_length=16), "draft_length may be 15 at most, not 16"),
         (AdaDecode(threshold=float("nan")), "a probability"),
-        (AdaDecode(depths=(6, 12)), "end at the model's last layer, 30"),
         (AdaDecode(explorers=2, depths=(6, 30)), "not both"),
         (DEL(decay=0.0), "above 0 and is at most 1, not 0"),
-        (DEL(explorers=1), "needs an exit"),
-        (DexSingleExit(explorers=31), "explorers must be from 1 to the model's 30 layers"),
-        (Oracle(depths=(6, 6, 30)), "ascend"),
+        (DEL(depths=(6, 6, 30)), "ascend"),
     ],
 )
 def test_what_is_refused(method, words) -> None:
-    with pytest.raises(DexError, match=re.escape(words)) as error:
+    with pytest.raises(DexError, match=re.escape(words)):
         method.schedule_for(30)
-    assert "\n" not in str(error.value)
 
 
-def counts_of(lm, golden: dict, depth: int, draft_length: int) -> tuple[list[list[int]], list[list[int]]]:
-    """([rounds, drafted, accepted] of each prompt here, and there)."""
-    runs = [run for run in golden["runs"] if (run["exit"], run["draft_length"]) == (depth, draft_length)]
-    prompts = json.loads((GOLDENS / "smollm2.json").read_text(encoding="utf-8"))["prompts"]
-    method = dex_jax.LayerSkip(exit=depth, draft_length=draft_length)
-    options = {"method": method, "exits": "shared", "max_new_tokens": golden["new_tokens"]}
-    stats = dex_jax.generate(lm, [prompts[run["prompt"]]["prompt_ids"] for run in runs], **options).stats
-    ours = np.stack([stats.rounds, stats.drafted, stats.accepted], axis=1).tolist()
-    return ours, [[run["rounds"], run["drafted"], run["accepted"]] for run in runs]
+def test_a_loop_without_a_form_for_meshes_is_refused_there() -> None:
+    method = SimpleNamespace(schedule=LayerSkip(exit=2).schedule_for(4), drafter=None)
+    with pytest.raises(DexError, match="layerskip is for one device"):
+        check_layout(object(), Staged((2, 4)), method, 1)
 
 
 @pytest.mark.slow
 def test_layerskip_accepts_as_many_drafts_as_transformers_does(smollm2, monkeypatch) -> None:
-    """As its `assistant_early_exit`, prompt by prompt."""
-    golden = json.loads((GOLDENS / "layerskip.json").read_text(encoding="utf-8"))
+    """As its `assistant_early_exit`, prompt by prompt; a tie in floating point may change a round of one prompt."""
     monkeypatch.setattr(dex_jax.LanguageModel, "eos_ids", ())
-    ours, theirs = counts_of(smollm2, golden, depth=24, draft_length=4)
-    _, drafted, accepted = np.sum(ours, axis=0)
-    _, drafted_there, accepted_there = np.sum(theirs, axis=0)
-    assert drafted_there > 4 * len(theirs)
-    assert accepted / drafted == pytest.approx(accepted_there / drafted_there, rel=0.01)
-    # A tie in floating point may change a round of one prompt, but hardly of two.
-    assert sum(a != b for a, b in zip(ours, theirs, strict=True)) <= 1, (ours, theirs)
+    golden, prompts = (json.loads((GOLDENS / name).read_text("utf-8")) for name in ("layerskip.json", "smollm2.json"))
+    runs = [run for run in golden["runs"] if (run["exit"], run["draft_length"]) == (24, 4)]
+    asked = [prompts["prompts"][run["prompt"]]["prompt_ids"] for run in runs]
+    options = {"exits": "shared", "max_new_tokens": golden["new_tokens"]}
+    counts = dex_jax.generate(smollm2, asked, method=LayerSkip(exit=24, draft_length=4), **options).stats.counts
+    names = ("rounds", "drafted", "accepted")
+    ours = np.stack([counts[name] for name in names], axis=1)
+    theirs = np.array([[run[name] for name in names] for run in runs])
+    assert theirs[:, 1].sum() > 4 * len(runs)
+    share, share_there = (found[:, 2].sum() / found[:, 1].sum() for found in (ours, theirs))
+    assert share == pytest.approx(share_there, rel=0.01)
+    assert np.any(ours != theirs, axis=1).sum() <= 1, (ours, theirs)

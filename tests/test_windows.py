@@ -86,7 +86,6 @@ def plain():
         dex_jax.Dex(explorers=1),
         dex_jax.AR(),
         dex_jax.Dex(explorers=3, rows=8),
-        dex_jax.LayerSkip(exit=2, draft_length=4),
     ],
     ids=lambda method: type(method).__name__,
 )

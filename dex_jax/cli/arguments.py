@@ -29,24 +29,8 @@ The text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 --chec
 2 bad input, 130 interrupted.
 """
 
-METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "dex": ("Dex", ("explorers", "depths", "rows")),
-    "ar": ("AR", ()),
-    "layerskip": ("LayerSkip", ("exit_depth", "draft_length")),
-    "adadecode": ("AdaDecode", ("explorers", "depths", "threshold", "draft_length")),
-    "del": ("DEL", ("explorers", "depths", "draft_length")),
-    "dex-single-exit": ("DexSingleExit", ("explorers", "depths")),
-    "oracle": ("Oracle", ("explorers", "depths")),
-}
-"""Name -> (the method's name in dex_jax, its flags, which are called as its fields are but for `exit`)."""
-
-OF_DEX = ("no_draft", "no_decs", "draft_model")
-METHOD_FLAGS = ("explorers", "depths", "rows", *OF_DEX, "exit_depth", "draft_length", "threshold")
-"""Flags that not all methods have."""
-
-METHOD_HELP = """dex; ar: all layers for every token; layerskip: drafts at one exit; adadecode: every token exits
-where an exit is sure; del: layerskip that chooses exit and draft length; dex-single-exit: DEX whose first exit alone
-proposes; oracle: no decoder but a bound without DECS (%(default)s)"""
+FIELDS = ("explorers", "depths", "rows")
+"""Of Dex, each a flag of its name."""
 
 MOST = 4096
 """Rows a stage and continuations a prompt: more is a slip."""
@@ -82,26 +66,18 @@ def parser() -> argparse.ArgumentParser:
     add("--no-chat", action="store_true", help="use prompts as they are, without the chat template")
 
     add = p.add_argument_group("method").add_argument
-    add("--method", choices=[*METHODS], default="dex", help=METHOD_HELP)
+    add("--method", choices=["dex", "ar"], default="dex", help="ar: all layers for every token (%(default)s)")
     add(
         "--explorers",
         type=int,
         metavar="K",
         help="number of exit depths, evenly spaced (1, or AR where that should be faster; on a mesh its stages; "
-        "without drafts 5; del and oracle: every trained depth)",
+        "without drafts 5)",
     )
     add("--depths", type=depths, metavar="X,...,L", help="the exit depths themselves, ending at the last layer")
     add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most; "full", without drafts, never prunes')
     add("--no-draft", action="store_true", help="draft nothing before the first layer: the paper's method")
     add("--no-decs", action="store_true", help="let exits repeat tokens that a node's children already hold")
-    add("--exit-depth", type=whole(1, 10_000), metavar="D", help="layerskip: layers that draft (12)")
-    add(
-        "--draft-length",
-        type=whole(1, 1024),
-        metavar="G",
-        help="layerskip: tokens drafted a round (4); adadecode, del: at most (8)",
-    )
-    add("--threshold", type=float, metavar="P", help="adadecode: how sure an exit must be (0.75)")
 
     add = p.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=whole(1, MOST_TOKENS), default=128, metavar="N", help="%(default)s")
@@ -125,11 +101,9 @@ def check_flags(args: argparse.Namespace) -> None:
     """Says on stderr which flags are without effect. DexError: flags that do not go together."""
     if args.hardware is not None and not args.dry_run:
         raise DexError("--hardware is for estimates: add --dry-run")
-    own = {*METHODS[args.method][1], *(OF_DEX if args.method == "dex" else ())}
-    for name in METHOD_FLAGS:
-        if name not in own and getattr(args, name) not in (None, False):
-            flag = "--" + name.replace("_", "-")
-            raise DexError(f"{flag} means nothing with --method {args.method}: leave one of them out")
+    for name in (*FIELDS, "no_draft", "no_decs", "draft_model"):
+        if args.method == "ar" and getattr(args, name) not in (None, False):
+            raise DexError(f"--{name.replace('_', '-')} means nothing with --method ar: leave one of them out")
     if args.draft_model is not None and args.exits != "default":
         raise DexError("--draft-model stands in the place of --exits: leave one of them out")
     filters = [f"--{name}" for name in ("top-k", "top-p") if getattr(args, name.replace("-", "_")) is not None]
@@ -140,13 +114,10 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def method_of(args: argparse.Namespace) -> Method:
     """The method that the flags name."""
-    name, flags = METHODS[args.method]
-    given: dict[str, Any] = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
-    if "exit_depth" in given:
-        given["exit"] = given.pop("exit_depth")
-    if args.method == "dex":
-        given |= {"decs": not args.no_decs, "draft": not args.no_draft}
-    return getattr(dex_jax, name)(**given)
+    if args.method == "ar":
+        return dex_jax.AR()
+    given: dict[str, Any] = {field: getattr(args, field) for field in FIELDS}
+    return dex_jax.Dex(**given, decs=not args.no_decs, draft=not args.no_draft)
 
 
 def prompts_of(args: argparse.Namespace) -> list[Prompt]:

@@ -105,14 +105,6 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     if schedule.drafts is not None:
         drafter = f" and the drafter ({stats.drafter_source})" if stats.drafter_source else ""
         where += f"; drafts from the text{drafter}"
-    if stats.rounds is not None:
-        rounds, total = int(stats.rounds.sum()), int(stats.layer_steps.sum())
-        lines[0] += f", {rounds} rounds, {_over(after_first, rounds):.2f} tokens a round"
-        a_token = f"{_over(total, after_first):.1f} a token (AR: {schedule.depths[-1]})"
-        lines.append(f"{total} layers one after the other, {a_token}")
-        if stats.drafted is not None and stats.accepted is not None:
-            lines[-1] += f"; {int(stats.drafted.sum())} tokens drafted, {int(stats.accepted.sum())} of them accepted"
-        lines.append(where)
     if schedule.has_lattice and stats.ticks is not None:
         ticks = int(stats.ticks.sum())
         lines[0] += f", {ticks} ticks, depth-side speedup {_over(schedule.stages * after_first, ticks):.2f}"

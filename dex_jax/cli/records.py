@@ -16,21 +16,18 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     """One sequence as a JSON-ready dict.
 
     Keys: prompt (as given), text, tokens (ids, an ending EOS included), prompt_tokens and new_tokens (counts), finished
-    (False only when interrupted), method ("dex", or "ar" also where that was chosen, or a rival's name), draft (whether
-    exit 0 drafts), choice (why the method was chosen, null where it was given), depths, rows, exits_source (null for K
-    = 1), drafter_source (null without a drafter), layer_steps (layers
-    run one after the other since the prefill: of every method, 0 for one token, a bound for oracle; no time, see
-    Stats), ticks (null for methods that draft on a chain: layerskip, adadecode, del, oracle), exits (born_at of each
-    token), depth_side_speedup (null for one token and without ticks), rounds, tokens_per_round, drafted and accepted
-    (null but on chains; tokens_per_round also for one token), compile_seconds, prefill_seconds and decode_seconds (of
-    the whole batch), tokens_per_second ((n - 1) / decode_seconds of this sequence, null for one token), device, dtype,
+    (False only when interrupted), method ("dex", or "ar" also where that was chosen), draft (whether exit 0 drafts),
+    choice (why the method was chosen, null where it was given), depths, rows, exits_source (null for K = 1),
+    drafter_source (null without a drafter), ticks, exits (born_at of
+    each token), depth_side_speedup (null for one token), compile_seconds, prefill_seconds and decode_seconds (of the
+    whole batch), tokens_per_second ((n - 1) / decode_seconds of this sequence, null for one token), device, dtype,
     weights (the dtype, or the formats of packed ones), seed (null when greedy), and check when asked for (identical,
     first_divergence, top2_margin; see evaluation.check).
     """
     stats, length = output.stats, int(output.lengths[row])
     of_all = ("choice", "exits_source", "drafter_source", "device", "dtype", "weights")
     times = ("compile_seconds", "prefill_seconds", "decode_seconds")
-    of_each = ("layer_steps", "ticks", "depth_side_speedup", "rounds", "tokens_per_round", "drafted", "accepted")
+    of_each = ("ticks", "depth_side_speedup")
     record = {
         "prompt": prompt,
         "text": output.texts[row],

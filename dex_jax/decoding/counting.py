@@ -1,4 +1,4 @@
-"""What a decoding took, from which exit gave each token: ticks, rounds, layers one after the other."""
+"""What a decoding took: ticks, from which exit gave each token, and the speedup that they stand for."""
 
 from __future__ import annotations
 
@@ -13,20 +13,6 @@ def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:
       12
     """
     return 0 if length < 2 else stages + int(exits[1 : length - 1].sum())
-
-
-def rounds_of(exits: np.ndarray, length: int, stages: int) -> int:
-    """Rounds on a chain that a sequence of `length` tokens took: each ends with a token that only exit K gave."""
-    if length < 2:
-        return 0
-    return int(np.sum(exits[1:length] == stages)) + int(exits[length - 1] != stages)
-
-
-def bound_of(exits: np.ndarray, length: int, depths: tuple[int, ...]) -> int:
-    """Layer steps of a sequence whose every token exits at its exit and no draft is wrong: 0 for one token."""
-    if length < 2:
-        return 0
-    return depths[-1] + int(np.take((0, *depths), exits[1 : length - 1]).sum())
 
 
 def depth_side_speedup(ticks: np.ndarray, lengths: np.ndarray, stages: int) -> np.ndarray:

@@ -147,8 +147,8 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
     Args:
       lm: from `dex_jax.load`.
       prompts: see `generate`.
-      method: AR(), Dex(...), a rival (LayerSkip, AdaDecode, DEL, DexSingleExit) or Oracle, a bound; None is Dex(),
-        which chooses what should be fastest on the device at hand, and on a mesh is one explorer a stage.
+      method: AR(), Dex(...) or one of your own; None is Dex(), which chooses what should be fastest on the device at
+        hand, and on a mesh is one explorer a stage.
       max_new_tokens: at most so many tokens per sequence, the first one of the prefill included.
       exits: "shared" (the model's own final norm and unembedding at every depth, and no drafter), "default" (what ships
         for the model), a path, or what `load_exits` gave: a drafter or exits at depths, the other of which is the
@@ -299,17 +299,19 @@ def sampling_of(
 
 def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
     tokens, exits = np.array(record.tokens), np.array(record.exits)
-    lengths, finished, steps = np.array(record.lengths), np.array(record.done), np.array(record.ticks)
+    lengths, finished, ticks = np.array(record.lengths), np.array(record.done), np.array(record.ticks)
     texts, schedule = [], run.method.schedule
     for row in range(len(run.ids)):
         text, kept = run.stops.apply(tokens[row, : lengths[row]].tolist())
         if kept is not None:
             lengths[row], finished[row] = kept, True
             tokens[row, kept:], exits[row, kept:] = NO_TOKEN, PREFILL_EXIT
-            steps[row] = schedule.loop.steps(exits[row], kept, schedule.stages)
+            ticks[row] = schedule.loop.ticks(exits[row], kept, schedule.stages)
         texts.append(text)
     width = int(lengths.max())
-    spent = None if record.spent is None else np.asarray(record.spent)
+    given_out: Any = (tokens, exits, lengths, ticks, finished, record.counts)
+    counts = schedule.loop.counts(schedule, Record(*given_out))
+    fields = {name: counts.pop(name) for name in ("ticks", "depth_side_speedup") if name in counts}
     mesh = run.session.lm.mesh
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     many = "" if mesh is None else f"{mesh.size} x "
@@ -319,7 +321,8 @@ def _output(run: Prepared, record: Record, times: dict[str, float]) -> Output:
         exits_source=run.method.source,
         drafter_source=run.method.drafter_source,
         exits=exits[:, :width],
-        **schedule.loop.counts(schedule, exits, steps, spent, lengths),
+        **fields,
+        counts=counts,
         compile_seconds=times["compile"],
         prefill_seconds=times["prefill"],
         decode_seconds=times["decode"],

@@ -16,11 +16,7 @@ from jax.sharding import Mesh
 from dex_jax import cache
 from dex_jax.decoding import ar
 from dex_jax.decoding.ar import ARState
-from dex_jax.decoding.chain import loop as chain
-from dex_jax.decoding.chain.interface import ChainNetwork, Policy
-from dex_jax.decoding.chain.loop import ChainState
-from dex_jax.decoding.chain.network import chain_network
-from dex_jax.decoding.counting import bound_of, depth_side_speedup, rounds_of, ticks_of
+from dex_jax.decoding.counting import depth_side_speedup, ticks_of
 from dex_jax.decoding.dex import loop
 from dex_jax.decoding.dex.interface import Network
 from dex_jax.decoding.dex.network import network_of
@@ -61,7 +57,11 @@ class Running(NamedTuple):
 
 
 class Loop(abc.ABC):
-    """One kind of loop on one device; states are its own. What it counts here is for loops that count ticks."""
+    """One kind of loop on one device. Its state is its own, but has a `record`, a `tick` and the `memory`.
+
+    A loop is hashable, as programs are compiled for it, and emits only what the last layer says, with the noise of the
+    position (ar.next_token). What it counts here is for loops each of whose ticks is a stage.
+    """
 
     def __repr__(self) -> str:
         """Without an address: programs are told apart by what they say of themselves (program_store.py)."""
@@ -79,21 +79,17 @@ class Loop(abc.ABC):
         """The same loop for a mesh; a DexError where there is none for this schedule."""
         raise DexError(f"method {schedule.method} is for one device: leave the mesh out, or use Dex or AR")
 
-    def steps(self, exits: np.ndarray, length: int, stages: int) -> int:
-        """Ticks or rounds that a sequence of `length` tokens took: exits [T] say so."""
+    def ticks(self, exits: np.ndarray, length: int, stages: int) -> int:
+        """What `record.ticks` of a sequence is that ends after `length` of its tokens; exits [T] int32."""
         return ticks_of(exits, length, stages)
 
-    def counts(
-        self, schedule: Schedule, exits: np.ndarray, steps: np.ndarray, spent: np.ndarray | None, lengths: np.ndarray
-    ) -> dict[str, Any]:
-        """The counts that it has, by their names in Stats, `layer_steps` among them.
+    def counts(self, schedule: Schedule, record: Any) -> dict[str, Any]:
+        """Figures of each sequence, [B], by their names in Stats, or in its `counts` where it has no such field.
 
-        Of exits [B, T] int32, `steps` [B] int32 (ticks or rounds), what was `spent` [B, T, 2] as in Record (None
-        without a chain) and lengths [B] int32.
+        `record` is a Record of NumPy arrays, whose lengths and ticks are those of the text that is given out.
         """
-        longest = max(end - start for start, end in zip((0, *schedule.depths), schedule.depths, strict=False))
-        speedup = depth_side_speedup(steps, lengths, schedule.stages)
-        return {"ticks": steps, "depth_side_speedup": speedup, "layer_steps": steps * longest}
+        speedup = depth_side_speedup(record.ticks, record.lengths, schedule.stages)
+        return {"ticks": record.ticks, "depth_side_speedup": speedup}
 
 
 class MeshLoop(Loop):
@@ -159,11 +155,8 @@ class DexLoop(MeshLoop):
         self, what: Running, state: DexState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
     ) -> DexState:
         schedule = what.spec.schedule
-        options: dict[str, Any] = {"decs": schedule.decs, "proposing": schedule.proposing, "drafts": schedule.drafts}
+        options: dict[str, Any] = {"decs": schedule.decs, "drafts": schedule.drafts}
         return loop.run(network_of(*what), state, limits, sampling, until_tick=until_tick, **options)
-
-    def on_mesh(self, schedule: Schedule) -> MeshLoop:
-        return self if schedule.proposing is None else Loop.on_mesh(self, schedule)
 
     def check_mesh(self, schedule: Schedule, mesh: Mesh, layout: Layout) -> None:
         assert isinstance(layout, Staged)
@@ -208,51 +201,7 @@ class DexLoop(MeshLoop):
         )
 
 
-class ChainLoop(Loop):
-    """Methods that draft on a chain (decoding/chain/loop.py)."""
-
-    def init(self, what: Running, begun: Prefilled, capacity: int) -> ChainState:
-        network, policy = _chain(what)
-        memory, token, lengths, limits, sampling, *_ = begun
-        options: dict[str, Any] = {"policy": policy, "capacity": capacity, "limits": limits, "sampling": sampling}
-        return chain.init(network, memory, token, lengths, **options)
-
-    def run(
-        self, what: Running, state: ChainState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
-    ) -> ChainState:
-        network, policy = _chain(what)
-        return until_done(lambda s: chain.step(network, s, limits, sampling, policy=policy), state, until_tick)
-
-    def steps(self, exits: np.ndarray, length: int, stages: int) -> int:
-        return rounds_of(exits, length, stages)
-
-    def counts(
-        self, schedule: Schedule, exits: np.ndarray, steps: np.ndarray, spent: np.ndarray | None, lengths: np.ndarray
-    ) -> dict[str, Any]:
-        assert spent is not None
-        at = np.arange(exits.shape[1])[None]
-        there = (at > 0) & (at < lengths[:, None])
-        layers, drafted = np.take_along_axis(spent, (lengths - 1)[:, None, None], axis=1)[:, 0].T
-        return {
-            "rounds": steps,
-            "tokens_per_round": np.where(lengths > 1, (lengths - 1) / np.maximum(steps, 1), np.nan),
-            "accepted": np.sum(there & (exits < schedule.stages), axis=1, dtype=np.int32),
-            "layer_steps": layers,
-            "drafted": drafted,
-        }
-
-
-class OracleLoop(ChainLoop):
-    """A bound: it runs on a chain, and counts only what no method could have left out."""
-
-    def counts(
-        self, schedule: Schedule, exits: np.ndarray, steps: np.ndarray, spent: np.ndarray | None, lengths: np.ndarray
-    ) -> dict[str, Any]:
-        bounds = [bound_of(row, length, schedule.depths) for row, length in zip(exits, lengths, strict=True)]
-        return {"layer_steps": np.array(bounds, np.int32)}
-
-
-AR_LOOP, DEX_LOOP, CHAIN_LOOP, ORACLE_LOOP = ARLoop(), DexLoop(), ChainLoop(), OracleLoop()
+AR_LOOP, DEX_LOOP = ARLoop(), DexLoop()
 
 
 def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int, waiting: bool = False) -> DexState:
@@ -262,9 +211,3 @@ def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int
     of_drafts: dict[str, Any] = {"drafts": schedule.drafts, "prompt": prompt, "costs": costs}
     options: dict[str, Any] = {"limits": limits, "sampling": sampling, "waiting": waiting}
     return loop.init(network, memory, token, lengths, **sizes, **of_drafts, **options)
-
-
-def _chain(what: Running) -> tuple[ChainNetwork, Policy]:
-    schedule = what.spec.schedule
-    assert schedule.policy is not None
-    return chain_network(what.model, schedule.depths, what.spec.exits, what.heads.exits), schedule.policy

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 from typing import Protocol
 
-from dex_jax.decoding.chain.interface import Policy
 from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trees import LOOKUP_TREE
 from dex_jax.decoding.loops import AR_LOOP, DEX_LOOP, Loop
@@ -26,25 +25,22 @@ order in a cache of another length: where methods would begin with other last bi
 class Schedule:
     """A method made concrete."""
 
-    method: str  # "ar", "dex", or a rival's name
+    method: str  # "ar", "dex", or the name of one's own
     depths: tuple[int, ...]  # exit depths x_1 < ... < x_K = L
-    rows: int  # W, rows a stage; on a chain R, rows of a round
+    rows: int  # W, rows a stage
     decs: bool  # whether depth-coupled sampling is on
     drafts: TreeShape | None = None  # how much exit 0 drafts below a head of a cohort; None for nothing
-    policy: Policy | None = None  # of methods that draft on a chain (decoding/chain/loop.py); None otherwise
-    proposing: tuple[int, ...] | None = None  # the exits 1..K-1 that propose; None for all
     loop: Loop = DEX_LOOP  # what runs it
 
     @property
     def has_lattice(self) -> bool:
-        """Whether it is DEX, or a form of it: AR and methods that draft on a chain have no lattice."""
+        """Whether it is DEX, or a form of it."""
         return self.loop is DEX_LOOP
 
     @property
     def ahead(self) -> int:
         """How many positions past the last token the committed cache has, of which any may be written at."""
-        written = 0 if self.drafts is None else self.drafts.levels
-        return max(SPARE, written if self.policy is None else 2 * self.policy.rows)
+        return max(SPARE, 0 if self.drafts is None else self.drafts.levels)
 
     @property
     def stages(self) -> int:
@@ -151,7 +147,10 @@ def even_depths(stages: int, num_layers: int) -> tuple[int, ...]:
 
 
 class Method(Protocol):
-    """A way to decode: AR, Dex, or one of the rivals."""
+    """A way to decode: AR, Dex, or one's own.
+
+    A `depths` that it has and that is not None is kept: for other methods exit depths move to where exits are trained.
+    """
 
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers."""

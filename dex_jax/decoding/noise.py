@@ -16,7 +16,7 @@ from dex_jax.sampling import Sampling, position_noise
 class Noise(NamedTuple):
     """Sampling noise, made once a position and kept while any node may need it."""
 
-    # [B, M, V] float32; position n stands at n mod M, the most positions that a lattice or chain reaches ahead
+    # [B, M, V] float32; position n stands at n mod M, the most positions that a loop reaches ahead
     ring: jax.Array
     made: jax.Array  # [B] int32, the last position whose noise has been made
 

@@ -9,42 +9,25 @@ import numpy as np
 from dex_jax.decoding.methods import Schedule
 from dex_jax.io import TextStream, Tokenizer
 
-NAMES = {
-    "ar": "AR",
-    "layerskip": "LayerSkip",
-    "adadecode": "AdaDecode",
-    "del": "DEL",
-    "dex-single-exit": "DEX, first and last exit only",
-    "oracle": "EAD oracle (a bound, not a decoder)",
-}
-"""Of methods other than "dex", for people."""
-
 SHOWN, SHOWN_TEXT, SHOWN_TOKENS = 8, 60, 12
 """Sequences, characters and, without a tokenizer, tokens of each that a printed Output shows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Counts and times. Ticks, layer steps, depth-side speedup and wall-clock seconds are different things.
+    """Counts and times. Ticks, depth-side speedup and wall-clock seconds are different things.
 
     Attributes:
       schedule: method, depths, rows and DECS as they ran.
       choice: one line that says why it was chosen, where nothing was asked for; None otherwise.
       exits_source: which exits 1..K-1 proposed: "shared", "default", a path, or None when K = 1.
       drafter_source: which drafter stood at depth 0: "default", a path, or None for none.
-      layer_steps: [B] int32, how many layers were run one after the other since the prefill, however many rows ran in
-        each of them and heads apart. The one figure of depth that all methods have: AR L (n - 1); DEX ticks times the
-        longest stage, on as many devices as there are stages; LayerSkip g d + L a round, and so on. No time: it says
-        what a device would wait for on which only layers took any. Of "oracle", a bound.
-      ticks: [B] int32, loop steps that each sequence took; None for methods that draft on a chain.
+      ticks: [B] int32, loop steps that each sequence took; None for loops of one's own that have none.
       exits: [B, T] int32, the exit that first gave each token, 0 for one that was drafted and K for one that only the
         final layer gave; -1 for token 0 and beyond the length.
       depth_side_speedup: [B] float64, K (n - 1) / ticks, NaN for n = 1: the speedup over AR if K explorers ran truly
         side by side and heads and communication were free, for K = 1 tokens a tick; None where there are no ticks.
-      rounds: [B] int32, how often each sequence was verified, on chains; None otherwise.
-      tokens_per_round: [B] float64, (n - 1) / rounds, NaN for n = 1; None without rounds.
-      drafted: [B] int32, tokens that exits drafted on chains; None otherwise.
-      accepted: [B] int32, how many of them the final layer gave as well, and were emitted; None otherwise.
+      counts: what a loop of one's own counts, [B] each, by name; empty for AR and DEX.
       compile_seconds, prefill_seconds, decode_seconds: wall-clock of the whole batch, apart from one another.
       device, dtype: where and in what it ran.
       weights: what weights were kept as: the dtype, or the formats of packed ones.
@@ -55,7 +38,6 @@ class Stats:
     exits_source: str | None
     drafter_source: str | None
     exits: np.ndarray
-    layer_steps: np.ndarray
     compile_seconds: float
     prefill_seconds: float
     decode_seconds: float
@@ -64,10 +46,7 @@ class Stats:
     weights: str
     ticks: np.ndarray | None = None
     depth_side_speedup: np.ndarray | None = None
-    rounds: np.ndarray | None = None
-    tokens_per_round: np.ndarray | None = None
-    drafted: np.ndarray | None = None
-    accepted: np.ndarray | None = None
+    counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -99,13 +78,9 @@ class Output:
         lines = [f"{title(stats.schedule)} on {where_of(stats)}: {new_tokens} tokens"]
         for row, text in enumerate(self.texts[:SHOWN]):
             took = [f"{self.lengths[row]} tokens"]
-            for name, figures in (("ticks", stats.ticks), ("rounds", stats.rounds)):
-                took += [] if figures is None else [f"{figures[row]} {name}"]
-            for name, ratios in (
-                ("depth-side speedup", stats.depth_side_speedup),
-                ("tokens a round", stats.tokens_per_round),
-            ):
-                took += [] if ratios is None or np.isnan(ratios[row]) else [f"{name} {ratios[row]:.2f}"]
+            took += [] if stats.ticks is None else [f"{stats.ticks[row]} ticks"]
+            ratios = stats.depth_side_speedup
+            took += [] if ratios is None or np.isnan(ratios[row]) else [f"depth-side speedup {ratios[row]:.2f}"]
             shown = text if self.tokenizer is not None else " ".join(map(str, self.tokens[row, :SHOWN_TOKENS]))
             short = shown if len(shown) <= SHOWN_TEXT else shown[: SHOWN_TEXT - 1] + "…"
             lines.append(f"  [{row}] {', '.join(took)}: {short!r}")
@@ -141,6 +116,6 @@ def where_of(stats: Stats) -> str:
 
 def title(schedule: Schedule) -> str:
     """A method's name for people."""
-    if schedule.method in NAMES:
-        return NAMES[schedule.method]
+    if not schedule.has_lattice:
+        return schedule.method.upper()
     return f"DEX, K = {schedule.stages}{'' if schedule.drafts is None else ' with drafts'}"

@@ -36,8 +36,7 @@ class Record(NamedTuple):
       lengths: [B] int32.
       ticks: [B] int32, frozen when a sequence ends.
       done: [B] bool.
-      spent: of methods that draft on a chain, [B, T, 2] int32: how many layers had been run one after the other and how
-        many tokens had been drafted when each token came out; None otherwise.
+      counts: what a loop of one's own counts beside, arrays with a leading axis B; () for nothing.
     """
 
     tokens: jax.Array
@@ -45,7 +44,7 @@ class Record(NamedTuple):
     lengths: jax.Array
     ticks: jax.Array
     done: jax.Array
-    spent: jax.Array | None = None
+    counts: Any = ()
 
 
 def check_limits(limits: Limits, batch: int) -> None:

@@ -7,13 +7,12 @@ import functools
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex.drafters import GivenDrafter, fitted
 from dex_jax.decoding.dex.trees import known_trees
 from dex_jax.decoding.methods import DEFAULT_EXPLORERS, Dex, Method, Schedule
-from dex_jax.decoding.rivals import LayerSkip
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import eagle_folder, load_eagle
 from dex_jax.io.exits_file import TrainedExits, load_exits
@@ -104,23 +103,19 @@ def unmeasured(method: Method, exits: GivenExits, fingerprint: str) -> Method:
 def resolve(method: Method, exits: GivenExits, config: ModelConfig, fingerprint: str) -> Resolved:
     """The schedule of a method, and its heads, for `exits` as of `find_exits`.
 
-    Where an even grid asks for depths that are not trained, the nearest ones are taken. A method that is to run
-    `everywhere` and names no depths takes all of those at which the exits are trained.
+    Where an even grid asks for depths that are not trained, the nearest ones are taken.
 
     Raises:
       DexError: as `method.schedule_for` and `find_exits`; heads of another width, vocabulary or number of layers,
         without the depths that are asked for, or of no use to the method.
     """
-    if getattr(method, "everywhere", False):
-        method = dataclasses.replace(cast(Any, method), depths=all_depths(exits, config, fingerprint))
     schedule = method.schedule_for(config.num_layers)
     resolved = Resolved(schedule)
     if schedule.stages == 1 and schedule.drafts is None:
         return resolved
     found = find_exits(exits, fingerprint)
     if schedule.stages > 1:
-        given_depths = getattr(method, "depths", None) is not None or isinstance(method, LayerSkip)
-        resolved = _with_exits(schedule, found, config, given_depths)
+        resolved = _with_exits(schedule, found, config, getattr(method, "depths", None) is not None)
     elif found.own == "exits":
         raise DexError(
             f"{found.source} holds exits at depths, and one explorer has none: give more explorers, or leave it out"
@@ -187,15 +182,6 @@ def _with_drafter(resolved: Resolved, method: Method, found: Found, config: Mode
         drafts = trees[0] if schedule.stages == 1 else max(trees, key=lambda tree: tree.rows)
         schedule = dataclasses.replace(schedule, drafts=drafts, rows=method.rows_of(schedule.stages, drafts))
     return dataclasses.replace(resolved, schedule=schedule, drafter=drafter, drafter_source=source, remarks=remarks)
-
-
-def all_depths(exits: GivenExits, config: ModelConfig, fingerprint: str) -> tuple[int, ...]:
-    """Every depth above 0 that `exits` stand at, and L; for the model's own all depths."""
-    trained = find_exits(exits, fingerprint).exits
-    if trained is None:
-        return tuple(range(1, config.num_layers + 1))
-    _check_fit(trained, config)
-    return (*(depth for depth in trained.config.depths if depth > 0), config.num_layers)
 
 
 @functools.lru_cache(maxsize=2)

@@ -108,7 +108,7 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
       **options: the others of `dex_jax.stream`, except ticks_per_update, num_samples and stop.
 
     Raises:
-      DexError: bad options, a model on a mesh, or a method without a lattice (AR, those that draft on a chain).
+      DexError: bad options, a model on a mesh, or a method without a lattice.
 
     Examples:
       >>> figure = dex_jax.plot.lattice(dex_jax.trace(lm, "Why is the sky blue?"))   # doctest: +SKIP

@@ -111,7 +111,7 @@ def _by_explorers(speedups: Speedups) -> dict[int, float]:
     ticks: dict[int, int] = {}
     for out in speedups:
         if out.stats.ticks is None:
-            raise DexError("methods that draft on a chain have no ticks: leave their outputs out")
+            raise DexError("an output without ticks has no speedup: leave it out")
         stages = out.stats.schedule.stages
         tokens[stages] = tokens.get(stages, 0) + int((out.lengths - 1).sum())
         ticks[stages] = ticks.get(stages, 0) + int(out.stats.ticks.sum())

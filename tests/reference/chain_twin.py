@@ -195,13 +195,3 @@ def chain_run(
                 break
         policy.learn(shadows)
     return run
-
-
-def earliest(model, prompt: Sequence[int], tokens: Sequence[int], *, stages: int, draws: Draws | None) -> list[int]:
-    """The first exit that gives each emitted token after its true prefix, K if none; -1 for token 0."""
-    found = [-1]
-    for i in range(1, len(tokens)):
-        before = [*prompt, *tokens[:i]]
-        right = [k for k in range(1, stages) if given(model, before, k, draws)[0] == tokens[i]]
-        found.append(min(right, default=stages))
-    return found

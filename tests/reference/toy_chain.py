@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from reference.toy_models import POISON, Tables, ToyMemory, keys_of, moved
 
-from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows
+from studies.rivals.interface import ChainExits, ChainNetwork, ChainRows
 
 
 def chain_toy(tables: Tables, depths: tuple[int, ...]) -> ChainNetwork:
@@ -58,5 +58,5 @@ def chain_toy(tables: Tables, depths: tuple[int, ...]) -> ChainNetwork:
         write=write,
         commit=lambda memory, path: memory,
         final=lambda hidden: tables.final_head[hidden[:, 0].astype(jnp.int32)],
-        exits=exits if stages > 1 else None,
+        exits=exits,
     )

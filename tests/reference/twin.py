@@ -107,12 +107,11 @@ def decode(
     rows: int | None,
     max_new_tokens: int,
     decs: bool = True,
-    asked: Sequence[int] | None = None,
     eos_ids: Sequence[int] = (),
     draws: Draws | None = None,
     shape: TreeShape | None = None,
 ) -> Run:
-    """The whole loop; rows=None never prunes, asked=None asks every exit, shape=None drafts nothing."""
+    """The whole loop; rows=None never prunes, shape=None drafts nothing."""
     committed = tuple(prompt)
     first = final_token(model, committed, stages, draws)
     run = Run([first], [-1], 0, [], 0, 0)
@@ -175,8 +174,6 @@ def decode(
         # Propose: exit by exit, and within an exit in the order in which its cohort was spawned.
         heads = [root] if fresh else []
         for node in sorted((n for cohort in cohorts for n in cohort), key=lambda n: n.progress):
-            if asked is not None and node.progress not in asked:
-                continue
             child = proposal(model, node, decs, draws)
             if child is not None:
                 heads.append(child)

@@ -120,7 +120,6 @@ def step(
     sampling: Sampling | None = None,
     *,
     decs: bool = True,
-    proposing: tuple[int, ...] | None = None,
     drafts: TreeShape | None = None,
 ) -> DexState:
     """One tick: advance, commit, collapse, propose, draft. Sequences that are done are left as they are.
@@ -133,7 +132,6 @@ def step(
       limits: when a sequence ends.
       sampling: as given to `init`.
       decs: whether an exit may not repeat a token that its node's children hold (depth-coupled sampling).
-      proposing: the exits 1..K-1 that propose; None for all.
       drafts: as given to `init`.
 
     Raises:
@@ -159,8 +157,6 @@ def step(
     proposals = None
     if exits is not None and stages > 1:
         live = proposers(state)
-        if proposing is not None:
-            live = live & jnp.asarray([k in proposing for k in range(1, stages)])[:, None, None]
         nodes = Proposers(live, _by_stage(state.lattice.score, view.ring[:-1]), *children(state.lattice))
         proposals = propose(exits, state.memory, hidden, view, nodes, sampling, state.noise, decs=decs)
     reached = None
@@ -177,17 +173,16 @@ def run(
     sampling: Sampling | None = None,
     *,
     decs: bool = True,
-    proposing: tuple[int, ...] | None = None,
     drafts: TreeShape | None = None,
     until_tick: jax.Array | None = None,
 ) -> DexState:
     """Ticks under one lax.while_loop until every sequence is done, or until `until_tick`.
 
     Args:
-      network, state, limits, sampling, decs, proposing, drafts: as of `step`.
+      network, state, limits, sampling, decs, drafts: as of `step`.
       until_tick: int32 scalar, the tick after which to stop in any case; None for none.
     """
-    options: dict[str, Any] = {"decs": decs, "proposing": proposing, "drafts": drafts}
+    options: dict[str, Any] = {"decs": decs, "drafts": drafts}
     return until_done(lambda state: step(network, state, limits, sampling, **options), state, until_tick)
 
 

@@ -14,7 +14,6 @@ from flax import nnx
 
 from dex_jax.cache import NOWHERE
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.trained_exits import ExitArrays, TrainedHeads, context_rows, exit_heads, shared_columns
 from dex_jax.nn.attention import causal_rows
@@ -22,6 +21,7 @@ from dex_jax.nn.exits import ExitHeads, exit_graph
 from dex_jax.nn.forward import run_rows, write_layers
 from dex_jax.nn.layers import names_in
 from dex_jax.nn.transformer import Transformer, stage_ranges
+from studies.rivals.interface import ChainExits, ChainNetwork, ChainRows
 
 
 def chain_network(

@@ -102,7 +102,3 @@ class Policy:
     def learn(self, known: Any, verified: Verified) -> Any:
         """What is known after a round; must not change sequences outside `verified.where`."""
         return known
-
-    def born_at(self, born_at: jax.Array, verified: Verified) -> jax.Array:
-        """`exits` [B, R] of the tokens after each row, given where they were drafted (K where not)."""
-        return born_at

@@ -11,11 +11,10 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.chain.interface import Policy, Verified
-from dex_jax.decoding.loops import CHAIN_LOOP
-from dex_jax.decoding.methods import Schedule
-from dex_jax.decoding.rivals import Grid
-from dex_jax.errors import DexError, whole_number
+from dex_jax.decoding.methods import Dex, Schedule
+from dex_jax.errors import DexError
+from studies.rivals.interface import Policy, Verified
+from studies.rivals.methods import chain_schedule
 
 QUARTERS = 4
 """Shadow tokens are counted apart by how sure the exit was: up to 1/4, up to 1/2, and so on."""
@@ -124,7 +123,7 @@ def _quarter(confidence: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class DEL(Grid):
+class DEL:
     """LayerSkip whose exit and draft length are chosen anew for every round, by what the exits would have given so far.
 
     Verified rows are asked at every exit ("shadow tokens"). With a the share that an exit had right, its round of g
@@ -137,18 +136,18 @@ class DEL(Grid):
     form of the rule is the project's own.
 
     Attributes:
-      explorers: K, an even grid of exits as in Dex.
-      depths: exit depths to choose from, ascending and ending at L. When neither is given, wherever exits stand: at
-        every depth for "shared" ones, at all trained depths otherwise.
+      explorers: K, an even grid of exits to choose from as in Dex; 5 when neither this nor `depths` is given.
+      depths: exit depths themselves, ascending and ending at L.
       draft_length: the largest g.
       decay: how much a round counts less with each one after it, above 0 and at most 1.
       confidence: whether the confidence rule is on.
     """
 
+    explorers: int | None = None
+    depths: tuple[int, ...] | None = None
     draft_length: int = 8
     decay: float = 0.98
     confidence: bool = True
-    everywhere_unless_told: ClassVar[bool] = True
 
     def schedule_for(self, num_layers: int) -> Schedule:
         """The schedule for a model of L = num_layers.
@@ -156,9 +155,7 @@ class DEL(Grid):
         Raises:
           DexError: a decay out of range, no token to draft, or depths as Dex refuses them.
         """
-        whole_number(draft_length=self.draft_length)
         if not 0 < self.decay <= 1:
             raise DexError(f"DEL's decay lies above 0 and is at most 1, not {self.decay}")
-        depths = self.depths_for(num_layers)
-        policy = Dynamic(self.draft_length, depths, float(self.decay), self.confidence)
-        return Schedule("del", depths, policy.rows, decs=False, policy=policy, loop=CHAIN_LOOP)
+        depths = Dex(self.explorers, self.depths, draft=False).schedule_for(num_layers).depths
+        return chain_schedule("del", depths, Dynamic(self.draft_length, depths, float(self.decay), self.confidence))

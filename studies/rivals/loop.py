@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.chain.interface import ChainExits, ChainNetwork, ChainRows, Policy, Verified
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, begin, emit_path
 from dex_jax.sampling import Sampling, best_column, choose, log_total, scores
+from studies.rivals.interface import ChainExits, ChainNetwork, ChainRows, Policy, Verified
 
 
 class ChainState(NamedTuple):
@@ -39,7 +39,7 @@ class ChainState(NamedTuple):
     known: Any  # the policy's own
     memory: Any  # the network's own
     noise: Noise | None  # None when greedy
-    record: Record  # what has been emitted; its `ticks` are rounds
+    record: Record  # what has been emitted; its `ticks` are rounds, its `counts` [B, T, 2] what was `spent` by then
 
     @property
     def rows(self) -> ChainRows:
@@ -84,7 +84,7 @@ def init(
         known=policy.begin(batch),
         memory=memory,
         noise=noise,
-        record=record._replace(spent=jnp.zeros((*record.tokens.shape, 2), jnp.int32)),
+        record=record._replace(counts=jnp.zeros((*record.tokens.shape, 2), jnp.int32)),
     )
 
 
@@ -227,12 +227,11 @@ def _settle(fixed: _Fixed, state: ChainState, small: ChainState, where: jax.Arra
 
     stages = len(network.depths)
     drafted_at = jnp.concatenate([state.drafted_at[:, 1:], jnp.full((batch, 1), stages, jnp.int32)], axis=1)
-    born_at = policy.born_at(jnp.where(place < accepted[:, None], drafted_at, stages), verified)
+    born_at = jnp.where(place < accepted[:, None], drafted_at, stages)
 
     record, at = emit_path(state.record, final, born_at, count, limits)
-    assert record.spent is not None
-    spent = record.spent.at[jnp.arange(batch)[:, None], at].set(state.spent[:, None], mode="drop")
-    record = record._replace(spent=spent, ticks=state.record.ticks + where)
+    counts = record.counts.at[jnp.arange(batch)[:, None], at].set(state.spent[:, None], mode="drop")
+    record = record._replace(counts=counts, ticks=state.record.ticks + where)
 
     root = jnp.take_along_axis(final, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     small = small._replace(

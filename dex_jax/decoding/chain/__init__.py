@@ -1,1 +1,0 @@
-"""The rivals of DEX, which draft on a chain."""

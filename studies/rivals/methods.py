@@ -1,0 +1,172 @@
+"""LayerSkip and AdaDecode, and the loop that they and DEL (dynamic.py) name in their schedules.
+
+Letters: B sequences, T capacity for new tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dex_jax.decoding.loops import Loop, Prefilled, Running
+from dex_jax.decoding.methods import SPARE, Dex, Schedule
+from dex_jax.decoding.output import Stats
+from dex_jax.decoding.record import Limits, until_done
+from dex_jax.errors import DexError, whole_number
+from dex_jax.sampling import Sampling
+from studies.rivals import loop
+from studies.rivals.interface import ChainNetwork, Policy
+from studies.rivals.loop import ChainState
+from studies.rivals.network import chain_network
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainLoop(Loop):
+    """Rounds on a chain, under a policy."""
+
+    policy: Policy
+
+    def init(self, what: Running, begun: Prefilled, capacity: int) -> ChainState:
+        """As of Loop."""
+        options: dict[str, Any] = {"limits": begun.limits, "sampling": begun.sampling, "capacity": capacity}
+        return loop.init(_network(what), begun.memory, begun.token, begun.lengths, policy=self.policy, **options)
+
+    def run(
+        self, what: Running, state: ChainState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
+    ) -> ChainState:
+        """As of Loop."""
+        network = _network(what)
+        return until_done(lambda s: loop.step(network, s, limits, sampling, policy=self.policy), state, until_tick)
+
+    def ticks(self, exits: np.ndarray, length: int, stages: int) -> int:
+        """Rounds: each ends with a token that only exit K gave."""
+        if length < 2:
+            return 0
+        return int(np.sum(exits[1:length] == stages)) + int(exits[length - 1] != stages)
+
+    def counts(self, schedule: Schedule, record: Any) -> dict[str, Any]:
+        """Rounds, layers run one after the other, tokens drafted and those of them accepted: [B] int32 each."""
+        at = np.arange(record.exits.shape[1])[None]
+        drafted_here = (at > 0) & (at < record.lengths[:, None]) & (record.exits < schedule.stages)
+        spent = np.take_along_axis(record.counts, (record.lengths - 1)[:, None, None], axis=1)[:, 0]
+        accepted = np.sum(drafted_here, axis=1, dtype=np.int32)
+        return {"rounds": record.ticks, "layer_steps": spent[:, 0], "drafted": spent[:, 1], "accepted": accepted}
+
+
+def _network(what: Running) -> ChainNetwork:
+    return chain_network(what.model, what.spec.schedule.depths, what.spec.exits, what.heads.exits)
+
+
+def chain_schedule(method: str, depths: tuple[int, ...], policy: Policy) -> Schedule:
+    """The schedule of a method that drafts on a chain; a DexError for more drafts than the cache has room for."""
+    whole_number(draft_length=policy.draft_length)
+    if 2 * policy.rows > SPARE:
+        raise DexError(f"draft_length may be {SPARE // 2 - 1} at most, not {policy.draft_length}")
+    return Schedule(method, depths, policy.rows, decs=False, loop=ChainLoop(policy))
+
+
+def layer_steps(stats: Stats) -> np.ndarray:
+    """How many layers were run one after the other since the prefill, however many rows ran in each: [B].
+
+    The one figure of depth that all methods have: AR L (n - 1); DEX ticks times the longest stage, on as many devices
+    as there are stages; LayerSkip g d + L a round, and so on. No time: it says what a device would wait for on which
+    only layers took any.
+    """
+    if stats.ticks is None:
+        return stats.counts["layer_steps"]
+    return stats.ticks * max(np.diff((0, *stats.schedule.depths)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSkip:
+    """LayerSkip's self-speculative decoding (Elhoushi et al., arXiv 2404.16710): one exit, one draft length.
+
+    It drafts `draft_length` tokens at one exit, then runs the other layers for all of them at once. What the first
+    layers have made of the drafts is kept, so a round runs g d + L layers one after the other and emits up to g + 1
+    tokens. At the end of a sequence rounds draft no more than can still be emitted.
+
+    Attributes:
+      exit: d, from 1 to L - 1.
+      draft_length: g.
+
+    Examples:
+      >>> LayerSkip(exit=12, draft_length=4).schedule_for(30).depths
+      (12, 30)
+    """
+
+    exit: int = 12
+    draft_length: int = 4
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Given ones, which are not moved to where exits are trained."""
+        return (self.exit,)
+
+    def schedule_for(self, num_layers: int) -> Schedule:
+        """The schedule for a model of L = num_layers.
+
+        Raises:
+          DexError: an exit that is not below the last layer, or no token to draft.
+        """
+        whole_number(exit=self.exit)
+        if self.exit >= num_layers:
+            raise DexError(
+                f"LayerSkip's exit must lie below the model's last layer, {num_layers}, and not at {self.exit}"
+            )
+        return chain_schedule("layerskip", (self.exit, num_layers), Policy(self.draft_length))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sure(Policy):
+    """Drafts at every exit whose confidence reaches `threshold`."""
+
+    threshold: float
+
+    def begin(self, batch: int) -> jax.Array:
+        """The threshold of every sequence, [B] float32: as an array, so that the loop is compiled alike for all."""
+        return jnp.full(batch, self.threshold, jnp.float32)
+
+    def drafts(self, known: Any, exit_index: jax.Array, drafted: jax.Array, confidence: jax.Array) -> jax.Array:
+        """As of Policy."""
+        return confidence >= known
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaDecode:
+    """AdaDecode (Wei et al., ICML 2025, arXiv 2506.03700): a token exits at the first exit that is sure of the next.
+
+    That is the first that gives it with at least `threshold`; its other layers wait. They are run together with those
+    of later tokens that pass the same depth, and at the last layer all that wait are verified: the first wrong draft
+    throws away what depends on it. A round whose drafts exit at depths e_1 .. e_g runs e_1 + .. + e_g + L layers one
+    after the other. The paper trains heads of its own; here the exits are those of DEX.
+
+    Attributes:
+      explorers: K, an even grid of exits as in Dex; 5 when neither this nor `depths` is given.
+      depths: exit depths themselves, ascending and ending at L.
+      threshold: from 0 to 1, of an exit's top probability.
+      draft_length: how many tokens may wait at most.
+
+    Examples:
+      >>> AdaDecode(depths=(6, 12, 30)).schedule_for(30).rows
+      9
+    """
+
+    explorers: int | None = None
+    depths: tuple[int, ...] | None = None
+    threshold: float = 0.75
+    draft_length: int = 8
+
+    def schedule_for(self, num_layers: int) -> Schedule:
+        """The schedule for a model of L = num_layers.
+
+        Raises:
+          DexError: a threshold that is no probability, no token to draft, or depths as Dex refuses them.
+        """
+        if not 0 <= self.threshold <= 1:
+            raise DexError(f"AdaDecode's threshold is a probability, from 0 to 1, and not {self.threshold}")
+        depths = Dex(self.explorers, self.depths, draft=False).schedule_for(num_layers).depths
+        return chain_schedule("adadecode", depths, Sure(self.draft_length, float(self.threshold)))
