@@ -85,7 +85,7 @@ notebooks() {
   (
     cd "$work/elsewhere/notebooks"
     "$work/colab/bin/python" -m pytest -n 2 --dist worksteal --nbmake --nbmake-timeout=600 --durations=0 \
-      train_exits.ipynb which_k.ipynb own_model.ipynb dex_in_five_minutes.ipynb
+      train_exits.ipynb own_model.ipynb dex_in_five_minutes.ipynb
   )
 }
 

@@ -23,7 +23,6 @@ from dex_jax.decoding.methods import AR, Dex, Method
 from dex_jax.decoding.spec import Spec
 from dex_jax.errors import DexError
 from dex_jax.evaluation.compiled import read
-from dex_jax.evaluation.planner.workload import SHAPES
 from dex_jax.evaluation.targets import lower, target
 from dex_jax.hardware import DEVICES
 from dex_jax.io import open_checkpoint
@@ -32,6 +31,7 @@ from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES
 from dex_jax.nn.transformer import Layout, Stacked, Unrolled
 from dex_jax.nn.weights import packed_alike
+from dex_jax.planner import SHAPES
 from dex_jax.sharding import nbytes
 from dex_jax.tables import markdown
 
@@ -105,7 +105,7 @@ def rows() -> list[tuple[str, str, str]]:
 
     def over_bytes() -> str:
         ar = figures("v5e", eight, AR())
-        return f"{ar.cycles / V5E_CLOCK * DEVICES['v5e'][0].bandwidth / ar.read:.2f}"
+        return f"{ar.cycles / V5E_CLOCK * DEVICES['v5e'].bandwidth / ar.read:.2f}"
 
     def megacycles(config: ModelConfig, method: Method, format: str = "") -> str:
         return f"{figures('v5e', config, method, format=format).cycles / 1e6:.2f}"

@@ -357,10 +357,11 @@ def test_a_parting_is_judged_by_the_dtype() -> None:
 def test_help_and_refusals_come_before_jax() -> None:
     code = """
 import contextlib, io, sys
-from dex_jax.cli import calibrate, decode, plan, profile, selfcheck, train
+from dex_jax import planner
+from dex_jax.cli import decode, selfcheck, train
 for program, flags in (
-    (calibrate, ["--help"]), (plan, ["--help"]), (profile, ["--help"]), (selfcheck, ["--help"]),
-    (decode, ["--help"]), (decode, ["--rows", "0"]), (decode, []), (decode, ["--exit-depth", "5", "--prompt", "x"]),
+    (selfcheck, ["--help"]), (planner, ["--help"]), (decode, ["--help"]), (decode, ["--rows", "0"]), (decode, []),
+    (decode, ["--exit-depth", "5", "--prompt", "x"]),
     (decode, ["--prompt-file", "no/such/file"]), (train, ["--help"]), (train, ["evaluate", "--help"]),
     (train, ["--config", "no/such/file"]),
 ):

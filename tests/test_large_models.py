@@ -25,10 +25,10 @@ from test_io_gguf import NAMES, NAMES_OF
 from dex_jax import cache
 from dex_jax.cli.decode import main
 from dex_jax.evaluation import targets
-from dex_jax.evaluation.planner.workload import SHAPES
 from dex_jax.hardware import DEVICES, USABLE
 from dex_jax.nn.forward import extend_rows
 from dex_jax.nn.transformer import Unrolled, build, parameter_shapes
+from dex_jax.planner import SHAPES
 
 
 def llama(vocabulary: int, width: int, layers: int, heads: int, groups: int, mlp: int, **more: object) -> dict:
@@ -153,7 +153,7 @@ def test_a_dry_run_says_what_holds_them(name, tmp_path, capsys, monkeypatch) -> 
             rest = said["total_bytes"] - said["weights_bytes"]
             assert beside.setdefault(device, rest) == rest, "only the weights differ"
             fits.append(said["verdict"].startswith("fits"))
-            assert fits[-1] == (said["total_bytes"] < USABLE * DEVICES[device][0].memory)
+            assert fits[-1] == (said["total_bytes"] < USABLE * DEVICES[device].memory)
         assert BY_MEMORY[fits.index(True)] == SMALLEST[name][kind]
 
 

@@ -26,7 +26,6 @@ from dex_jax.decoding.methods import AR, Dex, Schedule
 from dex_jax.decoding.session import RUN
 from dex_jax.decoding.spec import Spec
 from dex_jax.evaluation.compiled import Program, read
-from dex_jax.evaluation.planner.workload import SHAPES
 from dex_jax.evaluation.targets import lower, target
 from dex_jax.io import open_checkpoint
 from dex_jax.nn.eagle import Eagle
@@ -34,6 +33,7 @@ from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled, parameter_shapes
 from dex_jax.nn.weights import Packing, abstract_weights, packed_alike
+from dex_jax.planner import SHAPES
 from dex_jax.sharding import make_mesh, nbytes
 
 pytestmark = pytest.mark.tpu

@@ -1,1 +1,0 @@
-"""The planner: what a token costs with each method on a machine, predicted."""
