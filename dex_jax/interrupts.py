@@ -23,6 +23,13 @@ GRACE = 1.0
 
 _stopped = threading.Event()
 _gentle = threading.Event()
+_at_end: list[Callable[[], None]] = []
+
+
+def at_end(function: Callable[[], None]) -> Callable[[], None]:
+    """Calls a function, which must be quick, before Ctrl-C ends the process."""
+    _at_end.append(function)
+    return function
 
 
 @contextlib.contextmanager
@@ -80,6 +87,8 @@ def _end(sentence: str) -> None:
     timer = threading.Timer(0.3, os._exit, (INTERRUPTED,))
     timer.daemon = True
     timer.start()
+    for function in _at_end:
+        function()
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
         for number in (1, 2):

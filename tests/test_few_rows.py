@@ -19,7 +19,7 @@ from reference.small_models import LLAMA, random_transformer, small_model
 
 import dex_jax
 from dex_jax import cache
-from dex_jax.nn import few_rows
+from dex_jax.nn import few_rows, native
 from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
 from dex_jax.nn.forward import extend, extend_with_states, run_tree
 from dex_jax.nn.layers import _rms_norm, gated, linear, rms_norm
@@ -27,7 +27,7 @@ from dex_jax.nn.rotary import Rotation, _rotated, turned
 from dex_jax.nn.transformer import Stacked, Unrolled
 from dex_jax.nn.weights import merge_model
 
-COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, few_rows.COMPILERS)), None)
+COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, native.COMPILERS)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
 
 

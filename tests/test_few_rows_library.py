@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import environment
@@ -17,7 +20,7 @@ import sanitized_kernels
 from test_few_rows import COMPILER, needs_compiler
 
 from dex_jax.errors import DexError
-from dex_jax.nn import few_rows
+from dex_jax.nn import few_rows, native
 
 SAYS = """
 import json, jax, numpy as np
@@ -54,7 +57,12 @@ def test_what_is_needed_is_compiled_once_and_kept_and_what_others_may_have_writt
     own = {"CXX": quick_compiler(tmp_path)}
     assert says(tmp_path, **own) == (True, "bfloat16")
     built = sorted((tmp_path / "dex_jax" / "native").iterdir())
-    assert [file.name.split("-")[0] for file in built] == ["float32", "kernels"]  # and no other format
+    assert [file.name.split("-")[0] for file in built] == [
+        "float32",
+        "float32",
+        "kernels",
+        "kernels",
+    ]
     made = [file.stat().st_mtime_ns for file in built]
     # Two devices have to propose what one does.
     assert says(tmp_path, **own, XLA_FLAGS=environment.flags_for_devices(2)) == (False, "bfloat16")
@@ -66,6 +74,82 @@ def test_what_is_needed_is_compiled_once_and_kept_and_what_others_may_have_writt
     built[0].parent.chmod(0o777)
     assert says(tmp_path, **own) == (True, "bfloat16")
     assert not any(path.stat().st_mode & 0o022 for path in (*built, built[0].parent))
+
+
+@pytest.fixture
+def answer(tmp_path, monkeypatch):
+    """A source that takes no time to build, among caches of its own: what `native.loaded` takes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setattr(native, "_builds", {})
+    source = tmp_path / "source" / "answer.cc"
+    source.parent.mkdir()
+    source.write_text('extern "C" int answer() { return 42; }')
+    return "answer", source, ()
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes(255 - byte for byte in content[middle : middle + 64]) + content[middle + 64 :]
+
+
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "flipped": flipped,
+    "empty": lambda content: b"",
+    "random": lambda content: os.urandom(len(content)),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(("damage", "vouched"), [*((damage, False) for damage in DAMAGES), ("random", True)])
+def test_a_damaged_library_is_built_again_and_said_to_be(answer, damage, vouched, capfd) -> None:
+    kept = native.library(*answer)
+    made = kept.read_bytes()
+    assert native.library(*answer) == kept
+    assert not capfd.readouterr().err, "what is whole is used"
+    kept.unlink()
+    kept.write_bytes(DAMAGES[damage](made))
+    kept.chmod(0o600)
+    if vouched:  # what the loader refuses by itself
+        kept.with_suffix(".sha256").write_text(hashlib.sha256(kept.read_bytes()).hexdigest())
+    native._builds.clear()
+    assert native.loaded(*answer).answer() == 42
+    assert "built again" in capfd.readouterr().err
+    assert kept.read_bytes() == made
+    native._builds.clear()
+    assert native.loaded(*answer).answer() == 42
+    assert not capfd.readouterr().err, "it is built once more, and not ever again"
+
+
+INTERRUPTED = """
+import pathlib, sys
+from dex_jax import interrupts
+from dex_jax.nn import native
+with interrupts.heeded():
+    native.library("slow", pathlib.Path(sys.argv[1]), ())
+"""
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="asks ps which processes run")
+def test_ctrl_c_ends_compilers_and_leaves_nothing_behind(answer, tmp_path) -> None:
+    pid = tmp_path / "pid"
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-E*) exit 0;; esac\nsleep 60 &\necho $! > {pid}\nwait\n')
+    compiler.chmod(0o700)
+    own = {"CXX": str(compiler), "TMPDIR": str(tmp_path / "temporary"), "JAX_PLATFORMS": "cpu"}
+    (tmp_path / "temporary").mkdir()
+    command = [sys.executable, "-c", INTERRUPTED, str(answer[1])]
+    process = subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE)
+    end = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text().strip()) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10)[1].strip() == b"Stopped."
+    assert process.returncode == 130
+    state = subprocess.run(["ps", "-o", "stat=", "-p", pid.read_text()], capture_output=True, text=True).stdout
+    assert state.strip() in ("", "Z"), "the compiler still runs"
+    assert not [*(tmp_path / "temporary").iterdir()]
+    assert not [*(tmp_path / "caches" / "dex_jax" / "native").iterdir()]
 
 
 @pytest.mark.slow
@@ -117,9 +201,9 @@ def test_blocks_are_read_without_vector_instructions_too(tmp_path) -> None:
 @needs_compiler
 def test_a_format_that_cannot_be_built_is_one_sentence(tmp_path, monkeypatch) -> None:
     assert few_rows.ready()
-    monkeypatch.setattr(few_rows, "_compiler", lambda: ((shutil.which("false"),), b""))
+    monkeypatch.setattr(native, "_compiler", lambda: ((shutil.which("false"),), b""))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(few_rows, "_builds", {})
+    monkeypatch.setattr(native, "_builds", {})
     few_rows._load.cache_clear()
     with pytest.raises(DexError, match="DEX_JAX_NATIVE=0"):
         few_rows.packed_product(np.zeros((1, 32)), np.zeros((1, 18), np.uint8), "Q4_0")

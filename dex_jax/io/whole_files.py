@@ -24,7 +24,10 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # its own, where two processes write one file
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        with partial.open("wb") as opened:
+            opened.write(content.encode() if isinstance(content, str) else content)
+            opened.flush()
+            os.fsync(opened.fileno())  # or a machine that loses power may keep the name without what it names
         partial.replace(file)
     except OSError as error:
         with contextlib.suppress(OSError):

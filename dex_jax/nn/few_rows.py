@@ -13,29 +13,20 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import hashlib
 import itertools
 import os
-import platform
-import shlex
-import shutil
 import subprocess
-import tempfile
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
 from dex_jax.errors import DexError
-from dex_jax.io.whole_files import cache_folder, only_the_user_wrote
+from dex_jax.nn import native
 from dex_jax.nn.products import ASSUMED, for_one_device
-from dex_jax.progress import notify
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 """What rows and kernels of a product may be kept in."""
@@ -46,11 +37,9 @@ LANES = 16
 NORM, PRODUCT, ATTENTION = "dex_jax_norm", "dex_jax_product", "dex_jax_attention"
 TURN, GATE, WRITE = "dex_jax_turn", "dex_jax_gate", "dex_jax_write"
 SOURCES = Path(__file__).with_name("cpp")
-COMPILERS = ("c++", "g++", "clang++")
 NUMBERS = {"float32": "float", "bfloat16": "BFloat16", "int8": "int8_t"}
 """Dtype of a kernel that is no blocks -> its C++ type."""
 
-_builds: dict[str, Future[Path]] = {}  # of what `library` makes, by its format
 _formats: set[str] = set()  # that products know
 
 
@@ -210,31 +199,24 @@ def ready() -> bool:
 
 def begin(formats: Iterable[str]) -> None:
     """Builds what all models need and these formats of kernels, as far as it is not there, side by side in threads."""
-
-    def build(format: str, made: Future[Path]) -> None:
-        try:
-            made.set_result(library(format))
-        except BaseException as error:
-            made.set_exception(error)
-
     for format in ("", *sorted(formats)) if _wanted() else ():
-        if format not in _builds:
-            _builds[format] = Future()
-            threading.Thread(target=build, args=(format, _builds[format]), daemon=True).start()
+        native.begin(*_parts(format))
 
 
 def _wanted() -> bool:
     return os.environ.get("DEX_JAX_NATIVE") != "0" and jax.default_backend() == "cpu"
 
 
-def _built(format: str = "") -> ctypes.CDLL:
-    """What `library` gives, loaded; errors as there."""
-    begin([format] if format else [])
-    try:
-        return ctypes.CDLL(str(_builds[format].result()))
-    except BaseException:
-        _builds.pop(format, None)  # whoever asks again tries again
-        raise
+def _parts(format: str, flags: tuple[str, ...] = ()) -> tuple[str, Path, tuple[str, ...]]:
+    """(name, source, flags) of the library that all models need, or of a format of kernels."""
+    kernel = f"Numbers<{NUMBERS[format]}>" if format in NUMBERS else f"Blocks<{format}>"
+    chosen = (f"-DDEX_JAX_FORMAT={kernel}",) if format else ()
+    return format or "kernels", SOURCES / ("format.cc" if format else "kernels.cc"), (*flags, *chosen)
+
+
+def library(format: str = "", flags: tuple[str, ...] = ()) -> Path:
+    """The file of what all models need, or of a format of kernels; errors as of `native.library`."""
+    return native.library(*_parts(format, flags))
 
 
 @functools.cache
@@ -244,7 +226,7 @@ def _registered() -> ctypes.CDLL | None:
         return None
     # Only speed is at stake: whatever is missing here, XLA does it as well.
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        compiled = _built()
+        compiled = native.loaded(*_parts(""))
         for target in (NORM, PRODUCT, ATTENTION, TURN, GATE, WRITE):
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(compiled, target)), platform="cpu")
         return compiled
@@ -258,7 +240,7 @@ def _load(format: str) -> None:
     if known is None:
         return
     try:
-        compiled = _built(format)
+        compiled = native.loaded(*_parts(format))
     except (OSError, subprocess.CalledProcessError) as error:
         what = f"the C++ kernels for {format} cannot be built, though others were"
         raise DexError(f"{what}: {error} (DEX_JAX_NATIVE=0 in the environment does without them)") from error
@@ -295,42 +277,3 @@ def version() -> str:
     """As `language`, but for C++ the name of what was compiled, another one for other sources."""
     known = _registered()
     return "XLA" if known is None else Path(known._name).stem
-
-
-def library(format: str = "", flags: tuple[str, ...] = ()) -> Path:
-    """What all models need of the C++ files, or a format of kernels, compiled for this machine and kept for the user.
-
-    An OSError says that there is no compiler or no place to write, a CalledProcessError that the compiler refuses.
-    """
-    native, instructions = _compiler()
-    kernel = f"Numbers<{NUMBERS[format]}>" if format in NUMBERS else f"Blocks<{format}>"
-    chosen = (f"-DDEX_JAX_FORMAT={kernel}",) if format else ()
-    options = [*native, "-std=c++17", "-O3", "-shared", "-fPIC", "-w", *flags, *chosen]
-    command = [*options, f"-I{jax.ffi.include_dir()}", str(SOURCES / ("format.cc" if format else "kernels.cc"))]
-    sources = [source.read_bytes() for source in sorted(SOURCES.iterdir()) if source.suffix in (".cc", ".h")]
-    # Not where they lie: one build serves all environments.
-    made_of = (*sources, instructions, " ".join(options).encode(), jaxlib.__version__.encode())
-    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
-    kept = cache_folder() / "native" / f"{format or 'kernels'}-{name}.so"
-    kept.parent.mkdir(mode=0o700, exist_ok=True)
-    kept.parent.chmod(0o700)
-    if not only_the_user_wrote(kept):
-        notify(f"building the C++ kernels{format and f' for {format}'}, once")
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            made = Path(folder) / kept.name
-            subprocess.run([*command, "-o", str(made)], capture_output=True, check=True)
-            made.chmod(0o600)
-            made.replace(kept)
-    return kept
-
-
-@functools.cache
-def _compiler() -> tuple[tuple[str, ...], bytes]:
-    """The command that compiles for this machine, and what it knows of it; errors as of `library`."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None or platform.system() not in ("Linux", "Darwin"):
-        raise OSError("no C++ compiler")
-    native = (*shlex.split(compiler), "-march=native")
-    # What "native" means here: a home directory may belong to machines of several kinds.
-    asked = [*native, "-dM", "-E", "-x", "c++", os.devnull]
-    return native, subprocess.run(asked, capture_output=True, check=True).stdout

@@ -1,0 +1,137 @@
+"""C++ libraries, compiled for this machine when they are first needed and kept for the user, whole or not at all.
+
+A checksum lies beside each library: what does not match it, or cannot be loaded, is built once more and never run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from dex_jax import interrupts
+from dex_jax.io.whole_files import cache_folder, only_the_user_wrote, write_whole
+from dex_jax.progress import notify
+
+COMPILERS = ("c++", "g++", "clang++")
+
+_builds: dict[str, Future[Path]] = {}  # of what `library` makes, by its name
+_running: dict[subprocess.Popen[bytes], str] = {}  # compilers, and the folders that they write into
+
+
+def begin(name: str, source: Path, flags: tuple[str, ...]) -> Future[Path]:
+    """Makes `library` in a thread, once in a process, and gives what waits for it."""
+
+    def build(made: Future[Path]) -> None:
+        try:
+            made.set_result(library(name, source, flags))
+        except BaseException as error:
+            made.set_exception(error)
+
+    if name not in _builds:
+        _builds[name] = Future()
+        threading.Thread(target=build, args=(_builds[name],), daemon=True).start()
+    return _builds[name]
+
+
+def loaded(name: str, source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The library, loaded; one that cannot be loaded is built once more. Errors are those of `library`."""
+    try:
+        kept = begin(name, source, flags).result()
+        try:
+            return ctypes.CDLL(str(kept))
+        except OSError as error:
+            print(f"{kept.name} cannot be loaded ({error}): it is built again", file=sys.stderr)
+            kept.unlink()
+            return ctypes.CDLL(str(library(name, source, flags)))
+    except BaseException:
+        _builds.pop(name, None)  # whoever asks again tries again
+        raise
+
+
+def library(name: str, source: Path, flags: tuple[str, ...]) -> Path:
+    """A C++ file, and what lies beside it, as a shared library for this machine.
+
+    An OSError says that there is no compiler or no place to write, a CalledProcessError that the compiler refuses.
+    """
+    native, instructions = _compiler()
+    options = [*native, "-std=c++17", "-O3", "-shared", "-fPIC", "-w", *flags]
+    sources = [each.read_bytes() for each in sorted(source.parent.iterdir()) if each.suffix in (".cc", ".h")]
+    # Not where they lie: one build serves all environments.
+    made_of = (*sources, instructions, " ".join(options).encode(), jaxlib.__version__.encode())
+    digest = _digest(b"\0".join(made_of))[:16]
+    kept = cache_folder() / "native" / f"{name}-{digest}.so"
+    kept.parent.mkdir(mode=0o700, exist_ok=True)
+    kept.parent.chmod(0o700)
+    checksum = kept.with_suffix(".sha256")
+    there = only_the_user_wrote(kept)
+    if there and only_the_user_wrote(checksum) and checksum.read_text() == _digest(kept.read_bytes()):
+        return kept
+    if there:
+        print(f"{kept.name} in {kept.parent} is not what was written there: it is built again", file=sys.stderr)
+    notify(f"building the C++ library {name}, once")
+    made = _compiled([*options, f"-I{jax.ffi.include_dir()}", str(source)])
+    for file, content in ((kept, made), (checksum, _digest(made).encode())):
+        file.unlink(missing_ok=True)  # another's file would keep its owner
+        write_whole(file, content)
+        file.chmod(0o600)
+    return kept
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _compiled(command: list[str]) -> bytes:
+    """What a compiler makes; an end of this process ends the compiler too and leaves nothing behind."""
+    folder = tempfile.mkdtemp(prefix="dex_jax_")
+    made = Path(folder) / "made.so"
+    compiler = subprocess.Popen(
+        [*command, "-o", str(made)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    _running[compiler] = folder
+    try:
+        said, _ = compiler.communicate()
+        if compiler.returncode:
+            raise subprocess.CalledProcessError(compiler.returncode, command, said)
+        return made.read_bytes()
+    finally:
+        _running.pop(compiler, None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@interrupts.at_end
+@atexit.register
+def _stop() -> None:
+    for compiler, folder in [*_running.items()]:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(compiler.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@functools.cache
+def _compiler() -> tuple[tuple[str, ...], bytes]:
+    """The command that compiles for this machine, and what it knows of it; errors as of `library`."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None or platform.system() not in ("Linux", "Darwin"):
+        raise OSError("no C++ compiler")
+    native = (*shlex.split(compiler), "-march=native")
+    # What "native" means here: a home directory may belong to machines of several kinds.
+    asked = [*native, "-dM", "-E", "-x", "c++", os.devnull]
+    return native, subprocess.run(asked, capture_output=True, check=True).stdout
