@@ -32,8 +32,9 @@ from dex_jax.nn.forward import extend
 from dex_jax.nn.packed import INT8, Packed, joined, to_int8
 from dex_jax.nn.placing import build_on_mesh
 from dex_jax.nn.planes import PLANES
-from dex_jax.nn.products import compiled_for
+from dex_jax.nn.products import DISTRUSTED, compiled_for
 from dex_jax.nn.transformer import Layout, Stacked, Staged, Transformer, Unrolled, build, relayout
+from dex_jax.nn.trial import try_kernels
 from dex_jax.nn.weights import Packing, abstract_weights, canonical_weights, merge_model, weight_bytes
 from dex_jax.progress import notify
 from dex_jax.prompts import Prompt, encode_prompt
@@ -241,6 +242,7 @@ def packing_of(
     """
     if weights not in (None, *WEIGHTS):
         raise DexError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
+    try_kernels()
     stacked, split = isinstance(layout, Stacked), mesh is not None and mesh.shape[TENSOR] > 1
     formats = checkpoint.formats()
     blocks = any(format in FORMATS for parts in formats.values() for format, _ in parts)
@@ -255,6 +257,8 @@ def packing_of(
     if weights == "int8":
         return tuple((name, ((INT8, sum(rows for _, rows in parts)),)) for name, parts in formats.items())
     suffix = PLANES if mesh is None and (platform or compiled_for().platform) == "tpu" else ""
+    if suffix in DISTRUSTED:
+        return ()
     packed = {
         name: tuple((format + suffix, rows) for format, rows in _runs(parts))
         for name, parts in formats.items()

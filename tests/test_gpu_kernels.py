@@ -26,10 +26,11 @@ from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.session import run_ticks
 from dex_jax.decoding.spec import Spec
 from dex_jax.evaluation.targets import GPUS, assumed
-from dex_jax.nn import few_rows, gpu_attention, gpu_writes
+from dex_jax.nn import few_rows, gpu_attention, gpu_writes, planes, products, trial
 from dex_jax.nn.attention import KeyValues, _attend
 from dex_jax.nn.forward import commit_rows, extend, run_tree
 from dex_jax.nn.kinds import ring_length, ring_of
+from dex_jax.nn.products import TRITON, Device
 from dex_jax.nn.transformer import Unrolled
 
 KERNEL = "__gpu$xla.gpu.triton"
@@ -161,3 +162,56 @@ def test_what_does_not_fit_is_left_to_xla() -> None:
         assert gpu_writes.fits(jnp.zeros((1, 1, 8, 16), jnp.bfloat16), 1)
     assert not gpu_writes.fits(jnp.zeros((1, 1, 8, 16), jnp.bfloat16), 1)
     chex.assert_trees_all_close(_attend(None, queries, sources), plain_attention(queries, sources, None), atol=3e-6)
+
+
+def _on_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(trial, "gpu_capability", lambda: 9.0)
+    monkeypatch.setattr(trial, "DISTRUSTED", set())
+    trial._try.cache_clear()
+
+
+@pytest.mark.parametrize("fault", [None, "raises", "differs"])
+def test_a_kernel_is_tried_beside_xla_and_left_where_it_raises_or_differs(fault, monkeypatch, capsys) -> None:
+    _on_a_gpu(monkeypatch)
+    for module, name in ((gpu_attention, "attend_in_one_kernel"), (gpu_writes, "write")):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+    right = gpu_writes.write
+
+    def wrong(*arguments: Any) -> Any:
+        if fault == "raises":
+            raise RuntimeError("no kernel image is available")
+        return tuple(cache + 1 for cache in right(*arguments))
+
+    if fault is not None:
+        monkeypatch.setattr(gpu_writes, "write", wrong)
+    trial.try_kernels()
+    trial.try_kernels()
+    said = capsys.readouterr().err.splitlines()
+    assert ({TRITON} if fault else set()) == trial.DISTRUSTED
+    assert [line for line in said if "XLA's operations are used" in line] == said
+    assert len(said) == (fault is not None), said
+    if fault is not None:
+        assert {"raises": "no kernel image", "differs": "differs from XLA"}[fault] in said[0]
+        monkeypatch.setattr(products, "DISTRUSTED", trial.DISTRUSTED)
+        with assumed(GPUS["h100"]):
+            assert not gpu_writes.fits(jnp.zeros((1, 1, 8, 16), jnp.bfloat16), 1)
+
+
+@pytest.mark.parametrize("fault", [None, "raises", "differs"])
+def test_so_is_the_layout_in_planes(fault, monkeypatch, capsys) -> None:
+    _on_a_gpu(monkeypatch)
+    monkeypatch.setattr(trial, "gpu_capability", lambda: 0.0)
+    monkeypatch.setattr(trial, "compiled_for", lambda: Device("tpu"))
+    right = planes.in_planes
+
+    def wrong(blocks: np.ndarray, format: str) -> Any:
+        if fault == "raises":
+            raise RuntimeError("cannot lower")
+        return jax.tree.map(lambda plane: plane[..., ::-1], right(blocks, format))
+
+    if fault is not None:
+        monkeypatch.setattr(planes, "in_planes", wrong)
+    trial.try_kernels()
+    said = capsys.readouterr().err
+    assert ({planes.PLANES} if fault else set()) == trial.DISTRUSTED
+    assert said.count("XLA's operations are used") == (fault is not None), said

@@ -20,6 +20,10 @@ class Device(NamedTuple):
 ASSUMED: ContextVar[Device | None] = ContextVar("ASSUMED", default=None)
 """Where that is not the device at hand."""
 
+TRITON = "Triton"
+DISTRUSTED: set[str] = set()
+"""Families of kernels that failed on the device at hand (nn/trial.py), TRITON or planes.PLANES."""
+
 FEWEST = 8
 """Rows of a product on GPUs and TPUs: of fewer, compilers make sums of products beside the matrix units, which take
 several times as long."""
@@ -50,7 +54,7 @@ def for_one_device() -> bool:
 
 def for_triton() -> bool:
     """Whether what is traced may have kernels of Triton's: for one NVIDIA GPU, of Ampere or newer."""
-    return gpu_capability() >= 8 and for_one_device()
+    return gpu_capability() >= 8 and for_one_device() and TRITON not in DISTRUSTED
 
 
 def fills_rows(dtype: jnp.dtype) -> bool:
