@@ -18,9 +18,9 @@ import numpy as np
 from measuring import Figures, arguments, machine, read_ids
 
 import dex_jax
+from dex_jax.check import compare
 from dex_jax.cli.common import remember_compilations
 from dex_jax.errors import exit_code
-from dex_jax.evaluation.check import compare
 from dex_jax.tables import markdown
 
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dex_jax.check import CLOSE, compare
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.methods import AR, DEFAULT_EXPLORERS, Dex, Method, Schedule
@@ -33,7 +34,6 @@ from dex_jax.decoding.output import Output
 from dex_jax.decoding.record import Limits
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session, compile_seconds
-from dex_jax.evaluation.check import CLOSE, compare
 from dex_jax.forced.counts import forced_exits
 from dex_jax.hardware import published
 from dex_jax.language_model import LanguageModel

@@ -18,6 +18,7 @@ import pytest
 from reference.small_models import LLAMA, small_model, train_tokenizer, weights_of
 
 import dex_jax
+from dex_jax.check import Check
 from dex_jax.cli import common, decode
 from dex_jax.cli.arguments import parser, prompts_of
 from dex_jax.cli.display import _check_lines
@@ -25,7 +26,6 @@ from dex_jax.decoding import auto
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.errors import DexError
 from dex_jax.evaluation import targets
-from dex_jax.evaluation.check import Check
 from dex_jax.io.save import save_model
 from dex_jax.language_model import outline
 from dex_jax.nn.transformer import parameter_shapes
@@ -190,7 +190,7 @@ def test_samples_are_headed_and_checked(run) -> None:
 
 
 def test_a_difference_is_told_and_changes_the_exit_code(run, monkeypatch) -> None:
-    from dex_jax.evaluation import check
+    from dex_jax import check
 
     monkeypatch.setattr(check, "compare", lambda *args: [check.Check(False, 3, 0.25)])
     code, _, err = run("--prompt", SKY, "--check", *COMMON)

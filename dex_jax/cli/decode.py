@@ -17,9 +17,9 @@ from dex_jax.interrupts import INTERRUPTED, gently
 from dex_jax.progress import notify, phases
 
 if TYPE_CHECKING:
+    from dex_jax.check import Check
     from dex_jax.decoding.methods import Method
     from dex_jax.decoding.output import Output
-    from dex_jax.evaluation.check import Check
     from dex_jax.language_model import LanguageModel
     from dex_jax.prompts import Prompt
 
@@ -126,8 +126,8 @@ def _follow(
 def _check(
     lm: LanguageModel, output: Output, prompts: list[Prompt], args: argparse.Namespace, options: dict[str, Any]
 ) -> list[Check]:
+    from dex_jax.check import compare
     from dex_jax.decoding.methods import AR
-    from dex_jax.evaluation.check import compare
 
     (reference,) = collections.deque(_stream(lm, prompts, AR(), args.json, options), maxlen=1)
     return compare(lm, output, reference, args.temperature, args.top_k, args.top_p)

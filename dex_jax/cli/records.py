@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dex_jax.check import Check
 from dex_jax.decoding.output import Output
-from dex_jax.evaluation.check import Check
 
 
 def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: Check | None) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     each token), depth_side_speedup (null for one token), compile_seconds, prefill_seconds and decode_seconds (of the
     whole batch), tokens_per_second ((n - 1) / decode_seconds of this sequence, null for one token), device, dtype,
     weights (the dtype, or the formats of packed ones), seed (null when greedy), and check when asked for (identical,
-    first_divergence, top2_margin; see evaluation.check).
+    first_divergence, top2_margin; see dex_jax.check).
     """
     stats, length = output.stats, int(output.lengths[row])
     of_all = ("choice", "exits_source", "drafter_source", "device", "dtype", "weights")

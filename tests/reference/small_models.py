@@ -12,8 +12,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import dex_jax
+from dex_jax.check import compare
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig
-from dex_jax.evaluation.check import compare
 from dex_jax.io import Tokenizer
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
