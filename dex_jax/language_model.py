@@ -24,7 +24,6 @@ from dex_jax.decoding.resolve import resolve
 from dex_jax.errors import DexError
 from dex_jax.host_memory import return_free_memory
 from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
-from dex_jax.io.known_drafters import say_known_drafters
 from dex_jax.io.save import save_model
 from dex_jax.nn import few_rows
 from dex_jax.nn.blocks import FORMATS
@@ -304,11 +303,10 @@ def load(
     mesh: str | dict[str, int] | Mesh | None = None,
     weights: str | None = None,
 ) -> LanguageModel:
-    """Loads a model, one tensor at a time. A line says what is known to draft for it, if anything is.
+    """Loads a model, one tensor at a time.
 
     Args:
-      source: an alias ("smollm2-135m"), a .gguf file, a Hugging Face directory (here or at gs://), or a hub id
-        "owner/name".
+      source: an alias ("smollm2-135m"), a .gguf file, a Hugging Face directory, or a hub id "owner/name".
       dtype: "float32", "bfloat16" or "float16", which on a CPU is float32; None chooses `default_dtype()`.
       layout: None is Unrolled(), and on a mesh Staged(depths) with the grid that `generate` uses for so many explorers.
       on_tensor: called with (bytes so far, bytes in all) after each tensor, for a progress bar.
@@ -324,9 +322,7 @@ def load(
         memory for the weights, a mesh that has more devices than there are or that cannot cut the model, or weights
         that cannot stay packed there.
     """
-    found = outline(source, dtype, layout, mesh, weights)
-    say_known_drafters(source)
-    return found.load(on_tensor)
+    return outline(source, dtype, layout, mesh, weights).load(on_tensor)
 
 
 def resolve_dtype(name: str | None) -> jnp.dtype:

@@ -56,7 +56,6 @@ def _run(args: argparse.Namespace) -> int:
         from dex_jax.decoding.dex.drafters import draft_model
         from dex_jax.decoding.generate import precompile
         from dex_jax.decoding.resolve import opened
-        from dex_jax.io.known_drafters import say_known_drafters
         from dex_jax.language_model import outline
 
         # What has been imported stays: to look through it anew while programs are compiled takes half a second.
@@ -68,8 +67,6 @@ def _run(args: argparse.Namespace) -> int:
             small = outline(args.draft_model, args.dtype, weights=args.weights)
             draft_model(model, small)  # before its weights are read
             options["draft_model"] = small.load(display.part)
-        elif args.exits == "default":
-            say_known_drafters(args.model)
         compile_seconds = precompile(model, prompts, method=method, **options)
         lm = model.load(display.part)
         updates = _stream(lm, prompts, method, args.json, options)

@@ -160,10 +160,7 @@ def _configured(config: Config, args: argparse.Namespace, names: Sequence[str]) 
 
 
 def folder_of(args: argparse.Namespace) -> Path:
-    """The folder of the run that the flags name; a DexError when it is no folder of a disk."""
-    from dex_jax.io.folders import require_disk
-
-    require_disk(args.folder, "trainings")
+    """The folder of the run that the flags name."""
     return Path(args.folder) if args.folder is not None else Path("runs") / Path(args.config).stem
 
 

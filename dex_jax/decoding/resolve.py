@@ -14,7 +14,7 @@ from dex_jax.decoding.dex.drafters import GivenDrafter, fitted
 from dex_jax.decoding.dex.trees import known_trees
 from dex_jax.decoding.methods import DEFAULT_EXPLORERS, Dex, Method, Schedule
 from dex_jax.errors import DexError
-from dex_jax.io.eagle import eagle_folder, load_eagle
+from dex_jax.io.eagle import find_eagle
 from dex_jax.io.exits_file import TrainedExits, load_exits
 from dex_jax.nn.exits import select_exits
 
@@ -85,9 +85,9 @@ def find_exits(exits: GivenExits, fingerprint: str) -> Found:
 
 def opened(exits: GivenExits) -> GivenExits:
     """The EAGLE-3 head that a path or a hub id names, which is large and read once; all else as it is."""
-    if not isinstance(exits, (str, os.PathLike)) or exits in ("shared", "default") or eagle_folder(exits) is None:
+    if not isinstance(exits, (str, os.PathLike)) or exits in ("shared", "default"):
         return exits
-    return load_eagle(exits)
+    return find_eagle(exits) or exits
 
 
 def unmeasured(method: Method, exits: GivenExits, fingerprint: str) -> Method:

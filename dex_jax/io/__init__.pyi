@@ -1,6 +1,5 @@
 from dex_jax.io.checkpoint import Checkpoint
-from dex_jax.io.hub import ALIASES
-from dex_jax.io.opening import open_checkpoint
+from dex_jax.io.opening import ALIASES, open_checkpoint
 from dex_jax.io.stream import TextStream
 from dex_jax.io.tokenizer import Tokenizer
 

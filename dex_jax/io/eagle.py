@@ -14,10 +14,9 @@ from msgspec import Struct
 from dex_jax.config import EagleConfig, ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.foreign import Size, TokenId, local_path, reading, typed
-from dex_jax.io.folders import Directory, Folder, Store, is_url
-from dex_jax.io.hub import download, is_hub_id
-from dex_jax.io.huggingface import json_of, names_weights
+from dex_jax.io.huggingface import json_of
 from dex_jax.io.huggingface_config import huggingface_config
+from dex_jax.io.opening import from_hub, is_hub_id
 from dex_jax.io.safetensors_files import SafetensorsFiles
 from dex_jax.io.tensor_names import LAYER_NAMES
 from dex_jax.io.whole_files import write_json, write_whole
@@ -78,18 +77,16 @@ class EagleHead:
         return f"EagleHead({self.source}: width {self.config.layer.width}, {self.config.draft_size} tokens)"
 
 
-def eagle_folder(path: str | os.PathLike) -> Folder | None:
-    """The folder of an EAGLE-3 head by its path or hub id; None where the path names exits of this package.
+def find_eagle(path: str | os.PathLike) -> EagleHead | None:
+    """The EAGLE-3 head of a path or hub id; None where the path names exits of this package.
 
-    A DexError: a hub id of something else, or one that cannot be had.
+    A DexError: a hub id of something else, or files that are missing or damaged.
     """
-    if is_url(path):
-        folder: Folder = Store(str(path))
-        return folder if "config.json" in folder.sizes else None
+    source = str(path)
     if (local := local_path(path)).exists():
-        return Directory(local) if (local / "config.json").is_file() else None
+        return _read(local, source) if (local / "config.json").is_file() else None
     if isinstance(path, str) and is_hub_id(path) and not path.endswith(".safetensors"):
-        return download(path, functools.partial(_check, source=path))
+        return from_hub(path, functools.partial(_check, source=path), functools.partial(_read, source=path))
     return None
 
 
@@ -97,26 +94,32 @@ def load_eagle(path: str | os.PathLike) -> EagleHead:
     """Reads an EAGLE-3 head, in the forms of SafeAILab, vLLM and speculators.
 
     Args:
-      path: a folder, on an object store too, or a hub id "owner/name".
+      path: a folder, or a hub id "owner/name".
 
     Raises:
       DexError: no EAGLE-3 head, a kind that is not covered, or files that are missing or damaged.
     """
-    folder, source = eagle_folder(path), str(path)
-    if folder is None:
+    found = find_eagle(path)
+    if found is None:
         raise DexError(f"there is no EAGLE-3 head at {path}: give a folder with config.json, or a hub id")
-    head, raw = _check(folder, source, names_weights(folder.sizes))
+    return found
+
+
+def _read(folder: Path, source: str) -> EagleHead:
+    head, raw = _check(folder, source)
     with reading(source):
         files = SafetensorsFiles(folder)
+        if not files.names:
+            raise DexError(f"{source} holds no safetensors weights: save its pytorch_model.bin as model.safetensors.")
         config = _config(head, raw, files, source)
         prefix = "midlayer." if _has(files, "midlayer.") else "layers.0."
         return EagleHead(config, _parameters(config, files, prefix, source), _vocabulary(config, files, source), source)
 
 
-def _check(folder: Folder, source: str, weights: bool = True) -> tuple[_Head, dict[str, Any]]:
+def _check(folder: Path, source: str) -> tuple[_Head, dict[str, Any]]:
     """config.json of a folder, as what is read of it and whole; a DexError unless it is of an EAGLE-3 head."""
     raw = json_of(folder, "config.json")
-    head = typed(raw, _Head, folder.address("config.json"))
+    head = typed(raw, _Head, folder / "config.json")
     kinds = [*filter(None, [head.speculators_model_type, *(head.architectures or [])])]
     # SafeAILab's own heads are called what their layer is called.
     if head.draft_vocab_size is None and not any("eagle3" in kind.lower().replace("-", "") for kind in kinds):
@@ -124,8 +127,6 @@ def _check(folder: Folder, source: str, weights: bool = True) -> tuple[_Head, di
             f"{source} holds no EAGLE-3 head and no exits (config.json says {', '.join(kinds) or 'nothing':.60}): give "
             "an EAGLE-3 folder, exits of train_exits.py, or a small model with --draft-model."
         )
-    if not weights:
-        raise DexError(f"{source} holds no safetensors weights: save its pytorch_model.bin as model.safetensors.")
     return head, raw
 
 
@@ -190,6 +191,7 @@ def _parameters(config: EagleConfig, files: SafetensorsFiles, prefix: str, sourc
         for part in parts:
             if files.shape(part) is None:
                 raise DexError(f"{source} lacks the tensor {part} of an EAGLE-3 head: this variant is not covered.")
+            files.dtype(part)
         shapes = [files.shape(part) or () for part in parts]
         rows = sum(each[0] for each in shapes)
         if any((rows, *each[1:]) != shape for each in shapes):
@@ -211,9 +213,9 @@ def _vocabulary(config: EagleConfig, files: SafetensorsFiles, source: str) -> np
         if size != last:
             raise DexError(f"{source} drafts {size} of {last} tokens and lacks d2t, which says which: get it again.")
         return None
-    if files.shape("d2t") != (size,):
-        raise DexError(f"d2t of {source} has the shape {files.shape('d2t')} for {size} tokens: get it again.")
-    ids = files.integers("d2t").astype(np.int64) + np.arange(size)
+    if files.shape("d2t") != (size,) or files.format_of("d2t") not in ("I32", "I64"):
+        raise DexError(f"d2t of {source} has no {size} integers, one for each token: get it again.")
+    ids = files.read("d2t").astype(np.int64) + np.arange(size)
     if ids.min() < 0 or ids.max() >= last or len({*ids.tolist()}) != size:
         raise DexError(f"d2t of {source} does not name {size} of {last} tokens: get it again.")
     return ids.astype(np.int32)

@@ -18,8 +18,7 @@ from msgspec import Struct
 
 from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
-from dex_jax.foreign import Positive, Size, parsed, reading, typed
-from dex_jax.io.folders import on_disk
+from dex_jax.foreign import Positive, Size, local_path, parsed, reading, typed
 from dex_jax.io.whole_files import write_whole
 
 FORMAT = "dex_jax exits 1"
@@ -139,14 +138,13 @@ def load_exits(path: str | os.PathLike) -> TrainedExits:
     """Reads trained exits.
 
     Args:
-      path: a .safetensors file that `train_exits.py export` wrote, or a folder that holds exits.safetensors; either may
-        be on an object store (gs://...).
+      path: a .safetensors file that `train_exits.py export` wrote, or a folder that holds exits.safetensors.
 
     Raises:
       DexError: no such file, or no exits in it.
     """
-    with reading(path), on_disk(path, FILE_NAME) as file:
-        return _read(file, path)
+    with reading(path):
+        return _read(local_path(path), path)
 
 
 def _read(file: Path, path: str | os.PathLike) -> TrainedExits:

@@ -25,7 +25,6 @@ import orbax.checkpoint as ocp
 
 from dex_jax.errors import DexError
 from dex_jax.foreign import reading, reason
-from dex_jax.io.folders import require_disk
 from dex_jax.io.whole_files import lock
 from dex_jax.training.stream import Cursor
 
@@ -66,7 +65,6 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int, notify: Callable[[str], None]):
-        require_disk(folder, "checkpoints of a training")
         self.folder = Path(folder).absolute()
         self.keep = keep
         self.notify = notify

@@ -21,7 +21,6 @@ from flax import nnx
 from dex_jax.config import EagleConfig, ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import EagleHead, save_eagle
-from dex_jax.io.folders import require_disk
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.eagle import Eagle, eagle_graph, eagle_parameters
@@ -178,7 +177,6 @@ def train_eagle(
 
     `tell` is called with lines that users should see. DexError: weights, data, depths or a folder that do not fit.
     """
-    require_disk(folder, "trainings")
     folder, layers = Path(folder), lm.config.num_layers
     reads = config.reads or (2, layers // 2, layers - 3)
     if not all(0 <= depth <= layers for depth in reads) or len(set(reads)) < len(reads):

@@ -22,7 +22,6 @@ from dex_jax.errors import DexError
 from dex_jax.forced.figures import grouped_figures, tables
 from dex_jax.forced.texts import Text
 from dex_jax.io.exits_file import FILE_NAME, TrainedExits, save_exits
-from dex_jax.io.folders import require_disk
 from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import select_exits
@@ -100,7 +99,6 @@ def train_exits(
     Raises:
       DexError: data, exits or folder that do not fit.
     """
-    require_disk(folder, "trainings")
     folder = Path(folder)
     if config.first is not None:
         tell("first training")
