@@ -29,7 +29,7 @@ from dex_jax.io import open_checkpoint
 from dex_jax.nn.attention import SCOPE
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES
-from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.nn.transformer import Unrolled
 from dex_jax.nn.weights import packed_alike
 from dex_jax.planner import SHAPES
 from dex_jax.sharding import nbytes
@@ -42,7 +42,6 @@ V5E_CLOCK = 1.5e9
 """Cycles a second; with the bandwidth it says how many cycles the reading of so many bytes takes."""
 
 CHUNK, PROMPT = 512, 8192
-UNROLLED = Unrolled()
 
 
 class Figures(NamedTuple):
@@ -56,16 +55,16 @@ class Figures(NamedTuple):
 
 
 def of_layers(
-    name: str, config: ModelConfig, layers: int, method: Method, dtype: str, layout: Layout, cache: int, format: str
+    name: str, config: ModelConfig, layers: int, method: Method, dtype: str, cache: int, format: str
 ) -> Figures:
     """A program of `config` with so many layers: a step, or where the cache holds a long prompt, a chunk of it."""
     config = dataclasses.replace(config, num_layers=layers)
     schedule = method.schedule_for(layers)
     packing = packed_alike(config, format) if format else ()
-    shapes = session_shapes(config, jnp.dtype(dtype), schedule, layout, 1, cache, capacity=256, packing=packing)
+    shapes = session_shapes(config, jnp.dtype(dtype), schedule, Unrolled(), 1, cache, capacity=256, packing=packing)
     with target(name) as devices:
         which = "prefill" if cache > PROMPT else "run"
-        program = read(lower(which, shapes, Spec(config, layout, schedule), devices[0], CHUNK).compile().as_text())
+        program = read(lower(which, shapes, Spec(config, Unrolled(), schedule), devices[0], CHUNK).compile().as_text())
     where = program.entry if which == "prefill" else program.loops[0]
     embedding = 0 if config.tied else config.vocab_size * config.width * jnp.dtype(dtype).itemsize
     moved, attention = program.moved(where), program.moved(where, SCOPE)
@@ -78,14 +77,13 @@ def figures(
     config: ModelConfig,
     method: Method,
     dtype: str = "bfloat16",
-    layout: Layout = UNROLLED,
     cache: int = 1024,
     format: str = "",
 ) -> Figures:
     """Those of the whole model, whose kernels are in a format of packed weights, or dense."""
     if config.num_layers <= 8 or config.width < 1024:
-        return of_layers(name, config, config.num_layers, method, dtype, layout, cache, format)
-    few, more = (of_layers(name, config, layers, method, dtype, layout, cache, format) for layers in (2, 4))
+        return of_layers(name, config, config.num_layers, method, dtype, cache, format)
+    few, more = (of_layers(name, config, layers, method, dtype, cache, format) for layers in (2, 4))
     turns = (config.num_layers - 2) / 2
     return Figures(*(a + turns * (b - a) for a, b in zip(few, more, strict=True)))
 
@@ -110,10 +108,8 @@ def rows() -> list[tuple[str, str, str]]:
     def megacycles(config: ModelConfig, method: Method, format: str = "") -> str:
         return f"{figures('v5e', config, method, format=format).cycles / 1e6:.2f}"
 
-    def over_weights(
-        name: str, config: ModelConfig, method: Method, dtype: str = "bfloat16", layout: Layout = UNROLLED
-    ) -> str:
-        step = figures(name, config, method, dtype, layout)
+    def over_weights(name: str, config: ModelConfig, method: Method, dtype: str = "bfloat16") -> str:
+        step = figures(name, config, method, dtype)
         return f"{step.moved / step.read:.2f}"
 
     def prefill() -> str:
@@ -130,8 +126,6 @@ def rows() -> list[tuple[str, str, str]]:
     add("v5e, SmolLM2, tick of one explorer, 8 rows", "Mcycles", megacycles, small, TREE)
     add("T4, Llama 3.2 1B, AR step over reading its weights", "bytes", over_weights, "t4", one, AR(), "float16")
     add("H100, 8 layers of 8B, four explorers, over their weights", "bytes", over_weights, "h100", short, four)
-    stacked = Stacked((2, 4, 6, 8))
-    add("H100, the same stacked, which is refused", "bytes", over_weights, "h100", short, four, "bfloat16", stacked)
     add("H100, Llama 3 8B, attention of a prompt of 8,192 tokens", "TB", prefill)
     add("H100, SmolLM2, AR step", "kernels", kernels, AR())
     add("H100, SmolLM2, tick of one explorer, 8 rows", "kernels", kernels, TREE)

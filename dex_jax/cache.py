@@ -2,9 +2,8 @@
 
 The committed cache holds absolute positions; the lattice cache holds the K W slots of the ring of cohorts, which are
 written once and never move. Layers with a window keep the positions that are still seen, in a ring (nn/kinds.py). Both
-caches come per layer in the unrolled layout (tuples of L arrays) and with leading axes [l, K] in the stacked one; every
-function here maps over whichever it is given. On a mesh they are tuples of l arrays with a leading axis [K], of which a
-device sees its own part, which is what an unrolled model of l layers has.
+are tuples of an array a layer; on a mesh of l arrays with a leading axis [K], of which a device sees its own part,
+which is what an unrolled model of l layers has.
 
 Letters: B sequences, S cache length, K stages, W rows a stage, l layers per stage, G key-value heads, d head width.
 """
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from dex_jax.config import LayerKind, ModelConfig
 from dex_jax.nn import few_rows, gpu_writes
 from dex_jax.nn.kinds import MOST_WRITTEN, KindTable, common_window, kind_table, ring_length, ring_of
-from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled, stage_ranges
+from dex_jax.nn.transformer import Layout, Staged, Unrolled, stage_ranges
 
 UNROLLED_WRITES = 2
 """Larger batches write in a loop: unrolled, the writes of all layers would be most of the program to compile."""
@@ -28,7 +27,7 @@ UNROLLED_WRITES = 2
 AXES = ("stage", "sequence", "heads", None, None)
 """Logical axes of a cache on a mesh, [K, B, G, positions, d] (dex_jax/sharding.py)."""
 
-Leaves = Any  # a tuple of L arrays, one array with leading axes [l, K], or a tuple of l with a leading axis [K]
+Leaves = Any  # a tuple of L arrays, or of l with a leading axis [K]
 
 
 class Memory(NamedTuple):
@@ -68,15 +67,9 @@ def shapes(
     def leaf(positions: int, *lead: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*lead, batch, config.num_kv_heads, positions, config.head_dim), dtype)
 
-    committed: Leaves
-    lattice: Leaves
-    if isinstance(layout, Stacked):
-        lead = (layout.stage_layers, len(layout.depths))
-        committed, lattice = leaf(positions(sum(rows, ())), *lead), leaf(slots, *lead)
-    else:
-        first = (len(layout.depths),) if isinstance(layout, Staged) else ()
-        committed = tuple(leaf(positions(row), *first) for row in rows)
-        lattice = (leaf(slots, *first),) * len(rows)
+    first = (len(layout.depths),) if isinstance(layout, Staged) else ()
+    committed = tuple(leaf(positions(row), *first) for row in rows)
+    lattice = (leaf(slots, *first),) * len(rows)
     return Memory(committed, committed, lattice, lattice)
 
 
@@ -121,32 +114,21 @@ NOWHERE = -1
 """A position that belongs to nobody: what is written there is not read."""
 
 
-def write_rows(
-    cache: jax.Array,
-    new: jax.Array,
-    start: jax.Array,
-    layer: tuple[int | jax.Array, ...] = (),
-    kinds: Sequence[LayerKind] = (),
-) -> jax.Array:
-    """Writes new [B, G, R, d] at R consecutive positions from `start` [B] int32 on, or NOWHERE, into one layer.
+def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array, kinds: Sequence[LayerKind] = ()) -> jax.Array:
+    """A layer's cache [B, G, S, d] with new [B, G, R, d] at R consecutive positions from `start` [B] int32 on.
 
-    The cache is [B, G, S, d], or [l, K, B, G, S, d] with `layer` saying which: (index within the stage, stage). `kinds`
-    are those of the layers that share it.
+    Or NOWHERE. `kinds` are those of the layers that share the cache: one, and on a mesh one a stage.
     """
     ring = ring_of(kinds, cache.shape[-2])
 
     def write(b: int | jax.Array, cache: jax.Array) -> jax.Array:
-        row = jax.lax.dynamic_slice_in_dim(new, b, 1, axis=0)
-        row = row.reshape((1,) * len(layer) + row.shape)
-        return _put_at(cache, row, (*layer, b), start[b], ring)
+        return _put_at(cache, jax.lax.dynamic_slice_in_dim(new, b, 1, axis=0), b, start[b], ring)
 
-    return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))
+    return _for_each(cache.shape[0], write, cache)
 
 
 def written_in_place(caches: Leaves, rows: int) -> bool:
     """Whether one call writes `rows` into all of these, keys or values of layers apart: on CPUs, and on newer GPUs."""
-    if not isinstance(caches, tuple) or not caches or caches[0].ndim != 4:
-        return False
     return (caches[0].dtype in few_rows.DTYPES and few_rows.ready()) or gpu_writes.fits(caches[0], rows)
 
 
@@ -173,7 +155,7 @@ def write_in_place(
         apart = [*given[0], *given[1]] if together else given
         chosen = [jnp.take_along_axis(each, row[:, None, :, None], axis=2, mode="clip") for each in apart]
         each = zip(caches, chosen, [*kinds, *kinds], strict=True)
-        return tuple(write_rows(cache, new, at, kinds=own) for cache, new, own in each)
+        return tuple(write_rows(cache, new, at, own) for cache, new, own in each)
 
     @jax.custom_jvp
     def write(caches: tuple[jax.Array, ...], given: tuple[jax.Array, ...], row: jax.Array, at: jax.Array) -> Any:
@@ -206,50 +188,36 @@ def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array, kinds: Ki
     def leaf(cache: jax.Array, lattice: jax.Array, own: Sequence[LayerKind]) -> jax.Array:
         ring = ring_of(own, cache.shape[-2])
 
-        def copy(cache: jax.Array, *layer: jax.Array) -> jax.Array:
-            size = (1,) * len(layer) + (1, cache.shape[-3], 1, cache.shape[-1])
+        def write(b: int | jax.Array, cache: jax.Array) -> jax.Array:
+            size = (1, cache.shape[1], 1, cache.shape[3])
+            each = [jax.lax.dynamic_slice(lattice, (b, 0, slot[b, i], 0), size) for i in range(count)]
+            new = each[0] if count == 1 else jnp.concatenate(each, axis=-2)
+            return _put_at(cache, new, b, after(position[b], new), ring)
 
-            def write(b: int | jax.Array, cache: jax.Array) -> jax.Array:
-                each = [jax.lax.dynamic_slice(lattice, (*layer, b, 0, slot[b, i], 0), size) for i in range(count)]
-                new = each[0] if count == 1 else jnp.concatenate(each, axis=-2)
-                return _put_at(cache, new, (*layer, b), after(position[b], new), ring)
-
-            return _for_each(cache.shape[-4], write, cache, unrolled=bool(layer))
-
-        if cache.ndim == 4:
-            return copy(cache)
-        # One layer at a time: a write across all of them makes TPUs lay the whole cache out anew, twice a call.
-        layers, stages = cache.shape[:2]
-        return jax.lax.fori_loop(0, layers * stages, lambda i, c: copy(c, i // stages, i % stages), cache)
+        return _for_each(cache.shape[0], write, cache)
 
     if written_in_place(memory.keys, count):
         fresh = (memory.lattice_keys, memory.lattice_values)
         keys, values = write_in_place(memory.keys, memory.values, fresh, slot, position, kinds.rows)
         return memory._replace(keys=keys, values=values)
 
-    def leaves(caches: Leaves, lattices: Leaves) -> Leaves:
-        if not isinstance(caches, tuple):
-            return leaf(caches, lattices, kinds.distinct)
-        return tuple(map(leaf, caches, lattices, kinds.rows))
-
     return memory._replace(
-        keys=leaves(memory.keys, memory.lattice_keys), values=leaves(memory.values, memory.lattice_values)
+        keys=tuple(map(leaf, memory.keys, memory.lattice_keys, kinds.rows)),
+        values=tuple(map(leaf, memory.values, memory.lattice_values, kinds.rows)),
     )
 
 
-def _put_at(
-    cache: jax.Array, rows: jax.Array, where: tuple[int | jax.Array, ...], position: jax.Array, ring: int
-) -> jax.Array:
-    """The cache with `rows` [..., 1, G, R, d] from a position on, in an array of one place a position or a ring."""
+def _put_at(cache: jax.Array, rows: jax.Array, b: int | jax.Array, position: jax.Array, ring: int) -> jax.Array:
+    """The cache with `rows` [1, G, R, d] of sequence b from a position on, in one place a position or a ring."""
     if not ring:
         end = cache.shape[-2] - rows.shape[-2]
-        return _put(cache, rows, (*where, 0, jnp.where(position < 0, end, position), 0))
+        return _put(cache, rows, (b, 0, jnp.where(position < 0, end, position), 0))
     assert rows.shape[-2] <= MOST_WRITTEN, "who writes more at a time allocates no rings"
     # A run that passes the ring's end goes on in the margin behind it; once more a turn before, it begins in the margin
     # in front and ends where it belongs. One that does not lies in that margin alone.
     place = jnp.where(position < 0, 0, MOST_WRITTEN + position % ring)
     for at in (place, jnp.maximum(place - ring, 0)):
-        cache = _put(cache, rows, (*where, 0, at, 0))
+        cache = _put(cache, rows, (b, 0, at, 0))
     return cache
 
 
@@ -267,15 +235,12 @@ def _put(cache: jax.Array, rows: jax.Array, at: tuple[int | jax.Array, ...]) -> 
     return jax.lax.platform_dependent(cache, rows, at, cpu=as_bits, default=put)
 
 
-def _for_each(
-    batch: int, write: Callable[[int | jax.Array, jax.Array], jax.Array], cache: jax.Array, unrolled: bool
-) -> jax.Array:
+def _for_each(batch: int, write: Callable[[int | jax.Array, jax.Array], jax.Array], cache: jax.Array) -> jax.Array:
     """Applies write(b, cache) for every b < B, in place.
 
-    Not a vmapped write, which is a scatter: TPUs want the whole cache in another layout for it, a second copy. Within a
-    loop over layers the writes are `unrolled`: there is one layer to compile, and a loop of their own would be copied.
+    Not a vmapped write, which is a scatter: TPUs want the whole cache in another layout for it, a second copy.
     """
-    if batch > UNROLLED_WRITES and not unrolled:
+    if batch > UNROLLED_WRITES:
         # Backwards: libtpu 0.0.42 takes a loop that counts up for one that builds a stack, and fails to compile it.
         return jax.lax.fori_loop(0, batch, lambda i, cache: write(batch - 1 - i, cache), cache)
     for b in range(batch):

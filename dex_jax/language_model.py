@@ -32,7 +32,7 @@ from dex_jax.nn.packed import INT8, Packed, joined, to_int8
 from dex_jax.nn.placing import build_on_mesh
 from dex_jax.nn.planes import PLANES
 from dex_jax.nn.products import DISTRUSTED, compiled_for
-from dex_jax.nn.transformer import Layout, Stacked, Staged, Transformer, Unrolled, build, relayout
+from dex_jax.nn.transformer import Layout, Staged, Transformer, Unrolled, build
 from dex_jax.nn.trial import try_kernels
 from dex_jax.nn.weights import Packing, abstract_weights, canonical_weights, merge_model, weight_bytes
 from dex_jax.progress import notify
@@ -85,7 +85,7 @@ class LanguageModel(Described):
       fingerprint: short hexadecimal digest of the backbone.
       dtype: of hidden states and caches, and of weights that are not packed.
       packing: which kernels stay packed, () for none; `weights_kind` says it in words.
-      layout: Unrolled() or Stacked(depths), see `arrange`; Staged(depths) on a mesh.
+      layout: Unrolled(), and Staged(depths) on a mesh.
       mesh: the devices it is spread over; None for one device.
     """
 
@@ -105,7 +105,8 @@ class LanguageModel(Described):
         self.source = source
         self.fingerprint = fingerprint
         self.dtype = model.dtype
-        self._adopt(model)
+        self.layout = model.layout
+        self.weights = nnx.state(model)
 
     def __repr__(self) -> str:
         c, where = self.config, "" if self.mesh is None else f", on {self.mesh.size} devices"
@@ -114,37 +115,19 @@ class LanguageModel(Described):
             f"{self.parameter_bytes / 1e6:.1f} MB in {self.weights_kind}{where})"
         )
 
-    def _adopt(self, model: Transformer) -> None:
-        self.layout = model.layout
-        self.weights = nnx.state(model)
-
     @property
     def parameter_bytes(self) -> int:
         """Bytes of all weights."""
         return sum(leaf.size * bits_of(leaf.dtype) // 8 for leaf in jax.tree.leaves(self.weights))
 
-    def arrange(self, layout: Layout) -> None:
-        """Moves the weights to another layout, in place; the old arrays are freed on the way.
-
-        Layers that are stacked do not stay packed.
-
-        Raises:
-          DexError: the model lies on a mesh, or would have to.
-        """
-        if layout != self.layout:
-            if self.mesh is not None or isinstance(layout, Staged):
-                raise DexError("a model is spread over a mesh as it is loaded: load it again for another layout")
-            self.packing = tuple(each for each in self.packing if not each[0].startswith("layers."))
-            self._adopt(relayout(merge_model(self.config, self.layout, self.weights), layout))
-
     def save(self, folder: str | Path) -> Path:
         """Writes a Hugging Face directory with dense weights; see `dex_jax.io.save.save_model`, errors too.
 
         Raises:
-          DexError: the weights are not in the unrolled layout.
+          DexError: the model lies on a mesh.
         """
-        if not isinstance(self.layout, Unrolled):
-            raise DexError(f"{self.source} is not in the unrolled layout: to save it, load it without layout and mesh")
+        if self.mesh is not None:
+            raise DexError(f"{self.source} lies on a mesh: to save it, load it without")
         weights = canonical_weights(self.config, self.layout, self.weights)
         return save_model(folder, self.config, weights, self.tokenizer)
 
@@ -188,7 +171,7 @@ class Outline(Described):
         read = _reader(self.checkpoint, self.dtype, self.packing, on_tensor)
         try:
             if self.mesh is None:
-                model = build(self.config, self.layout, read, self.dtype)
+                model = build(self.config, read, self.dtype)
             else:
                 assert isinstance(self.layout, Staged)
                 model = build_on_mesh(self.config, self.layout, read, self.dtype, self.mesh, self.packing)
@@ -216,19 +199,17 @@ def outline(
     stored = {format for parts in checkpoint.formats().values() for format, _ in parts} & FORMATS.keys()
     # Drafters are kept in 8 bits.
     few_rows.begin({INT8, *(stored if stored and weights in (None, "stored") else (str(chosen),))})
-    if spread is None:
-        if isinstance(layout, Staged):
-            raise DexError("layout=Staged(...) spreads a model over a mesh: say which, with mesh=")
-        arranged: Layout = layout or Unrolled()
-    else:
+    arranged: Layout = Unrolled()
+    if spread is None and isinstance(layout, Staged):
+        raise DexError("layout=Staged(...) spreads a model over a mesh: say which, with mesh=")
+    if spread is not None:
         arranged = layout_on_mesh(checkpoint, layout, spread)
-    return Outline(checkpoint, chosen, arranged, spread, packing_of(checkpoint, chosen, arranged, spread, weights))
+    return Outline(checkpoint, chosen, arranged, spread, packing_of(checkpoint, chosen, spread, weights))
 
 
 def packing_of(
     checkpoint: Checkpoint,
     dtype: jnp.dtype,
-    layout: Layout,
     mesh: Mesh | None,
     weights: str | None,
     platform: str | None = None,
@@ -242,15 +223,11 @@ def packing_of(
     if weights not in (None, *WEIGHTS):
         raise DexError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
     try_kernels()
-    stacked, split = isinstance(layout, Stacked), mesh is not None and mesh.shape[TENSOR] > 1
+    split = mesh is not None and mesh.shape[TENSOR] > 1
     formats = checkpoint.formats()
     blocks = any(format in FORMATS for parts in formats.values() for format, _ in parts)
-    if weights == "dense" or (weights is None and (stacked or split or not blocks or few_rows.language() == "XLA")):
+    if weights == "dense" or (weights is None and (split or not blocks or few_rows.language() == "XLA")):
         return ()
-    if stacked and (weights == "int8" or blocks):
-        raise DexError(
-            f"weights={weights!r} is for layers that are whole arrays: leave it out with layout=Stacked(...)"
-        )
     if split and weights == "stored" and blocks:
         raise DexError("a tensor axis cannot cut a file's blocks: take weights='int8' or 'dense' there")
     if weights == "int8":

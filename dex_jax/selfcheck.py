@@ -38,7 +38,7 @@ from dex_jax.forced.counts import forced_exits
 from dex_jax.hardware import published
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_TOKEN, full_rows
-from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.nn.transformer import Unrolled
 from dex_jax.nn.weights import merge_model, weight_bytes
 from dex_jax.progress import notify
 from dex_jax.sampling import Sampling, sampling_keys
@@ -108,7 +108,7 @@ class Report:
 
 
 def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
-    """Runs every check and measurement on a loaded model; leaves it in the unrolled layout.
+    """Runs every check and measurement on a loaded model.
 
     Args:
       lm: any model; without a tokenizer the prompts are token ids.
@@ -119,12 +119,8 @@ def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
     schedule = method.schedule_for(lm.config.num_layers)
     prompts = _prompts(lm)
     new_tokens = min(new_tokens, lm.config.context - max(map(len, prompts)))
-    layouts: list[tuple[str, Layout]] = [("unrolled", Unrolled()), ("stacked", Stacked(schedule.depths))]
-    if jax.default_backend() == "gpu":  # where stacked layers are refused
-        layouts[1] = layouts[0]
     before = compile_seconds()
     findings = [_canaries()]
-    times: dict[str, Timed] = {}
     greedy: list[Output] = []
 
     def decode(chosen: Method, prompt: list[int], temperature: float) -> Output:
@@ -132,30 +128,24 @@ def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
         options: dict[str, Any] = {"exits": "shared", "max_new_tokens": new_tokens, "temperature": temperature}
         return generate(lm, [prompt], method=chosen, **options)
 
-    # Greedy in one layout and sampled in the other, so that both are checked in half the time.
-    for (label, layout), temperature in zip(layouts, (0.0, 1.0), strict=True):
-        name = f"{'sampled' if temperature else 'greedy'}, {label}"
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         notify(f"decoding ({name})")
-        lm.arrange(layout)
         explored = [decode(method, prompt, temperature) for prompt in prompts]
         plain = [decode(AR(), prompt, temperature) for prompt in prompts]
         findings.append(_same_tokens(lm, f"DEX and AR give the same tokens, {name}", explored, plain, temperature))
         findings.append(_counted_ticks(name, explored, schedule))
         findings.append(_forced_exits(lm, name, explored, schedule, temperature))
-        notify(f"timing ({label})")
-        times[label] = _step_and_tick(lm, prompts[0], (AR().schedule_for(lm.config.num_layers), schedule), new_tokens)
         greedy = greedy or explored
+    notify("timing")
+    times = _step_and_tick(lm, prompts[0], (AR().schedule_for(lm.config.num_layers), schedule), new_tokens)
     drafted = decode(Dex(explorers=explorers), prompts[0], 0.0)
     findings.append(_same_tokens(lm, "with drafts the tokens are the same, greedy", [drafted], greedy[:1], 0.0))
     findings.append(_counted_ticks("with drafts", [drafted], drafted.stats.schedule))
-    again = decode(method, prompts[0], 0.0)
-    findings.append(_same_tokens(lm, f"{label} the tokens are the first run's, greedy", [again], greedy[:1], 0.0))
-    lm.arrange(Unrolled())
     measured = {
-        **{f"AR step, {label} (ms)": round(found.step, 2) for label, found in times.items()},
-        **{f"DEX tick, {label} (ms)": round(found.tick, 2) for label, found in times.items()},
-        "weights read in an AR step": _reading(lm, times["unrolled"].step),
-        "kernels of an AR step, of a DEX tick": times["unrolled"].kernels,
+        "AR step (ms)": round(times.step, 2),
+        "DEX tick (ms)": round(times.tick, 2),
+        "weights read in an AR step": _reading(lm, times.step),
+        "kernels of an AR step, of a DEX tick": times.kernels,
         "final head, 1 row (ms)": round(_head_time(lm, 1), 2),
         f"exit heads, {explorers - 1} rows (ms)": round(_head_time(lm, explorers - 1), 2) if explorers > 1 else None,
         "peak memory (GB)": _peak_memory(),
@@ -164,9 +154,9 @@ def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
 
 
 def quick_check(lm: LanguageModel) -> Report:
-    """Only whether DEX gives AR's tokens here and counts its ticks right: greedy, one layout, one prompt, no times.
+    """Only whether DEX gives AR's tokens here and counts its ticks right: greedy, one prompt, no times.
 
-    It runs the model as it is arranged, with the exits that a user gets, so that what it compiles is used again.
+    It runs the exits that a user gets, so that what it compiles is used again.
 
     Args:
       lm: any model; without a tokenizer the prompt is token ids.

@@ -22,7 +22,7 @@ from reference.small_models import LLAMA, ragged_prompts, random_drafter, random
 from test_io_gguf import write_gguf
 
 import dex_jax
-from dex_jax import AR, Dex, Stacked, Staged
+from dex_jax import AR, Dex, Staged
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.dex.shape import TreeShape
@@ -216,7 +216,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     assert_own_stage(lm, mesh)
     spoil_padding(model)
     lm = LanguageModel(model, None, "random", "0", mesh)
-    one = small_model(case.config, Stacked(layout.depths))
+    one = small_model(case.config)
     return {"mesh": decode(lm, case, folder), "one": decode(one, case, None)}
 
 

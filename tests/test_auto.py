@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import slow
 from hypothesis import given
 from hypothesis import strategies as st
 from reference.small_models import LLAMA, ragged_prompts, random_drafter, random_exits, small_model
@@ -24,7 +23,7 @@ from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
 from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trees import LOOKUP_TREES, KnownTree
 from dex_jax.decoding.pace import FAR_OFF, Pace
-from dex_jax.nn.transformer import Stacked, Staged, Unrolled
+from dex_jax.nn.transformer import Staged, Unrolled
 
 FLOAT32 = np.dtype("float32")
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -69,8 +68,7 @@ def test_on_a_mesh_each_stage_has_an_explorer_that_chooses_its_rows(monkeypatch,
     assert why == f"an explorer with drafts on each stage ({said} rows a tick)"
     assert (method.draft.counts if method.draft.rungs else (15,)) == rows
     assert method.schedule_for(5).rows == 15
-    ((_, layout, _, batch, *_),) = asked
-    assert layout == Unrolled(), "as a device of it sees its layers"
+    ((_, _, batch, *_),) = asked
     assert batch == 4, "as many sequences as a row of the data axis has"
     assert settle(Dex(rows=4), "shared", *about) == (Dex(explorers=5, rows=4), None)
 
@@ -158,7 +156,7 @@ def figures(monkeypatch, tmp_path):
     monkeypatch.setattr(costs, "_KNOWN", {})
     asked = []
 
-    def measure(config, layout, dtype, packing, totals):
+    def measure(config, dtype, packing, totals):
         asked.append(totals)
         return [1.0] * len(totals)
 
@@ -166,11 +164,10 @@ def figures(monkeypatch, tmp_path):
     return asked
 
 
-@pytest.mark.parametrize("layout", [Unrolled(), slow(Stacked((2, 4)))], ids=["unrolled", "stacked"])
-def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path, layout) -> None:
+def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "step_costs.json"))
     monkeypatch.setattr(costs, "_KNOWN", {})
-    first = step_costs(LLAMA, layout, jnp.float32, 1, 100, random_drafter())
+    first = step_costs(LLAMA, jnp.float32, 1, 100, random_drafter())
     assert first.rows == ROWS
     assert 0 < first.seconds[0] <= first.seconds[-1] < 10
     assert 0 < first.overhead < 1
@@ -179,32 +176,32 @@ def test_costs_are_measured_once_for_all_lengths_and_kept(monkeypatch, tmp_path,
     monkeypatch.setattr(costs, "_measure", lambda *about: pytest.fail("measured again"))
     for known in (costs._KNOWN, {}):
         monkeypatch.setattr(costs, "_KNOWN", known)
-        longer, without = (step_costs(LLAMA, layout, jnp.float32, 1, length) for length in (9000, 100))
+        longer, without = (step_costs(LLAMA, jnp.float32, 1, length) for length in (9000, 100))
         assert without.seconds == first.seconds
         assert without.drafting == 0
         assert all(a > b for a, b in zip(longer.seconds, without.seconds, strict=True))
 
 
 def test_a_batch_has_the_costs_of_all_its_rows(figures) -> None:
-    def measure(config, layout, dtype, packing, totals):
+    def measure(config, dtype, packing, totals):
         figures.append(totals)
         return [float(total) for total in totals]
 
     costs._measure = measure
-    assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (1, 2, 4, 8, 16)
-    assert step_costs(LLAMA, Unrolled(), FLOAT32, 2, 1).seconds == (2, 4, 8, 16, 32)
-    assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (1, 2, 4, 8, 16)
-    assert step_costs(LLAMA, Unrolled(), FLOAT32, 16, 1).seconds == (16, 32, 64, 128, 256)
+    assert step_costs(LLAMA, FLOAT32, 1, 1).seconds == (1, 2, 4, 8, 16)
+    assert step_costs(LLAMA, FLOAT32, 2, 1).seconds == (2, 4, 8, 16, 32)
+    assert step_costs(LLAMA, FLOAT32, 1, 1).seconds == (1, 2, 4, 8, 16)
+    assert step_costs(LLAMA, FLOAT32, 16, 1).seconds == (16, 32, 64, 128, 256)
     assert [totals[-1] for totals in figures] == [16, 32, 128]
 
 
 def test_fewer_rows_take_no_longer(figures) -> None:
     costs._measure = lambda *about: [9.0, 2.0, 3.0, 2.5, 4.0]
-    assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (2.0, 2.0, 2.5, 2.5, 4.0)
+    assert step_costs(LLAMA, FLOAT32, 1, 1).seconds == (2.0, 2.0, 2.5, 2.5, 4.0)
 
 
 def test_costs_that_are_far_off_are_forgotten(figures) -> None:
-    model = (LLAMA, Unrolled(), FLOAT32, 1, 1)
+    model = (LLAMA, FLOAT32, 1, 1)
     pace = Pace(np.ones(1))
     for fastest, measured in ((np.inf, 1), (0.9, 1), (0.4, 2), (0.4, 3)):
         pace.fastest = fastest
@@ -223,9 +220,9 @@ DAMAGED += [f'{{"KEY": [1, 1, 1, 1, {wrong}]}}' for wrong in WRONG]
 
 @pytest.mark.parametrize("content", DAMAGED, ids=lambda content: ascii(content[:40]))
 def test_a_damaged_file_is_measured_again(figures, content) -> None:
-    key = costs._key(LLAMA, Unrolled(), FLOAT32, ())
+    key = costs._key(LLAMA, FLOAT32, ())
     costs.costs_file().write_text(content.replace('"KEY"', json.dumps(key)), encoding="utf-8", errors="surrogateescape")
-    assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (1.0,) * len(ROWS)
+    assert step_costs(LLAMA, FLOAT32, 1, 1).seconds == (1.0,) * len(ROWS)
     assert len(figures) == 1
     assert json.loads(costs.costs_file().read_text())[key] == [1.0] * len(ROWS)
 
@@ -234,7 +231,7 @@ def test_without_a_place_to_write_costs_are_those_of_the_process(figures, monkey
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DEX_JAX_STEP_COSTS", str(tmp_path / "file" / "step_costs.json"))
     for _ in range(2):
-        assert step_costs(LLAMA, Unrolled(), FLOAT32, 1, 1).seconds == (1.0,) * len(ROWS)
+        assert step_costs(LLAMA, FLOAT32, 1, 1).seconds == (1.0,) * len(ROWS)
     assert len(figures) == 1
 
 

@@ -31,9 +31,8 @@ from dex_jax.language_model import outline
 from dex_jax.nn.transformer import parameter_shapes
 
 PROGRAM = Path(__file__).resolve().parents[1] / "decode.py"
-# Two stages of one layer and one row each, stacked, compile fastest; all runs below share the compiled programs.
-STACKED = ["--layout", "stacked"]
-COMMON = ["--explorers", "2", "--no-draft", "--max-new-tokens", "8", "--exits", "shared", *STACKED]
+# Two stages of one layer and one row each compile fastest; all runs below share the compiled programs.
+COMMON = ["--explorers", "2", "--no-draft", "--max-new-tokens", "8", "--exits", "shared"]
 SKY = "Why is the sky blue?"
 SMOLLM2, FINGERPRINT = "smollm2-135m", "268a3187a3ebf69e"
 
@@ -75,7 +74,7 @@ def run(capsys, monkeypatch, folder):
 
 def test_text_then_summary(run, folder) -> None:
     code, out, err = run("--prompt", SKY, *COMMON)
-    lm = dex_jax.load(folder, "float32", layout=dex_jax.Stacked((1, 2)))
+    lm = dex_jax.load(folder, "float32")
     assert code == 0
     assert out == dex_jax.generate(lm, [SKY], method=dex_jax.AR(), max_new_tokens=8).texts[0] + "\n"
     assert "DEX, K = 2" in err
@@ -101,7 +100,7 @@ def test_json_is_typed_and_consistent(run) -> None:
 
 @pytest.mark.slow
 def test_what_was_drafted_is_counted_and_coloured_on_terminals_only(run, monkeypatch) -> None:
-    options = ["--prompt", SKY, "--explorers", "1", "--exits", "shared", "--max-new-tokens", "24", *STACKED]
+    options = ["--prompt", SKY, "--explorers", "1", "--exits", "shared", "--max-new-tokens", "24"]
     record = json.loads(run(*options, "--json", "--check")[1])
     assert (record["draft"], record["exits_source"], record["drafter_source"]) == (True, None, None)
     assert record["check"]["identical"]
@@ -156,7 +155,7 @@ def test_a_draft_model_of_little_context_need_hold_no_more_than_the_text(run, fo
 def test_what_was_chosen_is_said(run, monkeypatch) -> None:
     cheap = StepCosts(ROWS, (1.0, 1.01, 1.02, 1.3, 1.6))
     monkeypatch.setattr(auto, "step_costs", lambda *about, **more: cheap)
-    arguments = ["--prompt", SKY, "--max-new-tokens", "8", "--exits", "shared", *STACKED]
+    arguments = ["--prompt", SKY, "--max-new-tokens", "8", "--exits", "shared"]
     record = json.loads(run(*arguments, "--json", "--check")[1])
     assert (record["method"], record["draft"]) == ("dex", True)
     assert record["check"]["identical"]
@@ -171,7 +170,7 @@ def test_what_was_chosen_is_said(run, monkeypatch) -> None:
 def test_json_of_one_token_has_nulls(run) -> None:
     arguments = ["--prompt", SKY, "--json", "--method", "ar", "--max-new-tokens", "1", "--temperature", "1"]
     # Two, as below, so that programs are shared.
-    _, out, _ = run(*arguments, "--seed", "5", "--num-samples", "2", *STACKED)
+    _, out, _ = run(*arguments, "--seed", "5", "--num-samples", "2")
     record, other = map(json.loads, out.splitlines())
     undefined = ("exits_source", "drafter_source", "depth_side_speedup", "tokens_per_second")
     assert [record[key] for key in undefined] == [None] * len(undefined)
@@ -227,7 +226,6 @@ BAD_INPUT = {
     "--mesh rows=2": "rows=2",
     "--mesh stage=500": "500 devices",
     "--mesh stage=1 --explorers 2": "2 explorers",
-    "--mesh stage=1 --layout stacked": "one device",
     "--temperature -1": "temperature",
     "--temperature 1 --top-p 0": "top_p",
     "--max-new-tokens 9000": "context",
@@ -313,7 +311,6 @@ def test_a_dry_run_takes_and_refuses_what_a_real_run_does(run) -> None:
     at_depths, drafter = shipped / f"{FINGERPRINT}.safetensors", shipped / f"{FINGERPRINT}.drafter.safetensors"
     for exits, method in ((at_depths, "DEX, K = 5 with drafts"), (drafter, "DEX, K = 1 with drafts")):
         assert f"float32, {method}, on one device" in run("--dry-run", "--exits", str(exits), model=SMOLLM2)[1]
-    assert run("--dry-run", "--layout", "stacked", "--exits", str(drafter), model=SMOLLM2)[0] == 0
     refused(run("--dry-run", "--explorers", "5", "--no-draft", "--exits", str(drafter), model=SMOLLM2), "drafter")
     for flags, keyword in (
         ("--max-new-tokens 100000", "context"),

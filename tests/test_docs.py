@@ -63,8 +63,7 @@ def test_the_library_examples_run(page, monkeypatch, capsys, tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="a page draws a picture")
     generate, trace, two = dex_jax.generate, dex_jax.trace, dex_jax.Dex(explorers=2, draft=False)
     tokenizer = outline("smollm2-135m").tokenizer
-    config, stacked = dataclasses.replace(LLAMA, num_layers=2, vocab_size=49152), dex_jax.Stacked((1, 2))
-    lm = small_model(config, stacked, tokenizer=tokenizer)
+    lm = small_model(dataclasses.replace(LLAMA, num_layers=2, vocab_size=49152), tokenizer=tokenizer)
 
     def shortened(lm, prompts, method=None, **options):
         method = method if isinstance(method, dex_jax.AR) else two

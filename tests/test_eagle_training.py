@@ -27,7 +27,6 @@ from dex_jax.io.eagle import load_eagle, save_eagle
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.eagle import Eagle, eagle_parameters
 from dex_jax.nn.forward import depth_states
-from dex_jax.nn.transformer import Unrolled
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.eagle_training import EagleTraining, read_chains, train_eagle
 from dex_jax.training.journal import read_journal
@@ -53,7 +52,7 @@ def random_head(norm_output: bool) -> Eagle:
 @pytest.mark.parametrize("norm_output", [slow(False), True])
 def test_training_reads_what_decoding_does(norm_output) -> None:
     """A chunk that holds the end of one text and the beginning of the next, against chains below every root."""
-    model, head = random_transformer(LLAMA, Unrolled(), 0), random_head(norm_output)
+    model, head = random_transformer(LLAMA, 0), random_head(norm_output)
     drafter, arrays = EagleDrafter(head.eagle), OwnArrays(nnx.state(head))
     lengths, longest = (5, 6), 6
     texts = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (2, longest)).astype(np.int32)

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from conftest import slow
 from hypothesis import example, given, settings
-from reference.small_models import LLAMA, random_transformer, small_model
+from reference.small_models import LLAMA, random_transformer
 
 import dex_jax
 from dex_jax import cache
 from dex_jax.nn import few_rows, native
 from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
-from dex_jax.nn.forward import extend, extend_with_states, run_tree
+from dex_jax.nn.forward import extend, run_tree
 from dex_jax.nn.layers import _rms_norm, gated, linear, rms_norm
 from dex_jax.nn.rotary import Rotation, _rotated, turned
-from dex_jax.nn.transformer import Stacked, Unrolled
+from dex_jax.nn.transformer import Unrolled
 from dex_jax.nn.weights import merge_model
 
 COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, native.COMPILERS)), None)
@@ -59,19 +59,6 @@ def test_it_is_used_here() -> None:
     assert not asked(1, "float16", "float16")
     assert all(asked(rows, "float32", kept) for rows in (1, 700) for kept in ("float32", "bfloat16"))
     assert all(asked(rows, "bfloat16", "bfloat16") for rows in (1, 700))
-
-
-@needs_compiler
-@pytest.mark.parametrize("layout", [Unrolled(), Stacked((1, 2))])
-def test_what_is_cut_out_of_stacked_arrays_is_left_to_xla(layout) -> None:
-    lm = small_model(dataclasses.replace(LLAMA, num_layers=2, head_dim=16), layout)
-    memory = cache.allocate(lm.config, layout, 1, 8, 0, jnp.dtype(jnp.float32))
-
-    def one_step(weights, tokens, start):
-        return extend_with_states(merge_model(lm.config, layout, weights), memory, tokens, start)[0]
-
-    jaxpr = str(jax.make_jaxpr(one_step)(lm.weights, jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)))
-    assert [target in jaxpr for target in (few_rows.PRODUCT, few_rows.ATTENTION)] == [layout == Unrolled()] * 2
 
 
 # Other sizes are other programs: a few examples.
@@ -111,7 +98,7 @@ def test_rows_of_zeros_give_zeros_without_a_look_at_the_kernel() -> None:
 @needs_compiler
 def test_what_lies_beyond_a_prompt_is_not_computed() -> None:
     config = dataclasses.replace(LLAMA, num_layers=3, head_dim=16, qkv_bias=True)
-    model = random_transformer(config, Unrolled(), 0)
+    model = random_transformer(config, 0)
     memory = cache.allocate(config, Unrolled(), 2, 64, 0, jnp.dtype(jnp.float32))
     tokens, start = np.random.default_rng(0).integers(config.vocab_size, size=(2, 24)), jnp.asarray([0, 5])
     lengths = np.array([7, 5 + 19])
@@ -269,7 +256,7 @@ def test_the_norm_under_vmap_and_its_gradients() -> None:
 def steps_of(dtype: str):
     """Empty memory, (memory, token, start) -> (logits [V], memory) of AR, and the logits [N, V] of a tree's rows."""
     config = dataclasses.replace(LLAMA, num_layers=3, width=576, head_dim=16, mlp_width=200)
-    lm = dex_jax.LanguageModel(random_transformer(config, Unrolled(), 0, dtype), None, "random", "0")
+    lm = dex_jax.LanguageModel(random_transformer(config, 0, dtype), None, "random", "0")
 
     @jax.jit
     def one(memory, token, start):

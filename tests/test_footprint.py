@@ -17,7 +17,7 @@ from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import PREFILL, RUN, Session, Spec
 from dex_jax.decoding.sizes import cache_length_for
-from dex_jax.nn.transformer import Stacked, Unrolled
+from dex_jax.nn.transformer import Unrolled
 from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import nbytes
 
@@ -26,7 +26,7 @@ UNTIED = dataclasses.replace(LLAMA, family="qwen2", num_layers=2, tied=False, qk
 
 def session_of(layout, method, dtype, sampled: bool) -> Session:
     """A prefilled session of two ragged prompts."""
-    lm = dex_jax.LanguageModel(random_transformer(UNTIED, layout, seed=0, dtype=dtype), None, "random", "0")
+    lm = dex_jax.LanguageModel(random_transformer(UNTIED, seed=0, dtype=dtype), None, "random", "0")
     sampling = Sampling(sampling_keys([0, 1]), jnp.float32(1.0), jnp.int32(5), jnp.float32(1.0)) if sampled else None
     schedule = Resolved(method.schedule_for(UNTIED.num_layers))
     session = Session(lm, [[3, 4, 5], list(range(2, 22))], schedule, 70, sampling)
@@ -39,7 +39,7 @@ def session_of(layout, method, dtype, sampled: bool) -> Session:
     [
         (Unrolled(), AR(), False, jnp.float32),
         (Unrolled(), Dex(explorers=1), False, jnp.bfloat16),
-        slow(Stacked((1, 2)), Dex(explorers=2), True, jnp.float32),
+        slow(Unrolled(), Dex(explorers=2), True, jnp.float32),
     ],
 )
 def test_planned_equals_allocated(layout, method, sampled, dtype) -> None:

@@ -16,7 +16,7 @@ from reference.small_models import LLAMA, LetterTokenizer, SmallModel, assert_sa
 from reference.toy_runs import noise_table
 
 import dex_jax
-from dex_jax import AR, Dex, DexError, Stacked
+from dex_jax import AR, Dex, DexError
 from dex_jax.decoding import resolve
 from dex_jax.decoding.session import RUN, START
 from dex_jax.decoding.stopping import StopStrings
@@ -37,12 +37,6 @@ METHODS = {
 @functools.cache
 def model():
     return small_model()
-
-
-@functools.cache
-def stacked():
-    """With padding, as its grid is uneven."""
-    return small_model(layout=Stacked(UNEVEN.depths))
 
 
 def generate(lm, method, prompts=None, **options) -> dex_jax.Output:
@@ -108,8 +102,8 @@ def test_exits_and_ticks_are_those_of_the_twin(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_ragged_batch_equals_single_runs_in_another_layout() -> None:
-    lm, batch = stacked(), explored("K3 uneven", sampled=True)
+def test_a_ragged_batch_equals_single_runs() -> None:
+    lm, batch = model(), explored("K3 uneven", sampled=True)
     for row, prompt in enumerate(ragged_prompts()):
         alone = generate(lm, UNEVEN, [prompt], seed=SEED + row, **SAMPLED)
         one_row = dataclasses.replace(

@@ -138,13 +138,6 @@ def test_family_greedy_dex(family, explorers, draft) -> None:
     assert_greedy_equals(lm, golden["prompts"], method, FAMILIES_GOLDEN["max_new_tokens"])
 
 
-@pytest.mark.slow
-def test_layers_of_different_kinds_in_one_stack(tmp_path) -> None:
-    golden = FAMILIES_GOLDEN["families"]["gemma3"]
-    stacked = dex_jax.load(str(write_checkpoint(tmp_path, "gemma3")), dtype="float32", layout=dex_jax.Stacked((3, 7)))
-    assert_greedy_equals(stacked, golden["prompts"], dex_jax.Dex(depths=(3, 7)), FAMILIES_GOLDEN["max_new_tokens"])
-
-
 @pytest.mark.reference
 def test_gemma3_270m(tmp_path) -> None:
     """A file with blocks of four formats and a vocabulary of SentencePiece, whose texts transformers encodes alike."""
@@ -179,7 +172,7 @@ def test_smollm2_greedy(smollm2) -> None:
 
 @pytest.mark.slow
 def test_no_layer_overflows() -> None:
-    half = dex_jax.load("smollm2-135m", dtype="bfloat16", layout=dex_jax.Stacked((15, 30)))
+    half = dex_jax.load("smollm2-135m", dtype="bfloat16")
     ids = max(map(half.encode, PROMPTS), key=len)
     depths = tuple(range(1, half.config.num_layers + 1))
 
@@ -204,11 +197,10 @@ def test_no_layer_overflows() -> None:
 def test_depth_exploration_parts_from_ar_only_at_close_calls(tmp_path) -> None:
     """In half precision XLA rounds a row differently among other rows, so tokens need not be equal, but a divergence
     with a wide margin is a bug."""
-    layout, directory = dex_jax.Stacked((3, 6)), str(write_checkpoint(tmp_path, "llama3"))
-    half = dex_jax.load(directory, dtype="bfloat16", layout=layout)
+    half = dex_jax.load(str(write_checkpoint(tmp_path, "llama3")), dtype="bfloat16")
     prompts = [prompt["prompt_ids"] for prompt in FAMILIES_GOLDEN["families"]["llama3"]["prompts"]]
     options = {"exits": "shared", "max_new_tokens": 24}
-    explored = dex_jax.generate(half, prompts, method=dex_jax.Dex(depths=layout.depths, draft=False), **options)
+    explored = dex_jax.generate(half, prompts, method=dex_jax.Dex(depths=(3, 6), draft=False), **options)
     plain = dex_jax.generate(half, prompts, method=dex_jax.AR(), **options)
     checks = compare(half, explored, plain)
     assert all(check.is_tie(str(half.dtype)) for check in checks), checks

@@ -95,7 +95,7 @@ def test_writes(seed: int, count: int, rows: int, window: int | None, start: int
 @pytest.mark.parametrize("batch", [slow(1), 2])
 def test_a_transformer_over_caches_computes_with_them_what_it_does_without(batch: int, monkeypatch) -> None:
     """A prompt, a token, a tree and its commit, with kernels as XLA computes them in the place of Triton."""
-    model = random_transformer(WIDE, Unrolled(), 0, jnp.dtype(jnp.bfloat16))
+    model = random_transformer(WIDE, 0, jnp.dtype(jnp.bfloat16))
     tokens = jnp.asarray(np.random.default_rng(0).integers(WIDE.vocab_size, size=(batch, 9)))
     among, position = jnp.tril(jnp.ones((batch, 3, 3), bool)), jnp.asarray([[10, 11, 11]] * batch)
 

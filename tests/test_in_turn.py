@@ -28,12 +28,12 @@ ALIKE = dataclasses.replace(LLAMA, num_layers=4, head_dim=16, qkv_bias=True)
 
 def int8_model(*dense: str) -> Transformer:
     """ALIKE with kernels in 8 bits, but for some."""
-    given = weights_of(dex_jax.LanguageModel(random_transformer(ALIKE, Unrolled(), 0), None, "random", "0"))
+    given = weights_of(dex_jax.LanguageModel(random_transformer(ALIKE, 0), None, "random", "0"))
 
     def read(name: str) -> object:
         return to_int8(given[name]) if given[name].ndim > 1 and name not in dense else given[name]
 
-    return build(ALIKE, Unrolled(), read, jnp.float32)
+    return build(ALIKE, read, jnp.float32)
 
 
 def run(model: Transformer, tokens: jax.Array) -> tuple:
@@ -49,7 +49,7 @@ def run(model: Transformer, tokens: jax.Array) -> tuple:
 
 @pytest.mark.parametrize("make", ["float32", "bfloat16", "int8"])
 def test_states_and_caches_are_those_of_layers_apart(make, monkeypatch) -> None:
-    model = int8_model() if make == "int8" else random_transformer(ALIKE, Unrolled(), 0, jnp.dtype(make))
+    model = int8_model() if make == "int8" else random_transformer(ALIKE, 0, jnp.dtype(make))
     weights, graph = dex_jax.LanguageModel(model, None, "random", "0").weights, (ALIKE, Unrolled())
     tokens = jnp.asarray(np.random.default_rng(0).integers(ALIKE.vocab_size, size=(3, 8)))
 
@@ -72,7 +72,7 @@ def test_states_and_caches_are_those_of_layers_apart(make, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_gradients_pass_through_it(monkeypatch) -> None:
-    model = random_transformer(ALIKE, Unrolled(), 0)
+    model = random_transformer(ALIKE, 0)
     graph, weights = (ALIKE, Unrolled()), dex_jax.LanguageModel(model, None, "random", "0").weights
     tokens = jnp.asarray([[3, 1, 4, 1, 5]])
 
@@ -90,10 +90,10 @@ def test_gradients_pass_through_it(monkeypatch) -> None:
 
 def test_layers_that_differ_and_programs_for_other_devices_have_none() -> None:
     windows = (LayerKind(window=4), LayerKind())
-    assert not in_turn.is_loop(random_transformer(dataclasses.replace(ALIKE, layer_kinds=windows * 2), Unrolled(), 0))
-    assert not in_turn.is_loop(random_transformer(dataclasses.replace(ALIKE, head_dim=8), Unrolled(), 0))
-    assert not in_turn.is_loop(random_transformer(ALIKE, Unrolled(), 0, jnp.float16))
+    assert not in_turn.is_loop(random_transformer(dataclasses.replace(ALIKE, layer_kinds=windows * 2), 0))
+    assert not in_turn.is_loop(random_transformer(dataclasses.replace(ALIKE, head_dim=8), 0))
+    assert not in_turn.is_loop(random_transformer(ALIKE, 0, jnp.float16))
     assert not in_turn.is_loop(int8_model("layers.1.down"))
     before = ASSUMED.set(Device("tpu"))
-    assert not in_turn.is_loop(random_transformer(ALIKE, Unrolled(), 0))
+    assert not in_turn.is_loop(random_transformer(ALIKE, 0))
     ASSUMED.reset(before)

@@ -211,7 +211,7 @@ def test_a_layer_of_8b_in_float16_holds_activations_as_large_as_real_ones() -> N
     rows[..., [17, 1000, 3210]] = [24_912, -30_000, 9_000]
     found = {}
     for dtype in (jnp.float16, jnp.float32):
-        model = build(config, Unrolled(), read, dtype)
+        model = build(config, read, dtype)
         memory = cache.allocate(config, Unrolled(), 1, 16, 0, dtype)
         states, memory = extend_rows(model, memory, jnp.asarray(rows, dtype), jnp.zeros(1, jnp.int32))
         found[str(jnp.dtype(dtype))] = np.asarray(states[0], np.float32)

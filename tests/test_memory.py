@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from types import SimpleNamespace
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import slow
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
@@ -19,7 +17,7 @@ from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.record import Limits
 from dex_jax.decoding.session import RUN, Spec, start_decoding
-from dex_jax.nn.transformer import Stacked, Unrolled
+from dex_jax.nn.transformer import Unrolled
 from dex_jax.nn.weights import abstract_weights
 
 # Every size differs from every other, so that a shape names one array.
@@ -28,14 +26,12 @@ CACHE_LENGTH = 197
 
 
 @functools.cache
-def compiled(method, layout, batch: int):
+def compiled(method, batch: int):
     """(optimised program, bytes of one committed cache) of the loop, from abstract shapes."""
-    # Stacked layers are compiled as one, but a stage of one layer would be no stack.
-    config = CONFIG if isinstance(layout, Unrolled) else dataclasses.replace(CONFIG, num_layers=4)
-    spec = Spec(config, layout, method.schedule_for(config.num_layers))
-    weights = abstract_weights(config, layout, jnp.float32)
+    spec = Spec(CONFIG, Unrolled(), method.schedule_for(CONFIG.num_layers))
+    weights = abstract_weights(CONFIG, Unrolled(), jnp.float32)
     slots = spec.schedule.stages * spec.schedule.rows if spec.schedule.stages > 1 else 0
-    memory = cache.shapes(config, layout, batch, CACHE_LENGTH, slots, jnp.float32)
+    memory = cache.shapes(CONFIG, Unrolled(), batch, CACHE_LENGTH, slots, jnp.float32)
 
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -57,19 +53,12 @@ def compiled(method, layout, batch: int):
 
 
 @pytest.mark.parametrize(
-    ("method", "layout", "batch"),
-    [
-        (AR(), Unrolled(), 1),
-        (Dex(explorers=2, draft=False), Unrolled(), 3),
-        (Dex(explorers=1), Unrolled(), 1),
-        (AR(), Stacked((2, 4)), 3),
-        (Dex(explorers=2, draft=False), Stacked((2, 4)), 1),
-        slow(Dex(explorers=1), Stacked((2, 4)), 3),
-    ],
-    ids=["ar", "dex", "one", "ar-stacked", "dex-stacked", "one-stacked"],
+    ("method", "batch"),
+    [(AR(), 1), (Dex(explorers=2, draft=False), 3), (Dex(explorers=1), 1)],
+    ids=["ar", "dex", "one"],
 )
-def test_no_step_copies_a_committed_cache(method, layout, batch) -> None:
-    program, state = compiled(method, layout, batch)
+def test_no_step_copies_a_committed_cache(method, batch) -> None:
+    program, state = compiled(method, batch)
     leaves = jax.tree.leaves(state.memory.keys)
     dimensions = {",".join(map(str, leaf.shape)) for leaf in leaves}
     copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", program.as_text())
@@ -78,7 +67,7 @@ def test_no_step_copies_a_committed_cache(method, layout, batch) -> None:
 
 
 def test_donated_caches_are_updated_in_place() -> None:
-    program, state = compiled(Dex(explorers=2, draft=False), Unrolled(), 3)
+    program, state = compiled(Dex(explorers=2, draft=False), 3)
     caches = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.memory))
     analysis = program.memory_analysis()
     assert analysis.alias_size_in_bytes >= caches

@@ -1,4 +1,4 @@
-"""The layers against plain NumPy, and the two weight layouts against one another."""
+"""The layers against plain NumPy."""
 
 from __future__ import annotations
 
@@ -11,21 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from reference.small_models import GEMMA, LLAMA, QWEN3, ragged_prompts, random_transformer, small_model
+from reference.small_models import LLAMA, random_transformer, small_model
 
-from dex_jax import RopeScaling, Stacked, Unrolled, cache
+from dex_jax import RopeScaling, Unrolled, cache
 from dex_jax.evaluation.targets import assumed
 from dex_jax.language_model import default_dtype, resolve_dtype
-from dex_jax.nn import rotary, transformer
+from dex_jax.nn import rotary
 from dex_jax.nn.forward import extend, extend_with_states, run_tree
 from dex_jax.nn.layers import rms_norm
 from dex_jax.nn.rotary import rope_frequencies, rope_table
-from dex_jax.nn.transformer import relayout, stage_ranges
 from dex_jax.nn.weights import merge_model
-
-UNEVEN = Stacked((1, 3, 4))
-EVEN = Stacked((2, 4))
 
 
 def test_the_norm_of_large_activations_in_half_precision() -> None:
@@ -60,7 +55,7 @@ def test_rotation_by_a_product_as_on_tpus_is_exact(dtype: str, half: int) -> Non
 @pytest.mark.slow
 def test_steps_of_few_rows_on_a_tpu_run_eight_and_give_the_same_bits() -> None:
     """With XLA's own products, on this CPU: a token alone, and as the root of a tree of eight and of three."""
-    model = random_transformer(LLAMA, Unrolled(), 0, jnp.dtype(jnp.bfloat16))
+    model = random_transformer(LLAMA, 0, jnp.dtype(jnp.bfloat16))
     tokens = jnp.asarray(np.random.default_rng(0).integers(LLAMA.vocab_size, size=(1, 17)))
     empty = cache.allocate(LLAMA, Unrolled(), 1, 64, 0, model.dtype)
     with assumed(None):
@@ -102,32 +97,6 @@ def test_linear_scaling_divides_every_frequency_and_llama3s_the_low_ones() -> No
     assert ((after < before) & (after > before / 8))[between].all()
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN3, GEMMA], ids=["llama", "qwen3", "gemma"])
-def test_layouts_give_the_same_logits(config) -> None:
-    tokens = np.array([prompt[:6] for prompt in ragged_prompts() if len(prompt) >= 6][:3])
-    unrolled = np.asarray(small_model(config).logits(tokens))
-    assert np.abs(unrolled).max() > 1
-    chex.assert_trees_all_close(small_model(config, UNEVEN).logits(tokens), unrolled, atol=1e-4)
-
-
-@pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
-def test_there_and_back_is_bit_exact_and_one_layout_is_resident_at_a_time(config) -> None:
-    original = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(random_transformer(config, Unrolled(), 3))))
-    model = random_transformer(config, Unrolled(), 3)
-    for layout in (UNEVEN, EVEN, Unrolled()):
-        old = jax.tree.leaves(nnx.state(model.layers))
-        model = relayout(model, layout)
-        assert model.layout == layout
-        assert all(leaf.is_deleted() for leaf in old)
-        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
-    assert relayout(model, Unrolled()) is model
-    assert UNEVEN.stage_layers == 2
-    assert [UNEVEN.place(i) for i in range(4)] == [(0, 0), (0, 1), (1, 1), (0, 2)]
-    assert stage_ranges((1, 3, 4)) == [range(0, 1), range(1, 3), range(3, 4)]
-    back = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
-    chex.assert_trees_all_equal(back, original)
-
-
 @pytest.mark.parametrize(
     ("platform", "capability", "expected"),
     [
@@ -148,20 +117,6 @@ def test_float16_on_a_cpu_is_float32(monkeypatch, capsys) -> None:
         monkeypatch.setattr(jax, "devices", lambda platform=platform: [SimpleNamespace(platform=platform)])
         assert resolve_dtype("float16") == expected
         assert ["float32" in line for line in capsys.readouterr().err.splitlines()] == [True] * (platform == "cpu")
-
-
-def test_stacked_layers_are_gone_before_a_model_is_made_of_their_copies(monkeypatch) -> None:
-    model = random_transformer(LLAMA, UNEVEN, 0)
-    old = jax.tree.leaves(nnx.state(model.layers))
-    made, gone = transformer.Transformer, []
-
-    def make(*arguments):
-        gone.append(all(leaf.is_deleted() for leaf in old))
-        return made(*arguments)
-
-    monkeypatch.setattr(transformer, "Transformer", make)
-    relayout(model, Unrolled())
-    assert gone == [True]
 
 
 def test_sines_are_computed_once_and_not_in_every_layer() -> None:

@@ -24,7 +24,6 @@ from dex_jax.errors import DexError
 from dex_jax.io.eagle import fit_eagle
 from dex_jax.language_model import LanguageModel
 from dex_jax.lattice import NO_NODE
-from dex_jax.nn.transformer import Unrolled
 from dex_jax.nn.weights import merge_model
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "eagle3.json").read_text(encoding="utf-8"))
@@ -104,11 +103,10 @@ def test_a_model_that_drafts_for_itself_is_always_right(config, options) -> None
 
 
 @pytest.mark.slow
-def test_another_model_drafts_in_its_own_dtype_and_for_the_stacked_layout() -> None:
-    half = random_transformer(dataclasses.replace(LLAMA, num_layers=1), Unrolled(), 1, jnp.bfloat16)
+def test_another_model_drafts_in_its_own_dtype() -> None:
+    half = random_transformer(dataclasses.replace(LLAMA, num_layers=1), 1, jnp.bfloat16)
     lm, small, prompts = small_model(), LanguageModel(half, None, "half", "1"), ragged_prompts(2)
     plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), max_new_tokens=24)
-    lm.arrange(dex_jax.Stacked((2, 4)))
     method = dex_jax.Dex(explorers=1, draft=TREE)
     out = dex_jax.generate(lm, prompts, method=method, draft_model=small, max_new_tokens=24)
     assert_same_tokens(lm, out, plain)

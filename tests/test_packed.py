@@ -74,11 +74,12 @@ def test_a_product_is_that_of_the_numbers_to_the_last_bit(format) -> None:
 
 
 @formats
-def test_without_cpp_xla_takes_blocks_to_pieces(format) -> None:
+def test_without_cpp_xla_takes_blocks_to_pieces(monkeypatch, format) -> None:
+    monkeypatch.setattr(few_rows, "ready", lambda: False)
     kernel, numbers = packed(format, 9, 2)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, numbers.shape[1])), jnp.float32)
-    assert few_rows.PRODUCT not in str(jax.make_jaxpr(lambda x: linear(x, kernel, whole=False))(x))
-    np.testing.assert_allclose(linear(x, kernel, whole=False), x @ numbers.T, rtol=1e-4, atol=1e-4)
+    assert few_rows.PRODUCT not in str(jax.make_jaxpr(lambda x: linear(x, kernel))(x))
+    np.testing.assert_allclose(linear(x, kernel), x @ numbers.T, rtol=1e-4, atol=1e-4)
     planes = in_planes(np.asarray(kernel.parts[0]), format)
     np.testing.assert_allclose(planes.product(x), x @ numbers.T, rtol=1e-4, atol=1e-4)
     like = jax.tree.map(lambda plane: jax.ShapeDtypeStruct(plane.shape, plane.dtype), planes)
@@ -102,7 +103,7 @@ def test_runs_of_several_formats_are_one_kernel() -> None:
     np.testing.assert_allclose(linear(x, kernel), x @ numbers.T, rtol=1e-4, atol=1e-4)
 
 
-def test_int8_rounds_to_the_nearest_of_255_steps_a_row() -> None:
+def test_int8_rounds_to_the_nearest_of_255_steps_a_row(monkeypatch) -> None:
     kernel = np.random.default_rng(0).normal(size=(7, 33)).astype(np.float32)
     kernel[3] = 0
     found = jax.tree.map(jnp.asarray, to_int8(kernel))
@@ -110,8 +111,9 @@ def test_int8_rounds_to_the_nearest_of_255_steps_a_row() -> None:
     assert np.all(np.abs(np.asarray(found.dense()) - kernel) <= 0.5001 * step)
     assert np.asarray(found.parts[0]).min() >= -127
     x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 33)), jnp.float32)
-    for whole in (True, False):
-        np.testing.assert_allclose(found.product(x, whole), x @ found.dense().T, rtol=1e-4, atol=1e-4)
+    for ready in (few_rows.ready(), False):
+        monkeypatch.setattr(few_rows, "ready", lambda ready=ready: ready)
+        np.testing.assert_allclose(found.product(x), x @ found.dense().T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", ["Q4_1", INT8])
@@ -220,27 +222,9 @@ def test_a_model_on_planes_is_the_dense_one(file, models, monkeypatch) -> None:
         np.testing.assert_array_equal(found.tokens, stored.tokens, err_msg=name)
 
 
-def test_stacked_layers_are_dense(file, models) -> None:
-    lm = dex_jax.load(file, "float32", weights="stored")
-    tokens = np.arange(9)[None]
-    before = np.asarray(lm.logits(tokens))
-    lm.arrange(dex_jax.Stacked((1, lm.config.num_layers)))
-    assert {name for name, _ in lm.packing} == {"embed"} | ({"unembed"} if not lm.config.tied else set())
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(lm.weights["layers"]))
-    np.testing.assert_allclose(lm.logits(tokens), before, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"weights": "int4"}, "int4"),
-        ({"weights": "int8", "layout": dex_jax.Stacked((1, 2))}, "Stacked"),
-        ({"weights": "stored", "layout": dex_jax.Stacked((1, 2))}, "Stacked"),
-    ],
-)
-def test_what_cannot_be_is_refused(file, options, word) -> None:
-    with pytest.raises(dex_jax.DexError, match=word):
-        dex_jax.load(file, "float32", **options)
+def test_what_cannot_be_is_refused(file) -> None:
+    with pytest.raises(dex_jax.DexError, match="int4"):
+        dex_jax.load(file, "float32", weights="int4")
 
 
 def test_int8_is_named(models) -> None:

@@ -20,8 +20,7 @@ from dex_jax.plot.colors import darker, depth_hex
 
 @pytest.fixture(scope="module")
 def lm():
-    """Stacked: of four stages alike one is compiled."""
-    return small_model(layout=dex_jax.Stacked((1, 2, 3, 4)))
+    return small_model()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import dex_jax
 from dex_jax import DexError
 from dex_jax.io import open_checkpoint, save
 from dex_jax.io.save import config_json, save_model
-from dex_jax.nn.transformer import Stacked
 
 TEXT = "Whereof one cannot speak, thereof one must be silent.\n" * 4
 
@@ -118,8 +117,6 @@ def test_weights_and_configurations_that_do_not_fit_are_refused(tmp_path) -> Non
     for wrong, sentence in cases:
         with pytest.raises(DexError, match=sentence):
             save_model(tmp_path / "m", LLAMA, wrong)
-    with pytest.raises(DexError, match="unrolled"):
-        small_model(LLAMA, layout=Stacked((2, 4))).save(tmp_path / "m")
     assert not list(tmp_path.iterdir())
     for family, change in (("llama", {"qk_norm": True}), ("mamba", {})):
         with pytest.raises(DexError, match=family):

@@ -14,24 +14,21 @@ from dex_jax import selfcheck
 from dex_jax.cli import selfcheck as program
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session
-from dex_jax.nn.transformer import Unrolled
 
 CONFIG = dataclasses.replace(LLAMA, num_layers=3)
 
 
 @pytest.fixture(scope="module")
 def lm():
-    """Stacked: of three stages alike one is compiled."""
-    return small_model(CONFIG, dex_jax.Stacked((1, 2, 3)))
+    return small_model(CONFIG)
 
 
 @pytest.mark.slow
 def test_every_check_holds() -> None:
-    lm = small_model(dataclasses.replace(CONFIG, num_layers=2), dex_jax.Stacked((1, 2)))
+    lm = small_model(dataclasses.replace(CONFIG, num_layers=2))
     report = selfcheck.selfcheck(lm)
     assert report.holds, report.text()
-    assert len(report.findings) == 10
-    assert lm.layout == Unrolled()
+    assert len(report.findings) == 9
 
 
 @pytest.mark.slow

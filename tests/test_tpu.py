@@ -31,20 +31,19 @@ from dex_jax.io import open_checkpoint
 from dex_jax.nn.eagle import Eagle
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES
-from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled, parameter_shapes
+from dex_jax.nn.transformer import Staged, Unrolled, parameter_shapes
 from dex_jax.nn.weights import Packing, abstract_weights, packed_alike
 from dex_jax.planner import SHAPES
 from dex_jax.sharding import make_mesh, nbytes
 
 pytestmark = pytest.mark.tpu
 
-# An uneven grid, so that the stacked layout has a padded layer. The caches are much larger than a v5e's 128 MiB of
-# on-chip memory, into which the compiler would otherwise move them whole.
+# The caches are much larger than a v5e's 128 MiB of on-chip memory, into which the compiler would otherwise move them
+# whole.
 SMALL = dataclasses.replace(
     LLAMA, vocab_size=1024, width=256, head_dim=128, mlp_width=512, context=32768, eos_ids=(2, 7)
 )
 DEX = Dex(explorers=3, draft=False).schedule_for(SMALL.num_layers)
-LAYOUTS = {"unrolled": Unrolled(), "stacked": Stacked(DEX.depths)}
 TREE = TreeShape((2, 2, 1), drafted=0, lookup=(0.5,) * 8, rungs=((1, 1.0), (6, 1.5)))
 EIGHT = TreeShape((2, 2, 1, 1, 1), drafted=0, lookup=(0.5,) * 8)
 ONE = Dex(explorers=1, draft=TREE).schedule_for(SMALL.num_layers)
@@ -93,7 +92,6 @@ def compile_program(
     tpu,
     name: str,
     schedule: Schedule,
-    layout: Layout,
     dtype: str,
     *,
     sampled: bool = False,
@@ -105,10 +103,10 @@ def compile_program(
     heads: Heads | None = None,
 ) -> Compiled:
     """Compiles "run", "start" or "prefill" for the TPU from shapes alone."""
-    about = (config, jnp.dtype(dtype), schedule, layout, batch, cache_length)
+    about = (config, jnp.dtype(dtype), schedule, Unrolled(), batch, cache_length)
     drafts = {"drafter": drafter, "heads": heads}
     shapes = session_shapes(*about, capacity=CAPACITY, sampled=sampled, packing=packing, **drafts)
-    lowered = lower(name, shapes, Spec(config, layout, schedule, drafter=drafter), tpu, PROMPT, CAPACITY)
+    lowered = lower(name, shapes, Spec(config, Unrolled(), schedule, drafter=drafter), tpu, PROMPT, CAPACITY)
     compiled = lowered.compile()
     args = {"run": shapes.of_run, "start": shapes.of_start, "prefill": shapes.of_prefill(PROMPT)}[name]
     return Compiled((shapes, args), lowered.as_text(), compiled.as_text(), compiled.memory_analysis())
@@ -181,19 +179,9 @@ def assert_sound(compiled: Compiled, temporaries: float = 0.1) -> None:
     assert all(re.search(r"contracting_dims = \[\d\] x \[1\]", line) for line in plain)
 
 
-@pytest.mark.parametrize(
-    ("method", "layout", "sampled"),
-    [
-        ("ar", "unrolled", False),
-        ("ar", "stacked", True),
-        ("dex", "unrolled", True),
-        ("dex", "stacked", False),
-        ("one", "unrolled", False),
-        ("one", "stacked", True),
-    ],
-)
-def test_loop_in_bfloat16(tpu, method, layout, sampled) -> None:
-    compiled = compile_program(tpu, "run", METHODS[method], LAYOUTS[layout], "bfloat16", sampled=sampled)
+@pytest.mark.parametrize(("method", "sampled"), [("ar", False), ("dex", True), ("one", False)])
+def test_loop_in_bfloat16(tpu, method, sampled) -> None:
+    compiled = compile_program(tpu, "run", METHODS[method], "bfloat16", sampled=sampled)
     assert_sound(compiled)
     shapes, _ = compiled.shapes
     one_layer = nbytes(shapes.memory.keys) // SMALL.num_layers
@@ -214,7 +202,7 @@ OWN_LAYERS = {
         OwnArrays(nnx.state(HEAD), jax.ShapeDtypeStruct((512,), jnp.int32)),
     ),
     "model": (
-        ModelDrafter(HALF, Unrolled(), jnp.dtype(jnp.bfloat16), SMALL.vocab_size),
+        ModelDrafter(HALF, jnp.dtype(jnp.bfloat16), SMALL.vocab_size),
         OwnArrays(abstract_weights(HALF, Unrolled(), jnp.dtype(jnp.bfloat16))),
     ),
 }
@@ -227,9 +215,7 @@ def test_drafters_with_layers_of_their_own(tpu, kind, name) -> None:
     drafter, arrays = OWN_LAYERS[kind]
     shape = dataclasses.replace(TREE, drafted=3, drafting=0.1)
     schedule = Dex(explorers=1, draft=shape).schedule_for(SMALL.num_layers)
-    compiled = compile_program(
-        tpu, name, schedule, Unrolled(), "bfloat16", drafter=drafter, heads=Heads(drafter=arrays)
-    )
+    compiled = compile_program(tpu, name, schedule, "bfloat16", drafter=drafter, heads=Heads(drafter=arrays))
     # A prefill holds the scores of the chunk against two caches at once.
     assert_sound(compiled, temporaries=0.3 if name == "prefill" else 0.1)
     shapes, _ = compiled.shapes
@@ -237,30 +223,23 @@ def test_drafters_with_layers_of_their_own(tpu, kind, name) -> None:
         assert copies_in_loop(compiled.program, nbytes(shapes.memory.keys) // SMALL.num_layers // 2) == []
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_prefill_in_bfloat16(tpu, layout) -> None:
-    compiled = compile_program(tpu, "prefill", METHODS["ar"], LAYOUTS[layout], "bfloat16")
+def test_prefill_in_bfloat16(tpu) -> None:
+    compiled = compile_program(tpu, "prefill", METHODS["ar"], "bfloat16")
     assert_sound(compiled)
     assert compiled.hlo.count(" conditional(") == 0
 
 
-@pytest.mark.parametrize(("method", "layout"), [("ar", "unrolled"), ("dex", "stacked"), ("one", "unrolled")])
-def test_start_in_bfloat16(tpu, method, layout) -> None:
-    started = compile_program(tpu, "start", METHODS[method], LAYOUTS[layout], "bfloat16", sampled=True)
+@pytest.mark.parametrize("method", ["ar", "dex", "one"])
+def test_start_in_bfloat16(tpu, method) -> None:
+    started = compile_program(tpu, "start", METHODS[method], "bfloat16", sampled=True)
     assert started.memory.alias_size_in_bytes >= nbytes(started.shapes[0].memory)
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "layout"),
-    [
-        ("run", "ar", "unrolled"),
-        ("run", "dex", "stacked"),
-        ("run", "one of eight rows", "unrolled"),
-        ("prefill", "ar", "unrolled"),
-    ],
+    ("name", "method"), [("run", "ar"), ("run", "dex"), ("run", "one of eight rows"), ("prefill", "ar")]
 )
-def test_float32_runs_at_the_highest_precision(tpu, name, method, layout) -> None:
-    compiled = compile_program(tpu, name, METHODS[method], LAYOUTS[layout], "float32", cache_length=2048)
+def test_float32_runs_at_the_highest_precision(tpu, name, method) -> None:
+    compiled = compile_program(tpu, name, METHODS[method], "float32", cache_length=2048)
     products = re.findall(r" (?:convolution|dot)\(.*", compiled.hlo)
     assert products
     assert [line[:200] for line in products if "operand_precision={highest,highest}" not in line] == []
@@ -275,7 +254,7 @@ def test_int8_kernels_are_read_and_never_made_dense(tpu, method, tied) -> None:
     config = dataclasses.replace(WIDE, tied=tied)
     schedule = {"ar": AR(), "one": Dex(explorers=1, draft=TREE)}[method].schedule_for(config.num_layers)
     about = {"config": config, "batch": 1, "cache_length": 2048, "packing": packed_alike(config, INT8)}
-    compiled = compile_program(tpu, "run", schedule, Unrolled(), "bfloat16", **about)
+    compiled = compile_program(tpu, "run", schedule, "bfloat16", **about)
     assert_read_in_int8(compiled, config)
     # The smallest kernel would be 34 MB in bfloat16, and the largest of a layer 235 MB.
     assert compiled.memory.temp_size_in_bytes < 20e6
@@ -289,7 +268,7 @@ def test_blocks_lie_in_planes_and_are_never_made_dense(tpu, method, format) -> N
     """One sequence: a step moves little more than the planes."""
     schedule = {"ar": AR(), "one": Dex(explorers=1, draft=TREE)}[method].schedule_for(WIDE.num_layers)
     about = {"config": WIDE, "batch": 1, "cache_length": 2048, "packing": packed_alike(WIDE, format + PLANES)}
-    compiled = compile_program(tpu, "run", schedule, Unrolled(), "bfloat16", **about)
+    compiled = compile_program(tpu, "run", schedule, "bfloat16", **about)
     program, weights = compiled.program, compiled.shapes[0].weights
     kernels = [math.prod(shape) for shape in parameter_shapes(WIDE).values() if len(shape) == 2]
     assert kernels_made(program, min(kernels)) == []
@@ -305,7 +284,7 @@ def test_llama_3_8b_fits_one_chip_in_int8(tpu, name) -> None:
     # run in turn. With 512 tokens, which take minutes to compile, that is 0.3 GB.
     config = every if name == "run" else WIDE
     about = {"config": config, "batch": 1, "cache_length": 2048, "packing": packed_alike(config, INT8)}
-    compiled = compile_program(tpu, name, AR().schedule_for(config.num_layers), Unrolled(), "bfloat16", **about)
+    compiled = compile_program(tpu, name, AR().schedule_for(config.num_layers), "bfloat16", **about)
     memory = compiled.memory
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     # A prefill does not take the unembedding.
@@ -317,13 +296,11 @@ def test_llama_3_8b_fits_one_chip_in_int8(tpu, name) -> None:
     assert planned_bytes(every) + memory.temp_size_in_bytes < 0.6 * CHIP
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_smollm2_depth_exploration_compiles(tpu, layout) -> None:
+def test_smollm2_depth_exploration_compiles(tpu) -> None:
     """With a third of its layers."""
     config = dataclasses.replace(open_checkpoint("smollm2-135m").config, num_layers=10)
     schedule = Dex(explorers=5, draft=False).schedule_for(config.num_layers)
-    chosen = Unrolled() if layout == "unrolled" else Stacked(schedule.depths)
-    compiled = compile_program(tpu, "run", schedule, chosen, "bfloat16", config=config, batch=1, cache_length=2048)
+    compiled = compile_program(tpu, "run", schedule, "bfloat16", config=config, batch=1, cache_length=2048)
     # Widths that are no multiple of 128 (576, 960) make libtpu before 0.0.52 lay weights out anew once a call; in the
     # loop no weight is moved.
     assert_sound(compiled, temporaries=1.0)
@@ -335,7 +312,7 @@ def test_cycles_of_a_step(tpu, method, most) -> None:
     """Of SmolLM2-135M, as libtpu estimates them: both run eight rows, and neither chooses how many."""
     config = open_checkpoint("smollm2-135m").config
     schedule, about = method.schedule_for(config.num_layers), {"config": config, "batch": 1, "cache_length": 1024}
-    program = compile_program(tpu, "run", schedule, Unrolled(), "bfloat16", **about).program
+    program = compile_program(tpu, "run", schedule, "bfloat16", **about).program
     (loop, *_) = program.loops
     assert not [each for each in program.within(loop) if each.operation == "conditional"]
     assert program.cycles(loop) < most

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import slow
 from reference import stream_twin
 from reference.small_models import LLAMA, small_model
 
@@ -22,7 +21,7 @@ from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.forward import depth_states
-from dex_jax.nn.transformer import Layout, Stacked, Unrolled
+from dex_jax.nn.transformer import Unrolled
 from dex_jax.nn.weights import abstract_weights, merge_model
 from dex_jax.training.items import MAX_TURNS, Item, Turn, no_script, script, stack_scripts
 from dex_jax.training.stream import PRODUCE, Activations, Stream, StreamSpec, start_rows
@@ -32,9 +31,9 @@ SEED = 11
 
 
 @functools.cache
-def model(layout: Layout = Unrolled()) -> LanguageModel:  # noqa: B008
+def model() -> LanguageModel:
     # A quarter of the vocabulary ends a free part, so that many do before their limit.
-    return small_model(dataclasses.replace(LLAMA, eos_ids=tuple(range(0, 48, 4))), layout)
+    return small_model(dataclasses.replace(LLAMA, eos_ids=tuple(range(0, 48, 4))))
 
 
 @functools.cache
@@ -77,9 +76,8 @@ def joined(run: list[Activations], field: str) -> np.ndarray:
     return np.concatenate([np.take(part, range(skip, part.shape[axis]), axis) for part in parts], axis)
 
 
-@pytest.mark.parametrize("layout", [Unrolled(), slow(Stacked((2, 4)))], ids=["unrolled", "stacked"])
-def test_rows_do_what_the_twin_does(layout: Layout) -> None:
-    source = stream(lm=model(layout))
+def test_rows_do_what_the_twin_does() -> None:
+    source = stream()
     pairs = [source.next() for _ in range(6)]
     run = [jax.device_get(chunk) for chunk, _ in pairs]
     twin = stream_twin.run_rows(told, ROWS, STEPS, 6, waiting=2 * ROWS)
@@ -203,17 +201,16 @@ def test_wrong_sizes_are_refused(changes: dict, says: str) -> None:
         stream(**changes)
 
 
-@pytest.mark.parametrize("layout", [Unrolled(), slow(Stacked((2, 4)))], ids=["unrolled", "stacked"])
-def test_no_step_copies_a_cache(layout: Layout) -> None:
+def test_no_step_copies_a_cache() -> None:
     # Every size differs from every other, so that a shape names one array.
     config = ModelConfig("llama", 101, 4, 48, 6, 3, 8, 40, 512)
-    spec = StreamSpec(config, layout, (1, 4), 13, 7, 197, (0,))
+    spec = StreamSpec(config, Unrolled(), (1, 4), 13, 7, 197, (0,))
     batch = 5
-    memory = cache.shapes(config, layout, batch, spec.length, 0, jnp.dtype(jnp.float32))
+    memory = cache.shapes(config, Unrolled(), batch, spec.length, 0, jnp.dtype(jnp.float32))
     state = jax.eval_shape(lambda memory: start_rows(memory, spec), memory)
     scripts = stack_scripts([no_script(spec.length)] * (3 * batch))
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
-    arguments = (abstract_weights(config, layout, jnp.dtype(jnp.float32)), state, scripts, jnp.int32(0), key)
+    arguments = (abstract_weights(config, Unrolled(), jnp.dtype(jnp.float32)), state, scripts, jnp.int32(0), key)
     program = PRODUCE.jitted.lower(*arguments, spec=spec).compile()
     dimensions = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state.memory.keys)}
     copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", program.as_text())

@@ -16,7 +16,7 @@ from dex_jax import cache
 from dex_jax.config import LayerKind
 from dex_jax.nn import kinds
 from dex_jax.nn.kinds import KindTable, ring_length, ring_of, ring_size, sights
-from dex_jax.nn.transformer import Stacked, Staged, Unrolled
+from dex_jax.nn.transformer import Staged, Unrolled
 
 WINDOW = 6
 MIXED = (LayerKind(WINDOW, "local"), LayerKind(), LayerKind(WINDOW, "local"), LayerKind(WINDOW, "local"))
@@ -55,17 +55,14 @@ def test_a_ring_shows_the_last_positions_and_nothing_else(
 
 
 def test_only_layers_that_share_a_window_share_a_ring() -> None:
-    def lengths(layout, config=CONFIG, length=4096) -> list[int]:
-        keys = cache.shapes(config, layout, 2, length, 3, jnp.dtype(jnp.float32), rings=True).keys
-        return [leaf.shape[-2] for leaf in (keys if isinstance(keys, tuple) else [keys])]
+    def lengths(layout, length=4096) -> list[int]:
+        keys = cache.shapes(CONFIG, layout, 2, length, 3, jnp.dtype(jnp.float32), rings=True).keys
+        return [leaf.shape[-2] for leaf in keys]
 
     short = ring_length(WINDOW)
     assert lengths(Unrolled()) == [short, 4096, short, short]
     assert lengths(Unrolled(), length=1024) == [1024] * 4
     assert lengths(Staged((2, 4))) == [short, 4096]
-    assert lengths(Stacked((2, 4))) == [4096]
-    alike = dataclasses.replace(CONFIG, layer_kinds=(LayerKind(WINDOW),) * 4)
-    assert lengths(Stacked((2, 4)), alike) == [short]
 
 
 @pytest.fixture(scope="module")

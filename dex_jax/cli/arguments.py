@@ -54,7 +54,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add = p.add_argument_group("model").add_argument
     add_model(add)
-    add("--layout", choices=["unrolled", "stacked"], default="unrolled", help="weight layout (%(default)s)")
     add("--mesh", metavar="AXIS=N,...", help="spread over devices: stage=5, stage=2,tensor=3, data=2,stage=2")
     add("--distributed", action="store_true", help="one of several processes, each started with the same arguments")
     add("--exits", default="default", metavar="EXITS", help=EXITS_HELP.format(train=program("train_exits.py")))

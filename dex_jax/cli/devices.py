@@ -1,4 +1,4 @@
-"""--mesh, --layout and --dry-run: on which devices a model lies, and what it would hold there."""
+"""--mesh and --dry-run: on which devices a model lies, and what it would hold there."""
 
 from __future__ import annotations
 
@@ -32,28 +32,23 @@ from dex_jax.evaluation.targets import TARGETS, target, temporaries
 from dex_jax.hardware import USABLE, Device, hardware, platform_of
 from dex_jax.io import open_checkpoint
 from dex_jax.language_model import Outline, layout_on_mesh, packing_of, resolve_dtype
-from dex_jax.nn.transformer import Layout, Stacked, Staged, Unrolled
+from dex_jax.nn.transformer import Layout, Staged, Unrolled
 from dex_jax.prompts import Prompt
 from dex_jax.sharding import STAGE, make_mesh
 
 
 def layout_of(args: argparse.Namespace, method: Method) -> tuple[Layout | None, Mesh | None]:
-    """The layout and the mesh that --layout and --mesh name, for the exit depths of the method.
+    """The mesh that --mesh names and the layout of weights on it, for the exit depths of the method.
 
     Raises:
       DexError: a mesh that cannot be had, or whose stages are not the explorers.
     """
-    if args.mesh is None and args.layout != "stacked":
+    if args.mesh is None:
         return None, None
-    checkpoint = open_checkpoint(args.model)
-    mesh = None if args.mesh is None else make_mesh(args.mesh)
-    if mesh is not None and args.layout == "stacked":
-        raise DexError("--layout stacked is for one device: leave it out with --mesh")
+    checkpoint, mesh = open_checkpoint(args.model), make_mesh(args.mesh)
     fingerprint = checkpoint.fingerprint()
-    method = unmeasured(with_stages(method, None if mesh is None else mesh.shape[STAGE]), args.exits, fingerprint)
+    method = unmeasured(with_stages(method, mesh.shape[STAGE]), args.exits, fingerprint)
     schedule = resolve(method, args.exits, checkpoint.config, fingerprint).schedule
-    if mesh is None:
-        return Stacked(schedule.depths), None
     layout = Staged(schedule.depths) if schedule.has_lattice and schedule.stages > 1 else None
     return layout_on_mesh(checkpoint, layout, mesh), mesh
 
@@ -80,12 +75,12 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     layout = layout or Unrolled()
     weights = args.weights or (None if elsewhere is None or elsewhere.name == "cpu" else "dense")
     platform = None if elsewhere is None else platform_of(elsewhere.name)
-    packing = packing_of(checkpoint, dtype, layout, mesh, weights, platform)
+    packing = packing_of(checkpoint, dtype, mesh, weights, platform)
     outline = Outline(checkpoint, dtype, layout, mesh, packing)
     exits: GivenExits = opened(args.exits)
     if args.draft_model is not None:
         small = open_checkpoint(args.draft_model)
-        kept = packing_of(small, dtype, Unrolled(), None, weights, platform)
+        kept = packing_of(small, dtype, None, weights, platform)
         exits = draft_model(outline, Outline(small, dtype, Unrolled(), None, kept))
     # Which of AR and one explorer is chosen is measured on the device; the latter holds no less.
     method = unmeasured(method, exits, checkpoint.fingerprint())

@@ -31,7 +31,7 @@ from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.resolve import GivenExits, find_exits, unmeasured
 from dex_jax.distributed import from_first
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.nn.transformer import Layout, Staged, Unrolled
+from dex_jax.nn.transformer import Layout, Staged
 from dex_jax.nn.weights import Packing
 from dex_jax.sharding import DATA, STAGE
 
@@ -96,10 +96,9 @@ def settle(
     if given.own == "exits" and mesh is None:
         why = f"several explorers, which the exits in {given.source} are for"
         return unmeasured(method, exits, fingerprint), why
-    staged = layout
     if mesh is not None:  # what one of its devices runs
-        layout, batch = Unrolled(), -(-batch // mesh.shape[DATA])
-    about = (config, layout, dtype, batch, length, drafter, packing)
+        batch = -(-batch // mesh.shape[DATA])
+    about = (config, dtype, batch, length, drafter, packing)
     if mesh is None:
         costs = step_costs(*about)
     else:  # processes that went by figures of their own would run different programs
@@ -113,22 +112,20 @@ def settle(
         most = drafted_rows(stages, tree)
         shape = with_rungs(costs, tree, most)
         rows = _rows_a_tick(shape.counts if shape.rungs else (most,))
-        assert isinstance(staged, Staged)
-        return Dex(depths=staged.depths, draft=shape), f"an explorer with drafts on each stage ({rows})"
+        assert isinstance(layout, Staged)
+        return Dex(depths=layout.depths, draft=shape), f"an explorer with drafts on each stage ({rows})"
     plain, drafting = candidates(costs, drafter, batch)
     gain = plain.seconds / drafting.seconds
     best, second = (plain, drafting) if gain < SMALLEST_GAIN else (drafting, plain)
     return best.method, f"{best.what}; {second.what} should take {second.seconds / best.seconds:.2f} times as long"
 
 
-def reconsider(
-    pace: Pace, config: ModelConfig, layout: Layout, dtype: Any, batch: int, length: int, packing: Packing = ()
-) -> None:
+def reconsider(pace: Pace, config: ModelConfig, dtype: Any, batch: int, length: int, packing: Packing = ()) -> None:
     """Forgets costs that were measured beside other load, as the pace of what they chose shows."""
     if not np.isfinite(pace.fastest):
         return
-    if pace.far_off(step_costs(config, layout, dtype, batch, length, packing=packing).step(1)):
-        forget(config, layout, dtype, packing)
+    if pace.far_off(step_costs(config, dtype, batch, length, packing=packing).step(1)):
+        forget(config, dtype, packing)
 
 
 def candidates(costs: StepCosts, drafter: GivenDrafter | None, batch: int = 1) -> tuple[Candidate, Candidate]:

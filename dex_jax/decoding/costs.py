@@ -32,7 +32,7 @@ from dex_jax.errors import DexError
 from dex_jax.io.whole_files import cache_folder, write_whole
 from dex_jax.nn import few_rows
 from dex_jax.nn.forward import run_tree
-from dex_jax.nn.transformer import Layout, Stacked, parameter_shapes
+from dex_jax.nn.transformer import Unrolled, parameter_shapes
 from dex_jax.nn.weights import Packing, abstract_weights, merge_model, weight_bytes
 from dex_jax.progress import notify
 
@@ -84,7 +84,6 @@ class StepCosts:
 
 def step_costs(
     config: ModelConfig,
-    layout: Layout,
     dtype: Any,
     batch: int,
     length: int,
@@ -97,7 +96,7 @@ def step_costs(
     """
     dtype = jnp.dtype(dtype)
     count = int(np.searchsorted(TOTALS[:-1], batch * ROWS[-1])) + 1
-    kept = _known(config, layout, dtype, packing, count)
+    kept = _known(config, dtype, packing, count)
     total = _read_bytes(config, dtype, packing)
     # Fewer rows take no longer: where they did, something else was running.
     seconds = np.minimum.accumulate(kept[::-1])[::-1].tolist()
@@ -110,9 +109,9 @@ def step_costs(
     return StepCosts(ROWS, rows, OVERHEAD * rows[0], drafting)
 
 
-def forget(config: ModelConfig, layout: Layout, dtype: Any, packing: Packing = ()) -> None:
+def forget(config: ModelConfig, dtype: Any, packing: Packing = ()) -> None:
     """Lets the next `step_costs` of such a model measure again."""
-    key, file = _key(config, layout, jnp.dtype(dtype), packing), costs_file()
+    key, file = _key(config, jnp.dtype(dtype), packing), costs_file()
     _KNOWN.pop(key, None)
     kept = _read(file)
     if kept.pop(key, None) is not None:
@@ -137,28 +136,28 @@ def _at(rows: tuple[int, ...], seconds: Any, wanted: float) -> float:
     return seconds[index] if index < len(rows) else seconds[-1] * wanted / rows[-1]
 
 
-def _known(config: ModelConfig, layout: Layout, dtype: np.dtype, packing: Packing, count: int) -> list[float]:
+def _known(config: ModelConfig, dtype: np.dtype, packing: Packing, count: int) -> list[float]:
     """What is kept of such a model, measured first where it is less than the first `count` of TOTALS.
 
     It stays even where other load was there when it was measured: other figures would choose other programs, which take
     longer to compile than they gain. What is far off is forgotten (decoding/auto.py).
     """
-    key, file = _key(config, layout, dtype, packing), costs_file()
+    key, file = _key(config, dtype, packing), costs_file()
     kept = _KNOWN.get(key) or _read(file).get(key)
     if kept is None or len(kept) < count:
         notify("measuring what steps cost here")
-        kept = _measure(config, layout, dtype, packing, TOTALS[:count])
+        kept = _measure(config, dtype, packing, TOTALS[:count])
         _write(file, _read(file) | {key: kept})
     _KNOWN[key] = kept
     return kept
 
 
-def _key(config: ModelConfig, layout: Layout, dtype: np.dtype, packing: Packing) -> str:
+def _key(config: ModelConfig, dtype: np.dtype, packing: Packing) -> str:
     """All that figures depend on, in words."""
     device = jax.devices()[0]
     shapes = [size for size in dataclasses.astuple(config) if isinstance(size, int)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    about = (device.platform, device.device_kind, cores, jax.__version__, dtype, layout, few_rows.version())
+    about = (device.platform, device.device_kind, cores, jax.__version__, dtype, few_rows.version())
     packed = f"packed {zlib.crc32(repr(packing).encode()):x}" if packing else "dense"
     return " ".join(map(str, (*about, packed, *shapes)))
 
@@ -185,23 +184,21 @@ def _write(file: Path, kept: dict[str, list[float]]) -> None:
         write_whole(file, json.dumps(kept, indent=1) + "\n")
 
 
-def _measure(
-    config: ModelConfig, layout: Layout, dtype: np.dtype, packing: Packing, totals: tuple[int, ...]
-) -> list[float]:
+def _measure(config: ModelConfig, dtype: np.dtype, packing: Packing, totals: tuple[int, ...]) -> list[float]:
     """Seconds of a step over L layers and the final logits for each of `totals`."""
-    short, layout, own = _shortened(config, layout, packing)
-    abstract = abstract_weights(short, layout, dtype, own)
+    short, own = _shortened(config, packing)
+    abstract = abstract_weights(short, Unrolled(), dtype, own)
     size = _read_bytes(short, dtype, own)
     copies = min(MOST_COPIES, math.ceil(MEASURED_BYTES / size))
     steps = min(TOGETHER, max(1, int(MEASURED_BYTES / size / copies)))
     # From the host, and not by jnp.asarray: each shape that a device fills or copies is a program of its own.
     weights = [jax.tree.map(_filled, abstract) for _ in range(copies)]
     memory = jax.tree.map(
-        lambda s: jax.device_put(np.zeros(s.shape, s.dtype)), cache.shapes(short, layout, 1, LENGTH, 0, dtype)
+        lambda s: jax.device_put(np.zeros(s.shape, s.dtype)), cache.shapes(short, Unrolled(), 1, LENGTH, 0, dtype)
     )
 
     def run(weights: Any, memory: cache.Memory, token: jax.Array, position: jax.Array, among: jax.Array) -> Any:
-        model = merge_model(short, layout, weights)
+        model = merge_model(short, Unrolled(), weights)
 
         def step(token: jax.Array) -> jax.Array:
             hidden, _ = run_tree(model, memory, token, position, among, position[:, 0])
@@ -228,18 +225,14 @@ def _filled(like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.device_put(np.full(like.shape, value, like.dtype))
 
 
-def _shortened(config: ModelConfig, layout: Layout, packing: Packing) -> tuple[ModelConfig, Layout, Packing]:
-    """A model of a few layers in the same layout, and of as large a share of the vocabulary, packed as it is."""
+def _shortened(config: ModelConfig, packing: Packing) -> tuple[ModelConfig, Packing]:
+    """A model of a few layers, and of as large a share of the vocabulary, packed as it is."""
     count = min(config.num_layers, LAYERS)
-    if isinstance(layout, Stacked):
-        stages = len(layout.depths)
-        each = min(layout.stage_layers, LAYERS)
-        count, layout = each * stages, Stacked(tuple(range(each, each * stages + 1, each)))
     vocabulary = -(-config.vocab_size * count // config.num_layers)
     short = dataclasses.replace(config.with_layers(count), vocab_size=vocabulary)
     kept = parameter_shapes(short)
     runs = {name: each if name.startswith("layers.") else ((each[0][0], vocabulary),) for name, each in packing}
-    return short, layout, tuple((name, each) for name, each in runs.items() if name in kept)
+    return short, tuple((name, each) for name, each in runs.items() if name in kept)
 
 
 def _fastest(programs: list[tuple[Any, tuple[Any, ...]]], weights: list[Any]) -> list[float]:

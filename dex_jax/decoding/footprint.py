@@ -71,7 +71,7 @@ class SessionShapes(NamedTuple):
 class Footprint:
     """Bytes that one generation holds on its device."""
 
-    weights_bytes: int  # all parameters, a tied embedding once, padding of a stacked layout included
+    weights_bytes: int  # all parameters, a tied embedding once
     cache_bytes: int  # committed keys and values
     lattice_bytes: int  # what the loop carries beside: lattice keys and values, hidden states, nodes, noise, the record
     exits_bytes: int  # trained exit heads; 0 for "shared" ones, which are the model's own

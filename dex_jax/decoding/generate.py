@@ -185,7 +185,7 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
         yield output
     session = run.session
     if run.choice is not None and lm.mesh is None:
-        about = (lm.config, lm.layout, lm.dtype, session.sequences, session.cache_length, lm.packing)
+        about = (lm.config, lm.dtype, session.sequences, session.cache_length, lm.packing)
         reconsider(session.pace, *about)
     if session.cache_length > ALONE:
         del run, session  # what they held of a long text would stay with the process

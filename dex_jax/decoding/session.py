@@ -37,7 +37,7 @@ from dex_jax.io.eagle import EagleHead
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.forward import extend_with_states, last_states, states_at
 from dex_jax.nn.placing import weight_specs
-from dex_jax.nn.transformer import Layout, Stacked
+from dex_jax.nn.transformer import Layout
 from dex_jax.nn.weights import merge_model, with_wide_scales
 from dex_jax.progress import notify
 from dex_jax.sampling import Sampling
@@ -125,12 +125,9 @@ def run_ticks(
 def check_layout(mesh: Mesh | None, layout: Layout, method: Resolved, sequences: int) -> None:
     """A DexError where a model that lies so cannot run a method.
 
-    That is one of stacked layers on a GPU, and on a mesh a method or a drafter for one device, other exit depths or
-    stages, or sequences that the data axis divides not.
+    That is on a mesh a method or a drafter for one device, other exit depths or stages, or sequences that the data axis
+    divides not.
     """
-    if isinstance(layout, Stacked) and jax.default_backend() == "gpu":
-        # A tick of four explorers moves 2.8 times the bytes of the weights then, and else 1.3 (benchmarks/compiled.py).
-        raise DexError("on GPUs XLA copies every stacked layer in every step: leave the stacked layout out")
     if mesh is not None:
         schedule = method.schedule
         if isinstance(method.drafter, EagleHead):

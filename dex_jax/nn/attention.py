@@ -50,11 +50,10 @@ def causal_rows(batch: int, rows: int) -> jax.Array:
     return jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
 
 
-def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True, cap: float | None = None) -> jax.Array:
+def attend(queries: jax.Array, sources: Sequence[KeyValues], cap: float | None = None) -> jax.Array:
     """Grouped-query attention of queries [B, R, H, d] over all sources, which share one softmax in float32.
 
-    Every row must see at least one key; `whole` as in `linear`, of keys and values. `cap` as in `capped`, of scores.
-    Gives [B, R, H, d] in queries' dtype.
+    Every row must see at least one key. `cap` as in `capped`, of scores. Gives [B, R, H, d] in queries' dtype.
     """
     if isinstance(sources[0].keys, few_rows.OneOf):
         return _attend_few_rows(cap, queries, list(sources))
@@ -62,7 +61,7 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], whole: bool = True,
     many = queries.shape[1] > MANY_ROWS and any(source.keys.shape[2] > KEY_BLOCK for source in sources)
     ways: dict[str, Any] = {"default": _attend_in_blocks if many else _attend}
     known = len(stored) == 1 and stored | {queries.dtype} <= {*few_rows.DTYPES}
-    if whole and known and queries.shape[3] % few_rows.LANES == 0 and few_rows.ready():
+    if known and queries.shape[3] % few_rows.LANES == 0 and few_rows.ready():
         ways["cpu"] = _attend_few_rows
     capability = gpu_capability()
     if not many and cap is None and gpu_attention.fits(queries, sources):

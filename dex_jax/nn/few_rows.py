@@ -3,8 +3,7 @@ models need, and each format of kernels alone.
 
 They may be called in programs of a process in which `ready()` is true. A row's result is the same to the last bit
 however many rows are beside it, one or hundreds. Where there is no compiler, or DEX_JAX_NATIVE=0 in the environment,
-XLA does it. So it does where kernels or caches are cut out of stacked ones, of which there would have to be a copy, and
-where XLA divides a program among several devices.
+XLA does it. So it does where XLA divides a program among several devices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The transformer over caches, in the weight layouts of one device: rows go through layers, keys and values are kept.
+"""The transformer over caches, on one device: rows go through layers, keys and values are kept.
 
 Letters: B sequences, R consecutive tokens, N rows of each sequence, P rows of a path, l layers in a stage, D width,
 S cache length, G key-value heads, d head width.
@@ -21,7 +21,7 @@ from dex_jax.nn.in_turn import Place, cached, in_turn, is_loop
 from dex_jax.nn.kinds import Sight, sight_at, sights
 from dex_jax.nn.layers import DecoderLayer
 from dex_jax.nn.products import FEWEST, computed_once, fills_rows
-from dex_jax.nn.transformer import Stacked, Transformer
+from dex_jax.nn.transformer import Transformer
 
 
 class Beside(NamedTuple):
@@ -79,7 +79,7 @@ def states_at(model: Transformer, tokens: jax.Array, states: Any, depths: tuple[
 def extend_with_states(
     model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[Any, Memory]:
-    """`extend`, with the states after every layer: a tuple of L [B, R, D], or one array [L, B, R, D]."""
+    """`extend`, with the states after every layer: L of [B, R, D], or one array [L, B, R, D]."""
     return extend_rows(model, memory, model.embed_tokens(tokens), start, lengths)
 
 
@@ -136,12 +136,9 @@ def extend_rows(
     return states, memory._replace(keys=keys, values=values)
 
 
-def _write(model: Transformer, caches: Any, rows: jax.Array, start: jax.Array, place: Any) -> Any:
-    """All layers' keys or values after `write_rows` into the layer at `place`."""
-    kinds = model.kinds.kinds_at(place)
-    if isinstance(caches, tuple):
-        return (*caches[:place], write_rows(caches[place], rows, start, kinds=kinds), *caches[place + 1 :])
-    return write_rows(caches, rows, start, place, kinds)
+def _write(model: Transformer, caches: Any, rows: jax.Array, start: jax.Array, layer: int) -> Any:
+    """All layers' keys or values after `write_rows` into one."""
+    return (*caches[:layer], write_rows(caches[layer], rows, start, model.kinds.rows[layer]), *caches[layer + 1 :])
 
 
 def run_tree(
@@ -199,12 +196,12 @@ def run_rows(
     """Runs N rows of each sequence, hidden [B, N, D] at position [B, N], through l consecutive `layers` (0-based).
 
     Nothing is written. Positions 0 .. prefix - 1 (prefix [B] int32) of these layers are attended to, and the rows that
-    `among` [B, N, N] bool says, itself included. Layers of an unrolled model that are not `in_use` are skipped, and
-    give zeros as keys and values. Gives (hidden states [B, N, D] after the last, the rows' (keys, values): l of [B, G,
+    `among` [B, N, N] bool says, itself included. Layers that are not `in_use` are skipped, and give zeros as keys and
+    values. Gives (hidden states [B, N, D] after the last, the rows' (keys, values): l of [B, G,
     N, d], or one array [l, B, G, N, d]).
 
-    Of all layers, states at depths `reads` can come with the last ones, [B, N, (1 + reads) D]. Of an unrolled model
-    rows can see others `beside` them; `model` and `begin` are as of `extend_rows`.
+    Of all layers, states at depths `reads` can come with the last ones, [B, N, (1 + reads) D]. Rows can see
+    others `beside` them; `model` and `begin` are as of `extend_rows`.
     """
     sizes = lengths_of(memory)
     seen, places = (None, None) if beside is None else (beside.seen, beside.position)
@@ -270,19 +267,9 @@ def write_layers(
         keys, values = ((*each[: here.start], *new, *each[here.stop :]) for each, new in pairs)
         return memory._replace(keys=keys, values=values)
 
-    if not isinstance(model.layout, Stacked):
-        keys, values = memory.keys, memory.values
-        for i, own_keys, own_values in zip(layers, *fresh, strict=True):
-            keys, values = _write(model, keys, own_keys, at, i), _write(model, values, own_values, at, i)
-        return memory._replace(keys=keys, values=values)
-
-    def one_layer(caches: Any, part: Any) -> Any:
-        place, *rows = part
-        where = (place[0], place[1])
-        return tuple(_write(model, c, r, at, where) for c, r in zip(caches, rows, strict=True)), None
-
-    places = jnp.asarray([model.layout.place(i) for i in layers])
-    (keys, values), _ = jax.lax.scan(one_layer, (memory.keys, memory.values), (places, *fresh))
+    keys, values = memory.keys, memory.values
+    for i, own_keys, own_values in zip(layers, *fresh, strict=True):
+        keys, values = _write(model, keys, own_keys, at, i), _write(model, values, own_values, at, i)
     return memory._replace(keys=keys, values=values)
 
 
@@ -317,5 +304,5 @@ def _layer_rows(
     queries, keys, values = layer.project(x, sight.rotation)
     sources = [KeyValues(*each, mask) for each, mask in zip(memory, (sight.committed, sight.lattice), strict=False)]
     sources.append(KeyValues(keys, values, sight.among))
-    attended = attend(queries, sources, layer.whole, layer.config.attention_cap)
+    attended = attend(queries, sources, layer.config.attention_cap)
     return layer.finish(x, attended), keys, values

@@ -15,10 +15,10 @@ from flax import nnx
 from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import OneOf
 from dex_jax.nn.layers import DecoderLayer
-from dex_jax.nn.transformer import Stacked, Unrolled
+from dex_jax.nn.transformer import Unrolled
 
 Place = Any
-"""Where a layer's caches are: its number, which Python knows or the program alone, or (index in the stage, stage)."""
+"""A layer's number, which Python knows or the program alone."""
 
 Step = Callable[[DecoderLayer, Any, Place], Any]
 
@@ -29,11 +29,9 @@ FEWEST_LAYERS = 3
 def in_turn(model: Any, layers: range, step: Step, carry: Any, loop: bool = False) -> Any:
     """(carry, what every layer gave) of step(layer, carry, place) -> (carry, given).
 
-    Each array that they gave is a tuple of l; where layers are stacked or a `loop` one array with a leading axis [l].
-    Only a model for which `is_loop` is true can be one.
+    Each array that they gave is a tuple of l; where layers are a `loop` one array with a leading axis [l]. Only a model
+    for which `is_loop` is true can be one.
     """
-    if isinstance(model.layout, Stacked):
-        return _stacked(model, layers, step, carry)
     if loop:
         return _numbered(model, layers, step, carry)
     given = []
@@ -61,16 +59,6 @@ def is_loop(model: Any) -> bool:
 def cached(caches: Any, place: Place) -> Any:
     """One layer's keys or values of all."""
     return OneOf(caches, place) if isinstance(place, jax.Array) else caches[place]
-
-
-def _stacked(model: Any, layers: range, step: Step, carry: Any) -> Any:
-    graph, weights = nnx.split(model.layers)
-
-    def body(carry: Any, place: jax.Array) -> Any:
-        j, k = place[0], place[1]
-        return step(nnx.merge(graph, jax.tree.map(lambda w: w[j, k], weights)), carry, (j, k))
-
-    return jax.lax.scan(body, carry, jnp.asarray([model.layout.place(i) for i in layers]))
 
 
 def _numbered(model: Any, layers: range, step: Step, carry: Any) -> Any:

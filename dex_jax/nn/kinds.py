@@ -51,12 +51,7 @@ class KindTable:
 
     # of each of l places in a stage the kinds that stand there, one a stage; of an unrolled model one for every layer
     rows: tuple[tuple[LayerKind, ...], ...]
-    # under shard_map, the mesh axis whose devices are the stages; None: a place says its stage itself
-    stage_axis: str | None = None
-
-    def kinds_at(self, place: Any) -> tuple[LayerKind, ...]:
-        """The kinds that share an array of caches: all of a stacked model, else those of a place in every stage."""
-        return self.rows[place] if isinstance(place, int) else self.distinct
+    stage_axis: str | None = None  # under shard_map, the mesh axis whose devices are the stages
 
     @property
     def distinct(self) -> tuple[LayerKind, ...]:
@@ -64,14 +59,11 @@ class KindTable:
         return tuple(dict.fromkeys(kind for row in self.rows for kind in row))
 
     def index(self, place: Any) -> int | jax.Array:
-        """Which of `distinct` a layer is: at place i of an unrolled model, or at (index within the stage, stage)."""
+        """Which of `distinct` a layer is."""
         order = {kind: i for i, kind in enumerate(self.distinct)}
         if len(order) == 1:
             return 0
-        table = np.asarray([[order[kind] for kind in row] for row in self.rows], np.int32)
-        if isinstance(place, tuple):
-            return jnp.asarray(table)[place]
-        row = table[place]
+        row = np.asarray([order[kind] for kind in self.rows[place]], np.int32)
         if self.stage_axis is None or (row == row[0]).all():
             return int(row[0])
         return jnp.asarray(row)[jax.lax.axis_index(self.stage_axis)]

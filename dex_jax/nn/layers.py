@@ -28,21 +28,18 @@ Init = Callable[[str, tuple[int, ...], str], jax.Array]
 """(name, shape, kind) -> a parameter; kind is "kernel", "scale" or "bias" where nothing else is said."""
 
 
-def linear(
-    x: jax.Array, kernel: jax.Array | Packed, bias: jax.Array | None = None, out_dtype=None, whole: bool = True
-) -> jax.Array:
+def linear(x: jax.Array, kernel: jax.Array | Packed, bias: jax.Array | None = None, out_dtype=None) -> jax.Array:
     """x [..., in] @ kernel [out, in].T (+ bias [out]): [..., out].
 
     The kernel is packed, or has x's dtype or one that `few_rows.kept_dtype` gave. Products are accumulated in float32
-    and come out as `out_dtype`, None is x's. `whole` is False where the kernel is cut out of a larger array, of which
-    C++ would need a copy.
+    and come out as `out_dtype`, None is x's.
     """
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(kernel, Packed):
-        out = kernel.product(rows, whole)
+        out = kernel.product(rows)
     elif isinstance(kernel, few_rows.OneOf):
         out = few_rows.few_rows_product(rows, kernel)
-    elif whole and {rows.dtype, kernel.dtype} <= {*few_rows.DTYPES} and few_rows.ready():
+    elif {rows.dtype, kernel.dtype} <= {*few_rows.DTYPES} and few_rows.ready():
         out = jax.lax.platform_dependent(rows, kernel, cpu=few_rows.few_rows_product, default=rows_times_kernel)
     elif rows.shape[0] > FEW_ROWS:
         out = rows_times_kernel(rows, kernel)
@@ -122,17 +119,16 @@ LAYER_AXES: dict[str, tuple[str, ...]] = {
 class DecoderLayer(nnx.Module):
     """Attention and gated mlp, with the query-key-value and gate-up projections fused.
 
-    Every parameter may carry leading axes (a stacked layout); the methods work on one layer's slice.
+    Every parameter may carry a leading axis (a staged layout); the methods work on one layer's slice.
 
     Args:
       config: shapes and switches.
       init: gives each parameter.
       tensor_axis: under shard_map, the mesh axis over whose devices heads and mlp are spread; `config` then counts this
         device's own, and the two products that end in D are summed over the axis. None: all is here.
-      whole: False where the methods are given parameters cut out of stacked ones (see `linear`).
     """
 
-    def __init__(self, config: ModelConfig, init: Init, tensor_axis: str | None = None, whole: bool = True):
+    def __init__(self, config: ModelConfig, init: Init, tensor_axis: str | None = None):
         c = config
 
         def parameter(there: bool, name: str, kind: str, *shape: int) -> nnx.Param | None:
@@ -154,12 +150,11 @@ class DecoderLayer(nnx.Module):
         self.mlp_out_norm = parameter(after, "mlp_out_norm", "scale", c.width)
         self.config = config
         self.tensor_axis = tensor_axis
-        self.whole = whole
 
     def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Hidden states [B, R, D] -> queries [B, R, H, d], keys and values [B, G, R, d], rotated by their positions."""
         c = self.config
-        qkv = linear(self.entered(x), self.qkv[...], _value(self.qkv_bias), whole=self.whole)
+        qkv = linear(self.entered(x), self.qkv[...], _value(self.qkv_bias))
         bounds = [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
         if c.qk_norm:
             parts = jnp.split(qkv, bounds, axis=-1)
@@ -180,7 +175,7 @@ class DecoderLayer(nnx.Module):
         flat = attended.reshape(*x.shape[:-1], -1)
         attended = self._summed(flat, self.out[...], _value(self.out_bias))
         x = self._added(self.residual(x), attended, self.attention_out_norm)
-        gate_up = linear(self._normed(x, self.mlp_norm), self.gate_up[...], whole=self.whole)
+        gate_up = linear(self._normed(x, self.mlp_norm), self.gate_up[...])
         down = self._summed(gated(gate_up, self.config.activation), self.down[...])
         return self._added(x, down, self.mlp_out_norm)
 
@@ -206,8 +201,8 @@ class DecoderLayer(nnx.Module):
     def _summed(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """`linear` whose inputs are spread over the tensor axis, if there is one."""
         if self.tensor_axis is None:
-            return linear(x, kernel, bias, whole=self.whole)
-        total = jax.lax.psum(linear(x, kernel, whole=self.whole), self.tensor_axis)
+            return linear(x, kernel, bias)
+        total = jax.lax.psum(linear(x, kernel), self.tensor_axis)
         return total if bias is None else total + jnp.broadcast_to(bias, total.shape)
 
 

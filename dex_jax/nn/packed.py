@@ -39,8 +39,9 @@ class Packed:
     formats: tuple[str, ...]  # of each run, a key of FORMATS, that with PLANES behind it, or INT8
 
     def __getitem__(self, index: object) -> Packed:
-        """Every array at an index of its leading axes, which a stacked kernel has."""
-        return self if index is Ellipsis else jax.tree.map(lambda array: array[index], self)
+        """Itself: flax gives parameter[...] what this gives."""
+        assert index is Ellipsis
+        return self
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,10 +58,10 @@ class Packed:
         """Bytes of all arrays."""
         return nbytes(self)
 
-    def product(self, rows: jax.Array, whole: bool = True) -> jax.Array:
-        """rows [R, in] @ kernel.T: [R, out] float32; `whole` as of `layers.linear`."""
+    def product(self, rows: jax.Array) -> jax.Array:
+        """rows [R, in] @ kernel.T: [R, out] float32."""
         each = zip(self.parts, self.scales, self.formats, strict=True)
-        return jnp.concatenate([_product(rows, *part, whole) for part in each], axis=-1)
+        return jnp.concatenate([_product(rows, *part) for part in each], axis=-1)
 
     def take(self, index: jax.Array | np.ndarray) -> Packed:
         """The rows at `index` [V']: the kernel [V', in] of one format, packed."""
@@ -146,11 +147,11 @@ def _rows_at(part: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(part, index, tpu=twice, default=lambda part, index: part[index])
 
 
-def _product(rows: jax.Array, part: Any, scale: jax.Array | None, format: str, whole: bool) -> jax.Array:
+def _product(rows: jax.Array, part: Any, scale: jax.Array | None, format: str) -> jax.Array:
     if isinstance(part, Planes):
         return part.product(rows)
     by_xla = functools.partial(_product_by_xla, format=format)
-    if whole and rows.dtype in few_rows.DTYPES and few_rows.ready():
+    if rows.dtype in few_rows.DTYPES and few_rows.ready():
         in_cpp = functools.partial(few_rows.packed_product, format="" if format == INT8 else format)
         one_of = isinstance(part, few_rows.OneOf)
         out = in_cpp(rows, part) if one_of else jax.lax.platform_dependent(rows, part, cpu=in_cpp, default=by_xla)

@@ -1,10 +1,11 @@
-"""The decoder as a flax.nnx module, in one of three weight layouts."""
+"""The decoder as a flax.nnx module, in one of two weight layouts."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,13 @@ class Unrolled:
 
 
 @dataclasses.dataclass(frozen=True)
-class _ByStage:
+class Staged:
+    """For a mesh: l arrays [K, ...] of each kind, l the longest stage; the j-th holds layer j of every stage.
+
+    The first axis is split over the mesh's stages, so that a device sees l layers of its own, one array each, as if it
+    had a small unrolled model. Shorter stages are padded with zero layers, which are skipped.
+    """
+
     depths: tuple[int, ...]  # exit depths x_1 < ... < x_K = L
 
     @property
@@ -33,31 +40,7 @@ class _ByStage:
         return max(len(stage) for stage in stage_ranges(self.depths))
 
 
-@dataclasses.dataclass(frozen=True)
-class Stacked(_ByStage):
-    """Layers as arrays [l, K, ...], l the longest stage, shorter stages padded with zero layers.
-
-    A zero layer adds zero to its input, so padding needs no mask.
-    """
-
-    def place(self, layer: int) -> tuple[int, int]:
-        """Where a layer (0-based) lives: (index within its stage, 0-based stage)."""
-        for k, stage in enumerate(stage_ranges(self.depths)):
-            if layer in stage:
-                return layer - stage.start, k
-        raise IndexError(layer)
-
-
-@dataclasses.dataclass(frozen=True)
-class Staged(_ByStage):
-    """For a mesh: l arrays [K, ...] of each kind, l the longest stage; the j-th holds layer j of every stage.
-
-    The first axis is split over the mesh's stages, so that a device sees l layers of its own, one array each, as if it
-    had a small unrolled model. Shorter stages are padded with zero layers, which are skipped.
-    """
-
-
-Layout = Unrolled | Stacked | Staged
+Layout = Unrolled | Staged
 
 PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "embed": ("vocabulary", "width"),
@@ -78,10 +61,10 @@ class Transformer(nnx.Module):
 
     Args:
       config: shapes and constants.
-      layout: Unrolled() keeps `layers` as a list of L modules, Stacked(depths) as one module with leading axes [l, K],
-        Staged(depths) as a list of l modules with a leading axis [K].
+      layout: Unrolled() keeps `layers` as a list of L modules, Staged(depths) as a list of l modules with a leading
+        axis [K].
       init: (name, shape, kind) -> array, or a Packed where kind is "kernel", with canonical names ("embed",
-        "layers.3.qkv"; "layers.*.qkv" when stacked, "layers.*3.qkv" for the fourth layer of every stage when staged).
+        "layers.3.qkv"; "layers.*3.qkv" for the fourth layer of every stage when staged).
       tensor_axis: as of DecoderLayer.
       vocabulary_axis: under shard_map, the mesh axis over which embedding and unembedding are split by tokens.
       kinds: of a device's layers on a mesh; None takes them from config and layout.
@@ -108,14 +91,11 @@ class Transformer(nnx.Module):
             self.layers = module_list(
                 DecoderLayer(config, _named(init, f"layers.{i}"), tensor_axis) for i in range(config.num_layers)
             )
-        elif isinstance(layout, Staged):
+        else:
             count = (len(layout.depths),)
             self.layers = module_list(
                 DecoderLayer(config, _named(init, f"layers.*{j}", count)) for j in range(layout.stage_layers)
             )
-        else:
-            lead = (layout.stage_layers, len(layout.depths))
-            self.layers = DecoderLayer(config, _named(init, "layers.*", lead), whole=False)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -179,77 +159,18 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def build(
-    config: ModelConfig, layout: Layout, read: Callable[[str], np.ndarray | Packed], dtype: jnp.dtype
-) -> Transformer:
-    """A transformer in `dtype` whose weights come from `read`: canonical name -> array of any float dtype, or a Packed.
+def build(config: ModelConfig, read: Callable[[str], np.ndarray | Packed], dtype: jnp.dtype) -> Transformer:
+    """An unrolled transformer in `dtype` whose weights `read` gives.
 
-    A stacked array is filled on the host, layer by layer, before it is moved; its kernels are not packed.
+    It takes canonical names and gives arrays of any float dtype, or a Packed.
     """
 
-    def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
-        if ".*." not in name:
-            found = read(name)
-            # jnp.asarray would compile a program for each shape, which copies once more.
-            return jax.device_put(found if isinstance(found, Packed) else np.asarray(found, dtype=dtype))
-        assert isinstance(layout, Stacked)
-        host = np.zeros(shape, dtype)
-        for i in range(config.num_layers):
-            host[layout.place(i)] = read(name.replace("*", str(i)))
-        return jax.device_put(host)
+    def init(name: str, shape: tuple[int, ...], kind: str) -> Any:
+        found = read(name)
+        # jnp.asarray would compile a program for each shape, which copies once more.
+        return jax.device_put(found if isinstance(found, Packed) else np.asarray(found, dtype=dtype))
 
-    return Transformer(config, layout, init)
-
-
-def relayout(model: Transformer, layout: Layout) -> Transformer:
-    """The same weights in another layout.
-
-    The old arrays are deleted as they are copied, field by field, so that of one field at most both layouts are
-    resident: `model` must not be used afterwards. Returns `model` itself when nothing changes. Layers that are stacked
-    do not stay packed.
-    """
-    if model.layout == layout:
-        return model
-    config, old = model.config, model.layout
-    if isinstance(old, Stacked) and isinstance(layout, Stacked):
-        return relayout(relayout(model, Unrolled()), layout)
-    taken = {"embed": model.embed, "final_norm": model.final_norm, "unembed": model.unembed}
-    cut = _cut_stacked(model, old) if isinstance(old, Stacked) else {}
-
-    def init(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
-        kept = taken.get(name)
-        if kept is not None:
-            return kept[...]
-        _, index, field = name.split(".")
-        if index != "*":
-            return cut[field][int(index)]
-        assert isinstance(layout, Stacked)
-        out = jnp.zeros(shape, model.dtype)
-        for i in range(config.num_layers):
-            layer = getattr(model.layers[i], field)[...]
-            dense = layer.dense().astype(model.dtype) if isinstance(layer, Packed) else layer
-            out = _place(out, dense, layout.place(i))
-            jax.tree.map(lambda array: array.delete(), layer)
-        return out
-
-    return Transformer(config, layout, init)
-
-
-def _cut_stacked(model: Transformer, layout: Stacked) -> dict[str, list[jax.Array]]:
-    """Field -> its array of every layer; deletes the stacked ones."""
-    cut = {}
-    for field in layer_parameters(model.config):
-        stacked = getattr(model.layers, field)[...]
-        layers = [stacked[layout.place(i)] for i in range(model.config.num_layers)]
-        # Nothing is freed while a copy still waits for it.
-        cut[field] = jax.block_until_ready(layers)
-        stacked.delete()
-    return cut
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _place(out: jax.Array, layer: jax.Array, place: tuple[int, int]) -> jax.Array:
-    return out.at[place].set(layer)
+    return Transformer(config, Unrolled(), init)
 
 
 def _named(init, prefix: str, lead: tuple[int, ...] = ()):

@@ -31,7 +31,7 @@ from dex_jax.decoding.program import Program
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.forward import extend_with_states, states_at
-from dex_jax.nn.transformer import Layout, Stacked
+from dex_jax.nn.transformer import Layout
 from dex_jax.nn.weights import merge_model
 from dex_jax.sampling import sampling_keys
 from dex_jax.sharding import EVERYWHERE
@@ -183,19 +183,17 @@ def activation_specs(mesh: Mesh) -> Activations:
 
 def _state_specs(spec: StreamSpec, mesh: Mesh) -> StreamState:
     rows = rows_spec(mesh)
-    caches = rows_spec(mesh, 2) if isinstance(spec.layout, Stacked) else rows
     # There is no lattice, and XLA does not split an empty array.
-    return StreamState(cache.Memory(caches, caches, EVERYWHERE, EVERYWHERE), rows, rows, rows, rows)
+    return StreamState(cache.Memory(rows, rows, EVERYWHERE, EVERYWHERE), rows, rows, rows, rows)
 
 
-def _place_weights(weights: Any, layout: Layout, mesh: Mesh) -> Any:
+def _place_weights(weights: Any, mesh: Mesh) -> Any:
     """The weights of a model, as LanguageModel has them, on a mesh."""
 
-    def spec(path: tuple[Any, ...], leaf: jax.Array) -> Any:
-        stacked = isinstance(layout, Stacked) and "layers" in jax.tree_util.keystr(path)
-        return matrix_spec(mesh, leaf.shape) if leaf.ndim == (4 if stacked else 2) else EVERYWHERE
+    def spec(leaf: jax.Array) -> Any:
+        return matrix_spec(mesh, leaf.shape) if leaf.ndim == 2 else EVERYWHERE
 
-    return jax.device_put(weights, shardings(mesh, jax.tree_util.tree_map_with_path(spec, weights)))
+    return jax.device_put(weights, shardings(mesh, jax.tree.map(spec, weights)))
 
 
 PRODUCE = Program(produce, static=("spec",), donate=(1,))
@@ -238,7 +236,7 @@ class Stream:
         self.batch = batch
         self._lm, self._items = lm, items
         self._texts: list[list[int]] | None = None  # of `read`
-        self._placed = None if mesh is None else _place_weights(lm.weights, lm.layout, mesh)
+        self._placed = None if mesh is None else _place_weights(lm.weights, mesh)
         # How many items are at hand in each chunk beside those that run; rows idle when they are used up.
         self._places = 2 * batch
         self._no_script = no_script(length)

@@ -18,7 +18,7 @@ from dex_jax.io import Tokenizer
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import exit_parameters
-from dex_jax.nn.transformer import Layout, Transformer, Unrolled, build, layer_parameters, parameter_shapes
+from dex_jax.nn.transformer import Transformer, build, layer_parameters, parameter_shapes
 from dex_jax.nn.weights import canonical_weights
 
 LLAMA = ModelConfig(
@@ -87,9 +87,9 @@ class LetterTokenizer:
         return chr(ord("A") + token) if token < 26 else chr(ord("a") + token - 26) * 2
 
 
-def random_transformer(config: ModelConfig, layout: Layout, seed: int, dtype=jnp.float32) -> Transformer:
-    """Random weights (normal kernels of standard deviation 1 / sqrt(in), unit norms), equal in every layout."""
-    return build(config, layout, random_reader(config, seed), dtype)
+def random_transformer(config: ModelConfig, seed: int, dtype=jnp.float32) -> Transformer:
+    """Random weights (normal kernels of standard deviation 1 / sqrt(in), unit norms)."""
+    return build(config, random_reader(config, seed), dtype)
 
 
 def random_reader(config: ModelConfig, seed: int) -> Callable[[str], np.ndarray]:
@@ -111,13 +111,10 @@ def random_reader(config: ModelConfig, seed: int) -> Callable[[str], np.ndarray]
 
 
 def small_model(
-    config: ModelConfig = LLAMA,
-    layout: Layout | None = None,
-    seed: int = 0,
-    tokenizer: LetterTokenizer | Tokenizer | None = None,
+    config: ModelConfig = LLAMA, seed: int = 0, tokenizer: LetterTokenizer | Tokenizer | None = None
 ) -> LanguageModel:
-    """A random language model; equal seeds give equal weights in every layout."""
-    model = random_transformer(config, layout or Unrolled(), seed)
+    """A random language model."""
+    model = random_transformer(config, seed)
     return LanguageModel(model, tokenizer=tokenizer, source="random", fingerprint="0")
 
 

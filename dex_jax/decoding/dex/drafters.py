@@ -21,7 +21,7 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn import few_rows
 from dex_jax.nn.exits import in_int8
 from dex_jax.nn.packed import Packed
-from dex_jax.nn.transformer import Layout, Transformer, Unrolled
+from dex_jax.nn.transformer import Transformer
 from dex_jax.nn.weights import Packing, weight_bytes
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ class DraftModel:
     """A small model that drafts for another one of the same vocabulary."""
 
     config: ModelConfig
-    layout: Layout
     weights: Any  # as of LanguageModel, or their shapes
     dtype: jnp.dtype
     packing: Packing
@@ -49,18 +48,18 @@ def draft_model(lm: LanguageModel | Outline, small: LanguageModel | Outline) -> 
     """`small` as the drafter of `lm`.
 
     Raises:
-      DexError: another vocabulary, or a layout or a mesh that a drafter cannot have.
+      DexError: another vocabulary, or a drafter on a mesh.
     """
     name = small.source
-    if small.mesh is not None or not isinstance(small.layout, Unrolled):
-        raise DexError(f"{name} drafts on one device with unrolled layers: load it without mesh and layout")
+    if small.mesh is not None:
+        raise DexError(f"{name} drafts on one device: load it without a mesh")
     sizes = lm.config.vocab_size, small.config.vocab_size
     if not _same_tokens(lm.tokenizer, small.tokenizer, *sizes):
         raise DexError(
             f"{name} has another vocabulary than the model ({sizes[1]} and {sizes[0]} tokens): a draft model must know "
             "the same tokens by the same numbers"
         )
-    return DraftModel(small.config, small.layout, small.weights, small.dtype, small.packing, name, sizes[0])
+    return DraftModel(small.config, small.weights, small.dtype, small.packing, name, sizes[0])
 
 
 @functools.lru_cache(maxsize=4)
@@ -98,7 +97,7 @@ def exit_zero(given: GivenDrafter, length: int) -> ExitZero:
             f"the draft model {given.source} has a context of {given.config.context} tokens, and prompt and new tokens "
             f"are {length}: leave it out"
         )
-    return ModelDrafter(given.config.at_length(length), given.layout, jnp.dtype(given.dtype), given.vocab_size)
+    return ModelDrafter(given.config.at_length(length), jnp.dtype(given.dtype), given.vocab_size)
 
 
 def drafter_arrays(given: GivenDrafter, model: Transformer) -> Any:

@@ -1,26 +1,23 @@
-"""The transformer as the decode loop's callables, in the weight layouts of one device (mesh/stage.py: of a mesh).
+"""The transformer as the decode loop's callables, on one device (mesh/stage.py: on a mesh).
 
 Letters: B sequences, W rows a stage, K stages, D width, G key-value heads, d head width.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from dex_jax.cache import Memory, after, commit_slots, lengths_of, write_in_place, written_in_place
+from dex_jax.cache import Memory, after, commit_slots, write_in_place, written_in_place
 from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.dex.trained_exits import Heads, reached_features, trained_exits
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
-from dex_jax.nn.forward import Beside, InUse, commit_rows, run_all, run_layer, run_rows
+from dex_jax.nn.forward import Beside, InUse, commit_rows, run_all, run_rows
 from dex_jax.nn.in_turn import is_loop
-from dex_jax.nn.kinds import sight_at, sights
-from dex_jax.nn.transformer import Stacked, Transformer, stage_ranges
+from dex_jax.nn.transformer import Transformer, stage_ranges
 
 if TYPE_CHECKING:
     from dex_jax.decoding.spec import Spec
@@ -59,18 +56,15 @@ def transformer_network(
     drafter: Drafter | None = None,
     counts: tuple[int, ...] | None = None,
 ) -> Network:
-    """The callables of `model` cut at exit depths x_1 < ... < x_K = L; a stacked model must be stacked for them.
+    """The callables of `model` cut at exit depths x_1 < ... < x_K = L.
 
     `commit_exits` moves on what exits remember, Memory.exits, in step with the caches. `in_use` as of `run_rows`.
     `counts` are the row counts that a stage is compiled for, None those of `stage_rungs`.
     """
-    unrolled = functools.partial(_advance_unrolled, in_use=in_use, counts=counts)
-    advance = _advance_stacked if isinstance(model.layout, Stacked) else unrolled
-
     return Network(
         vocab_size=model.config.vocab_size,
         embed=lambda tokens, positions: model.embed_tokens(jnp.maximum(tokens, 0)),
-        advance=lambda memory, hidden, view: advance(model, depths, memory, hidden, view),
+        advance=lambda memory, hidden, view: _advance(model, depths, memory, hidden, view, in_use, counts),
         drafter=drafter,
         commit=lambda memory, done: commit_slots(memory, done.slot, done.position, model.kinds)._replace(
             exits=commit_exits(memory.exits, done)
@@ -87,7 +81,7 @@ def tree_network(
     commit_exits: Callable[[Any, Committed], Any],
     reads: tuple[int, ...],
 ) -> Network:
-    """The callables of `model` in any layout for K = 1: a cohort runs through all layers in one tick.
+    """The callables of `model` for K = 1: a cohort runs through all layers in one tick.
 
     `counts` are the row counts that are compiled. Memory must come from `cache.with_cohort`. Hidden states are [K, B,
     W, (1 + reads) D]: those at depth L with those at `reads` behind.
@@ -154,7 +148,7 @@ def _masks(view: StageView) -> tuple[jax.Array, jax.Array]:
     return view.ancestors & elsewhere, own | jnp.eye(rows, dtype=bool)[None, None]
 
 
-def _advance_unrolled(
+def _advance(
     model: Transformer,
     depths: tuple[int, ...],
     memory: Memory,
@@ -192,44 +186,6 @@ def _advance_unrolled(
             each[stage.start : stage.stop] = new
     keys, values = map(tuple, lattice)
     return jnp.stack(out), memory._replace(lattice_keys=keys, lattice_values=values)
-
-
-def _advance_stacked(
-    model: Transformer, depths: tuple[int, ...], memory: Memory, hidden: jax.Array, view: StageView
-) -> tuple[jax.Array, Memory]:
-    assert isinstance(model.layout, Stacked)
-    assert model.layout.depths == depths
-    rows = hidden.shape[2]
-    ancestor_mask, among = _masks(view)
-    graph, weights = nnx.split(model.layers)
-
-    @functools.partial(jax.vmap, in_axes=(0, 0, 0))
-    def found_by_stage(position, own, ancestors):
-        return sights(model.config, model.kinds, position, view.prefix, lengths_of(memory), own, ancestors, view.slots)
-
-    found = found_by_stage(view.position, among, ancestor_mask)
-
-    def one_stage(j, k, found, weights, x, keys, values, lattice_keys, lattice_values):
-        sources = [(keys, values), (lattice_keys, lattice_values)]
-        return run_layer(nnx.merge(graph, weights), x, sight_at(model.kinds, found, (j, k)), sources)
-
-    def scan_body(x, layer):
-        j, weights, *caches = layer
-        run = jax.vmap(functools.partial(one_stage, j))
-        x, keys, values = run(jnp.arange(len(depths)), found, weights, x, *caches)
-        return x, (keys, values)
-
-    places = jnp.arange(model.layout.stage_layers)
-    hidden, (keys, values) = jax.lax.scan(scan_body, hidden, (places, weights, *memory[:4]))
-    slot = after(view.ring * rows, hidden)
-
-    def write(lattice: jax.Array, fresh: jax.Array) -> jax.Array:
-        return jax.vmap(jax.vmap(_write_cohort), (0, 0, None))(lattice, fresh, slot)
-
-    memory = memory._replace(
-        lattice_keys=write(memory.lattice_keys, keys), lattice_values=write(memory.lattice_values, values)
-    )
-    return hidden, memory
 
 
 def _with_cohort(lattice: list[list[jax.Array]], fresh: Any, start: jax.Array) -> list[Sequence[jax.Array]]:

@@ -25,7 +25,7 @@ from dex_jax.io.eagle import EagleHead
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.eagle import Eagle, eagle_graph, eagle_of
 from dex_jax.nn.forward import Beside, extend_rows, run_rows
-from dex_jax.nn.transformer import Layout, Transformer, Unrolled
+from dex_jax.nn.transformer import Transformer, Unrolled
 from dex_jax.nn.weights import merge_model
 
 
@@ -59,7 +59,7 @@ class EagleDrafter:
         return self.config.reads
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
-        empty = _empty(self.config.layer, Unrolled(), batch, length, dtype)
+        empty = _empty(self.config.layer, batch, length, dtype)
         return empty._replace(previous=jnp.zeros((batch, self.config.layer.width), dtype))
 
     def read(self, model: Transformer, arrays: OwnArrays, memory: OwnMemory, chunk: Chunk) -> OwnMemory:
@@ -90,21 +90,20 @@ class ModelDrafter:
     """A small model, as compiled programs depend on it (decoding/dex/interface.py: ExitZero)."""
 
     config: ModelConfig
-    layout: Layout
     dtype: jnp.dtype  # its own
     vocab_size: int  # of the model that it drafts for
     reads: ClassVar[tuple[int, ...]] = ()
     alone: ClassVar[bool] = True
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
-        return _empty(self.config, self.layout, batch, length, self.dtype)
+        return _empty(self.config, batch, length, self.dtype)
 
     def read(self, model: Transformer, arrays: OwnArrays, memory: OwnMemory, chunk: Chunk) -> OwnMemory:
-        small = merge_model(self.config, self.layout, arrays.parameters)
+        small = merge_model(self.config, Unrolled(), arrays.parameters)
         return _extended(small, memory, _known(small, chunk.tokens), chunk)
 
     def drafter(self, model: Transformer, arrays: OwnArrays) -> Drafter:
-        small = merge_model(self.config, self.layout, arrays.parameters)
+        small = merge_model(self.config, Unrolled(), arrays.parameters)
         known = min(self.vocab_size, self.config.vocab_size)
         vocabulary = None if known == self.vocab_size else jnp.arange(known, dtype=jnp.int32)
 
@@ -133,8 +132,8 @@ def eagle_arrays(head: EagleHead, dtype: jnp.dtype) -> OwnArrays:
     return OwnArrays(nnx.state(eagle_of(head.config, head.parameters, dtype)), vocabulary)
 
 
-def _empty(config: ModelConfig, layout: Layout, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
-    caches = cache.shapes(config, layout, batch, length, 0, dtype, rings=True)
+def _empty(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
+    caches = cache.shapes(config, Unrolled(), batch, length, 0, dtype, rings=True)
     caches = caches._replace(lattice_keys=(), lattice_values=())
     return OwnMemory(jax.tree.map(jnp.zeros_like, caches), jnp.zeros(batch, jnp.int32))
 

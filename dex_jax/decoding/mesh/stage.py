@@ -244,7 +244,7 @@ def extend_stages(
     at = after(start if lengths is None else jnp.where(start < lengths, start, NOWHERE), x, fresh[0][-1])
     kinds = device.model.kinds.rows
     keys, values = (
-        tuple(write_rows(cache, rows, at, kinds=own) for cache, rows, own in zip(caches, each, kinds, strict=True))
+        tuple(write_rows(cache, rows, at, own) for cache, rows, own in zip(caches, each, kinds, strict=True))
         for caches, each in zip((memory.keys, memory.values), fresh, strict=True)
     )
     return x, memory._replace(keys=keys, values=values)
