@@ -200,7 +200,7 @@ class EagleConfig:
 
 _Width = Annotated[int, Meta(ge=1, le=2**20)]
 
-EXIT_KINDS = ("shared", "linear", "lowrank", "mlp", "attn")
+EXIT_KINDS = ("shared", "linear", "mlp", "attn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,13 +212,12 @@ class ExitsConfig:
 
     Attributes:
       kind: what stands between state and features, after a norm of its own: "shared" nothing, "linear" a residual
-        D x D map (a tuned lens), "lowrank" a residual map of `rank`, "mlp" a linear map plus a gated mlp of `hidden`,
-        "attn" a linear map plus one light decoder layer over (token, previous position), shared by all exits, with
-        its own keys and values of the last `window` committed positions.
+        D x D map (a tuned lens), "mlp" a linear map plus a gated mlp of `hidden`, "attn" a linear map plus one light
+        decoder layer over (token, previous position), shared by all exits, with its own keys and values of the last
+        `window` committed positions.
       depths: trained depths, ascending, all below L; 0 is the token's embedding, before any layer.
       width: D.
       fused: whether a further map of the previous position's features is added ("attn" reads them in any case).
-      rank: of "lowrank", for both maps.
       hidden: mlp width of "mlp" and "attn".
       heads, head_dim, window: of "attn".
       draft_size: V', how many tokens the draft vocabulary holds; None is the full vocabulary.
@@ -229,7 +228,6 @@ class ExitsConfig:
     depths: Annotated[tuple[TokenId, ...], Meta(max_length=4096)]
     width: _Width
     fused: bool = False
-    rank: _Width = 64
     hidden: _Width = 256
     heads: _Width = 4
     head_dim: _Width = 64

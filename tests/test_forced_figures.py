@@ -9,7 +9,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import slow
 from reference.exit_metrics_twin import TRUE, TextTwin, calibration_error
 from reference.greedy import is_greedy
 from reference.small_models import LLAMA, random_parameters, small_model
@@ -38,7 +37,6 @@ DRAFT = np.asarray([2, 3, 5, 8, 13, 21, 34, 55], np.int32)
 KINDS = {
     "shared": {"kind": "shared"},
     "linear, fused, draft": {"kind": "linear", "fused": True, "draft_size": len(DRAFT)},
-    "lowrank, fused": {"kind": "lowrank", "fused": True, "rank": 4},
     "mlp, draft": {"kind": "mlp", "hidden": 8, "draft_size": len(DRAFT)},
     "attn, draft": {"kind": "attn", "hidden": 8, "heads": 2, "head_dim": 4, "window": 5, "draft_size": len(DRAFT)},
 }
@@ -105,7 +103,7 @@ def _positions(name: str) -> list[tuple[TextTwin, int]]:
     return [(twin, i) for twin in _twins(name) for i in range(len(twin.answer))]
 
 
-every_kind = pytest.mark.parametrize("name", [slow(name) if "lowrank" in name else name for name in KINDS])
+every_kind = pytest.mark.parametrize("name", KINDS)
 
 
 @every_kind

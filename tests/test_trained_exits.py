@@ -71,7 +71,7 @@ def test_sampled_tokens_are_those_of_ar(lm) -> None:
 @pytest.mark.parametrize("kind", EXIT_KINDS)
 def test_untrained_heads_are_the_models_own(lm, kind) -> None:
     model = merge_model(lm.config, lm.layout, lm.weights)
-    config = ExitsConfig(kind, (1, 3), WIDTH, fused=kind != "shared", rank=4, hidden=8, heads=2, head_dim=8)
+    config = ExitsConfig(kind, (1, 3), WIDTH, fused=kind != "shared", hidden=8, heads=2, head_dim=8)
     heads = initial_heads(config, model.final_norm[...])
     states = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, WIDTH)), jnp.float32)
     other = states[::-1] if config.needs_previous else None

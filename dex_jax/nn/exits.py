@@ -43,13 +43,8 @@ class ExitHeads(nnx.Module):
         self.config = config
         self.norm = stacked("norm", c.width, kind="norm")
         self.map = stacked("map", c.width, c.width) if c.kind in ("linear", "mlp", "attn") else None
-        low = c.kind == "lowrank"
-        self.map_down = stacked("map_down", c.rank, c.width, kind="kernel") if low else None
-        self.map_up = stacked("map_up", c.width, c.rank) if low else None
         self.previous_norm = stacked("previous_norm", c.width, kind="scale") if c.fused else None
-        self.previous_map = stacked("previous_map", c.width, c.width) if c.fused and not low else None
-        self.previous_down = stacked("previous_down", c.rank, c.width, kind="kernel") if c.fused and low else None
-        self.previous_up = stacked("previous_up", c.width, c.rank) if c.fused and low else None
+        self.previous_map = stacked("previous_map", c.width, c.width) if c.fused else None
         inputs = c.width * (2 if c.fused else 1)
         mlp = c.kind == "mlp"
         self.gate_up = stacked("gate_up", 2 * c.hidden, inputs, kind="kernel") if mlp else None
@@ -84,10 +79,7 @@ class ExitHeads(nnx.Module):
         if self.previous_norm is not None:
             assert previous is not None
             before = self._normed(previous) * self.previous_norm[...][:, None].astype(previous.dtype)
-            if self.previous_map is not None:
-                out = out + _stacked_linear(before, self.previous_map)
-            if self.previous_down is not None:
-                out = out + _stacked_linear(_stacked_linear(before, self.previous_down), self.previous_up)
+            out = out + _stacked_linear(before, self.previous_map)
             inputs = jnp.concatenate([normed, before], axis=-1)
         if self.gate_up is not None:
             gate, up = jnp.split(_stacked_linear(inputs, self.gate_up), 2, axis=-1)
@@ -100,11 +92,7 @@ class ExitHeads(nnx.Module):
         return rms_norm(states, jnp.ones(states.shape[-1:], states.dtype), self.config.norm_eps)
 
     def _own_map(self, normed: jax.Array) -> jax.Array:
-        if self.map is not None:
-            return _stacked_linear(normed, self.map)
-        if self.map_down is not None:
-            return _stacked_linear(_stacked_linear(normed, self.map_down), self.map_up)
-        return jnp.zeros_like(normed)
+        return jnp.zeros_like(normed) if self.map is None else _stacked_linear(normed, self.map)
 
     def _rest(self, features: jax.Array) -> jax.Array:
         if self.rest is None or self.rest_bias is None:

@@ -43,8 +43,6 @@ class TextTwin:
         out = normed * p["norm"][e]
         if "map" in p:
             out = out + p["map"][e] @ normed
-        if "map_up" in p:
-            out = out + p["map_up"][e] @ (p["map_down"][e] @ normed)
         return out
 
     def previous(self, at: int, source: int | None) -> np.ndarray:
@@ -59,10 +57,7 @@ class TextTwin:
         if "previous_norm" in p:
             before = self.normed(self.previous(at, source)) * p["previous_norm"][e]
             inputs = np.concatenate([normed, before])
-            if "previous_map" in p:
-                out = out + p["previous_map"][e] @ before
-            if "previous_up" in p:
-                out = out + p["previous_up"][e] @ (p["previous_down"][e] @ before)
+            out = out + p["previous_map"][e] @ before
         if "gate_up" in p:
             gate, up = np.split(p["gate_up"][e] @ inputs, 2)
             out = out + p["down"][e] @ (gate / (1 + np.exp(-gate)) * up)

@@ -131,7 +131,7 @@ def random_parameters(
 
 def random_exits(kind: str, *, fused: bool = False, draft: int | None = None, depths=(1, 2, 3), seed=0) -> TrainedExits:
     """Exits of LLAMA near the model's own head, so that proposals are sometimes right."""
-    sizes = {"rank": 4, "hidden": 12, "heads": 2, "head_dim": 8, "window": 5}
+    sizes = {"hidden": 12, "heads": 2, "head_dim": 8, "window": 5}
     config = ExitsConfig(kind, depths, LLAMA.width, fused, **sizes, draft_size=draft)
     rng = np.random.default_rng([seed, len(kind)])
     parameters = random_parameters(config, rng)
