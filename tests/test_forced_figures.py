@@ -25,7 +25,6 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.weights import merge_model
-from dex_jax.plot.training import plot_agreement
 
 EOS = 63
 SMALL = {"vocab_size": 64, "width": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 24, "context": 256}
@@ -225,23 +224,3 @@ def test_bad_input_is_refused(change: dict, message: str) -> None:
     exits = dataclasses.replace(_exits("mlp, draft"), vocabulary=change.get("vocabulary", DRAFT))
     with pytest.raises(DexError, match=message):
         measure(lm, exits, change.get("texts", [([1], [2])]))
-
-
-def _records(count: int = 3) -> list[dict]:
-    figures = figures_of(_measured("shared")).to_json()
-    return [{"step": 10 * step, "tokens": 7, "groups": {"mean": figures}} for step in range(count)]
-
-
-def test_picture(tmp_path) -> None:
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    plot_agreement(_records(), tmp_path / "agreement.png")
-    assert (tmp_path / "agreement.png").read_bytes().startswith(b"\x89PNG")
-    refused = [
-        (_records(), {"path": tmp_path / "agreement.png" / "below.png"}, "cannot be written"),
-        ([], {}, "at least one record"),
-        ([*_records(1), {"step": 20, "groups": {"humaneval": {}}}], {}, "no figures of 'mean'"),
-        ([record | {"step": None} for record in _records()], {}, "record 1 has no step"),
-    ]
-    for records, options, message in refused:
-        with pytest.raises(DexError, match=message):
-            plot_agreement(records, **{"path": tmp_path / "agreement.png", **options})

@@ -8,12 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-from reference.small_models import LetterTokenizer, small_model
+from reference.small_models import small_model
 
 import dex_jax
 from dex_jax import DexError, plot
 from dex_jax.language_model import outline
-from dex_jax.plot import __main__ as program
 from dex_jax.plot import figures
 from dex_jax.plot.colors import darker, depth_hex
 
@@ -111,53 +110,6 @@ def test_words_have_the_colours_of_their_own_lines_and_nothing_covers_them(trace
     figure.canvas.draw()
     legend = figure.legends[0].get_window_extent()
     assert not any(legend.overlaps(text.get_window_extent()) for text in climb.texts)
-
-
-@pytest.mark.slow
-def test_the_program_draws_and_refuses(monkeypatch, capsys, tmp_path) -> None:
-    needs_matplotlib()
-    model = small_model(tokenizer=LetterTokenizer())
-    monkeypatch.setattr("dex_jax.language_model.Outline.load", lambda self, on_tensor: model)
-    monkeypatch.setattr(LetterTokenizer, "decode", lambda self, tokens, skip_special=True: str(tokens))
-    monkeypatch.setattr(dex_jax.Output, "pieces", lambda self, row: [f"{token} " for token in self.tokens[row]])
-    monkeypatch.chdir(tmp_path)
-    options = ["--prompt", "ABC", "--explorers", "4", "--max-new-tokens", "12", "--exits", "shared"]
-    assert program.main([*options, "--output", "a.svg"]) == 0
-    assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
-    said = capsys.readouterr()
-    assert said.out == f"written: {tmp_path / 'a.svg'}\n"
-    assert "drawing" in said.err
-    assert program.main([*options, "--text"]) == 0
-    written = (tmp_path / "text.svg").read_text(encoding="utf-8")
-    assert "ABC" in written
-    assert "depth" in written
-    for further in (["--output", "lattice.txt"], ["--output", "none/lattice.png"], ["--text"]):
-        capsys.readouterr()
-        assert program.main([*options, *further]) == 2
-        assert "error: " in capsys.readouterr().err
-    assert (tmp_path / "text.svg").read_text(encoding="utf-8") == written
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.svg", "text.svg"]
-
-
-def test_histogram_counts_every_token_but_the_first(out) -> None:
-    needs_matplotlib()
-    (axes,) = plot.ead_histogram([out, out]).axes
-    exits = out.stats.exits[out.stats.exits > 0]
-    heights = [bar.get_height() for bar in axes.patches]
-    assert np.allclose(heights, np.bincount(exits, minlength=5)[1:] / len(exits))
-    assert axes.get_title().startswith(f"{2 * len(exits)} tokens")
-
-
-def test_speedups_are_drawn_as_given_or_as_counted(out) -> None:
-    needs_matplotlib()
-    figure = plot.speedup_by_k({"given": {2: 1.2, 5: 1.9}, "counted": [out, out]})
-    assert figure._repr_png_().startswith(b"\x89PNG"), "what notebooks show"
-    (axes,) = figure.axes
-    given, counted = (line for line in axes.lines if not line.get_label().startswith("_"))
-    assert given.get_xydata().tolist() == [[2, 1.2], [5, 1.9]]
-    assert np.allclose(counted.get_xydata(), [[4, 4 * (out.lengths - 1).sum() / out.stats.ticks.sum()]])
-    with pytest.raises(DexError, match="nothing to draw"):
-        plot.speedup_by_k({"empty": {}})
 
 
 def test_without_matplotlib_a_sentence_says_what_to_install(trace, monkeypatch) -> None:

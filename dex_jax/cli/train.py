@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dex_jax.cli.common import program, remember_compilations
@@ -64,7 +62,6 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
     initial = None if args.init_from is None else _exits_to_start_from(args.init_from, config)
     lm = load(config.model, config.train.dtype, weights="dense")
     train_exits(config, lm, folder, mesh=mesh, initial=initial, tell=functools.partial(print, flush=True))
-    _draw(folder)
     model = "" if config.model == "smollm2-135m" else f" --model {config.model}"
     decode = program("decode.py")
     print(f'The exits are in {folder / FILE_NAME}. Use them: {decode}{model} --exits {folder} --prompt "..."')
@@ -108,12 +105,3 @@ def _mesh(args: argparse.Namespace) -> Any:
         raise DexError(f"--mesh needs {wanted} devices, and there are {jax.device_count()}: choose a smaller one")
     kinds = (jax.sharding.AxisType.Auto,) * 2
     return jax.make_mesh(args.mesh, ("data", "tensor"), axis_types=kinds, devices=jax.devices()[:wanted])
-
-
-def _draw(folder: Path) -> None:
-    from dex_jax.plot.training import plot_agreement
-    from dex_jax.training.journal import read_journal
-
-    records = [record for record in read_journal(folder) if record.get("groups")]
-    if records and importlib.util.find_spec("matplotlib") is not None:
-        plot_agreement(records, folder / "agreement.png")

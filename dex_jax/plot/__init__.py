@@ -1,6 +1,6 @@
-"""Pictures of depth exploration: text coloured by depth, the lattice over ticks, and charts.
+"""Pictures of depth exploration: text coloured by depth, and the lattice over ticks.
 
-`depth_text` needs nothing; the others need matplotlib (the extra `plot`) and return a matplotlib Figure,
+`depth_text` needs nothing; `lattice` needs matplotlib (the extra `plot`) and returns a matplotlib Figure,
 which a notebook shows and `figure.savefig("name.png")` writes.
 """
 

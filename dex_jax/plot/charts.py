@@ -1,11 +1,9 @@
-"""Charts of many tokens: at which depth they became available, and what more explorers bring."""
+"""Charts of studies: shares of tokens by depth, and what more explorers bring."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from dex_jax.decoding.output import Output
 from dex_jax.errors import DexError
@@ -13,43 +11,6 @@ from dex_jax.plot.colors import SERIES, depth_hex
 from dex_jax.plot.figures import FAINT, INK, new_figure, quiet_axes
 
 Speedups = Mapping[int, float] | Sequence[Output]
-
-
-def ead_histogram(outputs: Output | Sequence[Output]) -> Any:
-    """How many tokens each depth was the first to give: their earliest available depths on the grid that ran.
-
-    The first token of each sequence, the prefill's, is left out.
-
-    Args:
-      outputs: from `dex_jax.generate` with DEX, all with the same exit depths.
-
-    Returns:
-      A matplotlib Figure.
-
-    Raises:
-      DexError: outputs of other methods, of different depths, or without a token to count; no matplotlib.
-    """
-    outputs = [outputs] if isinstance(outputs, Output) else list(outputs)
-    depths = {out.stats.schedule.depths for out in outputs}
-    if len(depths) != 1 or not all(out.stats.schedule.has_lattice for out in outputs):
-        raise DexError("depths can be counted over outputs of DEX with one set of exit depths")
-    (grid,) = depths
-    drafts = any(out.stats.schedule.drafts is not None for out in outputs)
-    first, stages = 0 if drafts else 1, len(grid)
-    grid = (0, *grid) if drafts else grid
-    exits = np.concatenate([out.stats.exits.reshape(-1) for out in outputs])
-    counts = np.bincount(exits[exits >= first], minlength=stages + 1)[first:]
-    if not counts.sum():
-        raise DexError("there is no token to count: every sequence ended with its first token")
-    shares = counts / counts.sum()
-    figure = new_figure(max(4.5, 1.2 + 0.62 * len(grid)), 3.4)
-    axes = figure.add_subplot()
-    draw_shares(axes, grid, shares)
-    axes.set_xlabel("earliest available depth (layers)")
-    axes.set_ylabel("share of tokens")
-    title = f"{counts.sum():,} tokens, mean depth {np.dot(shares, grid):.1f} of {grid[-1]}"
-    axes.set_title(title, fontsize=10, color=INK)
-    return figure
 
 
 def draw_shares(axes: Any, depths: Sequence[int], shares: Sequence[float]) -> None:
