@@ -13,7 +13,6 @@ from reference.small_models import small_model
 import dex_jax
 from dex_jax import DexError, plot
 from dex_jax.language_model import outline
-from dex_jax.plot import figures
 from dex_jax.plot.colors import darker, depth_hex
 
 
@@ -68,11 +67,13 @@ def test_depth_text_holds_every_token_in_its_colour(out) -> None:
 
 
 def test_text_is_escaped(out) -> None:
-
     shown = dataclasses.replace(out, tokenizer=None)
     object.__setattr__(shown, "pieces", lambda row: ["<b>&"] * int(out.lengths[row]))
-    assert "<b>" not in plot.depth_text(shown).html
-    assert "&lt;b&gt;&amp;" in plot.depth_text(shown).html
+    text = plot.depth_text(shown)
+    for page in (text.html, text.svg("ABC")):
+        assert "<b>" not in page
+        assert "&lt;b&gt;&amp;" in page
+    assert "ABC" in text.svg("ABC")
 
 
 def words(axes, at: int) -> list:
@@ -107,13 +108,12 @@ def test_words_have_the_colours_of_their_own_lines_and_nothing_covers_them(trace
     for node in trace.roots:
         if node.born in feet and node.born > 0:
             assert feet[node.born] == (str(node.token), darker(depth_hex(node.born_at, 4)))
-    figure.canvas.draw()
+    assert figure._repr_png_().startswith(b"\x89PNG"), "what notebooks show"
     legend = figure.legends[0].get_window_extent()
     assert not any(legend.overlaps(text.get_window_extent()) for text in climb.texts)
 
 
 def test_without_matplotlib_a_sentence_says_what_to_install(trace, monkeypatch) -> None:
-    figures._figure_class.cache_clear()
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DexError, match=r"pip install matplotlib"):

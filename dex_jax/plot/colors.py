@@ -15,9 +15,6 @@ PALETTE = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
 DRAFT_CODE = 45
 """The same (cyan) of what was drafted before any layer."""
 
-SERIES = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#97266d", "#4a5568")
-"""Lines of a chart that stand for no depth."""
-
 FINAL_HEX = "#8a93a3"
 """What the final layer or the prefill gave itself; terminals leave it plain."""
 

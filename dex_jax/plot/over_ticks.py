@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 from dex_jax.decoding.trace import Trace, TracedNode
 from dex_jax.errors import DexError
 from dex_jax.lattice import DRAFTED
 from dex_jax.plot.colors import FINAL_HEX, darker, depth_hex
-from dex_jax.plot.figures import FAINT, INK, new_figure, quiet_axes
 
 TICKS = 26
 """How many ticks are drawn unless the caller says: as many as fit a page."""
 
+INK, FAINT = "#22262e", "#c9ced6"
 _DEAD, _CROSS = "#e4e7ec", "#a9b0bb"
 _CLIMB = 3.6  # inches
 _LANE = 0.15  # inches
@@ -52,7 +53,7 @@ def lattice(trace: Trace, ticks: tuple[int, int] | None = None, *, candidates: b
         commits = [*commits, _final(trace)]
     lanes = _lanes(nodes)
     heights = (_CLIMB, (max(lanes.values()) + 1) * _LANE) if candidates else (_CLIMB,)
-    figure = new_figure(1.8 + (last - first) * _TICK, sum(heights) + 0.9)
+    figure = _new_figure(1.8 + (last - first) * _TICK, sum(heights) + 0.9)
     climb, *bars = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     _draw_climb(climb, trace, nodes, commits, last)
     _legend(figure, trace)
@@ -67,6 +68,33 @@ def lattice(trace: Trace, ticks: tuple[int, int] | None = None, *, candidates: b
     return figure
 
 
+def _new_figure(width: float, height: float) -> Any:
+    """An empty Figure, in inches, that notebooks show: no pyplot, so nothing to close."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DexError("pictures need matplotlib: pip install matplotlib") from error
+
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
+    figure = Picture(figsize=(width, height), layout="constrained", facecolor="white", dpi=110)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _quieten(axes: Any) -> None:
+    """Takes away what is not read: the frame above and to the right, heavy ticks."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(color=FAINT, labelcolor=INK, labelsize=8)
+    axes.set_axisbelow(True)
+
+
 def _final(trace: Trace) -> TracedNode:
     """The last token as a node: it ends the sequence and never enters the lattice."""
     position = trace.nodes[0].position + len(trace.tokens) - 1
@@ -78,7 +106,7 @@ def _color(node: TracedNode, trace: Trace) -> str:
 
 
 def _draw_climb(axes: Any, trace: Trace, nodes: _Nodes, commits: list[TracedNode], last: int) -> None:
-    quiet_axes(axes)
+    _quieten(axes)
     heights, top = (0, *trace.depths), trace.depths[-1]
     for depth in trace.depths:
         axes.axhline(depth, color=FAINT, linewidth=0.6, zorder=0)
@@ -142,7 +170,7 @@ def _legend(figure: Any, trace: Trace) -> None:
 def _draw_bars(
     axes: Any, trace: Trace, nodes: _Nodes, lanes: dict[int, int], commits: list[TracedNode], first: int, last: int
 ) -> None:
-    quiet_axes(axes)
+    _quieten(axes)
     positions: dict[int, list[int]] = {}  # -> lanes
     for index, node in nodes.items():
         lane, left, strong = lanes[index], max(node.born, first - 0.4), node.rooted is not None
