@@ -25,7 +25,7 @@ from dex_jax.errors import DexError
 from dex_jax.evaluation.compiled import read
 from dex_jax.evaluation.targets import lower, target
 from dex_jax.hardware import DEVICES
-from dex_jax.io import open_checkpoint
+from dex_jax.io.opening import open_checkpoint
 from dex_jax.nn.attention import SCOPE
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES

@@ -1,13 +1,24 @@
 """Depth Exploration Decoding (DEX, arXiv 2606.29223) in JAX: faster decoding, not one token changed.
 
-Its names stand in __init__.pyi and are imported when they are asked for: JAX alone takes two seconds, and
-`decode.py --help` has no use for it.
+public.py has its names. They are imported when the first is asked for (PEP 562), as JAX and flax take seconds to import
+and `decode.py --help` has no use for them.
 """
 
-from dex_jax.lazy import names
-from dex_jax.versions import check_versions
-
-check_versions()  # before jax and flax are imported
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__getattr__, __dir__, __all__ = names(__name__, __file__)
+
+if TYPE_CHECKING:
+    from dex_jax.public import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        """A module of this package, or what public.py has."""
+        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
+        return globals().setdefault(name, getattr(importlib.import_module(f"{__name__}.public"), name))
+
+    def __dir__() -> list[str]:
+        return [*globals(), *importlib.import_module(f"{__name__}.public").__all__]

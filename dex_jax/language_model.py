@@ -23,8 +23,10 @@ from dex_jax.decoding.methods import Dex, check_depths
 from dex_jax.decoding.resolve import resolve
 from dex_jax.errors import DexError
 from dex_jax.host_memory import return_free_memory
-from dex_jax.io import Checkpoint, Tokenizer, open_checkpoint
+from dex_jax.io.checkpoint import Checkpoint
+from dex_jax.io.opening import open_checkpoint
 from dex_jax.io.save import save_model
+from dex_jax.io.tokenizer import Tokenizer
 from dex_jax.nn import few_rows
 from dex_jax.nn.blocks import FORMATS
 from dex_jax.nn.forward import extend

@@ -289,7 +289,7 @@ SHAPES = {
 
 def shapes_of(source: str) -> ModelConfig:
     """The shapes of a model: a name of SHAPES, or whatever `dex_jax.load` takes; a DexError for none of these."""
-    from dex_jax.io import open_checkpoint
+    from dex_jax.io.opening import open_checkpoint
 
     if source in SHAPES:
         return SHAPES[source]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dex_jax.errors import DexError
-from dex_jax.io import Tokenizer
+from dex_jax.io.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]

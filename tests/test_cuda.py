@@ -20,7 +20,7 @@ from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.spec import Spec
 from dex_jax.evaluation.compiled import read
 from dex_jax.evaluation.targets import lower, target
-from dex_jax.io import open_checkpoint
+from dex_jax.io.opening import open_checkpoint
 from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.transformer import Unrolled, parameter_shapes

@@ -289,7 +289,7 @@ def test_prompt_files(tmp_path, monkeypatch) -> None:
 
 
 def test_dry_run_loads_nothing_and_adds_up(run, monkeypatch) -> None:
-    monkeypatch.setattr(dex_jax.io.Checkpoint, "read", None)
+    monkeypatch.setattr(dex_jax.io.checkpoint.Checkpoint, "read", None)
     code, out, err = run("--dry-run", "--prompt", SKY)
     assert (code, err.count("\n")) == (0, 1)  # what it imports
     assert "weights" in out

@@ -24,11 +24,12 @@ from test_io_tokenizer import CHATML, gguf_metadata, with_template, write_tokeni
 from dex_jax.cli.train_arguments import read_config
 from dex_jax.errors import DexError
 from dex_jax.foreign import parsed, reading
-from dex_jax.io import open_checkpoint, templates
+from dex_jax.io import templates
 from dex_jax.io.eagle import fit_eagle, load_eagle
 from dex_jax.io.exits_file import load_exits, save_exits
 from dex_jax.io.gguf_tokenizer import gguf_tokenizer
 from dex_jax.io.huggingface_config import huggingface_config
+from dex_jax.io.opening import open_checkpoint
 from dex_jax.io.save import save_model
 from dex_jax.prompt_files import read_prompts, read_texts
 

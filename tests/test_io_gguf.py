@@ -14,7 +14,7 @@ from reference.checkpoints import FAMILIES, checkpoint_tensors, write_checkpoint
 from reference.refusals import refusal
 
 from dex_jax.config import RopeScaling
-from dex_jax.io import open_checkpoint
+from dex_jax.io.opening import open_checkpoint
 
 NAMES = {
     "model.embed_tokens": "token_embd",

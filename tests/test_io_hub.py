@@ -14,8 +14,7 @@ from reference.refusals import refusal
 
 import dex_jax
 from dex_jax.errors import DexError
-from dex_jax.io import ALIASES, open_checkpoint
-from dex_jax.io.opening import is_hub_id
+from dex_jax.io.opening import ALIASES, is_hub_id, open_checkpoint
 
 REPO, REVISION = "owner/tiny-model", "0" * 40
 

@@ -12,7 +12,7 @@ from reference.checkpoints import FAMILIES, checkpoint_tensors, write_checkpoint
 from reference.refusals import refusal
 from safetensors.numpy import load_file, save_file
 
-from dex_jax.io import open_checkpoint
+from dex_jax.io.opening import open_checkpoint
 
 
 def edit_json(path, **changes):

@@ -15,8 +15,10 @@ from reference.checkpoints import write_checkpoint
 from tokenizers import pre_tokenizers
 
 from dex_jax.errors import DexError
-from dex_jax.io import TextStream, Tokenizer, open_checkpoint
 from dex_jax.io.gguf_tokenizer import gguf_tokenizer
+from dex_jax.io.opening import open_checkpoint
+from dex_jax.io.stream import TextStream
+from dex_jax.io.tokenizer import Tokenizer
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "goldens" / "tokenizer_smollm2.json").read_text(encoding="utf-8"))
 CHATML = (

@@ -15,7 +15,8 @@ from reference.small_models import LLAMA, small_model, train_tokenizer, weights_
 
 import dex_jax
 from dex_jax import DexError
-from dex_jax.io import open_checkpoint, save
+from dex_jax.io import save
+from dex_jax.io.opening import open_checkpoint
 from dex_jax.io.save import config_json, save_model
 
 TEXT = "Whereof one cannot speak, thereof one must be silent.\n" * 4

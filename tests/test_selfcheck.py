@@ -6,6 +6,7 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 from reference.small_models import LLAMA, small_model
 
@@ -117,3 +118,17 @@ def test_exit_codes(monkeypatch, capsys) -> None:
     broken = selfcheck.Report({}, [selfcheck.Finding("tokens", False, "differ")])
     monkeypatch.setattr(selfcheck, "selfcheck", lambda lm: broken)
     assert program.main([]) == 1
+
+
+@pytest.mark.parametrize("issue", selfcheck.CANARIES)
+def test_this_jax_computes_what_others_did_not(issue) -> None:
+    assert selfcheck.CANARIES[issue]()
+
+
+@pytest.mark.parametrize(("name", "issue"), [("arctan", "39352"), ("sum", "39103")])
+def test_a_wrong_result_is_found(name, issue, monkeypatch) -> None:
+    right = getattr(jnp, name)
+    monkeypatch.setattr(jnp, name, lambda x: right(x) * 0.99)
+    finding = selfcheck._canaries()
+    assert not finding.holds
+    assert issue in finding.detail

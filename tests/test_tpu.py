@@ -27,7 +27,7 @@ from dex_jax.decoding.session import RUN
 from dex_jax.decoding.spec import Spec
 from dex_jax.evaluation.compiled import Program, read
 from dex_jax.evaluation.targets import lower, target
-from dex_jax.io import open_checkpoint
+from dex_jax.io.opening import open_checkpoint
 from dex_jax.nn.eagle import Eagle
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES

@@ -30,7 +30,7 @@ from dex_jax.decoding.sizes import batch_bucket, cache_length_for
 from dex_jax.errors import DexError
 from dex_jax.evaluation.targets import TARGETS, target, temporaries
 from dex_jax.hardware import USABLE, Device, hardware, platform_of
-from dex_jax.io import open_checkpoint
+from dex_jax.io.opening import open_checkpoint
 from dex_jax.language_model import Outline, layout_on_mesh, packing_of, resolve_dtype
 from dex_jax.nn.transformer import Layout, Staged, Unrolled
 from dex_jax.prompts import Prompt

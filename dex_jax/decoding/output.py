@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 
 from dex_jax.decoding.methods import Schedule
-from dex_jax.io import TextStream, Tokenizer
+from dex_jax.io.stream import TextStream
+from dex_jax.io.tokenizer import Tokenizer
 
 SHOWN, SHOWN_TEXT, SHOWN_TOKENS = 8, 60, 12
 """Sequences, characters and, without a tokenizer, tokens of each that a printed Output shows."""

@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Sequence
 
 from dex_jax.errors import DexError
-from dex_jax.io import Tokenizer
+from dex_jax.io.tokenizer import Tokenizer
 
 
 class StopStrings:

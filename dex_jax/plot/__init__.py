@@ -4,6 +4,7 @@
 which a notebook shows and `figure.savefig("name.png")` writes.
 """
 
-from dex_jax.lazy import names
+from dex_jax.plot.over_ticks import lattice
+from dex_jax.plot.text import DepthText, depth_text
 
-__getattr__, __dir__, __all__ = names(__name__, __file__)
+__all__ = ["DepthText", "depth_text", "lattice"]

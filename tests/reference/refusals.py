@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dex_jax.errors import DexError
-from dex_jax.io import open_checkpoint
+from dex_jax.io.opening import open_checkpoint
 
 
 def refusal(source) -> str:

@@ -14,8 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import dex_jax
 from dex_jax.check import compare
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig
-from dex_jax.io import Tokenizer
 from dex_jax.io.exits_file import TrainedExits
+from dex_jax.io.tokenizer import Tokenizer
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Transformer, build, layer_parameters, parameter_shapes

@@ -1,3 +1,5 @@
+"""What is public, by plain imports; the package itself gives these names."""
+
 from dex_jax import plot
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig, RopeScaling
 from dex_jax.decoding.dex.interface import Committed, Drafter, DraftRows, Exits, Network, StageView
@@ -16,8 +18,6 @@ from dex_jax.language_model import LanguageModel, load
 from dex_jax.lattice import Lattice
 from dex_jax.nn.transformer import Staged, Transformer, Unrolled
 from dex_jax.sampling import Sampling
-
-__version__: str
 
 __all__ = [
     "AR",
