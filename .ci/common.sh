@@ -20,8 +20,8 @@ uv --version
 run_marked() {
   local marker=$1 python=$2
   shift 2
-  "$python" -m pytest -m "$marker" -rs "$@" | tee "$work/$marker.log"
-  if grep -qE '[0-9]+ skipped' "$work/$marker.log"; then
+  "$python" -m pytest -m "$marker" -rs "$@" | tee "$work/marked.log"
+  if grep -qE '[0-9]+ skipped' "$work/marked.log"; then
     echo "tests marked $marker were skipped in their own environment"
     exit 1
   fi

@@ -97,7 +97,7 @@ def after(index: jax.Array, *results: jax.Array) -> jax.Array:
 
     Writing at such an index tells XLA that a cache is read before it is written. Without that it cannot prove the order
     inside a loop and copies the whole cache in every step. TPUs copy nothing without it, and with it they lay every
-    cache out anew in every tick (tests/test_tpu.py), so there it does nothing.
+    cache out anew in every tick (tests/test_compiled.py), so there it does nothing.
     """
 
     def wait(index: jax.Array, *results: jax.Array) -> jax.Array:

@@ -1,153 +1,220 @@
-"""Reading an optimised program: a small one written out by hand, whose figures can be counted on paper."""
+"""The programs of decoding compile for GPUs and TPUs on a machine that has none, and are read as XLA leaves them.
+
+Run with `pytest -m cuda` and `pytest -m tpu` where docs/howto_gpu_tpu.md's compilers are. In the loop no weight and no
+cache is copied or widened, and little more than the weights is moved.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
+from reference.compiled import Hlo, assumed, devices_of
+from reference.small_models import LLAMA
 
-from dex_jax.errors import DexError
-from dex_jax.evaluation import targets
-from dex_jax.evaluation.compiled import read
+from dex_jax.decoding.dex.drafters import draft_model
+from dex_jax.decoding.dex.shape import TreeShape
+from dex_jax.decoding.methods import AR, Dex
+from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.session import Session
+from dex_jax.language_model import Outline
 from dex_jax.nn.attention import KeyValues, attend
-from dex_jax.nn.products import ASSUMED, Device
+from dex_jax.nn.packed import INT8
+from dex_jax.nn.planes import PLANES
+from dex_jax.nn.transformer import Staged, Unrolled, parameter_shapes
+from dex_jax.nn.weights import packed_alike
+from dex_jax.sampling import Sampling, sampling_keys
+from dex_jax.sharding import make_mesh, nbytes
 
-# A loop of 3 turns within a loop: a product by a library, rows cut out of a cache and rows written into it, a choice.
-PROGRAM = """\
-HloModule jit_run, is_scheduled=true
-
-%fused_rows (p0: bf16[1024,64], p1: s32[]) -> bf16[8,64] {
-  %p0 = bf16[1024,64]{1,0} parameter(0)
-  %p1 = s32[] parameter(1)
-  %zero = s32[] constant(0)
-  ROOT %cut = bf16[8,64]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={8,64}
+TREE = TreeShape((2, 2, 1, 1, 1), drafted=0, lookup=(0.5,) * 8)
+DRAFTED = dataclasses.replace(TREE, drafted=3, drafting=0.1)
+METHODS = {
+    "ar": AR(),
+    "one": Dex(explorers=1, draft=TREE),
+    "dex": Dex(explorers=5, draft=False),
+    "dex with drafts": Dex(explorers=5, draft=TREE),
+    "four": Dex(explorers=4, draft=False),
+    "two": Dex(explorers=2, draft=False),
+    "drafter": Dex(explorers=1, draft=DRAFTED),
 }
-
-%fused_write (w0: bf16[1024,64], w1: bf16[8,64], w2: s32[]) -> bf16[1024,64] {
-  %w0 = bf16[1024,64]{1,0} parameter(0)
-  %w1 = bf16[8,64]{1,0} parameter(1)
-  %w2 = s32[] parameter(2)
-  %nothing = s32[] constant(0)
-  ROOT %written = bf16[1024,64]{1,0} dynamic-update-slice(%w0, %w1, %w2, %nothing)
-}
-
-%turn (t: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
-  %t = (s32[], bf16[8,64]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%t), index=0
-  %x = bf16[8,64]{1,0} get-tuple-element(%t), index=1
-  %negated = bf16[8,64]{1,0} negate(%x), metadata={op_name="jit(run)/while/body/attention/neg"}
-  ROOT %out = (s32[], bf16[8,64]{1,0}) tuple(%i, %negated)
-}
-
-%goes_on (c: (s32[], bf16[8,64])) -> pred[] {
-  %c = (s32[], bf16[8,64]{1,0}) parameter(0)
-  %j = s32[] get-tuple-element(%c), index=0
-  %most = s32[] constant(3)
-  ROOT %less = pred[] compare(%j, %most), direction=LT
-}
-
-%few (f: bf16[8,64]) -> bf16[8,64] {
-  ROOT %f = bf16[8,64]{1,0} parameter(0)
-}
-
-%many (m: bf16[8,64]) -> bf16[8,64] {
-  %m = bf16[8,64]{1,0} parameter(0)
-  ROOT %copied = bf16[8,64]{1,0} copy(%m)
-}
-
-%body (state: (bf16[1024,64], bf16[64,64], s32[], pred[])) -> (bf16[1024,64], bf16[64,64], s32[], pred[]) {
-  %state = (bf16[1024,64]{1,0}, bf16[64,64]{1,0}, s32[], pred[]) parameter(0)
-  %cache = bf16[1024,64]{1,0} get-tuple-element(%state), index=0
-  %kernel = bf16[64,64]{1,0} get-tuple-element(%state), index=1
-  %at = s32[] get-tuple-element(%state), index=2
-  %which = pred[] get-tuple-element(%state), index=3
-  %rows = bf16[8,64]{1,0} fusion(%cache, %at), kind=kLoop, calls=%fused_rows
-  %start = (bf16[64,64]{1,0:S(1)}, bf16[64,64]{1,0}, u32[]) copy-start(%kernel)
-  %near = bf16[64,64]{1,0:S(1)} copy-done(%start)
-  %quarter = ((bf16[64,64]{1,0}), bf16[16,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%kernel), slice={[0:16], [0:64]}
-  %brought = bf16[16,64]{1,0:S(1)} slice-done(%quarter)
-  %gemm = (bf16[8,64]{1,0}, s8[4194304]{0}) custom-call(%rows, %near), custom_call_target="__cublas$gemm", \
-backend_config={"estimated_cycles":"70"}
-  %product = bf16[8,64]{1,0} get-tuple-element(%gemm), index=0
-  %begun = (s32[], bf16[8,64]{1,0}) tuple(%at, %product)
-  %turns = (s32[], bf16[8,64]{1,0}) while(%begun), condition=%goes_on, body=%turn, \
-backend_config={"known_trip_count":{"n":"3"}}
-  %turned = bf16[8,64]{1,0} get-tuple-element(%turns), index=1
-  %chosen = bf16[8,64]{1,0} conditional(%which, %turned, %turned), branch_computations={%few, %many}
-  %kept = bf16[1024,64]{1,0} fusion(%cache, %chosen, %at), kind=kLoop, calls=%fused_write
-  ROOT %next = (bf16[1024,64]{1,0}, bf16[64,64]{1,0}, s32[], pred[]) tuple(%kept, %kernel, %at, %which)
-}
-
-%never (n: (bf16[1024,64], bf16[64,64], s32[], pred[])) -> pred[] {
-  %n = (bf16[1024,64]{1,0}, bf16[64,64]{1,0}, s32[], pred[]) parameter(0)
-  ROOT %going = pred[] get-tuple-element(%n), index=3
-}
-
-ENTRY %main (a: bf16[1024,64], b: bf16[64,64], s: s32[], p: pred[]) -> bf16[1024,64] {
-  %a = bf16[1024,64]{1,0} parameter(0)
-  %b = bf16[64,64]{1,0} parameter(1)
-  %s = s32[] parameter(2)
-  %p = pred[] parameter(3)
-  %first = (bf16[1024,64]{1,0}, bf16[64,64]{1,0}, s32[], pred[]) tuple(%a, %b, %s, %p)
-  %loop = (bf16[1024,64]{1,0}, bf16[64,64]{1,0}, s32[], pred[]) while(%first), condition=%never, body=%body
-  ROOT %result = bf16[1024,64]{1,0} get-tuple-element(%loop), index=0
-}
-"""
-ROWS, KERNEL, NUMBER = 8 * 64 * 2, 64 * 64 * 2, 4
+# Five layers of Llama 3 8B: a copy of any kernel would stand out. The vocabulary is small, as arrays count as a whole.
+WIDE = dataclasses.replace(
+    LLAMA, vocab_size=4096, num_layers=5, width=4096, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=14336,
+    context=32768, tied=False, eos_ids=(2,),
+)  # fmt: skip
+# Widths that are no multiples of 128, as SmolLM2-135M's.
+NARROW = dataclasses.replace(
+    WIDE, width=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_width=1536, vocab_size=49152, tied=True
+)
 
 
-def test_what_a_step_moves_launches_and_takes() -> None:
-    program = read(PROGRAM)
-    assert program.loops == ("body",)
-    # Of caches what is cut out and what is written, once each; the kernel and a quarter as they are brought onto the
-    # chip; a library's room to work in not at all; of the choice the branch that copies.
-    by_hand = {
-        "rows": ROWS + NUMBER + ROWS,
-        "start": KERNEL,
-        "quarter": KERNEL // 4,
-        "gemm": ROWS + ROWS,
-        "turns": 3 * (2 * ROWS + (NUMBER + NUMBER + 1)),
-        "chosen": 2 * ROWS,
-        "kept": ROWS + NUMBER + ROWS,
-    }
-    assert program.moved("body") == sum(by_hand.values())
-    assert program.moved("body", "attention") == 3 * 2 * ROWS
-    assert program.kernels("body") == 1 + 2 + 1 + 3 * 2 + 1 + 1
-    assert program.cycles("body") == 70
+def compiled(name, method, which="run_ticks", *, config=WIDE, dtype="bfloat16", format=None, mesh=None, length=64):
+    """(session, lowered text, what is compiled of it) of one sequence on a GPU or a TPU."""
+    devices, found = devices_of(name), {}
+    spread = None if mesh is None else make_mesh(mesh, devices)
+    stages = Dex(explorers=1 if mesh is None else spread.shape["stage"]).schedule_for(config.num_layers).depths
+    packing = () if format is None else packed_alike(config, format)
+
+    def outline(config):
+        about = SimpleNamespace(config=config, source=name, tokenizer=None)
+        return Outline(about, jnp.dtype(dtype), Staged(stages) if mesh else Unrolled(), spread, packing)
+
+    def lower(program, *arguments, **statics):
+        if mesh is None:
+            here = SingleDeviceSharding(devices[0])
+            arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
+        found[program.name] = program.jitted.lower(*arguments, **statics)
+        return found[program.name]
+
+    def put(tree, at=None):  # there is nothing to put arrays on
+        return jax.tree.map(lambda x: x if at is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree)
+
+    with assumed(name), mock.patch.object(jax, "device_put", put):
+        lm, drafter = outline(config), None
+        if method == "drafter":
+            drafter = draft_model(lm, outline(dataclasses.replace(config, num_layers=2)))
+        resolved = Resolved(METHODS[method].schedule_for(config.num_layers), drafter=drafter)
+        sampled = (
+            Sampling(sampling_keys([0]), jnp.float32(1), jnp.int32(5), jnp.float32(0.9))
+            if method == "dex with drafts"
+            else None
+        )
+        session = Session(lm, [[1] * length], resolved, 300, sampled)
+        session.compile_by(lower)
+        return session, found[which].as_text(), found[which].compile()
 
 
-def test_what_runs_within_loops() -> None:
-    program = read(PROGRAM)
-    names = {each.name for each in program.within(*program.loops)}
-    assert {"negated", "copied", "gemm"} <= names
-    assert "cut" not in names
-    cut, written = (program.computations["body"][name] for name in ("rows", "kept"))
-    assert [program.operation_of(each) for each in (cut, written)] == ["dynamic-slice", "dynamic-update-slice"]
-    near = program.computations["body"]["near"]
-    assert (near.nbytes, near.results[0].nbytes, near.works) == (0, KERNEL, False)
+def read_in_place(session, found):
+    """The program, in whose loop nothing as large as a kernel is made, and no copy of half of a layer's cache."""
+    hlo, config, length, mesh = Hlo(found.as_text()), session.lm.config, session.cache_length, session.lm.mesh
+    smallest = min(math.prod(shape) for shape in parameter_shapes(config).values() if len(shape) == 2)
+    pieces = 1 if mesh is None else mesh.shape["tensor"]
+    for array, line in hlo.made(hlo.loop):
+        size = pieces * math.prod(array.dims)
+        assert size < smallest, line[:300]
+        assert length not in array.dims or 2 * size < length * config.num_kv_heads * config.head_dim, line[:300]
+    return hlo
 
 
-def test_a_target_without_a_compiler_is_told_and_nothing_stays_assumed(monkeypatch) -> None:
-    monkeypatch.setattr(targets.topologies, "get_topology_desc", None)
-    for name, keyword in (("abacus", "t4"), ("h100", "jax-cuda12-pjrt"), ("v5e", "libtpu")):
-        with pytest.raises(DexError, match=keyword), targets.target(name):
-            pass
-    monkeypatch.setattr(targets.topologies, "get_topology_desc", lambda **about: SimpleNamespace(devices=["it"]))
-    with targets.target("h100") as devices:
-        assert (devices, ASSUMED.get()) == (["it"], Device("gpu", 9.0))
-    assert ASSUMED.get() is None
+def case(name, *values, slow=True):
+    return pytest.param(
+        name, *values, marks=[pytest.mark.tpu if name == "v5e" else pytest.mark.cuda, *[pytest.mark.slow] * slow]
+    )
 
 
-def test_what_was_traced_for_one_target_is_not_used_for_another(monkeypatch) -> None:
-    monkeypatch.setattr(targets.topologies, "get_topology_desc", lambda **about: SimpleNamespace(devices=["it"]))
+@pytest.mark.parametrize(
+    ("name", "method", "format"),
+    [
+        *(case(name, method, None, slow=False) for name in ("h100", "v5e") for method in ("ar", "one", "dex")),
+        *(case(name, "dex with drafts", None) for name in ("t4", "h100", "v5e")),
+        *(case(name, "one", INT8) for name in ("t4", "h100", "v5e")),
+        case("t4", "one", "Q4_K"),
+        case("h100", "ar", "Q4_K"),
+        case("v5e", "ar", "Q4_K" + PLANES),
+        case("v5e", "one", "Q6_K" + PLANES),
+    ],
+)
+def test_loop(name, method, format):
+    session, _, found = compiled(name, method, dtype="float16" if name == "t4" else "bfloat16", format=format)
+    hlo, weights, memory = read_in_place(session, found), session.lm.weights, found.memory_analysis()
+    assert memory.argument_size_in_bytes > nbytes(weights), "an array that had become a constant would be missing"
+    assert memory.alias_size_in_bytes >= 4 * WIDE.num_layers * session.cache_length * 8 * 128
+    assert memory.temp_size_in_bytes < 80e6
+    if format != "Q4_K":  # GPUs read blocks piece by piece, each of which counts as a reading of all
+        assert hlo.moved(hlo.loop) < 1.1 * (nbytes(weights) - nbytes(weights["embed"]))
+
+
+@pytest.mark.parametrize(("name", "method"), [case("h100", "dex"), case("v5e", "dex"), case("v5e", "drafter")])
+def test_narrow_layers_and_a_drafter_with_layers_of_its_own(name, method):
+    session, _, found = compiled(name, method, config=NARROW)
+    read_in_place(session, found)
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "which"), [("one", "run_ticks"), ("dex", "run_ticks"), ("ar", "prefill_chunk")])
+def test_float32_has_the_highest_precision(method, which):
+    _, text, found = compiled("v5e", method, which, config=NARROW, dtype="float32")
+    for products, highest in (
+        (re.findall(r"dot_general.*", text), "precision = [HIGHEST, HIGHEST]"),
+        (re.findall(r" (?:convolution|dot)\(.*", found.as_text()), "operand_precision={highest,highest}"),
+    ):
+        assert products
+        assert [line[:200] for line in products if highest not in line] == []
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "method", "format"),
+    [("stage=4", "ar", None), ("stage=4", "four", None), ("stage=2,tensor=2", "two", None), ("tensor=4", "one", INT8)],
+)
+def test_meshes_of_four_chips(mesh, method, format):
+    """Each reads its own part where it lies, and sends one cohort to the next stage in a tick."""
+    session, _, found = compiled("v5e", method, mesh=mesh, format=format)
+    read_in_place(session, found)
+    stages = session.lm.mesh.shape["stage"]
+    permutes = len(re.findall(r" collective-permute(?:-start)?\(", found.as_text()))
+    assert permutes == (stages - 1 if method == "ar" else int(stages > 1))
+
+
+@pytest.mark.parametrize("name", [case("t4"), case("h100"), case("v5e")])
+def test_a_prompt_never_has_all_of_its_scores_in_memory(name):
+    """A chunk of 512 tokens over a cache of 17,408 positions would have more than a gigabyte of scores a layer."""
+    session, _, found = compiled(name, "ar", "prefill_chunk", length=16384)
+    assert found.memory_analysis().temp_size_in_bytes < 0.25e9
+    assert found.memory_analysis().alias_size_in_bytes >= 2 * 2 * WIDE.num_layers * session.cache_length * 8 * 128
+    assert ("dot_product_attention" in found.as_text()) == (name == "h100")
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "heads", "groups", "width"), [(1, 32, 8, 128), (16, 32, 8, 128), (16, 4, 1, 256)])
+def test_attention_fits_into_the_shared_memory_of_small_cores(rows, heads, groups, width):
+    here = SingleDeviceSharding(devices_of("l4")[0])
+
+    def shape(*dims, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=here)
+
+    sources = [
+        KeyValues(*[shape(1, groups, length, width)] * 2, shape(1, rows, length, dtype=bool)) for length in (2048, rows)
+    ]
+    with assumed("l4"):
+        found = jax.jit(attend).lower(shape(1, rows, heads, width), sources).compile()
+    assert "few_rows_attention" in found.as_text()
+
+
+def test_a_widened_kernel_is_seen():
+    def run(kernel, x, widened):
+        def turn(state):
+            at, x = state
+            return at + 1, (kernel * at.astype(kernel.dtype) if widened else kernel) @ x
+
+        return jax.lax.while_loop(lambda state: state[0] < 9, turn, (jnp.int32(0), x))
+
+    found = {}
+    for widened in (False, True):
+        program = jax.jit(run, static_argnums=2).lower(jnp.ones((256, 256)), jnp.ones((256, 8)), widened)
+        hlo = Hlo(program.compile().as_text())
+        found[widened] = (hlo.moved(hlo.loop), any(array.dims == (256, 256) for array, _ in hlo.made(hlo.loop)))
+    kernel = 4 * 256 * 256
+    assert found[False] == (pytest.approx(kernel, rel=0.2), False)
+    assert found[True] == (pytest.approx(3 * kernel, rel=0.2), True)
+
+
+def test_what_was_traced_for_one_device_is_not_used_for_another():
     keys = jnp.ones((1, 1, 30, 20))  # of a width that C++ does not take
-    source = KeyValues(keys, keys, jnp.ones((1, 4, 30), bool))
-    attention = jax.jit(lambda queries: attend(queries, [source]))
+    attention = jax.jit(lambda queries: attend(queries, [KeyValues(keys, keys, jnp.ones((1, 4, 30), bool))]))
 
-    def has_ways(name: str) -> bool:
-        with targets.target(name):
+    def has_ways(name):
+        with assumed(name):
             return "platform_index" in str(attention.trace(jnp.ones((1, 4, 1, 20))).jaxpr)
 
     assert [has_ways(name) for name in ("v5e", "h100", "v5e", "t4")] == [False, True, False, True]

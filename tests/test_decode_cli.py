@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from dex_jax.cli.display import _check_lines
 from dex_jax.decoding import auto
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.errors import DexError
-from dex_jax.evaluation import targets
 from dex_jax.io.save import save_model
 from dex_jax.language_model import outline
 from dex_jax.nn.transformer import parameter_shapes
@@ -320,23 +318,10 @@ def test_a_dry_run_takes_and_refuses_what_a_real_run_does(run) -> None:
         refused(run("--dry-run", "--prompt", "Hi", *flags.split()), keyword)
 
 
-def test_a_dry_run_judges_a_device_that_is_not_here(run, monkeypatch) -> None:
-    monkeypatch.setattr(targets.topologies, "get_topology_desc", None)
-    code, out, err = run("--dry-run", "--hardware", "h100", "--prompt", SKY)
+def test_a_dry_run_judges_a_device_that_is_not_here(run) -> None:
+    code, out, _ = run("--dry-run", "--hardware", "h100", "--prompt", SKY)
     assert (code, "bfloat16" in out, "on one h100" in out, "73.60 GB" in out) == (0, True, True, True)
-    assert "jax-cuda12-plugin" in err
     assert "float16" in run("--dry-run", "--hardware", "t4")[1]
-
-    def refuses(self, by) -> None:
-        raise RuntimeError("RESOURCE_EXHAUSTED: too large\nand so on")
-
-    monkeypatch.setattr(targets.topologies, "get_topology_desc", lambda **about: SimpleNamespace(devices=[None]))
-    monkeypatch.setattr(targets.Session, "compile_by", refuses)
-    code, out, err = run("--dry-run", "--hardware", "v5e", "--prompt", SKY)
-    assert (code, "on one v5e" in out) == (0, True)
-    assert err.endswith(
-        "its temporaries are estimated: the compiler refuses a program: RESOURCE_EXHAUSTED: too large\n"
-    )
     for flags, keyword in (("--hardware h100", "--dry-run"), ("--dry-run --hardware abacus", "abacus")):
         refused(run("--prompt", "Hi", *flags.split()), keyword)
     refused(run("--dry-run", "--hardware", "h100", "--mesh", "stage=2"), "--mesh")

@@ -15,6 +15,7 @@ import pytest
 from conftest import slow
 from hypothesis import given, settings
 from jax.experimental import pallas as pl
+from reference.compiled import assumed
 from reference.small_models import LLAMA, random_transformer
 from test_few_rows_attention import attention_of, plain_attention
 
@@ -25,7 +26,6 @@ from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.session import run_ticks
 from dex_jax.decoding.spec import Spec
-from dex_jax.evaluation.targets import GPUS, assumed
 from dex_jax.nn import few_rows, gpu_attention, gpu_writes, planes, products, trial
 from dex_jax.nn.attention import KeyValues, _attend
 from dex_jax.nn.forward import commit_rows, extend, run_tree
@@ -135,17 +135,17 @@ def test_a_transformer_over_caches_computes_with_them_what_it_does_without(batch
 @pytest.mark.parametrize(
     ("name", "dtype", "method"),
     [
-        ("a100", "bfloat16", AR()),
-        ("a100", "bfloat16", Dex(explorers=1)),
-        ("a100", "bfloat16", Dex(explorers=2, draft=False)),
-        ("a100", "float32", AR()),
+        ("h100", "bfloat16", AR()),
+        ("h100", "bfloat16", Dex(explorers=1)),
+        ("h100", "bfloat16", Dex(explorers=2, draft=False)),
+        ("h100", "float32", AR()),
         ("t4", "float16", AR()),
     ],
 )
 def test_programs_for_newer_gpus_have_one_for_each_layers_attention_and_one_for_all_writes(name, dtype, method) -> None:
     """Lowered, without a GPU or its compiler."""
     schedule = method.schedule_for(WIDE.num_layers)
-    with assumed(GPUS[name]):
+    with assumed(name):
         shapes = session_shapes(WIDE, jnp.dtype(dtype), schedule, Unrolled(), 2, 96, capacity=64)
         program = jax.jit(functools.partial(run_ticks, spec=Spec(WIDE, Unrolled(), schedule)))
         text = program.trace(*shapes.of_run).lower(lowering_platforms=("cuda",)).as_text()
@@ -155,7 +155,7 @@ def test_programs_for_newer_gpus_have_one_for_each_layers_attention_and_one_for_
 def test_what_does_not_fit_is_left_to_xla() -> None:
     queries, sources = attention_of(0, 2, 4, 2, 48, [40, 2])
     narrow = [KeyValues(*(x.astype(jnp.bfloat16) for x in source[:2]), source.mask) for source in sources]
-    with assumed(GPUS["h100"]):
+    with assumed("h100"):
         assert not gpu_attention.fits(queries.astype(jnp.bfloat16), narrow)  # 48 is no power of two
         assert not gpu_writes.fits(jnp.zeros((1, 1, 8, 16)), 1)
         assert not gpu_writes.fits(jnp.zeros((1, 1, 8, 16), jnp.bfloat16), gpu_writes.MOST_ROWS + 1)
@@ -193,7 +193,7 @@ def test_a_kernel_is_tried_beside_xla_and_left_where_it_raises_or_differs(fault,
     if fault is not None:
         assert {"raises": "no kernel image", "differs": "differs from XLA"}[fault] in said[0]
         monkeypatch.setattr(products, "DISTRUSTED", trial.DISTRUSTED)
-        with assumed(GPUS["h100"]):
+        with assumed("h100"):
             assert not gpu_writes.fits(jnp.zeros((1, 1, 8, 16), jnp.bfloat16), 1)
 
 

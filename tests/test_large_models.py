@@ -24,7 +24,6 @@ from test_io_gguf import NAMES, NAMES_OF
 
 from dex_jax import cache
 from dex_jax.cli.decode import main
-from dex_jax.evaluation import targets
 from dex_jax.hardware import DEVICES, USABLE
 from dex_jax.nn.forward import extend_rows
 from dex_jax.nn.transformer import Unrolled, build, parameter_shapes
@@ -133,9 +132,7 @@ def q4_k_file(path: Path, config: dict) -> Path:
 
 
 @pytest.mark.parametrize("name", ["Gemma 3 4B", slow("Llama 3 8B"), slow("Qwen3 8B")])
-def test_a_dry_run_says_what_holds_them(name, tmp_path, capsys, monkeypatch) -> None:
-    # Without the compilers, wherever this runs: temporaries are estimated.
-    monkeypatch.setattr(targets.topologies, "get_topology_desc", None)
+def test_a_dry_run_says_what_holds_them(name, tmp_path, capsys) -> None:
     config = MODELS[name]
     dense = directory(tmp_path / "model", config)
     files = {"dense": dense, "int8": dense, "stored": q4_k_file(tmp_path / "model.gguf", config)}

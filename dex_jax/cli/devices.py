@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from jax.sharding import Mesh
 from dex_jax.cli.arguments import prompts_of
 from dex_jax.decoding.dex.drafters import draft_model, exit_zero
 from dex_jax.decoding.footprint import (
-    Footprint,
     device_memory,
     footprint,
     remembered_bytes,
@@ -25,10 +23,9 @@ from dex_jax.decoding.generate import encode_prompts, sampling_of
 from dex_jax.decoding.methods import Dex, Method, with_stages
 from dex_jax.decoding.output import title
 from dex_jax.decoding.resolve import GivenExits, opened, resolve, unmeasured
-from dex_jax.decoding.session import Session, check_layout
+from dex_jax.decoding.session import check_layout
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for
 from dex_jax.errors import DexError
-from dex_jax.evaluation.targets import TARGETS, target, temporaries
 from dex_jax.hardware import USABLE, Device, hardware, platform_of
 from dex_jax.io.opening import open_checkpoint
 from dex_jax.language_model import Outline, layout_on_mesh, packing_of, resolve_dtype
@@ -56,8 +53,7 @@ def layout_of(args: argparse.Namespace, method: Method) -> tuple[Layout | None, 
 def dry_run(args: argparse.Namespace, method: Method) -> int:
     """Prints GB per device of weights, caches and exits, and whether they fit; returns exit code 0.
 
-    Without a prompt, one short prompt is assumed. With --hardware they are those of a device that need not be here, and
-    if its compiler is, its temporaries are what the compiled programs hold.
+    Without a prompt, one short prompt is assumed. With --hardware they are those of a device that need not be here.
 
     Raises:
       DexError: as a real run would, for what can be known without weights.
@@ -101,8 +97,6 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
         exits_bytes += remembered_bytes(drafter, dtype, compiled_for, length)
     options: dict[str, Any] = {"sampled": sampling is not None, "exits_bytes": exits_bytes, "mesh": mesh}
     needed = footprint(config, dtype, schedule, compiled_for, length, layout, packing=packing, **options)
-    if elsewhere is not None and elsewhere.name in TARGETS:
-        needed = _compiled(needed, Session(outline, ids, resolved, args.max_new_tokens, sampling), elsewhere.name)
     sentence = verdict(needed, device_memory() if elsewhere is None else int(USABLE * elsewhere.memory))
     devices = 1 if mesh is None else mesh.size
     if args.json:
@@ -126,13 +120,3 @@ def _dtype_of(args: argparse.Namespace, elsewhere: Device | None) -> jnp.dtype:
     if elsewhere is None or elsewhere.name == "cpu":
         return resolve_dtype(args.dtype)
     return jnp.dtype(args.dtype or ("float16" if elsewhere.name == "t4" else "bfloat16"))
-
-
-def _compiled(needed: Footprint, session: Session, name: str) -> Footprint:
-    """What is needed, with the temporaries of programs that are compiled for a device of that name."""
-    try:
-        with target(name) as devices:
-            return dataclasses.replace(needed, workspace_bytes=temporaries(session, devices[0]))
-    except DexError as error:
-        print(f"its temporaries are estimated: {error}", file=sys.stderr)
-        return needed
