@@ -116,7 +116,6 @@ def named(*cases: Case) -> dict[str, Case]:
 
 CASES = named(
     Case("exits attn", "stage=3", 3, batch=4, exits=("attn", False, 30)),
-    # The last stage has time to ask the final layer before it shares its states (stage.final_first).
     Case("exits attn, short last stage", "stage=2", 3, batch=4, exits=("attn", True, 30), depths=(2, 3)),
     Case("ar", "stage=3", 4, method="ar", batch=4),
     Case("all axes", AXES, 3, batch=4, sampled=True, filters=True),

@@ -286,10 +286,9 @@ def test_a_path_is_emitted_as_its_tokens_would_be_one_by_one(seed: int) -> None:
         tokens = rng.integers(0, 6, (batch, size)).astype(np.int32)
         born_at = rng.integers(0, 2, (batch, size)).astype(np.int32)
         count = rng.integers(1, size + 1, batch).astype(np.int32)
-        ticks = singly.ticks + ~singly.done
         for i in range(size):
             singly = emit(singly, tokens[:, i], born_at[:, i], (i < count) & ~singly.done, limits)
-        singly = singly._replace(ticks=ticks)
+        singly = singly._replace(ticks=at_once.ticks)  # the loop counts them
         at_once, _ = emit_path(at_once, tokens, born_at, count, limits)
         chex.assert_trees_all_equal(at_once, singly)
 

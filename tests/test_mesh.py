@@ -18,13 +18,11 @@ import pytest
 from conftest import slow
 from environment import flags_for_devices
 from mesh_worker import CASES, CHECKPOINTS, IN_CPP, Case
-from reference.small_models import LLAMA, small_model
+from reference.small_models import LLAMA
 from test_few_rows import needs_compiler
 
-from dex_jax.decoding.mesh.stage import final_first
 from dex_jax.errors import DexError
 from dex_jax.nn import few_rows
-from dex_jax.nn.weights import merge_model
 from dex_jax.sharding import check_batch, check_model, check_stages, make_mesh
 
 TESTS = Path(__file__).resolve().parent
@@ -109,14 +107,6 @@ def assert_as_one_device(folder: Path, case: Case) -> None:
         exits = {exit for row in result["mesh"] for exit in row["exits"]}
         assert len(exits - {-1}) > 1, "every token came from the same exit: this would test nothing"
         assert (0 in exits) == (case.drafts is not None)
-
-
-def test_a_short_last_stage_asks_the_final_layer_first() -> None:
-    case = CASES["exits attn, short last stage"]
-    lm = small_model(case.config)
-    model = merge_model(lm.config, lm.layout, lm.weights)
-    assert final_first(model, case.schedule.depths, case.trained.config)
-    assert not final_first(model, (1, 3), case.trained.config)
 
 
 @needs_compiler

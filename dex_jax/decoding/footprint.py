@@ -25,7 +25,7 @@ from dex_jax.decoding.mesh import programs as on_mesh
 from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.record import Limits
 from dex_jax.decoding.sizes import PIECES
-from dex_jax.decoding.spec import Spec, cohorts_wait
+from dex_jax.decoding.spec import Spec
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn import few_rows
 from dex_jax.nn.exits import abstract_parameters
@@ -103,8 +103,7 @@ def footprint(
     figures are of one of its devices.
     """
     about = (config, dtype, schedule, layout, batch, cache_length)
-    waits = cohorts_wait(schedule, mesh)
-    shapes = session_shapes(*about, sampled=sampled, mesh=mesh, packing=packing, waits=waits)
+    shapes = session_shapes(*about, sampled=sampled, mesh=mesh, packing=packing)
     committed = nbytes((shapes.memory.keys, shapes.memory.values))
     return Footprint(
         weights_bytes=nbytes(shapes.weights),
@@ -153,7 +152,6 @@ def session_shapes(
     packing: Packing = (),
     drafter: ExitZero | None = None,
     heads: Heads | None = None,
-    waits: bool = False,
 ) -> SessionShapes:
     """The shapes of a session's arrays; `capacity` is T, room for new tokens (None: as much as the cache).
 
@@ -170,7 +168,7 @@ def session_shapes(
     if sampled:
         real = array((), jnp.float32)
         sampling = Sampling(jax.eval_shape(lambda: sampling_keys([0] * batch)), real, scalar, real)
-    spec = Spec(config, layout, schedule, drafter=drafter, mesh=mesh, waits=waits)
+    spec = Spec(config, layout, schedule, drafter=drafter, mesh=mesh)
     if drafter is not None:
         memory = memory._replace(exits=jax.eval_shape(lambda: drafter.empty(batch, cache_length, dtype)))
     if mesh is not None:

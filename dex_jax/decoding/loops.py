@@ -149,7 +149,7 @@ class DexLoop(MeshLoop):
             memory = cache.with_cohort(begun.memory, spec.config, schedule.rows)
         else:
             memory = cache.with_lattice(begun.memory, spec.config, spec.layout, schedule.stages * schedule.rows)
-        return _begin(network_of(*what), schedule, begun._replace(memory=memory), capacity, spec.waits)
+        return _begin(network_of(*what), schedule, begun._replace(memory=memory), capacity)
 
     def run(
         self, what: Running, state: DexState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
@@ -204,10 +204,10 @@ class DexLoop(MeshLoop):
 AR_LOOP, DEX_LOOP = ARLoop(), DexLoop()
 
 
-def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int, waiting: bool = False) -> DexState:
+def _begin(network: Network, schedule: Schedule, begun: Prefilled, capacity: int) -> DexState:
     memory, token, lengths, limits, sampling, prompt, costs = begun
     length = 0 if prompt is None else prompt.shape[1]
     sizes: dict[str, Any] = {"stages": schedule.stages, "rows": schedule.rows, "capacity": capacity, "length": length}
     of_drafts: dict[str, Any] = {"drafts": schedule.drafts, "prompt": prompt, "costs": costs}
-    options: dict[str, Any] = {"limits": limits, "sampling": sampling, "waiting": waiting}
+    options: dict[str, Any] = {"limits": limits, "sampling": sampling}
     return loop.init(network, memory, token, lengths, **sizes, **of_drafts, **options)

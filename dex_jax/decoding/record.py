@@ -87,7 +87,7 @@ def emit(record: Record, token: jax.Array, born_at: jax.Array, where: jax.Array,
 def emit_path(
     record: Record, tokens: jax.Array, born_at: jax.Array, count: jax.Array, limits: Limits
 ) -> tuple[Record, jax.Array]:
-    """Appends several tokens at once, as `emit` one after the other would, and counts one tick.
+    """Appends several tokens at once, as `emit` one after the other would, but counts no tick.
 
     Of tokens and born_at [B, P] the first `count` [B] are meant; what comes after a sequence's end is left out. Gives
     (record, [B, P] int32 where each token went, the capacity T for those that went nowhere).
@@ -103,7 +103,6 @@ def emit_path(
         tokens=record.tokens.at[sequences, place].set(tokens, mode="drop"),
         exits=record.exits.at[sequences, place].set(born_at, mode="drop"),
         lengths=record.lengths + jnp.sum(here, axis=1, dtype=jnp.int32),
-        ticks=record.ticks + ~record.done,
         done=record.done | jnp.any(here & ends, axis=1),
     ), place
 

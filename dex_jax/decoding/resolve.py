@@ -150,7 +150,7 @@ def _with_exits(schedule: Schedule, found: Found, config: ModelConfig, given_dep
         trained_at = ", ".join(map(str, trained.config.depths))
         if given_depths:
             raise DexError(f"the exits in {source} are trained at depths {trained_at}: choose depths among them")
-        depths = (*nearest_depths(depths[:-1], reached, depths[-1], source), depths[-1])
+        depths = (*nearest_depths(depths[:-1], reached, source), depths[-1])
         moved = ", ".join(map(str, depths))
         remarks.append(f"exits are trained at depths {trained_at}: the exit depths are {moved}")
     subset, parameters = select_exits(trained.config, trained.parameters, tuple(depths[:-1]))
@@ -201,30 +201,20 @@ def _shipped(name: str) -> TrainedExits | None:
     return load_exits(file) if file.is_file() else None
 
 
-def nearest_depths(wanted: tuple[int, ...], trained: tuple[int, ...], layers: int, source: str) -> tuple[int, ...]:
-    """As many different trained depths, ascending, with the least sum of distances to the wanted ones.
+def nearest_depths(wanted: tuple[int, ...], trained: tuple[int, ...], source: str) -> tuple[int, ...]:
+    """The nearest trained depth for each wanted one in turn, of two the deeper, and none of them twice.
 
-    Of several such choices the one whose longest stage, that up to `layers` among them, has the fewest layers. A
-    DexError for fewer trained than wanted.
+    A DexError for fewer trained than wanted.
     """
     if len(wanted) > len(trained):
         raise DexError(
             f"the exits in {source} are trained at {len(trained)} depths, which serve at most {len(trained) + 1} "
             f"explorers, not {len(wanted) + 1}: ask for fewer"
         )
-    # The best (distance, longest stage, depths) for the wanted depths so far, one for each last depth.
-    best: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, (0,))]
-    for want in wanted:
-        best = [
-            min(
-                (distance + abs(depth - want), max(longest, depth - depths[-1]), (*depths, depth))
-                for distance, longest, depths in best
-                if depths[-1] < depth
-            )
-            for depth in trained
-            if depth > best[0][2][-1]
-        ]
-    return min((distance, max(longest, layers - depths[-1]), depths) for distance, longest, depths in best)[2][1:]
+    left = set(trained)
+    for depth in wanted:
+        left.remove(min(left, key=lambda each: (abs(each - depth), -each)))
+    return tuple(sorted({*trained} - left))
 
 
 def _check_fit(trained: TrainedExits, config: ModelConfig) -> None:

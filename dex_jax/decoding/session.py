@@ -30,7 +30,7 @@ from dex_jax.decoding.program import Program, side_by_side
 from dex_jax.decoding.record import Limits, Record
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
-from dex_jax.decoding.spec import Spec, cohorts_wait
+from dex_jax.decoding.spec import Spec
 from dex_jax.distributed import array_from_first, to_host
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import EagleHead
@@ -184,7 +184,7 @@ class Session:
         config = lm.config.at_length(longest + max_new_tokens)
         exits = None if method.exits is None else method.exits.config
         drafter = None if method.drafter is None else exit_zero(method.drafter, longest + max_new_tokens)
-        self.spec = Spec(config, lm.layout, schedule, exits, drafter, lm.mesh, cohorts_wait(schedule, lm.mesh))
+        self.spec = Spec(config, lm.layout, schedule, exits, drafter, lm.mesh)
         self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead, batch)
         self.padded = np.zeros((batch, bucket), np.int32)
         for row, prompt in zip(self.padded, prompts, strict=False):
@@ -288,7 +288,7 @@ class Session:
     def _of_prefill(self, heads: Heads) -> tuple[Spec, Heads]:
         """Prefill is the same for every method, so its programs are shared, unless heads read the prompt too."""
         plain = AR().schedule_for(self.spec.config.num_layers)
-        spec = dataclasses.replace(self.spec, schedule=plain, waits=False)
+        spec = dataclasses.replace(self.spec, schedule=plain)
         if spec.remembers is spec.drafter:
             return dataclasses.replace(spec, exits=None), Heads(drafter=heads.drafter)
         return dataclasses.replace(spec, drafter=None), Heads(exits=heads.exits)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from dex_jax.config import ExitsConfig, ModelConfig
@@ -25,9 +24,6 @@ class Spec:
     exits: ExitsConfig | None = None  # of the exits 1..K-1; None for the model's own, "shared", and for K = 1
     drafter: ExitZero | None = None  # exit 0; None where the text alone drafts, or nothing does
     mesh: Mesh | None = None  # None for one device; otherwise the layout is Staged
-    # Whether cohorts wait for the next tick, so that only what runs ticks drafts: one thing less to compile, but GPUs
-    # run some kernels more.
-    waits: bool = False
 
     @property
     def remembers(self) -> ExitZero | None:
@@ -43,8 +39,3 @@ class Spec:
     def remembering(self, heads: Heads) -> Any:
         """The arrays of what `remembers`."""
         return heads.drafter if self.remembers is self.drafter else heads.exits
-
-
-def cohorts_wait(schedule: Schedule, mesh: Mesh | None) -> bool:
-    """`Spec.waits` of sessions on the device at hand."""
-    return schedule.drafts is not None and mesh is None and jax.default_backend() == "cpu"

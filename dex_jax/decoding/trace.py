@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from dex_jax.decoding.dex.network import network_of
-from dex_jax.decoding.dex.spawning import enter
 from dex_jax.decoding.dex.state import DexState
-from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.generate import prepare
 from dex_jax.decoding.methods import Dex, Method
-from dex_jax.decoding.program import Program
-from dex_jax.decoding.spec import Spec
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_NODE, Lattice
-from dex_jax.nn.weights import merge_model
 from dex_jax.prompts import Prompt
-from dex_jax.sampling import Sampling
 
 if TYPE_CHECKING:
     from dex_jax.language_model import LanguageModel
@@ -89,15 +82,6 @@ class Trace:
         return tuple(i for i, node in enumerate(self.nodes) if node.born <= tick < node.ended)
 
 
-def enter_waiting(weights: Any, heads: Heads, state: DexState, sampling: Sampling | None, *, spec: Spec) -> Lattice:
-    """A session's lattice with the cohort that waits for its next tick; fields have a leading axis B."""
-    network = network_of(merge_model(spec.config, spec.layout, weights), heads, spec)
-    return enter(network.drafter, state, sampling, spec.schedule.drafts).lattice
-
-
-ENTER = Program(enter_waiting, static=("spec",), level=0)
-
-
 def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **options) -> Trace:
     """Decodes one prompt and records its lattice.
 
@@ -125,17 +109,11 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
 
     def tick(_: DexState) -> DexState:
         session.advance(1)
-        return entered()
-
-    def entered() -> DexState:
-        if session.state.waiting is None:
-            return session.state
-        lattice = ENTER(session.lm.weights, session.heads, session.state, session.sampling, spec=session.spec)
-        return session.state._replace(lattice=lattice)
+        return session.state
 
     tokenizer = lm.tokenizer
     text = str if tokenizer is None else lambda token: tokenizer.decode([token], skip_special=False)
-    return watch(tick, entered(), depths=run.method.schedule.depths, text=text)
+    return watch(tick, session.state, depths=run.method.schedule.depths, text=text)
 
 
 def watch(
@@ -156,13 +134,13 @@ def watch(
       sequence: which of the batch.
     """
     stages = state.stages
-    seen = [_look(state, sequence)]
+    seen = []
     while not bool(state.record.done[sequence]):
         state = step(state)
         seen.append(_look(state, sequence))
     length = int(state.record.lengths[sequence])
     tokens = tuple(np.asarray(state.record.tokens[sequence, :length]).tolist())
-    nodes = _nodes(seen, tokens)
+    nodes = _nodes(seen, tokens) if seen else ()
     return Trace(
         depths=tuple(range(1, stages + 1)) if depths is None else tuple(depths),
         tokens=tokens,
@@ -179,7 +157,7 @@ def _look(state: DexState, sequence: int) -> tuple[Lattice, int]:
 
 
 def _nodes(seen: Sequence[tuple[Lattice, int]], tokens: Sequence[int]) -> tuple[TracedNode, ...]:
-    """The nodes of lattices after ticks 0, 1, ..., each given with how many of the tokens had been emitted."""
+    """The nodes of lattices after ticks 0, 1, ..., each with how many of the tokens had been emitted."""
     stages, rows = seen[0][0].token.shape
     nodes: list[TracedNode] = []
     at: dict[int, int] = {}  # slot -> index of the node that lives there

@@ -145,7 +145,8 @@ def _watch(tables, *case, decs: bool, **shape) -> Ticks:
         state = step(toy_network(tables), state, limits, sampling, decs=decs, drafts=shape["drafts"])
         return state, Ticks(state.lattice, state.prefix, state.record)
 
-    return jax.lax.scan(tick, begin(tables, *case, **shape), length=shape["stages"] * (CAPACITY - 1))[1]
+    ticks = jax.lax.scan(tick, begin(tables, *case, **shape), length=1 + shape["stages"] * (CAPACITY - 1))[1]
+    return jax.tree.map(lambda field: field[1:], ticks)
 
 
 def begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows: int, drafts=None) -> DexState:

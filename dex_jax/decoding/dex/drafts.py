@@ -67,23 +67,24 @@ def price_of(drafting: Drafting, record: Record) -> jax.Array:
 def draft(
     drafter: Drafter | None,
     state: DexState,
-    waiting: Cohort,
+    heads: Cohort,
     before: jax.Array | None,
     sampling: Sampling | None,
     shape: TreeShape,
 ) -> tuple[Cohort, DexState]:
-    """Drafts below the first HEADS of the heads that were `waiting`, and keeps the rows that are worth their time.
+    """Drafts below the first HEADS of a cohort's heads, and keeps the rows that are worth their time.
 
-    `drafter` and `before`, as of Waiting, are None to go by the text alone. Gives (N rows of each sequence, best ones
+    `drafter` and `before` [B, H, E], what it reads of the position before each of these heads, are None to go by the
+    text alone. Gives (N rows of each sequence, best ones
     first, those beyond the chosen rung cut off; the state with what was drafted by and for).
     """
     drafting, going = state.drafting, ~state.record.done
     assert drafting is not None
-    batch, heads = waiting.token.shape
-    under = min(heads, HEADS)
+    batch, count = heads.token.shape
+    under = min(count, HEADS)
     most = max(under, *shape.widths)
-    size = max(state.rows, heads + sum(shape.widths) + shape.tail) + most  # so that `most` rows can be cut out anywhere
-    cohort = jax.vmap(lat.widen, (0, None))(waiting, size)
+    size = max(state.rows, count + sum(shape.widths) + shape.tail) + most  # so that `most` rows can be cut out anywhere
+    cohort = jax.vmap(lat.widen, (0, None))(heads, size)
     furthest = jnp.max(jnp.where(cohort.score > -jnp.inf, cohort.position, -1), axis=1)
     noise = make_noise(state.noise, sampling, furthest + len(shape.widths))
     price = price_of(drafting, state.record)
@@ -127,10 +128,10 @@ def draft(
     # In a loop: the levels, one by one, would be most of the program to compile.
     begun = (cohort, known, at, jnp.int32(0))
     down = len(shape.widths)
-    levels: Any = (_levels(shape, heads, under), *(jnp.moveaxis(each[..., :down], 2, 0) for each in (said, trusted)))
+    levels: Any = (_levels(shape, count, under), *(jnp.moveaxis(each[..., :down], 2, 0) for each in (said, trusted)))
     (cohort, _, at, levels_drafted), _ = jax.lax.scan(one_level, begun, levels)
     if shape.tail:
-        first = heads + sum(shape.widths)
+        first = count + sum(shape.widths)
         cohort = jax.vmap(_go_on, (0, 0, 0, 0, None))(cohort, at, said[..., down:], trusted[..., down:], first)
     cohort = jax.vmap(lat.sort_rows)(cohort)
     drafting = drafting._replace(chosen=drafting.chosen.at[-1].add(levels_drafted))

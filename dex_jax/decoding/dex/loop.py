@@ -21,7 +21,7 @@ from dex_jax.decoding.dex.drafts import charge
 from dex_jax.decoding.dex.interface import Committed, Network, StageView
 from dex_jax.decoding.dex.proposals import Proposers, propose
 from dex_jax.decoding.dex.shape import RowCosts, TreeShape
-from dex_jax.decoding.dex.spawning import enter, wait
+from dex_jax.decoding.dex.spawning import spawn
 from dex_jax.decoding.dex.state import DexState, Drafting
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
@@ -46,9 +46,8 @@ def init(
     prompt: jax.Array | None = None,
     length: int = 0,
     costs: RowCosts | None = None,
-    waiting: bool = False,
 ) -> DexState:
-    """The state before the first tick.
+    """The state before tick 0, in which nothing runs and every sequence gets its first root.
 
     Args:
       network: the callables of one model.
@@ -65,7 +64,6 @@ def init(
       prompt: [B, R] int32 padded on the right, which drafts look the text up in.
       length: S, at least R and the positions of all new tokens; only asked for with drafts.
       costs: what ticks take, for drafts that choose their rows; None for what `drafts` says.
-      waiting: leaves the first cohort waiting, so that only ticks draft.
 
     Raises:
       DexError: stages or rows that are no whole numbers of at least 1, more stages than one without exits, drafts
@@ -96,8 +94,8 @@ def init(
             promised=none,
             kept=none,
         )
-    state = DexState(
-        tick=jnp.int32(0),
+    return DexState(
+        tick=jnp.int32(-1),
         lattice=blank,
         hidden=jnp.zeros((stages, batch, rows, width.shape[-1]), width.dtype),
         prefix=position,
@@ -106,11 +104,6 @@ def init(
         record=record,
         drafting=drafting,
     )
-    # As after a commit of token 0 that no node goes on from.
-    nowhere, one = jnp.full(batch, NO_NODE), jnp.ones(batch, jnp.int32)
-    path = Path(nowhere[:, None], first_token[:, None], one[:, None] * stages, length=one, heir=nowhere)
-    state = wait(network.drafter, state, path, None, None, drafts)
-    return state if waiting else enter(network.drafter, state, sampling, drafts)
 
 
 def step(
@@ -123,8 +116,6 @@ def step(
     drafts: TreeShape | None = None,
 ) -> DexState:
     """One tick: advance, commit, collapse, propose, draft. Sequences that are done are left as they are.
-
-    Of a state in which a cohort waits it drafts first, and leaves the next one waiting.
 
     Args:
       network: the callables of one model.
@@ -141,9 +132,6 @@ def step(
     check_limits(limits, state.prefix.shape[0])
     if stages > 1 and exits is None:
         raise DexError(f"a network without exits has one stage, and the state has {stages}: give the network exits")
-    waits = state.waiting is not None
-    if waits:
-        state = enter(network.drafter, state, sampling, drafts)
     state, view = begin_tick(state, sampling)
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
     hidden = jnp.concatenate([entering[None], state.hidden[:-1]])
@@ -162,8 +150,7 @@ def step(
     reached = None
     if drafts is not None and network.drafter is not None and network.drafter.reached is not None:
         reached = network.drafter.reached(state.memory, hidden, view)
-    state = wait(network.drafter, state, path, proposals, reached, drafts)
-    return state if waits else enter(network.drafter, state, sampling, drafts)
+    return spawn(network.drafter, state, proposals, reached, sampling, drafts)
 
 
 def run(
@@ -225,6 +212,7 @@ def settle(state: DexState, final: jax.Array, limits: Limits, drafts: TreeShape 
     levels = levels_of(drafts)
     path = jax.vmap(lat.follow, (0, 0, None, None))(state.lattice, final, state.tick, levels)
     record, place = emit_path(state.record, path.token, path.born_at, path.length, limits)
+    record = record._replace(ticks=jnp.where(state.record.done, record.ticks, state.tick))
     lattice = jax.vmap(lat.collapse)(state.lattice, path)
     lattice = jax.vmap(lat.bury)(lattice, record.done)
     drafting = state.drafting
@@ -272,7 +260,7 @@ def final_tokens(
     if drafts is None:
         # Between commits the unembedding is a good part of a tick, for nothing.
         return jax.lax.cond(jnp.any(where), of_roots, lambda: none)
-    counts = row_counts(drafts.counts, rows, empty=state.stages > 1)
+    counts = row_counts(drafts.counts, rows, empty=state.stages > 1 or len(drafts.counts) > 1)
     live = view.live[-1] & where[:, None]
     return climb(last_row(live), counts, lambda n: of_rows(n) if n else none)
 

@@ -97,13 +97,15 @@ def tree_network(
         among = view.ancestors[0] | jnp.eye(rows, dtype=bool)[None]
 
         def run(width: int) -> Any:
+            if width == 0:
+                return hidden[0], memory.lattice_keys, memory.lattice_values
             position, seen = view.position[0, :, :width], among[:, :width, :width]
             entered = hidden[0, :, :width, :size]
             x, (keys, values) = run_all(model, memory, entered, position, seen, view.prefix, reads)
             return fill(x, 1, rows), fill(keys, 3, rows), fill(values, 3, rows)
 
-        # No tick is empty; where one count is compiled there is nothing to choose, and weights are fetched ahead.
-        x, keys, values = climb(last_row(view.live[0]), row_counts(counts, rows, empty=False), run)
+        # Only tick 0 is empty; where one count is compiled there is nothing to choose, and weights are fetched ahead.
+        x, keys, values = climb(last_row(view.live[0]), row_counts(counts, rows, empty=len(counts) > 1), run)
         return x[None], memory._replace(lattice_keys=keys, lattice_values=values)
 
     def commit(memory: Memory, done: Committed) -> Memory:

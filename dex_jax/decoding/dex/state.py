@@ -1,7 +1,6 @@
 """What one decoding by the lattice carries from tick to tick.
 
-Letters: B sequences, W rows a cohort, K stages, H heads, E numbers that a drafter reads of the position before, S text
-length, D model width.
+Letters: B sequences, W rows a cohort, K stages, S text length, D model width.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import jax
 from dex_jax.decoding.dex.shape import RowCosts
 from dex_jax.decoding.noise import Noise
 from dex_jax.decoding.record import Record
-from dex_jax.lattice import Cohort, Lattice
+from dex_jax.lattice import Lattice
 
 
 class Drafting(NamedTuple):
@@ -28,19 +27,11 @@ class Drafting(NamedTuple):
     kept: jax.Array  # how many they brought
 
 
-class Waiting(NamedTuple):
-    """Heads that are not in the lattice yet."""
-
-    heads: Cohort  # fields [B, H, ...]
-    fresh: jax.Array  # [B] bool, whether they are a fresh root
-    before: jax.Array | None  # [B, H, E], what a drafter reads of the position before each; None without one
-
-
 class DexState(NamedTuple):
     """All that one decoding carries from tick to tick.
 
     Attributes:
-      tick: int32, ticks since the start, the same for all sequences.
+      tick: int32, the last one, the same for all sequences: -1 before tick 0, which runs nothing.
       lattice: every field with a leading axis B.
       hidden: [K, B, W, D], states of the cohorts by the stage they have just run.
       prefix: [B] int32, committed positions.
@@ -48,7 +39,6 @@ class DexState(NamedTuple):
       noise: None when greedy.
       record: what has been emitted.
       drafting: what exit 0 goes by, None when it is silent.
-      waiting: the cohort that the next tick begins with, None where it is in the lattice already.
     """
 
     tick: jax.Array
@@ -59,7 +49,6 @@ class DexState(NamedTuple):
     noise: Noise | None
     record: Record
     drafting: Drafting | None = None
-    waiting: Waiting | None = None
 
     @property
     def stages(self) -> int:

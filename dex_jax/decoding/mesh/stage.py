@@ -17,18 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from dex_jax import lattice as lat
 from dex_jax.cache import NOWHERE, Memory, after, write_rows
-from dex_jax.config import ExitsConfig
 from dex_jax.decoding.ar import ARState, emitted, next_token
 from dex_jax.decoding.dex.interface import Committed, Network, StageView, before_nodes
 from dex_jax.decoding.dex.loop import begin_tick, children, committed, final_tokens, proposers, settle
 from dex_jax.decoding.dex.network import shared_exits, transformer_network
 from dex_jax.decoding.dex.proposals import Asked, held_below, propose_rows
 from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.dex.spawning import enter, wait
+from dex_jax.decoding.dex.spawning import spawn
 from dex_jax.decoding.dex.state import DexState
 from dex_jax.decoding.dex.trained_exits import (
     Heads,
@@ -61,10 +59,9 @@ class StageNetwork(NamedTuple):
     # `advance` runs this one stage, `commit` leaves what exits remember as it is; of its exits only what follows the
     # features is used.
     network: Network
-    # (hidden [B, W, D] of this stage, index of the stage) -> what all devices must know of it: the features of all
-    # stages' cohorts [K, B, W, D], or () where nobody reads the position before.
-    share: Callable[[jax.Array, jax.Array], Any]
-    final_first: bool  # whether the last stage asks the final layer before it shares, and not after
+    # hidden [B, W, D] of this stage -> what all devices must know of it: the features of all stages' cohorts
+    # [K, B, W, D], or () where nobody reads the position before.
+    share: Callable[[jax.Array], Any]
     remember: Callable[[Any, Committed, Any], Any]  # (Memory.exits, Committed, shared) -> Memory.exits
     # (Memory.exits, hidden [B, W, D], view, shared) -> [B, W, D'], of this stage's exit.
     features: Callable[[Any, jax.Array, StageView, Any], jax.Array]
@@ -92,12 +89,13 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
     whole = (model.config.num_layers,)
     network = transformer_network(model, whole, exits, in_use=in_use, drafter=drafter, counts=counts)
 
-    def share(hidden: jax.Array, stage: jax.Array) -> Any:
+    def share(hidden: jax.Array) -> Any:
         if remembers is None or remembers.alone:
             return ()
         features = model.normed(hidden)
         if own is not None:
-            features = jnp.where(stage == stages - 1, features, base_features(own, hidden[None])[0])
+            last = jax.lax.axis_index(STAGE) == stages - 1
+            features = jnp.where(last, features, base_features(own, hidden[None])[0])
         return jax.lax.all_gather(features, STAGE)
 
     def remember(memory: Any, done: Committed, shared: Any) -> Any:
@@ -120,24 +118,7 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
         before = before_nodes(shared, memory.previous, parent, view.ring)
         return row_features(model, own, hidden[None], token, position, before, shared[stage][None], memory.context)[0]
 
-    waits = spec.exits is not None and spec.exits.needs_previous and stages > 1
-    first = spec.exits is not None and waits and final_first(model, depths, spec.exits)
-    return StageNetwork(model, stages, in_use, network, share, first, remember, features)
-
-
-def final_first(model: Transformer, depths: tuple[int, ...], config: ExitsConfig) -> bool:
-    """Whether a tick is shorter if the last stage asks the final layer before it shares its states.
-
-    The exits wait for what is shared. A last stage with fewer layers has time for the final layer before the others
-    arrive there; one with as many would keep them waiting, and asks it while they ask their exits. Weights count, as of
-    one row where memory is the limit.
-    """
-    layer = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model.layers[0])))
-    columns = model.config.vocab_size
-    final, exit_ = (size * model.config.width / layer for size in (columns, config.draft_size or columns))
-    *others, last = (len(stage) for stage in stage_ranges(depths))
-    before = max(*others, last + final) + exit_
-    return before < max(*others, last) + max(final, exit_)
+    return StageNetwork(model, stages, in_use, network, share, remember, features)
 
 
 def layers_in_use(depths: tuple[int, ...]) -> InUse:
@@ -177,7 +158,7 @@ def step(
     state = state._replace(hidden=advanced)
     last = stage == stages - 1
     final = final_tokens(network, state, view, finished & last, sampling, drafts)
-    shared = device.share(hidden, after(stage, final.astype(jnp.float32)) if device.final_first else stage)
+    shared = device.share(hidden)
 
     proposals = None
     if stages > 1:
@@ -209,8 +190,7 @@ def step(
     state = state._replace(memory=memory)
     if proposals is not None:
         proposals = proposals._replace(valid=proposals.valid & proposers(state))
-    state = wait(network.drafter, state, path, proposals, shared if stages > 1 else None, drafts)
-    return enter(network.drafter, state, sampling, drafts)
+    return spawn(network.drafter, state, proposals, shared if stages > 1 else None, sampling, drafts)
 
 
 def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, jax.Array]:
