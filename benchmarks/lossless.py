@@ -21,7 +21,7 @@ import dex_jax
 from dex_jax.cli.common import remember_compilations
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.errors import exit_code
-from dex_jax.forced.counts import forced_exits
+from dex_jax.forced import forced_exits
 from dex_jax.lattice import full_rows
 from dex_jax.tables import markdown
 

@@ -56,15 +56,13 @@ def test_a_wrong_token_is_found(lm) -> None:
     assert "too wide to be rounding" in finding.detail
 
 
-def test_wrong_ticks_and_exits_are_found(lm) -> None:
+def test_wrong_ticks_are_found(lm) -> None:
     method = dex_jax.Dex(explorers=3, draft=False)
     schedule = method.schedule_for(CONFIG.num_layers)
     explored = outputs(lm, method)
     assert selfcheck._counted_ticks("greedy", explored, schedule).holds
-    assert selfcheck._forced_exits(lm, "greedy", explored, schedule, 0.0).holds
     explored[0].stats.exits[0, 3] = explored[0].stats.exits[0, 3] % 3 + 1
     assert not selfcheck._counted_ticks("greedy", explored, schedule).holds
-    assert not selfcheck._forced_exits(lm, "greedy", explored, schedule, 0.0).holds
     failed = selfcheck.Report({}, [selfcheck._counted_ticks("greedy", explored, schedule)])
     assert not failed.holds
     assert failed.text().splitlines()[-1] == "FAILED"

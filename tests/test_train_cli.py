@@ -132,7 +132,7 @@ def test_evaluate_compares_exits_on_the_same_answers(capsys, monkeypatch, traine
     assert figures["groups"]["prompts"]["texts"] == 3
     assert figures["groups"]["prompts"]["depths"] == [1, 2]
 
-    monkeypatch.setattr("dex_jax.forced.texts.answers", None)
+    monkeypatch.setattr("dex_jax.training.figures.answers", None)
     code, out, err = run(capsys, "evaluate", "--exits", "shared", *flags, *kept)
     assert (code, err) == (0, "")
     shared = json.loads(output.read_text())

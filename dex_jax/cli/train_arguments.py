@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dex_jax.cli.common import DTYPES, Add, add_model, depths, program, whole
+from dex_jax.cli.common import DTYPES, add_model, program, whole
 from dex_jax.errors import DexError
 from dex_jax.progress import notify
 
@@ -99,21 +99,15 @@ def evaluate_parser() -> argparse.ArgumentParser:
     )
     add = p.add_argument
     add("--exits", required=True, help='folder, file, "default" (what ships with the model) or "shared" (no training)')
-    add("--depths", type=depths, metavar="X,...", help="of shared exits (those that K = 2, 3, 5, 6 and 10 need)")
     add_model(add)
-    add_answers(add)
-    add("--output", metavar="FILE.json", help="write the figures there too")
-    return p
-
-
-def add_answers(add: Add) -> None:
-    """Adds the flags of what `cli.train_results.answered` answers."""
     data = "prompts: .jsonl, .json or .txt, each a group"
     add("--data", nargs="+", action="extend", required=True, metavar="FILE", help=data)
     add("--prompts", type=whole(1, 2**31), metavar="N", help="N prompts of each file, evenly spread (all)")
     add("--max-new-tokens", type=whole(2, 2**24), default=96, metavar="N", help="of each answer (%(default)s)")
     add("--batch", type=whole(1, 4096), default=8, metavar="B", help="prompts at a time (%(default)s)")
     add("--cache", metavar="FILE.json", help="keep answers there, so that other exits are measured on the same ones")
+    add("--output", metavar="FILE.json", help="write the figures there too")
+    return p
 
 
 def read_config(path: str) -> Config:

@@ -15,7 +15,7 @@ from dex_jax.errors import DexError
 from dex_jax.foreign import TokenId, parsed, reading
 
 if TYPE_CHECKING:
-    from dex_jax.forced.texts import Text
+    from dex_jax.forced import Text
     from dex_jax.io.exits_file import TrainedExits
     from dex_jax.language_model import LanguageModel
 
@@ -77,9 +77,9 @@ def exits_of_checkpoint(folder: Path, step: int | None = None) -> TrainedExits:
 def evaluate(args: argparse.Namespace) -> None:
     """Measures exits on the model's greedy answers, and prints tables. DexError: what is not there or does not fit."""
     from dex_jax.cli.common import remember_compilations
-    from dex_jax.forced.figures import grouped_figures, tables
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
+    from dex_jax.training.figures import grouped_figures, tables
 
     remember_compilations()
     lm = load(args.model, args.dtype, weights=args.weights)
@@ -93,16 +93,16 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
-    """The exits that --exits names, with --depths for shared ones. DexError: none there, or depths for trained ones."""
+    """The exits that --exits names; shared ones at the depths that figures need. DexError: none there."""
     from dex_jax.decoding.resolve import default_exits
     from dex_jax.io.exits_file import load_exits
 
     if args.exits == "shared":
-        from dex_jax.forced.run import shared_exits
+        from dex_jax.forced import shared_exits
+        from dex_jax.training.figures import even_grids
 
-        return shared_exits(lm, args.depths)
-    if args.depths is not None:
-        raise DexError("--depths is for shared exits: trained ones are measured at all of their depths")
+        grids = even_grids(lm.config.num_layers)
+        return shared_exits(lm, tuple(sorted({depth for grid in grids for depth in grid[:-1]})))
     exits = default_exits(lm.fingerprint) if args.exits == "default" else load_exits(args.exits)
     if exits is None:
         raise DexError(f"no trained exits ship with {lm.source}: give a folder, a file, or shared")
@@ -113,9 +113,9 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
 
 def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text]]:
     """Prompts with their answers, by the stems of the files; what the cache holds is not answered again."""
-    from dex_jax.forced.texts import answers
     from dex_jax.io.whole_files import write_json
     from dex_jax.prompt_files import read_prompts
+    from dex_jax.training.figures import answers
 
     prompts = {name: spread(read_prompts(path), args.prompts) for name, path in _group_names(args.data).items()}
     made_by = {"model": lm.fingerprint, "dtype": str(lm.dtype), "max_new_tokens": args.max_new_tokens}

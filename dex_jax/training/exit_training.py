@@ -19,8 +19,7 @@ from jax.sharding import Mesh
 
 from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
-from dex_jax.forced.figures import grouped_figures, tables
-from dex_jax.forced.texts import Text
+from dex_jax.forced import Text
 from dex_jax.io.exits_file import FILE_NAME, TrainedExits, save_exits
 from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
@@ -29,6 +28,7 @@ from dex_jax.sharding import device_name
 from dex_jax.training.checkpoints import Checkpoints, list_checkpoints
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.distillation import Distillation, DistillationOptions, check_fit, draft_vocabulary, history_for
+from dex_jax.training.figures import grouped_figures, tables
 from dex_jax.training.items import Item
 from dex_jax.training.journal import read_journal
 from dex_jax.training.sources import Mixture, SourceOptions, open_mixture

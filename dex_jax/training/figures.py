@@ -1,4 +1,4 @@
-"""How good trained exits are: agreement, divergence, calibration, and the ticks that they predict.
+"""How good trained exits are on a model's answers: agreement, divergence, calibration, and the ticks that they predict.
 
 Letters: N answer positions of all texts, X trained depths, K stages of a grid, L layers.
 """
@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 
 from dex_jax.decoding.counting import ticks_of
+from dex_jax.decoding.generate import generate
+from dex_jax.decoding.methods import AR, even_depths
 from dex_jax.errors import DexError
-from dex_jax.forced.asks import Ask, asks_in_lattice
-from dex_jax.forced.counts import dex_counts, first_exits
-from dex_jax.forced.run import EXPLORERS, Forced, measure
-from dex_jax.forced.texts import Text
+from dex_jax.forced import Forced, Text, batches, dex_exits, first_exits, force
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import plain
 from dex_jax.language_model import LanguageModel
+from dex_jax.prompts import Prompt
 from dex_jax.tables import markdown
+
+EXPLORERS = (2, 3, 5, 6, 10)
+"""K of the even grids that figures are given for."""
 
 BINS = 10
 
@@ -74,27 +77,47 @@ class ExitFigures:
         return plain(dataclasses.asdict(self))
 
 
+def answers(lm: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int, batch: int) -> list[Text]:
+    """The model's greedy answers to prompts as `dex_jax.generate` takes them, in their order.
+
+    Prompts of similar length are answered a `batch` at a time. DexError: as of `dex_jax.generate`.
+    """
+    if batch < 1:
+        raise DexError(f"batch must be at least 1, not {batch}")
+    ids = [lm.encode(prompt) for prompt in prompts]
+    texts: dict[int, Text] = {}
+    for chosen in batches([len(each) for each in ids], batch):
+        # The last batch is filled up, so that it needs no program of its own.
+        filled = [ids[i] for i in chosen] + [ids[chosen[-1]]] * (batch - len(chosen))
+        out = generate(lm, filled, method=AR(), max_new_tokens=max_new_tokens, exits="shared")
+        for row, i in enumerate(chosen):
+            texts[i] = (ids[i], out.tokens[row, : out.lengths[row]].tolist())
+    return [texts[i] for i in range(len(ids))]
+
+
+def even_grids(layers: int) -> list[tuple[int, ...]]:
+    """The even grids x_1 < ... < x_K = L of EXPLORERS, as far as there are layers."""
+    return [even_depths(k, layers) for k in EXPLORERS if k <= layers]
+
+
 def grouped_figures(
-    lm: LanguageModel,
-    exits: TrainedExits,
-    groups: Mapping[str, Sequence[Text]],
-    *,
-    explorers: Sequence[int] = EXPLORERS,
-    batch: int = 8,
+    lm: LanguageModel, exits: TrainedExits, groups: Mapping[str, Sequence[Text]], batch: int = 8
 ) -> dict[str, ExitFigures]:
     """Figures of each named group of texts, and "mean", the mean of the groups' figures, when there are several.
 
     Args:
       lm: the model.
-      exits, explorers, batch: as of `run.measure`.
-      groups: name -> texts, (prompt, answer) of token ids each.
+      exits: at trained depths below L; even grids that these do not hold are left out.
+      groups: name -> texts, (prompt, answer) of token ids each, answered greedily by the model.
+      batch: B.
 
     Raises:
-      DexError: no group or an empty one, and as of `run.measure`.
+      DexError: no group or an empty one, and as of `forced.force`.
     """
     if not groups or not all(groups.values()):
         raise DexError("there is nothing to measure: give at least one group, and at least one text in each")
-    forced = measure(lm, exits, [t for g in groups.values() for t in g], explorers=explorers, batch=batch)
+    grids = [g for g in even_grids(lm.config.num_layers) if set(g[:-1]) <= set(exits.config.depths)]
+    forced = force(lm, exits, [text for texts in groups.values() for text in texts], grids, batch=batch)
     found, start = {}, 0
     for name, texts in groups.items():
         found[name] = figures_of(forced.of(range(start, start + len(texts))))
@@ -105,24 +128,25 @@ def grouped_figures(
 
 
 def figures_of(forced: Forced) -> ExitFigures:
-    """The figures of what `run.measure` found."""
+    """The figures of what `forced.force` found."""
     said, count = forced.said, len(forced.target)
     right = (said.best[:, :, 0] == forced.target[:, None]).T
-    true = [forced.place(Ask(depth, forced.layers, 1)) for depth in forced.depths]
+    depths = forced.exits.depths
+    true = [forced.asks.index((depth, forced.layers)) for depth in depths]
     gives = np.concatenate([right[true], np.ones((1, count), bool)])
     return ExitFigures(
         texts=len(forced.lengths),
         tokens=count,
-        depths=forced.depths,
+        depths=depths,
         agreement=tuple(right[true].mean(axis=1).tolist()),
         agreement_own=tuple(
-            (ask.depth, ask.source, float(row.mean()))
-            for ask, row in zip(forced.asks, right, strict=True)
-            if ask.source != forced.layers
+            (depth, source, float(row.mean()))
+            for (depth, source), row in zip(forced.asks, right, strict=True)
+            if source != forced.layers
         ),
         divergence=tuple(said.divergence[:, true].mean(axis=0, dtype=np.float64).tolist()),
         calibration_error=tuple(
-            calibration_error(np.exp(said.log_probability[:, place, 0]), right[place]) for place in true
+            calibration_error(np.exp(said.log_probability[:, place]), right[place]) for place in true
         ),
         ead=tuple((np.bincount(gives.argmax(axis=0), minlength=len(gives)) / count).tolist()),
         draft_share=float(forced.held.mean()),
@@ -147,8 +171,7 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
 
 def _grid_figures(forced: Forced, grid: tuple[int, ...]) -> GridFigures:
     stages = len(grid)
-    fresh, _ = first_exits(forced, asks_in_lattice([stages], grid))
-    exits = [count.exits for count in dex_counts(forced, grid)]
+    fresh, exits = first_exits(forced, grid, stages), dex_exits(forced, grid)
     ticks = sum(ticks_of(row, len(row), stages) for row in exits)
     tokens = sum(len(row) - 1 for row in exits)
     return GridFigures(

@@ -1,4 +1,4 @@
-"""Figures of trained exits against a slow twin, and untrained exits against plain teacher forcing."""
+"""The teacher-forcing pass and its figures against a slow twin, and untrained exits against plain decoding."""
 
 from __future__ import annotations
 
@@ -13,24 +13,21 @@ from reference.exit_metrics_twin import TRUE, TextTwin, calibration_error
 from reference.greedy import is_greedy
 from reference.small_models import LLAMA, random_parameters, small_model
 
+from dex_jax import forced
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.errors import DexError
-from dex_jax.forced.asks import asks_in_lattice
-from dex_jax.forced.counts import dex_counts, first_exits
-from dex_jax.forced.figures import figures_of, grouped_figures
-from dex_jax.forced.run import Forced, measure, shared_exits
-from dex_jax.forced.texts import answers
+from dex_jax.forced import Forced, batches, dex_exits, first_exits, force, shared_exits
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.weights import merge_model
+from dex_jax.training.figures import answers, figures_of, grouped_figures
 
 EOS = 63
 SMALL = {"vocab_size": 64, "width": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 24, "context": 256}
 MODEL = dataclasses.replace(LLAMA, **SMALL, tied=False, eos_ids=(EOS,))
 DEPTHS = (1, 2, 3)
-EXPLORERS = (2, 3, 4, 6)
 GRIDS = ((2, 4), (2, 3, 4), (1, 2, 3, 4))
 DRAFT = np.asarray([2, 3, 5, 8, 13, 21, 34, 55], np.int32)
 KINDS = {
@@ -64,7 +61,7 @@ def _exits(name: str) -> TrainedExits:
 
 @functools.cache
 def _measured(name: str) -> Forced:
-    return measure(_model(), _exits(name), _texts(), explorers=EXPLORERS, batch=2)
+    return force(_model(), _exits(name), _texts(), GRIDS, batch=2)
 
 
 @functools.cache
@@ -109,10 +106,9 @@ every_kind = pytest.mark.parametrize("name", KINDS)
 def test_every_position_says_what_the_twin_says(name: str) -> None:
     measured, where = _measured(name), _positions(name)
     own = {(1, 2), (1, 3), (2, 3)} if _exits(name).config.needs_previous else set()
-    assert {(ask.depth, ask.source) for ask in measured.asks} == {(d, 4) for d in DEPTHS} | own
-    assert measured.grids == GRIDS
+    assert set(measured.asks) == {(d, 4) for d in DEPTHS} | own
     assert measured.target.tolist() == [twin.answer[i] for twin, i in where]
-    for p, (depth, previous, _) in enumerate(measured.asks):
+    for p, (depth, previous) in enumerate(measured.asks):
         source = TRUE if previous == 4 else previous
         for (twin, i), best in zip(where, measured.said.best[:, p].tolist(), strict=True):
             logits = twin.logits(depth, i, source)[0]
@@ -120,7 +116,7 @@ def test_every_position_says_what_the_twin_says(name: str) -> None:
             # By value: rounding may swap tokens that tie.
             assert [logits[token] for token in best] == pytest.approx(sorted(logits.values())[:-4:-1], abs=1e-5)
         confidence = [max(twin.probabilities(depth, i, source)[0].values()) for twin, i in where]
-        np.testing.assert_allclose(np.exp(measured.said.log_probability[:, p, 0]), confidence, rtol=1e-4)
+        np.testing.assert_allclose(np.exp(measured.said.log_probability[:, p]), confidence, rtol=1e-4)
         if source is TRUE:
             expected = [twin.divergence(depth, i) for twin, i in where]
             np.testing.assert_allclose(measured.said.divergence[:, p], expected, rtol=1e-4, atol=1e-5)
@@ -131,10 +127,10 @@ def test_every_position_says_what_the_twin_says(name: str) -> None:
 def test_predicted_exits_are_the_twins(name: str) -> None:
     measured, twins = _measured(name), _twins(name)
     for grid in GRIDS:
-        predicted = [count.exits.tolist() for count in dex_counts(measured, grid)]
+        predicted = [exits.tolist() for exits in dex_exits(measured, grid)]
         assert predicted == [twin.predicted_exits(grid) for twin in twins]
     # The chain of exits is only put to the test where a token's birth changes what the next exit says.
-    fresh, *others = (first_exits(measured, asks_in_lattice([4, b], GRIDS[2]))[0] for b in (4, 1, 2, 3))
+    fresh, *others = (first_exits(measured, GRIDS[2], born) for born in (4, 1, 2, 3))
     assert any((other != fresh).any() for other in others) == _exits(name).config.needs_previous
 
 
@@ -177,13 +173,13 @@ def test_answers_are_greedy_and_come_in_the_order_of_their_prompts() -> None:
         assert is_greedy(lm, prompt, answer)
         assert len(answer) == longest or answer[-1] == EOS
     # The long one is of another padded length than its neighbours.
-    assert figures_of(measure(lm, shared_exits(lm, DEPTHS), texts, explorers=EXPLORERS, batch=2)).off_greedy == 0
+    assert figures_of(force(lm, shared_exits(lm, DEPTHS), texts, batch=2)).off_greedy == 0
 
 
 def test_nothing_counts_after_the_first_eos() -> None:
     kept = [(prompt, [*answer[:23], EOS]) for prompt, answer in _texts()]
     texts = [(prompt, [*answer, 2, EOS, 3]) for prompt, answer in kept]
-    measured = measure(_model(), _exits("shared"), texts, explorers=EXPLORERS, batch=2)
+    measured = force(_model(), _exits("shared"), texts, batch=2)
     assert measured.lengths == tuple(len(answer) for _, answer in kept)
     assert measured.target.tolist() == [token for _, answer in kept for token in answer]
 
@@ -191,17 +187,19 @@ def test_nothing_counts_after_the_first_eos() -> None:
 def test_groups_and_their_mean() -> None:
     texts = _texts()
     groups = {"humaneval": texts[:2], "spec_bench": texts[2:]}
-    figures = grouped_figures(_model(), _exits("mlp, draft"), groups, explorers=EXPLORERS, batch=2)
+    figures = grouped_figures(_model(), _exits("mlp, draft"), groups, batch=2)
     assert list(figures) == ["humaneval", "spec_bench", "mean"]
     parts = [figures[name] for name in groups]
-    assert parts == [figures_of(_measured("mlp, draft").of(texts)) for texts in ([0, 1], [2, 3, 4])]
+    # The even grids of 4 layers are those of two and three explorers.
+    of_even = dataclasses.replace(_measured("mlp, draft"), grids=GRIDS[:2])
+    assert parts == [figures_of(of_even.of(texts)) for texts in ([0, 1], [2, 3, 4])]
     mean = figures["mean"]
     assert (mean.texts, mean.tokens, mean.depths) == (5, 60, DEPTHS)
     assert mean.agreement == pytest.approx(np.mean([part.agreement for part in parts], axis=0))
-    speedups = [part.grids[2].depth_side_speedup for part in parts]
-    assert mean.grids[2].depth_side_speedup == pytest.approx(np.mean(speedups))
-    assert mean.grids[2].explorers == 4
-    assert json.loads(json.dumps(mean.to_json()))["grids"][2]["coverage"] == list(mean.grids[2].coverage)
+    speedups = [part.grids[1].depth_side_speedup for part in parts]
+    assert mean.grids[1].depth_side_speedup == pytest.approx(np.mean(speedups))
+    assert mean.grids[1].explorers == 3
+    assert json.loads(json.dumps(mean.to_json()))["grids"][1]["coverage"] == list(mean.grids[1].coverage)
 
 
 @pytest.mark.parametrize(
@@ -223,4 +221,31 @@ def test_bad_input_is_refused(change: dict, message: str) -> None:
     lm = small_model(change["lm"]) if "lm" in change else _model()
     exits = dataclasses.replace(_exits("mlp, draft"), vocabulary=change.get("vocabulary", DRAFT))
     with pytest.raises(DexError, match=message):
-        measure(lm, exits, change.get("texts", [([1], [2])]))
+        force(lm, exits, change.get("texts", [([1], [2])]))
+
+
+def test_batches_are_full_and_by_length() -> None:
+    lengths = [5, 300, 17, 16, 200, 31, 16, 2]
+    found = list(batches(lengths, 3))
+    assert sorted(i for members in found for i in members) == list(range(len(lengths)))
+    assert [[lengths[i] for i in members] for members in found] == [[2, 5, 16], [16, 17, 31], [200, 300]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA makes of top_k is another matter elsewhere")
+def test_no_vocabulary_is_sorted(monkeypatch) -> None:
+    """A sort of the vocabulary in place of its best few takes ten times as long as all else that is asked."""
+    found = []
+
+    def compiled(*args):
+        found.append(ask_exits.lower(*args).compile().as_text())
+        return ask_exits(*args)
+
+    ask_exits = forced.ask_exits
+    monkeypatch.setattr(forced, "ask_exits", compiled)
+    model = dataclasses.replace(MODEL, vocab_size=4096)
+    exits = dataclasses.replace(_exits("attn, draft").config, draft_size=None)
+    exits = TrainedExits(exits, random_parameters(exits, seed=1, spread=0.5), None, "0", {}, "random")
+    force(small_model(model), exits, _texts(), GRIDS)
+    assert 'custom_call_target="TopK"' in found[0]
+    assert " sort(" not in found[0]

@@ -1,1 +1,0 @@
-"""Teacher forcing: what exits say along texts that are known, and what follows from it without running a loop."""
