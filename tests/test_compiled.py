@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -17,14 +16,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 from reference.compiled import Hlo, assumed, devices_of
-from reference.small_models import LLAMA
+from reference.small_models import LLAMA, outline_of
 
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.resolve import Resolved
 from dex_jax.decoding.session import Session
-from dex_jax.language_model import Outline
 from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES
@@ -62,24 +60,22 @@ def compiled(name, method, which="run_ticks", *, config=WIDE, dtype="bfloat16", 
     stages = Dex(explorers=1 if mesh is None else spread.shape["stage"]).schedule_for(config.num_layers).depths
     packing = () if format is None else packed_alike(config, format)
 
-    def outline(config):
-        about = SimpleNamespace(config=config, source=name, tokenizer=None)
-        return Outline(about, jnp.dtype(dtype), Staged(stages) if mesh else Unrolled(), spread, packing)
+    about = (dtype, packing, Staged(stages) if mesh else Unrolled(), spread)
 
     def lower(program, *arguments, **statics):
         if mesh is None:
             here = SingleDeviceSharding(devices[0])
             arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
         found[program.name] = program.jitted.lower(*arguments, **statics)
-        return found[program.name]
+        return found[program.name].out_info
 
     def put(tree, at=None):  # there is nothing to put arrays on
         return jax.tree.map(lambda x: x if at is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree)
 
     with assumed(name), mock.patch.object(jax, "device_put", put):
-        lm, drafter = outline(config), None
+        lm, drafter = outline_of(config, *about), None
         if method == "drafter":
-            drafter = draft_model(lm, outline(dataclasses.replace(config, num_layers=2)))
+            drafter = draft_model(lm, outline_of(dataclasses.replace(config, num_layers=2), *about))
         resolved = Resolved(METHODS[method].schedule_for(config.num_layers), drafter=drafter)
         sampled = (
             Sampling(sampling_keys([0]), jnp.float32(1), jnp.int32(5), jnp.float32(0.9))

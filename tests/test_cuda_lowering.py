@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import pytest
 from conftest import slow
 from reference.compiled import assumed
-from reference.small_models import LLAMA
+from reference.small_models import LLAMA, outline_of, programs_of
 
-from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex
-from dex_jax.decoding.session import Spec, prefill_chunk, run_ticks, start_decoding
-from dex_jax.nn.transformer import Unrolled
+from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.session import Session
+from dex_jax.sampling import Sampling, sampling_keys
 
 CONFIG = dataclasses.replace(LLAMA, family="qwen3", num_layers=3, tied=False, qk_norm=True, eos_ids=(2,))
 DEX = Dex(explorers=3, draft=False).schedule_for(CONFIG.num_layers)
@@ -46,17 +46,11 @@ def for_a_gpu():
 
 
 def exported(name: str, method: str, dtype: str, *, sampled: bool) -> str:
-    """StableHLO of "run", "start" or "prefill" for CUDA."""
-    schedule = METHODS[method]
-    shapes = session_shapes(CONFIG, jnp.dtype(dtype), schedule, Unrolled(), 2, 96, capacity=64, sampled=sampled)
-    spec = Spec(CONFIG, Unrolled(), schedule)
-    function, args = {
-        "run": (run_ticks, shapes.of_run),
-        "start": (functools.partial(start_decoding, capacity=64), shapes.of_start),
-        "prefill": (prefill_chunk, shapes.of_prefill(16)),
-    }[name]
-    program = jax.jit(functools.partial(function, spec=spec))
-    module = jax.export.export(program, platforms=["cuda"])(*args)
+    """StableHLO of a program for CUDA."""
+    sampling = Sampling(sampling_keys([0, 1]), jnp.float32(1), jnp.int32(5), jnp.float32(0.9)) if sampled else None
+    session = Session(outline_of(CONFIG, dtype), [[1, 2], [3]], Resolved(METHODS[method]), 64, sampling)
+    program, arguments, statics = programs_of(session)[name]
+    module = jax.export.export(jax.jit(functools.partial(program.jitted, **statics)), platforms=["cuda"])(*arguments)
     assert module.platforms == ("cuda",)
     return module.mlir_module()
 
@@ -80,16 +74,16 @@ def assert_fit_for_cuda(text: str, dtype: str) -> None:
 
 @pytest.mark.parametrize(("method", "sampled", "dtype"), LOOPS)
 def test_loop(method, sampled, dtype) -> None:
-    assert_fit_for_cuda(exported("run", method, dtype, sampled=sampled), dtype)
+    assert_fit_for_cuda(exported("run_ticks", method, dtype, sampled=sampled), dtype)
 
 
 @pytest.mark.parametrize(
     ("name", "method", "dtype"),
     [
-        ("prefill", "dex", "bfloat16"),
-        ("prefill", "dex", "float32"),
-        ("start", "dex", "float32"),
-        ("start", "one", "bfloat16"),
+        ("prefill_chunk", "dex", "bfloat16"),
+        ("prefill_chunk", "dex", "float32"),
+        ("start_decoding", "dex", "float32"),
+        ("start_decoding", "one", "bfloat16"),
     ],
 )
 def test_prefill_and_start(name, method, dtype) -> None:

@@ -16,16 +16,15 @@ from conftest import slow
 from hypothesis import given, settings
 from jax.experimental import pallas as pl
 from reference.compiled import assumed
-from reference.small_models import LLAMA, random_transformer
+from reference.small_models import LLAMA, outline_of, programs_of, random_transformer
 from test_few_rows_attention import attention_of, plain_attention
 
 from dex_jax import cache
 from dex_jax.cache import MOST_WRITTEN, write_rows
 from dex_jax.config import LayerKind
-from dex_jax.decoding.footprint import session_shapes
 from dex_jax.decoding.methods import AR, Dex
-from dex_jax.decoding.session import run_ticks
-from dex_jax.decoding.spec import Spec
+from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.session import Session
 from dex_jax.nn import few_rows, gpu_attention, gpu_writes, planes, products, trial
 from dex_jax.nn.attention import KeyValues, _attend
 from dex_jax.nn.forward import commit_rows, extend, run_tree
@@ -144,11 +143,11 @@ def test_a_transformer_over_caches_computes_with_them_what_it_does_without(batch
 )
 def test_programs_for_newer_gpus_have_one_for_each_layers_attention_and_one_for_all_writes(name, dtype, method) -> None:
     """Lowered, without a GPU or its compiler."""
-    schedule = method.schedule_for(WIDE.num_layers)
     with assumed(name):
-        shapes = session_shapes(WIDE, jnp.dtype(dtype), schedule, Unrolled(), 2, 96, capacity=64)
-        program = jax.jit(functools.partial(run_ticks, spec=Spec(WIDE, Unrolled(), schedule)))
-        text = program.trace(*shapes.of_run).lower(lowering_platforms=("cuda",)).as_text()
+        method = Resolved(method.schedule_for(WIDE.num_layers))
+        session = Session(outline_of(WIDE, dtype), [[1, 2], [3]], method, 64, None)
+        program, arguments, statics = programs_of(session)["run_ticks"]
+        text = program.jitted.trace(*arguments, **statics).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(KERNEL) >= 2 if dtype == "bfloat16" else KERNEL not in text
 
 

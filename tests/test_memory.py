@@ -9,47 +9,25 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from reference.small_models import outline_of, programs_of
 
-from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import program
-from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.methods import AR, Dex
-from dex_jax.decoding.record import Limits
-from dex_jax.decoding.session import RUN, Spec, start_decoding
-from dex_jax.nn.transformer import Unrolled
-from dex_jax.nn.weights import abstract_weights
+from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.session import Session
 
 # Every size differs from every other, so that a shape names one array.
 CONFIG = ModelConfig("llama", 101, 2, 48, 6, 3, 8, 40, 512)
-CACHE_LENGTH = 197
 
 
 @functools.cache
 def compiled(method, batch: int):
     """(optimised program, bytes of one committed cache) of the loop, from abstract shapes."""
-    spec = Spec(CONFIG, Unrolled(), method.schedule_for(CONFIG.num_layers))
-    weights = abstract_weights(CONFIG, Unrolled(), jnp.float32)
-    slots = spec.schedule.stages * spec.schedule.rows if spec.schedule.stages > 1 else 0
-    memory = cache.shapes(CONFIG, Unrolled(), batch, CACHE_LENGTH, slots, jnp.float32)
-
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    limits = Limits(ints(batch), ints(1))
-    last = jax.ShapeDtypeStruct((batch, CONFIG.width), jnp.float32)
-    state = jax.eval_shape(
-        lambda *args: start_decoding(*args, spec=spec, capacity=64),
-        weights,
-        Heads(),
-        memory,
-        last,
-        ints(batch),
-        limits,
-        None,
-        ints(batch, CACHE_LENGTH - 64) if spec.schedule.drafts is not None else None,
-    )
-    return RUN.jitted.lower(weights, Heads(), state, limits, None, ints(), spec=spec).compile(), state
+    resolved = Resolved(method.schedule_for(CONFIG.num_layers))
+    session = Session(outline_of(CONFIG), [[1, 2, 3]] * batch, resolved, 400, None)
+    program, arguments, statics = programs_of(session)["run_ticks"]
+    return program.jitted.lower(*arguments, **statics).compile(), arguments[2]
 
 
 @pytest.mark.parametrize(

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import json
+import re
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dex_jax.cli.arguments import prompts_of
-from dex_jax.decoding.dex.drafters import draft_model, exit_zero
-from dex_jax.decoding.footprint import (
-    device_memory,
-    footprint,
-    remembered_bytes,
-    trained_bytes,
-    verdict,
-)
+from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.generate import encode_prompts, sampling_of
 from dex_jax.decoding.methods import Dex, Method, with_stages
 from dex_jax.decoding.output import title
 from dex_jax.decoding.resolve import GivenExits, opened, resolve, unmeasured
-from dex_jax.decoding.session import check_layout
-from dex_jax.decoding.sizes import batch_bucket, cache_length_for
+from dex_jax.decoding.session import START, Session
 from dex_jax.errors import DexError
 from dex_jax.hardware import USABLE, Device, hardware, platform_of
 from dex_jax.io.opening import open_checkpoint
 from dex_jax.language_model import Outline, layout_on_mesh, packing_of, resolve_dtype
 from dex_jax.nn.transformer import Layout, Staged, Unrolled
 from dex_jax.prompts import Prompt
-from dex_jax.sharding import STAGE, make_mesh
+from dex_jax.sharding import STAGE, make_mesh, nbytes
+
+REMEDIES = {
+    "weights": "use int8 weights, a smaller dtype or a smaller model",
+    "cache": "lower the number of prompts or samples, or max_new_tokens",
+    "lattice": "lower rows, explorers, or the number of prompts or samples",
+    "exits": "use fewer explorers or exits with a smaller vocabulary",
+}
+"""By what memory is for: how less of it is needed."""
 
 
 def layout_of(args: argparse.Namespace, method: Method) -> tuple[Layout | None, Mesh | None]:
@@ -58,65 +61,106 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     Raises:
       DexError: as a real run would, for what can be known without weights.
     """
-    checkpoint = open_checkpoint(args.model)
     elsewhere = None if args.hardware is None else hardware(args.hardware).device
     if elsewhere is not None and args.mesh is not None:
         raise DexError("--hardware judges one device: leave --mesh out")
-    config, dtype = checkpoint.config, _dtype_of(args, elsewhere)
     layout, mesh = layout_of(args, method)
-    if args.draft_model is not None and method == Dex():
-        method = Dex(explorers=1)
-    if mesh is not None:
-        method = with_stages(method, mesh.shape[STAGE])
-    layout = layout or Unrolled()
-    weights = args.weights or (None if elsewhere is None or elsewhere.name == "cpu" else "dense")
-    platform = None if elsewhere is None else platform_of(elsewhere.name)
-    packing = packing_of(checkpoint, dtype, mesh, weights, platform)
-    outline = Outline(checkpoint, dtype, layout, mesh, packing)
+    outline = _outline(args, args.model, elsewhere, layout or Unrolled(), mesh)
     exits: GivenExits = opened(args.exits)
     if args.draft_model is not None:
-        small = open_checkpoint(args.draft_model)
-        kept = packing_of(small, dtype, None, weights, platform)
-        exits = draft_model(outline, Outline(small, dtype, Unrolled(), None, kept))
+        exits = draft_model(outline, _outline(args, args.draft_model, elsewhere))
+        method = Dex(explorers=1) if method == Dex() else method
+    fingerprint = outline.fingerprint
     # Which of AR and one explorer is chosen is measured on the device; the latter holds no less.
-    method = unmeasured(method, exits, checkpoint.fingerprint())
-    resolved = resolve(method, exits, config, checkpoint.fingerprint())
-    resolved.say(checkpoint.fingerprint())
-    schedule = resolved.schedule
+    method = unmeasured(with_stages(method, None if mesh is None else mesh.shape[STAGE]), exits, fingerprint)
+    resolved = resolve(method, exits, outline.config, fingerprint)
+    resolved.say(fingerprint)
     prompts: list[Prompt] = prompts_of(args) if args.prompt or args.prompt_file is not None else [[0]]
     ids = encode_prompts(outline, prompts, not args.no_chat, args.num_samples, args.max_new_tokens)
-    batch = len(ids)
-    sampling, _ = sampling_of(args.temperature, args.top_k, args.top_p, args.seed, batch, config.vocab_size)
-    compiled_for = batch if mesh is not None else batch_bucket(batch)
-    longest = max(map(len, ids))
-    length = cache_length_for(longest, args.max_new_tokens, schedule.ahead, compiled_for)
-    check_layout(mesh, layout, resolved, batch)
-    exits_bytes = sum(trained_bytes(config, dtype, each, mesh, packing) for each in (resolved.exits, resolved.drafter))
-    if resolved.drafter is not None:
-        drafter = exit_zero(resolved.drafter, longest + args.max_new_tokens)
-        exits_bytes += remembered_bytes(drafter, dtype, compiled_for, length)
-    options: dict[str, Any] = {"sampled": sampling is not None, "exits_bytes": exits_bytes, "mesh": mesh}
-    needed = footprint(config, dtype, schedule, compiled_for, length, layout, packing=packing, **options)
-    sentence = verdict(needed, device_memory() if elsewhere is None else int(USABLE * elsewhere.memory))
-    devices = 1 if mesh is None else mesh.size
+    given = (args.temperature, args.top_k, args.top_p, args.seed)
+    sampling, _ = sampling_of(*given, len(ids), outline.config.vocab_size)
+    session = Session(outline, ids, resolved, args.max_new_tokens, sampling)
+    sizes = held(session)
+    sentence = verdict(sizes, free_memory() if elsewhere is None else elsewhere.memory)
+    devices, dtype, weights = 1 if mesh is None else mesh.size, str(outline.dtype), outline.weights_kind
     if args.json:
-        about = {"devices": devices, "batch": batch, "dtype": str(dtype), "weights": outline.weights_kind}
-        sizes = dataclasses.asdict(needed) | {"total_bytes": needed.total_bytes}
-        print(json.dumps(sizes | about | {"verdict": sentence}))
+        about = {"devices": devices, "batch": len(ids), "dtype": dtype, "weights": weights, "verdict": sentence}
+        total = {"total_bytes": sum(sizes.values())}
+        print(json.dumps({f"{name}_bytes": size for name, size in sizes.items()} | total | about))
         return 0
     where = "one device" if devices == 1 else f"each of {devices} devices"
     where = where if elsewhere is None else f"one {elsewhere.name}"
-    packed = f", weights in {outline.weights_kind}" if packing else ""
-    what = f"{batch} sequence(s) of at most {length} positions in {dtype}, {title(schedule)}"
-    print(f"{checkpoint.source}: {what}, on {where}{packed}")
-    for field in dataclasses.fields(needed):
-        print(f"  {field.name.removesuffix('_bytes'):<10} {getattr(needed, field.name) / 1e9:8.3f} GB")
+    packed = f", weights in {weights}" if outline.packing else ""
+    what = f"{len(ids)} sequence(s) of at most {session.cache_length} positions in {dtype}, {title(resolved.schedule)}"
+    print(f"{outline.source}: {what}, on {where}{packed}")
+    for name, size in sizes.items():
+        print(f"  {name:<10} {size / 1e9:8.3f} GB")
     print(sentence)
     return 0
 
 
-def _dtype_of(args: argparse.Namespace, elsewhere: Device | None) -> jnp.dtype:
-    """--dtype, or what is the default on the device at hand or elsewhere."""
+def _outline(
+    args: argparse.Namespace,
+    source: str,
+    elsewhere: Device | None,
+    layout: Layout = Unrolled(),  # noqa: B008
+    mesh: Mesh | None = None,
+) -> Outline:
+    """A model as it would lie on the device at hand or elsewhere."""
+    checkpoint, weights, platform = open_checkpoint(source), args.weights, None
     if elsewhere is None or elsewhere.name == "cpu":
-        return resolve_dtype(args.dtype)
-    return jnp.dtype(args.dtype or ("float16" if elsewhere.name == "t4" else "bfloat16"))
+        dtype = resolve_dtype(args.dtype)
+    else:
+        dtype = jnp.dtype(args.dtype or ("float16" if elsewhere.name == "t4" else "bfloat16"))
+        weights, platform = weights or "dense", platform_of(elsewhere.name)
+    return Outline(checkpoint, dtype, layout, mesh, packing_of(checkpoint, dtype, mesh, weights, platform))
+
+
+def held(session: Session) -> dict[str, int]:
+    """Bytes on each device of all weights, committed caches, trained exits, and what else ticks carry (the lattice)."""
+    found: dict[str, Any] = {}
+
+    def seen(program: Any, *arguments: Any, **statics: Any) -> Any:
+        found[program.name] = arguments
+        return jax.eval_shape(functools.partial(program.jitted, **statics), *arguments) if program is START else None
+
+    session.compile_by(seen)
+    weights, heads, state, *_ = found["run_ticks"]
+    memory = state.memory
+    cache, exits = nbytes((memory.keys, memory.values)), nbytes(memory.exits)
+    lattice = nbytes(state) - cache - exits
+    return {"weights": nbytes(weights), "cache": cache, "lattice": lattice, "exits": nbytes(heads) + exits}
+
+
+def free_memory() -> int | None:
+    """Bytes free on the first device; on a CPU, memory that this process can get. None when unknown."""
+    device = jax.devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if device.platform != "cpu":
+        return None
+    available = re.search(r"^MemAvailable: *(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
+    limit = _text("/sys/fs/cgroup/memory.max").strip()  # of a container
+    sizes = [1024 * int(available[1])] if available else []
+    return min([*sizes, *([int(limit)] if limit.isdigit() else [])], default=None)
+
+
+def _text(path: str) -> str:
+    """What a file says, "" where there is none."""
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except OSError:
+        return ""
+
+
+def verdict(sizes: dict[str, int], memory: float | None) -> str:
+    """One sentence: whether it fits, and what to lower if not. Programs have room for their temporaries beside it."""
+    total = sum(sizes.values())
+    if memory is None:
+        return f"needs {total / 1e9:.2f} GB; the device does not say how much memory it has."
+    usable = USABLE * memory
+    if total <= usable:
+        return f"fits: {total / 1e9:.2f} GB of the {usable / 1e9:.2f} GB that may be used."
+    remedy = REMEDIES[max(sizes, key=lambda name: sizes[name])]
+    return f"does not fit: {total / 1e9:.2f} GB are needed and {usable / 1e9:.2f} GB may be used; {remedy}."

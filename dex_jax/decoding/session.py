@@ -212,10 +212,10 @@ class Session:
             return
         _READY.add(kind)
         with side_by_side() as begin:
-            self.compile_by(begin)
+            self.compile_by(lambda *about, **statics: begin(*about, **statics).out_info)
 
     def compile_by(self, by: Callable[..., Any]) -> None:
-        """As `compile`, by what takes a program and its arguments, as Program.begin does, and has `out_info` too."""
+        """As `compile`, by what takes a program and its arguments and gives the shapes of what START gives."""
         weights = _shapes(self.lm.weights)
         heads = self._put_heads(jax.eval_shape(self._heads, weights))
         weights = self._put(weights, lambda: weight_specs(weights, self.spec.mesh))
@@ -225,7 +225,7 @@ class Session:
         prompt = self._put(_shapes(self.prompt), BY_SEQUENCE)
         about = (self.limits, self.sampling, prompt, self.costs)
         statics: dict[str, Any] = {"spec": self.spec, "capacity": self.cache_length}
-        begun = by(START, weights, heads, memory, last, lengths, *about, **statics).out_info
+        begun = by(START, weights, heads, memory, last, lengths, *about, **statics)
         state = self._put(_shapes(begun), lambda: on_mesh.state_specs(self.spec))
         # The largest is compiled while the others are traced.
         by(RUN, weights, heads, state, self.limits, self.sampling, scalar, spec=self.spec)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
@@ -14,11 +17,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import dex_jax
 from dex_jax.check import compare
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig
+from dex_jax.decoding.program import Program
+from dex_jax.decoding.session import Session
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.tokenizer import Tokenizer
-from dex_jax.language_model import LanguageModel
+from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.nn.exits import exit_parameters
-from dex_jax.nn.transformer import Transformer, build, layer_parameters, parameter_shapes
+from dex_jax.nn.transformer import Transformer, Unrolled, build, layer_parameters, parameter_shapes
 from dex_jax.nn.weights import canonical_weights
 
 LLAMA = ModelConfig(
@@ -116,6 +121,24 @@ def small_model(
     """A random language model."""
     model = random_transformer(config, seed)
     return LanguageModel(model, tokenizer=tokenizer, source="random", fingerprint="0")
+
+
+def outline_of(config: ModelConfig, dtype="float32", packing=(), layout=Unrolled(), mesh=None) -> Outline:  # noqa: B008
+    """What is known of a model that has no weights."""
+    about: Any = SimpleNamespace(config=config, source="random", tokenizer=None, fingerprint=lambda: "0")
+    return Outline(about, jnp.dtype(dtype), layout, mesh, packing)
+
+
+def programs_of(session: Session) -> dict[str, tuple[Program, tuple, dict]]:
+    """Name -> (program, arguments, statics) of what a session compiles."""
+    found = {}
+
+    def asked(program: Program, *arguments: Any, **statics: Any) -> Any:
+        found[program.name] = program, arguments, statics
+        return jax.eval_shape(functools.partial(program.jitted, **statics), *arguments)
+
+    session.compile_by(asked)
+    return found
 
 
 def random_parameters(

@@ -1,0 +1,55 @@
+"""A dry run counts what is really allocated."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from reference.small_models import LLAMA, random_exits, random_transformer
+
+import dex_jax
+from dex_jax.cli import devices
+from dex_jax.cli.devices import REMEDIES, free_memory, held, verdict
+from dex_jax.decoding.methods import AR, Dex
+from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.session import Session
+from dex_jax.sampling import Sampling, sampling_keys
+from dex_jax.sharding import nbytes
+
+
+@pytest.mark.parametrize(("method", "dtype"), [(AR(), jnp.float32), (Dex(explorers=2, draft=False), jnp.bfloat16)])
+def test_what_is_counted_is_what_is_allocated(method, dtype) -> None:
+    lm = dex_jax.LanguageModel(random_transformer(LLAMA, seed=0, dtype=dtype), None, "random", "0")
+    sampling = Sampling(sampling_keys([0, 1]), jnp.float32(1.0), jnp.int32(5), jnp.float32(1.0))
+    schedule = method.schedule_for(LLAMA.num_layers)
+    exits = random_exits("attn", draft=20, depths=(2,)) if schedule.stages > 1 else None
+    session = Session(lm, [[3, 4, 5], list(range(2, 22))], Resolved(schedule, exits=exits), 70, sampling)
+    sizes = held(session)
+    session.prefill()
+    state, memory = session.state, session.state.memory
+    assert sizes["weights"] == lm.parameter_bytes
+    assert sizes["cache"] == nbytes((memory.keys, memory.values))
+    assert sizes["exits"] == nbytes((session.heads, memory.exits))
+    assert (sizes["exits"] > 0) == (exits is not None)
+    assert sum(sizes.values()) == nbytes((lm.weights, state, session.heads))
+
+
+def test_free_memory_may_be_unknown(monkeypatch) -> None:
+    assert 10**7 < (free_memory() or 10**8) < 10**15
+    monkeypatch.setattr(devices, "_text", lambda path: "")
+    assert free_memory() is None
+    for stats, left in (({"bytes_limit": 1000, "bytes_in_use": 10}, 990), (None, None)):
+        accelerator = SimpleNamespace(platform="tpu", memory_stats=lambda stats=stats: stats)
+        monkeypatch.setattr(jax, "devices", lambda accelerator=accelerator: [accelerator])
+        assert free_memory() == left
+
+
+@pytest.mark.parametrize("largest", REMEDIES)
+def test_verdict(largest) -> None:
+    sizes = {name: 9 * 10**9 if name == largest else 10**9 for name in REMEDIES}
+    assert verdict(sizes, 100e9) == "fits: 12.00 GB of the 92.00 GB that may be used."
+    short = verdict(sizes, 2e9)
+    assert short == f"does not fit: 12.00 GB are needed and 1.84 GB may be used; {REMEDIES[largest]}."
+    assert "does not say" in verdict(sizes, None)
