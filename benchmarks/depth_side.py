@@ -28,12 +28,12 @@ def answer(lm: Any, ids: list[int], method: Any, plain: Any, **options: Any) -> 
     """One answer's ticks, exits and whether its tokens are those of `plain`."""
     out = dex_jax.generate(lm, [ids], method=method, **options)
     (check,) = compare(lm, out, plain)
-    length, schedule = int(out.lengths[0]), out.stats.schedule
+    length, plan = int(out.lengths[0]), out.stats.plan
     return {
         "tokens": length,
         "ticks": int(out.stats.ticks[0]),
-        "exits": np.bincount(out.stats.exits[0, 1:length], minlength=schedule.stages + 1).tolist(),
-        "rows": schedule.rows,
+        "exits": np.bincount(out.stats.exits[0, 1:length], minlength=plan.stages + 1).tolist(),
+        "rows": plan.rows,
         "identical": bool(check.identical or check.is_tie(str(lm.dtype))),
     }
 
@@ -107,9 +107,9 @@ def run(args: argparse.Namespace) -> int:
 
 def largest_tree(lm: Any, exits: str) -> Any:
     """The tree that several explorers draft under a head."""
-    from dex_jax.decoding.resolve import resolve
+    from dex_jax.decoding.plan import resolve
 
-    return resolve(dex_jax.Dex(explorers=2), exits, lm.config, lm.fingerprint).schedule.drafts
+    return resolve(dex_jax.Dex(explorers=2), exits, lm.config, lm.fingerprint).drafts
 
 
 if __name__ == "__main__":

@@ -37,11 +37,11 @@ def run_batch(lm, explorers: int, prompts: list[dict], new_tokens: int) -> dict:
     ids = [each["prompt_ids"] for each in prompts]
     out = dex_jax.generate(lm, ids, method=method, exits="shared", max_new_tokens=new_tokens)
     tokens = [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)]
-    schedule = out.stats.schedule
-    exits = [forced_exits(lm, each, row, schedule) for each, row in zip(ids, tokens, strict=True)]
+    plan = out.stats.plan
+    exits = [forced_exits(lm, each, row, plan) for each, row in zip(ids, tokens, strict=True)]
     return {
         "explorers": explorers,
-        "rows": schedule.rows,
+        "rows": plan.rows,
         "identical": [row == each["new_tokens"] for row, each in zip(tokens, prompts, strict=True)],
         "ticks": out.stats.ticks.tolist(),
         "forced_ticks": [ticks_of(each, len(each), explorers) for each in exits],

@@ -56,13 +56,13 @@ def measure(lm: Any, prompts: list[list[int]], methods: dict[str, Any], args: ar
     tokens = int((out["ar"].lengths - 1).sum())
     if outside is not None and tokens:  # asked once, as it takes longest
         seconds["transformers"] = outside.run(prompts[0], tokens + 1)["decode_seconds"] / tokens
-    ticks = {name: found.stats.ticks for name, found in out.items() if found.stats.schedule.method != "ar"}
+    ticks = {name: found.stats.ticks for name, found in out.items() if found.stats.plan.method != "ar"}
     return {
         "tokens": tokens,
         "seconds_a_token": seconds,
         "tokens_a_tick": {name: tokens / int(each.sum()) for name, each in ticks.items() if each is not None},
         "identical": all(np.array_equal(out["ar"].tokens, each.tokens) for each in out.values()),
-        "choice": str(out["auto"].stats.choice),
+        "choice": str(out["auto"].stats.plan.choice),
     }
 
 

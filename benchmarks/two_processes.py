@@ -103,7 +103,7 @@ def work(task: dict[str, Any]) -> None:
                 "tokens": int((out[AR].lengths - 1).sum()),
                 "seconds": {name: statistics.median(found) for name, found in times.items()},
                 "ticks": {name: int(each.stats.ticks.sum()) for name, each in out.items()},
-                "rows": {name: each.stats.schedule.rows for name, each in out.items()},
+                "rows": {name: each.stats.plan.rows for name, each in out.items()},
                 "identical": all(bool(np.array_equal(out[AR].tokens, each.tokens)) for each in out.values()),
             }
         )
@@ -143,7 +143,7 @@ def both(task: dict[str, Any], cores: list[int]) -> Iterator[dict[str, Any]]:
 def with_even_heads(model: str, exits: str, folder: str) -> dict[str, str]:
     """Writes a model with one more group of heads, all zeros, which changes no number; its name and its exits'."""
     import dex_jax
-    from dex_jax.decoding.resolve import DEFAULTS
+    from dex_jax.io.exits_file import DEFAULTS
     from dex_jax.nn.weights import canonical_weights
 
     lm = dex_jax.load(model, "float32", weights="dense")

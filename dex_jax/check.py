@@ -11,8 +11,9 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax.decoding.generate import sampling_of
 from dex_jax.decoding.output import Output
+from dex_jax.decoding.request import Request
+from dex_jax.decoding.session import sampling_of
 from dex_jax.language_model import LanguageModel
 from dex_jax.sampling import Sampling, position_noise, scores
 
@@ -61,7 +62,10 @@ def compare(
     """
     assert temperature == 0 or output.seeds is not None
     checks, prompts = [], output.prompt_tokens
-    sampling, _ = sampling_of(temperature, top_k, top_p, output.seeds or 0, len(prompts), lm.config.vocab_size)
+    sampling = None
+    if temperature:
+        request = Request(temperature=temperature, top_k=top_k, top_p=top_p)
+        sampling = sampling_of(request, output.seeds or [], len(prompts), lm.config.vocab_size)
     for row, prompt in enumerate(prompts):
         own = None if sampling is None else sampling._replace(keys=sampling.keys[row : row + 1])
         ours = output.tokens[row, : output.lengths[row]].tolist()

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import PREFILL_EXIT
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
@@ -189,7 +189,7 @@ def forced_exits(
     lm: LanguageModel,
     prompt: Sequence[int],
     tokens: Sequence[int],
-    schedule: Schedule,
+    schedule: Plan,
     exits: TrainedExits | None = None,
 ) -> np.ndarray:
     """The exit that first gives each of the n tokens emitted greedily after a prompt: [n] int32 as Stats.exits.

@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 
 from dex_jax import cache
 from dex_jax.config import ModelConfig
-from dex_jax.decoding.methods import Dex, check_depths
-from dex_jax.decoding.resolve import resolve
 from dex_jax.errors import DexError
+from dex_jax.grid import check_depths, even_depths, nearest_depths
 from dex_jax.host_memory import return_free_memory
 from dex_jax.io.checkpoint import Checkpoint
+from dex_jax.io.exits_file import default_exits
 from dex_jax.io.opening import open_checkpoint
 from dex_jax.io.save import save_model
 from dex_jax.io.tokenizer import Tokenizer
@@ -266,8 +266,10 @@ def layout_on_mesh(checkpoint: Checkpoint, layout: Layout | None, mesh: Mesh) ->
     config = checkpoint.config
     check_model(mesh, config)
     if layout is None:
-        method = Dex(explorers=mesh.shape[STAGE])
-        return Staged(resolve(method, "default", config, checkpoint.fingerprint()).schedule.depths)
+        depths, trained = even_depths(mesh.shape[STAGE], config.num_layers), default_exits(checkpoint.fingerprint())
+        if trained is not None and len(depths) - 1 <= trained.count:
+            depths = (*nearest_depths(depths[:-1], trained.config.depths, trained.source), config.num_layers)
+        return Staged(check_depths(depths, config.num_layers))
     if not isinstance(layout, Staged):
         raise DexError("on a mesh weights lie in layout=Staged(depths): give that, or no layout")
     check_stages(mesh, len(layout.depths))

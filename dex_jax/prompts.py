@@ -13,6 +13,8 @@ from dex_jax.io.tokenizer import Tokenizer
 Message = dict[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
 
+WHAT_A_PROMPT_IS = "a prompt is a string, a list of messages or a list of token ids"
+
 
 def encode_prompt(
     prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, source: str, chat: bool = True
@@ -25,6 +27,10 @@ def encode_prompt(
     A DexError where the prompt is empty, of another type, has ids outside the vocabulary, or needs a tokenizer or chat
     template that is missing.
     """
+    if isinstance(prompt, np.ndarray) and prompt.ndim == 1:
+        prompt = prompt.tolist()
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        raise DexError(f"{WHAT_A_PROMPT_IS}, not {type(prompt).__name__}")
     items: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     if not items:
         raise DexError("the prompt is empty: give it at least one token or message")
@@ -38,7 +44,7 @@ def encode_prompt(
         if not prompt.strip():
             raise DexError("the prompt is empty: give it at least one word")
     elif not all(isinstance(item, dict) for item in items):
-        raise DexError("a prompt is a string, a list of messages or a list of token ids, not a mixture")
+        raise DexError(f"{WHAT_A_PROMPT_IS}, not a mixture")
     if tokenizer is None:
         raise DexError(f"{source} has no tokenizer: pass prompts as lists of token ids")
     if not isinstance(prompt, str):

@@ -7,9 +7,10 @@ from dex_jax.decoding.dex.loop import init, run, step
 from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.state import DexState
 from dex_jax.decoding.generate import generate, stream
-from dex_jax.decoding.methods import AR, Dex
 from dex_jax.decoding.output import Output, Stats
+from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits, Record
+from dex_jax.decoding.request import AR, Dex, Request
 from dex_jax.decoding.trace import Trace, TracedNode, trace, watch
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import EagleHead, load_eagle
@@ -37,7 +38,9 @@ __all__ = [
     "ModelConfig",
     "Network",
     "Output",
+    "Plan",
     "Record",
+    "Request",
     "RopeScaling",
     "Sampling",
     "StageView",

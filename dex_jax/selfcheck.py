@@ -29,10 +29,10 @@ import numpy as np
 from dex_jax.check import CLOSE, compare
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.generate import generate
-from dex_jax.decoding.methods import AR, DEFAULT_EXPLORERS, Dex, Method, Schedule
 from dex_jax.decoding.output import Output
+from dex_jax.decoding.plan import DEFAULT_EXPLORERS, Method, Plan, plan_for
 from dex_jax.decoding.record import Limits
-from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.request import AR, Dex, Request
 from dex_jax.decoding.session import Session, compile_seconds
 from dex_jax.hardware import published
 from dex_jax.language_model import LanguageModel
@@ -111,7 +111,7 @@ def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
     """
     explorers = min(DEFAULT_EXPLORERS, lm.config.num_layers)
     method = Dex(explorers=explorers, rows=full_rows(explorers), draft=False)
-    schedule = method.schedule_for(lm.config.num_layers)
+    plan = plan_for(method, lm.config.num_layers)
     prompts = _prompts(lm)
     new_tokens = min(new_tokens, lm.config.context - max(map(len, prompts)))
     before = compile_seconds()
@@ -128,13 +128,13 @@ def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
         explored = [decode(method, prompt, temperature) for prompt in prompts]
         plain = [decode(AR(), prompt, temperature) for prompt in prompts]
         findings.append(_same_tokens(lm, f"DEX and AR give the same tokens, {name}", explored, plain, temperature))
-        findings.append(_counted_ticks(name, explored, schedule))
+        findings.append(_counted_ticks(name, explored, plan))
         greedy = greedy or explored
     notify("timing")
-    times = _step_and_tick(lm, prompts[0], (AR().schedule_for(lm.config.num_layers), schedule), new_tokens)
+    times = _step_and_tick(lm, prompts[0], (plan_for(AR(), lm.config.num_layers), plan), new_tokens)
     drafted = decode(Dex(explorers=explorers), prompts[0], 0.0)
     findings.append(_same_tokens(lm, "with drafts the tokens are the same, greedy", [drafted], greedy[:1], 0.0))
-    findings.append(_counted_ticks("with drafts", [drafted], drafted.stats.schedule))
+    findings.append(_counted_ticks("with drafts", [drafted], drafted.stats.plan))
     measured = {
         "AR step (ms)": round(times.step, 2),
         "DEX tick (ms)": round(times.tick, 2),
@@ -144,7 +144,7 @@ def selfcheck(lm: LanguageModel, new_tokens: int = NEW_TOKENS) -> Report:
         f"exit heads, {explorers - 1} rows (ms)": round(_head_time(lm, explorers - 1), 2) if explorers > 1 else None,
         "peak memory (GB)": _peak_memory(),
     }
-    return _report(lm, schedule, findings, measured, before)
+    return _report(lm, plan, findings, measured, before)
 
 
 def quick_check(lm: LanguageModel) -> Report:
@@ -162,13 +162,13 @@ def quick_check(lm: LanguageModel) -> Report:
     explored = [generate(lm, prompts, method=Dex(explorers=min(DEFAULT_EXPLORERS, lm.config.num_layers)), **options)]
     notify("decoding (AR)")
     plain = [generate(lm, prompts, method=AR(), **options)]
-    schedule = explored[0].stats.schedule
+    plan = explored[0].stats.plan
     findings = [
         _canaries(),
         _same_tokens(lm, "DEX and AR give the same tokens, greedy", explored, plain, 0.0),
-        _counted_ticks("greedy", explored, schedule),
+        _counted_ticks("greedy", explored, plan),
     ]
-    return _report(lm, schedule, findings, {}, before)
+    return _report(lm, plan, findings, {}, before)
 
 
 def _prompts(lm: LanguageModel) -> list[list[int]]:
@@ -203,9 +203,9 @@ def _same_tokens(
     return Finding(name, holds, "; ".join(partings) or f"{tokens} tokens, {len(outputs)} prompt(s)")
 
 
-def _counted_ticks(name: str, outputs: list[Output], schedule: Schedule) -> Finding:
+def _counted_ticks(name: str, outputs: list[Output], plan: Plan) -> Finding:
     ticks = [int(np.asarray(out.stats.ticks)[0]) for out in outputs]
-    predicted = [ticks_of(out.stats.exits[0], int(out.lengths[0]), schedule.stages) for out in outputs]
+    predicted = [ticks_of(out.stats.exits[0], int(out.lengths[0]), plan.stages) for out in outputs]
     return Finding(f"ticks are K + sum(exits[1:n-1]), {name}", ticks == predicted, f"{ticks} and {predicted}")
 
 
@@ -217,13 +217,11 @@ class Timed(NamedTuple):
     kernels: str | None  # launched by each; None without a profiler that sees them
 
 
-def _step_and_tick(
-    lm: LanguageModel, prompt: list[int], schedules: tuple[Schedule, Schedule], new_tokens: int
-) -> Timed:
+def _step_and_tick(lm: LanguageModel, prompt: list[int], schedules: tuple[Plan, Plan], new_tokens: int) -> Timed:
     """Medians of an AR step and of a DEX tick, in turns so that both see the same machine."""
     sessions = []
-    for schedule in schedules:
-        session = Session(lm, [prompt], Resolved(schedule), new_tokens, None)
+    for plan in schedules:
+        session = Session(lm, [prompt], plan, Request(max_new_tokens=new_tokens))
         # Nothing may end early: a loop that is done takes no time.
         most, eos = session.limits
         session.limits = Limits(jnp.full_like(most, session.cache_length + 1), jnp.full_like(eos, NO_TOKEN))
@@ -280,9 +278,7 @@ def _head_time(lm: LanguageModel, rows: int) -> float:
     return 1e3 * float(np.median(found))
 
 
-def _report(
-    lm: LanguageModel, schedule: Schedule, findings: list[Finding], measured: dict[str, Any], before: float
-) -> Report:
+def _report(lm: LanguageModel, plan: Plan, findings: list[Finding], measured: dict[str, Any], before: float) -> Report:
     devices = jax.devices()
     versions = {name: _version(name) for name in ("dex-jax", "jax", "jaxlib", "flax", "numpy")}
     facts = {
@@ -291,7 +287,7 @@ def _report(
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "model": f"{Path(lm.source).name}, {lm.config.num_layers} layers, {lm.parameter_bytes / 1e9:.3f} GB",
         "dtype": str(lm.dtype),
-        "schedule": f"DEX-1/{schedule.stages}, exits at {', '.join(map(str, schedule.depths))}, {schedule.rows} rows",
+        "plan": f"DEX-1/{plan.stages}, exits at {', '.join(map(str, plan.depths))}, {plan.rows} rows",
         **measured,
         "compile (s)": round(compile_seconds() - before, 1),
     }

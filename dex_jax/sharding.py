@@ -144,10 +144,10 @@ def check_model(mesh: Mesh, config: ModelConfig) -> None:
 
 
 def check_stages(mesh: Mesh, stages: int) -> None:
-    """A DexError unless a schedule's explorers are as many as the mesh's stages."""
+    """A DexError unless a plan's explorers are as many as the mesh's stages."""
     if mesh.shape[STAGE] != stages:
         raise DexError(
-            f"the mesh has stage={mesh.shape[STAGE]} and the schedule {stages} explorers: each runs on a stage of its "
+            f"the mesh has stage={mesh.shape[STAGE]} and the plan {stages} explorers: each runs on a stage of its "
             "own, so make them equal"
         )
 

@@ -26,14 +26,14 @@ from dex_jax import AR, Dex, Staged
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.methods import Schedule, even_depths
-from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.plan import GivenHeads, Plan, plan_for
+from dex_jax.decoding.request import Request
 from dex_jax.decoding.session import PREFILL, RUN, START, Session
+from dex_jax.grid import even_depths
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.placing import build_on_mesh
 from dex_jax.nn.transformer import Transformer, stage_ranges
-from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import STAGE, make_mesh, parse_mesh
 
 TOKENS = 10
@@ -76,17 +76,17 @@ class Case:
         return dataclasses.replace(LLAMA, num_layers=self.layers, head_dim=self.head_dim)
 
     @property
-    def schedule(self) -> Schedule:
+    def plan(self) -> Plan:
         """Of DEX with one explorer a stage; its depths are those of the mesh for AR too."""
         draft = False if self.drafts is None else CHOSEN if self.chosen else TREE
         even = Dex(explorers=self.explorers or parse_mesh(self.mesh)["stage"], draft=draft)
-        return (even if self.depths is None else Dex(depths=self.depths, draft=draft)).schedule_for(self.layers)
+        return plan_for((even if self.depths is None else Dex(depths=self.depths, draft=draft)), self.layers)
 
     @property
     def layout(self) -> Staged:
         """Of the mesh."""
         alone = self.explorers == 1
-        return Staged(even_depths(parse_mesh(self.mesh)["stage"], self.layers) if alone else self.schedule.depths)
+        return Staged(even_depths(parse_mesh(self.mesh)["stage"], self.layers) if alone else self.plan.depths)
 
     @property
     def tokens(self) -> int:
@@ -99,15 +99,13 @@ class Case:
         if self.exits is None:
             return None
         kind, fused, draft = self.exits
-        return random_exits(kind, fused=fused, draft=draft, depths=self.schedule.depths[:-1])
+        return random_exits(kind, fused=fused, draft=draft, depths=self.plan.depths[:-1])
 
     @property
-    def sampling(self) -> Sampling | None:
-        """Of the batch; None when greedy."""
-        if not self.sampled:
-            return None
-        filters = (jnp.int32(20), jnp.float32(0.95)) if self.filters else ()
-        return Sampling(sampling_keys([SEED + row for row in range(self.batch)]), jnp.float32(0.9), *filters)
+    def request(self) -> Request:
+        """Of the batch."""
+        filters = {"top_k": 20, "top_p": 0.95} if self.filters else {}
+        return Request(max_new_tokens=self.tokens, temperature=0.9 if self.sampled else 0.0, seed=SEED, **filters)
 
 
 def named(*cases: Case) -> dict[str, Case]:
@@ -163,7 +161,7 @@ def checkpoint(family: str, folder: Path) -> dict[str, Any]:
     if method is not None:
         output = dex_jax.generate(lm, tokens[:, :4].tolist(), method=method, max_new_tokens=6)
         tokens[:, 4:] = output.tokens
-        made = [output.stats.device, [*output.stats.schedule.depths]]
+        made = [output.stats.device, [*output.stats.plan.depths]]
     ours, theirs = np.asarray(lm.logits(tokens)), np.asarray(one.logits(tokens))
     return {
         "error": float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
@@ -221,12 +219,13 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
 
 def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str, Any]]:
     """Tokens, exits and ticks of each sequence; the optimised HLO of the programs goes to the folder."""
-    schedule = AR().schedule_for(case.layers) if case.method == "ar" else case.schedule
+    plan = plan_for(AR(), case.layers) if case.method == "ar" else case.plan
     drafter: Any = random_drafter() if case.drafts == "drafter" else None
     if case.drafts == "model":
         drafter = draft_model(lm, small_model(case.config))  # the same, which is always right
-    method = Resolved(schedule, exits=case.trained, drafter=drafter)
-    session = Session(lm, ragged_prompts()[: case.batch], method, case.tokens, case.sampling)
+    exits = None if case.trained is None else case.trained.config
+    plan = dataclasses.replace(plan, exits=exits, heads=GivenHeads(case.trained, drafter))
+    session = Session(lm, ragged_prompts()[: case.batch], plan, case.request)
     session.prefill()
     # In two calls, so that the state also goes back in.
     session.advance(3)

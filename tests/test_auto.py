@@ -23,6 +23,7 @@ from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
 from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trees import LOOKUP_TREES, KnownTree
 from dex_jax.decoding.pace import FAR_OFF, Pace
+from dex_jax.decoding.plan import plan_for
 from dex_jax.nn.transformer import Staged, Unrolled
 
 FLOAT32 = np.dtype("float32")
@@ -67,7 +68,7 @@ def test_on_a_mesh_each_stage_has_an_explorer_that_chooses_its_rows(monkeypatch,
     said = {(15,): "15", (1, 2, 4, 8, 15): "1, 2, 4, 8 or 15"}[rows]
     assert why == f"an explorer with drafts on each stage ({said} rows a tick)"
     assert (method.draft.counts if method.draft.rungs else (15,)) == rows
-    assert method.schedule_for(5).rows == 15
+    assert plan_for(method, 5).rows == 15
     ((_, _, batch, *_),) = asked
     assert batch == 4, "as many sequences as a row of the data axis has"
     assert settle(Dex(rows=4), "shared", *about) == (Dex(explorers=5, rows=4), None)
@@ -139,7 +140,7 @@ def test_the_choice_is_the_fastest_that_is_worth_it(a_row_more: float) -> None:
         method, _ = chosen(Dex())
     seconds = {str(each.method): each.seconds for each in found}
     assert seconds[str(method)] <= SMALLEST_GAIN * min(seconds.values())
-    method.schedule_for(LLAMA.num_layers)  # rungs that mean nothing would be refused
+    plan_for(method, LLAMA.num_layers)  # rungs that mean nothing would be refused
 
 
 @given(st.lists(st.floats(1e-4, 1), min_size=len(ROWS), max_size=len(ROWS)), st.floats(1, 40), st.floats(1, 40))
@@ -238,13 +239,13 @@ def test_without_a_place_to_write_costs_are_those_of_the_process(figures, monkey
 def test_what_is_chosen_gives_the_tokens_of_ar(monkeypatch) -> None:
     lm, prompts = small_model(dataclasses.replace(LLAMA, num_layers=1)), ragged_prompts(2)
     plain = dex_jax.generate(lm, prompts, method=AR(), max_new_tokens=20)
-    assert plain.stats.choice is None
+    assert plain.stats.plan.choice is None
     for a_row_more, chosen in ((0.008, "one explorer"), (1.0, "AR")):
         monkeypatch.setattr(auto, "step_costs", lambda *about, more=a_row_more: costs_of(more))
         out = dex_jax.generate(lm, prompts, max_new_tokens=20)
         assert np.array_equal(out.tokens, plain.tokens)
-        assert out.stats.schedule.has_lattice == (chosen != "AR")
-        assert out.stats.choice.startswith(chosen)
+        assert out.stats.plan.has_lattice == (chosen != "AR")
+        assert out.stats.plan.choice.startswith(chosen)
 
 
 def chunks(true: np.ndarray, count: int, step: float = 0.03, noise: float = 0.02):

@@ -20,15 +20,14 @@ from reference.small_models import LLAMA, outline_of
 
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.methods import AR, Dex
-from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.plan import GivenHeads, plan_for
+from dex_jax.decoding.request import AR, Dex, Request
 from dex_jax.decoding.session import Session
 from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES
 from dex_jax.nn.transformer import Staged, Unrolled, parameter_shapes
 from dex_jax.nn.weights import packed_alike
-from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import make_mesh, nbytes
 
 TREE = TreeShape((2, 2, 1, 1, 1), drafted=0, lookup=(0.5,) * 8)
@@ -57,7 +56,7 @@ def compiled(name, method, which="run_ticks", *, config=WIDE, dtype="bfloat16", 
     """(session, lowered text, what is compiled of it) of one sequence on a GPU or a TPU."""
     devices, found = devices_of(name), {}
     spread = None if mesh is None else make_mesh(mesh, devices)
-    stages = Dex(explorers=1 if mesh is None else spread.shape["stage"]).schedule_for(config.num_layers).depths
+    stages = plan_for(Dex(explorers=1 if mesh is None else spread.shape["stage"]), config.num_layers).depths
     packing = () if format is None else packed_alike(config, format)
 
     about = (dtype, packing, Staged(stages) if mesh else Unrolled(), spread)
@@ -76,13 +75,9 @@ def compiled(name, method, which="run_ticks", *, config=WIDE, dtype="bfloat16", 
         lm, drafter = outline_of(config, *about), None
         if method == "drafter":
             drafter = draft_model(lm, outline_of(dataclasses.replace(config, num_layers=2), *about))
-        resolved = Resolved(METHODS[method].schedule_for(config.num_layers), drafter=drafter)
-        sampled = (
-            Sampling(sampling_keys([0]), jnp.float32(1), jnp.int32(5), jnp.float32(0.9))
-            if method == "dex with drafts"
-            else None
-        )
-        session = Session(lm, [[1] * length], resolved, 300, sampled)
+        plan = dataclasses.replace(plan_for(METHODS[method], config.num_layers), heads=GivenHeads(drafter=drafter))
+        sampled = {"temperature": 1.0, "top_k": 5, "top_p": 0.9} if method == "dex with drafts" else {}
+        session = Session(lm, [[1] * length], plan, Request(max_new_tokens=300, **sampled))
         session.compile_by(lower)
         return session, found[which].as_text(), found[which].compile()
 

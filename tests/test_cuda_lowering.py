@@ -18,17 +18,16 @@ from conftest import slow
 from reference.compiled import assumed
 from reference.small_models import LLAMA, outline_of, programs_of
 
-from dex_jax.decoding.methods import AR, Dex
-from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.plan import plan_for
+from dex_jax.decoding.request import AR, Dex, Request
 from dex_jax.decoding.session import Session
-from dex_jax.sampling import Sampling, sampling_keys
 
 CONFIG = dataclasses.replace(LLAMA, family="qwen3", num_layers=3, tied=False, qk_norm=True, eos_ids=(2,))
-DEX = Dex(explorers=3, draft=False).schedule_for(CONFIG.num_layers)
+DEX = plan_for(Dex(explorers=3, draft=False), CONFIG.num_layers)
 METHODS = {
-    "ar": AR().schedule_for(CONFIG.num_layers),
+    "ar": plan_for(AR(), CONFIG.num_layers),
     "dex": DEX,
-    "one": Dex(explorers=1).schedule_for(CONFIG.num_layers),
+    "one": plan_for(Dex(explorers=1), CONFIG.num_layers),
 }
 HALF = {"ar": "bfloat16", "dex": "float16", "one": "bfloat16"}
 LOOPS = [case for m in HALF for case in ((m, False, "float32"), slow(m, True, HALF[m]))]
@@ -47,8 +46,8 @@ def for_a_gpu():
 
 def exported(name: str, method: str, dtype: str, *, sampled: bool) -> str:
     """StableHLO of a program for CUDA."""
-    sampling = Sampling(sampling_keys([0, 1]), jnp.float32(1), jnp.int32(5), jnp.float32(0.9)) if sampled else None
-    session = Session(outline_of(CONFIG, dtype), [[1, 2], [3]], Resolved(METHODS[method]), 64, sampling)
+    request = Request(max_new_tokens=64, **{"temperature": 1.0, "top_k": 5, "top_p": 0.9} if sampled else {})
+    session = Session(outline_of(CONFIG, dtype), [[1, 2], [3]], METHODS[method], request)
     program, arguments, statics = programs_of(session)[name]
     module = jax.export.export(jax.jit(functools.partial(program.jitted, **statics)), platforms=["cuda"])(*arguments)
     assert module.platforms == ("cuda",)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 import dex_jax
-from dex_jax.decoding.resolve import DEFAULTS, default_exits, resolve
-from dex_jax.io.exits_file import load_exits
+from dex_jax.decoding.plan import plan_for, resolve
+from dex_jax.io.exits_file import DEFAULTS, default_exits, load_exits
 from dex_jax.language_model import outline
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "smollm2.json").read_text(encoding="utf-8"))["prompts"]
@@ -52,8 +53,8 @@ def test_they_are_small_and_say_what_made_them() -> None:
 def test_even_grids_need_no_other_depths(smollm2, exits, explorers) -> None:
     method = dex_jax.Dex(explorers=explorers, draft=False)
     resolved = resolve(method, "default", smollm2.config, smollm2.fingerprint)
-    assert resolved.schedule == method.schedule_for(smollm2.config.num_layers)
-    assert resolved.source == "default"
+    assert resolved == dataclasses.replace(plan_for(method, smollm2.config.num_layers), exits=resolved.exits)
+    assert resolved.exits_source == "default"
     assert resolved.remarks == ()
 
 
@@ -64,16 +65,16 @@ def test_texts_are_those_of_ar_in_fewer_ticks_than_without_training() -> None:
     prompts, plain = [golden["prompt"] for golden in goldens], [golden["new_tokens"][:count] for golden in goldens]
     out = dex_jax.generate(lm, prompts, exits="default", method=method, max_new_tokens=count)
     assert [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)] == plain
-    assert out.stats.exits_source == "default"
+    assert out.stats.plan.exits_source == "default"
     assert out.stats.ticks.sum() < 0.8 * SHARED_TICKS
 
 
 def test_an_uneven_grid_moves_to_trained_depths_or_says_why_not(smollm2) -> None:
     moved = resolve(dex_jax.Dex(explorers=4, draft=False), "default", smollm2.config, smollm2.fingerprint)
-    assert moved.source == "default"
+    assert moved.exits_source == "default"
     assert "the exit depths are" in moved.remarks[0]
     many = resolve(dex_jax.Dex(explorers=30, draft=False), "default", smollm2.config, smollm2.fingerprint)
-    assert many.source == "shared"
+    assert many.exits_source == "shared"
     by_hand = resolve(dex_jax.Dex(depths=(7, 30), draft=False), "default", smollm2.config, smollm2.fingerprint)
-    assert by_hand.source == "shared"
+    assert by_hand.exits_source == "shared"
     assert by_hand.remarks

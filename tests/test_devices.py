@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -12,20 +13,21 @@ from reference.small_models import LLAMA, random_exits, random_transformer
 import dex_jax
 from dex_jax.cli import devices
 from dex_jax.cli.devices import REMEDIES, free_memory, held, verdict
-from dex_jax.decoding.methods import AR, Dex
-from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.plan import GivenHeads, plan_for
+from dex_jax.decoding.request import AR, Dex, Request
 from dex_jax.decoding.session import Session
-from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import nbytes
 
 
 @pytest.mark.parametrize(("method", "dtype"), [(AR(), jnp.float32), (Dex(explorers=2, draft=False), jnp.bfloat16)])
 def test_what_is_counted_is_what_is_allocated(method, dtype) -> None:
     lm = dex_jax.LanguageModel(random_transformer(LLAMA, seed=0, dtype=dtype), None, "random", "0")
-    sampling = Sampling(sampling_keys([0, 1]), jnp.float32(1.0), jnp.int32(5), jnp.float32(1.0))
-    schedule = method.schedule_for(LLAMA.num_layers)
-    exits = random_exits("attn", draft=20, depths=(2,)) if schedule.stages > 1 else None
-    session = Session(lm, [[3, 4, 5], list(range(2, 22))], Resolved(schedule, exits=exits), 70, sampling)
+    plan = plan_for(method, LLAMA.num_layers)
+    exits = random_exits("attn", draft=20, depths=(2,)) if plan.stages > 1 else None
+    if exits is not None:
+        plan = dataclasses.replace(plan, exits=exits.config, heads=GivenHeads(exits))
+    request = Request(max_new_tokens=70, temperature=1.0, top_k=5)
+    session = Session(lm, [[3, 4, 5], list(range(2, 22))], plan, request)
     sizes = held(session)
     session.prefill()
     state, memory = session.state, session.state.memory

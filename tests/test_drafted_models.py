@@ -12,13 +12,13 @@ from conftest import slow
 from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, random_drafter, random_exits, small_model
 
 import dex_jax
-from dex_jax.decoding import resolve as resolving
+from dex_jax.decoding import plan as planning
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.dex.interface import Chunk, DraftRows
 from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
 from dex_jax.decoding.dex.trees import DRAFTED_TREES
-from dex_jax.decoding.resolve import resolve
+from dex_jax.decoding.plan import resolve
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.exits import heads_of
 from dex_jax.nn.forward import depth_states
@@ -56,18 +56,18 @@ def test_tokens_are_those_of_ar_and_exits_no_later(explorers, kind, options) -> 
         assert stats.depth_side_speedup[row] == pytest.approx(explorers * (length - 1) / stats.ticks[row])
     assert (stats.exits == 0).any(), "nothing drafted was ever right: this would test nothing"
     assert stats.counts == {}
-    assert stats.exits_source == (None if explorers == 1 else "shared")
-    assert stats.drafter_source == "random"
+    assert stats.plan.exits_source == (None if explorers == 1 else "shared")
+    assert stats.plan.drafter_source == "random"
 
 
 @pytest.mark.slow
 def test_trained_exits_and_a_drafter_work_together(lm, monkeypatch) -> None:
-    monkeypatch.setattr(resolving, "default_drafter", lambda fingerprint: random_drafter())
+    monkeypatch.setattr(planning, "default_drafter", lambda fingerprint: random_drafter())
     exits, prompts = random_exits("attn", draft=30), ragged_prompts(2)
     plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), max_new_tokens=30)
     out = dex_jax.generate(lm, prompts, method=dex_jax.Dex(explorers=4), exits=exits, max_new_tokens=30)
     assert_same_tokens(lm, out, plain)
-    assert (out.stats.exits_source, out.stats.drafter_source) == ("random", "default")
+    assert (out.stats.plan.exits_source, out.stats.plan.drafter_source) == ("random", "default")
     assert {0, 4} < set(out.stats.exits[:, 1:].ravel().tolist()), "drafts, and exits beside them"
 
 
@@ -119,15 +119,15 @@ def test_what_does_not_fit_is_refused(lm) -> None:
         resolve(dex_jax.Dex(explorers=2, draft=False), random_drafter(), lm.config, "0")
     resolved = resolve(ONE, random_drafter(), lm.config, "another")
     assert "trained on another model" in resolved.remarks[0]
-    assert resolved.schedule.drafts == DRAFTED_TREES[0].shape
-    assert resolve(ONE, "default", lm.config, "none ships").drafter is None
+    assert resolved.drafts == DRAFTED_TREES[0].shape
+    assert resolve(ONE, "default", lm.config, "none ships").heads.drafter is None
 
 
 def test_a_tree_of_ones_own_replaces_the_drafters(lm) -> None:
     shape = TreeShape((2, 1), 1, (0.5,) * 8)
     method = dex_jax.Dex(explorers=1, draft=shape)
-    assert resolve(method, random_drafter(), lm.config, "0").schedule.drafts == shape
-    assert resolve(method, "shared", lm.config, "0").schedule.rows == 4
+    assert resolve(method, random_drafter(), lm.config, "0").drafts == shape
+    assert resolve(method, "shared", lm.config, "0").rows == 4
     with pytest.raises(dex_jax.DexError, match="3 of \\(2, 1\\)"):
         dataclasses.replace(shape, drafted=3)
     with pytest.raises(dex_jax.DexError, match="8 probabilities"):
@@ -137,4 +137,4 @@ def test_a_tree_of_ones_own_replaces_the_drafters(lm) -> None:
 def test_several_explorers_take_the_largest_tree(lm) -> None:
     for explorers, tree in ((1, DRAFTED_TREES[0]), (2, DRAFTED_TREES[-1])):
         resolved = resolve(dex_jax.Dex(explorers=explorers), random_drafter(), lm.config, "0")
-        assert resolved.schedule.drafts == tree.shape
+        assert resolved.drafts == tree.shape

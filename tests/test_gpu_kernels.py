@@ -22,8 +22,8 @@ from test_few_rows_attention import attention_of, plain_attention
 from dex_jax import cache
 from dex_jax.cache import MOST_WRITTEN, write_rows
 from dex_jax.config import LayerKind
-from dex_jax.decoding.methods import AR, Dex
-from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.plan import plan_for
+from dex_jax.decoding.request import AR, Dex, Request
 from dex_jax.decoding.session import Session
 from dex_jax.nn import few_rows, gpu_attention, gpu_writes, planes, products, trial
 from dex_jax.nn.attention import KeyValues, _attend
@@ -144,8 +144,8 @@ def test_a_transformer_over_caches_computes_with_them_what_it_does_without(batch
 def test_programs_for_newer_gpus_have_one_for_each_layers_attention_and_one_for_all_writes(name, dtype, method) -> None:
     """Lowered, without a GPU or its compiler."""
     with assumed(name):
-        method = Resolved(method.schedule_for(WIDE.num_layers))
-        session = Session(outline_of(WIDE, dtype), [[1, 2], [3]], method, 64, None)
+        plan = plan_for(method, WIDE.num_layers)
+        session = Session(outline_of(WIDE, dtype), [[1, 2], [3]], plan, Request(max_new_tokens=64))
         program, arguments, statics = programs_of(session)["run_ticks"]
         text = program.jitted.trace(*arguments, **statics).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(KERNEL) >= 2 if dtype == "bfloat16" else KERNEL not in text

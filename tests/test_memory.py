@@ -13,8 +13,8 @@ from reference.small_models import outline_of, programs_of
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import program
-from dex_jax.decoding.methods import AR, Dex
-from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.plan import plan_for
+from dex_jax.decoding.request import AR, Dex, Request
 from dex_jax.decoding.session import Session
 
 # Every size differs from every other, so that a shape names one array.
@@ -24,8 +24,8 @@ CONFIG = ModelConfig("llama", 101, 2, 48, 6, 3, 8, 40, 512)
 @functools.cache
 def compiled(method, batch: int):
     """(optimised program, bytes of one committed cache) of the loop, from abstract shapes."""
-    resolved = Resolved(method.schedule_for(CONFIG.num_layers))
-    session = Session(outline_of(CONFIG), [[1, 2, 3]] * batch, resolved, 400, None)
+    plan = plan_for(method, CONFIG.num_layers)
+    session = Session(outline_of(CONFIG), [[1, 2, 3]] * batch, plan, Request(max_new_tokens=400))
     program, arguments, statics = programs_of(session)["run_ticks"]
     return program.jitted.lower(*arguments, **statics).compile(), arguments[2]
 

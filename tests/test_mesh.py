@@ -103,7 +103,7 @@ def assert_as_one_device(folder: Path, case: Case) -> None:
     result = json.loads((folder / f"{case.name}.json").read_text())
     assert "failed" not in result, result["failed"]
     assert result["mesh"] == result["one"]
-    if case.method == "dex" and (case.schedule.stages > 1 or case.drafts is not None):
+    if case.method == "dex" and (case.plan.stages > 1 or case.drafts is not None):
         exits = {exit for row in result["mesh"] for exit in row["exits"]}
         assert len(exits - {-1}) > 1, "every token came from the same exit: this would test nothing"
         assert (0 in exits) == (case.drafts is not None)
@@ -138,7 +138,7 @@ def test_checkpoints_are_read_onto_a_mesh(folder: Path, name: str) -> None:
 def test_a_tick_sends_a_cohort_to_the_next_stage_and_shares_proposals(folder: Path, name: str) -> None:
     """One permute of [B, W, D], one gather of token and score of each row, and features only where heads need them."""
     case = CASES[name]
-    stages, rows = case.schedule.stages, case.schedule.rows
+    stages, rows = case.plan.stages, case.plan.rows
     cohort = case.batch * rows * WIDTH * 4
     expected = collections.Counter()
     if stages > 1:
@@ -156,14 +156,14 @@ def test_a_tick_sends_a_cohort_to_the_next_stage_and_shares_proposals(folder: Pa
 @pytest.mark.parametrize("name", cases(["drafts, all axes"]))
 def test_features_are_shared_where_drafts_alone_need_them(folder: Path, name: str) -> None:
     case = CASES[name]
-    size = case.schedule.stages * case.batch // 2 * case.schedule.rows * WIDTH * 4
+    size = case.plan.stages * case.batch // 2 * case.plan.rows * WIDTH * 4
     assert collectives(hlo(folder, name, "run_ticks"))["all-gather", size] == 1
 
 
 @pytest.mark.parametrize("name", cases(["ar"]))
 def test_an_ar_step_goes_from_stage_to_stage(folder: Path, name: str) -> None:
     case = CASES[name]
-    stages = case.schedule.stages
+    stages = case.plan.stages
     found = collectives(hlo(folder, name, "run_ticks"))
     gathered = ("all-gather", stages * case.batch * 4)
     assert found == {("collective-permute", case.batch * WIDTH * 4): stages - 1, gathered: 1}
@@ -225,7 +225,7 @@ def always_runs(text: str, size: int) -> bool:
 def test_a_prefill_goes_from_stage_to_stage(folder: Path, name: str) -> None:
     """K - 1 permutes of [B, R, D], then one sum that shares the last states and what exits remember of the prompt."""
     case = CASES[name]
-    stages = case.schedule.stages
+    stages = case.plan.stages
     found = collectives(hlo(folder, name, "prefill_chunk"))
     assert found.pop(("collective-permute", case.batch * PROMPT * WIDTH * 4)) == stages - 1
     assert {operation for operation, _ in found} == {"all-reduce"}
@@ -239,10 +239,10 @@ def test_a_prefill_goes_from_stage_to_stage(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", cases(["all axes"]))
 def test_a_tensor_axis_sums_twice_a_layer_and_shares_logits_and_a_data_axis_one_number(folder: Path, name: str) -> None:
     case = CASES[name]
-    rows = case.batch // 2 * case.schedule.rows
+    rows = case.batch // 2 * case.plan.rows
     found = collectives(hlo(folder, name, "run_ticks"))
     assert found.pop(("collective-permute", rows * WIDTH * 4)) == 1
-    assert found.pop(("all-gather", case.schedule.stages * rows * 2 * 4)) == 1
+    assert found.pop(("all-gather", case.plan.stages * rows * 2 * 4)) == 1
     # Whether anyone goes on is asked before the loop and in it.
     assert found.pop(("all-reduce", 4)) == 2
     sums = {size: times for (operation, size), times in found.items() if operation == "all-reduce"}
@@ -278,7 +278,7 @@ def test_a_mesh_that_does_not_fit() -> None:
         check_model(mesh, dataclasses.replace(LLAMA, num_layers=2))
     with pytest.raises(DexError, match="norms all heads together"):
         check_model(mesh, dataclasses.replace(LLAMA, qk_norm=True, qk_norm_whole=True))
-    with pytest.raises(DexError, match="the mesh has stage=3 and the schedule 5 explorers"):
+    with pytest.raises(DexError, match="the mesh has stage=3 and the plan 5 explorers"):
         check_stages(mesh, 5)
     with pytest.raises(DexError, match="data=2 does not divide the 3 sequences"):
         check_batch(mesh, 3)

@@ -11,8 +11,9 @@ import pytest
 from dex_jax import AR, Dex, DexError
 from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trees import LOOKUP_TREE
-from dex_jax.decoding.methods import even_depths, with_stages
+from dex_jax.decoding.plan import plan_for, with_stages
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
+from dex_jax.grid import even_depths
 
 
 @pytest.mark.parametrize("num_layers", [1, 4, 30, 80])
@@ -20,34 +21,34 @@ def test_even_grids(num_layers: int) -> None:
     for stages in range(1, num_layers + 1):
         depths = even_depths(stages, num_layers)
         assert depths == tuple(int(np.ceil(k * num_layers / stages)) for k in range(1, stages + 1))
-        assert Dex(explorers=stages, rows=1).schedule_for(num_layers).depths == depths
+        assert plan_for(Dex(explorers=stages, rows=1), num_layers).depths == depths
         assert len(set(depths)) == stages
         assert depths[-1] == num_layers
 
 
 def test_defaults() -> None:
-    paper = Dex(draft=False).schedule_for(30)
-    assert paper == dataclasses.replace(Dex(explorers=5, draft=False).schedule_for(30), decs=True)
+    paper = plan_for(Dex(draft=False), 30)
+    assert paper == dataclasses.replace(plan_for(Dex(explorers=5, draft=False), 30), decs=True)
     assert (paper.depths, paper.rows, paper.drafts) == ((6, 12, 18, 24, 30), 8, None)
     # A model with fewer layers than the default has explorers.
-    assert Dex(draft=False).schedule_for(2).depths == (1, 2)
-    rows = [Dex(explorers=k, draft=False).schedule_for(30).rows for k in (1, 2, 3, 4, 5, 6, 30)]
+    assert plan_for(Dex(draft=False), 2).depths == (1, 2)
+    rows = [plan_for(Dex(explorers=k, draft=False), 30).rows for k in (1, 2, 3, 4, 5, 6, 30)]
     assert rows == [1, 1, 2, 4, 8, 16, 32]
-    alone = Dex().schedule_for(30)
+    alone = plan_for(Dex(), 30)
     assert (alone.depths, alone.rows, alone.drafts) == ((30,), LOOKUP_TREE.rows, LOOKUP_TREE)
-    assert Dex(explorers=2).schedule_for(30).rows == LOOKUP_TREE.rows
-    schedule = AR().schedule_for(30)
-    assert (schedule.method, schedule.stages, schedule.depths, schedule.has_lattice) == ("ar", 1, (30,), False)
+    assert plan_for(Dex(explorers=2), 30).rows == LOOKUP_TREE.rows
+    plan = plan_for(AR(), 30)
+    assert (plan.method, plan.stages, plan.depths, plan.has_lattice) == ("ar", 1, (30,), False)
 
 
 def test_rows_and_drafts_as_given() -> None:
-    assert [Dex(explorers=k, rows="full", draft=False).schedule_for(30).rows for k in (1, 2, 6, 8)] == [1, 1, 16, 64]
-    assert Dex(explorers=3, rows=7).schedule_for(30).rows == 7
-    assert Dex(depths=(1, 2, 30), rows=1, decs=False).schedule_for(30).decs is False
+    assert [plan_for(Dex(explorers=k, rows="full", draft=False), 30).rows for k in (1, 2, 6, 8)] == [1, 1, 16, 64]
+    assert plan_for(Dex(explorers=3, rows=7), 30).rows == 7
+    assert plan_for(Dex(depths=(1, 2, 30), rows=1, decs=False), 30).decs is False
     tree = TreeShape((2, 1), 1, (0.5,) * 8)
-    assert Dex(draft=tree).schedule_for(30).drafts == tree
-    assert Dex(draft=tree).schedule_for(30).rows == tree.rows
-    assert Dex(explorers=5, draft=tree).schedule_for(30).rows == 8 + tree.rows - 1
+    assert plan_for(Dex(draft=tree), 30).drafts == tree
+    assert plan_for(Dex(draft=tree), 30).rows == tree.rows
+    assert plan_for(Dex(explorers=5, draft=tree), 30).rows == 8 + tree.rows - 1
 
 
 def test_on_a_mesh_each_explorer_has_a_stage() -> None:
@@ -59,9 +60,9 @@ def test_on_a_mesh_each_explorer_has_a_stage() -> None:
 
 
 def test_whole_numbers_of_numpy_become_pythons() -> None:
-    schedule = Dex(explorers=np.int64(5), rows=np.int64(4)).schedule_for(30)
-    assert schedule == Dex(explorers=5, rows=4).schedule_for(30)
-    assert {type(x) for x in (*schedule.depths, schedule.rows)} == {int}
+    plan = plan_for(Dex(explorers=np.int64(5), rows=np.int64(4)), 30)
+    assert plan == plan_for(Dex(explorers=5, rows=4), 30)
+    assert {type(x) for x in (*plan.depths, plan.rows)} == {int}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_whole_numbers_of_numpy_become_pythons() -> None:
 )
 def test_what_is_refused(method: Dex, words: str) -> None:
     with pytest.raises(DexError, match=re.escape(words)) as error:
-        method.schedule_for(30)
+        plan_for(method, 30)
     assert "\n" not in str(error.value)
 
 

@@ -85,7 +85,7 @@ def test_tokens_with_an_eagle_head_are_those_of_ar(variant, options, dtype, chec
     plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), **about)
     out = dex_jax.generate(lm, prompts, method=dex_jax.Dex(explorers=1, draft=TREE), exits=path, **about)
     assert_same_tokens(lm, out, plain, **options)
-    assert out.stats.drafter_source == path
+    assert out.stats.plan.drafter_source == path
 
 
 @pytest.mark.parametrize(("config", "options"), [(GEMMA, {}), slow(LLAMA, SAMPLED)])
@@ -99,7 +99,7 @@ def test_a_model_that_drafts_for_itself_is_always_right(config, options) -> None
     out = dex_jax.generate(lm, prompts, method=method, draft_model=lm, **about)
     assert out.tokens.tolist() == plain.tokens.tolist()
     assert out.stats.ticks.tolist() == [-(-(new - 1) // (len(CHAIN.widths) + 1))] * 3
-    assert out.stats.drafter_source == "random"
+    assert out.stats.plan.drafter_source == "random"
 
 
 @pytest.mark.slow

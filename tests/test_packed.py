@@ -16,6 +16,7 @@ from test_io_gguf import write_gguf
 
 import dex_jax
 from dex_jax.decoding.generate import prepare
+from dex_jax.decoding.request import Request
 from dex_jax.decoding.session import RUN
 from dex_jax.language_model import outline
 from dex_jax.nn import few_rows
@@ -195,10 +196,10 @@ def test_every_method_gives_ars_tokens(models, kind, names) -> None:
 @needs_compiler
 def test_no_step_makes_a_dense_copy(models) -> None:
     lm = models["stored"]
-    session = prepare(lm, [[1, 2]], method=dex_jax.AR(), max_new_tokens=4).session
+    session = prepare(lm, [[1, 2]], Request(method=dex_jax.AR(), max_new_tokens=4))
     session.prefill()
     program = RUN.compile(
-        lm.weights, session.heads, session.state, session.limits, None, jnp.int32(0), spec=session.spec
+        lm.weights, session.heads, session.state, session.limits, None, jnp.int32(0), plan=session.plan
     )
     kernels = [np.prod(shape) for shape in map(np.shape, jax.tree.leaves(models["dense"].weights)) if len(shape) == 2]
     assert program.memory_analysis().temp_size_in_bytes < 4 * min(kernels)

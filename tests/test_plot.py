@@ -59,7 +59,7 @@ def test_depth_text_holds_every_token_in_its_colour(out) -> None:
         ids = out.tokens[row, : out.lengths[row]].tolist()
         assert plain[row].split() == [str(i) for i in ids]
     assert plain[-1].split("  ")[:2] == ["exit 1 (depth 1)", "exit 2 (depth 2)"]
-    for number, depth in enumerate(out.stats.schedule.depths[:-1], 1):
+    for number, depth in enumerate(out.stats.plan.depths[:-1], 1):
         given = int((out.stats.exits == number).sum())
         # One more in the legend.
         assert page.count(f'title="exit {number} (depth {depth})"') == given + 1

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,8 +21,9 @@ from reference.twin import autoregressive
 
 import dex_jax
 from dex_jax import DexError
+from dex_jax.decoding.plan import plan_for
 from dex_jax.decoding.record import until_done
-from dex_jax.decoding.session import check_layout
+from dex_jax.decoding.session import check_mesh
 from dex_jax.nn.transformer import Staged
 from studies.rivals import DEL, AdaDecode, LayerSkip, layer_steps, loop
 from studies.rivals.dynamic import Dynamic
@@ -102,7 +103,7 @@ def test_transformers_give_the_tokens_of_ar_and_counts_fit_together(method, exit
     assert cut.tokens[0, : cut.lengths[0]].tolist() == output.tokens[0, : cut.lengths[0]].tolist()
     assert layer_steps(cut.stats)[0] < layer_steps(output.stats)[0]
     for out in (output, cut):
-        stats, stages = out.stats, out.stats.schedule.stages
+        stats, stages = out.stats, out.stats.plan.stages
         assert stats.ticks is stats.depth_side_speedup is None
         for row, length in enumerate(out.lengths):
             given = stats.exits[row, 1:length]
@@ -111,7 +112,7 @@ def test_transformers_give_the_tokens_of_ar_and_counts_fit_together(method, exit
             assert stats.counts["rounds"][row] == rounds
             assert stats.counts["accepted"][row] == np.sum(given < stages)
             assert 4 * rounds + drafted <= layers <= 4 * rounds + 3 * drafted
-            if stats.schedule.method == "layerskip":
+            if stats.plan.method == "layerskip":
                 assert layers == 4 * rounds + 3 * drafted
     assert 0 < output.stats.counts["accepted"].sum() < output.stats.counts["drafted"].sum()
 
@@ -130,13 +131,13 @@ def test_transformers_give_the_tokens_of_ar_and_counts_fit_together(method, exit
 )
 def test_what_is_refused(method, words) -> None:
     with pytest.raises(DexError, match=re.escape(words)):
-        method.schedule_for(30)
+        plan_for(method, 30)
 
 
 def test_a_loop_without_a_form_for_meshes_is_refused_there() -> None:
-    method = SimpleNamespace(schedule=LayerSkip(exit=2).schedule_for(4), drafter=None)
+    plan = dataclasses.replace(plan_for(LayerSkip(exit=2), 4), mesh=object(), layout=Staged((2, 4)))
     with pytest.raises(DexError, match="layerskip is for one device"):
-        check_layout(object(), Staged((2, 4)), method, 1)
+        check_mesh(plan, 1)
 
 
 @pytest.mark.slow

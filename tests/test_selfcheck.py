@@ -13,7 +13,8 @@ from reference.small_models import LLAMA, small_model
 import dex_jax
 from dex_jax import selfcheck
 from dex_jax.cli import selfcheck as program
-from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.plan import plan_for
+from dex_jax.decoding.request import Request
 from dex_jax.decoding.session import Session
 
 CONFIG = dataclasses.replace(LLAMA, num_layers=3)
@@ -38,7 +39,7 @@ def test_the_quick_form_checks_tokens_and_ticks(lm, capsys, monkeypatch) -> None
     assert program.main(["--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("ok   ") for line in lines) == 3
-    assert any(line.startswith("schedule: DEX-1/3, exits at 1, 2, 3, ") for line in lines)
+    assert any(line.startswith("plan: DEX-1/3, exits at 1, 2, 3, ") for line in lines)
     assert lines[-1] == "all checks hold"
 
 
@@ -58,12 +59,12 @@ def test_a_wrong_token_is_found(lm) -> None:
 
 def test_wrong_ticks_are_found(lm) -> None:
     method = dex_jax.Dex(explorers=3, draft=False)
-    schedule = method.schedule_for(CONFIG.num_layers)
+    plan = plan_for(method, CONFIG.num_layers)
     explored = outputs(lm, method)
-    assert selfcheck._counted_ticks("greedy", explored, schedule).holds
+    assert selfcheck._counted_ticks("greedy", explored, plan).holds
     explored[0].stats.exits[0, 3] = explored[0].stats.exits[0, 3] % 3 + 1
-    assert not selfcheck._counted_ticks("greedy", explored, schedule).holds
-    failed = selfcheck.Report({}, [selfcheck._counted_ticks("greedy", explored, schedule)])
+    assert not selfcheck._counted_ticks("greedy", explored, plan).holds
+    failed = selfcheck.Report({}, [selfcheck._counted_ticks("greedy", explored, plan)])
     assert not failed.holds
     assert failed.text().splitlines()[-1] == "FAILED"
 
@@ -99,8 +100,8 @@ def test_kernels_are_counted_on_devices_alone() -> None:
 
 
 def test_a_tick_is_seen_by_the_profiler(lm) -> None:
-    schedule = dex_jax.AR().schedule_for(CONFIG.num_layers)
-    session = Session(lm, [[1, 2, 3]], Resolved(schedule), 24, None)
+    plan = plan_for(dex_jax.AR(), CONFIG.num_layers)
+    session = Session(lm, [[1, 2, 3]], plan, Request(max_new_tokens=24))
     session.prefill()
     assert selfcheck._launched(session) == 0  # a CPU is no device of its own
 

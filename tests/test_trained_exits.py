@@ -16,9 +16,10 @@ import dex_jax
 from dex_jax.config import EXIT_KINDS, ExitsConfig
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
-from dex_jax.decoding.resolve import nearest_depths, resolve
+from dex_jax.decoding.plan import plan_for, resolve
 from dex_jax.errors import DexError
 from dex_jax.forced import forced_exits
+from dex_jax.grid import nearest_depths
 from dex_jax.io.exits_file import TrainedExits, load_exits, quantize, save_exits
 from dex_jax.nn.exits import exit_parameters, initial_heads
 from dex_jax.nn.weights import merge_model
@@ -53,13 +54,11 @@ def test_tokens_are_those_of_ar_and_exits_those_of_teacher_forcing(lm, plain, ki
     method = dex_jax.Dex(depths=(1, 2, 4), rows="full", draft=False) if kind == "attn" else UNPRUNED
     out = dex_jax.generate(lm, ragged_prompts(3), method=method, exits=exits, max_new_tokens=20)
     assert_same_tokens(lm, out, plain)
-    assert out.stats.exits_source == "random"
-    assert (out.stats.exits[:, 1:] < out.stats.schedule.stages).any(), (
-        "no proposal was ever right: this would test nothing"
-    )
+    assert out.stats.plan.exits_source == "random"
+    assert (out.stats.exits[:, 1:] < out.stats.plan.stages).any(), "no proposal was ever right: this would test nothing"
     for row, prompt in enumerate(out.prompt_tokens):
         tokens = out.tokens[row, : out.lengths[row]].tolist()
-        expected = forced_exits(lm, prompt, tokens, out.stats.schedule, exits=exits)
+        expected = forced_exits(lm, prompt, tokens, out.stats.plan, exits=exits)
         assert expected.tolist() == out.stats.exits[row, : len(tokens)].tolist()
 
 
@@ -116,9 +115,9 @@ def test_a_folder_is_loaded_and_nothing_is_refused_clearly(tmp_path) -> None:
 
 def test_depths_move_to_trained_ones_and_a_sentence_says_so(lm) -> None:
     exits = random_exits("linear", depths=(1, 3))
-    assert dex_jax.Dex(explorers=2).schedule_for(4).depths == (2, 4)
+    assert plan_for(dex_jax.Dex(explorers=2), 4).depths == (2, 4)
     resolved = resolve(dex_jax.Dex(explorers=2), exits, lm.config, "0")
-    assert resolved.schedule.depths == (3, 4)
+    assert resolved.depths == (3, 4)
     assert "the exit depths are 3, 4" in resolved.remarks[0]
     with pytest.raises(DexError, match="at most 3 explorers"):
         resolve(dex_jax.Dex(explorers=4), exits, lm.config, "0")

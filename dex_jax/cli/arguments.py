@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import dex_jax
 from dex_jax.cli.common import add_model, depths, program, whole
+from dex_jax.decoding.request import AR, MOST_ROWS, MOST_SEEDS, Dex, Request
 from dex_jax.errors import DexError
 from dex_jax.foreign import reading
 from dex_jax.prompt_files import lines_of, read_prompts
 
 if TYPE_CHECKING:
-    from dex_jax.decoding.methods import Method
     from dex_jax.prompts import Prompt
 
 EPILOG = """\
@@ -29,17 +29,23 @@ The text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 --chec
 2 bad input, 130 interrupted.
 """
 
-FIELDS = ("explorers", "depths", "rows")
-"""Of Dex, each a flag of its name."""
+METHODS = {"dex": Dex, "ar": AR}
 
-MOST = 4096
-"""Rows a stage and continuations a prompt: more is a slip."""
+MOST_TOKENS = 2**24
+"""More is a slip."""
 
-MOST_TOKENS, MOST_SEEDS = 2**24, 2**63 - 1
-
-EXITS_HELP = """exit heads: "default" (what ships for the model), "shared" (the model's own head at every depth; no
-drafter), a .safetensors file or a folder of {train}, a folder or hub id of an EAGLE-3 head; they change how fast text
-comes, never the text (%(default)s)"""
+KINDS: dict[str, Any] = {
+    "explorers": int,
+    "depths": depths,
+    "rows": lambda text: text if text == "full" else whole(1, MOST_ROWS)(text),
+    "max_new_tokens": whole(1, MOST_TOKENS),
+    "temperature": float,
+    "top_k": whole(1, MOST_TOKENS),
+    "top_p": float,
+    "seed": whole(0, MOST_SEEDS - 1),
+    "num_samples": whole(1, MOST_ROWS),
+}
+"""What the values of flags are; all others are texts."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,36 +62,17 @@ def parser() -> argparse.ArgumentParser:
     add_model(add)
     add("--mesh", metavar="AXIS=N,...", help="spread over devices: stage=5, stage=2,tensor=3, data=2,stage=2")
     add("--distributed", action="store_true", help="one of several processes, each started with the same arguments")
-    add("--exits", default="default", metavar="EXITS", help=EXITS_HELP.format(train=program("train_exits.py")))
-    add("--draft-model", metavar="NAME", help="a small model of the same vocabulary that drafts, instead of exits")
 
     add = p.add_argument_group("prompts").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
     add("--prompt-file", metavar="FILE", help="one a line; .jsonl or .json: rows of a data set; -: lines of stdin")
-    add("--no-chat", action="store_true", help="use prompts as they are, without the chat template")
 
-    add = p.add_argument_group("method").add_argument
-    add("--method", choices=["dex", "ar"], default="dex", help="ar: all layers for every token (%(default)s)")
-    add(
-        "--explorers",
-        type=int,
-        metavar="K",
-        help="number of exit depths, evenly spaced (1, or AR where that should be faster; on a mesh its stages; "
-        "without drafts 5)",
+    group = p.add_argument_group("method")
+    group.add_argument(
+        "--method", choices=[*METHODS], default="dex", help="ar: all layers for every token (%(default)s)"
     )
-    add("--depths", type=depths, metavar="X,...,L", help="the exit depths themselves, ending at the last layer")
-    add("--rows", type=_rows, metavar="W", help='nodes a stage runs at most; "full", without drafts, never prunes')
-    add("--no-draft", action="store_true", help="draft nothing before the first layer: the paper's method")
-    add("--no-decs", action="store_true", help="let exits repeat tokens that a node's children already hold")
-
-    add = p.add_argument_group("sampling").add_argument
-    add("--max-new-tokens", type=whole(1, MOST_TOKENS), default=128, metavar="N", help="%(default)s")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
-    add("--top-k", type=whole(1, MOST_TOKENS), metavar="K", help="keep the K most likely tokens")
-    add("--top-p", type=float, metavar="P", help="keep the smallest set of probability P")
-    add("--seed", type=whole(0, MOST_SEEDS), default=0, help="row b of the batch uses seed + b (%(default)s)")
-    add("--num-samples", type=whole(1, MOST), default=1, metavar="N", help="continuations of each prompt (%(default)s)")
-    add("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    _add_options(group.add_argument, Dex)
+    _add_options(p.add_argument_group("decoding").add_argument, Request)
 
     add = p.add_argument_group("output").add_argument
     add("--json", action="store_true", help="one JSON object a sequence on stdout, and no text")
@@ -96,13 +83,33 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _add_options(add: Any, owner: type) -> None:
+    """Adds a flag for each field of Request or Dex that has one."""
+    for field in dataclasses.fields(owner):
+        about, name = field.metadata, field.name
+        if about["flag"] is None:
+            continue
+        if about["off"] is not None:
+            add(about["flag"], dest=name, action="store_false", help=about["off"])
+            continue
+        action = "append" if name == "stop" else "store"
+        says = about["says"].replace("%", "%%") + ("" if field.default is None else " (%(default)s)")
+        add(
+            about["flag"], type=KINDS.get(name, str), default=field.default, action=action, metavar=about["metavar"],
+            help=says,
+        )  # fmt: skip
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Says on stderr which flags are without effect. DexError: flags that do not go together."""
     if args.hardware is not None and not args.dry_run:
         raise DexError("--hardware is for estimates: add --dry-run")
-    for name in (*FIELDS, "no_draft", "no_decs", "draft_model"):
-        if args.method == "ar" and getattr(args, name) not in (None, False):
-            raise DexError(f"--{name.replace('_', '-')} means nothing with --method ar: leave one of them out")
+    if args.method != "dex":
+        for field in dataclasses.fields(Dex):
+            if getattr(args, field.name) != field.default:
+                raise DexError(f"{field.metadata['flag']} means nothing with --method {args.method}: leave one out")
+        if args.draft_model is not None:
+            raise DexError(f"--draft-model means nothing with --method {args.method}: leave one out")
     if args.draft_model is not None and args.exits != "default":
         raise DexError("--draft-model stands in the place of --exits: leave one of them out")
     filters = [f"--{name}" for name in ("top-k", "top-p") if getattr(args, name.replace("-", "_")) is not None]
@@ -111,12 +118,16 @@ def check_flags(args: argparse.Namespace) -> None:
         print(f"{' and '.join(filters)} {words}", file=sys.stderr)
 
 
-def method_of(args: argparse.Namespace) -> Method:
+def method_of(args: argparse.Namespace) -> AR | Dex:
     """The method that the flags name."""
-    if args.method == "ar":
-        return dex_jax.AR()
-    given: dict[str, Any] = {field: getattr(args, field) for field in FIELDS}
-    return dex_jax.Dex(**given, decs=not args.no_decs, draft=not args.no_draft)
+    owner = METHODS[args.method]
+    return owner(**{field.name: getattr(args, field.name) for field in dataclasses.fields(owner)})
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `generate` that flags name, but for the method and the draft model, which has to be loaded."""
+    named = [field.name for field in dataclasses.fields(Request) if field.metadata["flag"] is not None]
+    return {name: getattr(args, name) for name in named if name != "draft_model"}
 
 
 def prompts_of(args: argparse.Namespace) -> list[Prompt]:
@@ -139,7 +150,3 @@ def _read_prompts(name: str) -> Sequence[Prompt]:
     if not prompts:
         raise DexError("stdin holds no prompt: pipe a line for each into it")
     return prompts
-
-
-def _rows(text: str) -> int | str:
-    return text if text == "full" else whole(1, MOST)(text)

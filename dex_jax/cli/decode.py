@@ -10,15 +10,15 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dex_jax.cli.arguments import check_flags, method_of, parser, prompts_of
+from dex_jax.cli.arguments import check_flags, method_of, options_of, parser, prompts_of
 from dex_jax.cli.common import remember_compilations
+from dex_jax.decoding.request import AR, Dex
 from dex_jax.errors import OK, exit_code
 from dex_jax.interrupts import INTERRUPTED, gently
 from dex_jax.progress import notify, phases
 
 if TYPE_CHECKING:
     from dex_jax.check import Check
-    from dex_jax.decoding.methods import Method
     from dex_jax.decoding.output import Output
     from dex_jax.language_model import LanguageModel
     from dex_jax.prompts import Prompt
@@ -55,14 +55,14 @@ def _run(args: argparse.Namespace) -> int:
         from dex_jax.cli.devices import layout_of
         from dex_jax.decoding.dex.drafters import draft_model
         from dex_jax.decoding.generate import precompile
-        from dex_jax.decoding.resolve import opened
+        from dex_jax.decoding.plan import opened
         from dex_jax.language_model import outline
 
         # What has been imported stays: to look through it anew while programs are compiled takes half a second.
         gc.freeze()
         args.exits = opened(args.exits)
         model = outline(args.model, args.dtype, *layout_of(args, method), args.weights)
-        options = _options(args)
+        options = options_of(args)
         if args.draft_model is not None:
             small = outline(args.draft_model, args.dtype, weights=args.weights)
             draft_model(model, small)  # before its weights are read
@@ -85,16 +85,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _stream(
-    lm: LanguageModel, prompts: list[Prompt], method: Method, at_once: bool, options: dict[str, Any]
+    lm: LanguageModel, prompts: list[Prompt], method: AR | Dex, at_once: bool, options: dict[str, Any]
 ) -> Iterator[Output]:
     from dex_jax.decoding.generate import TICKS_PER_CALL, stream
 
     return stream(lm, prompts, method=method, ticks_per_update=TICKS_PER_CALL if at_once else 4, **options)
-
-
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "exits", "temperature", "top_k", "top_p", "seed", "num_samples", "stop")
-    return {name: getattr(args, name) for name in names} | {"chat": not args.no_chat}
 
 
 def _follow(
@@ -124,7 +119,6 @@ def _check(
     lm: LanguageModel, output: Output, prompts: list[Prompt], args: argparse.Namespace, options: dict[str, Any]
 ) -> list[Check]:
     from dex_jax.check import compare
-    from dex_jax.decoding.methods import AR
 
     (reference,) = collections.deque(_stream(lm, prompts, AR(), args.json, options), maxlen=1)
     return compare(lm, output, reference, args.temperature, args.top_k, args.top_p)

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dex_jax.cli.arguments import prompts_of
+from dex_jax.cli.arguments import options_of, prompts_of
 from dex_jax.decoding.dex.drafters import draft_model
-from dex_jax.decoding.generate import encode_prompts, sampling_of
-from dex_jax.decoding.methods import Dex, Method, with_stages
+from dex_jax.decoding.generate import tokens_of
 from dex_jax.decoding.output import title
-from dex_jax.decoding.resolve import GivenExits, opened, resolve, unmeasured
+from dex_jax.decoding.plan import GivenExits, Method, opened, resolve, unmeasured, with_stages
+from dex_jax.decoding.request import Dex, Request
 from dex_jax.decoding.session import START, Session
 from dex_jax.errors import DexError
 from dex_jax.hardware import USABLE, Device, hardware, platform_of
@@ -48,7 +48,7 @@ def layout_of(args: argparse.Namespace, method: Method) -> tuple[Layout | None, 
     checkpoint, mesh = open_checkpoint(args.model), make_mesh(args.mesh)
     fingerprint = checkpoint.fingerprint()
     method = unmeasured(with_stages(method, mesh.shape[STAGE]), args.exits, fingerprint)
-    schedule = resolve(method, args.exits, checkpoint.config, fingerprint).schedule
+    schedule = resolve(method, args.exits, checkpoint.config, fingerprint)
     layout = Staged(schedule.depths) if schedule.has_lattice and schedule.stages > 1 else None
     return layout_on_mesh(checkpoint, layout, mesh), mesh
 
@@ -73,13 +73,12 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     fingerprint = outline.fingerprint
     # Which of AR and one explorer is chosen is measured on the device; the latter holds no less.
     method = unmeasured(with_stages(method, None if mesh is None else mesh.shape[STAGE]), exits, fingerprint)
-    resolved = resolve(method, exits, outline.config, fingerprint)
-    resolved.say(fingerprint)
+    plan = resolve(method, exits, outline.config, fingerprint)
+    plan.say(fingerprint)
     prompts: list[Prompt] = prompts_of(args) if args.prompt or args.prompt_file is not None else [[0]]
-    ids = encode_prompts(outline, prompts, not args.no_chat, args.num_samples, args.max_new_tokens)
-    given = (args.temperature, args.top_k, args.top_p, args.seed)
-    sampling, _ = sampling_of(*given, len(ids), outline.config.vocab_size)
-    session = Session(outline, ids, resolved, args.max_new_tokens, sampling)
+    request = Request.of(options_of(args))
+    ids = tokens_of(outline, prompts, request)
+    session = Session(outline, ids, plan, request)
     sizes = held(session)
     sentence = verdict(sizes, free_memory() if elsewhere is None else elsewhere.memory)
     devices, dtype, weights = 1 if mesh is None else mesh.size, str(outline.dtype), outline.weights_kind
@@ -91,7 +90,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     where = "one device" if devices == 1 else f"each of {devices} devices"
     where = where if elsewhere is None else f"one {elsewhere.name}"
     packed = f", weights in {weights}" if outline.packing else ""
-    what = f"{len(ids)} sequence(s) of at most {session.cache_length} positions in {dtype}, {title(resolved.schedule)}"
+    what = f"{len(ids)} sequence(s) of at most {session.cache_length} positions in {dtype}, {title(plan)}"
     print(f"{outline.source}: {what}, on {where}{packed}")
     for name, size in sizes.items():
         print(f"  {name:<10} {size / 1e9:8.3f} GB")

@@ -50,7 +50,7 @@ class TextPrinter:
                 for at in range(self.printed, length):
                     token = int(output.tokens[self.row, at])
                     text = f"{token} " if self.stream is None else self.stream.push([token])
-                    self._write(text, depth_style(int(output.stats.exits[self.row, at]), output.stats.schedule.stages))
+                    self._write(text, depth_style(int(output.stats.exits[self.row, at]), output.stats.plan.stages))
                 self.printed = length
             if not finished:
                 return
@@ -83,10 +83,10 @@ def show(output: Output, checks: list[Check] | None, colors: bool) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print()
     if colors:
-        schedule = output.stats.schedule
+        plan = output.stats.plan
         console.print(
             Text.assemble(
-                *((f"{name}  ", depth_style(number, schedule.stages)) for name, number in legend(schedule)),
+                *((f"{name}  ", depth_style(number, plan.stages)) for name, number in legend(plan)),
                 "" if sys.stdout.isatty() else "(--color-depth colours text on terminals only)",
             )
         )
@@ -95,26 +95,26 @@ def show(output: Output, checks: list[Check] | None, colors: bool) -> None:
 
 def summary(output: Output, checks: list[Check] | None) -> str:
     """The lines after the text: counts, times, and a bar for each exit."""
-    stats, schedule = output.stats, output.stats.schedule
+    stats, plan = output.stats, output.stats.plan
     after_first = int((output.lengths - 1).sum())
     rate = f"{after_first / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds > 0 and after_first else "n/a"
-    lines = [f"{title(schedule)} on {where_of(stats)}: {int(output.lengths.sum())} tokens"]
-    if stats.choice is not None:
-        lines.append(f"chosen: {stats.choice}")
-    where = f"depths {', '.join(map(str, schedule.depths))}; {schedule.rows} rows"
-    where += "" if stats.exits_source is None else f"; exits: {stats.exits_source}"
-    if schedule.drafts is not None:
-        drafter = f" and the drafter ({stats.drafter_source})" if stats.drafter_source else ""
+    lines = [f"{title(plan)} on {where_of(stats)}: {int(output.lengths.sum())} tokens"]
+    if stats.plan.choice is not None:
+        lines.append(f"chosen: {stats.plan.choice}")
+    where = f"depths {', '.join(map(str, plan.depths))}; {plan.rows} rows"
+    where += "" if stats.plan.exits_source is None else f"; exits: {stats.plan.exits_source}"
+    if plan.drafts is not None:
+        drafter = f" and the drafter ({stats.plan.drafter_source})" if stats.plan.drafter_source else ""
         where += f"; drafts from the text{drafter}"
-    if schedule.has_lattice and stats.ticks is not None:
+    if plan.has_lattice and stats.ticks is not None:
         ticks = int(stats.ticks.sum())
-        lines[0] += f", {ticks} ticks, depth-side speedup {_over(schedule.stages * after_first, ticks):.2f}"
+        lines[0] += f", {ticks} ticks, depth-side speedup {_over(plan.stages * after_first, ticks):.2f}"
         lines.append(where)
     lines.append(
         f"wall-clock: {rate} in {stats.decode_seconds:.2f} s of decoding, prefill {stats.prefill_seconds:.2f} s, "
         f"compilation {stats.compile_seconds:.1f} s"
     )
-    if schedule.stages > 1 or schedule.drafts is not None:
+    if plan.stages > 1 or plan.drafts is not None:
         lines += _bars(output)
     lines += _check_lines(checks, stats.dtype)
     return "\n".join(lines)
@@ -125,12 +125,12 @@ def _over(count: int, other: int) -> float:
 
 
 def _bars(output: Output) -> list[str]:
-    schedule, stages = output.stats.schedule, output.stats.schedule.stages
-    first = 0 if schedule.drafts is not None else 1
+    plan, stages = output.stats.plan, output.stats.plan.stages
+    first = 0 if plan.drafts is not None else 1
     given = output.stats.exits[output.stats.exits >= first]
     counts = np.bincount(given, minlength=stages + 1)
     lines = ["tokens by the exit that first gave them:"]
-    for number, depth in list(enumerate((0, *schedule.depths)))[first:]:
+    for number, depth in list(enumerate((0, *plan.depths)))[first:]:
         count, share = counts[number], counts[number] / max(counts.sum(), 1)
         what = "final layer" if number == stages else f"exit {number}" if number else "drafted"
         lines.append(

@@ -25,7 +25,7 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     first_divergence, top2_margin; see dex_jax.check).
     """
     stats, length = output.stats, int(output.lengths[row])
-    of_all = ("choice", "exits_source", "drafter_source", "device", "dtype", "weights")
+    of_plan, of_all = ("choice", "exits_source", "drafter_source"), ("device", "dtype", "weights")
     times = ("compile_seconds", "prefill_seconds", "decode_seconds")
     of_each = ("ticks", "depth_side_speedup")
     record = {
@@ -35,14 +35,15 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
         "prompt_tokens": len(output.prompt_tokens[row]),
         "new_tokens": length,
         "finished": bool(output.finished[row]),
-        "method": stats.schedule.method,
-        "draft": stats.schedule.drafts is not None,
-        "depths": list(stats.schedule.depths),
-        "rows": stats.schedule.rows,
+        "method": stats.plan.method,
+        "draft": stats.plan.drafts is not None,
+        "depths": list(stats.plan.depths),
+        "rows": stats.plan.rows,
         "exits": stats.exits[row, :length].tolist(),
         "tokens_per_second": (length - 1) / stats.decode_seconds if length > 1 and stats.decode_seconds > 0 else None,
         "seed": seed,
     }
+    record |= {name: getattr(stats.plan, name) for name in of_plan}
     record |= {name: getattr(stats, name) for name in (*of_all, *times)}
     record |= {name: _at(getattr(stats, name), row) for name in of_each}
     if check is not None:

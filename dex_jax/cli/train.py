@@ -81,8 +81,7 @@ def _train_eagle(config: EagleTraining, args: argparse.Namespace) -> None:
 
 
 def _exits_to_start_from(name: str, config: ExitTraining) -> TrainedExits:
-    from dex_jax.decoding.resolve import default_drafter, default_exits
-    from dex_jax.io.exits_file import load_exits
+    from dex_jax.io.exits_file import default_drafter, default_exits, load_exits
     from dex_jax.io.opening import open_checkpoint
 
     if name != "default":

@@ -94,8 +94,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
     """The exits that --exits names; shared ones at the depths that figures need. DexError: none there."""
-    from dex_jax.decoding.resolve import default_exits
-    from dex_jax.io.exits_file import load_exits
+    from dex_jax.io.exits_file import default_exits, load_exits
 
     if args.exits == "shared":
         from dex_jax.forced import shared_exits

@@ -26,9 +26,9 @@ from dex_jax.decoding.costs import StepCosts, forget, step_costs
 from dex_jax.decoding.dex.drafters import GivenDrafter, fitted
 from dex_jax.decoding.dex.shape import TreeShape
 from dex_jax.decoding.dex.trees import known_trees
-from dex_jax.decoding.methods import AR, Dex, Method, drafted_rows, with_stages
 from dex_jax.decoding.pace import Pace
-from dex_jax.decoding.resolve import GivenExits, find_exits, unmeasured
+from dex_jax.decoding.plan import GivenExits, Method, drafted_rows, find_exits, unmeasured, with_stages
+from dex_jax.decoding.request import AR, Dex
 from dex_jax.distributed import from_first
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.transformer import Layout, Staged
@@ -87,7 +87,7 @@ def settle(
     explorers can use, settle it. `batch` is B, `length` S, about as many cache positions as the generation will have. A
     DexError for exits that cannot be read.
     """
-    if not isinstance(method, Dex) or not method.is_free:
+    if method != Dex():
         return with_stages(method, None if mesh is None else mesh.shape[STAGE]), None
     given, stages = find_exits(exits, fingerprint), 1 if mesh is None else mesh.shape[STAGE]
     drafter = given.drafter

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from dex_jax.decoding.methods import Schedule
+from dex_jax.decoding.plan import Plan
 from dex_jax.io.stream import TextStream
 from dex_jax.io.tokenizer import Tokenizer
 
@@ -19,10 +19,7 @@ class Stats:
     """Counts and times. Ticks, depth-side speedup and wall-clock seconds are different things.
 
     Attributes:
-      schedule: method, depths, rows and DECS as they ran.
-      choice: one line that says why it was chosen, where nothing was asked for; None otherwise.
-      exits_source: which exits 1..K-1 proposed: "shared", "default", a path, or None when K = 1.
-      drafter_source: which drafter stood at depth 0: "default", a path, or None for none.
+      plan: method, depths, rows and heads as they ran, and why they were chosen where nothing was asked for.
       ticks: [B] int32, loop steps that each sequence took; None for loops of one's own that have none.
       exits: [B, T] int32, the exit that first gave each token, 0 for one that was drafted and K for one that only the
         final layer gave; -1 for token 0 and beyond the length.
@@ -34,10 +31,7 @@ class Stats:
       weights: what weights were kept as: the dtype, or the formats of packed ones.
     """
 
-    schedule: Schedule
-    choice: str | None
-    exits_source: str | None
-    drafter_source: str | None
+    plan: Plan
     exits: np.ndarray
     compile_seconds: float
     prefill_seconds: float
@@ -76,7 +70,7 @@ class Output:
 
     def __repr__(self) -> str:
         stats, new_tokens = self.stats, int(self.lengths.sum())
-        lines = [f"{title(stats.schedule)} on {where_of(stats)}: {new_tokens} tokens"]
+        lines = [f"{title(stats.plan)} on {where_of(stats)}: {new_tokens} tokens"]
         for row, text in enumerate(self.texts[:SHOWN]):
             took = [f"{self.lengths[row]} tokens"]
             took += [] if stats.ticks is None else [f"{stats.ticks[row]} ticks"]
@@ -115,8 +109,8 @@ def where_of(stats: Stats) -> str:
     return f"{stats.device}, {stats.dtype}{packed}"
 
 
-def title(schedule: Schedule) -> str:
+def title(plan: Plan) -> str:
     """A method's name for people."""
-    if not schedule.has_lattice:
-        return schedule.method.upper()
-    return f"DEX, K = {schedule.stages}{'' if schedule.drafts is None else ' with drafts'}"
+    if plan.loop != "dex":
+        return plan.method.upper()
+    return f"DEX, K = {plan.stages}{'' if plan.drafts is None else ' with drafts'}"

@@ -14,33 +14,29 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from dex_jax import cache
 from dex_jax.decoding import ar
 from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.shape import RowCosts
-from dex_jax.decoding.dex.trained_exits import Heads, exit_arrays
-from dex_jax.decoding.loops import Prefilled, Running
+from dex_jax.decoding.dex.trained_exits import Heads, TrainedHeads, exit_arrays
+from dex_jax.decoding.loops import Prefilled, loop_of, mesh_loop
 from dex_jax.decoding.mesh import programs as on_mesh
-from dex_jax.decoding.methods import AR
 from dex_jax.decoding.pace import Pace
+from dex_jax.decoding.plan import GivenHeads, Plan
 from dex_jax.decoding.program import Program, side_by_side
-from dex_jax.decoding.record import Limits, Record
-from dex_jax.decoding.resolve import Resolved
+from dex_jax.decoding.record import Limits, Record, until_done
+from dex_jax.decoding.request import Request
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
-from dex_jax.decoding.spec import Spec
 from dex_jax.distributed import array_from_first, to_host
 from dex_jax.errors import DexError
-from dex_jax.io.eagle import EagleHead
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn.forward import extend_with_states, last_states, states_at
 from dex_jax.nn.placing import weight_specs
-from dex_jax.nn.transformer import Layout
 from dex_jax.nn.weights import merge_model, with_wide_scales
 from dex_jax.progress import notify
-from dex_jax.sampling import Sampling
+from dex_jax.sampling import Sampling, sampling_keys
 from dex_jax.sharding import BY_SEQUENCE, EVERYWHERE, check_batch, place, zeros
 
 if TYPE_CHECKING:
@@ -56,19 +52,19 @@ def prefill_chunk(
     start: jax.Array,
     lengths: jax.Array,
     *,
-    spec: Spec,
+    plan: Plan,
 ) -> tuple[Any, jax.Array]:
     """Runs one chunk of the prompts and keeps the hidden state of each prompt's last token: (memory, last).
 
     `heads` are of what remembers the prompt, `last` [B, D] the states of last tokens found so far, `tokens` [B, R]
     int32 are padded on the right and begin at position `start`, and `lengths` [B] int32 are those of whole prompts.
     """
-    if spec.mesh is not None:
-        return on_mesh.prefill_chunk(weights, heads, memory, last, tokens, start, lengths, spec=spec)
-    model = merge_model(spec.config, spec.layout, weights)
+    if plan.mesh is not None:
+        return on_mesh.prefill_chunk(weights, heads, memory, last, tokens, start, lengths, plan=plan)
+    model = merge_model(plan.config, plan.layout, weights)
     states, memory = extend_with_states(model, memory, tokens, jnp.full(tokens.shape[0], start), lengths)
     hidden = states[-1]
-    remembers, arrays = spec.remembers, spec.remembering(heads)
+    remembers, arrays = plan.remembers, plan.remembering(heads)
     if remembers is not None and arrays is not None:
         read = jnp.concatenate([hidden, *states_at(model, tokens, states, remembers.reads)], axis=-1)
         taken = remembers.read(model, arrays, memory.exits, Chunk(tokens, read, start, lengths))
@@ -87,7 +83,7 @@ def start_decoding(
     prompt: jax.Array | None = None,
     costs: RowCosts | None = None,
     *,
-    spec: Spec,
+    plan: Plan,
     capacity: int,
 ) -> Any:
     """Chooses token 0 and returns the state of the method's loop before its first tick.
@@ -95,14 +91,14 @@ def start_decoding(
     `memory` has no lattice yet. Drafts need the `prompt` [B, S] int32, padded on the right, and where they choose rows
     their `costs`.
     """
-    if spec.mesh is not None:
+    if plan.mesh is not None:
         return on_mesh.start_decoding(
-            weights, heads, memory, last, lengths, limits, sampling, prompt, costs, spec=spec, capacity=capacity
+            weights, heads, memory, last, lengths, limits, sampling, prompt, costs, plan=plan, capacity=capacity
         )
-    model = merge_model(spec.config, spec.layout, weights)
+    model = merge_model(plan.config, plan.layout, weights)
     token = ar.next_token(model, last, lengths, sampling)
     begun = Prefilled(memory, token, lengths, limits, sampling, prompt, costs)
-    return spec.schedule.loop.init(Running(model, heads, spec), begun, capacity)
+    return loop_of(plan).init(model, heads, plan, begun, capacity)
 
 
 def run_ticks(
@@ -113,32 +109,30 @@ def run_ticks(
     sampling: Sampling | None,
     until_tick: jax.Array,
     *,
-    spec: Spec,
+    plan: Plan,
 ) -> Any:
     """The method's loop up to `until_tick`."""
-    if spec.mesh is not None:
-        return on_mesh.run_ticks(weights, heads, state, limits, sampling, until_tick, spec=spec)
-    model = merge_model(spec.config, spec.layout, with_wide_scales(weights))
-    return spec.schedule.loop.run(Running(model, heads, spec), state, limits, sampling, until_tick)
+    if plan.mesh is not None:
+        return on_mesh.run_ticks(weights, heads, state, limits, sampling, until_tick, plan=plan)
+    model = merge_model(plan.config, plan.layout, with_wide_scales(weights))
+    return until_done(loop_of(plan).tick(model, heads, plan, limits, sampling), state, until_tick)
 
 
-def check_layout(mesh: Mesh | None, layout: Layout, method: Resolved, sequences: int) -> None:
-    """A DexError where a model that lies so cannot run a method.
-
-    That is on a mesh a method or a drafter for one device, other exit depths or stages, or sequences that the data axis
-    divides not.
-    """
-    if mesh is not None:
-        schedule = method.schedule
-        if isinstance(method.drafter, EagleHead):
-            raise DexError(f"the EAGLE-3 head {method.drafter_source} drafts on one device: leave it or the mesh out")
-        schedule.loop.on_mesh(schedule).check_mesh(schedule, mesh, layout)
-        check_batch(mesh, sequences)
+def check_mesh(plan: Plan, sequences: int) -> None:
+    """A DexError where a plan's mesh cannot run its method, drafter, exit depths or stages, or so many sequences."""
+    if plan.mesh is None:
+        return
+    if plan.drafter is not None and not isinstance(plan.drafter, TrainedHeads):
+        raise DexError(
+            f"{plan.drafter_source} has layers of its own and drafts on one device: leave it or the mesh out"
+        )
+    mesh_loop(plan).check_mesh(plan)
+    check_batch(plan.mesh, sequences)
 
 
-PREFILL = Program(prefill_chunk, static=("spec",), donate=(2, 3), level=1)
-START = Program(start_decoding, static=("spec", "capacity"), donate=(2,), level=0)
-RUN = Program(run_ticks, static=("spec",), donate=(2,), level=1)
+PREFILL = Program(prefill_chunk, static=("plan",), donate=(2, 3), level=1)
+START = Program(start_decoding, static=("plan", "capacity"), donate=(2,), level=0)
+RUN = Program(run_ticks, static=("plan",), donate=(2,), level=1)
 PROGRAMS = (PREFILL, START, RUN)
 
 
@@ -161,39 +155,43 @@ class Session:
     def __init__(
         self,
         lm: LanguageModel | Outline,
-        prompts: list[list[int]],
-        method: Resolved,
-        max_new_tokens: int,
-        sampling: Sampling | None,
+        ids: list[list[int]],
+        plan: Plan,
+        request: Request,
     ):
-        schedule = method.schedule
-        check_layout(lm.mesh, lm.layout, method, len(prompts))
-        self.lm = lm
-        self.method = method
-        drafts = schedule.drafts
+        self.lm, self.ids, self.given = lm, ids, plan.heads
+        drafts = plan.drafts
         self.costs = None if drafts is None else drafts.costs
-        if drafts is not None:
-            schedule = dataclasses.replace(schedule, drafts=drafts.without_costs)
-        self.sequences = len(prompts)
+        self.sequences = len(ids)
         batch = self.sequences if lm.mesh is not None else batch_bucket(self.sequences)
         self.lengths = np.ones(batch, np.int32)
-        self.lengths[: self.sequences] = [len(prompt) for prompt in prompts]
+        self.lengths[: self.sequences] = [len(prompt) for prompt in ids]
         longest = int(self.lengths.max())
         bucket = prompt_bucket(longest)
         self.chunks = prompt_pieces(longest)
-        config = lm.config.at_length(longest + max_new_tokens)
-        exits = None if method.exits is None else method.exits.config
-        drafter = None if method.drafter is None else exit_zero(method.drafter, longest + max_new_tokens)
-        self.spec = Spec(config, lm.layout, schedule, exits, drafter, lm.mesh)
-        self.cache_length = cache_length_for(longest, max_new_tokens, schedule.ahead, batch)
+        positions = longest + request.max_new_tokens
+        self.plan = dataclasses.replace(
+            plan,
+            drafts=None if drafts is None else drafts.without_costs,
+            config=lm.config.at_length(positions),
+            layout=lm.layout,
+            mesh=lm.mesh,
+            drafter=None if plan.heads.drafter is None else exit_zero(plan.heads.drafter, positions),
+            heads=GivenHeads(),
+        )
+        check_mesh(self.plan, self.sequences)
+        self.cache_length = cache_length_for(longest, request.max_new_tokens, plan.ahead, batch)
         self.padded = np.zeros((batch, bucket), np.int32)
-        for row, prompt in zip(self.padded, prompts, strict=False):
+        for row, prompt in zip(self.padded, ids, strict=False):
             row[: len(prompt)] = prompt
         eos = np.asarray(lm.eos_ids or (NO_TOKEN,), np.int32)
-        most = np.where(np.arange(batch) < self.sequences, max_new_tokens, 0)
+        most = np.where(np.arange(batch) < self.sequences, request.max_new_tokens, 0)
         limits = Limits(*jax.device_put((most.astype(np.int32), eos)))
         self.limits = self._put(limits, on_mesh.LIMITS)
-        self.sampling = self._put(_filled(sampling, batch), on_mesh.sampling_specs(sampling))
+        seeds = request.seeds_of(self.sequences)
+        self.seeds = None if request.temperature == 0 else seeds
+        sampling = None if self.seeds is None else sampling_of(request, seeds, batch, lm.config.vocab_size)
+        self.sampling = self._put(sampling, on_mesh.sampling_specs(sampling))
         self.tick = 0
         self.work = np.zeros(1)  # how often each kind of work that `pace` knows has been done so far
         self.pace = Pace(np.ones(1) if self.costs is None else np.append(self.costs.rows, self.costs.drafting))
@@ -207,7 +205,7 @@ class Session:
     def compile(self) -> None:
         """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
         sizes = (self.padded.shape, self.cache_length, self.limits.eos_ids.shape)
-        kind = (self.spec, self.lm.dtype, self.lm.packing, sizes, self.sampling is None)
+        kind = (self.plan, self.lm.dtype, self.lm.packing, sizes, self.sampling is None)
         if kind in _READY and RUN.held:  # to find out the shapes takes half a second too
             return
         _READY.add(kind)
@@ -218,21 +216,21 @@ class Session:
         """As `compile`, by what takes a program and its arguments and gives the shapes of what START gives."""
         weights = _shapes(self.lm.weights)
         heads = self._put_heads(jax.eval_shape(self._heads, weights))
-        weights = self._put(weights, lambda: weight_specs(weights, self.spec.mesh))
+        weights = self._put(weights, lambda: weight_specs(weights, self.plan.mesh))
         memory, last, lengths = self._blank_shapes()
         memory = memory._replace(exits=self._put(jax.eval_shape(self._empty_exits), BY_SEQUENCE))
         scalar = self._put(jax.ShapeDtypeStruct((), jnp.int32), EVERYWHERE)
         prompt = self._put(_shapes(self.prompt), BY_SEQUENCE)
         about = (self.limits, self.sampling, prompt, self.costs)
-        statics: dict[str, Any] = {"spec": self.spec, "capacity": self.cache_length}
+        statics: dict[str, Any] = {"plan": self.plan, "capacity": self.cache_length}
         begun = by(START, weights, heads, memory, last, lengths, *about, **statics)
-        state = self._put(_shapes(begun), lambda: on_mesh.state_specs(self.spec))
+        state = self._put(_shapes(begun), lambda: on_mesh.state_specs(self.plan))
         # The largest is compiled while the others are traced.
-        by(RUN, weights, heads, state, self.limits, self.sampling, scalar, spec=self.spec)
+        by(RUN, weights, heads, state, self.limits, self.sampling, scalar, plan=self.plan)
         of_prefill, seen = self._of_prefill(heads)
         for size in sorted({*self.chunks}):
             tokens = self._put(jax.ShapeDtypeStruct((len(self.lengths), size), jnp.int32), BY_SEQUENCE)
-            by(PREFILL, weights, seen, memory, last, tokens, scalar, lengths, spec=of_prefill)
+            by(PREFILL, weights, seen, memory, last, tokens, scalar, lengths, plan=of_prefill)
 
     def prefill(self) -> None:
         """Runs the prompts and chooses token 0 of each."""
@@ -246,17 +244,17 @@ class Session:
             tokens = self._put(jax.device_put(self.padded[:, start : start + size]), BY_SEQUENCE)
             at = self._put(jnp.int32(start), EVERYWHERE)
             start += size
-            memory, last = PREFILL(self.lm.weights, seen, memory, last, tokens, at, lengths, spec=of_prefill)
+            memory, last = PREFILL(self.lm.weights, seen, memory, last, tokens, at, lengths, plan=of_prefill)
         prompt = self._put(jax.device_put(self.prompt), BY_SEQUENCE)
         about = (self.limits, self.sampling, prompt, self.costs)
-        statics: dict[str, Any] = {"spec": self.spec, "capacity": self.cache_length}
+        statics: dict[str, Any] = {"plan": self.plan, "capacity": self.cache_length}
         self.state = START(self.lm.weights, self.heads, memory, last, lengths, *about, **statics)
         jax.block_until_ready(self.state)
 
     def _blank(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
         """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
         memory, last, _ = self._blank_shapes()
-        shapes, mesh = (memory, last), self.spec.mesh
+        shapes, mesh = (memory, last), self.plan.mesh
         memory, last = _zeros(shapes) if mesh is None else zeros(shapes, (on_mesh.MEMORY, BY_SEQUENCE), mesh)
         exits = self._put(self._empty_exits(), BY_SEQUENCE)
         return memory._replace(exits=exits), last, self._put(jax.device_put(self.lengths), BY_SEQUENCE)
@@ -266,40 +264,40 @@ class Session:
         batch, config, dtype = len(self.lengths), self.lm.config, self.lm.dtype
         array: Any = jax.ShapeDtypeStruct
         memory = cache.shapes(config, self.lm.layout, batch, self.cache_length, 0, dtype, rings=True)
-        if self.spec.mesh is not None:  # an array without elements is copied everywhere, whatever its sharding says
+        if self.plan.mesh is not None:  # an array without elements is copied everywhere, whatever its sharding says
             memory = memory._replace(lattice_keys=(), lattice_values=())
         shapes = (memory, array((batch, config.width), dtype), array((batch,), jnp.int32))
         return self._put(shapes, (on_mesh.MEMORY, BY_SEQUENCE, BY_SEQUENCE))
 
     def _empty_exits(self) -> Any:
         """What exits remember before the prompts, () for nothing."""
-        remembers = self.spec.remembers
+        remembers = self.plan.remembers
         return () if remembers is None else remembers.empty(len(self.lengths), self.cache_length, self.lm.dtype)
 
     def _put(self, tree: Any, specs: Any) -> Any:
         """Arrays or shapes where the programs want them on a mesh: `specs`, or a function that gives them."""
-        if self.spec.mesh is None:
+        if self.plan.mesh is None:
             return tree
-        return place(tree, specs() if callable(specs) else specs, self.spec.mesh)
+        return place(tree, specs() if callable(specs) else specs, self.plan.mesh)
 
     def _put_heads(self, heads: Heads) -> Heads:
         return self._put(heads, lambda: on_mesh.head_specs(heads))
 
-    def _of_prefill(self, heads: Heads) -> tuple[Spec, Heads]:
+    def _of_prefill(self, heads: Heads) -> tuple[Plan, Heads]:
         """Prefill is the same for every method, so its programs are shared, unless heads read the prompt too."""
-        plain = AR().schedule_for(self.spec.config.num_layers)
-        spec = dataclasses.replace(self.spec, schedule=plain)
-        if spec.remembers is spec.drafter:
-            return dataclasses.replace(spec, exits=None), Heads(drafter=heads.drafter)
-        return dataclasses.replace(spec, drafter=None), Heads(exits=heads.exits)
+        depths = self.plan.depths[-1:]
+        plan = dataclasses.replace(self.plan, method="ar", depths=depths, rows=1, decs=False, drafts=None, loop="ar")
+        if plan.remembers is plan.drafter:
+            return dataclasses.replace(plan, exits=None), Heads(drafter=heads.drafter)
+        return dataclasses.replace(plan, drafter=None), Heads(exits=heads.exits)
 
     def _heads(self, weights: Any) -> Heads:
         """The trained heads as the programs take them; under jax.eval_shape, their shapes."""
         model = merge_model(self.lm.config, self.lm.layout, weights)
-        trained, drafter, exits = self.method.exits, self.method.drafter, None
+        (trained, drafter), exits = self.given, None
         if trained is not None:
             parameters = trained.parameters
-            padded = parameters if self.spec.mesh is None else on_mesh.pad_heads(parameters)
+            padded = parameters if self.plan.mesh is None else on_mesh.pad_heads(parameters)
             exits = exit_arrays(model, trained.config, padded, trained.vocabulary)
         return Heads(exits, None if drafter is None else drafter_arrays(drafter, model))
 
@@ -308,7 +306,7 @@ class Session:
         self.tick += ticks
         until = self._put(jnp.int32(self.tick), EVERYWHERE)
         begin, before = time.perf_counter(), self.work
-        self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, spec=self.spec)
+        self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, plan=self.plan)
         record = self.record()
         work = record.ticks.max(keepdims=True) if self.costs is None else self.state.drafting.chosen
         self.work = np.asarray(work, np.float64)
@@ -317,7 +315,7 @@ class Session:
             if self.costs is not None:
                 # Devices that share a lattice must choose alike, whatever their processes have seen.
                 found = self.pace.costs.astype(np.float32)
-                found = found if self.spec.mesh is None else array_from_first(found)
+                found = found if self.plan.mesh is None else array_from_first(found)
                 costs = self._put(RowCosts(*jax.device_put((found[:-1], found[-1]))), EVERYWHERE)
                 known = self.state.drafting._replace(costs=costs)
                 self.state = self.state._replace(drafting=known)
@@ -339,8 +337,12 @@ def _zeros(shapes: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def _filled(sampling: Sampling | None, batch: int) -> Sampling | None:
-    """The same with keys for so many sequences, the last one's for those that have none."""
-    if sampling is None or len(sampling.keys) == batch:
-        return sampling
-    return sampling._replace(keys=sampling.keys[np.minimum(np.arange(batch), len(sampling.keys) - 1)])
+def sampling_of(request: Request, seeds: list[int], batch: int, vocab_size: int) -> Sampling:
+    """What the loops sample with: keys for B = `batch` sequences, the last seed's for those that have none."""
+    top_k = vocab_size if request.top_k is None else min(request.top_k, vocab_size)
+    return Sampling(
+        keys=sampling_keys([*seeds, *seeds[-1:] * (batch - len(seeds))]),
+        temperature=jnp.float32(request.temperature),
+        top_k=jnp.int32(top_k),
+        top_p=jnp.float32(1 if request.top_p is None else request.top_p),
+    )

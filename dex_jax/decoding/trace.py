@@ -15,7 +15,8 @@ import numpy as np
 
 from dex_jax.decoding.dex.state import DexState
 from dex_jax.decoding.generate import prepare
-from dex_jax.decoding.methods import Dex, Method
+from dex_jax.decoding.plan import Method
+from dex_jax.decoding.request import Dex, Request
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_NODE, Lattice
 from dex_jax.prompts import Prompt
@@ -100,11 +101,10 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
     if lm.mesh is not None:
         raise DexError("a lattice is traced on one device: load the model without a mesh")
     method = Dex(draft=False) if method is None else method
-    run = prepare(lm, [prompt], method=method, **options)
-    if not run.method.schedule.has_lattice:
+    session = prepare(lm, [prompt], Request.of({"method": method, **options}))
+    if not session.plan.has_lattice:
         raise DexError("only DEX has a lattice to trace: give method=Dex(explorers=5), say")
-    run.method.say(lm.fingerprint)
-    session = run.session
+    session.plan.say(lm.fingerprint)
     session.prefill()
 
     def tick(_: DexState) -> DexState:
@@ -113,7 +113,7 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
 
     tokenizer = lm.tokenizer
     text = str if tokenizer is None else lambda token: tokenizer.decode([token], skip_special=False)
-    return watch(tick, session.state, depths=run.method.schedule.depths, text=text)
+    return watch(tick, session.state, depths=session.plan.depths, text=text)
 
 
 def watch(

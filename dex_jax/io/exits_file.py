@@ -6,6 +6,7 @@ Letters: X exits, V' draft vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +21,9 @@ from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
 from dex_jax.foreign import Positive, Size, local_path, parsed, reading, typed
 from dex_jax.io.whole_files import write_whole
+
+DEFAULTS = Path(__file__).resolve().parents[1] / "default_exits"
+"""One file for each model that trained exits ship for."""
 
 FORMAT = "dex_jax exits 1"
 FILE_NAME = "exits.safetensors"
@@ -193,3 +197,20 @@ def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(int8 [..., in], float32 steps [..., 1]): each row times its step is the matrix to within half a step."""
     steps = np.maximum(np.abs(matrix).max(axis=-1, keepdims=True), 1e-12).astype(np.float32) / 127
     return np.rint(matrix / steps).astype(np.int8), steps
+
+
+@functools.lru_cache(maxsize=2)
+def default_exits(fingerprint: str) -> TrainedExits | None:
+    """The exits that ship for a model, by its fingerprint."""
+    return _shipped(f"{fingerprint}.safetensors")
+
+
+@functools.lru_cache(maxsize=2)
+def default_drafter(fingerprint: str) -> TrainedExits | None:
+    """The drafter that ships for a model, by its fingerprint."""
+    return _shipped(f"{fingerprint}.drafter.safetensors")
+
+
+def _shipped(name: str) -> TrainedExits | None:
+    file = DEFAULTS / name
+    return load_exits(file) if file.is_file() else None

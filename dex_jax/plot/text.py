@@ -9,8 +9,8 @@ import io
 from rich.console import Console
 from rich.text import Text
 
-from dex_jax.decoding.methods import Schedule
 from dex_jax.decoding.output import Output
+from dex_jax.decoding.plan import Plan
 from dex_jax.plot.colors import depth_hex, depth_style
 
 COLUMNS = 100
@@ -55,39 +55,39 @@ def depth_text(out: Output) -> DepthText:
     Args:
       out: from `dex_jax.generate`, any method; token ids are shown where the model has no tokenizer.
     """
-    schedule = out.stats.schedule
+    plan = out.stats.plan
     rows = [
         list(zip(out.pieces(row), out.stats.exits[row, :length].tolist(), strict=True))
         for row, length in enumerate(out.lengths.tolist())
     ]
-    return DepthText(_html(rows, schedule), _terminal(rows, schedule))
+    return DepthText(_html(rows, plan), _terminal(rows, plan))
 
 
-def legend(schedule: Schedule) -> list[tuple[str, int]]:
+def legend(plan: Plan) -> list[tuple[str, int]]:
     """(name, exit) of every colour."""
-    *early, last = enumerate(schedule.depths, 1)
+    *early, last = enumerate(plan.depths, 1)
     return [
-        *([] if schedule.drafts is None else [("drafted", 0)]),
+        *([] if plan.drafts is None else [("drafted", 0)]),
         *((f"exit {number} (depth {depth})", number) for number, depth in early),
         (f"last layer (depth {last[1]})", last[0]),
     ]
 
 
-def _html(rows: list[list[tuple[str, int]]], schedule: Schedule) -> str:
-    names = {number: name for name, number in legend(schedule)}
+def _html(rows: list[list[tuple[str, int]]], plan: Plan) -> str:
+    names = {number: name for name, number in legend(plan)}
 
     def chip(piece: str, exit_number: int) -> str:
         # A tint on the word alone: most tokens begin with the space before it.
         space, word = piece[: len(piece) - len(piece.lstrip(" "))], piece.lstrip(" ")
         text = html.escape(word).replace("\n", "<br>")
         title = names.get(exit_number, "prefill")
-        if depth_style(exit_number, schedule.stages) == "default":
+        if depth_style(exit_number, plan.stages) == "default":
             return f'{space}<span title="{title}">{text}</span>'
         # A tint, so that it can be read on white and on black.
-        tint = depth_hex(exit_number, schedule.stages) + "66"
+        tint = depth_hex(exit_number, plan.stages) + "66"
         return f'{space}<span title="{title}" style="background:{tint};{_CHIP}">{text}</span>'
 
-    names_shown = " &nbsp;".join(chip(name, number) for name, number in legend(schedule))
+    names_shown = " &nbsp;".join(chip(name, number) for name, number in legend(plan))
     texts = [
         f'<div style="white-space:pre-wrap;margin-bottom:.8em">{"".join(chip(*token) for token in row)}</div>'
         for row in rows
@@ -95,14 +95,14 @@ def _html(rows: list[list[tuple[str, int]]], schedule: Schedule) -> str:
     return f'<div style="{_BOX}"><div style="{_LEGEND}">{names_shown}</div>{"".join(texts)}</div>'
 
 
-def _terminal(rows: list[list[tuple[str, int]]], schedule: Schedule) -> str:
+def _terminal(rows: list[list[tuple[str, int]]], plan: Plan) -> str:
     file = io.StringIO()
     # In a notebook rich would show the text at once, beside the page.
     console = Console(
         file=file, force_terminal=True, force_jupyter=False, color_system="256", highlight=False, soft_wrap=True
     )
-    last = [(f"{name}  ", number) for name, number in legend(schedule)]
+    last = [(f"{name}  ", number) for name, number in legend(plan)]
     for row in [*rows, last]:
-        line = [(piece, depth_style(number, schedule.stages)) for piece, number in row]
+        line = [(piece, depth_style(number, plan.stages)) for piece, number in row]
         console.print(Text.assemble(*line))
     return file.getvalue().rstrip("\n")

@@ -14,9 +14,10 @@ import numpy as np
 
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.generate import generate
-from dex_jax.decoding.methods import AR, even_depths
+from dex_jax.decoding.request import AR
 from dex_jax.errors import DexError
 from dex_jax.forced import Forced, Text, batches, dex_exits, first_exits, force
+from dex_jax.grid import even_depths
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.whole_files import plain
 from dex_jax.language_model import LanguageModel

@@ -11,10 +11,11 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.methods import Dex, Schedule
+from dex_jax.decoding.plan import Plan, plan_for
+from dex_jax.decoding.request import Dex
 from dex_jax.errors import DexError
 from studies.rivals.interface import Policy, Verified
-from studies.rivals.methods import chain_schedule
+from studies.rivals.methods import chain_plan
 
 QUARTERS = 4
 """Shadow tokens are counted apart by how sure the exit was: up to 1/4, up to 1/2, and so on."""
@@ -149,13 +150,13 @@ class DEL:
     decay: float = 0.98
     confidence: bool = True
 
-    def schedule_for(self, num_layers: int) -> Schedule:
-        """The schedule for a model of L = num_layers.
+    def plan_for(self, num_layers: int) -> Plan:
+        """The plan for a model of L = num_layers.
 
         Raises:
           DexError: a decay out of range, no token to draft, or depths as Dex refuses them.
         """
         if not 0 < self.decay <= 1:
             raise DexError(f"DEL's decay lies above 0 and is at most 1, not {self.decay}")
-        depths = Dex(self.explorers, self.depths, draft=False).schedule_for(num_layers).depths
-        return chain_schedule("del", depths, Dynamic(self.draft_length, depths, float(self.decay), self.confidence))
+        depths = plan_for(Dex(self.explorers, self.depths, draft=False), num_layers).depths
+        return chain_plan("del", depths, Dynamic(self.draft_length, depths, float(self.decay), self.confidence))

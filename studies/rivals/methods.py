@@ -1,4 +1,4 @@
-"""LayerSkip and AdaDecode, and the loop that they and DEL (dynamic.py) name in their schedules.
+"""LayerSkip and AdaDecode, and the loop that they and DEL (dynamic.py) name in their plans.
 
 Letters: B sequences, T capacity for new tokens.
 """
@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax.decoding.loops import Loop, Prefilled, Running
-from dex_jax.decoding.methods import SPARE, Dex, Schedule
+from dex_jax.decoding.dex.trained_exits import Heads
+from dex_jax.decoding.loops import Loop, Prefilled, Tick
 from dex_jax.decoding.output import Stats
-from dex_jax.decoding.record import Limits, until_done
+from dex_jax.decoding.plan import SPARE, Plan, plan_for
+from dex_jax.decoding.record import Limits
+from dex_jax.decoding.request import Dex
 from dex_jax.errors import DexError, whole_number
+from dex_jax.nn.transformer import Transformer
 from dex_jax.sampling import Sampling
 from studies.rivals import loop
 from studies.rivals.interface import ChainNetwork, Policy
@@ -30,17 +33,16 @@ class ChainLoop(Loop):
 
     policy: Policy
 
-    def init(self, what: Running, begun: Prefilled, capacity: int) -> ChainState:
+    def init(self, model: Transformer, heads: Heads, plan: Plan, begun: Prefilled, capacity: int) -> ChainState:
         """As of Loop."""
         options: dict[str, Any] = {"limits": begun.limits, "sampling": begun.sampling, "capacity": capacity}
-        return loop.init(_network(what), begun.memory, begun.token, begun.lengths, policy=self.policy, **options)
+        network = _network(model, heads, plan)
+        return loop.init(network, begun.memory, begun.token, begun.lengths, policy=self.policy, **options)
 
-    def run(
-        self, what: Running, state: ChainState, limits: Limits, sampling: Sampling | None, until_tick: jax.Array
-    ) -> ChainState:
+    def tick(self, model: Transformer, heads: Heads, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
         """As of Loop."""
-        network = _network(what)
-        return until_done(lambda s: loop.step(network, s, limits, sampling, policy=self.policy), state, until_tick)
+        network = _network(model, heads, plan)
+        return lambda state: loop.step(network, state, limits, sampling, policy=self.policy)
 
     def ticks(self, exits: np.ndarray, length: int, stages: int) -> int:
         """Rounds: each ends with a token that only exit K gave."""
@@ -48,25 +50,25 @@ class ChainLoop(Loop):
             return 0
         return int(np.sum(exits[1:length] == stages)) + int(exits[length - 1] != stages)
 
-    def counts(self, schedule: Schedule, record: Any) -> dict[str, Any]:
+    def counts(self, plan: Plan, record: Any) -> dict[str, Any]:
         """Rounds, layers run one after the other, tokens drafted and those of them accepted: [B] int32 each."""
         at = np.arange(record.exits.shape[1])[None]
-        drafted_here = (at > 0) & (at < record.lengths[:, None]) & (record.exits < schedule.stages)
+        drafted_here = (at > 0) & (at < record.lengths[:, None]) & (record.exits < plan.stages)
         spent = np.take_along_axis(record.counts, (record.lengths - 1)[:, None, None], axis=1)[:, 0]
         accepted = np.sum(drafted_here, axis=1, dtype=np.int32)
         return {"rounds": record.ticks, "layer_steps": spent[:, 0], "drafted": spent[:, 1], "accepted": accepted}
 
 
-def _network(what: Running) -> ChainNetwork:
-    return chain_network(what.model, what.spec.schedule.depths, what.spec.exits, what.heads.exits)
+def _network(model: Transformer, heads: Heads, plan: Plan) -> ChainNetwork:
+    return chain_network(model, plan.depths, plan.exits, heads.exits)
 
 
-def chain_schedule(method: str, depths: tuple[int, ...], policy: Policy) -> Schedule:
-    """The schedule of a method that drafts on a chain; a DexError for more drafts than the cache has room for."""
+def chain_plan(method: str, depths: tuple[int, ...], policy: Policy) -> Plan:
+    """The plan of a method that drafts on a chain; a DexError for more drafts than the cache has room for."""
     whole_number(draft_length=policy.draft_length)
     if 2 * policy.rows > SPARE:
         raise DexError(f"draft_length may be {SPARE // 2 - 1} at most, not {policy.draft_length}")
-    return Schedule(method, depths, policy.rows, decs=False, loop=ChainLoop(policy))
+    return Plan(method, depths, policy.rows, decs=False, loop=ChainLoop(policy))
 
 
 def layer_steps(stats: Stats) -> np.ndarray:
@@ -78,7 +80,7 @@ def layer_steps(stats: Stats) -> np.ndarray:
     """
     if stats.ticks is None:
         return stats.counts["layer_steps"]
-    return stats.ticks * max(np.diff((0, *stats.schedule.depths)))
+    return stats.ticks * max(np.diff((0, *stats.plan.depths)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ class LayerSkip:
       draft_length: g.
 
     Examples:
-      >>> LayerSkip(exit=12, draft_length=4).schedule_for(30).depths
+      >>> plan_for(LayerSkip(exit=12, draft_length=4), 30).depths
       (12, 30)
     """
 
@@ -106,8 +108,8 @@ class LayerSkip:
         """Given ones, which are not moved to where exits are trained."""
         return (self.exit,)
 
-    def schedule_for(self, num_layers: int) -> Schedule:
-        """The schedule for a model of L = num_layers.
+    def plan_for(self, num_layers: int) -> Plan:
+        """The plan for a model of L = num_layers.
 
         Raises:
           DexError: an exit that is not below the last layer, or no token to draft.
@@ -117,7 +119,7 @@ class LayerSkip:
             raise DexError(
                 f"LayerSkip's exit must lie below the model's last layer, {num_layers}, and not at {self.exit}"
             )
-        return chain_schedule("layerskip", (self.exit, num_layers), Policy(self.draft_length))
+        return chain_plan("layerskip", (self.exit, num_layers), Policy(self.draft_length))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,7 @@ class AdaDecode:
       draft_length: how many tokens may wait at most.
 
     Examples:
-      >>> AdaDecode(depths=(6, 12, 30)).schedule_for(30).rows
+      >>> plan_for(AdaDecode(depths=(6, 12, 30)), 30).rows
       9
     """
 
@@ -160,13 +162,13 @@ class AdaDecode:
     threshold: float = 0.75
     draft_length: int = 8
 
-    def schedule_for(self, num_layers: int) -> Schedule:
-        """The schedule for a model of L = num_layers.
+    def plan_for(self, num_layers: int) -> Plan:
+        """The plan for a model of L = num_layers.
 
         Raises:
           DexError: a threshold that is no probability, no token to draft, or depths as Dex refuses them.
         """
         if not 0 <= self.threshold <= 1:
             raise DexError(f"AdaDecode's threshold is a probability, from 0 to 1, and not {self.threshold}")
-        depths = Dex(self.explorers, self.depths, draft=False).schedule_for(num_layers).depths
-        return chain_schedule("adadecode", depths, Sure(self.draft_length, float(self.threshold)))
+        depths = plan_for(Dex(self.explorers, self.depths, draft=False), num_layers).depths
+        return chain_plan("adadecode", depths, Sure(self.draft_length, float(self.threshold)))

@@ -6,7 +6,7 @@ Letters: B sequences, W rows a stage, K stages, D width, G key-value heads, d he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,16 @@ from dex_jax.cache import Memory, after, commit_slots, write_in_place, written_i
 from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.dex.trained_exits import Heads, reached_features, trained_exits
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
+from dex_jax.decoding.plan import Plan
 from dex_jax.nn.forward import Beside, InUse, commit_rows, run_all, run_rows
 from dex_jax.nn.in_turn import is_loop
 from dex_jax.nn.transformer import Transformer, stage_ranges
 
-if TYPE_CHECKING:
-    from dex_jax.decoding.spec import Spec
 
-
-def network_of(model: Transformer, heads: Heads, spec: Spec) -> Network:
-    """The loop's network for a model, its trained heads if there are any, and a schedule."""
-    depths, drafts = spec.schedule.depths, spec.schedule.drafts
-    remembers, arrays = spec.remembers, spec.remembering(heads)
+def network_of(model: Transformer, heads: Heads, plan: Plan) -> Network:
+    """The loop's network for a model, its trained heads if there are any, and a plan."""
+    depths, drafts = plan.depths, plan.drafts
+    remembers, arrays = plan.remembers, plan.remembering(heads)
 
     def remember(memory: Any, done: Committed) -> Any:
         if remembers is None or arrays is None:
@@ -34,16 +32,16 @@ def network_of(model: Transformer, heads: Heads, spec: Spec) -> Network:
         return remembers.read(model, arrays, memory, done.chunk)
 
     drafter = None
-    if spec.drafter is not None and heads.drafter is not None:
-        drafter = spec.drafter.drafter(model, heads.drafter)
+    if plan.drafter is not None and heads.drafter is not None:
+        drafter = plan.drafter.drafter(model, heads.drafter)
     if len(depths) == 1:
-        return tree_network(model, (1,) if drafts is None else drafts.counts, drafter, remember, spec.reads)
+        return tree_network(model, (1,) if drafts is None else drafts.counts, drafter, remember, plan.reads)
 
     def reached(memory: Any, hidden: jax.Array, view: StageView) -> jax.Array:
-        return reached_features(model, spec.exits, heads.exits, hidden)
+        return reached_features(model, plan.exits, heads.exits, hidden)
 
     drafter = None if drafter is None else drafter._replace(reached=reached)
-    trained = None if spec.exits is None or heads.exits is None else trained_exits(model, spec.exits, heads.exits)
+    trained = None if plan.exits is None or heads.exits is None else trained_exits(model, plan.exits, heads.exits)
     return transformer_network(model, depths, trained or shared_exits(model), remember, drafter=drafter)
 
 

@@ -24,11 +24,10 @@ from dex_jax.config import ModelConfig
 from dex_jax.decoding import ar
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.trained_exits import ExitArrays, Heads
-from dex_jax.decoding.loops import Prefilled
+from dex_jax.decoding.loops import Prefilled, mesh_loop
 from dex_jax.decoding.mesh.stage import StageNetwork, extend_stages, from_last_stage, stage_network
-from dex_jax.decoding.methods import AR
+from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits, until_done
-from dex_jax.decoding.spec import Spec
 from dex_jax.nn.forward import last_states
 from dex_jax.nn.kinds import kind_table
 from dex_jax.nn.layers import names_in
@@ -43,15 +42,15 @@ LIMITS = Limits(BY_SEQUENCE, EVERYWHERE)
 MEMORY = cache.Memory(_CACHE, _CACHE, _CACHE, _CACHE, BY_SEQUENCE)
 
 
-def prefill_chunk(*arguments: Any, spec: Spec) -> tuple[Any, jax.Array]:
+def prefill_chunk(*arguments: Any, plan: Plan) -> tuple[Any, jax.Array]:
     """`session.prefill_chunk` on a mesh: K - 1 permutes of [B, R, D], then the last states are shared."""
 
     def run(weights: Any, heads: Any, memory: Any, last: Any, tokens: Any, start: Any, lengths: Any) -> Any:
-        device, memory = _device(spec, weights, heads), _own(memory)
-        ends = lengths if spec.config.layer_kinds else None
+        device, memory = _device(plan, weights, heads), _own(memory)
+        ends = lengths if plan.config.layer_kinds else None
         hidden, memory = extend_stages(device, memory, tokens, jnp.full(tokens.shape[0], start), ends)
         exits = memory.exits
-        remembers, arrays = spec.remembers, spec.remembering(heads)
+        remembers, arrays = plan.remembers, plan.remembering(heads)
         if remembers is not None and arrays is not None:
             exits = remembers.read(device.model, arrays, exits, Chunk(tokens, hidden, start, lengths))
         # Only now is what the last stage has seen known to all.
@@ -60,70 +59,68 @@ def prefill_chunk(*arguments: Any, spec: Spec) -> tuple[Any, jax.Array]:
             exits = from_last_stage(exits, device.stages)
         return _stacked(memory._replace(exits=exits)), last
 
-    weights, heads = weight_specs(arguments[0], spec.mesh), head_specs(arguments[1])
+    weights, heads = weight_specs(arguments[0], plan.mesh), head_specs(arguments[1])
     inputs = (weights, heads, MEMORY, BY_SEQUENCE, BY_SEQUENCE, EVERYWHERE, BY_SEQUENCE)
-    return _mapped(run, spec, inputs, (MEMORY, BY_SEQUENCE))(*arguments)
+    return _mapped(run, plan, inputs, (MEMORY, BY_SEQUENCE))(*arguments)
 
 
-def start_decoding(*arguments: Any, spec: Spec, capacity: int) -> Any:
+def start_decoding(*arguments: Any, plan: Plan, capacity: int) -> Any:
     """`session.start_decoding` on a mesh: every device chooses token 0 for itself, nothing is sent."""
-    schedule, loop = spec.schedule, spec.schedule.loop.on_mesh(spec.schedule)
+    loop = mesh_loop(plan)
 
     def run(
         weights: Any, heads: Any, memory: Any, last: Any, lengths: Any, limits: Any, sampling: Any, *text: Any
     ) -> Any:
-        device = _device(spec, weights, heads)
+        device = _device(plan, weights, heads)
         token = ar.next_token(device.model, last, lengths, sampling)
         begun = Prefilled(_own(memory), token, lengths, limits, sampling, *text)
-        state = loop.init_stage(device, schedule, begun, capacity)
+        state = loop.init_stage(device, plan, begun, capacity)
         return state._replace(memory=_stacked(state.memory))
 
     weights, heads, _, _, _, _, sampling, *text = arguments
-    models = (weight_specs(weights, spec.mesh), head_specs(heads))
+    models = (weight_specs(weights, plan.mesh), head_specs(heads))
     inputs = (*models, MEMORY, BY_SEQUENCE, BY_SEQUENCE, LIMITS, sampling_specs(sampling))
     about_text = (BY_SEQUENCE, EVERYWHERE)[: len(text)]
-    return _mapped(run, spec, (*inputs, *about_text), state_specs(spec))(*arguments)
+    return _mapped(run, plan, (*inputs, *about_text), state_specs(plan))(*arguments)
 
 
-def run_ticks(*arguments: Any, spec: Spec) -> Any:
+def run_ticks(*arguments: Any, plan: Plan) -> Any:
     """`session.run_ticks` on a mesh."""
-    schedule, loop = spec.schedule, spec.schedule.loop.on_mesh(spec.schedule)
+    loop = mesh_loop(plan)
 
     def run(weights: Any, heads: Any, state: Any, limits: Any, sampling: Any, until_tick: Any) -> Any:
-        device = _device(spec, with_wide_scales(weights), heads)
+        device = _device(plan, with_wide_scales(weights), heads)
 
-        def tick(state: Any) -> Any:
-            return loop.step_stage(device, schedule, state, limits, sampling)
-
-        state = _together(spec, tick, state._replace(memory=_own(state.memory)), until_tick)
+        tick = loop.tick_stage(device, plan, limits, sampling)
+        state = _together(plan, tick, state._replace(memory=_own(state.memory)), until_tick)
         return state._replace(memory=_stacked(state.memory))
 
     weights, heads, _, _, sampling, _ = arguments
-    states = state_specs(spec)
-    inputs = (weight_specs(weights, spec.mesh), head_specs(heads), states, LIMITS, sampling_specs(sampling), EVERYWHERE)
-    return _mapped(run, spec, inputs, states)(*arguments)
+    states = state_specs(plan)
+    inputs = (weight_specs(weights, plan.mesh), head_specs(heads), states, LIMITS, sampling_specs(sampling), EVERYWHERE)
+    return _mapped(run, plan, inputs, states)(*arguments)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, tokens: jax.Array) -> jax.Array:
     """Final logits at every position: tokens [B, T] int32 -> [B, T, V] float32, on every device."""
     config = config.at_length(tokens.shape[1])
-    spec = Spec(config, layout, AR().schedule_for(config.num_layers), mesh=mesh)
+    plan = Plan("ar", (config.num_layers,), config=config, layout=layout, mesh=mesh)
 
     def run(weights: Any, tokens: jax.Array) -> jax.Array:
-        device = _device(spec, weights, Heads())
+        device = _device(plan, weights, Heads())
         batch, length = tokens.shape
         model = device.model
         memory = cache.allocate(model.config, Unrolled(), batch, length, 0, model.dtype)
         hidden, _ = extend_stages(device, memory, tokens, jnp.zeros(batch, jnp.int32))
         return model.logits(from_last_stage(hidden, device.stages))
 
-    return _mapped(run, spec, (weight_specs(weights, mesh), EVERYWHERE), EVERYWHERE)(weights, tokens)
+    return _mapped(run, plan, (weight_specs(weights, mesh), EVERYWHERE), EVERYWHERE)(weights, tokens)
 
 
-def state_specs(spec: Spec) -> Any:
+def state_specs(plan: Plan) -> Any:
     """Where what the method's loop carries lies: PartitionSpecs, a prefix of it."""
-    return spec.schedule.loop.on_mesh(spec.schedule).state_specs(spec.schedule, MEMORY)
+    return mesh_loop(plan).state_specs(plan, MEMORY)
 
 
 def sampling_specs(sampling: Sampling | None) -> Any:
@@ -152,23 +149,23 @@ def pad_heads(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _device(spec: Spec, weights: Any, heads: Heads) -> StageNetwork:
+def _device(plan: Plan, weights: Any, heads: Heads) -> StageNetwork:
     """The network of the device that this is traced for, from its part of the weights."""
-    assert isinstance(spec.layout, Staged)
-    assert spec.mesh is not None
+    assert isinstance(plan.layout, Staged)
+    assert plan.mesh is not None
 
     def own(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return leaf[0] if "layers" in names_in(path) else leaf
 
-    config = device_config(spec.config, spec.layout, spec.mesh)
-    kinds = kind_table(spec.config, stage_ranges(spec.layout.depths), STAGE)
-    whole = (spec.config.vocab_size, spec.config.width)
-    tensor_axis = TENSOR if spec.mesh.shape[TENSOR] > 1 else None
-    vocabulary_axis = partition(("vocabulary", "width"), whole, spec.mesh)[0]
+    config = device_config(plan.config, plan.layout, plan.mesh)
+    kinds = kind_table(plan.config, stage_ranges(plan.layout.depths), STAGE)
+    whole = (plan.config.vocab_size, plan.config.width)
+    tensor_axis = TENSOR if plan.mesh.shape[TENSOR] > 1 else None
+    vocabulary_axis = partition(("vocabulary", "width"), whole, plan.mesh)[0]
     model = merge_model(
         config, Unrolled(), jax.tree_util.tree_map_with_path(own, weights), tensor_axis, vocabulary_axis, kinds
     )
-    return stage_network(model, spec, heads)
+    return stage_network(model, plan, heads)
 
 
 def _own(memory: cache.Memory) -> cache.Memory:
@@ -180,10 +177,10 @@ def _stacked(memory: cache.Memory) -> cache.Memory:
     return jax.tree.map(lambda x: x[None], memory._replace(exits=()))._replace(exits=memory.exits)
 
 
-def _together(spec: Spec, advance: Callable[[Any], Any], state: Any, until_tick: jax.Array) -> Any:
+def _together(plan: Plan, advance: Callable[[Any], Any], state: Any, until_tick: jax.Array) -> Any:
     """`until_done`, the devices of all data rows going on as long as any has a sequence to finish."""
-    assert spec.mesh is not None
-    if spec.mesh.shape[DATA] == 1:
+    assert plan.mesh is not None
+    if plan.mesh.shape[DATA] == 1:
         return until_done(advance, state, until_tick)
 
     def unfinished(state: Any) -> jax.Array:
@@ -197,6 +194,6 @@ def _together(spec: Spec, advance: Callable[[Any], Any], state: Any, until_tick:
     return jax.lax.while_loop(lambda carry: carry[1] & (carry[0].tick < until_tick), body, start)[0]
 
 
-def _mapped(function: Callable[..., Any], spec: Spec, inputs: Any, outputs: Any) -> Callable[..., Any]:
+def _mapped(function: Callable[..., Any], plan: Plan, inputs: Any, outputs: Any) -> Callable[..., Any]:
     # What is said to be the same everywhere is: it comes from a gather or a sum, or from equal inputs.
-    return jax.shard_map(function, mesh=spec.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+    return jax.shard_map(function, mesh=plan.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)

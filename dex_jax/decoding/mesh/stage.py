@@ -13,7 +13,7 @@ Letters: B sequences (of this device's share of the data axis), W rows a stage, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from dex_jax.decoding.dex.trained_exits import (
     trained_exits,
 )
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
+from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits
 from dex_jax.lattice import NO_TOKEN, Proposals
 from dex_jax.nn.attention import causal_rows
@@ -45,9 +46,6 @@ from dex_jax.nn.forward import InUse, run_rows
 from dex_jax.nn.transformer import Staged, Transformer, stage_ranges
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import STAGE
-
-if TYPE_CHECKING:
-    from dex_jax.decoding.spec import Spec
 
 
 class StageNetwork(NamedTuple):
@@ -67,24 +65,24 @@ class StageNetwork(NamedTuple):
     features: Callable[[Any, jax.Array, StageView, Any], jax.Array]
 
 
-def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
+def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
     """The callables of the device that this is traced for.
 
-    The model has its layers, unrolled; spec is of the whole generation, its layout gives the depths; heads have of the
-    exits this stage's alone (the last stage has none, and zeros in its place).
+    The model has its layers, unrolled; the plan is of the whole generation, its layout gives the depths; heads have of
+    the exits this stage's alone (the last stage has none, and zeros in its place).
     """
-    assert isinstance(spec.layout, Staged)
-    depths = spec.layout.depths
+    assert isinstance(plan.layout, Staged)
+    depths = plan.layout.depths
     stages, in_use, own = len(depths), layers_in_use(depths), None
-    remembers, remembering = spec.remembers, spec.remembering(heads)
+    remembers, remembering = plan.remembers, plan.remembering(heads)
     exits = shared_exits(model) if stages > 1 else None
-    if spec.exits is not None and heads.exits is not None:
-        exits, own = trained_exits(model, spec.exits, heads.exits), exit_heads(spec.exits, heads.exits)
+    if plan.exits is not None and heads.exits is not None:
+        exits, own = trained_exits(model, plan.exits, heads.exits), exit_heads(plan.exits, heads.exits)
     drafter = None
-    if spec.drafter is not None and heads.drafter is not None:
+    if plan.drafter is not None and heads.drafter is not None:
         # What nodes have reached is shared by all stages: nobody computes it here.
-        drafter = spec.drafter.drafter(model, heads.drafter)
-    drafts = spec.schedule.drafts
+        drafter = plan.drafter.drafter(model, heads.drafter)
+    drafts = plan.drafts
     counts = None if drafts is None or not drafts.rungs else drafts.counts  # as ticks choose of them
     whole = (model.config.num_layers,)
     network = transformer_network(model, whole, exits, in_use=in_use, drafter=drafter, counts=counts)
@@ -109,11 +107,11 @@ def stage_network(model: Transformer, spec: Spec, heads: Heads) -> StageNetwork:
         return read_features(model, remembers.config, remembering, memory, done._replace(hidden=features).chunk)
 
     def features(memory: Any, hidden: jax.Array, view: StageView, shared: Any) -> jax.Array:
-        if own is None or spec.exits is None:
+        if own is None or plan.exits is None:
             return model.normed(hidden)
         stage = jax.lax.axis_index(STAGE)
         token, position, parent = (field[stage][None] for field in (view.token, view.position, view.parent))
-        if not spec.exits.needs_previous:
+        if not plan.exits.needs_previous:
             return row_features(model, own, hidden[None], token, position)[0]
         before = before_nodes(shared, memory.previous, parent, view.ring)
         return row_features(model, own, hidden[None], token, position, before, shared[stage][None], memory.context)[0]

@@ -1,0 +1,340 @@
+"""What runs: a request on a model becomes a Plan, on which compiled programs depend, and the heads that it uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from typing import Any, NamedTuple, Protocol
+
+from jax.sharding import Mesh
+
+from dex_jax.config import ExitsConfig, ModelConfig
+from dex_jax.decoding.dex.drafters import GivenDrafter, fitted
+from dex_jax.decoding.dex.interface import ExitZero
+from dex_jax.decoding.dex.shape import TreeShape
+from dex_jax.decoding.dex.trained_exits import Heads, TrainedHeads
+from dex_jax.decoding.dex.trees import LOOKUP_TREE, known_trees
+from dex_jax.decoding.request import AR, MOST_ROWS, Dex, check_method
+from dex_jax.errors import DexError, is_whole
+from dex_jax.grid import check_depths, even_depths, nearest_depths
+from dex_jax.io.eagle import find_eagle
+from dex_jax.io.exits_file import TrainedExits, default_drafter, default_exits, load_exits
+from dex_jax.lattice import default_rows, full_rows
+from dex_jax.nn.exits import select_exits
+from dex_jax.nn.transformer import Layout, Unrolled
+
+DEFAULT_EXPLORERS = 5
+FULL_ROWS_LIMIT = 8
+
+SPARE = 32
+"""Cache positions past the last token that every method has, needed or not. XLA adds up a prompt's attention in another
+order in a cache of another length: where methods would begin with other last bits, bfloat16 parts them."""
+
+_SAID: set[tuple[str, str]] = set()
+"""Models, by their fingerprint, and remarks."""
+
+GivenExits = str | os.PathLike | GivenDrafter
+"""What users give as `exits`."""
+
+
+class GivenHeads(NamedTuple):
+    """The heads of a generation as they were read, None where there are none."""
+
+    exits: TrainedExits | None = None  # heads at x_1 .. x_{K-1}; None for "shared" and when K = 1
+    drafter: GivenDrafter | None = None  # exit 0; None where the text alone drafts, or nothing does
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static argument of the jitted functions: a method made concrete, then joined by the model and its heads."""
+
+    method: str  # "ar", "dex", or the name of a user's own
+    depths: tuple[int, ...]  # exit depths x_1 < ... < x_K = L
+    rows: int = 1  # W, rows a stage
+    decs: bool = True  # whether depth-coupled sampling is on
+    drafts: TreeShape | None = None  # how much exit 0 drafts below a head of a cohort; None for nothing
+    loop: Any = "dex"  # what runs it: a name of loops.LOOPS, or a Loop of a user's own
+
+    config: Any = None  # ModelConfig; from here on what only a model says
+    layout: Layout = dataclasses.field(default=Unrolled())  # of its weights
+    mesh: Mesh | None = None  # None for one device; otherwise the layout is Staged
+    exits: ExitsConfig | None = None  # of the exits 1..K-1; None for the model's own, "shared", and for K = 1
+    drafter: ExitZero | None = None  # exit 0; None where the text alone drafts, or nothing does
+
+    # Programs do not depend on what follows. A session has the heads' arrays, and takes them out of its plan.
+    heads: GivenHeads = dataclasses.field(default=GivenHeads(), compare=False, repr=False)
+    # Which exits 1..K-1 propose and which drafter stands at depth 0: "shared", "default", a path, None for none.
+    exits_source: str | None = dataclasses.field(default=None, compare=False, repr=False)
+    drafter_source: str | None = dataclasses.field(default=None, compare=False, repr=False)
+    choice: str | None = dataclasses.field(default=None, compare=False, repr=False)  # why, where nothing was asked
+    remarks: tuple[str, ...] = dataclasses.field(
+        default=(), compare=False, repr=False
+    )  # sentences that a user should see
+
+    @property
+    def stages(self) -> int:
+        """K."""
+        return len(self.depths)
+
+    @property
+    def has_lattice(self) -> bool:
+        """Whether it is DEX, or a form of it."""
+        return self.loop == "dex"
+
+    @property
+    def ahead(self) -> int:
+        """How many positions past the last token the committed cache has."""
+        return max(SPARE, 0 if self.drafts is None else self.drafts.levels)
+
+    @property
+    def remembers(self) -> ExitZero | None:
+        """Whose memory of the committed prefix is kept: the exits' if they have one, of which a drafter's is a part."""
+        return TrainedHeads(self.exits) if self.exits is not None and self.exits.needs_previous else self.drafter
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Depths whose states are kept for exit 0 beside those at L."""
+        return () if self.drafter is None else self.drafter.reads
+
+    def remembering(self, heads: Heads) -> Any:
+        """The arrays of what `remembers`."""
+        return heads.drafter if self.remembers is self.drafter else heads.exits
+
+    def say(self, fingerprint: str) -> None:
+        """Prints the remarks on stderr, each once in a process for a model."""
+        for remark in self.remarks:
+            if (fingerprint, remark) not in _SAID:
+                _SAID.add((fingerprint, remark))
+                print(remark, file=sys.stderr)
+
+
+class OwnMethod(Protocol):
+    """A way to decode of a user's own; AR and Dex are what they are by their fields."""
+
+    def plan_for(self, num_layers: int) -> Plan:
+        """The plan for a model of L = num_layers, as far as it does not depend on weights."""
+
+
+Method = AR | Dex | OwnMethod
+
+
+class Found(NamedTuple):
+    """What a user's `exits` names for a model."""
+
+    fingerprint: str  # of the model
+    source: str  # of heads at depths above 0: "shared", "default" or a path
+    drafter: GivenDrafter | None = None  # exit 0; None for the text alone
+    drafter_source: str | None = None  # "default" or a path, None without one
+    own: str | None = None  # what the user gave himself is "exits", the "drafter", or neither (None)
+    given: TrainedExits | None = None  # by the user, heads at depths above 0
+
+    @property
+    def exits(self) -> TrainedExits | None:
+        """Heads at depths above 0, None for the model's own; those that ship are large, and read when asked for."""
+        return default_exits(self.fingerprint) if self.source == "default" else self.given
+
+
+def plan_for(method: Method, num_layers: int) -> Plan:
+    """The plan of a method for a model of L = num_layers, before exits are known.
+
+    Raises:
+      DexError: both explorers and depths, K or depths out of range, depths not ascending or not ending at L, rows below
+        1, or rows="full" with drafts or above K = 8.
+    """
+    check_method(method)
+    if isinstance(method, AR):
+        return Plan("ar", (num_layers,), decs=False, loop="ar")
+    if not isinstance(method, Dex):
+        return method.plan_for(num_layers)
+    if not isinstance(method.draft, (bool, TreeShape)):
+        raise DexError(f"draft must be True, False or a TreeShape, not {method.draft!r}")
+    if not isinstance(method.decs, bool):
+        raise DexError(f"decs must be True or False, not {method.decs!r}")
+    depths = _depths(method, num_layers)
+    drafts = LOOKUP_TREE if method.draft is True else method.draft or None
+    return Plan("dex", depths, rows_of(method, len(depths), drafts), method.decs, drafts)
+
+
+def with_stages(method: Method, stages: int | None) -> Method:
+    """The method on a mesh of `stages`, None on one device: on a mesh each explorer has a stage."""
+    if stages is None or not isinstance(method, Dex) or method.explorers is not None or method.depths is not None:
+        return method
+    return dataclasses.replace(method, explorers=stages)
+
+
+def _depths(method: Dex, num_layers: int) -> tuple[int, ...]:
+    if method.explorers is not None and method.depths is not None:
+        raise DexError("give explorers or depths, not both: depths already say how many explorers there are")
+    if method.depths is not None:
+        return check_depths(method.depths, num_layers)
+    if method.explorers is None:
+        return even_depths(1 if method.draft else min(DEFAULT_EXPLORERS, num_layers), num_layers)
+    if not is_whole(method.explorers) or method.explorers > num_layers:
+        raise DexError(f"explorers must be from 1 to the model's {num_layers} layers, not {method.explorers}")
+    return even_depths(int(method.explorers), num_layers)
+
+
+def rows_of(method: Dex, stages: int, drafts: TreeShape | None) -> int:
+    """W for K = `stages` and what exit 0 drafts."""
+    if method.rows is None:
+        return default_rows(stages) if drafts is None else drafted_rows(stages, drafts)
+    if method.rows == "full":
+        if drafts is not None:
+            raise DexError('rows="full" is for draft=False: what exit 0 drafts is always pruned, give a number')
+        if stages > FULL_ROWS_LIMIT:
+            raise DexError(
+                f'rows="full" needs 2^(K-2) rows a stage, {full_rows(stages)} for K = {stages}: it is offered up '
+                f"to K = {FULL_ROWS_LIMIT}, give a number of rows instead"
+            )
+        return full_rows(stages)
+    if not is_whole(method.rows) or int(method.rows) > MOST_ROWS:
+        raise DexError(f'rows must be a whole number from 1 to {MOST_ROWS}, or "full", not {method.rows}')
+    return int(method.rows)
+
+
+def drafted_rows(stages: int, drafts: TreeShape) -> int:
+    """Rows a stage with drafts, when the user does not say: one head's tree, and a row for each further head.
+
+    Examples:
+      >>> [drafted_rows(stages, LOOKUP_TREE) for stages in (1, 2, 5, 10)]
+      [8, 8, 15, 32]
+    """
+    return max(drafts.rows, min(default_rows(stages) + drafts.rows - 1, 32))
+
+
+def resolve(method: Method, exits: GivenExits, config: ModelConfig, fingerprint: str) -> Plan:
+    """The plan of a method with the heads that it uses, for `exits` as of `find_exits`.
+
+    Where an even grid asks for depths that are not trained, the nearest ones are taken.
+
+    Raises:
+      DexError: as `plan_for` and `find_exits`; heads of another width, vocabulary or number of layers, without the
+        depths that are asked for, or of no use to the method.
+    """
+    plan = plan_for(method, config.num_layers)
+    if plan.stages == 1 and plan.drafts is None:
+        return plan
+    found = find_exits(exits, fingerprint)
+    if plan.stages > 1:
+        plan = _with_exits(plan, found, config, getattr(method, "depths", None) is not None)
+    elif found.own == "exits":
+        raise DexError(
+            f"{found.source} holds exits at depths, and one explorer has none: give more explorers, or leave it out"
+        )
+    if plan.drafts is None:
+        if found.own == "drafter":
+            raise DexError(f"{found.drafter_source} holds a drafter, and the method has none: leave it out")
+        return plan
+    return _with_drafter(plan, method, found, config)
+
+
+def _with_exits(plan: Plan, found: Found, config: ModelConfig, given_depths: bool) -> Plan:
+    trained, source, depths = found.exits, found.source, plan.depths
+    shared = dataclasses.replace(plan, exits_source="shared")
+    if found.own != "exits" and source == "default":
+        why = None
+        if trained is None:
+            why = "no trained exits ship with this model"
+        elif plan.stages - 1 > trained.count:
+            why = "the shipped exits are fewer"
+        elif given_depths and not set(depths[:-1]) <= set(trained.config.depths):
+            why = "the shipped exits are not trained at all these depths"
+        if why is not None:
+            return dataclasses.replace(shared, remarks=(f'{why}: exits="shared" is used',))
+    if trained is None:
+        return shared
+    _check_fit(trained, config)
+    remarks = []
+    if trained.fingerprint != found.fingerprint:
+        remarks.append(f"the exits in {source} were trained on another model: tokens stay the same, ticks may be more")
+    reached = tuple(depth for depth in trained.config.depths if depth > 0)
+    if not set(depths[:-1]) <= set(reached):
+        trained_at = ", ".join(map(str, trained.config.depths))
+        if given_depths:
+            raise DexError(f"the exits in {source} are trained at depths {trained_at}: choose depths among them")
+        depths = (*nearest_depths(depths[:-1], reached, source), depths[-1])
+        moved = ", ".join(map(str, depths))
+        remarks.append(f"exits are trained at depths {trained_at}: the exit depths are {moved}")
+    subset, parameters = select_exits(trained.config, trained.parameters, depths[:-1])
+    heads = GivenHeads(dataclasses.replace(trained, config=subset, parameters=parameters))
+    return dataclasses.replace(
+        plan, depths=depths, exits=subset, heads=heads, exits_source=source, remarks=tuple(remarks)
+    )
+
+
+def _with_drafter(plan: Plan, method: Any, found: Found, config: ModelConfig) -> Plan:
+    drafter, source, remarks = found.drafter, found.drafter_source, plan.remarks
+    if drafter is None:
+        return plan
+    if isinstance(drafter, TrainedExits):
+        if not drafter.config.is_drafter:
+            raise DexError(
+                f"a drafter is one fused exit at depth 0 without attention (kind mlp, for example), and {source} has "
+                f"one of kind {drafter.config.kind}: train one (configs/smollm2_135m_drafter.py), or leave it out"
+            )
+        _check_fit(drafter, config)
+        if drafter.fingerprint != found.fingerprint:
+            what = f"the drafter in {source} was trained on another model"
+            remarks = (*remarks, f"{what}: tokens stay the same, ticks may be more")
+    elif plan.stages > 1:
+        raise DexError(f"{source} has layers of its own and drafts for one explorer: give explorers=1")
+    else:
+        drafter = fitted(drafter, config)
+    if isinstance(method, Dex) and method.draft is True:
+        # With one explorer every row takes time; several wait for their layers, and ticks are what counts.
+        trees = [tree.shape for tree in known_trees(drafter)]
+        drafts = trees[0] if plan.stages == 1 else max(trees, key=lambda tree: tree.rows)
+        plan = dataclasses.replace(plan, drafts=drafts, rows=rows_of(method, plan.stages, drafts))
+    heads = plan.heads._replace(drafter=drafter)
+    return dataclasses.replace(plan, heads=heads, drafter_source=source, remarks=remarks)
+
+
+def find_exits(exits: GivenExits, fingerprint: str) -> Found:
+    """What `exits` means for a model: "shared", "default", a path, a hub id, or what was loaded from one.
+
+    A drafter alone leaves the exits to what ships for the model, and exits the drafter. A DexError for a file that
+    cannot be read.
+    """
+    if isinstance(exits, str) and exits == "shared":
+        return Found(fingerprint, "shared")
+    drafter = default_drafter(fingerprint)
+    shipped = Found(fingerprint, "default", drafter, None if drafter is None else "default")
+    if isinstance(exits, str) and exits == "default":
+        return shipped
+    given = opened(exits)
+    given = load_exits(given) if isinstance(given, (str, os.PathLike)) else given
+    if not isinstance(given, TrainedExits) or given.config.depths == (0,):
+        return shipped._replace(drafter=given, drafter_source=given.source, own="drafter")
+    return shipped._replace(given=given, source=given.source, own="exits")
+
+
+def opened(exits: GivenExits) -> GivenExits:
+    """The EAGLE-3 head that a path or a hub id names, which is large and read once; all else as it is."""
+    if not isinstance(exits, (str, os.PathLike)) or exits in ("shared", "default"):
+        return exits
+    return find_eagle(exits) or exits
+
+
+def unmeasured(method: Method, exits: GivenExits, fingerprint: str) -> Method:
+    """The method for one device where nothing measures which is the fastest: exits of one's own have explorers."""
+    if method != Dex():
+        return method
+    found = find_exits(exits, fingerprint)
+    if found.own != "exits" or found.exits is None:
+        return Dex(explorers=1)
+    return Dex(explorers=min(DEFAULT_EXPLORERS, found.exits.count + 1))
+
+
+def _check_fit(trained: TrainedExits, config: ModelConfig) -> None:
+    where = f"the exits in {trained.source}"
+    if trained.config.width != config.width:
+        raise DexError(f"{where} are for a model of width {trained.config.width}, and this one has {config.width}")
+    if trained.config.depths[-1] >= config.num_layers:
+        raise DexError(
+            f"{where} reach depth {trained.config.depths[-1]}, and this model has {config.num_layers} layers"
+        )
+    if trained.vocabulary is not None and trained.vocabulary[-1] >= config.vocab_size:
+        raise DexError(
+            f"{where} know token {trained.vocabulary[-1]}, and this model's vocabulary ends at {config.vocab_size - 1}"
+        )
