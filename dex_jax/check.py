@@ -7,10 +7,13 @@ batches of different shapes add in different orders.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dex_jax.decoding.mesh.programs import mesh_logits
 from dex_jax.decoding.output import Output
 from dex_jax.decoding.request import Request
 from dex_jax.decoding.session import sampling_of
@@ -86,10 +89,17 @@ def compare_tokens(
 
 def top2_margin(lm: LanguageModel, ids: list[int], sampling: Sampling | None = None) -> float:
     """Best minus second-best score of the token after `ids`, over max |logit|; sampling: keys of one sequence."""
-    logits = lm.logits([ids])[0, -1]
+    logits = logits_of(lm, [ids])[0, -1]
     adjusted = logits
     if sampling is not None:
         noise = position_noise(sampling.keys[0], jnp.int32(len(ids)), logits.shape[0])
         adjusted = scores(logits[None], sampling, noise[None])[0]
     second, best = np.sort(np.asarray(adjusted))[-2:]
     return float((best - second) / np.abs(np.asarray(logits)).max())
+
+
+def logits_of(lm: LanguageModel, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
+    """Final logits at every position, wherever the model lies: tokens [B, T] int32 -> [B, T, V] float32."""
+    if lm.mesh is None:
+        return lm.logits(tokens)
+    return mesh_logits(lm.config, lm.layout, lm.mesh, lm.weights, jnp.asarray(tokens, jnp.int32))

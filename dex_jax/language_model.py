@@ -134,13 +134,14 @@ class LanguageModel(Described):
         return save_model(folder, self.config, weights, self.tokenizer)
 
     def logits(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
-        """Final logits at every position: tokens [B, T] int32 -> [B, T, V] float32."""
-        tokens = jnp.asarray(tokens, jnp.int32)
-        if self.mesh is not None:
-            from dex_jax.decoding.mesh.programs import mesh_logits
+        """Final logits at every position, on one device: tokens [B, T] int32 -> [B, T, V] float32.
 
-            return mesh_logits(self.config, self.layout, self.mesh, self.weights, tokens)
-        return _full_logits(self.config, self.layout, self.weights, tokens)
+        Raises:
+          DexError: the model lies on a mesh, where `dex_jax.check.logits_of` gives them.
+        """
+        if self.mesh is not None:
+            raise DexError(f"{self.source} lies on a mesh: dex_jax.check.logits_of gives its logits")
+        return _full_logits(self.config, self.layout, self.weights, jnp.asarray(tokens, jnp.int32))
 
 
 @dataclasses.dataclass(eq=False)

@@ -23,6 +23,7 @@ from test_io_gguf import write_gguf
 
 import dex_jax
 from dex_jax import AR, Dex, Staged
+from dex_jax.check import logits_of
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.dex.shape import TreeShape
@@ -162,7 +163,7 @@ def checkpoint(family: str, folder: Path) -> dict[str, Any]:
         output = dex_jax.generate(lm, tokens[:, :4].tolist(), method=method, max_new_tokens=6)
         tokens[:, 4:] = output.tokens
         made = [output.stats.device, [*output.stats.plan.depths]]
-    ours, theirs = np.asarray(lm.logits(tokens)), np.asarray(one.logits(tokens))
+    ours, theirs = np.asarray(logits_of(lm, tokens)), np.asarray(one.logits(tokens))
     return {
         "error": float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
         "read": progress[-1],
@@ -192,7 +193,7 @@ def packed(folder: Path) -> dict[str, Any]:
         dex_jax.generate(each, prompts, method=how, **options) for each, how in zip(both, (trees, AR()), strict=True)
     ]
     kernels = [leaf for name in ("gate_up", "down") for leaf in jax.tree.leaves(both[0].weights["layers"][0][name])]
-    given, wanted = (np.asarray(each.logits(np.arange(20).reshape(2, 10))) for each in both)
+    given, wanted = (np.asarray(logits_of(each, np.arange(20).reshape(2, 10))) for each in both)
     return {
         "int8": {
             "shapes": [leaf.addressable_shards[0].data.shape[1:] for leaf in kernels],

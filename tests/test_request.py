@@ -83,7 +83,7 @@ WRONG = [
     ({"method": Dex(depths=(10.7, 30))}, "depths are whole numbers"),
     ({"method": Dex(depths="6,12,30")}, "depths are whole numbers"),
     ({"method": Dex(draft="yes")}, "draft must be True, False or a TreeShape"),
-    ({"method": Dex(decs=1)}, "decs must be True or False"),
+    ({"method": Dex(decs="no")}, "decs must be True or False"),
     ({"exits": 3}, "exits are .* not 3"),
     ({"draft_model": "smollm2-135m"}, "draft_model is a loaded model, not 'smollm2-135m'"),
     ({"temperature": "hot"}, "temperature must be 0 .* not 'hot'"),
