@@ -88,22 +88,9 @@ _DEVICES = (
 DEVICES = {device.name: device for device in _DEVICES}
 
 
-KINDS = {
-    **{"H100": "h100", "H200": "h200", "A100-SXM4-40GB": "a100-40", "A100-PCIE-40GB": "a100-40", "A100": "a100"},
-    **{"T4": "t4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"},
-}
-"""What JAX's `device_kind` has in it -> key of DEVICES, the longer names first."""
-
-
 def platform_of(name: str) -> str:
     """What JAX calls the platform of a key of DEVICES: "cpu", "gpu" or "tpu"."""
-    tpus = {known for kind, known in KINDS.items() if kind.startswith("TPU")}
-    return "tpu" if name in tpus else "cpu" if name == "cpu" else "gpu"
-
-
-def published(kind: str) -> Device | None:
-    """The device that JAX calls so, from DEVICES; None for one that is not there."""
-    return next((DEVICES[name] for part, name in KINDS.items() if part in kind), None)
+    return "tpu" if name in ("v5e", "v5p", "v6e") else "cpu" if name == "cpu" else "gpu"
 
 
 NUMBERS = ("flops", "bandwidth", "memory", "kernel", "latency", "link_bandwidth")

@@ -339,8 +339,8 @@ def test_a_parting_is_judged_by_the_dtype() -> None:
 def test_help_and_refusals_come_before_jax() -> None:
     code = """
 import contextlib, io, sys
-from dex_jax import planner
-from dex_jax.cli import decode, selfcheck, train
+from dex_jax import planner, selfcheck
+from dex_jax.cli import decode, train
 for program, flags in (
     (selfcheck, ["--help"]), (planner, ["--help"]), (decode, ["--help"]), (decode, ["--rows", "0"]), (decode, []),
     (decode, ["--exit-depth", "5", "--prompt", "x"]),

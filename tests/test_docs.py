@@ -30,7 +30,6 @@ PROGRAMS = {
     "decode.py": "dex_jax.cli.decode",
     "dex-decode": "dex_jax.cli.decode",
     "train_exits.py": "dex_jax.cli.train",
-    "dex_jax.selfcheck": "dex_jax.cli.selfcheck",
 }
 HOMES = (dex_jax, studies)
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 7}
