@@ -97,6 +97,13 @@ def parsed(text: str | bytes, kind: type[T], source: object, advice: str = "get 
     return typed(value, kind, source, advice)
 
 
+def refuse(source: object, *reasons: tuple[object, str]) -> None:
+    """A DexError where one of the reasons, (whether it holds, what it says of `source`), holds; the first is told."""
+    for holds, said in reasons:
+        if holds:
+            raise DexError(f"{source} {said}.")
+
+
 def local_path(path: str | os.PathLike) -> Path:
     """A path with ~ and ~user put in; a DexError if there is no such user, or no home directory."""
     try:

@@ -261,9 +261,9 @@ def test_llama3_scaling_is_found_from_its_factors_and_others_are_refused(tmp_pat
     ("options", "words"),
     [
         ({"architecture": "gemma3n"}, ["'gemma3n'", "llama, qwen2, qwen3"]),
-        ({"ARCH__rope__scaling__type": "yarn"}, ["'yarn'"]),
+        ({"ARCH__rope__scaling__type": "yarn"}, ["yarn", "original_max_position_embeddings"]),
         ({"ARCH__expert_count": 8}, ["mixture of experts"]),
-        ({"ARCH__rope__dimension_count": 4}, ["partial RoPE"]),
+        ({"ARCH__rope__dimension_count": 4}, ["only part of each head"]),
         ({"ARCH__attention__key_length": 16}, []),
         ({"ARCH__attention__value_length": 16}, ["values"]),
         ({"split__count": 2}, ["one of 2 parts"]),

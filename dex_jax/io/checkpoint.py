@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
-from dex_jax.io.tensor_names import Part, canonical_parts, layer_prefix, stacked_shape
+from dex_jax.io.tensor_names import canonical_parts, layer_prefix, stacked_shape
 from dex_jax.io.tokenizer import Tokenizer
 
 _SAMPLED_ROWS = 4
@@ -25,28 +25,28 @@ _FIELDS = dataclasses.fields(ModelConfig)
 _LATER = {each.name: each.default for each in _FIELDS[[each.name for each in _FIELDS].index("layer_kinds") :]}
 
 
-class TensorSource(Protocol):
-    """What a file format offers: named tensors, rows first."""
+class Stored(NamedTuple):
+    """One tensor of a file."""
 
-    names: tuple[str, ...]
+    file: Path
+    shape: tuple[int, ...]  # rows first
+    format: str  # what its numbers are stored as, such as "F32" or "Q4_1"
+    dtype: np.dtype | None  # what they are read as; None where that is not covered
+    place: Any  # where they lie, for the file's own kind of `Tensors`
 
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape, or None when there is no such tensor."""
 
-    def dtype(self, name: str) -> np.dtype:
-        """The float type that `read` returns; a DexError for a type that is not covered."""
+class Tensors:
+    """The tensors of one checkpoint by the names of its files."""
 
-    def file_of(self, name: str) -> Path | str:
-        """The file to name in an error."""
+    stored: dict[str, Stored]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop`, as an array of its own."""
-
-    def format_of(self, name: str) -> str:
-        """What its numbers are stored as, such as "F32" or "Q4_1"."""
+        raise NotImplementedError
 
     def blocks(self, name: str) -> np.ndarray:
         """The rows as they are stored, [rows, bytes] uint8; of formats that pack numbers in blocks."""
+        raise NotImplementedError
 
 
 class Checkpoint:
@@ -59,7 +59,7 @@ class Checkpoint:
         self,
         config: ModelConfig,
         source: str,
-        tensors: TensorSource,
+        tensors: Tensors,
         *,
         gguf: bool,
         build_tokenizer: Callable[[], Tokenizer | None],
@@ -68,8 +68,8 @@ class Checkpoint:
         self.config = config
         self.source = source
         self._tensors = tensors
-        if config.num_layers > len(tensors.names):
-            raise DexError(f"{source} holds {len(tensors.names)} tensors, too few for {config.num_layers} layers.")
+        if config.num_layers > len(tensors.stored):
+            raise DexError(f"{source} holds {len(tensors.stored)} tensors, too few for {config.num_layers} layers.")
         self._parts = canonical_parts(config, gguf=gguf)
         self._build_tokenizer = build_tokenizer
         self._check(gguf)
@@ -81,16 +81,16 @@ class Checkpoint:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape, for every tensor that `read` can return."""
-        return {name: stacked_shape(parts) for name, parts in self._parts.items()}
+        return {name: stacked_shape([part.shape for part in parts]) for name, parts in self._parts.items()}
 
     def read(self, name: str) -> np.ndarray:
         """One canonical tensor, a key of `shapes()`: float32 (quantised ones too), float16 or bfloat16 as stored."""
         parts = self._parts[name]
         if len(parts) == 1:
             return self._tensors.read(parts[0].name)
-        dtypes = {self._tensors.dtype(part.name) for part in parts}
+        dtypes = {self._tensors.stored[part.name].dtype for part in parts}
         # Not by np.result_type: of float16 and bfloat16 it knows no common type.
-        out = np.empty(stacked_shape(parts), dtypes.pop() if len(dtypes) == 1 else np.float32)
+        out = np.empty(stacked_shape([part.shape for part in parts]), dtypes.pop() if len(dtypes) == 1 else np.float32)
         at = 0
         for part in parts:
             out[at : at + part.shape[0]] = self._tensors.read(part.name)
@@ -100,7 +100,7 @@ class Checkpoint:
     def formats(self) -> dict[str, list[tuple[str, int]]]:
         """Canonical name -> of each part of every matrix what its numbers are stored as, and its rows."""
         return {
-            name: [(self._tensors.format_of(part.name), part.shape[0]) for part in parts]
+            name: [(self._tensors.stored[part.name].format, part.shape[0]) for part in parts]
             for name, parts in self._parts.items()
             if len(parts[0].shape) == 2
         }
@@ -120,32 +120,35 @@ class Checkpoint:
             if name not in _LATER or fields[name] != _LATER[name]:
                 digest.update(f"{name}={fields[name]!r};".encode())
         last = self.config.num_layers - 1
-        sampled = [f"layers.{layer}." for layer in sorted({0, last // 2, last})]
+        sampled = tuple(f"layers.{layer}." for layer in (0, last // 2, last))
         for name in sorted(self._parts):
             # GGUF files keep q and k in another order, and undoing it would mean reading all of their rows.
             skipped = 2 if name.endswith((".qkv", ".qkv_bias")) else 0
-            if name.startswith(tuple(sampled)) or not name.startswith("layers."):
+            if name.startswith(sampled) or not name.startswith("layers."):
                 for part in self._parts[name][skipped:]:
                     rows = self._tensors.read(part.name, 0, _SAMPLED_ROWS)
                     digest.update(np.ascontiguousarray(rows, np.float32).tobytes())
         return digest.hexdigest()[:16]
 
     def _check(self, gguf: bool) -> None:
-        wanted: dict[str, Part] = {part.name: part for parts in self._parts.values() for part in parts}
-        for name, part in wanted.items():
-            shape = self._tensors.shape(name)
-            if shape is None:
+        stored, wanted = self._tensors.stored, dict(part for parts in self._parts.values() for part in parts)
+        for name, shape in wanted.items():
+            if name not in stored:
                 raise DexError(f"{self.source} lacks the tensor {name}: the checkpoint is incomplete, get it again.")
-            if shape != part.shape:
+            found = stored[name]
+            if found.shape != shape:
                 raise DexError(
-                    f"{self._tensors.file_of(name)} holds {name} in the shape {list(shape)}, but its configuration "
-                    f"means {list(part.shape)}: weights and configuration do not belong together."
+                    f"{found.file} holds {name} in the shape {list(found.shape)}, but its configuration means "
+                    f"{list(shape)}: weights and configuration do not belong together."
                 )
-            self._tensors.dtype(name)
-        layers = re.escape(layer_prefix(0, gguf=gguf)).replace("0", r"\d+")
-        for name in self._tensors.names:
-            if re.match(layers, name) and name not in wanted and "rotary_emb" not in name:
+            if found.dtype is None:
                 raise DexError(
-                    f"{self._tensors.file_of(name)} holds the tensor {name}, for which a {self.config.family} model of "
+                    f"{found.file} stores {name} as {found.format}, which is not covered: use the unquantised model."
+                )
+        layers = re.escape(layer_prefix(0, gguf=gguf)).replace("0", r"\d+")
+        for name in stored.keys() - wanted.keys():
+            if re.match(layers, name) and "rotary_emb" not in name:
+                raise DexError(
+                    f"{stored[name].file} holds the tensor {name}, for which a {self.config.family} model of "
                     f"{self.config.num_layers} layers has no use: this variant is not covered."
                 )

@@ -13,12 +13,13 @@ from msgspec import Struct
 
 from dex_jax.config import EagleConfig, ModelConfig
 from dex_jax.errors import DexError
-from dex_jax.foreign import Size, TokenId, local_path, reading, typed
+from dex_jax.foreign import Size, TokenId, local_path, reading, refuse, typed
 from dex_jax.io.huggingface import json_of
 from dex_jax.io.huggingface_config import huggingface_config
 from dex_jax.io.opening import from_hub, is_hub_id
 from dex_jax.io.safetensors_files import SafetensorsFiles
-from dex_jax.io.tensor_names import LAYER_NAMES
+from dex_jax.io.save import config_json
+from dex_jax.io.tensor_names import LAYER_NAMES, stacked_shape
 from dex_jax.io.whole_files import write_json, write_whole
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -109,11 +110,9 @@ def _read(folder: Path, source: str) -> EagleHead:
     head, raw = _check(folder, source)
     with reading(source):
         files = SafetensorsFiles(folder)
-        if not files.names:
-            raise DexError(f"{source} holds no safetensors weights: save its pytorch_model.bin as model.safetensors.")
+        refuse(source, (not files.stored, "holds no safetensors weights: save pytorch_model.bin as model.safetensors"))
         config = _config(head, raw, files, source)
-        prefix = "midlayer." if _has(files, "midlayer.") else "layers.0."
-        return EagleHead(config, _parameters(config, files, prefix, source), _vocabulary(config, files, source), source)
+        return EagleHead(config, _parameters(config, files, source), _vocabulary(config, files, source), source)
 
 
 def _check(folder: Path, source: str) -> tuple[_Head, dict[str, Any]]:
@@ -122,52 +121,44 @@ def _check(folder: Path, source: str) -> tuple[_Head, dict[str, Any]]:
     head = typed(raw, _Head, folder / "config.json")
     kinds = [*filter(None, [head.speculators_model_type, *(head.architectures or [])])]
     # SafeAILab's own heads are called what their layer is called.
-    if head.draft_vocab_size is None and not any("eagle3" in kind.lower().replace("-", "") for kind in kinds):
-        raise DexError(
-            f"{source} holds no EAGLE-3 head and no exits (config.json says {', '.join(kinds) or 'nothing':.60}): give "
-            "an EAGLE-3 folder, exits of train_exits.py, or a small model with --draft-model."
-        )
+    other = head.draft_vocab_size is None and not any("eagle3" in kind.lower().replace("-", "") for kind in kinds)
+    said = f"(config.json says {', '.join(kinds) or 'nothing':.60}): a small model drafts with --draft-model"
+    refuse(source, (other, f"holds no EAGLE-3 head and no exits {said}"))
     return head, raw
-
-
-def _has(files: SafetensorsFiles, prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in files.names)
-
-
-def _shape(files: SafetensorsFiles, name: str, source: str) -> tuple[int, ...]:
-    shape = files.shape(name)
-    if shape is None or len(shape) != 2:
-        raise DexError(f"{source} lacks the matrix {name} of an EAGLE-3 head: this variant is not covered.")
-    return shape
 
 
 def _config(head: _Head, raw: dict[str, Any], files: SafetensorsFiles, source: str) -> EagleConfig:
     own = head.transformer_layer_config
     given = raw if own is None else own
     kind = given.get("model_type", "llama" if own is None else "qwen3")
-    if kind not in _DEFAULTS:
-        raise DexError(f"{source} has a layer of type {kind!r:.60}, and only {', '.join(_DEFAULTS)} are covered.")
-    if given.get("num_hidden_layers", 1) != 1 or _has(files, "layers.1."):
-        raise DexError(f"{source} has more than one layer, and EAGLE-3 heads of one are covered.")
-    known = {} if own is None else _DEFAULTS[kind]
-    layer = huggingface_config(
-        known | given | {"model_type": kind, "num_hidden_layers": 1, "architectures": None}, {}, source
-    )
-    if layer.layer_kinds:
-        raise DexError(f"{source} has a sliding window, which is not covered in an EAGLE-3 head.")
-    aux = head.eagle_config or head
-    if not aux.use_aux_hidden_state:
-        raise DexError(f"{source} reads the last layer alone (use_aux_hidden_state), which is not covered.")
+    many = given.get("num_hidden_layers", 1) != 1 or any(name.startswith("layers.1.") for name in files.stored)
+    aux, shapes = head.eagle_config or head, {name: each.shape for name, each in files.stored.items()}
+    fc, lm_head = shapes.get("fc.weight", ()), shapes.get("lm_head.weight", ())
     reads = tuple(aux.eagle_aux_hidden_state_layer_ids or ())
-    width, states = _shape(files, "fc.weight", source)
-    if states % (len(reads) or 3):
-        raise DexError(f"{source} reads {states} numbers of {len(reads) or 3} states: it does not fit together.")
+    count = len(reads) or 3
+    refuse(
+        source,
+        (kind not in _DEFAULTS, f"has a layer of type {kind!r:.60}, and only {', '.join(_DEFAULTS)} are covered"),
+        (many, "has more than one layer, and EAGLE-3 heads of one are covered"),
+        (not aux.use_aux_hidden_state, "reads the last layer alone (use_aux_hidden_state), which is not covered"),
+        (len(fc) != 2, "lacks the matrix fc.weight of an EAGLE-3 head"),
+        (len(lm_head) != 2, "lacks the matrix lm_head.weight of an EAGLE-3 head"),
+    )
+    known = {} if own is None else _DEFAULTS[kind]
+    one = {"model_type": kind, "num_hidden_layers": 1, "architectures": None}
+    layer = huggingface_config(known | given | one, {}, source)
+    width, states = fc
+    refuse(
+        source,
+        (layer.layer_kinds, "has a sliding window, which is not covered in an EAGLE-3 head"),
+        (states % count, f"reads {states} numbers of {count} states: it does not fit together"),
+    )
     return EagleConfig(
         layer=dataclasses.replace(layer, width=width, tied=True),
         reads=reads,
-        state_width=states // (len(reads) or 3),
-        draft_size=_shape(files, "lm_head.weight", source)[0],
-        own_embedding="embed_tokens.weight" in files.names,
+        state_width=states // count,
+        draft_size=lm_head[0],
+        own_embedding="embed_tokens.weight" in files.stored,
         norm_before_residual=head.norm_before_residual,
         norm_states="all" if head.norm_before_fc else "each" if head.fc_norm else None,
         norm_output=head.norm_output,
@@ -179,45 +170,38 @@ def _parts(name: str, prefix: str) -> list[str]:
     return [prefix + part if name.startswith("layer.") else part for part in _NAMES[name]]
 
 
-def _parameters(config: EagleConfig, files: SafetensorsFiles, prefix: str, source: str) -> dict[str, np.ndarray]:
+def _parameters(config: EagleConfig, files: SafetensorsFiles, source: str) -> dict[str, np.ndarray]:
     from dex_jax.nn.eagle import eagle_parameters
 
     found = {}
+    prefix = "midlayer." if any(name.startswith("midlayer.") for name in files.stored) else "layers.0."
     # While it is not known which depths are read, they are three.
     reads = config.reads or (0, 0, 0)
     norms = ["input_norm.weight"] if config.norm_states == "all" else [f"fc_norm.{i}.weight" for i in range(len(reads))]
     for name, (shape, _) in eagle_parameters(dataclasses.replace(config, reads=reads)).items():
         parts = norms if name == "states_norm" else _parts(name, prefix)
-        for part in parts:
-            if files.shape(part) is None:
-                raise DexError(f"{source} lacks the tensor {part} of an EAGLE-3 head: this variant is not covered.")
-            files.dtype(part)
-        shapes = [files.shape(part) or () for part in parts]
-        rows = sum(each[0] for each in shapes)
-        if any((rows, *each[1:]) != shape for each in shapes):
-            raise DexError(
-                f"{source} holds {parts[0]} in the shape {list(shapes[0])}, which its configuration does not mean: "
-                "weights and configuration do not belong together."
-            )
-        value = np.concatenate([files.read(part) for part in parts])
-        if not np.isfinite(value).all():
-            raise DexError(f"{parts[0]} of {source} is not finite: get it again.")
-        found[name] = value
+        absent = [part for part in parts if part not in files.stored or files.stored[part].dtype is None]
+        refuse(source, (absent, f"lacks floats under the name {absent[:1]} of an EAGLE-3 head"))
+        # Before anything is read: shapes that lie would multiply to more than there is.
+        shapes = [files.stored[part].shape for part in parts]
+        fits = all(len(each) == len(shape) for each in shapes) and stacked_shape(shapes) == shape
+        wrong = f"holds {parts[0]} in the shape {shapes[0]}: weights and configuration do not belong together"
+        refuse(source, (not fits, wrong))
+        found[name] = np.concatenate([files.read(part) for part in parts])
+        refuse(source, (not np.isfinite(found[name]).all(), f"holds {parts[0]} that is not finite: get it again"))
     return found
 
 
 def _vocabulary(config: EagleConfig, files: SafetensorsFiles, source: str) -> np.ndarray | None:
     """The model's id of each token of the draft vocabulary, from `d2t`, which says how far it is from its own."""
     size, last = config.draft_size, config.layer.vocab_size
-    if files.shape("d2t") is None:
-        if size != last:
-            raise DexError(f"{source} drafts {size} of {last} tokens and lacks d2t, which says which: get it again.")
+    if "d2t" not in files.stored and size == last:
         return None
-    if files.shape("d2t") != (size,) or files.format_of("d2t") not in ("I32", "I64"):
-        raise DexError(f"d2t of {source} has no {size} integers, one for each token: get it again.")
-    ids = files.read("d2t").astype(np.int64) + np.arange(size)
-    if ids.min() < 0 or ids.max() >= last or len({*ids.tolist()}) != size:
-        raise DexError(f"d2t of {source} does not name {size} of {last} tokens: get it again.")
+    stored = files.stored.get("d2t")
+    whole = stored is not None and stored.shape == (size,) and stored.format in ("I32", "I64")
+    ids = files.read("d2t").astype(np.int64) + np.arange(size) if whole else np.full(size, -1)
+    wrong = ids.min() < 0 or ids.max() >= last or len({*ids.tolist()}) != size
+    refuse(source, (wrong, f"does not say by d2t which {size} of {last} tokens it drafts: get it again"))
     return ids.astype(np.int32)
 
 
@@ -228,21 +212,17 @@ def fit_eagle(head: EagleHead, model: ModelConfig) -> EagleHead:
     """
     config, layers = head.config, model.num_layers
     reads = config.reads or (2, layers // 2, layers - 3)
-    fits = [
-        (config.state_width == model.width, f"reads states of width {config.state_width}"),
-        (all(0 <= depth <= layers for depth in reads), f"reads depths {', '.join(map(str, reads))}"),
-        (config.layer.vocab_size == model.vocab_size, f"has a vocabulary of {config.layer.vocab_size} tokens"),
-        (
-            config.own_embedding or config.layer.width == model.width,
-            f"has the width {config.layer.width} and no embeddings",
-        ),
-    ]
-    for fit, what in fits:
-        if not fit:
-            raise DexError(
-                f"the EAGLE-3 head {head.source} is for another model: it {what}, and this model has {layers} layers "
-                f"of width {model.width} and {model.vocab_size} tokens"
-            )
+    width, size = config.layer.width, config.layer.vocab_size
+    where = (
+        f"and is for another model than this one of {layers} layers, width {model.width} and {model.vocab_size} tokens"
+    )
+    refuse(
+        f"the EAGLE-3 head {head.source}",
+        (config.state_width != model.width, f"reads states of width {config.state_width} {where}"),
+        (not all(0 <= depth <= layers for depth in reads), f"reads depths {', '.join(map(str, reads))} {where}"),
+        (size != model.vocab_size, f"has a vocabulary of {size} tokens {where}"),
+        (not config.own_embedding and width != model.width, f"has the width {width} and no embeddings {where}"),
+    )
     return dataclasses.replace(head, config=dataclasses.replace(config, reads=reads))
 
 
@@ -254,23 +234,11 @@ def save_eagle(folder: str | os.PathLike, head: EagleHead) -> None:
     from safetensors.numpy import save
 
     config, layer = head.config, head.config.layer
-    if config.norm_states is not None or config.norm_before_residual or config.norm_output:
-        raise DexError(f"{head.source} has norms that SafeAILab's form of EAGLE-3 lacks: keep the form that it came in")
-    about = {
+    normed = config.norm_states is not None or config.norm_before_residual or config.norm_output
+    refuse(head.source, (normed, "has norms that SafeAILab's form of EAGLE-3 lacks: keep the form that it came in"))
+    about = config_json(layer) | {
         "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "vocab_size": layer.vocab_size,
         "draft_vocab_size": config.draft_size,
-        "hidden_size": layer.width,
-        "intermediate_size": layer.mlp_width,
-        "num_hidden_layers": 1,
-        "num_attention_heads": layer.num_heads,
-        "num_key_value_heads": layer.num_kv_heads,
-        "head_dim": layer.head_dim,
-        "max_position_embeddings": layer.context,
-        "rms_norm_eps": layer.norm_eps,
-        "rope_theta": layer.rope_theta,
-        "hidden_act": "silu",
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "eagle_aux_hidden_state_layer_ids": list(config.reads),
@@ -284,7 +252,6 @@ def save_eagle(folder: str | os.PathLike, head: EagleHead) -> None:
     if head.vocabulary is not None:
         tensors["d2t"] = head.vocabulary.astype(np.int64) - np.arange(len(head.vocabulary))
         tensors["t2d"] = np.isin(np.arange(layer.vocab_size), head.vocabulary)
-    Path(folder).mkdir(parents=True, exist_ok=True)
     whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     write_whole(Path(folder) / "model.safetensors", save(whole, {"format": "pt"}))
     write_json(Path(folder) / "config.json", about)

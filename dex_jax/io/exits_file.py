@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from msgspec import Struct
 
 from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
-from dex_jax.foreign import Positive, Size, local_path, parsed, reading, typed
+from dex_jax.foreign import local_path, parsed, reading, refuse
 from dex_jax.io.whole_files import write_whole
 
 DEFAULTS = Path(__file__).resolve().parents[1] / "default_exits"
@@ -31,22 +29,6 @@ FILE_NAME = "exits.safetensors"
 
 _VOCABULARY = "draft_vocabulary"
 _STEPS = ".steps"
-
-
-class _Grid(Struct):
-    explorers: Size
-    depth_side_speedup: Positive | None = None
-
-
-class _Group(Struct):
-    grids: list[_Grid] = []
-
-
-class _About(Struct):
-    """What of the metadata is used, and not only shown."""
-
-    held_out: dict[str, _Group] = {}
-    data: list[str] = []
 
 
 class StoredParameters(Mapping[str, np.ndarray]):
@@ -90,15 +72,6 @@ class TrainedExits:
     def count(self) -> int:
         """X."""
         return len(self.config.depths)
-
-    @property
-    def digest(self) -> str:
-        """16 hexadecimal digits that change with any parameter, shape or token of the draft vocabulary."""
-        found = hashlib.sha256(repr(self.config).encode())
-        arrays = dict(sorted(self.parameters.items())) | ({} if self.vocabulary is None else {"": self.vocabulary})
-        for name, array in arrays.items():
-            found.update(name.encode() + np.ascontiguousarray(array).tobytes())
-        return found.hexdigest()[:16]
 
 
 def check_exits_path(path: str | os.PathLike) -> None:
@@ -147,50 +120,46 @@ def load_exits(path: str | os.PathLike) -> TrainedExits:
     Raises:
       DexError: no such file, or no exits in it.
     """
-    with reading(path):
-        return _read(local_path(path), path)
-
-
-def _read(file: Path, path: str | os.PathLike) -> TrainedExits:
     from safetensors import safe_open
 
     from dex_jax.nn.exits import exit_parameters
 
-    advice = "export the exits again"
-    if file.is_dir():
-        file = file / FILE_NAME
-    if not file.is_file():
-        raise DexError(f"there are no exits at {path}: give a .safetensors file or a folder that holds {FILE_NAME}")
+    file, advice = local_path(path), "export the exits again"
+    with reading(path):
+        file = file / FILE_NAME if file.is_dir() else file
+        if not file.is_file():
+            raise DexError(f"there are no exits at {path}: give a .safetensors file or a folder that holds {FILE_NAME}")
     with reading(file, advice), safe_open(file, framework="np") as opened:
         metadata = opened.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise DexError(f"{file} holds no exits of this version ({FORMAT}): export them with train_exits.py")
+        other = metadata.get("format") != FORMAT
+        refuse(file, (other, f"holds no exits of this version ({FORMAT}): export them with train_exits.py"))
         config = parsed(metadata.get("config", ""), ExitsConfig, f"the configuration in {file}", advice)
         about = parsed(metadata.get("about", ""), dict[str, Any], f"what is said about the exits in {file}", advice)
-        typed(about, _About, f"what is said about the exits in {file}", advice)
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         stored = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in slices.items()}
-        expected = {name: shape for name, (shape, _) in exit_parameters(config).items()}
+        wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, (shape, _) in exit_parameters(config).items():
+            packed = name + _STEPS in stored
+            wanted[name] = ("I8" if packed else "F32", shape)
+            if packed:
+                wanted[name + _STEPS] = ("F32", (*shape[:-1], 1))
+        if config.draft_size is not None:
+            wanted[_VOCABULARY] = ("I32", (config.draft_size,))
         # Before anything is read: shapes that lie would multiply to more than there is.
-        for name, shape in expected.items():
-            steps = stored.get(name + _STEPS)
-            kept = "I8" if steps is not None else "F32"
-            if stored.get(name) != (kept, shape) or steps not in (None, ("F32", (*shape[:-1], 1))):
-                raise DexError(f"{file} should hold {name} of shape {shape} and has {stored.get(name)}: {advice}")
-        size = config.draft_size
-        if stored.get(_VOCABULARY) != (None if size is None else ("I32", (size,))):
-            raise DexError(f"{file} should hold a draft vocabulary of {size} tokens and does not: {advice}")
-        vocabulary = None if size is None else opened.get_tensor(_VOCABULARY)
-        if vocabulary is not None and not (vocabulary[0] >= 0 and (np.diff(vocabulary) > 0).all()):
-            raise DexError(f"the draft vocabulary in {file} does not ascend: {advice}")
-        arrays = {name: opened.get_tensor(name) for name in expected}
-        by_row = {name: opened.get_tensor(name + _STEPS) for name in expected if name + _STEPS in stored}
-        for name, value in (arrays | by_row).items():
-            if not np.isfinite(value).all():
-                raise DexError(f"{name} in {file} is not finite: {advice}")
-    return TrainedExits(
-        config, StoredParameters(arrays, by_row), vocabulary, metadata.get("fingerprint", ""), about, str(path)
-    )
+        for name, kept in wanted.items():
+            refuse(
+                file, (stored.get(name) != kept, f"should hold {name} as {kept} and has {stored.get(name)}: {advice}")
+            )
+        arrays = {name: opened.get_tensor(name) for name in wanted}
+    for name, value in arrays.items():
+        refuse(file, (not np.isfinite(value).all(), f"holds {name} that is not finite: {advice}"))
+    vocabulary = arrays.pop(_VOCABULARY, None)
+    if vocabulary is not None:
+        falls = vocabulary[0] < 0 or not (np.diff(vocabulary) > 0).all()
+        refuse(file, (falls, f"holds a draft vocabulary that does not ascend: {advice}"))
+    steps = {name.removesuffix(_STEPS): arrays.pop(name) for name in list(arrays) if name.endswith(_STEPS)}
+    fingerprint = metadata.get("fingerprint", "")
+    return TrainedExits(config, StoredParameters(arrays, steps), vocabulary, fingerprint, about, str(path))
 
 
 def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

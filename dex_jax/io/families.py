@@ -7,12 +7,10 @@ ModelConfig that follow from its keys, `Family.constants` those that all models 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from msgspec import Struct, field
 
-from dex_jax.config import LayerKind
 from dex_jax.foreign import Positive, Size, TokenId
 
 Ids = TokenId | list[TokenId] | None
@@ -258,23 +256,3 @@ FAMILIES: dict[str, Family] = {
 
 WITH_TEXT = ("gemma3", "mistral3")
 """Models of images and text whose `text_config` describes a model of the families above."""
-
-MOST_LAYERS = 100_000
-"""No file holds the tensors of more; that there are too few is said when they are looked for."""
-
-
-def layer_kinds(
-    count: int, window: int | None, slides: Callable[[int], bool], rotates: Callable[[int], bool], local_rope: bool
-) -> list[dict[str, Any]]:
-    """The kinds of `count` layers as ModelConfig takes them, [] where all are alike and see everything.
-
-    Layers (0-based) that slide have the `window`, None where that is no shorter than the longest sequence.
-    """
-
-    def kind(layer: int) -> LayerKind:
-        here = slides(layer)
-        rope: Any = "none" if not rotates(layer) else "local" if here and local_rope else "main"
-        return LayerKind(window if here else None, rope)
-
-    kinds = [kind(layer) for layer in range(min(count, MOST_LAYERS))]
-    return [] if all(each == LayerKind() for each in kinds) else [vars(each) for each in kinds]

@@ -10,11 +10,12 @@ from msgspec.structs import asdict, fields
 
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
-from dex_jax.foreign import Positive, Size, typed
-from dex_jax.io.families import FAMILIES, WITH_TEXT, Family, Ids, Settings, layer_kinds
+from dex_jax.foreign import Positive, Size, refuse, typed
+from dex_jax.io.families import FAMILIES, WITH_TEXT, Family, Ids, Settings
 
-_QUANTISED = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8"}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
+# No file holds the tensors of more; that there are too few is said when they are looked for.
+_MOST_LAYERS = 100_000
 _ATTENTION = ("full_attention", "sliding_attention", "attention")
 
 
@@ -76,22 +77,22 @@ def shared_keys(family: Family) -> dict[str, str]:
     return {each.name: each.encode_name for each in fields(family.settings) if each.name in same}
 
 
-def huggingface_config(config: dict[str, Any], generation: dict[str, Any], source: str) -> ModelConfig:
+def huggingface_config(
+    config: dict[str, Any], generation: dict[str, Any], source: str, told_by: str = "config.json"
+) -> ModelConfig:
     """The configuration that config.json and generation_config.json (or {}) of a model called `source` mean.
 
     Of a model of images and text, it is that of the text. A DexError: another architecture, a feature that the model
     here does not have, or values that no model has.
     """
-    file = f"config.json of {source}"
+    file = f"{told_by} of {source}"
     name = typed(config, dict[str, Any], file).get("model_type")
     if name in WITH_TEXT:
         inner = typed(config.get("text_config"), dict[str, Any], f"text_config in {file}")
         outer = {key: value for key in ("eos_token_id", "bos_token_id") if (value := config.get(key)) is not None}
         config, name = outer | inner | {"architectures": None}, inner.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise DexError(
-            f"{source} is of model type {name!r:.60}, and only {', '.join(FAMILIES)} are covered: choose another model."
-        )
+        raise DexError(f"{source} is of model type {name!r:.60}, and only {', '.join(FAMILIES)} are covered.")
     family = FAMILIES[name]
     read = typed(config, family.settings, file)
     _refuse_uncovered(read, source)
@@ -106,41 +107,41 @@ def huggingface_config(config: dict[str, Any], generation: dict[str, Any], sourc
         "activation": _ACTIVATIONS[read.activation],
         "eos_ids": sorted({*_ids(read.eos_token_id), *_ids(stops)}),
         "bos_id": next(iter(_ids(read.bos_token_id)), None),
-        "layer_kinds": layer_kinds(
-            read.num_layers,
-            # A window as long as the longest sequence hides nothing.
-            read.sliding_window if read.sliding_window and read.sliding_window < read.context else None,
-            lambda layer: read.sliding_window is not None and read.slides(layer),
-            read.rotates,
-            family.local_rope,
-        ),
+        "layer_kinds": _layer_kinds(read, family),
     }
     return typed(found, ModelConfig, file)
 
 
 def _refuse_uncovered(config: Settings, source: str) -> None:
-    if config.quantization_config:
-        method = str(config.quantization_config.get("quant_method", "an unnamed method"))
-        raise DexError(
-            f"{source} is quantised by {_QUANTISED.get(method, method):.60}, which is not covered: use the unquantised "
-            "model or a GGUF."
-        )
-    classes = config.architectures or []
-    if classes and not any(name.endswith("ForCausalLM") for name in classes):
-        raise DexError(f"{source} is a {classes[0]:.60}, and only causal language models are covered.")
-    if getattr(config, "use_bidirectional_attention", None):
-        raise DexError(f"{source} attends to what follows, and only causal language models are covered.")
-    if config.mlp_bias:
-        raise DexError(f"{source} has biases in its MLP (mlp_bias), which are not covered.")
-    if config.activation not in _ACTIVATIONS:
-        raise DexError(
-            f"{source} uses the activation {config.activation!r:.60}, and only {', '.join(_ACTIVATIONS)} are covered."
-        )
-    if config.num_experts or config.num_local_experts:
-        raise DexError(f"{source} is a mixture of experts, which is not covered: choose a dense model.")
-    others = sorted({each for each in config.layer_types or [] if each not in _ATTENTION})
-    if others:
-        raise DexError(f"{source} has layers of type {others[0]:.60}, and only those with attention are covered.")
+    quantised, classes = config.quantization_config or {}, config.architectures or []
+    method = str(quantised.get("quant_method", "an unnamed method"))
+    method = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8"}.get(method, method)
+    others = sorted({*(config.layer_types or [])} - {*_ATTENTION})
+    causal = not classes or any(name.endswith("ForCausalLM") for name in classes)
+    looks_ahead = getattr(config, "use_bidirectional_attention", None)
+    activations, activation = ", ".join(_ACTIVATIONS), config.activation
+    refuse(
+        source,
+        (quantised, f"is quantised by {method:.60}, which is not covered: use the unquantised model or a GGUF"),
+        (not causal, f"is a {' '.join(classes):.60}, and only causal language models are covered"),
+        (looks_ahead, "attends to what follows, and only causal language models are covered"),
+        (config.mlp_bias, "has biases in its MLP (mlp_bias), which are not covered"),
+        (activation not in _ACTIVATIONS, f"uses the activation {activation!r:.60}, and {activations} are covered"),
+        (config.num_experts or config.num_local_experts, "is a mixture of experts, which is not covered"),
+        (others, f"has layers of type {' '.join(others):.60}, and only those with attention are covered"),
+    )
+
+
+def _layer_kinds(config: Settings, family: Family) -> list[dict[str, Any]]:
+    """The kinds of the layers as ModelConfig takes them, [] where all are alike and see everything."""
+    # A window as long as the longest sequence hides nothing.
+    window = config.sliding_window if config.sliding_window and config.sliding_window < config.context else None
+    kinds = []
+    for layer in range(min(config.num_layers, _MOST_LAYERS)):
+        here = config.sliding_window is not None and config.slides(layer)
+        rope = "none" if not config.rotates(layer) else "local" if here and family.local_rope else "main"
+        kinds.append({"window": window if here else None, "rope": rope})
+    return [] if all(kind == {"window": None, "rope": "main"} for kind in kinds) else kinds
 
 
 def _rope(config: Settings, family: Family, head_dim: int, source: str, file: str) -> dict[str, Any]:
@@ -150,13 +151,13 @@ def _rope(config: Settings, family: Family, head_dim: int, source: str, file: st
     if given.keys() & _ByLayerType.__annotations__.keys():
         both = typed(given, _ByLayerType, f"RoPE in {file}")
         given, local = both.full_attention, typed(both.sliding_attention, _Rope, f"RoPE in {file}")
-        if (local.rope_type or "default") != "default":
-            raise DexError(f"{source} scales RoPE in layers with a sliding window, which is not covered.")
+        scaled = (local.rope_type or "default") != "default"
+        refuse(source, (scaled, "scales RoPE in layers with a sliding window, which is not covered"))
         local_theta = local.rope_theta or local_theta
     rope = typed(given, _Rope, f"RoPE in {file}")
     share = rope.partial_rotary_factor or config.partial_rotary_factor or 1.0
-    if share != 1 and not family.partial:
-        raise DexError(f"{source} rotates only part of each head (partial_rotary_factor), which is not covered.")
+    part = share != 1 and not family.partial
+    refuse(source, (part, "rotates only part of each head (partial_rotary_factor), which is not covered"))
     found = {
         "rope_theta": rope.rope_theta or config.rope_theta or 10000.0,
         "local_rope_theta": local_theta,
@@ -168,8 +169,7 @@ def _rope(config: Settings, family: Family, head_dim: int, source: str, file: st
         kind = "longrope"  # what the first Phi-3 called it
     if kind == "default":
         return found
-    if kind not in _SCALINGS:
-        raise DexError(f"{source} scales RoPE by {kind!r:.60}, and only {', '.join(_SCALINGS)} scaling are covered.")
+    refuse(source, (kind not in _SCALINGS, f"scales RoPE by {kind!r:.60}, and only {', '.join(_SCALINGS)} are covered"))
     read = typed(given, _SCALINGS[kind], f"{kind} RoPE in {file}")
     scaling = {key: value for key, value in asdict(read).items() if value is not None} | {"kind": kind}
     if kind == "yarn":

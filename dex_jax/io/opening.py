@@ -13,9 +13,7 @@ from typing import TypeVar
 from dex_jax.errors import DexError
 from dex_jax.foreign import local_path, reading, reason
 from dex_jax.io.checkpoint import Checkpoint
-from dex_jax.io.gguf_file import GGUFFile
-from dex_jax.io.gguf_model import GGUFWeights, gguf_config
-from dex_jax.io.gguf_tokenizer import gguf_tokenizer
+from dex_jax.io.gguf_model import open_gguf
 from dex_jax.io.huggingface import open_folder, read_config
 
 T = TypeVar("T")
@@ -61,25 +59,18 @@ def open_checkpoint(source: str) -> Checkpoint:
 def _open(source: str) -> Checkpoint:
     target = ALIASES.get(source.lower(), source)
     if target.startswith("package:"):
-        return _open_gguf(_packaged(target.removeprefix("package:")))
+        return open_gguf(_packaged(target.removeprefix("package:")))
     path = local_path(target)
     if target.lower().endswith(".gguf"):
         if not path.is_file():
             raise DexError(f"There is no file {path}: check the path.")
-        return _open_gguf(path)
+        return open_gguf(path)
     if target and path.is_dir():
         return open_folder(path, str(path))
     if is_hub_id(target):
         return from_hub(target, partial(read_config, source=target), partial(open_folder, source=target))
     kind = "a file, but no .gguf file," if path.is_file() else "no alias, .gguf file, directory or hub id (owner/name)"
     raise DexError(f"{source!r} is {kind} and so names no model: use one of those, or an alias: {', '.join(ALIASES)}.")
-
-
-def _open_gguf(path: Path) -> Checkpoint:
-    file = GGUFFile(path)
-    config = gguf_config(file)
-    build = partial(gguf_tokenizer, file.metadata, config.eos_ids, str(path))
-    return Checkpoint(config, str(path), GGUFWeights(file, config), gguf=True, build_tokenizer=build)
 
 
 def _packaged(name: str) -> Path:

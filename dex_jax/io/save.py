@@ -19,7 +19,6 @@ from dex_jax.io.huggingface_config import SCALING_KEYS, huggingface_config, shar
 from dex_jax.io.tensor_names import canonical_parts, stacked_shape
 from dex_jax.io.tokenizer import Tokenizer
 
-_FILES = {"config.json", "model.safetensors", "tokenizer.json"}
 _STORED = ("float32", "float16")
 
 
@@ -29,7 +28,7 @@ def save_model(
     """Writes config.json, model.safetensors and tokenizer.json, all of them or nothing, and returns the folder.
 
     Args:
-      folder: made; a model that is already there is replaced once the new one is complete.
+      folder: made.
       config: of one of the families that `load` reads.
       weights: canonical name ("embed", "layers.0.qkv", ...) -> array of the shape that `config` means. float32 and
         float16 are stored as they are, other floats as float32.
@@ -37,39 +36,35 @@ def save_model(
 
     Raises:
       DexError: a weight is missing, misshapen or unknown, a configuration that config.json cannot say, a folder that
-        holds something other than a model, or no room on the disk.
+        is there and not empty, or no room on the disk.
     """
-    import safetensors
+    import safetensors.numpy
 
     folder = local_path(folder)
     content = config_json(config)
     tensors = _file_tensors(config, weights)
     content["torch_dtype"] = str(tensors["model.embed_tokens.weight"].dtype)
-    _refuse_other_content(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DexError(f"{folder} is there already: give a new folder to save the model in")
     # In the same folder as the target: a rename is atomic within one file system only.
     fresh = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     try:
         fresh.mkdir(parents=True)
-        _write(fresh, content, tensors, tokenizer)
-        _put_in_place(fresh, folder)
+        (fresh / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        # The metadata entry is what transformers asks for.
+        safetensors.numpy.save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            (fresh / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True), encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        fresh.rename(folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise DexError(
-            f"the model cannot be saved in {folder} ({error}): make room or choose another folder; what was there "
-            "before is untouched"
+            f"the model cannot be saved in {folder} ({error}): make room or choose another folder"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder
-
-
-def _refuse_other_content(folder: Path) -> None:
-    """Replacing deletes what is there: only what this module itself wrote may go."""
-    if folder.is_dir():
-        others = sorted(path.name for path in folder.iterdir() if path.name not in _FILES)
-        if others:
-            raise DexError(f"{folder} also holds {others[0]}, which saving a model would delete: give a new folder")
-    elif folder.exists():
-        raise DexError(f"{folder} is a file, and a model is saved as a folder: give another name")
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
@@ -132,51 +127,18 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
 def _file_tensors(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Every tensor of the file by its published name: the fused canonical tensors cut into their parts."""
     parts = canonical_parts(config, gguf=False)
-    unknown = sorted(weights.keys() - parts.keys())
-    if unknown:
+    if unknown := sorted(weights.keys() - parts.keys()):
         raise DexError(f"the weights hold {unknown[0]}, for which this configuration has no use: save without it")
     tensors = {}
     for name, pieces in parts.items():
         if name not in weights:
             raise DexError(f"the weights lack {name}: give every parameter of the model")
-        tensor = np.asarray(weights[name])
-        if tensor.shape != stacked_shape(pieces):
-            raise DexError(
-                f"the weight {name} has the shape {list(tensor.shape)}, but its configuration means "
-                f"{list(stacked_shape(pieces))}: weights and configuration do not belong together"
-            )
+        tensor, wanted = np.asarray(weights[name]), stacked_shape([piece.shape for piece in pieces])
+        if tensor.shape != wanted:
+            raise DexError(f"the weight {name} has the shape {tensor.shape}, but its configuration means {wanted}")
         if tensor.dtype.name not in _STORED:
             tensor = tensor.astype(np.float32)
         bounds = np.cumsum([piece.shape[0] for piece in pieces])[:-1]
         for piece, rows in zip(pieces, np.split(tensor, bounds), strict=True):
             tensors[piece.name] = np.ascontiguousarray(rows)
     return tensors
-
-
-def _write(folder: Path, content: dict[str, Any], tensors: dict[str, np.ndarray], tokenizer: Tokenizer | None) -> None:
-    from safetensors.numpy import save_file
-
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    # The metadata entry is what transformers asks for.
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    if tokenizer is not None:
-        (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True), encoding="utf-8")
-    for path in folder.iterdir():
-        # Windows flushes only what may be written.
-        with path.open("r+b") as file:
-            os.fsync(file.fileno())
-
-
-def _put_in_place(fresh: Path, folder: Path) -> None:
-    """Renames `fresh` to `folder`, moving aside and then deleting what is there."""
-    if not folder.exists():
-        fresh.rename(folder)
-        return
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    folder.rename(old)
-    try:
-        fresh.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

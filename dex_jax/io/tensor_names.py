@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 from dex_jax.config import ModelConfig
 from dex_jax.io.families import FAMILIES, Names
@@ -31,8 +31,7 @@ LAYER_NAMES: Names = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One tensor of a file: its name there and its expected shape."""
 
     name: str
@@ -51,54 +50,44 @@ def canonical_parts(config: ModelConfig, *, gguf: bool) -> dict[str, tuple[Part,
     places = [("", "", _TOP)]
     places += [(f"layers.{i}.", layer_prefix(i, gguf=gguf), in_layer) for i in range(config.num_layers)]
     return {
-        ours + name: _parts(names[gguf], theirs, shapes[name])
+        ours + name: _parts(theirs, names[gguf], shapes[name])
         for ours, theirs, table in places
         for name, names in table.items()
         if name in shapes
     }
 
 
-def stacked_shape(parts: tuple[Part, ...]) -> Shape:
-    """The shape of a canonical tensor: its parts, one above the other."""
-    return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-
-
-def _parts(names: tuple[str, ...], prefix: str, shapes: list[Shape]) -> tuple[Part, ...]:
+def _parts(prefix: str, names: tuple[str, ...], shapes: list[Shape]) -> tuple[Part, ...]:
     if len(names) == 1:  # what others hold in several tensors
-        shapes = [(sum(shape[0] for shape in shapes), *shapes[0][1:])]
+        shapes = [stacked_shape(shapes)]
     return tuple(Part(prefix + name, shape) for name, shape in zip(names, shapes, strict=True))
+
+
+def stacked_shape(shapes: list[Shape]) -> Shape:
+    """The shape of a canonical tensor: its parts, one above the other."""
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _part_shapes(config: ModelConfig) -> dict[str, list[Shape]]:
     """The shapes of the parts of every kind of canonical tensor that the model has."""
     D, F, V, d = config.width, config.mlp_width, config.vocab_size, config.head_dim
     q, kv = config.num_heads * d, config.num_kv_heads * d
-    shapes: dict[str, list[Shape]] = {
-        "embed": [(V, D)],
-        "unembed": [(V, D)],
-        "final_norm": [(D,)],
-        "attention_norm": [(D,)],
-        "qkv": [(q, D), (kv, D), (kv, D)],
-        "qkv_bias": [(q,), (kv,), (kv,)],
-        "q_norm": [(q if config.qk_norm_whole else d,)],
-        "k_norm": [(kv if config.qk_norm_whole else d,)],
-        "attention_out_norm": [(D,)],
-        "mlp_out_norm": [(D,)],
-        "out": [(D, q)],
-        "out_bias": [(D,)],
-        "mlp_norm": [(D,)],
-        "gate_up": [(F, D), (F, D)],
-        "down": [(D, F)],
-    }
-    optional = {
-        "unembed": not config.tied,
-        "qkv_bias": config.qkv_bias,
-        "out_bias": config.out_bias,
-        "q_norm": config.qk_norm,
-        "k_norm": config.qk_norm,
-        "attention_norm": config.norms != "after",
-        "mlp_norm": config.norms != "after",
-        "attention_out_norm": config.norms != "before",
-        "mlp_out_norm": config.norms != "before",
-    }
-    return {name: parts for name, parts in shapes.items() if optional.get(name, True)}
+    before, after = config.norms != "after", config.norms != "before"
+    shapes: list[tuple[str, bool, list[Shape]]] = [
+        ("embed", True, [(V, D)]),
+        ("unembed", not config.tied, [(V, D)]),
+        ("final_norm", True, [(D,)]),
+        ("attention_norm", before, [(D,)]),
+        ("qkv", True, [(q, D), (kv, D), (kv, D)]),
+        ("qkv_bias", config.qkv_bias, [(q,), (kv,), (kv,)]),
+        ("q_norm", config.qk_norm, [(q if config.qk_norm_whole else d,)]),
+        ("k_norm", config.qk_norm, [(kv if config.qk_norm_whole else d,)]),
+        ("out", True, [(D, q)]),
+        ("out_bias", config.out_bias, [(D,)]),
+        ("attention_out_norm", after, [(D,)]),
+        ("mlp_norm", before, [(D,)]),
+        ("gate_up", True, [(F, D), (F, D)]),
+        ("down", True, [(D, F)]),
+        ("mlp_out_norm", after, [(D,)]),
+    ]
+    return {name: parts for name, there, parts in shapes if there}
