@@ -1,0 +1,8 @@
+"""What the site makes of links into the repository, which it does not hold: the path, to be found in a clone."""
+
+import re
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """mkdocs calls this with each page."""
+    return re.sub(r"\[([^\]]*)\]\(\.\./([^)]*)\)", r"\1 (`\2`)", markdown)
