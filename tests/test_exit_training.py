@@ -119,7 +119,7 @@ def test_a_run_starts_from_some_of_the_given_exits_and_warns_of_another_backbone
 
 def test_files_of_a_run_that_goes_on_elsewhere_stay(tmp_path) -> None:
     (tmp_path / "held_out.json").write_text("{}")
-    with Checkpoints(tmp_path, 1, quiet), pytest.raises(DexError, match="another process trains in"):
+    with Checkpoints(tmp_path, 1), pytest.raises(DexError, match="another process trains in"):
         train_exits(CONFIG, base_model(), tmp_path, tell=quiet)
     assert (tmp_path / "held_out.json").read_text() == "{}"
 

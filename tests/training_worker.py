@@ -6,20 +6,18 @@ checkpoint keeps, so a run that misses a boundary goes another way.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.trainer import train
 
 EVERY = {"checkpoint_every": 4, "eval_every": 10, "log_every": 3}
-CONFIG = TrainConfig(**EVERY, steps=30, batch=8, accumulate=3, warmup_steps=5, learning_rate=0.02)
+CONFIG = TrainConfig(**EVERY, steps=30, batch=8, warmup_steps=5, learning_rate=0.02)
 WIDTH = 256
 
 
@@ -29,17 +27,15 @@ class LinearMap:
     Args:
       config: its batch is B.
       width: D.
-      drop: the share of inputs that is dropped.
       seconds: how long a batch takes to make.
       broken_from: from this batch on, rows hold NaN.
     """
 
     name = "linear_map"
+    drop = 0.1  # the share of inputs that is dropped
 
-    def __init__(self, config, width=8, drop=0.1, seconds=0.0, broken_from=None):
-        self.batch, self.width, self.drop, self.seconds, self.broken_from = (
-            config.batch, width, drop, seconds, broken_from
-        )  # fmt: skip
+    def __init__(self, config, width=8, seconds=0.0, broken_from=None):
+        self.batch, self.width, self.seconds, self.broken_from = config.batch, width, seconds, broken_from
         self.target = jnp.asarray(np.random.default_rng(7).standard_normal((width, width)), jnp.float32)
         self.held = np.zeros(width, np.float32)
         self.boundaries = self.traces = 0
@@ -87,17 +83,6 @@ class LinearMap:
     def fingerprint(self):
         return self.backbone
 
-    def batch_sharding(self, mesh):
-        return PartitionSpec("data")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=float, default=0.0)
-    args = parser.parse_args()
-    train(LinearMap(CONFIG, WIDTH, seconds=args.seconds), CONFIG, args.folder)
-
 
 if __name__ == "__main__":
-    main()
+    train(LinearMap(CONFIG, WIDTH, seconds=0.02), CONFIG, sys.argv[1])

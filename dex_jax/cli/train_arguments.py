@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     Config = ExitTraining | EagleTraining
 
-OF_EVERY_TRAINING = ("batch", "dtype", "tensorboard")
-OF_THE_LAST_TRAINING = ("steps", "tokens", "learning_rate", "seed")
+OF_EVERY_TRAINING = ("batch", "dtype")
+OF_THE_LAST_TRAINING = ("steps", "learning_rate", "seed")
 """Settings of `TrainConfig` that flags change, of all trainings and of the one that comes last."""
 
 TRAIN_EPILOG = """\
@@ -65,12 +65,10 @@ def train_parser() -> argparse.ArgumentParser:
 
     add = p.add_argument_group("how long and how").add_argument
     add("--steps", type=int, metavar="N", help="updates in all")
-    add("--tokens", type=int, metavar="N", help="end sooner, after learning from this many tokens")
     add("--batch", type=int, metavar="B", help="rows of a batch")
     add("--learning-rate", type=float, metavar="R", help="its peak")
     add("--seed", type=int, help="of parameters, order of data and dropout")
     add("--mesh", type=_mesh, metavar="DATAxTENSOR", help="devices to train on, such as 2x1")
-    add("--tensorboard", action="store_true", default=None, help="also write TensorBoard files into the folder")
     return p
 
 

@@ -54,24 +54,25 @@ def exits_of_checkpoint(folder: Path, step: int | None = None) -> TrainedExits:
     from dex_jax.config import ExitsConfig
     from dex_jax.io.exits_file import TrainedExits
     from dex_jax.nn.exits import abstract_parameters, exit_graph, parameters_of
-    from dex_jax.training.checkpoints import read_newest, read_step, saved_arrays
+    from dex_jax.training.checkpoints import Record, read_checkpoint
 
-    saved = read_newest(folder, _warn) if step is None else read_step(folder, step)
-    record = saved.record
-    if record.task != "exits":
-        raise DexError(f"{folder} holds a training of {record.task}, which has no exits: name another folder")
-    fields = record.settings["exits"]
-    config = ExitsConfig(**(fields | {"depths": tuple(fields["depths"])}))
-    vocabulary = None
+    def config_of(record: Record) -> ExitsConfig:
+        if record["task"] != "exits":
+            raise DexError(f"{folder} holds a training of {record['task']}, which has no exits: name another folder")
+        fields = record["settings"]["exits"]
+        return ExitsConfig(**(fields | {"depths": tuple(fields["depths"])}))
+
+    shapes = lambda record: abstract_parameters(config_of(record), jnp.float32)  # noqa: E731
+    record, params = read_checkpoint(folder, step, shapes)
+    config, vocabulary = config_of(record), None
     if config.draft_size is not None:
         file = folder / "draft_vocabulary.json"
         if not file.is_file():
             raise DexError(f"{file} is missing, without which the exits mean nothing: let the training end")
         vocabulary = np.asarray(json.loads(file.read_text()), np.int32)
-    params = saved_arrays(saved, abstract_parameters(config, jnp.float32), "params.")
     parameters = parameters_of(nnx.merge(exit_graph(config), params))
-    about = {"tokens": record.tokens, "steps": record.step, "unfinished": step is None}
-    return TrainedExits(config, parameters, vocabulary, record.fingerprint, about, str(folder))
+    about = {"tokens": record["tokens"], "steps": record["step"], "unfinished": step is None}
+    return TrainedExits(config, parameters, vocabulary, record["fingerprint"], about, str(folder))
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from dex_jax.foreign import Positive, check_fields
 
-MAY_CHANGE = ("steps", "tokens", "keep", "eval_every", "log_every", "tensorboard")
+MAY_CHANGE = ("steps", "keep", "eval_every", "log_every")
 """Fields that a resumed run may set anew: how long it goes on, and what is kept and written on the way."""
 
 
@@ -23,33 +23,26 @@ BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, how fast and how carefully to train.
-
-    A step is one batch: forwards, backwards, and its share of an update.
+    """How long, how fast and how carefully to train. A step is one batch: forwards, backwards, an update.
 
     Attributes:
       steps: training ends after so many steps.
-      tokens: training ends sooner, once this many tokens have been learnt from; None leaves it to `steps`.
       batch: rows of a batch, B; the task makes them.
-      learning_rate: its peak. It rises linearly over the warm-up, then follows a cosine to the end of training,
-        measured by steps or tokens, whichever is further.
+      learning_rate: its peak. It rises linearly over the warm-up, then follows a cosine to the end of training.
       warmup_steps: steps of the warm-up.
       final_rate: what is left of the learning rate at the end, as a share of its peak.
       weight_decay: of AdamW, on matrices only.
       beta1, beta2, epsilon: of AdamW.
       clip_norm: gradients of a larger global norm are scaled down to it; None never.
-      accumulate: steps whose gradients are averaged into one update.
       checkpoint_every: steps between checkpoints. Data in the making are dropped at each, so it is part of the result.
       keep: checkpoints kept; older ones are deleted.
       eval_every: steps between evaluations; None evaluates at the end only.
       log_every: steps between lines of the journal, and of the progress where there is no terminal.
       seed: of parameters, data and dropout.
       dtype: of the backbone's activations. Parameters in training are always float32.
-      tensorboard: also write TensorBoard files.
     """
 
     steps: Count = 10_000
-    tokens: Count | None = None
     batch: Count = 32
     learning_rate: Positive = 1e-3
     warmup_steps: NotNegative = 100
@@ -59,14 +52,12 @@ class TrainConfig:
     beta2: BelowOne = 0.99
     epsilon: Positive = 1e-8
     clip_norm: Positive | None = 1.0
-    accumulate: Count = 1
     checkpoint_every: Count = 500
     keep: Count = 2
     eval_every: Count | None = 1000
     log_every: Count = 20
     seed: NotNegative = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    tensorboard: bool = False
 
     def __post_init__(self):
         check_fields(self)

@@ -28,7 +28,7 @@ from dex_jax.nn.weights import merge_model
 from dex_jax.sharding import EVERYWHERE
 from dex_jax.training.losses import exit_losses
 from dex_jax.training.stream import Activations, Stream, activation_specs, matrix_spec
-from dex_jax.training.task import Task
+from dex_jax.training.task import Places, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,28 +136,26 @@ class Distillation(Task):
 
         return jax.tree_util.tree_map_with_path(decays, params)
 
-    def batch_sharding(self, mesh: Mesh) -> Activations:
-        """Rows over "data"."""
-        return activation_specs(mesh)
+    def places(self, mesh: Mesh) -> Places:
+        """Rows over "data"; matrices, stacked or the context layer's, are split by their output axis.
 
-    def param_sharding(self, mesh: Mesh) -> Any:
-        """Matrices, stacked or the context layer's, are split by their output axis."""
+        Embedding and unembedding are split by the vocabulary.
+        """
 
         def spec(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
             stacked = getattr(path[0], "key", None) != "context"
             return matrix_spec(mesh, leaf.shape) if leaf.ndim == (3 if stacked else 2) else EVERYWHERE
 
-        return jax.tree_util.tree_map_with_path(spec, abstract_parameters(self.exits, jnp.float32))
-
-    def constant_sharding(self, mesh: Mesh) -> dict[str, Any]:
-        """Embedding and unembedding are split by the vocabulary."""
         c, draft = self.lm.config, self.vocabulary
         whole = matrix_spec(mesh, (c.vocab_size, c.width))
-        parts: tuple[Any, Any] = (
-            (None, None) if draft is None else (matrix_spec(mesh, (len(draft), c.width)), EVERYWHERE)
+        vocabulary = Vocabulary(whole, cap=None if c.logit_cap is None else EVERYWHERE)
+        if draft is not None:
+            vocabulary = vocabulary._replace(draft_unembed=matrix_spec(mesh, (len(draft), c.width)), draft=EVERYWHERE)
+        return Places(
+            batch=activation_specs(mesh),
+            params=jax.tree_util.tree_map_with_path(spec, abstract_parameters(self.exits, jnp.float32)),
+            constants={"embed": whole, "final_norm": EVERYWHERE, "vocabulary": vocabulary},
         )
-        cap = None if c.logit_cap is None else EVERYWHERE
-        return {"embed": whole, "final_norm": EVERYWHERE, "vocabulary": Vocabulary(whole, *parts, cap)}
 
     def trained(self, params: Any, metadata: dict[str, Any] | None = None) -> TrainedExits:
         """Parameters in training as exits to decode with."""

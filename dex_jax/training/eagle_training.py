@@ -188,7 +188,7 @@ def train_eagle(
     mixture = open_mixture(config.data, lm, config.sources, tell)
     sizes: dict[str, Any] = {"batch": config.train.batch, "steps": config.chunk, "length": config.sources.length}
     stream = Stream(lm, mixture.item, history=0, depths=tuple(reads), seed=config.train.seed, **sizes)
-    forget_unstarted(folder, config.train.keep, tell)
+    forget_unstarted(folder, config.train.keep)
     vocabulary = kept_vocabulary(lm, stream, config.draft_size, config.draft_tokens, folder, tell)
     shapes = EagleConfig(_layer(lm.config, config.mlp_width), tuple(reads), lm.config.width, config.draft_size)
     task = EagleTask(lm, shapes, vocabulary, stream, mixture.fingerprint(), config.draft_steps)

@@ -25,7 +25,7 @@ from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import select_exits
 from dex_jax.sharding import device_name
-from dex_jax.training.checkpoints import Checkpoints, list_checkpoints
+from dex_jax.training.checkpoints import Checkpoints
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.distillation import Distillation, DistillationOptions, check_fit, draft_vocabulary, history_for
 from dex_jax.training.figures import grouped_figures, tables
@@ -121,7 +121,7 @@ def train_exits(
         seed=config.train.seed,
         mesh=mesh,
     )
-    forget_unstarted(folder, config.train.keep, tell)
+    forget_unstarted(folder, config.train.keep)
     given, vocabulary = None if initial is None else initial.vocabulary, None
     if given is not None and len(given) == shapes.draft_size:
         write_json(folder / VOCABULARY, given.tolist())
@@ -187,11 +187,11 @@ def _split(item: Item, tokens: list[int]) -> Text:
     return tokens[:end], tokens[end:]
 
 
-def forget_unstarted(folder: Path, keep: int, tell: Tell) -> None:
+def forget_unstarted(folder: Path, keep: int) -> None:
     """Removes what a run has written before its first checkpoint: nothing tells its model and its data from others'."""
     # The lock: what another process trains with must not go.
-    with Checkpoints(folder, keep, tell):
-        if not list_checkpoints(folder):
+    with Checkpoints(folder, keep) as checkpoints:
+        if checkpoints.newest is None:
             for name in (VOCABULARY, HELD_OUT):
                 (folder / name).unlink(missing_ok=True)
 

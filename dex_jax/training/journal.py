@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from pathlib import Path
@@ -15,21 +14,19 @@ FILE_NAME = "metrics.jsonl"
 
 
 class Journal:
-    """Appends to the journal of a run, and to TensorBoard if asked.
+    """Appends to the journal of a run.
 
     Args:
       folder: of the run.
       step: the step that the run goes on from; 0 for a fresh one. Lines beyond it, of steps that are about to be done
         again, are dropped, and so is a half-written last line.
-      tensorboard: also write TensorBoard files, in folder/tensorboard.
 
     Raises:
-      DexError: TensorBoard is asked for and not installed, or the file cannot be written.
+      DexError: the file cannot be written.
     """
 
-    def __init__(self, folder: str | Path, step: int, tensorboard: bool = False):
+    def __init__(self, folder: str | Path, step: int):
         self.path = Path(folder) / FILE_NAME
-        self._board = _tensorboard(Path(folder) / "tensorboard", step) if tensorboard else None
         try:
             self._file = self.path.open("a+b")
             self._file.truncate(_end_of_lines(self.path.read_bytes(), step))
@@ -47,16 +44,10 @@ class Journal:
                 f"{self.path} cannot be written: {error.strerror or error}; checkpoints are whole, so make room and "
                 "run the same command again"
             ) from error
-        if self._board is not None:
-            for name, value in figures.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Ends writing."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def read_journal(folder: str | Path) -> list[dict[str, Any]]:
@@ -80,13 +71,3 @@ def _end_of_lines(data: bytes, step: float) -> int:
             break
         end += len(line)
     return end
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        writer = importlib.import_module("tensorboardX").SummaryWriter
-    except ImportError as error:
-        raise DexError(
-            "TensorBoard files need another package: pip install tensorboardX, or leave tensorboard off"
-        ) from error
-    return writer(str(folder), purge_step=step + 1)

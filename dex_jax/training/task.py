@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.targets import Vocabulary
 from dex_jax.nn.weights import merge_model
+from dex_jax.sharding import EVERYWHERE
 from dex_jax.training.sources import digest_of
 from dex_jax.training.stream import Activations, Cursor, Stream
 
@@ -19,12 +21,16 @@ Params = Any
 """A pytree of float32 arrays: what the optimizer updates."""
 
 
+class Places(NamedTuple):
+    """How things lie on a mesh: PartitionSpecs, or pytrees of them that are prefixes of what lies there."""
+
+    batch: Any
+    params: Any
+    constants: Any
+
+
 class Task(ABC):
     """One thing to train: all that the trainer knows of it.
-
-    A task may also have the methods batch_sharding(mesh), param_sharding(mesh) and constant_sharding(mesh): a
-    PartitionSpec, or a pytree of them that is a prefix of the batch, the parameters or the constants, says how they lie
-    on a mesh. Without them a copy lies everywhere.
 
     Args:
       lm: the model; never changed.
@@ -88,6 +94,10 @@ class Task(ABC):
     @abstractmethod
     def decayed(self, params: Params) -> Any:
         """Which arrays weight decay applies to: a pytree of bool like `params`."""
+
+    def places(self, mesh: Mesh) -> Places:
+        """How things lie on a mesh; a copy everywhere."""
+        return Places(EVERYWHERE, EVERYWHERE, EVERYWHERE)
 
     def boundary(self) -> None:
         """Half-done items are dropped: their caches are in no checkpoint.

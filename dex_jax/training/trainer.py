@@ -21,12 +21,12 @@ from dex_jax.interrupts import INTERRUPTED
 from dex_jax.io.whole_files import plain
 from dex_jax.progress import Display, Standing
 from dex_jax.sharding import EVERYWHERE
-from dex_jax.training import optimizer as optimizing
-from dex_jax.training.checkpoints import Checkpoints, Record, Saved, restore
+from dex_jax.training.checkpoints import Checkpoints, Record
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.journal import Journal
+from dex_jax.training.optimizer import learning_rate, make_optimizer
 from dex_jax.training.stream import shardings
-from dex_jax.training.task import Params, Task
+from dex_jax.training.task import Params, Places, Task
 
 Notify = Callable[[str | Standing], None]
 
@@ -72,7 +72,7 @@ def train(
     """
     with contextlib.closing(Display()) as display:
         tell = notify or display
-        checkpoints, run = Checkpoints(folder, config.keep, tell), None
+        checkpoints, run = Checkpoints(folder, config.keep), None
         try:
             with checkpoints:
                 run = _Run(task, config, checkpoints, mesh, tell)
@@ -81,10 +81,12 @@ def train(
                         run.advance()
             return Trained(run.state.params, run.step, run.tokens)
         except KeyboardInterrupt:
+            if run is None:
+                raise
             # No checkpoint here: one at a step of its own would change what comes after it.
-            step, saved = 0 if run is None else run.step, checkpoints.saved_step
+            saved = checkpoints.newest
             where = "nothing was saved yet, so it begins anew" if saved is None else f"it goes on from step {saved}"
-            tell(f"Stopped at step {step}. To resume, run the same command again: {where} ({folder}).")
+            tell(f"Stopped at step {run.step}. To resume, run the same command again: {where} ({folder}).")
             raise SystemExit(INTERRUPTED) from None
 
 
@@ -94,25 +96,27 @@ class _Run:
     def __init__(self, task: Task, config: TrainConfig, checkpoints: Checkpoints, mesh: Mesh | None, notify: Notify):
         self.task, self.config, self.checkpoints, self.mesh, self.notify = task, config, checkpoints, mesh, notify
         self.step = self.tokens = 0
-        saved = checkpoints.newest()
-        if saved is not None:
-            self._check(saved)
+        record = checkpoints.record()
+        if record is not None:
+            self._check(record)
         self.cursor = task.start(config.seed)
+        self.places = Places(None, None, None) if mesh is None else task.places(mesh)
         init_key, key = jax.random.split(jax.random.key(config.seed))
         # Copies: the update gives its buffers away, and these may be somebody's weights.
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), task.init(init_key))
-        params = _place(params, task, "param_sharding", mesh)
-        self.optimizer = optimizing.make_optimizer(config, task.decayed(params))
+        params = _place(params, self.places.params, mesh)
+        self.rate = learning_rate(config)
+        self.optimizer = make_optimizer(config, task.decayed(params))
         begin = (jnp.int32(0), key)
         if mesh is not None:
             begin = jax.device_put(begin, NamedSharding(mesh, EVERYWHERE))
         self.state = TrainState(params, _place_like(self.optimizer, params, mesh), *begin)
-        if saved is not None:
-            self._restore(saved)
-        self.constants = _place(task.constants(), task, "constant_sharding", mesh)
+        if record is not None:
+            self._restore(record)
+        self.constants = _place(task.constants(), self.places.constants, mesh)
         places = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, self.state), None)
         self.update = jax.jit(self._update, donate_argnums=0, out_shardings=places)
-        self.journal = Journal(checkpoints.folder, self.step, config.tensorboard)
+        self.journal = Journal(checkpoints.folder, self.step)
         self.figures = _Figures()
         self._logged = (time.perf_counter(), self.tokens)
         self._begun: tuple[float, int, float] | None = None
@@ -120,14 +124,13 @@ class _Run:
     @property
     def done(self) -> bool:
         """Whether the training is at its end."""
-        return optimizing.progress(self.config, self.step, self.tokens) >= 1
+        return self.step >= self.config.steps
 
     def advance(self) -> None:
         """One step and all that is due after it."""
         batch, self.cursor, learnt = self.task.next_batch(self.cursor)
-        batch = _place(batch, self.task, "batch_sharding", self.mesh)
-        rate = optimizing.learning_rate(self.config, self.step, self.tokens)
-        self.state, figures = self.update(self.state, self.constants, batch, jnp.float32(rate))
+        batch = _place(batch, self.places.batch, self.mesh)
+        self.state, figures = self.update(self.state, self.constants, batch)
         self.step += 1
         self.tokens += learnt
         self.figures.add(self.step, figures)
@@ -135,7 +138,7 @@ class _Run:
         # A line at each checkpoint, so that a resumed journal is the one of a run that was never killed.
         logs = saves or self.step % self.config.log_every == 0
         if logs:
-            self._log(rate)
+            self._log()
         every = self.config.eval_every
         if self.done or (every is not None and self.step % every == 0):
             self._evaluate()
@@ -143,25 +146,24 @@ class _Run:
             self._save()
         self.notify(self._standing(logs or self.step == FIRST_WORD))
 
-    def _update(
-        self, state: TrainState, constants: Any, batch: Any, rate: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _update(self, state: TrainState, constants: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """The next state, and {"loss", "gradient_norm" before clipping, the task's own}."""
         key = jax.random.fold_in(state.key, state.step)
         losses = jax.value_and_grad(self.task.loss, has_aux=True)
         (loss, figures), gradients = losses(state.params, constants, batch, key, state.step)
-        directions, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        params = jax.tree.map(lambda param, direction: param - rate * direction, state.params, directions)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         norm = jnp.sqrt(sum(jnp.vdot(gradient, gradient) for gradient in jax.tree.leaves(gradients)))
         figures = {**figures, "loss": loss, "gradient_norm": norm}
         return TrainState(params, opt_state, state.step + 1, state.key), figures
 
-    def _log(self, rate: float) -> None:
+    def _log(self) -> None:
         now = time.perf_counter()
         seconds, tokens = now - self._logged[0], self.tokens - self._logged[1]
         self._logged = (now, self.tokens)
         speed = tokens / seconds if seconds > 0 else None
         means = self.figures.take()
+        rate = float(self.rate(self.step - 1))
         own = {"tokens": self.tokens, "learning_rate": rate, "tokens_per_second": speed, "seconds": seconds}
         self.journal.write("train", self.step, {**own, **means})
 
@@ -173,48 +175,54 @@ class _Run:
 
     def _save(self) -> None:
         self.figures.check()
-        config, settings = dataclasses.asdict(self.config), plain(self.task.settings())
-        record = Record(self.step, self.tokens, self.cursor, config, self.task.name, settings, self.task.fingerprint())
-        self.cursor = self.checkpoints.save(self._storable(), record).cursor
+        record = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "cursor": self.cursor,
+            "config": dataclasses.asdict(self.config),
+            "task": self.task.name,
+            "settings": plain(self.task.settings()),
+            "fingerprint": self.task.fingerprint(),
+        }
+        self.checkpoints.save(self.state.params, self._rest(), record)
         self.task.boundary()
 
-    def _restore(self, saved: Saved) -> None:
-        stored = restore(saved, self._storable())
-        self.state = stored._replace(key=jax.random.wrap_key_data(stored.key))
-        self.step, self.tokens, self.cursor = saved.record.step, saved.record.tokens, saved.record.cursor
+    def _restore(self, record: Record) -> None:
+        params, rest = self.checkpoints.restore(params=self.state.params, rest=self._rest())
+        self.state = TrainState(params, rest.opt_state, rest.step, jax.random.wrap_key_data(rest.key))
+        self.step, self.tokens, self.cursor = record["step"], record["tokens"], record["cursor"]
         self.task.boundary()
         end = " That is all of it: nothing is left to do." if self.done else ""
         self.notify(f"Resuming from step {self.step} of {self.config.steps} in {self.checkpoints.folder}.{end}")
 
-    def _storable(self) -> TrainState:
-        return self.state._replace(key=jax.random.key_data(self.state.key))
+    def _rest(self) -> TrainState:
+        return self.state._replace(params=None, key=jax.random.key_data(self.state.key))
 
-    def _check(self, saved: Saved) -> None:
-        record = saved.record
-        if record.task != self.task.name:
+    def _check(self, record: Record) -> None:
+        there, here = (record["task"], record["fingerprint"]), (self.task.name, self.task.fingerprint())
+        if there[0] != here[0]:
             raise DexError(
-                f"{self.checkpoints.folder} holds a training of {record.task}, not {self.task.name}: use another folder"
+                f"{self.checkpoints.folder} holds a training of {there[0]}, not {here[0]}: use another folder"
             )
-        settings = plain(self.task.settings())
-        changed = self.config.conflicts(record.config) + [
-            f"{name} was {record.settings.get(name)}, is {settings.get(name)}"
-            for name in sorted(settings.keys() | record.settings.keys())
-            if settings.get(name) != record.settings.get(name)
+        before, settings = record["settings"], plain(self.task.settings())
+        changed = self.config.conflicts(record["config"]) + [
+            f"{name} was {before.get(name)}, is {settings.get(name)}"
+            for name in sorted(settings.keys() | before.keys())
+            if settings.get(name) != before.get(name)
         ]
         if changed:
             raise DexError(
                 f"{self.checkpoints.folder} holds a training with other settings ({'; '.join(changed)}): go on with "
                 "those, or train in another folder"
             )
-        fingerprint = self.task.fingerprint()
-        if record.fingerprint != fingerprint:
+        if there != here:
             self.notify(
-                f"warning: {self.checkpoints.folder} was trained on the backbone {record.fingerprint}, this one is "
-                f"{fingerprint}; going on"
+                f"warning: {self.checkpoints.folder} was trained on the backbone {there[1]}, this one is {here[1]}; "
+                "going on"
             )
 
     def _standing(self, logged: bool) -> Standing:
-        now, share = time.perf_counter(), optimizing.progress(self.config, self.step, self.tokens)
+        now, share = time.perf_counter(), self.step / self.config.steps
         left, loss = None, self.figures.loss
         what = f"step {self.step}/{self.config.steps}, {_amount(self.tokens)} tokens"
         if self._begun is None:
@@ -275,11 +283,8 @@ def _amount(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _place(tree: Any, task: Task, method: str, mesh: Mesh | None) -> Any:
-    """Puts a tree on the mesh as the task says, or as a copy everywhere; without a mesh, leaves it where it is."""
-    if mesh is None:
-        return tree
-    return jax.device_put(tree, shardings(mesh, getattr(task, method)(mesh) if hasattr(task, method) else EVERYWHERE))
+def _place(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
+    return tree if mesh is None else jax.device_put(tree, shardings(mesh, specs))
 
 
 def _place_like(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh | None) -> Any:

@@ -18,32 +18,28 @@ def train_linear_map(task, config, params, key):
     first = {name: np.zeros_like(value) for name, value in params.items()}
     second = {name: np.zeros_like(value) for name, value in params.items()}
     target = np.asarray(task.constants(), np.float64)
-    cursor, losses, gathered, updates = task.start(config.seed), [], [], 0
+    cursor, losses = task.start(config.seed), []
     for step in range(config.steps):
         batch, cursor, _ = task.next_batch(cursor)
         kept = jax.random.bernoulli(jax.random.fold_in(key, step), 1 - task.drop, batch.shape)
         loss, gradients = loss_and_gradients(params, np.asarray(batch, np.float64), np.asarray(kept), target)
         losses.append(loss)
-        gathered.append(gradients)
-        if len(gathered) == config.accumulate:
-            updates += 1
-            mean = {name: sum(each[name] for each in gathered) / len(gathered) for name in params}
-            gathered = []
-            norm = math.sqrt(sum((value**2).sum() for value in mean.values()))
-            share = min(1.0, config.clip_norm / norm)
-            warmup = min(1.0, (step + 1) / config.warmup_steps)
-            cosine = (1 + math.cos(math.pi * step / config.steps)) / 2
-            rate = config.learning_rate * warmup * (config.final_rate + (1 - config.final_rate) * cosine)
-            for name in params:
-                gradient = mean[name] * share
-                first[name] = config.beta1 * first[name] + (1 - config.beta1) * gradient
-                second[name] = config.beta2 * second[name] + (1 - config.beta2) * gradient**2
-                one = first[name] / (1 - config.beta1**updates)
-                two = second[name] / (1 - config.beta2**updates)
-                direction = one / (np.sqrt(two) + config.epsilon)
-                if name == "map":
-                    direction = direction + config.weight_decay * params[name]
-                params[name] = params[name] - rate * direction
+        norm = math.sqrt(sum((value**2).sum() for value in gradients.values()))
+        warmup = config.warmup_steps
+        share = step / warmup
+        if step >= warmup:
+            cosine = (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup))) / 2
+            share = config.final_rate + (1 - config.final_rate) * cosine
+        for name in params:
+            gradient = gradients[name] * min(1.0, config.clip_norm / norm)
+            first[name] = config.beta1 * first[name] + (1 - config.beta1) * gradient
+            second[name] = config.beta2 * second[name] + (1 - config.beta2) * gradient**2
+            one = first[name] / (1 - config.beta1 ** (step + 1))
+            two = second[name] / (1 - config.beta2 ** (step + 1))
+            direction = one / (np.sqrt(two) + config.epsilon)
+            if name == "map":
+                direction = direction + config.weight_decay * params[name]
+            params[name] = params[name] - config.learning_rate * share * direction
         if (step + 1) % config.checkpoint_every == 0:
             task.boundary()
     return params, losses
