@@ -106,6 +106,7 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
         raise DexError("only DEX has a lattice to trace: give method=Dex(explorers=5), say")
     session.plan.say(lm.fingerprint)
     session.prefill()
+    session.tick = -1  # tick 0, which gives the first root, is looked at by itself
 
     def tick(_: DexState) -> DexState:
         session.advance(1)
