@@ -9,39 +9,39 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from dex_jax.cli.common import WEIGHTS
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, exit_code
 from dex_jax.io.whole_files import write_json
+
+HELP = {
+    "data": "files of prompts",
+    "prompts": "prompts of each file, evenly spread",
+    "rounds": "measurements of each, in turns",
+    "max_new_tokens": "tokens of each answer",
+    "exits": "default, shared, or a folder or file of exits",
+}
 
 
 def arguments(doc: str, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with --model, --output, and of the flags below those that have a default here.
-
-    Args:
-      doc: the benchmark's docstring, whose first line is shown.
-      defaults: of `data`, `prompts`, `rounds`, `max_new_tokens`, `weights`, `exits`, `llama_python` and
-        `transformers_python`.
-    """
-    shared: dict[str, dict[str, Any]] = {
-        "data": {"nargs": "+", "metavar": "FILE", "help": "prompts, one file or more"},
-        "prompts": {"type": int, "metavar": "N", "help": "of each file, evenly spread (%(default)s)"},
-        "rounds": {"type": int, "metavar": "N", "help": "measurements of each, in turns (%(default)s)"},
-        "max_new_tokens": {"type": int, "metavar": "N", "help": "of each answer (%(default)s)"},
-        "weights": {"choices": WEIGHTS, "help": "what weights are kept as: as dex_jax.load chooses unless given"},
-        "exits": {"help": "default, shared, or a folder or file of exits (%(default)s)"},
-        "llama_python": {"metavar": "PYTHON", "help": "compare with this Python's llama-cpp-python"},
-        "transformers_python": {"metavar": "PYTHON", "help": "compare with this Python's transformers on torch"},
-    }
+    """A parser with --model, --output, and of the flags in HELP those that have a default here."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="(%(default)s)")
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, required=name == "data", **shared[name])
     parser.add_argument("--output", help="keep figures in OUTPUT.json and tables in OUTPUT.md")
+    for name, default in defaults.items():
+        kind: dict[str, Any] = {"nargs": "+", "default": []} if name == "data" else {"type": type(default)}
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", **{"default": default} | kind, help=f"{HELP[name]} (%(default)s)"
+        )
     return parser
+
+
+def main(run: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> NoReturn:
+    """Runs a benchmark with command-line arguments, and exits."""
+    args = parser.parse_args()
+    sys.exit(exit_code(lambda: run(args) or 0, "Stopped. The same command goes on from here."))
 
 
 def read_ids(lm: Any, files: Sequence[str], count: int) -> dict[str, list[int]]:
@@ -51,27 +51,23 @@ def read_ids(lm: Any, files: Sequence[str], count: int) -> dict[str, list[int]]:
     found, chat = {}, lm.tokenizer.has_chat_template
     for path in files:
         prompts = read_prompts(path)
-        chosen = range(len(prompts)) if count >= len(prompts) else [at * len(prompts) // count for at in range(count)]
-        name = Path(path).name.split(".")[0]
-        found |= {f"{name} {at + 1}": lm.encode(prompts[at], chat=chat) for at in chosen}
+        for at in sorted({each * len(prompts) // count for each in range(count)}):
+            found[f"{Path(path).name.split('.')[0]} {at + 1}"] = lm.encode(prompts[at], chat=chat)
     return found
 
 
-def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each measure gives, one after the other in every round, so that all see the same machine.
+def in_turns(measures: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    """The median of what each measure gives, all one after the other in every round, so that they see the same machine.
 
-    Args:
-      measures: name -> what measures once, in seconds.
-      rounds: how many values of each are kept; a first round, which compiles, is thrown away.
+    A first round, which compiles, is thrown away. Every other round goes backwards: nobody always follows the same one.
     """
-    found: dict[str, list[float]] = {name: [] for name in measures}
+    found: dict[str, list[Any]] = {name: [] for name in measures}
     for number in range(-1, rounds):
-        # Every other round goes backwards: nobody always follows the same neighbour.
         for name in list(measures)[:: 1 if number % 2 == 0 else -1]:
             value = measures[name]()
             if number >= 0:
                 found[name].append(value)
-    return found
+    return {name: np.median(values, axis=0).tolist() for name, values in found.items()}
 
 
 def quartiles(values: Iterable[float], digits: int = 2) -> str:
@@ -80,8 +76,8 @@ def quartiles(values: Iterable[float], digits: int = 2) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
 
 
-def machine(**more: Any) -> dict[str, Any]:
-    """Where and with what figures are made: device, cores, processor, versions, the language of few-row products."""
+def machine(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Where and with what figures are made: settings, cores, processor, versions, the language of few-row products."""
     import jax
 
     from dex_jax.nn import few_rows
@@ -89,33 +85,20 @@ def machine(**more: Any) -> dict[str, Any]:
     names = Path("/proc/cpuinfo")
     lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
     processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "device": jax.devices()[0].device_kind,
-        "processor": processor or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "few_rows": few_rows.language(),
-    } | more
-
-
-def machine_line(about: Mapping[str, Any]) -> str:
-    """`machine` in one line of a page."""
-    return "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items() if value) + "."
+    about = {"device": jax.devices()[0].device_kind, "processor": processor or platform.processor()}
+    about |= {"cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+    about |= {"jax": jax.__version__, "python": platform.python_version(), "few_rows": few_rows.language()}
+    settings = {name: value for name, value in vars(args).items() if name != "output" and not name.endswith("_python")}
+    for name in settings.keys() & {"model", "text"}:
+        settings[name] = Path(settings[name]).name
+    settings |= {"data": [Path(path).name for path in settings.get("data", ())]}
+    return about | settings | more
 
 
 class Figures:
     """Figures by name in OUTPUT.json, written as they come: a benchmark that was stopped goes on.
 
-    Args:
-      output: path without its ending; None keeps nothing.
-      about: settings and machine, which must be those of a file that is there.
-
-    Attributes:
-      runs: name -> figures.
-
-    Raises:
-      DexError: the file holds figures of other settings.
+    `about` holds the settings and the machine. A DexError says where a file that is there holds figures of others.
     """
 
     def __init__(self, output: str | None, about: Mapping[str, Any]):
@@ -128,16 +111,20 @@ class Figures:
                 raise DexError(f"{file} holds figures of {kept['about']}: name another --output")
             self.runs = kept["runs"]
 
-    def add(self, name: str, run: Any) -> None:
-        """Keeps the figures `run`, and says them on stderr."""
-        self.runs[name] = run
-        print(name, json.dumps(run), file=sys.stderr, flush=True)
-        if self.output is not None:
-            write_json(f"{self.output}.json", {"about": self.about, "runs": self.runs})
+    def each(self, wanted: Mapping[str, Any], measure: Callable[[Any], Any]) -> dict[str, Any]:
+        """Name -> figures of what is wanted, measured unless they are there; new ones are said on stderr."""
+        for name, given in wanted.items():
+            if name not in self.runs:
+                self.runs[name] = measure(given)
+                print(name, json.dumps(self.runs[name]), file=sys.stderr, flush=True)
+                if self.output is not None:
+                    write_json(f"{self.output}.json", {"about": self.about, "runs": self.runs})
+        return {name: self.runs[name] for name in wanted}
 
     def publish(self, *parts: str) -> None:
         """Prints a page of these parts and writes OUTPUT.md."""
-        text = "\n\n".join([*parts, machine_line(self.about)]) + "\n"
+        about = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.about.items() if value)
+        text = "\n\n".join([*parts, f"{about}."]) + "\n"
         print(text)
         if self.output is not None:
             Path(f"{self.output}.md").write_text(text, encoding="utf-8")
