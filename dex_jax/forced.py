@@ -368,7 +368,7 @@ def ask_exits(
     vocabulary = Vocabulary(unembed, None if draft is None else unembed[draft], draft, cap)
     kernel = unembed if vocabulary.draft_unembed is None else vocabulary.draft_unembed
     final = rows.final[block]
-    goal = targets(final, vocabulary, hard=0.0)
+    goal = targets(final, vocabulary)
 
     def one_ask(_: None, place: jax.Array) -> tuple[None, tuple[jax.Array, ...]]:
         exit_, source = place

@@ -1,4 +1,4 @@
-"""A training of exits of a few seconds; as a process of its own, on a mesh of 2 x 2 devices into the folder given."""
+"""A training of exits of a few seconds; as a process of its own, on four devices into the folder given."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def base_model() -> LanguageModel:
 
 if __name__ == "__main__":
     config = dataclasses.replace(CONFIG, evaluation_texts=0)
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     train_exits(config, base_model(), sys.argv[1], mesh=mesh)

@@ -131,10 +131,9 @@ def drawn(key: jax.Array, own_outputs: float) -> tuple[np.ndarray, np.ndarray, n
     return np.asarray(may), np.asarray(jax.random.randint(which, shape, 0, len(DEPTHS))), np.asarray(hidden)
 
 
-@pytest.mark.parametrize("own_outputs", [0.0, 0.9])
 @pytest.mark.parametrize(("kind", "fused"), KINDS)
-def test_every_exit_reads_at_every_step_what_the_twin_reads(kind, fused, own_outputs) -> None:
-    key = jax.random.key(5)
+def test_every_exit_reads_at_every_step_what_the_twin_reads(kind, fused) -> None:
+    key, own_outputs = jax.random.key(5), 0.9
     found = read(kind, fused, own_outputs, key)
     may, source_of, hidden = drawn(key, own_outputs)
     true = estimated = firsts = 0
@@ -167,7 +166,7 @@ def test_every_exit_reads_at_every_step_what_the_twin_reads(kind, fused, own_out
                 true, estimated, firsts = true + (not owned), estimated + owned, firsts + (position == 0)
     assert true >= 3
     assert firsts == 3 * 3, "three items should begin within the chunk"
-    assert (estimated >= 3) == (own_outputs > 0)
+    assert estimated >= 3
 
 
 @pytest.mark.parametrize(("kind", "fused"), KINDS)

@@ -30,7 +30,6 @@ from dex_jax.nn.forward import depth_states
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.eagle_training import EagleTraining, read_chains, train_eagle
 from dex_jax.training.journal import read_journal
-from dex_jax.training.sources import SourceOptions
 from dex_jax.training.stream import Activations
 
 STEPS, READS = 3, (1, 2, 3)
@@ -94,22 +93,33 @@ def test_training_reads_what_decoding_does(norm_output) -> None:
 
 
 @pytest.mark.slow
-def test_a_head_learns_and_drafts(tmp_path) -> None:
-    lm = small_model(SHALLOW)
-    train = TrainConfig(steps=75, batch=8, learning_rate=2e-2, warmup_steps=5, checkpoint_every=75, log_every=5)
-    sizes = {"mlp_width": 48, "draft_size": 40, "draft_tokens": 400, "chunk": 12}
-    config = EagleTraining(train, reads=(0, 1, 2), sources=SourceOptions(length=24), **sizes)
-    head = train_eagle(config, lm, tmp_path, tell=lambda line: None)
-    losses = [record["loss"] for record in read_journal(tmp_path) if "loss" in record]
+def test_the_program_trains_a_head_that_learns_and_drafts(tmp_path, capsys) -> None:
+    lm, folder, config = small_model(SHALLOW), tmp_path / "run", tmp_path / "mine.py"
+    model = lm.save(tmp_path / "model")
+    config.write_text(
+        "from dex_jax.training.config import TrainConfig\n"
+        "from dex_jax.training.eagle_training import EagleTraining\n"
+        "from dex_jax.training.sources import SourceOptions\n"
+        "train = TrainConfig(steps=75, batch=8, learning_rate=2e-2, warmup_steps=5, checkpoint_every=75, log_every=5)\n"
+        "config = EagleTraining(train, reads=(0, 1, 2), mlp_width=48, draft_size=40, draft_tokens=400,\n"
+        f"    sources=SourceOptions(length=24), chunk=12, model={str(model)!r})\n"
+    )
+    arguments = ["--config", str(config), "--folder", str(folder)]
+    assert train_exits(arguments) == 0
+    assert f"--exits {folder / 'head'}" in capsys.readouterr().out
+    assert train_exits([*arguments, "--init-from", "default"]) == 2
+    assert "--init-from" in capsys.readouterr().err
+    losses = [record["loss"] for record in read_journal(folder) if "loss" in record]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
+    head = load_eagle(folder / "head")
     # A run that is done gives the same head again.
-    again = train_eagle(config, lm, tmp_path, tell=lambda line: None)
-    chex.assert_trees_all_equal(again.parameters, head.parameters)
+    assert train_exits(arguments) == 0
+    chex.assert_trees_all_equal(load_eagle(folder / "head").parameters, head.parameters)
     unembed = np.asarray(lm.weights["embed"][...])[head.vocabulary]
     assert np.array_equal(head.parameters["unembed"], unembed), "the model's own"
     prompts = [[1, 5, 9], [1]]
     method = dex_jax.Dex(explorers=1, draft=dex_jax.TreeShape((2, 1), drafted=2, lookup=(0.0,) * 8))
-    out = dex_jax.generate(lm, prompts, method=method, exits=str(tmp_path / "head"), max_new_tokens=24)
+    out = dex_jax.generate(lm, prompts, method=method, exits=str(folder / "head"), max_new_tokens=24)
     for row, prompt in enumerate(prompts):
         assert is_greedy(lm, prompt, out.tokens[row, : out.lengths[row]].tolist())
     assert (out.stats.exits[:, 1:] == 0).any()
@@ -130,25 +140,3 @@ def test_heads_are_written_as_they_were_read(tmp_path) -> None:
     for variant in VARIANTS.keys() - {"safeailab"}:
         with pytest.raises(DexError, match="norms"):
             save_eagle(tmp_path / "three", load_eagle(write_head(tmp_path / variant, variant)))
-
-
-@pytest.mark.slow
-def test_the_program_trains_a_head_and_says_how_to_use_it(tmp_path, capsys) -> None:
-    model = small_model(SHALLOW).save(tmp_path / "model")
-    config = tmp_path / "mine.py"
-    config.write_text(
-        "from dex_jax.training.config import TrainConfig\n"
-        "from dex_jax.training.eagle_training import EagleTraining\n"
-        "from dex_jax.training.sources import SourceOptions\n"
-        "config = EagleTraining(TrainConfig(steps=2, batch=2, checkpoint_every=2), mlp_width=48, draft_size=40,\n"
-        f"    reads=(0, 1, 2), draft_tokens=60, sources=SourceOptions(length=16), chunk=8, model={str(model)!r})\n"
-    )
-    arguments = ["--config", str(config), "--folder", str(tmp_path / "run")]
-    assert train_exits([*arguments, "--dry-run"]) == 0
-    assert "32 tokens" in capsys.readouterr().out
-    assert train_exits(arguments) == 0
-    assert f"--exits {tmp_path / 'run' / 'head'}" in capsys.readouterr().out
-    assert train_exits([*arguments, "--init-from", "default"]) == 2
-    assert "--init-from" in capsys.readouterr().err
-    head = load_eagle(tmp_path / "run" / "head")
-    assert (head.config.reads, head.config.draft_size) == ((0, 1, 2), 40)

@@ -111,30 +111,20 @@ def test_export_is_small_and_decodes_to_the_same_text(capsys, trained, place) ->
         assert record["exits_source"] == str(source)
 
 
-def test_evaluate_compares_exits_on_the_same_answers(capsys, monkeypatch, trained, place, tmp_path) -> None:
-    output, cache = tmp_path / "figures.json", tmp_path / "answers.json"
+def test_evaluate_measures_exits_on_the_models_answers(capsys, trained, place, tmp_path) -> None:
+    found, output = {}, tmp_path / "figures.json"
     flags = ["--model", place / "model", "--data", place / "prompts.txt", "--prompts", "3", "--max-new-tokens", "6"]
-    kept = ["--batch", "2", "--cache", cache, "--output", output]
-    code, out, err = run(capsys, "evaluate", "--exits", trained, *flags, *kept)
-    assert code == 0
-    assert "**prompts**" in out
-    assert "answering 3 prompts of prompts" in err
-    figures = json.loads(output.read_text())
-    assert figures["exits"] == str(trained)
-    assert figures["groups"]["prompts"]["texts"] == 3
-    assert figures["groups"]["prompts"]["depths"] == [1, 2]
-
-    monkeypatch.setattr("dex_jax.training.figures.answers", None)
-    code, out, err = run(capsys, "evaluate", "--exits", "shared", *flags, *kept)
-    assert (code, err) == (0, "")
-    shared = json.loads(output.read_text())
-    assert shared["exits"] == "shared"
-    assert shared["groups"]["prompts"]["depths"] == [1, 2]  # of a model of 3 layers, K = 2 and 3
-    assert shared["groups"]["prompts"]["tokens"] == figures["groups"]["prompts"]["tokens"]
-    assert shared["groups"]["prompts"]["divergence"] != figures["groups"]["prompts"]["divergence"]
-    code, _, err = run(capsys, "evaluate", "--exits", "shared", *flags, "--cache", cache, "--max-new-tokens", "7")
-    assert code == 2
-    assert "keeps answers of another max_new_tokens (6, now 7)" in err
+    for exits in (str(trained), "shared"):
+        code, out, _ = run(capsys, "evaluate", "--exits", exits, *flags, "--batch", "2", "--output", output)
+        assert code == 0
+        assert "**prompts**" in out
+        figures = json.loads(output.read_text())
+        assert figures["exits"] == exits
+        found[exits] = figures["groups"]["prompts"]
+    one, other = found.values()
+    assert (one["texts"], one["depths"]) == (3, [1, 2])  # of a model of 3 layers, K = 2 and 3
+    assert (one["tokens"], one["depths"]) == (other["tokens"], other["depths"])
+    assert one["divergence"] != other["divergence"]
 
 
 def test_flags_change_the_configuration(place) -> None:
@@ -173,7 +163,7 @@ CASES = {
     "--config {place}/none.py": "none.py",
     "--config {place}/refused.py": "refused.py: steps",
     "--config {place}/exits.py --steps 0": "steps",
-    "--config {place}/exits.py --mesh 64x2": "128 devices",
+    "--config {place}/exits.py --devices 128": "--devices 128",
     "--config {place}/exits.py --init-from {place}/none": "no exits",
     "--config {place}/exits.py --init-from default": "--init-from",
     "export {place}/none {place}/x.safetensors": "no folder",
@@ -195,7 +185,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, place, trained, argum
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(f"--config x.py --mesh {mesh}" for mesh in ("2", "0x1")),
+        "--config x.py --devices 0",
         *(f"evaluate --exits shared --data x.txt --{flag}" for flag in ("prompts 0", "max-new-tokens x")),
     ],
 )

@@ -23,7 +23,7 @@ from dex_jax.language_model import LanguageModel
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.transformer import Unrolled
 from dex_jax.nn.weights import abstract_weights, merge_model
-from dex_jax.training.items import MAX_TURNS, Item, Turn, no_script, script, stack_scripts
+from dex_jax.training.items import Item, Turn, no_script, stack_scripts
 from dex_jax.training.stream import PRODUCE, Activations, Stream, StreamSpec, start_rows
 
 ROWS, STEPS, HISTORY, LENGTH, DEPTHS = 4, 9, 5, 24, (1, 3, 4)
@@ -130,16 +130,6 @@ def test_when_more_items_end_in_a_chunk_than_wait_rows_idle_without_weight() -> 
     assert not np.any(joined(run, "weight")[twin.number == stream_twin.IDLE])
 
 
-def test_a_stream_of_few_items_ends() -> None:
-    source = stream(lambda number: item(number) if number < 3 else None)
-    seen = 0
-    while not source.done:
-        seen += source.next()[1]
-    assert seen == sum(weight > 0 for number in range(3) for weight in told(number).weights)
-    assert source.next()[1] == 0
-    assert source.cursor["item"] == 3
-
-
 def test_a_stream_reads_other_items_and_is_where_it_was() -> None:
     source, never_asked = stream(seed=SEED + 1), stream(seed=SEED + 1)
     for each in (source, never_asked):
@@ -171,25 +161,8 @@ def test_going_on_from_a_cursor_is_bitwise_the_uninterrupted_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        (Item(()), "turns"),
-        (Item((Turn((1,)),) * (MAX_TURNS + 1)), "turns"),
-        (Item((Turn(()),)), "without forced tokens"),
-        (Item((Turn((1,), -1),)), "limits"),
-        (Item((Turn((1,), 1, 1.0, 0.0),)), "top_p"),
-        (Item((Turn((1,), 24),)), "25 tokens and rows hold 24"),
-    ],
-)
-def test_wrong_items_are_refused(wrong: Item, says: str) -> None:
-    with pytest.raises(DexError, match=says):
-        script(wrong, 0, LENGTH)
-
-
-@pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"depths": ()}, "depths"),
         ({"depths": (5,)}, "from 0 to 4"),
         ({"length": 4096}, "2048"),
         ({"steps": 0}, "at least 1 step"),

@@ -57,7 +57,7 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
     from dex_jax.language_model import load
     from dex_jax.training.exit_training import train_exits
 
-    folder, mesh = folder_of(args), _mesh(args)
+    folder, mesh = folder_of(args), _mesh(args.devices)
     initial = None if args.init_from is None else _exits_to_start_from(args.init_from, config)
     lm = load(config.model, config.train.dtype, weights="dense")
     train_exits(config, lm, folder, mesh=mesh, initial=initial, tell=functools.partial(print, flush=True))
@@ -70,9 +70,8 @@ def _train_eagle(config: EagleTraining, args: argparse.Namespace) -> None:
     from dex_jax.language_model import load
     from dex_jax.training.eagle_training import train_eagle
 
-    for name in ("init_from", "mesh"):
-        if getattr(args, name) is not None:
-            raise DexError(f"--{name.replace('_', '-')} is not for the training of an EAGLE-3 head: leave it out")
+    if args.init_from is not None or args.devices > 1:
+        raise DexError("--init-from and --devices are not for the training of an EAGLE-3 head: leave them out")
     lm = load(config.model, config.train.dtype, weights="dense")
     head = train_eagle(config, lm, folder_of(args), tell=functools.partial(print, flush=True))
     decode = program("decode.py")
@@ -92,14 +91,12 @@ def _exits_to_start_from(name: str, config: ExitTraining) -> TrainedExits:
     return shipped
 
 
-def _mesh(args: argparse.Namespace) -> Any:
-    """The mesh that the flags name, None without one."""
-    if args.mesh is None:
+def _mesh(devices: int) -> Any:
+    """A mesh of so many devices, None for one."""
+    if devices == 1:
         return None
     import jax
 
-    wanted = args.mesh[0] * args.mesh[1]
-    if wanted > jax.device_count():
-        raise DexError(f"--mesh needs {wanted} devices, and there are {jax.device_count()}: choose a smaller one")
-    kinds = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh(args.mesh, ("data", "tensor"), axis_types=kinds, devices=jax.devices()[:wanted])
+    if devices > jax.device_count():
+        raise DexError(f"--devices {devices}, and there are {jax.device_count()}: name fewer")
+    return jax.make_mesh((devices,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])

@@ -68,7 +68,7 @@ def train_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, metavar="B", help="rows of a batch")
     add("--learning-rate", type=float, metavar="R", help="its peak")
     add("--seed", type=int, help="of parameters, order of data and dropout")
-    add("--mesh", type=_mesh, metavar="DATAxTENSOR", help="devices to train on, such as 2x1")
+    add("--devices", type=whole(1, 2**16), default=1, metavar="N", help="to spread the rows of a batch over (1)")
     return p
 
 
@@ -103,7 +103,6 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--prompts", type=whole(1, 2**31), metavar="N", help="N prompts of each file, evenly spread (all)")
     add("--max-new-tokens", type=whole(2, 2**24), default=96, metavar="N", help="of each answer (%(default)s)")
     add("--batch", type=whole(1, 4096), default=8, metavar="B", help="prompts at a time (%(default)s)")
-    add("--cache", metavar="FILE.json", help="keep answers there, so that other exits are measured on the same ones")
     add("--output", metavar="FILE.json", help="write the figures there too")
     return p
 
@@ -154,13 +153,3 @@ def _configured(config: Config, args: argparse.Namespace, names: Sequence[str]) 
 def folder_of(args: argparse.Namespace) -> Path:
     """The folder of the run that the flags name."""
     return Path(args.folder) if args.folder is not None else Path("runs") / Path(args.config).stem
-
-
-def _mesh(text: str) -> tuple[int, int]:
-    try:
-        data, tensor = (int(part) for part in text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not DATAxTENSOR, such as 2x1") from None
-    if data < 1 or tensor < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has no devices: both numbers are at least 1")
-    return data, tensor

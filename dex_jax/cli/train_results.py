@@ -5,28 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-
 from dex_jax.errors import DexError
-from dex_jax.foreign import TokenId, parsed, reading
 
 if TYPE_CHECKING:
     from dex_jax.forced import Text
     from dex_jax.io.exits_file import TrainedExits
     from dex_jax.language_model import LanguageModel
-
-
-class _Answers(Struct):
-    """What --cache keeps."""
-
-    model: str
-    dtype: str
-    max_new_tokens: int
-    answers: list[tuple[list[TokenId], list[TokenId]]]
 
 
 def export(args: argparse.Namespace) -> None:
@@ -110,25 +97,14 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
 
 
 def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text]]:
-    """Prompts with their answers, by the stems of the files; what the cache holds is not answered again."""
-    from dex_jax.io.whole_files import write_json
+    """Prompts with their answers, by the stems of the files, or by all of their paths where stems are equal."""
     from dex_jax.prompt_files import read_prompts
     from dex_jax.training.figures import answers
 
-    prompts = {name: spread(read_prompts(path), args.prompts) for name, path in _group_names(args.data).items()}
-    made_by = {"model": lm.fingerprint, "dtype": str(lm.dtype), "max_new_tokens": args.max_new_tokens}
-    known = {} if args.cache is None else _read_cache(Path(args.cache), made_by)
-    groups: dict[str, list[Text]] = {}
-    for name, wanted in prompts.items():
-        ids = [tuple(lm.encode(prompt)) for prompt in wanted]
-        missing = [list(prompt) for prompt in dict.fromkeys(ids) if prompt not in known]
-        if missing:
-            _warn(f"answering {len(missing)} prompts of {name}")
-            known |= {tuple(p): list(a) for p, a in answers(lm, missing, args.max_new_tokens, args.batch)}
-            if args.cache is not None:
-                write_json(args.cache, made_by | {"answers": [[list(p), a] for p, a in known.items()]})
-        groups[name] = [(list(prompt), known[prompt]) for prompt in ids]
-    return groups
+    stems = [Path(path).name.split(".")[0] for path in args.data]
+    names = [path if stems.count(stem) > 1 else stem for path, stem in zip(args.data, stems, strict=True)]
+    prompts = {name: spread(read_prompts(path), args.prompts) for name, path in zip(names, args.data, strict=True)}
+    return {name: answers(lm, asked, args.max_new_tokens, args.batch) for name, asked in prompts.items()}
 
 
 def spread(prompts: list[Any], count: int | None) -> list[Any]:
@@ -136,24 +112,6 @@ def spread(prompts: list[Any], count: int | None) -> list[Any]:
     if count is None or count >= len(prompts):
         return prompts
     return [prompts[at * len(prompts) // count] for at in range(count)]
-
-
-def _group_names(paths: Sequence[str]) -> dict[str, str]:
-    """Name of each file's group -> path: the stem, or all of the path where stems are equal."""
-    stems = [Path(path).name.split(".")[0] for path in paths]
-    return {path if stems.count(stem) > 1 else stem: path for path, stem in zip(paths, stems, strict=True)}
-
-
-def _read_cache(file: Path, made_by: dict[str, Any]) -> dict[tuple[int, ...], list[int]]:
-    if not file.exists():
-        return {}
-    advice = "give another --cache"
-    with reading(file, advice):
-        kept = parsed(file.read_bytes(), _Answers, file, advice)
-    for name, value in made_by.items():
-        if getattr(kept, name) != value:
-            raise DexError(f"{file} keeps answers of another {name} ({getattr(kept, name)}, now {value}): {advice}")
-    return {tuple(prompt): answer for prompt, answer in kept.answers}
 
 
 def _warn(line: str) -> None:

@@ -32,11 +32,8 @@ class Targets(NamedTuple):
     best: jax.Array  # [N] int32, column of the final layer's best token, V' if it has none
 
 
-def targets(final: jax.Array, vocabulary: Vocabulary, hard: float) -> Targets:
-    """The targets of N tokens, given their features [N, D] after the final norm at depth L.
-
-    `hard` is the share, from 0 to 1, of the target that is the best token alone.
-    """
+def targets(final: jax.Array, vocabulary: Vocabulary) -> Targets:
+    """The targets of N tokens, given their features [N, D] after the final norm at depth L."""
     logits = capped(linear(final, vocabulary.unembed, out_dtype=jnp.float32), vocabulary.cap)
     top = jnp.argmax(logits, axis=-1)
     log_all = jax.nn.logsumexp(logits, axis=-1)
@@ -47,8 +44,7 @@ def targets(final: jax.Array, vocabulary: Vocabulary, hard: float) -> Targets:
         columns = logits[:, vocabulary.draft]
         at = jnp.minimum(jnp.searchsorted(vocabulary.draft, top), width - 1)
         best = jnp.where(vocabulary.draft[at] == top, at, width)
-    inside = jnp.exp(columns - log_all[:, None]) * (1 - hard)
-    inside = inside + hard * (jnp.arange(width)[None] == best[:, None])
+    inside = jnp.exp(columns - log_all[:, None])
     # Of the full vocabulary nothing is outside, and what rounding leaves there would count as entropy.
     outside = jnp.zeros_like(log_all)
     if vocabulary.draft is not None:

@@ -14,21 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
 
 from dex_jax.config import ExitsConfig
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.attention import KeyValues
-from dex_jax.nn.exits import ExitHeads, abstract_parameters, exit_graph, heads_of, initial_heads, parameters_of
+from dex_jax.nn.exits import ExitHeads, exit_graph, heads_of, initial_heads, parameters_of
 from dex_jax.nn.layers import rms_norm
-from dex_jax.nn.targets import Vocabulary
 from dex_jax.nn.weights import merge_model
-from dex_jax.sharding import EVERYWHERE
 from dex_jax.training.losses import exit_losses
-from dex_jax.training.stream import Activations, Stream, activation_specs, matrix_spec
-from dex_jax.training.task import Places, Task
+from dex_jax.training.stream import Activations, Stream
+from dex_jax.training.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +33,12 @@ class DistillationOptions:
     """How exits learn.
 
     Attributes:
-      hard: share of the target that is the final layer's best token alone; the rest is its distribution.
       own_outputs: share of the steps in which exits that read the position before see an estimate by a deeper exit, as
         in the lattice, instead of the true final state, as at the root.
       draft_steps: above 1, the one exit is a drafter at depth 0, and learns to go on from its own outputs for so many
         tokens (`read_drafts`); `own_outputs` then says nothing.
     """
 
-    hard: float = 0.0
     own_outputs: float = 0.5
     draft_steps: int = 1
 
@@ -119,7 +114,6 @@ class Distillation(Task):
             now.reshape(-1, now.shape[-1]),
             weight.reshape(*weight.shape[:-2], -1),
             constants["vocabulary"],
-            self.options.hard,
         )
         return jnp.mean(losses), dict(zip(names, agreement, strict=True)) | {"coverage": coverage}
 
@@ -135,27 +129,6 @@ class Distillation(Task):
             return leaf.ndim >= 2 and "norm" not in text and any(n in text for n in ("map", "up", "down", "kernel"))
 
         return jax.tree_util.tree_map_with_path(decays, params)
-
-    def places(self, mesh: Mesh) -> Places:
-        """Rows over "data"; matrices, stacked or the context layer's, are split by their output axis.
-
-        Embedding and unembedding are split by the vocabulary.
-        """
-
-        def spec(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
-            stacked = getattr(path[0], "key", None) != "context"
-            return matrix_spec(mesh, leaf.shape) if leaf.ndim == (3 if stacked else 2) else EVERYWHERE
-
-        c, draft = self.lm.config, self.vocabulary
-        whole = matrix_spec(mesh, (c.vocab_size, c.width))
-        vocabulary = Vocabulary(whole, cap=None if c.logit_cap is None else EVERYWHERE)
-        if draft is not None:
-            vocabulary = vocabulary._replace(draft_unembed=matrix_spec(mesh, (len(draft), c.width)), draft=EVERYWHERE)
-        return Places(
-            batch=activation_specs(mesh),
-            params=jax.tree_util.tree_map_with_path(spec, abstract_parameters(self.exits, jnp.float32)),
-            constants={"embed": whole, "final_norm": EVERYWHERE, "vocabulary": vocabulary},
-        )
 
     def trained(self, params: Any, metadata: dict[str, Any] | None = None) -> TrainedExits:
         """Parameters in training as exits to decode with."""

@@ -104,7 +104,7 @@ class EagleTask(Task):
         head = nnx.merge(eagle_graph(self.config), params)
         normed = rms_norm(batch.final, constants["final_norm"], self.lm.config.norm_eps)
         flat = normed.reshape(-1, normed.shape[-1])
-        target = jax.lax.stop_gradient(targets(flat, constants["vocabulary"], 0.0))
+        target = jax.lax.stop_gradient(targets(flat, constants["vocabulary"]))
         embedded = jnp.take(constants["embed"], jnp.maximum(batch.token, 0), axis=0)
         features, valid = read_chains(head, batch, embedded * self.lm.config.embed_scale, self._draft_steps)
         head.unembed = nnx.Param(jax.lax.stop_gradient(head.unembed[...]))

@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dex_jax.errors import DexError
-
 MAX_TURNS = 4
 """G: each turn costs a few numbers a script."""
 
@@ -65,19 +63,7 @@ class Scripts(NamedTuple):
 
 
 def script(item: Item, number: int, length: int) -> Scripts:
-    """One item as arrays without the axis N, for rows of `length` = S.
-
-    Raises:
-      DexError: no turns or too many, a turn that forces nothing, or an item that may grow longer than S.
-    """
-    if not 1 <= len(item.turns) <= MAX_TURNS:
-        raise DexError(f"item {number} has {len(item.turns)} turns: give it 1 to {MAX_TURNS}")
-    if any(not turn.forced for turn in item.turns):
-        raise DexError(f"item {number} has a turn without forced tokens: start every turn with at least one")
-    if any(turn.limit < 0 or turn.temperature < 0 or not 0 < turn.top_p <= 1 for turn in item.turns):
-        raise DexError(f"item {number} needs limits and temperatures of at least 0 and top_p above 0, at most 1")
-    if item.longest > length:
-        raise DexError(f"item {number} may grow to {item.longest} tokens and rows hold {length}: lower its limits")
+    """One item as arrays without the axis N, for rows of `length` = S, which it cannot outgrow."""
     forced = [token for turn in item.turns for token in turn.forced]
 
     def padded(values: Sequence[float], dtype: type, size: int = MAX_TURNS) -> np.ndarray:

@@ -1,13 +1,12 @@
 """Distillation of the final distribution into exits, without ever holding [tokens, exits, vocabulary].
 
 The loss of an exit is the forward KL divergence from the final distribution, over the draft vocabulary and one bucket
-for all other tokens (which is what is left when distributions are coarsened so), optionally with a share of the
-cross-entropy of the final layer's best token. Letters: X exits, N tokens, D width, V vocabulary, V' draft vocabulary.
+for all other tokens (which is what is left when distributions are coarsened so).
+
+Letters: X exits, N tokens, D width, V vocabulary, V' draft vocabulary.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ BLOCK = 512
 
 
 def exit_losses(
-    features: jax.Array, final: jax.Array, weight: jax.Array, vocabulary: Vocabulary, hard: float = 0.0
+    features: jax.Array, final: jax.Array, weight: jax.Array, vocabulary: Vocabulary
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Divergence of every exit from the final layer.
 
@@ -32,7 +31,6 @@ def exit_losses(
       final: [N, D], features after the final norm at depth L.
       weight: [N] or [X, N] float32, how much each token counts, for all exits or for each.
       vocabulary: of the exits.
-      hard: share of the target that is the final layer's best token alone.
 
     Returns:
       (loss [X]: weighted mean KL in nats, agreement [X]: weighted share of best tokens that agree, coverage: scalar,
@@ -53,7 +51,7 @@ def exit_losses(
 
     def one_block(sums: tuple, part: tuple) -> tuple[tuple, None]:
         features, final, weight = part
-        found = _block_losses(features, jax.lax.stop_gradient(final), weight, vocabulary, hard)
+        found = _block_losses(features, jax.lax.stop_gradient(final), weight, vocabulary)
         return jax.tree.map(jnp.add, sums, found), None
 
     zeros = jnp.zeros(features.shape[0])
@@ -62,14 +60,14 @@ def exit_losses(
     return loss / total, agree / total, covered / total[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _block_losses(features, final, weight, vocabulary, hard):
-    return _forward(features, final, weight, vocabulary, hard)[0]
+@jax.custom_vjp
+def _block_losses(features, final, weight, vocabulary):
+    return _forward(features, final, weight, vocabulary)[0]
 
 
-def _forward(features: jax.Array, final: jax.Array, weight: jax.Array, vocabulary: Vocabulary, hard: float):
+def _forward(features: jax.Array, final: jax.Array, weight: jax.Array, vocabulary: Vocabulary):
     """One pass over the logits: ((loss [X], agree [X], covered), gradient of the losses [X, n, D + 1])."""
-    target = targets(final, vocabulary, hard)
+    target = targets(final, vocabulary)
     unembed = vocabulary.unembed if vocabulary.draft_unembed is None else vocabulary.draft_unembed
     width = unembed.shape[0]
 
@@ -100,8 +98,7 @@ def _forward(features: jax.Array, final: jax.Array, weight: jax.Array, vocabular
     return (loss, agree, covered), gradient
 
 
-def _block_backward(hard, kept, cotangent):
-    del hard
+def _block_backward(kept, cotangent):
     return kept * cotangent[0][:, None, None].astype(kept.dtype), None, None, None
 
 

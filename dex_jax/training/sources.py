@@ -27,6 +27,11 @@ Model = LanguageModel | Outline
 SHORTEST_ANSWER = 16
 """A prompt that leaves no room for this many tokens of answer is skipped."""
 
+PROMPT_TEMPERATURE, PROMPT_TOP_P = 1.0, 0.95
+"""Of prompts that the model writes itself, and of a base model's texts."""
+
+HELD_OUT_SHARE = 0.02
+
 _MARK = "dexmarker"
 
 BLOCK = 256
@@ -40,31 +45,20 @@ class SourceOptions:
     Attributes:
       length: S; longer prompts are skipped, answers end there.
       seed: of shuffles and choices between kinds of items.
-      chat: whether the chat template is applied, if there is one.
-      answer_limit: most tokens of an answer.
-      answer_temperature, answer_top_p: of the answers that are sampled; the others are greedy.
-      sampled_share: share of the answers that are sampled.
+      answer_limit: most tokens of an answer, which is greedy.
       prompt_limit: most tokens of a prompt that the model writes itself.
-      prompt_temperature, prompt_top_p: of such prompts, and of a base model's texts.
       starts: such prompts begin with one of these texts each, "" among them for nothing.
       prompt_weight: how much a step counts whose next token belongs to a prompt. Steps of given texts count 1.
-      held_out_share, held_out_least: how many prompts of a source are never trained on: that share, at least so many,
-        at most half of them.
+      held_out_least: so many prompts of a source at least are never trained on, HELD_OUT_SHARE of them if that is more,
+        and half of them at most.
     """
 
     length: int
     seed: int = 0
-    chat: bool = True
     answer_limit: int = 160
-    answer_temperature: float = 0.7
-    answer_top_p: float = 0.95
-    sampled_share: float = 0.0
     prompt_limit: int = 64
-    prompt_temperature: float = 1.0
-    prompt_top_p: float = 0.95
     starts: tuple[str, ...] = ("",)
     prompt_weight: float = 0.0
-    held_out_share: float = 0.02
     held_out_least: int = 32
 
 
@@ -81,12 +75,14 @@ class SelfSource:
 
     def __init__(self, model: Model, options: SourceOptions):
         self._options, tokenizer = options, model.tokenizer
-        if tokenizer is None or not (options.chat and tokenizer.has_chat_template):
+        if tokenizer is None or not tokenizer.has_chat_template:
             self._scripts = [_text_script(model, options)]
             return
         parts = tokenizer.render([{"role": "user", "content": _MARK}]).split(_MARK)
         if len(parts) != 2:
-            raise DexError(f"the chat template of {model.source} does not show the user's text once: turn chat off")
+            raise DexError(
+                f"the chat template of {model.source} does not show the user's text once: give prompts with --data"
+            )
         rest = tuple(tokenizer.encode(parts[1], add_special=False))
         headers = [tuple(tokenizer.encode(parts[0] + start, add_special=False)) for start in options.starts or ("",)]
         self._scripts = [self._chat_script(header, rest) for header in headers]
@@ -97,15 +93,12 @@ class SelfSource:
         if room < 2:
             raise DexError(f"a length of {o.length} tokens leaves no room beside the chat template: raise it")
         limit = min(o.prompt_limit, room // 2)
-        prompt = Turn(header, limit, o.prompt_temperature, o.prompt_top_p, o.prompt_weight)
+        prompt = Turn(header, limit, PROMPT_TEMPERATURE, PROMPT_TOP_P, o.prompt_weight)
         return prompt, Turn(rest, min(o.answer_limit, room - limit), forced_weight=o.prompt_weight)
 
     def item(self, number: int) -> Item:
         """One of the starts, drawn with the seed and the number."""
-        script = self._scripts[int(_random(self._options, number, "start") * len(self._scripts))]
-        if len(script) == 1:
-            return Item(script)
-        return Item((*script[:-1], _sampled_or_not(script[-1], self._options, number)))
+        return Item(self._scripts[int(_random(self._options, number, "start") * len(self._scripts))])
 
     @property
     def held_out(self) -> list[Item]:
@@ -237,9 +230,7 @@ def open_mixture(data: Sequence[str], model: Model, options: SourceOptions, tell
     specs = [parse_data(text) for text in data]
     read = {name: _read_entries(name, model, options) for name, _ in specs if name != "self"}
     held_out = frozenset(
-        digest
-        for entries in read.values()
-        for digest in held_out_digests(entries, options.held_out_share, options.held_out_least)
+        digest for entries in read.values() for digest in held_out_digests(entries, options.held_out_least)
     )
     sources: list[SelfSource | ListSource] = []
     for name, _ in specs:
@@ -266,10 +257,10 @@ def entry_digest(entry: Any) -> str:
     return digest_of(entry if isinstance(entry, str) else json.dumps(entry, sort_keys=True))
 
 
-def held_out_digests(entries: Sequence[Any], share: float, least: int) -> list[str]:
+def held_out_digests(entries: Sequence[Any], least: int) -> list[str]:
     """The smallest digests of the entries, so that what is held out hangs on the prompts alone."""
     digests = sorted({entry_digest(entry) for entry in entries})
-    return digests[: min(max(least, math.ceil(share * len(digests))), len(digests) // 2)]
+    return digests[: min(max(least, math.ceil(HELD_OUT_SHARE * len(digests))), len(digests) // 2)]
 
 
 def _read_entries(name: str, model: Model, options: SourceOptions) -> Sequence[Any]:
@@ -305,25 +296,18 @@ def _given_item(window: tuple[int, ...], number: int) -> Item:
 
 
 def _prompt_item(model: Model, options: SourceOptions, prompt: Prompt, number: int) -> Item | None:
-    tokens = tuple(model.encode(prompt, options.chat))
+    tokens = tuple(model.encode(prompt))
     room = options.length - len(tokens)
     if room < min(SHORTEST_ANSWER, options.answer_limit):
         return None
-    answer = Turn(tokens, min(options.answer_limit, room), forced_weight=options.prompt_weight)
-    return Item((_sampled_or_not(answer, options, number),))
-
-
-def _sampled_or_not(answer: Turn, options: SourceOptions, number: int) -> Turn:
-    if _random(options, number, "sampled") >= options.sampled_share:
-        return answer
-    return dataclasses.replace(answer, temperature=options.answer_temperature, top_p=options.answer_top_p)
+    return Item((Turn(tokens, min(options.answer_limit, room), forced_weight=options.prompt_weight),))
 
 
 def _text_script(model: Model, options: SourceOptions) -> tuple[Turn, ...]:
     begins = model.config.bos_id if model.config.bos_id is not None else next(iter(model.eos_ids), None)
     if begins is None:
         raise DexError(f"{model.source} has no BOS and no EOS to begin a text with: give prompts with --data")
-    return (Turn((begins,), options.length - 1, options.prompt_temperature, options.prompt_top_p),)
+    return (Turn((begins,), options.length - 1, PROMPT_TEMPERATURE, PROMPT_TOP_P),)
 
 
 def _random(options: SourceOptions, number: int, purpose: str) -> float:

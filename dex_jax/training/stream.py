@@ -5,9 +5,7 @@ elsewhere it is the model's own choice, so reading a prompt and answering it are
 starts the next waiting item in the very next step: what the old one left in the cache lies beyond the new one's
 positions, masked until it is overwritten.
 
-On a mesh with axes "data" and "tensor" rows are spread over "data". Matrices [..., out, in], embeddings among them, are
-split by their output axis over "tensor" where it divides, so that every product is local and only its results are
-gathered. An axis that a mesh lacks splits nothing.
+On a mesh, which has the axis "data", rows are spread over it, and every device has all weights.
 
 Letters: B rows, n steps of a chunk, H steps of history, X trained depths, L depths, D width, S longest item, N scripts.
 """
@@ -15,7 +13,6 @@ Letters: B rows, n steps of a chunk, H steps of history, X trained depths, L dep
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -152,48 +149,25 @@ def produce(
     report = Report(rows.slot, taken, jnp.sum(weight > 0), number)
     if spec.mesh is not None:
         # The next call takes the state as it took this one.
-        places = shardings(spec.mesh, (_state_specs(spec, spec.mesh), activation_specs(spec.mesh)))
+        places = _state(spec.mesh), Activations(_rows(spec.mesh, 1), *[_rows(spec.mesh)] * 4)
         state, activations = jax.lax.with_sharding_constraint((state, activations), places)
     return state, activations, report
 
 
-def rows_spec(mesh: Mesh, axis: int = 0) -> Any:
-    """PartitionSpec of arrays whose rows lie along `axis`."""
-    return PartitionSpec(*[None] * axis, "data" if "data" in mesh.shape else None)
+def everywhere(mesh: Mesh | None, tree: Any) -> Any:
+    """A tree, copied to all devices of a mesh."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, EVERYWHERE))
 
 
-def matrix_spec(mesh: Mesh, shape: tuple[int, ...]) -> Any:
-    """PartitionSpec of a matrix [..., out, in]."""
-    pieces = mesh.shape.get("tensor", 1)
-    if pieces == 1 or shape[-2] % pieces:
-        return EVERYWHERE
-    return PartitionSpec(*[None] * (len(shape) - 2), "tensor")
+def _rows(mesh: Mesh, axis: int = 0) -> Any:
+    """Where arrays lie whose rows are along `axis`."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def shardings(mesh: Mesh, specs: Any) -> Any:
-    """A tree of PartitionSpecs as NamedShardings."""
-    # Some versions of JAX take a PartitionSpec for a tuple.
-    return jax.tree.map(functools.partial(NamedSharding, mesh), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
-
-
-def activation_specs(mesh: Mesh) -> Activations:
-    """How a chunk lies on a mesh: a PartitionSpec for each field."""
-    return Activations(rows_spec(mesh, 1), *[rows_spec(mesh)] * 4)
-
-
-def _state_specs(spec: StreamSpec, mesh: Mesh) -> StreamState:
-    rows = rows_spec(mesh)
+def _state(mesh: Mesh) -> StreamState:
+    rows, copies = _rows(mesh), NamedSharding(mesh, EVERYWHERE)
     # There is no lattice, and XLA does not split an empty array.
-    return StreamState(cache.Memory(rows, rows, EVERYWHERE, EVERYWHERE), rows, rows, rows, rows)
-
-
-def _place_weights(weights: Any, mesh: Mesh) -> Any:
-    """The weights of a model, as LanguageModel has them, on a mesh."""
-
-    def spec(leaf: jax.Array) -> Any:
-        return matrix_spec(mesh, leaf.shape) if leaf.ndim == 2 else EVERYWHERE
-
-    return jax.device_put(weights, shardings(mesh, jax.tree.map(spec, weights)))
+    return StreamState(cache.Memory(rows, rows, copies, copies), rows, rows, rows, rows)
 
 
 PRODUCE = Program(produce, static=("spec",), donate=(1,))
@@ -202,7 +176,10 @@ Cursor = dict[str, int]
 
 
 class Stream:
-    """The host's side: hands items to rows between chunks. `spec` is what is compiled, `batch` is B."""
+    """The host's side: hands items to rows between chunks.
+
+    `spec` is what is compiled, `batch` is B, `weights` are the model's, where the stream runs.
+    """
 
     def __init__(
         self,
@@ -225,29 +202,24 @@ class Stream:
           batch: B, at least 1.
           steps, history, length, depths: as of StreamSpec.
           seed: of the sampled tokens.
-          mesh: devices with axes "data", which rows are spread over, and "tensor", which weights are split over.
+          mesh: devices that rows are spread over, with the axis "data".
 
         Raises:
           DexError: as StreamSpec, or a batch that does not divide among the mesh.
         """
-        if mesh is not None and batch % mesh.shape.get("data", 1):
+        if mesh is not None and batch % mesh.shape["data"]:
             raise DexError(f"{batch} rows do not divide among {mesh.shape['data']} devices: change the batch")
         self.spec = StreamSpec(lm.config, lm.layout, tuple(depths), steps, history, length, lm.eos_ids, mesh)
         self.batch = batch
-        self._lm, self._items = lm, items
+        self.weights = everywhere(mesh, lm.weights)
+        self._items = items
         self._texts: list[list[int]] | None = None  # of `read`
-        self._placed = None if mesh is None else _place_weights(lm.weights, mesh)
         # How many items are at hand in each chunk beside those that run; rows idle when they are used up.
         self._places = 2 * batch
         self._no_script = no_script(length)
         self._running: list[Scripts | None]
         self._state = self._idle(cache.allocate(lm.config, lm.layout, batch, length, 0, lm.dtype))
         self._begin({"item": 0, "seed": seed})
-
-    @property
-    def weights(self) -> Any:
-        """The model's, where the stream runs."""
-        return self._lm.weights if self._placed is None else self._placed
 
     @property
     def cursor(self) -> Cursor:
@@ -273,7 +245,8 @@ class Stream:
         self._fill()
         places = [*self._running, *self._waiting, *[None] * (self._places - len(self._waiting))]
         scripts = stack_scripts([self._no_script if place is None else place for place in places])
-        asked = self._everywhere((jax.tree.map(jnp.asarray, scripts), jnp.int32(len(self._waiting)), self._key))
+        given = jax.tree.map(jnp.asarray, scripts), jnp.int32(len(self._waiting)), self._key
+        asked = everywhere(self.spec.mesh, given)
         self._state, activations, report = PRODUCE(self.weights, self._state, *asked, spec=self.spec)
         report = jax.device_get(report)
         self._running = [None if slot == NO_ITEM else places[slot] for slot in report.slot]
@@ -300,12 +273,7 @@ class Stream:
 
     def _idle(self, memory: cache.Memory) -> StreamState:
         state = start_rows(memory, self.spec)
-        mesh = self.spec.mesh
-        return state if mesh is None else jax.device_put(state, shardings(mesh, _state_specs(self.spec, mesh)))
-
-    def _everywhere(self, tree: Any) -> Any:
-        mesh = self.spec.mesh
-        return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, EVERYWHERE))
+        return state if self.spec.mesh is None else jax.device_put(state, _state(self.spec.mesh))
 
     def _begin(self, cursor: Cursor) -> None:
         self._next_item, self._seed = int(cursor["item"]), int(cursor["seed"])

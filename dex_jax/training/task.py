@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.targets import Vocabulary
 from dex_jax.nn.weights import merge_model
-from dex_jax.sharding import EVERYWHERE
 from dex_jax.training.sources import digest_of
 from dex_jax.training.stream import Activations, Cursor, Stream
 
 Params = Any
 """A pytree of float32 arrays: what the optimizer updates."""
-
-
-class Places(NamedTuple):
-    """How things lie on a mesh: PartitionSpecs, or pytrees of them that are prefixes of what lies there."""
-
-    batch: Any
-    params: Any
-    constants: Any
 
 
 class Task(ABC):
@@ -94,10 +84,6 @@ class Task(ABC):
     @abstractmethod
     def decayed(self, params: Params) -> Any:
         """Which arrays weight decay applies to: a pytree of bool like `params`."""
-
-    def places(self, mesh: Mesh) -> Places:
-        """How things lie on a mesh; a copy everywhere."""
-        return Places(EVERYWHERE, EVERYWHERE, EVERYWHERE)
 
     def boundary(self) -> None:
         """Half-done items are dropped: their caches are in no checkpoint.

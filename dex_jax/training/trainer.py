@@ -25,8 +25,8 @@ from dex_jax.training.checkpoints import Checkpoints, Record
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.journal import Journal
 from dex_jax.training.optimizer import learning_rate, make_optimizer
-from dex_jax.training.stream import shardings
-from dex_jax.training.task import Params, Places, Task
+from dex_jax.training.stream import everywhere
+from dex_jax.training.task import Params, Task
 
 Notify = Callable[[str | Standing], None]
 
@@ -62,8 +62,8 @@ def train(
       task: what is trained.
       config: how.
       folder: holds checkpoints and metrics.jsonl; made if need be. A training in it goes on.
-      mesh: devices with axes "data" and "tensor", all of this process; None trains where JAX puts arrays. The task says
-        what lies how; the figures are those of one device up to the order of sums.
+      mesh: devices of this process that the rows of a batch are spread over, with the axis "data"; None trains where
+        JAX puts arrays. The figures are those of one device up to the order of sums.
       notify: called with lines of text and with a Standing after each step; None shows them on stderr.
 
     Raises:
@@ -94,27 +94,22 @@ class _Run:
     """One process's part of a training: made ready, then advanced step by step."""
 
     def __init__(self, task: Task, config: TrainConfig, checkpoints: Checkpoints, mesh: Mesh | None, notify: Notify):
-        self.task, self.config, self.checkpoints, self.mesh, self.notify = task, config, checkpoints, mesh, notify
+        self.task, self.config, self.checkpoints, self.notify = task, config, checkpoints, notify
         self.step = self.tokens = 0
         record = checkpoints.record()
         if record is not None:
             self._check(record)
         self.cursor = task.start(config.seed)
-        self.places = Places(None, None, None) if mesh is None else task.places(mesh)
         init_key, key = jax.random.split(jax.random.key(config.seed))
         # Copies: the update gives its buffers away, and these may be somebody's weights.
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), task.init(init_key))
-        params = _place(params, self.places.params, mesh)
         self.rate = learning_rate(config)
         self.optimizer = make_optimizer(config, task.decayed(params))
-        begin = (jnp.int32(0), key)
-        if mesh is not None:
-            begin = jax.device_put(begin, NamedSharding(mesh, EVERYWHERE))
-        self.state = TrainState(params, _place_like(self.optimizer, params, mesh), *begin)
+        self.state = everywhere(mesh, TrainState(params, self.optimizer.init(params), jnp.int32(0), key))
         if record is not None:
             self._restore(record)
-        self.constants = _place(task.constants(), self.places.constants, mesh)
-        places = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, self.state), None)
+        self.constants = everywhere(mesh, task.constants())
+        places = None if mesh is None else (NamedSharding(mesh, EVERYWHERE), None)
         self.update = jax.jit(self._update, donate_argnums=0, out_shardings=places)
         self.journal = Journal(checkpoints.folder, self.step)
         self.figures = _Figures()
@@ -129,7 +124,6 @@ class _Run:
     def advance(self) -> None:
         """One step and all that is due after it."""
         batch, self.cursor, learnt = self.task.next_batch(self.cursor)
-        batch = _place(batch, self.places.batch, self.mesh)
         self.state, figures = self.update(self.state, self.constants, batch)
         self.step += 1
         self.tokens += learnt
@@ -281,19 +275,3 @@ def _amount(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
-
-
-def _place(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
-    return tree if mesh is None else jax.device_put(tree, shardings(mesh, specs))
-
-
-def _place_like(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh | None) -> Any:
-    """The optimizer's first state, with moments placed as their parameters are."""
-    opt_state = optimizer.init(params)
-    if mesh is None:
-        return opt_state
-    everywhere = NamedSharding(mesh, EVERYWHERE)
-    places = optax.tree_map_params(
-        optimizer, lambda _, param: param.sharding, opt_state, params, transform_non_params=lambda _: everywhere
-    )
-    return jax.device_put(opt_state, places)

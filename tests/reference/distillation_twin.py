@@ -22,7 +22,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def losses(features, final, weight, unembed, draft, hard, scale, cap=None) -> LossTwin:
+def losses(features, final, weight, unembed, draft, scale, cap=None) -> LossTwin:
     """One token and one exit at a time; `draft` is a list of token ids, or None for the full vocabulary."""
 
     def capped(logits: np.ndarray) -> np.ndarray:
@@ -35,8 +35,7 @@ def losses(features, final, weight, unembed, draft, hard, scale, cap=None) -> Lo
     loss, agreement, coverage, gradient = np.zeros(exits), np.zeros(exits), 0.0, np.zeros_like(features)
     for n in range(tokens):
         best = int(np.argmax(unembed @ final[n]))
-        wanted = (1 - hard) * np.exp(log_softmax(capped(unembed @ final[n])))
-        wanted[best] += hard
+        wanted = np.exp(log_softmax(capped(unembed @ final[n])))
         others = sum(wanted[token] for token in range(len(unembed)) if token not in kept)
         target = np.array([*(wanted[token] for token in kept), others])
         coverage += weight[n] / total * (best in kept)
