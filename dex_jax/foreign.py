@@ -23,15 +23,10 @@ TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[float, Meta(gt=0, le=1e30)]
 """Neither infinite nor NaN."""
 
-_LONGEST_REASON = 300
-
 
 @contextmanager
 def reading(source: object, advice: str = "get it again") -> Iterator[None]:
-    """While a foreign thing, `source`, is read: whatever it raises becomes a DexError that names it, with `advice`.
-
-    Only Ctrl-C and the end of the program are not.
-    """
+    """While a foreign thing, `source`, is read: all that it raises but Ctrl-C becomes a DexError, with `advice`."""
     try:
         yield
     except DexError as error:
@@ -44,12 +39,6 @@ def reading(source: object, advice: str = "get it again") -> Iterator[None]:
         raise DexError(f"{source} is not as it should be{at} ({wrong.replace('`', '')}): {advice}.") from error
     except OSError as error:
         raise DexError(f"{source} cannot be read ({error.strerror or reason(error)}).") from error
-    except UnicodeDecodeError as error:
-        raise DexError(f"{source} is no UTF-8 text (byte {error.start}): {advice}.") from error
-    except RecursionError as error:
-        raise DexError(f"{source} is nested too deeply: {advice}.") from error
-    except MemoryError as error:
-        raise DexError(f"{source} asks for more memory than there is: {advice}.") from error
     except BaseException as error:
         # A panic of a library written in Rust is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -61,29 +50,23 @@ def reason(error: BaseException) -> str:
     """What an error of another library says, on one line and not at any length."""
     said = " ".join(str(error).split())
     named = type(error).__name__ if not said or isinstance(error, KeyError) else ""
-    return f"{named} {said}".strip()[:_LONGEST_REASON]
+    return f"{named} {said}".strip()[:300]
 
 
 def typed(value: Any, kind: type[T], source: object, advice: str = "get it again") -> T:
-    """`value`, of dictionaries, lists and scalars, as a `kind`: a msgspec.Struct, a dataclass or another type.
+    """`value`, of dictionaries, lists and scalars, as a `kind`, a msgspec.Struct for one; it passes over unknown keys.
 
-    Keys that `kind` does not have are passed over. A DexError names `source` and the key that is missing, of another
-    type or out of bounds.
+    A DexError names `source` and the key that is missing, of another type or out of bounds.
     """
     with reading(source, advice):
         return msgspec.convert(value, kind)
 
 
-def check_fields(settings: Any, flags: bool = False) -> None:
-    """Checks each field of a dataclass, `flags` of a program or not, against its type and bounds.
-
-    A DexError names the first that will not do, with its value.
-    """
+def check_fields(settings: Any) -> None:
+    """Checks each field of a dataclass against its type and bounds; a DexError names the first that will not do."""
     for name, kind in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
-        called = f"--{name.replace('_', '-')} {shown}" if flags else f"{name} = {shown}"
-        typed(value, kind, called, "give another value")
+        typed(value, kind, f"{name} = {value!r}", "give another value")
 
 
 def parsed(text: str | bytes, kind: type[T], source: object, advice: str = "get it again") -> T:
@@ -106,7 +89,5 @@ def refuse(source: object, *reasons: tuple[object, str]) -> None:
 
 def local_path(path: str | os.PathLike) -> Path:
     """A path with ~ and ~user put in; a DexError if there is no such user, or no home directory."""
-    try:
+    with reading(path, "write the whole path"):
         return Path(path).expanduser()
-    except RuntimeError as error:
-        raise DexError(f"{path} names no home directory that is known here: write the whole path.") from error

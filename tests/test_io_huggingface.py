@@ -203,7 +203,7 @@ def test_directories_of_other_kinds_are_refused(tmp_path):
     assert "no config.json" in refusal(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "LoRA adapter" in refusal(tmp_path)
-    (write_checkpoint(tmp_path, "smollm2") / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    (write_checkpoint(tmp_path, "smollm2") / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     assert "no safetensors weights" in refusal(tmp_path)
 
 

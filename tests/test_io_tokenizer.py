@@ -79,7 +79,6 @@ def test_half_a_surrogate_pair_is_refused(smollm2):
 
 
 def test_what_the_default_tokenizer_knows(smollm2):
-    assert smollm2.vocab_size == 49152
     assert smollm2.has_chat_template
     assert smollm2.eos_ids == (2,)
     assert smollm2.decode([2], skip_special=False) == "<|im_end|>"
@@ -254,12 +253,12 @@ def test_templates_that_refuse(template, words):
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        ([], "at least one message"),
-        ({"role": "user", "content": "x"}, "at least one message"),
-        (["hello"], "Message 1 is not a dictionary"),
-        ([{"role": "user", "content": "x"}, {"role": "user"}], 'Message 2 needs a string under "content"'),
-        ([{"content": "x"}], 'Message 1 needs a string under "role"'),
-        ([{"role": "user", "content": None}], '"content", and it has None'),
+        ([], "length >= 1"),
+        ({"role": "user", "content": "x"}, "give a list of messages like"),
+        (["hello"], "Expected object, got str"),
+        ([{"role": "user", "content": "x"}, {"role": "user"}], r"\[1\].*content"),
+        ([{"content": "x"}], r"\[0\].*role"),
+        ([{"role": "user", "content": None}], "content.*null"),
     ],
 )
 def test_malformed_messages(messages, words):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dex_jax.config import ModelConfig
-from dex_jax.errors import DexError
+from dex_jax.foreign import refuse
 from dex_jax.io.tensor_names import canonical_parts, layer_prefix, stacked_shape
 from dex_jax.io.tokenizer import Tokenizer
 
@@ -56,22 +56,16 @@ class Checkpoint:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        source: str,
-        tensors: Tensors,
-        *,
-        gguf: bool,
-        build_tokenizer: Callable[[], Tokenizer | None],
+        self, config: ModelConfig, source: str, tensors: Tensors, gguf: bool, tokenizer: Callable[[], Tokenizer | None]
     ):
         """Reads nothing; a DexError if a tensor is missing, of another shape, or one that the model does not use."""
         self.config = config
         self.source = source
         self._tensors = tensors
-        if config.num_layers > len(tensors.stored):
-            raise DexError(f"{source} holds {len(tensors.stored)} tensors, too few for {config.num_layers} layers.")
+        few = config.num_layers > len(tensors.stored)
+        refuse(source, (few, f"holds {len(tensors.stored)} tensors, too few for {config.num_layers} layers"))
         self._parts = canonical_parts(config, gguf=gguf)
-        self._build_tokenizer = build_tokenizer
+        self._build_tokenizer = tokenizer
         self._check(gguf)
 
     @cached_property
@@ -133,22 +127,17 @@ class Checkpoint:
     def _check(self, gguf: bool) -> None:
         stored, wanted = self._tensors.stored, dict(part for parts in self._parts.values() for part in parts)
         for name, shape in wanted.items():
-            if name not in stored:
-                raise DexError(f"{self.source} lacks the tensor {name}: the checkpoint is incomplete, get it again.")
+            absent = name not in stored
+            refuse(self.source, (absent, f"lacks the tensor {name}: the checkpoint is incomplete, get it again"))
             found = stored[name]
-            if found.shape != shape:
-                raise DexError(
-                    f"{found.file} holds {name} in the shape {list(found.shape)}, but its configuration means "
-                    f"{list(shape)}: weights and configuration do not belong together."
-                )
-            if found.dtype is None:
-                raise DexError(
-                    f"{found.file} stores {name} as {found.format}, which is not covered: use the unquantised model."
-                )
+            told = f"{list(found.shape)}, and its configuration means {list(shape)}: they do not belong together"
+            refuse(
+                found.file,
+                (found.shape != shape, f"holds {name} in the shape {told}"),
+                (found.dtype is None, f"stores {name} as {found.format}: use the unquantised model"),
+            )
         layers = re.escape(layer_prefix(0, gguf=gguf)).replace("0", r"\d+")
         for name in stored.keys() - wanted.keys():
-            if re.match(layers, name) and "rotary_emb" not in name:
-                raise DexError(
-                    f"{stored[name].file} holds the tensor {name}, for which a {self.config.family} model of "
-                    f"{self.config.num_layers} layers has no use: this variant is not covered."
-                )
+            unused = re.match(layers, name) and "rotary_emb" not in name
+            told = f"for which a {self.config.family} model of {self.config.num_layers} layers has no use"
+            refuse(stored[name].file, (unused, f"holds the tensor {name}, {told}: this variant is not covered"))

@@ -14,10 +14,9 @@ from msgspec import Struct
 from dex_jax.config import EagleConfig, ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.foreign import Size, TokenId, local_path, reading, refuse, typed
-from dex_jax.io.huggingface import json_of
+from dex_jax.io.huggingface import SafetensorsFiles, json_of
 from dex_jax.io.huggingface_config import huggingface_config
 from dex_jax.io.opening import from_hub, is_hub_id
-from dex_jax.io.safetensors_files import SafetensorsFiles
 from dex_jax.io.save import config_json
 from dex_jax.io.tensor_names import LAYER_NAMES, stacked_shape
 from dex_jax.io.whole_files import write_json, write_whole
@@ -92,16 +91,11 @@ def find_eagle(path: str | os.PathLike) -> EagleHead | None:
 
 
 def load_eagle(path: str | os.PathLike) -> EagleHead:
-    """Reads an EAGLE-3 head, in the forms of SafeAILab, vLLM and speculators.
+    """Reads an EAGLE-3 head of a folder or a hub id "owner/name", in the forms of SafeAILab, vLLM and speculators.
 
-    Args:
-      path: a folder, or a hub id "owner/name".
-
-    Raises:
-      DexError: no EAGLE-3 head, a kind that is not covered, or files that are missing or damaged.
+    A DexError: no EAGLE-3 head, a kind that is not covered, or files that are missing or damaged.
     """
-    found = find_eagle(path)
-    if found is None:
+    if (found := find_eagle(path)) is None:
         raise DexError(f"there is no EAGLE-3 head at {path}: give a folder with config.json, or a hub id")
     return found
 
@@ -213,9 +207,7 @@ def fit_eagle(head: EagleHead, model: ModelConfig) -> EagleHead:
     config, layers = head.config, model.num_layers
     reads = config.reads or (2, layers // 2, layers - 3)
     width, size = config.layer.width, config.layer.vocab_size
-    where = (
-        f"and is for another model than this one of {layers} layers, width {model.width} and {model.vocab_size} tokens"
-    )
+    where = f"and is for another model than this of {layers} layers, width {model.width}, {model.vocab_size} tokens"
     refuse(
         f"the EAGLE-3 head {head.source}",
         (config.state_width != model.width, f"reads states of width {config.state_width} {where}"),
@@ -252,6 +244,5 @@ def save_eagle(folder: str | os.PathLike, head: EagleHead) -> None:
     if head.vocabulary is not None:
         tensors["d2t"] = head.vocabulary.astype(np.int64) - np.arange(len(head.vocabulary))
         tensors["t2d"] = np.isin(np.arange(layer.vocab_size), head.vocabulary)
-    whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    write_whole(Path(folder) / "model.safetensors", save(whole, {"format": "pt"}))
+    write_whole(Path(folder) / "model.safetensors", save(tensors, {"format": "pt"}))
     write_json(Path(folder) / "config.json", about)

@@ -15,11 +15,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dex_jax.errors import DexError
-from dex_jax.foreign import Size, reading, typed
+from dex_jax.foreign import Size, reading, refuse, typed
 from dex_jax.io.checkpoint import Stored, Tensors
 
-_VERSIONS = (2, 3)
+_ADVICE = "get it again, update gguf, or take a file in Q8_0, Q4_K_M or F16"
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -39,16 +38,15 @@ class GGUFFile(Tensors):
         self.path = path
         self.heads: dict[str, int] = {}
         self.norm_offset = np.float32(0)
-        with reading(path, "download it again"), open(path, "rb") as file:
-            if file.read(4) != b"GGUF":
-                raise DexError(f"{path} is not a GGUF file: it does not begin with the four letters GGUF.")
+        with reading(path, _ADVICE), open(path, "rb") as file:
+            refuse(path, (file.read(4) != b"GGUF", "is not a GGUF file: it does not begin with these four letters"))
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 self.metadata, self.stored = _read_header(_Cursor(data, 4), path)
                 size = len(data)
         for name, tensor in self.stored.items():
             offset, row_bytes = tensor.place
-            if offset + row_bytes * math.prod(tensor.shape[:-1]) > size:
-                raise DexError(f"{path} is truncated: tensor {name} ends beyond its {size:,} bytes: download it again.")
+            beyond = offset + row_bytes * math.prod(tensor.shape[:-1]) > size
+            refuse(path, (beyond, f"is truncated: tensor {name} ends beyond its {size:,} bytes: get it again"))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop`; all are read where rows are rearranged."""
@@ -90,13 +88,8 @@ class GGUFFile(Tensors):
         _, size = gguf.GGML_QUANT_SIZES[kind]
         # gguf works through 16 rows at a time, which is slow where rows are short: longer ones halve the time.
         wide = raw.view(np.ndarray).reshape(-1, math.gcd(raw.size // size, _WIDE) * size)
-        try:
+        with reading(self.path, _ADVICE):  # there are kinds that the gguf package cannot dequantise
             return gguf.quants.dequantize(wide, kind).reshape(stop - start, -1)
-        except NotImplementedError as error:  # the gguf package raises it for a kind that it cannot dequantise
-            raise DexError(
-                f"{self.path} stores weights as {tensor.format}, which the gguf package cannot dequantise: "
-                "use a file in Q8_0, Q4_K_M or F16."
-            ) from error
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
@@ -142,11 +135,8 @@ class _Cursor:
 
 def _read_header(cursor: _Cursor, path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     version = cursor.scalar("I")
-    if version not in _VERSIONS:
-        raise DexError(
-            f"{path} is GGUF version {version & 0xFFFF or 'of another byte order'}, and only little-endian versions "
-            "2 and 3 are read: convert it again with a current llama.cpp."
-        )
+    told = f"is GGUF version {version & 0xFFFF or 'of another byte order'}"
+    refuse(path, (version not in (2, 3), f"{told}, and not 2 or 3: convert it again with a current llama.cpp"))
     num_tensors, num_values = cursor.scalar("Q"), cursor.scalar("Q")
     # A key comes before its value.
     metadata = {cursor.string(): cursor.value(cursor.scalar("I")) for _ in range(num_values)}
@@ -163,15 +153,9 @@ def _read_header(cursor: _Cursor, path: Path) -> tuple[dict[str, Any], dict[str,
 def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Stored:
     import gguf
 
-    try:
-        known = gguf.GGMLQuantizationType(kind)
-        block, size = gguf.GGML_QUANT_SIZES[known]
-    except (ValueError, KeyError) as error:
-        raise DexError(
-            f"{path} stores tensor {name} as type {kind}, which the gguf package does not know: update gguf, or use a "
-            "file in Q8_0, Q4_K_M or F16."
-        ) from error
-    if not shape or shape[-1] % block:
-        raise DexError(f"{path} is damaged: tensor {name} of shape {list(shape)} is no {known.name}.")
+    known = gguf.GGMLQuantizationType(kind)
+    block, size = gguf.GGML_QUANT_SIZES[known]
+    uneven = not shape or shape[-1] % block
+    refuse(path, (uneven, f"is damaged: tensor {name} of shape {list(shape)} is no {known.name}"))
     dtype = _DTYPES.get(known.name, np.dtype(np.float32))
     return Stored(path, shape, known.name, dtype, (offset, shape[-1] // block * size))

@@ -78,7 +78,7 @@ def open_gguf(path: Path) -> Checkpoint:
         file.heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
     file.norm_offset = np.float32(config.norm_offset)
     tokenizer = partial(gguf_tokenizer, file.metadata, config.eos_ids, str(path))
-    return Checkpoint(config, str(path), file, gguf=True, build_tokenizer=tokenizer)
+    return Checkpoint(config, str(path), file, True, tokenizer)
 
 
 def _config(file: GGUFFile) -> ModelConfig:

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
 
-from dex_jax.errors import DexError
-from dex_jax.foreign import TokenId, reading, typed
+from dex_jax.foreign import TokenId, reading, refuse, typed
 from dex_jax.io.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,39 +41,30 @@ class _Vocabulary(Struct):
     pad_token: TokenId | None = field(name="padding_token_id", default=None)
 
 
-class _Template(Struct):
-    template: str | None = field(name="tokenizer.chat_template", default=None)
-
-
 def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: str) -> Tokenizer | None:
     """The tokenizer that a GGUF file's metadata describe, None when it carries no vocabulary.
 
     `eos_ids` end a sequence by the model's configuration; `source` is the file, for errors. A DexError: a vocabulary of
     another kind than BPE on bytes or SentencePiece's, or split by rules not known.
     """
-    prefix = "tokenizer.ggml."
+    prefix, elsewhere = "tokenizer.ggml.", "use the Hugging Face directory of this model"
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     vocabulary = typed(own, _Vocabulary, f"the tokenizer of {source}")
-    template = typed(metadata, _Template, f"the chat template of {source}").template
-    tokens = vocabulary.tokens
+    template = typed(metadata.get("tokenizer.chat_template", ""), str, f"the chat template of {source}") or None
+    tokens, model, pre = vocabulary.tokens, vocabulary.model, vocabulary.pre
     if not tokens:
         return None
-    if vocabulary.model not in ("gpt2", "llama"):
-        raise DexError(
-            f"{source} carries a tokenizer of kind {vocabulary.model!r:.60}, and only 'gpt2' (BPE on bytes) and "
-            "'llama' (SentencePiece) can be built from a GGUF file: use the Hugging Face directory of this model."
-        )
-    on_bytes = vocabulary.model == "gpt2"
-    if on_bytes and vocabulary.pre not in _KNOWN:
-        raise DexError(
-            f"{source} splits text by the rules {vocabulary.pre!r:.60}, and only {', '.join(_KNOWN)} are known: use "
-            "the Hugging Face directory of this model."
-        )
-    if not (vocabulary.merges if on_bytes else len(vocabulary.scores) == len(tokens)):
-        wanted = "merges" if on_bytes else "scores"
-        raise DexError(f"{source} carries a vocabulary without {wanted}: use the Hugging Face directory of this model.")
+    on_bytes, known = model == "gpt2", ", ".join(_KNOWN)
+    scored = vocabulary.merges if on_bytes else len(vocabulary.scores) == len(tokens)
+    kinds = "'gpt2' (BPE on bytes) and 'llama' (SentencePiece)"
+    refuse(
+        source,
+        (model not in ("gpt2", "llama"), f"has a tokenizer of kind {model!r:.60}, and not {kinds}: {elsewhere}"),
+        (on_bytes and pre not in _KNOWN, f"splits text by the rules {pre!r:.60}, and not {known}: {elsewhere}"),
+        (not scored, f"has a vocabulary without {'merges' if on_bytes else 'scores'}: {elsewhere}"),
+    )
     named = {name: getattr(vocabulary, name) for name in _NAMED}
-    with reading(f"the tokenizer of {source}", "use the Hugging Face directory of this model"):
+    with reading(f"the tokenizer of {source}", elsewhere):
         return Tokenizer(
             _byte_level_bpe(vocabulary) if on_bytes else _sentencepiece(vocabulary),
             template=template,

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct, defstruct
+import ml_dtypes
+import numpy as np
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from dex_jax.config import ModelConfig
-from dex_jax.errors import DexError
-from dex_jax.foreign import parsed, reading, typed
-from dex_jax.io.checkpoint import Checkpoint
+from dex_jax.foreign import parsed, reading, refuse, typed
+from dex_jax.io.checkpoint import Checkpoint, Stored, Tensors
 from dex_jax.io.huggingface_config import huggingface_config
-from dex_jax.io.safetensors_files import SafetensorsFiles, weight_files
 from dex_jax.io.tokenizer import Tokenizer
+
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class _Special(Struct):
@@ -26,14 +32,12 @@ class _Template(Struct):
     template: str
 
 
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_TokenizerConfig = defstruct(
-    "_TokenizerConfig",
-    [
-        ("chat_template", str | list[_Template] | None, None),
-        *((n, str | _Special | None, None) for n in _SPECIAL_NAMES),
-    ],
-)
+class _TokenizerConfig(Struct):
+    chat_template: str | list[_Template] | None = None
+    bos_token: str | _Special | None = None
+    eos_token: str | _Special | None = None
+    unk_token: str | _Special | None = None
+    pad_token: str | _Special | None = None
 
 
 def open_folder(folder: Path, source: str) -> Checkpoint:
@@ -42,22 +46,21 @@ def open_folder(folder: Path, source: str) -> Checkpoint:
     The tokenizer's files are read when it is asked for; `source` is what reports and errors call the folder. A
     DexError where files are missing or not covered.
     """
-    config = read_config(folder, source)
-    if not weight_files(folder):
-        raise DexError(f"{source} holds no safetensors weights: convert or get them as model.safetensors.")
+    config, files = read_config(folder, source), SafetensorsFiles(folder)
+    refuse(source, (not files.stored, "holds no safetensors weights: convert or get them as model.safetensors"))
     tokenizer = partial(_tokenizer, folder, config.eos_ids, source)
-    return Checkpoint(config, source, SafetensorsFiles(folder), gguf=False, build_tokenizer=tokenizer)
+    return Checkpoint(config, source, files, False, tokenizer)
 
 
 def read_config(folder: Path, source: str) -> ModelConfig:
     """Reads a folder's configuration; weights need not be there. A DexError where it is missing or not covered."""
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise DexError(
-                f"{source} holds a LoRA adapter and no model of its own: merge it into its base model "
-                "(merge_and_unload in peft), save that and open the result."
-            )
-        raise DexError(f"{source} has no config.json: it is not a Hugging Face model directory.")
+    absent, adapter = not (folder / "config.json").is_file(), (folder / "adapter_config.json").is_file()
+    advice = "merge it into its base model (merge_and_unload in peft), save that and open the result"
+    refuse(
+        source,
+        (absent and adapter, f"holds a LoRA adapter and no model of its own: {advice}"),
+        (absent, "has no config.json: it is not a Hugging Face model directory"),
+    )
     return huggingface_config(json_of(folder, "config.json"), json_of(folder, "generation_config.json"), source)
 
 
@@ -72,29 +75,60 @@ def _tokenizer(folder: Path, eos_ids: tuple[int, ...], source: str) -> Tokenizer
     file = folder / "tokenizer.json"
     if not file.is_file():
         for other in ("tokenizer.model", "vocab.json"):
-            if (folder / other).is_file():
-                raise DexError(
-                    f"{source} has its tokenizer only as {other}: save it once with transformers' AutoTokenizer, "
-                    "which writes tokenizer.json."
-                )
+            found = (folder / other).is_file()
+            refuse(source, (found, f"has its tokenizer only as {other}: save it by transformers' AutoTokenizer"))
         return None
     import tokenizers
 
     with reading(file, "get it again, or update tokenizers"):
         backend = tokenizers.Tokenizer.from_file(str(file))
     described = "tokenizer_config.json"
-    read: Any = typed(json_of(folder, described), _TokenizerConfig, folder / described)
-    special = {name: token for name in _SPECIAL_NAMES if (token := getattr(read, name))}
-    template = read.chat_template
+    read = typed(json_of(folder, described), _TokenizerConfig, folder / described)
+    special = {
+        name: getattr(token, "content", token) for name, token in asdict(read).items() if name != "chat_template"
+    }
+    template, own_file = read.chat_template, folder / "chat_template.jinja"
     if isinstance(template, list):
         template = next((each.template for each in template if each.name == "default"), None)
-    own_file = folder / "chat_template.jinja"
     with reading(own_file):
         template = own_file.read_text("utf-8") if own_file.is_file() else template
     return Tokenizer(
         backend,
         template=template,
-        variables={name: token if isinstance(token, str) else token.content for name, token in special.items()},
+        variables={name: token for name, token in special.items() if token},
         eos_ids=eos_ids,
         source=source,
     )
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import safe_open
+
+    with reading(file), safe_open(file, framework="np") as opened:
+        yield opened
+
+
+class SafetensorsFiles(Tensors):
+    """The tensors of a folder's safetensors files."""
+
+    def __init__(self, folder: Path):
+        """Reads headers; a DexError if a file is truncated or damaged."""
+        self.stored = {}
+        # As transformers chooses: some folders hold the same weights once more under another name.
+        found = [sorted(folder.glob(name)) for name in ("model.safetensors", "model*.safetensors", "*.safetensors")]
+        for file in next(filter(None, found), []):
+            with _opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    view = tensors.get_slice(name)
+                    # As a model of text alone has it, where what reads images stands beside that.
+                    known = re.sub(r"^(model\.)?language_model\.", r"\1", name)
+                    format = view.get_dtype()
+                    self.stored[known] = Stored(file, tuple(view.get_shape()), format, _DTYPES.get(format), name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop`."""
+        found = self.stored[name]
+        # Opened anew: the pages that were read leave this process with the map.
+        with _opened(found.file) as tensors:
+            return tensors.get_slice(found.place)[start:stop]

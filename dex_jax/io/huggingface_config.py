@@ -28,53 +28,33 @@ class _Rope(Struct):
     type: str | None = None
     rope_theta: Positive | None = None
     partial_rotary_factor: Positive | None = None
-
-
-class _ByLayerType(Struct):
-    """Two ropes, as transformers 5 writes them for layers of two kinds."""
-
-    full_attention: dict[str, Any] = {}
-    sliding_attention: dict[str, Any] = {}
-
-
-class _Linear(Struct):
-    factor: Positive
-
-
-class _Llama3(_Linear):
-    low_freq_factor: Positive
-    high_freq_factor: Positive
-    original_context: Size = field(name="original_max_position_embeddings")
-
-
-class _Yarn(Struct):
-    original_context: Size = field(name="original_max_position_embeddings")
     factor: Positive | None = None
-    fast: Positive | None = field(name="beta_fast", default=32.0)
-    slow: Positive | None = field(name="beta_slow", default=1.0)
-    truncate: bool = True
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_context: Size | None = field(name="original_max_position_embeddings", default=None)
+    fast: Positive | None = field(name="beta_fast", default=None)
+    slow: Positive | None = field(name="beta_slow", default=None)
+    truncate: bool | None = None
     magnitude: Positive | None = field(name="attention_factor", default=None)
     mscale: float | None = None
     mscale_all_dim: float | None = None
     query_growth: float | None = field(name="llama_4_scaling_beta", default=None)
+    short_factors: list[Positive] | None = field(name="short_factor", default=None)
+    long_factors: list[Positive] | None = field(name="long_factor", default=None)
 
 
-class _LongRope(Struct):
-    short_factors: list[Positive] = field(name="short_factor")
-    long_factors: list[Positive] = field(name="long_factor")
-    magnitude: Positive | None = field(name="attention_factor", default=None)
-    original_context: Size | None = field(name="original_max_position_embeddings", default=None)
+ROPE_KEYS = {each.name: each.encode_name for each in fields(_Rope)}
+SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_context"), ()),
+    "yarn": (("original_context",), ("factor", "fast", "slow", "truncate", "magnitude", "query_growth")),
+    "longrope": (("short_factors", "long_factors"), ("magnitude", "original_context")),
+}
+"""Kind of RoPE scaling -> the fields of RopeScaling that config.json must say, and that it may; their keys above."""
 
-
-_SCALINGS: dict[str, Any] = {"linear": _Linear, "llama3": _Llama3, "yarn": _Yarn, "longrope": _LongRope}
-SCALING_KEYS = {kind: {each.name: each.encode_name for each in fields(read)} for kind, read in _SCALINGS.items()}
-"""Kind of RoPE scaling -> field of RopeScaling -> key in config.json."""
-
-
-def shared_keys(family: Family) -> dict[str, str]:
-    """Field of ModelConfig -> key of a family's config.json, where the value is the same in both."""
-    same = ModelConfig.__annotations__.keys() - {"rope_scaling", "activation"} - family.constants.keys()
-    return {each.name: each.encode_name for each in fields(family.settings) if each.name in same}
+_SAME = ModelConfig.__annotations__.keys() - {"rope_scaling", "activation"}
+SHARED_KEYS = {each.name: each.encode_name for each in fields(Settings) if each.name in _SAME}
+"""Field of ModelConfig -> key of config.json, where the value is the same in both."""
 
 
 def huggingface_config(
@@ -94,11 +74,14 @@ def huggingface_config(
     if not isinstance(name, str) or name not in FAMILIES:
         raise DexError(f"{source} is of model type {name!r:.60}, and only {', '.join(FAMILIES)} are covered.")
     family = FAMILIES[name]
-    read = typed(config, family.settings, file)
+    read = typed(family.settings(config), Settings, file)
     _refuse_uncovered(read, source)
     stops = typed(generation, _Generation, f"generation_config.json of {source}").eos_token_id
     head_dim = read.head_dim or read.width // read.num_heads
-    found = asdict(read) | read.switches() | family.constants | _rope(read, family, head_dim, source, file)
+    biases = {"qkv_bias": bool(read.attention_bias), "out_bias": bool(read.attention_bias)}
+    found = asdict(read) | biases | family.constants | _rope(read, family, head_dim, source, file)
+    if family.scaled:
+        found |= {"embed_scale": read.width**0.5, "attention_scale": read.query_size**-0.5}
     found |= {
         "family": name,
         "num_kv_heads": read.num_kv_heads or read.num_heads,
@@ -118,13 +101,12 @@ def _refuse_uncovered(config: Settings, source: str) -> None:
     method = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8"}.get(method, method)
     others = sorted({*(config.layer_types or [])} - {*_ATTENTION})
     causal = not classes or any(name.endswith("ForCausalLM") for name in classes)
-    looks_ahead = getattr(config, "use_bidirectional_attention", None)
     activations, activation = ", ".join(_ACTIVATIONS), config.activation
     refuse(
         source,
         (quantised, f"is quantised by {method:.60}, which is not covered: use the unquantised model or a GGUF"),
         (not causal, f"is a {' '.join(classes):.60}, and only causal language models are covered"),
-        (looks_ahead, "attends to what follows, and only causal language models are covered"),
+        (config.use_bidirectional_attention, "attends to what follows, and only causal language models are covered"),
         (config.mlp_bias, "has biases in its MLP (mlp_bias), which are not covered"),
         (activation not in _ACTIVATIONS, f"uses the activation {activation!r:.60}, and {activations} are covered"),
         (config.num_experts or config.num_local_experts, "is a mixture of experts, which is not covered"),
@@ -138,52 +120,57 @@ def _layer_kinds(config: Settings, family: Family) -> list[dict[str, Any]]:
     window = config.sliding_window if config.sliding_window and config.sliding_window < config.context else None
     kinds = []
     for layer in range(min(config.num_layers, _MOST_LAYERS)):
-        here = config.sliding_window is not None and config.slides(layer)
-        rope = "none" if not config.rotates(layer) else "local" if here and family.local_rope else "main"
+        here = config.sliding_window is not None and family.slides(config, layer)
+        rope = "none" if not family.rotates(config, layer) else "local" if here and family.local_rope else "main"
         kinds.append({"window": window if here else None, "rope": rope})
     return [] if all(kind == {"window": None, "rope": "main"} for kind in kinds) else kinds
 
 
 def _rope(config: Settings, family: Family, head_dim: int, source: str, file: str) -> dict[str, Any]:
     """The fields of ModelConfig that say how heads are rotated."""
-    given = config.rope_parameters or config.rope_scaling or {}
-    local_theta = getattr(config, "local_rope_theta", None)
-    if given.keys() & _ByLayerType.__annotations__.keys():
-        both = typed(given, _ByLayerType, f"RoPE in {file}")
-        given, local = both.full_attention, typed(both.sliding_attention, _Rope, f"RoPE in {file}")
+    given, local_theta = config.rope_parameters or config.rope_scaling or {}, config.local_rope_theta
+    told = f"RoPE in {file}"
+    if given.keys() & {"full_attention", "sliding_attention"}:  # as transformers 5 writes it for layers of two kinds
+        local = typed(given.get("sliding_attention", {}), _Rope, told)
+        given = given.get("full_attention", {})
         scaled = (local.rope_type or "default") != "default"
         refuse(source, (scaled, "scales RoPE in layers with a sliding window, which is not covered"))
         local_theta = local.rope_theta or local_theta
-    rope = typed(given, _Rope, f"RoPE in {file}")
+    rope = typed(given, _Rope, told)
     share = rope.partial_rotary_factor or config.partial_rotary_factor or 1.0
-    part = share != 1 and not family.partial
-    refuse(source, (part, "rotates only part of each head (partial_rotary_factor), which is not covered"))
+    kind = rope.rope_type or rope.type or "default"
+    if family.partial and kind in ("su", "yarn"):
+        kind = "longrope"  # what the first Phi-3 called it
+    part, unknown = share != 1 and not family.partial, kind not in ("default", *SCALINGS)
+    refuse(
+        source,
+        (part, "rotates only part of each head (partial_rotary_factor), which is not covered"),
+        (unknown, f"scales RoPE by {kind!r:.60}, and only {', '.join(SCALINGS)} are covered"),
+    )
     found = {
         "rope_theta": rope.rope_theta or config.rope_theta or 10000.0,
         "local_rope_theta": local_theta,
         "rotated": None if share == 1 else int(head_dim * share),
         "rope_scaling": None,
     }
-    kind = rope.rope_type or rope.type or "default"
-    if family.partial and kind in ("su", "yarn"):
-        kind = "longrope"  # what the first Phi-3 called it
     if kind == "default":
         return found
-    refuse(source, (kind not in _SCALINGS, f"scales RoPE by {kind!r:.60}, and only {', '.join(_SCALINGS)} are covered"))
-    read = typed(given, _SCALINGS[kind], f"{kind} RoPE in {file}")
-    scaling = {key: value for key, value in asdict(read).items() if value is not None} | {"kind": kind}
+    needed, others = SCALINGS[kind]
+    scaling = {name: value for name, value in asdict(rope).items() if name in (*needed, *others) and value is not None}
+    missing = [ROPE_KEYS[name] for name in needed if name not in scaling]
+    refuse(source, (missing, f"scales RoPE by {kind} and does not say {' '.join(missing)}"))
     if kind == "yarn":
-        factor = read.factor or config.context / read.original_context
-        magnitude = read.magnitude or yarn_magnitude(factor)
-        if read.magnitude is None and read.mscale and read.mscale_all_dim:
-            magnitude = yarn_magnitude(factor, read.mscale) / yarn_magnitude(factor, read.mscale_all_dim)
+        factor = rope.factor or config.context / scaling["original_context"]
+        magnitude = rope.magnitude or yarn_magnitude(factor)
+        if rope.magnitude is None and rope.mscale and rope.mscale_all_dim:
+            magnitude = yarn_magnitude(factor, rope.mscale) / yarn_magnitude(factor, rope.mscale_all_dim)
         scaling |= {"factor": factor, "magnitude": magnitude}
     if kind == "longrope":
-        original = getattr(config, "original_context", None) or read.original_context or 4096
+        original = config.original_context or rope.original_context or 4096
         factor = config.context / original
         grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        scaling |= {"original_context": original, "factor": factor, "magnitude": read.magnitude or grown}
-    return found | {"rope_scaling": scaling}
+        scaling |= {"original_context": original, "factor": factor, "magnitude": rope.magnitude or grown}
+    return found | {"rope_scaling": scaling | {"kind": kind}}
 
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:

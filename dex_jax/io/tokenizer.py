@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from msgspec import Meta, Struct
 
 from dex_jax.errors import DexError
-from dex_jax.foreign import reading, reason
+from dex_jax.foreign import reading, reason, typed
 from dex_jax.io.templates import rendered
 
 # tokenizers, jinja2, gguf, safetensors and huggingface_hub are imported where they are used, here and in the rest of
@@ -16,6 +18,14 @@ if TYPE_CHECKING:
     import tokenizers
 
 _MARK = "dexmarker"
+
+
+class _Message(Struct):
+    role: str
+    content: str
+
+
+_Chat = Annotated[list[_Message], Meta(min_length=1)]
 
 
 class Tokenizer:
@@ -41,11 +51,6 @@ class Tokenizer:
         self._source = source
         backend.no_truncation()
         backend.no_padding()
-
-    @property
-    def vocab_size(self) -> int:
-        """How many ids the tokenizer knows, added tokens included. The model's own vocabulary may be larger."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def has_chat_template(self) -> bool:
@@ -78,10 +83,8 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DexError(
-                f"Character {error.start + 1} of the text, {text[error.start]!r}, is no Unicode character: save the "
-                "text as UTF-8."
-            ) from error
+            where = f"Character {error.start + 1} of the text, {text[error.start]!r}"
+            raise DexError(f"{where}, is no Unicode character: save the text as UTF-8.") from error
         with reading(f"the tokenizer of {self._source}"):
             return self.backend.encode(text, add_special_tokens=add_special).ids
 
@@ -102,7 +105,7 @@ class Tokenizer:
         """The text that `chat` encodes. Arguments and errors as there."""
         if self._template is None:
             raise DexError(f"{self._source} has no chat template: give plain text and turn chat off.")
-        _check_messages(messages)
+        typed(messages, _Chat, "the chat", 'give a list of messages like {"role": "user", "content": "Hello"}')
         import jinja2
 
         given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "tools": None}
@@ -114,15 +117,3 @@ class Tokenizer:
         # Whatever a program can raise: templates index, divide and concatenate what they are given.
         except Exception as error:
             raise DexError(f"The chat template of {self._source} refuses these messages: {reason(error)}") from error
-
-
-def _check_messages(messages: Sequence[dict[str, Any]]) -> None:
-    """A DexError unless `messages` is a list, not empty, of dictionaries with strings "role" and "content"."""
-    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
-        raise DexError('A chat is a list of at least one message like {"role": "user", "content": "Hello"}.')
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            raise DexError(f'Message {number} is not a dictionary like {{"role": "user", "content": "Hello"}}.')
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise DexError(f'Message {number} needs a string under "{key}", and it has {message.get(key)!r:.60}.')

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import json
 import math
 import os
-import shutil
 import stat
 import sys
 import tempfile
@@ -66,14 +64,13 @@ def cache_folder() -> Path:
     try:
         folder = (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "dex_jax"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if hasattr(os, "geteuid") and (folder.stat().st_uid != os.geteuid() or folder.stat().st_mode & 0o022):
-            raise OSError(f"others than this user may write to {folder} (chmod 700 mends that)")
-        if not os.access(folder, os.W_OK):
-            raise OSError(f"nobody may write to {folder}")
+        shared = hasattr(os, "geteuid") and (folder.stat().st_uid != os.geteuid() or folder.stat().st_mode & 0o022)
+        if shared or not os.access(folder, os.W_OK):
+            raise OSError(f"this user, and no others, should be able to write to {folder} (chmod 700 mends that)")
         return folder
     # RuntimeError: there is no home directory.
     except (OSError, RuntimeError) as error:
-        return _temporary_folder(str(error))
+        return Path(_temporary_folder(str(error)).name)
 
 
 def only_the_user_wrote(file: Path) -> bool:
@@ -86,11 +83,9 @@ def only_the_user_wrote(file: Path) -> bool:
 
 
 @functools.cache
-def _temporary_folder(why: str) -> Path:
+def _temporary_folder(why: str) -> tempfile.TemporaryDirectory:
     print(f"compiled programs and step costs are not kept for the next run: {why}", file=sys.stderr)
-    folder = Path(tempfile.mkdtemp(prefix="dex_jax_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    return tempfile.TemporaryDirectory(prefix="dex_jax_", ignore_cleanup_errors=True)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
