@@ -16,14 +16,12 @@ from measuring import Figures, arguments, machine, main, read_ids
 
 import dex_jax
 from dex_jax.check import compare
-from dex_jax.cli.common import remember_compilations
 from dex_jax.decoding.plan import resolve
 from dex_jax.tables import markdown
 
 
 def run(args: argparse.Namespace) -> int:
     """Decodes what is missing and writes the page; 1 where tokens are not AR's."""
-    remember_compilations()
     lm = dex_jax.load(args.model, dtype="float32")
     options = {"exits": args.exits, "max_new_tokens": args.max_new_tokens}
     figures = Figures(args.output, machine(args))

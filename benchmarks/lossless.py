@@ -19,7 +19,6 @@ import numpy as np
 from measuring import Figures, arguments, machine, main
 
 import dex_jax
-from dex_jax.cli.common import remember_compilations
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.forced import forced_exits
 from dex_jax.lattice import full_rows
@@ -53,7 +52,6 @@ def holds(run: dict[str, Any]) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     """Decodes what is missing and writes the page; 1 where a promise does not hold."""
-    remember_compilations()
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     prompts, new_tokens = golden["prompts"][: args.prompts], golden["max_new_tokens"]
     lm = dex_jax.load(args.model, dtype="float32")

@@ -19,7 +19,7 @@ from measuring import Figures, arguments, in_turns, machine, main, quartiles, re
 from outside import Outside
 
 import dex_jax
-from dex_jax.cli.common import WEIGHTS, remember_compilations
+from dex_jax.cli.common import WEIGHTS
 from dex_jax.tables import markdown
 
 
@@ -76,7 +76,6 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Measures what is missing and writes the page; 1 where tokens are not AR's."""
-    remember_compilations()
     models = {kind: dex_jax.load(args.model, dtype=args.dtype, weights=kind) for kind in args.weights}
     lm = models[args.weights[0]]
     others = {"llama.cpp": Outside(args.llama_python, lm.source)} if args.llama_python else {}

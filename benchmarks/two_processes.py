@@ -36,12 +36,10 @@ AR, TREES, SILENT, DEX = "AR", "one explorer's trees", "explorers without drafts
 def work(task: dict[str, Any]) -> None:
     """What each of the two does: measures every prompt; process 0 prints a line for each."""
     import dex_jax
-    from dex_jax.cli.common import remember_compilations
     from dex_jax.decoding.auto import settle
     from dex_jax.distributed import is_first, join
 
     join()
-    remember_compilations()
     layout = dex_jax.Staged(tuple(task["depths"])) if task["depths"] else None
     lm = dex_jax.load(task["model"], "float32", mesh="stage=2", layout=layout, weights="dense")
     about = (lm.config, lm.layout, lm.dtype, lm.fingerprint, 1, CACHE)

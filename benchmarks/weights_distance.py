@@ -19,7 +19,6 @@ import numpy as np
 from measuring import Figures, arguments, machine, main, read_ids
 
 import dex_jax
-from dex_jax.cli.common import remember_compilations
 from dex_jax.nn import few_rows
 from dex_jax.prompt_files import read_texts
 from dex_jax.tables import markdown
@@ -46,7 +45,6 @@ def distance(dense: np.ndarray, other: np.ndarray, answer: Sequence[int]) -> lis
 
 def run(args: argparse.Namespace) -> int:
     """Measures what is missing and writes the page; 1 where stored weights are another model than dense ones."""
-    remember_compilations()
     model = functools.cache(lambda kind: dex_jax.load(args.model, dtype="float32", weights=kind))
     figures, text = Figures(args.output, machine(args)), model(DENSE).encode(read_texts(args.text)[0], chat=False)
     options = {"method": dex_jax.AR(), "max_new_tokens": args.max_new_tokens, "exits": "shared"}

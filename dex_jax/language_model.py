@@ -27,6 +27,7 @@ from dex_jax.io.exits_file import default_exits
 from dex_jax.io.opening import open_checkpoint
 from dex_jax.io.save import save_model
 from dex_jax.io.tokenizer import Tokenizer
+from dex_jax.jax_cache import keep_programs
 from dex_jax.nn import few_rows
 from dex_jax.nn.blocks import FORMATS
 from dex_jax.nn.forward import extend
@@ -100,6 +101,7 @@ class LanguageModel(Described):
         mesh: Mesh | None = None,
         packing: Packing = (),
     ):
+        keep_programs()
         self.mesh = mesh
         self.packing = packing
         self.config = model.config
@@ -155,6 +157,7 @@ class Outline(Described):
     packing: Packing = ()  # which kernels stay packed
 
     def __post_init__(self) -> None:
+        keep_programs()
         self.config, self.source = self.checkpoint.config, self.checkpoint.source
         self.tokenizer = self.checkpoint.tokenizer
 

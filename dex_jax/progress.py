@@ -29,6 +29,12 @@ def notify(phase: str) -> None:
         tell(phase)
 
 
+def say_wait(why: str) -> None:
+    """Says on stderr why something takes long, where nobody listens."""
+    if not _LISTENERS:
+        print(why, file=sys.stderr)
+
+
 @contextlib.contextmanager
 def listening(tell: Notify) -> Iterator[None]:
     """Within it `tell` hears of every phase, in whatever thread that begins; nobody else does.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 from reference.compiled import Hlo, assumed, devices_of
-from reference.small_models import LLAMA, outline_of
+from reference.small_models import LLAMA, outline_of, programs_of
 
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.dex.shape import TreeShape
@@ -54,19 +54,11 @@ NARROW = dataclasses.replace(
 
 def compiled(name, method, which="run_ticks", *, config=WIDE, dtype="bfloat16", format=None, mesh=None, length=64):
     """(session, lowered text, what is compiled of it) of one sequence on a GPU or a TPU."""
-    devices, found = devices_of(name), {}
+    devices = devices_of(name)
     spread = None if mesh is None else make_mesh(mesh, devices)
     stages = plan_for(Dex(explorers=1 if mesh is None else spread.shape["stage"]), config.num_layers).depths
     packing = () if format is None else packed_alike(config, format)
-
     about = (dtype, packing, Staged(stages) if mesh else Unrolled(), spread)
-
-    def lower(program, *arguments, **statics):
-        if mesh is None:
-            here = SingleDeviceSharding(devices[0])
-            arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
-        found[program.name] = program.jitted.lower(*arguments, **statics)
-        return found[program.name].out_info
 
     def put(tree, at=None):  # there is nothing to put arrays on
         return jax.tree.map(lambda x: x if at is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree)
@@ -78,8 +70,10 @@ def compiled(name, method, which="run_ticks", *, config=WIDE, dtype="bfloat16", 
         plan = dataclasses.replace(plan_for(METHODS[method], config.num_layers), heads=GivenHeads(drafter=drafter))
         sampled = {"temperature": 1.0, "top_k": 5, "top_p": 0.9} if method == "dex with drafts" else {}
         session = Session(lm, [[1] * length], plan, Request(max_new_tokens=300, **sampled))
-        session.compile_by(lower)
-        return session, found[which].as_text(), found[which].compile()
+        program, arguments, statics = programs_of(session)[which]
+        arguments = arguments if mesh else put(arguments, SingleDeviceSharding(devices[0]))
+        lowered = program.jitted.lower(*arguments, **statics)
+        return session, lowered.as_text(), lowered.compile()
 
 
 def read_in_place(session, found):

@@ -60,7 +60,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(capsys, monkeypatch, folder):
     """(arguments of decode.py) -> (exit code, stdout, stderr), with the small model if no other is named."""
-    monkeypatch.setattr(decode, "remember_compilations", lambda: None)
 
     def run(*arguments: str, model: str = str(folder)) -> tuple[int, str, str]:
         code = decode.main([*arguments, "--model", model])

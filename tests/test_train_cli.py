@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from reference.small_models import LLAMA, small_model, train_tokenizer
 
-from dex_jax.cli import common, decode, train
+from dex_jax.cli import decode, train
 from dex_jax.cli.train_arguments import configured, folder_of, train_parser
 from dex_jax.io.exits_file import load_exits
 from dex_jax.training.journal import read_journal
@@ -40,14 +40,6 @@ config = ExitTraining(
     train=TrainConfig(steps=4, batch=2, warmup_steps=1, checkpoint_every=2, eval_every=2, log_every=1),
 )
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_kept_on_disk():
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (common, decode, train):
-            patch.setattr(module, "remember_compilations", lambda: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,17 +54,3 @@ def depths(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 6,12,30") from None
-
-
-def remember_compilations() -> None:
-    """Keeps compiled programs on disk between runs, unless the user has chosen a place or switched it off."""
-    import jax
-
-    from dex_jax.decoding import program_store
-    from dex_jax.io.whole_files import cache_folder
-
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    program_store.keep_in(cache_folder() / "programs")
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dex_jax.cli.arguments import check_flags, method_of, options_of, parser, prompts_of
-from dex_jax.cli.common import remember_compilations
 from dex_jax.decoding.request import AR, Dex
 from dex_jax.errors import OK, exit_code
 from dex_jax.interrupts import INTERRUPTED, gently
@@ -49,7 +48,6 @@ def _run(args: argparse.Namespace) -> int:
 
             join()
             prompts = from_first(lambda: prompts_of(args))
-        remember_compilations()
         notify("opening the model")
 
         from dex_jax.cli.devices import layout_of

@@ -7,7 +7,7 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dex_jax.cli.common import program, remember_compilations
+from dex_jax.cli.common import program
 from dex_jax.cli.train_arguments import configured, evaluate_parser, export_parser, folder_of, train_parser
 from dex_jax.cli.train_results import evaluate, export
 from dex_jax.errors import DexError, exit_code
@@ -43,7 +43,6 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> None:
     with phases():
         config = configured(args)
-    remember_compilations()
 
     from dex_jax.training.exit_training import ExitTraining
 

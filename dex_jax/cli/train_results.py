@@ -64,12 +64,10 @@ def exits_of_checkpoint(folder: Path, step: int | None = None) -> TrainedExits:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measures exits on the model's greedy answers, and prints tables. DexError: what is not there or does not fit."""
-    from dex_jax.cli.common import remember_compilations
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
     from dex_jax.training.figures import grouped_figures, tables
 
-    remember_compilations()
     lm = load(args.model, args.dtype, weights=args.weights)
     exits = chosen_exits(args, lm)
     groups = answered(args, lm)

@@ -17,9 +17,10 @@ from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.loops import loop_of
 from dex_jax.decoding.output import Output, Stats
 from dex_jax.decoding.plan import SPARE, opened, resolve
+from dex_jax.decoding.program import compile_seconds
 from dex_jax.decoding.record import PREFILL_EXIT, Record
 from dex_jax.decoding.request import Dex, Request, explained
-from dex_jax.decoding.session import Session, compile_seconds
+from dex_jax.decoding.session import Session
 from dex_jax.decoding.sizes import ALONE, batch_bucket, cache_length_for
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.distributed import from_first, lost_processes

@@ -141,11 +141,6 @@ _READY: set[Any] = set()
 run."""
 
 
-def compile_seconds() -> float:
-    """Seconds that this process has spent on compiling the programs of decoding."""
-    return sum(program.compile_seconds for program in PROGRAMS)
-
-
 class Session:
     """One batch on its way: built from B lists of token ids, prefilled once, then advanced chunk by chunk.
 

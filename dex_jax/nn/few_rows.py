@@ -247,18 +247,6 @@ def _load(format: str) -> None:
     _formats.add(format)
 
 
-def loaded() -> list[str]:
-    """The formats of kernels that products know."""
-    return sorted(_formats)
-
-
-def load(formats: list[str]) -> None:
-    """Makes what is here ready for programs that have been traced by another process, with these formats of kernels."""
-    ready()
-    for format in formats:
-        _load(format)
-
-
 def kept_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """What to keep weights in that only propose tokens: bfloat16 for float32 where that is read in half the time.
 
