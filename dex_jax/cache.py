@@ -3,7 +3,7 @@
 The committed cache holds absolute positions; the lattice cache holds the K W slots of the ring of cohorts, which are
 written once and never move. Layers with a window keep the positions that are still seen, in a ring (nn/kinds.py). Both
 are tuples of an array a layer; on a mesh of l arrays with a leading axis [K], of which a device sees its own part,
-which is what an unrolled model of l layers has.
+which is what a model of l layers has.
 
 Letters: B sequences, S cache length, K stages, W rows a stage, l layers per stage, G key-value heads, d head width.
 """
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from dex_jax.config import LayerKind, ModelConfig
 from dex_jax.nn import few_rows, gpu_writes
 from dex_jax.nn.kinds import MOST_WRITTEN, KindTable, common_window, kind_table, ring_length, ring_of
-from dex_jax.nn.transformer import Layout, Staged, Unrolled, stage_ranges
+from dex_jax.nn.transformer import Staged, stage_ranges
 
 UNROLLED_WRITES = 2
 """Larger batches write in a loop: unrolled, the writes of all layers would be most of the program to compile."""
@@ -42,35 +42,37 @@ class Memory(NamedTuple):
     exits: Any = ()
 
 
-def allocate(
-    config: ModelConfig, layout: Layout, batch: int, length: int, slots: int, dtype: jnp.dtype, rings: bool = False
+def allocate(config: ModelConfig, batch: int, length: int, slots: int, dtype: jnp.dtype) -> Memory:
+    """Empty memory for `batch` sequences of at most `length` committed positions and `slots` = K W lattice slots."""
+    return jax.tree.map(jnp.zeros_like, shapes(config, batch, length, slots, dtype))
+
+
+def shapes(
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    slots: int,
+    dtype: jnp.dtype,
+    rings: bool = False,
+    layout: Staged | None = None,
 ) -> Memory:
-    """Empty memory for `batch` sequences of at most `length` committed positions and `slots` = K W lattice slots.
+    """As `allocate`, as jax.ShapeDtypeStruct and without any array; `layout` is that of weights on a mesh.
 
     With `rings`, for those who write no more than MOST_WRITTEN positions at a time, layers with a window keep no more
     than that needs, where all that share an array have the same one.
     """
-    return jax.tree.map(jnp.zeros_like, shapes(config, layout, batch, length, slots, dtype, rings))
+    lead = () if layout is None else (len(layout.depths),)
 
-
-def shapes(
-    config: ModelConfig, layout: Layout, batch: int, length: int, slots: int, dtype: jnp.dtype, rings: bool = False
-) -> Memory:
-    """As `allocate`, as jax.ShapeDtypeStruct and without any array."""
-    stages = () if isinstance(layout, Unrolled) else stage_ranges(layout.depths)
-    rows = kind_table(config, stages).rows
-
-    def positions(kinds: tuple[LayerKind, ...]) -> int:
-        window = common_window(kinds) if rings else None
-        return length if window is None else min(length, ring_length(window))
-
-    def leaf(positions: int, *lead: int) -> jax.ShapeDtypeStruct:
+    def leaf(positions: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*lead, batch, config.num_kv_heads, positions, config.head_dim), dtype)
 
-    first = (len(layout.depths),) if isinstance(layout, Staged) else ()
-    committed = tuple(leaf(positions(row), *first) for row in rows)
-    lattice = (leaf(slots, *first),) * len(rows)
-    return Memory(committed, committed, lattice, lattice)
+    def committed(kinds: tuple[LayerKind, ...]) -> jax.ShapeDtypeStruct:
+        window = common_window(kinds) if rings else None
+        return leaf(length if window is None else min(length, ring_length(window)))
+
+    rows = kind_table(config, () if layout is None else stage_ranges(layout.depths)).rows
+    keys, lattice = tuple(map(committed, rows)), (leaf(slots),) * len(rows)
+    return Memory(keys, keys, lattice, lattice)
 
 
 def lengths_of(memory: Memory) -> tuple[int, ...]:
@@ -78,10 +80,10 @@ def lengths_of(memory: Memory) -> tuple[int, ...]:
     return tuple(sorted({leaf.shape[-2] for leaf in jax.tree.leaves(memory.keys)}))
 
 
-def with_lattice(memory: Memory, config: ModelConfig, layout: Layout, slots: int) -> Memory:
+def with_lattice(memory: Memory, config: ModelConfig, slots: int) -> Memory:
     """The same committed prefix with `slots` = K W empty lattice slots, whatever slots it had."""
     leaf = jax.tree.leaves(memory.keys)[0]
-    fresh = allocate(config, layout, leaf.shape[-4], 0, slots, leaf.dtype)
+    fresh = allocate(config, leaf.shape[-4], 0, slots, leaf.dtype)
     return memory._replace(lattice_keys=fresh.lattice_keys, lattice_values=fresh.lattice_values)
 
 
@@ -157,22 +159,15 @@ def write_in_place(
         each = zip(caches, chosen, [*kinds, *kinds], strict=True)
         return tuple(write_rows(cache, new, at, own) for cache, new, own in each)
 
-    @jax.custom_jvp
-    def write(caches: tuple[jax.Array, ...], given: tuple[jax.Array, ...], row: jax.Array, at: jax.Array) -> Any:
-        if few_rows.ready():
-            return few_rows.write(caches, given, row, at, rings, MOST_WRITTEN)
+    def by_triton(caches: Any, given: Any, row: jax.Array, at: jax.Array) -> Any:
+        pair = given if together else (jnp.stack(given[:count]), jnp.stack(given[count:]))
+        return gpu_writes.write(caches, pair, row, at, rings, MOST_WRITTEN)
 
-        def by_triton(caches: Any, given: Any, row: jax.Array, at: jax.Array) -> Any:
-            pair = given if together else (jnp.stack(given[:count]), jnp.stack(given[count:]))
-            return gpu_writes.write(caches, pair, row, at, rings, MOST_WRITTEN)
-
-        return jax.lax.platform_dependent(caches, given, row, at, cuda=by_triton, default=plain)
-
-    @write.defjvp
-    def tangent(primals: Any, tangents: Any) -> Any:
-        return write(*primals), jax.jvp(plain, primals, tangents)[1]
-
-    written = write((*keys, *values), given, row, at)
+    if few_rows.ready():
+        written: Any = few_rows.write((*keys, *values), given, row, at, rings, MOST_WRITTEN)
+    else:
+        operands = ((*keys, *values), given, row, at)
+        written = jax.lax.platform_dependent(*operands, cuda=by_triton, default=plain)
     return written[:count], written[count:]
 
 

@@ -35,7 +35,6 @@ from dex_jax.nn.exits import Context, ExitHeads, head_at, initial_heads, paramet
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.layers import linear
 from dex_jax.nn.targets import Vocabulary, targets
-from dex_jax.nn.transformer import Layout
 from dex_jax.nn.weights import merge_model
 
 Text = tuple[Sequence[int], Sequence[int]]
@@ -119,7 +118,7 @@ def force(
         asks |= {pair for grid in grids for pair in itertools.combinations(grid[:-1], 2)}
     size = lm.config.vocab_size if exits.vocabulary is None else len(exits.vocabulary)
     count = min(size, max([1, *(len(grid) - 1 for grid in grids)]))
-    statics = Statics(lm.config, lm.layout, exits.config, tuple(sorted(asks)), count)
+    statics = Statics(lm.config, exits.config, tuple(sorted(asks)), count)
     parameters = {name: jnp.asarray(value, lm.dtype) for name, value in exits.parameters.items()}
     draft = None if exits.vocabulary is None else jnp.asarray(exits.vocabulary, jnp.int32)
 
@@ -207,7 +206,7 @@ def forced_exits(
 def shared_exits(lm: LanguageModel, depths: tuple[int, ...]) -> TrainedExits:
     """The model's own final norm and unembedding at some depths, without any training."""
     config = ExitsConfig("shared", depths, lm.config.width, norm_eps=lm.config.norm_eps)
-    model = merge_model(lm.config, lm.layout, lm.weights)
+    model = merge_model(lm.config, lm.weights)
     parameters = parameters_of(initial_heads(config, model.final_scale))
     return TrainedExits(config, parameters, None, lm.fingerprint, {}, "shared")
 
@@ -279,7 +278,6 @@ class Statics:
     """What the compiled programs depend on beside shapes."""
 
     config: ModelConfig
-    layout: Layout
     exits: ExitsConfig
     asks: tuple[Ask, ...]
     count: int  # C
@@ -305,7 +303,7 @@ def answer_rows(
 ) -> Rows:
     """Runs ids [B, R] and gathers what exits read at positions `at` [B, A]."""
     config, exits = statics.config, statics.exits
-    model = merge_model(config, statics.layout, weights)
+    model = merge_model(config, weights)
     batch, length = ids.shape
     states = depth_states(model, ids, (*exits.depths, config.num_layers))
     final = model.normed(states[-1])
@@ -363,7 +361,7 @@ def ask_exits(
     block: jax.Array,
 ) -> Said:
     """All asks at the rows that `block` [M] int32 names, one ask's logits at a time; `draft` is [V'] int32 or None."""
-    model = merge_model(statics.config, statics.layout, weights)
+    model = merge_model(statics.config, weights)
     unembed, cap = model.vocabulary_kernel, statics.config.logit_cap
     vocabulary = Vocabulary(unembed, None if draft is None else unembed[draft], draft, cap)
     kernel = unembed if vocabulary.draft_unembed is None else vocabulary.draft_unembed

@@ -35,7 +35,7 @@ from dex_jax.nn.packed import INT8, Packed, joined, to_int8
 from dex_jax.nn.placing import build_on_mesh
 from dex_jax.nn.planes import PLANES
 from dex_jax.nn.products import DISTRUSTED, compiled_for
-from dex_jax.nn.transformer import Layout, Staged, Transformer, Unrolled, build
+from dex_jax.nn.transformer import Staged, Transformer, build
 from dex_jax.nn.trial import try_kernels
 from dex_jax.nn.weights import Packing, abstract_weights, canonical_weights, merge_model, weight_bytes
 from dex_jax.progress import notify
@@ -88,8 +88,8 @@ class LanguageModel(Described):
       fingerprint: short hexadecimal digest of the backbone.
       dtype: of hidden states and caches, and of weights that are not packed.
       packing: which kernels stay packed, () for none; `weights_kind` says it in words.
-      layout: Unrolled(), and Staged(depths) on a mesh.
       mesh: the devices it is spread over; None for one device.
+      layout: Staged(depths) on a mesh, None on one device.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class LanguageModel(Described):
         """
         if self.mesh is not None:
             raise DexError(f"{self.source} lies on a mesh: to save it, load it without")
-        weights = canonical_weights(self.config, self.layout, self.weights)
+        weights = canonical_weights(self.config, self.weights)
         return save_model(folder, self.config, weights, self.tokenizer)
 
     def logits(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
@@ -143,7 +143,7 @@ class LanguageModel(Described):
         """
         if self.mesh is not None:
             raise DexError(f"{self.source} lies on a mesh: dex_jax.check.logits_of gives its logits")
-        return _full_logits(self.config, self.layout, self.weights, jnp.asarray(tokens, jnp.int32))
+        return _full_logits(self.config, self.weights, jnp.asarray(tokens, jnp.int32))
 
 
 @dataclasses.dataclass(eq=False)
@@ -152,9 +152,9 @@ class Outline(Described):
 
     checkpoint: Checkpoint  # opened, nothing read
     dtype: jnp.dtype  # that the weights will have
-    layout: Layout  # that the weights will have
-    mesh: Mesh | None = None  # where they will lie; None for one device
     packing: Packing = ()  # which kernels stay packed
+    mesh: Mesh | None = None  # where they will lie; None for one device
+    layout: Staged | None = None  # how, on a mesh
 
     def __post_init__(self) -> None:
         keep_programs()
@@ -169,7 +169,7 @@ class Outline(Described):
     @property
     def weights(self) -> Any:
         """Weights as jax.ShapeDtypeStruct."""
-        return abstract_weights(self.config, self.layout, self.dtype, self.packing)
+        return abstract_weights(self.config, self.dtype, self.packing, self.layout)
 
     def load(self, on_tensor: Callable[[int, int], None] | None = None) -> LanguageModel:
         """The model, one tensor at a time, on_tensor as in `load`; a DexError for a damaged file or no memory."""
@@ -179,7 +179,7 @@ class Outline(Described):
             if self.mesh is None:
                 model = build(self.config, read, self.dtype)
             else:
-                assert isinstance(self.layout, Staged)
+                assert self.layout is not None
                 model = build_on_mesh(self.config, self.layout, read, self.dtype, self.mesh, self.packing)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -195,7 +195,7 @@ class Outline(Described):
 def outline(
     source: str,
     dtype: str | None = None,
-    layout: Layout | None = None,
+    layout: Staged | None = None,
     mesh: str | dict[str, int] | Mesh | None = None,
     weights: str | None = None,
 ) -> Outline:
@@ -205,12 +205,10 @@ def outline(
     stored = {format for parts in checkpoint.formats().values() for format, _ in parts} & FORMATS.keys()
     # Drafters are kept in 8 bits.
     few_rows.begin({INT8, *(stored if stored and weights in (None, "stored") else (str(chosen),))})
-    arranged: Layout = Unrolled()
-    if spread is None and isinstance(layout, Staged):
+    if spread is None and layout is not None:
         raise DexError("layout=Staged(...) spreads a model over a mesh: say which, with mesh=")
-    if spread is not None:
-        arranged = layout_on_mesh(checkpoint, layout, spread)
-    return Outline(checkpoint, chosen, arranged, spread, packing_of(checkpoint, chosen, spread, weights))
+    layout = None if spread is None else layout_on_mesh(checkpoint, layout, spread)
+    return Outline(checkpoint, chosen, packing_of(checkpoint, chosen, spread, weights), spread, layout)
 
 
 def packing_of(
@@ -265,7 +263,7 @@ def _runs(parts: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
     )
 
 
-def layout_on_mesh(checkpoint: Checkpoint, layout: Layout | None, mesh: Mesh) -> Staged:
+def layout_on_mesh(checkpoint: Checkpoint, layout: Staged | None, mesh: Mesh) -> Staged:
     """The layout given, or the grid that the model's default exits have for so many stages; errors as of `load`."""
     config = checkpoint.config
     check_model(mesh, config)
@@ -274,8 +272,6 @@ def layout_on_mesh(checkpoint: Checkpoint, layout: Layout | None, mesh: Mesh) ->
         if trained is not None and len(depths) - 1 <= trained.count:
             depths = (*nearest_depths(depths[:-1], trained.config.depths, trained.source), config.num_layers)
         return Staged(check_depths(depths, config.num_layers))
-    if not isinstance(layout, Staged):
-        raise DexError("on a mesh weights lie in layout=Staged(depths): give that, or no layout")
     check_stages(mesh, len(layout.depths))
     return Staged(check_depths(layout.depths, config.num_layers))
 
@@ -283,7 +279,7 @@ def layout_on_mesh(checkpoint: Checkpoint, layout: Layout | None, mesh: Mesh) ->
 def load(
     source: str,
     dtype: str | None = None,
-    layout: Layout | None = None,
+    layout: Staged | None = None,
     on_tensor: Callable[[int, int], None] | None = None,
     mesh: str | dict[str, int] | Mesh | None = None,
     weights: str | None = None,
@@ -293,7 +289,7 @@ def load(
     Args:
       source: an alias ("smollm2-135m"), a .gguf file, a Hugging Face directory, or a hub id "owner/name".
       dtype: "float32", "bfloat16" or "float16", which on a CPU is float32; None chooses `default_dtype()`.
-      layout: None is Unrolled(), and on a mesh Staged(depths) with the grid that `generate` uses for so many explorers.
+      layout: on a mesh Staged(depths); None is the grid that `generate` uses for so many explorers.
       on_tensor: called with (bytes so far, bytes in all) after each tensor, for a progress bar.
       mesh: devices to spread the model over: "stage=5", "stage=2,tensor=3", "data=2,stage=2", the same as a dict, or a
         jax Mesh with axes of these names. Each tensor goes to the devices that own it and passes through no other.
@@ -367,11 +363,11 @@ def _reader(
     return read
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _full_logits(config: ModelConfig, layout: Layout, weights: Any, tokens: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _full_logits(config: ModelConfig, weights: Any, tokens: jax.Array) -> jax.Array:
     batch, length = tokens.shape
     config = config.at_length(length)
-    model = merge_model(config, layout, weights)
-    memory = cache.allocate(config, layout, batch, length, 0, model.dtype)
-    hidden, _ = extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
-    return model.logits(hidden)
+    model = merge_model(config, weights)
+    memory = cache.allocate(config, batch, length, 0, model.dtype)
+    states, _ = extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
+    return model.logits(states[-1])

@@ -17,7 +17,7 @@ from dex_jax.io.eagle import EagleHead, load_eagle
 from dex_jax.io.exits_file import TrainedExits, load_exits, save_exits
 from dex_jax.language_model import LanguageModel, load
 from dex_jax.lattice import Lattice
-from dex_jax.nn.transformer import Staged, Transformer, Unrolled
+from dex_jax.nn.transformer import Staged, Transformer
 from dex_jax.sampling import Sampling
 
 __all__ = [
@@ -51,7 +51,6 @@ __all__ = [
     "TrainedExits",
     "Transformer",
     "TreeShape",
-    "Unrolled",
     "generate",
     "init",
     "load",

@@ -26,7 +26,7 @@ from dex_jax.decoding.session import Session
 from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES
-from dex_jax.nn.transformer import Staged, Unrolled, parameter_shapes
+from dex_jax.nn.transformer import Staged, parameter_shapes
 from dex_jax.nn.weights import packed_alike
 from dex_jax.sharding import make_mesh, nbytes
 
@@ -58,7 +58,7 @@ def compiled(name, method, which="run_ticks", *, config=WIDE, dtype="bfloat16", 
     spread = None if mesh is None else make_mesh(mesh, devices)
     stages = plan_for(Dex(explorers=1 if mesh is None else spread.shape["stage"]), config.num_layers).depths
     packing = () if format is None else packed_alike(config, format)
-    about = (dtype, packing, Staged(stages) if mesh else Unrolled(), spread)
+    about = (dtype, packing, spread, Staged(stages) if mesh else None)
 
     def put(tree, at=None):  # there is nothing to put arrays on
         return jax.tree.map(lambda x: x if at is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree)

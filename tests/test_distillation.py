@@ -194,7 +194,7 @@ def test_estimates_get_no_gradient(kind, fused) -> None:
 def told() -> tuple[LanguageModel, jax.Array, jax.Array]:
     """(a model, tokens [B, n], states [L, B, n, D] after every layer)."""
     lm = small_model()
-    model = merge_model(lm.config, lm.layout, lm.weights)
+    model = merge_model(lm.config, lm.weights)
     shape = (len(ROWS), STEPS)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, LLAMA.vocab_size, shape), jnp.int32)
     return lm, tokens, jax.jit(functools.partial(depth_states, depths=(1, 2, 3, 4)))(model, tokens)
@@ -204,7 +204,7 @@ def told() -> tuple[LanguageModel, jax.Array, jax.Array]:
 def test_training_on_the_truth_is_what_a_root_gets_in_decoding(kind, fused) -> None:
     lm, tokens, states = told()
     config, history = exits_config(kind, fused), history_for(exits_config(kind, fused))
-    model = merge_model(lm.config, lm.layout, lm.weights)
+    model = merge_model(lm.config, lm.weights)
     nothing = np.full((len(ROWS), history), NO_ITEM, np.int32)
     batch = Activations(
         states[:-1],
@@ -263,7 +263,7 @@ def test_the_draft_vocabulary_holds_what_the_model_expects() -> None:
     assert {31, 5} <= set(chosen.tolist())
     assert stream.cursor == fresh().cursor, "the stream should stand where it stood"
 
-    model, again = merge_model(lm.config, lm.layout, lm.weights), fresh()
+    model, again = merge_model(lm.config, lm.weights), fresh()
     expected, counted = np.zeros(LLAMA.vocab_size), 0
     while counted < count:
         batch, learnt = again.next()

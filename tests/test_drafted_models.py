@@ -74,7 +74,7 @@ def test_trained_exits_and_a_drafter_work_together(lm, monkeypatch) -> None:
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
 def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> None:
     """A chain of drafts after a prompt, read in two pieces, against `read_drafts` at the same positions."""
-    model = merge_model(lm.config, lm.layout, lm.weights)
+    model = merge_model(lm.config, lm.weights)
     given, drafted, prefix = random_drafter(kind), 4, 6
     config = given.config
     # What bfloat16 holds exactly, as a drafter may be kept in it.

@@ -24,7 +24,6 @@ from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
 from dex_jax.nn.forward import extend, run_tree
 from dex_jax.nn.layers import _rms_norm, gated, linear, rms_norm
 from dex_jax.nn.rotary import Rotation, _rotated, turned
-from dex_jax.nn.transformer import Unrolled
 from dex_jax.nn.weights import merge_model
 
 COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, native.COMPILERS)), None)
@@ -99,11 +98,11 @@ def test_rows_of_zeros_give_zeros_without_a_look_at_the_kernel() -> None:
 def test_what_lies_beyond_a_prompt_is_not_computed() -> None:
     config = dataclasses.replace(LLAMA, num_layers=3, head_dim=16, qkv_bias=True)
     model = random_transformer(config, 0)
-    memory = cache.allocate(config, Unrolled(), 2, 64, 0, jnp.dtype(jnp.float32))
+    memory = cache.allocate(config, 2, 64, 0, jnp.dtype(jnp.float32))
     tokens, start = np.random.default_rng(0).integers(config.vocab_size, size=(2, 24)), jnp.asarray([0, 5])
     lengths = np.array([7, 5 + 19])
-    whole, _ = extend(model, memory, tokens, start)
-    found, _ = extend(model, memory, tokens, start, jnp.asarray(lengths))
+    (*_, whole), _ = extend(model, memory, tokens, start)
+    (*_, found), _ = extend(model, memory, tokens, start, jnp.asarray(lengths))
     for row, end in enumerate(lengths - np.asarray(start)):
         chex.assert_trees_all_equal(found[row, :end], whole[row, :end])
         assert not np.any(found[row, end:])
@@ -260,17 +259,18 @@ def steps_of(dtype: str):
 
     @jax.jit
     def one(memory, token, start):
-        model = merge_model(config, Unrolled(), lm.weights)
-        hidden, memory = extend(model, memory, jnp.full((1, 1), token), jnp.full(1, start))
-        return model.logits(hidden)[0, 0], memory
+        model = merge_model(config, lm.weights)
+        states, memory = extend(model, memory, jnp.full((1, 1), token), jnp.full(1, start))
+        return model.logits(states[-1])[0, 0], memory
 
     @jax.jit
     def tree(memory, token, position, ancestors, prefix):
-        model = merge_model(config, Unrolled(), lm.weights)
-        hidden, _ = run_tree(model, memory, token[None], position[None], ancestors[None], jnp.full(1, prefix))
+        model = merge_model(config, lm.weights)
+        embedded = model.embed_tokens(token[None])
+        hidden, _ = run_tree(model, memory, embedded, position[None], ancestors[None], jnp.full(1, prefix))
         return model.logits(hidden)[0]
 
-    return cache.allocate(config, Unrolled(), 1, 64, 0, jnp.dtype(dtype)), one, tree
+    return cache.allocate(config, 1, 64, 0, jnp.dtype(dtype)), one, tree
 
 
 @needs_compiler

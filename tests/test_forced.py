@@ -68,7 +68,7 @@ def _measured(name: str) -> Forced:
 def _states() -> list[np.ndarray]:
     """[L, T, D] of each text, one at a time and all of one padded length."""
     lm = _model()
-    model = merge_model(lm.config, lm.layout, lm.weights)
+    model = merge_model(lm.config, lm.weights)
     of_text = jax.jit(lambda ids: depth_states(model, ids, (1, 2, 3, 4)))
     found = []
     for prompt, answer in _texts():
@@ -81,7 +81,7 @@ def _states() -> list[np.ndarray]:
 @functools.cache
 def _twins(name: str) -> list[TextTwin]:
     lm, exits = _model(), _exits(name)
-    model = merge_model(lm.config, lm.layout, lm.weights)
+    model = merge_model(lm.config, lm.weights)
     embed, unembed, norm = (np.asarray(x[...], float) for x in (model.embed, model.unembed, model.final_norm))
     vocabulary = range(MODEL.vocab_size) if exits.vocabulary is None else DRAFT
     parameters = {name: value.astype(float) for name, value in exits.parameters.items()}

@@ -178,7 +178,7 @@ def test_no_layer_overflows() -> None:
 
     @jax.jit
     def run(weights, tokens):
-        model = merge_model(half.config, half.layout, weights)
+        model = merge_model(half.config, weights)
         states = depth_states(model, tokens, depths)
         return states, model.logits(states[-1])
 

@@ -30,7 +30,6 @@ from dex_jax.nn.attention import KeyValues, _attend
 from dex_jax.nn.forward import commit_rows, extend, run_tree
 from dex_jax.nn.kinds import ring_length, ring_of
 from dex_jax.nn.products import TRITON, Device
-from dex_jax.nn.transformer import Unrolled
 
 KERNEL = "__gpu$xla.gpu.triton"
 WIDE = dataclasses.replace(LLAMA, head_dim=16, num_layers=2)
@@ -99,13 +98,13 @@ def test_a_transformer_over_caches_computes_with_them_what_it_does_without(batch
     among, position = jnp.tril(jnp.ones((batch, 3, 3), bool)), jnp.asarray([[10, 11, 11]] * batch)
 
     def run() -> Any:
-        memory = cache.allocate(WIDE, Unrolled(), batch, 64, 0, model.dtype)
-        hidden, memory = extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
+        memory = cache.allocate(WIDE, batch, 64, 0, model.dtype)
+        states, memory = extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
         last, memory = extend(model, memory, tokens[:, :1], jnp.full(batch, 9))
-        rows, fresh = run_tree(model, memory, tokens[:, :3], position, among, jnp.full(batch, 10))
+        rows, fresh = run_tree(model, memory, model.embed_tokens(tokens[:, :3]), position, among, jnp.full(batch, 10))
         chosen = jnp.asarray([[0, 2], [0, 1]])[:batch]
         memory = commit_rows(model, memory, fresh, chosen, jnp.full(batch, 10), rows)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), (hidden, last, rows, memory.keys, memory.values))
+        return jax.tree.map(lambda x: x.astype(jnp.float32), (states, last, rows, memory.keys, memory.values))
 
     monkeypatch.setattr(few_rows, "ready", lambda: False)
     wanted = jax.jit(run)()

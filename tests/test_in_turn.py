@@ -16,10 +16,10 @@ import dex_jax
 from dex_jax import cache
 from dex_jax.config import LayerKind
 from dex_jax.nn import few_rows, in_turn
-from dex_jax.nn.forward import extend_with_states, run_rows
+from dex_jax.nn.forward import extend, run_rows
 from dex_jax.nn.packed import to_int8
 from dex_jax.nn.products import ASSUMED, Device
-from dex_jax.nn.transformer import Transformer, Unrolled, build
+from dex_jax.nn.transformer import Transformer, build
 from dex_jax.nn.weights import merge_model
 
 pytestmark = needs_compiler
@@ -39,8 +39,8 @@ def int8_model(*dense: str) -> Transformer:
 def run(model: Transformer, tokens: jax.Array) -> tuple:
     """Every state of a prompt, then of two rows in layers 2 and 3, and the caches."""
     batch = tokens.shape[0]
-    memory = cache.allocate(model.config, Unrolled(), batch, 24, 0, model.dtype)
-    states, memory = extend_with_states(model, memory, tokens, jnp.full(batch, 3), jnp.full(batch, 9))
+    memory = cache.allocate(model.config, batch, 24, 0, model.dtype)
+    states, memory = extend(model, memory, tokens, jnp.full(batch, 3), jnp.full(batch, 9))
     among = jnp.broadcast_to(jnp.eye(2, dtype=bool), (batch, 2, 2))
     position = jnp.full((batch, 2), 9)
     last, _ = run_rows(model, memory, states[-1][:, :2], position, among, jnp.full(batch, 9), range(1, 3))
@@ -50,11 +50,11 @@ def run(model: Transformer, tokens: jax.Array) -> tuple:
 @pytest.mark.parametrize("make", ["float32", "bfloat16", "int8"])
 def test_states_and_caches_are_those_of_layers_apart(make, monkeypatch) -> None:
     model = int8_model() if make == "int8" else random_transformer(ALIKE, 0, jnp.dtype(make))
-    weights, graph = dex_jax.LanguageModel(model, None, "random", "0").weights, (ALIKE, Unrolled())
+    weights = dex_jax.LanguageModel(model, None, "random", "0").weights
     tokens = jnp.asarray(np.random.default_rng(0).integers(ALIKE.vocab_size, size=(3, 8)))
 
     def compiled() -> jax.stages.Compiled:
-        program = jax.jit(lambda weights, tokens: run(merge_model(*graph, weights), tokens))
+        program = jax.jit(lambda weights, tokens: run(merge_model(ALIKE, weights), tokens))
         return program.lower(weights, tokens).compile()
 
     assert in_turn.is_loop(model)
@@ -68,24 +68,6 @@ def test_states_and_caches_are_those_of_layers_apart(make, monkeypatch) -> None:
         chex.assert_trees_all_equal(found, wanted)
     products = [each.as_text().count(few_rows.PRODUCT) for each in (loop, apart)]
     assert products == [4 + 4, (4 + 2) * 4], "one layer of four products for each loop, in place of six layers"
-
-
-@pytest.mark.slow
-def test_gradients_pass_through_it(monkeypatch) -> None:
-    model = random_transformer(ALIKE, 0)
-    graph, weights = (ALIKE, Unrolled()), dex_jax.LanguageModel(model, None, "random", "0").weights
-    tokens = jnp.asarray([[3, 1, 4, 1, 5]])
-
-    def gradient() -> object:
-        def loss(weights: object) -> jax.Array:
-            states, last, _ = run(merge_model(*graph, weights), tokens)
-            return jnp.sum(states[-1] ** 2) + jnp.sum(last)
-
-        return jax.jit(jax.grad(loss))(weights)
-
-    found = gradient()
-    monkeypatch.setattr(in_turn, "FEWEST_LAYERS", 99)
-    chex.assert_trees_all_close(found, gradient(), rtol=1e-3, atol=1e-3)
 
 
 def test_layers_that_differ_and_programs_for_other_devices_have_none() -> None:

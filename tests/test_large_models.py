@@ -26,7 +26,7 @@ from dex_jax import cache
 from dex_jax.cli.decode import main
 from dex_jax.hardware import DEVICES, USABLE
 from dex_jax.nn.forward import extend_rows
-from dex_jax.nn.transformer import Unrolled, build, parameter_shapes
+from dex_jax.nn.transformer import build, parameter_shapes
 from dex_jax.planner import SHAPES
 
 
@@ -209,7 +209,7 @@ def test_a_layer_of_8b_in_float16_holds_activations_as_large_as_real_ones() -> N
     found = {}
     for dtype in (jnp.float16, jnp.float32):
         model = build(config, read, dtype)
-        memory = cache.allocate(config, Unrolled(), 1, 16, 0, dtype)
+        memory = cache.allocate(config, 1, 16, 0, dtype)
         states, memory = extend_rows(model, memory, jnp.asarray(rows, dtype), jnp.zeros(1, jnp.int32))
         found[str(jnp.dtype(dtype))] = np.asarray(states[0], np.float32)
     half, wide = found["float16"], found["float32"]

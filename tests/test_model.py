@@ -14,10 +14,10 @@ import pytest
 from reference.compiled import assumed
 from reference.small_models import LLAMA, random_transformer, small_model
 
-from dex_jax import RopeScaling, Unrolled, cache
+from dex_jax import RopeScaling, cache
 from dex_jax.language_model import default_dtype, resolve_dtype
 from dex_jax.nn import rotary
-from dex_jax.nn.forward import extend, extend_with_states, run_tree
+from dex_jax.nn.forward import extend, run_tree
 from dex_jax.nn.layers import rms_norm
 from dex_jax.nn.rotary import rope_frequencies, rope_table
 from dex_jax.nn.weights import merge_model
@@ -57,18 +57,18 @@ def test_steps_of_few_rows_on_a_tpu_run_eight_and_give_the_same_bits() -> None:
     """With XLA's own products, on this CPU: a token alone, and as the root of a tree of eight and of three."""
     model = random_transformer(LLAMA, 0, jnp.dtype(jnp.bfloat16))
     tokens = jnp.asarray(np.random.default_rng(0).integers(LLAMA.vocab_size, size=(1, 17)))
-    empty = cache.allocate(LLAMA, Unrolled(), 1, 64, 0, model.dtype)
+    empty = cache.allocate(LLAMA, 1, 64, 0, model.dtype)
     with assumed("v5e"):
         _, memory = jax.jit(lambda memory: extend(model, memory, tokens[:, :9], jnp.zeros(1, jnp.int32)))(empty)
         step = jax.jit(lambda memory, token: extend(model, memory, token, jnp.full(1, 9)))
         assert f"[1,8,{LLAMA.width}]" in str(jax.make_jaxpr(step)(memory, tokens[:, 9:10]))
-        alone, after = step(memory, tokens[:, 9:10])
+        (*_, alone), after = step(memory, tokens[:, 9:10])
         among, position = jnp.tril(jnp.ones((1, 8, 8), bool)), jnp.arange(9, 17)[None]
 
         @jax.jit
         def tree(memory: cache.Memory, token: jax.Array) -> object:
-            size = token.shape[1]
-            return run_tree(model, memory, token, position[:, :size], among[:, :size, :size], jnp.full(1, 9))
+            size, embedded = token.shape[1], model.embed_tokens(token)
+            return run_tree(model, memory, embedded, position[:, :size], among[:, :size, :size], jnp.full(1, 9))
 
         rows, (keys, values) = tree(memory, tokens[:, 9:])
         few, fresh = tree(memory, tokens[:, 9:12])
@@ -122,10 +122,10 @@ def test_float16_on_a_cpu_is_float32(monkeypatch, capsys) -> None:
 def test_sines_are_computed_once_and_not_in_every_layer() -> None:
     lm = small_model(dataclasses.replace(LLAMA, num_layers=3))
     tokens = jnp.zeros((1, 4), jnp.int32)
-    memory = cache.allocate(lm.config, lm.layout, 1, 8, 0, jnp.dtype(jnp.float32))
+    memory = cache.allocate(lm.config, 1, 8, 0, jnp.dtype(jnp.float32))
 
     def one_step(weights, tokens, start):
-        return extend_with_states(merge_model(lm.config, lm.layout, weights), memory, tokens, start)[0]
+        return extend(merge_model(lm.config, weights), memory, tokens, start)[0]
 
     compiled = jax.jit(one_step).lower(lm.weights, tokens, jnp.zeros(1, jnp.int32)).compile().as_text()
     assert [len(re.findall(rf" {name}\(", compiled)) for name in ("cosine", "sine")] == [1, 1]

@@ -45,7 +45,7 @@ def target(checkpoint) -> dex_jax.LanguageModel:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_eagle_head_computes_what_speculators_does(variant, target, tmp_path) -> None:
     """A chain of drafts that goes on with given tokens, below several roots of one text."""
-    model = merge_model(target.config, target.layout, target.weights)
+    model = merge_model(target.config, target.weights)
     head = fit_eagle(dex_jax.load_eagle(write_head(tmp_path / variant, variant)), target.config)
     arrays, drafter = eagle_arrays(head, jnp.float32), EagleDrafter(head.config)
     tokens, states = example(variant)

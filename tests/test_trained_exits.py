@@ -73,7 +73,7 @@ def test_sampled_tokens_are_those_of_ar(lm) -> None:
 
 @pytest.mark.parametrize("kind", EXIT_KINDS)
 def test_untrained_heads_are_the_models_own(lm, kind) -> None:
-    model = merge_model(lm.config, lm.layout, lm.weights)
+    model = merge_model(lm.config, lm.weights)
     config = ExitsConfig(kind, (1, 3), WIDTH, fused=kind != "shared", hidden=8, heads=2, head_dim=8)
     heads = initial_heads(config, model.final_norm[...])
     states = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, WIDTH)), jnp.float32)
@@ -163,7 +163,7 @@ def test_rest_counts_in_probabilities_only(lm) -> None:
 
 def test_context_memory_after_a_prompt_is_what_commits_one_by_one_make(lm) -> None:
     exits = random_exits("attn")
-    model, heads = merge_model(lm.config, lm.layout, lm.weights), TrainedHeads(exits.config)
+    model, heads = merge_model(lm.config, lm.weights), TrainedHeads(exits.config)
     arrays = exit_arrays(model, exits.config, exits.parameters, None)
     rng = np.random.default_rng(0)
     lengths = np.array([3, 7, 12])

@@ -21,7 +21,6 @@ from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.forward import depth_states
-from dex_jax.nn.transformer import Unrolled
 from dex_jax.nn.weights import abstract_weights, merge_model
 from dex_jax.training.items import Item, Turn, no_script, stack_scripts
 from dex_jax.training.stream import PRODUCE, Activations, Stream, StreamSpec, start_rows
@@ -96,7 +95,7 @@ def test_states_are_those_of_the_item_run_alone() -> None:
     run = chunks(stream(), 4)
     twin = stream_twin.run_rows(told, ROWS, STEPS, 4, waiting=2 * ROWS)
     states, final = joined(run, "states"), joined(run, "final")
-    module = merge_model(model().config, model().layout, model().weights)
+    module = merge_model(model().config, model().weights)
     alone = jax.jit(lambda tokens: depth_states(module, tokens, DEPTHS))
     for number in range(8):
         padded = np.zeros((1, LENGTH), np.int32)
@@ -177,13 +176,13 @@ def test_wrong_sizes_are_refused(changes: dict, says: str) -> None:
 def test_no_step_copies_a_cache() -> None:
     # Every size differs from every other, so that a shape names one array.
     config = ModelConfig("llama", 101, 4, 48, 6, 3, 8, 40, 512)
-    spec = StreamSpec(config, Unrolled(), (1, 4), 13, 7, 197, (0,))
+    spec = StreamSpec(config, (1, 4), 13, 7, 197, (0,))
     batch = 5
-    memory = cache.shapes(config, Unrolled(), batch, spec.length, 0, jnp.dtype(jnp.float32))
+    memory = cache.shapes(config, batch, spec.length, 0, jnp.dtype(jnp.float32))
     state = jax.eval_shape(lambda memory: start_rows(memory, spec), memory)
     scripts = stack_scripts([no_script(spec.length)] * (3 * batch))
     key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
-    arguments = (abstract_weights(config, Unrolled(), jnp.dtype(jnp.float32)), state, scripts, jnp.int32(0), key)
+    arguments = (abstract_weights(config, jnp.dtype(jnp.float32)), state, scripts, jnp.int32(0), key)
     program = PRODUCE.jitted.lower(*arguments, spec=spec).compile()
     dimensions = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state.memory.keys)}
     copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", program.as_text())

@@ -16,7 +16,7 @@ from dex_jax import cache
 from dex_jax.config import LayerKind
 from dex_jax.nn import kinds
 from dex_jax.nn.kinds import KindTable, ring_length, ring_of, ring_size, sights
-from dex_jax.nn.transformer import Staged, Unrolled
+from dex_jax.nn.transformer import Staged
 
 WINDOW = 6
 MIXED = (LayerKind(WINDOW, "local"), LayerKind(), LayerKind(WINDOW, "local"), LayerKind(WINDOW, "local"))
@@ -55,14 +55,14 @@ def test_a_ring_shows_the_last_positions_and_nothing_else(
 
 
 def test_only_layers_that_share_a_window_share_a_ring() -> None:
-    def lengths(layout, length=4096) -> list[int]:
-        keys = cache.shapes(CONFIG, layout, 2, length, 3, jnp.dtype(jnp.float32), rings=True).keys
+    def lengths(length=4096, layout=None) -> list[int]:
+        keys = cache.shapes(CONFIG, 2, length, 3, jnp.dtype(jnp.float32), True, layout).keys
         return [leaf.shape[-2] for leaf in keys]
 
     short = ring_length(WINDOW)
-    assert lengths(Unrolled()) == [short, 4096, short, short]
-    assert lengths(Unrolled(), length=1024) == [1024] * 4
-    assert lengths(Staged((2, 4))) == [short, 4096]
+    assert lengths() == [short, 4096, short, short]
+    assert lengths(1024) == [1024] * 4
+    assert lengths(layout=Staged((2, 4))) == [short, 4096]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from dex_jax.errors import DexError
 from dex_jax.hardware import USABLE, Device, hardware, platform_of
 from dex_jax.io.opening import open_checkpoint
 from dex_jax.language_model import Outline, layout_on_mesh, packing_of, resolve_dtype
-from dex_jax.nn.transformer import Layout, Staged, Unrolled
+from dex_jax.nn.transformer import Staged
 from dex_jax.prompts import Prompt
 from dex_jax.sharding import STAGE, make_mesh, nbytes
 
@@ -37,7 +37,7 @@ REMEDIES = {
 """By what memory is for: how less of it is needed."""
 
 
-def layout_of(args: argparse.Namespace, method: Method) -> tuple[Layout | None, Mesh | None]:
+def layout_of(args: argparse.Namespace, method: Method) -> tuple[Staged | None, Mesh | None]:
     """The mesh that --mesh names and the layout of weights on it, for the exit depths of the method.
 
     Raises:
@@ -65,7 +65,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     if elsewhere is not None and args.mesh is not None:
         raise DexError("--hardware judges one device: leave --mesh out")
     layout, mesh = layout_of(args, method)
-    outline = _outline(args, args.model, elsewhere, layout or Unrolled(), mesh)
+    outline = _outline(args, args.model, elsewhere, mesh, layout)
     exits: GivenExits = opened(args.exits)
     if args.draft_model is not None:
         exits = draft_model(outline, _outline(args, args.draft_model, elsewhere))
@@ -102,8 +102,8 @@ def _outline(
     args: argparse.Namespace,
     source: str,
     elsewhere: Device | None,
-    layout: Layout = Unrolled(),  # noqa: B008
     mesh: Mesh | None = None,
+    layout: Staged | None = None,
 ) -> Outline:
     """A model as it would lie on the device at hand or elsewhere."""
     checkpoint, weights, platform = open_checkpoint(source), args.weights, None
@@ -112,7 +112,7 @@ def _outline(
     else:
         dtype = jnp.dtype(args.dtype or ("float16" if elsewhere.name == "t4" else "bfloat16"))
         weights, platform = weights or "dense", platform_of(elsewhere.name)
-    return Outline(checkpoint, dtype, layout, mesh, packing_of(checkpoint, dtype, mesh, weights, platform))
+    return Outline(checkpoint, dtype, packing_of(checkpoint, dtype, mesh, weights, platform), mesh, layout)
 
 
 def held(session: Session) -> dict[str, int]:

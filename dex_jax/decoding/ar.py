@@ -34,8 +34,8 @@ def init(memory: Memory, first_token: jax.Array, position: jax.Array, *, capacit
 
 def step(model: Transformer, state: ARState, limits: Limits, sampling: Sampling | None) -> ARState:
     """One token for every sequence that is not done."""
-    hidden, memory = extend(model, state.memory, state.token[:, None], state.prefix)
-    return emitted(state, memory, next_token(model, hidden[:, 0], state.prefix + 1, sampling), limits)
+    states, memory = extend(model, state.memory, state.token[:, None], state.prefix)
+    return emitted(state, memory, next_token(model, states[-1][:, 0], state.prefix + 1, sampling), limits)
 
 
 def emitted(state: ARState, memory: Memory, token: jax.Array, limits: Limits) -> ARState:

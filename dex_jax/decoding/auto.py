@@ -31,7 +31,7 @@ from dex_jax.decoding.plan import GivenExits, Method, drafted_rows, find_exits, 
 from dex_jax.decoding.request import AR, Dex
 from dex_jax.distributed import from_first
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.nn.transformer import Layout, Staged
+from dex_jax.nn.transformer import Staged
 from dex_jax.nn.weights import Packing
 from dex_jax.sharding import DATA, STAGE
 
@@ -73,7 +73,7 @@ def settle(
     method: Method,
     exits: GivenExits,
     config: ModelConfig,
-    layout: Layout,
+    layout: Staged | None,
     dtype: Any,
     fingerprint: str,
     batch: int,
@@ -112,7 +112,7 @@ def settle(
         most = drafted_rows(stages, tree)
         shape = with_rungs(costs, tree, most)
         rows = _rows_a_tick(shape.counts if shape.rungs else (most,))
-        assert isinstance(layout, Staged)
+        assert layout is not None
         return Dex(depths=layout.depths, draft=shape), f"an explorer with drafts on each stage ({rows})"
     plain, drafting = candidates(costs, drafter, batch)
     gain = plain.seconds / drafting.seconds

@@ -32,7 +32,7 @@ from dex_jax.errors import DexError
 from dex_jax.io.whole_files import cache_folder, write_whole
 from dex_jax.nn import few_rows
 from dex_jax.nn.forward import run_tree
-from dex_jax.nn.transformer import Unrolled, parameter_shapes
+from dex_jax.nn.transformer import parameter_shapes
 from dex_jax.nn.weights import Packing, abstract_weights, merge_model, weight_bytes
 from dex_jax.progress import notify
 
@@ -187,21 +187,21 @@ def _write(file: Path, kept: dict[str, list[float]]) -> None:
 def _measure(config: ModelConfig, dtype: np.dtype, packing: Packing, totals: tuple[int, ...]) -> list[float]:
     """Seconds of a step over L layers and the final logits for each of `totals`."""
     short, own = _shortened(config, packing)
-    abstract = abstract_weights(short, Unrolled(), dtype, own)
+    abstract = abstract_weights(short, dtype, own)
     size = _read_bytes(short, dtype, own)
     copies = min(MOST_COPIES, math.ceil(MEASURED_BYTES / size))
     steps = min(TOGETHER, max(1, int(MEASURED_BYTES / size / copies)))
     # From the host, and not by jnp.asarray: each shape that a device fills or copies is a program of its own.
     weights = [jax.tree.map(_filled, abstract) for _ in range(copies)]
     memory = jax.tree.map(
-        lambda s: jax.device_put(np.zeros(s.shape, s.dtype)), cache.shapes(short, Unrolled(), 1, LENGTH, 0, dtype)
+        lambda s: jax.device_put(np.zeros(s.shape, s.dtype)), cache.shapes(short, 1, LENGTH, 0, dtype)
     )
 
     def run(weights: Any, memory: cache.Memory, token: jax.Array, position: jax.Array, among: jax.Array) -> Any:
-        model = merge_model(short, Unrolled(), weights)
+        model = merge_model(short, weights)
 
         def step(token: jax.Array) -> jax.Array:
-            hidden, _ = run_tree(model, memory, token, position, among, position[:, 0])
+            hidden, _ = run_tree(model, memory, model.embed_tokens(token), position, among, position[:, 0])
             return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
 
         return step(token) if steps == 1 else jax.lax.fori_loop(0, steps, lambda _, last: step(last), token)

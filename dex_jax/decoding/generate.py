@@ -27,7 +27,6 @@ from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError
 from dex_jax.host_memory import return_free_memory
 from dex_jax.lattice import NO_TOKEN
-from dex_jax.nn.transformer import Staged
 from dex_jax.progress import notify
 from dex_jax.prompts import Prompt
 from dex_jax.sharding import device_name
@@ -135,7 +134,7 @@ def prepare(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], req
     method, choice = settle(asked, exits, *model, batch, length, lm.mesh, lm.packing)
     plan = resolve(method, exits, lm.config, lm.fingerprint)
     free = plan.has_lattice and plan.exits is None and getattr(method, "depths", None) is None
-    if free and isinstance(lm.layout, Staged) and len(lm.layout.depths) == plan.stages:
+    if free and lm.layout is not None and len(lm.layout.depths) == plan.stages:
         plan = dataclasses.replace(plan, depths=lm.layout.depths)  # nothing else settles the grid
     return Session(lm, ids, dataclasses.replace(plan, choice=choice), request)
 

@@ -27,7 +27,7 @@ from dex_jax.decoding.mesh.stage import StageNetwork
 from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits
 from dex_jax.errors import DexError
-from dex_jax.nn.transformer import Staged, Transformer, Unrolled
+from dex_jax.nn.transformer import Transformer
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import BY_SEQUENCE, BY_STAGE, EVERYWHERE, check_stages
 
@@ -128,7 +128,7 @@ class DexLoop(MeshLoop):
         if plan.stages == 1:
             memory = cache.with_cohort(begun.memory, model.config, plan.rows)
         else:
-            memory = cache.with_lattice(begun.memory, model.config, plan.layout, plan.stages * plan.rows)
+            memory = cache.with_lattice(begun.memory, model.config, plan.stages * plan.rows)
         return _begin(network_of(model, heads, plan), plan, begun._replace(memory=memory), capacity)
 
     def tick(self, model: Transformer, heads: Heads, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
@@ -136,7 +136,7 @@ class DexLoop(MeshLoop):
         return lambda state: loop.step(network, state, limits, sampling, decs=plan.decs, drafts=plan.drafts)
 
     def check_mesh(self, plan: Plan) -> None:
-        assert isinstance(plan.layout, Staged)
+        assert plan.layout is not None
         assert plan.mesh is not None
         if plan.stages == 1:  # over several stages a pipeline that runs trees
             return
@@ -149,7 +149,7 @@ class DexLoop(MeshLoop):
             )
 
     def init_stage(self, device: StageNetwork, plan: Plan, begun: Prefilled, capacity: int) -> DexState:
-        memory = cache.with_lattice(begun.memory, device.model.config, Unrolled(), plan.stages * plan.rows)
+        memory = cache.with_lattice(begun.memory, device.model.config, plan.stages * plan.rows)
         state = _begin(device.network, plan, begun._replace(memory=memory), capacity)
         return state._replace(hidden=state.hidden[:1])
 

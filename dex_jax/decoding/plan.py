@@ -22,7 +22,7 @@ from dex_jax.io.eagle import find_eagle
 from dex_jax.io.exits_file import TrainedExits, default_drafter, default_exits, load_exits
 from dex_jax.lattice import default_rows, full_rows
 from dex_jax.nn.exits import select_exits
-from dex_jax.nn.transformer import Layout, Unrolled
+from dex_jax.nn.transformer import Staged
 
 DEFAULT_EXPLORERS = 5
 FULL_ROWS_LIMIT = 8
@@ -57,8 +57,8 @@ class Plan:
     loop: Any = "dex"  # what runs it: a name of loops.LOOPS, or a Loop of a user's own
 
     config: Any = None  # ModelConfig; from here on what only a model says
-    layout: Layout = dataclasses.field(default=Unrolled())  # of its weights
-    mesh: Mesh | None = None  # None for one device; otherwise the layout is Staged
+    mesh: Mesh | None = None  # None for one device
+    layout: Staged | None = None  # of weights on it
     exits: ExitsConfig | None = None  # of the exits 1..K-1; None for the model's own, "shared", and for K = 1
     drafter: ExitZero | None = None  # exit 0; None where the text alone drafts, or nothing does
 

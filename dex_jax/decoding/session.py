@@ -32,7 +32,7 @@ from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket
 from dex_jax.distributed import array_from_first, to_host
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_TOKEN
-from dex_jax.nn.forward import extend_with_states, last_states, states_at
+from dex_jax.nn.forward import extend, last_states, states_at
 from dex_jax.nn.placing import weight_specs
 from dex_jax.nn.weights import merge_model, with_wide_scales
 from dex_jax.progress import notify
@@ -61,8 +61,8 @@ def prefill_chunk(
     """
     if plan.mesh is not None:
         return on_mesh.prefill_chunk(weights, heads, memory, last, tokens, start, lengths, plan=plan)
-    model = merge_model(plan.config, plan.layout, weights)
-    states, memory = extend_with_states(model, memory, tokens, jnp.full(tokens.shape[0], start), lengths)
+    model = merge_model(plan.config, weights)
+    states, memory = extend(model, memory, tokens, jnp.full(tokens.shape[0], start), lengths)
     hidden = states[-1]
     remembers, arrays = plan.remembers, plan.remembering(heads)
     if remembers is not None and arrays is not None:
@@ -95,7 +95,7 @@ def start_decoding(
         return on_mesh.start_decoding(
             weights, heads, memory, last, lengths, limits, sampling, prompt, costs, plan=plan, capacity=capacity
         )
-    model = merge_model(plan.config, plan.layout, weights)
+    model = merge_model(plan.config, weights)
     token = ar.next_token(model, last, lengths, sampling)
     begun = Prefilled(memory, token, lengths, limits, sampling, prompt, costs)
     return loop_of(plan).init(model, heads, plan, begun, capacity)
@@ -114,7 +114,7 @@ def run_ticks(
     """The method's loop up to `until_tick`."""
     if plan.mesh is not None:
         return on_mesh.run_ticks(weights, heads, state, limits, sampling, until_tick, plan=plan)
-    model = merge_model(plan.config, plan.layout, with_wide_scales(weights))
+    model = merge_model(plan.config, with_wide_scales(weights))
     return until_done(loop_of(plan).tick(model, heads, plan, limits, sampling), state, until_tick)
 
 
@@ -258,7 +258,7 @@ class Session:
         """As `_blank`, as jax.ShapeDtypeStruct, without what exits remember; the cache has no lattice yet."""
         batch, config, dtype = len(self.lengths), self.lm.config, self.lm.dtype
         array: Any = jax.ShapeDtypeStruct
-        memory = cache.shapes(config, self.lm.layout, batch, self.cache_length, 0, dtype, rings=True)
+        memory = cache.shapes(config, batch, self.cache_length, 0, dtype, rings=True, layout=self.lm.layout)
         if self.plan.mesh is not None:  # an array without elements is copied everywhere, whatever its sharding says
             memory = memory._replace(lattice_keys=(), lattice_values=())
         shapes = (memory, array((batch, config.width), dtype), array((batch,), jnp.int32))
@@ -288,7 +288,7 @@ class Session:
 
     def _heads(self, weights: Any) -> Heads:
         """The trained heads as the programs take them; under jax.eval_shape, their shapes."""
-        model = merge_model(self.lm.config, self.lm.layout, weights)
+        model = merge_model(self.lm.config, weights, layout=self.lm.layout)
         (trained, drafter), exits = self.given, None
         if trained is not None:
             parameters = trained.parameters

@@ -28,9 +28,6 @@ MANY_ROWS = 16
 FEW_KEYS = 16
 """Keys that GPUs score with sums of products, which are part of what comes before and after, instead of a product."""
 
-SCOPE = "attention"
-"""What compiled programs and profiles call what is done here."""
-
 
 class KeyValues(NamedTuple):
     """Keys (after RoPE) and values that rows may attend to."""
@@ -73,10 +70,9 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], cap: float | None =
         if queries.shape[3] % 8 == 0 and queries.shape[3] <= widest:
             ways["cuda"] = _attend_fused
     ways = {platform: functools.partial(way, cap) for platform, way in ways.items()}
-    with jax.named_scope(SCOPE):
-        if len(ways) == 1:
-            return ways["default"](queries, sources)
-        return jax.lax.platform_dependent(queries, list(sources), **ways)
+    if len(ways) == 1:
+        return ways["default"](queries, sources)
+    return jax.lax.platform_dependent(queries, list(sources), **ways)
 
 
 def _attend_fused(
@@ -142,8 +138,7 @@ def _tangent(attention, cap: float | None, primals: tuple, tangents: tuple) -> t
     (queries, sources), (queries_tangent, sources_tangent) = primals, tangents
 
     def plain(queries: jax.Array, pairs: list) -> jax.Array:
-        cut = few_rows.cut_out
-        both = [KeyValues(cut(k), cut(v), source.mask) for (k, v), source in zip(pairs, sources, strict=True)]
+        both = [KeyValues(keys, values, s.mask) for (keys, values), s in zip(pairs, sources, strict=True)]
         return _attend(cap, queries, both)
 
     pairs, pairs_tangent = ([source[:2] for source in each] for each in (sources, sources_tangent))

@@ -16,7 +16,7 @@ from flax import nnx
 from dex_jax.config import EagleConfig
 from dex_jax.nn.kinds import kind_table
 from dex_jax.nn.layers import DecoderLayer, Init, linear, recorded, rms_norm
-from dex_jax.nn.transformer import Unrolled, module_list
+from dex_jax.nn.transformer import module_list
 
 
 class EagleLayer(DecoderLayer):
@@ -42,12 +42,12 @@ class EagleLayer(DecoderLayer):
 
 
 class Eagle(nnx.Module):
-    """An EAGLE-3 head; `config`, `layout`, `kinds` and `layers` are those of a model of one layer (nn/forward.py)."""
+    """An EAGLE-3 head; `config`, `kinds` and `layers` are those of a model of one layer (nn/forward.py)."""
 
     def __init__(self, config: EagleConfig, init: Init):
         layer, states = config.layer, len(config.reads) * config.state_width
         self.eagle, self.config = config, layer
-        self.layout, self.kinds = Unrolled(), kind_table(layer)
+        self.kinds = kind_table(layer)
         self.fc = nnx.Param(init("fc", (layer.width, states), "kernel"))
         self.layers = module_list([EagleLayer(config, lambda name, *rest: init(f"layer.{name}", *rest))])
         self.norm = nnx.Param(init("norm", (layer.width,), "scale"))

@@ -66,14 +66,12 @@ class OneOf:
         return self.arrays[0].dtype
 
 
-def cut_out(array: jax.Array | OneOf) -> jax.Array:
-    """The array itself, a copy where it is one of several."""
-    return jnp.stack(array.arrays)[array.number] if isinstance(array, OneOf) else array
-
-
 @jax.custom_jvp
 def few_rows_product(rows: jax.Array, kernel: jax.Array | OneOf) -> jax.Array:
-    """rows [R, in] @ kernel [out, in].T on a CPU, both float32 or bfloat16: [R, out] float32, summed in float32."""
+    """rows [R, in] @ kernel [out, in].T on a CPU, both float32 or bfloat16: [R, out] float32, summed in float32.
+
+    It has a derivative where the kernel is no OneOf.
+    """
     return packed_product(rows, kernel, "")
 
 
@@ -81,11 +79,9 @@ def few_rows_product(rows: jax.Array, kernel: jax.Array | OneOf) -> jax.Array:
 def _tangent(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple:
     (rows, kernel), (rows_tangent, kernel_tangent) = primals, tangents
 
-    def product(rows: jax.Array, kernel: jax.Array | OneOf) -> jax.Array:
-        return jnp.dot(rows, cut_out(kernel).T, preferred_element_type=jnp.float32)
+    def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.dot(rows, kernel.T, preferred_element_type=jnp.float32)
 
-    if isinstance(kernel, OneOf):
-        kernel_tangent = dataclasses.replace(kernel_tangent, number=kernel.number)
     return few_rows_product(rows, kernel), product(rows_tangent, kernel) + product(rows, kernel_tangent)
 
 

@@ -39,16 +39,15 @@ InUse = Sequence[jax.Array | None]
 
 def extend(
     model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
-) -> tuple[jax.Array, Memory]:
+) -> tuple[Any, Memory]:
     """Runs R consecutive tokens [B, R] int32 of each sequence through all layers and commits their keys and values.
 
     Committed positions 0 .. start - 1 are attended to; `start` [B] int32 is the position of the first token, and start
     + R must not pass the cache's end. What lies beyond a sequence's end, `lengths` [B] int32 says where, may be
-    anything, is hardly computed and may come out as anything; None runs all. Gives (hidden states [B, R, D] at depth L,
-    memory).
+    anything, is hardly computed and may come out as anything; None runs all. Gives (hidden states [B, R, D] after every
+    layer: L of them, or one array [L, B, R, D]; memory).
     """
-    states, memory = extend_with_states(model, memory, tokens, start, lengths)
-    return states[-1], memory
+    return extend_rows(model, memory, model.embed_tokens(tokens), start, lengths)
 
 
 def last_states(hidden: jax.Array, last: jax.Array, start: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -66,29 +65,22 @@ def last_states(hidden: jax.Array, last: jax.Array, start: jax.Array, lengths: j
 def depth_states(model: Transformer, tokens: jax.Array, depths: tuple[int, ...]) -> jax.Array:
     """Hidden states at some depths, without a prefix: tokens [B, R] int32 -> [X, B, R, D]."""
     batch, rows = tokens.shape
-    memory = allocate(model.config, model.layout, batch, rows, 0, model.dtype)
-    states, _ = extend_with_states(model, memory, tokens, jnp.zeros(batch, jnp.int32))
+    memory = allocate(model.config, batch, rows, 0, model.dtype)
+    states, _ = extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
     return jnp.stack(states_at(model, tokens, states, depths))
 
 
 def states_at(model: Transformer, tokens: jax.Array, states: Any, depths: tuple[int, ...]) -> list[jax.Array]:
-    """The states [B, R, D] at `depths` 0..L of what `extend_with_states` gave for tokens [B, R]."""
+    """The states [B, R, D] at `depths` 0..L of what `extend` gave for tokens [B, R]."""
     return [model.embed_tokens(tokens) if depth == 0 else states[depth - 1] for depth in depths]
-
-
-def extend_with_states(
-    model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
-) -> tuple[Any, Memory]:
-    """`extend`, with the states after every layer: L of [B, R, D], or one array [L, B, R, D]."""
-    return extend_rows(model, memory, model.embed_tokens(tokens), start, lengths)
 
 
 def extend_rows(
     model: Any, memory: Memory, x: jax.Array, start: jax.Array, lengths: jax.Array | None = None, begin: int = 0
 ) -> tuple[Any, Memory]:
-    """`extend_with_states` of rows [B, R, ...] as the first layer reads them.
+    """`extend` of rows [B, R, ...] as the first layer reads them.
 
-    `model` needs config, layout, kinds and layers alone. Positions before `begin` are seen by themselves only.
+    `model` needs config, kinds and layers alone. Positions before `begin` are seen by themselves only.
     """
     batch, count = x.shape[:2]
     loop = is_loop(model)
@@ -142,16 +134,6 @@ def _write(model: Transformer, caches: Any, rows: jax.Array, start: jax.Array, l
 
 
 def run_tree(
-    model: Transformer, memory: Memory, token: jax.Array, position: jax.Array, among: jax.Array, prefix: jax.Array
-) -> tuple[jax.Array, tuple[Any, Any]]:
-    """Runs N rows of each sequence through all layers and commits nothing; arguments as of `run_rows`.
-
-    Gives (hidden states [B, N, D] at depth L, the rows' (keys, values), both [L, B, G, N, d]).
-    """
-    return run_all(model, memory, model.embed_tokens(jnp.maximum(token, 0)), position, among, prefix)
-
-
-def run_all(
     model: Transformer,
     memory: Memory,
     hidden: jax.Array,
@@ -159,10 +141,11 @@ def run_all(
     among: jax.Array,
     prefix: jax.Array,
     reads: tuple[int, ...] = (),
-) -> tuple[jax.Array, tuple[Any, Any]]:
-    """As `run_tree`, of rows that have been embedded: hidden [B, N, D].
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Runs N embedded rows of each sequence through all layers and commits nothing; arguments as of `run_rows`.
 
-    The states come with those at depths `reads` behind them, [B, N, (1 + reads) D].
+    Gives (hidden states [B, N, (1 + reads) D] at depth L with those at depths `reads` behind them, the rows' (keys,
+    values), both [L, B, G, N, d]).
     """
     layers, count = range(model.config.num_layers), hidden.shape[1]
     more = _rows_that_run(hidden) - count

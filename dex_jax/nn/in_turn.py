@@ -15,7 +15,6 @@ from flax import nnx
 from dex_jax.nn import few_rows
 from dex_jax.nn.few_rows import OneOf
 from dex_jax.nn.layers import DecoderLayer
-from dex_jax.nn.transformer import Unrolled
 
 Place = Any
 """A layer's number, which Python knows or the program alone."""
@@ -47,7 +46,7 @@ def is_loop(model: Any) -> bool:
     It takes a fraction of the memory and of the time to compile. Layers are alike for that: their shapes, formats and
     kinds.
     """
-    if not isinstance(model.layout, Unrolled) or len(model.layers) < FEWEST_LAYERS or not few_rows.ready():
+    if len(model.layers) < FEWEST_LAYERS or not few_rows.ready():
         return False
     if len(model.kinds.distinct) > 1 or model.config.head_dim % few_rows.LANES or model.dtype not in few_rows.DTYPES:
         return False

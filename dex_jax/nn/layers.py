@@ -119,7 +119,7 @@ LAYER_AXES: dict[str, tuple[str, ...]] = {
 class DecoderLayer(nnx.Module):
     """Attention and gated mlp, with the query-key-value and gate-up projections fused.
 
-    Every parameter may carry a leading axis (a staged layout); the methods work on one layer's slice.
+    Every parameter may carry a leading axis (on a mesh); the methods work on one layer's slice.
 
     Args:
       config: shapes and switches.

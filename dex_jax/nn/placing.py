@@ -62,7 +62,7 @@ def build_on_mesh(
         placed = [_spread(leaf.shape, lead, mesh, functools.partial(part, i)) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(tree, placed)
 
-    return Transformer(config, layout, init)
+    return Transformer(config, init, layout)
 
 
 def _spread(

@@ -1,4 +1,4 @@
-"""The decoder as a flax.nnx module, in one of two weight layouts."""
+"""The decoder as a flax.nnx module, of a list of layers, and how its weights lie on a mesh."""
 
 from __future__ import annotations
 
@@ -20,16 +20,11 @@ from dex_jax.nn.packed import Packed, take_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Unrolled:
-    """L separate layers, whatever the stages; no padding. The default."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Staged:
-    """For a mesh: l arrays [K, ...] of each kind, l the longest stage; the j-th holds layer j of every stage.
+    """On a mesh: l arrays [K, ...] of each kind, l the longest stage; the j-th holds layer j of every stage.
 
     The first axis is split over the mesh's stages, so that a device sees l layers of its own, one array each, as if it
-    had a small unrolled model. Shorter stages are padded with zero layers, which are skipped.
+    had a small model. Shorter stages are padded with zero layers, which are skipped.
     """
 
     depths: tuple[int, ...]  # exit depths x_1 < ... < x_K = L
@@ -39,8 +34,6 @@ class Staged:
         """l, the number of layers in the longest stage."""
         return max(len(stage) for stage in stage_ranges(self.depths))
 
-
-Layout = Unrolled | Staged
 
 PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "embed": ("vocabulary", "width"),
@@ -61,41 +54,35 @@ class Transformer(nnx.Module):
 
     Args:
       config: shapes and constants.
-      layout: Unrolled() keeps `layers` as a list of L modules, Staged(depths) as a list of l modules with a leading
-        axis [K].
       init: (name, shape, kind) -> array, or a Packed where kind is "kernel", with canonical names ("embed",
-        "layers.3.qkv"; "layers.*3.qkv" for the fourth layer of every stage when staged).
+        "layers.3.qkv"; "layers.*3.qkv" for the fourth layer of every stage on a mesh).
+      layout: None for L layers, Staged(depths) for l with a leading axis [K].
       tensor_axis: as of DecoderLayer.
       vocabulary_axis: under shard_map, the mesh axis over which embedding and unembedding are split by tokens.
-      kinds: of a device's layers on a mesh; None takes them from config and layout.
+      kinds: of a device's layers on a mesh; None takes them from config.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        layout: Layout,
         init: Callable[..., jax.Array | Packed],
+        layout: Staged | None = None,
         tensor_axis: str | None = None,
         vocabulary_axis: str | None = None,
         kinds: KindTable | None = None,
     ):
         self.config = config
         self.layout = layout
-        stages = () if isinstance(layout, Unrolled) else stage_ranges(layout.depths)
-        self.kinds = kinds or kind_table(config, stages)
+        self.kinds = kinds or kind_table(config)
         self.vocabulary_axis = vocabulary_axis
         self.embed = nnx.Param(init("embed", (config.vocab_size, config.width), "kernel"))
         self.final_norm = nnx.Param(init("final_norm", (config.width,), "scale"))
         self.unembed = None if config.tied else nnx.Param(init("unembed", (config.vocab_size, config.width), "kernel"))
-        if isinstance(layout, Unrolled):
-            self.layers = module_list(
-                DecoderLayer(config, _named(init, f"layers.{i}"), tensor_axis) for i in range(config.num_layers)
-            )
-        else:
-            count = (len(layout.depths),)
-            self.layers = module_list(
-                DecoderLayer(config, _named(init, f"layers.*{j}", count)) for j in range(layout.stage_layers)
-            )
+        lead = () if layout is None else (len(layout.depths),)
+        names = [f"layers.{i}" for i in range(config.num_layers)]
+        if layout is not None:
+            names = [f"layers.*{j}" for j in range(layout.stage_layers)]
+        self.layers = module_list(DecoderLayer(config, _named(init, name, lead), tensor_axis) for name in names)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -149,7 +136,7 @@ def layer_parameters(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], st
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every parameter in the unrolled layout."""
+    """Canonical name -> shape of every parameter."""
     shapes = {"embed": (config.vocab_size, config.width), "final_norm": (config.width,)}
     if not config.tied:
         shapes["unembed"] = (config.vocab_size, config.width)
@@ -160,20 +147,17 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def build(config: ModelConfig, read: Callable[[str], np.ndarray | Packed], dtype: jnp.dtype) -> Transformer:
-    """An unrolled transformer in `dtype` whose weights `read` gives.
-
-    It takes canonical names and gives arrays of any float dtype, or a Packed.
-    """
+    """A transformer in `dtype` from `read`: canonical name -> array of any float dtype, or a Packed."""
 
     def init(name: str, shape: tuple[int, ...], kind: str) -> Any:
         found = read(name)
         # jnp.asarray would compile a program for each shape, which copies once more.
         return jax.device_put(found if isinstance(found, Packed) else np.asarray(found, dtype=dtype))
 
-    return Transformer(config, Unrolled(), init)
+    return Transformer(config, init)
 
 
-def _named(init, prefix: str, lead: tuple[int, ...] = ()):
+def _named(init, prefix: str, lead: tuple[int, ...]):
     return lambda name, shape, kind: init(f"{prefix}.{name}", lead + shape, kind)
 
 

@@ -16,25 +16,25 @@ from dex_jax.nn.kinds import KindTable
 from dex_jax.nn.layers import names_in
 from dex_jax.nn.packed import Packed, blank_kernel, kernel_bytes
 from dex_jax.nn.products import compiled_for
-from dex_jax.nn.transformer import Layout, Transformer, parameter_shapes
+from dex_jax.nn.transformer import Staged, Transformer, parameter_shapes
 
 
 def merge_model(
     config: ModelConfig,
-    layout: Layout,
     weights: Any,
     tensor_axis: str | None = None,
     vocabulary_axis: str | None = None,
     kinds: KindTable | None = None,
+    layout: Staged | None = None,
 ) -> Transformer:
-    """The module of (config, layout) over `weights`, under a trace or not; other arguments as of Transformer."""
+    """The module over `weights`, under a trace or not; arguments as of Transformer."""
     return nnx.merge(_graph_of(config, layout, tensor_axis, vocabulary_axis, kinds), weights)
 
 
 @functools.lru_cache(maxsize=64)
-def _graph_of(config: ModelConfig, layout: Layout, *about_mesh: Any) -> Any:
+def _graph_of(config: ModelConfig, *about: Any) -> Any:
     """The nnx graph definition of a transformer, without any array."""
-    made = nnx.eval_shape(lambda: Transformer(config, layout, lambda name, shape, kind: jnp.zeros(shape), *about_mesh))
+    made = nnx.eval_shape(lambda: Transformer(config, lambda name, shape, kind: jnp.zeros(shape), *about))
     return nnx.split(made)[0]
 
 
@@ -70,18 +70,18 @@ def blank_weight(name: str, shape: tuple[int, ...], dtype: jnp.dtype, packing: P
     return jnp.zeros(shape, dtype) if found is None else blank_kernel(shape, found)
 
 
-def abstract_weights(config: ModelConfig, layout: Layout, dtype: jnp.dtype, packing: Packing = ()) -> Any:
+def abstract_weights(config: ModelConfig, dtype: jnp.dtype, packing: Packing = (), layout: Staged | None = None) -> Any:
     """Weights as jax.ShapeDtypeStruct, to compile or to plan without loading any."""
 
     def blank(name: str, shape: tuple[int, ...], kind: str) -> jax.Array | Packed:
         return blank_weight(name, shape, dtype, packing)
 
-    return nnx.state(nnx.eval_shape(lambda: Transformer(config, layout, blank)))
+    return nnx.state(nnx.eval_shape(lambda: Transformer(config, blank, layout)))
 
 
-def canonical_weights(config: ModelConfig, layout: Layout, weights: Any) -> dict[str, np.ndarray]:
-    """Canonical name ("embed", "layers.0.qkv", ...) -> dense array on the host, of weights in the unrolled layout."""
-    model = merge_model(config, layout, weights)
+def canonical_weights(config: ModelConfig, weights: Any) -> dict[str, np.ndarray]:
+    """Canonical name ("embed", "layers.0.qkv", ...) -> dense array on the host, of weights on one device."""
+    model = merge_model(config, weights)
 
     def read(name: str) -> np.ndarray:
         owner, _, field = name.rpartition(".")
@@ -93,7 +93,7 @@ def canonical_weights(config: ModelConfig, layout: Layout, weights: Any) -> dict
 
 
 def weight_bytes(config: ModelConfig, dtype: jnp.dtype, packing: Packing = ()) -> dict[str, int]:
-    """Canonical name -> bytes of every parameter in the unrolled layout."""
+    """Canonical name -> bytes of every parameter."""
     runs = dict(packing)
     return {
         name: kernel_bytes(shape, runs[name]) if name in runs else math.prod(shape) * dtype.itemsize

@@ -91,7 +91,7 @@ class Distillation(Task):
         if self._initial is not None:
             return nnx.state(heads_of(self.exits, self._initial.parameters, jnp.float32))
         seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
-        model = merge_model(self.lm.config, self.lm.layout, self.lm.weights)
+        model = merge_model(self.lm.config, self.lm.weights)
         return nnx.state(initial_heads(self.exits, model.final_scale, seed))
 
     def loss(
@@ -258,7 +258,7 @@ def draft_vocabulary(lm: LanguageModel, stream: Stream, size: int, tokens: int) 
     expected, counted = np.zeros(lm.config.vocab_size), 0
     while counted < tokens and not stream.done:
         activations, learnt = stream.next()
-        expected += np.asarray(_expected(lm.config, lm.layout, stream.weights, activations.final, activations.weight))
+        expected += np.asarray(_expected(lm.config, stream.weights, activations.final, activations.weight))
         counted += learnt
     stream.restart(begin)
     expected[list(lm.eos_ids)] = np.inf
@@ -268,9 +268,9 @@ def draft_vocabulary(lm: LanguageModel, stream: Stream, size: int, tokens: int) 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _expected(config: Any, layout: Any, weights: Any, final: jax.Array, weight: jax.Array) -> jax.Array:
+def _expected(config: Any, weights: Any, final: jax.Array, weight: jax.Array) -> jax.Array:
     """Sum over the steps of a chunk of the final distribution: [V]."""
-    model = merge_model(config, layout, weights)
+    model = merge_model(config, weights)
     now = final[:, -weight.shape[1] :]
 
     def one_step(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:

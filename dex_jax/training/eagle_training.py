@@ -75,7 +75,7 @@ class EagleTask(Task):
 
     def init(self, key: jax.Array) -> Any:
         """The head's parameters, float32: at the start it says what the deepest state that it reads would."""
-        model = merge_model(self.lm.config, self.lm.layout, self.lm.weights)
+        model = merge_model(self.lm.config, self.lm.weights)
         seed, width = int(jax.random.randint(key, (), 0, 2**31 - 1)), self.lm.config.width
         order = {name: i for i, name in enumerate(eagle_parameters(self.config))}
 

@@ -27,8 +27,7 @@ from dex_jax.config import ModelConfig
 from dex_jax.decoding.program import Program
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel
-from dex_jax.nn.forward import extend_with_states, states_at
-from dex_jax.nn.transformer import Layout
+from dex_jax.nn.forward import extend, states_at
 from dex_jax.nn.weights import merge_model
 from dex_jax.sampling import sampling_keys
 from dex_jax.sharding import EVERYWHERE
@@ -79,8 +78,7 @@ class StreamSpec:
       DexError: depths that the model does not have, or sizes that make no stream.
     """
 
-    config: ModelConfig  # of the model, as the layout
-    layout: Layout
+    config: ModelConfig  # of the model
     depths: tuple[int, ...]  # the X trained depths, ascending, 0..L
     steps: int  # n
     history: int  # H
@@ -120,7 +118,7 @@ def produce(
     of them. The token at a position of an item is drawn with fold_in(fold_in(key, item number), position), so an item's
     tokens do not depend on the row or the chunk that it runs in.
     """
-    model = merge_model(spec.config, spec.layout, weights)
+    model = merge_model(spec.config, weights)
     batch = state.rows.slot.shape[0]
     slot = jnp.where(state.rows.slot == NO_ITEM, NO_ITEM, jnp.arange(batch))
 
@@ -129,7 +127,7 @@ def produce(
         rows, taken = take_items(rows, scripts, taken, waiting)
         idle = rows.slot == NO_ITEM
         tokens, start = jnp.where(idle, 0, rows.token), jnp.where(idle, 0, rows.position)
-        states, memory = extend_with_states(model, memory, tokens[:, None], start)
+        states, memory = extend(model, memory, tokens[:, None], start)
         final = states[-1][:, 0]
         number = jnp.where(idle, NO_ITEM, scripts.number[jnp.maximum(rows.slot, 0)])
         token, position = (jnp.where(idle, NO_ITEM, x) for x in (rows.token, rows.position))
@@ -209,7 +207,7 @@ class Stream:
         """
         if mesh is not None and batch % mesh.shape["data"]:
             raise DexError(f"{batch} rows do not divide among {mesh.shape['data']} devices: change the batch")
-        self.spec = StreamSpec(lm.config, lm.layout, tuple(depths), steps, history, length, lm.eos_ids, mesh)
+        self.spec = StreamSpec(lm.config, tuple(depths), steps, history, length, lm.eos_ids, mesh)
         self.batch = batch
         self.weights = everywhere(mesh, lm.weights)
         self._items = items
@@ -218,7 +216,7 @@ class Stream:
         self._places = 2 * batch
         self._no_script = no_script(length)
         self._running: list[Scripts | None]
-        self._state = self._idle(cache.allocate(lm.config, lm.layout, batch, length, 0, lm.dtype))
+        self._state = self._idle(cache.allocate(lm.config, batch, length, 0, lm.dtype))
         self._begin({"item": 0, "seed": seed})
 
     @property

@@ -50,7 +50,7 @@ class Task(ABC):
 
     def constants(self) -> dict[str, Any]:
         """Frozen arrays that the loss reads, an argument of the update: {"embed", "final_norm", "vocabulary"}."""
-        model = merge_model(self.lm.config, self.lm.layout, self.stream.weights)
+        model = merge_model(self.lm.config, self.stream.weights)
         kernel = model.vocabulary_kernel
         draft = None if self.vocabulary is None else jnp.asarray(self.vocabulary, jnp.int32)
         vocabulary = Vocabulary(kernel, None if draft is None else kernel[draft], draft, self.lm.config.logit_cap)

@@ -27,7 +27,7 @@ from studies.rivals.interface import ChainExits, ChainNetwork, ChainRows
 def chain_network(
     model: Transformer, depths: tuple[int, ...], config: ExitsConfig | None, arrays: ExitArrays | None
 ) -> ChainNetwork:
-    """The callables of `model`, in any layout, cut at depths x_1 < ... < x_K = L.
+    """The callables of `model`, cut at depths x_1 < ... < x_K = L.
 
     config and arrays are of trained exits at x_1 .. x_{K-1}, None for the model's own final norm and unembedding.
     """

@@ -23,7 +23,7 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.tokenizer import Tokenizer
 from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.nn.exits import exit_parameters
-from dex_jax.nn.transformer import Transformer, Unrolled, build, layer_parameters, parameter_shapes
+from dex_jax.nn.transformer import Transformer, build, layer_parameters, parameter_shapes
 from dex_jax.nn.weights import canonical_weights
 
 LLAMA = ModelConfig(
@@ -68,7 +68,7 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 
 def weights_of(lm: LanguageModel) -> dict[str, np.ndarray]:
     """Weights by canonical name."""
-    return canonical_weights(lm.config, lm.layout, lm.weights)
+    return canonical_weights(lm.config, lm.weights)
 
 
 class LetterTokenizer:
@@ -123,10 +123,10 @@ def small_model(
     return LanguageModel(model, tokenizer=tokenizer, source="random", fingerprint="0")
 
 
-def outline_of(config: ModelConfig, dtype="float32", packing=(), layout=Unrolled(), mesh=None) -> Outline:  # noqa: B008
+def outline_of(config: ModelConfig, dtype="float32", packing=(), mesh=None, layout=None) -> Outline:
     """What is known of a model that has no weights."""
     about: Any = SimpleNamespace(config=config, source="random", tokenizer=None, fingerprint=lambda: "0")
-    return Outline(about, jnp.dtype(dtype), layout, mesh, packing)
+    return Outline(about, jnp.dtype(dtype), packing, mesh, layout)
 
 
 def programs_of(session: Session) -> dict[str, tuple[Program, tuple, dict]]:

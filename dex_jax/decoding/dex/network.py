@@ -16,7 +16,7 @@ from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, S
 from dex_jax.decoding.dex.trained_exits import Heads, reached_features, trained_exits
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.plan import Plan
-from dex_jax.nn.forward import Beside, InUse, commit_rows, run_all, run_rows
+from dex_jax.nn.forward import Beside, InUse, commit_rows, run_rows, run_tree
 from dex_jax.nn.in_turn import is_loop
 from dex_jax.nn.transformer import Transformer, stage_ranges
 
@@ -99,7 +99,7 @@ def tree_network(
                 return hidden[0], memory.lattice_keys, memory.lattice_values
             position, seen = view.position[0, :, :width], among[:, :width, :width]
             entered = hidden[0, :, :width, :size]
-            x, (keys, values) = run_all(model, memory, entered, position, seen, view.prefix, reads)
+            x, (keys, values) = run_tree(model, memory, entered, position, seen, view.prefix, reads)
             return fill(x, 1, rows), fill(keys, 3, rows), fill(values, 3, rows)
 
         # Only tick 0 is empty; where one count is compiled there is nothing to choose, and weights are fetched ahead.

@@ -25,7 +25,7 @@ from dex_jax.io.eagle import EagleHead
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.eagle import Eagle, eagle_graph, eagle_of
 from dex_jax.nn.forward import Beside, extend_rows, run_rows
-from dex_jax.nn.transformer import Transformer, Unrolled
+from dex_jax.nn.transformer import Transformer
 from dex_jax.nn.weights import merge_model
 
 
@@ -99,11 +99,11 @@ class ModelDrafter:
         return _empty(self.config, batch, length, self.dtype)
 
     def read(self, model: Transformer, arrays: OwnArrays, memory: OwnMemory, chunk: Chunk) -> OwnMemory:
-        small = merge_model(self.config, Unrolled(), arrays.parameters)
+        small = merge_model(self.config, arrays.parameters)
         return _extended(small, memory, _known(small, chunk.tokens), chunk)
 
     def drafter(self, model: Transformer, arrays: OwnArrays) -> Drafter:
-        small = merge_model(self.config, Unrolled(), arrays.parameters)
+        small = merge_model(self.config, arrays.parameters)
         known = min(self.vocab_size, self.config.vocab_size)
         vocabulary = None if known == self.vocab_size else jnp.arange(known, dtype=jnp.int32)
 
@@ -133,7 +133,7 @@ def eagle_arrays(head: EagleHead, dtype: jnp.dtype) -> OwnArrays:
 
 
 def _empty(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
-    caches = cache.shapes(config, Unrolled(), batch, length, 0, dtype, rings=True)
+    caches = cache.shapes(config, batch, length, 0, dtype, rings=True)
     caches = caches._replace(lattice_keys=(), lattice_values=())
     return OwnMemory(jax.tree.map(jnp.zeros_like, caches), jnp.zeros(batch, jnp.int32))
 
@@ -168,7 +168,7 @@ def _drafter(
     width: int,
     begin: int,
 ) -> Drafter:
-    """The loop's callables of a `model` over caches (config, layout, kinds and layers, as nn/forward.py takes them).
+    """The loop's callables of a `model` over caches (config, kinds and layers, as nn/forward.py takes them).
 
     `rows` are what its first layer reads; `given` says what its last states [B, n, ...] come to, (what `logits` takes,
     features [B, n, E]).

@@ -32,7 +32,7 @@ from dex_jax.nn.forward import last_states
 from dex_jax.nn.kinds import kind_table
 from dex_jax.nn.layers import names_in
 from dex_jax.nn.placing import device_config, weight_specs
-from dex_jax.nn.transformer import Staged, Unrolled, stage_ranges
+from dex_jax.nn.transformer import Staged, stage_ranges
 from dex_jax.nn.weights import merge_model, with_wide_scales
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, STAGE, TENSOR, partition, spec_of
@@ -111,7 +111,7 @@ def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, t
         device = _device(plan, weights, Heads())
         batch, length = tokens.shape
         model = device.model
-        memory = cache.allocate(model.config, Unrolled(), batch, length, 0, model.dtype)
+        memory = cache.allocate(model.config, batch, length, 0, model.dtype)
         hidden, _ = extend_stages(device, memory, tokens, jnp.zeros(batch, jnp.int32))
         return model.logits(from_last_stage(hidden, device.stages))
 
@@ -151,7 +151,7 @@ def pad_heads(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _device(plan: Plan, weights: Any, heads: Heads) -> StageNetwork:
     """The network of the device that this is traced for, from its part of the weights."""
-    assert isinstance(plan.layout, Staged)
+    assert plan.layout is not None
     assert plan.mesh is not None
 
     def own(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -162,9 +162,7 @@ def _device(plan: Plan, weights: Any, heads: Heads) -> StageNetwork:
     whole = (plan.config.vocab_size, plan.config.width)
     tensor_axis = TENSOR if plan.mesh.shape[TENSOR] > 1 else None
     vocabulary_axis = partition(("vocabulary", "width"), whole, plan.mesh)[0]
-    model = merge_model(
-        config, Unrolled(), jax.tree_util.tree_map_with_path(own, weights), tensor_axis, vocabulary_axis, kinds
-    )
+    model = merge_model(config, jax.tree_util.tree_map_with_path(own, weights), tensor_axis, vocabulary_axis, kinds)
     return stage_network(model, plan, heads)
 
 

@@ -43,7 +43,7 @@ from dex_jax.decoding.record import Limits
 from dex_jax.lattice import NO_TOKEN, Proposals
 from dex_jax.nn.attention import causal_rows
 from dex_jax.nn.forward import InUse, run_rows
-from dex_jax.nn.transformer import Staged, Transformer, stage_ranges
+from dex_jax.nn.transformer import Transformer, stage_ranges
 from dex_jax.sampling import Sampling
 from dex_jax.sharding import STAGE
 
@@ -71,7 +71,7 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
     The model has its layers, unrolled; the plan is of the whole generation, its layout gives the depths; heads have of
     the exits this stage's alone (the last stage has none, and zeros in its place).
     """
-    assert isinstance(plan.layout, Staged)
+    assert plan.layout is not None
     depths = plan.layout.depths
     stages, in_use, own = len(depths), layers_in_use(depths), None
     remembers, remembering = plan.remembers, plan.remembering(heads)
