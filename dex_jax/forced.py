@@ -52,9 +52,7 @@ class Said(NamedTuple):
     """What exits say at N positions."""
 
     best: Any  # [N, P, C] int32, full ids of the best tokens, best first
-    log_probability: Any  # [N, P] float32, of the best one, in nats
     divergence: Any  # [N, P] float32, KL from the final distribution over draft vocabulary and rest, in nats
-    greedy: Any  # [N] int32, the final layer's best token
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -365,8 +363,7 @@ def ask_exits(
     unembed, cap = model.vocabulary_kernel, statics.config.logit_cap
     vocabulary = Vocabulary(unembed, None if draft is None else unembed[draft], draft, cap)
     kernel = unembed if vocabulary.draft_unembed is None else vocabulary.draft_unembed
-    final = rows.final[block]
-    goal = targets(final, vocabulary)
+    goal = targets(rows.final[block], vocabulary)
 
     def one_ask(_: None, place: jax.Array) -> tuple[None, tuple[jax.Array, ...]]:
         exit_, source = place
@@ -384,10 +381,8 @@ def ask_exits(
         # Asked for values too, XLA sorts the whole vocabulary on CPUs and the program takes six times as long.
         column = jax.lax.top_k(logits, statics.count)[1]
         best = column if draft is None else draft[column]
-        return None, (best, jnp.max(logits, axis=-1) - log_all, log_all - expected - goal.entropy)
+        return None, (best, log_all - expected - goal.entropy)
 
     places = [(statics.exits.depths.index(depth), statics.sources.index(source)) for depth, source in statics.asks]
     _, said = jax.lax.scan(one_ask, None, jnp.asarray(places, jnp.int32))
-    greedy = jnp.argmax(linear(final, unembed, out_dtype=jnp.float32), axis=-1)
-    best, log_probability, divergence = (jnp.moveaxis(x, 0, 1) for x in said)
-    return Said(best, log_probability, divergence, greedy)
+    return Said(*(jnp.moveaxis(x, 0, 1) for x in said))

@@ -152,36 +152,23 @@ def test_a_drafter_is_trained_and_drafts(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "draft_steps", "says"),
     [
-        ({"fused": True}, r"not fused attn at \(1, 2\)"),
-        ({"kind": "mlp", "depths": (0,)}, r"not mlp at \(0,\)"),
-        ({"fused": True, "depths": (0,)}, r"without attention .* not fused attn at \(0,\)"),
+        ({"fused": True, "draft_size": None}, 3, r"not fused attn at \(1, 2\)"),
+        ({"fused": True, "depths": (0,), "draft_size": None}, 3, r"without attention .* not fused attn at \(0,\)"),
+        ({"kind": "linear", "window": 9}, 1, "kind is attn there and linear here; window is 5 there and 9 here"),
+        ({"depths": (0, 1)}, 1, r"depths is \(1, 2\) there and \(0, 1\) here"),
+        ({"draft_size": None}, 1, "draft_size is 24 there and None here"),
+        ({"depths": (1, 3)}, 1, "below the model's 3 layers"),
     ],
 )
-def test_draft_steps_are_refused_to_exits_that_cannot_draft(changes, says, tmp_path) -> None:
-    exits, options = dataclasses.replace(EXITS, draft_size=None, **changes), DistillationOptions(draft_steps=3)
-    config = dataclasses.replace(CONFIG, exits=exits, options=options, evaluation_texts=0)
-    told: list[str] = []
-    with pytest.raises(DexError, match=says):
-        train_exits(config, base_model(), tmp_path / "none", tell=told.append)
-    assert not told, "before any data is read"
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"kind": "linear", "window": 9}, "kind is attn there and linear here; window is 5 there and 9 here"),
-        ({"depths": (0, 1)}, r"depths is \(1, 2\) there and \(0, 1\) here"),
-        ({"draft_size": None}, "draft_size is 24 there and None here"),
-        ({"depths": (1, 3)}, "below the model's 3 layers"),
-    ],
-)
-def test_exits_that_do_not_fit_are_refused(tmp_path, changes, says) -> None:
+def test_exits_that_cannot_be_trained_are_refused_before_any_data_is_read(tmp_path, changes, draft_steps, says) -> None:
     initial = dataclasses.replace(random_exits("attn", draft=24, depths=(1, 2)), config=EXITS)
-    config = dataclasses.replace(CONFIG, exits=dataclasses.replace(EXITS, **changes))
+    exits, options = dataclasses.replace(EXITS, **changes), DistillationOptions(draft_steps=draft_steps)
+    config, told = dataclasses.replace(CONFIG, exits=exits, options=options), []
     with pytest.raises(DexError, match=says):
-        train_exits(config, base_model(), tmp_path / "new", initial=initial, tell=quiet)
+        train_exits(config, base_model(), tmp_path / "new", initial=initial, tell=told.append)
+    assert not told
     assert not (tmp_path / "new").exists()
     with pytest.raises(DexError, match="kind is linear there and attn here"):
         dataclasses.replace(CONFIG, first=dataclasses.replace(CONFIG, exits=dataclasses.replace(EXITS, kind="linear")))

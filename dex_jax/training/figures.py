@@ -1,4 +1,4 @@
-"""How good trained exits are on a model's answers: agreement, divergence, calibration, and the ticks that they predict.
+"""How good trained exits are on a model's answers: agreement, divergence, and the ticks that they predict.
 
 Letters: N answer positions of all texts, X trained depths, K stages of a grid, L layers.
 """
@@ -27,8 +27,6 @@ from dex_jax.tables import markdown
 EXPLORERS = (2, 3, 5, 6, 10)
 """K of the even grids that figures are given for."""
 
-BINS = 10
-
 
 @dataclasses.dataclass(frozen=True)
 class GridFigures:
@@ -53,11 +51,8 @@ class ExitFigures:
       agreement_own: (depth, previous depth, share): the same where `ExitHeads.base` at the previous depth stands in for
         the final features; those that the grids use, none for exits that do not read the position before.
       divergence: [X], mean KL from the final distribution over draft vocabulary and rest, in nats, true.
-      calibration_error: [X], expected calibration error of the best token's probability, 10 bins of equal mass, true.
       ead: [X + 1], share of tokens by the first trained depth that gives them, the last for none (L), true, no DECS.
       draft_share: share of answer tokens that the draft vocabulary holds, 1 for the full one.
-      off_greedy: share of answer tokens that are not the final layer's best token here; above the odd tie, the answers
-        were not this model's greedy ones.
       grids: one for each K whose even grid the trained depths hold.
     """
 
@@ -67,10 +62,8 @@ class ExitFigures:
     agreement: tuple[float, ...]
     agreement_own: tuple[tuple[int, int, float], ...]
     divergence: tuple[float, ...]
-    calibration_error: tuple[float, ...]
     ead: tuple[float, ...]
     draft_share: float
-    off_greedy: float
     grids: tuple[GridFigures, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -146,12 +139,8 @@ def figures_of(forced: Forced) -> ExitFigures:
             if source != forced.layers
         ),
         divergence=tuple(said.divergence[:, true].mean(axis=0, dtype=np.float64).tolist()),
-        calibration_error=tuple(
-            calibration_error(np.exp(said.log_probability[:, place]), right[place]) for place in true
-        ),
         ead=tuple((np.bincount(gives.argmax(axis=0), minlength=len(gives)) / count).tolist()),
         draft_share=float(forced.held.mean()),
-        off_greedy=float((said.greedy != forced.target).mean()),
         grids=tuple(_grid_figures(forced, grid) for grid in forced.grids),
     )
 
@@ -160,14 +149,6 @@ def mean_figures(figures: Sequence[ExitFigures]) -> ExitFigures:
     """The mean of each figure over several of the same exits, each counting alike; texts and tokens are added up."""
     mean = _mean(figures)
     return dataclasses.replace(mean, texts=sum(f.texts for f in figures), tokens=sum(f.tokens for f in figures))
-
-
-def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error of probabilities [N]: the mean over bins of equal mass of |their mean - right|."""
-    order = np.argsort(confidence, kind="stable")
-    bins = [part for part in np.array_split(order, BINS) if len(part)]
-    gaps = [abs(confidence[part].mean(dtype=np.float64) - right[part].mean()) * len(part) for part in bins]
-    return float(sum(gaps) / len(order))
 
 
 def _grid_figures(forced: Forced, grid: tuple[int, ...]) -> GridFigures:
@@ -199,12 +180,12 @@ def tables(groups: Mapping[str, ExitFigures]) -> str:
 
 
 def _group_tables(figures: ExitFigures) -> str:
-    columns = (figures.agreement, figures.divergence, figures.calibration_error, figures.ead)
+    columns = (figures.agreement, figures.divergence, figures.ead)
     by_depth = [
         [str(depth), *(f"{share:.3f}" for share in shares)]
         for depth, *shares in zip(figures.depths, *columns, strict=False)
     ]
-    parts = [markdown(["depth", "agreement", "KL (nats)", "calibration error", "EAD here"], by_depth)]
+    parts = [markdown(["depth", "agreement", "KL (nats)", "EAD here"], by_depth)]
     if figures.agreement_own:
         own = [[str(depth), str(previous), f"{share:.3f}"] for depth, previous, share in figures.agreement_own]
         parts.append(markdown(["depth", "previous position at depth", "agreement"], own))
@@ -220,7 +201,7 @@ def _group_tables(figures: ExitFigures) -> str:
     parts.append(markdown(["K", "depth-side speedup", "ticks per token", "coverage with DECS"], by_grid))
     parts.append(
         f"{figures.tokens} tokens of {figures.texts} texts; {figures.ead[-1]:.3f} of them no trained depth gives; "
-        f"the draft vocabulary holds {figures.draft_share:.3f}; off greedy {figures.off_greedy:.4f}."
+        f"the draft vocabulary holds {figures.draft_share:.3f}."
     )
     return "\n\n".join(parts)
 

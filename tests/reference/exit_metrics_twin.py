@@ -152,15 +152,3 @@ class TextTwin:
     def earliest_depth(self, i: int) -> int | None:
         """The first trained depth whose exit gives answer token i, None if none does."""
         return next((d for d in self.exits.depths if self.best(d, i) == self.answer[i]), None)
-
-
-def calibration_error(pairs: list[tuple[float, bool]], bins: int = 10) -> float:
-    """Of (confidence, right): sorted, cut into bins of equal size, the first ones one longer."""
-    pairs = sorted(pairs, key=lambda pair: pair[0])
-    error, start = 0.0, 0
-    for b in range(bins):
-        size = len(pairs) // bins + (b < len(pairs) % bins)
-        part, start = pairs[start : start + size], start + size
-        if part:
-            error += abs(sum(c for c, _ in part) - sum(r for _, r in part)) / len(pairs)
-    return error
