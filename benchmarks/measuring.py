@@ -48,7 +48,8 @@ def read_ids(lm: Any, files: Sequence[str], count: int) -> dict[str, list[int]]:
     """Name of a prompt -> its token ids: `count` prompts evenly spread over each file."""
     from dex_jax.prompt_files import read_prompts
 
-    found, chat = {}, lm.tokenizer.has_chat_template
+    found: dict[str, list[int]] = {}
+    chat = lm.tokenizer.has_chat_template
     for path in files:
         prompts = read_prompts(path)
         for at in sorted({each * len(prompts) // count for each in range(count)}):

@@ -110,7 +110,10 @@ class Plan:
 
 
 class OwnMethod(Protocol):
-    """A way to decode of a user's own; AR and Dex are what they are by their fields."""
+    """A way to decode of a user's own; AR and Dex are what they are by their fields.
+
+    Exit depths move to where exits are trained, unless it has `depths` that are not None.
+    """
 
     def plan_for(self, num_layers: int) -> Plan:
         """The plan for a model of L = num_layers, as far as it does not depend on weights."""

@@ -43,7 +43,6 @@ class Dynamic(Policy):
 
     depths: tuple[int, ...]
     decay: float
-    confidence: bool
     shadows: ClassVar[bool] = True
 
     def begin(self, batch: int) -> Seen:
@@ -59,8 +58,6 @@ class Dynamic(Policy):
 
     def drafts(self, known: Seen, exit_index: jax.Array, drafted: jax.Array, confidence: jax.Array) -> jax.Array:
         """As of Policy."""
-        if not self.confidence:
-            return confidence >= 0
         at = jnp.arange(exit_index.shape[0]), exit_index
         precision = known.kept[at] / jnp.maximum(known.open[at], 1e-6)
         chance = self._chance(known)[(*at, _quarter(confidence))] * precision ** drafted.astype(jnp.float32)
@@ -72,10 +69,8 @@ class Dynamic(Policy):
         true = (jnp.arange(rows)[None] < verified.length[:, None])[:, None]
         right = jnp.swapaxes(verified.shadow == verified.final[None], 0, 1) & true
         quarter = jnp.swapaxes(_quarter(verified.confidence), 0, 1)
-        pays = jnp.broadcast_to(true, right.shape)
-        if self.confidence:
-            paying = self._chance(known) >= self._price(known)[..., None]
-            pays = jnp.take_along_axis(paying, quarter, axis=2) & true
+        paying = self._chance(known) >= self._price(known)[..., None]
+        pays = jnp.take_along_axis(paying, quarter, axis=2) & true
         of_quarter = quarter[..., None] == jnp.arange(QUARTERS)[None, None, None]
 
         def more(old: jax.Array, what: jax.Array) -> jax.Array:
@@ -141,14 +136,12 @@ class DEL:
       depths: exit depths themselves, ascending and ending at L.
       draft_length: the largest g.
       decay: how much a round counts less with each one after it, above 0 and at most 1.
-      confidence: whether the confidence rule is on.
     """
 
     explorers: int | None = None
     depths: tuple[int, ...] | None = None
     draft_length: int = 8
     decay: float = 0.98
-    confidence: bool = True
 
     def plan_for(self, num_layers: int) -> Plan:
         """The plan for a model of L = num_layers.
@@ -159,4 +152,4 @@ class DEL:
         if not 0 < self.decay <= 1:
             raise DexError(f"DEL's decay lies above 0 and is at most 1, not {self.decay}")
         depths = plan_for(Dex(self.explorers, self.depths, draft=False), num_layers).depths
-        return chain_plan("del", depths, Dynamic(self.draft_length, depths, float(self.decay), self.confidence))
+        return chain_plan("del", depths, Dynamic(self.draft_length, depths, float(self.decay)))

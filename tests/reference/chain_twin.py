@@ -1,7 +1,7 @@
 """Methods that draft on a chain once more, slowly: a list of drafted tokens, one sequence at a time.
 
-Written from the descriptions of the methods, to be compared with the library's chains. The model is that of the twin of
-DEX (reference.twin): logits(tokens, stage) and vocabulary(stage), and knows no cache, so nothing can be left over.
+Written from the descriptions of the methods, to be compared with the loop in studies/rivals. The model is that of the
+twin of DEX (reference.twin): logits(tokens, stage) and vocabulary(stage), and knows no cache, so nothing is left over.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import numpy as np
 from reference.filters import filter_logits
 from reference.twin import Draws, final_token
 
-ONE, ZERO = np.float32(1), np.float32(0)
+ONE, ALMOST_ZERO = np.float32(1), np.float32(1e-6)
+Shadow = tuple[list[int], list[float], int]
+"""What the exits give after one verified row, how sure they are, and what the last layer gives."""
 
 
 @dataclasses.dataclass
@@ -25,16 +27,6 @@ class ChainRun:
     rounds: int = 0
     layer_steps: int = 0
     drafted: int = 0
-    closest: float = 1.0  # how near a confidence has come to what it was compared with
-
-
-@dataclasses.dataclass(frozen=True)
-class Shadow:
-    """What the exits give after one verified row: tokens, confidences, and what the last layer gives."""
-
-    tokens: list[int]
-    confidences: list[float]
-    final: int
 
 
 class Fixed:
@@ -47,10 +39,6 @@ class Fixed:
 
     def drafts(self, exit_number: int, drafted: int, confidence: float) -> bool:
         return True
-
-    def edges(self) -> list[float]:
-        """Confidences at which a decision turns."""
-        return []
 
     def learn(self, round_: list[Shadow]) -> None:
         pass
@@ -65,59 +53,46 @@ class Sure(Fixed):
     def drafts(self, exit_number: int, drafted: int, confidence: float) -> bool:
         return confidence >= self.threshold
 
-    def edges(self) -> list[float]:
-        return [self.threshold]
-
 
 class Dynamic(Fixed):
-    """Drafts at the exit, and as many tokens, that promise most tokens a layer; in float32, as the library counts."""
+    """Drafts at the exit, and as many tokens, that promise most tokens a layer; in float32, as the loop counts."""
 
     shadows = True
 
-    def __init__(self, depths: Sequence[int], draft_length: int, decay: float, confidence: bool):
+    def __init__(self, depths: Sequence[int], draft_length: int, decay: float):
         self.depths, self.draft_length, self.decay = depths, draft_length, np.float32(decay)
-        self.confidence = confidence
-        exits = range(len(depths) - 1)
         self.rows, self.rate = ONE, ONE / np.float32(depths[-1])
-        self.given, self.right = ([[ZERO] * 4 for _ in exits] for _ in "12")
-        self.open, self.kept = [ZERO for _ in exits], [ZERO for _ in exits]
+        self.given, self.right = np.zeros((2, len(depths) - 1, 4), np.float32)
+        self.open, self.kept = np.zeros((2, len(depths) - 1), np.float32)
         self.exit, self.length = 1, 0
-
-    def edges(self) -> list[float]:
-        return [0.25, 0.5, 0.75] if self.confidence else []
 
     def asks(self, exit_number: int, drafted: int) -> bool:
         return exit_number == self.exit and drafted < self.length
 
     def drafts(self, exit_number: int, drafted: int, confidence: float) -> bool:
-        k = exit_number - 1
-        precision = self.kept[k] / max(self.open[k], np.float32(1e-6))
-        return self.pays(k, confidence, precision ** np.float32(drafted))
+        precision = self.kept[exit_number - 1] / max(self.open[exit_number - 1], ALMOST_ZERO)
+        return self.pays(exit_number - 1, confidence, precision ** np.float32(drafted))
 
     def pays(self, k: int, confidence: float, precision: np.float32 = ONE) -> bool:
-        if not self.confidence:
-            return True
         quarter = min(int(confidence * 4), 3)
-        middle = np.float32((quarter + 0.5) / 4)
-        chance = (self.right[k][quarter] + 3 * middle) / (self.given[k][quarter] + 3)
+        chance = (self.right[k, quarter] + 3 * np.float32((quarter + 0.5) / 4)) / (self.given[k, quarter] + 3)
         return bool(chance * precision >= np.float32(self.depths[k]) * self.rate)
 
     def learn(self, round_: list[Shadow]) -> None:
         self.rows = self.decay * self.rows + np.float32(len(round_))
         for k in range(len(self.depths) - 1):
-            paid = [s.tokens[k] == s.final for s in round_ if self.pays(k, s.confidences[k])]
+            paid = [tokens[k] == final for tokens, sure, final in round_ if self.pays(k, sure[k])]
             self.open[k] = self.decay * self.open[k] + np.float32(len(paid))
             self.kept[k] = self.decay * self.kept[k] + np.float32(sum(paid))
             for quarter in range(4):
-                some = [s.tokens[k] == s.final for s in round_ if min(int(s.confidences[k] * 4), 3) == quarter]
-                self.given[k][quarter] = self.decay * self.given[k][quarter] + np.float32(len(some))
-                self.right[k][quarter] = self.decay * self.right[k][quarter] + np.float32(sum(some))
+                some = [tokens[k] == final for tokens, sure, final in round_ if min(int(sure[k] * 4), 3) == quarter]
+                self.given[k, quarter] = self.decay * self.given[k, quarter] + np.float32(len(some))
+                self.right[k, quarter] = self.decay * self.right[k, quarter] + np.float32(sum(some))
         promises = []
         for g in range(self.draft_length + 1):
             for k, depth in enumerate(self.depths[:-1]):
                 kept, opened = self.kept[k] / self.rows, self.open[k] / self.rows
-                tokens, layers = ONE, np.float32(self.depths[-1])
-                kept_all, opened_all = kept, opened
+                tokens, layers, kept_all, opened_all = ONE, np.float32(self.depths[-1]), kept, opened
                 for _ in range(g):
                     tokens, layers = tokens + kept_all, layers + np.float32(depth) * opened_all
                     kept_all, opened_all = kept_all * kept, opened_all * opened
@@ -151,9 +126,7 @@ def chain_run(
     draws: Draws | None = None,
 ) -> ChainRun:
     """Decodes one sequence."""
-    stages = len(depths)
-    stage_layers = np.diff([0, *depths]).tolist()
-    run = ChainRun([first], [-1])
+    stages, layers, run = len(depths), np.diff([0, *depths]).tolist(), ChainRun([first], [-1])
 
     def ended() -> bool:
         return run.tokens[-1] in eos or len(run.tokens) >= limit
@@ -162,31 +135,25 @@ def chain_run(
         run.rounds += 1
         text = [*prompt, *run.tokens]
         drafts: list[tuple[int, int]] = []  # token, exit
-        climbing, stage = True, 0
-        while climbing:
+        stage = 0
+        while stage < stages:
             stage += 1
-            run.layer_steps += stage_layers[stage - 1]
-            if stage == stages:
-                climbing = False
-                continue
+            run.layer_steps += layers[stage - 1]
             room = len(drafts) < draft_length and len(drafts) + 2 <= limit - len(run.tokens)
-            if not room or not policy.asks(stage, len(drafts)):
+            if stage == stages or not room or not policy.asks(stage, len(drafts)):
                 continue
             token, confidence = given(model, [*text, *(t for t, _ in drafts)], stage, draws)
-            run.closest = min([run.closest, *(abs(confidence - edge) for edge in policy.edges())])
             if token not in eos and policy.drafts(stage, len(drafts), confidence):
                 drafts.append((token, stage))
                 stage = 0
         run.drafted += len(drafts)
-        shadows = []
+        shadows: list[Shadow] = []
         for row in range(len(drafts) + 1):
             before = [*text, *(t for t, _ in drafts[:row])]
             final = final_token(model, before, stages, draws)
             if policy.shadows:
                 pairs = [given(model, before, k, draws) for k in range(1, stages)]
-                apart = [abs(c - edge) for _, c in pairs for edge in policy.edges()]
-                run.closest = min([run.closest, *apart])
-                shadows.append(Shadow([t for t, _ in pairs], [c for _, c in pairs], final))
+                shadows.append(([t for t, _ in pairs], [c for _, c in pairs], final))
             kept = row < len(drafts) and drafts[row][0] == final
             if not ended():
                 run.tokens.append(final)

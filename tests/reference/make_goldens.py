@@ -14,10 +14,12 @@ import platform
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import transformers
+from transformers.generation.candidate_generator import EarlyExitCandidateGenerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reference import gemma3_file, smollm2_torch
@@ -28,6 +30,7 @@ COMMAND = "python tests/reference/make_goldens.py"
 FAMILY_LENGTHS, FAMILY_NEW_TOKENS = (3, 9, 20, 41), 24
 SMOLLM2_NEW_TOKENS = 64
 GEMMA3_PROMPTS, GEMMA3_NEW_TOKENS = 8, 48
+LAYERSKIP_PROMPTS, LAYERSKIP_NEW_TOKENS, LAYERSKIP_EXIT, LAYERSKIP_DRAFTED = (0, 3, 5, 9), 33, 24, 4
 CLOSE_CALL = 1e-3  # steps with a smaller margin are listed
 # Written for this project; nothing is trained or tuned on them. Short and long ones alternate, so that any six in a row
 # make a ragged batch. One was reworded because its two best tokens once lay within 5e-6 of max |logit|, close to where
@@ -184,6 +187,35 @@ def tokenizer_golden() -> dict:
     return versions | {"texts": texts, "chats": kept["chats"], "transformers_differs": differ}
 
 
+def layerskip_golden(numbers=LAYERSKIP_PROMPTS) -> dict:
+    """How many drafts of a constant length `assistant_early_exit` has accepted on SmolLM2, its own head as the exit.
+
+    It drafts the first token of an answer too, and the library takes it from the prefill: so each prompt here ends with
+    that token. End-of-sequence ids are off, as drafts end with them there and here they are not drafted at all.
+    """
+    model = smollm2_torch.load_model()
+    texts = json.loads((GOLDENS / "smollm2.json").read_text(encoding="utf-8"))["prompts"]
+    settings = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+    model.generation_config.update(num_assistant_tokens=LAYERSKIP_DRAFTED, eos_token_id=None, **settings)
+    options = {"do_sample": False, "assistant_early_exit": LAYERSKIP_EXIT, "max_new_tokens": LAYERSKIP_NEW_TOKENS - 1}
+    update, runs = EarlyExitCandidateGenerator.update_candidate_strategy, []
+    for number in numbers:
+        ids = torch.tensor([[*texts[number]["prompt_ids"], texts[number]["new_tokens"][0]]])
+        rounds = []
+
+        def counted(generator, input_ids, scores, num_matches, rounds=rounds) -> None:
+            rounds.append((scores.shape[1] - 1, int(num_matches)))
+            update(generator, input_ids, scores, num_matches)
+
+        with mock.patch.object(EarlyExitCandidateGenerator, "update_candidate_strategy", counted):
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert out[0, ids.shape[1] :].tolist() == texts[number]["new_tokens"][1:LAYERSKIP_NEW_TOKENS]
+        drafted, kept = map(sum, zip(*rounds, strict=True))
+        runs.append({"prompt": number, "rounds": len(rounds), "drafted": drafted, "accepted": kept})
+    about = {"exit": LAYERSKIP_EXIT, "draft_length": LAYERSKIP_DRAFTED, "new_tokens": LAYERSKIP_NEW_TOKENS}
+    return _header() | about | {"runs": runs}
+
+
 def _header() -> dict:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
     return {"made_by": COMMAND, "versions": versions | {"python": platform.python_version()}, "dtype": "float32"}
@@ -218,6 +250,7 @@ def main() -> None:
         "smollm2": smollm2_golden,
         "tokenizer_smollm2": tokenizer_golden,
         "gemma3_270m": gemma3_golden,
+        "layerskip": layerskip_golden,
     }
     for name, make in goldens.items():
         path = GOLDENS / f"{name}.json"

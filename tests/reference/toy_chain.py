@@ -11,21 +11,15 @@ from studies.rivals.interface import ChainExits, ChainNetwork, ChainRows
 
 def chain_toy(tables: Tables, depths: tuple[int, ...]) -> ChainNetwork:
     """Memory is a ToyMemory; what has never been written is poisoned."""
-    stages = len(depths)
-
-    def of_stage(stage: int) -> Tables:
-        return Tables(*[None] * 7)._replace(
-            scale=tables.scale[stage][None], shift=tables.shift[stage][None], gate=tables.gate[stage][None]
-        )
 
     def run(memory: ToyMemory, stage: int, hidden: jax.Array, start: jax.Array):
-        position = (start[:, None] + jnp.arange(hidden.shape[1])[None])[None]
-        h = hidden[None, ..., 0]
-        key = keys_of(of_stage(stage), h, position)
-        committed = memory.committed[stage]
+        own = {name: getattr(tables, name)[stage][None] for name in ("scale", "shift", "gate")}
+        one = Tables(*[None] * 7)._replace(**own)
+        position, h = (start[:, None] + jnp.arange(hidden.shape[1])[None])[None], hidden[None, ..., 0]
+        key, committed = keys_of(one, h, position), memory.committed[stage]
         seen = jnp.arange(committed.shape[1])[None] < start[:, None]
         total = jnp.sum(jnp.where(seen, committed, 0.0), axis=1)[None, :, None] + jnp.cumsum(key, axis=2)
-        return moved(of_stage(stage), h, total, position)[0][..., None], key[0][..., None]
+        return moved(one, h, total, position)[0][..., None], key[0][..., None]
 
     def write(memory: ToyMemory, stage: int, fresh: jax.Array, start: jax.Array, where: jax.Array):
         batch, rows, _ = fresh.shape
@@ -40,16 +34,12 @@ def chain_toy(tables: Tables, depths: tuple[int, ...]) -> ChainNetwork:
         return jnp.stack([exit_index.astype(jnp.float32), h], axis=-1)
 
     def shadows(memory: ToyMemory, rows: ChainRows) -> jax.Array:
-        h = rows.states[:-1].reshape(stages - 1, -1)
-        number = jnp.broadcast_to(jnp.arange(stages - 1.0)[:, None], h.shape)
-        return jnp.stack([number, h], axis=-1)
+        h = rows.states[:-1].reshape(len(depths) - 1, -1)
+        return jnp.stack([jnp.broadcast_to(jnp.arange(len(depths) - 1.0)[:, None], h.shape), h], axis=-1)
 
-    exits = ChainExits(
-        newest,
-        shadows,
-        lambda features: tables.exit_heads[features[:, 0].astype(jnp.int32), features[:, 1].astype(jnp.int32)],
-        tables.draft,
-    )
+    def logits(features: jax.Array) -> jax.Array:
+        return tables.exit_heads[features[:, 0].astype(jnp.int32), features[:, 1].astype(jnp.int32)]
+
     return ChainNetwork(
         vocab_size=tables.embedding.shape[0],
         depths=depths,
@@ -58,5 +48,5 @@ def chain_toy(tables: Tables, depths: tuple[int, ...]) -> ChainNetwork:
         write=write,
         commit=lambda memory, path: memory,
         final=lambda hidden: tables.final_head[hidden[:, 0].astype(jnp.int32)],
-        exits=exits,
+        exits=ChainExits(newest, shadows, logits, tables.draft),
     )
