@@ -59,6 +59,7 @@ def test_any_bytes_stand_for_what_the_gguf_package_makes_of_them(format) -> None
     some = np.array([[rows - 1, 0], [128, 127]])
     np.testing.assert_array_equal(np.asarray(planes.rows_at(jnp.asarray(some))), wanted[some])
     np.testing.assert_array_equal(np.asarray(planes.take(some[0]).dense()), wanted[some[0]])
+    np.testing.assert_array_equal(np.asarray(kernel[some[0]].dense()), wanted[some[0]])
 
 
 @needs_compiler

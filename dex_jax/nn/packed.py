@@ -38,10 +38,13 @@ class Packed:
     scales: tuple[Any, ...]  # of each run float32 [..., rows], by which products are multiplied; None but for INT8
     formats: tuple[str, ...]  # of each run, a key of FORMATS, that with PLANES behind it, or INT8
 
-    def __getitem__(self, index: object) -> Packed:
-        """Itself: flax gives parameter[...] what this gives."""
-        assert index is Ellipsis
-        return self
+    def __getitem__(self, index: Any) -> Packed:
+        """The rows at `index` [V'] of a kernel of one format, packed; itself for `...`, as flax takes a parameter."""
+        if index is Ellipsis:
+            return self
+        (part,), (scale,) = self.parts, self.scales
+        rows = part.take(index) if isinstance(part, Planes) else part[index]
+        return Packed((rows,), (None if scale is None else scale[index],), self.formats)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,12 +65,6 @@ class Packed:
         """rows [R, in] @ kernel.T: [R, out] float32."""
         each = zip(self.parts, self.scales, self.formats, strict=True)
         return jnp.concatenate([_product(rows, *part) for part in each], axis=-1)
-
-    def take(self, index: jax.Array | np.ndarray) -> Packed:
-        """The rows at `index` [V']: the kernel [V', in] of one format, packed."""
-        (part,), (scale,) = self.parts, self.scales
-        rows = part.take(index) if isinstance(part, Planes) else part[index]
-        return Packed((rows,), (None if scale is None else scale[index],), self.formats)
 
     def dense(self) -> jax.Array:
         """The numbers that this stands for, float32 [..., out, in]."""

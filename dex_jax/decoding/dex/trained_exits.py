@@ -77,7 +77,7 @@ def exit_arrays(
 @functools.partial(jax.jit, static_argnums=2)
 def _rows(kernel: jax.Array | Packed, index: jax.Array | np.ndarray, dtype: jnp.dtype) -> jax.Array | Packed:
     # Under jit, as a mesh over several hosts wants it.
-    return kernel.take(index) if isinstance(kernel, Packed) else kernel[index].astype(dtype)
+    return kernel[index] if isinstance(kernel, Packed) else kernel[index].astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
