@@ -21,6 +21,7 @@ from dex_jax.io.stream import TextStream
 from dex_jax.io.tokenizer import Tokenizer
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "goldens" / "tokenizer_smollm2.json").read_text(encoding="utf-8"))
+MESSAGE = [{"role": "user", "content": "<ü>"}]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -73,11 +74,6 @@ def test_any_text_survives_a_round_trip(smollm2, text):
     assert smollm2.decode(smollm2.encode(text), skip_special=False) == text
 
 
-def test_half_a_surrogate_pair_is_refused(smollm2):
-    with pytest.raises(DexError, match=r"Character 3 of the text"):
-        smollm2.encode("ab\udcff")
-
-
 def test_what_the_default_tokenizer_knows(smollm2):
     assert smollm2.has_chat_template
     assert smollm2.eos_ids == (2,)
@@ -86,6 +82,8 @@ def test_what_the_default_tokenizer_knows(smollm2):
     assert smollm2.decode([1, *smollm2.encode("hi"), 2]) == "hi"
     assert smollm2.decode([49152, 10**6]) == ""
     assert 2 in smollm2.special_ids
+    with pytest.raises(DexError, match=r"Character 3 of the text"):
+        smollm2.encode("ab\udcff")
 
 
 @pytest.mark.parametrize(
@@ -185,18 +183,13 @@ def test_a_directorys_tokenizer(tmp_path):
     assert (ids[:2], ids.count(259), ids.count(261)) == ([259, 260], 1, 1)
 
 
-def test_where_a_chat_template_may_stand(tmp_path):
+def test_where_a_chat_template_and_a_tokenizer_may_stand(tmp_path):
     named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes {{ bos_token }}"}]
     write_tokenizer(tmp_path, named, bos_token={"content": "<s>", "lstrip": False})
-    assert open_checkpoint(str(tmp_path)).tokenizer.render([{"role": "user", "content": "x"}]) == "yes <s>"
+    assert open_checkpoint(str(tmp_path)).tokenizer.render(MESSAGE) == "yes <s>"
     (tmp_path / "chat_template.jinja").write_text("own file")
-    assert open_checkpoint(str(tmp_path)).tokenizer.render([{"role": "user", "content": "x"}]) == "own file"
-    write_tokenizer(tmp_path / "none")
-    assert not open_checkpoint(str(tmp_path / "none")).tokenizer.has_chat_template
-
-
-def test_directories_without_a_readable_tokenizer(tmp_path):
-    write_checkpoint(tmp_path, "smollm2")
+    assert open_checkpoint(str(tmp_path)).tokenizer.render(MESSAGE) == "own file"
+    (tmp_path / "tokenizer.json").unlink()
     assert open_checkpoint(str(tmp_path)).tokenizer is None
     (tmp_path / "tokenizer.model").write_text("")
     with pytest.raises(DexError, match=r"only as tokenizer\.model"):
@@ -224,16 +217,18 @@ def test_the_token_after_an_assistant_message_ends_a_turn(template, ends):
     assert with_template(template).eos_ids == ends
 
 
-def test_what_templates_may_use():
-    message = [{"role": "user", "content": "<ü>"}]
-    assert with_template("{{ messages | tojson }}").render(message) == '[{"role": "user", "content": "<ü>"}]'
-    assert with_template("{{ strftime_now('%Y') }}").render(message) == str(datetime.datetime.now().year)
-    assert with_template("{% if tools is none %}\n  {% generation %}a{% endgeneration %}\n{% endif %}").render(message)
-    assert with_template("{% for m in [1, 2] %}{% break %}{% endfor %}x").render(message) == "x"
-    numbers = [{"role": "user", "content": " 1234567% of 100%s "}]
-    trimmed = "{{ messages[0].content.strip() + '!' * 2 ~ messages[0]['content'] | trim | length }}"
-    assert with_template(trimmed).render(numbers) == "1234567% of 100%s!!17"
-    assert with_template("{{ '{}-%s'.format(2 ** 3) % (7 % 4) }}{{ '%02d' | format(5) }}").render(message) == "8-305"
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ messages | tojson }}", '[{"role": "user", "content": "<ü>"}]'),
+        ("{{ strftime_now('%Y') }}", str(datetime.datetime.now().year)),
+        ("{% if tools is none %}\n  {% generation %}a{% endgeneration %}\n{% endif %}", "a\n"),
+        ("{% for m in [1, 2] %}{% break %}{% endfor %}x", "x"),
+        ("{{ messages[0].content.strip() + '!' * 2 ~ messages[0]['content'] | trim | length }}", "<ü>!!3"),
+    ],
+)
+def test_what_templates_may_use(template, text):
+    assert with_template(template).render(MESSAGE).strip() == text.strip()
 
 
 @pytest.mark.parametrize(
@@ -247,7 +242,7 @@ def test_what_templates_may_use():
 )
 def test_templates_that_refuse(template, words):
     with pytest.raises(DexError, match=words):
-        with_template(template).chat([{"role": "robot", "content": "x"}])
+        with_template(template).chat(MESSAGE)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +250,7 @@ def test_templates_that_refuse(template, words):
     [
         ([], "length >= 1"),
         ({"role": "user", "content": "x"}, "give a list of messages like"),
-        (["hello"], "Expected object, got str"),
-        ([{"role": "user", "content": "x"}, {"role": "user"}], r"\[1\].*content"),
-        ([{"content": "x"}], r"\[0\].*role"),
+        ([*MESSAGE, {"role": "user"}], r"\[1\].*content"),
         ([{"role": "user", "content": None}], "content.*null"),
     ],
 )
@@ -289,22 +282,13 @@ def test_streamed_text_is_the_decoded_text(smollm2, what, data, skip_special):
     assert text + stream.flush() == whole
 
 
-def test_text_comes_as_soon_as_it_is_settled(smollm2):
-    ids = smollm2.encode("é 🎉 ok")
+def test_text_comes_as_soon_as_it_is_settled_and_a_long_one_decodes_a_short_window(smollm2):
     stream = TextStream(smollm2)
-    pieces = [stream.push([i]) for i in ids]
+    pieces = [stream.push([i]) for i in smollm2.encode("é 🎉 ok")]
     assert "".join(pieces) == "é 🎉 ok"
-    assert pieces[-1] == " ok"
-    assert "" in pieces
-    assert stream.flush() == ""
-
-
-def test_a_flushed_stream_starts_afresh_and_a_long_one_decodes_a_short_window(smollm2):
+    assert (pieces[-1], "" in pieces, stream.flush()) == (" ok", True, "")
     party = smollm2.encode("🎉")
-    stream = TextStream(smollm2)
-    assert stream.push(party[:-1]) == ""
-    assert stream.flush() == "�"
-    assert stream.push(party) == "🎉"
+    assert (stream.push(party[:-1]), stream.flush(), stream.push(party)) == ("", "�", "🎉")
     for token_id in smollm2.encode("The sky is blue because of 🎉 scattering. " * 20):
         stream.push([token_id])
         assert len(stream._window) < 8

