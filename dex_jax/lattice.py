@@ -280,7 +280,7 @@ def grow(cohort: Cohort, candidates: Candidates, first: jax.Array, width: jax.Ar
     )
 
 
-def lengthen(cohort: Cohort, row: jax.Array, token: jax.Array, score: jax.Array, first: int) -> Cohort:
+def lengthen(cohort: Cohort, row: jax.Array, token: jax.Array, score: jax.Array, first: jax.Array) -> Cohort:
     """Puts a chain of M drafts below `row` into the rows from `first` on, which are not used; nothing below NO_NODE.
 
     token [M] int32; score [M] float32 of the paths down to each, -inf where the row is NO_NODE.
@@ -321,11 +321,11 @@ def sort_rows(cohort: Cohort) -> Cohort:
     )
 
 
-def spawn(lattice: Lattice, tick: jax.Array, cohort: Cohort, fresh: jax.Array) -> Lattice:
+def spawn(lattice: Lattice, tick: jax.Array, cohort: Cohort) -> Lattice:
     """Puts a cohort's first W rows into the ring row of `tick`, which the collapse of the same tick has emptied.
 
-    The cohort has its best rows first, so that none comes before the one above it; `fresh` (bool) says whether row 0 is
-    a fresh root.
+    The cohort has its best rows first, so that none comes before the one above it; a head without a parent is a fresh
+    root, and stands in row 0.
     """
     stages, rows = lattice.token.shape
     ring = ring_row(tick, stages)
@@ -333,6 +333,7 @@ def spawn(lattice: Lattice, tick: jax.Array, cohort: Cohort, fresh: jax.Array) -
     within = cohort.within[:rows, :rows] & used[:, None]
     head = jnp.argmax(within & (cohort.above[:rows] == NO_NODE)[None], axis=1)
     parent = cohort.parent[:rows]
+    fresh = used[0] & (parent[0] == NO_NODE) & (cohort.above[0] == NO_NODE)
     family = lattice.ancestors.reshape(stages * rows, -1)[jnp.maximum(parent[head], 0)]
     family = family & (used & (parent[head] != NO_NODE))[:, None]
     family = family.reshape(rows, stages, rows).at[:, ring].set(within).reshape(rows, -1)

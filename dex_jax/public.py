@@ -2,10 +2,9 @@
 
 from dex_jax import plot
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig, RopeScaling
-from dex_jax.decoding.dex.interface import Committed, Drafter, DraftRows, Exits, Network, StageView
+from dex_jax.decoding.dex.interface import Committed, DexState, Drafter, DraftRows, Exits, Network, StageView
 from dex_jax.decoding.dex.loop import init, run, step
-from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.dex.state import DexState
+from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.generate import generate, stream
 from dex_jax.decoding.output import Output, Stats
 from dex_jax.decoding.plan import Plan

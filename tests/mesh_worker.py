@@ -26,7 +26,7 @@ from dex_jax import AR, Dex, Staged
 from dex_jax.check import logits_of
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex.drafters import draft_model
-from dex_jax.decoding.dex.shape import TreeShape
+from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.plan import GivenHeads, Plan, plan_for
 from dex_jax.decoding.request import Request
 from dex_jax.decoding.session import PREFILL, RUN, START, Session

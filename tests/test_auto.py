@@ -19,8 +19,7 @@ from dex_jax import AR, Dex
 from dex_jax.decoding import auto, costs
 from dex_jax.decoding.auto import SMALLEST_GAIN, candidates, settle
 from dex_jax.decoding.costs import ROWS, StepCosts, step_costs
-from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.dex.trees import LOOKUP_TREES, KnownTree
+from dex_jax.decoding.dex.trees import LOOKUP_TREES, KnownTree, TreeShape
 from dex_jax.decoding.pace import FAR_OFF, Pace
 from dex_jax.decoding.plan import plan_for
 from dex_jax.nn.transformer import Staged

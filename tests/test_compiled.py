@@ -19,7 +19,7 @@ from reference.compiled import Hlo, assumed, devices_of
 from reference.small_models import LLAMA, outline_of, programs_of
 
 from dex_jax.decoding.dex.drafters import draft_model
-from dex_jax.decoding.dex.shape import TreeShape
+from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.plan import GivenHeads, plan_for
 from dex_jax.decoding.request import AR, Dex, Request
 from dex_jax.decoding.session import Session

@@ -19,7 +19,7 @@ quantized = jax.jit(lat.quantized)
 
 def plant(lattice: Lattice, tick: int, token: int, position: int) -> Lattice:
     """A fresh root."""
-    return lat.spawn(lattice, tick, lat.widen(lat.fresh_root(token, position, STAGES), ROWS), True)
+    return lat.spawn(lattice, tick, lat.widen(lat.fresh_root(token, position, STAGES), ROWS))
 
 
 def followed(lattice: Lattice, token: int) -> tuple[lat.Path, Lattice]:
@@ -33,7 +33,7 @@ def test_a_dead_twin_of_the_committed_token_is_not_taken() -> None:
     offered = jnp.zeros((STAGES - 1, ROWS), bool).at[0, 0].set(True)
     offers = Proposals(jnp.full(offered.shape, 11), jnp.where(offered, -1.0, 0.0), offered)
     lattice = plant(lat.empty(STAGES, ROWS), 0, 7, 5)
-    stale = lat.spawn(lattice, 1, lat.seeds(lattice, 1, offers), False)
+    stale = lat.spawn(lattice, 1, lat.seeds(lattice, 1, offers))
     assert int(followed(stale, 11)[0].heir) == ROWS
     fresh = plant(followed(stale, 50)[1], STAGES, 50, 6)
     assert int(fresh.root) == int(stale.root)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from dex_jax import AR, Dex, DexError
-from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.dex.trees import LOOKUP_TREE
+from dex_jax.decoding.dex.trees import LOOKUP_TREE, TreeShape
 from dex_jax.decoding.plan import plan_for, with_stages
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
 from dex_jax.grid import even_depths

@@ -23,9 +23,8 @@ from jax.sharding import Mesh
 
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.costs import StepCosts, forget, step_costs
-from dex_jax.decoding.dex.drafters import GivenDrafter, fitted
-from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.dex.trees import known_trees
+from dex_jax.decoding.dex.drafters import GivenDrafter, fitted, known_trees
+from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.plan import GivenExits, Method, drafted_rows, find_exits, unmeasured, with_stages
 from dex_jax.decoding.request import AR, Dex

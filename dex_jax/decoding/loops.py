@@ -17,11 +17,10 @@ from dex_jax.decoding import ar
 from dex_jax.decoding.ar import ARState
 from dex_jax.decoding.counting import depth_side_speedup, ticks_of
 from dex_jax.decoding.dex import loop
-from dex_jax.decoding.dex.interface import Network
+from dex_jax.decoding.dex.interface import DexState, Drafting, Network
 from dex_jax.decoding.dex.network import network_of
-from dex_jax.decoding.dex.shape import RowCosts
-from dex_jax.decoding.dex.state import DexState, Drafting
 from dex_jax.decoding.dex.trained_exits import Heads
+from dex_jax.decoding.dex.trees import RowCosts
 from dex_jax.decoding.mesh import stage
 from dex_jax.decoding.mesh.stage import StageNetwork
 from dex_jax.decoding.plan import Plan
@@ -154,9 +153,8 @@ class DexLoop(MeshLoop):
         return state._replace(hidden=state.hidden[:1])
 
     def tick_stage(self, device: StageNetwork, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
-        if plan.stages < device.stages:
-            assert plan.drafts is not None
-            network = stage.pipeline(device, plan.drafts.counts)
+        if plan.stages == 1:
+            network = stage.pipeline(device, (1,) if plan.drafts is None else plan.drafts.counts)
             return lambda state: loop.step(network, state, limits, sampling, drafts=plan.drafts)
         return lambda state: stage.step(device, state, limits, sampling, decs=plan.decs, drafts=plan.drafts)
 

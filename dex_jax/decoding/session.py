@@ -19,8 +19,8 @@ from dex_jax import cache
 from dex_jax.decoding import ar
 from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero
 from dex_jax.decoding.dex.interface import Chunk
-from dex_jax.decoding.dex.shape import RowCosts
 from dex_jax.decoding.dex.trained_exits import Heads, TrainedHeads, exit_arrays
+from dex_jax.decoding.dex.trees import RowCosts
 from dex_jax.decoding.loops import Prefilled, loop_of, mesh_loop
 from dex_jax.decoding.mesh import programs as on_mesh
 from dex_jax.decoding.pace import Pace

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from dex_jax.decoding.dex.state import DexState
+from dex_jax.decoding.dex.interface import DexState
 from dex_jax.decoding.generate import prepare
 from dex_jax.decoding.plan import Method
 from dex_jax.decoding.request import Dex, Request

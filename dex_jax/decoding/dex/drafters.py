@@ -15,6 +15,7 @@ from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex.interface import ExitZero
 from dex_jax.decoding.dex.own_layers import EagleDrafter, ModelDrafter, OwnArrays, eagle_arrays
 from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
+from dex_jax.decoding.dex.trees import DRAFTED_TREES, LOOKUP_TREES, OWN_LAYERS_TREES, KnownTree
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import EagleHead, fit_eagle
 from dex_jax.io.exits_file import TrainedExits
@@ -80,6 +81,13 @@ _fitted = functools.lru_cache(maxsize=1)(fit_eagle)
 def fitted(given: EagleHead | DraftModel, config: ModelConfig) -> EagleHead | DraftModel:
     """A drafter with layers of its own as it drafts for a model; a DexError for one of another model."""
     return _fitted(given, config) if isinstance(given, EagleHead) else given
+
+
+def known_trees(drafter: GivenDrafter | None) -> tuple[KnownTree, ...]:
+    """The trees to choose from, the one that always runs all of its rows first."""
+    if drafter is None:
+        return LOOKUP_TREES
+    return DRAFTED_TREES if isinstance(drafter, TrainedExits) else OWN_LAYERS_TREES
 
 
 def exit_zero(given: GivenDrafter, length: int) -> ExitZero:

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
-from dex_jax.decoding.dex.interface import Drafter, DraftRows
+from dex_jax.decoding.dex.interface import DexState, Drafter, Drafting, DraftRows
 from dex_jax.decoding.dex.lookup import said_next
-from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.dex.state import DexState, Drafting
+from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Record
@@ -64,39 +63,64 @@ def price_of(drafting: Drafting, record: Record) -> jax.Array:
     return pace / jnp.minimum(1, (before + drafting.kept) / (before + drafting.promised))
 
 
-def draft(
+def with_drafts(
     drafter: Drafter | None,
     state: DexState,
     heads: Cohort,
     before: jax.Array | None,
     sampling: Sampling | None,
     shape: TreeShape,
-) -> tuple[Cohort, DexState]:
-    """Drafts below the first HEADS of a cohort's heads, and keeps the rows that are worth their time.
+) -> tuple[DexState, Cohort]:
+    """A cohort's heads with drafts below the first HEADS of them, and only the rows that are worth their time.
 
     `drafter` and `before` [B, H, E], what it reads of the position before each of these heads, are None to go by the
-    text alone. Gives (N rows of each sequence, best ones
-    first, those beyond the chosen rung cut off; the state with what was drafted by and for).
+    text alone. Gives N rows of each sequence, the best ones first.
     """
-    drafting, going = state.drafting, ~state.record.done
-    assert drafting is not None
-    batch, count = heads.token.shape
+    count = heads.token.shape[1]
     under = min(count, HEADS)
-    most = max(under, *shape.widths)
-    size = max(state.rows, count + sum(shape.widths) + shape.tail) + most  # so that `most` rows can be cut out anywhere
+    said = _said_below(state, heads, under, shape)
+    # The most rows of a level can be cut out anywhere.
+    size = max(state.rows, count + sum(shape.widths) + shape.tail) + max(under, *shape.widths)
     cohort = jax.vmap(lat.widen, (0, None))(heads, size)
     furthest = jnp.max(jnp.where(cohort.score > -jnp.inf, cohort.position, -1), axis=1)
-    noise = make_noise(state.noise, sampling, furthest + len(shape.widths))
-    price = price_of(drafting, state.record)
-    text = jax.vmap(_texts, (0, 0, 0, 0, None))(drafting.text, state.lattice, cohort, state.prefix, under)
-    ends = cohort.position[:, :under] + 1
+    state = state._replace(noise=make_noise(state.noise, sampling, furthest + len(shape.widths)))
+    cohort, levels = _add_levels(drafter, state, cohort, _levels(shape, count, under), before, said, sampling, shape)
+    return _worth_their_time(state, jax.vmap(lat.sort_rows)(cohort), levels, shape)
+
+
+class _Said(NamedTuple):
+    """How the text may go on below each of the first heads of a cohort."""
+
+    token: jax.Array  # [B, H, M] int32
+    trust: jax.Array  # [B, H, M] float32, log-probability that a token is right if those before it are; -inf for none
+
+
+def _said_below(state: DexState, heads: Cohort, under: int, shape: TreeShape) -> _Said:
+    """What followed the same suffix before, below each of the first `under` heads."""
+    assert state.drafting is not None
+    text = jax.vmap(_texts, (0, 0, 0, 0, None))(state.drafting.text, state.lattice, heads, state.prefix, under)
     axes = (0, 0, None, None)
-    said, trusted = jax.vmap(jax.vmap(said_next, axes), axes)(text, ends, jnp.asarray(shape.trust), shape.levels - 1)
-    alive = cohort.score[:, :under] > -jnp.inf
-    # The row that each continuation has got to.
-    at = jnp.where((trusted[..., 0] > -jnp.inf) & alive, jnp.arange(under)[None], NO_NODE)
-    known = None if drafter is None else drafter.blank(batch, size)
-    costs = drafting.costs
+    ends = heads.position[:, :under] + 1
+    token, trust = jax.vmap(jax.vmap(said_next, axes), axes)(text, ends, jnp.asarray(shape.trust), shape.levels - 1)
+    return _Said(token, jnp.where(heads.score[:, :under, None] > -jnp.inf, trust, -jnp.inf))
+
+
+def _add_levels(
+    drafter: Drafter | None,
+    state: DexState,
+    cohort: Cohort,
+    levels: _Level,
+    before: jax.Array | None,
+    said: _Said,
+    sampling: Sampling | None,
+    shape: TreeShape,
+) -> tuple[Cohort, jax.Array]:
+    """The cohort with the best drafts of each level below those of the one above, and how many levels were drafted."""
+    drafting, going = state.drafting, ~state.record.done
+    assert drafting is not None
+    costs, price = drafting.costs, price_of(drafting, state.record)
+    (batch, under, _), down = said.token.shape, len(shape.widths)
+    most = max(under, *shape.widths)
 
     def one_level(carry: tuple[Any, ...], parts: tuple[_Level, jax.Array, jax.Array]) -> tuple[tuple[Any, ...], None]:
         cohort, known, at, levels_drafted = carry
@@ -112,7 +136,7 @@ def draft(
                 asked &= hope > price * costs.drafting
 
             def drafted(known: Any) -> tuple[Candidates, Any]:
-                return _drafted(drafter, state.memory, before, known, cohort, sampling, noise, level, most)
+                return _drafted(drafter, state.memory, before, known, cohort, sampling, state.noise, level, most)
 
             def skipped(known: Any) -> tuple[Candidates, Any]:
                 none = jnp.full((batch, most * most), NO_NODE, jnp.int32)
@@ -125,25 +149,44 @@ def draft(
         at = jax.vmap(jax.vmap(lat.child_of, (None, 0, 0)))(cohort, at, token)
         return (cohort, known, at, levels_drafted), None
 
+    known = None if drafter is None else drafter.blank(batch, cohort.token.shape[1])
+    # The row that each continuation has got to.
+    at = jnp.where(said.trust[..., 0] > -jnp.inf, jnp.arange(under)[None], NO_NODE)
     # In a loop: the levels, one by one, would be most of the program to compile.
-    begun = (cohort, known, at, jnp.int32(0))
-    down = len(shape.widths)
-    levels: Any = (_levels(shape, count, under), *(jnp.moveaxis(each[..., :down], 2, 0) for each in (said, trusted)))
-    (cohort, _, at, levels_drafted), _ = jax.lax.scan(one_level, begun, levels)
+    parts: Any = (levels, *(jnp.moveaxis(each[..., :down], 2, 0) for each in said))
+    (cohort, _, at, levels_drafted), _ = jax.lax.scan(one_level, (cohort, known, at, jnp.int32(0)), parts)
     if shape.tail:
-        first = count + sum(shape.widths)
-        cohort = jax.vmap(_go_on, (0, 0, 0, 0, None))(cohort, at, said[..., down:], trusted[..., down:], first)
-    cohort = jax.vmap(lat.sort_rows)(cohort)
+        first = levels.first[-1] + levels.width[-1]
+        cohort = jax.vmap(_go_on, (0, 0, 0, 0, None))(cohort, at, said.token[..., down:], said.trust[..., down:], first)
+    return cohort, levels_drafted
+
+
+def _worth_their_time(
+    state: DexState, cohort: Cohort, levels_drafted: jax.Array, shape: TreeShape
+) -> tuple[DexState, Cohort]:
+    """A sorted cohort without the rows beyond the best rung, and the state with what was drafted by and for.
+
+    The sum of path probabilities is the number of tokens that a cohort should bring. Time is charged at the pace of all
+    ticks, not of this one: that makes the most of all of them together (the rule of renewal reward).
+    """
+    drafting, going = state.drafting, ~state.record.done
+    assert drafting is not None
+    price, costs = price_of(drafting, state.record), drafting.costs
     drafting = drafting._replace(chosen=drafting.chosen.at[-1].add(levels_drafted))
-    if costs is not None:
-        # Of K cohorts on their way side by side each makes ticks longer by its share alone.
-        cohort, rung, promised = _most_promising(cohort, going, shape, price * (costs.rows / state.stages))
-        drafting = drafting._replace(
-            rung=drafting.rung.at[lat.ring_row(state.tick, state.stages)].set(rung),
-            spent=drafting.spent + levels_drafted * costs.drafting * jnp.sum(going),
-            promised=drafting.promised + promised,
-        )
-    return cohort, state._replace(noise=noise, drafting=drafting)
+    if costs is None:
+        return state._replace(drafting=drafting), cohort
+    counts = jnp.asarray(shape.counts)
+    expected = jnp.cumsum(_promise(cohort, going))
+    # Of K cohorts on their way side by side each makes ticks longer by its share alone.
+    rung = jnp.argmax(expected[counts - 1] - price * (costs.rows / state.stages)).astype(jnp.int32)
+    kept = (jnp.arange(cohort.token.shape[1]) < counts[rung])[None]
+    drafts = jnp.where(kept & (cohort.above != NO_NODE) & going[:, None], jnp.exp(cohort.score), 0)
+    drafting = drafting._replace(
+        rung=drafting.rung.at[lat.ring_row(state.tick, state.stages)].set(rung),
+        spent=drafting.spent + levels_drafted * costs.drafting * jnp.sum(going),
+        promised=drafting.promised + jnp.sum(drafts),
+    )
+    return state._replace(drafting=drafting), cohort._replace(score=jnp.where(kept, cohort.score, -jnp.inf))
 
 
 class _Level(NamedTuple):
@@ -167,7 +210,7 @@ def _score_at(cohort: Cohort, at: jax.Array) -> jax.Array:
     return jnp.where(at == NO_NODE, -jnp.inf, cohort.score[jnp.maximum(at, 0)])
 
 
-def _go_on(cohort: Cohort, at: jax.Array, said: jax.Array, trusted: jax.Array, first: int) -> Cohort:
+def _go_on(cohort: Cohort, at: jax.Array, said: jax.Array, trusted: jax.Array, first: jax.Array) -> Cohort:
     """One sequence's cohort with more of the continuation that is most probable to go on.
 
     at [n] int32 are the rows that continuations have got to; said and trusted [n, M] go on from there, in the rows from
@@ -246,19 +289,3 @@ def _drafted(
 def _promise(cohort: Cohort, going: jax.Array) -> jax.Array:
     """[N] float32, how many of the `going` sequences should emit the token of each row."""
     return jnp.sum(jnp.where(going[:, None], jnp.exp(cohort.score), 0), axis=0)
-
-
-def _most_promising(
-    cohort: Cohort, going: jax.Array, shape: TreeShape, prices: jax.Array
-) -> tuple[Cohort, jax.Array, jax.Array]:
-    """A sorted cohort without the rows beyond the best rung, the rung, and how many tokens its drafts promise.
-
-    The sum of path probabilities is the number of tokens that a cohort should bring. Time is charged at the pace of all
-    ticks, not of this one: that makes the most of all of them together (the rule of renewal reward).
-    """
-    counts = jnp.asarray(shape.counts)
-    expected = jnp.cumsum(_promise(cohort, going))
-    rung = jnp.argmax(expected[counts - 1] - prices).astype(jnp.int32)
-    kept = (jnp.arange(cohort.token.shape[1]) < counts[rung])[None]
-    drafts = jnp.where(kept & (cohort.above != NO_NODE) & going[:, None], jnp.exp(cohort.score), 0)
-    return cohort._replace(score=jnp.where(kept, cohort.score, -jnp.inf)), rung, jnp.sum(drafts)

@@ -6,7 +6,8 @@ surviving nodes propose children, below which exit 0 drafts (arXiv 2606.29223). 
 through all layers and commits a path of it. `init` and `step` are pure and compose with a caller's own jit; `run` is
 one lax.while_loop over `step`.
 
-Letters: B sequences, W rows a cohort, K stages, P levels of a cohort, T capacity for new tokens, S text length.
+Letters: B sequences, W rows a cohort, K stages, P levels of a cohort, H heads of a cohort, N rows of a cohort that is
+not in the lattice yet, T capacity for new tokens, S text length.
 """
 
 from __future__ import annotations
@@ -17,17 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
-from dex_jax.decoding.dex.drafts import charge
-from dex_jax.decoding.dex.interface import Committed, Network, StageView
-from dex_jax.decoding.dex.proposals import Proposers, propose
-from dex_jax.decoding.dex.shape import RowCosts, TreeShape
-from dex_jax.decoding.dex.spawning import spawn
-from dex_jax.decoding.dex.state import DexState, Drafting
+from dex_jax.decoding.dex.drafts import HEADS, charge, with_drafts
+from dex_jax.decoding.dex.interface import Committed, DexState, Drafting, Network, StageView, before_nodes
+from dex_jax.decoding.dex.proposals import ask_exits
+from dex_jax.decoding.dex.trees import RowCosts, TreeShape
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, begin, check_limits, emit_path, until_done
 from dex_jax.errors import DexError, whole_number
-from dex_jax.lattice import NO_NODE, NO_TOKEN, Lattice, Path
+from dex_jax.lattice import NO_NODE, NO_TOKEN, Cohort, Path, Proposals
 from dex_jax.sampling import Sampling, choose
 
 
@@ -73,8 +72,6 @@ def init(
     if stages > 1 and network.exits is None:
         raise DexError(f"a network without exits has one stage, and not {stages}: give it exits, or stages=1")
     batch = first_token.shape[0]
-    record = begin(first_token, capacity, limits)
-    blank = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), lat.empty(stages, rows))
     width = jax.eval_shape(network.embed, first_token[:, None], position[:, None])
     noise = None
     if sampling is not None:
@@ -96,12 +93,12 @@ def init(
         )
     return DexState(
         tick=jnp.int32(-1),
-        lattice=blank,
+        lattice=jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), lat.empty(stages, rows)),
         hidden=jnp.zeros((stages, batch, rows, width.shape[-1]), width.dtype),
         prefix=position,
         memory=memory,
         noise=noise,
-        record=record,
+        record=begin(first_token, capacity, limits),
         drafting=drafting,
     )
 
@@ -115,7 +112,7 @@ def step(
     decs: bool = True,
     drafts: TreeShape | None = None,
 ) -> DexState:
-    """One tick: advance, commit, collapse, propose, draft. Sequences that are done are left as they are.
+    """One tick: advance, commit, collapse, propose, draft, spawn. Sequences that are done are left as they are.
 
     Args:
       network: the callables of one model.
@@ -128,29 +125,19 @@ def step(
     Raises:
       DexError: a network of other stages than the state has, or without exits, or limits of other shapes.
     """
-    stages, exits = state.stages, network.exits
     check_limits(limits, state.prefix.shape[0])
-    if stages > 1 and exits is None:
-        raise DexError(f"a network without exits has one stage, and the state has {stages}: give the network exits")
+    if state.stages > 1 and network.exits is None:
+        raise DexError(
+            f"a network without exits has one stage, and the state has {state.stages}: give the network exits"
+        )
     state, view = begin_tick(state, sampling)
-    entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
-    hidden = jnp.concatenate([entering[None], state.hidden[:-1]])
-    hidden, memory = _advance(network, state.memory, hidden, view)
-    state = state._replace(hidden=hidden, memory=memory)
-    finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, state.tick)
-    final = final_tokens(network, state, view, finished, sampling, drafts)
-    state, path = settle(state, final, limits, drafts)
-    state = state._replace(memory=network.commit(memory, committed(state, view, path.slot, path.length)))
-
-    proposals = None
-    if exits is not None and stages > 1:
-        live = proposers(state)
-        nodes = Proposers(live, _by_stage(state.lattice.score, view.ring[:-1]), *children(state.lattice))
-        proposals = propose(exits, state.memory, hidden, view, nodes, sampling, state.noise, decs=decs)
-    reached = None
-    if drafts is not None and network.drafter is not None and network.drafter.reached is not None:
-        reached = network.drafter.reached(state.memory, hidden, view)
-    return spawn(network.drafter, state, proposals, reached, sampling, drafts)
+    state = advance(network, state, view)
+    final = final_tokens(network, state, view, roots_finished(state), sampling, drafts)
+    state, path = commit(network, state, view, final, limits, drafts)
+    state = collapse(state, path)
+    heads = heads_of(state, propose(network, state, view, sampling, decs=decs))
+    state, cohort = draft(network, state, view, heads, sampling, drafts)
+    return spawn(state, cohort)
 
 
 def run(
@@ -180,51 +167,31 @@ def begin_tick(state: DexState, sampling: Sampling | None) -> tuple[DexState, St
     noise = make_noise(state.noise, sampling, furthest + 1)
     ring = lat.stage_rows(tick, state.stages)
     seen = (lattice.token, lattice.position, lattice.live, lattice.ancestors, lattice.parent)
-    token, position, live, ancestors, parent = (_by_stage(field, ring) for field in seen)
+    token, position, live, ancestors, parent = (jnp.swapaxes(field[:, ring], 0, 1) for field in seen)
     slots = lattice.position.reshape(lattice.position.shape[0], -1)
     view = StageView(ring, token, position, live, ancestors, parent, state.prefix, slots)
     return charge(state)._replace(tick=tick, noise=noise), view
 
 
-def _advance(network: Network, memory: Any, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Any]:
-    stages = hidden.shape[0]
-    says = f"the network does not run the {stages} stages of {hidden.shape[2]} rows that the state has: give both alike"
+def advance(network: Network, state: DexState, view: StageView) -> DexState:
+    """Every node runs its next stage: hidden states move up by one stage, and the youngest cohort is embedded."""
+    entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
+    hidden = jnp.concatenate([entering[None], state.hidden[:-1]])
+    says = (
+        f"the network does not run the {state.stages} stages of {state.rows} rows that the state has: give both alike"
+    )
     try:
-        advanced, memory = network.advance(memory, hidden, view)
+        advanced, memory = network.advance(state.memory, hidden, view)
     except (TypeError, ValueError, IndexError) as error:
         raise DexError(f"{says} ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
     if advanced.shape != hidden.shape:
         raise DexError(f"{says} (it returns hidden states {advanced.shape} for {hidden.shape})")
-    return advanced, memory
+    return state._replace(hidden=advanced, memory=memory)
 
 
-def levels_of(drafts: TreeShape | None) -> int:
-    """P."""
-    return 1 if drafts is None else drafts.levels
-
-
-def settle(state: DexState, final: jax.Array, limits: Limits, drafts: TreeShape | None) -> tuple[DexState, Path]:
-    """Commit and collapse of one tick, all of it bookkeeping, once nodes have advanced and the tick is counted.
-
-    `final` [B, W] int32 is the final layer's token after each live row of the last stage. Gives the state before
-    proposals, with memory as it was, and what is committed.
-    """
-    levels = levels_of(drafts)
-    path = jax.vmap(lat.follow, (0, 0, None, None))(state.lattice, final, state.tick, levels)
-    record, place = emit_path(state.record, path.token, path.born_at, path.length, limits)
-    record = record._replace(ticks=jnp.where(state.record.done, record.ticks, state.tick))
-    lattice = jax.vmap(lat.collapse)(state.lattice, path)
-    lattice = jax.vmap(lat.bury)(lattice, record.done)
-    drafting = state.drafting
-    if drafting is not None:
-        emitted = place < record.tokens.shape[1]
-        sequence, size = jnp.arange(place.shape[0])[:, None], drafting.text.shape[1]
-        at = jnp.where(emitted, state.prefix[:, None] + 1 + jnp.arange(levels)[None], size)
-        text = drafting.text.at[sequence, at].set(path.token, mode="drop")
-        kept = drafting.kept + jnp.sum(emitted & (path.born_at == lat.DRAFTED))
-        drafting = drafting._replace(text=text, kept=kept)
-    state = state._replace(lattice=lattice, prefix=state.prefix + path.length, record=record, drafting=drafting)
-    return state, path
+def roots_finished(state: DexState) -> jax.Array:
+    """Which sequences' roots have run their last stage: [B] bool."""
+    return jax.vmap(lat.root_finished, (0, None))(state.lattice, state.tick)
 
 
 def final_tokens(
@@ -237,8 +204,7 @@ def final_tokens(
 ) -> jax.Array:
     """The final layer's token after the rows of the last stage that a path may hold: [B, W] int32.
 
-    The state has the noise that these rows need, and the lattice as the stages saw it; `where` [B] bool are the
-    sequences whose root has finished.
+    `where` [B] bool are the sequences that are asked for.
     """
     hidden = state.hidden[-1]
     batch, rows, width = hidden.shape
@@ -265,6 +231,27 @@ def final_tokens(
     return climb(last_row(live), counts, lambda n: of_rows(n) if n else none)
 
 
+def commit(
+    network: Network, state: DexState, view: StageView, final: jax.Array, limits: Limits, drafts: TreeShape | None
+) -> tuple[DexState, Path]:
+    """What the `final` layer's tokens [B, W] say after finished roots, and so on down their cohorts, is emitted."""
+    levels = levels_of(drafts)
+    path = jax.vmap(lat.follow, (0, 0, None, None))(state.lattice, final, state.tick, levels)
+    record, place = emit_path(state.record, path.token, path.born_at, path.length, limits)
+    record = record._replace(ticks=jnp.where(state.record.done, record.ticks, state.tick))
+    drafting = state.drafting
+    if drafting is not None:
+        emitted = place < record.tokens.shape[1]
+        sequence, size = jnp.arange(place.shape[0])[:, None], drafting.text.shape[1]
+        at = jnp.where(emitted, state.prefix[:, None] + 1 + jnp.arange(levels)[None], size)
+        text = drafting.text.at[sequence, at].set(path.token, mode="drop")
+        kept = drafting.kept + jnp.sum(emitted & (path.born_at == lat.DRAFTED))
+        drafting = drafting._replace(text=text, kept=kept)
+    memory = network.commit(state.memory, committed(state, view, path.slot, path.length))
+    prefix = state.prefix + path.length
+    return state._replace(prefix=prefix, memory=memory, record=record, drafting=drafting), path
+
+
 def committed(state: DexState, view: StageView, slot: jax.Array, length: jax.Array) -> Committed:
     """A path of nodes in slots [B, P], of length [B], as the network commits it."""
     hidden = state.hidden[-1]
@@ -278,18 +265,68 @@ def committed(state: DexState, view: StageView, slot: jax.Array, length: jax.Arr
     )
 
 
+def collapse(state: DexState, path: Path) -> DexState:
+    """Only what hangs below the node that holds the last committed token lives on, in sequences that go on."""
+    lattice = jax.vmap(lat.collapse)(state.lattice, path)
+    return state._replace(lattice=jax.vmap(lat.bury)(lattice, state.record.done))
+
+
+def propose(
+    network: Network, state: DexState, view: StageView, sampling: Sampling | None, *, decs: bool
+) -> Proposals | None:
+    """What the exits 1..K-1 propose below the nodes that have just reached them: fields [K - 1, B, W]."""
+    if network.exits is None or state.stages == 1:
+        return None
+    features = network.exits.features(state.memory, state.hidden, view)
+    nodes = (features, view.ring[:-1], view.position[:-1], proposers(state))
+    return ask_exits(network.exits, *nodes, state.lattice, sampling, state.noise, decs=decs)
+
+
 def proposers(state: DexState) -> jax.Array:
     """Which nodes have just finished a stage k < K and may propose: [K - 1, B, W] bool, exit 1 first."""
-    return _by_stage(state.lattice.live, lat.stage_rows(state.tick, state.stages)[:-1])
+    return jnp.swapaxes(state.lattice.live[:, lat.stage_rows(state.tick, state.stages)[:-1]], 0, 1)
 
 
-def children(lattice: Lattice) -> tuple[jax.Array, jax.Array]:
-    """(token, parent) of all nodes by slot, [B, K W]; those that do not live have no parent."""
-    batch = lattice.token.shape[0]
-    parent = jnp.where(lattice.live, lattice.parent, NO_NODE)
-    return lattice.token.reshape(batch, -1), parent.reshape(batch, -1)
+def heads_of(state: DexState, proposals: Proposals | None) -> Cohort:
+    """The best proposals as seeds, or a fresh root where no node holds the last token: fields [B, H, ...]."""
+    fresh = (state.lattice.root == NO_NODE) & ~state.record.done
+    last = jnp.take_along_axis(state.record.tokens, state.record.lengths[:, None] - 1, axis=1)[:, 0]
+    roots = jax.vmap(lat.fresh_root, (0, 0, None))(last, state.prefix, state.stages)
+    roots = roots._replace(score=jnp.where(fresh[:, None], roots.score, -jnp.inf))
+    if proposals is None:
+        return roots
+    roots = jax.vmap(lat.widen, (0, None))(roots, state.rows)
+    seeds = jax.vmap(lat.seeds, (0, None, 1))(state.lattice, state.tick, proposals)
+    return jax.vmap(lambda new, *both: jax.tree.map(lambda a, b: jnp.where(new, a, b), *both))(fresh, roots, seeds)
 
 
-def _by_stage(field: jax.Array, ring: jax.Array) -> jax.Array:
-    """A lattice field [B, K, W, ...] in the order of the stages: [stages, B, W, ...]."""
-    return jnp.swapaxes(field[:, ring], 0, 1)
+def draft(
+    network: Network,
+    state: DexState,
+    view: StageView,
+    heads: Cohort,
+    sampling: Sampling | None,
+    drafts: TreeShape | None,
+) -> tuple[DexState, Cohort]:
+    """The heads with what exit 0 drafts below them, the best rows first: fields [B, N, ...]."""
+    if drafts is None:
+        return state, jax.vmap(lat.widen, (0, None))(heads, state.rows)
+    drafter, before = network.drafter, None
+    if drafter is not None:
+        before, parent = drafter.committed(state.memory)[:, None], heads.parent[:, :HEADS]
+        if drafter.reached is None:
+            before = jnp.broadcast_to(before, (*parent.shape, before.shape[-1]))
+        else:
+            reached = drafter.reached(state.memory, state.hidden, view)
+            before = before_nodes(reached, before[:, 0], parent[None], view.ring)[0]
+    return with_drafts(drafter, state, heads, before, sampling, drafts)
+
+
+def spawn(state: DexState, cohort: Cohort) -> DexState:
+    """The cohort's best rows become nodes."""
+    return state._replace(lattice=jax.vmap(lat.spawn, (0, None, 0))(state.lattice, state.tick, cohort))
+
+
+def levels_of(drafts: TreeShape | None) -> int:
+    """P."""
+    return 1 if drafts is None else drafts.levels

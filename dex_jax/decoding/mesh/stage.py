@@ -18,16 +18,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax import lattice as lat
 from dex_jax.cache import NOWHERE, Memory, after, write_rows
 from dex_jax.decoding.ar import ARState, emitted, next_token
-from dex_jax.decoding.dex.interface import Committed, Network, StageView, before_nodes
-from dex_jax.decoding.dex.loop import begin_tick, children, committed, final_tokens, proposers, settle
+from dex_jax.decoding.dex.interface import Committed, DexState, Network, StageView, before_nodes
+from dex_jax.decoding.dex.loop import (
+    begin_tick,
+    collapse,
+    commit,
+    committed,
+    draft,
+    final_tokens,
+    heads_of,
+    proposers,
+    roots_finished,
+    spawn,
+)
 from dex_jax.decoding.dex.network import shared_exits, transformer_network
-from dex_jax.decoding.dex.proposals import Asked, held_below, propose_rows
-from dex_jax.decoding.dex.shape import TreeShape
-from dex_jax.decoding.dex.spawning import spawn
-from dex_jax.decoding.dex.state import DexState
+from dex_jax.decoding.dex.proposals import ask_exits
 from dex_jax.decoding.dex.trained_exits import (
     Heads,
     TrainedHeads,
@@ -37,6 +44,7 @@ from dex_jax.decoding.dex.trained_exits import (
     row_features,
     trained_exits,
 )
+from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits
@@ -134,68 +142,76 @@ def step(
     decs: bool,
     drafts: TreeShape | None,
 ) -> DexState:
-    """One tick, as `loop.step`.
+    """One tick with an explorer on each of K > 1 stages, as `loop.step`.
 
     Exits are asked before the commit is known, all stages and the final layer at once, and what nodes propose that the
     collapse then buries is dropped: one exchange instead of two, and no head waits for another. Of a path that is
     committed in one tick, a context layer of the exits sees the root alone before the next one. The state's `hidden`,
     [1, B, W, D], and caches are of this stage alone.
     """
-    network, stages = device.network, device.stages
-    stage = jax.lax.axis_index(STAGE)
-    batch, _, rows = state.lattice.token.shape
-    before = state.memory.exits
+    network, before = device.network, state.memory.exits
     state, view = begin_tick(state, sampling)
-    own = one_stage(view, stage)
-    entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
-    arrived = to_next_stage(state.hidden, stages)
-    advanced, memory = network.advance(state.memory, jnp.where(stage == 0, entering[None], arrived), own)
-    (hidden,) = advanced
-
-    finished = jax.vmap(lat.root_finished, (0, None))(state.lattice, state.tick)
-    state = state._replace(hidden=advanced)
-    last = stage == stages - 1
+    state = advance(device, state, view)
+    finished, last = roots_finished(state), jax.lax.axis_index(STAGE) == device.stages - 1
     final = final_tokens(network, state, view, finished & last, sampling, drafts)
-    shared = device.share(hidden)
+    shared = device.share(state.hidden[0])
 
-    proposals = None
-    if stages > 1:
-        assert network.exits is not None
-        slot = jnp.maximum(state.lattice.root, 0)[:, None]
-        root = committed(state, view, slot, finished.astype(jnp.int32))
-        remembered = device.remember(before, root, shared)
-        token, parent = children(state.lattice)
-        sequence = jnp.repeat(jnp.arange(batch), rows)
-        slot = own.ring[0] * rows + jnp.tile(jnp.arange(rows), batch)
-        wanted = jax.eval_shape(device.features, remembered, hidden, view, shared)
-        asking = own.live.reshape(-1) & ~last
-        features = jax.lax.cond(
-            jnp.any(asking),
-            lambda: device.features(remembered, hidden, view, shared),
-            lambda: jnp.zeros(wanted.shape, wanted.dtype),
-        )
-        asked = Asked(
-            features=features.reshape(batch * rows, -1),
-            held=held_below(token[sequence], parent[sequence], slot),
-            position=own.position.reshape(-1) + 1,
-            sequence=sequence,
-        )
-        proposals = propose_rows(network.exits, asked, asking, sampling, state.noise, decs=decs)
-        proposals, final = exchange(jax.tree.map(lambda x: x.reshape(batch, rows), proposals), final, stages)
-    state, path = settle(state, final, limits, drafts)
-    done = committed(state, view, path.slot, path.length)
-    memory = network.commit(memory, done)._replace(exits=device.remember(before, done, shared))
-    state = state._replace(memory=memory)
-    if proposals is not None:
-        proposals = proposals._replace(valid=proposals.valid & proposers(state))
-    return spawn(network.drafter, state, proposals, shared if stages > 1 else None, sampling, drafts)
+    def remembering(memory: Memory, done: Committed) -> Memory:
+        return network.commit(memory, done)._replace(exits=device.remember(before, done, shared))
+
+    root = committed(state, view, jnp.maximum(state.lattice.root, 0)[:, None], finished.astype(jnp.int32))
+    own = ask_own_exit(device, state, view, device.remember(before, root, shared), shared, sampling, decs)
+    proposals, final = exchange(own, final, device.stages)
+    state, path = commit(network._replace(commit=remembering), state, view, final, limits, drafts)
+    state = collapse(state, path)
+    heads = heads_of(state, proposals._replace(valid=proposals.valid & proposers(state)))
+    drafter = network.drafter
+    if drafter is not None:
+        drafter = drafter._replace(reached=lambda memory, hidden, view: shared)
+    state, cohort = draft(network._replace(drafter=drafter), state, view, heads, sampling, drafts)
+    return spawn(state, cohort)
+
+
+def advance(device: StageNetwork, state: DexState, view: StageView) -> DexState:
+    """This device's stage runs its cohort, which arrives from the stage before."""
+    network, stage = device.network, jax.lax.axis_index(STAGE)
+    entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)[None]
+    arrived = jax.lax.ppermute(state.hidden, STAGE, [(k, k + 1) for k in range(device.stages - 1)])
+    hidden = jnp.where(stage == 0, entering, arrived)
+    hidden, memory = network.advance(state.memory, hidden, one_stage(view, stage))
+    return state._replace(hidden=hidden, memory=memory)
+
+
+def ask_own_exit(
+    device: StageNetwork,
+    state: DexState,
+    view: StageView,
+    remembered: Any,
+    shared: Any,
+    sampling: Sampling | None,
+    decs: bool,
+) -> Proposals:
+    """What this stage's exit proposes below its nodes, fields [B, W]: nothing on the last stage, which has none."""
+    stage = jax.lax.axis_index(STAGE)
+    own = one_stage(view, stage)
+    asking = own.live & (stage < device.stages - 1)
+
+    def features() -> jax.Array:
+        return device.features(remembered, state.hidden[0], view, shared)
+
+    wanted = jax.eval_shape(features)
+    found = jax.lax.cond(jnp.any(asking), features, lambda: jnp.zeros(wanted.shape, wanted.dtype))
+    assert device.network.exits is not None
+    nodes = (found[None], own.ring, own.position, asking)
+    proposals = ask_exits(device.network.exits, *nodes, state.lattice, sampling, state.noise, decs=decs)
+    return jax.tree.map(lambda field: field[0], proposals)
 
 
 def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, jax.Array]:
     """What every stage proposes and what the last one has chosen, on all devices: one gather of [B, W, 2] int32.
 
     Of this stage's `own` proposals, fields [B, W] and none of them valid on the last stage, and the final layer's
-    `token` [B, W] int32, which counts there alone: gives (fields [K - 1, B, W], token [B, W]). K is at least 2.
+    `token` [B, W] int32, which counts there alone: gives (fields [K - 1, B, W], token [B, W]).
     """
     word = jnp.where(own.valid, own.token, NO_TOKEN)
     word = jnp.where(jax.lax.axis_index(STAGE) == stages - 1, token, word)
@@ -258,6 +274,8 @@ def through_stages(
 
             return first(rows) if used is None else climb(used, row_counts(counts, rows), first)
 
+        if device.stages == 1:
+            return run(x, fresh)
         # Caches are read here and written by who asked: passed through a conditional they would be copied.
         x, fresh = jax.lax.cond(jax.lax.axis_index(STAGE) == turn, run, lambda x, fresh: (x, fresh), x, fresh)
         if turn < device.stages - 1:
@@ -266,7 +284,7 @@ def through_stages(
 
 
 def pipeline(device: StageNetwork, counts: tuple[int, ...]) -> Network:
-    """One explorer over all stages, for `loop.step`: the pipeline that runs trees, a rival of one explorer a stage.
+    """One explorer over all stages, for `loop.step`: with several the pipeline that runs trees, a rival of DEX.
 
     In a tick a cohort goes through the stages one after the other, then all devices hear its states at depth L. Row
     counts that are compiled are `counts`, and all.
@@ -306,13 +324,6 @@ def one_stage(view: StageView, stage: jax.Array) -> StageView:
     """The view of a network that has this stage alone."""
     own = jax.tree.map(lambda field: field[stage][None], view)
     return own._replace(prefix=view.prefix, slots=view.slots)
-
-
-def to_next_stage(hidden: jax.Array, stages: int) -> jax.Array:
-    """Every stage's hidden states on the device of the next; zeros on the first."""
-    if stages == 1:
-        return jnp.zeros_like(hidden)
-    return jax.lax.ppermute(hidden, STAGE, [(k, k + 1) for k in range(stages - 1)])
 
 
 def from_last_stage(tree: Any, stages: int) -> Any:
