@@ -16,7 +16,7 @@ from dex_jax.decoding import plan as planning
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.dex.interface import Chunk, DraftRows
 from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
-from dex_jax.decoding.dex.trees import DRAFTED_TREES
+from dex_jax.decoding.dex.trees import DRAFTED_TREES, TreeShape
 from dex_jax.decoding.plan import resolve
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.exits import heads_of

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Protocol
 from jax.sharding import Mesh
 
 from dex_jax.config import ExitsConfig, ModelConfig
-from dex_jax.decoding.dex.drafters import GivenDrafter, fitted
+from dex_jax.decoding.dex.drafters import GivenDrafter, fitted, known_trees
 from dex_jax.decoding.dex.interface import ExitZero
 from dex_jax.decoding.dex.trained_exits import Heads, TrainedHeads
-from dex_jax.decoding.dex.trees import LOOKUP_TREE, TreeShape, known_trees
+from dex_jax.decoding.dex.trees import LOOKUP_TREE, TreeShape
 from dex_jax.decoding.request import AR, MOST_ROWS, Dex, check_method
 from dex_jax.errors import DexError, is_whole
 from dex_jax.grid import check_depths, even_depths, nearest_depths
