@@ -235,7 +235,7 @@ def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str,
         assert lm.mesh is not None
         assert_state_of_own_stage(session.state, lm.mesh)
         for program in (PREFILL, START, RUN):
-            *_, used_last = (pending.result() for pending in program._compiled.values())
+            *_, used_last = (begun.made.result() for begun in program._begun.values())
             (folder / f"{case.name}.{program.name}.hlo").write_text(used_last.as_text())
     return [
         {
