@@ -112,7 +112,8 @@ class _Run:
         places = None if mesh is None else (NamedSharding(mesh, EVERYWHERE), None)
         self.update = jax.jit(self._update, donate_argnums=0, out_shardings=places)
         self.journal = Journal(checkpoints.folder, self.step)
-        self.figures = _Figures()
+        self.figures: list[dict[str, jax.Array]] = []  # of the steps since the last line
+        self.loss: float | None = None  # the mean of that line
         self._logged = (time.perf_counter(), self.tokens)
         self._begun: tuple[float, int, float] | None = None
 
@@ -127,15 +128,17 @@ class _Run:
         self.state, figures = self.update(self.state, self.constants, batch)
         self.step += 1
         self.tokens += learnt
-        self.figures.add(self.step, figures)
+        self.figures.append(figures)
+        every = self.config.eval_every
         saves = self.done or self.step % self.config.checkpoint_every == 0
+        evaluates = self.done or (every is not None and self.step % every == 0)
         # A line at each checkpoint, so that a resumed journal is the one of a run that was never killed.
-        logs = saves or self.step % self.config.log_every == 0
+        logs = saves or evaluates or self.step % self.config.log_every == 0
         if logs:
             self._log()
-        every = self.config.eval_every
-        if self.done or (every is not None and self.step % every == 0):
-            self._evaluate()
+        if evaluates:
+            found = self.task.evaluate(self.state.params)
+            self.journal.write("evaluation", self.step, {"tokens": self.tokens, **found})
         if saves:
             self._save()
         self.notify(self._standing(logs or self.step == FIRST_WORD))
@@ -152,23 +155,26 @@ class _Run:
         return TrainState(params, opt_state, state.step + 1, state.key), figures
 
     def _log(self) -> None:
-        now = time.perf_counter()
+        means, now = self._means(), time.perf_counter()
+        self.loss = means["loss"]
         seconds, tokens = now - self._logged[0], self.tokens - self._logged[1]
         self._logged = (now, self.tokens)
         speed = tokens / seconds if seconds > 0 else None
-        means = self.figures.take()
         rate = float(self.rate(self.step - 1))
         own = {"tokens": self.tokens, "learning_rate": rate, "tokens_per_second": speed, "seconds": seconds}
         self.journal.write("train", self.step, {**own, **means})
 
-    def _evaluate(self) -> None:
-        # What follows could spoil hours of work, and a step that went wrong spoils the figures.
-        self.figures.check()
-        figures = self.task.evaluate(self.state.params)
-        self.journal.write("evaluation", self.step, {"tokens": self.tokens, **figures})
+    def _means(self) -> dict[str, float]:
+        """What updates reported since the last line. DexError: a loss or gradient is not finite; nothing is saved."""
+        figures, self.figures = jax.device_get(self.figures), []
+        for step, each in enumerate(figures, self.step - len(figures) + 1):
+            for name, value in (("loss", each["loss"]), ("gradient", each["gradient_norm"])):
+                if not math.isfinite(value):
+                    why = f"the {name} of step {step} is {value}: checkpoints from before it are kept"
+                    raise DexError(f"{why}; lower the learning rate or clip_norm, and train in another folder")
+        return {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
 
     def _save(self) -> None:
-        self.figures.check()
         record = {
             "step": self.step,
             "tokens": self.tokens,
@@ -217,7 +223,7 @@ class _Run:
 
     def _standing(self, logged: bool) -> Standing:
         now, share = time.perf_counter(), self.step / self.config.steps
-        left, loss = None, self.figures.loss
+        left = None
         what = f"step {self.step}/{self.config.steps}, {_amount(self.tokens)} tokens"
         if self._begun is None:
             # Not before: the first step compiles.
@@ -226,48 +232,7 @@ class _Run:
             begun, tokens, done = self._begun
             what += f", {_amount((self.tokens - tokens) / (now - begun))} tokens/s"
             left = (now - begun) * (1 - share) / (share - done)
-        return Standing(what if loss is None else f"{what}, loss {loss:.4f}", share, left, logged)
-
-
-class _Figures:
-    """Means of what updates report since the last line, read one step late so that the device never waits for the host.
-
-    Attributes:
-      loss: the mean of the last line, or the first loss read.
-    """
-
-    def __init__(self):
-        self.loss: float | None = None
-        self._waiting: tuple[int, dict[str, jax.Array]] | None = None
-        self._read: list[dict[str, float]] = []
-
-    def add(self, step: int, figures: dict[str, jax.Array]) -> None:
-        """Takes over what the update that made `step` reports."""
-        self.check()
-        self._waiting = (step, figures)
-
-    def check(self) -> None:
-        """Reads what waits. DexError: its loss or gradient is not finite."""
-        if self._waiting is None:
-            return
-        (step, figures), self._waiting = self._waiting, None
-        values = {name: float(value) for name, value in jax.device_get(figures).items()}
-        for name, value in (("loss", values["loss"]), ("gradient", values["gradient_norm"])):
-            if not math.isfinite(value):
-                raise DexError(
-                    f"the {name} of step {step} is {value}: checkpoints from before it are kept; lower the learning "
-                    "rate or clip_norm, and train in another folder"
-                )
-        self._read.append(values)
-        self.loss = values["loss"] if self.loss is None else self.loss
-
-    def take(self) -> dict[str, float]:
-        """Means since the last call."""
-        self.check()
-        read, self._read = self._read, []
-        means = {name: float(np.mean([values[name] for values in read])) for name in read[0]}
-        self.loss = means["loss"]
-        return means
+        return Standing(what if self.loss is None else f"{what}, loss {self.loss:.4f}", share, left, logged)
 
 
 def _amount(value: float) -> str:
