@@ -267,7 +267,7 @@ def draft_vocabulary(lm: LanguageModel, stream: Stream, size: int, tokens: int) 
     return np.sort(order[:size]).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _expected(config: Any, weights: Any, final: jax.Array, weight: jax.Array) -> jax.Array:
     """Sum over the steps of a chunk of the final distribution: [V]."""
     model = merge_model(config, weights)
