@@ -11,8 +11,7 @@ from rich.text import Text
 
 from dex_jax.check import Check
 from dex_jax.decoding.output import Output, title, where_of
-from dex_jax.io.stream import TextStream
-from dex_jax.io.tokenizer import Tokenizer
+from dex_jax.io.tokenizer import TextStream, Tokenizer
 from dex_jax.plot.colors import depth_style
 from dex_jax.plot.text import legend
 

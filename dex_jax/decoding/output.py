@@ -7,8 +7,7 @@ import dataclasses
 import numpy as np
 
 from dex_jax.decoding.plan import Plan
-from dex_jax.io.stream import TextStream
-from dex_jax.io.tokenizer import Tokenizer
+from dex_jax.io.tokenizer import TextStream, Tokenizer
 
 SHOWN, SHOWN_TEXT, SHOWN_TOKENS = 8, 60, 12
 """Sequences, characters and, without a tokenizer, tokens of each that a printed Output shows."""

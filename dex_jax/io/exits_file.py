@@ -81,15 +81,9 @@ def check_exits_path(path: str | os.PathLike) -> None:
 
 
 def save_exits(path: str | os.PathLike, exits: TrainedExits, *, int8: bool = False) -> None:
-    """Writes one file, whole or not at all.
+    """Writes one .safetensors file, whole or not at all; a DexError for another ending, or where that cannot be.
 
-    Args:
-      path: ends in .safetensors.
-      exits: what to write; `source` is not written.
-      int8: store matrices as 8-bit integers with one step per output row, a quarter of the size; otherwise float32.
-
-    Raises:
-      DexError: another ending, or the file cannot be written.
+    `int8` stores matrices as 8-bit integers with one step per output row, a quarter of the size of float32.
     """
     from safetensors.numpy import save
 
@@ -112,13 +106,9 @@ def save_exits(path: str | os.PathLike, exits: TrainedExits, *, int8: bool = Fal
 
 
 def load_exits(path: str | os.PathLike) -> TrainedExits:
-    """Reads trained exits.
+    """Reads trained exits: a .safetensors file that `train_exits.py export` wrote, or a folder with exits.safetensors.
 
-    Args:
-      path: a .safetensors file that `train_exits.py export` wrote, or a folder that holds exits.safetensors.
-
-    Raises:
-      DexError: no such file, or no exits in it.
+    A DexError: no such file, or no exits in it.
     """
     from safetensors import safe_open
 
@@ -147,9 +137,8 @@ def load_exits(path: str | os.PathLike) -> TrainedExits:
             wanted[_VOCABULARY] = ("I32", (config.draft_size,))
         # Before anything is read: shapes that lie would multiply to more than there is.
         for name, kept in wanted.items():
-            refuse(
-                file, (stored.get(name) != kept, f"should hold {name} as {kept} and has {stored.get(name)}: {advice}")
-            )
+            found = stored.get(name)
+            refuse(file, (found != kept, f"should hold {name} as {kept} and has {found}: {advice}"))
         arrays = {name: opened.get_tensor(name) for name in wanted}
     for name, value in arrays.items():
         refuse(file, (not np.isfinite(value).all(), f"holds {name} that is not finite: {advice}"))

@@ -59,44 +59,37 @@ class Settings(Struct, kw_only=True):
     no_rope_layer_interval: Size = 4
     position_embedding_type: str | None = None
 
-    def said_to_slide(self, layer: int, otherwise: bool) -> bool:
-        """What `layer_types` says of a layer (0-based), and `otherwise` where it is left out."""
+    # Rules for layers (0-based), of which a family has its own.
+
+    def _said(self, layer: int, otherwise: bool) -> bool:
         return otherwise if self.layer_types is None else self.layer_types[layer : layer + 1] == ["sliding_attention"]
+
+    def _always(self, layer: int) -> bool:
+        return True
+
+    def _never(self, layer: int) -> bool:
+        return False
+
+    def _all_but_every_nth(self, layer: int) -> bool:
+        return self._said(layer, self.period is None or (layer + 1) % self.period != 0)
+
+    def _qwen2_slides(self, layer: int) -> bool:
+        above = self.max_window_layers is None or layer >= self.max_window_layers
+        return bool(self.use_sliding_window) and self._said(layer, above)
+
+    def _smollm3_slides(self, layer: int) -> bool:
+        return bool(self.use_sliding_window) and self._said(layer, not self._smollm3_rotates(layer))
+
+    def _smollm3_rotates(self, layer: int) -> bool:
+        if self.no_rope_layers is not None:
+            return self.no_rope_layers[layer : layer + 1] != [0]
+        return (layer + 1) % self.no_rope_layer_interval != 0
+
+    def _granite4_rotates(self, layer: int) -> bool:
+        return self.position_embedding_type == "rope"
 
 
 Rule = Callable[[Settings, int], bool]
-"""What holds for a layer (0-based)."""
-
-
-def _always(settings: Settings, layer: int) -> bool:
-    return True
-
-
-def _never(settings: Settings, layer: int) -> bool:
-    return False
-
-
-def _all_but_every_nth(settings: Settings, layer: int) -> bool:
-    return settings.said_to_slide(layer, settings.period is None or (layer + 1) % settings.period != 0)
-
-
-def _qwen2_slides(settings: Settings, layer: int) -> bool:
-    above = settings.max_window_layers is None or layer >= settings.max_window_layers
-    return bool(settings.use_sliding_window) and settings.said_to_slide(layer, above)
-
-
-def _smollm3_slides(settings: Settings, layer: int) -> bool:
-    return bool(settings.use_sliding_window) and settings.said_to_slide(layer, not _smollm3_rotates(settings, layer))
-
-
-def _smollm3_rotates(settings: Settings, layer: int) -> bool:
-    if settings.no_rope_layers is not None:
-        return settings.no_rope_layers[layer : layer + 1] != [0]
-    return (layer + 1) % settings.no_rope_layer_interval != 0
-
-
-def _granite4_rotates(settings: Settings, layer: int) -> bool:
-    return settings.position_embedding_type == "rope"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +104,8 @@ class Family:
     # Canonical tensor -> (Hugging Face's names, GGUF's), where they are not those of `tensor_names`.
     names: Names = dataclasses.field(default_factory=dict)
     keys: dict[str, str] = dataclasses.field(default_factory=dict)  # of `Settings` -> what config.json calls them here
-    slides: Rule = _never  # which layers see no further than `sliding_window`, where there is one
-    rotates: Rule = _always  # which layers know positions
+    slides: Rule = Settings._never  # which layers see no further than `sliding_window`, where there is one
+    rotates: Rule = Settings._always  # which layers know positions
     local_rope: bool = False  # whether layers with a window rotate unscaled
     partial: bool = False  # whether heads may be rotated in part
     scaled: bool = False  # whether embeddings grow by the root of the width, and scores shrink by that of `query_size`
@@ -167,30 +160,40 @@ _SHARED_MLP: Names = {
     "down": (("shared_mlp.output_linear.weight",), ("ffn_down.weight",)),
 }
 _GEMMA: dict[str, Any] = {
-    "names": _GEMMA_NAMES, "keys": {"hidden_act": "hidden_activation"}, "slides": _all_but_every_nth, "scaled": True
+    "names": _GEMMA_NAMES, "keys": {"hidden_act": "hidden_activation"}, "slides": Settings._all_but_every_nth,
+    "scaled": True,
 }  # fmt: skip
-_SMOL: dict[str, Any] = {"slides": _smollm3_slides, "rotates": _smollm3_rotates}
-_HYBRID: dict[str, Any] = {"keys": {"intermediate_size": "shared_intermediate_size"}, "rotates": _granite4_rotates}
+_SMOL: dict[str, Any] = {"slides": Settings._smollm3_slides, "rotates": Settings._smollm3_rotates}
+_HYBRID: dict[str, Any] = {
+    "keys": {"intermediate_size": "shared_intermediate_size"},
+    "rotates": Settings._granite4_rotates,
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", _LLAMA, "llama", True),
-    "qwen2": Family("Qwen2ForCausalLM", _QWEN2, "qwen2", constants=_OF_QWEN2, slides=_qwen2_slides),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN2, "qwen2", constants=_OF_QWEN2, slides=Settings._qwen2_slides),
     "qwen3": Family(
-        "Qwen3ForCausalLM", _QWEN2 | {"head_dim": 128}, "qwen3", constants={"qk_norm": True}, slides=_qwen2_slides
+        "Qwen3ForCausalLM",
+        _QWEN2 | {"head_dim": 128},
+        "qwen3",
+        constants={"qk_norm": True},
+        slides=Settings._qwen2_slides,
     ),
-    "mistral": Family("MistralForCausalLM", _SLIDING_MISTRAL, slides=_always),
-    "ministral": Family("MinistralForCausalLM", _SLIDING_MISTRAL, slides=_all_but_every_nth),
-    "ministral3": Family("Ministral3ForCausalLM", _MINISTRAL3, "mistral3", True, slides=_always),
+    "mistral": Family("MistralForCausalLM", _SLIDING_MISTRAL, slides=Settings._always),
+    "ministral": Family("MinistralForCausalLM", _SLIDING_MISTRAL, slides=Settings._all_but_every_nth),
+    "ministral3": Family("Ministral3ForCausalLM", _MINISTRAL3, "mistral3", True, slides=Settings._always),
     "gemma2": Family("Gemma2ForCausalLM", _GEMMA2, "gemma2", constants=_OF_GEMMA, **_GEMMA),
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _GEMMA3, "gemma3", constants=_OF_GEMMA | {"qk_norm": True}, local_rope=True, **_GEMMA
     ),
     "smollm3": Family("SmolLM3ForCausalLM", _SMOLLM3, "smollm3", True, **_SMOL),
     "olmo2": Family("Olmo2ForCausalLM", _OLMO2, "olmo2", constants=_OF_OLMO),
-    "olmo3": Family("Olmo3ForCausalLM", _OLMO3, constants=_OF_OLMO, local_rope=True, slides=_all_but_every_nth),
+    "olmo3": Family(
+        "Olmo3ForCausalLM", _OLMO3, constants=_OF_OLMO, local_rope=True, slides=Settings._all_but_every_nth
+    ),
     "granite": Family("GraniteForCausalLM", _LLAMA | _MULTIPLIERS, "granite", True),
     "granitemoehybrid": Family("GraniteMoeHybridForCausalLM", _GRANITE4, names=_SHARED_MLP, **_HYBRID),
-    "phi3": Family("Phi3ForCausalLM", _PHI3, "phi3", names=_FUSED, partial=True, slides=_always),
+    "phi3": Family("Phi3ForCausalLM", _PHI3, "phi3", names=_FUSED, partial=True, slides=Settings._always),
 }
 """model_type of config.json -> what it is."""
 

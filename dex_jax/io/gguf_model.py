@@ -84,20 +84,18 @@ def open_gguf(path: Path) -> Checkpoint:
 def _config(file: GGUFFile) -> ModelConfig:
     path, tensors = file.path, file.stored
     about = typed(file.metadata, _About, path, "choose another file")
-    prefix, covered = f"{about.architecture}.", ", ".join(_ARCHITECTURES)
+    architecture, prefix = about.architecture, f"{about.architecture}."
+    unknown, covered = architecture not in _ARCHITECTURES, ", ".join(_ARCHITECTURES)
     refuse(
         path,
-        (
-            about.architecture not in _ARCHITECTURES,
-            f"holds a model of architecture {about.architecture!r:.60}, and only {covered} are covered",
-        ),
+        (unknown, f"holds a model of architecture {architecture!r:.60}, and only {covered} are covered"),
         (about.parts > 1, f"is one of {about.parts} parts: join them with llama-gguf-split --merge and open that file"),
         ("token_embd.weight" not in tensors, "has no tensor token_embd.weight: it is not a complete model"),
     )
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     own = {key: value if key == _PATTERN else _plain(value, f"{path}: {prefix}{key}") for key, value in own.items()}
     model = typed(own, _Model, path)
-    family = _ARCHITECTURES[about.architecture]
+    family = _ARCHITECTURES[architecture]
     if family == "olmo2" and model.window > 0:
         family = "olmo3"  # llama.cpp calls both the same
     said = {ours: own[key] for key, ours in _KEYS.items() if key in own}
@@ -117,13 +115,8 @@ def _config(file: GGUFFile) -> ModelConfig:
         content["sliding_window_pattern"] = model.pattern
     read = partial(huggingface_config, generation={}, source=str(path), told_by="the metadata")
     plain = read(content)
-    refuse(
-        path,
-        (
-            model.value_width not in (None, plain.head_dim),
-            "has values of another width than its keys, which is not covered",
-        ),
-    )
+    other = model.value_width not in (None, plain.head_dim)
+    refuse(path, (other, "has values of another width than its keys, which is not covered"))
     wide = plain.num_layers == _WIDE_SCALE.get(family)
     content["query_pre_attn_scalar"] = plain.width / plain.num_heads if wide else plain.head_dim
     content["partial_rotary_factor"] = None if model.rotated is None else model.rotated / plain.head_dim
@@ -154,14 +147,8 @@ def _rope_scaling(file: GGUFFile, model: _Model, plain: ModelConfig) -> dict[str
         scaling = RopeScaling("llama3", max(_plain(factors.max()), 1e-3), 1.0, 4.0, 8192)
         expected = rope_frequencies(plain) / rope_frequencies(dataclasses.replace(plain, rope_scaling=scaling))
         fits = factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4)
-        refuse(
-            file.path,
-            (
-                not fits,
-                f"holds RoPE factors ({_LLAMA3}) other than those of Llama 3.x, which are not covered: use the Hugging "
-                "Face directory of this model",
-            ),
-        )
+        told = f"holds RoPE factors ({_LLAMA3}) other than those of Llama 3.x: use the Hugging Face directory"
+        refuse(file.path, (not fits, told))
         constants = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         return said | {"rope_type": "llama3", "factor": scaling.factor} | constants
     return None if model.scaling == "none" else said

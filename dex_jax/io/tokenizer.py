@@ -1,8 +1,10 @@
-"""One tokenizer for every checkpoint: text to ids and back, and chat messages to ids."""
+"""One tokenizer for every checkpoint: text to ids and back, at once or as ids come, and chat messages to ids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 _MARK = "dexmarker"
+_REPLACEMENT = "\ufffd"
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class _Message(Struct):
@@ -117,3 +121,53 @@ class Tokenizer:
         # Whatever a program can raise: templates index, divide and concatenate what they are given.
         except Exception as error:
             raise DexError(f"The chat template of {self._source} refuses these messages: {reason(error)}") from error
+
+
+class TextStream:
+    """Turns ids into text piece by piece; all pieces together are what one `decode` of all ids gives.
+
+    >>> stream = TextStream(tokenizer)  # doctest: +SKIP
+    >>> print(stream.push([504]), stream.push([2234, 314]), stream.flush())  # doctest: +SKIP
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._decode = tokenizer, tokenizer.decode
+        self._byte_fallback = tokenizer.backend.token_to_id("<0x00>") is not None
+        # Decoded together: what is not settled, after one token that is, as decoders drop a space at the beginning.
+        self._window: list[int] = []
+        self._emitted = 0
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Takes more ids and returns the text that no later id can change."""
+        self._window += [int(i) for i in ids if self._visible(int(i))]
+        settled = len(self._window) - self._open_bytes()
+        text = self._decode(self._window[:settled])
+        stable = text.rstrip(_REPLACEMENT)
+        new = stable[self._emitted :]
+        self._emitted = max(self._emitted, len(stable))
+        if settled == len(self._window) and stable == text:
+            # Only the last token is kept, if that token alone shows where its text ends.
+            alone = self._decode(self._window[-1:])
+            if alone and not alone.endswith(_REPLACEMENT):
+                self._window, self._emitted = self._window[-1:], len(alone)
+        return new
+
+    def flush(self) -> str:
+        """Returns what was held back, bytes that are no UTF-8 as U+FFFD, and starts afresh."""
+        new = self._decode(self._window)[self._emitted :]
+        self._window, self._emitted = [], 0
+        return new
+
+    def _visible(self, token_id: int) -> bool:
+        known = self._tokenizer.backend.id_to_token(token_id) is not None
+        return known and token_id not in self._tokenizer.special_ids
+
+    def _open_bytes(self) -> int:
+        """How many tokens at the end are single bytes of a SentencePiece vocabulary.
+
+        A run of those reads as characters only if all of it is UTF-8, so nothing of it is settled before it ends.
+        """
+        if not self._byte_fallback:
+            return 0
+        backwards = (self._tokenizer.backend.id_to_token(token_id) or "" for token_id in reversed(self._window))
+        return sum(1 for _ in itertools.takewhile(_BYTE.fullmatch, backwards))
