@@ -182,20 +182,6 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, place, trained, argum
     assert keyword in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--config x.py --devices 0",
-        *(f"evaluate --exits shared --data x.txt --{flag}" for flag in ("prompts 0", "max-new-tokens x")),
-    ],
-)
-def test_a_value_that_will_not_do_names_the_flag(capsys, arguments) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        train.main(arguments.split())
-    assert stopped.value.code == 2
-    assert f"argument {arguments.split()[-2]}: " in capsys.readouterr().err
-
-
 def test_too_little_memory_is_one_sentence(capsys, monkeypatch) -> None:
     def full(path):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
