@@ -15,7 +15,7 @@ import numpy as np
 from measuring import Figures, arguments, machine, main, read_ids
 
 import dex_jax
-from dex_jax.check import compare
+from dex_jax.decoding.check import compare
 from dex_jax.decoding.plan import resolve
 from dex_jax.tables import markdown
 

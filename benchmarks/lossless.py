@@ -20,7 +20,7 @@ from measuring import Figures, arguments, machine, main
 
 import dex_jax
 from dex_jax.decoding.counting import ticks_of
-from dex_jax.forced import forced_exits
+from dex_jax.decoding.forced import forced_exits
 from dex_jax.lattice import full_rows
 from dex_jax.tables import markdown
 

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from dex_jax.errors import DexError, exit_code
+from dex_jax.errors import DexError
+from dex_jax.interrupts import exit_code
 from dex_jax.io.whole_files import write_json
 
 HELP = {

@@ -9,7 +9,13 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from dex_jax.errors import DexError
-from dex_jax.foreign import Positive, Size, TokenId
+
+Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+"""Of an axis, or how many there are of something."""
+
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Positive = Annotated[float, Meta(gt=0, le=1e30)]
+"""Neither infinite nor NaN."""
 
 
 @dataclasses.dataclass(frozen=True)

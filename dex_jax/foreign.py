@@ -7,21 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
-from msgspec import Meta
 
 from dex_jax.errors import DexError
 
 T = TypeVar("T")
-
-Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-"""Of an axis, or how many there are of something."""
-
-TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Positive = Annotated[float, Meta(gt=0, le=1e30)]
-"""Neither infinite nor NaN."""
 
 
 @contextmanager

@@ -8,6 +8,8 @@ thread of its own hears of the signal and ends the process.
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import signal
 import socket
@@ -15,6 +17,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from dex_jax.errors import DexError
+
+OK, BAD_INPUT = 0, 2
 INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended."""
 
@@ -97,3 +102,34 @@ def _end(sentence: str) -> None:
         if sentence:
             os.write(2, f"\n{sentence}\n".encode())
     os._exit(INTERRUPTED)
+
+
+def exit_code(command: Callable[[], int | None], stopped: str = "Stopped.") -> int:
+    """Runs a program's work and says what ended it early: what `command` returned, 0 for None, is the exit code.
+
+    It is 2 for bad input, a DexError, for a full disk and for a stdout that is closed, and 0 when nobody reads stdout
+    any more. Ctrl-C ends the process with 130, and `stopped` on stderr, if it is not empty.
+    """
+    if sys.stdout is None:
+        print("error: stdout is closed, where all is written: leave it open", file=sys.stderr)
+        return BAD_INPUT
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # a file or pipe, which Windows would write in the system's code page
+    try:
+        with heeded(stopped):
+            code = command() or OK
+            sys.stdout.flush()  # here, where a reader that is gone is no error
+            return code
+    except DexError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        unread = isinstance(error, BrokenPipeError)
+        if not unread and error.errno != errno.ENOSPC:
+            raise
+        # Nothing more may be written, not even by the interpreter's own flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if unread:
+            return OK
+        print(f"error: nothing more can be written ({error.strerror}): make room on the disk", file=sys.stderr)
+        return BAD_INPUT

@@ -17,30 +17,29 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.grid import check_depths, even_depths, nearest_depths
 from dex_jax.host_memory import return_free_memory
 from dex_jax.io.checkpoint import Checkpoint
 from dex_jax.io.exits_file import default_exits
+from dex_jax.io.jax_cache import keep_programs
 from dex_jax.io.opening import open_checkpoint
+from dex_jax.io.prompts import Prompt, encode_prompt
 from dex_jax.io.save import save_model
 from dex_jax.io.tokenizer import Tokenizer
-from dex_jax.jax_cache import keep_programs
-from dex_jax.nn import few_rows
+from dex_jax.nn import cache, few_rows
 from dex_jax.nn.blocks import FORMATS
 from dex_jax.nn.forward import extend
 from dex_jax.nn.packed import INT8, Packed, joined, to_int8
 from dex_jax.nn.placing import build_on_mesh
 from dex_jax.nn.planes import PLANES
 from dex_jax.nn.products import DISTRUSTED, compiled_for
+from dex_jax.nn.sharding import STAGE, TENSOR, bits_of, check_model, check_stages, make_mesh
 from dex_jax.nn.transformer import Staged, Transformer, build
 from dex_jax.nn.trial import try_kernels
 from dex_jax.nn.weights import Packing, abstract_weights, canonical_weights, merge_model, weight_bytes
 from dex_jax.progress import notify
-from dex_jax.prompts import Prompt, encode_prompt
-from dex_jax.sharding import STAGE, TENSOR, bits_of, check_model, check_stages, make_mesh
 
 LARGE_TENSOR = 2**22
 """Bytes of a tensor after whose reading freed memory is worth giving back."""
@@ -74,7 +73,7 @@ class Described:
         return tuple(sorted({*self.config.eos_ids, *from_template}))
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
-        """Token ids of a prompt; see `dex_jax.prompts.encode_prompt`."""
+        """Token ids of a prompt; see `dex_jax.io.prompts.encode_prompt`."""
         return encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.source, chat)
 
 
@@ -139,10 +138,10 @@ class LanguageModel(Described):
         """Final logits at every position, on one device: tokens [B, T] int32 -> [B, T, V] float32.
 
         Raises:
-          DexError: the model lies on a mesh, where `dex_jax.check.logits_of` gives them.
+          DexError: the model lies on a mesh, where `dex_jax.decoding.check.logits_of` gives them.
         """
         if self.mesh is not None:
-            raise DexError(f"{self.source} lies on a mesh: dex_jax.check.logits_of gives its logits")
+            raise DexError(f"{self.source} lies on a mesh: dex_jax.decoding.check.logits_of gives its logits")
         return _full_logits(self.config, self.weights, jnp.asarray(tokens, jnp.int32))
 
 

@@ -42,8 +42,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dex_jax.config import ModelConfig
-from dex_jax.errors import DexError, exit_code
+from dex_jax.errors import DexError
 from dex_jax.hardware import DEVICES, USABLE, Hardware, hardware
+from dex_jax.interrupts import exit_code
 from dex_jax.tables import markdown
 
 READS, COMPUTES = 0.8, 0.6

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dex_jax.cli.common import add_model
-from dex_jax.errors import exit_code
+from dex_jax.interrupts import exit_code
 from dex_jax.progress import notify, phases
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def canaries() -> Finding:
 
 def same_tokens(lm: LanguageModel, what: str, out: Output, plain: Output, temperature: float) -> Finding:
     """Whether an output has AR's tokens, up to a parting that is rounding."""
-    from dex_jax.check import compare
+    from dex_jax.decoding.check import compare
 
     (check,) = compare(lm, out, plain, temperature)
     holds, detail = check.is_tie(str(lm.dtype)), f"{plain.lengths[0]} tokens"

@@ -23,8 +23,8 @@ from test_io_gguf import write_gguf
 
 import dex_jax
 from dex_jax import AR, Dex, Staged
-from dex_jax.check import logits_of
 from dex_jax.config import ModelConfig
+from dex_jax.decoding.check import logits_of
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.plan import GivenHeads, Plan, plan_for
@@ -34,8 +34,8 @@ from dex_jax.grid import even_depths
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.placing import build_on_mesh
+from dex_jax.nn.sharding import STAGE, make_mesh, parse_mesh
 from dex_jax.nn.transformer import Transformer, stage_ranges
-from dex_jax.sharding import STAGE, make_mesh, parse_mesh
 
 TOKENS = 10
 TREE = TreeShape((2, 1), 2, (0.3, *[0.7] * 7))

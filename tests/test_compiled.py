@@ -26,9 +26,9 @@ from dex_jax.decoding.session import Session
 from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES
+from dex_jax.nn.sharding import make_mesh, nbytes
 from dex_jax.nn.transformer import Staged, parameter_shapes
 from dex_jax.nn.weights import packed_alike
-from dex_jax.sharding import make_mesh, nbytes
 
 TREE = TreeShape((2, 2, 1, 1, 1), drafted=0, lookup=(0.5,) * 8)
 DRAFTED = dataclasses.replace(TREE, drafted=3, drafting=0.1)

@@ -17,11 +17,11 @@ import pytest
 from reference.small_models import LLAMA, small_model, train_tokenizer, weights_of
 
 import dex_jax
-from dex_jax.check import Check
 from dex_jax.cli import common, decode
 from dex_jax.cli.arguments import parser, prompts_of
 from dex_jax.cli.display import _check_lines
 from dex_jax.decoding import auto
+from dex_jax.decoding.check import Check
 from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.errors import DexError
 from dex_jax.io.save import save_model
@@ -186,7 +186,7 @@ def test_samples_are_headed_and_checked(run) -> None:
 
 
 def test_a_difference_is_told_and_changes_the_exit_code(run, monkeypatch) -> None:
-    from dex_jax import check
+    from dex_jax.decoding import check
 
     monkeypatch.setattr(check, "compare", lambda *args: [check.Check(False, 3, 0.25)])
     code, _, err = run("--prompt", SKY, "--check", *COMMON)

@@ -16,7 +16,7 @@ from dex_jax.cli.devices import REMEDIES, free_memory, held, verdict
 from dex_jax.decoding.plan import GivenHeads, plan_for
 from dex_jax.decoding.request import AR, Dex, Request
 from dex_jax.decoding.session import Session
-from dex_jax.sharding import nbytes
+from dex_jax.nn.sharding import nbytes
 
 
 @pytest.mark.parametrize(("method", "dtype"), [(AR(), jnp.float32), (Dex(explorers=2, draft=False), jnp.bfloat16)])

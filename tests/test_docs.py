@@ -108,7 +108,7 @@ def programs() -> dict[str, dict[str, set[str]]]:
 
 
 COMMANDS = programs()
-assert {"dex_jax.cli.decode", "dex_jax.cli.train evaluate", "studies.methods_table"} <= COMMANDS.keys(), "on pages"
+assert {"dex_jax.cli.decode", "dex_jax.cli.train evaluate", "benchmarks.methods_table"} <= COMMANDS.keys(), "on pages"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from dex_jax import DexError
-from dex_jax.errors import BAD_INPUT, OK, exit_code
+from dex_jax.interrupts import BAD_INPUT, OK, exit_code
 
 
 def raising(error: BaseException):
@@ -37,7 +37,7 @@ def test_bad_input_is_told_in_a_line_and_a_bug_is_not(capsys) -> None:
     [("[print('x' * 1000, flush=True) for _ in range(10000)] and None", 10), ("input() or print('short')", 0)],
 )
 def test_a_reader_that_leaves_is_no_error(command: str, read: int) -> None:
-    program = f"import sys; from dex_jax.errors import exit_code; sys.exit(exit_code(lambda: {command}))"
+    program = f"import sys; from dex_jax.interrupts import exit_code; sys.exit(exit_code(lambda: {command}))"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen([sys.executable, "-c", program], env=buffered, **pipes)
@@ -56,7 +56,7 @@ def test_a_reader_that_leaves_is_no_error(command: str, read: int) -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a Linux device that is always full")
 @pytest.mark.parametrize(("where", "told"), [("> /dev/full", "No space left on device"), (">&-", "stdout is closed")])
 def test_a_stdout_that_cannot_be_written_is_told(where: str, told: str) -> None:
-    program = "import sys; from dex_jax.errors import exit_code; sys.exit(exit_code(lambda: print('text')))"
+    program = "import sys; from dex_jax.interrupts import exit_code; sys.exit(exit_code(lambda: print('text')))"
     found = subprocess.run(f'"{sys.executable}" -c "{program}" {where}', shell=True, stderr=subprocess.PIPE, text=True)
     assert found.returncode == BAD_INPUT
     assert told in found.stderr
@@ -64,7 +64,9 @@ def test_a_stdout_that_cannot_be_written_is_told(where: str, told: str) -> None:
 
 
 def test_what_is_piped_is_utf_8() -> None:
-    program = "import sys; from dex_jax.errors import exit_code; sys.exit(exit_code(lambda: print('\u2588 \u65e5')))"
+    program = (
+        "import sys; from dex_jax.interrupts import exit_code; sys.exit(exit_code(lambda: print('\u2588 \u65e5')))"
+    )
     found = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONIOENCODING": "cp1252:strict"},

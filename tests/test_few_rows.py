@@ -18,8 +18,7 @@ from hypothesis import example, given, settings
 from reference.small_models import LLAMA, random_transformer
 
 import dex_jax
-from dex_jax import cache
-from dex_jax.nn import few_rows, native
+from dex_jax.nn import cache, few_rows, native
 from dex_jax.nn.few_rows import few_rows_norm, few_rows_product
 from dex_jax.nn.forward import extend, run_tree
 from dex_jax.nn.layers import _rms_norm, gated, linear, rms_norm

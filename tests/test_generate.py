@@ -19,7 +19,7 @@ from dex_jax import AR, Dex, DexError
 from dex_jax.decoding import plan
 from dex_jax.decoding.session import RUN, START
 from dex_jax.decoding.stopping import StopStrings
-from dex_jax.prompts import encode_prompt
+from dex_jax.io.prompts import encode_prompt
 
 TOKENS = 14
 SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}

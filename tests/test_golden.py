@@ -20,7 +20,7 @@ from reference import gemma3_file
 from reference.checkpoints import FAMILIES, write_checkpoint
 
 import dex_jax
-from dex_jax.check import compare
+from dex_jax.decoding.check import compare
 from dex_jax.decoding.counting import ticks_of
 from dex_jax.nn import few_rows
 from dex_jax.nn.forward import depth_states

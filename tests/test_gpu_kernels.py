@@ -19,14 +19,13 @@ from reference.compiled import assumed
 from reference.small_models import LLAMA, outline_of, programs_of, random_transformer
 from test_few_rows_attention import attention_of, plain_attention
 
-from dex_jax import cache
-from dex_jax.cache import MOST_WRITTEN, write_rows
 from dex_jax.config import LayerKind
 from dex_jax.decoding.plan import plan_for
 from dex_jax.decoding.request import AR, Dex, Request
 from dex_jax.decoding.session import Session
-from dex_jax.nn import few_rows, gpu_attention, gpu_writes, planes, products, trial
+from dex_jax.nn import cache, few_rows, gpu_attention, gpu_writes, planes, products, trial
 from dex_jax.nn.attention import KeyValues, _attend
+from dex_jax.nn.cache import MOST_WRITTEN, write_rows
 from dex_jax.nn.forward import commit_rows, extend, run_tree
 from dex_jax.nn.kinds import ring_length, ring_of
 from dex_jax.nn.products import TRITON, Device

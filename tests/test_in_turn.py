@@ -13,9 +13,8 @@ from reference.small_models import LLAMA, random_transformer, weights_of
 from test_few_rows import needs_compiler
 
 import dex_jax
-from dex_jax import cache
 from dex_jax.config import LayerKind
-from dex_jax.nn import few_rows, in_turn
+from dex_jax.nn import cache, few_rows, in_turn
 from dex_jax.nn.forward import extend, run_rows
 from dex_jax.nn.packed import to_int8
 from dex_jax.nn.products import ASSUMED, Device

@@ -93,7 +93,7 @@ def test_text_that_was_there_stays_with_its_summary() -> None:
 
 
 def test_what_asked_for_a_second_is_ended_after_it() -> None:
-    program = "import time; from dex_jax.errors import exit_code; from dex_jax.interrupts import gently\n"
+    program = "import time; from dex_jax.interrupts import exit_code; from dex_jax.interrupts import gently\n"
     program += "def work():\n  with gently() as stopped:\n    print('begun', flush=True)\n    time.sleep(60)\n"
     code, seconds, shown = interrupt([sys.executable, "-c", program + "exit_code(work, 'Ended.')"], b"begun")
     assert (code, seconds < 2, "Ended." in shown, "Traceback" in shown) == (130, True, True, False)

@@ -14,9 +14,9 @@ import pytest
 from reference.small_models import LLAMA, small_model, train_tokenizer, weights_of
 
 from dex_jax.decoding import program
+from dex_jax.io.jax_cache import keep_programs
 from dex_jax.io.save import save_model
 from dex_jax.io.whole_files import cache_folder
-from dex_jax.jax_cache import keep_programs
 from dex_jax.progress import listening
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,9 +22,9 @@ from conftest import slow
 from reference.checkpoints import tensor_shapes
 from test_io_gguf import NAMES, NAMES_OF
 
-from dex_jax import cache
 from dex_jax.cli.decode import main
 from dex_jax.hardware import DEVICES, USABLE
+from dex_jax.nn import cache
 from dex_jax.nn.forward import extend_rows
 from dex_jax.nn.transformer import build, parameter_shapes
 from dex_jax.planner import SHAPES

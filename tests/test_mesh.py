@@ -23,7 +23,7 @@ from test_few_rows import needs_compiler
 
 from dex_jax.errors import DexError
 from dex_jax.nn import few_rows
-from dex_jax.sharding import check_batch, check_model, check_stages, make_mesh
+from dex_jax.nn.sharding import check_batch, check_model, check_stages, make_mesh
 
 TESTS = Path(__file__).resolve().parent
 DEVICES = 8

@@ -14,9 +14,9 @@ import pytest
 from reference.compiled import assumed
 from reference.small_models import LLAMA, random_transformer, small_model
 
-from dex_jax import RopeScaling, cache
+from dex_jax import RopeScaling
 from dex_jax.language_model import default_dtype, resolve_dtype
-from dex_jax.nn import rotary
+from dex_jax.nn import cache, rotary
 from dex_jax.nn.forward import extend, run_tree
 from dex_jax.nn.layers import rms_norm
 from dex_jax.nn.rotary import rope_frequencies, rope_table

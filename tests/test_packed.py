@@ -26,8 +26,8 @@ from dex_jax.nn.layers import linear
 from dex_jax.nn.packed import INT8, Packed, joined, take_rows, to_int8
 from dex_jax.nn.planes import blank_planes, in_planes
 from dex_jax.nn.products import ASSUMED, Device
+from dex_jax.nn.sharding import nbytes
 from dex_jax.nn.weights import weight_bytes
-from dex_jax.sharding import nbytes
 
 formats = pytest.mark.parametrize("format", FORMATS)
 METHODS = {"ar": dex_jax.AR(), "drafts": dex_jax.Dex(explorers=1), "explorers": dex_jax.Dex(explorers=2)}

@@ -18,8 +18,8 @@ from reference.toy_runs import CAPACITY, arrays, emitted, random_case, twin_draw
 from reference.twin import autoregressive
 
 import dex_jax
+from benchmarks import methods_table
 from dex_jax.decoding.record import until_done
-from studies import methods_table
 from studies.rivals import DEL, AdaDecode, LayerSkip, layer_steps, loop
 from studies.rivals.dynamic import Dynamic
 from studies.rivals.interface import Policy

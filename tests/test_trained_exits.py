@@ -16,9 +16,9 @@ import dex_jax
 from dex_jax.config import EXIT_KINDS, ExitsConfig
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
+from dex_jax.decoding.forced import forced_exits
 from dex_jax.decoding.plan import plan_for, resolve
 from dex_jax.errors import DexError
-from dex_jax.forced import forced_exits
 from dex_jax.grid import nearest_depths
 from dex_jax.io.exits_file import TrainedExits, load_exits, quantize, save_exits
 from dex_jax.nn.exits import exit_parameters, initial_heads

@@ -16,10 +16,10 @@ import pytest
 from reference import stream_twin
 from reference.small_models import LLAMA, small_model
 
-from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel
+from dex_jax.nn import cache
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.weights import abstract_weights, merge_model
 from dex_jax.training.items import Item, Turn, no_script, stack_scripts

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from reference.small_models import LLAMA, small_model
 
 import dex_jax
-from dex_jax import cache
 from dex_jax.config import LayerKind
-from dex_jax.nn import kinds
+from dex_jax.nn import cache, kinds
 from dex_jax.nn.kinds import KindTable, ring_length, ring_of, ring_size, sights
 from dex_jax.nn.transformer import Staged
 

@@ -15,7 +15,7 @@ from dex_jax.foreign import reading
 from dex_jax.prompt_files import lines_of, read_prompts
 
 if TYPE_CHECKING:
-    from dex_jax.prompts import Prompt
+    from dex_jax.io.prompts import Prompt
 
 EPILOG = """\
 examples:

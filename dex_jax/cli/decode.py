@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from dex_jax.cli.arguments import check_flags, method_of, options_of, parser, prompts_of
 from dex_jax.decoding.request import AR, Dex
-from dex_jax.errors import OK, exit_code
-from dex_jax.interrupts import INTERRUPTED, gently
+from dex_jax.interrupts import INTERRUPTED, OK, exit_code, gently
 from dex_jax.progress import notify, phases
 
 if TYPE_CHECKING:
-    from dex_jax.check import Check
+    from dex_jax.decoding.check import Check
     from dex_jax.decoding.output import Output
+    from dex_jax.io.prompts import Prompt
     from dex_jax.language_model import LanguageModel
-    from dex_jax.prompts import Prompt
 
 DIFFERENT = 1
 """Exit code when --check finds other tokens than AR's."""
@@ -116,7 +115,7 @@ def _follow(
 def _check(
     lm: LanguageModel, output: Output, prompts: list[Prompt], args: argparse.Namespace, options: dict[str, Any]
 ) -> list[Check]:
-    from dex_jax.check import compare
+    from dex_jax.decoding.check import compare
 
     (reference,) = collections.deque(_stream(lm, prompts, AR(), args.json, options), maxlen=1)
     return compare(lm, output, reference, args.temperature, args.top_k, args.top_p)

@@ -23,10 +23,10 @@ from dex_jax.decoding.session import START, Session
 from dex_jax.errors import DexError
 from dex_jax.hardware import USABLE, Device, hardware, platform_of
 from dex_jax.io.opening import open_checkpoint
+from dex_jax.io.prompts import Prompt
 from dex_jax.language_model import Outline, layout_on_mesh, packing_of, resolve_dtype
+from dex_jax.nn.sharding import STAGE, make_mesh, nbytes
 from dex_jax.nn.transformer import Staged
-from dex_jax.prompts import Prompt
-from dex_jax.sharding import STAGE, make_mesh, nbytes
 
 REMEDIES = {
     "weights": "use int8 weights, a smaller dtype or a smaller model",

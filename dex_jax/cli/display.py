@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from dex_jax.check import Check
+from dex_jax.decoding.check import Check
 from dex_jax.decoding.output import Output, title, where_of
 from dex_jax.io.tokenizer import TextStream, Tokenizer
 from dex_jax.plot.colors import depth_style

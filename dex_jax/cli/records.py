@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dex_jax.check import Check
+from dex_jax.decoding.check import Check
 from dex_jax.decoding.output import Output
 
 
@@ -22,7 +22,7 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     each token), depth_side_speedup (null for one token), compile_seconds, prefill_seconds and decode_seconds (of the
     whole batch), tokens_per_second ((n - 1) / decode_seconds of this sequence, null for one token), device, dtype,
     weights (the dtype, or the formats of packed ones), seed (null when greedy), and check when asked for (identical,
-    first_divergence, top2_margin; see dex_jax.check).
+    first_divergence, top2_margin; see dex_jax.decoding.check).
     """
     stats, length = output.stats, int(output.lengths[row])
     of_plan, of_all = ("choice", "exits_source", "drafter_source"), ("device", "dtype", "weights")

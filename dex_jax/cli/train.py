@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dex_jax.cli.common import program
 from dex_jax.cli.train_arguments import configured, evaluate_parser, export_parser, folder_of, train_parser
 from dex_jax.cli.train_results import evaluate, export
-from dex_jax.errors import DexError, exit_code
+from dex_jax.errors import DexError
+from dex_jax.interrupts import exit_code
 from dex_jax.progress import phases
 
 if TYPE_CHECKING:

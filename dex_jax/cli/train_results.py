@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dex_jax.errors import DexError
 
 if TYPE_CHECKING:
-    from dex_jax.forced import Text
+    from dex_jax.decoding.forced import Text
     from dex_jax.io.exits_file import TrainedExits
     from dex_jax.language_model import LanguageModel
 
@@ -83,7 +83,7 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
     from dex_jax.io.exits_file import default_exits, load_exits
 
     if args.exits == "shared":
-        from dex_jax.forced import shared_exits
+        from dex_jax.decoding.forced import shared_exits
         from dex_jax.training.figures import even_grids
 
         grids = even_grids(lm.config.num_layers)

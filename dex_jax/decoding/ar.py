@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.cache import Memory
 from dex_jax.decoding.record import Limits, Record, begin, emit
+from dex_jax.nn.cache import Memory
 from dex_jax.nn.forward import extend
 from dex_jax.nn.transformer import Transformer
 from dex_jax.sampling import Sampling, choose, position_noise

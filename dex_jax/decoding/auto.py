@@ -30,9 +30,9 @@ from dex_jax.decoding.plan import GivenExits, Method, drafted_rows, find_exits, 
 from dex_jax.decoding.request import AR, Dex
 from dex_jax.distributed import from_first
 from dex_jax.io.exits_file import TrainedExits
+from dex_jax.nn.sharding import DATA, STAGE
 from dex_jax.nn.transformer import Staged
 from dex_jax.nn.weights import Packing
-from dex_jax.sharding import DATA, STAGE
 
 SMALLEST_GAIN = 1.02
 """What is expected to be ahead of AR by less is not worth its compilation, and may well be behind."""

@@ -24,13 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex.drafters import GivenDrafter, read_bytes
 from dex_jax.decoding.program import compiler_options
 from dex_jax.errors import DexError
 from dex_jax.io.whole_files import cache_folder, write_whole
-from dex_jax.nn import few_rows
+from dex_jax.nn import cache, few_rows
 from dex_jax.nn.forward import run_tree
 from dex_jax.nn.transformer import parameter_shapes
 from dex_jax.nn.weights import Packing, abstract_weights, merge_model, weight_bytes

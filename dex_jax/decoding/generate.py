@@ -26,10 +26,10 @@ from dex_jax.decoding.stopping import StopStrings
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError
 from dex_jax.host_memory import return_free_memory
+from dex_jax.io.prompts import Prompt
 from dex_jax.lattice import NO_TOKEN
+from dex_jax.nn.sharding import device_name
 from dex_jax.progress import notify
-from dex_jax.prompts import Prompt
-from dex_jax.sharding import device_name
 
 if TYPE_CHECKING:
     from dex_jax.language_model import LanguageModel, Outline

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dex_jax import cache
 from dex_jax.decoding import ar
 from dex_jax.decoding.ar import ARState
 from dex_jax.decoding.counting import depth_side_speedup, ticks_of
@@ -26,9 +25,10 @@ from dex_jax.decoding.mesh.stage import StageNetwork
 from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits
 from dex_jax.errors import DexError
+from dex_jax.nn import cache
+from dex_jax.nn.sharding import BY_SEQUENCE, BY_STAGE, EVERYWHERE, check_stages
 from dex_jax.nn.transformer import Transformer
 from dex_jax.sampling import Sampling
-from dex_jax.sharding import BY_SEQUENCE, BY_STAGE, EVERYWHERE, check_stages
 
 Tick = Callable[[Any], Any]
 """State -> state after one tick."""

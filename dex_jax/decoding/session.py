@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax import cache
 from dex_jax.decoding import ar
 from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero
 from dex_jax.decoding.dex.interface import Chunk
@@ -32,12 +31,13 @@ from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket
 from dex_jax.distributed import array_from_first, to_host
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_TOKEN
+from dex_jax.nn import cache
 from dex_jax.nn.forward import extend, last_states, states_at
 from dex_jax.nn.placing import weight_specs
+from dex_jax.nn.sharding import BY_SEQUENCE, EVERYWHERE, check_batch, place, zeros
 from dex_jax.nn.weights import merge_model, with_wide_scales
 from dex_jax.progress import notify
 from dex_jax.sampling import Sampling, sampling_keys
-from dex_jax.sharding import BY_SEQUENCE, EVERYWHERE, check_batch, place, zeros
 
 if TYPE_CHECKING:
     from dex_jax.language_model import LanguageModel, Outline

@@ -18,8 +18,8 @@ from dex_jax.decoding.generate import prepare
 from dex_jax.decoding.plan import Method
 from dex_jax.decoding.request import Dex, Request
 from dex_jax.errors import DexError
+from dex_jax.io.prompts import Prompt
 from dex_jax.lattice import NO_NODE, Lattice
-from dex_jax.prompts import Prompt
 
 if TYPE_CHECKING:
     from dex_jax.language_model import LanguageModel

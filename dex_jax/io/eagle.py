@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 
-from dex_jax.config import EagleConfig, ModelConfig
+from dex_jax.config import EagleConfig, ModelConfig, Size, TokenId
 from dex_jax.errors import DexError
-from dex_jax.foreign import Size, TokenId, local_path, reading, refuse, typed
+from dex_jax.foreign import local_path, reading, refuse, typed
 from dex_jax.io.huggingface import SafetensorsFiles, json_of
 from dex_jax.io.huggingface_config import huggingface_config
 from dex_jax.io.opening import from_hub, is_hub_id

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from dex_jax.foreign import Positive, Size, TokenId
+from dex_jax.config import Positive, Size, TokenId
 
 Ids = TokenId | list[TokenId] | None
 Names = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]

@@ -15,7 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dex_jax.foreign import Size, reading, refuse, typed
+from dex_jax.config import Size
+from dex_jax.foreign import reading, refuse, typed
 from dex_jax.io.checkpoint import Stored, Tensors
 
 _ADVICE = "get it again, update gguf, or take a file in Q8_0, Q4_K_M or F16"

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from msgspec import Struct, field
 
-from dex_jax.config import ModelConfig, RopeScaling
-from dex_jax.foreign import TokenId, refuse, typed
+from dex_jax.config import ModelConfig, RopeScaling, TokenId
+from dex_jax.foreign import refuse, typed
 from dex_jax.io.checkpoint import Checkpoint
 from dex_jax.io.families import FAMILIES
 from dex_jax.io.gguf_file import GGUFFile

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
 
-from dex_jax.foreign import TokenId, reading, refuse, typed
+from dex_jax.config import TokenId
+from dex_jax.foreign import reading, refuse, typed
 from dex_jax.io.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

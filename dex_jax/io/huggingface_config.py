@@ -8,9 +8,9 @@ from typing import Any
 from msgspec import Struct, field
 from msgspec.structs import asdict, fields
 
-from dex_jax.config import ModelConfig
+from dex_jax.config import ModelConfig, Positive, Size
 from dex_jax.errors import DexError
-from dex_jax.foreign import Positive, Size, refuse, typed
+from dex_jax.foreign import refuse, typed
 from dex_jax.io.families import FAMILIES, WITH_TEXT, Family, Ids, Settings
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dex_jax.cache import NOWHERE, Memory, after, allocate, lengths_of, write_in_place, write_rows, written_in_place
 from dex_jax.nn.attention import KeyValues, attend, causal_rows
+from dex_jax.nn.cache import NOWHERE, Memory, after, allocate, lengths_of, write_in_place, write_rows, written_in_place
 from dex_jax.nn.gpu_writes import MOST_ROWS
 from dex_jax.nn.in_turn import Place, cached, in_turn, is_loop
 from dex_jax.nn.kinds import Sight, sight_at, sights

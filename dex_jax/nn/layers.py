@@ -113,7 +113,7 @@ LAYER_AXES: dict[str, tuple[str, ...]] = {
     "gate_up": ("mlp", "width"),
     "down": ("width", "mlp"),
 }
-"""Logical axes of a layer's parameters (dex_jax/sharding.py says where they lie on a mesh)."""
+"""Logical axes of a layer's parameters (dex_jax/nn/sharding.py says where they lie on a mesh)."""
 
 
 class DecoderLayer(nnx.Module):

@@ -17,7 +17,7 @@ from dex_jax.nn import few_rows
 from dex_jax.nn.blocks import FORMATS, pieces
 from dex_jax.nn.planes import PLANES, Planes, blank_planes, in_planes
 from dex_jax.nn.products import FEWEST, gpu_capability, rows_times_kernel, sums_over_kernel
-from dex_jax.sharding import nbytes
+from dex_jax.nn.sharding import nbytes
 
 INT8 = "int8"
 """The format of 8 bits a weight and one scale for each output."""

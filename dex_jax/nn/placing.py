@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dex_jax.config import ModelConfig
 from dex_jax.nn.layers import names_in
 from dex_jax.nn.packed import Packed
+from dex_jax.nn.sharding import TENSOR, partition
 from dex_jax.nn.transformer import PARAMETER_AXES, Staged, Transformer, stage_ranges
 from dex_jax.nn.weights import Packing, blank_weight
-from dex_jax.sharding import TENSOR, partition
 
 
 def build_on_mesh(

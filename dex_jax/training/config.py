@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from dex_jax.foreign import Positive, check_fields
+from dex_jax.config import Positive
+from dex_jax.foreign import check_fields
 
 MAY_CHANGE = ("steps", "keep", "eval_every", "log_every")
 """Fields that a resumed run may set anew: how long it goes on, and what is kept and written on the way."""

@@ -18,13 +18,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dex_jax.config import ExitsConfig
+from dex_jax.decoding.forced import Text
 from dex_jax.errors import DexError
-from dex_jax.forced import Text
 from dex_jax.io.exits_file import FILE_NAME, TrainedExits, save_exits
 from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import select_exits
-from dex_jax.sharding import device_name
+from dex_jax.nn.sharding import device_name
 from dex_jax.training.checkpoints import Checkpoints
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.distillation import Distillation, DistillationOptions, check_fit, draft_vocabulary, history_for

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from dex_jax.decoding.counting import ticks_of
+from dex_jax.decoding.forced import Forced, Text, batches, dex_exits, first_exits, force
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.request import AR
 from dex_jax.errors import DexError
-from dex_jax.forced import Forced, Text, batches, dex_exits, first_exits, force
 from dex_jax.grid import even_depths
 from dex_jax.io.exits_file import TrainedExits
+from dex_jax.io.prompts import Prompt
 from dex_jax.io.whole_files import plain
 from dex_jax.language_model import LanguageModel
-from dex_jax.prompts import Prompt
 from dex_jax.tables import markdown
 
 EXPLORERS = (2, 3, 5, 6, 10)

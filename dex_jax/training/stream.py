@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding.program import Program
 from dex_jax.errors import DexError
 from dex_jax.language_model import LanguageModel
+from dex_jax.nn import cache
 from dex_jax.nn.forward import extend, states_at
+from dex_jax.nn.sharding import EVERYWHERE
 from dex_jax.nn.weights import merge_model
 from dex_jax.sampling import sampling_keys
-from dex_jax.sharding import EVERYWHERE
 from dex_jax.training.items import NO_ITEM, Item, Scripts, no_script, script, stack_scripts
 from dex_jax.training.rows import Rows, advance, choices, take_items
 

@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from dex_jax.errors import DexError
 from dex_jax.interrupts import INTERRUPTED
 from dex_jax.io.whole_files import plain
+from dex_jax.nn.sharding import EVERYWHERE
 from dex_jax.progress import Display, Standing
-from dex_jax.sharding import EVERYWHERE
 from dex_jax.training.checkpoints import Checkpoints, Record
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.journal import Journal

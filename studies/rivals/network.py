@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dex_jax.cache import NOWHERE
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.trained_exits import ExitArrays, TrainedHeads, context_rows, exit_heads, shared_columns
 from dex_jax.nn.attention import causal_rows
+from dex_jax.nn.cache import NOWHERE
 from dex_jax.nn.exits import ExitHeads, exit_graph
 from dex_jax.nn.forward import run_rows, write_layers
 from dex_jax.nn.layers import names_in

@@ -15,8 +15,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import dex_jax
-from dex_jax.check import compare
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig
+from dex_jax.decoding.check import compare
 from dex_jax.decoding.program import Program
 from dex_jax.decoding.session import Session
 from dex_jax.io.exits_file import TrainedExits

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dex_jax.cache import Memory, after, commit_slots, write_in_place, written_in_place
 from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.dex.trained_exits import Heads, reached_features, trained_exits
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.plan import Plan
+from dex_jax.nn.cache import Memory, after, commit_slots, write_in_place, written_in_place
 from dex_jax.nn.forward import Beside, InUse, commit_rows, run_rows, run_tree
 from dex_jax.nn.in_turn import is_loop
 from dex_jax.nn.transformer import Transformer, stage_ranges

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dex_jax import cache
 from dex_jax.config import EagleConfig, ModelConfig
 from dex_jax.decoding.dex.interface import Chunk, Drafter, DraftRows, before_rows
 from dex_jax.io.eagle import EagleHead
 from dex_jax.lattice import NO_NODE
+from dex_jax.nn import cache
 from dex_jax.nn.eagle import Eagle, eagle_graph, eagle_of
 from dex_jax.nn.forward import Beside, extend_rows, run_rows
 from dex_jax.nn.transformer import Transformer

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dex_jax.cache import after
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.dex.interface import Chunk, Drafter, DraftRows, Exits, StageView, before_nodes, before_rows
 from dex_jax.nn import few_rows
 from dex_jax.nn.attention import KeyValues, capped
+from dex_jax.nn.cache import after
 from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph, heads_of
 from dex_jax.nn.layers import linear
 from dex_jax.nn.packed import Packed

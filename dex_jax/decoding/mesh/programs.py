@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from dex_jax import cache
 from dex_jax.config import ModelConfig
 from dex_jax.decoding import ar
 from dex_jax.decoding.dex.interface import Chunk
@@ -28,14 +27,15 @@ from dex_jax.decoding.loops import Prefilled, mesh_loop
 from dex_jax.decoding.mesh.stage import StageNetwork, extend_stages, from_last_stage, stage_network
 from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits, until_done
+from dex_jax.nn import cache
 from dex_jax.nn.forward import last_states
 from dex_jax.nn.kinds import kind_table
 from dex_jax.nn.layers import names_in
 from dex_jax.nn.placing import device_config, weight_specs
+from dex_jax.nn.sharding import BY_SEQUENCE, DATA, EVERYWHERE, STAGE, TENSOR, partition, spec_of
 from dex_jax.nn.transformer import Staged, stage_ranges
 from dex_jax.nn.weights import merge_model, with_wide_scales
 from dex_jax.sampling import Sampling
-from dex_jax.sharding import BY_SEQUENCE, DATA, EVERYWHERE, STAGE, TENSOR, partition, spec_of
 
 _CACHE: Any = spec_of(*cache.AXES)
 LIMITS = Limits(BY_SEQUENCE, EVERYWHERE)

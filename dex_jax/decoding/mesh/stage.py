@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.cache import NOWHERE, Memory, after, write_rows
 from dex_jax.decoding.ar import ARState, emitted, next_token
 from dex_jax.decoding.dex.interface import Committed, DexState, Network, StageView, before_nodes
 from dex_jax.decoding.dex.loop import (
@@ -50,10 +49,11 @@ from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits
 from dex_jax.lattice import NO_TOKEN, Proposals
 from dex_jax.nn.attention import causal_rows
+from dex_jax.nn.cache import NOWHERE, Memory, after, write_rows
 from dex_jax.nn.forward import InUse, run_rows
+from dex_jax.nn.sharding import STAGE
 from dex_jax.nn.transformer import Transformer, stage_ranges
 from dex_jax.sampling import Sampling
-from dex_jax.sharding import STAGE
 
 
 class StageNetwork(NamedTuple):

@@ -25,7 +25,7 @@ UNROLLED_WRITES = 2
 """Larger batches write in a loop: unrolled, the writes of all layers would be most of the program to compile."""
 
 AXES = ("stage", "sequence", "heads", None, None)
-"""Logical axes of a cache on a mesh, [K, B, G, positions, d] (dex_jax/sharding.py)."""
+"""Logical axes of a cache on a mesh, [K, B, G, positions, d] (dex_jax/nn/sharding.py)."""
 
 Leaves = Any  # a tuple of L arrays, or of l with a leading axis [K]
 

@@ -1,6 +1,6 @@
 """DEX and its rivals on the same prompts with the same exits: layers run one after the other, counts and no times.
 
-    python -m studies.methods_table --data gsm8k/train.jsonl HumanEval.jsonl.gz question_240.jsonl --output runs/methods
+    python -m benchmarks.methods_table --data gsm8k/train.jsonl HumanEval.jsonl.gz question_240.jsonl
 
 The settings of LayerSkip and AdaDecode are chosen on every fifth prompt, of which nothing else is reported. Every
 answer is compared with AR's tokens.
@@ -16,9 +16,10 @@ import numpy as np
 
 import dex_jax
 from benchmarks.measuring import Figures, arguments, machine, read_ids
-from dex_jax.check import compare_tokens
+from dex_jax.decoding.check import compare_tokens
 from dex_jax.decoding.plan import Method, find_exits
-from dex_jax.errors import DexError, exit_code
+from dex_jax.errors import DexError
+from dex_jax.interrupts import exit_code
 from dex_jax.tables import markdown
 from studies.rivals import DEL, AdaDecode, LayerSkip, layer_steps
 
