@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from reference.small_models import LLAMA, random_exits, random_transformer
+from reference.small_models import LLAMA, outline_of, random_exits, random_transformer
 
 import dex_jax
 from dex_jax.cli import devices
@@ -16,7 +16,10 @@ from dex_jax.cli.devices import REMEDIES, free_memory, held, verdict
 from dex_jax.decoding.plan import GivenHeads, plan_for
 from dex_jax.decoding.request import AR, Dex, Request
 from dex_jax.decoding.session import Session
+from dex_jax.nn.packed import INT8
 from dex_jax.nn.sharding import nbytes
+from dex_jax.nn.weights import packed_alike
+from dex_jax.planner import SHAPES
 
 
 @pytest.mark.parametrize(("method", "dtype"), [(AR(), jnp.float32), (Dex(explorers=2, draft=False), jnp.bfloat16)])
@@ -36,6 +39,15 @@ def test_what_is_counted_is_what_is_allocated(method, dtype) -> None:
     assert sizes["exits"] == nbytes((session.heads, memory.exits))
     assert (sizes["exits"] > 0) == (exits is not None)
     assert sum(sizes.values()) == nbytes((lm.weights, state, session.heads))
+
+
+@pytest.mark.parametrize(("kind", "size"), [(None, 16.06), (INT8, 8.04), ("Q4_K", 4.52), ("Q4_K in planes", 6.02)])
+def test_a_model_of_8_billion_weights(kind, size) -> None:
+    config = SHAPES["llama-3-8b"]
+    outline = outline_of(config, "bfloat16", () if kind is None else packed_alike(config, kind))
+    session = Session(outline, [[1]], plan_for(AR(), config.num_layers), Request(max_new_tokens=2000))
+    found = {name: round(each / 1e9, 2) for name, each in held(session).items()}
+    assert found == {"weights": size, "cache": 0.27, "lattice": 0.0, "exits": 0.0}
 
 
 def test_free_memory_may_be_unknown(monkeypatch) -> None:

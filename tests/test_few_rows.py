@@ -208,31 +208,6 @@ def test_turned_heads_and_each_row_alone(sizes: tuple[int, ...], rows: int, seed
 
 
 @needs_compiler
-def test_gates_and_turned_heads_under_vmap_and_their_gradients(monkeypatch) -> None:
-    x, angles, weights = random(8, (3, 2, 4, 48), (3, 2, 4, 4), (2, 4, 4, 4))
-    jaxpr = str(jax.make_jaxpr(lambda x: gated(turned(x, Rotation(angles, angles), 1, 8)[0], "silu"))(x))
-    assert few_rows.TURN in jaxpr
-    assert few_rows.GATE in jaxpr
-
-    def of(x: jax.Array, cos: jax.Array) -> jax.Array:
-        queries, keys, values = turned(x, Rotation(cos, cos), 1, 8)
-        return gated(queries, "gelu") + jnp.mean(keys) * values.swapaxes(1, 2)[..., :4]
-
-    one = jax.jit(of)
-    apart = np.stack([one(x[i], angles[0]) for i in range(3)])
-    chex.assert_trees_all_close(jax.jit(jax.vmap(of, (0, None)))(x, angles[0]), apart, rtol=1e-5, atol=1e-6)
-    by_angle = jax.jit(jax.vmap(of, (None, 0)))(x[0], angles)
-    chex.assert_trees_all_close(by_angle[2], one(x[0], angles[2]), rtol=1e-5, atol=1e-6)
-
-    def gradient() -> jax.Array:
-        return jax.jit(jax.grad(lambda x, cos: jnp.sum(weights * of(x, cos)), argnums=(0, 1)))(x[0], angles[0])
-
-    in_cpp = gradient()
-    monkeypatch.setattr(few_rows, "ready", lambda: False)
-    chex.assert_trees_all_close(in_cpp, gradient(), atol=1e-5)
-
-
-@needs_compiler
 def test_the_norm_under_vmap_and_its_gradients() -> None:
     x, scales = random(7, (3, 2, 4, 10), (3, 10))
     for of_x, of_scale in ((0, 0), (0, None), (None, 0)):

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
+import itertools
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import slow
 from environment import flags_for_devices
 from mesh_worker import CASES, CHECKPOINTS, IN_CPP, Case
+from reference.compiled import Hlo, Instruction
 from reference.small_models import LLAMA
 from test_few_rows import needs_compiler
 
@@ -29,7 +30,7 @@ TESTS = Path(__file__).resolve().parent
 DEVICES = 8
 WIDTH, VOCABULARY = LLAMA.width, LLAMA.vocab_size
 PROMPT, CACHE_LENGTH = 48, 256
-ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
+COLLECTIVES = ("collective-permute", "all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-broadcast")
 
 MADE = {"llama_attention_bias": ["4 x cpu:cpu", [2, 4]], "gemma3": ["3 x cpu:cpu", [3, 5, 7]]}
 """Devices that a checkpoint's tokens were made on, and the depths of its stages."""
@@ -69,20 +70,15 @@ def hlo(folder: Path, case: str, program: str) -> str:
     return (folder / f"{case}.{program}.hlo").read_text()
 
 
+def instructions(text: str) -> Iterable[Instruction]:
+    """All of a compiled program."""
+    return itertools.chain(*(each.values() for each in Hlo(text).computations.values()))
+
+
 def collectives(text: str) -> collections.Counter:
     """(operation, bytes of its result on one device) -> how often it stands in a compiled program."""
-    found: collections.Counter = collections.Counter()
-    for line in text.splitlines():
-        head = re.match(
-            r"\s+(?:ROOT )?%?\S+ = (.*?) (collective-permute|all-gather|all-reduce|all-to-all|reduce-scatter|"
-            r"collective-broadcast|send|recv)(?:-start)?\(",
-            line,
-        )
-        if head:
-            arrays = re.findall(r"(\w+)\[([\d,]*)\]", head.group(1))
-            size = sum(ITEM_BYTES[kind] * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in arrays)
-            found[head.group(2), size] += 1
-    return found
+    named = ((each.operation.removesuffix("-start"), each.nbytes) for each in instructions(text))
+    return collections.Counter(each for each in named if each[0] in COLLECTIVES)
 
 
 @pytest.mark.parametrize("name", cases(CASES))
@@ -153,13 +149,6 @@ def test_a_tick_sends_a_cohort_to_the_next_stage_and_shares_proposals(folder: Pa
     assert not collectives(hlo(folder, name, "start_decoding"))
 
 
-@pytest.mark.parametrize("name", cases(["drafts, all axes"]))
-def test_features_are_shared_where_drafts_alone_need_them(folder: Path, name: str) -> None:
-    case = CASES[name]
-    size = case.plan.stages * case.batch // 2 * case.plan.rows * WIDTH * 4
-    assert collectives(hlo(folder, name, "run_ticks"))["all-gather", size] == 1
-
-
 @pytest.mark.parametrize("name", cases(["ar"]))
 def test_an_ar_step_goes_from_stage_to_stage(folder: Path, name: str) -> None:
     case = CASES[name]
@@ -178,7 +167,8 @@ def test_no_cache_is_copied(folder: Path, name: str) -> None:
 
 def what_makes_caches(text: str, case: Case) -> list[str]:
     """The operations of a compiled program whose results are whole caches."""
-    found = re.findall(rf" = f32\[[\d,]*,{CACHE_LENGTH},{case.head_dim}\]\S* (\w[\w\-]*)\(", text)
+    shape = (CACHE_LENGTH, case.head_dim)
+    found = [each.operation for each in instructions(text) if any(x.dims[-2:] == shape for x in each.results)]
     assert "parameter" in found
     return found
 
@@ -186,39 +176,21 @@ def what_makes_caches(text: str, case: Case) -> list[str]:
 @pytest.mark.parametrize("name", cases(["drafts, exits mlp", "exits attn"]))
 def test_only_stages_that_ask_multiply_with_the_draft_unembedding(folder: Path, name: str) -> None:
     """XLA takes products out of loops of one turn: a stage would then pay for exits that it does not have."""
-    text, (_, _, draft) = hlo(folder, name, "run_ticks"), CASES[name].exits
-    assert products(text.splitlines(), draft)
-    assert not always_runs(text, draft)
+    program, (_, _, draft) = Hlo(hlo(folder, name, "run_ticks")), CASES[name].exits
 
+    def multiplies(each: Instruction) -> bool:
+        return each.operation == "dot" and draft in each.results[0].dims
 
-def products(lines: Iterable[str], size: int) -> list[str]:
-    """Those of a compiled program that have a side of this size."""
-    found = [re.match(r"\s+(?:ROOT )?%?\S+ = \w+\[([\d,]*)\]\S* dot\(", line) for line in lines]
-    return [head.string for head in found if head and str(size) in head[1].split(",")]
+    def always(computation: str) -> bool:
+        """Whatever branches its conditionals take."""
+        for each in program.computations[computation].values():
+            called = [*map(always, [*each.calls, *re.findall(r"to_apply=%?([\w.\-]+)", each.line)])]
+            if multiplies(each) or (any(called) and (each.operation != "conditional" or all(called))):
+                return True
+        return False
 
-
-def always_runs(text: str, size: int) -> bool:
-    """Whether a compiled program has such products whatever branches its conditionals take."""
-    computations: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in text.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            name = head[2]
-            entry = name if head[1] else entry
-        computations.setdefault(name, []).append(line)
-
-    @functools.cache
-    def runs(name: str) -> bool:
-        lines = computations[name]
-        called = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", "\n".join(lines))
-        if products(lines, size) or any(map(runs, called)):
-            return True
-        branches = [re.search(r"branch_computations=\{(.*?)\}", line) for line in lines]
-        either = [re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line) for line in lines]
-        either += [found[1].replace("%", "").split(", ") for found in branches if found]
-        return any(names and all(map(runs, names)) for names in either)
-
-    return runs(entry)
+    assert any(multiplies(each) for known in program.computations.values() for each in known.values())
+    assert not always([*program.computations][-1]), "the entry"
 
 
 @pytest.mark.parametrize("name", cases(["ar", "exits attn"]))
@@ -271,7 +243,7 @@ def test_a_mesh_that_cannot_be_had(wanted: str | dict, sentence: str) -> None:
 
 def test_a_mesh_that_does_not_fit() -> None:
     smollm = dataclasses.replace(LLAMA, num_heads=9, num_kv_heads=3, mlp_width=1536)
-    mesh = FakeMesh({"data": 2, "stage": 3, "tensor": 2})
+    mesh = SimpleNamespace(shape={"data": 2, "stage": 3, "tensor": 2})
     with pytest.raises(DexError, match="tensor=2 must divide the model's 9 heads"):
         check_model(mesh, smollm)
     with pytest.raises(DexError, match="3 stages needs as many layers, and the model has 2"):
@@ -282,10 +254,3 @@ def test_a_mesh_that_does_not_fit() -> None:
         check_stages(mesh, 5)
     with pytest.raises(DexError, match="data=2 does not divide the 3 sequences"):
         check_batch(mesh, 3)
-
-
-class FakeMesh:
-    """The sizes of a mesh, without its devices."""
-
-    def __init__(self, shape: dict[str, int]):
-        self.shape = shape

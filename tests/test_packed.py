@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -132,18 +130,6 @@ def test_gpus_sum_up_few_rows_where_a_product_would_copy_the_kernel(format) -> N
         np.testing.assert_allclose(found, np.asarray(rows[:count], np.float64) @ dense.T, rtol=2e-3, atol=0.02)
 
 
-def test_int8_is_made_of_a_few_rows_at_a_time() -> None:
-    kernel = np.random.default_rng(0).normal(size=(8192, 2048)).astype(jnp.bfloat16)
-    tracemalloc.start()
-    made = to_int8(kernel)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 2 * made.nbytes
-    alone = to_int8(kernel[5000:5001])
-    np.testing.assert_array_equal(made.parts[0][5000], alone.parts[0][0])
-    assert made.scales[0][5000] == alone.scales[0][0]
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> str:
     return str(write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", "llama3", "Q4_1", kinds=KINDS))
@@ -224,11 +210,8 @@ def test_a_model_on_planes_is_the_dense_one(file, models, monkeypatch) -> None:
         np.testing.assert_array_equal(found.tokens, stored.tokens, err_msg=name)
 
 
-def test_what_cannot_be_is_refused(file) -> None:
+def test_other_weights_are_refused_and_int8_is_named(file, models) -> None:
     with pytest.raises(dex_jax.DexError, match="int4"):
         dex_jax.load(file, "float32", weights="int4")
-
-
-def test_int8_is_named(models) -> None:
     assert models["int8"].weights_kind == INT8
     assert "int8" in repr(models["int8"])

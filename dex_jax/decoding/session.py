@@ -18,7 +18,8 @@ import numpy as np
 from dex_jax.decoding import ar
 from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero
 from dex_jax.decoding.dex.interface import Chunk
-from dex_jax.decoding.dex.trained_exits import Heads, TrainedHeads, exit_arrays
+from dex_jax.decoding.dex.own_layers import EagleDrafter
+from dex_jax.decoding.dex.trained_exits import Heads, exit_arrays
 from dex_jax.decoding.dex.trees import RowCosts
 from dex_jax.decoding.loops import Prefilled, loop_of, mesh_loop
 from dex_jax.decoding.mesh import programs as on_mesh
@@ -122,10 +123,8 @@ def check_mesh(plan: Plan, sequences: int) -> None:
     """A DexError where a plan's mesh cannot run its method, drafter, exit depths or stages, or so many sequences."""
     if plan.mesh is None:
         return
-    if plan.drafter is not None and not isinstance(plan.drafter, TrainedHeads):
-        raise DexError(
-            f"{plan.drafter_source} has layers of its own and drafts on one device: leave it or the mesh out"
-        )
+    if isinstance(plan.drafter, EagleDrafter):
+        raise DexError(f"the EAGLE-3 head {plan.drafter_source} drafts on one device: leave it or the mesh out")
     mesh_loop(plan).check_mesh(plan)
     check_batch(plan.mesh, sequences)
 
