@@ -110,11 +110,6 @@ def from_first(make: Callable[[], Any]) -> Any:
     return message["value"]
 
 
-def array_from_first(array: np.ndarray) -> np.ndarray:
-    """What process 0 has for an array, in all processes: float32, of one shape everywhere."""
-    return np.asarray(multihost_utils.broadcast_one_to_all(array))
-
-
 def to_host(tree: Any) -> Any:
     """Arrays of a mesh as NumPy arrays, whole in every process."""
 

@@ -1,10 +1,9 @@
 """What steps take on the device at hand, by their rows: measured on a layer of the model's shapes.
 
 Nothing of it depends on the values of weights, on how many sequences there are or on how long texts get: one
-measurement serves all, kept on disk in one file for all models and devices. Ticks correct it by what they really take
-(decoding/pace.py).
+measurement serves all, kept on disk in one file for all models and devices.
 
-Letters: B sequences, N rows of each, S cache length, L layers.
+Letters: B sequences, N rows of each, S cache length.
 """
 
 from __future__ import annotations
@@ -39,26 +38,18 @@ ROWS = (1, 2, 4, 8, 16)
 TOTALS = (*ROWS, 32, 64, 128)
 """Rows of all sequences together: products see no more of them. As many are measured as a batch may need."""
 
-LAYERS, LENGTH = 1, 256
-"""What is measured: so many layers, their share of the final logits, and so many cache positions. They take seconds
-less to compile than all layers."""
+LENGTH = 256
+"""Cache positions of what is measured."""
 
 MEASURED_BYTES, MOST_COPIES = 1e8, 8
-"""Copies of these layers take turns until they are as large as this, which no processor's cache holds."""
-
-TOGETHER = 16
-"""At most so many steps of a small model are measured in one program: one alone takes hardly longer than its start."""
+"""Copies of the measured layer take turns until they are as large as this, which no processor's cache holds."""
 
 REPEATS, SECONDS = 20, 0.5
 """Every size is run so often, one after the other, unless that takes longer; the fastest counts, as other load on the
 machine can only slow a run down."""
 
-LONGEST = 1e4
-"""Seconds that no step takes: a file that says so is damaged."""
-
-DRAFTING, OVERHEAD = 2.0, 0.01
-"""Before any tick has run: drafting a level takes so many times what reading the drafter does, and all that a tick does
-beside its step and its drafting so many AR steps."""
+DRAFTING = 2.0
+"""Drafting a level takes so many times what reading the drafter does."""
 
 _KNOWN: dict[str, list[float]] = {}
 """What this process has measured or read, as it is kept on disk."""
@@ -66,11 +57,10 @@ _KNOWN: dict[str, list[float]] = {}
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """Seconds of one step over all layers and the final logits, and of what else a method does, for some B and S."""
+    """Seconds of one step over all layers and the final logits, for some B and S."""
 
     rows: tuple[int, ...]  # N, ascending, 1 the first
     seconds: tuple[float, ...]  # for each of them; they never fall
-    overhead: float = 0.0  # of a tick with drafts beside its step and its drafting: to look up, choose rows, commit
     drafting: float = 0.0  # of drafting one level of a tree; 0 without a drafter
 
     def step(self, rows: float) -> float:
@@ -102,19 +92,8 @@ def step_costs(
     position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
     caches = seconds[0] * batch * max(0, length - LENGTH) * position / total
     rows = tuple(_at(TOTALS[: len(seconds)], seconds, batch * each) + caches for each in ROWS)
-    drafting = 0.0
-    if drafter is not None:
-        drafting = DRAFTING * seconds[0] * read_bytes(drafter, config, dtype, packing) / total
-    return StepCosts(ROWS, rows, OVERHEAD * rows[0], drafting)
-
-
-def forget(config: ModelConfig, dtype: Any, packing: Packing = ()) -> None:
-    """Lets the next `step_costs` of such a model measure again."""
-    key, file = _key(config, jnp.dtype(dtype), packing), costs_file()
-    _KNOWN.pop(key, None)
-    kept = _read(file)
-    if kept.pop(key, None) is not None:
-        _write(file, kept)
+    drafter_bytes = 0 if drafter is None else read_bytes(drafter, config, dtype, packing)
+    return StepCosts(ROWS, rows, DRAFTING * seconds[0] * drafter_bytes / total)
 
 
 def _read_bytes(config: ModelConfig, dtype: np.dtype, packing: Packing) -> int:
@@ -123,30 +102,26 @@ def _read_bytes(config: ModelConfig, dtype: np.dtype, packing: Packing) -> int:
     return sum(size for name, size in sizes.items() if name != "embed" or config.tied)
 
 
-def costs_file() -> Path:
-    """Where figures are kept, a JSON object by device and shapes: $DEX_JAX_STEP_COSTS, or among the user's caches."""
-    if named := os.environ.get("DEX_JAX_STEP_COSTS"):
-        return Path(named)
-    return cache_folder() / "step_costs.json"
-
-
 def _at(rows: tuple[int, ...], seconds: Any, wanted: float) -> float:
     index = int(np.searchsorted(rows, wanted))
     return seconds[index] if index < len(rows) else seconds[-1] * wanted / rows[-1]
 
 
-def _known(config: ModelConfig, dtype: np.dtype, packing: Packing, count: int) -> list[float]:
-    """What is kept of such a model, measured first where it is less than the first `count` of TOTALS.
+def costs_file() -> Path:
+    """Where figures are kept, a JSON object by device and shapes: $DEX_JAX_STEP_COSTS, or among the user's caches."""
+    named = os.environ.get("DEX_JAX_STEP_COSTS")
+    return Path(named) if named else cache_folder() / "step_costs.json"
 
-    It stays even where other load was there when it was measured: other figures would choose other programs, which take
-    longer to compile than they gain. What is far off is forgotten (decoding/auto.py).
-    """
+
+def _known(config: ModelConfig, dtype: np.dtype, packing: Packing, count: int) -> list[float]:
+    """What is kept of such a model, measured first where it is less than the first `count` of TOTALS."""
     key, file = _key(config, dtype, packing), costs_file()
     kept = _KNOWN.get(key) or _read(file).get(key)
-    if kept is None or len(kept) < count:
+    if not (isinstance(kept, list) and len(kept) >= count and all(isinstance(s, float) and 0 < s < 1e4 for s in kept)):
         notify("measuring what steps cost here")
         kept = _measure(config, dtype, packing, TOTALS[:count])
-        _write(file, _read(file) | {key: kept})
+        with contextlib.suppress(DexError):  # without a place to write, the next process measures again
+            write_whole(file, json.dumps(_read(file) | {key: kept}, indent=1) + "\n")
     _KNOWN[key] = kept
     return kept
 
@@ -161,49 +136,30 @@ def _key(config: ModelConfig, dtype: np.dtype, packing: Packing) -> str:
     return " ".join(map(str, (*about, packed, *shapes)))
 
 
-def _read(file: Path) -> dict[str, list[float]]:
-    """What a file keeps, without what is damaged."""
+def _read(file: Path) -> dict[str, Any]:
+    """What a file keeps, nothing where it is damaged."""
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return {key: each for key, each in kept.items() if _is_whole(each)} if isinstance(kept, dict) else {}
-
-
-def _is_whole(kept: Any) -> bool:
-    def seconds(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < LONGEST
-
-    return isinstance(kept, list) and len(ROWS) <= len(kept) <= len(TOTALS) and all(map(seconds, kept))
-
-
-def _write(file: Path, kept: dict[str, list[float]]) -> None:
-    # Only a convenience: without a place to write, the next process measures again.
-    with contextlib.suppress(DexError):
-        write_whole(file, json.dumps(kept, indent=1) + "\n")
+    return kept if isinstance(kept, dict) else {}
 
 
 def _measure(config: ModelConfig, dtype: np.dtype, packing: Packing, totals: tuple[int, ...]) -> list[float]:
-    """Seconds of a step over L layers and the final logits for each of `totals`."""
-    short, own = _shortened(config, packing)
+    """Seconds of a step over all layers and the final logits for each of `totals`, by those of one layer."""
+    short, own = _one_layer(config, packing)
     abstract = abstract_weights(short, dtype, own)
     size = _read_bytes(short, dtype, own)
-    copies = min(MOST_COPIES, math.ceil(MEASURED_BYTES / size))
-    steps = min(TOGETHER, max(1, int(MEASURED_BYTES / size / copies)))
     # From the host, and not by jnp.asarray: each shape that a device fills or copies is a program of its own.
-    weights = [jax.tree.map(_filled, abstract) for _ in range(copies)]
+    weights = [jax.tree.map(_filled, abstract) for _ in range(min(MOST_COPIES, math.ceil(MEASURED_BYTES / size)))]
     memory = jax.tree.map(
         lambda s: jax.device_put(np.zeros(s.shape, s.dtype)), cache.shapes(short, 1, LENGTH, 0, dtype)
     )
 
     def run(weights: Any, memory: cache.Memory, token: jax.Array, position: jax.Array, among: jax.Array) -> Any:
         model = merge_model(short, weights)
-
-        def step(token: jax.Array) -> jax.Array:
-            hidden, _ = run_tree(model, memory, model.embed_tokens(token), position, among, position[:, 0])
-            return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
-
-        return step(token) if steps == 1 else jax.lax.fori_loop(0, steps, lambda _, last: step(last), token)
+        hidden, _ = run_tree(model, memory, model.embed_tokens(token), position, among, position[:, 0])
+        return jnp.argmax(model.logits(hidden), axis=-1)
 
     # As a device of a mesh runs it, whose products may be others than those of a process with several devices.
     alone = jax.make_mesh((1,), ("one",), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:1])
@@ -213,9 +169,9 @@ def _measure(config: ModelConfig, dtype: np.dtype, packing: Packing, totals: tup
         token = np.zeros((1, rows), np.int32)
         arguments = (memory, token, token + LENGTH // 2, np.tril(np.ones((1, rows, rows), bool)))
         programs.append((jax.jit(run).lower(weights[0], *arguments).compile(compiler_options()), arguments))
-    of_all = np.asarray(_fastest(programs, weights)) / steps
     # Layers may be packed in different ways: those of as many bytes take as long.
-    return (of_all * _read_bytes(config, dtype, packing) / size).tolist()
+    scale = _read_bytes(config, dtype, packing) / size
+    return [scale * seconds for seconds in _fastest(programs, weights)]
 
 
 def _filled(like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -224,11 +180,10 @@ def _filled(like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.device_put(np.full(like.shape, value, like.dtype))
 
 
-def _shortened(config: ModelConfig, packing: Packing) -> tuple[ModelConfig, Packing]:
-    """A model of a few layers, and of as large a share of the vocabulary, packed as it is."""
-    count = min(config.num_layers, LAYERS)
-    vocabulary = -(-config.vocab_size * count // config.num_layers)
-    short = dataclasses.replace(config.with_layers(count), vocab_size=vocabulary)
+def _one_layer(config: ModelConfig, packing: Packing) -> tuple[ModelConfig, Packing]:
+    """A model of one layer, and of as large a share of the vocabulary, packed as it is."""
+    vocabulary = -(-config.vocab_size // config.num_layers)
+    short = dataclasses.replace(config.with_layers(1), vocab_size=vocabulary)
     kept = parameter_shapes(short)
     runs = {name: each if name.startswith("layers.") else ((each[0][0], vocabulary),) for name, each in packing}
     return short, tuple((name, each) for name, each in runs.items() if name in kept)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from dex_jax.decoding.auto import reconsider, settle
+from dex_jax.decoding.auto import settle
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.loops import loop_of
 from dex_jax.decoding.output import Output, Stats
@@ -96,9 +96,6 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
             record = session.advance(request.ticks_per_update)
         output = _output(session, stops, record, times)
         yield output
-    if session.plan.choice is not None and lm.mesh is None:
-        about = (lm.config, lm.dtype, session.sequences, session.cache_length, lm.packing)
-        reconsider(session.pace, *about)
     if session.cache_length > ALONE:
         del session  # what it held of a long text would stay with the process
         return_free_memory()

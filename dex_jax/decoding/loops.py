@@ -16,10 +16,9 @@ from dex_jax.decoding import ar
 from dex_jax.decoding.ar import ARState
 from dex_jax.decoding.counting import depth_side_speedup, ticks_of
 from dex_jax.decoding.dex import loop
-from dex_jax.decoding.dex.interface import DexState, Drafting, Network
+from dex_jax.decoding.dex.interface import DexState, Network
 from dex_jax.decoding.dex.network import network_of
 from dex_jax.decoding.dex.trained_exits import Heads
-from dex_jax.decoding.dex.trees import RowCosts
 from dex_jax.decoding.mesh import stage
 from dex_jax.decoding.mesh.stage import StageNetwork
 from dex_jax.decoding.plan import Plan
@@ -43,7 +42,6 @@ class Prefilled(NamedTuple):
     limits: Limits  # of the loop
     sampling: Sampling | None  # of the loop
     prompt: jax.Array | None = None  # [B, S] int32 padded on the right, for drafts; None without
-    costs: RowCosts | None = None  # what ticks take, for drafts that choose their rows
 
 
 class Loop(abc.ABC):
@@ -159,8 +157,6 @@ class DexLoop(MeshLoop):
         return lambda state: stage.step(device, state, limits, sampling, decs=plan.decs, drafts=plan.drafts)
 
     def state_specs(self, plan: Plan, memory: Any) -> DexState:
-        # Each row of the data axis chooses and counts its drafts for itself, on all of its devices alike.
-        drafting = None if plan.drafts is None else Drafting(BY_SEQUENCE, *(EVERYWHERE,) * 6)
         return DexState(
             tick=EVERYWHERE,
             lattice=BY_SEQUENCE,
@@ -169,7 +165,7 @@ class DexLoop(MeshLoop):
             memory=memory,
             noise=BY_SEQUENCE,
             record=BY_SEQUENCE,
-            drafting=drafting,
+            text=None if plan.drafts is None else BY_SEQUENCE,
         )
 
 
@@ -187,8 +183,8 @@ def mesh_loop(plan: Plan) -> MeshLoop:
 
 
 def _begin(network: Network, plan: Plan, begun: Prefilled, capacity: int) -> DexState:
-    memory, token, lengths, limits, sampling, prompt, costs = begun
+    memory, token, lengths, limits, sampling, prompt = begun
     length = 0 if prompt is None else prompt.shape[1]
     sizes: dict[str, Any] = {"stages": plan.stages, "rows": plan.rows, "capacity": capacity, "length": length}
-    of_drafts: dict[str, Any] = {"drafts": plan.drafts, "prompt": prompt, "costs": costs}
+    of_drafts: dict[str, Any] = {"drafts": plan.drafts, "prompt": prompt}
     return loop.init(network, memory, token, lengths, limits=limits, sampling=sampling, **sizes, **of_drafts)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +19,14 @@ from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.own_layers import EagleDrafter
 from dex_jax.decoding.dex.trained_exits import Heads, exit_arrays
-from dex_jax.decoding.dex.trees import RowCosts
 from dex_jax.decoding.loops import Prefilled, loop_of, mesh_loop
 from dex_jax.decoding.mesh import programs as on_mesh
-from dex_jax.decoding.pace import Pace
 from dex_jax.decoding.plan import GivenHeads, Plan
 from dex_jax.decoding.program import Program, side_by_side
 from dex_jax.decoding.record import Limits, Record, until_done
 from dex_jax.decoding.request import Request
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
-from dex_jax.distributed import array_from_first, to_host
+from dex_jax.distributed import to_host
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn import cache
@@ -82,23 +79,21 @@ def start_decoding(
     limits: Limits,
     sampling: Sampling | None,
     prompt: jax.Array | None = None,
-    costs: RowCosts | None = None,
     *,
     plan: Plan,
     capacity: int,
 ) -> Any:
     """Chooses token 0 and returns the state of the method's loop before its first tick.
 
-    `memory` has no lattice yet. Drafts need the `prompt` [B, S] int32, padded on the right, and where they choose rows
-    their `costs`.
+    `memory` has no lattice yet. Drafts need the `prompt` [B, S] int32, padded on the right.
     """
     if plan.mesh is not None:
         return on_mesh.start_decoding(
-            weights, heads, memory, last, lengths, limits, sampling, prompt, costs, plan=plan, capacity=capacity
+            weights, heads, memory, last, lengths, limits, sampling, prompt, plan=plan, capacity=capacity
         )
     model = merge_model(plan.config, weights)
     token = ar.next_token(model, last, lengths, sampling)
-    begun = Prefilled(memory, token, lengths, limits, sampling, prompt, costs)
+    begun = Prefilled(memory, token, lengths, limits, sampling, prompt)
     return loop_of(plan).init(model, heads, plan, begun, capacity)
 
 
@@ -155,7 +150,6 @@ class Session:
     ):
         self.lm, self.ids, self.given = lm, ids, plan.heads
         drafts = plan.drafts
-        self.costs = None if drafts is None else drafts.costs
         self.sequences = len(ids)
         batch = self.sequences if lm.mesh is not None else batch_bucket(self.sequences)
         self.lengths = np.ones(batch, np.int32)
@@ -166,7 +160,6 @@ class Session:
         positions = longest + request.max_new_tokens
         self.plan = dataclasses.replace(
             plan,
-            drafts=None if drafts is None else drafts.without_costs,
             config=lm.config.at_length(positions),
             layout=lm.layout,
             mesh=lm.mesh,
@@ -187,14 +180,10 @@ class Session:
         sampling = None if self.seeds is None else sampling_of(request, seeds, batch, lm.config.vocab_size)
         self.sampling = self._put(sampling, on_mesh.sampling_specs(sampling))
         self.tick = 0
-        self.work = np.zeros(1)  # how often each kind of work that `pace` knows has been done so far
-        self.pace = Pace(np.ones(1) if self.costs is None else np.append(self.costs.rows, self.costs.drafting))
         # Drafts read what texts said before, [B, S] int32 the prompts among them.
         self.prompt = None if drafts is None else np.pad(self.padded, ((0, 0), (0, self.cache_length - bucket)))
         self.heads = Heads()
         self.state: Any = None
-        if self.costs is not None:
-            self.costs = self._put(self.costs, EVERYWHERE)
 
     def compile(self) -> None:
         """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
@@ -215,7 +204,7 @@ class Session:
         memory = memory._replace(exits=self._put(jax.eval_shape(self._empty_exits), BY_SEQUENCE))
         scalar = self._put(jax.ShapeDtypeStruct((), jnp.int32), EVERYWHERE)
         prompt = self._put(_shapes(self.prompt), BY_SEQUENCE)
-        about = (self.limits, self.sampling, prompt, self.costs)
+        about = (self.limits, self.sampling, prompt)
         statics: dict[str, Any] = {"plan": self.plan, "capacity": self.cache_length}
         begun = by(START, weights, heads, memory, last, lengths, *about, **statics)
         state = self._put(_shapes(begun), lambda: on_mesh.state_specs(self.plan))
@@ -240,7 +229,7 @@ class Session:
             start += size
             memory, last = PREFILL(self.lm.weights, seen, memory, last, tokens, at, lengths, plan=of_prefill)
         prompt = self._put(jax.device_put(self.prompt), BY_SEQUENCE)
-        about = (self.limits, self.sampling, prompt, self.costs)
+        about = (self.limits, self.sampling, prompt)
         statics: dict[str, Any] = {"plan": self.plan, "capacity": self.cache_length}
         self.state = START(self.lm.weights, self.heads, memory, last, lengths, *about, **statics)
         jax.block_until_ready(self.state)
@@ -299,21 +288,8 @@ class Session:
         """Runs at most `ticks` more ticks and returns the record on the host."""
         self.tick += ticks
         until = self._put(jnp.int32(self.tick), EVERYWHERE)
-        begin, before = time.perf_counter(), self.work
         self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, plan=self.plan)
-        record = self.record()
-        work = record.ticks.max(keepdims=True) if self.costs is None else self.state.drafting.chosen
-        self.work = np.asarray(work, np.float64)
-        if before.any():  # the first chunk touches memory that is new
-            self.pace.saw(self.work - before, time.perf_counter() - begin)
-            if self.costs is not None:
-                # Devices that share a lattice must choose alike, whatever their processes have seen.
-                found = self.pace.costs.astype(np.float32)
-                found = found if self.plan.mesh is None else array_from_first(found)
-                costs = self._put(RowCosts(*jax.device_put((found[:-1], found[-1]))), EVERYWHERE)
-                known = self.state.drafting._replace(costs=costs)
-                self.state = self.state._replace(drafting=known)
-        return record
+        return self.record()
 
     def record(self) -> Record:
         """What has been emitted so far, as NumPy arrays."""

@@ -28,7 +28,6 @@ LOWEST_LOG_PROBABILITY = -64.0
 COMPARED, LONGEST = 16, 64
 HEADS = 8
 HOPE = 0.4
-PRIOR = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,6 @@ class Node:
     score: float = 0.0
     progress: int = 0
     drafter_state: object = None  # what exit 0 made of this node when it was born, of the nodes that it drafted under
-    rung: int = 0  # how many rows its cohort was given, and so paid for
     children: list[Node] = dataclasses.field(default_factory=list)
 
     @property
@@ -86,17 +84,8 @@ class Run:
     lattices: list[set[Seen]]
     largest_cohort: int
     pruned: int
-    spent: float = 0.0
-    promised: float = 0.0
     rows: list[int] = dataclasses.field(default_factory=list)  # that each cohort may have had, where rungs say so
     levels: list[int] = dataclasses.field(default_factory=list)  # that the drafter was asked for in each
-
-    @property
-    def price(self) -> float:
-        """Promised tokens that an AR step's time is worth."""
-        pace = (PRIOR + len(self.tokens) - 1) / (PRIOR + self.spent)
-        kept = (PRIOR + self.exits.count(0)) / (PRIOR + self.promised)
-        return max(1.0, pace) / min(1.0, kept)
 
 
 def decode(
@@ -138,9 +127,6 @@ def decode(
         spawn([root])
     while not ended():
         run.ticks += 1
-        if shape is not None and shape.rungs:
-            alive = [cohort[0].rung for cohort in cohorts if cohort]
-            run.spent += max(dict(shape.rungs)[rung] for rung in alive) / stages
 
         # Advance: every live node runs its next stage.
         for cohort in cohorts:
@@ -194,7 +180,6 @@ def with_drafts(
     draws: Draws | None,
 ) -> list[Node]:
     """A cohort's heads with what exit 0 drafts below them, best first, as many as are worth it; none hangs yet."""
-    price = run.price
     asked = heads[:HEADS]
     follows: dict[Node, tuple[Node, list[int], list[float]]] = {}
     for head in asked:
@@ -211,7 +196,7 @@ def with_drafts(
             found.append((at, said[level - 1], at.score + logs[level - 1]))
             claimed[head] = math.exp(found[-1][2])
         hope = HOPE * (sum(math.exp(node.score) for node in above) - sum(claimed.values()))
-        if level <= shape.drafted and (not (shape.rungs and shape.drafting) or hope > price * shape.drafting):
+        if level <= shape.drafted and (not (shape.rungs and shape.drafting) or hope > shape.drafting):
             levels += 1
             for node in above:
                 found += drafted_below(model, node, width, stages, draws)
@@ -235,15 +220,11 @@ def with_drafts(
     everything.sort(key=lambda node: -node.score)
     spawned = everything if rows is None else everything[:rows]
     if shape.rungs:
-        worth = [sum(math.exp(n.score) for n in spawned[:size]) - price * cost / stages for size, cost in shape.rungs]
+        worth = [sum(math.exp(n.score) for n in spawned[:size]) - cost / stages for size, cost in shape.rungs]
         size = shape.rungs[worth.index(max(worth))][0]
         spawned = spawned[:size]
-        for node in spawned:
-            node.rung = size
         run.rows.append(size)
         run.levels.append(levels)
-        run.promised += sum(math.exp(node.score) for node in spawned if node not in heads)
-        run.spent += levels * shape.drafting
     return spawned
 
 

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dex_jax import lattice as lat
-from dex_jax.decoding.dex.interface import DexState, Drafter, Drafting, DraftRows
+from dex_jax.decoding.dex.interface import DexState, Drafter, DraftRows
 from dex_jax.decoding.dex.lookup import said_next
 from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
-from dex_jax.decoding.record import Record
 from dex_jax.lattice import NO_NODE, Candidates, Cohort, Lattice, quantized
 from dex_jax.sampling import Sampling, log_total, scores
 
@@ -31,36 +31,6 @@ HOPE = 0.4
 """The share of what a level promises, and the lookup does not below it, that drafting there is taken to add: how often
 a child turns out worth running, and right. Below what drafters agree, as much of what they draft is not worth
 running."""
-
-PRIOR = 16.0
-"""AR steps that every sequence is taken to have decoded at AR's pace before its first tick, and tokens that drafts are
-taken to have promised and kept."""
-
-
-def charge(state: DexState) -> DexState:
-    """Counts what a tick takes: its K stages go on side by side, and the one with the most rows is waited for."""
-    drafting = state.drafting
-    if drafting is None:
-        return state
-    live = jnp.any(state.lattice.live, axis=(0, 2))
-    counts = jnp.zeros_like(drafting.chosen).at[drafting.rung].add(live)
-    drafting = drafting._replace(chosen=drafting.chosen + counts)
-    if drafting.costs is not None:
-        cost = jnp.max(jnp.where(live, drafting.costs.rows[drafting.rung], 0)) / live.shape[0]
-        drafting = drafting._replace(spent=drafting.spent + cost * jnp.sum(~state.record.done))
-    return state._replace(drafting=drafting)
-
-
-def price_of(drafting: Drafting, record: Record) -> jax.Array:
-    """float32, the promised tokens that an AR step's time is worth.
-
-    That is what all going sequences emit in it at the pace so far, and never less than AR's, which can always be had.
-    Drafts promise too much where sampling or a text surprises: promises count as far as they were kept so far.
-    """
-    before = PRIOR * record.lengths.shape[0]
-    emitted = jnp.sum(record.lengths - 1).astype(jnp.float32)
-    pace = jnp.maximum(1, (before + emitted) / (before + drafting.spent)) * jnp.sum(~record.done)
-    return pace / jnp.minimum(1, (before + drafting.kept) / (before + drafting.promised))
 
 
 def with_drafts(
@@ -84,8 +54,8 @@ def with_drafts(
     cohort = jax.vmap(lat.widen, (0, None))(heads, size)
     furthest = jnp.max(jnp.where(cohort.score > -jnp.inf, cohort.position, -1), axis=1)
     state = state._replace(noise=make_noise(state.noise, sampling, furthest + len(shape.widths)))
-    cohort, levels = _add_levels(drafter, state, cohort, _levels(shape, count, under), before, said, sampling, shape)
-    return _worth_their_time(state, jax.vmap(lat.sort_rows)(cohort), levels, shape)
+    cohort = _add_levels(drafter, state, cohort, _levels(shape, count, under), before, said, sampling, shape)
+    return state, _worth_their_time(state, jax.vmap(lat.sort_rows)(cohort), shape)
 
 
 class _Said(NamedTuple):
@@ -97,8 +67,8 @@ class _Said(NamedTuple):
 
 def _said_below(state: DexState, heads: Cohort, under: int, shape: TreeShape) -> _Said:
     """What followed the same suffix before, below each of the first `under` heads."""
-    assert state.drafting is not None
-    text = jax.vmap(_texts, (0, 0, 0, 0, None))(state.drafting.text, state.lattice, heads, state.prefix, under)
+    assert state.text is not None
+    text = jax.vmap(_texts, (0, 0, 0, 0, None))(state.text, state.lattice, heads, state.prefix, under)
     axes = (0, 0, None, None)
     ends = heads.position[:, :under] + 1
     token, trust = jax.vmap(jax.vmap(said_next, axes), axes)(text, ends, jnp.asarray(shape.trust), shape.levels - 1)
@@ -114,26 +84,24 @@ def _add_levels(
     said: _Said,
     sampling: Sampling | None,
     shape: TreeShape,
-) -> tuple[Cohort, jax.Array]:
-    """The cohort with the best drafts of each level below those of the one above, and how many levels were drafted."""
-    drafting, going = state.drafting, ~state.record.done
-    assert drafting is not None
-    costs, price = drafting.costs, price_of(drafting, state.record)
+) -> Cohort:
+    """The cohort with the best drafts of each level below those of the one above."""
+    going = ~state.record.done
     (batch, under, _), down = said.token.shape, len(shape.widths)
     most = max(under, *shape.widths)
 
     def one_level(carry: tuple[Any, ...], parts: tuple[_Level, jax.Array, jax.Array]) -> tuple[tuple[Any, ...], None]:
-        cohort, known, at, levels_drafted = carry
+        cohort, known, at = carry
         level, token, more_trust = parts
         score = jax.vmap(_score_at)(cohort, at) + more_trust
         candidates = Candidates(token, at, score)
         if drafter is not None and shape.drafted:
             asked = level.drafted
-            if costs is not None and shape.drafting > 0:
+            if shape.rungs and shape.drafting > 0:
                 claimed = jnp.sum(jnp.where(going[:, None], jnp.exp(score), 0))
                 above = jax.lax.dynamic_slice_in_dim(_promise(cohort, going), level.above, most)
                 hope = HOPE * (jnp.sum(jnp.where(jnp.arange(most) < level.of_above, above, 0)) - claimed)
-                asked &= hope > price * costs.drafting
+                asked &= hope > jnp.sum(going) * shape.drafting
 
             def drafted(known: Any) -> tuple[Candidates, Any]:
                 return _drafted(drafter, state.memory, before, known, cohort, sampling, state.noise, level, most)
@@ -143,50 +111,36 @@ def _add_levels(
                 return Candidates(none, none, jnp.full(none.shape, -jnp.inf)), known
 
             more, known = jax.lax.cond(asked, drafted, skipped, known)
-            levels_drafted += asked
             candidates = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), candidates, more)
         cohort = jax.vmap(lat.grow, (0, 0, None, None, None))(cohort, candidates, level.first, level.width, most)
         at = jax.vmap(jax.vmap(lat.child_of, (None, 0, 0)))(cohort, at, token)
-        return (cohort, known, at, levels_drafted), None
+        return (cohort, known, at), None
 
     known = None if drafter is None else drafter.blank(batch, cohort.token.shape[1])
     # The row that each continuation has got to.
     at = jnp.where(said.trust[..., 0] > -jnp.inf, jnp.arange(under)[None], NO_NODE)
     # In a loop: the levels, one by one, would be most of the program to compile.
     parts: Any = (levels, *(jnp.moveaxis(each[..., :down], 2, 0) for each in said))
-    (cohort, _, at, levels_drafted), _ = jax.lax.scan(one_level, (cohort, known, at, jnp.int32(0)), parts)
+    (cohort, _, at), _ = jax.lax.scan(one_level, (cohort, known, at), parts)
     if shape.tail:
         first = levels.first[-1] + levels.width[-1]
         cohort = jax.vmap(_go_on, (0, 0, 0, 0, None))(cohort, at, said.token[..., down:], said.trust[..., down:], first)
-    return cohort, levels_drafted
+    return cohort
 
 
-def _worth_their_time(
-    state: DexState, cohort: Cohort, levels_drafted: jax.Array, shape: TreeShape
-) -> tuple[DexState, Cohort]:
-    """A sorted cohort without the rows beyond the best rung, and the state with what was drafted by and for.
+def _worth_their_time(state: DexState, cohort: Cohort, shape: TreeShape) -> Cohort:
+    """A sorted cohort without the rows beyond the best rung.
 
-    The sum of path probabilities is the number of tokens that a cohort should bring. Time is charged at the pace of all
-    ticks, not of this one: that makes the most of all of them together (the rule of renewal reward).
+    The sum of path probabilities is the number of tokens that a cohort should bring. Of K cohorts on their way side by
+    side each makes ticks longer by its share alone.
     """
-    drafting, going = state.drafting, ~state.record.done
-    assert drafting is not None
-    price, costs = price_of(drafting, state.record), drafting.costs
-    drafting = drafting._replace(chosen=drafting.chosen.at[-1].add(levels_drafted))
-    if costs is None:
-        return state._replace(drafting=drafting), cohort
-    counts = jnp.asarray(shape.counts)
-    expected = jnp.cumsum(_promise(cohort, going))
-    # Of K cohorts on their way side by side each makes ticks longer by its share alone.
-    rung = jnp.argmax(expected[counts - 1] - price * (costs.rows / state.stages)).astype(jnp.int32)
-    kept = (jnp.arange(cohort.token.shape[1]) < counts[rung])[None]
-    drafts = jnp.where(kept & (cohort.above != NO_NODE) & going[:, None], jnp.exp(cohort.score), 0)
-    drafting = drafting._replace(
-        rung=drafting.rung.at[lat.ring_row(state.tick, state.stages)].set(rung),
-        spent=drafting.spent + levels_drafted * costs.drafting * jnp.sum(going),
-        promised=drafting.promised + jnp.sum(drafts),
-    )
-    return state._replace(drafting=drafting), cohort._replace(score=jnp.where(kept, cohort.score, -jnp.inf))
+    if not shape.rungs:
+        return cohort
+    going, (counts, costs) = ~state.record.done, map(np.array, zip(*shape.rungs, strict=True))
+    expected = jnp.cumsum(_promise(cohort, going))[counts - 1]
+    rung = jnp.argmax(expected - jnp.sum(going) * costs.astype(np.float32) / state.stages)
+    kept = jnp.arange(cohort.token.shape[1]) < jnp.asarray(counts)[rung]
+    return cohort._replace(score=jnp.where(kept[None], cohort.score, -jnp.inf))
 
 
 class _Level(NamedTuple):

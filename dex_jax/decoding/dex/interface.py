@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.dex.trees import RowCosts
 from dex_jax.decoding.noise import Noise
 from dex_jax.decoding.record import Record
 from dex_jax.lattice import NO_NODE, Lattice
@@ -197,18 +196,6 @@ class Network(NamedTuple):
     drafter: Drafter | None = None
 
 
-class Drafting(NamedTuple):
-    """What exit 0 goes by; counts are float32."""
-
-    text: jax.Array  # [B, S] int32, all tokens at their positions
-    costs: RowCosts | None  # None where every cohort keeps all of its rows
-    rung: jax.Array  # [K] int32, which of the shape's row counts the cohort in each ring row has kept
-    chosen: jax.Array  # how many stages have run each of the row counts, and how many levels were drafted in all
-    spent: jax.Array  # AR steps that the ticks took by the costs, times the sequences in them
-    promised: jax.Array  # tokens that all drafts should have brought by their probabilities
-    kept: jax.Array  # how many they brought
-
-
 class DexState(NamedTuple):
     """All that one decoding carries from tick to tick.
 
@@ -220,7 +207,7 @@ class DexState(NamedTuple):
       memory: the network's own.
       noise: None when greedy.
       record: what has been emitted.
-      drafting: what exit 0 goes by, None when it is silent.
+      text: [B, S] int32, all tokens at their positions; None when exit 0 is silent.
     """
 
     tick: jax.Array
@@ -230,7 +217,7 @@ class DexState(NamedTuple):
     memory: Any
     noise: Noise | None
     record: Record
-    drafting: Drafting | None = None
+    text: jax.Array | None = None
 
     @property
     def stages(self) -> int:

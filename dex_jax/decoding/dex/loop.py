@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
-from dex_jax.decoding.dex.drafts import HEADS, charge, with_drafts
-from dex_jax.decoding.dex.interface import Committed, DexState, Drafting, Network, StageView, before_nodes
+from dex_jax.decoding.dex.drafts import HEADS, with_drafts
+from dex_jax.decoding.dex.interface import Committed, DexState, Network, StageView, before_nodes
 from dex_jax.decoding.dex.proposals import ask_exits
-from dex_jax.decoding.dex.trees import RowCosts, TreeShape
+from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, begin, check_limits, emit_path, until_done
@@ -44,7 +44,6 @@ def init(
     drafts: TreeShape | None = None,
     prompt: jax.Array | None = None,
     length: int = 0,
-    costs: RowCosts | None = None,
 ) -> DexState:
     """The state before tick 0, in which nothing runs and every sequence gets its first root.
 
@@ -62,7 +61,6 @@ def init(
       drafts: what exit 0 drafts; None for nothing.
       prompt: [B, R] int32 padded on the right, which drafts look the text up in.
       length: S, at least R and the positions of all new tokens; only asked for with drafts.
-      costs: what ticks take, for drafts that choose their rows; None for what `drafts` says.
 
     Raises:
       DexError: stages or rows that are no whole numbers of at least 1, more stages than one without exits, drafts
@@ -76,21 +74,12 @@ def init(
     noise = None
     if sampling is not None:
         noise = Noise(jnp.zeros((batch, stages * levels_of(drafts), network.vocab_size), jnp.float32), position)
-    drafting = None
+    text = None
     if drafts is not None:
         if prompt is None:
             raise DexError("drafts look the text up in the prompt: give init prompt and length too")
         text = jnp.full((batch, length), NO_TOKEN, jnp.int32).at[:, : prompt.shape[1]].set(prompt)
-        none = jnp.float32(0)
-        drafting = Drafting(
-            text=text.at[jnp.arange(batch), position].set(first_token),
-            costs=drafts.costs if costs is None else costs,
-            rung=jnp.zeros(stages, jnp.int32),
-            chosen=jnp.zeros(len(drafts.counts) + 1),
-            spent=none,
-            promised=none,
-            kept=none,
-        )
+        text = text.at[jnp.arange(batch), position].set(first_token)
     return DexState(
         tick=jnp.int32(-1),
         lattice=jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), lat.empty(stages, rows)),
@@ -99,7 +88,7 @@ def init(
         memory=memory,
         noise=noise,
         record=begin(first_token, capacity, limits),
-        drafting=drafting,
+        text=text,
     )
 
 
@@ -170,7 +159,7 @@ def begin_tick(state: DexState, sampling: Sampling | None) -> tuple[DexState, St
     token, position, live, ancestors, parent = (jnp.swapaxes(field[:, ring], 0, 1) for field in seen)
     slots = lattice.position.reshape(lattice.position.shape[0], -1)
     view = StageView(ring, token, position, live, ancestors, parent, state.prefix, slots)
-    return charge(state)._replace(tick=tick, noise=noise), view
+    return state._replace(tick=tick, noise=noise), view
 
 
 def advance(network: Network, state: DexState, view: StageView) -> DexState:
@@ -239,17 +228,14 @@ def commit(
     path = jax.vmap(lat.follow, (0, 0, None, None))(state.lattice, final, state.tick, levels)
     record, place = emit_path(state.record, path.token, path.born_at, path.length, limits)
     record = record._replace(ticks=jnp.where(state.record.done, record.ticks, state.tick))
-    drafting = state.drafting
-    if drafting is not None:
-        emitted = place < record.tokens.shape[1]
-        sequence, size = jnp.arange(place.shape[0])[:, None], drafting.text.shape[1]
-        at = jnp.where(emitted, state.prefix[:, None] + 1 + jnp.arange(levels)[None], size)
-        text = drafting.text.at[sequence, at].set(path.token, mode="drop")
-        kept = drafting.kept + jnp.sum(emitted & (path.born_at == lat.DRAFTED))
-        drafting = drafting._replace(text=text, kept=kept)
+    text = state.text
+    if text is not None:
+        sequence, size = jnp.arange(place.shape[0])[:, None], text.shape[1]
+        at = jnp.where(place < record.tokens.shape[1], state.prefix[:, None] + 1 + jnp.arange(levels)[None], size)
+        text = text.at[sequence, at].set(path.token, mode="drop")
     memory = network.commit(state.memory, committed(state, view, path.slot, path.length))
     prefix = state.prefix + path.length
-    return state._replace(prefix=prefix, memory=memory, record=record, drafting=drafting), path
+    return state._replace(prefix=prefix, memory=memory, record=record, text=text), path
 
 
 def committed(state: DexState, view: StageView, slot: jax.Array, length: jax.Array) -> Committed:

@@ -1,4 +1,4 @@
-"""How much exit 0 drafts below the heads of a cohort, what rows cost, and trees whose worth is known.
+"""How much exit 0 drafts below the heads of a cohort, and trees whose worth is known.
 
 How many tokens a tick emits does not depend on the device, so it is measured once and kept; what a tick takes does,
 and is not kept.
@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.decoding.dex.lookup import LONGEST
@@ -33,9 +30,10 @@ class TreeShape:
       drafted: on how many levels the drafter proposes; deeper ones only go on with what the text said before.
       lookup: probability that the next token after a suffix match is right, by the length of the match: 8 numbers, for
         1 to 8 tokens (longer ones: `trust`); all 0 switches it off.
-      rungs: (rows, AR steps that a step of so many takes), ascending: exit 0 drafts as many levels and a cohort keeps
-        as many of its most probable rows as are worth their time. Empty for all of them always.
-      drafting: AR steps that drafting one level takes; only asked for with rungs.
+      rungs: (rows, tokens that the time of a step of so many is worth: AR emits one in an AR step), ascending: exit 0
+        drafts as many levels and a cohort keeps as many of its most probable rows as are worth their time. Empty for
+        all of them always.
+      drafting: tokens that the time of drafting one level is worth; only asked for with rungs.
 
     Raises:
       DexError: no level, a level without rows, more drafted levels than there are, trust that is no probability,
@@ -64,25 +62,12 @@ class TreeShape:
         if not ascending or (self.rungs and self.rungs[0][1] <= 0):
             raise DexError(f"a tree's rungs ascend, with costs above 0, not {self.rungs}")
         if self.drafting < 0:
-            raise DexError(f"drafting a level cannot take {self.drafting} AR steps")
+            raise DexError(f"drafting a level cannot take the time of {self.drafting} tokens")
 
     @property
     def counts(self) -> tuple[int, ...]:
         """The row counts that a cohort of one fresh root may keep."""
         return tuple(rows for rows, _ in self.rungs) or (self.rows,)
-
-    @property
-    def costs(self) -> RowCosts | None:
-        """What `rungs` and `drafting` say, as arrays; None without rungs."""
-        if not self.rungs:
-            return None
-        return RowCosts(jnp.asarray([cost for _, cost in self.rungs], jnp.float32), jnp.float32(self.drafting))
-
-    @property
-    def without_costs(self) -> TreeShape:
-        """What programs depend on: the row counts, and whether levels are chosen, without the figures."""
-        rungs = tuple((rows, float(place)) for place, (rows, _) in enumerate(self.rungs, 1))
-        return dataclasses.replace(self, rungs=rungs, drafting=float(self.drafting > 0))
 
     @property
     def rows(self) -> int:
@@ -110,13 +95,6 @@ class TreeShape:
         share = np.array([0.0, *self.lookup, *longer * (self.lookup[-1] > 0)])
         steps = np.round(np.log(share, where=share > 0, out=np.zeros_like(share)) / SCORE_STEP) * SCORE_STEP
         return np.where(share > 0, np.maximum(steps, MIN_LOG_PROBABILITY), -np.inf).astype(np.float32)
-
-
-class RowCosts(NamedTuple):
-    """What ticks take, in AR steps, float32; programs do not depend on it."""
-
-    rows: jax.Array  # of a step of each of the row counts that a cohort may keep, beside its drafting
-    drafting: jax.Array  # of drafting one level
 
 
 LOOKUP_TRUST = (0.25, 0.6, 0.65, 0.73, 0.79, 0.79, 0.82, 0.9)

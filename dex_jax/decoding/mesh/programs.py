@@ -80,7 +80,7 @@ def start_decoding(*arguments: Any, plan: Plan, capacity: int) -> Any:
     weights, heads, _, _, _, _, sampling, *text = arguments
     models = (weight_specs(weights, plan.mesh), head_specs(heads))
     inputs = (*models, MEMORY, BY_SEQUENCE, BY_SEQUENCE, LIMITS, sampling_specs(sampling))
-    about_text = (BY_SEQUENCE, EVERYWHERE)[: len(text)]
+    about_text = (BY_SEQUENCE,)[: len(text)]
     return _mapped(run, plan, (*inputs, *about_text), state_specs(plan))(*arguments)
 
 
