@@ -78,10 +78,8 @@ def smollm2():
 def forget_programs():
     """What one file has compiled is of no use to the next, and LLVM aborts a process that holds too many programs."""
     yield
-    from dex_jax.decoding.session import PROGRAMS
-    from dex_jax.training.stream import PRODUCE
+    from dex_jax.decoding.program import forget
 
-    for program in (*PROGRAMS, PRODUCE):
-        program.forget()
+    forget()
     jax.clear_caches()
     gc.collect()

@@ -53,8 +53,13 @@ def test_donated_caches_are_updated_in_place() -> None:
 
 
 def test_only_the_latest_programs_are_held(monkeypatch) -> None:
-    monkeypatch.setattr(program, "HELD", 2)
+    program.forget()
     doubled = program.Program(lambda x: 2 * x)
+    doubled.compile(jnp.ones(9))
+    (found,) = program._REMEMBERED.values()
+    monkeypatch.setattr(program, "HELD", 2 * found.size + 2)
+    monkeypatch.setattr(program, "FEWEST", 1)
+    program.forget()
     sizes = []
 
     def lower(*args, jitted=doubled.jitted, **static):

@@ -96,8 +96,8 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
             record = session.advance(request.ticks_per_update)
         output = _output(session, stops, record, times)
         yield output
-    if session.cache_length > ALONE:
-        del session  # what it held of a long text would stay with the process
+    if len(session.lengths) * session.cache_length > ALONE:
+        del session  # what it held of long texts, or of many, would stay with the process
         return_free_memory()
 
 

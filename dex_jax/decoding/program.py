@@ -15,9 +15,12 @@ from dex_jax.host_memory import return_free_memory
 from dex_jax.nn import few_rows
 from dex_jax.progress import notify, say_wait
 
-HELD = 24
-"""Programs of one function that are remembered: a process may hold only so many mappings of memory, and they take many.
-Where that ends the compiler fails for good."""
+HELD = 5_000_000
+"""Characters of the programs that are remembered, as JAX writes them down. Each stands for 40 to 60 bytes of memory. A
+process may hold only so many mappings of memory, too, and where that ends the compiler fails for good."""
+
+FEWEST = 12
+"""Programs that are remembered however long they are: a few generations need no more."""
 
 SOON = 3.0
 """Seconds of compiling after which a user is told why nothing happens."""
@@ -25,12 +28,25 @@ SOON = 3.0
 COMPILERS = ThreadPoolExecutor(thread_name_prefix="compiling")
 """Threads that compile or read programs, for all that a decoding needs at once."""
 
-_traced, _seconds = 0, 0.0
+_traced, _forgotten, _seconds = 0, 0, 0.0
 
 
 def compile_seconds() -> float:
     """Seconds that this process has spent on tracing programs and on waiting for compilers."""
     return _seconds
+
+
+def forgotten() -> int:
+    """How many programs this process has forgotten: what counts on one looks whether they are more than they were."""
+    return _forgotten
+
+
+def forget(characters: int = 0, fewest: int = 0) -> None:
+    """Drops the programs that were used longest ago: what stays has so many characters at most, or is so few."""
+    global _forgotten
+    while len(_REMEMBERED) > fewest and sum(each.size for each in _REMEMBERED.values()) > characters:
+        del _REMEMBERED[next(iter(_REMEMBERED))]
+        _forgotten += 1
 
 
 def compiler_options(level: int | None = 1) -> dict[str, str | bool] | None:
@@ -46,11 +62,16 @@ class Begun(NamedTuple):
     """A program that a thread beside this one compiles."""
 
     out_info: Any  # the shapes that it gives
+    size: int  # characters, as of HELD
     made: Future[Any]  # the compiled program
 
 
+_REMEMBERED: dict[Any, Begun] = {}
+"""By function, shapes and static arguments; the first is the one that was used longest ago."""
+
+
 class Program:
-    """Compiles `function` ahead of time for each new set of static arguments and shapes, and remembers the latest.
+    """Compiles `function` ahead of time for each new set of static arguments and shapes; the latest are remembered.
 
     It takes positional arrays, those at `donate` reused, and keyword statics. `level` as of `compiler_options`, None
     for what XLA does by itself.
@@ -66,7 +87,6 @@ class Program:
         self.name = function.__name__
         self.level = level
         self.jitted: Any = jax.jit(function, static_argnames=static, donate_argnums=donate)
-        self._begun: dict[Any, Begun] = {}
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         """Runs the function; compiles it first when these shapes and statics are new."""
@@ -74,12 +94,8 @@ class Program:
 
     @property
     def held(self) -> int:
-        """How many compiled programs it remembers."""
-        return len(self._begun)
-
-    def forget(self) -> None:
-        """Drops what has been compiled."""
-        self._begun.clear()
+        """How many compiled programs of it are remembered."""
+        return sum(key[0] is self for key in _REMEMBERED)
 
     def compile(self, *args: Any, **static: Any) -> Any:
         """The program for these shapes; arguments may be jax.ShapeDtypeStruct."""
@@ -91,20 +107,19 @@ class Program:
         """As `compile`, without waiting for the compiler."""
         leaves, tree = jax.tree.flatten(args)
         shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves)
-        key = (tree, shapes, tuple(sorted(static.items())))
-        found = self._begun.pop(key, None)
+        key = (self, tree, shapes, tuple(sorted(static.items())))
+        found = _REMEMBERED.pop(key, None)
         if found is None:
             global _traced
             _traced += 1
-            while len(self._begun) >= HELD:  # the first is the one that was used longest ago
-                del self._begun[next(iter(self._begun))]
             notify(f"tracing {self.name}")
             with _uncollected():
                 lowered = self.jitted.lower(*args, **static)
             self.jitted.clear_cache()
-            options = compiler_options(self.level)
-            found = Begun(lowered.out_info, COMPILERS.submit(lowered.compile, compiler_options=options))
-        self._begun[key] = found
+            size, options = len(lowered.as_text()), compiler_options(self.level)
+            forget(HELD - size, FEWEST - 1)
+            found = Begun(lowered.out_info, size, COMPILERS.submit(lowered.compile, compiler_options=options))
+        _REMEMBERED[key] = found
         return found
 
 

@@ -22,7 +22,7 @@ from dex_jax.decoding.dex.trained_exits import Heads, exit_arrays
 from dex_jax.decoding.loops import Prefilled, loop_of, mesh_loop
 from dex_jax.decoding.mesh import programs as on_mesh
 from dex_jax.decoding.plan import GivenHeads, Plan
-from dex_jax.decoding.program import Program, side_by_side
+from dex_jax.decoding.program import Program, forgotten, side_by_side
 from dex_jax.decoding.record import Limits, Record, until_done
 from dex_jax.decoding.request import Request
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
@@ -131,8 +131,7 @@ PROGRAMS = (PREFILL, START, RUN)
 
 
 _READY: set[Any] = set()
-"""Kinds of sessions that this process has compiled programs for. Those that were forgotten since are compiled when they
-run."""
+"""Kinds of sessions whose programs are remembered."""
 
 
 class Session:
@@ -189,11 +188,11 @@ class Session:
         """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
         sizes = (self.padded.shape, self.cache_length, self.limits.eos_ids.shape)
         kind = (self.plan, self.lm.dtype, self.lm.packing, sizes, self.sampling is None)
-        if kind in _READY and RUN.held:  # to find out the shapes takes half a second too
+        if (forgotten(), kind) in _READY:  # to find out the shapes takes half a second too
             return
-        _READY.add(kind)
         with side_by_side() as begin:
             self.compile_by(lambda *about, **statics: begin(*about, **statics).out_info)
+        _READY.add((forgotten(), kind))
 
     def compile_by(self, by: Callable[..., Any]) -> None:
         """As `compile`, by what takes a program and its arguments and gives the shapes of what START gives."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 PIECES = (512, 192, 48)
-SMALLEST_CACHE, CACHE_STEP = 256, 1024
-ALONE = 1024
-"""S of one sequence at least: its cache is small beside the weights, and all lengths up to it share their programs."""
+CACHE_STEP = ALONE = 1024
+SMALLEST_CACHE = {1: ALONE, 2: 512, 4: 512}
+"""S of so many sequences at least, of others 256: the caches of a few are small beside the weights, and all lengths up
+to it share their programs."""
 
 BATCH_STEP = 4
 
@@ -27,13 +28,13 @@ def prompt_bucket(length: int) -> int:
 def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int, batch: int) -> int:
     """S, cache positions of `batch` sequences for a longest prompt of so many tokens, the new ones and `ahead` more.
 
-    A power of two up to CACHE_STEP, ALONE at least for one sequence, then whole steps: what decodes is compiled for S,
-    not for lengths of prompts and answers.
+    A power of two up to CACHE_STEP, then whole steps: what decodes is compiled for S, not for lengths of prompts and
+    answers.
     """
     needed = max(prompt_bucket(prompt_length), prompt_length + max_new_tokens + ahead)
     if needed > CACHE_STEP:
         return -(-needed // CACHE_STEP) * CACHE_STEP
-    return max(ALONE if batch == 1 else SMALLEST_CACHE, 1 << (needed - 1).bit_length())
+    return max(SMALLEST_CACHE.get(batch, 256), 1 << (needed - 1).bit_length())
 
 
 def batch_bucket(sequences: int) -> int:
