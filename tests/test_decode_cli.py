@@ -17,7 +17,7 @@ import pytest
 from reference.small_models import LLAMA, small_model, train_tokenizer, weights_of
 
 import dex_jax
-from dex_jax.cli import common, decode
+from dex_jax.cli import decode
 from dex_jax.cli.arguments import parser, prompts_of
 from dex_jax.cli.display import _check_lines
 from dex_jax.decoding import auto
@@ -194,37 +194,11 @@ def test_a_difference_is_told_and_changes_the_exit_code(run, monkeypatch) -> Non
     assert "differs from plain AR decoding at token 3, top-2 margin 2.50e-01 (NOT a tie" in err
 
 
-def test_stop_cuts_the_text(run) -> None:
-    _, whole, _ = run("--prompt", SKY, *COMMON)
-    at = next(at for at in range(1, len(whole) - 2) if whole.index(whole[at : at + 2]) == at)
-    _, out, _ = run("--prompt", SKY, "--stop", whole[at : at + 2], *COMMON)
-    assert out == whole[:at] + "\n"
-
-
-@pytest.mark.slow
-def test_a_closed_pipe_ends_quietly_and_so_do_programs_read_from_disk(folder) -> None:
-    flags = ["--prompt", SKY, "--method", "ar", "--max-new-tokens", "40", "--model", folder]
-    # Without what JAX, imported here, has set for the processes that it starts.
-    own = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-    for _ in range(2):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen([sys.executable, str(PROGRAM), *flags], env=own, text=True, **pipes) as process:
-            process.stdout.close()
-            shown = process.stderr.read()
-        assert process.returncode == 0
-        assert "Traceback" not in shown
-        assert "rror" not in shown
-
-
 BAD_INPUT = {
     "--explorers 3": "2 layers",
-    "--explorers 2 --depths 1,2": "not both",
-    "--depths 2,1": "ascend",
     "--mesh rows=2": "rows=2",
     "--mesh stage=500": "500 devices",
     "--mesh stage=1 --explorers 2": "2 explorers",
-    "--temperature -1": "temperature",
-    "--temperature 1 --top-p 0": "top_p",
     "--max-new-tokens 9000": "context",
     "--method ar --rows 2": "--rows",
     "--method ar --no-draft": "--no-draft",
@@ -242,12 +216,6 @@ BAD_INPUT = {
 @pytest.mark.parametrize(("flags", "keyword"), BAD_INPUT.items())
 def test_bad_input_is_one_sentence_and_exit_code_2(run, flags, keyword) -> None:
     refused(run("--prompt", SKY, *flags.split()), keyword)
-
-
-def test_empty_texts_are_refused(run) -> None:
-    refused(run(), "--prompt-file -")
-    refused(run("--prompt", "  "), "empty")
-    refused(run("--prompt", SKY, "--stop", "", *COMMON), "stop")
 
 
 def refused(found: tuple[int, str, str], keyword: str) -> None:
@@ -353,11 +321,6 @@ heavy = {"jax", "flax", "tokenizers", "scipy"} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ, stderr=subprocess.DEVNULL)
-
-
-def test_choices_are_the_library_s() -> None:
-    assert tuple(dex_jax.language_model.DTYPES) == common.DTYPES
-    assert dex_jax.language_model.WEIGHTS == common.WEIGHTS
 
 
 def test_filters_without_sampling_are_told(run) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import slow
@@ -78,6 +79,15 @@ def test_the_library_examples_run(page, monkeypatch, capsys, tmp_path) -> None:
     if page != "README.md":
         assert "\x1b[38;5;" in shown
         assert (tmp_path / "lattice.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_loop_with_a_model_of_ones_own_runs() -> None:
+    page = SimpleNamespace(**run_page("docs/howto_own_model.md"))
+    tokens = page.done.record.tokens[0].tolist()
+    assert tokens == page.said[page.length :]
+    assert len(tokens) == page.NEW == 20
+    assert len(set(tokens)) > 1
+    assert 0 < int(page.done.record.ticks[0]) < len(page.DEPTHS) * (page.NEW - 1)
 
 
 def test_the_configuration_of_own_exits_is_one() -> None:
