@@ -22,6 +22,7 @@ from reference.compiled import Hlo, Instruction
 from reference.small_models import LLAMA
 from test_few_rows import needs_compiler
 
+from dex_jax.decoding.sizes import cache_length_for
 from dex_jax.errors import DexError
 from dex_jax.nn import few_rows
 from dex_jax.nn.sharding import check_batch, check_model, check_stages, make_mesh
@@ -29,7 +30,7 @@ from dex_jax.nn.sharding import check_batch, check_model, check_stages, make_mes
 TESTS = Path(__file__).resolve().parent
 DEVICES = 8
 WIDTH, VOCABULARY = LLAMA.width, LLAMA.vocab_size
-PROMPT, CACHE_LENGTH = 48, 256
+PROMPT = 48
 COLLECTIVES = ("collective-permute", "all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-broadcast")
 
 MADE = {"llama_attention_bias": ["4 x cpu:cpu", [2, 4]], "gemma3": ["3 x cpu:cpu", [3, 5, 7]]}
@@ -167,7 +168,7 @@ def test_no_cache_is_copied(folder: Path, name: str) -> None:
 
 def what_makes_caches(text: str, case: Case) -> list[str]:
     """The operations of a compiled program whose results are whole caches."""
-    shape = (CACHE_LENGTH, case.head_dim)
+    shape = (cache_length_for(1, 1, 0, case.batch), case.head_dim)
     found = [each.operation for each in instructions(text) if any(x.dims[-2:] == shape for x in each.results)]
     assert "parameter" in found
     return found
