@@ -138,6 +138,8 @@ def test_every_tick_equals_the_twin(config: Config) -> None:
         for row, run in enumerate(one.runs):
             assert toy_runs.emitted(one.record, row) == (run.tokens, run.exits)
             assert one.record.ticks[row] == run.ticks
+            assert (one.record.tokens[row, len(run.tokens) :] == -1).all()
+            assert not one.ticks.lattice.live[-1, row].any()
             for tick, contents in enumerate(run.lattices, 1):
                 assert toy_runs.lattice_contents(one.ticks, tick, row, config.stages) == contents, f"tick {tick}"
 
@@ -172,20 +174,6 @@ def test_lattice_stays_within_its_bounds(config: Config) -> None:
             assert (nodes, cohort) == (2 ** (config.stages - 1), full_rows(config.stages))
 
 
-@every_config
-def test_sequences_that_are_done_stand_still(config: Config) -> None:
-    for one in explored(config):
-        lengths, done, ticks = one.ticks.record.lengths, one.ticks.record.done, one.ticks.record.ticks
-        assert done[-1].all()
-        live = one.ticks.lattice.live.any(axis=(2, 3))
-        np.testing.assert_array_equal(live, ~done)
-        for row, run in enumerate(one.runs):
-            np.testing.assert_array_equal(ticks[:, row], np.minimum(np.arange(1, len(ticks) + 1), run.ticks))
-            assert (lengths[max(run.ticks - 1, 0) :, row] == len(run.tokens)).all()
-            np.testing.assert_array_equal(one.record.tokens[row, len(run.tokens) :], -1)
-            np.testing.assert_array_equal(one.record.exits[row, len(run.tokens) :], -1)
-
-
 @pytest.mark.slow
 def test_the_cases_are_not_easy() -> None:
     """All that the tests above rest on does happen: deep lattices, every exit, pruning, ends of both kinds."""
@@ -206,18 +194,6 @@ def test_the_cases_are_not_easy() -> None:
             if 1 < len(run.tokens) < limit
         ]
         assert stopped, config
-
-
-def test_drafts_cost_no_token_a_later_exit_where_nothing_is_pruned() -> None:
-    """What exit 0 holds is there at once, and what it does not the exits give when they would without it."""
-    config = Config(2, 12, tree=TreeShape((2, 1), 2, LOOKUP))
-    for number, one in enumerate(explored(config)):
-        model, shape = ToyModel(tables_of(config, number)), {"stages": 2, "decs": True, "vocab_size": config.vocab}
-        without = toy_runs.twin_runs(model, one.case, rows=None, **shape)
-        assert max(run.largest_cohort for run in one.runs) < config.rows
-        for (*_, tokens, exits), plain in zip(one.rows(), without, strict=True):
-            assert tokens == plain.tokens
-            assert all(now <= before for now, before in zip(exits, plain.exits, strict=True))
 
 
 @pytest.mark.parametrize(("stages", "sampled"), [(1, False), slow(2, True)])

@@ -13,7 +13,7 @@ from conftest import slow
 from reference import chain_twin
 from reference.small_models import LetterTokenizer, assert_same_tokens, ragged_prompts, random_exits, small_model
 from reference.toy_chain import chain_toy
-from reference.toy_models import ToyModel, cached_tables, toy_prefill
+from reference.toy_models import ToyModel, random_tables, toy_prefill
 from reference.toy_runs import CAPACITY, arrays, emitted, random_case, twin_draws
 from reference.twin import autoregressive
 
@@ -51,7 +51,7 @@ def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, sampled) -> N
     stages = len(depths)
     drafted = accepted = rejected = 0
     for seed in range(6):
-        tables = cached_tables(seed, stages, VOCABULARY, openness=0.2, draft_size=9 if sampled else None)
+        tables = random_tables(seed, stages, VOCABULARY, openness=0.2, draft_size=9 if sampled else None)
         model, case = ToyModel(tables), random_case(seed, BATCH, VOCABULARY, sampled=sampled)
         draws = [twin_draws(case, row, VOCABULARY) for row in range(BATCH)]
         limits, shape = case.max_new_tokens, {"eos_ids": case.eos_ids, "stages": stages}

@@ -57,6 +57,7 @@ class ToyMemory(NamedTuple):
     last: jax.Array
 
 
+@functools.lru_cache(maxsize=256)
 def random_tables(
     seed: int,
     stages: int,
@@ -252,9 +253,3 @@ def moved(tables: Tables, h: jax.Array, total: jax.Array, position: jax.Array) -
     opened = jnp.mod(total, float(GATES)).astype(jnp.int32)
     gate = jax.vmap(lambda row, index: row[index])(tables.gate, opened)
     return jnp.mod(h + gate * move, float(P))
-
-
-@functools.lru_cache(maxsize=256)
-def cached_tables(seed: int, stages: int, vocab_size: int, **options) -> Tables:
-    """`random_tables`, made once."""
-    return random_tables(seed, stages, vocab_size, **options)

@@ -82,8 +82,7 @@ class Run:
     exits: list[int]
     ticks: int
     lattices: list[set[Seen]]
-    largest_cohort: int
-    pruned: int
+    pruned: int = 0
     rows: list[int] = dataclasses.field(default_factory=list)  # that each cohort may have had, where rungs say so
     levels: list[int] = dataclasses.field(default_factory=list)  # that the drafter was asked for in each
 
@@ -103,7 +102,7 @@ def decode(
     """The whole loop; rows=None never prunes, shape=None drafts nothing."""
     committed = tuple(prompt)
     first = final_token(model, committed, stages, draws)
-    run = Run([first], [-1], 0, [], 0, 0)
+    run = Run([first], [-1], 0, [])
     committed = (*committed, first)
     cohorts: list[list[Node]] = []  # youngest last; dead nodes are taken out
 
@@ -120,7 +119,6 @@ def decode(
             if node.parent is not None:
                 node.parent.children.append(node)
         cohorts.append(spawned)
-        run.largest_cohort = max(run.largest_cohort, len(spawned))
 
     root = Node(first, None, committed, born_at=stages)
     if not ended():
