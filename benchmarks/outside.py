@@ -40,6 +40,7 @@ class Outside:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith("{"):
+            self.process.communicate()  # ends it, and closes its pipes
             raise DexError(f"the other Python gives no answer ({line.strip()}): does it have what it should run?")
         return json.loads(line)
 
