@@ -15,18 +15,18 @@ from dex_jax.host_memory import return_free_memory
 from dex_jax.nn import few_rows
 from dex_jax.progress import notify, say_wait
 
-HELD = 5_000_000
+HELD = 3_000_000
 """Characters of the programs that are remembered, as JAX writes them down. Each stands for 40 to 60 bytes of memory. A
 process may hold only so many mappings of memory, too, and where that ends the compiler fails for good."""
 
-FEWEST = 12
-"""Programs that are remembered however long they are: a few generations need no more."""
+FEWEST = 9
+"""Programs that are remembered however long they are: those of three generations that differ in all."""
 
 SOON = 3.0
 """Seconds of compiling after which a user is told why nothing happens."""
 
-COMPILERS = ThreadPoolExecutor(thread_name_prefix="compiling")
-"""Threads that compile or read programs, for all that a decoding needs at once."""
+COMPILERS = ThreadPoolExecutor(3, thread_name_prefix="compiling")
+"""Threads that compile or read programs, for all that a decoding needs at once. What each leaves behind stays small."""
 
 _traced, _forgotten, _seconds = 0, 0, 0.0
 
