@@ -19,8 +19,8 @@ import numpy as np
 from measuring import Figures, arguments, machine, main
 
 import dex_jax
-from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.forced import forced_exits
+from dex_jax.decoding.record import ticks_of
 from dex_jax.lattice import full_rows
 from dex_jax.tables import markdown
 

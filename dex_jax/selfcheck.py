@@ -107,7 +107,7 @@ def same_tokens(lm: LanguageModel, what: str, out: Output, plain: Output, temper
 
 def counted_ticks(what: str, out: Output) -> Finding:
     """Whether ticks are those that exits tell."""
-    from dex_jax.decoding.counting import ticks_of
+    from dex_jax.decoding.record import ticks_of
 
     ticks, told = _ticks(out), ticks_of(out.stats.exits[0], int(out.lengths[0]), out.stats.plan.stages)
     return Finding(f"ticks are K + sum(exits[1:n-1]), {what}", ticks == told, f"{ticks} and {told}")

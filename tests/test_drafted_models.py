@@ -13,11 +13,11 @@ from reference.small_models import LLAMA, assert_same_tokens, ragged_prompts, ra
 
 import dex_jax
 from dex_jax.decoding import plan as planning
-from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.dex.interface import Chunk, DraftRows
 from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
 from dex_jax.decoding.dex.trees import DRAFTED_TREES, TreeShape
 from dex_jax.decoding.plan import resolve
+from dex_jax.decoding.record import ticks_of
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn.exits import heads_of
 from dex_jax.nn.forward import depth_states

@@ -15,8 +15,8 @@ from reference.small_models import LLAMA, random_parameters, small_model
 
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding import forced
-from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.forced import Forced, batches, dex_exits, first_exits, force
+from dex_jax.decoding.record import ticks_of
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel

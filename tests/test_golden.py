@@ -21,7 +21,7 @@ from reference.checkpoints import FAMILIES, write_checkpoint
 
 import dex_jax
 from dex_jax.decoding.check import compare
-from dex_jax.decoding.counting import ticks_of
+from dex_jax.decoding.record import ticks_of
 from dex_jax.nn import few_rows
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.weights import merge_model

@@ -19,8 +19,8 @@ from reference.toy_models import Tables, ToyModel, random_tables, toy_network, t
 
 from dex_jax import DexError, Limits, TreeShape, init, step
 from dex_jax.decoding import record
-from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.dex.lookup import continuation
+from dex_jax.decoding.record import ticks_of
 from dex_jax.lattice import full_rows
 
 MODELS_PER_CONFIG = 6

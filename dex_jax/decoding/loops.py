@@ -14,7 +14,6 @@ import numpy as np
 
 from dex_jax.decoding import ar
 from dex_jax.decoding.ar import ARState
-from dex_jax.decoding.counting import depth_side_speedup, ticks_of
 from dex_jax.decoding.dex import loop
 from dex_jax.decoding.dex.interface import DexState, Network
 from dex_jax.decoding.dex.network import network_of
@@ -22,7 +21,7 @@ from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.mesh import stage
 from dex_jax.decoding.mesh.stage import StageNetwork
 from dex_jax.decoding.plan import Plan
-from dex_jax.decoding.record import Limits
+from dex_jax.decoding.record import Limits, depth_side_speedup, ticks_of
 from dex_jax.errors import DexError
 from dex_jax.nn import cache
 from dex_jax.nn.sharding import BY_SEQUENCE, BY_STAGE, EVERYWHERE, check_stages

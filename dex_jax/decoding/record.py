@@ -1,4 +1,4 @@
-"""What a method has emitted so far, in fixed shapes, and the rule that ends a sequence."""
+"""What a method has emitted so far, in fixed shapes, the rule that ends a sequence, and the ticks that it took."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_TOKEN
@@ -123,3 +124,19 @@ def until_done(step: Callable[[Any], Any], state: Any, until_tick: jax.Array | N
 def _ends(token: jax.Array, lengths: jax.Array, limits: Limits) -> jax.Array:
     is_eos = jnp.any(token[:, None] == limits.eos_ids[None, :], axis=1)
     return is_eos | (lengths >= limits.max_new_tokens)
+
+
+def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:
+    """Ticks that a sequence of `length` tokens took: K + sum(exits[1 : n - 1]), 0 for one token.
+
+    Examples:
+      >>> ticks_of(np.array([-1, 2, 5, 1]), 4, stages=5)
+      12
+    """
+    return 0 if length < 2 else stages + int(exits[1 : length - 1].sum())
+
+
+def depth_side_speedup(ticks: np.ndarray, lengths: np.ndarray, stages: int) -> np.ndarray:
+    """K (n - 1) / ticks for each sequence, NaN where n = 1."""
+    ticks = np.asarray(ticks, np.float64)
+    return np.where(lengths > 1, stages * (lengths - 1) / np.where(ticks > 0, ticks, 1), np.nan)

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from dex_jax.decoding.counting import ticks_of
 from dex_jax.decoding.forced import Forced, Text, batches, dex_exits, first_exits, force
 from dex_jax.decoding.generate import generate
+from dex_jax.decoding.record import ticks_of
 from dex_jax.decoding.request import AR
 from dex_jax.errors import DexError
 from dex_jax.grid import even_depths
