@@ -121,6 +121,22 @@ def test_a_damaged_library_is_built_again_and_said_to_be(answer, damage, vouched
     assert not capfd.readouterr().err, "it is built once more, and not ever again"
 
 
+@needs_compiler
+def test_a_library_that_another_process_is_loading_never_disappears(answer, monkeypatch) -> None:
+    kept, write_whole = native.library(*answer), native.write_whole
+    kept.with_suffix(".sha256").write_text("another")
+    written = []
+
+    def seen(file: Path, content: bytes) -> None:
+        assert kept.exists()
+        written.append(file.suffix)
+        write_whole(file, content)
+
+    monkeypatch.setattr(native, "write_whole", seen)
+    assert native.library(*answer) == kept
+    assert written == [".sha256", ".so"], "what vouches for a library is there before it"
+
+
 INTERRUPTED = """
 import pathlib, sys
 from dex_jax import interrupts

@@ -58,7 +58,7 @@ def loaded(name: str, source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
             return ctypes.CDLL(str(kept))
         except OSError as error:
             print(f"{kept.name} cannot be loaded ({error}): it is built again", file=sys.stderr)
-            kept.unlink()
+            kept.unlink(missing_ok=True)
             return ctypes.CDLL(str(library(name, source, flags)))
     except BaseException:
         _builds.pop(name, None)  # whoever asks again tries again
@@ -87,8 +87,8 @@ def library(name: str, source: Path, flags: tuple[str, ...]) -> Path:
         print(f"{kept.name} in {kept.parent} is not what was written there: it is built again", file=sys.stderr)
     notify(f"building the C++ library {name}, once")
     made = _compiled([*options, f"-I{jax.ffi.include_dir()}", str(source)])
-    for file, content in ((kept, made), (checksum, _digest(made).encode())):
-        file.unlink(missing_ok=True)  # another's file would keep its owner
+    # The library comes last, and takes the place of what is there: another process may be loading it.
+    for file, content in ((checksum, _digest(made).encode()), (kept, made)):
         write_whole(file, content)
         file.chmod(0o600)
     return kept

@@ -32,7 +32,7 @@ def assumed(name):
     gpu, mesh = GPUS.get(name), contextlib.nullcontext()
     if gpu is not None:  # what jax 0.12 asks when it lowers kernels for Triton
         known = {field.name for field in dataclasses.fields(AbstractDevice)}
-        about = {"device_kind": name, "num_cores": gpu[1], "platform": "gpu"}
+        about = {"device_kind": f"NVIDIA {name.upper()}", "num_cores": gpu[1], "platform": "gpu"}
         device = AbstractDevice(**{key: value for key, value in about.items() if key in known})
         mesh = jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device))
     before = ASSUMED.set(Device("tpu") if gpu is None else Device("gpu", gpu[0]))
