@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference.blocks import dequantised, random_blocks
+from reference.blocks import assert_rounded_product, dequantised, random_blocks
 
 from dex_jax.nn import few_rows, native
 from dex_jax.nn.blocks import FORMATS
+from dex_jax.nn.packed import INT8
+from dex_jax.nn.tiles import in_tiles
 
-PARTS = ("", *few_rows.NUMBERS, *FORMATS)
+PARTS = ("", *few_rows.NUMBERS, *FORMATS, INT8)
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
 
@@ -41,16 +43,18 @@ def products(random: np.random.Generator) -> None:
         found = call(few_rows.PRODUCT, (rows, outputs), x, kernel, format="")
         np.testing.assert_allclose(found, x @ kernel.astype(np.float32).T, atol=1e-3)
     for (rows, blocks, outputs), format in zip(
-        itertools.product([0, 1, 7, 17, 131], [0, 1, 3], [0, 5]), itertools.cycle(FORMATS), strict=False
+        itertools.product([0, 1, 7, 17, 131], [0, 1, 3], [0, 5, 32]), itertools.cycle(FORMATS), strict=False
     ):
         columns, size = FORMATS[format]
         packed = random_blocks(random, format, outputs, blocks)
         x = random.normal(size=(rows, blocks * columns)).astype(np.float32)
-        found = call(few_rows.PRODUCT, (rows, outputs), x, packed, format=format)
+        found = call(few_rows.PRODUCT, (rows, outputs), x, in_tiles(packed, format), format=format)
         assert packed.shape == (outputs, blocks * size)
-        np.testing.assert_allclose(found, x @ dequantised(packed, format).T, rtol=1e-3, atol=1e-2)
-    x, kernel = random.normal(size=(7, 37)).astype("f"), random.integers(-128, 128, (5, 37), np.int8)
-    np.testing.assert_allclose(call(few_rows.PRODUCT, (7, 5), x, kernel, format=""), x @ kernel.T, atol=1e-2)
+        assert_rounded_product(found, x, dequantised(packed, format))
+    for rows, width, outputs in itertools.product([0, 1, 19], [0, 3, 37, 64], [0, 5, 32]):
+        x, kernel = random.normal(size=(rows, width)).astype("f"), random.integers(-128, 128, (outputs, width), np.int8)
+        found = call(few_rows.PRODUCT, (rows, outputs), x, in_tiles(kernel, INT8), format=INT8)
+        assert_rounded_product(found, x, kernel)
     kernels = random.normal(size=(3, 5, 37)).astype("f")
     found = call(few_rows.PRODUCT, (7, 5), x, *kernels, np.int32(2), format="")
     np.testing.assert_allclose(found, x @ kernels[2].T, atol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -14,13 +15,19 @@ import time
 from pathlib import Path
 
 import environment
+import jax
 import numpy as np
 import pytest
 import sanitized_kernels
+from conftest import slow
+from reference.blocks import random_blocks
 from test_few_rows import COMPILER, needs_compiler
 
 from dex_jax.errors import DexError
 from dex_jax.nn import few_rows, native
+from dex_jax.nn.blocks import FORMATS
+from dex_jax.nn.packed import INT8
+from dex_jax.nn.tiles import in_tiles
 
 SAYS = """
 import json, jax, numpy as np
@@ -186,32 +193,57 @@ def test_sanitizers_find_nothing_in_the_kernels_on_ragged_empty_and_wrong_shapes
     assert (run.returncode, run.stdout.strip()) == (0, "clean"), run.stderr[:4000]
 
 
-PACKED = """
-import sys
-import jax.numpy as jnp, numpy as np
-sys.path.insert(0, sys.argv[1])
-from reference.blocks import dequantised, random_blocks
-from dex_jax.nn import few_rows
-from dex_jax.nn.blocks import FORMATS
-assert few_rows.ready()
-random = np.random.default_rng(0)
-for format, (columns, _) in FORMATS.items():
-    blocks = random_blocks(random, format, 65, 768 // columns)
-    rows, numbers = random.normal(size=(19, 768)).astype("f"), jnp.asarray(dequantised(blocks, format))
-    for x in (rows[:1], rows[:4], rows):
-        found = few_rows.packed_product(jnp.asarray(x), jnp.asarray(blocks), format)
-        np.testing.assert_array_equal(found, few_rows.few_rows_product(jnp.asarray(x), numbers), format)
-"""
+INSTRUCTIONS = {
+    "AVX2 with VNNI": ("-mno-avx512f",),
+    "AVX2": ("-mno-avx512f", "-mno-avxvnni"),
+    "none": ("-mno-avx512f", "-mno-avx2", "-mno-avx", "-mno-fma", "-mno-f16c"),
+}
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names instructions of x86")
+@pytest.mark.parametrize("missing", INSTRUCTIONS)
+@pytest.mark.parametrize(
+    "format", ["Q4_1", INT8, "Q6_K", *(slow(each) for each in FORMATS if each not in ("Q4_1", "Q6_K"))]
+)
+def test_products_are_the_same_to_the_last_bit_whatever_instructions_there_are(format, missing) -> None:
+    """The library of a format is compiled again for a machine that has fewer, and is known by another name."""
+    few_rows._load(format)
+    own = ctypes.CDLL(str(few_rows.library(format, INSTRUCTIONS[missing])))
+    name = f"{format} without {missing}"
+    few_rows._registered().dex_jax_load(name.encode(), ctypes.byref(ctypes.c_char.in_dll(own, "dex_jax_format")))
+    generator = np.random.default_rng(0)
+    for rows, outputs, blocks in [(1, 16, 1), (7, 37, 2), (16, 64, 3), (45, 5, 1)]:
+        if format == INT8:
+            kernel = generator.integers(-128, 128, (outputs, 96 * blocks + rows), np.int8)
+        else:
+            kernel = random_blocks(generator, format, outputs, blocks)
+        width = kernel.shape[1] if format == INT8 else kernel.shape[1] // FORMATS[format][1] * FORMATS[format][0]
+        x = generator.normal(size=(rows, width)).astype("f") * 10.0 ** generator.integers(-9, 9, (rows, 1))
+        tiles, shape = in_tiles(kernel, format), jax.ShapeDtypeStruct((rows, outputs), np.float32)
+        found = [
+            jax.ffi.ffi_call(few_rows.PRODUCT, shape)(x.astype("f"), tiles, format=each) for each in (format, name)
+        ]
+        np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names instructions of x86")
-def test_blocks_are_read_without_vector_instructions_too(tmp_path) -> None:
-    compiler = quick_compiler(tmp_path, "-mno-avx2", "-mno-avx", "-mno-fma", "-mno-f16c")
-    own = {"XDG_CACHE_HOME": str(tmp_path), "CXX": compiler}
-    command = [sys.executable, "-c", PACKED, str(Path(__file__).parent)]
-    subprocess.run(command, env=os.environ | own, check=True)
+def test_all_kernels_are_the_same_without_vector_instructions(tmp_path) -> None:
+    own = {"XDG_CACHE_HOME": str(tmp_path), "CXX": quick_compiler(tmp_path, *INSTRUCTIONS["none"])}
+    for test in ("test_a_product_is_that_of_rounded_rows", "test_what_is_not_finite"):
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n0",
+            str(Path(__file__).with_name("test_packed.py")),
+            "-k",
+            test,
+        ]
+        subprocess.run(command, env=os.environ | own, check=True)
 
 
 @needs_compiler
@@ -222,7 +254,7 @@ def test_a_format_that_cannot_be_built_is_one_sentence(tmp_path, monkeypatch) ->
     monkeypatch.setattr(native, "_builds", {})
     few_rows._load.cache_clear()
     with pytest.raises(DexError, match="DEX_JAX_NATIVE=0"):
-        few_rows.packed_product(np.zeros((1, 32)), np.zeros((1, 18), np.uint8), "Q4_0")
+        few_rows.tiles_product(np.zeros((1, 32)), np.zeros((1, 18), np.uint8), "Q4_0")
 
 
 @pytest.mark.slow

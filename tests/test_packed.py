@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import slow
-from reference.blocks import dequantised, random_blocks
+from reference.blocks import assert_rounded_product, dequantised, random_blocks
 from test_few_rows import needs_compiler, random
 from test_io_gguf import write_gguf
 
@@ -19,12 +19,12 @@ from dex_jax.decoding.session import RUN
 from dex_jax.language_model import outline
 from dex_jax.nn import few_rows
 from dex_jax.nn.blocks import FORMATS
-from dex_jax.nn.few_rows import few_rows_product
 from dex_jax.nn.layers import linear
-from dex_jax.nn.packed import INT8, Packed, joined, take_rows, to_int8
+from dex_jax.nn.packed import INT8, Packed, as_products_read, joined, take_rows, to_int8
 from dex_jax.nn.planes import blank_planes, in_planes
 from dex_jax.nn.products import ASSUMED, Device
 from dex_jax.nn.sharding import nbytes
+from dex_jax.nn.tiles import in_tiles, out_of_tiles, rows_at
 from dex_jax.nn.weights import weight_bytes
 
 formats = pytest.mark.parametrize("format", FORMATS)
@@ -57,20 +57,59 @@ def test_any_bytes_stand_for_what_the_gguf_package_makes_of_them(format) -> None
     some = np.array([[rows - 1, 0], [128, 127]])
     np.testing.assert_array_equal(np.asarray(planes.rows_at(jnp.asarray(some))), wanted[some])
     np.testing.assert_array_equal(np.asarray(planes.take(some[0]).dense()), wanted[some[0]])
-    np.testing.assert_array_equal(np.asarray(kernel[some[0]].dense()), wanted[some[0]])
+    for each in (kernel, in_memory(kernel)):
+        np.testing.assert_array_equal(np.asarray(each.dense()), wanted)
+        np.testing.assert_array_equal(np.asarray(take_rows(each, jnp.asarray(some))), wanted[some])
+        np.testing.assert_array_equal(np.asarray(each[some[0]].dense()), wanted[some[0]])
+
+
+def in_memory(kernel: Packed) -> Packed:
+    """As a model holds it."""
+    return jax.tree.map(jnp.asarray, as_products_read(jax.tree.map(np.asarray, kernel)))
 
 
 @needs_compiler
-@formats
-def test_a_product_is_that_of_the_numbers_to_the_last_bit(format) -> None:
-    columns, _ = FORMATS[format]
-    kernel, numbers = packed(format, 133, 1536 // columns)
-    rows = np.random.default_rng(0).normal(size=(131, 1536))
+@pytest.mark.parametrize("format", [*FORMATS, INT8])
+def test_a_product_is_that_of_rounded_rows_and_each_row_alone(format) -> None:
+    outputs, width = (133, 1536) if format in FORMATS else (37, 1003)
+    if format == INT8:
+        kernel = to_int8(np.random.default_rng(0).normal(size=(outputs, width)).astype(np.float32))
+        numbers = np.asarray(kernel.dense())
+    else:
+        kernel, numbers = packed(format, outputs, width // FORMATS[format][0])
+    kernel = in_memory(kernel)
+    assert kernel.tiles
+    rows = np.random.default_rng(0).normal(size=(131, width)) * 10.0 ** np.arange(-65, 66)[:, None].clip(-30, 20)
+    rows[7], rows[9, :40] = 0, 0
     for dtype in few_rows.DTYPES:
         x = rows.astype(dtype)
-        wanted = np.asarray(few_rows_product(x, numbers))
-        for count in (1, 2, 3, 7, 8, 17, 131):
-            np.testing.assert_array_equal(kernel.product(jnp.asarray(x[:count])), wanted[:count])
+        found = np.asarray(kernel.product(jnp.asarray(x)))
+        assert_rounded_product(found, x.astype(np.float32), numbers)
+        for count in (1, 2, 3, 7, 8, 17):
+            np.testing.assert_array_equal(kernel.product(jnp.asarray(x[60 : 60 + count])), found[60 : 60 + count])
+
+
+@needs_compiler
+def test_what_is_not_finite_stays_so_in_its_row_alone() -> None:
+    kernel, x = in_memory(packed("Q4_1", 20, 3)[0]), random(0, (3, 96))[0]
+    wanted = np.asarray(kernel.product(jnp.asarray(x)))
+    x[1, 40], x[2, 0] = np.nan, -np.inf
+    found = np.asarray(kernel.product(jnp.asarray(x)))
+    np.testing.assert_array_equal(found[0], wanted[0])
+    assert np.all(np.isnan(found[1:]))
+
+
+@pytest.mark.parametrize(("format", "rows"), [("Q4_1", 5), ("Q6_K", 16), ("Q5_K", 39), (INT8, 35)])
+def test_tiles_are_the_bytes_of_the_rows_in_another_order(format, rows) -> None:
+    generator, width = np.random.default_rng(0), 27 if format == INT8 else 2 * FORMATS[format][1]
+    stored = generator.integers(0, 256, (3, rows, width), np.uint8)
+    tiles = in_tiles(stored, format)
+    assert (tiles.shape, tiles.dtype) == (stored.shape, stored.dtype)
+    np.testing.assert_array_equal(np.sort(tiles, axis=None), np.sort(stored, axis=None))
+    np.testing.assert_array_equal(in_tiles(jnp.asarray(stored), format), tiles)
+    np.testing.assert_array_equal(out_of_tiles(jnp.asarray(tiles), format), stored)
+    index = generator.integers(rows, size=(2, 4))
+    np.testing.assert_array_equal(rows_at(jnp.asarray(tiles[1]), jnp.asarray(index), format), stored[1][index])
 
 
 @formats
@@ -155,9 +194,12 @@ def test_blocks_stay_packed_unless_one_part_of_a_matrix_has_none(file, models, c
 
 
 @needs_compiler
-def test_logits_are_those_of_dense_weights_to_the_last_bit(models) -> None:
+def test_logits_are_near_those_of_dense_weights_and_a_prompts_are_those_of_each_row(models) -> None:
     tokens = np.random.default_rng(0).integers(0, models["dense"].config.vocab_size, (2, 21))
-    chex.assert_trees_all_equal(models["stored"].logits(tokens), models["dense"].logits(tokens))
+    found = models["stored"].logits(tokens)
+    chex.assert_trees_all_close(found, models["dense"].logits(tokens), atol=0.01)
+    alone = [models["stored"].logits(tokens[1:, : length + 1])[0, -1] for length in (0, 6, 20)]
+    chex.assert_trees_all_equal(jnp.stack(alone), found[1, jnp.asarray([0, 6, 20])])
 
 
 @pytest.mark.parametrize(

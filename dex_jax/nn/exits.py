@@ -19,7 +19,7 @@ from flax import nnx
 from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.layers import DecoderLayer, Init, linear, names_in, recorded, rms_norm
-from dex_jax.nn.packed import Packed, to_int8
+from dex_jax.nn.packed import Packed, as_products_read, to_int8
 from dex_jax.nn.rotary import rope_table
 
 
@@ -225,7 +225,7 @@ def heads_of(config: ExitsConfig, parameters: Mapping[str, np.ndarray | Packed],
 def in_int8(parameters: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray | Packed]:
     """Parameters of a drafter whose kernels [1, out, in] are in 8 bits."""
     return {
-        name: jax.tree.map(lambda part: part[None], to_int8(value[0])) if value.ndim == 3 else value
+        name: jax.tree.map(lambda part: part[None], as_products_read(to_int8(value[0]))) if value.ndim == 3 else value
         for name, value in parameters.items()
     }
 

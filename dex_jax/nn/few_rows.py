@@ -36,8 +36,8 @@ LANES = 16
 NORM, PRODUCT, ATTENTION = "dex_jax_norm", "dex_jax_product", "dex_jax_attention"
 TURN, GATE, WRITE = "dex_jax_turn", "dex_jax_gate", "dex_jax_write"
 SOURCES = Path(__file__).with_name("cpp")
-NUMBERS = {"float32": "float", "bfloat16": "BFloat16", "int8": "int8_t"}
-"""Dtype of a kernel that is no blocks -> its C++ type."""
+NUMBERS = {"float32": "float", "bfloat16": "BFloat16"}
+"""Dtype of a kernel that is not packed -> its C++ type."""
 
 _formats: set[str] = set()  # that products know
 
@@ -72,7 +72,7 @@ def few_rows_product(rows: jax.Array, kernel: jax.Array | OneOf) -> jax.Array:
 
     It has a derivative where the kernel is no OneOf.
     """
-    return packed_product(rows, kernel, "")
+    return _product(rows, kernel, "")
 
 
 @few_rows_product.defjvp
@@ -85,11 +85,16 @@ def _tangent(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, ja
     return few_rows_product(rows, kernel), product(rows_tangent, kernel) + product(rows, kernel_tangent)
 
 
-def packed_product(rows: jax.Array, kernel: jax.Array | OneOf, format: str) -> jax.Array:
-    """As `few_rows_product`, of a kernel [out, bytes] uint8 in a format of GGUF files; "" for numbers, int8 among them.
+def tiles_product(rows: jax.Array, kernel: jax.Array | OneOf, format: str) -> jax.Array:
+    """rows [R, in] @ kernel.T on a CPU, in whole numbers: [R, out] float32. It has no derivative.
 
-    To the last bit what a kernel of the numbers that it stands for gives. It has no derivative.
+    The kernel [out, bytes] is in tiles (nn/tiles.py), in a format of GGUF files, or "int8" for codes alone. Rows are
+    rounded to 16 bits in blocks of 32 columns: a number changes by up to 2^-16 of the block's largest.
     """
+    return _product(rows, kernel, format)
+
+
+def _product(rows: jax.Array, kernel: jax.Array | OneOf, format: str) -> jax.Array:
     _load(format or str(kernel.dtype))
     rows = rows.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[0]), jnp.float32)
@@ -192,6 +197,11 @@ def ready() -> bool:
     return ASSUMED.get() is None and for_one_device() and _registered() is not None
 
 
+def takes_tiles() -> bool:
+    """Whether packed weights are kept in tiles, as products here take them."""
+    return ASSUMED.get() is None and _registered() is not None
+
+
 def begin(formats: Iterable[str]) -> None:
     """Builds what all models need and these formats of kernels, as far as it is not there, side by side in threads."""
     for format in ("", *sorted(formats)) if _wanted() else ():
@@ -204,7 +214,7 @@ def _wanted() -> bool:
 
 def _parts(format: str, flags: tuple[str, ...] = ()) -> tuple[str, Path, tuple[str, ...]]:
     """(name, source, flags) of the library that all models need, or of a format of kernels."""
-    kernel = f"Numbers<{NUMBERS[format]}>" if format in NUMBERS else f"Blocks<{format}>"
+    kernel = f"NumbersOf<{NUMBERS[format]}>" if format in NUMBERS else f"TilesOf<{format.upper()}>"
     chosen = (f"-DDEX_JAX_FORMAT={kernel}",) if format else ()
     return format or "kernels", SOURCES / ("format.cc" if format else "kernels.cc"), (*flags, *chosen)
 
@@ -230,7 +240,7 @@ def _registered() -> ctypes.CDLL | None:
 
 @functools.cache
 def _load(format: str) -> None:
-    """Makes products know a format of kernels, one of NUMBERS or of GGUF files, before a program that has it runs."""
+    """Makes products know a format of kernels, numbers or tiles, before a program that has it runs."""
     known = _registered()
     if known is None:
         return

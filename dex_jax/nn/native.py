@@ -71,7 +71,8 @@ def library(name: str, source: Path, flags: tuple[str, ...]) -> Path:
     An OSError says that there is no compiler or no place to write, a CalledProcessError that the compiler refuses.
     """
     native, instructions = _compiler()
-    options = [*native, "-std=c++17", "-O3", "-shared", "-fPIC", "-w", *flags]
+    # What is multiplied and then added rounds twice on every machine, unless the source says otherwise.
+    options = [*native, "-std=c++17", "-O3", "-ffp-contract=off", "-shared", "-fPIC", "-w", *flags]
     sources = [each.read_bytes() for each in sorted(source.parent.iterdir()) if each.suffix in (".cc", ".h")]
     # Not where they lie: one build serves all environments.
     made_of = (*sources, instructions, " ".join(options).encode(), jaxlib.__version__.encode())

@@ -1,4 +1,7 @@
-"""Weights as they are stored: blocks of 4 to 8 bits, which stay packed in memory and are taken to pieces on the way.
+"""Weights as they are stored: blocks of 4 to 8 bits, which stay packed in memory.
+
+On CPUs they lie in tiles, and products with them are computed in whole numbers (nn/cpp/tiles.h): rows are rounded to 16
+bits. Elsewhere they are taken to pieces on the way.
 
 Letters: R rows, in and out the widths of a product, V rows of a kernel.
 """
@@ -18,6 +21,7 @@ from dex_jax.nn.blocks import FORMATS, pieces
 from dex_jax.nn.planes import PLANES, Planes, blank_planes, in_planes
 from dex_jax.nn.products import FEWEST, gpu_capability, rows_times_kernel, sums_over_kernel
 from dex_jax.nn.sharding import nbytes
+from dex_jax.nn.tiles import in_tiles, out_of_tiles, rows_at
 
 INT8 = "int8"
 """The format of 8 bits a weight and one scale for each output."""
@@ -29,7 +33,7 @@ _AT_ONCE = 1 << 20
 """Weights that are rounded to 8 bits at once."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts", "scales"], meta_fields=["formats"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts", "scales"], meta_fields=["formats", "tiles"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """A kernel [out, in] whose rows are packed; those of a fused kernel may be of several formats."""
@@ -37,14 +41,18 @@ class Packed:
     parts: tuple[Any, ...]  # of each run of rows in one format uint8 [..., rows, bytes], int8 [..., rows, in] or Planes
     scales: tuple[Any, ...]  # of each run float32 [..., rows], by which products are multiplied; None but for INT8
     formats: tuple[str, ...]  # of each run, a key of FORMATS, that with PLANES behind it, or INT8
+    tiles: bool = False  # whether each run lies in tiles (nn/tiles.py)
 
     def __getitem__(self, index: Any) -> Packed:
         """The rows at `index` [V'] of a kernel of one format, packed; itself for `...`, as flax takes a parameter."""
         if index is Ellipsis:
             return self
-        (part,), (scale,) = self.parts, self.scales
-        rows = part.take(index) if isinstance(part, Planes) else part[index]
-        return Packed((rows,), (None if scale is None else scale[index],), self.formats)
+        (part,), (scale,), (format,) = self.parts, self.scales, self.formats
+        if isinstance(part, Planes):
+            rows = part.take(index)
+        else:
+            rows = in_tiles(rows_at(part, jnp.asarray(index), format), format) if self.tiles else part[index]
+        return Packed((rows,), (None if scale is None else scale[index],), self.formats, self.tiles)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,12 +72,12 @@ class Packed:
     def product(self, rows: jax.Array) -> jax.Array:
         """rows [R, in] @ kernel.T: [R, out] float32."""
         each = zip(self.parts, self.scales, self.formats, strict=True)
-        return jnp.concatenate([_product(rows, *part) for part in each], axis=-1)
+        return jnp.concatenate([_product(rows, *part, self.tiles) for part in each], axis=-1)
 
     def dense(self) -> jax.Array:
         """The numbers that this stands for, float32 [..., out, in]."""
         each = zip(self.parts, self.scales, self.formats, strict=True)
-        return jnp.concatenate([_dense(*part) for part in each], axis=-2)
+        return jnp.concatenate([_dense(_as_stored(part, f, self.tiles), scale, f) for part, scale, f in each], axis=-2)
 
 
 def blank_kernel(shape: tuple[int, ...], runs: tuple[tuple[str, int], ...]) -> Packed:
@@ -85,7 +93,8 @@ def blank_kernel(shape: tuple[int, ...], runs: tuple[tuple[str, int], ...]) -> P
         return jnp.zeros((*lead, rows, width // columns * size), jnp.uint8)
 
     scales = (jnp.zeros((*lead, rows), jnp.float32) if format == INT8 else None for format, rows in runs)
-    return Packed(tuple(part(*run) for run in runs), tuple(scales), tuple(format for format, _ in runs))
+    formats = tuple(format for format, _ in runs)
+    return Packed(tuple(part(*run) for run in runs), tuple(scales), formats, few_rows.takes_tiles())
 
 
 @functools.cache
@@ -122,6 +131,14 @@ def joined(blocks: list[np.ndarray], runs: tuple[tuple[str, int], ...]) -> Packe
     return Packed(tuple(parts), (None,) * len(parts), tuple(format for format, _ in runs))
 
 
+def as_products_read(kernel: Packed) -> Packed:
+    """A kernel whose arrays are NumPy's and lie as a file has them: in tiles, where products here take these."""
+    if kernel.tiles or not few_rows.takes_tiles():
+        return kernel
+    parts = (in_tiles(part, format) for part, format in zip(kernel.parts, kernel.formats, strict=True))
+    return dataclasses.replace(kernel, parts=tuple(parts), tiles=True)
+
+
 def take_rows(kernel: jax.Array | Packed, index: jax.Array) -> jax.Array:
     """Rows of a kernel [V, in], packed or not: at `index` [...], [..., in]; packed ones come out in float32."""
     if not isinstance(kernel, Packed):
@@ -129,7 +146,8 @@ def take_rows(kernel: jax.Array | Packed, index: jax.Array) -> jax.Array:
     (part,), (scale,), (format,) = kernel.parts, kernel.scales, kernel.formats
     if isinstance(part, Planes):
         return part.rows_at(index)
-    return _dense(_rows_at(part, index), None if scale is None else scale[index], format)
+    rows = rows_at(part, index, format) if kernel.tiles else _rows_at(part, index)
+    return _dense(rows, None if scale is None else scale[index], format)
 
 
 def _rows_at(part: jax.Array, index: jax.Array) -> jax.Array:
@@ -144,17 +162,24 @@ def _rows_at(part: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(part, index, tpu=twice, default=lambda part, index: part[index])
 
 
-def _product(rows: jax.Array, part: Any, scale: jax.Array | None, format: str) -> jax.Array:
+def _product(rows: jax.Array, part: Any, scale: jax.Array | None, format: str, tiles: bool) -> jax.Array:
     if isinstance(part, Planes):
         return part.product(rows)
-    by_xla = functools.partial(_product_by_xla, format=format)
-    if rows.dtype in few_rows.DTYPES and few_rows.ready():
-        in_cpp = functools.partial(few_rows.packed_product, format="" if format == INT8 else format)
+
+    def by_xla(rows: jax.Array, part: jax.Array) -> jax.Array:
+        return _product_by_xla(rows, _as_stored(part, format, tiles), format)
+
+    if tiles and rows.dtype in few_rows.DTYPES and few_rows.ready():
+        in_cpp = functools.partial(few_rows.tiles_product, format=format)
         one_of = isinstance(part, few_rows.OneOf)
         out = in_cpp(rows, part) if one_of else jax.lax.platform_dependent(rows, part, cpu=in_cpp, default=by_xla)
     else:
         out = by_xla(rows, part)
     return out if scale is None else out * scale[None]
+
+
+def _as_stored(part: Any, format: str, tiles: bool) -> Any:
+    return out_of_tiles(part, format) if tiles and not isinstance(part, Planes) else part
 
 
 def _product_by_xla(rows: jax.Array, part: jax.Array, format: str) -> jax.Array:

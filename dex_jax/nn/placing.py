@@ -16,6 +16,7 @@ from dex_jax.config import ModelConfig
 from dex_jax.nn.layers import names_in
 from dex_jax.nn.packed import Packed
 from dex_jax.nn.sharding import TENSOR, partition
+from dex_jax.nn.tiles import in_tiles
 from dex_jax.nn.transformer import PARAMETER_AXES, Staged, Transformer, stage_ranges
 from dex_jax.nn.weights import Packing, blank_weight
 
@@ -42,9 +43,18 @@ def build_on_mesh(
     def init(name: str, shape: tuple[int, ...], kind: str) -> Any:
         field = name.split(".")[-1]
         axes = PARAMETER_AXES[field]
-        leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: blank_weight(name, shape, dtype, packing)))
+        blank = jax.eval_shape(lambda: blank_weight(name, shape, dtype, packing))
+        leaves, tree = jax.tree.flatten(blank)
+
+        def laid(leaf: int, rows: np.ndarray) -> np.ndarray:
+            """A device's part of an array, as its products read it."""
+            tiles = isinstance(blank, Packed) and blank.tiles and leaf < len(blank.parts)
+            return in_tiles(rows, blank.formats[leaf]) if tiles else rows
+
         if not name.startswith("layers."):
-            placed = [_spread(own.shape, axes, mesh, own.__getitem__) for own in host(name)]
+            whole = host(name)
+            pieces = [lambda index, i=i: laid(i, whole[i][index]) for i in range(len(leaves))]
+            placed = [_spread(own.shape, axes, mesh, piece) for own, piece in zip(whole, pieces, strict=True)]
             return jax.tree.unflatten(tree, placed)
         number = int(name.split(".")[1].lstrip("*"))
 
@@ -56,7 +66,7 @@ def build_on_mesh(
             return host(f"layers.{layer}.{field}")
 
         def part(leaf: int, index: tuple[slice, ...]) -> np.ndarray:
-            return tensor_part(config, field, tensor(index[0].start or 0)[leaf], index[1:])[None]
+            return laid(leaf, tensor_part(config, field, tensor(index[0].start or 0)[leaf], index[1:]))[None]
 
         lead = ("stage", *axes)
         placed = [_spread(leaf.shape, lead, mesh, functools.partial(part, i)) for i, leaf in enumerate(leaves)]

@@ -16,7 +16,7 @@ from dex_jax.config import ModelConfig
 from dex_jax.nn.attention import capped
 from dex_jax.nn.kinds import KindTable, kind_table
 from dex_jax.nn.layers import LAYER_AXES, DecoderLayer, linear, offset_scale, recorded, rms_norm, rounded
-from dex_jax.nn.packed import Packed, take_rows
+from dex_jax.nn.packed import Packed, as_products_read, take_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ def build(config: ModelConfig, read: Callable[[str], np.ndarray | Packed], dtype
     def init(name: str, shape: tuple[int, ...], kind: str) -> Any:
         found = read(name)
         # jnp.asarray would compile a program for each shape, which copies once more.
-        return jax.device_put(found if isinstance(found, Packed) else np.asarray(found, dtype=dtype))
+        return jax.device_put(as_products_read(found) if isinstance(found, Packed) else np.asarray(found, dtype=dtype))
 
     return Transformer(config, init)
 

@@ -26,3 +26,18 @@ def dequantised(blocks: np.ndarray, format: str) -> np.ndarray:
     if not blocks.size:
         return np.zeros((blocks.shape[0], blocks.shape[1] // size * columns), np.float32)
     return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[format])
+
+
+def rounded(rows: np.ndarray) -> np.ndarray:
+    """Rows [R, in] float32 as products with packed weights take them: 16 bits in blocks of 32, [R, in] float64."""
+    blocks = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 32))).reshape(len(rows), -1, 32)
+    largest = np.abs(blocks).max(axis=-1, keepdims=True)
+    inverse = np.divide(np.float32(127 * 256), largest, out=np.zeros_like(largest), where=largest >= 1e-30)
+    numbers = np.rint(blocks * inverse).astype(np.float64) * (largest / np.float32(127 * 256))
+    return numbers.reshape(len(rows), -1)[:, : rows.shape[1]]
+
+
+def assert_rounded_product(found: np.ndarray, rows: np.ndarray, numbers: np.ndarray) -> None:
+    """Within 1e-6 of the sum of magnitudes."""
+    wide, kernel = rounded(rows), numbers.astype(np.float64).T
+    assert np.all(np.abs(found - wide @ kernel) <= 1e-6 * (np.abs(wide) @ np.abs(kernel)))

@@ -19,13 +19,13 @@ inline Vector Exponential(Vector x) {
   const Vector rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   // The series of e^rest, |rest| <= ln 2 / 2, whose next term is below 1e-8.
   Vector power = Vector{} + 1.0f / 5040;
-  power = power * rest + 1.0f / 720;
-  power = power * rest + 1.0f / 120;
-  power = power * rest + 1.0f / 24;
-  power = power * rest + 1.0f / 6;
-  power = power * rest + 0.5f;
-  power = power * rest + 1.0f;
-  power = power * rest + 1.0f;
+  power = MultiplyAdd(power, rest, Vector{} + 1.0f / 720);
+  power = MultiplyAdd(power, rest, Vector{} + 1.0f / 120);
+  power = MultiplyAdd(power, rest, Vector{} + 1.0f / 24);
+  power = MultiplyAdd(power, rest, Vector{} + 1.0f / 6);
+  power = MultiplyAdd(power, rest, Vector{} + 0.5f);
+  power = MultiplyAdd(power, rest, Vector{} + 1.0f);
+  power = MultiplyAdd(power, rest, Vector{} + 1.0f);
   // A NaN has no whole number: the sum's last bits are one in any case.
   Integers bits;
   std::memcpy(&bits, &shifted, sizeof(bits));

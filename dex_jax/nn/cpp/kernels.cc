@@ -43,10 +43,9 @@ std::map<std::string, const Format*, std::less<>> loaded;
 
 // The format of a kernel: what a program calls it, and numbers of a dtype where it does not.
 std::string_view NameOf(XLA_FFI_DataType type, std::string_view format) {
-  if (!format.empty()) return type == kUint8 ? format : "blocks of another dtype than uint8";
+  if (!format.empty()) return type == kUint8 || type == kInt8 ? format : "tiles of another dtype than bytes";
   if (type == kFloat32) return "float32";
-  if (type == kBFloat16) return "bfloat16";
-  return type == kInt8 ? "int8" : "numbers of another dtype";
+  return type == kBFloat16 ? "bfloat16" : "numbers of another dtype";
 }
 
 const Format* Loaded(std::string_view name) {
@@ -82,8 +81,8 @@ Refusal Product(const Call& call) {
   const std::string_view name = NameOf(kernel.type, call.String("format"));
   const Format* const format = Loaded(name);
   if (!format) return "kernels in " + std::string(name) + " have not been loaded";
-  // Of numbers a row has as many as it has columns, of blocks as many bytes as they take.
-  const int64_t in = of_rows[rank - 1], width = kernel.type == kUint8 ? format->bytes_of(in) : in;
+  // Of numbers a row has as many as it has columns, of tiles as many bytes as they take.
+  const int64_t in = of_rows[rank - 1], width = format->weight_bytes > 0 ? in : format->bytes_of(in);
   if (!format->takes(in) || of_kernel[rank - 1] != width)
     return "a kernel's rows are as long as those that it is multiplied with";
   Multiply(call.threads(), *format, of_rows, rows.As<float>(), of_kernel, kernel.As<uint8_t>(), shape,

@@ -1,14 +1,16 @@
 // Products of rows with a kernel [out, in] of any format, which is read as it lies.
 //
-// A result is the sum of one vector of lanes, added up from the first column to the last and then over its lanes,
-// however many rows are beside it: few are multiplied while a weight goes by, many in tiles.
+// Of numbers a result is the sum of one vector of lanes, added up from the first column to the last and then over its lanes,
+// however many rows are beside it: few are multiplied while a weight goes by, many in tiles. Packed weights lie in tiles.
 
 #ifndef DEX_JAX_PRODUCT_H_
 #define DEX_JAX_PRODUCT_H_
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
+#include "elements.h"
 #include "format.h"
 #include "share.h"
 #include "vectors.h"
@@ -17,6 +19,24 @@ namespace dex_jax {
 
 // Up to so many rows wait for memory, and weights are multiplied as they come from there. More wait for arithmetic.
 constexpr int kFewRows = 16;
+
+// Tiles of fewer than 16 outputs, or whose last one has fewer than 32 columns, as whole ones: what is not there is 0.
+inline const uint8_t* Padded(const Format& format, const uint8_t* tiles, int64_t outputs, int64_t in) {
+  const int64_t bytes = kOutputs * (4 * format.words + 2 * format.halves), count = Quotient(in, format.columns);
+  auto* const padded = reinterpret_cast<uint8_t*>(Scratch(Quotient(count * bytes + kAhead, sizeof(Vector))));
+  std::memset(padded, 0, count * bytes);
+  for (int64_t tile = 0; tile < count; ++tile) {
+    uint8_t* const to = padded + tile * bytes;
+    const auto copy = [&](int64_t unit, int64_t size, uint8_t* at) {
+      for (int64_t o = 0; o < outputs; ++o, tiles += size) std::memcpy(at + o * unit, tiles, size);
+    };
+    const int64_t left = in - tile * format.columns, words = left < format.columns ? left / 4 : format.words;
+    for (int64_t w = 0; w < words; ++w) copy(4, 4, to + w * 4 * kOutputs);
+    if (left < format.columns && left % 4 > 0) copy(4, left % 4, to + words * 4 * kOutputs);
+    for (int64_t h = 0; h < format.halves; ++h) copy(2, 2, to + (4 * format.words + 2 * h) * kOutputs);
+  }
+  return padded;
+}
 
 // What a thread takes at a time, in weights, and a number of outputs that all numbers of outputs at once divide.
 constexpr int64_t kPiece = 1 << 14;
@@ -43,7 +63,7 @@ void PackGroup(const float* rows, int64_t count, int64_t in, Vector* packed) {
   if constexpr (N > 1) {
     if (count < N) return PackGroup<N - 1>(rows, count, in, packed);
   }
-  Pack<N, Numbers<float>>(reinterpret_cast<const uint8_t*>(rows), N, in, packed);
+  Pack<N, float>(rows, N, in, packed);
 }
 
 // `count` rows in groups of kGroup or fewer.
@@ -130,11 +150,8 @@ struct ManyRows {
   }
 };
 
-// rows [count, in], kernel [out, in] -> result [count, out] of many rows. Rows of zeros, as those beyond a prompt's end are,
-// give zeros without any work.
-template <typename Threads>
-void MultiplyMany(const Threads& threads, const Format& format, const float* rows, const uint8_t* kernel, float* result,
-                  int64_t count, int64_t in, int64_t out) {
+// Which rows [count, in] are not all zeros, as those beyond a prompt's end are: those give zeros without any work.
+inline std::vector<int64_t> Live(const float* rows, float* result, int64_t count, int64_t in, int64_t out) {
   std::vector<int64_t> index;
   for (int64_t r = 0; r < count; ++r) {
     if (std::any_of(rows + r * in, rows + (r + 1) * in, [](float value) { return value != 0; })) {
@@ -143,14 +160,54 @@ void MultiplyMany(const Threads& threads, const Format& format, const float* row
       std::fill(result + r * out, result + (r + 1) * out, 0.0f);
     }
   }
+  return index;
+}
+
+// rows [count, in], kernel [out, in] in tiles -> result [count, out].
+template <typename Threads>
+void MultiplyTiles(const Threads& threads, const Format& format, const float* rows, const uint8_t* kernel, float* result,
+                   int64_t count, int64_t in, int64_t out) {
+  const std::vector<int64_t> index = Live(rows, result, count, in, out);
+  const int64_t live = index.size(), blocks = Quotient(in, kBlockColumns), bytes = format.bytes_of(in);
+  auto* const digits = reinterpret_cast<Digits*>(Scratch<true>(live * blocks * (sizeof(Digits) + sizeof(About)) / sizeof(Vector) + 1));
+  auto* const about = reinterpret_cast<About*>(digits + live * blocks);
+  EachRow(threads, live, 4 * in, [&](int64_t r) {
+    for (int64_t b = 0; b < blocks; ++b)
+      Round(rows + index[r] * in + b * kBlockColumns, in - b * kBlockColumns, digits + r * blocks + b, about + r * blocks + b);
+  });
+  // Rows stay in a core's first cache while the tiles of a piece go by.
+  const int64_t groups = Quotient(out, kOutputs), share = groups / std::max<int64_t>(1, 4 * threads.num_threads());
+  const int64_t some = std::max<int64_t>(1, live > kMostRows ? std::min<int64_t>(share, 8) : kPiece / (kOutputs * std::max<int64_t>(1, in)));
+  Share(threads, Quotient(groups, some), [&]() -> Pieces::Worker {
+    return [&](int64_t piece) {
+      for (int64_t first = 0; first < live; first += kMostRows) {
+        const int64_t here = std::min<int64_t>(kMostRows, live - first);
+        for (int64_t group = piece * some; group < std::min(groups, (piece + 1) * some); ++group) {
+          const int64_t output = group * kOutputs, outputs = std::min<int64_t>(kOutputs, out - output);
+          const uint8_t* tiles = kernel + output * bytes;
+          if (outputs < kOutputs || in % kBlockColumns > 0) tiles = Padded(format, tiles, outputs, in);
+          float results[kMostRows * kOutputs];
+          format.multiply_tiles({digits, about, blocks}, first, here, tiles, results);
+          for (int64_t r = 0; r < here; ++r)
+            std::copy(results + r * kOutputs, results + r * kOutputs + outputs, result + index[first + r] * out + output);
+        }
+      }
+    };
+  });
+}
+
+// rows [count, in], kernel [out, in] of numbers -> result [count, out] of many rows.
+template <typename Threads>
+void MultiplyMany(const Threads& threads, const Format& format, const float* rows, const uint8_t* kernel, float* result,
+                  int64_t count, int64_t in, int64_t out) {
+  const std::vector<int64_t> index = Live(rows, result, count, in, out);
   const int64_t live = index.size(), vectors = VectorsOf(in), tiles = Quotient(live, kTileRows);
   Vector* const packed = Scratch<true>(tiles * kTileRows * vectors);
   Share(threads, tiles, [&]() -> Pieces::Worker {
     return [&](int64_t tile) {
       for (int64_t r = 0; r < kTileRows; ++r) {
         const int64_t at = tile * kTileRows + r;
-        const auto* const row = at < live ? reinterpret_cast<const uint8_t*>(rows + index[at] * in) : nullptr;
-        PackRow<kTileRows, Numbers<float>>(row, in, packed + tile * kTileRows * vectors + r);
+        PackRow<kTileRows>(at < live ? rows + index[at] * in : nullptr, in, packed + tile * kTileRows * vectors + r);
       }
     };
   });
@@ -190,10 +247,11 @@ void Multiply(const Threads& threads, const Format& format, const Dimensions& of
   const auto kernel_of = [&](int64_t index) {
     return kernel + (together ? 0 : BlockOf(index, of_kernel, shape, leading)) * out * format.bytes_of(in);
   };
-  if (count > kFewRows) {
+  const bool tiles = format.weight_bytes == 0;
+  if (tiles || count > kFewRows) {
     for (int64_t index = 0; index < products; ++index)
-      MultiplyMany(threads, format, rows + rows_of(index) * count * in, kernel_of(index), result + index * count * out,
-                   count, in, out);
+      (tiles ? MultiplyTiles<Threads> : MultiplyMany<Threads>)(threads, format, rows + rows_of(index) * count * in,
+                                                               kernel_of(index), result + index * count * out, count, in, out);
     return;
   }
   const int64_t outputs = Quotient(kPiece, std::max<int64_t>(1, in) * kPieceOutputs) * kPieceOutputs;

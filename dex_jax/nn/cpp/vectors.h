@@ -35,8 +35,8 @@ inline bool AnyOf(Integers lanes) {
 #endif
 }
 
-// Of a cache, in bytes.
-constexpr int kLine = 64;
+// Of a cache, in bytes, and how far ahead of the weight in use memory is asked for.
+constexpr int kLine = 64, kAhead = 2048;
 
 // a * b + c. A compiler that may choose rounds once here and twice there, and a row would come out differently beside
 // others; so it is told.
@@ -84,18 +84,6 @@ inline Vector Load(const BFloat16* from) {
   typedef BFloat16 Halves __attribute__((vector_size(kLanes * sizeof(BFloat16)), aligned(sizeof(BFloat16))));
   typedef uint32_t Integers __attribute__((vector_size(kLanes * sizeof(uint32_t))));
   return reinterpret_cast<Vector>(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Integers) << 16);
-}
-
-inline Vector Load(const int8_t* from) {
-#if defined(__AVX512F__)
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(__AVX2__)
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-#else
-  Vector vector;
-  for (int lane = 0; lane < kLanes; ++lane) vector[lane] = from[lane];
-  return vector;
-#endif
 }
 
 // The first `count` of a vector, then zeros.

@@ -1,0 +1,334 @@
+// Products of rows with packed weights, in whole numbers.
+//
+// Weights lie in tiles of 16 outputs (nn/tiles.py): a register holds four columns of as many outputs as it has lanes. A row is
+// rounded to 16 bits in blocks of 32 columns with a scale each, and cut into two digits of 8 bits. Products of codes and
+// digits are added up in int32, which is exact in any order; the sum of a block is scaled and added in float32, block after
+// block. So the result of a row is the same to the last bit whatever rows are beside it, however many threads work, and
+// whatever instructions the CPU has.
+
+#ifndef DEX_JAX_TILES_H_
+#define DEX_JAX_TILES_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+#include "vectors.h"
+
+namespace dex_jax {
+
+constexpr int kOutputs = 16;  // of a tile
+constexpr int kBlockColumns = 32;    // columns of a row that share a scale
+constexpr int kWords = kBlockColumns / 4;
+constexpr int kMostRows = 16;  // that are multiplied while a tile is in registers
+// The largest number of a block: of it, and of its opposite, both digits lie in an int8.
+constexpr float kLargest = 127 * 256;
+
+// A block of a row: number i is 256 * high[i] + low[i], and stands for `scale` times as much.
+struct alignas(64) Digits {
+  int8_t high[kBlockColumns], low[kBlockColumns];
+};
+struct About {
+  float scale, sum;       // sum: of what the numbers stand for
+  int32_t first, second;  // the sums of 16 numbers each
+};
+
+// Rounds `count` numbers of a row, those up to 32 that are not there being 0. A block that is not finite becomes NaN.
+inline void Round(const float* row, int64_t count, Digits* digits, About* about) {
+  int32_t bits[kBlockColumns] = {};
+  std::memcpy(bits, row, std::min<int64_t>(count, kBlockColumns) * sizeof(float));
+  int32_t most = 0;
+  for (int i = 0; i < kBlockColumns; ++i) most = std::max(most, bits[i] & 0x7fffffff);
+  float largest, block[kBlockColumns];
+  std::memcpy(&largest, &most, sizeof(most));
+  std::memcpy(block, bits, sizeof(bits));
+  const float nothing = most < 0x7f800000 ? 0.0f : NAN;
+  if (!(largest >= 1e-30f) || most >= 0x7f800000) {
+    std::memset(digits, 0, sizeof(*digits));
+    *about = {nothing, nothing, 0, 0};
+    return;
+  }
+  const float inverse = kLargest / largest;
+  // Adding 1.5 * 2^23 rounds to a whole number, whose last bits are then those of the sum.
+  for (int i = 0; i < kBlockColumns; ++i) block[i] = block[i] * inverse + 12582912.0f;
+  std::memcpy(bits, block, sizeof(bits));
+  for (int i = 0; i < kBlockColumns; ++i) bits[i] -= 0x4b400000;
+  for (int i = 0; i < kBlockColumns; ++i) digits->low[i] = static_cast<int8_t>(bits[i]);
+  for (int i = 0; i < kBlockColumns; ++i) digits->high[i] = static_cast<int8_t>((bits[i] + 128) >> 8);
+  int32_t first = 0, second = 0;
+  for (int i = 0; i < kBlockColumns / 2; ++i) first += bits[i], second += bits[kBlockColumns / 2 + i];
+  const float scale = largest / kLargest;
+  *about = {scale, scale * static_cast<float>(first + second), first, second};
+}
+
+// Four columns of the output of each lane.
+typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
+
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr int kSignedZero = 0;  // Instructions there take signed codes.
+#else
+constexpr int kSignedZero = 128;  // Else a code of 8 bits is taken to be so much more than it is, and no sign is left.
+#endif
+
+// Adds products of codes and four digits, which are the same for all lanes. Narrow codes are below 64.
+template <bool kNarrow>
+Integers Dot(Integers sum, Bytes codes, const int8_t* four) {
+  int32_t word;
+  std::memcpy(&word, four, sizeof(word));
+#if defined(__AVX512VNNI__)
+  return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(word));
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+  return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, _mm256_set1_epi32(word));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i own = (__m256i)codes, digits = _mm256_set1_epi32(word);
+  if constexpr (kNarrow)
+    return sum + (Integers)_mm256_madd_epi16(_mm256_maddubs_epi16(own, digits), _mm256_set1_epi16(1));
+  // Two products of 8 bits do not fit into 16.
+  const __m256i even = _mm256_and_si256(own, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(own, 8);
+  return sum + (Integers)_mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(digits, 8), 8)) +
+         (Integers)_mm256_madd_epi16(odd, _mm256_srai_epi16(digits, 8));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  int32x4_t sums[kLanes / 4];
+  int8x16_t own[kLanes / 4];
+  std::memcpy(sums, &sum, sizeof(sum)), std::memcpy(own, &codes, sizeof(codes));
+  for (int i = 0; i < kLanes / 4; ++i) sums[i] = vdotq_s32(sums[i], own[i], vreinterpretq_s8_s32(vdupq_n_s32(word)));
+  std::memcpy(&sum, sums, sizeof(sum));
+  return sum;
+#else
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < 4; ++i) sum[lane] += codes[4 * lane + i] * four[i];
+  return sum;
+#endif
+}
+
+// A float16 as float32. By hand where there is no instruction: XLA's threads take numbers that are not normal for zeros,
+// and small scales are such.
+inline float HalfAt(const uint8_t* from) {
+  uint16_t half;
+  std::memcpy(&half, from, sizeof(half));
+  const uint32_t exponent = half >> 10 & 31, fraction = half & 1023;
+  float value = static_cast<float>(fraction) * 0x1p-24f;
+  if (exponent > 0) {
+    const uint32_t bits = (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+    std::memcpy(&value, &bits, sizeof(value));
+  }
+  return half & 0x8000 ? -value : value;
+}
+
+// What a tile holds of the outputs in a register: words of 4 bytes, then halves.
+struct Tile {
+  const uint8_t* words;
+  const uint8_t* halves;
+
+  Bytes Word(int i) const {
+    Bytes word;
+    std::memcpy(&word, words + i * 4 * kOutputs, sizeof(word));
+    return word;
+  }
+  Integers Int(int i) const { return (Integers)Word(i); }
+  Vector Half(int i) const {
+    const uint8_t* const from = halves + i * 2 * kOutputs;
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    Vector halves;
+    for (int lane = 0; lane < kLanes; ++lane) halves[lane] = HalfAt(from + 2 * lane);
+    return halves;
+#endif
+  }
+};
+
+// 32 columns of it: a number is scale * (code - zero of the format) + least; of 16 columns each there may be a scale.
+struct Part {
+  Bytes codes[kWords];
+  Vector scale, second, least;
+
+  // The low codes of 4 bits of `count` words, and the high ones.
+  void Nibbles(const Tile& tile, int from, int count, bool low, bool high) {
+    for (int i = 0; i < count; ++i) {
+      if (low) codes[i] = tile.Word(from + i) & 15;
+      if (high) codes[low * count + i] = tile.Word(from + i) >> 4;
+    }
+  }
+};
+
+inline Vector Float(Integers numbers) { return __builtin_convertvector(numbers, Vector); }
+
+// The formats: of a tile its columns, words and halves; of codes how wide they are, and which stands for 0.
+
+// What Q4_0 and Q4_1 have in common: the first 16 columns have the low codes of 16 bytes, the others the high ones.
+struct Q4_0 {
+  static constexpr int kColumns = 32, kTileWords = 4, kHalves = 1, kZero = 8;
+  static constexpr bool kNarrow = true, kLeast = false, kTwo = false;
+  static void Read(const Tile& tile, int, Part& part) {
+    part.Nibbles(tile, 0, 4, true, true);
+    part.scale = tile.Half(0);
+  }
+};
+
+struct Q4_1 : Q4_0 {
+  static constexpr int kHalves = 2, kZero = 0;
+  static constexpr bool kLeast = true;
+  static void Read(const Tile& tile, int, Part& part) {
+    Q4_0::Read(tile, 0, part);
+    part.least = tile.Half(1);
+  }
+};
+
+// The fifth bits are in a word in front.
+struct Q5_0 : Q4_0 {
+  static constexpr int kTileWords = 5, kZero = 16;
+  static void Read(const Tile& tile, int, Part& part) {
+    part.Nibbles(tile, 1, 4, true, true);
+    const Integers fifth = tile.Int(0);
+    // A bit of four goes into each byte.
+    for (int i = 0; i < kWords; ++i) part.codes[i] |= (Bytes)((fifth >> 4 * i & 15) * 0x02040810) & 16;
+    part.scale = tile.Half(0);
+  }
+};
+
+struct Q8_0 : Q4_0 {
+  static constexpr int kTileWords = 8, kZero = kSignedZero;
+  static constexpr bool kNarrow = false;
+  static void Read(const Tile& tile, int, Part& part) {
+    for (int i = 0; i < kWords; ++i) part.codes[i] = tile.Word(i) ^ static_cast<uint8_t>(kSignedZero);
+    part.scale = tile.Half(0);
+  }
+};
+
+// The codes alone: products are scaled by whoever asks for them.
+struct INT8 : Q8_0 {
+  static constexpr int kHalves = 0;
+  static void Read(const Tile& tile, int, Part& part) {
+    for (int i = 0; i < kWords; ++i) part.codes[i] = tile.Word(i) ^ static_cast<uint8_t>(kSignedZero);
+    part.scale = Vector{} + 1.0f;
+  }
+};
+
+// 256 columns: eight scales and eight numbers to subtract of 6 bits each in the first three words, and two scales of these.
+// Of two times 32 columns the first have the low codes of 32 bytes, the others the high ones.
+struct Q4_K : Q4_0 {
+  static constexpr int kColumns = 256, kTileWords = 35, kHalves = 2, kZero = 0;
+  static constexpr bool kLeast = true;
+  static constexpr int kCodes = 3;
+  static void Scales(const Tile& tile, int p, Part& part) {
+    const Integers low = tile.Int(0), high = tile.Int(1), last = tile.Int(2);
+    const int at = p % 4 * 8;
+    Integers multiple = low >> at & 63, less = high >> at & 63;
+    if (p >= 4) {
+      multiple = (last >> at & 15) | (low >> (at + 6) & 3) << 4;
+      less = (last >> (at + 4) & 15) | (high >> (at + 6) & 3) << 4;
+    }
+    part.scale = Float(multiple) * tile.Half(0);
+    part.least = -(Float(less) * tile.Half(1));
+  }
+  static void Read(const Tile& tile, int p, Part& part) {
+    Scales(tile, p, part);
+    part.Nibbles(tile, 3 + p / 2 * 8, 8, p % 2 == 0, p % 2 == 1);
+  }
+};
+
+// The fifth bits of all columns are in eight words, one of each byte for every 32 columns.
+struct Q5_K : Q4_K {
+  static constexpr int kTileWords = 43;
+  static void Read(const Tile& tile, int p, Part& part) {
+    Scales(tile, p, part);
+    part.Nibbles(tile, 11 + p / 2 * 8, 8, p % 2 == 0, p % 2 == 1);
+    for (int i = 0; i < kWords; ++i) part.codes[i] |= (tile.Word(3 + i) >> p & 1) << 4;
+  }
+};
+
+// 16 scales of 8 bits for 16 columns each, and a scale of these. Of each 128 columns the first 64 have the low codes of 64
+// bytes, the others the high ones, and two bits more are in 32 bytes.
+struct Q6_K : Q4_0 {
+  static constexpr int kColumns = 256, kTileWords = 52, kHalves = 1, kZero = 32;
+  static constexpr bool kTwo = true;
+  static void Read(const Tile& tile, int p, Part& part) {
+    const int of_128 = p / 4, quarter = p % 4;
+    part.Nibbles(tile, of_128 * 16 + quarter % 2 * 8, 8, quarter < 2, quarter >= 2);
+    for (int i = 0; i < kWords; ++i) part.codes[i] |= (tile.Word(32 + of_128 * 8 + i) >> 2 * quarter & 3) << 4;
+    const Integers scales = tile.Int(48 + p / 2) << (16 - p % 2 * 16);
+    part.scale = Float(scales << 8 >> 24) * tile.Half(0);
+    part.second = Float(scales >> 24) * tile.Half(0);
+  }
+};
+
+// Rows that have been rounded: of row r all its blocks from r * blocks on.
+struct Rows {
+  const Digits* digits;
+  const About* about;
+  int64_t blocks;
+};
+
+template <typename Format>
+struct Tiles {
+  static constexpr int64_t kTileBytes = kOutputs * (4 * Format::kTileWords + 2 * Format::kHalves);
+  static constexpr int kParts = Format::kColumns / kBlockColumns;
+
+  // 16 outputs, whose tiles lie one behind the other, of `count` rows from `first` on: [count, 16].
+  static void Multiply(const Rows& rows, int64_t first, int64_t count, const uint8_t* tiles, float* result) {
+    Some<kMostRows>(rows, first, count, tiles, result);
+  }
+
+ private:
+  template <int R>
+  static void Some(const Rows& rows, int64_t first, int64_t count, const uint8_t* tiles, float* result) {
+    for (; count >= R; first += R, count -= R, result += R * kOutputs)
+      for (int lane = 0; lane < kOutputs; lane += kLanes) Add<R>(rows, first, tiles, lane, result + lane);
+    if constexpr (R > 1) Some<R / 2>(rows, first, count, tiles, result);
+  }
+
+  template <int R>
+  static __attribute__((noinline)) void Add(const Rows& rows, int64_t first, const uint8_t* tiles, int lane, float* result) {
+    Vector totals[R] = {};
+    const Digits* digits = rows.digits + first * rows.blocks;
+    const About* about = rows.about + first * rows.blocks;
+    for (int64_t block = 0; block < rows.blocks; tiles += kTileBytes) {
+      for (int line = 0; line < kTileBytes; line += kLine) __builtin_prefetch(tiles + kAhead + line);
+      const Tile tile{tiles + 4 * lane, tiles + 4 * Format::kTileWords * kOutputs + 2 * lane};
+      for (int p = 0; p < kParts; ++p, ++block, ++digits, ++about) {
+        Part part;
+        Format::Read(tile, p, part);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+          totals[r] = Sum(part, digits[r * rows.blocks], about[r * rows.blocks], totals[r]);
+      }
+    }
+    for (int r = 0; r < R; ++r) std::memcpy(result + r * kOutputs, &totals[r], sizeof(Vector));
+  }
+
+  static __attribute__((always_inline)) Vector Sum(const Part& part, const Digits& digits, const About& about, Vector total) {
+    constexpr int half = kWords / 2;
+    if constexpr (Format::kTwo) {
+      const Integers first = Whole<0, half>(part, digits) - Format::kZero * about.first;
+      const Integers second = Whole<half, kWords>(part, digits) - Format::kZero * about.second;
+      total += Float(first) * about.scale * part.scale;
+      return total + Float(second) * about.scale * part.second;
+    }
+    Integers whole = Whole<0, kWords>(part, digits);
+    if (Format::kZero != 0) whole -= Format::kZero * (about.first + about.second);
+    total += Float(whole) * about.scale * part.scale;
+    return Format::kLeast ? total + part.least * about.sum : total;
+  }
+
+  template <int kBegin, int kEnd>
+  static __attribute__((always_inline)) Integers Whole(const Part& part, const Digits& digits) {
+    Integers high{}, low{};
+#pragma GCC unroll 8
+    for (int i = kBegin; i < kEnd; ++i) {
+      high = Dot<Format::kNarrow>(high, part.codes[i], digits.high + 4 * i);
+      low = Dot<Format::kNarrow>(low, part.codes[i], digits.low + 4 * i);
+    }
+    return (high << 8) + low;
+  }
+};
+
+}  // namespace dex_jax
+
+#endif  // DEX_JAX_TILES_H_
