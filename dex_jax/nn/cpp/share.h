@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -57,6 +58,58 @@ class Pieces {
   std::atomic<int64_t> arrived_{0}, done_{0};
 };
 
+// Threads that have helped and wait for a moment whether there is more to do: a step is hundreds of short products, and to
+// wake a thread for each takes as long as a small one.
+class Crew {
+ public:
+  // Gives work to a thread that waits; false where none does.
+  bool Take(const std::shared_ptr<Pieces>& pieces) {
+    for (auto& seat : seats_) {
+      const Work* waiting = &kWaiting;
+      if (seat.load(std::memory_order_relaxed) != waiting) continue;
+      const Work* const work = new Work(pieces);
+      if (seat.compare_exchange_strong(waiting, work)) return true;
+      delete work;
+    }
+    return false;
+  }
+
+  // Works, and then on what comes within kPatience.
+  void Help(std::shared_ptr<Pieces> pieces) {
+    pieces->Work();
+    pieces.reset();
+    for (auto& seat : seats_) {
+      const Work* empty = nullptr;
+      if (!seat.compare_exchange_strong(empty, &kWaiting)) continue;
+      while (const Work* const work = Await(seat)) {
+        (*work)->Work();
+        delete work;
+        seat.store(&kWaiting);
+      }
+      return;
+    }
+  }
+
+ private:
+  using Work = std::shared_ptr<Pieces>;
+  static constexpr std::chrono::microseconds kPatience{30};
+
+  // What has been given to a seat; it is empty again where nothing has.
+  static const Work* Await(std::atomic<const Work*>& seat) {
+    const auto end = std::chrono::steady_clock::now() + kPatience;
+    for (int spins = 0; seat.load(std::memory_order_acquire) == &kWaiting; ++spins) {
+      if (spins % 256 != 255) continue;
+      const Work* waiting = &kWaiting;
+      if (std::chrono::steady_clock::now() > end && seat.compare_exchange_strong(waiting, nullptr)) return nullptr;
+      std::this_thread::yield();  // to whoever has something to do
+    }
+    return seat.load(std::memory_order_acquire);
+  }
+
+  static inline const Work kWaiting;
+  std::atomic<const Work*> seats_[32] = {};
+};
+
 // Does pieces 0..count-1 on all threads, each with a worker of its own that begin() gives.
 template <typename Threads>
 void Share(const Threads& threads, int64_t count, const std::function<Pieces::Worker()>& begin) {
@@ -69,7 +122,9 @@ void Share(const Threads& threads, int64_t count, const std::function<Pieces::Wo
   }
   // A helper that comes late finds no piece left and touches nothing but these, which it shares.
   const auto pieces = std::make_shared<Pieces>(count, helpers + 1, [&begin] { return begin(); });
-  for (int64_t helper = 0; helper < helpers; ++helper) threads.Schedule([pieces] { pieces->Work(); });
+  static Crew crew;
+  for (int64_t helper = 0; helper < helpers; ++helper)
+    if (!crew.Take(pieces)) threads.Schedule([pieces] { crew.Help(pieces); });
   pieces->Work();
   pieces->Wait();
 }

@@ -158,6 +158,16 @@ struct Part {
   }
 };
 
+// a * b + c, rounded once on every machine.
+inline Vector Fused(Vector a, Vector b, Vector c) {
+#if defined(__FMA__)
+  return MultiplyAdd(a, b, c);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+  return c;
+#endif
+}
+
 inline Vector Float(Integers numbers) { return __builtin_convertvector(numbers, Vector); }
 
 // The formats: of a tile its columns, words and halves; of codes how wide they are, and which stands for 0.
@@ -308,24 +318,24 @@ struct Tiles {
     if constexpr (Format::kTwo) {
       const Integers first = Whole<0, half>(part, digits) - Format::kZero * about.first;
       const Integers second = Whole<half, kWords>(part, digits) - Format::kZero * about.second;
-      total += Float(first) * about.scale * part.scale;
-      return total + Float(second) * about.scale * part.second;
+      total = Fused(Float(first) * about.scale, part.scale, total);
+      return Fused(Float(second) * about.scale, part.second, total);
     }
     Integers whole = Whole<0, kWords>(part, digits);
     if (Format::kZero != 0) whole -= Format::kZero * (about.first + about.second);
-    total += Float(whole) * about.scale * part.scale;
-    return Format::kLeast ? total + part.least * about.sum : total;
+    total = Fused(Float(whole) * about.scale, part.scale, total);
+    return Format::kLeast ? Fused(part.least, Vector{} + about.sum, total) : total;
   }
 
   template <int kBegin, int kEnd>
   static __attribute__((always_inline)) Integers Whole(const Part& part, const Digits& digits) {
-    Integers high{}, low{};
+    Integers high[2] = {}, low[2] = {};  // sums that do not wait for each other
 #pragma GCC unroll 8
     for (int i = kBegin; i < kEnd; ++i) {
-      high = Dot<Format::kNarrow>(high, part.codes[i], digits.high + 4 * i);
-      low = Dot<Format::kNarrow>(low, part.codes[i], digits.low + 4 * i);
+      high[i % 2] = Dot<Format::kNarrow>(high[i % 2], part.codes[i], digits.high + 4 * i);
+      low[i % 2] = Dot<Format::kNarrow>(low[i % 2], part.codes[i], digits.low + 4 * i);
     }
-    return (high << 8) + low;
+    return ((high[0] + high[1]) << 8) + low[0] + low[1];
   }
 };
 
