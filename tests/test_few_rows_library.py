@@ -257,6 +257,26 @@ def test_a_format_that_cannot_be_built_is_one_sentence(tmp_path, monkeypatch) ->
         few_rows.tiles_product(np.zeros((1, 32)), np.zeros((1, 18), np.uint8), "Q4_0")
 
 
+@needs_compiler
+def test_ziglang_compiles_where_nothing_else_does(answer, tmp_path, monkeypatch) -> None:
+    """A package that passes on to a compiler stands for PyPI's, whose first build takes minutes."""
+    package = tmp_path / "ziglang"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    passes_on = f"import subprocess, sys\nsys.exit(subprocess.call([{COMPILER!r}, *sys.argv[2:]]))\n"
+    (package / "__main__.py").write_text(passes_on)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(native, "COMPILERS", ())
+    native._compiler.cache_clear()
+    try:
+        assert native._compiler()[0][1:4] == ("-m", "ziglang", "c++")
+        assert native.loaded(*answer).answer() == 42
+    finally:
+        native._compiler.cache_clear()
+
+
 @pytest.mark.slow
 def test_without_it_the_product_is_xlas(tmp_path) -> None:
     assert says(tmp_path, DEX_JAX_NATIVE="0") == (False, "float32")

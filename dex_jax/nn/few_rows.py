@@ -8,13 +8,13 @@ XLA does it. So it does where XLA divides a program among several devices.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import functools
 import itertools
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,12 @@ TURN, GATE, WRITE = "dex_jax_turn", "dex_jax_gate", "dex_jax_write"
 SOURCES = Path(__file__).with_name("cpp")
 NUMBERS = {"float32": "float", "bfloat16": "BFloat16"}
 """Dtype of a kernel that is not packed -> its C++ type."""
+
+MISSING = (
+    "without a C++ compiler XLA computes on dense weights, which takes several times as long: install g++ or clang, or "
+    "pip install ziglang"
+)
+"""What is told once where the C++ files cannot be compiled."""
 
 _formats: set[str] = set()  # that products know
 
@@ -229,13 +235,14 @@ def _registered() -> ctypes.CDLL | None:
     """What this process's programs for CPUs know of the C++ files; None if they do not."""
     if not _wanted():
         return None
-    # Only speed is at stake: whatever is missing here, XLA does it as well.
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+    try:
         compiled = native.loaded(*_parts(""))
-        for target in (NORM, PRODUCT, ATTENTION, TURN, GATE, WRITE):
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(compiled, target)), platform="cpu")
-        return compiled
-    return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"{MISSING} ({error})", file=sys.stderr)
+        return None
+    for target in (NORM, PRODUCT, ATTENTION, TURN, GATE, WRITE):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(compiled, target)), platform="cpu")
+    return compiled
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shlex
@@ -130,9 +131,12 @@ def _stop() -> None:
 def _compiler() -> tuple[tuple[str, ...], bytes]:
     """The command that compiles for this machine, and what it knows of it; errors as of `library`."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None or platform.system() not in ("Linux", "Darwin"):
+    command = shlex.split(compiler) if compiler else []
+    if not command and importlib.util.find_spec("ziglang"):
+        command = [sys.executable, "-m", "ziglang", "c++"]
+    if not command or platform.system() not in ("Linux", "Darwin"):
         raise OSError("no C++ compiler")
-    native = (*shlex.split(compiler), "-march=native")
+    native = (*command, "-march=native")
     # What "native" means here: a home directory may belong to machines of several kinds.
     asked = [*native, "-dM", "-E", "-x", "c++", os.devnull]
     return native, subprocess.run(asked, capture_output=True, check=True).stdout
