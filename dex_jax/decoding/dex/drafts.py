@@ -107,9 +107,9 @@ def _add_levels(
     (batch, under, _), down = said.token.shape, len(shape.widths)
     most = max(under, *shape.widths)
 
-    def one_level(carry: tuple[Any, ...], parts: tuple[_Level, jax.Array, jax.Array]) -> tuple[tuple[Any, ...], None]:
-        cohort, known, at = carry
-        level, token, more_trust = parts
+    def one_level(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        number, cohort, known, at = carry
+        level, token, more_trust = jax.tree.map(lambda part: part[number], parts)
         score = jax.vmap(_score_at)(cohort, at) + more_trust
         candidates = Candidates(token, at, score)
         if drafter is not None and shape.drafted:
@@ -132,14 +132,23 @@ def _add_levels(
             candidates = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), candidates, more)
         cohort = jax.vmap(lat.grow, (0, 0, None, None, None))(cohort, candidates, level.first, level.width, most)
         at = jax.vmap(jax.vmap(lat.child_of, (None, 0, 0)))(cohort, at, token)
-        return (cohort, known, at), None
+        return number + 1, cohort, known, at
+
+    def more_to_come(carry: tuple[Any, ...]) -> jax.Array:
+        """Whether the last level has a row; below an empty one there is nothing, and most ticks draft few levels."""
+        number, cohort, _, _ = carry
+        above = jax.tree.map(lambda part: part[jnp.minimum(number, down - 1)], (levels.above, levels.of_above))
+        row = jnp.arange(cohort.token.shape[1])
+        inside = (row >= above[0]) & (row < above[0] + above[1])
+        return (number < down) & jnp.any((cohort.score > -jnp.inf) & inside[None])
 
     known = None if drafter is None else drafter.blank(batch, cohort.token.shape[1])
     # The row that each continuation has got to.
     at = jnp.where(said.trust[..., 0] > -jnp.inf, jnp.arange(under)[None], NO_NODE)
     # In a loop: the levels, one by one, would be most of the program to compile.
     parts: Any = (levels, *(jnp.moveaxis(each[..., :down], 2, 0) for each in said))
-    (cohort, _, at), _ = jax.lax.scan(one_level, (cohort, known, at), parts)
+    done, cohort, _, at = jax.lax.while_loop(more_to_come, one_level, (jnp.int32(0), cohort, known, at))
+    at = jnp.where(done == down, at, NO_NODE)
     if shape.tail:
         first = levels.first[-1] + levels.width[-1]
         cohort = jax.vmap(_go_on, (0, 0, 0, 0, None))(cohort, at, said.token[..., down:], said.trust[..., down:], first)
