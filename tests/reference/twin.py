@@ -28,7 +28,6 @@ LOWEST_LOG_PROBABILITY = -64.0
 COMPARED, LONGEST = 16, 64
 HEADS = 8
 HOPE = 0.4
-REMEMBERED, DOUBT = 31 / 32, 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +85,6 @@ class Run:
     pruned: int = 0
     rows: list[int] = dataclasses.field(default_factory=list)  # that each cohort may have had, where rungs say so
     levels: list[int] = dataclasses.field(default_factory=list)  # that the drafter was asked for in each
-    promised: float = 0.0  # drafted tokens, by ticks of one stage that choose their rows
-    kept: float = 0.0  # those of them that were right
 
 
 def decode(
@@ -135,8 +132,7 @@ def decode(
                 node.progress += 1
 
         # Commit: the final layer decides after the root, and after every child that it confirms and has run as well.
-        fresh, before = False, len(committed)
-        promised = sum(math.exp(node.score) for cohort in cohorts for node in cohort if node.parent is not None)
+        fresh = False
         while root.progress == stages and not fresh and not ended():
             token = final_token(model, committed, stages, draws)
             heir = next((child for child in root.children if child.token == token), None)
@@ -155,9 +151,6 @@ def decode(
                 for node in survivors:
                     node.score -= offset
                 cohorts = [[node for node in cohort if node in survivors] for cohort in cohorts]
-        if stages == 1 and shape is not None and shape.rungs:
-            run.promised = run.promised * REMEMBERED + promised
-            run.kept = run.kept * REMEMBERED + len(committed) - before - 1
         if ended():
             run.lattices.append(set())
             break
@@ -194,14 +187,13 @@ def with_drafts(
         if said and logs[0] > -math.inf:
             follows[head] = (head, said, logs)
     everything, above, levels = list(heads), asked, 0
-    share = (run.kept + DOUBT) / (run.promised + DOUBT)
     for level, width in enumerate(shape.widths, 1):
         found: list[tuple[Node, int, float]] = []
         claimed: dict[Node, float] = {}
         for head, (at, said, logs) in follows.items():
             found.append((at, said[level - 1], at.score + logs[level - 1]))
             claimed[head] = math.exp(found[-1][2])
-        hope = share * HOPE * (sum(math.exp(node.score) for node in above) - sum(claimed.values()))
+        hope = HOPE * (sum(math.exp(node.score) for node in above) - sum(claimed.values()))
         if level <= shape.drafted and (not (shape.rungs and shape.drafting) or hope > shape.drafting):
             levels += 1
             for node in above:
@@ -226,8 +218,7 @@ def with_drafts(
     everything.sort(key=lambda node: -node.score)
     spawned = everything if rows is None else everything[:rows]
     if shape.rungs:
-        promise = [math.exp(node.score) * (1 if place == 0 else share) for place, node in enumerate(spawned)]
-        worth = [sum(promise[:size]) - cost / stages for size, cost in shape.rungs]
+        worth = [sum(math.exp(n.score) for n in spawned[:size]) - cost / stages for size, cost in shape.rungs]
         size = shape.rungs[worth.index(max(worth))][0]
         spawned = spawned[:size]
         run.rows.append(size)

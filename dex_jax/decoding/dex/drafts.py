@@ -21,7 +21,7 @@ from dex_jax.decoding.dex.lookup import said_next
 from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
-from dex_jax.lattice import NO_NODE, Candidates, Cohort, Lattice, Path, quantized
+from dex_jax.lattice import NO_NODE, Candidates, Cohort, Lattice, quantized
 from dex_jax.sampling import Sampling, log_total, scores
 
 HEADS = 8
@@ -31,23 +31,6 @@ HOPE = 0.4
 """The share of what a level promises, and the lookup does not below it, that drafting there is taken to add: how often
 a child turns out worth running, and right. Below what drafters agree, as much of what they draft is not worth
 running."""
-
-REMEMBERED, DOUBT = 31 / 32, 4.0
-"""How much of what earlier ticks promised and kept still counts a tick later, and how many promised tokens are taken to
-have been kept before there were any: where drafts turn out wrong, ticks stop drafting, and try again as they forget."""
-
-
-def with_outcome(kept: jax.Array, lattice: Lattice, path: Path) -> jax.Array:
-    """What ticks promised and kept, [2] float32, with a cohort of one stage that has run: fields of both [B, ...]."""
-    drafted = lattice.live & (lattice.parent != NO_NODE)
-    promised = jnp.sum(jnp.where(drafted, jnp.exp(lattice.score), 0))
-    right = jnp.sum(jnp.maximum(path.length - 1, 0))
-    return kept * REMEMBERED + jnp.stack([promised, right.astype(jnp.float32)])
-
-
-def _share_kept(state: DexState) -> jax.Array | float:
-    """How many drafted tokens turn out right for each that is promised."""
-    return 1.0 if state.kept is None else (state.kept[1] + DOUBT) / (state.kept[0] + DOUBT)
 
 
 def with_drafts(
@@ -118,7 +101,6 @@ def _add_levels(
                 claimed = jnp.sum(jnp.where(going[:, None], jnp.exp(score), 0))
                 above = jax.lax.dynamic_slice_in_dim(_promise(cohort, going), level.above, most)
                 hope = HOPE * (jnp.sum(jnp.where(jnp.arange(most) < level.of_above, above, 0)) - claimed)
-                hope *= _share_kept(state)
                 asked &= hope > jnp.sum(going) * shape.drafting
 
             def drafted(known: Any) -> tuple[Candidates, Any]:
@@ -158,18 +140,15 @@ def _add_levels(
 def _worth_their_time(state: DexState, cohort: Cohort, shape: TreeShape) -> Cohort:
     """A sorted cohort without the rows beyond the best rung.
 
-    The sum of path probabilities is the number of tokens that a cohort should bring, of those that are drafted as much
-    as such promises were kept before. Of K cohorts on their way side by side each makes ticks longer by its share
-    alone.
+    The sum of path probabilities is the number of tokens that a cohort should bring. Of K cohorts on their way side by
+    side each makes ticks longer by its share alone.
     """
     if not shape.rungs:
         return cohort
     going, (counts, costs) = ~state.record.done, map(np.array, zip(*shape.rungs, strict=True))
-    # The first row is a root's, and no draft.
-    row, share = jnp.arange(cohort.token.shape[1]), _share_kept(state)
-    expected = jnp.cumsum(_promise(cohort, going) * jnp.where(row == 0, 1, share))[counts - 1]
+    expected = jnp.cumsum(_promise(cohort, going))[counts - 1]
     rung = jnp.argmax(expected - jnp.sum(going) * costs.astype(np.float32) / state.stages)
-    kept = row < jnp.asarray(counts)[rung]
+    kept = jnp.arange(cohort.token.shape[1]) < jnp.asarray(counts)[rung]
     return cohort._replace(score=jnp.where(kept[None], cohort.score, -jnp.inf))
 
 

@@ -208,8 +208,6 @@ class DexState(NamedTuple):
       noise: None when greedy.
       record: what has been emitted.
       text: [B, S] int32, all tokens at their positions; None when exit 0 is silent.
-      kept: [2] float32, how many drafted tokens the last ticks of all sequences promised, and how many of them were
-        right, later ticks counting more; None unless ticks of one stage choose their rows.
     """
 
     tick: jax.Array
@@ -220,7 +218,6 @@ class DexState(NamedTuple):
     noise: Noise | None
     record: Record
     text: jax.Array | None = None
-    kept: jax.Array | None = None
 
     @property
     def stages(self) -> int:

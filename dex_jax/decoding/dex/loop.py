@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
-from dex_jax.decoding.dex.drafts import HEADS, with_drafts, with_outcome
+from dex_jax.decoding.dex.drafts import HEADS, with_drafts
 from dex_jax.decoding.dex.interface import Committed, DexState, Network, StageView, before_nodes
 from dex_jax.decoding.dex.proposals import ask_exits
 from dex_jax.decoding.dex.trees import TreeShape
@@ -89,7 +89,6 @@ def init(
         noise=noise,
         record=begin(first_token, capacity, limits),
         text=text,
-        kept=jnp.zeros(2, jnp.float32) if stages == 1 and drafts is not None and drafts.rungs else None,
     )
 
 
@@ -236,8 +235,7 @@ def commit(
         text = text.at[sequence, at].set(path.token, mode="drop")
     memory = network.commit(state.memory, committed(state, view, path.slot, path.length))
     prefix = state.prefix + path.length
-    kept = None if state.kept is None else with_outcome(state.kept, state.lattice, path)
-    return state._replace(prefix=prefix, memory=memory, record=record, text=text, kept=kept), path
+    return state._replace(prefix=prefix, memory=memory, record=record, text=text), path
 
 
 def committed(state: DexState, view: StageView, slot: jax.Array, length: jax.Array) -> Committed:
