@@ -294,8 +294,9 @@ def load(
         jax Mesh with axes of these names. Each tensor goes to the devices that own it and passes through no other.
         `generate` then runs there: explorer k on the devices of stage k, and AR and the prompt from stage to stage.
       weights: what kernels are kept as. "stored" leaves the blocks of 4 to 8 bits of a .gguf file packed: they stand
-        for exactly the numbers that "dense" makes of them, and on CPUs are multiplied with rows of 16 bits. "int8" is 8 bits a weight and a scale for each
-        output, another model than the checkpoint. None is "stored" on CPUs where a C++ compiler is, else "dense".
+        for exactly the numbers that "dense" makes of them, and on CPUs are multiplied with rows of 16 bits. "int8" is
+        8 bits a weight and a scale for each output, another model than the checkpoint. None is "stored"
+        on CPUs where a C++ compiler is, else "dense".
 
     Raises:
       DexError: nothing of that name, missing or truncated weights, an architecture or dtype that is not covered, no
