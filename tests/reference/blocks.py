@@ -30,6 +30,8 @@ def dequantised(blocks: np.ndarray, format: str) -> np.ndarray:
 
 def rounded(rows: np.ndarray) -> np.ndarray:
     """Rows [R, in] float32 as products with packed weights take them: 16 bits in blocks of 32, [R, in] float64."""
+    if rows.size == 0:
+        return rows.astype(np.float64)
     blocks = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 32))).reshape(len(rows), -1, 32)
     largest = np.abs(blocks).max(axis=-1, keepdims=True)
     inverse = np.divide(np.float32(127 * 256), largest, out=np.zeros_like(largest), where=largest >= 1e-30)
