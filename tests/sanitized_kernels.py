@@ -55,7 +55,7 @@ def products(random: np.random.Generator) -> None:
         x, kernel = random.normal(size=(rows, width)).astype("f"), random.integers(-128, 128, (outputs, width), np.int8)
         found = call(few_rows.PRODUCT, (rows, outputs), x, in_tiles(kernel, INT8), format=INT8)
         assert_rounded_product(found, x, kernel)
-    kernels = random.normal(size=(3, 5, 37)).astype("f")
+    x, kernels = random.normal(size=(7, 37)).astype("f"), random.normal(size=(3, 5, 37)).astype("f")
     found = call(few_rows.PRODUCT, (7, 5), x, *kernels, np.int32(2), format="")
     np.testing.assert_allclose(found, x @ kernels[2].T, atol=1e-3)
     x, kernel = random.normal(size=(3, 1, 5, 9)).astype("f"), random.normal(size=(1, 4, 6, 9)).astype("f")
