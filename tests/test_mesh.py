@@ -116,7 +116,8 @@ def test_packed_weights_lie_on_their_stages_and_give_dense_ones_tokens(in_cpp: P
         assert tokens == found["dense"], method
     in_8_bits = found["int8"]
     assert in_8_bits["tokens"][0] == in_8_bits["tokens"][1]
-    assert in_8_bits["error"] < 1e-5
+    # Devices round half of the inputs in blocks of their own, and one device of several computes by XLA, unrounded.
+    assert in_8_bits["error"] < 1e-3
     assert in_8_bits["shapes"] == [[160, 64], [160], [64, 80], [64]], "half of 2 x 160 outputs, half of 160 inputs"
 
 

@@ -64,7 +64,7 @@ def test_any_bytes_stand_for_what_the_gguf_package_makes_of_them(format) -> None
 
 
 def in_memory(kernel: Packed) -> Packed:
-    """As a model holds it."""
+    """The kernel as a model holds it."""
     return jax.tree.map(jnp.asarray, as_products_read(jax.tree.map(np.asarray, kernel)))
 
 

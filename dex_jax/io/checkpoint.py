@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import re
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dex_jax.config import ModelConfig
+from dex_jax.errors import DexError
 from dex_jax.foreign import refuse
 from dex_jax.io.tensor_names import canonical_parts, layer_prefix, stacked_shape
 from dex_jax.io.tokenizer import Tokenizer
@@ -35,18 +37,18 @@ class Stored(NamedTuple):
     place: Any  # where they lie, for the file's own kind of `Tensors`
 
 
-class Tensors:
+class Tensors(abc.ABC):
     """The tensors of one checkpoint by the names of its files."""
 
     stored: dict[str, Stored]
 
+    @abc.abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop`, as an array of its own."""
-        raise NotImplementedError
 
     def blocks(self, name: str) -> np.ndarray:
-        """The rows as they are stored, [rows, bytes] uint8; of formats that pack numbers in blocks."""
-        raise NotImplementedError
+        """The rows as they are stored, [rows, bytes] uint8; only files whose formats pack numbers in blocks have it."""
+        raise DexError(f"{name} is not stored in blocks")
 
 
 class Checkpoint:

@@ -43,7 +43,7 @@ MISSING = (
     "without a C++ compiler XLA computes on dense weights, which takes several times as long: install g++ or clang, or "
     "pip install ziglang"
 )
-"""What is told once where the C++ files cannot be compiled."""
+"""The line that is printed once where the C++ files cannot be compiled."""
 
 _formats: set[str] = set()  # that products know
 
@@ -200,7 +200,7 @@ def write(
 
 def ready() -> bool:
     """Whether what is traced now can use what is here; compiles it if it has to."""
-    return ASSUMED.get() is None and for_one_device() and _registered() is not None
+    return for_one_device() and takes_tiles()
 
 
 def takes_tiles() -> bool:

@@ -94,7 +94,11 @@ def blank_kernel(shape: tuple[int, ...], runs: tuple[tuple[str, int], ...]) -> P
 
     scales = (jnp.zeros((*lead, rows), jnp.float32) if format == INT8 else None for format, rows in runs)
     formats = tuple(format for format, _ in runs)
-    return Packed(tuple(part(*run) for run in runs), tuple(scales), formats, few_rows.takes_tiles())
+    return Packed(tuple(part(*run) for run in runs), tuple(scales), formats, _in_tiles_here(formats))
+
+
+def _in_tiles_here(formats: tuple[str, ...]) -> bool:
+    return few_rows.takes_tiles() and not any(format.endswith(PLANES) for format in formats)
 
 
 @functools.cache
@@ -133,7 +137,7 @@ def joined(blocks: list[np.ndarray], runs: tuple[tuple[str, int], ...]) -> Packe
 
 def as_products_read(kernel: Packed) -> Packed:
     """A kernel whose arrays are NumPy's and lie as a file has them: in tiles, where products here take these."""
-    if kernel.tiles or not few_rows.takes_tiles():
+    if kernel.tiles or not _in_tiles_here(kernel.formats):
         return kernel
     parts = (in_tiles(part, format) for part, format in zip(kernel.parts, kernel.formats, strict=True))
     return dataclasses.replace(kernel, parts=tuple(parts), tiles=True)

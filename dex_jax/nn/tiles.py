@@ -50,7 +50,7 @@ class Places(NamedTuple):
 
 @functools.cache
 def _places(format: str, width: int) -> Places:
-    """Those of rows of `width` bytes in one of FORMATS, or of 8-bit codes alone."""
+    """Return the places for rows of `width` bytes in one of FORMATS, or of 8-bit codes alone."""
     if format not in FORMATS:
         code = np.arange(width, dtype=np.int32)
         unit = code // WORD * WORD
@@ -70,7 +70,7 @@ def _places(format: str, width: int) -> Places:
 
 @functools.lru_cache(maxsize=64)
 def _sources(format: str, width: int, outputs: int) -> np.ndarray:
-    """Of each byte of a group in tiles, where it is in the rows one after the other: [r * bytes] int32."""
+    """Return where each byte of a group in tiles is in the rows one after the other: [r * bytes] int32."""
     places = _places(format, width).of(np.arange(outputs, dtype=np.int32), outputs)
     return np.argsort(places.ravel()).astype(np.int32)
 

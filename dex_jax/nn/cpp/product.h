@@ -169,7 +169,8 @@ void MultiplyTiles(const Threads& threads, const Format& format, const float* ro
                    int64_t count, int64_t in, int64_t out) {
   const std::vector<int64_t> index = Live(rows, result, count, in, out);
   const int64_t live = index.size(), blocks = Quotient(in, kBlockColumns), bytes = format.bytes_of(in);
-  auto* const digits = reinterpret_cast<Digits*>(Scratch<true>(live * blocks * (sizeof(Digits) + sizeof(About)) / sizeof(Vector) + 1));
+  const int64_t needed = live * blocks * static_cast<int64_t>(sizeof(Digits) + sizeof(About));
+  auto* const digits = reinterpret_cast<Digits*>(Scratch<true>(needed / sizeof(Vector) + 1));
   auto* const about = reinterpret_cast<About*>(digits + live * blocks);
   EachRow(threads, live, 4 * in, [&](int64_t r) {
     for (int64_t b = 0; b < blocks; ++b)
@@ -177,7 +178,8 @@ void MultiplyTiles(const Threads& threads, const Format& format, const float* ro
   });
   // Rows stay in a core's first cache while the tiles of a piece go by.
   const int64_t groups = Quotient(out, kOutputs), share = groups / std::max<int64_t>(1, 4 * threads.num_threads());
-  const int64_t some = std::max<int64_t>(1, live > kMostRows ? std::min<int64_t>(share, 8) : kPiece / (kOutputs * std::max<int64_t>(1, in)));
+  const int64_t few = kPiece / (kOutputs * std::max<int64_t>(1, in));
+  const int64_t some = std::max<int64_t>(1, live > kMostRows ? std::min<int64_t>(share, 8) : few);
   Share(threads, Quotient(groups, some), [&]() -> Pieces::Worker {
     return [&](int64_t piece) {
       for (int64_t first = 0; first < live; first += kMostRows) {
