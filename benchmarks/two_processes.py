@@ -28,25 +28,22 @@ from dex_jax.cli.common import depths
 from dex_jax.errors import DexError
 from dex_jax.tables import markdown
 
-FOREVER, CACHE = 2**30, 256
-"""Ticks between two updates; cache positions that trees are chosen for."""
+FOREVER = 2**30
+"""Ticks between two updates."""
+
 AR, TREES, SILENT, DEX = "AR", "one explorer's trees", "explorers without drafts", "explorers with drafts"
 
 
 def work(task: dict[str, Any]) -> None:
     """What each of the two does: measures every prompt; process 0 prints a line for each."""
     import dex_jax
-    from dex_jax.decoding.auto import settle
     from dex_jax.distributed import is_first, join
 
     join()
     layout = dex_jax.Staged(tuple(task["depths"])) if task["depths"] else None
     lm = dex_jax.load(task["model"], "float32", mesh="stage=2", layout=layout, weights="dense")
-    about = (lm.config, lm.layout, lm.dtype, lm.fingerprint, 1, CACHE)
-    chosen, _ = settle(dex_jax.Dex(), task["exits"], *about, lm.mesh, lm.packing)
-    # Both draft the same trees, and choose from them by the same costs.
-    methods: dict[str, Any] = {AR: dex_jax.AR(), TREES: dex_jax.Dex(explorers=1, draft=getattr(chosen, "draft", True))}
-    methods |= {SILENT: dex_jax.Dex(depths=lm.layout.depths, draft=False), DEX: chosen}
+    methods: dict[str, Any] = {AR: dex_jax.AR(), TREES: dex_jax.Dex(explorers=1)}
+    methods |= {SILENT: dex_jax.Dex(depths=lm.layout.depths, draft=False), DEX: dex_jax.Dex(depths=lm.layout.depths)}
     out: dict[str, dex_jax.Output] = {}
 
     def decode(name: str, ids: list[int]) -> float:

@@ -26,11 +26,11 @@ os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 LARGEST_CACHE = 10**9
 """Bytes of compiled programs; it begins anew beyond."""
 
-if "DEX_JAX_STEP_COSTS" not in os.environ:  # workers find the folder there is
+if "DEX_JAX_TICK_COSTS" not in os.environ:  # workers find the folder there is
     folder = tempfile.mkdtemp(prefix="dex_jax_tests_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # What tests measure, two at a time, is not what the user's own runs should go by.
-    os.environ["DEX_JAX_STEP_COSTS"] = os.path.join(folder, "step_costs.json")
+    os.environ["DEX_JAX_TICK_COSTS"] = os.path.join(folder, "tick_costs.json")
     # What one of them has compiled, no other compiles again, nor does the next run.
     compiled = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
     if sum(file.stat().st_size for file in compiled.glob("*")) > LARGEST_CACHE:

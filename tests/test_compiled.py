@@ -31,7 +31,7 @@ from dex_jax.nn.transformer import Staged, parameter_shapes
 from dex_jax.nn.weights import packed_alike
 
 TREE = TreeShape((2, 2, 1, 1, 1), drafted=0, lookup=(0.5,) * 8)
-DRAFTED = dataclasses.replace(TREE, drafted=3, drafting=0.1)
+DRAFTED = dataclasses.replace(TREE, drafted=3)
 METHODS = {
     "ar": AR(),
     "one": Dex(explorers=1, draft=TREE),

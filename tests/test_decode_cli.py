@@ -20,9 +20,7 @@ import dex_jax
 from dex_jax.cli import decode
 from dex_jax.cli.arguments import parser, prompts_of
 from dex_jax.cli.display import _check_lines
-from dex_jax.decoding import auto
 from dex_jax.decoding.check import Check
-from dex_jax.decoding.costs import ROWS, StepCosts
 from dex_jax.errors import DexError
 from dex_jax.io.save import save_model
 from dex_jax.language_model import outline
@@ -40,8 +38,8 @@ JSON_TYPES = {
     int: ("prompt_tokens", "new_tokens", "rows", "ticks"),
     float: ("depth_side_speedup", "compile_seconds", "prefill_seconds", "decode_seconds", "tokens_per_second"),
     bool: ("finished", "draft"),
-    type(None): ("choice", "drafter_source", "seed"),
-    dict: ("check",),
+    type(None): ("choice", "drafter_source", "seed", "row_seconds"),
+    dict: ("check", "rows_run"),
 }
 """Of one greedy sequence that explorers without drafts have decoded."""
 
@@ -97,7 +95,7 @@ def test_json_is_typed_and_consistent(run) -> None:
 
 @pytest.mark.slow
 def test_what_was_drafted_is_counted_and_coloured_on_terminals_only(run, monkeypatch) -> None:
-    options = ["--prompt", SKY, "--explorers", "1", "--exits", "shared", "--max-new-tokens", "24"]
+    options = ["--prompt", SKY, "--rows", "8", "--exits", "shared", "--max-new-tokens", "24"]
     record = json.loads(run(*options, "--json", "--check")[1])
     assert (record["draft"], record["exits_source"], record["drafter_source"]) == (True, None, None)
     assert record["check"]["identical"]
@@ -123,7 +121,7 @@ def test_what_was_drafted_is_counted_and_coloured_on_terminals_only(run, monkeyp
 @pytest.mark.slow
 def test_a_draft_model_is_said_and_counted(run, folder) -> None:
     """The model itself, which is always right."""
-    arguments = ["--prompt", SKY, "--explorers", "1", "--draft-model", str(folder), "--max-new-tokens", "13"]
+    arguments = ["--prompt", SKY, "--rows", "8", "--draft-model", str(folder), "--max-new-tokens", "13"]
     record = json.loads(run(*arguments, "--json", "--check")[1])
     assert record["drafter_source"] == str(folder)
     assert record["check"]["identical"]
@@ -149,9 +147,7 @@ def test_a_draft_model_of_little_context_need_hold_no_more_than_the_text(run, fo
 
 
 @pytest.mark.slow
-def test_what_was_chosen_is_said(run, monkeypatch) -> None:
-    cheap = StepCosts(ROWS, (1.0, 1.01, 1.02, 1.3, 1.6))
-    monkeypatch.setattr(auto, "step_costs", lambda *about, **more: cheap)
+def test_what_was_chosen_is_said(run) -> None:
     arguments = ["--prompt", SKY, "--max-new-tokens", "8", "--exits", "shared"]
     record = json.loads(run(*arguments, "--json", "--check")[1])
     assert (record["method"], record["draft"]) == ("dex", True)
@@ -159,8 +155,8 @@ def test_what_was_chosen_is_said(run, monkeypatch) -> None:
     code, _, err = run(*arguments)
     assert code == 0
     assert f"\nchosen: {record['choice']}\n" in err
-    # A dry run measures nothing: it says what the larger of the two needs.
-    monkeypatch.setattr(auto, "step_costs", lambda *about, **more: pytest.fail("measured"))
+    assert sum(record["rows_run"].values()) == record["ticks"]
+    assert f"\nticks of {', '.join(n for n, ran in record['rows_run'].items() if ran)} rows: " in err
     assert "K = 1 with drafts, on one device" in run("--dry-run", "--prompt", SKY)[1]
 
 
@@ -274,8 +270,9 @@ def test_dry_run_loads_nothing_and_adds_up(run, monkeypatch) -> None:
 def test_a_dry_run_takes_and_refuses_what_a_real_run_does(run) -> None:
     shipped = Path(dex_jax.__file__).parent / "default_exits"
     at_depths, drafter = shipped / f"{FINGERPRINT}.safetensors", shipped / f"{FINGERPRINT}.drafter.safetensors"
-    for exits, method in ((at_depths, "DEX, K = 5 with drafts"), (drafter, "DEX, K = 1 with drafts")):
-        assert f"float32, {method}, on one device" in run("--dry-run", "--exits", str(exits), model=SMOLLM2)[1]
+    for exits in (at_depths, drafter):
+        said = run("--dry-run", "--exits", str(exits), model=SMOLLM2)[1]
+        assert "float32, DEX, K = 1 with drafts, on one device" in said
     refused(run("--dry-run", "--explorers", "5", "--no-draft", "--exits", str(drafter), model=SMOLLM2), "drafter")
     for flags, keyword in (
         ("--max-new-tokens 100000", "context"),

@@ -82,7 +82,7 @@ def ended_well(found: tuple[int, float, str]) -> None:
 def test_a_cold_run_ends_at_once(moment: float, tmp_path) -> None:
     # Nothing is compiled, measured or built yet.
     cold = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
-    ended_well(interrupt(DECODE, moment, DEX_JAX_STEP_COSTS=str(tmp_path / "costs.json"), **cold))
+    ended_well(interrupt(DECODE, moment, DEX_JAX_TICK_COSTS=str(tmp_path / "costs.json"), **cold))
 
 
 @pytest.mark.slow

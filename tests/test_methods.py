@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dex_jax import AR, Dex, DexError
-from dex_jax.decoding.dex.trees import LOOKUP_TREE, TreeShape
+from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.plan import plan_for, with_stages
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
 from dex_jax.grid import even_depths
@@ -34,8 +34,8 @@ def test_defaults() -> None:
     rows = [plan_for(Dex(explorers=k, draft=False), 30).rows for k in (1, 2, 3, 4, 5, 6, 30)]
     assert rows == [1, 1, 2, 4, 8, 16, 32]
     alone = plan_for(Dex(), 30)
-    assert (alone.depths, alone.rows, alone.drafts) == ((30,), LOOKUP_TREE.rows, LOOKUP_TREE)
-    assert plan_for(Dex(explorers=2), 30).rows == LOOKUP_TREE.rows
+    assert (alone.depths, alone.rows) == ((30,), 8)
+    assert plan_for(Dex(explorers=2), 30).rows == 8
     plan = plan_for(AR(), 30)
     assert (plan.method, plan.stages, plan.depths, plan.has_lattice) == ("ar", 1, (30,), False)
 

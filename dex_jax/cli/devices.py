@@ -14,18 +14,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dex_jax.cli.arguments import options_of, prompts_of
+from dex_jax.decoding.auto import settle
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.generate import tokens_of
 from dex_jax.decoding.output import title
-from dex_jax.decoding.plan import GivenExits, Method, opened, resolve, unmeasured, with_stages
-from dex_jax.decoding.request import Dex, Request
+from dex_jax.decoding.plan import GivenExits, Method, opened, resolve
+from dex_jax.decoding.request import Request
 from dex_jax.decoding.session import START, Session
 from dex_jax.errors import DexError
 from dex_jax.hardware import USABLE, Device, hardware, platform_of
 from dex_jax.io.opening import open_checkpoint
 from dex_jax.io.prompts import Prompt
 from dex_jax.language_model import Outline, layout_on_mesh, packing_of, resolve_dtype
-from dex_jax.nn.sharding import STAGE, make_mesh, nbytes
+from dex_jax.nn.sharding import make_mesh, nbytes
 from dex_jax.nn.transformer import Staged
 
 REMEDIES = {
@@ -47,9 +48,9 @@ def layout_of(args: argparse.Namespace, method: Method) -> tuple[Staged | None, 
         return None, None
     checkpoint, mesh = open_checkpoint(args.model), make_mesh(args.mesh)
     fingerprint = checkpoint.fingerprint()
-    method = unmeasured(with_stages(method, mesh.shape[STAGE]), args.exits, fingerprint)
-    schedule = resolve(method, args.exits, checkpoint.config, fingerprint)
-    layout = Staged(schedule.depths) if schedule.has_lattice and schedule.stages > 1 else None
+    method, exits, _ = settle(method, opened(args.exits), fingerprint, mesh)
+    plan = resolve(method, exits, checkpoint.config, fingerprint)
+    layout = Staged(plan.depths) if plan.has_lattice and plan.stages > 1 else None
     return layout_on_mesh(checkpoint, layout, mesh), mesh
 
 
@@ -69,12 +70,9 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     exits: GivenExits = opened(args.exits)
     if args.draft_model is not None:
         exits = draft_model(outline, _outline(args, args.draft_model, elsewhere))
-        method = Dex(explorers=1) if method == Dex() else method
-    fingerprint = outline.fingerprint
-    # Which of AR and one explorer is chosen is measured on the device; the latter holds no less.
-    method = unmeasured(with_stages(method, None if mesh is None else mesh.shape[STAGE]), exits, fingerprint)
-    plan = resolve(method, exits, outline.config, fingerprint)
-    plan.say(fingerprint)
+    method, exits, _ = settle(method, exits, outline.fingerprint, mesh)
+    plan = resolve(method, exits, outline.config, outline.fingerprint)
+    plan.say(outline.fingerprint)
     prompts: list[Prompt] = prompts_of(args) if args.prompt or args.prompt_file is not None else [[0]]
     request = Request.of(options_of(args))
     ids = tokens_of(outline, prompts, request)

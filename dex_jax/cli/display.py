@@ -115,12 +115,27 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     )
     if plan.stages > 1 or plan.drafts is not None:
         lines += _bars(output)
+    lines += _measured(output)
     lines += _check_lines(checks, stats.dtype)
     return "\n".join(lines)
 
 
 def _over(count: int, other: int) -> float:
     return count / other if other else math.nan
+
+
+def _measured(output: Output) -> list[str]:
+    """What this run says about rows, and how fast it was beside ticks of one row, which is what AR runs."""
+    stats = output.stats
+    ran = {rows: ticks for rows, ticks in stats.rows_run.items() if ticks}
+    if not ran:
+        return []
+    line = f"ticks of {', '.join(map(str, ran))} rows: {', '.join(map(str, ran.values()))}"
+    if stats.row_seconds is not None and stats.decode_seconds > 0:
+        alone = stats.row_seconds * (int(output.lengths.max()) - 1)
+        line += f"; one of 1 row took {1000 * stats.row_seconds:.1f} ms here, so "
+        line += f"this was {alone / stats.decode_seconds:.2f} times as fast as AR"
+    return [line]
 
 
 def _bars(output: Output) -> list[str]:

@@ -18,15 +18,16 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     Keys: prompt (as given), text, tokens (ids, an ending EOS included), prompt_tokens and new_tokens (counts), finished
     (False only when interrupted), method ("dex", or "ar" also where that was chosen), draft (whether exit 0 drafts),
     choice (why the method was chosen, null where it was given), depths, rows, exits_source (null for K = 1),
-    drafter_source (null without a drafter), ticks, exits (born_at of
-    each token), depth_side_speedup (null for one token), compile_seconds, prefill_seconds and decode_seconds (of the
+    drafter_source (null without a drafter), ticks, exits (born_at of each token), depth_side_speedup (null for one
+    token), rows_run (how many ticks of the batch ran so many rows, by rows; {} where all run the same), row_seconds (of
+    a tick of one row, null where too few ran), compile_seconds, prefill_seconds and decode_seconds (of the
     whole batch), tokens_per_second ((n - 1) / decode_seconds of this sequence, null for one token), device, dtype,
     weights (the dtype, or the formats of packed ones), seed (null when greedy), and check when asked for (identical,
     first_divergence, top2_margin; see dex_jax.decoding.check).
     """
     stats, length = output.stats, int(output.lengths[row])
     of_plan, of_all = ("choice", "exits_source", "drafter_source"), ("device", "dtype", "weights")
-    times = ("compile_seconds", "prefill_seconds", "decode_seconds")
+    measured = ("compile_seconds", "prefill_seconds", "decode_seconds", "rows_run", "row_seconds")
     of_each = ("ticks", "depth_side_speedup")
     record = {
         "prompt": prompt,
@@ -44,7 +45,7 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
         "seed": seed,
     }
     record |= {name: getattr(stats.plan, name) for name in of_plan}
-    record |= {name: getattr(stats, name) for name in (*of_all, *times)}
+    record |= {name: getattr(stats, name) for name in (*of_all, *measured)}
     record |= {name: _at(getattr(stats, name), row) for name in of_each}
     if check is not None:
         record["check"] = dataclasses.asdict(check)

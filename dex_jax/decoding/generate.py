@@ -16,12 +16,12 @@ from dex_jax.decoding.auto import settle
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.loops import loop_of
 from dex_jax.decoding.output import Output, Stats
-from dex_jax.decoding.plan import SPARE, opened, resolve
+from dex_jax.decoding.plan import opened, resolve
 from dex_jax.decoding.program import compile_seconds
 from dex_jax.decoding.record import PREFILL_EXIT, Record
 from dex_jax.decoding.request import Dex, Request, explained
 from dex_jax.decoding.session import Session
-from dex_jax.decoding.sizes import ALONE, batch_bucket, cache_length_for
+from dex_jax.decoding.sizes import ALONE
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError
@@ -34,7 +34,7 @@ from dex_jax.progress import notify
 if TYPE_CHECKING:
     from dex_jax.language_model import LanguageModel, Outline
 
-TICKS_PER_CALL = 64
+TICKS_PER_CALL = 16
 
 MOST_SEQUENCES = 4096
 """What a batch may hold: far more than any device decodes at once."""
@@ -123,16 +123,18 @@ def prepare(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], req
     """The session that answers a request: its prompts are encoded and it is planned, nothing has run."""
     ids = tokens_of(lm, prompts, request) if lm.mesh is None else from_first(lambda: tokens_of(lm, prompts, request))
     exits = request.exits if request.draft_model is None else draft_model(lm, request.draft_model)
-    exits = opened(exits)
-    batch = batch_bucket(len(ids))
-    length = cache_length_for(max(map(len, ids)), request.max_new_tokens, SPARE, batch)
     asked = Dex() if request.method is None else request.method
-    model = (lm.config, lm.layout, lm.dtype, lm.fingerprint)
-    method, choice = settle(asked, exits, *model, batch, length, lm.mesh, lm.packing)
+    method, exits, choice = settle(asked, opened(exits), lm.fingerprint, lm.mesh)
     plan = resolve(method, exits, lm.config, lm.fingerprint)
     free = plan.has_lattice and plan.exits is None and getattr(method, "depths", None) is None
     if free and lm.layout is not None and len(lm.layout.depths) == plan.stages:
         plan = dataclasses.replace(plan, depths=lm.layout.depths)  # nothing else settles the grid
+    if plan.has_lattice and plan.stages > 1 and lm.mesh is None:
+        turns = (
+            f"{plan.stages} explorers take turns on one device: ticks count as if each had a device of its own, the "
+            "clock does not, and one explorer (--explorers 1) is faster here"
+        )
+        plan = dataclasses.replace(plan, remarks=(*plan.remarks, turns))
     return Session(lm, ids, dataclasses.replace(plan, choice=choice), request)
 
 
@@ -202,8 +204,11 @@ def _output(session: Session, stops: StopStrings, record: Record, times: dict[st
     fields = {name: counts.pop(name) for name in ("ticks", "depth_side_speedup") if name in counts}
     device = jax.devices()[0] if lm.mesh is None else lm.mesh.devices.flat[0]
     many = "" if lm.mesh is None else f"{lm.mesh.size} x "
+    rows_run, row_seconds = session.rows_run()
     stats = Stats(
         plan=plan,
+        rows_run=rows_run,
+        row_seconds=row_seconds,
         exits=exits[:, :width],
         **fields,
         counts=counts,

@@ -17,6 +17,7 @@ from dex_jax.decoding.ar import ARState
 from dex_jax.decoding.dex import loop
 from dex_jax.decoding.dex.interface import DexState, Network
 from dex_jax.decoding.dex.network import network_of
+from dex_jax.decoding.dex.pace import Pace
 from dex_jax.decoding.dex.trained_exits import Heads
 from dex_jax.decoding.mesh import stage
 from dex_jax.decoding.mesh.stage import StageNetwork
@@ -165,8 +166,12 @@ class DexLoop(MeshLoop):
             noise=BY_SEQUENCE,
             record=BY_SEQUENCE,
             text=None if plan.drafts is None else BY_SEQUENCE,
+            pace=None if plan.drafts is None or not plan.drafts.rungs else PACE,
         )
 
+
+PACE = Pace(EVERYWHERE, *[BY_SEQUENCE] * (len(Pace._fields) - 1))
+"""Where a pace lies on a mesh."""
 
 LOOPS: dict[str, Loop] = {"ar": ARLoop(), "dex": DexLoop()}
 

@@ -24,6 +24,9 @@ class Stats:
         final layer gave; -1 for token 0 and beyond the length.
       depth_side_speedup: [B] float64, K (n - 1) / ticks, NaN for n = 1: the speedup over AR if K explorers ran truly
         side by side and heads and communication were free, for K = 1 tokens a tick; None where there are no ticks.
+      rows_run: how many ticks ran so many rows a sequence, by rows; empty where all ticks run the same.
+      row_seconds: seconds of a tick of one row, which does what a step of AR does, as this run measured it; None where
+        it ran too few.
       counts: what a loop of one's own counts, [B] each, by name; empty for AR and DEX.
       compile_seconds, prefill_seconds, decode_seconds: wall-clock of the whole batch, apart from one another.
       device, dtype: where and in what it ran.
@@ -40,6 +43,8 @@ class Stats:
     weights: str
     ticks: np.ndarray | None = None
     depth_side_speedup: np.ndarray | None = None
+    rows_run: dict[int, int] = dataclasses.field(default_factory=dict)
+    row_seconds: float | None = None
     counts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 

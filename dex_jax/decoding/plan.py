@@ -13,7 +13,7 @@ from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.decoding.dex.drafters import GivenDrafter, fitted, known_trees
 from dex_jax.decoding.dex.interface import ExitZero
 from dex_jax.decoding.dex.trained_exits import Heads, TrainedHeads
-from dex_jax.decoding.dex.trees import LOOKUP_TREE, TreeShape
+from dex_jax.decoding.dex.trees import TreeShape, chosen_tree, fixed_tree
 from dex_jax.decoding.request import AR, MOST_ROWS, Dex, check_method
 from dex_jax.errors import DexError, is_whole
 from dex_jax.grid import check_depths, even_depths, nearest_depths
@@ -154,8 +154,21 @@ def plan_for(method: Method, num_layers: int) -> Plan:
     if not isinstance(method.decs, bool):
         raise DexError(f"decs must be True or False, not {method.decs!r}")
     depths = _depths(method, num_layers)
-    drafts = LOOKUP_TREE if method.draft is True else method.draft or None
-    return Plan("dex", depths, rows_of(method, len(depths), drafts), method.decs, drafts)
+    return _with_tree(Plan("dex", depths, decs=method.decs), method, None)
+
+
+def _with_tree(plan: Plan, method: Dex, drafter: GivenDrafter | None) -> Plan:
+    """With rows W and the tree of drafts, for what drafts beside the text.
+
+    Neither given, ticks choose of the largest tree; where one of both is, all of it runs in every tick.
+    """
+    if method.draft is not True:
+        drafts = method.draft or None
+        return dataclasses.replace(plan, drafts=drafts, rows=rows_of(method, plan.stages, drafts))
+    trees = known_trees(drafter)
+    rows = rows_of(method, plan.stages, trees[-1])
+    drafts = (chosen_tree if method.rows is None else fixed_tree)(trees, rows)
+    return dataclasses.replace(plan, drafts=drafts, rows=rows)
 
 
 def with_stages(method: Method, stages: int | None) -> Method:
@@ -199,7 +212,7 @@ def drafted_rows(stages: int, drafts: TreeShape) -> int:
     """Rows a stage with drafts, when the user does not say: one head's tree, and a row for each further head.
 
     Examples:
-      >>> [drafted_rows(stages, LOOKUP_TREE) for stages in (1, 2, 5, 10)]
+      >>> [drafted_rows(stages, known_trees(None)[-1]) for stages in (1, 2, 5, 10)]
       [8, 8, 15, 32]
     """
     return max(drafts.rows, min(default_rows(stages) + drafts.rows - 1, 32))
@@ -283,11 +296,8 @@ def _with_drafter(plan: Plan, method: Any, found: Found, config: ModelConfig) ->
         raise DexError(f"{source} has layers of its own and drafts for one explorer: give explorers=1")
     else:
         drafter = fitted(drafter, config)
-    if isinstance(method, Dex) and method.draft is True:
-        # With one explorer every row takes time; several wait for their layers, and ticks are what counts.
-        trees = [tree.shape for tree in known_trees(drafter)]
-        drafts = trees[0] if plan.stages == 1 else max(trees, key=lambda tree: tree.rows)
-        plan = dataclasses.replace(plan, drafts=drafts, rows=rows_of(method, plan.stages, drafts))
+    if isinstance(method, Dex):
+        plan = _with_tree(plan, method, drafter)
     heads = plan.heads._replace(drafter=drafter)
     return dataclasses.replace(plan, heads=heads, drafter_source=source, remarks=remarks)
 
@@ -316,16 +326,6 @@ def opened(exits: GivenExits) -> GivenExits:
     if not isinstance(exits, (str, os.PathLike)) or exits in ("shared", "default"):
         return exits
     return find_eagle(exits) or exits
-
-
-def unmeasured(method: Method, exits: GivenExits, fingerprint: str) -> Method:
-    """The method for one device where nothing measures which is the fastest: exits of one's own have explorers."""
-    if method != Dex():
-        return method
-    found = find_exits(exits, fingerprint)
-    if found.own != "exits" or found.exits is None:
-        return Dex(explorers=1)
-    return Dex(explorers=min(DEFAULT_EXPLORERS, found.exits.count + 1))
 
 
 def _check_fit(trained: TrainedExits, config: ModelConfig) -> None:

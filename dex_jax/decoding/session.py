@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.decoding import ar
+from dex_jax.decoding.costs import TickCosts, costs_of
 from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.own_layers import EagleDrafter
@@ -26,7 +28,7 @@ from dex_jax.decoding.program import Program, forgotten, side_by_side
 from dex_jax.decoding.record import Limits, Record, until_done
 from dex_jax.decoding.request import Request
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
-from dex_jax.distributed import to_host
+from dex_jax.distributed import from_first, to_host
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn import cache
@@ -130,6 +132,9 @@ RUN = Program(run_ticks, static=("plan",), donate=(2,), level=1)
 PROGRAMS = (PREFILL, START, RUN)
 
 
+SEEN = 8
+"""From so many ticks of one row on it is told what one takes."""
+
 _READY: set[Any] = set()
 """Kinds of sessions whose programs are remembered."""
 
@@ -183,6 +188,12 @@ class Session:
         self.prompt = None if drafts is None else np.pad(self.padded, ((0, 0), (0, self.cache_length - bucket)))
         self.heads = Heads()
         self.state: Any = None
+        self.costs: TickCosts | None = None
+        if self.plan.has_lattice and drafts is not None and drafts.rungs:
+            kinds = (plan.depths, drafts, type(plan.heads.drafter).__name__, plan.exits)
+            mesh = None if lm.mesh is None else tuple(lm.mesh.shape.items())
+            self.ran = np.zeros(len(drafts.rungs) + 1, np.int64)  # [C + 1], how often each cost has been paid
+            self.costs = costs_of(drafts.rungs, lm.config, lm.dtype, lm.packing, batch, mesh, *kinds)
 
     def compile(self) -> None:
         """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
@@ -287,8 +298,27 @@ class Session:
         """Runs at most `ticks` more ticks and returns the record on the host."""
         self.tick += ticks
         until = self._put(jnp.int32(self.tick), EVERYWHERE)
+        begun = time.perf_counter()
+        if self.costs is not None:
+            costs = np.asarray(from_first(self.costs.relative().tolist), np.float32)
+            pace = self.state.pace._replace(costs=self._put(jax.device_put(costs), EVERYWHERE))
+            self.state = self.state._replace(pace=pace)
         self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, plan=self.plan)
-        return self.record()
+        record = self.record()
+        if self.costs is not None:
+            ran, self.ran = self.ran, to_host(self.state.pace.ran).max(axis=0)
+            self.costs.learn(self.ran - ran, time.perf_counter() - begun)
+            if record.done.all():
+                self.costs.keep()
+        return record
+
+    def rows_run(self) -> tuple[dict[int, int], float | None]:
+        """How many ticks have run so many rows, and seconds of one of one row, None where too few were seen."""
+        if self.costs is None or self.plan.drafts is None:
+            return {}, None
+        ran = dict(zip(self.plan.drafts.rungs, self.ran[:-1].tolist(), strict=True))
+        seconds = self.costs.seconds
+        return ran, None if seconds is None or self.ran[0] < SEEN else float(seconds[0])
 
     def record(self) -> Record:
         """What has been emitted so far, as NumPy arrays."""

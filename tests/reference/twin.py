@@ -27,7 +27,8 @@ SCORE_STEP = 2.0**-10
 LOWEST_LOG_PROBABILITY = -64.0
 COMPARED, LONGEST = 16, 64
 HEADS = 8
-HOPE = 0.4
+FADING, BELIEVED, HOPE = 1 / 128, 4, 0.5
+LEVEL = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Node:
     score: float = 0.0
     progress: int = 0
     drafter_state: object = None  # what exit 0 made of this node when it was born, of the nodes that it drafted under
+    drafted: bool = False  # whether exit 0's drafter alone proposed it
     children: list[Node] = dataclasses.field(default_factory=list)
 
     @property
@@ -85,6 +87,33 @@ class Run:
     pruned: int = 0
     rows: list[int] = dataclasses.field(default_factory=list)  # that each cohort may have had, where rungs say so
     levels: list[int] = dataclasses.field(default_factory=list)  # that the drafter was asked for in each
+    # What was promised and what came of it, all fading: tokens of drafts and seeds, and what the drafter was asked for.
+    promised: float = 0.0
+    kept: float = 0.0
+    asked: float = 0.0
+    drafted: float = 0.0
+    told: int = 1  # tokens that had been emitted after the last tick
+
+    @property
+    def trust(self) -> float:
+        return (max(self.kept, 0) + BELIEVED) / (max(self.promised, 0) + BELIEVED)
+
+    @property
+    def hope(self) -> float:
+        return self.trust * (self.drafted + BELIEVED * HOPE) / (self.asked + BELIEVED)
+
+    def remember(self, cohort: Sequence[Node], drafted: Sequence[Node], asked: float) -> None:
+        """What a tick ends with: its new cohort, what of the drafter's is as good, and what it was asked for."""
+        root = float(bool(cohort) and cohort[0].score == 0)
+        new = {
+            "promised": sum(math.exp(n.score) for n in cohort) - root,
+            "kept": len(self.tokens) - self.told - root,
+            "asked": asked,
+            "drafted": sum(math.exp(n.score) for n in drafted),
+        }
+        for name, value in new.items():
+            setattr(self, name, (1 - FADING) * getattr(self, name) + value)
+        self.told = len(self.tokens)
 
 
 def decode(
@@ -153,6 +182,7 @@ def decode(
                 cohorts = [[node for node in cohort if node in survivors] for cohort in cohorts]
         if ended():
             run.lattices.append(set())
+            run.remember([], [], 0.0)
             break
 
         # Propose: exit by exit, and within an exit in the order in which its cohort was spawned.
@@ -186,16 +216,18 @@ def with_drafts(
         logs = [trust(shape, matched + i) for i in range(len(said))]
         if said and logs[0] > -math.inf:
             follows[head] = (head, said, logs)
-    everything, above, levels = list(heads), asked, 0
+    everything, above, levels, wanted = list(heads), asked, 0, 0.0
+    costs = [1 + (rows - 1) / 6 for rows in shape.rungs]  # the usual ones
     for level, width in enumerate(shape.widths, 1):
         found: list[tuple[Node, int, float]] = []
         claimed: dict[Node, float] = {}
         for head, (at, said, logs) in follows.items():
             found.append((at, said[level - 1], at.score + logs[level - 1]))
             claimed[head] = math.exp(found[-1][2])
-        hope = HOPE * (sum(math.exp(node.score) for node in above) - sum(claimed.values()))
-        if level <= shape.drafted and (not (shape.rungs and shape.drafting) or hope > shape.drafting):
-            levels += 1
+        below = sum(math.exp(node.score) for node in above) - sum(claimed.values())
+        price = LEVEL + costs[:2][-1] - 1 if shape.rungs else 0
+        if level <= shape.drafted and (not shape.rungs or run.hope * below > price):
+            levels, wanted = levels + 1, wanted + below
             for node in above:
                 found += drafted_below(model, node, width, stages, draws)
         merged: dict[tuple[Node, int], float] = {}
@@ -209,6 +241,8 @@ def with_drafts(
             on = next((node for node in above if node.parent is at and node.token == said[level - 1]), None)
             if on is not None:
                 follows[head] = (on, said, logs)
+        for node in above:
+            node.drafted = all(node is not on for on, _, _ in follows.values())
     depth = len(shape.widths)
     if follows and sum(shape.widths) > depth:
         node, said, logs = max(follows.values(), key=lambda each: each[0].score + each[2][depth])
@@ -218,11 +252,17 @@ def with_drafts(
     everything.sort(key=lambda node: -node.score)
     spawned = everything if rows is None else everything[:rows]
     if shape.rungs:
-        worth = [sum(math.exp(n.score) for n in spawned[:size]) - cost / stages for size, cost in shape.rungs]
-        size = shape.rungs[worth.index(max(worth))][0]
+        root = float(bool(spawned) and spawned[0].score == 0)
+        worth = []
+        for size, cost in zip(shape.rungs, costs, strict=True):
+            tokens = root + run.trust * (sum(math.exp(n.score) for n in spawned[:size]) - root)
+            worth.append(tokens / (1 + (cost - 1) / stages + LEVEL * levels))
+        size = shape.rungs[worth.index(max(worth))]
         spawned = spawned[:size]
         run.rows.append(size)
         run.levels.append(levels)
+        least = min((node.score for node in spawned), default=0)
+        run.remember(spawned, [node for node in everything if node.drafted and node.score >= least], wanted)
     return spawned
 
 

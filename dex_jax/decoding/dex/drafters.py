@@ -15,7 +15,7 @@ from dex_jax.config import ModelConfig
 from dex_jax.decoding.dex.interface import ExitZero
 from dex_jax.decoding.dex.own_layers import EagleDrafter, ModelDrafter, OwnArrays, eagle_arrays
 from dex_jax.decoding.dex.trained_exits import TrainedHeads, exit_arrays
-from dex_jax.decoding.dex.trees import DRAFTED_TREES, LOOKUP_TREES, OWN_LAYERS_TREES, KnownTree
+from dex_jax.decoding.dex.trees import DRAFTED_TREES, LOOKUP_TREES, OWN_LAYERS_TREES, TreeShape
 from dex_jax.errors import DexError
 from dex_jax.io.eagle import EagleHead, fit_eagle
 from dex_jax.io.exits_file import TrainedExits
@@ -23,7 +23,7 @@ from dex_jax.nn import few_rows
 from dex_jax.nn.exits import in_int8
 from dex_jax.nn.packed import Packed
 from dex_jax.nn.transformer import Transformer
-from dex_jax.nn.weights import Packing, weight_bytes
+from dex_jax.nn.weights import Packing
 
 if TYPE_CHECKING:
     from dex_jax.io.tokenizer import Tokenizer
@@ -83,8 +83,8 @@ def fitted(given: EagleHead | DraftModel, config: ModelConfig) -> EagleHead | Dr
     return _fitted(given, config) if isinstance(given, EagleHead) else given
 
 
-def known_trees(drafter: GivenDrafter | None) -> tuple[KnownTree, ...]:
-    """The trees to choose from, the one that always runs all of its rows first."""
+def known_trees(drafter: GivenDrafter | None) -> tuple[TreeShape, ...]:
+    """The trees that a drafter's drafts are worth, ascending; without one those of the text alone."""
     if drafter is None:
         return LOOKUP_TREES
     return DRAFTED_TREES if isinstance(drafter, TrainedExits) else OWN_LAYERS_TREES
@@ -127,27 +127,3 @@ def _kept(drafter: TrainedExits) -> Mapping[str, np.ndarray | Packed]:
 def _on_device(head: EagleHead, dtype: jnp.dtype) -> OwnArrays:
     with jax.ensure_compile_time_eval():
         return eagle_arrays(head, dtype)
-
-
-def own_bytes(given: GivenDrafter, dtype: jnp.dtype) -> int:
-    """Size of a drafter's own weights, for a model in `dtype`."""
-    if isinstance(given, DraftModel):
-        return sum(weight_bytes(given.config, given.dtype, given.packing).values())
-    parameters = _kept(given) if isinstance(given, TrainedExits) else given.parameters
-    size = few_rows.kept_dtype(jnp.dtype(dtype)).itemsize
-    return sum(each.nbytes if isinstance(each, Packed) else each.size * size for each in parameters.values())
-
-
-def read_bytes(given: GivenDrafter, config: ModelConfig, dtype: np.dtype, packing: Packing = ()) -> int:
-    """Bytes that drafting a level reads for a model in `dtype`: weights, and rows of the unembedding that it knows."""
-    kept, unembed = few_rows.kept_dtype(dtype), "embed" if config.tied else "unembed"
-    if isinstance(given, DraftModel):
-        sizes = weight_bytes(given.config, given.dtype, given.packing)
-        return sum(size for name, size in sizes.items() if name != "embed" or given.config.tied)
-    if isinstance(given, EagleHead):
-        return sum(leaf.size for name, leaf in given.parameters.items() if name != "embed") * kept.itemsize
-    known = config.vocab_size if given.vocabulary is None else len(given.vocabulary)
-    size = known * config.width * kept.itemsize
-    if unembed in dict(packing):
-        size = known * weight_bytes(config, dtype, packing)[unembed] // config.vocab_size
-    return own_bytes(given, dtype) + size

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dex_jax import lattice as lat
 from dex_jax.decoding.dex.interface import DexState, Drafter, DraftRows
 from dex_jax.decoding.dex.lookup import said_next
+from dex_jax.decoding.dex.pace import Pace, after, choose, is_worth_a_level
 from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
@@ -26,11 +26,6 @@ from dex_jax.sampling import Sampling, log_total, scores
 
 HEADS = 8
 """Under so many heads of a cohort, the best ones, exit 0 drafts."""
-
-HOPE = 0.4
-"""The share of what a level promises, and the lookup does not below it, that drafting there is taken to add: how often
-a child turns out worth running, and right. Below what drafters agree, as much of what they draft is not worth
-running."""
 
 
 def with_drafts(
@@ -54,8 +49,10 @@ def with_drafts(
     cohort = jax.vmap(lat.widen, (0, None))(heads, size)
     furthest = jnp.max(jnp.where(cohort.score > -jnp.inf, cohort.position, -1), axis=1)
     state = state._replace(noise=make_noise(state.noise, sampling, furthest + len(shape.widths)))
-    cohort = _add_levels(drafter, state, cohort, _levels(shape, count, under), before, said, sampling, shape)
-    return state, _worth_their_time(state, jax.vmap(lat.sort_rows)(cohort), shape)
+    levels = _levels(shape, count, under)
+    cohort, drafting = _add_levels(drafter, state, cohort, levels, before, said, sampling, shape)
+    ordered = jax.vmap(lat.sort_rows)(cohort)
+    return (state, ordered) if state.pace is None else _worth_their_time(state, state.pace, ordered, shape, drafting)
 
 
 class _Said(NamedTuple):
@@ -84,24 +81,25 @@ def _add_levels(
     said: _Said,
     sampling: Sampling | None,
     shape: TreeShape,
-) -> Cohort:
-    """The cohort with the best drafts of each level below those of the one above."""
-    going = ~state.record.done
+) -> tuple[Cohort, _Drafting]:
+    """The cohort with the best drafts of each level below those of the one above, and what the drafter did for it."""
     (batch, under, _), down = said.token.shape, len(shape.widths)
     most = max(under, *shape.widths)
 
     def one_level(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        number, cohort, known, at = carry
+        number, cohort, known, at, drafting = carry
         level, token, more_trust = jax.tree.map(lambda part: part[number], parts)
         score = jax.vmap(_score_at)(cohort, at) + more_trust
         candidates = Candidates(token, at, score)
         if drafter is not None and shape.drafted:
             asked = level.drafted
-            if shape.rungs and shape.drafting > 0:
-                claimed = jnp.sum(jnp.where(going[:, None], jnp.exp(score), 0))
-                above = jax.lax.dynamic_slice_in_dim(_promise(cohort, going), level.above, most)
-                hope = HOPE * (jnp.sum(jnp.where(jnp.arange(most) < level.of_above, above, 0)) - claimed)
-                asked &= hope > jnp.sum(going) * shape.drafting
+            if state.pace is not None:
+                above = jax.lax.dynamic_slice_in_dim(jnp.exp(cohort.score), level.above, most, axis=1)
+                above = jnp.sum(jnp.where(jnp.arange(most) < level.of_above, above, 0), axis=1)
+                below = above - jnp.sum(jnp.exp(score), axis=1)
+                asked &= is_worth_a_level(state.pace, ~state.record.done, below)
+                more = (drafting.levels + asked, drafting.asked + jnp.where(asked, below, 0))
+                drafting = _Drafting(*more, drafting.scores)
 
             def drafted(known: Any) -> tuple[Candidates, Any]:
                 return _drafted(drafter, state.memory, before, known, cohort, sampling, state.noise, level, most)
@@ -114,11 +112,16 @@ def _add_levels(
             candidates = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), candidates, more)
         cohort = jax.vmap(lat.grow, (0, 0, None, None, None))(cohort, candidates, level.first, level.width, most)
         at = jax.vmap(jax.vmap(lat.child_of, (None, 0, 0)))(cohort, at, token)
-        return number + 1, cohort, known, at
+        if state.pace is not None:
+            row = jnp.arange(cohort.token.shape[1])[None]
+            said_too = jnp.any(row[..., None] == at[:, None], axis=2)
+            new = (row >= level.first) & (row < level.first + level.width) & ~said_too
+            drafting = drafting._replace(scores=jnp.where(new, cohort.score, drafting.scores))
+        return number + 1, cohort, known, at, drafting
 
     def more_to_come(carry: tuple[Any, ...]) -> jax.Array:
         """Whether the last level has a row; below an empty one there is nothing, and most ticks draft few levels."""
-        number, cohort, _, _ = carry
+        number, cohort, *_ = carry
         above = jax.tree.map(lambda part: part[jnp.minimum(number, down - 1)], (levels.above, levels.of_above))
         row = jnp.arange(cohort.token.shape[1])
         inside = (row >= above[0]) & (row < above[0] + above[1])
@@ -129,27 +132,37 @@ def _add_levels(
     at = jnp.where(said.trust[..., 0] > -jnp.inf, jnp.arange(under)[None], NO_NODE)
     # In a loop: the levels, one by one, would be most of the program to compile.
     parts: Any = (levels, *(jnp.moveaxis(each[..., :down], 2, 0) for each in said))
-    done, cohort, _, at = jax.lax.while_loop(more_to_come, one_level, (jnp.int32(0), cohort, known, at))
+    none = _Drafting(jnp.int32(0), jnp.zeros(batch, jnp.float32), jnp.full_like(cohort.score, -jnp.inf))
+    carry = (jnp.int32(0), cohort, known, at, none)
+    done, cohort, _, at, drafting = jax.lax.while_loop(more_to_come, one_level, carry)
     at = jnp.where(done == down, at, NO_NODE)
     if shape.tail:
         first = levels.first[-1] + levels.width[-1]
         cohort = jax.vmap(_go_on, (0, 0, 0, 0, None))(cohort, at, said.token[..., down:], said.trust[..., down:], first)
-    return cohort
+    return cohort, drafting
 
 
-def _worth_their_time(state: DexState, cohort: Cohort, shape: TreeShape) -> Cohort:
-    """A sorted cohort without the rows beyond the best rung.
+def _worth_their_time(
+    state: DexState, pace: Pace, cohort: Cohort, shape: TreeShape, drafting: _Drafting
+) -> tuple[DexState, Cohort]:
+    """A sorted cohort without the rows beyond those that promise the most for their time."""
+    promise, roots = jnp.exp(cohort.score), (cohort.score[:, 0] == 0).astype(jnp.float32)
+    rung = choose(pace, shape.rungs, ~state.record.done, promise, roots, drafting.levels, state.stages)
+    kept = jnp.arange(cohort.token.shape[1]) < jnp.asarray(shape.rungs)[rung]
+    cohort = cohort._replace(score=jnp.where(kept[None], cohort.score, -jnp.inf))
+    least = jnp.min(jnp.where(cohort.score > -jnp.inf, cohort.score, 0), axis=1, keepdims=True)
+    drafted = jnp.sum(jnp.where(drafting.scores >= least, jnp.exp(drafting.scores), 0), axis=1)
+    promised = jnp.sum(jnp.exp(cohort.score), axis=1)
+    about = (state.record.lengths, roots, rung, promised, drafting.levels, drafting.asked, drafted)
+    return state._replace(pace=after(pace, *about)), cohort
 
-    The sum of path probabilities is the number of tokens that a cohort should bring. Of K cohorts on their way side by
-    side each makes ticks longer by its share alone.
-    """
-    if not shape.rungs:
-        return cohort
-    going, (counts, costs) = ~state.record.done, map(np.array, zip(*shape.rungs, strict=True))
-    expected = jnp.cumsum(_promise(cohort, going))[counts - 1]
-    rung = jnp.argmax(expected - jnp.sum(going) * costs.astype(np.float32) / state.stages)
-    kept = jnp.arange(cohort.token.shape[1]) < jnp.asarray(counts)[rung]
-    return cohort._replace(score=jnp.where(kept[None], cohort.score, -jnp.inf))
+
+class _Drafting(NamedTuple):
+    """What the drafter did for a cohort."""
+
+    levels: jax.Array  # int32, for how many it was asked
+    asked: jax.Array  # [B] float32, what was promised where it was asked, but for what the text had there
+    scores: jax.Array  # [B, N] float32 of the rows that it alone drafted, -inf elsewhere
 
 
 class _Level(NamedTuple):
@@ -247,8 +260,3 @@ def _drafted(
     path = jnp.where(inside[None, :, None], above(cohort.score)[:, :, None] + score, -jnp.inf)
     row = jnp.broadcast_to((level.above + jnp.arange(most))[None, :, None], path.shape)
     return Candidates(token.reshape(batch, -1), row.reshape(batch, -1), path.reshape(batch, -1)), known
-
-
-def _promise(cohort: Cohort, going: jax.Array) -> jax.Array:
-    """[N] float32, how many of the `going` sequences should emit the token of each row."""
-    return jnp.sum(jnp.where(going[:, None], jnp.exp(cohort.score), 0), axis=0)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from dex_jax.decoding.dex.pace import Pace
 from dex_jax.decoding.noise import Noise
 from dex_jax.decoding.record import Record
 from dex_jax.lattice import NO_NODE, Lattice
@@ -208,6 +209,7 @@ class DexState(NamedTuple):
       noise: None when greedy.
       record: what has been emitted.
       text: [B, S] int32, all tokens at their positions; None when exit 0 is silent.
+      pace: what the choice of rows goes by; None where every tick runs all of them.
     """
 
     tick: jax.Array
@@ -218,6 +220,7 @@ class DexState(NamedTuple):
     noise: Noise | None
     record: Record
     text: jax.Array | None = None
+    pace: Pace | None = None
 
     @property
     def stages(self) -> int:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
+from dex_jax.decoding.dex import pace
 from dex_jax.decoding.dex.drafts import HEADS, with_drafts
 from dex_jax.decoding.dex.interface import Committed, DexState, Network, StageView, before_nodes
 from dex_jax.decoding.dex.proposals import ask_exits
@@ -89,6 +90,7 @@ def init(
         noise=noise,
         record=begin(first_token, capacity, limits),
         text=text,
+        pace=None if drafts is None or not drafts.rungs else pace.begin(batch, drafts.rungs),
     )
 
 

@@ -1,9 +1,6 @@
-"""How much exit 0 drafts below the heads of a cohort, and trees whose worth is known.
+"""How much exit 0 drafts below the heads of a cohort.
 
-How many tokens a tick emits does not depend on the device, so it is measured once and kept; what a tick takes does,
-and is not kept.
-
-Letters: P levels of a cohort with its heads.
+Letters: P levels of a cohort with its heads, W rows a stage.
 """
 
 from __future__ import annotations
@@ -14,6 +11,7 @@ import itertools
 import numpy as np
 
 from dex_jax.decoding.dex.lookup import LONGEST
+from dex_jax.decoding.ladder import rungs
 from dex_jax.errors import DexError
 from dex_jax.lattice import MIN_LOG_PROBABILITY, SCORE_STEP
 
@@ -30,14 +28,12 @@ class TreeShape:
       drafted: on how many levels the drafter proposes; deeper ones only go on with what the text said before.
       lookup: probability that the next token after a suffix match is right, by the length of the match: 8 numbers, for
         1 to 8 tokens (longer ones: `trust`); all 0 switches it off.
-      rungs: (rows, tokens that the time of a step of so many is worth: AR emits one in an AR step), ascending: exit 0
-        drafts as many levels and a cohort keeps as many of its most probable rows as are worth their time. Empty for
-        all of them always.
-      drafting: tokens that the time of drafting one level is worth; only asked for with rungs.
+      rungs: row counts that a tick may choose from, ascending: exit 0 drafts as many levels and a cohort keeps as many
+        of its most probable rows as are worth their time (decoding/dex/pace.py). Empty for all of them always.
 
     Raises:
       DexError: no level, a level without rows, more drafted levels than there are, trust that is no probability,
-        rungs that do not ascend, or a negative cost.
+        or rungs that do not ascend.
 
     Examples:
       >>> TreeShape((3, 2, 1), drafted=2, lookup=(0.0,) * 8).rows
@@ -47,8 +43,7 @@ class TreeShape:
     widths: tuple[int, ...]
     drafted: int
     lookup: tuple[float, ...]
-    rungs: tuple[tuple[int, float], ...] = ()
-    drafting: float = 0.0
+    rungs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1 or not 0 <= self.drafted <= len(self.widths):
@@ -58,16 +53,13 @@ class TreeShape:
             )
         if len(self.lookup) != TRUSTED or not all(0 <= share <= 1 for share in self.lookup):
             raise DexError(f"a tree's lookup is {TRUSTED} probabilities, one for each length of match: {self.lookup}")
-        ascending = all(a < b and s <= t for (a, s), (b, t) in itertools.pairwise(((0, 0.0), *self.rungs)))
-        if not ascending or (self.rungs and self.rungs[0][1] <= 0):
-            raise DexError(f"a tree's rungs ascend, with costs above 0, not {self.rungs}")
-        if self.drafting < 0:
-            raise DexError(f"drafting a level cannot take the time of {self.drafting} tokens")
+        if not all(a < b for a, b in itertools.pairwise((0, *self.rungs))):
+            raise DexError(f"a tree's rungs are row counts that ascend, not {self.rungs}")
 
     @property
     def counts(self) -> tuple[int, ...]:
         """The row counts that a cohort of one fresh root may keep."""
-        return tuple(rows for rows, _ in self.rungs) or (self.rows,)
+        return self.rungs or (self.rows,)
 
     @property
     def rows(self) -> int:
@@ -103,38 +95,35 @@ SmolLM2-135M's greedy answers to held-out prompts (benchmarks/lookup.py of commi
 fall."""
 
 
-@dataclasses.dataclass(frozen=True)
-class KnownTree:
-    """A tree, and how many tokens all ticks of some texts emitted with it, over how many ticks there were."""
-
-    shape: TreeShape
-    tokens_a_tick: float
-
-
 def _chain(length: int) -> TreeShape:
     return TreeShape((1,) * length, drafted=0, lookup=LOOKUP_TRUST)
 
 
-LOOKUP_TREES = tuple(KnownTree(_chain(length), tokens) for length, tokens in ((7, 1.81), (3, 1.65), (1, 1.36)))
-"""Without a drafter, the best first: SmolLM2-135M's greedy answers (benchmarks/lookup.py of dd0098e). How often a text
-repeats itself depends on the text more than on the model, so they stand for other models too."""
-
-LOOKUP_TREE = LOOKUP_TREES[0].shape
-"""8 rows, which many devices run about as fast as one."""
+LOOKUP_TREES = (_chain(1), _chain(3), _chain(7))
+"""Without a drafter."""
 
 DRAFTED_TREES = tuple(
-    KnownTree(TreeShape(widths, drafted, LOOKUP_TRUST), tokens)
-    for widths, drafted, tokens in (
-        ((2, 1), 2, 1.97),
-        ((2, 2, 1, 1, 1), 3, 2.46),
-        ((4, 3, 2, 2, 1, 1, 1, 1), 8, 2.82),
-    )
+    TreeShape(widths, drafted, LOOKUP_TRUST)
+    for widths, drafted in (((2, 1), 2), ((2, 2, 1, 1, 1), 3), ((4, 3, 2, 2, 1, 1, 1, 1), 8))
 )
-"""With a trained drafter: counts on SmolLM2-135M's answers to held-out prompts, with the drafter that ships."""
+"""With a trained drafter."""
 
 OWN_LAYERS_TREES = tuple(
-    KnownTree(TreeShape(widths, len(widths), LOOKUP_TRUST), tokens)
-    for widths, tokens in (((2, 2, 1, 1, 1), 2.4), ((1, 1, 1), 2.0), ((4, 4, 3, 2, 1, 1), 2.7))
+    TreeShape(widths, len(widths), LOOKUP_TRUST) for widths in ((1, 1, 1), (2, 2, 1, 1, 1), (4, 4, 3, 2, 1, 1))
 )
-"""Of drafters with layers of their own, and what is taken to come of them before a tick has run: half of what EAGLE-3's
-authors measured (arXiv 2503.01840, table 1: 4 to 6 tokens a round). Ticks choose how many of the rows they run."""
+"""With a drafter that has layers of its own, whose drafts are worth more rows."""
+
+
+def fixed_tree(trees: tuple[TreeShape, ...], rows: int) -> TreeShape:
+    """The largest of `trees`, which ascend, that W = `rows` hold, the smallest if none: all of it in every tick."""
+    return [trees[0], *(tree for tree in trees if tree.rows <= rows)][-1]
+
+
+def chosen_tree(trees: tuple[TreeShape, ...], rows: int) -> TreeShape:
+    """The largest of `trees`, of which every tick runs as many rows as are worth their time, at most W = `rows`.
+
+    Examples:
+      >>> chosen_tree(DRAFTED_TREES, 16).rungs, chosen_tree(LOOKUP_TREES, 15).rungs
+      ((1, 2, 4, 8, 16), (1, 2, 4, 8, 15))
+    """
+    return dataclasses.replace(trees[-1], rungs=rungs(rows))
