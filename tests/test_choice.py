@@ -61,6 +61,17 @@ def test_on_a_mesh_explorers_run_where_rows_are_cheap(stages, platform, exits, e
     )
 
 
+def test_batches_on_a_cpu_are_decoded_plainly() -> None:
+    assert settle(Dex(), "shared", "none ships", sequences=3).method == Dex(explorers=1)
+    method, _, why = settle(Dex(), "shared", "none ships", sequences=4)
+    assert (method, why) == (AR(), "AR, as drafts bring nothing to batches of 4 on a CPU")
+    assert settle(Dex(explorers=1), "shared", "none ships", sequences=4).method == Dex(explorers=1)
+    over_two = mesh_of(1, "cpu")
+    over_two.shape["data"] = 2
+    assert settle(Dex(), "shared", "none ships", over_two, sequences=6).method == Dex(explorers=1)
+    assert settle(Dex(), "shared", "none ships", mesh_of(1, "tpu"), sequences=40).method == Dex(explorers=1)
+
+
 def test_ticks_choose_unless_rows_or_a_tree_are_given() -> None:
     assert plan_for(Dex(explorers=1), 30).drafts == dataclasses.replace(LOOKUP_TREES[-1], rungs=(1, 2, 4, 8))
     assert plan_for(Dex(explorers=5), 30).drafts.rungs == (1, 2, 4, 8, 15)

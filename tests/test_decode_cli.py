@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import os
 import shutil
 import subprocess
@@ -169,6 +170,20 @@ def test_json_of_one_token_has_nulls(run) -> None:
     assert [record[key] for key in undefined] == [None] * len(undefined)
     assert (record["method"], record["ticks"], record["exits"], record["seed"]) == ("ar", 0, [-1], 5)
     assert other["seed"] == 6
+
+
+def test_batches_answer_as_one(run) -> None:
+    prompts = [flag for text in (SKY, "Who?", "Where is it?") for flag in ("--prompt", text)]
+    arguments = [*prompts, "--method", "ar", "--max-new-tokens", "4", "--temperature", "1", "--seed", "3"]
+    several, one = (
+        [json.loads(line) for line in run(*arguments, "--json", "--batch", size)[1].splitlines()] for size in ("2", "3")
+    )
+    assert [(each["prompt"], each["tokens"], each["seed"]) for each in several] == [
+        (each["prompt"], each["tokens"], each["seed"]) for each in one
+    ]
+    _, out, err = run(*arguments, "--batch", "2")
+    assert re.findall(r"^\[(\d)\] ", out, re.MULTILINE) == ["1", "2", "3"]
+    assert err.count("wall-clock: ") == 2
 
 
 @pytest.mark.slow

@@ -67,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
     add("--prompt-file", metavar="FILE", help="one a line; .jsonl or .json: rows of a data set; -: lines of stdin")
 
+    add("--batch", type=whole(1, MOST_ROWS), metavar="N", help="prompts decoded together (8 on a CPU, all elsewhere)")
+
     group = p.add_argument_group("method")
     group.add_argument(
         "--method", choices=[*METHODS], default="dex", help="ar: all layers for every token (%(default)s)"

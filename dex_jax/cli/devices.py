@@ -75,7 +75,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     plan.say(outline.fingerprint)
     prompts: list[Prompt] = prompts_of(args) if args.prompt or args.prompt_file is not None else [[0]]
     request = Request.of(options_of(args))
-    ids = tokens_of(outline, prompts, request)
+    ids = tokens_of(outline, prompts[: args.batch], request)
     session = Session(outline, ids, plan, request)
     sizes = held(session)
     sentence = verdict(sizes, free_memory() if elsewhere is None else elsewhere.memory)

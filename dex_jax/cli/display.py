@@ -25,11 +25,13 @@ class TextPrinter:
       tokenizer: of the model; None prints token ids.
       prompts: a heading for each sequence; headings are printed only when there are several.
       color_depth: colour each token by its exit, where stdout is a terminal.
+      told: how many sequences others have printed.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, prompts: list[str], color_depth: bool):
+    def __init__(self, tokenizer: Tokenizer | None, prompts: list[str], color_depth: bool, told: int = 0):
         self.tokenizer = tokenizer
         self.prompts = prompts
+        self.told = told
         console = Console(highlight=False, soft_wrap=True)
         self.console = console if color_depth and console.is_terminal else None
         self.row = 0
@@ -63,8 +65,9 @@ class TextPrinter:
         self._write((self.stream.flush() if self.stream else "") + "\n")
 
     def _begin(self) -> TextStream | None:
-        if len(self.prompts) > 1:
-            self._write(f"{'' if self.row == 0 else chr(10)}[{self.row + 1}] {self.prompts[self.row]}\n")
+        number = self.told + self.row + 1
+        if len(self.prompts) > 1 or self.told:
+            self._write(f"{'' if number == 1 else chr(10)}[{number}] {self.prompts[self.row]}\n")
         return None if self.tokenizer is None else TextStream(self.tokenizer)
 
     def _write(self, text: str, style: str = "default") -> None:

@@ -1,19 +1,26 @@
-"""What runs where nothing was asked for: one explorer with drafts, or on a mesh of accelerators one on each stage."""
+"""What runs where nothing was asked for: one explorer with drafts, AR for batches on a CPU, an explorer on each stage of
+a mesh of accelerators."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from dex_jax.decoding.plan import GivenExits, Method, find_exits, with_stages
-from dex_jax.decoding.request import Dex
+from dex_jax.decoding.request import AR, Dex
 from dex_jax.io.exits_file import TrainedExits
-from dex_jax.nn.sharding import STAGE
+from dex_jax.nn.sharding import DATA, STAGE
 
 FEWEST_STAGES = 3
 """On accelerators, from so many stages on, explorers need fewer ticks than a tree that waits for one stage after the
 other: 1.26 times fewer with 5, 1.07 with 2 (docs/results_exits.md)."""
+
+
+MANY = 4
+"""From so many sequences a device on, a CPU has as many rows to run as pay: the default decodes plainly. Drafts took 8%
+longer in batches of 4, and 25% in batches of 16 (benchmarks/speed.py --batch)."""
 
 
 class Settled(NamedTuple):
@@ -24,8 +31,10 @@ class Settled(NamedTuple):
     choice: str | None = None  # why, if it was chosen here
 
 
-def settle(method: Method, exits: GivenExits, fingerprint: str, mesh: Mesh | None = None) -> Settled:
-    """The method that runs, with which exits.
+def settle(
+    method: Method, exits: GivenExits, fingerprint: str, mesh: Mesh | None = None, sequences: int = 1
+) -> Settled:
+    """The method that runs, with which exits, for so many `sequences`.
 
     What the user gave as `method` is replaced only if it is Dex() without any field. One explorer is never slower than
     AR by more than what it takes to see that drafts are wrong: its ticks choose their rows (decoding/dex/pace.py).
@@ -34,9 +43,13 @@ def settle(method: Method, exits: GivenExits, fingerprint: str, mesh: Mesh | Non
     if method != Dex():
         return Settled(with_stages(method, None if mesh is None else mesh.shape[STAGE]), exits)
     stages = 1 if mesh is None else mesh.shape[STAGE]
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    batch = -(-sequences // (1 if mesh is None else mesh.shape[DATA]))
+    if batch >= MANY and device.platform == "cpu":
+        return Settled(AR(), exits, f"AR, as drafts bring nothing to batches of {batch} on a CPU")
     given, one = find_exits(exits, fingerprint), Dex(explorers=1)
     where = "one explorer with drafts" + (" over all stages" if stages > 1 else "")
-    if mesh is not None and stages >= FEWEST_STAGES and mesh.devices.flat[0].platform != "cpu":
+    if stages >= FEWEST_STAGES and device.platform != "cpu":
         if given.drafter is None or isinstance(given.drafter, TrainedExits):
             return Settled(Dex(explorers=stages), exits, "an explorer with drafts on each stage")
         return Settled(one, exits, f"{where}, as {given.drafter_source} drafts for one")

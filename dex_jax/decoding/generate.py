@@ -124,7 +124,7 @@ def prepare(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], req
     ids = tokens_of(lm, prompts, request) if lm.mesh is None else from_first(lambda: tokens_of(lm, prompts, request))
     exits = request.exits if request.draft_model is None else draft_model(lm, request.draft_model)
     asked = Dex() if request.method is None else request.method
-    method, exits, choice = settle(asked, opened(exits), lm.fingerprint, lm.mesh)
+    method, exits, choice = settle(asked, opened(exits), lm.fingerprint, lm.mesh, len(ids))
     plan = resolve(method, exits, lm.config, lm.fingerprint)
     free = plan.has_lattice and plan.exits is None and getattr(method, "depths", None) is None
     if free and lm.layout is not None and len(lm.layout.depths) == plan.stages:
