@@ -6,8 +6,8 @@ import dataclasses
 import io
 import json
 import math
-import re
 import os
+import re
 import shutil
 import subprocess
 import sys

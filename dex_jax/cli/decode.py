@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dex_jax.language_model import LanguageModel
 
 AT_ONCE = 8
-"""Prompts that a CPU decodes together: 40 prompts took 35 s one by one, 30, 30, 32 and 42 s in batches of 4, 8, 16 and 40
+"""Prompts that a CPU decodes together: 40 took 35 s one by one, and 30, 30, 32 and 42 s in batches of 4, 8, 16 and 40
 (SmolLM2-135M packed, two cores)."""
 
 DIFFERENT = 1

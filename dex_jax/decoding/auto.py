@@ -1,5 +1,6 @@
-"""What runs where nothing was asked for: one explorer with drafts, AR for batches on a CPU, an explorer on each stage of
-a mesh of accelerators."""
+"""What runs where nothing was asked for: one explorer with drafts, AR for batches on a CPU,
+or an explorer on each stage of a mesh.
+"""
 
 from __future__ import annotations
 
