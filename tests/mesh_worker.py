@@ -47,7 +47,7 @@ AXES = "data=2,stage=2,tensor=2"
 # Biases, norms of heads, tied and untied embeddings, 9 and 3 heads, windows that differ from stage to stage: their
 # meshes, and methods where tokens are made. The default chooses its rows.
 CHECKPOINTS = {
-    "llama_attention_bias": ("stage=2,tensor=2", Dex()),
+    "llama_attention_bias": ("stage=2,tensor=2", Dex(explorers=2)),
     "qwen3": ("stage=3,tensor=2", None),
     "smollm2": ("stage=2,tensor=3", None),
     "gemma3": ("stage=3", Dex(draft=TREE)),

@@ -28,7 +28,7 @@ from dex_jax.decoding.program import Program, forgotten, side_by_side
 from dex_jax.decoding.record import Limits, Record, until_done
 from dex_jax.decoding.request import Request
 from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
-from dex_jax.distributed import from_first, to_host
+from dex_jax.distributed import to_host
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn import cache
@@ -189,7 +189,8 @@ class Session:
         self.heads = Heads()
         self.state: Any = None
         self.costs: TickCosts | None = None
-        if self.plan.has_lattice and drafts is not None and drafts.rungs:
+        # Clocks of several processes differ, and all of them must choose alike: they go by what is usual.
+        if self.plan.has_lattice and drafts is not None and drafts.rungs and jax.process_count() == 1:
             kinds = (plan.depths, drafts, type(plan.heads.drafter).__name__, plan.exits)
             mesh = None if lm.mesh is None else tuple(lm.mesh.shape.items())
             self.ran = np.zeros(len(drafts.rungs) + 1, np.int64)  # [C + 1], how often each cost has been paid
@@ -300,8 +301,8 @@ class Session:
         until = self._put(jnp.int32(self.tick), EVERYWHERE)
         begun = time.perf_counter()
         if self.costs is not None:
-            costs = np.asarray(from_first(self.costs.relative().tolist), np.float32)
-            pace = self.state.pace._replace(costs=self._put(jax.device_put(costs), EVERYWHERE))
+            costs = self._put(jax.device_put(self.costs.relative()), EVERYWHERE)
+            pace = self.state.pace._replace(costs=costs)
             self.state = self.state._replace(pace=pace)
         self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, plan=self.plan)
         record = self.record()
