@@ -174,11 +174,6 @@ class ModelConfig:
         """What differs from layer to layer, L of them."""
         return self.layer_kinds or (LayerKind(),) * self.num_layers
 
-    def with_layers(self, count: int) -> ModelConfig:
-        """The model with `count` layers, of the same kinds in turn."""
-        kinds = tuple(itertools.islice(itertools.cycle(self.layer_kinds), count))
-        return dataclasses.replace(self, num_layers=count, layer_kinds=kinds)
-
     def at_length(self, length: int) -> ModelConfig:
         """The model for sequences of at most `length` tokens: it counts where RoPE has factors for long ones.
 

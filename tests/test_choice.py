@@ -1,4 +1,4 @@
-"""What runs where nothing was asked for, and how ticks choose their rows: promises, and costs that are learnt."""
+"""The method that runs where none was asked for, and how ticks choose their rows: promises, and costs learnt."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_promises_that_are_not_kept_end_drafts_and_are_made_again_after_a_while(
 @pytest.mark.parametrize("seed", range(5))
 def test_what_ticks_cost_is_learnt_from_the_time_of_some_together(seed: int) -> None:
     random = np.random.default_rng(seed)
-    true = np.array([1.0, *np.cumsum(random.uniform(0.05, 0.6, 4)) + 1, random.uniform(0.02, 0.2)])
+    true = np.array([1.0, *np.cumsum(random.uniform(0.05, 0.6, 4)) + 1, random.uniform(0.3, 0.6)])
     found = TickCosts(COUNTS)
     for _ in range(300):
         ran = np.append(random.multinomial(4, random.dirichlet([1] * 5)), random.integers(0, 8))

@@ -66,7 +66,6 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("prompts").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
     add("--prompt-file", metavar="FILE", help="one a line; .jsonl or .json: rows of a data set; -: lines of stdin")
-
     add("--batch", type=whole(1, MOST_ROWS), metavar="N", help="prompts decoded together (8 on a CPU, all elsewhere)")
 
     group = p.add_argument_group("method")

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from dex_jax.io.prompts import Prompt
     from dex_jax.language_model import LanguageModel
 
-AT_ONCE = 8
-"""Prompts that a CPU decodes together: 40 took 35 s one by one, and 30, 30, 32 and 42 s in batches of 4, 8, 16 and 40
-(SmolLM2-135M packed, two cores)."""
-
 DIFFERENT = 1
 """Exit code when --check finds other tokens than AR's."""
 
@@ -53,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
             prompts = from_first(lambda: prompts_of(args))
         notify("opening the model")
 
-        from dex_jax.cli.devices import layout_of
+        from dex_jax.cli.devices import batches_of, layout_of
         from dex_jax.decoding.dex.drafters import draft_model
         from dex_jax.decoding.generate import precompile
         from dex_jax.decoding.plan import opened
@@ -68,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
             small = outline(args.draft_model, args.dtype, weights=args.weights)
             draft_model(model, small)  # before its weights are read
             options["draft_model"] = small.load(display.part)
-        batches = _batches(prompts, args)
+        batches = batches_of(prompts, args)
         compile_seconds = sum(precompile(model, batch, method=method, **options) for batch in batches)
         lm = model.load(display.part)
     codes, told = [], 0
@@ -78,15 +74,6 @@ def _run(args: argparse.Namespace) -> int:
         if codes[-1] == INTERRUPTED:
             break
     return max(codes)
-
-
-def _batches(prompts: list[Prompt], args: argparse.Namespace) -> list[list[Prompt]]:
-    """The prompts in the batches that answer all of them soonest, unless their size was asked for."""
-    import jax
-
-    alone = AT_ONCE if jax.default_backend() == "cpu" and args.mesh is None else len(prompts)
-    size = max(1, args.batch or alone)
-    return [prompts[first : first + size] for first in range(0, len(prompts), size)] or [prompts]
 
 
 def _answer(
@@ -99,8 +86,7 @@ def _answer(
     compile_seconds: float,
 ) -> int:
     """Decodes and prints one batch, after `told` prompts of others; returns the exit code."""
-    if options["seed"] is not None:
-        options = options | {"seed": options["seed"] + told * args.num_samples}
+    options = options | {"seed": options["seed"] + told * args.num_samples}
     with phases():
         updates = _stream(lm, prompts, method, args.json, options)
         output = next(updates)

@@ -128,7 +128,7 @@ def _over(count: int, other: int) -> float:
 
 
 def _measured(output: Output) -> list[str]:
-    """What this run says about rows, and how fast it was beside ticks of one row, which is what AR runs."""
+    """The rows that ticks ran, and how AR, which runs one, compares by what one took here."""
     stats = output.stats
     ran = {rows: ticks for rows, ticks in stats.rows_run.items() if ticks}
     if not ran:
@@ -137,7 +137,7 @@ def _measured(output: Output) -> list[str]:
     if stats.row_seconds is not None and stats.decode_seconds > 0:
         alone = stats.row_seconds * (int(output.lengths.max()) - 1)
         line += f"; one of 1 row took {1000 * stats.row_seconds:.1f} ms here, so "
-        line += f"this was {alone / stats.decode_seconds:.2f} times as fast as AR"
+        line += f"AR would have taken about {alone / stats.decode_seconds:.2f} times as long"
     return [line]
 
 

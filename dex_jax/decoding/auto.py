@@ -1,6 +1,4 @@
-"""What runs where nothing was asked for: one explorer with drafts, AR for batches on a CPU,
-or an explorer on each stage of a mesh.
-"""
+"""The method that runs where none was asked for."""
 
 from __future__ import annotations
 
@@ -15,17 +13,16 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.sharding import DATA, STAGE
 
 FEWEST_STAGES = 3
-"""On accelerators, from so many stages on, explorers need fewer ticks than a tree that waits for one stage after the
-other: 1.26 times fewer with 5, 1.07 with 2 (docs/results_exits.md)."""
-
+"""Explorers on accelerators begin with so many stages. A tree waits for one stage after the other, which counts for
+little with two of them."""
 
 MANY = 4
-"""From so many sequences a device on, a CPU has as many rows to run as pay: the default decodes plainly. Drafts took 8%
-longer in batches of 4, and 25% in batches of 16 (benchmarks/speed.py --batch)."""
+"""A CPU decodes so many sequences and more plainly, as they are as many rows as pay. Drafts took 8% longer in batches
+of 4, and 25% in batches of 16 (benchmarks/speed.py --batch, at commit 55b52f5)."""
 
 
 class Settled(NamedTuple):
-    """What runs."""
+    """A method, the exits that it uses, and why."""
 
     method: Method
     exits: GivenExits
@@ -45,10 +42,10 @@ def settle(
         return Settled(with_stages(method, None if mesh is None else mesh.shape[STAGE]), exits)
     stages = 1 if mesh is None else mesh.shape[STAGE]
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    given, one = find_exits(exits, fingerprint), Dex(explorers=1)
     batch = -(-sequences // (1 if mesh is None else mesh.shape[DATA]))
     if batch >= MANY and device.platform == "cpu":
         return Settled(AR(), exits, f"AR, as drafts bring nothing to batches of {batch} on a CPU")
-    given, one = find_exits(exits, fingerprint), Dex(explorers=1)
     where = "one explorer with drafts" + (" over all stages" if stages > 1 else "")
     if stages >= FEWEST_STAGES and device.platform != "cpu":
         if given.drafter is None or isinstance(given.drafter, TrainedExits):

@@ -1,4 +1,4 @@
-"""What ticks cost on the device at hand, by their rows: learnt from the ticks that run, and kept between processes.
+"""Costs of ticks on the device at hand, by their rows: learnt from the ticks that run, and kept between processes.
 
 The time of a few ticks is what each of them cost, added up. A Kalman filter takes such sums apart: it holds what each
 cost is believed to be, and how sure that is. Only how costs compare matters to ticks, and only that is kept, so load
@@ -26,16 +26,15 @@ from dex_jax.io.whole_files import cache_folder, write_whole
 from dex_jax.nn import few_rows
 
 OWN, PRICE = 0.2, 1.0
-"""How far what is believed before the first tick may be wrong, as shares (standard deviations): each cost by itself,
-and what more than a row costs as a whole."""
+"""Standard deviations, as shares, of what is believed before the first tick: of each cost by itself, and of all that
+more than a row costs."""
 
 DRIFT, COMMON_DRIFT = 0.01, 0.2
-"""How much of that may come anew from one update to the next, and how far all costs together may move, as other
+"""The share of those deviations that comes anew with every update, and the deviation of all costs together, as other
 programs come and go."""
 
 NOISE, OUTLIER = 0.15, 3.0
-"""How exact the time of an update is, as a share of it. What is further off than OUTLIER times what is to be expected
-counts as if it were just so far."""
+"""The standard deviation of the time of an update, as a share of it, and how many of them count at most."""
 
 FORGETTING = 0.01
 """The share by which, at every update, a cost that was not paid goes back to what is usual: so it is tried again."""
@@ -94,16 +93,18 @@ class TickCosts:
         """The covariance of costs that vary by a `share` of OWN and PRICE, and all together by COMMON_DRIFT."""
         assert self.seconds is not None
         more = self.seconds - np.append(np.full(len(self.seconds) - 1, self.seconds[0]), 0)
-        apart = np.diag((OWN * self.seconds) ** 2) + PRICE**2 * np.outer(more, more)
+        # A drafted level may cost a hundredth of a tick, or, by a draft model, half of one.
+        own = OWN * np.append(self.seconds[:-1], self.seconds[0])
+        apart = np.diag(own**2) + PRICE**2 * np.outer(more, more)
         return share**2 * apart + COMMON_DRIFT**2 * np.outer(self.seconds, self.seconds)
 
 
 _LEARNT: dict[str, TickCosts] = {}
-"""What this process has learnt, by key."""
+"""Costs that this process has learnt, by key."""
 
 
 def costs_of(counts: tuple[int, ...], *about: Any) -> TickCosts:
-    """What is known of ticks with these row counts; `about` is what else they depend on, by its repr."""
+    """The costs of ticks with these row counts; `about` is all else that they depend on, by its repr."""
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = (device.platform, device.device_kind, f"{cores} cores", f"jax {jax.__version__}", few_rows.version())
@@ -114,7 +115,7 @@ def costs_of(counts: tuple[int, ...], *about: Any) -> TickCosts:
 
 
 def costs_file() -> Path:
-    """Where costs are kept, a JSON object by device and model: $DEX_JAX_TICK_COSTS, or among the user's caches."""
+    """The file of costs, a JSON object by device and model: $DEX_JAX_TICK_COSTS, or among the user's caches."""
     named = os.environ.get("DEX_JAX_TICK_COSTS")
     return Path(named) if named else cache_folder() / "tick_costs.json"
 

@@ -171,7 +171,7 @@ class DexLoop(MeshLoop):
 
 
 PACE = Pace(EVERYWHERE, *[BY_SEQUENCE] * (len(Pace._fields) - 1))
-"""Where a pace lies on a mesh."""
+"""PartitionSpecs of a pace on a mesh."""
 
 LOOPS: dict[str, Loop] = {"ar": ARLoop(), "dex": DexLoop()}
 

@@ -13,7 +13,8 @@ from dex_jax.config import ExitsConfig, ModelConfig
 from dex_jax.decoding.dex.drafters import GivenDrafter, fitted, known_trees
 from dex_jax.decoding.dex.interface import ExitZero
 from dex_jax.decoding.dex.trained_exits import Heads, TrainedHeads
-from dex_jax.decoding.dex.trees import TreeShape, chosen_tree, fixed_tree
+from dex_jax.decoding.dex.trees import TreeShape
+from dex_jax.decoding.ladder import rungs
 from dex_jax.decoding.request import AR, MOST_ROWS, Dex, check_method
 from dex_jax.errors import DexError, is_whole
 from dex_jax.grid import check_depths, even_depths, nearest_depths
@@ -158,17 +159,19 @@ def plan_for(method: Method, num_layers: int) -> Plan:
 
 
 def _with_tree(plan: Plan, method: Dex, drafter: GivenDrafter | None) -> Plan:
-    """With rows W and the tree of drafts, for what drafts beside the text.
+    """The plan with rows W and a tree for the drafter, None for the text alone.
 
-    Neither given, ticks choose of the largest tree; where one of both is, all of it runs in every tick.
+    Ticks choose from the largest tree, unless rows or a tree are given: then all of one runs in every tick.
     """
     if method.draft is not True:
         drafts = method.draft or None
         return dataclasses.replace(plan, drafts=drafts, rows=rows_of(method, plan.stages, drafts))
     trees = known_trees(drafter)
     rows = rows_of(method, plan.stages, trees[-1])
-    drafts = (chosen_tree if method.rows is None else fixed_tree)(trees, rows)
-    return dataclasses.replace(plan, drafts=drafts, rows=rows)
+    if method.rows is None:
+        return dataclasses.replace(plan, drafts=dataclasses.replace(trees[-1], rungs=rungs(rows)), rows=rows)
+    fitting = [trees[0], *(tree for tree in trees if tree.rows <= rows)]
+    return dataclasses.replace(plan, drafts=fitting[-1], rows=rows)
 
 
 def with_stages(method: Method, stages: int | None) -> Method:

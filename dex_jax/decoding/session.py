@@ -133,7 +133,7 @@ PROGRAMS = (PREFILL, START, RUN)
 
 
 SEEN = 8
-"""From so many ticks of one row on it is told what one takes."""
+"""Ticks of one row that must have run before it is told what one takes."""
 
 _READY: set[Any] = set()
 """Kinds of sessions whose programs are remembered."""
@@ -314,7 +314,7 @@ class Session:
         return record
 
     def rows_run(self) -> tuple[dict[int, int], float | None]:
-        """How many ticks have run so many rows, and seconds of one of one row, None where too few were seen."""
+        """Counts of the ticks that ran so many rows, and seconds of one with one row, None where too few were seen."""
         if self.costs is None or self.plan.drafts is None:
             return {}, None
         ran = dict(zip(self.plan.drafts.rungs, self.ran[:-1].tolist(), strict=True))

@@ -103,7 +103,7 @@ class Run:
         return self.trust * (self.drafted + BELIEVED * HOPE) / (self.asked + BELIEVED)
 
     def remember(self, cohort: Sequence[Node], drafted: Sequence[Node], asked: float) -> None:
-        """What a tick ends with: its new cohort, what of the drafter's is as good, and what it was asked for."""
+        """Ends a tick with its new cohort, what of the drafter's is as good, and what the drafter was asked for."""
         root = float(bool(cohort) and cohort[0].score == 0)
         new = {
             "promised": sum(math.exp(n.score) for n in cohort) - root,

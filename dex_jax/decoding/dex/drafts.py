@@ -98,8 +98,8 @@ def _add_levels(
                 above = jnp.sum(jnp.where(jnp.arange(most) < level.of_above, above, 0), axis=1)
                 below = above - jnp.sum(jnp.exp(score), axis=1)
                 asked &= is_worth_a_level(state.pace, ~state.record.done, below)
-                more = (drafting.levels + asked, drafting.asked + jnp.where(asked, below, 0))
-                drafting = _Drafting(*more, drafting.scores)
+                wanted = drafting.asked + jnp.where(asked, below, 0)
+                drafting = _Drafting(drafting.levels + asked, wanted, drafting.scores)
 
             def drafted(known: Any) -> tuple[Candidates, Any]:
                 return _drafted(drafter, state.memory, before, known, cohort, sampling, state.noise, level, most)
@@ -158,7 +158,7 @@ def _worth_their_time(
 
 
 class _Drafting(NamedTuple):
-    """What the drafter did for a cohort."""
+    """The drafter's share in a cohort."""
 
     levels: jax.Array  # int32, for how many it was asked
     asked: jax.Array  # [B] float32, what was promised where it was asked, but for what the text had there

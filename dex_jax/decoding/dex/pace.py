@@ -1,4 +1,4 @@
-"""How many rows a tick runs and how deep exit 0 drafts: as many as promise the most tokens for what they cost.
+"""The choice of rows and of drafted levels: as many as promise the most tokens for what they cost.
 
 A tick of one row without drafts costs what AR's step does and makes what that makes, so drafts run where they should be
 faster. What rows promise is the probability of their paths; where fewer come true, promises count for less, and where
@@ -22,11 +22,11 @@ BELIEVED = 4.0
 """So many promised tokens, and as many that came of them, are believed before the first and never forgotten."""
 
 HOPE = 0.5
-"""Of what the drafter is asked for, the share that is believed to be worth running."""
+"""The share of what the drafter is asked for that is believed to be worth running."""
 
 
 class Pace(NamedTuple):
-    """What ticks cost here, and what came of promises lately.
+    """The costs of ticks here, and what came of promises lately.
 
     Attributes:
       costs: [C + 1] float32, of a tick of each row count, in those of a tick of one row; the last of drafting a level.
@@ -77,7 +77,7 @@ def begin(batch: int, counts: tuple[int, ...]) -> Pace:
 
 
 def is_worth_a_level(pace: Pace, going: jax.Array, below: jax.Array) -> jax.Array:
-    """Whether to draft a level below rows that promise `below` [B] tokens which the text does not have: bool scalar.
+    """Says whether to draft a level below rows that promise `below` [B] tokens beyond the text's: bool scalar.
 
     It is if that should bring as many tokens as AR makes in its time, and in that of the next larger number of rows.
     """

@@ -1,6 +1,6 @@
-"""How much exit 0 drafts below the heads of a cohort.
+"""Trees: how much exit 0 drafts below the heads of a cohort.
 
-Letters: P levels of a cohort with its heads, W rows a stage.
+Letters: P levels of a cohort with its heads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import itertools
 import numpy as np
 
 from dex_jax.decoding.dex.lookup import LONGEST
-from dex_jax.decoding.ladder import rungs
 from dex_jax.errors import DexError
 from dex_jax.lattice import MIN_LOG_PROBABILITY, SCORE_STEP
 
@@ -100,30 +99,15 @@ def _chain(length: int) -> TreeShape:
 
 
 LOOKUP_TREES = (_chain(1), _chain(3), _chain(7))
-"""Without a drafter."""
+"""Trees of the text alone, ascending."""
 
 DRAFTED_TREES = tuple(
     TreeShape(widths, drafted, LOOKUP_TRUST)
     for widths, drafted in (((2, 1), 2), ((2, 2, 1, 1, 1), 3), ((4, 3, 2, 2, 1, 1, 1, 1), 8))
 )
-"""With a trained drafter."""
+"""Trees of a trained drafter, ascending."""
 
 OWN_LAYERS_TREES = tuple(
     TreeShape(widths, len(widths), LOOKUP_TRUST) for widths in ((1, 1, 1), (2, 2, 1, 1, 1), (4, 4, 3, 2, 1, 1))
 )
-"""With a drafter that has layers of its own, whose drafts are worth more rows."""
-
-
-def fixed_tree(trees: tuple[TreeShape, ...], rows: int) -> TreeShape:
-    """The largest of `trees`, which ascend, that W = `rows` hold, the smallest if none: all of it in every tick."""
-    return [trees[0], *(tree for tree in trees if tree.rows <= rows)][-1]
-
-
-def chosen_tree(trees: tuple[TreeShape, ...], rows: int) -> TreeShape:
-    """The largest of `trees`, of which every tick runs as many rows as are worth their time, at most W = `rows`.
-
-    Examples:
-      >>> chosen_tree(DRAFTED_TREES, 16).rungs, chosen_tree(LOOKUP_TREES, 15).rungs
-      ((1, 2, 4, 8, 16), (1, 2, 4, 8, 15))
-    """
-    return dataclasses.replace(trees[-1], rungs=rungs(rows))
+"""Trees of a drafter that has layers of its own, whose drafts are worth more rows, ascending."""
