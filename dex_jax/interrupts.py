@@ -51,13 +51,17 @@ def heeded(sentence: str = "Stopped.") -> Iterator[None]:
     told.setblocking(False)
     _stopped.clear()
 
+    patient = False
+
     def watch() -> None:
+        nonlocal patient
         with heard:
             while (number := heard.recv(1)) != bytes([signal.SIGINT]):
                 if not number:
                     return
+            patient = _gentle.is_set()
             _stopped.set()
-            if _gentle.is_set():
+            if patient:
                 heard.settimeout(GRACE)
                 with contextlib.suppress(OSError):
                     heard.recv(1)  # a second Ctrl-C does not wait
@@ -65,13 +69,16 @@ def heeded(sentence: str = "Stopped.") -> Iterator[None]:
 
     before = signal.signal(signal.SIGINT, lambda number, frame: None)
     wakeup = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True, name="Ctrl-C").start()
+    watching = threading.Thread(target=watch, daemon=True, name="Ctrl-C")
+    watching.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGINT, before)
         if _stopped.is_set():
+            if not patient:
+                watching.join()  # It ends the process; work whose helpers it has ended fails before that.
             _end("")
         told.close()
 

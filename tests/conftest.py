@@ -30,9 +30,9 @@ def slow(*values: object) -> object:
 
 
 LONGEST = (
-    "test_mesh", "test_golden", "test_loop", "test_drafted_models", "test_exit_training", "test_train_cli",
-    "test_rivals", "test_generate", "test_forced_counts", "test_trained_exits", "test_default_exits",
-    "test_contributing", "test_distributed", "test_decode_cli",
+    "test_mesh", "test_golden", "test_loop", "test_packed", "test_generate", "test_gpu_kernels", "test_few_rows",
+    "test_own_layers", "test_decode_cli", "test_docs", "test_drafted_models", "test_exit_training", "test_train_cli",
+    "test_rivals", "test_trained_exits", "test_default_exits", "test_contributing", "test_distributed",
 )  # fmt: skip
 """Files that take minutes begin: one of them at the end would leave the other worker with nothing to do."""
 

@@ -37,8 +37,8 @@ MADE = {"llama_attention_bias": ["4 x cpu:cpu", [2, 4]], "gemma3": ["3 x cpu:cpu
 """Devices that a checkpoint's tokens were made on, and the depths of its stages."""
 LATTICES = [n for n, case in CASES.items() if case.method == "dex" and "," not in case.mesh and case.explorers is None]
 """Cases of a lattice on an axis of stages alone."""
-QUICK = ("ar", "drafts, all axes")
-"""Cases whose tests are not slow: AR in a pipeline, and drafts on every axis."""
+QUICK = ("drafts, all axes",)
+"""The case whose tests are not slow has all that the others have."""
 
 
 def cases(names: Iterable[str]) -> list[object]:

@@ -94,7 +94,7 @@ def test_several_stages_on_a_device_and_what_it_holds() -> None:
     assert planner.table(predict(Setting(MODEL, machine(2), 100, 300))).endswith("into the memory of these devices.")
 
 
-@settings(max_examples=50)
+@settings(max_examples=10)
 @given(st.sampled_from(["bandwidth", "flops", "link_bandwidth", "latency", "kernel"]), st.integers(1, 64))
 def test_a_better_machine_is_never_slower(figure: str, batch: int) -> None:
     def speeds(factor: float) -> list[float]:

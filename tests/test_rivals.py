@@ -77,7 +77,7 @@ def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, sampled) -> N
 @pytest.mark.parametrize(
     ("method", "exits", "options"),
     [
-        (LayerSkip(exit=3, draft_length=3), "shared", {}),
+        slow(LayerSkip(exit=3, draft_length=3), "shared", {}),
         slow(AdaDecode(None, (1, 3, 4), 0.2, 3), random_exits("linear", fused=True, draft=40), SAMPLED),
         slow(DEL(depths=(1, 3, 4), draft_length=3), random_exits("attn", draft=40), SAMPLED),
     ],
@@ -105,6 +105,7 @@ def test_transformers_give_the_tokens_of_ar_and_counts_fit_together(method, exit
     assert 0 < output.stats.counts["accepted"].sum() < output.stats.counts["drafted"].sum()
 
 
+@pytest.mark.slow
 def test_the_table_shows_the_best_settings_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(dex_jax, "load", lambda name: small_model(tokenizer=LetterTokenizer()))
     monkeypatch.setattr(methods_table, "LENGTHS", (2,))

@@ -22,7 +22,7 @@ MIXED = (LayerKind(WINDOW, "local"), LayerKind(), LayerKind(WINDOW, "local"), La
 CONFIG = dataclasses.replace(LLAMA, context=8192, layer_kinds=MIXED, local_rope_theta=500.0, eos_ids=())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=12)
 @given(
     window=st.integers(1, 9),
     writes=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), min_size=1, max_size=12),

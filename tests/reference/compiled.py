@@ -107,8 +107,13 @@ class Hlo:
         self.loop = max(loops, key=lambda each: each.nbytes).calls[1] if loops else None
 
     def made(self, computation):
-        """(array, line) of all that it makes in the main memory, but for what lies there and is written in part."""
+        """(array, line) of all that it makes in the main memory, but for what lies there and is written in part.
+
+        A TPU may keep a cache in its own memory while rows are written into it, and put it back: `moved` counts that.
+        """
         for each in self.computations[computation].values():
+            if each.operation == "copy-start" and each.results[1].on_chip:
+                continue
             inside = self.computations[each.calls[0]].values() if each.operation == "fusion" else [each]
             written = {array.dims for one in inside if one.operation in WRITES for array in one.results}
             results = each.results[each.operation == "slice-start" :][
@@ -120,7 +125,8 @@ class Hlo:
                 yield from self.made(name)
 
     def moved(self, computation):
-        """Bytes of the main memory that it may read and write, arrays as a whole; of a choice, its dearest branch."""
+        """Bytes of the main memory that it may read and write: of a choice its dearest branch, of a write in place what
+        is written, of other arrays all."""
         known, total = self.computations[computation], 0
         for each in known.values():
             if each.calls and each.operation != "fusion":
@@ -129,6 +135,8 @@ class Hlo:
                 total += max(inner) if each.operation == "conditional" else sum(inner) * int(turns[1] if turns else 1)
             elif each.operation.endswith("-start"):
                 total += each.results[each.operation == "slice-start"].nbytes
+            elif each.operation == "dynamic-update-slice":
+                total += 2 * known[each.operands[1]].nbytes
             elif each.operation not in NOTHING and not each.operation.endswith("-done"):
                 total += each.nbytes + sum(known[name].nbytes for name in each.operands)
         return total

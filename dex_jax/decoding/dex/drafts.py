@@ -236,9 +236,10 @@ def _drafted(
 
     token, position = above(cohort.token), above(cohort.position)
     assert before is not None
-    rows = DraftRows(token, position, above(cohort.above), fill(before, 1, most))
-    features, own = drafter.features(memory, known, rows)
     inside = jnp.arange(most) < level.of_above
+    alive = inside[None] & (above(cohort.score) > -jnp.inf)
+    rows = DraftRows(jnp.where(alive, token, NO_NODE), position, above(cohort.above), fill(before, 1, most))
+    features, own = drafter.features(memory, known, rows)
 
     def put(states: jax.Array, new: jax.Array) -> jax.Array:
         kept = jnp.where(inside.reshape(1, -1, *[1] * (new.ndim - 2)), new.astype(states.dtype), above(states))

@@ -92,7 +92,7 @@ class DraftRows(NamedTuple):
     """Rows of a cohort that exit 0 drafts below, n of each sequence, one level of the N rows.
 
     Attributes:
-      token, position: [B, n] int32.
+      token, position: [B, n] int32; the token is NO_NODE in rows that are not there, whose results are not read.
       parent: [B, n] int32, the row of the cohort that each hangs below, NO_NODE for a head.
       before: [B, n, E], what is known of the position before a head; of other rows anything.
     """

@@ -18,6 +18,7 @@ from flax import nnx
 
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.dex.interface import Chunk, Drafter, DraftRows, Exits, StageView, before_nodes, before_rows
+from dex_jax.lattice import NO_NODE
 from dex_jax.nn import few_rows
 from dex_jax.nn.attention import KeyValues, capped
 from dex_jax.nn.cache import after
@@ -115,8 +116,11 @@ class TrainedHeads:
         def features(memory: Any, states: jax.Array, asked: DraftRows) -> tuple[jax.Array, jax.Array]:
             batch, rows = asked.token.shape
             flat = (1, batch * rows, width)
-            embedded, before = model.embed_tokens(jnp.maximum(asked.token, 0)), before_rows(states, asked)
-            found = exit_heads(self.config, arrays).features(embedded.reshape(flat), before.reshape(flat), None)
+            both = model.embed_tokens(jnp.maximum(asked.token, 0)), before_rows(states, asked)
+            # Products in C++ pass over rows of zeros, and most levels have fewer rows than there is room for.
+            there = (asked.token != NO_NODE)[..., None]
+            embedded, before = (jnp.where(there, each, 0).reshape(flat) for each in both)
+            found = exit_heads(self.config, arrays).features(embedded, before, None)
             found = found.reshape(batch, rows, -1)
             return found, found[..., :-1]
 
