@@ -1,6 +1,6 @@
 """Autoregressive decoding: one token a step through all layers.
 
-Letters: B sequences.
+Letters: B sequences, D model width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The device side of one generation: prefill in buckets, then the loop in chunks of ticks.
 
-Letters: B sequences, S cache length, D model width.
+Letters: B sequences, R tokens of a piece of the prompts, S cache length, C row counts that a tick may choose from.
 """
 
 from __future__ import annotations

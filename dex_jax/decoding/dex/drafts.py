@@ -3,7 +3,8 @@
 Drafts come from the text itself (what followed the same suffix before) and from a drafter, a head at depth 0. None of
 them ever changes a token: what is emitted is the final layer's.
 
-Letters: B sequences, N rows of a cohort while it grows, S text length.
+Letters: B sequences, H heads that exit 0 drafts below, N rows of a cohort while it grows, M tokens that the text may go
+on with, S text length, E width of what a drafter knows of a position.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 The loop never sees a model. Whoever has one (this package's transformer, or any other) hands over these functions,
 usually closures over weights that are arguments of the caller's own jit.
 
-Letters: B sequences, W rows a stage, K stages, P levels of a cohort, D model width, V vocabulary, N
-gathered rows.
+Letters: B sequences, W rows a stage, K stages, X exits, P levels of a cohort, D model width, V vocabulary, V' draft
+vocabulary, N gathered rows or those of a cohort, n rows of one of its levels, D' width of features, E width of what a
+drafter knows of a position.
 """
 
 from __future__ import annotations
