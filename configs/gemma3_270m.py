@@ -17,6 +17,5 @@ config = dataclasses.replace(
     exits=ExitsConfig(
         kind="attn", depths=(4, 8, 12, 15), width=640, hidden=384, heads=4, head_dim=64, window=32, draft_size=8192
     ),
-    draft_tokens=10_000,
     train=dataclasses.replace(smollm2.train, steps=160, warmup_steps=20, checkpoint_every=40, eval_every=160),
 )

@@ -17,7 +17,6 @@ config = dataclasses.replace(
     smollm2,
     model="gemma-3-270m.gguf",
     exits=ExitsConfig(kind="mlp", fused=True, depths=(0,), width=640, hidden=1280, draft_size=8192),
-    draft_tokens=30_000,
     options=DistillationOptions(draft_steps=3),
     train=dataclasses.replace(smollm2.train, steps=480, warmup_steps=40, checkpoint_every=60, eval_every=240),
 )

@@ -64,11 +64,10 @@ first = ExitTraining(
             "Write a story",
         ),
     ),
-    chunk=8,
     options=DistillationOptions(own_outputs=0.5),
     train=TrainConfig(
         steps=700,
-        batch=64,
+        batch=2,
         learning_rate=2e-3,
         warmup_steps=60,
         final_rate=0.02,
@@ -84,6 +83,5 @@ config = dataclasses.replace(
     first=first,
     sources=dataclasses.replace(first.sources, seed=1),
     exits=dataclasses.replace(first.exits, draft_size=16384),
-    draft_tokens=60_000,
     train=dataclasses.replace(first.train, steps=600, learning_rate=1e-3, warmup_steps=30, seed=1),
 )

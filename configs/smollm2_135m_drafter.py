@@ -16,7 +16,6 @@ exits = runpy.run_path(str(Path(__file__).with_name("smollm2_135m.py")))["first"
 first = dataclasses.replace(
     exits,
     exits=ExitsConfig(kind="mlp", fused=True, depths=(0,), width=576, hidden=1536, draft_size=8192),
-    draft_tokens=60_000,
     options=DistillationOptions(draft_steps=3),
     train=dataclasses.replace(exits.train, steps=1200),
 )

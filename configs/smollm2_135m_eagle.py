@@ -14,5 +14,5 @@ exits = runpy.run_path(str(Path(__file__).with_name("smollm2_135m.py")))["first"
 config = EagleTraining(
     data=exits.data,
     sources=exits.sources,
-    train=dataclasses.replace(exits.train, steps=1150, batch=32, learning_rate=1e-3, warmup_steps=60),
+    train=dataclasses.replace(exits.train, steps=1150, batch=4, learning_rate=1e-3, warmup_steps=60),
 )

@@ -14,12 +14,11 @@ config = ExitTraining(
     exits=ExitsConfig(kind="linear", depths=(6, 12, 18, 24), width=576, draft_size=2048),
     data=("self",),
     sources=SourceOptions(length=96),
-    draft_tokens=1500,
     evaluation_texts=4,
     evaluation_tokens=32,
     train=TrainConfig(
         steps=60,
-        batch=32,
+        batch=3,
         learning_rate=2e-3,
         warmup_steps=5,
         checkpoint_every=20,

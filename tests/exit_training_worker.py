@@ -20,8 +20,7 @@ EVERY = {"checkpoint_every": 2, "eval_every": None, "log_every": 1}
 CONFIG = ExitTraining(
     exits=EXITS,
     sources=SourceOptions(length=20, held_out_least=3),
-    chunk=4,
-    draft_tokens=40,
+    tokens=100,
     evaluation_texts=3,
     evaluation_tokens=8,
     # A large epsilon: otherwise Adam makes of a gradient that is all rounding as large a step as of any other.

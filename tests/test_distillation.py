@@ -24,18 +24,16 @@ from dex_jax.lattice import NO_NODE
 from dex_jax.nn.exits import exit_graph, heads_of
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.weights import merge_model
-from dex_jax.training.distillation import draft_vocabulary, history_for, read_chunk_for_training
-from dex_jax.training.items import NO_ITEM, Item, Turn
-from dex_jax.training.stream import Activations, Stream
+from dex_jax.training.answers import Text
+from dex_jax.training.distillation import draft_vocabulary, read_for_training
+from dex_jax.training.packing import NOTHING, Activations
 
 DEPTHS = (1, 2, 3)
-WIDTH, WINDOW, STEPS = LLAMA.width, 5, 8
+WIDTH, WINDOW, STEPS = LLAMA.width, 5, 13
 KINDS = [("mlp", True), ("attn", False)]
 """A fused MLP has all that a fused map has, and more."""
-ROWS = ((3, 9, 1, 12), (14, 2, 9))
-"""Tokens of the items in each row, one after the other."""
-BEGINS = 9
-"""The step of the rows that the chunk begins with: within an item in row 0 and in row 1, whose items end within it."""
+ROWS = ((3, 9, 1), (8, 2))
+"""Tokens of the texts in each row, one after the other."""
 
 
 def exits_config(kind: str, fused: bool) -> ExitsConfig:
@@ -60,7 +58,7 @@ class RowOfItems:
 
     def at(self, step: int) -> dict[str, np.ndarray]:
         if self.steps[step] is None:
-            return {"token": NO_ITEM, "final": np.ones(WIDTH, np.float32), "states": np.ones((3, WIDTH), np.float32)}
+            return {"token": NOTHING, "final": np.ones(WIDTH, np.float32), "states": np.ones((3, WIDTH), np.float32)}
         item, position = self.steps[step]
         return {name: field[position] for name, field in self.items[item].items()}
 
@@ -78,24 +76,23 @@ def rows_of_items() -> tuple[RowOfItems, ...]:
         items = [item(length) for length in lengths]
         steps = [(item, position) for item, length in enumerate(lengths) for position in range(length)]
         rows.append(RowOfItems(steps, items))
-    # Row 1 idles for a while, as if items had been used up, and then goes on.
-    rows[1].steps[14:14] = [None, None]
+    # Where row 1 has nothing, with a text behind it.
+    rows[1].steps[8:8] = [None, None]
+    rows[1].steps.append(None)
     return tuple(rows)
 
 
-def chunk(config: ExitsConfig) -> Activations:
-    """The chunk of STEPS steps that begins with BEGINS, with its history."""
-    history = history_for(config)
-    before = range(BEGINS - history, BEGINS + STEPS)
+def batch_of_rows() -> Activations:
+    """All steps of all rows."""
     rows = rows_of_items()
 
     def field(name: str) -> np.ndarray:
-        return np.stack([np.stack([row.at(step)[name] for step in before]) for row in rows])
+        return np.stack([np.stack([row.at(step)[name] for step in range(STEPS)]) for row in rows])
 
-    position = [[NO_ITEM if row.steps[step] is None else row.steps[step][1] for step in before] for row in rows]
-    states = np.moveaxis(field("states")[:, history:], 2, 0)
-    weight = np.ones((len(rows), STEPS), np.float32)
-    return Activations(states, field("final"), field("token").astype(np.int32), np.asarray(position, np.int32), weight)
+    position = [[NOTHING if step is None else step[1] for step in row.steps] for row in rows]
+    token, states = field("token").astype(np.int32), np.moveaxis(field("states"), 2, 0)
+    embedded, weight = embeddings()[np.maximum(token, 0)], np.ones(token.shape, np.float32)
+    return Activations(states, field("final"), embedded, token, np.asarray(position, np.int32), weight)
 
 
 def normed(x: np.ndarray) -> np.ndarray:
@@ -110,16 +107,15 @@ def embeddings() -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def features(config: ExitsConfig, params, batch: Activations, now, embed, own_outputs, key: jax.Array) -> jax.Array:
+def features(config: ExitsConfig, params, batch: Activations, now, own_outputs, key: jax.Array) -> jax.Array:
     heads = nnx.merge(exit_graph(config), params)
-    return read_chunk_for_training(heads, batch, now, embed, own_outputs, key)
+    return read_for_training(heads, batch, now, own_outputs, key)
 
 
-def read(kind: str, fused: bool, own_outputs: float, key: jax.Array, batch: Activations | None = None) -> np.ndarray:
-    config = exits_config(kind, fused)
-    batch = chunk(config) if batch is None else batch
+def read(kind: str, fused: bool, own_outputs: float, key: jax.Array) -> np.ndarray:
+    config, batch = exits_config(kind, fused), batch_of_rows()
     params = heads_parameters(config, parameters(kind, fused))
-    return np.asarray(features(config, params, batch, normed(batch.final), embeddings(), own_outputs, key))
+    return np.asarray(features(config, params, batch, normed(batch.final), own_outputs, key))
 
 
 def drawn(key: jax.Array, own_outputs: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -154,18 +150,17 @@ def test_every_exit_reads_at_every_step_what_the_twin_reads(kind, fused) -> None
             for item in wide
         ]
         for i in range(STEPS):
-            if row.steps[BEGINS + i] is None:
+            if row.steps[i] is None:
                 continue
-            item, position = row.steps[BEGINS + i]
+            item, position = row.steps[i]
             for x, depth in enumerate(DEPTHS):
-                # The state before the chunk's first step is not at hand, and an item's first has none before it.
-                owned = may[b, i] and i > 0 and position > 0 and x < source_of[b, i]
+                owned = may[b, i] and position > 0 and x < source_of[b, i]
                 source = DEPTHS[source_of[b, i]] if owned else TRUE
                 expected = twins[item].with_rest(depth, position, source, int(hidden[b, i]))
                 np.testing.assert_allclose(found[x, b, i], expected, rtol=2e-4, atol=2e-5, err_msg=f"{b} {i} {depth}")
                 true, estimated, firsts = true + (not owned), estimated + owned, firsts + (position == 0)
     assert true >= 3
-    assert firsts == 3 * 3, "three items should begin within the chunk"
+    assert firsts == 3 * 5
     assert estimated >= 3
 
 
@@ -173,13 +168,13 @@ def test_every_exit_reads_at_every_step_what_the_twin_reads(kind, fused) -> None
 def test_estimates_get_no_gradient(kind, fused) -> None:
     """What exit 1 reads of deeper exits does not teach these."""
     config, key = exits_config(kind, fused), jax.random.key(5)
-    batch = chunk(config)
+    batch = batch_of_rows()
     now = normed(batch.final)
 
     @jax.jit
     @jax.value_and_grad
     def of_first_exit(params) -> jax.Array:
-        return jnp.sum(jnp.square(features(config, params, batch, now, embeddings(), 1.0, key)[0]))
+        return jnp.sum(jnp.square(features(config, params, batch, now, 1.0, key)[0]))
 
     value, gradient = of_first_exit(heads_parameters(config, parameters(kind, fused)))
     for name in ("map", "norm"):
@@ -203,19 +198,12 @@ def told() -> tuple[LanguageModel, jax.Array, jax.Array]:
 @pytest.mark.parametrize(("kind", "fused"), KINDS)
 def test_training_on_the_truth_is_what_a_root_gets_in_decoding(kind, fused) -> None:
     lm, tokens, states = told()
-    config, history = exits_config(kind, fused), history_for(exits_config(kind, fused))
-    model = merge_model(lm.config, lm.weights)
-    nothing = np.full((len(ROWS), history), NO_ITEM, np.int32)
-    batch = Activations(
-        states[:-1],
-        np.concatenate([np.ones((len(ROWS), history, WIDTH), np.float32), states[-1]], axis=1),
-        np.concatenate([nothing, tokens], axis=1),
-        np.concatenate([nothing, np.broadcast_to(np.arange(STEPS, dtype=np.int32), tokens.shape)], axis=1),
-        np.ones(tokens.shape, np.float32),
-    )
+    config, model = exits_config(kind, fused), merge_model(lm.config, lm.weights)
+    position = np.broadcast_to(np.arange(STEPS, dtype=np.int32), tokens.shape)
+    weight = np.ones(tokens.shape, np.float32)
+    batch = Activations(states[:-1], states[-1], model.embed_tokens(tokens), tokens, position, weight)
     params = heads_parameters(config, parameters(kind, fused))
-    now, embed = model.normed(batch.final), model.embed[...]
-    found = features(config, params, batch, now, embed, 0.0, jax.random.key(0))
+    found = features(config, params, batch, model.normed(batch.final), 0.0, jax.random.key(0))
 
     # One sequence for each position of a root. Every stage sees the root as if it had just got there.
     roots = np.array([1, WINDOW, STEPS - 1])
@@ -245,33 +233,14 @@ def test_training_on_the_truth_is_what_a_root_gets_in_decoding(kind, fused) -> N
     chex.assert_trees_all_close(root[:, :, 0], found[:, 0, roots], atol=2e-5, rtol=1e-4)
 
 
-def test_the_draft_vocabulary_holds_what_the_model_expects() -> None:
+def test_the_draft_vocabulary_holds_what_texts_go_on_with() -> None:
     lm = small_model(dataclasses.replace(LLAMA, num_layers=1, eos_ids=(31, 5)))
-    size, count = 12, 200
-
-    def items(number: int) -> Item:
-        return Item((Turn((number % 48,), 14, temperature=1.0, forced_weight=0.25),))
-
-    def fresh() -> Stream:
-        return Stream(lm, items, batch=4, steps=8, history=1, length=16, depths=(1,), seed=1)
-
-    stream = fresh()
-    chosen = draft_vocabulary(lm, stream, size, count)
+    rng = np.random.default_rng(0)
+    texts = [Text(rng.integers(0, 40, 30).astype(np.int32), rng.choice([0, 0.25, 1], 30), 1) for _ in range(9)]
+    chosen = draft_vocabulary(lm, texts, 12)
     assert chosen.dtype == np.int32
-    assert chosen.shape == (size,)
     assert (np.diff(chosen) > 0).all()
     assert {31, 5} <= set(chosen.tolist())
-    assert stream.cursor == fresh().cursor, "the stream should stand where it stood"
-
-    model, again = merge_model(lm.config, lm.weights), fresh()
-    expected, counted = np.zeros(LLAMA.vocab_size), 0
-    while counted < count:
-        batch, learnt = again.next()
-        logits = np.asarray(model.logits(batch.final), np.float64)[:, 1:]
-        shares = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-        expected += (shares * np.asarray(batch.weight, np.float64)[..., None]).sum(axis=(0, 1))
-        counted += learnt
-    out = np.setdiff1d(np.arange(LLAMA.vocab_size), chosen)
-    ranked = [token for token in chosen if token not in (31, 5)]
-    assert expected[ranked].min() >= expected[out].max() - 2e-3
-    assert expected[[31, 5]].min() < expected[out].max(), "EOS would be in anyway: choose other ids"
+    counts = [sum(t.weight[i - 1] for t in texts for i in range(1, 30) if t.token[i] == token) for token in range(48)]
+    out = [token for token in range(48) if token not in chosen]
+    assert min(counts[token] for token in chosen if token not in (31, 5)) >= max(counts[token] for token in out)

@@ -23,7 +23,7 @@ from dex_jax.nn.exits import heads_of
 from dex_jax.nn.forward import depth_states
 from dex_jax.nn.weights import merge_model
 from dex_jax.training.distillation import read_drafts
-from dex_jax.training.stream import Activations
+from dex_jax.training.packing import Activations
 
 ONE = dex_jax.Dex(explorers=1)
 
@@ -98,11 +98,11 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
 
     position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     normed = model.normed(hidden)
-    states = model.embed_tokens(jnp.asarray(tokens[:, prefix:]))[None]
-    batch = Activations(states, normed, jnp.asarray(tokens), position, jnp.ones((1, drafted)))
+    embedded = model.embed_tokens(jnp.asarray(tokens))
+    batch = Activations(embedded[None], hidden, embedded, jnp.asarray(tokens), position, jnp.ones(tokens.shape))
     trained, _ = read_drafts(heads_of(config, given.parameters, jnp.float32), batch, normed, drafted)
     for row in range(drafted):
-        np.testing.assert_allclose(found[row], trained[row, 0, row], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[row], trained[row, 0, prefix + row], rtol=1e-5, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused(lm) -> None:

@@ -12,15 +12,13 @@ from reference.small_models import random_parameters
 from dex_jax.config import ExitsConfig
 from dex_jax.nn.exits import ExitHeads, heads_of, initial_heads
 from dex_jax.training.distillation import read_drafts
-from dex_jax.training.items import NO_ITEM
-from dex_jax.training.stream import Activations
+from dex_jax.training.packing import NOTHING, Activations
 
-WIDTH, STEPS, VOCABULARY = 12, 8, 20
+WIDTH, STEPS, VOCABULARY = 12, 14, 20
 DRAFTER = ExitsConfig("mlp", (0,), WIDTH, fused=True, hidden=10, draft_size=VOCABULARY)
 """It has all that a fused map has, and more."""
-HISTORY = 6
 ROWS = ((14,), (4, 7, None, 2))
-"""Lengths of the items in each row, one after the other; None is an idle step."""
+"""Lengths of the texts in each row, one after the other; None is a place without any."""
 
 
 @functools.cache
@@ -35,17 +33,17 @@ def embeddings() -> np.ndarray:
 
 @functools.cache
 def chunk() -> tuple[Activations, np.ndarray]:
-    """(a chunk of two rows, its final features [B, H + n, D])."""
+    """(two rows of texts, their final features [B, S, D])."""
     rng = np.random.default_rng(2)
-    position = np.full((2, HISTORY + STEPS), NO_ITEM, np.int32)
+    position = np.full((2, STEPS), NOTHING, np.int32)
     for row, lengths in zip(position, ROWS, strict=True):
-        steps = [p for length in lengths for p in ([NO_ITEM] if length is None else range(length))]
+        steps = [p for length in lengths for p in ([NOTHING] if length is None else range(length))]
         row[: len(steps)] = steps
-    token = np.where(position == NO_ITEM, NO_ITEM, rng.integers(0, VOCABULARY, position.shape)).astype(np.int32)
+    token = np.where(position == NOTHING, NOTHING, rng.integers(0, VOCABULARY, position.shape)).astype(np.int32)
     normed = rng.standard_normal((*position.shape, WIDTH)).astype(np.float32)
-    states = embeddings()[np.maximum(token[:, -STEPS:], 0)][None]
+    states = embeddings()[np.maximum(token, 0)][None]
     weight = np.ones((2, STEPS), np.float32)
-    return Activations(*map(jnp.asarray, (states, normed, token, position, weight))), normed
+    return Activations(*map(jnp.asarray, (states, normed, states[0], token, position, weight))), normed
 
 
 def chain(row: int, last: int, drafted: int) -> np.ndarray:
@@ -79,10 +77,10 @@ def test_each_draft_step_reads_what_a_chain_of_nodes_reads() -> None:
     for drafted in range(1, 5):
         for row in range(2):
             for step in range(STEPS):
-                reaches = position[row, HISTORY + step] >= drafted - 1 and step >= drafted - 1
+                reaches = position[row, step] >= drafted - 1
                 assert bool(valid[drafted - 1, row, step]) == reaches
                 if reaches:
-                    want = chain(row, HISTORY + step, drafted)
+                    want = chain(row, step, drafted)
                     np.testing.assert_allclose(found[drafted - 1, row, step], want, rtol=2e-5, atol=2e-5)
                     compared += 1
     assert compared > 30

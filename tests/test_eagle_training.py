@@ -30,7 +30,7 @@ from dex_jax.nn.forward import depth_states
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.eagle_training import EagleTraining, read_chains, train_eagle
 from dex_jax.training.journal import read_journal
-from dex_jax.training.stream import Activations
+from dex_jax.training.packing import Activations
 
 STEPS, READS = 3, (1, 2, 3)
 LAYER = dataclasses.replace(LLAMA, num_layers=1)
@@ -50,7 +50,7 @@ def random_head(norm_output: bool) -> Eagle:
 
 @pytest.mark.parametrize("norm_output", [slow(False), True])
 def test_training_reads_what_decoding_does(norm_output) -> None:
-    """A chunk that holds the end of one text and the beginning of the next, against chains below every root."""
+    """A row of two texts, against chains below every root."""
     model, head = random_transformer(LLAMA, 0), random_head(norm_output)
     drafter, arrays = EagleDrafter(head.eagle), OwnArrays(nnx.state(head))
     lengths, longest = (5, 6), 6
@@ -59,8 +59,8 @@ def test_training_reads_what_decoding_does(norm_output) -> None:
     token = jnp.concatenate([text[:length] for text, length in zip(texts, lengths, strict=True)])[None]
     position = jnp.concatenate([jnp.arange(length) for length in lengths])[None]
     both = jnp.concatenate([states[:, i, :length] for i, length in enumerate(lengths)], axis=1)[:, None]
-    batch = Activations(both, both[0], token, position, jnp.ones(token.shape))
-    found, valid = jax.jit(lambda: read_chains(head, batch, model.embed_tokens(token), STEPS))()
+    batch = Activations(both, both[0], model.embed_tokens(token), token, position, jnp.ones(token.shape))
+    found, valid = jax.jit(lambda: read_chains(head, batch, STEPS))()
     reading, checked = drafter.drafter(model, arrays), 0
 
     @jax.jit
@@ -100,9 +100,9 @@ def test_the_program_trains_a_head_that_learns_and_drafts(tmp_path, capsys) -> N
         "from dex_jax.training.config import TrainConfig\n"
         "from dex_jax.training.eagle_training import EagleTraining\n"
         "from dex_jax.training.sources import SourceOptions\n"
-        "train = TrainConfig(steps=75, batch=8, learning_rate=2e-2, warmup_steps=5, checkpoint_every=75, log_every=5)\n"
-        "config = EagleTraining(train, reads=(0, 1, 2), mlp_width=48, draft_size=40, draft_tokens=400,\n"
-        f"    sources=SourceOptions(length=24), chunk=12, model={str(model)!r})\n"
+        "train = TrainConfig(steps=75, batch=4, learning_rate=2e-2, warmup_steps=5, checkpoint_every=75, log_every=5)\n"
+        "config = EagleTraining(train, reads=(0, 1, 2), mlp_width=48, draft_size=40,\n"
+        f"    sources=SourceOptions(length=24), tokens=3000, model={str(model)!r})\n"
     )
     arguments = ["--config", str(config), "--folder", str(folder)]
     assert train_exits(arguments) == 0

@@ -12,7 +12,6 @@ from test_prompt_files import write
 
 from dex_jax.errors import DexError
 from dex_jax.language_model import outline
-from dex_jax.training.items import script
 from dex_jax.training.sources import BLOCK, Mixture, SelfSource, SourceOptions, open_mixture, parse_data
 
 OPTIONS = SourceOptions(length=128, seed=3)
@@ -63,10 +62,10 @@ def test_self_splits_the_chat_template_around_the_users_turn(smol) -> None:
         assert (header.limit, header.temperature, header.top_p, header.forced_weight) == (64, 1.0, 0.95, 0.0)
         assert (rest.limit, rest.temperature) == (100, 0.0)
         seen.add(start)
-        script(source.item(number), number, options.length)
+        assert source.item(number).longest <= options.length
     assert seen == set(options.starts)
     assert len(source.held_out) == 32
-    script(SelfSource(smol, SourceOptions(length=40)).item(0), 0, 40)
+    assert SelfSource(smol, SourceOptions(length=40)).item(0).longest <= 40
     with pytest.raises(DexError, match="leaves no room"):
         SelfSource(smol, SourceOptions(length=31))
 

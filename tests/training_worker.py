@@ -1,7 +1,6 @@
 """A training of a few seconds, as a process of its own that tests may kill.
 
-The task learns a linear map from noise. Like the training of exits it holds something between batches that no
-checkpoint keeps, so a run that misses a boundary goes another way.
+The task learns a linear map from noise.
 """
 
 from __future__ import annotations
@@ -35,10 +34,9 @@ class LinearMap:
     drop = 0.1  # the share of inputs that is dropped
 
     def __init__(self, config, width=8, seconds=0.0, broken_from=None):
-        self.batch, self.width, self.seconds, self.broken_from = config.batch, width, seconds, broken_from
+        self.batch_size, self.width, self.seconds, self.broken_from = config.batch, width, seconds, broken_from
         self.target = jnp.asarray(np.random.default_rng(7).standard_normal((width, width)), jnp.float32)
-        self.held = np.zeros(width, np.float32)
-        self.boundaries = self.traces = 0
+        self.traces, self.seed = 0, config.seed
         self.backbone = "backbone-a"
 
     def settings(self):
@@ -51,17 +49,18 @@ class LinearMap:
     def constants(self):
         return self.target
 
-    def start(self, seed):
-        return {"seed": seed, "batch": 0, "history": [["none"]]}
-
-    def next_batch(self, cursor):
-        time.sleep(self.seconds)
-        rng = np.random.default_rng([cursor["seed"], cursor["batch"]])
-        x = rng.standard_normal((self.batch, self.width)).astype(np.float32) + self.held
-        self.held = np.float32(0.9) * self.held + x.mean(axis=0)
-        if self.broken_from is not None and cursor["batch"] >= self.broken_from:
+    def batch_of(self, step):
+        x = np.random.default_rng([self.seed, step]).standard_normal((self.batch_size, self.width)).astype(np.float32)
+        if self.broken_from is not None and step >= self.broken_from:
             x[:] = np.nan
-        return jnp.asarray(x), {**cursor, "batch": cursor["batch"] + 1}, self.batch - cursor["batch"] % 2
+        return x
+
+    def batch(self, step):
+        time.sleep(self.seconds)
+        return jnp.asarray(self.batch_of(step)), self.batch_size - step % 2
+
+    def read(self, constants, batch):
+        return batch
 
     def loss(self, params, constants, batch, key, step):
         self.traces += 1
@@ -75,10 +74,6 @@ class LinearMap:
 
     def decayed(self, params):
         return {name: name == "map" for name in params}
-
-    def boundary(self):
-        self.held = np.zeros(self.width, np.float32)
-        self.boundaries += 1
 
     def fingerprint(self):
         return self.backbone

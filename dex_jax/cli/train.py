@@ -60,8 +60,8 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
 
     folder, mesh = folder_of(args), _mesh(args.devices)
     initial = None if args.init_from is None else _exits_to_start_from(args.init_from, config)
-    lm = load(config.model, config.train.dtype, weights="dense")
-    train_exits(config, lm, folder, mesh=mesh, initial=initial, tell=functools.partial(print, flush=True))
+    lm, tell = load(config.model, config.train.dtype), functools.partial(print, flush=True)
+    train_exits(config, lm, folder, mesh=mesh, initial=initial, answers=args.answers, tell=tell)
     model = "" if config.model == "smollm2-135m" else f" --model {config.model}"
     decode = program("decode.py")
     print(f'The exits are in {folder / FILE_NAME}. Use them: {decode}{model} --exits {folder} --prompt "..."')
@@ -73,8 +73,8 @@ def _train_eagle(config: EagleTraining, args: argparse.Namespace) -> None:
 
     if args.init_from is not None or args.devices > 1:
         raise DexError("--init-from and --devices are not for the training of an EAGLE-3 head: leave them out")
-    lm = load(config.model, config.train.dtype, weights="dense")
-    head = train_eagle(config, lm, folder_of(args), tell=functools.partial(print, flush=True))
+    lm, tell = load(config.model, config.train.dtype), functools.partial(print, flush=True)
+    head = train_eagle(config, lm, folder_of(args), answers=args.answers, tell=tell)
     decode = program("decode.py")
     print(f'The head is in {head.source}. Use it: {decode} --model {config.model} --exits {head.source} --prompt "..."')
 

@@ -63,8 +63,11 @@ def train_parser() -> argparse.ArgumentParser:
         help="start from these exits (file, folder, or default: those that ship; they may have further depths)",
     )
 
+    add("--answers", metavar="FOLDER", help="for the model's answers, which several runs may share (FOLDER/answers)")
+
     add = p.add_argument_group("how long and how").add_argument
     add("--steps", type=int, metavar="N", help="updates in all")
+    add("--tokens", type=whole(1, 2**40), metavar="N", help="of answers to learn from (so many that each is read once)")
     add("--batch", type=int, metavar="B", help="rows of a batch")
     add("--learning-rate", type=float, metavar="R", help="its peak")
     add("--seed", type=int, help="of parameters, order of data and dropout")
@@ -143,6 +146,8 @@ def _configured(config: Config, args: argparse.Namespace, names: Sequence[str]) 
     changes = given("model") | {"train": dataclasses.replace(config.train, **given(*names))}
     if args.data is not None:
         changes["data"] = tuple(args.data)
+    if args.tokens is not None:
+        changes["tokens"] = args.tokens
     first = getattr(config, "first", None)
     if first is not None:
         # What one starts from takes the place of a first training.

@@ -70,6 +70,31 @@ def depth_states(model: Transformer, tokens: jax.Array, depths: tuple[int, ...])
     return jnp.stack(states_at(model, tokens, states, depths))
 
 
+def states_apart(model: Transformer, tokens: jax.Array, position: jax.Array, among: jax.Array) -> tuple[jax.Array, Any]:
+    """Hidden states of rows that hold several texts each, without any cache: (at depth 0, after every layer).
+
+    Args:
+      model: on one device.
+      tokens, position: [B, R] int32, the position within its text, from 0; below it there is no token.
+      among: [B, R, R] bool, which tokens each one sees.
+
+    Returns:
+      ([B, R, D], L of them or one array [L, B, R, D]); of what is no token anything.
+    """
+    there = (position >= 0)[:, :, None]
+    # A row of zeros that sees nothing stays one through all layers, and on CPUs (nn/cpp) costs nothing there.
+    embedded = jnp.where(there, model.embed_tokens(jnp.maximum(tokens, 0)), 0)
+    nothing = jnp.zeros(tokens.shape[0], jnp.int32)
+    found = sights(model.config, model.kinds, jnp.maximum(position, 0), nothing, [1], among & there)
+
+    def run(layer: DecoderLayer, x: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:
+        x, _, _ = run_layer(layer, x, sight_at(model.kinds, found, place, 0), [])
+        return x, x
+
+    _, states = in_turn(model, range(model.config.num_layers), run, embedded, is_loop(model))
+    return embedded, states
+
+
 def states_at(model: Transformer, tokens: jax.Array, states: Any, depths: tuple[int, ...]) -> list[jax.Array]:
     """The states [B, R, D] at `depths` 0..L of what `extend` gave for tokens [B, R]."""
     return [model.embed_tokens(tokens) if depth == 0 else states[depth - 1] for depth in depths]

@@ -1,7 +1,7 @@
 """Checkpoints of a training run, by orbax: each is a folder, there whole or not at all, whatever kills the run.
 
 One holds "params", of the task, "rest", what else an update changes, and a "record", plain JSON: "step" and "tokens" so
-far, the "cursor" in the data, the "config" of the run, the "task" with its "settings", the backbone's "fingerprint".
+far, the "config" of the run, the "task" with its "settings", the backbone's "fingerprint".
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from msgspec import Meta
 from dex_jax.config import Positive
 from dex_jax.foreign import check_fields
 
-MAY_CHANGE = ("steps", "keep", "eval_every", "log_every")
+MAY_CHANGE = ("steps", "keep", "checkpoint_every", "eval_every", "log_every")
 """Fields that a resumed run may set anew: how long it goes on, and what is kept and written on the way."""
 
 
@@ -28,14 +28,14 @@ class TrainConfig:
 
     Attributes:
       steps: training ends after so many steps.
-      batch: rows of a batch, B; the task makes them.
+      batch: rows of a batch, B.
       learning_rate: its peak. It rises linearly over the warm-up, then follows a cosine to the end of training.
       warmup_steps: steps of the warm-up.
       final_rate: what is left of the learning rate at the end, as a share of its peak.
       weight_decay: of AdamW, on matrices only.
       beta1, beta2, epsilon: of AdamW.
       clip_norm: gradients of a larger global norm are scaled down to it; None never.
-      checkpoint_every: steps between checkpoints. Data in the making are dropped at each, so it is part of the result.
+      checkpoint_every: steps between checkpoints.
       keep: checkpoints kept; older ones are deleted.
       eval_every: steps between evaluations; None evaluates at the end only.
       log_every: steps between lines of the journal, and of the progress where there is no terminal.

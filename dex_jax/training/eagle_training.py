@@ -1,9 +1,9 @@
-"""Training an EAGLE-3 head for a frozen model, on the stream that exits learn from.
+"""Training an EAGLE-3 head for a frozen model, on the texts that exits learn from.
 
-The head sees what lies in one chunk of the stream, as if texts began there. It learns to go on from its own outputs for
-several tokens (EAGLE-3, arXiv 2503.01840, section 3.1), whose tokens in between are right, as those that matter are.
+It learns to go on from its own outputs for several tokens (EAGLE-3, arXiv 2503.01840, section 3.1), whose tokens in
+between are right, as those that matter are.
 
-Letters: B rows, n steps of a chunk, D width, V' draft vocabulary, s draft steps.
+Letters: B rows, n tokens of a row, D width, V' draft vocabulary, s draft steps.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from dex_jax.io.eagle import EagleHead, save_eagle
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.attention import KeyValues, attend
 from dex_jax.nn.eagle import Eagle, eagle_graph, eagle_parameters
-from dex_jax.nn.layers import names_in, rms_norm
+from dex_jax.nn.layers import names_in
+from dex_jax.nn.packed import Packed
 from dex_jax.nn.rotary import rope_table
 from dex_jax.nn.targets import targets
 from dex_jax.nn.weights import merge_model
 from dex_jax.training.config import TrainConfig
-from dex_jax.training.exit_training import forget_unstarted, kept_vocabulary
+from dex_jax.training.distillation import draft_vocabulary
+from dex_jax.training.exit_training import texts_of
+from dex_jax.training.packing import Activations, Epochs
 from dex_jax.training.sources import SourceOptions, open_mixture
-from dex_jax.training.stream import Activations, Stream
 from dex_jax.training.task import Task
 from dex_jax.training.trainer import train
 
@@ -46,16 +48,15 @@ class EagleTraining:
     mlp_width: int = 1536  # of its layer; heads are the model's
     draft_size: int = 8192  # V'
     draft_steps: int = 3  # how many tokens it learns to go on for
-    data: tuple[str, ...] = ("self",)  # as of ExitTraining, like the next two
+    data: tuple[str, ...] = ("self",)  # as of ExitTraining, like what follows
     sources: SourceOptions = dataclasses.field(default_factory=lambda: SourceOptions(length=256))
-    draft_tokens: int = 20_000
-    chunk: int = 32  # n, tokens of each row between two updates, and as far as the head sees in training
+    tokens: int | None = None
 
 
 class EagleTask(Task):
     """The task that the trainer runs, of a head with a draft vocabulary.
 
-    `stream` is of lm's activations at config.reads, without history; `draft_steps` is s.
+    `data` names the texts in `rows`, for checkpoints; `draft_steps` is s.
     """
 
     name = "eagle3"
@@ -65,12 +66,12 @@ class EagleTask(Task):
         lm: LanguageModel,
         config: EagleConfig,
         vocabulary: np.ndarray,
-        stream: Stream,
-        data: str,
+        rows: Epochs,
+        data: Any,
         draft_steps: int,
     ):
-        settings = {"head": dataclasses.asdict(config), "draft_steps": draft_steps}
-        super().__init__(lm, vocabulary, stream, data, settings)
+        settings = {"head": dataclasses.asdict(config), "draft_steps": draft_steps, "data": data}
+        super().__init__(lm, config.reads, vocabulary, rows, settings)
         self.config, self._draft_steps = config, draft_steps
 
     def init(self, key: jax.Array) -> Any:
@@ -85,8 +86,8 @@ class EagleTask(Task):
             if name == "norm":
                 return model.final_scale.astype(jnp.float32)
             if name == "unembed":
-                kernel: Any = model.vocabulary_kernel  # never packed, see `train_eagle`
-                return kernel[jnp.asarray(self.vocabulary)].astype(jnp.float32)
+                rows = model.vocabulary_kernel[jnp.asarray(self.vocabulary)]
+                return (rows.dense() if isinstance(rows, Packed) else rows).astype(jnp.float32)
             if kind == "scale":
                 return jnp.ones(shape)
             if name in ("layer.out", "layer.down"):
@@ -102,11 +103,10 @@ class EagleTask(Task):
         """Mean cross-entropy over draft steps, with each one's agreement. The unembedding stays the model's."""
         del key, step
         head = nnx.merge(eagle_graph(self.config), params)
-        normed = rms_norm(batch.final, constants["final_norm"], self.lm.config.norm_eps)
+        normed = merge_model(self.lm.config, constants["weights"]).normed(batch.final)
         flat = normed.reshape(-1, normed.shape[-1])
         target = jax.lax.stop_gradient(targets(flat, constants["vocabulary"]))
-        embedded = jnp.take(constants["embed"], jnp.maximum(batch.token, 0), axis=0)
-        features, valid = read_chains(head, batch, embedded * self.lm.config.embed_scale, self._draft_steps)
+        features, valid = read_chains(head, batch, self._draft_steps)
         head.unembed = nnx.Param(jax.lax.stop_gradient(head.unembed[...]))
         losses, figures, size = [], {}, normed.shape[1]
         for number in range(self._draft_steps):
@@ -130,16 +130,14 @@ class EagleTask(Task):
         return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def read_chains(
-    head: Eagle, batch: Activations, embedded: jax.Array, draft_steps: int
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """What a head makes of every step of a chunk, and goes on from for further ones.
+def read_chains(head: Eagle, batch: Activations, draft_steps: int) -> tuple[list[jax.Array], list[jax.Array]]:
+    """What a head makes of every token, and goes on from for further ones.
 
-    Of step i and draft step s it is what is said below token i + s, s tokens below the root i: as in decoding it sees
-    the true states before the root, and its own outputs after that. `embedded` [B, n, D] are of the tokens.
+    For token i and draft step s it is what is said below token i + s, s tokens below the root i: as in decoding it sees
+    the true states before the root, and its own outputs after that.
 
     Returns:
-      (features after the last norm, s of [B, n, D]; whether the chunk and the item reach so far, s of [B, n] bool).
+      (features after the last norm, s of [B, n, D]; whether the text reaches so far, s of [B, n] bool).
     """
     layer, config = head.layers[0], head.config
     _, rows, steps, _ = batch.states.shape
@@ -154,7 +152,7 @@ def read_chains(
     found, valid = [], []
     for number in range(draft_steps):
         at = later(position, number)
-        x = jnp.concatenate([later(embedded, number), before], axis=-1)
+        x = jnp.concatenate([later(batch.embedded, number), before], axis=-1)
         queries, keys, values = layer.project(x, rope_table(jnp.maximum(at, 0), config))
         own = jnp.broadcast_to(jnp.eye(steps, dtype=bool)[None], seen.shape)
         sources = [*sources, KeyValues(keys, values, own if sources else seen)]
@@ -171,11 +169,16 @@ def later(x: jax.Array, steps: int) -> jax.Array:
 
 
 def train_eagle(
-    config: EagleTraining, lm: LanguageModel, folder: str | Path, *, tell: Callable[[str], None] = print
+    config: EagleTraining,
+    lm: LanguageModel,
+    folder: str | Path,
+    *,
+    answers: str | Path | None = None,
+    tell: Callable[[str], None] = print,
 ) -> EagleHead:
     """Trains a head, or goes on where the folder of the run has got to, and writes it to the folder "head" within it.
 
-    `tell` is called with lines that users should see. DexError: weights, data, depths or a folder that do not fit.
+    `answers` and `tell` are as of `train_exits`. DexError: data, depths or a folder that do not fit.
     """
     folder, layers = Path(folder), lm.config.num_layers
     reads = config.reads or (2, layers // 2, layers - 3)
@@ -183,15 +186,11 @@ def train_eagle(
         raise DexError(f"an EAGLE-3 head cannot read depths {reads} of {layers} layers: give others as `reads`")
     if config.draft_size > lm.config.vocab_size:
         raise DexError(f"a draft vocabulary of {config.draft_size} of {lm.config.vocab_size} tokens: lower draft_size")
-    if lm.packing:
-        raise DexError(f"heads are trained on dense weights, and those of {lm.source} are {lm.weights_kind}")
     mixture = open_mixture(config.data, lm, config.sources, tell)
-    sizes: dict[str, Any] = {"batch": config.train.batch, "steps": config.chunk, "length": config.sources.length}
-    stream = Stream(lm, mixture.item, history=0, depths=tuple(reads), seed=config.train.seed, **sizes)
-    forget_unstarted(folder, config.train.keep)
-    vocabulary = kept_vocabulary(lm, stream, config.draft_size, config.draft_tokens, folder, tell)
+    made = texts_of(config, lm, mixture, folder, answers)
+    vocabulary = draft_vocabulary(lm, made.texts, config.draft_size)
     shapes = EagleConfig(_layer(lm.config, config.mlp_width), tuple(reads), lm.config.width, config.draft_size)
-    task = EagleTask(lm, shapes, vocabulary, stream, mixture.fingerprint(), config.draft_steps)
+    task = EagleTask(lm, shapes, vocabulary, made.rows, made.about, config.draft_steps)
     trained = train(task, config.train, folder)
     leaves = jax.tree_util.tree_leaves_with_path(trained.params)
     named = {".".join(names_in(path)).replace("layers.0.", "layer."): leaf for path, leaf in leaves}

@@ -1,43 +1,48 @@
 """One training of exits from its configuration to the exported file.
 
-A run's folder holds checkpoints, metrics.jsonl, the draft vocabulary, the held-out answers and, at the end,
-exits.safetensors: everything that the same command needs to go on after a kill.
+A run's folder holds its texts, checkpoints, metrics.jsonl and, at the end, exits.safetensors: everything that the same
+command needs to go on after a kill.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.forced import Text
+from dex_jax.decoding.forced import Text as Prompted
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import FILE_NAME, TrainedExits, save_exits
 from dex_jax.io.whole_files import write_json
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.exits import select_exits
 from dex_jax.nn.sharding import device_name
-from dex_jax.training.checkpoints import Checkpoints
+from dex_jax.progress import Display, Standing
+from dex_jax.training.answers import Answers, Text, write_texts
 from dex_jax.training.config import TrainConfig
-from dex_jax.training.distillation import Distillation, DistillationOptions, check_fit, draft_vocabulary, history_for
+from dex_jax.training.distillation import Distillation, DistillationOptions, check_fit, draft_vocabulary
 from dex_jax.training.figures import grouped_figures, tables
 from dex_jax.training.items import Item
 from dex_jax.training.journal import read_journal
+from dex_jax.training.packing import Epochs
 from dex_jax.training.sources import Mixture, SourceOptions, open_mixture
-from dex_jax.training.stream import Stream
 from dex_jax.training.trainer import Trained, train
 
-Tell = Callable[[str], None]
+if TYPE_CHECKING:
+    from dex_jax.training.eagle_training import EagleTraining
 
-HELD_OUT, VOCABULARY = "held_out.json", "draft_vocabulary.json"
+Tell = Callable[[str], None]
+Groups = dict[str, list[Prompted]]
+
+HELD_OUT = "held_out.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +53,10 @@ class ExitTraining:
       model: as `dex_jax.load` takes it.
       exits: shapes of the heads; the width and the epsilon are the model's, whatever stands there.
       data: sources as `training.sources.open_mixture` reads them.
-      sources: how items are made of them; `length` is the longest item.
-      chunk: n, tokens of each row between two updates.
+      sources: how items are made of them; `length` is the longest item, and a row's tokens.
+      tokens: to learn from in all texts; each is read as often as there are steps for. None: so many that each is read
+        once.
       options: how exits learn.
-      draft_tokens: how many tokens the draft vocabulary is counted on.
       evaluation_texts: held-out answers per source that figures are taken from.
       evaluation_tokens: of each of them.
       train: optimizer, batch (rows), length, checkpoints.
@@ -64,9 +69,8 @@ class ExitTraining:
     model: str = "smollm2-135m"
     data: tuple[str, ...] = ("self",)
     sources: SourceOptions = dataclasses.field(default_factory=lambda: SourceOptions(length=256))
-    chunk: int = 8
+    tokens: int | None = None
     options: DistillationOptions = dataclasses.field(default_factory=DistillationOptions)
-    draft_tokens: int = 20_000
     evaluation_texts: int = 8
     evaluation_tokens: int = 64
     first: ExitTraining | None = None
@@ -83,17 +87,19 @@ def train_exits(
     *,
     mesh: Mesh | None = None,
     initial: TrainedExits | None = None,
+    answers: str | Path | None = None,
     tell: Tell = print,
 ) -> TrainedExits:
     """Trains exits, or goes on where the folder has got to, and writes exits.safetensors there.
 
     Args:
       config: what and how.
-      lm: the model, loaded.
+      lm: the model, loaded, with the weights that the exits will read: packed ones too.
       folder: of the run.
       mesh: see `training.trainer.train`.
       initial: exits to start from, of the same shapes. The size of the draft vocabulary may be another, and they may
         stand at further depths, whose heads are left out.
+      answers: the folder of the texts, which several runs and processes may share; None for one in `folder`.
       tell: called with lines that users should see.
 
     Raises:
@@ -102,32 +108,22 @@ def train_exits(
     folder = Path(folder)
     if config.first is not None:
         tell("first training")
-        initial = train_exits(config.first, lm, folder / "first", mesh=mesh, initial=initial, tell=tell)
+        own = None if answers is None else Path(answers) / "first"
+        initial = train_exits(config.first, lm, folder / "first", mesh=mesh, initial=initial, answers=own, tell=tell)
         tell("next training")
     shapes = dataclasses.replace(config.exits, width=lm.config.width, norm_eps=lm.config.norm_eps)
     if shapes.depths[-1] >= lm.config.num_layers:
         raise DexError(f"exit depths must lie below the model's {lm.config.num_layers} layers, not {shapes.depths}")
-    check_fit(lm, shapes, config.options)
+    check_fit(shapes, config.options)
     initial = _start(initial, shapes, lm, tell)
     mixture = open_mixture(config.data, lm, config.sources, tell)
-    stream = Stream(
-        lm,
-        mixture.item,
-        batch=config.train.batch,
-        steps=config.chunk,
-        history=history_for(shapes),
-        length=config.sources.length,
-        depths=shapes.depths,
-        seed=config.train.seed,
-        mesh=mesh,
-    )
-    forget_unstarted(folder, config.train.keep)
-    given, vocabulary = None if initial is None else initial.vocabulary, None
-    if given is not None and len(given) == shapes.draft_size:
-        write_json(folder / VOCABULARY, given.tolist())
-    if shapes.draft_size is not None:
-        vocabulary = kept_vocabulary(lm, stream, shapes.draft_size, config.draft_tokens, folder, tell)
-    groups = held_out_texts(config, stream, mixture, folder, tell)
+    made = texts_of(config, lm, mixture, folder, answers)
+    vocabulary = None if initial is None else initial.vocabulary
+    if shapes.draft_size is None:
+        vocabulary = None
+    elif vocabulary is None or len(vocabulary) != shapes.draft_size:
+        vocabulary = draft_vocabulary(lm, made.texts, shapes.draft_size)
+    groups = held_out_texts(config, lm, mixture, made.folder / HELD_OUT, tell)
 
     def evaluate(exits: TrainedExits) -> dict[str, Any]:
         figures = grouped_figures(lm, exits, groups)
@@ -136,7 +132,7 @@ def train_exits(
         return {"groups": {name: each.to_json() for name, each in figures.items()}}
 
     evaluates = evaluate if groups else None
-    task = Distillation(lm, shapes, vocabulary, stream, mixture.fingerprint(), config.options, evaluates, initial)
+    task = Distillation(lm, shapes, vocabulary, made.rows, made.about, config.options, evaluates, initial)
     begin = time.perf_counter()
     trained = train(task, config.train, folder, mesh=mesh)
     exits = task.trained(trained.params, _about(config, initial, trained, folder, time.perf_counter() - begin))
@@ -144,25 +140,49 @@ def train_exits(
     return dataclasses.replace(exits, source=str(folder))
 
 
-def held_out_texts(
-    config: ExitTraining, stream: Stream, mixture: Mixture, folder: Path, tell: Tell
-) -> dict[str, list[Text]]:
-    """Prompts never trained on with the model's greedy answers, by source; made once and kept in the folder.
+class Made(NamedTuple):
+    """The texts of a training."""
 
-    The stream of the training makes them, as another one would be another program.
-    """
-    file = folder / HELD_OUT
+    texts: list[Text]
+    rows: Epochs
+    about: dict[str, Any]  # plain JSON, names them
+    folder: Path
+
+
+def texts_of(
+    config: ExitTraining | EagleTraining, lm: LanguageModel, mixture: Mixture, folder: Path, answers: str | Path | None
+) -> Made:
+    """The texts that a training reads: so many that it reads each once, or config.tokens of them."""
+    length, train = config.sources.length, config.train
+    tokens = config.tokens or train.steps * train.batch * length
+    about = {"data": mixture.fingerprint(), "length": length}
+    kept = Answers(lm, mixture.item, folder / "answers" if answers is None else answers, about, train.seed)
+    with contextlib.closing(Display()) as display:
+        begin = time.perf_counter()
+
+        def told(learnt: int) -> None:
+            share = learnt / tokens
+            left = (time.perf_counter() - begin) * (1 - share) / share if share else None
+            display(Standing(f"answers to learn from, {learnt} of {tokens} tokens", share, left, share >= 1))
+
+        texts = kept.at_least(tokens, told)
+    return Made(texts, Epochs(texts, train.batch, length, train.seed), about | {"tokens": tokens}, kept.folder)
+
+
+def held_out_texts(config: ExitTraining, lm: LanguageModel, mixture: Mixture, file: Path, tell: Tell) -> Groups:
+    """Prompts never trained on with the model's greedy answers, by source; made once and kept in a file."""
     if file.is_file():
         return {name: [(p, a) for p, a in texts] for name, texts in json.loads(file.read_text()).items()}
     tell("answering held-out prompts")
-    groups: dict[str, list[Text]] = {}
+    groups: Groups = {}
     for name, items in mixture.held_out.items():
         greedy = [_greedy(item, config.evaluation_tokens) for item in items[: config.evaluation_texts]]
         # Not the seed of the training: what a model writes itself is held out by being sampled otherwise.
-        tokens = stream.read(greedy, config.train.seed + 1_000_003)
-        texts = [_split(item, found) for item, found in zip(greedy, tokens, strict=True)]
+        seeds = [config.train.seed + 1_000_003 + number for number in range(len(greedy))]
+        texts = write_texts(lm, greedy, seeds) if greedy else []
+        split = [(text.token[: text.answer].tolist(), text.token[text.answer :].tolist()) for text in texts]
         # An answer that is nothing but an EOS says nothing about exits.
-        if answered := [(prompt, answer) for prompt, answer in texts if answer]:
+        if answered := [(prompt, answer) for prompt, answer in split if answer]:
             groups[name] = answered
     write_json(file, groups)
     return groups
@@ -172,37 +192,6 @@ def _greedy(item: Item, limit: int) -> Item:
     """The item with its last answer greedy and not longer than `limit`."""
     last = item.turns[-1]
     return Item((*item.turns[:-1], dataclasses.replace(last, limit=min(limit, last.limit), temperature=0.0)))
-
-
-def _split(item: Item, tokens: list[int]) -> Text:
-    """(prompt, answer) of an item; a text that is given is all answer but its first token."""
-    forced = item.turns[-1].forced
-    if item.turns[-1].limit == 0:
-        end = 1
-    elif len(item.turns) == 1:
-        end = len(forced)
-    else:
-        starts = range(len(tokens) - len(forced), -1, -1)
-        end = next(start for start in starts if tuple(tokens[start : start + len(forced)]) == forced) + len(forced)
-    return tokens[:end], tokens[end:]
-
-
-def forget_unstarted(folder: Path, keep: int) -> None:
-    """Removes what a run has written before its first checkpoint: nothing tells its model and its data from others'."""
-    # The lock: what another process trains with must not go.
-    with Checkpoints(folder, keep) as checkpoints:
-        if checkpoints.newest is None:
-            for name in (VOCABULARY, HELD_OUT):
-                (folder / name).unlink(missing_ok=True)
-
-
-def kept_vocabulary(lm: LanguageModel, stream: Stream, size: int, tokens: int, folder: Path, tell: Tell) -> np.ndarray:
-    """`draft_vocabulary`, [V'] int32, counted once and kept in the folder."""
-    file = folder / VOCABULARY
-    if not file.is_file():
-        tell(f"counting the draft vocabulary on {tokens} tokens")
-        write_json(file, draft_vocabulary(lm, stream, size, tokens).tolist())
-    return np.asarray(json.loads(file.read_text()), np.int32)
 
 
 def _start(initial: TrainedExits | None, exits: ExitsConfig, lm: LanguageModel, tell: Tell) -> TrainedExits | None:

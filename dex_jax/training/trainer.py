@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dex_jax.errors import DexError
 from dex_jax.interrupts import INTERRUPTED
@@ -25,7 +25,6 @@ from dex_jax.training.checkpoints import Checkpoints, Record
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.journal import Journal
 from dex_jax.training.optimizer import learning_rate, make_optimizer
-from dex_jax.training.stream import everywhere
 from dex_jax.training.task import Params, Task
 
 Notify = Callable[[str | Standing], None]
@@ -99,17 +98,18 @@ class _Run:
         record = checkpoints.record()
         if record is not None:
             self._check(record)
-        self.cursor = task.start(config.seed)
         init_key, key = jax.random.split(jax.random.key(config.seed))
         # Copies: the update gives its buffers away, and these may be somebody's weights.
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), task.init(init_key))
         self.rate = learning_rate(config)
         self.optimizer = make_optimizer(config, task.decayed(params))
-        self.state = everywhere(mesh, TrainState(params, self.optimizer.init(params), jnp.int32(0), key))
+        everywhere = None if mesh is None else NamedSharding(mesh, EVERYWHERE)
+        self.rows = None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
+        self.state = jax.device_put(TrainState(params, self.optimizer.init(params), jnp.int32(0), key), everywhere)
         if record is not None:
             self._restore(record)
-        self.constants = everywhere(mesh, task.constants())
-        places = None if mesh is None else (NamedSharding(mesh, EVERYWHERE), None)
+        self.constants = jax.device_put(task.constants(), everywhere)
+        places = None if mesh is None else (everywhere, None)
         self.update = jax.jit(self._update, donate_argnums=0, out_shardings=places)
         self.journal = Journal(checkpoints.folder, self.step)
         self.figures: list[dict[str, jax.Array]] = []  # of the steps since the last line
@@ -124,8 +124,8 @@ class _Run:
 
     def advance(self) -> None:
         """One step and all that is due after it."""
-        batch, self.cursor, learnt = self.task.next_batch(self.cursor)
-        self.state, figures = self.update(self.state, self.constants, batch)
+        batch, learnt = self.task.batch(self.step)
+        self.state, figures = self.update(self.state, self.constants, jax.device_put(batch, self.rows))
         self.step += 1
         self.tokens += learnt
         self.figures.append(figures)
@@ -146,6 +146,7 @@ class _Run:
     def _update(self, state: TrainState, constants: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """The next state, and {"loss", "gradient_norm" before clipping, the task's own}."""
         key = jax.random.fold_in(state.key, state.step)
+        batch = self.task.read(constants, batch)
         losses = jax.value_and_grad(self.task.loss, has_aux=True)
         (loss, figures), gradients = losses(state.params, constants, batch, key, state.step)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
@@ -178,20 +179,17 @@ class _Run:
         record = {
             "step": self.step,
             "tokens": self.tokens,
-            "cursor": self.cursor,
             "config": dataclasses.asdict(self.config),
             "task": self.task.name,
             "settings": plain(self.task.settings()),
             "fingerprint": self.task.fingerprint(),
         }
         self.checkpoints.save(self.state.params, self._rest(), record)
-        self.task.boundary()
 
     def _restore(self, record: Record) -> None:
         params, rest = self.checkpoints.restore(params=self.state.params, rest=self._rest())
         self.state = TrainState(params, rest.opt_state, rest.step, jax.random.wrap_key_data(rest.key))
-        self.step, self.tokens, self.cursor = record["step"], record["tokens"], record["cursor"]
-        self.task.boundary()
+        self.step, self.tokens = record["step"], record["tokens"]
         end = " That is all of it: nothing is left to do." if self.done else ""
         self.notify(f"Resuming from step {self.step} of {self.config.steps} in {self.checkpoints.folder}.{end}")
 

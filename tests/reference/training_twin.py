@@ -18,9 +18,9 @@ def train_linear_map(task, config, params, key):
     first = {name: np.zeros_like(value) for name, value in params.items()}
     second = {name: np.zeros_like(value) for name, value in params.items()}
     target = np.asarray(task.constants(), np.float64)
-    cursor, losses = task.start(config.seed), []
+    losses = []
     for step in range(config.steps):
-        batch, cursor, _ = task.next_batch(cursor)
+        batch = task.batch_of(step)
         kept = jax.random.bernoulli(jax.random.fold_in(key, step), 1 - task.drop, batch.shape)
         loss, gradients = loss_and_gradients(params, np.asarray(batch, np.float64), np.asarray(kept), target)
         losses.append(loss)
@@ -40,8 +40,6 @@ def train_linear_map(task, config, params, key):
             if name == "map":
                 direction = direction + config.weight_decay * params[name]
             params[name] = params[name] - config.learning_rate * share * direction
-        if (step + 1) % config.checkpoint_every == 0:
-            task.boundary()
     return params, losses
 
 

@@ -1,0 +1,205 @@
+"""Texts to learn from: what a frozen model makes of items, in large batches, kept in files of token ids.
+
+A folder holds about.json, which says what made the texts, and shards of SHARD texts each, in the order of the data. A
+shard follows from its number alone, so processes may add to one folder side by side, and what is there is used again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dex_jax.decoding.generate import generate
+from dex_jax.decoding.request import AR
+from dex_jax.errors import DexError
+from dex_jax.io.whole_files import lock, write_json, write_whole
+from dex_jax.language_model import LanguageModel
+from dex_jax.training.items import Item, Turn
+
+SHARD = 64
+"""Texts in a file: some ten thousand tokens."""
+
+BATCH = 32
+"""Sequences that are answered at a time."""
+
+WAIT = 0.5
+"""Seconds between two looks for a shard that another process makes."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+    """One text and what to learn of it.
+
+    Attributes:
+      token: [n] int32.
+      weight: [n] float32, how much it counts what the model says after each token. After the last one that is what an
+        end token, or a further token of the same part, would count.
+      answer: where the part that the last turn leaves to the model begins; of a given text 1.
+    """
+
+    token: np.ndarray
+    weight: np.ndarray
+    answer: int
+
+    @property
+    def learnt(self) -> int:
+        """How many tokens count."""
+        return int(np.sum(self.weight > 0))
+
+
+def write_texts(lm: LanguageModel, items: Sequence[Item], seeds: Sequence[int]) -> list[Text]:
+    """Lets the model write each item's free parts; a text does not depend on those beside it where sums do not.
+
+    Args:
+      lm: the model.
+      items: at least one.
+      seeds: of each item's sampled parts.
+    """
+    tokens: list[list[int]] = [[] for _ in items]
+    weights: list[list[float]] = [[] for _ in items]  # of predicting each of these tokens
+    answers = [1] * len(items)
+    for number in range(max(len(item.turns) for item in items)):
+        asked: dict[tuple[float, float], list[int]] = {}
+        for i, item in enumerate(items):
+            if number < len(item.turns):
+                turn = item.turns[number]
+                tokens[i] += turn.forced
+                weights[i] += [turn.forced_weight] * len(turn.forced)
+                if turn.limit:
+                    answers[i] = len(tokens[i])
+                    asked.setdefault((turn.temperature, turn.top_p), []).append(i)
+        for how, members in asked.items():
+            limits = [items[i].turns[number].limit for i in members]
+            prompts, own = [tokens[i] for i in members], [seeds[i] for i in members]
+            for i, free in zip(members, _continued(lm, prompts, limits, how, own), strict=True):
+                tokens[i] += free
+                weights[i] += [1.0] * len(free)
+    return [
+        Text(np.array(token, np.int32), np.array([*weight[1:], _after(item.turns[-1])], np.float32), answer)
+        for item, token, weight, answer in zip(items, tokens, weights, answers, strict=True)
+    ]
+
+
+def _after(turn: Turn) -> float:
+    return 1.0 if turn.limit else turn.forced_weight
+
+
+def _continued(
+    lm: LanguageModel, prompts: list[list[int]], limits: list[int], how: tuple[float, float], seeds: Sequence[int]
+) -> list[list[int]]:
+    """What the model says after each prompt, without an end token."""
+    temperature, top_p = how
+    found: list[list[int]] = []
+    for first in range(0, len(prompts), BATCH):
+        part = slice(first, first + BATCH)
+        options: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if temperature else {}
+        out = generate(
+            lm, prompts[part], method=AR(), max_new_tokens=max(limits[part]), seed=list(seeds[part]), **options
+        )
+        rows = zip(out.tokens, out.lengths, limits[part], strict=True)
+        said = [[int(token) for token in row[: min(length, limit)]] for row, length, limit in rows]
+        found += [each[:-1] if each and each[-1] in lm.eos_ids else each for each in said]
+    return found
+
+
+class Answers:
+    """The texts of a folder, made as they are asked for.
+
+    Args:
+      lm: the model.
+      item: the item of each number from 0, the same at every call.
+      folder: made if need be.
+      about: plain JSON, what decides the texts beside the model.
+      seed: of what the model samples.
+
+    Raises:
+      DexError: the folder holds texts of another model or other data, or cannot be written.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, item: Callable[[int], Item], folder: str | Path, about: dict[str, Any], seed: int
+    ):
+        self._lm, self._item, self._seed, self.folder = lm, item, seed, Path(folder)
+        about = {"model": lm.fingerprint, "weights": lm.weights_kind, "seed": seed, "shard": SHARD, **about}
+        file = self.folder / "about.json"
+        if not file.is_file():
+            write_json(file, about)
+        try:
+            there = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise DexError(f"{file} is damaged: remove {self.folder}, and its texts are made again") from error
+        if changed := [name for name in about if there.get(name) != about[name]]:
+            raise DexError(
+                f"{self.folder} holds texts of another model or other data (another {', '.join(changed)}): name "
+                "another folder for them"
+            )
+
+    def at_least(self, tokens: int, tell: Callable[[int], None] = lambda learnt: None) -> list[Text]:
+        """The first texts, whole shards of them, with so many tokens to learn from; `tell` hears of what is there."""
+        texts: list[Text] = []
+        learnt = 0
+        for shard in self._shards():
+            texts += shard
+            learnt += sum(text.learnt for text in shard)
+            tell(min(learnt, tokens))
+            if learnt >= tokens:
+                return texts
+            if not learnt:
+                raise DexError("the model's answers hold nothing to learn from: give other prompts with --data")
+        raise AssertionError("shards never end")
+
+    def _shards(self) -> Iterator[list[Text]]:
+        number = ahead = 0
+        while True:
+            file = self._file(number)
+            if not file.is_file() and not self._made(number):
+                # Another process makes this one: meanwhile one of those that come next.
+                ahead = max(ahead, number) + 1
+                if not self._made(ahead):
+                    time.sleep(WAIT)
+                continue
+            yield _read(file)
+            number += 1
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:06}.npz"
+
+    def _made(self, number: int) -> bool:
+        """Whether a shard is there now; it is not where another process makes it."""
+        with (self.folder / f"{number:06}.lock").open("w") as opened:
+            try:
+                lock(opened)
+            except BlockingIOError:
+                return False
+            if not self._file(number).is_file():
+                numbers = range(number * SHARD, (number + 1) * SHARD)
+                items, seeds = [self._item(i) for i in numbers], [(self._seed << 32) + i for i in numbers]
+                write_whole(self._file(number), _packed(write_texts(self._lm, items, seeds)))
+        (self.folder / f"{number:06}.lock").unlink(missing_ok=True)
+        return True
+
+
+def _packed(texts: Sequence[Text]) -> bytes:
+    file = io.BytesIO()
+    fields = {name: np.concatenate([getattr(text, name) for text in texts]) for name in ("token", "weight")}
+    lengths, answers = ([*each] for each in zip(*((len(text.token), text.answer) for text in texts), strict=True))
+    np.savez_compressed(file, lengths=np.array(lengths, np.int32), answers=np.array(answers, np.int32), **fields)
+    return file.getvalue()
+
+
+def _read(file: Path) -> list[Text]:
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
+            ends = np.cumsum(found["lengths"])[:-1]
+            parts = (np.split(found["token"], ends), np.split(found["weight"], ends), found["answers"])
+            return [Text(token, weight, int(answer)) for token, weight, answer in zip(*parts, strict=True)]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DexError(f"{file} is damaged: remove it, and its texts are made again") from error
