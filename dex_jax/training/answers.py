@@ -189,9 +189,10 @@ class Answers:
 
 def _packed(texts: Sequence[Text]) -> bytes:
     file = io.BytesIO()
-    fields = {name: np.concatenate([getattr(text, name) for text in texts]) for name in ("token", "weight")}
-    lengths, answers = ([*each] for each in zip(*((len(text.token), text.answer) for text in texts), strict=True))
-    np.savez_compressed(file, lengths=np.array(lengths, np.int32), answers=np.array(answers, np.int32), **fields)
+    fields: Any = {name: np.concatenate([getattr(text, name) for text in texts]) for name in ("token", "weight")}
+    fields["lengths"] = np.array([len(text.token) for text in texts], np.int32)
+    fields["answers"] = np.array([text.answer for text in texts], np.int32)
+    np.savez_compressed(file, **fields)
     return file.getvalue()
 
 
