@@ -74,7 +74,7 @@ def test_what_is_there_is_used_again_and_what_is_others_is_refused(tmp_path, mon
     told: list[int] = []
     texts = folder_of(tmp_path).at_least(30, told.append)
     assert told[-1] == 30
-    assert 30 <= sum(text.learnt for text in texts) < 30 + 4 * 6
+    assert 30 <= sum(len(text.token) for text in texts) < 30 + 4 * 6
     assert [text.token[0] for text in texts] == [1 + number for number in range(len(texts))]
     monkeypatch.setattr(answers, "write_texts", None)  # it would be called in vain
     again = folder_of(tmp_path).at_least(30)

@@ -67,7 +67,12 @@ def train_parser() -> argparse.ArgumentParser:
 
     add = p.add_argument_group("how long and how").add_argument
     add("--steps", type=int, metavar="N", help="updates in all")
-    add("--tokens", type=whole(1, 2**40), metavar="N", help="of answers to learn from (so many that each is read once)")
+    add(
+        "--tokens",
+        type=whole(1, 2**40),
+        metavar="N",
+        help="in all texts, prompts among them (so many that each is read once)",
+    )
     add("--batch", type=int, metavar="B", help="rows of a batch")
     add("--learning-rate", type=float, metavar="R", help="its peak")
     add("--seed", type=int, help="of parameters, order of data and dropout")

@@ -142,18 +142,22 @@ class Answers:
                 "another folder for them"
             )
 
-    def at_least(self, tokens: int, tell: Callable[[int], None] = lambda learnt: None) -> list[Text]:
-        """The first texts, whole shards of them, with so many tokens to learn from; `tell` hears of what is there."""
+    def at_least(self, tokens: int, tell: Callable[[int], None] = lambda there: None) -> list[Text]:
+        """The first texts, whole shards of them, of so many tokens in all; `tell` hears how many are there.
+
+        Raises:
+          DexError: the first shard holds nothing to learn from.
+        """
         texts: list[Text] = []
-        learnt = 0
+        there = 0
         for shard in self._shards():
             texts += shard
-            learnt += sum(text.learnt for text in shard)
-            tell(min(learnt, tokens))
-            if learnt >= tokens:
-                return texts
-            if not learnt:
+            there += sum(len(text.token) for text in shard)
+            tell(min(there, tokens))
+            if not any(text.learnt for text in texts):
                 raise DexError("the model's answers hold nothing to learn from: give other prompts with --data")
+            if there >= tokens:
+                return texts
         raise AssertionError("shards never end")
 
     def _shards(self) -> Iterator[list[Text]]:

@@ -54,8 +54,8 @@ class ExitTraining:
       exits: shapes of the heads; the width and the epsilon are the model's, whatever stands there.
       data: sources as `training.sources.open_mixture` reads them.
       sources: how items are made of them; `length` is the longest item, and a row's tokens.
-      tokens: to learn from in all texts; each is read as often as there are steps for. None: so many that each is read
-        once.
+      tokens: in all texts, prompts among them; each text is read as often as there are steps for. None: so many that
+        each is read once.
       options: how exits learn.
       evaluation_texts: held-out answers per source that figures are taken from.
       evaluation_tokens: of each of them.
@@ -160,10 +160,10 @@ def texts_of(
     with contextlib.closing(Display()) as display:
         begin = time.perf_counter()
 
-        def told(learnt: int) -> None:
-            share = learnt / tokens
+        def told(there: int) -> None:
+            share = there / tokens
             left = (time.perf_counter() - begin) * (1 - share) / share if share else None
-            display(Standing(f"answers to learn from, {learnt} of {tokens} tokens", share, left, share >= 1))
+            display(Standing(f"texts to learn from, {there} of {tokens} tokens", share, left, share >= 1))
 
         texts = kept.at_least(tokens, told)
     return Made(texts, Epochs(texts, train.batch, length, train.seed), about | {"tokens": tokens}, kept.folder)
