@@ -1,7 +1,7 @@
 """One training of exits from its configuration to the exported file.
 
-A run's folder holds its texts, checkpoints, metrics.jsonl and, at the end, exits.safetensors: everything that the same
-command needs to go on after a kill.
+A run's folder holds its texts, the draft vocabulary, checkpoints, metrics.jsonl and, at the end, exits.safetensors: all
+that the same command needs to go on after a kill.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 Tell = Callable[[str], None]
 Groups = dict[str, list[Prompted]]
 
-HELD_OUT = "held_out.json"
+HELD_OUT, VOCABULARY = "held_out.json", "draft_vocabulary.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +123,9 @@ def train_exits(
         vocabulary = None
     elif vocabulary is None or len(vocabulary) != shapes.draft_size:
         vocabulary = draft_vocabulary(lm, made.texts, shapes.draft_size)
+    if vocabulary is not None and not any(path.name.isdigit() for path in folder.glob("*")):
+        # For `export`; once there is a checkpoint, it belongs to that.
+        write_json(folder / VOCABULARY, vocabulary.tolist())
     groups = held_out_texts(config, lm, mixture, made.folder / HELD_OUT, tell)
 
     def evaluate(exits: TrainedExits) -> dict[str, Any]:
