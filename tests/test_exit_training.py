@@ -69,6 +69,14 @@ def test_a_run_writes_its_exits_and_figures(whole) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_for_more_steps_with_the_same_texts(tmp_path) -> None:
+    config = dataclasses.replace(CONFIG, tokens=None, evaluation_texts=0)
+    for steps in (2, 4):
+        longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+        assert train_exits(longer, base_model(), tmp_path, tell=quiet).metadata["steps"] == steps
+
+
+@pytest.mark.slow
 def test_a_run_that_broke_off_goes_on_to_the_same_exits(whole, tmp_path, monkeypatch, capfd) -> None:
     batch, steps = Distillation.batch, itertools.count()
 

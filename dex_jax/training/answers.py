@@ -51,7 +51,7 @@ class Text:
 
     @property
     def learnt(self) -> int:
-        """How many tokens count."""
+        """The number of tokens that count."""
         return int(np.sum(self.weight > 0))
 
 
@@ -64,7 +64,7 @@ def write_texts(lm: LanguageModel, items: Sequence[Item], seeds: Sequence[int]) 
       seeds: of each item's sampled parts.
     """
     tokens: list[list[int]] = [[] for _ in items]
-    weights: list[list[float]] = [[] for _ in items]  # of predicting each of these tokens
+    weights: list[list[float]] = [[] for _ in items]  # how much predicting each of these tokens counts
     answers = [1] * len(items)
     for number in range(max(len(item.turns) for item in items)):
         asked: dict[tuple[float, float], list[int]] = {}
@@ -95,7 +95,7 @@ def _after(turn: Turn) -> float:
 def _continued(
     lm: LanguageModel, prompts: list[list[int]], limits: list[int], how: tuple[float, float], seeds: Sequence[int]
 ) -> list[list[int]]:
-    """What the model says after each prompt, without an end token."""
+    """Let the model go on after each prompt; an end token is left out."""
     temperature, top_p = how
     found: list[list[int]] = []
     for first in range(0, len(prompts), BATCH):
@@ -177,7 +177,7 @@ class Answers:
         return self.folder / f"{number:06}.npz"
 
     def _made(self, number: int) -> bool:
-        """Whether a shard is there now; it is not where another process makes it."""
+        """Make a shard unless it is there, and say whether it is there now: not if another process makes it."""
         with (self.folder / f"{number:06}.lock").open("w") as opened:
             try:
                 lock(opened)

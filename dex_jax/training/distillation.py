@@ -132,7 +132,7 @@ class Distillation(Task):
 
 
 def before_each(x: jax.Array, position: jax.Array) -> jax.Array:
-    """What stands at the position before each token of [B, S, D], zeros before a text's first."""
+    """Move [B, S, D] on by one token: each has what stood at the position before it, and a text's first has zeros."""
     shifted = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
     return jnp.where((position <= 0)[..., None], 0, shifted)
 
@@ -165,7 +165,7 @@ def read_for_training(
 def read_drafts(
     heads: ExitHeads, batch: Activations, normed: jax.Array, draft_steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """What a drafter, an exit at depth 0, makes of every token when it goes on from its own outputs.
+    """Run a drafter, an exit at depth 0, at every token, and let it go on from its own outputs.
 
     At draft step s the position before is known by the features of draft step s - 1 there, the true final state only at
     step 1; the tokens in between are right, as those that matter are. (The idea of training on several steps of one's
@@ -193,7 +193,6 @@ def _estimates(base: jax.Array, batch: Activations, own_outputs: float, key: jax
     draw, which = jax.random.split(key)
     owned = (batch.position > 0) & (jax.random.uniform(draw, (rows, size)) < own_outputs)
     source = jax.random.randint(which, (rows, size), 0, count)
-    # Of the exit that is drawn for a token, what it gives at the position before.
     base = jnp.pad(base[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
     estimate = jnp.take_along_axis(base, source[None, :, :, None], axis=0)[0]
     return owned[None] & (jnp.arange(count)[:, None, None] < source[None]), estimate

@@ -131,7 +131,7 @@ class EagleTask(Task):
 
 
 def read_chains(head: Eagle, batch: Activations, draft_steps: int) -> tuple[list[jax.Array], list[jax.Array]]:
-    """What a head makes of every token, and goes on from for further ones.
+    """Run a head at every token, and let it go on from its own outputs.
 
     For token i and draft step s it is what is said below token i + s, s tokens below the root i: as in decoding it sees
     the true states before the root, and its own outputs after that.

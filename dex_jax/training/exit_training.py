@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 Tell = Callable[[str], None]
 Groups = dict[str, list[Prompted]]
 
-HELD_OUT, VOCABULARY = "held_out.json", "draft_vocabulary.json"
+HELD_OUT, VOCABULARY, TOKENS = "held_out.json", "draft_vocabulary.json", "tokens.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,11 @@ def texts_of(
 ) -> Made:
     """The texts that a training reads: so many that it reads each once, or config.tokens of them."""
     length, train = config.sources.length, config.train
-    tokens = config.tokens or train.steps * train.batch * length
+    tokens, first = config.tokens, folder / TOKENS
+    if tokens is None:
+        # A run that goes on for more steps reads the same texts in the same order.
+        tokens = json.loads(first.read_text()) if first.is_file() else train.steps * train.batch * length
+        write_json(first, tokens)
     about = {"data": mixture.fingerprint(), "length": length}
     kept = Answers(lm, mixture.item, folder / "answers" if answers is None else answers, about, train.seed)
     with contextlib.closing(Display()) as display:

@@ -17,7 +17,7 @@ class Turn:
     limit: int = 0  # most free tokens after them; 0 for none
     temperature: float = 0.0  # of the free part; 0 is greedy
     top_p: float = 1.0  # of the free part, in (0, 1]; 1 keeps every token. Unused when greedy
-    forced_weight: float = 0.0  # how much predicting a given token counts; a free one, and an end token, count 1
+    forced_weight: float = 0.0  # how much predicting a given token counts; a free one, and the last turn's end, count 1
 
 
 @dataclasses.dataclass(frozen=True)

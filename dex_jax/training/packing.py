@@ -32,7 +32,7 @@ class TextRows(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """What the model makes of rows of texts.
+    """The model's states along rows of texts.
 
     Steps i and j < i of a row belong to the same text iff position[i] >= 0 and position[i] - position[j] == i - j.
     """
@@ -106,7 +106,7 @@ class Epochs:
 
 
 def read_rows(model: Transformer, rows: TextRows, depths: tuple[int, ...]) -> Activations:
-    """What the frozen model makes of rows of texts, each text by itself, without gradients."""
+    """Run the frozen model over rows of texts, each text by itself and without gradients."""
     token, position, weight = map(jnp.asarray, rows)
     apart = jnp.arange(position.shape[1])[:, None] - jnp.arange(position.shape[1])[None]
     same = (position[:, None] >= 0) & (position[:, :, None] - position[:, None] == apart[None]) & (apart >= 0)[None]

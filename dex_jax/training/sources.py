@@ -1,4 +1,4 @@
-"""Where the items to learn from come from: what the model writes itself, prompts, given texts, and mixtures.
+"""The sources of the items to learn from: what the model writes itself, prompts, given texts, and mixtures.
 
 Every source is a sequence without end that is the same in every run: item i follows from i and a seed alone, so a
 position in the data is one number. Letters: S longest item.

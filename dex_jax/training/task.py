@@ -1,4 +1,4 @@
-"""What can be trained on the states of a frozen model: all that the trainer asks of it."""
+"""The task of a training on the states of a frozen model: all that the trainer asks of it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Task(ABC):
         return rows, int(np.sum(rows.weight > 0))
 
     def read(self, constants: dict[str, Any], batch: TextRows) -> Activations:
-        """What the loss is given of a batch; traced under jit, and nothing in it gets a gradient."""
+        """Compute what the loss is given of a batch; it is traced under jit, and nothing in it gets a gradient."""
         return read_rows(merge_model(self.lm.config, constants["weights"]), batch, self._depths)
 
     @abstractmethod
