@@ -158,7 +158,7 @@ def test_other_settings_are_refused_by_name_and_some_may_change(tmp_path, whole)
     refused(task, CONFIG, "training of linear_map, not another")
     folder = tmp_path / "copy"
     shutil.copytree(whole[1], folder)
-    free = {"steps": 14, "keep": 1, "checkpoint_every": 7, "eval_every": None, "log_every": 1}
+    free = {"steps": 14, "minutes": 99.0, "keep": 1, "checkpoint_every": 7, "eval_every": None, "log_every": 1}
     assert free.keys() == set(MAY_CHANGE)
     longer, told = dataclasses.replace(CONFIG, **free), []
     task = LinearMap(longer)

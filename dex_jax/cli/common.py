@@ -20,6 +20,8 @@ model than the checkpoint; dense: in --dtype (stored on CPUs where a C++ compile
 INSTALLED = {"decode.py": "dex-decode", "train_exits.py": "dex-train-exits"}
 """Script of a clone -> the same program as a package installs it."""
 
+DEFAULT_MODEL = "smollm2-135m"
+
 Add = Callable[..., Any]
 """`add_argument` of a parser or of a group."""
 
@@ -31,7 +33,7 @@ def program(script: str) -> str:
 
 def add_model(add: Add) -> None:
     """Adds --model, --dtype and --weights."""
-    add("--model", default="smollm2-135m", help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
+    add("--model", default=DEFAULT_MODEL, help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
     add("--dtype", choices=DTYPES, help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
     add("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
 

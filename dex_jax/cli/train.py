@@ -7,8 +7,8 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dex_jax.cli.common import program
-from dex_jax.cli.train_arguments import configured, evaluate_parser, export_parser, folder_of, train_parser
+from dex_jax.cli.common import DEFAULT_MODEL, program
+from dex_jax.cli.train_arguments import check_timed, configured, evaluate_parser, export_parser, folder_of, train_parser
 from dex_jax.cli.train_results import evaluate, export
 from dex_jax.errors import DexError
 from dex_jax.interrupts import exit_code
@@ -42,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
+    check_timed(args)
+    if args.config is None:
+        _train_timed(args)
+        return
     with phases():
         config = configured(args)
 
@@ -62,9 +66,45 @@ def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
     initial = None if args.init_from is None else _exits_to_start_from(args.init_from, config)
     lm, tell = load(config.model, config.train.dtype), functools.partial(print, flush=True)
     train_exits(config, lm, folder, mesh=mesh, initial=initial, answers=args.answers, tell=tell)
-    model = "" if config.model == "smollm2-135m" else f" --model {config.model}"
-    decode = program("decode.py")
-    print(f'The exits are in {folder / FILE_NAME}. Use them: {decode}{model} --exits {folder} --prompt "..."')
+    print(f'The exits are in {folder / FILE_NAME}. Use them: {_decode(config.model)} --exits {folder} --prompt "..."')
+
+
+def _train_timed(args: argparse.Namespace) -> None:
+    with phases():
+        from dex_jax.io.exits_file import FILE_NAME
+        from dex_jax.language_model import load
+        from dex_jax.training import timed
+
+        lm = load(args.model or DEFAULT_MODEL, args.dtype)
+    folder, tell, given = folder_of(args), functools.partial(print, flush=True), {}
+    for name in ("batch", "learning_rate", "seed"):
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+    data, mesh = args.data or timed.DATA, _mesh(args.devices)
+    options = {"explorers": args.explorers, "data": data, "given": given, "mesh": mesh, "answers": args.answers}
+    ways = timed.train_for(lm, args.minutes, folder, tell=tell, **options)
+    decode, file = _decode(args.model or DEFAULT_MODEL), folder / FILE_NAME
+    if not ways:
+        use = f'{decode} --exits {folder} --explorers {args.explorers} --prompt "..."'
+        print(
+            f"The exits are in {file}, for {args.explorers} devices (one takes turns with them, and is slower): {use}"
+        )
+        return
+    print(f"\n{timed.table(ways)}\n")
+    plain, without, trained = (way.name for way in ways)
+    ratio = {way.name: f"{way.over_plain:.2f} times as fast as plain decoding" for way in ways}
+    brings = "What was trained brings no more than decode.py without it"
+    said = {
+        plain: f'Nothing was faster than plain decoding: {decode} --method ar --prompt "..."',
+        without: f'{brings}, {ratio[without]}: {decode} --prompt "..."',
+        trained: f'With the drafter in {file} decoding is {ratio[trained]}: {decode} --exits {folder} --prompt "..."',
+    }
+    print(said[timed.best(ways)])
+
+
+def _decode(model: str) -> str:
+    """The command that decodes with a model, without a prompt."""
+    return program("decode.py") + ("" if model == DEFAULT_MODEL else f" --model {model}")
 
 
 def _train_eagle(config: EagleTraining, args: argparse.Namespace) -> None:
@@ -75,8 +115,7 @@ def _train_eagle(config: EagleTraining, args: argparse.Namespace) -> None:
         raise DexError("--init-from and --devices are not for the training of an EAGLE-3 head: leave them out")
     lm, tell = load(config.model, config.train.dtype), functools.partial(print, flush=True)
     head = train_eagle(config, lm, folder_of(args), answers=args.answers, tell=tell)
-    decode = program("decode.py")
-    print(f'The head is in {head.source}. Use it: {decode} --model {config.model} --exits {head.source} --prompt "..."')
+    print(f'The head is in {head.source}. Use it: {_decode(config.model)} --exits {head.source} --prompt "..."')
 
 
 def _exits_to_start_from(name: str, config: ExitTraining) -> TrainedExits:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dex_jax.cli.common import DTYPES, add_model, program, whole
+from dex_jax.cli.common import DEFAULT_MODEL, DTYPES, add_model, program, whole
 from dex_jax.errors import DexError
 from dex_jax.progress import notify
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Config = ExitTraining | EagleTraining
 
 OF_EVERY_TRAINING = ("batch", "dtype")
-OF_THE_LAST_TRAINING = ("steps", "learning_rate", "seed")
+OF_THE_LAST_TRAINING = ("steps", "minutes", "learning_rate", "seed")
 """Settings of `TrainConfig` that flags change, of all trainings and of the one that comes last."""
 
 TRAIN_EPILOG = """\
@@ -29,6 +29,7 @@ further commands, each with --help:
   %(prog)s evaluate --exits ... --data ...   agreement and predicted speedups on prompts of your choice
 
 examples:
+  %(prog)s --model my-model --minutes 60
   %(prog)s --config configs/smollm2_135m.py
   %(prog)s --config configs/smollm2_135m.py --folder runs/mine --data self prompts.jsonl=2 --steps 2000
 
@@ -41,14 +42,20 @@ def train_parser() -> argparse.ArgumentParser:
     """The parser of train_exits.py without a command."""
     p = argparse.ArgumentParser(
         prog=program("train_exits.py"),
-        description="Train the exit heads of a frozen model as a configuration file says. Flags change what stands "
-        "there.",
+        description="Train a drafter, or exits, for a frozen model: in so many minutes, at the end of which what they "
+        "bring is measured, or as a configuration file says. Flags change what stands there.",
         epilog=TRAIN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = p.add_argument_group("what").add_argument
-    add("--config", required=True, metavar="FILE", help="Python file that defines `config`; see configs/")
-    add("--folder", metavar="FOLDER", help="of the run: checkpoints, metrics, results (runs/NAME OF THE CONFIG)")
+    add("--config", metavar="FILE", help="Python file that defines `config`; see configs/ (none: --minutes)")
+    add(
+        "--explorers",
+        type=whole(2, 1024),
+        metavar="K",
+        help="train exits for K explorers, each with a device of its own, instead of a drafter",
+    )
+    add("--folder", metavar="FOLDER", help="of the run: checkpoints, metrics, results (runs/NAME)")
     add("--model", help="alias, Hugging Face directory, hub id or .gguf file")
     add("--dtype", choices=DTYPES, help="of the model's arithmetic; trained parameters are always float32")
     add(
@@ -66,6 +73,7 @@ def train_parser() -> argparse.ArgumentParser:
     add("--answers", metavar="FOLDER", help="for the model's answers, which several runs may share (FOLDER/answers)")
 
     add = p.add_argument_group("how long and how").add_argument
+    add("--minutes", type=_minutes, metavar="M", help="for all of it without --config, else of training alone")
     add("--steps", type=int, metavar="N", help="updates in all")
     add(
         "--tokens",
@@ -162,4 +170,33 @@ def _configured(config: Config, args: argparse.Namespace, names: Sequence[str]) 
 
 def folder_of(args: argparse.Namespace) -> Path:
     """The folder of the run that the flags name."""
-    return Path(args.folder) if args.folder is not None else Path("runs") / Path(args.config).stem
+    if args.folder is not None:
+        return Path(args.folder)
+    if args.config is not None:
+        return Path("runs") / Path(args.config).stem
+    what = "drafter" if args.explorers is None else f"exits-{args.explorers}"
+    return Path("runs") / f"{Path(args.model or DEFAULT_MODEL).stem}-{what}"
+
+
+def check_timed(args: argparse.Namespace) -> None:
+    """Refuses flags that mean nothing together, before anything is loaded. DexError: those."""
+    if args.config is not None:
+        if args.explorers is not None:
+            raise DexError(
+                "--explorers is for a training without --config, whose file says at which depths exits stand"
+            )
+        return
+    if args.minutes is None:
+        raise DexError("say how long with --minutes, as in --model my-model --minutes 60, or name a --config")
+    for name in ("steps", "tokens", "init_from"):
+        if getattr(args, name) is not None:
+            raise DexError(f"--{name.replace('_', '-')} is for a training with --config: leave it out, or name a file")
+
+
+def _minutes(text: str) -> float:
+    try:
+        if 0 < float(text) < 1e6:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")

@@ -15,12 +15,12 @@ from dex_jax.host_memory import return_free_memory
 from dex_jax.nn import few_rows
 from dex_jax.progress import notify, say_wait
 
-HELD = 3_000_000
+HELD = 1_500_000
 """Characters of the programs that are remembered, as JAX writes them down. Each stands for 40 to 60 bytes of memory. A
 process may hold only so many mappings of memory, too, and where that ends the compiler fails for good."""
 
-FEWEST = 9
-"""Programs that are remembered however long they are: those of three generations that differ in all."""
+FEWEST = 3
+"""Programs that are remembered however long they are: those of one generation."""
 
 SOON = 3.0
 """Seconds of compiling after which a user is told why nothing happens."""

@@ -143,24 +143,23 @@ class Answers:
             )
 
     def at_least(self, tokens: int, tell: Callable[[int], None] = lambda there: None) -> list[Text]:
-        """The first texts, whole shards of them, of so many tokens in all; `tell` hears how many are there.
-
-        Raises:
-          DexError: the first shard holds nothing to learn from.
-        """
+        """The first texts, whole shards of them, of so many tokens in all; `tell` hears how many are there."""
         texts: list[Text] = []
         there = 0
-        for shard in self._shards():
+        for shard in self.shards():
             texts += shard
             there += sum(len(text.token) for text in shard)
             tell(min(there, tokens))
-            if not any(text.learnt for text in texts):
-                raise DexError("the model's answers hold nothing to learn from: give other prompts with --data")
             if there >= tokens:
                 return texts
         raise AssertionError("shards never end")
 
-    def _shards(self) -> Iterator[list[Text]]:
+    def shards(self) -> Iterator[list[Text]]:
+        """Shard after shard without end.
+
+        Raises:
+          DexError: the first one holds nothing to learn from.
+        """
         number = ahead = 0
         while True:
             file = self._file(number)
@@ -170,7 +169,10 @@ class Answers:
                 if not self._made(ahead):
                     time.sleep(WAIT)
                 continue
-            yield _read(file)
+            texts = _read(file)
+            if not number and not any(text.learnt for text in texts):
+                raise DexError("the model's answers hold nothing to learn from: give other prompts with --data")
+            yield texts
             number += 1
 
     def _file(self, number: int) -> Path:

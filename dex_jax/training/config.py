@@ -11,7 +11,7 @@ from msgspec import Meta
 from dex_jax.config import Positive
 from dex_jax.foreign import check_fields
 
-MAY_CHANGE = ("steps", "keep", "checkpoint_every", "eval_every", "log_every")
+MAY_CHANGE = ("steps", "minutes", "keep", "checkpoint_every", "eval_every", "log_every")
 """Fields that a resumed run may set anew: how long it goes on, and what is kept and written on the way."""
 
 
@@ -28,8 +28,10 @@ class TrainConfig:
 
     Attributes:
       steps: training ends after so many steps.
+      minutes: or after so many minutes of this process and those that it goes on from, whatever comes first; None for
+        no such end.
       batch: rows of a batch, B.
-      learning_rate: its peak. It rises linearly over the warm-up, then follows a cosine to the end of training.
+      learning_rate: its peak. It rises linearly over the warm-up, below a cosine to the end of training.
       warmup_steps: steps of the warm-up.
       final_rate: what is left of the learning rate at the end, as a share of its peak.
       weight_decay: of AdamW, on matrices only.
@@ -44,6 +46,7 @@ class TrainConfig:
     """
 
     steps: Count = 10_000
+    minutes: Positive | None = None
     batch: Count = 32
     learning_rate: Positive = 1e-3
     warmup_steps: NotNegative = 100

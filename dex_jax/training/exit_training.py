@@ -162,8 +162,7 @@ def texts_of(
         # A run that goes on for more steps reads the same texts in the same order.
         tokens = json.loads(first.read_text()) if first.is_file() else train.steps * train.batch * length
         write_json(first, tokens)
-    about = {"data": mixture.fingerprint(), "length": length}
-    kept = Answers(lm, mixture.item, folder / "answers" if answers is None else answers, about, train.seed)
+    kept = answers_of(config, lm, mixture, folder, answers)
     with contextlib.closing(Display()) as display:
         begin = time.perf_counter()
 
@@ -173,14 +172,28 @@ def texts_of(
             display(Standing(f"texts to learn from, {there} of {tokens} tokens", share, left, share >= 1))
 
         texts = kept.at_least(tokens, told)
-    return Made(texts, Epochs(texts, train.batch, length, train.seed), about | {"tokens": tokens}, kept.folder)
+    about = _texts_from(config, mixture) | {"tokens": tokens}
+    return Made(texts, Epochs(texts, train.batch, length, train.seed), about, kept.folder)
+
+
+def answers_of(
+    config: ExitTraining | EagleTraining, lm: LanguageModel, mixture: Mixture, folder: Path, answers: str | Path | None
+) -> Answers:
+    """The texts of a training as they are made, in `answers`, or in a folder within the run's `folder`."""
+    place = folder / "answers" if answers is None else answers
+    return Answers(lm, mixture.item, place, _texts_from(config, mixture), config.train.seed)
+
+
+def _texts_from(config: ExitTraining | EagleTraining, mixture: Mixture) -> dict[str, Any]:
+    return {"data": mixture.fingerprint(), "length": config.sources.length}
 
 
 def held_out_texts(config: ExitTraining, lm: LanguageModel, mixture: Mixture, file: Path, tell: Tell) -> Groups:
     """Prompts never trained on with the model's greedy answers, by source; made once and kept in a file."""
     if file.is_file():
         return {name: [(p, a) for p, a in texts] for name, texts in json.loads(file.read_text()).items()}
-    tell("answering held-out prompts")
+    if config.evaluation_texts:
+        tell("answering held-out prompts")
     groups: Groups = {}
     for name, items in mixture.held_out.items():
         greedy = [_greedy(item, config.evaluation_tokens) for item in items[: config.evaluation_texts]]

@@ -25,7 +25,7 @@ from dex_jax.language_model import LanguageModel
 from dex_jax.tables import markdown
 
 EXPLORERS = (2, 3, 5, 6, 10)
-"""K of the even grids that figures are given for."""
+"""K of the even grids that an untrained head is measured on. Trained exits are on all that their depths serve."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,8 @@ def grouped_figures(
     """
     if not groups or not all(groups.values()):
         raise DexError("there is nothing to measure: give at least one group, and at least one text in each")
-    grids = [g for g in even_grids(lm.config.num_layers) if set(g[:-1]) <= set(exits.config.depths)]
+    layers, depths = lm.config.num_layers, set(exits.config.depths)
+    grids = [grid for k in range(2, layers + 1) if set((grid := even_depths(k, layers))[:-1]) <= depths]
     forced = force(lm, exits, [text for texts in groups.values() for text in texts], grids, batch=batch)
     found, start = {}, 0
     for name, texts in groups.items():
@@ -198,7 +199,8 @@ def _group_tables(figures: ExitFigures) -> str:
         ]
         for grid in figures.grids
     ]
-    parts.append(markdown(["K", "depth-side speedup", "ticks per token", "coverage with DECS"], by_grid))
+    if by_grid:
+        parts.append(markdown(["K", "depth-side speedup", "ticks per token", "coverage with DECS"], by_grid))
     parts.append(
         f"{figures.tokens} tokens of {figures.texts} texts; {figures.ead[-1]:.3f} of them no trained depth gives; "
         f"the draft vocabulary holds {figures.draft_share:.3f}."

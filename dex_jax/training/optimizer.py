@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import optax
@@ -9,14 +10,21 @@ import optax
 from dex_jax.training.config import TrainConfig
 
 
-def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """The number of steps done -> the rate of the next one: up to the peak, then a cosine down to the last step."""
-    warmup, last = min(config.warmup_steps, config.steps - 1), config.final_rate * config.learning_rate
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps, last)
+def learning_rate(config: TrainConfig, step: int, share: float) -> float:
+    """The rate of the step after so many, when a `share` of the training is done.
+
+    It rises to the peak over the warm-up, and never above a cosine from the peak down to its final share.
+    """
+    risen = 1.0 if step >= config.warmup_steps else step / config.warmup_steps
+    fallen = config.final_rate + (1 - config.final_rate) * (1 + math.cos(math.pi * share)) / 2
+    return config.learning_rate * min(risen, fallen)
 
 
 def make_optimizer(config: TrainConfig, decayed: Any) -> optax.GradientTransformation:
-    """Gradients -> updates. `decayed`, a pytree of bool like the parameters, says what weight decay applies to."""
+    """Gradients -> updates at a learning rate of 1, which the trainer scales.
+
+    `decayed`, a pytree of bool like the parameters, says what weight decay applies to.
+    """
     betas = config.beta1, config.beta2
-    adamw = optax.adamw(learning_rate(config), *betas, config.epsilon, weight_decay=config.weight_decay, mask=decayed)
+    adamw = optax.adamw(1.0, *betas, config.epsilon, weight_decay=config.weight_decay, mask=decayed)
     return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

@@ -95,13 +95,13 @@ class _Run:
     def __init__(self, task: Task, config: TrainConfig, checkpoints: Checkpoints, mesh: Mesh | None, notify: Notify):
         self.task, self.config, self.checkpoints, self.notify = task, config, checkpoints, notify
         self.step = self.tokens = 0
+        self.seconds, self._began = 0.0, time.perf_counter()  # of the processes before this one; when this one began
         record = checkpoints.record()
         if record is not None:
             self._check(record)
         init_key, key = jax.random.split(jax.random.key(config.seed))
         # Copies: the update gives its buffers away, and these may be somebody's weights.
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), task.init(init_key))
-        self.rate = learning_rate(config)
         self.optimizer = make_optimizer(config, task.decayed(params))
         everywhere = None if mesh is None else NamedSharding(mesh, EVERYWHERE)
         self.rows = None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
@@ -113,6 +113,8 @@ class _Run:
         self.update = jax.jit(self._update, donate_argnums=0, out_shardings=places)
         self.journal = Journal(checkpoints.folder, self.step)
         self.figures: list[dict[str, jax.Array]] = []  # of the steps since the last line
+        self.learnt: list[int] = []  # tokens of each of them
+        self.share = self._share()
         self.loss: float | None = None  # the mean of that line
         self._logged = (time.perf_counter(), self.tokens)
         self._begun: tuple[float, int, float] | None = None
@@ -120,15 +122,32 @@ class _Run:
     @property
     def done(self) -> bool:
         """Whether the training is at its end."""
-        return self.step >= self.config.steps
+        return self.share >= 1
+
+    def _spent(self) -> float:
+        """Seconds of all processes so far."""
+        return self.seconds + time.perf_counter() - self._began
+
+    def _share(self) -> float:
+        """The share of the training that is done, by steps or by the clock."""
+        by_steps, minutes = self.step / self.config.steps, self.config.minutes
+        return min(1.0, by_steps if minutes is None else max(by_steps, self._spent() / (60 * minutes)))
 
     def advance(self) -> None:
         """One step and all that is due after it."""
         batch, learnt = self.task.batch(self.step)
-        self.state, figures = self.update(self.state, self.constants, jax.device_put(batch, self.rows))
+        self.rate = learning_rate(self.config, self.step, self.share)
+        self.state, figures = self.update(
+            self.state, self.constants, jax.device_put(batch, self.rows), np.float32(self.rate)
+        )
+        if self.figures:
+            # One step runs while the next is made: further ahead, the clock would say nothing of how far it is.
+            jax.block_until_ready(self.figures[-1])
         self.step += 1
         self.tokens += learnt
         self.figures.append(figures)
+        self.learnt.append(learnt)
+        self.share = self._share()
         every = self.config.eval_every
         saves = self.done or self.step % self.config.checkpoint_every == 0
         evaluates = self.done or (every is not None and self.step % every == 0)
@@ -143,14 +162,16 @@ class _Run:
             self._save()
         self.notify(self._standing(logs or self.step == FIRST_WORD))
 
-    def _update(self, state: TrainState, constants: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        """The next state, and {"loss", "gradient_norm" before clipping, the task's own}."""
+    def _update(
+        self, state: TrainState, constants: Any, batch: Any, rate: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The state after a step at a learning rate, and {"loss", "gradient_norm" before clipping, the task's own}."""
         key = jax.random.fold_in(state.key, state.step)
         batch = self.task.read(constants, batch)
         losses = jax.value_and_grad(self.task.loss, has_aux=True)
         (loss, figures), gradients = losses(state.params, constants, batch, key, state.step)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
         norm = jnp.sqrt(sum(jnp.vdot(gradient, gradient) for gradient in jax.tree.leaves(gradients)))
         figures = {**figures, "loss": loss, "gradient_norm": norm}
         return TrainState(params, opt_state, state.step + 1, state.key), figures
@@ -161,24 +182,25 @@ class _Run:
         seconds, tokens = now - self._logged[0], self.tokens - self._logged[1]
         self._logged = (now, self.tokens)
         speed = tokens / seconds if seconds > 0 else None
-        rate = float(self.rate(self.step - 1))
-        own = {"tokens": self.tokens, "learning_rate": rate, "tokens_per_second": speed, "seconds": seconds}
+        own = {"tokens": self.tokens, "learning_rate": self.rate, "tokens_per_second": speed, "seconds": seconds}
         self.journal.write("train", self.step, {**own, **means})
 
     def _means(self) -> dict[str, float]:
-        """What updates reported since the last line. DexError: a loss or gradient is not finite; nothing is saved."""
+        """Means over the tokens since the last line. DexError: a loss or gradient is not finite; nothing is saved."""
         figures, self.figures = jax.device_get(self.figures), []
+        learnt, self.learnt = np.maximum(self.learnt, 1e-9), []
         for step, each in enumerate(figures, self.step - len(figures) + 1):
             for name, value in (("loss", each["loss"]), ("gradient", each["gradient_norm"])):
                 if not math.isfinite(value):
                     why = f"the {name} of step {step} is {value}: checkpoints from before it are kept"
                     raise DexError(f"{why}; lower the learning rate or clip_norm, and train in another folder")
-        return {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
+        return {name: float(np.average([each[name] for each in figures], weights=learnt)) for name in figures[0]}
 
     def _save(self) -> None:
         record = {
             "step": self.step,
             "tokens": self.tokens,
+            "seconds": self._spent(),
             "config": dataclasses.asdict(self.config),
             "task": self.task.name,
             "settings": plain(self.task.settings()),
@@ -189,9 +211,13 @@ class _Run:
     def _restore(self, record: Record) -> None:
         params, rest = self.checkpoints.restore(params=self.state.params, rest=self._rest())
         self.state = TrainState(params, rest.opt_state, rest.step, jax.random.wrap_key_data(rest.key))
-        self.step, self.tokens = record["step"], record["tokens"]
-        end = " That is all of it: nothing is left to do." if self.done else ""
-        self.notify(f"Resuming from step {self.step} of {self.config.steps} in {self.checkpoints.folder}.{end}")
+        self.step, self.tokens, self.seconds = record["step"], record["tokens"], record.get("seconds", 0.0)
+        end = " That is all of it: nothing is left to do." if self._share() >= 1 else ""
+        self.notify(f"Resuming from step {self._of_steps(' of ')} in {self.checkpoints.folder}.{end}")
+
+    def _of_steps(self, of: str) -> str:
+        """The step, and of how many where their number ends the training."""
+        return f"{self.step}{of}{self.config.steps}" if self.config.minutes is None else str(self.step)
 
     def _rest(self) -> TrainState:
         return self.state._replace(params=None, key=jax.random.key_data(self.state.key))
@@ -220,16 +246,15 @@ class _Run:
             )
 
     def _standing(self, logged: bool) -> Standing:
-        now, share = time.perf_counter(), self.step / self.config.steps
-        left = None
-        what = f"step {self.step}/{self.config.steps}, {_amount(self.tokens)} tokens"
+        now, share, left = time.perf_counter(), self.share, None
+        what = f"step {self._of_steps('/')}, {_amount(self.tokens)} tokens"
         if self._begun is None:
             # Not before: the first step compiles.
             self._begun = (now, self.tokens, share)
         else:
             begun, tokens, done = self._begun
             what += f", {_amount((self.tokens - tokens) / (now - begun))} tokens/s"
-            left = (now - begun) * (1 - share) / (share - done)
+            left = (now - begun) * (1 - share) / max(share - done, 1e-9)
         return Standing(what if self.loss is None else f"{what}, loss {self.loss:.4f}", share, left, logged)
 
 

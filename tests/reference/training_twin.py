@@ -25,11 +25,8 @@ def train_linear_map(task, config, params, key):
         loss, gradients = loss_and_gradients(params, np.asarray(batch, np.float64), np.asarray(kept), target)
         losses.append(loss)
         norm = math.sqrt(sum((value**2).sum() for value in gradients.values()))
-        warmup = config.warmup_steps
-        share = step / warmup
-        if step >= warmup:
-            cosine = (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup))) / 2
-            share = config.final_rate + (1 - config.final_rate) * cosine
+        cosine = (1 + math.cos(math.pi * step / config.steps)) / 2
+        share = min(step / config.warmup_steps, config.final_rate + (1 - config.final_rate) * cosine)
         for name in params:
             gradient = gradients[name] * min(1.0, config.clip_norm / norm)
             first[name] = config.beta1 * first[name] + (1 - config.beta1) * gradient

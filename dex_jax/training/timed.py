@@ -1,0 +1,323 @@
+"""A training of so many minutes without a configuration: what it chooses by itself, and what it brought by the clock.
+
+A part of the time goes into texts, the rest into learning from them, and the last minutes into decoding prompts kept
+aside. plan.json in the run's folder holds what was chosen, so that the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dex_jax.config import ExitsConfig
+from dex_jax.decoding.generate import generate
+from dex_jax.decoding.program import compile_seconds
+from dex_jax.decoding.request import AR
+from dex_jax.errors import DexError
+from dex_jax.grid import even_depths
+from dex_jax.io.whole_files import write_json
+from dex_jax.language_model import LanguageModel
+from dex_jax.progress import Display, Standing
+from dex_jax.tables import markdown
+from dex_jax.training.answers import Answers, Text
+from dex_jax.training.config import TrainConfig
+from dex_jax.training.distillation import Distillation, DistillationOptions, draft_vocabulary
+from dex_jax.training.exit_training import ExitTraining, Tell, answers_of, held_out_texts, train_exits
+from dex_jax.training.packing import Epochs
+from dex_jax.training.sources import SourceOptions, open_mixture
+from dex_jax.training.trainer import train
+
+PLAN, ASIDE = "plan.json", "kept_aside.json"
+
+DATA = ("self=0.6", "python-stdlib=0.4")
+"""Where prompts come from when nobody names any: nothing has to be downloaded."""
+
+STARTS = ("", "Write a Python function", "Explain", "What is", "How do I", "Solve this problem:", "Write a story")
+
+LENGTH = 256
+"""Tokens of a row, and of the longest text."""
+
+EPOCHS = 2
+"""How often each text should be read."""
+
+COMPARING, LONGEST_COMPARISON = 0.1, 240.0
+"""The share of the time, and the most seconds, for decoding what was kept aside."""
+
+COMPILING = 3.0
+"""The comparison's programs take so many times as long to compile as those that write texts."""
+
+FEWEST_COMPARED = 4
+"""So many prompts are compared however long it takes."""
+
+STEPS = 1500
+"""Batches grow as long as there are more steps than this."""
+
+ROWS, MOST_ROWS = 4, 64
+"""The smallest and the largest batch."""
+
+LARGEST_VOCABULARY = 8192
+"""More rows of the unembedding cost more in every drafted level than rare tokens bring."""
+
+FASTER = 1.03
+"""What is recommended is faster than what it is compared with by this factor at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The choices of a run, made once and kept, as a training that goes on must not choose anew."""
+
+    seconds: float = 0.0  # that went by before training began, or so far
+    tokens: int = 0  # of the texts; 0 while they are being written, and nothing is chosen
+    batch: int = 0  # rows
+    draft_size: int = 0
+    warmup_steps: int = 0
+    checkpoint_every: int = 0  # steps, about a minute
+    compiling: float = 0.0  # seconds that the programs of the comparison should take to compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How one way to decode did on the prompts kept aside: medians over them."""
+
+    name: str
+    tokens_per_tick: float
+    tokens_per_second: float
+    over_plain: float  # times as fast as plain decoding
+
+
+def train_for(
+    lm: LanguageModel,
+    minutes: float,
+    folder: str | Path,
+    *,
+    explorers: int | None = None,
+    data: Sequence[str] = DATA,
+    given: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    answers: str | Path | None = None,
+    tell: Tell = print,
+) -> list[Way]:
+    """Trains a drafter, or exits for some explorers, in so many minutes; exits.safetensors is in the folder then.
+
+    Called again it goes on where the folder has got to; more minutes than before make it go on for longer.
+
+    Args:
+      lm: the model, loaded with the weights that it will run with.
+      minutes: for all of it, compiling included.
+      folder: of the run.
+      explorers: K of the even grid whose exits are trained; None trains a drafter.
+      data: as of ExitTraining.
+      given: fields of TrainConfig that are not to be chosen here: batch, learning_rate, seed.
+      mesh, answers, tell: as of `train_exits`.
+
+    Returns:
+      What decoding prompts kept aside came to, plain decoding first; nothing for exits, which no single device shows.
+
+    Raises:
+      DexError: as of `train_exits`, or no minutes that could be enough.
+    """
+    folder = Path(folder)
+    config = choices(lm, explorers, data, given or {})
+    mixture = open_mixture(config.data, lm, config.sources, tell)
+    plan, comparing = _plan_of(folder), 0.0 if explorers else min(COMPARING * 60 * minutes, LONGEST_COMPARISON)
+    if not plan.tokens:
+        kept = answers_of(config, lm, mixture, folder, answers)
+        timing = _Timing(config, lm, folder / PLAN, mesh, fixed="batch" in (given or {}))
+        plan = timing.plan(kept, plan.seconds, 60 * minutes - comparing, tell)
+    learning = minutes - (plan.seconds + plan.compiling + comparing) / 60
+    if learning <= 0:
+        raise DexError(
+            f"{minutes:g} minutes are over with the texts to learn from, which took {plan.seconds / 60:.1f}: give more "
+            "--minutes, and they are used"
+        )
+    aside = held_out_texts(config, lm, mixture, folder / ASIDE, tell)
+    config = _planned(config, plan, learning, evaluation_texts=config.evaluation_texts if explorers else 0)
+    train_exits(config, lm, folder, mesh=mesh, answers=answers, tell=tell)
+    if explorers:
+        return []
+    # The first of every source, then the second of each: a short comparison sees all of them.
+    prompts = [text[0] for row in itertools.zip_longest(*aside.values()) for text in row if text is not None]
+    return compare(lm, folder, prompts, comparing)
+
+
+def choices(lm: LanguageModel, explorers: int | None, data: Sequence[str], given: Mapping[str, Any]) -> ExitTraining:
+    """Choose what does not hang on the device: shapes, data, the learning rate. DexError: explorers that do not fit."""
+    layers, width = lm.config.num_layers, lm.config.width
+    if explorers is not None and not 2 <= explorers <= layers:
+        raise DexError(f"exits serve 2 to {layers} explorers in a model of {layers} layers, not {explorers}")
+    size = min(LARGEST_VOCABULARY, lm.config.vocab_size)
+    if explorers is None:
+        hidden = 64 * round(width * 8 / 3 / 64) or 64
+        exits = ExitsConfig(kind="mlp", fused=True, depths=(0,), width=width, hidden=hidden, draft_size=size)
+    else:
+        depths = even_depths(explorers, layers)[:-1]
+        exits = ExitsConfig(kind="linear", fused=True, depths=depths, width=width, draft_size=size)
+    # Updates of wide matrices add up over more inputs.
+    settings: dict[str, Any] = {"batch": ROWS, "learning_rate": 2e-3 * min(1.0, 576 / width), **given}
+    return ExitTraining(
+        exits=exits,
+        train=TrainConfig(steps=10**9, final_rate=0.02, eval_every=None, **settings),
+        model=lm.source,
+        data=tuple(data),
+        sources=SourceOptions(length=LENGTH, prompt_weight=0.3, held_out_least=8, starts=STARTS),
+        options=DistillationOptions(draft_steps=1 if explorers else 4),
+    )
+
+
+def _plan_of(folder: Path) -> Plan:
+    file = folder / PLAN
+    if not file.is_file():
+        return Plan()
+    try:
+        return Plan(**json.loads(file.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DexError(f"{file} is damaged: name another --folder") from error
+
+
+class _Timing(NamedTuple):
+    """Chooses what hangs on the device, and on how fast it is."""
+
+    config: ExitTraining
+    lm: LanguageModel
+    file: Path  # where the plan is kept
+    mesh: Mesh | None
+    fixed: bool  # whether the size of a batch was given
+
+    def plan(self, kept: Answers, spent: float, end: float, tell: Tell) -> Plan:
+        """Write texts until the time left is what reading them EPOCHS times takes; of `end` seconds some are spent."""
+        begin, config = time.perf_counter() - spent, self.config
+        texts: list[Text] = []
+        seconds_a_token, tokens = 0.0, 0
+        with contextlib.closing(Display()) as display:
+            for shard in kept.shards():
+                texts += shard
+                tokens += sum(len(text.token) for text in shard)
+                if not seconds_a_token:
+                    tell("measuring a step of training")
+                    seconds_a_token = self.seconds_a_token(texts)
+                compiling = 0.0 if config.exits.depths[0] else COMPILING * compile_seconds()
+                spent = time.perf_counter() - begin
+                left = end - spent - compiling
+                write_json(self.file, dataclasses.asdict(Plan(spent)))
+                display(Standing(f"texts to learn from, {tokens} tokens", min(1.0, spent / end), end - spent, True))
+                if tokens * EPOCHS * seconds_a_token >= left:
+                    break
+        steps, doubled = max(1.0, left / (seconds_a_token * config.train.batch * LENGTH)), 0
+        while not self.fixed and steps > 2 * STEPS and config.train.batch * 2**doubled < MOST_ROWS:
+            steps, doubled = steps / 2, doubled + 1
+        different = len(np.unique(np.concatenate([text.token for text in texts])))
+        plan = Plan(
+            seconds=spent,
+            tokens=tokens,
+            batch=config.train.batch * 2**doubled,
+            draft_size=min(config.exits.draft_size or different, different),
+            warmup_steps=max(1, min(100, int(steps / 20))),
+            checkpoint_every=max(1, int(60 * steps / max(left, 60.0))),
+            compiling=compiling,
+        )
+        write_json(self.file, dataclasses.asdict(plan))
+        return plan
+
+    def seconds_a_token(self, texts: Sequence[Text]) -> float:
+        """How long it takes to learn from one token: a few steps of the training, thrown away."""
+        config, lm = self.config, self.lm
+        rows = Epochs(texts, config.train.batch, LENGTH, config.train.seed)
+        vocabulary = draft_vocabulary(lm, texts, config.exits.draft_size or lm.config.vocab_size)
+        exits = dataclasses.replace(config.exits, norm_eps=lm.config.norm_eps)
+        task = Distillation(lm, exits, vocabulary, rows, None, config.options, None, None)
+        settings, times = dataclasses.replace(config.train, steps=5, warmup_steps=1), []
+        with tempfile.TemporaryDirectory() as folder:
+            train(task, settings, folder, mesh=self.mesh, notify=lambda _: times.append(time.perf_counter()))
+        # The first step compiles, the last one saves.
+        tokens = np.mean([np.sum(rows.batch(step).position >= 0) for step in range(5)])
+        return float(np.median(np.diff(times[1:-1])) / tokens)
+
+
+def _planned(config: ExitTraining, plan: Plan, minutes: float, evaluation_texts: int) -> ExitTraining:
+    settings = dataclasses.replace(
+        config.train,
+        minutes=minutes,
+        batch=plan.batch,
+        warmup_steps=plan.warmup_steps,
+        checkpoint_every=plan.checkpoint_every,
+        log_every=max(1, plan.checkpoint_every // 4),
+    )
+    exits = dataclasses.replace(config.exits, draft_size=plan.draft_size)
+    return dataclasses.replace(
+        config, exits=exits, train=settings, tokens=plan.tokens, evaluation_texts=evaluation_texts
+    )
+
+
+def compare(
+    lm: LanguageModel, folder: Path, prompts: Sequence[Sequence[int]], seconds: float, tokens: int = 64
+) -> list[Way]:
+    """Decode prompts in turns: plainly, as decode.py does without what was trained, and with it.
+
+    Args:
+      lm: the model.
+      folder: of the exits.
+      prompts: token ids of each.
+      seconds: rounds over all prompts go on for so long; there is one at least.
+      tokens: of each answer.
+    """
+    ways: dict[str, dict[str, Any]] = {
+        "plain decoding": {"method": AR(), "exits": "shared"},
+        "decode.py without it": {"method": None, "exits": "default"},
+        "decode.py with it": {"method": None, "exits": str(folder)},
+    }
+    times: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in ways}
+    ticks: dict[str, list[float]] = {name: [math.nan] * len(prompts) for name in ways}
+    end, number = math.inf, -1
+    with contextlib.closing(Display()) as display:
+        # A first round, of one prompt, compiles.
+        while number < 1 or time.perf_counter() < end:
+            for at, prompt in enumerate(prompts if number >= 0 else prompts[:1]):
+                if at >= FEWEST_COMPARED and time.perf_counter() > end:
+                    break
+                for name in list(ways)[:: 1 if number % 2 else -1]:
+                    out = generate(lm, [list(prompt)], max_new_tokens=tokens, **ways[name])
+                    made = int(out.lengths[0]) - 1
+                    if number >= 0 and made:
+                        times[name][at].append(out.stats.decode_seconds / made)
+                        ticks[name][at] = made / int(np.asarray(out.stats.ticks)[0])
+                if number >= 0:
+                    left = max(0.0, end - time.perf_counter())
+                    display(Standing("decoding prompts kept aside", 1 - left / max(seconds, left, 1.0), left, False))
+            if number < 0:
+                end = time.perf_counter() + seconds
+            number += 1
+    medians = {name: np.array([np.median(each) if each else math.nan for each in rows]) for name, rows in times.items()}
+    plain = medians["plain decoding"]
+    return [
+        Way(name, float(np.nanmedian(ticks[name])), float(np.nanmedian(1 / own)), float(np.nanmedian(plain / own)))
+        for name, own in medians.items()
+    ]
+
+
+def table(ways: Sequence[Way]) -> str:
+    """The figures of `compare` as markdown."""
+    rows = [
+        [way.name, f"{way.tokens_per_tick:.2f}", f"{way.tokens_per_second:.1f}", f"{way.over_plain:.2f}"]
+        for way in ways
+    ]
+    return markdown(["on prompts kept aside, medians", "tokens a tick", "tokens a second", "over plain"], rows)
+
+
+def best(ways: Sequence[Way]) -> str:
+    """The name of the way to recommend: one that needs more is faster by FASTER than those that need less."""
+    chosen = ways[0]
+    for way in ways[1:]:
+        if way.over_plain > FASTER * chosen.over_plain:
+            chosen = way
+    return chosen.name
