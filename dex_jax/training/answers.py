@@ -55,13 +55,16 @@ class Text:
         return int(np.sum(self.weight > 0))
 
 
-def write_texts(lm: LanguageModel, items: Sequence[Item], seeds: Sequence[int]) -> list[Text]:
+def write_texts(
+    lm: LanguageModel, items: Sequence[Item], seeds: Sequence[int], heard: Callable[[], None] = lambda: None
+) -> list[Text]:
     """Lets the model write each item's free parts; a text does not depend on those beside it where sums do not.
 
     Args:
       lm: the model.
       items: at least one.
       seeds: of each item's sampled parts.
+      heard: called after every batch.
     """
     tokens: list[list[int]] = [[] for _ in items]
     weights: list[list[float]] = [[] for _ in items]  # how much predicting each of these tokens counts
@@ -79,7 +82,7 @@ def write_texts(lm: LanguageModel, items: Sequence[Item], seeds: Sequence[int]) 
         for how, members in asked.items():
             limits = [items[i].turns[number].limit for i in members]
             prompts, own = [tokens[i] for i in members], [seeds[i] for i in members]
-            for i, free in zip(members, _continued(lm, prompts, limits, how, own), strict=True):
+            for i, free in zip(members, _continued(lm, prompts, limits, how, own, heard), strict=True):
                 tokens[i] += free
                 weights[i] += [1.0] * len(free)
     return [
@@ -93,7 +96,12 @@ def _after(turn: Turn) -> float:
 
 
 def _continued(
-    lm: LanguageModel, prompts: list[list[int]], limits: list[int], how: tuple[float, float], seeds: Sequence[int]
+    lm: LanguageModel,
+    prompts: list[list[int]],
+    limits: list[int],
+    how: tuple[float, float],
+    seeds: Sequence[int],
+    heard: Callable[[], None],
 ) -> list[list[int]]:
     """Let the model go on after each prompt; an end token is left out."""
     temperature, top_p = how
@@ -107,6 +115,7 @@ def _continued(
         rows = zip(out.tokens, out.lengths, limits[part], strict=True)
         said = [[int(token) for token in row[: min(length, limit)]] for row, length, limit in rows]
         found += [each[:-1] if each and each[-1] in lm.eos_ids else each for each in said]
+        heard()
     return found
 
 
@@ -119,15 +128,22 @@ class Answers:
       folder: made if need be.
       about: plain JSON, what decides the texts beside the model.
       seed: of what the model samples.
+      heard: called after every batch that the model answers.
 
     Raises:
       DexError: the folder holds texts of another model or other data, or cannot be written.
     """
 
     def __init__(
-        self, lm: LanguageModel, item: Callable[[int], Item], folder: str | Path, about: dict[str, Any], seed: int
+        self,
+        lm: LanguageModel,
+        item: Callable[[int], Item],
+        folder: str | Path,
+        about: dict[str, Any],
+        seed: int,
+        heard: Callable[[], None] = lambda: None,
     ):
-        self._lm, self._item, self._seed, self.folder = lm, item, seed, Path(folder)
+        self._lm, self._item, self._seed, self.folder, self._heard = lm, item, seed, Path(folder), heard
         about = {"model": lm.fingerprint, "weights": lm.weights_kind, "seed": seed, "shard": SHARD, **about}
         file = self.folder / "about.json"
         if not file.is_file():
@@ -188,7 +204,7 @@ class Answers:
             if not self._file(number).is_file():
                 numbers = range(number * SHARD, (number + 1) * SHARD)
                 items, seeds = [self._item(i) for i in numbers], [(self._seed << 32) + i for i in numbers]
-                write_whole(self._file(number), _packed(write_texts(self._lm, items, seeds)))
+                write_whole(self._file(number), _packed(write_texts(self._lm, items, seeds, self._heard)))
         (self.folder / f"{number:06}.lock").unlink(missing_ok=True)
         return True
 

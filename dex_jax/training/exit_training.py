@@ -177,11 +177,16 @@ def texts_of(
 
 
 def answers_of(
-    config: ExitTraining | EagleTraining, lm: LanguageModel, mixture: Mixture, folder: Path, answers: str | Path | None
+    config: ExitTraining | EagleTraining,
+    lm: LanguageModel,
+    mixture: Mixture,
+    folder: Path,
+    answers: str | Path | None,
+    heard: Callable[[], None] = lambda: None,
 ) -> Answers:
     """The texts of a training as they are made, in `answers`, or in a folder within the run's `folder`."""
     place = folder / "answers" if answers is None else answers
-    return Answers(lm, mixture.item, place, _texts_from(config, mixture), config.train.seed)
+    return Answers(lm, mixture.item, place, _texts_from(config, mixture), config.train.seed, heard)
 
 
 def _texts_from(config: ExitTraining | EagleTraining, mixture: Mixture) -> dict[str, Any]:

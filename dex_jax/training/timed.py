@@ -132,9 +132,11 @@ def train_for(
     mixture = open_mixture(config.data, lm, config.sources, tell)
     plan, comparing = _plan_of(folder), 0.0 if explorers else min(COMPARING * 60 * minutes, LONGEST_COMPARISON)
     if not plan.tokens:
-        kept = answers_of(config, lm, mixture, folder, answers)
-        timing = _Timing(config, lm, folder / PLAN, mesh, fixed="batch" in (given or {}))
-        plan = timing.plan(kept, plan.seconds, 60 * minutes - comparing, tell)
+        with contextlib.closing(Display()) as display:
+            fixed, begin = "batch" in (given or {}), time.perf_counter() - plan.seconds
+            timing = _Timing(config, lm, folder / PLAN, mesh, fixed, begin, 60 * minutes, display)
+            kept = answers_of(config, lm, mixture, folder, answers, timing.say)
+            plan = timing.plan(kept, comparing)
     learning = minutes - (plan.seconds + plan.compiling + comparing) / 60
     if learning <= 0:
         raise DexError(
@@ -193,26 +195,33 @@ class _Timing(NamedTuple):
     file: Path  # where the plan is kept
     mesh: Mesh | None
     fixed: bool  # whether the size of a batch was given
+    begin: float  # of the clock, less what earlier processes spent
+    seconds: float  # of all
+    display: Display
 
-    def plan(self, kept: Answers, spent: float, end: float, tell: Tell) -> Plan:
-        """Write texts until the time left is what reading them EPOCHS times takes; of `end` seconds some are spent."""
-        begin, config = time.perf_counter() - spent, self.config
-        texts: list[Text] = []
+    def say(self, what: str = "writing texts to learn from") -> None:
+        """Show what goes on, and how much of the time is left."""
+        spent = time.perf_counter() - self.begin
+        self.display(Standing(what, min(1.0, spent / self.seconds), max(0.0, self.seconds - spent), True))
+
+    def plan(self, kept: Answers, comparing: float) -> Plan:
+        """Write texts until the time left is what reading them EPOCHS times takes, and `comparing` seconds."""
+        config, texts = self.config, list[Text]()
         seconds_a_token, tokens = 0.0, 0
-        with contextlib.closing(Display()) as display:
-            for shard in kept.shards():
-                texts += shard
-                tokens += sum(len(text.token) for text in shard)
-                if not seconds_a_token:
-                    tell("measuring a step of training")
-                    seconds_a_token = self.seconds_a_token(texts)
-                compiling = 0.0 if config.exits.depths[0] else COMPILING * compile_seconds()
-                spent = time.perf_counter() - begin
-                left = end - spent - compiling
-                write_json(self.file, dataclasses.asdict(Plan(spent)))
-                display(Standing(f"texts to learn from, {tokens} tokens", min(1.0, spent / end), end - spent, True))
-                if tokens * EPOCHS * seconds_a_token >= left:
-                    break
+        self.say()
+        for shard in kept.shards():
+            texts += shard
+            tokens += sum(len(text.token) for text in shard)
+            if not seconds_a_token:
+                self.say("measuring a step of training")
+                seconds_a_token = self.seconds_a_token(texts)
+            compiling = 0.0 if config.exits.depths[0] else COMPILING * compile_seconds()
+            spent = time.perf_counter() - self.begin
+            left = self.seconds - spent - compiling - comparing
+            write_json(self.file, dataclasses.asdict(Plan(spent)))
+            self.say(f"texts to learn from, {tokens} tokens")
+            if tokens * EPOCHS * seconds_a_token >= left:
+                break
         steps, doubled = max(1.0, left / (seconds_a_token * config.train.batch * LENGTH)), 0
         while not self.fixed and steps > 2 * STEPS and config.train.batch * 2**doubled < MOST_ROWS:
             steps, doubled = steps / 2, doubled + 1
