@@ -16,7 +16,6 @@ from dex_jax.progress import phases
 
 if TYPE_CHECKING:
     from dex_jax.io.exits_file import TrainedExits
-    from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
 
 COMMANDS = {"export": (export_parser, export), "evaluate": (evaluate_parser, evaluate)}
@@ -49,15 +48,6 @@ def _train(args: argparse.Namespace) -> None:
     with phases():
         config = configured(args)
 
-    from dex_jax.training.exit_training import ExitTraining
-
-    if isinstance(config, ExitTraining):
-        _train_exits(config, args)
-    else:
-        _train_eagle(config, args)
-
-
-def _train_exits(config: ExitTraining, args: argparse.Namespace) -> None:
     from dex_jax.io.exits_file import FILE_NAME
     from dex_jax.language_model import load
     from dex_jax.training.exit_training import train_exits
@@ -105,17 +95,6 @@ def _train_timed(args: argparse.Namespace) -> None:
 def _decode(model: str) -> str:
     """The command that decodes with a model, without a prompt."""
     return program("decode.py") + ("" if model == DEFAULT_MODEL else f" --model {model}")
-
-
-def _train_eagle(config: EagleTraining, args: argparse.Namespace) -> None:
-    from dex_jax.language_model import load
-    from dex_jax.training.eagle_training import train_eagle
-
-    if args.init_from is not None or args.devices > 1:
-        raise DexError("--init-from and --devices are not for the training of an EAGLE-3 head: leave them out")
-    lm, tell = load(config.model, config.train.dtype), functools.partial(print, flush=True)
-    head = train_eagle(config, lm, folder_of(args), answers=args.answers, tell=tell)
-    print(f'The head is in {head.source}. Use it: {_decode(config.model)} --exits {head.source} --prompt "..."')
 
 
 def _exits_to_start_from(name: str, config: ExitTraining) -> TrainedExits:

@@ -14,10 +14,7 @@ from dex_jax.errors import DexError
 from dex_jax.progress import notify
 
 if TYPE_CHECKING:
-    from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
-
-    Config = ExitTraining | EagleTraining
 
 OF_EVERY_TRAINING = ("batch", "dtype")
 OF_THE_LAST_TRAINING = ("steps", "minutes", "learning_rate", "seed")
@@ -123,13 +120,12 @@ def evaluate_parser() -> argparse.ArgumentParser:
     return p
 
 
-def read_config(path: str) -> Config:
+def read_config(path: str) -> ExitTraining:
     """The `config` of a Python file. DexError: no such file, an error in it, or no configuration in it."""
     if not Path(path).is_file():
         raise DexError(f"there is no configuration file {path}: give one such as configs/smollm2_135m.py")
 
     notify("importing JAX")
-    from dex_jax.training.eagle_training import EagleTraining
     from dex_jax.training.exit_training import ExitTraining
 
     try:
@@ -140,19 +136,19 @@ def read_config(path: str) -> Config:
     except (Exception, SystemExit) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise DexError(f"{path} cannot be run as a configuration ({why}): mend it") from error
-    if not isinstance(found, ExitTraining | EagleTraining):
+    if not isinstance(found, ExitTraining):
         has = "defines no `config`" if found is None else f"defines `config` as {type(found).__name__}"
-        raise DexError(f"{path} {has}: make it an ExitTraining or an EagleTraining")
+        raise DexError(f"{path} {has}: make it an ExitTraining")
     return found
 
 
-def configured(args: argparse.Namespace) -> Config:
+def configured(args: argparse.Namespace) -> ExitTraining:
     """The configuration of --config with what flags change. DexError: as `read_config`, or flags that do not fit it."""
     config = read_config(args.config)
     return _configured(config, args, (*OF_EVERY_TRAINING, *OF_THE_LAST_TRAINING))
 
 
-def _configured(config: Config, args: argparse.Namespace, names: Sequence[str]) -> Config:
+def _configured(config: ExitTraining, args: argparse.Namespace, names: Sequence[str]) -> ExitTraining:
     def given(*names: str) -> dict[str, Any]:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
@@ -161,10 +157,9 @@ def _configured(config: Config, args: argparse.Namespace, names: Sequence[str]) 
         changes["data"] = tuple(args.data)
     if args.tokens is not None:
         changes["tokens"] = args.tokens
-    first = getattr(config, "first", None)
-    if first is not None:
+    if config.first is not None:
         # What one starts from takes the place of a first training.
-        changes["first"] = None if args.init_from is not None else _configured(first, args, OF_EVERY_TRAINING)
+        changes["first"] = None if args.init_from is not None else _configured(config.first, args, OF_EVERY_TRAINING)
     return dataclasses.replace(config, **changes)
 
 

@@ -17,9 +17,7 @@ from dex_jax.foreign import local_path, reading, refuse, typed
 from dex_jax.io.huggingface import SafetensorsFiles, json_of
 from dex_jax.io.huggingface_config import huggingface_config
 from dex_jax.io.opening import from_hub, is_hub_id
-from dex_jax.io.save import config_json
 from dex_jax.io.tensor_names import LAYER_NAMES, stacked_shape
-from dex_jax.io.whole_files import write_json, write_whole
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
@@ -216,33 +214,3 @@ def fit_eagle(head: EagleHead, model: ModelConfig) -> EagleHead:
         (not config.own_embedding and width != model.width, f"has the width {width} and no embeddings {where}"),
     )
     return dataclasses.replace(head, config=dataclasses.replace(config, reads=reads))
-
-
-def save_eagle(folder: str | os.PathLike, head: EagleHead) -> None:
-    """Writes a head as SafeAILab's are, which vLLM reads too: config.json and model.safetensors, float32.
-
-    A DexError: a head with norms or a residual that this form has no word for, or a folder that cannot be written.
-    """
-    from safetensors.numpy import save
-
-    config, layer = head.config, head.config.layer
-    normed = config.norm_states is not None or config.norm_before_residual or config.norm_output
-    refuse(head.source, (normed, "has norms that SafeAILab's form of EAGLE-3 lacks: keep the form that it came in"))
-    about = config_json(layer) | {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "draft_vocab_size": config.draft_size,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "eagle_aux_hidden_state_layer_ids": list(config.reads),
-    }
-    size = layer.head_dim
-    rows = {"layer.qkv": [layer.num_heads * size, layer.num_kv_heads * size], "layer.gate_up": [layer.mlp_width]}
-    tensors: dict[str, np.ndarray] = {}
-    for name, value in head.parameters.items():
-        bounds = np.cumsum(rows.get(name, []), dtype=int).tolist()
-        tensors |= zip(_parts(name, "midlayer."), np.split(np.asarray(value, np.float32), bounds), strict=True)
-    if head.vocabulary is not None:
-        tensors["d2t"] = head.vocabulary.astype(np.int64) - np.arange(len(head.vocabulary))
-        tensors["t2d"] = np.isin(np.arange(layer.vocab_size), head.vocabulary)
-    write_whole(Path(folder) / "model.safetensors", save(tensors, {"format": "pt"}))
-    write_json(Path(folder) / "config.json", about)

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -35,9 +35,6 @@ from dex_jax.training.journal import read_journal
 from dex_jax.training.packing import Epochs
 from dex_jax.training.sources import Mixture, SourceOptions, open_mixture
 from dex_jax.training.trainer import Trained, train
-
-if TYPE_CHECKING:
-    from dex_jax.training.eagle_training import EagleTraining
 
 Tell = Callable[[str], None]
 Groups = dict[str, list[Prompted]]
@@ -153,7 +150,7 @@ class Made(NamedTuple):
 
 
 def texts_of(
-    config: ExitTraining | EagleTraining, lm: LanguageModel, mixture: Mixture, folder: Path, answers: str | Path | None
+    config: ExitTraining, lm: LanguageModel, mixture: Mixture, folder: Path, answers: str | Path | None
 ) -> Made:
     """The texts that a training reads: so many that it reads each once, or config.tokens of them."""
     length, train = config.sources.length, config.train
@@ -177,7 +174,7 @@ def texts_of(
 
 
 def answers_of(
-    config: ExitTraining | EagleTraining,
+    config: ExitTraining,
     lm: LanguageModel,
     mixture: Mixture,
     folder: Path,
@@ -189,7 +186,7 @@ def answers_of(
     return Answers(lm, mixture.item, place, _texts_from(config, mixture), config.train.seed, heard)
 
 
-def _texts_from(config: ExitTraining | EagleTraining, mixture: Mixture) -> dict[str, Any]:
+def _texts_from(config: ExitTraining, mixture: Mixture) -> dict[str, Any]:
     return {"data": mixture.fingerprint(), "length": config.sources.length}
 
 
