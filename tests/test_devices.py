@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import slow
 from reference.small_models import LLAMA, outline_of, random_exits, random_transformer
 
 import dex_jax
@@ -22,7 +23,7 @@ from dex_jax.nn.weights import packed_alike
 from dex_jax.planner import SHAPES
 
 
-@pytest.mark.parametrize(("method", "dtype"), [(AR(), jnp.float32), (Dex(explorers=2, draft=False), jnp.bfloat16)])
+@pytest.mark.parametrize(("method", "dtype"), [(AR(), jnp.float32), slow(Dex(explorers=2, draft=False), jnp.bfloat16)])
 def test_what_is_counted_is_what_is_allocated(method, dtype) -> None:
     lm = dex_jax.LanguageModel(random_transformer(LLAMA, seed=0, dtype=dtype), None, "random", "0")
     plan = plan_for(method, LLAMA.num_layers)

@@ -81,6 +81,7 @@ def test_the_library_examples_run(page, monkeypatch, capsys, tmp_path) -> None:
         assert (tmp_path / "lattice.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_loop_with_a_model_of_ones_own_runs() -> None:
     page = SimpleNamespace(**run_page("docs/howto_own_model.md"))
     tokens = page.done.record.tokens[0].tolist()

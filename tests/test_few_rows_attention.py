@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from test_few_rows import needs_compiler
 
 from dex_jax.nn import few_rows
@@ -44,11 +45,12 @@ def plain_attention(queries: np.ndarray, sources: list[KeyValues], cap: float | 
     return out
 
 
-SIZES = [(1, 9, 3, 16, None), (2, 4, 4, 48, 0.7), (5, 6, 1, 144, None), (8, 9, 3, 64, None), (70, 4, 2, 16, 50.0)]
+SIZES = [(8, 9, 3, 64, None), (70, 4, 2, 16, 50.0)]
+MORE = [slow(1, 9, 3, 16, None), slow(2, 4, 4, 48, 0.7), slow(5, 6, 1, 144, None)]
 
 
 @needs_compiler
-@pytest.mark.parametrize(("rows", "heads", "groups", "width", "cap"), SIZES)
+@pytest.mark.parametrize(("rows", "heads", "groups", "width", "cap"), [*SIZES, *MORE])
 def test_attention_and_each_row_alone(rows: int, heads: int, groups: int, width: int, cap: float | None) -> None:
     queries, sources = attention_of(rows, rows, heads, groups, width, [37, 5, rows])
     capped = functools.partial(attend, cap=cap)
@@ -64,7 +66,7 @@ def test_attention_and_each_row_alone(rows: int, heads: int, groups: int, width:
         chex.assert_trees_all_equal(capped(queries[:, r : r + 1], own), found[:, r : r + 1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
 def test_xla_scores_no_more_of_a_cache_than_rows_see(dtype: str) -> None:
     queries, (cached, own) = attention_of(6, 40, 4, 2, 16, [2 * KEY_BLOCK + 44, 40])
     seen = np.arange(cached.mask.shape[2]) < np.array([290, 3])[:, None, None]

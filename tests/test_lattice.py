@@ -17,6 +17,14 @@ STAGES, ROWS = 4, 3
 quantized = jax.jit(lat.quantized)
 
 
+@jax.jit
+def ended(lattice: Lattice, final: jax.Array, tick: jax.Array) -> tuple[lat.Path, Lattice]:
+    """What a tick commits of one level, and what it leaves."""
+    path = lat.follow(lattice, final, tick, levels=1)
+    return path, lat.collapse(lattice, path)
+
+
+@jax.jit
 def plant(lattice: Lattice, tick: int, token: int, position: int) -> Lattice:
     """A fresh root."""
     return lat.spawn(lattice, tick, lat.widen(lat.fresh_root(token, position, STAGES), ROWS))
@@ -24,8 +32,7 @@ def plant(lattice: Lattice, tick: int, token: int, position: int) -> Lattice:
 
 def followed(lattice: Lattice, token: int) -> tuple[lat.Path, Lattice]:
     """What is committed and left when the root has finished and the final layer says this token after it."""
-    path = lat.follow(lattice, jnp.array([token, -5, -5]), 10 * STAGES + int(lattice.root) // ROWS, levels=1)
-    return path, lat.collapse(lattice, path)
+    return ended(lattice, jnp.array([token, -5, -5]), 10 * STAGES + int(lattice.root) // ROWS)
 
 
 def test_a_dead_twin_of_the_committed_token_is_not_taken() -> None:
@@ -33,7 +40,7 @@ def test_a_dead_twin_of_the_committed_token_is_not_taken() -> None:
     offered = jnp.zeros((STAGES - 1, ROWS), bool).at[0, 0].set(True)
     offers = Proposals(jnp.full(offered.shape, 11), jnp.where(offered, -1.0, 0.0), offered)
     lattice = plant(lat.empty(STAGES, ROWS), 0, 7, 5)
-    stale = lat.spawn(lattice, 1, lat.seeds(lattice, 1, offers))
+    stale = jax.jit(lambda lattice: lat.spawn(lattice, 1, lat.seeds(lattice, 1, offers)))(lattice)
     assert int(followed(stale, 11)[0].heir) == ROWS
     fresh = plant(followed(stale, 50)[1], STAGES, 50, 6)
     assert int(fresh.root) == int(stale.root)

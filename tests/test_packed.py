@@ -99,7 +99,7 @@ def test_what_is_not_finite_stays_so_in_its_row_alone() -> None:
     assert np.all(np.isnan(found[1:]))
 
 
-@pytest.mark.parametrize(("format", "rows"), [("Q4_1", 5), ("Q6_K", 16), ("Q5_K", 39), (INT8, 35)])
+@pytest.mark.parametrize(("format", "rows"), [("Q4_1", 5), slow("Q6_K", 16), slow("Q5_K", 39), (INT8, 35)])
 def test_tiles_are_the_bytes_of_the_rows_in_another_order(format, rows) -> None:
     generator, width = np.random.default_rng(0), 27 if format == INT8 else 2 * FORMATS[format][1]
     stored = generator.integers(0, 256, (3, rows, width), np.uint8)
