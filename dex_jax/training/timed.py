@@ -137,6 +137,9 @@ def train_for(
             timing = _Timing(config, lm, folder / PLAN, mesh, fixed, begin, 60 * minutes, display)
             kept = answers_of(config, lm, mixture, folder, answers, timing.say)
             plan = timing.plan(kept, comparing)
+        held_out_texts(config, lm, mixture, folder / ASIDE, tell)
+        plan = dataclasses.replace(plan, seconds=time.perf_counter() - begin)
+        write_json(folder / PLAN, dataclasses.asdict(plan))
     learning = minutes - (plan.seconds + plan.compiling + comparing) / 60
     if learning <= 0:
         raise DexError(
@@ -226,7 +229,7 @@ class _Timing(NamedTuple):
         while not self.fixed and steps > 2 * STEPS and config.train.batch * 2**doubled < MOST_ROWS:
             steps, doubled = steps / 2, doubled + 1
         different = len(np.unique(np.concatenate([text.token for text in texts])))
-        plan = Plan(
+        return Plan(
             seconds=spent,
             tokens=tokens,
             batch=config.train.batch * 2**doubled,
@@ -235,8 +238,6 @@ class _Timing(NamedTuple):
             checkpoint_every=max(1, int(60 * steps / max(left, 60.0))),
             compiling=compiling,
         )
-        write_json(self.file, dataclasses.asdict(plan))
-        return plan
 
     def seconds_a_token(self, texts: Sequence[Text]) -> float:
         """How long it takes to learn from one token: a few steps of the training, thrown away."""
