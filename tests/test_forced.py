@@ -180,9 +180,8 @@ def test_groups_and_their_mean() -> None:
     figures = grouped_figures(_model(), _exits("mlp, draft"), groups, batch=2)
     assert list(figures) == ["humaneval", "spec_bench", "mean"]
     parts = [figures[name] for name in groups]
-    # The even grids of 4 layers are those of two and three explorers.
-    of_even = dataclasses.replace(_measured("mlp, draft"), grids=GRIDS[:2])
-    assert parts == [figures_of(of_even.of(texts)) for texts in ([0, 1], [2, 3, 4])]
+    # All depths below 4 layers serve two, three and four explorers.
+    assert parts == [figures_of(_measured("mlp, draft").of(texts)) for texts in ([0, 1], [2, 3, 4])]
     mean = figures["mean"]
     assert (mean.texts, mean.tokens, mean.depths) == (5, 60, DEPTHS)
     assert mean.agreement == pytest.approx(np.mean([part.agreement for part in parts], axis=0))
