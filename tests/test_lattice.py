@@ -19,7 +19,7 @@ quantized = jax.jit(lat.quantized)
 
 @jax.jit
 def ended(lattice: Lattice, final: jax.Array, tick: jax.Array) -> tuple[lat.Path, Lattice]:
-    """What a tick commits of one level, and what it leaves."""
+    """The path of one level that a tick commits, and the lattice that it leaves."""
     path = lat.follow(lattice, final, tick, levels=1)
     return path, lat.collapse(lattice, path)
 

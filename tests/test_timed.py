@@ -94,12 +94,12 @@ def test_writing_that_was_stopped_goes_on_with_its_texts_and_its_time(lm, data, 
     with pytest.raises(DexError, match=r"0\.001 minutes are over"):
         timed.train_for(lm, 0.001, tmp_path / "run", data=data)
     assert shard.stat().st_mtime_ns == written
-    plan = json.loads((tmp_path / "run" / timed.PLAN).read_text())
-    assert plan["tokens"] > 0
-    assert plan["seconds"] > 0
+    budget = json.loads((tmp_path / "run" / timed.BUDGET).read_text())
+    assert budget["tokens"] > 0
+    assert budget["seconds"] > 0
     with pytest.raises(DexError, match=r"0\.002 minutes are over"):
         timed.train_for(lm, 0.002, tmp_path / "run", data=data)
-    assert json.loads((tmp_path / "run" / timed.PLAN).read_text()) == plan
+    assert json.loads((tmp_path / "run" / timed.BUDGET).read_text()) == budget
 
 
 @pytest.mark.slow

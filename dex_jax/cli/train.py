@@ -65,20 +65,17 @@ def _train_timed(args: argparse.Namespace) -> None:
         from dex_jax.language_model import load
         from dex_jax.training import timed
 
-        lm = load(args.model or DEFAULT_MODEL, args.dtype)
-    folder, tell, given = folder_of(args), functools.partial(print, flush=True), {}
-    for name in ("batch", "learning_rate", "seed"):
-        if getattr(args, name) is not None:
-            given[name] = getattr(args, name)
-    data, mesh = args.data or timed.DATA, _mesh(args.devices)
-    options = {"explorers": args.explorers, "data": data, "given": given, "mesh": mesh, "answers": args.answers}
-    ways = timed.train_for(lm, args.minutes, folder, tell=tell, **options)
+        mesh, lm = _mesh(args.devices), load(args.model or DEFAULT_MODEL, args.dtype)
+    folder, tell = folder_of(args), functools.partial(print, flush=True)
+    asked = {name: getattr(args, name) for name in ("batch", "learning_rate", "seed", "dtype")}
+    given = {name: value for name, value in asked.items() if value is not None}
+    options = {"explorers": args.explorers, "data": args.data or timed.DATA, "answers": args.answers}
+    ways = timed.train_for(lm, args.minutes, folder, given=given, mesh=mesh, tell=tell, **options)
     decode, file = _decode(args.model or DEFAULT_MODEL), folder / FILE_NAME
     if not ways:
-        use = f'{decode} --exits {folder} --explorers {args.explorers} --prompt "..."'
-        print(
-            f"The exits are in {file}, for {args.explorers} devices (one takes turns with them, and is slower): {use}"
-        )
+        more = "" if args.explorers is None else f" --explorers {args.explorers}"
+        turns = "" if args.explorers is None else " (one device takes turns with them, and is slower)"
+        print(f'What was trained is in {file}. Use it{turns}: {decode} --exits {folder}{more} --prompt "..."')
         return
     print(f"\n{timed.table(ways)}\n")
     plain, without, trained = (way.name for way in ways)

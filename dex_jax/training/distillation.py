@@ -20,11 +20,13 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.attention import KeyValues
 from dex_jax.nn.exits import ExitHeads, exit_graph, heads_of, initial_heads, parameters_of
+from dex_jax.nn.packed import Packed
+from dex_jax.nn.targets import Vocabulary
 from dex_jax.nn.weights import merge_model
 from dex_jax.training.answers import Text
 from dex_jax.training.losses import exit_losses
-from dex_jax.training.packing import Activations, Epochs
-from dex_jax.training.task import Task
+from dex_jax.training.packing import Activations, Epochs, TextRows, read_rows
+from dex_jax.training.sources import digest_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +53,14 @@ def check_fit(exits: ExitsConfig, options: DistillationOptions) -> None:
         )
 
 
-class Distillation(Task):
+class Distillation:
     """The task: exits of one frozen model, learnt from its states along texts.
 
     Args:
-      lm, vocabulary, rows: as of Task.
+      lm: the model; never changed.
       exits: shapes of the heads; exits and options have passed `check_fit`.
+      vocabulary: [V'] int32 ascending token ids of the draft vocabulary; None for the full one.
+      rows: batches of texts.
       options: how exits learn.
       data: names the texts, for checkpoints.
       evaluate: figures of exits on held-out data; None evaluates nothing.
@@ -76,9 +80,23 @@ class Distillation(Task):
         evaluate: Callable[[TrainedExits], dict[str, Any]] | None,
         initial: TrainedExits | None,
     ):
-        settings = {"exits": dataclasses.asdict(exits), "options": dataclasses.asdict(options), "data": data}
-        super().__init__(lm, exits.depths, vocabulary, rows, settings)
-        self.exits, self.options, self._evaluate, self._initial = exits, options, evaluate, initial
+        self.lm, self.exits, self.vocabulary, self.options = lm, exits, vocabulary, options
+        self._rows, self._data, self._evaluate, self._initial = rows, data, evaluate, initial
+
+    def settings(self) -> dict[str, Any]:
+        """Plain JSON, what decides the training beside TrainConfig: a folder is only resumed with equal settings."""
+        words = () if self.vocabulary is None else self.vocabulary.tolist()
+        return {
+            "exits": dataclasses.asdict(self.exits),
+            "options": dataclasses.asdict(self.options),
+            "data": self._data,
+            "weights": self.lm.weights_kind,
+            "vocabulary": digest_of(repr(words))[:16],
+        }
+
+    def fingerprint(self) -> str:
+        """The name of the frozen model: checkpoints of another one are used with a warning."""
+        return self.lm.fingerprint
 
     def init(self, key: jax.Array) -> Any:
         """The heads' parameters, float32."""
@@ -88,10 +106,34 @@ class Distillation(Task):
         model = merge_model(self.lm.config, self.lm.weights)
         return nnx.state(initial_heads(self.exits, model.final_scale, seed))
 
+    def constants(self) -> dict[str, Any]:
+        """Frozen arrays, an argument of the update: {"weights", "vocabulary"}."""
+        model = merge_model(self.lm.config, self.lm.weights)
+        kernel, draft = model.vocabulary_kernel, None
+        own = kernel.dense() if isinstance(kernel, Packed) and self.vocabulary is None else None
+        if self.vocabulary is not None:
+            draft = jnp.asarray(self.vocabulary, jnp.int32)
+            rows = kernel[draft]
+            own = rows.dense() if isinstance(rows, Packed) else rows  # Gradients go through it.
+        return {"weights": self.lm.weights, "vocabulary": Vocabulary(kernel, own, draft, self.lm.config.logit_cap)}
+
+    def batch(self, step: int) -> tuple[TextRows, int]:
+        """(rows that step `step`, from 0, learns from, of the same shapes every time; how many tokens count)."""
+        rows = self._rows.batch(step)
+        return rows, int(np.sum(rows.weight > 0))
+
+    def read(self, constants: dict[str, Any], batch: TextRows) -> Activations:
+        """Compute what the loss is given of a batch; it is traced under jit, and nothing in it gets a gradient."""
+        return read_rows(merge_model(self.lm.config, constants["weights"]), batch, self.exits.depths)
+
     def loss(
         self, params: Any, constants: dict[str, Any], batch: Activations, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean divergence over exits, with each exit's agreement."""
+        """Mean divergence over exits, and each exit's agreement, float32 scalars by name.
+
+        `constants` and `batch` are what `constants` and `read` give, `key` is this step's own, `step` an int32 scalar
+        from 0.
+        """
         del step
         heads = nnx.merge(exit_graph(self.exits), params)
         normed = merge_model(self.lm.config, constants["weights"]).normed(batch.final)

@@ -1,7 +1,7 @@
 """A training of so many minutes without a configuration: what it chooses by itself, and what it brought by the clock.
 
 A part of the time goes into texts, the rest into learning from them, and the last minutes into decoding prompts kept
-aside. plan.json in the run's folder holds what was chosen, so that the same command goes on after a kill.
+aside. budget.json in the run's folder holds what was chosen, so that the same command goes on after a kill.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from dex_jax.training.packing import Epochs
 from dex_jax.training.sources import SourceOptions, open_mixture
 from dex_jax.training.trainer import train
 
-PLAN, ASIDE = "plan.json", "kept_aside.json"
+BUDGET, ASIDE = "budget.json", "kept_aside.json"
 
 DATA = ("self=0.6", "python-stdlib=0.4")
-"""Where prompts come from when nobody names any: nothing has to be downloaded."""
+"""The prompts when nobody names any: nothing has to be downloaded."""
 
 STARTS = ("", "Write a Python function", "Explain", "What is", "How do I", "Solve this problem:", "Write a story")
 
@@ -49,32 +49,32 @@ LENGTH = 256
 """Tokens of a row, and of the longest text."""
 
 EPOCHS = 2
-"""How often each text should be read."""
+"""Each text should be read so often. A usual number; it was not measured."""
 
 COMPARING, LONGEST_COMPARISON = 0.1, 240.0
 """The share of the time, and the most seconds, for decoding what was kept aside."""
 
 COMPILING = 3.0
-"""The comparison's programs take so many times as long to compile as those that write texts."""
+"""The comparison's programs are given so many times as long to compile as those that wrote texts took."""
 
 FEWEST_COMPARED = 4
 """So many prompts are compared however long it takes."""
 
 STEPS = 1500
-"""Batches grow as long as there are more steps than this."""
+"""A batch doubles as long as there are twice as many steps as this."""
 
 ROWS, MOST_ROWS = 4, 64
 """The smallest and the largest batch."""
 
 LARGEST_VOCABULARY = 8192
-"""More rows of the unembedding cost more in every drafted level than rare tokens bring."""
+"""The most tokens of a draft vocabulary: those of the drafter that ships."""
 
 FASTER = 1.03
-"""What is recommended is faster than what it is compared with by this factor at least."""
+"""A recommended way is faster by this factor than those that need less. Smaller differences are the clock's."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Budget:
     """The choices of a run, made once and kept, as a training that goes on must not choose anew."""
 
     seconds: float = 0.0  # that went by before training began, or so far
@@ -88,7 +88,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How one way to decode did on the prompts kept aside: medians over them."""
+    """One way to decode the prompts kept aside: medians over them."""
 
     name: str
     tokens_per_tick: float
@@ -122,38 +122,38 @@ def train_for(
       mesh, answers, tell: as of `train_exits`.
 
     Returns:
-      What decoding prompts kept aside came to, plain decoding first; nothing for exits, which no single device shows.
+      The ways to decode prompts kept aside, plain decoding first; none for exits, which no single device shows, and
+      where the model answers no such prompt.
 
     Raises:
       DexError: as of `train_exits`, or no minutes that could be enough.
     """
-    folder = Path(folder)
-    config = choices(lm, explorers, data, given or {})
+    folder, given, fixed = Path(folder), dict(given or {}), "batch" in (given or {})
+    devices = 1 if mesh is None else mesh.size
+    config = choices(lm, explorers, data, {"batch": devices * math.ceil(ROWS / devices)} | given)
     mixture = open_mixture(config.data, lm, config.sources, tell)
-    plan, comparing = _plan_of(folder), 0.0 if explorers else min(COMPARING * 60 * minutes, LONGEST_COMPARISON)
-    if not plan.tokens:
+    budget, comparing = _budget_of(folder), 0.0 if explorers else min(COMPARING * 60 * minutes, LONGEST_COMPARISON)
+    if not budget.tokens:
         with contextlib.closing(Display()) as display:
-            fixed, begin = "batch" in (given or {}), time.perf_counter() - plan.seconds
-            timing = _Timing(config, lm, folder / PLAN, mesh, fixed, begin, 60 * minutes, display)
+            begin = time.perf_counter() - budget.seconds
+            timing = _Timing(config, lm, folder / BUDGET, mesh, fixed, begin, 60 * minutes, display)
             kept = answers_of(config, lm, mixture, folder, answers, timing.say)
-            plan = timing.plan(kept, comparing)
+            budget = timing.budget(kept, comparing)
         held_out_texts(config, lm, mixture, folder / ASIDE, tell)
-        plan = dataclasses.replace(plan, seconds=time.perf_counter() - begin)
-        write_json(folder / PLAN, dataclasses.asdict(plan))
-    learning = minutes - (plan.seconds + plan.compiling + comparing) / 60
+        budget = dataclasses.replace(budget, seconds=time.perf_counter() - begin)
+        write_json(folder / BUDGET, dataclasses.asdict(budget))
+    learning = minutes - (budget.seconds + budget.compiling + comparing) / 60
     if learning <= 0:
         raise DexError(
-            f"{minutes:g} minutes are over with the texts to learn from, which took {plan.seconds / 60:.1f}: give more "
-            "--minutes, and they are used"
+            f"{minutes:g} minutes are over with the texts to learn from, which took {budget.seconds / 60:.1f}: give "
+            "more --minutes, and they are used"
         )
     aside = held_out_texts(config, lm, mixture, folder / ASIDE, tell)
-    config = _planned(config, plan, learning, evaluation_texts=config.evaluation_texts if explorers else 0)
+    config = _within(config, budget, learning, evaluation_texts=config.evaluation_texts if explorers else 0)
     train_exits(config, lm, folder, mesh=mesh, answers=answers, tell=tell)
-    if explorers:
-        return []
     # The first of every source, then the second of each: a short comparison sees all of them.
     prompts = [text[0] for row in itertools.zip_longest(*aside.values()) for text in row if text is not None]
-    return compare(lm, folder, prompts, comparing)
+    return compare(lm, folder, prompts, comparing) if prompts and not explorers else []
 
 
 def choices(lm: LanguageModel, explorers: int | None, data: Sequence[str], given: Mapping[str, Any]) -> ExitTraining:
@@ -161,15 +161,14 @@ def choices(lm: LanguageModel, explorers: int | None, data: Sequence[str], given
     layers, width = lm.config.num_layers, lm.config.width
     if explorers is not None and not 2 <= explorers <= layers:
         raise DexError(f"exits serve 2 to {layers} explorers in a model of {layers} layers, not {explorers}")
-    size = min(LARGEST_VOCABULARY, lm.config.vocab_size)
+    shapes: dict[str, Any] = {"fused": True, "width": width, "norm_eps": lm.config.norm_eps}
+    shapes["draft_size"] = min(LARGEST_VOCABULARY, lm.config.vocab_size)
     if explorers is None:
-        hidden = 64 * round(width * 8 / 3 / 64) or 64
-        exits = ExitsConfig(kind="mlp", fused=True, depths=(0,), width=width, hidden=hidden, draft_size=size)
+        exits = ExitsConfig(kind="mlp", depths=(0,), hidden=64 * round(width * 8 / 3 / 64) or 64, **shapes)
     else:
-        depths = even_depths(explorers, layers)[:-1]
-        exits = ExitsConfig(kind="linear", fused=True, depths=depths, width=width, draft_size=size)
+        exits = ExitsConfig(kind="linear", depths=even_depths(explorers, layers)[:-1], **shapes)
     # Updates of wide matrices add up over more inputs.
-    settings: dict[str, Any] = {"batch": ROWS, "learning_rate": 2e-3 * min(1.0, 576 / width), **given}
+    settings: dict[str, Any] = {"learning_rate": 2e-3 * min(1.0, 576 / width), **given}
     return ExitTraining(
         exits=exits,
         train=TrainConfig(steps=10**9, final_rate=0.02, eval_every=None, **settings),
@@ -180,22 +179,22 @@ def choices(lm: LanguageModel, explorers: int | None, data: Sequence[str], given
     )
 
 
-def _plan_of(folder: Path) -> Plan:
-    file = folder / PLAN
+def _budget_of(folder: Path) -> Budget:
+    file = folder / BUDGET
     if not file.is_file():
-        return Plan()
+        return Budget()
     try:
-        return Plan(**json.loads(file.read_text("utf-8")))
+        return Budget(**json.loads(file.read_text("utf-8")))
     except (ValueError, TypeError) as error:
         raise DexError(f"{file} is damaged: name another --folder") from error
 
 
 class _Timing(NamedTuple):
-    """Chooses what hangs on the device, and on how fast it is."""
+    """The means to choose what hangs on the device, and on how fast it is."""
 
     config: ExitTraining
     lm: LanguageModel
-    file: Path  # where the plan is kept
+    file: Path  # of the budget
     mesh: Mesh | None
     fixed: bool  # whether the size of a batch was given
     begin: float  # of the clock, less what earlier processes spent
@@ -207,7 +206,7 @@ class _Timing(NamedTuple):
         spent = time.perf_counter() - self.begin
         self.display(Standing(what, min(1.0, spent / self.seconds), max(0.0, self.seconds - spent), True))
 
-    def plan(self, kept: Answers, comparing: float) -> Plan:
+    def budget(self, kept: Answers, comparing: float) -> Budget:
         """Write texts until the time left is what reading them EPOCHS times takes, and `comparing` seconds."""
         config, texts = self.config, list[Text]()
         seconds_a_token, tokens = 0.0, 0
@@ -221,7 +220,7 @@ class _Timing(NamedTuple):
             compiling = 0.0 if config.exits.depths[0] else COMPILING * compile_seconds()
             spent = time.perf_counter() - self.begin
             left = self.seconds - spent - compiling - comparing
-            write_json(self.file, dataclasses.asdict(Plan(spent)))
+            write_json(self.file, dataclasses.asdict(Budget(spent)))
             self.say(f"texts to learn from, {tokens} tokens")
             if tokens * EPOCHS * seconds_a_token >= left:
                 break
@@ -229,7 +228,7 @@ class _Timing(NamedTuple):
         while not self.fixed and steps > 2 * STEPS and config.train.batch * 2**doubled < MOST_ROWS:
             steps, doubled = steps / 2, doubled + 1
         different = len(np.unique(np.concatenate([text.token for text in texts])))
-        return Plan(
+        return Budget(
             seconds=spent,
             tokens=tokens,
             batch=config.train.batch * 2**doubled,
@@ -240,12 +239,11 @@ class _Timing(NamedTuple):
         )
 
     def seconds_a_token(self, texts: Sequence[Text]) -> float:
-        """How long it takes to learn from one token: a few steps of the training, thrown away."""
+        """The seconds that it takes to learn from one token: a few steps of the training, thrown away."""
         config, lm = self.config, self.lm
         rows = Epochs(texts, config.train.batch, LENGTH, config.train.seed)
         vocabulary = draft_vocabulary(lm, texts, config.exits.draft_size or lm.config.vocab_size)
-        exits = dataclasses.replace(config.exits, norm_eps=lm.config.norm_eps)
-        task = Distillation(lm, exits, vocabulary, rows, None, config.options, None, None)
+        task = Distillation(lm, config.exits, vocabulary, rows, None, config.options, None, None)
         settings, times = dataclasses.replace(config.train, steps=5, warmup_steps=1), []
         with tempfile.TemporaryDirectory() as folder:
             train(task, settings, folder, mesh=self.mesh, notify=lambda _: times.append(time.perf_counter()))
@@ -254,18 +252,18 @@ class _Timing(NamedTuple):
         return float(np.median(np.diff(times[1:-1])) / tokens)
 
 
-def _planned(config: ExitTraining, plan: Plan, minutes: float, evaluation_texts: int) -> ExitTraining:
+def _within(config: ExitTraining, budget: Budget, minutes: float, evaluation_texts: int) -> ExitTraining:
     settings = dataclasses.replace(
         config.train,
         minutes=minutes,
-        batch=plan.batch,
-        warmup_steps=plan.warmup_steps,
-        checkpoint_every=plan.checkpoint_every,
-        log_every=max(1, plan.checkpoint_every // 4),
+        batch=budget.batch,
+        warmup_steps=budget.warmup_steps,
+        checkpoint_every=budget.checkpoint_every,
+        log_every=max(1, budget.checkpoint_every // 4),
     )
-    exits = dataclasses.replace(config.exits, draft_size=plan.draft_size)
+    exits = dataclasses.replace(config.exits, draft_size=budget.draft_size)
     return dataclasses.replace(
-        config, exits=exits, train=settings, tokens=plan.tokens, evaluation_texts=evaluation_texts
+        config, exits=exits, train=settings, tokens=budget.tokens, evaluation_texts=evaluation_texts
     )
 
 
@@ -277,7 +275,7 @@ def compare(
     Args:
       lm: the model.
       folder: of the exits.
-      prompts: token ids of each.
+      prompts: token ids of each; at least one prompt.
       seconds: rounds over all prompts go on for so long; there is one at least.
       tokens: of each answer.
     """
@@ -288,25 +286,29 @@ def compare(
     }
     times: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in ways}
     ticks: dict[str, list[float]] = {name: [math.nan] * len(prompts) for name in ways}
-    end, number = math.inf, -1
+
+    def decode(name: str, at: int, counts: bool = True) -> None:
+        out = generate(lm, [list(prompts[at])], max_new_tokens=tokens, **ways[name])
+        made = int(out.lengths[0]) - 1
+        if counts and made:
+            times[name][at].append(out.stats.decode_seconds / made)
+            ticks[name][at] = made / int(np.asarray(out.stats.ticks)[0])
+
+    for name in ways:
+        decode(name, 0, counts=False)  # compiles
+    end, rounds = time.perf_counter() + seconds, 0
     with contextlib.closing(Display()) as display:
-        # A first round, of one prompt, compiles.
-        while number < 1 or time.perf_counter() < end:
-            for at, prompt in enumerate(prompts if number >= 0 else prompts[:1]):
-                if at >= FEWEST_COMPARED and time.perf_counter() > end:
+        while not rounds or time.perf_counter() < end:
+            for at in range(len(prompts)):
+                left = end - time.perf_counter()
+                if at >= FEWEST_COMPARED and left < 0:
                     break
-                for name in list(ways)[:: 1 if number % 2 else -1]:
-                    out = generate(lm, [list(prompt)], max_new_tokens=tokens, **ways[name])
-                    made = int(out.lengths[0]) - 1
-                    if number >= 0 and made:
-                        times[name][at].append(out.stats.decode_seconds / made)
-                        ticks[name][at] = made / int(np.asarray(out.stats.ticks)[0])
-                if number >= 0:
-                    left = max(0.0, end - time.perf_counter())
-                    display(Standing("decoding prompts kept aside", 1 - left / max(seconds, left, 1.0), left, False))
-            if number < 0:
-                end = time.perf_counter() + seconds
-            number += 1
+                share, left = 1 - max(left, 0.0) / max(seconds, 1.0), max(left, 0.0)
+                display(Standing("decoding prompts kept aside", share, left, False))
+                # Every other round goes backwards: nobody always follows the same one.
+                for name in list(ways)[:: -1 if rounds % 2 else 1]:
+                    decode(name, at)
+            rounds += 1
     medians = {name: np.array([np.median(each) if each else math.nan for each in rows]) for name, rows in times.items()}
     plain = medians["plain decoding"]
     return [

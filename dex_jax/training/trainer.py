@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,14 @@ from dex_jax.training.checkpoints import Checkpoints, Record
 from dex_jax.training.config import TrainConfig
 from dex_jax.training.journal import Journal
 from dex_jax.training.optimizer import learning_rate, make_optimizer
-from dex_jax.training.task import Params, Task
+
+if TYPE_CHECKING:
+    from dex_jax.training.distillation import Distillation
 
 Notify = Callable[[str | Standing], None]
+
+Params = Any
+"""A pytree of float32 arrays: what the optimizer updates."""
 
 FIRST_WORD = 20
 """After so many steps a line says how fast training goes and how long it will take, however rarely lines are due."""
@@ -51,14 +56,19 @@ class Trained(NamedTuple):
 
 
 def train(
-    task: Task, config: TrainConfig, folder: str | Path, *, mesh: Mesh | None = None, notify: Notify | None = None
+    task: Distillation,
+    config: TrainConfig,
+    folder: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    notify: Notify | None = None,
 ) -> Trained:
     """Trains a task to the end, from where its folder has got to.
 
     Killed at any moment and called again, it ends with the same parameters, bit for bit, as if never killed.
 
     Args:
-      task: what is trained.
+      task: what is trained; whatever has the methods of a Distillation will do.
       config: how.
       folder: holds checkpoints and metrics.jsonl; made if need be. A training in it goes on.
       mesh: devices of this process that the rows of a batch are spread over, with the axis "data"; None trains where
@@ -92,7 +102,9 @@ def train(
 class _Run:
     """One process's part of a training: made ready, then advanced step by step."""
 
-    def __init__(self, task: Task, config: TrainConfig, checkpoints: Checkpoints, mesh: Mesh | None, notify: Notify):
+    def __init__(
+        self, task: Distillation, config: TrainConfig, checkpoints: Checkpoints, mesh: Mesh | None, notify: Notify
+    ):
         self.task, self.config, self.checkpoints, self.notify = task, config, checkpoints, notify
         self.step = self.tokens = 0
         self.seconds, self._began = 0.0, time.perf_counter()  # of the processes before this one; when this one began
