@@ -89,7 +89,8 @@ def test_writes(seed: int, count: int, rows: int, window: int | None, start: int
         chex.assert_trees_all_equal(after, wanted)
 
 
-@pytest.mark.parametrize("batch", [slow(1), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
 def test_a_transformer_over_caches_computes_with_them_what_it_does_without(batch: int, monkeypatch) -> None:
     """A prompt, a token, a tree and its commit, with kernels as XLA computes them in the place of Triton."""
     model = random_transformer(WIDE, 0, jnp.dtype(jnp.bfloat16))

@@ -71,7 +71,7 @@ CONFIGS = [
     Config(4, 6, batch=4, sampled=True, draft=5, tree=TreeShape((2, 1), 2, LOOKUP)),
 ]
 PAPER = [config for config in CONFIGS if config.tree is None]
-QUICK = [CONFIGS[number] for number in (1, 3, 5, 6, 8)]
+QUICK = [CONFIGS[number] for number in (3, 5, 6, 8)]
 
 
 def configs(chosen: list[Config]) -> pytest.MarkDecorator:

@@ -45,7 +45,7 @@ def decode(tables, prompts, lengths, first, limits, sampling, *, policy, depths)
     return until_done(lambda state: loop.step(network, state, **options), state, None).record
 
 
-@pytest.mark.parametrize(("name", "sampled"), [("layerskip", False), ("adadecode", True), ("del", True)])
+@pytest.mark.parametrize(("name", "sampled"), [("layerskip", False), slow("adadecode", True), ("del", True)])
 def test_rounds_are_those_of_the_twin_and_tokens_those_of_ar(name, sampled) -> None:
     policy, depths, make = POLICIES[name]
     stages = len(depths)

@@ -15,13 +15,13 @@ from dex_jax.host_memory import return_free_memory
 from dex_jax.nn import few_rows
 from dex_jax.progress import notify, say_wait
 
-HELD = 3_000_000
+HELD = 2_500_000
 """Characters of the programs that are remembered, as JAX writes them down. Each stands for 40 to 60 bytes of memory. A
 process may hold only so many mappings of memory, too, and where that ends the compiler fails for good."""
 
-FEWEST = 9
-"""Programs that are remembered however long they are: those of three generations that differ in all. With fewer, who
-compares methods in turns compiles at every turn."""
+FEWEST = 6
+"""Programs that are remembered however long they are: those of two generations that differ in all. With fewer, who
+compares two methods in turns compiles at every turn."""
 
 SOON = 3.0
 """Seconds of compiling after which a user is told why nothing happens."""
