@@ -155,7 +155,7 @@ def run(args: Any) -> int:
     figures.publish(
         f"{len(reported)} prompts; {sum(same)} of {len(same)} answers have AR's tokens. Medians over prompts, 95% "
         f"intervals by resampling them; settings were chosen on {len(tuning)} other prompts. Layers that run one after "
-        "the other are counts and no times.",
+        "the other are counts, not timings.",
         table(plain, found),
     )
     return 0 if all(same) else 1

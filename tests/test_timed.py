@@ -68,6 +68,7 @@ def test_what_is_recommended_was_measured_to_be_faster(speeds, chosen) -> None:
         (("--minutes", "5", "--steps", "3"), "--steps is for a training with --config"),
         (("--config", "x.py", "--explorers", "3"), "--explorers is for a training without --config"),
         (("--minutes", "5", "--model", "no-such-model"), "no-such-model"),
+        (("--minutes", "5", "--devices", "2", "--batch", "3"), "cannot share a batch of 3 rows"),
     ],
 )
 def test_flags_that_mean_nothing_are_refused(capsys, flags, why) -> None:
