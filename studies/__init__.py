@@ -1,1 +1,1 @@
-"""What is run from the repository alone: the rivals of DEX."""
+"""The studies that are run from the repository alone: the rivals of DEX."""

@@ -76,7 +76,7 @@ def smollm2():
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """What one file has compiled is of no use to the next, and LLVM aborts a process that holds too many programs."""
+    """Drop what a file has compiled: the next has no use for it, and LLVM aborts a process with too many programs."""
     yield
     from dex_jax.decoding.program import forget
 

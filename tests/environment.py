@@ -1,4 +1,4 @@
-"""What tests run in. conftest.py imports this before JAX, and the processes that tests start inherit it."""
+"""Set up what tests run in. conftest.py imports this before JAX, and the processes that tests start inherit it."""
 
 from __future__ import annotations
 

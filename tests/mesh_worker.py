@@ -74,19 +74,19 @@ class Case:
 
     @property
     def config(self) -> ModelConfig:
-        """Of the model."""
+        """Return the configuration of the model."""
         return dataclasses.replace(LLAMA, num_layers=self.layers, head_dim=self.head_dim)
 
     @property
     def plan(self) -> Plan:
-        """Of DEX with one explorer a stage; its depths are those of the mesh for AR too."""
+        """Return the plan of DEX, by default with one explorer a stage; its depths are those of the mesh for AR too."""
         draft = False if self.drafts is None else CHOSEN if self.chosen else TREE
         even = Dex(explorers=self.explorers or parse_mesh(self.mesh)["stage"], draft=draft)
         return plan_for((even if self.depths is None else Dex(depths=self.depths, draft=draft)), self.layers)
 
     @property
     def layout(self) -> Staged:
-        """Of the mesh."""
+        """Return the layout of the mesh."""
         alone = self.explorers == 1
         return Staged(even_depths(parse_mesh(self.mesh)["stage"], self.layers) if alone else self.plan.depths)
 
@@ -105,7 +105,7 @@ class Case:
 
     @property
     def request(self) -> Request:
-        """Of the batch."""
+        """Return the request of the batch."""
         filters = {"top_k": 20, "top_p": 0.95} if self.filters else {}
         return Request(max_new_tokens=self.tokens, temperature=0.9 if self.sampled else 0.0, seed=SEED, **filters)
 

@@ -42,7 +42,7 @@ JSON_TYPES = {
     type(None): ("choice", "drafter_source", "seed", "row_seconds"),
     dict: ("check", "rows_run"),
 }
-"""Of one greedy sequence that explorers without drafts have decoded."""
+"""The types in the JSON of one greedy sequence that explorers without drafts have decoded."""
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from dex_jax.language_model import outline
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "smollm2.json").read_text(encoding="utf-8"))["prompts"]
 SHARED_TICKS = 289
-"""What the same answers take with exits="shared"."""
+"""The number of ticks that the same answers take with exits="shared"."""
 SERVED = (2, 3, 5, 6, 10)
 GEMMA3 = "51143bf1cbb82a82"  # the fingerprint of the file on PyPI
 LARGEST_BYTES = {GEMMA3: 6e6, "others": 12e6}

@@ -1,4 +1,4 @@
-"""What exits read in training: against a slow twin, and against what decoding gives them."""
+"""Test what exits read in training, against a slow twin and against what decoding gives them."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_every_exit_reads_at_every_step_what_the_twin_reads(kind, fused) -> None
 
 @pytest.mark.parametrize(("kind", "fused"), KINDS)
 def test_estimates_get_no_gradient(kind, fused) -> None:
-    """What exit 1 reads of deeper exits does not teach these."""
+    """Exit 1 reads estimates of deeper exits, and its gradient does not teach these."""
     config, key = exits_config(kind, fused), jax.random.key(5)
     batch = batch_of_rows()
     now = normed(batch.final)

@@ -1,4 +1,4 @@
-"""What is written about the package: its examples run, its notebooks and addresses are as the pages say."""
+"""Test what is written about the package: its examples run, its notebooks and addresses are as the pages say."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_configuration_of_own_exits_is_one() -> None:
 
 
 def programs() -> dict[str, dict[str, set[str]]]:
-    """What README and pages call: program -> flags -> the files that give them, of every command in a block of code."""
+    """Collect the commands in README's and pages' blocks of code: program -> flags -> the files that give them."""
     called: dict[str, dict[str, set[str]]] = {}
     for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
         blocks = re.findall(r"^```(\w*)\n(.*?)^```$", file.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)

@@ -1,4 +1,4 @@
-"""How programs end."""
+"""Test how programs end."""
 
 from __future__ import annotations
 

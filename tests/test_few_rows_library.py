@@ -41,7 +41,7 @@ print(json.dumps([few_rows.ready(), str(kept), np.asarray(jax.jit(linear)(x, ker
 
 
 def says(tmp_path, **variables: str) -> tuple[bool, str]:
-    """What a process of its own says of `ready()` and of `kept_dtype(float32)`, when its product is right."""
+    """Return what a process of its own says of `ready()` and `kept_dtype(float32)`; its product must be right."""
     own = {"XDG_CACHE_HOME": str(tmp_path)} | variables
     run = subprocess.run([sys.executable, "-c", SAYS], env=os.environ | own, capture_output=True, text=True, check=True)
     ready, kept, product = json.loads(run.stdout)

@@ -121,7 +121,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def check(use: Any, path: Path) -> str:
-    """What is said of a file, empty for nothing; anything but one sentence fails, and so does taking long."""
+    """Return what is said of a file, empty for nothing; anything but one sentence fails, and so does taking long."""
     began, said = time.monotonic(), ""
     try:
         use(path)
@@ -161,7 +161,7 @@ def edited(text: str, place: tuple, value: Any) -> str:
 
 
 def places(content: Any, place: tuple = ()) -> list[tuple]:
-    """Where values stand in JSON."""
+    """Return the places of all values in JSON."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     return [found for key, value in items for found in ((*place, key), *places(value, (*place, key)))]
 

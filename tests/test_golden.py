@@ -77,7 +77,7 @@ def family(checkpoint):
 
 
 def families(names: Iterable[str], quick: Sequence[str]) -> pytest.MarkDecorator:
-    """As parameters of `checkpoint`, slow but for some."""
+    """Return families as parameters of `checkpoint`, slow but for some."""
     each = [name if name in quick else slow(name) for name in names]
     return pytest.mark.parametrize("checkpoint", each, indirect=True)
 

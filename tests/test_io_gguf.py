@@ -61,7 +61,7 @@ UNSAID["mistral"] = {"layer_kinds": (), "family": "llama"}
 
 
 def interleave(rows, heads):
-    """What llama.cpp's converter does to q and k of architecture llama, one row at a time."""
+    """Permute q or k as llama.cpp's converter does for architecture llama, one row at a time."""
     width = len(rows) // heads
     places = itertools.product(range(heads), range(width // 2), range(2))
     return rows[[head * width + half * width // 2 + i for head, i, half in places]]

@@ -1,4 +1,4 @@
-"""Where models come from, all without a network: aliases, the package and the hub."""
+"""Test where models come from, all without a network: aliases, the package and the hub."""
 
 from __future__ import annotations
 

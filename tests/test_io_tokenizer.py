@@ -129,7 +129,7 @@ PIECES = ["▁", "a", "b", "c", "▁a", "ab", "bc", "abc", "▁ab", "▁▁", "c
 
 
 def sentencepiece_file(*worse: float, prefix: bool) -> Tokenizer:
-    """Of the pieces above, each of which scores so much worse than the one before."""
+    """Return a tokenizer of the pieces above, each of which scores so much worse than the one before."""
     tokens = ["<unk>", "<s>", "</s>", *BYTES, *PIECES, "<tool>"]
     scores = [0.0] * 259 + (-np.cumsum(worse)).tolist() + [0.0]
     own = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": [2, 3, 3] + [6] * 256 + [1] * 12 + [4]}

@@ -1,4 +1,4 @@
-"""What the lattice's pure functions promise beside whole runs, which tests/test_loop.py compares tick by tick."""
+"""Test the lattice's pure functions apart from whole runs, which tests/test_loop.py compares tick by tick."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plant(lattice: Lattice, tick: int, token: int, position: int) -> Lattice:
 
 
 def followed(lattice: Lattice, token: int) -> tuple[lat.Path, Lattice]:
-    """What is committed and left when the root has finished and the final layer says this token after it."""
+    """Return what is committed and left when the root has finished and the final layer says this token after it."""
     return ended(lattice, jnp.array([token, -5, -5]), 10 * STAGES + int(lattice.root) // ROWS)
 
 

@@ -28,7 +28,7 @@ MODELS_PER_CONFIG = 6
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the loop is compiled for; V' is `draft`, when the exits know a part of the vocabulary only."""
+    """The settings that the loop is compiled for; V' is `draft`, when the exits know a part of the vocabulary only."""
 
     stages: int
     rows: int
@@ -75,7 +75,7 @@ QUICK = [CONFIGS[number] for number in (3, 5, 6, 8)]
 
 
 def configs(chosen: list[Config]) -> pytest.MarkDecorator:
-    """As parameters: those outside QUICK take seconds to compile, and smaller ones do the same."""
+    """Return configs as parameters: those outside QUICK take seconds to compile, and smaller ones do the same."""
     return pytest.mark.parametrize("config", [each if each in QUICK else slow(each) for each in chosen], ids=str)
 
 

@@ -47,7 +47,7 @@ def cases(names: Iterable[str]) -> list[object]:
 
 
 def run_worker(found: Path, request: pytest.FixtureRequest, known: Iterable[str], **variables: str) -> Path:
-    """What tests/mesh_worker.py wrote about what the tests of this run name."""
+    """Run tests/mesh_worker.py for the cases that the tests of this run name, and return the folder of its results."""
     wanted = {getattr(item, "callspec", None) and item.callspec.params.get("name") for item in request.session.items}
     command = [sys.executable, str(TESTS / "mesh_worker.py"), found, *(name for name in known if name in wanted)]
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_for_devices(DEVICES)}
@@ -57,13 +57,13 @@ def run_worker(found: Path, request: pytest.FixtureRequest, known: Iterable[str]
 
 @pytest.fixture(scope="module")
 def folder(request, tmp_path_factory) -> Path:
-    """Of programs that are XLA's alone, as on other devices than CPUs."""
+    """Return the results of programs that are XLA's alone, as on other devices than CPUs."""
     return run_worker(tmp_path_factory.mktemp("mesh"), request, [*CASES, *CHECKPOINTS], DEX_JAX_NATIVE="0")
 
 
 @pytest.fixture(scope="module")
 def in_cpp(request, tmp_path_factory) -> Path:
-    """Of programs whose products of few rows are in C++."""
+    """Return the results of programs whose products of few rows are in C++."""
     return run_worker(tmp_path_factory.mktemp("mesh_cpp"), request, [*IN_CPP, "packed"])
 
 

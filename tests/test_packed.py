@@ -31,7 +31,7 @@ formats = pytest.mark.parametrize("format", FORMATS)
 METHODS = {"ar": dex_jax.AR(), "drafts": dex_jax.Dex(explorers=1), "explorers": dex_jax.Dex(explorers=2)}
 PROMPTS, OPTIONS = [[1, 5, 9, 3], [7] * 11], {"max_new_tokens": 12, "exits": "shared"}
 KINDS = {"attn_v": "Q8_0", "token_embd": "Q8_0", "ffn_down": "Q4_0", "attn_output": "F16"}
-"""As files often are: a value projection in other blocks than the query's, some matrices in none."""
+"""The formats that files often have: a value projection in other blocks than the query's, some matrices in none."""
 
 
 def packed(format: str, rows: int, blocks: int, seed: int = 0) -> tuple[Packed, np.ndarray]:
@@ -236,7 +236,7 @@ def test_no_step_makes_a_dense_copy(models) -> None:
 
 @pytest.mark.slow
 def test_a_model_on_planes_is_the_dense_one(file, models, monkeypatch) -> None:
-    """As on a TPU, which has no kernels in C++."""
+    """A model without kernels in C++, as on a TPU, has the dense one's logits and the stored one's tokens."""
     stored = dex_jax.generate(models["stored"], PROMPTS, method=METHODS["ar"], **OPTIONS)
     monkeypatch.setattr(few_rows, "ready", lambda: False)
     monkeypatch.setattr("dex_jax.language_model.compiled_for", lambda: Device("tpu"))

@@ -1,4 +1,4 @@
-"""What programs show while they work: lines in a log, one live line on a terminal, and who hears of phases."""
+"""Test what programs show while they work: lines in a log, one live line on a terminal, and who hears of phases."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_the_table_shows_the_best_settings_and_goes_on_where_it_was_stopped(tmp_
 
 @pytest.mark.slow
 def test_layerskip_accepts_as_many_drafts_as_transformers_does(smollm2, monkeypatch) -> None:
-    """As its `assistant_early_exit`, prompt by prompt; a tie in floating point may change a round of one prompt."""
+    """Counts equal those of `assistant_early_exit` by prompt; a floating-point tie may change a round of one prompt."""
     monkeypatch.setattr(dex_jax.LanguageModel, "eos_ids", ())
     golden, texts = (json.loads((GOLDENS / name).read_text("utf-8")) for name in ("layerskip.json", "smollm2.json"))
     prompts = [texts["prompts"][run["prompt"]]["prompt_ids"] for run in golden["runs"]]

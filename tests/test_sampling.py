@@ -193,7 +193,7 @@ def test_dex_samples_from_the_model_s_own_distribution() -> None:
 
 
 def test_chi_square_finds_a_wrong_distribution() -> None:
-    """What the test above rests on: a few per cent of bias in one of fifty tokens is found, none is not."""
+    """The test above rests on this: a bias of 0.006 in two of fifty tokens is found, none is not."""
     rng = np.random.default_rng(0)
     fair = np.full(50, 1 / 50)
     biased = fair.copy()

@@ -244,7 +244,7 @@ def test_killed_at_any_moment_it_ends_as_if_never_killed(tmp_path):
         return any(folder.glob("*.orbax-checkpoint-tmp*"))
 
     def stopped_in_a_later_save(process):
-        """Whether the process, held still, has one whole checkpoint and half of another; else it goes on."""
+        """Return whether the process, held still, has one whole checkpoint and half of another; else it goes on."""
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         if half_written() and checkpoints_in(folder):

@@ -1,4 +1,4 @@
-"""Where items come from: what users write, what files hold, and that item i is always the same."""
+"""Test where items come from: what users write, what files hold, and that item i is always the same."""
 
 from __future__ import annotations
 

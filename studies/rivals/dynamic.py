@@ -21,11 +21,11 @@ QUARTERS = 4
 """Shadow tokens are counted apart by how sure the exit was: up to 1/4, up to 1/2, and so on."""
 
 PRIOR = 3.0
-"""As many rows are thought to have been seen at each exit and quarter, with exits as often right as they were sure."""
+"""The number of rows thought to have been seen at each exit and quarter, exits as often right as they were sure."""
 
 
 class Seen(NamedTuple):
-    """What shadow tokens have shown, older rounds counting less, and what follows for the next round."""
+    """The counts of shadow tokens, older rounds counting less, and what follows from them for the next round."""
 
     rows: jax.Array  # [B] float32, how many rows were verified
     given: jax.Array  # [B, X, QUARTERS] float32, how many tokens each exit gave
@@ -53,18 +53,18 @@ class Dynamic(Policy):
         return Seen(jnp.ones(batch, jnp.float32), apart, apart, none, none, nowhere, nowhere, rate)
 
     def asks(self, known: Seen, exit_index: jax.Array, drafted: jax.Array) -> jax.Array:
-        """As of Policy."""
+        """Return whether the exit is the chosen one and has tokens left to draft; see Policy."""
         return (exit_index == known.exit) & (drafted < known.length)
 
     def drafts(self, known: Seen, exit_index: jax.Array, drafted: jax.Array, confidence: jax.Array) -> jax.Array:
-        """As of Policy."""
+        """Return whether the draft's chance to be right is worth its layers; see Policy."""
         at = jnp.arange(exit_index.shape[0]), exit_index
         precision = known.kept[at] / jnp.maximum(known.open[at], 1e-6)
         chance = self._chance(known)[(*at, _quarter(confidence))] * precision ** drafted.astype(jnp.float32)
         return chance >= self._price(known)[at]
 
     def learn(self, known: Seen, verified: Verified) -> Seen:
-        """As of Policy."""
+        """Return the counts after a round, and the exit and draft length chosen by them; see Policy."""
         batch, rows = verified.final.shape
         true = (jnp.arange(rows)[None] < verified.length[:, None])[:, None]
         right = jnp.swapaxes(verified.shadow == verified.final[None], 0, 1) & true
@@ -91,7 +91,7 @@ class Dynamic(Policy):
         return jax.tree.map(chosen, seen, known)
 
     def _chance(self, seen: Seen) -> jax.Array:
-        """How likely a token of each exit and quarter is right: [B, X, QUARTERS]."""
+        """Return the probability that a token of each exit and quarter is right: [B, X, QUARTERS]."""
         middle = (jnp.arange(QUARTERS, dtype=jnp.float32)[None, None] + 0.5) / QUARTERS
         return (seen.right + PRIOR * middle) / (seen.given + PRIOR)
 

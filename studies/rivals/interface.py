@@ -1,4 +1,4 @@
-"""What the loop of chains asks of a network and of a policy, and what it shows them.
+"""Define what the loop of chains asks of a network and of a policy, and what it shows them.
 
 Letters: B sequences, R rows of a chain, n of them at a time, K stages, D model width, V vocabulary. Stages and exits
 are counted from 0 in code, as array indices, and from 1 in what is reported.
@@ -59,7 +59,7 @@ class ChainNetwork(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What a round has shown; rows 0 .. length - 1 are those whose prefix is right."""
+    """The outcome of a round; rows 0 .. length - 1 are those whose prefix is right."""
 
     where: jax.Array  # [B] bool, the sequences whose round ends in this step
     length: jax.Array  # [B] int32
@@ -88,7 +88,7 @@ class Policy:
         return self.draft_length + 1
 
     def begin(self, batch: int) -> Any:
-        """What is known before the first round: a pytree of arrays with a leading axis B."""
+        """Return what is known before the first round: a pytree of arrays with a leading axis B."""
         return ()
 
     def asks(self, known: Any, exit_index: jax.Array, drafted: jax.Array) -> jax.Array:
@@ -100,5 +100,5 @@ class Policy:
         return confidence >= 0
 
     def learn(self, known: Any, verified: Verified) -> Any:
-        """What is known after a round; must not change sequences outside `verified.where`."""
+        """Return what is known after a round; must not change sequences outside `verified.where`."""
         return known

@@ -43,7 +43,7 @@ class ChainState(NamedTuple):
 
     @property
     def rows(self) -> ChainRows:
-        """As the exits see them."""
+        """Return the rows of the round as the exits see them."""
         position = self.prefix[:, None] + jnp.arange(self.token.shape[1])[None]
         return ChainRows(self.token, position, self.progress, self.states)
 
@@ -152,7 +152,7 @@ def _run_stage(network: ChainNetwork, state: ChainState, stage: int, where: jax.
 
 
 class _Fixed(NamedTuple):
-    """What does not change from step to step."""
+    """The arguments that do not change from step to step."""
 
     network: ChainNetwork
     limits: Limits
@@ -186,7 +186,7 @@ def _draft(fixed: _Fixed, state: ChainState, where: jax.Array) -> tuple[jax.Arra
 def _proposed(
     exits: ChainExits, features: jax.Array, sampling: Sampling | None, noise: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """What exits give for features [N, D'] under noise [N, V']: (tokens [N] int32, their confidence [N] float32)."""
+    """Choose tokens for features [N, D'] under noise [N, V']: (tokens [N] int32, their confidence [N] float32)."""
     adjusted = scores(exits.logits(features), sampling, noise)
     column = best_column(adjusted)
     log_all = log_total(adjusted, None if exits.rest is None else exits.rest(features), sampling)
@@ -247,7 +247,7 @@ def _settle(fixed: _Fixed, state: ChainState, small: ChainState, where: jax.Arra
 
 
 def _shadows(fixed: _Fixed, state: ChainState) -> tuple[jax.Array, jax.Array]:
-    """What every exit gives for every row: (tokens, confidence), both [K - 1, B, R]."""
+    """Return what every exit gives for every row: (tokens, confidence), both [K - 1, B, R]."""
     network, _, sampling, policy = fixed
     exits, stages = network.exits, len(network.depths)
     batch, rows = state.token.shape

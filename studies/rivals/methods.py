@@ -34,13 +34,13 @@ class ChainLoop(Loop):
     policy: Policy
 
     def init(self, model: Transformer, heads: Heads, plan: Plan, begun: Prefilled, capacity: int) -> ChainState:
-        """As of Loop."""
+        """Return the state before the first step; see Loop."""
         options: dict[str, Any] = {"limits": begun.limits, "sampling": begun.sampling, "capacity": capacity}
         network = _network(model, heads, plan)
         return loop.init(network, begun.memory, begun.token, begun.lengths, policy=self.policy, **options)
 
     def tick(self, model: Transformer, heads: Heads, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
-        """As of Loop."""
+        """Return the function that runs one step; see Loop."""
         network = _network(model, heads, plan)
         return lambda state: loop.step(network, state, limits, sampling, policy=self.policy)
 
@@ -72,7 +72,7 @@ def chain_plan(method: str, depths: tuple[int, ...], policy: Policy) -> Plan:
 
 
 def layer_steps(stats: Stats) -> np.ndarray:
-    """How many layers were run one after the other since the prefill, however many rows ran in each: [B].
+    """Return the number of layers run one after the other since the prefill, however many rows ran in each: [B].
 
     The one figure of depth that all methods have: AR L (n - 1); DEX ticks times the longest stage, on as many devices
     as there are stages; LayerSkip g d + L a round, and so on. No time: it says what a device would wait for on which
@@ -133,7 +133,7 @@ class Sure(Policy):
         return jnp.full(batch, self.threshold, jnp.float32)
 
     def drafts(self, known: Any, exit_index: jax.Array, drafted: jax.Array, confidence: jax.Array) -> jax.Array:
-        """As of Policy."""
+        """Return whether the confidence reaches the threshold; see Policy."""
         return confidence >= known
 
 

@@ -15,12 +15,12 @@ from reference.twin import Draws, final_token
 
 ONE, ALMOST_ZERO = np.float32(1), np.float32(1e-6)
 Shadow = tuple[list[int], list[float], int]
-"""What the exits give after one verified row, how sure they are, and what the last layer gives."""
+"""The tokens that the exits give after one verified row, how sure they are, and the token of the last layer."""
 
 
 @dataclasses.dataclass
 class ChainRun:
-    """What a run did; costs are those of all rounds up to the one that gave the last token."""
+    """The outcome of a run; costs are those of all rounds up to the one that gave the last token."""
 
     tokens: list[int]
     exits: list[int]

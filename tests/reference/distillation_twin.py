@@ -9,7 +9,7 @@ from reference.exit_metrics_twin import TextTwin
 
 
 class LossTwin(NamedTuple):
-    """As `exit_losses` returns them, and the gradient [X, N, D + 1] of the sum over exits of scale times loss."""
+    """The results of `exit_losses`, and the gradient [X, N, D + 1] of the sum over exits of scale times loss."""
 
     loss: np.ndarray
     agreement: np.ndarray

@@ -1,4 +1,4 @@
-"""What a traced function makes."""
+"""Find the arrays that a traced function makes."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def family_golden(family: str) -> dict:
 
 
 def bfloat16_error(model: transformers.PreTrainedModel, half: transformers.PreTrainedModel, prompts: list) -> float:
-    """How far bfloat16 is from float32: the root mean square of what logits differ by, as a share of theirs."""
+    """Return bfloat16's error against float32: the root mean square of what logits differ by, as a share of theirs."""
     whole, rounded = (
         np.concatenate([all_logits(each, prompt["prompt_ids"]) for prompt in prompts]) for each in (model, half)
     )
@@ -188,7 +188,7 @@ def tokenizer_golden() -> dict:
 
 
 def layerskip_golden(numbers=LAYERSKIP_PROMPTS) -> dict:
-    """How many drafts of a constant length `assistant_early_exit` has accepted on SmolLM2, its own head as the exit.
+    """Count the drafts of a constant length that `assistant_early_exit` accepts on SmolLM2, its own head as the exit.
 
     It drafts the first token of an answer too, and the library takes it from the prefill: so each prompt here ends with
     that token. End-of-sequence ids are off, as drafts end with them there and here they are not drafted at all.

@@ -1,4 +1,4 @@
-"""What bad input is answered with."""
+"""Catch the sentence with which bad input is refused."""
 
 from __future__ import annotations
 

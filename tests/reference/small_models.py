@@ -124,7 +124,7 @@ def small_model(
 
 
 def outline_of(config: ModelConfig, dtype="float32", packing=(), mesh=None, layout=None) -> Outline:
-    """What is known of a model that has no weights."""
+    """Return the outline of a model that has no weights."""
     about: Any = SimpleNamespace(config=config, source="random", tokenizer=None, fingerprint=lambda: "0")
     return Outline(about, jnp.dtype(dtype), packing, mesh, layout)
 

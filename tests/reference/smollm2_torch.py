@@ -17,7 +17,7 @@ EOS_IDS = [2, 0]  # <|im_end|>, <|endoftext|>
 
 
 def gguf_path() -> Path:
-    """Where the installed package keeps the file; the package itself is never imported."""
+    """Return the path of the file in the installed package; the package itself is never imported."""
     return Path(str(importlib.metadata.distribution(PACKAGE).locate_file(FILE)))
 
 

@@ -20,7 +20,7 @@ CAPACITY = 12
 
 
 class Ticks(NamedTuple):
-    """What was seen after each tick, with a leading axis of ticks."""
+    """The state that was seen after each tick, with a leading axis of ticks."""
 
     lattice: Lattice
     prefix: np.ndarray

@@ -33,7 +33,7 @@ LEVEL = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """How to sample: noise(position) is a float32 row over the full vocabulary."""
+    """The settings of sampling: noise(position) is a float32 row over the full vocabulary."""
 
     noise: Callable[[int], np.ndarray]
     temperature: float = 1.0
@@ -78,7 +78,7 @@ class Seen:
 
 @dataclasses.dataclass
 class Run:
-    """What one run did: exits as the library reports them, and the live nodes after each tick."""
+    """The outcome of one run: exits as the library reports them, and the live nodes after each tick."""
 
     tokens: list[int]
     exits: list[int]
@@ -304,7 +304,7 @@ def continuation(text: Sequence[int], count: int) -> tuple[list[int], int]:
 
 
 def trust(shape: TreeShape, matched: int) -> float:
-    """How probable the next token of a continuation is after so many that were the same: log, quantized."""
+    """Return the log probability, quantized, of a continuation's next token after so many that were the same."""
     known = len(shape.lookup)
     wrong = 1 - shape.lookup[min(matched, known) - 1]
     if wrong == 1:
@@ -326,7 +326,7 @@ def proposal(model, node: Node, decs: bool, draws: Draws | None) -> Node | None:
 
 
 def final_token(model, tokens: Sequence[int], stages: int, draws: Draws | None) -> int:
-    """What the last layer says after `tokens`."""
+    """Return the last layer's token after `tokens`."""
     token = best_token(model, tuple(tokens), stages, [], draws)
     assert token is not None
     return token
