@@ -43,7 +43,7 @@ def capped(x: jax.Array, cap: float | jax.Array | None) -> jax.Array:
 
 
 def causal_rows(batch: int, rows: int) -> jax.Array:
-    """What rows in a line see of one another, those before and themselves: [B, R, R] bool."""
+    """Return the causal attention mask of rows in a line, which see those before and themselves: [B, R, R] bool."""
     return jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
 
 
@@ -78,7 +78,7 @@ def attend(queries: jax.Array, sources: Sequence[KeyValues], cap: float | None =
 def _attend_fused(
     cap: None, queries: jax.Array, sources: Sequence[KeyValues], by: Literal["cudnn", "xla"] = "cudnn"
 ) -> jax.Array:
-    """As `_attend`, without any score in the main memory; `by` as jax.nn.dot_product_attention's implementation."""
+    """Compute `_attend` without any score in the main memory; `by` is jax.nn.dot_product_attention's implementation."""
     mask = [jnp.broadcast_to(s.mask, (*queries.shape[:2], s.keys.shape[2])) for s in sources]
     pairs = zip(*(source[:2] for source in sources), strict=True)
     keys, values = (jnp.concatenate(each, axis=2).swapaxes(1, 2) for each in pairs)
@@ -99,7 +99,7 @@ def _attend_in_one_kernel(cap: None, queries: jax.Array, sources: Sequence[KeyVa
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend_in_blocks(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
-    """As `_attend`, a block of keys at a time up to the last that a row sees: most of a cache is often empty."""
+    """Compute `_attend` a block of keys at a time up to the last that a row sees: most of a KV cache is often empty."""
     rows, heads, width = queries.shape[1:]
     groups = sources[0].keys.shape[1]
     by_group = _by_group(queries, groups)
@@ -156,7 +156,7 @@ def _by_group(queries: jax.Array, groups: int) -> jax.Array:
 
 
 def _by_row(attended: jax.Array, rows: int) -> jax.Array:
-    """As `_by_group`, back again: [B, G, n, d] -> [B, R, H, d]."""
+    """Undo `_by_group`: [B, G, n, d] -> [B, R, H, d]."""
     return attended.reshape(attended.shape[0], -1, rows, attended.shape[3]).swapaxes(1, 2)
 
 

@@ -31,7 +31,7 @@ Leaves = Any  # a tuple of L arrays, or of l with a leading axis [K]
 
 
 class Memory(NamedTuple):
-    """What a network remembers of a batch."""
+    """The KV caches and other state that a network keeps of a batch."""
 
     keys: Leaves  # of the committed prefix, [B, G, S, d] a layer
     values: Leaves  # as keys
@@ -56,7 +56,7 @@ def shapes(
     rings: bool = False,
     layout: Staged | None = None,
 ) -> Memory:
-    """As `allocate`, as jax.ShapeDtypeStruct and without any array; `layout` is that of weights on a mesh.
+    """Return `allocate`'s memory as jax.ShapeDtypeStruct, without any array; `layout` is that of weights on a mesh.
 
     With `rings`, for those who write no more than MOST_WRITTEN positions at a time, layers with a window keep no more
     than that needs, where all that share an array have the same one.
@@ -130,7 +130,7 @@ def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array, kinds: Sequen
 
 
 def written_in_place(caches: Leaves, rows: int) -> bool:
-    """Whether one call writes `rows` into all of these, keys or values of layers apart: on CPUs, and on newer GPUs."""
+    """Return whether one call writes `rows` into all these keys or values of layers apart: on CPUs and newer GPUs."""
     return (caches[0].dtype in few_rows.DTYPES and few_rows.ready()) or gpu_writes.fits(caches[0], rows)
 
 

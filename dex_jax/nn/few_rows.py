@@ -1,4 +1,4 @@
-"""What layers do on a CPU, by the C++ files in cpp/, which the machine's compiler makes when first needed: what all
+"""Compute layers on a CPU by the C++ files in cpp/, which the machine's compiler compiles when first needed: what all
 models need, and each format of kernels alone.
 
 They may be called in programs of a process in which `ready()` is true. A row's result is the same to the last bit
@@ -28,7 +28,7 @@ from dex_jax.nn import native
 from dex_jax.nn.products import ASSUMED, for_one_device
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-"""What rows and kernels of a product may be kept in."""
+"""The dtypes that rows and kernels of a product may be kept in."""
 
 LANES = 16
 """The width of attention's heads must be a multiple of it."""
@@ -63,12 +63,12 @@ class OneOf:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of every array."""
+        """The shape of every array."""
         return self.arrays[0].shape
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of every array."""
+        """The dtype of every array."""
         return self.arrays[0].dtype
 
 
@@ -199,12 +199,12 @@ def write(
 
 
 def ready() -> bool:
-    """Whether what is traced now can use what is here; compiles it if it has to."""
+    """Return whether what is traced now can use what is here; compiles it if it has to."""
     return for_one_device() and takes_tiles()
 
 
 def takes_tiles() -> bool:
-    """Whether packed weights are kept in tiles, as products here take them."""
+    """Return whether packed weights are kept in tiles, as products here take them."""
     return ASSUMED.get() is None and _registered() is not None
 
 
@@ -232,7 +232,7 @@ def library(format: str = "", flags: tuple[str, ...] = ()) -> Path:
 
 @functools.cache
 def _registered() -> ctypes.CDLL | None:
-    """What this process's programs for CPUs know of the C++ files; None if they do not."""
+    """Return the C++ library that this process's programs for CPUs know, registering it; None if they know none."""
     if not _wanted():
         return None
     try:
@@ -261,19 +261,19 @@ def _load(format: str) -> None:
 
 
 def kept_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """What to keep weights in that only propose tokens: bfloat16 for float32 where that is read in half the time.
+    """Return the dtype to keep draft-only weights in: bfloat16 for float32 where that is read in half the time.
 
-    The same for one device and for many, which have to propose the same.
+    It is the same for one device and for many, which have to draft the same.
     """
     return jnp.dtype(jnp.bfloat16) if dtype == jnp.float32 and _registered() is not None else dtype
 
 
 def language() -> str:
-    """What multiplies few rows in float32 here, for reports: "C++" or "XLA"."""
+    """Name what multiplies few rows in float32 here, for reports: "C++" or "XLA"."""
     return "XLA" if _registered() is None else "C++"
 
 
 def version() -> str:
-    """As `language`, but for C++ the name of what was compiled, another one for other sources."""
+    """Return `language`, but for C++ the name of what was compiled, another one for other sources."""
     known = _registered()
     return "XLA" if known is None else Path(known._name).stem

@@ -183,7 +183,7 @@ def run_tree(
 
 
 def _rows_that_run(x: jax.Array) -> int:
-    """How many rows of each sequence a step of x [B, R, D] computes: FEWEST at least where that takes no longer."""
+    """Return the rows of each sequence that a step of x [B, R, D] computes: at least FEWEST if that takes no longer."""
     batch, rows = x.shape[:2]
     return max(rows, FEWEST) if batch == 1 and fills_rows(x.dtype) else rows
 

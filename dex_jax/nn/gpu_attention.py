@@ -24,20 +24,20 @@ BLOCK, HALF_BLOCK = 64, 32
 """Keys that a program scores at once: fewer of heads wider than 128, for GPUs with 100 KB of shared memory a core."""
 
 MOST_NUMBERS, MANY_NUMBERS = 16_384, 4_096
-"""Of the queries that a program holds, at most; and so many that it takes eight warps."""
+"""The most numbers of the queries that a program holds, and the number above which it takes eight warps."""
 
 SMALLEST = 16
 """Rows, and keys, of the smallest product that a matrix unit takes."""
 
 PROGRAMS, MOST_SHARES = 128, 8
-"""As many programs as keep a GPU's processors busy; into so many shares at most a cache is divided."""
+"""Number of programs that keep a GPU's processors busy, and the most shares that a KV cache is divided into."""
 
 NOTHING = -1e30
 """Below all scores."""
 
 
 def fits(queries: jax.Array, sources: Sequence[Any]) -> bool:
-    """Whether these can be attended to here: few rows in half precision, of a width that Triton has."""
+    """Return whether these can be attended to here: few rows in half precision, of a width that Triton has."""
     kinds = {queries.dtype, *(x.dtype for source in sources for x in source[:2])}
     width = queries.shape[3]
     half = kinds in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)})

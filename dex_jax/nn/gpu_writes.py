@@ -22,7 +22,7 @@ MOST_ROWS = 32
 
 
 def fits(cache: jax.Array, rows: int) -> bool:
-    """Whether so many rows of each sequence can be written into such caches here."""
+    """Return whether so many rows of each sequence can be written into such caches here."""
     return for_triton() and rows <= MOST_ROWS and cache.dtype.itemsize == 2 and cache.shape[-1] % 16 == 0
 
 

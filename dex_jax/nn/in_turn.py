@@ -41,7 +41,7 @@ def in_turn(model: Any, layers: range, step: Step, carry: Any, loop: bool = Fals
 
 
 def is_loop(model: Any) -> bool:
-    """Whether C++ finds each layer's kernels and caches by its number, so that a program has one layer for all.
+    """Return whether C++ finds each layer's kernels and caches by its number, so that a program has one layer for all.
 
     It takes a fraction of the memory and of the time to compile. Layers are alike for that: their shapes, formats and
     kinds.

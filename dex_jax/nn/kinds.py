@@ -1,4 +1,4 @@
-"""What rows see in layers of different kinds: windows and rotations, by where a layer stands.
+"""Compute attention masks, with windows, and rotations in layers of different kinds, by where a layer stands.
 
 Letters: B sequences, R rows of each, S keys, l layers in the longest.
 """
@@ -21,7 +21,7 @@ MOST_WRITTEN = 512
 
 
 def ring_size(window: int) -> int:
-    """Of the ring that layers with a window keep their committed positions in: position p is in place p mod ring_size.
+    """Return the size of the ring of committed positions in layers with a window: p is in place p mod ring_size.
 
     What one call writes beyond a sequence's end takes the place of positions that no row sees any more.
     """
@@ -29,7 +29,7 @@ def ring_size(window: int) -> int:
 
 
 def ring_length(window: int) -> int:
-    """Of the array that holds a ring, with a margin at both ends: a run of positions is written without being cut."""
+    """Return the length of a ring's array, with a margin at both ends so that a run of positions is written uncut."""
     return ring_size(window) + 2 * MOST_WRITTEN
 
 
@@ -82,7 +82,7 @@ def kind_table(config: ModelConfig, stages: Sequence[range] = (), stage_axis: st
 
 
 class Sight(NamedTuple):
-    """How rows are turned and what they see in a layer."""
+    """The rotation and the attention masks of rows in a layer."""
 
     rotation: Rotation  # of [B, R]
     committed: jax.Array  # [B, R, S] bool, broadcasting over R is allowed
@@ -102,7 +102,7 @@ def sights(
     live: jax.Array | None = None,
     begin: int = 0,
 ) -> list[list[Sight]]:
-    """What rows see in layers of each kind, in the order of `table.distinct`, by the length of their caches' arrays.
+    """Return each layer kind's `Sight`, in the order of `table.distinct`, by the length of their caches' arrays.
 
     Args:
       config, table: of the model.
@@ -137,7 +137,7 @@ def sights(
 
 
 def sight_at(table: KindTable, found: list[list[Sight]], place: Any, which: int = 0) -> Sight:
-    """What `sights` found for a layer by its place; its caches' arrays have the length number `which`."""
+    """Return what `sights` found for a layer by its place; its caches' arrays have the length number `which`."""
     index = table.index(place)
     if isinstance(index, int):
         return found[index][which]

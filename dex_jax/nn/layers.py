@@ -180,11 +180,11 @@ class DecoderLayer(nnx.Module):
         return self._added(x, down, self.mlp_out_norm)
 
     def entered(self, x: jax.Array) -> jax.Array:
-        """What the attention projects of what the layer is given."""
+        """Return the layer's input as the attention projects it, after the norm that the layer may have."""
         return self._normed(x, self.attention_norm)
 
     def residual(self, x: jax.Array) -> jax.Array:
-        """What attention and mlp are added to of what the layer is given."""
+        """Return the part of the layer's input that attention and mlp are added to."""
         return x
 
     def _normed(self, x: jax.Array, scale: nnx.Param | None) -> jax.Array:

@@ -101,7 +101,7 @@ def _digest(content: bytes) -> str:
 
 
 def _compiled(command: list[str]) -> bytes:
-    """What a compiler makes; an end of this process ends the compiler too and leaves nothing behind."""
+    """Return what a compiler makes; an end of this process ends the compiler too and leaves nothing behind."""
     folder = tempfile.mkdtemp(prefix="dex_jax_")
     made = Path(folder) / "made.so"
     compiler = subprocess.Popen(

@@ -29,7 +29,7 @@ def build_on_mesh(
     mesh: Mesh,
     packing: Packing = (),
 ) -> Transformer:
-    """As `nn.transformer.build`, every tensor read once and put on the devices that own it.
+    """Build as `nn.transformer.build` does, with every tensor read once and put on the devices that own it.
 
     Only tensors that devices of this process need are read. Rows of fused projections are in another order than in
     the checkpoint where a tensor axis splits them: see `tensor_part`. It splits int8 too, but no blocks.

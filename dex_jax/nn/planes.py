@@ -19,7 +19,7 @@ from dex_jax.nn.blocks import FORMATS, Pieces, pieces
 from dex_jax.nn.products import dot, filled_up
 
 PLANES = " in planes"
-"""What the name of a format in planes ends with."""
+"""The suffix of the name of a format in planes."""
 
 _FOUR_BITS = {"Q4_0", "Q4_1", "Q4_K"}
 

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 
 
 class Device(NamedTuple):
-    """What programs are compiled for."""
+    """The device that programs are compiled for."""
 
     platform: str  # as jax.Device.platform
     capability: float = 0.0  # compute capability of an NVIDIA GPU
 
 
 ASSUMED: ContextVar[Device | None] = ContextVar("ASSUMED", default=None)
-"""Where that is not the device at hand."""
+"""The device that programs are compiled for where that is not the one at hand."""
 
 TRITON = "Triton"
 DISTRUSTED: set[str] = set()
@@ -30,7 +30,7 @@ several times as long."""
 
 
 def compiled_for() -> Device:
-    """What the programs are for that are traced now."""
+    """Return the device that programs traced now are for."""
     assumed = ASSUMED.get()
     if assumed is not None:
         return assumed
@@ -47,18 +47,18 @@ def gpu_capability() -> float:
 
 
 def for_one_device() -> bool:
-    """Whether what is traced is what one device does: XLA cannot divide among several what it does not know."""
+    """Return whether what is traced is what one device does: XLA cannot divide among several what it does not know."""
     axes = jax.sharding.get_abstract_mesh().axis_types if jax.device_count() > 1 else ()
     return jax.device_count() == 1 or (bool(axes) and all(axis == jax.sharding.AxisType.Manual for axis in axes))
 
 
 def for_triton() -> bool:
-    """Whether what is traced may have kernels of Triton's: for one NVIDIA GPU, of Ampere or newer."""
+    """Return whether what is traced may have kernels of Triton's: for one NVIDIA GPU, of Ampere or newer."""
     return gpu_capability() >= 8 and for_one_device() and TRITON not in DISTRUSTED
 
 
 def fills_rows(dtype: jnp.dtype) -> bool:
-    """Whether a step of fewer rows than FEWEST runs that many from the first layer to the last: it takes no longer.
+    """Return whether a step of fewer rows than FEWEST runs FEWEST from the first layer to the last: it takes no longer.
 
     In float32 GPUs have no attention of few rows as one kernel, and would move more bytes for eight.
     """
@@ -84,7 +84,7 @@ def rows_times_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def sums_over_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    """As `rows_times_kernel`, of few rows, as sums over a float32 kernel that XLA need not hold: it is read once."""
+    """Compute `rows_times_kernel` of few rows as sums over a float32 kernel that XLA need not hold: it is read once."""
     wide = rows.astype(jnp.float32)
     return jnp.stack([jnp.sum(kernel * wide[r][None], axis=-1) for r in range(rows.shape[0])])
 

@@ -50,7 +50,7 @@ def rope_frequencies(config: ModelConfig, kind: LayerKind = ALIKE) -> np.ndarray
 
 
 def _yarn_ramp(scaling: RopeScaling, width: int, theta: float) -> np.ndarray:
-    """How much of each frequency is stretched, from 0 to 1: [d' / 2]."""
+    """Return the share of each frequency that is stretched, from 0 to 1: [d' / 2]."""
     turning = [
         width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
         for turns in (scaling.fast, scaling.slow)
@@ -61,7 +61,7 @@ def _yarn_ramp(scaling: RopeScaling, width: int, theta: float) -> np.ndarray:
 
 
 class Rotation(NamedTuple):
-    """How positions turn heads."""
+    """The rotation of heads by their positions."""
 
     cos: jax.Array  # [..., d' / 2] float32
     sin: jax.Array  # [..., d' / 2] float32

@@ -33,7 +33,7 @@ EVERYWHERE: Any = PartitionSpec()
 
 
 def spec_of(*axes: str | None) -> PartitionSpec:
-    """How an array of these logical axes lies on a mesh whose sizes divide it."""
+    """Return how an array of these logical axes lies on a mesh whose sizes divide it."""
     return PartitionSpec(*(RULES.get(name or "") for name in axes))
 
 
@@ -42,7 +42,7 @@ BY_STAGE: Any = spec_of("stage", "sequence")
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """How an array of these logical axes lies on a mesh; an axis that the devices do not divide is not split."""
+    """Return how an array of these logical axes lies on a mesh; an axis that the devices do not divide is not split."""
     found: list[str | None] = []
     for name, size in zip(axes, shape, strict=True):
         axis = RULES.get(name or "")
@@ -51,7 +51,7 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P
 
 
 def bits_of(dtype: jnp.dtype) -> int:
-    """Of a number in an array on a device, where two of 4 bits share a byte."""
+    """Return the bits of a number in an array on a device, where two of 4 bits share a byte."""
     return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 

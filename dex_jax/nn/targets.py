@@ -15,7 +15,7 @@ from dex_jax.nn.layers import linear
 
 
 class Vocabulary(NamedTuple):
-    """What turns features into logits."""
+    """The unembedding that turns features into logits."""
 
     unembed: Any  # [V, D], the model's own, packed or not
     draft_unembed: Any = None  # [V', D], its rows of the draft vocabulary; None for the full vocabulary

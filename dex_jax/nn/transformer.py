@@ -86,12 +86,12 @@ class Transformer(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What hidden states are kept in, and weights that are not packed."""
+        """The dtype of hidden states, and of weights that are not packed."""
         return self.final_norm[...].dtype
 
     @property
     def vocabulary_kernel(self) -> jax.Array | Packed:
-        """What features are unembedded with, [V, D]: the embedding where it is tied."""
+        """The kernel that unembeds features, [V, D]: the embedding where it is tied."""
         return (self.embed if self.unembed is None else self.unembed)[...]
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
